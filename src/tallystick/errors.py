@@ -1,0 +1,303 @@
+"""Everything Tallystick raises, as one tree.
+
+::
+
+    TallystickError
+    ├── ConfigError                  tallystick.toml, pyproject.toml or the environment
+    ├── DevServerError               the embedded PostgreSQL
+    ├── DatabaseError                the server answered, or did not
+    │   ├── DatabaseUnavailable      no connection could be made
+    │   ├── OutcomeUnknown           the connection died under a call        (outcome_unknown)
+    │   ├── Conflict                 serialization failure, deadlock, timeout (retryable)
+    │   └── PermissionDenied         the role may not do this
+    ├── SchemaError                  the database is not in the shape this package needs
+    │   ├── NotMigrated              run: tallystick migrate apply
+    │   ├── SchemaTooNew             the database is ahead of this package
+    │   ├── HostMismatch             the mapping names what is not there
+    │   └── IncompatibleColumn       the host has a column of ours with another type
+    ├── MigrationError               a migration did not happen; nothing was changed
+    │   ├── MigrationRunning         another run holds the lock
+    │   ├── MigrationBlocked         the tables could not be locked within the budget
+    │   ├── PoolerRefused            the address is a pooler's
+    │   └── LedgerNotEmpty           undo would throw away history
+    ├── SeedRefused                  this database does not look like development
+    └── LedgerError                  a ledger call was refused; nothing was written
+        ├── InvalidArgument          (also a ValueError)
+        ├── UnknownUser
+        ├── UserDeleted
+        ├── UnknownWorkshop
+        ├── WorkshopDeleted
+        ├── WorkshopNotOwned
+        ├── WorkshopUnaccounted      marked as unlocked, with no consumption behind it
+        ├── UnknownPurchase
+        ├── PurchaseNotPending       the state machine has no such step
+        ├── PurchaseNotCompleted     only what was paid for can be refunded
+        ├── SessionConflict          a Stripe session and a purchase that are not each other's
+        ├── InsufficientCredits
+        ├── RefundExceedsPurchase
+        ├── BalanceOutOfRange        a balance is a 32-bit integer
+        ├── IdempotencyKeyReused     same key, other payload
+        └── LedgerInconsistent       the ledger contradicts itself; run the audit
+
+Each type carries its values as attributes, and its message ends with what to do or type next. Two flags
+say what a caller may do about it: ``retryable`` (nothing was written, the same call may be made at once)
+and ``outcome_unknown`` (it may or may not have been written; the same call with the same key is safe).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+from uuid import UUID
+
+Key = UUID | str | int  # a host's user or workshop key
+
+
+class TallystickError(Exception):
+    """Root of the tree. Keyword arguments become attributes; the message is what a person reads."""
+
+    retryable: ClassVar[bool] = False
+    outcome_unknown: ClassVar[bool] = False
+
+    def __init__(self, message: str, **fields: object) -> None:
+        super().__init__(message)
+        self.message = message
+        self.fields = fields
+        self.__dict__.update(fields)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Errors cross process boundaries (worker pools, task queues); the default loses keyword arguments.
+        return _rebuild, (type(self), self.message, self.fields)
+
+
+def _rebuild(kind: type[TallystickError], message: str, fields: dict[str, object]) -> TallystickError:
+    return kind(message, **fields)
+
+
+class ConfigError(TallystickError):
+    """The configuration cannot be read."""
+
+    path: str | None
+    line: int | None
+    key: str | None
+
+
+class DevServerError(TallystickError):
+    """The embedded PostgreSQL cannot be found, started or stopped."""
+
+
+class DatabaseError(TallystickError):
+    """The database could not do what was asked."""
+
+    sqlstate: str | None
+
+
+class DatabaseUnavailable(DatabaseError):
+    """No connection could be made."""
+
+    retryable = True
+
+
+class OutcomeUnknown(DatabaseError):
+    """The connection died under a call (SQLSTATE 08*, 57P*, 58030, XX000), so its effect is unknown.
+
+    Make the same call again with the same key: if the first one was written, its result comes back marked
+    ``replayed``.
+    """
+
+    outcome_unknown = True
+
+
+class Conflict(DatabaseError):
+    """Another transaction was in the way (40001, 40P01) or a timeout cut the wait (55P03, 57014).
+
+    Nothing was written. Roll back and run the whole transaction again.
+    """
+
+    retryable = True
+
+
+class PermissionDenied(DatabaseError):
+    """The database role lacks a privilege (42501)."""
+
+
+class SchemaError(TallystickError):
+    """The database is not in the shape that this package needs."""
+
+
+class NotMigrated(SchemaError):
+    """Tallystick's tables or columns are missing."""
+
+    revision: str | None
+
+
+class SchemaTooNew(SchemaError):
+    """A later version of Tallystick migrated this database."""
+
+    revision: str
+
+
+class HostMismatch(SchemaError):
+    """The mapping names a table or column that is not there or cannot serve."""
+
+    table: str
+    column: str | None
+
+
+class IncompatibleColumn(SchemaError):
+    """The host has a column of ours that cannot be adopted."""
+
+    table: str
+    column: str
+    found: str
+    expected: str
+
+
+class MigrationError(TallystickError):
+    """A migration did not happen. The database is as it was."""
+
+
+class MigrationRunning(MigrationError):
+    """Another migration of this database is running."""
+
+    retryable = True
+
+
+class MigrationBlocked(MigrationError):
+    """The tables could not be locked without stalling traffic."""
+
+    attempts: int
+    blockers: list[object]
+
+    retryable = True
+
+
+class PoolerRefused(MigrationError):
+    """Migrations need a session of their own; a transaction pooler gives none."""
+
+
+class LedgerNotEmpty(MigrationError):
+    """Undo would throw away credit transactions."""
+
+    rows: int
+
+
+class SeedRefused(TallystickError):
+    """The database does not look like a development database."""
+
+    reason: str
+
+
+class LedgerError(TallystickError):
+    """A call was refused. Nothing was written and the caller's transaction is still usable."""
+
+
+class InvalidArgument(LedgerError, ValueError):
+    """An argument is out of its domain."""
+
+    argument: str
+    value: object
+
+
+class UnknownUser(LedgerError):
+    """No user has this key."""
+
+    user: Key
+
+
+class UserDeleted(LedgerError):
+    """The user is soft-deleted."""
+
+    user: Key
+
+
+class UnknownWorkshop(LedgerError):
+    """No workshop has this key."""
+
+    workshop: Key
+
+
+class WorkshopDeleted(LedgerError):
+    """The workshop is soft-deleted."""
+
+    workshop: Key
+
+
+class WorkshopNotOwned(LedgerError):
+    """The workshop belongs to another user."""
+
+    workshop: Key
+    user: Key
+
+
+class WorkshopUnaccounted(LedgerError):
+    """The workshop is marked as unlocked, but no consumption paid for it."""
+
+    workshop: Key
+
+
+class UnknownPurchase(LedgerError):
+    """This user has no such purchase."""
+
+    user: Key
+    purchase: object
+
+
+class PurchaseNotPending(LedgerError):
+    """The purchase cannot take this step from its state."""
+
+    purchase: UUID
+    status: str
+
+
+class PurchaseNotCompleted(LedgerError):
+    """Only a completed purchase can be refunded."""
+
+    purchase: UUID
+    status: str
+
+
+class SessionConflict(LedgerError):
+    """The Stripe session belongs to another purchase, or the purchase to another session.
+
+    Fields: ``purchase``, ``stripe_session_id``.
+    """
+
+    purchase: UUID
+    stripe_session_id: str
+
+
+class InsufficientCredits(LedgerError):
+    """The balance does not cover the amount."""
+
+    user: Key
+    balance: int
+    required: int
+
+
+class RefundExceedsPurchase(LedgerError):
+    """More than what is left of the purchase was asked back."""
+
+    purchase: UUID
+    left: int
+    asked: int
+
+
+class BalanceOutOfRange(LedgerError):
+    """The balance would leave the range of a 32-bit integer."""
+
+    user: Key
+    balance: int
+    amount: int
+
+
+class IdempotencyKeyReused(LedgerError):
+    """The key was used before for something else."""
+
+    key: str
+    differs: dict[str, tuple[object, object]]
+
+
+class LedgerInconsistent(LedgerError):
+    """The user's row and the ledger contradict each other."""
+
+    user: Key
