@@ -1,0 +1,279 @@
+"""Configuration: which database, which tables are the host's, what is sold. Frozen, passed in, never global."""
+
+from __future__ import annotations
+
+import datetime as dt
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
+
+from tallystick.errors import ConfigError
+
+KeyType = Literal["uuid", "text", "integer", "bigint"]
+FILE_NAME = "tallystick.toml"
+INT32_MAX = 2**31 - 1
+
+_STRICT = ConfigDict(extra="forbid")
+
+# PostgreSQL cuts longer names silently (NAMEDATALEN - 1 bytes), which would make two names one.
+_MAX_IDENTIFIER_BYTES = 63
+
+
+def _identifier(value: object) -> object:
+    if isinstance(value, str):
+        if not value or "\0" in value:
+            raise ValueError("a name in PostgreSQL has at least one character and no NUL")
+        if len(value.encode("utf-8", "surrogatepass")) > _MAX_IDENTIFIER_BYTES:
+            raise ValueError(f"a name in PostgreSQL has at most {_MAX_IDENTIFIER_BYTES} bytes")
+        if any("\ud800" <= c <= "\udfff" for c in value):
+            raise ValueError("a name in PostgreSQL is valid UTF-8; this one holds a lone surrogate")
+    return value
+
+
+Identifier = Annotated[str, BeforeValidator(_identifier)]
+
+
+def _address(value: object) -> object:
+    """Any PostgreSQL address that people have in their environment, for SQLAlchemy with psycopg 3."""
+    if isinstance(value, str):
+        scheme, separator, rest = value.strip().partition("://")
+        if scheme in ("postgres", "postgresql", "postgresql+psycopg") and separator:
+            return f"postgresql+psycopg://{rest}"
+        # The value may hold a password, so only its scheme is repeated.
+        raise ValueError(
+            f"the address begins with {scheme if separator else 'no scheme'!r}; expected postgresql://…"
+        )
+    return value
+
+
+Address = Annotated[str, BeforeValidator(_address)]
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class UsersTable:
+    """The host's table of users.
+
+    ``key`` names any column that is NOT NULL and UNIQUE, the primary key or an external identity such as
+    ``clerk_user_id``; ``key_type`` is its type (varchar counts as text). ``email``, if named, is shown to
+    operators and never written.
+    """
+
+    schema: Identifier = "public"
+    table: Identifier = "users"
+    key: Identifier = "id"
+    key_type: KeyType = "uuid"
+    email: Identifier | None = None
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class WorkshopsTable:
+    """The host's table of the thing that one credit unlocks.
+
+    ``owner`` names the column that holds the owner's user key (as in ``UsersTable.key``). ``title`` is quoted in
+    descriptions; ``created_at`` decides what is older than the paywall. Either may be None.
+    """
+
+    schema: Identifier = "public"
+    table: Identifier = "workshops"
+    key: Identifier = "id"
+    key_type: KeyType = "uuid"
+    owner: Identifier = "user_id"
+    title: Identifier | None = "title"
+    created_at: Identifier | None = "created_at"
+
+
+def _table_or_none(value: object) -> object:
+    return None if value is False else value  # TOML has no null: `workshops = false` says there is no such table
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class HostMapping:
+    """Where the host app keeps what Tallystick needs. Tallystick's ledger is put into the schema of the users."""
+
+    users: UsersTable = Field(default_factory=UsersTable)
+    workshops: Annotated[WorkshopsTable | None, BeforeValidator(_table_or_none)] = Field(
+        default_factory=WorkshopsTable
+    )
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class Pack:
+    """Something on sale: ``credits`` for ``amount`` minor units of ``currency`` (7900 and "usd" are $79.00)."""
+
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    credits: Annotated[int, Field(strict=True, ge=1, le=INT32_MAX)]
+    amount: Annotated[int, Field(strict=True, ge=0)] | None = None
+    currency: Annotated[str, Field(pattern="^[a-z]{3}$")] = "usd"
+    stripe_price_id: str | None = None
+
+
+def _aware(value: dt.datetime) -> dt.datetime:
+    if value.tzinfo is None:
+        raise ValueError("add a time zone, as in 2026-01-31T00:00:00Z")
+    return value
+
+
+class Config(BaseModel):
+    """All settings. Made by hand, or read with :meth:`load`.
+
+    ``database_url`` is where the app lives; ``database_url_unpooled``, if the first is a pooler's, is the direct
+    address that migrations need. With ``paywall`` off every workshop is open. Workshops created before
+    ``grandfathered_before`` are open; None stands for the moment at which revision 0001 was applied.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    database_url: Address | None = Field(default=None, repr=False)
+    database_url_unpooled: Address | None = Field(default=None, repr=False)
+    host: HostMapping = Field(default_factory=HostMapping)
+    packs: tuple[Pack, ...] = ()
+    paywall: bool = True
+    grandfathered_before: Annotated[dt.datetime, AfterValidator(_aware)] | None = None
+
+    @classmethod
+    def load(cls, path: Path | str | None = None, *, environ: Mapping[str, str] | None = None) -> Self:
+        """Read the settings of the app in the working directory.
+
+        First found wins as a whole: ``path``, ``tallystick.toml``, ``[tool.tallystick]`` in ``pyproject.toml``
+        (here or in a folder above). Environment variables (``TALLYSTICK_PAYWALL``, …) override single settings.
+        ``DATABASE_URL`` and ``DATABASE_URL_UNPOOLED`` fill in addresses that are set nowhere else.
+
+        Raises:
+            ConfigError: names the file, the line and the key.
+        """
+        environ = os.environ if environ is None else environ
+        source = _find(Path(path) if path is not None else None)
+        values: dict[str, Any] = source.values if source else {}
+        origins = {}
+        for name in cls.model_fields:
+            variable = f"TALLYSTICK_{name.upper()}"
+            if variable in environ:
+                values = {**values, name: _from_environment(environ[variable])}
+                origins[name] = variable
+        for name in ("database_url", "database_url_unpooled"):
+            if values.get(name) is None and environ.get(name.upper()):
+                values = {**values, name: environ[name.upper()]}
+                origins[name] = name.upper()
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise _explain(error, source, origins) from None
+
+
+def _from_environment(text: str) -> Any:
+    """Scalars as in TOML where they parse as such (true, 3, a date), JSON-like tables included; else the text."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+class _Source:
+    """One TOML file: its values, and on which line a key stands."""
+
+    def __init__(self, path: Path, table: tuple[str, ...]) -> None:
+        self.path = path
+        self.table = table
+        try:
+            self.text = path.read_text(encoding="utf-8")
+            self.values: Any = tomllib.loads(self.text)
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: {error.strerror}. Write one with: tallystick init",
+                path=str(path),
+                line=None,
+                key=None,
+            ) from None
+        except UnicodeDecodeError:
+            raise ConfigError(
+                f"{path}: not UTF-8. Save it as UTF-8", path=str(path), line=None, key=None
+            ) from None
+        except tomllib.TOMLDecodeError as error:
+            line = int(found[1]) if (found := re.search(r"at line (\d+)", str(error))) else None
+            raise ConfigError(f"{path}: not valid TOML: {error}", path=str(path), line=line, key=None) from None
+        for name in table:
+            self.values = self.values.get(name) if isinstance(self.values, dict) else None
+        if self.values is not None and not isinstance(self.values, dict):
+            raise ConfigError(
+                f"{path}: [{'.'.join(table)}] is not a table", path=str(path), line=None, key=".".join(table)
+            )
+
+    def line_of(self, location: tuple[str | int, ...]) -> int | None:
+        """The line of a key, or of the nearest table around it that has one (1-based)."""
+        wanted = [*self.table, *(str(part) for part in location)]
+        here: list[str] = []
+        seen: dict[str, int] = {}
+        best: tuple[int, int] | None = None
+        for number, line in enumerate(self.text.splitlines(), 1):
+            if header := re.match(r"\s*\[\[\s*([^\]]+?)\s*\]\]", line):
+                index = seen[header[1]] = seen.get(header[1], -1) + 1
+                here = [*_parts(header[1]), str(index)]
+                found = here
+            elif header := re.match(r"\s*\[\s*([^\]]+?)\s*\]", line):
+                here = found = _parts(header[1])
+            elif key := re.match(r"\s*([\w\-.\"']+)\s*=", line):
+                found = [*here, *_parts(key[1])]
+            else:
+                continue
+            if found == wanted[: len(found)] and (best is None or len(found) > best[0]):
+                best = len(found), number
+        return best[1] if best else None
+
+
+def _parts(dotted: str) -> list[str]:
+    return [part.strip().strip("\"'") for part in dotted.split(".")]
+
+
+def _find(path: Path | None) -> _Source | None:
+    if path is not None:
+        return _Source(path, ("tool", "tallystick") if path.name == "pyproject.toml" else ())
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (file := folder / FILE_NAME).is_file():
+            return _Source(file, ())
+        if (file := folder / "pyproject.toml").is_file():
+            source = _Source(file, ("tool", "tallystick"))
+            if source.values is not None:
+                return source
+    return None
+
+
+def _explain(error: ValidationError, source: _Source | None, origins: Mapping[str, str]) -> ConfigError:
+    """The first fault as one sentence with file, line and key, and the nearest name for a misspelt one."""
+    fault = error.errors(include_url=False, include_input=False)[0]
+    # pydantic adds names of its own (a union's branch) to a location; the file has none of them
+    location = tuple(part for part in fault["loc"] if not str(part).startswith(("function-", "constrained-")))
+    key = ".".join(str(part) for part in location)
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        message = "no such setting"
+        near = difflib.get_close_matches(str(location[-1]), _settings(location[:-1]), n=1)
+        if near:
+            message += f"; did you mean {near[0]}?"
+    variable = origins.get(str(location[0])) if location else None
+    if variable or source is None:
+        where, line = variable or "settings", None
+        path = None
+    else:
+        path, line = str(source.path), source.line_of(location)
+        where = f"{path}, line {line}" if line else path
+    return ConfigError(f"{where}: {key}: {message}", path=path, line=line, key=key)
+
+
+def _settings(location: tuple[str | int, ...]) -> list[str]:
+    tables: dict[tuple[str | int, ...], Any] = {
+        (): Config.model_fields,
+        ("host",): HostMapping.__dataclass_fields__,
+        ("host", "users"): UsersTable.__dataclass_fields__,
+        ("host", "workshops"): WorkshopsTable.__dataclass_fields__,
+    }
+    if location and location[0] == "packs":
+        return list(Pack.__dataclass_fields__)
+    return list(tables.get(location, ()))

@@ -1,0 +1,322 @@
+"""The tables, for one host mapping: the ledger, the host columns that Tallystick adds, its bookkeeping.
+
+This is the declared shape. ``migrate/versions`` brings a database there in frozen, literal DDL, and the tests hold
+a migrated database against these declarations. Column order and names are those of the documentation's data model.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from functools import lru_cache
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql as pg
+from sqlalchemy.orm import Session
+from sqlalchemy.schema import CheckConstraint, Column, ForeignKey, Index, Table
+
+from tallystick.config import HostMapping, KeyType
+from tallystick.errors import InvalidArgument, Key, NotMigrated, SchemaTooNew
+
+HEAD = "0001"
+"""The revision this package works with; the tests hold it against ``migrate/versions``."""
+
+BOOKKEEPING_SCHEMA = "tallystick"
+INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
+INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+
+DbConnection = sa.Connection | Session
+"""What every operation takes first: the caller's, in the caller's transaction."""
+
+
+class CreditTransactionType(StrEnum):
+    """What a row of the ledger did. New labels are added by later revisions."""
+
+    PURCHASE = "purchase"
+    CONSUMPTION = "consumption"
+    REFUND = "refund"
+
+
+class CreditTransactionStatus(StrEnum):
+    """Where a row stands. Only a completed one counts in the balance."""
+
+    PENDING = "pending"
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+
+_KEY_TYPES: dict[KeyType, sa.types.TypeEngine[Any]] = {
+    "uuid": sa.Uuid(),
+    "text": sa.Text(),
+    "integer": sa.Integer(),
+    "bigint": sa.BigInteger(),
+}
+
+
+class Schema:
+    """SQLAlchemy tables for one mapping; host columns go by our words (``users.c.key``, ``workshops.c.owner``).
+
+    ``users`` and ``workshops`` hold only the columns that Tallystick reads or writes; ``workshops`` is None for a
+    host that has none. Use :meth:`of`, which makes each mapping's once.
+    """
+
+    def __init__(self, host: HostMapping) -> None:
+        self.host = host
+        self.metadata = sa.MetaData()
+        user_key = _KEY_TYPES[host.users.key_type]
+
+        self.users = Table(
+            host.users.table,
+            self.metadata,
+            Column(host.users.key, user_key, key="key", nullable=False, unique=True),
+            *([Column(host.users.email, sa.Text, key="email")] if host.users.email else ()),
+            *user_columns(),
+            schema=host.users.schema,
+        )
+        self.users_stripe_customer = Index(
+            "tallystick_users_stripe_customer_id",
+            self.users.c.stripe_customer_id,
+            unique=True,
+            postgresql_where=self.users.c.stripe_customer_id.is_not(None),
+        )
+
+        self.workshops: Table | None = None
+        workshop_key: sa.types.TypeEngine[Any] = sa.Uuid()
+        workshop_reference: tuple[ForeignKey, ...] = ()
+        if host.workshops is not None:
+            names = host.workshops
+            workshop_key = _KEY_TYPES[names.key_type]
+            self.workshops = Table(
+                names.table,
+                self.metadata,
+                Column(names.key, workshop_key, key="key", nullable=False, unique=True),
+                Column(names.owner, user_key, key="owner"),
+                *([Column(names.title, sa.Text, key="title")] if names.title else ()),
+                *([Column(names.created_at, sa.DateTime, key="created_at")] if names.created_at else ()),
+                *workshop_columns(),
+                schema=names.schema,
+            )
+            workshop_reference = (
+                ForeignKey(self.workshops.c.key, ondelete="SET NULL", name=f"{LEDGER}_workshop_fk"),
+            )
+
+        self.credit_transactions = Table(
+            LEDGER,
+            self.metadata,
+            Column("id", sa.Uuid, nullable=False),
+            Column(
+                "user_id",
+                user_key,
+                ForeignKey(self.users.c.key, ondelete="RESTRICT", name=f"{LEDGER}_user_fk"),
+                nullable=False,
+            ),
+            Column("type", _enum(CreditTransactionType, "credit_transaction_type", host), nullable=False),
+            Column("status", _enum(CreditTransactionStatus, "credit_transaction_status", host), nullable=False),
+            Column("amount", sa.Integer, nullable=False),
+            Column("balance_after", sa.Integer),
+            Column("sequence", sa.Integer),
+            Column("description", sa.Text, nullable=False),
+            Column("workshop_id", workshop_key, *workshop_reference),
+            Column("refund_of", sa.Uuid),
+            Column("stripe_session_id", sa.Text),
+            Column("stripe_payment_intent_id", sa.Text),
+            Column("stripe_price_id", sa.Text),
+            Column("amount_paid", sa.BigInteger),
+            Column("currency", sa.CHAR(3)),
+            Column("idempotency_key", sa.Text),
+            Column("created_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
+            Column("completed_at", pg.TIMESTAMP(timezone=True)),
+            sa.PrimaryKeyConstraint("id", name=f"{LEDGER}_pkey"),
+            sa.ForeignKeyConstraint(
+                ["refund_of"], [f"{host.users.schema}.{LEDGER}.id"], name=f"{LEDGER}_refund_fk", link_to_name=True
+            ),
+            *(CheckConstraint(rule, name=f"{LEDGER}_{name}") for name, rule in CHECKS.items()),
+            schema=host.users.schema,
+        )
+        row = self.credit_transactions.c
+        self.indexes = (
+            # a user's history newest first, the audit, and no number given twice
+            Index(f"{LEDGER}_sequence", row.user_id, row.sequence, unique=True),
+            # the ledger's own idempotency
+            Index(
+                f"{LEDGER}_idempotency_key",
+                row.user_id,
+                row.idempotency_key,
+                unique=True,
+                postgresql_where=row.idempotency_key.is_not(None),
+            ),
+            # a Stripe session is one purchase; consumptions, the most rows by far, stay out of the index
+            Index(
+                f"{LEDGER}_stripe_session",
+                row.stripe_session_id,
+                unique=True,
+                postgresql_where=row.stripe_session_id.is_not(None),
+            ),
+            # balance_at
+            Index(
+                f"{LEDGER}_completed",
+                row.user_id,
+                row.completed_at,
+                postgresql_where=row.completed_at.is_not(None),
+            ),
+            # how much of a purchase is left to refund
+            Index(f"{LEDGER}_refund_of", row.refund_of, postgresql_where=row.refund_of.is_not(None)),
+            # purchases that wait, oldest first
+            Index(
+                f"{LEDGER}_pending",
+                row.created_at,
+                postgresql_where=row.status == sa.literal_column("'pending'"),
+            ),
+            # what unlocked a workshop
+            Index(f"{LEDGER}_workshop", row.workshop_id, postgresql_where=row.workshop_id.is_not(None)),
+            # refunds and disputes name the payment intent
+            Index(
+                f"{LEDGER}_payment_intent",
+                row.stripe_payment_intent_id,
+                postgresql_where=row.stripe_payment_intent_id.is_not(None),
+            ),
+        )
+
+    @staticmethod
+    @lru_cache(maxsize=32)
+    def of(host: HostMapping) -> Schema:
+        """The tables of ``host``, the same object each time."""
+        return Schema(host)
+
+    def user_key(self, value: object) -> Key:
+        """``value`` as a user's key. Raises InvalidArgument."""
+        return _as_key("user", value, self.host.users.key_type)
+
+    def workshop_key(self, value: object) -> Key:
+        """``value`` as a workshop's key. Raises InvalidArgument."""
+        if self.host.workshops is None:
+            raise InvalidArgument(
+                f"workshop={value!r}: this host has no workshops table. "
+                "Leave the workshop out, or map one under [host.workshops]",
+                argument="workshop",
+                value=value,
+            )
+        return _as_key("workshop", value, self.host.workshops.key_type)
+
+
+LEDGER = "credit_transactions"
+
+CHECKS: dict[str, str] = {
+    # a type added later that takes nothing away gives: this rule needs no change for it
+    "amount_sign": "amount <> 0 AND (amount < 0) = (type IN ('consumption', 'refund'))",
+    "completed": "(status = 'completed') = (balance_after IS NOT NULL)"
+    " AND (status = 'completed') = (sequence IS NOT NULL)"
+    " AND (status = 'completed') = (completed_at IS NOT NULL)",
+    "only_purchases_wait": "status = 'completed' OR type = 'purchase'",
+    "sequence_positive": "sequence > 0",
+    "no_overdraft": "type <> 'consumption' OR balance_after >= 0",
+    "refund_of": "(type = 'refund') = (refund_of IS NOT NULL)",
+    "paid": "(amount_paid IS NULL) = (currency IS NULL) AND amount_paid >= 0 AND currency ~ '^[a-z]{3}$'",
+}
+"""The ledger's rules, each also an audit check."""
+
+TRIGGERS: dict[str, tuple[str, ...]] = {
+    LEDGER: ("tallystick_append_only", "tallystick_no_truncate"),
+    "users": ("tallystick_updated_at",),
+}
+
+
+def user_columns() -> tuple[Column[object], ...]:
+    """What the users table gets, in this order."""
+    return (
+        Column("credit_balance", sa.Integer, nullable=False, server_default=sa.text("0")),
+        Column("credit_sequence", sa.Integer, nullable=False, server_default=sa.text("0")),
+        Column("onboarding_complete", sa.Boolean, nullable=False, server_default=sa.text("false")),
+        Column("stripe_customer_id", sa.Text),
+        Column("plan_tier", sa.String(32), nullable=False, server_default=sa.text("'free'")),
+        Column("updated_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
+        Column("deleted_at", pg.TIMESTAMP(timezone=True)),
+    )
+
+
+def workshop_columns() -> tuple[Column[object], ...]:
+    """What the workshops table gets, in this order."""
+    return (
+        Column("credit_consumed_at", pg.TIMESTAMP(timezone=True)),
+        Column("deleted_at", pg.TIMESTAMP(timezone=True)),
+    )
+
+
+_bookkeeping = sa.MetaData(schema=BOOKKEEPING_SCHEMA)
+
+alembic_version = Table(
+    "alembic_version",
+    _bookkeeping,
+    Column("version_num", sa.String(32), nullable=False),
+    sa.PrimaryKeyConstraint("version_num", name="alembic_version_pkc"),
+)
+
+migration_log = Table(
+    "migration_log",
+    _bookkeeping,
+    Column("id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
+    Column("revision", sa.Text, nullable=False),
+    Column("direction", sa.Text, nullable=False),
+    Column("applied_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
+    Column("adopted", pg.JSONB, nullable=False, server_default=sa.text("'[]'")),
+    Column("attempts", sa.Integer, nullable=False, server_default=sa.text("1")),
+    Column("locked_ms", sa.Double),
+    Column("duration_ms", sa.Double),
+    Column("waited_for", pg.JSONB, nullable=False, server_default=sa.text("'[]'")),
+)
+
+
+def verify(conn: DbConnection) -> None:
+    """Check that the database is at the revision this package works with; one query.
+
+    Call it when the app starts: a clear refusal then beats a missing column later.
+
+    Raises:
+        NotMigrated: run ``tallystick migrate apply``.
+        SchemaTooNew: upgrade the package.
+    """
+    if conn.scalar(sa.select(sa.func.to_regclass(f"{BOOKKEEPING_SCHEMA}.alembic_version"))) is None:
+        raise NotMigrated(
+            "this database has no Tallystick schema yet. Run: tallystick migrate apply", revision=None
+        )
+    found = conn.scalar(sa.select(alembic_version.c.version_num))
+    if found == HEAD:
+        return
+    if found is not None and found > HEAD:
+        raise SchemaTooNew(
+            f"this database is at revision {found}, this package knows {HEAD}. Run: pip install -U tallystick",
+            revision=found,
+        )
+    raise NotMigrated(
+        f"this database is at revision {found}, this package needs {HEAD}. Run: tallystick migrate apply",
+        revision=found,
+    )
+
+
+def _enum(labels: type[StrEnum], name: str, host: HostMapping) -> pg.ENUM:
+    return pg.ENUM(labels, name=name, schema=host.users.schema, values_callable=lambda e: [x.value for x in e])
+
+
+def _as_key(argument: str, value: object, key_type: KeyType) -> Key:
+    """A key in the one form that the driver sends as ``key_type``, so that its index serves."""
+    match key_type, value:
+        case "uuid", UUID():
+            return value
+        case "uuid", str():
+            try:
+                return UUID(value)
+            except ValueError:
+                pass
+        case "text", str() if "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value):
+            return value
+        case (("integer" | "bigint"), int()) if not isinstance(value, bool):
+            low, high = (INT32_MIN, INT32_MAX) if key_type == "integer" else (INT64_MIN, INT64_MAX)
+            if low <= value <= high:
+                return value
+    raise InvalidArgument(
+        f"{argument}={value!r} is no {key_type} key. Pass the value of the mapped key column "
+        f"(host.{argument}s.key_type is {key_type!r})",
+        argument=argument,
+        value=value,
+    )
