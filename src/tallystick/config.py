@@ -47,9 +47,7 @@ def _address(value: object) -> object:
         if scheme in ("postgres", "postgresql", "postgresql+psycopg") and separator:
             return f"postgresql+psycopg://{rest}"
         # The value may hold a password, so only its scheme is repeated.
-        raise ValueError(
-            f"the address begins with {scheme if separator else 'no scheme'!r}; expected postgresql://…"
-        )
+        raise ValueError(f"the address begins with {scheme if separator else 'no scheme'!r}; expected postgresql://…")
     return value
 
 
@@ -98,9 +96,7 @@ class HostMapping:
     """Where the host app keeps what Tallystick needs. Tallystick's ledger is put into the schema of the users."""
 
     users: UsersTable = Field(default_factory=UsersTable)
-    workshops: Annotated[WorkshopsTable | None, BeforeValidator(_table_or_none)] = Field(
-        default_factory=WorkshopsTable
-    )
+    workshops: Annotated[WorkshopsTable | None, BeforeValidator(_table_or_none)] = Field(default_factory=WorkshopsTable)
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
@@ -192,9 +188,7 @@ class _Source:
                 key=None,
             ) from None
         except UnicodeDecodeError:
-            raise ConfigError(
-                f"{path}: not UTF-8. Save it as UTF-8", path=str(path), line=None, key=None
-            ) from None
+            raise ConfigError(f"{path}: not UTF-8. Save it as UTF-8", path=str(path), line=None, key=None) from None
         except tomllib.TOMLDecodeError as error:
             line = int(found[1]) if (found := re.search(r"at line (\d+)", str(error))) else None
             raise ConfigError(f"{path}: not valid TOML: {error}", path=str(path), line=line, key=None) from None

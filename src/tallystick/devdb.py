@@ -231,9 +231,7 @@ class Server:
         """
         path = self.bin / program
         if not os.access(path, os.X_OK):
-            raise DevServerError(
-                f"There is no program {program!r} in {self.bin}; ls that folder for what there is."
-            )
+            raise DevServerError(f"There is no program {program!r} in {self.bin}; ls that folder for what there is.")
         return [str(path), *(os.fspath(arg) for arg in args)]
 
     @property
@@ -410,10 +408,7 @@ class Server:
 
     def _shut_down(self) -> None:
         # pg_ctl signals the process that postmaster.pid names, which after a crash may be a stranger.
-        if (
-            self._ping() in (pq.Ping.NO_RESPONSE, pq.Ping.NO_ATTEMPT)
-            and self._postmaster() not in self._processes()
-        ):
+        if self._ping() in (pq.Ping.NO_RESPONSE, pq.Ping.NO_ATTEMPT) and self._postmaster() not in self._processes():
             return
         for mode in ("fast", "immediate"):
             how = ["-D", "data", "-w", "-t", str(_STOP_TIMEOUT_S), "-m", mode]
@@ -479,9 +474,7 @@ class Server:
             output.seek(0)
             said = output.read()
         if check and done.returncode:
-            raise DevServerError(
-                f"{program} failed in {self.folder} (exit code {done.returncode}):\n{said.strip()}"
-            )
+            raise DevServerError(f"{program} failed in {self.folder} (exit code {done.returncode}):\n{said.strip()}")
         return subprocess.CompletedProcess(done.args, done.returncode, said)
 
     def _administer(self, statement: sql.Composed) -> None:

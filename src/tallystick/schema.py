@@ -13,10 +13,10 @@ from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
-from sqlalchemy.orm import Session
 from sqlalchemy.schema import CheckConstraint, Column, ForeignKey, Index, Table
 
 from tallystick.config import HostMapping, KeyType
+from tallystick.database import DbConnection
 from tallystick.errors import InvalidArgument, Key, NotMigrated, SchemaTooNew
 
 HEAD = "0001"
@@ -25,9 +25,6 @@ HEAD = "0001"
 BOOKKEEPING_SCHEMA = "tallystick"
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
-
-DbConnection = sa.Connection | Session
-"""What every operation takes first: the caller's, in the caller's transaction."""
 
 
 class CreditTransactionType(StrEnum):
@@ -97,9 +94,7 @@ class Schema:
                 *workshop_columns(),
                 schema=names.schema,
             )
-            workshop_reference = (
-                ForeignKey(self.workshops.c.key, ondelete="SET NULL", name=f"{LEDGER}_workshop_fk"),
-            )
+            workshop_reference = (ForeignKey(self.workshops.c.key, ondelete="SET NULL", name=f"{LEDGER}_workshop_fk"),)
 
         self.credit_transactions = Table(
             LEDGER,
@@ -277,9 +272,7 @@ def verify(conn: DbConnection) -> None:
         SchemaTooNew: upgrade the package.
     """
     if conn.scalar(sa.select(sa.func.to_regclass(f"{BOOKKEEPING_SCHEMA}.alembic_version"))) is None:
-        raise NotMigrated(
-            "this database has no Tallystick schema yet. Run: tallystick migrate apply", revision=None
-        )
+        raise NotMigrated("this database has no Tallystick schema yet. Run: tallystick migrate apply", revision=None)
     found = conn.scalar(sa.select(alembic_version.c.version_num))
     if found == HEAD:
         return

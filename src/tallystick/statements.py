@@ -1,0 +1,410 @@
+"""The ledger's SQL, built once per mapping with SQLAlchemy's expression language, since names are configuration.
+
+``tests/golden/statements.sql`` shows each one compiled; read that first. The shape of every balance change::
+
+    account AS (SELECT … FROM users WHERE key = :p_user FOR UPDATE)              -- then the workshop, in this order
+    written AS (INSERT INTO credit_transactions SELECT … FROM account WHERE … ON CONFLICT DO NOTHING RETURNING …)
+    moved   AS (UPDATE users SET credit_balance, credit_sequence FROM written)   -- and the workshop's mark
+    SELECT … FROM written
+
+A row back means done. Each table is bound by the user's key as a parameter of its own, never through a subselect, and
+nothing volatile stands in an UPDATE: such a statement can run on tables distributed by user. Parameters are called
+``p_…``, since SQLAlchemy takes one that is named like a column for a value to SET.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql as pg
+
+from tallystick.schema import (
+    INT32_MAX,
+    INT32_MIN,
+    CreditTransactionStatus,
+    CreditTransactionType,
+    Schema,
+    migration_log,
+)
+
+Condition = sa.ColumnElement[bool]
+
+
+def statements(schema: Schema) -> dict[str, sa.Executable]:
+    """Every statement of the ledger by name, for one mapping."""
+    return _Statements(schema).all()
+
+
+def _text(words: str) -> sa.ColumnElement[str]:
+    """A constant in the SQL itself, so that it is neither sent nor bound on each call."""
+    return sa.literal_column(f"'{words}'", sa.Text())
+
+
+def _label(label: StrEnum) -> sa.ColumnElement[Any]:
+    return sa.literal_column(f"'{label}'")
+
+
+PURCHASE, CONSUMPTION, REFUND = map(_label, CreditTransactionType)
+PENDING, COMPLETED, FAILED = map(_label, CreditTransactionStatus)
+ONE, ZERO, NULL, LOWEST, HIGHEST = (
+    sa.literal_column(str(value), sa.Integer()) for value in (1, 0, "NULL", INT32_MIN, INT32_MAX)
+)
+
+
+class _Statements:
+    def __init__(self, schema: Schema) -> None:
+        self.schema = schema
+        self.users = schema.users
+        self.workshops = schema.workshops
+        self.ledger = schema.credit_transactions
+        row = self.row = self.ledger.c
+
+        def bind(name: str, kind: sa.types.TypeEngine[Any]) -> sa.BindParameter[Any]:
+            return sa.bindparam(f"p_{name}", type_=kind)
+
+        self.p_user, self.p_workshop = bind("user", self.users.c.key.type), bind("workshop", row.workshop_id.type)
+        self.p_id, self.p_purchase = bind("id", sa.Uuid()), bind("purchase", sa.Uuid())
+        self.p_amount, self.p_description, self.p_key = (
+            bind(n, row[c].type)
+            for n, c in (("amount", "amount"), ("description", "description"), ("key", "idempotency_key"))
+        )
+        self.p_session, self.p_intent, self.p_price = (bind(name, sa.Text()) for name in ("session", "intent", "price"))
+
+        # Read with the lock, so as of now, whatever this statement waited for.
+        locked = (
+            sa.select(self.users.c.key.label("key"), self.users.c.credit_balance, self.users.c.credit_sequence)
+            .where(self.users.c.key == self.p_user)
+            .with_for_update()
+        )
+        self.account = locked.cte("account")
+        self.living = locked.where(self.users.c.deleted_at.is_(None)).cte("account")
+
+        self.by_id = row.id == self.p_purchase
+        self.by_session = row.stripe_session_id == self.p_session
+        other = self.ledger.alias("other")
+        self.session_is_free = ~sa.exists().where(other.c.stripe_session_id == self.p_session, other.c.id != row.id)
+        self.refunded = (
+            sa.select(sa.func.coalesce(sa.func.sum(-row.amount), ZERO))
+            .where(row.user_id == self.p_user, row.refund_of == self.p_purchase)
+            .scalar_subquery()
+        )
+
+    def all(self) -> dict[str, sa.Executable]:
+        found: dict[str, sa.Executable] = {
+            "start_purchase": self.start_purchase(),
+            "attach_session": self.attach_session(),
+            "complete_by_id": self.complete(
+                self.by_id,
+                sa.func.coalesce(self.row.stripe_session_id, self.p_session).is_not_distinct_from(
+                    sa.func.coalesce(self.p_session, self.row.stripe_session_id)
+                ),
+                self.session_is_free,
+            ),
+            "complete_by_session": self.complete(self.by_session),
+            "fail_by_id": self.fail(self.by_id),
+            "fail_by_session": self.fail(self.by_session),
+            "consume": self.consume(),
+            "refund": self.refund(),
+            "balance": sa.select(self.users.c.credit_balance).where(self.users.c.key == self.p_user),
+            "balance_at": self.balance_at(),
+            "history": self.history(),
+            "facts": self.facts(),
+        }
+        if self.workshops is not None:
+            found |= {
+                "consume_for_workshop": self.consume_for_workshop(self.workshops),
+                "access": self.access(self.workshops),
+            }
+        return found
+
+    # --- the two halves of every balance change ---
+
+    def insert(self, values: dict[str, Any], *conditions: Condition, of: sa.FromClause) -> sa.CTE:
+        source = sa.select(*(value.label(name) for name, value in values.items())).select_from(of).where(*conditions)
+        return (
+            pg.insert(self.ledger)
+            .from_select(list(values), source, include_defaults=False)
+            .on_conflict_do_nothing()
+            .returning(self.ledger)
+            .cte("written")
+        )
+
+    def settle(self, written: sa.CTE, *more: sa.CTE) -> sa.Select[Any]:
+        """Bring the user's row to what was written, in the same statement."""
+        users = self.users.c
+        moved = (
+            sa.update(self.users)
+            .where(users.key == self.p_user, users.key == written.c.user_id)
+            .values(credit_balance=written.c.balance_after, credit_sequence=written.c.sequence)
+            .cte("moved")
+        )
+        return sa.select(written).add_cte(moved, *more)
+
+    # --- purchases ---
+
+    def start_purchase(self) -> sa.Select[Any]:
+        users = self.users.c
+        return sa.select(
+            self.insert(
+                {
+                    "id": self.p_id,
+                    "user_id": users.key,
+                    "type": PURCHASE,
+                    "status": PENDING,
+                    "amount": self.p_amount,
+                    "description": self.p_description,
+                    "stripe_price_id": self.p_price,
+                    "idempotency_key": self.p_key,
+                },
+                users.key == self.p_user,
+                users.deleted_at.is_(None),
+                of=self.users,
+            )
+        )
+
+    def attach_session(self) -> sa.Executable:
+        row = self.row
+        return (
+            sa.update(self.ledger)
+            .where(
+                row.user_id == self.p_user,
+                self.by_id,
+                row.type == PURCHASE,
+                row.stripe_session_id.is_(None),
+                self.session_is_free,
+            )
+            .values(stripe_session_id=self.p_session)
+            .returning(self.ledger)
+        )
+
+    def complete(self, *found: Condition) -> sa.Select[Any]:
+        # A second step, so that the clock is read after the lock was had, and never inside an UPDATE.
+        stamped = sa.select(self.account, sa.func.clock_timestamp().label("now")).cte("stamped")
+        row = self.row
+        late = sa.case((row.status == FAILED, _text(" (paid after all)")), else_=_text(""))
+        first_of = sa.func.coalesce
+        written = (
+            sa.update(self.ledger)
+            .where(
+                row.user_id == self.p_user,
+                *found,
+                row.type == PURCHASE,
+                row.status != COMPLETED,
+                stamped.c.credit_balance <= HIGHEST - row.amount,
+            )
+            .values(
+                status=COMPLETED,
+                balance_after=stamped.c.credit_balance + row.amount,
+                sequence=stamped.c.credit_sequence + ONE,
+                completed_at=stamped.c.now,
+                description=row.description.concat(late),
+                stripe_session_id=first_of(row.stripe_session_id, self.p_session),
+                stripe_payment_intent_id=first_of(row.stripe_payment_intent_id, self.p_intent),
+                amount_paid=first_of(row.amount_paid, sa.bindparam("p_paid", type_=row.amount_paid.type)),
+                currency=first_of(row.currency, sa.bindparam("p_currency", type_=row.currency.type)),
+            )
+            .returning(self.ledger)
+            .cte("written")
+        )
+        return self.settle(written)
+
+    def fail(self, found: Condition) -> sa.Executable:
+        row = self.row
+        reason = _text(" (failed: ").concat(sa.bindparam("p_reason", type_=sa.Text())).concat(_text(")"))
+        return (
+            sa.update(self.ledger)
+            .where(row.user_id == self.p_user, found, row.type == PURCHASE, row.status == PENDING)
+            .values(status=FAILED, description=row.description.concat(reason))
+            .returning(self.ledger)
+        )
+
+    # --- spending and giving back ---
+
+    def spend(self, description: Any, workshop: dict[str, Any], of: sa.FromClause) -> sa.CTE:
+        account = self.living.c
+        return self.insert(
+            {
+                "id": self.p_id,
+                "user_id": account.key,
+                "type": CONSUMPTION,
+                "status": COMPLETED,
+                "amount": -self.p_amount,
+                "balance_after": account.credit_balance - self.p_amount,
+                "sequence": account.credit_sequence + ONE,
+                "description": sa.func.coalesce(self.p_description, description),
+                **workshop,
+                "idempotency_key": self.p_key,
+                "completed_at": sa.func.clock_timestamp(),
+            },
+            account.credit_balance >= self.p_amount,
+            of=of,
+        )
+
+    def consume(self) -> sa.Select[Any]:
+        return self.settle(self.spend(_text("Credit consumed"), {}, self.living))
+
+    def consume_for_workshop(self, workshops: sa.Table) -> sa.Select[Any]:
+        names = workshops.c
+        name = sa.cast(names.key, sa.Text)
+        claim = (
+            sa.select(
+                names.key.label("key"),
+                (sa.func.coalesce(names.title, name) if "title" in names else name).label("name"),
+            )
+            .select_from(workshops.join(self.living, names.owner == self.living.c.key))
+            .where(
+                names.key == self.p_workshop,
+                names.owner == self.p_user,
+                names.deleted_at.is_(None),
+                names.credit_consumed_at.is_(None),
+            )
+            .with_for_update(of=workshops)
+            .cte("claim")
+        )
+        written = self.spend(
+            _text("Credit consumed for Workshop: ").concat(claim.c.name),
+            {"workshop_id": claim.c.key},
+            self.living.join(claim, sa.true()),
+        )
+        marked = (
+            sa.update(workshops)
+            .where(names.key == self.p_workshop, names.owner == self.p_user, names.key == written.c.workshop_id)
+            .values(credit_consumed_at=written.c.completed_at)
+            .cte("marked")
+        )
+        return self.settle(written, marked)
+
+    def refund(self) -> sa.Select[Any]:
+        row, users, account = self.row, self.users.c, self.account
+        # The user's number once more, as of the statement's start: see the module ledger on why.
+        seen = sa.select(users.credit_sequence.label("sequence")).where(users.key == self.p_user).cte("seen")
+        bought = (
+            sa.select(row.id, row.amount, row.description)
+            .where(row.user_id == self.p_user, self.by_id, row.type == PURCHASE, row.status == COMPLETED)
+            .cte("bought")
+        )
+        back = sa.select(self.refunded.label("credits")).cte("back")
+        left = bought.c.amount - back.c.credits
+        taken = sa.func.coalesce(self.p_amount, left, type_=sa.Integer())
+        written = self.insert(
+            {
+                "id": self.p_id,
+                "user_id": account.c.key,
+                "type": REFUND,
+                "status": COMPLETED,
+                "amount": -taken,
+                "balance_after": account.c.credit_balance - taken,
+                "sequence": account.c.credit_sequence + ONE,
+                "description": sa.func.coalesce(self.p_description, _text("Refunded: ").concat(bought.c.description)),
+                "refund_of": bought.c.id,
+                "idempotency_key": self.p_key,
+                "completed_at": sa.func.clock_timestamp(),
+            },
+            account.c.credit_sequence == seen.c.sequence,
+            taken.between(ONE, left),
+            account.c.credit_balance >= LOWEST + taken,
+            of=account.join(seen, sa.true()).join(bought, sa.true()).join(back, sa.true()),
+        )
+        return self.settle(written)
+
+    # --- reading ---
+
+    def balance_at(self) -> sa.Select[Any]:
+        row, users = self.row, self.users.c
+        then = (
+            sa.select(row.balance_after)
+            .where(row.user_id == self.p_user, row.completed_at <= sa.bindparam("p_when", type_=row.completed_at.type))
+            .order_by(row.completed_at.desc(), row.sequence.desc())
+            .limit(ONE)
+            .scalar_subquery()
+        )
+        return sa.select(sa.func.coalesce(then, ZERO)).where(users.key == self.p_user)
+
+    def history(self) -> sa.Select[Any]:
+        """Two index scans, each cut off at the page's length, so that a page costs the same anywhere."""
+        row = self.row
+        p_limit = sa.bindparam("p_limit", type_=sa.Integer())
+        waiting = (
+            sa.select(self.ledger)
+            .where(
+                row.user_id == self.p_user,
+                row.sequence.is_(None),
+                row.id < sa.bindparam("p_before_id", type_=sa.Uuid()),
+                sa.or_(sa.bindparam("p_failed", type_=sa.Boolean()), row.status != FAILED),
+            )
+            .order_by(row.id.desc())
+            .limit(p_limit)
+        )
+        completed = (
+            sa.select(self.ledger)
+            .where(row.user_id == self.p_user, row.sequence < sa.bindparam("p_before_sequence", type_=sa.Integer()))
+            .order_by(row.sequence.desc())
+            .limit(p_limit)
+        )
+        page = sa.union_all(waiting.subquery().select(), completed.subquery().select()).subquery("page")
+        return sa.select(page).order_by(page.c.sequence.desc().nulls_first(), page.c.id.desc()).limit(p_limit)
+
+    def access(self, workshops: sa.Table) -> sa.Select[Any]:
+        names = workshops.c
+        paywalled_since = (
+            sa.select(sa.func.min(migration_log.c.applied_at))
+            .where(migration_log.c.revision == _text("0001"))
+            .scalar_subquery()
+        )
+        return sa.select(
+            names.created_at if "created_at" in names else NULL,
+            names.credit_consumed_at,
+            names.deleted_at,
+            paywalled_since,
+        ).where(names.key == self.p_workshop)
+
+    def facts(self) -> sa.Select[Any]:
+        """All that can speak against any of the writes, in one row; what a call is not about is asked with NULL."""
+        users, ledger, workshops = self.users, self.ledger, self.workshops
+        prior, purchase, last, holder = (ledger.alias(name) for name in ("prior", "purchase", "last", "holder"))
+        of_session = sa.select(holder.c.id).where(holder.c.stripe_session_id == self.p_session).scalar_subquery()
+        unlocked = (
+            sa.select(ledger)
+            .where(
+                ledger.c.user_id == self.p_user,
+                ledger.c.workshop_id == self.p_workshop,
+                ledger.c.type == CONSUMPTION,
+            )
+            .order_by(ledger.c.sequence.desc())
+            .limit(ONE)
+            .subquery("unlocked")
+        )
+        source: sa.FromClause = (
+            sa.select(ONE.label("row"))
+            .subquery("one")
+            .outerjoin(users, users.c.key == self.p_user)
+            .outerjoin(prior, sa.and_(prior.c.user_id == self.p_user, prior.c.idempotency_key == self.p_key))
+            .outerjoin(
+                purchase,
+                sa.and_(
+                    purchase.c.user_id == self.p_user,
+                    purchase.c.id == sa.func.coalesce(self.p_purchase, of_session),
+                ),
+            )
+            .outerjoin(unlocked, sa.true())
+        )
+        workshop: tuple[Any, ...] = (NULL, NULL, NULL, NULL)
+        if workshops is not None:
+            source = source.outerjoin(workshops, workshops.c.key == self.p_workshop)
+            names = workshops.c
+            workshop = (names.key, names.owner, names.deleted_at, names.credit_consumed_at)
+        return sa.select(
+            users.c.key,
+            users.c.credit_balance,
+            users.c.credit_sequence,
+            users.c.deleted_at,
+            sa.select(sa.func.max(last.c.sequence)).where(last.c.user_id == self.p_user).scalar_subquery(),
+            self.refunded,
+            of_session,
+            *workshop,
+            *prior.c,
+            *purchase.c,
+            *unlocked.c,
+        ).select_from(source)
