@@ -14,10 +14,14 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
+from tallystick import Config, migrate
 from tallystick.devdb import Server, find_binaries
+from worlds import SHAPES, World
 
 EMBEDDED = "18"
 FAST = {  # durability is not what these tests are about; the fault suite runs servers of its own
@@ -81,3 +85,45 @@ def fresh_database(server: Server) -> Iterator[Callable[..., str]]:
     yield make
     for name in made:
         server.drop_database(name)
+
+
+@pytest.fixture(scope="session")
+def _templates(server: Server) -> Callable[[str], str]:
+    """The name of a migrated, empty host app of a shape; migrated once, copied for each test."""
+    made: dict[str, str] = {}
+
+    def template(shape: str) -> str:
+        if shape not in made:
+            name = f"template_{shape}"
+            url = server.create_database(name)
+            host = SHAPES[shape].host
+            engine = sa.create_engine(url, poolclass=sa.NullPool)
+            with engine.begin() as conn:
+                conn.exec_driver_sql(SHAPES[shape].ddl)
+            migrate.apply(url, Config(database_url=url, host=host))
+            made[shape] = name
+        return made[shape]
+
+    return template
+
+
+@pytest.fixture
+def make_world(fresh_database: Callable[..., str], _templates: Callable[[str], str]) -> Callable[..., World]:
+    """``make_world(shape="uuid", **settings) -> World``: a migrated host app of its own."""
+
+    def make(shape: str = "uuid", **settings: Any) -> World:
+        return World(fresh_database(_templates(shape)), SHAPES[shape].host, **settings)
+
+    return make
+
+
+@pytest.fixture
+def world(make_world: Callable[..., World]) -> World:
+    """The first user's host app: uuid keys, ``users`` and ``workshops``."""
+    return make_world()
+
+
+@pytest.fixture(params=SHAPES)
+def any_world(request: pytest.FixtureRequest, make_world: Callable[..., World]) -> World:
+    """Each shape of host app in turn."""
+    return make_world(request.param)

@@ -248,10 +248,7 @@ class Server:
     @cached_property
     def bin(self) -> Path:
         """The folder of the binaries in use: ``psql``, ``pg_dump``, ``pgbench`` and all others."""
-        if self._bin_dir is None:
-            found = find_binaries()
-        else:
-            found = _checked_binaries(self._bin_dir.absolute(), "bin_dir")
+        found = find_binaries() if self._bin_dir is None else _checked_binaries(self._bin_dir.absolute(), "bin_dir")
         closed = self._account and _closed_to(self._account, found / "postgres")
         if not (self._account and closed):
             return found

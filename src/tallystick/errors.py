@@ -33,6 +33,7 @@
         ├── PurchaseNotPending       the state machine has no such step
         ├── PurchaseNotCompleted     only what was paid for can be refunded
         ├── SessionConflict          a Stripe session and a purchase that are not each other's
+        ├── StripeCustomerConflict   a Stripe customer and a user that are not each other's
         ├── InsufficientCredits
         ├── RefundExceedsPurchase
         ├── BalanceOutOfRange        a balance is a 32-bit integer
@@ -264,6 +265,13 @@ class SessionConflict(LedgerError):
 
     purchase: UUID
     stripe_session_id: str
+
+
+class StripeCustomerConflict(LedgerError):
+    """The user has another Stripe customer, or the customer is another user's."""
+
+    user: Key
+    stripe_customer_id: str
 
 
 class InsufficientCredits(LedgerError):

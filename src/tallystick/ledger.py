@@ -138,7 +138,7 @@ class Ledger:
         conn: DbConnection,
         user: Key,
         *,
-        credits: int,  # noqa: A002 - the ledger's word
+        credits: int,
         description: str,
         key: str | None = None,
         stripe_price_id: str | None = None,
@@ -172,7 +172,7 @@ class Ledger:
         self,
         conn: DbConnection,
         user: Key,
-        id: UUID,  # noqa: A002 - the column's name
+        id: UUID,
         *,
         stripe_session_id: str,
     ) -> CreditTransaction:
@@ -201,7 +201,7 @@ class Ledger:
         conn: DbConnection,
         user: Key,
         *,
-        id: UUID | None = None,  # noqa: A002 - the column's name
+        id: UUID | None = None,
         stripe_session_id: str | None = None,
         amount_paid: int | None = None,
         currency: str | None = None,
@@ -263,7 +263,7 @@ class Ledger:
         conn: DbConnection,
         user: Key,
         *,
-        id: UUID | None = None,  # noqa: A002 - the column's name
+        id: UUID | None = None,
         stripe_session_id: str | None = None,
         reason: str,
     ) -> CreditTransaction:
@@ -333,9 +333,11 @@ class Ledger:
 
         def explain(facts: _Facts) -> CreditTransaction | None:
             if facts.prior:
-                # a workshop deleted by the host since then left its row without it
-                known = workshop if facts.workshop_found else facts.prior.workshop_id
-                return _replay(facts.prior, key, type=CONSUMPTION, amount=-amount, workshop_id=known)
+                # when the host deletes a workshop its row stays, without it
+                gone = facts.workshop_found is None and facts.prior.workshop_id is None
+                return _replay(
+                    facts.prior, key, type=CONSUMPTION, amount=-amount, workshop_id=None if gone else workshop
+                )
             balance = facts.require_user()
             if workshop is not None and (unlocked := facts.require_workshop(workshop)):
                 return replace(unlocked, replayed=True)
@@ -357,7 +359,7 @@ class Ledger:
         user: Key,
         purchase: UUID,
         *,
-        credits: int | None = None,  # noqa: A002 - the ledger's word
+        credits: int | None = None,
         key: str,
         description: str | None = None,
     ) -> CreditTransaction:
@@ -693,7 +695,7 @@ def _position(before: object) -> tuple[UUID, int]:
     )
 
 
-def _count(credits: int) -> str:  # noqa: A002 - the ledger's word
+def _count(credits: int) -> str:
     return f"{credits} credit" if credits in (1, -1) else f"{credits} credits"
 
 
