@@ -1,0 +1,114 @@
+"""Who holds the host's tables: asked before the lock is tried, so that live traffic never queues behind a wait."""
+
+from __future__ import annotations
+
+import datetime as dt
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import sqlalchemy as sa
+
+OLD_MS = 250
+"""A transaction younger than this is ordinary traffic and will be gone in a moment."""
+
+_HOLDERS = sa.text("""
+    SELECT coalesce(l.pid, 0) AS pid, l.virtualtransaction AS transaction,
+           array_agg(DISTINCT l.relation::regclass::text ORDER BY l.relation::regclass::text) AS tables,
+           a.application_name AS application, a.usename AS role, a.state, a.backend_type, a.query_start,
+           extract(epoch FROM clock_timestamp() - a.xact_start) * 1000 AS age_ms,
+           a.backend_type = 'autovacuum worker' AND a.query LIKE '%(to prevent wraparound)%' AS wraparound,
+           (SELECT gid FROM pg_prepared_xacts p
+            WHERE p.transaction::text = split_part(l.virtualtransaction, '/', 2) AND l.pid IS NULL LIMIT 1) AS gid
+    FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+    WHERE l.locktype = 'relation' AND l.granted AND l.relation = ANY (CAST(:tables AS oid[]))
+      AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+      AND l.pid IS DISTINCT FROM pg_backend_pid()
+    GROUP BY l.pid, l.virtualtransaction, a.application_name, a.usename, a.state, a.backend_type, a.query_start,
+             a.xact_start, a.query
+    ORDER BY age_ms DESC NULLS LAST
+""")
+
+
+@dataclass(frozen=True)
+class Blocker:
+    """A transaction that holds a table of the host.
+
+    ``pid`` is 0 and ``gid`` set for a prepared transaction. ``age_ms`` is how long the transaction has been open,
+    or how long we have watched it where the role may not see more (GRANT pg_read_all_stats).
+    """
+
+    kind: Literal["client", "autovacuum", "wraparound vacuum", "prepared transaction"]
+    pid: int
+    application: str
+    role: str | None
+    state: str | None
+    tables: tuple[str, ...]
+    age_ms: float
+    query_start: dt.datetime | None
+    gid: str | None = None
+
+    def __str__(self) -> str:
+        if self.kind == "prepared transaction":
+            return (
+                f"prepared transaction {self.gid!r} on {', '.join(self.tables)} (ROLLBACK PREPARED or COMMIT it)"
+            )
+        who = f"pid {self.pid}"
+        if self.application:
+            who += f" ({self.application})"
+        what = f", {self.state}" if self.state and self.kind == "client" else f", {self.kind}"
+        return f"{who}{what}, holds {', '.join(self.tables)} for {self.age_ms / 1000:.1f} s"
+
+
+class Watch:
+    """Looks repeatedly at who holds some tables, and remembers since when it has seen each."""
+
+    def __init__(self, conn: sa.Connection, oids: Sequence[int]) -> None:
+        self._conn = conn
+        self._oids = list(oids)
+        self._first_seen: dict[tuple[int, str], float] = {}
+
+    def holders(self) -> list[Blocker]:
+        """Everyone who holds a table now, oldest first."""
+        now = time.monotonic()
+        seen: dict[tuple[int, str], float] = {}
+        found = []
+        for row in self._conn.execute(_HOLDERS, {"tables": self._oids}):
+            identity = (row.pid, row.transaction)
+            seen[identity] = self._first_seen.get(identity, now)
+            watched_ms = (now - seen[identity]) * 1000
+            if row.pid == 0:
+                kind: Literal["client", "autovacuum", "wraparound vacuum", "prepared transaction"] = (
+                    "prepared transaction"
+                )
+            elif row.wraparound:
+                kind = "wraparound vacuum"
+            elif row.backend_type == "autovacuum worker":
+                kind = "autovacuum"
+            else:
+                kind = "client"
+            found.append(
+                Blocker(
+                    kind=kind,
+                    pid=row.pid,
+                    application=row.application or "",
+                    role=row.role,
+                    state=row.state,
+                    tables=tuple(row.tables),
+                    age_ms=max(float(row.age_ms or 0), watched_ms),
+                    query_start=row.query_start,
+                    gid=row.gid,
+                )
+            )
+        self._first_seen = seen
+        return found
+
+    def in_the_way(self) -> list[Blocker]:
+        """Those worth waiting for: an ordinary autovacuum yields to the fence, a young transaction ends by itself."""
+        return [
+            holder
+            for holder in self.holders()
+            if holder.kind in ("prepared transaction", "wraparound vacuum")
+            or (holder.kind == "client" and holder.age_ms >= OLD_MS)
+        ]

@@ -1,0 +1,670 @@
+"""The host's live tables: what ``tallystick init`` proposes, and the preflight before a migration. Only reads."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import sqlalchemy as sa
+
+from tallystick.config import Config, HostMapping, KeyType, UsersTable, WorkshopsTable
+from tallystick.errors import HostMismatch, IncompatibleColumn, PermissionDenied, SchemaError, SchemaTooNew
+from tallystick.migrate.revisions import Adopted, HostNames, Word, revisions
+from tallystick.schema import LEDGER, alembic_version, migration_log
+
+OLDEST_SERVER = 140000
+_MAX_COLUMNS = 1600
+
+_KEY_FAMILIES: Mapping[str, KeyType] = {
+    "uuid": "uuid",
+    "text": "text",
+    "varchar": "text",
+    "int4": "integer",
+    "int8": "bigint",
+}
+_MOMENTS = ("timestamp", "timestamptz")
+
+_RELATIONS = sa.text("""
+    SELECT c.oid::bigint AS oid, n.nspname AS schema, c.relname AS table, c.relkind::text AS kind,
+           c.relpersistence::text AS persistence, r.rolname AS owner,
+           pg_has_role(current_user, c.relowner, 'USAGE') AS owned,
+           greatest(c.reltuples, 0)::bigint AS rows, pg_table_size(c.oid) AS bytes,
+           EXISTS (SELECT FROM pg_inherits i WHERE c.oid IN (i.inhparent, i.inhrelid)) AS inherits,
+           (SELECT max(attnum) FROM pg_attribute a WHERE a.attrelid = c.oid) AS columns_ever
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_roles r ON r.oid = c.relowner
+    WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f')
+      AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'pg_toast', 'tallystick')
+      AND n.nspname NOT LIKE 'pg\\_temp\\_%'
+    ORDER BY n.nspname, c.relname
+""")
+
+_COLUMNS = sa.text("""
+    SELECT a.attname AS name, t.typname AS type, format_type(a.atttypid, a.atttypmod) AS shown,
+           a.atttypmod AS modifier, a.attnotnull AS not_null, a.attgenerated <> '' AS generated,
+           pg_get_expr(d.adbin, d.adrelid) AS default,
+           EXISTS (
+             SELECT FROM pg_index i
+             WHERE i.indrelid = a.attrelid AND i.indisunique AND i.indisvalid AND i.indimmediate
+               AND i.indnkeyatts = 1 AND i.indkey[0] = a.attnum AND i.indpred IS NULL
+           ) AS is_unique,
+           EXISTS (
+             SELECT FROM pg_index i WHERE i.indrelid = a.attrelid AND i.indisprimary AND a.attnum = ANY (i.indkey)
+           ) AS is_primary
+    FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+    LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+    WHERE a.attrelid = :oid AND a.attnum > 0 AND NOT a.attisdropped
+    ORDER BY a.attnum
+""")
+
+_REFERENCES = sa.text("""
+    SELECT f.attname AS column, t.attname AS key
+    FROM pg_constraint c
+    JOIN pg_attribute f ON f.attrelid = c.conrelid AND f.attnum = c.conkey[1]
+    JOIN pg_attribute t ON t.attrelid = c.confrelid AND t.attnum = c.confkey[1]
+    WHERE c.contype = 'f' AND c.conrelid = :from AND c.confrelid = :to AND array_length(c.conkey, 1) = 1
+    ORDER BY f.attnum
+""")
+
+_TAKEN = sa.text("""
+    SELECT relname FROM pg_class WHERE relnamespace = to_regnamespace(quote_ident(:schema)) AND relname = ANY (:names)
+    UNION
+    SELECT typname FROM pg_type WHERE typnamespace = to_regnamespace(quote_ident(:schema)) AND typname = ANY (:names)
+    ORDER BY 1
+""")
+
+_ROLE = sa.text("""
+    SELECT current_user AS role, current_database() AS database,
+           has_database_privilege(current_database(), 'CREATE') AS database_create,
+           coalesce(has_schema_privilege(to_regnamespace(quote_ident(:schema))::oid, 'CREATE'), false) AS schema_create,
+           current_setting('server_version_num')::int AS version,
+           current_setting('server_version') AS version_text,
+           pg_is_in_recovery() AS standby,
+           to_regnamespace('tallystick') IS NOT NULL AS has_schema,
+           to_regclass('tallystick.alembic_version') IS NOT NULL AS has_version
+""")
+
+
+@dataclass(frozen=True)
+class HostColumn:
+    """A live column: ``type`` as in pg_type, ``shown`` as a person writes it."""
+
+    name: str
+    type: str
+    shown: str
+    modifier: int
+    not_null: bool
+    generated: bool
+    default: str | None
+    is_unique: bool
+    is_primary: bool
+
+    @property
+    def key_type(self) -> KeyType | None:
+        """The mapping's word for the type, or None where it cannot be a key."""
+        return _KEY_FAMILIES.get(self.type)
+
+    @property
+    def identifies(self) -> bool:
+        """Whether it can be a key of the mapping."""
+        return self.not_null and self.is_unique and not self.generated and self.key_type is not None
+
+
+@dataclass(frozen=True)
+class HostTable:
+    """A live table: rows as last estimated by the server, bytes without indexes."""
+
+    oid: int
+    schema: str
+    table: str
+    kind: str
+    persistence: str
+    owner: str
+    owned: bool
+    rows: int
+    bytes: int
+    inherits: bool
+    columns_ever: int
+
+    @property
+    def shown(self) -> str:
+        """As a person types it."""
+        return f"{self.schema}.{self.table}"
+
+
+@dataclass(frozen=True)
+class Host:
+    """What the preflight found. ``adopted`` are columns of ours that the host had before revision 0001."""
+
+    server_version: int
+    server: str
+    revision: str | None
+    users: HostTable
+    workshops: HostTable | None
+    adopted: Adopted
+
+    @property
+    def tables(self) -> tuple[HostTable, ...]:
+        """The mapped tables."""
+        return (self.users, self.workshops) if self.workshops else (self.users,)
+
+    @property
+    def adopted_names(self) -> tuple[str, ...]:
+        """As in ``migration_log``: ``users.updated_at``, by our words for the tables."""
+        return tuple(sorted(f"{word}.{column}" for word, column in self.adopted))
+
+
+# --- the preflight
+
+
+def examine(conn: sa.Connection, config: Config) -> Host:
+    """Check that this database can be migrated (or is already), before anything is changed.
+
+    Raises:
+        SchemaError: the server is too old, or is a standby.
+        HostMismatch: the mapping names what is not there or cannot serve, or a name of ours is taken.
+        IncompatibleColumn: the host has a column of ours that cannot be adopted.
+        PermissionDenied: names what to GRANT.
+        SchemaTooNew: a later version of Tallystick was here.
+    """
+    mapping = config.host
+    role = conn.execute(_ROLE, {"schema": mapping.users.schema}).one()
+    if role.version < OLDEST_SERVER:
+        raise SchemaError(f"PostgreSQL {role.version_text} is too old. Tallystick needs 14 or later")
+    if role.standby:
+        raise SchemaError("this server is a standby and cannot be written to. Use the primary's address")
+
+    users = _mapped(conn, "users", mapping.users.schema, mapping.users.table)
+    users_columns = _columns(conn, users)
+    _check_key("users", users, users_columns, mapping.users.key, mapping.users.key_type)
+    if mapping.users.email:
+        _column("users", "email", users, users_columns, mapping.users.email)
+    workshops = None
+    workshops_columns: Mapping[str, HostColumn] = {}
+    if mapping.workshops is not None:
+        workshops = _mapped(conn, "workshops", mapping.workshops.schema, mapping.workshops.table)
+        workshops_columns = _columns(conn, workshops)
+        _check_workshops(mapping, workshops, workshops_columns)
+
+    revision = current_revision(conn)
+    if revision is None:
+        if role.has_schema:
+            raise HostMismatch(
+                'this database has a schema "tallystick" that is not ours. Rename it: '
+                "ALTER SCHEMA tallystick RENAME TO tallystick_before",
+                table="tallystick",
+                column=None,
+            )
+        taken = _adoptable(conn, "users", users, users_columns)
+        adopted = (
+            taken if workshops is None else taken | _adoptable(conn, "workshops", workshops, workshops_columns)
+        )
+        _check_free(conn, mapping)
+    else:
+        adopted = adopted_columns(conn)
+        _check_same_host(conn, users, workshops)
+
+    for table in (users, workshops):
+        if table is not None and not table.owned:
+            raise PermissionDenied(
+                f"{role.role} does not own {table.shown}. Connect as {table.owner}, "
+                f'or let an administrator run: GRANT "{table.owner}" TO "{role.role}"',
+                sqlstate="42501",
+            )
+    if revision is None and not role.database_create:
+        raise PermissionDenied(
+            f"{role.role} may not create the schema tallystick. Let an administrator run: "
+            f'GRANT CREATE ON DATABASE "{role.database}" TO "{role.role}"',
+            sqlstate="42501",
+        )
+    if not role.schema_create:
+        raise PermissionDenied(
+            f"{role.role} may not create tables in schema {users.schema}. Let an administrator run: "
+            f'GRANT CREATE ON SCHEMA "{users.schema}" TO "{role.role}"',
+            sqlstate="42501",
+        )
+    return Host(
+        server_version=role.version,
+        server=role.version_text,
+        revision=revision,
+        users=users,
+        workshops=workshops,
+        adopted=adopted,
+    )
+
+
+def current_revision(conn: sa.Connection) -> str | None:
+    """Where the database stands, None before revision 0001. Raises SchemaTooNew."""
+    if conn.scalar(sa.text("SELECT to_regclass('tallystick.alembic_version')")) is None:
+        return None
+    found = conn.scalar(sa.select(alembic_version.c.version_num))
+    known = [revision.revision for revision in revisions()]
+    if found is not None and found not in known:
+        raise SchemaTooNew(
+            f"this database is at revision {found}, this package knows {known[-1]}. "
+            "Run: pip install -U tallystick",
+            revision=found,
+        )
+    return found
+
+
+def adopted_columns(conn: sa.Connection) -> Adopted:
+    """The columns that revision 0001 found and left as they were."""
+    rows = conn.scalars(
+        sa.select(migration_log.c.adopted).where(
+            migration_log.c.revision == revisions()[0].revision, migration_log.c.direction == "apply"
+        )
+    )
+    pairs = (name.split(".", 1) for row in rows for name in row)
+    return frozenset((cast("Word", word), column) for word, column in pairs)
+
+
+def _mapped(conn: sa.Connection, word: Word, schema: str, name: str) -> HostTable:
+    everything = _tables(conn)
+    table = next((t for t in everything if (t.schema, t.table) == (schema, name)), None)
+    where = f"host.{word}"
+    if table is None:
+        near = difflib.get_close_matches(f"{schema}.{name}", [t.shown for t in everything], n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? Set it under [{where}]" if near else "name it"
+        raise HostMismatch(
+            f"there is no table {schema}.{name}; {hint} in tallystick.toml, or run: tallystick init",
+            table=f"{schema}.{name}",
+            column=None,
+        )
+    fault = _unsuitable(table)
+    if fault:
+        raise HostMismatch(
+            f"{table.shown} {fault}. Name another table under [{where}]", table=table.shown, column=None
+        )
+    if table.columns_ever + 10 > _MAX_COLUMNS:
+        raise HostMismatch(
+            f"{table.shown} has had {table.columns_ever} columns, dropped ones included; "
+            f"PostgreSQL allows {_MAX_COLUMNS} in a table's life. Copy it into a new table first",
+            table=table.shown,
+            column=None,
+        )
+    return table
+
+
+def _unsuitable(table: HostTable) -> str | None:
+    if table.kind in "vm":
+        return "is a view; credits need the table behind it"
+    if table.kind == "f":
+        return "is a foreign table; nothing can reference it"
+    if table.kind == "p" or table.inherits:
+        return "is partitioned (or inherits); no index can be built on it concurrently"
+    if table.persistence != "p":
+        return "is unlogged; a ledger cannot reference it. Run ALTER TABLE … SET LOGGED first"
+    return None
+
+
+def _column(
+    word: Word, setting: str, table: HostTable, columns: Mapping[str, HostColumn], name: str
+) -> HostColumn:
+    if name in columns:
+        return columns[name]
+    near = difflib.get_close_matches(name, columns, n=1, cutoff=0.5)
+    raise HostMismatch(
+        f"{table.shown} has no column {name!r}{f'; did you mean {near[0]!r}?' if near else '.'} "
+        f"Set host.{word}.{setting} in tallystick.toml",
+        table=table.shown,
+        column=name,
+    )
+
+
+def _check_key(
+    word: Word, table: HostTable, columns: Mapping[str, HostColumn], name: str, key_type: KeyType
+) -> None:
+    column = _column(word, "key", table, columns, name)
+    if column.key_type is None or column.generated:
+        raise HostMismatch(
+            f"{table.shown}.{name} is {column.shown}{' (generated)' if column.generated else ''}, which cannot be "
+            f"a key here: uuid, text, varchar, integer and bigint can. {_other_keys(word, columns)}",
+            table=table.shown,
+            column=name,
+        )
+    if not column.identifies:
+        raise HostMismatch(
+            f"{table.shown}.{name} is not both NOT NULL and UNIQUE (a partial, deferrable or invalid unique index "
+            f"does not count), so it cannot tell rows apart. {_other_keys(word, columns)}",
+            table=table.shown,
+            column=name,
+        )
+    if column.key_type != key_type:
+        raise HostMismatch(
+            f"{table.shown}.{name} is {column.shown}, but the configuration says {key_type}. "
+            f'Set host.{word}.key_type = "{column.key_type}"',
+            table=table.shown,
+            column=name,
+        )
+
+
+def _other_keys(word: Word, columns: Mapping[str, HostColumn]) -> str:
+    others = [column.name for column in columns.values() if column.identifies]
+    if others:
+        return f"Set host.{word}.key to one of: {', '.join(others)}"
+    return f"Give the table such a column and name it in host.{word}.key"
+
+
+def _check_workshops(mapping: HostMapping, table: HostTable, columns: Mapping[str, HostColumn]) -> None:
+    names = mapping.workshops
+    if names is None:
+        return
+    _check_key("workshops", table, columns, names.key, names.key_type)
+    owner = _column("workshops", "owner", table, columns, names.owner)
+    if owner.key_type != mapping.users.key_type:
+        raise HostMismatch(
+            f"{table.shown}.{names.owner} is {owner.shown}, but users are keyed by {mapping.users.key} "
+            f"({mapping.users.key_type}). Name the column that holds that key in host.workshops.owner, "
+            "or the users' column that it holds in host.users.key",
+            table=table.shown,
+            column=names.owner,
+        )
+    if names.title:
+        _column("workshops", "title", table, columns, names.title)
+    if names.created_at:
+        created = _column("workshops", "created_at", table, columns, names.created_at)
+        if created.type not in _MOMENTS:
+            raise HostMismatch(
+                f"{table.shown}.{names.created_at} is {created.shown}, not a timestamp. "
+                "Name another column in host.workshops.created_at",
+                table=table.shown,
+                column=names.created_at,
+            )
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """When a column of ours that the host already has can be used as it is."""
+
+    types: tuple[str, ...]
+    expected: str
+    zero: bool = False  # integer NOT NULL DEFAULT 0, all rows 0: every user starts at nothing
+    empty: bool = False  # all rows null: no workshop is unlocked without a ledger row
+    distinct: bool = False  # no value twice: a unique index follows
+    not_null: bool = False
+    length: int = 0
+
+
+_ADOPTABLE: Mapping[Word, Mapping[str, _Rule]] = {
+    "users": {
+        "credit_balance": _Rule(("int4",), "integer NOT NULL DEFAULT 0", zero=True),
+        "credit_sequence": _Rule(("int4",), "integer NOT NULL DEFAULT 0", zero=True),
+        "onboarding_complete": _Rule(("bool",), "boolean NOT NULL", not_null=True),
+        "stripe_customer_id": _Rule(("text", "varchar"), "text or varchar, no value twice", distinct=True),
+        "plan_tier": _Rule(("text", "varchar"), "text or varchar(32)", length=32),
+        "updated_at": _Rule(_MOMENTS, "timestamp or timestamptz"),
+        "deleted_at": _Rule(_MOMENTS, "timestamp or timestamptz"),
+    },
+    "workshops": {
+        "credit_consumed_at": _Rule(("timestamptz",), "timestamptz", empty=True),
+        "deleted_at": _Rule(_MOMENTS, "timestamp or timestamptz"),
+    },
+}
+
+
+def _adoptable(
+    conn: sa.Connection, word: Word, table: HostTable, columns: Mapping[str, HostColumn]
+) -> frozenset[tuple[Word, str]]:
+    adopted = set()
+    for name, rule in _ADOPTABLE[word].items():
+        column = columns.get(name)
+        if column is None:
+            continue
+        found = _fault(conn, table, column, rule)
+        if found is not None:
+            raise IncompatibleColumn(
+                f"{table.shown} already has a column {name}: {found}; Tallystick needs {rule.expected}. "
+                f"If it is yours, rename it (ALTER TABLE … RENAME COLUMN {name} TO {name}_before); if it means the "
+                "same, change it to that type and contents. Nothing was changed",
+                table=table.shown,
+                column=name,
+                found=found,
+                expected=rule.expected,
+            )
+        adopted.add((word, name))
+    return frozenset(adopted)
+
+
+def _fault(conn: sa.Connection, table: HostTable, column: HostColumn, rule: _Rule) -> str | None:
+    if column.type not in rule.types:
+        return column.shown
+    if column.generated:
+        return f"{column.shown} GENERATED"
+    if rule.length and column.modifier != -1 and column.modifier - 4 < rule.length:
+        return column.shown
+    if (rule.not_null or rule.zero) and not column.not_null:
+        return f"{column.shown}, nullable"
+    if rule.zero and column.default != "0":
+        return f"{column.shown} DEFAULT {column.default or 'nothing'}"
+    live = sa.column(column.name)
+    rows = sa.select(sa.literal_column("1")).select_from(sa.table(table.table, live, schema=table.schema))
+    if rule.zero:
+        fault, rows = "with values in it", rows.where(live != sa.literal_column("0"))
+    elif rule.empty:
+        fault, rows = "with values in it", rows.where(live.is_not(None))
+    elif rule.distinct:
+        fault = "with the same value twice"
+        rows = rows.where(live.is_not(None)).group_by(live).having(sa.func.count() > sa.literal_column("1"))
+    else:
+        return None
+    return f"{column.shown} {fault}" if conn.scalar(sa.select(sa.exists(rows))) else None
+
+
+def _check_free(conn: sa.Connection, mapping: HostMapping) -> None:
+    schema = mapping.users.schema
+    names = [name for revision in revisions() for name in revision.creates(HostNames.of(mapping))]
+    taken = conn.scalars(_TAKEN, {"schema": schema, "names": names}).all()
+    if taken:
+        name = LEDGER if LEDGER in taken else taken[0]
+        raise HostMismatch(
+            f'the database already has "{schema}"."{name}", a name that Tallystick needs. If it is yours, rename it '
+            f'(ALTER {"TABLE" if name == LEDGER else "…"} "{schema}"."{name}" RENAME TO "{name}_before"). '
+            "Nothing was changed",
+            table=f"{schema}.{name}",
+            column=None,
+        )
+
+
+def _check_same_host(conn: sa.Connection, users: HostTable, workshops: HostTable | None) -> None:
+    """The ledger's foreign keys say which tables were migrated; a mapping that says otherwise is a mistake."""
+    migrated = conn.execute(
+        sa.text("""
+            SELECT c.confrelid::bigint AS oid, c.confrelid::regclass::text AS table
+            FROM pg_constraint c
+            WHERE c.conrelid = to_regclass(quote_ident(:schema) || '.credit_transactions')
+              AND c.conname IN ('credit_transactions_user_fk', 'credit_transactions_workshop_fk')
+        """),
+        {"schema": users.schema},
+    ).all()
+    mapped = {table.oid: table.shown for table in (users, workshops) if table}
+    if not migrated:
+        raise HostMismatch(
+            f"this database is migrated, but not for {users.shown}: there is no {LEDGER} beside it. "
+            "Correct [host.users] in tallystick.toml",
+            table=users.shown,
+            column=None,
+        )
+    for row in migrated:
+        if row.oid not in mapped:
+            raise HostMismatch(
+                f"this database was migrated for {row.table}, but the mapping says "
+                f"{' and '.join(mapped.values())}. Correct [host] in tallystick.toml",
+                table=row.table,
+                column=None,
+            )
+    if workshops is not None and len(migrated) < len(mapped):
+        raise HostMismatch(
+            f"this database was migrated without a workshops table, but the mapping names {workshops.shown}. "
+            "Set workshops = false under [host], or undo and apply again",
+            table=workshops.shown,
+            column=None,
+        )
+
+
+# --- the proposal
+
+_USERS = ("users", "user", "app_users", "app_user", "accounts", "account", "members", "customers", "profiles")
+_WORKSHOPS = ("workshops", "workshop")
+_OWNERS = ("user_id", "owner_id", "userid", "ownerid", "owner", "user", "created_by", "author_id", "clerk_user_id")
+_TITLES = ("title", "name", "subject", "heading", "topic")
+_CREATED = ("created_at", "createdat", "created", "created_on", "inserted_at", "date_created")
+_EMAILS = ("email", "email_address", "emailaddress", "mail")
+
+
+def propose(conn: sa.Connection, users: str | None = None, workshops: str | None = None) -> HostMapping:
+    """A mapping for this database, from what its tables are called and how they refer to each other.
+
+    Args:
+        conn: only read from.
+        users: which table, as ``table`` or ``schema.table``, where the guess would be wrong.
+        workshops: likewise; the default is a table named workshop(s), or none.
+
+    Raises:
+        HostMismatch: no table, or more than one, could be meant; the message says what to type.
+    """
+    everything = _tables(conn)
+    users_table = _find("users", everything, users, _USERS)
+    if users_table is None:
+        tables = ", ".join(t.shown for t in everything if not _unsuitable(t)) or "none at all"
+        raise HostMismatch(
+            f"no table looks like users (there are: {tables}). Say which: --users schema.table",
+            table="users",
+            column=None,
+        )
+    columns = _columns(conn, users_table)
+    keys = [column for column in columns.values() if column.identifies]
+    if not keys:
+        raise HostMismatch(
+            f"{users_table.shown} has no column that is NOT NULL, UNIQUE and of type uuid, text, varchar, integer "
+            "or bigint. Give it one, or say another table: --users schema.table",
+            table=users_table.shown,
+            column=None,
+        )
+    key = next((column for column in keys if column.is_primary), keys[0])
+    workshops_table = _find("workshops", everything, workshops, _WORKSHOPS)
+    found = None
+    if workshops_table is not None:
+        key, found = _propose_workshops(conn, users_table, keys, key, workshops_table)
+    return HostMapping(
+        users=UsersTable(
+            schema=users_table.schema,
+            table=users_table.table,
+            key=key.name,
+            key_type=_key_type(key),
+            email=_pick(columns.values(), _EMAILS, ("text", "varchar", "citext")),
+        ),
+        workshops=found,
+    )
+
+
+def _propose_workshops(
+    conn: sa.Connection, users: HostTable, keys: Sequence[HostColumn], primary: HostColumn, table: HostTable
+) -> tuple[HostColumn, WorkshopsTable]:
+    """The workshops, and the users' key that they name their owner by."""
+    columns = _columns(conn, table)
+    key = next(
+        (c for c in sorted(columns.values(), key=lambda c: not c.is_primary) if c.identifies),
+        None,
+    )
+    if key is None:
+        raise HostMismatch(
+            f"{table.shown} has no column that is NOT NULL, UNIQUE and of type uuid, text, varchar, integer or "
+            "bigint. Give it one, or say another table: --workshops schema.table",
+            table=table.shown,
+            column=None,
+        )
+    by_name = {candidate.name: candidate for candidate in keys}
+    references = {
+        row.column: by_name[row.key]
+        for row in conn.execute(_REFERENCES, {"from": table.oid, "to": users.oid})
+        if row.key in by_name
+    }
+    owner = next((name for name in _ranked(references, _OWNERS)), None)
+    if owner is not None:
+        users_key = references[owner]
+    else:
+        # No foreign key: a column called like a users' key, or by a usual name with a key's type.
+        like_a_key = [name for name in by_name if name in columns and name not in (key.name, primary.name)]
+        usual = [name for name in columns if name.lower() in _OWNERS]
+        matches = [
+            (name, candidate)
+            for name in (*like_a_key, *_ranked(usual, _OWNERS))
+            for candidate in sorted(keys, key=lambda c: (c.name != name, not c.is_primary))
+            if columns[name].key_type == candidate.key_type
+        ]
+        if not matches:
+            raise HostMismatch(
+                f"no column of {table.shown} refers to {users.shown}. Say which table holds what a credit unlocks "
+                "(--workshops schema.table), or write host.workshops.owner into tallystick.toml by hand",
+                table=table.shown,
+                column=None,
+            )
+        owner, users_key = matches[0]
+    return users_key, WorkshopsTable(
+        schema=table.schema,
+        table=table.table,
+        key=key.name,
+        key_type=_key_type(key),
+        owner=owner,
+        title=_pick(columns.values(), _TITLES, ("text", "varchar")),
+        created_at=_pick(columns.values(), _CREATED, _MOMENTS),
+    )
+
+
+def _key_type(column: HostColumn) -> KeyType:
+    return _KEY_FAMILIES[column.type]
+
+
+def _find(
+    word: Word, everything: Sequence[HostTable], asked: str | None, usual: Sequence[str]
+) -> HostTable | None:
+    if asked is not None:
+        found = [t for t in everything if asked in (t.table, t.shown, f'{t.schema}."{t.table}"', f'"{t.table}"')]
+    else:
+        suitable = [t for t in everything if not _unsuitable(t) and t.table.lower() in usual]
+        best = min((usual.index(t.table.lower()) for t in suitable), default=None)
+        found = [t for t in suitable if usual.index(t.table.lower()) == best]
+    if len(found) > 1:
+        # the app's own table beats one of an extension or an auth service
+        found = [t for t in found if t.schema == "public"] or found
+    if len(found) > 1:
+        raise HostMismatch(
+            f"more than one table could be {word}: {', '.join(t.shown for t in found)}. "
+            f"Say which: --{word} {found[0].shown}",
+            table=word,
+            column=None,
+        )
+    if asked is not None and not found:
+        near = difflib.get_close_matches(
+            asked, [name for t in everything for name in (t.table, t.shown)], n=1, cutoff=0.5
+        )
+        raise HostMismatch(
+            f"there is no table {asked}{f'; did you mean --{word} {near[0]}?' if near else f'. Say which: --{word}'}",
+            table=asked,
+            column=None,
+        )
+    if found and (fault := _unsuitable(found[0])):
+        raise HostMismatch(
+            f"{found[0].shown} {fault}. Say another: --{word} schema.table", table=found[0].shown, column=None
+        )
+    return found[0] if found else None
+
+
+def _ranked(names: Iterable[str], usual: Sequence[str]) -> list[str]:
+    return sorted(names, key=lambda n: usual.index(n.lower()) if n.lower() in usual else len(usual))
+
+
+def _pick(columns: Iterable[HostColumn], usual: Sequence[str], types: Sequence[str]) -> str | None:
+    fitting = [c.name for c in columns if c.name.lower() in usual and c.type in types]
+    return _ranked(fitting, usual)[0] if fitting else None
+
+
+def _tables(conn: sa.Connection) -> list[HostTable]:
+    return [HostTable(**cast("Any", row)) for row in conn.execute(_RELATIONS).mappings()]
+
+
+def _columns(conn: sa.Connection, table: HostTable) -> dict[str, HostColumn]:
+    rows = conn.execute(_COLUMNS, {"oid": table.oid}).mappings()
+    return {row["name"]: HostColumn(**cast("Any", row)) for row in rows}

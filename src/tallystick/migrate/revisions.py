@@ -1,0 +1,132 @@
+"""The revisions and what they are handed: names, never today's code.
+
+A revision is a module in ``versions/``, found and ordered by Alembic's ``ScriptDirectory``. It says ``revision``,
+``down_revision`` and ``kind`` (``"expand"``: old code keeps working, or ``"contract"``), and has these functions of
+the :class:`HostNames`, each giving ``psycopg.sql`` statements:
+
+==================  ==================================================================================
+``creates``         names of relations and types that must be free in the users' schema before
+``prepare``         new objects, made before any table of the host is locked
+``locks``           the tables that ``locked`` changes, in locking order
+``locked``          their changes: no scan, no rewrite, at most one ALTER for each table
+``indexes``         name → statement: built concurrently after the commit, on the users' table
+``undo_locks``      the tables that ``undo`` changes, in locking order
+``undo``            the way back, under lock
+==================  ==================================================================================
+
+There is no ``env.py``: it would only wrap the one connection that the runner has anyway, and Alembic's own
+transaction handling is what must not happen here (one transaction for all revisions, a statement at a time).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, cast
+
+from alembic.script import ScriptDirectory
+from psycopg.sql import SQL, Composable, Identifier
+
+from tallystick.config import HostMapping, KeyType
+
+Word = Literal["users", "workshops"]
+"""A host table by our name for it."""
+
+Adopted = frozenset[tuple[Word, str]]
+"""Columns of ours that the host had before: (table, column)."""
+
+_KEY_TYPES: Mapping[KeyType, SQL] = {
+    "uuid": SQL("uuid"),
+    "text": SQL("text"),
+    "integer": SQL("integer"),
+    "bigint": SQL("bigint"),
+}
+
+
+@dataclass(frozen=True)
+class TableNames:
+    """One table of the host, as a revision sees it."""
+
+    word: Word
+    schema: str
+    table: str
+    key: Identifier
+    key_type: SQL
+
+    @property
+    def name(self) -> Identifier:
+        """The qualified, quoted name."""
+        return Identifier(self.schema, self.table)
+
+
+@dataclass(frozen=True)
+class HostNames:
+    """All that a revision is told about a host. Fields are only ever added."""
+
+    users: TableNames
+    workshops: TableNames | None
+    adopted: Adopted = frozenset()
+
+    @classmethod
+    def of(cls, host: HostMapping, adopted: Adopted = frozenset()) -> HostNames:
+        """The names of a mapping."""
+        users, workshops = host.users, host.workshops
+        return cls(
+            users=TableNames(
+                "users", users.schema, users.table, Identifier(users.key), _KEY_TYPES[users.key_type]
+            ),
+            workshops=TableNames(
+                "workshops",
+                workshops.schema,
+                workshops.table,
+                Identifier(workshops.key),
+                _KEY_TYPES[workshops.key_type],
+            )
+            if workshops
+            else None,
+            adopted=adopted,
+        )
+
+
+@dataclass(frozen=True)
+class Revision:
+    """One module of ``versions/``."""
+
+    revision: str
+    down_revision: str | None
+    kind: Literal["expand", "contract"]
+    title: str
+    creates: Callable[[HostNames], tuple[str, ...]]
+    prepare: Callable[[HostNames], Iterable[Composable]]
+    locks: Callable[[HostNames], tuple[Identifier, ...]]
+    locked: Callable[[HostNames], Iterable[Composable]]
+    indexes: Callable[[HostNames], Mapping[str, Composable]]
+    undo_locks: Callable[[HostNames], tuple[Identifier, ...]]
+    undo: Callable[[HostNames], Iterable[Composable]]
+
+
+@lru_cache(maxsize=1)
+def revisions() -> tuple[Revision, ...]:
+    """Every revision, oldest first."""
+    scripts = ScriptDirectory(str(Path(__file__).parent))
+    found = []
+    for script in reversed(list(scripts.walk_revisions())):
+        module = script.module
+        found.append(
+            Revision(
+                revision=script.revision,
+                down_revision=cast("str | None", script.down_revision),
+                kind=module.kind,
+                title=script.doc,
+                creates=module.creates,
+                prepare=module.prepare,
+                locks=module.locks,
+                locked=module.locked,
+                indexes=module.indexes,
+                undo_locks=module.undo_locks,
+                undo=module.undo,
+            )
+        )
+    return tuple(found)

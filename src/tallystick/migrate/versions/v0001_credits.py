@@ -1,0 +1,265 @@
+"""Credits: the ledger, the columns on the host's tables, the bookkeeping. An expansion: old code keeps working.
+
+Frozen in time: literal DDL, nothing imported from today's code. ``host`` is handed in and says what the host's
+tables, columns and key types are called (see ``tallystick.migrate.revisions.HostNames``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from psycopg.sql import SQL, Composable, Identifier
+
+revision = "0001"
+down_revision = None
+kind = "expand"
+
+USERS_COLUMNS = {
+    "credit_balance": "integer NOT NULL DEFAULT 0",
+    "credit_sequence": "integer NOT NULL DEFAULT 0",
+    "onboarding_complete": "boolean NOT NULL DEFAULT false",
+    "stripe_customer_id": "text",
+    "plan_tier": "varchar(32) NOT NULL DEFAULT 'free'",
+    "updated_at": "timestamptz NOT NULL DEFAULT now()",
+    "deleted_at": "timestamptz",
+}
+WORKSHOPS_COLUMNS = {
+    "credit_consumed_at": "timestamptz",
+    "deleted_at": "timestamptz",
+}
+CUSTOMER_INDEX = "tallystick_users_stripe_customer_id"
+
+APPEND_ONLY = """
+CREATE FUNCTION tallystick.append_only() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+  fault text;
+BEGIN
+  IF TG_OP <> 'UPDATE' THEN
+    fault := lower(TG_OP);
+  ELSIF (NEW.id, NEW.user_id, NEW.type, NEW.amount, NEW.refund_of, NEW.idempotency_key, NEW.created_at)
+      IS DISTINCT FROM
+      (OLD.id, OLD.user_id, OLD.type, OLD.amount, OLD.refund_of, OLD.idempotency_key, OLD.created_at) THEN
+    fault := 'a change of what the row is about';
+  ELSIF NEW.workshop_id IS DISTINCT FROM OLD.workshop_id
+      -- the foreign key's ON DELETE SET NULL runs inside a trigger of the workshops table
+      AND (NEW.workshop_id IS NOT NULL OR pg_trigger_depth() < 2) THEN
+    fault := 'a change of workshop_id';
+  ELSIF (OLD.stripe_session_id IS NOT NULL AND NEW.stripe_session_id IS DISTINCT FROM OLD.stripe_session_id)
+      OR (OLD.stripe_payment_intent_id IS NOT NULL AND NEW.stripe_payment_intent_id IS DISTINCT FROM OLD.stripe_payment_intent_id)
+      OR (OLD.stripe_price_id IS NOT NULL AND NEW.stripe_price_id IS DISTINCT FROM OLD.stripe_price_id)
+      OR (OLD.amount_paid IS NOT NULL AND NEW.amount_paid IS DISTINCT FROM OLD.amount_paid)
+      OR (OLD.currency IS NOT NULL AND NEW.currency IS DISTINCT FROM OLD.currency) THEN
+    fault := 'a change of what Stripe said';
+  ELSIF NEW.status = OLD.status THEN
+    IF (NEW.balance_after, NEW.sequence, NEW.completed_at, NEW.description)
+        IS DISTINCT FROM (OLD.balance_after, OLD.sequence, OLD.completed_at, OLD.description) THEN
+      fault := 'a change without a step of its status';
+    END IF;
+  ELSIF (OLD.status::text, NEW.status::text)
+      NOT IN (('pending', 'completed'), ('pending', 'failed'), ('failed', 'completed')) THEN
+    fault := format('the step from %s to %s', OLD.status, NEW.status);
+  END IF;
+  IF fault IS NULL THEN
+    RETURN NEW;
+  END IF;
+  RAISE EXCEPTION 'credit_transactions is append-only: % is refused', fault
+    USING ERRCODE = 'restrict_violation',
+      HINT = 'Correct a mistake with a further row, such as a refund. History is never edited.';
+END $$
+"""
+
+TOUCH_UPDATED_AT = """
+CREATE FUNCTION tallystick.touch_updated_at() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  NEW.updated_at := pg_catalog.now();
+  RETURN NEW;
+END $$
+"""
+
+LEDGER = """
+CREATE TABLE {ledger} (
+  id uuid NOT NULL,
+  user_id {user_key_type} NOT NULL,
+  type {type} NOT NULL,
+  status {status} NOT NULL,
+  amount integer NOT NULL,
+  balance_after integer,
+  sequence integer,
+  description text NOT NULL,
+  workshop_id {workshop_key_type},
+  refund_of uuid,
+  stripe_session_id text,
+  stripe_payment_intent_id text,
+  stripe_price_id text,
+  amount_paid bigint,
+  currency char(3),
+  idempotency_key text,
+  created_at timestamptz NOT NULL DEFAULT now(),
+  completed_at timestamptz,
+  CONSTRAINT credit_transactions_pkey PRIMARY KEY (id),
+  CONSTRAINT credit_transactions_refund_fk FOREIGN KEY (refund_of) REFERENCES {ledger} (id),
+  CONSTRAINT credit_transactions_amount_sign
+    CHECK (amount <> 0 AND (amount < 0) = (type IN ('consumption', 'refund'))),
+  CONSTRAINT credit_transactions_completed
+    CHECK ((status = 'completed') = (balance_after IS NOT NULL)
+      AND (status = 'completed') = (sequence IS NOT NULL)
+      AND (status = 'completed') = (completed_at IS NOT NULL)),
+  CONSTRAINT credit_transactions_only_purchases_wait CHECK (status = 'completed' OR type = 'purchase'),
+  CONSTRAINT credit_transactions_sequence_positive CHECK (sequence > 0),
+  CONSTRAINT credit_transactions_no_overdraft CHECK (type <> 'consumption' OR balance_after >= 0),
+  CONSTRAINT credit_transactions_refund_of CHECK ((type = 'refund') = (refund_of IS NOT NULL)),
+  CONSTRAINT credit_transactions_paid
+    CHECK ((amount_paid IS NULL) = (currency IS NULL) AND amount_paid >= 0 AND currency ~ '^[a-z]{{3}}$')
+)
+"""
+
+LEDGER_INDEXES = (
+    "CREATE UNIQUE INDEX credit_transactions_sequence ON {ledger} (user_id, sequence)",
+    "CREATE UNIQUE INDEX credit_transactions_idempotency_key ON {ledger} (user_id, idempotency_key)"
+    " WHERE idempotency_key IS NOT NULL",
+    "CREATE UNIQUE INDEX credit_transactions_stripe_session ON {ledger} (stripe_session_id)"
+    " WHERE stripe_session_id IS NOT NULL",
+    "CREATE INDEX credit_transactions_completed ON {ledger} (user_id, completed_at)"
+    " WHERE completed_at IS NOT NULL",
+    "CREATE INDEX credit_transactions_refund_of ON {ledger} (refund_of) WHERE refund_of IS NOT NULL",
+    "CREATE INDEX credit_transactions_pending ON {ledger} (created_at) WHERE status = 'pending'",
+    "CREATE INDEX credit_transactions_workshop ON {ledger} (workshop_id) WHERE workshop_id IS NOT NULL",
+    "CREATE INDEX credit_transactions_payment_intent ON {ledger} (stripe_payment_intent_id)"
+    " WHERE stripe_payment_intent_id IS NOT NULL",
+)
+
+
+def creates(host: Any) -> tuple[str, ...]:
+    """Names of relations and types that must be free in the users' schema."""
+    indexes = (statement.split(" ON ")[0].split()[-1] for statement in LEDGER_INDEXES)
+    types = ("credit_transaction_type", "credit_transaction_status")
+    return ("credit_transactions", "credit_transactions_pkey", *indexes, CUSTOMER_INDEX, *types)
+
+
+def prepare(host: Any) -> Iterator[Composable]:
+    """New objects: nothing here touches a table of the host."""
+    yield SQL("CREATE SCHEMA tallystick")
+    yield SQL(
+        "CREATE TABLE tallystick.alembic_version ("
+        "version_num varchar(32) NOT NULL, CONSTRAINT alembic_version_pkc PRIMARY KEY (version_num))"
+    )
+    yield SQL(
+        "CREATE TABLE tallystick.migration_log ("
+        "id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, "
+        "revision text NOT NULL, "
+        "direction text NOT NULL, "
+        "applied_at timestamptz NOT NULL DEFAULT now(), "
+        "adopted jsonb NOT NULL DEFAULT '[]', "
+        "attempts integer NOT NULL DEFAULT 1, "
+        "locked_ms double precision, "
+        "duration_ms double precision, "
+        "waited_for jsonb NOT NULL DEFAULT '[]')"
+    )
+    yield SQL(APPEND_ONLY.strip())
+    yield SQL(TOUCH_UPDATED_AT.strip())
+    yield SQL("CREATE TYPE {} AS ENUM ('purchase', 'consumption', 'refund')").format(_type(host))
+    yield SQL("CREATE TYPE {} AS ENUM ('pending', 'completed', 'failed')").format(_status(host))
+    yield SQL(LEDGER.strip()).format(
+        ledger=_ledger(host),
+        user_key_type=host.users.key_type,
+        workshop_key_type=host.workshops.key_type if host.workshops else SQL("uuid"),
+        type=_type(host),
+        status=_status(host),
+    )
+    for statement in LEDGER_INDEXES:
+        yield SQL(statement).format(ledger=_ledger(host))
+    yield SQL(
+        "CREATE TRIGGER tallystick_append_only BEFORE UPDATE OR DELETE ON {}"
+        " FOR EACH ROW EXECUTE FUNCTION tallystick.append_only()"
+    ).format(_ledger(host))
+    yield SQL(
+        "CREATE TRIGGER tallystick_no_truncate BEFORE TRUNCATE ON {}"
+        " FOR EACH STATEMENT EXECUTE FUNCTION tallystick.append_only()"
+    ).format(_ledger(host))
+
+
+def locks(host: Any) -> tuple[Identifier, ...]:
+    """The tables that :func:`locked` changes, in the order in which they are locked."""
+    return tuple(table.name for table in (host.users, host.workshops) if table)
+
+
+def locked(host: Any) -> Iterator[Composable]:
+    """The changes of the host's tables: no scan, no rewrite, one ALTER for each table."""
+    for table, columns in _tables(host):
+        missing = [
+            SQL("ADD COLUMN {} ").format(Identifier(name)) + SQL(definition)
+            for name, definition in columns.items()
+            if (table.word, name) not in host.adopted
+        ]
+        if missing:
+            yield SQL("ALTER TABLE {} ").format(table.name) + SQL(", ").join(missing)
+    keys = [
+        SQL(
+            "ADD CONSTRAINT credit_transactions_user_fk FOREIGN KEY (user_id) REFERENCES {} ({}) ON DELETE RESTRICT"
+        ).format(host.users.name, host.users.key)
+    ]
+    if host.workshops:
+        keys.append(
+            SQL(
+                "ADD CONSTRAINT credit_transactions_workshop_fk"
+                " FOREIGN KEY (workshop_id) REFERENCES {} ({}) ON DELETE SET NULL"
+            ).format(host.workshops.name, host.workshops.key)
+        )
+    yield SQL("ALTER TABLE {} ").format(_ledger(host)) + SQL(", ").join(keys)
+    if ("users", "updated_at") not in host.adopted:
+        yield SQL(
+            "CREATE TRIGGER tallystick_updated_at BEFORE UPDATE ON {}"
+            " FOR EACH ROW EXECUTE FUNCTION tallystick.touch_updated_at()"
+        ).format(host.users.name)
+
+
+def indexes(host: Any) -> dict[str, Composable]:
+    """Built concurrently, after the commit; each in the schema of its table."""
+    return {
+        CUSTOMER_INDEX: SQL(
+            "CREATE UNIQUE INDEX CONCURRENTLY {} ON {} (stripe_customer_id) WHERE stripe_customer_id IS NOT NULL"
+        ).format(Identifier(CUSTOMER_INDEX), host.users.name)
+    }
+
+
+def undo_locks(host: Any) -> tuple[Identifier, ...]:
+    """The tables that :func:`undo` changes, in the order in which they are locked."""
+    return (*locks(host), _ledger(host))
+
+
+def undo(host: Any) -> Iterator[Composable]:
+    """Back to exactly what was there; adopted columns stay as they were."""
+    if ("users", "updated_at") not in host.adopted:
+        yield SQL("DROP TRIGGER IF EXISTS tallystick_updated_at ON {}").format(host.users.name)
+    yield SQL("DROP TABLE {}").format(_ledger(host))
+    yield SQL("DROP INDEX IF EXISTS {}").format(Identifier(host.users.schema, CUSTOMER_INDEX))
+    for table, columns in _tables(host):
+        added = [
+            SQL("DROP COLUMN IF EXISTS {}").format(Identifier(name))
+            for name in columns
+            if (table.word, name) not in host.adopted
+        ]
+        if added:
+            yield SQL("ALTER TABLE {} ").format(table.name) + SQL(", ").join(added)
+    yield SQL("DROP TYPE {}, {}").format(_type(host), _status(host))
+    yield SQL("DROP FUNCTION tallystick.append_only(), tallystick.touch_updated_at()")
+    yield SQL("DROP TABLE tallystick.migration_log, tallystick.alembic_version")
+    yield SQL("DROP SCHEMA tallystick")
+
+
+def _tables(host: Any) -> list[tuple[Any, dict[str, str]]]:
+    pairs = ((host.users, USERS_COLUMNS), (host.workshops, WORKSHOPS_COLUMNS))
+    return [(table, columns) for table, columns in pairs if table]
+
+
+def _ledger(host: Any) -> Identifier:
+    return Identifier(host.users.schema, "credit_transactions")
+
+
+def _type(host: Any) -> Identifier:
+    return Identifier(host.users.schema, "credit_transaction_type")
+
+
+def _status(host: Any) -> Identifier:
+    return Identifier(host.users.schema, "credit_transaction_status")
