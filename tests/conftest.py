@@ -16,8 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
-import sqlalchemy as sa
 
 from tallystick import Config, migrate
 from tallystick.devdb import Server, find_binaries
@@ -106,9 +106,8 @@ def _templates(server: Server) -> Callable[[str], str]:
             name = f"template_{shape}"
             url = server.create_database(name)
             host = SHAPES[shape].host
-            engine = sa.create_engine(url, poolclass=sa.NullPool)
-            with engine.begin() as conn:
-                conn.exec_driver_sql(SHAPES[shape].ddl)
+            with psycopg.connect(url.replace("+psycopg", "", 1)) as conn:
+                conn.execute(SHAPES[shape].ddl)
             migrate.apply(url, Config(database_url=url, host=host))
             made[shape] = name
         return made[shape]

@@ -40,6 +40,13 @@ def _identifier(value: object) -> object:
 Identifier = Annotated[str, BeforeValidator(_identifier)]
 
 
+def _column_or_none(value: object) -> object:
+    return None if value is False else value  # as with tables: TOML has no null
+
+
+OptionalColumn = Annotated[Identifier | None, BeforeValidator(_column_or_none)]
+
+
 def _address(value: object) -> object:
     """Any PostgreSQL address that people have in their environment, for SQLAlchemy with psycopg 3."""
     if isinstance(value, str):
@@ -67,7 +74,7 @@ class UsersTable:
     table: Identifier = "users"
     key: Identifier = "id"
     key_type: KeyType = "uuid"
-    email: Identifier | None = None
+    email: OptionalColumn = None
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
@@ -75,7 +82,7 @@ class WorkshopsTable:
     """The host's table of the thing that one credit unlocks.
 
     ``owner`` names the column that holds the owner's user key (as in ``UsersTable.key``). ``title`` is quoted in
-    descriptions; ``created_at`` decides what is older than the paywall. Either may be None.
+    descriptions; ``created_at`` decides what is older than the paywall. Either may be None (false in TOML).
     """
 
     schema: Identifier = "public"
@@ -83,8 +90,8 @@ class WorkshopsTable:
     key: Identifier = "id"
     key_type: KeyType = "uuid"
     owner: Identifier = "user_id"
-    title: Identifier | None = "title"
-    created_at: Identifier | None = "created_at"
+    title: OptionalColumn = "title"
+    created_at: OptionalColumn = "created_at"
 
 
 def _table_or_none(value: object) -> object:
@@ -271,3 +278,36 @@ def _settings(location: tuple[str | int, ...]) -> list[str]:
     if location and location[0] == "packs":
         return list(Pack.__dataclass_fields__)
     return list(tables.get(location, ()))
+
+
+def to_toml(host: HostMapping) -> str:
+    """A settings file for ``host``, as ``tallystick init`` writes it, with the packs as an example to fill in."""
+    lines = ["# Settings of Tallystick. The database address comes from DATABASE_URL unless it is set here."]
+    tables = {"users": host.users, "workshops": host.workshops}
+    if host.workshops is None:
+        lines += ["", "[host]", "workshops = false"]
+    for name, mapped in tables.items():
+        if mapped is not None:
+            values = {field: getattr(mapped, field) for field in type(mapped).__dataclass_fields__}
+            lines += ["", f"[host.{name}]", *(f"{k} = {_toml(v)}" for k, v in values.items() if v is not None)]
+            absent = [k for k, v in values.items() if v is None]
+            lines += [f"{k} = false" for k in absent]
+    return "\n".join([*lines, "", _PACKS_EXAMPLE])
+
+
+_PACKS_EXAMPLE = """\
+# What is on sale. amount is in minor units: 7900 is $79.00.
+#
+# [[packs]]
+# name = "Single Flight"
+# credits = 1
+# amount = 7900
+# currency = "usd"
+# stripe_price_id = "price_…"
+"""
+
+
+def _toml(text: str) -> str:
+    """A TOML basic string."""
+    escaped = "".join(f"\\u{ord(c):04x}" if c < " " or c in '"\\\x7f' else c for c in text)
+    return f'"{escaped}"'

@@ -1,0 +1,166 @@
+"""Settings: where they come from, and that each mistake is named with its file, line and key."""
+
+from __future__ import annotations
+
+import datetime as dt
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tallystick import Config, HostMapping, Pack, UsersTable, WorkshopsTable
+from tallystick.config import to_toml
+from tallystick.errors import ConfigError
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(folder: Path, text: str, name: str = "tallystick.toml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_without_a_file_the_names_are_the_usual_ones(folder):
+    config = Config.load(environ={})
+    assert config.host.users == UsersTable(schema="public", table="users", key="id", key_type="uuid")
+    assert config.host.workshops == WorkshopsTable()
+    assert config.database_url is None
+
+
+def test_everything_can_be_said_in_the_file(folder):
+    write(
+        folder,
+        """
+        database_url = "postgres://app@db/shop"
+        paywall = false
+        grandfathered_before = 2026-01-31T00:00:00Z
+
+        [host.users]
+        schema = "app"
+        table = "User"
+        key = "clerk_user_id"
+        key_type = "text"
+
+        [host.workshops]
+        table = "order"
+        owner = "owner"
+
+        [[packs]]
+        name = "Single Flight"
+        credits = 1
+        amount = 7900
+        """,
+    )
+    config = Config.load(environ={})
+    assert config.database_url == "postgresql+psycopg://app@db/shop"
+    assert config.host.users == UsersTable(schema="app", table="User", key="clerk_user_id", key_type="text")
+    assert config.host.workshops == WorkshopsTable(table="order", owner="owner")
+    assert config.packs == (Pack(name="Single Flight", credits=1, amount=7900, currency="usd"),)
+    assert config.grandfathered_before == dt.datetime(2026, 1, 31, tzinfo=dt.UTC)
+    assert not config.paywall
+
+
+def test_a_host_without_workshops_says_false(folder):
+    write(folder, "[host]\nworkshops = false\n")
+    assert Config.load(environ={}).host.workshops is None
+
+
+def test_pyproject_serves_too_and_a_folder_above(folder, monkeypatch):
+    write(folder, "[tool.tallystick]\npaywall = false\n", "pyproject.toml")
+    below = folder / "deep" / "down"
+    below.mkdir(parents=True)
+    monkeypatch.chdir(below)
+    assert not Config.load(environ={}).paywall
+
+
+def test_the_file_of_our_own_name_goes_before_pyproject(folder):
+    write(folder, "[tool.tallystick]\npaywall = false\n", "pyproject.toml")
+    write(folder, "paywall = true\n")
+    assert Config.load(environ={}).paywall
+
+
+@pytest.mark.parametrize(
+    ("file", "environ", "expected"),
+    [
+        ("", {"DATABASE_URL": "postgres://a/b"}, "postgresql+psycopg://a/b"),
+        ("database_url = 'postgresql://file/b'", {"DATABASE_URL": "postgres://a/b"}, "postgresql+psycopg://file/b"),
+        (
+            "database_url = 'postgresql://file/b'",
+            {"TALLYSTICK_DATABASE_URL": "postgresql+psycopg://env/b"},
+            "postgresql+psycopg://env/b",
+        ),
+        ("", {}, None),
+    ],
+)
+def test_where_the_address_comes_from(folder, file, environ, expected):
+    write(folder, file)
+    assert Config.load(environ=environ).database_url == expected
+
+
+def test_the_environment_overrides_single_settings(folder):
+    write(folder, "paywall = true")
+    assert not Config.load(environ={"TALLYSTICK_PAYWALL": "false"}).paywall
+
+
+def test_a_password_is_never_shown(folder):
+    config = Config(database_url="postgresql://app:hunter2@db/shop")
+    assert "hunter2" not in repr(config)
+    with pytest.raises(ConfigError) as caught:
+        Config.load(environ={"DATABASE_URL": "mysql://app:hunter2@db/shop"})
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key", "says"),
+    [
+        ("paywall = maybe", 1, None, "not valid TOML"),
+        ("\n\npaywal = true", 3, "paywal", "did you mean paywall?"),
+        ("[host.users]\ntabel = 'users'", 2, "host.users.tabel", "did you mean table?"),
+        ("[host.users]\nkey_type = 'serial'", 2, "host.users.key_type", "'uuid'"),
+        ("[host.users]\nkey = ''", 2, "host.users.key", "at least one character"),
+        (f"[host.users]\ntable = '{'ü' * 32}'", 2, "host.users.table", "at most 63 bytes"),
+        ("[[packs]]\nname = 'a'\ncredits = 1\n[[packs]]\nname = 'b'\ncredits = 0", 6, "packs.1.credits", "greater"),
+        ("[[packs]]\nname = 'a'\ncredits = 1.5", 3, "packs.0.credits", "integer"),
+        ("[[packs]]\nname = 'a'\ncredits = 1\ncurrency = 'USD'", 4, "packs.0.currency", "pattern"),
+        ("grandfathered_before = 2026-01-31T00:00:00", 1, "grandfathered_before", "time zone"),
+        ("database_url = 'localhost/app'", 1, "database_url", "expected postgresql://"),
+    ],
+)
+def test_a_mistake_is_named_with_its_line_and_key(folder, text, line, key, says):
+    path = write(folder, text)
+    with pytest.raises(ConfigError) as caught:
+        Config.load(environ={})
+    error = caught.value
+    assert (error.path, error.line, error.key) == (str(path), line, key)
+    assert says in str(error)
+    assert str(path) in str(error)
+
+
+def test_a_named_file_that_is_not_there_says_how_to_write_one(folder):
+    with pytest.raises(ConfigError, match="tallystick init"):
+        Config.load(folder / "nowhere.toml", environ={})
+
+
+def test_a_mistake_in_the_environment_names_the_variable(folder):
+    with pytest.raises(ConfigError, match="TALLYSTICK_PAYWALL"):
+        Config.load(environ={"TALLYSTICK_PAYWALL": "perhaps"})
+
+
+names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=15)
+
+
+@given(users=names, key=names, schema=names, title=st.none() | names)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_what_init_writes_reads_back_whatever_the_names(folder, users, key, schema, title):
+    host = HostMapping(
+        users=UsersTable(schema=schema, table=users, key=key, key_type="bigint"),
+        workshops=WorkshopsTable(table=key, title=title) if title else None,
+    )
+    path = write(folder, to_toml(host))
+    assert Config.load(path, environ={}).host == host
