@@ -399,9 +399,7 @@ class TestPlaces:
         squatted.mkdir()
         try:
             squatted.chmod(0o777)
-            with pytest.raises(
-                DevServerError, match=rf"{squatted} should be a folder that belongs to .* remove it"
-            ):
+            with pytest.raises(DevServerError, match=rf"{squatted} should be a folder that belongs to .* remove it"):
                 server.start()
         finally:
             squatted.rmdir()
@@ -502,9 +500,7 @@ class TestAccounts:
         user = spawn(uid=UNKNOWN_UID)
         _, said = user.communicate(timeout=PATIENCE_S)
         assert user.returncode == 1
-        assert said.startswith(
-            f"PostgreSQL does not run as user {UNKNOWN_UID}, who has no entry in /etc/passwd"
-        ), said
+        assert said.startswith(f"PostgreSQL does not run as user {UNKNOWN_UID}, who has no entry in /etc/passwd"), said
 
     def test_a_private_folder_on_the_way_is_named_and_not_opened(self, scratch):
         scratch.chmod(0o700)
@@ -552,9 +548,7 @@ class TestAccounts:
         shutil.copytree(
             find_binaries(), private / "own", ignore=lambda _, names: {*names} - {"postgres", "initdb", "pg_ctl"}
         )
-        with pytest.raises(
-            DevServerError, match=rf"nobody, who may not enter {private} on the way to {private}/own"
-        ):
+        with pytest.raises(DevServerError, match=rf"nobody, who may not enter {private} on the way to {private}/own"):
             Server(scratch / "pg", bin_dir=private / "own").start()
 
 
@@ -568,9 +562,7 @@ class TestBinaries:
         assert not (scratch / "pg").exists()
 
     def test_the_wheel_is_found_without_being_imported(self):
-        script = (
-            "import sys; from tallystick import devdb; devdb.find_binaries(); print(devdb._WHEEL in sys.modules)"
-        )
+        script = "import sys; from tallystick import devdb; devdb.find_binaries(); print(devdb._WHEEL in sys.modules)"
         assert subprocess.check_output([sys.executable, "-c", script], text=True) == "False\n"
 
     def test_a_folder_without_a_server_is_named(self, monkeypatch, scratch):
