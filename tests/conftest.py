@@ -23,6 +23,9 @@ from tallystick import Config, migrate
 from tallystick.devdb import Server, find_binaries
 from worlds import SHAPES, World
 
+for inherited in ("TALLYSTICK_PG_BIN", "TALLYSTICK_HOME"):
+    os.environ.pop(inherited, None)  # a developer's own choice is not what is tested
+
 EMBEDDED = "18"
 FAST = {  # durability is not what these tests are about; the fault suite runs servers of its own
     "fsync": "off",

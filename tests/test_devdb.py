@@ -348,7 +348,7 @@ class TestFaults:
         slow.mkdir()
         for program in ("postgres", "pg_ctl"):
             (slow / program).symlink_to(real / program)
-        wait = 'while [ ! -e "{}" ]; do sleep 0.1; done'.format(go_on)
+        wait = f'while [ ! -e "{go_on}" ]; do sleep 0.1; done'
         (slow / "initdb").write_text(f'#!/bin/sh\n"{real}/initdb" "$@"; touch "{home}/server/$2/made"; {wait}\n')
         (slow / "initdb").chmod(0o755)
         monkeypatch.setenv("TALLYSTICK_PG_BIN", str(slow))
@@ -442,6 +442,14 @@ class TestNobodyElseGetsIn:
             on_machine = {line.split()[6] for line in Path("/proc/net/unix").read_text().splitlines()[1:]}
             assert sockets & on_machine, "its socket is found where it should be"
             assert not sockets & on_network
+
+    @with_proc
+    def test_the_server_does_not_inherit_the_apps_secrets(self, home, monkeypatch):
+        monkeypatch.setenv("STRIPE_SECRET_KEY", "sk_test_secret")
+        with Server(home, settings=QUICK):
+            inherited = Path(f"/proc/{postmaster(home)}/environ").read_text()
+        assert "LC_ALL=C" in inherited
+        assert "sk_test_secret" not in inherited
 
     @as_root
     @pytest.mark.parametrize("name", ["pg", "long" * 30], ids=["inside", "outside"])
@@ -551,6 +559,7 @@ class TestBinaries:
         monkeypatch.setattr(sys, "path", [])
         with pytest.raises(DevServerError, match=r"run: pip install 'tallystick\[devdb\]'"):
             Server(scratch / "pg").start()
+        assert not (scratch / "pg").exists()
 
     def test_the_wheel_is_found_without_being_imported(self):
         script = "import sys; from tallystick import devdb; devdb.find_binaries(); print(devdb._WHEEL in sys.modules)"

@@ -164,6 +164,7 @@ class Server:
         Args:
             keep: let the server outlive this process and all others, until ``stop()``.
         """
+        _ = self.bin  # without binaries, no folder either
         self._make_folder()
         with self._changing():
             joined = self._use is None
@@ -226,6 +227,8 @@ class Server:
         ::
 
             subprocess.run(server.command("pgbench", "--initialize", "app"), env=server.env, check=True)
+
+        Run it as a child of this process: ``os.exec…`` would end this process's use of the server.
         """
         path = self.bin / program
         if not os.access(path, os.X_OK):
@@ -475,16 +478,18 @@ class Server:
         return [int(pid) for pid in self._run("/bin/sh", "-c", script, check=False).stdout.split()]
 
     def _run(self, program: str, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run a program as the server's account, in the server's folder."""
+        """Run one of PostgreSQL's programs, or that of an absolute path, as the server's account in its folder."""
         account = self._account
+        # No more than it needs: a server lives long, and an app's environment holds keys.
+        inherited = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
         # A file for the output, since a server that inherits a pipe never lets its reader see the end.
         with tempfile.TemporaryFile("w+", errors="replace") as output:
             try:
                 done = subprocess.run(  # noqa: S603 (our own programs, no shell)
-                    [self.bin / program, *args],  # (an absolute program stays what it is)
+                    [self.bin / program, *args],
                     check=False,
                     cwd=self._server if self._server.exists() else "/",
-                    env=self.env | {"LC_ALL": "C", "TZ": "UTC"},
+                    env=inherited | {"LC_ALL": "C", "TZ": "UTC"},
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -664,15 +669,21 @@ def _closed_to(account: _Account, path: Path) -> Path | None:
     # Asked of the kernel as that account: permission bits alone miss access lists and mount options.
     way = [*reversed(path.resolve().parents), path.resolve()]
     script = 'for p do [ -x "$p" ] || { printf %s "$p"; exit; }; done'
-    answer = subprocess.run(  # noqa: S603 (no shell parses the paths)
-        ["/bin/sh", "-c", script, "sh", *map(str, way)],
-        check=True,
-        cwd="/",
-        stdout=subprocess.PIPE,
-        user=account.uid,
-        group=account.gid,
-        extra_groups=[],
-    ).stdout
+    try:
+        answer = subprocess.run(  # noqa: S603 (no shell parses the paths)
+            ["/bin/sh", "-c", script, "sh", *map(str, way)],
+            check=True,
+            cwd="/",
+            stdout=subprocess.PIPE,
+            user=account.uid,
+            group=account.gid,
+            extra_groups=[],
+        ).stdout
+    except OSError as problem:
+        raise DevServerError(
+            f"PostgreSQL refuses to run as root, and this root may not run it as {account.name}"
+            f" ({problem.strerror}, as in a container without the capability SETUID); run as an ordinary user."
+        ) from problem
     return Path(os.fsdecode(answer)) if answer else None
 
 
