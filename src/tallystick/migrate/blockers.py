@@ -105,7 +105,7 @@ class Watch:
         return found
 
     def in_the_way(self) -> list[Blocker]:
-        """Those worth waiting for: an ordinary autovacuum yields to the fence, a young transaction ends by itself."""
+        """Those worth waiting for: an autovacuum yields to the fence, a young transaction ends by itself."""
         return [
             holder
             for holder in self.holders()

@@ -1,11 +1,11 @@
 """The revisions and what they are handed: names, never today's code.
 
 A revision is a module in ``versions/``, found and ordered by Alembic's ``ScriptDirectory``. It says ``revision``,
-``down_revision`` and ``kind`` (``"expand"``: old code keeps working, or ``"contract"``), and has these functions of
-the :class:`HostNames`, each giving ``psycopg.sql`` statements:
+``down_revision``, ``kind`` (``"expand"``: old code keeps working, or ``"contract"``) and ``creates`` (names of
+relations and types that must be free in the users' schema before), and has these functions of the
+:class:`HostNames`, each giving ``psycopg.sql`` statements:
 
 ==================  ==================================================================================
-``creates``         names of relations and types that must be free in the users' schema before
 ``prepare``         new objects, made before any table of the host is locked
 ``locks``           the tables that ``locked`` changes, in locking order
 ``locked``          their changes: no scan, no rewrite, at most one ALTER for each table
@@ -98,7 +98,7 @@ class Revision:
     down_revision: str | None
     kind: Literal["expand", "contract"]
     title: str
-    creates: Callable[[HostNames], tuple[str, ...]]
+    creates: tuple[str, ...]
     prepare: Callable[[HostNames], Iterable[Composable]]
     locks: Callable[[HostNames], tuple[Identifier, ...]]
     locked: Callable[[HostNames], Iterable[Composable]]

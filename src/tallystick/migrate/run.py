@@ -264,7 +264,7 @@ class _Run:
                 if time.monotonic() + pause_s > deadline:
                     raise self._blocked(revision, attempts, blockers) from None
                 self.progress(Progress("waiting", revision.revision, attempts, tuple(blockers)))
-                time.sleep(pause_s * random.uniform(0.5, 1))  # noqa: S311: jitter, not a secret
+                time.sleep(pause_s * random.uniform(0.5, 1))  # noqa: S311  # jitter, not a secret
                 pause_s = min(pause_s * 2, 2)
                 continue
             except psycopg.Error as error:
@@ -314,8 +314,8 @@ class _Run:
             *changes,
             SQL("COMMIT"),
             SQL(
-                "SELECT extract(epoch FROM clock_timestamp() - current_setting('tallystick.locked_at')::timestamptz)"
-                " * 1000"
+                "SELECT 1000 * extract("
+                "epoch FROM clock_timestamp() - current_setting('tallystick.locked_at')::timestamptz)"
             ),
         ]
 
@@ -618,42 +618,41 @@ def _roll_back(conn: sa.Connection) -> None:
 def _translate(error: psycopg.Error, action: str, *, online: str | None = None) -> TallystickError:
     """What a refused statement means to the person who ran the migration."""
     said = (error.diag.message_primary or str(error)).strip().rstrip(".")
+    detail = error.diag.message_detail or ""
     state = error.sqlstate
-    match state:
-        case "TS001":
-            return MigrationRunning(
-                "another migration of this database is running. Wait for it, then look: tallystick migrate status"
-            )
-        case "TS002":
-            return MigrationRunning(f"another run came first: {said}. Look at it: tallystick migrate status")
-        case "TS003":
-            return LedgerNotEmpty(
-                "a credit transaction was written just now. Nothing was changed. Take a backup, then run: "
-                "tallystick migrate undo --discard-ledger",
-                rows=1,
-            )
-        case "42501":
-            return PermissionDenied(
-                f"the database refused: {said}. Nothing was changed. Connect as the owner of the tables",
-                sqlstate=state,
-            )
-        case "2BP01":
-            return MigrationError(
-                f"something of yours depends on what undo removes: {error.diag.message_detail or said}. "
-                "Nothing was changed. Drop or change it first"
-            )
-    if state is None or state[:2] in ("08", "57") or state in ("58030", "XX000"):
-        return OutcomeUnknown(
+    found: TallystickError
+    if state in (_RUNNING, _MOVED):
+        found = MigrationRunning(f"another run came first: {said}. Look: tallystick migrate status")
+    elif state == _NOT_EMPTY:
+        found = LedgerNotEmpty(
+            "a credit transaction was written just now. Nothing was changed. Take a backup, then run: "
+            "tallystick migrate undo --discard-ledger",
+            rows=1,
+        )
+    elif state == "42501":
+        found = PermissionDenied(
+            f"the database refused: {said}. Nothing was changed. Connect as the owner of the tables",
+            sqlstate=state,
+        )
+    elif state is None or state.startswith(("08", "57P")) or state in ("58030", "XX000"):
+        found = OutcomeUnknown(
             f"the connection was lost ({said}). The database is as before or as after, never between. "
             "Run the same command again: it continues from whatever is there",
             sqlstate=state,
         )
-    if online is not None:
-        return MigrationError(
-            f"the index {online} could not be built: {said}. {error.diag.message_detail or ''} "
+    elif online is not None:
+        found = MigrationError(
+            f"the index {online} could not be built: {said}. {detail} "
             "The revision itself is in place. Mend the cause, then run: tallystick migrate apply"
         )
-    return MigrationError(f"the database refused to {action}: {said} ({state}). Nothing was changed")
+    elif state == "2BP01":
+        found = MigrationError(
+            f"something of yours depends on what undo removes: {detail or said}. "
+            "Nothing was changed. Drop or change it first"
+        )
+    else:
+        found = MigrationError(f"the database refused to {action}: {said} ({state}). Nothing was changed")
+    return found
 
 
 _INDEX_STATE = sa.text("""
