@@ -51,9 +51,7 @@ class Blocker:
 
     def __str__(self) -> str:
         if self.kind == "prepared transaction":
-            return (
-                f"prepared transaction {self.gid!r} on {', '.join(self.tables)} (ROLLBACK PREPARED or COMMIT it)"
-            )
+            return f"prepared transaction {self.gid!r} on {', '.join(self.tables)} (ROLLBACK PREPARED or COMMIT it)"
         who = f"pid {self.pid}"
         if self.application:
             who += f" ({self.application})"

@@ -160,8 +160,10 @@ class Host:
 # --- the preflight
 
 
-def examine(conn: sa.Connection, config: Config) -> Host:
+def examine(conn: sa.Connection, config: Config, *, privileges: bool = True) -> Host:
     """Check that this database can be migrated (or is already), before anything is changed.
+
+    With ``privileges`` off, the role need not be one that could do it.
 
     Raises:
         SchemaError: the server is too old, or is a standby.
@@ -189,17 +191,15 @@ def examine(conn: sa.Connection, config: Config) -> Host:
                 column=None,
             )
         taken = _adoptable(conn, "users", users, users_columns)
-        adopted = (
-            taken if workshops is None else taken | _adoptable(conn, "workshops", workshops, workshops_columns)
-        )
+        adopted = taken if workshops is None else taken | _adoptable(conn, "workshops", workshops, workshops_columns)
         _check_free(conn, mapping)
     else:
         adopted = adopted_columns(conn)
         _check_same_host(conn, users, workshops)
 
-    _check_privileges(
-        role, mapping, [table for table in (users, workshops) if table], migrated=revision is not None
-    )
+    if privileges:
+        tables = [table for table in (users, workshops) if table]
+        _check_privileges(role, mapping, tables, migrated=revision is not None)
     return Host(
         server_version=role.version,
         server=role.version_text,
@@ -218,8 +218,7 @@ def current_revision(conn: sa.Connection) -> str | None:
     known = [revision.revision for revision in revisions()]
     if found is not None and found not in known:
         raise SchemaTooNew(
-            f"this database is at revision {found}, this package knows {known[-1]}. "
-            "Run: pip install -U tallystick",
+            f"this database is at revision {found}, this package knows {known[-1]}. Run: pip install -U tallystick",
             revision=found,
         )
     return found
@@ -236,9 +235,7 @@ def adopted_columns(conn: sa.Connection) -> Adopted:
     return frozenset((cast("Word", word), column) for word, column in pairs)
 
 
-def _check_privileges(
-    role: sa.Row[Any], mapping: HostMapping, tables: Sequence[HostTable], *, migrated: bool
-) -> None:
+def _check_privileges(role: sa.Row[Any], mapping: HostMapping, tables: Sequence[HostTable], *, migrated: bool) -> None:
     for table in tables:
         if not table.owned:
             raise PermissionDenied(
@@ -284,9 +281,7 @@ def _mapped(conn: sa.Connection, word: Word, schema: str, name: str) -> HostTabl
         )
     fault = _unsuitable(table)
     if fault:
-        raise HostMismatch(
-            f"{table.shown} {fault}. Name another table under [{where}]", table=table.shown, column=None
-        )
+        raise HostMismatch(f"{table.shown} {fault}. Name another table under [{where}]", table=table.shown, column=None)
     if table.columns_ever + 10 > _MAX_COLUMNS:
         raise HostMismatch(
             f"{table.shown} has had {table.columns_ever} columns, dropped ones included; "
@@ -309,9 +304,7 @@ def _unsuitable(table: HostTable) -> str | None:
     return None
 
 
-def _column(
-    word: Word, setting: str, table: HostTable, columns: Mapping[str, HostColumn], name: str
-) -> HostColumn:
+def _column(word: Word, setting: str, table: HostTable, columns: Mapping[str, HostColumn], name: str) -> HostColumn:
     if name in columns:
         return columns[name]
     near = difflib.get_close_matches(name, columns, n=1, cutoff=0.5)
@@ -323,9 +316,7 @@ def _column(
     )
 
 
-def _check_key(
-    word: Word, table: HostTable, columns: Mapping[str, HostColumn], name: str, key_type: KeyType
-) -> None:
+def _check_key(word: Word, table: HostTable, columns: Mapping[str, HostColumn], name: str, key_type: KeyType) -> None:
     column = _column(word, "key", table, columns, name)
     if column.key_type is None or column.generated:
         raise HostMismatch(
@@ -357,9 +348,7 @@ def _other_keys(word: Word, columns: Mapping[str, HostColumn]) -> str:
     return f"Give the table such a column and name it in host.{word}.key"
 
 
-def _mapped_workshops(
-    conn: sa.Connection, mapping: HostMapping
-) -> tuple[HostTable | None, Mapping[str, HostColumn]]:
+def _mapped_workshops(conn: sa.Connection, mapping: HostMapping) -> tuple[HostTable | None, Mapping[str, HostColumn]]:
     names = mapping.workshops
     if names is None:
         return None, {}
@@ -637,9 +626,7 @@ def _key_type(column: HostColumn) -> KeyType:
     return _KEY_FAMILIES[column.type]
 
 
-def _find(
-    word: Word, everything: Sequence[HostTable], asked: str | None, usual: Sequence[str]
-) -> HostTable | None:
+def _find(word: Word, everything: Sequence[HostTable], asked: str | None, usual: Sequence[str]) -> HostTable | None:
     if asked is not None:
         found = [t for t in everything if asked in (t.table, t.shown, f'{t.schema}."{t.table}"', f'"{t.table}"')]
     else:

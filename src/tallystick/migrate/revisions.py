@@ -74,9 +74,7 @@ class HostNames:
         """The names of a mapping."""
         users, workshops = host.users, host.workshops
         return cls(
-            users=TableNames(
-                "users", users.schema, users.table, Identifier(users.key), _KEY_TYPES[users.key_type]
-            ),
+            users=TableNames("users", users.schema, users.table, Identifier(users.key), _KEY_TYPES[users.key_type]),
             workshops=TableNames(
                 "workshops",
                 workshops.schema,
@@ -130,3 +128,14 @@ def revisions() -> tuple[Revision, ...]:
             )
         )
     return tuple(found)
+
+
+def after(revision: str | None) -> tuple[Revision, ...]:
+    """Those still to come, oldest first."""
+    return revisions()[len(up_to(revision)) :]
+
+
+def up_to(revision: str | None) -> tuple[Revision, ...]:
+    """Those already there, oldest first."""
+    known = revisions()
+    return known[: [r.revision for r in known].index(revision) + 1] if revision is not None else ()
