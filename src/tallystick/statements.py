@@ -79,7 +79,8 @@ class _Statements:
         # PostgreSQL can then deadlock two of these statements while a third transaction holds the user by a foreign
         # key: the UPDATE below comes back to the version that its snapshot sees, whose queue the next one has joined.
         self.turn = sa.select(
-            sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(sa.cast(self.p_user, sa.Text), ZERO)).label("taken")
+            sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(sa.cast(self.p_user, sa.Text), ZERO)).label("taken"),
+            self.p_user.label("user_id"),
         ).cte("turn")
         # Read with the lock, so as of now, whatever this statement waited for.
         locked = (
@@ -184,7 +185,7 @@ class _Statements:
                 row.type == PURCHASE,
                 row.stripe_session_id.is_(None),
                 self.session_is_free,
-                self.turn.c.taken.is_not(None),
+                self.turn.c.user_id == row.user_id,
             )
             .values(stripe_session_id=self.p_session)
             .returning(self.ledger)
@@ -231,7 +232,7 @@ class _Statements:
                 found,
                 row.type == PURCHASE,
                 row.status == PENDING,
-                self.turn.c.taken.is_not(None),
+                self.turn.c.user_id == row.user_id,
             )
             .values(status=FAILED, description=row.description.concat(reason))
             .returning(self.ledger)
