@@ -256,10 +256,10 @@ def _transaction(bind: Bind) -> Iterator[sa.Connection]:
     if isinstance(bind, sa.Connection):
         yield bind
         return
-    # an engine in autocommit would leave half a scenario behind when it is killed
     with translated(connecting=True):
-        conn = bind.execution_options(isolation_level="READ COMMITTED").connect()
-    with conn, conn.begin():
+        conn = bind.connect()
+    # an engine in autocommit would leave half a scenario behind when it is killed
+    with conn.execution_options(isolation_level="READ COMMITTED") as conn, conn.begin():
         yield conn
 
 
