@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -760,6 +763,50 @@ def test_an_address_that_is_taken_is_named(world: World) -> None:
 
 
 # --- told elsewhere ---
+
+
+def test_the_audit_finds_nothing_but_the_purchase_that_pends_for_days(any_world: World) -> None:
+    audit = pytest.importorskip("tallystick.audit").audit
+    plant(any_world, only=[name for name in SCENARIOS if name != "pending_for_days"])
+    with any_world.autocommit.connect() as conn:
+        healthy = audit(conn, any_world.config)
+        assert (healthy.findings, healthy.clean) == ((), True)
+        assert healthy.rows > 100
+        plant(any_world)
+        waiting = SCENARIOS["pending_for_days"].user_key(any_world.schema)
+        assert {finding.user for finding in audit(conn, any_world.config).findings} <= {waiting}
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed")
+@pytest.mark.skipif(find_spec("tallystick.cli") is None, reason="the command line is not there yet")
+def test_npm_run_db_seed(world: World, tmp_path: Path) -> None:
+    url = world.url.replace("+psycopg", "", 1)
+    environ = {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "HOME": str(tmp_path),
+        "DATABASE_URL": url,
+    }
+    command = ["npm", "run", "--silent", "db:seed", "--", "--only", "funded"]
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "funded" in done.stdout
+    assert outcomes(plant(world, only=["funded"])) == {"funded": "unchanged"}
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed")
+def test_npm_says_what_to_install(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "package.json", tmp_path)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("npm", "node", "sh", "env"):
+        found = shutil.which(name)
+        assert found
+        (tools / name).symlink_to(Path(found).resolve())
+    environ = {"PATH": str(tools), "HOME": str(tmp_path)}
+    command = ["npm", "run", "--silent", "db:seed"]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 127
+    assert "pip install tallystick" in done.stderr
 
 
 def test_the_documentation_names_every_scenario_and_every_sign() -> None:
