@@ -89,6 +89,7 @@ def test_the_readmes_example_runs(world: World, monkeypatch, tmp_path):
     names = {"user": user, "workshop": world.workshop(user)}
     (block,) = blocks(ROOT / "README.md", "python")
     exec(compile(block, "README.md", "exec"), names)
+    names["engine"].dispose()
     assert names["done"].balance_after == 2
 
 

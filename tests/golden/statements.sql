@@ -14,20 +14,25 @@ SELECT written.*
 FROM written;
 
 -- attach_session
+WITH turn AS (
+  SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id)
 UPDATE credit_transactions
 SET stripe_session_id=:p_session::VARCHAR
+FROM turn
 WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.id = :p_purchase::UUID AND credit_transactions.type = 'purchase' AND credit_transactions.stripe_session_id IS NULL AND NOT (EXISTS (
     SELECT *
     FROM credit_transactions AS other
-    WHERE other.stripe_session_id = :p_session::VARCHAR AND other.id != credit_transactions.id))
+    WHERE other.stripe_session_id = :p_session::VARCHAR AND other.id != credit_transactions.id)) AND credit_transactions.user_id = turn.user_id
 RETURNING credit_transactions.*;
 
 -- complete_by_id
-WITH account AS (
+WITH turn AS (
+  SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id),
+account AS (
   SELECT users.id AS key, users.credit_balance, users.credit_sequence
-  FROM users
+  FROM users JOIN turn ON true
   WHERE users.id = :p_user::UUID
-  FOR NO KEY UPDATE),
+  FOR NO KEY UPDATE OF users),
 stamped AS (
   SELECT account.key, account.credit_balance, account.credit_sequence, clock_timestamp() AS now
   FROM account),
@@ -49,11 +54,13 @@ SELECT written.*
 FROM written;
 
 -- complete_by_session
-WITH account AS (
+WITH turn AS (
+  SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id),
+account AS (
   SELECT users.id AS key, users.credit_balance, users.credit_sequence
-  FROM users
+  FROM users JOIN turn ON true
   WHERE users.id = :p_user::UUID
-  FOR NO KEY UPDATE),
+  FOR NO KEY UPDATE OF users),
 stamped AS (
   SELECT account.key, account.credit_balance, account.credit_sequence, clock_timestamp() AS now
   FROM account),
@@ -72,23 +79,31 @@ SELECT written.*
 FROM written;
 
 -- fail_by_id
+WITH turn AS (
+  SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id)
 UPDATE credit_transactions
 SET status='failed', description=(credit_transactions.description || ' (failed: ' || :p_reason::VARCHAR || ')')
-WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.id = :p_purchase::UUID AND credit_transactions.type = 'purchase' AND credit_transactions.status = 'pending'
+FROM turn
+WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.id = :p_purchase::UUID AND credit_transactions.type = 'purchase' AND credit_transactions.status = 'pending' AND credit_transactions.user_id = turn.user_id
 RETURNING credit_transactions.*;
 
 -- fail_by_session
+WITH turn AS (
+  SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id)
 UPDATE credit_transactions
 SET status='failed', description=(credit_transactions.description || ' (failed: ' || :p_reason::VARCHAR || ')')
-WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.stripe_session_id = :p_session::VARCHAR AND credit_transactions.type = 'purchase' AND credit_transactions.status = 'pending'
+FROM turn
+WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.stripe_session_id = :p_session::VARCHAR AND credit_transactions.type = 'purchase' AND credit_transactions.status = 'pending' AND credit_transactions.user_id = turn.user_id
 RETURNING credit_transactions.*;
 
 -- consume
-WITH account AS (
+WITH turn AS (
+  SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id),
+account AS (
   SELECT users.id AS key, users.credit_balance, users.credit_sequence
-  FROM users
+  FROM users JOIN turn ON true
   WHERE users.id = :p_user::UUID AND users.deleted_at IS NULL
-  FOR NO KEY UPDATE),
+  FOR NO KEY UPDATE OF users),
 written AS (
   INSERT INTO credit_transactions (id, user_id, type, status, amount, balance_after, sequence, description, idempotency_key, completed_at)
   SELECT :p_id::UUID AS id, account.key AS user_id, 'consumption' AS type, 'completed' AS status, -:p_amount::INTEGER AS amount, account.credit_balance - :p_amount::INTEGER AS balance_after, account.credit_sequence + 1 AS sequence, coalesce(:p_description::VARCHAR, 'Credit consumed') AS description, :p_key::VARCHAR AS idempotency_key, clock_timestamp() AS completed_at
@@ -105,11 +120,13 @@ SELECT written.*
 FROM written;
 
 -- refund
-WITH account AS (
+WITH turn AS (
+  SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id),
+account AS (
   SELECT users.id AS key, users.credit_balance, users.credit_sequence
-  FROM users
+  FROM users JOIN turn ON true
   WHERE users.id = :p_user::UUID
-  FOR NO KEY UPDATE),
+  FOR NO KEY UPDATE OF users),
 seen AS (
   SELECT users.credit_sequence AS sequence
   FROM users
@@ -201,11 +218,13 @@ LEFT OUTER JOIN (
 LEFT OUTER JOIN workshops ON workshops.id = :p_workshop::UUID;
 
 -- consume_for_workshop
-WITH account AS (
+WITH turn AS (
+  SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id),
+account AS (
   SELECT users.id AS key, users.credit_balance, users.credit_sequence
-  FROM users
+  FROM users JOIN turn ON true
   WHERE users.id = :p_user::UUID AND users.deleted_at IS NULL
-  FOR NO KEY UPDATE),
+  FOR NO KEY UPDATE OF users),
 claim AS (
   SELECT workshops.id AS key, coalesce(workshops.title, CAST(workshops.id AS TEXT)) AS name
   FROM workshops JOIN account ON workshops.user_id = account.key
