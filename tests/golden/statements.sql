@@ -119,6 +119,60 @@ moved AS (
 SELECT written.*
 FROM written;
 
+-- consume_many
+WITH taken AS (
+  SELECT pg_advisory_xact_lock(users.hash) AS taken
+  FROM (
+    SELECT DISTINCT hashtextextended(CAST(listed."user" AS TEXT), 0) AS hash
+    FROM unnest(:p_users::UUID[]) AS listed("user")
+    ORDER BY hash) AS users),
+turn AS (
+  SELECT count(*) AS taken
+  FROM taken),
+account AS (
+  SELECT users.id AS key, users.credit_balance, users.credit_sequence
+  FROM users JOIN turn ON true
+  WHERE users.id = ANY (:p_users::UUID[]) AND users.deleted_at IS NULL
+  ORDER BY users.id
+  FOR NO KEY UPDATE OF users),
+claim AS (
+  SELECT workshops.id AS key, workshops.user_id AS owner, coalesce(workshops.title, CAST(workshops.id AS TEXT)) AS name
+  FROM workshops JOIN account ON workshops.user_id = account.key
+  WHERE workshops.deleted_at IS NULL AND workshops.credit_consumed_at IS NULL AND workshops.id = ANY (:p_workshops::UUID[])
+  ORDER BY workshops.id
+  FOR NO KEY UPDATE OF workshops),
+spend AS (
+  SELECT item.n, item.id, item."user" AS "user", item.workshop, item.amount, item.key, coalesce(item.description, 'Credit consumed' || coalesce(' for Workshop: ' || claim.name, '')) AS description, account.credit_balance - sum(item.amount) OVER (PARTITION BY item."user"
+    ORDER BY item.n) AS balance, account.credit_sequence + row_number() OVER (PARTITION BY item."user"
+    ORDER BY item.n) AS sequence, clock_timestamp() AS now
+  FROM unnest(:p_ids::UUID[], :p_users::UUID[], :p_workshops::UUID[], :p_amounts::INTEGER[], :p_keys::TEXT[], :p_descriptions::TEXT[]) WITH ORDINALITY AS item(id, "user", workshop, amount, key, description, n) JOIN account ON account.key = item."user"
+  LEFT OUTER JOIN claim ON claim.key = item.workshop AND claim.owner = item."user"
+  WHERE (item.workshop IS NULL OR claim.key IS NOT NULL) AND NOT (EXISTS (
+      SELECT *
+      FROM credit_transactions AS prior
+      WHERE prior.user_id = item."user" AND prior.idempotency_key = item.key))),
+written AS (
+  INSERT INTO credit_transactions (id, user_id, type, status, amount, balance_after, sequence, description, workshop_id, idempotency_key, completed_at)
+  SELECT spend.id, spend."user" AS "user", 'consumption', 'completed', -spend.amount AS anon_1, spend.balance, spend.sequence, spend.description, spend.workshop, spend.key, spend.now
+  FROM spend
+  WHERE spend.balance >= 0),
+moved AS (
+  UPDATE users
+  SET credit_balance=last.balance, credit_sequence=last.sequence
+  FROM (
+    SELECT spend."user" AS "user", min(spend.balance) AS balance, max(spend.sequence) AS sequence
+    FROM spend
+    WHERE spend.balance >= 0 GROUP BY spend."user") AS last
+  WHERE users.id = last."user"),
+marked AS (
+  UPDATE workshops
+  SET credit_consumed_at=spend.now
+  FROM spend
+  WHERE workshops.id = spend.workshop AND spend.balance >= 0)
+SELECT spend.n, spend.balance, spend.sequence, spend.description, now() AS now_1, spend.now
+FROM spend
+WHERE spend.balance >= 0;
+
 -- refund
 WITH turn AS (
   SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id),
@@ -194,28 +248,28 @@ LIMIT :p_limit::INTEGER;
 SELECT users.id, users.credit_balance, users.credit_sequence, users.deleted_at, (
   SELECT max(last.sequence) AS max_1
   FROM credit_transactions AS last
-  WHERE last.user_id = :p_user::UUID) AS anon_1, (
+  WHERE last.user_id = asked."user") AS anon_1, (
   SELECT coalesce(sum(-credit_transactions.amount), 0) AS coalesce_1
   FROM credit_transactions
-  WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.refund_of = :p_purchase::UUID) AS anon_2, (
+  WHERE credit_transactions.user_id = asked."user" AND credit_transactions.refund_of = asked.purchase) AS anon_2, (
   SELECT holder.id
   FROM credit_transactions AS holder
-  WHERE holder.stripe_session_id = :p_session::VARCHAR) AS anon_3, workshops.id, workshops.user_id, workshops.deleted_at, workshops.credit_consumed_at, prior.*, purchase.*, unlocked.*
-FROM (
-  SELECT 1 AS row) AS one
-LEFT OUTER JOIN users ON users.id = :p_user::UUID
-LEFT OUTER JOIN credit_transactions AS prior ON prior.user_id = :p_user::UUID AND prior.idempotency_key = :p_key::VARCHAR
-LEFT OUTER JOIN credit_transactions AS purchase ON purchase.user_id = :p_user::UUID AND purchase.id = coalesce(:p_purchase::UUID, (
+  WHERE holder.stripe_session_id = asked.session) AS anon_3, workshops.id, workshops.user_id, workshops.deleted_at, workshops.credit_consumed_at, prior.*, purchase.*, unlocked.*
+FROM unnest(:p_users::UUID[], :p_keys::TEXT[], :p_purchases::UUID[], :p_sessions::TEXT[], :p_workshops::UUID[]) WITH ORDINALITY AS asked("user", key, purchase, session, workshop, n)
+LEFT OUTER JOIN users ON users.id = asked."user"
+LEFT OUTER JOIN credit_transactions AS prior ON prior.user_id = asked."user" AND prior.idempotency_key = asked.key
+LEFT OUTER JOIN credit_transactions AS purchase ON purchase.user_id = asked."user" AND purchase.id = coalesce(asked.purchase, (
     SELECT holder.id
     FROM credit_transactions AS holder
-    WHERE holder.stripe_session_id = :p_session::VARCHAR))
-LEFT OUTER JOIN (
+    WHERE holder.stripe_session_id = asked.session))
+LEFT OUTER JOIN LATERAL (
   SELECT credit_transactions.*
   FROM credit_transactions
-  WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.workshop_id = :p_workshop::UUID AND credit_transactions.type = 'consumption'
+  WHERE credit_transactions.user_id = asked."user" AND credit_transactions.workshop_id = asked.workshop AND credit_transactions.type = 'consumption'
   ORDER BY credit_transactions.sequence DESC
   LIMIT 1) AS unlocked ON true
-LEFT OUTER JOIN workshops ON workshops.id = :p_workshop::UUID;
+LEFT OUTER JOIN workshops ON workshops.id = asked.workshop
+ORDER BY asked.n;
 
 -- consume_for_workshop
 WITH turn AS (
@@ -226,9 +280,9 @@ account AS (
   WHERE users.id = :p_user::UUID AND users.deleted_at IS NULL
   FOR NO KEY UPDATE OF users),
 claim AS (
-  SELECT workshops.id AS key, coalesce(workshops.title, CAST(workshops.id AS TEXT)) AS name
+  SELECT workshops.id AS key, workshops.user_id AS owner, coalesce(workshops.title, CAST(workshops.id AS TEXT)) AS name
   FROM workshops JOIN account ON workshops.user_id = account.key
-  WHERE workshops.id = :p_workshop::UUID AND workshops.user_id = :p_user::UUID AND workshops.deleted_at IS NULL AND workshops.credit_consumed_at IS NULL
+  WHERE workshops.deleted_at IS NULL AND workshops.credit_consumed_at IS NULL AND workshops.id = :p_workshop::UUID AND workshops.user_id = :p_user::UUID
   FOR NO KEY UPDATE OF workshops),
 written AS (
   INSERT INTO credit_transactions (id, user_id, type, status, amount, balance_after, sequence, description, workshop_id, idempotency_key, completed_at)
