@@ -3,7 +3,7 @@
 from tallystick.migrate.blockers import Blocker
 from tallystick.migrate.host import Host, HostColumn, HostTable, examine, propose
 from tallystick.migrate.online import OnlineStep
-from tallystick.migrate.plan import Plan, PlannedRevision, PlannedStatement, TableSize, plan, sql
+from tallystick.migrate.plan import Finding, Plan, PlannedRevision, PlannedStatement, Replica, TableSize, plan, sql
 from tallystick.migrate.revisions import Revision, revisions
 from tallystick.migrate.run import GIVE_UP_AFTER_S, Progress, Receipt, Step, apply, undo
 from tallystick.migrate.statements import STALL_BUDGET_MS
@@ -15,6 +15,7 @@ __all__ = [
     "Applied",
     "Blocker",
     "Drift",
+    "Finding",
     "Host",
     "HostColumn",
     "HostTable",
@@ -24,6 +25,7 @@ __all__ = [
     "PlannedStatement",
     "Progress",
     "Receipt",
+    "Replica",
     "Revision",
     "Status",
     "Step",
