@@ -2,6 +2,7 @@
 
 from tallystick.migrate.blockers import Blocker
 from tallystick.migrate.host import Host, HostColumn, HostTable, examine, propose
+from tallystick.migrate.lint import Lint, lint
 from tallystick.migrate.online import OnlineStep
 from tallystick.migrate.plan import Finding, Plan, PlannedRevision, PlannedStatement, Replica, TableSize, plan, sql
 from tallystick.migrate.revisions import Revision, revisions
@@ -19,6 +20,7 @@ __all__ = [
     "Host",
     "HostColumn",
     "HostTable",
+    "Lint",
     "OnlineStep",
     "Plan",
     "PlannedRevision",
@@ -32,6 +34,7 @@ __all__ = [
     "TableSize",
     "apply",
     "examine",
+    "lint",
     "plan",
     "propose",
     "revisions",

@@ -287,7 +287,7 @@ def _action(table: str, action: str) -> Operation:
 
 _TOKEN = re.compile(
     r"""
-    (?P<space>\s+ | --[^\n]*)
+    (?P<space>\s+ | --[^\n]* | \\(?:(?=;) | [a-z][^\n]*))  # psql's own commands too, and its \; for one message
   | (?P<comment>/\*)
   | (?P<dollar>\$(?:[A-Za-z_\x80-\uffff][\w\x80-\uffff]*)?\$)
   | (?P<escaped>[eE]'(?:[^'\\]|\\.|'')*')
@@ -352,7 +352,7 @@ def split(script: str) -> Iterator[tuple[str, int]]:
     for kind, token, at in _tokens(script):
         if kind == "end":
             if begin is not None:
-                yield script[begin:at], script.count("\n", 0, begin) + 1
+                yield script[begin:at].removesuffix("\\"), script.count("\n", 0, begin) + 1
             begin = None
             continue
         if begin is None:
