@@ -7,8 +7,8 @@ from contextlib import contextmanager, suppress
 
 import psycopg
 import sqlalchemy as sa
-from sqlalchemy.pool import NullPool
 
+from tallystick.database import engine
 from tallystick.errors import (
     DatabaseUnavailable,
     LedgerNotEmpty,
@@ -29,14 +29,14 @@ _LOOKING_MAY_WAIT = "500ms"
 
 def engine_of(database: sa.Engine | str) -> sa.Engine:
     """The engine, or one for the address."""
-    return sa.create_engine(database, poolclass=NullPool) if isinstance(database, str) else database
+    return engine(database, poolclass=sa.NullPool) if isinstance(database, str) else database
 
 
 @contextmanager
-def session(engine: sa.Engine) -> Iterator[sa.Connection]:
+def session(source: sa.Engine) -> Iterator[sa.Connection]:
     """A connection of our own in autocommit, closed afterwards and never given back to a pool."""
     try:
-        conn = engine.execution_options(isolation_level="AUTOCOMMIT").connect()
+        conn = source.execution_options(isolation_level="AUTOCOMMIT").connect()
     except sa.exc.OperationalError as error:
         raise DatabaseUnavailable(
             f"no connection to the database: {str(error.orig).strip()}. Check the address (--database-url)",
