@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench lock clean
+.PHONY: help install demo test check bench bench-migration lock clean
 
 help:
 	@echo "make demo    migrate a busy database, sell, spend, refund and audit credits (under a minute)"
 	@echo "make test    the whole test suite on the embedded PostgreSQL (and on 15, where it is installed)"
 	@echo "make check   ruff, mypy --strict and the import contracts"
 	@echo "make bench   consumptions against pgbench, and growth with history (minutes; QUICK=1 for a short form)"
+	@echo "make bench-migration   what live traffic feels of a migration, ours beside others' (2 minutes; QUICK=1 shorter)"
 	@echo "make lock    pin the development dependencies anew"
 	@echo "make clean   remove .venv and the embedded database"
 
@@ -37,6 +38,9 @@ check: install
 
 bench: install
 	$(BIN)/python benchmarks/ledger.py $(if $(QUICK),--quick)
+
+bench-migration: install
+	$(BIN)/python benchmarks/migration.py $(if $(QUICK),--quick)
 
 lock: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv

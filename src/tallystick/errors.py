@@ -20,6 +20,7 @@
     │   ├── MigrationBlocked         the tables could not be locked within the budget
     │   ├── PoolerRefused            the address is a pooler's
     │   └── LedgerNotEmpty           undo would throw away history
+    ├── BackupError                  a backup or a restore did not happen; nothing is left of it
     ├── SeedRefused                  this database does not look like development
     ├── SeedImpossible               the host's tables do not take the seed's rows, or hold on to them
     └── LedgerError                  a ledger call was refused; nothing was written
@@ -181,6 +182,10 @@ class LedgerNotEmpty(MigrationError):
     """Undo would throw away credit transactions."""
 
     rows: int
+
+
+class BackupError(TallystickError):
+    """A backup or a restore did not happen. Nothing is left of it."""
 
 
 class SeedRefused(TallystickError):
