@@ -27,8 +27,14 @@ $(VENV)/ready: requirements/dev.txt pyproject.toml
 demo: install
 	@$(BIN)/tallystick demo
 
+# The machine's own PostgreSQL beside the embedded one, where there is one: the suite runs on both.
+OWN_PG := $(word 4,$(subst /, ,$(lastword $(sort $(wildcard /usr/lib/postgresql/*/bin/postgres)))))
+
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
+ifneq ($(OWN_PG),)
+	TALLYSTICK_TEST_PG=$(OWN_PG) $(BIN)/python -m pytest -n auto -m 'not one_server'
+endif
 
 check: install
 	$(BIN)/ruff check .

@@ -24,6 +24,8 @@ from tallystick import devdb
 from tallystick.devdb import Server, default_folder, find_binaries
 from tallystick.errors import DevServerError
 
+pytestmark = pytest.mark.one_server
+
 PATIENCE_S = 60
 QUICK = {"fsync": "off"}
 ORDINARY_UID = next((user.pw_uid for user in pwd.getpwall() if user.pw_uid and user.pw_name != "nobody"), 0)
