@@ -19,6 +19,7 @@ from tallystick.devstripe.webhooks import new_secret
 from tallystick.errors import DevStripeError
 
 EXPAND_DEPTH: Final = 4
+PAGING: Final = frozenset({"ending_before", "limit", "starting_after"})
 PAGE_DEFAULT, PAGE_LIMIT = 10, 100
 
 
@@ -49,10 +50,9 @@ def _delete(kind: str) -> Route:
     return Route(lambda account, _given, key: account.delete(kind, key), frozenset())
 
 
-def _list(kind: str, filters: str = "") -> Route:
+def _list(kind: str, filters: str) -> Route:
     names = frozenset(filters.split())
-    paging = {"created", "ending_before", "limit", "starting_after"}
-    return Route(partial(_listing, kind, names), names | paging)
+    return Route(partial(_listing, kind, names - {"created"}), names | PAGING)
 
 
 # Lists filter by the field of the filter's name, unless it is here.
@@ -140,7 +140,7 @@ def _confirm_payment_page(account: Account, params: Params, key: str) -> Object:
 
 ROUTES: Final[dict[str, Route]] = {
     "POST /v1/customers": _create(catalogue.create_customer, "description email metadata name phone"),
-    "GET /v1/customers": _list("customer", "email"),
+    "GET /v1/customers": _list("customer", "created email"),
     "GET /v1/customers/{customer}": _read("customer"),
     "POST /v1/customers/{customer}": _update("customer", "description email metadata name phone"),
     "DELETE /v1/customers/{customer}": _delete("customer"),
@@ -148,7 +148,7 @@ ROUTES: Final[dict[str, Route]] = {
         catalogue.create_product,
         "active description id images metadata name statement_descriptor unit_label url",
     ),
-    "GET /v1/products": _list("product", "active ids"),
+    "GET /v1/products": _list("product", "active created ids"),
     "GET /v1/products/{id}": _read("product"),
     "POST /v1/products/{id}": _update("product", "active default_price description metadata name"),
     "POST /v1/prices": _create(
@@ -156,7 +156,7 @@ ROUTES: Final[dict[str, Route]] = {
         "active currency lookup_key metadata nickname product product_data tax_behavior transfer_lookup_key "
         "unit_amount",
     ),
-    "GET /v1/prices": _list("price", "active currency lookup_keys product type"),
+    "GET /v1/prices": _list("price", "active created currency lookup_keys product type"),
     "GET /v1/prices/{price}": _read("price"),
     "POST /v1/prices/{price}": _update("price", "active lookup_key metadata nickname tax_behavior"),
     "POST /v1/checkout/sessions": _create(
@@ -165,12 +165,10 @@ ROUTES: Final[dict[str, Route]] = {
         "customer_creation customer_email expires_at line_items locale metadata mode payment_intent_data "
         "payment_method_types submit_type success_url ui_mode",
     ),
-    "GET /v1/checkout/sessions": _list("checkout.session", "customer payment_intent status"),
+    "GET /v1/checkout/sessions": _list("checkout.session", "created customer payment_intent status"),
     "GET /v1/checkout/sessions/{session}": _read("checkout.session"),
     "POST /v1/checkout/sessions/{session}": _update("checkout.session", "metadata"),
-    "GET /v1/checkout/sessions/{session}/line_items": Route(
-        _line_items, frozenset({"ending_before", "limit", "starting_after"})
-    ),
+    "GET /v1/checkout/sessions/{session}/line_items": Route(_line_items, PAGING),
     "POST /v1/checkout/sessions/{session}/expire": _act("checkout.session", payments.expire_session),
     "POST /v1/payment_methods": _create(
         payments.create_payment_method, "billing_details card metadata sepa_debit type us_bank_account"
@@ -179,30 +177,30 @@ ROUTES: Final[dict[str, Route]] = {
         payments.create_intent,
         "amount confirm currency customer description metadata payment_method payment_method_types",
     ),
-    "GET /v1/payment_intents": _list("payment_intent", "customer"),
+    "GET /v1/payment_intents": _list("payment_intent", "created customer"),
     "GET /v1/payment_intents/{intent}": _read("payment_intent"),
     "POST /v1/payment_intents/{intent}": _update("payment_intent", "description metadata"),
-    "GET /v1/charges": _list("charge", "customer payment_intent"),
+    "GET /v1/charges": _list("charge", "created customer payment_intent"),
     "GET /v1/charges/{charge}": _read("charge"),
-    "GET /v1/balance_transactions": _list("balance_transaction", "currency source type"),
+    "GET /v1/balance_transactions": _list("balance_transaction", "created currency source type"),
     "GET /v1/balance_transactions/{id}": _read("balance_transaction"),
     "POST /v1/refunds": _create(payments.create_refund, "amount charge metadata payment_intent reason"),
-    "GET /v1/refunds": _list("refund", "charge payment_intent"),
+    "GET /v1/refunds": _list("refund", "charge created payment_intent"),
     "GET /v1/refunds/{refund}": _read("refund"),
     "POST /v1/refunds/{refund}": _update("refund", "metadata"),
-    "GET /v1/disputes": _list("dispute", "charge payment_intent"),
+    "GET /v1/disputes": _list("dispute", "charge created payment_intent"),
     "GET /v1/disputes/{dispute}": _read("dispute"),
     "POST /v1/disputes/{dispute}": Route(
         lambda account, given, key: payments.answer_dispute(account, account.get("dispute", key), given),
         frozenset({"evidence", "metadata", "submit"}),
     ),
     "POST /v1/disputes/{dispute}/close": _act("dispute", _close_dispute),
-    "GET /v1/events": _list("event", "delivery_success type types"),
+    "GET /v1/events": _list("event", "created delivery_success type types"),
     "GET /v1/events/{id}": _read("event"),
     "POST /v1/webhook_endpoints": _create(
         _create_endpoint, "api_version description enabled_events metadata url"
     ),
-    "GET /v1/webhook_endpoints": _list("webhook_endpoint"),
+    "GET /v1/webhook_endpoints": _list("webhook_endpoint", ""),
     "GET /v1/webhook_endpoints/{webhook_endpoint}": _read("webhook_endpoint"),
     "POST /v1/webhook_endpoints/{webhook_endpoint}": Route(
         _update_endpoint, frozenset({"description", "disabled", "enabled_events", "metadata", "url"})

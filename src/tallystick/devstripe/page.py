@@ -43,12 +43,11 @@ def render(account: Account, session: Object, problem: str = "") -> str:
     body = f"<h1>{_money(session)}</h1><ul>{rows}</ul>"
     if problem:
         body += f"<p role=alert>{escape(problem)}</p>"
-    waiting = (session["status"], session["payment_status"]) == ("complete", "unpaid")
     if session["status"] == "open":
-        body += _buttons(_OPEN)
+        body += _buttons(_OPEN if session["cancel_url"] else _OPEN[:-1])
     else:
         body += f"<p>This session is {session['status']}: {session['payment_status']}.</p>"
-        body += _buttons(_WAITING) if waiting else ""
+        body += _buttons(_WAITING) if payments.is_settling(account, session) else ""
     return _PAGE.substitute(body=body)
 
 

@@ -219,13 +219,17 @@ def _customer_details(email: str | None, name: str | None) -> Object:
     return details | {"email": email, "name": name, "tax_exempt": "none", "tax_ids": []}
 
 
+def is_settling(account: Account, session: Object) -> bool:
+    """Say whether a delayed payment of the session is under way."""
+    intent = account.objects["payment_intent"].get(session["payment_intent"])
+    return intent is not None and intent["status"] == "processing"
+
+
 def settle_session(account: Account, session: Object, *, succeeded: bool) -> Object:
     """Bring the outcome of a delayed payment."""
-    if (session["status"], session["payment_status"]) != ("complete", "unpaid"):
+    if not is_settling(account, session):
         raise refused(f"No delayed payment of {session['id']} is under way.")
     intent = account.get("payment_intent", session["payment_intent"])
-    if intent["status"] != "processing":
-        raise refused(f"The delayed payment of {session['id']} has already failed.")
     if succeeded:
         _succeed(account, intent)
         session["payment_status"] = "paid"
