@@ -5,6 +5,7 @@
     TallystickError
     ├── ConfigError                  tallystick.toml, pyproject.toml or the environment
     ├── DevServerError               the embedded PostgreSQL
+    ├── DevStripeError               the Stripe test double refused, as Stripe does
     ├── DatabaseError                the server answered, or did not
     │   ├── DatabaseUnavailable      no connection could be made
     │   ├── OutcomeUnknown           the connection died under a call        (outcome_unknown)
@@ -84,6 +85,18 @@ class ConfigError(TallystickError):
 
 class DevServerError(TallystickError):
     """The embedded PostgreSQL cannot be found, started or stopped."""
+
+
+class DevStripeError(TallystickError):
+    """The Stripe test double refused a request or a control; its state is as it was.
+
+    Over HTTP these are the fields of Stripe's error answer.
+    """
+
+    status: int
+    type: str
+    code: str | None
+    param: str | None
 
 
 class DatabaseError(TallystickError):
