@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
-from worlds import World
 
 from tallystick import AccessReason, InsufficientCredits
 from tallystick import errors as e
 from tallystick.schema import INT32_MAX, CreditTransactionStatus, CreditTransactionType
+from worlds import World
 
 
 def test_buying_spending_and_giving_back(any_world: World):
@@ -63,10 +63,10 @@ def test_workshops_of_every_shape_are_unlocked(any_world: World):
         with any_world.engine.begin() as conn, pytest.raises(e.InvalidArgument, match="no workshops table"):
             any_world.ledger.consume(conn, user, workshop="w", key="k")
         return
-    workshop = any_world.workshop(user, title="Ünlöck ‮rtl‬ 🎉")
+    workshop = any_world.workshop(user, title="Ünlöck \u202ertl\u202c 🎉")
     with any_world.engine.begin() as conn:
         done = any_world.ledger.consume(conn, user, workshop=workshop, key="k")
-        assert done.description == "Credit consumed for Workshop: Ünlöck ‮rtl‬ 🎉"
+        assert done.description == "Credit consumed for Workshop: Ünlöck \u202ertl\u202c 🎉"
         assert any_world.ledger.access(conn, workshop).reason is AccessReason.UNLOCKED
 
 

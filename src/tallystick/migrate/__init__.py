@@ -2,19 +2,31 @@
 
 from tallystick.migrate.blockers import Blocker
 from tallystick.migrate.host import Host, HostColumn, HostTable, examine, propose
+from tallystick.migrate.plan import Plan, PlannedRevision, PlannedStatement, TableSize, plan, sql
 from tallystick.migrate.run import OnlineStep, Progress, Receipt, Step, apply, undo
+from tallystick.migrate.status import Applied, Drift, Status, status
 
 __all__ = [
+    "Applied",
     "Blocker",
+    "Drift",
     "Host",
     "HostColumn",
     "HostTable",
     "OnlineStep",
+    "Plan",
+    "PlannedRevision",
+    "PlannedStatement",
     "Progress",
     "Receipt",
+    "Status",
     "Step",
+    "TableSize",
     "apply",
     "examine",
+    "plan",
     "propose",
+    "sql",
+    "status",
     "undo",
 ]

@@ -51,9 +51,7 @@ class Blocker:
 
     def __str__(self) -> str:
         if self.kind == "prepared transaction":
-            return (
-                f"prepared transaction {self.gid!r} on {', '.join(self.tables)} (ROLLBACK PREPARED or COMMIT it)"
-            )
+            return f"prepared transaction {self.gid!r} on {', '.join(self.tables)} (ROLLBACK PREPARED or COMMIT it)"
         who = f"pid {self.pid}"
         if self.application:
             who += f" ({self.application})"
@@ -105,7 +103,7 @@ class Watch:
         return found
 
     def in_the_way(self) -> list[Blocker]:
-        """Those worth waiting for: an ordinary autovacuum yields to the fence, a young transaction ends by itself."""
+        """Those worth waiting for: an autovacuum yields to the fence, a young transaction ends by itself."""
         return [
             holder
             for holder in self.holders()

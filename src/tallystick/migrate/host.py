@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from tallystick.config import Config, HostMapping, KeyType, UsersTable, WorkshopsTable
 from tallystick.errors import HostMismatch, IncompatibleColumn, PermissionDenied, SchemaError, SchemaTooNew
-from tallystick.migrate.revisions import Adopted, HostNames, Word, revisions
+from tallystick.migrate.revisions import Adopted, Word, revisions
 from tallystick.schema import LEDGER, alembic_version, migration_log
 
 OLDEST_SERVER = 140000
@@ -68,16 +68,18 @@ _REFERENCES = sa.text("""
 """)
 
 _TAKEN = sa.text("""
-    SELECT relname FROM pg_class WHERE relnamespace = to_regnamespace(quote_ident(:schema)) AND relname = ANY (:names)
-    UNION
-    SELECT typname FROM pg_type WHERE typnamespace = to_regnamespace(quote_ident(:schema)) AND typname = ANY (:names)
+    SELECT taken.name
+    FROM (SELECT relname AS name, relnamespace AS schema FROM pg_class
+          UNION SELECT typname, typnamespace FROM pg_type) taken
+    WHERE taken.schema = to_regnamespace(quote_ident(:schema)) AND taken.name = ANY (:names)
     ORDER BY 1
 """)
 
 _ROLE = sa.text("""
     SELECT current_user AS role, current_database() AS database,
            has_database_privilege(current_database(), 'CREATE') AS database_create,
-           coalesce(has_schema_privilege(to_regnamespace(quote_ident(:schema))::oid, 'CREATE'), false) AS schema_create,
+           coalesce(has_schema_privilege(to_regnamespace(quote_ident(:schema))::oid, 'CREATE'), false)
+             AS schema_create,
            current_setting('server_version_num')::int AS version,
            current_setting('server_version') AS version_text,
            pg_is_in_recovery() AS standby,
@@ -158,8 +160,10 @@ class Host:
 # --- the preflight
 
 
-def examine(conn: sa.Connection, config: Config) -> Host:
+def examine(conn: sa.Connection, config: Config, *, privileges: bool = True) -> Host:
     """Check that this database can be migrated (or is already), before anything is changed.
+
+    With ``privileges`` off, the role need not be one that could do it.
 
     Raises:
         SchemaError: the server is too old, or is a standby.
@@ -175,18 +179,8 @@ def examine(conn: sa.Connection, config: Config) -> Host:
     if role.standby:
         raise SchemaError("this server is a standby and cannot be written to. Use the primary's address")
 
-    users = _mapped(conn, "users", mapping.users.schema, mapping.users.table)
-    users_columns = _columns(conn, users)
-    _check_key("users", users, users_columns, mapping.users.key, mapping.users.key_type)
-    if mapping.users.email:
-        _column("users", "email", users, users_columns, mapping.users.email)
-    workshops = None
-    workshops_columns: Mapping[str, HostColumn] = {}
-    if mapping.workshops is not None:
-        workshops = _mapped(conn, "workshops", mapping.workshops.schema, mapping.workshops.table)
-        workshops_columns = _columns(conn, workshops)
-        _check_workshops(mapping, workshops, workshops_columns)
-
+    users, users_columns = _mapped_users(conn, mapping)
+    workshops, workshops_columns = _mapped_workshops(conn, mapping)
     revision = current_revision(conn)
     if revision is None:
         if role.has_schema:
@@ -197,33 +191,15 @@ def examine(conn: sa.Connection, config: Config) -> Host:
                 column=None,
             )
         taken = _adoptable(conn, "users", users, users_columns)
-        adopted = (
-            taken if workshops is None else taken | _adoptable(conn, "workshops", workshops, workshops_columns)
-        )
+        adopted = taken if workshops is None else taken | _adoptable(conn, "workshops", workshops, workshops_columns)
         _check_free(conn, mapping)
     else:
         adopted = adopted_columns(conn)
         _check_same_host(conn, users, workshops)
 
-    for table in (users, workshops):
-        if table is not None and not table.owned:
-            raise PermissionDenied(
-                f"{role.role} does not own {table.shown}. Connect as {table.owner}, "
-                f'or let an administrator run: GRANT "{table.owner}" TO "{role.role}"',
-                sqlstate="42501",
-            )
-    if revision is None and not role.database_create:
-        raise PermissionDenied(
-            f"{role.role} may not create the schema tallystick. Let an administrator run: "
-            f'GRANT CREATE ON DATABASE "{role.database}" TO "{role.role}"',
-            sqlstate="42501",
-        )
-    if not role.schema_create:
-        raise PermissionDenied(
-            f"{role.role} may not create tables in schema {users.schema}. Let an administrator run: "
-            f'GRANT CREATE ON SCHEMA "{users.schema}" TO "{role.role}"',
-            sqlstate="42501",
-        )
+    if privileges:
+        tables = [table for table in (users, workshops) if table]
+        _check_privileges(role, mapping, tables, migrated=revision is not None)
     return Host(
         server_version=role.version,
         server=role.version_text,
@@ -242,8 +218,7 @@ def current_revision(conn: sa.Connection) -> str | None:
     known = [revision.revision for revision in revisions()]
     if found is not None and found not in known:
         raise SchemaTooNew(
-            f"this database is at revision {found}, this package knows {known[-1]}. "
-            "Run: pip install -U tallystick",
+            f"this database is at revision {found}, this package knows {known[-1]}. Run: pip install -U tallystick",
             revision=found,
         )
     return found
@@ -260,6 +235,38 @@ def adopted_columns(conn: sa.Connection) -> Adopted:
     return frozenset((cast("Word", word), column) for word, column in pairs)
 
 
+def _check_privileges(role: sa.Row[Any], mapping: HostMapping, tables: Sequence[HostTable], *, migrated: bool) -> None:
+    for table in tables:
+        if not table.owned:
+            raise PermissionDenied(
+                f"{role.role} does not own {table.shown}. Connect as {table.owner}, "
+                f'or let an administrator run: GRANT "{table.owner}" TO "{role.role}"',
+                sqlstate="42501",
+            )
+    if not migrated and not role.database_create:
+        raise PermissionDenied(
+            f"{role.role} may not create the schema tallystick. Let an administrator run: "
+            f'GRANT CREATE ON DATABASE "{role.database}" TO "{role.role}"',
+            sqlstate="42501",
+        )
+    if not role.schema_create:
+        raise PermissionDenied(
+            f"{role.role} may not create tables in schema {mapping.users.schema}. Let an administrator run: "
+            f'GRANT CREATE ON SCHEMA "{mapping.users.schema}" TO "{role.role}"',
+            sqlstate="42501",
+        )
+
+
+def _mapped_users(conn: sa.Connection, mapping: HostMapping) -> tuple[HostTable, Mapping[str, HostColumn]]:
+    names = mapping.users
+    table = _mapped(conn, "users", names.schema, names.table)
+    columns = _columns(conn, table)
+    _check_key("users", table, columns, names.key, names.key_type)
+    if names.email:
+        _column("users", "email", table, columns, names.email)
+    return table, columns
+
+
 def _mapped(conn: sa.Connection, word: Word, schema: str, name: str) -> HostTable:
     everything = _tables(conn)
     table = next((t for t in everything if (t.schema, t.table) == (schema, name)), None)
@@ -274,9 +281,7 @@ def _mapped(conn: sa.Connection, word: Word, schema: str, name: str) -> HostTabl
         )
     fault = _unsuitable(table)
     if fault:
-        raise HostMismatch(
-            f"{table.shown} {fault}. Name another table under [{where}]", table=table.shown, column=None
-        )
+        raise HostMismatch(f"{table.shown} {fault}. Name another table under [{where}]", table=table.shown, column=None)
     if table.columns_ever + 10 > _MAX_COLUMNS:
         raise HostMismatch(
             f"{table.shown} has had {table.columns_ever} columns, dropped ones included; "
@@ -299,9 +304,7 @@ def _unsuitable(table: HostTable) -> str | None:
     return None
 
 
-def _column(
-    word: Word, setting: str, table: HostTable, columns: Mapping[str, HostColumn], name: str
-) -> HostColumn:
+def _column(word: Word, setting: str, table: HostTable, columns: Mapping[str, HostColumn], name: str) -> HostColumn:
     if name in columns:
         return columns[name]
     near = difflib.get_close_matches(name, columns, n=1, cutoff=0.5)
@@ -313,9 +316,7 @@ def _column(
     )
 
 
-def _check_key(
-    word: Word, table: HostTable, columns: Mapping[str, HostColumn], name: str, key_type: KeyType
-) -> None:
+def _check_key(word: Word, table: HostTable, columns: Mapping[str, HostColumn], name: str, key_type: KeyType) -> None:
     column = _column(word, "key", table, columns, name)
     if column.key_type is None or column.generated:
         raise HostMismatch(
@@ -347,10 +348,12 @@ def _other_keys(word: Word, columns: Mapping[str, HostColumn]) -> str:
     return f"Give the table such a column and name it in host.{word}.key"
 
 
-def _check_workshops(mapping: HostMapping, table: HostTable, columns: Mapping[str, HostColumn]) -> None:
+def _mapped_workshops(conn: sa.Connection, mapping: HostMapping) -> tuple[HostTable | None, Mapping[str, HostColumn]]:
     names = mapping.workshops
     if names is None:
-        return
+        return None, {}
+    table = _mapped(conn, "workshops", names.schema, names.table)
+    columns = _columns(conn, table)
     _check_key("workshops", table, columns, names.key, names.key_type)
     owner = _column("workshops", "owner", table, columns, names.owner)
     if owner.key_type != mapping.users.key_type:
@@ -372,6 +375,7 @@ def _check_workshops(mapping: HostMapping, table: HostTable, columns: Mapping[st
                 table=table.shown,
                 column=names.created_at,
             )
+    return table, columns
 
 
 @dataclass(frozen=True)
@@ -416,8 +420,8 @@ def _adoptable(
         if found is not None:
             raise IncompatibleColumn(
                 f"{table.shown} already has a column {name}: {found}; Tallystick needs {rule.expected}. "
-                f"If it is yours, rename it (ALTER TABLE … RENAME COLUMN {name} TO {name}_before); if it means the "
-                "same, change it to that type and contents. Nothing was changed",
+                f"If it means something else, rename it (ALTER TABLE … RENAME COLUMN {name} TO {name}_before); "
+                "if it means the same, change it to that type and contents. Nothing was changed",
                 table=table.shown,
                 column=name,
                 found=found,
@@ -428,18 +432,23 @@ def _adoptable(
 
 
 def _fault(conn: sa.Connection, table: HostTable, column: HostColumn, rule: _Rule) -> str | None:
-    if column.type not in rule.types:
+    too_short = rule.length and column.modifier != -1 and column.modifier - 4 < rule.length
+    if column.type not in rule.types or too_short:
         return column.shown
     if column.generated:
         return f"{column.shown} GENERATED"
-    if rule.length and column.modifier != -1 and column.modifier - 4 < rule.length:
-        return column.shown
     if (rule.not_null or rule.zero) and not column.not_null:
         return f"{column.shown}, nullable"
     if rule.zero and column.default != "0":
         return f"{column.shown} DEFAULT {column.default or 'nothing'}"
-    live = sa.column(column.name)
-    rows = sa.select(sa.literal_column("1")).select_from(sa.table(table.table, live, schema=table.schema))
+    return _content_fault(conn, table, column, rule)
+
+
+def _content_fault(conn: sa.Connection, table: HostTable, column: HostColumn, rule: _Rule) -> str | None:
+    live: sa.ColumnClause[Any] = sa.column(column.name)
+    rows: sa.Select[Any] = sa.select(sa.literal_column("1")).select_from(
+        sa.table(table.table, live, schema=table.schema)
+    )
     if rule.zero:
         fault, rows = "with values in it", rows.where(live != sa.literal_column("0"))
     elif rule.empty:
@@ -454,12 +463,12 @@ def _fault(conn: sa.Connection, table: HostTable, column: HostColumn, rule: _Rul
 
 def _check_free(conn: sa.Connection, mapping: HostMapping) -> None:
     schema = mapping.users.schema
-    names = [name for revision in revisions() for name in revision.creates(HostNames.of(mapping))]
+    names = [name for revision in revisions() for name in revision.creates]
     taken = conn.scalars(_TAKEN, {"schema": schema, "names": names}).all()
     if taken:
         name = LEDGER if LEDGER in taken else taken[0]
         raise HostMismatch(
-            f'the database already has "{schema}"."{name}", a name that Tallystick needs. If it is yours, rename it '
+            f'the database already has "{schema}"."{name}", a name that Tallystick needs. Rename what is there '
             f'(ALTER {"TABLE" if name == LEDGER else "…"} "{schema}"."{name}" RENAME TO "{name}_before"). '
             "Nothing was changed",
             table=f"{schema}.{name}",
@@ -617,9 +626,7 @@ def _key_type(column: HostColumn) -> KeyType:
     return _KEY_FAMILIES[column.type]
 
 
-def _find(
-    word: Word, everything: Sequence[HostTable], asked: str | None, usual: Sequence[str]
-) -> HostTable | None:
+def _find(word: Word, everything: Sequence[HostTable], asked: str | None, usual: Sequence[str]) -> HostTable | None:
     if asked is not None:
         found = [t for t in everything if asked in (t.table, t.shown, f'{t.schema}."{t.table}"', f'"{t.table}"')]
     else:
@@ -641,7 +648,7 @@ def _find(
             asked, [name for t in everything for name in (t.table, t.shown)], n=1, cutoff=0.5
         )
         raise HostMismatch(
-            f"there is no table {asked}{f'; did you mean --{word} {near[0]}?' if near else f'. Say which: --{word}'}",
+            f"there is no table {asked}{f'; did you mean {near[0]}?' if near else '.'} Say which: --{word} …",
             table=asked,
             column=None,
         )

@@ -1,11 +1,11 @@
 """The revisions and what they are handed: names, never today's code.
 
 A revision is a module in ``versions/``, found and ordered by Alembic's ``ScriptDirectory``. It says ``revision``,
-``down_revision`` and ``kind`` (``"expand"``: old code keeps working, or ``"contract"``), and has these functions of
-the :class:`HostNames`, each giving ``psycopg.sql`` statements:
+``down_revision``, ``kind`` (``"expand"``: old code keeps working, or ``"contract"``) and ``creates`` (names of
+relations and types that must be free in the users' schema before), and has these functions of the
+:class:`HostNames`, each giving ``psycopg.sql`` statements:
 
 ==================  ==================================================================================
-``creates``         names of relations and types that must be free in the users' schema before
 ``prepare``         new objects, made before any table of the host is locked
 ``locks``           the tables that ``locked`` changes, in locking order
 ``locked``          their changes: no scan, no rewrite, at most one ALTER for each table
@@ -74,9 +74,7 @@ class HostNames:
         """The names of a mapping."""
         users, workshops = host.users, host.workshops
         return cls(
-            users=TableNames(
-                "users", users.schema, users.table, Identifier(users.key), _KEY_TYPES[users.key_type]
-            ),
+            users=TableNames("users", users.schema, users.table, Identifier(users.key), _KEY_TYPES[users.key_type]),
             workshops=TableNames(
                 "workshops",
                 workshops.schema,
@@ -98,7 +96,7 @@ class Revision:
     down_revision: str | None
     kind: Literal["expand", "contract"]
     title: str
-    creates: Callable[[HostNames], tuple[str, ...]]
+    creates: tuple[str, ...]
     prepare: Callable[[HostNames], Iterable[Composable]]
     locks: Callable[[HostNames], tuple[Identifier, ...]]
     locked: Callable[[HostNames], Iterable[Composable]]
@@ -130,3 +128,14 @@ def revisions() -> tuple[Revision, ...]:
             )
         )
     return tuple(found)
+
+
+def after(revision: str | None) -> tuple[Revision, ...]:
+    """Those still to come, oldest first."""
+    return revisions()[len(up_to(revision)) :]
+
+
+def up_to(revision: str | None) -> tuple[Revision, ...]:
+    """Those already there, oldest first."""
+    known = revisions()
+    return known[: [r.revision for r in known].index(revision) + 1] if revision is not None else ()

@@ -11,15 +11,14 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Literal
 
 import psycopg
 import sqlalchemy as sa
-from psycopg.sql import SQL, Composable, Composed, Identifier
-from psycopg.sql import Literal as SqlLiteral
+from psycopg.sql import SQL, Composable, Identifier
 from sqlalchemy.pool import NullPool
 
 from tallystick.config import Config
@@ -37,17 +36,25 @@ from tallystick.errors import (
 )
 from tallystick.migrate.blockers import Blocker, Watch
 from tallystick.migrate.host import Host, examine
-from tallystick.migrate.revisions import HostNames, Revision, revisions
+from tallystick.migrate.revisions import HostNames, Revision, after, revisions, up_to
+from tallystick.migrate.statements import (
+    ADVISORY_KEY,
+    MEASURE,
+    MOVED,
+    NOT_EMPTY,
+    RUNNING,
+    STALL_BUDGET_MS,
+    Messages,
+    downward,
+    text,
+    upward,
+)
 from tallystick.schema import LEDGER, migration_log
 
-STALL_BUDGET_MS = 100
 GIVE_UP_AFTER_S = 120.0
 
-ADVISORY_KEY = 8_386_103_206_419_437_683  # "tallystk" as eight bytes; advisory locks are per database
 APPLICATION_NAME = "tallystick migrate"
 
-_RUNNING, _MOVED, _NOT_EMPTY = "TS001", "TS002", "TS003"
-_RETRIED = ("55P03", "57014", "40P01")  # lock not available, cut by a timeout, deadlock
 _PROBE_EVERY_S = 0.1
 _CHECKS_CLIENT = 140000
 _GRACE_S = 3.0  # how long a killed run's server process may take to notice
@@ -188,15 +195,20 @@ class _Run:
         names = HostNames.of(self.config.host, host.adopted)
         steps = []
         reached = host.revision
-        for revision in _after(host.revision):
+        for revision in after(host.revision):
             adopted = host.adopted_names if revision.down_revision is None else ()
             steps.append(
                 self._transaction(
                     revision,
                     host,
                     "apply",
-                    first=_opening(names, revision, expected=reached, adopted=adopted),
-                    second=self._locked_part(revision.locks(names), revision.locked(names)),
+                    upward(
+                        revision,
+                        names,
+                        expected=reached,
+                        adopted=adopted,
+                        stall_budget_ms=self.stall_budget_ms,
+                    ),
                     adopted=adopted,
                 )
             )
@@ -213,19 +225,9 @@ class _Run:
             self._refuse_rows(host)
         names = HostNames.of(self.config.host, host.adopted)
         steps = []
-        for revision in reversed(_up_to(host.revision)):
-            guards = [] if discard_ledger else [_refuse_if_rows(names)]
-            steps.append(
-                self._transaction(
-                    revision,
-                    host,
-                    "undo",
-                    first=list(_begin(names, expected=revision.revision)),
-                    second=self._locked_part(
-                        revision.undo_locks(names), [*guards, *revision.undo(names), *_step_down(revision)]
-                    ),
-                )
-            )
+        for revision in reversed(up_to(host.revision)):
+            messages = downward(revision, names, discard_ledger=discard_ledger, stall_budget_ms=self.stall_budget_ms)
+            steps.append(self._transaction(revision, host, "undo", messages))
         return Receipt("undo", host.revision, None, tuple(steps))
 
     def _transaction(
@@ -233,9 +235,8 @@ class _Run:
         revision: Revision,
         host: Host,
         action: Literal["apply", "undo"],
+        messages: Messages,
         *,
-        first: Sequence[Composable],
-        second: Sequence[Composable],
         adopted: tuple[str, ...] = (),
     ) -> Step:
         """Run both messages until they go through, from the start each time."""
@@ -250,8 +251,8 @@ class _Run:
             attempts += 1
             self.progress(Progress("locking", revision.revision, attempts))
             try:
-                _send(self.conn, first)
-                locked_ms = _send(self.conn, second)
+                _send(self.conn, messages.opening)
+                locked_ms = _send(self.conn, (*messages.locked, MEASURE))
             except (
                 psycopg.errors.LockNotAvailable,
                 psycopg.errors.QueryCanceled,
@@ -259,12 +260,10 @@ class _Run:
             ):
                 _roll_back(self.conn)
                 blockers = watch.holders()
-                for blocker in blockers:
-                    waited_for[blocker.pid, blocker.gid] = blocker
                 if time.monotonic() + pause_s > deadline:
                     raise self._blocked(revision, attempts, blockers) from None
                 self.progress(Progress("waiting", revision.revision, attempts, tuple(blockers)))
-                time.sleep(pause_s * random.uniform(0.5, 1))  # noqa: S311: jitter, not a secret
+                time.sleep(pause_s * random.uniform(0.5, 1))  # noqa: S311  # jitter, not a secret
                 pause_s = min(pause_s * 2, 2)
                 continue
             except psycopg.Error as error:
@@ -306,19 +305,6 @@ class _Run:
             blockers=list(blockers),
         )
 
-    def _locked_part(self, locks: Sequence[Identifier], changes: Iterable[Composable]) -> list[Composable]:
-        budget = SqlLiteral(f"{self.stall_budget_ms}ms")
-        return [
-            _lock_all(locks, self.stall_budget_ms),
-            SQL("SET LOCAL statement_timeout = {}").format(budget),
-            *changes,
-            SQL("COMMIT"),
-            SQL(
-                "SELECT extract(epoch FROM clock_timestamp() - current_setting('tallystick.locked_at')::timestamptz)"
-                " * 1000"
-            ),
-        ]
-
     def _log(self, step: Step) -> None:
         newest = sa.select(sa.func.max(migration_log.c.id)).where(migration_log.c.revision == step.revision)
         self.conn.execute(
@@ -352,9 +338,7 @@ class _Run:
                 continue
             self.progress(Progress("online", revision.revision, step=name))
             for leftover in _leftovers(self.conn, names.users.schema, name):
-                _alone(
-                    self.conn, SQL("DROP INDEX CONCURRENTLY {}").format(Identifier(names.users.schema, leftover))
-                )
+                _alone(self.conn, SQL("DROP INDEX CONCURRENTLY {}").format(Identifier(names.users.schema, leftover)))
             try:
                 if state == "missing":
                     _alone(self.conn, statement)
@@ -370,140 +354,6 @@ class _Run:
                 "built" if state == "missing" else "repaired",
                 round((time.monotonic() - started) * 1000, 3),
             )
-
-
-# --- what is sent
-
-
-def _opening(
-    names: HostNames, revision: Revision, *, expected: str | None, adopted: Sequence[str]
-) -> list[Composable]:
-    """The first message: everything that nobody can wait for."""
-    if revision.down_revision is None:
-        version = SQL("INSERT INTO tallystick.alembic_version (version_num) VALUES ({})")
-    else:
-        version = SQL("UPDATE tallystick.alembic_version SET version_num = {}")
-    return [
-        *_begin(names, expected=expected),
-        *revision.prepare(names),
-        version.format(SqlLiteral(revision.revision)),
-        SQL("INSERT INTO tallystick.migration_log (revision, direction, adopted) VALUES ({}, 'apply', {})").format(
-            SqlLiteral(revision.revision), SqlLiteral(json.dumps(adopted))
-        ),
-    ]
-
-
-def _begin(names: HostNames, *, expected: str | None) -> Iterator[Composable]:
-    yield SQL("BEGIN")
-    yield SQL("SET LOCAL lock_timeout = '3s'")
-    yield SQL("SET LOCAL statement_timeout = '30s'")
-    # a frozen client must not keep even the fence
-    yield SQL("SET LOCAL idle_in_transaction_session_timeout = '60s'")
-    yield _do(
-        SQL("""
-DECLARE
-  found text;
-BEGIN
-  IF NOT pg_try_advisory_xact_lock({key}) THEN
-    RAISE EXCEPTION 'another migration is running' USING ERRCODE = {running};
-  END IF;
-  IF to_regclass('tallystick.alembic_version') IS NOT NULL THEN
-    EXECUTE 'SELECT version_num FROM tallystick.alembic_version' INTO found;
-  END IF;
-  IF found IS DISTINCT FROM {expected} THEN
-    RAISE EXCEPTION 'the revision is % now', found USING ERRCODE = {moved};
-  END IF;
-END""").format(
-            key=SqlLiteral(ADVISORY_KEY),
-            running=SqlLiteral(_RUNNING),
-            moved=SqlLiteral(_MOVED),
-            expected=SqlLiteral(expected),
-        )
-    )
-    tables = [table.name for table in (names.users, names.workshops) if table]
-    # makes a running autovacuum yield; blocks neither reads nor writes
-    yield SQL("LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE").format(SQL(", ").join(tables))
-
-
-def _lock_all(locks: Sequence[Identifier], stall_budget_ms: int) -> Composed:
-    """Take every lock: first without waiting, then with short waits that together stay within the budget.
-
-    Each refused try costs a transaction id, hence their number.
-    """
-    nowait = SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE NOWAIT;").format(SQL(", ").join(locks))
-    # one wait's time is shared by all its tables, since lock_timeout is per table
-    waiting = SQL("\n        ").join(
-        SQL("""rest_ms := ceil(extract(epoch FROM until - clock_timestamp()) * 1000);
-        PERFORM set_config('lock_timeout', greatest(rest_ms, 1)::text, true);
-        LOCK TABLE {} IN ACCESS EXCLUSIVE MODE;""").format(table)
-        for table in locks
-    )
-    return _do(
-        SQL("""
-DECLARE
-  wait_ms integer;
-  rest_ms integer;
-  until timestamptz;
-BEGIN
-  FOR attempt IN 1..100 LOOP
-    BEGIN
-      {nowait}
-      PERFORM set_config('tallystick.locked_at', clock_timestamp()::text, false);
-      RETURN;
-    EXCEPTION WHEN lock_not_available THEN
-      NULL;
-    END;
-    PERFORM pg_sleep(0.003);
-  END LOOP;
-  FOREACH wait_ms IN ARRAY {waits} LOOP
-    BEGIN
-      until := clock_timestamp() + make_interval(secs => wait_ms * (0.75 + random() / 4) / 1000);
-      {waiting}
-      PERFORM set_config('tallystick.locked_at', clock_timestamp()::text, false);
-      RETURN;
-    EXCEPTION WHEN lock_not_available THEN
-      NULL;
-    END;
-    -- those who queued behind us go first
-    PERFORM pg_sleep(wait_ms * 2 / 1000.0);
-  END LOOP;
-  RAISE EXCEPTION 'the tables are busy' USING ERRCODE = 'lock_not_available';
-END""").format(
-            nowait=nowait,
-            waiting=waiting,
-            waits=SQL("ARRAY[{}]").format(
-                SQL(", ").join(
-                    map(SqlLiteral, sorted({max(1, stall_budget_ms // 4), max(1, stall_budget_ms // 2)}))
-                )
-            ),
-        )
-    )
-
-
-def _refuse_if_rows(names: HostNames) -> Composed:
-    return _do(
-        SQL("""
-BEGIN
-  IF EXISTS (SELECT FROM {ledger}) THEN
-    RAISE EXCEPTION 'the ledger has rows' USING ERRCODE = {code};
-  END IF;
-END""").format(ledger=Identifier(names.users.schema, LEDGER), code=SqlLiteral(_NOT_EMPTY))
-    )
-
-
-def _step_down(revision: Revision) -> list[Composable]:
-    if revision.down_revision is None:
-        return []  # its bookkeeping went with it
-    return [
-        SQL("UPDATE tallystick.alembic_version SET version_num = {}").format(SqlLiteral(revision.down_revision)),
-        SQL("INSERT INTO tallystick.migration_log (revision, direction) VALUES ({}, 'undo')").format(
-            SqlLiteral(revision.revision)
-        ),
-    ]
-
-
-def _do(body: Composable) -> Composed:
-    return SQL("DO {}").format(SqlLiteral(body.as_string(None)))
 
 
 # --- the session
@@ -527,9 +377,7 @@ def _session(database: sa.Engine | str) -> Iterator[sa.Connection]:
         # the server ends what a killed client was running, instead of holding our lock to the end
         if driver(conn).info.server_version >= _CHECKS_CLIENT:
             with suppress(sa.exc.DBAPIError):  # not on every operating system
-                conn.execute(
-                    sa.select(sa.func.set_config("client_connection_check_interval", "500ms", sa.false()))
-                )
+                conn.execute(sa.select(sa.func.set_config("client_connection_check_interval", "500ms", sa.false())))
         yield conn
     except sa.exc.DBAPIError as error:
         if isinstance(error.orig, psycopg.Error):
@@ -592,7 +440,7 @@ def _send(conn: sa.Connection, statements: Sequence[Composable]) -> float | None
     adding a BEGIN of its own.
     """
     with driver(conn).cursor() as cursor:
-        cursor.execute(SQL(";\n").join(statements), prepare=False)
+        cursor.execute(text(statements).encode(driver(conn).info.encoding), prepare=False)
         while cursor.nextset():
             pass
         row = cursor.fetchone() if cursor.description else None
@@ -602,9 +450,7 @@ def _send(conn: sa.Connection, statements: Sequence[Composable]) -> float | None
 def _alone(conn: sa.Connection, statement: Composable) -> None:
     """Run a statement that allows no transaction around it; it may wait for as long as it needs."""
     with driver(conn).cursor() as cursor:
-        cursor.execute(
-            "SELECT set_config('lock_timeout', '0', false), set_config('statement_timeout', '0', false)"
-        )
+        cursor.execute("SELECT set_config('lock_timeout', '0', false), set_config('statement_timeout', '0', false)")
         cursor.execute(SQL("{}").format(statement), prepare=False)
 
 
@@ -618,42 +464,41 @@ def _roll_back(conn: sa.Connection) -> None:
 def _translate(error: psycopg.Error, action: str, *, online: str | None = None) -> TallystickError:
     """What a refused statement means to the person who ran the migration."""
     said = (error.diag.message_primary or str(error)).strip().rstrip(".")
+    detail = error.diag.message_detail or ""
     state = error.sqlstate
-    match state:
-        case "TS001":
-            return MigrationRunning(
-                "another migration of this database is running. Wait for it, then look: tallystick migrate status"
-            )
-        case "TS002":
-            return MigrationRunning(f"another run came first: {said}. Look at it: tallystick migrate status")
-        case "TS003":
-            return LedgerNotEmpty(
-                "a credit transaction was written just now. Nothing was changed. Take a backup, then run: "
-                "tallystick migrate undo --discard-ledger",
-                rows=1,
-            )
-        case "42501":
-            return PermissionDenied(
-                f"the database refused: {said}. Nothing was changed. Connect as the owner of the tables",
-                sqlstate=state,
-            )
-        case "2BP01":
-            return MigrationError(
-                f"something of yours depends on what undo removes: {error.diag.message_detail or said}. "
-                "Nothing was changed. Drop or change it first"
-            )
-    if state is None or state[:2] in ("08", "57") or state in ("58030", "XX000"):
-        return OutcomeUnknown(
+    found: TallystickError
+    if state in (RUNNING, MOVED):
+        found = MigrationRunning(f"another run came first: {said}. Look: tallystick migrate status")
+    elif state == NOT_EMPTY:
+        found = LedgerNotEmpty(
+            "a credit transaction was written just now. Nothing was changed. Take a backup, then run: "
+            "tallystick migrate undo --discard-ledger",
+            rows=1,
+        )
+    elif state == "42501":
+        found = PermissionDenied(
+            f"the database refused: {said}. Nothing was changed. Connect as the owner of the tables",
+            sqlstate=state,
+        )
+    elif state is None or state.startswith(("08", "57P")) or state in ("58030", "XX000"):
+        found = OutcomeUnknown(
             f"the connection was lost ({said}). The database is as before or as after, never between. "
             "Run the same command again: it continues from whatever is there",
             sqlstate=state,
         )
-    if online is not None:
-        return MigrationError(
-            f"the index {online} could not be built: {said}. {error.diag.message_detail or ''} "
+    elif online is not None:
+        found = MigrationError(
+            f"the index {online} could not be built: {said}. {detail} "
             "The revision itself is in place. Mend the cause, then run: tallystick migrate apply"
         )
-    return MigrationError(f"the database refused to {action}: {said} ({state}). Nothing was changed")
+    elif state == "2BP01":
+        found = MigrationError(
+            f"something of yours depends on what undo removes: {detail or said}. "
+            "Nothing was changed. Drop or change it first"
+        )
+    else:
+        found = MigrationError(f"the database refused to {action}: {said} ({state}). Nothing was changed")
+    return found
 
 
 _INDEX_STATE = sa.text("""
@@ -679,14 +524,3 @@ def _index_state(conn: sa.Connection, schema: str, name: str) -> Literal["missin
 def _leftovers(conn: sa.Connection, schema: str, name: str) -> Sequence[str]:
     """What a killed REINDEX CONCURRENTLY left."""
     return conn.scalars(_LEFTOVERS, {"schema": schema, "name": name}).all()
-
-
-def _after(revision: str | None) -> list[Revision]:
-    known = list(revisions())
-    if revision is None:
-        return known
-    return known[[r.revision for r in known].index(revision) + 1 :]
-
-
-def _up_to(revision: str | None) -> list[Revision]:
-    return [r for r in revisions() if r not in _after(revision)] if revision is not None else []

@@ -31,7 +31,8 @@ WORKSHOPS_COLUMNS = {
 CUSTOMER_INDEX = "tallystick_users_stripe_customer_id"
 
 APPEND_ONLY = """
-CREATE FUNCTION tallystick.append_only() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+CREATE FUNCTION tallystick.append_only() RETURNS trigger LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
   fault text;
 BEGIN
@@ -46,7 +47,8 @@ BEGIN
       AND (NEW.workshop_id IS NOT NULL OR pg_trigger_depth() < 2) THEN
     fault := 'a change of workshop_id';
   ELSIF (OLD.stripe_session_id IS NOT NULL AND NEW.stripe_session_id IS DISTINCT FROM OLD.stripe_session_id)
-      OR (OLD.stripe_payment_intent_id IS NOT NULL AND NEW.stripe_payment_intent_id IS DISTINCT FROM OLD.stripe_payment_intent_id)
+      OR (OLD.stripe_payment_intent_id IS NOT NULL
+        AND NEW.stripe_payment_intent_id IS DISTINCT FROM OLD.stripe_payment_intent_id)
       OR (OLD.stripe_price_id IS NOT NULL AND NEW.stripe_price_id IS DISTINCT FROM OLD.stripe_price_id)
       OR (OLD.amount_paid IS NOT NULL AND NEW.amount_paid IS DISTINCT FROM OLD.amount_paid)
       OR (OLD.currency IS NOT NULL AND NEW.currency IS DISTINCT FROM OLD.currency) THEN
@@ -114,27 +116,32 @@ CREATE TABLE {ledger} (
 )
 """
 
-LEDGER_INDEXES = (
-    "CREATE UNIQUE INDEX credit_transactions_sequence ON {ledger} (user_id, sequence)",
-    "CREATE UNIQUE INDEX credit_transactions_idempotency_key ON {ledger} (user_id, idempotency_key)"
-    " WHERE idempotency_key IS NOT NULL",
-    "CREATE UNIQUE INDEX credit_transactions_stripe_session ON {ledger} (stripe_session_id)"
-    " WHERE stripe_session_id IS NOT NULL",
-    "CREATE INDEX credit_transactions_completed ON {ledger} (user_id, completed_at)"
-    " WHERE completed_at IS NOT NULL",
-    "CREATE INDEX credit_transactions_refund_of ON {ledger} (refund_of) WHERE refund_of IS NOT NULL",
-    "CREATE INDEX credit_transactions_pending ON {ledger} (created_at) WHERE status = 'pending'",
-    "CREATE INDEX credit_transactions_workshop ON {ledger} (workshop_id) WHERE workshop_id IS NOT NULL",
-    "CREATE INDEX credit_transactions_payment_intent ON {ledger} (stripe_payment_intent_id)"
-    " WHERE stripe_payment_intent_id IS NOT NULL",
+UNIQUE, PLAIN = True, False
+LEDGER_INDEXES = {
+    "credit_transactions_sequence": (UNIQUE, "(user_id, sequence)"),
+    "credit_transactions_idempotency_key": (
+        UNIQUE,
+        "(user_id, idempotency_key) WHERE idempotency_key IS NOT NULL",
+    ),
+    "credit_transactions_stripe_session": (UNIQUE, "(stripe_session_id) WHERE stripe_session_id IS NOT NULL"),
+    "credit_transactions_completed": (PLAIN, "(user_id, completed_at) WHERE completed_at IS NOT NULL"),
+    "credit_transactions_refund_of": (PLAIN, "(refund_of) WHERE refund_of IS NOT NULL"),
+    "credit_transactions_pending": (PLAIN, "(created_at) WHERE status = 'pending'"),
+    "credit_transactions_workshop": (PLAIN, "(workshop_id) WHERE workshop_id IS NOT NULL"),
+    "credit_transactions_payment_intent": (
+        PLAIN,
+        "(stripe_payment_intent_id) WHERE stripe_payment_intent_id IS NOT NULL",
+    ),
+}
+
+creates = (
+    "credit_transactions",
+    "credit_transactions_pkey",
+    *LEDGER_INDEXES,
+    CUSTOMER_INDEX,
+    "credit_transaction_type",
+    "credit_transaction_status",
 )
-
-
-def creates(host: Any) -> tuple[str, ...]:
-    """Names of relations and types that must be free in the users' schema."""
-    indexes = (statement.split(" ON ")[0].split()[-1] for statement in LEDGER_INDEXES)
-    types = ("credit_transaction_type", "credit_transaction_status")
-    return ("credit_transactions", "credit_transactions_pkey", *indexes, CUSTOMER_INDEX, *types)
 
 
 def prepare(host: Any) -> Iterator[Composable]:
@@ -167,8 +174,10 @@ def prepare(host: Any) -> Iterator[Composable]:
         type=_type(host),
         status=_status(host),
     )
-    for statement in LEDGER_INDEXES:
-        yield SQL(statement).format(ledger=_ledger(host))
+    for name, (unique, definition) in LEDGER_INDEXES.items():
+        yield SQL("CREATE UNIQUE INDEX {} ON {} " if unique else "CREATE INDEX {} ON {} ").format(
+            Identifier(name), _ledger(host)
+        ) + SQL(definition)
     yield SQL(
         "CREATE TRIGGER tallystick_append_only BEFORE UPDATE OR DELETE ON {}"
         " FOR EACH ROW EXECUTE FUNCTION tallystick.append_only()"

@@ -1,0 +1,367 @@
+"""Which operation takes which lock, and whether it reads or rewrites the whole table: PostgreSQL 14 to 18, as a table.
+
+``operations(sql)`` reads DDL as text, so it also serves other people's migrations. It knows statements by their
+shape, not by parsing all of SQL: what no rule matches is reported as unknown, never as harmless.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+class Lock(IntEnum):
+    """A table lock, weakest first."""
+
+    NONE = 0
+    ACCESS_SHARE = 1
+    ROW_SHARE = 2
+    ROW_EXCLUSIVE = 3
+    SHARE_UPDATE_EXCLUSIVE = 4
+    SHARE = 5
+    SHARE_ROW_EXCLUSIVE = 6
+    EXCLUSIVE = 7
+    ACCESS_EXCLUSIVE = 8
+
+    def __str__(self) -> str:
+        return self.name.replace("_", " ")
+
+    @property
+    def blocks_writes(self) -> bool:
+        """Whether INSERT, UPDATE and DELETE must wait for it."""
+        return self >= Lock.SHARE
+
+    @property
+    def blocks_reads(self) -> bool:
+        """Whether SELECT must wait for it."""
+        return self == Lock.ACCESS_EXCLUSIVE
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of the table: an operation, known by a pattern over its normalised text."""
+
+    name: str
+    pattern: str
+    lock: Lock
+    scans: bool = False
+    rewrites: bool = False
+    note: str = ""
+
+
+_N = r'(?P<table>(?:"(?:[^"]|"")*"|[\w$]+)(?: \. (?:"(?:[^"]|"")*"|[\w$]+))*)'
+_ON = rf"(?:ONLY )?{_N}"
+_IF = r"(?:IF (?:NOT )?EXISTS )?"
+_AEL, _SRE, _SUE = Lock.ACCESS_EXCLUSIVE, Lock.SHARE_ROW_EXCLUSIVE, Lock.SHARE_UPDATE_EXCLUSIVE
+# A function that is not stable is run for every row, which rewrites the table. Unknown ones count as such.
+_STABLE = (
+    "NOW|TRANSACTION_TIMESTAMP|STATEMENT_TIMESTAMP|CURRENT_SETTING|TO_JSON|TO_JSONB|JSON_BUILD_OBJECT"
+    "|JSONB_BUILD_OBJECT|MAKE_INTERVAL|LOWER|UPPER|COALESCE|DATE_TRUNC|TIMEZONE|ARRAY|VARCHAR|CHAR|NUMERIC|DECIMAL"
+    "|BIT|TIMESTAMP|TIMESTAMPTZ|TIME|TIMETZ|INTERVAL|CHARACTER|VARYING|PRECISION|CHECK|KEY|REFERENCES|TO_TIMESTAMP"
+)
+_VOLATILE_DEFAULT = rf"DEFAULT (?:(?! NOT NULL| CHECK| REFERENCES| UNIQUE).)*?\b(?!(?:{_STABLE}) \()[A-Z_]\w* \("
+_COLUMN = rf"ADD (?:COLUMN )?{_IF}(?!CONSTRAINT |CHECK |UNIQUE |PRIMARY |FOREIGN |EXCLUDE )"
+
+ACTIONS = (
+    # one action of ALTER TABLE; the first that matches
+    Rule("add a generated column", _COLUMN + r".* GENERATED ALWAYS AS \( .*STORED", _AEL, rewrites=True),
+    Rule(
+        "add a column with a sequence",
+        _COLUMN + r".*(?: (?:SMALL|BIG)?SERIAL\b|GENERATED .*AS IDENTITY)",
+        _AEL,
+        rewrites=True,
+        note="add it nullable, fill it in batches, then attach the sequence",
+    ),
+    Rule(
+        "add a column with a volatile default",
+        _COLUMN + ".*" + _VOLATILE_DEFAULT,
+        _AEL,
+        rewrites=True,
+        note="add the column without a default, set the default, then fill old rows in batches",
+    ),
+    Rule(
+        "add a column with an inline UNIQUE or PRIMARY KEY",
+        _COLUMN + r".* (?:UNIQUE|PRIMARY KEY)",
+        _AEL,
+        scans=True,
+        note="add the column, then the unique index CONCURRENTLY, then the constraint USING INDEX",
+    ),
+    Rule(
+        "add a column with an inline CHECK",
+        _COLUMN + r".* CHECK \(",
+        _AEL,
+        scans=True,
+        note="add the column, then the constraint NOT VALID, then VALIDATE it in a later transaction",
+    ),
+    Rule(
+        "add a column with an inline REFERENCES",
+        _COLUMN + r".* REFERENCES (?:[\w$\".]| \. )+",
+        _AEL,
+        note="every row is null, so nothing is checked, but the referenced table is locked against writes too",
+    ),
+    Rule(
+        "add a NOT NULL column without a default",
+        _COLUMN + r"(?!.*DEFAULT ).* NOT NULL",
+        _AEL,
+        scans=True,
+        note="fails as soon as the table has a row: give it a default",
+    ),
+    Rule("add a column", _COLUMN, _AEL),
+    Rule("drop a column", rf"DROP (?:COLUMN )?{_IF}(?!CONSTRAINT )", _AEL, note="code that names it must be gone"),
+    Rule(
+        "change a column's type",
+        r"ALTER (?:COLUMN )?.* TYPE ",
+        _AEL,
+        rewrites=True,
+        note="only lengthening a varchar or going to text is free; else add a new column and fill it in batches",
+    ),
+    Rule(
+        "set NOT NULL",
+        r"ALTER (?:COLUMN )?.* SET NOT NULL",
+        _AEL,
+        scans=True,
+        note="add CHECK (column IS NOT NULL) NOT VALID, VALIDATE it later, then SET NOT NULL reads nothing",
+    ),
+    Rule("set statistics", r"ALTER (?:COLUMN )?.* SET (?:STATISTICS|\()", _SUE),
+    Rule("change a column's default or nullability", r"ALTER (?:COLUMN )?.* (?:SET|DROP|ADD|RESTART) ", _AEL),
+    Rule("add a constraint from an index", r"ADD (?:CONSTRAINT .* )?(?:UNIQUE|PRIMARY KEY) USING INDEX", _AEL),
+    Rule(
+        "add a unique or primary key constraint",
+        r"ADD (?:CONSTRAINT .* )?(?:UNIQUE|PRIMARY KEY|EXCLUDE)",
+        _AEL,
+        scans=True,
+        note="build the unique index CONCURRENTLY first, then ADD CONSTRAINT … USING INDEX",
+    ),
+    Rule("add a foreign key, not validated", r"ADD (?:CONSTRAINT .* )?FOREIGN KEY .* NOT VALID", _SRE),
+    Rule(
+        "add a foreign key",
+        r"ADD (?:CONSTRAINT .* )?FOREIGN KEY",
+        _SRE,
+        scans=True,
+        note="add it NOT VALID, then VALIDATE it in a later transaction",
+    ),
+    Rule("add a CHECK, not validated", r"ADD (?:CONSTRAINT .* )?CHECK .* NOT VALID", _AEL),
+    Rule(
+        "add a CHECK",
+        r"ADD (?:CONSTRAINT .* )?CHECK",
+        _AEL,
+        scans=True,
+        note="add it NOT VALID, then VALIDATE it in a later transaction",
+    ),
+    Rule("add a NOT NULL constraint", r"ADD (?:CONSTRAINT .* )?NOT NULL(?!.*NOT VALID)", _AEL, scans=True),
+    Rule("validate a constraint", r"VALIDATE CONSTRAINT", _SUE, scans=True),
+    Rule("drop a constraint", r"DROP CONSTRAINT", _AEL),
+    Rule("attach a partition", r"ATTACH PARTITION", _SUE, scans=True),
+    Rule("detach a partition", r"DETACH PARTITION .* CONCURRENTLY", _SUE),
+    Rule("detach a partition", r"DETACH PARTITION", _AEL),
+    Rule("switch a trigger", r"(?:ENABLE|DISABLE) .*TRIGGER", _SRE),
+    Rule("set storage parameters", r"(?:RE)?SET \(|CLUSTER ON|SET WITHOUT CLUSTER", _SUE),
+    Rule("rewrite the table", r"SET (?:LOGGED|UNLOGGED|TABLESPACE|ACCESS METHOD)", _AEL, rewrites=True),
+    Rule("rename", r"RENAME", _AEL, note="code that uses the old name fails from the commit on"),
+    Rule("another ALTER TABLE", r"", _AEL, note="no rule knows this form: read the PostgreSQL documentation"),
+)
+
+STATEMENTS = (
+    Rule(
+        "build an index concurrently",
+        rf"CREATE (?:UNIQUE )?INDEX CONCURRENTLY .*?\bON {_ON}",
+        _SUE,
+        scans=True,
+        note="not inside a transaction, and without lock_timeout",
+    ),
+    Rule(
+        "build an index",
+        rf"CREATE (?:UNIQUE )?INDEX .*?\bON {_ON}",
+        Lock.SHARE,
+        scans=True,
+        note="writes wait for the whole build: use CONCURRENTLY, outside of the transaction",
+    ),
+    Rule("drop an index concurrently", rf"DROP INDEX CONCURRENTLY {_IF}{_N}", _SUE),
+    Rule("drop an index", rf"DROP INDEX {_IF}{_N}", _AEL, note="locks its table: use CONCURRENTLY"),
+    Rule("rebuild concurrently", rf"REINDEX .*CONCURRENTLY {_N}", _SUE, scans=True),
+    Rule("rebuild an index", rf"REINDEX (?:\( .* \) )?\w+ {_N}", _AEL, scans=True, note="use CONCURRENTLY"),
+    Rule("create a table", rf"CREATE (?:UNLOGGED |TEMP(?:ORARY)? )?TABLE {_IF}{_N}", Lock.NONE),
+    Rule("drop a table", rf"DROP TABLE {_IF}{_N}", _AEL),
+    Rule("truncate", rf"TRUNCATE (?:TABLE )?{_ON}", _AEL),
+    Rule("create a trigger", rf"CREATE (?:OR REPLACE )?(?:CONSTRAINT )?TRIGGER .*?\bON {_N}", _SRE),
+    Rule("drop a trigger", rf"DROP TRIGGER {_IF}.*?\bON {_N}", _AEL),
+    Rule("create or drop a policy or rule", rf"(?:CREATE|DROP|ALTER) (?:POLICY|RULE) .*?\b(?:ON|TO) {_N}", _AEL),
+    Rule("vacuum full", rf"(?:VACUUM \( .*FULL.* \)|VACUUM FULL|CLUSTER)(?: VERBOSE)? {_N}", _AEL, rewrites=True),
+    Rule("vacuum or analyse", rf"(?:VACUUM|ANALYZE)(?: \( .* \))?(?: VERBOSE)? {_N}", _SUE, scans=True),
+    Rule("refresh a view concurrently", rf"REFRESH MATERIALIZED VIEW CONCURRENTLY {_N}", Lock.EXCLUSIVE, scans=True),
+    Rule("refresh a view", rf"REFRESH MATERIALIZED VIEW {_N}", _AEL, rewrites=True, note="use CONCURRENTLY"),
+    Rule("lock", rf"LOCK (?:TABLE )?{_ON}", _AEL),
+    Rule("update rows", rf"UPDATE {_ON}", Lock.ROW_EXCLUSIVE, scans=True),
+    Rule("delete rows", rf"DELETE FROM {_ON}", Lock.ROW_EXCLUSIVE, scans=True),  # noqa: S608  # a pattern
+    Rule("merge rows", rf"MERGE INTO {_ON}", Lock.ROW_EXCLUSIVE, scans=True),
+    Rule("insert rows", rf"INSERT INTO {_N}", Lock.ROW_EXCLUSIVE),
+    Rule("comment", r"COMMENT ON ", Lock.NONE),
+    Rule(
+        "new object", r"CREATE (?:OR REPLACE )?(?:TYPE|FUNCTION|PROCEDURE|SCHEMA|SEQUENCE|DOMAIN|EXTENSION)", Lock.NONE
+    ),
+    Rule("new view", r"CREATE (?:OR REPLACE )?(?:TEMP(?:ORARY)? |RECURSIVE |MATERIALIZED )*VIEW", Lock.NONE),
+    Rule("add an enum label", r"ALTER TYPE .* ADD VALUE", Lock.NONE, note="not usable before the commit"),
+    Rule("change another object", r"(?:ALTER|DROP) (?:TYPE|FUNCTION|SCHEMA|SEQUENCE|DOMAIN|VIEW|EXTENSION)", Lock.NONE),
+    Rule("privileges", r"(?:GRANT|REVOKE|ALTER DEFAULT PRIVILEGES)", Lock.NONE),
+    Rule("transaction control", r"(?:BEGIN|START|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE|ABORT)\b", Lock.NONE),
+    Rule("setting", r"(?:SET|RESET|SHOW)\b", Lock.NONE),
+    Rule("query", r"(?:SELECT|VALUES|TABLE|EXPLAIN)\b", Lock.NONE),
+    Rule("block of code", r"DO ", Lock.NONE, note="what it does inside is not read"),
+)
+
+_LOCK_MODE = re.compile(r" IN ([A-Z ]+?) MODE")
+_REFERENCES = re.compile(rf"REFERENCES {_N}")
+_ALTER_TABLE = re.compile(rf"ALTER TABLE {_IF}{_ON}(?: \*)? (?P<actions>.*)")
+_ACTIONS = [(rule, re.compile(rule.pattern)) for rule in ACTIONS]
+_STATEMENTS = [(rule, re.compile(rule.pattern)) for rule in STATEMENTS]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What one statement, or one action of an ALTER TABLE, does to one table.
+
+    ``table`` is as PostgreSQL stores the name, without quotes, or None for an operation on no table.
+    ``also`` are the tables that it locks besides: (table, lock).
+    """
+
+    name: str
+    table: str | None
+    lock: Lock
+    scans: bool
+    rewrites: bool
+    note: str
+    also: tuple[tuple[str, Lock], ...] = ()
+
+
+def operations(statement: str) -> tuple[Operation, ...]:
+    """What one statement does. An ALTER TABLE gives one operation for each of its actions."""
+    text, _ = normalise(statement)
+    if altered := _ALTER_TABLE.match(text):
+        return tuple(_action(_unquoted(altered["table"]), action) for action in _split_commas(altered["actions"]))
+    for rule, pattern in _STATEMENTS:
+        if found := pattern.match(text):
+            return tuple(_operations(rule, found, text))
+    return (Operation("unknown", None, Lock.ACCESS_EXCLUSIVE, False, False, "no rule knows this statement"),)
+
+
+def _operations(rule: Rule, found: re.Match[str], text: str) -> Iterator[Operation]:
+    lock = rule.lock
+    table = _unquoted(found["table"]) if "table" in found.re.groupindex else None
+    also: tuple[tuple[str, Lock], ...] = ()
+    if rule.name == "lock":
+        mode = _LOCK_MODE.search(text)
+        lock = Lock[mode[1].replace(" ", "_")] if mode else lock
+        names = text[: mode.start() if mode else len(text)].removeprefix("LOCK ").removeprefix("TABLE ")
+        for name in _split_commas(names):
+            yield Operation(rule.name, _unquoted(name.removesuffix(" NOWAIT")), lock, False, False, rule.note)
+        return
+    if rule.name == "create a table":
+        also = tuple((_unquoted(ref["table"]), Lock.SHARE_ROW_EXCLUSIVE) for ref in _REFERENCES.finditer(text))
+        also = tuple(pair for pair in dict.fromkeys(also) if pair[0] != table)
+    yield Operation(rule.name, table, lock, rule.scans, rule.rewrites, rule.note, also)
+
+
+def _action(table: str, action: str) -> Operation:
+    rule = next(rule for rule, pattern in _ACTIONS if pattern.match(action))
+    also = tuple((_unquoted(ref["table"]), Lock.SHARE_ROW_EXCLUSIVE) for ref in _REFERENCES.finditer(action))
+    return Operation(rule.name, table, rule.lock, rule.scans, rule.rewrites, rule.note, also)
+
+
+# --- reading SQL as far as this needs
+
+_TOKEN = re.compile(
+    r"""
+    (?P<space>\s+ | --[^\n]*)
+  | (?P<comment>/\*)
+  | (?P<dollar>\$(?:[A-Za-z_\x80-\uffff][\w\x80-\uffff]*)?\$)
+  | (?P<escaped>[eE]'(?:[^'\\]|\\.|'')*')
+  | (?P<string>(?:[bBxXnN]|[uU]&)?'(?:[^']|'')*')
+  | (?P<quoted>(?:[uU]&)?"(?:[^"]|"")*")
+  | (?P<word>[A-Za-z_\x80-\uffff][\w$\x80-\uffff]*)
+  | (?P<number>\d[\w.]*)
+  | (?P<end>;)
+  | (?P<other>::|.)
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def _tokens(text: str) -> Iterator[tuple[str, str, int]]:
+    """(kind, text, offset), without white space and comments; a dollar-quoted body is one string."""
+    at = 0
+    while at < len(text):
+        found = _TOKEN.match(text, at)
+        assert found is not None  # noqa: S101  # `other` matches anything
+        kind, token = str(found.lastgroup), found[0]
+        end = found.end()
+        if kind == "comment":
+            end = _end_of_comment(text, at)
+        elif kind == "dollar":
+            close = text.find(token, end)
+            end = len(text) if close < 0 else close + len(token)
+            yield "string", text[at:end], at
+        elif kind != "space":
+            yield ("string" if kind == "escaped" else kind), token, at
+        at = end
+
+
+def _end_of_comment(text: str, at: int) -> int:
+    depth = 0
+    for mark in re.finditer(r"/\*|\*/", text[at:]):
+        depth += 1 if mark[0] == "/*" else -1
+        if depth == 0:
+            return at + mark.end()
+    return len(text)
+
+
+def normalise(statement: str) -> tuple[str, tuple[str, ...]]:
+    """One line with keywords in capitals and single spaces; strings are taken out (``'?'``) and given in order."""
+    parts: list[str] = []
+    strings: list[str] = []
+    for kind, token, _ in _tokens(statement):
+        if kind == "string":
+            strings.append(token)
+            parts.append("'?'")
+        elif kind == "word":
+            parts.append(token.upper())
+        elif kind != "end":
+            parts.append(token)
+    return " ".join(parts), tuple(strings)
+
+
+def split(script: str) -> Iterator[tuple[str, int]]:
+    """The statements of a script, each with the line on which it begins (1-based)."""
+    begin: int | None = None
+    end = 0
+    for kind, token, at in _tokens(script):
+        if kind == "end":
+            if begin is not None:
+                yield script[begin:at], script.count("\n", 0, begin) + 1
+            begin = None
+            continue
+        if begin is None:
+            begin = at
+        end = at + len(token)
+    if begin is not None:
+        yield script[begin:end], script.count("\n", 0, begin) + 1
+
+
+def _split_commas(text: str) -> list[str]:
+    """At the commas outside of parentheses and brackets."""
+    parts: list[list[str]] = [[]]
+    depth = 0
+    for word in text.split(" "):
+        depth += (word in ("(", "[")) - (word in (")", "]"))
+        if word == "," and depth == 0:
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    return [" ".join(part) for part in parts]
+
+
+def _unquoted(name: str) -> str:
+    """``PUBLIC . "User"`` as ``public.User``."""
+    parts = re.findall(r'"(?:[^"]|"")*"|[^\s."]+', name.removeprefix("ONLY "))
+    return ".".join(part[1:-1].replace('""', '"') if part.startswith('"') else part.lower() for part in parts)

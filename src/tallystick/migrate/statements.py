@@ -1,0 +1,208 @@
+"""What a run sends: for each revision two messages, and the statements that come after the commit.
+
+The first message makes everything that nobody can wait for. The second takes the locks, changes the host's tables
+and commits, as one string: with the locks held, the network is not allowed between two statements.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from psycopg.sql import SQL, Composable, Composed, Identifier
+from psycopg.sql import Literal as SqlLiteral
+
+from tallystick.migrate.revisions import HostNames, Revision
+from tallystick.schema import LEDGER
+
+ADVISORY_KEY = 8_386_103_206_419_437_683  # "tallystk" as eight bytes; advisory locks are per database
+
+STALL_BUDGET_MS = 100
+
+# SQLSTATEs of our own
+RUNNING, MOVED, NOT_EMPTY = "TS001", "TS002", "TS003"
+
+MEASURE = SQL(
+    "SELECT 1000 * extract(epoch FROM clock_timestamp() - current_setting('tallystick.locked_at')::timestamptz)"
+)
+"""After the commit, on the server's clock: for how many milliseconds the locks were held."""
+
+
+@dataclass(frozen=True)
+class Messages:
+    """``opening`` and ``locked`` are sent as one string each; ``online`` one by one, each alone."""
+
+    opening: tuple[Composable, ...]
+    locked: tuple[Composable, ...]
+    online: Mapping[str, Composable]
+
+
+def upward(
+    revision: Revision,
+    names: HostNames,
+    *,
+    expected: str | None,
+    adopted: Sequence[str],
+    stall_budget_ms: int,
+) -> Messages:
+    """To ``revision``, from ``expected``."""
+    return Messages(
+        opening=tuple(_opening(names, revision, expected=expected, adopted=adopted)),
+        locked=tuple(_locked(revision.locks(names), revision.locked(names), stall_budget_ms)),
+        online=revision.indexes(names),
+    )
+
+
+def downward(revision: Revision, names: HostNames, *, discard_ledger: bool, stall_budget_ms: int) -> Messages:
+    """From ``revision`` to the one before it."""
+    changes = [
+        *([] if discard_ledger else [_refuse_if_rows(names)]),
+        *revision.undo(names),
+        *_step_down(revision),
+    ]
+    return Messages(
+        opening=tuple(_begin(names, expected=revision.revision)),
+        locked=tuple(_locked(revision.undo_locks(names), changes, stall_budget_ms)),
+        online={},
+    )
+
+
+def text(statements: Iterable[Composable], separator: str = ";\n") -> str:
+    """As one string."""
+    return separator.join(statement.as_string(None) for statement in statements)
+
+
+def _locked(locks: Sequence[Identifier], changes: Iterable[Composable], stall_budget_ms: int) -> Iterator[Composable]:
+    yield _lock_all(locks, stall_budget_ms)
+    # no statement under the lock may take longer than a wait for it
+    yield SQL("SET LOCAL statement_timeout = {}").format(SqlLiteral(f"{stall_budget_ms}ms"))
+    yield from changes
+    yield SQL("COMMIT")
+
+
+def _opening(names: HostNames, revision: Revision, *, expected: str | None, adopted: Sequence[str]) -> list[Composable]:
+    """The first message: everything that nobody can wait for."""
+    if revision.down_revision is None:
+        version = SQL("INSERT INTO tallystick.alembic_version (version_num) VALUES ({})")
+    else:
+        version = SQL("UPDATE tallystick.alembic_version SET version_num = {}")
+    return [
+        *_begin(names, expected=expected),
+        *revision.prepare(names),
+        version.format(SqlLiteral(revision.revision)),
+        SQL("INSERT INTO tallystick.migration_log (revision, direction, adopted) VALUES ({}, 'apply', {})").format(
+            SqlLiteral(revision.revision), SqlLiteral(json.dumps(adopted))
+        ),
+    ]
+
+
+def _begin(names: HostNames, *, expected: str | None) -> Iterator[Composable]:
+    yield SQL("BEGIN")
+    yield SQL("SET LOCAL lock_timeout = '3s'")
+    yield SQL("SET LOCAL statement_timeout = '30s'")
+    # a frozen client must not keep even the fence
+    yield SQL("SET LOCAL idle_in_transaction_session_timeout = '60s'")
+    yield _do(
+        SQL("""
+DECLARE
+  found text;
+BEGIN
+  IF NOT pg_try_advisory_xact_lock({key}) THEN
+    RAISE EXCEPTION 'another migration is running' USING ERRCODE = {running};
+  END IF;
+  IF to_regclass('tallystick.alembic_version') IS NOT NULL THEN
+    EXECUTE 'SELECT version_num FROM tallystick.alembic_version' INTO found;
+  END IF;
+  IF found IS DISTINCT FROM {expected} THEN
+    RAISE EXCEPTION 'the revision is % now', found USING ERRCODE = {moved};
+  END IF;
+END""").format(
+            key=SqlLiteral(ADVISORY_KEY),
+            running=SqlLiteral(RUNNING),
+            moved=SqlLiteral(MOVED),
+            expected=SqlLiteral(expected),
+        )
+    )
+    tables = [table.name for table in (names.users, names.workshops) if table]
+    # makes a running autovacuum yield; blocks neither reads nor writes
+    yield SQL("LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE").format(SQL(", ").join(tables))
+
+
+def _lock_all(locks: Sequence[Identifier], stall_budget_ms: int) -> Composed:
+    """Take every lock: first without waiting, then with short waits that together stay within the budget.
+
+    Each refused try costs a transaction id, hence their number.
+    """
+    nowait = SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE NOWAIT;").format(SQL(", ").join(locks))
+    # one wait's time is shared by all its tables, since lock_timeout is per table
+    waiting = SQL("\n        ").join(
+        SQL("""rest_ms := ceil(extract(epoch FROM until - clock_timestamp()) * 1000);
+        PERFORM set_config('lock_timeout', greatest(rest_ms, 1)::text, true);
+        LOCK TABLE {} IN ACCESS EXCLUSIVE MODE;""").format(table)
+        for table in locks
+    )
+    return _do(
+        SQL("""
+DECLARE
+  wait_ms integer;
+  rest_ms integer;
+  until timestamptz;
+BEGIN
+  FOR attempt IN 1..100 LOOP
+    BEGIN
+      {nowait}
+      PERFORM set_config('tallystick.locked_at', clock_timestamp()::text, false);
+      RETURN;
+    EXCEPTION WHEN lock_not_available THEN
+      NULL;
+    END;
+    PERFORM pg_sleep(0.003);
+  END LOOP;
+  FOREACH wait_ms IN ARRAY {waits} LOOP
+    BEGIN
+      until := clock_timestamp() + make_interval(secs => wait_ms * (0.75 + random() / 4) / 1000);
+      {waiting}
+      PERFORM set_config('tallystick.locked_at', clock_timestamp()::text, false);
+      RETURN;
+    EXCEPTION WHEN lock_not_available THEN
+      NULL;
+    END;
+    -- those who queued behind us go first
+    PERFORM pg_sleep(wait_ms * 2 / 1000.0);
+  END LOOP;
+  RAISE EXCEPTION 'the tables are busy' USING ERRCODE = 'lock_not_available';
+END""").format(
+            nowait=nowait,
+            waiting=waiting,
+            waits=SQL("ARRAY[{}]").format(
+                SQL(", ").join(map(SqlLiteral, sorted({max(1, stall_budget_ms // 4), max(1, stall_budget_ms // 2)})))
+            ),
+        )
+    )
+
+
+def _refuse_if_rows(names: HostNames) -> Composed:
+    return _do(
+        SQL("""
+BEGIN
+  IF EXISTS (SELECT FROM {ledger}) THEN
+    RAISE EXCEPTION 'the ledger has rows' USING ERRCODE = {code};
+  END IF;
+END""").format(ledger=Identifier(names.users.schema, LEDGER), code=SqlLiteral(NOT_EMPTY))
+    )
+
+
+def _step_down(revision: Revision) -> list[Composable]:
+    if revision.down_revision is None:
+        return []  # its bookkeeping went with it
+    return [
+        SQL("UPDATE tallystick.alembic_version SET version_num = {}").format(SqlLiteral(revision.down_revision)),
+        SQL("INSERT INTO tallystick.migration_log (revision, direction) VALUES ({}, 'undo')").format(
+            SqlLiteral(revision.revision)
+        ),
+    ]
+
+
+def _do(body: Composable) -> Composed:
+    return SQL("DO {}").format(SqlLiteral(body.as_string(None)))

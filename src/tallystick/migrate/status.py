@@ -1,0 +1,288 @@
+"""Where a database stands: its revision, and each difference between what is there and what should be."""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import sqlalchemy as sa
+
+from tallystick.config import Config
+from tallystick.migrate.host import Host, examine
+from tallystick.migrate.revisions import HostNames, revisions
+from tallystick.migrate.statements import text
+from tallystick.schema import (
+    HEAD,
+    LEDGER,
+    TRIGGERS,
+    CreditTransactionStatus,
+    CreditTransactionType,
+    Schema,
+    migration_log,
+    user_columns,
+    workshop_columns,
+)
+
+Kind = Literal["column", "constraint", "index", "trigger", "enum", "function"]
+
+_COLUMNS = sa.text("""
+    SELECT a.attname AS name,
+           format_type(a.atttypid, a.atttypmod) || CASE WHEN a.attnotnull THEN ' NOT NULL' ELSE '' END
+             || coalesce(' DEFAULT ' || pg_get_expr(d.adbin, d.adrelid), '') AS definition
+    FROM pg_attribute a LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+    WHERE a.attrelid = :oid AND a.attnum > 0 AND NOT a.attisdropped
+""")
+
+# Of a foreign key, what it references is compared by columns and rule; the tables' names differ by schema.
+_CONSTRAINTS = sa.text("""
+    SELECT c.conname AS name,
+           CASE WHEN c.contype <> 'f' THEN pg_get_constraintdef(c.oid)
+           ELSE 'FOREIGN KEY (' || (SELECT string_agg(a.attname, ', ' ORDER BY k.n)
+                  FROM unnest(c.conkey) WITH ORDINALITY k (num, n)
+                  JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attnum = k.num)
+             || ') REFERENCES ' || r.relname || ' (' || (SELECT string_agg(a.attname, ', ' ORDER BY k.n)
+                  FROM unnest(c.confkey) WITH ORDINALITY k (num, n)
+                  JOIN pg_attribute a ON a.attrelid = c.confrelid AND a.attnum = k.num)
+             || ') ON DELETE ' || CASE c.confdeltype
+                  WHEN 'r' THEN 'RESTRICT' WHEN 'n' THEN 'SET NULL' WHEN 'c' THEN 'CASCADE'
+                  WHEN 'd' THEN 'SET DEFAULT' ELSE 'NO ACTION' END
+             || CASE WHEN c.convalidated THEN '' ELSE ' NOT VALID' END
+           END AS definition
+    FROM pg_constraint c LEFT JOIN pg_class r ON r.oid = c.confrelid
+    WHERE c.conrelid = :oid AND c.contype IN ('c', 'f', 'p', 'u', 'x')
+""")
+
+_INDEXES = sa.text("""
+    SELECT c.relname AS name,
+           CASE WHEN i.indisunique THEN 'UNIQUE ' ELSE '' END || m.amname || ' ('
+             || (SELECT string_agg(pg_get_indexdef(i.indexrelid, n, true), ', ' ORDER BY n)
+                 FROM generate_series(1, i.indnatts) n)
+             || ')' || coalesce(' WHERE ' || pg_get_expr(i.indpred, i.indrelid, true), '')
+             || CASE WHEN NOT i.indisready THEN ' INVALID, and enforcing nothing'
+                     WHEN NOT i.indisvalid THEN ' INVALID, but still enforcing'
+                     ELSE '' END AS definition
+    FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am m ON m.oid = c.relam
+    WHERE i.indrelid = :oid
+""")
+
+_TRIGGERS = sa.text("""
+    SELECT t.tgname AS name, t.tgtype AS bits, n.nspname || '.' || p.proname AS function, t.tgenabled::text AS enabled
+    FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid JOIN pg_namespace n ON n.oid = p.pronamespace
+    WHERE t.tgrelid = :oid AND NOT t.tgisinternal
+""")
+
+_LABELS = sa.text("""
+    SELECT t.typname AS name, string_agg(e.enumlabel, ', ' ORDER BY e.enumsortorder) AS definition
+    FROM pg_enum e JOIN pg_type t ON t.oid = e.enumtypid
+    WHERE t.typnamespace = to_regnamespace(quote_ident(:schema))
+      AND t.typname IN ('credit_transaction_type', 'credit_transaction_status')
+    GROUP BY t.typname
+""")
+
+_FUNCTIONS = sa.text("""
+    SELECT 'tallystick.' || p.proname AS name, p.prosrc AS definition
+    FROM pg_proc p WHERE p.pronamespace = to_regnamespace('tallystick')
+""")
+
+_LEDGER_OID = sa.text("SELECT to_regclass(quote_ident(:schema) || '.credit_transactions')::oid::bigint")
+
+_EXPECTED_TRIGGERS = {
+    "tallystick_append_only": "BEFORE UPDATE OR DELETE FOR EACH ROW tallystick.append_only",
+    "tallystick_no_truncate": "BEFORE TRUNCATE FOR EACH STATEMENT tallystick.append_only",
+    "tallystick_updated_at": "BEFORE UPDATE FOR EACH ROW tallystick.touch_updated_at",
+}
+
+
+@dataclass(frozen=True)
+class Drift:
+    """One difference. ``found`` is None for what is missing."""
+
+    kind: Kind
+    where: str
+    expected: str
+    found: str | None
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.where}: {self.found or 'missing'}; expected {self.expected}"
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A row of ``tallystick.migration_log``."""
+
+    revision: str
+    direction: str
+    applied_at: dt.datetime
+    attempts: int
+    locked_ms: float | None
+    duration_ms: float | None
+
+
+@dataclass(frozen=True)
+class Status:
+    """``revision`` is None before the first migration; ``drift`` is empty where all is as declared."""
+
+    revision: str | None
+    head: str
+    adopted: tuple[str, ...]
+    drift: tuple[Drift, ...]
+    history: tuple[Applied, ...]
+
+    @property
+    def healthy(self) -> bool:
+        """At this package's revision, and as declared."""
+        return self.revision == self.head and not self.drift
+
+
+def status(conn: sa.Connection, config: Config) -> Status:
+    """The revision, and each column, constraint, index, trigger, function and enum against its declaration.
+
+    What should be there is what this package's declarations make on this very server, as temporary tables under a
+    savepoint that is rolled back: so both sides are in the server's own words. ``conn`` must be in a transaction
+    of the caller's, not in autocommit; nothing of it is left.
+
+    Raises what :func:`examine` does, but asks for no privileges.
+    """
+    host = examine(conn, config, privileges=False)
+    drift: tuple[Drift, ...] = ()
+    history: tuple[Applied, ...] = ()
+    if host.revision is not None:
+        log = migration_log.c
+        history = tuple(
+            Applied(*row)
+            for row in conn.execute(
+                sa.select(
+                    log.revision, log.direction, log.applied_at, log.attempts, log.locked_ms, log.duration_ms
+                ).order_by(log.id)
+            )
+        )
+    if host.revision == HEAD:
+        savepoint = conn.begin_nested()
+        try:
+            drift = tuple(_drift(conn, config, host))
+        finally:
+            savepoint.rollback()
+    return Status(host.revision, HEAD, host.adopted_names, drift, history)
+
+
+_Shape = Mapping[tuple[Kind, str], str]  # (kind, name) → definition
+
+
+def _drift(conn: sa.Connection, config: Config, host: Host) -> Iterator[Drift]:
+    declared = Schema.of(config.host)
+    schema = config.host.users.schema
+    conn.execute(sa.select(sa.func.set_config("search_path", schema_path(conn, schema), sa.true())))
+    found: dict[str, _Shape] = {"users": _shape(conn, host.users.oid)}
+    if host.workshops:
+        found["workshops"] = _shape(conn, host.workshops.oid)
+    found[LEDGER] = _shape(conn, conn.scalar(_LEDGER_OID, {"schema": schema}))
+    labels = _pairs(conn, _LABELS, schema=schema)
+    functions = _pairs(conn, _FUNCTIONS)
+
+    shown = {"users": host.users.shown, LEDGER: f"{schema}.{LEDGER}"}
+    if host.workshops:
+        shown["workshops"] = host.workshops.shown
+
+    for word, expected in _declared_shapes(conn, declared).items():
+        for kind, name, there, wanted in _differences(expected, found[word]):
+            # of the host's tables only what we added is ours to judge, and what it had before is as it was
+            ours = word == LEDGER or name in _added(declared)[word]
+            adopted = f"{word}.{name}" in host.adopted_names and there is not None
+            if ours and not adopted:
+                yield Drift(kind, f"{shown[word]}.{name}", wanted, there)
+    for word, name, there, wanted in _trigger_differences(host, found):
+        yield Drift("trigger", f"{shown[word]}.{name}", wanted, there)
+    for name, wanted in _declared_labels().items():
+        if labels.get(name) != wanted:
+            yield Drift("enum", f"{schema}.{name}", wanted, labels.get(name))
+    for name, body in _declared_functions(HostNames.of(config.host, host.adopted)).items():
+        if functions.get(name) != body:
+            yield Drift("function", name, "the body of its revision", "another body" if name in functions else None)
+
+
+def _differences(expected: _Shape, found: _Shape) -> Iterator[tuple[Kind, str, str | None, str]]:
+    for (kind, name), wanted in expected.items():
+        there = found.get((kind, name))
+        if there != wanted:
+            yield kind, name, there, wanted
+
+
+def _trigger_differences(host: Host, found: Mapping[str, _Shape]) -> Iterator[tuple[str, str, str | None, str]]:
+    for word, names in TRIGGERS.items():
+        for name in names:
+            there, wanted = found[word].get(("trigger", name)), _EXPECTED_TRIGGERS[name]
+            kept_by_host = name == "tallystick_updated_at" and "users.updated_at" in host.adopted_names
+            if there != wanted and not kept_by_host:
+                yield word, name, there, wanted
+
+
+def _added(declared: Schema) -> dict[str, set[str]]:
+    """What the host's tables got, columns and indexes."""
+    return {
+        "users": {*(column.name for column in user_columns()), str(declared.users_stripe_customer.name)},
+        "workshops": {column.name for column in workshop_columns()},
+    }
+
+
+def _declared_labels() -> dict[str, str]:
+    return {
+        "credit_transaction_type": ", ".join(CreditTransactionType),
+        "credit_transaction_status": ", ".join(CreditTransactionStatus),
+    }
+
+
+def schema_path(conn: sa.Connection, schema: str) -> str:
+    """``schema`` alone, quoted, as a search_path."""
+    return conn.dialect.identifier_preparer.quote(schema)
+
+
+def _shape(conn: sa.Connection, oid: int | None) -> _Shape:
+    parts: tuple[tuple[Kind, sa.TextClause], ...] = (
+        ("column", _COLUMNS),
+        ("constraint", _CONSTRAINTS),
+        ("index", _INDEXES),
+    )
+    shape = {(kind, name): text for kind, query in parts for name, text in _pairs(conn, query, oid=oid).items()}
+    for row in conn.execute(_TRIGGERS, {"oid": oid}):
+        shape["trigger", row.name] = _trigger(row)
+    return shape
+
+
+def _trigger(row: sa.Row[Any]) -> str:
+    events = [word for bit, word in ((4, "INSERT"), (16, "UPDATE"), (8, "DELETE"), (32, "TRUNCATE")) if row.bits & bit]
+    when = "BEFORE" if row.bits & 2 else "AFTER"
+    each = "ROW" if row.bits & 1 else "STATEMENT"
+    off = " DISABLED" if row.enabled == "D" else ""
+    return f"{when} {' OR '.join(events)} FOR EACH {each} {row.function}{off}"
+
+
+def _pairs(conn: sa.Connection, query: sa.TextClause, **values: object) -> dict[str, str]:
+    return {row.name: row.definition for row in conn.execute(query, values)}
+
+
+def _declared_shapes(conn: sa.Connection, declared: Schema) -> dict[str, _Shape]:
+    """Make the declared tables as temporary ones and read them back."""
+    before = conn.get_execution_options().get("schema_translate_map")
+    conn.execution_options(
+        schema_translate_map={table.schema: "pg_temp" for table in declared.metadata.tables.values()}
+    )
+    try:
+        declared.metadata.create_all(conn, checkfirst=False)
+    finally:
+        conn.execution_options(schema_translate_map=before)
+    tables = {"users": declared.users, "workshops": declared.workshops, LEDGER: declared.credit_transactions}
+    oid = sa.text("SELECT (quote_ident('pg_temp') || '.' || quote_ident(:name))::regclass::oid::bigint")
+    return {
+        word: _shape(conn, conn.scalar(oid, {"name": table.name}))
+        for word, table in tables.items()
+        if table is not None
+    }
+
+
+def _declared_functions(names: HostNames) -> dict[str, str]:
+    made = re.compile(r"CREATE (?:OR REPLACE )?FUNCTION (tallystick\.\w+)\(.*?\$\$(.*)\$\$", re.DOTALL)
+    statements = (text([statement]) for revision in revisions() for statement in revision.prepare(names))
+    return {found[1]: found[2] for statement in statements if (found := made.match(statement))}

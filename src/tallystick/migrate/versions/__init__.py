@@ -1,0 +1,1 @@
+"""Revisions, each frozen in time. See ``tallystick.migrate.revisions`` for what one consists of."""

@@ -1,0 +1,117 @@
+"""Onboarding, plan tier, Stripe customer, soft delete: on every shape of host app."""
+
+from __future__ import annotations
+
+import datetime as dt
+
+import pytest
+import sqlalchemy as sa
+
+from tallystick import errors as e
+from worlds import World
+
+
+def test_a_new_account_is_free_empty_and_not_onboarded(any_world: World):
+    user = any_world.user()
+    with any_world.engine.begin() as conn:
+        account = any_world.accounts.get(conn, user)
+    assert (account.user, account.credit_balance, account.plan_tier) == (user, 0, "free")
+    assert not account.onboarding_complete
+    assert account.stripe_customer_id is None
+    assert account.deleted_at is None
+
+
+def test_onboarding_is_completed_and_reset(any_world: World):
+    user = any_world.user()
+    with any_world.engine.begin() as conn:
+        assert any_world.accounts.complete_onboarding(conn, user).onboarding_complete
+        assert any_world.accounts.complete_onboarding(conn, user).onboarding_complete
+        assert not any_world.accounts.reset_onboarding(conn, user).onboarding_complete
+
+
+def test_the_plan_tier_is_the_hosts_word(any_world: World):
+    user = any_world.user()
+    with any_world.engine.begin() as conn:
+        assert any_world.accounts.set_plan_tier(conn, user, "prö").plan_tier == "prö"
+        for wrong in ("", "x" * 33, "a\nb", None, 3):
+            with pytest.raises(e.InvalidArgument, match="plan_tier"):
+                any_world.accounts.set_plan_tier(conn, user, wrong)
+        assert any_world.accounts.get(conn, user).plan_tier == "prö"
+
+
+def test_a_stripe_customer_and_a_user_are_each_others(any_world: World):
+    accounts, user, other = any_world.accounts, any_world.user(), any_world.user()
+    with any_world.engine.begin() as conn:
+        for _ in range(2):
+            assert accounts.set_stripe_customer(conn, user, "cus_1").stripe_customer_id == "cus_1"
+        with pytest.raises(e.StripeCustomerConflict, match="another user has"):
+            accounts.set_stripe_customer(conn, other, "cus_1")
+        with pytest.raises(e.StripeCustomerConflict, match="replace=True"):
+            accounts.set_stripe_customer(conn, user, "cus_2")
+        assert accounts.set_stripe_customer(conn, user, "cus_2", replace=True).stripe_customer_id == "cus_2"
+        assert accounts.set_stripe_customer(conn, other, "cus_1").stripe_customer_id == "cus_1"
+
+
+def test_a_deleted_user_keeps_credits_and_the_first_moment(any_world: World):
+    user = any_world.user(credits=2)
+    with any_world.engine.begin() as conn:
+        first = any_world.accounts.delete_user(conn, user)
+        assert any_world.accounts.delete_user(conn, user).deleted_at == first.deleted_at
+        assert first.credit_balance == 2
+        assert any_world.accounts.restore_user(conn, user).deleted_at is None
+        assert any_world.ledger.consume(conn, user, key="k").balance_after == 1
+
+
+@pytest.mark.parametrize("time_zone", ["UTC", "Asia/Kathmandu"])
+def test_deletion_is_the_true_moment_in_columns_with_and_without_a_time_zone(any_world: World, time_zone: str):
+    user = any_world.user()
+    with any_world.engine.begin() as conn:
+        conn.execute(sa.text("SELECT set_config('TimeZone', :zone, true)"), {"zone": time_zone})
+        at = any_world.accounts.delete_user(conn, user).deleted_at
+    at = at.replace(tzinfo=dt.UTC) if at.tzinfo is None else at
+    assert abs(dt.datetime.now(dt.UTC) - at) < dt.timedelta(minutes=5)
+
+
+def test_workshops_are_deleted_and_restored(world: World):
+    user = world.user(credits=1)
+    workshop = world.workshop(user)
+    with world.engine.begin() as conn:
+        world.accounts.delete_workshop(conn, workshop)
+        with pytest.raises(e.WorkshopDeleted):
+            world.ledger.consume(conn, user, workshop=workshop, key="k")
+        world.accounts.restore_workshop(conn, workshop)
+        assert world.ledger.consume(conn, user, workshop=workshop, key="k").workshop_id == workshop
+
+
+def test_updated_at_follows_every_change_whoever_makes_it(world: World):
+    user = world.user(credits=1)
+    seen = []
+    for change in (
+        lambda conn: conn.execute(sa.text("UPDATE users SET email = 'new@example.com'")),
+        lambda conn: world.accounts.complete_onboarding(conn, user),
+        lambda conn: world.ledger.consume(conn, user, key="k"),
+    ):
+        with world.engine.begin() as conn:
+            change(conn)
+        with world.engine.begin() as conn:
+            seen.append(world.accounts.get(conn, user).updated_at)
+    assert seen == sorted(set(seen))
+
+
+def test_what_is_not_there_is_named(any_world: World):
+    nobody = any_world.key(any_world.config.host.users.key_type)
+    accounts = any_world.accounts
+    with any_world.engine.begin() as conn:
+        for call in (accounts.get, accounts.complete_onboarding, accounts.delete_user, accounts.restore_user):
+            with pytest.raises(e.UnknownUser) as caught:
+                call(conn, nobody)
+            assert caught.value.user == nobody
+        with pytest.raises(e.UnknownUser):
+            accounts.set_stripe_customer(conn, nobody, "cus_1")
+        if any_world.schema.workshops is None:
+            with pytest.raises(e.InvalidArgument):
+                accounts.delete_workshop(conn, 1)
+        else:
+            workshop = any_world.key(any_world.config.host.workshops.key_type)
+            with pytest.raises(e.UnknownWorkshop):
+                accounts.delete_workshop(conn, workshop)

@@ -1,0 +1,49 @@
+"""The exception tree: drawn as it is, with fields, and whole after a trip between processes."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import re
+
+import pytest
+
+import tallystick
+from tallystick import errors
+from tallystick.errors import InsufficientCredits, TallystickError
+
+TREE = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, TallystickError)]
+
+
+def test_the_tree_in_the_docstring_is_the_tree_in_the_code():
+    drawn = {}
+    stack: list[str] = []
+    for line in errors.__doc__.splitlines():
+        if found := re.match(r"    ([│├└─ ]*)([A-Z]\w+)", line):
+            depth = len(found[1]) // 4
+            stack[depth:] = [found[2]]
+            drawn[found[2]] = stack[depth - 1] if depth else None
+    assert drawn == {kind.__name__: None if kind is TallystickError else kind.__mro__[1].__name__ for kind in TREE}
+
+
+@pytest.mark.parametrize("kind", TREE, ids=lambda kind: kind.__name__)
+def test_each_has_a_sentence_of_its_own(kind):
+    assert kind.__doc__
+    assert kind.__doc__ not in (parent.__doc__ for parent in kind.__mro__[1:])
+
+
+def test_fields_are_attributes_and_survive_pickling():
+    error = InsufficientCredits("user 7 has 1 credit", user=7, balance=1, required=2)
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again)) == (InsufficientCredits, "user 7 has 1 credit")
+    assert (again.user, again.balance, again.required) == (7, 1, 2)
+
+
+def test_a_bad_argument_is_a_value_error_too():
+    assert issubclass(errors.InvalidArgument, ValueError)
+
+
+def test_public_names_are_there_and_documented():
+    assert sorted(tallystick.__all__) == tallystick.__all__
+    for name in tallystick.__all__:
+        assert inspect.getdoc(getattr(tallystick, name)), name
