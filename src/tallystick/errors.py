@@ -21,6 +21,14 @@
     │   ├── MigrationBlocked         the tables could not be locked within the budget
     │   ├── PoolerRefused            the address is a pooler's
     │   └── LedgerNotEmpty           undo would throw away history
+    ├── StripeError                  Stripe, or what it was to be asked
+    │   ├── StripeNotConfigured      a key, secret or pack is missing, or of the wrong mode
+    │   ├── UnknownPack              nothing of this name is on sale
+    │   ├── PackMismatch             Stripe's price is not what the pack says
+    │   ├── ReturnAddressRefused     the address is on no allowed origin
+    │   ├── SessionNotYours          the session is not this user's, or not known here
+    │   ├── StripeRefused            Stripe answered no
+    │   └── StripeUnavailable        Stripe did not answer, or asked to wait     (retryable)
     ├── SeedRefused                  this database does not look like development
     └── LedgerError                  a ledger call was refused; nothing was written
         ├── InvalidArgument          (also a ValueError)
@@ -37,6 +45,7 @@
         ├── StripeCustomerConflict   a Stripe customer and a user that are not each other's
         ├── InsufficientCredits
         ├── RefundExceedsPurchase
+        ├── ReinstatementExceedsRefunds
         ├── BalanceOutOfRange        a balance is a 32-bit integer
         ├── IdempotencyKeyReused     same key, other payload
         └── LedgerInconsistent       the ledger contradicts itself; run the audit
@@ -195,6 +204,57 @@ class LedgerNotEmpty(MigrationError):
     rows: int
 
 
+class StripeError(TallystickError):
+    """Selling through Stripe did not work."""
+
+
+class StripeNotConfigured(StripeError):
+    """A key, a secret or a pack is missing or of the wrong mode. Nothing was sent."""
+
+    setting: str
+
+
+class UnknownPack(StripeError):
+    """Nothing of this name is on sale."""
+
+    pack: str
+
+
+class PackMismatch(StripeError):
+    """The price at Stripe is gone, inactive, or not what the pack says. Nothing was sold."""
+
+    pack: str
+    problem: str
+
+
+class ReturnAddressRefused(StripeError):
+    """A buyer would be sent to an address that is on no allowed origin."""
+
+    address: str
+
+
+class SessionNotYours(StripeError):
+    """The Stripe session pays for no purchase of this user."""
+
+    stripe_session_id: str
+
+
+class StripeRefused(StripeError):
+    """Stripe answered that it will not do this (a 4xx other than 409 and 429)."""
+
+    status: int | None
+    code: str | None
+    param: str | None
+
+
+class StripeUnavailable(StripeError):
+    """No answer, a 5xx or a 429. The same call may be made again: it continues the same purchase."""
+
+    retryable = True
+
+    status: int | None
+
+
 class SeedRefused(TallystickError):
     """The database does not look like a development database."""
 
@@ -300,6 +360,14 @@ class RefundExceedsPurchase(LedgerError):
 
     purchase: UUID
     left: int
+    asked: int
+
+
+class ReinstatementExceedsRefunds(LedgerError):
+    """More than what refunds took of the purchase was to be given back."""
+
+    purchase: UUID
+    taken: int
     asked: int
 
 

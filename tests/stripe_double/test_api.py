@@ -47,9 +47,7 @@ def test_the_api_version_is_answered(client: stripe.StripeClient) -> None:
 # -- idempotency keys
 
 
-def test_the_same_key_gets_the_same_answer(
-    dev: DevStripe, client: stripe.StripeClient, order: dict[str, Any]
-) -> None:
+def test_the_same_key_gets_the_same_answer(dev: DevStripe, client: stripe.StripeClient, order: dict[str, Any]) -> None:
     first = client.v1.checkout.sessions.create(order, {"idempotency_key": "purchase-1"})
     dev.pay(first.id)
     again = client.v1.checkout.sessions.create(order, {"idempotency_key": "purchase-1"})
@@ -93,9 +91,7 @@ def test_refused_parameters_do_not_use_up_the_key(client: stripe.StripeClient, o
     assert client.v1.checkout.sessions.create(order, options).status == "open"
 
 
-def test_a_refusal_is_remembered(
-    dev: DevStripe, client: stripe.StripeClient, session: stripe.checkout.Session
-) -> None:
+def test_a_refusal_is_remembered(dev: DevStripe, client: stripe.StripeClient, session: stripe.checkout.Session) -> None:
     intent = str(dev.pay(session.id)["payment_intent"])
     refund = dev.refund(intent, pending=True)
     for _attempt in range(2):
@@ -254,9 +250,7 @@ def test_lists_by_field(dev: DevStripe, client: stripe.StripeClient, order: dict
     ]:
         assert [one.id for one in found.data] == [expected]
     assert client.v1.products.list({"active": False}).data == []
-    types = [
-        event.type for event in client.v1.events.list({"types": ["refund.created", "charge.refunded"]}).data
-    ]
+    types = [event.type for event in client.v1.events.list({"types": ["refund.created", "charge.refunded"]}).data]
     assert types == ["charge.refunded", "refund.created"]
     assert len(client.v1.events.list({"type": "charge.*"}).data) == 2
 
@@ -348,9 +342,7 @@ def test_closing_ends_the_threads(order: dict[str, Any]) -> None:
         client = client_of(dev)
         client.v1.customers.create({})  # leaves its connection open
         dev.fault("POST", "/v1/customers", "timeout")
-        late = threading.Thread(
-            target=lambda: pytest.raises(stripe.APIConnectionError, client.v1.customers.create)
-        )
+        late = threading.Thread(target=lambda: pytest.raises(stripe.APIConnectionError, client.v1.customers.create))
         late.start()
         while len(dev.api.requests) < 2:
             time.sleep(0.01)

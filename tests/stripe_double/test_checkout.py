@@ -18,9 +18,7 @@ def event_types(client: stripe.StripeClient) -> list[str]:
     return [event.type for event in events if not event.type.startswith(kinds)][::-1]
 
 
-def test_a_paid_session(
-    dev: DevStripe, client: stripe.StripeClient, session: stripe.checkout.Session
-) -> None:
+def test_a_paid_session(dev: DevStripe, client: stripe.StripeClient, session: stripe.checkout.Session) -> None:
     assert (session.status, session.payment_status, session.amount_total) == ("open", "unpaid", 5000)
     assert session.payment_intent is None
     assert session.livemode is False
@@ -107,18 +105,14 @@ def test_an_expired_session_cannot_be_paid(
         client.v1.checkout.sessions.expire(session.id)
 
 
-def test_a_customer_is_made_when_asked_for(
-    dev: DevStripe, client: stripe.StripeClient, order: dict[str, Any]
-) -> None:
+def test_a_customer_is_made_when_asked_for(dev: DevStripe, client: stripe.StripeClient, order: dict[str, Any]) -> None:
     order |= {"customer_creation": "always", "customer_email": "ada@example.com"}
     session = client.v1.checkout.sessions.create(order)
     customer = dev.pay(session.id)["customer"]
     assert client.v1.customers.retrieve(customer).email == "ada@example.com"
 
 
-def test_an_unmodelled_parameter_is_refused_by_name(
-    client: stripe.StripeClient, order: dict[str, Any]
-) -> None:
+def test_an_unmodelled_parameter_is_refused_by_name(client: stripe.StripeClient, order: dict[str, Any]) -> None:
     with pytest.raises(stripe.InvalidRequestError, match="does not model the parameter 'discounts'"):
         client.v1.checkout.sessions.create(order | {"discounts": [{"coupon": "half"}]})
 
@@ -153,9 +147,7 @@ def test_a_bad_session_is_refused(
     assert client.v1.checkout.sessions.list().data == []
 
 
-def test_an_inactive_price_is_refused(
-    client: stripe.StripeClient, price: stripe.Price, order: dict[str, Any]
-) -> None:
+def test_an_inactive_price_is_refused(client: stripe.StripeClient, price: stripe.Price, order: dict[str, Any]) -> None:
     client.v1.prices.update(price.id, {"active": False})
     with pytest.raises(stripe.InvalidRequestError, match="inactive"):
         client.v1.checkout.sessions.create(order)
@@ -197,9 +189,7 @@ REFUND_STEPS = {
 
 @pytest.mark.parametrize("to", REFUND_STATUSES)
 @pytest.mark.parametrize("start", REFUND_STATUSES)
-def test_steps_of_a_refund(
-    dev: DevStripe, client: stripe.StripeClient, intent: str, start: Any, to: Any
-) -> None:
+def test_steps_of_a_refund(dev: DevStripe, client: stripe.StripeClient, intent: str, start: Any, to: Any) -> None:
     refund = dev.refund(intent, amount=1000, pending=True)
     if start != "pending":
         dev.settle_refund(refund["id"], start)
@@ -241,9 +231,7 @@ MONEY = {"needs_response": "funds_withdrawn", "won": "funds_reinstated"}
 
 @pytest.mark.parametrize("to", DISPUTE_STATUSES)
 @pytest.mark.parametrize("start", DISPUTE_STATUSES)
-def test_steps_of_a_dispute(
-    dev: DevStripe, client: stripe.StripeClient, intent: str, start: str, to: str
-) -> None:
+def test_steps_of_a_dispute(dev: DevStripe, client: stripe.StripeClient, intent: str, start: str, to: str) -> None:
     dispute = dev.dispute(intent, amount=2000, inquiry=start.startswith("warning_"))["id"]
     for status in DISPUTE_PATHS[start]:
         dev.move_dispute(dispute, status)

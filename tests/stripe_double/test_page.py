@@ -89,9 +89,7 @@ def test_names_are_escaped(client: stripe.StripeClient, order: dict[str, Any], p
 
 
 @pytest.mark.parametrize("action", ["pay", "steal"])
-def test_a_button_that_is_not_there(
-    client: stripe.StripeClient, session: stripe.checkout.Session, action: str
-) -> None:
+def test_a_button_that_is_not_there(client: stripe.StripeClient, session: stripe.checkout.Session, action: str) -> None:
     client.v1.checkout.sessions.expire(session.id)
     status, page, target = visit(session.url, action)
     assert (status, target) == (200, None)

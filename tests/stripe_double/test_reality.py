@@ -191,9 +191,7 @@ def stripe_cli() -> Path:
         ("charge.dispute.closed", {"charge.dispute.created", "charge.dispute.closed"}),
     ],
 )
-def test_stripe_trigger(
-    stripe_cli: Path, schemas: Schemas, tmp_path: Path, event: str, expected: set[str]
-) -> None:
+def test_stripe_trigger(stripe_cli: Path, schemas: Schemas, tmp_path: Path, event: str, expected: set[str]) -> None:
     quiet = {"STRIPE_CLI_TELEMETRY_OPTOUT": "1"}
     key = "sk_test_51" + "a" * 32  # the command line looks at the shape of a key
     with DevStripe(secret_key=key, check=schemas.check) as dev:

@@ -105,9 +105,7 @@ def test_an_endpoint_that_is_gone_is_logged(
 
 
 @pytest.fixture
-def held(
-    dev: DevStripe, endpoint: stripe.WebhookEndpoint, session: stripe.checkout.Session
-) -> dict[str, str]:
+def held(dev: DevStripe, endpoint: stripe.WebhookEndpoint, session: stripe.checkout.Session) -> dict[str, str]:
     """The ids of three held events, by type: a bank debit that arrives, and its refund."""
     dev.hold()
     intent = dev.pay(session.id, card="async")["payment_intent"]
@@ -185,9 +183,7 @@ def test_an_old_signature(
         stripe.Webhook.construct_event(body, signature, endpoint.secret)
 
 
-def test_an_endpoint_keeps_its_api_version(
-    dev: DevStripe, client: stripe.StripeClient, receiver: Receiver
-) -> None:
+def test_an_endpoint_keeps_its_api_version(dev: DevStripe, client: stripe.StripeClient, receiver: Receiver) -> None:
     pinned = client.v1.webhook_endpoints.create(
         {"url": receiver.url, "enabled_events": ["customer.created"], "api_version": "2026-10-28.endive"}
     )

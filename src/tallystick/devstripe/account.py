@@ -44,9 +44,7 @@ class Account:
         self.line_items: dict[str, list[Object]] = {}  # by session
         self.intent_data: dict[str, Params] = {}  # by session, until its payment intent exists
         self.cards: dict[str, str] = {}  # by payment method: a card number, or "async" for a bank debit
-        self.secrets: dict[
-            str, list[tuple[str, float | None]]
-        ] = {}  # by endpoint: secret and its last second
+        self.secrets: dict[str, list[tuple[str, float | None]]] = {}  # by endpoint: secret and its last second
         self.cause: Object = {"id": None, "idempotency_key": None}  # the request that an event names
         self.on_event: Callable[[Object], None] = lambda _event: None
         self.check: Callable[[Object], None] = lambda _object: None

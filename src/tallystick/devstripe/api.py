@@ -197,9 +197,7 @@ ROUTES: Final[dict[str, Route]] = {
     "POST /v1/disputes/{dispute}/close": _act("dispute", _close_dispute),
     "GET /v1/events": _list("event", "created delivery_success type types"),
     "GET /v1/events/{id}": _read("event"),
-    "POST /v1/webhook_endpoints": _create(
-        _create_endpoint, "api_version description enabled_events metadata url"
-    ),
+    "POST /v1/webhook_endpoints": _create(_create_endpoint, "api_version description enabled_events metadata url"),
     "GET /v1/webhook_endpoints": _list("webhook_endpoint", ""),
     "GET /v1/webhook_endpoints/{webhook_endpoint}": _read("webhook_endpoint"),
     "POST /v1/webhook_endpoints/{webhook_endpoint}": Route(
@@ -296,9 +294,7 @@ class Api:
             self._remembered.clear()
             return count
 
-    def _answer(
-        self, method: str, path: str, form: str, headers: Mapping[str, str], request_id: str
-    ) -> Answer:
+    def _answer(self, method: str, path: str, form: str, headers: Mapping[str, str], request_id: str) -> Answer:
         if headers.get("authorization", "") != f"Bearer {self.secret_key}":
             given = headers.get("authorization", "").removeprefix("Bearer ")
             raise refused(f"Invalid API Key provided: {given[:7]}****", status=401)

@@ -19,9 +19,7 @@ Schema = dict[str, Any]
 Params = dict[str, Any]
 
 
-def refused(
-    message: str, code: str | None = None, param: str | None = None, *, status: int = 400
-) -> DevStripeError:
+def refused(message: str, code: str | None = None, param: str | None = None, *, status: int = 400) -> DevStripeError:
     """Make the error that Stripe calls ``invalid_request_error``."""
     return DevStripeError(message, status=status, type="invalid_request_error", code=code, param=param)
 

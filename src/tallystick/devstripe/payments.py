@@ -113,9 +113,7 @@ def _line_item(account: Account, item: Params, index: int) -> Object:
     where = f"line_items[{index}]"
     quantity = item.get("quantity", 0)
     if quantity < 1:
-        raise refused(
-            f"Missing required param: {where}[quantity].", "parameter_missing", f"{where}[quantity]"
-        )
+        raise refused(f"Missing required param: {where}[quantity].", "parameter_missing", f"{where}[quantity]")
     if "price" in item:
         price = account.get("price", item["price"], param=f"{where}[price]")
     elif "price_data" in item:
@@ -160,9 +158,7 @@ def expire_due(account: Account) -> None:
             expire_session(account, session)
 
 
-def pay_session(
-    account: Account, session: Object, *, card: str, discount: int = 0, email: str | None = None
-) -> Object:
+def pay_session(account: Account, session: Object, *, card: str, discount: int = 0, email: str | None = None) -> Object:
     """Do what the customer does on the hosted page. ``discount`` stands for a promotion code."""
     if session["status"] != "open":
         message = f"This Checkout Session is no longer open: its status is `{session['status']}`."
@@ -357,9 +353,7 @@ def create_refund(account: Account, params: Params, *, pending: bool = False) ->
     left = charge["amount"] - charge["amount_refunded"]
     amount = params.get("amount", left)
     if _is_charged_back(account, charge):
-        raise refused(
-            f"Charge {charge['id']} has been charged back; cannot issue a refund.", "charge_disputed"
-        )
+        raise refused(f"Charge {charge['id']} has been charged back; cannot issue a refund.", "charge_disputed")
     if left == 0:
         raise refused(f"Charge {charge['id']} has already been refunded.", "charge_already_refunded")
     if amount < 1:
@@ -413,9 +407,7 @@ def _is_charged_back(account: Account, charge: Object) -> bool:
     )
 
 
-def settle_refund(
-    account: Account, refund: Object, status: Literal["succeeded", "failed", "canceled"]
-) -> Object:
+def settle_refund(account: Account, refund: Object, status: Literal["succeeded", "failed", "canceled"]) -> Object:
     """Bring the outcome of a refund, which may come even after it succeeded."""
     _step(refund, status, REFUND_STEPS)
     previous = {"status": refund["status"]}
@@ -445,9 +437,7 @@ def _step(subject: Object, status: str, steps: dict[str, set[str]]) -> None:
 # -- disputes
 
 
-def open_dispute(
-    account: Account, charge: Object, *, amount: int | None = None, inquiry: bool = False
-) -> Object:
+def open_dispute(account: Account, charge: Object, *, amount: int | None = None, inquiry: bool = False) -> Object:
     """Let the cardholder dispute a charge, or only inquire about it (``warning_*``: no money moves)."""
     amount = charge["amount"] if amount is None else amount
     if not 1 <= amount <= charge["amount"]:

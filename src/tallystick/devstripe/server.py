@@ -204,9 +204,7 @@ class DevStripe:
         idempotency key and answered again; a 502, 503 or a lost answer is not, as something in between
         made it.
         """
-        if when not in ("before", "after") or (
-            isinstance(outcome, str) and outcome not in ("cut", "timeout")
-        ):
+        if when not in ("before", "after") or (isinstance(outcome, str) and outcome not in ("cut", "timeout")):
             raise refused(f"A fault is a status, cut or timeout, before or after; not {outcome!r}, {when!r}.")
         if outcome == 429 and when == "after":  # noqa: PLR2004 - HTTP's own number
             raise refused("Stripe limits the rate before a request has an effect: use when='before'.")
@@ -281,9 +279,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif url.path.startswith("/_control/") and self.command == "POST":
             self._control(url.path.removeprefix("/_control/"), body)
         else:
-            self._send(
-                404, "devstripe has /v1/..., /c/pay/<session> and POST /_control/<name>.", "text/plain"
-            )
+            self._send(404, "devstripe has /v1/..., /c/pay/<session> and POST /_control/<name>.", "text/plain")
 
     def _api(self, path: str, form: str) -> None:
         dev = self.server.dev

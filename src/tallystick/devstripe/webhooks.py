@@ -68,9 +68,7 @@ class Webhooks:
     wait for ``release``, retries included.
     """
 
-    def __init__(
-        self, account: Account, *, retry_delays_s: Sequence[float], timeout_s: float, senders: int
-    ) -> None:
+    def __init__(self, account: Account, *, retry_delays_s: Sequence[float], timeout_s: float, senders: int) -> None:
         self.account = account
         self.retry_delays_s = retry_delays_s
         self.timeout_s = timeout_s
@@ -155,9 +153,7 @@ class Webhooks:
         now = time.time()
         shown = event | {"api_version": endpoint["api_version"] or event["api_version"]}
         body = json.dumps(shown, indent=2).encode()
-        valid = [
-            secret for secret, until in self.account.secrets[endpoint["id"]] if until is None or until > now
-        ]
+        valid = [secret for secret, until in self.account.secrets[endpoint["id"]] if until is None or until > now]
         return body, sign(body, valid, int(now) if at is None else at)
 
     def _post(self, url: str, body: bytes, signature: str) -> int:
