@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -244,7 +244,7 @@ def _started(desk: Desk, conn: sa.Connection, user: Key, key: str) -> tuple[Cred
     id = run(conn, prior, {}).scalar_one_or_none()
     purchase = None if id is None else desk.books.purchase(conn, id=id)
     request = None if purchase is None else _request(conn, purchase.id)
-    return (purchase, request) if purchase is not None and request is not None else None
+    return (replace(purchase, replayed=True), request) if purchase is not None and request is not None else None
 
 
 def _start(
@@ -297,7 +297,7 @@ def _session(desk: Desk, purchase: CreditTransaction, request: dict[str, Any]) -
         stored = desk.session_now(purchase.stripe_session_id)
         if stored is not None:
             return stored
-    if purchase.replayed or purchase.stripe_session_id is not None or purchase.status != "pending":
+    if purchase.replayed:
         missed = session_of_purchase(desk, purchase, request["customer"])
         if missed is not None:
             return missed

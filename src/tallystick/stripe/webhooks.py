@@ -100,7 +100,7 @@ def _charge_refunded(desk: Desk, charge: Object) -> Effect | None:
     return all_of_them if effects else None
 
 
-HANDLERS: dict[str, Handler] = {
+HANDLERS: dict[str, Callable[[Desk, Object], Effect | None]] = {
     "checkout.session.completed": _session,
     "checkout.session.async_payment_succeeded": _session,
     "checkout.session.async_payment_failed": _payment_failed,
