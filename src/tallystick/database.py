@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Union
 
-import psycopg
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import Session
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from tallystick.errors import Conflict, DatabaseUnavailable, NotMigrated, OutcomeUnknown, PermissionDenied
 
-DbConnection = sa.Connection | Session
+if TYPE_CHECKING:  # the ORM takes longer to import than all the rest, and most hosts of a Connection never do
+    from sqlalchemy.orm import Session
+
+DbConnection = Union[sa.Connection, "Session"]
 """What every operation takes first: the caller's, in the caller's transaction."""
 
 
@@ -26,7 +27,7 @@ def run(conn: DbConnection, statement: sa.Executable, values: Mapping[str, Any])
     Raises:
         DatabaseError: of the kind that says what the caller may do.
     """
-    if isinstance(conn, Session):
+    if not isinstance(conn, sa.Connection):
         with translated(connecting=True):
             conn.flush()
             conn = conn.connection()
@@ -43,15 +44,13 @@ def translated(*, connecting: bool = False) -> Iterator[None]:
     try:
         yield
     except DBAPIError as error:
-        _raise(error, error.orig, connecting=connecting)
-    except psycopg.Error as error:
-        _raise(error, error, connecting=connecting)
+        _raise(error, connecting=connecting)
 
 
-def _raise(error: Exception, original: BaseException | None, *, connecting: bool) -> NoReturn:
-    state = getattr(original, "sqlstate", None)
-    text = str(original).strip()
-    lost = isinstance(original, psycopg.OperationalError) and state is None
+def _raise(error: DBAPIError, *, connecting: bool) -> NoReturn:
+    state: str | None = getattr(error.orig, "sqlstate", None)
+    text = str(error.orig).strip()
+    lost = isinstance(error, OperationalError) and state is None
     match state:
         case "40001" | "40P01" | "23505" | "55P03" | "57014":
             raise Conflict(

@@ -30,6 +30,7 @@
     │   ├── StripeRefused            Stripe answered no
     │   └── StripeUnavailable        Stripe did not answer, or asked to wait     (retryable)
     ├── SeedRefused                  this database does not look like development
+    ├── SeedImpossible               the host's tables do not take the seed's rows, or hold on to them
     └── LedgerError                  a ledger call was refused; nothing was written
         ├── InvalidArgument          (also a ValueError)
         ├── UnknownUser
@@ -259,6 +260,17 @@ class SeedRefused(TallystickError):
     """The database does not look like a development database."""
 
     reason: str
+
+
+class SeedImpossible(TallystickError):
+    """The host's own columns, constraints or triggers do not take the seed's rows, or do not let them go.
+
+    Nothing was written by the call that was refused. ``column`` and ``constraint`` are None where neither is to blame.
+    """
+
+    table: str
+    column: str | None
+    constraint: str | None
 
 
 class LedgerError(TallystickError):

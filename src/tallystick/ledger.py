@@ -365,7 +365,7 @@ class Ledger:
         self,
         conn: DbConnection,
         user: Key,
-        purchase: UUID,
+        purchase: UUID | str,
         *,
         credits: int | None = None,
         key: str,
