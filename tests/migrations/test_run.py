@@ -343,5 +343,5 @@ def test_nothing_is_left_locked_or_open(app: App) -> None:
 
 def test_the_lock_was_short_and_measured(make_app: Callable[..., App]) -> None:
     app = make_app()
-    [step] = migrate.apply(app.url, app.config).steps
+    step = migrate.apply(app.url, app.config).steps[0]
     assert 0 < step.locked_ms < step.duration_ms

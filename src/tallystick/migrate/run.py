@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import psycopg
@@ -221,11 +221,13 @@ class _Run:
         if host.revision is not None and not discard_ledger:
             self._refuse_rows(host)
         names = HostNames.of(self.config.host, host.adopted)
-        steps = []
-        for revision in reversed(up_to(host.revision)):
-            messages = downward(revision, names, discard_ledger=discard_ledger, stall_budget_ms=self.stall_budget_ms)
-            steps.append(self._transaction(revision, host, "undo", messages))
-        return Receipt("undo", host.revision, None, tuple(steps))
+        gone = tuple(reversed(up_to(host.revision)))
+        if not gone:
+            return Receipt("undo", None, None)
+        # all of them in one transaction, since half of an undo is nobody's wish
+        messages = downward(gone, names, discard_ledger=discard_ledger, stall_budget_ms=self.stall_budget_ms)
+        step = self._transaction(gone[0], host, "undo", messages)
+        return Receipt("undo", host.revision, None, tuple(replace(step, revision=one.revision) for one in gone))
 
     def _preflight(self) -> Host:
         """Examine the host twice: before this is the only run, since faults are told first, and after."""
