@@ -68,7 +68,7 @@ class Healthy:
         self.add(conn, "bob unlocked", self.bob, "consumption", -1, 2, 1, at=HOUR_AGO, workshop="bobs")
         self.add(conn, "bob refunded", self.bob, "refund", -2, 3, -1, at=HOUR_AGO, refund_of="bob bought")
 
-    def add(  # noqa: PLR0917  a call reads as a line of the ledger
+    def add(
         self,
         conn: sa.Connection,
         name: str,

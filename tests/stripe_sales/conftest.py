@@ -19,16 +19,22 @@ def dev() -> Iterator[DevStripe]:
 
 
 @pytest.fixture
-def shop(world: World, dev: DevStripe) -> Shop:
-    return Shop(world, dev)
+def make_shop(make_world: Callable[..., World], dev: DevStripe) -> Iterator[Callable[..., Shop]]:
+    """``make_shop(shape="uuid", dev=…, endpoint_url=…) -> Shop``"""
+    made: list[Shop] = []
+
+    def make(shape: str = "uuid", *, dev: DevStripe = dev, **options: str) -> Shop:
+        made.append(Shop(make_world(shape), dev, **options))
+        return made[-1]
+
+    yield make
+    for shop in made:
+        shop.engine.dispose()
 
 
 @pytest.fixture
-def make_shop(make_world: Callable[..., World], dev: DevStripe) -> Callable[..., Shop]:
-    def make(shape: str) -> Shop:
-        return Shop(make_world(shape), dev)
-
-    return make
+def shop(make_shop: Callable[..., Shop]) -> Shop:
+    return make_shop()
 
 
 class App:

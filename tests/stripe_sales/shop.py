@@ -23,7 +23,8 @@ class Shop:
     """A world with a Stripe account, one pack on sale, and the deliveries of its webhook endpoint on hold."""
 
     def __init__(self, world: World, dev: DevStripe, *, endpoint_url: str = "http://127.0.0.1:1/webhook") -> None:
-        self.world, self.dev, self.engine = world, dev, world.engine
+        self.world, self.dev = world, dev
+        self.engine = sa.create_engine(world.url)  # pooled, as a web server's
         self.config = world.config.model_copy(
             update={
                 "stripe_secret_key": dev.secret_key,

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from stripe_sales.shop import CREDITS, PRICE, Shop
 
+from stripe_sales.shop import CREDITS, PRICE, Shop
 from tallystick import Config, stripe
 from tallystick.audit import audit
 from tallystick.devstripe import DevStripe
 from tallystick.schema import stripe_events
 
-ORDERS = 24  # of each history; all of them where there are fewer
+ORDERS = int(os.environ.get("TALLYSTICK_TEST_ORDERS", "12"))  # of each history; all of them where there are fewer
 
 History = Callable[[Shop, stripe.Checkout], None]
 
@@ -201,10 +201,10 @@ def test_what_dies_before_its_commit_is_redone(shop: Shop):
     require_clean(shop)
 
 
-def test_senders_of_the_double_race_each_other(world, app):
+def test_senders_of_the_double_race_each_other(make_shop, app):
     """The double's own threads deliver, retry and overtake each other over HTTP."""
     with DevStripe(retry_delays_s=(0.05, 0.1, 0.2), senders=4) as dev:
-        shop = Shop(world, dev, endpoint_url=app.url)
+        shop = make_shop(dev=dev, endpoint_url=app.url)
         app.receive = lambda body, signature: stripe.receive(shop.engine, shop.config, body, signature)
         dev.release()
         users = {}

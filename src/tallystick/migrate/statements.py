@@ -62,7 +62,8 @@ def downward(gone: Sequence[Revision], names: HostNames, *, discard_ledger: bool
         locks += [table for table in revision.undo_locks(names) if table not in locks]
     changes = [
         *([] if discard_ledger else [_refuse_if_rows(names)]),
-        *(statement for revision in gone for statement in (*revision.undo(names), *_step_down(revision))),
+        *(statement for revision in gone for statement in revision.undo(names)),
+        *_step_down(gone[-1]),
     ]
     return Messages(
         opening=tuple(_begin(names, expected=gone[0].revision)),
