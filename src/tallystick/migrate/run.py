@@ -18,7 +18,7 @@ from typing import Literal
 
 import psycopg
 import sqlalchemy as sa
-from psycopg.sql import Composable
+from psycopg.sql import Composable, Identifier
 
 from tallystick.config import Config
 from tallystick.errors import (
