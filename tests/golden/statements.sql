@@ -17,12 +17,12 @@ FROM written;
 WITH turn AS (
   SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id)
 UPDATE credit_transactions
-SET stripe_session_id=:p_session::VARCHAR
+SET stripe_session_id=:p_session::VARCHAR, stripe_payment_intent_id=coalesce(credit_transactions.stripe_payment_intent_id, :p_intent::VARCHAR)
 FROM turn
-WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.id = :p_purchase::UUID AND credit_transactions.type = 'purchase' AND credit_transactions.stripe_session_id IS NULL AND NOT (EXISTS (
+WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.id = :p_purchase::UUID AND credit_transactions.type = 'purchase' AND coalesce(credit_transactions.stripe_session_id, :p_session::VARCHAR) = :p_session::VARCHAR AND NOT (EXISTS (
     SELECT *
     FROM credit_transactions AS other
-    WHERE other.stripe_session_id = :p_session::VARCHAR AND other.id != credit_transactions.id)) AND credit_transactions.user_id = turn.user_id
+    WHERE other.stripe_session_id = :p_session::VARCHAR AND other.id != credit_transactions.id)) AND credit_transactions.user_id = turn.user_id AND (credit_transactions.stripe_session_id IS NULL OR credit_transactions.stripe_payment_intent_id IS NULL AND :p_intent::VARCHAR IS NOT NULL)
 RETURNING credit_transactions.*;
 
 -- complete_by_id
@@ -196,9 +196,68 @@ back AS (
     WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.refund_of = :p_purchase::UUID) AS credits),
 written AS (
   INSERT INTO credit_transactions (id, user_id, type, status, amount, balance_after, sequence, description, refund_of, idempotency_key, completed_at)
-  SELECT :p_id::UUID AS id, account.key AS user_id, 'refund' AS type, 'completed' AS status, -coalesce(:p_amount::INTEGER, bought.amount - back.credits) AS amount, account.credit_balance - coalesce(:p_amount::INTEGER, bought.amount - back.credits) AS balance_after, account.credit_sequence + 1 AS sequence, coalesce(:p_description::VARCHAR, 'Refunded: ' || bought.description) AS description, bought.id AS refund_of, :p_key::VARCHAR AS idempotency_key, clock_timestamp() AS completed_at
+  SELECT :p_id::UUID AS id, account.key AS user_id, 'refund' AS type, 'completed' AS status, -coalesce(:p_amount::INTEGER, bought.amount - back.credits) AS amount, account.credit_balance + -coalesce(:p_amount::INTEGER, bought.amount - back.credits) AS balance_after, account.credit_sequence + 1 AS sequence, coalesce(:p_description::VARCHAR, 'Refunded: ' || bought.description) AS description, bought.id AS refund_of, :p_key::VARCHAR AS idempotency_key, clock_timestamp() AS completed_at
   FROM account JOIN seen ON true JOIN bought ON true JOIN back ON true
   WHERE account.credit_sequence = seen.sequence AND coalesce(:p_amount::INTEGER, bought.amount - back.credits) BETWEEN 1 AND bought.amount - back.credits AND account.credit_balance >= -2147483648 + coalesce(:p_amount::INTEGER, bought.amount - back.credits)
+  ON CONFLICT DO NOTHING
+  RETURNING credit_transactions.*),
+moved AS (
+  UPDATE users
+  SET credit_balance=written.balance_after, credit_sequence=written.sequence
+  FROM written
+  WHERE users.id = :p_user::UUID AND users.id = written.user_id)
+SELECT written.*
+FROM written;
+
+-- grant
+WITH turn AS (
+  SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id),
+account AS (
+  SELECT users.id AS key, users.credit_balance, users.credit_sequence
+  FROM users JOIN turn ON true
+  WHERE users.id = :p_user::UUID AND users.deleted_at IS NULL
+  FOR NO KEY UPDATE OF users),
+written AS (
+  INSERT INTO credit_transactions (id, user_id, type, status, amount, balance_after, sequence, description, idempotency_key, completed_at)
+  SELECT :p_id::UUID AS id, account.key AS user_id, 'grant' AS type, 'completed' AS status, :p_amount::INTEGER AS amount, account.credit_balance + :p_amount::INTEGER AS balance_after, account.credit_sequence + 1 AS sequence, :p_description::VARCHAR AS description, :p_key::VARCHAR AS idempotency_key, clock_timestamp() AS completed_at
+  FROM account
+  WHERE account.credit_balance <= 2147483647 - :p_amount::INTEGER
+  ON CONFLICT DO NOTHING
+  RETURNING credit_transactions.*),
+moved AS (
+  UPDATE users
+  SET credit_balance=written.balance_after, credit_sequence=written.sequence
+  FROM written
+  WHERE users.id = :p_user::UUID AND users.id = written.user_id)
+SELECT written.*
+FROM written;
+
+-- reinstate
+WITH turn AS (
+  SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id),
+account AS (
+  SELECT users.id AS key, users.credit_balance, users.credit_sequence
+  FROM users JOIN turn ON true
+  WHERE users.id = :p_user::UUID
+  FOR NO KEY UPDATE OF users),
+seen AS (
+  SELECT users.credit_sequence AS sequence
+  FROM users
+  WHERE users.id = :p_user::UUID),
+bought AS (
+  SELECT credit_transactions.id, credit_transactions.amount, credit_transactions.description
+  FROM credit_transactions
+  WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.id = :p_purchase::UUID AND credit_transactions.type = 'purchase' AND credit_transactions.status = 'completed'),
+back AS (
+  SELECT (
+    SELECT coalesce(sum(-credit_transactions.amount), 0) AS coalesce_1
+    FROM credit_transactions
+    WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.refund_of = :p_purchase::UUID) AS credits),
+written AS (
+  INSERT INTO credit_transactions (id, user_id, type, status, amount, balance_after, sequence, description, refund_of, idempotency_key, completed_at)
+  SELECT :p_id::UUID AS id, account.key AS user_id, 'grant' AS type, 'completed' AS status, coalesce(:p_amount::INTEGER, back.credits) AS amount, account.credit_balance + coalesce(:p_amount::INTEGER, back.credits) AS balance_after, account.credit_sequence + 1 AS sequence, coalesce(:p_description::VARCHAR, 'Given back: ' || bought.description) AS description, bought.id AS refund_of, :p_key::VARCHAR AS idempotency_key, clock_timestamp() AS completed_at
+  FROM account JOIN seen ON true JOIN bought ON true JOIN back ON true
+  WHERE account.credit_sequence = seen.sequence AND coalesce(:p_amount::INTEGER, back.credits) BETWEEN 1 AND back.credits AND account.credit_balance <= 2147483647 - coalesce(:p_amount::INTEGER, back.credits)
   ON CONFLICT DO NOTHING
   RETURNING credit_transactions.*),
 moved AS (

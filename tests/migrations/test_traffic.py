@@ -35,7 +35,7 @@ def libpq(app: App) -> str:
 
 
 def check(app: App, seen: Traffic, receipt: migrate.Receipt, request: pytest.FixtureRequest) -> None:
-    [step] = receipt.steps
+    step = receipt.steps[0]
     # shown at the end of the test run: numbers for a person, since a loaded machine makes bad thresholds
     felt = f"worst stall {seen.worst_ms:.0f} ms in {len(seen.latencies_ms)} transactions"
     felt += f", locked for {step.locked_ms:.1f} ms, attempts: {step.attempts}"

@@ -143,6 +143,24 @@ def consume(
 
 
 @app.command(rich_help_panel="Credits")
+def grant(
+    ctx: typer.Context,
+    user: UserArgument,
+    credits: Annotated[int, typer.Argument(help="How many.", metavar="CREDITS")],
+    description: Annotated[str, typer.Option("--description", help="What the user's history says.")] = "Granted",
+    key: KeyOption = None,
+    as_json: Json = False,
+) -> None:
+    """Give a user credits that nobody paid for: goodwill, a promotion, an opening balance."""
+    with invocation(ctx).connection() as (conn, config):
+        verify(conn)
+        done = Ledger(config).grant(
+            conn, user_key(config, user), credits=credits, key=key or f"cli-{uuid4()}", description=description
+        )
+    _say(done, as_json)
+
+
+@app.command(rich_help_panel="Credits")
 def refund(
     ctx: typer.Context,
     user: UserArgument,

@@ -1,4 +1,4 @@
-"""After the commit: indexes built while traffic goes on.
+"""After the commit: indexes built, and constraints validated, while traffic goes on.
 
 Each step is looked at before and after, so any run may continue what another one began.
 """
@@ -26,10 +26,10 @@ State = Literal["missing", "valid", "invalid, enforcing", "invalid"]
 
 @dataclass(frozen=True)
 class OnlineStep:
-    """An index built outside of the transaction."""
+    """An index built, or a constraint validated, outside of the transaction."""
 
     name: str
-    outcome: Literal["built", "repaired"]
+    outcome: Literal["built", "repaired", "validated"]
     duration_ms: float
 
 
@@ -81,6 +81,31 @@ def build(
     )
 
 
+def validate(
+    conn: sa.Connection,
+    watch: Callable[[], sa.Connection],
+    *,
+    table: Identifier,
+    name: str,
+    statement: Composable,
+    progress: Callable[[Building | None], None],
+) -> Iterator[OnlineStep]:
+    """Check the old rows against a constraint that was added NOT VALID; nothing where that was done.
+
+    Raises:
+        MigrationError: a row breaks it.
+    """
+    started = time.monotonic()
+    if conn.scalar(_IS_VALIDATED, {"table": table.as_string(None), "name": name}) is not False:
+        return
+    progress(None)
+    try:
+        _alone(conn, watch, statement, progress)
+    except psycopg.Error as error:
+        raise translate(error, "apply", online=name) from error
+    yield OnlineStep(name, "validated", round((time.monotonic() - started) * 1000, 3))
+
+
 def index_state(conn: sa.Connection, schema: str, name: str) -> State:
     """What there is under the name."""
     row = conn.execute(_INDEX_STATE, {"schema": schema, "name": name}).one_or_none()
@@ -95,6 +120,10 @@ _INDEX_STATE = sa.text("""
     SELECT i.indisvalid AND i.indisready AND i.indislive AS valid, i.indisready AS ready
     FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
     WHERE c.relnamespace = to_regnamespace(quote_ident(:schema)) AND c.relname = :name
+""")
+
+_IS_VALIDATED = sa.text("""
+    SELECT convalidated FROM pg_constraint WHERE conrelid = to_regclass(:table) AND conname = :name
 """)
 
 _LEFTOVERS = sa.text("""

@@ -13,12 +13,12 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import psycopg
 import sqlalchemy as sa
-from psycopg.sql import Composable
+from psycopg.sql import Composable, Identifier
 
 from tallystick.config import Config
 from tallystick.errors import (
@@ -29,7 +29,7 @@ from tallystick.errors import (
 )
 from tallystick.migrate.blockers import OLD_MS, Blocker, Watch
 from tallystick.migrate.host import Host, examine, mapped_oids
-from tallystick.migrate.online import Building, OnlineStep, build
+from tallystick.migrate.online import Building, OnlineStep, build, validate
 from tallystick.migrate.revisions import HostNames, Revision, after, revisions, up_to
 from tallystick.migrate.session import driver, engine_of, session, translate
 from tallystick.migrate.statements import (
@@ -226,11 +226,13 @@ class _Run:
         if host.revision is not None and not discard_ledger:
             self._refuse_rows(host)
         names = HostNames.of(self.config.host, host.adopted)
-        steps = []
-        for revision in reversed(up_to(host.revision)):
-            messages = downward(revision, names, discard_ledger=discard_ledger, stall_budget_ms=self.stall_budget_ms)
-            steps.append(self._transaction(revision, host, "undo", messages))
-        return Receipt("undo", host.revision, None, tuple(steps))
+        gone = tuple(reversed(up_to(host.revision)))
+        if not gone:
+            return Receipt("undo", None, None)
+        # all of them in one transaction, since half of an undo is nobody's wish
+        messages = downward(gone, names, discard_ledger=discard_ledger, stall_budget_ms=self.stall_budget_ms)
+        step = self._transaction(gone[0], host, "undo", messages)
+        return Receipt("undo", host.revision, None, tuple(replace(step, revision=one.revision) for one in gone))
 
     def _preflight(self) -> Host:
         """Examine the host twice: before this is the only run, since faults are told first, and after."""
@@ -364,6 +366,16 @@ class _Run:
                 name=name,
                 statement=statement,
                 progress=tell,
+            )
+        for name, statement in revision.validates(names).items():
+
+            def say(building: Building | None, step: str = name) -> None:
+                phase = building.phase if building else None
+                self.progress(Progress("online", revision.revision, 0, (), step, phase))
+
+            ledger = Identifier(names.users.schema, LEDGER)
+            yield from validate(
+                self.conn, self.engine.connect, table=ledger, name=name, statement=statement, progress=say
             )
 
 

@@ -120,7 +120,7 @@ def translate(error: psycopg.Error, action: str, *, online: str | None = None) -
         )
     elif online is not None:
         found = MigrationError(
-            f"the index {online} could not be built: {said}. {detail} "
+            f"{online} could not be built or validated: {said}. {detail} "
             "The revision itself is in place. Mend the cause, then run: tallystick migrate apply"
         )
     elif state == "2BP01":
