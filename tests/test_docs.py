@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 import typer
 
 import tallystick
@@ -85,6 +87,7 @@ def test_the_ledgers_page_runs_from_top_to_bottom(world: World, monkeypatch, tmp
 def test_the_readmes_example_runs(world: World, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DATABASE_URL", world.url)
+    monkeypatch.setattr(sa, "create_engine", partial(sa.create_engine, poolclass=sa.NullPool))  # none stays open
     user = world.user()
     names = {"user": user, "workshop": world.workshop(user)}
     (block,) = blocks(ROOT / "README.md", "python")
