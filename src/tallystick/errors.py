@@ -21,6 +21,7 @@
     │   ├── MigrationBlocked         the tables could not be locked within the budget
     │   ├── PoolerRefused            the address is a pooler's
     │   └── LedgerNotEmpty           undo would throw away history
+    ├── BackupError                  a backup or a restore did not happen; nothing is left of it
     ├── StripeError                  Stripe, or what it was to be asked
     │   ├── StripeNotConfigured      a key, secret or pack is missing, or of the wrong mode
     │   ├── UnknownPack              nothing of this name is on sale
@@ -203,6 +204,10 @@ class LedgerNotEmpty(MigrationError):
     """Undo would throw away credit transactions."""
 
     rows: int
+
+
+class BackupError(TallystickError):
+    """A backup or a restore did not happen. Nothing is left of it."""
 
 
 class StripeError(TallystickError):
