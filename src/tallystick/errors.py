@@ -26,6 +26,7 @@
     │   ├── RequestTooLarge          its body is over the limit
     │   └── WorkshopLocked           a credit opens this workshop
     ├── SeedRefused                  this database does not look like development
+    ├── SeedImpossible               the host's tables do not take the seed's rows, or hold on to them
     └── LedgerError                  a ledger call was refused; nothing was written
         ├── InvalidArgument          (also a ValueError)
         ├── UnknownUser
@@ -219,6 +220,15 @@ class WorkshopLocked(RequestRefused):
     workshop: Key
     user: Key
     required: int
+class SeedImpossible(TallystickError):
+    """The host's own columns, constraints or triggers do not take the seed's rows, or do not let them go.
+
+    Nothing was written by the call that was refused. ``column`` and ``constraint`` are None where neither is to blame.
+    """
+
+    table: str
+    column: str | None
+    constraint: str | None
 
 
 class LedgerError(TallystickError):

@@ -2,14 +2,16 @@
 
 ``tests/golden/statements.sql`` shows each one compiled; read that first. The shape of every balance change::
 
-    account AS (SELECT … FROM users WHERE key = :p_user FOR UPDATE)              -- then the workshop, in this order
+    account AS (SELECT … FROM users WHERE key = :p_user FOR NO KEY UPDATE)       -- then the workshop, in this order
     written AS (INSERT INTO credit_transactions SELECT … FROM account WHERE … ON CONFLICT DO NOTHING RETURNING …)
     moved   AS (UPDATE users SET credit_balance, credit_sequence FROM written)   -- and the workshop's mark
     SELECT … FROM written
 
-A row back means done. Each table is bound by the user's key as a parameter of its own, never through a subselect, and
-nothing volatile stands in an UPDATE: such a statement can run on tables distributed by user. Parameters are called
-``p_…``, since SQLAlchemy takes one that is named like a column for a value to SET.
+A row back means done. The lock is the weakest that puts balance changes in a row: the host may still insert what
+refers to the user, and two transactions that each start and complete a purchase do not deadlock. Each table is bound
+by the user's key as a parameter of its own, never through a subselect, and nothing volatile stands in an UPDATE: such
+a statement can run on tables distributed by user. Parameters are called ``p_…``, since SQLAlchemy takes one that is
+named like a column for a value to SET.
 """
 
 from __future__ import annotations
@@ -76,7 +78,7 @@ class _Statements:
         locked = (
             sa.select(self.users.c.key.label("key"), self.users.c.credit_balance, self.users.c.credit_sequence)
             .where(self.users.c.key == self.p_user)
-            .with_for_update()
+            .with_for_update(key_share=True)
         )
         self.account = locked.cte("account")
         self.living = locked.where(self.users.c.deleted_at.is_(None)).cte("account")
@@ -260,7 +262,7 @@ class _Statements:
                 names.deleted_at.is_(None),
                 names.credit_consumed_at.is_(None),
             )
-            .with_for_update(of=workshops)
+            .with_for_update(of=workshops, key_share=True)
             .cte("claim")
         )
         written = self.spend(
