@@ -12,14 +12,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import jinja2
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tallystick.config import Config
-from tallystick.web import api, buyer
+from tallystick.web import api, buyer, purchase
 from tallystick.web.billing import Billing, CurrentUser, Fragments, Preview, Workshop
 from tallystick.web.texts import Texts
 
@@ -33,8 +33,6 @@ def router(
     current_user: CurrentUser,
     texts: Texts | None = None,
     templates: jinja2.BaseLoader | None = None,
-    public_url: str | None = None,
-    allowed_origins: Collection[str] = (),
     sign_in: str | None = None,
     home: str = "/",
     contact: str | None = None,
@@ -44,15 +42,13 @@ def router(
     """Everything a buyer meets, as a router to include, and the dependencies for the host's own routes.
 
     Args:
-        config: what is sold, and where the host keeps its users and workshops.
+        config: what is sold, and where the host keeps its users and workshops. Its ``checkout_origins`` are the
+            app's own addresses as browsers see them: Stripe sends buyers back to one, and their pages may post here.
         engine: the host's engine, sync or async, for psycopg 3.
         current_user: the host's FastAPI dependency that gives the key of who is signed in, or None.
         texts: every word a buyer reads; subclass :class:`Texts` to translate.
         templates: where to look for templates before ours, as ``jinja2.FileSystemLoader("templates")``; one that is
             called ``tallystick/layout.html`` there replaces ours.
-        public_url: the app's address as browsers see it (``https://app.example.com``), where Stripe sends buyers
-            back to. Without it, the address of each request; give it wherever a proxy may pass on any ``Host``.
-        allowed_origins: other origins (``https://www.example.com``) whose pages may post here and be returned to.
         sign_in: where a browser without a session is sent; ``{return_to}`` in it becomes the page it asked for,
             quoted. Without it, such a browser gets a 401 page.
         home: where a buyer goes who came from nowhere.
@@ -67,8 +63,6 @@ def router(
         current_user=current_user,
         texts=texts,
         templates=templates,
-        public_url=public_url,
-        allowed_origins=allowed_origins,
         sign_in=sign_in,
         home=home,
         contact=contact,
@@ -77,4 +71,5 @@ def router(
     )
     api.add_to(billing)
     buyer.add_to(billing)
+    purchase.add_to(billing)
     return billing

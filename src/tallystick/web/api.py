@@ -20,9 +20,11 @@ from tallystick.web.problems import MEDIA_TYPE, TYPE_PREFIX
 PAGE_MAX: Final = 200
 KEY_MAX: Final = 200
 
+TAGS: Final[list[str | Enum]] = ["credits"]
+EXAMPLE_ID: Final = "0198c1de-9f04-7a30-8f2b-53f2b7a7f0aa"
 _EXAMPLE_WORKSHOP: Final = "0198c1de-7c1a-7f6e-9a55-2f6f3f1c9b10"
 _EXAMPLE_ROW: Final[dict[str, Any]] = {
-    "id": "0198c1de-9f04-7a30-8f2b-53f2b7a7f0aa",
+    "id": EXAMPLE_ID,
     "type": "consumption",
     "status": "completed",
     "amount": -1,
@@ -114,30 +116,6 @@ class PackAnswer(BaseModel):
     currency: str
 
 
-class CheckoutRequest(BaseModel):
-    """What to buy, and where the buyer returns to: a path of this site. ``workshop`` is what the credits are for."""
-
-    model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"pack": "Flight Crew", "return_to": "/workshops/7/steps/7"}]}
-    )
-
-    pack: str = Field(min_length=1, max_length=200)
-    return_to: str | None = Field(default=None, max_length=2000)
-    workshop: str | None = Field(default=None, max_length=200)
-
-
-class CheckoutAnswer(BaseModel):
-    """A purchase that waits for payment at ``url``, Stripe's hosted page."""
-
-    model_config = _shown(
-        {"purchase": _EXAMPLE_ROW["id"], "url": "https://checkout.stripe.com/c/pay/cs_test_a1", "credits": 3}
-    )
-
-    purchase: UUID
-    url: str
-    credits: int
-
-
 class Onboarding(BaseModel):
     """Whether the user has seen the welcome through."""
 
@@ -225,15 +203,14 @@ def add_to(billing: Billing) -> None:
     """Add the JSON routes."""
     User = Annotated[Key, Depends(billing.signed_in)]  # noqa: N806 - a type
     ledger, run = billing.ledger, billing.database.run
-    tags: list[str | Enum] = ["credits"]
 
-    @billing.get("/api/balance", name="tallystick.api.balance", tags=tags, responses=refusals(403))
+    @billing.get("/api/balance", name="tallystick.api.balance", tags=TAGS, responses=refusals(403))
     async def balance(user: User) -> BalanceAnswer:
         """The credits of who is signed in."""
         account = await billing.account(user)
         return BalanceAnswer(balance=account.credit_balance, plan_tier=account.plan_tier)
 
-    @billing.get("/api/history", name="tallystick.api.history", tags=tags, responses=refusals(403))
+    @billing.get("/api/history", name="tallystick.api.history", tags=TAGS, responses=refusals(403))
     async def history(
         user: User,
         before: Before = None,
@@ -245,7 +222,7 @@ def add_to(billing: Billing) -> None:
             rows=[history_row(row) for row in rows], next=rows[-1].cursor if len(rows) == limit else None
         )
 
-    @billing.get("/api/packs", name="tallystick.api.packs", tags=tags)
+    @billing.get("/api/packs", name="tallystick.api.packs", tags=TAGS)
     async def packs() -> list[PackAnswer]:
         """What is on sale."""
         return [
@@ -253,12 +230,12 @@ def add_to(billing: Billing) -> None:
             for p in billing.config.packs
         ]
 
-    @billing.get("/api/onboarding", name="tallystick.api.onboarding", tags=tags, responses=refusals(403))
+    @billing.get("/api/onboarding", name="tallystick.api.onboarding", tags=TAGS, responses=refusals(403))
     async def onboarding(user: User) -> Onboarding:
         """Whether the welcome was seen through, on any device."""
         return Onboarding(complete=(await billing.account(user)).onboarding_complete)
 
-    @billing.put("/api/onboarding", name="tallystick.api.set_onboarding", tags=tags, responses=refusals(403, 413))
+    @billing.put("/api/onboarding", name="tallystick.api.set_onboarding", tags=TAGS, responses=refusals(403, 413))
     async def set_onboarding(user: User, wanted: Onboarding) -> Onboarding:
         """Remember that it was, or show it again."""
         change = billing.accounts.complete_onboarding if wanted.complete else billing.accounts.reset_onboarding
@@ -268,7 +245,7 @@ def add_to(billing: Billing) -> None:
         return
 
     @billing.get(
-        "/api/workshops/{workshop}/access", name="tallystick.api.access", tags=tags, responses=refusals(403, 404)
+        "/api/workshops/{workshop}/access", name="tallystick.api.access", tags=TAGS, responses=refusals(403, 404)
     )
     async def access(user: User, workshop: WorkshopPath) -> AccessAnswer:
         """Whether one of the user's workshops is open, and why."""
@@ -285,7 +262,7 @@ def add_to(billing: Billing) -> None:
     @billing.post(
         "/api/workshops/{workshop}/unlock",
         name="tallystick.api.unlock",
-        tags=tags,
+        tags=TAGS,
         responses=refusals(402, 403, 404, 409, 410, 413),
     )
     async def unlock(

@@ -5,7 +5,7 @@ is made for one configuration.
 """
 
 import inspect
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Final
@@ -32,7 +32,6 @@ from tallystick.errors import (
     NotSignedIn,
     RequestTooLarge,
     TallystickError,
-    UnknownPack,
     UnknownWorkshop,
     WorkshopLocked,
     WorkshopNotOwned,
@@ -40,11 +39,14 @@ from tallystick.errors import (
 from tallystick.ledger import Access, CreditTransaction, Ledger
 from tallystick.web import pages, problems
 from tallystick.web.engine import Database
-from tallystick.web.requests import BODY_MAX_BYTES, check_same_site, limited, return_address
+from tallystick.web.requests import BODY_MAX_BYTES, WEBHOOK_MAX_BYTES, check_same_site, limited, return_address
 from tallystick.web.texts import Texts
 
 UNLOCK_CREDITS: Final = 1
 """What opens a workshop."""
+
+WEBHOOK: Final = "tallystick.stripe_webhook"
+"""The name of the one route that is posted to without a session."""
 
 CurrentUser = Callable[..., Any]
 """The host's own FastAPI dependency: the key of who is signed in, or None. It may be async and depend on more."""
@@ -81,13 +83,10 @@ class Billing(APIRouter):
         current_user: CurrentUser,
         texts: Texts | None = None,
         templates: jinja2.BaseLoader | None = None,
-        public_url: str | None = None,
-        allowed_origins: Collection[str] = (),
         sign_in: str | None = None,
         home: str = "/",
         contact: str | None = None,
         preview: Preview | None = None,
-        checkout_origins: Collection[str] = (pages.STRIPE_CHECKOUT,),
         headers: Mapping[str, str] | None = None,
     ) -> None:
         self.config = config
@@ -98,10 +97,8 @@ class Billing(APIRouter):
         self.home = home
         self.contact = contact
         self.sign_in = sign_in
-        self._public_url = public_url.rstrip("/") if public_url else None
-        self._allowed = frozenset(allowed_origins) | ({self._public_url} if self._public_url else frozenset())
         self._preview = preview
-        self._headers = {**pages.security_headers(form_targets=checkout_origins), **(headers or {})}
+        self._headers = {**pages.security_headers(form_targets=_checkout_pages(config)), **(headers or {})}
         self._templates = pages.environment(*([templates] if templates else []), texts=self.texts)
 
         async def signed_in(user: Annotated[Key | None, Depends(current_user)]) -> Key:
@@ -235,13 +232,6 @@ class Billing(APIRouter):
             raise WorkshopNotOwned(f"workshop {key} belongs to another user than {user}", workshop=key, user=user)
         return Workshop(key, row[1], self.ledger.access(conn, key))
 
-    def pack(self, name: str) -> Pack:
-        """The pack on sale under this name. Raises UnknownPack."""
-        for pack in self.config.packs:
-            if pack.name == name:
-                return pack
-        raise UnknownPack(f"no pack {name!r} is on sale. Name one of those under [[packs]]", pack=name)
-
     # --- addresses ---
 
     def url(self, request: Request, name: str, /, *, query: Mapping[str, object] | None = None, **path: object) -> str:
@@ -251,12 +241,17 @@ class Billing(APIRouter):
         return f"{address}?{urlencode(given)}" if given else address
 
     def absolute(self, request: Request, path: str) -> str:
-        """``path`` as Stripe needs it: on the public address, or where the request went if none was given."""
-        return (self._public_url or f"{request.url.scheme}://{request.url.netloc}") + path
+        """``path`` as Stripe needs it: on the origin of this request if that is ours, else on the first of ours.
+
+        What a client wrote into ``Host`` is thereby never believed.
+        """
+        origin = f"{request.url.scheme}://{request.url.netloc}"
+        ours = self.config.checkout_origins
+        return (ours[0] if ours and origin not in ours else origin) + path
 
     def returning(self, asked: str | None) -> str:
         """Where ``asked`` may lead: to this site or an allowed one, else home."""
-        return return_address(asked, self.home, self._allowed)
+        return return_address(asked, self.home, self.config.checkout_origins)
 
     # --- answers ---
 
@@ -356,22 +351,22 @@ class Billing(APIRouter):
         class Guarded(APIRoute):
             def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
                 handle = super().get_route_handler()
-                trusting = "webhook" in (self.name or "")  # signed by Stripe, not by a session
+                signed = self.name == WEBHOOK
 
                 async def guarded(request: Request) -> Response:
-                    return await billing._guard(request, handle, trusting=trusting)
+                    return await billing._guard(request, handle, signed=signed)
 
                 return guarded
 
         return Guarded
 
     async def _guard(
-        self, request: Request, handle: Callable[[Request], Awaitable[Response]], *, trusting: bool
+        self, request: Request, handle: Callable[[Request], Awaitable[Response]], *, signed: bool
     ) -> Response:
         try:
-            if not trusting:
-                check_same_site(request.method, request.headers, self._allowed)
-                request = Request(request.scope, limited(request, BODY_MAX_BYTES))
+            if not signed:  # Stripe's deliveries prove by their signature who they are from
+                check_same_site(request.method, request.headers, self.config.checkout_origins)
+            request = Request(request.scope, limited(request, WEBHOOK_MAX_BYTES if signed else BODY_MAX_BYTES))
             response = await handle(request)
         except TallystickError as error:
             response = await self._refuse(request, error)
@@ -405,6 +400,11 @@ def is_fragment(request: Request) -> bool:
 def describe(pack: Pack) -> dict[str, Any]:
     """A pack as JSON shows it; ``amount`` in minor units of ``currency``."""
     return {"name": pack.name, "credits": pack.credits, "amount": pack.amount, "currency": pack.currency}
+
+
+def _checkout_pages(config: Config) -> list[str]:
+    """Where a form that buys may end up: Stripe's hosted page, or the test double's."""
+    return [pages.STRIPE_CHECKOUT, *([config.stripe_api_base] if config.stripe_api_base else [])]
 
 
 def _new_key() -> str:

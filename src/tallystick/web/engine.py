@@ -26,6 +26,9 @@ class Database:
 
     def __init__(self, engine: sa.Engine | AsyncEngine) -> None:
         self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+        # Selling opens its own short transactions around slow requests to Stripe, in threads: it takes a sync engine.
+        # An async one gets a small companion, which connects when something is sold and not before.
+        self.selling = sa.create_engine(engine.url, pool_size=2) if isinstance(engine, AsyncEngine) else engine
 
     async def run(self, work: Callable[[sa.Connection], T]) -> T:
         """What ``work`` returns for a connection of its own.

@@ -47,11 +47,13 @@ ANSWERS: Final[Mapping[type[TallystickError], Answer]] = {
     errors.WorkshopNotOwned: Answer(404, "unknown-workshop"),
     errors.UnknownPurchase: Answer(404, "unknown-purchase"),
     errors.UnknownPack: Answer(404, "unknown-pack"),
+    errors.SessionNotYours: Answer(404, "unknown-purchase"),
     errors.PurchaseNotPending: Answer(409, "purchase-not-pending"),
     errors.PurchaseNotCompleted: Answer(409, "purchase-not-completed"),
     errors.SessionConflict: Answer(409, "session-conflict"),
     errors.StripeCustomerConflict: Answer(409, "customer-conflict"),
     errors.RefundExceedsPurchase: Answer(409, "refund-exceeds-purchase"),
+    errors.ReinstatementExceedsRefunds: Answer(409, "reinstatement-exceeds-refunds"),
     errors.BalanceOutOfRange: Answer(409, "balance-out-of-range"),
     errors.WorkshopUnaccounted: Answer(409, "workshop-unaccounted"),
     errors.WorkshopDeleted: Answer(410, "workshop-deleted"),
@@ -61,6 +63,7 @@ ANSWERS: Final[Mapping[type[TallystickError], Answer]] = {
     errors.Conflict: Answer(503, "busy", retry_after_s=1),
     errors.OutcomeUnknown: Answer(503, "outcome-unknown", retry_after_s=1),
     errors.DatabaseUnavailable: Answer(503, "unavailable", retry_after_s=5),
+    errors.StripeUnavailable: Answer(503, "payment-provider-unavailable", retry_after_s=5),
     TallystickError: Answer(500, "server-error"),
 }
 """The one table; ``docs/web.md`` shows it, and a test holds the two against each other."""

@@ -28,7 +28,7 @@
 
   const show = (dialog) => {
     opener ??= document.activeElement;
-    dialog.close();
+    dialog.removeAttribute("open"); // close() would tell the listener below
     dialog.addEventListener("close", closed);
     dialog.dataset.tsModal = "shown";
     dialog.showModal();
