@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 
 import pytest
-from worlds import World
 
 from tallystick import errors as e
 from tallystick.schema import INT32_MAX
+from worlds import World
 
 
 def test_a_grant_is_credits_for_nothing(any_world: World):

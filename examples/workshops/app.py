@@ -5,6 +5,7 @@ No ``from __future__ import annotations`` here: FastAPI reads the signatures at 
 
 import secrets
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -59,12 +60,20 @@ def current_user(conn: Conn, session: Annotated[str | None, Cookie()] = None) ->
 User = Annotated[UUID | None, Depends(current_user)]
 
 
-def preview(request: Request, workshop: object) -> Markup:
-    """What shows blurred behind the lock: lines, since whatever is sent here can be read."""
+def preview(_request: Request, _workshop: object) -> Markup:
+    """What shows blurred behind the lock: bars, since whatever is sent to a browser can be read there."""
     line = Markup("<p>{}</p>")
     return Markup("<h2>{}</h2>").format("Work on this step") + Markup().join(
         line.format("▆" * width) for width in (38, 31, 36, 22, 35, 29, 12)
     )
+
+
+@dataclass
+class Where:
+    """A step of a workshop, as its address says."""
+
+    workshop: UUID
+    step: int
 
 
 def create_app(config: Config, engine: sa.Engine) -> FastAPI:
@@ -101,16 +110,15 @@ def create_app(config: Config, engine: sa.Engine) -> FastAPI:
             await billing.requires_open_workshop(request, user)
 
     @app.get("/workshops/{workshop}/steps/{step}", dependencies=[Depends(paid_for)])
-    def show_step(request: Request, workshop: UUID, step: int, user: User, conn: Conn, ours: Ours) -> Response:
+    def show_step(request: Request, where: Annotated[Where, Depends()], user: User, conn: Conn, ours: Ours) -> Response:
         title = conn.scalar(
             sa.text("SELECT title FROM workshops WHERE id = :workshop AND user_id = :user"),
-            {"workshop": workshop, "user": user},
+            {"workshop": where.workshop, "user": user},
         )
-        if title is None or not 1 <= step <= len(STEPS):
+        if title is None or not 1 <= where.step <= len(STEPS):
             raise HTTPException(404)
-        name, task = STEPS[step - 1]
-        page = {"workshop": workshop, "title": title, "step": step, "steps": STEPS, "free": FREE, "name": name}
-        return templates.TemplateResponse(request, "step.html", page | {"task": task, "billing": ours})
+        page = {"where": where, "title": title, "steps": STEPS, "billing": ours}
+        return templates.TemplateResponse(request, "step.html", page)
 
     @app.get("/sign-in")
     def ask_who(request: Request, next: str = "/") -> HTMLResponse:  # noqa: A002 - the name in the address

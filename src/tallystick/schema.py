@@ -270,7 +270,6 @@ stripe_events = Table(
     Column("id", sa.Text, primary_key=True),
     Column("type", sa.Text, nullable=False),
     Column("object_id", sa.Text, nullable=False),
-    Column("outcome", sa.Text, nullable=False),
     Column("received_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
 )
 """Events whose effect is in the database: each id once, in the transaction of its effect."""

@@ -232,7 +232,7 @@ def indexes(host: Any) -> dict[str, Composable]:
     }
 
 
-def validates(host: Any) -> dict[str, Composable]:
+def validates(_host: Any) -> dict[str, Composable]:
     """Nothing: the ledger is empty when its rules are made."""
     return {}
 

@@ -25,7 +25,6 @@ CREATE TABLE tallystick.stripe_events (
   id text NOT NULL,
   type text NOT NULL,
   object_id text NOT NULL,
-  outcome text NOT NULL,
   received_at timestamptz NOT NULL DEFAULT now(),
   CONSTRAINT stripe_events_pkey PRIMARY KEY (id)
 )""",
@@ -106,7 +105,7 @@ def locked(host: Any) -> Iterator[Composable]:
     yield _replace_rule(host, NEW_REFUND_OF)
 
 
-def indexes(host: Any) -> dict[str, Composable]:
+def indexes(_host: Any) -> dict[str, Composable]:
     """None on the host's tables."""
     return {}
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sqlalchemy as sa
-from worlds import World
 
 from tallystick import migrate
 from tallystick.migrate.revisions import HostNames, revisions
 from tallystick.migrate.statements import downward, text
 from tallystick.schema import verify
+from worlds import World
 
 
 def step_down(world: World) -> None:
