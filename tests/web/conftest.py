@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from sites import Site, selling, settings_for
+from sites import Shop, Site, settings_for
 from tallystick.devdb import Server
 from tallystick.devstripe import DevStripe
 from worlds import SHAPES, World
@@ -57,7 +57,10 @@ def either_site(request: pytest.FixtureRequest, make_site: Callable[..., Site]) 
     return make_site(asynchronous=request.param == "async")
 
 
-@pytest.fixture
-def shop(make_site: Callable[..., Site]) -> Site:
-    """An app whose packs are on sale at the double."""
-    return selling(make_site)
+@pytest.fixture(scope="session")
+def shop(server: Server, _templates: Callable[[str], str], double: DevStripe) -> Iterator[Shop]:
+    """An app whose packs are on sale at the double; shared as ``site`` is."""
+    url = server.create_database("web_shop", template=_templates("uuid"))
+    with Shop(url, double) as open_for_business:
+        yield open_for_business
+    server.drop_database("web_shop")

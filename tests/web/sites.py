@@ -3,8 +3,8 @@
 No ``from __future__ import annotations`` here: FastAPI reads the signatures at run time.
 """
 
-from collections.abc import Callable
-from typing import Annotated, Any
+import dataclasses
+from typing import Annotated, Any, Self
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -16,7 +16,7 @@ from tallystick import Access, Pack, TallystickError, stripe
 from tallystick.devstripe import DevStripe
 from tallystick.errors import Key
 from tallystick.web import Billing, router
-from worlds import World
+from worlds import SHAPES, World
 
 ORIGIN = "http://testserver"
 PACKS = (Pack(name="Single Flight", credits=1, amount=7900), Pack(name="Flight Crew", credits=3, amount=14900))
@@ -81,10 +81,34 @@ def settings_for(double: DevStripe) -> dict[str, Any]:
     }
 
 
-def selling(make_site: Callable[..., Site], **options: Any) -> Site:
-    """A site with priced packs; prices are found at the double if another test made them."""
-    first = make_site()
-    made = stripe.setup(first.world.config)
-    prices = {pack.pack: pack.price for pack in made.packs}
-    packs = tuple(Pack(name=p.name, credits=p.credits, amount=p.amount, stripe_price_id=prices[p.name]) for p in PACKS)
-    return make_site(settings={"packs": packs}, **options)
+class Shop(Site):
+    """A site whose packs are on sale at the double, and an endpoint for its events that nobody listens at."""
+
+    def __init__(self, url: str, double: DevStripe) -> None:
+        host = SHAPES["uuid"].host
+        unpriced = World(url, host, **settings_for(double))
+        made = stripe.setup(unpriced.config, endpoint_url="http://127.0.0.1:9/billing/webhooks/stripe")
+        assert made.endpoint is not None
+        prices = {pack.pack: pack.price for pack in made.packs}
+        priced = tuple(dataclasses.replace(pack, stripe_price_id=prices[pack.name]) for pack in PACKS)
+        more = {"packs": priced, "stripe_webhook_secret": made.endpoint.secret}
+        self.double = double
+        self.endpoint = made.endpoint.id
+        super().__init__(World(url, host, **(settings_for(double) | more)))
+
+    def __enter__(self) -> Self:
+        self.client.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.client.__exit__()
+
+    def start(self, user: Key, **form: str) -> str:
+        """Press the button of a pack; the Stripe session that came of it."""
+        sent = self.post(user, "/billing/checkout", data={"pack": "Flight Crew"} | form, headers=HTML)
+        assert sent.status_code == 303, sent.text
+        assert sent.headers["location"].startswith(self.double.url)
+        return sent.headers["location"].split("?")[0].rpartition("/")[2]
+
+    def return_from_stripe(self, user: Key, session: str, **query: str) -> Any:
+        return self.get(user, "/billing/success", params={"session_id": session, **query}, headers=HTML)
