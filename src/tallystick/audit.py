@@ -44,7 +44,7 @@ PART_ROWS = 5_000_000
 SUSPECTS = 10_000
 """With more users than these under suspicion, the precise checks look at everyone in the part."""
 
-_PURCHASE, _CONSUMPTION, _REFUND = CreditTransactionType
+_PURCHASE, _CONSUMPTION, _REFUND, _GRANT = CreditTransactionType
 _PENDING, _COMPLETED = CreditTransactionStatus.PENDING, CreditTransactionStatus.COMPLETED
 # spells names and statements for people, so a % in a name stays one
 _SPELLING = PGDialect(paramstyle="named")  # type: ignore[no-untyped-call]  # SQLAlchemy leaves it untyped
@@ -512,7 +512,7 @@ _BROKEN: dict[str, Callable[[Row], Expression]] = {
     "completed": _completed,
     "sequence_positive": lambda row: row.sequence < 1,
     "only_purchases_wait": lambda row: sa.and_(row.status != _COMPLETED, row.type != _PURCHASE),
-    "refund_of": lambda row: (row.type == _REFUND) != row.refund_of.is_not(None),
+    "refund_of": lambda row: sa.and_(row.type != _GRANT, (row.type == _REFUND) != row.refund_of.is_not(None)),
     "paid": _paid,
 }
 
@@ -624,7 +624,7 @@ def _excessive_refunds(part: _Part) -> sa.Select[Any]:
         .where(part.row.status == _COMPLETED, of.status == _COMPLETED, of.type == _PURCHASE)
         .where(part.comparable(of.user_id) == part.user_id)
         .group_by(part.user_id, of.id, of.amount)
-        .having(back > of.amount)
+        .having(sa.or_(back > of.amount, back < 0))
     )
 
 
@@ -843,8 +843,8 @@ CHECKS: Mapping[str, Check] = {
         ),
         _rule(
             "refund_of",
-            "exactly the refunds name a purchase",
-            expected="a refund_of if it is a refund, else none; the row is a {type}",
+            "each refund names a purchase, and of the others only a grant may",
+            expected="a refund_of if it is a refund, none unless it is a grant; the row is a {type}",
             found="refund_of {refund_of}",
         ),
         _rule(
@@ -855,11 +855,11 @@ CHECKS: Mapping[str, Check] = {
         ),
         Check(
             name="refund_excess",
-            purpose="the refunds of a purchase take back no more than it gave",
+            purpose="the refunds of a purchase take back no more than it gave, grants give back no more than they took",
             signs=frozenset({"refunds"}),
             search=_excessive_refunds,
-            expected="refunds of at most {amount} credits",
-            found="{refunded} credits in {refunds} refunds",
+            expected="0 to {amount} credits taken back in all",
+            found="{refunded} credits in {refunds} refunds and grants",
             likely_cause="a refund was written without Tallystick",
             what_to_do=_LOOK + "If the customer was refunded too much in money, settle it there; "
             "give credits back with a purchase",

@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import psycopg
@@ -34,8 +34,8 @@ from tallystick.errors import (
     PoolerRefused,
     TallystickError,
 )
-from tallystick.migrate.blockers import Blocker, Watch
-from tallystick.migrate.host import Host, examine
+from tallystick.migrate.blockers import OLD_MS, Blocker, Watch
+from tallystick.migrate.host import Host, examine, mapped_oids
 from tallystick.migrate.revisions import HostNames, Revision, after, revisions, up_to
 from tallystick.migrate.statements import (
     ADVISORY_KEY,
@@ -55,6 +55,7 @@ GIVE_UP_AFTER_S = 120.0
 
 APPLICATION_NAME = "tallystick migrate"
 
+_LOOKING_MAY_WAIT = "500ms"
 _PROBE_EVERY_S = 0.1
 _CHECKS_CLIENT = 140000
 _GRACE_S = 3.0  # how long a killed run's server process may take to notice
@@ -67,7 +68,7 @@ class Progress:
     """What a run is doing now. ``blockers`` are in its way; ``fraction`` (0 to 1) is known for online steps."""
 
     phase: Phase
-    revision: str
+    revision: str | None
     attempt: int = 0
     blockers: tuple[Blocker, ...] = ()
     step: str | None = None
@@ -189,9 +190,7 @@ class _Run:
         self.progress = progress
 
     def apply(self) -> Receipt:
-        host = examine(self.conn, self.config)
-        _become_the_only_run(self.conn)
-        host = examine(self.conn, self.config)  # another run may have ended just now
+        host = self._preflight()
         names = HostNames.of(self.config.host, host.adopted)
         steps = []
         reached = host.revision
@@ -218,17 +217,38 @@ class _Run:
         return Receipt("apply", host.revision, reached, tuple(steps), tuple(online))
 
     def undo(self, *, discard_ledger: bool) -> Receipt:
-        examine(self.conn, self.config)
-        _become_the_only_run(self.conn)
-        host = examine(self.conn, self.config)
+        host = self._preflight()
         if host.revision is not None and not discard_ledger:
             self._refuse_rows(host)
         names = HostNames.of(self.config.host, host.adopted)
-        steps = []
-        for revision in reversed(up_to(host.revision)):
-            messages = downward(revision, names, discard_ledger=discard_ledger, stall_budget_ms=self.stall_budget_ms)
-            steps.append(self._transaction(revision, host, "undo", messages))
-        return Receipt("undo", host.revision, None, tuple(steps))
+        gone = tuple(reversed(up_to(host.revision)))
+        if not gone:
+            return Receipt("undo", None, None)
+        # all of them in one transaction, since half of an undo is nobody's wish
+        messages = downward(gone, names, discard_ledger=discard_ledger, stall_budget_ms=self.stall_budget_ms)
+        step = self._transaction(gone[0], host, "undo", messages)
+        return Receipt("undo", host.revision, None, tuple(replace(step, revision=one.revision) for one in gone))
+
+    def _preflight(self) -> Host:
+        """Examine the host twice: before this is the only run, since faults are told first, and after."""
+        self._examine()
+        _become_the_only_run(self.conn)
+        return self._examine()  # another run may have ended just now
+
+    def _examine(self) -> Host:
+        """Even to look at a table means to wait for whoever holds it exclusively; they are named as any other."""
+        watch = Watch(self.conn, mapped_oids(self.conn, self.config.host))
+        deadline = time.monotonic() + self.give_up_after_s
+        while True:
+            try:
+                return examine(self.conn, self.config)
+            except sa.exc.OperationalError as error:
+                if not isinstance(error.orig, psycopg.errors.LockNotAvailable):
+                    raise
+                blockers = watch.holders()
+                if time.monotonic() > deadline:
+                    raise self._blocked(0, blockers) from None
+                self.progress(Progress("waiting", None, blockers=tuple(blockers)))
 
     def _transaction(
         self,
@@ -260,8 +280,9 @@ class _Run:
             ):
                 _roll_back(self.conn)
                 blockers = watch.holders()
+                waited_for |= {(b.pid, b.gid): b for b in blockers if b.age_ms >= OLD_MS}
                 if time.monotonic() + pause_s > deadline:
-                    raise self._blocked(revision, attempts, blockers) from None
+                    raise self._blocked(attempts, blockers) from None
                 self.progress(Progress("waiting", revision.revision, attempts, tuple(blockers)))
                 time.sleep(pause_s * random.uniform(0.5, 1))  # noqa: S311  # jitter, not a secret
                 pause_s = min(pause_s * 2, 2)
@@ -288,17 +309,16 @@ class _Run:
         waited_for: dict[tuple[int, str | None], Blocker],
     ) -> None:
         while blockers := watch.in_the_way():
-            for blocker in blockers:
-                waited_for[blocker.pid, blocker.gid] = blocker
+            waited_for |= {(b.pid, b.gid): b for b in blockers}
             if time.monotonic() > deadline:
-                raise self._blocked(revision, attempts, blockers)
+                raise self._blocked(attempts, blockers)
             self.progress(Progress("waiting", revision.revision, attempts, tuple(blockers)))
             time.sleep(_PROBE_EVERY_S)
 
-    def _blocked(self, revision: Revision, attempts: int, blockers: Sequence[Blocker]) -> MigrationBlocked:
+    def _blocked(self, attempts: int, blockers: Sequence[Blocker]) -> MigrationBlocked:
         who = "; ".join(str(blocker) for blocker in blockers) or "short transactions, one after the other"
         return MigrationBlocked(
-            f"revision {revision.revision} could not lock the tables within {self.give_up_after_s:g} s "
+            f"the tables could not be locked within {self.give_up_after_s:g} s "
             f"({attempts} attempts). In the way: {who}. Nothing was changed. Run it again when that has ended, "
             f"or wait longer (--give-up-after), or allow more (--stall-budget-ms, now {self.stall_budget_ms})",
             attempts=attempts,
@@ -385,6 +405,7 @@ def _session(database: sa.Engine | str) -> Iterator[sa.Connection]:
         conn.detach()  # its settings must not reach whoever would get it next
         refuse_pooler(conn)
         conn.execute(sa.select(sa.func.set_config("application_name", APPLICATION_NAME, sa.false())))
+        conn.execute(sa.select(sa.func.set_config("lock_timeout", _LOOKING_MAY_WAIT, sa.false())))
         # the server ends what a killed client was running, instead of holding our lock to the end
         if driver(conn).info.server_version >= _CHECKS_CLIENT:
             with suppress(sa.exc.DBAPIError):  # not on every operating system
@@ -395,7 +416,8 @@ def _session(database: sa.Engine | str) -> Iterator[sa.Connection]:
             raise _translate(error.orig, "run") from error
         raise
     finally:
-        conn.close()
+        with suppress(sa.exc.DBAPIError):  # there is nothing to roll back on a connection that died
+            conn.close()
 
 
 def driver(conn: sa.Connection) -> psycopg.Connection[tuple[object, ...]]:
