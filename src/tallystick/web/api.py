@@ -194,8 +194,12 @@ def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 WorkshopPath = Annotated[str, Path(max_length=200, description="The workshop's key.", examples=[_EXAMPLE_WORKSHOP])]
+# What `next` can be: a sequence, or the id of a purchase that is pending.
+_CURSOR = r"^([0-9]{1,9}|1[0-9]{9}|20[0-9]{8}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})$"
+
 Before = Annotated[
-    str | None, Query(max_length=36, description="``next`` of the page before, to read on.", examples=["41"])
+    str | None,
+    Query(max_length=36, pattern=_CURSOR, description="``next`` of the page before, to read on.", examples=["41"]),
 ]
 
 

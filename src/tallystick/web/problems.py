@@ -64,6 +64,8 @@ ANSWERS: Final[Mapping[type[TallystickError], Answer]] = {
     errors.OutcomeUnknown: Answer(503, "outcome-unknown", retry_after_s=1),
     errors.DatabaseUnavailable: Answer(503, "unavailable", retry_after_s=5),
     errors.StripeUnavailable: Answer(503, "payment-provider-unavailable", retry_after_s=5),
+    errors.StripeNotConfigured: Answer(503, "not-on-sale"),
+    errors.PackMismatch: Answer(503, "not-on-sale"),
     TallystickError: Answer(500, "server-error"),
 }
 """The one table; ``docs/web.md`` shows it, and a test holds the two against each other."""

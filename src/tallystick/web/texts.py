@@ -189,6 +189,7 @@ class Texts:
         "outcome-unknown": "Not sure that it worked",
         "unavailable": "Not available",
         "payment-provider-unavailable": "The payment provider does not answer",
+        "not-on-sale": "Not on sale at the moment",
         "server-error": "Something went wrong",
     }
     problems: Mapping[str, str] = {
@@ -205,6 +206,7 @@ class Texts:
         "outcome-unknown": "Make the same request again: what was done is not done twice.",
         "unavailable": "Nothing was changed. Make the same request again in a moment.",
         "payment-provider-unavailable": "Nothing was charged. Try again in a moment.",
+        "not-on-sale": "Nothing was charged. We have been told.",
     }
     problem_default = "Nothing was changed. Try again, or tell us what you wanted to do."
     back_home = "Back"
