@@ -354,3 +354,41 @@ def test_the_lock_was_short_and_measured(make_app: Callable[..., App]) -> None:
     app = make_app()
     step = migrate.apply(app.url, app.config).steps[0]
     assert 0 < step.locked_ms < step.duration_ms
+
+
+def test_a_build_that_waits_tells_for_whom(app: App) -> None:
+    """CREATE INDEX CONCURRENTLY waits for every older snapshot of the database; traffic does not feel it."""
+    seen: list[migrate.Progress] = []
+    waiting = threading.Event()
+
+    def progress(step: migrate.Progress) -> None:
+        seen.append(step)
+        if step.waits_for:
+            waiting.set()
+
+    with holding(app, "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ") as reader, ThreadPoolExecutor(1) as pool:
+        reader.execute("SELECT 1")
+        pid = reader.info.backend_pid
+        run = pool.submit(migrate.apply, app.url, app.config, progress=progress)
+        assert waiting.wait(60)
+        app.run("UPDATE users SET email = email", "UPDATE workshops SET title = title")
+        reader.commit()
+        run.result(60)
+
+    told = next(step for step in seen if step.waits_for)
+    assert (told.phase, told.step, told.waits_for) == ("online", INDEX, pid)
+    assert "waiting for" in str(told.detail)
+    assert app.value("SELECT indisvalid FROM pg_index WHERE indexrelid::regclass::text = '" + INDEX + "'")
+
+
+def test_a_run_that_is_stopped_leaves_nothing_building(app: App) -> None:
+    def stop(step: migrate.Progress) -> None:
+        if step.waits_for:
+            raise KeyboardInterrupt
+
+    with holding(app, "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ") as reader:
+        reader.execute("SELECT 1")
+        with pytest.raises(KeyboardInterrupt):
+            migrate.apply(app.url, app.config, progress=stop)
+        assert app.value("SELECT count(*) FROM pg_stat_progress_create_index") == 0
+    assert [step.outcome for step in migrate.apply(app.url, app.config).online] == ["repaired"]

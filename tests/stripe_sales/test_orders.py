@@ -208,10 +208,10 @@ def test_senders_of_the_double_race_each_other(make_shop, app):
         app.receive = lambda body, signature: stripe.receive(shop.engine, shop.config, body, signature)
         dev.release()
         users = {}
-        for history in HISTORIES:
+        for history, credits in HISTORIES.items():
             user = shop.world.user()
             history(shop, shop.checkout(user))
-            users[user] = HISTORIES[history]
+            users[user] = credits
         assert dev.wait_delivered(120)
         assert {user: shop.balance(user) for user in users} == users
     require_clean(shop)

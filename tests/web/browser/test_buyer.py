@@ -72,7 +72,7 @@ def test_two_tabs_and_a_double_click_spend_one_credit(visit: Visit) -> None:
     tabs = [buyer.page, buyer.context.new_page()]
     tabs[1].goto(buyer.page.url)
     for tab in tabs:
-        tab.get_by_role("link", name="Use 1 credit").click()
+        tab.get_by_role("link", name="Use 1 credit").dblclick()
         expect(tab.get_by_role("dialog").get_by_text("This will use 1 credit. You have 3.")).to_be_visible()
     for tab in tabs:
         button(tab.get_by_role("dialog"), "Use 1 credit").dblclick()

@@ -27,6 +27,7 @@
   };
 
   const show = (dialog) => {
+    if (document.querySelector("dialog[data-ts-modal=shown]")) return dialog.remove(); // asked for twice
     opener ??= document.activeElement;
     dialog.removeAttribute("open"); // close() would tell the listener below
     dialog.addEventListener("close", closed);
