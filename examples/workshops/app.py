@@ -20,11 +20,21 @@ from fastapi.templating import Jinja2Templates
 from markupsafe import Markup
 
 from tallystick import Config, TallystickError
-from tallystick.web import Billing, Fragments, router
+from tallystick.web import Billing, Fragments, Texts, router
 from workshops.steps import FREE, STEPS
 
 HERE = Path(__file__).parent
 WEEK_S = 7 * 24 * 3600
+
+
+class Words(Texts):
+    """What this app says in words of its own."""
+
+    pricing_lead = f"One credit unlocks all {len(STEPS)} steps of a workshop, for good."
+    welcome = (
+        f"Each workshop has {len(STEPS)} steps. The first {FREE} are free.",
+        "One credit unlocks the rest of a workshop, for good.",
+    )
 
 
 def sell_credits(app: FastAPI, config: Config, engine: sa.Engine) -> Billing:
@@ -33,6 +43,7 @@ def sell_credits(app: FastAPI, config: Config, engine: sa.Engine) -> Billing:
         config,
         engine=engine,
         current_user=current_user,
+        texts=Words(),
         templates=jinja2.FileSystemLoader(HERE / "templates"),
         sign_in="/sign-in?next={return_to}",
         contact="mailto:hello@example.com",

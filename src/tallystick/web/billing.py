@@ -33,10 +33,11 @@ from tallystick.errors import (
     RequestTooLarge,
     TallystickError,
     UnknownWorkshop,
+    WorkshopDeleted,
     WorkshopLocked,
     WorkshopNotOwned,
 )
-from tallystick.ledger import Access, CreditTransaction, Ledger
+from tallystick.ledger import Access, AccessReason, CreditTransaction, Ledger
 from tallystick.web import pages, problems
 from tallystick.web.engine import Database
 from tallystick.web.requests import BODY_MAX_BYTES, WEBHOOK_MAX_BYTES, check_same_site, limited, return_address
@@ -62,6 +63,13 @@ class Workshop:
     key: Key
     title: str | None
     access: Access
+
+    def require_there(self) -> None:
+        """Raises WorkshopDeleted: no credit opens it again."""
+        if self.access.reason is AccessReason.DELETED:
+            raise WorkshopDeleted(
+                f"workshop {self.key} was deleted. To bring it back: Accounts.restore_workshop", workshop=self.key
+            )
 
 
 class Billing(APIRouter):
@@ -146,9 +154,10 @@ class Billing(APIRouter):
         """The access of a workshop that is open and the user's.
 
         Raises:
-            WorkshopLocked, UnknownWorkshop, WorkshopNotOwned.
+            WorkshopLocked, WorkshopDeleted, UnknownWorkshop, WorkshopNotOwned.
         """
         found = await self.workshop(user, workshop)
+        found.require_there()
         if not found.access.open:
             raise WorkshopLocked(
                 f"workshop {found.key} is {found.access.reason}. To open it: POST …/workshops/{found.key}/unlock",

@@ -135,6 +135,7 @@ def _add_unlocking(billing: Billing) -> None:
     async def confirm(request: Request, user: User, workshop: WorkshopPath, return_to: ReturnTo = None) -> Response:
         """Ask before spending."""
         found, balance = await billing.workshop_and_balance(user, workshop)
+        found.require_there()
         back = billing.returning(return_to)
         if found.access.open:
             return billing.page(request, "unlocked.html", workshop=found, balance=balance, spent=0, return_to=back)

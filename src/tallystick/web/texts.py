@@ -56,7 +56,7 @@ class Texts:
     # --- pricing ---
 
     pricing_title = "Buy credits"
-    pricing_lead = "One credit opens one workshop, all ten steps, for good."
+    pricing_lead = "One credit unlocks one workshop, for good."
     pricing_empty = "Nothing is on sale at the moment."
     price_at_checkout = "Price shown at checkout"
     contact_title = "More than that"
@@ -162,8 +162,8 @@ class Texts:
 
     welcome_title = "Welcome"
     welcome: tuple[str, ...] = (
-        "Each workshop has ten steps. The first six are free.",
-        "One credit unlocks the rest of a workshop, for good.",
+        "Every workshop begins free of charge.",
+        "One credit unlocks the rest of it, for good.",
     )
     welcome_button = "Start"
 
