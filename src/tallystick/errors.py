@@ -21,6 +21,7 @@
     │   ├── MigrationBlocked         the tables could not be locked within the budget
     │   ├── PoolerRefused            the address is a pooler's
     │   └── LedgerNotEmpty           undo would throw away history
+    ├── BackupError                  a backup or a restore did not happen; nothing is left of it
     ├── RequestRefused               the web pages turned a request down; nothing was changed
     │   ├── NotSignedIn              no user stands behind it
     │   ├── CrossSiteRequest         another site's page made it
@@ -208,6 +209,10 @@ class LedgerNotEmpty(MigrationError):
     """Undo would throw away credit transactions."""
 
     rows: int
+
+
+class BackupError(TallystickError):
+    """A backup or a restore did not happen. Nothing is left of it."""
 
 
 class StripeError(TallystickError):
