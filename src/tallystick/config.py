@@ -170,12 +170,37 @@ def _aware(value: dt.datetime) -> dt.datetime:
     return value
 
 
+# Settings that other tools keep in the environment under these names already.
+_USUAL_VARIABLES = (
+    "database_url",
+    "database_url_unpooled",
+    "stripe_secret_key",
+    "stripe_webhook_secret",
+    "stripe_api_base",
+)
+
+
+def _origin(value: str) -> str:
+    if re.fullmatch(r"https?://[A-Za-z0-9.\-]+(:\d+)?", value) or re.fullmatch(
+        r"https?://\[[0-9a-fA-F:]+\](:\d+)?", value
+    ):
+        return value.lower()
+    raise ValueError("write an origin as https://app.example.com, without a path")
+
+
+Origin = Annotated[str, AfterValidator(_origin)]
+
+
 class Config(BaseModel):
     """All settings. Made by hand, or read with :meth:`load`.
 
     ``database_url`` is where the app lives; ``database_url_unpooled``, if the first is a pooler's, is the direct
     address that migrations need. With ``paywall`` off every workshop is open. Workshops created before
     ``grandfathered_before`` are open; None stands for the moment at which revision 0001 was applied.
+
+    ``checkout_origins`` are the origins (``https://app.example.com``) to which a buyer may be sent back from Stripe.
+    ``stripe_webhook_secret`` may hold several secrets separated by commas, while one is being replaced.
+    ``stripe_api_base`` points to another address than Stripe's, such as the test double's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -186,6 +211,10 @@ class Config(BaseModel):
     packs: tuple[Pack, ...] = ()
     paywall: bool = True
     grandfathered_before: Annotated[dt.datetime, AfterValidator(_aware)] | None = None
+    checkout_origins: tuple[Origin, ...] = ()
+    stripe_secret_key: str | None = Field(default=None, repr=False)
+    stripe_webhook_secret: str | None = Field(default=None, repr=False)
+    stripe_api_base: str | None = None
     console: ConsoleAccess = Field(default_factory=ConsoleAccess)
 
     @classmethod
@@ -194,7 +223,8 @@ class Config(BaseModel):
 
         First found wins as a whole: ``path``, ``tallystick.toml``, ``[tool.tallystick]`` in ``pyproject.toml``
         (here or in a folder above). Environment variables (``TALLYSTICK_PAYWALL``, …) override single settings.
-        ``DATABASE_URL`` and ``DATABASE_URL_UNPOOLED`` fill in addresses that are set nowhere else.
+        ``DATABASE_URL``, ``DATABASE_URL_UNPOOLED``, ``STRIPE_SECRET_KEY``, ``STRIPE_WEBHOOK_SECRET`` and
+        ``STRIPE_API_BASE`` fill in what is set nowhere else.
 
         Raises:
             ConfigError: names the file, the line and the key.
@@ -208,7 +238,7 @@ class Config(BaseModel):
             if variable in environ:
                 values = {**values, name: _from_environment(environ[variable])}
                 origins[name] = variable
-        for name in ("database_url", "database_url_unpooled"):
+        for name in _USUAL_VARIABLES:
             if values.get(name) is None and environ.get(name.upper()):
                 values = {**values, name: environ[name.upper()]}
                 origins[name] = name.upper()

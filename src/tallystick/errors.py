@@ -5,6 +5,7 @@
     TallystickError
     ├── ConfigError                  tallystick.toml, pyproject.toml or the environment
     ├── DevServerError               the embedded PostgreSQL
+    ├── DevStripeError               the Stripe test double refused, as Stripe does
     ├── DatabaseError                the server answered, or did not
     │   ├── DatabaseUnavailable      no connection could be made
     │   ├── OutcomeUnknown           the connection died under a call        (outcome_unknown)
@@ -20,7 +21,16 @@
     │   ├── MigrationBlocked         the tables could not be locked within the budget
     │   ├── PoolerRefused            the address is a pooler's
     │   └── LedgerNotEmpty           undo would throw away history
+    ├── StripeError                  Stripe, or what it was to be asked
+    │   ├── StripeNotConfigured      a key, secret or pack is missing, or of the wrong mode
+    │   ├── UnknownPack              nothing of this name is on sale
+    │   ├── PackMismatch             Stripe's price is not what the pack says
+    │   ├── ReturnAddressRefused     the address is on no allowed origin
+    │   ├── SessionNotYours          the session is not this user's, or not known here
+    │   ├── StripeRefused            Stripe answered no
+    │   └── StripeUnavailable        Stripe did not answer, or asked to wait     (retryable)
     ├── SeedRefused                  this database does not look like development
+    ├── SeedImpossible               the host's tables do not take the seed's rows, or hold on to them
     └── LedgerError                  a ledger call was refused; nothing was written
         ├── InvalidArgument          (also a ValueError)
         ├── UnknownUser
@@ -36,6 +46,7 @@
         ├── StripeCustomerConflict   a Stripe customer and a user that are not each other's
         ├── InsufficientCredits
         ├── RefundExceedsPurchase
+        ├── ReinstatementExceedsRefunds
         ├── BalanceOutOfRange        a balance is a 32-bit integer
         ├── IdempotencyKeyReused     same key, other payload
         └── LedgerInconsistent       the ledger contradicts itself; run the audit
@@ -84,6 +95,18 @@ class ConfigError(TallystickError):
 
 class DevServerError(TallystickError):
     """The embedded PostgreSQL cannot be found, started or stopped."""
+
+
+class DevStripeError(TallystickError):
+    """The Stripe test double refused a request or a control; its state is as it was.
+
+    Over HTTP these are the fields of Stripe's error answer.
+    """
+
+    status: int
+    type: str
+    code: str | None
+    param: str | None
 
 
 class DatabaseError(TallystickError):
@@ -182,10 +205,72 @@ class LedgerNotEmpty(MigrationError):
     rows: int
 
 
+class StripeError(TallystickError):
+    """Selling through Stripe did not work."""
+
+
+class StripeNotConfigured(StripeError):
+    """A key, a secret or a pack is missing or of the wrong mode. Nothing was sent."""
+
+    setting: str
+
+
+class UnknownPack(StripeError):
+    """Nothing of this name is on sale."""
+
+    pack: str
+
+
+class PackMismatch(StripeError):
+    """The price at Stripe is gone, inactive, or not what the pack says. Nothing was sold."""
+
+    pack: str
+    problem: str
+
+
+class ReturnAddressRefused(StripeError):
+    """A buyer would be sent to an address that is on no allowed origin."""
+
+    address: str
+
+
+class SessionNotYours(StripeError):
+    """The Stripe session pays for no purchase of this user."""
+
+    stripe_session_id: str
+
+
+class StripeRefused(StripeError):
+    """Stripe answered that it will not do this (a 4xx other than 409 and 429)."""
+
+    status: int | None
+    code: str | None
+    param: str | None
+
+
+class StripeUnavailable(StripeError):
+    """No answer, a 5xx or a 429. The same call may be made again: it continues the same purchase."""
+
+    retryable = True
+
+    status: int | None
+
+
 class SeedRefused(TallystickError):
     """The database does not look like a development database."""
 
     reason: str
+
+
+class SeedImpossible(TallystickError):
+    """The host's own columns, constraints or triggers do not take the seed's rows, or do not let them go.
+
+    Nothing was written by the call that was refused. ``column`` and ``constraint`` are None where neither is to blame.
+    """
+
+    table: str
+    column: str | None
+    constraint: str | None
 
 
 class LedgerError(TallystickError):
@@ -287,6 +372,14 @@ class RefundExceedsPurchase(LedgerError):
 
     purchase: UUID
     left: int
+    asked: int
+
+
+class ReinstatementExceedsRefunds(LedgerError):
+    """More than what refunds took of the purchase was to be given back."""
+
+    purchase: UUID
+    taken: int
     asked: int
 
 

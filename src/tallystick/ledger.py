@@ -36,6 +36,7 @@ from tallystick.errors import (
     PurchaseNotCompleted,
     PurchaseNotPending,
     RefundExceedsPurchase,
+    ReinstatementExceedsRefunds,
     SessionConflict,
     UnknownPurchase,
     UnknownUser,
@@ -55,7 +56,7 @@ from tallystick.schema import (
 )
 from tallystick.statements import statements
 
-PURCHASE, CONSUMPTION, REFUND = CreditTransactionType
+PURCHASE, CONSUMPTION, REFUND, GRANT = CreditTransactionType
 PENDING, COMPLETED, FAILED = CreditTransactionStatus
 
 TEXT_MAX = 10_000
@@ -175,8 +176,11 @@ class Ledger:
         id: UUID,
         *,
         stripe_session_id: str,
+        stripe_payment_intent_id: str | None = None,
     ) -> CreditTransaction:
-        """Store the Stripe session of a purchase. Doing it again with the same session changes nothing.
+        """Store the Stripe session of a purchase, and its payment intent once there is one.
+
+        Doing it again with the same session changes nothing; the first payment intent stays.
 
         Raises:
             InvalidArgument, UnknownPurchase, SessionConflict: one of the two is already tied to another.
@@ -185,11 +189,15 @@ class Ledger:
             "p_user": self.schema.user_key(user),
             "p_purchase": _uuid("id", id),
             "p_session": _text("stripe_session_id", stripe_session_id, KEY_MAX),
+            "p_intent": None
+            if stripe_payment_intent_id is None
+            else _text("stripe_payment_intent_id", stripe_payment_intent_id, KEY_MAX),
         }
 
         def explain(facts: _Facts) -> CreditTransaction | None:
             purchase = facts.require_purchase(id)
-            if purchase.stripe_session_id == stripe_session_id:
+            stored = purchase.stripe_payment_intent_id is not None or stripe_payment_intent_id is None
+            if purchase.stripe_session_id == stripe_session_id and stored:
                 return replace(purchase, replayed=True)
             facts.require_session(purchase, stripe_session_id)
             return None
@@ -408,6 +416,77 @@ class Ledger:
             return None
 
         return self._write(conn, "refund", values, explain)
+
+    def grant(self, conn: DbConnection, user: Key, *, credits: int, key: str, description: str) -> CreditTransaction:
+        """Give ``credits`` that nobody paid for: goodwill, a promotion, an opening balance.
+
+        Raises:
+            InvalidArgument, UnknownUser, UserDeleted, BalanceOutOfRange, IdempotencyKeyReused.
+        """
+        values = {
+            "p_id": uuid7(),
+            "p_user": self.schema.user_key(user),
+            "p_amount": _whole("credits", credits, 1, INT32_MAX),
+            "p_key": _text("key", key, KEY_MAX),
+            "p_description": _text("description", description),
+        }
+
+        def explain(facts: _Facts) -> CreditTransaction | None:
+            if facts.prior:
+                return _replay(facts.prior, key, type=GRANT, amount=credits, refund_of=None)
+            facts.require_user()
+            facts.require_range(credits)
+            return None
+
+        return self._write(conn, "grant", values, explain)
+
+    def reinstate(
+        self,
+        conn: DbConnection,
+        user: Key,
+        purchase: UUID,
+        *,
+        credits: int | None = None,
+        key: str,
+        description: str | None = None,
+    ) -> CreditTransaction:
+        """Give back ``credits`` that refunds took from a purchase, or all of them: a refund failed, a dispute was won.
+
+        The row is a grant whose ``refund_of`` names the purchase, and counts against its refunds. A soft-deleted
+        user gets them as well: the money is real.
+
+        Raises:
+            InvalidArgument, UnknownUser, UnknownPurchase, ReinstatementExceedsRefunds, BalanceOutOfRange,
+            IdempotencyKeyReused.
+        """
+        values = {
+            "p_id": uuid7(),
+            "p_user": self.schema.user_key(user),
+            "p_purchase": _uuid("purchase", purchase),
+            "p_amount": None if credits is None else _whole("credits", credits, 1, INT32_MAX),
+            "p_key": _text("key", key, KEY_MAX),
+            "p_description": None if description is None else _text("description", description),
+        }
+
+        def explain(facts: _Facts) -> CreditTransaction | None:
+            if facts.prior:
+                same = {"type": GRANT, "refund_of": values["p_purchase"]}
+                return _replay(facts.prior, key, **same, **({} if credits is None else {"amount": credits}))
+            facts.require_user(deleted_too=True)
+            bought = facts.require_purchase(purchase)
+            asked = facts.refunded if credits is None else credits
+            if not 0 < asked <= facts.refunded:
+                raise ReinstatementExceedsRefunds(
+                    f"refunds took {_count(facts.refunded)} of purchase {bought.id}; "
+                    f"asked to give back: {'all' if credits is None else credits}. To give more: ledger.grant",
+                    purchase=bought.id,
+                    taken=facts.refunded,
+                    asked=asked,
+                )
+            facts.require_range(asked)
+            return None
+
+        return self._write(conn, "reinstate", values, explain)
 
     # --- reading ---
 

@@ -19,7 +19,7 @@ from tallystick.config import HostMapping, KeyType
 from tallystick.database import DbConnection
 from tallystick.errors import InvalidArgument, Key, NotMigrated, SchemaTooNew
 
-HEAD = "0001"
+HEAD = "0002"
 """The revision this package works with; the tests hold it against ``migrate/versions``."""
 
 BOOKKEEPING_SCHEMA = "tallystick"
@@ -33,6 +33,7 @@ class CreditTransactionType(StrEnum):
     PURCHASE = "purchase"
     CONSUMPTION = "consumption"
     REFUND = "refund"
+    GRANT = "grant"
 
 
 class CreditTransactionStatus(StrEnum):
@@ -206,7 +207,9 @@ CHECKS: dict[str, str] = {
     "only_purchases_wait": "status = 'completed' OR type = 'purchase'",
     "sequence_positive": "sequence > 0",
     "no_overdraft": "type <> 'consumption' OR balance_after >= 0",
-    "refund_of": "(type = 'refund') = (refund_of IS NOT NULL)",
+    # which purchase a refund takes back, or whose credits a grant gives back
+    "refund_of": "CASE type WHEN 'refund' THEN refund_of IS NOT NULL"
+    " WHEN 'purchase' THEN refund_of IS NULL WHEN 'consumption' THEN refund_of IS NULL ELSE true END",
     "paid": "(amount_paid IS NULL) = (currency IS NULL) AND amount_paid >= 0 AND currency ~ '^[a-z]{3}$'",
 }
 """The ledger's rules, each also an audit check."""
@@ -260,6 +263,73 @@ migration_log = Table(
     Column("duration_ms", sa.Double),
     Column("waited_for", pg.JSONB, nullable=False, server_default=sa.text("'[]'")),
 )
+
+stripe_events = Table(
+    "stripe_events",
+    _bookkeeping,
+    Column("id", sa.Text, primary_key=True),
+    Column("type", sa.Text, nullable=False),
+    Column("object_id", sa.Text, nullable=False),
+    Column("received_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
+)
+"""Events whose effect is in the database: each id once, in the transaction of its effect."""
+
+stripe_checkouts = Table(
+    "stripe_checkouts",
+    _bookkeeping,
+    Column("purchase_id", sa.Uuid, primary_key=True),
+    Column("pack", sa.Text, nullable=False),
+    Column("amount", sa.BigInteger, nullable=False),
+    Column("currency", sa.CHAR(3), nullable=False),
+    Column("request", pg.JSONB, nullable=False),
+    Column("created_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
+)
+"""What was on sale when a purchase started, and what Stripe was asked, to be asked again word for word."""
+
+stripe_reversals = Table(
+    "stripe_reversals",
+    _bookkeeping,
+    Column("id", sa.Text, primary_key=True),
+    Column("kind", sa.Text, nullable=False),
+    Column("stripe_payment_intent_id", sa.Text, nullable=False),
+    Column("amount", sa.BigInteger, nullable=False),
+    Column("currency", sa.CHAR(3), nullable=False),
+    Column("status", sa.Text, nullable=False),
+    Column("standing", sa.SmallInteger, nullable=False),
+    Column("settled", sa.Boolean, nullable=False, server_default=sa.false()),
+    Column("seen_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
+    CheckConstraint("kind IN ('refund', 'dispute')", name="stripe_reversals_kind"),
+    # what is to be taken from or given back to a purchase
+    Index("stripe_reversals_payment_intent", "stripe_payment_intent_id"),
+)
+"""Stripe's refunds and disputes by id. ``standing`` orders a status and only grows; ``settled`` says that the
+ledger has taken the money's credits."""
+
+stripe_findings = Table(
+    "stripe_findings",
+    _bookkeeping,
+    Column("kind", sa.Text, nullable=False),
+    Column("object_id", sa.Text, nullable=False),
+    Column("purchase_id", sa.Uuid),
+    Column("expected", sa.Text),
+    Column("found", sa.Text),
+    Column("seen_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
+    sa.PrimaryKeyConstraint("kind", "object_id", name="stripe_findings_pkey"),
+)
+"""What a person should look at: sessions unknown here, amounts that differ, and the like."""
+
+stripe_reconciliations = Table(
+    "stripe_reconciliations",
+    _bookkeeping,
+    Column("id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
+    Column("since", pg.TIMESTAMP(timezone=True)),
+    Column("stage", sa.Text, nullable=False),
+    Column("position", sa.Text),
+    Column("report", pg.JSONB, nullable=False, server_default=sa.text("'{}'")),
+    Column("started_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
+    Column("finished_at", pg.TIMESTAMP(timezone=True)),
+)
+"""Each reconciliation, and where an interrupted one stands."""
 
 
 def verify(conn: DbConnection) -> None:

@@ -2,18 +2,21 @@
 
 ``tests/golden/statements.sql`` shows each one compiled; read that first. The shape of every balance change::
 
-    account AS (SELECT … FROM users WHERE key = :p_user FOR UPDATE)              -- then the workshop, in this order
+    account AS (SELECT … FROM users WHERE key = :p_user FOR NO KEY UPDATE)       -- then the workshop, in this order
     written AS (INSERT INTO credit_transactions SELECT … FROM account WHERE … ON CONFLICT DO NOTHING RETURNING …)
     moved   AS (UPDATE users SET credit_balance, credit_sequence FROM written)   -- and the workshop's mark
     SELECT … FROM written
 
-A row back means done. Each table is bound by the user's key as a parameter of its own, never through a subselect, and
-nothing volatile stands in an UPDATE: such a statement can run on tables distributed by user. Parameters are called
-``p_…``, since SQLAlchemy takes one that is named like a column for a value to SET.
+A row back means done. The lock is the weakest that puts balance changes in a row: the host may still insert what
+refers to the user, and two transactions that each start and complete a purchase do not deadlock. Each table is bound
+by the user's key as a parameter of its own, never through a subselect, and nothing volatile stands in an UPDATE: such
+a statement can run on tables distributed by user. Parameters are called ``p_…``, since SQLAlchemy takes one that is
+named like a column for a value to SET.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Any
 
@@ -46,7 +49,7 @@ def _label(label: StrEnum) -> sa.ColumnElement[Any]:
     return sa.literal_column(f"'{label}'")
 
 
-PURCHASE, CONSUMPTION, REFUND = map(_label, CreditTransactionType)
+PURCHASE, CONSUMPTION, REFUND, GRANT = map(_label, CreditTransactionType)
 PENDING, COMPLETED, FAILED = map(_label, CreditTransactionStatus)
 ONE, ZERO, NULL, LOWEST, HIGHEST = (
     sa.literal_column(str(value), sa.Integer()) for value in (1, 0, "NULL", INT32_MIN, INT32_MAX)
@@ -76,7 +79,7 @@ class _Statements:
         locked = (
             sa.select(self.users.c.key.label("key"), self.users.c.credit_balance, self.users.c.credit_sequence)
             .where(self.users.c.key == self.p_user)
-            .with_for_update()
+            .with_for_update(key_share=True)
         )
         self.account = locked.cte("account")
         self.living = locked.where(self.users.c.deleted_at.is_(None)).cte("account")
@@ -107,6 +110,8 @@ class _Statements:
             "fail_by_session": self.fail(self.by_session),
             "consume": self.consume(),
             "refund": self.refund(),
+            "grant": self.grant(),
+            "reinstate": self.reinstate(),
             "balance": sa.select(self.users.c.credit_balance).where(self.users.c.key == self.p_user),
             "balance_at": self.balance_at(),
             "history": self.history(),
@@ -172,10 +177,18 @@ class _Statements:
                 row.user_id == self.p_user,
                 self.by_id,
                 row.type == PURCHASE,
-                row.stripe_session_id.is_(None),
+                sa.func.coalesce(row.stripe_session_id, self.p_session) == self.p_session,
                 self.session_is_free,
+                # something to store, or it is a replay
+                sa.or_(
+                    row.stripe_session_id.is_(None),
+                    sa.and_(row.stripe_payment_intent_id.is_(None), self.p_intent.is_not(None)),
+                ),
             )
-            .values(stripe_session_id=self.p_session)
+            .values(
+                stripe_session_id=self.p_session,
+                stripe_payment_intent_id=sa.func.coalesce(row.stripe_payment_intent_id, self.p_intent),
+            )
             .returning(self.ledger)
         )
 
@@ -260,7 +273,7 @@ class _Statements:
                 names.deleted_at.is_(None),
                 names.credit_consumed_at.is_(None),
             )
-            .with_for_update(of=workshops)
+            .with_for_update(of=workshops, key_share=True)
             .cte("claim")
         )
         written = self.spend(
@@ -277,8 +290,18 @@ class _Statements:
         return self.settle(written, marked)
 
     def refund(self) -> sa.Select[Any]:
+        """Take back from a purchase: at most what is left of it."""
+        return self.move_back(REFUND, lambda bought, back: bought.c.amount - back.c.credits, "Refunded: ", sign=-1)
+
+    def reinstate(self) -> sa.Select[Any]:
+        """Give back to a purchase: at most what refunds took from it."""
+        return self.move_back(GRANT, lambda _bought, back: back.c.credits, "Given back: ", sign=1)
+
+    def move_back(
+        self, kind: Any, limit: Callable[[sa.CTE, sa.CTE], sa.ColumnElement[int]], title: str, *, sign: int
+    ) -> sa.Select[Any]:
+        """A row that depends on the purchase's other rows: see the module ledger on the number read twice."""
         row, users, account = self.row, self.users.c, self.account
-        # The user's number once more, as of the statement's start: see the module ledger on why.
         seen = sa.select(users.credit_sequence.label("sequence")).where(users.key == self.p_user).cte("seen")
         bought = (
             sa.select(row.id, row.amount, row.description)
@@ -286,26 +309,48 @@ class _Statements:
             .cte("bought")
         )
         back = sa.select(self.refunded.label("credits")).cte("back")
-        left = bought.c.amount - back.c.credits
-        taken = sa.func.coalesce(self.p_amount, left, type_=sa.Integer())
+        most = limit(bought, back)
+        moved = sa.func.coalesce(self.p_amount, most, type_=sa.Integer())
+        amount = moved if sign > 0 else -moved
+        balance = account.c.credit_balance
         written = self.insert(
             {
                 "id": self.p_id,
                 "user_id": account.c.key,
-                "type": REFUND,
+                "type": kind,
                 "status": COMPLETED,
-                "amount": -taken,
-                "balance_after": account.c.credit_balance - taken,
+                "amount": amount,
+                "balance_after": balance + amount,
                 "sequence": account.c.credit_sequence + ONE,
-                "description": sa.func.coalesce(self.p_description, _text("Refunded: ").concat(bought.c.description)),
+                "description": sa.func.coalesce(self.p_description, _text(title).concat(bought.c.description)),
                 "refund_of": bought.c.id,
                 "idempotency_key": self.p_key,
                 "completed_at": sa.func.clock_timestamp(),
             },
             account.c.credit_sequence == seen.c.sequence,
-            taken.between(ONE, left),
-            account.c.credit_balance >= LOWEST + taken,
+            moved.between(ONE, most),
+            balance <= HIGHEST - moved if sign > 0 else balance >= LOWEST + moved,
             of=account.join(seen, sa.true()).join(bought, sa.true()).join(back, sa.true()),
+        )
+        return self.settle(written)
+
+    def grant(self) -> sa.Select[Any]:
+        account = self.living.c
+        written = self.insert(
+            {
+                "id": self.p_id,
+                "user_id": account.key,
+                "type": GRANT,
+                "status": COMPLETED,
+                "amount": self.p_amount,
+                "balance_after": account.credit_balance + self.p_amount,
+                "sequence": account.credit_sequence + ONE,
+                "description": self.p_description,
+                "idempotency_key": self.p_key,
+                "completed_at": sa.func.clock_timestamp(),
+            },
+            account.credit_balance <= HIGHEST - self.p_amount,
+            of=self.living,
         )
         return self.settle(written)
 

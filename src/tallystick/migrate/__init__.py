@@ -3,6 +3,7 @@
 from tallystick.migrate.blockers import Blocker
 from tallystick.migrate.host import Host, HostColumn, HostTable, examine, propose
 from tallystick.migrate.plan import Plan, PlannedRevision, PlannedStatement, TableSize, plan, sql
+from tallystick.migrate.revisions import Revision, revisions
 from tallystick.migrate.run import OnlineStep, Progress, Receipt, Step, apply, undo
 from tallystick.migrate.status import Applied, Drift, Status, status
 
@@ -19,6 +20,7 @@ __all__ = [
     "PlannedStatement",
     "Progress",
     "Receipt",
+    "Revision",
     "Status",
     "Step",
     "TableSize",
@@ -26,6 +28,7 @@ __all__ = [
     "examine",
     "plan",
     "propose",
+    "revisions",
     "sql",
     "status",
     "undo",

@@ -147,9 +147,17 @@ class Host:
     adopted: Adopted
 
     @property
+    def by_word(self) -> dict[Word, HostTable]:
+        """The mapped tables, by our words for them."""
+        found: dict[Word, HostTable] = {"users": self.users}
+        if self.workshops:
+            found["workshops"] = self.workshops
+        return found
+
+    @property
     def tables(self) -> tuple[HostTable, ...]:
         """The mapped tables."""
-        return (self.users, self.workshops) if self.workshops else (self.users,)
+        return tuple(self.by_word.values())
 
     @property
     def adopted_names(self) -> tuple[str, ...]:

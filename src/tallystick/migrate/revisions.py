@@ -10,6 +10,8 @@ relations and types that must be free in the users' schema before), and has thes
 ``locks``           the tables that ``locked`` changes, in locking order
 ``locked``          their changes: no scan, no rewrite, at most one ALTER for each table
 ``indexes``         name → statement: built concurrently after the commit, on the users' table
+``validates``       name → statement: constraints of the ledger that ``locked`` added NOT VALID, checked
+                    after the commit, beside live traffic
 ``undo_locks``      the tables that ``undo`` changes, in locking order
 ``undo``            the way back, under lock
 ==================  ==================================================================================
@@ -101,6 +103,7 @@ class Revision:
     locks: Callable[[HostNames], tuple[Identifier, ...]]
     locked: Callable[[HostNames], Iterable[Composable]]
     indexes: Callable[[HostNames], Mapping[str, Composable]]
+    validates: Callable[[HostNames], Mapping[str, Composable]]
     undo_locks: Callable[[HostNames], tuple[Identifier, ...]]
     undo: Callable[[HostNames], Iterable[Composable]]
 
@@ -123,6 +126,7 @@ def revisions() -> tuple[Revision, ...]:
                 locks=module.locks,
                 locked=module.locked,
                 indexes=module.indexes,
+                validates=module.validates,
                 undo_locks=module.undo_locks,
                 undo=module.undo,
             )

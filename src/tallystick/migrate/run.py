@@ -91,10 +91,10 @@ class Step:
 
 @dataclass(frozen=True)
 class OnlineStep:
-    """An index built outside of the transaction."""
+    """An index built, or a constraint validated, outside of the transaction."""
 
     name: str
-    outcome: Literal["built", "repaired"]
+    outcome: Literal["built", "repaired", "validated"]
     duration_ms: float
 
 
@@ -354,6 +354,17 @@ class _Run:
                 "built" if state == "missing" else "repaired",
                 round((time.monotonic() - started) * 1000, 3),
             )
+        for name, statement in revision.validates(names).items():
+            values = {"schema": names.users.schema, "table": LEDGER, "name": name}
+            if self.conn.scalar(_IS_VALIDATED, values) is not False:
+                continue
+            started = time.monotonic()
+            self.progress(Progress("online", revision.revision, step=name))
+            try:
+                _alone(self.conn, statement)
+            except psycopg.Error as error:
+                raise _translate(error, "apply", online=name) from error
+            yield OnlineStep(name, "validated", round((time.monotonic() - started) * 1000, 3))
 
 
 # --- the session
@@ -488,7 +499,7 @@ def _translate(error: psycopg.Error, action: str, *, online: str | None = None) 
         )
     elif online is not None:
         found = MigrationError(
-            f"the index {online} could not be built: {said}. {detail} "
+            f"{online} could not be built or validated: {said}. {detail} "
             "The revision itself is in place. Mend the cause, then run: tallystick migrate apply"
         )
     elif state == "2BP01":
@@ -505,6 +516,11 @@ _INDEX_STATE = sa.text("""
     SELECT i.indisvalid AND i.indisready AND i.indislive
     FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
     WHERE c.relnamespace = to_regnamespace(quote_ident(:schema)) AND c.relname = :name
+""")
+
+_IS_VALIDATED = sa.text("""
+    SELECT convalidated FROM pg_constraint
+    WHERE conrelid = to_regclass(quote_ident(:schema) || '.' || quote_ident(:table)) AND conname = :name
 """)
 
 _LEFTOVERS = sa.text("""

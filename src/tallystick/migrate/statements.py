@@ -50,7 +50,7 @@ def upward(
     return Messages(
         opening=tuple(_opening(names, revision, expected=expected, adopted=adopted)),
         locked=tuple(_locked(revision.locks(names), revision.locked(names), stall_budget_ms)),
-        online=revision.indexes(names),
+        online={**revision.indexes(names), **revision.validates(names)},
     )
 
 

@@ -175,16 +175,13 @@ def _drift(conn: sa.Connection, config: Config, host: Host) -> Iterator[Drift]:
     declared = Schema.of(config.host)
     schema = config.host.users.schema
     conn.execute(sa.select(sa.func.set_config("search_path", schema_path(conn, schema), sa.true())))
-    found: dict[str, _Shape] = {"users": _shape(conn, host.users.oid)}
-    if host.workshops:
-        found["workshops"] = _shape(conn, host.workshops.oid)
+    found: dict[str, _Shape] = {word: _shape(conn, table.oid) for word, table in host.by_word.items()}
     found[LEDGER] = _shape(conn, conn.scalar(_LEDGER_OID, {"schema": schema}))
     labels = _pairs(conn, _LABELS, schema=schema)
     functions = _pairs(conn, _FUNCTIONS)
 
-    shown = {"users": host.users.shown, LEDGER: f"{schema}.{LEDGER}"}
-    if host.workshops:
-        shown["workshops"] = host.workshops.shown
+    shown: dict[str, str] = {word: table.shown for word, table in host.by_word.items()}
+    shown[LEDGER] = f"{schema}.{LEDGER}"
 
     for word, expected in _declared_shapes(conn, declared).items():
         for kind, name, there, wanted in _differences(expected, found[word]):

@@ -232,6 +232,11 @@ def indexes(host: Any) -> dict[str, Composable]:
     }
 
 
+def validates(_host: Any) -> dict[str, Composable]:
+    """Nothing: the ledger is empty when its rules are made."""
+    return {}
+
+
 def undo_locks(host: Any) -> tuple[Identifier, ...]:
     """The tables that :func:`undo` changes, in the order in which they are locked."""
     return (*locks(host), _ledger(host))

@@ -1,0 +1,987 @@
+"""The audit: does every balance follow from the ledger? It reads, and changes nothing.
+
+First a sum, then a search. Each completed row is a step of its user from ``(sequence - 1, balance_after - amount)``
+to ``(sequence, balance_after)``. A user starts at ``(0, 0)`` and stands at ``(credit_sequence, credit_balance)``.
+If the steps form one unbroken chain, then all places that steps begin at, and where the users stand, are exactly
+the places that steps end at, and where the users started. So each place is hashed to 64 bits with its user's key
+and both sides are added up, which takes one scan of the tables in whatever order they lie, no sort and no memory.
+The converse holds too: sequences only grow, so places can balance only where each user's steps are one chain from
+the start to where the user stands. (Unless two hashes collide: one chance in 2^64 for a wrong ledger to pass.)
+Marked workshops and the consumptions that paid for them are held against each other in the same way.
+
+Only where a sum does not come out is it taken again for each user by itself, and for those users the precise,
+slower checks are run, which say what is wrong and where.
+
+Users, ledger and workshops are compared within one statement, hence in one snapshot: live traffic never looks like
+a fault. Large databases are taken in ranges of user keys, a few seconds each, so that outside a transaction of
+REPEATABLE READ or above no snapshot is held for long.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime as dt
+import shlex
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql as pg
+from sqlalchemy.dialects.postgresql import aggregate_order_by
+from sqlalchemy.dialects.postgresql.base import PGDialect
+
+from tallystick.config import Config, KeyType
+from tallystick.database import DbConnection, run
+from tallystick.errors import InvalidArgument, Key, UnknownUser
+from tallystick.schema import CreditTransactionStatus, CreditTransactionType, Schema
+
+PART_ROWS = 5_000_000
+"""About how many rows of users and ledger one statement looks at."""
+
+SUSPECTS = 10_000
+"""With more users than these under suspicion, the precise checks look at everyone in the part."""
+
+_PURCHASE, _CONSUMPTION, _REFUND = CreditTransactionType
+_PENDING, _COMPLETED = CreditTransactionStatus.PENDING, CreditTransactionStatus.COMPLETED
+# spells names and statements for people, so a % in a name stays one
+_SPELLING = PGDialect(paramstyle="named")  # type: ignore[no-untyped-call]  # SQLAlchemy leaves it untyped
+
+Expression = sa.ColumnElement[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One fault: which check found it, where, and what to do. All texts are for people."""
+
+    check: str
+    where: str
+    user: Key | None
+    transaction: UUID | None
+    workshop: Key | None
+    expected: str
+    found: str
+    likely_cause: str
+    what_to_do: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What an audit saw: ``users`` and ledger ``rows`` looked at, which checks ran, and what they found.
+
+    ``truncated`` says that a check reached its limit: there may be more of its findings.
+    """
+
+    findings: tuple[Finding, ...]
+    truncated: bool
+    users: int
+    rows: int
+    seconds: float
+    checked: tuple[str, ...]
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing was found."""
+        return not self.findings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """A rule, named after what it demands. ``search`` selects what breaks it, wherever the sums raise a sign of it.
+
+    A search selects ``user``, ``transaction`` or ``workshop``, several of them, and what the texts mention. ``fix``
+    makes a statement from such a row, shown as ``{fix}``.
+    """
+
+    name: str
+    purpose: str
+    signs: frozenset[str]
+    search: Callable[[_Part], sa.Select[Any]]
+    expected: str
+    found: str
+    likely_cause: str
+    what_to_do: str
+    fix: Callable[[Schema, Mapping[str, Any]], sa.Update] | None = None
+    needs_workshops: bool = False
+
+
+def audit(
+    conn: DbConnection,
+    config: Config,
+    *,
+    user: Key | None = None,
+    since: dt.datetime | None = None,
+    limit: int = 1000,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Check everything, or one ``user``, or those users whose ledger got or completed a row at or after ``since``.
+
+    A user's whole chain is checked even when only the end of it is younger than ``since``. Each check reports at
+    most ``limit`` findings, so that a common fault does not hide a rare one; the worst come first. ``progress`` is
+    called with the ledger rows done and the rows in all (an estimate, never less than those done).
+
+    Best called on a connection in autocommit; in a transaction it neither commits nor rolls back.
+
+    Raises:
+        InvalidArgument: ``user`` is no key of the mapped type, ``since`` has no time zone, ``limit`` is below 1.
+        UnknownUser: ``user`` is neither in the users table nor in the ledger.
+        NotMigrated: a table or column is missing.
+        DatabaseError: the database did not answer.
+    """
+    started = time.perf_counter()
+    if limit < 1:
+        raise InvalidArgument(f"limit={limit}: pass 1 or more", argument="limit", value=limit)
+    if since is not None and since.tzinfo is None:
+        raise InvalidArgument(
+            f"since={since}: add a time zone, as in {since.isoformat()}+00:00", argument="since", value=since
+        )
+    schema = Schema.of(config.host)
+    if user is not None:
+        user = schema.user_key(user)
+    facts = _look(conn, schema)
+    checks = [check for check in CHECKS.values() if schema.workshops is not None or not check.needs_workshops]
+    found: dict[str, list[Finding]] = {check.name: [] for check in checks}
+    users = rows = 0
+    low: Key | None = None
+    divided = user is None and facts.users + facts.rows > PART_ROWS
+    step = max(1, facts.users * PART_ROWS // max(facts.users + facts.rows, 1))
+    while True:
+        high = _last_key(conn, schema, low, step) if divided else None
+        part = _Part(schema, facts, low=low, high=high, user=user, since=since)
+        sums = run(conn, part.sums(), {}).mappings().one()
+        users, rows = users + sums["users"], rows + sums["rows"]
+        signs = facts.signs | {sign for sign, raised in sums.items() if raised is True}
+        _search(conn, part, signs, found, most=limit + 1)  # one more tells whether it is all
+        if progress is not None:
+            progress(rows, rows if high is None else max(rows, facts.rows))
+        if high is None:
+            break
+        # follow how many rows users really have, but not far on the word of one neighbourhood
+        step = max(1, min(step * PART_ROWS // max(sums["users"] + sums["rows"], 1), step * 4))
+        low = high
+    if user is not None and not users and not rows:
+        raise UnknownUser(
+            f"user {user!r} is neither in {_name(schema.users)} nor in the ledger. "
+            "Check the key; tallystick audit without --user checks everyone",
+            user=user,
+        )
+    return Report(
+        findings=tuple(finding for some in found.values() for finding in some[:limit]),
+        truncated=any(len(some) > limit for some in found.values()),
+        users=users,
+        rows=rows,
+        seconds=time.perf_counter() - started,
+        checked=tuple(found),
+    )
+
+
+def _search(
+    conn: DbConnection,
+    part: _Part,
+    signs: frozenset[str],
+    found: dict[str, list[Finding]],
+    *,
+    most: int,
+) -> None:
+    """Add to ``found`` what the checks with one of ``signs`` find in a part, up to ``most`` of each."""
+    suspects: dict[str, _Part] = {sign: part.suspects(conn, sign) for sign in ("chain", "unlocks") if sign in signs}
+    for name, findings in found.items():
+        check, room = CHECKS[name], most - len(findings)
+        if not check.signs & signs or not room or (name == "tally" and any(found.values())):
+            continue
+        sign, *others = check.signs
+        where = part if others else suspects.get(sign, part)
+        selected = run(conn, check.search(where).limit(room), {}).mappings()
+        findings.extend(_finding(check, part.schema, dict(row)) for row in selected)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Facts:
+    """What the catalog says: estimated sizes, and see below."""
+
+    users: int
+    rows: int
+    signs: frozenset[str]
+    """Raised where no valid unique index rules repetition out."""
+    collations: Mapping[str, str]
+    """Columns that must be compared in the collation of the host's key, since theirs is another."""
+
+
+_CATALOG = sa.text(
+    """
+    SELECT ceil(CASE WHEN reltuples > 0 THEN reltuples / relpages ELSE 50 END
+                * pg_relation_size(c.oid) / current_setting('block_size')::int)::bigint AS rows,
+           ARRAY(SELECT ARRAY(SELECT attname::text FROM unnest(indkey) AS k
+                              JOIN pg_attribute i ON i.attrelid = c.oid AND i.attnum = k ORDER BY attname)::text
+                        || coalesce(pg_get_expr(indpred, indrelid), '')
+                 FROM pg_index
+                 WHERE indrelid = c.oid AND indisunique AND indisvalid AND indexprs IS NULL) AS unique_indexes,
+           ARRAY(SELECT ARRAY[attname, collname]::text[]
+                 FROM pg_attribute JOIN pg_collation l ON l.oid = attcollation
+                 WHERE attrelid = c.oid AND attnum > 0) AS collations
+    FROM pg_class c WHERE c.oid = to_regclass(:table)
+    """
+)
+
+
+def _look(conn: DbConnection, schema: Schema) -> _Facts:
+    sizes: list[int] = []
+    collations: dict[sa.Column[Any], str] = {}
+    indexes: set[str] = set()
+    ledger, users, workshops = schema.credit_transactions, schema.users, schema.workshops
+    for table in (ledger, users, *([] if workshops is None else [workshops])):
+        seen = run(conn, _CATALOG, {"table": _name(table)}).one_or_none()
+        sizes.append(seen.rows if seen else 0)  # if it is not there, the first sum says so
+        collated = dict(seen.collations) if seen else {}
+        collations |= {column: collated[column.name] for column in table.c if column.name in collated}
+        indexes |= set(seen.unique_indexes) if seen and table is ledger else set()
+    pairs = {"user_id": (ledger.c.user_id, users.c.key)}
+    if workshops is not None:
+        pairs["owner"] = workshops.c.owner, users.c.key
+        pairs["workshop_id"] = ledger.c.workshop_id, workshops.c.key
+    return _Facts(
+        rows=sizes[0],
+        users=sizes[1],
+        signs=frozenset(
+            sign
+            for sign, columns, predicate in (
+                ("keys may repeat", "{idempotency_key,user_id}", "(idempotency_key IS NOT NULL)"),
+                ("sessions may repeat", "{stripe_session_id}", "(stripe_session_id IS NOT NULL)"),
+            )
+            if not indexes & {columns, columns + predicate}
+        ),
+        collations={
+            name: collations[key]
+            for name, (column, key) in pairs.items()
+            if key in collations and collations[key] != collations.get(column)
+        },
+    )
+
+
+def _last_key(conn: DbConnection, schema: Schema, low: Key | None, step: int) -> Key | None:
+    """The last user key of the range that begins after ``low``; None for all the rest."""
+    key = schema.users.c.key
+    keys = sa.select(key).order_by(key).offset(step - 1).limit(1)
+    last: Key | None = run(conn, keys if low is None else keys.where(key > low), {}).scalar()
+    return last
+
+
+class _Part:
+    """A range of users with their ledger rows and workshops, and the terms that sums and searches are made of."""
+
+    def __init__(
+        self,
+        schema: Schema,
+        facts: _Facts,
+        *,
+        low: Key | None,
+        high: Key | None,
+        user: Key | None,
+        since: dt.datetime | None,
+    ) -> None:
+        self.schema, self.facts = schema, facts
+        self.low, self.high, self.user, self.since = low, high, user, since
+        self.among: list[Key] | None = None
+        self.row = schema.credit_transactions.c
+        self.user_id = self.comparable(self.row.user_id)
+        self.workshop_id = self.comparable(self.row.workshop_id)
+
+    @property
+    def workshop(self) -> sa.Table:
+        """The host's workshops; asked for only where there are some."""
+        if self.schema.workshops is None:
+            raise AssertionError("a check of workshops ran on a host that has none")
+        return self.schema.workshops
+
+    def comparable(self, column: Expression) -> Expression:
+        """``column``, in the collation of the host's key that it is compared with."""
+        collation = self.facts.collations.get(column.key or "")
+        return column if collation is None else sa.collate(column, collation)
+
+    def covers(self, key: Expression) -> Expression:
+        """Whether a user's key belongs to this part."""
+        if self.since is None:
+            return self._bounds(key)
+        moved = self.schema.credit_transactions.alias("moved").c
+        mover = self.comparable(moved.user_id)
+        recent = sa.or_(moved.completed_at >= self.since, moved.created_at >= self.since)
+        return sa.and_(self._bounds(key), key.in_(sa.select(mover).where(self._bounds(mover), recent)))
+
+    def _bounds(self, key: Expression) -> Expression:
+        terms: list[Expression] = []
+        if self.user is not None:
+            terms.append(key == self.user)
+        if self.low is not None:
+            terms.append(key > self.low)
+        if self.high is not None:
+            terms.append(key <= self.high)
+        if self.among is not None:
+            terms.append(key == sa.any_(sa.cast(self.among, pg.ARRAY(self.schema.users.c.key.type))))
+        return sa.and_(sa.true(), *terms)
+
+    def covers_owner(self) -> Expression:
+        """As ``covers``, for workshops; those that nobody owns belong to the last part."""
+        owner = self.workshop.c.owner
+        covered = self.covers(self.comparable(owner))
+        last_of_all = self.high is None and self.user is None and self.since is None
+        return sa.or_(covered, owner.is_(None)) if last_of_all else covered
+
+    def describe(self) -> str:
+        """For people: which users this part holds."""
+        if self.user is not None:
+            return f"user {self.user}"
+        if self.low is None and self.high is None:
+            return "all users"
+        return f"users after {self.low or 'the first'} up to {self.high or 'the last'}"
+
+    def rows(self, *columns: Expression) -> sa.Select[Any]:
+        """Rows of the ledger in this part."""
+        selected = sa.select(self.user_id.label("user"), self.row.id.label("transaction"), *columns)
+        return selected.where(self.covers(self.user_id))
+
+    def steps(self) -> sa.Subquery:
+        """The numbered rows, each with the one before it: where this one should begin."""
+        row = self.row
+        window: dict[str, Any] = {"partition_by": row.user_id, "order_by": (row.sequence, row.id)}
+        previous = sa.func.lag(row.sequence).over(**window)
+        before = sa.case((previous.is_(None), 0), else_=sa.func.lag(row.balance_after).over(**window))
+        return (
+            self.rows(
+                row.amount,
+                row.sequence,
+                row.balance_after,
+                sa.func.coalesce(previous, 0).cast(sa.BigInteger).label("previous"),
+                before.cast(sa.BigInteger).label("before"),
+            )
+            .where(row.sequence > 0)
+            .subquery("steps")
+        )
+
+    def ends(self) -> sa.Subquery:
+        """Each user's last numbered row."""
+        row = self.row
+        return (
+            self.rows(row.sequence, row.balance_after)
+            .where(row.sequence > 0)
+            .ext(pg.distinct_on(row.user_id))
+            .order_by(row.user_id, row.sequence.desc(), row.id)
+            .subquery("ends")
+        )
+
+    def unlocks(self) -> sa.Subquery:
+        """Who paid for which workshop, how many times (``net``), and by which row last."""
+        row = self.row
+        newest_first = aggregate_order_by(row.id, row.sequence.desc())
+        return (
+            sa.select(
+                self.user_id.label("user"),
+                self.workshop_id.label("workshop"),
+                self.net().label("net"),
+                sa.func.array_agg(newest_first, type_=pg.ARRAY(sa.Uuid))[1].label("transaction"),
+                sa.func.max(row.completed_at).label("completed_at"),
+            )
+            .where(self.covers(self.user_id), row.status == _COMPLETED, row.workshop_id.is_not(None))
+            .group_by(self.user_id, self.workshop_id)
+            .having(self.net() > 0)
+            .subquery("unlocks")
+        )
+
+    def net(self) -> Expression:
+        """How many consumptions remain of a group of completed rows."""
+        return sa.func.count().filter(self.spends()) - sa.func.count().filter(self.gives_back())
+
+    def spends(self) -> Expression:
+        """Whether a row unlocks its workshop."""
+        return self.row.type == _CONSUMPTION
+
+    def gives_back(self) -> Expression:
+        """Whether a row takes an unlocking back. No type does so yet; one added later would look like this."""
+        return sa.and_(self.row.type != _PURCHASE, self.row.amount > 0)
+
+    def sums(self) -> sa.Select[Any]:
+        """One row: how many users and ledger rows, and each sign that something is wrong, as a boolean."""
+        key = self.schema.users.c.key
+        users = sa.select(sa.func.count().label("users"), self._users().label("chain")).where(self.covers(key))
+        ledger = sa.select(
+            sa.func.count().label("rows"),
+            self._steps().label("chain"),
+            *((sa.func.count().filter(sign(self)) > 0).label(name) for name, sign in _COUNTED.items()),
+        ).where(self.covers(self.user_id))
+        if self.schema.workshops is not None:
+            ledger = ledger.add_columns(self._unlocks().label("unlocks"))
+        u, r = users.subquery("of_users"), ledger.subquery("of_ledger")
+        sums = sa.select(
+            u.c.users, r.c.rows, (u.c.chain + r.c.chain != 0).label("chain"), *(r.c[name] for name in _COUNTED)
+        ).join_from(u, r, sa.true())
+        if self.schema.workshops is None:
+            return sums
+        w = sa.select(self._marks().label("unlocks")).where(self.covers_owner()).subquery("of_workshops")
+        return sums.add_columns((r.c.unlocks + w.c.unlocks != 0).label("unlocks")).join(w, sa.true())
+
+    def suspects(self, conn: DbConnection, sign: str) -> _Part:
+        """This part, narrowed to the users for whom by themselves the sum does not come out."""
+        key: Expression = self.schema.users.c.key
+        covered, sum_of_users, sum_of_ledger = self.covers(key), self._users, self._steps
+        if sign == "unlocks":
+            key = self.comparable(self.workshop.c.owner)
+            covered, sum_of_users, sum_of_ledger = self.covers_owner(), self._marks, self._unlocks
+        each = sa.union_all(
+            sa.select(key.label("user"), sum_of_users().label("off")).where(covered).group_by(key),
+            sa.select(self.user_id.label("user"), sum_of_ledger().label("off"))
+            .where(self.covers(self.user_id))
+            .group_by(self.user_id),
+        ).subquery()
+        off = sa.select(each.c.user).group_by(each.c.user).having(sa.func.sum(each.c.off) != 0)
+        users = run(conn, off.limit(SUSPECTS + 1), {}).scalars().all()
+        if len(users) > SUSPECTS:
+            return self
+        narrowed = copy.copy(self)
+        narrowed.among = [user for user in users if user is not None]  # a workshop may have no owner
+        return narrowed
+
+    def _users(self) -> Expression:
+        """Where users stand, less where they started."""
+        user, key_type = self.schema.users.c, self.schema.host.users.key_type
+        stands = _place(sa.func.greatest(user.credit_sequence, -1), user.credit_balance)
+        return _sum(_hash(user.key, key_type, stands)) - _sum(_hash(user.key, key_type, sa.literal(0, sa.BigInteger)))
+
+    def _steps(self) -> Expression:
+        """Where rows begin, less where they end."""
+        row, key_type = self.row, self.schema.host.users.key_type
+        begins = _place(row.sequence - 1, row.balance_after.cast(sa.BigInteger) - row.amount)
+        ends = _place(row.sequence, row.balance_after)
+        numbered = row.sequence > 0
+        return _sum(_hash(row.user_id, key_type, begins), numbered) - _sum(_hash(row.user_id, key_type, ends), numbered)
+
+    def _unlocks(self) -> Expression:
+        """Workshops paid for, with who paid, less those given back."""
+        row, pair = self.row, self._pair(self.row.workshop_id, self.row.user_id)
+        completed = row.status == _COMPLETED
+        return _sum(pair, completed & self.spends()) - _sum(pair, completed & self.gives_back())
+
+    def _marks(self) -> Expression:
+        """Less: workshops marked as unlocked, with who owns them."""
+        shop = self.workshop.c
+        return -_sum(self._pair(shop.key, shop.owner), shop.credit_consumed_at.is_not(None))
+
+    def _pair(self, workshop: Expression, user: Expression) -> Expression:
+        """The hash of a workshop together with a user, who may be missing."""
+        host = self.schema.host
+        key_type = host.workshops.key_type if host.workshops is not None else "uuid"
+        of_user = _hash(user, host.users.key_type, sa.literal(0, sa.BigInteger))
+        return _hash(workshop, key_type, sa.func.coalesce(of_user, 0))
+
+
+def _hash(key: Expression, key_type: KeyType, seed: Expression) -> Expression:
+    if key_type == "uuid":
+        return sa.func.uuid_hash_extended(key, seed)
+    # PostgreSQL's hash of a bigint knows only 32 bits of it
+    return sa.func.hashtextextended(key if key_type == "text" else key.cast(sa.Text), seed)
+
+
+def _place(sequence: Expression, balance: Expression) -> Expression:
+    """32 bits each: together the 64-bit seed for the hash of a key."""
+    return sequence.cast(sa.BigInteger) * 2**32 + balance
+
+
+def _sum(hashes: Expression, where: Expression | None = None) -> Expression:
+    added = sa.func.sum(hashes, type_=sa.Numeric)  # of bigints it is exact, whatever their number
+    return sa.func.coalesce(added if where is None else added.filter(where), 0)
+
+
+# --- what a row may look like: the ledger's constraints, in the auditor's own words ---
+
+Row = sa.sql.base.ReadOnlyColumnCollection[str, sa.Column[Any]]
+
+
+def _completed(row: Row) -> Expression:
+    done = row.status == _COMPLETED
+    return sa.or_(*(done != column.is_not(None) for column in (row.balance_after, row.sequence, row.completed_at)))
+
+
+def _paid(row: Row) -> Expression:
+    halves = row.amount_paid.is_(None) != row.currency.is_(None)
+    return sa.or_(halves, row.amount_paid < 0, ~row.currency.regexp_match("^[a-z]{3}$"))
+
+
+_BROKEN: dict[str, Callable[[Row], Expression]] = {
+    "amount_sign": lambda row: sa.or_(row.amount == 0, (row.amount < 0) != row.type.in_([_CONSUMPTION, _REFUND])),
+    "no_overdraft": lambda row: sa.and_(row.type == _CONSUMPTION, row.balance_after < 0),
+    "completed": _completed,
+    "sequence_positive": lambda row: row.sequence < 1,
+    "only_purchases_wait": lambda row: sa.and_(row.status != _COMPLETED, row.type != _PURCHASE),
+    "refund_of": lambda row: (row.type == _REFUND) != row.refund_of.is_not(None),
+    "paid": _paid,
+}
+
+_COUNTED: dict[str, Callable[[_Part], Expression]] = {
+    "rules": lambda part: sa.or_(*(broken(part.row) for broken in _BROKEN.values())),
+    "waiting": lambda part: _waits_long(part.row),
+    "unfinished": lambda part: part.row.status != _COMPLETED,
+    "refunds": lambda part: part.row.refund_of.is_not(None),
+    "other workshops": lambda part: sa.and_(
+        part.row.workshop_id.is_not(None), sa.or_(part.row.status != _COMPLETED, ~part.spends())
+    ),
+}
+
+
+def _waits_long(row: Row) -> Expression:
+    return sa.and_(row.status == _PENDING, row.created_at < sa.func.now() - sa.literal(dt.timedelta(days=1)))
+
+
+# --- the searches ---
+
+
+def _breaks(name: str) -> Callable[[_Part], sa.Select[Any]]:
+    def search(part: _Part) -> sa.Select[Any]:
+        row = part.row
+        shown = (row.amount, row.balance_after, row.sequence, row.completed_at, row.refund_of, row.amount_paid)
+        texts = (row.type.cast(sa.Text).label("type"), row.status.cast(sa.Text).label("status"), row.currency)
+        return part.rows(*shown, *texts).where(_BROKEN[name](row))
+
+    return search
+
+
+def _gaps(part: _Part) -> sa.Select[Any]:
+    step = part.steps().c
+    return sa.select(*step, (step.previous + 1).label("next")).where(step.sequence != step.previous + 1)
+
+
+def _wrong_sums(part: _Part) -> sa.Select[Any]:
+    step = part.steps().c
+    total = (step.before + step.amount).label("total")
+    # where a row is missing the arithmetic cannot hold: that is the gap's finding
+    return sa.select(*step, total).where(step.sequence == step.previous + 1, step.balance_after != total)
+
+
+def _standings(part: _Part) -> sa.Select[Any]:
+    """Where each user stands, and where the ledger ends."""
+    users, ends = part.schema.users, part.ends()
+    balance = sa.case((ends.c.sequence.is_(None), 0), else_=ends.c.balance_after)
+    return (
+        sa.select(
+            users.c.key.label("user"),
+            users.c.credit_sequence,
+            users.c.credit_balance,
+            sa.func.coalesce(ends.c.sequence, 0).label("sequence"),
+            balance.label("balance"),
+        )
+        .join_from(users, ends, ends.c.user == users.c.key, isouter=True)
+        .where(part.covers(users.c.key))
+    )
+
+
+def _wrong_sequences(part: _Part) -> sa.Select[Any]:
+    each = _standings(part).subquery().c
+    return sa.select(*each).where(each.credit_sequence != each.sequence)
+
+
+def _wrong_balances(part: _Part) -> sa.Select[Any]:
+    each = _standings(part).subquery().c
+    # where the number of rows is in question, so is the last of them: that is the other check's finding
+    return sa.select(*each).where(each.credit_sequence == each.sequence, each.credit_balance != each.balance)
+
+
+def _unknown_users(part: _Part) -> sa.Select[Any]:
+    key = part.schema.users.c.key
+    orphans = part.rows().where(~sa.exists().where(key == part.user_id)).subquery()
+    return sa.select(orphans.c.user, sa.func.count().label("rows")).group_by(orphans.c.user)
+
+
+def _refunds(part: _Part) -> tuple[sa.Select[Any], sa.FromClause]:
+    purchase = part.schema.credit_transactions.alias("purchase")
+    refunds = part.rows(part.row.amount, part.row.refund_of).where(part.row.refund_of.is_not(None))
+    return refunds.join(purchase, purchase.c.id == part.row.refund_of, isouter=True), purchase
+
+
+def _unknown_purchases(part: _Part) -> sa.Select[Any]:
+    refunds, purchase = _refunds(part)
+    return refunds.where(purchase.c.id.is_(None))
+
+
+def _not_refundable(part: _Part) -> sa.Select[Any]:
+    refunds, purchase = _refunds(part)
+    of = purchase.c
+    return refunds.add_columns(
+        of.user_id.label("buyer"), of.type.cast(sa.Text).label("type"), of.status.cast(sa.Text).label("status")
+    ).where(sa.or_(part.comparable(of.user_id) != part.user_id, of.type != _PURCHASE, of.status != _COMPLETED))
+
+
+def _excessive_refunds(part: _Part) -> sa.Select[Any]:
+    refunds, purchase = _refunds(part)
+    of, back = purchase.c, -sa.func.sum(part.row.amount)
+    return (
+        refunds.with_only_columns(
+            part.user_id.label("user"),
+            of.id.label("transaction"),
+            of.amount,
+            back.label("refunded"),
+            sa.func.count().label("refunds"),
+        )
+        # what cannot be refunded at all is another check's finding
+        .where(part.row.status == _COMPLETED, of.status == _COMPLETED, of.type == _PURCHASE)
+        .where(part.comparable(of.user_id) == part.user_id)
+        .group_by(part.user_id, of.id, of.amount)
+        .having(back > of.amount)
+    )
+
+
+def _unmarked_workshops(part: _Part) -> sa.Select[Any]:
+    shop, unlock = part.workshop.c, part.unlocks()
+    return sa.select(unlock).join(part.workshop, shop.key == unlock.c.workshop).where(shop.credit_consumed_at.is_(None))
+
+
+def _others_workshops(part: _Part) -> sa.Select[Any]:
+    shop, unlock = part.workshop.c, part.unlocks()
+    owner = part.comparable(shop.owner)
+    paid = sa.select(unlock, shop.owner.label("owner")).join(part.workshop, shop.key == unlock.c.workshop)
+    return paid.where(owner != unlock.c.user)
+
+
+def _charged_twice(part: _Part) -> sa.Select[Any]:
+    unlock = part.unlocks()
+    return sa.select(unlock).where(unlock.c.net > 1)
+
+
+def _unpaid_workshops(part: _Part) -> sa.Select[Any]:
+    row, shop = part.row, part.workshop.c
+    marked = sa.and_(part.covers_owner(), shop.credit_consumed_at.is_not(None))
+    paid = (
+        sa.select(part.workshop_id.label("workshop"))
+        .where(row.status == _COMPLETED, part.workshop_id.in_(sa.select(shop.key).where(marked)))
+        .group_by(part.workshop_id)
+        .having(part.net() > 0)
+        .subquery("paid")
+    )
+    workshops = sa.select(shop.owner.label("user"), shop.key.label("workshop"), shop.credit_consumed_at)
+    return workshops.where(marked, ~sa.exists().where(paid.c.workshop == shop.key))
+
+
+def _unknown_workshops(part: _Part) -> sa.Select[Any]:
+    missing = ~sa.exists().where(part.workshop.c.key == part.workshop_id)
+    rows = part.rows(part.workshop_id.label("workshop"))
+    return rows.where(part.row.workshop_id.is_not(None), missing)
+
+
+def _long_waiting(part: _Part) -> sa.Select[Any]:
+    return part.rows(part.row.created_at, part.row.stripe_session_id).where(_waits_long(part.row))
+
+
+def _repeated_keys(part: _Part) -> sa.Select[Any]:
+    first = part.schema.credit_transactions.alias("first").c
+    same = sa.and_(first.user_id == part.row.user_id, first.idempotency_key == part.row.idempotency_key)
+    return part.rows(part.row.idempotency_key).where(sa.exists().where(same, first.id < part.row.id))
+
+
+def _repeated_sessions(part: _Part) -> sa.Select[Any]:
+    first = part.schema.credit_transactions.alias("first").c
+    same = first.stripe_session_id == part.row.stripe_session_id
+    return part.rows(part.row.stripe_session_id).where(sa.exists().where(same, first.id < part.row.id))
+
+
+def _unexplained(part: _Part) -> sa.Select[Any]:
+    sums = part.sums().subquery().c
+    return sa.select(sa.literal(part.describe()).label("part")).where(sums.chain)
+
+
+# --- what to type ---
+
+
+def _set_balance(schema: Schema, row: Mapping[str, Any]) -> sa.Update:
+    users = schema.users
+    return sa.update(users).where(users.c.key == row["user"]).values(credit_balance=row["balance"])
+
+
+def _set_mark(schema: Schema, row: Mapping[str, Any]) -> sa.Update:
+    """To the moment of the consumption, or to none if there is no consumption."""
+    if schema.workshops is None:
+        raise AssertionError("a check of workshops ran on a host that has none")
+    mark = {"credit_consumed_at": row.get("completed_at")}
+    return sa.update(schema.workshops).where(schema.workshops.c.key == row["workshop"]).values(mark)
+
+
+def _name(table: sa.Table) -> str:
+    return _SPELLING.identifier_preparer.format_table(table)
+
+
+def _finding(check: Check, schema: Schema, row: Mapping[str, Any]) -> Finding:
+    user, transaction, workshop = row.get("user"), row.get("transaction"), row.get("workshop")
+    words: dict[str, Any] = {
+        "users": _name(schema.users),
+        "workshops": "" if schema.workshops is None else _name(schema.workshops),
+        "history": f"tallystick history {shlex.quote(str(user))}",
+        **row,
+    }
+    if check.fix is not None:
+        statement = check.fix(schema, row).compile(dialect=_SPELLING, compile_kwargs={"literal_binds": True})
+        words["fix"] = str(statement)
+    if transaction is not None:
+        where = f"credit transaction {transaction}"
+    elif workshop is not None:
+        where = f"workshop {workshop}"
+    else:
+        where = row["part"] if user is None else f"user {user}"
+    return Finding(
+        check=check.name,
+        where=where,
+        user=user,
+        transaction=transaction,
+        workshop=workshop,
+        expected=check.expected.format_map(words),
+        found=check.found.format_map(words),
+        likely_cause=check.likely_cause.format_map(words),
+        what_to_do=check.what_to_do.format_map(words),
+    )
+
+
+_BY_HAND = "changed by hand, with the append-only trigger off"
+_LOOK = "Look with: {history}. "
+_RESTORE = _LOOK + "Restore the row from your latest backup, then run: tallystick migrate status"
+_CONSTRAINT = _LOOK + "Correct or restore the row, then find out which constraint is missing: tallystick migrate status"
+
+
+def _rule(name: str, purpose: str, *, expected: str, found: str) -> Check:
+    """A rule about one row by itself, which a constraint keeps as well."""
+    return Check(
+        name=name,
+        purpose=purpose,
+        signs=frozenset({"rules"}),
+        search=_breaks(name),
+        expected=expected,
+        found=found,
+        likely_cause=f"written or {_BY_HAND}, while the constraint credit_transactions_{name} was missing",
+        what_to_do=_CONSTRAINT,
+    )
+
+
+CHECKS: Mapping[str, Check] = {
+    check.name: check
+    for check in (
+        Check(
+            name="gapless_sequence",
+            purpose="a user's completed rows are numbered 1, 2, 3 … without a gap or a repetition",
+            signs=frozenset({"chain"}),
+            search=_gaps,
+            expected="sequence {next}",
+            found="sequence {sequence}",
+            likely_cause=f"a row before it was deleted, or this one's number was {_BY_HAND}",
+            what_to_do=_RESTORE,
+        ),
+        Check(
+            name="chain_arithmetic",
+            purpose="each balance_after is the one before plus the amount",
+            signs=frozenset({"chain"}),
+            search=_wrong_sums,
+            expected="balance_after {total}, which is {before} {amount:+}",
+            found="balance_after {balance_after}",
+            likely_cause=f"its amount was {_BY_HAND}; or its balance_after was, if the next row is off by the opposite",
+            what_to_do=_RESTORE,
+        ),
+        Check(
+            name="user_sequence",
+            purpose="a user's credit_sequence is that of the last completed row",
+            signs=frozenset({"chain"}),
+            search=_wrong_sequences,
+            expected="credit_sequence {sequence} with balance {balance}, where the ledger ends",
+            found="credit_sequence {credit_sequence} with balance {credit_balance}",
+            likely_cause="if the user is ahead, the last rows were deleted; "
+            "if the ledger is, a row was written without Tallystick",
+            what_to_do=_LOOK + "Restore missing rows from your latest backup before this user's next purchase",
+        ),
+        Check(
+            name="user_balance",
+            purpose="a user's credit_balance is the last completed row's balance_after",
+            signs=frozenset({"chain"}),
+            search=_wrong_balances,
+            expected="credit_balance {balance}, where the ledger ends",
+            found="credit_balance {credit_balance}",
+            likely_cause="the column was set by hand or by the app",
+            what_to_do=_LOOK + "If its rows are right, run: {fix}",
+            fix=_set_balance,
+        ),
+        Check(
+            name="unknown_user",
+            purpose="each row of the ledger belongs to a user",
+            signs=frozenset({"chain", "unfinished"}),
+            search=_unknown_users,
+            expected="a row in {users} with this key",
+            found="none, but credit transactions: {rows}",
+            likely_cause="the user was deleted, or its key changed, while foreign keys were off",
+            what_to_do="Restore the user's row from your latest backup; to close an account, soft-delete it",
+        ),
+        _rule(
+            "no_overdraft",
+            "a consumption never leaves a balance below 0",
+            expected="balance_after of 0 or more",
+            found="balance_after {balance_after} after a consumption of {amount}",
+        ),
+        _rule(
+            "amount_sign",
+            "consumptions and refunds take, everything else gives, and no amount is 0",
+            expected="an amount with the sign of a {type}",
+            found="amount {amount}",
+        ),
+        _rule(
+            "completed",
+            "exactly the completed rows have a balance_after, a sequence and a completed_at",
+            expected="all of them if completed, none otherwise; the row is {status}",
+            found="balance_after {balance_after}, sequence {sequence}, completed_at {completed_at}",
+        ),
+        _rule(
+            "sequence_positive",
+            "sequences begin at 1",
+            expected="a sequence of 1 or more",
+            found="sequence {sequence}",
+        ),
+        _rule(
+            "only_purchases_wait",
+            "consumptions and refunds are complete or not there",
+            expected="status completed, since the row is a {type}",
+            found="status {status}",
+        ),
+        _rule(
+            "refund_of",
+            "exactly the refunds name a purchase",
+            expected="a refund_of if it is a refund, else none; the row is a {type}",
+            found="refund_of {refund_of}",
+        ),
+        _rule(
+            "paid",
+            "what was paid is 0 or more, in a currency of three small letters",
+            expected="amount_paid and currency both or neither, such as 7900 and usd",
+            found="amount_paid {amount_paid}, currency {currency}",
+        ),
+        Check(
+            name="refund_excess",
+            purpose="the refunds of a purchase take back no more than it gave",
+            signs=frozenset({"refunds"}),
+            search=_excessive_refunds,
+            expected="refunds of at most {amount} credits",
+            found="{refunded} credits in {refunds} refunds",
+            likely_cause="a refund was written without Tallystick",
+            what_to_do=_LOOK + "If the customer was refunded too much in money, settle it there; "
+            "give credits back with a purchase",
+        ),
+        Check(
+            name="refundable",
+            purpose="a refund takes back a completed purchase of the same user",
+            signs=frozenset({"refunds"}),
+            search=_not_refundable,
+            expected="a completed purchase of user {user} behind refund_of {refund_of}",
+            found="a {status} {type} of user {buyer}",
+            likely_cause=f"written without Tallystick, or {_BY_HAND}",
+            what_to_do=_RESTORE,
+        ),
+        Check(
+            name="unknown_purchase",
+            purpose="what a refund takes back is in the ledger",
+            signs=frozenset({"refunds"}),
+            search=_unknown_purchases,
+            expected="a credit transaction {refund_of}, which this one refunds",
+            found="none",
+            likely_cause="the purchase was deleted while triggers and foreign keys were off",
+            what_to_do=_RESTORE,
+        ),
+        Check(
+            name="workshop_charged_once",
+            purpose="a workshop is paid for once",
+            signs=frozenset({"unlocks"}),
+            search=_charged_twice,
+            expected="one consumption for workshop {workshop}",
+            found="{net}; this is the last of them",
+            likely_cause="one of them was written without Tallystick, or with credit_consumed_at cleared in between",
+            what_to_do=_LOOK + "Give the credit back with a purchase of as many credits",
+            needs_workshops=True,
+        ),
+        Check(
+            name="workshop_owner",
+            purpose="the user who paid for a workshop owns it",
+            signs=frozenset({"unlocks"}),
+            search=_others_workshops,
+            expected="workshop {workshop} to belong to user {user}, who paid for it",
+            found="it belongs to user {owner}",
+            likely_cause="the app gave the workshop to another user afterwards",
+            what_to_do=_LOOK + "If the workshop was not meant to move, set its owner back",
+            needs_workshops=True,
+        ),
+        Check(
+            name="workshop_marked",
+            purpose="a workshop that was paid for is marked as unlocked",
+            signs=frozenset({"unlocks"}),
+            search=_unmarked_workshops,
+            expected="workshop {workshop} with a credit_consumed_at: it was paid for at {completed_at}",
+            found="credit_consumed_at is empty, so its user is locked out",
+            likely_cause="the app or a person cleared the column",
+            what_to_do="Unlock it: {fix}",
+            fix=_set_mark,
+            needs_workshops=True,
+        ),
+        Check(
+            name="workshop_paid",
+            purpose="a workshop that is marked as unlocked was paid for",
+            signs=frozenset({"unlocks"}),
+            search=_unpaid_workshops,
+            expected="a completed consumption for the workshop",
+            found="none, but credit_consumed_at {credit_consumed_at}",
+            likely_cause="the app or a person set the column; or the consumption was deleted",
+            what_to_do="If its owner's history lacks no row (tallystick history), lock it: {fix}",
+            fix=_set_mark,
+            needs_workshops=True,
+        ),
+        Check(
+            name="unknown_workshop",
+            purpose="a workshop that a row names is there",
+            signs=frozenset({"unlocks", "other workshops"}),
+            search=_unknown_workshops,
+            expected="a row in {workshops} with key {workshop}, or an empty workshop_id",
+            found="workshop_id {workshop}, which is not there",
+            likely_cause="the workshop was deleted, or its key changed, while foreign keys were off",
+            what_to_do="Restore the workshop from your latest backup; to remove one, soft-delete it",
+            needs_workshops=True,
+        ),
+        Check(
+            name="unique_idempotency_key",
+            purpose="a user's idempotency key stands for one row (searched where its unique index is missing)",
+            signs=frozenset({"keys may repeat"}),
+            search=_repeated_keys,
+            expected="one row of user {user} with idempotency key {idempotency_key}",
+            found="an earlier one has it too",
+            likely_cause="a call was repeated while the index credit_transactions_idempotency_key was missing",
+            what_to_do=_LOOK + "Undo what was counted twice, then bring the index back: tallystick migrate status",
+        ),
+        Check(
+            name="unique_stripe_session",
+            purpose="a Stripe session stands for one purchase (searched where its unique index is missing)",
+            signs=frozenset({"sessions may repeat"}),
+            search=_repeated_sessions,
+            expected="one row with the Stripe session {stripe_session_id}",
+            found="an earlier one has it too",
+            likely_cause="a webhook was repeated while the index credit_transactions_stripe_session was missing",
+            what_to_do=_LOOK + "Undo what was counted twice, then bring the index back: tallystick migrate status",
+        ),
+        Check(
+            name="settled_within_a_day",
+            purpose="a purchase is completed or failed within a day",
+            signs=frozenset({"waiting"}),
+            search=_long_waiting,
+            expected="a completed or failed purchase; it began at {created_at}",
+            found="it is pending, Stripe session {stripe_session_id}",
+            likely_cause="the webhook of its payment or expiry never arrived",
+            what_to_do="Look the session up in Stripe: paid, then ledger.complete_purchase; "
+            "expired or none, then ledger.fail_purchase",
+        ),
+        Check(
+            name="tally",
+            purpose="the sums come out wherever nothing else was found",
+            signs=frozenset({"chain"}),
+            search=_unexplained,
+            expected="rows that begin and end where the users do",
+            found="sums that differ, though no other check says where",
+            likely_cause="a value is missing that must not be, such as an amount",
+            what_to_do="Run: tallystick migrate status",
+        ),
+    )
+}
+"""The checks, worst findings first; each one's ``purpose`` is its documentation."""

@@ -1,0 +1,78 @@
+"""Customers, products and prices."""
+
+from __future__ import annotations
+
+import secrets
+
+from tallystick.devstripe.account import Account, Object, merged_metadata
+from tallystick.devstripe.parameters import Params, empty, refused
+
+
+def create_customer(account: Account, params: Params) -> Object:
+    """Make a customer."""
+    customer = account.new(
+        "customer",
+        **{
+            "balance": 0,
+            "delinquent": False,
+            "invoice_prefix": secrets.token_hex(4).upper(),
+            "invoice_settings": empty("invoice_setting_customer_setting"),
+            "preferred_locales": [],
+            "tax_exempt": "none",
+        }
+        | params
+        | {"metadata": merged_metadata(params)},
+    )
+    account.emit("customer.created", customer)
+    return customer
+
+
+def create_product(account: Account, params: Params) -> Object:
+    """Make a product."""
+    if params.get("id") in account.objects["product"]:
+        raise refused(f"Product already exists: {params['id']}", "resource_already_exists", "id")
+    product = account.new(
+        "product",
+        **{"active": True, "images": [], "marketing_features": []}
+        | params
+        | {"metadata": merged_metadata(params), "updated": account.now()},
+    )
+    account.emit("product.created", product)
+    return product
+
+
+def create_price(account: Account, params: Params) -> Object:
+    """Make a one-time price of an existing or a new product."""
+    params = {**params}
+    if "unit_amount" not in params:
+        raise refused("Missing required param: unit_amount.", "parameter_missing", "unit_amount")
+    if params["unit_amount"] < 0:
+        raise refused("Invalid non-negative integer", "parameter_invalid_integer", "unit_amount")
+    holders = [
+        price
+        for price in account.objects["price"].values()
+        if params.get("lookup_key") and price["lookup_key"] == params["lookup_key"]
+    ]
+    if not params.pop("transfer_lookup_key", False) and holders:
+        message = f"A price (`{holders[0]['id']}`) already uses that lookup key."
+        raise refused(message, param="lookup_key")
+    if "product_data" in params:
+        params["product"] = create_product(account, params.pop("product_data"))["id"]
+    elif "product" not in params:
+        raise refused("Missing required param: product.", "parameter_missing", "product")
+    account.get("product", params["product"], param="product")
+    for price in holders:
+        account.update("price", price["id"], {"lookup_key": None})
+    price = account.new(
+        "price",
+        **{"active": True, "billing_scheme": "per_unit", "tax_behavior": "unspecified"}
+        | params
+        | {
+            "currency": params["currency"].lower(),
+            "metadata": merged_metadata(params),
+            "type": "one_time",
+            "unit_amount_decimal": str(params["unit_amount"]),
+        },
+    )
+    account.emit("price.created", price)
+    return price

@@ -1,0 +1,86 @@
+"""The page that a Checkout Session's ``url`` opens: plain forms, to be clicked by a person or a test."""
+
+from __future__ import annotations
+
+from html import escape
+from string import Template
+from typing import Final
+
+from tallystick.devstripe import payments
+from tallystick.devstripe.account import Account, Object
+from tallystick.errors import DevStripeError
+
+_PAGE: Final = Template("""<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Checkout (test double)</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 28rem; margin: 3rem auto; padding: 0 1rem }
+small { color: #4f566b } p[role=alert] { color: #a41c4e; font-weight: 600 }
+button { font: inherit; width: 100%; padding: .6rem; margin: .25rem 0; border: 1px solid #c1c9d2;
+  border-radius: .4rem; background: #fff; cursor: pointer }
+button.pay { background: #5469d4; border-color: #5469d4; color: #fff }
+</style>
+<main><small>devstripe: a test double of Stripe. No money moves.</small>
+$body
+</main></html>
+""")
+# What a button posts, what it says, and the class that draws it.
+_OPEN: Final = (
+    ("pay", "Pay", "pay"),
+    ("pay_later", "Pay later (bank debit: the outcome comes afterwards)", ""),
+    ("fail", "Fail (the card is declined)", ""),
+    ("cancel", "Cancel", ""),
+)
+_WAITING: Final = (("succeed", "The bank debit arrives", "pay"), ("bounce", "The bank debit fails", ""))
+
+
+def render(account: Account, session: Object, problem: str = "") -> str:
+    """Return the page for the state that the session is in."""
+    rows = "".join(
+        f"<li>{item['quantity']} &times; {escape(item['description'])}</li>"
+        for item in account.line_items[session["id"]]
+    )
+    body = f"<h1>{_money(session)}</h1><ul>{rows}</ul>"
+    if problem:
+        body += f"<p role=alert>{escape(problem)}</p>"
+    if session["status"] == "open":
+        body += _buttons(_OPEN if session["cancel_url"] else _OPEN[:-1])
+    else:
+        body += f"<p>This session is {session['status']}: {session['payment_status']}.</p>"
+        body += _buttons(_WAITING) if payments.is_settling(account, session) else ""
+    return _PAGE.substitute(body=body)
+
+
+def _money(session: Object) -> str:
+    return f"{session['amount_total'] / 100:.2f} {escape(session['currency'].upper())}"
+
+
+def _buttons(buttons: tuple[tuple[str, str, str], ...]) -> str:
+    inner = "".join(
+        f'<button name="action" value="{action}" class="{style}">{escape(label)}</button>'
+        for action, label, style in buttons
+    )
+    return f'<form method="post">{inner}</form>'
+
+
+def act(account: Account, session: Object, action: str) -> str | None:
+    """Do what a button says; return where the browser goes next, or None to stay.
+
+    Raises DevStripeError when the card is declined or the session is not in a state for it.
+    """
+    back = str(session["success_url"]).replace("{CHECKOUT_SESSION_ID}", session["id"])
+    if action == "pay":
+        payments.pay_session(account, session, card=payments.GOOD_CARD)
+    elif action == "pay_later":
+        payments.pay_session(account, session, card=payments.ASYNC)
+    elif action == "fail":
+        payments.pay_session(account, session, card=payments.DECLINED_CARD)
+    elif action == "cancel":
+        back = session["cancel_url"]
+    elif action in ("succeed", "bounce"):
+        payments.settle_session(account, session, succeeded=action == "succeed")
+        return None
+    else:
+        message = f"The page has no button {action!r}."
+        raise DevStripeError(message, status=400, type="invalid_request_error", code=None, param="action")
+    return back

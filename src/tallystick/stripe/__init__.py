@@ -1,0 +1,49 @@
+"""Selling credits through Stripe Checkout, and staying right about it whatever Stripe sends, in whatever order.
+
+::
+
+    from tallystick import stripe
+
+    bought = stripe.checkout(engine, config, user, "Single Flight", success_url=…, cancel_url=…, key=form_id)
+    redirect(bought.url)
+    …
+    stripe.receive(engine, config, request.body, request.headers.get("Stripe-Signature"))  # the webhook
+    stripe.confirm(engine, config, user, request.query["session_id"])                      # the success page
+
+Unlike the ledger's, these take an engine: a request to Stripe must never wait inside a database transaction, so
+they open and commit their own short ones around it. ``docs/stripe.md`` has the states and the table of cases.
+"""
+
+from tallystick.stripe.books import Finding, FindingKind, Outcome
+from tallystick.stripe.catalogue import EndpointSetup, PackCheck, PackSetup, Setup, check, setup
+from tallystick.stripe.checkout import Checkout, Confirmation, checkout, confirm, refund
+from tallystick.stripe.client import API_VERSION
+from tallystick.stripe.listening import Forwarded, listen
+from tallystick.stripe.reconciliation import Progress, Report, reconcile
+from tallystick.stripe.webhooks import BODY_MAX_BYTES, Received, receive
+
+__all__ = [
+    "API_VERSION",
+    "BODY_MAX_BYTES",
+    "Checkout",
+    "Confirmation",
+    "EndpointSetup",
+    "Finding",
+    "FindingKind",
+    "Forwarded",
+    "Outcome",
+    "PackCheck",
+    "PackSetup",
+    "Progress",
+    "Received",
+    "Report",
+    "Setup",
+    "check",
+    "checkout",
+    "confirm",
+    "listen",
+    "receive",
+    "reconcile",
+    "refund",
+    "setup",
+]

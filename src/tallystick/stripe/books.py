@@ -1,0 +1,401 @@
+"""What Stripe said, into the ledger. All of it inside the caller's database transaction; nothing here asks Stripe.
+
+Objects come as Stripe's JSON, from an event, from the success page or from reconciliation, in any order and any
+number of times. That ends in one state because every step is one of three:
+
+- a purchase moves forward only (paid beats failed, and nothing beats paid);
+- a refund or dispute is remembered by its id, with a status that moves forward only;
+- the credits that a purchase should have left follow from both, and the difference to the ledger is appended.
+
+Locks are taken in one order: the payment intent, then the user. Under both, what was read stays true.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import lru_cache
+from typing import Any, Literal
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql as pg
+
+from tallystick.config import Config
+from tallystick.database import DbConnection, run
+from tallystick.errors import Key
+from tallystick.ledger import CreditTransaction, Ledger
+from tallystick.schema import (
+    CreditTransactionStatus,
+    CreditTransactionType,
+    Schema,
+    stripe_checkouts,
+    stripe_events,
+    stripe_findings,
+    stripe_reversals,
+)
+from tallystick.stripe.client import Object
+
+PENDING, COMPLETED, FAILED = CreditTransactionStatus
+
+PAID = ("paid", "no_payment_required")
+
+# A status outranks those with a lower number; of two with the same number the first one stays.
+REFUND_STANDING = {"pending": 0, "requires_action": 0, "succeeded": 1, "failed": 2, "canceled": 2}
+DISPUTE_STANDING = {
+    "warning_needs_response": 0,
+    "warning_under_review": 1,
+    "needs_response": 2,
+    "under_review": 3,
+    "warning_closed": 4,
+    "prevented": 4,
+    "won": 4,
+    "lost": 4,
+}
+# The money is with us in these: the customer never got it, or we have it back. An inquiry moves none.
+NOT_GONE = {
+    "failed",
+    "canceled",
+    "warning_needs_response",
+    "warning_under_review",
+    "warning_closed",
+    "prevented",
+    "won",
+}
+
+ReversalKind = Literal["refund", "dispute"]
+
+
+class Outcome(StrEnum):
+    """What became of one of Stripe's objects."""
+
+    GRANTED = "granted"
+    PENDING = "pending"
+    FAILED = "failed"
+    TAKEN_BACK = "taken_back"
+    GIVEN_BACK = "given_back"
+    REMEMBERED = "remembered"  # a refund or dispute whose purchase is not completed here
+    UNCHANGED = "unchanged"
+    UNKNOWN = "unknown"  # no purchase of ours; on record as a finding
+    REFUSED = "refused"  # the ledger cannot hold it; on record as a finding
+    DUPLICATE = "duplicate"
+    IGNORED = "ignored"
+
+
+class FindingKind(StrEnum):
+    """What a person should look at."""
+
+    UNKNOWN_SESSION = "unknown_session"
+    SECOND_SESSION = "second_session"
+    AMOUNT_DIFFERS = "amount_differs"
+    CURRENCY_DIFFERS = "currency_differs"
+    CUSTOMER_DIFFERS = "customer_differs"
+    DELETED_USER = "deleted_user"
+    SESSION_MISSING = "session_missing"  # we know it, Stripe does not: another account or mode
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing to look at; ``object_id`` is Stripe's."""
+
+    kind: FindingKind
+    object_id: str
+    purchase: UUID | None
+    expected: str | None
+    found: str | None
+
+    def __str__(self) -> str:
+        about = f" (purchase {self.purchase})" if self.purchase else ""
+        compared = f": expected {self.expected}, found {self.found}" if self.expected else f": {self.found}"
+        return f"{self.kind} {self.object_id}{about}{compared if self.found else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class Reversal:
+    """A refund or dispute, as far as the ledger cares. ``amount`` is in minor units."""
+
+    id: str
+    kind: ReversalKind
+    payment_intent: str
+    amount: int
+    currency: str
+    status: str
+
+    @classmethod
+    def of(cls, said: Object) -> Reversal | None:
+        """From Stripe's refund or dispute; None for one of a payment without a payment intent, so never ours."""
+        intent = id_of(said.get("payment_intent"))
+        if intent is None:
+            return None
+        kind: ReversalKind = "refund" if said["object"] == "refund" else "dispute"
+        return cls(said["id"], kind, intent, said["amount"], said["currency"], said["status"] or "pending")
+
+    @property
+    def standing(self) -> int:
+        """How far the status is; one that is not known yet counts as the beginning."""
+        return (REFUND_STANDING if self.kind == "refund" else DISPUTE_STANDING).get(self.status, 0)
+
+
+def id_of(expandable: object) -> str | None:
+    """The id of what Stripe gives as an id, as the object itself when expanded, or as null."""
+    if isinstance(expandable, dict):
+        return str(expandable["id"])
+    return None if expandable is None else str(expandable)
+
+
+def target(granted: int, paid: int, gone: int) -> int:
+    """The credits that a purchase keeps when ``gone`` of the ``paid`` minor units are no longer ours."""
+    return granted - -(-granted * min(gone, paid) // paid) if paid else granted
+
+
+@lru_cache(maxsize=16)
+def books(config: Config) -> Books:
+    """The books of a configuration, made once."""
+    return Books(config)
+
+
+class Books:
+    """The operations for one configuration. Holds no connection and no state."""
+
+    def __init__(self, config: Config) -> None:
+        self.ledger = Ledger(config)
+        self.schema = Schema.of(config.host)
+
+    # --- what is there ---
+
+    def purchase(
+        self, conn: DbConnection, *, id: UUID | None = None, session: str | None = None, intent: str | None = None
+    ) -> CreditTransaction | None:
+        """The purchase with this id, or else of this session, or else of this payment intent."""
+        row = self.schema.credit_transactions.c
+        for column, value in (
+            (row.id, id),
+            (row.stripe_session_id, session),
+            (row.stripe_payment_intent_id, intent),
+        ):
+            if value is None:
+                continue
+            statement = (
+                sa.select(self.schema.credit_transactions)
+                .where(column == sa.bindparam("p_value"), row.type == CreditTransactionType.PURCHASE)
+                .order_by(row.status == COMPLETED, row.id)
+                .limit(1)
+            )
+            if found := run(conn, statement, {"p_value": value}).one_or_none():
+                return CreditTransaction(*found)
+        return None
+
+    def first_time(self, conn: DbConnection, event: str, event_type: str, object_id: str) -> bool:
+        """Store the id of an event; False if it is there. Waits for another transaction that is storing it."""
+        statement = pg.insert(stripe_events).on_conflict_do_nothing().returning(stripe_events.c.id)
+        values = {"id": event, "type": event_type, "object_id": object_id}
+        return run(conn, statement.values(**values), {}).one_or_none() is not None
+
+    def note(
+        self,
+        conn: DbConnection,
+        kind: FindingKind,
+        object_id: str,
+        *,
+        purchase: UUID | None = None,
+        expected: object = None,
+        found: object = None,
+    ) -> None:
+        """Put something on record for a person, once."""
+        values = {
+            "kind": str(kind),
+            "object_id": object_id,
+            "purchase_id": purchase,
+            "expected": None if expected is None else str(expected),
+            "found": None if found is None else str(found),
+        }
+        run(conn, pg.insert(stripe_findings).values(**values).on_conflict_do_nothing(), {})
+
+    def findings(self, conn: DbConnection) -> list[Finding]:
+        """All that is on record, oldest first."""
+        row = stripe_findings.c
+        statement = sa.select(row.kind, row.object_id, row.purchase_id, row.expected, row.found)
+        return [
+            Finding(FindingKind(kind), *rest)
+            for kind, *rest in run(conn, statement.order_by(row.seen_at, row.kind, row.object_id), {})
+        ]
+
+    # --- what Stripe said ---
+
+    def fulfil(self, conn: DbConnection, session: Object, *, failed: str | None = None) -> Outcome:
+        """Bring the purchase of a Checkout Session to where the session is.
+
+        ``failed`` says why an unpaid, complete session will not be paid any more; an expired one says so itself.
+        """
+        intent = id_of(session.get("payment_intent"))
+        if intent is not None:
+            self._one_at_a_time(conn, intent)
+        purchase = self.purchase(conn, id=as_uuid(session.get("client_reference_id")), session=session["id"])
+        paid = session["status"] == "complete" and session["payment_status"] in PAID
+        if purchase is None:
+            if session["status"] == "complete":
+                money = f"{session['amount_total']} {session['currency']}, {session['payment_status']}"
+                self.note(conn, FindingKind.UNKNOWN_SESSION, session["id"], found=money)
+            return Outcome.UNKNOWN
+        deleted = self._lock(conn, purchase.user_id)
+        purchase = self.purchase(conn, id=purchase.id) or purchase  # as of now, under the lock
+        if purchase.stripe_session_id not in (None, session["id"]):
+            self.note(
+                conn,
+                FindingKind.SECOND_SESSION,
+                session["id"],
+                purchase=purchase.id,
+                expected=purchase.stripe_session_id,
+                found=f"{session['id']}, {session['payment_status']}",
+            )
+            return Outcome.REFUSED
+        if paid:
+            return self._paid(conn, purchase, session, intent, deleted=deleted)
+        if purchase.status is not PENDING:
+            return Outcome.UNCHANGED
+        user, mine = purchase.user_id, {"stripe_session_id": session["id"], "stripe_payment_intent_id": intent}
+        attached = self.ledger.attach_session(conn, user, purchase.id, **mine)
+        reason = failed or ("the session expired" if session["status"] == "expired" else None)
+        if reason:
+            self.ledger.fail_purchase(conn, user, id=purchase.id, reason=reason)
+            return Outcome.FAILED
+        return Outcome.UNCHANGED if attached.replayed else Outcome.PENDING
+
+    def reverse(self, conn: DbConnection, reversal: Reversal) -> Outcome:
+        """Remember a refund or dispute, and bring the credits of its purchase to what is left of the money."""
+        self._one_at_a_time(conn, reversal.payment_intent)
+        self._remember(conn, reversal)
+        purchase = self.purchase(conn, intent=reversal.payment_intent)
+        if purchase is None or purchase.status is not COMPLETED:
+            return Outcome.REMEMBERED  # completing it settles this
+        self._lock(conn, purchase.user_id)
+        return self._settle(conn, purchase)
+
+    def _paid(
+        self, conn: DbConnection, purchase: CreditTransaction, session: Object, intent: str | None, *, deleted: bool
+    ) -> Outcome:
+        outcome = Outcome.UNCHANGED
+        if purchase.status is not COMPLETED:
+            purchase = self.ledger.complete_purchase(
+                conn,
+                purchase.user_id,
+                id=purchase.id,
+                stripe_session_id=session["id"],
+                amount_paid=session["amount_total"],
+                currency=session["currency"],
+                stripe_payment_intent_id=intent,
+            )
+            outcome = Outcome.GRANTED
+        elif intent is not None and purchase.stripe_payment_intent_id is None:  # completed by the host itself
+            purchase = self.ledger.attach_session(
+                conn,
+                purchase.user_id,
+                purchase.id,
+                stripe_session_id=session["id"],
+                stripe_payment_intent_id=intent,
+            )
+        self._compare(conn, purchase, session, deleted=deleted)
+        settled = self._settle(conn, purchase)
+        return outcome if settled is Outcome.UNCHANGED else settled
+
+    def _compare(self, conn: DbConnection, purchase: CreditTransaction, session: Object, *, deleted: bool) -> None:
+        """What was granted is the row's own; where the money is another than was on sale, a person should know."""
+        sold = stripe_checkouts.c
+        statement = sa.select(sold.amount, sold.currency, sold.request["customer"].astext)
+        offer = run(conn, statement.where(sold.purchase_id == purchase.id), {}).one_or_none()
+        compared = (
+            (FindingKind.AMOUNT_DIFFERS, offer and offer[0], session["amount_total"]),
+            (FindingKind.CURRENCY_DIFFERS, offer and offer[1], session["currency"]),
+            (FindingKind.CUSTOMER_DIFFERS, offer and offer[2], id_of(session.get("customer"))),
+        )
+        for kind, expected, found in compared:
+            if expected is not None and expected != found:
+                self.note(conn, kind, session["id"], purchase=purchase.id, expected=expected, found=found)
+        if deleted:
+            self.note(conn, FindingKind.DELETED_USER, session["id"], purchase=purchase.id, found="paid, and granted")
+
+    def _remember(self, conn: DbConnection, reversal: Reversal) -> None:
+        """By id, with a status that moves forward only."""
+        new = pg.insert(stripe_reversals).values(
+            id=reversal.id,
+            kind=reversal.kind,
+            stripe_payment_intent_id=reversal.payment_intent,
+            amount=reversal.amount,
+            currency=reversal.currency,
+            status=reversal.status,
+            standing=reversal.standing,
+        )
+        forward = new.on_conflict_do_update(
+            index_elements=["id"],
+            set_={name: new.excluded[name] for name in ("amount", "status", "standing")},
+            where=stripe_reversals.c.standing < new.excluded.standing,
+        )
+        run(conn, forward, {})
+
+    def _settle(self, conn: DbConnection, purchase: CreditTransaction) -> Outcome:
+        """Append, for each refund and dispute that the ledger has not followed yet, the difference that it makes."""
+        intent, paid = purchase.stripe_payment_intent_id, purchase.amount_paid
+        if intent is None or paid is None:
+            return Outcome.UNCHANGED
+        row = stripe_reversals.c
+        known: Sequence[Any] = run(
+            conn,
+            sa.select(row.id, row.amount, row.currency, row.status, row.settled)
+            .where(row.stripe_payment_intent_id == intent)
+            .order_by(row.seen_at, row.id),
+            {},
+        ).all()
+        outcome = Outcome.UNCHANGED
+        gone = sum(amount for _, amount, _, _, settled in known if settled)
+        for id, amount, currency, status, settled in known:
+            if settled is (status not in NOT_GONE):
+                continue  # the ledger is where the money is
+            if currency != purchase.currency:
+                self.note(
+                    conn,
+                    FindingKind.CURRENCY_DIFFERS,
+                    id,
+                    purchase=purchase.id,
+                    expected=purchase.currency,
+                    found=currency,
+                )
+                continue
+            gone += -amount if settled else amount
+            difference = target(purchase.amount, paid, gone) - self._left(conn, purchase)
+            user, key = purchase.user_id, f"stripe:{id}:{'given back' if settled else 'taken back'}"
+            if settled and difference > 0:
+                self.ledger.reinstate(conn, user, purchase.id, credits=difference, key=key)
+                outcome = Outcome.GIVEN_BACK
+            elif not settled and difference < 0:
+                self.ledger.refund(conn, user, purchase.id, credits=-difference, key=key)
+                outcome = Outcome.TAKEN_BACK
+            run(conn, sa.update(stripe_reversals).where(row.id == id).values(settled=not settled), {})
+        return outcome
+
+    def _left(self, conn: DbConnection, purchase: CreditTransaction) -> int:
+        row = self.schema.credit_transactions.c
+        moved = sa.select(sa.func.coalesce(sa.func.sum(row.amount), 0)).where(row.refund_of == purchase.id)
+        return purchase.amount + int(run(conn, moved, {}).scalar_one())
+
+    # --- locks ---
+
+    def _one_at_a_time(self, conn: DbConnection, intent: str) -> None:
+        """Two transactions about one payment follow each other, even where no row of it can be locked yet."""
+        key = sa.func.hashtextextended(f"tallystick {intent}", 0)
+        run(conn, sa.select(sa.func.pg_advisory_xact_lock(key)), {})
+
+    def _lock(self, conn: DbConnection, user: Key) -> bool:
+        """Keep the user's ledger still until the end of the transaction; says whether the user is deleted."""
+        users = self.schema.users.c
+        locked = sa.select(users.deleted_at).where(users.key == user).with_for_update()
+        return run(conn, locked, {}).scalar_one() is not None
+
+
+def as_uuid(value: object) -> UUID | None:
+    """A ``client_reference_id`` as the id of a purchase; other software may have put anything there."""
+    try:
+        return UUID(value) if isinstance(value, str) else None
+    except ValueError:
+        return None

@@ -1,0 +1,401 @@
+"""Selling: a pending purchase first, then the Stripe session that pays for it; and the page a buyer returns to."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import UUID
+
+import sqlalchemy as sa
+import stripe as sdk
+
+from tallystick.accounts import Account, Accounts
+from tallystick.config import Config, Pack
+from tallystick.database import run
+from tallystick.errors import (
+    Key,
+    PackMismatch,
+    PurchaseNotCompleted,
+    RefundExceedsPurchase,
+    ReturnAddressRefused,
+    SessionNotYours,
+    StripeCustomerConflict,
+    StripeNotConfigured,
+    StripeRefused,
+    UnknownPack,
+    UnknownPurchase,
+    UserDeleted,
+)
+from tallystick.ledger import CreditTransaction
+from tallystick.schema import (
+    migration_log,
+    stripe_checkouts,
+)
+from tallystick.stripe.books import NOT_GONE, Outcome, as_uuid, target
+from tallystick.stripe.client import Object, ask, every, found, is_live
+from tallystick.stripe.desk import PAGE, Desk, failure_of, in_transaction
+
+SESSION_PLACEHOLDER = "{CHECKOUT_SESSION_ID}"
+METADATA_KEY = "tallystick_purchase"
+REFUND_KEY = "tallystick_refund"
+CLOCKS_APART_S = 3600  # between the database's clock and Stripe's; only makes a list longer
+
+
+@dataclass(frozen=True, slots=True)
+class Checkout:
+    """A purchase and its Stripe session. Send the buyer to ``url``; None when there is nothing left to pay."""
+
+    purchase: CreditTransaction
+    session: str
+    url: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmation:
+    """What the success page may show: the purchase as it is now."""
+
+    purchase: CreditTransaction
+    outcome: Outcome
+
+    @property
+    def granted(self) -> bool:
+        """Whether the credits are there; if not, a delayed payment is still under way, or nothing was paid."""
+        return self.purchase.status == "completed"
+
+
+def checkout(
+    engine: sa.Engine,
+    config: Config,
+    user: Key,
+    pack: str,
+    *,
+    success_url: str,
+    cancel_url: str,
+    key: str | None = None,
+) -> Checkout:
+    """Start the purchase of a pack and open a Stripe session for it.
+
+    Everything that can be wrong is said before anything is written or sold. The pending row comes first, and its id
+    is Stripe's idempotency key and ``client_reference_id``. With ``key`` (the caller's name for this one intent) a
+    second call, after a lost answer or from another tab, gives the same purchase and the same session. Both
+    addresses must be on one of ``config.checkout_origins``; ``session_id`` is added to the first one unless it
+    places ``{CHECKOUT_SESSION_ID}`` itself.
+
+    Raises:
+        StripeNotConfigured, UnknownPack, PackMismatch, ReturnAddressRefused, UnknownUser, UserDeleted,
+        InvalidArgument, IdempotencyKeyReused: nothing was sold.
+        StripeUnavailable: the purchase is pending; call again with the same ``key``.
+        StripeRefused: the purchase failed, and says why.
+    """
+    desk = Desk(engine, config)
+    addresses = {
+        "success_url": _with_session(_allowed(config, success_url)),
+        "cancel_url": _allowed(config, cancel_url),
+    }
+    accounts = Accounts(config)
+    account = in_transaction(engine, lambda conn: accounts.get(conn, user))
+    started = None if key is None else in_transaction(engine, lambda conn: _started(desk, conn, user, key))
+    if started is None:
+        if account.deleted_at is not None:
+            raise UserDeleted(f"user {user} was deleted. To bring the user back: Accounts.restore_user", user=user)
+        chosen = pack_named(config, pack)
+        require_price(chosen, price_of(desk.client, chosen), live=is_live(config))
+        customer = account.stripe_customer_id or _customer(desk, accounts, account)
+        request = {"customer": customer, **addresses}
+        started = in_transaction(engine, lambda conn: _start(desk, conn, user, chosen, addresses=request, key=key))
+    purchase, request = started
+    session = _session(desk, purchase, request)
+    return in_transaction(engine, lambda conn: _attached(desk, conn, purchase, session))
+
+
+def confirm(engine: sa.Engine, config: Config, user: Key, session: str) -> Confirmation:
+    """For the success page: grant at once what the webhook would grant, if this user's session is paid.
+
+    The session is asked for at Stripe; nothing that the browser brought is believed. Doing it twice, or beside the
+    webhook, grants once.
+
+    Raises:
+        SessionNotYours: another user's session, or none of ours.
+        StripeNotConfigured, StripeUnavailable, StripeRefused.
+    """
+    desk = Desk(engine, config)
+    refusal = SessionNotYours(
+        f"the session {session!r} pays for no purchase of user {user}. Nothing was granted",
+        stripe_session_id=session,
+    )
+    if not session.startswith("cs_") or not session.replace("_", "").isalnum() or not session.isascii():
+        raise refusal
+    said = desk.session_now(session)
+    if said is None:
+        raise refusal
+    reference = as_uuid(said.get("client_reference_id"))
+    owner = desk.books.schema.user_key(user)
+    mine = in_transaction(engine, lambda conn: desk.books.purchase(conn, id=reference, session=session))
+    if mine is None or mine.user_id != owner:
+        raise refusal
+    effect = desk.session(said, failed=failure_of(said))
+
+    def work(conn: sa.Connection) -> Confirmation:
+        outcome = effect(conn)
+        return Confirmation(desk.books.purchase(conn, id=mine.id) or mine, outcome)
+
+    return in_transaction(engine, work)
+
+
+def refund(
+    engine: sa.Engine, config: Config, purchase: UUID, *, credits: int | None = None, key: str
+) -> CreditTransaction:
+    """Send money back for ``credits`` of a purchase, or for all that is left of it, and take the credits.
+
+    The money is the share of what was paid, rounded down to the minor unit. ``key`` is Stripe's idempotency key for
+    it: the same call again sends nothing more. Returns the purchase; the refund is a row of its own that names it.
+
+    Raises:
+        UnknownPurchase, PurchaseNotCompleted, RefundExceedsPurchase: nothing was sent.
+        StripeUnavailable: call again with the same ``key``.
+        StripeNotConfigured, StripeRefused.
+    """
+    desk = Desk(engine, config)
+    bought = in_transaction(engine, lambda conn: desk.books.purchase(conn, id=purchase))
+    if bought is None:
+        raise UnknownPurchase(f"there is no purchase {purchase}", user=None, purchase=purchase)
+    if bought.status != "completed" or not bought.amount_paid or bought.stripe_payment_intent_id is None:
+        raise PurchaseNotCompleted(
+            f"purchase {purchase} is {bought.status} with {bought.amount_paid or 0} paid through Stripe; "
+            "there is no money to send back. To take credits alone: ledger.refund",
+            purchase=purchase,
+            status=str(bought.status),
+        )
+    intent = bought.stripe_payment_intent_id
+    refunds = every(lambda: desk.client.v1.refunds.list({"payment_intent": intent, "limit": PAGE}))
+    sent = [one.to_dict() for one in refunds]
+    mine = next((one for one in sent if one["metadata"].get(REFUND_KEY) == key), None)
+    if mine is None:
+        gone = sum(one["amount"] for one in sent if one["status"] not in NOT_GONE)
+        request: Any = {
+            "payment_intent": intent,
+            "amount": _share(bought, bought.amount_paid, gone, credits),
+            "metadata": {METADATA_KEY: str(bought.id), REFUND_KEY: key},
+        }
+        once: Any = {"idempotency_key": f"{bought.id} refund {key}"}
+        mine = ask(lambda: desk.client.v1.refunds.create(request, once)).to_dict()
+    effect = desk.reversal(mine)
+
+    def work(conn: sa.Connection) -> CreditTransaction:
+        if effect is not None:
+            effect(conn)
+        return desk.books.purchase(conn, id=purchase) or bought
+
+    return in_transaction(engine, work)
+
+
+def pack_named(config: Config, name: str) -> Pack:
+    """A pack of the configuration that can be sold. Raises UnknownPack, StripeNotConfigured."""
+    for pack in config.packs:
+        if pack.name == name:
+            if pack.stripe_price_id is None or pack.amount is None:
+                raise StripeNotConfigured(
+                    f"the pack {name!r} has no {'amount' if pack.amount is None else 'stripe_price_id'}. "
+                    "Make its price with: tallystick stripe setup",
+                    setting="packs",
+                )
+            return pack
+    names = ", ".join(repr(pack.name) for pack in config.packs) or "none at all"
+    raise UnknownPack(f"no pack is called {name!r}; on sale: {names}. Packs stand in [[packs]]", pack=name)
+
+
+def price_of(stripe: sdk.StripeClient, pack: Pack) -> Object | None:
+    """The pack's price at Stripe, with its product; None if Stripe has none of this id."""
+    price = found(lambda: stripe.v1.prices.retrieve(pack.stripe_price_id or "", {"expand": ["product"]}))
+    return None if price is None else price.to_dict()
+
+
+def require_price(pack: Pack, price: Object | None, *, live: bool) -> None:
+    """The price is what the pack says: nobody is shown one price and charged another. Raises PackMismatch."""
+    problem = None
+    if price is None:
+        problem = f"Stripe has no price {pack.stripe_price_id} in {'live' if live else 'test'} mode"
+    elif not price["active"] or not price["product"].get("active", True):
+        problem = f"the price {price['id']} is not active"
+    elif price["type"] != "one_time":
+        problem = f"the price {price['id']} is {price['type']}, not one_time"
+    elif (price["unit_amount"], price["currency"]) != (pack.amount, pack.currency):
+        problem = (
+            f"Stripe would charge {price['unit_amount']} {price['currency']}, "
+            f"the pack says {pack.amount} {pack.currency}"
+        )
+    if problem:
+        raise PackMismatch(
+            f"the pack {pack.name!r} cannot be sold: {problem}. Nothing was sold. Look with: tallystick stripe check",
+            pack=pack.name,
+            problem=problem,
+        )
+
+
+# --- the steps of a checkout ---
+
+
+def _started(desk: Desk, conn: sa.Connection, user: Key, key: str) -> tuple[CreditTransaction, dict[str, Any]] | None:
+    """The purchase that this key started before, and what Stripe was to be asked for it."""
+    row = desk.books.schema.credit_transactions.c
+    prior = sa.select(row.id).where(row.user_id == desk.books.schema.user_key(user), row.idempotency_key == key)
+    id = run(conn, prior, {}).scalar_one_or_none()
+    purchase = None if id is None else desk.books.purchase(conn, id=id)
+    request = None if purchase is None else _request(conn, purchase.id)
+    return (replace(purchase, replayed=True), request) if purchase is not None and request is not None else None
+
+
+def _start(
+    desk: Desk, conn: sa.Connection, user: Key, pack: Pack, *, addresses: dict[str, Any], key: str | None
+) -> tuple[CreditTransaction, dict[str, Any]]:
+    """Write the row, and word for word what Stripe will be asked, so that it can be asked the same again."""
+    purchase = desk.books.ledger.start_purchase(
+        conn,
+        user,
+        credits=pack.credits,
+        description=f"Purchased {pack.name} pack",
+        key=key,
+        stripe_price_id=pack.stripe_price_id,
+    )
+    about = {METADATA_KEY: str(purchase.id)}
+    request = {
+        "mode": "payment",
+        "line_items": [{"price": pack.stripe_price_id, "quantity": 1}],
+        "client_reference_id": str(purchase.id),
+        "metadata": about,
+        "payment_intent_data": {"metadata": about},
+        **addresses,
+    }
+    new = sa.insert(stripe_checkouts).values(
+        purchase_id=purchase.id, pack=pack.name, amount=pack.amount, currency=pack.currency, request=request
+    )
+    if not purchase.replayed:
+        run(conn, new, {})
+        return purchase, request
+    stored = _request(conn, purchase.id)  # another tab was faster
+    if stored is None:
+        raise UnknownPurchase(
+            f"the key {key!r} started purchase {purchase.id}, but not through checkout. Use a new key",
+            user=user,
+            purchase=purchase.id,
+        )
+    return purchase, stored
+
+
+def _request(conn: sa.Connection, purchase: UUID) -> dict[str, Any] | None:
+    sold = stripe_checkouts.c
+    request: dict[str, Any] | None = run(
+        conn, sa.select(sold.request).where(sold.purchase_id == purchase), {}
+    ).scalar_one_or_none()
+    return request
+
+
+def _session(desk: Desk, purchase: CreditTransaction, request: dict[str, Any]) -> Object:
+    if purchase.stripe_session_id is not None:
+        stored = desk.session_now(purchase.stripe_session_id)
+        if stored is not None:
+            return stored
+    if purchase.replayed:
+        missed = session_of_purchase(desk, purchase, request["customer"])
+        if missed is not None:
+            return missed
+    asked: Any = request
+    once: Any = {"idempotency_key": str(purchase.id)}
+    try:
+        made: Object = ask(lambda: desk.client.v1.checkout.sessions.create(asked, once)).to_dict()
+    except StripeRefused as refusal:
+        if refusal.status not in (400, 404) or isinstance(refusal.__cause__, sdk.IdempotencyError):
+            raise  # a wrong key or the like says nothing about this purchase
+        reason = f"Stripe refused: {refusal.code or refusal.status}"
+        in_transaction(
+            desk.engine,
+            lambda conn: desk.books.ledger.fail_purchase(conn, purchase.user_id, id=purchase.id, reason=reason),
+        )
+        raise
+    return made
+
+
+def session_of_purchase(desk: Desk, purchase: CreditTransaction, customer: str) -> Object | None:
+    """The session of a purchase whose answer was lost, looked up: Stripe may have forgotten the idempotency key."""
+    since = int(purchase.created_at.timestamp()) - CLOCKS_APART_S
+    asked: Any = {"customer": customer, "created": {"gte": since}, "limit": PAGE}
+    theirs = every(lambda: desk.client.v1.checkout.sessions.list(asked))
+    session = next((one for one in theirs if one.client_reference_id == str(purchase.id)), None)
+    return None if session is None else desk.session_now(session.id)
+
+
+def _attached(desk: Desk, conn: sa.Connection, purchase: CreditTransaction, session: Object) -> Checkout:
+    """Store the session; for one that is over already, what came of it."""
+    desk.session(session, failed=failure_of(session))(conn)
+    now = desk.books.purchase(conn, id=purchase.id) or purchase
+    return Checkout(now, session["id"], session["url"] if session["status"] == "open" else None)
+
+
+def _customer(desk: Desk, accounts: Accounts, account: Account) -> str:
+    """The user's Stripe customer, made once: those who ask at the same time ask with the same key."""
+    users = accounts.schema.users.c
+    row = migration_log.c
+
+    def about(conn: sa.Connection) -> tuple[str | None, str]:
+        email = None
+        if "email" in users:
+            email = run(conn, sa.select(users.email).where(users.key == account.user), {}).scalar_one()
+        first = run(conn, sa.select(sa.func.min(row.applied_at)), {}).scalar_one()
+        # the database's own birthday keeps user 1 here apart from user 1 of another database at the same account
+        return email, f"{first} {account.user} {email}"
+
+    email, identity = in_transaction(desk.engine, about)
+    params: Any = {"metadata": {"tallystick_user": str(account.user)}} | ({"email": email} if email else {})
+    once: Any = {"idempotency_key": f"customer {hashlib.sha256(identity.encode()).hexdigest()}"}
+    made = ask(lambda: desk.client.v1.customers.create(params, once))
+
+    def tie(conn: sa.Connection) -> str:
+        try:
+            return accounts.set_stripe_customer(conn, account.user, made.id).stripe_customer_id or made.id
+        except StripeCustomerConflict:
+            now = accounts.get(conn, account.user).stripe_customer_id
+            if now is None:
+                raise
+            return now
+
+    return in_transaction(desk.engine, tie)
+
+
+def _share(bought: CreditTransaction, paid: int, gone: int, credits: int | None) -> int:
+    """The money for ``credits``: rounded down over the whole purchase, so that rounding never adds up."""
+    left = target(bought.amount, paid, gone)
+    wanted = left if credits is None else credits
+    if 0 < wanted <= left:
+        amount = (bought.amount - left + wanted) * paid // bought.amount - gone
+        if amount > 0:
+            return amount
+    raise RefundExceedsPurchase(
+        f"purchase {bought.id} has {left} of {bought.amount} credits left that money can be sent back for; "
+        f"asked: {'all' if credits is None else credits}",
+        purchase=bought.id,
+        left=left,
+        asked=wanted,
+    )
+
+
+# --- where a buyer may be sent ---
+
+
+def _allowed(config: Config, address: str) -> str:
+    parts = urlsplit(address)
+    origin = f"{parts.scheme}://{parts.netloc}".lower()
+    if origin in config.checkout_origins and not any(c.isspace() or c == "\\" for c in address):
+        return address
+    allowed = ", ".join(config.checkout_origins) or "none; set checkout_origins"
+    raise ReturnAddressRefused(
+        f"a buyer may not be sent to {address!r}. Allowed origins: {allowed}. Nothing was sold", address=address
+    )
+
+
+def _with_session(address: str) -> str:
+    if SESSION_PLACEHOLDER in address:
+        return address
+    whole, mark, fragment = address.partition("#")
+    return f"{whole}{'&' if '?' in whole else '?'}session_id={SESSION_PLACEHOLDER}{mark}{fragment}"

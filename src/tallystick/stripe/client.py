@@ -1,0 +1,133 @@
+"""Stripe's SDK for one configuration, and its errors as ours. Nothing here knows the database."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any, TypeVar
+
+try:
+    import stripe as sdk
+except ImportError as error:
+    raise ImportError("tallystick.stripe needs Stripe's SDK. Run: pip install 'tallystick[stripe]'") from error
+
+from tallystick.config import Config
+from tallystick.errors import StripeNotConfigured, StripeRefused, StripeUnavailable
+
+API_VERSION = "2026-10-28.endive"
+"""What every request asks for and every webhook endpoint is pinned to; objects are read in this shape."""
+
+TIMEOUT_S = 20
+RETRIES = 2
+_PAUSES_S = (0.5, 1.0)  # before each further try after a 429, which the SDK never makes
+_TOO_MANY, _CONFLICT, _SERVER = 429, 409, 500
+
+Object = dict[str, Any]
+"""One of Stripe's objects, as its JSON."""
+
+T = TypeVar("T")
+One = TypeVar("One", bound=sdk.StripeObject)
+
+
+def client(config: Config) -> sdk.StripeClient:
+    """The SDK's client, made once for each key and address.
+
+    Raises:
+        StripeNotConfigured: no secret key, or something that is none.
+    """
+    key = config.stripe_secret_key
+    if not key:
+        raise StripeNotConfigured(
+            "no Stripe secret key. Set STRIPE_SECRET_KEY (sk_test_… while developing)", setting="stripe_secret_key"
+        )
+    if not key.startswith(("sk_test_", "sk_live_", "rk_test_", "rk_live_")) or not key.isascii():
+        raise StripeNotConfigured(
+            "STRIPE_SECRET_KEY is no secret key: it begins with sk_test_, sk_live_, rk_test_ or rk_live_. "
+            "Copy it from the dashboard under Developers, API keys",
+            setting="stripe_secret_key",
+        )
+    return _client(key, config.stripe_api_base)
+
+
+@lru_cache(maxsize=16)
+def _client(key: str, base: str | None) -> sdk.StripeClient:
+    sdk.enable_telemetry = False  # it would keep a file in the home directory
+    return sdk.StripeClient(
+        key,
+        stripe_version=API_VERSION,
+        base_addresses={"api": base} if base else {},
+        max_network_retries=RETRIES,
+        http_client=sdk.RequestsClient(timeout=TIMEOUT_S),
+    )
+
+
+def is_live(config: Config) -> bool:
+    """Whether the key is for real money."""
+    return (config.stripe_secret_key or "")[3:].startswith("live_")
+
+
+def ask(call: Callable[[], T]) -> T:
+    """Make a request; again after a 429, as the SDK does after a 5xx or a lost connection.
+
+    Raises:
+        StripeUnavailable: what to do is to try later.
+        StripeRefused: what to do is in the message.
+    """
+    for pause_s in (*_PAUSES_S, None):
+        try:
+            return call()
+        except sdk.RateLimitError as error:
+            if pause_s is None:
+                raise _unavailable(error) from error
+            time.sleep(pause_s * random.uniform(0.5, 1))  # noqa: S311 - jitter, not a secret
+        except sdk.APIConnectionError as error:
+            raise _unavailable(error) from error
+        except sdk.StripeError as error:
+            if error.http_status is None or error.http_status >= _SERVER or error.http_status == _CONFLICT:
+                raise _unavailable(error) from error
+            raise _refused(error) from error
+    raise AssertionError
+
+
+def found(call: Callable[[], T]) -> T | None:
+    """As :func:`ask`, with None for what Stripe does not have."""
+    try:
+        return ask(call)
+    except StripeRefused as error:
+        if error.code == "resource_missing":
+            return None
+        raise
+
+
+def every(call: Callable[[], sdk.ListObject[One]]) -> Iterator[One]:
+    """All of a list, page by page, each asked for as in :func:`ask`."""
+    page = ask(call)
+    while True:
+        yield from page.data
+        if not page.has_more:
+            return
+        page = ask(page.next_page)
+
+
+def _unavailable(error: sdk.StripeError) -> StripeUnavailable:
+    said = f"answered {error.http_status}" if error.http_status else "did not answer"
+    return StripeUnavailable(
+        f"Stripe {said}. Nothing is lost: make the same call again, with the same key if it takes one",
+        status=error.http_status,
+    )
+
+
+def _refused(error: sdk.StripeError) -> StripeRefused:
+    reason = (error.user_message or "no reason given").rstrip(".")
+    advice = {
+        401: "Check STRIPE_SECRET_KEY",
+        403: "Give the restricted key the permission it lacks",
+    }.get(error.http_status or 0, "Compare with: tallystick stripe check")
+    return StripeRefused(
+        f"Stripe refused ({error.http_status}): {reason}. {advice}",
+        status=error.http_status,
+        code=error.code,
+        param=getattr(error, "param", None),
+    )

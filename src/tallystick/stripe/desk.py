@@ -1,0 +1,129 @@
+"""Between Stripe and the books: what must be asked is asked first, then one database transaction does the rest.
+
+Never a request inside a transaction: a slow answer would keep a user's row locked, and a lost one would leave it
+unknown what was written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+
+from tallystick.config import Config
+from tallystick.database import translated
+from tallystick.errors import Conflict, LedgerError
+from tallystick.stripe.books import Books, FindingKind, Outcome, Reversal, books
+from tallystick.stripe.client import Object, ask, client, every, found
+
+PAGE = 100
+_TRIES = 3
+
+T = TypeVar("T")
+Effect = Callable[[sa.Connection], Outcome]
+"""What is left to do when Stripe has been asked: inside one transaction."""
+
+
+@contextmanager
+def transaction(engine: sa.Engine, *, keep: bool = True) -> Iterator[sa.Connection]:
+    """One database transaction of our own, whatever isolation the host's engine has; rolled back without ``keep``."""
+    with translated(connecting=True):
+        conn = engine.connect()
+    with conn, translated():
+        conn = conn.execution_options(isolation_level="READ COMMITTED")
+        with conn.begin() as begun:
+            yield conn
+            if not keep:
+                begun.rollback()
+
+
+def in_transaction(engine: sa.Engine, work: Callable[[sa.Connection], T]) -> T:
+    """Run ``work`` in a transaction, again if another one was in the way."""
+    for attempt in range(1, _TRIES + 1):
+        try:
+            with transaction(engine) as conn:
+                return work(conn)
+        except Conflict:
+            if attempt == _TRIES:
+                raise
+    raise AssertionError
+
+
+class Desk:
+    """Turns Stripe's objects into effects. Holds no connection."""
+
+    def __init__(self, engine: sa.Engine, config: Config) -> None:
+        self.engine = engine
+        self.config = config
+        self.books: Books = books(config)
+        self.client = client(config)
+
+    def again(self, said: Object) -> Object:
+        """The object as it is now, in the shape of our API version.
+
+        For events of another version, and for those that only announce something.
+        """
+        v1 = self.client.v1
+        kinds: dict[str, Callable[[str], Any]] = {
+            "checkout.session": v1.checkout.sessions.retrieve,
+            "refund": v1.refunds.retrieve,
+            "dispute": v1.disputes.retrieve,
+            "charge": v1.charges.retrieve,
+        }
+        retrieve = kinds[said["object"]]
+        now: Object = ask(lambda: retrieve(said["id"])).to_dict()
+        return now
+
+    def session(self, session: Object, *, failed: str | None = None) -> Effect:
+        """The effect of a Checkout Session."""
+        return lambda conn: self._kept(conn, session["id"], lambda: self.books.fulfil(conn, session, failed=failed))
+
+    def reversal(self, said: Object) -> Effect | None:
+        """The effect of a refund or dispute, its purchase completed first if that was missed; None if not ours."""
+        reversal = Reversal.of(said)
+        if reversal is None:
+            return None
+        bought = in_transaction(self.engine, lambda conn: self.books.purchase(conn, intent=reversal.payment_intent))
+        completed = bought is not None and bought.completed_at is not None
+        session = None if completed else self.session_of(reversal.payment_intent)
+
+        def effect(conn: sa.Connection) -> Outcome:
+            if session is not None:
+                self.books.fulfil(conn, session)
+            return self.books.reverse(conn, reversal)
+
+        return lambda conn: self._kept(conn, reversal.id, lambda: effect(conn))
+
+    def session_of(self, payment_intent: str) -> Object | None:
+        """The Checkout Session that a payment belongs to, if it came from one."""
+        page = ask(lambda: self.client.v1.checkout.sessions.list({"payment_intent": payment_intent, "limit": 1}))
+        return page.data[0].to_dict() if page.data else None
+
+    def refunds_of(self, charge: Object) -> list[Object]:
+        """Every refund of a charge."""
+        refunds = every(lambda: self.client.v1.refunds.list({"charge": charge["id"], "limit": PAGE}))
+        return [refund.to_dict() for refund in refunds]
+
+    def session_now(self, id: str) -> Object | None:
+        """A session with its payment intent, or None where Stripe has none of this id."""
+        got = found(lambda: self.client.v1.checkout.sessions.retrieve(id, {"expand": ["payment_intent"]}))
+        return None if got is None else got.to_dict()
+
+    def _kept(self, conn: sa.Connection, object_id: str, effect: Callable[[], Outcome]) -> Outcome:
+        """What the ledger refuses (a balance out of range, a session of another purchase) is put on record."""
+        try:
+            return effect()
+        except LedgerError as refusal:
+            self.books.note(conn, FindingKind.REFUSED, object_id, found=refusal.message)
+            return Outcome.REFUSED
+
+
+def failure_of(session: Object) -> str | None:
+    """Why a session will not be paid any more, as far as its expanded payment intent says; None if it may be."""
+    intent = session.get("payment_intent")
+    if session["status"] == "expired":
+        return "the session expired"
+    gone = isinstance(intent, dict) and intent["status"] in ("requires_payment_method", "canceled")
+    return "the payment failed" if session["status"] == "complete" and gone else None

@@ -1,0 +1,288 @@
+"""Comparing with Stripe: what no webhook told us is found by asking.
+
+Six walks, each in pages and each object in a transaction of its own, through the same effects as the webhooks': so
+it may run beside them, twice, or be stopped anywhere. Where it stood is stored after each page.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from tallystick.config import Config
+from tallystick.database import run
+from tallystick.errors import InvalidArgument
+from tallystick.ledger import CreditTransaction
+from tallystick.schema import stripe_checkouts, stripe_events, stripe_reconciliations, stripe_reversals
+from tallystick.stripe.books import DISPUTE_STANDING, Finding, FindingKind, Outcome
+from tallystick.stripe.checkout import session_of_purchase
+from tallystick.stripe.client import every
+from tallystick.stripe.desk import PAGE, Desk, Effect, failure_of, in_transaction, transaction
+from tallystick.stripe.webhooks import HANDLERS, prepared
+
+OVERLAP = dt.timedelta(days=3)
+"""How far a run reaches back before the last one: for as long as Stripe goes on delivering by itself."""
+
+NEVER_ASKED = dt.timedelta(days=1)
+"""A pending purchase without a session at Stripe fails after this long: no session lives longer."""
+
+EVENTS_KEPT = dt.timedelta(days=30)
+
+_DISPUTE_IS_OVER = max(DISPUTE_STANDING.values())
+_CHANGES = {
+    Outcome.GRANTED,
+    Outcome.PENDING,
+    Outcome.FAILED,
+    Outcome.TAKEN_BACK,
+    Outcome.GIVEN_BACK,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """``looked_at`` objects of this stage so far, ``changed`` in all stages."""
+
+    stage: str
+    looked_at: int
+    changed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a run found. In a dry run ``changes`` is what would have been done.
+
+    ``changes`` are (Stripe's id, what became of it); ``findings`` are all that is on record for a person.
+    """
+
+    since: dt.datetime | None
+    dry_run: bool
+    resumed: bool
+    looked_at: Mapping[str, int]
+    outcomes: Mapping[str, int]
+    changes: tuple[tuple[str, Outcome], ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything was (or, in a dry run, would be) done."""
+        return bool(self.changes)
+
+
+def reconcile(
+    engine: sa.Engine,
+    config: Config,
+    *,
+    since: dt.datetime | None = None,
+    dry_run: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> Report:
+    """Complete what was paid, fail what expired, follow refunds and disputes, and put the rest on record.
+
+    Looks at every pending purchase here, and at Stripe's sessions, refunds, disputes and events created since
+    ``since``: by default three days before the last finished run, or everything. A run that was interrupted goes on
+    where it stood when called with the same ``since``. ``dry_run`` rolls each transaction back and reports it.
+
+    Raises:
+        InvalidArgument: ``since`` has no time zone.
+        StripeNotConfigured, StripeUnavailable, StripeRefused, DatabaseError: run it again; it goes on from there.
+    """
+    if since is not None and since.tzinfo is None:
+        raise InvalidArgument(f"since={since!r}: pass a time with a time zone", argument="since", value=since)
+    return _Run(Desk(engine, config), since, dry_run=dry_run, progress=progress or (lambda _: None)).run()
+
+
+_Step = tuple[str, str, Effect | None]  # where this stands, Stripe's id, what to do
+
+
+class _Run:
+    def __init__(
+        self, desk: Desk, since: dt.datetime | None, *, dry_run: bool, progress: Callable[[Progress], None]
+    ) -> None:
+        self.desk = desk
+        self.asked_since = since
+        self.dry_run = dry_run
+        self.progress = progress
+        self.looked_at: Counter[str] = Counter()
+        self.outcomes: Counter[str] = Counter()
+        self.changes: list[tuple[str, Outcome]] = []
+        self.would_note: list[Finding] = []
+        self.id: int | None = None
+
+    def run(self) -> Report:
+        since, stage, position = self._begin()
+        stages: dict[str, Callable[[dt.datetime | None, str | None], Iterator[_Step]]] = {
+            "pending": self._pending,
+            "sessions": self._sessions,
+            "refunds": lambda since, position: self._listed("refunds", since, position),
+            "disputes": lambda since, position: self._listed("disputes", since, position),
+            "open": self._open,
+            "events": self._events,
+        }
+        resumed = stage is not None
+        names = list(stages)
+        for name in names[names.index(stage) if stage else 0 :]:
+            self._update(stage=name, position=position)
+            for number, (at, id, effect) in enumerate(stages[name](since, position), 1):
+                if effect is not None:
+                    self._apply(id, effect)
+                self.looked_at[name] += 1
+                if number % PAGE == 0:
+                    self._update(position=at)
+                    self._tell(name)
+            position = None
+            self._tell(name)
+        self._finish()
+        with transaction(self.desk.engine) as conn:
+            findings = self.desk.books.findings(conn)
+        known = {(one.kind, one.object_id) for one in findings}
+        findings += [one for one in self.would_note if (one.kind, one.object_id) not in known]
+        return Report(
+            since=since,
+            dry_run=self.dry_run,
+            resumed=resumed,
+            looked_at=dict(self.looked_at),
+            outcomes=dict(self.outcomes),
+            changes=tuple(self.changes),
+            findings=tuple(findings),
+        )
+
+    # --- the walks ---
+
+    def _pending(self, _since: dt.datetime | None, position: str | None) -> Iterator[_Step]:
+        """Every purchase that waits here, oldest first, whatever its age."""
+        row, sold = self.desk.books.schema.credit_transactions.c, stripe_checkouts.c
+        purchases = self.desk.books.schema.credit_transactions
+        old = sa.func.now() - NEVER_ASKED
+        after = UUID(position) if position else UUID(int=0)
+        while True:
+            statement = (
+                sa.select(sold.request["customer"].astext, row.created_at < old, purchases)
+                .join_from(purchases, stripe_checkouts, sold.purchase_id == row.id, isouter=True)
+                .where(row.status == "pending", row.id > after)
+                .order_by(row.id)
+                .limit(PAGE)
+            )
+            page = self._read(statement)
+            for customer, is_old, *columns in page:
+                purchase = CreditTransaction(*columns)
+                yield str(purchase.id), str(purchase.id), self._waiting(purchase, customer, is_old=is_old)
+                after = purchase.id
+            if len(page) < PAGE:
+                return
+
+    def _waiting(self, purchase: CreditTransaction, customer: str | None, *, is_old: bool) -> Effect | None:
+        """What Stripe says about a pending purchase; asked before anything is failed."""
+        books = self.desk.books
+        known = purchase.stripe_session_id
+        if known is not None:
+            session = self.desk.session_now(known)
+        elif customer is not None:
+            session = session_of_purchase(self.desk, purchase, customer)
+        else:
+            return None  # not sold by checkout: the host's own to follow
+        if session is not None:
+            return self.desk.session(session, failed=failure_of(session))
+
+        def missing(conn: sa.Connection) -> Outcome:
+            if known is not None:
+                books.note(conn, FindingKind.SESSION_MISSING, known, purchase=purchase.id, found="not at Stripe")
+                return Outcome.UNKNOWN
+            reason = "Stripe has no session for it"
+            failed = books.ledger.fail_purchase(conn, purchase.user_id, id=purchase.id, reason=reason)
+            return Outcome.UNCHANGED if failed.replayed else Outcome.FAILED
+
+        return missing if is_old or known is not None else None
+
+    def _sessions(self, since: dt.datetime | None, position: str | None) -> Iterator[_Step]:
+        asked: Any = {**_window(since, position), "status": "complete", "expand": ["data.payment_intent"]}
+        for one in every(lambda: self.desk.client.v1.checkout.sessions.list(asked)):
+            session = one.to_dict()
+            yield session["id"], session["id"], self.desk.session(session, failed=failure_of(session))
+
+    def _listed(self, kind: str, since: dt.datetime | None, position: str | None) -> Iterator[_Step]:
+        asked: Any = _window(since, position)
+        service: Any = getattr(self.desk.client.v1, kind)
+        for one in every(lambda: service.list(asked)):
+            yield one.id, one.id, self.desk.reversal(one.to_dict())
+
+    def _open(self, _since: dt.datetime | None, position: str | None) -> Iterator[_Step]:
+        """Refunds and disputes that were not decided when we last heard of them, however old."""
+        row = stripe_reversals.c
+        over = sa.case((row.kind == "dispute", _DISPUTE_IS_OVER), else_=1)
+        statement = sa.select(row.id, row.kind).where(row.standing < over, row.id > (position or "")).order_by(row.id)
+        for id, kind in self._read(statement):
+            yield id, id, self.desk.reversal(self.desk.again({"object": kind, "id": id}))
+
+    def _events(self, since: dt.datetime | None, position: str | None) -> Iterator[_Step]:
+        """Events that were never received; Stripe keeps them for thirty days, the walks above need none."""
+        oldest = dt.datetime.now(dt.UTC) - EVENTS_KEPT
+        asked: Any = {**_window(max(since or oldest, oldest), position), "types": sorted(HANDLERS)}
+        for event in every(lambda: self.desk.client.v1.events.list(asked)):
+            seen = sa.select(stripe_events.c.id).where(stripe_events.c.id == event.id)
+            yield event.id, event.id, None if self._read(seen) else prepared(self.desk, event.to_dict())
+
+    def _read(self, statement: sa.Select[Any]) -> Sequence[Any]:
+        return in_transaction(self.desk.engine, lambda conn: run(conn, statement, {}).all())
+
+    # --- one step, and where we stand ---
+
+    def _apply(self, id: str, effect: Effect) -> None:
+        outcome = self._rehearsed(id, effect) if self.dry_run else in_transaction(self.desk.engine, effect)
+        self.outcomes[str(outcome)] += 1
+        if outcome in _CHANGES:
+            self.changes.append((id, outcome))
+
+    def _rehearsed(self, id: str, effect: Effect) -> Outcome:
+        with transaction(self.desk.engine, keep=False) as conn:
+            outcome = effect(conn)
+            self.would_note += [one for one in self.desk.books.findings(conn) if one.object_id == id]
+        return outcome
+
+    def _begin(self) -> tuple[dt.datetime | None, str | None, str | None]:
+        """Go on with a run that was interrupted, or start one."""
+        row = stripe_reconciliations.c
+
+        def work(conn: sa.Connection) -> tuple[dt.datetime | None, str | None, str | None]:
+            newest = sa.select(row.id, row.since, row.stage, row.position, row.finished_at, row.started_at)
+            newest = newest.order_by(row.id.desc()).limit(1)
+            last = run(conn, newest, {}).one_or_none()
+            wanted = self.asked_since
+            if last is not None and last.finished_at is None and wanted in (None, last.since) and not self.dry_run:
+                self.id = last.id
+                return last.since, last.stage, last.position
+            finished = sa.select(sa.func.max(row.started_at)).where(row.finished_at.is_not(None))
+            before = run(conn, finished, {}).scalar_one()
+            since = wanted or (before - OVERLAP if before else None)
+            if not self.dry_run:
+                new = sa.insert(stripe_reconciliations).values(since=since, stage="pending").returning(row.id)
+                self.id = run(conn, new, {}).scalar_one()
+            return since, None, None
+
+        return in_transaction(self.desk.engine, work)
+
+    def _tell(self, stage: str) -> None:
+        self.progress(Progress(stage, self.looked_at[stage], len(self.changes)))
+
+    def _finish(self) -> None:
+        report = {"looked_at": dict(self.looked_at), "outcomes": dict(self.outcomes)}
+        self._update(finished_at=sa.func.now(), report=report, position=None)
+
+    def _update(self, **values: Any) -> None:
+        if self.id is not None:
+            update = sa.update(stripe_reconciliations).where(stripe_reconciliations.c.id == self.id).values(**values)
+            in_transaction(self.desk.engine, lambda conn: run(conn, update, {}))
+
+
+def _window(since: dt.datetime | None, position: str | None) -> dict[str, Any]:
+    window: dict[str, Any] = {"limit": PAGE}
+    if since is not None:
+        window["created"] = {"gte": int(since.timestamp())}
+    if position is not None:
+        window["starting_after"] = position
+    return window

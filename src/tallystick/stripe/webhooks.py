@@ -1,0 +1,169 @@
+"""Receiving events. A framework hands over the raw body and one header, and answers with a status."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+import stripe as sdk
+
+from tallystick.config import Config
+from tallystick.errors import DatabaseError, SchemaError, StripeError
+from tallystick.stripe.books import Outcome
+from tallystick.stripe.client import API_VERSION, Object, is_live
+from tallystick.stripe.desk import Desk, Effect, in_transaction
+
+BODY_MAX_BYTES = 1 << 20  # Stripe's own events stay far below
+AGE_MAX_S = 300
+
+_log = logging.getLogger("tallystick.stripe")
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """The answer to a delivery: ``status`` is HTTP's. 2xx stands for what is stored, or needs no storing."""
+
+    status: int
+    outcome: Outcome
+    event: str | None = None
+    detail: str = ""
+
+
+def receive(engine: sa.Engine, config: Config, raw_body: bytes, signature: str | None) -> Received:
+    """Take one delivery: verify it, and store the event's id and its effect in one database transaction.
+
+    ``raw_body`` is the body byte for byte, ``signature`` the header ``Stripe-Signature``. Nothing is written for
+    what is not signed with one of the configuration's secrets within the last five minutes. Statuses: 200 stored,
+    seen before, or nothing of ours; 400 no event that Stripe signed; 413 too large; 503 not configured, or the
+    database or Stripe did not answer, so that Stripe sends it again.
+    """
+    event = _verified(config, raw_body, signature)
+    if isinstance(event, Received):
+        _log.warning("a delivery was refused with %s: %s", event.status, event.detail)
+        return event
+    id, event_type = event["id"], event["type"]
+    if event["livemode"] is not is_live(config):
+        _log.warning("event %s (%s) is of the other mode (livemode=%s): ignored", id, event_type, event["livemode"])
+        return Received(200, Outcome.IGNORED, id, "the other mode")
+    try:
+        effect = prepared(Desk(engine, config), event)
+        outcome = Outcome.IGNORED if effect is None else in_transaction(engine, effect)
+    except (DatabaseError, SchemaError, StripeError) as error:
+        _log.error("event %s (%s) was not stored: %s", id, event_type, error)
+        return Received(503, Outcome.REFUSED, id, "not stored; send it again")
+    level = logging.WARNING if outcome in (Outcome.UNKNOWN, Outcome.REFUSED) else logging.INFO
+    _log.log(level, "event %s (%s) about %s: %s", id, event_type, event["data"]["object"].get("id"), outcome)
+    return Received(200, outcome, id)
+
+
+def prepared(desk: Desk, event: Object) -> Effect | None:
+    """The effect of an event, with its id stored beside it, so that it comes once; None for no event of ours."""
+    handler = HANDLERS.get(event["type"])
+    said: Object = event["data"]["object"]
+    if handler is None:
+        return None
+    if event["api_version"] != API_VERSION:
+        said = desk.again(said)
+    effect = handler(desk, said)
+
+    def once(conn: sa.Connection) -> Outcome:
+        if not desk.books.first_time(conn, event["id"], event["type"], said["id"]):
+            return Outcome.DUPLICATE
+        return Outcome.IGNORED if effect is None else effect(conn)
+
+    return once
+
+
+def _session(desk: Desk, session: Object) -> Effect:
+    return desk.session(session)
+
+
+def _payment_failed(desk: Desk, session: Object) -> Effect:
+    return desk.session(session, failed="the payment failed")
+
+
+def _reversal(desk: Desk, said: Object) -> Effect | None:
+    return desk.reversal(said)
+
+
+def _charge_refunded(desk: Desk, charge: Object) -> Effect | None:
+    """A charge says only how much was refunded in all; its refunds say which."""
+    effects = [effect for refund in desk.refunds_of(charge) if (effect := desk.reversal(refund))]
+
+    def all_of_them(conn: sa.Connection) -> Outcome:
+        outcomes = [effect(conn) for effect in effects]
+        return next((one for one in outcomes if one is not Outcome.UNCHANGED), Outcome.UNCHANGED)
+
+    return all_of_them if effects else None
+
+
+HANDLERS: dict[str, Callable[[Desk, Object], Effect | None]] = {
+    "checkout.session.completed": _session,
+    "checkout.session.async_payment_succeeded": _session,
+    "checkout.session.async_payment_failed": _payment_failed,
+    "checkout.session.expired": _session,
+    "refund.created": _reversal,
+    "refund.updated": _reversal,
+    "refund.failed": _reversal,
+    "charge.refund.updated": _reversal,
+    "charge.refunded": _charge_refunded,
+    "charge.dispute.created": _reversal,
+    "charge.dispute.updated": _reversal,
+    "charge.dispute.closed": _reversal,
+    "charge.dispute.funds_withdrawn": _reversal,
+    "charge.dispute.funds_reinstated": _reversal,
+}
+"""Event type → what it does. ``stripe setup`` subscribes to exactly these."""
+
+
+def _verified(config: Config, raw_body: bytes, signature: str | None) -> Object | Received:
+    """The event that Stripe signed, or the answer to anything else."""
+    secrets = [one.strip() for one in (config.stripe_webhook_secret or "").split(",") if one.strip()]
+    if not secrets or not config.stripe_secret_key:
+        return Received(503, Outcome.REFUSED, detail="STRIPE_WEBHOOK_SECRET or STRIPE_SECRET_KEY is not set")
+    if len(raw_body) > BODY_MAX_BYTES:
+        return Received(413, Outcome.REFUSED, detail=f"the body is larger than {BODY_MAX_BYTES} bytes")
+    if not _is_signed(raw_body, signature, secrets):
+        return Received(400, Outcome.REFUSED, detail="no valid signature")
+    event = _event(raw_body)
+    return Received(400, Outcome.REFUSED, detail="signed, but no event with an object") if event is None else event
+
+
+def _is_signed(raw_body: bytes, signature: str | None, secrets: list[str]) -> bool:
+    if signature is None or not signature.isascii():
+        return False
+    try:
+        body = raw_body.decode()
+    except UnicodeDecodeError:
+        return False
+    for secret in secrets:
+        try:
+            sdk.WebhookSignature.verify_header(body, signature, secret, AGE_MAX_S)
+        except sdk.SignatureVerificationError:
+            continue
+        return True
+    return False
+
+
+def _event(raw_body: bytes) -> dict[str, Any] | None:
+    """A snapshot event with what we read of it; None for anything else, such as a thin event."""
+    try:
+        said = json.loads(raw_body)
+    except ValueError:
+        return None
+    if not isinstance(said, dict) or said.get("object") != "event":
+        return None
+    data = said.get("data")
+    about = data.get("object") if isinstance(data, dict) else None
+    whole = (
+        isinstance(said.get("id"), str)
+        and isinstance(said.get("type"), str)
+        and isinstance(said.get("livemode"), bool)
+        and "api_version" in said
+        and isinstance(about, dict)
+    )
+    return said if whole else None

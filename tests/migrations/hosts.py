@@ -1,0 +1,188 @@
+"""Host databases before Tallystick, as DDL, each with the mapping that ``propose`` finds for it."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from tallystick import Config, HostMapping, UsersTable, WorkshopsTable
+from tallystick.devdb import Server
+
+
+@dataclass
+class App:
+    """A host's database that is not migrated yet."""
+
+    url: str
+    config: Config
+    server: Server
+
+    def __post_init__(self) -> None:
+        self.engine = sa.create_engine(self.url, poolclass=sa.NullPool)
+
+    def run(self, *statements: str) -> None:
+        """Each statement alone, committed."""
+        with self.engine.execution_options(isolation_level="AUTOCOMMIT").connect() as conn:
+            for statement in statements:
+                conn.exec_driver_sql(statement)
+
+    def rows(self, query: str) -> list[tuple[Any, ...]]:
+        with self.engine.connect() as conn:
+            return [tuple(row) for row in conn.exec_driver_sql(query)]
+
+    def value(self, query: str) -> Any:
+        return self.rows(query)[0][0]
+
+    def psql(self, script: str) -> None:
+        """Run a script as an administrator would."""
+        command = self.server.command("psql", "--quiet", "--no-psqlrc", str(self.engine.url.database))
+        subprocess.run(command, env=self.server.env, check=True, capture_output=True, text=True, input=script)
+
+    def dump(self, *options: str) -> str:
+        """All of the database, as pg_dump writes it."""
+        command = self.server.command("pg_dump", *options, str(self.engine.url.database))
+        text = subprocess.run(command, env=self.server.env, check=True, capture_output=True, text=True).stdout
+        # newer ones frame the dump with a random word
+        return "\n".join(line for line in text.splitlines() if not line.startswith(("\\restrict", "\\unrestrict")))
+
+
+@dataclass(frozen=True)
+class HostCase:
+    ddl: str
+    mapping: HostMapping
+    adopted: tuple[str, ...] = ()
+    asked: dict[str, str] | None = None  # what `tallystick init` has to be told
+
+
+HOSTS = {
+    "uuid": HostCase(
+        """
+        CREATE TABLE users (id uuid PRIMARY KEY DEFAULT gen_random_uuid(), email text NOT NULL UNIQUE);
+        CREATE TABLE workshops (
+          id uuid PRIMARY KEY DEFAULT gen_random_uuid(), user_id uuid NOT NULL REFERENCES users, title text,
+          created_at timestamptz NOT NULL DEFAULT now());
+        INSERT INTO users (email) SELECT 'user ' || i FROM generate_series(1, 500) i;
+        INSERT INTO workshops (user_id, title) SELECT id, 'of ' || email FROM users;
+        """,
+        HostMapping(users=UsersTable(email="email")),
+    ),
+    "text": HostCase(
+        """
+        CREATE TABLE users (id varchar(36) PRIMARY KEY);
+        CREATE TABLE workshops (id text PRIMARY KEY, owner_id varchar(36) REFERENCES users, name varchar(99),
+          "createdAt" timestamp(3) NOT NULL DEFAULT now());
+        INSERT INTO users VALUES ('a'), ('b');
+        INSERT INTO workshops VALUES ('w', 'a', 'x');
+        """,
+        HostMapping(
+            users=UsersTable(key_type="text"),
+            workshops=WorkshopsTable(key_type="text", owner="owner_id", title="name", created_at="createdAt"),
+        ),
+    ),
+    "integer": HostCase(
+        """
+        CREATE TABLE users (id serial PRIMARY KEY);
+        CREATE TABLE workshops (id serial PRIMARY KEY, user_id integer NOT NULL REFERENCES users);
+        INSERT INTO users SELECT FROM generate_series(1, 9);
+        INSERT INTO workshops (user_id) SELECT id FROM users;
+        """,
+        HostMapping(
+            users=UsersTable(key_type="integer"),
+            workshops=WorkshopsTable(key_type="integer", title=None, created_at=None),
+        ),
+    ),
+    "bigint": HostCase(
+        """
+        CREATE TABLE users (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY);
+        CREATE TABLE workshops (id bigint PRIMARY KEY, user_id bigint NOT NULL, title text, created_at timestamptz);
+        """,
+        HostMapping(users=UsersTable(key_type="bigint"), workshops=WorkshopsTable(key_type="bigint")),
+    ),
+    "keyed by an external identity": HostCase(
+        """
+        CREATE TABLE users (id serial PRIMARY KEY, clerk_user_id text NOT NULL UNIQUE, email text);
+        CREATE TABLE workshops (
+          id uuid PRIMARY KEY, clerk_user_id text NOT NULL, title text, created_at timestamptz);
+        INSERT INTO users (clerk_user_id) VALUES ('user_1'), ('user_2');
+        """,
+        HostMapping(
+            users=UsersTable(key="clerk_user_id", key_type="text", email="email"),
+            workshops=WorkshopsTable(owner="clerk_user_id"),
+        ),
+    ),
+    "quoted, reserved and in schemas": HostCase(
+        '''
+        CREATE SCHEMA app;
+        CREATE SCHEMA "Über %s";
+        CREATE TABLE app."User" (id uuid PRIMARY KEY, "order" integer NOT NULL UNIQUE, "Email" text);
+        CREATE TABLE "Über %s"."select" ("it's ""key""" bigint PRIMARY KEY, "user" uuid REFERENCES app."User");
+        ''',
+        HostMapping(
+            users=UsersTable(schema="app", table="User", email="Email"),
+            workshops=WorkshopsTable(
+                schema="Über %s",
+                table="select",
+                key='it\'s "key"',
+                key_type="bigint",
+                owner="user",
+                title=None,
+                created_at=None,
+            ),
+        ),
+        asked={"workshops": "select"},
+    ),
+    "keyed by a reserved word": HostCase(
+        'CREATE TABLE "user" ("order" integer PRIMARY KEY); INSERT INTO "user" VALUES (1);',
+        HostMapping(users=UsersTable(table="user", key="order", key_type="integer"), workshops=None),
+    ),
+    "no workshops": HostCase(
+        "CREATE TABLE users (id uuid PRIMARY KEY, email varchar(200));",
+        HostMapping(users=UsersTable(email="email"), workshops=None),
+    ),
+    "with columns of its own that fit": HostCase(
+        """
+        CREATE TABLE users (
+          id uuid PRIMARY KEY, deleted_at timestamp(3), stripe_customer_id varchar(64), plan_tier text DEFAULT 'gold',
+          onboarding_complete boolean NOT NULL DEFAULT true, updated_at timestamp(0) NOT NULL DEFAULT now());
+        CREATE TABLE workshops (
+          id uuid PRIMARY KEY, user_id uuid REFERENCES users, title text, created_at timestamptz,
+          deleted_at timestamptz(3));
+        INSERT INTO users VALUES ('00000000-0000-0000-0000-000000000001', now(), 'cus_1', 'gold', false, now());
+        """,
+        HostMapping(),
+        adopted=(
+            "users.deleted_at",
+            "users.onboarding_complete",
+            "users.plan_tier",
+            "users.stripe_customer_id",
+            "users.updated_at",
+            "workshops.deleted_at",
+        ),
+    ),
+    "with every column already": HostCase(
+        """
+        CREATE TABLE users (
+          id uuid PRIMARY KEY, credit_balance integer NOT NULL DEFAULT 0, credit_sequence integer NOT NULL DEFAULT 0,
+          onboarding_complete boolean NOT NULL DEFAULT false, stripe_customer_id text,
+          plan_tier varchar(40) NOT NULL DEFAULT 'free', updated_at timestamptz, deleted_at timestamptz);
+        CREATE TABLE workshops (
+          id uuid PRIMARY KEY, user_id uuid REFERENCES users, title text, created_at timestamptz,
+          credit_consumed_at timestamptz, deleted_at timestamp);
+        """,
+        HostMapping(),
+        adopted=(
+            "users.credit_balance",
+            "users.credit_sequence",
+            "users.deleted_at",
+            "users.onboarding_complete",
+            "users.plan_tier",
+            "users.stripe_customer_id",
+            "users.updated_at",
+            "workshops.credit_consumed_at",
+            "workshops.deleted_at",
+        ),
+    ),
+}

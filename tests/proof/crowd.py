@@ -1,0 +1,118 @@
+"""Many at once: threads or processes that start together, and what the books must say afterwards."""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from typing import Any
+
+import sqlalchemy as sa
+
+from tallystick.errors import LedgerError
+from worlds import World
+
+PATIENCE_S = 120  # a loaded machine is slow; only a deadlock is slower
+
+Job = Callable[..., Any]
+"""``job(world, conn, number, *args)``, called again and again by one member of the crowd; its last words count."""
+
+
+def outcome(call: Callable[[], Any]) -> Any:
+    """What a call returned, or the refusal it met; anything else is raised."""
+    try:
+        return call()
+    except LedgerError as refusal:
+        return refusal
+
+
+def threads(world: World, count: int, job: Job, *args: Any, isolation: str = "AUTOCOMMIT") -> list[Any]:
+    """``job`` in ``count`` threads with a connection each, all let go at the same moment."""
+    gate = threading.Barrier(count)
+    engine = world.engine.execution_options(isolation_level=isolation)
+
+    def member(number: int) -> Any:
+        with engine.connect() as conn:
+            gate.wait(PATIENCE_S)
+            return job(world, conn, number, *args)
+
+    with ThreadPoolExecutor(count) as pool:
+        return [future.result(PATIENCE_S) for future in [pool.submit(member, number) for number in range(count)]]
+
+
+_gate: Any = None
+
+
+def _enter(gate: Any) -> None:
+    global _gate  # noqa: PLW0603 - a barrier can be inherited by a process, not sent to it
+    _gate = gate
+
+
+def _member(url: str, host: Any, job: Job, number: int, args: tuple[Any, ...]) -> Any:
+    world = World(url, host)
+    with world.autocommit.connect() as conn:
+        _gate.wait(PATIENCE_S)
+        return job(world, conn, number, *args)
+
+
+def processes(world: World, count: int, job: Job, *args: Any) -> list[Any]:
+    """``job`` in ``count`` processes of their own; it must be a module's function."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, context, _enter, (context.Barrier(count),)) as pool:
+        sent = [pool.submit(_member, world.url, world.config.host, job, number, args) for number in range(count)]
+        return [future.result(PATIENCE_S) for future in sent]
+
+
+def waiting_for_a_lock(world: World, count: int) -> None:
+    """Come back once ``count`` connections of this database wait for a lock."""
+    waiting = sa.text(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    )
+    pause = queue.SimpleQueue[None]()
+    with world.autocommit.connect() as conn:
+        for _ in range(PATIENCE_S * 20):
+            if conn.scalar(waiting) >= count:
+                return
+            try:
+                pause.get(timeout=0.05)
+            except queue.Empty:
+                continue
+    raise AssertionError(f"fewer than {count} connections came to wait")
+
+
+def books_balance(world: World) -> None:
+    """Every user's chain is unbroken and ends in the balance; every mark of a workshop was paid for, once."""
+    users, row, workshops = world.schema.users.c, world.schema.credit_transactions.c, world.schema.workshops
+    with world.engine.connect() as conn:
+        accounts = {
+            key: (balance, last)
+            for key, balance, last in conn.execute(sa.select(users.key, users.credit_balance, users.credit_sequence))
+        }
+        chains: dict[Any, tuple[int, int]] = dict.fromkeys(accounts, (0, 0))
+        left: dict[Any, int] = {}
+        paid_for: set[Any] = set()
+        for entry in conn.execute(
+            sa.select(world.schema.credit_transactions)
+            .where(row.status == "completed")
+            .order_by(row.user_id, row.sequence)
+        ):
+            balance, last = chains[entry.user_id]
+            balance += entry.amount
+            assert (entry.balance_after, entry.sequence) == (balance, last + 1), entry
+            chains[entry.user_id] = balance, last + 1
+            match entry.type:
+                case "purchase":
+                    left[entry.id] = entry.amount
+                case "refund":
+                    left[entry.refund_of] += entry.amount
+                    assert left[entry.refund_of] >= 0, entry
+                case "consumption":
+                    assert balance >= 0, entry
+                    assert entry.workshop_id not in paid_for, entry
+                    paid_for |= {entry.workshop_id} - {None}
+        assert chains == accounts
+        if workshops is not None:
+            unlocked = sa.select(workshops.c.key).where(workshops.c.credit_consumed_at.is_not(None))
+            assert set(conn.scalars(unlocked)) == paid_for

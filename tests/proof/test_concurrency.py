@@ -1,0 +1,292 @@
+"""Real threads and real processes at one account, one key, one workshop, one purchase."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+
+from crowd import PATIENCE_S, books_balance, outcome, processes, threads, waiting_for_a_lock
+from tallystick import CreditTransaction, InsufficientCredits, errors
+from tallystick.errors import Conflict, Key, PurchaseNotPending, RefundExceedsPurchase, WorkshopNotOwned
+from worlds import World
+
+CROWDS: dict[str, Callable[..., list[Any]]] = {"threads": threads, "processes": processes}
+CROWD = 16
+
+
+@pytest.fixture(autouse=True)
+def _books_balance(world: World) -> Iterator[None]:
+    yield
+    books_balance(world)
+
+
+def new(results: list[Any]) -> list[CreditTransaction]:
+    return [result for result in results if isinstance(result, CreditTransaction) and not result.replayed]
+
+
+def spend_ten(world: World, conn: sa.Connection, number: int, user: Key) -> list[Any]:
+    return [outcome(lambda n=n: world.ledger.consume(conn, user, key=f"{number}-{n}")) for n in range(10)]
+
+
+@pytest.mark.parametrize(("crowd", "count"), [("threads", CROWD), ("processes", 3)])
+def test_a_hot_account_is_spent_to_the_last_credit_and_not_beyond(world: World, crowd: str, count: int) -> None:
+    credits = 10 * count - 7
+    user = world.user(credits=credits)
+    results = list(chain.from_iterable(CROWDS[crowd](world, count, spend_ten, user)))
+    assert sorted(row.balance_after for row in new(results)) == list(range(credits))
+    refused = [result for result in results if isinstance(result, InsufficientCredits)]
+    assert [(refusal.balance, refusal.required) for refusal in refused] == [(0, 1)] * 7
+
+
+def spend_with_one_key(world: World, conn: sa.Connection, number: int, user: Key) -> CreditTransaction:
+    return world.ledger.consume(conn, user, key="the same")
+
+
+@pytest.mark.parametrize(("crowd", "count"), [("threads", CROWD), ("processes", 3)])
+def test_one_key_at_once_is_one_row(world: World, crowd: str, count: int) -> None:
+    user = world.user(credits=3)
+    results = CROWDS[crowd](world, count, spend_with_one_key, user)
+    assert len({row.id for row in results}) == 1
+    assert len(new(results)) == 1
+
+
+def unlock(world: World, conn: sa.Connection, number: int, user: Key, workshop: Key) -> CreditTransaction:
+    return world.ledger.consume(conn, user, workshop=workshop, key=f"tab {number}, {workshop}")
+
+
+def test_a_workshop_is_paid_for_once(world: World) -> None:
+    user = world.user(credits=CROWD)
+    results = threads(world, CROWD, unlock, user, world.workshop(user))
+    assert len({row.id for row in results}) == 1
+    assert len(new(results)) == 1
+
+
+def complete(world: World, conn: sa.Connection, number: int, user: Key, purchase: UUID) -> CreditTransaction:
+    return world.ledger.complete_purchase(conn, user, id=purchase, amount_paid=7900, currency="usd")
+
+
+def test_a_purchase_is_granted_once(world: World) -> None:
+    user = world.user()
+    with world.engine.begin() as conn:
+        purchase = world.ledger.start_purchase(conn, user, credits=5, description="A pack")
+    results = threads(world, CROWD, complete, user, purchase.id)
+    assert len(new(results)) == 1
+    assert {row.balance_after for row in results} == {5}
+
+
+def settle(world: World, conn: sa.Connection, number: int, user: Key, purchase: UUID) -> Any:
+    if number % 2:
+        return world.ledger.complete_purchase(conn, user, id=purchase, amount_paid=7900, currency="usd")
+    return outcome(lambda: world.ledger.fail_purchase(conn, user, id=purchase, reason="expired"))
+
+
+def test_paid_beats_failed_in_any_order(world: World) -> None:
+    for _ in range(5):
+        user = world.user()
+        with world.engine.begin() as conn:
+            purchase = world.ledger.start_purchase(conn, user, credits=5, description="A pack")
+        results = threads(world, 8, settle, user, purchase.id)
+        assert sum(row.status == "completed" for row in new(results)) == 1
+        assert all(isinstance(r, CreditTransaction | PurchaseNotPending) for r in results)
+        with world.engine.connect() as conn:
+            assert world.ledger.balance(conn, user) == 5
+
+
+# --- the snapshot trap ---
+
+
+@contextmanager
+def held(world: World, user: Key) -> Iterator[None]:
+    """Nobody else gets to write to the user's row meanwhile."""
+    users = world.schema.users
+    with world.engine.begin() as conn:
+        conn.execute(sa.select(users.c.key).where(users.c.key == user).with_for_update())
+        yield
+
+
+def refund_one(world: World, conn: sa.Connection, number: int, user: Key, purchase: UUID) -> Any:
+    return outcome(lambda: world.ledger.refund(conn, user, purchase, credits=1, key=f"re_{number}"))
+
+
+def refund_one_unguarded(world: World, conn: sa.Connection, number: int, user: Key, purchase: UUID) -> Any:
+    """The ledger's own statement without the comparison that makes it right."""
+    guarded = str(world.ledger.statements["refund"].compile(dialect=postgresql.dialect(paramstyle="pyformat")))
+    unguarded = guarded.replace("account.credit_sequence = seen.sequence AND", "")
+    assert unguarded != guarded
+    values = {
+        "p_id": uuid4(),
+        "p_user": user,
+        "p_purchase": purchase,
+        "p_amount": 1,
+        "p_key": f"re_{number}",
+        "p_description": None,
+    }
+    return conn.exec_driver_sql(unguarded, values).one_or_none()
+
+
+def refunds_that_waited_together(world: World, job: Callable[..., Any]) -> tuple[list[Any], int]:
+    """16 refunds of one credit each, of a purchase of 5, which all begin before any of them may write."""
+    user = world.user(credits=100)
+    with world.engine.begin() as conn:
+        purchase = world.buy(conn, user, 5)
+    with ThreadPoolExecutor(1) as background:
+        with held(world, user):
+            crowd = background.submit(threads, world, CROWD, job, user, purchase.id)
+            waiting_for_a_lock(world, CROWD)
+        results = crowd.result(PATIENCE_S)
+    with world.engine.connect() as conn:
+        return results, 105 - world.ledger.balance(conn, user)
+
+
+def test_a_purchase_is_never_refunded_beyond_its_credits(world: World) -> None:
+    results, taken = refunds_that_waited_together(world, refund_one)
+    assert taken == len(new(results)) == 5
+    assert [r.left for r in results if isinstance(r, RefundExceedsPurchase)] == [0] * 11
+
+
+def test_without_its_guard_the_same_refunds_take_too_much(make_world: Callable[..., World]) -> None:
+    _, taken = refunds_that_waited_together(make_world(), refund_one_unguarded)
+    assert taken == CROWD  # each saw nothing refunded yet: this is what the guard is for
+
+
+# --- deadlocks ---
+
+
+def test_two_purchases_in_transactions_of_their_own_do_not_block_each_other_for_good(world: World) -> None:
+    user = world.user()
+    started = threading.Barrier(2)
+
+    def buy(world: World, conn: sa.Connection, number: int) -> int | None:
+        with conn.begin():
+            row = world.ledger.start_purchase(conn, user, credits=1, description="A pack")
+            started.wait(PATIENCE_S)  # both hold what the new row's foreign key takes
+            return world.ledger.complete_purchase(conn, user, id=row.id).balance_after
+
+    assert sorted(threads(world, 2, buy, isolation="READ COMMITTED")) == [1, 2]
+
+
+def test_two_users_at_each_others_workshops(world: World) -> None:
+    users = [world.user(credits=50) for _ in range(2)]
+    workshops = [[world.workshop(user) for _ in range(20)] for user in users]
+
+    def cross(world: World, conn: sa.Connection, number: int) -> list[Any]:
+        me = number % 2
+        order = [(whose, workshop) for whose in (0, 1) for workshop in workshops[whose]]
+        random.Random(number).shuffle(order)
+        return [(whose == me, outcome(partial(unlock, world, conn, number, users[me], w))) for whose, w in order]
+
+    results = list(chain.from_iterable(threads(world, 8, cross)))
+    assert all(isinstance(result, CreditTransaction if mine else WorkshopNotOwned) for mine, result in results)
+    assert len(new([result for _, result in results])) == 40
+
+
+def test_a_callers_own_deadlock_is_a_conflict_to_retry(world: World) -> None:
+    """Two database transactions that spend for the same two users in opposite order: PostgreSQL ends one of them."""
+    users = [world.user(credits=10), world.user(credits=10)]
+    both_hold_one = threading.Barrier(2)
+
+    def transfer(world: World, conn: sa.Connection, number: int) -> int:
+        for attempt in range(10):
+            try:
+                with conn.begin():
+                    world.ledger.consume(conn, users[number], key=f"{number} first")
+                    if attempt == 0:
+                        both_hold_one.wait(PATIENCE_S)
+                    world.ledger.consume(conn, users[1 - number], key=f"{number} second")
+            except Conflict as conflict:
+                assert conflict.retryable
+                assert conflict.sqlstate == "40P01"
+            else:
+                return attempt
+        raise AssertionError("still in each other's way")
+
+    assert sum(threads(world, 2, transfer, isolation="READ COMMITTED")) >= 1
+    with world.engine.connect() as conn:
+        assert [world.ledger.balance(conn, user) for user in users] == [8, 8]
+
+
+# --- everything at once ---
+
+
+def live(world: World, conn: sa.Connection, number: int, users: list[Key], workshops: dict[Key, list[Key]]) -> Any:
+    """Sixty random operations, each sent once or twice; counts what became of them."""
+    dice, ledger, seen = random.Random(number), world.ledger, Counter[str]()
+    bought: list[tuple[Key, UUID]] = []
+
+    def call(key: str) -> Callable[[], CreditTransaction]:
+        user, workshop = dice.choice([(user, workshop) for user in users for workshop in workshops[user]])
+        buyer, purchase = dice.choice(bought)
+        amount, back = dice.choice((1, 1, 2, 5)), dice.choice((1, 2, None))
+        calls = (
+            lambda: ledger.consume(conn, user, amount=amount, key=key),
+            lambda: ledger.consume(conn, user, workshop=workshop, key=key),
+            lambda: ledger.refund(conn, buyer, purchase, credits=back, key=key),
+            lambda: ledger.complete_purchase(conn, buyer, id=purchase),
+            lambda: ledger.fail_purchase(conn, buyer, id=purchase, reason="expired"),
+        )
+        return dice.choice(calls)
+
+    for n in range(60):
+        if n % 4 == 0:
+            buyer = dice.choice(users)
+            row = ledger.start_purchase(conn, buyer, credits=5, description="A pack", key=f"{number}-{n}")
+            bought.append((buyer, row.id))
+        else:
+            again = call(f"{number}-{n}")
+            for _ in range(dice.choice((1, 2))):
+                seen[type(outcome(again)).__name__] += 1
+    return seen
+
+
+@pytest.mark.parametrize(("crowd", "count"), [("threads", 8), ("processes", 3)])
+def test_all_operations_mixed(world: World, crowd: str, count: int) -> None:
+    users = [world.user(credits=5) for _ in range(3)]
+    workshops = {user: [world.workshop(user) for _ in range(4)] for user in users}
+    seen = sum(CROWDS[crowd](world, count, live, users, workshops), Counter[str]())
+    assert seen["CreditTransaction"] > 10 * count
+    assert set(seen) <= {"CreditTransaction"} | {
+        kind.__name__
+        for kind in (
+            errors.InsufficientCredits,
+            errors.RefundExceedsPurchase,
+            errors.PurchaseNotCompleted,
+            errors.PurchaseNotPending,
+        )
+    }
+
+
+@pytest.mark.parametrize("isolation", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
+def test_a_hot_account_in_transactions_of_each_isolation(world: World, isolation: str) -> None:
+    """Stricter isolation costs retries of the caller's transaction, which ``retryable`` says; never a credit."""
+    user = world.user(credits=30)
+
+    def spend(world: World, conn: sa.Connection, number: int) -> list[Any]:
+        results = []
+        for n in range(6):
+            for _ in range(1000):
+                try:
+                    with conn.begin():
+                        results.append(world.ledger.consume(conn, user, key=f"{number}-{n}"))
+                    break
+                except InsufficientCredits as refusal:
+                    results.append(refusal)
+                    break
+                except Conflict as conflict:
+                    assert conflict.retryable
+        return results
+
+    results = list(chain.from_iterable(threads(world, 6, spend, isolation=isolation)))
+    assert sorted(row.balance_after for row in new(results)) == list(range(30))
+    assert len(results) == 36

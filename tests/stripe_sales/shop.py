@@ -1,0 +1,101 @@
+"""A shop: a migrated host app that sells through the Stripe double, and holds every delivery for the test to make."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+
+from tallystick import Config, CreditTransaction, Pack, stripe
+from tallystick.devstripe import DevStripe
+from tallystick.errors import Key
+from tallystick.schema import stripe_events, stripe_findings
+from tallystick.stripe.client import client
+from worlds import World
+
+CREDITS, PRICE = 97, 1000  # no whole number of cents for a credit, so that rounding shows
+PACK = "Serial Entrepreneur"
+ORIGIN = "https://app.example.com"
+ADDRESSES = {"success_url": f"{ORIGIN}/done", "cancel_url": f"{ORIGIN}/packs"}
+
+
+class Shop:
+    """A world with a Stripe account, one pack on sale, and the deliveries of its webhook endpoint on hold."""
+
+    def __init__(self, world: World, dev: DevStripe) -> None:
+        self.world, self.dev, self.engine = world, dev, world.engine
+        self.config = world.config.model_copy(
+            update={
+                "stripe_secret_key": dev.secret_key,
+                "stripe_api_base": dev.url,
+                "checkout_origins": (ORIGIN,),
+                "packs": (Pack(name=PACK, credits=CREDITS, amount=PRICE),),
+            }
+        )
+        made = stripe.setup(self.config, endpoint_url="http://127.0.0.1:1/webhook")
+        assert made.endpoint is not None
+        self.endpoint = made.endpoint.id
+        self.configure(
+            packs=(Pack(name=PACK, credits=CREDITS, amount=PRICE, stripe_price_id=made.packs[0].price),),
+            stripe_webhook_secret=made.endpoint.secret,
+        )
+        self.api = client(self.config).v1
+        dev.hold()
+
+    def configure(self, **settings: Any) -> Config:
+        self.config = self.config.model_copy(update=settings)
+        return self.config
+
+    def checkout(self, user: Key, **options: Any) -> stripe.Checkout:
+        return stripe.checkout(self.engine, self.config, user, PACK, **(ADDRESSES | options))
+
+    def events(self, *types: str) -> list[str]:
+        """The ids of the held events of these types, oldest first."""
+        return [one["event"] for one in self.dev.held() if not types or one["type"] in types]
+
+    def deliver(self, *events: str) -> list[stripe.Received]:
+        """Deliver events as they are signed for the endpoint, in this order."""
+        received = []
+        for event in events:
+            body, signature = self.dev.signed(event, self.endpoint)
+            received.append(stripe.receive(self.engine, self.config, body.encode(), signature))
+        return received
+
+    def deliver_all(self) -> list[stripe.Received]:
+        return self.deliver(*self.events())
+
+    def outcomes(self, *types: str) -> list[str]:
+        """Deliver the held events of these types and say what came of each."""
+        received = self.deliver(*self.events(*types))
+        assert {one.status for one in received} <= {200}
+        return [str(one.outcome) for one in received]
+
+    def balance(self, user: Key) -> int:
+        with self.engine.begin() as conn:
+            return self.world.ledger.balance(conn, user)
+
+    def rows(self, user: Key) -> list[tuple[str, int]]:
+        """The completed rows of a user, oldest first: type and amount."""
+        with self.engine.begin() as conn:
+            history = self.world.ledger.history(conn, user, limit=1000, include_failed=True)
+        return [(str(row.type), row.amount) for row in reversed(history) if row.sequence is not None]
+
+    def purchase(self, bought: stripe.Checkout) -> CreditTransaction:
+        with self.engine.begin() as conn:
+            history = self.world.ledger.history(conn, bought.purchase.user_id, limit=1000, include_failed=True)
+        return next(row for row in history if row.id == bought.purchase.id)
+
+    def intent(self, bought: stripe.Checkout) -> str:
+        intent = self.api.checkout.sessions.retrieve(bought.session).payment_intent
+        assert isinstance(intent, str)
+        return intent
+
+    def findings(self) -> list[str]:
+        with self.engine.begin() as conn:
+            return list(conn.scalars(sa.select(stripe_findings.c.kind).order_by(stripe_findings.c.kind)))
+
+    def written(self) -> tuple[int, ...]:
+        """Numbers that any write changes."""
+        tables = (self.world.schema.credit_transactions, stripe_events, stripe_findings)
+        with self.engine.begin() as conn:
+            return tuple(conn.scalar(sa.select(sa.func.count()).select_from(table)) or 0 for table in tables)

@@ -1,0 +1,685 @@
+"""What fulfilment must survive: one test for each row of the table of cases in docs/stripe.md."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import pytest
+import sqlalchemy as sa
+import stripe as sdk
+
+from stripe_sales.shop import CREDITS, ORIGIN, PACK, PRICE, Shop
+from tallystick import Pack, stripe
+from tallystick import errors as e
+from tallystick.schema import stripe_events
+
+COMPLETED = "checkout.session.completed"
+SUCCEEDED = "checkout.session.async_payment_succeeded"
+FAILED = "checkout.session.async_payment_failed"
+EXPIRED = "checkout.session.expired"
+SESSIONS = "/v1/checkout/sessions"
+REFUNDS = ("refund.created", "refund.updated", "refund.failed", "charge.refund.updated", "charge.refunded")
+
+
+def bought(shop: Shop, *, card: str = "4242424242424242") -> tuple[object, stripe.Checkout]:
+    """A user whose purchase is paid, its event delivered and gone from the hold."""
+    user = shop.world.user()
+    started = shop.checkout(user)
+    shop.dev.pay(started.session, card=card)
+    shop.deliver_all()
+    shop.dev.drop(shop.events())
+    return user, started
+
+
+def lose_answer(shop: Shop, path: str, outcome: str | int) -> None:
+    """The next POST has its effect at Stripe; neither it nor the SDK's retries bring that home."""
+    shop.dev.fault("POST", path, outcome, when="after")
+    shop.dev.fault("POST", path, outcome, times=2)
+
+
+def all_at_once(*calls):
+    results: list[object] = [None] * len(calls)
+
+    def run(number: int) -> None:
+        results[number] = calls[number]()
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+# --- the same thing more than once ---
+
+
+def test_the_same_event_twice(shop: Shop):
+    user = shop.world.user()
+    shop.dev.pay(shop.checkout(user).session)
+    assert shop.outcomes(COMPLETED) == ["granted"]
+    assert shop.outcomes(COMPLETED) == ["duplicate"]
+    assert shop.rows(user) == [("purchase", CREDITS)]
+
+
+def test_the_same_event_concurrently(shop: Shop):
+    user = shop.world.user()
+    shop.dev.pay(shop.checkout(user).session)
+    [event] = shop.events(COMPLETED)
+    received = all_at_once(*[lambda: shop.deliver(event)[0].outcome] * 8)
+    assert sorted(received) == ["duplicate"] * 7 + ["granted"]
+    assert shop.rows(user) == [("purchase", CREDITS)]
+
+
+def test_the_handler_crashes_half_way(shop: Shop):
+    user = shop.world.user()
+    shop.dev.pay(shop.checkout(user).session)
+    before = shop.written()
+
+    def crash(_conn: sa.Connection) -> None:
+        raise RuntimeError("the power went out before the commit")
+
+    sa.event.listen(shop.engine, "commit", crash)
+    with pytest.raises(RuntimeError):  # which a web framework answers with 500
+        shop.deliver(*shop.events(COMPLETED))
+    sa.event.remove(shop.engine, "commit", crash)
+    assert shop.written() == before
+    assert shop.balance(user) == 0
+    assert shop.outcomes(COMPLETED) == ["granted"]
+
+
+def test_two_event_ids_for_one_fact(shop: Shop):
+    user = shop.world.user()
+    shop.dev.pay(shop.checkout(user).session)
+    [event] = shop.events(COMPLETED)
+    body, _ = shop.dev.signed(event, shop.endpoint)
+    other = json.dumps(json.loads(body) | {"id": "evt_another"})
+    signature = sdk.WebhookSignature.generate_signature_header(other, shop.config.stripe_webhook_secret)
+    assert shop.deliver(event)[0].outcome == "granted"
+    assert stripe.receive(shop.engine, shop.config, other.encode(), signature).outcome == "unchanged"
+    assert shop.rows(user) == [("purchase", CREDITS)]
+
+
+def test_webhook_and_success_page_race(shop: Shop):
+    user = shop.world.user()
+    session = shop.checkout(user).session
+    shop.dev.pay(session)
+    [event] = shop.events(COMPLETED)
+    outcomes = all_at_once(
+        *[
+            lambda: shop.deliver(event)[0].outcome,
+            lambda: stripe.confirm(shop.engine, shop.config, user, session).outcome,
+        ]
+        * 3
+    )
+    assert sorted(outcomes).count("granted") == 1
+    assert shop.rows(user) == [("purchase", CREDITS)]
+
+
+# --- the success page ---
+
+
+def test_success_page_for_another_users_session(shop: Shop):
+    user, thief = shop.world.user(), shop.world.user()
+    session = shop.checkout(user).session
+    shop.dev.pay(session)
+    for who, what in ((thief, session), (user, "cs_test_unknown"), (user, "../../etc"), (user, "")):
+        with pytest.raises(e.SessionNotYours):
+            stripe.confirm(shop.engine, shop.config, who, what)
+    assert (shop.balance(user), shop.balance(thief)) == (0, 0)
+    assert stripe.confirm(shop.engine, shop.config, user, session).granted
+
+
+def test_success_page_for_an_unpaid_session(shop: Shop):
+    user = shop.world.user()
+    session = shop.checkout(user).session
+    confirmed = stripe.confirm(shop.engine, shop.config, user, session)
+    assert (confirmed.granted, confirmed.purchase.status) == (False, "pending")
+    shop.dev.pay(session, card="async")
+    assert not stripe.confirm(shop.engine, shop.config, user, session).granted
+    assert shop.balance(user) == 0
+
+
+# --- delayed payments ---
+
+
+def test_completed_with_unpaid_stays_pending(shop: Shop):
+    user = shop.world.user()
+    started = shop.checkout(user)
+    shop.dev.pay(started.session, card="async")
+    assert shop.outcomes(COMPLETED) == ["pending"]
+    purchase = shop.purchase(started)
+    assert (purchase.status, purchase.stripe_payment_intent_id) == ("pending", shop.intent(started))
+    assert shop.balance(user) == 0
+
+
+@pytest.mark.parametrize("order", [(COMPLETED, SUCCEEDED), (SUCCEEDED, COMPLETED)])
+def test_async_succeeded_before_or_after_completed(shop: Shop, order):
+    user = shop.world.user()
+    session = shop.checkout(user).session
+    shop.dev.pay(session, card="async")
+    shop.dev.settle(session, succeeded=True)
+    assert [outcome for one in order for outcome in shop.outcomes(one)].count("granted") == 1
+    assert shop.rows(user) == [("purchase", CREDITS)]
+
+
+def test_async_failed_then_a_late_completed_stays_failed(shop: Shop):
+    user = shop.world.user()
+    started = shop.checkout(user)
+    shop.dev.pay(started.session, card="async")
+    shop.dev.settle(started.session, succeeded=False)
+    assert shop.outcomes(FAILED) == ["failed"]
+    assert shop.outcomes(COMPLETED) == ["unchanged"]
+    assert shop.purchase(started).status == "failed"
+    assert shop.balance(user) == 0
+
+
+def test_no_payment_required_is_granted(shop: Shop):
+    user = shop.world.user()
+    started = shop.checkout(user)
+    shop.dev.pay(started.session, discount=PRICE)
+    assert shop.outcomes(COMPLETED) == ["granted"]
+    purchase = shop.purchase(started)
+    assert (purchase.amount_paid, purchase.currency, purchase.stripe_payment_intent_id) == (0, "usd", None)
+    assert shop.balance(user) == CREDITS
+
+
+# --- expiry ---
+
+
+def test_expired_after_paid_is_ignored(shop: Shop):
+    user = shop.world.user()
+    started = shop.checkout(user)
+    shop.api.checkout.sessions.expire(started.session)
+    [event] = shop.events(EXPIRED)
+    other = shop.checkout(user)
+    shop.dev.pay(other.session)
+    shop.outcomes(COMPLETED)
+    # the expiry of the paid session, which Stripe never sends, made of the real one
+    body, _ = shop.dev.signed(event, shop.endpoint)
+    forged = body.replace(started.session, other.session).replace(str(started.purchase.id), str(other.purchase.id))
+    signature = sdk.WebhookSignature.generate_signature_header(forged, shop.config.stripe_webhook_secret)
+    assert stripe.receive(shop.engine, shop.config, forged.encode(), signature).outcome == "unchanged"
+    assert shop.purchase(other).status == "completed"
+
+
+def test_expired(shop: Shop):
+    user = shop.world.user()
+    started = shop.checkout(user)
+    shop.dev.advance(86_400)
+    assert shop.outcomes(EXPIRED) == ["failed"]
+    assert shop.purchase(started).description == f"Purchased {PACK} pack (failed: the session expired)"
+
+
+def test_paid_beats_failed(shop: Shop):
+    user = shop.world.user()
+    started = shop.checkout(user)
+    with shop.engine.begin() as conn:
+        shop.world.ledger.fail_purchase(conn, user, id=started.purchase.id, reason="given up too early")
+    shop.dev.pay(started.session)
+    assert shop.outcomes(COMPLETED) == ["granted"]
+    assert shop.purchase(started).description.endswith("(paid after all)")
+
+
+# --- between Stripe and the database ---
+
+
+def test_webhook_before_the_session_id_is_stored(shop: Shop):
+    user = shop.world.user()
+    lose_answer(shop, SESSIONS, "cut")
+    with pytest.raises(e.StripeUnavailable):
+        shop.checkout(user, key="form 1")
+    [session] = shop.api.checkout.sessions.list().data
+    shop.dev.pay(session.id)
+    assert shop.outcomes(COMPLETED) == ["granted"]
+    with shop.engine.begin() as conn:
+        [row] = shop.world.ledger.history(conn, user)
+    assert (row.status, row.stripe_session_id) == ("completed", session.id)
+    again = shop.checkout(user, key="form 1")
+    assert (again.purchase.id, again.session, again.url) == (row.id, session.id, None)
+
+
+@pytest.mark.parametrize("outcome", ["cut", 503])
+def test_a_crash_between_asking_stripe_and_storing_its_answer(shop: Shop, outcome):
+    user = shop.world.user()
+    lose_answer(shop, SESSIONS, outcome)
+    with pytest.raises(e.StripeUnavailable) as lost:
+        shop.checkout(user, key="form 1")
+    assert lost.value.retryable
+    again = shop.checkout(user, key="form 1")
+    assert [one.id for one in shop.api.checkout.sessions.list().data] == [again.session]
+    assert again.url is not None
+    assert again.purchase.stripe_session_id == again.session
+
+
+def test_retry_after_a_day_when_the_key_is_forgotten(shop: Shop):
+    user = shop.world.user()
+    lose_answer(shop, SESSIONS, "cut")
+    with pytest.raises(e.StripeUnavailable):
+        shop.checkout(user, key="form 1")
+    assert shop.dev.forget_idempotency_keys() > 0
+    again = shop.checkout(user, key="form 1")
+    assert [one.id for one in shop.api.checkout.sessions.list().data] == [again.session]
+
+
+@pytest.mark.parametrize("outcome", [500, 502, "cut", 429])
+def test_create_answers_5xx_timeout_or_429(shop: Shop, outcome):
+    user = shop.world.user()
+    shop.dev.fault("POST", SESSIONS, outcome, times=3)
+    with pytest.raises(e.StripeUnavailable):
+        shop.checkout(user, key="form 1")
+    with shop.engine.begin() as conn:
+        [row] = shop.world.ledger.history(conn, user)
+    assert (row.status, row.stripe_session_id) == ("pending", None)
+    again = shop.checkout(user, key="form 1")
+    assert (again.purchase.id, len(shop.api.checkout.sessions.list().data)) == (row.id, 1)
+
+
+@pytest.mark.parametrize("outcome", [500, 502, "cut", 429])
+def test_a_passing_failure_is_not_even_noticed(shop: Shop, outcome):
+    shop.dev.fault("POST", SESSIONS, outcome, times=2)
+    assert shop.checkout(shop.world.user()).url
+
+
+def test_a_session_that_is_unknown_here(shop: Shop, caplog):
+    price = shop.config.packs[0].stripe_price_id
+    made = shop.api.checkout.sessions.create(
+        {"mode": "payment", "line_items": [{"price": price, "quantity": 1}], "success_url": f"{ORIGIN}/"}
+    )
+    shop.dev.pay(made.id)
+    assert shop.outcomes(COMPLETED) == ["unknown"]
+    assert shop.findings() == ["unknown_session"]
+    assert made.id in caplog.text
+    assert any(made.id in str(finding) for finding in stripe.reconcile(shop.engine, shop.config).findings)
+
+
+# --- what was on sale, and what was paid ---
+
+
+def test_price_or_catalogue_edited_meanwhile(shop: Shop):
+    user = shop.world.user()
+    started = shop.checkout(user)
+    shop.configure(packs=(Pack(name=PACK, credits=1, amount=1, stripe_price_id="price_other"),))
+    shop.dev.pay(started.session)
+    assert shop.outcomes(COMPLETED) == ["granted"]
+    assert shop.balance(user) == CREDITS
+    assert shop.findings() == []
+
+
+def test_a_coupon_makes_the_amount_differ(shop: Shop):
+    user = shop.world.user()
+    started = shop.checkout(user)
+    shop.dev.pay(started.session, discount=250)
+    assert shop.outcomes(COMPLETED) == ["granted"]
+    assert (shop.balance(user), shop.purchase(started).amount_paid) == (CREDITS, PRICE - 250)
+    assert shop.findings() == ["amount_differs"]
+
+
+def test_another_currency_is_granted_and_reported(shop: Shop):
+    user = shop.world.user()
+    started = shop.checkout(user)
+    shop.dev.pay(started.session)
+    [event] = shop.events(COMPLETED)
+    body, _ = shop.dev.signed(event, shop.endpoint)
+    said = json.loads(body)
+    said["data"]["object"]["currency"] = "eur"  # adaptive pricing, which the double does not model
+    changed = json.dumps(said)
+    signature = sdk.WebhookSignature.generate_signature_header(changed, shop.config.stripe_webhook_secret)
+    assert stripe.receive(shop.engine, shop.config, changed.encode(), signature).outcome == "granted"
+    assert shop.findings() == ["currency_differs"]
+    assert shop.purchase(started).currency == "eur"
+
+
+def test_a_deleted_user_who_paid_is_granted_and_reported(shop: Shop):
+    user = shop.world.user()
+    started = shop.checkout(user)
+    with shop.engine.begin() as conn:
+        shop.world.accounts.delete_user(conn, user)
+    shop.dev.pay(started.session)
+    assert shop.outcomes(COMPLETED) == ["granted"]
+    assert (shop.balance(user), shop.findings()) == (CREDITS, ["deleted_user"])
+
+
+# --- refunds ---
+
+
+def test_partial_refunds(shop: Shop):
+    user, started = bought(shop)
+    for amount in (333, 333, 334):
+        shop.dev.refund(shop.intent(started), amount=amount)
+    shop.deliver_all()
+    assert shop.rows(user) == [("purchase", 97), ("refund", -33), ("refund", -32), ("refund", -32)]
+    assert shop.balance(user) == 0
+
+
+def test_all_events_of_one_refund_make_one_reversal(shop: Shop):
+    user, started = bought(shop)
+    refund = shop.dev.refund(shop.intent(started), amount=500, pending=True)
+    shop.dev.settle_refund(refund["id"], "succeeded")
+    assert sorted(shop.outcomes()).count("taken_back") == 1
+    assert {"refund.created", "charge.refunded", "refund.updated"} <= {one["type"] for one in shop.dev.held()}
+    assert shop.rows(user) == [("purchase", 97), ("refund", -49)]
+
+
+def test_refund_before_completed(shop: Shop):
+    user = shop.world.user()
+    started = shop.checkout(user)
+    shop.dev.pay(started.session)
+    shop.dev.refund(shop.intent(started), amount=500)
+    assert shop.outcomes("refund.created") == ["taken_back"]
+    assert shop.rows(user) == [("purchase", 97), ("refund", -49)]
+    assert shop.outcomes(COMPLETED) == ["unchanged"]
+
+
+def test_refund_made_in_the_dashboard(shop: Shop):
+    user, started = bought(shop)
+    refund = shop.dev.refund(shop.intent(started))
+    assert refund["metadata"] == {}
+    assert shop.outcomes("refund.created") == ["taken_back"]
+    assert shop.balance(user) == 0
+
+
+def test_refund_made_here(shop: Shop):
+    user, started = bought(shop)
+    for _ in range(2):  # the same call again sends nothing more
+        stripe.refund(shop.engine, shop.config, started.purchase.id, credits=40, key="ticket 7")
+    [sent] = shop.api.refunds.list({"payment_intent": shop.intent(started)}).data
+    assert sent.amount == 40 * PRICE // CREDITS
+    shop.outcomes(*REFUNDS)
+    assert shop.rows(user) == [("purchase", 97), ("refund", -40)]
+    stripe.refund(shop.engine, shop.config, started.purchase.id, key="ticket 8")
+    assert shop.balance(user) == 0
+    assert sum(one.amount for one in shop.api.refunds.list().data) == PRICE
+    with pytest.raises(e.RefundExceedsPurchase):
+        stripe.refund(shop.engine, shop.config, started.purchase.id, key="ticket 9")
+
+
+def test_refund_made_here_whose_answer_is_lost(shop: Shop):
+    user, started = bought(shop)
+    lose_answer(shop, "/v1/refunds", "cut")
+    with pytest.raises(e.StripeUnavailable):
+        stripe.refund(shop.engine, shop.config, started.purchase.id, key="ticket 7")
+    stripe.refund(shop.engine, shop.config, started.purchase.id, key="ticket 7")
+    assert len(shop.api.refunds.list().data) == 1
+    assert shop.rows(user) == [("purchase", 97), ("refund", -97)]
+
+
+def test_credits_that_the_host_took_back_with_the_money_are_taken_once(shop: Shop):
+    user, started = bought(shop)
+    with shop.engine.begin() as conn:
+        shop.world.ledger.refund(conn, user, started.purchase.id, key="by hand")
+    shop.dev.refund(shop.intent(started))
+    shop.deliver_all()
+    assert shop.rows(user) == [("purchase", 97), ("refund", -97)]
+
+
+@pytest.mark.parametrize("end", ["failed", "canceled"])
+@pytest.mark.parametrize("succeeded", [True, False])
+def test_refund_failed_or_canceled(shop: Shop, end, succeeded):
+    user, started = bought(shop)
+    refund = shop.dev.refund(shop.intent(started), pending=True)
+    if succeeded:
+        shop.dev.settle_refund(refund["id"], "succeeded")
+    assert "taken_back" in shop.outcomes()
+    shop.dev.settle_refund(refund["id"], end)
+    assert "given_back" in shop.outcomes()
+    assert shop.rows(user) == [("purchase", 97), ("refund", -97), ("grant", 97)]
+
+
+def test_refund_after_the_credits_are_spent(shop: Shop):
+    user, started = bought(shop)
+    with shop.engine.begin() as conn:
+        shop.world.ledger.consume(conn, user, amount=90, key="spent")
+    shop.dev.refund(shop.intent(started))
+    shop.outcomes("refund.created")
+    assert shop.balance(user) == -90
+    with shop.engine.begin() as conn, pytest.raises(e.InsufficientCredits):
+        shop.world.ledger.consume(conn, user, key="more")
+
+
+# --- disputes ---
+
+
+def test_an_inquiry_moves_nothing(shop: Shop):
+    user, started = bought(shop)
+    dispute = shop.dev.dispute(shop.intent(started), inquiry=True)
+    shop.dev.move_dispute(dispute["id"], "warning_under_review")
+    shop.dev.move_dispute(dispute["id"], "warning_closed")
+    assert set(shop.outcomes()) == {"unchanged"}
+    assert shop.rows(user) == [("purchase", 97)]
+
+
+def test_dispute_opened_and_lost(shop: Shop):
+    user, started = bought(shop)
+    dispute = shop.dev.dispute(shop.intent(started))
+    shop.dev.move_dispute(dispute["id"], "lost")
+    assert shop.outcomes().count("taken_back") == 1
+    assert shop.rows(user) == [("purchase", 97), ("refund", -97)]
+
+
+def test_dispute_won_and_reinstated(shop: Shop):
+    user, started = bought(shop)
+    dispute = shop.dev.dispute(shop.intent(started), amount=300)
+    shop.outcomes()
+    assert shop.rows(user) == [("purchase", 97), ("refund", -30)]
+    shop.dev.move_dispute(dispute["id"], "under_review")
+    shop.dev.move_dispute(dispute["id"], "won")
+    assert shop.outcomes().count("given_back") == 1
+    assert shop.rows(user) == [("purchase", 97), ("refund", -30), ("grant", 30)]
+    # and it can be refunded after all
+    shop.dev.refund(shop.intent(started))
+    shop.outcomes("refund.created")
+    assert shop.balance(user) == 0
+
+
+def test_an_inquiry_that_became_a_dispute(shop: Shop):
+    user, started = bought(shop)
+    dispute = shop.dev.dispute(shop.intent(started), inquiry=True)
+    shop.dev.move_dispute(dispute["id"], "needs_response")
+    assert shop.outcomes().count("taken_back") == 1
+    assert shop.balance(user) == 0
+
+
+def test_partial_dispute_and_a_refund_are_capped(shop: Shop):
+    user, started = bought(shop)
+    shop.dev.refund(shop.intent(started), amount=600)
+    shop.dev.dispute(shop.intent(started), amount=1000)  # banks take what they like
+    shop.deliver_all()
+    assert shop.rows(user) == [("purchase", 97), ("refund", -59), ("refund", -38)]
+
+
+# --- what no webhook told ---
+
+
+def test_events_lost_for_over_three_days(shop: Shop):
+    user = shop.world.user()
+    paid, expired, refunded = shop.checkout(user), shop.checkout(user), shop.checkout(user)
+    shop.dev.pay(paid.session)
+    shop.dev.pay(refunded.session)
+    shop.dev.refund(shop.intent(refunded), amount=500)
+    shop.dev.advance(4 * 86_400)
+    shop.dev.drop(shop.events())
+    assert shop.balance(user) == 0
+    report = stripe.reconcile(shop.engine, shop.config)
+    assert report.changed
+    assert shop.balance(user) == 97 + 97 - 49
+    assert shop.purchase(expired).status == "failed"
+
+
+def test_reconciliation_races_a_webhook_and_runs_twice(shop: Shop):
+    users = [shop.world.user() for _ in range(5)]
+    for user in users:
+        shop.dev.pay(shop.checkout(user).session)
+    all_at_once(
+        lambda: stripe.reconcile(shop.engine, shop.config),
+        lambda: stripe.reconcile(shop.engine, shop.config),
+        shop.deliver_all,
+    )
+    assert [shop.rows(user) for user in users] == [[("purchase", CREDITS)]] * 5
+    again = stripe.reconcile(shop.engine, shop.config)
+    assert (again.changed, again.changes) == (False, ())
+
+
+# --- what is no event for us ---
+
+
+def _signed(shop: Shop, body: str, *, secret: str | None = None) -> tuple[bytes, str]:
+    secret = secret or shop.config.stripe_webhook_secret
+    return body.encode(), sdk.WebhookSignature.generate_signature_header(body, secret)
+
+
+@pytest.mark.parametrize(
+    ("case", "status"),
+    [
+        ("unsigned", 400),
+        ("signed with another secret", 400),
+        ("tampered", 400),
+        ("signed ten minutes ago", 400),
+        ("garbage for a signature", 400),
+        ("not UTF-8", 400),
+        ("not JSON", 400),
+        ("a list", 400),
+        ("a thin event", 400),
+        ("nothing inside", 400),
+        ("oversized", 413),
+        ("no secret here", 503),
+        ("no key here", 503),
+    ],
+)
+def test_a_body_that_is_refused_writes_nothing(shop: Shop, case, status):
+    user = shop.world.user()
+    shop.dev.pay(shop.checkout(user).session)
+    [event] = shop.events(COMPLETED)
+    text, signature = shop.dev.signed(event, shop.endpoint)
+    body, config = text.encode(), shop.config
+    match case:
+        case "unsigned":
+            signature = None
+        case "signed with another secret":
+            body, signature = _signed(shop, text, secret="whsec_other")
+        case "tampered":
+            body = body.replace(b"unpaid", b"paid").replace(f"{PRICE}".encode(), b"9")
+        case "signed ten minutes ago":
+            _, signature = shop.dev.signed(event, shop.endpoint, at=int(time.time()) - 600)
+        case "garbage for a signature":
+            signature = "t=1,v1=\u00e9,\x00"
+        case "not UTF-8":
+            body = b"\xff\xfe" + body
+        case "not JSON":
+            body, signature = _signed(shop, "{not json")
+        case "a list":
+            body, signature = _signed(shop, "[]")
+        case "a thin event":
+            body, signature = _signed(shop, json.dumps({"object": "v2.core.event", "id": "evt_1", "type": COMPLETED}))
+        case "nothing inside":
+            body, signature = _signed(shop, json.dumps(json.loads(text) | {"data": {}}))
+        case "oversized":
+            body, signature = _signed(shop, text + " " * stripe.BODY_MAX_BYTES)
+        case "no secret here":
+            config = config.model_copy(update={"stripe_webhook_secret": None})
+        case "no key here":
+            config = config.model_copy(update={"stripe_secret_key": None})
+    before = shop.written()
+    received = stripe.receive(shop.engine, config, body, signature)
+    assert (received.status, received.outcome) == (status, "refused")
+    assert shop.written() == before
+    assert shop.balance(user) == 0
+
+
+def test_a_replayed_delivery_changes_nothing(shop: Shop):
+    user = shop.world.user()
+    shop.dev.pay(shop.checkout(user).session)
+    [event] = shop.events(COMPLETED)
+    body, signature = shop.dev.signed(event, shop.endpoint)
+    stripe.receive(shop.engine, shop.config, body.encode(), signature)
+    before = shop.written()
+    assert stripe.receive(shop.engine, shop.config, body.encode(), signature).outcome == "duplicate"
+    assert shop.written() == before
+
+
+def test_both_secrets_serve_while_one_is_replaced(shop: Shop):
+    users = [shop.world.user() for _ in range(2)]
+    shop.dev.pay(shop.checkout(users[0]).session)
+    old = shop.config.stripe_webhook_secret
+    new = shop.dev.roll_secret(shop.endpoint, keep_old_s=0)
+    assert {one.status for one in shop.deliver_all()} == {400}
+    shop.configure(stripe_webhook_secret=f"{old}, {new}")
+    assert "granted" in [str(one.outcome) for one in shop.deliver_all()]
+
+
+def test_wrong_livemode_is_ignored_and_logged(shop: Shop, caplog):
+    user = shop.world.user()
+    shop.dev.pay(shop.checkout(user).session)
+    [event] = shop.events(COMPLETED)
+    text, _ = shop.dev.signed(event, shop.endpoint)
+    before = shop.written()
+    received = stripe.receive(
+        shop.engine, shop.config, *_signed(shop, json.dumps(json.loads(text) | {"livemode": True}))
+    )
+    assert (received.status, received.outcome) == (200, "ignored")
+    assert "other mode" in caplog.text
+    assert shop.written() == before
+
+
+def test_another_api_version_is_asked_for_again(shop: Shop):
+    user = shop.world.user()
+    shop.dev.pay(shop.checkout(user).session)
+    [event] = shop.events(COMPLETED)
+    said = json.loads(shop.dev.signed(event, shop.endpoint)[0]) | {"api_version": "2019-12-03"}
+    session = said["data"]["object"]
+    said["data"]["object"] = {"id": session["id"], "object": "checkout.session"}  # whatever its shape was then
+    received = stripe.receive(shop.engine, shop.config, *_signed(shop, json.dumps(said)))
+    assert (received.status, received.outcome) == (200, "granted")
+
+
+def test_an_unknown_event_type_is_answered_and_changes_nothing(shop: Shop):
+    shop.dev.pay(shop.checkout(shop.world.user()).session)
+    [event] = shop.events(COMPLETED)
+    text, _ = shop.dev.signed(event, shop.endpoint)
+    before = shop.written()
+    received = stripe.receive(
+        shop.engine, shop.config, *_signed(shop, json.dumps(json.loads(text) | {"type": "customer.created"}))
+    )
+    assert (received.status, received.outcome) == (200, "ignored")
+    assert shop.written() == before
+
+
+def test_a_database_that_is_away_makes_stripe_send_it_again(shop: Shop):
+    user = shop.world.user()
+    shop.dev.pay(shop.checkout(user).session)
+    [event] = shop.events(COMPLETED)
+    body, signature = shop.dev.signed(event, shop.endpoint)
+    nowhere = sa.create_engine("postgresql+psycopg://nobody@127.0.0.1:1/nothing?connect_timeout=2")
+    assert stripe.receive(nowhere, shop.config, body.encode(), signature).status == 503
+    assert shop.outcomes(COMPLETED) == ["granted"]
+
+
+def test_stripe_that_is_away_makes_stripe_send_it_again(shop: Shop):
+    user = shop.world.user()
+    started = shop.checkout(user)
+    shop.dev.pay(started.session)
+    shop.dev.refund(shop.intent(started))
+    shop.dev.fault("GET", SESSIONS, 500, times=3)
+    before = shop.written()
+    [received] = shop.deliver(*shop.events("refund.created"))
+    assert received.status == 503
+    assert shop.written() == before
+    assert shop.outcomes("refund.created") == ["taken_back"]
+
+
+def test_every_event_is_on_record_once(shop: Shop):
+    bought(shop)
+    with shop.engine.begin() as conn:
+        [(id, event_type)] = conn.execute(sa.select(stripe_events.c.id, stripe_events.c.type)).all()
+    assert (id[:4], event_type) == ("evt_", COMPLETED)
+
+
+@pytest.mark.parametrize("shape", ["clerk", "quoted", "alone"])
+def test_every_shape_of_host_sells(make_shop, shape):
+    shop = make_shop(shape)
+    user, started = bought(shop)
+    shop.dev.refund(shop.intent(started), amount=500)
+    shop.deliver_all()
+    assert shop.rows(user) == [("purchase", 97), ("refund", -49)]
