@@ -44,7 +44,8 @@ PART_ROWS = 5_000_000
 SUSPECTS = 10_000
 """With more users than these under suspicion, the precise checks look at everyone in the part."""
 
-_PURCHASE, _CONSUMPTION, _REFUND = CreditTransactionType
+_PURCHASE, _CONSUMPTION = CreditTransactionType.PURCHASE, CreditTransactionType.CONSUMPTION
+_REFUND = CreditTransactionType.REFUND
 _PENDING, _COMPLETED = CreditTransactionStatus.PENDING, CreditTransactionStatus.COMPLETED
 # spells names and statements for people, so a % in a name stays one
 _SPELLING = PGDialect(paramstyle="named")  # type: ignore[no-untyped-call]  # SQLAlchemy leaves it untyped
