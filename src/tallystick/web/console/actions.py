@@ -57,7 +57,7 @@ class Review:
 class Actions:
     """Performs actions through the ledger, each in a transaction of its own."""
 
-    names = tuple(name for name in ("grant", "refund") if hasattr(Ledger, name))
+    names = ("grant", "refund")
 
     def __init__(self, config: Config, engine: sa.Engine) -> None:
         self._ledger = Ledger(config)
@@ -101,9 +101,12 @@ class Actions:
             with translated(connecting=True):
                 conn = self._engine.connect()
             with conn, translated(), conn.begin():
-                about = (review.user.key,) if review.purchase is None else (review.user.key, review.purchase.id)
-                operation = getattr(self._ledger, review.name)
-                row: CreditTransaction = operation(conn, *about, credits=credits, key=key, description=review.reason)
+                user, reason = review.user.key, review.reason
+                if review.purchase is None:
+                    row = self._ledger.grant(conn, user, credits=credits, key=key, description=reason)
+                else:
+                    purchase = review.purchase.id
+                    row = self._ledger.refund(conn, user, purchase, credits=credits, key=key, description=reason)
         except LedgerError as error:
             log.warning(
                 "action=%s operator=%r user=%r credits=%d reason=%r refused=%s",

@@ -21,9 +21,19 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from tallystick import audit
+from tallystick import audit, stripe
 from tallystick.config import Config
-from tallystick.errors import Conflict, DatabaseError, InvalidArgument, Key, LedgerError, TallystickError, UnknownUser
+from tallystick.errors import (
+    Conflict,
+    DatabaseError,
+    InvalidArgument,
+    Key,
+    LedgerError,
+    SessionNotYours,
+    StripeError,
+    TallystickError,
+    UnknownUser,
+)
 from tallystick.web.console import export
 from tallystick.web.console.access import Door
 from tallystick.web.console.actions import Actions, Review, operator_of
@@ -72,6 +82,9 @@ class _Console:
         self.figures: Background[Figures] = Background(
             "figures", lambda _: self.books.figures(dt.datetime.now(dt.UTC)), keep_s=60
         )
+        self.stripe: Background[stripe.Report] | None = None
+        if allow_actions and config.stripe_secret_key:
+            self.stripe = Background("stripe", lambda _: stripe.reconcile(engine, config))
         self.texts = Texts()
         self.templates = environment(jinja2.PackageLoader("tallystick.web.console"))
         self.templates.filters.update(
@@ -89,6 +102,7 @@ class _Console:
             small=SMALL,
             money=self.texts.money,
             stripe=stripe_address,
+            can_ask=self.stripe is not None,
             database=_database_name(engine),
             host=config.host,
             actions=self.actions,
@@ -106,6 +120,7 @@ class _Console:
             Route("/user/steps.json", self.steps),
             Route("/audit/run", self.run_audit, methods=["POST"]),
             Route("/audit/state.json", self.audit_state),
+            Route("/pending/state.json", self.stripe_state),
             Route("/static/{name}", static),
         ]
         if self.actions:
@@ -113,6 +128,8 @@ class _Console:
                 Route("/user/{action:str}", self.review, methods=["GET"]),
                 Route("/user/{action:str}", self.act, methods=["POST"]),
             ]
+        if self.stripe:
+            routes.append(Route("/pending/ask", self.ask_stripe, methods=["POST"]))
         pages = Starlette(
             routes=routes,
             exception_handlers={
@@ -226,7 +243,34 @@ class _Console:
         page = self.books.pending(**_place(request))
         if form == "json":
             return self._list(request, page)
-        return self.show(request, "pending.html", page=page, waiting=self.books.waiting())
+        asked = self.stripe.state if self.stripe else None
+        return self.show(
+            request,
+            "pending.html",
+            page=page,
+            waiting=self.books.waiting(),
+            asked=asked,
+            told=request.query_params.get("told", "") if self.stripe else "",
+            refresh=asked is not None and asked.running,
+        )
+
+    def ask_stripe(self, request: Request) -> Response:
+        """Ask about one purchase, whose user and session the form names, or about all."""
+        assert self.stripe  # noqa: S101 - there is no route without it
+        form: Mapping[str, str] = request.state.form
+        session = form.get("session", "")
+        if session:
+            user = self._parsed_key(form.get("key", ""))
+            outcome = stripe.confirm(self.engine, self.config, user, session).outcome
+            log.info("action=ask-stripe operator=%r session=%r outcome=%s", _operator(request), session, outcome)
+            return RedirectResponse(self.at(request, "/pending", told=outcome), 303)
+        started = self.stripe.start()
+        log.info("action=reconcile operator=%r started=%s", _operator(request), started)
+        self.stripe.wait(FIRST_FIGURES_S)
+        return RedirectResponse(self.at(request, "/pending"), 303)
+
+    def stripe_state(self, _: Request) -> Response:
+        return JSONResponse({"running": self.stripe is not None and self.stripe.state.running, "percent": None})
 
     def audit_page(self, request: Request, form: str) -> Response:
         state = self.audit.state
@@ -329,11 +373,15 @@ class _Console:
                 status, title = 404, "No such user"
             case InvalidArgument():
                 status, title = 400, "That cannot be looked up"
+            case SessionNotYours():
+                status, title = 404, "Stripe has no such session for this user"
+            case StripeError():
+                status, title = 502, "Stripe did not answer as it should"
             case Conflict() if error.sqlstate == _TIMED_OUT:
                 status, title = 503, "This took too long"
             case _:
                 status, title = 503, "The database did not answer as it should"
-        if status == 503:  # noqa: PLR2004 - Service Unavailable
+        if status >= 500:  # noqa: PLR2004 - not the request's fault
             log.warning("path=%r %s", request.url.path, error.message)
         if request.url.path.endswith((".json", ".csv")):
             return JSONResponse(
