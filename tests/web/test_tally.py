@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass
-from xml.etree import ElementTree
+from itertools import pairwise
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -40,7 +41,7 @@ def pending(amount=5):
 
 
 def drawn(rows, **how):
-    svg = ElementTree.fromstring(tally(rows, standalone=True, **how))
+    svg = ET.fromstring(tally(rows, standalone=True, **how))
     rects = [dict(rect.attrib) for rect in svg.iter(f"{SVG}rect")]
     return svg.find(f"{SVG}title").text, rects, [dict(path.attrib) for path in svg.iter(f"{SVG}path")]
 
@@ -90,7 +91,7 @@ def test_a_missing_row_breaks_the_stick(skip, sticks):
     _, rects, paths = drawn(chain(9, -1, -1, -1, -1, -1, -1, skip=skip))
     wood = sorted((float(r["x"]), float(r["x"]) + float(r["width"])) for r in rects if r["fill"] == "var(--ts-hazel)")
     assert len(wood) == sticks
-    assert all(left[1] < right[0] for left, right in zip(wood, wood[1:], strict=False))
+    assert all(left[1] < right[0] for left, right in pairwise(wood))
     dashed = [path for path in paths if "stroke-dasharray" in path]
     assert bool(dashed) == bool(skip)
     assert all(path["stroke"] == "var(--ts-debt)" for path in dashed)
@@ -122,7 +123,7 @@ def test_order_does_not_matter_and_the_same_rows_give_the_same_picture():
 
 def test_nothing_is_drawn_outside_the_picture():
     rows = [*chain(*[1, -1] * 60, 1_000_000), pending(2_000_000)]
-    svg = ElementTree.fromstring(tally(rows, standalone=True))
+    svg = ET.fromstring(tally(rows, standalone=True))
     _, _, width, height = (float(part) for part in svg.attrib["viewBox"].split())
     for rect in svg.iter(f"{SVG}rect"):
         x, y, w, h = (float(rect.attrib[name]) for name in ("x", "y", "width", "height"))

@@ -1,17 +1,13 @@
 from __future__ import annotations
 
 import re
-import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import psycopg
 import pytest
 import sqlalchemy as sa
-import uvicorn
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 
@@ -56,24 +52,6 @@ def open_console() -> Iterator[Callable[..., Visitor]]:
             return visitor
 
         yield make
-
-
-@contextmanager
-def served(app: ASGIApp, listening: socket.socket) -> Iterator[None]:
-    """``app`` behind uvicorn, as ``tallystick serve`` runs it, on a thread."""
-    settings = uvicorn.Config(app, proxy_headers=False, access_log=False, log_level="critical", lifespan="off")
-    server = uvicorn.Server(settings)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    try:
-        until = time.monotonic() + 30
-        while not server.started and time.monotonic() < until:
-            time.sleep(0.02)
-        yield
-    finally:
-        server.should_exit = True
-        thread.join()
-        listening.close()
 
 
 @pytest.fixture(scope="session")

@@ -305,7 +305,7 @@ def test_every_answer_carries_the_headers(world, open_console):
         assert "default-src 'none'" in policy
         assert "unsafe" not in policy
         assert headers["x-content-type-options"] == "nosniff"
-        assert headers["referrer-policy"] == "no-referrer"
+        assert headers["referrer-policy"] == "same-origin"  # with no-referrer, browsers hide where a form comes from
         assert headers["x-frame-options"] == "DENY"
     assert visitor.get("/").headers["cache-control"] == "no-store"
 

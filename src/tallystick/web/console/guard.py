@@ -63,7 +63,7 @@ class Guard:
         self._secure = parts.scheme == "https"
         self._headers = {
             **security_headers(),
-            "Referrer-Policy": "no-referrer",
+            "Referrer-Policy": "same-origin",
             "X-Frame-Options": "DENY",
             "X-Robots-Tag": "noindex",
             **({"Strict-Transport-Security": "max-age=31536000"} if self._secure else {}),
