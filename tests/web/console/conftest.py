@@ -72,7 +72,8 @@ def crowd(server: Any, _templates: Callable[[str], str]) -> Iterator[World]:
 
 USERS = """
 INSERT INTO users (id, email, credit_sequence, credit_balance)
-SELECT md5('user ' || n)::uuid, 'person' || n || '@example.com', %(each)s, 6 - %(each)s FROM generate_series(1, %(users)s) n
+SELECT md5('user ' || n)::uuid, 'person' || n || '@example.com', %(each)s, 6 - %(each)s
+FROM generate_series(1, %(users)s) n
 """
 
 # A user buys five credits and spends the rest of the rows one by one. Times run up to now over 90 days, user after

@@ -14,8 +14,8 @@ PATHS = [
     "/", "/users", "/users?q=a", "/users.json", "/users.csv", "/user?key=x", "/user.json?key=x", "/user.csv?key=x",
     "/user/steps.json?key=x", "/pending", "/pending.json", "/pending.csv", "/audit", "/audit.json", "/audit.csv",
     "/audit/state.json", "/migrations", "/migrations.json", "/migrations.csv", "/days.json", "/days.csv",
-    "/user/grant?key=x", "/user/refund?key=x", "/pending/state.json", "/nothing", "//", "/enter", "/enter?token=", "/logout",
-    "/static/../users", "/static/%2e%2e/users",
+    "/user/grant?key=x", "/user/refund?key=x", "/pending/state.json", "/nothing", "//", "/enter", "/enter?token=",
+    "/logout", "/static/../users", "/static/%2e%2e/users",
 ]  # fmt: skip
 
 

@@ -134,14 +134,12 @@ def test_users_are_found_by_key_mail_and_what_stripe_calls_them(any_world, open_
     for search in (
         "nobody",
         "%",
-        "_",
         "100%",
         "'; DROP TABLE users --",
         "\\",
         "cs_none",
         "0" * 40,
         "\0",
-        "-",
         "é",
         "a" * 900,
     ):

@@ -353,7 +353,8 @@ class _Console:
             at=partial(self.at, request),
             session=session,
             token=request.state.token,
-            once=secrets.token_urlsafe(16),
+            # in the address of a review, so that going back to it is no second intent
+            once=request.query_params.get("once") or secrets.token_urlsafe(16),
             here={name: request.query_params.get(name) for name in ("q", "key", "before", "after")},
             path=request.url.path.removeprefix(request.scope.get("root_path", "")) if session else "",
             **{"refresh": False, **values},
