@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lock clean
+.PHONY: help install demo test check bench lock clean
 
 help:
 	@echo "make demo    migrate a busy database, sell, spend, refund and audit credits (under a minute)"
 	@echo "make test    the whole test suite on the embedded PostgreSQL (and on 15, where it is installed)"
 	@echo "make check   ruff, mypy --strict and the import contracts"
+	@echo "make bench   consumptions against pgbench, and growth with history (minutes; QUICK=1 for a short form)"
 	@echo "make lock    pin the development dependencies anew"
 	@echo "make clean   remove .venv and the embedded database"
 
@@ -33,6 +34,9 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: install
+	$(BIN)/python benchmarks/ledger.py $(if $(QUICK),--quick)
 
 lock: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv

@@ -68,7 +68,7 @@ class Healthy:
         self.add(conn, "bob unlocked", self.bob, "consumption", -1, 2, 1, at=HOUR_AGO, workshop="bobs")
         self.add(conn, "bob refunded", self.bob, "refund", -2, 3, -1, at=HOUR_AGO, refund_of="bob bought")
 
-    def add(  # noqa: PLR0917  a call reads as a line of the ledger
+    def add(
         self,
         conn: sa.Connection,
         name: str,
@@ -342,7 +342,7 @@ FAULTS = [
     Fault("paid", "bought", _no_currency, "currency None"),
     Fault("paid", "bought", _shouted_currency, "currency USD", "capitals"),
     Fault("paid", "bought", _negative_price, "amount_paid -1", "negative"),
-    Fault("refund_excess", "bought", _refunded_too_much, "11 credits in 2 refunds"),
+    Fault("refund_excess", "bought", _refunded_too_much, "11 credits in 2 refunds and grants"),
     Fault("refundable", "refunded", _refund_of("failed"), "a failed purchase", "failed"),
     Fault("refundable", "refunded", _refund_of("unlocked"), "a completed consumption", "no purchase"),
     Fault("refundable", "refunded", _refund_of("bob bought"), "a completed purchase of user", "another user's"),

@@ -348,7 +348,7 @@ class TestFaults:
         slow.mkdir()
         for program in ("postgres", "pg_ctl"):
             (slow / program).symlink_to(real / program)
-        wait = f'while [ ! -e "{go_on}" ]; do sleep 0.1; done'
+        wait = f'n=0; while [ ! -e "{go_on}" ] && [  -lt 600 ]; do n=1; sleep 0.1; done'
         (slow / "initdb").write_text(f'#!/bin/sh\n"{real}/initdb" "$@"; touch "{home}/server/$2/made"; {wait}\n')
         (slow / "initdb").chmod(0o755)
         monkeypatch.setenv("TALLYSTICK_PG_BIN", str(slow))

@@ -217,6 +217,13 @@ class Config(BaseModel):
     stripe_api_base: str | None = None
     console: ConsoleAccess = Field(default_factory=ConsoleAccess)
 
+    def at(self, database_url: str) -> Self:
+        """The same settings for another database, whose address is a direct one. Raises ConfigError."""
+        try:
+            return self.model_validate(dict(self) | {"database_url": database_url, "database_url_unpooled": None})
+        except ValidationError as error:
+            raise _explain(error, None, {"database_url": "--database-url"}) from None
+
     @classmethod
     def load(cls, path: Path | str | None = None, *, environ: Mapping[str, str] | None = None) -> Self:
         """Read the settings of the app in the working directory.

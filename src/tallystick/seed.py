@@ -53,6 +53,7 @@ MANY_USERS = 1_000
 
 _NAMESPACE = uuid.UUID("5eed7a11-0000-5000-8000-000000000000")
 _KEYS_PER_SCENARIO = 1_000
+_TURN = int.from_bytes(_NAMESPACE.bytes[:8], signed=True)
 _RESET_LOCK_TIMEOUT = "5s"
 
 Bind = sa.Engine | sa.Connection
@@ -253,14 +254,22 @@ def _chosen(only: Sequence[str]) -> list[Scenario]:
 
 @contextmanager
 def _transaction(bind: Bind) -> Iterator[sa.Connection]:
+    """Whole scenarios, one run's at a time."""
     if isinstance(bind, sa.Connection):
+        _take_turn(bind)
         yield bind
         return
-    # an engine in autocommit would leave half a scenario behind when it is killed
     with translated(connecting=True):
-        conn = bind.execution_options(isolation_level="READ COMMITTED").connect()
-    with conn, conn.begin():
+        conn = bind.connect()
+    # an engine in autocommit would leave half a scenario behind when it is killed
+    with conn.execution_options(isolation_level="READ COMMITTED") as conn, conn.begin():
+        _take_turn(conn)
         yield conn
+
+
+def _take_turn(conn: sa.Connection) -> None:
+    # ON CONFLICT would not do: two INSERTs of one row deadlock where the table has a second unique index
+    conn.execute(sa.select(sa.func.pg_advisory_xact_lock(_TURN)))
 
 
 def _present(conn: sa.Connection, schema: Schema, chosen: Sequence[Scenario]) -> set[str]:
@@ -277,7 +286,8 @@ def _seed_one(bind: Bind, ledger: Ledger, host: _HostTables, scenario: Scenario)
         return Seeded(scenario=scenario.name, user=user, balance=None, outcome=Outcome.SKIPPED, reason=unmet)
     with host.obeyed(), _transaction(bind) as conn:
         outcome = Outcome.UNCHANGED
-        if host.insert_user(conn, scenario):
+        if not _present(conn, schema, [scenario]):
+            host.insert_user(conn, scenario)
             scenario.tell(_Story(conn, ledger, host, scenario))
             outcome = Outcome.CREATED
         balance = ledger.balance(conn, user)
@@ -427,8 +437,8 @@ class _HostTables:
             given = {workshops.key, workshops.owner, workshops.title, workshops.created_at}
             self.workshops = _HostTable(conn, workshops, {name for name in given if name}, schema.users)
 
-    def insert_user(self, conn: sa.Connection, scenario: Scenario) -> bool:
-        """Add the scenario's user; False when there is one, also from a run that just now committed."""
+    def insert_user(self, conn: sa.Connection, scenario: Scenario) -> None:
+        """Add the scenario's user."""
         names = self.schema.host.users
         label = f"seed_{scenario.name}"
         values = {names.key: scenario.user_key(self.schema)}
@@ -436,9 +446,7 @@ class _HostTables:
             values[names.email] = self.users.fitted(names.email, f"{label}@example.com")
         text = scenario.name.replace("_", " ").capitalize()
         row = self.users.row(conn, _Row(label, scenario.number * _KEYS_PER_SCENARIO, text), values, None)
-        table = self.users.table
-        added = pg.insert(table).values(row).on_conflict_do_nothing(index_elements=[names.key])
-        return conn.scalar(added.returning(table.c[names.key])) is not None
+        conn.execute(sa.insert(self.users.table).values(row))
 
     def insert_workshops(
         self,
@@ -469,7 +477,8 @@ class _HostTables:
     def rehearse(self, conn: sa.Connection) -> None:
         """Add one row to each table and take it back: what the host refuses is known before anything is written."""
         with self.obeyed(), conn.begin_nested() as savepoint:
-            if self.insert_user(conn, _REHEARSAL) and self.workshops is not None:
+            self.insert_user(conn, _REHEARSAL)
+            if self.workshops is not None:
                 self.insert_workshops(conn, _REHEARSAL, ["Rehearsal"], first=1, created_at=None)
             conn.execute(sa.text("SET CONSTRAINTS ALL IMMEDIATE"))
             savepoint.rollback()

@@ -2,6 +2,7 @@
 
 ``tests/golden/statements.sql`` shows each one compiled; read that first. The shape of every balance change::
 
+    turn    AS (SELECT pg_advisory_xact_lock(…))                                 -- this user's, for the transaction
     account AS (SELECT … FROM users WHERE key = :p_user FOR NO KEY UPDATE)       -- then the workshop, in this order
     written AS (INSERT INTO credit_transactions SELECT … FROM account WHERE … ON CONFLICT DO NOTHING RETURNING …)
     moved   AS (UPDATE users SET credit_balance, credit_sequence FROM written)   -- and the workshop's mark
@@ -75,11 +76,19 @@ class _Statements:
         )
         self.p_session, self.p_intent, self.p_price = (bind(name, sa.Text()) for name in ("session", "intent", "price"))
 
+        # Everything that changes one user's rows happens in turn. The row lock alone would order it too, but
+        # PostgreSQL can then deadlock two of these statements while a third transaction holds the user by a foreign
+        # key: the UPDATE below comes back to the version that its snapshot sees, whose queue the next one has joined.
+        self.turn = sa.select(
+            sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(sa.cast(self.p_user, sa.Text), ZERO)).label("taken"),
+            self.p_user.label("user_id"),
+        ).cte("turn")
         # Read with the lock, so as of now, whatever this statement waited for.
         locked = (
             sa.select(self.users.c.key.label("key"), self.users.c.credit_balance, self.users.c.credit_sequence)
+            .select_from(self.users.join(self.turn, sa.true()))
             .where(self.users.c.key == self.p_user)
-            .with_for_update(key_share=True)
+            .with_for_update(of=self.users, key_share=True)
         )
         self.account = locked.cte("account")
         self.living = locked.where(self.users.c.deleted_at.is_(None)).cte("account")
@@ -179,6 +188,7 @@ class _Statements:
                 row.type == PURCHASE,
                 sa.func.coalesce(row.stripe_session_id, self.p_session) == self.p_session,
                 self.session_is_free,
+                self.turn.c.user_id == row.user_id,
                 # something to store, or it is a replay
                 sa.or_(
                     row.stripe_session_id.is_(None),
@@ -228,7 +238,13 @@ class _Statements:
         reason = _text(" (failed: ").concat(sa.bindparam("p_reason", type_=sa.Text())).concat(_text(")"))
         return (
             sa.update(self.ledger)
-            .where(row.user_id == self.p_user, found, row.type == PURCHASE, row.status == PENDING)
+            .where(
+                row.user_id == self.p_user,
+                found,
+                row.type == PURCHASE,
+                row.status == PENDING,
+                self.turn.c.user_id == row.user_id,
+            )
             .values(status=FAILED, description=row.description.concat(reason))
             .returning(self.ledger)
         )

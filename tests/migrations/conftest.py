@@ -29,3 +29,17 @@ def make_app(fresh_database: Callable[..., str], server: Server) -> Callable[...
 def app(make_app: Callable[..., App]) -> App:
     """500 users and their workshops, with uuid keys."""
     return make_app()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What live traffic felt, for a person to read."""
+    rows = [
+        (report.nodeid.rpartition("::")[2], value)
+        for report in terminalreporter.getreports("passed")
+        for name, value in report.user_properties
+        if name == "traffic" and report.when == "call"
+    ]
+    if rows:
+        terminalreporter.section("live traffic during the migration")
+        for test, value in rows:
+            terminalreporter.line(f"{test}: {value}")

@@ -11,6 +11,35 @@ import sqlalchemy as sa
 from tallystick import Config, HostMapping, UsersTable, WorkshopsTable
 from tallystick.devdb import Server
 
+CATALOGUE = """
+    WITH ours AS (
+      SELECT oid, nspname FROM pg_namespace
+      WHERE nspname NOT IN ('pg_catalog', 'information_schema') AND nspname !~ '^pg_'
+    )
+    SELECT 'schema', nspname FROM ours
+    UNION ALL
+    SELECT concat('relation ', c.relkind), concat(c.oid::regclass, ' ', pg_get_indexdef(i.indexrelid), i.indisvalid)
+    FROM pg_class c LEFT JOIN pg_index i ON i.indexrelid = c.oid WHERE c.relnamespace IN (SELECT oid FROM ours)
+    UNION ALL
+    SELECT 'column', concat(c.oid::regclass, ' ', row_number() OVER (PARTITION BY c.oid ORDER BY a.attnum), ' ',
+      a.attname, ' ', format_type(a.atttypid, a.atttypmod), a.attnotnull, pg_get_expr(d.adbin, d.adrelid))
+    FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+    LEFT JOIN pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum
+    WHERE c.relnamespace IN (SELECT oid FROM ours)
+    UNION ALL
+    SELECT 'constraint', concat(conrelid::regclass, ' ', conname, ' ', pg_get_constraintdef(oid))
+    FROM pg_constraint WHERE connamespace IN (SELECT oid FROM ours)
+    UNION ALL
+    SELECT 'trigger', concat(pg_get_triggerdef(oid), tgenabled)
+    FROM pg_trigger WHERE NOT tgisinternal
+    UNION ALL
+    SELECT 'function', concat(oid::regprocedure, prosrc) FROM pg_proc WHERE pronamespace IN (SELECT oid FROM ours)
+    UNION ALL
+    SELECT 'type', concat(t.oid::regtype, ' ', t.typtype,
+      (SELECT string_agg(enumlabel, ',' ORDER BY enumsortorder) FROM pg_enum WHERE enumtypid = t.oid))
+    FROM pg_type t WHERE t.typnamespace IN (SELECT oid FROM ours)
+"""
+
 
 @dataclass
 class App:
@@ -35,6 +64,10 @@ class App:
 
     def value(self, query: str) -> Any:
         return self.rows(query)[0][0]
+
+    def shape(self) -> set[tuple[str, str]]:
+        """All there is in the catalogues, by names: quicker than a dump, for tests that look often."""
+        return {(str(kind), str(text)) for kind, text in self.rows(CATALOGUE)}
 
     def psql(self, script: str) -> None:
         """Run a script as an administrator would."""

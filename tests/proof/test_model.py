@@ -160,5 +160,5 @@ def test_no_sequence_of_calls_tells_the_ledger_from_its_model(world: World) -> N
             suppress_health_check=list(HealthCheck),
         ),
     )
-    world.engine.dispose()
     books_balance(world)
+    world.engine.dispose()

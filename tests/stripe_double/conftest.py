@@ -7,8 +7,8 @@ from typing import Any
 
 import jsonschema_rs
 import pytest
-
 import stripe
+
 from tallystick.devstripe import DevStripe
 from tallystick.devstripe.parameters import specification
 

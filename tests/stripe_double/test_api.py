@@ -7,8 +7,8 @@ import time
 from typing import Any
 
 import pytest
-
 import stripe
+
 from tallystick.devstripe import DevStripe
 
 from .conftest import client_of

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
 import stripe
+
 from tallystick.devstripe import DevStripe
 from tallystick.errors import DevStripeError
 

@@ -7,8 +7,8 @@ import urllib.request
 from typing import Any
 
 import pytest
-
 import stripe
+
 from tallystick.devstripe import DevStripe
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 import stripe
+
 from tallystick.devstripe import DevStripe
 from tallystick.devstripe.api import ROUTES
 from tallystick.devstripe.parameters import specification

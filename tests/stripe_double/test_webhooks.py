@@ -9,8 +9,8 @@ import urllib.request
 from typing import Any
 
 import pytest
-
 import stripe
+
 from tallystick.devstripe import DevStripe
 from tallystick.errors import DevStripeError
 

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from stripe_sales.shop import Shop
 from tallystick.devstripe import DevStripe
+from tallystick.stripe import Received
 from worlds import World
 
 
@@ -16,13 +19,55 @@ def dev() -> Iterator[DevStripe]:
 
 
 @pytest.fixture
-def shop(world: World, dev: DevStripe) -> Shop:
-    return Shop(world, dev)
+def make_shop(make_world: Callable[..., World], dev: DevStripe) -> Iterator[Callable[..., Shop]]:
+    """``make_shop(shape="uuid", dev=…, endpoint_url=…) -> Shop``"""
+    made: list[Shop] = []
+
+    def make(shape: str = "uuid", *, dev: DevStripe = dev, **options: str) -> Shop:
+        made.append(Shop(make_world(shape), dev, **options))
+        return made[-1]
+
+    yield make
+    for shop in made:
+        shop.engine.dispose()
 
 
 @pytest.fixture
-def make_shop(make_world: Callable[..., World], dev: DevStripe) -> Callable[..., Shop]:
-    def make(shape: str) -> Shop:
-        return Shop(make_world(shape), dev)
+def shop(make_shop: Callable[..., Shop]) -> Shop:
+    return make_shop()
 
-    return make
+
+class App:
+    """The host's web server, with the webhook route and nothing else."""
+
+    def __init__(self) -> None:
+        self.receive: Callable[[bytes, str | None], Received]
+        self.answers: list[int] = []
+        app = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                status = app.receive(body, self.headers["Stripe-Signature"]).status
+                app.answers.append(status)
+                self.send_response(status)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *_args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/webhook"
+
+
+@pytest.fixture
+def app() -> Iterator[App]:
+    """Set ``app.receive``; what is sent to ``app.url`` goes there."""
+    running = App()
+    thread = threading.Thread(target=running.server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield running
+    running.server.shutdown()
+    running.server.server_close()
+    thread.join()

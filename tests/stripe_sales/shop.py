@@ -22,8 +22,9 @@ ADDRESSES = {"success_url": f"{ORIGIN}/done", "cancel_url": f"{ORIGIN}/packs"}
 class Shop:
     """A world with a Stripe account, one pack on sale, and the deliveries of its webhook endpoint on hold."""
 
-    def __init__(self, world: World, dev: DevStripe) -> None:
-        self.world, self.dev, self.engine = world, dev, world.engine
+    def __init__(self, world: World, dev: DevStripe, *, endpoint_url: str = "http://127.0.0.1:1/webhook") -> None:
+        self.world, self.dev = world, dev
+        self.engine = sa.create_engine(world.url)  # pooled, as a web server's
         self.config = world.config.model_copy(
             update={
                 "stripe_secret_key": dev.secret_key,
@@ -32,7 +33,7 @@ class Shop:
                 "packs": (Pack(name=PACK, credits=CREDITS, amount=PRICE),),
             }
         )
-        made = stripe.setup(self.config, endpoint_url="http://127.0.0.1:1/webhook")
+        made = stripe.setup(self.config, endpoint_url=endpoint_url)
         assert made.endpoint is not None
         self.endpoint = made.endpoint.id
         self.configure(

@@ -548,7 +548,7 @@ def _signed(shop: Shop, body: str, *, secret: str | None = None) -> tuple[bytes,
         ("no key here", 503),
     ],
 )
-def test_a_body_that_is_refused_writes_nothing(shop: Shop, case, status):
+def test_a_body_that_is_refused_writes_nothing(shop: Shop, case, status):  # noqa: C901, PLR0912 - a table of cases
     user = shop.world.user()
     shop.dev.pay(shop.checkout(user).session)
     [event] = shop.events(COMPLETED)

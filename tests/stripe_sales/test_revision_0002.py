@@ -12,8 +12,8 @@ from worlds import World
 
 
 def step_down(world: World) -> None:
-    """From 0002 to 0001, as an undo that was interrupted between the two leaves it."""
-    messages = downward(revisions()[1], HostNames.of(world.config.host), discard_ledger=True, stall_budget_ms=1000)
+    """From 0002 to 0001, as a package that knew only 0001 would find it."""
+    messages = downward([revisions()[1]], HostNames.of(world.config.host), discard_ledger=True, stall_budget_ms=1000)
     with world.autocommit.connect() as conn:
         for message in (messages.opening, messages.locked):
             conn.connection.dbapi_connection.execute(text(message), prepare=False)
@@ -80,7 +80,7 @@ def test_undo_takes_everything_out_again(any_world: World):
     assert migrate.apply(any_world.url, any_world.config).after == "0002"
 
 
-def test_an_undo_that_stopped_half_way_goes_on_in_either_direction(make_world):
+def test_from_0001_it_goes_on_in_either_direction(make_world):
     world = make_world()
     step_down(world)
     migrate.apply(world.url, world.config)

@@ -19,8 +19,8 @@ _HOLDERS = sa.text("""
            a.application_name AS application, a.usename AS role, a.state, a.backend_type, a.query_start,
            extract(epoch FROM clock_timestamp() - a.xact_start) * 1000 AS age_ms,
            a.backend_type = 'autovacuum worker' AND a.query LIKE '%(to prevent wraparound)%' AS wraparound,
-           (SELECT gid FROM pg_prepared_xacts p
-            WHERE p.transaction::text = split_part(l.virtualtransaction, '/', 2) AND l.pid IS NULL LIMIT 1) AS gid
+           (SELECT p.gid FROM pg_locks x JOIN pg_prepared_xacts p ON p.transaction = x.transactionid
+            WHERE l.pid IS NULL AND x.pid IS NULL AND x.virtualtransaction = l.virtualtransaction LIMIT 1) AS gid
     FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
     WHERE l.locktype = 'relation' AND l.granted AND l.relation = ANY (CAST(:tables AS oid[]))
       AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import sqlalchemy as sa
 
 from tallystick.config import Config, HostMapping, KeyType, UsersTable, WorkshopsTable
+from tallystick.database import translated
 from tallystick.errors import HostMismatch, IncompatibleColumn, PermissionDenied, SchemaError, SchemaTooNew
 from tallystick.migrate.revisions import Adopted, Word, revisions
 from tallystick.schema import LEDGER, alembic_version, migration_log
@@ -30,7 +32,8 @@ _RELATIONS = sa.text("""
     SELECT c.oid::bigint AS oid, n.nspname AS schema, c.relname AS table, c.relkind::text AS kind,
            c.relpersistence::text AS persistence, r.rolname AS owner,
            pg_has_role(current_user, c.relowner, 'USAGE') AS owned,
-           greatest(c.reltuples, 0)::bigint AS rows, pg_table_size(c.oid) AS bytes,
+           greatest(c.reltuples, 0)::bigint AS rows,
+           c.relpages * current_setting('block_size')::bigint AS bytes,
            EXISTS (SELECT FROM pg_inherits i WHERE c.oid IN (i.inhparent, i.inhrelid)) AS inherits,
            (SELECT max(attnum) FROM pg_attribute a WHERE a.attrelid = c.oid) AS columns_ever
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_roles r ON r.oid = c.relowner
@@ -75,6 +78,8 @@ _TAKEN = sa.text("""
     ORDER BY 1
 """)
 
+_OID = sa.text("SELECT to_regclass(quote_ident(:schema) || '.' || quote_ident(:table))::oid::bigint")
+
 _ROLE = sa.text("""
     SELECT current_user AS role, current_database() AS database,
            has_database_privilege(current_database(), 'CREATE') AS database_create,
@@ -115,7 +120,7 @@ class HostColumn:
 
 @dataclass(frozen=True)
 class HostTable:
-    """A live table: rows as last estimated by the server, bytes without indexes."""
+    """A live table: rows and bytes as the server last estimated them."""
 
     oid: int
     schema: str
@@ -216,6 +221,26 @@ def examine(conn: sa.Connection, config: Config, *, privileges: bool = True) -> 
         workshops=workshops,
         adopted=adopted,
     )
+
+
+@contextmanager
+def looking(conn: sa.Connection) -> Iterator[None]:
+    """Reading the catalogues of a table waits for whoever holds it exclusively: not for long, and then say so.
+
+    Raises Conflict (see ``tallystick.database``).
+    """
+    with translated():
+        before = conn.scalar(sa.select(sa.func.current_setting("lock_timeout")))
+        conn.execute(sa.select(sa.func.set_config("lock_timeout", "3s", sa.true())))
+        yield
+        conn.execute(sa.select(sa.func.set_config("lock_timeout", before, sa.true())))
+
+
+def mapped_oids(conn: sa.Connection, mapping: HostMapping) -> list[int]:
+    """Those of the mapped tables that are there; waits for nobody."""
+    tables = [table for table in (mapping.users, mapping.workshops) if table]
+    found = (conn.scalar(_OID, {"schema": table.schema, "table": table.table}) for table in tables)
+    return [oid for oid in found if oid is not None]
 
 
 def current_revision(conn: sa.Connection) -> str | None:
@@ -541,6 +566,11 @@ def propose(conn: sa.Connection, users: str | None = None, workshops: str | None
     Raises:
         HostMismatch: no table, or more than one, could be meant; the message says what to type.
     """
+    with looking(conn):
+        return _propose(conn, users, workshops)
+
+
+def _propose(conn: sa.Connection, users: str | None, workshops: str | None) -> HostMapping:
     everything = _tables(conn)
     users_table = _find("users", everything, users, _USERS)
     if users_table is None:

@@ -11,7 +11,7 @@ from psycopg.sql import Composable
 
 from tallystick.config import Config
 from tallystick.migrate.blockers import Blocker, Watch
-from tallystick.migrate.host import Host, HostTable, examine
+from tallystick.migrate.host import Host, HostTable, examine, looking
 from tallystick.migrate.revisions import HostNames, Revision, after, revisions
 from tallystick.migrate.rules import Lock, Operation, operations
 from tallystick.migrate.statements import STALL_BUDGET_MS, Messages, text, upward
@@ -71,7 +71,8 @@ def plan(conn: sa.Connection, config: Config) -> Plan:
 
     Raises what :func:`examine` does.
     """
-    host = examine(conn, config)
+    with looking(conn):
+        host = examine(conn, config)
     return Plan(
         before=host.revision,
         after=revisions()[-1].revision,
@@ -93,7 +94,10 @@ def sql(conn: sa.Connection | None, config: Config, *, stall_budget_ms: int = ST
 
     Raises what :func:`examine` does.
     """
-    host = examine(conn, config) if conn is not None else None
+    host = None
+    if conn is not None:
+        with looking(conn):
+            host = examine(conn, config)
     parts = [
         "-- Tallystick: " + (", ".join(r.revision for r in after(host.revision if host else None)) or "nothing to do"),
         "-- psql sends what is joined by \\; as one message: the network is not allowed between two statements",

@@ -12,37 +12,29 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import psycopg
 import sqlalchemy as sa
-from psycopg.sql import SQL, Composable, Identifier
-from sqlalchemy.pool import NullPool
+from psycopg.sql import Composable, Identifier
 
 from tallystick.config import Config
 from tallystick.errors import (
     ConfigError,
-    DatabaseUnavailable,
     LedgerNotEmpty,
     MigrationBlocked,
-    MigrationError,
     MigrationRunning,
-    OutcomeUnknown,
-    PermissionDenied,
-    PoolerRefused,
-    TallystickError,
 )
-from tallystick.migrate.blockers import Blocker, Watch
-from tallystick.migrate.host import Host, examine
+from tallystick.migrate.blockers import OLD_MS, Blocker, Watch
+from tallystick.migrate.host import Host, examine, mapped_oids
+from tallystick.migrate.online import Building, OnlineStep, build, validate
 from tallystick.migrate.revisions import HostNames, Revision, after, revisions, up_to
+from tallystick.migrate.session import driver, engine_of, session, translate
 from tallystick.migrate.statements import (
     ADVISORY_KEY,
     MEASURE,
-    MOVED,
-    NOT_EMPTY,
-    RUNNING,
     STALL_BUDGET_MS,
     Messages,
     downward,
@@ -53,10 +45,7 @@ from tallystick.schema import LEDGER, migration_log
 
 GIVE_UP_AFTER_S = 120.0
 
-APPLICATION_NAME = "tallystick migrate"
-
 _PROBE_EVERY_S = 0.1
-_CHECKS_CLIENT = 140000
 _GRACE_S = 3.0  # how long a killed run's server process may take to notice
 
 Phase = Literal["waiting", "locking", "applied", "online"]
@@ -64,14 +53,21 @@ Phase = Literal["waiting", "locking", "applied", "online"]
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run is doing now. ``blockers`` are in its way; ``fraction`` (0 to 1) is known for online steps."""
+    """What a run is doing now.
+
+    ``blockers`` are in its way. An online step has a name, and once it takes longer how far it is: ``detail`` is the
+    server's name for its phase, ``fraction`` of that phase is done (0 to 1), ``waits_for`` is the process that it
+    waits for.
+    """
 
     phase: Phase
-    revision: str
+    revision: str | None
     attempt: int = 0
     blockers: tuple[Blocker, ...] = ()
     step: str | None = None
+    detail: str | None = None
     fraction: float | None = None
+    waits_for: int | None = None
 
 
 @dataclass(frozen=True)
@@ -87,15 +83,6 @@ class Step:
     duration_ms: float
     waited_for: tuple[Blocker, ...]
     adopted: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class OnlineStep:
-    """An index built, or a constraint validated, outside of the transaction."""
-
-    name: str
-    outcome: Literal["built", "repaired", "validated"]
-    duration_ms: float
 
 
 @dataclass(frozen=True)
@@ -143,8 +130,16 @@ def apply(
         OutcomeUnknown: the connection died at the commit. Run it again: it continues from whatever is there.
         DatabaseUnavailable, PermissionDenied, MigrationError: otherwise.
     """
-    with _session(database) as conn:
-        run = _Run(conn, config, stall_budget_ms, give_up_after_s, progress or (lambda _: None))
+    engine = engine_of(database)
+    with session(engine) as conn:
+        run = _Run(
+            engine,
+            conn,
+            config,
+            stall_budget_ms=stall_budget_ms,
+            give_up_after_s=give_up_after_s,
+            progress=progress,
+        )
         return run.apply()
 
 
@@ -164,8 +159,16 @@ def undo(
     Raises:
         LedgerNotEmpty: the ledger has rows, and ``discard_ledger`` is False.
     """
-    with _session(database) as conn:
-        run = _Run(conn, config, stall_budget_ms, give_up_after_s, progress or (lambda _: None))
+    engine = engine_of(database)
+    with session(engine) as conn:
+        run = _Run(
+            engine,
+            conn,
+            config,
+            stall_budget_ms=stall_budget_ms,
+            give_up_after_s=give_up_after_s,
+            progress=progress,
+        )
         return run.undo(discard_ledger=discard_ledger)
 
 
@@ -174,24 +177,25 @@ class _Run:
 
     def __init__(
         self,
+        engine: sa.Engine,
         conn: sa.Connection,
         config: Config,
+        *,
         stall_budget_ms: int,
         give_up_after_s: float,
-        progress: Callable[[Progress], None],
+        progress: Callable[[Progress], None] | None,
     ) -> None:
         if stall_budget_ms < 1:
             raise ConfigError(f"a stall budget of {stall_budget_ms} ms is no time at all; give at least 1")
+        self.engine = engine
         self.conn = conn
         self.config = config
         self.stall_budget_ms = stall_budget_ms
         self.give_up_after_s = give_up_after_s
-        self.progress = progress
+        self.progress = progress or (lambda _: None)
 
     def apply(self) -> Receipt:
-        host = examine(self.conn, self.config)
-        _become_the_only_run(self.conn)
-        host = examine(self.conn, self.config)  # another run may have ended just now
+        host = self._preflight()
         names = HostNames.of(self.config.host, host.adopted)
         steps = []
         reached = host.revision
@@ -218,17 +222,38 @@ class _Run:
         return Receipt("apply", host.revision, reached, tuple(steps), tuple(online))
 
     def undo(self, *, discard_ledger: bool) -> Receipt:
-        examine(self.conn, self.config)
-        _become_the_only_run(self.conn)
-        host = examine(self.conn, self.config)
+        host = self._preflight()
         if host.revision is not None and not discard_ledger:
             self._refuse_rows(host)
         names = HostNames.of(self.config.host, host.adopted)
-        steps = []
-        for revision in reversed(up_to(host.revision)):
-            messages = downward(revision, names, discard_ledger=discard_ledger, stall_budget_ms=self.stall_budget_ms)
-            steps.append(self._transaction(revision, host, "undo", messages))
-        return Receipt("undo", host.revision, None, tuple(steps))
+        gone = tuple(reversed(up_to(host.revision)))
+        if not gone:
+            return Receipt("undo", None, None)
+        # all of them in one transaction, since half of an undo is nobody's wish
+        messages = downward(gone, names, discard_ledger=discard_ledger, stall_budget_ms=self.stall_budget_ms)
+        step = self._transaction(gone[0], host, "undo", messages)
+        return Receipt("undo", host.revision, None, tuple(replace(step, revision=one.revision) for one in gone))
+
+    def _preflight(self) -> Host:
+        """Examine the host twice: before this is the only run, since faults are told first, and after."""
+        self._examine()
+        _become_the_only_run(self.conn)
+        return self._examine()  # another run may have ended just now
+
+    def _examine(self) -> Host:
+        """Even to look at a table means to wait for whoever holds it exclusively; they are named as any other."""
+        watch = Watch(self.conn, mapped_oids(self.conn, self.config.host))
+        deadline = time.monotonic() + self.give_up_after_s
+        while True:
+            try:
+                return examine(self.conn, self.config)
+            except sa.exc.OperationalError as error:
+                if not isinstance(error.orig, psycopg.errors.LockNotAvailable):
+                    raise
+                blockers = watch.holders()
+                if time.monotonic() > deadline:
+                    raise self._blocked(0, blockers) from None
+                self.progress(Progress("waiting", None, blockers=tuple(blockers)))
 
     def _transaction(
         self,
@@ -260,15 +285,16 @@ class _Run:
             ):
                 _roll_back(self.conn)
                 blockers = watch.holders()
+                waited_for |= {(b.pid, b.gid): b for b in blockers if b.age_ms >= OLD_MS}
                 if time.monotonic() + pause_s > deadline:
-                    raise self._blocked(revision, attempts, blockers) from None
+                    raise self._blocked(attempts, blockers) from None
                 self.progress(Progress("waiting", revision.revision, attempts, tuple(blockers)))
                 time.sleep(pause_s * random.uniform(0.5, 1))  # noqa: S311  # jitter, not a secret
                 pause_s = min(pause_s * 2, 2)
                 continue
             except psycopg.Error as error:
                 _roll_back(self.conn)
-                raise _translate(error, action) from error
+                raise translate(error, action) from error
             self.progress(Progress("applied", revision.revision, attempts))
             return Step(
                 revision=revision.revision,
@@ -288,17 +314,16 @@ class _Run:
         waited_for: dict[tuple[int, str | None], Blocker],
     ) -> None:
         while blockers := watch.in_the_way():
-            for blocker in blockers:
-                waited_for[blocker.pid, blocker.gid] = blocker
+            waited_for |= {(b.pid, b.gid): b for b in blockers}
             if time.monotonic() > deadline:
-                raise self._blocked(revision, attempts, blockers)
+                raise self._blocked(attempts, blockers)
             self.progress(Progress("waiting", revision.revision, attempts, tuple(blockers)))
             time.sleep(_PROBE_EVERY_S)
 
-    def _blocked(self, revision: Revision, attempts: int, blockers: Sequence[Blocker]) -> MigrationBlocked:
+    def _blocked(self, attempts: int, blockers: Sequence[Blocker]) -> MigrationBlocked:
         who = "; ".join(str(blocker) for blocker in blockers) or "short transactions, one after the other"
         return MigrationBlocked(
-            f"revision {revision.revision} could not lock the tables within {self.give_up_after_s:g} s "
+            f"the tables could not be locked within {self.give_up_after_s:g} s "
             f"({attempts} attempts). In the way: {who}. Nothing was changed. Run it again when that has ended, "
             f"or wait longer (--give-up-after), or allow more (--stall-budget-ms, now {self.stall_budget_ms})",
             attempts=attempts,
@@ -327,100 +352,31 @@ class _Run:
                 rows=rows,
             )
 
-    # --- after the commit
-
     def _online(self, revision: Revision, names: HostNames) -> Iterator[OnlineStep]:
         for name, statement in revision.indexes(names).items():
-            index = Identifier(names.users.schema, name)
-            started = time.monotonic()
-            state = _index_state(self.conn, names.users.schema, name)
-            if state == "valid":
-                continue
-            self.progress(Progress("online", revision.revision, step=name))
-            for leftover in _leftovers(self.conn, names.users.schema, name):
-                _alone(self.conn, SQL("DROP INDEX CONCURRENTLY {}").format(Identifier(names.users.schema, leftover)))
-            try:
-                if state == "missing":
-                    _alone(self.conn, statement)
-                else:
-                    # keeps whatever uniqueness the broken one still enforces until the new one takes over
-                    _alone(self.conn, SQL("REINDEX INDEX CONCURRENTLY {}").format(index))
-            except psycopg.Error as error:
-                raise _translate(error, "apply", online=name) from error
-            if _index_state(self.conn, names.users.schema, name) != "valid":
-                raise MigrationError(f"the index {name} did not become valid. Run: tallystick migrate apply")
-            yield OnlineStep(
-                name,
-                "built" if state == "missing" else "repaired",
-                round((time.monotonic() - started) * 1000, 3),
+
+            def tell(building: Building | None, step: str = name) -> None:
+                known = (building.phase, building.fraction, building.waits_for) if building else ()
+                self.progress(Progress("online", revision.revision, 0, (), step, *known))
+
+            yield from build(
+                self.conn,
+                self.engine.connect,
+                schema=names.users.schema,
+                name=name,
+                statement=statement,
+                progress=tell,
             )
         for name, statement in revision.validates(names).items():
-            values = {"schema": names.users.schema, "table": LEDGER, "name": name}
-            if self.conn.scalar(_IS_VALIDATED, values) is not False:
-                continue
-            started = time.monotonic()
-            self.progress(Progress("online", revision.revision, step=name))
-            try:
-                _alone(self.conn, statement)
-            except psycopg.Error as error:
-                raise _translate(error, "apply", online=name) from error
-            yield OnlineStep(name, "validated", round((time.monotonic() - started) * 1000, 3))
 
+            def say(building: Building | None, step: str = name) -> None:
+                phase = building.phase if building else None
+                self.progress(Progress("online", revision.revision, 0, (), step, phase))
 
-# --- the session
-
-
-@contextmanager
-def _session(database: sa.Engine | str) -> Iterator[sa.Connection]:
-    """A connection of our own in autocommit, closed afterwards and never given back to a pool."""
-    engine = sa.create_engine(database, poolclass=NullPool) if isinstance(database, str) else database
-    try:
-        conn = engine.execution_options(isolation_level="AUTOCOMMIT").connect()
-    except sa.exc.OperationalError as error:
-        raise DatabaseUnavailable(
-            f"no connection to the database: {str(error.orig).strip()}. Check the address (--database-url)",
-            sqlstate=None,
-        ) from error
-    try:
-        conn.detach()  # its settings must not reach whoever would get it next
-        refuse_pooler(conn)
-        conn.execute(sa.select(sa.func.set_config("application_name", APPLICATION_NAME, sa.false())))
-        # the server ends what a killed client was running, instead of holding our lock to the end
-        if driver(conn).info.server_version >= _CHECKS_CLIENT:
-            with suppress(sa.exc.DBAPIError):  # not on every operating system
-                conn.execute(sa.select(sa.func.set_config("client_connection_check_interval", "500ms", sa.false())))
-        yield conn
-    except sa.exc.DBAPIError as error:
-        if isinstance(error.orig, psycopg.Error):
-            raise _translate(error.orig, "run") from error
-        raise
-    finally:
-        conn.close()
-
-
-def driver(conn: sa.Connection) -> psycopg.Connection[tuple[object, ...]]:
-    """The psycopg connection under ``conn``: a whole message is sent to it as text."""
-    found = conn.connection.dbapi_connection
-    if not isinstance(found, psycopg.Connection):
-        raise MigrationError(
-            f"migrations need psycopg 3, this engine uses {conn.dialect.driver}. Use postgresql+psycopg://…"
-        )
-    return found
-
-
-def refuse_pooler(conn: sa.Connection) -> None:
-    """Raise PoolerRefused where a transaction pooler stands between us and the server."""
-    info = driver(conn).info
-    sign = None
-    if "-pooler." in f"{info.host}.":
-        sign = f"the host is called {info.host}"
-    elif info.backend_pid != conn.scalar(sa.select(sa.func.pg_backend_pid())):
-        sign = "the server process is another than the one that greeted us"
-    if sign:
-        raise PoolerRefused(
-            f"this address is a connection pooler's ({sign}); a migration needs a session of its own. "
-            "Put the direct address into DATABASE_URL_UNPOOLED (or database_url_unpooled)"
-        )
+            ledger = Identifier(names.users.schema, LEDGER)
+            yield from validate(
+                self.conn, self.engine.connect, table=ledger, name=name, statement=statement, progress=say
+            )
 
 
 def _become_the_only_run(conn: sa.Connection) -> None:
@@ -458,85 +414,8 @@ def _send(conn: sa.Connection, statements: Sequence[Composable]) -> float | None
     return float(row[0]) if row else None  # type: ignore[arg-type]  # a numeric
 
 
-def _alone(conn: sa.Connection, statement: Composable) -> None:
-    """Run a statement that allows no transaction around it; it may wait for as long as it needs."""
-    with driver(conn).cursor() as cursor:
-        cursor.execute("SELECT set_config('lock_timeout', '0', false), set_config('statement_timeout', '0', false)")
-        cursor.execute(SQL("{}").format(statement), prepare=False)
-
-
 def _roll_back(conn: sa.Connection) -> None:
     raw = driver(conn)
     if not raw.closed:
         with suppress(psycopg.OperationalError):  # it died; the caller tells what that means
             raw.execute("ROLLBACK")
-
-
-def _translate(error: psycopg.Error, action: str, *, online: str | None = None) -> TallystickError:
-    """What a refused statement means to the person who ran the migration."""
-    said = (error.diag.message_primary or str(error)).strip().rstrip(".")
-    detail = error.diag.message_detail or ""
-    state = error.sqlstate
-    found: TallystickError
-    if state in (RUNNING, MOVED):
-        found = MigrationRunning(f"another run came first: {said}. Look: tallystick migrate status")
-    elif state == NOT_EMPTY:
-        found = LedgerNotEmpty(
-            "a credit transaction was written just now. Nothing was changed. Take a backup, then run: "
-            "tallystick migrate undo --discard-ledger",
-            rows=1,
-        )
-    elif state == "42501":
-        found = PermissionDenied(
-            f"the database refused: {said}. Nothing was changed. Connect as the owner of the tables",
-            sqlstate=state,
-        )
-    elif state is None or state.startswith(("08", "57P")) or state in ("58030", "XX000"):
-        found = OutcomeUnknown(
-            f"the connection was lost ({said}). The database is as before or as after, never between. "
-            "Run the same command again: it continues from whatever is there",
-            sqlstate=state,
-        )
-    elif online is not None:
-        found = MigrationError(
-            f"{online} could not be built or validated: {said}. {detail} "
-            "The revision itself is in place. Mend the cause, then run: tallystick migrate apply"
-        )
-    elif state == "2BP01":
-        found = MigrationError(
-            f"something of yours depends on what undo removes: {detail or said}. "
-            "Nothing was changed. Drop or change it first"
-        )
-    else:
-        found = MigrationError(f"the database refused to {action}: {said} ({state}). Nothing was changed")
-    return found
-
-
-_INDEX_STATE = sa.text("""
-    SELECT i.indisvalid AND i.indisready AND i.indislive
-    FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
-    WHERE c.relnamespace = to_regnamespace(quote_ident(:schema)) AND c.relname = :name
-""")
-
-_IS_VALIDATED = sa.text("""
-    SELECT convalidated FROM pg_constraint
-    WHERE conrelid = to_regclass(quote_ident(:schema) || '.' || quote_ident(:table)) AND conname = :name
-""")
-
-_LEFTOVERS = sa.text("""
-    SELECT c.relname FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
-    WHERE c.relnamespace = to_regnamespace(quote_ident(:schema)) AND NOT i.indisvalid
-      AND c.relname ~ ('^' || :name || '_cc(new|old)[0-9]*$')
-""")
-
-
-def _index_state(conn: sa.Connection, schema: str, name: str) -> Literal["missing", "valid", "invalid"]:
-    found = conn.scalar(_INDEX_STATE, {"schema": schema, "name": name})
-    if found is None:
-        return "missing"
-    return "valid" if found else "invalid"
-
-
-def _leftovers(conn: sa.Connection, schema: str, name: str) -> Sequence[str]:
-    """What a killed REINDEX CONCURRENTLY left."""
-    return conn.scalars(_LEFTOVERS, {"schema": schema, "name": name}).all()

@@ -54,16 +54,20 @@ def upward(
     )
 
 
-def downward(revision: Revision, names: HostNames, *, discard_ledger: bool, stall_budget_ms: int) -> Messages:
-    """From ``revision`` to the one before it."""
+def downward(gone: Sequence[Revision], names: HostNames, *, discard_ledger: bool, stall_budget_ms: int) -> Messages:
+    """From the first of ``gone``, newest first, to what was before the last: all in one transaction."""
+    # the oldest revision's first: the host's tables, then ours
+    locks: list[Identifier] = []
+    for revision in reversed(gone):
+        locks += [table for table in revision.undo_locks(names) if table not in locks]
     changes = [
         *([] if discard_ledger else [_refuse_if_rows(names)]),
-        *revision.undo(names),
-        *_step_down(revision),
+        *(statement for revision in gone for statement in revision.undo(names)),
+        *_step_down(gone[-1]),
     ]
     return Messages(
-        opening=tuple(_begin(names, expected=revision.revision)),
-        locked=tuple(_locked(revision.undo_locks(names), changes, stall_budget_ms)),
+        opening=tuple(_begin(names, expected=gone[0].revision)),
+        locked=tuple(_locked(locks, changes, stall_budget_ms)),
         online={},
     )
 

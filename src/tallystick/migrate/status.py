@@ -11,7 +11,7 @@ from typing import Any, Literal
 import sqlalchemy as sa
 
 from tallystick.config import Config
-from tallystick.migrate.host import Host, examine
+from tallystick.migrate.host import Host, examine, looking
 from tallystick.migrate.revisions import HostNames, revisions
 from tallystick.migrate.statements import text
 from tallystick.schema import (
@@ -146,6 +146,11 @@ def status(conn: sa.Connection, config: Config) -> Status:
 
     Raises what :func:`examine` does, but asks for no privileges.
     """
+    with looking(conn):
+        return _status(conn, config)
+
+
+def _status(conn: sa.Connection, config: Config) -> Status:
     host = examine(conn, config, privileges=False)
     drift: tuple[Drift, ...] = ()
     history: tuple[Applied, ...] = ()

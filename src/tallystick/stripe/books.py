@@ -363,7 +363,7 @@ class Books:
                 )
                 continue
             gone += -amount if settled else amount
-            difference = target(purchase.amount, paid, gone) - self._left(conn, purchase)
+            difference = target(purchase.amount, paid, gone) - self.left(conn, purchase)
             user, key = purchase.user_id, f"stripe:{id}:{'given back' if settled else 'taken back'}"
             if settled and difference > 0:
                 self.ledger.reinstate(conn, user, purchase.id, credits=difference, key=key)
@@ -374,7 +374,8 @@ class Books:
             run(conn, sa.update(stripe_reversals).where(row.id == id).values(settled=not settled), {})
         return outcome
 
-    def _left(self, conn: DbConnection, purchase: CreditTransaction) -> int:
+    def left(self, conn: DbConnection, purchase: CreditTransaction) -> int:
+        """The credits of a purchase that were not taken back."""
         row = self.schema.credit_transactions.c
         moved = sa.select(sa.func.coalesce(sa.func.sum(row.amount), 0)).where(row.refund_of == purchase.id)
         return purchase.amount + int(run(conn, moved, {}).scalar_one())

@@ -122,10 +122,11 @@ def undo_locks(host: Any) -> tuple[Identifier, ...]:
 
 
 def undo(host: Any) -> Iterator[Composable]:
-    """Back to 0001, except for the label: PostgreSQL cannot drop one, and undoing 0001 drops the whole type.
+    """Back to 0001, except for the label.
 
-    Making the type anew would rewrite the ledger under its lock. 0001 never writes the label, and a run that is
-    interrupted between the two revisions is continued by the next one in either direction.
+    PostgreSQL cannot drop a label, and making the type anew would rewrite the ledger under its lock. Undoing 0001, in
+    the same transaction, drops the whole type. Should a later package stop at 0001, the label is one that nobody
+    writes, and a second 0002 finds it in place.
     """
     yield _replace_rule(host, OLD_REFUND_OF)
     yield SQL("DROP TABLE {}").format(SQL(", ").join(Identifier("tallystick", name) for name in BOOKKEEPING))

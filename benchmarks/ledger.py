@@ -1,0 +1,217 @@
+"""How fast is a consumption, against the least that PostgreSQL itself takes for it?
+
+    python benchmarks/ledger.py            minutes; the table of benchmarks/README.md
+    python benchmarks/ledger.py --quick    half a minute, to see that it runs
+
+The floor is pgbench, written in C, running the very statement that the ledger compiled, prepared, on the same server
+in the same run, in turns with ours. Both sides commit each consumption to disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import multiprocessing
+import platform
+import random
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+
+import stage
+from stage import App, Timing
+from tallystick import Config, Ledger
+
+PROCESSES = 2  # of ours, at more than one connection: as many as the cores that the tables were made on
+
+
+# --- the floor ---
+
+
+def pgbench_script(ledger: Ledger, users: int) -> str:
+    """The compiled statement with its parameters put in: numbers are pgbench's, ids and keys as random as ours."""
+    dialect = postgresql.psycopg.dialect(paramstyle="named")
+    statement = " ".join(str(ledger.statements["consume"].compile(dialect=dialect)).split())
+    given = {
+        "p_user": ":user",
+        "p_id": "gen_random_uuid()",
+        "p_amount": "1",
+        "p_description": "NULL",
+        "p_key": "('bench ' || :one || :two)",
+    }
+    for name, value in given.items():
+        statement = re.sub(rf":{name}\b", value, statement)
+    limits = {"user": users, "one": 10**9, "two": 10**9}
+    return "".join(f"\\set {name} random(1, {most})\n" for name, most in limits.items()) + f"{statement};\n"
+
+
+def floor(app: App, *, users: int, connections: int, seconds: float) -> Timing:
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "consume.sql")
+        script.write_text(pgbench_script(app.ledger, users))
+        command = app.server.command(
+            "pgbench", "--no-vacuum", "--protocol=prepared", f"--file={script}", f"--client={connections}",
+            f"--jobs={min(connections, PROCESSES)}", f"--time={max(1, round(seconds))}", "--log",
+            f"--log-prefix={folder}/log", app.database,
+        )  # fmt: skip
+        subprocess.run(command, env=app.server.env, check=True, capture_output=True)
+        took = [float(line.split()[2]) / 1e6 for log in Path(folder).glob("log*") for line in log.open()]
+    return Timing.of(took, max(1, round(seconds)))
+
+
+# --- ours ---
+
+
+_gate: Any = None
+
+
+def _enter(gate: Any) -> None:
+    global _gate  # noqa: PLW0603 - a barrier can be inherited by a process, not sent to it
+    _gate = gate
+
+
+def _spend(url: str, users: int, seconds: float, seed: int) -> list[float]:
+    """One connection that consumes for so long, once all others are ready as well; the time of each call."""
+    ledger, dice, tag, took = Ledger(Config(database_url=url, host=stage.HOST)), random.Random(seed), uuid4().hex, []
+    engine = sa.create_engine(url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
+    with engine.connect() as conn:
+        for _ in range(20):  # the statement is compiled, prepared and planned
+            ledger.consume(conn, dice.randint(1, users), key=uuid4().hex)
+        _gate.wait()
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            user, key = dice.randint(1, users), f"{tag} {len(took)}"
+            begun = time.perf_counter()
+            ledger.consume(conn, user, key=key)
+            took.append(time.perf_counter() - begun)
+    return took
+
+
+def _spend_in_threads(url: str, users: int, seconds: float, seeds: list[int]) -> list[float]:
+    with ThreadPoolExecutor(len(seeds)) as pool:
+        return [took for run in pool.map(lambda seed: _spend(url, users, seconds, seed), seeds) for took in run]
+
+
+def ours(app: App, *, users: int, connections: int, seconds: float) -> Timing:
+    context = multiprocessing.get_context("spawn")
+    shares = [list(range(n, connections, PROCESSES)) for n in range(min(connections, PROCESSES))]
+    with ProcessPoolExecutor(len(shares), context, _enter, (context.Barrier(connections),)) as pool:
+        runs = [pool.submit(_spend_in_threads, app.url, users, seconds, share) for share in shares]
+        return Timing.of([took for run in runs for took in run.result()], seconds)
+
+
+# --- growth ---
+
+
+def reads(app: App, count: int) -> dict[str, float]:
+    """The median of each operation in milliseconds, on users of this many rows."""
+    ledger, dice = app.ledger, random.Random(1)
+    ago = dt.datetime.now(dt.UTC) - dt.timedelta(minutes=app.rows_each / 2)
+    deep = str(max(2, app.rows_each - 5))
+    calls: dict[str, Callable[[sa.Connection, int], Any]] = {
+        "consume": lambda conn, user: ledger.consume(conn, user, key=uuid4().hex),
+        "balance": ledger.balance,
+        "balance_at": lambda conn, user: ledger.balance_at(conn, user, ago),
+        "history, first page of 5": lambda conn, user: ledger.history(conn, user, limit=5),
+        "history, a page far back": lambda conn, user: ledger.history(conn, user, limit=5, before=deep),
+    }
+    engine = sa.create_engine(app.url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
+    found = {}
+    with engine.connect() as conn:
+        for name, call in calls.items():
+            took = []
+            for n in range(count + 50):
+                user = dice.randint(1, app.users)
+                begun = time.perf_counter()
+                call(conn, user)
+                if n >= 50:
+                    took.append(time.perf_counter() - begun)
+            found[name] = Timing.of(took, 1).median_ms
+    return found
+
+
+# --- tables ---
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(head), *(list(row) for row in rows)]
+    widths = [max(len(line[n]) for line in lines) for n in range(len(lines[0]))]
+    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+
+    def shown(line: list[str]) -> str:
+        cells = [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]
+        return f"| {' | '.join(cells)} |"
+
+    return "\n".join(map(shown, lines))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small and short")
+    parser.add_argument("--rows", type=int, help="ledger rows of the large database (default 1,000,000)")
+    parser.add_argument("--folder", type=Path, help="put the server's data here, on the disk to be measured")
+    asked = parser.parse_args()
+    seconds, turns = (1.0, 1) if asked.quick else (5.0, 3)
+    users, small, large = (1_000, 10_000, 50_000) if asked.quick else (10_000, 10_000, 1_000_000)
+    large = asked.rows or large
+
+    with stage.server(asked.folder) as server:
+        print(f"PostgreSQL {server.version}, Python {platform.python_version()}, fsync on; medians over {turns} turns")
+        app = stage.app(server, "speed", users=users, rows_each=1)
+        lines = []
+        for name, among, connections in (
+            ("one connection, spread", users, 1),
+            ("one connection, one account", 1, 1),
+            ("16 connections, spread", users, 16),
+            ("16 connections, one account", 1, 16),
+        ):
+            taken: list[tuple[Timing, Timing]] = []
+            for _ in range(turns):
+                of = {"users": among, "connections": connections, "seconds": seconds}
+                taken.append((floor(app, **of), ours(app, **of)))
+            low, high = (stage.middle(side) for side in zip(*taken, strict=True))
+            lines.append(
+                [
+                    name,
+                    *(f"{t:.2f}" for t in (low.median_ms, high.median_ms)),
+                    f"{high.median_ms / low.median_ms:.2f}",
+                    *(f"{t:.2f}" for t in (low.p99_ms, high.p99_ms)),
+                    *(f"{t:,.0f}" for t in (low.per_second, high.per_second)),
+                    f"{high.per_second / low.per_second:.2f}",
+                ]
+            )
+        print("\nconsume")
+        print(
+            table(
+                ["", "pgbench ms", "ours ms", "ratio", "p99 pgbench", "p99 ours", "pgbench/s", "ours/s", "ratio"], lines
+            )
+        )
+
+        few = stage.app(server, "few", users=1_000, rows_each=small // 1_000)
+        many = stage.app(server, "many", users=1_000, rows_each=large // 1_000)
+        count = 200 if asked.quick else 2_000
+        runs = [(reads(few, count), reads(many, count)) for _ in range(turns)]
+        print("\ngrowth")
+        print(
+            table(
+                ["median ms", f"{few.rows:,} rows", f"{many.rows:,} rows", "ratio"],
+                (
+                    [name, f"{a:.2f}", f"{b:.2f}", f"{b / a:.2f}"]
+                    for name in runs[0][0]
+                    for a, b in [sorted((run[0][name], run[1][name]) for run in runs)[turns // 2]]
+                ),
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""The command line: parse, call, print. Everything it does is a public function that a program can call as well."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from tallystick.cli import database, develop, ledger, migrations, selling  # noqa: F401 - each adds its commands to the app
+from tallystick.cli.app import app, complain
+from tallystick.errors import TallystickError
+
+__all__ = ["app", "main"]
+
+
+def main() -> NoReturn:
+    """Run the command line and exit: 0 done, 1 refused or something was found, 2 wrong usage, 130 interrupted."""
+    try:
+        app()
+    except TallystickError as error:
+        complain(error.message)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader, as in `| head`, has what it wanted
+    except DBAPIError as error:
+        complain(f"The database refused: {str(error.orig).strip()}")
+    except SQLAlchemyError as error:
+        complain(f"The database could not be used: {error}")
+    sys.exit(1)

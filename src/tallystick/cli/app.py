@@ -1,0 +1,197 @@
+"""What all commands share: where the database is, and how results and refusals are shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import sqlalchemy as sa
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tallystick import devdb
+from tallystick.config import Config
+from tallystick.database import connect
+from tallystick.errors import DatabaseUnavailable, InvalidArgument, Key
+
+EMBEDDED_DATABASE = "app"
+
+app = typer.Typer(
+    name="tallystick",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Prepaid credits inside your app's own PostgreSQL, kept honest.\n\n"
+    "Begin with [bold]tallystick init[/], then [bold]tallystick migrate plan[/] and "
+    "[bold]tallystick migrate apply[/]. To see it all at work on a throw-away database: [bold]tallystick demo[/].",
+    epilog="The database: --database-url, else database_url in tallystick.toml, else DATABASE_URL "
+    "(for migrations DATABASE_URL_UNPOOLED goes first), else an embedded PostgreSQL in ./.tallystick.",
+)
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def complain(message: str) -> None:
+    """One message to a person, on stderr, whatever characters it holds."""
+    err.print(message, style="red", markup=False)
+
+
+def note(message: str) -> None:
+    """Something worth knowing that is no result, on stderr."""
+    err.print(message, style="dim", markup=False)
+
+
+@dataclasses.dataclass
+class Invocation:
+    """The options that stand before the command."""
+
+    config_path: Path | None
+    database_url: str | None
+
+    def config(self) -> Config:
+        """The settings, with the address given on the command line put first."""
+        config = Config.load(self.config_path)
+        return config if self.database_url is None else config.at(self.database_url)
+
+    @contextmanager
+    def database(self, *, migrating: bool = False) -> Iterator[Config]:
+        """The settings with an address in them: the configured one, or the embedded server's while it is used."""
+        config = self.config()
+        if migrating and config.database_url_unpooled:
+            config = config.model_copy(update={"database_url": config.database_url_unpooled})
+        with ExitStack() as stack:
+            if config.database_url is None:
+                server = stack.enter_context(devdb.Server(devdb.default_folder()))
+                note(f"No database address is set: using the embedded PostgreSQL in {server.folder}.")
+                config = config.model_copy(update={"database_url": embedded_address(server)})
+            yield config
+
+    @contextmanager
+    def connection(self, *, autocommit: bool = False) -> Iterator[tuple[sa.Connection, Config]]:
+        """A connection of its own, committed at the end."""
+        with self.database() as config, connect(address(config), autocommit=autocommit) as conn:
+            yield conn, config
+
+
+def address(config: Config) -> str:
+    """The address that :meth:`Invocation.database` made sure of."""
+    if config.database_url is None:
+        raise DatabaseUnavailable("no database address. Pass --database-url, or set DATABASE_URL", sqlstate=None)
+    return config.database_url
+
+
+def embedded_address(server: devdb.Server) -> str:
+    """The address of the embedded server's database ``app``, which is made when it is missing."""
+    with connect(server.url(), autocommit=True) as conn:
+        found = conn.scalar(sa.text("SELECT true FROM pg_database WHERE datname = :name"), {"name": EMBEDDED_DATABASE})
+    return server.url(EMBEDDED_DATABASE) if found else server.create_database(EMBEDDED_DATABASE)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"tallystick {version('tallystick')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _begin(
+    ctx: typer.Context,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Settings to read instead of tallystick.toml.", metavar="FILE")
+    ] = None,
+    database_url: Annotated[
+        str | None,
+        typer.Option(
+            "--database-url",
+            help="postgresql://… of the app's database. A password is better off in DATABASE_URL.",
+            metavar="URL",
+        ),
+    ] = None,
+    _: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    ctx.obj = Invocation(config, database_url)
+
+
+def invocation(ctx: typer.Context) -> Invocation:
+    """The options before the command, typed."""
+    found = ctx.find_object(Invocation)
+    if found is None:
+        raise typer.BadParameter("commands are run through the tallystick app")
+    return found
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+UserArgument = Annotated[str, typer.Argument(help="The user's key, as in the mapped key column.", metavar="USER")]
+
+
+def host_key(argument: str, text: str, key_type: str) -> Key:
+    """A key as typed; the operations check it further."""
+    if key_type not in ("integer", "bigint"):
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise InvalidArgument(
+            f"{argument}={text!r}: the mapped key is {key_type}. Type a whole number", argument=argument, value=text
+        ) from None
+
+
+def emit(result: Any, show: Callable[[], None], *, as_json: bool) -> None:
+    """Print a result: as JSON for programs, or as ``show`` does for people."""
+    if as_json:
+        sys.stdout.write(json.dumps(plain(result), indent=2, ensure_ascii=False) + "\n")
+    else:
+        show()
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, moments, UUIDs and enums as what JSON knows."""
+    match value:
+        case None | bool() | int() | float():
+            return value
+        case dict():
+            return {str(key): plain(item) for key, item in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [plain(item) for item in value]
+        case dt.datetime():
+            return value.isoformat()
+        case _ if dataclasses.is_dataclass(value):
+            return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return str(value)
+
+
+def table(*columns: str, right: tuple[str, ...] = (), title: str | None = None) -> Table:
+    """A table in the house style; columns named in ``right`` hold numbers."""
+    made = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return made
+
+
+@contextmanager
+def progress_bar(description: str) -> Iterator[Callable[[float, float], None]]:
+    """A bar on stderr for what may take longer than a second, gone when done; call it with (done, total)."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,268 @@
+"""Reading and moving credits by hand: balance, history, consume, refund, onboarding, audit."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Sequence
+from typing import Annotated
+from uuid import uuid4
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from tallystick import audit as auditing
+from tallystick.accounts import Accounts
+from tallystick.cli.app import (
+    Json,
+    UserArgument,
+    app,
+    emit,
+    host_key,
+    invocation,
+    note,
+    out,
+    progress_bar,
+    table,
+)
+from tallystick.config import Config
+from tallystick.errors import Key
+from tallystick.ledger import CreditTransaction, Ledger
+from tallystick.schema import verify
+
+KeyOption = Annotated[
+    str | None,
+    typer.Option("--key", help="Name this intent, so that a second run changes nothing. One is made if left out."),
+]
+
+
+def user_key(config: Config, text: str) -> Key:
+    """The user's key as typed, in the mapped type."""
+    return host_key("user", text, config.host.users.key_type)
+
+
+def credits_of(number: int) -> str:
+    """As in "1 credit", "0 credits"."""
+    return f"{number} credit" if number in (1, -1) else f"{number} credits"
+
+
+@app.command(rich_help_panel="Credits")
+def balance(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> None:
+    """Show how many credits a user has."""
+    with invocation(ctx).connection() as (conn, config):
+        verify(conn)
+        credits = Ledger(config).balance(conn, user_key(config, user))
+    emit({"user": user, "balance": credits}, lambda: out.print(credits_of(credits)), as_json=as_json)
+
+
+def ledger_table(rows: Sequence[CreditTransaction]) -> Table:
+    """Rows of a ledger, as a person reads them."""
+    shown = table("#", "when (UTC)", "type", "amount", "balance", "description", "id", right=("#", "amount", "balance"))
+    for row in rows:
+        moment = (row.completed_at or row.created_at).astimezone(dt.UTC)
+        shown.add_row(
+            str(row.sequence or row.status),
+            f"{moment:%Y-%m-%d %H:%M:%S}",
+            str(row.type),
+            f"{row.amount:+}",
+            "" if row.balance_after is None else str(row.balance_after),
+            escape(row.description),
+            str(row.id),
+        )
+    return shown
+
+
+@app.command(rich_help_panel="Credits")
+def history(
+    ctx: typer.Context,
+    user: UserArgument,
+    limit: Annotated[int, typer.Option("--limit", help="Rows to show.", min=1, max=1000)] = 50,
+    before: Annotated[str | None, typer.Option("--before", help="Read on below this cursor.", metavar="CURSOR")] = None,
+    failed: Annotated[bool, typer.Option("--failed", help="Show failed purchases too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show a user's ledger, newest first."""
+    with invocation(ctx).connection() as (conn, config):
+        verify(conn)
+        ledger = Ledger(config)
+        key = user_key(config, user)
+        ledger.balance(conn, key)  # an unknown user is an error here, not an empty list
+        rows = ledger.history(conn, key, limit=limit, before=before, include_failed=failed)
+
+    def show() -> None:
+        if not rows:
+            out.print("No credit transactions yet.")
+            return
+        out.print(ledger_table(rows))
+        if len(rows) == limit:
+            note(f"Older ones: tallystick history {user} --before {rows[-1].cursor}")
+
+    emit(rows, show, as_json=as_json)
+
+
+def _say(done: CreditTransaction, as_json: bool) -> None:
+    def show() -> None:
+        word = "Already done:" if done.replayed else "Done:"
+        out.print(
+            f"{word} {done.description} ({done.amount:+}). Balance {done.balance_after}. "
+            f"Row {done.sequence}, {done.id}.",
+            markup=False,
+        )
+
+    emit(done, show, as_json=as_json)
+
+
+@app.command(rich_help_panel="Credits")
+def consume(
+    ctx: typer.Context,
+    user: UserArgument,
+    workshop: Annotated[
+        str | None, typer.Option("--workshop", help="Unlock this workshop with it.", metavar="KEY")
+    ] = None,
+    amount: Annotated[int, typer.Option("--amount", help="Credits to spend.")] = 1,
+    key: KeyOption = None,
+    description: Annotated[str | None, typer.Option("--description", help="What the user's history says.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Spend a user's credits, and unlock a workshop with them."""
+    with invocation(ctx).connection() as (conn, config):
+        verify(conn)
+        workshops = config.host.workshops
+        place = (
+            None if workshop is None else host_key("workshop", workshop, workshops.key_type if workshops else "text")
+        )
+        done = Ledger(config).consume(
+            conn,
+            user_key(config, user),
+            workshop=place,
+            amount=amount,
+            key=key or f"cli-{uuid4()}",
+            description=description,
+        )
+    _say(done, as_json)
+
+
+@app.command(rich_help_panel="Credits")
+def grant(
+    ctx: typer.Context,
+    user: UserArgument,
+    credits: Annotated[int, typer.Argument(help="How many.", metavar="CREDITS")],
+    description: Annotated[str, typer.Option("--description", help="What the user's history says.")] = "Granted",
+    key: KeyOption = None,
+    as_json: Json = False,
+) -> None:
+    """Give a user credits that nobody paid for: goodwill, a promotion, an opening balance."""
+    with invocation(ctx).connection() as (conn, config):
+        verify(conn)
+        done = Ledger(config).grant(
+            conn, user_key(config, user), credits=credits, key=key or f"cli-{uuid4()}", description=description
+        )
+    _say(done, as_json)
+
+
+@app.command(rich_help_panel="Credits")
+def refund(
+    ctx: typer.Context,
+    user: UserArgument,
+    purchase: Annotated[str, typer.Argument(help="The id of the purchase, as `tallystick history` shows it.")],
+    credits: Annotated[
+        int | None, typer.Option("--credits", help="Credits to take back; all that is left of it if left out.")
+    ] = None,
+    key: KeyOption = None,
+    description: Annotated[str | None, typer.Option("--description", help="What the user's history says.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Take back credits of a purchase. This moves credits only; the money is Stripe's to return."""
+    with invocation(ctx).connection() as (conn, config):
+        verify(conn)
+        done = Ledger(config).refund(
+            conn,
+            user_key(config, user),
+            purchase,
+            credits=credits,
+            key=key or f"cli-{uuid4()}",
+            description=description,
+        )
+    _say(done, as_json)
+
+
+@app.command(rich_help_panel="Credits")
+def onboarding(
+    ctx: typer.Context,
+    user: UserArgument,
+    complete: Annotated[
+        bool | None, typer.Option("--complete/--reset", help="Mark it complete, or to be seen again.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show whether a user's onboarding is complete, or change it."""
+    with invocation(ctx).connection() as (conn, config):
+        verify(conn)
+        accounts, key = Accounts(config), user_key(config, user)
+        if complete is None:
+            account = accounts.get(conn, key)
+        elif complete:
+            account = accounts.complete_onboarding(conn, key)
+        else:
+            account = accounts.reset_onboarding(conn, key)
+    state = "complete" if account.onboarding_complete else "not complete"
+    emit(account, lambda: out.print(f"Onboarding is {state}."), as_json=as_json)
+
+
+@app.command(rich_help_panel="Trust")
+def audit(
+    ctx: typer.Context,
+    user: Annotated[str | None, typer.Option("--user", help="Only this user.", metavar="KEY")] = None,
+    since: Annotated[
+        dt.datetime | None,
+        typer.Option("--since", help="Only users whose ledger moved since then (UTC).", metavar="TIME"),
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", help="Findings to show at most.", min=1)] = 100,
+    checks: Annotated[bool, typer.Option("--checks", help="List what is checked, and exit.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check every balance against its ledger. Changes nothing; exit code 1 if a fault is found.
+
+    It shares no code with what wrote the ledger.
+    """
+    if checks:
+        listing = {name: check.purpose for name, check in auditing.CHECKS.items()}
+        shown = table("check", "what must hold")
+        for name, purpose in listing.items():
+            shown.add_row(name, purpose)
+        emit(listing, lambda: out.print(shown), as_json=as_json)
+        return
+    with invocation(ctx).connection(autocommit=True) as (conn, config):
+        verify(conn)
+        with progress_bar("Auditing") as progress:
+            report = auditing.audit(
+                conn,
+                config,
+                user=None if user is None else user_key(config, user),
+                since=None if since is None else since.replace(tzinfo=since.tzinfo or dt.UTC),
+                limit=limit,
+                progress=progress,
+            )
+    emit(report, lambda: show_audit(report), as_json=as_json)
+    if not report.clean:
+        raise typer.Exit(1)
+
+
+def show_audit(report: auditing.Report) -> None:
+    """A report as an operator reads it: the verdict first."""
+    size = f"{report.users:,} users and {report.rows:,} credit transactions in {report.seconds:.1f} s"
+    faults = sum(finding.fault for finding in report.findings)
+    if report.clean:
+        out.print(f"[green]Clean.[/] All balances agree with their ledgers: {size}, {len(report.checked)} checks.")
+    else:
+        more = " or more" if report.truncated else ""
+        out.print(f"[red]{faults}{more} {'fault' if faults == 1 and not more else 'faults'}[/] in {size}.")
+    if waiting := len(report.findings) - faults:
+        out.print(f"{waiting} {'waits' if waiting == 1 else 'wait'} for something outside of the ledger.")
+    for finding in report.findings:
+        out.print()
+        out.print(f"[bold]{finding.check}[/]  {escape(finding.where)}")
+        out.print(f"  expected      {escape(finding.expected)}")
+        out.print(f"  found         {escape(finding.found)}")
+        out.print(f"  likely cause  {escape(finding.likely_cause)}")
+        out.print(f"  what to do    {escape(finding.what_to_do)}")

@@ -1,0 +1,269 @@
+"""Adopting a host and migrating it: tallystick init, and tallystick migrate plan, apply, status, sql, undo."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from tallystick import migrate
+from tallystick.cli.app import Json, address, app, emit, err, invocation, note, out
+from tallystick.config import FILE_NAME, to_toml
+from tallystick.database import connect
+from tallystick.errors import ConfigError
+
+migrations = typer.Typer(
+    no_args_is_help=True,
+    help="Bring a live database to this package's shape, and back, without its traffic noticing.",
+)
+app.add_typer(migrations, name="migrate", rich_help_panel="Begin here")
+
+StallBudget = Annotated[
+    int,
+    typer.Option(
+        "--stall-budget-ms", help="How long one attempt may let live traffic wait for a lock.", min=1, metavar="MS"
+    ),
+]
+GiveUpAfter = Annotated[
+    float, typer.Option("--give-up-after", help="For how long to try, per revision.", min=1, metavar="SECONDS")
+]
+
+
+@app.command(rich_help_panel="Begin here")
+def init(
+    ctx: typer.Context,
+    users: Annotated[
+        str | None, typer.Option("--users", help="The table of users, as table or schema.table.", metavar="TABLE")
+    ] = None,
+    workshops: Annotated[
+        str | None,
+        typer.Option("--workshops", help="The table of what one credit unlocks; 'none' if there is none."),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", help="The file to write.", metavar="FILE")] = Path(FILE_NAME),
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Read the app's database, propose which tables and columns are which, and write tallystick.toml.
+
+    Changes nothing in the database.
+    """
+    if output.exists() and not force:
+        raise ConfigError(
+            f"{output} is there already. To write it anew: tallystick init --force",
+            path=str(output),
+            line=None,
+            key=None,
+        )
+    with invocation(ctx).connection() as (conn, _):
+        host = migrate.propose(conn, users=users, workshops=workshops)
+    output.write_text(to_toml(host), encoding="utf-8")
+
+    def show() -> None:
+        named = host.users
+        out.print(f"users      {named.schema}.{named.table}, by {named.key} ({named.key_type})", markup=False)
+        if host.workshops is None:
+            out.print("workshops  none")
+        else:
+            place = host.workshops
+            out.print(
+                f"workshops  {place.schema}.{place.table}, by {place.key} ({place.key_type}), "
+                f"owner {place.owner}, title {place.title or 'none'}, created {place.created_at or 'none'}",
+                markup=False,
+            )
+        out.print(f"Written to {output}. Look it over, then: tallystick migrate plan", markup=False)
+
+    emit(host, show, as_json=as_json)
+
+
+@migrations.command()
+def plan(ctx: typer.Context, as_json: Json = False) -> None:
+    """Show each statement that apply would run, with its lock, and who is in the way now. Changes nothing."""
+    with invocation(ctx).database(migrating=True) as config, connect(address(config)) as conn:
+        planned = migrate.plan(conn, config)
+
+    def show() -> None:
+        if not planned.revisions:
+            out.print(f"Nothing to do: the database is at revision {planned.before} already.")
+            return
+        sizes = ", ".join(f"{size.table} (about {size.rows:,} rows)" for size in planned.tables)
+        out.print(f"PostgreSQL {planned.server}; {sizes}.", markup=False)
+        if planned.adopted:
+            out.print(f"There already, and adopted as they are: {', '.join(planned.adopted)}.", markup=False)
+        show_plan(out, planned)
+        for blocker in planned.blockers:
+            out.print(f"In the way now: {blocker}.", markup=False)
+        out.print("All of a revision happens, or nothing. Next: tallystick migrate apply")
+
+    emit(planned, show, as_json=as_json)
+
+
+_PHASES = {
+    "prepare": "First, what no traffic can feel",
+    "locked": "Then, as one message with its COMMIT, under the lock",
+    "online": "Afterwards, each alone, beside the traffic",
+}
+
+
+def show_plan(console: Console, planned: migrate.Plan, *, brief: bool = False) -> None:
+    """The statements of a plan with their locks; ``brief`` counts those that touch nothing which was there."""
+
+    def line(text: str, style: str = "") -> None:
+        console.print(f"   {text}", style=style, markup=False, no_wrap=True, overflow="ellipsis", soft_wrap=False)
+
+    for revision in planned.revisions:
+        for phase, title in _PHASES.items():
+            of_phase = [statement for statement in revision.statements if statement.phase == phase]
+            felt = [statement for statement in of_phase if statement.locks or not brief]
+            if of_phase:
+                line(f"{revision.revision}. {title}", "bold")
+            for statement in felt:
+                line("  " + " ".join(statement.sql.split()))
+                costs = [word for word, true in (("scans", statement.scans), ("rewrites", statement.rewrites)) if true]
+                if statement.locks or costs:
+                    line("      " + ", ".join([_locks(statement), *costs]), "dim")
+            if others := len(of_phase) - len(felt):
+                line(f"  and {others} statements that lock nothing which is there", "dim")
+
+
+def _locks(statement: migrate.PlannedStatement) -> str:
+    tables: dict[str, list[str]] = {}
+    for name, lock in statement.locks:
+        tables.setdefault(lock, []).append(name)
+    return "; ".join(f"{lock} on {', '.join(names)}" for lock, names in tables.items())
+
+
+@migrations.command()
+def sql(
+    ctx: typer.Context,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Without looking at a database: as if none of our columns were there.")
+    ] = False,
+) -> None:
+    """Print what apply would run as one script, for review or for another tool to run."""
+    if offline:
+        out.print(migrate.sql(None, invocation(ctx).config()), markup=False)
+        return
+    with invocation(ctx).database(migrating=True) as config, connect(address(config)) as conn:
+        out.print(migrate.sql(conn, config), markup=False)
+
+
+@migrations.command()
+def status(ctx: typer.Context, as_json: Json = False) -> None:
+    """Say at which revision the database is, and what differs from what it should be. Exit code 1 unless healthy."""
+    with invocation(ctx).database(migrating=True) as config, connect(address(config)) as conn:
+        found = migrate.status(conn, config)
+
+    def show() -> None:
+        if found.revision is None:
+            out.print("Not migrated yet. Run: tallystick migrate plan, then: tallystick migrate apply")
+            return
+        out.print(f"At revision {found.revision}; this package needs {found.head}.")
+        for row in found.history:
+            locked = "" if row.locked_ms is None else f", tables locked for {row.locked_ms:.1f} ms"
+            out.print(f"  {row.applied_at:%Y-%m-%d %H:%M} {row.direction} {row.revision}{locked}")
+        if found.adopted:
+            out.print(f"Adopted as they were: {', '.join(found.adopted)}.", markup=False)
+        if found.revision != found.head:
+            out.print("Run: tallystick migrate apply")
+        elif found.drift:
+            out.print(f"[red]{len(found.drift)} differences[/] from what this package declares:")
+            for drift in found.drift:
+                out.print(f"  {drift}", markup=False)
+            out.print("To finish what an interrupted run left: tallystick migrate apply")
+        else:
+            out.print("[green]As declared:[/] every column, constraint, index, trigger and label.")
+
+    emit(found, show, as_json=as_json)
+    if not found.healthy:
+        raise typer.Exit(1)
+
+
+@migrations.command()
+def apply(
+    ctx: typer.Context,
+    stall_budget_ms: StallBudget = migrate.STALL_BUDGET_MS,
+    give_up_after: GiveUpAfter = migrate.GIVE_UP_AFTER_S,
+    as_json: Json = False,
+) -> None:
+    """Migrate the database while its traffic goes on. All or nothing; a second run changes nothing."""
+    with invocation(ctx).database(migrating=True) as config, _Shown() as shown:
+        receipt = migrate.apply(
+            address(config),
+            config,
+            stall_budget_ms=stall_budget_ms,
+            give_up_after_s=give_up_after,
+            progress=shown,
+        )
+    emit(receipt, lambda: _show_receipt(receipt), as_json=as_json)
+
+
+@migrations.command()
+def undo(
+    ctx: typer.Context,
+    discard_ledger: Annotated[
+        bool, typer.Option("--discard-ledger", help="Throw the ledger's rows away with it.")
+    ] = False,
+    stall_budget_ms: StallBudget = migrate.STALL_BUDGET_MS,
+    give_up_after: GiveUpAfter = migrate.GIVE_UP_AFTER_S,
+    as_json: Json = False,
+) -> None:
+    """Take Tallystick out of the database again. Refused while the ledger has rows."""
+    with invocation(ctx).database(migrating=True) as config, _Shown() as shown:
+        receipt = migrate.undo(
+            address(config),
+            config,
+            discard_ledger=discard_ledger,
+            stall_budget_ms=stall_budget_ms,
+            give_up_after_s=give_up_after,
+            progress=shown,
+        )
+    emit(receipt, lambda: _show_receipt(receipt), as_json=as_json)
+
+
+class _Shown(ExitStack):
+    """Says on stderr what a migration is doing, and who is in its way; on a terminal in one line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said = ""
+        self._status = self.enter_context(err.status("Looking …")) if err.is_terminal else None
+
+    def __call__(self, now: migrate.Progress) -> None:
+        line = f"{now.revision}: {now.phase}"
+        if now.step:
+            line += f" {now.step}"
+        if now.fraction is not None:
+            line += f" {now.fraction:.0%}"
+        if now.blockers:
+            line += " for " + "; ".join(str(blocker) for blocker in now.blockers)
+        if self._status is not None:
+            self._status.update(escape(line))
+        elif line != self._said:
+            note(line)
+        self._said = line
+
+
+def _show_receipt(receipt: migrate.Receipt) -> None:
+    if not receipt.changed:
+        where = f"at revision {receipt.after}" if receipt.after else "without Tallystick"
+        out.print(f"Nothing to do: the database is {where} already.")
+        return
+    for step in receipt.steps:
+        verb = "Applied" if receipt.action == "apply" else "Undid"
+        tries = "1 attempt" if step.attempts == 1 else f"{step.attempts} attempts"
+        out.print(
+            f"{verb} {step.revision}: tables locked for {step.locked_ms:.1f} ms, {tries}, "
+            f"{step.duration_ms / 1000:.1f} s in all."
+        )
+        if step.adopted:
+            out.print(f"  Adopted as they were: {', '.join(step.adopted)}.", markup=False)
+        for blocker in step.waited_for:
+            out.print(f"  Waited for {blocker}.", markup=False)
+    for built in receipt.online:
+        out.print(f"{built.outcome.capitalize()} {built.name} beside the traffic in {built.duration_ms / 1000:.1f} s.")
+    if receipt.action == "apply":
+        out.print("Next: tallystick migrate status, or tallystick audit")

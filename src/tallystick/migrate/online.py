@@ -1,0 +1,181 @@
+"""After the commit: indexes built, and constraints validated, while traffic goes on.
+
+Each step is looked at before and after, so any run may continue what another one began.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import psycopg
+import sqlalchemy as sa
+from psycopg.sql import SQL, Composable, Identifier
+
+from tallystick.errors import MigrationError
+from tallystick.migrate.session import driver, translate
+
+_LOOK_EVERY_S = 0.25
+
+State = Literal["missing", "valid", "invalid, enforcing", "invalid"]
+"""An index that a killed build left may already refuse duplicates (and slow every write) without being of use."""
+
+
+@dataclass(frozen=True)
+class OnlineStep:
+    """An index built, or a constraint validated, outside of the transaction."""
+
+    name: str
+    outcome: Literal["built", "repaired", "validated"]
+    duration_ms: float
+
+
+@dataclass(frozen=True)
+class Building:
+    """How far a build is: its ``phase`` in the server's words, ``fraction`` of it, and whom it waits for."""
+
+    phase: str
+    fraction: float | None
+    waits_for: int | None
+
+
+def build(
+    conn: sa.Connection,
+    watch: Callable[[], sa.Connection],
+    *,
+    schema: str,
+    name: str,
+    statement: Composable,
+    progress: Callable[[Building | None], None],
+) -> Iterator[OnlineStep]:
+    """Bring one index about, or back to use; nothing where it is there and valid.
+
+    ``watch`` opens a second connection, since the first is busy with the build.
+
+    Raises:
+        MigrationError: the data does not allow it (duplicates); what is left of it is repaired by the next run.
+    """
+    started = time.monotonic()
+    for leftover in _leftovers(conn, schema, name):
+        _alone(conn, watch, SQL("DROP INDEX CONCURRENTLY {}").format(Identifier(schema, leftover)), progress)
+    state = index_state(conn, schema, name)
+    if state == "valid":
+        return
+    progress(None)
+    if state != "missing":
+        # keeps whatever uniqueness the broken one still enforces until the new one takes over
+        statement = SQL("REINDEX INDEX CONCURRENTLY {}").format(Identifier(schema, name))
+    try:
+        _alone(conn, watch, statement, progress)
+    except psycopg.Error as error:
+        raise translate(error, "apply", online=name) from error
+    if index_state(conn, schema, name) != "valid":
+        raise MigrationError(f"the index {name} did not become valid. Run: tallystick migrate apply")
+    yield OnlineStep(
+        name,
+        "built" if state == "missing" else "repaired",
+        round((time.monotonic() - started) * 1000, 3),
+    )
+
+
+def validate(
+    conn: sa.Connection,
+    watch: Callable[[], sa.Connection],
+    *,
+    table: Identifier,
+    name: str,
+    statement: Composable,
+    progress: Callable[[Building | None], None],
+) -> Iterator[OnlineStep]:
+    """Check the old rows against a constraint that was added NOT VALID; nothing where that was done.
+
+    Raises:
+        MigrationError: a row breaks it.
+    """
+    started = time.monotonic()
+    if conn.scalar(_IS_VALIDATED, {"table": table.as_string(None), "name": name}) is not False:
+        return
+    progress(None)
+    try:
+        _alone(conn, watch, statement, progress)
+    except psycopg.Error as error:
+        raise translate(error, "apply", online=name) from error
+    yield OnlineStep(name, "validated", round((time.monotonic() - started) * 1000, 3))
+
+
+def index_state(conn: sa.Connection, schema: str, name: str) -> State:
+    """What there is under the name."""
+    row = conn.execute(_INDEX_STATE, {"schema": schema, "name": name}).one_or_none()
+    if row is None:
+        return "missing"
+    if row.valid:
+        return "valid"
+    return "invalid, enforcing" if row.ready else "invalid"
+
+
+_INDEX_STATE = sa.text("""
+    SELECT i.indisvalid AND i.indisready AND i.indislive AS valid, i.indisready AS ready
+    FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+    WHERE c.relnamespace = to_regnamespace(quote_ident(:schema)) AND c.relname = :name
+""")
+
+_IS_VALIDATED = sa.text("""
+    SELECT convalidated FROM pg_constraint WHERE conrelid = to_regclass(:table) AND conname = :name
+""")
+
+_LEFTOVERS = sa.text("""
+    SELECT c.relname FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+    WHERE c.relnamespace = to_regnamespace(quote_ident(:schema)) AND NOT i.indisvalid
+      AND c.relname ~ ('^' || :name || '_cc(new|old)[0-9]*$')
+""")
+
+_BUILDING = sa.text("""
+    SELECT phase, nullif(current_locker_pid, 0) AS locker,
+           CASE WHEN blocks_total > 0 THEN blocks_done::float / blocks_total
+                WHEN tuples_total > 0 THEN tuples_done::float / tuples_total
+                WHEN lockers_total > 0 THEN lockers_done::float / lockers_total
+           END AS fraction
+    FROM pg_stat_progress_create_index WHERE pid = :pid
+""")
+
+
+def _leftovers(conn: sa.Connection, schema: str, name: str) -> Sequence[str]:
+    """What a killed REINDEX CONCURRENTLY left."""
+    return conn.scalars(_LEFTOVERS, {"schema": schema, "name": name}).all()
+
+
+def _alone(
+    conn: sa.Connection,
+    watch: Callable[[], sa.Connection],
+    statement: Composable,
+    progress: Callable[[Building | None], None],
+) -> None:
+    """Run a statement that allows no transaction around it; it may wait for as long as it needs."""
+    raw = driver(conn)
+    raw.execute("SELECT set_config('lock_timeout', '0', false), set_config('statement_timeout', '0', false)")
+    with ThreadPoolExecutor(1) as pool:
+        task = pool.submit(raw.execute, statement.as_string(raw).encode(raw.info.encoding), prepare=False)
+        try:
+            _look(task, watch, raw.info.backend_pid, progress)
+            task.result()
+        except BaseException:
+            # Ctrl-C, or a progress bar that failed: nothing of ours may go on building
+            if not task.done():
+                raw.cancel_safe()
+            raise
+
+
+def _look(
+    task: Future[Any], watch: Callable[[], sa.Connection], pid: int, progress: Callable[[Building | None], None]
+) -> None:
+    """Until the statement is done, tell how far it is; a short one is not looked at."""
+    if wait([task], timeout=_LOOK_EVERY_S).done:
+        return
+    with watch() as side:
+        while not wait([task], timeout=_LOOK_EVERY_S).done:
+            row = side.execute(_BUILDING, {"pid": pid}).one_or_none()
+            if row is not None:
+                progress(Building(row.phase, row.fraction, row.locker))

@@ -1,0 +1,126 @@
+"""The one connection of a run: direct, our own, in autocommit; and what its server's refusals mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import psycopg
+import sqlalchemy as sa
+from sqlalchemy.pool import NullPool
+
+from tallystick.errors import (
+    DatabaseUnavailable,
+    LedgerNotEmpty,
+    MigrationError,
+    MigrationRunning,
+    OutcomeUnknown,
+    PermissionDenied,
+    PoolerRefused,
+    TallystickError,
+)
+from tallystick.migrate.statements import MOVED, NOT_EMPTY, RUNNING
+
+APPLICATION_NAME = "tallystick migrate"
+
+_CHECKS_CLIENT = 140000
+_LOOKING_MAY_WAIT = "500ms"
+
+
+def engine_of(database: sa.Engine | str) -> sa.Engine:
+    """The engine, or one for the address."""
+    return sa.create_engine(database, poolclass=NullPool) if isinstance(database, str) else database
+
+
+@contextmanager
+def session(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """A connection of our own in autocommit, closed afterwards and never given back to a pool."""
+    try:
+        conn = engine.execution_options(isolation_level="AUTOCOMMIT").connect()
+    except sa.exc.OperationalError as error:
+        raise DatabaseUnavailable(
+            f"no connection to the database: {str(error.orig).strip()}. Check the address (--database-url)",
+            sqlstate=None,
+        ) from error
+    try:
+        conn.detach()  # its settings must not reach whoever would get it next
+        refuse_pooler(conn)
+        conn.execute(sa.select(sa.func.set_config("application_name", APPLICATION_NAME, sa.false())))
+        conn.execute(sa.select(sa.func.set_config("lock_timeout", _LOOKING_MAY_WAIT, sa.false())))
+        # the server ends what a killed client was running, instead of holding our lock to the end
+        if driver(conn).info.server_version >= _CHECKS_CLIENT:
+            with suppress(sa.exc.DBAPIError):  # not on every operating system
+                conn.execute(sa.select(sa.func.set_config("client_connection_check_interval", "500ms", sa.false())))
+        yield conn
+    except sa.exc.DBAPIError as error:
+        if isinstance(error.orig, psycopg.Error):
+            raise translate(error.orig, "run") from error
+        raise
+    finally:
+        with suppress(sa.exc.DBAPIError):  # there is nothing to roll back on a connection that died
+            conn.close()
+
+
+def driver(conn: sa.Connection) -> psycopg.Connection[tuple[object, ...]]:
+    """The psycopg connection under ``conn``: a whole message is sent to it as text."""
+    found = conn.connection.dbapi_connection
+    if not isinstance(found, psycopg.Connection):
+        raise MigrationError(
+            f"migrations need psycopg 3, this engine uses {conn.dialect.driver}. Use postgresql+psycopg://…"
+        )
+    return found
+
+
+def refuse_pooler(conn: sa.Connection) -> None:
+    """Raise PoolerRefused where a transaction pooler stands between us and the server."""
+    info = driver(conn).info
+    sign = None
+    if "-pooler." in f"{info.host}.":
+        sign = f"the host is called {info.host}"
+    elif info.backend_pid != conn.scalar(sa.select(sa.func.pg_backend_pid())):
+        sign = "the server process is another than the one that greeted us"
+    if sign:
+        raise PoolerRefused(
+            f"this address is a connection pooler's ({sign}); a migration needs a session of its own. "
+            "Put the direct address into DATABASE_URL_UNPOOLED (or database_url_unpooled)"
+        )
+
+
+def translate(error: psycopg.Error, action: str, *, online: str | None = None) -> TallystickError:
+    """What a refused statement means to the person who ran the migration."""
+    said = (error.diag.message_primary or str(error)).strip().rstrip(".")
+    detail = error.diag.message_detail or ""
+    state = error.sqlstate
+    found: TallystickError
+    if state in (RUNNING, MOVED):
+        found = MigrationRunning(f"another run came first: {said}. Look: tallystick migrate status")
+    elif state == NOT_EMPTY:
+        found = LedgerNotEmpty(
+            "a credit transaction was written just now. Nothing was changed. Take a backup, then run: "
+            "tallystick migrate undo --discard-ledger",
+            rows=1,
+        )
+    elif state == "42501":
+        found = PermissionDenied(
+            f"the database refused: {said}. Nothing was changed. Connect as the owner of the tables",
+            sqlstate=state,
+        )
+    elif state is None or state.startswith(("08", "57P")) or state in ("58030", "XX000"):
+        found = OutcomeUnknown(
+            f"the connection was lost ({said}). The database is as before or as after, never between. "
+            "Run the same command again: it continues from whatever is there",
+            sqlstate=state,
+        )
+    elif online is not None:
+        found = MigrationError(
+            f"{online} could not be built or validated: {said}. {detail} "
+            "The revision itself is in place. Mend the cause, then run: tallystick migrate apply"
+        )
+    elif state == "2BP01":
+        found = MigrationError(
+            f"something of yours depends on what undo removes: {detail or said}. "
+            "Nothing was changed. Drop or change it first"
+        )
+    else:
+        found = MigrationError(f"the database refused to {action}: {said} ({state}). Nothing was changed")
+    return found

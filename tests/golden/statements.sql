@@ -1,0 +1,240 @@
+-- Every statement of the ledger for the default mapping, as the tests compile it (test_statements.py).
+-- Shortened: no "public.", and all columns of a row are its *.
+-- After a change that is meant: TALLYSTICK_UPDATE_GOLDEN=1 make test
+
+-- start_purchase
+WITH written AS (
+  INSERT INTO credit_transactions (id, user_id, type, status, amount, description, stripe_price_id, idempotency_key)
+  SELECT :p_id::UUID AS id, users.id AS user_id, 'purchase' AS type, 'pending' AS status, :p_amount::INTEGER AS amount, :p_description::VARCHAR AS description, :p_price::VARCHAR AS stripe_price_id, :p_key::VARCHAR AS idempotency_key
+  FROM users
+  WHERE users.id = :p_user::UUID AND users.deleted_at IS NULL
+  ON CONFLICT DO NOTHING
+  RETURNING credit_transactions.*)
+SELECT written.*
+FROM written;
+
+-- attach_session
+UPDATE credit_transactions
+SET stripe_session_id=:p_session::VARCHAR
+WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.id = :p_purchase::UUID AND credit_transactions.type = 'purchase' AND credit_transactions.stripe_session_id IS NULL AND NOT (EXISTS (
+    SELECT *
+    FROM credit_transactions AS other
+    WHERE other.stripe_session_id = :p_session::VARCHAR AND other.id != credit_transactions.id))
+RETURNING credit_transactions.*;
+
+-- complete_by_id
+WITH account AS (
+  SELECT users.id AS key, users.credit_balance, users.credit_sequence
+  FROM users
+  WHERE users.id = :p_user::UUID
+  FOR NO KEY UPDATE),
+stamped AS (
+  SELECT account.key, account.credit_balance, account.credit_sequence, clock_timestamp() AS now
+  FROM account),
+written AS (
+  UPDATE credit_transactions
+  SET status='completed', balance_after=(stamped.credit_balance + credit_transactions.amount), sequence=(stamped.credit_sequence + 1), description=(credit_transactions.description || CASE WHEN (credit_transactions.status = 'failed') THEN ' (paid after all)' ELSE '' END), stripe_session_id=coalesce(credit_transactions.stripe_session_id, :p_session::VARCHAR), stripe_payment_intent_id=coalesce(credit_transactions.stripe_payment_intent_id, :p_intent::VARCHAR), amount_paid=coalesce(credit_transactions.amount_paid, :p_paid::BIGINT), currency=coalesce(credit_transactions.currency, :p_currency::VARCHAR), completed_at=stamped.now
+  FROM stamped
+  WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.id = :p_purchase::UUID AND coalesce(credit_transactions.stripe_session_id, :p_session::VARCHAR) IS NOT DISTINCT FROM coalesce(:p_session::VARCHAR, credit_transactions.stripe_session_id) AND NOT (EXISTS (
+      SELECT *
+      FROM credit_transactions AS other
+      WHERE other.stripe_session_id = :p_session::VARCHAR AND other.id != credit_transactions.id)) AND credit_transactions.type = 'purchase' AND credit_transactions.status != 'completed' AND stamped.credit_balance <= 2147483647 - credit_transactions.amount
+  RETURNING credit_transactions.*),
+moved AS (
+  UPDATE users
+  SET credit_balance=written.balance_after, credit_sequence=written.sequence
+  FROM written
+  WHERE users.id = :p_user::UUID AND users.id = written.user_id)
+SELECT written.*
+FROM written;
+
+-- complete_by_session
+WITH account AS (
+  SELECT users.id AS key, users.credit_balance, users.credit_sequence
+  FROM users
+  WHERE users.id = :p_user::UUID
+  FOR NO KEY UPDATE),
+stamped AS (
+  SELECT account.key, account.credit_balance, account.credit_sequence, clock_timestamp() AS now
+  FROM account),
+written AS (
+  UPDATE credit_transactions
+  SET status='completed', balance_after=(stamped.credit_balance + credit_transactions.amount), sequence=(stamped.credit_sequence + 1), description=(credit_transactions.description || CASE WHEN (credit_transactions.status = 'failed') THEN ' (paid after all)' ELSE '' END), stripe_session_id=coalesce(credit_transactions.stripe_session_id, :p_session::VARCHAR), stripe_payment_intent_id=coalesce(credit_transactions.stripe_payment_intent_id, :p_intent::VARCHAR), amount_paid=coalesce(credit_transactions.amount_paid, :p_paid::BIGINT), currency=coalesce(credit_transactions.currency, :p_currency::VARCHAR), completed_at=stamped.now
+  FROM stamped
+  WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.stripe_session_id = :p_session::VARCHAR AND credit_transactions.type = 'purchase' AND credit_transactions.status != 'completed' AND stamped.credit_balance <= 2147483647 - credit_transactions.amount
+  RETURNING credit_transactions.*),
+moved AS (
+  UPDATE users
+  SET credit_balance=written.balance_after, credit_sequence=written.sequence
+  FROM written
+  WHERE users.id = :p_user::UUID AND users.id = written.user_id)
+SELECT written.*
+FROM written;
+
+-- fail_by_id
+UPDATE credit_transactions
+SET status='failed', description=(credit_transactions.description || ' (failed: ' || :p_reason::VARCHAR || ')')
+WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.id = :p_purchase::UUID AND credit_transactions.type = 'purchase' AND credit_transactions.status = 'pending'
+RETURNING credit_transactions.*;
+
+-- fail_by_session
+UPDATE credit_transactions
+SET status='failed', description=(credit_transactions.description || ' (failed: ' || :p_reason::VARCHAR || ')')
+WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.stripe_session_id = :p_session::VARCHAR AND credit_transactions.type = 'purchase' AND credit_transactions.status = 'pending'
+RETURNING credit_transactions.*;
+
+-- consume
+WITH account AS (
+  SELECT users.id AS key, users.credit_balance, users.credit_sequence
+  FROM users
+  WHERE users.id = :p_user::UUID AND users.deleted_at IS NULL
+  FOR NO KEY UPDATE),
+written AS (
+  INSERT INTO credit_transactions (id, user_id, type, status, amount, balance_after, sequence, description, idempotency_key, completed_at)
+  SELECT :p_id::UUID AS id, account.key AS user_id, 'consumption' AS type, 'completed' AS status, -:p_amount::INTEGER AS amount, account.credit_balance - :p_amount::INTEGER AS balance_after, account.credit_sequence + 1 AS sequence, coalesce(:p_description::VARCHAR, 'Credit consumed') AS description, :p_key::VARCHAR AS idempotency_key, clock_timestamp() AS completed_at
+  FROM account
+  WHERE account.credit_balance >= :p_amount::INTEGER
+  ON CONFLICT DO NOTHING
+  RETURNING credit_transactions.*),
+moved AS (
+  UPDATE users
+  SET credit_balance=written.balance_after, credit_sequence=written.sequence
+  FROM written
+  WHERE users.id = :p_user::UUID AND users.id = written.user_id)
+SELECT written.*
+FROM written;
+
+-- refund
+WITH account AS (
+  SELECT users.id AS key, users.credit_balance, users.credit_sequence
+  FROM users
+  WHERE users.id = :p_user::UUID
+  FOR NO KEY UPDATE),
+seen AS (
+  SELECT users.credit_sequence AS sequence
+  FROM users
+  WHERE users.id = :p_user::UUID),
+bought AS (
+  SELECT credit_transactions.id, credit_transactions.amount, credit_transactions.description
+  FROM credit_transactions
+  WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.id = :p_purchase::UUID AND credit_transactions.type = 'purchase' AND credit_transactions.status = 'completed'),
+back AS (
+  SELECT (
+    SELECT coalesce(sum(-credit_transactions.amount), 0) AS coalesce_1
+    FROM credit_transactions
+    WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.refund_of = :p_purchase::UUID) AS credits),
+written AS (
+  INSERT INTO credit_transactions (id, user_id, type, status, amount, balance_after, sequence, description, refund_of, idempotency_key, completed_at)
+  SELECT :p_id::UUID AS id, account.key AS user_id, 'refund' AS type, 'completed' AS status, -coalesce(:p_amount::INTEGER, bought.amount - back.credits) AS amount, account.credit_balance - coalesce(:p_amount::INTEGER, bought.amount - back.credits) AS balance_after, account.credit_sequence + 1 AS sequence, coalesce(:p_description::VARCHAR, 'Refunded: ' || bought.description) AS description, bought.id AS refund_of, :p_key::VARCHAR AS idempotency_key, clock_timestamp() AS completed_at
+  FROM account JOIN seen ON true JOIN bought ON true JOIN back ON true
+  WHERE account.credit_sequence = seen.sequence AND coalesce(:p_amount::INTEGER, bought.amount - back.credits) BETWEEN 1 AND bought.amount - back.credits AND account.credit_balance >= -2147483648 + coalesce(:p_amount::INTEGER, bought.amount - back.credits)
+  ON CONFLICT DO NOTHING
+  RETURNING credit_transactions.*),
+moved AS (
+  UPDATE users
+  SET credit_balance=written.balance_after, credit_sequence=written.sequence
+  FROM written
+  WHERE users.id = :p_user::UUID AND users.id = written.user_id)
+SELECT written.*
+FROM written;
+
+-- balance
+SELECT users.credit_balance
+FROM users
+WHERE users.id = :p_user::UUID;
+
+-- balance_at
+SELECT coalesce((
+    SELECT credit_transactions.balance_after
+    FROM credit_transactions
+    WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.completed_at <= :p_when::TIMESTAMP WITH TIME ZONE
+    ORDER BY credit_transactions.completed_at DESC, credit_transactions.sequence DESC
+    LIMIT 1), 0) AS coalesce_1
+FROM users
+WHERE users.id = :p_user::UUID;
+
+-- history
+SELECT page.*
+FROM (
+  SELECT anon_1.*
+  FROM (
+    SELECT credit_transactions.*
+    FROM credit_transactions
+    WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.sequence IS NULL AND credit_transactions.id < :p_before_id::UUID AND (:p_failed OR credit_transactions.status != 'failed')
+    ORDER BY credit_transactions.id DESC
+    LIMIT :p_limit::INTEGER) AS anon_1
+  UNION ALL SELECT anon_2.*
+  FROM (
+    SELECT credit_transactions.*
+    FROM credit_transactions
+    WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.sequence < :p_before_sequence::INTEGER
+    ORDER BY credit_transactions.sequence DESC
+    LIMIT :p_limit::INTEGER) AS anon_2) AS page
+ORDER BY page.sequence DESC NULLS FIRST, page.id DESC
+LIMIT :p_limit::INTEGER;
+
+-- facts
+SELECT users.id, users.credit_balance, users.credit_sequence, users.deleted_at, (
+  SELECT max(last.sequence) AS max_1
+  FROM credit_transactions AS last
+  WHERE last.user_id = :p_user::UUID) AS anon_1, (
+  SELECT coalesce(sum(-credit_transactions.amount), 0) AS coalesce_1
+  FROM credit_transactions
+  WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.refund_of = :p_purchase::UUID) AS anon_2, (
+  SELECT holder.id
+  FROM credit_transactions AS holder
+  WHERE holder.stripe_session_id = :p_session::VARCHAR) AS anon_3, workshops.id, workshops.user_id, workshops.deleted_at, workshops.credit_consumed_at, prior.*, purchase.*, unlocked.*
+FROM (
+  SELECT 1 AS row) AS one
+LEFT OUTER JOIN users ON users.id = :p_user::UUID
+LEFT OUTER JOIN credit_transactions AS prior ON prior.user_id = :p_user::UUID AND prior.idempotency_key = :p_key::VARCHAR
+LEFT OUTER JOIN credit_transactions AS purchase ON purchase.user_id = :p_user::UUID AND purchase.id = coalesce(:p_purchase::UUID, (
+    SELECT holder.id
+    FROM credit_transactions AS holder
+    WHERE holder.stripe_session_id = :p_session::VARCHAR))
+LEFT OUTER JOIN (
+  SELECT credit_transactions.*
+  FROM credit_transactions
+  WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.workshop_id = :p_workshop::UUID AND credit_transactions.type = 'consumption'
+  ORDER BY credit_transactions.sequence DESC
+  LIMIT 1) AS unlocked ON true
+LEFT OUTER JOIN workshops ON workshops.id = :p_workshop::UUID;
+
+-- consume_for_workshop
+WITH account AS (
+  SELECT users.id AS key, users.credit_balance, users.credit_sequence
+  FROM users
+  WHERE users.id = :p_user::UUID AND users.deleted_at IS NULL
+  FOR NO KEY UPDATE),
+claim AS (
+  SELECT workshops.id AS key, coalesce(workshops.title, CAST(workshops.id AS TEXT)) AS name
+  FROM workshops JOIN account ON workshops.user_id = account.key
+  WHERE workshops.id = :p_workshop::UUID AND workshops.user_id = :p_user::UUID AND workshops.deleted_at IS NULL AND workshops.credit_consumed_at IS NULL
+  FOR NO KEY UPDATE OF workshops),
+written AS (
+  INSERT INTO credit_transactions (id, user_id, type, status, amount, balance_after, sequence, description, workshop_id, idempotency_key, completed_at)
+  SELECT :p_id::UUID AS id, account.key AS user_id, 'consumption' AS type, 'completed' AS status, -:p_amount::INTEGER AS amount, account.credit_balance - :p_amount::INTEGER AS balance_after, account.credit_sequence + 1 AS sequence, coalesce(:p_description::VARCHAR, 'Credit consumed for Workshop: ' || claim.name) AS description, claim.key AS workshop_id, :p_key::VARCHAR AS idempotency_key, clock_timestamp() AS completed_at
+  FROM account JOIN claim ON true
+  WHERE account.credit_balance >= :p_amount::INTEGER
+  ON CONFLICT DO NOTHING
+  RETURNING credit_transactions.*),
+moved AS (
+  UPDATE users
+  SET credit_balance=written.balance_after, credit_sequence=written.sequence
+  FROM written
+  WHERE users.id = :p_user::UUID AND users.id = written.user_id),
+marked AS (
+  UPDATE workshops
+  SET credit_consumed_at=written.completed_at
+  FROM written
+  WHERE workshops.id = :p_workshop::UUID AND workshops.user_id = :p_user::UUID AND workshops.id = written.workshop_id)
+SELECT written.*
+FROM written;
+
+-- access
+SELECT workshops.created_at, workshops.credit_consumed_at, workshops.deleted_at, (
+  SELECT min(tallystick.migration_log.applied_at) AS min_1
+  FROM tallystick.migration_log
+  WHERE tallystick.migration_log.revision = '0001') AS anon_1
+FROM workshops
+WHERE workshops.id = :p_workshop::UUID;

@@ -1,0 +1,277 @@
+"""What stops a migration before anything is changed, and what the message says to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import sqlalchemy as sa
+from hosts import App
+
+from tallystick import HostMapping, UsersTable, WorkshopsTable, migrate
+from tallystick.errors import (
+    HostMismatch,
+    IncompatibleColumn,
+    PermissionDenied,
+    SchemaError,
+    SchemaTooNew,
+    TallystickError,
+)
+
+ALONE = HostMapping(workshops=None)
+UUID_USERS = "CREATE TABLE users (id uuid PRIMARY KEY, email text);"
+
+
+def stopped(app: App, kind: type[TallystickError]) -> TallystickError:
+    before = app.dump()
+    with pytest.raises(kind) as caught:
+        migrate.apply(app.url, app.config)
+    with pytest.raises(kind), app.engine.connect() as conn:
+        migrate.plan(conn, app.config)
+    assert app.dump() == before
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("column", "found"),
+    [
+        ("credit_balance numeric NOT NULL DEFAULT 0", "numeric"),
+        ("credit_balance bigint NOT NULL DEFAULT 0", "bigint"),
+        ("credit_balance integer DEFAULT 0", "integer, nullable"),
+        ("credit_balance integer NOT NULL DEFAULT 10", "integer DEFAULT 10"),
+        ("credit_sequence integer NOT NULL DEFAULT 7", "integer DEFAULT 7"),
+        ("onboarding_complete text", "text"),
+        ("onboarding_complete boolean", "boolean, nullable"),
+        ("stripe_customer_id uuid", "uuid"),
+        ("plan_tier varchar(8) NOT NULL DEFAULT 'free'", "character varying(8)"),
+        ("updated_at date", "date"),
+        ("deleted_at boolean", "boolean"),
+        ("deleted_at text GENERATED ALWAYS AS (email) STORED", "text"),
+        ("plan_tier text GENERATED ALWAYS AS (email) STORED", "text GENERATED"),
+    ],
+)
+def test_a_column_of_ours_with_another_meaning(make_app: Callable[..., App], column: str, found: str) -> None:
+    app = make_app(f"{UUID_USERS} ALTER TABLE users ADD {column}", HostMapping(workshops=None))
+    error = stopped(app, IncompatibleColumn)
+    assert isinstance(error, IncompatibleColumn)
+    assert (error.table, error.column, error.found) == ("public.users", column.split(maxsplit=1)[0], found)
+    assert error.expected in str(error)
+    assert f"RENAME COLUMN {error.column} TO {error.column}_before" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("ddl", "found"),
+    [
+        (
+            """ALTER TABLE users ADD credit_balance integer NOT NULL DEFAULT 0;
+            INSERT INTO users (id, credit_balance) VALUES (gen_random_uuid(), 5)""",
+            "integer with values in it",
+        ),
+        (
+            """ALTER TABLE users ADD stripe_customer_id text;
+            INSERT INTO users (id, stripe_customer_id)
+            VALUES (gen_random_uuid(), 'cus_1'), (gen_random_uuid(), 'cus_1')""",
+            "text with the same value twice",
+        ),
+    ],
+)
+def test_a_column_of_ours_with_other_contents(make_app: Callable[..., App], ddl: str, found: str) -> None:
+    error = stopped(make_app(f"{UUID_USERS} {ddl}", ALONE), IncompatibleColumn)
+    assert found in str(error)
+
+
+def test_a_workshop_that_is_marked_already(make_app: Callable[..., App]) -> None:
+    app = make_app(
+        f"{UUID_USERS} CREATE TABLE workshops (id uuid PRIMARY KEY, user_id uuid, title text, created_at timestamptz,"
+        " credit_consumed_at timestamptz); INSERT INTO workshops VALUES (gen_random_uuid(), null, '', now(), now())",
+        HostMapping(),
+    )
+    assert "timestamp with time zone with values in it" in str(stopped(app, IncompatibleColumn))
+
+
+@pytest.mark.parametrize(
+    ("ddl", "mapping", "message"),
+    [
+        ("CREATE TABLE user_accounts (id uuid PRIMARY KEY)", ALONE, "no table public.users"),
+        (
+            "CREATE TABLE userz (id uuid PRIMARY KEY)",
+            ALONE,
+            r"did you mean public.userz\? Set it under \[host.users\]",
+        ),
+        ("CREATE VIEW users AS SELECT 1 AS id", ALONE, "is a view"),
+        ("CREATE MATERIALIZED VIEW users AS SELECT 1 AS id", ALONE, "is a view"),
+        ("CREATE TABLE users (id uuid PRIMARY KEY) PARTITION BY HASH (id)", ALONE, "is partitioned"),
+        ("CREATE UNLOGGED TABLE users (id uuid PRIMARY KEY)", ALONE, "SET LOGGED"),
+        ("CREATE TABLE users (id uuid PRIMARY KEY); CREATE TABLE vip () INHERITS (users)", ALONE, "inherits"),
+        ("CREATE TABLE users (uid uuid PRIMARY KEY)", ALONE, "has no column 'id'; did you mean 'uid'"),
+        ("CREATE TABLE users (id uuid, uid uuid NOT NULL UNIQUE)", ALONE, "host.users.key to one of: uid"),
+        ("CREATE TABLE users (id uuid UNIQUE)", ALONE, "not both NOT NULL and UNIQUE"),
+        (
+            "CREATE TABLE users (id uuid NOT NULL); CREATE UNIQUE INDEX ON users (id) WHERE id IS NOT NULL",
+            ALONE,
+            "not both",
+        ),
+        ("CREATE TABLE users (id uuid NOT NULL UNIQUE DEFERRABLE)", ALONE, "not both"),
+        ("CREATE TABLE users (id uuid, n int, PRIMARY KEY (id, n))", ALONE, "not both"),
+        ("CREATE TABLE users (id smallint PRIMARY KEY)", ALONE, "smallint, which cannot be a key"),
+        ("CREATE DOMAIN uid AS uuid; CREATE TABLE users (id uid PRIMARY KEY)", ALONE, "uid, which cannot be a key"),
+        ("CREATE TABLE users (id text PRIMARY KEY)", ALONE, 'Set host.users.key_type = "text"'),
+        (UUID_USERS, HostMapping(), "no table public.workshops"),
+        (
+            f"{UUID_USERS} CREATE TABLE workshops (id uuid PRIMARY KEY, user_id integer)",
+            HostMapping(),
+            "user_id is integer, but users are keyed by id",
+        ),
+        (
+            f"{UUID_USERS} CREATE TABLE workshops (id uuid PRIMARY KEY, user_id uuid, created_at timestamptz)",
+            HostMapping(),
+            "no column 'title'",
+        ),
+        (
+            f"{UUID_USERS} CREATE TABLE workshops (id uuid PRIMARY KEY, user_id uuid, title text, created_at date)",
+            HostMapping(),
+            "created_at is date, not a timestamp",
+        ),
+        (UUID_USERS, HostMapping(users=UsersTable(email="mail"), workshops=None), "did you mean 'email'"),
+        (f"{UUID_USERS} CREATE TABLE credit_transactions ()", ALONE, 'already has "public"."credit_transactions"'),
+        (f"{UUID_USERS} CREATE TYPE credit_transaction_type AS ENUM ('x')", ALONE, "credit_transaction_type"),
+        (f"{UUID_USERS} CREATE SEQUENCE credit_transactions_sequence", ALONE, "credit_transactions_sequence"),
+        (f"{UUID_USERS} CREATE SCHEMA tallystick", ALONE, "ALTER SCHEMA tallystick RENAME"),
+    ],
+)
+def test_a_host_that_cannot_serve(make_app: Callable[..., App], ddl: str, mapping: HostMapping, message: str) -> None:
+    with pytest.raises(HostMismatch, match=message):
+        raise stopped(make_app(ddl, mapping), HostMismatch)
+
+
+def test_a_table_that_was_given_too_many_columns(make_app: Callable[..., App]) -> None:
+    columns = ", ".join(f"c{n} int" for n in range(1595))
+    app = make_app(f"CREATE TABLE users (id uuid PRIMARY KEY, {columns})", ALONE)
+    assert "1600" in str(stopped(app, HostMismatch))
+
+
+def test_a_database_that_is_ahead(app: App) -> None:
+    migrate.apply(app.url, app.config)
+    app.run("UPDATE tallystick.alembic_version SET version_num = '9999'")
+    assert "pip install -U tallystick" in str(stopped(app, SchemaTooNew))
+
+
+def test_another_mapping_than_the_one_that_was_migrated(app: App, make_app: Callable[..., App]) -> None:
+    app.run("CREATE TABLE courses (id uuid PRIMARY KEY, user_id uuid, title text, created_at timestamptz)")
+    app.run("CREATE SCHEMA crm", "CREATE TABLE crm.users (id uuid PRIMARY KEY)")
+    migrate.apply(app.url, app.config)
+    for mapping, message in (
+        (HostMapping(workshops=WorkshopsTable(table="courses")), "was migrated for workshops"),
+        (HostMapping(users=UsersTable(schema="crm"), workshops=None), "not for crm.users"),
+        (HostMapping(workshops=None), "was migrated for workshops"),
+    ):
+        other = app.config.model_copy(update={"host": mapping})
+        for change in (migrate.apply, migrate.undo):
+            with pytest.raises(HostMismatch, match=message):
+                change(app.url, other)
+
+    alone = make_app(
+        f"{UUID_USERS} CREATE TABLE workshops (id uuid PRIMARY KEY, user_id uuid, title text, created_at timestamptz)",
+        ALONE,
+    )
+    migrate.apply(alone.url, alone.config)
+    with pytest.raises(HostMismatch, match="workshops = false"):
+        migrate.apply(alone.url, alone.config.model_copy(update={"host": HostMapping()}))
+
+
+class TestPrivileges:
+    @pytest.fixture
+    def role(self, app: App) -> Iterator[str]:
+        name = f"r_{app.engine.url.database}"[:60]
+        app.run(f"CREATE ROLE {name} LOGIN")
+        yield name
+        app.run(f"REASSIGN OWNED BY {name} TO postgres", f"DROP OWNED BY {name}", f"DROP ROLE {name}")
+
+    def as_role(self, app: App, role: str) -> App:
+        url = sa.make_url(app.url).set(username=role).render_as_string(hide_password=False)
+        return App(url, app.config, app.server)
+
+    def test_each_missing_one_is_named_with_the_grant(self, app: App, role: str) -> None:
+        ours = self.as_role(app, role)
+        database = app.engine.url.database
+        app.run("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+        for missing, grants in (
+            ("does not own public.users. Connect as postgres", [f"ALTER TABLE users OWNER TO {role}"]),
+            ("does not own public.workshops", [f"ALTER TABLE workshops OWNER TO {role}"]),
+            (f'GRANT CREATE ON DATABASE "{database}" TO "{role}"', [f"GRANT CREATE ON DATABASE {database} TO {role}"]),
+            (f'GRANT CREATE ON SCHEMA "public" TO "{role}"', [f"GRANT CREATE ON SCHEMA public TO {role}"]),
+        ):
+            with pytest.raises(PermissionDenied) as caught:
+                migrate.apply(ours.url, ours.config)
+            assert missing in str(caught.value)
+            app.run(*grants)
+        assert migrate.apply(ours.url, ours.config).changed
+
+    def test_status_asks_for_none(self, app: App, role: str) -> None:
+        migrate.apply(app.url, app.config)
+        app.run(
+            f"GRANT USAGE ON SCHEMA tallystick TO {role}", f"GRANT SELECT ON ALL TABLES IN SCHEMA tallystick TO {role}"
+        )
+        with self.as_role(app, role).engine.connect() as conn:
+            assert migrate.status(conn, app.config).healthy
+
+
+def test_a_standby_is_refused(app: App) -> None:
+    # A second server would take seconds; what the check asks is a function, and a temporary one is found first.
+    app.run("CREATE SCHEMA standby", "CREATE FUNCTION standby.pg_is_in_recovery() RETURNS bool RETURN true")
+    url = sa.make_url(app.url).update_query_dict({"options": "-c search_path=standby,pg_catalog,public"})
+    with pytest.raises(SchemaError, match="standby"):
+        migrate.apply(url.render_as_string(hide_password=False), app.config)
+
+
+class TestPropose:
+    def propose(self, app: App, **asked: str) -> HostMapping:
+        with app.engine.connect() as conn:
+            return migrate.propose(conn, **asked)
+
+    def test_asks_which_of_two(self, make_app: Callable[..., App]) -> None:
+        app = make_app(
+            "CREATE SCHEMA app; CREATE SCHEMA crm; CREATE TABLE app.users (id uuid PRIMARY KEY);"
+            "CREATE TABLE crm.users (id int PRIMARY KEY)"
+        )
+        with pytest.raises(HostMismatch, match=r"app\.users, crm\.users\. Say which: --users app\.users"):
+            self.propose(app)
+        assert self.propose(app, users="crm.users").users == UsersTable(schema="crm", key_type="integer")
+
+    def test_prefers_the_apps_own_to_an_auth_services(self, make_app: Callable[..., App]) -> None:
+        app = make_app("CREATE SCHEMA auth; CREATE TABLE auth.users (id uuid PRIMARY KEY);" + UUID_USERS)
+        assert self.propose(app).users.schema == "public"
+
+    @pytest.mark.parametrize(
+        ("ddl", "asked", "message"),
+        [
+            ("CREATE TABLE people (id uuid PRIMARY KEY)", {}, r"there are: public\.people\).*--users"),
+            ("", {}, "none at all"),
+            ("CREATE TABLE users (id numeric PRIMARY KEY)", {}, "no column that is NOT NULL, UNIQUE"),
+            (UUID_USERS, {"users": "usres"}, "did you mean users"),
+            (UUID_USERS, {"workshops": "courses"}, "no table courses"),
+            ("CREATE VIEW users AS SELECT 1 AS id", {"users": "users"}, "is a view"),
+            (f"{UUID_USERS} CREATE TABLE workshops (n int)", {}, "--workshops"),
+            (f"{UUID_USERS} CREATE TABLE workshops (id int PRIMARY KEY)", {}, "refers to public.users"),
+        ],
+    )
+    def test_says_what_to_type(
+        self, make_app: Callable[..., App], ddl: str, asked: dict[str, str], message: str
+    ) -> None:
+        with pytest.raises(HostMismatch, match=message):
+            self.propose(make_app(ddl or "SELECT 1"), **asked)
+
+    def test_follows_the_foreign_key_to_the_users_key(self, make_app: Callable[..., App]) -> None:
+        app = make_app(
+            "CREATE TABLE users (id bigint PRIMARY KEY, sub text NOT NULL UNIQUE);"
+            "CREATE TABLE workshops (id bigint PRIMARY KEY, user_id bigint, made_by text REFERENCES users (sub))"
+        )
+        found = self.propose(app)
+        assert (found.users.key, found.workshops and found.workshops.owner) == ("sub", "made_by")
+
+    def test_takes_another_table_that_is_named(self, make_app: Callable[..., App]) -> None:
+        app = make_app(f"{UUID_USERS} CREATE TABLE courses (id uuid PRIMARY KEY, user_id uuid REFERENCES users)")
+        assert self.propose(app).workshops is None
+        assert self.propose(app, workshops="courses").workshops == WorkshopsTable(
+            table="courses", title=None, created_at=None
+        )

@@ -1,0 +1,394 @@
+"""The run itself: who it waits for, when it gives up, what it leaves, and how it goes on after an interruption."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+from hosts import HOSTS, App
+
+from tallystick import Config, migrate
+from tallystick.devdb import Server
+from tallystick.errors import (
+    ConfigError,
+    Conflict,
+    DatabaseUnavailable,
+    MigrationBlocked,
+    MigrationError,
+    MigrationRunning,
+    OutcomeUnknown,
+    PermissionDenied,
+)
+from tallystick.migrate.revisions import revisions
+from tallystick.migrate.statements import ADVISORY_KEY
+from tallystick.schema import HEAD
+
+INDEX = "tallystick_users_stripe_customer_id"
+
+
+@contextmanager
+def holding(
+    app: App, statement: str, application: str = "a report"
+) -> Iterator[psycopg.Connection[tuple[object, ...]]]:
+    """A transaction that has run ``statement`` and stays open."""
+    url = sa.make_url(app.url).set(drivername="postgresql").render_as_string(hide_password=False)
+    with psycopg.connect(url, application_name="a report") as conn:
+        conn.execute(statement)
+        yield conn
+
+
+class TestWaiting:
+    def test_for_an_open_transaction_until_it_ends(self, app: App) -> None:
+        seen: list[migrate.Progress] = []
+        with holding(app, "SELECT count(*) FROM users") as reader, ThreadPoolExecutor(1) as pool:
+            reader_pid = reader.info.backend_pid
+            waiting = threading.Event()
+
+            def progress(step: migrate.Progress) -> None:
+                seen.append(step)
+                if step.phase == "waiting":
+                    waiting.set()
+
+            run = pool.submit(migrate.apply, app.url, app.config, progress=progress)
+            assert waiting.wait(60)
+            # nobody queues behind us meanwhile
+            app.run("UPDATE users SET email = email")
+            reader.commit()
+            receipt = run.result(60)
+
+        [blocker] = receipt.steps[0].waited_for
+        assert (blocker.pid, blocker.application, blocker.kind) == (reader_pid, "a report", "client")
+        assert (blocker.state, blocker.tables) == ("idle in transaction", ("users",))
+        assert [step.phase for step in seen][-4:] == ["locking", "applied", "online", "online"]
+        with app.engine.connect() as conn:
+            [row] = app.rows(
+                "SELECT waited_for -> 0 ->> 'application' FROM tallystick.migration_log ORDER BY id LIMIT 1"
+            )
+            assert row == ("a report",)
+            assert migrate.status(conn, app.config).healthy
+
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            "SELECT FROM users LIMIT 1",
+            "UPDATE workshops SET title = title",
+            "LOCK TABLE users IN SHARE UPDATE EXCLUSIVE MODE",
+            "LOCK TABLE workshops",
+        ],
+    )
+    def test_gives_up_loudly_and_changes_nothing(self, app: App, statement: str) -> None:
+        before = app.shape()
+        with holding(app, statement) as blocker:
+            with pytest.raises(MigrationBlocked) as caught:
+                migrate.apply(app.url, app.config, give_up_after_s=0.6)
+            assert f"pid {blocker.info.backend_pid} (a report), idle in transaction" in str(caught.value)
+            assert "Nothing was changed" in str(caught.value)
+            assert caught.value.retryable
+        assert app.shape() == before
+        assert migrate.apply(app.url, app.config).changed
+
+    def test_a_prepared_transaction_is_named(self, scratch: Path, server: Server) -> None:
+        with Server(scratch, settings={"fsync": "off", "max_prepared_transactions": "2"}, bin_dir=server.bin) as own:
+            url = own.create_database("app")
+            app = App(url, Config(database_url=url, host=HOSTS["uuid"].mapping), own)
+            app.run(*HOSTS["uuid"].ddl.split(";")[:-1])
+            with app.engine.connect() as conn:
+                conn.exec_driver_sql("UPDATE users SET email = email")
+                conn.exec_driver_sql("PREPARE TRANSACTION 'forgotten'")
+            with pytest.raises(MigrationBlocked, match="prepared transaction 'forgotten' on users"):
+                migrate.apply(app.url, app.config, give_up_after_s=0.3)
+            app.run("ROLLBACK PREPARED 'forgotten'")
+            assert migrate.apply(app.url, app.config).changed
+
+    def test_plan_names_who_is_in_the_way_now(self, app: App) -> None:
+        with holding(app, "SELECT FROM users LIMIT 1"):
+            time.sleep(0.3)
+            with app.engine.connect() as conn:
+                [blocker] = migrate.plan(conn, app.config).blockers
+        assert blocker.application == "a report"
+        assert blocker.age_ms >= 250
+
+    def test_looking_waits_for_an_exclusive_lock_but_not_for_ever(self, app: App) -> None:
+        with holding(app, "LOCK TABLE users"), app.engine.connect() as conn:
+            with pytest.raises(Conflict):
+                migrate.plan(conn, app.config)
+            conn.rollback()
+            with pytest.raises(Conflict):
+                migrate.status(conn, app.config)
+
+    def test_undo_waits_too(self, app: App) -> None:
+        migrate.apply(app.url, app.config)
+        with holding(app, "SELECT FROM users LIMIT 1"), pytest.raises(MigrationBlocked):
+            migrate.undo(app.url, app.config, give_up_after_s=0.3)
+        assert migrate.undo(app.url, app.config).changed
+
+
+class TestTwoAtOnce:
+    def test_the_second_says_so_and_stops(self, app: App) -> None:
+        with holding(app, f"SELECT pg_advisory_lock({ADVISORY_KEY})") as first:
+            before = app.shape()
+            with pytest.raises(MigrationRunning, match=f"pid {first.info.backend_pid}"):
+                migrate.apply(app.url, app.config)
+            assert app.shape() == before
+
+    def test_many_at_once_end_as_one(self, app: App) -> None:
+        def run() -> bool | None:
+            try:
+                return migrate.apply(app.url, app.config).changed
+            except MigrationRunning:
+                return None
+
+        with ThreadPoolExecutor(6) as pool:
+            outcomes = [task.result(120) for task in [pool.submit(run) for _ in range(6)]]
+
+        assert outcomes.count(True) == 1
+        assert app.rows("SELECT count(*) FROM tallystick.migration_log") == [(len(revisions()),)]
+        with app.engine.connect() as conn:
+            assert migrate.status(conn, app.config).healthy
+
+
+class TestOnline:
+    """The index that is built after the commit."""
+
+    def test_a_missing_one_is_built_by_the_next_run(self, app: App) -> None:
+        migrate.apply(app.url, app.config)
+        after = app.shape()
+        app.run(f"DROP INDEX {INDEX}")
+
+        [step] = migrate.apply(app.url, app.config).online
+
+        assert (step.name, step.outcome) == (INDEX, "built")
+        assert app.shape() == after
+
+    def test_an_invalid_one_is_told_and_repaired(self, app: App) -> None:
+        migrate.apply(app.url, app.config)
+        after = app.shape()
+        app.run(f"DROP INDEX {INDEX}", "UPDATE users SET stripe_customer_id = 'cus_1'")
+        with pytest.raises(MigrationError, match=r"Key \(stripe_customer_id\)=\(cus_1\) is duplicated"):
+            migrate.apply(app.url, app.config)
+        with app.engine.connect() as conn:
+            [drift] = migrate.status(conn, app.config).drift
+        assert (drift.kind, "INVALID" in str(drift.found)) == ("index", True)
+        app.run("UPDATE users SET stripe_customer_id = NULL")
+
+        [step] = migrate.apply(app.url, app.config).online
+
+        assert step.outcome == "repaired"
+        assert app.shape() == after
+
+    def test_what_a_killed_rebuild_left_is_removed(self, app: App) -> None:
+        migrate.apply(app.url, app.config)
+        after = app.shape()
+        for suffix in ("_ccnew", "_ccnew1", "_ccold"):
+            app.run(f"CREATE INDEX {INDEX}{suffix} ON users (stripe_customer_id)")
+        app.run(f"UPDATE pg_index SET indisvalid = false WHERE indexrelid::regclass::text ~ '^{INDEX}'")
+
+        migrate.apply(app.url, app.config)
+
+        assert app.shape() == after
+
+
+class TestFaults:
+    def test_no_database(self, app: App) -> None:
+        url = sa.make_url(app.url).set(database="nowhere").render_as_string(hide_password=False)
+        with pytest.raises(DatabaseUnavailable, match='database "nowhere" does not exist'):
+            migrate.apply(url, app.config)
+
+    def test_a_budget_of_nothing(self, app: App) -> None:
+        with pytest.raises(ConfigError, match="stall budget of 0 ms"):
+            migrate.apply(app.url, app.config, stall_budget_ms=0)
+
+    def test_another_driver_is_refused(self, app: App) -> None:
+        engine = sa.create_engine("sqlite://")
+        with pytest.raises(MigrationError, match=r"postgresql\+psycopg://"):
+            migrate.apply(engine, app.config)
+        engine.dispose()
+
+    def test_a_role_that_may_not_lock(self, app: App) -> None:
+        app.run(
+            "CREATE FUNCTION forbid() RETURNS event_trigger LANGUAGE plpgsql AS"
+            " $$ BEGIN RAISE insufficient_privilege USING MESSAGE = 'ask first'; END $$",
+            "CREATE EVENT TRIGGER forbid ON ddl_command_start WHEN tag IN ('ALTER TABLE') EXECUTE FUNCTION forbid()",
+        )
+        before = app.shape()
+        with pytest.raises(PermissionDenied, match="ask first"):
+            migrate.apply(app.url, app.config)
+        assert app.shape() == before
+
+    def test_a_connection_that_dies_under_the_run(self, app: App) -> None:
+        before = app.shape()
+
+        def kill(step: migrate.Progress) -> None:
+            if step.phase == "locking":
+                app.run(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                    " WHERE application_name = 'tallystick migrate' AND datname = current_database()"
+                )
+
+        with pytest.raises(OutcomeUnknown, match="Run the same command again"):
+            migrate.apply(app.url, app.config, progress=kill)
+        assert app.shape() == before
+        assert migrate.apply(app.url, app.config).changed
+
+
+def tell(event: threading.Event, _: migrate.Progress) -> None:
+    event.set()
+
+
+def without_index(shape: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    return {(kind, text) for kind, text in shape if INDEX not in text}
+
+
+class TestKilled:
+    """At any moment: what is there afterwards is the old or the new, and the next run ends as if nothing was."""
+
+    MOMENTS = 50
+    SERVER_MOMENTS = 10
+
+    @pytest.fixture
+    def processes(self) -> multiprocessing.context.ForkServerContext:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tallystick.migrate"])
+        return context
+
+    def test_the_client(self, app: App, processes: multiprocessing.context.ForkServerContext) -> None:
+        old = app.shape()
+        started = time.monotonic()
+        migrate.apply(app.url, app.config)
+        length_s = time.monotonic() - started
+        new = app.shape()
+        migrate.undo(app.url, app.config)
+        seen = set()
+        for _ in range(self.MOMENTS):
+            process = processes.Process(target=migrate.apply, args=(app.url, app.config))
+            process.start()
+            while not self.sessions(app) and process.is_alive():
+                time.sleep(0.001)
+            time.sleep(random.uniform(0, 1.2 * length_s))
+            process.kill()
+            process.join()
+            self.wait_until_gone(app)
+
+            seen.add(self.standing(app, old, new))
+            migrate.apply(app.url, app.config)
+            assert app.shape() == new
+            migrate.undo(app.url, app.config)
+            assert app.shape() == old
+        assert {"old", "new"} <= seen <= {"old", "new", "between"}
+
+    def standing(self, app: App, old: set[tuple[str, str]], new: set[tuple[str, str]]) -> str:
+        """Where a killed run left the database: at no revision, at the last, or at one between them."""
+        found = without_index(app.shape())
+        if found == without_index(old):
+            return "old"
+        assert app.value("SELECT version_num FROM tallystick.alembic_version") in [r.revision for r in revisions()]
+        return "new" if found == without_index(new) else "between"
+
+    def sessions(self, app: App) -> int:
+        return app.value(
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'tallystick migrate'"
+            " AND datname = current_database()"
+        )
+
+    def wait_until_gone(self, app: App) -> None:
+        """The server ends what a killed client began, but not at once."""
+        deadline = time.monotonic() + 60
+        while self.sessions(app):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def test_the_server(self, scratch: Path, server: Server) -> None:
+        with Server(scratch, settings={"fsync": "off"}, bin_dir=server.bin) as own:
+            url = own.create_database("app")
+            app = App(url, Config(database_url=url, host=HOSTS["uuid"].mapping), own)
+            app.run(*HOSTS["uuid"].ddl.split(";")[:-1])
+            old = app.shape()
+            migrate.apply(app.url, app.config)
+            new = app.shape()
+            migrate.undo(app.url, app.config)
+            for _ in range(self.SERVER_MOMENTS):
+                begun = threading.Event()
+                with ThreadPoolExecutor(1) as pool:
+                    run = pool.submit(migrate.apply, app.url, app.config, progress=partial(tell, begun))
+                    begun.wait(60)
+                    time.sleep(random.uniform(0, 0.06))
+                    pid = int((scratch / "server/data/postmaster.pid").read_text().split()[0])
+                    os.kill(pid, signal.SIGKILL)
+                    error = run.exception(60)
+                assert error is None or isinstance(error, OutcomeUnknown | DatabaseUnavailable), error
+                own.start()
+
+                self.standing(app, old, new)
+                migrate.apply(app.url, app.config)
+                assert app.shape() == new
+                migrate.undo(app.url, app.config)
+                assert app.shape() == old
+
+
+def test_nothing_is_left_locked_or_open(app: App) -> None:
+    migrate.apply(app.url, app.config)
+    assert app.value("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'") == 0
+    assert (
+        app.value(
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'tallystick migrate'"
+            " AND datname = current_database()"
+        )
+        == 0
+    )
+    assert app.value("SELECT version_num FROM tallystick.alembic_version") == HEAD
+
+
+def test_the_lock_was_short_and_measured(make_app: Callable[..., App]) -> None:
+    app = make_app()
+    step = migrate.apply(app.url, app.config).steps[0]
+    assert 0 < step.locked_ms < step.duration_ms
+
+
+def test_a_build_that_waits_tells_for_whom(app: App) -> None:
+    """CREATE INDEX CONCURRENTLY waits for every older snapshot of the database; traffic does not feel it."""
+    seen: list[migrate.Progress] = []
+    waiting = threading.Event()
+
+    def progress(step: migrate.Progress) -> None:
+        seen.append(step)
+        if step.waits_for:
+            waiting.set()
+
+    with holding(app, "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ") as reader, ThreadPoolExecutor(1) as pool:
+        reader.execute("SELECT 1")
+        pid = reader.info.backend_pid
+        run = pool.submit(migrate.apply, app.url, app.config, progress=progress)
+        assert waiting.wait(60)
+        app.run("UPDATE users SET email = email", "UPDATE workshops SET title = title")
+        reader.commit()
+        run.result(60)
+
+    told = next(step for step in seen if step.waits_for)
+    assert (told.phase, told.step, told.waits_for) == ("online", INDEX, pid)
+    assert "waiting for" in str(told.detail)
+    assert app.value("SELECT indisvalid FROM pg_index WHERE indexrelid::regclass::text = '" + INDEX + "'")
+
+
+def test_a_run_that_is_stopped_leaves_nothing_building(app: App) -> None:
+    def stop(step: migrate.Progress) -> None:
+        if step.waits_for:
+            raise KeyboardInterrupt
+
+    with holding(app, "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ") as reader:
+        reader.execute("SELECT 1")
+        with pytest.raises(KeyboardInterrupt):
+            migrate.apply(app.url, app.config, progress=stop)
+        assert app.value("SELECT count(*) FROM pg_stat_progress_create_index") == 0
+    assert [step.outcome for step in migrate.apply(app.url, app.config).online] == ["repaired"]

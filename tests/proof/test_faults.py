@@ -1,0 +1,346 @@
+"""Clients and servers that die between and inside statements. What was acknowledged is there, and all of it once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import exc
+
+from conftest import FOLDER_PREFIX, pg_bin
+from crowd import PATIENCE_S, books_balance, waiting_for_a_lock
+from tallystick import CreditTransaction, migrate
+from tallystick.database import connect
+from tallystick.devdb import Server
+from tallystick.errors import Conflict, DatabaseError, DatabaseUnavailable, Key, OutcomeUnknown
+from worlds import SHAPES, World
+
+
+@pytest.fixture(autouse=True)
+def _books_balance(request: pytest.FixtureRequest) -> Iterator[None]:
+    world = request.getfixturevalue("durable" if "durable" in request.fixturenames else "world")
+    yield
+    books_balance(world)
+
+
+def surely(world: World, call: Callable[[sa.Connection], Any]) -> Any:
+    """As an app does it: the same call with the same key, until there is an answer."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            with connect(world.url, autocommit=True) as conn:
+                return call(conn)
+        except DatabaseError as error:
+            assert error.retryable or error.outcome_unknown
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+def keys_of(world: World, user: Key) -> list[str]:
+    row = world.schema.credit_transactions.c
+    with world.engine.connect() as conn:
+        return list(
+            conn.scalars(
+                sa.select(row.idempotency_key)
+                .where(row.user_id == user, row.type == "consumption")
+                .order_by(row.sequence)
+            )
+        )
+
+
+@contextmanager
+def held(world: World, user: Key) -> Iterator[None]:
+    """Whoever wants to write to the user's row waits inside of the statement meanwhile."""
+    users = world.schema.users
+    with world.engine.begin() as conn:
+        conn.execute(sa.select(users.c.key).where(users.c.key == user).with_for_update())
+        yield
+
+
+# --- the client dies ---
+
+
+def spend_on_and_on(url: str, host: Any, user: Key, acknowledged: Any) -> None:
+    """A client that unlocks workshops it creates, each pair in a transaction, and says what it was told is done."""
+    world = World(url, host)
+    workshops = world.schema.workshops
+    assert workshops is not None
+    with world.engine.connect() as conn:
+        for n in range(10_000):
+            with conn.begin():
+                workshop = uuid4()
+                conn.execute(sa.insert(workshops).values(key=workshop, owner=user, title="Made and paid at once"))
+                world.ledger.consume(conn, user, workshop=workshop, key=f"both {n}")
+            acknowledged.send(f"both {n}")
+            with conn.begin():
+                world.ledger.consume(conn, user, key=f"alone {n}")
+            acknowledged.send(f"alone {n}")
+
+
+class Client:
+    """A process that spends until it is killed."""
+
+    def __init__(self, world: World, user: Key) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.told, end = context.Pipe(duplex=False)
+        self.process = context.Process(target=spend_on_and_on, args=(world.url, world.config.host, user, end))
+        self.process.start()
+        end.close()
+        self.acknowledged: list[str] = []
+
+    def listen(self, count: int) -> None:
+        for _ in range(count):
+            assert self.told.poll(PATIENCE_S)
+            self.acknowledged.append(self.told.recv())
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join(PATIENCE_S)
+        try:
+            while True:  # what it still said before it died
+                self.acknowledged.append(self.told.recv())
+        except EOFError:
+            self.told.close()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_client_killed_anywhere(world: World, seed: int) -> None:
+    """What it was told is there; at most the one it was about is there besides; doing all again adds nothing."""
+    dice = random.Random(seed)
+    user = world.user(credits=100_000)
+    client = Client(world, user)
+    client.listen(dice.randrange(1, 40))
+    time.sleep(dice.random() * 0.02)
+    client.kill()
+    settled = keys_of_settled(world, user)
+    told = client.acknowledged
+    assert settled[: len(told)] == told
+    assert len(settled) - len(told) in (0, 1)
+    for key in told:
+        if key.startswith("alone"):
+            assert surely(world, lambda conn, key=key: world.ledger.consume(conn, user, key=key)).replayed
+    assert keys_of(world, user) == settled
+    assert world.schema.workshops is not None
+    with world.engine.connect() as conn:  # no workshop without its payment
+        marks = conn.scalars(sa.select(world.schema.workshops.c.credit_consumed_at)).all()
+    assert None not in marks
+
+
+def keys_of_settled(world: World, user: Key) -> list[str]:
+    """The keys once nobody else is connected any more: a statement sent before a death may still be under way."""
+    others = sa.text(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    deadline = time.monotonic() + PATIENCE_S
+    with world.autocommit.connect() as conn:
+        while conn.scalar(others):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    return keys_of(world, user)
+
+
+def test_a_client_killed_inside_of_its_statement(world: World) -> None:
+    user = world.user(credits=10)
+    client = Client(world, user)
+    client.listen(2)
+    with held(world, user):
+        waiting_for_a_lock(world, 1)
+        client.kill()
+    settled = keys_of_settled(world, user)
+    told = client.acknowledged
+    # Its statement goes on without it and commits only in autocommit; here the transaction died with the client.
+    assert settled == told
+    key = f"alone {len(told)}"
+    again = [surely(world, lambda conn: world.ledger.consume(conn, user, key=key)) for _ in range(2)]
+    assert [row.replayed for row in again] == [False, True]
+    assert again[0].balance_after == 10 - len(told) - 1
+
+
+# --- the connection dies ---
+
+
+def backend_of_the_waiting(world: World, function: str) -> None:
+    with world.autocommit.connect() as conn:
+        conn.execute(
+            sa.text(
+                f"SELECT {function}(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+            )
+        )
+
+
+def interrupted(world: World, user: Key, function: str, call: Callable[[sa.Connection], Any]) -> BaseException | None:
+    """What a call raises whose backend gets a signal while it waits for the user's row."""
+
+    def attempt() -> Any:
+        with world.autocommit.connect() as conn:
+            return call(conn)
+
+    with ThreadPoolExecutor(1) as pool, held(world, user):
+        future = pool.submit(attempt)
+        waiting_for_a_lock(world, 1)
+        backend_of_the_waiting(world, function)
+        return future.exception(PATIENCE_S)
+
+
+def test_a_backend_terminated_under_a_call_leaves_its_outcome_unknown(world: World) -> None:
+    user = world.user(credits=1)
+    spend = lambda conn: world.ledger.consume(conn, user, key="once")  # noqa: E731
+    error = interrupted(world, user, "pg_terminate_backend", spend)
+    assert isinstance(error, OutcomeUnknown)
+    assert error.outcome_unknown
+    assert not error.retryable
+    assert error.sqlstate == "57P01"
+    assert [surely(world, spend).replayed for _ in range(2)] == [False, True]
+
+
+def test_every_operation_says_so_when_its_backend_is_terminated(world: World) -> None:
+    """And each of them, made again with the same key, happens once."""
+    ledger, user = world.ledger, world.user(credits=20)
+    workshop = world.workshop(user)
+    with world.engine.begin() as conn:
+        bought = world.buy(conn, user, 5)
+        pending = ledger.start_purchase(conn, user, credits=7, description="A pack")
+    for call, change in (
+        (lambda conn: ledger.consume(conn, user, workshop=workshop, key="w"), -1),
+        (lambda conn: ledger.consume(conn, user, amount=3, key="c"), -3),
+        (lambda conn: ledger.complete_purchase(conn, user, id=pending.id), +7),
+        (lambda conn: ledger.refund(conn, user, bought.id, credits=2, key="r"), -2),
+    ):
+        with world.engine.connect() as conn:
+            before = ledger.balance(conn, user)
+        assert isinstance(interrupted(world, user, "pg_terminate_backend", call), OutcomeUnknown)
+        assert [surely(world, call).replayed for _ in range(2)] == [False, True]
+        with world.engine.connect() as conn:
+            assert ledger.balance(conn, user) == before + change
+
+
+def test_a_connection_terminated_while_idle(world: World) -> None:
+    """The client cannot know that nothing was sent, so the next call's outcome is unknown to it, too."""
+    user = world.user(credits=1)
+    with world.autocommit.connect() as conn:
+        pid = conn.scalar(sa.text("SELECT pg_backend_pid()"))
+        with world.autocommit.connect() as another:
+            another.execute(sa.text("SELECT pg_terminate_backend(:pid, 10000)"), {"pid": pid})
+        with pytest.raises(OutcomeUnknown):
+            world.ledger.consume(conn, user, key="once")
+    assert not surely(world, lambda conn: world.ledger.consume(conn, user, key="once")).replayed
+
+
+def test_a_cancelled_statement_was_not_written(world: World) -> None:
+    user = world.user(credits=1)
+    spend = lambda conn: world.ledger.consume(conn, user, key="once")  # noqa: E731
+    error = interrupted(world, user, "pg_cancel_backend", spend)
+    assert isinstance(error, Conflict)
+    assert error.retryable
+    assert not error.outcome_unknown
+    assert error.sqlstate == "57014"
+    assert not surely(world, spend).replayed
+
+
+@pytest.mark.parametrize(("setting", "state"), [("lock_timeout", "55P03"), ("statement_timeout", "57014")])
+def test_a_timeout_was_not_written(world: World, setting: str, state: str) -> None:
+    user = world.user(credits=1)
+    with world.autocommit.connect() as conn:
+        conn.exec_driver_sql(f"SET {setting} = '50ms'")
+        with held(world, user), pytest.raises(Conflict) as caught:
+            world.ledger.consume(conn, user, key="once")
+        assert caught.value.sqlstate == state
+        assert caught.value.retryable
+        conn.exec_driver_sql(f"RESET {setting}")
+        assert not world.ledger.consume(conn, user, key="once").replayed  # the connection is fine
+
+
+# --- the server dies ---
+
+
+@pytest.fixture
+def durable(tmp_path: Path) -> Iterator[World]:
+    """A server that syncs to a disk, as in production: what it acknowledged must outlive it."""
+    folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
+    try:
+        with Server(folder, settings={"max_connections": "40", "shared_buffers": "16MB"}, bin_dir=pg_bin()) as server:
+            url = server.create_database("app")
+            host = SHAPES["uuid"].host
+            world = World(url, host)
+            with world.engine.begin() as conn:
+                conn.exec_driver_sql(SHAPES["uuid"].ddl)
+            migrate.apply(url, world.config)
+            world.server = server
+            yield world
+    finally:
+        shutil.rmtree(folder)
+
+
+def kill_server(server: Server, how: signal.Signals) -> None:
+    """SIGKILL of the whole server, as when the machine loses power, or its own immediate shutdown."""
+    pid = int((server.folder / "server" / "data" / "postmaster.pid").read_text().split()[0])
+    os.kill(pid, how)
+    deadline = time.monotonic() + PATIENCE_S
+    while server.running:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGQUIT], ids=lambda s: s.name)
+def test_a_killed_server_lost_nothing_that_it_acknowledged(durable: World, how: signal.Signals) -> None:
+    world, dice = durable, random.Random(how)
+    users = [world.user(credits=500) for _ in range(3)]
+    over = threading.Event()
+    troubles: list[DatabaseError] = []
+
+    def client(number: int) -> list[tuple[Key, str, CreditTransaction]]:
+        mine, done = random.Random(number), []
+        while not over.is_set():
+            user, key = mine.choice(users), f"{number}-{len(done)}"
+            spend = lambda conn, user=user, key=key: world.ledger.consume(conn, user, key=key)  # noqa: E731
+            try:
+                with connect(world.url, autocommit=True) as conn:
+                    row = spend(conn)
+            except DatabaseError as error:
+                troubles.append(error)
+                row = surely(world, spend)
+            done.append((user, key, row))
+        return done
+
+    with ThreadPoolExecutor(6) as pool:
+        clients = [pool.submit(client, number) for number in range(6)]
+        for _ in range(3):
+            time.sleep(0.2 + dice.random() * 0.3)
+            kill_server(world.server, how)
+            world.server.start()
+        time.sleep(0.1)
+        over.set()
+        told = [entry for future in clients for entry in future.result(PATIENCE_S)]
+
+    assert {type(trouble) for trouble in troubles} <= {OutcomeUnknown, DatabaseUnavailable}
+    assert OutcomeUnknown in {type(trouble) for trouble in troubles}
+    for user in users:
+        mine = sorted((row.sequence, key) for whose, key, row in told if whose == user)
+        assert keys_of(world, user) == [key for _, key in mine]  # each once, in the order that each was told
+        assert [sequence for sequence, _ in mine] == list(range(2, len(mine) + 2))
+
+
+def test_without_a_server_the_error_says_that_nothing_was_sent(durable: World) -> None:
+    kill_server(durable.server, signal.SIGKILL)
+    with pytest.raises(DatabaseUnavailable) as caught, connect(durable.url) as conn:
+        durable.ledger.balance(conn, uuid4())
+    assert caught.value.retryable
+    with pytest.raises(exc.OperationalError):  # the caller's own engine speaks for itself
+        durable.engine.connect()
+    durable.server.start()

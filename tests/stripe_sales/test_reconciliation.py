@@ -1,0 +1,150 @@
+"""What no webhook told us is found by asking; asking again changes nothing; a dry run never does."""
+
+from __future__ import annotations
+
+import datetime as dt
+
+import pytest
+import sqlalchemy as sa
+
+from stripe_sales.shop import CREDITS, PRICE, Shop
+from tallystick import stripe
+from tallystick.audit import audit
+from tallystick.errors import InvalidArgument, StripeUnavailable
+from tallystick.schema import stripe_reconciliations
+from tallystick.stripe import reconciliation
+
+SESSIONS = "/v1/checkout/sessions"
+
+
+def reconcile(shop: Shop, **options) -> stripe.Report:
+    return stripe.reconcile(shop.engine, shop.config, **options)
+
+
+def a_busy_month(shop: Shop) -> dict[object, int]:
+    """Users and the balances that Stripe's money stands for; not one event was delivered."""
+    users = [shop.world.user() for _ in range(8)]
+    paid, refunded, disputed, won, expired, late, never, free = (shop.checkout(user) for user in users)
+    for bought in (paid, refunded, disputed, won):
+        shop.dev.pay(bought.session)
+    shop.dev.refund(shop.intent(refunded), amount=500)
+    shop.dev.move_dispute(shop.dev.dispute(shop.intent(disputed))["id"], "lost")
+    shop.dev.move_dispute(shop.dev.dispute(shop.intent(won))["id"], "won")
+    shop.api.checkout.sessions.expire(expired.session)
+    for bought, succeeded in ((late, True), (never, False)):
+        shop.dev.pay(bought.session, card="async")
+        shop.dev.settle(bought.session, succeeded=succeeded)
+    shop.dev.pay(free.session, discount=PRICE)
+    shop.dev.drop(shop.events())
+    return dict(zip(users, (97, 48, 0, 97, 0, 97, 0, 97), strict=True))
+
+
+@pytest.mark.parametrize("days_later", [0, 4, 100])
+def test_everything_is_found_however_late(shop: Shop, days_later):
+    expected = a_busy_month(shop)
+    shop.dev.advance(days_later * 86_400)  # after thirty days Stripe has no events any more
+    progress: list[stripe.Progress] = []
+    report = reconcile(shop, progress=progress.append)
+    assert {user: shop.balance(user) for user in expected} == expected
+    assert report.looked_at["pending"] == 8
+    assert {one.stage for one in progress} == {"pending", "sessions", "refunds", "disputes", "open", "events"}
+    assert "amount_differs" in {finding.kind for finding in report.findings}
+    again = reconcile(shop)
+    assert (again.changed, again.since is not None) == (False, True)
+    with shop.engine.begin() as conn:
+        assert audit(conn, shop.config).clean
+
+
+def test_a_dry_run_tells_and_does_nothing(shop: Shop):
+    expected = a_busy_month(shop)
+    before = shop.written()
+    report = reconcile(shop, dry_run=True)
+    assert shop.written() == before
+    assert {shop.balance(user) for user in expected} == {0}
+    assert sorted({str(outcome) for _, outcome in report.changes}) == ["failed", "granted", "pending", "taken_back"]
+    assert "amount_differs" in {finding.kind for finding in report.findings}
+    with shop.engine.begin() as conn:
+        assert conn.scalar(sa.select(sa.func.count()).select_from(stripe_reconciliations)) == 0
+    assert reconcile(shop).changed
+
+
+def test_since_leaves_out_what_is_older_but_for_what_is_pending_here(shop: Shop):
+    user = shop.world.user()
+    bought = shop.checkout(user)
+    shop.dev.pay(bought.session)
+    shop.deliver_all()
+    shop.dev.refund(shop.intent(bought))
+    waiting = shop.checkout(user)
+    shop.dev.pay(waiting.session)
+    shop.dev.drop(shop.events())
+    report = reconcile(shop, since=dt.datetime.now(dt.UTC) + dt.timedelta(days=1))
+    assert shop.purchase(waiting).status == "completed"
+    assert (report.looked_at.get("refunds", 0), shop.balance(user)) == (0, 2 * CREDITS)
+    with pytest.raises(InvalidArgument):
+        reconcile(shop, since=dt.datetime(2026, 1, 1))  # noqa: DTZ001 - the point
+
+
+def test_an_interrupted_run_goes_on_where_it_stood(shop: Shop, monkeypatch):
+    monkeypatch.setattr(reconciliation, "PAGE", 2)
+    user = shop.world.user()
+    for _ in range(6):
+        shop.dev.pay(shop.checkout(user).session)
+    shop.dev.drop(shop.events())
+    retrieved = 0
+
+    def stop(progress: stripe.Progress) -> None:
+        nonlocal retrieved
+        retrieved = progress.looked_at
+        if progress.looked_at == 4:
+            shop.dev.fault("GET", f"{SESSIONS}/*", 500, times=3)
+
+    with pytest.raises(StripeUnavailable):
+        reconcile(shop, progress=stop)
+    assert (retrieved, shop.balance(user)) == (4, 4 * CREDITS)
+    report = reconcile(shop)
+    assert (report.resumed, report.looked_at["pending"]) == (True, 2)
+    assert shop.balance(user) == 6 * CREDITS
+    assert not reconcile(shop).resumed
+
+
+def test_a_purchase_that_never_reached_stripe_fails_only_when_it_is_old(shop: Shop, monkeypatch):
+    user = shop.world.user()
+    shop.dev.fault("POST", SESSIONS, 500, times=3)
+    with pytest.raises(StripeUnavailable):
+        shop.checkout(user, key="form 1")
+    assert not reconcile(shop).changed
+    monkeypatch.setattr(reconciliation, "NEVER_ASKED", dt.timedelta(0))
+    assert [str(outcome) for _, outcome in reconcile(shop).changes] == ["failed"]
+    with shop.engine.begin() as conn:
+        [row] = shop.world.ledger.history(conn, user, include_failed=True)
+    assert row.description.endswith("(failed: Stripe has no session for it)")
+
+
+def test_a_session_that_stripe_does_not_have_is_reported_not_failed(shop: Shop):
+    user = shop.world.user()
+    started = shop.checkout(user)
+    del shop.dev.account.objects["checkout.session"][started.session]  # as with the key of another account
+    report = reconcile(shop)
+    assert [finding.kind for finding in report.findings] == ["session_missing"]
+    assert shop.purchase(started).status == "pending"
+
+
+def test_purchases_that_the_host_sells_itself_are_left_alone(shop: Shop):
+    user = shop.world.user()
+    with shop.engine.begin() as conn:
+        shop.world.ledger.start_purchase(conn, user, credits=1, description="Sold by the host")
+    assert not reconcile(shop).changed
+
+
+def test_an_open_dispute_is_asked_about_however_old_it_is(shop: Shop):
+    user = shop.world.user()
+    bought = shop.checkout(user)
+    shop.dev.pay(bought.session)
+    dispute = shop.dev.dispute(shop.intent(bought))
+    shop.deliver_all()
+    assert shop.balance(user) == 0
+    shop.dev.move_dispute(dispute["id"], "won")
+    shop.dev.advance(60 * 86_400)
+    shop.dev.drop(shop.events())
+    reconcile(shop, since=dt.datetime.now(dt.UTC) + dt.timedelta(days=59))
+    assert shop.balance(user) == CREDITS

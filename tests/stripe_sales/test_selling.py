@@ -1,0 +1,233 @@
+"""Before anything is sold: packs, prices, addresses, customers, keys; and what ``stripe setup`` makes."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from stripe_sales.shop import ADDRESSES, CREDITS, ORIGIN, PACK, PRICE, Shop
+from tallystick import Config, Pack, stripe
+from tallystick import errors as e
+
+
+def nothing_sent(shop: Shop) -> bool:
+    return not shop.api.checkout.sessions.list().data and shop.written()[0] == 0
+
+
+def test_a_pack_is_sold(shop: Shop):
+    user = shop.world.user()
+    started = shop.checkout(user)
+    [session] = shop.api.checkout.sessions.list({"expand": ["data.line_items"]}).data
+    assert started.url == session.url
+    assert session.client_reference_id == str(started.purchase.id)
+    assert session.metadata.to_dict() == {"tallystick_purchase": str(started.purchase.id)}
+    assert session.success_url == f"{ORIGIN}/done?session_id={{CHECKOUT_SESSION_ID}}"
+    assert [item.amount_total for item in session.line_items.data] == [PRICE]
+    assert (started.purchase.amount, started.purchase.status) == (CREDITS, "pending")
+    assert started.purchase.stripe_session_id == session.id
+
+
+def test_the_same_key_is_the_same_purchase_and_another_key_another(shop: Shop):
+    user = shop.world.user()
+    first, again, other = (shop.checkout(user, key=key) for key in ("form 1", "form 1", "form 2"))
+    assert (first.purchase.id, first.session, first.url) == (again.purchase.id, again.session, again.url)
+    assert other.session != first.session
+
+
+def test_two_tabs_with_one_key_open_one_session(shop: Shop):
+    user = shop.world.user()
+    found: list[stripe.Checkout] = []
+    tabs = [threading.Thread(target=lambda: found.append(shop.checkout(user, key="form 1"))) for _ in range(6)]
+    for tab in tabs:
+        tab.start()
+    for tab in tabs:
+        tab.join()
+    assert len({(one.purchase.id, one.session) for one in found}) == 1
+    assert len(found) == 6
+    assert len(shop.api.checkout.sessions.list().data) == 1
+
+
+def test_concurrent_first_purchases_make_one_customer(shop: Shop):
+    user = shop.world.user()
+    tabs = [threading.Thread(target=shop.checkout, args=(user,)) for _ in range(6)]
+    for tab in tabs:
+        tab.start()
+    for tab in tabs:
+        tab.join()
+    [customer] = shop.api.customers.list().data
+    assert customer.email == f"{user}@example.com"
+    assert {session.customer for session in shop.api.checkout.sessions.list().data} == {customer.id}
+    shop.checkout(user)
+    assert len(shop.api.customers.list().data) == 1
+
+
+def test_a_customer_whose_answer_was_lost_is_found_again(shop: Shop):
+    shop.dev.fault("POST", "/v1/customers", "cut", when="after")
+    shop.dev.fault("POST", "/v1/customers", "cut", times=2)
+    user = shop.world.user()
+    with pytest.raises(e.StripeUnavailable):
+        shop.checkout(user)
+    shop.checkout(user)
+    assert len(shop.api.customers.list().data) == 1
+
+
+def test_a_user_without_an_email_buys_too(make_shop):
+    shop = make_shop("alone")
+    assert shop.checkout(shop.world.user()).url
+    assert [customer.email for customer in shop.api.customers.list().data] == [None]
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "error", "said"),
+    [
+        ({"stripe_secret_key": None}, {}, e.StripeNotConfigured, "STRIPE_SECRET_KEY"),
+        ({"stripe_secret_key": "pk_test_1"}, {}, e.StripeNotConfigured, "no secret key"),
+        ({"stripe_secret_key": "sk_test_other"}, {}, e.StripeRefused, "Check STRIPE_SECRET_KEY"),
+        ({"packs": ()}, {}, e.UnknownPack, "none at all"),
+        ({"packs": (Pack(name=PACK, credits=1),)}, {}, e.StripeNotConfigured, "tallystick stripe setup"),
+        ({}, {"success_url": "https://evil.example/done"}, e.ReturnAddressRefused, ORIGIN),
+        ({}, {"cancel_url": "javascript:alert(1)"}, e.ReturnAddressRefused, ORIGIN),
+        ({}, {"cancel_url": f"{ORIGIN}@evil.example/"}, e.ReturnAddressRefused, ORIGIN),
+        ({}, {"cancel_url": f"{ORIGIN}.evil.example/"}, e.ReturnAddressRefused, ORIGIN),
+        ({"checkout_origins": ()}, {}, e.ReturnAddressRefused, "checkout_origins"),
+        ({}, {"key": ""}, e.InvalidArgument, "key"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_sold(shop: Shop, settings, options, error, said):
+    user = shop.world.user()
+    config = shop.config.model_copy(update=settings)
+    with pytest.raises(error, match=said):
+        stripe.checkout(shop.engine, config, user, PACK, **(ADDRESSES | options))
+    assert nothing_sent(shop)
+
+
+@pytest.mark.parametrize("deleted", [True, False])
+def test_nothing_is_sold_to_who_is_not_there(shop: Shop, deleted):
+    user = shop.world.user() if deleted else shop.world.key("uuid")
+    if deleted:
+        with shop.engine.begin() as conn:
+            shop.world.accounts.delete_user(conn, user)
+    with pytest.raises(e.UserDeleted if deleted else e.UnknownUser):
+        shop.checkout(user)
+    assert nothing_sent(shop)
+    assert shop.api.customers.list().data == []
+
+
+def price(shop: Shop, **changes: object) -> str:
+    product = shop.api.products.create({"name": "Another"}).id
+    given = {"product": product, "currency": "usd", "unit_amount": PRICE} | changes
+    return shop.api.prices.create(given).id
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"unit_amount": 7900}, "Stripe would charge 7900 usd, the pack says 1000 usd"),
+        ({"currency": "eur"}, "1000 eur"),
+        ({"active": False}, "not active"),
+        (None, "has no price price_nowhere"),
+    ],
+)
+def test_a_price_that_is_not_the_packs(shop: Shop, changes, said):
+    there = "price_nowhere" if changes is None else price(shop, **changes)
+    shop.configure(packs=(Pack(name=PACK, credits=CREDITS, amount=PRICE, stripe_price_id=there),))
+    with pytest.raises(e.PackMismatch, match=said):
+        shop.checkout(shop.world.user())
+    assert nothing_sent(shop)
+    [checked] = stripe.check(shop.config)
+    assert said in (checked.problem or "")
+    with pytest.raises(e.PackMismatch):
+        stripe.setup(shop.config)
+
+
+def test_a_product_that_was_taken_off_sale(shop: Shop):
+    [product] = shop.api.products.list().data
+    shop.api.products.update(product.id, {"active": False})
+    with pytest.raises(e.PackMismatch, match="not active"):
+        shop.checkout(shop.world.user())
+
+
+def test_a_refusal_fails_the_purchase_and_says_why(shop: Shop):
+    user = shop.world.user()
+    with shop.engine.begin() as conn:  # a customer of another account or mode
+        shop.world.accounts.set_stripe_customer(conn, user, "cus_elsewhere")
+    with pytest.raises(e.StripeRefused, match="cus_elsewhere"):
+        shop.checkout(user)
+    with shop.engine.begin() as conn:
+        [row] = shop.world.ledger.history(conn, user, include_failed=True)
+    assert row.description == f"Purchased {PACK} pack (failed: Stripe refused: resource_missing)"
+
+
+def test_check_finds_nothing_where_all_is_well(shop: Shop):
+    assert [(one.pack, one.problem) for one in stripe.check(shop.config)] == [(PACK, None)]
+
+
+def test_setup_makes_what_is_missing_and_nothing_twice(shop: Shop):
+    packs = (Pack(name="Größe L", credits=3, amount=300, currency="eur"), Pack(name="Grösse L", credits=3, amount=300))
+    config = shop.configure(packs=packs)
+    url = "http://127.0.0.1:2/hook"
+    first, again = (stripe.setup(config, endpoint_url=url) for _ in range(2))
+    assert [one.made for one in first.packs] == [True, True]
+    assert [one.made for one in again.packs] == [False, False]
+    assert [one.price for one in first.packs] == [one.price for one in again.packs]
+    assert len({one.price for one in first.packs}) == 2
+    assert first.endpoint is not None
+    assert again.endpoint is not None
+    assert (first.endpoint.made, again.endpoint.made, first.endpoint.id) == (True, False, again.endpoint.id)
+    assert (first.endpoint.secret or "").startswith("whsec_")
+    assert again.endpoint.secret is None
+    assert shop.api.webhook_endpoints.retrieve(first.endpoint.id).api_version == stripe.API_VERSION
+    assert "whsec_" not in repr(shop.config)
+
+
+def test_setup_subscribes_to_what_is_missing_and_names_what_is_outdated(shop: Shop):
+    url = "http://127.0.0.1:2/hook"
+    wanted = {"url": url, "enabled_events": ["charge.refunded", "customer.created"]}
+    old = shop.api.webhook_endpoints.create({**wanted, "api_version": "2024-06-20"})
+    here = shop.api.webhook_endpoints.create({**wanted, "api_version": stripe.API_VERSION})
+    made = stripe.setup(shop.config, endpoint_url=url).endpoint
+    assert made is not None
+    assert (made.id, made.made, made.changed, made.outdated) == (here.id, False, True, (old.id,))
+    events = shop.api.webhook_endpoints.retrieve(here.id).enabled_events
+    assert {*stripe.webhooks.HANDLERS, "customer.created"} == {*events}
+
+
+@pytest.mark.parametrize("url", ["app.example.com/hook", "ftp://app.example.com/", "http://app.example.com/hook"])
+def test_setup_refuses_an_address_that_stripe_cannot_use(url):
+    config = Config(stripe_secret_key="sk_live_1")
+    with pytest.raises(e.StripeNotConfigured):
+        stripe.setup(config, endpoint_url=url)
+
+
+def test_listening_brings_stripes_events_to_the_app(shop: Shop, app):
+    app.receive = lambda body, signature: stripe.receive(shop.engine, shop.config, body, signature)
+    heard = stripe.listen(shop.config, app.url, poll_s=0.01)
+    assert next(heard) is None
+    user = shop.world.user()
+    shop.dev.pay(shop.checkout(user).session)
+    forwarded = next(one for one in heard if one)
+    assert (forwarded.type, forwarded.status) == ("checkout.session.completed", 200)
+    assert shop.balance(user) == CREDITS
+    assert next(heard) is None
+
+
+def test_listening_tries_again_and_gives_up_in_the_end(shop: Shop, app):
+    app.server.server_close()
+    heard = stripe.listen(shop.config, app.url, poll_s=0.01)
+    assert next(heard) is None
+    shop.dev.pay(shop.checkout(shop.world.user()).session)
+    statuses = []
+    while len(statuses) < 3:
+        if (one := next(heard)) is not None:
+            statuses.append(one.status)
+    assert statuses == [None, None, None]
+    assert next(heard) is None
+
+
+@pytest.mark.parametrize(
+    "settings", [{"stripe_webhook_secret": None}, {"stripe_secret_key": "sk_live_1"}, {"stripe_secret_key": None}]
+)
+def test_listening_needs_secrets_of_test_mode(shop: Shop, settings):
+    with pytest.raises(e.StripeNotConfigured):
+        stripe.listen(shop.config.model_copy(update=settings), "http://127.0.0.1:1/")

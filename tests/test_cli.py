@@ -1,0 +1,264 @@
+"""The command line: what it prints, where, its exit codes, and that a user's mistake never shows a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+
+from tallystick.cli import main
+from tallystick.config import to_toml
+from tallystick.devdb import Server
+from worlds import SHAPES, World
+
+
+@dataclass
+class Said:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def tally(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """``tally("balance", "x") -> Said``: the command line in an empty folder, with an empty environment."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("DATABASE_URL", "DATABASE_URL_UNPOOLED", "TALLYSTICK_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["tallystick", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capfd.readouterr()
+        assert "Traceback" not in out + err
+        return Said(int(ended.value.code or 0), out, err)
+
+    return run
+
+
+@pytest.fixture
+def old_host(fresh_database: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """A host app that knows nothing of credits, as DATABASE_URL."""
+    url = fresh_database().replace("+psycopg", "", 1)
+    with psycopg.connect(url) as conn:
+        conn.execute(SHAPES["uuid"].ddl)
+        conn.execute("INSERT INTO users (id, email) SELECT gen_random_uuid(), n::text FROM generate_series(1, 5) n")
+    monkeypatch.setenv("DATABASE_URL", url)
+    return url
+
+
+@pytest.fixture
+def at(tally: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> Callable[[World], Callable[..., Said]]:
+    """``at(world)``: the command line, with its settings and address at a migrated host app."""
+
+    def place(world: World) -> Callable[..., Said]:
+        Path("tallystick.toml").write_text(to_toml(world.config.host), encoding="utf-8")
+        monkeypatch.setenv("DATABASE_URL", world.url)
+        return tally
+
+    return place
+
+
+def test_from_an_apps_database_to_audited_credits(tally, old_host):
+    assert "public.users, by id (uuid)" in tally("init").out
+    planned = tally("migrate", "plan", "--json").json
+    assert next(revision["revision"] for revision in planned["revisions"]) == "0001"
+    assert "ACCESS EXCLUSIVE on public.users" in tally("migrate", "plan").out
+    assert tally("migrate", "status").code == 1
+    assert "tables locked for" in tally("migrate", "apply").out
+    assert "Nothing to do" in tally("migrate", "apply").out
+    assert tally("migrate", "status").code == 0
+    assert "Clean." in tally("audit").out
+    assert "many_workshops" in tally("seed", "--list").out
+    assert "in_debt" in tally("seed").out
+    assert "Nothing changed" in tally("seed").out
+    assert tally("audit").code == 0
+    assert "LedgerNotEmpty" not in (refused := tally("migrate", "undo")).err
+    assert (refused.code, "--discard-ledger" in refused.err) == (1, True)
+    assert tally("seed", "--reset").code == 0
+    assert "Undid" in tally("migrate", "undo").out
+    with psycopg.connect(old_host) as conn:
+        columns = conn.execute("SELECT attname FROM pg_attribute WHERE attrelid = 'users'::regclass AND attnum > 0")
+        assert "credit_balance" not in [row[0] for row in columns]
+
+
+def test_credits_by_hand(at, any_world: World):
+    tally = at(any_world)
+    user = any_world.user(credits=3)
+    assert tally("balance", user).out == "3 credits\n"
+    spent = tally("consume", user, "--amount", 2, "--key", "k", "--description", "By hand [bold]", "--json").json
+    assert (spent["amount"], spent["balance_after"], spent["replayed"]) == (-2, 1, False)
+    assert tally("consume", user, "--amount", 2, "--key", "k").out.startswith("Already done: By hand [bold] (-2).")
+    rows = tally("history", user, "--json").json
+    assert [row["sequence"] for row in rows] == [2, 1]
+    assert "By hand [bold]" in tally("history", user).out
+    page = tally("history", user, "--limit", 1)
+    assert "--before 2" in page.err
+    assert tally("history", user, "--limit", 1, "--before", 2, "--json").json == rows[1:]
+    back = tally("refund", user, rows[1]["id"], "--credits", 1, "--json").json
+    assert (back["amount"], back["balance_after"]) == (-1, 0)
+    assert tally("balance", user, "--json").json == {"user": str(user), "balance": 0}
+    assert tally("onboarding", user).out == "Onboarding is not complete.\n"
+    assert tally("onboarding", user, "--complete", "--json").json["onboarding_complete"] is True
+    assert tally("onboarding", user, "--reset").out == "Onboarding is not complete.\n"
+    if any_world.config.host.workshops:
+        workshop = any_world.workshop(user)
+        refused = tally("consume", user, "--workshop", workshop)
+        assert (refused.code, "has 0 credits" in refused.err) == (1, True)
+    assert tally("audit", "--user", user).code == 0
+
+
+def test_the_audit_finds_what_was_broken(at, world: World):
+    tally = at(world)
+    user = world.user(credits=3)
+    with world.engine.begin() as conn:
+        conn.execute(sa.update(world.schema.users).values(credit_balance=4))
+    said = tally("audit")
+    assert (said.code, str(user) in said.out, "what to do" in said.out) == (1, True, True)
+    assert tally("audit", "--json").json["findings"][0]["user"] == str(user)
+    assert "credit_balance" in tally("audit", "--checks").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["balance", uuid.uuid4()], 1, "no user"),
+        (["balance", "x"], 1, "is no uuid key"),
+        (["history", uuid.uuid4()], 1, "no user"),
+        (["history", "x", "--limit", "0"], 2, "--limit"),
+        (["consume"], 2, "USER"),
+        (["refund", uuid.uuid4(), "not-a-uuid"], 1, "the id of a credit transaction"),
+        (["seed", "--only", "fundet"], 1, "did you mean funded?"),
+        (["audit", "--since", "yesterday"], 2, "--since"),
+        (["init"], 1, "tallystick init --force"),
+        (["nonsense"], 2, "No such command"),
+        (["--config", "nowhere.toml", "balance", "x"], 1, "tallystick init"),
+        (["--database-url", "mysql://x", "balance", "x"], 1, "postgresql://"),
+        (["--database-url", "postgresql://nobody@127.0.0.1:1/x", "balance", "x"], 1, "cannot connect"),
+    ],
+)
+def test_mistakes_get_one_message_and_an_exit_code(at, world: World, arguments, code, says):
+    said = at(world)(*arguments)
+    assert (said.code, said.out) == (code, "")
+    assert says in said.err
+
+
+def test_a_database_that_is_not_migrated_says_what_to_run(tally, old_host):
+    for command in ("balance", "history", "consume", "onboarding"):
+        said = tally(command, uuid.uuid4())
+        assert (said.code, "tallystick migrate apply" in said.err) == (1, True)
+    assert tally("seed").code == 1
+    assert tally("audit").code == 1
+
+
+def test_a_database_of_a_later_package_says_so(at, world: World):
+    with world.engine.begin() as conn:
+        conn.execute(sa.text("UPDATE tallystick.alembic_version SET version_num = '9999'"))
+    said = at(world)("balance", uuid.uuid4())
+    assert (said.code, "pip install -U tallystick" in said.err) == (1, True)
+
+
+def test_a_role_without_privileges_is_told_so(at, world: World):
+    with world.autocommit.connect() as conn:
+        conn.execute(sa.text("DROP ROLE IF EXISTS tallystick_stranger"))
+        conn.execute(sa.text("CREATE ROLE tallystick_stranger LOGIN"))
+        conn.execute(sa.text("GRANT USAGE ON SCHEMA tallystick TO tallystick_stranger"))
+        conn.execute(sa.text("GRANT SELECT ON tallystick.alembic_version TO tallystick_stranger"))
+    try:
+        url = world.url.replace("postgres@", "tallystick_stranger@", 1)
+        said = at(world)("--database-url", url, "balance", uuid.uuid4())
+        assert (said.code, "permission denied" in said.err, "Grant it" in said.err) == (1, True, True)
+    finally:
+        with world.autocommit.connect() as conn:
+            conn.execute(sa.text("DROP OWNED BY tallystick_stranger"))
+            conn.execute(sa.text("DROP ROLE tallystick_stranger"))
+
+
+def test_the_script_can_be_run_by_another_tool(tally, old_host, server: Server):
+    script = tally("migrate", "sql").out
+    database = old_host.split("/")[-1].split("?")[0]
+    done = subprocess.run(
+        server.command("psql", "-v", "ON_ERROR_STOP=1", "-q", "-d", database),
+        env=server.env,
+        input=script,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert tally("migrate", "status").code == 0
+    assert "CREATE TABLE" in tally("migrate", "sql", "--offline").out
+
+
+def test_the_embedded_server_from_start_to_stop(tally, scratch: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TALLYSTICK_HOME", str(scratch / "home"))
+    assert tally("db", "status").code == 1
+    started = tally("db", "start")
+    try:
+        assert "DATABASE_URL=postgresql://" in started.out
+        assert tally("db", "status", "--json").json["running"] is True
+        assert tally("db", "url").out.strip() in started.out
+        assert "100 users" in tally("db", "example").out
+        assert "already" in tally("db", "example").err
+        assert tally("db", "psql", "-Atc", "SELECT count(*) FROM users").out == "100\n"
+        said = tally("init")
+        assert "using the embedded PostgreSQL" in said.err
+        assert tally("migrate", "apply").code == 0
+    finally:
+        assert tally("db", "stop").code == 0
+    assert tally("db", "status").code == 1
+
+
+def test_every_help_text_teaches(tally):
+    for arguments in ([], ["migrate"], ["db"], ["audit"], ["consume"], ["migrate", "apply"]):
+        said = tally(*arguments, "--help")
+        assert (said.code, "Usage" in said.out) == (0, True)
+    assert tally("--version").out.startswith("tallystick ")
+
+
+def test_interrupting_is_quiet(at, world: World):
+    at(world)
+    with world.engine.begin() as conn:  # a lock that the command waits for
+        conn.execute(sa.text("LOCK TABLE users IN ACCESS EXCLUSIVE MODE"))
+        running = subprocess.Popen(
+            [sys.executable, "-c", "from tallystick.cli import main; main()", "balance", str(uuid.uuid4())],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "DATABASE_URL": world.url},
+        )
+        waiting = sa.text("SELECT count(*) FROM pg_locks WHERE NOT granted")
+        with world.autocommit.connect() as other:
+            for _ in range(600):
+                if other.scalar(waiting):
+                    break
+                time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=60)
+    assert (running.returncode, out) == (130, "")
+    assert "Traceback" not in err
+
+
+def test_the_demo_tells_the_whole_story(tally):
+    said = tally("demo", "--users", 2000, "--workshops", 3000)
+    assert said.code == 0, said.out
+    assert said.out.count("yes") == 5
+    assert "NO" not in said.out

@@ -1,0 +1,98 @@
+"""The documentation is true: its examples run, and every command, setting and public name stands in it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import typer
+
+import tallystick
+from tallystick import Config, HostMapping, Pack, UsersTable, WorkshopsTable
+from tallystick.cli import app
+from worlds import World
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+
+
+def commands(group, path=("tallystick",)):
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        else:
+            yield " ".join((*path, name)), command
+
+
+COMMANDS = dict(commands(typer.main.get_command(app)))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_documented_with_its_options(command):
+    assert f"`{command}" in TEXT
+    assert COMMANDS[command].help
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    for option in COMMANDS[command].params:
+        for flag in (f for f in option.opts if f.startswith("--") and f not in ("--json", "--help")):
+            assert flag in page, f"{command} {flag}"
+
+
+def test_no_command_is_documented_that_is_not_there():
+    groups = {command.rsplit(" ", 1)[0] for command in COMMANDS}
+    said = set(re.findall(r"`tallystick ([a-z]+(?: [a-z]+)?)", TEXT))
+    known = {command.removeprefix("tallystick ") for command in COMMANDS}
+    for words in said:
+        first = words.split()[0]
+        assert words in known or first in known or f"tallystick {words}" in groups, words
+
+
+@pytest.mark.parametrize("name", tallystick.__all__)
+def test_every_public_name_is_documented(name):
+    assert re.search(rf"\b{name}\b", TEXT)
+
+
+SETTINGS = {*Config.model_fields, *HostMapping.__dataclass_fields__}.union(
+    *(kind.__dataclass_fields__ for kind in (UsersTable, WorkshopsTable, Pack))
+)
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS - {"host"}))
+def test_every_setting_is_documented(name):
+    assert f"`{name}`" in TEXT or f"`host.{name}`" in TEXT
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def test_the_example_settings_load(tmp_path):
+    file = tmp_path / "tallystick.toml"
+    file.write_text(blocks(ROOT / "docs" / "configuration.md", "toml")[0], encoding="utf-8")
+    assert [pack.credits for pack in Config.load(file, environ={}).packs] == [1, 3]
+
+
+def test_the_ledgers_page_runs_from_top_to_bottom(world: World, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATABASE_URL", world.url)
+    names: dict[str, object] = {}
+    for block in blocks(ROOT / "docs" / "ledger.md", "python"):
+        exec(compile(block, "docs/ledger.md", "exec"), names)
+    names["engine"].dispose()
+
+
+def test_the_readmes_example_runs(world: World, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATABASE_URL", world.url)
+    user = world.user()
+    names = {"user": user, "workshop": world.workshop(user)}
+    (block,) = blocks(ROOT / "README.md", "python")
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["done"].balance_after == 2
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
