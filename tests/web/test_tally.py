@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -137,3 +138,27 @@ def test_inline_it_needs_no_style_of_its_own():
     inline = tally(chain(5, -1))
     assert "style" not in inline
     assert "style" in tally(chain(5, -1), standalone=True)
+
+
+def test_the_readmes_picture_is_this_drawing():
+    """After a change of the drawing: python tests/web/test_tally.py."""
+    assert PICTURE.read_text(encoding="utf-8") == tally(story(), standalone=True)
+
+
+PICTURE = Path(__file__).parents[2] / "docs" / "tally.svg"
+
+
+def story():
+    """A ledger with one of everything."""
+    rows = chain(1, -1, 3, -1, -1, 10, -1, -1, -1, -1, -1, -1, -1, -1, -1, 5, -5, -1, 2, skip={12})
+    for number, row in enumerate(rows, 1):
+        row.id = uuid.UUID(int=number)
+    refund = next(row for row in rows if row.amount == -5)
+    refund.refund_of = next(row for row in rows if row.amount == 5).id
+    waits = pending(3)
+    waits.id = uuid.UUID(int=99)
+    return [*rows, waits]
+
+
+if __name__ == "__main__":
+    PICTURE.write_text(tally(story(), standalone=True), encoding="utf-8")

@@ -33,10 +33,10 @@ def serve(
         bool, typer.Option("--hash-password", help="Ask for a password, print its hash for the settings, and exit.")
     ] = False,
 ) -> None:
-    """Serve the operator's console: balances, ledgers, pending purchases, audits, migrations.
+    r"""Serve the operator's console: balances, ledgers, pending purchases, audits, migrations.
 
     On this machine alone it prints a link that works once. For a network, name its operators or a reverse proxy
-    under [console] in the settings.
+    under \[console] in the settings.
     """
     try:
         import uvicorn  # noqa: PLC0415 - an extra, and half a second that no other command should wait for
