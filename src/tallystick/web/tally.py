@@ -110,7 +110,7 @@ def tally(entries: Iterable[Entry], *, total: int | None = None, size: Size = LA
     for row, place in zip(done, places, strict=True):
         if row.refund_of in at:
             a, b = x(at[row.refund_of]), x(place)
-            depth = bottom + min(size.reach, (b - a) / 2)
+            depth = bottom + min(size.reach, max((b - a) / 2, size.reach / 2))
             parts.append(
                 f'<path d="M{a:g} {bottom:g} C{a:g} {depth:.4g} {b:g} {depth:.4g} {b:g} {bottom:g}" '
                 'fill="none" stroke="var(--ts-muted)" stroke-width="0.75"/>'

@@ -51,6 +51,7 @@ class Background(Generic[Result]):
         self._lock = threading.Lock()
         self._idle = threading.Event()
         self._idle.set()
+        self._tried: dt.datetime | None = None
         self._state: State[Result] = State(None, None, 0, running=False, done=0, total=0, error=None)
 
     @property
@@ -72,7 +73,8 @@ class Background(Generic[Result]):
     def fresh(self, *, wait_s: float) -> State[Result]:
         """The kept result; a new run begins when it is old. Waits for a first result no longer than ``wait_s``."""
         state = self._state
-        age = (dt.datetime.now(dt.UTC) - state.at).total_seconds() if state.at else float("inf")
+        # counted from the last try, so that a database in trouble is not asked again by every request
+        age = (dt.datetime.now(dt.UTC) - self._tried).total_seconds() if self._tried else float("inf")
         if age > max(self._keep_s, REST * state.seconds):
             self.start()
         if state.result is None:
@@ -90,24 +92,18 @@ class Background(Generic[Result]):
     def _run(self) -> None:
         started = time.perf_counter()
         old = self._state
+        error: str | None = "it broke; the console's log says where"  # until something better is known
+        result, at = old.result, old.at
         try:
             result = self._work(self._progress)
-        except (TallystickError, SQLAlchemyError) as error:
-            log.warning("%s failed: %s", self._name, error)
-            # the time counts as a failed run's too, so that a failing database is not asked again at once
-            self._state = State(
-                old.result,
-                dt.datetime.now(dt.UTC) if old.result is None else old.at,
-                old.seconds,
-                running=False,
-                done=0,
-                total=0,
-                error=_message(error),
-            )
-        else:
-            took = time.perf_counter() - started
-            self._state = State(result, dt.datetime.now(dt.UTC), took, running=False, done=0, total=0, error=None)
-        finally:
+            at, error = dt.datetime.now(dt.UTC), None
+        except (TallystickError, SQLAlchemyError) as caught:
+            log.warning("%s failed: %s", self._name, caught)
+            error = _message(caught)
+        finally:  # whatever happened, it runs no more; what was not foreseen goes on to the thread's own report
+            seconds = time.perf_counter() - started
+            self._state = State(result, at, seconds, running=False, done=0, total=0, error=error)
+            self._tried = dt.datetime.now(dt.UTC)
             self._idle.set()
 
 

@@ -20,7 +20,7 @@ const axis = (more) => ({
 });
 
 const whole = (u, value) => (value == null ? "–" : value.toLocaleString("en"));
-const whole_ticks = (u, values) => values.map((value) => (Number.isInteger(value) ? value.toLocaleString("en") : ""));
+const wholeTicks = (u, values) => values.map((value) => (Number.isInteger(value) ? value.toLocaleString("en") : ""));
 
 const HOUR = 3600, DAY = 24 * HOUR;
 const drawn = [];
@@ -37,9 +37,9 @@ function chart(figure, options, data) {
 }
 
 const MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
-const DAYS = (u, days) => days.map((at) => {
-  const day = new Date(at * 1e3);
-  return `${day.getUTCDate()} ${MONTHS[day.getUTCMonth()]}`;
+const dates = (u, ticks, axis, space, step) => ticks.map((at) => {
+  const moment = new Date(at * 1e3);
+  return step < DAY ? moment.toISOString().slice(11, 16) : `${moment.getUTCDate()} ${MONTHS[moment.getUTCMonth()]}`;
 });
 
 function bars(figure) {
@@ -54,7 +54,7 @@ function bars(figure) {
         x: { range: (u, first, last) => [first - DAY / 2, last + DAY / 2] },
         y: { range: (u, low, high) => [0, Math.max(high, 1) * 1.05] },
       },
-      axes: [axis({ grid: { show: false }, values: DAYS }), axis({ values: whole_ticks, size: 64 })],
+      axes: [axis({ grid: { show: false }, values: dates }), axis({ values: wholeTicks, size: 64 })],
       series: [
         { label: "Day", value: (u, at) => (at == null ? "–" : new Date(at * 1e3).toISOString().slice(0, 10)) },
         { label: "Sold", value: whole, fill: () => colour("--ts-hazel"), stroke: () => colour("--ts-hazel"), width: 1,
@@ -81,7 +81,7 @@ async function steps(figure) {
         x: { range: (u, first, last) => [Math.min(first, last - HOUR), last] },
         y: { range: (u, low, high) => [Math.min(0, low), Math.max(1, high) * 1.05] },
       },
-      axes: [axis({ values: undefined }), axis({ values: whole_ticks })],
+      axes: [axis({ values: dates }), axis({ values: wholeTicks })],
       series: [
         { label: "When (UTC)",
           value: (u, at) => (at == null ? "–" : new Date(at * 1e3).toISOString().slice(0, 16).replace("T", " ")) },
