@@ -9,6 +9,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -135,6 +136,10 @@ def _password_hash(value: str) -> str:
     return value
 
 
+OperatorName = Annotated[str, Field(min_length=1, max_length=100)]
+PasswordHash = Annotated[str, AfterValidator(_password_hash)]
+
+
 def _network(value: str) -> str:
     try:
         return str(ipaddress.ip_network(value, strict=False))
@@ -152,10 +157,8 @@ class ConsoleAccess:
     """
 
     address: Annotated[str, AfterValidator(_console_address)] | None = None
-    operators: dict[
-        Annotated[str, Field(min_length=1, max_length=100)],
-        Annotated[str, AfterValidator(_password_hash)],
-    ] = Field(default_factory=dict, repr=False)
+    # a mapping has no hash, and settings are kept by theirs
+    operators: dict[OperatorName, PasswordHash] = field(default_factory=dict, repr=False, hash=False)
     proxy_peers: tuple[Annotated[str, AfterValidator(_network)], ...] = ()
     proxy_header: Annotated[str, Field(pattern="^[A-Za-z0-9-]+$")] = "X-Forwarded-User"
 

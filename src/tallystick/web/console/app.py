@@ -261,9 +261,9 @@ class _Console:
         session = form.get("session", "")
         if session:
             user = self._parsed_key(form.get("key", ""))
-            outcome = stripe.confirm(self.engine, self.config, user, session).outcome
-            log.info("action=ask-stripe operator=%r session=%r outcome=%s", _operator(request), session, outcome)
-            return RedirectResponse(self.at(request, "/pending", told=outcome), 303)
+            said = stripe.confirm(self.engine, self.config, user, session)
+            log.info("action=ask-stripe operator=%r session=%r outcome=%s", _operator(request), session, said.outcome)
+            return RedirectResponse(self.at(request, "/pending", told=said.purchase.status), 303)
         started = self.stripe.start()
         log.info("action=reconcile operator=%r started=%s", _operator(request), started)
         self.stripe.wait(FIRST_FIGURES_S)
