@@ -1,8 +1,4 @@
-"""A real PostgreSQL for every test that wants one.
-
-``TALLYSTICK_TEST_PG`` chooses it: ``18`` (the default) is the embedded wheel, another number is the machine's
-own (``/usr/lib/postgresql/15/bin``, or the folder named by ``TALLYSTICK_TEST_PG_BIN``).
-"""
+"""A real PostgreSQL for every test that wants one, and migrated host apps in it."""
 
 from __future__ import annotations
 
@@ -19,38 +15,13 @@ from typing import Any
 import psycopg
 import pytest
 
+from servers import FAST, FOLDER_PREFIX, pg_bin, scratch_root
 from tallystick import Config, migrate
-from tallystick.devdb import Server, find_binaries
+from tallystick.devdb import Server
 from worlds import SHAPES, World
 
 for inherited in ("TALLYSTICK_PG_BIN", "TALLYSTICK_HOME"):
     os.environ.pop(inherited, None)  # a developer's own choice is not what is tested
-
-EMBEDDED = "18"
-FAST = {  # durability is not what these tests are about; the fault suite runs servers of its own
-    "fsync": "off",
-    "synchronous_commit": "off",
-    "full_page_writes": "off",
-    "max_connections": "200",
-    "max_wal_size": "256MB",
-}
-FOLDER_PREFIX = "tallystick-test-"
-ROOM_BYTES = 2 * 2**30
-
-
-def pg_bin() -> Path:
-    chosen = os.environ.get("TALLYSTICK_TEST_PG", EMBEDDED)
-    if chosen == EMBEDDED:
-        return find_binaries()
-    return Path(os.environ.get("TALLYSTICK_TEST_PG_BIN", f"/usr/lib/postgresql/{chosen}/bin"))
-
-
-def scratch_root() -> Path:
-    """Memory where there is enough of it, else the temporary folder; open to the account root's server needs."""
-    memory = Path("/dev/shm")
-    if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > ROOM_BYTES:
-        return memory
-    return Path(tempfile.gettempdir())
 
 
 def remove_leftovers(root: Path) -> None:

@@ -13,6 +13,8 @@ from tallystick import Config, HostMapping, Pack, UsersTable, WorkshopsTable
 from tallystick.config import to_toml
 from tallystick.errors import ConfigError
 
+pytestmark = pytest.mark.one_server
+
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

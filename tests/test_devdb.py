@@ -24,6 +24,8 @@ from tallystick import devdb
 from tallystick.devdb import Server, default_folder, find_binaries
 from tallystick.errors import DevServerError
 
+pytestmark = pytest.mark.one_server
+
 PATIENCE_S = 60
 QUICK = {"fsync": "off"}
 ORDINARY_UID = next((user.pw_uid for user in pwd.getpwall() if user.pw_uid and user.pw_name != "nobody"), 0)
@@ -348,7 +350,8 @@ class TestFaults:
         slow.mkdir()
         for program in ("postgres", "pg_ctl"):
             (slow / program).symlink_to(real / program)
-        wait = f'n=0; while [ ! -e "{go_on}" ] && [  -lt 600 ]; do n=1; sleep 0.1; done'
+        # a run of the tests that is killed must not leave it waiting for ever
+        wait = f'n=0; while [ ! -e "{go_on}" ] && [ $n -lt 600 ]; do n=$((n + 1)); sleep 0.1; done'
         (slow / "initdb").write_text(f'#!/bin/sh\n"{real}/initdb" "$@"; touch "{home}/server/$2/made"; {wait}\n')
         (slow / "initdb").chmod(0o755)
         monkeypatch.setenv("TALLYSTICK_PG_BIN", str(slow))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 import typer
 
 import tallystick
@@ -86,10 +88,13 @@ def test_the_ledgers_page_runs_from_top_to_bottom(world: World, monkeypatch, tmp
 def test_the_readmes_example_runs(world: World, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DATABASE_URL", world.url)
+    # its engine is nobody's to dispose of, so it must not keep a connection
+    monkeypatch.setattr(sa, "create_engine", functools.partial(sa.create_engine, poolclass=sa.NullPool))
     user = world.user()
     names = {"user": user, "workshop": world.workshop(user)}
     (block,) = blocks(ROOT / "README.md", "python")
     exec(compile(block, "README.md", "exec"), names)
+    names["engine"].dispose()
     assert names["done"].balance_after == 2
 
 

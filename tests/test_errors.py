@@ -12,6 +12,8 @@ import tallystick
 from tallystick import errors
 from tallystick.errors import InsufficientCredits, TallystickError
 
+pytestmark = pytest.mark.one_server
+
 TREE = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, TallystickError)]
 
 

@@ -121,6 +121,12 @@ VALUES = {
 }
 
 
+def value_of(parameter: str) -> Any:
+    """A value, or a list of it where the statement takes lists."""
+    single = parameter.removesuffix("s")
+    return VALUES.get(parameter) if single == parameter else [VALUES.get(single)]
+
+
 def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield plan
     for child in plan.get("Plans", ()):
@@ -133,7 +139,7 @@ def test_no_statement_reads_a_whole_table(filled: World, name: str, mode: str) -
     """Planned for the values at hand, and for any values, as a prepared statement is after a while."""
     dialect = postgresql.psycopg.dialect(paramstyle="numeric_dollar")
     statement = filled.ledger.statements[name].compile(dialect=dialect)
-    values = [VALUES.get(parameter) for parameter in statement.positiontup]
+    values = [value_of(parameter) for parameter in statement.positiontup]
     with psycopg.connect(filled.url.replace("+psycopg", ""), cursor_factory=psycopg.ClientCursor) as conn:
         conn.execute(f"SET plan_cache_mode = {mode}")
         conn.execute(f"PREPARE it AS {statement}")

@@ -2,12 +2,13 @@
 
 from tallystick.config import Config, HostMapping, Pack, UsersTable, WorkshopsTable
 from tallystick.errors import InsufficientCredits, TallystickError
-from tallystick.ledger import Access, AccessReason, CreditTransaction, Ledger
+from tallystick.ledger import Access, AccessReason, Consume, CreditTransaction, Ledger
 
 __all__ = [
     "Access",
     "AccessReason",
     "Config",
+    "Consume",
     "CreditTransaction",
     "HostMapping",
     "InsufficientCredits",

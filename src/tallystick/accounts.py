@@ -88,7 +88,9 @@ class Accounts:
             sa.update(users)
             .where(
                 sa.true() if replace else sa.func.coalesce(users.c.stripe_customer_id, customer) == customer,
-                ~sa.exists().where(other.c.stripe_customer_id == customer, other.c.key != users.c.key),
+                ~sa.select(other.c.key)
+                .where(other.c.stripe_customer_id == customer, other.c.key != users.c.key)
+                .exists(),
             )
             .values(stripe_customer_id=customer)
         )

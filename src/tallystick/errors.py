@@ -21,6 +21,12 @@
     │   ├── MigrationBlocked         the tables could not be locked within the budget
     │   ├── PoolerRefused            the address is a pooler's
     │   └── LedgerNotEmpty           undo would throw away history
+    ├── BackupError                  a backup or a restore did not happen; nothing is left of it
+    ├── RequestRefused               the web pages turned a request down; nothing was changed
+    │   ├── NotSignedIn              no user stands behind it
+    │   ├── CrossSiteRequest         another site's page made it
+    │   ├── RequestTooLarge          its body is over the limit
+    │   └── WorkshopLocked           a credit opens this workshop
     ├── StripeError                  Stripe, or what it was to be asked
     │   ├── StripeNotConfigured      a key, secret or pack is missing, or of the wrong mode
     │   ├── UnknownPack              nothing of this name is on sale
@@ -205,6 +211,10 @@ class LedgerNotEmpty(MigrationError):
     rows: int
 
 
+class BackupError(TallystickError):
+    """A backup or a restore did not happen. Nothing is left of it."""
+
+
 class StripeError(TallystickError):
     """Selling through Stripe did not work."""
 
@@ -260,6 +270,34 @@ class SeedRefused(TallystickError):
     """The database does not look like a development database."""
 
     reason: str
+
+
+class RequestRefused(TallystickError):
+    """A request to the web pages was turned down. Nothing was changed."""
+
+
+class NotSignedIn(RequestRefused):
+    """The app's ``current_user`` found nobody behind this request."""
+
+
+class CrossSiteRequest(RequestRefused):
+    """A page of another site made this request with the user's cookies."""
+
+    origin: str | None
+
+
+class RequestTooLarge(RequestRefused):
+    """The body is over the limit."""
+
+    limit_bytes: int
+
+
+class WorkshopLocked(RequestRefused):
+    """The workshop is behind a credit that was not spent yet."""
+
+    workshop: Key
+    user: Key
+    required: int
 
 
 class SeedImpossible(TallystickError):

@@ -14,8 +14,8 @@ true. If they differ nothing was written, and the statement runs again on a new 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 from uuid import UUID
@@ -32,6 +32,7 @@ from tallystick.errors import (
     InsufficientCredits,
     InvalidArgument,
     Key,
+    LedgerError,
     LedgerInconsistent,
     PurchaseNotCompleted,
     PurchaseNotPending,
@@ -104,6 +105,17 @@ class CreditTransaction:
 
 
 _WIDTH = 18  # columns of a ledger row
+
+
+@dataclass(frozen=True, slots=True)
+class Consume:
+    """One item of ``consume_many``: the arguments of ``consume``."""
+
+    user: Key
+    workshop: Key | None = field(default=None, kw_only=True)
+    amount: int = field(default=1, kw_only=True)
+    key: str = field(kw_only=True)
+    description: str | None = field(default=None, kw_only=True)
 
 
 class AccessReason(StrEnum):
@@ -326,40 +338,88 @@ class Ledger:
             InvalidArgument, UnknownUser, UserDeleted, UnknownWorkshop, WorkshopDeleted, WorkshopNotOwned,
             WorkshopUnaccounted, InsufficientCredits, IdempotencyKeyReused.
         """
-        values = {
+        item = Consume(user, workshop=workshop, amount=amount, key=key, description=description)
+        values = self._spending(item)
+        name = "consume" if workshop is None else "consume_for_workshop"
+        return self._write(conn, name, values, lambda facts: _explain_consume(facts, values))
+
+    def consume_many(self, conn: DbConnection, items: Sequence[Consume]) -> list[CreditTransaction | LedgerError]:
+        """As one ``consume`` after the other, in one statement: for each item its row, or the refusal as a value.
+
+        An item that is refused, even for its arguments, does not touch the others: a smaller one after it may still
+        be covered. If any was not written, one more statement asks why. Results come in the order of ``items``.
+        Each user takes an entry of the server's lock table until the transaction ends: keep to a few thousand users.
+
+        Raises:
+            Conflict: one of the keys was being written by somebody else. Nothing was written by this statement;
+                make the same call again (in a database transaction: the whole of it).
+        """
+        results: list[CreditTransaction | LedgerError | None] = [None] * len(items)
+        waiting: dict[int, dict[str, Any]] = {}
+        for n, item in enumerate(items):
+            try:
+                waiting[n] = self._spending(item)
+            except LedgerError as refusal:
+                results[n] = refusal
+        # Each round settles at least the first item of each user, so this ends.
+        while waiting:
+            now, later = _round(waiting)
+            for n, row in self._spend(conn, now):
+                results[n] = row
+                del now[n]
+            if now:
+                for (n, values), facts in zip(now.items(), self._facts(conn, list(now.values())), strict=True):
+                    try:
+                        results[n] = _explain_consume(facts, values)
+                        if results[n] is None:
+                            facts.require_agreement()
+                    except LedgerError as refusal:
+                        results[n] = refusal
+            waiting = {n: values for n, values in sorted((now | later).items()) if results[n] is None}
+        return [result for result in results if result is not None]
+
+    def _spending(self, item: Consume) -> dict[str, Any]:
+        return {
             "p_id": uuid7(),
-            "p_user": self.schema.user_key(user),
-            "p_amount": _whole("amount", amount, 1, INT32_MAX),
-            "p_key": _text("key", key, KEY_MAX),
-            "p_description": None if description is None else _text("description", description),
+            "p_user": self.schema.user_key(item.user),
+            "p_workshop": None if item.workshop is None else self.schema.workshop_key(item.workshop),
+            "p_amount": _whole("amount", item.amount, 1, INT32_MAX),
+            "p_key": _text("key", item.key, KEY_MAX),
+            "p_description": None if item.description is None else _text("description", item.description),
         }
-        if workshop is None:
-            name = "consume"
-        else:
-            name = "consume_for_workshop"
-            workshop = values["p_workshop"] = self.schema.workshop_key(workshop)
 
-        def explain(facts: _Facts) -> CreditTransaction | None:
-            if facts.prior:
-                # when the host deletes a workshop its row stays, without it
-                gone = facts.workshop_found is None and facts.prior.workshop_id is None
-                return _replay(
-                    facts.prior, key, type=CONSUMPTION, amount=-amount, workshop_id=None if gone else workshop
-                )
-            balance = facts.require_user()
-            if workshop is not None and (unlocked := facts.require_workshop(workshop)):
-                return replace(unlocked, replayed=True)
-            if balance < amount:
-                raise InsufficientCredits(
-                    f"user {user} has {_count(balance)} and this takes {_count(amount)}. "
-                    "Sell a pack first: ledger.start_purchase",
-                    user=user,
-                    balance=balance,
-                    required=amount,
-                )
-            return None
-
-        return self._write(conn, name, values, explain)
+    def _spend(self, conn: DbConnection, calls: Mapping[int, Mapping[str, Any]]) -> list[tuple[int, CreditTransaction]]:
+        """One statement for all of these; what it wrote."""
+        numbers = list(calls)
+        lists = {f"{name}s": [values[name] for values in calls.values()] for name in next(iter(calls.values()))}
+        done = []
+        for place, balance, sequence, description, created_at, completed_at in run(
+            conn, self.statements["consume_many"], lists
+        ):
+            n = numbers[place - 1]
+            values = calls[n]
+            row = CreditTransaction(
+                id=values["p_id"],
+                user_id=values["p_user"],
+                type=CONSUMPTION,
+                status=COMPLETED,
+                amount=-values["p_amount"],
+                balance_after=balance,
+                sequence=sequence,
+                description=description,
+                workshop_id=values["p_workshop"],
+                refund_of=None,
+                stripe_session_id=None,
+                stripe_payment_intent_id=None,
+                stripe_price_id=None,
+                amount_paid=None,
+                currency=None,
+                idempotency_key=values["p_key"],
+                created_at=created_at,
+                completed_at=completed_at,
+            )
+            done.append((n, row))
+        return done
 
     def refund(
         self,
@@ -579,8 +639,7 @@ class Ledger:
         for _ in range(_TRIES):
             if row := run(conn, self.statements[name], values).one_or_none():
                 return CreditTransaction(*row)
-            asked = {name: values.get(name) for name in _FACTS_ABOUT}
-            facts = _Facts(run(conn, self.statements["facts"], asked).one(), values["p_user"])
+            (facts,) = self._facts(conn, [values])
             if (replayed := explain(facts)) is not None:
                 return replayed
             facts.require_agreement()
@@ -590,8 +649,62 @@ class Ledger:
             sqlstate=None,
         )
 
+    def _facts(self, conn: DbConnection, calls: Sequence[Mapping[str, Any]]) -> list[_Facts]:
+        """What speaks against each of these calls."""
+        asked = {f"{name}s": [values.get(name) for values in calls] for name in _FACTS_ABOUT}
+        rows = run(conn, self.statements["facts"], asked)
+        return [_Facts(row, values["p_user"]) for row, values in zip(rows, calls, strict=True)]
+
 
 _FACTS_ABOUT = ("p_user", "p_key", "p_purchase", "p_session", "p_workshop")
+
+
+def _explain_consume(facts: _Facts, values: Mapping[str, Any]) -> CreditTransaction | None:
+    user, workshop, amount = values["p_user"], values["p_workshop"], values["p_amount"]
+    if facts.prior:
+        # when the host deletes a workshop its row stays, without it
+        gone = facts.workshop_found is None and facts.prior.workshop_id is None
+        return _replay(
+            facts.prior,
+            values["p_key"],
+            type=CONSUMPTION,
+            amount=-amount,
+            workshop_id=None if gone else workshop,
+        )
+    balance = facts.require_user()
+    if workshop is not None and (unlocked := facts.require_workshop(workshop)):
+        return replace(unlocked, replayed=True)
+    if balance < amount:
+        raise InsufficientCredits(
+            f"user {user} has {_count(balance)} and this takes {_count(amount)}. "
+            "Sell a pack first: ledger.start_purchase",
+            user=user,
+            balance=balance,
+            required=amount,
+        )
+    return None
+
+
+def _round(
+    waiting: Mapping[int, dict[str, Any]],
+) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]]]:
+    """What one statement can do now, and what must see the result of it first.
+
+    A user's second use of a key or a workshop, and all that this user asks for after it, wait.
+    """
+    now, later = {}, {}
+    seen: set[tuple[Key, str, object]] = set()
+    behind: set[Key] = set()
+    for n, values in waiting.items():
+        user, workshop = values["p_user"], values["p_workshop"]
+        names = {(user, "key", values["p_key"])} | ({(user, "workshop", workshop)} if workshop is not None else set())
+        if user in behind or not seen.isdisjoint(names):
+            behind.add(user)
+            later[n] = values
+        else:
+            seen |= names
+            now[n] = values
+    return now, later
 
 
 class _Facts:
@@ -725,8 +838,13 @@ def _whole(argument: str, value: object, low: int, high: int) -> int:
 
 def _text(argument: str, value: object, longest: int = TEXT_MAX) -> str:
     if isinstance(value, str) and 0 < len(value) <= longest:
-        if "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value):
-            return value
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            pass
+        else:
+            if "\0" not in value:
+                return value
         problem = "holds a NUL or a lone surrogate, which PostgreSQL cannot store"
     else:
         problem = f"pass a text of 1 to {longest} characters"

@@ -57,6 +57,11 @@ ONE, ZERO, NULL, LOWEST, HIGHEST = (
 )
 
 
+def _hash(user: sa.ColumnElement[Any]) -> sa.ColumnElement[int]:
+    """Whose turn it is, as the number that PostgreSQL locks by."""
+    return sa.func.hashtextextended(sa.cast(user, sa.Text), ZERO)
+
+
 class _Statements:
     def __init__(self, schema: Schema) -> None:
         self.schema = schema
@@ -76,11 +81,25 @@ class _Statements:
         )
         self.p_session, self.p_intent, self.p_price = (bind(name, sa.Text()) for name in ("session", "intent", "price"))
 
+        # Lists, for what is asked or done many times in one statement; a single question is a list of one.
+        def lists(alias: str, **kinds: sa.types.TypeEngine[Any]) -> sa.TableValuedAlias:
+            arrays = (bind(f"{name}s", pg.ARRAY(kind)) for name, kind in kinds.items())
+            columns = (sa.column(name, kind) for name, kind in kinds.items())
+            return sa.func.unnest(*arrays).table_valued(*columns, with_ordinality="n").render_derived(name=alias)
+
+        self.p_users = bind("users", pg.ARRAY(self.p_user.type))
+        self.p_workshops = bind("workshops", pg.ARRAY(self.p_workshop.type))
+        key, workshop, text = self.p_user.type, self.p_workshop.type, sa.Text()
+        self.asked = lists("asked", user=key, key=text, purchase=sa.Uuid(), session=text, workshop=workshop)
+        self.item = lists(
+            "item", id=sa.Uuid(), user=key, workshop=workshop, amount=sa.Integer(), key=text, description=text
+        )
+
         # Everything that changes one user's rows happens in turn. The row lock alone would order it too, but
         # PostgreSQL can then deadlock two of these statements while a third transaction holds the user by a foreign
         # key: the UPDATE below comes back to the version that its snapshot sees, whose queue the next one has joined.
         self.turn = sa.select(
-            sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(sa.cast(self.p_user, sa.Text), ZERO)).label("taken"),
+            sa.func.pg_advisory_xact_lock(_hash(self.p_user)).label("taken"),
             self.p_user.label("user_id"),
         ).cte("turn")
         # Read with the lock, so as of now, whatever this statement waited for.
@@ -97,11 +116,6 @@ class _Statements:
         self.by_session = row.stripe_session_id == self.p_session
         other = self.ledger.alias("other")
         self.session_is_free = ~sa.exists().where(other.c.stripe_session_id == self.p_session, other.c.id != row.id)
-        self.refunded = (
-            sa.select(sa.func.coalesce(sa.func.sum(-row.amount), ZERO))
-            .where(row.user_id == self.p_user, row.refund_of == self.p_purchase)
-            .scalar_subquery()
-        )
 
     def all(self) -> dict[str, sa.Executable]:
         found: dict[str, sa.Executable] = {
@@ -118,6 +132,7 @@ class _Statements:
             "fail_by_id": self.fail(self.by_id),
             "fail_by_session": self.fail(self.by_session),
             "consume": self.consume(),
+            "consume_many": self.consume_many(),
             "refund": self.refund(),
             "grant": self.grant(),
             "reinstate": self.reinstate(),
@@ -132,6 +147,21 @@ class _Statements:
                 "access": self.access(self.workshops),
             }
         return found
+
+    def turns(self) -> sa.CTE:
+        """Each listed user's turn, taken in an order that all statements keep; one row, once all are taken."""
+        listed = sa.func.unnest(self.p_users).table_valued(sa.column("user", self.p_user.type)).render_derived("listed")
+        users = sa.select(_hash(listed.c.user).label("hash")).distinct().order_by("hash").subquery("users")
+        taken = sa.select(sa.func.pg_advisory_xact_lock(users.c.hash).label("taken")).cte("taken")
+        return sa.select(sa.func.count().label("taken")).select_from(taken).cte("turn")
+
+    def refunded(self, user: Any, purchase: Any) -> sa.ScalarSelect[Any]:
+        """How many credits of a purchase went back already."""
+        return (
+            sa.select(sa.func.coalesce(sa.func.sum(-self.row.amount), ZERO))
+            .where(self.row.user_id == user, self.row.refund_of == purchase)
+            .scalar_subquery()
+        )
 
     # --- the two halves of every balance change ---
 
@@ -274,21 +304,25 @@ class _Statements:
     def consume(self) -> sa.Select[Any]:
         return self.settle(self.spend(_text("Credit consumed"), {}, self.living))
 
-    def consume_for_workshop(self, workshops: sa.Table) -> sa.Select[Any]:
+    def claimable(self, workshops: sa.Table, account: sa.CTE) -> sa.Select[Any]:
+        """Workshops that can be unlocked, of users who are locked by now."""
         names = workshops.c
         name = sa.cast(names.key, sa.Text)
-        claim = (
+        return (
             sa.select(
                 names.key.label("key"),
+                names.owner.label("owner"),
                 (sa.func.coalesce(names.title, name) if "title" in names else name).label("name"),
             )
-            .select_from(workshops.join(self.living, names.owner == self.living.c.key))
-            .where(
-                names.key == self.p_workshop,
-                names.owner == self.p_user,
-                names.deleted_at.is_(None),
-                names.credit_consumed_at.is_(None),
-            )
+            .select_from(workshops.join(account, names.owner == account.c.key))
+            .where(names.deleted_at.is_(None), names.credit_consumed_at.is_(None))
+        )
+
+    def consume_for_workshop(self, workshops: sa.Table) -> sa.Select[Any]:
+        names = workshops.c
+        claim = (
+            self.claimable(workshops, self.living)
+            .where(names.key == self.p_workshop, names.owner == self.p_user)
             .with_for_update(of=workshops, key_share=True)
             .cte("claim")
         )
@@ -304,6 +338,105 @@ class _Statements:
             .cte("marked")
         )
         return self.settle(written, marked)
+
+    def consume_many(self) -> sa.Select[Any]:
+        """Of each user's items, in their order, those up to the first that the balance does not cover.
+
+        Unlike all others this statement lets a key that was written since it began raise (23505): were the row left
+        out, all that follow it would be wrong. Users are locked in the order of their keys, then workshops in the
+        order of theirs, so that two of these, or one and single calls, never wait for each other in a circle.
+        """
+        users, workshops, item, prior = self.users.c, self.workshops, self.item, self.ledger.alias("prior")
+        asked = item.c
+        turn = self.turns()
+        account = (
+            sa.select(users.key.label("key"), users.credit_balance, users.credit_sequence)
+            .select_from(self.users.join(turn, sa.true()))
+            .where(users.key == sa.any_(self.p_users), users.deleted_at.is_(None))
+            .order_by(users.key)
+            .with_for_update(of=self.users, key_share=True)
+            .cte("account")
+        )
+        source: sa.FromClause = item.join(account, account.c.key == asked.user)
+        name: sa.ColumnElement[str] = _text("Credit consumed")
+        claimed: tuple[Condition, ...] = ()
+        if workshops is not None:
+            claim = (
+                self.claimable(workshops, account)
+                .where(workshops.c.key == sa.any_(self.p_workshops))
+                .order_by(workshops.c.key)
+                .with_for_update(of=workshops, key_share=True)
+                .cte("claim")
+            )
+            source = source.outerjoin(claim, sa.and_(claim.c.key == asked.workshop, claim.c.owner == asked.user))
+            claimed = (sa.or_(asked.workshop.is_(None), claim.c.key.is_not(None)),)
+            name = name.concat(sa.func.coalesce(_text(" for Workshop: ").concat(claim.c.name), _text("")))
+        taken = sa.func.sum(asked.amount).over(partition_by=asked.user, order_by=asked.n)
+        place = sa.func.row_number().over(partition_by=asked.user, order_by=asked.n)
+        spend = (
+            sa.select(
+                asked.n,
+                asked.id,
+                asked.user,
+                asked.workshop,
+                asked.amount,
+                asked.key,
+                sa.func.coalesce(asked.description, name).label("description"),
+                (account.c.credit_balance - taken).label("balance"),
+                (account.c.credit_sequence + place).label("sequence"),
+                sa.func.clock_timestamp().label("now"),
+            )
+            .select_from(source)
+            .where(*claimed, ~sa.exists().where(prior.c.user_id == asked.user, prior.c.idempotency_key == asked.key))
+            .cte("spend")
+        )
+        covered = spend.c.balance >= ZERO
+        values = {
+            "id": spend.c.id,
+            "user_id": spend.c.user,
+            "type": CONSUMPTION,
+            "status": COMPLETED,
+            "amount": -spend.c.amount,
+            "balance_after": spend.c.balance,
+            "sequence": spend.c.sequence,
+            "description": spend.c.description,
+            "workshop_id": spend.c.workshop,
+            "idempotency_key": spend.c.key,
+            "completed_at": spend.c.now,
+        }
+        written = (
+            pg.insert(self.ledger)
+            .from_select(list(values), sa.select(*values.values()).where(covered), include_defaults=False)
+            .cte("written")
+        )
+        last = (
+            sa.select(
+                spend.c.user,
+                sa.func.min(spend.c.balance).label("balance"),
+                sa.func.max(spend.c.sequence).label("sequence"),
+            )
+            .where(covered)
+            .group_by(spend.c.user)
+            .subquery("last")
+        )
+        moved = (
+            sa.update(self.users)
+            .where(users.key == last.c.user)
+            .values(credit_balance=last.c.balance, credit_sequence=last.c.sequence)
+            .cte("moved")
+        )
+        done = sa.select(
+            spend.c.n, spend.c.balance, spend.c.sequence, spend.c.description, sa.func.now(), spend.c.now
+        ).where(covered)
+        if workshops is None:
+            return done.add_cte(written, moved)
+        marked = (
+            sa.update(workshops)
+            .where(workshops.c.key == spend.c.workshop, covered)
+            .values(credit_consumed_at=spend.c.now)
+            .cte("marked")
+        )
+        return done.add_cte(written, moved, marked)
 
     def refund(self) -> sa.Select[Any]:
         """Take back from a purchase: at most what is left of it."""
@@ -324,7 +457,7 @@ class _Statements:
             .where(row.user_id == self.p_user, self.by_id, row.type == PURCHASE, row.status == COMPLETED)
             .cte("bought")
         )
-        back = sa.select(self.refunded.label("credits")).cte("back")
+        back = sa.select(self.refunded(self.p_user, self.p_purchase).label("credits")).cte("back")
         most = limit(bought, back)
         moved = sa.func.coalesce(self.p_amount, most, type_=sa.Integer())
         amount = moved if sign > 0 else -moved
@@ -422,50 +555,51 @@ class _Statements:
         ).where(names.key == self.p_workshop)
 
     def facts(self) -> sa.Select[Any]:
-        """All that can speak against any of the writes, in one row; what a call is not about is asked with NULL."""
-        users, ledger, workshops = self.users, self.ledger, self.workshops
+        """All that can speak against a write, a row for each that is asked about; what it is not about is NULL."""
+        users, ledger, workshops, asked = self.users, self.ledger, self.workshops, self.asked.c
         prior, purchase, last, holder = (ledger.alias(name) for name in ("prior", "purchase", "last", "holder"))
-        of_session = sa.select(holder.c.id).where(holder.c.stripe_session_id == self.p_session).scalar_subquery()
+        of_session = sa.select(holder.c.id).where(holder.c.stripe_session_id == asked.session).scalar_subquery()
         unlocked = (
             sa.select(ledger)
             .where(
-                ledger.c.user_id == self.p_user,
-                ledger.c.workshop_id == self.p_workshop,
+                ledger.c.user_id == asked.user,
+                ledger.c.workshop_id == asked.workshop,
                 ledger.c.type == CONSUMPTION,
             )
             .order_by(ledger.c.sequence.desc())
             .limit(ONE)
-            .subquery("unlocked")
+            .lateral("unlocked")
         )
         source: sa.FromClause = (
-            sa.select(ONE.label("row"))
-            .subquery("one")
-            .outerjoin(users, users.c.key == self.p_user)
-            .outerjoin(prior, sa.and_(prior.c.user_id == self.p_user, prior.c.idempotency_key == self.p_key))
+            self.asked.outerjoin(users, users.c.key == asked.user)
+            .outerjoin(prior, sa.and_(prior.c.user_id == asked.user, prior.c.idempotency_key == asked.key))
             .outerjoin(
                 purchase,
                 sa.and_(
-                    purchase.c.user_id == self.p_user,
-                    purchase.c.id == sa.func.coalesce(self.p_purchase, of_session),
+                    purchase.c.user_id == asked.user, purchase.c.id == sa.func.coalesce(asked.purchase, of_session)
                 ),
             )
             .outerjoin(unlocked, sa.true())
         )
         workshop: tuple[Any, ...] = (NULL, NULL, NULL, NULL)
         if workshops is not None:
-            source = source.outerjoin(workshops, workshops.c.key == self.p_workshop)
+            source = source.outerjoin(workshops, workshops.c.key == asked.workshop)
             names = workshops.c
             workshop = (names.key, names.owner, names.deleted_at, names.credit_consumed_at)
-        return sa.select(
-            users.c.key,
-            users.c.credit_balance,
-            users.c.credit_sequence,
-            users.c.deleted_at,
-            sa.select(sa.func.max(last.c.sequence)).where(last.c.user_id == self.p_user).scalar_subquery(),
-            self.refunded,
-            of_session,
-            *workshop,
-            *prior.c,
-            *purchase.c,
-            *unlocked.c,
-        ).select_from(source)
+        return (
+            sa.select(
+                users.c.key,
+                users.c.credit_balance,
+                users.c.credit_sequence,
+                users.c.deleted_at,
+                sa.select(sa.func.max(last.c.sequence)).where(last.c.user_id == asked.user).scalar_subquery(),
+                self.refunded(asked.user, asked.purchase),
+                of_session,
+                *workshop,
+                *prior.c,
+                *purchase.c,
+                *unlocked.c,
+            )
+            .select_from(source)
+            .order_by(asked.n)
+        )

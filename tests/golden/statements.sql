@@ -14,20 +14,25 @@ SELECT written.*
 FROM written;
 
 -- attach_session
+WITH turn AS (
+  SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id)
 UPDATE credit_transactions
-SET stripe_session_id=:p_session::VARCHAR
-WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.id = :p_purchase::UUID AND credit_transactions.type = 'purchase' AND credit_transactions.stripe_session_id IS NULL AND NOT (EXISTS (
+SET stripe_session_id=:p_session::VARCHAR, stripe_payment_intent_id=coalesce(credit_transactions.stripe_payment_intent_id, :p_intent::VARCHAR)
+FROM turn
+WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.id = :p_purchase::UUID AND credit_transactions.type = 'purchase' AND coalesce(credit_transactions.stripe_session_id, :p_session::VARCHAR) = :p_session::VARCHAR AND NOT (EXISTS (
     SELECT *
     FROM credit_transactions AS other
-    WHERE other.stripe_session_id = :p_session::VARCHAR AND other.id != credit_transactions.id))
+    WHERE other.stripe_session_id = :p_session::VARCHAR AND other.id != credit_transactions.id)) AND credit_transactions.user_id = turn.user_id AND (credit_transactions.stripe_session_id IS NULL OR credit_transactions.stripe_payment_intent_id IS NULL AND :p_intent::VARCHAR IS NOT NULL)
 RETURNING credit_transactions.*;
 
 -- complete_by_id
-WITH account AS (
+WITH turn AS (
+  SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id),
+account AS (
   SELECT users.id AS key, users.credit_balance, users.credit_sequence
-  FROM users
+  FROM users JOIN turn ON true
   WHERE users.id = :p_user::UUID
-  FOR NO KEY UPDATE),
+  FOR NO KEY UPDATE OF users),
 stamped AS (
   SELECT account.key, account.credit_balance, account.credit_sequence, clock_timestamp() AS now
   FROM account),
@@ -49,11 +54,13 @@ SELECT written.*
 FROM written;
 
 -- complete_by_session
-WITH account AS (
+WITH turn AS (
+  SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id),
+account AS (
   SELECT users.id AS key, users.credit_balance, users.credit_sequence
-  FROM users
+  FROM users JOIN turn ON true
   WHERE users.id = :p_user::UUID
-  FOR NO KEY UPDATE),
+  FOR NO KEY UPDATE OF users),
 stamped AS (
   SELECT account.key, account.credit_balance, account.credit_sequence, clock_timestamp() AS now
   FROM account),
@@ -72,23 +79,31 @@ SELECT written.*
 FROM written;
 
 -- fail_by_id
+WITH turn AS (
+  SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id)
 UPDATE credit_transactions
 SET status='failed', description=(credit_transactions.description || ' (failed: ' || :p_reason::VARCHAR || ')')
-WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.id = :p_purchase::UUID AND credit_transactions.type = 'purchase' AND credit_transactions.status = 'pending'
+FROM turn
+WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.id = :p_purchase::UUID AND credit_transactions.type = 'purchase' AND credit_transactions.status = 'pending' AND credit_transactions.user_id = turn.user_id
 RETURNING credit_transactions.*;
 
 -- fail_by_session
+WITH turn AS (
+  SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id)
 UPDATE credit_transactions
 SET status='failed', description=(credit_transactions.description || ' (failed: ' || :p_reason::VARCHAR || ')')
-WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.stripe_session_id = :p_session::VARCHAR AND credit_transactions.type = 'purchase' AND credit_transactions.status = 'pending'
+FROM turn
+WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.stripe_session_id = :p_session::VARCHAR AND credit_transactions.type = 'purchase' AND credit_transactions.status = 'pending' AND credit_transactions.user_id = turn.user_id
 RETURNING credit_transactions.*;
 
 -- consume
-WITH account AS (
+WITH turn AS (
+  SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id),
+account AS (
   SELECT users.id AS key, users.credit_balance, users.credit_sequence
-  FROM users
+  FROM users JOIN turn ON true
   WHERE users.id = :p_user::UUID AND users.deleted_at IS NULL
-  FOR NO KEY UPDATE),
+  FOR NO KEY UPDATE OF users),
 written AS (
   INSERT INTO credit_transactions (id, user_id, type, status, amount, balance_after, sequence, description, idempotency_key, completed_at)
   SELECT :p_id::UUID AS id, account.key AS user_id, 'consumption' AS type, 'completed' AS status, -:p_amount::INTEGER AS amount, account.credit_balance - :p_amount::INTEGER AS balance_after, account.credit_sequence + 1 AS sequence, coalesce(:p_description::VARCHAR, 'Credit consumed') AS description, :p_key::VARCHAR AS idempotency_key, clock_timestamp() AS completed_at
@@ -104,12 +119,68 @@ moved AS (
 SELECT written.*
 FROM written;
 
--- refund
-WITH account AS (
+-- consume_many
+WITH taken AS (
+  SELECT pg_advisory_xact_lock(users.hash) AS taken
+  FROM (
+    SELECT DISTINCT hashtextextended(CAST(listed."user" AS TEXT), 0) AS hash
+    FROM unnest(:p_users::UUID[]) AS listed("user")
+    ORDER BY hash) AS users),
+turn AS (
+  SELECT count(*) AS taken
+  FROM taken),
+account AS (
   SELECT users.id AS key, users.credit_balance, users.credit_sequence
-  FROM users
+  FROM users JOIN turn ON true
+  WHERE users.id = ANY (:p_users::UUID[]) AND users.deleted_at IS NULL
+  ORDER BY users.id
+  FOR NO KEY UPDATE OF users),
+claim AS (
+  SELECT workshops.id AS key, workshops.user_id AS owner, coalesce(workshops.title, CAST(workshops.id AS TEXT)) AS name
+  FROM workshops JOIN account ON workshops.user_id = account.key
+  WHERE workshops.deleted_at IS NULL AND workshops.credit_consumed_at IS NULL AND workshops.id = ANY (:p_workshops::UUID[])
+  ORDER BY workshops.id
+  FOR NO KEY UPDATE OF workshops),
+spend AS (
+  SELECT item.n, item.id, item."user" AS "user", item.workshop, item.amount, item.key, coalesce(item.description, 'Credit consumed' || coalesce(' for Workshop: ' || claim.name, '')) AS description, account.credit_balance - sum(item.amount) OVER (PARTITION BY item."user"
+    ORDER BY item.n) AS balance, account.credit_sequence + row_number() OVER (PARTITION BY item."user"
+    ORDER BY item.n) AS sequence, clock_timestamp() AS now
+  FROM unnest(:p_ids::UUID[], :p_users::UUID[], :p_workshops::UUID[], :p_amounts::INTEGER[], :p_keys::TEXT[], :p_descriptions::TEXT[]) WITH ORDINALITY AS item(id, "user", workshop, amount, key, description, n) JOIN account ON account.key = item."user"
+  LEFT OUTER JOIN claim ON claim.key = item.workshop AND claim.owner = item."user"
+  WHERE (item.workshop IS NULL OR claim.key IS NOT NULL) AND NOT (EXISTS (
+      SELECT *
+      FROM credit_transactions AS prior
+      WHERE prior.user_id = item."user" AND prior.idempotency_key = item.key))),
+written AS (
+  INSERT INTO credit_transactions (id, user_id, type, status, amount, balance_after, sequence, description, workshop_id, idempotency_key, completed_at)
+  SELECT spend.id, spend."user" AS "user", 'consumption', 'completed', -spend.amount AS anon_1, spend.balance, spend.sequence, spend.description, spend.workshop, spend.key, spend.now
+  FROM spend
+  WHERE spend.balance >= 0),
+moved AS (
+  UPDATE users
+  SET credit_balance=last.balance, credit_sequence=last.sequence
+  FROM (
+    SELECT spend."user" AS "user", min(spend.balance) AS balance, max(spend.sequence) AS sequence
+    FROM spend
+    WHERE spend.balance >= 0 GROUP BY spend."user") AS last
+  WHERE users.id = last."user"),
+marked AS (
+  UPDATE workshops
+  SET credit_consumed_at=spend.now
+  FROM spend
+  WHERE workshops.id = spend.workshop AND spend.balance >= 0)
+SELECT spend.n, spend.balance, spend.sequence, spend.description, now() AS now_1, spend.now
+FROM spend
+WHERE spend.balance >= 0;
+
+-- refund
+WITH turn AS (
+  SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id),
+account AS (
+  SELECT users.id AS key, users.credit_balance, users.credit_sequence
+  FROM users JOIN turn ON true
   WHERE users.id = :p_user::UUID
-  FOR NO KEY UPDATE),
+  FOR NO KEY UPDATE OF users),
 seen AS (
   SELECT users.credit_sequence AS sequence
   FROM users
@@ -125,9 +196,68 @@ back AS (
     WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.refund_of = :p_purchase::UUID) AS credits),
 written AS (
   INSERT INTO credit_transactions (id, user_id, type, status, amount, balance_after, sequence, description, refund_of, idempotency_key, completed_at)
-  SELECT :p_id::UUID AS id, account.key AS user_id, 'refund' AS type, 'completed' AS status, -coalesce(:p_amount::INTEGER, bought.amount - back.credits) AS amount, account.credit_balance - coalesce(:p_amount::INTEGER, bought.amount - back.credits) AS balance_after, account.credit_sequence + 1 AS sequence, coalesce(:p_description::VARCHAR, 'Refunded: ' || bought.description) AS description, bought.id AS refund_of, :p_key::VARCHAR AS idempotency_key, clock_timestamp() AS completed_at
+  SELECT :p_id::UUID AS id, account.key AS user_id, 'refund' AS type, 'completed' AS status, -coalesce(:p_amount::INTEGER, bought.amount - back.credits) AS amount, account.credit_balance + -coalesce(:p_amount::INTEGER, bought.amount - back.credits) AS balance_after, account.credit_sequence + 1 AS sequence, coalesce(:p_description::VARCHAR, 'Refunded: ' || bought.description) AS description, bought.id AS refund_of, :p_key::VARCHAR AS idempotency_key, clock_timestamp() AS completed_at
   FROM account JOIN seen ON true JOIN bought ON true JOIN back ON true
   WHERE account.credit_sequence = seen.sequence AND coalesce(:p_amount::INTEGER, bought.amount - back.credits) BETWEEN 1 AND bought.amount - back.credits AND account.credit_balance >= -2147483648 + coalesce(:p_amount::INTEGER, bought.amount - back.credits)
+  ON CONFLICT DO NOTHING
+  RETURNING credit_transactions.*),
+moved AS (
+  UPDATE users
+  SET credit_balance=written.balance_after, credit_sequence=written.sequence
+  FROM written
+  WHERE users.id = :p_user::UUID AND users.id = written.user_id)
+SELECT written.*
+FROM written;
+
+-- grant
+WITH turn AS (
+  SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id),
+account AS (
+  SELECT users.id AS key, users.credit_balance, users.credit_sequence
+  FROM users JOIN turn ON true
+  WHERE users.id = :p_user::UUID AND users.deleted_at IS NULL
+  FOR NO KEY UPDATE OF users),
+written AS (
+  INSERT INTO credit_transactions (id, user_id, type, status, amount, balance_after, sequence, description, idempotency_key, completed_at)
+  SELECT :p_id::UUID AS id, account.key AS user_id, 'grant' AS type, 'completed' AS status, :p_amount::INTEGER AS amount, account.credit_balance + :p_amount::INTEGER AS balance_after, account.credit_sequence + 1 AS sequence, :p_description::VARCHAR AS description, :p_key::VARCHAR AS idempotency_key, clock_timestamp() AS completed_at
+  FROM account
+  WHERE account.credit_balance <= 2147483647 - :p_amount::INTEGER
+  ON CONFLICT DO NOTHING
+  RETURNING credit_transactions.*),
+moved AS (
+  UPDATE users
+  SET credit_balance=written.balance_after, credit_sequence=written.sequence
+  FROM written
+  WHERE users.id = :p_user::UUID AND users.id = written.user_id)
+SELECT written.*
+FROM written;
+
+-- reinstate
+WITH turn AS (
+  SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id),
+account AS (
+  SELECT users.id AS key, users.credit_balance, users.credit_sequence
+  FROM users JOIN turn ON true
+  WHERE users.id = :p_user::UUID
+  FOR NO KEY UPDATE OF users),
+seen AS (
+  SELECT users.credit_sequence AS sequence
+  FROM users
+  WHERE users.id = :p_user::UUID),
+bought AS (
+  SELECT credit_transactions.id, credit_transactions.amount, credit_transactions.description
+  FROM credit_transactions
+  WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.id = :p_purchase::UUID AND credit_transactions.type = 'purchase' AND credit_transactions.status = 'completed'),
+back AS (
+  SELECT (
+    SELECT coalesce(sum(-credit_transactions.amount), 0) AS coalesce_1
+    FROM credit_transactions
+    WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.refund_of = :p_purchase::UUID) AS credits),
+written AS (
+  INSERT INTO credit_transactions (id, user_id, type, status, amount, balance_after, sequence, description, refund_of, idempotency_key, completed_at)
+  SELECT :p_id::UUID AS id, account.key AS user_id, 'grant' AS type, 'completed' AS status, coalesce(:p_amount::INTEGER, back.credits) AS amount, account.credit_balance + coalesce(:p_amount::INTEGER, back.credits) AS balance_after, account.credit_sequence + 1 AS sequence, coalesce(:p_description::VARCHAR, 'Given back: ' || bought.description) AS description, bought.id AS refund_of, :p_key::VARCHAR AS idempotency_key, clock_timestamp() AS completed_at
+  FROM account JOIN seen ON true JOIN bought ON true JOIN back ON true
+  WHERE account.credit_sequence = seen.sequence AND coalesce(:p_amount::INTEGER, back.credits) BETWEEN 1 AND back.credits AND account.credit_balance <= 2147483647 - coalesce(:p_amount::INTEGER, back.credits)
   ON CONFLICT DO NOTHING
   RETURNING credit_transactions.*),
 moved AS (
@@ -177,39 +307,41 @@ LIMIT :p_limit::INTEGER;
 SELECT users.id, users.credit_balance, users.credit_sequence, users.deleted_at, (
   SELECT max(last.sequence) AS max_1
   FROM credit_transactions AS last
-  WHERE last.user_id = :p_user::UUID) AS anon_1, (
+  WHERE last.user_id = asked."user") AS anon_1, (
   SELECT coalesce(sum(-credit_transactions.amount), 0) AS coalesce_1
   FROM credit_transactions
-  WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.refund_of = :p_purchase::UUID) AS anon_2, (
+  WHERE credit_transactions.user_id = asked."user" AND credit_transactions.refund_of = asked.purchase) AS anon_2, (
   SELECT holder.id
   FROM credit_transactions AS holder
-  WHERE holder.stripe_session_id = :p_session::VARCHAR) AS anon_3, workshops.id, workshops.user_id, workshops.deleted_at, workshops.credit_consumed_at, prior.*, purchase.*, unlocked.*
-FROM (
-  SELECT 1 AS row) AS one
-LEFT OUTER JOIN users ON users.id = :p_user::UUID
-LEFT OUTER JOIN credit_transactions AS prior ON prior.user_id = :p_user::UUID AND prior.idempotency_key = :p_key::VARCHAR
-LEFT OUTER JOIN credit_transactions AS purchase ON purchase.user_id = :p_user::UUID AND purchase.id = coalesce(:p_purchase::UUID, (
+  WHERE holder.stripe_session_id = asked.session) AS anon_3, workshops.id, workshops.user_id, workshops.deleted_at, workshops.credit_consumed_at, prior.*, purchase.*, unlocked.*
+FROM unnest(:p_users::UUID[], :p_keys::TEXT[], :p_purchases::UUID[], :p_sessions::TEXT[], :p_workshops::UUID[]) WITH ORDINALITY AS asked("user", key, purchase, session, workshop, n)
+LEFT OUTER JOIN users ON users.id = asked."user"
+LEFT OUTER JOIN credit_transactions AS prior ON prior.user_id = asked."user" AND prior.idempotency_key = asked.key
+LEFT OUTER JOIN credit_transactions AS purchase ON purchase.user_id = asked."user" AND purchase.id = coalesce(asked.purchase, (
     SELECT holder.id
     FROM credit_transactions AS holder
-    WHERE holder.stripe_session_id = :p_session::VARCHAR))
-LEFT OUTER JOIN (
+    WHERE holder.stripe_session_id = asked.session))
+LEFT OUTER JOIN LATERAL (
   SELECT credit_transactions.*
   FROM credit_transactions
-  WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.workshop_id = :p_workshop::UUID AND credit_transactions.type = 'consumption'
+  WHERE credit_transactions.user_id = asked."user" AND credit_transactions.workshop_id = asked.workshop AND credit_transactions.type = 'consumption'
   ORDER BY credit_transactions.sequence DESC
   LIMIT 1) AS unlocked ON true
-LEFT OUTER JOIN workshops ON workshops.id = :p_workshop::UUID;
+LEFT OUTER JOIN workshops ON workshops.id = asked.workshop
+ORDER BY asked.n;
 
 -- consume_for_workshop
-WITH account AS (
+WITH turn AS (
+  SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id),
+account AS (
   SELECT users.id AS key, users.credit_balance, users.credit_sequence
-  FROM users
+  FROM users JOIN turn ON true
   WHERE users.id = :p_user::UUID AND users.deleted_at IS NULL
-  FOR NO KEY UPDATE),
+  FOR NO KEY UPDATE OF users),
 claim AS (
-  SELECT workshops.id AS key, coalesce(workshops.title, CAST(workshops.id AS TEXT)) AS name
+  SELECT workshops.id AS key, workshops.user_id AS owner, coalesce(workshops.title, CAST(workshops.id AS TEXT)) AS name
   FROM workshops JOIN account ON workshops.user_id = account.key
-  WHERE workshops.id = :p_workshop::UUID AND workshops.user_id = :p_user::UUID AND workshops.deleted_at IS NULL AND workshops.credit_consumed_at IS NULL
+  WHERE workshops.deleted_at IS NULL AND workshops.credit_consumed_at IS NULL AND workshops.id = :p_workshop::UUID AND workshops.user_id = :p_user::UUID
   FOR NO KEY UPDATE OF workshops),
 written AS (
   INSERT INTO credit_transactions (id, user_id, type, status, amount, balance_after, sequence, description, workshop_id, idempotency_key, completed_at)

@@ -11,6 +11,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from tallystick.audit import audit
 from tallystick.errors import LedgerError
 from worlds import World
 
@@ -83,7 +84,10 @@ def waiting_for_a_lock(world: World, count: int) -> None:
 
 
 def books_balance(world: World) -> None:
-    """Every user's chain is unbroken and ends in the balance; every mark of a workshop was paid for, once."""
+    """Every user's chain is unbroken and ends in the balance; every mark of a workshop was paid for, once.
+
+    Counted here row by row, and then again by the audit, which must agree that there is nothing to find.
+    """
     users, row, workshops = world.schema.users.c, world.schema.credit_transactions.c, world.schema.workshops
     with world.engine.connect() as conn:
         accounts = {
@@ -116,3 +120,4 @@ def books_balance(world: World) -> None:
         if workshops is not None:
             unlocked = sa.select(workshops.c.key).where(workshops.c.credit_consumed_at.is_not(None))
             assert set(conn.scalars(unlocked)) == paid_for
+        assert audit(conn, world.config).findings == ()

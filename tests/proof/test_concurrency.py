@@ -20,6 +20,7 @@ from sqlalchemy.dialects import postgresql
 from crowd import PATIENCE_S, books_balance, outcome, processes, threads, waiting_for_a_lock
 from tallystick import CreditTransaction, InsufficientCredits, errors
 from tallystick.errors import Conflict, Key, PurchaseNotPending, RefundExceedsPurchase, WorkshopNotOwned
+from tallystick.ledger import Consume
 from worlds import World
 
 CROWDS: dict[str, Callable[..., list[Any]]] = {"threads": threads, "processes": processes}
@@ -290,3 +291,36 @@ def test_a_hot_account_in_transactions_of_each_isolation(world: World, isolation
     results = list(chain.from_iterable(threads(world, 6, spend, isolation=isolation)))
     assert sorted(row.balance_after for row in new(results)) == list(range(30))
     assert len(results) == 36
+
+
+# --- many in one statement ---
+
+
+def spend_lists(world: World, conn: sa.Connection, number: int, users: list[Key]) -> list[Any]:
+    """Lists over all users in this member's own order, single calls, and keys that others use at the same time."""
+    dice = random.Random(number)
+    results: list[Any] = []
+    for n in range(8):
+        keys = [f"{number}-{n}-{k}" for k in range(10)] + [f"shared {n}"]
+        items = [Consume(user, key=key) for user in users for key in keys]
+        dice.shuffle(items)
+        for _ in range(1000):
+            try:
+                results += world.ledger.consume_many(conn, items)
+                break
+            except Conflict as conflict:
+                assert conflict.sqlstate == "23505"
+        results.append(outcome(partial(world.ledger.consume, conn, dice.choice(users), key=f"{number}-{n}")))
+    return results
+
+
+def test_lists_and_single_calls_at_once(world: World) -> None:
+    users = [world.user(credits=300), world.user(credits=300), world.user(credits=2000)]
+    results = list(chain.from_iterable(threads(world, 6, spend_lists, users)))
+    spent = new(results)
+    with world.engine.connect() as conn:
+        left = [world.ledger.balance(conn, user) for user in users]
+    assert sum(left) == 2600 - len(spent)
+    assert left[:2] == [0, 0]  # 528 items and more for each of them
+    assert len({row.id for row in spent}) == len(spent)
+    assert all(isinstance(result, CreditTransaction | InsufficientCredits) for result in results)

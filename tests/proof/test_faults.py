@@ -21,8 +21,8 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import exc
 
-from conftest import FOLDER_PREFIX, pg_bin
 from crowd import PATIENCE_S, books_balance, waiting_for_a_lock
+from servers import FOLDER_PREFIX, pg_bin
 from tallystick import CreditTransaction, migrate
 from tallystick.database import connect
 from tallystick.devdb import Server

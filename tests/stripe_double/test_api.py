@@ -153,7 +153,7 @@ def test_a_timeout(dev: DevStripe, order: dict[str, Any]) -> None:
     http = stripe.RequestsClient(timeout=1)
     client = client_of(dev, http_client=http)
     dev.fault("POST", SESSIONS, "timeout", when="after")
-    with pytest.raises(stripe.APIConnectionError, match="[Tt]imed? ?out"):
+    with pytest.raises(stripe.APIConnectionError, match=r"[Tt]imed? ?out"):
         client.v1.checkout.sessions.create(order)
     assert sessions_made(dev) == 1
     http.close()
@@ -342,7 +342,7 @@ def test_closing_ends_the_threads(order: dict[str, Any]) -> None:
         client = client_of(dev)
         client.v1.customers.create({})  # leaves its connection open
         dev.fault("POST", "/v1/customers", "timeout")
-        late = threading.Thread(target=lambda: pytest.raises(stripe.APIConnectionError, client.v1.customers.create))
+        late = threading.Thread(target=lambda: pytest.raises(stripe.APIConnectionError, client.v1.customers.create))  # noqa: RUF061 - in a thread
         late.start()
         while len(dev.api.requests) < 2:
             time.sleep(0.01)

@@ -2,8 +2,9 @@
 
 from tallystick.migrate.blockers import Blocker
 from tallystick.migrate.host import Host, HostColumn, HostTable, examine, propose
+from tallystick.migrate.lint import Lint, lint
 from tallystick.migrate.online import OnlineStep
-from tallystick.migrate.plan import Plan, PlannedRevision, PlannedStatement, TableSize, plan, sql
+from tallystick.migrate.plan import Finding, Plan, PlannedRevision, PlannedStatement, Replica, TableSize, plan, sql
 from tallystick.migrate.revisions import Revision, revisions
 from tallystick.migrate.run import GIVE_UP_AFTER_S, Progress, Receipt, Step, apply, undo
 from tallystick.migrate.statements import STALL_BUDGET_MS
@@ -15,21 +16,25 @@ __all__ = [
     "Applied",
     "Blocker",
     "Drift",
+    "Finding",
     "Host",
     "HostColumn",
     "HostTable",
+    "Lint",
     "OnlineStep",
     "Plan",
     "PlannedRevision",
     "PlannedStatement",
     "Progress",
     "Receipt",
+    "Replica",
     "Revision",
     "Status",
     "Step",
     "TableSize",
     "apply",
     "examine",
+    "lint",
     "plan",
     "propose",
     "revisions",

@@ -150,6 +150,7 @@ class Host:
     users: HostTable
     workshops: HostTable | None
     adopted: Adopted
+    missing_privileges: tuple[str, ...] = ()
 
     @property
     def by_word(self) -> dict[Word, HostTable]:
@@ -210,9 +211,10 @@ def examine(conn: sa.Connection, config: Config, *, privileges: bool = True) -> 
         adopted = adopted_columns(conn)
         _check_same_host(conn, users, workshops)
 
-    if privileges:
-        tables = [table for table in (users, workshops) if table]
-        _check_privileges(role, mapping, tables, migrated=revision is not None)
+    tables = [table for table in (users, workshops) if table]
+    missing = tuple(_missing_privileges(role, mapping, tables, migrated=revision is not None))
+    if privileges and missing:
+        raise PermissionDenied(missing[0], sqlstate="42501")
     return Host(
         server_version=role.version,
         server=role.version_text,
@@ -220,6 +222,7 @@ def examine(conn: sa.Connection, config: Config, *, privileges: bool = True) -> 
         users=users,
         workshops=workshops,
         adopted=adopted,
+        missing_privileges=missing,
     )
 
 
@@ -268,25 +271,25 @@ def adopted_columns(conn: sa.Connection) -> Adopted:
     return frozenset((cast("Word", word), column) for word, column in pairs)
 
 
-def _check_privileges(role: sa.Row[Any], mapping: HostMapping, tables: Sequence[HostTable], *, migrated: bool) -> None:
+def _missing_privileges(
+    role: sa.Row[Any], mapping: HostMapping, tables: Sequence[HostTable], *, migrated: bool
+) -> Iterator[str]:
+    """Each as a sentence that ends with what to GRANT."""
     for table in tables:
         if not table.owned:
-            raise PermissionDenied(
+            yield (
                 f"{role.role} does not own {table.shown}. Connect as {table.owner}, "
-                f'or let an administrator run: GRANT "{table.owner}" TO "{role.role}"',
-                sqlstate="42501",
+                f'or let an administrator run: GRANT "{table.owner}" TO "{role.role}"'
             )
     if not migrated and not role.database_create:
-        raise PermissionDenied(
+        yield (
             f"{role.role} may not create the schema tallystick. Let an administrator run: "
-            f'GRANT CREATE ON DATABASE "{role.database}" TO "{role.role}"',
-            sqlstate="42501",
+            f'GRANT CREATE ON DATABASE "{role.database}" TO "{role.role}"'
         )
     if not role.schema_create:
-        raise PermissionDenied(
+        yield (
             f"{role.role} may not create tables in schema {mapping.users.schema}. Let an administrator run: "
-            f'GRANT CREATE ON SCHEMA "{mapping.users.schema}" TO "{role.role}"',
-            sqlstate="42501",
+            f'GRANT CREATE ON SCHEMA "{mapping.users.schema}" TO "{role.role}"'
         )
 
 

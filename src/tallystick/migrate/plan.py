@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import sqlalchemy as sa
@@ -13,7 +16,8 @@ from tallystick.config import Config
 from tallystick.migrate.blockers import Blocker, Watch
 from tallystick.migrate.host import Host, HostTable, examine, looking
 from tallystick.migrate.revisions import HostNames, Revision, after, revisions
-from tallystick.migrate.rules import Lock, Operation, operations
+from tallystick.migrate.rules import Lock, Operation, estimated_ms, operations
+from tallystick.migrate.session import USE_UNPOOLED, pooler_sign
 from tallystick.migrate.statements import STALL_BUDGET_MS, Messages, text, upward
 
 Phase = Literal["prepare", "locked", "online"]
@@ -36,12 +40,17 @@ class PlannedStatement:
 
 @dataclass(frozen=True)
 class PlannedRevision:
-    """One transaction, and the online steps after it."""
+    """One transaction, and the online steps after it.
+
+    ``estimated_hold_ms`` is for how long the tables will be locked, reckoned from what each operation cost when it
+    was measured; the receipt tells how long it was.
+    """
 
     revision: str
     title: str
     kind: Literal["expand", "contract"]
     statements: tuple[PlannedStatement, ...]
+    estimated_hold_ms: float
 
 
 @dataclass(frozen=True)
@@ -54,8 +63,29 @@ class TableSize:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """Something to know before the run. A ``stop`` would end it before anything is changed."""
+
+    severity: Literal["stop", "warning", "note"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Replica:
+    """A standby that follows this server; ``lag_s`` is None where it is idle."""
+
+    name: str
+    state: str
+    lag_s: float | None
+
+
+@dataclass(frozen=True)
 class Plan:
-    """``before`` is the revision now; ``revisions`` are those to come, none where there is nothing to do."""
+    """``before`` is the revision now; ``revisions`` are those to come, none where there is nothing to do.
+
+    ``blockers`` hold the tables now. ``long_transactions`` are process ids and ages in seconds of the transactions
+    anywhere in the database that an index built concurrently would wait for.
+    """
 
     before: str | None
     after: str
@@ -64,27 +94,142 @@ class Plan:
     adopted: tuple[str, ...]
     server: str
     blockers: tuple[Blocker, ...]
+    long_transactions: tuple[tuple[int, float], ...]
+    replicas: tuple[Replica, ...]
+    database_bytes: int
+    findings: tuple[Finding, ...]
 
 
-def plan(conn: sa.Connection, config: Config) -> Plan:
-    """What :func:`apply` would do to this database.
+def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = None) -> Plan:
+    """What :func:`apply` would do to this database, and what to know before.
 
-    Raises what :func:`examine` does.
+    ``backup_folder``: where a backup would go, to compare the room there with the database's size.
+
+    Raises what :func:`examine` does, but for missing privileges, which are findings.
     """
     with looking(conn):
-        host = examine(conn, config)
+        host = examine(conn, config, privileges=False)
+        replicas = tuple(Replica(row.name, row.state, row.lag_s) for row in conn.execute(_REPLICAS))
+        long = tuple((row.pid, round(float(row.age_s), 1)) for row in conn.execute(_LONG_TRANSACTIONS))
+        database_bytes = conn.scalar(_DATABASE_BYTES) or 0
+        findings = (
+            *_about_the_connection(conn, host),
+            *_about_cached_plans(conn, host),
+            *_about_replicas(replicas),
+            *_about_room(database_bytes, backup_folder),
+        )
     return Plan(
         before=host.revision,
         after=revisions()[-1].revision,
         revisions=tuple(
-            PlannedRevision(revision.revision, revision.title, revision.kind, tuple(_statements(messages, host.tables)))
-            for revision, messages in _messages(config, host, STALL_BUDGET_MS)
+            _planned(revision, messages, host) for revision, messages in _messages(config, host, STALL_BUDGET_MS)
         ),
         tables=tuple(TableSize(table.shown, table.rows, table.bytes) for table in host.tables),
         adopted=host.adopted_names,
         server=host.server,
         blockers=tuple(Watch(conn, [table.oid for table in host.tables]).in_the_way()),
+        long_transactions=long,
+        replicas=replicas,
+        database_bytes=database_bytes,
+        findings=findings,
     )
+
+
+_REPLICAS = sa.text("""
+    SELECT coalesce(nullif(application_name, ''), client_addr::text, 'standby') AS name, coalesce(state, '?') AS state,
+           extract(epoch FROM replay_lag)::float AS lag_s
+    FROM pg_stat_replication ORDER BY 1
+""")
+
+_LONG_TRANSACTIONS = sa.text("""
+    SELECT pid, extract(epoch FROM clock_timestamp() - xact_start) AS age_s
+    FROM pg_stat_activity
+    WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'
+      AND xact_start < clock_timestamp() - interval '10 s'
+    ORDER BY xact_start
+""")
+
+_DATABASE_BYTES = sa.text(
+    "SELECT CASE WHEN has_database_privilege(current_database(), 'CONNECT')"
+    " THEN pg_database_size(current_database()) END"
+)
+
+_STATEMENTS_SCHEMA = sa.text("""
+    SELECT n.nspname FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace
+    WHERE e.extname = 'pg_stat_statements'
+      AND current_setting('pg_stat_statements.max', true) IS NOT NULL  -- set only where the library is loaded
+""")
+
+_HERE = "(SELECT oid FROM pg_database WHERE datname = current_database())"
+
+_STAR = re.compile(r"\b(?:select(?:\s+distinct)?|returning|,)\s+(?:[\w\"$.]+\.)?\*(?!\s*\d)", re.IGNORECASE)
+
+
+def _about_the_connection(conn: sa.Connection, host: Host) -> Iterator[Finding]:
+    sign = pooler_sign(conn)
+    if sign:
+        yield Finding("stop", f"This address is a connection pooler's ({sign}). {USE_UNPOOLED}")
+    for missing in host.missing_privileges:
+        yield Finding("stop", missing)
+
+
+def _about_cached_plans(conn: sa.Connection, host: Host) -> Iterator[Finding]:
+    """A prepared ``SELECT *`` fails on old connections once its table has a further column."""
+    if host.revision is not None:
+        return
+    schema = conn.scalar(_STATEMENTS_SCHEMA)
+    if schema is None:
+        yield Finding(
+            "note",
+            "pg_stat_statements is not there, so prepared SELECT * and RETURNING * could not be looked for. "
+            'On connections opened before the migration they fail with "cached plan must not change result type"',
+        )
+        return
+    table = sa.table("pg_stat_statements", sa.column("query"), sa.column("calls"), sa.column("dbid"), schema=schema)
+    names = [re.compile(rf"\b{re.escape(table.table)}\b") for table in host.tables]
+    rows = conn.execute(sa.select(table.c.query, table.c.calls).where(table.c.dbid == sa.literal_column(_HERE)))
+    for row in rows:
+        if row.query and _STAR.search(row.query) and any(name.search(row.query) for name in names):
+            shown = " ".join(row.query.split())[:120]
+            yield Finding(
+                "warning",
+                f'"{shown}" ({row.calls} calls): where a driver has prepared it, it fails on connections opened '
+                "before the migration until they are opened again. Name the columns, or restart the app afterwards",
+            )
+
+
+def _about_replicas(replicas: Sequence[Replica]) -> Iterator[Finding]:
+    for replica in replicas:
+        late = f", {replica.lag_s:.1f} s behind" if replica.lag_s else ""
+        yield Finding(
+            "note",
+            f"The standby {replica.name} ({replica.state}{late}) repeats the lock: a long query there delays it "
+            "(max_standby_streaming_delay) and everything after it",
+        )
+
+
+def _about_room(database_bytes: int, folder: Path | None) -> Iterator[Finding]:
+    if folder is not None:
+        free = shutil.disk_usage(folder).free
+        if free < database_bytes:
+            yield Finding(
+                "warning",
+                f"{folder} has {free / 1e9:.1f} GB free and the database takes {database_bytes / 1e9:.1f} GB: a backup "
+                "is compressed and may fit, but need not. Name another place with --backup",
+            )
+
+
+def _planned(revision: Revision, messages: Messages, host: Host) -> PlannedRevision:
+    statements = tuple(_statements(messages, host.tables))
+    sizes = {table.shown: table.bytes for table in host.tables}
+    hold_ms = sum(
+        estimated_ms(operation, sizes.get(operation.table or "", 0))
+        for statement in statements
+        if statement.phase == "locked"
+        for operation in operations(statement.sql)
+        if operation.name != "block of code"
+    )
+    return PlannedRevision(revision.revision, revision.title, revision.kind, statements, round(hold_ms, 1))
 
 
 def sql(conn: sa.Connection | None, config: Config, *, stall_budget_ms: int = STALL_BUDGET_MS) -> str:

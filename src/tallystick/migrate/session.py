@@ -7,8 +7,8 @@ from contextlib import contextmanager, suppress
 
 import psycopg
 import sqlalchemy as sa
-from sqlalchemy.pool import NullPool
 
+from tallystick.database import engine
 from tallystick.errors import (
     DatabaseUnavailable,
     LedgerNotEmpty,
@@ -29,14 +29,14 @@ _LOOKING_MAY_WAIT = "500ms"
 
 def engine_of(database: sa.Engine | str) -> sa.Engine:
     """The engine, or one for the address."""
-    return sa.create_engine(database, poolclass=NullPool) if isinstance(database, str) else database
+    return engine(database, poolclass=sa.NullPool) if isinstance(database, str) else database
 
 
 @contextmanager
-def session(engine: sa.Engine) -> Iterator[sa.Connection]:
+def session(source: sa.Engine) -> Iterator[sa.Connection]:
     """A connection of our own in autocommit, closed afterwards and never given back to a pool."""
     try:
-        conn = engine.execution_options(isolation_level="AUTOCOMMIT").connect()
+        conn = source.execution_options(isolation_level="AUTOCOMMIT").connect()
     except sa.exc.OperationalError as error:
         raise DatabaseUnavailable(
             f"no connection to the database: {str(error.orig).strip()}. Check the address (--database-url)",
@@ -71,19 +71,26 @@ def driver(conn: sa.Connection) -> psycopg.Connection[tuple[object, ...]]:
     return found
 
 
+def pooler_sign(conn: sa.Connection) -> str | None:
+    """By what a transaction pooler between us and the server shows itself; None where there is none."""
+    info = driver(conn).info
+    if "-pooler." in f"{info.host}.":
+        return f"the host is called {info.host}"
+    if info.backend_pid != conn.scalar(sa.select(sa.func.pg_backend_pid())):
+        return "the server process is another than the one that greeted us"
+    return None
+
+
 def refuse_pooler(conn: sa.Connection) -> None:
     """Raise PoolerRefused where a transaction pooler stands between us and the server."""
-    info = driver(conn).info
-    sign = None
-    if "-pooler." in f"{info.host}.":
-        sign = f"the host is called {info.host}"
-    elif info.backend_pid != conn.scalar(sa.select(sa.func.pg_backend_pid())):
-        sign = "the server process is another than the one that greeted us"
+    sign = pooler_sign(conn)
     if sign:
         raise PoolerRefused(
-            f"this address is a connection pooler's ({sign}); a migration needs a session of its own. "
-            "Put the direct address into DATABASE_URL_UNPOOLED (or database_url_unpooled)"
+            f"this address is a connection pooler's ({sign}); a migration needs a session of its own. {USE_UNPOOLED}"
         )
+
+
+USE_UNPOOLED = "Put the direct address into DATABASE_URL_UNPOOLED (or database_url_unpooled)"
 
 
 def translate(error: psycopg.Error, action: str, *, online: str | None = None) -> TallystickError:

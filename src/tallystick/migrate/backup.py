@@ -1,0 +1,354 @@
+"""A backup is one file that is whole or is not there: pg_dump through zstd, verified by reading it back.
+
+The file is a zstd stream of pg_dump's custom format, so ``zstd -dc FILE | pg_restore`` reads it without us. Behind it,
+in a frame that zstd skips, stands the manifest: the rows of each table and the dump's SHA-256.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import json
+import os
+import re
+import struct
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, Self
+
+import psycopg
+import sqlalchemy as sa
+import zstandard
+
+from tallystick.database import connect
+from tallystick.errors import BackupError
+
+LEVEL = 3
+CHUNK = 1 << 20
+_SKIPPABLE = 0x184D2A50
+_MARK = b"TALLYSTK"
+
+Told = Callable[[str, float], None]
+"""Progress: what is being done, and how much of it (0 to 1)."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a backup holds. ``rows`` is by table, as ``schema.table``; ``sha256`` is of the uncompressed dump."""
+
+    database: str
+    server: str
+    taken_at: str
+    rows: Mapping[str, int]
+    dump_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Backup:
+    """A verified file."""
+
+    path: Path
+    bytes: int
+    manifest: Manifest
+
+
+def backup(database: str, target: Path, *, bin_dir: Path, progress: Told | None = None) -> Backup:
+    """Write a verified backup to ``target``, which must not exist yet.
+
+    Args:
+        database: its address; the password reaches pg_dump through the environment, never a command line.
+        target: readable only by its owner. Until all is verified nothing stands under this name.
+        bin_dir: where pg_dump and pg_restore are; their version must not be older than the server's.
+        progress: told how far it is.
+
+    Raises:
+        BackupError: it did not happen; nothing is left.
+    """
+    tell = progress or (lambda _what, _part: None)
+    if target.exists():
+        raise BackupError(f"{target} is there already. Give another name; a backup is never overwritten")
+    with _unfinished(target) as (file, finish):
+        manifest = _dump(database, file, bin_dir, tell)
+        file.write(_frame(manifest))
+        file.flush()
+        os.fsync(file.fileno())
+        file.seek(0)
+        found = _read_back(file, bin_dir, manifest, tell)
+        if found != manifest.rows:
+            raise BackupError(f"what was written does not hold what was read: {_difference(manifest.rows, found)}")
+        finish()
+    return Backup(target, target.stat().st_size, manifest)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """What a backup says of itself. Raises BackupError where it is none, or cut off."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-len(_MARK) - 4, os.SEEK_END)
+            (size,) = struct.unpack("<I", file.read(4))
+            if file.read() != _MARK:
+                raise BackupError(f"{path} is not a backup of tallystick's, or not all of it. Take another")
+            file.seek(-len(_MARK) - 4 - size, os.SEEK_END)
+            return Manifest(**json.loads(file.read(size)))
+    except (OSError, struct.error, ValueError, TypeError) as error:
+        raise BackupError(f"{path} cannot be read as a backup: {error}") from error
+
+
+def verify_backup(path: Path, *, bin_dir: Path, progress: Told | None = None) -> Manifest:
+    """Read all of a backup and compare it with its manifest. Raises BackupError."""
+    manifest = read_manifest(path)
+    with path.open("rb") as file:
+        found = _read_back(file, bin_dir, manifest, progress or (lambda _what, _part: None))
+    if found != manifest.rows:
+        raise BackupError(f"{path} is damaged: {_difference(manifest.rows, found)}")
+    return manifest
+
+
+def restore(path: Path, database: str, *, bin_dir: Path, owners: bool = True, progress: Told | None = None) -> Manifest:
+    """Put a backup into an empty database, in one transaction, and count its rows.
+
+    With ``owners`` off, everything belongs to the role that restores and privileges are left out.
+
+    Raises:
+        BackupError: the file is damaged or the database not empty; nothing was changed.
+    """
+    tell = progress or (lambda _what, _part: None)
+    with connect(database) as conn:
+        taken = conn.scalars(_TABLES).all()
+    if taken:
+        raise BackupError(f"the database is not empty: it has {taken[0]}. Restore into one made by createdb")
+    manifest = verify_backup(path, bin_dir=bin_dir, progress=progress)
+    command = ["pg_restore", "--single-transaction", "--exit-on-error"]
+    command += [] if owners else ["--no-owner", "--no-privileges"]
+    # a conninfo without a name: the name, as all else, comes from the environment
+    command.append("--dbname=application_name=tallystick")
+    with path.open("rb") as file, _Program(bin_dir, command, sa.make_url(database)) as program:
+        program.feed(_decompressed(file, manifest, "restoring", tell))
+        program.end()
+    with connect(database) as conn:
+        found = _count(conn)
+    if found != manifest.rows:
+        raise BackupError(f"the restored database differs: {_difference(manifest.rows, found)}")
+    return manifest
+
+
+def _dump(database: str, file: IO[bytes], bin_dir: Path, tell: Told) -> Manifest:
+    """One snapshot for pg_dump and for the counts."""
+    hasher = hashlib.sha256()
+    size = 0
+    with connect(database) as conn:
+        conn.execute(sa.text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
+        snapshot = conn.scalar(sa.text("SELECT pg_export_snapshot()"))
+        expected = conn.scalar(_HEAP_BYTES) or 1
+        command = ["pg_dump", "--format=custom", "--compress=0", f"--snapshot={snapshot}"]
+        compressor = zstandard.ZstdCompressor(level=LEVEL, write_checksum=True)
+        with (
+            _Program(bin_dir, command, sa.make_url(database)) as program,
+            compressor.stream_writer(file, closefd=False) as writer,
+        ):
+            while part := program.stdout.read(CHUNK):
+                hasher.update(part)
+                size += len(part)
+                writer.write(part)
+                tell("dumping", min(1.0, size / expected))
+            program.end()
+        tell("counting rows", 0)
+        rows = _count(conn)
+        version = conn.scalar(sa.text("SELECT current_setting('server_version')")) or ""
+        name = conn.scalar(sa.text("SELECT current_database()")) or ""
+    taken_at = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+    return Manifest(name, version, taken_at, rows, size, hasher.hexdigest())
+
+
+def _read_back(file: IO[bytes], bin_dir: Path, manifest: Manifest, tell: Told) -> dict[str, int]:
+    """The rows of each table as pg_restore writes them out of the file, whose checksum is compared on the way."""
+    with _Program(bin_dir, ["pg_restore", "--file=-", "--data-only"]) as program, ThreadPoolExecutor(1) as pool:
+        feeding = pool.submit(program.feed, _decompressed(file, manifest, "verifying", tell))
+        rows = _rows_of(program.stdout)
+        feeding.result()
+        program.end()
+    return {table: rows.get(table, 0) for table in {**manifest.rows, **rows}}
+
+
+def _decompressed(file: IO[bytes], manifest: Manifest, what: str, tell: Told) -> Iterator[bytes]:
+    """The dump, piece by piece. Raises BackupError at the end where it is not the one that was written."""
+    hasher = hashlib.sha256()
+    size = 0
+    try:
+        with zstandard.ZstdDecompressor().stream_reader(file, closefd=False) as reader:
+            while part := reader.read(CHUNK):
+                hasher.update(part)
+                size += len(part)
+                tell(what, min(1.0, size / max(1, manifest.dump_bytes)))
+                yield part
+    except zstandard.ZstdError as error:
+        raise BackupError(f"the backup is damaged: {error}") from error
+    if hasher.hexdigest() != manifest.sha256:
+        raise BackupError(f"the backup is damaged: SHA-256 {hasher.hexdigest()}, expected {manifest.sha256}")
+
+
+class _Program:
+    """One of PostgreSQL's programs between two pipes; ended whatever happens, and heard when it complains."""
+
+    def __init__(self, bin_dir: Path, command: Sequence[str], url: sa.URL | None = None) -> None:
+        self.name = command[0]
+        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  # closed by __exit__
+        try:
+            self._process = subprocess.Popen(  # noqa: S603  # our own words, and no shell
+                [str(bin_dir / self.name), *command[1:]],
+                env=os.environ | (_environment(url) if url else {}),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._complaints,
+            )
+        except OSError as error:
+            self._complaints.close()
+            raise BackupError(f"{bin_dir / self.name} cannot be run: {error.strerror}") from error
+        assert self._process.stdin is not None  # noqa: S101
+        assert self._process.stdout is not None  # noqa: S101
+        self.stdin, self.stdout = self._process.stdin, self._process.stdout
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        with suppress(BrokenPipeError):
+            self.stdin.close()
+        self.stdout.close()
+        self._process.wait()
+        self._complaints.close()
+
+    def feed(self, parts: Iterable[bytes]) -> None:
+        """Write all of it, unless the program ends before; ``end`` then says why."""
+        try:
+            for part in parts:
+                self.stdin.write(part)
+            self.stdin.close()
+        except BrokenPipeError:
+            pass
+        except BaseException:
+            self._process.kill()  # it must not take a truncated input for all there is
+            raise
+
+    def end(self) -> None:
+        """Wait for it. Raises BackupError with its complaint where it failed."""
+        if not self.stdin.closed:
+            with suppress(BrokenPipeError):
+                self.stdin.close()
+        while self.stdout.read(CHUNK):
+            pass
+        if self._process.wait() != 0:
+            self._complaints.seek(0)
+            said = self._complaints.read().decode(errors="replace").strip()
+            raise BackupError(f"{self.name} failed: {said or f'exit code {self._process.returncode}'}")
+
+
+def _environment(url: sa.URL) -> dict[str, str]:
+    """The address as libpq's variables: a command line is for everyone on the machine to read."""
+    known = {option.keyword: option.envvar for option in psycopg.pq.Conninfo.get_defaults()}
+    given: dict[str, Any] = {
+        "host": url.host,
+        "port": url.port,
+        "user": url.username,
+        "password": url.password,
+        "dbname": url.database,
+        **url.query,
+    }
+    return {
+        envvar.decode(): str(value)
+        for name, value in given.items()
+        if value is not None and (envvar := known.get(name.encode())) is not None
+    }
+
+
+_COPY = re.compile(rb"COPY (.+?) \(.*\) FROM stdin;\n|COPY (.+?) FROM stdin;\n")
+
+
+def _rows_of(script: IO[bytes]) -> dict[str, int]:
+    """Rows by table, from the COPY blocks of a script: a row is a line, whatever is in it."""
+    rows: dict[str, int] = {}
+    table: str | None = None
+    for line in script:
+        if table is None:
+            if found := _COPY.fullmatch(line):
+                table = (found[1] or found[2]).decode().strip()
+                rows[table] = 0
+        elif line == b"\\.\n":
+            table = None
+        else:
+            rows[table] += 1
+    return rows
+
+
+_TABLES = sa.text("""
+    SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) AS shown, n.nspname AS schema, c.relname AS table
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.relkind = 'r' AND n.nspname <> 'information_schema' AND n.nspname !~ '^pg_'
+      AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid
+                      AND d.deptype = 'e')
+    ORDER BY 1
+""")
+
+_HEAP_BYTES = sa.text("""
+    SELECT sum(pg_table_size(c.oid))::bigint FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.relkind = 'r' AND n.nspname <> 'information_schema' AND n.nspname !~ '^pg_'
+""")
+
+
+def _count(conn: sa.Connection) -> dict[str, int]:
+    """The rows of every table, by its quoted name; exact, so a scan of each."""
+    return {
+        row.shown: conn.scalar(sa.select(sa.func.count()).select_from(sa.table(row.table, schema=row.schema))) or 0
+        for row in conn.execute(_TABLES).all()
+    }
+
+
+def _difference(expected: Mapping[str, int], found: Mapping[str, int]) -> str:
+    tables = sorted({*expected, *found})
+    wrong = [table for table in tables if expected.get(table) != found.get(table)]
+    return ", ".join(f"{table} has {found.get(table, 'no')} rows instead of {expected.get(table)}" for table in wrong)
+
+
+def _frame(manifest: Manifest) -> bytes:
+    """A frame that zstd skips: the manifest, its length and our mark, to be found from the end."""
+    text = json.dumps(asdict(manifest)).encode()
+    body = text + struct.pack("<I", len(text)) + _MARK
+    return struct.pack("<II", _SKIPPABLE, len(body)) + body
+
+
+@contextmanager
+def _unfinished(target: Path) -> Iterator[tuple[IO[bytes], Callable[[], None]]]:
+    """A new file beside the target, 0600; it takes the target's name when finished, and is gone otherwise."""
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+    except OSError as error:
+        raise BackupError(f"{target.parent}: {error.strerror}. Name a folder that can be written to") from error
+    partial = Path(name)
+
+    def finish() -> None:
+        try:
+            os.link(partial, target)  # unlike a rename, never over something that has come meanwhile
+        except FileExistsError:
+            raise BackupError(f"{target} has come meanwhile. Give another name") from None
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    try:
+        # around the closing too: it writes what is still buffered
+        with os.fdopen(handle, "w+b") as file:
+            yield file, finish
+    except OSError as error:
+        raise BackupError(f"{target}: {error.strerror or error}. Nothing was left there") from error
+    finally:
+        partial.unlink()

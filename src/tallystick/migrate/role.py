@@ -1,0 +1,140 @@
+"""SQL for a role that can run the ledger and cannot rewrite it: for an app that does not own its tables.
+
+What it may not do is refused by its privileges, or by a trigger of its own: every operation has to move a balance, so
+the role must have UPDATE on it, and the trigger lets a balance only become what the ledger's last row says.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from psycopg import sql
+
+from tallystick.config import HostMapping
+from tallystick.schema import BOOKKEEPING_SCHEMA, Schema
+
+_HEAD = """\
+-- A role for the app: it can run every operation of the ledger, and not touch history.
+-- Run by the owner of the tables, in one transaction, after: tallystick migrate apply
+-- The app's own privileges on its tables stay as they are, but for the columns that are named here.
+"""
+
+_NO_SHORT_CUT = sql.SQL("""\
+DO $$ BEGIN
+  IF EXISTS (
+    SELECT FROM pg_catalog.pg_class c JOIN pg_catalog.pg_roles r ON r.rolname = {role}
+    WHERE c.oid IN ({tables}) AND (r.rolsuper OR pg_catalog.pg_has_role(r.oid, c.relowner, 'member'))
+  ) THEN
+    RAISE EXCEPTION 'role % owns the tables or is a superuser, which no privilege limits', {role}
+      USING HINT = 'Make another role for the app: CREATE ROLE app LOGIN';
+  END IF;
+END $$""")
+
+# After the statement, so that it sees the ledger's row which the same statement writes.
+_FUNCTION = sql.SQL("""\
+CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+  IF (NEW.credit_balance, NEW.credit_sequence) IS DISTINCT FROM (OLD.credit_balance, OLD.credit_sequence)
+    AND NOT EXISTS (
+      SELECT FROM {ledger}
+      WHERE user_id = NEW.{key} AND sequence = NEW.credit_sequence AND balance_after = NEW.credit_balance)
+  THEN
+    RAISE EXCEPTION 'a balance is what the ledger''s last row says'
+      USING ERRCODE = '42501', HINT = 'Change it with an operation of the ledger';
+  END IF;
+  RETURN NULL;
+END $$""")
+
+_TRIGGER = sql.SQL("""\
+CREATE OR REPLACE TRIGGER {trigger} AFTER UPDATE OF credit_balance, credit_sequence ON {users}
+  FOR EACH ROW WHEN (current_user = {role}) EXECUTE FUNCTION {function}()""")
+
+_TRIGGER_NAME = sql.Identifier("tallystick_balance_by_ledger")
+_FUNCTION_NAME = sql.Identifier(BOOKKEEPING_SCHEMA, "balance_by_ledger")
+
+_LEDGER_UPDATES = (
+    "status",
+    "balance_after",
+    "sequence",
+    "description",
+    "completed_at",
+    "stripe_session_id",
+    "stripe_payment_intent_id",
+    "amount_paid",
+    "currency",
+)
+"""What completing, failing or attaching a session writes; the append-only trigger says when."""
+
+
+def grant(host: HostMapping, role: str) -> str:
+    """A script that gives ``role`` what the ledger and the accounts need, and takes away what could rewrite history.
+
+    ``role`` must exist and neither own the tables nor be a superuser: the script refuses that.
+    """
+    schema = Schema.of(host)
+    to = sql.Identifier(role)
+    users, ledger = _name(schema.users), _name(schema.credit_transactions)
+    own = [column.name for column in schema.users.c if column.key not in ("key", "email", "updated_at")]
+    tables = [schema.users, schema.credit_transactions, *([schema.workshops] if schema.workshops is not None else [])]
+    schemas = sorted({*(str(table.schema) for table in tables), BOOKKEEPING_SCHEMA})
+    steps: list[sql.Composable] = [
+        _NO_SHORT_CUT.format(
+            role=sql.Literal(role),
+            tables=sql.SQL(", ").join(
+                sql.SQL("{}::pg_catalog.regclass").format(sql.Literal(_name(table).as_string())) for table in tables
+            ),
+        ),
+        sql.SQL("GRANT USAGE ON SCHEMA {} TO {}").format(sql.SQL(", ").join(map(sql.Identifier, schemas)), to),
+        sql.SQL("GRANT SELECT ON ALL TABLES IN SCHEMA {} TO {}").format(sql.Identifier(BOOKKEEPING_SCHEMA), to),
+        sql.SQL("GRANT SELECT ({}) ON {} TO {}").format(_columns(schema.users), users, to),
+        sql.SQL("GRANT UPDATE ({}) ON {} TO {}").format(_join(own), users, to),
+        sql.SQL("REVOKE ALL ON {} FROM PUBLIC, {}").format(ledger, to),
+        sql.SQL("GRANT SELECT, INSERT ON {} TO {}").format(ledger, to),
+        sql.SQL("GRANT UPDATE ({}) ON {} TO {}").format(_join(_LEDGER_UPDATES), ledger, to),
+    ]
+    if schema.workshops is not None:
+        workshops = _name(schema.workshops)
+        marks = _join(["credit_consumed_at", "deleted_at"])
+        steps += [
+            sql.SQL("GRANT SELECT ({}) ON {} TO {}").format(_columns(schema.workshops), workshops, to),
+            sql.SQL("GRANT UPDATE ({}) ON {} TO {}").format(marks, workshops, to),
+        ]
+    key = sql.Identifier(schema.users.c.key.name)
+    steps += [
+        _FUNCTION.format(function=_FUNCTION_NAME, ledger=ledger, key=key),
+        _TRIGGER.format(trigger=_TRIGGER_NAME, users=users, role=sql.Literal(role), function=_FUNCTION_NAME),
+    ]
+    return _script(steps)
+
+
+def revoke(host: HostMapping, role: str) -> str:
+    """A script that takes back what :func:`grant` gave; needed before ``tallystick migrate undo``."""
+    schema = Schema.of(host)
+    to = sql.Identifier(role)
+    users, ledger = _name(schema.users), _name(schema.credit_transactions)
+    own = [column.name for column in schema.users.c if column.key not in ("key", "email", "updated_at")]
+    return _script(
+        [
+            sql.SQL("DROP TRIGGER IF EXISTS {} ON {}").format(_TRIGGER_NAME, users),
+            sql.SQL("DROP FUNCTION IF EXISTS {}()").format(_FUNCTION_NAME),
+            sql.SQL("REVOKE ALL ON {} FROM {}").format(ledger, to),
+            sql.SQL("REVOKE UPDATE ({}) ON {} FROM {}").format(_join(own), users, to),
+            sql.SQL("REVOKE ALL ON ALL TABLES IN SCHEMA {} FROM {}").format(sql.Identifier(BOOKKEEPING_SCHEMA), to),
+            sql.SQL("REVOKE ALL ON SCHEMA {} FROM {}").format(sql.Identifier(BOOKKEEPING_SCHEMA), to),
+        ]
+    )
+
+
+def _name(table: sa.Table) -> sql.Identifier:
+    return sql.Identifier(str(table.schema), table.name)
+
+
+def _columns(table: sa.Table) -> sql.Composed:
+    return _join([column.name for column in table.c])
+
+
+def _join(names: list[str] | tuple[str, ...]) -> sql.Composed:
+    return sql.SQL(", ").join(map(sql.Identifier, names))
+
+
+def _script(steps: list[sql.Composable]) -> str:
+    return _HEAD + "\nBEGIN;\n" + "".join(f"{step.as_string()};\n" for step in steps) + "COMMIT;\n"

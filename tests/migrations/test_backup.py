@@ -1,0 +1,208 @@
+"""A backup: whole or not there, verified, private, and a restore that gives the same database."""
+
+from __future__ import annotations
+
+import resource
+import stat
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+import zstandard
+from hosts import HOSTS, App
+
+from tallystick import migrate
+from tallystick.errors import BackupError, DatabaseUnavailable
+from tallystick.migrate.backup import Backup, backup, read_manifest, restore, verify_backup
+
+STRANGE = '''
+CREATE SCHEMA "a:b";
+CREATE TABLE "a:b"."Strange ""name""" (n int, t text);
+INSERT INTO "a:b"."Strange ""name""" SELECT i, E'line\\nline\\\\.\\n\\\\.' FROM generate_series(1, 7) i;
+CREATE TABLE nothing ();
+CREATE TABLE parts (n int) PARTITION BY RANGE (n);
+CREATE TABLE part_1 PARTITION OF parts FOR VALUES FROM (0) TO (9);
+INSERT INTO parts VALUES (1), (2);
+'''
+
+
+@pytest.fixture
+def app(make_app: Callable[..., App]) -> App:
+    app = make_app(HOSTS["uuid"].ddl + STRANGE)
+    migrate.apply(app.url, app.config)
+    return app
+
+
+def take(app: App, target: Path, **options: object) -> Backup:
+    return backup(app.url, target, bin_dir=app.server.bin, **options)
+
+
+def empty(folder: Path) -> bool:
+    return not list(folder.iterdir())
+
+
+def test_there_and_back(app: App, make_app: Callable[..., App], tmp_path: Path) -> None:
+    told: list[tuple[str, float]] = []
+    made = take(app, tmp_path / "app.backup", progress=lambda what, part: told.append((what, part)))
+
+    assert made.manifest.rows == {
+        '"a:b"."Strange ""name"""': 7,
+        "public.credit_transactions": 0,
+        "public.nothing": 0,
+        "public.part_1": 2,
+        "public.users": 500,
+        "public.workshops": 500,
+        "tallystick.alembic_version": 1,
+        "tallystick.migration_log": 1,
+    }
+    assert stat.S_IMODE(made.path.stat().st_mode) == 0o600
+    assert [path.name for path in tmp_path.iterdir()] == ["app.backup"]
+    assert {what for what, _ in told} == {"dumping", "counting rows", "verifying"}
+    assert all(0 <= part <= 1 for _, part in told)
+    assert verify_backup(made.path, bin_dir=app.server.bin) == made.manifest
+
+    other = make_app("SELECT 1")
+    assert restore(made.path, other.url, bin_dir=app.server.bin) == made.manifest
+    assert other.dump() == app.dump()
+    with other.engine.connect() as conn:
+        assert migrate.status(conn, app.config).healthy
+
+
+def test_it_can_be_read_without_us(app: App, tmp_path: Path) -> None:
+    made = take(app, tmp_path / "app.backup")
+    with made.path.open("rb") as file:
+        dump = zstandard.ZstdDecompressor().stream_reader(file).read()
+    listed = subprocess.run(app.server.command("pg_restore", "--list"), input=dump, capture_output=True, check=True)
+    assert b"TABLE DATA public users" in listed.stdout
+
+
+def test_nothing_is_overwritten(app: App, tmp_path: Path) -> None:
+    target = tmp_path / "precious"
+    target.write_text("mine")
+    with pytest.raises(BackupError, match="never overwritten"):
+        take(app, target)
+    assert target.read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_that_comes_meanwhile_is_kept(app: App, tmp_path: Path) -> None:
+    target = tmp_path / "app.backup"
+
+    def come(what: str, _: float) -> None:
+        if what == "verifying":
+            target.write_text("mine")
+
+    with pytest.raises(BackupError, match="come meanwhile"):
+        take(app, target, progress=come)
+    assert target.read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("moment", ["dumping", "counting rows", "verifying"])
+def test_ctrl_c_leaves_nothing(app: App, tmp_path: Path, moment: str) -> None:
+    def interrupt(what: str, _: float) -> None:
+        if what == moment:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        take(app, tmp_path / "app.backup", progress=interrupt)
+    assert empty(tmp_path)
+
+
+def test_a_full_disk_leaves_nothing(app: App, tmp_path: Path) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+    try:
+        with pytest.raises(BackupError, match="Nothing was left there"):
+            take(app, tmp_path / "app.backup")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert empty(tmp_path)
+
+
+def test_a_table_that_cannot_be_dumped_is_told(app: App, tmp_path: Path) -> None:
+    app.run("DROP ROLE IF EXISTS reader_of_little", "CREATE ROLE reader_of_little LOGIN")
+    url = sa.make_url(app.url).set(username="reader_of_little")
+    try:
+        with pytest.raises(BackupError, match=r"pg_dump failed: .*permission denied"):
+            take(App(url.render_as_string(hide_password=False), app.config, app.server), tmp_path / "app.backup")
+    finally:
+        app.run("DROP ROLE reader_of_little")
+    assert empty(tmp_path)
+
+
+def test_no_database_and_no_folder_and_no_program(app: App, tmp_path: Path) -> None:
+    nowhere = sa.make_url(app.url).set(database="nowhere").render_as_string(hide_password=False)
+    with pytest.raises(DatabaseUnavailable):
+        backup(nowhere, tmp_path / "b", bin_dir=app.server.bin)
+    with pytest.raises(BackupError, match="Name a folder"):
+        take(app, tmp_path / "missing" / "b")
+    with pytest.raises(BackupError, match="pg_dump cannot be run"):
+        backup(app.url, tmp_path / "b", bin_dir=tmp_path)
+    assert empty(tmp_path)
+
+
+def test_damage_is_found_wherever_it_is(app: App, make_app: Callable[..., App], tmp_path: Path) -> None:
+    whole = take(app, tmp_path / "app.backup").path.read_bytes()
+    other = make_app("SELECT 1")
+    damaged = tmp_path / "damaged"
+    for at in (4, 100, len(whole) // 2, len(whole) - 200, len(whole) - 6):
+        damaged.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        with pytest.raises(BackupError):
+            restore(damaged, other.url, bin_dir=app.server.bin)
+    for size in (0, 5, 100, len(whole) // 2, len(whole) - 1):
+        damaged.write_bytes(whole[:size])
+        with pytest.raises(BackupError):
+            restore(damaged, other.url, bin_dir=app.server.bin)
+    assert other.rows("SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regnamespace") == [(0,)]
+
+
+def test_only_an_empty_database_is_restored_into(app: App, tmp_path: Path) -> None:
+    made = take(app, tmp_path / "app.backup")
+    before = app.dump()
+    with pytest.raises(BackupError, match="not empty"):
+        restore(made.path, app.url, bin_dir=app.server.bin)
+    assert app.dump() == before
+
+
+def test_a_file_that_is_no_backup(app: App, tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("hello, this is no backup at all")
+    with pytest.raises(BackupError, match="not a backup"):
+        read_manifest(tmp_path / "x")
+    with pytest.raises(BackupError, match="cannot be read"):
+        read_manifest(tmp_path / "y")
+
+
+def test_counts_and_dump_are_of_one_moment(app: App, tmp_path: Path) -> None:
+    """Rows that come while pg_dump runs are in neither."""
+
+    def write(what: str, _: float) -> None:
+        if what == "dumping":
+            app.run("INSERT INTO users (email) SELECT 'new ' || gen_random_uuid()")
+
+    made = take(app, tmp_path / "app.backup", progress=write)
+    assert made.manifest.rows["public.users"] == 500
+    assert app.value("SELECT count(*) FROM users") > 500
+
+
+def test_the_password_is_on_no_command_line(app: App, tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def look(what: str, _: float) -> None:
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                line = (process / "cmdline").read_text()
+                if "pg_dump" in line or "pg_restore" in line:
+                    seen.append(line)
+            except OSError:
+                continue
+
+    if not Path("/proc/self/cmdline").exists():
+        pytest.skip("the system has no /proc")
+    url = sa.make_url(app.url).set(password="s3cret").render_as_string(hide_password=False)
+    made = backup(url, tmp_path / "app.backup", bin_dir=app.server.bin, progress=look)
+    assert seen
+    assert not [line for line in seen if "s3cret" in line]
+    assert b"s3cret" not in made.path.read_bytes()

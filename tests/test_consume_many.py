@@ -1,0 +1,159 @@
+"""Many consumptions in one statement are as many, one after the other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import sqlalchemy as sa
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tallystick import CreditTransaction
+from tallystick.errors import (
+    IdempotencyKeyReused,
+    InsufficientCredits,
+    InvalidArgument,
+    LedgerError,
+    UnknownUser,
+    WorkshopNotOwned,
+)
+from tallystick.ledger import Consume
+from worlds import World
+
+
+def said(result: CreditTransaction | LedgerError) -> tuple[Any, ...]:
+    if isinstance(result, InsufficientCredits):
+        return (InsufficientCredits, result.balance, result.required)
+    if isinstance(result, LedgerError):
+        return (type(result),)
+    return (result.replayed, result.amount, result.balance_after, result.sequence)
+
+
+def decided(result: CreditTransaction | LedgerError) -> tuple[Any, ...]:
+    """As ``said``, without the balance that a refusal names: a smaller item may or may not be settled by then."""
+    return (type(result),) if isinstance(result, LedgerError) else said(result)
+
+
+def test_each_item_is_settled_by_itself(any_world: World) -> None:
+    world, ledger = any_world, any_world.ledger
+    rich, poor = world.user(credits=5), world.user(credits=1)
+    stranger = world.key(world.config.host.users.key_type)
+    items = [
+        Consume(rich, key="a"),
+        Consume(rich, key="a"),  # again
+        Consume(rich, key="a", amount=2),  # the key means something else
+        Consume(poor, key="a", amount=2),  # too much
+        Consume(poor, key="b"),  # less is covered
+        Consume(stranger, key="a"),
+        Consume(rich, key=""),
+        Consume(rich, key="c", amount=4, description="The rest"),
+        Consume(rich, key="d"),
+    ]
+    with world.engine.begin() as conn:
+        results = ledger.consume_many(conn, items)
+        assert [said(result) for result in results] == [
+            (False, -1, 4, 2),
+            (True, -1, 4, 2),
+            (IdempotencyKeyReused,),
+            (InsufficientCredits, 1, 2),
+            (False, -1, 0, 2),
+            (UnknownUser,),
+            (InvalidArgument,),
+            (False, -4, 0, 3),
+            (InsufficientCredits, 0, 1),
+        ]
+        # the rows are those of the ledger, to the last column
+        assert results[7] == ledger.history(conn, rich, limit=1)[0]
+        assert results[0] == replace(results[1], replayed=False) == ledger.history(conn, rich, limit=2)[1]
+        # all of it again is a replay
+        again = ledger.consume_many(conn, items)
+    assert [said(result)[0] for result in again] == [
+        True, True, IdempotencyKeyReused, InsufficientCredits, True, UnknownUser, InvalidArgument, True,
+        InsufficientCredits,
+    ]  # fmt: skip
+
+
+def test_workshops(world: World) -> None:
+    user, other = world.user(credits=3), world.user(credits=3)
+    mine, also_mine = world.workshop(user), world.workshop(user, title=None)
+    theirs = world.workshop(other)
+    with world.engine.begin() as conn:
+        results = world.ledger.consume_many(
+            conn,
+            [
+                Consume(user, workshop=mine, key="a"),
+                Consume(user, workshop=mine, key="b"),  # is open by now
+                Consume(user, workshop=theirs, key="c"),
+                Consume(user, workshop=also_mine, key="d"),
+                Consume(other, workshop=theirs, key="e"),
+            ],
+        )
+        assert [said(result) for result in results] == [
+            (False, -1, 2, 2),
+            (True, -1, 2, 2),
+            (WorkshopNotOwned,),
+            (False, -1, 1, 3),
+            (False, -1, 2, 2),
+        ]
+        assert results[0] == world.ledger.history(conn, user, limit=2)[1]
+        assert results[3].description == f"Credit consumed for Workshop: {also_mine}"
+        assert all(world.ledger.access(conn, workshop).open for workshop in (mine, also_mine, theirs))
+
+
+def test_nothing_to_do(world: World) -> None:
+    with world.engine.begin() as conn:
+        assert world.ledger.consume_many(conn, []) == []
+
+
+ITEMS = st.lists(
+    st.tuples(
+        st.integers(0, 2),  # whose
+        st.none() | st.integers(0, 3),  # which workshop: two of the first user's, one of the second's, one deleted
+        st.sampled_from((1, 1, 1, 2, 5)),
+        st.sampled_from("abcdefgh"),
+    ),
+    min_size=1,
+    max_size=14,
+)
+
+
+def test_as_one_after_the_other(world: World) -> None:
+    """Two towns of the same people get the same items, one in lists and one singly, and cannot be told apart."""
+    world.engine = sa.create_engine(world.url)
+    autocommit = world.engine.execution_options(isolation_level="AUTOCOMMIT")
+
+    def town() -> tuple[list[Any], list[Any]]:
+        users = [world.user(credits=credits) for credits in (6, 2)] + [world.user()]
+        workshops = [world.workshop(users[n]) for n in (0, 0, 1, 0)]
+        with world.engine.begin() as conn:
+            world.accounts.delete_workshop(conn, workshops[3])
+        return users, workshops
+
+    def items(town: tuple[list[Any], list[Any]], asked: list[Any]) -> list[Consume]:
+        users, workshops = town
+        return [
+            Consume(users[whose], workshop=None if which is None else workshops[which], amount=amount, key=key)
+            for whose, which, amount, key in asked
+        ]
+
+    @settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(lists=st.lists(ITEMS, min_size=1, max_size=3))
+    def indistinguishable(lists: list[Any]) -> None:
+        one, other = town(), town()
+        with autocommit.connect() as conn:
+            for asked in lists:
+                many = [decided(result) for result in world.ledger.consume_many(conn, items(one, asked))]
+                singly = []
+                for item in items(other, asked):
+                    try:
+                        row = world.ledger.consume(
+                            conn, item.user, workshop=item.workshop, amount=item.amount, key=item.key
+                        )
+                        singly.append(decided(row))
+                    except LedgerError as refusal:
+                        singly.append(decided(refusal))
+                assert many == singly
+
+    indistinguishable()
+    world.engine.dispose()

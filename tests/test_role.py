@@ -1,0 +1,126 @@
+"""The app's role of ``migrate.role``: every operation works with it, and rewriting history does not."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+from psycopg import errors, sql
+
+from tallystick.audit import audit
+from tallystick.errors import InsufficientCredits, PermissionDenied
+from tallystick.ledger import Consume
+from tallystick.migrate import role
+from worlds import World
+
+ODD_NAME = 'app; DROP TABLE users; -- "quoted"'
+
+
+def run_script(world: World, script: str) -> None:
+    with psycopg.connect(world.url.replace("+psycopg", ""), autocommit=True) as conn:
+        conn.execute(script.encode())
+
+
+@pytest.fixture
+def app(any_world: World) -> Iterator[tuple[World, sa.Engine]]:
+    """The owner's world, and an engine that is the app's role."""
+    name = f"{ODD_NAME} {uuid.uuid4().hex[:8]}"
+    identifier = sql.Identifier(name)
+    with psycopg.connect(any_world.url.replace("+psycopg", ""), autocommit=True) as conn:
+        conn.execute(sql.SQL("CREATE ROLE {} LOGIN").format(identifier))
+        run_script(any_world, role.grant(any_world.config.host, name))
+        run_script(any_world, role.grant(any_world.config.host, name))  # again: nothing changes
+        engine = sa.create_engine(sa.make_url(any_world.url).set(username=name), poolclass=sa.NullPool)
+        yield any_world, engine
+        run_script(any_world, role.revoke(any_world.config.host, name))
+        conn.execute(sql.SQL("DROP OWNED BY {}").format(identifier))
+        conn.execute(sql.SQL("DROP ROLE {}").format(identifier))
+
+
+def test_every_operation_works(app: tuple[World, sa.Engine]) -> None:
+    world, engine = app
+    ledger, accounts, user = world.ledger, world.accounts, world.user()
+    workshop = world.workshop(user) if world.config.host.workshops else None
+    with engine.connect() as conn, conn.begin():
+        assert conn.scalar(sa.text("SELECT current_user")).startswith(ODD_NAME)
+        bought = ledger.start_purchase(conn, user, credits=5, description="A pack", key="p")
+        ledger.attach_session(conn, user, bought.id, stripe_session_id="cs_1")
+        ledger.complete_purchase(conn, user, stripe_session_id="cs_1", amount_paid=7900, currency="usd")
+        failed = ledger.start_purchase(conn, user, credits=5, description="A pack")
+        ledger.fail_purchase(conn, user, id=failed.id, reason="expired")
+        ledger.consume(conn, user, workshop=workshop, key="c")
+        ledger.consume_many(conn, [Consume(user, key="d"), Consume(user, key="e")])
+        ledger.refund(conn, user, bought.id, credits=1, key="r")
+        with pytest.raises(InsufficientCredits):
+            ledger.consume(conn, user, amount=9, key="f")
+        assert ledger.balance(conn, user) == ledger.balance_at(conn, user, now(conn)) == 1
+        assert len(ledger.history(conn, user, include_failed=True)) == 6
+        if workshop is not None:
+            assert ledger.access(conn, workshop).open
+            accounts.delete_workshop(conn, workshop)
+            accounts.restore_workshop(conn, workshop)
+        accounts.complete_onboarding(conn, user)
+        accounts.reset_onboarding(conn, user)
+        accounts.set_plan_tier(conn, user, "pro")
+        accounts.set_stripe_customer(conn, user, "cus_1")
+        accounts.delete_user(conn, user)
+        accounts.restore_user(conn, user)
+    with world.engine.connect() as conn:  # the owner's to ask: it reads whole tables
+        assert audit(conn, world.config).clean
+
+
+def now(conn: sa.Connection):
+    return conn.scalar(sa.select(sa.func.clock_timestamp()))
+
+
+FORBIDDEN: dict[str, Callable[[World], sa.Executable]] = {
+    "set a balance": lambda w: sa.update(w.schema.users).values(credit_balance=1_000),
+    "set a balance and its number": lambda w: sa.update(w.schema.users).values(credit_balance=1_000, credit_sequence=9),
+    "set an older balance": lambda w: sa.update(w.schema.users).values(credit_balance=5),
+    "change an amount": lambda w: sa.update(w.schema.credit_transactions).values(amount=1_000),
+    "change whose it is": lambda w: sa.update(w.schema.credit_transactions).values(user_id=sa.null()),
+    "change a key": lambda w: sa.update(w.schema.credit_transactions).values(idempotency_key="mine"),
+    "change when": lambda w: sa.update(w.schema.credit_transactions).values(created_at=sa.func.now()),
+    "delete a row": lambda w: sa.delete(w.schema.credit_transactions),
+    "truncate": lambda w: sa.text(f'TRUNCATE "{w.config.host.users.schema}".credit_transactions'),
+    "delete a user": lambda w: sa.delete(w.schema.users),
+    "switch triggers off": lambda w: sa.text("SET session_replication_role = replica"),
+    "forget the migration": lambda w: sa.text("DELETE FROM tallystick.migration_log"),
+}
+
+
+def test_history_cannot_be_rewritten(app: tuple[World, sa.Engine]) -> None:
+    world, engine = app
+    user = world.user(credits=5)
+    with engine.connect() as conn:
+        with conn.begin():
+            world.ledger.consume(conn, user, key="a")
+        for name, statement in FORBIDDEN.items():
+            with pytest.raises(sa.exc.ProgrammingError) as caught, conn.begin():
+                conn.execute(statement(world))
+            assert isinstance(caught.value.orig, errors.InsufficientPrivilege), name
+        # what the role may write is held by the ledger's own triggers
+        with pytest.raises(sa.exc.DatabaseError), conn.begin():
+            conn.execute(sa.update(world.schema.credit_transactions).values(balance_after=1_000))
+        assert world.ledger.balance(conn, user) == 4
+    with world.engine.connect() as conn:
+        assert audit(conn, world.config).clean
+
+
+def test_without_the_grants_the_error_says_what_is_missing(world: World) -> None:
+    name = f"stranger_{uuid.uuid4().hex[:8]}"
+    user = world.user()
+    with world.autocommit.connect() as conn:
+        conn.exec_driver_sql(f"CREATE ROLE {name} LOGIN")
+        engine = sa.create_engine(sa.make_url(world.url).set(username=name), poolclass=sa.NullPool)
+        with engine.connect() as stranger, pytest.raises(PermissionDenied, match="Grant it to this role"):
+            world.ledger.balance(stranger, user)
+        conn.exec_driver_sql(f"DROP ROLE {name}")
+
+
+def test_a_superuser_cannot_be_limited(world: World) -> None:
+    with pytest.raises(errors.RaiseException, match="no privilege limits"):
+        run_script(world, role.grant(world.config.host, "postgres"))
