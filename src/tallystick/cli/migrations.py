@@ -16,6 +16,7 @@ from tallystick.cli.backups import take_backup
 from tallystick.config import FILE_NAME, to_toml
 from tallystick.database import connect
 from tallystick.errors import ConfigError
+from tallystick.migrate import role as roles
 
 migrations = typer.Typer(
     no_args_is_help=True,
@@ -139,7 +140,10 @@ def show_plan(console: Console, planned: migrate.Plan, *, brief: bool = False) -
                 if statement.locks or costs:
                     line("      " + ", ".join([_locks(statement), *costs]), "dim")
             if others := len(of_phase) - len(felt):
-                line(f"  and {others} statements that lock nothing which is there", "dim")
+                line(
+                    f"  and {others} {'more that locks' if others == 1 else 'more that lock'} nothing which is there",
+                    "dim",
+                )
 
 
 def _locks(statement: migrate.PlannedStatement) -> str:
@@ -155,8 +159,20 @@ def sql(
     offline: Annotated[
         bool, typer.Option("--offline", help="Without looking at a database: as if none of our columns were there.")
     ] = False,
+    role: Annotated[
+        str | None,
+        typer.Option(
+            "--role",
+            help="Print instead what lets this role run the ledger and not rewrite it: for an app that does not own "
+            "its tables.",
+            metavar="ROLE",
+        ),
+    ] = None,
 ) -> None:
     """Print what apply would run as one script, for review or for another tool to run."""
+    if role is not None:
+        out.print(roles.grant(invocation(ctx).config().host, role), markup=False)
+        return
     if offline:
         out.print(migrate.sql(None, invocation(ctx).config()), markup=False)
         return
