@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench bench-migration lock clean
+.PHONY: help install demo test check bench bench-migration hammer lock clean
 
 help:
 	@echo "make demo    migrate a busy database, sell, spend, refund and audit credits (under a minute)"
@@ -12,6 +12,7 @@ help:
 	@echo "make check   ruff, mypy --strict and the import contracts"
 	@echo "make bench   consumptions against pgbench, and growth with history (minutes; QUICK=1 for a short form)"
 	@echo "make bench-migration   what live traffic feels of a migration, ours beside others' (2 minutes; QUICK=1 shorter)"
+	@echo "make hammer  clients and their server killed for a minute, then every answer checked (SECONDS=60 PROCESSES=8)"
 	@echo "make lock    pin the development dependencies anew"
 	@echo "make clean   remove .venv and the embedded database"
 
@@ -47,6 +48,9 @@ bench: install
 
 bench-migration: install
 	$(BIN)/python benchmarks/migration.py $(if $(QUICK),--quick)
+
+hammer: install
+	$(BIN)/python tests/proof/hammer.py --seconds $(or $(SECONDS),60) --processes $(or $(PROCESSES),8)
 
 lock: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
