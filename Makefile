@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench bench-migration lock clean
+.PHONY: help install demo example test check bench bench-migration picture lock clean
 
 help:
 	@echo "make demo    migrate a busy database, sell, spend, refund and audit credits (under a minute)"
+	@echo "make example an app that sells credits, with a double of Stripe, at http://127.0.0.1:8000"
 	@echo "make test    the whole test suite on the embedded PostgreSQL (and on 15, where it is installed)"
 	@echo "make check   ruff, mypy --strict and the import contracts"
 	@echo "make bench   consumptions against pgbench, and growth with history (minutes; QUICK=1 for a short form)"
@@ -23,6 +24,9 @@ $(VENV)/ready: requirements/dev.txt pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
+
+example: install
+	@cd examples && ../$(BIN)/python -m workshops
 
 demo: install
 	@$(BIN)/tallystick demo
@@ -47,6 +51,9 @@ bench: install
 
 bench-migration: install
 	$(BIN)/python benchmarks/migration.py $(if $(QUICK),--quick)
+
+picture: install
+	$(BIN)/python tools/demo_picture.py
 
 lock: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv

@@ -22,6 +22,11 @@
     │   ├── PoolerRefused            the address is a pooler's
     │   └── LedgerNotEmpty           undo would throw away history
     ├── BackupError                  a backup or a restore did not happen; nothing is left of it
+    ├── RequestRefused               the web pages turned a request down; nothing was changed
+    │   ├── NotSignedIn              no user stands behind it
+    │   ├── CrossSiteRequest         another site's page made it
+    │   ├── RequestTooLarge          its body is over the limit
+    │   └── WorkshopLocked           a credit opens this workshop
     ├── StripeError                  Stripe, or what it was to be asked
     │   ├── StripeNotConfigured      a key, secret or pack is missing, or of the wrong mode
     │   ├── UnknownPack              nothing of this name is on sale
@@ -265,6 +270,34 @@ class SeedRefused(TallystickError):
     """The database does not look like a development database."""
 
     reason: str
+
+
+class RequestRefused(TallystickError):
+    """A request to the web pages was turned down. Nothing was changed."""
+
+
+class NotSignedIn(RequestRefused):
+    """The app's ``current_user`` found nobody behind this request."""
+
+
+class CrossSiteRequest(RequestRefused):
+    """A page of another site made this request with the user's cookies."""
+
+    origin: str | None
+
+
+class RequestTooLarge(RequestRefused):
+    """The body is over the limit."""
+
+    limit_bytes: int
+
+
+class WorkshopLocked(RequestRefused):
+    """The workshop is behind a credit that was not spent yet."""
+
+    workshop: Key
+    user: Key
+    required: int
 
 
 class SeedImpossible(TallystickError):

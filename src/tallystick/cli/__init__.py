@@ -14,6 +14,7 @@ from tallystick.cli import (  # noqa: F401 - each adds its commands to the app
     ledger,
     migrations,
     selling,
+    serve,
 )
 from tallystick.cli.app import app, complain
 from tallystick.errors import TallystickError

@@ -1,0 +1,285 @@
+"""The JSON side of :class:`Billing`: what an app with a front end of its own calls.
+
+No ``from __future__ import annotations`` here, as in ``billing``.
+"""
+
+import datetime as dt
+from enum import Enum
+from typing import Annotated, Any, Final
+from uuid import UUID
+
+from fastapi import Depends, Header, Path, Query
+from pydantic import BaseModel, ConfigDict, Field
+
+from tallystick.errors import Key
+from tallystick.ledger import AccessReason, CreditTransaction
+from tallystick.schema import CreditTransactionStatus, CreditTransactionType
+from tallystick.web.billing import UNLOCK_CREDITS, Billing
+from tallystick.web.problems import MEDIA_TYPE, TYPE_PREFIX
+
+PAGE_MAX: Final = 200
+KEY_MAX: Final = 200
+
+TAGS: Final[list[str | Enum]] = ["credits"]
+EXAMPLE_ID: Final = "0198c1de-9f04-7a30-8f2b-53f2b7a7f0aa"
+_EXAMPLE_WORKSHOP: Final = "0198c1de-7c1a-7f6e-9a55-2f6f3f1c9b10"
+_EXAMPLE_ROW: Final[dict[str, Any]] = {
+    "id": EXAMPLE_ID,
+    "type": "consumption",
+    "status": "completed",
+    "amount": -1,
+    "balance_after": 2,
+    "sequence": 2,
+    "description": "Credit consumed for Workshop: Mobile App Discovery",
+    "workshop": _EXAMPLE_WORKSHOP,
+    "amount_paid": None,
+    "currency": None,
+    "created_at": "2026-03-01T09:30:00Z",
+    "completed_at": "2026-03-01T09:30:00Z",
+}
+_EXAMPLE_PACK: Final[dict[str, Any]] = {"name": "Flight Crew", "credits": 3, "amount": 14900, "currency": "usd"}
+
+
+def _shown(example: dict[str, Any]) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"examples": [example]})
+
+
+class BalanceAnswer(BaseModel):
+    """A user's credits; below zero is a debt that the next purchase pays."""
+
+    model_config = _shown({"balance": 3, "plan_tier": "free"})
+
+    balance: int
+    plan_tier: str
+
+
+class HistoryRow(BaseModel):
+    """One credit transaction. ``amount_paid`` is in minor units of ``currency``."""
+
+    model_config = _shown(_EXAMPLE_ROW)
+
+    id: UUID
+    type: CreditTransactionType
+    status: CreditTransactionStatus
+    amount: int
+    balance_after: int | None
+    sequence: int | None
+    description: str
+    workshop: str | None
+    amount_paid: int | None
+    currency: str | None
+    created_at: dt.datetime
+    completed_at: dt.datetime | None
+
+
+class HistoryAnswer(BaseModel):
+    """A page of history, newest first. Read on with ``before=next`` until ``next`` is null."""
+
+    model_config = _shown({"rows": [_EXAMPLE_ROW], "next": "2"})
+
+    rows: list[HistoryRow]
+    next: str | None
+
+
+class AccessAnswer(BaseModel):
+    """Whether a workshop is open, why, and what would open it."""
+
+    model_config = _shown(
+        {"workshop": _EXAMPLE_WORKSHOP, "open": False, "reason": "locked", "required": 1, "balance": 3}
+    )
+
+    workshop: str
+    open: bool
+    reason: AccessReason
+    required: int = Field(description="Credits that open it; 0 when it is open or gone.")
+    balance: int
+
+
+class UnlockAnswer(BaseModel):
+    """The consumption that opened the workshop. ``replayed``: it was open already and nothing was charged now."""
+
+    model_config = _shown({"transaction": _EXAMPLE_ROW, "balance": 2, "replayed": False})
+
+    transaction: HistoryRow
+    balance: int
+    replayed: bool
+
+
+class PackAnswer(BaseModel):
+    """Something on sale; ``amount`` in minor units of ``currency``, null if the price is only known at checkout."""
+
+    model_config = _shown(_EXAMPLE_PACK)
+
+    name: str
+    credits: int
+    amount: int | None
+    currency: str
+
+
+class Onboarding(BaseModel):
+    """Whether the user has seen the welcome through."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"complete": True}]})
+
+    complete: bool
+
+
+class Problem(BaseModel):
+    """A refusal, as RFC 9457 problem details. ``reference`` names a fault of ours in the log."""
+
+    model_config = ConfigDict(
+        extra="allow",
+        json_schema_extra={
+            "examples": [
+                {
+                    "type": f"{TYPE_PREFIX}insufficient-credits",
+                    "title": "Not enough credits",
+                    "status": 402,
+                    "detail": "You have 0 credits. This takes 1.",
+                    "balance": 0,
+                    "required": 1,
+                    "workshop": None,
+                    "packs": [_EXAMPLE_PACK],
+                    "checkout": "/billing/api/checkout",
+                }
+            ]
+        },
+    )
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    reference: str | None = None
+
+
+def history_row(row: CreditTransaction) -> HistoryRow:
+    """A ledger row for its user: without Stripe's ids and the idempotency key."""
+    return HistoryRow(
+        id=row.id,
+        type=row.type,
+        status=row.status,
+        amount=row.amount,
+        balance_after=row.balance_after,
+        sequence=row.sequence,
+        description=row.description,
+        workshop=None if row.workshop_id is None else str(row.workshop_id),
+        amount_paid=row.amount_paid,
+        currency=row.currency,
+        created_at=row.created_at,
+        completed_at=row.completed_at,
+    )
+
+
+_REFUSALS: Final = {
+    401: "Nobody is signed in.",
+    402: "Not enough credits: balance, required, packs and where to buy are in the body.",
+    403: "A page of another site made this request, or the user has no account here.",
+    404: "Not there, or another user's.",
+    409: "The ledger's state does not allow it.",
+    410: "The workshop was deleted.",
+    413: "The body is too long.",
+    422: "A value is not valid, or the idempotency key was used for something else.",
+    503: "Nothing was written, or it is unknown; make the same request again.",
+}
+
+
+def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The refusals of a route for OpenAPI."""
+    schema = {"$ref": "#/components/schemas/Problem"}
+    return {
+        status: {"description": _REFUSALS[status], "model": Problem, "content": {MEDIA_TYPE: {"schema": schema}}}
+        for status in (401, *statuses, 422, 503)
+    }
+
+
+WorkshopPath = Annotated[str, Path(max_length=200, description="The workshop's key.", examples=[_EXAMPLE_WORKSHOP])]
+# What `next` can be: a sequence, or the id of a purchase that is pending.
+_CURSOR = r"^([0-9]{1,9}|1[0-9]{9}|20[0-9]{8}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})$"
+
+Before = Annotated[
+    str | None,
+    Query(max_length=36, pattern=_CURSOR, description="``next`` of the page before, to read on.", examples=["41"]),
+]
+
+
+def add_to(billing: Billing) -> None:
+    """Add the JSON routes."""
+    User = Annotated[Key, Depends(billing.signed_in)]  # noqa: N806 - a type
+    ledger, run = billing.ledger, billing.database.run
+
+    @billing.get("/api/balance", name="tallystick.api.balance", tags=TAGS, responses=refusals(403))
+    async def balance(user: User) -> BalanceAnswer:
+        """The credits of who is signed in."""
+        account = await billing.account(user)
+        return BalanceAnswer(balance=account.credit_balance, plan_tier=account.plan_tier)
+
+    @billing.get("/api/history", name="tallystick.api.history", tags=TAGS, responses=refusals(403))
+    async def history(
+        user: User,
+        before: Before = None,
+        limit: Annotated[int, Query(ge=1, le=PAGE_MAX, description="Rows on a page.")] = 50,
+    ) -> HistoryAnswer:
+        """The credit transactions of who is signed in, newest first; every page costs the same."""
+        rows = await run(lambda conn: ledger.history(conn, user, limit=limit, before=before))
+        return HistoryAnswer(
+            rows=[history_row(row) for row in rows], next=rows[-1].cursor if len(rows) == limit else None
+        )
+
+    @billing.get("/api/packs", name="tallystick.api.packs", tags=TAGS)
+    async def packs() -> list[PackAnswer]:
+        """What is on sale."""
+        return [
+            PackAnswer(name=p.name, credits=p.credits, amount=p.amount, currency=p.currency)
+            for p in billing.config.packs
+        ]
+
+    @billing.get("/api/onboarding", name="tallystick.api.onboarding", tags=TAGS, responses=refusals(403))
+    async def onboarding(user: User) -> Onboarding:
+        """Whether the welcome was seen through, on any device."""
+        return Onboarding(complete=(await billing.account(user)).onboarding_complete)
+
+    @billing.put("/api/onboarding", name="tallystick.api.set_onboarding", tags=TAGS, responses=refusals(403, 413))
+    async def set_onboarding(user: User, wanted: Onboarding) -> Onboarding:
+        """Remember that it was, or show it again."""
+        change = billing.accounts.complete_onboarding if wanted.complete else billing.accounts.reset_onboarding
+        return Onboarding(complete=(await run(lambda conn: change(conn, user))).onboarding_complete)
+
+    if billing.config.host.workshops is None:
+        return
+
+    @billing.get(
+        "/api/workshops/{workshop}/access", name="tallystick.api.access", tags=TAGS, responses=refusals(403, 404)
+    )
+    async def access(user: User, workshop: WorkshopPath) -> AccessAnswer:
+        """Whether one of the user's workshops is open, and why."""
+        found, has = await billing.workshop_and_balance(user, workshop)
+        locked = found.access.reason is AccessReason.LOCKED
+        return AccessAnswer(
+            workshop=str(found.key),
+            open=found.access.open,
+            reason=found.access.reason,
+            required=UNLOCK_CREDITS if locked else 0,
+            balance=has,
+        )
+
+    @billing.post(
+        "/api/workshops/{workshop}/unlock",
+        name="tallystick.api.unlock",
+        tags=TAGS,
+        responses=refusals(402, 403, 404, 409, 410, 413),
+    )
+    async def unlock(
+        user: User,
+        workshop: WorkshopPath,
+        idempotency_key: Annotated[
+            str | None, Header(min_length=1, max_length=KEY_MAX, description="The client's name for this one intent.")
+        ] = None,
+    ) -> UnlockAnswer:
+        """Spend a credit on a workshop, once: doing it again charges nothing and gives the first result."""
+        spent = await billing.unlock(user, workshop, key=idempotency_key)
+        return UnlockAnswer(
+            transaction=history_row(spent),
+            balance=await billing.balance(user) if spent.replayed else spent.balance_after or 0,
+            replayed=spent.replayed,
+        )

@@ -1,0 +1,191 @@
+"""The pages of :class:`Billing`: plain forms and links that htmx turns into dialogs where it runs.
+
+No ``from __future__ import annotations`` here, as in ``billing``.
+"""
+
+import csv
+import io
+from collections.abc import AsyncIterator
+from typing import Annotated, Final
+
+from fastapi import Depends, Form, HTTPException, Query
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
+
+from tallystick.errors import InsufficientCredits, Key
+from tallystick.ledger import HISTORY_MAX, CreditTransaction
+from tallystick.web import pages
+from tallystick.web.api import Before, WorkshopPath
+from tallystick.web.billing import UNLOCK_CREDITS, Billing, is_fragment
+from tallystick.web.requests import RETURN_MAX
+
+SEE_OTHER: Final = 303
+HISTORY_PAGE: Final = 30
+FOR_EVER: Final = "public, max-age=31536000, immutable"
+
+ReturnTo = Annotated[
+    str | None, Query(max_length=RETURN_MAX, description="Where to go afterwards: a path of this site.")
+]
+
+
+def add_to(billing: Billing) -> None:
+    """Add the pages. They are not part of the OpenAPI document: people read them, programs use the JSON."""
+    _add_reading(billing)
+    _add_welcome(billing)
+    if billing.config.host.workshops is not None:
+        _add_unlocking(billing)
+
+
+def _add_reading(billing: Billing) -> None:
+    User = Annotated[Key, Depends(billing.signed_in)]  # noqa: N806 - a type
+
+    @billing.get("/static/{name}", name="tallystick.static", include_in_schema=False)
+    async def static(name: str, v: str | None = None) -> Response:
+        found = pages.static_file(name)
+        if found is None:
+            raise HTTPException(404)
+        content, media_type = found
+        kept = FOR_EVER if v == pages.static_version(name) else "no-cache"
+        return Response(content, media_type=media_type, headers={"Cache-Control": kept})
+
+    @billing.get("/badge", name="tallystick.badge", include_in_schema=False)
+    async def badge(request: Request, user: User) -> HTMLResponse:
+        return billing.page(request, "badge.html", balance=await billing.balance(user))
+
+    @billing.get("/pricing", name="tallystick.pricing", include_in_schema=False)
+    async def pricing(
+        request: Request, user: User, return_to: ReturnTo = None, workshop: str | None = None
+    ) -> HTMLResponse:
+        return billing.page(
+            request, "pricing.html", balance=await billing.balance(user), return_to=billing.returning(return_to),
+            workshop=None if workshop is None else await billing.workshop(user, workshop),
+        )  # fmt: skip
+
+    @billing.get("/history", name="tallystick.history", include_in_schema=False)
+    async def history(request: Request, user: User, before: Before = None) -> HTMLResponse:
+        has, rows = await billing.database.run(
+            lambda conn: (
+                billing.ledger.balance(conn, user),
+                billing.ledger.history(conn, user, limit=HISTORY_PAGE + 1, before=before),
+            )
+        )
+        shown = rows[:HISTORY_PAGE]
+        return billing.page(
+            request, "history.html", balance=has, rows=shown, newest=before is None,
+            older=shown[-1].cursor if len(rows) > HISTORY_PAGE else None,
+        )  # fmt: skip
+
+    @billing.get("/history.csv", name="tallystick.history_csv", include_in_schema=False)
+    async def history_csv(user: User) -> Response:
+        first = await _page_of(billing, user, None)  # before the answer begins, so that a refusal can still be one
+        return StreamingResponse(
+            _csv(billing, user, first),
+            media_type="text/csv; charset=utf-8",
+            headers={"Content-Disposition": f'attachment; filename="{billing.texts.csv_name}.csv"'},
+        )
+
+
+async def _page_of(billing: Billing, user: Key, before: str | None) -> list[CreditTransaction]:
+    return await billing.database.run(
+        lambda conn: billing.ledger.history(conn, user, limit=HISTORY_MAX, before=before, include_failed=True)
+    )
+
+
+async def _csv(billing: Billing, user: Key, rows: list[CreditTransaction]) -> AsyncIterator[str]:
+    out = io.StringIO()
+    write = csv.writer(out).writerow
+    write(billing.texts.csv_columns)
+    while rows:
+        for r in rows:
+            write((
+                r.sequence, _moment(r.created_at), _moment(r.completed_at), r.type, r.status, r.amount,
+                r.balance_after, _inert(r.description), r.amount_paid, r.currency, r.id,
+            ))  # fmt: skip
+        yield out.getvalue()
+        out.seek(0)
+        out.truncate()
+        rows = await _page_of(billing, user, rows[-1].cursor) if len(rows) == HISTORY_MAX else []
+    yield out.getvalue()
+
+
+def _add_welcome(billing: Billing) -> None:
+    User = Annotated[Key, Depends(billing.signed_in)]  # noqa: N806 - a type
+
+    @billing.get(
+        "/welcome", name="tallystick.welcome", include_in_schema=False, dependencies=[Depends(billing.signed_in)]
+    )
+    async def welcome(request: Request, return_to: ReturnTo = None) -> HTMLResponse:
+        return billing.page(request, "welcome.html", return_to=billing.returning(return_to))
+
+    @billing.post("/welcome", name="tallystick.welcomed", include_in_schema=False)
+    async def welcomed(
+        request: Request, user: User, return_to: Annotated[str | None, Form(max_length=RETURN_MAX)] = None
+    ) -> Response:
+        """Remember it; by htmx's header the script says that it needs no page."""
+        await billing.database.run(lambda conn: billing.accounts.complete_onboarding(conn, user))
+        if is_fragment(request):
+            return Response(status_code=204)
+        return RedirectResponse(billing.returning(return_to), SEE_OTHER)
+
+
+def _add_unlocking(billing: Billing) -> None:
+    User = Annotated[Key, Depends(billing.signed_in)]  # noqa: N806 - a type
+
+    @billing.get("/workshops/{workshop}/unlock", name="tallystick.unlock", include_in_schema=False)
+    async def confirm(request: Request, user: User, workshop: WorkshopPath, return_to: ReturnTo = None) -> Response:
+        """Ask before spending."""
+        found, balance = await billing.workshop_and_balance(user, workshop)
+        found.require_there()
+        back = billing.returning(return_to)
+        if found.access.open:
+            return billing.page(request, "unlocked.html", workshop=found, balance=balance, spent=0, return_to=back)
+        if balance < UNLOCK_CREDITS:
+            return await billing.paywall(request, found, balance=balance, return_to=back)
+        return billing.page(request, "confirm.html", workshop=found, balance=balance, return_to=back)
+
+    @billing.post("/workshops/{workshop}/unlock", name="tallystick.unlock_now", include_in_schema=False)
+    async def unlock(
+        request: Request,
+        user: User,
+        workshop: WorkshopPath,
+        return_to: Annotated[str | None, Form(max_length=RETURN_MAX)] = None,
+    ) -> Response:
+        """Spend, then show what was done at an address of its own, which may be reloaded and gone back to."""
+        back = billing.returning(return_to)
+        try:
+            spent = await billing.unlock(user, workshop)
+        except InsufficientCredits as refused:
+            found = await billing.workshop(user, workshop)
+            return await billing.paywall(request, found, balance=refused.balance, return_to=back)
+        charged = 0 if spent.replayed else -spent.amount
+        if not is_fragment(request):
+            query = {"return_to": back, "spent": charged}
+            return RedirectResponse(billing.url(request, "unlocked", workshop=workshop, query=query), SEE_OTHER)
+        found, balance = await billing.workshop_and_balance(user, workshop)
+        return billing.page(
+            request, "unlocked.html", workshop=found, balance=balance, spent=charged, return_to=back,
+            headers={"HX-Trigger": "tallystick:balance"},
+        )  # fmt: skip
+
+    @billing.get("/workshops/{workshop}/unlocked", name="tallystick.unlocked", include_in_schema=False)
+    async def unlocked(
+        request: Request,
+        user: User,
+        workshop: WorkshopPath,
+        return_to: ReturnTo = None,
+        spent: Annotated[int, Query(ge=0, le=UNLOCK_CREDITS)] = 0,
+    ) -> HTMLResponse:
+        found, balance = await billing.workshop_and_balance(user, workshop)
+        return billing.page(
+            request, "unlocked.html", workshop=found, balance=balance, spent=spent if found.access.open else 0,
+            return_to=billing.returning(return_to),
+        )  # fmt: skip
+
+
+def _moment(value: object) -> str:
+    return value.isoformat() if hasattr(value, "isoformat") else ""
+
+
+def _inert(text: str) -> str:
+    """Text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

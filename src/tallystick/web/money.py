@@ -1,0 +1,42 @@
+"""Money from minor units to text, in whole numbers all the way."""
+
+from __future__ import annotations
+
+from typing import Final
+
+MINUS: Final = "\N{MINUS SIGN}"
+
+# As Stripe counts them: https://docs.stripe.com/currencies#minor-units. All others have two decimals.
+ZERO_DECIMAL: Final = frozenset(
+    ["bif", "clp", "djf", "gnf", "jpy", "kmf", "krw", "mga", "pyg", "rwf", "vnd", "vuv", "xaf", "xof", "xpf"]
+)
+THREE_DECIMAL: Final = frozenset(["bhd", "jod", "kwd", "omr", "tnd"])
+
+_SYMBOLS: Final = {
+    "usd": "$",
+    "eur": "€",
+    "gbp": "£",
+    "jpy": "¥",
+    "inr": "₹",
+    "krw": "₩",
+    "cad": "CA$",
+    "aud": "A$",
+    "nzd": "NZ$",
+    "brl": "R$",
+    "ils": "₪",
+}
+
+
+def money(amount: int, currency: str) -> str:
+    """``amount`` minor units of ``currency`` for people: ``14900, "usd"`` is ``$149``, ``7950`` is ``$79.50``.
+
+    A currency without a sign of its own is named by its code (``CHF 79``). Cents that are zero are left out, as on a
+    price tag.
+    """
+    code = currency.lower()
+    decimals = 0 if code in ZERO_DECIMAL else 3 if code in THREE_DECIMAL else 2
+    whole, minor = divmod(abs(amount), 10**decimals)
+    number = f"{whole:,}.{minor:0{decimals}}" if minor else f"{whole:,}"
+    sign = MINUS if amount < 0 else ""
+    symbol = _SYMBOLS.get(code)
+    return f"{sign}{symbol}{number}" if symbol else f"{sign}{code.upper()}\N{NO-BREAK SPACE}{number}"

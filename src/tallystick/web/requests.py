@@ -1,0 +1,96 @@
+"""What is checked of every request before anything is done: size, origin, and where it wants to return to.
+
+Cross-site requests. The host's session is a cookie, so a page of another site could post a form with it. Browsers say
+in ``Sec-Fetch-Site`` where a request comes from, and before that in ``Origin``; no page can forge either. A request
+that changes something is refused when they name another site; one that has neither comes from no browser of this
+decade, and carries no cookie that its sender did not put there. Tokens in forms would add nothing but state. The
+host's cookie should still be ``SameSite=Lax``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import Final
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.types import Message, Receive
+
+from tallystick.errors import CrossSiteRequest, RequestTooLarge
+
+SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+BODY_MAX_BYTES: Final = 64 * 1024
+WEBHOOK_MAX_BYTES: Final = 1024 * 1024
+RETURN_MAX: Final = 2_000
+
+
+def check_same_site(method: str, headers: Headers, allowed_origins: Collection[str] = ()) -> None:
+    """Refuse a request that changes something and was made by a page of another site.
+
+    ``allowed_origins`` are trusted besides the one that the request was sent to.
+
+    Raises:
+        CrossSiteRequest.
+    """
+    if method in SAFE_METHODS:
+        return
+    origin = headers.get("origin")
+    if origin is not None and origin in allowed_origins:
+        return
+    site = headers.get("sec-fetch-site")
+    if site in {"same-origin", "none"}:
+        return
+    # A proxy that ends TLS changes the scheme that we see, so hosts are compared.
+    if site is None and (origin is None or origin.partition("://")[2] == headers.get("host")):
+        return
+    raise CrossSiteRequest(
+        f"a page of {origin or site} made this request. If that is one of yours, name it in allowed_origins",
+        origin=origin,
+    )
+
+
+def return_address(asked: str | None, default: str, allowed_origins: Collection[str] = ()) -> str:
+    """``asked`` if it leads to this site or an allowed one, else ``default``.
+
+    A path begins with one slash: browsers read two, or one and a backslash, as another site, and they drop tabs and
+    line ends before they look.
+    """
+    if asked is None or len(asked) > RETURN_MAX or not re.fullmatch(r"[!-~]+", asked) or "\\" in asked:
+        return default
+    if asked.startswith("/") and not asked.startswith("//"):
+        return asked
+    try:
+        parts = urlsplit(asked)
+    except ValueError:
+        return default
+    if parts.scheme in {"http", "https"} and f"{parts.scheme}://{parts.netloc}" in allowed_origins:
+        return asked
+    return default
+
+
+def limited(request: Request, limit_bytes: int) -> Receive:
+    """The request's ``receive``, which stops when the body gets longer than ``limit_bytes``.
+
+    Raises:
+        RequestTooLarge: at once when the length is announced, else when it is exceeded.
+    """
+    announced = request.headers.get("content-length", "0")
+    if announced.isdecimal() and int(announced) > limit_bytes:
+        raise _too_large(limit_bytes)
+    receive, seen = request.receive, 0
+
+    async def counted() -> Message:
+        nonlocal seen
+        message = await receive()
+        seen += len(message.get("body", b""))
+        if seen > limit_bytes:
+            raise _too_large(limit_bytes)
+        return message
+
+    return counted
+
+
+def _too_large(limit_bytes: int) -> RequestTooLarge:
+    return RequestTooLarge(f"the body is longer than {limit_bytes} bytes. Send less", limit_bytes=limit_bytes)

@@ -1,0 +1,72 @@
+// Everything works as plain links and forms without this file. With it, what arrives as a dialog is modal, closing
+// gives the focus back, the welcome is remembered however it is closed, and a form is sent once.
+"use strict";
+(() => {
+  let opener = null;
+
+  const remember = (form) =>
+    fetch(form.action, {
+      method: "POST",
+      body: new URLSearchParams(new FormData(form)),
+      headers: { "HX-Request": "true" },
+      keepalive: true, // also when closing it was the last thing done here
+    }).catch(() => {}); // then it is shown once more, which is all that failing costs
+
+  const closed = (event) => {
+    const dialog = event.target;
+    const form = dialog.querySelector("form");
+    const then = dialog.querySelector("a[data-ts-then]");
+    if ("tsRemember" in dialog.dataset && form) remember(form);
+    dialog.remove();
+    if (then) {
+      location.assign(then.href); // the page behind is out of date
+    } else if (opener?.isConnected) {
+      opener.focus();
+    }
+    opener = null;
+  };
+
+  const show = (dialog) => {
+    if (document.querySelector("dialog[data-ts-modal=shown]")) return dialog.remove(); // asked for twice
+    opener ??= document.activeElement;
+    dialog.removeAttribute("open"); // close() would tell the listener below
+    dialog.addEventListener("close", closed);
+    dialog.dataset.tsModal = "shown";
+    dialog.showModal();
+  };
+
+  const adopt = () => {
+    for (const dialog of document.querySelectorAll('dialog[data-ts-modal=""]')) show(dialog);
+    const shown = document.querySelector("dialog[data-ts-modal=shown]");
+    if (shown && !shown.contains(document.activeElement)) shown.querySelector("[autofocus]")?.focus();
+  };
+
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest("[data-ts-close], [data-ts-then]");
+    const dialog = link?.closest("dialog[data-ts-modal=shown]");
+    if (!dialog || event.ctrlKey || event.metaKey || event.shiftKey) return;
+    event.preventDefault();
+    dialog.close();
+  });
+
+  document.addEventListener("submit", (event) => {
+    const form = event.target;
+    const dialog = form.closest("dialog[data-ts-remember]");
+    if (dialog) {
+      event.preventDefault();
+      dialog.close();
+    } else if (form.closest(".ts") && !form.matches("[hx-post]")) {
+      if (form.dataset.tsSent) event.preventDefault();
+      form.dataset.tsSent = "yes";
+    }
+  });
+
+  addEventListener("pageshow", (event) => {
+    if (!event.persisted) return; // back from the next page: forms may be sent again, and the balance may have moved
+    for (const form of document.querySelectorAll("form[data-ts-sent]")) delete form.dataset.tsSent;
+    document.body.dispatchEvent(new CustomEvent("tallystick:balance"));
+  });
+
+  document.addEventListener("htmx:after:swap", adopt);
+  adopt();
+})();

@@ -1,0 +1,239 @@
+"""Every word a buyer reads, in one place.
+
+To translate, subclass :class:`Texts`, write the sentences anew and pass an instance as ``texts``. A sentence that
+holds a number or a name is a method, since languages differ in more than words. None of it is HTML: templates escape
+what they are given.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Mapping
+
+from tallystick.config import Pack
+from tallystick.errors import InsufficientCredits, TallystickError, WorkshopLocked
+from tallystick.ledger import AccessReason, CreditTransaction
+from tallystick.web.money import MINUS, money
+
+
+class Texts:
+    """English."""
+
+    language = "en"
+
+    # --- numbers ---
+
+    def credits(self, count: int) -> str:
+        """``count`` credits with the noun: "1 credit", "0 credits"."""
+        return f"{self.number(count)} {'credit' if abs(count) == 1 else 'credits'}"
+
+    def number(self, value: int) -> str:
+        """A whole number, with a true minus sign."""
+        return f"{value:,}".replace("-", MINUS)
+
+    def change(self, value: int) -> str:
+        """A whole number that always carries its sign."""
+        return f"+{value:,}" if value > 0 else self.number(value)
+
+    def money(self, amount: int, currency: str) -> str:
+        """``amount`` minor units of ``currency``."""
+        return money(amount, currency)
+
+    def date(self, moment: dt.datetime) -> str:
+        """A day, for lists."""
+        return f"{moment.day} {moment:%b %Y}"
+
+    # --- badge ---
+
+    def badge_label(self, balance: int) -> str:
+        """What a screen reader says of the badge."""
+        return f"Balance: {self.credits(balance)}. Show history"
+
+    def debt(self, balance: int) -> str:
+        """A balance below zero, in words."""
+        return f"{self.credits(-balance)} owed"
+
+    # --- pricing ---
+
+    pricing_title = "Buy credits"
+    pricing_lead = "One credit unlocks one workshop, for good."
+    pricing_empty = "Nothing is on sale at the moment."
+    price_at_checkout = "Price shown at checkout"
+    contact_title = "More than that"
+    contact_text = "Teams and larger packs are priced by talking to us."
+    contact_button = "Contact us"
+
+    def buy_button(self, pack: Pack) -> str:
+        """The button of a pack."""
+        if pack.amount is None:
+            return f"Buy {self.credits(pack.credits)}"
+        return f"Buy {self.credits(pack.credits)} for {self.money(pack.amount, pack.currency)}"
+
+    def per_credit(self, pack: Pack) -> str:
+        """What one credit of the pack costs, rounded up to a whole minor unit; empty where that says nothing new."""
+        if pack.amount is None or pack.credits == 1:
+            return ""
+        return f"{self.money(-(-pack.amount // pack.credits), pack.currency)} a credit"
+
+    # --- confirm, unlocked ---
+
+    confirm_title = "Unlock this workshop"
+    cancel_button = "Not now"
+    close_button = "Close"
+    continue_button = "Continue"
+    unlocked_title = "Unlocked"
+    already_unlocked = "This workshop is unlocked already. Nothing was charged."
+
+    def confirm(self, amount: int, balance: int) -> str:
+        """What will happen."""
+        return f"This will use {self.credits(amount)}. You have {self.number(balance)}."
+
+    def confirm_button(self, amount: int) -> str:
+        """The button that does it."""
+        return f"Use {self.credits(amount)}"
+
+    def unlocked(self, amount: int, balance: int) -> str:
+        """What happened."""
+        return f"{self.credits(amount)} used. {self.number(balance)} left."
+
+    # --- paywall ---
+
+    def paywall_title(self, title: str | None) -> str:
+        """The heading over the lock."""
+        return f"{title} continues here" if title else "This workshop continues here"
+
+    def paywall(self, required: int, balance: int) -> str:
+        """Why it is closed, and what opens it."""
+        if balance < 0:
+            return f"You owe {self.credits(-balance)}. The next purchase pays that first."
+        needed = "One" if required == 1 else self.number(required)
+        return f"You have {self.credits(balance)}. {needed} {'unlocks' if required == 1 else 'unlock'} this workshop."
+
+    paywall_buy = "Buy credits"
+
+    # --- after Stripe ---
+
+    success_title = "Payment received"
+    waiting_title = "Your payment is on its way"
+    waiting = "Your bank has not confirmed it yet. The credits arrive by themselves when it does, also if you leave."
+    check_again = "Check again"
+    failed_title = "The payment did not go through"
+    failed = "Nothing was charged."
+    try_again = "Choose a pack"
+    cancelled_title = "Purchase cancelled"
+    cancelled = "Nothing was charged."
+
+    def success(self, credits: int, balance: int) -> str:
+        """What was bought, and the new balance."""
+        return f"{self.credits(credits)} added. You have {self.number(balance)}."
+
+    def back(self, title: str | None) -> str:
+        """The link to where the buyer came from."""
+        return f"Back to {title}" if title else "Back"
+
+    def use_and_back(self, amount: int, title: str | None) -> str:
+        """The button that unlocks what the buyer came for."""
+        return f"Use {self.credits(amount)} to unlock {title or 'the workshop'}"
+
+    # --- history ---
+
+    history_title = "Your credits"
+    history_empty = "Every purchase and every use of a credit will be listed here."
+    history_columns: tuple[str, ...] = ("Date", "What", "Credits", "Balance")
+    history_older = "Older"
+    history_newest = "Newest"
+    download = "Download as CSV"
+    csv_name = "credits"
+    csv_columns: tuple[str, ...] = (
+        "sequence", "created_at", "completed_at", "type", "status", "amount", "balance_after", "description",
+        "amount_paid_minor_units", "currency", "id",
+    )  # fmt: skip
+    pending = "pending"
+
+    def history_balance(self, balance: int) -> str:
+        """The sentence over the list."""
+        return f"You owe {self.credits(-balance)}." if balance < 0 else f"You have {self.credits(balance)}."
+
+    def paid(self, row: CreditTransaction) -> str:
+        """What a purchase cost; empty for what cost nothing."""
+        return "" if row.amount_paid is None else self.money(row.amount_paid, row.currency or "")
+
+    # --- welcome ---
+
+    welcome_title = "Welcome"
+    welcome: tuple[str, ...] = (
+        "Every workshop begins free of charge.",
+        "One credit unlocks the rest of it, for good.",
+    )
+    welcome_button = "Start"
+
+    # --- refusals ---
+
+    sign_in_title = "Sign in first"
+    sign_in_button = "Sign in"
+    problem_titles: Mapping[str, str] = {
+        "not-signed-in": "Sign in first",
+        "insufficient-credits": "Not enough credits",
+        "workshop-locked": "This workshop is locked",
+        "cross-site-request": "This request came from another site",
+        "unknown-user": "No account",
+        "user-deleted": "This account is closed",
+        "unknown-workshop": "No such workshop",
+        "unknown-purchase": "No such purchase",
+        "unknown-pack": "No such pack",
+        "workshop-deleted": "This workshop was deleted",
+        "request-too-large": "Too large",
+        "invalid-argument": "A value is not valid",
+        "idempotency-key-reused": "This key was used for something else",
+        "busy": "Busy",
+        "outcome-unknown": "Not sure that it worked",
+        "unavailable": "Not available",
+        "payment-provider-unavailable": "The payment provider does not answer",
+        "not-on-sale": "Not on sale at the moment",
+        "server-error": "Something went wrong",
+    }
+    problems: Mapping[str, str] = {
+        "not-signed-in": "Sign in and come back to this page.",
+        "cross-site-request": "Open the page here and use its own button. Nothing was changed.",
+        "unknown-user": "You are signed in, but there is no account for you here.",
+        "user-deleted": "Nothing can be bought or used with it.",
+        "unknown-workshop": "It does not exist, or it is not yours.",
+        "unknown-purchase": "It does not exist, or it is not yours.",
+        "unknown-pack": "It is no longer on sale. Choose another one.",
+        "workshop-deleted": "It cannot be unlocked.",
+        "request-too-large": "Send less.",
+        "busy": "Nothing was changed. Make the same request again.",
+        "outcome-unknown": "Make the same request again: what was done is not done twice.",
+        "unavailable": "Nothing was changed. Make the same request again in a moment.",
+        "payment-provider-unavailable": "Nothing was charged. Try again in a moment.",
+        "not-on-sale": "Nothing was charged. We have been told.",
+    }
+    problem_default = "Nothing was changed. Try again, or tell us what you wanted to do."
+    back_home = "Back"
+
+    def problem_title(self, name: str) -> str:
+        """The title of a problem, by the name of its type."""
+        return self.problem_titles.get(name, self.problem_titles["server-error"])
+
+    def problem(self, error: TallystickError, name: str) -> str:
+        """One sentence for the person who met ``error``."""
+        match error:
+            case InsufficientCredits():
+                return f"You have {self.credits(error.balance)}. This takes {self.number(error.required)}."
+            case WorkshopLocked():
+                return f"{self.credits(error.required)} unlocks it."
+        return self.problems.get(name, self.problem_default)
+
+    def reference(self, name: str) -> str:
+        """How to name a fault when asking for help."""
+        return f"Reference: {name}"
+
+    def access(self, reason: AccessReason) -> str:
+        """Why a workshop is open or closed, in a word or two."""
+        return {
+            AccessReason.UNLOCKED: "Unlocked",
+            AccessReason.GRANDFATHERED: "Included",
+            AccessReason.PAYWALL_OFF: "Open",
+            AccessReason.LOCKED: "Locked",
+            AccessReason.DELETED: "Deleted",
+        }[reason]

@@ -1,0 +1,66 @@
+"""Host apps on databases of their own, and the Stripe double."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from sites import Shop, Site, settings_for
+from tallystick.devdb import Server
+from tallystick.devstripe import DevStripe
+from worlds import SHAPES, World
+
+
+@pytest.fixture(scope="session")
+def double() -> Iterator[DevStripe]:
+    with DevStripe(retry_delays_s=(), senders=1) as running:
+        yield running
+
+
+@pytest.fixture
+def make_site(make_world: Callable[..., World], double: DevStripe) -> Iterator[Callable[..., Site]]:
+    """``make_site(shape="uuid", asynchronous=False, world=None, **options) -> Site``."""
+    with ExitStack() as stack:
+
+        def make(
+            shape: str = "uuid", *, asynchronous: bool = False, settings: dict[str, Any] | None = None, **options: Any
+        ) -> Site:
+            world = make_world(shape, **{**settings_for(double), **(settings or {})})
+            engine: sa.Engine | AsyncEngine = world.engine
+            if asynchronous:
+                engine = create_async_engine(world.url, poolclass=sa.NullPool)
+            site = Site(world, engine, **options)
+            stack.enter_context(site.client)
+            return site
+
+        yield make
+
+
+@pytest.fixture(scope="session")
+def site(server: Server, _templates: Callable[[str], str], double: DevStripe) -> Iterator[Site]:
+    """The first user's app: uuid keys, a sync engine. Shared: each test makes users of its own."""
+    url = server.create_database("web_site", template=_templates("uuid"))
+    shared = Site(World(url, SHAPES["uuid"].host, **settings_for(double)))
+    with shared.client:
+        yield shared
+    server.drop_database("web_site")
+
+
+@pytest.fixture(params=["sync", "async"])
+def either_site(request: pytest.FixtureRequest, make_site: Callable[..., Site]) -> Site:
+    """The same app on a sync and on an async engine."""
+    return make_site(asynchronous=request.param == "async")
+
+
+@pytest.fixture(scope="session")
+def shop(server: Server, _templates: Callable[[str], str], double: DevStripe) -> Iterator[Shop]:
+    """An app whose packs are on sale at the double; shared as ``site`` is."""
+    url = server.create_database("web_shop", template=_templates("uuid"))
+    with Shop(url, double) as open_for_business:
+        yield open_for_business
+    server.drop_database("web_shop")

@@ -1,0 +1,114 @@
+"""A host app with Tallystick's router.
+
+No ``from __future__ import annotations`` here: FastAPI reads the signatures at run time.
+"""
+
+import dataclasses
+from typing import Annotated, Any, Self
+from uuid import UUID
+
+import sqlalchemy as sa
+from fastapi import Depends, FastAPI, Header
+from fastapi.testclient import TestClient
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from tallystick import Access, Pack, TallystickError, stripe
+from tallystick.devstripe import DevStripe
+from tallystick.errors import Key
+from tallystick.web import Billing, router
+from worlds import SHAPES, World
+
+ORIGIN = "http://testserver"
+PACKS = (Pack(name="Single Flight", credits=1, amount=7900), Pack(name="Flight Crew", credits=3, amount=14900))
+HTML = {"accept": "text/html,application/xhtml+xml"}
+HTMX = {"accept": "text/html", "hx-request": "true"}
+
+
+class Site:
+    """The host app of a world. ``site.as_(user)`` makes requests with the user's session: here a header."""
+
+    def __init__(self, world: World, engine: sa.Engine | AsyncEngine | None = None, **options: Any) -> None:
+        self.world = world
+        key_type = world.config.host.users.key_type
+
+        async def current_user(x_session: Annotated[str | None, Header()] = None) -> Key | None:
+            if x_session is None:
+                return None
+            return {"uuid": UUID, "text": str}.get(key_type, int)(x_session)
+
+        self.billing: Billing = router(
+            world.config, engine=engine or world.engine, current_user=current_user, **options
+        )
+        self.app = FastAPI()
+        self.app.include_router(self.billing, prefix="/billing")
+        self.app.add_exception_handler(TallystickError, self.billing.refusal)
+        self._guarded()
+        self.client = TestClient(self.app, base_url=ORIGIN, follow_redirects=False)
+
+    def _guarded(self) -> None:
+        billing = self.billing
+
+        @self.app.get("/paid/{workshop}")
+        async def paid(access: Annotated[Access, Depends(billing.requires_open_workshop)]) -> str:
+            return access.reason
+
+        @self.app.get("/report")
+        async def report(balance: Annotated[int, Depends(billing.requires_credit(2))]) -> int:
+            return balance
+
+    def as_(self, user: Key, **headers: str) -> dict[str, str]:
+        return {"x-session": str(user), **headers}
+
+    def get(self, user: Key, path: str, *, headers: dict[str, str] | None = None, **more: Any) -> Any:
+        return self.client.get(path, headers=self.as_(user) | (headers or {}), **more)
+
+    def post(self, user: Key, path: str, *, headers: dict[str, str] | None = None, **more: Any) -> Any:
+        return self.client.post(path, headers=self.as_(user) | (headers or {}), **more)
+
+    def balance(self, user: Key) -> int:
+        with self.world.engine.connect() as conn:
+            return self.world.ledger.balance(conn, user)
+
+
+def settings_for(double: DevStripe) -> dict[str, Any]:
+    """What a site needs to sell at the double."""
+    return {
+        "packs": PACKS,
+        "checkout_origins": (ORIGIN,),
+        "stripe_secret_key": double.secret_key,
+        "stripe_api_base": double.url,
+        "stripe_webhook_secret": "whsec_of_no_endpoint",
+    }
+
+
+class Shop(Site):
+    """A site whose packs are on sale at the double, and an endpoint for its events that nobody listens at."""
+
+    def __init__(self, url: str, double: DevStripe) -> None:
+        host = SHAPES["uuid"].host
+        unpriced = World(url, host, **settings_for(double))
+        made = stripe.setup(unpriced.config, endpoint_url="http://127.0.0.1:9/billing/webhooks/stripe")
+        assert made.endpoint is not None
+        prices = {pack.pack: pack.price for pack in made.packs}
+        priced = tuple(dataclasses.replace(pack, stripe_price_id=prices[pack.name]) for pack in PACKS)
+        more = {"packs": priced, "stripe_webhook_secret": made.endpoint.secret}
+        self.double = double
+        self.endpoint = made.endpoint.id
+        super().__init__(World(url, host, **(settings_for(double) | more)))
+
+    def __enter__(self) -> Self:
+        self.client.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.client.__exit__()
+
+    def start(self, user: Key, **form: str) -> str:
+        """Press the button of a pack; the Stripe session that came of it."""
+        sent = self.post(user, "/billing/checkout", data={"pack": "Flight Crew"} | form, headers=HTML)
+        assert sent.status_code == 303, sent.text
+        assert sent.headers["location"].startswith(self.double.url)
+        return sent.headers["location"].split("?")[0].rpartition("/")[2]
+
+    def return_from_stripe(self, user: Key, session: str, **query: str) -> Any:
+        return self.get(user, "/billing/success", params={"session_id": session, **query}, headers=HTML)

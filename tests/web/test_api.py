@@ -1,0 +1,224 @@
+"""The JSON side: what it answers, on every shape of host, on sync and async engines."""
+
+from __future__ import annotations
+
+import datetime as dt
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from sites import HTML, Site
+from tallystick.errors import Key
+
+PROBLEM = "application/problem+json"
+
+
+def problem(response: Any, status: int, name: str) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == PROBLEM
+    body: dict[str, Any] = response.json()
+    assert (body["type"], body["status"]) == (f"urn:tallystick:problem:{name}", status)
+    assert body["title"]
+    assert body["detail"]
+    return body
+
+
+@pytest.mark.parametrize("shape", ["uuid", "clerk", "quoted"])
+def test_a_workshop_is_paid_for_once(make_site: Callable[..., Site], shape: str) -> None:
+    site = make_site(shape)
+    user = site.world.user(credits=3)
+    workshop = site.world.workshop(user)
+    about = f"/billing/api/workshops/{workshop}"
+    before = site.get(user, f"{about}/access").json()
+    assert (before["open"], before["reason"], before["required"], before["balance"]) == (False, "locked", 1, 3)
+    assert site.get(user, f"/paid/{workshop}").status_code == 402
+
+    first = site.post(user, f"{about}/unlock").json()
+    again = site.post(user, f"{about}/unlock").json()
+    assert (first["balance"], first["replayed"]) == (2, False)
+    assert (again["balance"], again["replayed"]) == (2, True)
+    assert first["transaction"]["id"] == again["transaction"]["id"]
+
+    assert site.get(user, f"{about}/access").json()["reason"] == "unlocked"
+    assert site.get(user, f"/paid/{workshop}").json() == "unlocked"
+    assert site.get(user, "/billing/api/balance").json() == {"balance": 2, "plan_tier": "free"}
+
+
+def test_both_engines(either_site: Site) -> None:
+    site = either_site
+    user = site.world.user(credits=1)
+    one, other = site.world.workshop(user), site.world.workshop(user)
+    assert site.post(user, f"/billing/api/workshops/{one}/unlock").status_code == 200
+    refused = problem(site.post(user, f"/billing/api/workshops/{other}/unlock"), 402, "insufficient-credits")
+    assert (refused["balance"], refused["required"]) == (0, 1)
+    assert site.get(user, f"/paid/{one}").status_code == 200
+    problem(site.get(user, f"/paid/{other}"), 402, "workshop-locked")
+    problem(site.client.get("/billing/api/balance"), 401, "not-signed-in")
+
+
+def test_a_host_without_workshops(make_site: Callable[..., Site]) -> None:
+    site = make_site("alone")
+    user = site.world.user(credits=2)
+    assert site.get(user, "/billing/api/balance").json()["balance"] == 2
+    assert site.get(user, "/report").json() == 2
+    assert site.post(user, "/billing/api/workshops/1/unlock").status_code == 404
+    assert "/billing/api/workshops/{workshop}/unlock" not in site.app.openapi()["paths"]
+
+
+def test_a_refusal_says_how_to_go_on(site: Site) -> None:
+    user = site.world.user()
+    body = problem(site.get(user, "/report"), 402, "insufficient-credits")
+    assert (body["balance"], body["required"], body["checkout"]) == (0, 2, "/billing/api/checkout")
+    assert body["packs"][1] == {"name": "Flight Crew", "credits": 3, "amount": 14900, "currency": "usd"}
+    assert body["detail"] == "You have 0 credits. This takes 2."
+
+
+def test_an_idempotency_key_names_one_intent(site: Site) -> None:
+    user = site.world.user(credits=3)
+    one, other = site.world.workshop(user), site.world.workshop(user)
+    keyed = {"idempotency-key": "from-the-phone"}
+    assert site.post(user, f"/billing/api/workshops/{one}/unlock", headers=keyed).json()["balance"] == 2
+    assert site.post(user, f"/billing/api/workshops/{one}/unlock", headers=keyed).json()["replayed"] is True
+    problem(site.post(user, f"/billing/api/workshops/{other}/unlock", headers=keyed), 422, "idempotency-key-reused")
+    assert site.balance(user) == 2
+
+
+def test_a_client_cannot_occupy_a_key_of_the_hosts(site: Site) -> None:
+    user = site.world.user(credits=3)
+    workshop = site.world.workshop(user)
+    site.post(user, f"/billing/api/workshops/{workshop}/unlock", headers={"idempotency-key": "nightly-report"})
+    with site.world.engine.begin() as conn:
+        assert site.world.ledger.consume(conn, user, amount=2, key="nightly-report").replayed is False
+
+
+def test_many_at_once_spend_one_credit(site: Site) -> None:
+    user = site.world.user(credits=5)
+    workshop = site.world.workshop(user)
+    answers: list[bool] = []
+
+    def press() -> None:
+        answers.append(site.post(user, f"/billing/api/workshops/{workshop}/unlock").json()["replayed"])
+
+    threads = [threading.Thread(target=press) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(answers) == [False] + [True] * 11
+    assert site.balance(user) == 4
+
+
+def test_history_is_read_page_by_page(site: Site) -> None:
+    user = site.world.user(credits=20)
+    for number in range(7):
+        with site.world.engine.begin() as conn:
+            site.world.ledger.consume(conn, user, key=f"k{number}", description=f"Use {number}")
+    seen: list[int] = []
+    before: str | None = None
+    while True:
+        page = site.get(user, "/billing/api/history", params={"limit": 3} | ({"before": before} if before else {}))
+        seen += [row["sequence"] for row in page.json()["rows"]]
+        if (before := page.json()["next"]) is None:
+            break
+    assert seen == [8, 7, 6, 5, 4, 3, 2, 1]
+    row = page.json()["rows"][-1]
+    assert not {"idempotency_key", "stripe_session_id", "stripe_payment_intent_id"} & set(row)
+    problem(site.get(user, "/billing/api/history", params={"before": "x"}), 422, "invalid-argument")
+    problem(site.get(user, "/billing/api/history", params={"limit": 0}), 422, "invalid-argument")
+
+
+def test_onboarding_is_remembered_in_the_database(site: Site) -> None:
+    user = site.world.user()
+    assert site.get(user, "/billing/api/onboarding").json() == {"complete": False}
+    for complete in (True, True, False):
+        answer = site.client.put("/billing/api/onboarding", json={"complete": complete}, headers=site.as_(user))
+        assert answer.json() == {"complete": complete}
+        with site.world.engine.connect() as conn:
+            assert site.world.accounts.get(conn, user).onboarding_complete is complete
+
+
+def test_grandfathered_and_switched_off(make_site: Callable[..., Site]) -> None:
+    long_ago = dt.datetime(2020, 1, 1, tzinfo=dt.UTC)
+    site = make_site()
+    user = site.world.user()
+    old, new = site.world.workshop(user, created_at=long_ago), site.world.workshop(user)
+    assert site.get(user, f"/paid/{old}").json() == "grandfathered"
+    assert site.get(user, f"/paid/{new}").status_code == 402
+    free = make_site(settings={"paywall": False})
+    user = free.world.user()
+    assert free.get(user, f"/paid/{free.world.workshop(user)}").json() == "paywall_off"
+
+
+def deleted_user(site: Site) -> Key:
+    user = site.world.user(credits=1)
+    with site.world.engine.begin() as conn:
+        site.world.accounts.delete_user(conn, user)
+    return user
+
+
+def test_who_may_not(site: Site) -> None:
+    workshop = site.world.workshop(owner := site.world.user(credits=1))
+    gone = site.world.workshop(owner)
+    with site.world.engine.begin() as conn:
+        site.world.accounts.delete_workshop(conn, gone)
+    unlock = "/billing/api/workshops/{}/unlock".format
+    problem(site.post(owner, unlock(gone)), 410, "workshop-deleted")
+    problem(site.post(deleted_user(site), unlock(workshop)), 403, "user-deleted")
+    for nonsense in ("0", "%00", "..", "x" * 150, "é", "1" * 60):
+        assert site.post(owner, unlock(nonsense)).status_code == 404
+    assert site.balance(owner) == 1
+
+
+def test_openapi_documents_every_json_route_with_examples(site: Site) -> None:
+    document = site.app.openapi()
+    ours = {path: methods for path, methods in document["paths"].items() if path.startswith("/billing")}
+    assert all(path.startswith("/billing/api/") for path in ours)
+    for path, methods in ours.items():
+        for method, operation in methods.items():
+            assert operation["summary"], path
+            assert operation["description"], path
+            if path != "/billing/api/packs":
+                assert {"401", "422", "503"} <= set(operation["responses"]), (path, method)
+                assert PROBLEM in operation["responses"]["422"]["content"]
+    schemas = document["components"]["schemas"]
+    for name in ("BalanceAnswer", "HistoryAnswer", "AccessAnswer", "UnlockAnswer", "CheckoutAnswer", "Problem"):
+        assert schemas[name]["examples"]
+
+
+def test_a_fault_of_ours_has_a_reference_and_no_details(
+    make_site: Callable[..., Site], caplog: pytest.LogCaptureFixture
+) -> None:
+    site = make_site()
+    user = site.world.user(credits=1)
+    with site.world.engine.begin() as conn:
+        conn.exec_driver_sql("ALTER TABLE users RENAME COLUMN credit_balance TO elsewhere")
+    body = problem(site.get(user, "/billing/api/balance"), 500, "server-error")
+    assert "elsewhere" not in str(body)
+    assert "credit_balance" not in str(body)
+    assert f"reference {body['reference']}: NotMigrated" in caplog.text
+    page = site.get(user, "/billing/history", headers=HTML)
+    assert page.status_code == 500
+    assert "Reference: " in page.text
+
+
+def test_a_database_that_is_away_is_503(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    user = site.world.user()
+    with site.world.engine.connect() as conn:
+        name = conn.exec_driver_sql("SELECT current_database()").scalar_one()
+    with site.world.autocommit.connect() as conn:
+        conn.exec_driver_sql(f'ALTER DATABASE "{name}" CONNECTION LIMIT 0')
+        conn.exec_driver_sql("CREATE ROLE visitor LOGIN")
+    try:
+        url = site.world.engine.url.set(username="visitor")
+        away = Site(site.world, sa.create_engine(url, poolclass=sa.NullPool))
+        answer = away.get(user, "/billing/api/balance")
+        problem(answer, 503, "unavailable")
+        assert answer.headers["retry-after"] == "5"
+    finally:
+        with site.world.autocommit.connect() as conn:
+            conn.exec_driver_sql(f'ALTER DATABASE "{name}" CONNECTION LIMIT -1')
+            conn.exec_driver_sql("DROP ROLE visitor")

@@ -1,0 +1,246 @@
+"""The pages as plain HTML, as they are without JavaScript, and the fragments that htmx asks for."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import jinja2
+import pytest
+from markupsafe import Markup
+
+from sites import HTML, HTMX, Site
+from tallystick.config import Pack
+from tallystick.web import Fragments, Texts
+
+
+def test_spending_asks_first_and_then_says_what_it_did(site: Site) -> None:
+    user = site.world.user(credits=3)
+    workshop = site.world.workshop(user)
+    address = f"/billing/workshops/{workshop}/unlock"
+    asked = site.get(user, f"{address}?return_to=/steps/7", headers=HTML)
+    assert "This will use 1 credit. You have 3." in asked.text
+    assert "Mobile App Discovery" in asked.text
+    assert site.balance(user) == 3
+
+    done = site.post(user, address, data={"return_to": "/steps/7"}, headers=HTML)
+    assert done.status_code == 303
+    shown = site.get(user, done.headers["location"], headers=HTML)
+    assert "1 credit used. 2 left." in shown.text
+    assert 'href="/steps/7"' in shown.text
+
+    again = site.get(user, site.post(user, address, headers=HTML).headers["location"], headers=HTML)
+    assert "unlocked already. Nothing was charged" in again.text
+    assert "unlocked already" in site.get(user, address, headers=HTML).text
+    assert site.balance(user) == 2
+
+
+def test_a_deleted_workshop_cannot_be_unlocked(site: Site) -> None:
+    user = site.world.user(credits=1)
+    workshop = site.world.workshop(user)
+    with site.world.engine.begin() as conn:
+        site.world.accounts.delete_workshop(conn, workshop)
+    for path in (f"/billing/workshops/{workshop}/unlock", f"/paid/{workshop}"):
+        page = site.get(user, path, headers=HTML)
+        assert page.status_code == 410
+        assert "This workshop was deleted" in page.text
+
+
+def test_htmx_gets_the_dialog_alone(site: Site) -> None:
+    user = site.world.user(credits=1)
+    address = f"/billing/workshops/{site.world.workshop(user)}/unlock"
+    asked = site.get(user, address, headers=HTMX)
+    assert asked.text.lstrip().startswith("<dialog")
+    assert "<html" not in asked.text
+    done = site.post(user, address, headers=HTMX)
+    assert "1 credit used. 0 left." in done.text
+    assert done.headers["hx-trigger"] == "tallystick:balance"
+    assert "0 credits" in site.get(user, "/billing/badge", headers=HTMX).text
+
+
+def test_the_paywall_is_a_page_for_browsers(make_site: Callable[..., Site]) -> None:
+    site = make_site(preview=lambda _request, workshop: Markup("<p>Teaser of {}</p>").format(workshop))
+    user = site.world.user()
+    workshop = site.world.workshop(user, title="Pricing")
+    page = site.get(user, f"/paid/{workshop}", headers=HTML)
+    assert page.status_code == 402
+    assert "Pricing continues here" in page.text
+    assert "You have 0 credits. One unlocks this workshop." in page.text
+    assert f'<div class="ts-preview" aria-hidden="true" inert><p>Teaser of {workshop}</p></div>' in page.text
+    assert f"/billing/pricing?return_to=%2Fpaid%2F{workshop}" in page.text
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_preview_may_be_async(make_site: Callable[..., Site], asynchronous: bool) -> None:
+    async def preview(_request: object, _workshop: object) -> Markup:
+        return Markup("<p>later</p>")
+
+    site = make_site(preview=preview, asynchronous=asynchronous)
+    user = site.world.user()
+    assert "<p>later</p>" in site.get(user, f"/paid/{site.world.workshop(user)}", headers=HTML).text
+
+
+def test_pricing(make_site: Callable[..., Site]) -> None:
+    packs = (
+        Pack(name="One", credits=1, amount=7900),
+        Pack(name="Three", credits=3, amount=10000),
+        Pack(name="Yen", credits=2, amount=5000, currency="jpy"),
+        Pack(name="Unpriced", credits=4),
+    )
+    site = make_site(settings={"packs": packs}, contact="mailto:sales@example.com")
+    page = site.get(site.world.user(), "/billing/pricing", headers=HTML).text
+    buttons = re.findall(r"<button[^>]*>([^<]+)</button>", page)
+    assert buttons == ["Buy 1 credit for $79", "Buy 3 credits for $100", "Buy 2 credits for ¥5,000", "Buy 4 credits"]
+    assert "$33.34 a credit" in page  # rounded up, never down
+    assert page.index("mailto:sales@example.com") > page.index("Unpriced")
+    keys = re.findall(r'name="key" value="(\w{32})"', page)
+    assert len(set(keys)) == 4
+
+
+def test_nothing_on_sale(make_site: Callable[..., Site]) -> None:
+    site = make_site(settings={"packs": ()})
+    assert "Nothing is on sale" in site.get(site.world.user(), "/billing/pricing", headers=HTML).text
+
+
+def test_history_and_its_file(site: Site) -> None:
+    user = site.world.user()
+    assert "will be listed here" in site.get(user, "/billing/history", headers=HTML).text
+    with site.world.engine.begin() as conn:
+        site.world.buy(conn, user, 40)
+        for number in range(35):
+            site.world.ledger.consume(conn, user, key=str(number), description='=HYPERLINK("http://x") é')
+    page = site.get(user, "/billing/history", headers=HTML).text
+    assert page.count("<tr") == 31
+    older = re.search(r'href="([^"]+before=[^"]+)"', page)
+    assert older
+    last = site.get(user, older[1], headers=HTML).text
+    assert last.count("<tr") == 7
+    assert "Purchased 40" in last
+    assert "+40" in last
+    assert "$40" in last
+
+    answer = site.get(user, "/billing/history.csv")
+    assert answer.headers["content-disposition"] == 'attachment; filename="credits.csv"'
+    rows = list(csv.DictReader(answer.text.splitlines()))
+    assert [int(row["sequence"]) for row in rows] == list(range(36, 0, -1))
+    assert rows[0]["description"] == '\'=HYPERLINK("http://x") é'  # text to a spreadsheet, never a formula
+    assert (rows[-1]["amount_paid_minor_units"], rows[-1]["currency"]) == ("4000", "usd")
+
+
+def test_a_file_longer_than_one_read_is_whole(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tallystick.web.buyer.HISTORY_MAX", 10)
+    user = site.world.user(credits=30)
+    with site.world.engine.begin() as conn:
+        for number in range(29):
+            site.world.ledger.consume(conn, user, key=str(number))
+    rows = site.get(user, "/billing/history.csv").text.splitlines()
+    assert len(rows) == 1 + 30
+
+
+def test_the_welcome_is_shown_until_it_was_closed_once(site: Site) -> None:
+    user = site.world.user()
+    assert "Every workshop begins free of charge" in site.get(user, "/billing/welcome", headers=HTML).text
+    done = site.post(user, "/billing/welcome", data={"return_to": "/home"}, headers=HTML)
+    assert (done.status_code, done.headers["location"]) == (303, "/home")
+    with site.world.engine.connect() as conn:
+        assert site.world.accounts.get(conn, user).onboarding_complete
+    assert site.post(user, "/billing/welcome", headers=HTMX).status_code == 204
+
+
+def test_fragments_for_the_hosts_own_templates(site: Site) -> None:
+    user = site.world.user(credits=1)
+    workshop = site.world.workshop(user)
+    host = jinja2.Environment(autoescape=True)
+    template = host.from_string(
+        "{{ ts.head }}{{ ts.badge }}{{ ts.welcome }}{{ ts.pricing }}"
+        "{% call ts.paywall(workshop) %}<i>{{ teaser }}</i>{% endcall %}"
+    )
+    shown: list[str] = []
+
+    from fastapi import Depends
+    from starlette.requests import Request
+
+    async def page(request: Request, ts: Fragments = Depends(site.billing.fragments)) -> str:  # noqa: B008
+        found = await site.billing.workshop(user, workshop)
+        shown.append(template.render(ts=ts, workshop=found, teaser="<b>"))
+        return "ok"
+
+    page.__annotations__.update(request=Request, ts=Fragments)
+    site.app.get("/page")(page)
+    assert site.get(user, "/page").status_code == 200
+    html = shown[0]
+    assert re.search(r'<link rel="stylesheet" href="/billing/static/tallystick\.css\?v=\w{12}">', html)
+    assert "1 credit" in html
+    assert "<dialog" in html
+    assert "Buy 3 credits for $149" in html
+    assert "<i>&lt;b&gt;</i>" in html
+    assert 'name="return_to" value="/page"' in html
+    shown.clear()
+    site.client.get("/page")
+    assert "<dialog" not in shown[0]
+    assert "1 credit</span>" not in shown[0]
+
+
+def test_a_browser_without_a_session_is_sent_to_sign_in_and_back(make_site: Callable[..., Site]) -> None:
+    site = make_site(sign_in="/login?next={return_to}")
+    sent = site.client.get("/billing/history?before=9", headers=HTML)
+    assert (sent.status_code, sent.headers["location"]) == (303, "/login?next=%2Fbilling%2Fhistory%3Fbefore%3D9")
+    assert site.client.get("/billing/badge", headers=HTMX).headers["hx-redirect"].startswith("/login")
+    without = make_site().client.get("/billing/history", headers=HTML)
+    assert without.status_code == 401
+    assert "Sign in first" in without.text
+
+
+def test_every_word_can_be_another(make_site: Callable[..., Site]) -> None:
+    class Deutsch(Texts):
+        language = "de"
+        history_title = "Deine Guthaben"
+
+        def credits(self, count: int) -> str:
+            return f"{count} Guthaben"
+
+        def history_balance(self, balance: int) -> str:
+            return f"Du hast {self.credits(balance)}."
+
+    site = make_site(texts=Deutsch())
+    page = site.get(site.world.user(credits=2), "/billing/history", headers=HTML).text
+    assert '<html lang="de">' in page
+    assert "Deine Guthaben" in page
+    assert "Du hast 2 Guthaben." in page
+
+
+def test_no_word_stands_in_a_template() -> None:
+    """All that people read is in texts.py, or a translation would be half a one."""
+    folder = Path(__file__).parents[2] / "src/tallystick/web/templates/tallystick"
+    for template in folder.glob("*.html"):
+        source = template.read_text("utf-8")
+        for code in (r"\{#.*?#\}", r"\{%.*?%\}", r"\{\{.*?\}\}", r'<(?:"[^"]*"|[^>"])*>'):
+            source = re.sub(code, " ", source, flags=re.DOTALL)
+        assert not re.search(r"[A-Za-z]{2,}", source), (template.name, source.split())
+
+
+def test_debt_is_said_in_words(site: Site) -> None:
+    user = site.world.user()
+    with site.world.engine.begin() as conn:
+        bought = site.world.buy(conn, user, 2)
+        site.world.ledger.consume(conn, user, key="a", amount=2)
+        site.world.ledger.refund(conn, user, bought.id, key="r")
+    assert "You owe 2 credits." in site.get(user, "/billing/history", headers=HTML).text
+    assert "2 credits owed" in site.get(user, "/billing/badge", headers=HTML).text
+    locked = site.get(user, f"/paid/{site.world.workshop(user)}", headers=HTML)
+    assert "The next purchase pays that first." in locked.text
+
+
+def test_static_files_are_kept_for_ever_by_their_version(site: Site) -> None:
+    page = site.get(site.world.user(), "/billing/pricing", headers=HTML).text
+    for address in re.findall(r'(?:href|src)="(/billing/static/[^"]+)"', page):
+        answer = site.client.get(address)
+        assert answer.status_code == 200
+        assert "immutable" in answer.headers["cache-control"]
+        assert site.client.get(urlsplit(address).path).headers["cache-control"] == "no-cache"
+        assert parse_qs(urlsplit(address).query)["v"]
+    assert site.client.get("/billing/static/README.md").status_code == 404
+    assert site.client.get("/billing/static/..%2f..%2fpages.py").status_code == 404

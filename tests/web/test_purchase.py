@@ -1,0 +1,149 @@
+"""Buying, with the real SDK against the Stripe double."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from sites import HTML, Shop
+from tallystick.stripe.client import client
+
+
+def test_bought_and_back(shop: Shop) -> None:
+    user = shop.world.user()
+    workshop = shop.world.workshop(user, title="Pricing")
+    session = shop.start(user, return_to="/workshops/1/steps/7", workshop=str(workshop))
+    where = {"return_to": "/workshops/1/steps/7", "workshop": str(workshop)}
+    stripe_has = client(shop.world.config).v1.checkout.sessions.retrieve(session)
+    assert "return_to=%2Fworkshops%2F1%2Fsteps%2F7" in str(stripe_has.success_url)
+
+    assert "on its way" in shop.return_from_stripe(user, session, **where).text
+    assert shop.balance(user) == 0
+
+    shop.double.pay(session)
+    page = shop.return_from_stripe(user, session, **where).text
+    assert "3 credits added. You have 3." in page
+    assert "Use 1 credit to unlock Pricing" in page
+    assert "Back to Pricing" in page
+    assert 'href="/workshops/1/steps/7"' in page
+    assert "3 credits added" in shop.return_from_stripe(user, session, **where).text
+    assert shop.balance(user) == 3
+
+
+def test_a_double_click_buys_once(shop: Shop) -> None:
+    user = shop.world.user()
+    sessions: list[str] = []
+
+    def click() -> None:
+        sessions.append(shop.start(user, key="made-with-the-form"))
+
+    threads = [threading.Thread(target=click) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(sessions) == 4
+    assert len(set(sessions)) == 1
+    rows = shop.get(user, "/billing/api/history").json()["rows"]
+    assert [row["status"] for row in rows] == ["pending"]
+
+    shop.double.pay(sessions[0])
+    over = shop.post(user, "/billing/checkout", data={"pack": "Flight Crew", "key": "made-with-the-form"}, headers=HTML)
+    assert over.headers["location"].startswith("/billing/success?session_id=cs_")
+    assert shop.balance(user) == 3
+
+
+def test_another_users_session_grants_nothing(shop: Shop) -> None:
+    buyer, other = shop.world.user(), shop.world.user()
+    session = shop.start(buyer)
+    shop.double.pay(session)
+    for asked in (session, "cs_test_unknown", "cs_test_../customers", "pi_1", "é" * 60):
+        assert shop.return_from_stripe(other, asked).status_code == 404
+        assert shop.post(other, f"/billing/api/checkout/{asked}/confirm").status_code == 404
+    assert (shop.balance(buyer), shop.balance(other)) == (0, 0)
+    assert shop.return_from_stripe(buyer, session).status_code == 200
+    assert (shop.balance(buyer), shop.balance(other)) == (3, 0)
+
+
+@pytest.mark.parametrize(("succeeds", "says", "balance"), [(True, "3 credits added", 3), (False, "did not go", 0)])
+def test_a_bank_debit_arrives_or_does_not(shop: Shop, *, succeeds: bool, says: str, balance: int) -> None:
+    user = shop.world.user()
+    session = shop.start(user)
+    shop.double.pay(session, card="async")
+    page = shop.return_from_stripe(user, session)
+    assert "Your payment is on its way" in page.text
+    assert 'hx-trigger="every 3s"' in page.text
+    assert shop.balance(user) == 0
+    shop.double.settle(session, succeeded=succeeds)
+    assert says in shop.return_from_stripe(user, session).text
+    assert shop.balance(user) == balance
+
+
+def test_cancelled(shop: Shop) -> None:
+    user = shop.world.user()
+    workshop = shop.world.workshop(user, title="Pricing")
+    page = shop.get(user, f"/billing/cancelled?workshop={workshop}&return_to=/x", headers=HTML).text
+    assert "Nothing was charged." in page
+    assert 'href="/x"' in page
+    assert "Back to Pricing" in page
+
+
+def test_stripe_is_away_before_buying(shop: Shop) -> None:
+    user = shop.world.user()
+    shop.double.fault("POST", "/v1/checkout/sessions", 503, times=3)
+    answer = shop.post(user, "/billing/api/checkout", json={"pack": "Flight Crew"}, headers={"idempotency-key": "k"})
+    assert answer.status_code == 503
+    assert answer.json()["type"].endswith("payment-provider-unavailable")
+    assert answer.headers["retry-after"]
+    again = shop.post(user, "/billing/api/checkout", json={"pack": "Flight Crew"}, headers={"idempotency-key": "k"})
+    assert again.status_code == 201
+    assert len(shop.get(user, "/billing/api/history").json()["rows"]) == 1
+
+
+def test_stripe_is_away_when_the_buyer_returns(shop: Shop) -> None:
+    user = shop.world.user()
+    session = shop.start(user)
+    shop.double.pay(session)
+    shop.double.fault("GET", f"/v1/checkout/sessions/{session}", 503, times=3)
+    assert "on its way" in shop.return_from_stripe(user, session).text  # never "nothing was charged"
+    assert "3 credits added" in shop.return_from_stripe(user, session).text
+
+
+def test_json_checkout_and_confirm(shop: Shop) -> None:
+    user = shop.world.user()
+    workshop = shop.world.workshop(shop.world.user())
+    refused = shop.post(user, "/billing/api/checkout", json={"pack": "Flight Crew", "workshop": str(workshop)})
+    assert refused.status_code == 404
+    unknown = shop.post(user, "/billing/api/checkout", json={"pack": "Nothing"})
+    assert (unknown.status_code, unknown.json()["type"]) == (404, "urn:tallystick:problem:unknown-pack")
+    started = shop.post(user, "/billing/api/checkout", json={"pack": "Single Flight"}).json()
+    assert (started["credits"], started["url"].startswith(shop.double.url)) == (1, True)
+    pending = shop.post(user, f"/billing/api/checkout/{started['session']}/confirm").json()
+    assert (pending["status"], pending["balance"]) == ("pending", 0)
+    shop.double.pay(started["session"])
+    for _ in range(2):
+        done = shop.post(user, f"/billing/api/checkout/{started['session']}/confirm").json()
+        assert (done["status"], done["credits"], done["balance"]) == ("completed", 1, 1)
+    assert done["purchase"] == started["purchase"]
+
+
+@pytest.mark.parametrize("path", ["/billing/webhooks/stripe", "/billing/webhooks/stripe/"])
+def test_a_delivery_grants_once_and_is_never_redirected(shop: Shop, path: str) -> None:
+    user = shop.world.user()
+    session = shop.start(user)
+    shop.double.pay(session)
+    event = client(shop.world.config).v1.events.list({"type": "checkout.session.completed", "limit": 1}).data[0]
+    body, signature = shop.double.signed(event.id, shop.endpoint)
+    for headers in ({}, {"stripe-signature": "t=1,v1=00"}, {"stripe-signature": signature.replace("v1=", "v1=0")}):
+        assert shop.client.post(path, content=body, headers=headers).status_code == 400
+    changed = body.replace(str(user), str(shop.world.user()))
+    if changed != body:
+        assert shop.client.post(path, content=changed, headers={"stripe-signature": signature}).status_code == 400
+    assert shop.balance(user) == 0
+    signed = {"stripe-signature": signature, "origin": "https://stripe.example", "sec-fetch-site": "cross-site"}
+    first = shop.client.post(path, content=body, headers=signed)
+    assert (first.status_code, first.json()["outcome"]) == (200, "granted")
+    assert shop.client.post(path, content=body, headers=signed).json()["outcome"] == "duplicate"
+    assert "3 credits added" in shop.return_from_stripe(user, session).text
+    assert shop.balance(user) == 3

@@ -1,0 +1,237 @@
+"""What a hostile browser, page or user can send."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.requests import Request
+
+from sites import HTML, ORIGIN, Site
+from tallystick.web.problems import ANSWERS
+from tallystick.web.requests import return_address
+
+EVIL = "https://evil.example"
+XSS = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{7*7}}"
+
+
+def test_a_forged_user(site: Site) -> None:
+    """A key that current_user vouches for but the database does not know."""
+    stranger = uuid.uuid4()
+    for path in ("/billing/api/balance", "/report"):
+        assert site.get(stranger, path).json()["type"].endswith("unknown-user")
+    workshop = site.world.workshop(site.world.user(credits=1))
+    assert site.post(stranger, f"/billing/api/workshops/{workshop}/unlock").status_code in {403, 404}
+    assert site.client.get("/billing/api/balance").status_code == 401
+
+
+@pytest.mark.parametrize("accept", [{}, HTML])
+def test_another_users_workshop_is_as_one_that_is_not_there(site: Site, accept: dict[str, str]) -> None:
+    owner, other = site.world.user(credits=1), site.world.user(credits=1)
+    theirs, nobodys = site.world.workshop(owner, title="Secret plan"), uuid.uuid4()
+    for method, path in (
+        ("GET", "/paid/{}"),
+        ("GET", "/billing/api/workshops/{}/access"),
+        ("POST", "/billing/api/workshops/{}/unlock"),
+        ("GET", "/billing/workshops/{}/unlock"),
+        ("POST", "/billing/workshops/{}/unlock"),
+        ("GET", "/billing/workshops/{}/unlocked"),
+        ("GET", "/billing/pricing?workshop={}"),
+        ("GET", "/billing/cancelled?workshop={}"),
+    ):
+        answers = [
+            site.client.request(method, path.format(key), headers=site.as_(other) | accept) for key in (theirs, nobodys)
+        ]
+        assert [a.status_code for a in answers] == [404, 404], path
+        assert answers[0].text.replace(str(theirs), "") == answers[1].text.replace(str(nobodys), "")
+        assert "Secret plan" not in answers[0].text
+    assert (site.balance(owner), site.balance(other)) == (1, 1)
+
+
+CROSS_SITE: tuple[dict[str, str], ...] = (
+    {"sec-fetch-site": "cross-site"},
+    {"sec-fetch-site": "same-site"},  # another subdomain may be someone else's
+    {"sec-fetch-site": "cross-site", "origin": EVIL},
+    {"origin": EVIL},  # a browser from before Sec-Fetch-Site
+    {"origin": "null"},
+    {"origin": "http://testserver.evil.example"},
+)
+SAME_SITE: tuple[dict[str, str], ...] = (
+    {"sec-fetch-site": "same-origin", "origin": ORIGIN},
+    {"sec-fetch-site": "none"},
+    {"origin": ORIGIN},
+    {},  # no browser
+)
+
+
+@pytest.mark.parametrize("headers", CROSS_SITE)
+def test_a_form_on_another_site_changes_nothing(site: Site, headers: dict[str, str]) -> None:
+    user = site.world.user(credits=1)
+    workshop = site.world.workshop(user)
+    for method, path in (
+        ("POST", f"/billing/workshops/{workshop}/unlock"),
+        ("POST", f"/billing/api/workshops/{workshop}/unlock"),
+        ("POST", "/billing/welcome"),
+        ("PUT", "/billing/api/onboarding"),
+        ("POST", "/billing/checkout"),
+        ("POST", "/billing/api/checkout"),
+    ):
+        answer = site.client.request(method, path, headers=site.as_(user) | headers)
+        assert answer.status_code == 403, path
+        assert answer.json()["type"].endswith("cross-site-request")
+    assert site.balance(user) == 1
+    assert site.get(user, "/billing/api/onboarding").json() == {"complete": False}
+    assert site.get(user, "/billing/api/balance", headers=headers).status_code == 200  # reading is for everyone
+
+
+@pytest.mark.parametrize("headers", SAME_SITE)
+def test_our_own_forms_do(site: Site, headers: dict[str, str]) -> None:
+    user = site.world.user(credits=1)
+    answer = site.post(user, f"/billing/workshops/{site.world.workshop(user)}/unlock", headers=headers)
+    assert answer.status_code == 303
+    assert site.balance(user) == 0
+
+
+ELSEWHERE = (
+    EVIL,
+    "//evil.example",
+    "/\\evil.example",
+    "\\\\evil.example",
+    "/\t/evil.example",
+    "/\n/evil.example",
+    " //evil.example",
+    "https:evil.example",
+    "https:/evil.example",
+    "http://testserver@evil.example",
+    "http://testserver.evil.example/",
+    "javascript:alert(1)",
+    "data:text/html,x",
+    "evil.example",
+    "?x",
+    "",
+    "/a\r\nSet-Cookie: x=1",
+    "/é",
+    "http://[evil",
+    "/" + "a" * 2001,
+)
+
+
+@pytest.mark.parametrize("address", ELSEWHERE)
+def test_no_open_redirect(address: str) -> None:
+    assert return_address(address, "/home", [ORIGIN]) == "/home"
+
+
+@pytest.mark.parametrize("address", ["/", "/workshops/7/steps/7?x=1#y", "/a//b", f"{ORIGIN}/x", "/%2F%2Fevil.example"])
+def test_our_own_addresses_are_returned_to(address: str) -> None:
+    assert return_address(address, "/home", [ORIGIN]) == address
+
+
+@pytest.mark.parametrize("address", [a for a in ELSEWHERE if 0 < len(a) < 2000])
+def test_no_open_redirect_through_a_route(site: Site, address: str) -> None:
+    user = site.world.user()
+    done = site.post(user, "/billing/welcome", data={"return_to": address})
+    assert (done.status_code, done.headers["location"]) == (303, "/")
+    page = site.get(user, "/billing/pricing", params={"return_to": address}, headers=HTML)
+    assert "evil" not in page.text
+    assert "javascript:" not in page.text
+
+
+def test_headers_cannot_be_injected(site: Site) -> None:
+    user = site.world.user(credits=1)
+    workshop = site.world.workshop(user)
+    for value in ("/x\r\nSet-Cookie: admin=1", "/x%0d%0aSet-Cookie: admin=1"):
+        for answer in (
+            site.post(user, "/billing/welcome", data={"return_to": value}),
+            site.post(user, f"/billing/workshops/{workshop}/unlock", data={"return_to": value}),
+        ):
+            assert "set-cookie" not in answer.headers
+            assert "\n" not in answer.headers["location"]
+
+
+def test_a_title_or_description_is_text(site: Site) -> None:
+    user = site.world.user()
+    workshop = site.world.workshop(user, title=XSS)
+    pages = [site.get(user, f"/paid/{workshop}", headers=HTML)]
+    with site.world.engine.begin() as conn:
+        site.world.buy(conn, user, 2)
+        site.world.ledger.consume(conn, user, key="k", description=XSS)
+    pages += [
+        site.get(user, f"/billing/workshops/{workshop}/unlock", headers=HTML),
+        site.get(user, f"/billing/pricing?workshop={workshop}", headers=HTML),
+        site.get(user, f"/billing/cancelled?workshop={workshop}", headers=HTML),
+        site.get(user, "/billing/history", headers=HTML),
+        site.get(user, f"/billing/workshops/{XSS}/unlock".replace("/script", "script"), headers=HTML),
+        site.get(user, "/billing/history", params={"before": XSS[:36]}, headers=HTML),
+        site.get(user, "/billing/pricing", params={"return_to": f"/{XSS}"}, headers=HTML),
+    ]
+    for page in pages:
+        assert "<script>alert" not in page.text
+        assert "<img" not in page.text
+        assert page.headers["content-type"].startswith("text/html")
+
+
+def test_no_page_needs_inline_script_or_style(site: Site) -> None:
+    user = site.world.user(credits=1)
+    workshop = site.world.workshop(user)
+    for path in ("pricing", "history", "welcome", "cancelled", f"workshops/{workshop}/unlock", "badge"):
+        page = site.get(user, f"/billing/{path}", headers=HTML)
+        policy = page.headers["content-security-policy"]
+        assert "default-src 'none'; script-src 'self'; style-src 'self';" in policy
+        assert "unsafe" not in policy
+        assert "frame-ancestors 'none'" in policy
+        assert page.headers["x-content-type-options"] == "nosniff"
+        assert page.headers["cache-control"] == "no-store"
+        assert not re.search(r"\son\w+=|\sstyle=|<style|javascript:|hx-on", page.text)
+        assert all("src=" in tag for tag in re.findall(r"<script[^>]*>", page.text))
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        ("/billing/api/checkout", {"json": {"pack": "x" * 100_000}}),
+        ("/billing/checkout", {"data": {"pack": "x" * 100_000}}),
+        ("/billing/welcome", {"data": {"return_to": "/" * 100_000}}),
+        ("/billing/webhooks/stripe", {"content": b"x" * (1024 * 1024 + 1)}),
+        ("/billing/webhooks/stripe", {"content": (b"x" * 65536 for _ in range(17))}),  # of no announced length
+        ("/billing/checkout", {"content": (b"x" * 65536 for _ in range(2))}),
+    ],
+)
+def test_oversize_bodies(site: Site, path: str, more: dict[str, Any]) -> None:
+    assert site.post(site.world.user(), path, **more).status_code in {413, 422}
+    if "webhooks" in path:
+        return
+    announced = site.post(site.world.user(), path, content=b"x", headers={"content-length": "99999999"})
+    assert announced.status_code == 413
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"pack": 7}', b"\xff\xfe", b'{"pack":"\\ud800"}', b"null"])
+def test_bodies_that_make_no_sense(site: Site, body: bytes) -> None:
+    answer = site.post(
+        site.world.user(), "/billing/api/checkout", content=body, headers={"content-type": "application/json"}
+    )
+    assert 400 <= answer.status_code < 500, answer.text
+
+
+def test_a_host_header_does_not_decide_where_stripe_sends_people(site: Site) -> None:
+    forged = Request(
+        {"type": "http", "method": "GET", "path": "/", "scheme": "https", "headers": [(b"host", b"evil.example")]}
+    )
+    assert site.billing.absolute(forged, "/billing/success") == f"{ORIGIN}/billing/success"
+
+
+def test_no_secret_of_stripes_in_any_answer(site: Site) -> None:
+    user = site.world.user(credits=1)
+    for path in ("/billing/pricing", "/billing/history", "/openapi.json"):
+        page = site.get(user, path, headers=HTML).text
+        assert "sk_test" not in page
+        assert "whsec" not in page
+
+
+def test_the_table_of_statuses_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "web.md").read_text("utf-8")
+    for error, answer in ANSWERS.items():
+        row = rf"\| `{error.__name__}` +\| {answer.status} +\| `{answer.name}` +\|"
+        assert re.search(row, page), f"docs/web.md lacks {error.__name__} | {answer.status} | {answer.name}"
