@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo example test check bench bench-migration lock clean
+.PHONY: help install demo example test check bench bench-migration picture lock clean
 
 help:
 	@echo "make demo    migrate a busy database, sell, spend, refund and audit credits (under a minute)"
@@ -51,6 +51,9 @@ bench: install
 
 bench-migration: install
 	$(BIN)/python benchmarks/migration.py $(if $(QUICK),--quick)
+
+picture: install
+	$(BIN)/python tools/demo_picture.py
 
 lock: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv

@@ -131,6 +131,12 @@ def test_a_password_is_never_shown(folder):
         ("[[packs]]\nname = 'a'\ncredits = 1.5", 3, "packs.0.credits", "integer"),
         ("[[packs]]\nname = 'a'\ncredits = 1\ncurrency = 'USD'", 4, "packs.0.currency", "pattern"),
         ("grandfathered_before = 2026-01-31T00:00:00", 1, "grandfathered_before", "time zone"),
+        ("[console]\nadress = 'https://x'", 2, "console.adress", "did you mean address?"),
+        ("[console]\naddress = 'http://console.example.com'", 2, "console.address", "https://"),
+        ("[console]\naddress = 'https://example.com/ops'", 2, "console.address", "scheme and host only"),
+        ("[console]\nproxy_peers = ['proxy.example.com']", 2, "console.proxy_peers.0", "no IP address"),
+        ("[console]\noperators = {anna = 'secret'}", 2, "console.operators.anna", "--hash-password"),
+        ("[console]\nproxy_peers = ['::1']\noperators = {a = 'scrypt:a:b'}", 1, "console", "choose one"),
         ("database_url = 'localhost/app'", 1, "database_url", "expected postgresql://"),
     ],
 )

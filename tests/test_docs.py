@@ -13,6 +13,7 @@ import typer
 import tallystick
 from tallystick import Config, HostMapping, Pack, UsersTable, WorkshopsTable
 from tallystick.cli import app
+from tallystick.config import ConsoleAccess
 from worlds import World
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +57,7 @@ def test_every_public_name_is_documented(name):
 
 
 SETTINGS = {*Config.model_fields, *HostMapping.__dataclass_fields__}.union(
-    *(kind.__dataclass_fields__ for kind in (UsersTable, WorkshopsTable, Pack))
+    *(kind.__dataclass_fields__ for kind in (UsersTable, WorkshopsTable, Pack, ConsoleAccess))
 )
 
 

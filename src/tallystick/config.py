@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import datetime as dt
 import difflib
+import ipaddress
 import os
 import re
 import tomllib
 from collections.abc import Mapping
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
@@ -117,6 +120,53 @@ class Pack:
     stripe_price_id: str | None = None
 
 
+def _console_address(value: str) -> str:
+    parts = urlsplit(value)
+    here = parts.hostname in ("localhost", "127.0.0.1", "::1")
+    if not parts.netloc or parts.path.strip("/") or not (parts.scheme == "https" or (here and parts.scheme == "http")):
+        raise ValueError(
+            "write scheme and host only, as in https://console.example.com; http is for this machine alone"
+        )
+    return f"{parts.scheme}://{parts.netloc.lower()}"
+
+
+def _password_hash(value: str) -> str:
+    if not re.fullmatch(r"scrypt:[A-Za-z0-9_=-]+:[A-Za-z0-9_=-]+", value):
+        raise ValueError("this is no password hash. Make one with: tallystick serve --hash-password")
+    return value
+
+
+OperatorName = Annotated[str, Field(min_length=1, max_length=100)]
+PasswordHash = Annotated[str, AfterValidator(_password_hash)]
+
+
+def _network(value: str) -> str:
+    try:
+        return str(ipaddress.ip_network(value, strict=False))
+    except ValueError:
+        raise ValueError(f"{value!r} is no IP address or network, as in 10.0.0.5 or 10.0.0.0/24") from None
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class ConsoleAccess:
+    """Who may open the operator's console (``tallystick serve``) from elsewhere than this machine.
+
+    ``address`` is where people open it, as in their browser. Either ``operators`` names them, each with a hash made
+    by ``tallystick serve --hash-password``; or ``proxy_peers`` are the addresses of a reverse proxy that has
+    authenticated them and says who it is in ``proxy_header``.
+    """
+
+    address: Annotated[str, AfterValidator(_console_address)] | None = None
+    # a mapping has no hash, and settings are kept by theirs
+    operators: dict[OperatorName, PasswordHash] = field(default_factory=dict, repr=False, hash=False)
+    proxy_peers: tuple[Annotated[str, AfterValidator(_network)], ...] = ()
+    proxy_header: Annotated[str, Field(pattern="^[A-Za-z0-9-]+$")] = "X-Forwarded-User"
+
+    def __post_init__(self) -> None:
+        if self.operators and self.proxy_peers:
+            raise ValueError("operators and proxy_peers are two ways in; choose one")
+
+
 def _aware(value: dt.datetime) -> dt.datetime:
     if value.tzinfo is None:
         raise ValueError("add a time zone, as in 2026-01-31T00:00:00Z")
@@ -168,6 +218,7 @@ class Config(BaseModel):
     stripe_secret_key: str | None = Field(default=None, repr=False)
     stripe_webhook_secret: str | None = Field(default=None, repr=False)
     stripe_api_base: str | None = None
+    console: ConsoleAccess = Field(default_factory=ConsoleAccess)
 
     def at(self, database_url: str) -> Self:
         """The same settings for another database, whose address is a direct one. Raises ConfigError."""
@@ -309,6 +360,7 @@ def _settings(location: tuple[str | int, ...]) -> list[str]:
     tables: dict[tuple[str | int, ...], Any] = {
         (): Config.model_fields,
         ("host",): HostMapping.__dataclass_fields__,
+        ("console",): ConsoleAccess.__dataclass_fields__,
         ("host", "users"): UsersTable.__dataclass_fields__,
         ("host", "workshops"): WorkshopsTable.__dataclass_fields__,
     }

@@ -16,7 +16,7 @@ CATALOGUE = """
       SELECT oid, nspname FROM pg_namespace
       WHERE nspname NOT IN ('pg_catalog', 'information_schema') AND nspname !~ '^pg_'
     )
-    SELECT 'schema', nspname FROM ours
+    SELECT 'schema', nspname::text FROM ours
     UNION ALL
     SELECT concat('relation ', c.relkind), concat(c.oid::regclass, ' ', pg_get_indexdef(i.indexrelid), i.indisvalid)
     FROM pg_class c LEFT JOIN pg_index i ON i.indexrelid = c.oid WHERE c.relnamespace IN (SELECT oid FROM ours)

@@ -7,7 +7,15 @@ from typing import NoReturn
 
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from tallystick.cli import database, develop, ledger, migrations, selling  # noqa: F401 - each adds its commands to the app
+from tallystick.cli import (  # noqa: F401 - each adds its commands to the app
+    backups,
+    database,
+    develop,
+    ledger,
+    migrations,
+    selling,
+    serve,
+)
 from tallystick.cli.app import app, complain
 from tallystick.errors import TallystickError
 

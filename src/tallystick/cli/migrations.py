@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from tallystick import migrate
 from tallystick.cli.app import Json, address, app, emit, err, invocation, note, out
+from tallystick.cli.backups import take_backup
 from tallystick.config import FILE_NAME, to_toml
 from tallystick.database import connect
 from tallystick.errors import ConfigError
@@ -80,10 +81,16 @@ def init(
 
 
 @migrations.command()
-def plan(ctx: typer.Context, as_json: Json = False) -> None:
+def plan(
+    ctx: typer.Context,
+    backup: Annotated[
+        Path | None, typer.Option("--backup", help="Where a backup would go: compare the room there.", metavar="FILE")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Show each statement that apply would run, with its lock, and who is in the way now. Changes nothing."""
     with invocation(ctx).database(migrating=True) as config, connect(address(config)) as conn:
-        planned = migrate.plan(conn, config)
+        planned = migrate.plan(conn, config, backup_folder=backup.absolute().parent if backup else None)
 
     def show() -> None:
         if not planned.revisions:
@@ -94,8 +101,14 @@ def plan(ctx: typer.Context, as_json: Json = False) -> None:
         if planned.adopted:
             out.print(f"There already, and adopted as they are: {', '.join(planned.adopted)}.", markup=False)
         show_plan(out, planned)
+        for revision in planned.revisions:
+            out.print(f"{revision.revision} will hold its locks for about {revision.estimated_hold_ms:.0f} ms.")
         for blocker in planned.blockers:
             out.print(f"In the way now: {blocker}.", markup=False)
+        for pid, age_s in planned.long_transactions:
+            out.print(f"Open for {age_s:.0f} s: pid {pid}; an index built beside the traffic waits for it.")
+        for finding in planned.findings:
+            out.print(f"{finding.severity.capitalize()}: {finding.text}.", markup=False)
         out.print("All of a revision happens, or nothing. Next: tallystick migrate apply")
 
     emit(planned, show, as_json=as_json)
@@ -183,14 +196,42 @@ def status(ctx: typer.Context, as_json: Json = False) -> None:
 
 
 @migrations.command()
+def lint(
+    path: Annotated[Path, typer.Argument(help="A .sql file, a folder of them, or an Alembic folder.", metavar="PATH")],
+    as_json: Json = False,
+) -> None:
+    """Read anyone's migrations by the rules of this one: what would stall, fail or deadlock on a live database.
+
+    Exit code 1 when something is found. Alembic revisions are run offline: their code is executed, no database is.
+    """
+    found = migrate.lint(path)
+
+    def show() -> None:
+        for finding in found:
+            out.print(str(finding), markup=False)
+        if not found:
+            out.print("Nothing to find.")
+
+    emit(found, show, as_json=as_json)
+    if found:
+        raise typer.Exit(1)
+
+
+@migrations.command()
 def apply(
     ctx: typer.Context,
+    backup: Annotated[
+        Path | None,
+        typer.Option("--backup", help="Take a verified backup into this file before.", metavar="FILE"),
+    ] = None,
     stall_budget_ms: StallBudget = migrate.STALL_BUDGET_MS,
     give_up_after: GiveUpAfter = migrate.GIVE_UP_AFTER_S,
     as_json: Json = False,
 ) -> None:
     """Migrate the database while its traffic goes on. All or nothing; a second run changes nothing."""
     with invocation(ctx).database(migrating=True) as config, _Shown() as shown:
+        if backup is not None:
+            take_backup(address(config), backup)
         receipt = migrate.apply(
             address(config),
             config,
@@ -236,8 +277,12 @@ class _Shown(ExitStack):
         line = f"{now.revision}: {now.phase}"
         if now.step:
             line += f" {now.step}"
+        if now.detail:
+            line += f", {now.detail}"
         if now.fraction is not None:
             line += f" {now.fraction:.0%}"
+        if now.waits_for:
+            line += f", waits for pid {now.waits_for}"
         if now.blockers:
             line += " for " + "; ".join(str(blocker) for blocker in now.blockers)
         if self._status is not None:

@@ -1,6 +1,7 @@
 """Bringing a live database to this package's shape, and back, without its traffic noticing."""
 
 from tallystick.migrate.blockers import Blocker
+from tallystick.migrate.door import upgrade_revision
 from tallystick.migrate.host import Host, HostColumn, HostTable, examine, propose
 from tallystick.migrate.lint import Lint, lint
 from tallystick.migrate.online import OnlineStep
@@ -41,4 +42,5 @@ __all__ = [
     "sql",
     "status",
     "undo",
+    "upgrade_revision",
 ]

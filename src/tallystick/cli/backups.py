@@ -1,0 +1,85 @@
+"""A copy of the database in one file, and back: tallystick backup, tallystick restore."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+
+import typer
+
+from tallystick import devdb
+from tallystick.cli.app import Json, address, app, emit, invocation, note, out, progress_bar
+from tallystick.errors import BackupError
+
+
+def _backups() -> ModuleType:
+    """The module, which needs what only the extra brings."""
+    try:
+        from tallystick.migrate import backup  # noqa: PLC0415
+    except ModuleNotFoundError as missing:
+        raise BackupError(f"backups need {missing.name}. Run: pip install 'tallystick[devdb]'") from None
+    return backup
+
+
+def take_backup(url: str, target: Path) -> None:
+    """With a progress bar, and a line on stderr when it is verified."""
+    with progress_bar("Backup") as bar:
+        made = _backups().backup(url, target, bin_dir=devdb.find_binaries(), progress=lambda _, part: bar(part, 1))
+    note(f"Backup {made.path}: {made.bytes:,} bytes, {sum(made.manifest.rows.values()):,} rows, verified.")
+
+
+@app.command(rich_help_panel="Trust")
+def backup(
+    ctx: typer.Context,
+    file: Annotated[Path, typer.Argument(help="The file to write; it must not exist.", metavar="FILE")],
+    check: Annotated[bool, typer.Option("--check", help="Only verify a backup that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Take a backup of the whole database, verified by reading every row back. Whole, or not there.
+
+    pg_dump through zstd; without Tallystick: zstd -dc FILE | pg_restore.
+    """
+    if check:
+        with progress_bar("Verifying") as bar:
+            manifest = _backups().verify_backup(
+                file, bin_dir=devdb.find_binaries(), progress=lambda _, part: bar(part, 1)
+            )
+    else:
+        with invocation(ctx).database(migrating=True) as config:
+            take_backup(address(config), file)
+        manifest = _backups().read_manifest(file)
+
+    def show() -> None:
+        out.print(
+            f"{file}: {manifest.database} of {manifest.taken_at}, PostgreSQL {manifest.server}, "
+            f"{sum(manifest.rows.values()):,} rows in {len(manifest.rows)} tables.",
+            markup=False,
+        )
+
+    emit(manifest, show, as_json=as_json)
+
+
+@app.command(rich_help_panel="Trust")
+def restore(
+    ctx: typer.Context,
+    file: Annotated[Path, typer.Argument(help="A backup.", metavar="FILE")],
+    no_owners: Annotated[
+        bool, typer.Option("--no-owners", help="Give everything to the role that restores, without privileges.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Put a backup into an empty database, in one transaction, and count its rows."""
+    with invocation(ctx).database(migrating=True) as config, progress_bar("Restore") as bar:
+        manifest = _backups().restore(
+            file,
+            address(config),
+            bin_dir=devdb.find_binaries(),
+            owners=not no_owners,
+            progress=lambda _, part: bar(part, 1),
+        )
+    emit(
+        manifest,
+        lambda: out.print(f"Restored {sum(manifest.rows.values()):,} rows in {len(manifest.rows)} tables."),
+        as_json=as_json,
+    )

@@ -1,0 +1,118 @@
+"""The operator's console, served by itself."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import socket
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tallystick.cli.app import address as database_address
+from tallystick.cli.app import app, invocation, out
+from tallystick.config import ConsoleAccess
+from tallystick.database import engine
+from tallystick.errors import ConfigError
+from tallystick.schema import verify
+
+if TYPE_CHECKING:
+    from tallystick.web.console import Door
+
+
+@app.command(rich_help_panel="Trust")
+def serve(
+    ctx: typer.Context,
+    host: Annotated[str, typer.Option("--host", help="The address to listen on.", metavar="IP")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="The port; 0 takes a free one.")] = 8420,
+    allow_actions: Annotated[
+        bool, typer.Option("--allow-actions", help="Let operators grant and refund credits; else it is read-only.")
+    ] = False,
+    hash_password: Annotated[
+        bool, typer.Option("--hash-password", help="Ask for a password, print its hash for the settings, and exit.")
+    ] = False,
+) -> None:
+    r"""Serve the operator's console: balances, ledgers, pending purchases, audits, migrations.
+
+    On this machine alone it prints a link that works once. For a network, name its operators or a reverse proxy
+    under \[console] in the settings.
+    """
+    try:
+        import uvicorn  # noqa: PLC0415 - an extra, and half a second that no other command should wait for
+
+        from tallystick.web import console  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the console needs {error.name}. Run: pip install 'tallystick[web]'", path=None, line=None, key=None
+        ) from None
+
+    if hash_password:
+        password = typer.prompt("Password", hide_input=True, confirmation_prompt=True)
+        sys.stdout.write(f"{console.hash_password(password)}\n")
+        return
+
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    with invocation(ctx).database() as config, _listen(host, port) as listening:
+        port = listening.getsockname()[1]
+        door, address = _door(config.console, host, port)
+        pool = engine(database_address(config), pool_size=5, pool_pre_ping=True)
+        try:
+            with pool.connect() as conn:
+                verify(conn)
+            pages = console.console(config, engine=pool, door=door, address=address, allow_actions=allow_actions)
+            if isinstance(door, console.LocalLink):
+                out.print(f"The console is at {address}/enter?token={door.token}", markup=False)
+                out.print("The link works once, within 15 minutes. Stop with Ctrl-C.")
+            else:
+                out.print(f"The console is at {address}/. Stop with Ctrl-C.", markup=False)
+            # Who is at the other end decides who gets in, so no header may change what uvicorn says of it; and its
+            # own log of requests would hold the link's token.
+            settings = uvicorn.Config(
+                pages, proxy_headers=False, server_header=False, access_log=False, log_level="warning", lifespan="off"
+            )
+            uvicorn.Server(settings).run(sockets=[listening])
+        finally:
+            pool.dispose()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}, port {port}: {error.strerror}. Choose another with: --port",
+            path=None,
+            line=None,
+            key=None,
+        ) from None
+
+
+def _door(access: ConsoleAccess, host: str, port: int) -> tuple[Door, str]:
+    """How operators get in, and the address they see. Raises ConfigError where that would be nobody's choice."""
+    from tallystick.web.console import LocalLink, Passwords, TrustedProxy  # noqa: PLC0415 - as above
+
+    here = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    local = ipaddress.ip_address(host).is_loopback if host != "localhost" else True
+    if not (access.operators or access.proxy_peers):
+        if not local:
+            raise ConfigError(
+                f"listening on {host} would show the console to a network, and nobody is named who may see it. "
+                "Name operators or proxy_peers under [console] in the settings, or leave out --host",
+                path=None,
+                line=None,
+                key="console",
+            )
+        return LocalLink(), here
+    if access.address is None and not local:
+        raise ConfigError(
+            f"listening on {host}, but not said under which address people open the console. "
+            'Set address = "https://…" under [console] in the settings',
+            path=None,
+            line=None,
+            key="console.address",
+        )
+    if access.proxy_peers:
+        return TrustedProxy(access.proxy_peers, header=access.proxy_header), access.address or here
+    return Passwords(access.operators), access.address or here

@@ -1,0 +1,199 @@
+"""Who may see the console. Three doors, one for each way it is run; behind each a signed session.
+
+- :class:`LocalLink`: on the operator's own machine, a link that works once.
+- :class:`Passwords`: named operators, each with a password whose hash is in the settings.
+- :class:`TrustedProxy`: a reverse proxy has authenticated the operator and says so in a header; believed only from
+  the addresses named.
+
+A session is a cookie, signed with a key that lives as long as the process, so it cannot be forged, and restarting
+the console ends all sessions. It is HttpOnly and SameSite=Strict; every form carries a token made from it.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import ipaddress
+import math
+import secrets
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from itsdangerous import BadData, URLSafeTimedSerializer
+
+COOKIE = "tallystick_console"
+SESSION_S = 12 * 3600
+LINK_S = 15 * 60
+OPERATOR_MAX = 100
+
+# Interactive log-in as recommended for scrypt: 16 MiB and some 50 ms for each guess.
+_SCRYPT = {"n": 2**14, "r": 8, "p": 1}
+_SCRYPT_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """An operator who is in, and the session's own random name."""
+
+    operator: str
+    id: str
+
+
+class Sessions:
+    """Signs sessions and reads them back; remembers those that logged out until they would have ended anyway."""
+
+    def __init__(self) -> None:
+        self._key = secrets.token_bytes(32)
+        self._signer = URLSafeTimedSerializer(self._key, salt="console session")
+        self._ended: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def begin(self, operator: str) -> tuple[Session, str]:
+        """A new session for ``operator`` and its cookie's value."""
+        session = Session(operator, secrets.token_urlsafe(16))
+        return session, self._signer.dumps([session.operator, session.id])
+
+    def read(self, cookie: str | None) -> Session | None:
+        """The session of a cookie, unless it is forged, too old or ended."""
+        try:
+            operator, id = self._signer.loads(cookie or "", max_age=SESSION_S)
+        except (BadData, ValueError, TypeError):
+            return None
+        return None if id in self._ended else Session(operator, id)
+
+    def end(self, session: Session) -> None:
+        """Log out."""
+        now = time.monotonic()
+        with self._lock:
+            self._ended = {id: until for id, until in self._ended.items() if until > now}
+            self._ended[session.id] = now + SESSION_S
+
+    def token(self, session: Session) -> str:
+        """What a form of this session must send along."""
+        return hmac.new(self._key, f"form {session.id}".encode(), hashlib.sha256).hexdigest()
+
+    def accepts(self, session: Session, token: str) -> bool:
+        """Whether a form's token is this session's."""
+        return hmac.compare_digest(self.token(session).encode(), token.encode("utf-8", "replace"))
+
+
+class LocalLink:
+    """A link for one use, good for a quarter of an hour; for a console that only this machine can reach."""
+
+    operator: ClassVar[str] = "local operator"
+
+    def __init__(self) -> None:
+        self.token = secrets.token_urlsafe(32)
+        self._expires = time.monotonic() + LINK_S
+        self._used = False
+        self._lock = threading.Lock()
+
+    def redeem(self, token: str) -> str | None:
+        """The operator whom this token lets in; the second time, nobody."""
+        with self._lock:
+            good = hmac.compare_digest(self.token.encode(), token.encode("utf-8", "replace"))
+            if self._used or not good or time.monotonic() > self._expires:
+                return None
+            self._used = True
+            return self.operator
+
+
+class TooMany(Exception):
+    """Too many log-ins failed; the next is heard in ``seconds``."""
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__(seconds)
+        self.seconds = seconds
+
+
+class Passwords:
+    """Operators by name, each with a hash made by :func:`hash_password`.
+
+    After five wrong passwords for a name, or thirty for any, log-ins wait until a minute has passed: guessing at
+    that rate is hopeless, and nobody is shut out for long by somebody else's guesses.
+    """
+
+    PER_NAME: ClassVar[int] = 5
+    IN_ALL: ClassVar[int] = 30
+    WINDOW_S: ClassVar[float] = 60.0
+
+    def __init__(self, operators: Mapping[str, str]) -> None:
+        self._operators = dict(operators)
+        self._nobody = hash_password(secrets.token_urlsafe(16))  # an unknown name takes as long as a wrong password
+        self._failures: list[tuple[float, str]] = []
+        self._lock = threading.Lock()  # one guess at a time: scrypt is meant to be dear, the host's memory is not
+
+    def check(self, name: str, password: str) -> str | None:
+        """The operator if the password is right. Raises TooMany."""
+        name = name[:OPERATOR_MAX]
+        with self._lock:
+            now = time.monotonic()
+            self._failures = [(at, who) for at, who in self._failures if at > now - self.WINDOW_S]
+            mine = [at for at, who in self._failures if who == name]
+            every = [at for at, _ in self._failures]
+            for failed, allowed in ((mine, self.PER_NAME), (every, self.IN_ALL)):
+                if len(failed) >= allowed:
+                    raise TooMany(math.ceil(failed[0] + self.WINDOW_S - now))
+            known = self._operators.get(name)
+            if _verify(known or self._nobody, password) and known is not None:
+                self._failures = [(at, who) for at, who in self._failures if who != name]
+                return name
+            self._failures.append((now, name))
+            return None
+
+
+class TrustedProxy:
+    """The operator's name is in ``header`` of requests from ``peers``, addresses or networks; nobody else's counts."""
+
+    def __init__(self, peers: Sequence[str], *, header: str = "X-Forwarded-User") -> None:
+        self._networks = [ipaddress.ip_network(peer, strict=False) for peer in peers]
+        self._header = header.lower().encode("ascii")
+
+    def trusts(self, peer: str | None) -> bool:
+        """Whether a connection from ``peer`` comes from the proxy."""
+        try:
+            address = ipaddress.ip_address(peer or "")
+        except ValueError:
+            return False
+        mapped = getattr(address, "ipv4_mapped", None) or address
+        return any(mapped in network for network in self._networks)
+
+    def operator(self, headers: Sequence[tuple[bytes, bytes]]) -> str | None:
+        """The one name the proxy gave. A header sent twice is somebody adding to what the proxy said: nobody."""
+        found = [value for name, value in headers if name.lower() == self._header]
+        if len(found) != 1:
+            return None
+        name = found[0].decode("utf-8", "replace").strip()
+        return name if 0 < len(name) <= OPERATOR_MAX and name.isprintable() else None
+
+
+Door = LocalLink | Passwords | TrustedProxy
+
+
+def hash_password(password: str) -> str:
+    """``password`` as it may stand in the settings: ``scrypt:salt:hash``, with a salt of its own."""
+    salt = secrets.token_bytes(16)
+    return f"scrypt:{_encode(salt)}:{_encode(_derive(password, salt))}"
+
+
+def _verify(stored: str, password: str) -> bool:
+    try:
+        method, salt, expected = stored.split(":")
+        wanted = base64.urlsafe_b64decode(expected)
+        found = _derive(password, base64.urlsafe_b64decode(salt))
+    except (ValueError, binascii.Error):
+        return False
+    return method == "scrypt" and hmac.compare_digest(wanted, found)
+
+
+def _derive(password: str, salt: bytes) -> bytes:
+    return hashlib.scrypt(password.encode("utf-8", "replace"), salt=salt, dklen=32, maxmem=_SCRYPT_BYTES, **_SCRYPT)
+
+
+def _encode(raw: bytes) -> str:
+    return base64.urlsafe_b64encode(raw).decode("ascii")

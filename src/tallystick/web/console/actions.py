@@ -1,0 +1,130 @@
+"""What an operator may do, if the console was started to allow it: grant credits, refund a purchase's.
+
+Each is looked at before it is done: the reason, the balance before and after. The deed carries a key made for the
+form, so a double click, a reload or the back button finds it done. The key names the operator and stays in the
+ledger's row; the log says the same with the reason.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import sqlalchemy as sa
+
+from tallystick.config import INT32_MAX, Config
+from tallystick.database import translated
+from tallystick.errors import LedgerError
+from tallystick.ledger import CreditTransaction, Ledger
+from tallystick.web.console.books import LedgerRow, UserRow
+
+log = logging.getLogger("tallystick.console")
+
+REASON_MAX = 500
+KEY_PREFIX = "console"
+
+
+@dataclass(frozen=True, slots=True)
+class Review:
+    """An action as filled in so far. ``fault`` says what is still wrong with it; without one it can be done.
+
+    ``complete`` says that nothing is missing. Whether it can be done is the ledger's to say when it is done: what
+    stands in the way now may be that it is done already.
+    """
+
+    name: str
+    user: UserRow
+    credits: int | None
+    reason: str
+    asked: bool  # something was filled in
+    complete: bool
+    fault: str | None
+    purchase: LedgerRow | None
+    left: int | None  # of the purchase
+
+    @property
+    def change(self) -> int:
+        """By how much the balance will move."""
+        return (self.credits or 0) * (-1 if self.name == "refund" else 1)
+
+    @property
+    def after(self) -> int:
+        """The balance afterwards, if nothing else happens in between."""
+        return self.user.credit_balance + self.change
+
+
+class Actions:
+    """Performs actions through the ledger, each in a transaction of its own."""
+
+    names = ("grant", "refund")
+
+    def __init__(self, config: Config, engine: sa.Engine) -> None:
+        self._ledger = Ledger(config)
+        self._engine = engine
+
+    def review(
+        self, name: str, user: UserRow, fields: Mapping[str, str], *, purchase: LedgerRow | None, refunded: int
+    ) -> Review:
+        """What ``fields`` (credits, reason) ask for, and what is wrong with it."""
+        reason = fields.get("reason", "").strip()
+        left = None if purchase is None else purchase.amount - refunded
+        typed = fields.get("credits", "").strip()
+        credits = int(typed) if typed.isascii() and typed.isdigit() and len(typed) < 11 else None  # noqa: PLR2004
+        enough = credits is not None and 0 < credits <= INT32_MAX
+        why = 0 < len(reason) <= REASON_MAX and "\0" not in reason
+        fault = None
+        if purchase is not None and (purchase.type != "purchase" or purchase.status != "completed"):
+            fault = "Only a completed purchase can be refunded."
+        elif left is not None and left < 1:
+            fault = "Nothing of this purchase is left to refund."
+        elif name == "grant" and user.deleted_at is not None:
+            fault = "This user is deleted. Credits are granted to users who are there."
+        elif not enough or (left is not None and (credits or 0) > left):
+            most = "" if left is None else f" up to {left:,}, what is left of the purchase"
+            fault = f"Say how many credits: a whole number from 1{most}."
+        elif not why:
+            fault = f"Give a reason of 1 to {REASON_MAX} characters. The user reads it in their history."
+        asked = bool(typed or reason)
+        return Review(name, user, credits, reason, asked, enough and why, fault, purchase, left)
+
+    def perform(self, review: Review, *, operator: str, token: str) -> CreditTransaction:
+        """Do it. The same ``token`` again returns what was done the first time.
+
+        Raises:
+            LedgerError: refused; nothing was written.
+            DatabaseError: it may or may not have been written; the same form may be sent again.
+        """
+        key = f"{KEY_PREFIX}:{operator}:{token[:64]}"
+        credits = review.credits or 0
+        try:
+            with translated(connecting=True):
+                conn = self._engine.connect()
+            with conn, translated(), conn.begin():
+                user, reason = review.user.key, review.reason
+                if review.purchase is None:
+                    row = self._ledger.grant(conn, user, credits=credits, key=key, description=reason)
+                else:
+                    purchase = review.purchase.id
+                    row = self._ledger.refund(conn, user, purchase, credits=credits, key=key, description=reason)
+        except LedgerError as error:
+            log.warning(
+                "action=%s operator=%r user=%r credits=%d reason=%r refused=%s",
+                review.name, operator, review.user.key, credits, review.reason, type(error).__name__,
+            )  # fmt: skip
+            raise
+        log.info(
+            "action=%s operator=%r user=%r credits=%d reason=%r transaction=%s replayed=%s",
+            review.name, operator, review.user.key, credits, review.reason, row.id, row.replayed,
+        )  # fmt: skip
+        return row
+
+    def refused(self, review: Review, error: LedgerError) -> Review:
+        """The review again, with what the ledger said."""
+        return replace(review, fault=f"Refused: {error.message}.")
+
+
+def operator_of(idempotency_key: str | None) -> str | None:
+    """Who did it from the console, if a ledger row was made there."""
+    prefix, _, rest = (idempotency_key or "").partition(":")
+    return rest.rpartition(":")[0] or None if prefix == KEY_PREFIX else None

@@ -1,0 +1,527 @@
+"""The console's pages: one address for every state of every list, as a page, as JSON and as CSV."""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+import secrets
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypedDict
+from urllib.parse import quote, urlencode
+from uuid import UUID
+
+import jinja2
+import sqlalchemy as sa
+from markupsafe import Markup
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from tallystick import audit, stripe
+from tallystick.config import Config
+from tallystick.errors import (
+    Conflict,
+    DatabaseError,
+    InvalidArgument,
+    Key,
+    LedgerError,
+    SessionNotYours,
+    StripeError,
+    TallystickError,
+    UnknownUser,
+)
+from tallystick.web.console import export
+from tallystick.web.console.access import Door
+from tallystick.web.console.actions import Actions, Review, operator_of
+from tallystick.web.console.background import Background
+from tallystick.web.console.books import Books, Figures, Page
+from tallystick.web.console.guard import Guard
+from tallystick.web.pages import environment, static_file
+from tallystick.web.tally import SMALL, tally
+from tallystick.web.texts import Texts
+
+log = logging.getLogger("tallystick.console")
+
+AUDIT_UNASKED_ROWS = 2_000_000
+"""A ledger up to this size (by estimate) is checked when the overview is opened: it takes a few seconds."""
+
+FIRST_FIGURES_S = 0.3
+SEARCH_MAX = 200
+_TIMED_OUT = "57014"
+_STATIC = ("console.css", "console.js", "uPlot.iife.min.js", "uPlot.min.css", "favicon.svg")
+
+
+def console(
+    config: Config,
+    *,
+    engine: sa.Engine,
+    door: Door,
+    address: str = "http://127.0.0.1:8420",
+    allow_actions: bool = False,
+) -> ASGIApp:
+    """The console as an ASGI application, to be served by itself or mounted in another.
+
+    ``address`` is where people open it, scheme and host as in their browser: requests under another name are refused,
+    and with https the session's cookie is sent over nothing else. Without ``allow_actions`` no page changes anything,
+    and all reading is done in read-only transactions.
+    """
+    return _Console(config, engine, door, address, allow_actions=allow_actions).app
+
+
+class _Console:
+    def __init__(self, config: Config, engine: sa.Engine, door: Door, address: str, *, allow_actions: bool) -> None:
+        self.config = config
+        self.books = Books(config, engine)
+        self.actions = Actions(config, engine) if allow_actions else None
+        self.engine = engine
+        self.audit: Background[audit.Report] = Background("audit", self._audit)
+        self.figures: Background[Figures] = Background(
+            "figures", lambda _: self.books.figures(dt.datetime.now(dt.UTC)), keep_s=60
+        )
+        self.stripe: Background[stripe.Report] | None = None
+        if allow_actions and config.stripe_secret_key:
+            self.stripe = Background("stripe", lambda _: stripe.reconcile(engine, config))
+        self.texts = Texts()
+        self.templates = environment(jinja2.PackageLoader("tallystick.web.console"))
+        self.templates.filters.update(
+            ago=ago,
+            number=self.texts.number,
+            change=self.texts.change,
+            count=count,
+            utc=utc,
+            ms=milliseconds,
+            made_by=operator_of,
+            blocker=blocker,
+        )
+        self.templates.globals.update(
+            tally=lambda rows, **how: Markup(tally(rows, **how)),  # noqa: S704 - the drawing escapes its only text
+            small=SMALL,
+            money=self.texts.money,
+            stripe=stripe_address,
+            can_ask=self.stripe is not None,
+            database=_database_name(engine),
+            host=config.host,
+            actions=self.actions,
+        )
+        lists = {"/users": self.users, "/user": self.user, "/pending": self.pending, "/audit": self.audit_page}
+        lists |= {"/migrations": self.migrations, "/days": self.days}
+        routes = [
+            Route("/", self.overview),
+            *(Route(path, partial(page, form="html")) for path, page in lists.items() if path != "/days"),
+            *(
+                Route(f"{path}.{form}", partial(page, form=form))
+                for path, page in lists.items()
+                for form in ("json", "csv")
+            ),
+            Route("/user/steps.json", self.steps),
+            Route("/audit/run", self.run_audit, methods=["POST"]),
+            Route("/audit/state.json", self.audit_state),
+            Route("/pending/state.json", self.stripe_state),
+            Route("/static/{name}", static),
+        ]
+        if self.actions:
+            routes += [
+                Route("/user/{action:str}", self.review, methods=["GET"]),
+                Route("/user/{action:str}", self.act, methods=["POST"]),
+            ]
+        if self.stripe:
+            routes.append(Route("/pending/ask", self.ask_stripe, methods=["POST"]))
+        pages = Starlette(
+            routes=routes,
+            exception_handlers={
+                TallystickError: self.refused,
+                HTTPException: self.no_page,
+                Exception: self.broken,
+            },
+        )
+        self.app = Guard(pages, door=door, address=address, show=self.show)
+
+    # --- pages ---
+
+    def overview(self, request: Request) -> Response:
+        state = self.audit.state
+        users, rows = self.books.estimates()
+        if state.at is None and not state.running and rows <= AUDIT_UNASKED_ROWS:
+            self.audit.start()
+            self.audit.wait(FIRST_FIGURES_S)
+        figures = self.figures.fresh(wait_s=FIRST_FIGURES_S)
+        receipts = self.books.receipts()
+        return self.show(
+            request,
+            "overview.html",
+            audit=self.audit.state,
+            figures=figures,
+            estimated_users=users,
+            estimated_rows=rows,
+            waiting=self.books.waiting(),
+            oldest=self.books.pending(limit=5).rows,
+            receipt=receipts[0] if receipts else None,
+            refresh=figures.result is None or self.audit.state.running,
+        )
+
+    def days(self, request: Request, form: str) -> Response:
+        state = self.figures.fresh(wait_s=30)
+        if state.result is None:
+            raise DatabaseError(state.error or "the figures are not ready yet; ask again in a moment", sqlstate=None)
+        if form == "csv":
+            return export.csv("days", state.result.days, operator=_operator(request))
+        return export.json(
+            {
+                "as_of": state.at,
+                "days": state.result.days,
+                "money": state.result.money,
+                "holdings": state.result.holdings,
+            }
+        )
+
+    def users(self, request: Request, form: str) -> Response:
+        search = request.query_params.get("q", "").strip()[:SEARCH_MAX]
+        if form == "csv":
+            return export.csv("users", self.books.every_user(search=search), operator=_operator(request))
+        try:
+            page = self.books.users(search=search, **_place(request))
+        except Conflict as error:
+            if error.sqlstate != _TIMED_OUT or form == "json":
+                raise
+            return self.show(
+                request,
+                "users.html",
+                status=503,
+                q=search,
+                page=Page([], None, None),
+                tallies={},
+                estimate=None,
+                too_slow=True,
+            )
+        if form == "json":
+            return self._list(request, page, q=search)
+        if search and len(page.rows) == 1 and page.before is None and page.after is None:
+            return RedirectResponse(self.at(request, "/user", key=page.rows[0].key), 303)
+        estimate = None if search else self.books.estimates()[0]
+        tallies = self.books.tallies([row.key for row in page.rows])
+        return self.show(request, "users.html", q=search, page=page, tallies=tallies, estimate=estimate, too_slow=False)
+
+    def user(self, request: Request, form: str) -> Response:
+        key = self._key(request)
+        user = self.books.user(key)
+        if form == "csv":
+            return export.csv(f"ledger-{key}", self.books.every_row(key), operator=_operator(request))
+        page = self.books.ledger(key, **_place(request))
+        newest = page.before is None
+        unfinished = self.books.unfinished(key) if newest else []
+        if form == "json":
+            return self._list(request, page, key=key, user=user, unfinished=unfinished)
+        notches = (
+            [*self.books.ledger(key, limit=100).rows, *self.books.unfinished(key)]
+            if not newest
+            else [*page.rows, *unfinished]
+        )
+        done = request.query_params.get("done", "")
+        return self.show(
+            request,
+            "user.html",
+            user=user,
+            page=page,
+            unfinished=unfinished,
+            notches=notches,
+            total=None if newest and page.after is None else user.credit_sequence,
+            done=self.books.transaction(key, UUID(done)) if _is_uuid(done) else None,
+        )
+
+    def steps(self, request: Request) -> Response:
+        key = self._key(request)
+        steps = self.books.steps(key)
+        return export.json({"at": [int(at.timestamp()) for at, _ in steps], "balance": [after for _, after in steps]})
+
+    def pending(self, request: Request, form: str) -> Response:
+        if form == "csv":
+            return export.csv("pending", self.books.every_pending(), operator=_operator(request))
+        page = self.books.pending(**_place(request))
+        if form == "json":
+            return self._list(request, page)
+        asked = self.stripe.state if self.stripe else None
+        return self.show(
+            request,
+            "pending.html",
+            page=page,
+            waiting=self.books.waiting(),
+            asked=asked,
+            told=request.query_params.get("told", "") if self.stripe else "",
+            refresh=asked is not None and asked.running,
+        )
+
+    def ask_stripe(self, request: Request) -> Response:
+        """Ask about one purchase, whose user and session the form names, or about all."""
+        assert self.stripe  # noqa: S101 - there is no route without it
+        form: Mapping[str, str] = request.state.form
+        session = form.get("session", "")
+        if session:
+            user = self._parsed_key(form.get("key", ""))
+            said = stripe.confirm(self.engine, self.config, user, session)
+            log.info("action=ask-stripe operator=%r session=%r outcome=%s", _operator(request), session, said.outcome)
+            return RedirectResponse(self.at(request, "/pending", told=said.purchase.status), 303)
+        started = self.stripe.start()
+        log.info("action=reconcile operator=%r started=%s", _operator(request), started)
+        self.stripe.wait(FIRST_FIGURES_S)
+        return RedirectResponse(self.at(request, "/pending"), 303)
+
+    def stripe_state(self, _: Request) -> Response:
+        return JSONResponse({"running": self.stripe is not None and self.stripe.state.running, "percent": None})
+
+    def audit_page(self, request: Request, form: str) -> Response:
+        state = self.audit.state
+        findings = state.result.findings if state.result else ()
+        if form == "csv":
+            return export.csv("findings", findings, operator=_operator(request), columns=audit.Finding)
+        if form == "json":
+            return export.json({"at": state.at, "running": state.running, "error": state.error, "report": state.result})
+        groups: dict[str, list[audit.Finding]] = {}
+        for finding in findings:
+            groups.setdefault(finding.check, []).append(finding)
+        return self.show(
+            request,
+            "audit.html",
+            state=state,
+            groups=groups,
+            checks=audit.CHECKS,
+            refresh=state.running,
+        )
+
+    def run_audit(self, request: Request) -> Response:
+        started = self.audit.start()
+        log.info("action=audit operator=%r started=%s", _operator(request), started)
+        self.audit.wait(FIRST_FIGURES_S)
+        return RedirectResponse(self.at(request, "/audit"), 303)
+
+    def audit_state(self, _: Request) -> Response:
+        state = self.audit.state
+        return JSONResponse({"running": state.running, "percent": state.percent, "done": state.done})
+
+    def migrations(self, request: Request, form: str) -> Response:
+        receipts = self.books.receipts()
+        if form == "csv":
+            return export.csv("migrations", receipts, operator=_operator(request))
+        if form == "json":
+            return export.json({"rows": receipts})
+        return self.show(request, "migrations.html", receipts=receipts)
+
+    # --- actions: a look at what will happen, by GET; then the deed, by POST ---
+
+    def review(self, request: Request) -> Response:
+        review = self._review(request, request.query_params)
+        return self.show(request, "action.html", status=422 if review.fault and review.asked else 200, review=review)
+
+    def act(self, request: Request) -> Response:
+        assert self.actions  # noqa: S101 - there is no route without them
+        form: Mapping[str, str] = request.state.form
+        review = self._review(request, form)
+        once = form.get("once", "")
+        if not (review.complete and once):
+            return self.show(request, "action.html", status=422, review=review)
+        try:
+            row = self.actions.perform(review, operator=_operator(request), token=once)
+        except LedgerError as error:
+            refused = self.actions.refused(review, error)
+            return self.show(request, "action.html", status=409, review=refused)
+        return RedirectResponse(self.at(request, "/user", key=review.user.key, done=row.id), 303)
+
+    def _review(self, request: Request, fields: Mapping[str, str]) -> Review:
+        assert self.actions  # noqa: S101
+        name = request.path_params["action"]
+        if name not in self.actions.names:
+            raise HTTPException(404)
+        key = self._parsed_key(fields.get("key", ""))
+        user = self.books.user(key)
+        purchase, refunded = None, 0
+        if name == "refund":
+            wanted = fields.get("purchase", "")
+            purchase = self.books.transaction(key, UUID(wanted)) if _is_uuid(wanted) else None
+            if purchase is None:
+                raise HTTPException(404)
+            refunded = self.books.refunded(key, purchase.id)
+        return self.actions.review(name, user, fields, purchase=purchase, refunded=refunded)
+
+    # --- what all pages share ---
+
+    def show(self, request: Request, template: str, *, status: int = 200, **values: Any) -> Response:
+        session = request.state.session
+        page = self.templates.get_template(f"console/{template}").render(
+            at=partial(self.at, request),
+            session=session,
+            token=request.state.token,
+            # in the address of a review, so that going back to it is no second intent
+            once=request.query_params.get("once") or secrets.token_urlsafe(16),
+            here={name: request.query_params.get(name) for name in ("q", "key", "before", "after")},
+            path=request.url.path.removeprefix(request.scope.get("root_path", "")) if session else "",
+            **{"refresh": False, **values},
+        )
+        return HTMLResponse(page, status)
+
+    def at(self, request: Request, path: str, **query: object) -> str:
+        """An address of this console, below wherever it is mounted."""
+        asked = {name: str(value) for name, value in query.items() if value is not None and value != ""}
+        root = quote(str(request.scope.get("root_path", "")))
+        return f"{root}{path}" + (f"?{urlencode(asked)}" if asked else "")
+
+    def refused(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, TallystickError)  # noqa: S101 - as registered
+        match error:
+            case UnknownUser():
+                status, title = 404, "No such user"
+            case InvalidArgument():
+                status, title = 400, "That cannot be looked up"
+            case SessionNotYours():
+                status, title = 404, "Stripe has no such session for this user"
+            case StripeError():
+                status, title = 502, "Stripe did not answer as it should"
+            case Conflict() if error.sqlstate == _TIMED_OUT:
+                status, title = 503, "This took too long"
+            case _:
+                status, title = 503, "The database did not answer as it should"
+        if status >= 500:  # noqa: PLR2004 - not the request's fault
+            log.warning("path=%r %s", request.url.path, error.message)
+        if request.url.path.endswith((".json", ".csv")):
+            return JSONResponse(
+                {"title": title, "status": status, "detail": error.message},
+                status,
+                media_type="application/problem+json",
+            )
+        return self.show(request, "refused.html", status=status, title=title, text=error.message)
+
+    def no_page(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)  # noqa: S101 - as registered
+        title = "Nothing here" if error.status_code == 404 else error.detail  # noqa: PLR2004
+        return self.show(
+            request, "refused.html", status=error.status_code, title=title, text="There is no page at this address."
+        )
+
+    def broken(self, request: Request, error: Exception) -> Response:
+        reference = secrets.token_hex(4)
+        log.error("path=%r reference=%s", request.url.path, reference, exc_info=error)
+        return self.show(
+            request,
+            "refused.html",
+            status=500,
+            title="Something broke",
+            text=f"Nothing was changed by this page. Search the console's log for {reference}.",
+        )
+
+    def _list(self, request: Request, page: Page[Any], **values: Any) -> Response:
+        """A page of a list as JSON, with the addresses of its neighbours."""
+        path = request.url.path.removeprefix(request.scope.get("root_path", ""))
+        query = {name: value for name, value in values.items() if name in ("q", "key")}
+        links = {
+            name: None if cursor is None else self.at(request, path, **query, **{name: cursor})
+            for name, cursor in (("before", page.before), ("after", page.after))
+        }
+        return export.json({**values, "rows": page.rows, **links})
+
+    def _key(self, request: Request) -> Key:
+        return self._parsed_key(request.query_params.get("key", ""))
+
+    def _parsed_key(self, text: str) -> Key:
+        key = self.books.key(text)
+        if key is None:
+            raise UnknownUser(f"no user {text!r}: user keys here are {self.config.host.users.key_type}", user=text)
+        return key
+
+    def _audit(self, progress: Callable[[int, int], None]) -> audit.Report:
+        with self.engine.connect() as conn:
+            # Autocommit, so that no snapshot is held through a long run; and read-only, as all that is done unasked.
+            reader = conn.execution_options(isolation_level="AUTOCOMMIT", postgresql_readonly=True)
+            return audit.audit(reader, self.config, progress=progress)
+
+
+def static(request: Request) -> Response:
+    """A file of ours. Its address carries no version, so browsers ask again; they are small."""
+    name = request.path_params["name"]
+    found = export.static(name) if name in _STATIC else static_file(name)
+    if found is None:
+        raise HTTPException(404)
+    return Response(found[0], media_type=found[1], headers={"Cache-Control": "no-cache"})
+
+
+# --- words ---
+
+
+def count(number: int, noun: str) -> str:
+    """A number with its noun: "1 credit", "1,204 credits"."""
+    return f"{Texts().number(number)} {noun if abs(number) == 1 else noun + 's'}"
+
+
+def utc(moment: dt.datetime) -> str:
+    """A moment as exactly as it is known."""
+    return moment.astimezone(dt.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def ago(moment: dt.datetime | None) -> Markup:
+    """How long ago, with the exact time to hover and for machines."""
+    if moment is None:
+        return Markup("")
+    seconds = (dt.datetime.now(dt.UTC) - moment).total_seconds()
+    return Markup('<time datetime="{}" title="{}">{}</time>').format(
+        moment.astimezone(dt.UTC).isoformat(), utc(moment), _ago(seconds, moment)
+    )
+
+
+def _ago(seconds: float, moment: dt.datetime) -> str:
+    if seconds < -60:  # noqa: PLR2004 - a clock that runs ahead
+        return utc(moment)
+    for unit, length, up_to in (("s", 1, 60), ("min", 60, 3600), ("h", 3600, 86400), ("d", 86400, 30 * 86400)):
+        if seconds < up_to:
+            number = int(max(seconds, 0) // length)
+            return "just now" if unit == "s" and number < 5 else f"{number} {unit} ago"  # noqa: PLR2004
+    return moment.astimezone(dt.UTC).strftime("%Y-%m-%d")
+
+
+def milliseconds(value: float | None) -> str:
+    """A duration for people."""
+    if value is None:
+        return "not measured"
+    return f"{value:.1f} ms" if value < 10 else f"{value:,.0f} ms" if value < 10_000 else f"{value / 1000:,.1f} s"  # noqa: PLR2004
+
+
+def blocker(one: object) -> str:
+    """Whom a migration waited for, in a line: the session's fields as the receipt has them."""
+    if not isinstance(one, Mapping):
+        return str(one)
+    return ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in one.items() if value not in (None, "", []))
+
+
+def stripe_address(id: str) -> str:
+    """Where Stripe's dashboard shows the object of this id, test or live."""
+    return "https://dashboard.stripe.com/search?" + urlencode({"query": id})
+
+
+class _Place(TypedDict):
+    before: str | None
+    after: str | None
+
+
+def _place(request: Request) -> _Place:
+    before, after = (request.query_params.get(name) or None for name in ("before", "after"))
+    return {"before": before, "after": None if before else after}
+
+
+def _operator(request: Request) -> str:
+    return str(request.state.session.operator)
+
+
+def _is_uuid(text: str) -> bool:
+    try:
+        UUID(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _database_name(engine: sa.Engine) -> str:
+    host = engine.url.host or "this machine"
+    return f"{engine.url.database} on {host}"
+
+
+__all__ = ["console"]

@@ -1,0 +1,111 @@
+"""Work that is too slow for a request: one run at a time, on a thread, with progress, its result kept with its age."""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from tallystick.errors import TallystickError
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+Progress = Callable[[int, int], None]
+
+REST = 20
+"""A result is kept at least this many times as long as it took, so that reading never busies the database."""
+
+
+@dataclass(frozen=True, slots=True)
+class State(Generic[Result]):
+    """How things stand: the last result with its time, and the run that goes on, if one does."""
+
+    result: Result | None
+    at: dt.datetime | None
+    seconds: float
+    running: bool
+    done: int
+    total: int
+    error: str | None
+
+    @property
+    def percent(self) -> int | None:
+        """How far the run is, or None while that is unknown."""
+        return min(100 * self.done // self.total, 100) if self.total else None
+
+
+class Background(Generic[Result]):
+    """``work(progress)`` on a thread of its own. Runs only when asked for, never twice at a time."""
+
+    def __init__(self, name: str, work: Callable[[Progress], Result], *, keep_s: float = 60) -> None:
+        self._name = name
+        self._work = work
+        self._keep_s = keep_s
+        self._lock = threading.Lock()
+        self._idle = threading.Event()
+        self._idle.set()
+        self._tried: dt.datetime | None = None
+        self._state: State[Result] = State(None, None, 0, running=False, done=0, total=0, error=None)
+
+    @property
+    def state(self) -> State[Result]:
+        """How things stand now."""
+        return self._state
+
+    def start(self) -> bool:
+        """Run now, unless it runs already. Says whether this call started it."""
+        with self._lock:
+            if self._state.running:
+                return False
+            self._idle.clear()
+            old = self._state
+            self._state = State(old.result, old.at, old.seconds, running=True, done=0, total=0, error=None)
+        threading.Thread(target=self._run, name=f"tallystick-{self._name}", daemon=True).start()
+        return True
+
+    def fresh(self, *, wait_s: float) -> State[Result]:
+        """The kept result; a new run begins when it is old. Waits for a first result no longer than ``wait_s``."""
+        state = self._state
+        # counted from the last try, so that a database in trouble is not asked again by every request
+        age = (dt.datetime.now(dt.UTC) - self._tried).total_seconds() if self._tried else float("inf")
+        if age > max(self._keep_s, REST * state.seconds):
+            self.start()
+        if state.result is None:
+            self._idle.wait(wait_s)
+        return self._state
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until nothing runs. Says whether that came true."""
+        return self._idle.wait(seconds)
+
+    def _progress(self, done: int, total: int) -> None:
+        s = self._state
+        self._state = State(s.result, s.at, s.seconds, running=True, done=done, total=total, error=None)
+
+    def _run(self) -> None:
+        started = time.perf_counter()
+        old = self._state
+        error: str | None = "it broke; the console's log says where"  # until something better is known
+        result, at = old.result, old.at
+        try:
+            result = self._work(self._progress)
+            at, error = dt.datetime.now(dt.UTC), None
+        except (TallystickError, SQLAlchemyError) as caught:
+            log.warning("%s failed: %s", self._name, caught)
+            error = _message(caught)
+        finally:  # whatever happened, it runs no more; what was not foreseen goes on to the thread's own report
+            seconds = time.perf_counter() - started
+            self._state = State(result, at, seconds, running=False, done=0, total=0, error=error)
+            self._tried = dt.datetime.now(dt.UTC)
+            self._idle.set()
+
+
+def _message(error: Exception) -> str:
+    return error.message if isinstance(error, TallystickError) else str(error).splitlines()[0]

@@ -1,0 +1,670 @@
+"""Everything the console reads: bounded statements in read-only transactions, whatever the size of the ledger.
+
+No statement of a page depends on how many users or rows there are: lists go by keyset on an index, totals of big
+tables are the planner's estimates. The two sums that must look at much (what users hold, and the days of the
+overview) are not made in a request; see ``background``.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql as pg
+
+from tallystick.config import Config
+from tallystick.database import translated
+from tallystick.errors import InvalidArgument, Key, UnknownUser
+from tallystick.schema import CreditTransactionStatus, Schema, migration_log
+
+PAGE_ROWS = 50
+TALLY_ROWS = 30
+CHART_ROWS = 400
+COUNT_UP_TO = 1000
+PAGE_TIMEOUT_MS = 5_000
+SUM_TIMEOUT_MS = 300_000
+DAYS = 30
+LATE_DAYS = 30
+"""How long a purchase may have waited for its payment and still be counted; Stripe's own limit is far below."""
+
+PENDING = CreditTransactionStatus.PENDING
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[Row]):
+    """A stretch of a list. ``before`` and ``after`` are cursors to what lies on either side, None at an end."""
+
+    rows: list[Row]
+    before: str | None
+    after: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class UserRow:
+    """A user as lists show one. Times without a zone in the host's columns are taken as UTC."""
+
+    key: Key
+    email: str | None
+    credit_balance: int
+    credit_sequence: int
+    onboarding_complete: bool
+    stripe_customer_id: str | None
+    plan_tier: str
+    updated_at: dt.datetime
+    deleted_at: dt.datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Notch:
+    """What the tally draws of a ledger row."""
+
+    id: UUID
+    status: str
+    amount: int
+    balance_after: int | None
+    sequence: int | None
+    refund_of: UUID | None
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerRow:
+    """A ledger row as the user's page shows it."""
+
+    id: UUID
+    type: str
+    status: str
+    amount: int
+    balance_after: int | None
+    sequence: int | None
+    description: str
+    workshop_id: Key | None
+    workshop_title: str | None
+    refund_of: UUID | None
+    stripe_session_id: str | None
+    stripe_payment_intent_id: str | None
+    stripe_price_id: str | None
+    amount_paid: int | None
+    currency: str | None
+    idempotency_key: str | None
+    created_at: dt.datetime
+    completed_at: dt.datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class PendingRow:
+    """A purchase that waits for its payment."""
+
+    id: UUID
+    user_id: Key
+    email: str | None
+    amount: int
+    description: str
+    stripe_session_id: str | None
+    created_at: dt.datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """A run of a migration, from ``migration_log``; times in milliseconds, None where none was taken."""
+
+    id: int
+    revision: str
+    direction: str
+    applied_at: dt.datetime
+    adopted: list[str]
+    attempts: int
+    locked_ms: float | None
+    duration_ms: float | None
+    waited_for: list[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Purchases that wait, by age; ``counted_all`` is false when there are more than are counted."""
+
+    total: int
+    under_an_hour: int
+    under_a_day: int
+    older: int
+    oldest: dt.datetime | None
+    counted_all: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Day:
+    """Credits that moved on one UTC day, all as positive numbers, and the money that came in, by currency."""
+
+    date: dt.date
+    sold: int = 0
+    granted: int = 0
+    consumed: int = 0
+    refunded: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """What users hold: credits not yet spent, and what those in debt owe, both as positive numbers."""
+
+    outstanding: int
+    holders: int
+    debt: int
+    debtors: int
+
+
+@dataclass(frozen=True, slots=True)
+class Money:
+    """Money in: minor units of ``currency`` in the last 30 days and in the 30 before, and the credits sold for them."""
+
+    currency: str
+    now: int
+    before: int
+    credits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """The sums of the overview: 60 days, the oldest first, the money of them, and what users hold now."""
+
+    days: list[Day]
+    money: list[Money]
+    holdings: Holdings
+
+    def total(self, name: str, *, earlier: bool = False) -> int:
+        """``sold``, ``consumed``, … of the last 30 days, or of the 30 before."""
+        days = self.days[:DAYS] if earlier else self.days[DAYS:]
+        return sum(getattr(day, name) for day in days)
+
+
+class Books:
+    """Reads one database through one mapping. Every method opens and ends a read-only transaction of its own.
+
+    Raises:
+        DatabaseError, NotMigrated: from every method.
+    """
+
+    def __init__(self, config: Config, engine: sa.Engine) -> None:
+        self.config = config
+        self.engine = engine
+        self.schema = Schema.of(config.host)
+        self._users = self.schema.users.c
+        self._ledger = self.schema.credit_transactions.c
+
+    @contextmanager
+    def reading(self, *, timeout_ms: int = PAGE_TIMEOUT_MS) -> Iterator[sa.Connection]:
+        """A read-only transaction, so that PostgreSQL itself refuses a write, with a limit to each statement."""
+        with translated(connecting=True):
+            conn = self.engine.connect()
+        with conn.execution_options(postgresql_readonly=True) as reader, translated(), reader.begin():
+            reader.execute(sa.select(sa.func.set_config("statement_timeout", str(timeout_ms), sa.true())))
+            yield reader
+
+    # --- users ---
+
+    def estimates(self) -> tuple[int, int]:
+        """About how many users and ledger rows there are, as the planner believes; counting would read them all."""
+        relation = sa.table("pg_class", sa.column("oid"), sa.column("reltuples"), schema="pg_catalog")
+        preparer = self.engine.dialect.identifier_preparer
+
+        def estimate(table: sa.Table) -> sa.ScalarSelect[Any]:
+            name = preparer.format_table(table)
+            wanted = sa.cast(sa.func.to_regclass(name), pg.OID)
+            tuples = sa.cast(relation.c.reltuples, sa.BigInteger)
+            return sa.select(tuples).where(relation.c.oid == wanted).scalar_subquery()
+
+        with self.reading() as conn:
+            row = conn.execute(sa.select(estimate(self.schema.users), estimate(self.schema.credit_transactions))).one()
+        return max(row[0] or 0, 0), max(row[1] or 0, 0)
+
+    def user(self, key: Key) -> UserRow:
+        """The user with this key. Raises UnknownUser."""
+        with self.reading() as conn:
+            row = conn.execute(self._select_users().where(self._is_user(key))).one_or_none()
+        if row is None:
+            raise UnknownUser(f"no user {key!r}. Search by another key or e-mail", user=key)
+        return _user(row)
+
+    def users(
+        self, *, search: str = "", before: str | None = None, after: str | None = None, limit: int = PAGE_ROWS
+    ) -> Page[UserRow]:
+        """Users by key, ascending; ``before`` and ``after`` are cursors of a page got earlier.
+
+        ``search`` is tried as a user's key, then as what Stripe or the ledger call one thing of theirs (customer,
+        session, payment intent, credit transaction), then as a whole e-mail address, then as part of one.
+        """
+        with self.reading() as conn:
+            return _page(
+                conn,
+                self._select_users().where(self._matches(conn, search)),
+                order=(self._users.key,),
+                place=lambda row: (row[0],),
+                parse=self._cursor,
+                before=before,
+                after=after,
+                limit=limit,
+                make=_user,
+                descending=False,
+            )
+
+    def every_user(self, *, search: str = "") -> Iterator[UserRow]:
+        """All of :meth:`users`, streamed."""
+        with self.reading(timeout_ms=SUM_TIMEOUT_MS) as conn:
+            statement = self._select_users().where(self._matches(conn, search)).order_by(self._users.key)
+            for row in conn.execution_options(yield_per=1000).execute(statement):
+                yield _user(row)
+
+    def tallies(self, keys: Sequence[Key]) -> dict[Key, list[Notch]]:
+        """The last completed rows of each of these users, and what they have pending."""
+        if not keys:
+            return {}
+        ledger, users = self._ledger, self._users
+        asked = sa.select(users.key).where(users.key.in_(keys)).subquery()
+        status = sa.cast(ledger.status, sa.Text).label("status")
+        columns = (ledger.id, status, ledger.amount, ledger.balance_after, ledger.sequence, ledger.refund_of)
+        done = (
+            sa.select(*columns)
+            .where(ledger.user_id == asked.c.key, ledger.sequence.is_not(None))
+            .order_by(ledger.sequence.desc())
+            .limit(TALLY_ROWS)
+        )
+        waiting = (
+            sa.select(*columns)
+            .where(ledger.user_id == asked.c.key, ledger.sequence.is_(None), ledger.status == PENDING)
+            .limit(TALLY_ROWS)
+        )
+        last = sa.union_all(done, waiting).subquery().lateral()
+        found: dict[Key, list[Notch]] = {key: [] for key in keys}
+        with self.reading() as conn:
+            for key, *notch in conn.execute(sa.select(asked.c.key, last).join(last, sa.true())):
+                found[key].append(Notch(*notch))
+        return found
+
+    # --- a user's ledger ---
+
+    def ledger(
+        self, user: Key, *, before: str | None = None, after: str | None = None, limit: int = PAGE_ROWS
+    ) -> Page[LedgerRow]:
+        """Completed rows of ``user``, newest first."""
+        sequence = self._ledger.sequence
+        with self.reading() as conn:
+            statement = self._select_ledger().where(self._owned(user), sequence.is_not(None))
+            return _page(
+                conn,
+                statement,
+                order=(sequence,),
+                place=lambda row: (row.sequence,),
+                parse=_whole_cursor,
+                before=before,
+                after=after,
+                limit=limit,
+                make=_ledger_row,
+                descending=True,
+            )
+
+    def unfinished(self, user: Key, *, limit: int = PAGE_ROWS) -> list[LedgerRow]:
+        """The newest of what ``user`` has pending, and of purchases that failed."""
+        ledger = self._ledger
+        statement = self._select_ledger().where(self._owned(user), ledger.sequence.is_(None)).order_by(ledger.id.desc())
+        with self.reading() as conn:
+            return [_ledger_row(row) for row in conn.execute(statement.limit(limit))]
+
+    def every_row(self, user: Key) -> Iterator[LedgerRow]:
+        """The whole ledger of ``user``, newest first, streamed."""
+        ledger = self._ledger
+        statement = self._select_ledger().where(self._owned(user))
+        statement = statement.order_by(ledger.sequence.desc().nulls_first(), ledger.id.desc())
+        with self.reading(timeout_ms=SUM_TIMEOUT_MS) as conn:
+            for row in conn.execution_options(yield_per=1000).execute(statement):
+                yield _ledger_row(row)
+
+    def transaction(self, user: Key, id: UUID) -> LedgerRow | None:
+        """One row of ``user``'s ledger."""
+        with self.reading() as conn:
+            row = conn.execute(self._select_ledger().where(self._owned(user), self._ledger.id == id)).one_or_none()
+        return None if row is None else _ledger_row(row)
+
+    def refunded(self, user: Key, purchase: UUID) -> int:
+        """Credits of ``purchase`` that were taken back so far."""
+        ledger = self._ledger
+        statement = sa.select(sa.func.coalesce(-sa.func.sum(ledger.amount), 0)).where(
+            ledger.refund_of == purchase, self._owned(user)
+        )
+        with self.reading() as conn:
+            return int(conn.scalar(statement) or 0)
+
+    def steps(self, user: Key, *, limit: int = CHART_ROWS) -> list[tuple[dt.datetime, int]]:
+        """The balance after each of the last rows of ``user``, oldest first, with its time."""
+        ledger = self._ledger
+        statement = (
+            sa.select(ledger.completed_at, ledger.balance_after)
+            .where(self._owned(user), ledger.sequence.is_not(None))
+            .order_by(ledger.sequence.desc())
+            .limit(limit)
+        )
+        with self.reading() as conn:
+            return [(row[0], row[1]) for row in conn.execute(statement)][::-1]
+
+    # --- what waits ---
+
+    def pending(
+        self, *, before: str | None = None, after: str | None = None, limit: int = PAGE_ROWS
+    ) -> Page[PendingRow]:
+        """Purchases that wait for their payment, oldest first."""
+        ledger = self._ledger
+        with self.reading() as conn:
+            return _page(
+                conn,
+                self._select_pending(),
+                order=(ledger.created_at, ledger.id),
+                place=lambda row: (row.created_at, row.id),
+                parse=_moment_cursor,
+                before=before,
+                after=after,
+                limit=limit,
+                make=_pending_row,
+                descending=False,
+            )
+
+    def every_pending(self) -> Iterator[PendingRow]:
+        """All of :meth:`pending`, streamed."""
+        statement = self._select_pending().order_by(self._ledger.created_at, self._ledger.id)
+        with self.reading(timeout_ms=SUM_TIMEOUT_MS) as conn:
+            for row in conn.execution_options(yield_per=1000).execute(statement):
+                yield _pending_row(row)
+
+    def waiting(self) -> Waiting:
+        """How many purchases wait, by age; counted up to a thousand, the oldest first."""
+        ledger = self._ledger
+        oldest = (
+            sa.select(ledger.created_at).where(self._is_pending()).order_by(ledger.created_at).limit(COUNT_UP_TO + 1)
+        ).subquery()
+        age = sa.func.now() - oldest.c.created_at
+        hour, day = (sa.literal(dt.timedelta(hours=hours), sa.Interval) for hours in (1, 24))
+        count = sa.func.count()
+        statement = sa.select(
+            count,
+            count.filter(age < hour),
+            count.filter(age >= hour, age < day),
+            count.filter(age >= day),
+            sa.func.min(oldest.c.created_at),
+        ).select_from(oldest)
+        with self.reading() as conn:
+            total, young, middle, old, first = conn.execute(statement).one()
+        return Waiting(min(total, COUNT_UP_TO), young, middle, old, first, total <= COUNT_UP_TO)
+
+    # --- migrations ---
+
+    def receipts(self) -> list[Receipt]:
+        """Runs of migrations, newest first."""
+        columns = [migration_log.c[name] for name in Receipt.__dataclass_fields__]
+        statement = sa.select(*columns).order_by(migration_log.c.id.desc()).limit(200)
+        with self.reading() as conn:
+            return [Receipt(*row) for row in conn.execute(statement)]
+
+    # --- sums, too slow for a request ---
+
+    def figures(self, now: dt.datetime) -> Figures:
+        """The sums of the overview as of ``now``. Looks at the rows of about 90 days and at every user."""
+        today = now.astimezone(dt.UTC).date()
+        first = today - dt.timedelta(days=2 * DAYS - 1)
+        with self.reading(timeout_ms=SUM_TIMEOUT_MS) as conn:
+            moved = conn.execute(self._by_day(first)).all()
+            holdings = Holdings(*conn.execute(self._holdings()).one())
+        return _figures(moved, holdings, first)
+
+    def _by_day(self, first: dt.date) -> sa.Select[Any]:
+        ledger = self._ledger
+        since = dt.datetime.combine(first, dt.time(), dt.UTC)
+        day = sa.cast(sa.func.timezone("UTC", ledger.completed_at), sa.Date)
+        kind = sa.cast(ledger.type, sa.Text)
+        return (
+            sa.select(day, kind, ledger.currency, sa.func.sum(ledger.amount), sa.func.sum(ledger.amount_paid))
+            .where(
+                # ids are UUIDv7, so the primary key finds what is young without an index of its own on the time
+                ledger.id >= _first_id(since - dt.timedelta(days=LATE_DAYS)),
+                ledger.completed_at >= since,
+            )
+            .group_by(day, kind, ledger.currency)
+        )
+
+    def _holdings(self) -> sa.Select[Any]:
+        balance = self._users.credit_balance
+        total, count = sa.func.sum(balance), sa.func.count()
+        return sa.select(
+            sa.func.coalesce(total.filter(balance > 0), 0),
+            count.filter(balance > 0),
+            sa.func.coalesce(-total.filter(balance < 0), 0),
+            count.filter(balance < 0),
+        ).select_from(self.schema.users)
+
+    # --- statements ---
+
+    def _select_users(self) -> sa.Select[Any]:
+        c = self._users
+        return sa.select(
+            c.key,
+            sa.cast(c.email, sa.Text) if "email" in c else sa.null(),
+            c.credit_balance,
+            c.credit_sequence,
+            sa.func.coalesce(c.onboarding_complete, sa.false()),
+            c.stripe_customer_id,
+            sa.func.coalesce(c.plan_tier, "free"),
+            c.updated_at,
+            c.deleted_at,
+        )
+
+    def _select_ledger(self) -> sa.Select[Any]:
+        c, workshops = self._ledger, self.schema.workshops
+        title: sa.ColumnElement[Any] = sa.null()
+        table: sa.FromClause = self.schema.credit_transactions
+        if workshops is not None and "title" in workshops.c:
+            title = sa.cast(workshops.c.title, sa.Text)
+            table = table.outerjoin(workshops, workshops.c.key == c.workshop_id)
+        columns: list[Any] = []
+        for name in LedgerRow.__dataclass_fields__:
+            if name == "workshop_title":
+                columns.append(title.label(name))
+            elif name in ("type", "status"):  # a label that a later version added is shown as it is
+                columns.append(sa.cast(c[name], sa.Text).label(name))
+            else:
+                columns.append(c[name])
+        return sa.select(*columns).select_from(table)
+
+    def _select_pending(self) -> sa.Select[Any]:
+        c, users = self._ledger, self._users
+        email: sa.ColumnElement[Any] = sa.cast(users.email, sa.Text) if "email" in users else sa.null()
+        return (
+            sa.select(c.id, c.user_id, email, c.amount, c.description, c.stripe_session_id, c.created_at)
+            .join_from(self.schema.credit_transactions, self.schema.users, users.key == c.user_id, isouter=True)
+            .where(self._is_pending())
+        )
+
+    def _is_pending(self) -> sa.ColumnElement[bool]:
+        # a literal, not a parameter: the partial index serves only what its own predicate proves
+        return self._ledger.status == sa.literal_column("'pending'")
+
+    def _is_user(self, key: Key) -> sa.ColumnElement[bool]:
+        return self._users.key == sa.literal(self.schema.user_key(key), self._users.key.type)
+
+    def _owned(self, user: Key) -> sa.ColumnElement[bool]:
+        return self._ledger.user_id == sa.literal(self.schema.user_key(user), self._ledger.user_id.type)
+
+    # --- search ---
+
+    def _matches(self, conn: sa.Connection, search: str) -> sa.ColumnElement[bool]:
+        if not search:
+            return sa.true()
+        exact = self._found(conn, search)
+        return self._users.key.in_(exact) if exact else self._resembles(search)
+
+    def _found(self, conn: sa.Connection, search: str) -> list[Key]:
+        """Users whom ``search`` names exactly, each way by an index of its own."""
+        users, ledger = self._users, self._ledger
+        if "\0" in search:
+            return []
+        tries: list[sa.Select[Any]] = []
+        if (key := self.key(search)) is not None:
+            tries.append(sa.select(users.key).where(self._is_user(key)))
+        if search.startswith("cus_"):
+            tries.append(sa.select(users.key).where(users.stripe_customer_id == search))
+        if search.startswith("cs_"):
+            tries.append(sa.select(ledger.user_id).where(ledger.stripe_session_id == search))
+        if search.startswith("pi_"):
+            tries.append(sa.select(ledger.user_id).where(ledger.stripe_payment_intent_id == search).limit(PAGE_ROWS))
+        if (id := _as_uuid(search)) is not None:
+            tries.append(sa.select(ledger.user_id).where(ledger.id == id))
+        if "email" in users and "@" in search:
+            tries.append(sa.select(users.key).where(users.email == search).limit(PAGE_ROWS))
+        for statement in tries:
+            if found := list(dict.fromkeys(conn.scalars(statement))):
+                return found
+        return []
+
+    def _resembles(self, search: str) -> sa.ColumnElement[bool]:
+        users, host = self._users, self.config.host.users
+        if "\0" in search:
+            return sa.false()
+        parts = [users.email.icontains(search, autoescape=True)] if "email" in users else []
+        if host.key_type == "text":
+            parts.append(users.key.icontains(search, autoescape=True))
+        return sa.or_(sa.false(), *parts)
+
+    def key(self, text: str) -> Key | None:
+        """``text`` as a user's key, or None if it is none."""
+        value: Key = text
+        if self.config.host.users.key_type in ("integer", "bigint"):
+            if not (text.isascii() and text.lstrip("-").isdigit()):
+                return None
+            value = int(text)
+        try:
+            return self.schema.user_key(value)
+        except InvalidArgument:
+            return None
+
+    def _cursor(self, text: str) -> tuple[Any, ...]:
+        key = self.key(text)
+        if key is None:
+            raise _bad_cursor(text)
+        return (key,)
+
+
+def _page(
+    conn: sa.Connection,
+    statement: sa.Select[Any],
+    *,
+    order: tuple[sa.ColumnElement[Any], ...],
+    place: Callable[[sa.Row[Any]], tuple[object, ...]],
+    parse: Callable[[str], tuple[object, ...]],
+    before: str | None,
+    after: str | None,
+    limit: int,
+    make: Callable[[sa.Row[Any]], Row],
+    descending: bool,
+) -> Page[Row]:
+    """Rows next to a cursor, in the list's own order. ``before`` asks for what the list shows above it.
+
+    ``place`` says where a row stands in ``order``, and ``parse`` reads that back from a cursor.
+    """
+    upwards = before is not None
+    cursor = before if upwards else after
+    falling = descending != upwards
+    if cursor is not None:
+        values = [sa.literal(value, column.type) for value, column in zip(parse(cursor), order, strict=True)]
+        left, right = (sa.tuple_(*order), sa.tuple_(*values)) if len(order) > 1 else (order[0], values[0])
+        statement = statement.where(left < right if falling else left > right)
+    statement = statement.order_by(*(column.desc() if falling else column.asc() for column in order)).limit(limit + 1)
+    rows = list(conn.execute(statement))
+    more = len(rows) > limit
+    rows = rows[:limit]
+    if upwards:
+        rows.reverse()
+    if not rows:
+        return Page([], None, None)
+    first, last = (_text(place(row)) for row in (rows[0], rows[-1]))
+    return Page(
+        [make(row) for row in rows],
+        before=first if (more if upwards else after is not None) else None,
+        after=last if upwards or more else None,
+    )
+
+
+def _text(place: tuple[Any, ...]) -> str:
+    return "~".join(part.isoformat() if isinstance(part, dt.datetime) else str(part) for part in place)
+
+
+def _whole_cursor(text: str) -> tuple[int]:
+    if text.isascii() and text.isdigit() and len(text) < 11:  # noqa: PLR2004 - digits of a 32-bit integer
+        return (min(int(text), 2**31 - 1),)
+    raise _bad_cursor(text)
+
+
+def _moment_cursor(text: str) -> tuple[dt.datetime, UUID]:
+    moment, _, id = text.partition("~")
+    try:
+        parsed, row = dt.datetime.fromisoformat(moment), UUID(id)
+    except ValueError:
+        raise _bad_cursor(text) from None
+    if parsed.tzinfo is None:
+        raise _bad_cursor(text)
+    return parsed, row
+
+
+def _bad_cursor(text: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"cursor={text!r}: no place in this list. Begin at its first page", argument="cursor", value=text
+    )
+
+
+def _as_uuid(text: str) -> UUID | None:
+    try:
+        return UUID(text)
+    except ValueError:
+        return None
+
+
+def _first_id(moment: dt.datetime) -> UUID:
+    """The lowest UUIDv7 of this millisecond."""
+    return UUID(int=(int(moment.timestamp() * 1000) << 80) | (7 << 76) | (2 << 62))
+
+
+def _utc(moment: Any) -> Any:
+    return moment.replace(tzinfo=dt.UTC) if isinstance(moment, dt.datetime) and moment.tzinfo is None else moment
+
+
+def _user(row: Sequence[Any]) -> UserRow:
+    return UserRow(*(_utc(value) for value in row))
+
+
+def _pending_row(row: Sequence[Any]) -> PendingRow:
+    return PendingRow(*row)
+
+
+def _ledger_row(row: Sequence[Any]) -> LedgerRow:
+    return LedgerRow(*row)
+
+
+def _figures(moved: Sequence[Sequence[Any]], holdings: Holdings, first: dt.date) -> Figures:
+    names = {"purchase": "sold", "consumption": "consumed", "refund": "refunded", "grant": "granted"}
+    days = {first + dt.timedelta(days=number): dict.fromkeys(names.values(), 0) for number in range(2 * DAYS)}
+    money: dict[str, dict[str, int]] = {}
+    middle = first + dt.timedelta(days=DAYS)
+    for date, kind, currency, credits, paid in moved:
+        if date not in days:
+            continue  # completed after the day that this was asked for
+        if kind in names:
+            days[date][names[kind]] += abs(credits)
+        if currency is not None and paid is not None:
+            sums = money.setdefault(currency, {"now": 0, "before": 0, "credits": 0})
+            sums["now" if date >= middle else "before"] += int(paid)
+            sums["credits"] += credits
+    return Figures(
+        days=[Day(date, **sums) for date, sums in days.items()],
+        money=[Money(currency, **sums) for currency, sums in sorted(money.items())],
+        holdings=holdings,
+    )

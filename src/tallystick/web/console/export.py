@@ -1,0 +1,99 @@
+"""Lists for programs and spreadsheets, and the console's files."""
+
+from __future__ import annotations
+
+import csv as csv_module
+import dataclasses
+import datetime as dt
+import enum
+import io
+import json as json_module
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from decimal import Decimal
+from functools import cache
+from importlib import resources
+from itertools import chain
+from typing import Any
+from uuid import UUID
+
+from starlette.responses import Response, StreamingResponse
+
+from tallystick.web.pages import MEDIA_TYPES
+
+log = logging.getLogger("tallystick.console")
+
+_FLUSH_BYTES = 64 * 1024
+
+
+def json(value: Any) -> Response:
+    """``value``, dataclasses included, as JSON; times in ISO 8601, keys and ids as text."""
+    return Response(json_module.dumps(_plain(value), ensure_ascii=False), media_type="application/json")
+
+
+def csv(name: str, rows: Iterable[Any], *, operator: str, columns: type | None = None) -> Response:
+    """Dataclass instances as a CSV file, streamed. ``columns`` heads the file when there are no rows."""
+    log.info("export=%r operator=%r", name, operator)
+    found = iter(rows)
+    # The first row is read here, so that a refused query is an error page and not half a file.
+    first = next(found, None)
+    kind = type(first) if first is not None else columns
+    header = [field.name for field in dataclasses.fields(kind)] if kind else []
+    lines = _lines(header, chain([first], found) if first is not None else ())
+    file = re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:80]
+    headers = {"Content-Disposition": f'attachment; filename="tallystick-{file}.csv"'}
+    return StreamingResponse(lines, media_type="text/csv; charset=utf-8", headers=headers)
+
+
+def _lines(header: list[str], rows: Iterable[Any]) -> Iterator[str]:
+    buffer = io.StringIO()
+    writer = csv_module.writer(buffer)
+    writer.writerow(header)
+    for row in rows:
+        writer.writerow([_cell(getattr(row, name)) for name in header])
+        if buffer.tell() > _FLUSH_BYTES:
+            yield buffer.getvalue()
+            buffer.seek(0)
+            buffer.truncate()
+    yield buffer.getvalue()
+
+
+def _cell(value: Any) -> str | int | float:
+    if value is None:
+        return ""
+    if isinstance(value, int | float):
+        return value
+    if isinstance(value, list | dict):
+        return json_module.dumps(_plain(value), ensure_ascii=False)
+    text = value.isoformat() if isinstance(value, dt.date) else str(value)
+    # A spreadsheet takes such a text for a formula; the quote keeps it what it is.
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
+def _plain(value: Any) -> Any:  # noqa: PLR0911 - one line for each kind of value
+    match value:
+        case enum.Enum():
+            return value.value
+        case None | bool() | int() | float() | str():
+            return value
+        case dict():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case dt.date():
+            return value.isoformat()
+        case Decimal():
+            return int(value)
+        case UUID():
+            return str(value)
+        case _ if dataclasses.is_dataclass(value):
+            return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    raise TypeError(f"no JSON for {type(value).__name__}")
+
+
+@cache
+def static(name: str) -> tuple[bytes, str] | None:
+    """The content and media type of one of the console's own files; ``name`` is one of a fixed list."""
+    file = resources.files("tallystick.web.console").joinpath("static", name)
+    return (file.read_bytes(), MEDIA_TYPES[name.rpartition(".")[2]]) if file.is_file() else None

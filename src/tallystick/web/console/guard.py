@@ -1,0 +1,249 @@
+"""The one way in. Every request passes here before any page: its host, door, session and form token are checked.
+
+Refusing is the default: what is not a file of ours (``/static``) or the log-in needs a session.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from http.cookies import CookieError, SimpleCookie
+from urllib.parse import parse_qsl, quote, urlsplit
+
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tallystick.web.console.access import (
+    COOKIE,
+    SESSION_S,
+    Door,
+    LocalLink,
+    Passwords,
+    Session,
+    Sessions,
+    TooMany,
+    TrustedProxy,
+)
+from tallystick.web.pages import security_headers
+
+log = logging.getLogger("tallystick.console")
+
+FORM_BYTES = 64 * 1024
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+
+Show = Callable[..., Response]
+
+
+class Refused(Exception):  # an answer, not a fault of the database or the ledger: no part of their tree
+    """A request that goes no further."""
+
+    def __init__(self, status: int, title: str, text: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(title)
+        self.status, self.title, self.text, self.headers = status, title, text, dict(headers or {})
+
+
+class Guard:
+    """ASGI middleware around the console's pages. ``show(request, template, status=…, **values)`` renders one."""
+
+    def __init__(self, app: ASGIApp, *, door: Door, address: str, show: Show) -> None:
+        self._app = app
+        self._door = door
+        self._show = show
+        self._sessions = Sessions()
+        parts = urlsplit(address)
+        port = f":{parts.port}" if parts.port else ""
+        names = {parts.netloc.lower()}
+        if f"[{parts.hostname}]" in _LOOPBACK or parts.hostname in _LOOPBACK:
+            names |= {name + port for name in _LOOPBACK}
+        self._hosts = names
+        self._origins = {f"{parts.scheme}://{name}" for name in names}
+        self._secure = parts.scheme == "https"
+        self._headers = {
+            **security_headers(),
+            "Referrer-Policy": "same-origin",
+            "X-Frame-Options": "DENY",
+            "X-Robots-Tag": "noindex",
+            **({"Strict-Transport-Security": "max-age=31536000"} if self._secure else {}),
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or answer it here."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            return
+        cookie: str | None = None
+
+        async def dressed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in self._headers.items():
+                    if not (name == "Cache-Control" and name in headers):
+                        headers[name] = value
+                if cookie is not None:
+                    headers.append("set-cookie", cookie)
+            await send(message)
+
+        request = Request(scope, receive)
+        scope.setdefault("state", {})
+        request.state.session, request.state.token = None, ""
+        try:
+            self._check_host(request.headers)
+            answer, cookie = await self._admit(request)
+        except Refused as refusal:
+            log.info("refused status=%d path=%r peer=%r", refusal.status, scope["path"], _peer(scope))
+            answer = self._show(request, "refused.html", status=refusal.status, title=refusal.title, text=refusal.text)
+            answer.headers.update(refusal.headers)
+        await answer(scope, receive, dressed)
+
+    async def _admit(self, request: Request) -> tuple[ASGIApp, str | None]:
+        """What is to answer this request, and the cookie to set. Raises Refused."""
+        path = _path(request.scope)
+        if path.startswith("/static/"):
+            return self._app, None
+        session, cookie = self._session(request)
+        if session is None:
+            return await self._knock(request, path)
+        request.state.session, request.state.token = session, self._sessions.token(session)
+        if request.method in ("GET", "HEAD"):
+            return self._app, cookie
+        self._check_origin(request)
+        request.state.form = await _form(request)
+        if not self._sessions.accepts(session, request.state.form.get("token", "")):
+            raise Refused(403, "This form is out of date", "Nothing was changed. Go back, reload, and try again.")
+        if path == "/logout":
+            self._sessions.end(session)
+            log.info("log-out operator=%r", session.operator)
+            return RedirectResponse(_home(request.scope), 303), self._cookie("", age=0)
+        return self._app, cookie
+
+    # --- who is it ---
+
+    def _session(self, request: Request) -> tuple[Session | None, str | None]:
+        """The request's session, and the cookie to set if it is new."""
+        session = self._sessions.read(_cookie(request.headers))
+        if not isinstance(self._door, TrustedProxy):
+            return session, None
+        # The proxy's word counts on every request: a cookie alone opens nothing.
+        if not self._door.trusts(_peer(request.scope)):
+            raise Refused(403, "Not from here", "This console is reached through its proxy only.")
+        operator = self._door.operator(request.scope["headers"])
+        if operator is None:
+            raise Refused(401, "Who are you?", "The proxy named no operator.")
+        if session is not None and session.operator == operator:
+            return session, None
+        session, value = self._sessions.begin(operator)
+        log.info("log-in operator=%r by=proxy", operator)
+        return session, self._cookie(value)
+
+    async def _knock(self, request: Request, path: str) -> tuple[Response, str | None]:
+        """Answer somebody who is not in: the log-in itself, or the way to it."""
+        door, scope = self._door, request.scope
+        if isinstance(door, LocalLink):
+            if path == "/enter" and request.method == "GET":
+                operator = door.redeem(request.query_params.get("token", ""))
+                if operator is not None:
+                    return self._welcome(scope, operator, "link")
+                log.warning("log-in refused by=link peer=%r", _peer(scope))
+            raise Refused(
+                401,
+                "This link is used up" if path == "/enter" else "Not logged in",
+                "Open the link that was printed when the console started. It works once, within 15 minutes. "
+                "For a new one, start it again: tallystick serve",
+            )
+        assert isinstance(door, Passwords)  # noqa: S101 - proxies were dealt with
+        if path == "/login" and request.method == "POST":
+            return await self._log_in(request, door)
+        if path == "/login" and request.method in ("GET", "HEAD"):
+            return self._show(request, "login.html", error=None, name=""), None
+        if request.method in ("GET", "HEAD") and not path.endswith((".json", ".csv")):
+            return RedirectResponse(f"{_root(scope)}/login", 303), None
+        raise Refused(401, "Not logged in", "Log in first.")
+
+    async def _log_in(self, request: Request, door: Passwords) -> tuple[Response, str | None]:
+        self._check_origin(request)  # there is no session yet to make a token from
+        form = await _form(request)
+        name = form.get("name", "")
+        try:
+            operator = await run_in_threadpool(door.check, name, form.get("password", ""))
+        except TooMany as error:
+            log.warning("log-in refused operator=%r peer=%r too many", name[:100], _peer(request.scope))
+            raise Refused(
+                429,
+                "Too many log-ins failed",
+                f"Try again in {error.seconds} seconds.",
+                {"Retry-After": str(error.seconds)},
+            ) from None
+        if operator is None:
+            log.warning("log-in refused operator=%r peer=%r", name[:100], _peer(request.scope))
+            fault = "Name and password do not match."
+            return self._show(request, "login.html", status=401, error=fault, name=name), None
+        return self._welcome(request.scope, operator, "password")
+
+    def _welcome(self, scope: Scope, operator: str, by: str) -> tuple[Response, str]:
+        _, value = self._sessions.begin(operator)
+        log.info("log-in operator=%r by=%s peer=%r", operator, by, _peer(scope))
+        return RedirectResponse(_home(scope), 303), self._cookie(value)
+
+    def _cookie(self, value: str, *, age: int = SESSION_S) -> str:
+        secure = "; Secure" if self._secure else ""
+        return f"{COOKIE}={value}; Max-Age={age}; Path=/; HttpOnly; SameSite=Strict{secure}"
+
+    # --- where does it come from ---
+
+    def _check_host(self, headers: Headers) -> None:
+        # A page elsewhere can point its own name at 127.0.0.1 (DNS rebinding); the name it then sends is not ours.
+        if headers.get("host", "").lower() not in self._hosts:
+            raise Refused(421, "Another host's name", "This console is not served under the name in this address.")
+
+    def _check_origin(self, request: Request) -> None:
+        origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site")
+        if (origin is not None and origin not in self._origins) or site not in (None, "same-origin", "none"):
+            raise Refused(403, "From another site", "Nothing was changed. Forms are accepted from the console itself.")
+
+
+async def _form(request: Request) -> dict[str, str]:
+    """The fields of a plain form; of a repeated one the last."""
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/x-www-form-urlencoded":
+        raise Refused(415, "Not a form", "Nothing was changed. Send application/x-www-form-urlencoded.")
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > FORM_BYTES:
+            raise Refused(413, "Too long", f"Nothing was changed. A form has at most {FORM_BYTES} bytes.")
+    try:
+        return dict(parse_qsl(body.decode("utf-8"), keep_blank_values=True, max_num_fields=50))
+    except ValueError:
+        raise Refused(400, "Not a form", "Nothing was changed. Its fields could not be read.") from None
+
+
+def _cookie(headers: Headers) -> str | None:
+    jar: SimpleCookie = SimpleCookie()
+    try:
+        jar.load(headers.get("cookie", ""))
+    except CookieError:
+        return None
+    return jar[COOKIE].value if COOKIE in jar else None
+
+
+def _peer(scope: Scope) -> str | None:
+    """Who is at the other end of the connection, whatever headers say."""
+    return scope["client"][0] if scope.get("client") else None
+
+
+def _root(scope: Scope) -> str:
+    return quote(str(scope.get("root_path", "")).rstrip("/"))
+
+
+def _home(scope: Scope) -> str:
+    return f"{_root(scope)}/"
+
+
+def _path(scope: Scope) -> str:
+    root = str(scope.get("root_path", "")).rstrip("/")
+    path = str(scope["path"])
+    return path[len(root) :] if root and path.startswith(root) else path

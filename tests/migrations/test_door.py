@@ -1,0 +1,131 @@
+"""Our revision inside a host's own Alembic history, run by Alembic."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config as AlembicConfig
+from hosts import App
+
+from tallystick import migrate
+from tallystick.config import to_toml
+from tallystick.errors import MigrationError
+
+ENV = """
+from alembic import context
+import sqlalchemy as sa
+url = context.config.get_main_option("sqlalchemy.url")
+if context.is_offline_mode():
+    context.configure(url=url, literal_binds=True, dialect_opts={{"paramstyle": "named"}})
+    with context.begin_transaction():
+        context.run_migrations()
+else:
+    with sa.create_engine(url, poolclass=sa.NullPool).connect() as connection:
+        context.configure(connection=connection, transaction_per_migration=True)
+        with context.begin_transaction():
+            context.run_migrations()
+"""
+REVISION = """
+from alembic import op
+from tallystick.migrate import upgrade_revision
+revision, down_revision = {revision!r}, {down!r}
+def upgrade():
+    {code}
+def downgrade():
+    pass
+"""
+SCHEMA = "upgrade_revision(op, to='0001')"
+ONLINE = "upgrade_revision(op, to='0001', part='online')"
+ALL = (
+    *(f"upgrade_revision(op, to={revision.revision!r})" for revision in migrate.revisions()),
+    *(
+        f"with op.get_context().autocommit_block(): upgrade_revision(op, to={revision.revision!r}, part='online')"
+        for revision in migrate.revisions()
+    ),
+)
+
+
+def history(app: App, folder: Path, monkeypatch: pytest.MonkeyPatch, *bodies: str) -> AlembicConfig:
+    (folder / "host" / "versions").mkdir(parents=True)
+    (folder / "tallystick.toml").write_text(to_toml(app.config.host))
+    (folder / "host" / "env.py").write_text(ENV.replace("{{", "{").replace("}}", "}"))
+    for number, body in enumerate(bodies):
+        code = REVISION.format(revision=f"h{number}", down=f"h{number - 1}" if number else None, code=body)
+        (folder / "host" / "versions" / f"h{number}.py").write_text(code)
+    monkeypatch.chdir(folder)
+    config = AlembicConfig(output_buffer=io.StringIO())
+    config.set_main_option("script_location", str(folder / "host"))
+    config.set_main_option("sqlalchemy.url", app.url.replace("%", "%%"))
+    return config
+
+
+def without_its_own(shape: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Without the version table of the host's Alembic."""
+    return {(kind, text) for kind, text in shape if "alembic_version" not in text}
+
+
+def test_both_parts_end_as_apply_does(app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alembic = history(app, tmp_path, monkeypatch, *ALL, "op.execute('SELECT 1')")
+    command.upgrade(alembic, "head")
+
+    with app.engine.connect() as conn:
+        assert migrate.status(conn, app.config).healthy
+    assert not migrate.apply(app.url, app.config).changed
+    assert app.value("SELECT version_num FROM alembic_version") == f"h{len(ALL)}"
+
+
+def test_it_is_all_or_nothing_with_the_hosts_revision(
+    app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = app.shape()
+    alembic = history(app, tmp_path, monkeypatch, f"{SCHEMA}; op.execute('SELECT 1 / 0')")
+    with pytest.raises(sa.exc.DataError, match="division by zero"):
+        command.upgrade(alembic, "head")
+    assert without_its_own(app.shape()) == before
+
+
+def test_concurrently_is_refused_in_a_transaction(app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alembic = history(app, tmp_path, monkeypatch, SCHEMA, ONLINE)
+    with pytest.raises(MigrationError, match=r"autocommit_block\(\):\n .*part=\"online\""):
+        command.upgrade(alembic, "head")
+
+
+def test_the_schema_is_refused_outside_of_one(app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alembic = history(app, tmp_path, monkeypatch, f"with op.get_context().autocommit_block(): {SCHEMA}")
+    with pytest.raises(MigrationError, match="needs a transaction"):
+        command.upgrade(alembic, "head")
+
+
+def test_after_the_runner_it_has_nothing_to_do(app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    migrate.apply(app.url, app.config)
+    after = app.shape()
+    command.upgrade(history(app, tmp_path, monkeypatch, *ALL), "head")
+    assert without_its_own(app.shape()) == without_its_own(after)
+
+
+def test_an_unknown_revision_is_named(app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alembic = history(app, tmp_path, monkeypatch, "upgrade_revision(op, to='9999')")
+    with pytest.raises(MigrationError, match=r"no revision '9999'\. Known: 0001, "):
+        command.upgrade(alembic, "head")
+
+
+def test_settings_of_the_hosts_transaction_stay(app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = (
+        "op.execute(\"SET LOCAL lock_timeout = '7s'\"); "
+        f"{SCHEMA}; op.execute(\"CREATE TABLE seen AS SELECT current_setting('lock_timeout') AS value\")"
+    )
+    command.upgrade(history(app, tmp_path, monkeypatch, check), "head")
+    assert app.value("SELECT value FROM seen") == "7s"
+
+
+def test_offline_it_is_written_out(app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alembic = history(app, tmp_path, monkeypatch, *ALL)
+    command.upgrade(alembic, "head", sql=True)
+    script = alembic.output_buffer.getvalue()
+    app.psql(script)
+    with app.engine.connect() as conn:
+        assert migrate.status(conn, app.config).healthy

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+from starlette.testclient import TestClient
+from starlette.types import ASGIApp
+
+from tallystick.web.console import Door, LocalLink, console
+from worlds import SHAPES, World
+
+ADDRESS = "http://127.0.0.1:8420"
+CROWD_USERS = 100_000
+CROWD_ROWS_EACH = 3
+
+
+class Visitor(TestClient):
+    """A browser without JavaScript, from this machine unless another ``peer`` is named."""
+
+    def __init__(self, app: ASGIApp, *, peer: str = "127.0.0.1", address: str = ADDRESS) -> None:
+        super().__init__(app, base_url=address, client=(peer, 50_000), follow_redirects=False)
+
+    def token(self, path: str = "/") -> str:
+        """What the forms of a page send along."""
+        page = self.get(path)
+        found = re.search(r'name="token" value="([0-9a-f]+)"', page.text)
+        assert found, (path, page.status_code, page.text)
+        return found[1]
+
+    def submit(self, path: str, **fields: Any) -> Any:
+        return self.post(path, data={"token": self.token(), **{name: str(value) for name, value in fields.items()}})
+
+
+@pytest.fixture
+def open_console() -> Iterator[Callable[..., Visitor]]:
+    """``open_console(world, **options) -> Visitor`` who has come in by the link."""
+    with ExitStack() as stack:
+
+        def make(world: World, *, address: str = ADDRESS, door: Door | None = None, **options: Any) -> Visitor:
+            link = LocalLink()
+            engine = sa.create_engine(world.url)
+            stack.callback(engine.dispose)
+            app = console(world.config, engine=engine, door=door or link, address=address, **options)
+            visitor = Visitor(app, address=address)
+            if door is None:
+                assert visitor.get("/enter", params={"token": link.token}).status_code == 303
+            return visitor
+
+        yield make
+
+
+@pytest.fixture(scope="session")
+def empty_world(server: Any, _templates: Callable[[str], str]) -> Iterator[World]:
+    """A migrated host app for tests that change nothing of each other's."""
+    yield World(server.create_database("console", template=_templates("uuid")), SHAPES["uuid"].host)
+    server.drop_database("console")
+
+
+@pytest.fixture(scope="session")
+def crowd(server: Any, _templates: Callable[[str], str]) -> Iterator[World]:
+    """100,000 users with three rows each, 90 days of them, made set-wise; only read from."""
+    url = server.create_database("crowd", template=_templates("uuid"))
+    fill(url)
+    yield World(url, SHAPES["uuid"].host)
+    server.drop_database("crowd")
+
+
+USERS = """
+INSERT INTO users (id, email, credit_sequence, credit_balance)
+SELECT md5('user ' || n)::uuid, 'person' || n || '@example.com', %(each)s, 6 - %(each)s
+FROM generate_series(1, %(users)s) n
+"""
+
+# A user buys five credits and spends the rest of the rows one by one. Times run up to now over 90 days, user after
+# user, so that rows lie as live traffic would have left them; ids are UUIDv7.
+ROWS = """
+INSERT INTO credit_transactions (
+  id, user_id, type, status, amount, balance_after, sequence, description, amount_paid, currency, created_at,
+  completed_at)
+SELECT
+  (lpad(to_hex((extract(epoch FROM at) * 1000)::bigint), 12, '0') || '7' || substr(md5(k::text), 1, 3)
+    || '8' || substr(md5(k::text), 4, 15))::uuid,
+  md5('user ' || u)::uuid,
+  (CASE WHEN s = 1 THEN 'purchase' ELSE 'consumption' END)::credit_transaction_type,
+  'completed',
+  CASE WHEN s = 1 THEN 5 ELSE -1 END,
+  6 - s,
+  s,
+  CASE WHEN s = 1 THEN 'Purchased Five Flights pack' ELSE 'Credit consumed for Workshop: Mobile App Discovery' END,
+  CASE WHEN s = 1 THEN 34900 END,
+  CASE WHEN s = 1 THEN 'usd' END,
+  at,
+  at
+FROM (
+  SELECT k, 1 + k %% %(users)s AS u, (1 + k / %(users)s)::int AS s,
+    now() - interval '90 days' + (k + 1)::float / (%(users)s * %(each)s) * interval '90 days' AS at
+  FROM generate_series(0, %(users)s * %(each)s - 1) k) made
+"""
+
+
+def fill(url: str, *, users: int = CROWD_USERS, each: int = CROWD_ROWS_EACH) -> None:
+    with psycopg.connect(url.replace("+psycopg", "", 1), autocommit=True) as conn:
+        conn.execute("SET session_replication_role = replica")  # the foreign keys hold by construction
+        conn.execute(USERS, {"users": users, "each": each})
+        conn.execute(ROWS, {"users": users, "each": each})
+        conn.execute("RESET session_replication_role")
+        conn.execute("VACUUM ANALYZE users")
+        conn.execute("VACUUM ANALYZE credit_transactions")

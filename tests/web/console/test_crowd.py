@@ -1,0 +1,357 @@
+"""With 100,000 users: no page reads a big table from end to end, and people find their way in a real browser.
+
+The browser is Debian's Chromium (``CHROMIUM`` names another); without one its tests are skipped.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import re
+import shutil
+import socket
+import threading
+from pathlib import Path
+
+import axe_playwright_python
+import pytest
+import sqlalchemy as sa
+import uvicorn
+from playwright.sync_api import expect, sync_playwright
+
+from tallystick.web.console import LocalLink, Passwords, console, hash_password
+from tallystick.web.console.books import Books
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]  # fmt: skip
+AXE = Path(axe_playwright_python.__file__).with_name("axe.min.js")
+PATIENCE_MS = 30_000
+ALL = "100,000"
+
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+
+
+# --- the database's side ---
+
+
+def scans(node):
+    """The sequential scans in a plan, with the table of each."""
+    if node["Node Type"].endswith("Seq Scan"):
+        yield node["Relation Name"]
+    for child in node.get("Plans", ()):
+        yield from scans(child)
+
+
+@pytest.fixture
+def plans(crowd):
+    """``plans(read)``: the statements that ``read(books)`` makes on the crowd's database, each with its scans."""
+
+    def explain(read):
+        books, made = Books(crowd.config, crowd.engine), []
+
+        def note(conn, cursor, statement, parameters, context, executemany):
+            if statement.startswith("SELECT") and "set_config" not in statement:
+                made.append((statement, parameters))
+
+        sa.event.listen(crowd.engine, "before_cursor_execute", note)
+        try:
+            read(books)
+        finally:
+            sa.event.remove(crowd.engine, "before_cursor_execute", note)
+        assert made
+        with crowd.engine.connect() as conn:
+            found = []
+            for statement, parameters in made:
+                plan = conn.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {statement}", parameters).scalar_one()
+                found.append((statement, set(scans(plan[0]["Plan"])) & {"users", "credit_transactions"}))
+        return found
+
+    return explain
+
+
+def first_key(books):
+    return books.users(limit=1).rows[0].key
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda books: books.estimates(),
+        lambda books: books.users(),
+        lambda books: books.users(after=str(first_key(books))),
+        lambda books: books.users(before="ff000000-0000-0000-0000-000000000000"),
+        lambda books: books.tallies([row.key for row in books.users().rows]),
+        lambda books: books.users(search=str(first_key(books))),
+        lambda books: books.users(search="person77777@example.com"),
+        lambda books: books.users(search="cs_test_1 cus_1"),
+        lambda books: books.user(first_key(books)),
+        lambda books: books.ledger(first_key(books)),
+        lambda books: books.ledger(first_key(books), after="2"),
+        lambda books: books.unfinished(first_key(books)),
+        lambda books: books.steps(first_key(books)),
+        lambda books: books.pending(),
+        lambda books: books.waiting(),
+    ],
+)
+def test_pages_read_big_tables_through_indexes_only(plans, read):
+    for statement, scanned in plans(read):
+        if "ILIKE" not in statement.upper() and "lower(" not in statement:  # a part of an address
+            assert not scanned, statement
+
+
+def test_the_figures_read_young_rows_only(plans, crowd):
+    by_day, _ = plans(lambda books: books.figures(dt.datetime.now(dt.UTC)))
+    assert "GROUP BY" in by_day[0]
+    statement = Books(crowd.config, crowd.engine)._by_day(dt.date(2026, 1, 1))
+    assert "credit_transactions.id >=" in str(statement)
+
+
+def test_estimates_are_near(crowd):
+    users, rows = Books(crowd.config, crowd.engine).estimates()
+    assert users == pytest.approx(100_000, rel=0.05)
+    assert rows == pytest.approx(300_000, rel=0.05)
+
+
+# --- the browser's side ---
+
+
+class Served:
+    """The console behind uvicorn on a free port, as ``tallystick serve`` runs it."""
+
+    def __init__(self, world, *, passwords=None, **options):
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{self.listening.getsockname()[1]}"
+        self.link = LocalLink()
+        self.engine = sa.create_engine(world.url)
+        door = self.link if passwords is None else Passwords(passwords)
+        app = console(world.config, engine=self.engine, door=door, address=self.address, **options)
+        settings = uvicorn.Config(app, proxy_headers=False, access_log=False, log_level="critical", lifespan="off")
+        self.server = uvicorn.Server(settings)
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listening]})
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.should_exit = True
+        self.thread.join()
+        self.listening.close()
+        self.engine.dispose()
+
+    @property
+    def door(self):
+        return f"{self.address}/enter?token={self.link.token}"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield running
+        running.close()
+
+
+def is_fault(said):
+    """Refused by the Content-Security-Policy, an uncaught error, …; a refusal's status is the test's own matter."""
+    return said.type == "error" and not said.text.startswith("Failed to load resource")
+
+
+@pytest.fixture
+def visit(browser):
+    """``visit(served, **how) -> Page``; whatever the page's console complains of fails the test."""
+    contexts, complaints = [], []
+
+    def open_page(at, **how):
+        contexts.append(browser.new_context(**how))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(PATIENCE_MS)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda said: complaints.append(said.text) if is_fault(said) else None)
+        page.goto(at.door)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not complaints
+
+
+expect.set_options(timeout=PATIENCE_MS)
+
+
+@pytest.fixture(scope="module")
+def big(crowd):
+    with Served(crowd) as running:
+        yield running
+    running.link._used = False
+
+
+@pytest.fixture
+def again(big):
+    """The crowd's console with its link good for one more visit."""
+    big.link._used = False
+    return big
+
+
+@needs_browser
+def test_from_the_overview_to_a_person_in_two_steps(again, visit):
+    page = visit(again)
+    expect(page.get_by_role("heading", level=1)).to_contain_text(f"All {ALL} balances agree with their ledgers")
+    chart = page.locator("[data-bars] canvas")
+    expect(chart).to_be_visible()
+    page.locator("[data-bars] .u-over").hover()
+    expect(page.locator(".u-legend")).to_contain_text(re.compile(r"Sold.*\d"))
+
+    page.get_by_text("As a table").click()
+    expect(page.get_by_role("table").first.get_by_role("row")).to_have_count(31)
+
+    page.get_by_role("link", name="Users").click()
+    page.keyboard.type("person77777@example.com")  # the search has the focus
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", level=1)).to_have_text("person77777@example.com")
+    expect(page.get_by_role("img", name="3 entries, balance 3, no gaps")).to_be_visible()
+    expect(page.locator("[data-steps] canvas")).to_be_visible()
+
+
+@needs_browser
+def test_pages_of_users_older_and_newer(again, visit):
+    page = visit(again)
+    page.goto(f"{again.address}/users")
+    expect(page.get_by_role("heading", level=1)).to_contain_text("about 100,")
+    first = page.get_by_role("table").get_by_role("link").first.inner_text()
+    page.get_by_role("link", name="Next").click()
+    page.wait_for_url("**/users?after=*")
+    assert page.get_by_role("table").get_by_role("link").first.inner_text() != first
+    page.get_by_role("link", name="Previous").click()
+    page.wait_for_url("**/users?before=*")
+    assert page.get_by_role("table").get_by_role("link").first.inner_text() == first
+
+
+@needs_browser
+def test_a_check_of_all_balances_from_the_page(again, visit):
+    page = visit(again)
+    page.goto(f"{again.address}/audit")
+    page.get_by_role("button").filter(has_text="Check").click()
+    expect(page.get_by_role("heading", level=1)).to_contain_text(f"All {ALL} balances agree")
+    expect(page.get_by_text("300,000 ledger rows")).to_be_visible()
+
+
+@needs_browser
+def test_without_javascript_everything_is_there(again, visit):
+    page = visit(again, java_script_enabled=False)
+    expect(page.get_by_role("heading", level=1)).to_contain_text("balances agree")
+    page.get_by_text("As a table").click()
+    expect(page.get_by_role("table").first).to_be_visible()
+    page.get_by_role("link", name="Users").click()
+    page.get_by_role("searchbox").fill("person1@example.com")
+    page.get_by_role("button", name="Search").click()
+    expect(page.get_by_role("img", name="3 entries, balance 3, no gaps")).to_be_visible()
+    page.get_by_role("link", name="Audit").click()
+    page.get_by_role("button", name=re.compile("Check")).click()
+    expect(page.get_by_role("heading", level=1)).to_contain_text("balances agree")
+    page.get_by_role("button", name="Log out").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Not logged in")
+
+
+@needs_browser
+def test_on_a_phone_nothing_runs_off_the_side(again, visit, crowd):
+    page = visit(again, viewport={"width": 360, "height": 740})
+    with crowd.engine.connect() as conn:
+        user = conn.scalar(sa.text("SELECT id FROM users LIMIT 1"))
+    for path in ("/", "/users", f"/user?key={user}", "/pending", "/audit", "/migrations"):
+        page.goto(again.address + path)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360, path
+
+
+@pytest.fixture
+def shop(world):
+    """A person with some of everything."""
+    user = world.user(credits=5)
+    with world.engine.begin() as conn:
+        world.ledger.consume(conn, user, workshop=world_workshop(conn, world, user), key="1")
+        bought = world.buy(conn, user, 3)
+        world.ledger.refund(conn, user, bought.id, credits=1, key="2")
+        pending = world.ledger.start_purchase(conn, user, credits=5, description="Purchased Five Flights")
+        world.ledger.attach_session(conn, user, pending.id, stripe_session_id="cs_test_1")
+        failed = world.ledger.start_purchase(conn, user, credits=5, description="Purchased Five Flights")
+        world.ledger.fail_purchase(conn, user, id=failed.id, reason="expired")
+        conn.execute(sa.text("ALTER TABLE credit_transactions DISABLE TRIGGER tallystick_append_only"))
+        conn.execute(sa.text("DELETE FROM credit_transactions WHERE sequence = 2"))
+        conn.execute(sa.text("ALTER TABLE credit_transactions ENABLE TRIGGER tallystick_append_only"))
+    return world, user
+
+
+def world_workshop(conn, world, user):
+    workshop = world.key("uuid")
+    conn.execute(sa.insert(world.schema.workshops).values(key=workshop, owner=user, title="Mobile App Discovery"))
+    return workshop
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    "how", [{"color_scheme": "light"}, {"color_scheme": "dark", "viewport": {"width": 390, "height": 800}}]
+)
+def test_no_accessibility_violation(shop, visit, how):
+    world, user = shop
+    with Served(world, allow_actions=True) as running:
+        page = visit(running, **how)
+        for path in (
+            "/", "/users", "/users?q=nobody-here", f"/user?key={user}", "/pending", "/audit", "/migrations",
+            f"/user/grant?key={user}", f"/user/grant?key={user}&credits=x",
+            f"/user/grant?key={user}&credits=2&reason=x",
+        ):  # fmt: skip
+            page.goto(running.address + path)
+            if path == "/audit":
+                expect(page.locator("progress")).to_have_count(0)
+            page.evaluate(AXE.read_text(encoding="utf-8"))
+            found = page.evaluate("axe.run()")
+            assert [(one["id"], [n["html"] for n in one["nodes"]]) for one in found["violations"]] == [], path
+
+
+@needs_browser
+def test_a_double_click_grants_once(shop, visit):
+    world, user = shop
+    with world.engine.connect() as conn:
+        before = world.ledger.balance(conn, user)
+    with world.engine.begin() as conn:  # the gap makes the ledger refuse; this one is whole
+        whole = world.user(credits=1)
+    with Served(world, allow_actions=True) as running:
+        page = visit(running)
+        page.goto(f"{running.address}/user?key={whole}")
+        page.get_by_role("link", name="Grant credits").click()
+        page.get_by_label("Credits").fill("3")
+        page.get_by_label("Reason").fill("The demo failed")
+        page.keyboard.press("Enter")
+        expect(page.get_by_text("Balance: 1 → 4")).to_be_visible()
+        page.get_by_role("button", name="Grant 3 credits").dblclick()
+        expect(page.get_by_role("status")).to_contain_text("3 credits granted. Balance after: 4.")
+        page.go_back()
+        page.get_by_role("button", name="Grant 3 credits").click()
+        expect(page.get_by_role("status")).to_contain_text("Balance after: 4.")
+    with world.engine.connect() as conn:
+        assert world.ledger.balance(conn, whole) == 4
+        assert world.ledger.balance(conn, user) == before
+
+
+@needs_browser
+def test_log_in_by_keyboard_and_out(world, visit):
+    with Served(world, passwords={"anna": hash_password("open sesame")}) as running:
+        page = visit(running)  # the link is no way in here
+        expect(page.get_by_role("heading", level=1)).to_have_text("Log in")
+        page.get_by_label("Name").focus()
+        page.keyboard.type("anna")
+        page.keyboard.press("Tab")
+        page.keyboard.type("open sesame")
+        page.keyboard.press("Enter")
+        expect(
+            page.get_by_text("Balances have not been checked").or_(page.get_by_text("balances agree"))
+        ).to_be_visible()
+        cookie = page.context.cookies()[0]
+        assert cookie["httpOnly"]
+        assert cookie["sameSite"] == "Strict"
+        page.keyboard.press("Tab")
+        expect(page.get_by_role("link", name="Skip to content")).to_be_focused()
+        page.get_by_role("button", name="Log out").click()
+        expect(page.get_by_role("heading", level=1)).to_have_text("Log in")

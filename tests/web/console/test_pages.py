@@ -1,0 +1,482 @@
+"""Each page says what the ledger holds, as a page, as JSON and as CSV, on every shape of host app."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import html
+import io
+import logging
+import re
+import threading
+from importlib import resources
+from urllib.parse import urlencode
+
+import pytest
+import sqlalchemy as sa
+from starlette.applications import Starlette
+from starlette.routing import Mount
+from starlette.testclient import TestClient
+
+from tallystick.web.console import LocalLink, console
+from tallystick.web.console.books import Books
+from tallystick.web.money import MINUS
+from worlds import SHAPES, World
+
+PAGES = ["/", "/users", "/pending", "/audit", "/migrations"]
+LISTS = ["/users", "/pending", "/audit", "/migrations", "/days"]
+
+
+def at(path, **query):
+    return f"{path}?{urlencode(query)}"
+
+
+def words(answer):
+    """The text of a page, as read."""
+    assert answer.status_code == 200, answer.text
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", answer.text)))
+
+
+def table(answer):
+    assert answer.status_code == 200, answer.text
+    return list(csv.DictReader(io.StringIO(answer.text)))
+
+
+def spend(world, user, *, times=1, **more):
+    with world.engine.begin() as conn:
+        for number in range(times):
+            world.ledger.consume(conn, user, key=f"spend {number} {more}", **more)
+
+
+def buy(world, user, credits):
+    with world.engine.begin() as conn:
+        return world.buy(conn, user, credits)
+
+
+def start(world, user, credits=5, **more):
+    with world.engine.begin() as conn:
+        return world.ledger.start_purchase(conn, user, credits=credits, description="Purchased Five Flights", **more)
+
+
+def balance(world, user):
+    with world.engine.connect() as conn:
+        return world.ledger.balance(conn, user)
+
+
+def test_every_page_and_list_on_every_host(any_world, open_console):
+    user = any_world.user(credits=3)
+    if any_world.schema.workshops is not None:
+        spend(any_world, user, workshop=any_world.workshop(user, title="Bread & Butter"))
+    else:
+        spend(any_world, user)
+    start(any_world, user)
+    visitor = open_console(any_world)
+
+    for path in PAGES:
+        assert visitor.get(path).status_code == 200, path
+    for path in LISTS:
+        assert visitor.get(f"{path}.json").headers["content-type"] == "application/json"
+        assert visitor.get(f"{path}.csv").headers["content-type"] == "text/csv; charset=utf-8"
+
+    text = words(visitor.get("/"))
+    assert "All 1 balances agree with their ledgers" in text
+    assert "1 pending purchase :" in text
+    assert "Revision 0002 , applied" in text
+    assert "$3" in text
+
+    page = words(visitor.get(at("/user", key=user)))
+    assert "2 entries, balance 2, 1 pending, no gaps" in page
+    assert str(user) in page
+    ledger = visitor.get(at("/user.json", key=user)).json()
+    assert [(row["sequence"], row["type"], row["amount"], row["balance_after"]) for row in ledger["rows"]] == [
+        (2, "consumption", -1, 2),
+        (1, "purchase", 3, 3),
+    ]
+    assert [row["status"] for row in ledger["unfinished"]] == ["pending"]
+    assert ledger["user"]["credit_balance"] == 2
+    assert [row["amount"] for row in table(visitor.get(at("/user.csv", key=user)))] == ["5", "-1", "3"]
+    assert visitor.get(at("/user/steps.json", key=user)).json()["balance"] == [3, 2]
+    assert [row["user_id"] for row in visitor.get("/pending.json").json()["rows"]] == [
+        user if isinstance(user, int) else str(user)
+    ]
+
+
+def test_an_empty_host_says_what_would_be_here(any_world, open_console):
+    visitor = open_console(any_world)
+    assert "No payment in the last 60 days" in words(visitor.get("/"))
+    assert "No users yet" in words(visitor.get("/users"))
+    assert "No purchase is waiting" in words(visitor.get("/pending"))
+    for path in LISTS:
+        assert visitor.get(f"{path}.csv").status_code == 200
+    user = any_world.user()
+    assert "No entries yet" in words(visitor.get(at("/user", key=user)))
+
+
+def test_users_are_found_by_key_mail_and_what_stripe_calls_them(any_world, open_console):
+    user, others = any_world.user(), [any_world.user() for _ in range(3)]
+    purchase = start(any_world, user)
+    with any_world.engine.begin() as conn:
+        any_world.ledger.attach_session(conn, user, purchase.id, stripe_session_id="cs_test_1")
+        any_world.ledger.complete_purchase(
+            conn, user, id=purchase.id, amount_paid=1, currency="usd", stripe_payment_intent_id="pi_1"
+        )
+        any_world.accounts.set_stripe_customer(conn, user, "cus_1")
+    visitor = open_console(any_world)
+    searches = [str(user), "cs_test_1", "pi_1", "cus_1", str(purchase.id), f"  {user} "]
+    if "email" in any_world.schema.users.c:
+        searches += [f"{user}@example.com", f"{str(user).upper()}@EXAMPLE"]
+    for search in searches:
+        answer = visitor.get(at("/users", q=search))
+        assert answer.status_code == 303, search
+        assert answer.headers["location"] == at("/user", key=user)
+    if "email" in any_world.schema.users.c:
+        assert len(visitor.get(at("/users.json", q="@example.com")).json()["rows"]) == 1 + len(others)
+    for search in (
+        "nobody",
+        "%",
+        "100%",
+        "'; DROP TABLE users --",
+        "\\",
+        "cs_none",
+        "0" * 40,
+        "\0",
+        "é",
+        "a" * 900,
+    ):
+        assert visitor.get(at("/users.json", q=search)).json()["rows"] == [], search
+
+
+def walk(visitor, path, direction="after"):
+    """Every row of a list, page by page, and the addresses on the way."""
+    rows, pages = [], []
+    while path:
+        page = visitor.get(path).json()
+        pages.append(path)
+        rows = rows + page["rows"] if direction == "after" else page["rows"] + rows
+        path = page[direction]
+    return rows, pages
+
+
+def test_lists_are_walked_there_and_back(any_world, open_console):
+    users = [any_world.user() for _ in range(101)]
+    user = users[0]
+    buy(any_world, user, 200)
+    spend(any_world, user, times=120)
+    for _ in range(51):
+        start(any_world, user)
+    visitor = open_console(any_world)
+    for path, length, name in (
+        ("/users.json", 101, "key"),
+        (at("/user.json", key=user), 121, "sequence"),
+        ("/pending.json", 51, "id"),
+    ):
+        rows, pages = walk(visitor, path)
+        assert len(rows) == length
+        assert len({row[name] for row in rows}) == length
+        assert len(pages) == (length + 49) // 50
+        last = visitor.get(pages[-1]).json()
+        back, _ = walk(visitor, last["before"], "before")
+        assert back + last["rows"] == rows
+        assert len(table(visitor.get(path.replace(".json", ".csv")))) == length + (51 if "user.json" in path else 0)
+    sequences = [row["sequence"] for row in walk(visitor, at("/user.json", key=user))[0]]
+    assert sequences == list(range(121, 0, -1))
+
+
+def test_a_gap_and_a_debt_are_seen(world, open_console):
+    user = world.user()
+    bought = buy(world, user, 3)
+    spend(world, user, times=3)
+    with world.engine.begin() as conn:
+        world.ledger.refund(conn, user, bought.id, key="refund")
+        conn.execute(sa.text("ALTER TABLE credit_transactions DISABLE TRIGGER tallystick_append_only"))
+        conn.execute(sa.text("DELETE FROM credit_transactions WHERE sequence = 3"))
+        conn.execute(sa.text("ALTER TABLE credit_transactions ENABLE TRIGGER tallystick_append_only"))
+    visitor = open_console(world)
+    page = words(visitor.get(at("/user", key=user)))
+    assert "4 entries, balance -3 (debt), 1 missing" in page
+    assert "1 missing: the ledger has a gap here" in page
+    assert f"{MINUS}3 debt" in page
+
+    visitor.submit("/audit/run")
+    answer = visitor.get("/audit")
+    while "data-watch" in answer.text:
+        threading.Event().wait(0.1)
+        answer = visitor.get("/audit")
+    text = words(answer)
+    assert "finding" in text
+    assert "What to do" in text
+    assert at("/user", key=user) in html.unescape(answer.text)
+    assert "finding" in words(visitor.get("/"))
+    found = table(visitor.get("/audit.csv"))
+    assert {row["user"] for row in found} == {str(user)}
+    assert visitor.get("/audit.json").json()["report"]["findings"][0]["user"] == str(user)
+
+
+def test_the_figures_are_the_ledgers(world, open_console):
+    user = world.user()
+    first = buy(world, user, 10)
+    spend(world, user, times=4)
+    with world.engine.begin() as conn:
+        world.ledger.refund(conn, user, first.id, credits=2, key="r")
+        world.ledger.grant(conn, user, credits=3, key="g", description="sorry")
+        late = world.ledger.start_purchase(conn, user, credits=1, description="late")
+        world.ledger.complete_purchase(conn, user, id=late.id, amount_paid=500, currency="jpy")
+    other = world.user()
+    with world.engine.begin() as conn:
+        world.ledger.refund(conn, other, world.buy(conn, other, 1).id, key="r")
+    debtor = world.user(credits=2)
+    spend(world, debtor, times=2)
+
+    days = open_console(world).get("/days.json").json()
+    assert len(days["days"]) == 60
+    assert sum(day["sold"] for day in days["days"][:59]) == 0
+    assert {k: v for k, v in days["days"][-1].items() if k != "date"} == {
+        "sold": 14, "granted": 3, "consumed": 6, "refunded": 3,
+    }  # fmt: skip
+    assert days["money"] == [
+        {"currency": "jpy", "now": 500, "before": 0, "credits": 1},
+        {"currency": "usd", "now": 1300, "before": 0, "credits": 13},
+    ]
+    assert days["holdings"] == {"outstanding": 8, "holders": 1, "debt": 0, "debtors": 0}
+
+
+# --- what people typed elsewhere ---
+
+NASTY = "<script>alert(1)</script>'\"&{{ 7*191 }}"
+
+
+def test_text_of_others_is_text(make_world, open_console):
+    world = make_world()
+    user = world.user(credits=5)
+    workshop = world.workshop(user, title=NASTY)
+    spend(world, user, workshop=workshop)
+    spend(world, user, description=f"=HYPERLINK(1) {NASTY}")
+    with world.engine.begin() as conn:
+        conn.execute(sa.update(world.schema.users).values(email=f"=1+1 {NASTY}", plan_tier="<b>"))
+        pending = world.ledger.start_purchase(conn, user, credits=1, description=NASTY)
+        world.ledger.attach_session(conn, user, pending.id, stripe_session_id='cs_"><script>')
+    visitor = open_console(world, allow_actions=True)
+    addresses = [*PAGES, at("/user", key=user), at("/users", q=NASTY + "x"), at("/user", key=NASTY), "/" + NASTY]
+    addresses += [
+        at("/user/grant", key=user, credits=NASTY, reason=NASTY),
+        at("/user/grant", key=user, credits=1, reason=NASTY),
+    ]
+    for address in addresses:
+        text = visitor.get(address).text
+        assert "<script>alert" not in text, address
+        assert "<b>" not in text
+        assert "1337" not in text
+    assert NASTY in html.unescape(visitor.get(at("/user", key=user)).text)
+    mail = table(visitor.get("/users.csv"))[0]["email"]
+    assert mail == f"'=1+1 {NASTY}"  # no formula for a spreadsheet
+    assert any(row["description"].startswith("'=HYPERLINK") for row in table(visitor.get(at("/user.csv", key=user))))
+    assert {row["amount"] for row in table(visitor.get(at("/user.csv", key=user)))} >= {"-1", "5"}
+
+
+def test_keys_of_any_spelling(make_world, open_console):
+    world = make_world("clerk")
+    visitor = open_console(world)
+    for key in ("a/b", "..", "a?b=c&d", "a b", "ü", "%2e", "a.json", "#", "x" * 150):
+        with world.engine.begin() as conn:
+            conn.execute(sa.insert(world.schema.users).values(key=key, email=None))
+        assert words(visitor.get(at("/user", key=key))).count(key) >= 1
+        assert visitor.get(at("/user.json", key=key)).json()["user"]["key"] == key
+        assert visitor.get(at("/user.csv", key=key)).status_code == 200
+        assert html.escape(at("/user", key=key)) in visitor.get(at("/users", q="")).text
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/user", 404),
+        ("/user?key=nobody", 404),
+        ("/user.json?key=nobody", 404),
+        ("/user?key=00000000-0000-0000-0000-000000000000", 404),
+        ("/users?after=nonsense", 400),
+        ("/users.json?before=%00", 400),
+        ("/pending?after=2026-01-01", 400),
+        ("/pending?after=2026-01-01T00:00:00~x", 400),
+        ("/user/steps.json?key=", 404),
+        ("/static/secret.py", 404),
+        ("/static/..%2fapp.py", 404),
+    ],
+)
+def test_what_is_not_there_is_said_so(world, open_console, path, status):
+    answer = open_console(world).get(path)
+    assert answer.status_code == status
+    if ".json" in path:
+        assert answer.json()["status"] == status
+
+
+def test_cursors_out_of_range_are_no_server_errors(world, open_console):
+    visitor = open_console(world)
+    user = world.user(credits=1)
+    for after in ("0", "9" * 10, "9" * 30, "-1", "x", "1e5"):
+        assert visitor.get(at("/user.json", key=user, after=after)).status_code in (200, 400)
+
+
+# --- actions ---
+
+
+def test_read_only_unless_allowed(world, open_console):
+    user = world.user(credits=2)
+    visitor = open_console(world)
+    assert visitor.get(at("/user/grant", key=user)).status_code == 404
+    assert visitor.submit("/user/grant", key=user, credits=1, reason="x", once="1").status_code == 404
+    assert visitor.submit("/pending/ask").status_code == 404
+    assert "Grant" not in visitor.get(at("/user", key=user)).text
+    assert balance(world, user) == 2
+
+
+def test_reading_is_read_only_in_the_database(world):
+    books = Books(world.config, world.engine)
+    user = world.user()
+    with pytest.raises(sa.exc.DBAPIError, match="read-only transaction"), books.reading() as conn:
+        conn.execute(sa.update(world.schema.users).values(credit_balance=9).where(world.schema.users.c.key == user))
+
+
+def test_a_grant_is_shown_done_once_and_recorded(any_world, open_console, caplog):
+    caplog.set_level(logging.INFO, "tallystick.console")
+    user = any_world.user(credits=2)
+    visitor = open_console(any_world, allow_actions=True)
+
+    review = visitor.get(at("/user/grant", key=user, credits=3, reason="The demo failed"))
+    assert "This will grant 3 credits to" in words(review)
+    assert "Balance: 2 → 5" in words(review)
+    fields = dict(
+        re.findall(r'<input type="hidden" name="(\w+)" value="([^"]*)"', review.text.partition('class="confirm"')[2])
+    )
+    fields = {name: html.unescape(value) for name, value in fields.items()}
+    assert balance(any_world, user) == 2
+
+    answers = [visitor.post("/user/grant", data=fields) for _ in range(3)]  # a double click, and a reload
+    assert {answer.status_code for answer in answers} == {303}
+    assert len({answer.headers["location"] for answer in answers}) == 1
+    assert balance(any_world, user) == 5
+    page = words(visitor.get(answers[0].headers["location"]))
+    assert "3 credits granted. Balance after: 5." in page
+    assert "The demo failed" in page
+    assert "by local operator, from the console" in page
+
+    log = [record.getMessage() for record in caplog.records if "action=grant" in record.getMessage()]
+    assert len(log) == 3
+    assert "operator='local operator'" in log[0]
+    assert f"user={user!r}" in log[0]
+    assert "reason='The demo failed'" in log[0]
+    assert [line.endswith("replayed=True") for line in log] == [False, True, True]
+
+
+def test_a_refund_of_all_that_is_left_replays_too(world, open_console):
+    user = world.user()
+    bought = buy(world, user, 5)
+    spend(world, user, times=4)
+    visitor = open_console(world, allow_actions=True)
+    asked = {"key": user, "purchase": bought.id, "credits": 5, "reason": "Refunded by bank transfer"}
+
+    review = words(visitor.get(at("/user/refund", **asked)))
+    assert f"Balance: 1 → {MINUS}4 (debt)" in review
+    assert "moves no money" in review
+    first = visitor.submit("/user/refund", **asked, once="abc")
+    again = visitor.submit("/user/refund", **asked, once="abc")
+    assert first.status_code == again.status_code == 303
+    assert first.headers["location"] == again.headers["location"]
+    assert balance(world, user) == -4
+
+    other = visitor.submit("/user/refund", **asked, once="another")
+    assert other.status_code == 409
+    assert "0 credits left to refund" in other.text
+    assert "Nothing of this purchase is left" in visitor.get(at("/user/refund", **asked)).text
+
+
+@pytest.mark.parametrize(
+    ("fields", "fault"),
+    [
+        ({"credits": "", "reason": "x"}, "Say how many credits"),
+        ({"credits": "0", "reason": "x"}, "Say how many credits"),
+        ({"credits": "-1", "reason": "x"}, "Say how many credits"),
+        ({"credits": "1.5", "reason": "x"}, "Say how many credits"),
+        ({"credits": "٣", "reason": "x"}, "Say how many credits"),
+        ({"credits": "2147483648", "reason": "x"}, "Say how many credits"),
+        ({"credits": "9" * 30, "reason": "x"}, "Say how many credits"),
+        ({"credits": "1", "reason": "  "}, "Give a reason"),
+        ({"credits": "1", "reason": "x" * 501}, "Give a reason"),
+    ],
+)
+def test_what_is_missing_is_asked_for(world, open_console, fields, fault):
+    user = world.user(credits=1)
+    visitor = open_console(world, allow_actions=True)
+    answer = visitor.get(at("/user/grant", key=user, **fields))
+    assert answer.status_code == 422
+    assert fault in answer.text
+    assert visitor.submit("/user/grant", key=user, once="1", **fields).status_code == 422
+    assert balance(world, user) == 1
+
+
+def test_what_the_ledger_refuses_is_said(world, open_console):
+    user = world.user(credits=1)
+    visitor = open_console(world, allow_actions=True)
+    once = {"key": user, "reason": "x", "once": "1"}
+    assert visitor.submit("/user/grant", **once, credits=2**31 - 1).status_code == 409
+    assert visitor.submit("/user/grant", **once, credits=1).status_code == 303
+    reused = visitor.submit("/user/grant", **once, credits=2)  # the same form with another amount
+    assert reused.status_code == 409
+    assert "used before" in reused.text
+    with world.engine.begin() as conn:
+        world.accounts.delete_user(conn, user)
+    assert "deleted" in visitor.submit("/user/grant", key=user, credits=1, reason="x", once="2").text
+    assert visitor.submit("/user/grant", key=user, credits=1, reason="x").status_code == 422  # no key of the form
+    assert visitor.submit("/user/steal", key=user, credits=1, reason="x", once="1").status_code == 404
+    assert balance(world, user) == 2
+
+
+def test_another_users_purchase_cannot_be_refunded_here(world, open_console):
+    user, other = world.user(), world.user()
+    bought = buy(world, other, 5)
+    visitor = open_console(world, allow_actions=True)
+    fields = {"key": user, "purchase": bought.id, "credits": 1, "reason": "x"}
+    assert visitor.get(at("/user/refund", **fields)).status_code == 404
+    assert visitor.submit("/user/refund", **fields, once="1").status_code == 404
+    assert balance(world, other) == 5
+
+
+# --- around ---
+
+
+def test_it_can_be_mounted_below_a_path(world):
+    link = LocalLink()
+    app = Starlette(
+        routes=[Mount("/ops", console(world.config, engine=world.engine, door=link, address="http://shop"))]
+    )
+    visitor = TestClient(app, base_url="http://shop", follow_redirects=False)
+    user = world.user(credits=1)
+    assert visitor.get("/ops/users").status_code == 401
+    assert visitor.get("/ops/enter", params={"token": link.token}).headers["location"] == "/ops/"
+    for path in ("/ops/", "/ops/users", f"/ops/user?key={user}", "/ops/audit"):
+        page = visitor.get(path)
+        assert page.status_code == 200
+        addresses = re.findall(r'(?:href|src|action|data-watch|data-steps)="([^"#]+)', page.text)
+        assert all(address.startswith(("/ops/", "https://")) for address in addresses), addresses
+    assert visitor.get("/ops/static/console.css").status_code == 200
+
+
+def test_an_unmigrated_database_says_what_to_run(fresh_database, open_console):
+    visitor = open_console(World(fresh_database(), SHAPES["uuid"].host))
+    answer = visitor.get("/")
+    assert answer.status_code == 503
+    assert "tallystick migrate apply" in answer.text
+
+
+def test_vendored_files_are_what_they_say():
+    folder = resources.files("tallystick.web.console").joinpath("static")
+    said = re.findall(r"([0-9a-f]{64})  (\S+)", folder.joinpath("README.md").read_text())
+    assert {name for _, name in said} == {"uPlot.iife.min.js", "uPlot.min.css"}
+    for digest, name in said:
+        assert hashlib.sha256(folder.joinpath(name).read_bytes()).hexdigest() == digest
+
+
+def test_no_page_holds_script_or_style_of_its_own(world, open_console):
+    user = world.user(credits=1)
+    visitor = open_console(world, allow_actions=True)
+    for path in (*PAGES, at("/user", key=user), at("/user/grant", key=user)):
+        page = visitor.get(path).text
+        assert not re.search(r"<style|<script(?![^>]* src=)|\sstyle=|\son\w+=|javascript:", page), path

@@ -1,0 +1,81 @@
+"""Asking Stripe about what waits, against the double."""
+
+from __future__ import annotations
+
+import pytest
+
+from stripe_sales.shop import CREDITS, Shop
+from tallystick.devstripe import DevStripe
+
+
+@pytest.fixture
+def shop(world):
+    with DevStripe(retry_delays_s=(), senders=1) as double:
+        made = Shop(world, double)
+        yield made
+        made.engine.dispose()
+
+
+@pytest.fixture
+def visitor(shop, open_console):
+    shop.world.config = shop.config
+    return open_console(shop.world, allow_actions=True)
+
+
+def ask(visitor, **fields):
+    answer = visitor.submit("/pending/ask", **fields)
+    assert answer.status_code == 303, answer.text
+    return visitor.get(answer.headers["location"]).text
+
+
+def test_about_one_purchase(shop, visitor):
+    user = shop.world.user()
+    bought = shop.checkout(user, key="1")
+    page = visitor.get("/pending").text
+    assert f'value="{bought.session}"' in page
+
+    assert "Not paid yet" in ask(visitor, key=user, session=bought.session)
+    assert shop.balance(user) == 0
+    shop.dev.pay(bought.session)  # and no webhook comes
+    assert "the credits are granted" in ask(visitor, key=user, session=bought.session)
+    assert shop.balance(user) == CREDITS
+    ask(visitor, key=user, session=bought.session)  # twice changes nothing
+    assert shop.balance(user) == CREDITS
+
+
+def test_about_all(shop, visitor):
+    users = [shop.world.user() for _ in range(3)]
+    for user in users[:2]:
+        shop.dev.pay(shop.checkout(user, key="1").session)
+    shop.checkout(users[2], key="1")
+    page = ask(visitor)
+    while "data-watch" in page:
+        page = visitor.get("/pending").text
+    assert "Stripe was asked" in page
+    assert [shop.balance(user) for user in users] == [CREDITS, CREDITS, 0]
+
+
+def test_another_users_session_is_no_way_to_credits(shop, visitor):
+    owner, other = shop.world.user(), shop.world.user()
+    bought = shop.checkout(owner, key="1")
+    shop.dev.pay(bought.session)
+    for session in (bought.session, "cs_test_none", "x"):
+        assert visitor.submit("/pending/ask", key=other, session=session).status_code == 404
+    assert shop.balance(owner) == shop.balance(other) == 0
+
+
+def test_without_an_answer_it_says_so(shop, visitor):
+    user = shop.world.user()
+    bought = shop.checkout(user, key="1")
+    shop.dev.__exit__(None, None, None)
+    answer = visitor.submit("/pending/ask", key=user, session=bought.session)
+    assert answer.status_code == 502
+    assert "Stripe did not answer" in answer.text
+
+
+def test_it_needs_leave_to_act_and_a_key(shop, open_console):
+    asking = "Ask Stripe about all"
+    assert asking not in open_console(shop.world, allow_actions=True).get("/pending").text
+    shop.world.config = shop.config
+    assert asking not in open_console(shop.world).get("/pending").text
+    assert asking in open_console(shop.world, allow_actions=True).get("/pending").text
