@@ -80,9 +80,11 @@ def test_the_ledgers_page_runs_from_top_to_bottom(world: World, monkeypatch, tmp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DATABASE_URL", world.url)
     names: dict[str, object] = {}
-    for block in blocks(ROOT / "docs" / "ledger.md", "python"):
-        exec(compile(block, "docs/ledger.md", "exec"), names)
-    names["engine"].dispose()
+    try:
+        for block in blocks(ROOT / "docs" / "ledger.md", "python"):
+            exec(compile(block, "docs/ledger.md", "exec"), names)
+    finally:
+        names["engine"].dispose()
 
 
 def test_the_readmes_example_runs(world: World, monkeypatch, tmp_path):
