@@ -1,4 +1,4 @@
-"""A copy of the database in one file, and back: tallystick backup, tallystick restore."""
+"""Copies of the database: tallystick backup, restore."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tallystick.cli.app import Json, address, app, emit, invocation, note, out, 
 from tallystick.errors import BackupError
 
 
-def _backups() -> ModuleType:
+def backups() -> ModuleType:
     """The module, which needs what only the extra brings."""
     try:
         from tallystick.migrate import backup  # noqa: PLC0415
@@ -25,7 +25,7 @@ def _backups() -> ModuleType:
 def take_backup(url: str, target: Path) -> None:
     """With a progress bar, and a line on stderr when it is verified."""
     with progress_bar("Backup") as bar:
-        made = _backups().backup(url, target, bin_dir=devdb.find_binaries(), progress=lambda _, part: bar(part, 1))
+        made = backups().backup(url, target, bin_dir=devdb.find_binaries(), progress=lambda _, part: bar(part, 1))
     note(f"Backup {made.path}: {made.bytes:,} bytes, {sum(made.manifest.rows.values()):,} rows, verified.")
 
 
@@ -42,13 +42,13 @@ def backup(
     """
     if check:
         with progress_bar("Verifying") as bar:
-            manifest = _backups().verify_backup(
+            manifest = backups().verify_backup(
                 file, bin_dir=devdb.find_binaries(), progress=lambda _, part: bar(part, 1)
             )
     else:
         with invocation(ctx).database(migrating=True) as config:
             take_backup(address(config), file)
-        manifest = _backups().read_manifest(file)
+        manifest = backups().read_manifest(file)
 
     def show() -> None:
         out.print(
@@ -71,7 +71,7 @@ def restore(
 ) -> None:
     """Put a backup into an empty database, in one transaction, and count its rows."""
     with invocation(ctx).database(migrating=True) as config, progress_bar("Restore") as bar:
-        manifest = _backups().restore(
+        manifest = backups().restore(
             file,
             address(config),
             bin_dir=devdb.find_binaries(),

@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
+import sqlalchemy as sa
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from tallystick import migrate
+from tallystick import devdb, migrate
+from tallystick.audit import audit
 from tallystick.cli.app import Json, address, app, emit, err, invocation, note, out, plain
-from tallystick.cli.backups import take_backup
-from tallystick.config import FILE_NAME, to_toml
+from tallystick.cli.backups import backups, take_backup
+from tallystick.config import FILE_NAME, Config, to_toml
 from tallystick.database import connect
 from tallystick.errors import ConfigError
 from tallystick.migrate import role as roles
+from tallystick.migrate.rules import split
 
 migrations = typer.Typer(
     no_args_is_help=True,
@@ -306,6 +310,63 @@ def undo(
             progress=shown,
         )
     emit(receipt, lambda: _show_receipt(receipt), as_json=as_json)
+
+
+@migrations.command()
+def rehearse(
+    ctx: typer.Context,
+    backup_file: Annotated[
+        Path | None, typer.Option("--from", help="A backup, instead of copying the database now.", metavar="FILE")
+    ] = None,
+    statements: Annotated[
+        Path | None,
+        typer.Option("--statements", help="A .sql file of the app's own statements, to be tried.", metavar="FILE"),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a report with a picture of the locks.", metavar="FILE")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Migrate a copy in an embedded server that is thrown away, watch it, audit, and go back.
+
+    Exit code 1 where something stands against doing it to the original. The original is only read.
+    """
+    of_the_app = tuple(text for text, _ in split(statements.read_text(encoding="utf-8"))) if statements else ()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="tallystick-rehearsal-")))
+        folder.chmod(0o711)  # root's embedded server runs as another account, which must get through
+        if backup_file is None:
+            config = stack.enter_context(invocation(ctx).database(migrating=True))
+            backup_file = folder / "copy.backup"
+            take_backup(address(config), backup_file)
+        else:
+            config = invocation(ctx).config()
+        server = stack.enter_context(devdb.Server(folder / "server"))
+        copy = server.create_database("rehearsal")
+        backups().restore(backup_file, copy, bin_dir=server.bin, owners=False)
+        done = migrate.rehearse(copy, config, app_statements=of_the_app, audit=lambda conn: _audited(conn, config))
+    if html is not None:
+        html.write_text(migrate.report(done), encoding="utf-8")
+
+    def show() -> None:
+        for one in done.statements:
+            if one.locks:
+                held = "; ".join(f"{lock} on {name}" for name, lock in one.locks)
+                out.print(f"{one.revision} {one.took_ms:7.1f} ms  {' '.join(one.sql.split())[:60]}", markup=False)
+                out.print(f"                  {held}", style="dim", markup=False)
+        out.print(f"Tables locked for {done.locked_ms:.1f} ms, statement by statement; a run sends them as one.")
+        for problem in (*done.surprises, *done.drift, *done.broken, *done.left_behind):
+            out.print(f"  {problem}", style="red", markup=False)
+        if done.passed:
+            out.print("Passed: as planned, as declared, and back without a trace. Next: tallystick migrate apply")
+
+    emit(done, show, as_json=as_json)
+    if not done.passed:
+        raise typer.Exit(1)
+
+
+def _audited(conn: sa.Connection, config: Config) -> list[str]:
+    return [str(finding) for finding in audit(conn, config).findings if finding.fault]
 
 
 class _Shown(ExitStack):

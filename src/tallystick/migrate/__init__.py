@@ -6,6 +6,7 @@ from tallystick.migrate.host import Host, HostColumn, HostTable, examine, propos
 from tallystick.migrate.lint import Lint, lint
 from tallystick.migrate.online import OnlineStep
 from tallystick.migrate.plan import Finding, Plan, PlannedRevision, PlannedStatement, Replica, TableSize, plan, sql
+from tallystick.migrate.rehearse import Rehearsal, Traced, rehearse, report
 from tallystick.migrate.revisions import Revision, revisions
 from tallystick.migrate.run import GIVE_UP_AFTER_S, Progress, Receipt, Step, apply, undo
 from tallystick.migrate.snippets import TOOLS, snippet
@@ -32,11 +33,13 @@ __all__ = [
     "PlannedStatement",
     "Progress",
     "Receipt",
+    "Rehearsal",
     "Replica",
     "Revision",
     "Status",
     "Step",
     "TableSize",
+    "Traced",
     "Tracker",
     "apply",
     "concerns",
@@ -44,6 +47,8 @@ __all__ = [
     "lint",
     "plan",
     "propose",
+    "rehearse",
+    "report",
     "revisions",
     "snippet",
     "sql",

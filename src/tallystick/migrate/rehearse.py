@@ -1,0 +1,298 @@
+"""A migration tried on a copy first, and watched: which locks, scans and rewrites there really were, and back again.
+
+It runs each statement by itself and looks, in the same transaction, at what it holds (``pg_locks``), has read
+(``pg_stat_xact_user_tables``) and has written anew (``relfilenode``). So the hold of a real run, which sends all of it
+as one message, is shorter than the one measured here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+import psycopg
+import sqlalchemy as sa
+
+from tallystick.config import Config
+from tallystick.migrate.host import Host, examine
+from tallystick.migrate.plan import Phase, PlannedStatement, plan
+from tallystick.migrate.run import undo
+from tallystick.migrate.session import driver, engine_of, session
+from tallystick.migrate.status import status
+
+
+@dataclass(frozen=True)
+class Traced:
+    """One statement as it ran: when (milliseconds from the revision's start), and what it did to the host's tables.
+
+    ``locks`` are those held after it, (table, lock); ``surprises`` is where that is not what the plan had said.
+    """
+
+    revision: str
+    phase: Phase
+    sql: str
+    started_ms: float
+    took_ms: float
+    locks: tuple[tuple[str, str], ...]
+    rows_read: int
+    rewrites: bool
+    surprises: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What happened.
+
+    ``drift`` is of the migrated copy, what the audit found included; ``broken`` names statements of the app that then
+    failed, ``left_behind`` what differed after the way back.
+    """
+
+    tables: tuple[tuple[str, int], ...]
+    statements: tuple[Traced, ...]
+    locked_ms: float
+    drift: tuple[str, ...]
+    broken: tuple[str, ...]
+    left_behind: tuple[str, ...]
+
+    @property
+    def surprises(self) -> tuple[str, ...]:
+        """Where the copy did not behave as the plan had said."""
+        return tuple(text for statement in self.statements for text in statement.surprises)
+
+    @property
+    def passed(self) -> bool:
+        """Nothing stands against doing the same to the original."""
+        return not (self.surprises or self.drift or self.broken or self.left_behind)
+
+
+def rehearse(
+    database: sa.Engine | str,
+    config: Config,
+    *,
+    app_statements: Sequence[str] = (),
+    audit: Callable[[sa.Connection], Sequence[str]] | None = None,
+) -> Rehearsal:
+    """Migrate a copy, look, and go back. Never give it anything but a copy that can be thrown away.
+
+    ``app_statements`` are the app's own, each tried before, after, and after the way back, and rolled back each time.
+    ``audit`` is asked for faults while the copy is migrated.
+
+    Raises what :func:`plan`, :func:`apply` and :func:`undo` do.
+    """
+    engine = engine_of(database)
+    with session(engine) as conn:
+        host = examine(conn, config)
+        planned = plan(conn, config)
+        before = _catalogue(conn)
+        works = [statement for statement in app_statements if _works(conn, statement) is None]
+        traced = tuple(
+            one for revision in planned.revisions for one in _trace(conn, host, revision.revision, revision.statements)
+        )
+        broken = tuple(_broken(conn, works, "after the migration"))
+        rows = tuple((table.shown, _rows(conn, table.oid)) for table in host.tables)
+    with engine.connect() as conn:
+        drift = tuple(str(each) for each in status(conn, config).drift) + tuple(audit(conn) if audit else ())
+    undo(engine, config, discard_ledger=True)
+    with session(engine) as conn:
+        broken += tuple(_broken(conn, works, "after the way back"))
+        left = tuple(sorted(before ^ _catalogue(conn)))
+    return Rehearsal(rows, traced, round(_locked_ms(traced), 3), drift, broken, left)
+
+
+def _trace(conn: sa.Connection, host: Host, revision: str, statements: Sequence[PlannedStatement]) -> Iterator[Traced]:
+    raw = driver(conn)
+    tables = {table.oid: table.shown for table in host.tables}
+    begun = time.monotonic()
+    for statement in statements:
+        files, read_before = _files(conn, tables), _read(conn, tables)
+        started = time.monotonic()
+        raw.execute(statement.sql.encode(raw.info.encoding), prepare=False)
+        ended = time.monotonic()
+        over = statement.phase == "online" or statement.sql == "COMMIT"
+        locks = {} if over else _locks(conn, tables)
+        read = 0 if over else max(0, _read(conn, tables) - read_before)
+        rewrites = _files(conn, tables) != files
+        surprises = []
+        for table, lock in statement.locks:
+            if not over and locks.get(table) is None:
+                surprises.append(f"{_short(statement.sql)}: the plan said {lock} on {table}; there was none")
+        if read and not statement.scans:
+            surprises.append(f"{_short(statement.sql)}: it read {read} rows, the plan said none")
+        if rewrites != statement.rewrites:
+            surprises.append(f"{_short(statement.sql)}: {'it' if rewrites else 'nothing'} was written anew")
+        yield Traced(
+            revision,
+            statement.phase,
+            statement.sql,
+            round((started - begun) * 1000, 3),
+            round((ended - started) * 1000, 3),
+            tuple(locks.items()),
+            read,
+            rewrites,
+            tuple(surprises),
+        )
+
+
+def _locked_ms(traced: Sequence[Traced]) -> float:
+    """The longest time for which a revision kept a table from its readers."""
+    longest = 0.0
+    for revision in dict.fromkeys(one.revision for one in traced):
+        of_it = [one for one in traced if one.revision == revision]
+        exclusive = [one for one in of_it if any(lock == "ACCESS EXCLUSIVE" for _, lock in one.locks)]
+        commit = next((one for one in of_it if one.sql == "COMMIT"), None)
+        if exclusive and commit:
+            first = exclusive[0]
+            longest = max(longest, commit.started_ms + commit.took_ms - first.started_ms - first.took_ms)
+    return longest
+
+
+_LOCKS = sa.text("""
+    SELECT relation::bigint AS oid, mode FROM pg_locks
+    WHERE pid = pg_backend_pid() AND granted AND locktype = 'relation' AND relation = ANY (CAST(:tables AS oid[]))
+""")
+_READ = sa.text("""
+    SELECT sum(seq_tup_read)::bigint FROM pg_stat_xact_user_tables WHERE relid = ANY (CAST(:tables AS oid[]))
+""")
+_FILES = sa.text("SELECT oid::bigint, relfilenode::bigint FROM pg_class WHERE oid = ANY (CAST(:tables AS oid[]))")
+_CATALOGUE = sa.text("""
+    WITH ours AS (SELECT oid FROM pg_namespace WHERE nspname <> 'information_schema' AND nspname !~ '^pg_')
+    SELECT concat('column ', a.attrelid::regclass, '.', a.attname, ' ', format_type(a.atttypid, a.atttypmod),
+                  a.attnotnull, pg_get_expr(d.adbin, d.adrelid))
+    FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+    LEFT JOIN pg_attrdef d ON d.adrelid = c.oid AND d.adnum = a.attnum WHERE c.relnamespace IN (SELECT oid FROM ours)
+    UNION ALL SELECT concat('relation ', c.oid::regclass, ' ', c.relkind) FROM pg_class c
+    WHERE c.relnamespace IN (SELECT oid FROM ours)
+    UNION ALL SELECT concat('constraint ', conrelid::regclass, ' ', conname, ' ', pg_get_constraintdef(oid))
+    FROM pg_constraint WHERE connamespace IN (SELECT oid FROM ours)
+    UNION ALL SELECT concat('trigger ', pg_get_triggerdef(oid)) FROM pg_trigger WHERE NOT tgisinternal
+    UNION ALL SELECT concat('function ', oid::regprocedure) FROM pg_proc WHERE pronamespace IN (SELECT oid FROM ours)
+    UNION ALL SELECT concat('type ', oid::regtype) FROM pg_type WHERE typnamespace IN (SELECT oid FROM ours)
+    UNION ALL SELECT concat('schema ', nspname) FROM pg_namespace WHERE oid IN (SELECT oid FROM ours)
+""")
+_ROWS = sa.text("SELECT n_live_tup FROM pg_stat_user_tables WHERE relid = :oid")
+# pg_locks writes RowShareLock where everyone else writes ROW SHARE; weakest first
+_MODES = {
+    "AccessShareLock": "ACCESS SHARE",
+    "RowShareLock": "ROW SHARE",
+    "RowExclusiveLock": "ROW EXCLUSIVE",
+    "ShareUpdateExclusiveLock": "SHARE UPDATE EXCLUSIVE",
+    "ShareLock": "SHARE",
+    "ShareRowExclusiveLock": "SHARE ROW EXCLUSIVE",
+    "ExclusiveLock": "EXCLUSIVE",
+    "AccessExclusiveLock": "ACCESS EXCLUSIVE",
+}
+
+
+def _locks(conn: sa.Connection, tables: Mapping[int, str]) -> dict[str, str]:
+    """The strongest lock on each table."""
+    held: dict[str, str] = {}
+    rank = list(_MODES)
+    for row in sorted(conn.execute(_LOCKS, {"tables": list(tables)}), key=lambda row: rank.index(row.mode)):
+        held[tables[row.oid]] = _MODES[row.mode]
+    return held
+
+
+def _files(conn: sa.Connection, tables: Mapping[int, str]) -> set[tuple[int, int]]:
+    return {(row.oid, row.relfilenode) for row in conn.execute(_FILES, {"tables": list(tables)})}
+
+
+def _read(conn: sa.Connection, tables: Mapping[int, str]) -> int:
+    """Rows read by scans; the counter of a session, of which only a difference means something."""
+    return conn.scalar(_READ, {"tables": list(tables)}) or 0
+
+
+def _catalogue(conn: sa.Connection) -> frozenset[str]:
+    return frozenset(conn.scalars(_CATALOGUE))
+
+
+def _rows(conn: sa.Connection, oid: int) -> int:
+    return conn.scalar(_ROWS, {"oid": oid}) or 0
+
+
+def _works(conn: sa.Connection, statement: str) -> str | None:
+    """Try a statement and take it back; what the server says against it, or None."""
+    raw = driver(conn)
+    raw.execute("BEGIN")
+    try:
+        raw.execute(statement.encode(raw.info.encoding), prepare=False)
+    except psycopg.Error as error:
+        return str(error.diag.message_primary or error)
+    finally:
+        raw.execute("ROLLBACK")
+    return None
+
+
+def _broken(conn: sa.Connection, statements: Sequence[str], when: str) -> Iterator[str]:
+    for statement in statements:
+        said = _works(conn, statement)
+        if said is not None:
+            yield f"{when}, {_short(statement)}: {said}"
+
+
+def _short(statement: str) -> str:
+    line = " ".join(statement.split())
+    return line if len(line) <= 80 else f"{line[:79]}…"  # noqa: PLR2004 - what fits on a line
+
+
+# --- the report
+
+
+def report(rehearsal: Rehearsal) -> str:
+    """A page of HTML that needs nothing else, with a picture of the locks over time."""
+    verdict = "Passed" if rehearsal.passed else "Look at this before you migrate"
+    problems = (*rehearsal.surprises, *rehearsal.drift, *rehearsal.broken, *rehearsal.left_behind)
+    parts = [
+        f"<h1>{verdict}</h1>",
+        f"<p>Tables were locked for {rehearsal.locked_ms:.1f} ms, statement by statement; a run sends them as one.</p>",
+        "<p>" + ", ".join(f"{escape(table)}: about {rows:,} rows" for table, rows in rehearsal.tables) + "</p>",
+        "<ul>" + "".join(f"<li>{escape(problem)}</li>" for problem in problems) + "</ul>" if problems else "",
+        *(_picture(rehearsal, revision) for revision in dict.fromkeys(one.revision for one in rehearsal.statements)),
+        "<table><tr><th>revision<th>phase<th>ms<th>locks on your tables<th>rows read<th>statement</tr>",
+        *(
+            f"<tr><td>{escape(one.revision)}<td>{one.phase}<td class=n>{one.took_ms:.1f}"
+            f"<td>{escape('; '.join(f'{lock} on {table}' for table, lock in one.locks))}<td class=n>{one.rows_read:,}"
+            f"<td><code>{escape(_short(one.sql))}</code></tr>"
+            for one in rehearsal.statements
+        ),
+        "</table>",
+    ]
+    return (
+        f"<!doctype html><meta charset=utf-8><title>Rehearsal: {verdict}</title><style>{_STYLE}</style>{''.join(parts)}"
+    )
+
+
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:.2rem .6rem;border-bottom:1px solid #ddd;"
+    "vertical-align:top}.n{text-align:right}code{font-size:13px}svg{width:100%;height:auto;margin:1rem 0}"
+)
+_COLOURS = {"ACCESS EXCLUSIVE": "#c0392b", "SHARE UPDATE EXCLUSIVE": "#d9c27a"}
+
+
+def _picture(rehearsal: Rehearsal, revision: str) -> str:
+    """One line for each table: from when to when which lock was held."""
+    of_it = [one for one in rehearsal.statements if one.revision == revision and one.phase != "online"]
+    end = max((one.started_ms + one.took_ms for one in of_it), default=0) or 1
+    scale = 900 / end
+    rows = []
+    for number, (table, _) in enumerate(rehearsal.tables):
+        y = 30 + number * 34
+        rows.append(f'<text x="0" y="{y + 15}" font-size="13">{escape(table)}</text>')
+        for one, following in zip(of_it, [*of_it[1:], None], strict=True):
+            lock = dict(one.locks).get(table)
+            if lock is not None:
+                start = one.started_ms + one.took_ms
+                until = following.started_ms + following.took_ms if following else start
+                x, width = 200 + start * scale, max(0.5, (until - start) * scale)
+                rows.append(
+                    f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="22" fill="{_COLOURS.get(lock, "#8aa")}">'
+                    f"<title>{lock}: {escape(_short(one.sql))}</title></rect>"
+                )
+    height = 40 + 34 * len(rehearsal.tables)
+    return (
+        f'<svg viewBox="0 0 1110 {height}" role="img" aria-label="locks of {escape(revision)} over time">'
+        f'<text x="0" y="16" font-size="13" font-weight="bold">{escape(revision)}: {end:.0f} ms; red keeps readers '
+        f"out, sand vacuum and migrations only</text>{''.join(rows)}</svg>"
+    )

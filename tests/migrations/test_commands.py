@@ -1,0 +1,108 @@
+"""The commands around a migration, as typed: lint, snippet, backup, restore, rehearse, and plan's findings."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hosts import App
+
+from tallystick.cli import main
+from tallystick.config import to_toml
+
+
+@pytest.fixture
+def tally(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], app: App
+) -> Callable[..., tuple[int, str, str]]:
+    """``tally("migrate", "plan") -> (code, out, err)`` in a folder whose tallystick.toml knows the app."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("DATABASE_URL_UNPOOLED", "TALLYSTICK_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DATABASE_URL", app.url)
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "tallystick.toml").write_text(to_toml(app.config.host))
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tallystick", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capfd.readouterr()
+        assert "Traceback" not in out + err
+        return int(ended.value.code or 0), out, err
+
+    return run
+
+
+Tally = Callable[..., tuple[int, str, str]]
+
+
+def as_json(said: tuple[int, str, str]) -> Any:
+    return json.loads(said[1])
+
+
+def test_lint(tally: Tally, tmp_path: Path) -> None:
+    (tmp_path / "bad.sql").write_text("ALTER TABLE users ADD a int NOT NULL;")
+    code, out, _ = tally("migrate", "lint", "bad.sql")
+    assert code == 1
+    assert "bad.sql:1: not-null-without-default" in out
+    assert [finding["code"] for finding in as_json(tally("migrate", "lint", "bad.sql", "--json"))] == [
+        "no-lock-timeout",
+        "not-null-without-default",
+    ]
+    (tmp_path / "good.sql").write_text("SELECT 1;")
+    assert tally("migrate", "lint", "good.sql")[0] == 0
+    assert tally("migrate", "lint", "nowhere")[0] == 1
+
+
+def test_snippet(tally: Tally) -> None:
+    assert "credit_balance: Mapped[int]" in tally("migrate", "snippet", "sqlalchemy")[1]
+    code, _, err = tally("migrate", "snippet", "hibernate")
+    assert (code, "sqlalchemy, drizzle" in err) == (1, True)
+
+
+def test_backup_apply_and_restore(tally: Tally, app: App, make_app: Callable[..., App], tmp_path: Path) -> None:
+    code, _, err = tally("migrate", "apply", "--backup", "before.backup")
+    assert code == 0
+    assert "verified" in err
+    assert tally("backup", "before.backup", "--check")[0] == 0
+    assert tally("backup", "before.backup")[0] == 1  # never overwritten
+    code, out, _ = tally("backup", "after.backup")
+    assert (code, "rows in" in out) == (0, True)
+
+    other = make_app("SELECT 1")
+    code, out, _ = tally("--database-url", other.url, "restore", "before.backup")
+    assert (code, out) == (0, "Restored 1,000 rows in 2 tables.\n")
+    assert tally("--database-url", other.url, "restore", "after.backup")[0] == 1  # not empty any more
+
+
+def test_rehearse(tally: Tally, app: App, tmp_path: Path) -> None:
+    before = app.dump()
+    (tmp_path / "app.sql").write_text("SELECT email FROM users; UPDATE users SET email = email;")
+    code, out, _ = tally("migrate", "rehearse", "--statements", "app.sql", "--html", "report.html")
+    assert code == 0, out
+    assert "Passed" in out
+    assert "<svg" in (tmp_path / "report.html").read_text()
+    assert app.dump() == before
+
+    tally("backup", "copy.backup")
+    (tmp_path / "app.sql").write_text("SELECT u.* FROM users u UNION SELECT gen_random_uuid(), 'two columns'")
+    said = tally("migrate", "rehearse", "--from", "copy.backup", "--statements", "app.sql", "--json")
+    assert said[0] == 1
+    assert "after the migration" in as_json(said)["broken"][0]
+
+
+def test_plan_and_status_say_more(tally: Tally, app: App) -> None:
+    app.run("CREATE TABLE alembic_version (version_num text)", "INSERT INTO alembic_version VALUES ('abc')")
+    code, out, _ = tally("migrate", "plan", "--backup", "x.backup")
+    assert code == 0
+    assert "0001 will hold its locks for about" in out
+    assert tally("migrate", "apply")[0] == 0
+    code, out, _ = tally("migrate", "status")
+    assert code == 0
+    assert "The app's own alembic (public.alembic_version) is at abc." in out
+    assert as_json(tally("migrate", "status", "--json"))["trackers"][0]["newest"] == "abc"
