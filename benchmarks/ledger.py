@@ -10,7 +10,9 @@ in the same run, in turns with ours. Both sides commit each consumption to disk.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import datetime as dt
+import itertools
 import multiprocessing
 import platform
 import random
@@ -29,7 +31,8 @@ from sqlalchemy.dialects import postgresql
 
 import stage
 from stage import App, Timing
-from tallystick import Config, Ledger
+from tallystick import Config, Consume, Ledger
+from tallystick.combine import Combiner
 
 PROCESSES = 2  # of ours, at more than one connection: as many as the cores that the tables were made on
 
@@ -107,6 +110,48 @@ def ours(app: App, *, users: int, connections: int, seconds: float) -> Timing:
     with ProcessPoolExecutor(len(shares), context, _enter, (context.Barrier(connections),)) as pool:
         runs = [pool.submit(_spend_in_threads, app.url, users, seconds, share) for share in shares]
         return Timing.of([took for run in runs for took in run.result()], seconds)
+
+
+# --- many at once ---
+
+
+def batches(app: App, *, size: int, seconds: float) -> float:
+    """Consumptions a second of one hot account in lists of this size, over as many connections as cores."""
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        counts = list(pool.map(lambda _: _spend_lists(app, size, seconds), range(PROCESSES)))
+    return sum(counts) / seconds
+
+
+def _spend_lists(app: App, size: int, seconds: float) -> int:
+    ledger, tag, done = app.ledger, uuid4().hex, 0
+    engine = sa.create_engine(app.url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
+    with engine.connect() as conn:
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            ledger.consume_many(conn, [Consume(1, key=f"{tag} {done + n}") for n in range(size)])
+            done += size
+    return done
+
+
+def combined(app: App, *, callers: int, seconds: float) -> float:
+    """Consumptions a second of so many asyncio tasks, each of which waits for its own before it asks again."""
+    tag, done = uuid4().hex, 0
+
+    async def caller(combiner: Combiner, number: int, until: float) -> None:
+        nonlocal done
+        for n in itertools.count():
+            if time.perf_counter() > until:
+                return
+            await asyncio.wrap_future(combiner.consume(1, key=f"{tag} {number} {n}"))
+            done += 1
+
+    async def crowd() -> None:
+        with Combiner(app.ledger, sa.create_engine(app.url, poolclass=sa.NullPool)) as combiner:
+            until = time.perf_counter() + seconds
+            await asyncio.gather(*(caller(combiner, number, until) for number in range(callers)))
+
+    asyncio.run(crowd())
+    return done / seconds
 
 
 # --- growth ---
@@ -195,6 +240,17 @@ def main() -> None:
                 ["", "pgbench ms", "ours ms", "ratio", "p99 pgbench", "p99 ours", "pgbench/s", "ours/s", "ratio"], lines
             )
         )
+
+        alone = high.per_second
+        print("\nmany at once, one account, consumptions a second")
+        lines = [
+            [f"consume_many, {size:,} a statement", f"{rate:,.0f}", f"{rate / alone:.1f}"]
+            for size in (10, 100, 1_000)
+            for rate in [batches(app, size=size, seconds=seconds)]
+        ]
+        rate = combined(app, callers=256, seconds=seconds)
+        lines.append(["Combiner, 256 asyncio callers", f"{rate:,.0f}", f"{rate / alone:.1f}"])
+        print(table(["", "a second", "times consume at 16 connections"], lines))
 
         few = stage.app(server, "few", users=1_000, rows_each=small // 1_000)
         many = stage.app(server, "many", users=1_000, rows_each=large // 1_000)

@@ -344,3 +344,50 @@ def test_without_a_server_the_error_says_that_nothing_was_sent(durable: World) -
     with pytest.raises(exc.OperationalError):  # the caller's own engine speaks for itself
         durable.engine.connect()
     durable.server.start()
+
+
+def test_a_storm_of_connections_beyond_what_the_server_takes(durable: World) -> None:
+    """Those that find no place were not served, and are told so; when they come again all is exact."""
+    world, turned_away = durable, []
+    user = world.user(credits=1_000)
+    gate = threading.Barrier(80)
+
+    def spend(number: int) -> int:
+        gate.wait(PATIENCE_S)
+        try:
+            with connect(world.url, autocommit=True) as conn:
+                world.ledger.consume(conn, user, key=f"{number}")
+                time.sleep(0.2)  # so that all of them want to be there at once
+        except DatabaseUnavailable as error:
+            turned_away.append(error)
+        return surely(world, lambda conn: world.ledger.consume(conn, user, key=f"{number}")).sequence
+
+    with ThreadPoolExecutor(80) as pool:
+        sequences = list(pool.map(spend, range(80)))
+    assert sorted(sequences) == list(range(2, 82))
+    assert turned_away
+    assert {error.sqlstate for error in turned_away} <= {"53300", None}
+
+
+# --- time goes backwards ---
+
+
+def test_a_clock_that_steps_back_does_not_reorder_the_ledger(world: World) -> None:
+    """What orders it is its numbers. The server's clock is set back by a function that stands before its own."""
+    user = world.user(credits=5)
+    with world.autocommit.connect() as conn:
+        conn.exec_driver_sql("CREATE SCHEMA earlier")
+        conn.exec_driver_sql(
+            "CREATE FUNCTION earlier.clock_timestamp() RETURNS timestamptz"
+            " RETURN pg_catalog.clock_timestamp() - interval '1 hour'"
+        )
+        world.ledger.consume(conn, user, key="a")
+        conn.exec_driver_sql("SET search_path = earlier, pg_catalog, public")
+        late = world.ledger.consume(conn, user, key="b")
+        conn.exec_driver_sql("RESET search_path")
+        world.ledger.consume(conn, user, key="c")
+        rows = world.ledger.history(conn, user)
+        assert [row.idempotency_key for row in rows] == ["c", "b", "a", None]
+        assert [row.balance_after for row in rows] == [2, 3, 4, 5]
+        assert late.completed_at is not None
+        assert late.completed_at < rows[2].completed_at
