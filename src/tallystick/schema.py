@@ -314,6 +314,7 @@ stripe_findings = Table(
     Column("expected", sa.Text),
     Column("found", sa.Text),
     Column("seen_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
+    Column("dismissed_at", pg.TIMESTAMP(timezone=True)),
     sa.PrimaryKeyConstraint("kind", "object_id", name="stripe_findings_pkey"),
 )
 """What a person should look at: sessions unknown here, amounts that differ, and the like."""

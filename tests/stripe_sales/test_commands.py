@@ -82,6 +82,9 @@ def test_reconcile_tells_and_does(shop: Shop, tally: Tally):
     shop.dev.pay(stray.id)
     code, out, _ = tally("stripe", "reconcile")
     assert (code, f"unknown_session {stray.id}" in out) == (1, True)
+    assert tally("stripe", "dismiss", stray.id)[0] == 0
+    assert tally("stripe", "dismiss", stray.id)[0] == 1
+    assert tally("stripe", "reconcile", "--since", "2026-01-01")[0] == 0  # found again, and not told again
 
 
 def test_refund_sends_the_money_back(shop: Shop, tally: Tally):

@@ -132,6 +132,20 @@ def reconcile(
         raise typer.Exit(1)
 
 
+@selling.command()
+def dismiss(
+    ctx: typer.Context,
+    object_id: Annotated[str, typer.Argument(help="Stripe's id, as a finding names it.", metavar="ID")],
+    as_json: Json = False,
+) -> None:
+    """Take what reconciliation found about one of Stripe's objects off the list; you have dealt with it."""
+    with pool(ctx) as (made, config):
+        count = stripe().dismiss(made, config, object_id)
+    emit({"dismissed": count}, lambda: out.print(f"{count or 'No'} findings about {object_id}."), as_json=as_json)
+    if not count:
+        raise typer.Exit(1)
+
+
 @selling.command("refund")
 def send_back(
     ctx: typer.Context,

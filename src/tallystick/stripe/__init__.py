@@ -19,7 +19,7 @@ from tallystick.stripe.catalogue import EndpointSetup, PackCheck, PackSetup, Set
 from tallystick.stripe.checkout import Checkout, Confirmation, checkout, confirm, refund
 from tallystick.stripe.client import API_VERSION
 from tallystick.stripe.listening import Forwarded, listen
-from tallystick.stripe.reconciliation import Progress, Report, reconcile
+from tallystick.stripe.reconciliation import Progress, Report, dismiss, reconcile
 from tallystick.stripe.webhooks import BODY_MAX_BYTES, Received, receive
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "check",
     "checkout",
     "confirm",
+    "dismiss",
     "listen",
     "receive",
     "reconcile",

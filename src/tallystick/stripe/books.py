@@ -203,7 +203,7 @@ class Books:
         expected: object = None,
         found: object = None,
     ) -> None:
-        """Put something on record for a person, once."""
+        """Put something on record for a person, once: what was dismissed stays so."""
         values = {
             "kind": str(kind),
             "object_id": object_id,
@@ -214,13 +214,20 @@ class Books:
         run(conn, pg.insert(stripe_findings).values(**values).on_conflict_do_nothing(), {})
 
     def findings(self, conn: DbConnection) -> list[Finding]:
-        """All that is on record, oldest first."""
+        """All that is on record and not dismissed, oldest first."""
         row = stripe_findings.c
         statement = sa.select(row.kind, row.object_id, row.purchase_id, row.expected, row.found)
+        statement = statement.where(row.dismissed_at.is_(None))
         return [
             Finding(FindingKind(kind), *rest)
             for kind, *rest in run(conn, statement.order_by(row.seen_at, row.kind, row.object_id), {})
         ]
+
+    def dismiss(self, conn: DbConnection, object_id: str) -> int:
+        """A person has dealt with what was found about one of Stripe's objects; how many findings that were."""
+        row = stripe_findings.c
+        seen = sa.update(stripe_findings).where(row.object_id == object_id, row.dismissed_at.is_(None))
+        return len(run(conn, seen.values(dismissed_at=sa.func.now()).returning(row.kind), {}).all())
 
     # --- what Stripe said ---
 

@@ -20,7 +20,7 @@ from tallystick.database import run
 from tallystick.errors import InvalidArgument
 from tallystick.ledger import CreditTransaction
 from tallystick.schema import stripe_checkouts, stripe_events, stripe_reconciliations, stripe_reversals
-from tallystick.stripe.books import DISPUTE_STANDING, Finding, FindingKind, Outcome
+from tallystick.stripe.books import DISPUTE_STANDING, Finding, FindingKind, Outcome, books
 from tallystick.stripe.checkout import session_of_purchase
 from tallystick.stripe.client import every
 from tallystick.stripe.desk import PAGE, Desk, Effect, failure_of, in_transaction, transaction
@@ -31,6 +31,9 @@ OVERLAP = dt.timedelta(days=3)
 
 NEVER_ASKED = dt.timedelta(days=1)
 """A pending purchase without a session at Stripe fails after this long: no session lives longer."""
+
+RESUMED_WITHIN = dt.timedelta(days=1)
+"""An interrupted run that is older is left: a new one looks at everything that it would have."""
 
 EVENTS_KEPT = dt.timedelta(days=30)
 
@@ -86,7 +89,8 @@ def reconcile(
 
     Looks at every pending purchase here, and at Stripe's sessions, refunds, disputes and events created since
     ``since``: by default three days before the last finished run, or everything. A run that was interrupted goes on
-    where it stood when called with the same ``since``. ``dry_run`` rolls each transaction back and reports it.
+    where it stood when called with the same ``since`` within a day. ``dry_run`` rolls each transaction back and
+    reports it.
 
     Raises:
         InvalidArgument: ``since`` has no time zone.
@@ -95,6 +99,14 @@ def reconcile(
     if since is not None and since.tzinfo is None:
         raise InvalidArgument(f"since={since!r}: pass a time with a time zone", argument="since", value=since)
     return _Run(Desk(engine, config), since, dry_run=dry_run, progress=progress or (lambda _: None)).run()
+
+
+def dismiss(engine: sa.Engine, config: Config, object_id: str) -> int:
+    """Take the findings about one of Stripe's objects off the list: a person has dealt with them.
+
+    Returns how many there were; they stay in the table and are not reported again.
+    """
+    return in_transaction(engine, lambda conn: books(config).dismiss(conn, object_id))
 
 
 _Step = tuple[str, str, Effect | None]  # where this stands, Stripe's id, what to do
@@ -250,11 +262,11 @@ class _Run:
         row = stripe_reconciliations.c
 
         def work(conn: sa.Connection) -> tuple[dt.datetime | None, str | None, str | None]:
-            newest = sa.select(row.id, row.since, row.stage, row.position, row.finished_at, row.started_at)
-            newest = newest.order_by(row.id.desc()).limit(1)
-            last = run(conn, newest, {}).one_or_none()
+            interrupted = sa.and_(row.finished_at.is_(None), row.started_at > sa.func.now() - RESUMED_WITHIN)
+            newest = sa.select(row.id, row.since, row.stage, row.position, interrupted.label("interrupted"))
+            last = run(conn, newest.order_by(row.id.desc()).limit(1), {}).one_or_none()
             wanted = self.asked_since
-            if last is not None and last.finished_at is None and wanted in (None, last.since) and not self.dry_run:
+            if last is not None and last.interrupted and wanted in (None, last.since) and not self.dry_run:
                 self.id = last.id
                 return last.since, last.stage, last.position
             finished = sa.select(sa.func.max(row.started_at)).where(row.finished_at.is_not(None))

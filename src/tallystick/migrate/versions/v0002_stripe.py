@@ -60,6 +60,7 @@ CREATE TABLE tallystick.stripe_findings (
   expected text,
   found text,
   seen_at timestamptz NOT NULL DEFAULT now(),
+  dismissed_at timestamptz,
   CONSTRAINT stripe_findings_pkey PRIMARY KEY (kind, object_id)
 )""",
     "stripe_reconciliations": """
