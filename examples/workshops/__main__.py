@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shutil
+import signal
+import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -53,10 +56,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m workshops", description=__doc__)
     parser.add_argument("--port", type=int, default=8000)
     port = parser.parse_args().port
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # uvicorn hands it on, and the folder is still removed
     folder = Path(tempfile.mkdtemp(prefix="tallystick-example-"))
     folder.chmod(0o711)  # root's server runs as another account and has to reach it
     try:
-        with Server(folder) as server, DevStripe() as double:
+        with suppress(KeyboardInterrupt), Server(folder) as server, DevStripe() as double:
             origin = f"http://127.0.0.1:{port}"
             config = prepare(server.create_database("workshops"), origin, double)
             engine = sa.create_engine(str(config.database_url))
