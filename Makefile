@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo example test check bench bench-migration lock clean
+.PHONY: help install demo example test check bench bench-migration hammer picture lock clean
 
 help:
 	@echo "make demo    migrate a busy database, sell, spend, refund and audit credits (under a minute)"
@@ -13,6 +13,7 @@ help:
 	@echo "make check   ruff, mypy --strict and the import contracts"
 	@echo "make bench   consumptions against pgbench, and growth with history (minutes; QUICK=1 for a short form)"
 	@echo "make bench-migration   what live traffic feels of a migration, ours beside others' (2 minutes; QUICK=1 shorter)"
+	@echo "make hammer  clients and their server killed for a minute, then every answer checked (SECONDS=60 PROCESSES=8)"
 	@echo "make lock    pin the development dependencies anew"
 	@echo "make clean   remove .venv and the embedded database"
 
@@ -51,6 +52,12 @@ bench: install
 
 bench-migration: install
 	$(BIN)/python benchmarks/migration.py $(if $(QUICK),--quick)
+
+picture: install
+	$(BIN)/python tools/demo_picture.py
+
+hammer: install
+	$(BIN)/python tests/proof/hammer.py --seconds $(or $(SECONDS),60) --processes $(or $(PROCESSES),8)
 
 lock: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv

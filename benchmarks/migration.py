@@ -94,7 +94,7 @@ def retried(lock_timeout: str | None) -> Candidate:
 def statements(config: Config) -> Iterator[psycopg.sql.Composable]:
     """The host's tables first, then what is new: the order in which a diff of models is written down."""
     names = HostNames.of(config.host)
-    [revision] = revisions()
+    revision = revisions()[0]  # the later ones leave the host's tables alone
     *changes, keys, trigger = revision.locked(names)
     yield from changes
     yield from revision.prepare(names)

@@ -207,6 +207,7 @@ def test_the_script_can_be_run_by_another_tool(tally, old_host, server: Server):
     assert done.returncode == 0, done.stderr
     assert tally("migrate", "status").code == 0
     assert "CREATE TABLE" in tally("migrate", "sql", "--offline").out
+    assert 'TO "app"' in tally("migrate", "sql", "--role", "app").out
 
 
 def test_the_embedded_server_from_start_to_stop(tally, scratch: Path, monkeypatch: pytest.MonkeyPatch):
@@ -262,4 +263,4 @@ def test_the_demo_tells_the_whole_story(tally):
     said = tally("demo", "--users", 2000, "--workshops", 3000)
     assert said.code == 0, said.out
     verdicts = re.findall(r"^(yes|NO) ", said.out, re.MULTILINE)
-    assert verdicts == ["yes"] * 5
+    assert verdicts == ["yes"] * 6

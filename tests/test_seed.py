@@ -67,6 +67,8 @@ BALANCES = {
     "deleted_user": 3,
     "deleted_workshop": 1,
     "names": 2,
+    "granted": 2,
+    "dispute_won": 3,
 }
 
 

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from tallystick.config import Config
 from tallystick.database import DbConnection, run
-from tallystick.errors import InvalidArgument, Key, StripeCustomerConflict, UnknownUser, UnknownWorkshop
+from tallystick.errors import InvalidArgument, Key, StripeCustomerConflict, UnknownUser, UnknownWorkshop, shown
 from tallystick.schema import Schema
 
 PLAN_TIER_MAX = 32
@@ -148,7 +148,7 @@ class Accounts:
             .returning(workshops.c.key)
         )
         if run(conn, statement, {"p_workshop": key}).one_or_none() is None:
-            raise UnknownWorkshop(f"no workshop {workshop!r}", workshop=workshop)
+            raise UnknownWorkshop(f"no workshop {shown(workshop)}", workshop=workshop)
 
     def _update(self, conn: DbConnection, user: Key, **values: Any) -> Account:
         return self._one(conn, self._where_user(sa.update(self.schema.users).values(**values)), user)
@@ -161,7 +161,7 @@ class Accounts:
     def _one(self, conn: DbConnection, statement: sa.Executable, user: Key) -> Account:
         row = run(conn, statement, {"p_user": self.schema.user_key(user)}).one_or_none()
         if row is None:
-            raise UnknownUser(f"no user {user!r}. Is it the mapped key (host.users.key)?", user=user)
+            raise UnknownUser(f"no user {shown(user)}. Is it the mapped key (host.users.key)?", user=user)
         return Account(*row)
 
 
@@ -178,5 +178,5 @@ def _name(argument: str, value: object, longest: int) -> str:
     if isinstance(value, str) and 0 < len(value) <= longest and value.isprintable():
         return value
     raise InvalidArgument(
-        f"{argument}={value!r}: pass a text of 1 to {longest} printable characters", argument=argument, value=value
+        f"{argument}={shown(value)}: pass a text of 1 to {longest} printable characters", argument=argument, value=value
     )

@@ -57,6 +57,8 @@ SELECT owner.id, 'Workshop ' || w, now() - w * interval '1 minute'
 FROM generate_series(1, %s) w, size, owner WHERE owner.n = 1 + w %% size.users
 """
 
+LEAST_STEPS = 20  # of each customer, however slow the machine
+
 OLD_APP = (
     "SELECT id, email, name FROM users WHERE id = %(user)s",
     "SELECT id, title, step FROM workshops WHERE user_id = %(user)s ORDER BY created_at DESC LIMIT 20",
@@ -163,10 +165,11 @@ def crowd(pool: sa.Engine, config: Config, *, threads: int = 16, seconds: float 
         users = [row[0] for row in conn.exec_driver_sql("SELECT id FROM users WHERE email LIKE 'user%%' LIMIT 8")]
         of_user = "SELECT id FROM workshops WHERE user_id = %s"
         workshops = {user: [row[0] for row in conn.exec_driver_sql(of_user, (user,))] for user in users}
-    started = time.perf_counter()
+    all_there = threading.Barrier(threads)
     customers = [_Customer(number, Ledger(config), workshops) for number in range(threads)]
+    started = time.perf_counter()
     with ThreadPoolExecutor(threads) as workers:
-        for outcome in [workers.submit(customer.work, pool, started + seconds) for customer in customers]:
+        for outcome in [workers.submit(customer.work, pool, all_there, seconds) for customer in customers]:
             outcome.result()
     counts = sum((customer.counts for customer in customers), Counter[str]())
     names = ("bought", "unlocked", "replayed", "refused", "refunded")
@@ -183,10 +186,13 @@ class _Customer:
         self.counts: Counter[str] = Counter()
         self.choose = random.Random(number)  # noqa: S311 - a demo, not secrets
 
-    def work(self, pool: sa.Engine, until: float) -> None:
+    def work(self, pool: sa.Engine, all_there: threading.Barrier, seconds: float) -> None:
+        """Go on for ``seconds`` once everybody is connected, and for so many steps at least."""
         with pool.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
+            all_there.wait()
+            until = time.perf_counter() + seconds
             for step in itertools.count():
-                if time.perf_counter() > until:
+                if step >= LEAST_STEPS and time.perf_counter() > until:
                     return
                 user, key = self.choose.choice(list(self.workshops)), f"demo-{self.number}-{step}"
                 act = self.choose.choices((self.buy, self.unlock, self.spend), (2, 2, 6))[0]

@@ -69,6 +69,17 @@ from uuid import UUID
 
 Key = UUID | str | int  # a host's user or workshop key
 
+SHOWN_MAX = 80
+
+
+def shown(value: object) -> str:
+    """``value`` for a message: enough of it to recognise, since what comes in may be a megabyte."""
+    try:
+        text = repr(value[: SHOWN_MAX + 1] if isinstance(value, str | bytes) else value)
+    except ValueError:  # an integer of more digits than Python is willing to write
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+    return text if len(text) <= SHOWN_MAX else f"{text[:SHOWN_MAX]}…"
+
 
 class TallystickError(Exception):
     """Root of the tree. Keyword arguments become attributes; the message is what a person reads."""

@@ -46,6 +46,7 @@ from tallystick.errors import (
     WorkshopDeleted,
     WorkshopNotOwned,
     WorkshopUnaccounted,
+    shown,
 )
 from tallystick.schema import (
     INT32_MAX,
@@ -63,7 +64,6 @@ PENDING, COMPLETED, FAILED = CreditTransactionStatus
 TEXT_MAX = 10_000
 KEY_MAX = 255
 HISTORY_MAX = 1_000
-SHOWN_MAX = 80
 
 # A statement that finds nothing to do, though nothing speaks against it, met a change in between and runs again.
 # In autocommit each run needs a quiet moment of one user's ledger; this many without one is no longer chance.
@@ -241,7 +241,7 @@ class Ledger:
         _either("id", id, "stripe_session_id", stripe_session_id)
         if (amount_paid is None) != (currency is None):
             raise InvalidArgument(
-                f"amount_paid={amount_paid!r}, currency={currency!r}: pass both or neither",
+                f"amount_paid={shown(amount_paid)}, currency={shown(currency)}: pass both or neither",
                 argument="currency",
                 value=currency,
             )
@@ -565,7 +565,7 @@ class Ledger:
         """
         if not isinstance(when, dt.datetime) or when.tzinfo is None:
             raise InvalidArgument(
-                f"when={when!r}: pass a datetime with a time zone, as datetime.now(UTC)",
+                f"when={shown(when)}: pass a datetime with a time zone, as datetime.now(UTC)",
                 argument="when",
                 value=when,
             )
@@ -832,7 +832,7 @@ def _whole(argument: str, value: object, low: int, high: int) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
         return value
     raise InvalidArgument(
-        f"{argument}={value!r}: pass a whole number from {low} to {high}", argument=argument, value=value
+        f"{argument}={shown(value)}: pass a whole number from {low} to {high}", argument=argument, value=value
     )
 
 
@@ -848,8 +848,7 @@ def _text(argument: str, value: object, longest: int = TEXT_MAX) -> str:
         problem = "holds a NUL or a lone surrogate, which PostgreSQL cannot store"
     else:
         problem = f"pass a text of 1 to {longest} characters"
-    shown = repr(value) if len(repr(value)) <= SHOWN_MAX else f"{repr(value)[:SHOWN_MAX]}…"
-    raise InvalidArgument(f"{argument}={shown}: {problem}", argument=argument, value=value)
+    raise InvalidArgument(f"{argument}={shown(value)}: {problem}", argument=argument, value=value)
 
 
 def _uuid(argument: str, value: object) -> UUID:
@@ -861,14 +860,16 @@ def _uuid(argument: str, value: object) -> UUID:
         except ValueError:
             pass
     raise InvalidArgument(
-        f"{argument}={value!r}: pass the id of a credit transaction, a UUID", argument=argument, value=value
+        f"{argument}={shown(value)}: pass the id of a credit transaction, a UUID", argument=argument, value=value
     )
 
 
 def _currency(value: object) -> str:
     if isinstance(value, str) and len(value) == 3 and value.isascii() and value.isalpha():  # noqa: PLR2004 - ISO 4217
         return value.lower()
-    raise InvalidArgument(f"currency={value!r}: pass a three-letter code, as 'usd'", argument="currency", value=value)
+    raise InvalidArgument(
+        f"currency={shown(value)}: pass a three-letter code, as 'usd'", argument="currency", value=value
+    )
 
 
 def _either(one: str, first: object, other: str, second: object) -> None:
@@ -881,14 +882,14 @@ def _position(before: object) -> tuple[UUID, int]:
     if before is None:
         return UUID(int=2**128 - 1), INT32_MAX
     if isinstance(before, str):
-        if before.isascii() and before.isdigit() and int(before) <= INT32_MAX:
+        if before.isascii() and before.isdigit() and len(before) <= len(str(INT32_MAX)) and int(before) <= INT32_MAX:
             return UUID(int=0), int(before)
         try:
             return UUID(before), INT32_MAX
         except ValueError:
             pass
     raise InvalidArgument(
-        f"before={before!r}: pass the cursor of a row that history returned", argument="before", value=before
+        f"before={shown(before)}: pass the cursor of a row that history returned", argument="before", value=before
     )
 
 
@@ -901,10 +902,10 @@ def _utc(moment: dt.datetime) -> dt.datetime:
 
 
 def _unknown_user(user: Key) -> UnknownUser:
-    return UnknownUser(f"no user {user!r}. Is it the mapped key (tallystick.toml, host.users.key)?", user=user)
+    return UnknownUser(f"no user {shown(user)}. Is it the mapped key (tallystick.toml, host.users.key)?", user=user)
 
 
 def _unknown_workshop(workshop: Key) -> UnknownWorkshop:
     return UnknownWorkshop(
-        f"no workshop {workshop!r}. Is it the mapped key (tallystick.toml, host.workshops.key)?", workshop=workshop
+        f"no workshop {shown(workshop)}. Is it the mapped key (tallystick.toml, host.workshops.key)?", workshop=workshop
     )

@@ -17,7 +17,7 @@ from sqlalchemy.schema import CheckConstraint, Column, ForeignKey, Index, Table
 
 from tallystick.config import HostMapping, KeyType
 from tallystick.database import DbConnection
-from tallystick.errors import InvalidArgument, Key, NotMigrated, SchemaTooNew
+from tallystick.errors import InvalidArgument, Key, NotMigrated, SchemaTooNew, shown
 
 HEAD = "0002"
 """The revision this package works with; the tests hold it against ``migrate/versions``."""
@@ -188,7 +188,7 @@ class Schema:
         """``value`` as a workshop's key. Raises InvalidArgument."""
         if self.host.workshops is None:
             raise InvalidArgument(
-                f"workshop={value!r}: this host has no workshops table. "
+                f"workshop={shown(value)}: this host has no workshops table. "
                 "Leave the workshop out, or map one under [host.workshops]",
                 argument="workshop",
                 value=value,
@@ -378,7 +378,7 @@ def _as_key(argument: str, value: object, key_type: KeyType) -> Key:
             if low <= value <= high:
                 return value
     raise InvalidArgument(
-        f"{argument}={value!r} is no {key_type} key. Pass the value of the mapped key column "
+        f"{argument}={shown(value)} is no {key_type} key. Pass the value of the mapped key column "
         f"(host.{argument}s.key_type is {key_type!r})",
         argument=argument,
         value=value,

@@ -758,6 +758,14 @@ class _Story:
         """Give back ``credits`` of a purchase, or all of it."""
         self.ledger.refund(self.conn, self.user, bought.id, credits=credits, key=self._key())
 
+    def reinstate(self, bought: CreditTransaction) -> None:
+        """Give back what refunds of a purchase took."""
+        self.ledger.reinstate(self.conn, self.user, bought.id, key=self._key())
+
+    def grant(self, credits: int, *, description: str) -> None:
+        """Give credits that nobody paid for."""
+        self.ledger.grant(self.conn, self.user, credits=credits, key=self._key(), description=description)
+
     def spend(self, amount: int = 1, *, description: str | None = None) -> None:
         """Spend credits on no workshop."""
         self.ledger.consume(self.conn, self.user, amount=amount, key=self._key(), description=description)
@@ -951,6 +959,22 @@ def _names(story: _Story) -> None:
         story.unlock(workshop)
     for name in () if workshops else NAMES:
         story.spend(description=name)
+
+
+@_scenario(17)
+def _granted(story: _Story) -> None:
+    """Welcome credits, never bought any."""
+    story.onboard()
+    story.grant(2, description="Welcome to the beta")
+
+
+@_scenario(18)
+def _dispute_won(story: _Story) -> None:
+    """A purchase that was disputed and taken back, and given back when the dispute was won."""
+    story.onboard()
+    bought = story.buy(3)
+    story.refund(bought)
+    story.reinstate(bought)
 
 
 SCENARIOS: Mapping[str, Scenario] = MappingProxyType(_scenarios)

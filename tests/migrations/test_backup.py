@@ -47,7 +47,8 @@ def test_there_and_back(app: App, make_app: Callable[..., App], tmp_path: Path) 
     told: list[tuple[str, float]] = []
     made = take(app, tmp_path / "app.backup", progress=lambda what, part: told.append((what, part)))
 
-    assert made.manifest.rows == {
+    rows = {table: count for table, count in made.manifest.rows.items() if ".stripe_" not in table}
+    assert rows == {
         '"a:b"."Strange ""name"""': 7,
         "public.credit_transactions": 0,
         "public.nothing": 0,
@@ -55,7 +56,7 @@ def test_there_and_back(app: App, make_app: Callable[..., App], tmp_path: Path) 
         "public.users": 500,
         "public.workshops": 500,
         "tallystick.alembic_version": 1,
-        "tallystick.migration_log": 1,
+        "tallystick.migration_log": len(migrate.revisions()),
     }
     assert stat.S_IMODE(made.path.stat().st_mode) == 0o600
     assert [path.name for path in tmp_path.iterdir()] == ["app.backup"]

@@ -26,14 +26,14 @@ def plan(app: App, **options: object) -> migrate.Plan:
 @pytest.mark.parametrize("name", HOSTS)
 def test_nothing_under_the_lock_scans_or_rewrites(name: str, make_app: Callable[..., App]) -> None:
     app = make_app(HOSTS[name].ddl, HOSTS[name].mapping)
-    [revision] = plan(app).revisions
-    for statement in revision.statements:
-        assert not statement.rewrites
-        assert not statement.scans or statement.phase == "online"
+    for revision in plan(app).revisions:
+        for statement in revision.statements:
+            assert not statement.rewrites
+            assert not statement.scans or statement.phase == "online"
 
 
 def test_the_first_write_blocking_lock_of_a_table_is_its_strongest(app: App) -> None:
-    [revision] = plan(app).revisions
+    revision = plan(app).revisions[0]
     strongest: dict[str, Lock] = {}
     for statement in revision.statements:
         for table, name in statement.locks:

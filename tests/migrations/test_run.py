@@ -391,4 +391,4 @@ def test_a_run_that_is_stopped_leaves_nothing_building(app: App) -> None:
         with pytest.raises(KeyboardInterrupt):
             migrate.apply(app.url, app.config, progress=stop)
         assert app.value("SELECT count(*) FROM pg_stat_progress_create_index") == 0
-    assert [step.outcome for step in migrate.apply(app.url, app.config).online] == ["repaired"]
+    assert migrate.apply(app.url, app.config).online[0].outcome == "repaired"

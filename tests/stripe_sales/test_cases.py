@@ -13,7 +13,7 @@ import stripe as sdk
 from stripe_sales.shop import CREDITS, ORIGIN, PACK, PRICE, Shop
 from tallystick import Pack, stripe
 from tallystick import errors as e
-from tallystick.schema import stripe_events
+from tallystick.schema import INT32_MAX, stripe_events
 
 COMPLETED = "checkout.session.completed"
 SUCCEEDED = "checkout.session.async_payment_succeeded"
@@ -330,6 +330,44 @@ def test_another_currency_is_granted_and_reported(shop: Shop):
     assert stripe.receive(shop.engine, shop.config, changed.encode(), signature).outcome == "granted"
     assert shop.findings() == ["currency_differs"]
     assert shop.purchase(started).currency == "eur"
+
+
+def changed_session(shop: Shop, **changes: object) -> stripe.Received:
+    """Deliver the held completion with some fields of its session changed, signed as Stripe would."""
+    [event] = shop.events(COMPLETED)
+    said = json.loads(shop.dev.signed(event, shop.endpoint)[0])
+    said["data"]["object"] |= changes
+    said["id"] = f"evt_{len(changes)}_{next(iter(changes))}"
+    return stripe.receive(shop.engine, shop.config, *_signed(shop, json.dumps(said)))
+
+
+def test_another_customer_is_granted_and_reported(shop: Shop):
+    user = shop.world.user()
+    shop.dev.pay(shop.checkout(user).session)
+    assert changed_session(shop, customer="cus_other").outcome == "granted"
+    assert (shop.balance(user), shop.findings()) == (CREDITS, ["customer_differs"])
+
+
+def test_a_second_session_for_one_purchase_is_reported_not_granted(shop: Shop):
+    user = shop.world.user()
+    shop.dev.pay(shop.checkout(user).session)
+    assert changed_session(shop, id="cs_test_second").outcome == "refused"
+    assert (shop.balance(user), shop.findings()) == (0, ["second_session"])
+    assert shop.outcomes(COMPLETED) == ["granted"]
+
+
+def test_what_a_balance_cannot_hold_is_reported_and_found_again(shop: Shop):
+    user = shop.world.user()
+    started = shop.checkout(user)
+    with shop.engine.begin() as conn:
+        shop.world.ledger.grant(conn, user, credits=INT32_MAX, key="all", description="All there is")
+    shop.dev.pay(started.session)
+    assert shop.outcomes(COMPLETED) == ["refused"]
+    assert (shop.purchase(started).status, shop.findings()) == ("pending", ["refused"])
+    with shop.engine.begin() as conn:
+        shop.world.ledger.consume(conn, user, amount=CREDITS, key="room")
+    stripe.reconcile(shop.engine, shop.config)
+    assert (shop.purchase(started).status, shop.balance(user)) == ("completed", INT32_MAX)
 
 
 def test_a_deleted_user_who_paid_is_granted_and_reported(shop: Shop):

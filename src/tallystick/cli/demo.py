@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import sqlalchemy as sa
 from rich.console import Console
 from rich.table import Table
 
-from tallystick import audit, migrate, seed
+from tallystick import audit, migrate, seed, stripe
 from tallystick.cli.migrations import show_plan
 from tallystick.config import Config
 from tallystick.database import connect, engine
 from tallystick.demo import PACKS, Traffic, build_host_app, crowd
 from tallystick.devdb import Server
+from tallystick.devstripe import DevStripe
+from tallystick.errors import DevStripeError
+from tallystick.ledger import Ledger
 
 SOME_TRAFFIC_S = 1.0
 
@@ -42,9 +50,20 @@ def run(console: Console, *, users: int = 200_000, workshops: int = 300_000, sec
             story.adopt(users, workshops)
             story.migrate()
             story.sell(seconds)
+            story.checkout()
             story.audit()
     console.print(kept.table(f"Tallystick's promises, in {time.perf_counter() - began:.0f} seconds"))
     return kept.all
+
+
+@contextmanager
+def closing_pool(url: str) -> Iterator[sa.Engine]:
+    """An engine with room for the crowd, closed afterwards."""
+    pool = engine(url, pool_size=16)
+    try:
+        yield pool
+    finally:
+        pool.dispose()
 
 
 class _Promises:
@@ -137,16 +156,13 @@ class _Story:
         )
 
     def sell(self, seconds: float) -> None:
-        pool = engine(self.url, pool_size=16)
-        try:
+        with closing_pool(self.url) as pool:
             self.chapter("Seed data to develop against")
             # 200,000 users do not look like development, which is what this database is
             seeded = seed.seed(pool, self.config, force_production=True)
             self.say(f"{len(seeded.scenarios)} scenarios, from a funded user to one in debt.")
             self.chapter(f"16 threads buy, unlock, retry and overdraw for {seconds:.0f} seconds")
             done = crowd(pool, self.config, seconds=seconds)
-        finally:
-            pool.dispose()
         self.say(
             f"{done.bought:,} purchases, {done.unlocked:,} credits spent, {done.refunded:,} refunds, "
             f"{done.refused:,} refusals for want of credits, {done.replayed:,} repeated calls that changed nothing."
@@ -167,6 +183,55 @@ class _Story:
             "A credit that isn't there is never spent",
             f"{done.refused:,} times refused, {overdrawn} times overdrawn",
             overdrawn == 0 and done.refused > 0,
+        )
+
+    def checkout(self) -> None:
+        """A buyer, a card, a webhook twice, and half of the money back: with the real SDK, against a double."""
+        self.chapter("A sale through Stripe Checkout, with a double on this machine in Stripe's place")
+        origin = "http://127.0.0.1:8000"
+        with DevStripe() as double, closing_pool(self.url) as pool:
+            at_double = {"stripe_secret_key": double.secret_key, "stripe_api_base": double.url}
+            shop = self.config.model_copy(update=at_double | {"checkout_origins": (origin,)})
+            made = stripe.setup(shop, endpoint_url=f"{origin}/webhook")
+            if made.endpoint is None or made.endpoint.secret is None:
+                raise DevStripeError("the double made no webhook endpoint; report this as a fault of Tallystick")
+            prices = {one.pack: one.price for one in made.packs}
+            packs = tuple(dataclasses.replace(pack, stripe_price_id=prices[pack.name]) for pack in shop.packs)
+            shop = shop.model_copy(update={"packs": packs, "stripe_webhook_secret": made.endpoint.secret})
+            double.hold()  # deliveries are made below, by hand
+            pack = packs[-1]
+            with connect(self.url) as conn:
+                buyer = conn.exec_driver_sql("SELECT id FROM users WHERE email = 'user9@example.com'").scalar_one()
+                before = Ledger(shop).balance(conn, buyer)
+            bought = stripe.checkout(
+                pool, shop, buyer, pack.name, key="demo-checkout",
+                success_url=f"{origin}/done", cancel_url=f"{origin}/packs",
+            )  # fmt: skip
+            self.say(f"A pending purchase of {pack.credits} credits, then a Checkout Session at Stripe.")
+            double.pay(bought.session)
+            heard: Counter[str] = Counter()
+
+            def deliver() -> None:
+                for delivery in double.held():
+                    body, signature = double.signed(delivery["event"], delivery["endpoint"])
+                    for _ in range(2):
+                        outcome = stripe.receive(pool, shop, body.encode(), signature).outcome
+                        heard[f"{delivery['type']}: {outcome}"] += 1
+
+            deliver()
+            with connect(self.url) as conn:
+                paid = Ledger(shop).balance(conn, buyer)
+            self.say(f"The buyer pays, every webhook arrives twice: balance {before} → {paid}.")
+            session = double.account.objects["checkout.session"][bought.session]
+            double.refund(session["payment_intent"], amount=session["amount_total"] // 3)
+            deliver()
+            with connect(self.url) as conn:
+                after = Ledger(shop).balance(conn, buyer)
+            self.say(f"A third of the money goes back from Stripe's dashboard: balance {paid} → {after}.")
+        self.kept.add(
+            "Stripe is heard once, however often it speaks",
+            f"{sum(heard.values())} deliveries, balance {before} → {paid} → {after}",
+            (paid - before, after - paid) == (pack.credits, -1),
         )
 
     def audit(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
@@ -11,11 +12,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from tallystick import migrate
-from tallystick.cli.app import Json, address, app, emit, err, invocation, note, out
+from tallystick.cli.app import Json, address, app, emit, err, invocation, note, out, plain
 from tallystick.cli.backups import take_backup
 from tallystick.config import FILE_NAME, to_toml
 from tallystick.database import connect
 from tallystick.errors import ConfigError
+from tallystick.migrate import role as roles
 
 migrations = typer.Typer(
     no_args_is_help=True,
@@ -114,6 +116,14 @@ def plan(
     emit(planned, show, as_json=as_json)
 
 
+def _show_trackers(found: Sequence[migrate.Tracker]) -> None:
+    for tracker in found:
+        at = tracker.newest or "nothing"
+        out.print(f"The app's own {tracker.tool} ({tracker.table}) is at {at}.", markup=False)
+    for concern in migrate.concerns(found):
+        out.print(f"  {concern}.", markup=False)
+
+
 _PHASES = {
     "prepare": "First, what no traffic can feel",
     "locked": "Then, as one message with its COMMIT, under the lock",
@@ -139,7 +149,10 @@ def show_plan(console: Console, planned: migrate.Plan, *, brief: bool = False) -
                 if statement.locks or costs:
                     line("      " + ", ".join([_locks(statement), *costs]), "dim")
             if others := len(of_phase) - len(felt):
-                line(f"  and {others} statements that lock nothing which is there", "dim")
+                line(
+                    f"  and {others} {'more that locks' if others == 1 else 'more that lock'} nothing which is there",
+                    "dim",
+                )
 
 
 def _locks(statement: migrate.PlannedStatement) -> str:
@@ -155,8 +168,20 @@ def sql(
     offline: Annotated[
         bool, typer.Option("--offline", help="Without looking at a database: as if none of our columns were there.")
     ] = False,
+    role: Annotated[
+        str | None,
+        typer.Option(
+            "--role",
+            help="Print instead what lets this role run the ledger and not rewrite it: for an app that does not own "
+            "its tables.",
+            metavar="ROLE",
+        ),
+    ] = None,
 ) -> None:
     """Print what apply would run as one script, for review or for another tool to run."""
+    if role is not None:
+        out.print(roles.grant(invocation(ctx).config().host, role), markup=False)
+        return
     if offline:
         out.print(migrate.sql(None, invocation(ctx).config()), markup=False)
         return
@@ -165,12 +190,21 @@ def sql(
 
 
 @migrations.command()
-def status(ctx: typer.Context, as_json: Json = False) -> None:
+def status(
+    ctx: typer.Context,
+    drizzle: Annotated[
+        Path | None,
+        typer.Option("--drizzle", help="The app's folder of Drizzle migrations, to compare.", metavar="FOLDER"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Say at which revision the database is, and what differs from what it should be. Exit code 1 unless healthy."""
     with invocation(ctx).database(migrating=True) as config, connect(address(config)) as conn:
         found = migrate.status(conn, config)
+        others = migrate.trackers(conn, drizzle=drizzle)
 
     def show() -> None:
+        _show_trackers(others)
         if found.revision is None:
             out.print("Not migrated yet. Run: tallystick migrate plan, then: tallystick migrate apply")
             return
@@ -190,9 +224,18 @@ def status(ctx: typer.Context, as_json: Json = False) -> None:
         else:
             out.print("[green]As declared:[/] every column, constraint, index, trigger and label.")
 
-    emit(found, show, as_json=as_json)
+    emit({**plain(found), "trackers": others}, show, as_json=as_json)
     if not found.healthy:
         raise typer.Exit(1)
+
+
+@migrations.command()
+def snippet(
+    ctx: typer.Context,
+    tool: Annotated[str, typer.Argument(help=f"One of: {', '.join(migrate.TOOLS)}.", metavar="TOOL")],
+) -> None:
+    """Print the lines for the app's own schema file, so that its tool does not take our columns for leftovers."""
+    out.print(migrate.snippet(tool, invocation(ctx).config()), markup=False)
 
 
 @migrations.command()

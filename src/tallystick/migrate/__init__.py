@@ -8,15 +8,19 @@ from tallystick.migrate.online import OnlineStep
 from tallystick.migrate.plan import Finding, Plan, PlannedRevision, PlannedStatement, Replica, TableSize, plan, sql
 from tallystick.migrate.revisions import Revision, revisions
 from tallystick.migrate.run import GIVE_UP_AFTER_S, Progress, Receipt, Step, apply, undo
+from tallystick.migrate.snippets import TOOLS, snippet
 from tallystick.migrate.statements import STALL_BUDGET_MS
 from tallystick.migrate.status import Applied, Drift, Status, status
+from tallystick.migrate.trackers import Entry, Tracker, concerns, trackers
 
 __all__ = [
     "GIVE_UP_AFTER_S",
     "STALL_BUDGET_MS",
+    "TOOLS",
     "Applied",
     "Blocker",
     "Drift",
+    "Entry",
     "Finding",
     "Host",
     "HostColumn",
@@ -33,14 +37,18 @@ __all__ = [
     "Status",
     "Step",
     "TableSize",
+    "Tracker",
     "apply",
+    "concerns",
     "examine",
     "lint",
     "plan",
     "propose",
     "revisions",
+    "snippet",
     "sql",
     "status",
+    "trackers",
     "undo",
     "upgrade_revision",
 ]

@@ -13,7 +13,7 @@ from psycopg.sql import Composable
 from tallystick.config import Config
 from tallystick.errors import MigrationError
 from tallystick.migrate.host import current_revision, examine
-from tallystick.migrate.revisions import HostNames, Revision, revisions
+from tallystick.migrate.revisions import HostNames, Revision, revisions, up_to
 from tallystick.migrate.statements import STALL_BUDGET_MS, text, upward
 
 _SETTINGS = ("lock_timeout", "statement_timeout", "idle_in_transaction_session_timeout")
@@ -74,7 +74,7 @@ def _change(conn: sa.Connection, revision: Revision, config: Config, stall_budge
             "Call upgrade_revision outside of autocommit_block()"
         )
     host = examine(conn, config)
-    if host.revision == revision.revision:
+    if revision in up_to(host.revision):
         return  # applied through another door
     if host.revision != revision.down_revision:
         raise MigrationError(
@@ -106,7 +106,10 @@ def _build(conn: sa.Connection, revision: Revision, config: Config) -> None:
     if current_revision(conn) is None:
         raise MigrationError(f'call upgrade_revision(op, to="{revision.revision}") in a revision before this one')
     schema = config.host.users.schema
-    for name, statement in revision.indexes(HostNames.of(config.host)).items():
+    names = HostNames.of(config.host)
+    for statement in revision.validates(names).values():
+        conn.execute(_text(statement))
+    for name, statement in revision.indexes(names).items():
         valid = conn.scalar(_VALID, {"schema": schema, "name": name})
         if valid is False:
             raise MigrationError(f"an interrupted build left the index {name} invalid. Run: tallystick migrate apply")

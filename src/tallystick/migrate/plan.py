@@ -14,11 +14,12 @@ from psycopg.sql import Composable
 
 from tallystick.config import Config
 from tallystick.migrate.blockers import Blocker, Watch
-from tallystick.migrate.host import Host, HostTable, examine, looking
+from tallystick.migrate.host import Host, examine, looking
 from tallystick.migrate.revisions import HostNames, Revision, after, revisions
 from tallystick.migrate.rules import Lock, Operation, estimated_ms, operations
 from tallystick.migrate.session import USE_UNPOOLED, pooler_sign
 from tallystick.migrate.statements import STALL_BUDGET_MS, Messages, text, upward
+from tallystick.schema import LEDGER
 
 Phase = Literal["prepare", "locked", "online"]
 
@@ -122,7 +123,8 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
         before=host.revision,
         after=revisions()[-1].revision,
         revisions=tuple(
-            _planned(revision, messages, host) for revision, messages in _messages(config, host, STALL_BUDGET_MS)
+            _planned(config, revision, messages, host)
+            for revision, messages in _messages(config, host, STALL_BUDGET_MS)
         ),
         tables=tuple(TableSize(table.shown, table.rows, table.bytes) for table in host.tables),
         adopted=host.adopted_names,
@@ -219,9 +221,13 @@ def _about_room(database_bytes: int, folder: Path | None) -> Iterator[Finding]:
             )
 
 
-def _planned(revision: Revision, messages: Messages, host: Host) -> PlannedRevision:
-    statements = tuple(_statements(messages, host.tables))
+def _planned(config: Config, revision: Revision, messages: Messages, host: Host) -> PlannedRevision:
+    names = HostNames.of(config.host, host.adopted)
     sizes = {table.shown: table.bytes for table in host.tables}
+    if host.revision is not None:
+        sizes[f"{host.users.schema}.{LEDGER}"] = 0  # there already; what a revision does to it is always without a scan
+    locked = [operations(f"LOCK TABLE {table.as_string(None)}")[0].table or "" for table in revision.locks(names)]
+    statements = tuple(_statements(messages, set(sizes), locked))
     hold_ms = sum(
         estimated_ms(operation, sizes.get(operation.table or "", 0))
         for statement in statements
@@ -282,20 +288,19 @@ def _messages(config: Config, host: Host | None, stall_budget_ms: int) -> Iterab
         reached = revision.revision
 
 
-def _statements(messages: Messages, tables: Sequence[HostTable]) -> Iterable[PlannedStatement]:
+def _statements(messages: Messages, existing: set[str], locked: Sequence[str]) -> Iterable[PlannedStatement]:
     phases: tuple[tuple[Phase, Iterable[Composable]], ...] = (
         ("prepare", messages.opening),
         ("locked", messages.locked),
         ("online", messages.online.values()),
     )
-    existing = {table.shown for table in tables}
     for phase, statements in phases:
         for statement in statements:
             shown = text([statement])
             found = operations(shown)
             if phase == "locked" and shown.startswith("DO "):
                 # the only block of code that a revision's message has: the lock itself
-                locks = {table.shown: Lock.ACCESS_EXCLUSIVE for table in tables}
+                locks = {table: Lock.ACCESS_EXCLUSIVE for table in locked if table in existing}
                 found = ()
             else:
                 locks = _locks(found, existing)

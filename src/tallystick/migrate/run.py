@@ -235,10 +235,9 @@ class _Run:
         return Receipt("undo", host.revision, None, tuple(replace(step, revision=one.revision) for one in gone))
 
     def _preflight(self) -> Host:
-        """Examine the host twice: before this is the only run, since faults are told first, and after."""
-        self._examine()
+        """Only one run looks at a time: what the catalogues say query by query must be of one state."""
         _become_the_only_run(self.conn)
-        return self._examine()  # another run may have ended just now
+        return self._examine()
 
     def _examine(self) -> Host:
         """Even to look at a table means to wait for whoever holds it exclusively; they are named as any other."""

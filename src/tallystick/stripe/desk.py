@@ -60,11 +60,8 @@ class Desk:
         self.books: Books = books(config)
         self.client = client(config)
 
-    def again(self, said: Object) -> Object:
-        """The object as it is now, in the shape of our API version.
-
-        For events of another version, and for those that only announce something.
-        """
+    def again(self, said: Object) -> Object | None:
+        """The object as it is now, in the shape of our API version; None where Stripe does not have it any more."""
         v1 = self.client.v1
         kinds: dict[str, Callable[[str], Any]] = {
             "checkout.session": v1.checkout.sessions.retrieve,
@@ -73,8 +70,8 @@ class Desk:
             "charge": v1.charges.retrieve,
         }
         retrieve = kinds[said["object"]]
-        now: Object = ask(lambda: retrieve(said["id"])).to_dict()
-        return now
+        now = found(lambda: retrieve(said["id"]))
+        return None if now is None else now.to_dict()
 
     def session(self, session: Object, *, failed: str | None = None) -> Effect:
         """The effect of a Checkout Session."""

@@ -217,7 +217,8 @@ class _Run:
         over = sa.case((row.kind == "dispute", _DISPUTE_IS_OVER), else_=1)
         statement = sa.select(row.id, row.kind).where(row.standing < over, row.id > (position or "")).order_by(row.id)
         for id, kind in self._read(statement):
-            yield id, id, self.desk.reversal(self.desk.again({"object": kind, "id": id}))
+            said = self.desk.again({"object": kind, "id": id})
+            yield id, id, None if said is None else self.desk.reversal(said)
 
     def _events(self, since: dt.datetime | None, position: str | None) -> Iterator[_Step]:
         """Events that were never received; Stripe keeps them for thirty days, the walks above need none."""

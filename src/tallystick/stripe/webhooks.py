@@ -63,15 +63,15 @@ def receive(engine: sa.Engine, config: Config, raw_body: bytes, signature: str |
 def prepared(desk: Desk, event: Object) -> Effect | None:
     """The effect of an event, with its id stored beside it, so that it comes once; None for no event of ours."""
     handler = HANDLERS.get(event["type"])
-    said: Object = event["data"]["object"]
-    if handler is None:
-        return None
-    if event["api_version"] != API_VERSION:
+    said: Object | None = event["data"]["object"]
+    if handler is not None and said is not None and event["api_version"] != API_VERSION:
         said = desk.again(said)
-    effect = handler(desk, said)
+    if handler is None or said is None:
+        return None
+    about, effect = said["id"], handler(desk, said)
 
     def once(conn: sa.Connection) -> Outcome:
-        if not desk.books.first_time(conn, event["id"], event["type"], said["id"]):
+        if not desk.books.first_time(conn, event["id"], event["type"], about):
             return Outcome.DUPLICATE
         return Outcome.IGNORED if effect is None else effect(conn)
 

@@ -1,0 +1,140 @@
+"""The lines that the host's own schema file needs, so that its tool does not take our columns for leftovers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tallystick.config import Config, HostMapping
+from tallystick.errors import ConfigError
+from tallystick.schema import LEDGER
+
+_SQLALCHEMY_USERS = """\
+# --- in the model of {users}
+    credit_balance: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    credit_sequence: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    onboarding_complete: Mapped[bool] = mapped_column(Boolean, server_default=text("false"))
+    stripe_customer_id: Mapped[str | None] = mapped_column(Text)
+    plan_tier: Mapped[str] = mapped_column(String(32), server_default=text("'free'"))
+    updated_at: Mapped[datetime] = mapped_column(DateTime(timezone=True), server_default=text("now()"))
+    deleted_at: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+    __table_args__ = (
+        Index(
+            "tallystick_users_stripe_customer_id",
+            "stripe_customer_id",
+            unique=True,
+            postgresql_where=text("stripe_customer_id IS NOT NULL"),
+        ),
+    )
+"""
+_SQLALCHEMY_WORKSHOPS = """\
+# --- in the model of {workshops}
+    credit_consumed_at: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+    deleted_at: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+"""
+_SQLALCHEMY_ENV = '''\
+# --- in env.py of Alembic, and include_name=include_name in each context.configure()
+def include_name(name, type_, parent_names):
+    """Tallystick migrates what is its own."""
+    if type_ == "schema":
+        return name != "tallystick"
+    return not (type_ == "table" and name == "{ledger}")
+'''
+
+_DRIZZLE = """\
+// --- in the table of {users}
+  creditBalance: integer("credit_balance").notNull().default(0),
+  creditSequence: integer("credit_sequence").notNull().default(0),
+  onboardingComplete: boolean("onboarding_complete").notNull().default(false),
+  stripeCustomerId: text("stripe_customer_id"),
+  planTier: varchar("plan_tier", {{ length: 32 }}).notNull().default("free"),
+  updatedAt: timestamp("updated_at", {{ withTimezone: true }}).notNull().defaultNow(),
+  deletedAt: timestamp("deleted_at", {{ withTimezone: true }}),
+// --- and in its third argument
+  uniqueIndex("tallystick_users_stripe_customer_id").on(table.stripeCustomerId)
+    .where(sql`stripe_customer_id IS NOT NULL`),
+"""
+_DRIZZLE_WORKSHOPS = """\
+// --- in the table of {workshops}
+  creditConsumedAt: timestamp("credit_consumed_at", {{ withTimezone: true }}),
+  deletedAt: timestamp("deleted_at", {{ withTimezone: true }}),
+"""
+_DRIZZLE_CONFIG = """\
+// --- in drizzle.config.ts: Tallystick migrates what is its own
+  tablesFilter: ["!{ledger}"],
+  schemaFilter: ["{schema}"],
+"""
+
+_PRISMA = """\
+// --- in the model of {users}
+  creditBalance      Int       @default(0) @map("credit_balance")
+  creditSequence     Int       @default(0) @map("credit_sequence")
+  onboardingComplete Boolean   @default(false) @map("onboarding_complete")
+  stripeCustomerId   String?   @map("stripe_customer_id")
+  planTier           String    @default("free") @map("plan_tier") @db.VarChar(32)
+  updatedAt          DateTime  @default(now()) @map("updated_at") @db.Timestamptz(6)
+  deletedAt          DateTime? @map("deleted_at") @db.Timestamptz(6)
+"""
+_PRISMA_WORKSHOPS = """\
+// --- in the model of {workshops}
+  creditConsumedAt DateTime? @map("credit_consumed_at") @db.Timestamptz(6)
+  deletedAt        DateTime? @map("deleted_at") @db.Timestamptz(6)
+"""
+_PRISMA_CONFIG = """\
+// --- in prisma.config.ts: Tallystick migrates what is its own
+  tables: {{ external: ["{schema}.{ledger}"] }},
+"""
+
+_DJANGO = """\
+# --- in the model of {users}
+    credit_balance = models.IntegerField(db_default=0)
+    credit_sequence = models.IntegerField(db_default=0)
+    onboarding_complete = models.BooleanField(db_default=False)
+    stripe_customer_id = models.TextField(null=True)
+    plan_tier = models.CharField(max_length=32, db_default="free")
+    updated_at = models.DateTimeField(db_default=Now())
+    deleted_at = models.DateTimeField(null=True)
+"""
+_DJANGO_WORKSHOPS = """\
+# --- in the model of {workshops}
+    credit_consumed_at = models.DateTimeField(null=True)
+    deleted_at = models.DateTimeField(null=True)
+"""
+_DJANGO_STATE = """\
+# --- then run makemigrations, and wrap the operations that it wrote: the columns are there already
+    operations = [migrations.SeparateDatabaseAndState(state_operations=[
+        ...,
+    ])]
+"""
+
+_TOOLS: Mapping[str, tuple[str, str, str]] = {
+    "sqlalchemy": (_SQLALCHEMY_USERS, _SQLALCHEMY_WORKSHOPS, _SQLALCHEMY_ENV),
+    "drizzle": (_DRIZZLE, _DRIZZLE_WORKSHOPS, _DRIZZLE_CONFIG),
+    "prisma": (_PRISMA, _PRISMA_WORKSHOPS, _PRISMA_CONFIG),
+    "django": (_DJANGO, _DJANGO_WORKSHOPS, _DJANGO_STATE),
+}
+
+TOOLS = tuple(_TOOLS)
+
+
+def snippet(tool: str, config: Config) -> str:
+    """The lines for one of ``TOOLS``. Leave out those of columns that the app had before.
+
+    Raises:
+        ConfigError: there is none for this tool.
+    """
+    if tool not in _TOOLS:
+        raise ConfigError(f"there is no snippet for {tool!r}. There is one for: {', '.join(TOOLS)}", key=tool)
+    users, workshops, rest = _TOOLS[tool]
+    names = _names(config.host)
+    parts = [users, *([workshops] if config.host.workshops else []), rest]
+    return "\n".join(part.format(**names) for part in parts)
+
+
+def _names(host: HostMapping) -> dict[str, str]:
+    workshops = host.workshops
+    return {
+        "users": f"{host.users.schema}.{host.users.table}",
+        "workshops": f"{workshops.schema}.{workshops.table}" if workshops else "",
+        "schema": host.users.schema,
+        "ledger": LEDGER,
+    }

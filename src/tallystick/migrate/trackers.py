@@ -1,0 +1,153 @@
+"""What the host's own migration tool believes: Alembic's version table, Drizzle's of 0.x and 1.0. Only read.
+
+Drizzle 0.x applies an entry only if it is newer than the newest row of its table. One that comes out of order (two
+branches, merged the other way round) is skipped for ever, and reported as success: here it is called masked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import sqlalchemy as sa
+
+from tallystick.errors import ConfigError
+from tallystick.schema import BOOKKEEPING_SCHEMA
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One migration of the host's, where something is to be said about it.
+
+    ``pending`` will be applied by its tool, ``masked`` never will although it is not there, ``changed`` was applied
+    from a file with other contents, ``line endings`` from one with CRLF instead of LF or the reverse, and ``unknown``
+    was applied and has no file.
+    """
+
+    name: str
+    state: Literal["pending", "masked", "changed", "line endings", "unknown"]
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """A migration tool's table in this database, and what it holds; ``newest`` is the last applied, as it names it."""
+
+    tool: Literal["alembic", "drizzle 0.x", "drizzle 1.0"]
+    table: str
+    newest: str | None
+    entries: tuple[Entry, ...] = ()
+
+
+_FOUND = sa.text("""
+    SELECT n.nspname AS schema, c.relname AS table,
+           EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attname = 'name') AS named
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.relkind = 'r' AND c.relname IN ('alembic_version', '__drizzle_migrations') AND n.nspname <> :ours
+    ORDER BY 1, 2
+""")
+
+
+def trackers(conn: sa.Connection, *, drizzle: Path | None = None) -> tuple[Tracker, ...]:
+    """The trackers of other tools in this database.
+
+    ``drizzle``: the app's folder of Drizzle migrations; without it only what the table says is told.
+
+    Raises:
+        ConfigError: the folder is none of Drizzle's.
+    """
+    return tuple(
+        _alembic(conn, row.schema)
+        if row.table == "alembic_version"
+        else _drizzle_1(conn, row.schema, drizzle)
+        if row.named
+        else _drizzle_0(conn, row.schema, drizzle)
+        for row in conn.execute(_FOUND, {"ours": BOOKKEEPING_SCHEMA})
+    )
+
+
+def _alembic(conn: sa.Connection, schema: str) -> Tracker:
+    table = sa.table("alembic_version", sa.column("version_num", sa.String), schema=schema)
+    heads = conn.scalars(sa.select(table.c.version_num).order_by(table.c.version_num)).all()
+    return Tracker("alembic", f"{schema}.alembic_version", ", ".join(heads) or None)
+
+
+def _drizzle_0(conn: sa.Connection, schema: str, folder: Path | None) -> Tracker:
+    columns = (sa.column("hash", sa.Text), sa.column("created_at", sa.BigInteger))
+    table = sa.table("__drizzle_migrations", *columns, schema=schema)
+    rows = conn.execute(sa.select(table.c.hash, table.c.created_at).order_by(table.c.created_at)).all()
+    applied = {row.created_at: row.hash for row in rows}
+    newest = max(applied, default=None)
+    entries = tuple(_entries_0(folder, applied, newest)) if folder else ()
+    return Tracker("drizzle 0.x", f"{schema}.__drizzle_migrations", None if newest is None else str(newest), entries)
+
+
+def _entries_0(folder: Path, applied: dict[int, str], newest: int | None) -> Iterator[Entry]:
+    journal = folder / "meta" / "_journal.json"
+    try:
+        known = [(str(entry["tag"]), int(entry["when"])) for entry in json.loads(journal.read_text())["entries"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{journal} cannot be read ({error}). Give the folder that drizzle-kit writes to", path=str(journal)
+        ) from error
+    for tag, when in known:
+        if when not in applied:
+            yield Entry(tag, "masked" if newest is not None and when <= newest else "pending")
+        else:
+            yield from _compared(tag, folder / f"{tag}.sql", applied[when])
+    for when in sorted(set(applied) - {when for _, when in known}):
+        yield Entry(str(when), "unknown")
+
+
+def _drizzle_1(conn: sa.Connection, schema: str, folder: Path | None) -> Tracker:
+    columns = (sa.column("hash", sa.Text), sa.column("name", sa.Text), sa.column("id", sa.Integer))
+    table = sa.table("__drizzle_migrations", *columns, schema=schema)
+    rows = conn.execute(sa.select(table.c.name, table.c.hash).order_by(table.c.id)).all()
+    applied = {row.name: row.hash for row in rows if row.name}
+    entries = tuple(_entries_1(folder, applied)) if folder else ()
+    newest = rows[-1].name if rows else None
+    return Tracker("drizzle 1.0", f"{schema}.__drizzle_migrations", newest, entries)
+
+
+def _entries_1(folder: Path, applied: dict[str, str]) -> Iterator[Entry]:
+    files = {file.parent.name: file for file in sorted(folder.glob("*/migration.sql"))}
+    if not files:
+        raise ConfigError(
+            f"{folder} has no */migration.sql. Give the folder that drizzle-kit writes to", path=str(folder)
+        )
+    for name, file in files.items():
+        if name not in applied:
+            yield Entry(name, "pending")
+        else:
+            yield from _compared(name, file, applied[name])
+    for name in sorted(set(applied) - set(files)):
+        yield Entry(name, "unknown")
+
+
+def _compared(name: str, file: Path, applied: str) -> Iterator[Entry]:
+    """Drizzle stores the SHA-256 of a file, and never compares it."""
+    try:
+        text = file.read_bytes()
+    except OSError:
+        yield Entry(name, "unknown")
+        return
+    lf = text.replace(b"\r\n", b"\n")
+    hashes = [hashlib.sha256(form).hexdigest() for form in (text, lf, lf.replace(b"\n", b"\r\n"))]
+    if applied == hashes[0]:
+        return
+    yield Entry(name, "line endings" if applied in hashes else "changed")
+
+
+def concerns(found: Sequence[Tracker]) -> list[str]:
+    """What a person should do about it, one sentence each."""
+    advice = {
+        "pending": "is not applied yet; its tool will",
+        "masked": "is not applied and never will be: it is older than the newest applied one. Give it a later time",
+        "changed": "was applied from a file with other contents. Restore the file, or write a further migration",
+        "line endings": "differs in its line endings only. Keep them with: *.sql text eol=lf in .gitattributes",
+        "unknown": "was applied and has no file here. Fetch the branch that has it",
+    }
+    return [f"{tracker.tool}: {entry.name} {advice[entry.state]}" for tracker in found for entry in tracker.entries]

@@ -1,0 +1,123 @@
+"""A real PgBouncer in transaction mode: migrations refuse it and say what to do, the ledger does not mind."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from delay import far_away
+from hosts import App
+
+from tallystick import Ledger, migrate
+from tallystick.audit import audit
+from tallystick.devdb import Server
+from tallystick.errors import InsufficientCredits, PoolerRefused
+from worlds import World
+
+PROGRAM = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+
+pytestmark = pytest.mark.skipif(PROGRAM is None, reason="pgbouncer is not installed (apt-get install pgbouncer)")
+
+SETTINGS = """
+[databases]
+* = host={host} port={port} user=postgres
+[pgbouncer]
+listen_addr = 127.0.0.1
+listen_port = {listen}
+unix_socket_dir =
+auth_type = any
+pool_mode = transaction
+default_pool_size = 3
+ignore_startup_parameters = extra_float_digits
+"""
+
+
+@pytest.fixture
+def pooled(server: Server, scratch: Path) -> Iterator[Callable[[str], str]]:
+    """``pooled(url) -> url``: the same database through three server connections that all clients share."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    settings = scratch / "pgbouncer.ini"
+    env = server.env
+    settings.write_text(SETTINGS.format(host=env["PGHOST"], port=env["PGPORT"], listen=port))
+    settings.chmod(0o644)
+    # it refuses to run as root; who owns the server may use its socket
+    other = pwd.getpwnam("nobody") if os.geteuid() == 0 else None
+    who = {"user": other.pw_uid, "group": other.pw_gid, "extra_groups": []} if other else {}
+    with (scratch / "log").open("w") as log:
+        process = subprocess.Popen([str(PROGRAM), str(settings)], stdout=log, stderr=log, **who)
+    try:
+        for _ in range(600):
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert process.poll() is None, (scratch / "log").read_text()
+                time.sleep(0.05)
+        yield (
+            lambda url: (
+                sa.make_url(url).set(host="127.0.0.1", port=port, query={}).render_as_string(hide_password=False)
+            )
+        )
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_migrations_refuse_it(app: App, pooled: Callable[[str], str]) -> None:
+    before = app.shape()
+    for change in (migrate.apply, migrate.undo):
+        with pytest.raises(PoolerRefused, match="DATABASE_URL_UNPOOLED"):
+            change(pooled(app.url), app.config)
+    assert app.shape() == before
+
+    engine = sa.create_engine(pooled(app.url), poolclass=sa.NullPool)
+    with engine.connect() as conn:
+        stops = [finding.text for finding in migrate.plan(conn, app.config).findings if finding.severity == "stop"]
+    assert any("pooler" in text for text in stops)
+
+
+def test_a_host_name_says_it_too(app: App) -> None:
+    """Neon's pooled addresses; the name resolves to where there is a server, whatever it is called."""
+    env = app.server.env
+    with far_away(Path(env["PGHOST"]) / f".s.PGSQL.{env['PGPORT']}", one_way_s=0) as port:
+        url = sa.make_url(app.url).set(host="ep-cool-1-pooler.eu.example", port=port, query={"hostaddr": "127.0.0.1"})
+        with pytest.raises(PoolerRefused, match="the host is called ep-cool-1-pooler"):
+            migrate.apply(url.render_as_string(hide_password=False), app.config)
+
+
+def test_the_ledger_works_through_it(world: World, pooled: Callable[[str], str]) -> None:
+    """Sixteen clients on three server connections, in transactions and without, with overdrafts and replays."""
+    user = world.user(credits=40)
+    # what a pooler hands to another client is no place for this client's prepared statements
+    engine = sa.create_engine(pooled(world.url), poolclass=sa.NullPool, connect_args={"prepare_threshold": None})
+    ledger = Ledger(world.config)
+
+    def spend(client: int) -> int:
+        done = 0
+        for number in range(5):
+            isolation = "AUTOCOMMIT" if client % 2 else "READ COMMITTED"
+            key = f"{client}-{number // 2}"  # every second one is a replay
+            with engine.connect().execution_options(isolation_level=isolation) as conn:
+                with suppress(InsufficientCredits):
+                    done += not ledger.consume(conn, user, key=key).replayed
+                conn.commit()
+        return done
+
+    with ThreadPoolExecutor(16) as clients:
+        spent = sum(clients.map(spend, range(16)))
+
+    assert spent == 40
+    with world.engine.connect() as conn:
+        assert ledger.balance(conn, user) == 0
+        assert not audit(conn, world.config).findings

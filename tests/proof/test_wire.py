@@ -1,0 +1,181 @@
+"""Every message of every operation, lost in turn: before the server has it, after it has committed, and between."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from crowd import books_balance
+from tallystick import Consume, CreditTransaction
+from tallystick.errors import Key, OutcomeUnknown
+from wire import Fault, Proxy
+from worlds import World
+
+Call = Callable[[sa.Connection], Any]
+
+
+@dataclass
+class Case:
+    """One operation that is ready to be called, and what the balance does when it happens once."""
+
+    call: Call
+    user: Key
+    change: int
+
+
+def prepared(world: World, operation: str) -> Case:
+    """The same operation for a new user each time, so that nothing of the last fault is left."""
+    ledger, user = world.ledger, world.user(credits=10)
+    workshop = world.workshop(user)
+    with world.engine.begin() as conn:
+        bought = world.buy(conn, user, 5)
+        pending = ledger.start_purchase(conn, user, credits=7, description="A pack")
+    many = [Consume(user, key="1"), Consume(user, workshop=workshop, key="2"), Consume(user, amount=99, key="3")]
+    calls: dict[str, tuple[Call, int]] = {
+        "start_purchase": (lambda c: ledger.start_purchase(c, user, credits=7, description="A pack", key="s"), 0),
+        "attach_session": (lambda c: ledger.attach_session(c, user, pending.id, stripe_session_id=f"cs_{user}"), 0),
+        "complete_purchase": (lambda c: ledger.complete_purchase(c, user, id=pending.id), +7),
+        "fail_purchase": (lambda c: ledger.fail_purchase(c, user, id=pending.id, reason="expired"), 0),
+        "consume": (lambda c: ledger.consume(c, user, amount=2, key="c"), -2),
+        "consume for a workshop": (lambda c: ledger.consume(c, user, workshop=workshop, key="w"), -1),
+        "consume_many": (lambda c: ledger.consume_many(c, many), -2),
+        "refund": (lambda c: ledger.refund(c, user, bought.id, credits=3, key="r"), -3),
+    }
+    call, change = calls[operation]
+    return Case(call, user, change)
+
+
+@pytest.fixture
+def proxy(world: World) -> Iterator[Proxy]:
+    made = Proxy(world.url)
+    yield made
+    made.close()
+
+
+def faults(proxy: Proxy, attempt: Callable[[], Any]) -> list[Fault]:
+    """One for each message of an attempt that nobody disturbs."""
+    proxy.watch(None)
+    attempt()
+    seen = dict(proxy.seen)
+    assert min(seen.values()) > 0
+    return [
+        Fault(side, number, harm)
+        for side, count in seen.items()
+        for number in range(count)
+        for harm in ("cut", "cut in the middle")
+    ]
+
+
+OPERATIONS = [
+    "start_purchase",
+    "attach_session",
+    "complete_purchase",
+    "fail_purchase",
+    "consume",
+    "consume for a workshop",
+    "consume_many",
+    "refund",
+]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_cut_at_each_message(world: World, proxy: Proxy, operation: str) -> None:
+    engine = sa.create_engine(proxy.url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
+
+    def attempt(case: Case, fault: Fault | None = None) -> Any:
+        with engine.connect() as conn:
+            conn.execute(sa.text("SELECT 1"))
+            proxy.watch(fault)
+            return case.call(conn)
+
+    committed = lost = 0
+    for fault in faults(proxy, lambda: attempt(prepared(world, operation))):
+        case = prepared(world, operation)
+        try:
+            attempt(case, fault)
+        except OutcomeUnknown as error:
+            assert error.outcome_unknown
+        else:
+            # what is cut behind the last row is no loss: the client had its answer
+            assert fault.side == "to the client"
+        assert fault.done.wait(30)
+        settled(world)
+        with world.autocommit.connect() as conn:
+            first = case.call(conn)
+            again = case.call(conn)
+            assert world.ledger.balance(conn, case.user) == 15 + case.change
+        assert replays(again) == [True] * len(replays(again))
+        committed += all(replays(first))
+        lost += not any(replays(first))
+    # both kinds of loss were met, or the faults do not reach where they should
+    assert committed > 0
+    assert lost > 0
+    books_balance(world)
+
+
+def replays(result: Any) -> list[bool]:
+    rows = result if isinstance(result, list) else [result]
+    return [row.replayed for row in rows if isinstance(row, CreditTransaction)]
+
+
+def settled(world: World) -> None:
+    """Until the server has noticed that its client is gone, and ended what it was at."""
+    others = sa.text(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    pause = threading.Event()
+    with world.autocommit.connect() as conn:
+        for _ in range(1200):
+            if not conn.scalar(others):
+                return
+            pause.wait(0.02)
+    raise AssertionError("a connection outlived its client")
+
+
+def test_cut_at_each_message_of_a_transaction(world: World, proxy: Proxy) -> None:
+    """A workshop and its payment: both or neither, up to the answer to COMMIT."""
+    workshops = world.schema.workshops
+    assert workshops is not None
+    engine = sa.create_engine(proxy.url, poolclass=sa.NullPool)
+    user = world.user(credits=1_000)
+
+    def attempt(workshop: Key, fault: Fault | None = None) -> None:
+        with engine.connect() as conn:
+            conn.execute(sa.text("SELECT 1"))
+            conn.rollback()
+            proxy.watch(fault)
+            with conn.begin():
+                conn.execute(sa.insert(workshops).values(key=workshop, owner=user, title="Both or neither"))
+                world.ledger.consume(conn, user, workshop=workshop, key=f"pay {workshop}")
+
+    both = neither = 0
+    for fault in faults(proxy, lambda: attempt(world.key("uuid"))):
+        workshop = world.key("uuid")
+        # in the operation the error is ours; in the caller's own statements and COMMIT it is SQLAlchemy's
+        with suppress(OutcomeUnknown, sa.exc.OperationalError):
+            attempt(workshop, fault)
+        settled(world)
+        with world.engine.connect() as conn:
+            mark = conn.execute(sa.select(workshops.c.credit_consumed_at).where(workshops.c.key == workshop)).all()
+        assert mark == [] or mark[0][0] is not None
+        both, neither = both + bool(mark), neither + (not mark)
+    assert both > 0
+    assert neither > 0
+    books_balance(world)
+
+
+def test_a_slow_answer_is_an_answer(world: World, proxy: Proxy) -> None:
+    engine = sa.create_engine(proxy.url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
+    for side in ("to the server", "to the client"):
+        case = prepared(world, "consume")
+        with engine.connect() as conn:
+            conn.execute(sa.text("SELECT 1"))
+            proxy.watch(Fault(side, 1, "delay"))
+            assert not case.call(conn).replayed
+    books_balance(world)

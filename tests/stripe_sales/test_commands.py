@@ -1,0 +1,116 @@
+"""tallystick stripe …, as an operator types it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from stripe_sales.shop import CREDITS, ORIGIN, PACK, PRICE, Shop
+from tallystick.cli import main
+
+Tally = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def tally(shop: Shop, tmp_path, monkeypatch, capfd) -> Tally:
+    """``tally("check") -> (code, out, err)``: in a folder with the shop's settings."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    environment = {
+        "DATABASE_URL": shop.world.url,
+        "STRIPE_SECRET_KEY": shop.dev.secret_key,
+        "STRIPE_API_BASE": shop.dev.url,
+        "STRIPE_WEBHOOK_SECRET": shop.config.stripe_webhook_secret or "",
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    price = shop.config.packs[0].stripe_price_id
+    settings = f"""checkout_origins = ["{ORIGIN}"]
+[[packs]]
+name = "{PACK}"
+credits = {CREDITS}
+amount = {PRICE}
+stripe_price_id = "{price}"
+"""
+    (tmp_path / "tallystick.toml").write_text(settings, encoding="utf-8")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tallystick", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capfd.readouterr()
+        assert "Traceback" not in out + err
+        return int(ended.value.code or 0), out, err
+
+    return run
+
+
+def test_check_says_what_cannot_be_sold(shop: Shop, tally: Tally):
+    code, out, _ = tally("stripe", "check")
+    assert (code, "as the pack says" in out) == (0, True)
+    shop.api.prices.update(shop.config.packs[0].stripe_price_id, {"active": False})
+    code, out, _ = tally("stripe", "check", "--json")
+    assert code == 1
+    assert "not active" in json.loads(out)[0]["problem"]
+
+
+def test_setup_prints_what_to_put_where(shop: Shop, tally: Tally):
+    code, out, _ = tally("stripe", "setup", "--endpoint", "http://127.0.0.1:3/webhook")
+    assert code == 0
+    assert f'stripe_price_id = "{shop.config.packs[0].stripe_price_id}"' in out
+    assert "STRIPE_WEBHOOK_SECRET=whsec_" in out
+    assert "whsec_" not in tally("stripe", "setup", "--endpoint", "http://127.0.0.1:3/webhook")[1]
+
+
+def test_reconcile_tells_and_does(shop: Shop, tally: Tally):
+    user = shop.world.user()
+    session = shop.checkout(user).session
+    shop.dev.pay(session)
+    code, out, _ = tally("stripe", "reconcile", "--dry-run")
+    assert (code, "Dry run" in out, "granted" in out, shop.balance(user)) == (0, True, True, 0)
+    code, out, _ = tally("stripe", "reconcile", "--json")
+    assert (code, shop.balance(user)) == (0, CREDITS)
+    assert json.loads(out)["looked_at"]["pending"] == 1
+    assert "Nothing to change." in tally("stripe", "reconcile", "--since", "2026-01-01")[1]
+    price = shop.config.packs[0].stripe_price_id
+    stray = shop.api.checkout.sessions.create(
+        {"mode": "payment", "line_items": [{"price": price, "quantity": 1}], "success_url": ORIGIN}
+    )
+    shop.dev.pay(stray.id)
+    code, out, _ = tally("stripe", "reconcile")
+    assert (code, f"unknown_session {stray.id}" in out) == (1, True)
+
+
+def test_refund_sends_the_money_back(shop: Shop, tally: Tally):
+    user = shop.world.user()
+    bought = shop.checkout(user)
+    shop.dev.pay(bought.session)
+    shop.deliver_all()
+    code, out, _ = tally("stripe", "refund", bought.purchase.id, "--credits", 40, "--key", "ticket 7")
+    assert (code, "57 credits left" in out, shop.balance(user)) == (0, True, 57)
+    code, _, err = tally("stripe", "refund", bought.purchase.id, "--credits", 60)
+    assert (code, "57 of 97 credits left" in err) == (1, True)
+
+
+def test_listen_brings_events(shop: Shop, tally: Tally, app):
+    app.receive = lambda body, signature: shop.deliver(shop.events("checkout.session.completed")[0])[0]
+    code, out, err = tally("stripe", "listen", app.url, "--once")
+    assert (code, out, "Listening" in err) == (0, "", True)
+
+
+def test_grant_gives_credits(shop: Shop, tally: Tally):
+    user = shop.world.user()
+    for word in ("Done", "Already done"):
+        code, out, _ = tally("grant", user, 5, "--description", "Sorry about Tuesday", "--key", "tuesday")
+        assert (code, out.startswith(word), "Sorry about Tuesday (+5). Balance 5" in out) == (0, True, True)
+
+
+@pytest.mark.parametrize("missing", ["STRIPE_SECRET_KEY", "STRIPE_WEBHOOK_SECRET"])
+def test_a_missing_secret_is_one_sentence(tally: Tally, monkeypatch, missing):
+    monkeypatch.delenv(missing)
+    arguments = ("listen", "http://127.0.0.1:1/") if missing == "STRIPE_WEBHOOK_SECRET" else ("check",)
+    code, out, err = tally("stripe", *arguments)
+    assert (code, out, f"Set {missing}" in err) == (1, "", True)

@@ -1,0 +1,146 @@
+"""Callers who share a statement must not notice it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from tallystick import InsufficientCredits
+from tallystick.audit import audit
+from tallystick.combine import Combiner
+from tallystick.errors import DatabaseUnavailable, InvalidArgument, OutcomeUnknown, UnknownUser
+from worlds import World
+
+PATIENCE_S = 120
+
+
+@pytest.fixture
+def combiner(world: World) -> Iterator[Combiner]:
+    with Combiner(world.ledger, world.engine) as made:
+        yield made
+    with world.engine.connect() as conn:
+        assert audit(conn, world.config).findings == ()
+
+
+def held(world: World, user: Any) -> Any:
+    """A transaction in which the user's row is somebody else's: statements wait, and calls gather."""
+    users = world.schema.users
+    conn = world.engine.connect()
+    conn.execute(sa.select(users.c.key).where(users.c.key == user).with_for_update())
+    return conn
+
+
+def test_one_call_is_a_consumption(world: World, combiner: Combiner) -> None:
+    user = world.user(credits=3)
+    workshop = world.workshop(user)
+    row = combiner.consume(user, workshop=workshop, key="a").result(PATIENCE_S)
+    with world.engine.connect() as conn:
+        assert row == world.ledger.history(conn, user)[0]
+    assert combiner.consume(user, workshop=workshop, key="a").result(PATIENCE_S).replayed
+
+
+def test_what_gathers_goes_out_together_and_each_gets_its_own(world: World, combiner: Combiner) -> None:
+    user = world.user(credits=10)
+    with held(world, user):
+        first = combiner.consume(user, key="first")
+        calls = [combiner.consume(user, key=f"{n}") for n in range(6)]
+        refused = combiner.consume(user, amount=9, key="too much")
+        nobody = combiner.consume(world.key("uuid"), key="a")
+        wrong = combiner.consume(user, amount=-1, key="a")
+        last = combiner.consume(user, amount=3, key="last")
+        assert not first.done()
+    rows = [call.result(PATIENCE_S) for call in (first, *calls, last)]
+    assert [row.balance_after for row in rows] == [9, 8, 7, 6, 5, 4, 3, 0]
+    assert isinstance(refused.exception(PATIENCE_S), InsufficientCredits)
+    assert isinstance(nobody.exception(PATIENCE_S), UnknownUser)
+    assert isinstance(wrong.exception(PATIENCE_S), InvalidArgument)
+    # one transaction, for now() is when that began; what follows the refused one had to wait for its refusal
+    assert len({row.created_at for row in rows[1:7]}) == 1
+
+
+def test_threads(world: World, combiner: Combiner) -> None:
+    user = world.user(credits=100)
+
+    def spend(number: int) -> list[Any]:
+        calls = [combiner.consume(user, key=f"{number}-{n}") for n in range(8)]
+        return [call.exception(PATIENCE_S) or call.result() for call in calls]
+
+    with ThreadPoolExecutor(16) as pool:
+        results = [result for some in pool.map(spend, range(16)) for result in some]
+    spent = [result for result in results if not isinstance(result, InsufficientCredits)]
+    assert sorted(row.balance_after for row in spent) == list(range(100))
+    assert len(results) == 128
+
+
+def test_asyncio(world: World, combiner: Combiner) -> None:
+    user = world.user(credits=50)
+
+    async def main() -> list[Any]:
+        calls = (asyncio.wrap_future(combiner.consume(user, key=f"{n}")) for n in range(60))
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    results = asyncio.run(main())
+    assert sum(isinstance(result, InsufficientCredits) for result in results) == 10
+
+
+def test_a_key_that_somebody_else_is_writing_is_a_replay(world: World, combiner: Combiner) -> None:
+    """The statement fails as a whole, and each call is made by itself."""
+    user = world.user(credits=10)
+    with world.engine.connect() as conn, conn.begin():
+        world.ledger.consume(conn, user, key="shared")
+        shared = combiner.consume(user, key="shared")
+        own = combiner.consume(user, key="own")
+    assert shared.result(PATIENCE_S).replayed
+    assert own.result(PATIENCE_S).balance_after == 8
+
+
+def test_a_lost_connection_is_everybodys_and_the_next_call_connects_anew(world: World, combiner: Combiner) -> None:
+    user = world.user(credits=10)
+    combiner.consume(user, key="before").result(PATIENCE_S)
+    with world.autocommit.connect() as conn:
+        conn.execute(
+            sa.text(
+                "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+        )
+    assert isinstance(combiner.consume(user, key="a").exception(PATIENCE_S), OutcomeUnknown)
+    assert not combiner.consume(user, key="a").result(PATIENCE_S).replayed
+
+
+def test_without_a_server(world: World) -> None:
+    engine = sa.create_engine("postgresql+psycopg://nobody@/nothing?host=/nonexistent", poolclass=sa.NullPool)
+    with Combiner(world.ledger, engine) as combiner:
+        errors = [combiner.consume(world.key("uuid"), key="a").exception(PATIENCE_S) for _ in range(2)]
+    assert all(isinstance(error, DatabaseUnavailable) for error in errors)
+    assert errors[0] is not errors[1]
+
+
+def test_a_cancelled_call_is_not_made(world: World, combiner: Combiner) -> None:
+    user = world.user(credits=10)
+    with held(world, user):
+        under_way = combiner.consume(user, key="under way")
+        while not under_way.running():
+            threading.Event().wait(0.01)
+        waiting = combiner.consume(user, key="waiting")
+        assert waiting.cancel()
+    assert under_way.result(PATIENCE_S).balance_after == 9
+    with world.engine.connect() as conn:
+        assert world.ledger.balance(conn, user) == 9
+
+
+def test_closing_finishes_what_was_asked_for(world: World) -> None:
+    user = world.user(credits=10)
+    combiner = Combiner(world.ledger, world.engine, most=2)
+    calls = [combiner.consume(user, key=f"{n}") for n in range(7)]
+    combiner.close()
+    combiner.close()
+    assert [call.result(0).balance_after for call in calls] == [9, 8, 7, 6, 5, 4, 3]
+    with pytest.raises(RuntimeError, match="make another one"):
+        combiner.consume(user, key="late")
