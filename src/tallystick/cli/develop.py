@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from tallystick import seed as seeding
-from tallystick.cli import demo as story
 from tallystick.cli.app import Json, address, app, emit, invocation, out, progress_bar, table
 from tallystick.database import engine
+from tallystick.errors import DevServerError
 
 Only = Annotated[
     list[str] | None, typer.Option("--only", help="Only this scenario; may be said again.", metavar="NAME")
@@ -68,5 +68,11 @@ def demo(
     workshops: Annotated[int, typer.Option("--workshops", help="Workshops of the host app.", min=100)] = 300_000,
 ) -> None:
     """Migrate a busy database, sell, spend, refund and audit, on a throw-away PostgreSQL. Under a minute."""
+    try:
+        from tallystick.cli import demo as story  # noqa: PLC0415 - it needs extras, which other commands do not
+    except ImportError as error:
+        raise DevServerError(
+            f"the demo needs the extras devdb and stripe ({error}). Run: pip install 'tallystick[devdb,stripe]'"
+        ) from None
     if not story.run(out, users=users, workshops=workshops):
         raise typer.Exit(1)
