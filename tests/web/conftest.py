@@ -1,19 +1,27 @@
-"""Host apps on databases of their own, and the Stripe double."""
+"""Host apps on databases of their own, the Stripe double, and a browser."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from playwright.sync_api import Browser, sync_playwright
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from sites import Shop, Site, settings_for
 from tallystick.devdb import Server
 from tallystick.devstripe import DevStripe
 from worlds import SHAPES, World
+
+# Without the first, root's Chromium does not start; the rest keep it from calling home, and quick.
+FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +72,14 @@ def shop(server: Server, _templates: Callable[[str], str], double: DevStripe) ->
     with Shop(url, double) as open_for_business:
         yield open_for_business
     server.drop_database("web_shop")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    found = shutil.which("chromium")
+    if found is None:
+        pytest.skip("no chromium on PATH. Install it with: apt-get install chromium")
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=found, args=list(FLAGS))
+        yield running
+        running.close()

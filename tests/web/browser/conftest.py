@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 import uvicorn
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser
 
 from tallystick.devdb import Server
 from tallystick.devstripe import DevStripe
@@ -24,12 +24,6 @@ from workshops.__main__ import prepare
 from workshops.app import create_app
 
 AXE = "axe-core@4.14.1"
-# Without the first, root's Chromium does not start; the rest keep it from calling home, and quick.
-FLAGS = (
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-)  # fmt: skip
-
 _people = itertools.count(1)
 
 
@@ -51,17 +45,6 @@ def example(server: Server) -> Iterator[Example]:
         thread.join()
         sockets.close()
         engine.dispose()
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    found = shutil.which("chromium")
-    if found is None:
-        pytest.skip("no chromium on PATH. Install it with: apt-get install chromium")
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=found, args=list(FLAGS))
-        yield running
-        running.close()
 
 
 @pytest.fixture

@@ -1,14 +1,9 @@
-"""With 100,000 users: no page reads a big table from end to end, and people find their way in a real browser.
-
-The browser is Debian's Chromium (``CHROMIUM`` names another); without one its tests are skipped.
-"""
+"""With 100,000 users: no page reads a big table from end to end, and people find their way in a real browser."""
 
 from __future__ import annotations
 
 import datetime as dt
-import os
 import re
-import shutil
 import socket
 import threading
 from pathlib import Path
@@ -17,19 +12,14 @@ import axe_playwright_python
 import pytest
 import sqlalchemy as sa
 import uvicorn
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 from tallystick.web.console import LocalLink, Passwords, console, hash_password
 from tallystick.web.console.books import Books
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]  # fmt: skip
 AXE = Path(axe_playwright_python.__file__).with_name("axe.min.js")
 PATIENCE_MS = 30_000
 ALL = "100,000"
-
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
 
 
 # --- the database's side ---
@@ -145,14 +135,6 @@ class Served:
         return f"{self.address}/enter?token={self.link.token}"
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield running
-        running.close()
-
-
 def is_fault(said):
     """Refused by the Content-Security-Policy, an uncaught error, …; a refusal's status is the test's own matter."""
     return said.type == "error" and not said.text.startswith("Failed to load resource")
@@ -195,7 +177,6 @@ def again(big):
     return big
 
 
-@needs_browser
 def test_from_the_overview_to_a_person_in_two_steps(again, visit):
     page = visit(again)
     expect(page.get_by_role("heading", level=1)).to_contain_text(f"All {ALL} balances agree with their ledgers")
@@ -215,7 +196,6 @@ def test_from_the_overview_to_a_person_in_two_steps(again, visit):
     expect(page.locator("[data-steps] canvas")).to_be_visible()
 
 
-@needs_browser
 def test_pages_of_users_older_and_newer(again, visit):
     page = visit(again)
     page.goto(f"{again.address}/users")
@@ -229,7 +209,6 @@ def test_pages_of_users_older_and_newer(again, visit):
     assert page.get_by_role("table").get_by_role("link").first.inner_text() == first
 
 
-@needs_browser
 def test_a_check_of_all_balances_from_the_page(again, visit):
     page = visit(again)
     page.goto(f"{again.address}/audit")
@@ -238,7 +217,6 @@ def test_a_check_of_all_balances_from_the_page(again, visit):
     expect(page.get_by_text("300,000 ledger rows")).to_be_visible()
 
 
-@needs_browser
 def test_without_javascript_everything_is_there(again, visit):
     page = visit(again, java_script_enabled=False)
     expect(page.get_by_role("heading", level=1)).to_contain_text("balances agree")
@@ -255,7 +233,6 @@ def test_without_javascript_everything_is_there(again, visit):
     expect(page.get_by_role("heading", level=1)).to_have_text("Not logged in")
 
 
-@needs_browser
 def test_on_a_phone_nothing_runs_off_the_side(again, visit, crowd):
     page = visit(again, viewport={"width": 360, "height": 740})
     with crowd.engine.connect() as conn:
@@ -289,7 +266,6 @@ def world_workshop(conn, world, user):
     return workshop
 
 
-@needs_browser
 @pytest.mark.parametrize(
     "how", [{"color_scheme": "light"}, {"color_scheme": "dark", "viewport": {"width": 390, "height": 800}}]
 )
@@ -310,7 +286,6 @@ def test_no_accessibility_violation(shop, visit, how):
             assert [(one["id"], [n["html"] for n in one["nodes"]]) for one in found["violations"]] == [], path
 
 
-@needs_browser
 def test_a_double_click_grants_once(shop, visit):
     world, user = shop
     with world.engine.connect() as conn:
@@ -335,7 +310,6 @@ def test_a_double_click_grants_once(shop, visit):
         assert world.ledger.balance(conn, user) == before
 
 
-@needs_browser
 def test_log_in_by_keyboard_and_out(world, visit):
     with Served(world, passwords={"anna": hash_password("open sesame")}) as running:
         page = visit(running)  # the link is no way in here

@@ -12,21 +12,28 @@ from http.cookiejar import CookieJar
 
 import pytest
 
+from tallystick.cli import main
 from tallystick.web.console import Passwords
 
 COMMAND = [sys.executable, "-c", "from tallystick.cli import main; main()"]
 PATIENCE_S = 60
 
 
-def refused(tmp_path, url, *options):
-    done = subprocess.run(
-        [*COMMAND, "--database-url", url, "serve", *options],
-        cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S, check=False,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    return done.stderr
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """``refused(url, *options)``: what the command says when it does not serve."""
+
+    def run(url, *options):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["tallystick", "--database-url", url, "serve", *options])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 1
+        said = capsys.readouterr()
+        assert said.out == ""
+        return " ".join(said.err.split())
+
+    return run
 
 
 def settings(tmp_path, *lines):
@@ -56,20 +63,20 @@ def test_it_prints_a_link_that_works_once(world, tmp_path):
     assert link.partition("token=")[2] not in log
 
 
-def test_a_network_is_refused_until_somebody_is_named(world, tmp_path):
-    assert "nobody is named who may see it" in refused(tmp_path, world.url, "--host", "0.0.0.0")
+def test_a_network_is_refused_until_somebody_is_named(world, tmp_path, refused):
+    assert "nobody is named who may see it" in refused(world.url, "--host", "0.0.0.0")
     settings(tmp_path, 'proxy_peers = ["10.0.0.5"]')
-    assert "under which address" in refused(tmp_path, world.url, "--host", "0.0.0.0")
+    assert "under which address" in refused(world.url, "--host", "0.0.0.0")
     settings(tmp_path, 'operators = { anna = "plain text" }')
-    assert "tallystick serve --hash-password" in refused(tmp_path, world.url)
+    assert "tallystick serve --hash-password" in refused(world.url)
     settings(tmp_path, 'address = "http://console.example.com"')
-    assert "https://" in refused(tmp_path, world.url)
+    assert "https://" in refused(world.url)
 
 
-def test_a_taken_port_and_an_old_database_are_said(world, fresh_database, tmp_path):
+def test_a_taken_port_and_an_old_database_are_said(world, fresh_database, refused):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert "--port" in refused(tmp_path, world.url, "--port", str(taken.getsockname()[1]))
-    assert "tallystick migrate apply" in refused(tmp_path, fresh_database(), "--port", "0")
+        assert "--port" in refused(world.url, "--port", str(taken.getsockname()[1]))
+    assert "tallystick migrate apply" in refused(fresh_database(), "--port", "0")
 
 
 def test_a_hash_for_the_settings(tmp_path):
