@@ -10,12 +10,15 @@ import pytest
 import sqlalchemy as sa
 from psycopg import errors, sql
 
+from tallystick import Pack, stripe
 from tallystick.audit import audit
+from tallystick.devstripe import DevStripe
 from tallystick.errors import InsufficientCredits, PermissionDenied
 from tallystick.ledger import Consume
 from tallystick.migrate import role
 from worlds import World
 
+ORIGIN = "http://127.0.0.1:8000"
 ODD_NAME = 'app; DROP TABLE users; -- "quoted"'
 
 
@@ -58,6 +61,8 @@ def test_every_operation_works(app: tuple[World, sa.Engine]) -> None:
             ledger.consume(conn, user, amount=9, key="f")
         assert ledger.balance(conn, user) == ledger.balance_at(conn, user, now(conn)) == 1
         assert len(ledger.history(conn, user, include_failed=True)) == 6
+        ledger.grant(conn, user, credits=2, key="g", description="Welcome")
+        ledger.reinstate(conn, user, bought.id, credits=1, key="r failed")
         if workshop is not None:
             assert ledger.access(conn, workshop).open
             accounts.delete_workshop(conn, workshop)
@@ -70,6 +75,29 @@ def test_every_operation_works(app: tuple[World, sa.Engine]) -> None:
         accounts.restore_user(conn, user)
     with world.engine.connect() as conn:  # the owner's to ask: it reads whole tables
         assert audit(conn, world.config).clean
+
+
+def test_a_sale_through_stripe_works(app: tuple[World, sa.Engine]) -> None:
+    world, engine = app
+    user = world.user()
+    with DevStripe() as double:
+        at_double = {"stripe_secret_key": double.secret_key, "stripe_api_base": double.url}
+        pack = Pack(name="Single Flight", credits=3, amount=7900)
+        shop = world.config.model_copy(update=at_double | {"checkout_origins": (ORIGIN,), "packs": (pack,)})
+        made = stripe.setup(shop, endpoint_url=f"{ORIGIN}/webhook")
+        priced = Pack(name=pack.name, credits=3, amount=7900, stripe_price_id=made.packs[0].price)
+        shop = shop.model_copy(update={"packs": (priced,), "stripe_webhook_secret": made.endpoint.secret})
+        double.hold()
+        addresses = {"success_url": f"{ORIGIN}/done", "cancel_url": f"{ORIGIN}/packs"}
+        bought = stripe.checkout(engine, shop, user, pack.name, key="form", **addresses)
+        double.pay(bought.session)
+        double.refund(double.account.objects["checkout.session"][bought.session]["payment_intent"], amount=1000)
+        for held in double.held():
+            body, signature = double.signed(held["event"], held["endpoint"])
+            assert stripe.receive(engine, shop, body.encode(), signature).status == 200
+        assert not stripe.reconcile(engine, shop).changed
+    with engine.connect() as conn:
+        assert world.ledger.balance(conn, user) == 2
 
 
 def now(conn: sa.Connection):

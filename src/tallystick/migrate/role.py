@@ -10,7 +10,15 @@ import sqlalchemy as sa
 from psycopg import sql
 
 from tallystick.config import HostMapping
-from tallystick.schema import BOOKKEEPING_SCHEMA, Schema
+from tallystick.schema import (
+    BOOKKEEPING_SCHEMA,
+    Schema,
+    stripe_checkouts,
+    stripe_events,
+    stripe_findings,
+    stripe_reconciliations,
+    stripe_reversals,
+)
 
 _HEAD = """\
 -- A role for the app: it can run every operation of the ledger, and not touch history.
@@ -65,6 +73,10 @@ _LEDGER_UPDATES = (
 """What completing, failing or attaching a session writes; the append-only trigger says when."""
 
 
+_STRIPES = (stripe_events, stripe_checkouts, stripe_reversals, stripe_findings, stripe_reconciliations)
+"""What selling through Stripe keeps beside the ledger; nothing is ever deleted there."""
+
+
 def grant(host: HostMapping, role: str) -> str:
     """A script that gives ``role`` what the ledger and the accounts need, and takes away what could rewrite history.
 
@@ -85,6 +97,7 @@ def grant(host: HostMapping, role: str) -> str:
         ),
         sql.SQL("GRANT USAGE ON SCHEMA {} TO {}").format(sql.SQL(", ").join(map(sql.Identifier, schemas)), to),
         sql.SQL("GRANT SELECT ON ALL TABLES IN SCHEMA {} TO {}").format(sql.Identifier(BOOKKEEPING_SCHEMA), to),
+        sql.SQL("GRANT INSERT, UPDATE ON {} TO {}").format(sql.SQL(", ").join(map(_name, _STRIPES)), to),
         sql.SQL("GRANT SELECT ({}) ON {} TO {}").format(_columns(schema.users), users, to),
         sql.SQL("GRANT UPDATE ({}) ON {} TO {}").format(_join(own), users, to),
         sql.SQL("REVOKE ALL ON {} FROM PUBLIC, {}").format(ledger, to),
