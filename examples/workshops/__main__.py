@@ -65,7 +65,13 @@ def main() -> None:
             config = prepare(server.create_database("workshops"), origin, double)
             engine = sa.create_engine(str(config.database_url))
             print(f"Workshops: {origin}   (the Stripe double: {double.url}; stop with Ctrl-C)")
-            uvicorn.run(create_app(config, engine), host="127.0.0.1", port=port, log_level="warning")
+            uvicorn.run(
+                create_app(config, engine),
+                host="127.0.0.1",
+                port=port,
+                log_level="warning",
+                timeout_graceful_shutdown=5,
+            )
             engine.dispose()
     finally:
         shutil.rmtree(folder, ignore_errors=True)

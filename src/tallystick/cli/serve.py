@@ -20,6 +20,8 @@ from tallystick.schema import verify
 if TYPE_CHECKING:
     from tallystick.web.console import Door
 
+SHUTDOWN_S = 5  # Ctrl-C waits no longer for browsers that keep a connection open
+
 
 @app.command(rich_help_panel="Trust")
 def serve(
@@ -69,7 +71,13 @@ def serve(
             # Who is at the other end decides who gets in, so no header may change what uvicorn says of it; and its
             # own log of requests would hold the link's token.
             settings = uvicorn.Config(
-                pages, proxy_headers=False, server_header=False, access_log=False, log_level="warning", lifespan="off"
+                pages,
+                proxy_headers=False,
+                server_header=False,
+                access_log=False,
+                log_level="warning",
+                lifespan="off",
+                timeout_graceful_shutdown=SHUTDOWN_S,
             )
             uvicorn.Server(settings).run(sockets=[listening])
         finally:

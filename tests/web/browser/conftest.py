@@ -34,7 +34,10 @@ def example(server: Server) -> Iterator[Example]:
         origin = f"http://127.0.0.1:{sockets.getsockname()[1]}"
         config = prepare(server.create_database("workshops"), origin, double)
         engine = sa.create_engine(str(config.database_url))
-        app = uvicorn.Server(uvicorn.Config(create_app(config, engine), log_level="warning"))
+        # a browser may keep a connection open for ever
+        app = uvicorn.Server(
+            uvicorn.Config(create_app(config, engine), log_level="warning", timeout_graceful_shutdown=5)
+        )
         thread = threading.Thread(target=app.run, kwargs={"sockets": [sockets]}, daemon=True)
         thread.start()
         while not app.started:

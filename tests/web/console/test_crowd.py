@@ -116,7 +116,14 @@ class Served:
         self.engine = sa.create_engine(world.url)
         door = self.link if passwords is None else Passwords(passwords)
         app = console(world.config, engine=self.engine, door=door, address=self.address, **options)
-        settings = uvicorn.Config(app, proxy_headers=False, access_log=False, log_level="critical", lifespan="off")
+        settings = uvicorn.Config(
+            app,
+            proxy_headers=False,
+            access_log=False,
+            log_level="critical",
+            lifespan="off",
+            timeout_graceful_shutdown=5,  # a browser may keep a connection open for ever
+        )
         self.server = uvicorn.Server(settings)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listening]})
 
