@@ -18,6 +18,7 @@ import pytest
 from servers import FAST, FOLDER_PREFIX, pg_bin, scratch_root
 from tallystick import Config, migrate
 from tallystick.devdb import Server
+from tallystick.errors import DevServerError
 from worlds import SHAPES, World
 
 for inherited in ("TALLYSTICK_PG_BIN", "TALLYSTICK_HOME"):
@@ -27,7 +28,7 @@ for inherited in ("TALLYSTICK_PG_BIN", "TALLYSTICK_HOME"):
 def remove_leftovers(root: Path) -> None:
     """Servers of test runs that were killed: nobody uses them, so each can be stopped."""
     for folder in root.glob(f"{FOLDER_PREFIX}*"):
-        with suppress(FileNotFoundError):  # another run is as tidy
+        with suppress(FileNotFoundError, DevServerError):  # another run is as tidy
             found = folder.stat()
             old = time.time() - found.st_mtime > 3600
             if old and found.st_uid == os.geteuid() and Server(folder, bin_dir=pg_bin()).stop():
