@@ -65,7 +65,10 @@ def test_snippet(tally: Tally) -> None:
     assert (code, "sqlalchemy, drizzle" in err) == (1, True)
 
 
-def test_backup_apply_and_restore(tally: Tally, app: App, make_app: Callable[..., App], tmp_path: Path) -> None:
+def test_backup_apply_and_restore(
+    tally: Tally, app: App, make_app: Callable[..., App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TALLYSTICK_PG_BIN", str(app.server.bin))  # dumps and restores need the server's own version
     code, _, err = tally("migrate", "apply", "--backup", "before.backup")
     assert code == 0
     assert "verified" in err
@@ -78,6 +81,17 @@ def test_backup_apply_and_restore(tally: Tally, app: App, make_app: Callable[...
     code, out, _ = tally("--database-url", other.url, "restore", "before.backup")
     assert (code, out) == (0, "Restored 1,000 rows in 2 tables.\n")
     assert tally("--database-url", other.url, "restore", "after.backup")[0] == 1  # not empty any more
+
+
+def test_a_server_too_old_for_the_programs_is_refused(
+    tally: Tally, app: App, make_app: Callable[..., App], tmp_path: Path
+) -> None:
+    assert tally("backup", "app.backup")[0] == 0
+    code, out, err = tally("--database-url", make_app("SELECT 1").url, "restore", "app.backup")
+    if app.server.version.startswith("18"):
+        assert code == 0
+    else:
+        assert (code, out, "TALLYSTICK_PG_BIN" in err) == (1, "", True)
 
 
 def test_rehearse(tally: Tally, app: App, tmp_path: Path) -> None:

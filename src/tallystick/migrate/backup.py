@@ -116,11 +116,18 @@ def restore(path: Path, database: str, *, bin_dir: Path, owners: bool = True, pr
     With ``owners`` off, everything belongs to the role that restores and privileges are left out.
 
     Raises:
-        BackupError: the file is damaged or the database not empty; nothing was changed.
+        BackupError: the file is damaged, the database not empty, or its server too old for the programs in
+            ``bin_dir``; nothing was changed.
     """
     tell = progress or (lambda _what, _part: None)
     with connect(database) as conn:
         taken = conn.scalars(_TABLES).all()
+        server = conn.scalars(sa.text("SELECT current_setting('server_version_num')::int / 10000")).one()
+    if server < _TIMEOUT_SINCE <= (ours := _major(bin_dir)):
+        raise BackupError(
+            f"pg_restore {ours} sets transaction_timeout, which PostgreSQL {server} does not know. Back up and restore "
+            f"with that version's own programs: TALLYSTICK_PG_BIN=/usr/lib/postgresql/{server}/bin"
+        )
     if taken:
         raise BackupError(f"the database is not empty: it has {taken[0]}. Restore into one made by createdb")
     manifest = verify_backup(path, bin_dir=bin_dir, progress=progress)
@@ -136,6 +143,22 @@ def restore(path: Path, database: str, *, bin_dir: Path, owners: bool = True, pr
     if found != manifest.rows:
         raise BackupError(f"the restored database differs: {_difference(manifest.rows, found)}")
     return manifest
+
+
+_TIMEOUT_SINCE = 17
+
+
+def _major(bin_dir: Path) -> int:
+    """The major version of the programs in a folder."""
+    try:
+        command = [bin_dir / "pg_restore", "--version"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: S603 - as named
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BackupError(f"{bin_dir / 'pg_restore'} cannot be run: {error}. Set TALLYSTICK_PG_BIN") from error
+    found = re.search(r"\d+", said)
+    if found is None:
+        raise BackupError(f"{bin_dir / 'pg_restore'} --version said {said!r}. Set TALLYSTICK_PG_BIN")
+    return int(found[0])
 
 
 def _dump(database: str, file: IO[bytes], bin_dir: Path, tell: Told) -> Manifest:
