@@ -151,7 +151,7 @@ _TIMEOUT_SINCE = 17
 def _major(bin_dir: Path) -> int:
     """The major version of the programs in a folder."""
     try:
-        command = [bin_dir / "pg_restore", "--version"]
+        command = [str(bin_dir / "pg_restore"), "--version"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: S603 - as named
     except (OSError, subprocess.CalledProcessError) as error:
         raise BackupError(f"{bin_dir / 'pg_restore'} cannot be run: {error}. Set TALLYSTICK_PG_BIN") from error
