@@ -44,8 +44,8 @@ def example(server: Server) -> Iterator[Example]:
             assert thread.is_alive()
             time.sleep(0.05)
         yield Example(origin, engine, double)
-        app.should_exit = True
-        thread.join()
+        app.should_exit = app.force_exit = True
+        thread.join(timeout=20)  # a daemon: whatever still holds it must not hold the tests
         sockets.close()
         engine.dispose()
 

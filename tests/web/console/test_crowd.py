@@ -125,15 +125,15 @@ class Served:
             timeout_graceful_shutdown=5,  # a browser may keep a connection open for ever
         )
         self.server = uvicorn.Server(settings)
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listening]})
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listening]}, daemon=True)
 
     def __enter__(self):
         self.thread.start()
         return self
 
     def __exit__(self, *_):
-        self.server.should_exit = True
-        self.thread.join()
+        self.server.should_exit = self.server.force_exit = True
+        self.thread.join(timeout=20)
         self.listening.close()
         self.engine.dispose()
 
