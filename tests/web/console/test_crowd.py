@@ -196,7 +196,8 @@ def test_from_the_overview_to_a_person_in_two_steps(again, visit):
     expect(page.get_by_role("table").first.get_by_role("row")).to_have_count(31)
 
     page.get_by_role("link", name="Users").click()
-    page.keyboard.type("person77777@example.com")  # the search has the focus
+    expect(page.get_by_role("searchbox")).to_be_focused()
+    page.keyboard.type("person77777@example.com")
     page.keyboard.press("Enter")
     expect(page.get_by_role("heading", level=1)).to_have_text("person77777@example.com")
     expect(page.get_by_role("img", name="3 entries, balance 3, no gaps")).to_be_visible()

@@ -67,10 +67,20 @@ function bars(figure) {
   );
 }
 
+// What the server says at an address: null where it refuses, undefined where it is gone or the page is being left.
+async function ask(address) {
+  try {
+    const answer = await fetch(address, { credentials: "same-origin" });
+    return answer.ok ? await answer.json() : null;
+  } catch {
+    return undefined;
+  }
+}
+
 async function steps(figure) {
-  const answer = await fetch(figure.dataset.steps, { credentials: "same-origin" });
-  if (!answer.ok) return;
-  const { at, balance } = await answer.json();
+  const found = await ask(figure.dataset.steps);
+  if (!found) return;
+  const { at, balance } = found;
   at.push(Math.max(Math.floor(Date.now() / 1e3), at.at(-1)));  // it still stands
   balance.push(balance.at(-1));
   chart(
@@ -96,9 +106,9 @@ async function steps(figure) {
 async function watch(bar) {
   for (;;) {
     await new Promise((done) => setTimeout(done, 500));
-    const answer = await fetch(bar.dataset.watch, { credentials: "same-origin" });
-    const state = answer.ok ? await answer.json() : { running: false };
-    if (!state.running) return location.replace(location.href);
+    const state = await ask(bar.dataset.watch);
+    if (state === undefined) continue;
+    if (!state?.running) return location.replace(location.href);
     if (state.percent != null) {
       bar.value = state.percent;
       for (const text of document.querySelectorAll("[data-percent]")) text.textContent = `${state.percent} %`;
