@@ -395,7 +395,7 @@ class Ledger:
         done = []
         for place, balance, sequence, description, created_at, completed_at in run(
             conn, self.statements["consume_many"], lists
-        ):
+        ).all():
             n = numbers[place - 1]
             values = calls[n]
             row = CreditTransaction(

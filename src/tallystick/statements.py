@@ -357,6 +357,12 @@ class _Statements:
             .with_for_update(of=self.users, key_share=True)
             .cte("account")
         )
+        # Read once, and when all users are locked: the count waits for the last of them.
+        clock = (
+            sa.select(sa.func.count().label("users"), sa.func.clock_timestamp().label("now"))
+            .select_from(account)
+            .cte("clock")
+        )
         source: sa.FromClause = item.join(account, account.c.key == asked.user)
         name: sa.ColumnElement[str] = _text("Credit consumed")
         claimed: tuple[Condition, ...] = ()
@@ -384,9 +390,9 @@ class _Statements:
                 sa.func.coalesce(asked.description, name).label("description"),
                 (account.c.credit_balance - taken).label("balance"),
                 (account.c.credit_sequence + place).label("sequence"),
-                sa.func.clock_timestamp().label("now"),
+                clock.c.now,
             )
-            .select_from(source)
+            .select_from(source.join(clock, sa.true()))
             .where(*claimed, ~sa.exists().where(prior.c.user_id == asked.user, prior.c.idempotency_key == asked.key))
             .cte("spend")
         )

@@ -141,12 +141,15 @@ claim AS (
   WHERE workshops.deleted_at IS NULL AND workshops.credit_consumed_at IS NULL AND workshops.id = ANY (:p_workshops::UUID[])
   ORDER BY workshops.id
   FOR NO KEY UPDATE OF workshops),
+clock AS (
+  SELECT count(*) AS users, clock_timestamp() AS now
+  FROM account),
 spend AS (
   SELECT item.n, item.id, item."user" AS "user", item.workshop, item.amount, item.key, coalesce(item.description, 'Credit consumed' || coalesce(' for Workshop: ' || claim.name, '')) AS description, account.credit_balance - sum(item.amount) OVER (PARTITION BY item."user"
     ORDER BY item.n) AS balance, account.credit_sequence + row_number() OVER (PARTITION BY item."user"
-    ORDER BY item.n) AS sequence, clock_timestamp() AS now
+    ORDER BY item.n) AS sequence, clock.now
   FROM unnest(:p_ids::UUID[], :p_users::UUID[], :p_workshops::UUID[], :p_amounts::INTEGER[], :p_keys::TEXT[], :p_descriptions::TEXT[]) WITH ORDINALITY AS item(id, "user", workshop, amount, key, description, n) JOIN account ON account.key = item."user"
-  LEFT OUTER JOIN claim ON claim.key = item.workshop AND claim.owner = item."user"
+  LEFT OUTER JOIN claim ON claim.key = item.workshop AND claim.owner = item."user" JOIN clock ON true
   WHERE (item.workshop IS NULL OR claim.key IS NOT NULL) AND NOT (EXISTS (
       SELECT *
       FROM credit_transactions AS prior
