@@ -104,32 +104,41 @@ def _spend_in_threads(url: str, users: int, seconds: float, seeds: list[int]) ->
         return [took for run in pool.map(lambda seed: _spend(url, users, seconds, seed), seeds) for took in run]
 
 
+def _in_processes(count: int, calls: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """Each call in a process of its own; ``count`` connections wait for each other before they begin."""
+    context, calls = multiprocessing.get_context("spawn"), list(calls)
+    with ProcessPoolExecutor(len(calls), context, _enter, (context.Barrier(count),)) as pool:
+        return [run.result() for run in [pool.submit(*call) for call in calls]]
+
+
 def ours(app: App, *, users: int, connections: int, seconds: float) -> Timing:
-    context = multiprocessing.get_context("spawn")
     shares = [list(range(n, connections, PROCESSES)) for n in range(min(connections, PROCESSES))]
-    with ProcessPoolExecutor(len(shares), context, _enter, (context.Barrier(connections),)) as pool:
-        runs = [pool.submit(_spend_in_threads, app.url, users, seconds, share) for share in shares]
-        return Timing.of([took for run in runs for took in run.result()], seconds)
+    runs = _in_processes(connections, [(_spend_in_threads, app.url, users, seconds, share) for share in shares])
+    return Timing.of([took for run in runs for took in run], seconds)
 
 
 # --- many at once ---
 
 
 def batches(app: App, *, size: int, seconds: float) -> float:
-    """Consumptions a second of one hot account in lists of this size, over as many connections as cores."""
-    with ThreadPoolExecutor(PROCESSES) as pool:
-        counts = list(pool.map(lambda _: _spend_lists(app, size, seconds), range(PROCESSES)))
-    return sum(counts) / seconds
+    """Consumptions a second of one hot account in lists of this size, from as many processes as cores."""
+    return sum(_in_processes(PROCESSES, [(_spend_lists, app.url, size, seconds)] * PROCESSES)) / seconds
 
 
-def _spend_lists(app: App, size: int, seconds: float) -> int:
-    ledger, tag, done = app.ledger, uuid4().hex, 0
-    engine = sa.create_engine(app.url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
+def _spend_lists(url: str, size: int, seconds: float) -> int:
+    ledger, tag, done = Ledger(Config(database_url=url, host=stage.HOST)), uuid4().hex, 0
+    engine = sa.create_engine(url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
     with engine.connect() as conn:
+
+        def spend() -> None:
+            ledger.consume_many(conn, [Consume(1, key=f"{tag} {done + n}") for n in range(size)])
+
+        spend()
+        _gate.wait()
         until = time.perf_counter() + seconds
         while time.perf_counter() < until:
-            ledger.consume_many(conn, [Consume(1, key=f"{tag} {done + n}") for n in range(size)])
             done += size
+            spend()
     return done
 
 
@@ -142,7 +151,7 @@ def combined(app: App, *, callers: int, seconds: float) -> float:
         for n in itertools.count():
             if time.perf_counter() > until:
                 return
-            await asyncio.wrap_future(combiner.consume(1, key=f"{tag} {number} {n}"))
+            await combiner.aconsume(1, key=f"{tag} {number} {n}")
             done += 1
 
     async def crowd() -> None:

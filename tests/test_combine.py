@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from tallystick import InsufficientCredits
+from tallystick import CreditTransaction, InsufficientCredits
 from tallystick.audit import audit
 from tallystick.combine import Combiner
 from tallystick.errors import DatabaseUnavailable, InvalidArgument, OutcomeUnknown, UnknownUser
@@ -82,11 +82,58 @@ def test_asyncio(world: World, combiner: Combiner) -> None:
     user = world.user(credits=50)
 
     async def main() -> list[Any]:
-        calls = (asyncio.wrap_future(combiner.consume(user, key=f"{n}")) for n in range(60))
+        calls = (combiner.aconsume(user, key=f"{n}") for n in range(60))
         return await asyncio.gather(*calls, return_exceptions=True)
 
     results = asyncio.run(main())
     assert sum(isinstance(result, InsufficientCredits) for result in results) == 10
+    assert sorted(row.balance_after for row in results if isinstance(row, CreditTransaction)) == list(range(50))
+
+
+def test_a_task_that_gives_up_does_not_touch_the_others(world: World, combiner: Combiner) -> None:
+    """Cancelled before it is sent it is not made; once it was sent nobody hears of it."""
+    user = world.user(credits=10)
+
+    async def main() -> CreditTransaction:
+        with held(world, user):
+            sent = asyncio.create_task(combiner.aconsume(user, key="sent"))
+            while not waits(world):  # noqa: ASYNC110 - the database has no event to wait for
+                await asyncio.sleep(0.01)
+            unsent, kept = (asyncio.create_task(combiner.aconsume(user, key=key)) for key in ("unsent", "kept"))
+            await asyncio.sleep(0)
+            sent.cancel()
+            unsent.cancel()
+        return await kept
+
+    assert asyncio.run(main()).balance_after == 8
+    with world.engine.connect() as conn:
+        assert {row.idempotency_key for row in world.ledger.history(conn, user)} >= {"sent", "kept"}
+        assert "unsent" not in {row.idempotency_key for row in world.ledger.history(conn, user)}
+
+
+def test_a_loop_that_is_gone_stops_nobody(world: World, combiner: Combiner) -> None:
+    user = world.user(credits=10)
+
+    async def leave() -> None:
+        task = asyncio.create_task(combiner.aconsume(user, key="left"))
+        while not waits(world):  # noqa: ASYNC110 - the database has no event to wait for
+            await asyncio.sleep(0.01)
+        task.cancel()
+
+    with held(world, user):
+        asyncio.run(leave())
+    assert combiner.consume(user, key="next").result(PATIENCE_S).balance_after == 8
+
+
+def waits(world: World) -> bool:
+    """A statement of the combiner's waits for a lock."""
+    with world.engine.connect() as conn:
+        return conn.scalar(
+            sa.text(
+                "SELECT count(*) > 0 FROM pg_stat_activity"
+                " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+            )
+        )
 
 
 def test_a_key_that_somebody_else_is_writing_is_a_replay(world: World, combiner: Combiner) -> None:

@@ -7,9 +7,11 @@ together as ``Ledger.consume_many`` when it returns: alone a call waits for nobo
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import threading
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from types import TracebackType
@@ -24,9 +26,18 @@ from tallystick.ledger import Consume, CreditTransaction, Ledger
 MOST = 1_000  # calls in one statement; more gain nothing and make everybody wait for the last
 
 
+Outcome = CreditTransaction | Exception
+
+
 class _Call(NamedTuple):
     item: Consume
-    future: Future[CreditTransaction]
+    future: Future[CreditTransaction] | asyncio.Future[CreditTransaction]
+
+    def wanted(self) -> bool:
+        """Nobody gave up waiting before it was sent."""
+        if isinstance(self.future, Future):
+            return self.future.set_running_or_notify_cancel()
+        return not self.future.cancelled()
 
 
 class Combiner:
@@ -35,8 +46,8 @@ class Combiner:
     ::
 
         with Combiner(ledger, engine) as combiner:
-            row = combiner.consume(user, workshop=workshop, key=key).result()             # in any thread
-            row = await asyncio.wrap_future(combiner.consume(user, key=key))              # in asyncio
+            row = combiner.consume(user, workshop=workshop, key=key).result()    # in any thread
+            row = await combiner.aconsume(user, workshop=workshop, key=key)      # in asyncio
 
     Each call is committed by itself: do not use it for a consumption that belongs into a transaction of yours. Make
     one per process, after any fork.
@@ -74,12 +85,31 @@ class Combiner:
         Raises:
             RuntimeError: the combiner is closed.
         """
-        call = _Call(Consume(user, workshop=workshop, amount=amount, key=key, description=description), Future())
+        future: Future[CreditTransaction] = Future()
+        item = Consume(user, workshop=workshop, amount=amount, key=key, description=description)
+        self._ask(_Call(item, future))
+        return future
+
+    async def aconsume(
+        self,
+        user: Key,
+        *,
+        workshop: Key | None = None,
+        amount: int = 1,
+        key: str,
+        description: str | None = None,
+    ) -> CreditTransaction:
+        """As ``consume``, for asyncio: a statement's results wake their event loop once, not once for each caller."""
+        future: asyncio.Future[CreditTransaction] = asyncio.get_running_loop().create_future()
+        item = Consume(user, workshop=workshop, amount=amount, key=key, description=description)
+        self._ask(_Call(item, future))
+        return await future
+
+    def _ask(self, call: _Call) -> None:
         with self._closing:
             if self._closed:
                 raise RuntimeError("this Combiner is closed; make another one")
             self._calls.put(call)
-        return call.future
 
     def close(self) -> None:
         """Finish what was asked for, then give the connection back. Again is harmless."""
@@ -101,9 +131,9 @@ class Combiner:
         more = True
         while more:
             calls, more = self._gathered()
-            going = [call for call in calls if call.future.set_running_or_notify_cancel()]
+            going = [call for call in calls if call.wanted()]
             if going:
-                self._settle(going)
+                _tell(zip(going, self._outcomes(going), strict=True))
         self._disconnect()
 
     def _gathered(self) -> tuple[list[_Call], bool]:
@@ -117,44 +147,32 @@ class Combiner:
                 calls.append(call)
         return calls, True
 
-    def _settle(self, calls: Sequence[_Call]) -> None:
+    def _outcomes(self, calls: Sequence[_Call]) -> Sequence[Outcome]:
         try:
-            results = self._ledger.consume_many(self._connected(), [call.item for call in calls])
+            return self._ledger.consume_many(self._connected(), [call.item for call in calls])
         except (OutcomeUnknown, DatabaseUnavailable) as error:
             self._disconnect()
-            for call in calls:
-                call.future.set_exception(_another(error))
+            return [_another(error) for _ in calls]
         except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to one caller, and every caller waits
             if len(calls) == 1 and not isinstance(error, DatabaseError):
-                calls[0].future.set_exception(error)
-            else:
-                self._settle_singly(calls)
-        else:
-            for call, result in zip(calls, results, strict=True):
-                if isinstance(result, TallystickError):
-                    call.future.set_exception(result)
-                else:
-                    call.future.set_result(result)
+                return [error]
+            # Somebody's call made the statement fail: each by itself, so that it fails alone.
+            return [self._outcome(call.item) for call in calls]
 
-    def _settle_singly(self, calls: Sequence[_Call]) -> None:
-        """Somebody's call made the statement fail: each by itself, so that it fails alone."""
-        for call in calls:
-            item = call.item
-            try:
-                row = self._ledger.consume(
-                    self._connected(),
-                    item.user,
-                    workshop=item.workshop,
-                    amount=item.amount,
-                    key=item.key,
-                    description=item.description,
-                )
-            except Exception as error:  # noqa: BLE001 - it is the caller's to handle, in the caller's thread
-                if isinstance(error, OutcomeUnknown | DatabaseUnavailable):
-                    self._disconnect()
-                call.future.set_exception(error)
-            else:
-                call.future.set_result(row)
+    def _outcome(self, item: Consume) -> Outcome:
+        try:
+            return self._ledger.consume(
+                self._connected(),
+                item.user,
+                workshop=item.workshop,
+                amount=item.amount,
+                key=item.key,
+                description=item.description,
+            )
+        except Exception as error:  # noqa: BLE001 - it is the caller's to handle, in the caller's thread
+            if isinstance(error, OutcomeUnknown | DatabaseUnavailable):
+                self._disconnect()
+            return error
 
     def _connected(self) -> sa.Connection:
         if self._conn is None:
@@ -172,3 +190,31 @@ class Combiner:
 def _another(error: TallystickError) -> TallystickError:
     """The same for another caller: a raised exception keeps the traceback of whoever raised it."""
     return type(error)(error.message, **error.fields)
+
+
+def _tell(results: Iterable[tuple[_Call, Outcome]]) -> None:
+    """Each caller its own outcome; an event loop is woken once for all that wait in it."""
+    waiting: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[CreditTransaction], Outcome]]] = defaultdict(
+        list
+    )
+    for call, outcome in results:
+        if isinstance(call.future, Future):
+            _settle(call.future, outcome)
+        else:
+            waiting[call.future.get_loop()].append((call.future, outcome))
+    for loop, some in waiting.items():
+        with suppress(RuntimeError):  # the loop was closed, and nobody waits
+            loop.call_soon_threadsafe(_settle_waiting, some)
+
+
+def _settle_waiting(some: Sequence[tuple[asyncio.Future[CreditTransaction], Outcome]]) -> None:
+    for future, outcome in some:
+        if not future.done():  # cancelled meanwhile
+            _settle(future, outcome)
+
+
+def _settle(future: Future[CreditTransaction] | asyncio.Future[CreditTransaction], outcome: Outcome) -> None:
+    if isinstance(outcome, CreditTransaction):
+        future.set_result(outcome)
+    else:
+        future.set_exception(outcome)

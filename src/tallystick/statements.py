@@ -427,7 +427,7 @@ class _Statements:
         )
         moved = (
             sa.update(self.users)
-            .where(users.key == last.c.user)
+            .where(users.key == last.c.user, users.key == sa.any_(self.p_users))  # the list, so that no plan reads all
             .values(credit_balance=last.c.balance, credit_sequence=last.c.sequence)
             .cte("moved")
         )

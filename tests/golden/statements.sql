@@ -166,7 +166,7 @@ moved AS (
     SELECT spend."user" AS "user", min(spend.balance) AS balance, max(spend.sequence) AS sequence
     FROM spend
     WHERE spend.balance >= 0 GROUP BY spend."user") AS last
-  WHERE users.id = last."user"),
+  WHERE users.id = last."user" AND users.id = ANY (:p_users::UUID[])),
 marked AS (
   UPDATE workshops
   SET credit_consumed_at=spend.now
