@@ -598,7 +598,9 @@ class _Statements:
                 users.c.credit_balance,
                 users.c.credit_sequence,
                 users.c.deleted_at,
-                sa.select(sa.func.max(last.c.sequence)).where(last.c.user_id == asked.user).scalar_subquery(),
+                sa.select(sa.func.max(last.c.sequence))
+                .where(last.c.user_id == asked.user, last.c.sequence.is_not(None))
+                .scalar_subquery(),
                 self.refunded(asked.user, asked.purchase),
                 of_session,
                 *workshop,

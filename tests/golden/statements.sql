@@ -310,7 +310,7 @@ LIMIT :p_limit::INTEGER;
 SELECT users.id, users.credit_balance, users.credit_sequence, users.deleted_at, (
   SELECT max(last.sequence) AS max_1
   FROM credit_transactions AS last
-  WHERE last.user_id = asked."user") AS anon_1, (
+  WHERE last.user_id = asked."user" AND last.sequence IS NOT NULL) AS anon_1, (
   SELECT coalesce(sum(-credit_transactions.amount), 0) AS coalesce_1
   FROM credit_transactions
   WHERE credit_transactions.user_id = asked."user" AND credit_transactions.refund_of = asked.purchase) AS anon_2, (

@@ -118,11 +118,9 @@ CREATE TABLE {ledger} (
 
 UNIQUE, PLAIN = True, False
 LEDGER_INDEXES = {
-    "credit_transactions_sequence": (UNIQUE, "(user_id, sequence)"),
-    "credit_transactions_idempotency_key": (
-        UNIQUE,
-        "(user_id, idempotency_key) WHERE idempotency_key IS NOT NULL",
-    ),
+    "credit_transactions_idempotency_key": (UNIQUE, "(user_id, idempotency_key)"),
+    "credit_transactions_sequence": (UNIQUE, "(user_id, sequence) WHERE sequence IS NOT NULL"),
+    "credit_transactions_unfinished": (PLAIN, "(user_id, id) WHERE sequence IS NULL"),
     "credit_transactions_stripe_session": (UNIQUE, "(stripe_session_id) WHERE stripe_session_id IS NOT NULL"),
     "credit_transactions_completed": (PLAIN, "(user_id, completed_at) WHERE completed_at IS NOT NULL"),
     "credit_transactions_refund_of": (PLAIN, "(refund_of) WHERE refund_of IS NOT NULL"),
