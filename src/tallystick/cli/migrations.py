@@ -193,6 +193,13 @@ def sql(
         out.print(migrate.sql(conn, config), markup=False)
 
 
+_NOT_MIGRATED = "Not migrated yet. Run: tallystick migrate plan, then: tallystick migrate apply"
+_PREPARED = (
+    "On the way to revision {}: its new objects are there and nothing uses them yet. "
+    "To go on: tallystick migrate apply. To take them away: tallystick migrate undo"
+)
+
+
 @migrations.command()
 def status(
     ctx: typer.Context,
@@ -209,8 +216,9 @@ def status(
 
     def show() -> None:
         _show_trackers(others)
+        if found.revision is None or found.prepared is not None:
+            out.print(_PREPARED.format(found.prepared) if found.prepared else _NOT_MIGRATED)
         if found.revision is None:
-            out.print("Not migrated yet. Run: tallystick migrate plan, then: tallystick migrate apply")
             return
         out.print(f"At revision {found.revision}; this package needs {found.head}.")
         for row in found.history:
@@ -273,6 +281,14 @@ def apply(
     ] = None,
     stall_budget_ms: StallBudget = migrate.STALL_BUDGET_MS,
     give_up_after: GiveUpAfter = migrate.GIVE_UP_AFTER_S,
+    two_transactions: Annotated[
+        bool,
+        typer.Option(
+            "--two-transactions",
+            help="For a database too busy to be locked otherwise: commit the new objects first, then try the locked "
+            "part alone. Interrupted between them, the next apply goes on, and undo takes them away.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Migrate the database while its traffic goes on. All or nothing; a second run changes nothing."""
@@ -284,6 +300,7 @@ def apply(
             config,
             stall_budget_ms=stall_budget_ms,
             give_up_after_s=give_up_after,
+            two_transactions=two_transactions,
             progress=shown,
         )
     emit(receipt, lambda: _show_receipt(receipt), as_json=as_json)
@@ -406,7 +423,7 @@ def _show_receipt(receipt: migrate.Receipt) -> None:
         tries = "1 attempt" if step.attempts == 1 else f"{step.attempts} attempts"
         out.print(
             f"{verb} {step.revision}: tables locked for {step.locked_ms:.1f} ms, {tries}, "
-            f"{step.duration_ms / 1000:.1f} s in all."
+            f"{step.duration_ms / 1000:.1f} s in all{', in two transactions' if step.two_transactions else ''}."
         )
         if step.adopted:
             out.print(f"  Adopted as they were: {', '.join(step.adopted)}.", markup=False)

@@ -87,6 +87,7 @@ def _change(conn: sa.Connection, revision: Revision, config: Config, stall_budge
         expected=host.revision,
         adopted=host.adopted_names if revision.down_revision is None else (),
         stall_budget_ms=stall_budget_ms,
+        prepared=host.prepared == revision.revision,
     )
     before = {name: conn.scalar(sa.select(sa.func.current_setting(name))) for name in _SETTINGS}
     for statement in _inside((*messages.opening, *messages.locked)):

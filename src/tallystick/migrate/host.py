@@ -142,7 +142,10 @@ class HostTable:
 
 @dataclass(frozen=True)
 class Host:
-    """What the preflight found. ``adopted`` are columns of ours that the host had before revision 0001."""
+    """What the preflight found. ``adopted`` are columns of ours that the host had before revision 0001.
+
+    ``prepared`` is the revision after ``revision`` where its new objects are committed and nothing uses them yet.
+    """
 
     server_version: int
     server: str
@@ -151,6 +154,7 @@ class Host:
     workshops: HostTable | None
     adopted: Adopted
     missing_privileges: tuple[str, ...] = ()
+    prepared: str | None = None
 
     @property
     def by_word(self) -> dict[Word, HostTable]:
@@ -196,8 +200,9 @@ def examine(conn: sa.Connection, config: Config, *, privileges: bool = True) -> 
     users, users_columns = _mapped_users(conn, mapping)
     workshops, workshops_columns = _mapped_workshops(conn, mapping)
     revision = current_revision(conn)
+    prepared = prepared_revision(conn)
     if revision is None:
-        if role.has_schema:
+        if role.has_schema and prepared is None:
             raise HostMismatch(
                 'this database has a schema "tallystick" that is not ours. Rename it: '
                 "ALTER SCHEMA tallystick RENAME TO tallystick_before",
@@ -206,13 +211,16 @@ def examine(conn: sa.Connection, config: Config, *, privileges: bool = True) -> 
             )
         taken = _adoptable(conn, "users", users, users_columns)
         adopted = taken if workshops is None else taken | _adoptable(conn, "workshops", workshops, workshops_columns)
-        _check_free(conn, mapping)
+        if prepared is None:
+            _check_free(conn, mapping)
+        else:
+            _check_prepared_here(conn, mapping)
     else:
         adopted = adopted_columns(conn)
         _check_same_host(conn, users, workshops)
 
     tables = [table for table in (users, workshops) if table]
-    missing = tuple(_missing_privileges(role, mapping, tables, migrated=revision is not None))
+    missing = tuple(_missing_privileges(role, mapping, tables, migrated=revision is not None or prepared is not None))
     if privileges and missing:
         raise PermissionDenied(missing[0], sqlstate="42501")
     return Host(
@@ -223,6 +231,7 @@ def examine(conn: sa.Connection, config: Config, *, privileges: bool = True) -> 
         workshops=workshops,
         adopted=adopted,
         missing_privileges=missing,
+        prepared=prepared,
     )
 
 
@@ -250,11 +259,23 @@ def current_revision(conn: sa.Connection) -> str | None:
     """Where the database stands, None before revision 0001. Raises SchemaTooNew."""
     if conn.scalar(sa.text("SELECT to_regclass('tallystick.alembic_version')")) is None:
         return None
-    found = conn.scalar(sa.select(alembic_version.c.version_num))
+    return _known(conn.scalar(sa.select(alembic_version.c.version_num)), "at")
+
+
+def prepared_revision(conn: sa.Connection) -> str | None:
+    """The revision of which only the new objects are there, if any. Raises SchemaTooNew."""
+    if conn.scalar(sa.text("SELECT to_regclass('tallystick.migration_log')")) is None:
+        return None
+    rows = sa.select(migration_log.c.revision).where(migration_log.c.direction == "prepare")
+    return _known(conn.scalar(rows), "on the way to")
+
+
+def _known(found: str | None, where: str) -> str | None:
     known = [revision.revision for revision in revisions()]
     if found is not None and found not in known:
         raise SchemaTooNew(
-            f"this database is at revision {found}, this package knows {known[-1]}. Run: pip install -U tallystick",
+            f"this database is {where} revision {found}, this package knows {known[-1]}. "
+            "Run: pip install -U tallystick",
             revision=found,
         )
     return found
@@ -508,6 +529,18 @@ def _check_free(conn: sa.Connection, mapping: HostMapping) -> None:
             f'(ALTER {"TABLE" if name == LEDGER else "…"} "{schema}"."{name}" RENAME TO "{name}_before"). '
             "Nothing was changed",
             table=f"{schema}.{name}",
+            column=None,
+        )
+
+
+def _check_prepared_here(conn: sa.Connection, mapping: HostMapping) -> None:
+    """An interrupted run made the ledger where its mapping said; another mapping would leave that one behind."""
+    schema = mapping.users.schema
+    if conn.scalar(_OID, {"schema": schema, "table": LEDGER}) is None:
+        raise HostMismatch(
+            f"an interrupted run has made its new objects, but there is no {LEDGER} in schema {schema}. "
+            "Correct [host.users] in tallystick.toml to what it was then",
+            table=f"{schema}.{LEDGER}",
             column=None,
         )
 

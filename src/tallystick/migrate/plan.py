@@ -115,6 +115,7 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
         database_bytes = conn.scalar(_DATABASE_BYTES) or 0
         findings = (
             *_about_the_connection(conn, host),
+            *_about_an_interrupted_run(host),
             *_about_cached_plans(conn, host),
             *_about_replicas(replicas),
             *_about_room(database_bytes, backup_folder),
@@ -173,6 +174,15 @@ def _about_the_connection(conn: sa.Connection, host: Host) -> Iterator[Finding]:
         yield Finding("stop", f"This address is a connection pooler's ({sign}). {USE_UNPOOLED}")
     for missing in host.missing_privileges:
         yield Finding("stop", missing)
+
+
+def _about_an_interrupted_run(host: Host) -> Iterator[Finding]:
+    if host.prepared is not None:
+        yield Finding(
+            "note",
+            f"The new objects of revision {host.prepared} are there already, from a run in two transactions that was "
+            "interrupted; nothing uses them. apply goes on from there, undo takes them away",
+        )
 
 
 def _about_cached_plans(conn: sa.Connection, host: Host) -> Iterator[Finding]:
@@ -283,6 +293,7 @@ def _messages(config: Config, host: Host | None, stall_budget_ms: int) -> Iterab
                 expected=reached,
                 adopted=host.adopted_names if host and revision.down_revision is None else (),
                 stall_budget_ms=stall_budget_ms,
+                prepared=host is not None and host.prepared == revision.revision,
             ),
         )
         reached = revision.revision

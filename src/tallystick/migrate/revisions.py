@@ -14,6 +14,8 @@ relations and types that must be free in the users' schema before), and has thes
                     after the commit, beside live traffic
 ``undo_locks``      the tables that ``undo`` changes, in locking order
 ``undo``            the way back, under lock
+``unprepare_locks`` the tables that ``unprepare`` drops, all of them ours
+``unprepare``       the way back from ``prepare`` where ``locked`` has not run
 ==================  ==================================================================================
 
 There is no ``env.py``: it would only wrap the one connection that the runner has anyway, and Alembic's own
@@ -106,6 +108,8 @@ class Revision:
     validates: Callable[[HostNames], Mapping[str, Composable]]
     undo_locks: Callable[[HostNames], tuple[Identifier, ...]]
     undo: Callable[[HostNames], Iterable[Composable]]
+    unprepare_locks: Callable[[HostNames], tuple[Identifier, ...]]
+    unprepare: Callable[[HostNames], Iterable[Composable]]
 
 
 @lru_cache(maxsize=1)
@@ -129,6 +133,8 @@ def revisions() -> tuple[Revision, ...]:
                 validates=module.validates,
                 undo_locks=module.undo_locks,
                 undo=module.undo,
+                unprepare_locks=module.unprepare_locks,
+                unprepare=module.unprepare,
             )
         )
     return tuple(found)

@@ -1,5 +1,8 @@
 """The run: one transaction for each revision, its locked part and COMMIT in one message, retried as a whole.
 
+Where a database is so busy that this never gets through, it can be asked to commit the new objects first, in a
+transaction of their own (``two_transactions``). Then a try is one message of the locked part alone.
+
 What was measured, and why each line is where it is, stands in docs/migration.md. In short: nobody may wait for us
 longer than the stall budget. A lock that is asked for and not given makes every later query queue behind it, so we
 first look who is there, then ask without waiting, and only then wait, briefly; and once we have it, the network is
@@ -38,6 +41,7 @@ from tallystick.migrate.statements import (
     STALL_BUDGET_MS,
     Messages,
     downward,
+    preparation,
     text,
     upward,
 )
@@ -48,13 +52,20 @@ GIVE_UP_AFTER_S = 120.0
 _PROBE_EVERY_S = 0.1
 _GRACE_S = 3.0  # how long a killed run's server process may take to notice
 
-Phase = Literal["waiting", "locking", "applied", "online"]
+Phase = Literal["waiting", "prepared", "locking", "applied", "online"]
+
+_NOTHING = "Nothing was changed"
+_PREPARED = (
+    "The new objects of revision {} are there and nothing uses them; nothing of yours was changed. "
+    "To take them away again: tallystick migrate undo"
+)
 
 
 @dataclass(frozen=True)
 class Progress:
     """What a run is doing now.
 
+    ``prepared`` is told between the two transactions of a run that was asked for two.
     ``blockers`` are in its way. An online step has a name, and once it takes longer how far it is: ``detail`` is the
     server's name for its phase, ``fraction`` of that phase is done (0 to 1), ``waits_for`` is the process that it
     waits for.
@@ -74,6 +85,7 @@ class Progress:
 class Step:
     """One revision that was applied or undone.
 
+    ``two_transactions`` is True where its new objects were committed before, by this run or an earlier one.
     ``locked_ms`` is measured on the server, from the moment the last table lock was given until after the commit.
     """
 
@@ -83,6 +95,7 @@ class Step:
     duration_ms: float
     waited_for: tuple[Blocker, ...]
     adopted: tuple[str, ...] = ()
+    two_transactions: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,6 +120,7 @@ def apply(
     *,
     stall_budget_ms: int = STALL_BUDGET_MS,
     give_up_after_s: float = GIVE_UP_AFTER_S,
+    two_transactions: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Receipt:
     """Bring the database to this package's revision, while its traffic goes on.
@@ -114,12 +128,17 @@ def apply(
     Each revision is one transaction: killed at any point, the database is before it or after it. A second run
     changes nothing, and finishes what an interrupted one left of the online steps.
 
+    With ``two_transactions`` the new objects are committed first, and what is tried again is the locked part alone.
+    Killed between the two, the database has objects that nothing uses: :func:`status` names them, the next run goes
+    on from there, :func:`undo` takes them away.
+
     Args:
         database: an engine, or an address; a direct one, not a pooler's.
         config: whose mapping says what the host's tables are called.
         stall_budget_ms: how long one attempt may let live traffic wait for a lock, and how long any one statement
             under the lock may take.
         give_up_after_s: for how long attempts are made, for each revision.
+        two_transactions: for a database too busy for one; never chosen by itself.
         progress: called with each :class:`Progress`.
 
     Raises:
@@ -140,7 +159,7 @@ def apply(
             give_up_after_s=give_up_after_s,
             progress=progress,
         )
-        return run.apply()
+        return run.apply(two_transactions=two_transactions)
 
 
 def undo(
@@ -194,27 +213,27 @@ class _Run:
         self.give_up_after_s = give_up_after_s
         self.progress = progress or (lambda _: None)
 
-    def apply(self) -> Receipt:
+    def apply(self, *, two_transactions: bool) -> Receipt:
         host = self._preflight()
         names = HostNames.of(self.config.host, host.adopted)
         steps = []
         reached = host.revision
         for revision in after(host.revision):
             adopted = host.adopted_names if revision.down_revision is None else ()
+            prepared = host.prepared == revision.revision
+            if two_transactions and not prepared:
+                self._prepare(revision, preparation(revision, names, expected=reached, adopted=adopted))
+                prepared = True
+            messages = upward(
+                revision,
+                names,
+                expected=reached,
+                adopted=adopted,
+                stall_budget_ms=self.stall_budget_ms,
+                prepared=prepared,
+            )
             steps.append(
-                self._transaction(
-                    revision,
-                    host,
-                    "apply",
-                    upward(
-                        revision,
-                        names,
-                        expected=reached,
-                        adopted=adopted,
-                        stall_budget_ms=self.stall_budget_ms,
-                    ),
-                    adopted=adopted,
-                )
+                self._transaction(revision, host, "apply", messages, adopted=adopted, two_transactions=prepared)
             )
             reached = revision.revision
             self._log(steps[-1])
@@ -227,12 +246,20 @@ class _Run:
             self._refuse_rows(host)
         names = HostNames.of(self.config.host, host.adopted)
         gone = tuple(reversed(up_to(host.revision)))
-        if not gone:
+        prepared = next((revision for revision in after(host.revision) if revision.revision == host.prepared), None)
+        all_of_them = (*([prepared] if prepared else []), *gone)
+        if not all_of_them:
             return Receipt("undo", None, None)
         # all of them in one transaction, since half of an undo is nobody's wish
-        messages = downward(gone, names, discard_ledger=discard_ledger, stall_budget_ms=self.stall_budget_ms)
-        step = self._transaction(gone[0], host, "undo", messages)
-        return Receipt("undo", host.revision, None, tuple(replace(step, revision=one.revision) for one in gone))
+        messages = downward(
+            gone,
+            names,
+            discard_ledger=discard_ledger,
+            stall_budget_ms=self.stall_budget_ms,
+            prepared=prepared,
+        )
+        step = self._transaction(all_of_them[0], host if gone else None, "undo", messages)
+        return Receipt("undo", host.revision, None, tuple(replace(step, revision=one.revision) for one in all_of_them))
 
     def _preflight(self) -> Host:
         """Only one run looks at a time: what the catalogues say query by query must be of one state."""
@@ -254,29 +281,47 @@ class _Run:
                     raise self._blocked(0, blockers) from None
                 self.progress(Progress("waiting", None, blockers=tuple(blockers)))
 
+    def _prepare(self, revision: Revision, message: Sequence[Composable]) -> None:
+        """Commit the new objects. Nobody can be in their way, so there is no second try."""
+        try:
+            _send(self.conn, message)
+        except psycopg.Error as error:
+            _roll_back(self.conn)
+            raise translate(error, "apply") from error
+        self.progress(Progress("prepared", revision.revision))
+
     def _transaction(
         self,
         revision: Revision,
-        host: Host,
+        host: Host | None,
         action: Literal["apply", "undo"],
         messages: Messages,
         *,
         adopted: tuple[str, ...] = (),
+        two_transactions: bool = False,
     ) -> Step:
-        """Run both messages until they go through, from the start each time."""
-        watch = Watch(self.conn, [table.oid for table in host.tables])
+        """Run both messages until they go through, from the start each time.
+
+        ``host`` is None where none of its tables is touched. After the first of two transactions the messages are one:
+        a round trip in between would hold the fence for longer than the rest takes.
+        """
+        watch = Watch(self.conn, [table.oid for table in host.tables] if host else [])
+        left = _PREPARED.format(revision.revision) if two_transactions else _NOTHING
         started = time.monotonic()
         deadline = started + self.give_up_after_s
         waited_for: dict[tuple[int, str | None], Blocker] = {}
         pause_s = 0.1
         attempts = 0
         while True:
-            self._wait_for_old_transactions(watch, revision, attempts, deadline, waited_for)
+            self._wait_for_old_transactions(watch, revision, attempts, deadline, waited_for, left=left)
             attempts += 1
             self.progress(Progress("locking", revision.revision, attempts))
             try:
-                _send(self.conn, messages.opening)
-                locked_ms = _send(self.conn, (*messages.locked, MEASURE))
+                if two_transactions:
+                    locked_ms = _send(self.conn, (*messages.opening, *messages.locked, MEASURE))
+                else:
+                    _send(self.conn, messages.opening)
+                    locked_ms = _send(self.conn, (*messages.locked, MEASURE))
             except (
                 psycopg.errors.LockNotAvailable,
                 psycopg.errors.QueryCanceled,
@@ -284,16 +329,17 @@ class _Run:
             ):
                 _roll_back(self.conn)
                 blockers = watch.holders()
-                waited_for |= {(b.pid, b.gid): b for b in blockers if b.age_ms >= OLD_MS}
+                waited_for |= {(b.pid, b.gid): b for b in _old(blockers)}
                 if time.monotonic() + pause_s > deadline:
-                    raise self._blocked(attempts, blockers) from None
+                    saturated = action == "apply" and not two_transactions and not _old(blockers)
+                    raise self._blocked(attempts, blockers, left, saturated=saturated) from None
                 self.progress(Progress("waiting", revision.revision, attempts, tuple(blockers)))
                 time.sleep(pause_s * random.uniform(0.5, 1))  # noqa: S311  # jitter, not a secret
                 pause_s = min(pause_s * 2, 2)
                 continue
             except psycopg.Error as error:
                 _roll_back(self.conn)
-                raise translate(error, action) from error
+                raise translate(error, action, unchanged=left) from error
             self.progress(Progress("applied", revision.revision, attempts))
             return Step(
                 revision=revision.revision,
@@ -302,6 +348,7 @@ class _Run:
                 duration_ms=round((time.monotonic() - started) * 1000, 3),
                 waited_for=tuple(waited_for.values()),
                 adopted=adopted,
+                two_transactions=two_transactions,
             )
 
     def _wait_for_old_transactions(
@@ -311,20 +358,26 @@ class _Run:
         attempts: int,
         deadline: float,
         waited_for: dict[tuple[int, str | None], Blocker],
+        *,
+        left: str,
     ) -> None:
         while blockers := watch.in_the_way():
             waited_for |= {(b.pid, b.gid): b for b in blockers}
             if time.monotonic() > deadline:
-                raise self._blocked(attempts, blockers)
+                raise self._blocked(attempts, blockers, left)
             self.progress(Progress("waiting", revision.revision, attempts, tuple(blockers)))
             time.sleep(_PROBE_EVERY_S)
 
-    def _blocked(self, attempts: int, blockers: Sequence[Blocker]) -> MigrationBlocked:
+    def _blocked(
+        self, attempts: int, blockers: Sequence[Blocker], left: str = _NOTHING, *, saturated: bool = False
+    ) -> MigrationBlocked:
+        """``saturated`` where nobody holds the tables for long: too many hold them for a moment."""
         who = "; ".join(str(blocker) for blocker in blockers) or "short transactions, one after the other"
+        other = ", or make each try cheaper (--two-transactions)" if saturated else ""
         return MigrationBlocked(
             f"the tables could not be locked within {self.give_up_after_s:g} s "
-            f"({attempts} attempts). In the way: {who}. Nothing was changed. Run it again when that has ended, "
-            f"or wait longer (--give-up-after), or allow more (--stall-budget-ms, now {self.stall_budget_ms})",
+            f"({attempts} attempts). In the way: {who}. {left}. Run it again when that has ended, "
+            f"or wait longer (--give-up-after), or allow more (--stall-budget-ms, now {self.stall_budget_ms}){other}",
             attempts=attempts,
             blockers=list(blockers),
         )
@@ -376,6 +429,10 @@ class _Run:
             yield from validate(
                 self.conn, self.engine.connect, table=ledger, name=name, statement=statement, progress=say
             )
+
+
+def _old(blockers: Sequence[Blocker]) -> list[Blocker]:
+    return [blocker for blocker in blockers if blocker.age_ms >= OLD_MS]
 
 
 def _become_the_only_run(conn: sa.Connection) -> None:

@@ -93,8 +93,10 @@ def refuse_pooler(conn: sa.Connection) -> None:
 USE_UNPOOLED = "Put the direct address into DATABASE_URL_UNPOOLED (or database_url_unpooled)"
 
 
-def translate(error: psycopg.Error, action: str, *, online: str | None = None) -> TallystickError:
-    """What a refused statement means to the person who ran the migration."""
+def translate(
+    error: psycopg.Error, action: str, *, online: str | None = None, unchanged: str = "Nothing was changed"
+) -> TallystickError:
+    """What a refused statement means to the person who ran the migration; ``unchanged`` says how it left things."""
     said = (error.diag.message_primary or str(error)).strip().rstrip(".")
     detail = error.diag.message_detail or ""
     state = error.sqlstate
@@ -103,13 +105,13 @@ def translate(error: psycopg.Error, action: str, *, online: str | None = None) -
         found = MigrationRunning(f"another run came first: {said}. Look: tallystick migrate status")
     elif state == NOT_EMPTY:
         found = LedgerNotEmpty(
-            "a credit transaction was written just now. Nothing was changed. Take a backup, then run: "
+            f"a credit transaction was written just now. {unchanged}. Take a backup, then run: "
             "tallystick migrate undo --discard-ledger",
             rows=1,
         )
     elif state == "42501":
         found = PermissionDenied(
-            f"the database refused: {said}. Nothing was changed. Connect as the owner of the tables",
+            f"the database refused: {said}. {unchanged}. Connect as the owner of the tables",
             sqlstate=state,
         )
     elif state is None or state.startswith(("08", "57P")) or state in ("58030", "XX000"):
@@ -125,9 +127,8 @@ def translate(error: psycopg.Error, action: str, *, online: str | None = None) -
         )
     elif state == "2BP01":
         found = MigrationError(
-            f"something of yours depends on what undo removes: {detail or said}. "
-            "Nothing was changed. Drop or change it first"
+            f"something of yours depends on what undo removes: {detail or said}. {unchanged}. Drop or change it first"
         )
     else:
-        found = MigrationError(f"the database refused to {action}: {said} ({state}). Nothing was changed")
+        found = MigrationError(f"the database refused to {action}: {said} ({state}). {unchanged}")
     return found

@@ -2,6 +2,10 @@
 
 The first message makes everything that nobody can wait for. The second takes the locks, changes the host's tables
 and commits, as one string: with the locks held, the network is not allowed between two statements.
+
+Asked to, a run makes two transactions of them: :func:`preparation` commits the new objects, and then ``opening`` and
+``locked`` are one message that holds nothing but the locked section, so that each try of a busy table costs next to
+nothing. Between the two, ``tallystick.migration_log`` has a row of direction ``prepare``.
 """
 
 from __future__ import annotations
@@ -45,28 +49,57 @@ def upward(
     expected: str | None,
     adopted: Sequence[str],
     stall_budget_ms: int,
+    prepared: bool = False,
 ) -> Messages:
-    """To ``revision``, from ``expected``."""
+    """To ``revision``, from ``expected``; ``prepared`` where its :func:`preparation` was committed before."""
     return Messages(
-        opening=tuple(_opening(names, revision, expected=expected, adopted=adopted)),
+        opening=tuple(_opening(names, revision, expected=expected, adopted=adopted, prepared=prepared)),
         locked=tuple(_locked(revision.locks(names), revision.locked(names), stall_budget_ms)),
         online={**revision.indexes(names), **revision.validates(names)},
     )
 
 
-def downward(gone: Sequence[Revision], names: HostNames, *, discard_ledger: bool, stall_budget_ms: int) -> Messages:
-    """From the first of ``gone``, newest first, to what was before the last: all in one transaction."""
+def preparation(
+    revision: Revision, names: HostNames, *, expected: str | None, adopted: Sequence[str]
+) -> tuple[Composable, ...]:
+    """One message, a transaction of its own: the new objects of ``revision``, which nothing uses yet."""
+    return (
+        *_begin(expected=expected),
+        *revision.prepare(names),
+        _logged(revision, "prepare", adopted),
+        SQL("COMMIT"),
+    )
+
+
+def downward(
+    gone: Sequence[Revision],
+    names: HostNames,
+    *,
+    discard_ledger: bool,
+    stall_budget_ms: int,
+    prepared: Revision | None = None,
+) -> Messages:
+    """From the first of ``gone``, newest first, to what was before the last: all in one transaction.
+
+    ``prepared`` is the revision after the first of them, where its :func:`preparation` was committed: it goes too.
+    """
     # the oldest revision's first: the host's tables, then ours
     locks: list[Identifier] = []
     for revision in reversed(gone):
         locks += [table for table in revision.undo_locks(names) if table not in locks]
+    if prepared:
+        locks += prepared.unprepare_locks(names)
     changes = [
         *([] if discard_ledger else [_refuse_if_rows(names)]),
+        *(prepared.unprepare(names) if prepared else ()),
         *(statement for revision in gone for statement in revision.undo(names)),
-        *_step_down(gone[-1]),
+        *(_step_down(gone[-1]) if gone else ()),
     ]
     return Messages(
-        opening=tuple(_begin(names, expected=gone[0].revision)),
+        opening=(
+            *_begin(expected=gone[0].revision if gone else None),
+            *([_fence(names)] if gone else []),  # what is only prepared has nothing of the host's to lock
+        ),
         locked=tuple(_locked(locks, changes, stall_budget_ms)),
         online={},
     )
@@ -85,23 +118,37 @@ def _locked(locks: Sequence[Identifier], changes: Iterable[Composable], stall_bu
     yield SQL("COMMIT")
 
 
-def _opening(names: HostNames, revision: Revision, *, expected: str | None, adopted: Sequence[str]) -> list[Composable]:
+def _opening(
+    names: HostNames, revision: Revision, *, expected: str | None, adopted: Sequence[str], prepared: bool
+) -> list[Composable]:
     """The first message: everything that nobody can wait for."""
     if revision.down_revision is None:
         version = SQL("INSERT INTO tallystick.alembic_version (version_num) VALUES ({})")
     else:
         version = SQL("UPDATE tallystick.alembic_version SET version_num = {}")
     return [
-        *_begin(names, expected=expected),
-        *revision.prepare(names),
+        *_begin(expected=expected),
+        _fence(names),
+        *([] if prepared else revision.prepare(names)),
         version.format(SqlLiteral(revision.revision)),
-        SQL("INSERT INTO tallystick.migration_log (revision, direction, adopted) VALUES ({}, 'apply', {})").format(
-            SqlLiteral(revision.revision), SqlLiteral(json.dumps(adopted))
-        ),
+        _completed(revision, adopted) if prepared else _logged(revision, "apply", adopted),
     ]
 
 
-def _begin(names: HostNames, *, expected: str | None) -> Iterator[Composable]:
+def _logged(revision: Revision, direction: str, adopted: Sequence[str]) -> Composed:
+    return SQL("INSERT INTO tallystick.migration_log (revision, direction, adopted) VALUES ({}, {}, {})").format(
+        SqlLiteral(revision.revision), SqlLiteral(direction), SqlLiteral(json.dumps(adopted))
+    )
+
+
+def _completed(revision: Revision, adopted: Sequence[str]) -> Composed:
+    return SQL(
+        "UPDATE tallystick.migration_log SET direction = 'apply', applied_at = now(), adopted = {}"
+        " WHERE revision = {} AND direction = 'prepare'"
+    ).format(SqlLiteral(json.dumps(adopted)), SqlLiteral(revision.revision))
+
+
+def _begin(*, expected: str | None) -> Iterator[Composable]:
     yield SQL("BEGIN")
     yield SQL("SET LOCAL lock_timeout = '3s'")
     yield SQL("SET LOCAL statement_timeout = '30s'")
@@ -128,9 +175,12 @@ END""").format(
             expected=SqlLiteral(expected),
         )
     )
+
+
+def _fence(names: HostNames) -> Composed:
+    """Makes a running autovacuum yield; blocks neither reads nor writes."""
     tables = [table.name for table in (names.users, names.workshops) if table]
-    # makes a running autovacuum yield; blocks neither reads nor writes
-    yield SQL("LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE").format(SQL(", ").join(tables))
+    return SQL("LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE").format(SQL(", ").join(tables))
 
 
 def _lock_all(locks: Sequence[Identifier], stall_budget_ms: int) -> Composed:

@@ -123,13 +123,18 @@ class Applied:
 
 @dataclass(frozen=True)
 class Status:
-    """``revision`` is None before the first migration; ``drift`` is empty where all is as declared."""
+    """``revision`` is None before the first migration; ``drift`` is empty where all is as declared.
+
+    ``prepared`` is the next revision where its new objects are there and nothing uses them: a run in two transactions
+    was interrupted between them.
+    """
 
     revision: str | None
     head: str
     adopted: tuple[str, ...]
     drift: tuple[Drift, ...]
     history: tuple[Applied, ...]
+    prepared: str | None = None
 
     @property
     def healthy(self) -> bool:
@@ -170,7 +175,7 @@ def _status(conn: sa.Connection, config: Config) -> Status:
             drift = tuple(_drift(conn, config, host))
         finally:
             savepoint.rollback()
-    return Status(host.revision, HEAD, host.adopted_names, drift, history)
+    return Status(host.revision, HEAD, host.adopted_names, drift, history, host.prepared)
 
 
 _Shape = Mapping[tuple[Kind, str], str]  # (kind, name) → definition

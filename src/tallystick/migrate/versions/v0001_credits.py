@@ -240,6 +240,17 @@ def undo_locks(host: Any) -> tuple[Identifier, ...]:
     return (*locks(host), _ledger(host))
 
 
+def unprepare_locks(host: Any) -> tuple[Identifier, ...]:
+    """The tables that :func:`unprepare` drops: all of them ours."""
+    return (_ledger(host),)
+
+
+def unprepare(host: Any) -> Iterator[Composable]:
+    """Back from :func:`prepare` alone, before :func:`locked`: nothing of the host is touched."""
+    yield SQL("DROP TABLE {}").format(_ledger(host))
+    yield from _drop_the_rest(host)
+
+
 def undo(host: Any) -> Iterator[Composable]:
     """Back to exactly what was there; adopted columns stay as they were."""
     if ("users", "updated_at") not in host.adopted:
@@ -254,6 +265,10 @@ def undo(host: Any) -> Iterator[Composable]:
         ]
         if added:
             yield SQL("ALTER TABLE {} ").format(table.name) + SQL(", ").join(added)
+    yield from _drop_the_rest(host)
+
+
+def _drop_the_rest(host: Any) -> Iterator[Composable]:
     yield SQL("DROP TYPE {}, {}").format(_type(host), _status(host))
     yield SQL("DROP FUNCTION tallystick.append_only(), tallystick.touch_updated_at()")
     yield SQL("DROP TABLE tallystick.migration_log, tallystick.alembic_version")

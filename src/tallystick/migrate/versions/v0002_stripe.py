@@ -119,7 +119,17 @@ def validates(host: Any) -> dict[str, Composable]:
 
 def undo_locks(host: Any) -> tuple[Identifier, ...]:
     """The ledger, then what is dropped."""
-    return (_ledger(host), *(Identifier("tallystick", name) for name in BOOKKEEPING))
+    return (_ledger(host), *unprepare_locks(host))
+
+
+def unprepare_locks(_host: Any) -> tuple[Identifier, ...]:
+    """What :func:`unprepare` drops."""
+    return tuple(Identifier("tallystick", name) for name in BOOKKEEPING)
+
+
+def unprepare(_host: Any) -> Iterator[Composable]:
+    """Back from :func:`prepare` alone, before :func:`locked`; the label stays, as in :func:`undo`."""
+    yield _drop_bookkeeping()
 
 
 def undo(host: Any) -> Iterator[Composable]:
@@ -130,7 +140,11 @@ def undo(host: Any) -> Iterator[Composable]:
     writes, and a second 0002 finds it in place.
     """
     yield _replace_rule(host, OLD_REFUND_OF)
-    yield SQL("DROP TABLE {}").format(SQL(", ").join(Identifier("tallystick", name) for name in BOOKKEEPING))
+    yield _drop_bookkeeping()
+
+
+def _drop_bookkeeping() -> Composable:
+    return SQL("DROP TABLE {}").format(SQL(", ").join(Identifier("tallystick", name) for name in BOOKKEEPING))
 
 
 def _replace_rule(host: Any, rule: str) -> Composable:

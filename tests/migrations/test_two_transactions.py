@@ -1,0 +1,234 @@
+"""The run in two transactions, for a database too busy for one: only when asked, and resumable between them."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+from hosts import HOSTS, App
+
+from tallystick import Config, HostMapping, UsersTable, migrate
+from tallystick.errors import HostMismatch, LedgerNotEmpty, MigrationBlocked, SchemaTooNew
+from tallystick.migrate.revisions import revisions
+from tallystick.schema import HEAD
+
+EVERY = [revision.revision for revision in revisions()]
+
+
+def run_until_prepared(url: str, config: Config, revision: str) -> None:
+    """Kills its own process where the new objects of ``revision`` are committed and nothing else of it."""
+
+    def progress(now: migrate.Progress) -> None:
+        if now.phase == "prepared" and now.revision == revision:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    migrate.apply(url, config, two_transactions=True, progress=progress)
+
+
+def prepare(app: App, revision: str) -> None:
+    process = multiprocessing.get_context("forkserver").Process(
+        target=run_until_prepared, args=(app.url, app.config, revision)
+    )
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def status(app: App) -> migrate.Status:
+    with app.engine.connect() as conn:
+        return migrate.status(conn, app.config)
+
+
+COLUMNS = [
+    ("users", "id"),
+    ("users", "email"),
+    *(("workshops", name) for name in ("id", "user_id", "title", "created_at")),
+]
+
+
+def columns(app: App) -> list[tuple[object, ...]]:
+    """Those of the app's tables."""
+    return app.rows(
+        "SELECT attrelid::regclass::text, attname::text FROM pg_attribute WHERE attnum > 0 AND NOT attisdropped"
+        " AND attrelid IN ('users'::regclass, 'workshops'::regclass) ORDER BY attrelid::regclass::text, attnum"
+    )
+
+
+def plan(app: App) -> migrate.Plan:
+    with app.engine.connect() as conn:
+        return migrate.plan(conn, app.config)
+
+
+@contextmanager
+def saturated(app: App) -> Iterator[None]:
+    """Two clients that hand the table to each other: nobody holds it for long, and it is never free."""
+    url = sa.make_url(app.url).set(drivername="postgresql").render_as_string(hide_password=False)
+    stop, begun = threading.Event(), threading.Event()
+
+    def hand_over() -> None:
+        with psycopg.connect(url) as one, psycopg.connect(url) as other:
+            turns = itertools.cycle((one, other))
+            holder = next(turns)
+            while not stop.is_set():
+                following = next(turns)
+                following.execute("SELECT FROM users LIMIT 1")
+                holder.commit()
+                holder = following
+                begun.set()
+                time.sleep(0.05)
+
+    thread = threading.Thread(target=hand_over)
+    thread.start()
+    assert begun.wait(60)
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("name", ["uuid", "quoted, reserved and in schemas", "with every column already"])
+def test_it_ends_as_the_usual_run(name: str, make_app: Callable[..., App]) -> None:
+    app = make_app(HOSTS[name].ddl, HOSTS[name].mapping)
+    before = app.shape()
+    migrate.apply(app.url, app.config)
+    usual = app.shape()
+    migrate.undo(app.url, app.config)
+
+    receipt = migrate.apply(app.url, app.config, two_transactions=True)
+
+    assert app.shape() == usual
+    assert [step.two_transactions for step in receipt.steps] == [True] * len(EVERY)
+    assert all(step.locked_ms > 0 for step in receipt.steps)
+    assert app.rows("SELECT revision, direction FROM tallystick.migration_log ORDER BY id") == [
+        (revision, "apply") for revision in EVERY
+    ]
+    assert status(app).healthy
+    assert not migrate.apply(app.url, app.config, two_transactions=True).changed
+    migrate.undo(app.url, app.config)
+    assert app.shape() == before
+
+
+def test_the_usual_run_is_one_transaction(app: App) -> None:
+    seen = []
+    receipt = migrate.apply(app.url, app.config, progress=lambda now: seen.append(now.phase))
+    assert "prepared" not in seen
+    assert not any(step.two_transactions for step in receipt.steps)
+
+
+@pytest.mark.parametrize("revision", EVERY)
+class TestKilledBetween:
+    def test_what_is_there_is_named(self, app: App, revision: str) -> None:
+        before = [None, *EVERY][EVERY.index(revision)]
+        prepare(app, revision)
+        found = status(app)
+        assert (found.revision, found.prepared, found.healthy) == (before, revision, False)
+        planned = plan(app)
+        [note] = [finding.text for finding in planned.findings if "interrupted" in finding.text]
+        assert f"revision {revision}" in note
+        assert not [one for one in planned.revisions[0].statements if one.sql.startswith("CREATE TABLE")]
+        if before is None:
+            assert columns(app) == COLUMNS
+
+    @pytest.mark.parametrize("two_transactions", [False, True])
+    def test_the_next_run_goes_on(self, app: App, revision: str, two_transactions: bool) -> None:
+        migrate.apply(app.url, app.config)
+        usual = app.shape()
+        migrate.undo(app.url, app.config)
+        prepare(app, revision)
+
+        receipt = migrate.apply(app.url, app.config, two_transactions=two_transactions)
+
+        assert [step.revision for step in receipt.steps] == EVERY[EVERY.index(revision) :]
+        assert receipt.steps[0].two_transactions
+        assert app.shape() == usual
+        assert status(app).healthy
+
+    def test_undo_brings_back_exactly_what_was(self, app: App, revision: str) -> None:
+        before = app.dump("--schema-only")
+        prepare(app, revision)
+        receipt = migrate.undo(app.url, app.config)
+        assert [step.revision for step in receipt.steps] == list(reversed(EVERY[: EVERY.index(revision) + 1]))
+        assert app.dump("--schema-only") == before
+        assert not migrate.undo(app.url, app.config).changed
+
+
+def test_a_column_of_ours_that_the_app_adds_in_between_is_adopted(app: App) -> None:
+    prepare(app, EVERY[0])
+    app.run("ALTER TABLE users ADD deleted_at timestamptz")
+    assert migrate.apply(app.url, app.config).steps[0].adopted == ("users.deleted_at",)
+    assert status(app).healthy
+    migrate.undo(app.url, app.config)
+    assert app.value("SELECT count(*) FROM pg_attribute WHERE attname = 'deleted_at'") == 1
+
+
+def test_undo_in_between_leaves_the_apps_columns_and_locks_none_of_its_tables(app: App) -> None:
+    prepare(app, EVERY[0])
+    app.run("ALTER TABLE users ADD deleted_at timestamptz")
+    with app.engine.connect() as reader:
+        reader.exec_driver_sql("SELECT FROM users, workshops LIMIT 1")
+        migrate.undo(app.url, app.config, give_up_after_s=1)
+    assert columns(app) == sorted([*COLUMNS, ("users", "deleted_at")], key=lambda column: column[0])
+
+
+def test_rows_that_somebody_put_there_are_not_thrown_away_unasked(app: App) -> None:
+    prepare(app, EVERY[0])
+    app.run(
+        "INSERT INTO credit_transactions (id, user_id, type, status, amount, description)"
+        " SELECT gen_random_uuid(), id, 'purchase', 'pending', 1, 'by hand' FROM users LIMIT 1"
+    )
+    with pytest.raises(LedgerNotEmpty):
+        migrate.undo(app.url, app.config)
+    assert migrate.undo(app.url, app.config, discard_ledger=True).changed
+
+
+def test_another_mapping_in_between_is_refused(app: App) -> None:
+    prepare(app, EVERY[0])
+    app.run("CREATE SCHEMA other", "CREATE TABLE other.users (id uuid PRIMARY KEY)")
+    elsewhere = Config(database_url=app.url, host=HostMapping(users=UsersTable(schema="other"), workshops=None))
+    with pytest.raises(HostMismatch, match="an interrupted run has made its new objects"):
+        migrate.apply(app.url, elsewhere)
+    with pytest.raises(HostMismatch, match="an interrupted run has made its new objects"):
+        migrate.undo(app.url, elsewhere)
+
+
+def test_the_objects_of_a_later_package_are_refused(app: App) -> None:
+    migrate.apply(app.url, app.config)
+    app.run("INSERT INTO tallystick.migration_log (revision, direction) VALUES ('9999', 'prepare')")
+    with pytest.raises(SchemaTooNew, match="on the way to revision 9999"):
+        migrate.apply(app.url, app.config)
+
+
+def test_a_saturated_database_is_told_of_it(app: App) -> None:
+    """The advice, what asking for it leaves behind where it does not help either, and the way out."""
+    before = app.shape()
+    said = ""
+    deadline = time.monotonic() + 120
+    with saturated(app):
+        # a starved machine makes the short transactions look long, which is another cause with other advice
+        while "--two-transactions" not in said:
+            assert time.monotonic() < deadline, said
+            with pytest.raises(MigrationBlocked) as caught:
+                migrate.apply(app.url, app.config, stall_budget_ms=20, give_up_after_s=1)
+            said = str(caught.value)
+        assert "Nothing was changed" in said
+        assert app.shape() == before
+
+        with pytest.raises(MigrationBlocked) as caught:
+            migrate.apply(app.url, app.config, stall_budget_ms=20, give_up_after_s=1, two_transactions=True)
+        assert "The new objects of revision 0001 are there and nothing uses them" in str(caught.value)
+        assert "--two-transactions" not in str(caught.value)
+        assert status(app).prepared == "0001"
+
+    assert migrate.apply(app.url, app.config).after == HEAD
+    migrate.undo(app.url, app.config)
+    assert app.shape() == before
