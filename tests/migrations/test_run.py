@@ -36,6 +36,7 @@ from tallystick.migrate.statements import ADVISORY_KEY
 from tallystick.schema import HEAD
 
 INDEX = "tallystick_users_stripe_customer_id"
+WRAPAROUND = {"fsync": "off", "synchronous_commit": "off", "autovacuum_naptime": "1"}
 
 
 @contextmanager
@@ -111,6 +112,84 @@ class TestWaiting:
                 migrate.apply(app.url, app.config, give_up_after_s=0.3)
             app.run("ROLLBACK PREPARED 'forgotten'")
             assert migrate.apply(app.url, app.config).changed
+
+    def test_a_vacuum_against_wraparound_is_deferred_to(self, scratch: Path, server: Server) -> None:
+        """A real one: it would not yield, so it is neither cancelled nor queued behind, but named and waited for."""
+        with Server(scratch, settings=WRAPAROUND, bin_dir=server.bin) as own:
+            app = self.old_table(own)
+            vacuum = self.wait_for_vacuum(app)
+            before = app.shape()
+
+            with app.engine.connect() as conn:
+                [planned] = migrate.plan(conn, app.config).blockers
+            with pytest.raises(MigrationBlocked) as caught:
+                migrate.apply(app.url, app.config, give_up_after_s=1)
+
+            assert (planned.pid, planned.kind) == (vacuum, "wraparound vacuum")
+            assert f"pid {vacuum}, wraparound vacuum, holds users" in str(caught.value)
+            assert caught.value.attempts == 0  # not once was a lock asked for
+            assert app.shape() == before
+
+            waiting = threading.Event()
+            with ThreadPoolExecutor(1) as pool:
+                run = pool.submit(migrate.apply, app.url, app.config, progress=partial(tell, waiting))
+                assert waiting.wait(60)
+                assert not app.value("SELECT count(*) FROM pg_locks WHERE NOT granted")
+                app.run("UPDATE users SET email = email WHERE email = 'user 1'")  # nobody waits for us
+                assert self.vacuum_of(app) == vacuum
+                # what an administrator may do: it comes back at once unless told not to
+                app.run("ALTER SYSTEM SET autovacuum = off", "SELECT pg_reload_conf()")
+                while self.vacuum_of(app):
+                    app.run(f"SELECT pg_terminate_backend({self.vacuum_of(app) or 0})")
+                    time.sleep(0.1)
+                [blocker] = run.result(60).steps[0].waited_for
+            assert (blocker.pid, blocker.kind) == (vacuum, "wraparound vacuum")
+
+    def test_a_role_that_may_not_see_a_vacuum_finds_it_by_the_fence(self, scratch: Path, server: Server) -> None:
+        with Server(scratch, settings=WRAPAROUND, bin_dir=server.bin) as own:
+            app = self.old_table(own)
+            app.run(
+                "CREATE ROLE owner LOGIN",
+                "GRANT CREATE ON DATABASE app TO owner",
+                "GRANT CREATE ON SCHEMA public TO owner",
+                "ALTER TABLE users OWNER TO owner",
+                "ALTER TABLE workshops OWNER TO owner",
+            )
+            vacuum = self.wait_for_vacuum(app)
+            url = sa.make_url(app.url).set(username="owner").render_as_string(hide_password=False)
+            with pytest.raises(MigrationBlocked) as caught:
+                migrate.apply(url, app.config, give_up_after_s=1)
+            assert f"pid {vacuum}, autovacuum, holds users" in str(caught.value)
+            assert caught.value.attempts == 1
+            assert self.vacuum_of(app) == vacuum
+
+    def old_table(self, own: Server) -> App:
+        """A host whose users are too old in transaction ids, and large enough for their vacuum to take minutes."""
+        url = own.create_database("app")
+        app = App(url, Config(database_url=url, host=HOSTS["uuid"].mapping), own)
+        app.run(
+            "ALTER SYSTEM SET autovacuum = off",  # not before it is needed
+            "SELECT pg_reload_conf()",
+            *HOSTS["uuid"].ddl.replace("(1, 500)", "(1, 20000)").split(";")[:-1],
+            # one page, then a pause
+            "ALTER TABLE users SET (autovacuum_freeze_max_age = 100000, autovacuum_vacuum_cost_delay = 100,"
+            " autovacuum_vacuum_cost_limit = 1)",
+            "DO $$ BEGIN FOR i IN 1..100100 LOOP PERFORM txid_current(); COMMIT; END LOOP; END $$",
+            "ALTER SYSTEM RESET autovacuum",
+            "SELECT pg_reload_conf()",
+        )
+        return app
+
+    def vacuum_of(self, app: App) -> int | None:
+        found = app.rows("SELECT pid FROM pg_stat_progress_vacuum WHERE relid = 'users'::regclass")
+        return found[0][0] if found else None  # type: ignore[no-any-return]
+
+    def wait_for_vacuum(self, app: App) -> int:
+        deadline = time.monotonic() + 90
+        while not (pid := self.vacuum_of(app)):
+            assert time.monotonic() < deadline, "autovacuum did not come"
+            time.sleep(0.1)
+        return pid
 
     def test_plan_names_who_is_in_the_way_now(self, app: App) -> None:
         with holding(app, "SELECT FROM users LIMIT 1"):

@@ -19,6 +19,8 @@ _HOLDERS = sa.text("""
            a.application_name AS application, a.usename AS role, a.state, a.backend_type, a.query_start,
            extract(epoch FROM clock_timestamp() - a.xact_start) * 1000 AS age_ms,
            a.backend_type = 'autovacuum worker' AND a.query LIKE '%(to prevent wraparound)%' AS wraparound,
+           -- to a role that may not see what others do it has neither a type nor, unlike a client, an owner
+           a.pid IS NOT NULL AND a.backend_type IS NULL AND a.usesysid IS NULL AS unseen_worker,
            (SELECT p.gid FROM pg_locks x JOIN pg_prepared_xacts p ON p.transaction = x.transactionid
             WHERE l.pid IS NULL AND x.pid IS NULL AND x.virtualtransaction = l.virtualtransaction LIMIT 1) AS gid
     FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
@@ -26,7 +28,7 @@ _HOLDERS = sa.text("""
       AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
       AND l.pid IS DISTINCT FROM pg_backend_pid()
     GROUP BY l.pid, l.virtualtransaction, a.application_name, a.usename, a.state, a.backend_type, a.query_start,
-             a.xact_start, a.query
+             a.xact_start, a.query, a.pid, a.usesysid
     ORDER BY age_ms DESC NULLS LAST
 """)
 
@@ -36,7 +38,8 @@ class Blocker:
     """A transaction that holds a table of the host.
 
     ``pid`` is 0 and ``gid`` set for a prepared transaction. ``age_ms`` is how long the transaction has been open,
-    or how long we have watched it where the role may not see more (GRANT pg_read_all_stats).
+    or how long we have watched it where the role may not see more (GRANT pg_read_all_stats). Such a role cannot tell
+    a vacuum against wraparound from another: the run then finds out by the fence, which the one does not yield to.
     """
 
     kind: Literal["client", "autovacuum", "wraparound vacuum", "prepared transaction"]
@@ -82,7 +85,7 @@ class Watch:
                 )
             elif row.wraparound:
                 kind = "wraparound vacuum"
-            elif row.backend_type == "autovacuum worker":
+            elif row.backend_type == "autovacuum worker" or row.unseen_worker:
                 kind = "autovacuum"
             else:
                 kind = "client"
