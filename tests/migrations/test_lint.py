@@ -60,6 +60,36 @@ EXAMPLES = [
     ("drop", f"{GUARD} ALTER TABLE users DROP COLUMN a;"),
     ("drop", f"{GUARD} DROP TABLE users;"),
     ("unknown", "FROBNICATE users;"),
+    # types
+    ("rewrite", f"CREATE DOMAIN mail AS text CHECK (VALUE LIKE '%@%'); {GUARD} ALTER TABLE users ADD a mail;"),
+    ("rewrite", f'CREATE DOMAIN app."Mail" text NOT NULL; {GUARD} ALTER TABLE users ADD a app."Mail" DEFAULT \'x\';'),
+    ("unknown-type", f"{GUARD} ALTER TABLE users ADD COLUMN IF NOT EXISTS a app.mail;"),
+    ("domain-constraint", "ALTER DOMAIN mail ADD CONSTRAINT c CHECK (VALUE <> '');"),
+    ("domain-constraint", "ALTER DOMAIN mail VALIDATE CONSTRAINT c;"),
+    ("domain-constraint", "ALTER DOMAIN mail SET NOT NULL;"),
+    # what a block of code runs
+    ("drop", f"{GUARD} DO $$ BEGIN DROP TABLE users; END $$;"),
+    ("no-lock-timeout", "DO 'BEGIN ALTER TABLE users ADD a int; END';"),
+    ("index-not-concurrent", f"{GUARD} DO $x$ BEGIN IF a > 1 THEN CREATE INDEX i ON users (a); END IF; END $x$;"),
+    (
+        "rewrite",
+        f"""{GUARD} DO LANGUAGE plpgsql $$ DECLARE t text; BEGIN FOR t IN SELECT x FROM y LOOP
+        EXECUTE format('ALTER TABLE %I ALTER a TYPE bigint', t); END LOOP; END $$;""",
+    ),
+    ("drop", f"{GUARD} DO $$ BEGIN <<l>> BEGIN NULL; EXCEPTION WHEN others THEN DROP TABLE users; END; END $$;"),
+    ("rename", f"{GUARD} DO $$ BEGIN EXECUTE 'ALTER TABLE users RENAME a TO b' USING 1; END $$;"),
+    ("rows-under-lock", f"{GUARD} DO $$ BEGIN ALTER TABLE users ADD a int; UPDATE users SET a = 1; END $$;"),
+    (
+        "rows-under-lock",
+        f"""{GUARD} ALTER TABLE users ADD a int;
+        DO $$ DECLARE r record; BEGIN FOR r IN UPDATE users SET a = 1 RETURNING a LOOP NULL; END LOOP; END $$;""",
+    ),
+    ("unreadable", "DO $$ BEGIN EXECUTE 'ALTER TABLE ' || name || ' ADD a int'; END $$;"),
+    ("unreadable", "DO $$ BEGIN EXECUTE format('ALTER TABLE %s ADD a int', name); END $$;"),
+    ("unreadable", "DO $$ DECLARE c text := 'DROP TABLE users'; BEGIN EXECUTE c; END $$;"),
+    ("unreadable", "DO $$ DECLARE r record; BEGIN FOR r IN EXECUTE q LOOP NULL; END LOOP; END $$;"),
+    ("unreadable", "DO LANGUAGE plpython3u $$ plpy.execute('DROP TABLE users') $$;"),
+    ("unknown", "DO $$ BEGIN CALL drop_everything(); END $$;"),
 ]
 
 SAFE = [
@@ -76,7 +106,15 @@ SAFE = [
     "CREATE TYPE t AS ENUM ('a'); CREATE SCHEMA s; GRANT SELECT ON users TO someone; COMMENT ON TABLE users IS 'x';",
     "-- ALTER TABLE users ADD a int\nSELECT 'ALTER TABLE users ADD a int';",
     f"{GUARD} /* tallystick: allow drop */ ALTER TABLE users /* tallystick: allow drop */ DROP COLUMN a;",
-    "DO $$ BEGIN DROP TABLE users; END $$;",
+    f"CREATE DOMAIN mail AS text; {GUARD} ALTER TABLE users ADD a mail, ADD b double precision, ADD c unseen[];",
+    f"CREATE TYPE app.mood AS ENUM ('a'); {GUARD} ALTER TABLE users ADD a app.mood NOT NULL DEFAULT 'a';",
+    "ALTER DOMAIN mail ADD CONSTRAINT c CHECK (VALUE <> '') NOT VALID;",
+    # batches, each committed
+    """BEGIN; COMMIT; DO $$ DECLARE n int := 1; done boolean; BEGIN WHILE n > 0 LOOP
+    UPDATE users SET a = 1 WHERE a IS NULL; GET DIAGNOSTICS n = ROW_COUNT; done := n = 0; COMMIT;
+    PERFORM pg_sleep(0.1); END LOOP; RAISE NOTICE 'ok'; END $$;""",
+    "DO $$ BEGIN CASE WHEN a THEN NULL; ELSE RETURN; END CASE; END $$;",
+    "DO $$ /* tallystick: allow unreadable */ BEGIN EXECUTE c; END $$;",
 ]
 
 
@@ -98,6 +136,12 @@ def test_it_passes(tmp_path: Path, script: str) -> None:
 
 def test_every_rule_has_its_example() -> None:
     assert {code for code, _ in EXAMPLES} | {"shared-transaction"} == set(RULES)
+
+
+def test_a_domain_of_an_earlier_script_is_known(tmp_path: Path) -> None:
+    (tmp_path / "1.sql").write_text("CREATE DOMAIN mail AS text CHECK (VALUE <> ''); CREATE DOMAIN plain AS text;")
+    (tmp_path / "2.sql").write_text(f"{GUARD} ALTER TABLE users ADD a mail, ADD b plain;")
+    assert [(finding.where, finding.code) for finding in migrate.lint(tmp_path)] == [("2.sql:1", "rewrite")]
 
 
 def test_our_own_script_has_nothing_to_find(app: App, tmp_path: Path) -> None:
@@ -202,12 +246,22 @@ class TestReading:
 
 def test_the_rules_agree_with_the_server(app: App) -> None:
     """Each lock of the table against pg_locks, in a transaction that has run the statement."""
-    app.run("CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'", "CREATE TABLE other ()")
+    app.run(
+        "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'",
+        "CREATE TABLE other ()",
+        "CREATE DOMAIN strict AS text CHECK (VALUE <> '')",
+        "CREATE DOMAIN unchecked AS text",
+        "ALTER DOMAIN unchecked ADD CONSTRAINT later CHECK (VALUE <> '') NOT VALID",
+        "CREATE DOMAIN plain AS text",
+    )
     for statement in (
         "ALTER TABLE users ADD a int",
         "ALTER TABLE users ADD a int NOT NULL DEFAULT 0",
         "ALTER TABLE users ADD a uuid DEFAULT gen_random_uuid()",
         "ALTER TABLE users ADD a int CHECK (a > 0)",
+        "ALTER TABLE users ADD a strict",
+        "ALTER TABLE users ADD a unchecked",
+        "ALTER TABLE users ADD a plain",
         "ALTER TABLE users ADD CONSTRAINT c CHECK (email <> '') NOT VALID",
         "ALTER TABLE users ADD CONSTRAINT c CHECK (email <> '')",
         "ALTER TABLE users ALTER email SET STATISTICS 10",
@@ -229,7 +283,7 @@ def test_the_rules_agree_with_the_server(app: App) -> None:
     ):
         expected: dict[str, Lock] = {}
         rewrites = False
-        for operation in operations(statement):
+        for operation in operations(statement, domains=("strict", "unchecked")):
             for table, lock in ((operation.table, operation.lock), *operation.also):
                 expected[str(table)] = max(expected.get(str(table), Lock.NONE), lock)
             rewrites |= operation.rewrites
@@ -255,3 +309,25 @@ def test_the_rules_agree_with_the_server(app: App) -> None:
 
 def as_pg(lock: Lock) -> str:
     return "".join(word.title() for word in lock.name.split("_")) + "Lock"
+
+
+def test_a_domains_constraint_keeps_writers_of_its_tables_out(app: App) -> None:
+    """Against pg_locks: the rules know no table by name, but the lock."""
+    app.run(
+        "CREATE DOMAIN mail AS text",
+        "CREATE TABLE letters (sender mail)",
+        "ALTER DOMAIN mail ADD CONSTRAINT later CHECK (VALUE <> '') NOT VALID",
+    )
+    for statement in (
+        "ALTER DOMAIN mail VALIDATE CONSTRAINT later",
+        "ALTER DOMAIN mail ADD CONSTRAINT c CHECK (VALUE <> '')",
+        "ALTER DOMAIN mail SET NOT NULL",
+        "ALTER DOMAIN mail ADD CONSTRAINT c CHECK (VALUE <> '') NOT VALID",
+    ):
+        [operation] = operations(statement)
+        with app.engine.connect() as conn:
+            conn.exec_driver_sql(statement)
+            held = conn.exec_driver_sql(
+                "SELECT mode FROM pg_locks WHERE pid = pg_backend_pid() AND relation = 'letters'::regclass"
+            ).scalar()
+        assert held == (as_pg(operation.lock) if operation.lock else None), statement

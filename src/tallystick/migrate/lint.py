@@ -19,7 +19,7 @@ from alembic.util import CommandError
 from sqlalchemy.exc import SQLAlchemyError
 
 from tallystick.errors import ConfigError
-from tallystick.migrate.rules import Lock, Operation, normalise, operations, split
+from tallystick.migrate.rules import KNOWN_TYPES, Lock, Operation, normalise, operations, split, statements_of_block
 
 SHORT_TIMEOUT_MS = 60_000
 """A build that waits for old snapshots easily takes longer than this."""
@@ -102,6 +102,21 @@ RULES: Mapping[str, LintRule] = {
         ),
         LintRule("rename", "breaks running code that uses the old name", "add the new name, move over, drop the old"),
         LintRule("drop", "breaks running code that still uses it", "release code that does without it first"),
+        LintRule(
+            "domain-constraint",
+            "reads every table with a column of the domain while their writers wait",
+            "see the note of the operation",
+        ),
+        LintRule(
+            "unknown-type",
+            "is of a type that is not known here; if it is a domain with constraints, the whole table is written anew",
+            "look with \\dD in psql; if it is no such domain, allow it",
+        ),
+        LintRule(
+            "unreadable",
+            "cannot be judged: it is put together while it runs, or is not PL/pgSQL",
+            "read it yourself, and allow it",
+        ),
         LintRule("unknown", "is not known to the rules", "read what PostgreSQL says about its lock"),
     )
 }
@@ -130,7 +145,7 @@ def lint(path: Path) -> tuple[Lint, ...]:
         ConfigError: there is nothing to read there, or a revision cannot be run offline.
     """
     if path.is_file() and path.suffix == ".sql":
-        return tuple(_lint_script(path.name, path.read_text(encoding="utf-8")))
+        return tuple(_lint_script(path.name, path.read_text(encoding="utf-8"), {}))
     if (path / "env.py").is_file():
         return tuple(_lint_alembic(path))
     scripts = sorted(path.rglob("*.sql")) if path.is_dir() else []
@@ -139,16 +154,22 @@ def lint(path: Path) -> tuple[Lint, ...]:
             f"{path} is neither a .sql file, nor a folder with some, nor an Alembic folder (with env.py in it)",
             path=str(path),
         )
+    domains: dict[str, bool] = {}
     return tuple(
         finding
         for script in scripts
-        for finding in _lint_script(str(script.relative_to(path)), script.read_text(encoding="utf-8"))
+        for finding in _lint_script(str(script.relative_to(path)), script.read_text(encoding="utf-8"), domains)
     )
 
 
-def _lint_script(name: str, text: str) -> Iterator[Lint]:
+_BLOCK = re.compile(r"(\$\w*\$).*?\1", re.DOTALL)  # a BEGIN in there is PL/pgSQL's
+
+
+def _lint_script(name: str, text: str, domains: dict[str, bool]) -> Iterator[Lint]:
+    """``domains`` are those of the scripts before, and are added to."""
     # most tools wrap a whole file into a transaction unless it brings its own
-    reader = _Reader(in_transaction=not re.search(r"^\s*BEGIN\b", text, re.IGNORECASE | re.MULTILINE))
+    own = re.search(r"^\s*BEGIN\b", _BLOCK.sub("", text), re.IGNORECASE | re.MULTILINE)
+    reader = _Reader(in_transaction=not own, domains=domains)
     for statement, line in split(text):
         yield from reader.read(f"{name}:{line}", statement)
 
@@ -161,7 +182,7 @@ def _lint_alembic(folder: Path) -> Iterator[Lint]:
     reader = _Reader(in_transaction=True, session=session)
     for number, script in enumerate(reversed(list(ScriptDirectory(str(folder)).walk_revisions()))):
         if separate:
-            reader = _Reader(in_transaction=True, session=reader.session)
+            reader = _Reader(in_transaction=True, session=reader.session, domains=reader.domains)
         elif number and reader.held:
             yield _finding("shared-transaction", f"{script.revision}", script.doc or "", None)
         for position, (statement, _) in enumerate(split(_offline(script)), 1):
@@ -197,6 +218,7 @@ class _Reader:
     referenced: set[str] = field(default_factory=set)
     session: dict[str, int] = field(default_factory=dict)
     local: dict[str, int] = field(default_factory=dict)
+    domains: dict[str, bool] = field(default_factory=dict)  # and other types that were made: whether constrained
 
     def read(self, where: str, statement: str) -> Iterator[Lint]:
         allowed = set(re.findall(r"tallystick: allow ([\w-]+)", statement))
@@ -208,13 +230,31 @@ class _Reader:
         text, strings = normalise(statement)
         if self._control(text, strings):
             return
-        found = operations(statement)
+        if text.startswith("DO "):
+            yield from self._read_block(where, statement)
+            return
+        found = operations(statement, domains={name for name, constrained in self.domains.items() if constrained})
         yield from (_finding(code, where, statement, None) for code in self._about(text, strings))
         for operation in found:
             for code in dict.fromkeys(self._judge(operation, text)):
                 yield _finding(code, where, statement, operation)
             self._hold(operation)
         self._remember(text, strings)
+
+    def _read_block(self, where: str, block: str) -> Iterator[Lint]:
+        """What is in it, as a transaction of its own unless it is in one."""
+        alone = not self.in_transaction
+        self.in_transaction = True
+        for statement, readable in statements_of_block(block):
+            if not readable:
+                yield _finding("unreadable", where, statement, None)
+            elif re.match(r"(COMMIT|ROLLBACK)\b", statement, re.IGNORECASE):
+                self._end()  # and the next begins at once
+            else:
+                yield from self._read(where, statement)
+        if alone:
+            self._end()
+            self.in_transaction = False
 
     def _control(self, text: str, strings: tuple[str, ...]) -> bool:
         """Transaction control and timeouts; True where that is all the statement is."""
@@ -261,6 +301,10 @@ class _Reader:
         if operation.name == "unknown":
             yield "unknown"
             return
+        if operation.name == "change a domain's constraints":
+            yield "domain-constraint"
+        if operation.type is not None and operation.type not in KNOWN_TYPES and operation.type not in self.domains:
+            yield "unknown-type"
         table = operation.table
         if table is None or table in self.created:
             return
@@ -291,8 +335,15 @@ class _Reader:
     def _remember(self, text: str, strings: tuple[str, ...]) -> None:
         if "ADD VALUE" in text and self.in_transaction:
             self.labels |= set(strings[:1])
+        if made := _TYPE_MADE.match(text):
+            name = made["name"]
+            plain = name[1:-1] if name.startswith('"') else name.lower()
+            self.domains[plain] = made["kind"] == "DOMAIN" and bool(re.search(r" CHECK \(| NOT NULL", text))
         for constraint in re.finditer(r"ADD CONSTRAINT (\S+)", text):
             self.unvalidated.add(constraint[1])
+
+
+_TYPE_MADE = re.compile(r"CREATE (?P<kind>TYPE|DOMAIN) (?:\S+ \. )?(?P<name>\"(?:[^\"]|\"\")*\"|\S+)")
 
 
 def _about_the_operation(operation: Operation, held: Lock, text: str) -> Iterator[str]:

@@ -7,7 +7,7 @@ shape, not by parsing all of SQL: what no rule matches is reported as unknown, n
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -198,6 +198,15 @@ STATEMENTS = (
     Rule("merge rows", rf"MERGE INTO {_ON}", Lock.ROW_EXCLUSIVE, scans=True),
     Rule("insert rows", rf"INSERT INTO {_N}", Lock.ROW_EXCLUSIVE),
     Rule("comment", r"COMMENT ON ", Lock.NONE),
+    Rule("add a domain's constraint, not validated", r"ALTER DOMAIN .* ADD .*CHECK .* NOT VALID", Lock.NONE),
+    Rule(
+        "change a domain's constraints",
+        r"ALTER DOMAIN .* (?:ADD |VALIDATE |SET NOT NULL)",
+        Lock.SHARE,
+        scans=True,
+        note="add it NOT VALID, which reads nothing, and leave it so; VALIDATE keeps writers out just as long. "
+        "Where old rows must be checked, use a CHECK of the table",
+    ),
     Rule(
         "new object", r"CREATE (?:OR REPLACE )?(?:TYPE|FUNCTION|PROCEDURE|SCHEMA|SEQUENCE|DOMAIN|EXTENSION)", Lock.NONE
     ),
@@ -208,9 +217,30 @@ STATEMENTS = (
     Rule("transaction control", r"(?:BEGIN|START|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE|ABORT)\b", Lock.NONE),
     Rule("setting", r"(?:SET|RESET|SHOW)\b", Lock.NONE),
     Rule("query", r"(?:SELECT|VALUES|TABLE|EXPLAIN)\b", Lock.NONE),
-    Rule("block of code", r"DO ", Lock.NONE, note="what it does inside is not read"),
+    Rule("block of code", r"DO ", Lock.NONE, note="statements_of_block reads what is in it"),
 )
 
+DOMAIN_COLUMN = Rule(
+    "add a column of a domain with constraints",
+    "",  # known by its type, not by its shape
+    _AEL,
+    rewrites=True,
+    note="even without a default, even if the constraints are NOT VALID: use the type behind it, and a CHECK NOT VALID",
+)
+
+_BUILT_IN = """
+    bigint bigserial bit bool boolean box bytea char character cidr circle date daterange datemultirange decimal double
+    float float4 float8 inet int int2 int2vector int4 int4multirange int4range int8 int8multirange int8range integer
+    interval json jsonb jsonpath line lseg macaddr macaddr8 money name nchar national numeric nummultirange numrange
+    oid path pg_lsn pg_snapshot point polygon real regclass regproc regtype serial serial2 serial4 serial8 smallint
+    smallserial text time timestamp timestamptz timetz tsmultirange tsquery tsrange tstzmultirange tstzrange tsvector
+    txid_snapshot uuid varbit varchar xid xid8 xml
+"""
+_OF_EXTENSIONS = "citext cube geography geometry halfvec hstore ltree raster seg sparsevec vector"
+KNOWN_TYPES = frozenset((_BUILT_IN + _OF_EXTENSIONS).split())
+"""Types that are no domains: PostgreSQL's own, and those of common extensions."""
+
+_TYPE = re.compile(rf"{_COLUMN}(?:\"(?:[^\"]|\"\")*\"|[\w$]+) {_N}(?P<array>(?: \( [^)]* \))? (?:\[|ARRAY\b))?")
 _LOCK_MODE = re.compile(r" IN ([A-Z ]+?) MODE")
 _REFERENCES = re.compile(rf"REFERENCES {_N}")
 _ALTER_TABLE = re.compile(rf"ALTER TABLE {_IF}{_ON}(?: \*)? (?P<actions>.*)")
@@ -223,7 +253,8 @@ class Operation:
     """What one statement, or one action of an ALTER TABLE, does to one table.
 
     ``table`` is as PostgreSQL stores the name, without quotes, or None for an operation on no table.
-    ``also`` are the tables that it locks besides: (table, lock).
+    ``also`` are the tables that it locks besides: (table, lock). ``type`` is that of a column that it adds, without
+    its schema, and None for an array.
     """
 
     name: str
@@ -233,6 +264,7 @@ class Operation:
     rewrites: bool
     note: str
     also: tuple[tuple[str, Lock], ...] = ()
+    type: str | None = None
 
 
 _SCAN_BYTES_PER_MS = 400_000
@@ -249,11 +281,15 @@ def estimated_ms(operation: Operation, table_bytes: int) -> float:
     return _DDL_MS if operation.lock > Lock.ROW_EXCLUSIVE else 0.0
 
 
-def operations(statement: str) -> tuple[Operation, ...]:
-    """What one statement does. An ALTER TABLE gives one operation for each of its actions."""
+def operations(statement: str, *, domains: Container[str] = ()) -> tuple[Operation, ...]:
+    """What one statement does. An ALTER TABLE gives one operation for each of its actions.
+
+    ``domains`` are names, without schema, of the domains known to have constraints.
+    """
     text, _ = normalise(statement)
     if altered := _ALTER_TABLE.match(text):
-        return tuple(_action(_unquoted(altered["table"]), action) for action in _split_commas(altered["actions"]))
+        table = _unquoted(altered["table"])
+        return tuple(_action(table, action, domains) for action in _split_commas(altered["actions"]))
     for rule, pattern in _STATEMENTS:
         if found := pattern.match(text):
             return tuple(_operations(rule, found, text))
@@ -277,10 +313,14 @@ def _operations(rule: Rule, found: re.Match[str], text: str) -> Iterator[Operati
     yield Operation(rule.name, table, lock, rule.scans, rule.rewrites, rule.note, also)
 
 
-def _action(table: str, action: str) -> Operation:
+def _action(table: str, action: str, domains: Container[str]) -> Operation:
     rule = next(rule for rule, pattern in _ACTIONS if pattern.match(action))
+    typed = _TYPE.match(action)
+    column_type = _unquoted(typed["table"]).rpartition(".")[2] if typed and not typed["array"] else None
+    if column_type is not None and column_type in domains:
+        rule = DOMAIN_COLUMN
     also = tuple((_unquoted(ref["table"]), Lock.SHARE_ROW_EXCLUSIVE) for ref in _REFERENCES.finditer(action))
-    return Operation(rule.name, table, rule.lock, rule.scans, rule.rewrites, rule.note, also)
+    return Operation(rule.name, table, rule.lock, rule.scans, rule.rewrites, rule.note, also, column_type)
 
 
 # --- reading SQL as far as this needs
@@ -360,6 +400,122 @@ def split(script: str) -> Iterator[tuple[str, int]]:
         end = at + len(token)
     if begin is not None:
         yield script[begin:end], script.count("\n", 0, begin) + 1
+
+
+# --- what a DO block runs
+
+_THROUGH = {
+    "IF": "THEN",
+    "ELSIF": "THEN",
+    "ELSEIF": "THEN",
+    "CASE": "THEN",
+    "WHEN": "THEN",
+    "FOR": "LOOP",
+    "FOREACH": "LOOP",
+    "WHILE": "LOOP",
+}
+_NO_STATEMENT = frozenset(
+    "ASSERT CLOSE CONTINUE EXIT FETCH GET MOVE NULL OPEN PERFORM RAISE RETURN".split()  # noqa: SIM905  # a list of words
+)
+_ASSIGNMENT = re.compile(r"[\w$\"]+(?: \. [\w$\"]+)*(?: \[ .*? \])? (?:: )?= ")
+_PLACEHOLDER = re.compile(r"%(?:\d+\$)?([ILs%])")
+
+_Token = tuple[str, str, int]
+
+
+def statements_of_block(statement: str) -> Iterator[tuple[str, bool]]:
+    """The SQL that a ``DO`` block may run, in the order in which it is written: (text, whether it can be read).
+
+    Every branch counts, and a loop once. What is put together while it runs (``EXECUTE`` of anything but a string or
+    a ``format`` of one), or is written in another language than PL/pgSQL, is given as it stands, as not readable.
+    Of a ``format`` an identifier is taken for a table called ``%I``.
+    """
+    tokens = [token for token in _tokens(statement) if token[0] != "end"]
+    words = [token.upper() for kind, token, _ in tokens]
+    bodies = [token for kind, token, _ in tokens if kind == "string"]
+    if len(bodies) != 1 or ("LANGUAGE" in words and "PLPGSQL" not in words):
+        yield statement, False
+        return
+    body = _content(bodies[0])
+    declaring = False
+    for chunk in _chunks(body):
+        first = chunk[0][1].upper()
+        declaring = (declaring or first == "DECLARE") and first != "BEGIN"
+        if not declaring:
+            yield from _of_chunk(body, chunk)
+
+
+def _chunks(body: str) -> Iterator[list[_Token]]:
+    chunk: list[_Token] = []
+    for token in _tokens(body):
+        if token[0] != "end":
+            chunk.append(token)
+        elif chunk:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _of_chunk(body: str, chunk: list[_Token]) -> Iterator[tuple[str, bool]]:
+    """The statement after all the ``IF … THEN``, ``LOOP`` and the like in front of it."""
+    while chunk:
+        word = chunk[0][1].upper()
+        if word in ("BEGIN", "ELSE", "LOOP", "EXCEPTION"):
+            chunk = chunk[1:]
+        elif word == "<":  # <<label>>
+            chunk = chunk[5:]
+        elif word in _THROUGH:
+            end = next((at for at, token in enumerate(chunk) if token[1].upper() == _THROUGH[word]), len(chunk))
+            if word == "FOR":
+                yield from _query_of_loop(body, chunk[:end])
+            chunk = chunk[end + 1 :]
+        else:
+            break
+    if not chunk or chunk[0][1].upper() == "END":
+        return
+    text = _text_of(body, chunk)
+    if chunk[0][1].upper() == "EXECUTE":
+        yield from _executed(chunk, text)
+    elif chunk[0][1].upper() not in _NO_STATEMENT and not _ASSIGNMENT.match(normalise(text)[0]):
+        yield text, True
+
+
+def _query_of_loop(body: str, head: list[_Token]) -> Iterator[tuple[str, bool]]:
+    """``FOR row IN UPDATE … RETURNING …`` runs a statement too."""
+    at = next((at for at, token in enumerate(head) if token[1].upper() == "IN"), len(head))
+    query = head[at + 1 :]
+    if query and query[0][1].upper() == "EXECUTE":
+        yield from _executed(query, _text_of(body, query))
+    elif query and query[0][1].upper() in ("INSERT", "UPDATE", "DELETE", "MERGE", "WITH"):
+        yield _text_of(body, query), True
+
+
+def _executed(chunk: list[_Token], text: str) -> Iterator[tuple[str, bool]]:
+    words = [token.upper() for _, token, _ in chunk]
+    if words[1:3] == ["FORMAT", "("] and len(chunk) > 3 and chunk[3][0] == "string":  # noqa: PLR2004 - EXECUTE format ( '…'
+        template = _content(chunk[3][1])
+        after = words[4:5]
+        if after in ([","], [")"]) and all(found[1] != "s" for found in _PLACEHOLDER.finditer(template)):
+            filled = _PLACEHOLDER.sub(lambda found: {"I": '"%I"', "L": "'%L'", "%": "%"}[found[1]], template)
+            yield from ((statement, True) for statement, _ in split(filled))
+            return
+    elif len(chunk) > 1 and chunk[1][0] == "string" and (len(chunk) == 2 or words[2] in ("INTO", "USING")):  # noqa: PLR2004
+        yield from ((statement, True) for statement, _ in split(_content(chunk[1][1])))
+        return
+    yield text, False
+
+
+def _text_of(body: str, chunk: list[_Token]) -> str:
+    return body[chunk[0][2] : chunk[-1][2] + len(chunk[-1][1])]
+
+
+def _content(literal: str) -> str:
+    """What a string literal says, but for backslashes."""
+    if literal.startswith("$"):
+        mark = literal[: literal.index("$", 1) + 1]
+        return literal.removeprefix(mark).removesuffix(mark)
+    return literal[literal.index("'") + 1 : -1].replace("''", "'")
 
 
 def _split_commas(text: str) -> list[str]:
