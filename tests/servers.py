@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from tallystick.devdb import find_binaries
+from tallystick.devdb import Server, find_binaries
 
 EMBEDDED = "18"
 FAST = {  # durability is not what these tests are about; the fault suite runs servers of its own
@@ -38,3 +40,14 @@ def scratch_root() -> Path:
     if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > ROOM_BYTES:
         return memory
     return Path(tempfile.gettempdir())
+
+
+@contextmanager
+def standby_of(primary: Server, folder: Path, *, name: str) -> Iterator[Server]:
+    """A streaming replica that reads along and can be asked, made by pg_basebackup; ``name`` is how it is seen."""
+    standby = Server(folder, settings=primary.settings, bin_dir=primary.bin)
+    standby._make_folder()
+    where = f"host={primary.env['PGHOST']} port={primary.env['PGPORT']} user=postgres application_name={name}"
+    standby._run("pg_basebackup", "-D", "data", "-d", where, "--write-recovery-conf", "--checkpoint=fast", "--no-sync")
+    with standby:
+        yield standby

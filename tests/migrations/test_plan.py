@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -78,9 +81,30 @@ def test_a_role_without_privileges_sees_the_plan_and_what_is_missing(app: App) -
         app.run("DROP ROLE nobody_much")
 
 
-def test_too_little_room_for_a_backup(app: App, tmp_path: Path) -> None:
+def test_enough_room_for_a_backup(app: App, tmp_path: Path) -> None:
     enough = plan(app, backup_folder=tmp_path)
     assert not [finding for finding in enough.findings if "free" in finding.text]
+
+
+def test_too_little_room_for_a_backup(app: App, tmp_path: Path) -> None:
+    """On a real file system of one megabyte, mounted where only this command sees it, and gone with it."""
+    small = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"]), "sh", "-c"]
+    small += ['mount -t tmpfs -o size=1m tmpfs "$1" && shift && exec "$@"', "sh", str(tmp_path)]
+    try:
+        made = subprocess.run([*small, "true"], capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        made = False
+    if not made:
+        pytest.skip("no small file system can be mounted here")
+    plan_it = "import sys; from tallystick.cli import main; sys.argv[0] = 'tallystick'; main()"
+    where = ["--database-url", app.url, "migrate", "plan", "--backup", str(tmp_path / "app.backup"), "--json"]
+    done = subprocess.run(
+        [*small, sys.executable, "-c", plan_it, *where], capture_output=True, text=True, check=True, cwd="/"
+    )
+    [warning] = [finding for finding in json.loads(done.stdout)["findings"] if "free" in finding["text"]]
+    assert warning["severity"] == "warning"
+    assert f"{tmp_path} has 0.0 GB free" in warning["text"]
+    assert "--backup" in warning["text"]
 
 
 def test_prepared_stars_and_replicas_are_named(scratch: Path, server: Server) -> None:

@@ -73,11 +73,17 @@ class Finding:
 
 @dataclass(frozen=True)
 class Replica:
-    """A standby that follows this server; ``lag_s`` is None where it is idle."""
+    """A standby that follows this server.
+
+    ``lag_s`` is by how much the last change was late there, None where it is idle; ``behind_bytes`` of the log are not
+    repeated there yet, as far as it has told (every wal_receiver_status_interval). Both are None to a role that may
+    not see it (GRANT pg_monitor).
+    """
 
     name: str
     state: str
     lag_s: float | None
+    behind_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
     """
     with looking(conn):
         host = examine(conn, config, privileges=False)
-        replicas = tuple(Replica(row.name, row.state, row.lag_s) for row in conn.execute(_REPLICAS))
+        replicas = tuple(Replica(row.name, row.state, row.lag_s, row.behind_bytes) for row in conn.execute(_REPLICAS))
         long = tuple((row.pid, round(float(row.age_s), 1)) for row in conn.execute(_LONG_TRANSACTIONS))
         database_bytes = conn.scalar(_DATABASE_BYTES) or 0
         findings = (
@@ -140,7 +146,8 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
 
 _REPLICAS = sa.text("""
     SELECT coalesce(nullif(application_name, ''), client_addr::text, 'standby') AS name, coalesce(state, '?') AS state,
-           extract(epoch FROM replay_lag)::float AS lag_s
+           extract(epoch FROM replay_lag)::float AS lag_s,
+           greatest(pg_wal_lsn_diff(pg_current_wal_lsn(), replay_lsn), 0)::bigint AS behind_bytes
     FROM pg_stat_replication ORDER BY 1
 """)
 
@@ -212,11 +219,14 @@ def _about_cached_plans(conn: sa.Connection, host: Host) -> Iterator[Finding]:
 
 def _about_replicas(replicas: Sequence[Replica]) -> Iterator[Finding]:
     for replica in replicas:
-        late = f", {replica.lag_s:.1f} s behind" if replica.lag_s else ""
+        late = f", {replica.lag_s:.1f} s late" if replica.lag_s else ""
+        behind = f", {replica.behind_bytes / 1e6:.1f} MB behind" if replica.behind_bytes else ""
         yield Finding(
-            "note",
-            f"The standby {replica.name} ({replica.state}{late}) repeats the lock: a long query there delays it "
-            "(max_standby_streaming_delay) and everything after it",
+            "warning",
+            f"The standby {replica.name} ({replica.state}{late}{behind}) repeats the lock, and no run can look who is "
+            "there: while a query there holds one of the tables, everything after the lock is late and new queries of "
+            "the table wait, until that query ends or max_standby_streaming_delay cancels it. Run it when no long "
+            "report does",
         )
 
 
