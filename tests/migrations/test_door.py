@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config as AlembicConfig
-from hosts import App
+from hosts import HOSTS, App
 
 from tallystick import migrate
 from tallystick.config import to_toml
-from tallystick.errors import MigrationError
+from tallystick.errors import LedgerNotEmpty, MigrationError
 
 ENV = """
 from alembic import context
@@ -31,12 +33,12 @@ else:
 """
 REVISION = """
 from alembic import op
-from tallystick.migrate import upgrade_revision
+from tallystick.migrate import downgrade_revision, upgrade_revision
 revision, down_revision = {revision!r}, {down!r}
 def upgrade():
     {code}
 def downgrade():
-    pass
+    {back}
 """
 SCHEMA = "upgrade_revision(op, to='0001')"
 ONLINE = "upgrade_revision(op, to='0001', part='online')"
@@ -49,12 +51,18 @@ ALL = (
 )
 
 
-def history(app: App, folder: Path, monkeypatch: pytest.MonkeyPatch, *bodies: str) -> AlembicConfig:
+BACKS = [f"downgrade_revision(op, to={revision.down_revision!r})" for revision in migrate.revisions()]
+
+
+def history(
+    app: App, folder: Path, monkeypatch: pytest.MonkeyPatch, *bodies: str, backs: Sequence[str] = ()
+) -> AlembicConfig:
+    """One revision for each body, with what its ``downgrade()`` does."""
     (folder / "host" / "versions").mkdir(parents=True)
     (folder / "tallystick.toml").write_text(to_toml(app.config.host))
     (folder / "host" / "env.py").write_text(ENV.replace("{{", "{").replace("}}", "}"))
-    for number, body in enumerate(bodies):
-        code = REVISION.format(revision=f"h{number}", down=f"h{number - 1}" if number else None, code=body)
+    for number, (body, back) in enumerate(itertools.zip_longest(bodies, backs, fillvalue="pass")):
+        code = REVISION.format(revision=f"h{number}", down=f"h{number - 1}" if number else None, code=body, back=back)
         (folder / "host" / "versions" / f"h{number}.py").write_text(code)
     monkeypatch.chdir(folder)
     config = AlembicConfig(output_buffer=io.StringIO())
@@ -129,3 +137,124 @@ def test_offline_it_is_written_out(app: App, tmp_path: Path, monkeypatch: pytest
     app.psql(script)
     with app.engine.connect() as conn:
         assert migrate.status(conn, app.config).healthy
+
+
+class TestDowngrade:
+    @pytest.mark.parametrize("name", ["uuid", "quoted, reserved and in schemas", "with every column already"])
+    def test_exactly_what_was_there_remains(
+        self, name: str, make_app: Callable[..., App], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        app = make_app(HOSTS[name].ddl, HOSTS[name].mapping)
+        before = app.shape()
+        alembic = history(app, tmp_path, monkeypatch, *ALL, backs=BACKS)
+        for _ in range(2):
+            command.upgrade(alembic, "head")
+            with app.engine.connect() as conn:
+                assert migrate.status(conn, app.config).healthy
+            command.downgrade(alembic, "base")
+            assert without_its_own(app.shape()) == before
+
+    def test_one_step_back_and_the_runner_goes_on_from_there(
+        self, app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        alembic = history(app, tmp_path, monkeypatch, *ALL, backs=BACKS)
+        command.upgrade(alembic, "head")
+        after = app.shape()
+        command.downgrade(alembic, "h0")
+        assert self.revision(app) == "0001"
+        assert [step.revision for step in migrate.apply(app.url, app.config).steps] == ["0002"]
+        assert without_its_own(app.shape()) == without_its_own(after)
+
+    def revision(self, app: App) -> str | None:
+        with app.engine.connect() as conn:
+            return migrate.status(conn, app.config).revision
+
+    def test_after_undo_it_has_nothing_to_do(self, app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        before = app.shape()
+        alembic = history(app, tmp_path, monkeypatch, *ALL, backs=BACKS)
+        command.upgrade(alembic, "head")
+        migrate.undo(app.url, app.config)
+        command.downgrade(alembic, "base")
+        assert without_its_own(app.shape()) == before
+
+    def test_it_is_all_or_nothing_with_the_hosts_revision(
+        self, app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        alembic = history(app, tmp_path, monkeypatch, *ALL, backs=[BACKS[0], f"{BACKS[1]}; op.execute('SELECT 1 / 0')"])
+        command.upgrade(alembic, "head")
+        after = app.shape()
+        with pytest.raises(sa.exc.DataError, match="division by zero"):
+            command.downgrade(alembic, "h0")
+        assert without_its_own(app.shape()) == without_its_own(after)
+
+    def test_rows_are_not_thrown_away_unasked(self, app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        discarding = [back.replace(")", ", discard_ledger=True)") for back in BACKS]
+        refusing = history(app, tmp_path / "a", monkeypatch, *ALL, backs=BACKS)
+        command.upgrade(refusing, "head")
+        app.run(
+            "INSERT INTO credit_transactions (id, user_id, type, status, amount, description)"
+            " SELECT gen_random_uuid(), id, 'purchase', 'pending', 1, 'x' FROM users LIMIT 1"
+        )
+        after = app.shape()
+        with pytest.raises(LedgerNotEmpty, match=r"1 credit transactions.*discard_ledger=True"):
+            command.downgrade(refusing, "base")
+        assert without_its_own(app.shape()) == without_its_own(after)
+        command.downgrade(history(app, tmp_path / "b", monkeypatch, *ALL, backs=discarding), "base")
+        assert self.revision(app) is None
+
+    @pytest.mark.parametrize(
+        ("back", "said"),
+        [
+            ("downgrade_revision(op, to='9999')", r"no revision '9999'\. Known: 0001, "),
+            ("downgrade_revision(op, to=None)", "nothing is not just before 0002.* in order: 0001$"),
+            (
+                "with op.get_context().autocommit_block(): downgrade_revision(op, to='0001')",
+                "needs a transaction. Call downgrade_revision outside",
+            ),
+        ],
+    )
+    def test_what_is_refused(
+        self, app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back: str, said: str
+    ) -> None:
+        alembic = history(app, tmp_path, monkeypatch, *ALL[:2], backs=[BACKS[0], back])
+        command.upgrade(alembic, "head")
+        after = app.shape()
+        with pytest.raises(MigrationError, match=said):
+            command.downgrade(alembic, "h0")
+        assert without_its_own(app.shape()) == without_its_own(after)
+
+    def test_it_is_not_written_out(self, app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        alembic = history(app, tmp_path, monkeypatch, *ALL, backs=BACKS)
+        with pytest.raises(MigrationError, match="alembic downgrade without --sql"):
+            command.downgrade(alembic, "h1:base", sql=True)
+
+    def test_settings_of_the_hosts_transaction_stay(
+        self, app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        back = f"op.execute(\"SET LOCAL lock_timeout = '7s'\"); {BACKS[1]}; "
+        back += "op.execute(\"CREATE TABLE seen AS SELECT current_setting('lock_timeout') AS value\")"
+        alembic = history(app, tmp_path, monkeypatch, *ALL, backs=[BACKS[0], back])
+        command.upgrade(alembic, "head")
+        command.downgrade(alembic, "h0")
+        assert app.value("SELECT value FROM seen") == "7s"
+
+
+def test_what_an_interrupted_run_prepared_is_gone_on_with_or_taken_away(
+    app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def progress(now: migrate.Progress) -> None:
+        if now.phase == "prepared":
+            raise Stop
+
+    before = app.shape()
+    alembic = history(app, tmp_path, monkeypatch, *ALL, backs=BACKS)
+    with pytest.raises(Stop):
+        migrate.apply(app.url, app.config, two_transactions=True, progress=progress)
+    command.upgrade(alembic, "h0")
+    with pytest.raises(Stop):
+        migrate.apply(app.url, app.config, two_transactions=True, progress=progress)
+    command.downgrade(alembic, "base")
+    assert without_its_own(app.shape()) == before

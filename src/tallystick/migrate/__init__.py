@@ -1,7 +1,7 @@
 """Bringing a live database to this package's shape, and back, without its traffic noticing."""
 
 from tallystick.migrate.blockers import Blocker
-from tallystick.migrate.door import upgrade_revision
+from tallystick.migrate.door import downgrade_revision, upgrade_revision
 from tallystick.migrate.host import Host, HostColumn, HostTable, examine, propose
 from tallystick.migrate.lint import Lint, lint
 from tallystick.migrate.online import OnlineStep
@@ -43,6 +43,7 @@ __all__ = [
     "Tracker",
     "apply",
     "concerns",
+    "downgrade_revision",
     "examine",
     "lint",
     "plan",

@@ -1,4 +1,4 @@
-"""The third door: a revision of ours inside one of the host's own Alembic history."""
+"""The third door: a revision of ours inside one of the host's own Alembic history, and back."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from alembic.operations import Operations
 from psycopg.sql import Composable
 
 from tallystick.config import Config
-from tallystick.errors import MigrationError
+from tallystick.errors import LedgerNotEmpty, MigrationError
 from tallystick.migrate.host import current_revision, examine
 from tallystick.migrate.revisions import HostNames, Revision, revisions, up_to
-from tallystick.migrate.statements import STALL_BUDGET_MS, text, upward
+from tallystick.migrate.statements import STALL_BUDGET_MS, Messages, downward, text, upward
+from tallystick.schema import LEDGER
 
 _SETTINGS = ("lock_timeout", "statement_timeout", "idle_in_transaction_session_timeout")
 
@@ -53,10 +54,7 @@ def upgrade_revision(
         SchemaError: as for :func:`apply`.
     """
     config = config or Config.load()
-    revision = next((known for known in revisions() if known.revision == to), None)
-    if revision is None:
-        known = ", ".join(r.revision for r in revisions())
-        raise MigrationError(f"there is no revision {to!r}. Known: {known}")
+    revision = _known(to)
     if op.get_context().as_sql:
         _write_out(op, revision, config, part, stall_budget_ms)
         return
@@ -67,12 +65,95 @@ def upgrade_revision(
         _change(conn, revision, config, stall_budget_ms)
 
 
-def _change(conn: sa.Connection, revision: Revision, config: Config, stall_budget_ms: int) -> None:
+def downgrade_revision(
+    op: Operations,
+    *,
+    to: str | None,
+    config: Config | None = None,
+    discard_ledger: bool = False,
+    stall_budget_ms: int = STALL_BUDGET_MS,
+) -> None:
+    """Undo one revision from within ``downgrade()`` of the host's own Alembic history.
+
+    ``to`` is where that leads: the revision before, or None for the database as it was before the first. ::
+
+        def downgrade():
+            downgrade_revision(op, to=None)
+
+    It joins Alembic's transaction, with the same conditions as :func:`upgrade_revision`. The indexes that
+    ``part="online"`` has built go with their columns: that revision's ``downgrade()`` has nothing to do.
+
+    Raises:
+        LedgerNotEmpty: the ledger has rows, and ``discard_ledger`` is False.
+        MigrationError: outside of a transaction, or not the revision before, or offline: which columns were the
+            host's own is written in the database alone.
+        SchemaError: as for :func:`apply`.
+    """
+    config = config or Config.load()
+    if to is not None:
+        _known(to)
+    if op.get_context().as_sql:
+        raise MigrationError(
+            "downgrade_revision cannot be written out: which columns you had before is known to the database alone. "
+            "Run alembic downgrade without --sql, or: tallystick migrate undo"
+        )
+    conn = op.get_bind()
+    _needs_transaction(conn, "downgrade_revision", "undoing a revision")
+    host = examine(conn, config)
+    gone = [revision for revision in up_to(host.revision) if revision not in up_to(to)]
+    ahead = _known(host.prepared) if host.prepared is not None else None
+    prepared = None if ahead in up_to(to) else ahead
+    if not gone and prepared is None:
+        return  # undone through another door
+    if len(gone) > 1:
+        raise MigrationError(
+            f"{to or 'nothing'} is not just before {host.revision}, where the database is. Call downgrade_revision for "
+            f"the ones between, in order: {', '.join(str(one.down_revision) for one in reversed(gone[1:]))}"
+        )
+    if host.revision is not None and not discard_ledger:
+        rows = conn.scalar(sa.select(sa.func.count()).select_from(sa.table(LEDGER, schema=host.users.schema)))
+        if rows:
+            raise LedgerNotEmpty(
+                f"the ledger holds {rows} credit transactions. Take a backup, then call "
+                "downgrade_revision(…, discard_ledger=True)",
+                rows=rows,
+            )
+    _run_inside(
+        conn,
+        downward(
+            gone,
+            HostNames.of(config.host, host.adopted),
+            discard_ledger=discard_ledger,
+            stall_budget_ms=stall_budget_ms,
+            prepared=prepared,
+        ),
+    )
+
+
+def _known(name: str) -> Revision:
+    found = next((known for known in revisions() if known.revision == name), None)
+    if found is None:
+        raise MigrationError(f"there is no revision {name!r}. Known: {', '.join(r.revision for r in revisions())}")
+    return found
+
+
+def _needs_transaction(conn: sa.Connection, function: str, what: str) -> None:
     if _autocommits(conn):
         raise MigrationError(
-            f"revision {revision.revision} is all or nothing and needs a transaction. "
-            "Call upgrade_revision outside of autocommit_block()"
+            f"{what} is all or nothing and needs a transaction. Call {function} outside of autocommit_block()"
         )
+
+
+def _run_inside(conn: sa.Connection, messages: Messages) -> None:
+    before = {name: conn.scalar(sa.select(sa.func.current_setting(name))) for name in _SETTINGS}
+    for statement in _inside((*messages.opening, *messages.locked)):
+        conn.execute(statement)
+    for name, value in before.items():  # what follows in this transaction is the host's
+        conn.execute(sa.select(sa.func.set_config(name, value, sa.true())))
+
+
+def _change(conn: sa.Connection, revision: Revision, config: Config, stall_budget_ms: int) -> None:
+    _needs_transaction(conn, "upgrade_revision", f"revision {revision.revision}")
     host = examine(conn, config)
     if revision in up_to(host.revision):
         return  # applied through another door
@@ -89,11 +170,7 @@ def _change(conn: sa.Connection, revision: Revision, config: Config, stall_budge
         stall_budget_ms=stall_budget_ms,
         prepared=host.prepared == revision.revision,
     )
-    before = {name: conn.scalar(sa.select(sa.func.current_setting(name))) for name in _SETTINGS}
-    for statement in _inside((*messages.opening, *messages.locked)):
-        conn.execute(statement)
-    for name, value in before.items():  # what follows in this transaction is the host's
-        conn.execute(sa.select(sa.func.set_config(name, value, sa.true())))
+    _run_inside(conn, messages)
 
 
 def _build(conn: sa.Connection, revision: Revision, config: Config) -> None:
