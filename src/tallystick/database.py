@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import random
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, Union
 
+import psycopg
 import sqlalchemy as sa
+from psycopg import pq
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from tallystick.errors import Conflict, DatabaseUnavailable, NotMigrated, OutcomeUnknown, PermissionDenied
@@ -87,16 +92,77 @@ def engine(url: str | sa.URL, **options: Any) -> sa.Engine:
     return sa.create_engine(address, connect_args=connect_args, **options)
 
 
+PATIENCE_S = 15.0
+"""For how long a server may be starting up: one that sleeps when idle, as Neon's, takes seconds to wake."""
+
+_WAKING = re.compile(r"Couldn't connect to compute node|Control plane request failed(?!:)")
+"""What Neon's proxy says of it, always as XX000; with a colon it goes on with a reason that will not pass."""
+
+_NOBODY = re.compile(
+    "Connection refused|Connection reset|Connection timed out|closed the connection unexpectedly|SSL SYSCALL error"
+    "|SSL connection has been closed unexpectedly|timeout expired"
+)
+"""What libpq says, in English whatever the locale, where there was no answer at all."""
+
+
+def dial(
+    pool: sa.Engine, *, patience_s: float = PATIENCE_S, waiting: Callable[[str], None] | None = None
+) -> sa.Connection:
+    """A connection from ``pool``, tried again for ``patience_s`` while the server is starting up or not there yet.
+
+    A wrong password, name or database is not tried again. ``waiting`` is told, each time, what the server said.
+
+    Raises:
+        sqlalchemy.exc.OperationalError: as ``pool.connect()``.
+    """
+    deadline = time.monotonic() + patience_s
+    pause_s = 0.2
+    while True:
+        try:
+            return pool.connect()
+        except OperationalError as error:
+            if time.monotonic() + pause_s > deadline or not _starting_up(error.orig):
+                raise
+            if waiting is not None:
+                waiting(str(error.orig).strip())
+        time.sleep(pause_s * random.uniform(0.5, 1))  # noqa: S311  # jitter, not a secret
+        pause_s = min(pause_s * 2, 2)
+
+
+def _starting_up(error: BaseException | None) -> bool:
+    if not isinstance(error, psycopg.OperationalError):
+        return False
+    if isinstance(error, psycopg.errors.ConnectionTimeout) or _WAKING.search(str(error)):
+        return True
+    if error.pgconn is None:
+        return False
+    options = {option.keyword.decode(): option.val.decode() for option in error.pgconn.info if option.val}
+    if _NOBODY.search(str(error)):
+        return not options.get("host", "/").startswith(("/", "@"))  # a socket is there before its server is ready
+    # Somebody answered, so asking again is quick. libpq keeps the SQLSTATE of a refused connection to itself, and the
+    # message is in the server's language; but its ping knows 57P03, cannot_connect_now, from any other.
+    conninfo = psycopg.conninfo.make_conninfo("", **options | {"connect_timeout": "2"})
+    return pq.PGconn.ping(conninfo.encode()) == pq.Ping.REJECT
+
+
 @contextmanager
-def connect(url: str | sa.URL, *, autocommit: bool = False) -> Iterator[sa.Connection]:
+def connect(
+    url: str | sa.URL,
+    *,
+    autocommit: bool = False,
+    patience_s: float = 0,
+    waiting: Callable[[str], None] | None = None,
+) -> Iterator[sa.Connection]:
     """One connection of its own, for a command: committed at the end, or each statement by itself.
+
+    ``patience_s`` and ``waiting`` are those of :func:`dial`.
 
     Raises:
         DatabaseUnavailable: names what the server or the network said.
     """
     pool = engine(url, poolclass=sa.NullPool)
     with translated(connecting=True):
-        conn = pool.connect()
+        conn = dial(pool, patience_s=patience_s, waiting=waiting)
     with conn:
         if autocommit:
             yield conn.execution_options(isolation_level="AUTOCOMMIT")

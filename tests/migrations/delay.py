@@ -14,9 +14,9 @@ Pipe = queue.Queue[tuple[float, bytes]]
 
 
 @contextmanager
-def far_away(target: Path, *, one_way_s: float) -> Iterator[int]:
-    """The port on 127.0.0.1 that leads to the socket ``target``."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+def far_away(target: Path, *, one_way_s: float, port: int = 0) -> Iterator[int]:
+    """The port on 127.0.0.1 that leads to the socket ``target``; any free one unless given."""
+    with socket.create_server(("127.0.0.1", port)) as listener:
         threading.Thread(target=_accept, args=(listener, target, one_way_s), daemon=True).start()
         yield listener.getsockname()[1]
         listener.shutdown(socket.SHUT_RDWR)

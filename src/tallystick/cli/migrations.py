@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -18,7 +18,7 @@ from tallystick.audit import audit
 from tallystick.cli.app import Json, address, app, emit, err, invocation, note, out, plain
 from tallystick.cli.backups import backups, take_backup
 from tallystick.config import FILE_NAME, Config, to_toml
-from tallystick.database import connect
+from tallystick.database import PATIENCE_S, connect
 from tallystick.errors import ConfigError
 from tallystick.migrate import role as roles
 from tallystick.migrate.rules import split
@@ -28,6 +28,19 @@ migrations = typer.Typer(
     help="Bring a live database to this package's shape, and back, without its traffic noticing.",
 )
 app.add_typer(migrations, name="migrate", rich_help_panel="Begin here")
+
+
+def awake(config: Config) -> AbstractContextManager[sa.Connection]:
+    """A connection, waited for where the server is still starting up, as one that sleeps when idle does."""
+    told: list[str] = []
+
+    def waiting(said: str) -> None:
+        if not told:
+            note(f"The database is not ready yet, trying again for up to {PATIENCE_S:g} s: {said}")
+        told.append(said)
+
+    return connect(address(config), patience_s=PATIENCE_S, waiting=waiting)
+
 
 StallBudget = Annotated[
     int,
@@ -65,7 +78,7 @@ def init(
             line=None,
             key=None,
         )
-    with invocation(ctx).connection() as (conn, _):
+    with invocation(ctx).database() as config, awake(config) as conn:
         host = migrate.propose(conn, users=users, workshops=workshops)
     output.write_text(to_toml(host), encoding="utf-8")
 
@@ -95,7 +108,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show each statement that apply would run, with its lock, and who is in the way now. Changes nothing."""
-    with invocation(ctx).database(migrating=True) as config, connect(address(config)) as conn:
+    with invocation(ctx).database(migrating=True) as config, awake(config) as conn:
         planned = migrate.plan(conn, config, backup_folder=backup.absolute().parent if backup else None)
 
     def show() -> None:
@@ -189,7 +202,7 @@ def sql(
     if offline:
         out.print(migrate.sql(None, invocation(ctx).config()), markup=False)
         return
-    with invocation(ctx).database(migrating=True) as config, connect(address(config)) as conn:
+    with invocation(ctx).database(migrating=True) as config, awake(config) as conn:
         out.print(migrate.sql(conn, config), markup=False)
 
 
@@ -210,7 +223,7 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Say at which revision the database is, and what differs from what it should be. Exit code 1 unless healthy."""
-    with invocation(ctx).database(migrating=True) as config, connect(address(config)) as conn:
+    with invocation(ctx).database(migrating=True) as config, awake(config) as conn:
         found = migrate.status(conn, config)
         others = migrate.trackers(conn, drizzle=drizzle)
 
@@ -294,7 +307,8 @@ def apply(
     """Migrate the database while its traffic goes on. All or nothing; a second run changes nothing."""
     with invocation(ctx).database(migrating=True) as config, _Shown() as shown:
         if backup is not None:
-            take_backup(address(config), backup)
+            with awake(config):
+                take_backup(address(config), backup)
         receipt = migrate.apply(
             address(config),
             config,
@@ -355,7 +369,8 @@ def rehearse(
         if backup_file is None:
             config = stack.enter_context(invocation(ctx).database(migrating=True))
             backup_file = folder / "copy.backup"
-            take_backup(address(config), backup_file)
+            with awake(config):
+                take_backup(address(config), backup_file)
         else:
             config = invocation(ctx).config()
         server = stack.enter_context(devdb.Server(folder / "server"))
@@ -395,7 +410,7 @@ class _Shown(ExitStack):
         self._status = self.enter_context(err.status("Looking …")) if err.is_terminal else None
 
     def __call__(self, now: migrate.Progress) -> None:
-        line = f"{now.revision}: {now.phase}"
+        line = f"{now.revision or 'the database'}: {now.phase}"
         if now.step:
             line += f" {now.step}"
         if now.detail:

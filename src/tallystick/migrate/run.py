@@ -52,7 +52,7 @@ GIVE_UP_AFTER_S = 120.0
 _PROBE_EVERY_S = 0.1
 _GRACE_S = 3.0  # how long a killed run's server process may take to notice
 
-Phase = Literal["waiting", "prepared", "locking", "applied", "online"]
+Phase = Literal["connecting", "waiting", "prepared", "locking", "applied", "online"]
 
 _NOTHING = "Nothing was changed"
 _PREPARED = (
@@ -65,7 +65,8 @@ _PREPARED = (
 class Progress:
     """What a run is doing now.
 
-    ``prepared`` is told between the two transactions of a run that was asked for two.
+    ``connecting`` is told while the server is starting up, with what it says as ``detail``; ``prepared`` between the
+    two transactions of a run that was asked for two.
     ``blockers`` are in its way. An online step has a name, and once it takes longer how far it is: ``detail`` is the
     server's name for its phase, ``fraction`` of that phase is done (0 to 1), ``waits_for`` is the process that it
     waits for.
@@ -150,7 +151,7 @@ def apply(
         DatabaseUnavailable, PermissionDenied, MigrationError: otherwise.
     """
     engine = engine_of(database)
-    with session(engine) as conn:
+    with session(engine, waiting=_waking(progress)) as conn:
         run = _Run(
             engine,
             conn,
@@ -179,7 +180,7 @@ def undo(
         LedgerNotEmpty: the ledger has rows, and ``discard_ledger`` is False.
     """
     engine = engine_of(database)
-    with session(engine) as conn:
+    with session(engine, waiting=_waking(progress)) as conn:
         run = _Run(
             engine,
             conn,
@@ -189,6 +190,10 @@ def undo(
             progress=progress,
         )
         return run.undo(discard_ledger=discard_ledger)
+
+
+def _waking(progress: Callable[[Progress], None] | None) -> Callable[[str], None] | None:
+    return None if progress is None else lambda said: progress(Progress("connecting", None, detail=said))
 
 
 class _Run:

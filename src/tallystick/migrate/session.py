@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import psycopg
 import sqlalchemy as sa
 
-from tallystick.database import engine
+from tallystick.database import dial, engine
 from tallystick.errors import (
     DatabaseUnavailable,
     LedgerNotEmpty,
@@ -33,10 +33,13 @@ def engine_of(database: sa.Engine | str) -> sa.Engine:
 
 
 @contextmanager
-def session(source: sa.Engine) -> Iterator[sa.Connection]:
-    """A connection of our own in autocommit, closed afterwards and never given back to a pool."""
+def session(source: sa.Engine, *, waiting: Callable[[str], None] | None = None) -> Iterator[sa.Connection]:
+    """A connection of our own in autocommit, closed afterwards and never given back to a pool.
+
+    ``waiting`` is told what a server says that is still starting up.
+    """
     try:
-        conn = source.execution_options(isolation_level="AUTOCOMMIT").connect()
+        conn = dial(source.execution_options(isolation_level="AUTOCOMMIT"), waiting=waiting)
     except sa.exc.OperationalError as error:
         raise DatabaseUnavailable(
             f"no connection to the database: {str(error.orig).strip()}. Check the address (--database-url)",
