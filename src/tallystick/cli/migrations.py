@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -20,6 +21,7 @@ from tallystick.cli.backups import backups, take_backup
 from tallystick.config import FILE_NAME, Config, to_toml
 from tallystick.database import PATIENCE_S, connect
 from tallystick.errors import ConfigError
+from tallystick.migrate import neon
 from tallystick.migrate import role as roles
 from tallystick.migrate.rules import split
 
@@ -356,26 +358,25 @@ def rehearse(
     html: Annotated[
         Path | None, typer.Option("--html", help="Write a report with a picture of the locks.", metavar="FILE")
     ] = None,
+    neon_branch: Annotated[
+        str | None,
+        typer.Option(
+            "--neon-branch",
+            help="Rehearse on a branch that is made in this project of Neon, and deleted afterwards, instead of in an "
+            "embedded server. NEON_API_KEY holds the key.",
+            metavar="PROJECT",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Migrate a copy in an embedded server that is thrown away, watch it, audit, and go back.
 
     Exit code 1 where something stands against doing it to the original. The original is only read.
     """
+    if neon_branch is not None and backup_file is not None:
+        raise typer.BadParameter("--neon-branch has the data already; leave --from out")
     of_the_app = tuple(text for text, _ in split(statements.read_text(encoding="utf-8"))) if statements else ()
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(TemporaryDirectory(prefix="tallystick-rehearsal-")))
-        folder.chmod(0o711)  # root's embedded server runs as another account, which must get through
-        if backup_file is None:
-            config = stack.enter_context(invocation(ctx).database(migrating=True))
-            backup_file = folder / "copy.backup"
-            with awake(config):
-                take_backup(address(config), backup_file)
-        else:
-            config = invocation(ctx).config()
-        server = stack.enter_context(devdb.Server(folder / "server"))
-        copy = server.create_database("rehearsal")
-        backups().restore(backup_file, copy, bin_dir=server.bin, owners=False)
+    with _branched(ctx, neon_branch) if neon_branch else _restored(ctx, backup_file) as (config, copy):
         done = migrate.rehearse(copy, config, app_statements=of_the_app, audit=lambda conn: _audited(conn, config))
     if html is not None:
         html.write_text(migrate.report(done), encoding="utf-8")
@@ -395,6 +396,37 @@ def rehearse(
     emit(done, show, as_json=as_json)
     if not done.passed:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _restored(ctx: typer.Context, backup_file: Path | None) -> Iterator[tuple[Config, str]]:
+    """A copy in a server that is thrown away: of a backup, or of one that is taken now."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="tallystick-rehearsal-")))
+        folder.chmod(0o711)  # root's embedded server runs as another account, which must get through
+        if backup_file is None:
+            config = stack.enter_context(invocation(ctx).database(migrating=True))
+            backup_file = folder / "copy.backup"
+            with awake(config):
+                take_backup(address(config), backup_file)
+        else:
+            config = invocation(ctx).config()
+        server = stack.enter_context(devdb.Server(folder / "server"))
+        copy = server.create_database("rehearsal")
+        backups().restore(backup_file, copy, bin_dir=server.bin, owners=False)
+        yield config, copy
+
+
+@contextmanager
+def _branched(ctx: typer.Context, project: str) -> Iterator[tuple[Config, str]]:
+    """A copy as a branch of a Neon project, awake."""
+    with invocation(ctx).database(migrating=True) as config:
+        key, api = os.environ.get(neon.KEY, ""), os.environ.get("NEON_API_BASE", neon.API)
+        with neon.branch(project, sa.make_url(address(config)), api_key=key, api=api, waiting=note) as made:
+            copy = made.render_as_string(hide_password=False)
+            with awake(config.at(copy)):
+                pass
+            yield config, copy
 
 
 def _audited(conn: sa.Connection, config: Config) -> list[str]:
