@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hosts import App
+from hosts import HOSTS, App
 
+from tallystick import Config, HostMapping, UsersTable, WorkshopsTable
 from tallystick.cli import main
 from tallystick.config import to_toml
 
@@ -120,3 +121,27 @@ def test_plan_and_status_say_more(tally: Tally, app: App) -> None:
     assert code == 0
     assert "The app's own alembic (public.alembic_version) is at abc." in out
     assert as_json(tally("migrate", "status", "--json"))["trackers"][0]["newest"] == "abc"
+
+
+def test_init_says_what_it_means_that_workshops_have_no_date(
+    tally: Tally, app: App, make_app: Callable[..., App], tmp_path: Path
+) -> None:
+    said = "workshops from before then need a credit too"
+    assert said not in tally("init", "--force")[1]
+    dateless = make_app(HOSTS["integer"].ddl)
+    code, out, _ = tally("--database-url", dateless.url, "init", "--force")
+    assert (code, said in out) == (0, True)
+    assert "\ncreated_at = false  # " in (tmp_path / "tallystick.toml").read_text()
+    assert Config.load(tmp_path / "tallystick.toml").host == HOSTS["integer"].mapping
+    assert tally("--database-url", dateless.url, "migrate", "apply")[0] == 0
+
+
+def test_a_column_that_need_not_be_there_may_be_false(tally: Tally, make_app: Callable[..., App]) -> None:
+    dateless = make_app(HOSTS["integer"].ddl)
+    mapping = HostMapping(
+        users=UsersTable(key_type="integer"), workshops=WorkshopsTable(key_type="integer", title=None)
+    )
+    Path("tallystick.toml").write_text(to_toml(mapping))
+    code, _, err = tally("--database-url", dateless.url, "migrate", "plan")
+    assert code == 1
+    assert "Set host.workshops.created_at in tallystick.toml, to false if there is none" in err

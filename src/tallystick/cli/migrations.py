@@ -96,6 +96,12 @@ def init(
                 f"owner {place.owner}, title {place.title or 'none'}, created {place.created_at or 'none'}",
                 markup=False,
             )
+        if host.workshops is not None and host.workshops.created_at is None:
+            out.print(
+                f"No column of {host.workshops.schema}.{host.workshops.table} seems to say when it was made. With the "
+                "paywall on, workshops from before then need a credit too. If one does, set created_at to it.",
+                markup=False,
+            )
         out.print(f"Written to {output}. Look it over, then: tallystick migrate plan", markup=False)
 
     emit(host, show, as_json=as_json)

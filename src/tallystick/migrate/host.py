@@ -361,13 +361,16 @@ def _unsuitable(table: HostTable) -> str | None:
     return None
 
 
+_OPTIONAL = ("email", "title", "created_at")
+
+
 def _column(word: Word, setting: str, table: HostTable, columns: Mapping[str, HostColumn], name: str) -> HostColumn:
     if name in columns:
         return columns[name]
     near = difflib.get_close_matches(name, columns, n=1, cutoff=0.5)
     raise HostMismatch(
         f"{table.shown} has no column {name!r}{f'; did you mean {near[0]!r}?' if near else '.'} "
-        f"Set host.{word}.{setting} in tallystick.toml",
+        f"Set host.{word}.{setting} in tallystick.toml{', to false if there is none' if setting in _OPTIONAL else ''}",
         table=table.shown,
         column=name,
     )
