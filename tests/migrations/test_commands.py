@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hosts import HOSTS, App
 
-from tallystick import Config, HostMapping, UsersTable, WorkshopsTable
+from tallystick import Config, HostMapping, UsersTable, WorkshopsTable, migrate
 from tallystick.cli import main
 from tallystick.config import to_toml
 
@@ -145,3 +145,24 @@ def test_a_column_that_need_not_be_there_may_be_false(tally: Tally, make_app: Ca
     code, _, err = tally("--database-url", dateless.url, "migrate", "plan")
     assert code == 1
     assert "Set host.workshops.created_at in tallystick.toml, to false if there is none" in err
+
+
+def test_two_transactions_and_what_is_between_them(tally: Tally, app: App) -> None:
+    def stop(now: migrate.Progress) -> None:
+        if now.phase == "prepared":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        migrate.apply(app.url, app.config, two_transactions=True, progress=stop)
+    code, out, _ = tally("migrate", "status")
+    assert code == 1
+    assert "On the way to revision 0001: its new objects are there and nothing uses them yet." in out
+    assert "Not migrated yet" not in out
+    assert as_json(tally("migrate", "status", "--json"))["prepared"] == "0001"
+    assert "from a run in two transactions that was interrupted" in tally("migrate", "plan")[1]
+
+    code, out, err = tally("migrate", "apply", "--two-transactions")
+    assert code == 0
+    assert out.count(", in two transactions.") == 2
+    assert "0002: prepared" in err
+    assert as_json(tally("migrate", "status", "--json"))["prepared"] is None
