@@ -170,6 +170,16 @@ def test_a_wrong_key(double: Neon) -> None:
     assert "napi_wrong" not in str(caught.value)
 
 
+def test_a_refusal_is_not_taken_for_a_branch_that_is_left(double: Neon) -> None:
+    elsewhere = ORIGINAL.set(host="db.example.com")  # an address of one's own, which names no endpoint
+    with (
+        pytest.raises(NeonError, match=r"^Neon's API said 401"),
+        neon.branch(PROJECT, elsewhere, api_key="napi_wrong", api=double.api),
+    ):
+        pass
+    assert len(double.requests) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [({"api_key": ""}, "Set NEON_API_KEY"), ({"api": "http://neon.example/api/v2"}, "is not https")],

@@ -96,7 +96,11 @@ class _Neon:
             wanted["parent_id"] = self.call("GET", f"/endpoints/{quote(endpoint)}")["endpoint"]["branch_id"]
         self.waiting(f"making the branch {name}")
         self.asked = True
-        made = self.call("POST", "/branches", {"branch": wanted, "endpoints": [{"type": "read_write"}]})
+        try:
+            made = self.call("POST", "/branches", {"branch": wanted, "endpoints": [{"type": "read_write"}]})
+        except NeonError as error:
+            self.asked = error.status is None or error.status >= 500  # noqa: PLR2004 - a refusal has made nothing
+            raise
         self.id = made["branch"]["id"]
         for operation in made["operations"]:
             self.finish(operation)

@@ -148,7 +148,8 @@ def apply(
         PoolerRefused: the address is a pooler's.
         SchemaError: the database cannot be migrated as it is (see :func:`~tallystick.migrate.examine`).
         OutcomeUnknown: the connection died at the commit. Run it again: it continues from whatever is there.
-        DatabaseUnavailable, PermissionDenied, MigrationError: otherwise.
+        DatabaseUnavailable: also after 15 seconds in which the server was starting up or nobody answered.
+        PermissionDenied, MigrationError: otherwise.
     """
     engine = engine_of(database)
     with session(engine, waiting=_waking(progress)) as conn:
