@@ -480,3 +480,12 @@ def test_no_page_holds_script_or_style_of_its_own(world, open_console):
     for path in (*PAGES, at("/user", key=user), at("/user/grant", key=user)):
         page = visitor.get(path).text
         assert not re.search(r"<style|<script(?![^>]* src=)|\sstyle=|\son\w+=|javascript:", page), path
+
+
+def test_a_migration_on_its_way_is_not_called_applied(world, open_console):
+    """What a run in two transactions leaves between them, where a later package brings a further revision."""
+    with world.engine.begin() as conn:
+        conn.exec_driver_sql("INSERT INTO tallystick.migration_log (revision, direction) VALUES ('0003', 'prepare')")
+    visitor = open_console(world)
+    assert "Revision 0003 , prepared" in words(visitor.get("/"))
+    assert "0003 prepared" in words(visitor.get("/migrations"))
