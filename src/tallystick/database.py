@@ -74,6 +74,11 @@ def _raise(error: DBAPIError, *, connecting: bool) -> NoReturn:
         raise DatabaseUnavailable(
             f"cannot connect: {text}. Check the address, and that the server runs", sqlstate=state
         ) from error
+    if (state or "").startswith("53"):
+        raise DatabaseUnavailable(
+            f"the server has no room: {text}. Nothing was written; give it disk or memory and run it again",
+            sqlstate=state,
+        ) from error
     if lost or (state or "")[:2] in ("08", "57") or state in ("58030", "XX000"):
         raise OutcomeUnknown(
             f"the connection died under this call: {text}. Whether it was written is unknown; "

@@ -134,7 +134,7 @@ class DatabaseError(TallystickError):
 
 
 class DatabaseUnavailable(DatabaseError):
-    """No connection could be made."""
+    """No connection could be made, or the server has no disk or memory left (53*). Nothing was written."""
 
     retryable = True
 

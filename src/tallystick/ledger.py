@@ -366,7 +366,7 @@ class Ledger:
             now, later = _round(waiting)
             for n, row in self._spend(conn, now):
                 results[n] = row
-                del now[n]
+            now = {n: values for n, values in now.items() if results[n] is None}
             if now:
                 for (n, values), facts in zip(now.items(), self._facts(conn, list(now.values())), strict=True):
                     try:

@@ -13,11 +13,12 @@ import sqlalchemy as sa
 
 from crowd import books_balance
 from tallystick import Consume, CreditTransaction
-from tallystick.errors import Key, OutcomeUnknown
-from wire import Fault, Proxy
+from tallystick.errors import DatabaseError, Key, OutcomeUnknown
+from wire import Fault, Harm, Proxy
 from worlds import World
 
 Call = Callable[[sa.Connection], Any]
+PATIENCE_S = 30
 
 
 @dataclass
@@ -58,18 +59,13 @@ def proxy(world: World) -> Iterator[Proxy]:
     made.close()
 
 
-def faults(proxy: Proxy, attempt: Callable[[], Any]) -> list[Fault]:
-    """One for each message of an attempt that nobody disturbs."""
+def faults(proxy: Proxy, attempt: Callable[[], Any], *harms: Harm) -> list[Fault]:
+    """Each of these at each message of an attempt that nobody disturbs."""
     proxy.watch(None)
     attempt()
     seen = dict(proxy.seen)
     assert min(seen.values()) > 0
-    return [
-        Fault(side, number, harm)
-        for side, count in seen.items()
-        for number in range(count)
-        for harm in ("cut", "cut in the middle")
-    ]
+    return [Fault(side, number, harm) for side, count in seen.items() for number in range(count) for harm in harms]
 
 
 OPERATIONS = [
@@ -95,7 +91,7 @@ def test_cut_at_each_message(world: World, proxy: Proxy, operation: str) -> None
             return case.call(conn)
 
     committed = lost = 0
-    for fault in faults(proxy, lambda: attempt(prepared(world, operation))):
+    for fault in faults(proxy, lambda: attempt(prepared(world, operation)), "cut", "cut in the middle"):
         case = prepared(world, operation)
         try:
             attempt(case, fault)
@@ -155,7 +151,7 @@ def test_cut_at_each_message_of_a_transaction(world: World, proxy: Proxy) -> Non
                 world.ledger.consume(conn, user, workshop=workshop, key=f"pay {workshop}")
 
     both = neither = 0
-    for fault in faults(proxy, lambda: attempt(world.key("uuid"))):
+    for fault in faults(proxy, lambda: attempt(world.key("uuid")), "cut", "cut in the middle"):
         workshop = world.key("uuid")
         # in the operation the error is ours; in the caller's own statements and COMMIT it is SQLAlchemy's
         with suppress(OutcomeUnknown, sa.exc.OperationalError):
@@ -170,12 +166,33 @@ def test_cut_at_each_message_of_a_transaction(world: World, proxy: Proxy) -> Non
     books_balance(world)
 
 
-def test_a_slow_answer_is_an_answer(world: World, proxy: Proxy) -> None:
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_late_or_twice_at_each_message(world: World, proxy: Proxy, operation: str) -> None:
+    """What comes late is an answer. No network sends a message twice, but whatever does, nothing is done twice."""
     engine = sa.create_engine(proxy.url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
-    for side in ("to the server", "to the client"):
-        case = prepared(world, "consume")
+
+    def attempt(case: Case, fault: Fault | None = None) -> Any:
         with engine.connect() as conn:
-            conn.execute(sa.text("SELECT 1"))
-            proxy.watch(Fault(side, 1, "delay"))
-            assert not case.call(conn).replayed
+            conn.exec_driver_sql(f"SET statement_timeout = '{PATIENCE_S}s'")
+            proxy.watch(fault)
+            return case.call(conn)
+
+    confused = 0
+    for fault in faults(proxy, lambda: attempt(prepared(world, operation)), "twice", "delay"):
+        case = prepared(world, operation)
+        try:
+            told = replays(attempt(case, fault))
+        except (DatabaseError, sa.exc.SQLAlchemyError, ValueError):  # more rows than were asked for
+            assert fault.harm == "twice"
+            confused += 1
+        else:
+            assert not any(told) or operation == "attach_session"
+        assert fault.done.wait(PATIENCE_S)
+        settled(world)
+        with world.autocommit.connect() as conn:
+            case.call(conn)
+            again = case.call(conn)
+            assert world.ledger.balance(conn, case.user) == 15 + case.change
+        assert replays(again) == [True] * len(replays(again))
+    assert confused > 0, "no message was sent twice where it matters"
     books_balance(world)

@@ -17,7 +17,7 @@ from urllib.parse import quote
 import sqlalchemy as sa
 
 Side = Literal["to the server", "to the client"]
-Harm = Literal["cut", "cut in the middle", "delay"]
+Harm = Literal["cut", "cut in the middle", "twice", "delay"]
 SOCKET = ".s.PGSQL.5432"
 
 
@@ -76,7 +76,7 @@ class Proxy:
                     return
                 if harm == "delay":
                     threading.Event().wait(0.05)
-                target.sendall(message)
+                target.sendall(message * 2 if harm == "twice" else message)
         except OSError:
             pass  # the other direction was cut
         finally:
