@@ -4,14 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo example test check bench bench-migration hammer picture lock clean
+.PHONY: help install demo example test check bench bench-peers bench-growth bench-migration hammer picture lock clean
 
 help:
 	@echo "make demo    migrate a busy database, sell, spend, refund and audit credits (under a minute)"
 	@echo "make example an app that sells credits, with a double of Stripe, at http://127.0.0.1:8000"
 	@echo "make test    the whole test suite on the embedded PostgreSQL (and on 15, where it is installed)"
 	@echo "make check   ruff, mypy --strict and the import contracts"
-	@echo "make bench   consumptions against pgbench, and growth with history (minutes; QUICK=1 for a short form)"
+	@echo "make bench   consumptions against pgbench (minutes; QUICK=1 for a short form)"
+	@echo "make bench-peers   consumptions beside other credit ledgers, each installed by pip (7 minutes; QUICK=1 shorter)"
+	@echo "make bench-growth   operations and audit on 10,000,000 ledger rows against 10,000 (5 minutes; ROWS=100000 shorter)"
 	@echo "make bench-migration   what live traffic feels of a migration, ours beside others' (2 minutes; QUICK=1 shorter)"
 	@echo "make hammer  clients and their server killed for a minute, then every answer checked (SECONDS=60 PROCESSES=8)"
 	@echo "make lock    pin the development dependencies anew"
@@ -49,6 +51,12 @@ check: install
 
 bench: install
 	$(BIN)/python benchmarks/ledger.py $(if $(QUICK),--quick)
+
+bench-peers: install
+	$(BIN)/python benchmarks/peers/run.py $(if $(QUICK),--quick,--picture benchmarks/peers.svg)
+
+bench-growth: install
+	$(BIN)/python benchmarks/growth.py $(if $(ROWS),--rows $(ROWS))
 
 bench-migration: install
 	$(BIN)/python benchmarks/migration.py $(if $(QUICK),--quick)

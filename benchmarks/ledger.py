@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import datetime as dt
 import itertools
 import multiprocessing
 import platform
@@ -20,7 +19,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -163,36 +162,6 @@ def combined(app: App, *, callers: int, seconds: float) -> float:
     return done / seconds
 
 
-# --- growth ---
-
-
-def reads(app: App, count: int) -> dict[str, float]:
-    """The median of each operation in milliseconds, on users of this many rows."""
-    ledger, dice = app.ledger, random.Random(1)
-    ago = dt.datetime.now(dt.UTC) - dt.timedelta(minutes=app.rows_each / 2)
-    deep = str(max(2, app.rows_each - 5))
-    calls: dict[str, Callable[[sa.Connection, int], Any]] = {
-        "consume": lambda conn, user: ledger.consume(conn, user, key=uuid4().hex),
-        "balance": ledger.balance,
-        "balance_at": lambda conn, user: ledger.balance_at(conn, user, ago),
-        "history, first page of 5": lambda conn, user: ledger.history(conn, user, limit=5),
-        "history, a page far back": lambda conn, user: ledger.history(conn, user, limit=5, before=deep),
-    }
-    engine = sa.create_engine(app.url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
-    found = {}
-    with engine.connect() as conn:
-        for name, call in calls.items():
-            took = []
-            for n in range(count + 50):
-                user = dice.randint(1, app.users)
-                begun = time.perf_counter()
-                call(conn, user)
-                if n >= 50:
-                    took.append(time.perf_counter() - begun)
-            found[name] = Timing.of(took, 1).median_ms
-    return found
-
-
 # --- tables ---
 
 
@@ -211,12 +180,10 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small and short")
-    parser.add_argument("--rows", type=int, help="ledger rows of the large database (default 1,000,000)")
     parser.add_argument("--folder", type=Path, help="put the server's data here, on the disk to be measured")
     asked = parser.parse_args()
     seconds, turns = (1.0, 1) if asked.quick else (5.0, 3)
-    users, small, large = (1_000, 10_000, 50_000) if asked.quick else (10_000, 10_000, 1_000_000)
-    large = asked.rows or large
+    users = 1_000 if asked.quick else 10_000
 
     with stage.server(asked.folder) as server:
         print(f"PostgreSQL {server.version}, Python {platform.python_version()}, fsync on; medians over {turns} turns")
@@ -260,22 +227,6 @@ def main() -> None:
         rate = combined(app, callers=256, seconds=seconds)
         lines.append(["Combiner, 256 asyncio callers", f"{rate:,.0f}", f"{rate / alone:.1f}"])
         print(table(["", "a second", "times consume at 16 connections"], lines))
-
-        few = stage.app(server, "few", users=1_000, rows_each=small // 1_000)
-        many = stage.app(server, "many", users=1_000, rows_each=large // 1_000)
-        count = 200 if asked.quick else 2_000
-        runs = [(reads(few, count), reads(many, count)) for _ in range(turns)]
-        print("\ngrowth")
-        print(
-            table(
-                ["median ms", f"{few.rows:,} rows", f"{many.rows:,} rows", "ratio"],
-                (
-                    [name, f"{a:.2f}", f"{b:.2f}", f"{b / a:.2f}"]
-                    for name in runs[0][0]
-                    for a, b in [sorted((run[0][name], run[1][name]) for run in runs)[turns // 2]]
-                ),
-            )
-        )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,11 +64,11 @@ class App:
 
 
 @contextmanager
-def server(folder: Path | None = None) -> Iterator[Server]:
+def server(folder: Path | None = None, settings: Mapping[str, str] = SETTINGS) -> Iterator[Server]:
     """A server in a temporary folder (of ``folder``, if the default one is not on the disk in question)."""
     home = Path(tempfile.mkdtemp(prefix="tallystick-bench-", dir=folder))
     try:
-        with Server(home, settings=SETTINGS) as running:
+        with Server(home, settings=settings) as running:
             yield running
     finally:
         shutil.rmtree(home)

@@ -7,6 +7,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,10 +158,18 @@ def healthy(world: World) -> Healthy:
     return Healthy(world)
 
 
+PARTS_OF_ONE = {"PART_ROWS": 1, "PARTS": 10**6}
+
+
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Call it to have every user in a part of its own."""
-    return lambda: monkeypatch.setattr(sys.modules[audit.__module__], "PART_ROWS", 1)
+
+    def divide() -> None:
+        for setting, value in PARTS_OF_ONE.items():
+            monkeypatch.setattr(sys.modules[audit.__module__], setting, value)
+
+    return divide
 
 
 @dataclass(frozen=True)
@@ -377,7 +386,7 @@ def test_each_fault_is_found_and_nothing_else(any_world: World, monkeypatch: pyt
                 assert healthy.named(fault.at) in named, fault
                 assert "{" not in f"{finding.expected}{finding.likely_cause}{finding.what_to_do}", fault
                 # each user by itself; and too many suspects to look at them alone
-                for setting, value in (("PART_ROWS", 1), ("SUSPECTS", 0)):
+                for setting, value in {**PARTS_OF_ONE, "SUSPECTS": 0}.items():
                     with monkeypatch.context() as patch:
                         patch.setattr(sys.modules[audit.__module__], setting, value)
                         again = audit(conn, any_world.config).findings
@@ -597,6 +606,44 @@ def test_progress_ends_at_all_rows(healthy: Healthy, small_parts: Callable[[], N
     assert seen[-1] == (9, 9)
 
 
+def test_an_interrupted_audit_goes_on(healthy: Healthy, small_parts: Callable[[], None]) -> None:
+    with healthy.broken() as conn:
+        for user in (healthy.ann, healthy.bob):
+            healthy.user(conn, user, credit_balance=40)
+    whole = healthy.audit()
+    assert len(whole.findings) == 2
+    small_parts()
+    parts: list[Report] = []
+
+    def stop_after_the_first(part: Report) -> None:
+        parts.append(part)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        healthy.audit(each=stop_after_the_first)
+    while (last := parts[-1].last) is not None:
+        with suppress(KeyboardInterrupt):
+            healthy.audit(after=last, each=stop_after_the_first)
+    assert len(parts) > 2
+    assert sum(part.users for part in parts) == whole.users
+    assert sum(part.rows for part in parts) == whole.rows
+    found = [finding for part in parts for finding in part.findings]
+    assert sorted(map(repr, found)) == sorted(map(repr, whole.findings))
+
+
+def test_reports_of_ranges_together_keep_to_the_limit(healthy: Healthy, small_parts: Callable[[], None]) -> None:
+    with healthy.broken() as conn:
+        for user in (healthy.ann, healthy.bob):
+            healthy.user(conn, user, credit_balance=40)
+    small_parts()
+    parts: list[Report] = []
+    report = healthy.audit(limit=1, each=parts.append)
+    assert [finding for part in parts for finding in part.findings] == list(report.findings)
+    assert report.truncated
+    assert parts[-1].truncated
+    assert report.last is None
+
+
 def test_it_changes_nothing_and_leaves_the_callers_transaction_alone(healthy: Healthy) -> None:
     with healthy.broken() as conn:
         healthy.user(conn, healthy.ann, credit_balance=40)
@@ -610,6 +657,7 @@ def test_it_changes_nothing_and_leaves_the_callers_transaction_alone(healthy: He
 def test_arguments_that_make_no_sense(healthy: Healthy) -> None:
     for arguments, words in (
         ({"limit": 0}, "limit=0"),
+        ({"user": uuid.uuid4(), "after": uuid.uuid4()}, "pass one of them"),
         ({"since": dt.datetime(2026, 1, 1)}, "time zone"),  # noqa: DTZ001  the point of the case
         ({"user": "nobody"}, "no uuid key"),
     ):

@@ -136,6 +136,7 @@ def test_the_audit_finds_what_was_broken(at, world: World):
     assert (said.code, str(user) in said.out, "what to do" in said.out) == (1, True, True)
     assert tally("audit", "--json").json["findings"][0]["user"] == str(user)
     assert "credit_balance" in tally("audit", "--checks").out
+    assert tally("audit", "--after", user).code == 0  # nobody is behind the only user
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ Only where a sum does not come out is it taken again for each user by itself, an
 slower checks are run, which say what is wrong and where.
 
 Users, ledger and workshops are compared within one statement, hence in one snapshot: live traffic never looks like
-a fault. Large databases are taken in ranges of user keys, a few seconds each, so that outside a transaction of
-REPEATABLE READ or above no snapshot is held for long.
+a fault. Large databases are taken in ranges of user keys, so that outside a transaction of REPEATABLE READ or above
+no snapshot is held for long: a few seconds each, or an eighth of a very large ledger. Each range may scan the whole
+table for its rows, so that more of them would take longer in all. An audit can go on ``after`` a range.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ from tallystick.schema import CreditTransactionStatus, CreditTransactionType, Sc
 
 PART_ROWS = 5_000_000
 """About how many rows of users and ledger one statement looks at."""
+
+PARTS = 8
+"""Into about so many parts a ledger is divided at most: they are larger then."""
 
 SUSPECTS = 10_000
 """With more users than these under suspicion, the precise checks look at everyone in the part."""
@@ -75,7 +79,8 @@ class Finding:
 class Report:
     """What an audit saw: ``users`` and ledger ``rows`` looked at, which checks ran, and what they found.
 
-    ``truncated`` says that a check reached its limit: there may be more of its findings.
+    ``truncated`` says that a check reached its limit: there may be more of its findings. ``last`` is the last user's
+    key of a range, where there are more users behind it.
     """
 
     findings: tuple[Finding, ...]
@@ -84,6 +89,7 @@ class Report:
     rows: int
     seconds: float
     checked: tuple[str, ...]
+    last: Key | None = None
 
     @property
     def clean(self) -> bool:
@@ -118,8 +124,10 @@ def audit(
     *,
     user: Key | None = None,
     since: dt.datetime | None = None,
+    after: Key | None = None,
     limit: int = 1000,
     progress: Callable[[int, int], None] | None = None,
+    each: Callable[[Report], None] | None = None,
 ) -> Report:
     """Check everything, or one ``user``, or those users whose ledger got or completed a row at or after ``since``.
 
@@ -127,10 +135,14 @@ def audit(
     most ``limit`` findings, so that a common fault does not hide a rare one; the worst come first. ``progress`` is
     called with the ledger rows done and the rows in all (an estimate, never less than those done).
 
+    ``each`` is called with a report of each range of users when it is done. Keep what it finds, and its ``last``: an
+    audit with that as ``after`` begins where one that was interrupted stopped, and looks at the users behind it only.
+
     Best called on a connection in autocommit; in a transaction it neither commits nor rolls back.
 
     Raises:
-        InvalidArgument: ``user`` is no key of the mapped type, ``since`` has no time zone, ``limit`` is below 1.
+        InvalidArgument: ``user`` or ``after`` is no key of the mapped type or both are given, ``since`` has no time
+            zone, ``limit`` is below 1.
         UnknownUser: ``user`` is neither in the users table nor in the ledger.
         NotMigrated: a table or column is missing.
         DatabaseError: the database did not answer.
@@ -142,6 +154,12 @@ def audit(
         raise InvalidArgument(
             f"since={since}: add a time zone, as in {since.isoformat()}+00:00", argument="since", value=since
         )
+    if user is not None and after is not None:
+        raise InvalidArgument(
+            f"user={user!r}, after={after!r}: pass one of them, one user or those behind one",
+            argument="after",
+            value=after,
+        )
     schema = Schema.of(config.host)
     if user is not None:
         user = schema.user_key(user)
@@ -149,10 +167,12 @@ def audit(
     checks = [check for check in CHECKS.values() if schema.workshops is not None or not check.needs_workshops]
     found: dict[str, list[Finding]] = {check.name: [] for check in checks}
     users = rows = 0
-    low: Key | None = None
-    divided = user is None and facts.users + facts.rows > PART_ROWS
-    step = max(1, facts.users * PART_ROWS // max(facts.users + facts.rows, 1))
+    low: Key | None = None if after is None else schema.user_key(after)
+    part_rows = max(PART_ROWS, (facts.users + facts.rows) // PARTS)
+    divided = user is None and facts.users + facts.rows > part_rows
+    step = max(1, facts.users * part_rows // max(facts.users + facts.rows, 1))
     while True:
+        begun, before = time.perf_counter(), {name: len(some) for name, some in found.items()}
         high = _last_key(conn, schema, low, step) if divided else None
         part = _Part(schema, facts, low=low, high=high, user=user, since=since)
         sums = run(conn, part.sums(), {}).mappings().one()
@@ -161,10 +181,13 @@ def audit(
         _search(conn, part, signs, found, most=limit + 1)  # one more tells whether it is all
         if progress is not None:
             progress(rows, rows if high is None else max(rows, facts.rows))
+        if each is not None:
+            new = {name: some[before[name] :] for name, some in found.items()}
+            each(_report(new, found, limit, users=sums["users"], rows=sums["rows"], began=begun, last=high))
         if high is None:
             break
         # follow how many rows users really have, but not far on the word of one neighbourhood
-        step = max(1, min(step * PART_ROWS // max(sums["users"] + sums["rows"], 1), step * 4))
+        step = max(1, min(step * part_rows // max(sums["users"] + sums["rows"], 1), step * 4))
         low = high
     if user is not None and not users and not rows:
         raise UnknownUser(
@@ -172,13 +195,29 @@ def audit(
             "Check the key; tallystick audit without --user checks everyone",
             user=user,
         )
+    return _report(found, found, limit, users=users, rows=rows, began=started)
+
+
+def _report(
+    new: Mapping[str, list[Finding]],
+    found: Mapping[str, list[Finding]],
+    limit: int,
+    *,
+    users: int,
+    rows: int,
+    began: float,
+    last: Key | None = None,
+) -> Report:
+    """Of ``new`` findings, the last among those ``found`` so far, of which each check shows no more than ``limit``."""
+    shown = {name: some[: max(0, limit - (len(found[name]) - len(some)))] for name, some in new.items()}
     return Report(
-        findings=tuple(finding for some in found.values() for finding in some[:limit]),
+        findings=tuple(finding for some in shown.values() for finding in some),
         truncated=any(len(some) > limit for some in found.values()),
         users=users,
         rows=rows,
-        seconds=time.perf_counter() - started,
-        checked=tuple(found),
+        seconds=time.perf_counter() - began,
+        checked=tuple(new),
+        last=last,
     )
 
 

@@ -32,7 +32,8 @@ class Fault:
 
 
 class Proxy:
-    """Listens on a socket of its own. ``seen`` counts the messages of each side since the last ``watch()``."""
+    """Listens on a socket of its own. ``seen`` counts the messages of each side since the last ``watch()``, and
+    ``round_trips`` how often the server was done and waited for the client."""
 
     def __init__(self, url: str) -> None:
         address = sa.make_url(url)
@@ -53,7 +54,7 @@ class Proxy:
 
     def watch(self, fault: Fault | None) -> None:
         with self.lock:
-            self.fault, self.seen = fault, {"to the server": 0, "to the client": 0}
+            self.fault, self.seen, self.round_trips = fault, {"to the server": 0, "to the client": 0}, 0
 
     def _accept(self) -> None:
         while True:
@@ -76,6 +77,9 @@ class Proxy:
                     return
                 if harm == "delay":
                     threading.Event().wait(0.05)
+                if side == "to the client" and message[:1] == b"Z":  # ready for the next query
+                    with self.lock:
+                        self.round_trips += 1
                 target.sendall(message * 2 if harm == "twice" else message)
         except OSError:
             pass  # the other direction was cut

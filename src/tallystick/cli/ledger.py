@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import shlex
 from collections.abc import Sequence
 from typing import Annotated
 from uuid import uuid4
@@ -217,6 +218,10 @@ def audit(
         dt.datetime | None,
         typer.Option("--since", help="Only users whose ledger moved since then (UTC).", metavar="TIME"),
     ] = None,
+    after: Annotated[
+        str | None,
+        typer.Option("--after", help="Only users behind this one: go on with an interrupted audit.", metavar="KEY"),
+    ] = None,
     limit: Annotated[int, typer.Option("--limit", help="Findings to show at most.", min=1)] = 100,
     checks: Annotated[bool, typer.Option("--checks", help="List what is checked, and exit.")] = False,
     as_json: Json = False,
@@ -232,17 +237,28 @@ def audit(
             shown.add_row(name, purpose)
         emit(listing, lambda: out.print(shown), as_json=as_json)
         return
+    parts: list[auditing.Report] = []
     with invocation(ctx).connection(autocommit=True) as (conn, config):
         verify(conn)
-        with progress_bar("Auditing") as progress:
-            report = auditing.audit(
-                conn,
-                config,
-                user=None if user is None else user_key(config, user),
-                since=None if since is None else since.replace(tzinfo=since.tzinfo or dt.UTC),
-                limit=limit,
-                progress=progress,
-            )
+        try:
+            with progress_bar("Auditing") as progress:
+                report = auditing.audit(
+                    conn,
+                    config,
+                    user=None if user is None else user_key(config, user),
+                    since=None if since is None else since.replace(tzinfo=since.tzinfo or dt.UTC),
+                    after=None if after is None else user_key(config, after),
+                    limit=limit,
+                    progress=progress,
+                    each=parts.append,
+                )
+        except KeyboardInterrupt:
+            if parts:
+                for part in parts:
+                    show_findings(part)
+                behind = shlex.quote(str(parts[-1].last))
+                note(f"Stopped. To go on with the users that were not looked at: tallystick audit --after {behind}")
+            raise
     emit(report, lambda: show_audit(report), as_json=as_json)
     if not report.clean:
         raise typer.Exit(1)
@@ -259,6 +275,11 @@ def show_audit(report: auditing.Report) -> None:
         out.print(f"[red]{faults}{more} {'fault' if faults == 1 and not more else 'faults'}[/] in {size}.")
     if waiting := len(report.findings) - faults:
         out.print(f"{waiting} {'waits' if waiting == 1 else 'wait'} for something outside of the ledger.")
+    show_findings(report)
+
+
+def show_findings(report: auditing.Report) -> None:
+    """Each with where it is and what to do about it."""
     for finding in report.findings:
         out.print()
         out.print(f"[bold]{finding.check}[/]  {escape(finding.where)}")
