@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from hosts import App
+from node_tools import DRIZZLE, Project, project, write_drizzle
 
 from tallystick import migrate
 from tallystick.errors import ConfigError
@@ -103,3 +104,92 @@ def test_a_folder_that_is_none_of_drizzles(app: App, tmp_path: Path, ddl: str) -
     app.run(*ddl.split(";"))
     with pytest.raises(ConfigError, match="drizzle-kit"):
         look(app, drizzle=tmp_path)
+
+
+@pytest.fixture(params=DRIZZLE)
+def drizzle(request: pytest.FixtureRequest, make_app: Callable[..., App], tmp_path: Path) -> tuple[App, Project, str]:
+    """An app whose tables come from a history that drizzle-kit wrote and applied."""
+    node = project(request.param, tmp_path)
+    app = make_app("SELECT 1")
+    write_drizzle(node, app.engine.url)
+    node.run("drizzle-kit", "generate", "--name", "first")
+    node.run("drizzle-kit", "migrate")
+    migrate.apply(app.url, app.config)
+    return app, node, "drizzle 0.x" if request.param == "drizzle_0" else "drizzle 1.0"
+
+
+def believed(app: App, node: Project) -> Tracker:
+    [found] = look(app, drizzle=node.folder / "drizzle")
+    return found
+
+
+@pytest.mark.one_server
+def test_what_drizzle_kit_wrote_and_applied(drizzle: tuple[App, Project, str]) -> None:
+    app, node, tool = drizzle
+    found = believed(app, node)
+    assert (found.tool, found.table, found.entries) == (tool, "drizzle.__drizzle_migrations", ())
+    assert found.newest
+
+    [file] = (node.folder / "drizzle").rglob("*.sql")
+    name = file.stem if tool == "drizzle 0.x" else file.parent.name
+    applied = file.read_bytes()
+    assert b"\n" in applied
+    file.write_bytes(applied.replace(b"\n", b"\r\n"))
+    assert believed(app, node).entries == (Entry(name, "line endings"),)
+    file.write_bytes(applied + b"-- edited\n")
+    assert believed(app, node).entries == (Entry(name, "changed"),)
+
+
+@pytest.mark.one_server
+@pytest.mark.parametrize("ends", ["LF", "CRLF"])
+def test_what_drizzle_kit_applied_from_a_windows_checkout(
+    ends: str, make_app: Callable[..., App], tmp_path: Path
+) -> None:
+    """The file is as git gave it there; here it is with the other ends."""
+    node = project("drizzle_0", tmp_path)
+    app = make_app("SELECT 1")
+    write_drizzle(node, app.engine.url)
+    node.run("drizzle-kit", "generate", "--name", "first")
+    [file] = (tmp_path / "drizzle").rglob("*.sql")
+    forms = {"LF": file.read_bytes(), "CRLF": file.read_bytes().replace(b"\n", b"\r\n")}
+    file.write_bytes(forms.pop(ends))
+    node.run("drizzle-kit", "migrate")
+    assert believed(app, node).entries == ()
+    file.write_bytes(forms.popitem()[1])
+    assert believed(app, node).entries == (Entry(file.stem, "line endings"),)
+
+
+@pytest.mark.one_server
+def test_what_drizzle_kit_will_apply_and_what_it_never_will(drizzle: tuple[App, Project, str]) -> None:
+    """A second migration, which another branch wrote before the first was applied."""
+    app, node, tool = drizzle
+    [first] = (node.folder / "drizzle").rglob("*.sql")
+    write_drizzle(node, app.engine.url, users='  nickname: text("nickname"),')
+    node.run("drizzle-kit", "generate", "--name", "second")
+    [second] = {*(node.folder / "drizzle").rglob("*.sql")} - {first}
+    name = second.stem if tool == "drizzle 0.x" else second.parent.name
+    assert believed(app, node).entries == (Entry(name, "pending"),)
+
+    there = "SELECT count(*) FROM pg_attribute WHERE attrelid = 'users'::regclass AND attname = 'nickname'"
+    if tool == "drizzle 0.x":
+        journal = node.folder / "drizzle" / "meta" / "_journal.json"
+        known = json.loads(journal.read_text())
+        known["entries"][1]["when"] = known["entries"][0]["when"] - 1
+        journal.write_text(json.dumps(known))
+        assert believed(app, node).entries == (Entry(name, "masked"),)
+        assert "migrations applied successfully" in node.run("drizzle-kit", "migrate")
+        assert believed(app, node).entries == (Entry(name, "masked"),)
+        assert app.value(there) == 0
+    else:  # which goes by the names, in whatever order they come
+        second.parent.rename(node.folder / "elsewhere")
+        write_drizzle(node, app.engine.url, workshops='  colour: text("colour"),')
+        node.run("drizzle-kit", "generate", "--name", "third")
+        node.run("drizzle-kit", "migrate")
+        (node.folder / "elsewhere").rename(second.parent)
+        found = believed(app, node)
+        assert found.newest is not None
+        assert name < found.newest
+        assert found.entries == (Entry(name, "pending"),)
+        node.run("drizzle-kit", "migrate")
+        assert believed(app, node).entries == ()
+        assert app.value(there) == 1
