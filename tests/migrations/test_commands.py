@@ -98,8 +98,10 @@ def test_a_server_too_old_for_the_programs_is_refused(
 def test_rehearse(tally: Tally, app: App, tmp_path: Path) -> None:
     before = app.dump()
     (tmp_path / "app.sql").write_text("SELECT email FROM users; UPDATE users SET email = email;")
-    code, out, _ = tally("migrate", "rehearse", "--statements", "app.sql", "--html", "report.html")
+    code, out, err = tally("migrate", "rehearse", "--statements", "app.sql", "--html", "report.html")
     assert code == 0, out
+    assert "The ledger was used on the copy: reading the balance" in " ".join(out.split())
+    assert err.index("restoring the copy") < err.index("using the ledger") < err.index("going back")
     assert "Passed" in out
     assert "<svg" in (tmp_path / "report.html").read_text()
     assert app.dump() == before
@@ -109,6 +111,7 @@ def test_rehearse(tally: Tally, app: App, tmp_path: Path) -> None:
     said = tally("migrate", "rehearse", "--from", "copy.backup", "--statements", "app.sql", "--json")
     assert said[0] == 1
     assert "after the migration" in as_json(said)["broken"][0]
+    assert [one["fault"] for one in as_json(said)["lived"]] == [None] * 7
 
 
 def test_plan_and_status_say_more(tally: Tally, app: App) -> None:
