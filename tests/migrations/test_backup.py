@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import resource
+import signal
 import stat
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +15,19 @@ import sqlalchemy as sa
 import zstandard
 from hosts import HOSTS, App
 
+from servers import EMBEDDED
 from tallystick import migrate
+from tallystick.devdb import find_binaries
 from tallystick.errors import BackupError, DatabaseUnavailable
-from tallystick.migrate.backup import Backup, backup, read_manifest, restore, verify_backup
+from tallystick.migrate.backup import (
+    Backup,
+    backup,
+    installed,
+    programs_for,
+    read_manifest,
+    restore,
+    verify_backup,
+)
 
 STRANGE = '''
 CREATE SCHEMA "a:b";
@@ -207,3 +219,72 @@ def test_the_password_is_on_no_command_line(app: App, tmp_path: Path) -> None:
     assert seen
     assert not [line for line in seen if "s3cret" in line]
     assert b"s3cret" not in made.path.read_bytes()
+
+
+ALONE = """
+import os, signal, sys
+from pathlib import Path
+from tallystick.migrate.backup import backup
+
+url, target, programs, moment, number = sys.argv[1:]
+
+def hit(what, part):
+    if what == moment:
+        os.kill(os.getpid(), int(number))
+
+backup(url, Path(target), bin_dir=Path(programs), progress=hit)
+"""
+
+
+def hit(app: App, target: Path, moment: str, number: signal.Signals) -> int:
+    """A backup in a process of its own, which gets a signal at a moment; its exit code."""
+    arguments = [sys.executable, "-c", ALONE, app.url, target, app.server.bin, moment, str(int(number))]
+    return subprocess.run(arguments, timeout=120, capture_output=True, check=False).returncode
+
+
+@pytest.mark.parametrize("moment", ["dumping", "counting rows", "verifying"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_leaves_nothing(app: App, tmp_path: Path, number: signal.Signals, moment: str) -> None:
+    # more than the pipes hold, so that whoever is not read from waits
+    app.run("CREATE TABLE much AS SELECT i, repeat(md5(i::text), 30) FROM generate_series(1, 3000) i")
+    code = hit(app, tmp_path / "app.backup", moment, number)
+    assert code == (-number if number is signal.SIGINT else 128 + number)
+    assert empty(tmp_path)
+
+
+def test_what_a_killed_run_left_goes_with_the_next(app: App, tmp_path: Path) -> None:
+    assert hit(app, tmp_path / "first.backup", "dumping", signal.SIGKILL) == -signal.SIGKILL
+    [left] = tmp_path.iterdir()
+    assert left.name.startswith(".first.backup.")
+    (tmp_path / ".other.partial").write_text("not ours")
+    take(app, tmp_path / "second.backup")
+    assert {path.name for path in tmp_path.iterdir()} == {"second.backup", ".other.partial"}
+
+
+def test_two_at_once_leave_each_other_alone(app: App, tmp_path: Path) -> None:
+    def another(what: str, _: float) -> None:
+        if what == "counting rows":
+            take(app, tmp_path / "b.backup")
+
+    made = take(app, tmp_path / "a.backup", progress=another)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.backup", "b.backup"}
+    assert verify_backup(made.path, bin_dir=app.server.bin) == made.manifest
+
+
+OLD = Path("/usr/lib/postgresql/15/bin")
+
+
+@pytest.mark.skipif(not OLD.exists(), reason="this machine has no PostgreSQL 15 of its own")
+def test_the_programs_that_fit_the_server_are_chosen(app: App) -> None:
+    folders = [find_binaries(), OLD]
+    server = int(app.server.version.partition(".")[0])
+    assert OLD in installed()
+    for restoring in (False, True):
+        assert programs_for(app.url, folders, restoring=restoring).major == server
+    assert programs_for(app.url, [find_binaries()]).major == int(EMBEDDED)
+    if server < int(EMBEDDED):
+        with pytest.raises(BackupError, match="TALLYSTICK_PG_BIN=/usr/lib/postgresql/15/bin"):
+            programs_for(app.url, [find_binaries()], restoring=True)
+    else:
+        with pytest.raises(BackupError, match="found: PostgreSQL 15's programs"):
+            programs_for(app.url, [OLD])

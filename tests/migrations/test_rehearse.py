@@ -6,10 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from hosts import HOSTS, App
 
 from tallystick import migrate
+from tallystick.audit import audit
 from tallystick.migrate import Rehearsal, Traced, rehearse, report
+from tallystick.schema import Schema
 
 NAMES = ("uuid", "keyed by an external identity", "quoted, reserved and in schemas", "with every column already")
 
@@ -69,3 +72,75 @@ def test_faults_of_the_audit_count(app: App) -> None:
     done = rehearse(app.url, app.config, audit=lambda conn: [f"users: {conn.exec_driver_sql('SELECT 1').scalar()}"])
     assert done.drift == ("users: 1",)
     assert not done.passed
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_the_ledger_is_used_and_leaves_nothing(name: str, make_app: Callable[..., App]) -> None:
+    app = make_app(HOSTS[name].ddl, HOSTS[name].mapping)
+    seen: list[int | None] = []
+
+    def audited(conn: sa.Connection) -> list[str]:
+        rows = Schema.of(app.config.host).credit_transactions
+        seen.append(conn.scalar(sa.select(sa.func.count()).select_from(rows)))
+        return [str(finding) for finding in audit(conn, app.config).findings if finding.fault]
+
+    before = app.dump("--schema-only")
+    steps: list[str] = []
+    done = rehearse(app.url, app.config, audit=audited, progress=steps.append)
+    assert done.passed, done.problems
+    assert app.dump("--schema-only") == before
+    has_users = name in {"uuid", "text", "integer", "keyed by an external identity", "keyed by a reserved word"}
+    assert [one.fault for one in done.lived] == ([None] * 7 if has_users else [])
+    assert seen == [4 if has_users else 0]
+    assert steps.index("using the ledger") < steps.index("auditing") < steps.index("going back")
+
+
+def test_a_workshop_is_unlocked_where_there_is_one(app: App, make_app: Callable[..., App]) -> None:
+    before = sorted(app.dump().splitlines())  # a row that was changed lies elsewhere
+    done = rehearse(app.url, app.config)
+    assert "unlocking a workshop" in [one.what for one in done.lived]
+    assert sorted(app.dump().splitlines()) == before, "the rows too"
+    assert "unlocking a workshop" in report(done)
+
+    other = make_app(HOSTS["keyed by an external identity"].ddl, HOSTS["keyed by an external identity"].mapping)
+    assert "spending a credit" in [one.what for one in rehearse(other.url, other.config).lived]
+
+    nobody = make_app(HOSTS["no workshops"].ddl, HOSTS["no workshops"].mapping)
+    done = rehearse(nobody.url, nobody.config)
+    assert (done.passed, done.lived) == (True, ())
+    assert "the copy has no user that is not deleted" in report(done)
+
+
+def test_a_ledger_that_does_not_work_there_is_told(app: App) -> None:
+    """A trigger of the app's forbids what the ledger has to do."""
+    app.psql("""
+        CREATE FUNCTION frozen() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'users are frozen'; END $$;
+        CREATE TRIGGER frozen BEFORE UPDATE ON users FOR EACH ROW EXECUTE FUNCTION frozen();
+    """)
+    done = rehearse(app.url, app.config)
+    assert [(one.what, bool(one.fault)) for one in done.lived][-1] == ("granting 2 credits", True)
+    assert any("users are frozen" in problem for problem in done.problems)
+    assert not done.passed
+    assert "users are frozen" in report(done)
+
+
+def test_rows_that_did_not_come_back_are_told(app: App) -> None:
+    """Somebody else changes the copy meanwhile."""
+    steps: list[str] = []
+
+    def meddle(step: str) -> None:
+        steps.append(step)
+        if step == "auditing":
+            app.run("UPDATE workshops SET title = 'other' WHERE id = (SELECT id FROM workshops LIMIT 1)")
+
+    done = rehearse(app.url, app.config, progress=meddle)
+    assert done.left_behind == ("public.workshops: its rows are not what they were",)
+
+
+def test_columns_that_the_app_had_before_may_keep_what_the_ledger_wrote(make_app: Callable[..., App]) -> None:
+    case = HOSTS["with every column already"]
+    app = make_app(case.ddl, case.mapping)
+    app.run("INSERT INTO users (id) VALUES (gen_random_uuid())")
+    done = rehearse(app.url, app.config)
+    assert done.passed, done.problems
+    assert app.value("SELECT credit_balance FROM users") == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated
@@ -10,7 +12,7 @@ import typer
 
 from tallystick import devdb
 from tallystick.cli.app import Json, address, app, emit, invocation, note, out, progress_bar
-from tallystick.errors import BackupError
+from tallystick.errors import BackupError, DevServerError
 
 
 def backups() -> ModuleType:
@@ -22,10 +24,24 @@ def backups() -> ModuleType:
     return backup
 
 
+def programs_for(url: str, *, restoring: bool = False) -> Path:
+    """The folder of the programs to use, which is said on stderr: those that are named, else the best there are."""
+    if "TALLYSTICK_PG_BIN" in os.environ:
+        folders = [devdb.find_binaries()]
+    else:
+        folders = backups().installed()
+        with suppress(DevServerError):
+            folders.insert(0, devdb.find_binaries())
+    found = backups().programs_for(url, folders, restoring=restoring)
+    note(f"With {found}.")
+    return Path(found.folder)
+
+
 def take_backup(url: str, target: Path) -> None:
     """With a progress bar, and a line on stderr when it is verified."""
+    programs = programs_for(url)
     with progress_bar("Backup") as bar:
-        made = backups().backup(url, target, bin_dir=devdb.find_binaries(), progress=lambda _, part: bar(part, 1))
+        made = backups().backup(url, target, bin_dir=programs, progress=lambda _, part: bar(part, 1))
     note(f"Backup {made.path}: {made.bytes:,} bytes, {sum(made.manifest.rows.values()):,} rows, verified.")
 
 
@@ -70,14 +86,16 @@ def restore(
     as_json: Json = False,
 ) -> None:
     """Put a backup into an empty database, in one transaction, and count its rows."""
-    with invocation(ctx).database(migrating=True) as config, progress_bar("Restore") as bar:
-        manifest = backups().restore(
-            file,
-            address(config),
-            bin_dir=devdb.find_binaries(),
-            owners=not no_owners,
-            progress=lambda _, part: bar(part, 1),
-        )
+    with invocation(ctx).database(migrating=True) as config:
+        programs = programs_for(address(config), restoring=True)
+        with progress_bar("Restore") as bar:
+            manifest = backups().restore(
+                file,
+                address(config),
+                bin_dir=programs,
+                owners=not no_owners,
+                progress=lambda _, part: bar(part, 1),
+            )
     emit(
         manifest,
         lambda: out.print(f"Restored {sum(manifest.rows.values()):,} rows in {len(manifest.rows)} tables."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -375,15 +376,23 @@ def rehearse(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Migrate a copy in an embedded server that is thrown away, watch it, audit, and go back.
+    """Migrate a copy in an embedded server that is thrown away, watch it, use the ledger, audit, and go back.
 
     Exit code 1 where something stands against doing it to the original. The original is only read.
     """
     if neon_branch is not None and backup_file is not None:
         raise typer.BadParameter("--neon-branch has the data already; leave --from out")
     of_the_app = tuple(text for text, _ in split(statements.read_text(encoding="utf-8"))) if statements else ()
-    with _branched(ctx, neon_branch) if neon_branch else _restored(ctx, backup_file) as (config, copy):
-        done = migrate.rehearse(copy, config, app_statements=of_the_app, audit=lambda conn: _audited(conn, config))
+    with ExitStack() as stack:
+        source = _branched(ctx, neon_branch) if neon_branch else _restored(ctx, backup_file)
+        config, copy = stack.enter_context(source)
+        done = migrate.rehearse(
+            copy,
+            config,
+            app_statements=of_the_app,
+            audit=lambda conn: _audited(conn, config),
+            progress=stack.enter_context(_Steps()),
+        )
     if html is not None:
         html.write_text(migrate.report(done), encoding="utf-8")
 
@@ -394,7 +403,12 @@ def rehearse(
                 out.print(f"{one.revision} {one.took_ms:7.1f} ms  {' '.join(one.sql.split())[:60]}", markup=False)
                 out.print(f"                  {held}", style="dim", markup=False)
         out.print(f"Tables locked for {done.locked_ms:.1f} ms, statement by statement; a run sends them as one.")
-        for problem in (*done.surprises, *done.drift, *done.broken, *done.left_behind):
+        if done.lived:
+            did = ", ".join(f"{one.what} {one.took_ms:.1f} ms" for one in done.lived)
+            out.print(f"The ledger was used on the copy: {did}.")
+        else:
+            out.print("The ledger was not tried: the copy has no user that is not deleted.")
+        for problem in done.problems:
             out.print(f"  {problem}", style="red", markup=False)
         if done.passed:
             out.print("Passed: as planned, as declared, and back without a trace. Next: tallystick migrate apply")
@@ -417,9 +431,12 @@ def _restored(ctx: typer.Context, backup_file: Path | None) -> Iterator[tuple[Co
                 take_backup(address(config), backup_file)
         else:
             config = invocation(ctx).config()
-        server = stack.enter_context(devdb.Server(folder / "server"))
-        copy = server.create_database("rehearsal")
-        backups().restore(backup_file, copy, bin_dir=server.bin, owners=False)
+        with _Steps() as steps:
+            steps("starting an embedded server")
+            server = stack.enter_context(devdb.Server(folder / "server"))
+            copy = server.create_database("rehearsal")
+            steps("restoring the copy")
+            backups().restore(backup_file, copy, bin_dir=server.bin, owners=False)
         yield config, copy
 
 
@@ -437,6 +454,28 @@ def _branched(ctx: typer.Context, project: str) -> Iterator[tuple[Config, str]]:
 
 def _audited(conn: sa.Connection, config: Config) -> list[str]:
     return [str(finding) for finding in audit(conn, config).findings if finding.fault]
+
+
+class _Steps(ExitStack):
+    """Says on stderr what is being done; on a terminal in one line, and how long each step took once it is over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._step = ""
+        self._since = time.monotonic()
+        self._status = self.enter_context(err.status("")) if err.is_terminal else None
+        self.callback(self, "")
+
+    def __call__(self, step: str) -> None:
+        if self._status is None:
+            if step:
+                note(step)
+            return
+        now = time.monotonic()
+        if self._step:
+            note(f"{now - self._since:6.1f} s  {self._step}")
+        self._step, self._since = step, now
+        self._status.update(step)
 
 
 class _Shown(ExitStack):

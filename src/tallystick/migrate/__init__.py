@@ -6,7 +6,7 @@ from tallystick.migrate.host import Host, HostColumn, HostTable, examine, propos
 from tallystick.migrate.lint import Lint, lint
 from tallystick.migrate.online import OnlineStep
 from tallystick.migrate.plan import Finding, Plan, PlannedRevision, PlannedStatement, Replica, TableSize, plan, sql
-from tallystick.migrate.rehearse import Rehearsal, Traced, rehearse, report
+from tallystick.migrate.rehearse import Lived, Rehearsal, Traced, rehearse, report
 from tallystick.migrate.revisions import Revision, revisions
 from tallystick.migrate.run import GIVE_UP_AFTER_S, Progress, Receipt, Step, apply, undo
 from tallystick.migrate.snippets import TOOLS, snippet
@@ -27,6 +27,7 @@ __all__ = [
     "HostColumn",
     "HostTable",
     "Lint",
+    "Lived",
     "OnlineStep",
     "Plan",
     "PlannedRevision",

@@ -7,13 +7,17 @@ in a frame that zstd skips, stands the manifest: the rows of each table and the 
 from __future__ import annotations
 
 import datetime as dt
+import fcntl
 import hashlib
 import json
 import os
 import re
+import shutil
+import signal
 import struct
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -61,6 +65,8 @@ class Backup:
 def backup(database: str, target: Path, *, bin_dir: Path, progress: Told | None = None) -> Backup:
     """Write a verified backup to ``target``, which must not exist yet.
 
+    Ctrl-C, SIGTERM and SIGHUP leave nothing; what a killed run has left in the same folder is removed.
+
     Args:
         database: its address; the password reaches pg_dump through the environment, never a command line.
         target: readable only by its owner. Until all is verified nothing stands under this name.
@@ -73,7 +79,7 @@ def backup(database: str, target: Path, *, bin_dir: Path, progress: Told | None 
     tell = progress or (lambda _what, _part: None)
     if target.exists():
         raise BackupError(f"{target} is there already. Give another name; a backup is never overwritten")
-    with _unfinished(target) as (file, finish):
+    with _ended_by_signals(), _unfinished(target) as (file, finish):
         manifest = _dump(database, file, bin_dir, tell)
         file.write(_frame(manifest))
         file.flush()
@@ -124,10 +130,7 @@ def restore(path: Path, database: str, *, bin_dir: Path, owners: bool = True, pr
         taken = conn.scalars(_TABLES).all()
         server = conn.scalars(sa.text("SELECT current_setting('server_version_num')::int / 10000")).one()
     if server < _TIMEOUT_SINCE <= (ours := _major(bin_dir)):
-        raise BackupError(
-            f"pg_restore {ours} sets transaction_timeout, which PostgreSQL {server} does not know. Back up and restore "
-            f"with that version's own programs: TALLYSTICK_PG_BIN=/usr/lib/postgresql/{server}/bin"
-        )
+        raise _too_new(ours, server)
     if taken:
         raise BackupError(f"the database is not empty: it has {taken[0]}. Restore into one made by createdb")
     manifest = verify_backup(path, bin_dir=bin_dir, progress=progress)
@@ -135,7 +138,11 @@ def restore(path: Path, database: str, *, bin_dir: Path, owners: bool = True, pr
     command += [] if owners else ["--no-owner", "--no-privileges"]
     # a conninfo without a name: the name, as all else, comes from the environment
     command.append("--dbname=application_name=tallystick")
-    with path.open("rb") as file, _Program(bin_dir, command, sa.make_url(database)) as program:
+    with (
+        _ended_by_signals(),
+        path.open("rb") as file,
+        _Program(bin_dir, command, sa.make_url(database)) as program,
+    ):
         program.feed(_decompressed(file, manifest, "restoring", tell))
         program.end()
     with connect(database) as conn:
@@ -146,6 +153,62 @@ def restore(path: Path, database: str, *, bin_dir: Path, owners: bool = True, pr
 
 
 _TIMEOUT_SINCE = 17
+
+
+def _too_new(programs: int, server: int) -> BackupError:
+    return BackupError(
+        f"pg_restore {programs} sets transaction_timeout, which PostgreSQL {server} does not know. Back up and restore "
+        f"with that version's own programs: TALLYSTICK_PG_BIN=/usr/lib/postgresql/{server}/bin"
+    )
+
+
+@dataclass(frozen=True)
+class Programs:
+    """A folder with pg_dump and pg_restore of one major version."""
+
+    folder: Path
+    major: int
+
+    def __str__(self) -> str:
+        return f"PostgreSQL {self.major}'s programs in {self.folder}"
+
+
+def programs_for(database: str, folders: Iterable[Path], *, restoring: bool = False) -> Programs:
+    """The programs to use for this server, of those in ``folders``, which come in the order of preference.
+
+    To back up: the lowest version that is not older than the server, so that an equally old server can read the file
+    again. To restore: the newest that the server understands, since it reads the most files.
+
+    Raises:
+        BackupError: there is none, with what to install.
+    """
+    with connect(database) as conn:
+        server = conn.scalars(sa.text("SELECT current_setting('server_version_num')::int / 10000")).one()
+    found = [Programs(folder, _major(folder)) for folder in dict.fromkeys(folders)]
+    if restoring:
+        understood = [one for one in found if server >= _TIMEOUT_SINCE or one.major < _TIMEOUT_SINCE]
+        if understood:
+            return max(understood, key=lambda one: one.major)
+        if found:
+            raise _too_new(min(one.major for one in found), server)
+    elif new_enough := [one for one in found if one.major >= server]:
+        return min(new_enough, key=lambda one: one.major)
+    have = ", ".join(str(one) for one in found) or "none"
+    raise BackupError(
+        f"PostgreSQL {server} needs the programs of its own version or a later one; found: {have}. Install "
+        f"postgresql-client-{server}, or name their folder with TALLYSTICK_PG_BIN"
+    )
+
+
+def installed() -> list[Path]:
+    """Where this machine has pg_dump and pg_restore: Debian's folders, Red Hat's, pg_config's, and on PATH."""
+    folders = [*Path("/usr/lib/postgresql").glob("*/bin"), *Path("/usr").glob("pgsql-*/bin")]
+    if asked := shutil.which("pg_config"):
+        said = subprocess.run([asked, "--bindir"], capture_output=True, text=True, check=False)  # noqa: S603 - from PATH
+        folders += [Path(said.stdout.strip())] if said.returncode == 0 else []
+    if on_path := shutil.which("pg_dump"):
+        folders.append(Path(on_path).resolve().parent)  # Debian's own is a link to a script that chooses by cluster
+    return [folder for folder in folders if all((folder / name).is_file() for name in ("pg_dump", "pg_restore"))]
 
 
 def _major(bin_dir: Path) -> int:
@@ -192,8 +255,12 @@ def _dump(database: str, file: IO[bytes], bin_dir: Path, tell: Told) -> Manifest
 def _read_back(file: IO[bytes], bin_dir: Path, manifest: Manifest, tell: Told) -> dict[str, int]:
     """The rows of each table as pg_restore writes them out of the file, whose checksum is compared on the way."""
     with _Program(bin_dir, ["pg_restore", "--file=-", "--data-only"]) as program, ThreadPoolExecutor(1) as pool:
-        feeding = pool.submit(program.feed, _decompressed(file, manifest, "verifying", tell))
-        rows = _rows_of(program.stdout)
+        try:
+            feeding = pool.submit(program.feed, _decompressed(file, manifest, "verifying", tell))
+            rows = _rows_of(program.stdout)
+        except BaseException:
+            program.kill()  # or the pool would wait for ever for what nobody reads
+            raise
         feeding.result()
         program.end()
     return {table: rows.get(table, 0) for table in {**manifest.rows, **rows}}
@@ -241,13 +308,17 @@ class _Program:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._process.poll() is None:
-            self._process.kill()
+        self.kill()
         with suppress(BrokenPipeError):
             self.stdin.close()
         self.stdout.close()
         self._process.wait()
         self._complaints.close()
+
+    def kill(self) -> None:
+        """End it, unless it has ended."""
+        if self._process.poll() is None:
+            self._process.kill()
 
     def feed(self, parts: Iterable[bytes]) -> None:
         """Write all of it, unless the program ends before; ``end`` then says why."""
@@ -348,13 +419,60 @@ def _frame(manifest: Manifest) -> bytes:
 
 
 @contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP leave through the same doors as Ctrl-C, where nobody handles them otherwise."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    ours = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+_PARTIAL = ".tallystick-partial"
+
+
+def _new_partial(target: Path) -> tuple[int, Path]:
+    """A file beside the target, 0600, locked for as long as it is open: that tells its owner lives."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(handle).st_nlink:
+                return handle, Path(name)
+        except BlockingIOError:
+            pass
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        os.close(handle)  # another backup took it for a leftover before it was locked
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What killed runs have left. One that another run still writes is locked, and stays."""
+    for path in folder.glob(f".*{_PARTIAL}"):
+        with suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+@contextmanager
 def _unfinished(target: Path) -> Iterator[tuple[IO[bytes], Callable[[], None]]]:
     """A new file beside the target, 0600; it takes the target's name when finished, and is gone otherwise."""
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+        _remove_leftovers(target.parent)
+        handle, partial = _new_partial(target)
     except OSError as error:
         raise BackupError(f"{target.parent}: {error.strerror}. Name a folder that can be written to") from error
-    partial = Path(name)
 
     def finish() -> None:
         try:
@@ -374,4 +492,4 @@ def _unfinished(target: Path) -> Iterator[tuple[IO[bytes], Callable[[], None]]]:
     except OSError as error:
         raise BackupError(f"{target}: {error.strerror or error}. Nothing was left there") from error
     finally:
-        partial.unlink()
+        partial.unlink(missing_ok=True)  # closed, it may have been taken for a leftover already

@@ -2,7 +2,8 @@
 
 It runs each statement by itself and looks, in the same transaction, at what it holds (``pg_locks``), has read
 (``pg_stat_xact_user_tables``) and has written anew (``relfilenode``). So the hold of a real run, which sends all of it
-as one message, is shorter than the one measured here.
+as one message, is shorter than the one measured here. Then the ledger is used as an app would use it, and all of it is
+taken back.
 """
 
 from __future__ import annotations
@@ -11,16 +12,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
+from uuid import uuid4
 
 import psycopg
 import sqlalchemy as sa
 
 from tallystick.config import Config
+from tallystick.errors import Key, TallystickError
+from tallystick.ledger import Ledger
 from tallystick.migrate.host import Host, examine
 from tallystick.migrate.plan import Phase, PlannedStatement, plan
 from tallystick.migrate.run import undo
 from tallystick.migrate.session import driver, engine_of, session
 from tallystick.migrate.status import status
+from tallystick.schema import user_columns, workshop_columns
 
 
 @dataclass(frozen=True)
@@ -42,11 +48,21 @@ class Traced:
 
 
 @dataclass(frozen=True)
+class Lived:
+    """One thing that the ledger was asked to do on the migrated copy; ``fault`` is what went wrong, or None."""
+
+    what: str
+    took_ms: float
+    fault: str | None
+
+
+@dataclass(frozen=True)
 class Rehearsal:
     """What happened.
 
     ``drift`` is of the migrated copy, what the audit found included; ``broken`` names statements of the app that then
     failed, ``left_behind`` what differed after the way back.
+    ``lived`` is empty where the copy has no user that is not deleted.
     """
 
     tables: tuple[tuple[str, int], ...]
@@ -55,6 +71,7 @@ class Rehearsal:
     drift: tuple[str, ...]
     broken: tuple[str, ...]
     left_behind: tuple[str, ...]
+    lived: tuple[Lived, ...] = ()
 
     @property
     def surprises(self) -> tuple[str, ...]:
@@ -64,7 +81,13 @@ class Rehearsal:
     @property
     def passed(self) -> bool:
         """Nothing stands against doing the same to the original."""
-        return not (self.surprises or self.drift or self.broken or self.left_behind)
+        return not self.problems
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """All that stands against it, one sentence each."""
+        faults = (f"the ledger, {one.what}: {one.fault}" for one in self.lived if one.fault)
+        return (*self.surprises, *faults, *self.drift, *self.broken, *self.left_behind)
 
 
 def rehearse(
@@ -73,32 +96,140 @@ def rehearse(
     *,
     app_statements: Sequence[str] = (),
     audit: Callable[[sa.Connection], Sequence[str]] | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> Rehearsal:
     """Migrate a copy, look, and go back. Never give it anything but a copy that can be thrown away.
 
     ``app_statements`` are the app's own, each tried before, after, and after the way back, and rolled back each time.
-    ``audit`` is asked for faults while the copy is migrated.
+    ``audit`` is asked for faults while the copy is migrated and the ledger has been used: for a user of the copy, with
+    a workshop where there is one, credits are granted, bought, spent, refunded and read. ``progress`` is told each step
+    when it begins.
 
     Raises what :func:`plan`, :func:`apply` and :func:`undo` do.
     """
+    tell = progress or (lambda _step: None)
     engine = engine_of(database)
+    tell("planning")
     with session(engine) as conn:
         host = examine(conn, config)
         planned = plan(conn, config)
         before = _catalogue(conn)
+        contents = _contents(conn, host)
         works = [statement for statement in app_statements if _works(conn, statement) is None]
+        tell("migrating, statement by statement")
         traced = tuple(
             one for revision in planned.revisions for one in _trace(conn, host, revision.revision, revision.statements)
         )
         broken = tuple(_broken(conn, works, "after the migration"))
         rows = tuple((table.shown, _rows(conn, table.oid)) for table in host.tables)
+    tell("using the ledger")
+    lived = tuple(_live(engine, config))
+    tell("auditing")
     with engine.connect() as conn:
         drift = tuple(str(each) for each in status(conn, config).drift) + tuple(audit(conn) if audit else ())
+    tell("going back")
     undo(engine, config, discard_ledger=True)
+    tell("comparing with what was there")
     with session(engine) as conn:
         broken += tuple(_broken(conn, works, "after the way back"))
         left = tuple(sorted(before ^ _catalogue(conn)))
-    return Rehearsal(rows, traced, round(_locked_ms(traced), 3), drift, broken, left)
+        left += tuple(
+            f"{table}: its rows are not what they were"
+            for table, digest in _contents(conn, host).items()
+            if digest != contents.get(table, digest)
+        )
+    return Rehearsal(rows, traced, round(_locked_ms(traced), 3), drift, broken, left, lived)
+
+
+def _live(engine: sa.Engine, config: Config) -> Iterator[Lived]:
+    """What an app does with its ledger, each in a transaction of its own; it ends where one of them fails."""
+    ledger = Ledger(config)
+    mark = f"rehearsal {uuid4()}"
+    with engine.connect() as conn:
+        user, workshop = _someone(conn, ledger)
+    if user is None:
+        return
+    spending = "spending a credit" if workshop is None else "unlocking a workshop"
+    begin: int = 0
+    bought: Any = None
+
+    def read(conn: sa.Connection) -> None:
+        nonlocal begin
+        begin = ledger.balance(conn, user)
+
+    def buy(conn: sa.Connection) -> None:
+        nonlocal bought
+        bought = ledger.start_purchase(conn, user, credits=3, description=mark)
+
+    def check(conn: sa.Connection) -> str | None:
+        # 2 granted, 3 bought, 1 spent, 2 of the bought given back
+        found, newest = ledger.balance(conn, user), ledger.history(conn, user, limit=4)
+        if found != begin + 2:
+            return f"the balance is {found} instead of {begin + 2}"
+        kinds = [str(row.type) for row in newest]
+        return None if kinds == _HISTORY else f"the history is {', '.join(kinds)} instead of {', '.join(_HISTORY)}"
+
+    steps: Sequence[tuple[str, Callable[[sa.Connection], object]]] = (
+        ("reading the balance", read),
+        ("granting 2 credits", lambda conn: ledger.grant(conn, user, credits=2, key=f"{mark} grant", description=mark)),
+        ("starting a purchase of 3", buy),
+        ("completing it", lambda conn: ledger.complete_purchase(conn, user, id=bought.id)),
+        (spending, lambda conn: ledger.consume(conn, user, workshop=workshop, key=f"{mark} spend")),
+        ("refunding 2", lambda conn: ledger.refund(conn, user, bought.id, credits=2, key=f"{mark} refund")),
+        ("reading balance and history", check),
+    )
+    for what, step in steps:
+        started = time.monotonic()
+        try:
+            with engine.begin() as conn:
+                said = step(conn)
+            fault = said if isinstance(said, str) else None
+        except (TallystickError, sa.exc.DBAPIError) as error:
+            fault = str(error).partition("\n")[0]
+        yield Lived(what, round((time.monotonic() - started) * 1000, 3), fault)
+        if fault:
+            return
+
+
+_HISTORY = ["refund", "consumption", "purchase", "grant"]
+_CANDIDATES = 100
+
+
+def _someone(conn: sa.Connection, ledger: Ledger) -> tuple[Key | None, Key | None]:
+    """A user, with a workshop of theirs that is not paid for yet where one is soon found."""
+    users, workshops = ledger.schema.users, ledger.schema.workshops
+    if workshops is not None:
+        free = sa.and_(
+            workshops.c.owner.is_not(None), workshops.c.credit_consumed_at.is_(None), workshops.c.deleted_at.is_(None)
+        )
+        for row in conn.execute(sa.select(workshops.c.key, workshops.c.owner).where(free).limit(_CANDIDATES)):
+            owner = ledger.schema.user_key(row.owner)
+            theirs = sa.and_(users.c.key == owner, users.c.deleted_at.is_(None))
+            if conn.scalar(sa.select(sa.func.count()).select_from(users).where(theirs)):
+                return owner, row.key
+    living = sa.and_(users.c.key.is_not(None), users.c.deleted_at.is_(None))
+    return conn.scalar(sa.select(users.c.key).where(living).limit(1)), None
+
+
+def _contents(conn: sa.Connection, host: Host) -> dict[str, tuple[int, int]]:
+    """A number for all that a table's rows hold, but for columns of ours that the app had before.
+
+    A table with triggers of the app's is left out: they may write what they like when the ledger is used.
+    """
+    ours = {column.name for column in (*user_columns(), *workshop_columns())}
+    found = {}
+    for table in host.tables:
+        names = conn.scalars(_COLUMNS, {"table": table.oid}).all()
+        if not names or conn.scalar(_TRIGGERS, {"table": table.oid}):
+            continue
+        columns: list[sa.ColumnClause[Any]] = [sa.column(name) for name in names if name not in ours]
+        digest = sa.func.hashtextextended(sa.cast(sa.func.row(*columns), sa.Text), 0)
+        rows = sa.table(table.table, schema=table.schema)
+        count, total = conn.execute(
+            sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(digest), 0)).select_from(rows)
+        ).one()
+        found[table.shown] = (int(count), int(total))
+    return found
 
 
 def _trace(conn: sa.Connection, host: Host, revision: str, statements: Sequence[PlannedStatement]) -> Iterator[Traced]:
@@ -148,6 +279,14 @@ def _locked_ms(traced: Sequence[Traced]) -> float:
     return longest
 
 
+_COLUMNS = sa.text("""
+    SELECT attname FROM pg_attribute WHERE attrelid = CAST(:table AS oid) AND attnum > 0 AND NOT attisdropped
+    ORDER BY attnum
+""")
+_TRIGGERS = sa.text("""
+    SELECT count(*) FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
+    WHERE t.tgrelid = CAST(:table AS oid) AND NOT t.tgisinternal AND p.proname NOT LIKE 'tallystick\\_%'
+""")
 _LOCKS = sa.text("""
     SELECT relation::bigint AS oid, mode FROM pg_locks
     WHERE pid = pg_backend_pid() AND granted AND locktype = 'relation' AND relation = ANY (CAST(:tables AS oid[]))
@@ -242,7 +381,7 @@ def _short(statement: str) -> str:
 def report(rehearsal: Rehearsal) -> str:
     """A page of HTML that needs nothing else, with a picture of the locks over time."""
     verdict = "Passed" if rehearsal.passed else "Look at this before you migrate"
-    problems = (*rehearsal.surprises, *rehearsal.drift, *rehearsal.broken, *rehearsal.left_behind)
+    problems = rehearsal.problems
     parts = [
         f"<h1>{verdict}</h1>",
         f"<p>Tables were locked for {rehearsal.locked_ms:.1f} ms, statement by statement; a run sends them as one.</p>",
@@ -257,6 +396,12 @@ def report(rehearsal: Rehearsal) -> str:
             for one in rehearsal.statements
         ),
         "</table>",
+        "<h2>The ledger, used on the copy</h2>",
+        "<ol>"
+        + "".join(f"<li>{one.what}: {escape(one.fault or 'done')}, {one.took_ms:.1f} ms" for one in rehearsal.lived)
+        + "</ol>"
+        if rehearsal.lived
+        else "<p>Not tried: the copy has no user that is not deleted.</p>",
     ]
     return (
         f"<!doctype html><meta charset=utf-8><title>Rehearsal: {verdict}</title><style>{_STYLE}</style>{''.join(parts)}"

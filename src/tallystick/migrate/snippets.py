@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from tallystick.config import Config, HostMapping
 from tallystick.errors import ConfigError
-from tallystick.schema import LEDGER
+from tallystick.schema import LEDGER, CreditTransactionStatus, CreditTransactionType
 
 _SQLALCHEMY_USERS = """\
 # --- in the model of {users}
@@ -59,9 +59,15 @@ _DRIZZLE_WORKSHOPS = """\
   deletedAt: timestamp("deleted_at", {{ withTimezone: true }}),
 """
 _DRIZZLE_CONFIG = """\
-// --- in drizzle.config.ts: Tallystick migrates what is its own
+// --- beside the tables: drizzle-kit drops types that it does not know, and has no filter for them
+export const creditTransactionType = {enum}("credit_transaction_type", [{types}]);
+export const creditTransactionStatus = {enum}("credit_transaction_status", [{statuses}]);
+// --- in drizzle.config.ts: Tallystick migrates what is its own (name your other schemas too)
   tablesFilter: ["!{ledger}"],
   schemaFilter: ["{schema}"],
+// --- then, where drizzle-kit generate writes your migrations: run it, and put this into the .sql file in place of all
+// --- that it wrote, for the database has it already
+SELECT 1;
 """
 
 _PRISMA = """\
@@ -81,7 +87,9 @@ _PRISMA_WORKSHOPS = """\
 """
 _PRISMA_CONFIG = """\
 // --- in prisma.config.ts: Tallystick migrates what is its own
+  experimental: {{ externalTables: true }},
   tables: {{ external: ["{schema}.{ledger}"] }},
+  enums: {{ external: ["{schema}.credit_transaction_type", "{schema}.credit_transaction_status"] }},
 """
 
 _DJANGO = """\
@@ -137,4 +145,7 @@ def _names(host: HostMapping) -> dict[str, str]:
         "workshops": f"{workshops.schema}.{workshops.table}" if workshops else "",
         "schema": host.users.schema,
         "ledger": LEDGER,
+        "enum": "pgEnum" if host.users.schema == "public" else f'pgSchema("{host.users.schema}").enum',
+        "types": ", ".join(f'"{label}"' for label in CreditTransactionType),
+        "statuses": ", ".join(f'"{label}"' for label in CreditTransactionStatus),
     }
