@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from typer.core import TyperGroup
 
 from tallystick import devdb
 from tallystick.config import Config
@@ -25,7 +27,21 @@ from tallystick.errors import DatabaseUnavailable, InvalidArgument, Key
 
 EMBEDDED_DATABASE = "app"
 
+
+class _Commands(TyperGroup):
+    """The commands in the order in which somebody new needs them."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        panels = ("Begin here", "Credits", "Trust", "Development")
+
+        def panel(name: str) -> int:
+            return panels.index(getattr(self.commands[name], "rich_help_panel", None) or panels[-1])
+
+        return sorted(super().list_commands(ctx), key=panel)
+
+
 app = typer.Typer(
+    cls=_Commands,
     name="tallystick",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -37,7 +53,8 @@ app = typer.Typer(
     "(for migrations DATABASE_URL_UNPOOLED goes first), else an embedded PostgreSQL in ./.tallystick.",
 )
 
-out = Console(highlight=False, soft_wrap=True)
+# Without a terminal rich takes 80 columns, in which a table breaks the ids that the next command is to be given.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
