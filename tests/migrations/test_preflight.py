@@ -269,6 +269,11 @@ class TestPropose:
         found = self.propose(app)
         assert (found.users.key, found.workshops and found.workshops.owner) == ("sub", "made_by")
 
+    def test_takes_no_workshops_where_none_are_asked_for(self, make_app: Callable[..., App]) -> None:
+        app = make_app(f"{UUID_USERS} CREATE TABLE workshops (id uuid PRIMARY KEY, user_id uuid REFERENCES users)")
+        assert self.propose(app, workshops="workshops").workshops == WorkshopsTable(title=None, created_at=None)
+        assert self.propose(app, workshops="none").workshops is None
+
     def test_takes_another_table_that_is_named(self, make_app: Callable[..., App]) -> None:
         app = make_app(f"{UUID_USERS} CREATE TABLE courses (id uuid PRIMARY KEY, user_id uuid REFERENCES users)")
         assert self.propose(app).workshops is None

@@ -600,7 +600,7 @@ def propose(conn: sa.Connection, users: str | None = None, workshops: str | None
     Args:
         conn: only read from.
         users: which table, as ``table`` or ``schema.table``, where the guess would be wrong.
-        workshops: likewise; the default is a table named workshop(s), or none.
+        workshops: likewise; the default is a table named workshop(s), or none. ``"none"`` is none, whatever there is.
 
     Raises:
         HostMismatch: no table, or more than one, could be meant; the message says what to type.
@@ -629,7 +629,7 @@ def _propose(conn: sa.Connection, users: str | None, workshops: str | None) -> H
             column=None,
         )
     key = next((column for column in keys if column.is_primary), keys[0])
-    workshops_table = _find("workshops", everything, workshops, _WORKSHOPS)
+    workshops_table = None if workshops == "none" else _find("workshops", everything, workshops, _WORKSHOPS)
     found = None
     if workshops_table is not None:
         key, found = _propose_workshops(conn, users_table, keys, key, workshops_table)
