@@ -78,6 +78,12 @@ def at(tally: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> Callable[
     return place
 
 
+def test_help_begins_where_somebody_new_begins(tally):
+    said = tally("--help").out
+    places = [said.index(word) for word in ("Begin here ─", "│ init", "│ migrate", "Credits ─", "Trust ─", "│ db")]
+    assert places == sorted(places)
+
+
 def test_from_an_apps_database_to_audited_credits(tally, old_host):
     assert "public.users, by id (uuid)" in tally("init").out
     planned = tally("migrate", "plan", "--json").json
@@ -95,7 +101,8 @@ def test_from_an_apps_database_to_audited_credits(tally, old_host):
     assert "LedgerNotEmpty" not in (refused := tally("migrate", "undo")).err
     assert (refused.code, "--discard-ledger" in refused.err) == (1, True)
     assert tally("seed", "--reset").code == 0
-    assert "Undid" in tally("migrate", "undo").out
+    undone = tally("migrate", "undo")
+    assert ("Undid 0001" in undone.out, "0002: undone" in undone.err) == (True, True)
     with psycopg.connect(old_host) as conn:
         columns = conn.execute("SELECT attname FROM pg_attribute WHERE attrelid = 'users'::regclass AND attnum > 0")
         assert "credit_balance" not in [row[0] for row in columns]
@@ -127,6 +134,17 @@ def test_credits_by_hand(at, any_world: World):
     assert tally("audit", "--user", user).code == 0
 
 
+def test_an_id_is_whole_where_history_is_piped(at, world: World):
+    at(world)
+    user = world.user(credits=3)
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    command = [sys.executable, "-c", "from tallystick.cli import main; main()", "history", str(user)]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    with world.engine.begin() as conn:
+        [row] = world.ledger.history(conn, user)
+    assert str(row.id) in said
+
+
 def test_the_audit_finds_what_was_broken(at, world: World):
     tally = at(world)
     user = world.user(credits=3)
@@ -150,11 +168,21 @@ def test_the_audit_finds_what_was_broken(at, world: World):
         (["refund", uuid.uuid4(), "not-a-uuid"], 1, "the id of a credit transaction"),
         (["seed", "--only", "fundet"], 1, "did you mean funded?"),
         (["audit", "--since", "yesterday"], 2, "--since"),
+        (["seed", "--only", "x"], 1, "there is no scenario 'x'. List them with: tallystick seed --list"),
         (["init"], 1, "tallystick init --force"),
+        (["init", "--output", "no/folder/x.toml"], 1, "no/folder/x.toml: No such file or directory. Check this path"),
+        (["restore", "no.backup"], 1, "there is no no.backup"),
+        (["migrate", "rehearse", "--statements", "no.sql"], 1, "no.sql: No such file or directory. Check this path"),
+        (["migrate", "status", "--drizzle", "no"], 1, "no is no folder. Give the one that drizzle-kit writes to"),
         (["nonsense"], 2, "No such command"),
         (["--config", "nowhere.toml", "balance", "x"], 1, "tallystick init"),
         (["--database-url", "mysql://x", "balance", "x"], 1, "postgresql://"),
-        (["--database-url", "postgresql://nobody@127.0.0.1:1/x", "balance", "x"], 1, "cannot connect"),
+        (["--database-url", "nonsense", "balance", "x"], 1, "the address has no scheme; expected postgresql://"),
+        (
+            ["--database-url", "postgresql://nobody@127.0.0.1:1/x", "balance", "x"],
+            1,
+            "Connection refused. Check the address, and that the server runs",
+        ),
     ],
 )
 def test_mistakes_get_one_message_and_an_exit_code(at, world: World, arguments, code, says):
@@ -182,10 +210,15 @@ def test_a_role_without_privileges_is_told_so(at, world: World):
     with world.autocommit.connect() as conn:
         conn.execute(sa.text("DROP ROLE IF EXISTS tallystick_stranger"))
         conn.execute(sa.text("CREATE ROLE tallystick_stranger LOGIN"))
-        conn.execute(sa.text("GRANT USAGE ON SCHEMA tallystick TO tallystick_stranger"))
-        conn.execute(sa.text("GRANT SELECT ON tallystick.alembic_version TO tallystick_stranger"))
     try:
         url = world.url.replace("postgres@", "tallystick_stranger@", 1)
+        for command in (["balance", uuid.uuid4()], ["audit"], ["serve", "--port", "0"]):
+            said = at(world)("--database-url", url, *command)
+            assert said.code == 1
+            assert "permission denied for schema tallystick. Grant it to this role" in said.err
+        with world.autocommit.connect() as conn:
+            conn.execute(sa.text("GRANT USAGE ON SCHEMA tallystick TO tallystick_stranger"))
+            conn.execute(sa.text("GRANT SELECT ON tallystick.alembic_version TO tallystick_stranger"))
         said = at(world)("--database-url", url, "balance", uuid.uuid4())
         assert (said.code, "permission denied" in said.err, "Grant it" in said.err) == (1, True, True)
     finally:

@@ -161,7 +161,9 @@ class Accounts:
     def _one(self, conn: DbConnection, statement: sa.Executable, user: Key) -> Account:
         row = run(conn, statement, {"p_user": self.schema.user_key(user)}).one_or_none()
         if row is None:
-            raise UnknownUser(f"no user {shown(user)}. Is it the mapped key (host.users.key)?", user=user)
+            raise UnknownUser(
+                f"no user {shown(user)}. Is it the mapped key (tallystick.toml, host.users.key)?", user=user
+            )
         return Account(*row)
 
 

@@ -57,7 +57,8 @@ def _address(value: object) -> object:
         if scheme in ("postgres", "postgresql", "postgresql+psycopg") and separator:
             return f"postgresql+psycopg://{rest}"
         # The value may hold a password, so only its scheme is repeated.
-        raise ValueError(f"the address begins with {scheme if separator else 'no scheme'!r}; expected postgresql://…")
+        begins = f"begins with {scheme!r}" if separator else "has no scheme"
+        raise ValueError(f"the address {begins}; expected postgresql://…")
     return value
 
 

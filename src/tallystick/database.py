@@ -52,9 +52,14 @@ def translated(*, connecting: bool = False) -> Iterator[None]:
         _raise(error, connecting=connecting)
 
 
+def said(error: DBAPIError) -> str:
+    """What the server or the network said, without the question that libpq puts behind it."""
+    return re.sub(r"\n\tIs the server running [^\n]*", "", str(error.orig).strip())
+
+
 def _raise(error: DBAPIError, *, connecting: bool) -> NoReturn:
     state: str | None = getattr(error.orig, "sqlstate", None)
-    text = str(error.orig).strip()
+    text = said(error)
     lost = isinstance(error, OperationalError) and state is None
     match state:
         case "40001" | "40P01" | "23505" | "55P03" | "57014":
@@ -129,7 +134,7 @@ def dial(
             if time.monotonic() + pause_s > deadline or not _starting_up(error.orig):
                 raise
             if waiting is not None:
-                waiting(str(error.orig).strip())
+                waiting(said(error))
         time.sleep(pause_s * random.uniform(0.5, 1))  # noqa: S311  # jitter, not a secret
         pause_s = min(pause_s * 2, 2)
 

@@ -16,7 +16,7 @@ from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.schema import CheckConstraint, Column, ForeignKey, Index, Table
 
 from tallystick.config import HostMapping, KeyType
-from tallystick.database import DbConnection
+from tallystick.database import DbConnection, translated
 from tallystick.errors import InvalidArgument, Key, NotMigrated, SchemaTooNew, shown
 
 HEAD = "0002"
@@ -345,11 +345,14 @@ def verify(conn: DbConnection) -> None:
 
     Raises:
         NotMigrated: run ``tallystick migrate apply``.
+        PermissionDenied: this role may not look.
         SchemaTooNew: upgrade the package.
     """
-    if conn.scalar(sa.select(sa.func.to_regclass(f"{BOOKKEEPING_SCHEMA}.alembic_version"))) is None:
+    with translated(connecting=True):  # nothing is written, so a lost connection leaves nothing unknown
+        there = conn.scalar(sa.select(sa.func.to_regclass(f"{BOOKKEEPING_SCHEMA}.alembic_version")))
+        found = None if there is None else conn.scalar(sa.select(alembic_version.c.version_num))
+    if there is None:
         raise NotMigrated("this database has no Tallystick schema yet. Run: tallystick migrate apply", revision=None)
-    found = conn.scalar(sa.select(alembic_version.c.version_num))
     if found == HEAD:
         return
     if found is not None and found > HEAD:

@@ -247,8 +247,8 @@ def _chosen(only: Sequence[str]) -> list[Scenario]:
     for name in only:
         if name not in SCENARIOS:
             near = difflib.get_close_matches(name, SCENARIOS, n=1)
-            hint = f"did you mean {near[0]}?" if near else "List them with: tallystick seed --list"
-            raise InvalidArgument(f"there is no scenario {name!r}; {hint}", argument="only", value=name)
+            hint = f"; did you mean {near[0]}?" if near else ". List them with: tallystick seed --list"
+            raise InvalidArgument(f"there is no scenario {name!r}{hint}", argument="only", value=name)
     return [scenario for scenario in SCENARIOS.values() if not only or scenario.name in only]
 
 

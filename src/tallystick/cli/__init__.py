@@ -17,6 +17,7 @@ from tallystick.cli import (  # noqa: F401 - each adds its commands to the app
     serve,
 )
 from tallystick.cli.app import app, complain
+from tallystick.database import said
 from tallystick.errors import TallystickError
 
 __all__ = ["app", "main"]
@@ -30,8 +31,12 @@ def main() -> NoReturn:
         complain(error.message)
     except BrokenPipeError:
         sys.stderr.close()  # the reader, as in `| head`, has what it wanted
+    except OSError as error:
+        if error.filename is None:
+            raise
+        complain(f"{error.filename}: {error.strerror}. Check this path, and who may read and write it")
     except DBAPIError as error:
-        complain(f"The database refused: {str(error.orig).strip()}")
+        complain(f"The database refused: {said(error)}")
     except SQLAlchemyError as error:
         complain(f"The database could not be used: {error}")
     sys.exit(1)

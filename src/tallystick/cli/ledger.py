@@ -165,7 +165,9 @@ def grant(
 def refund(
     ctx: typer.Context,
     user: UserArgument,
-    purchase: Annotated[str, typer.Argument(help="The id of the purchase, as `tallystick history` shows it.")],
+    purchase: Annotated[
+        str, typer.Argument(help="The id of the purchase, as `tallystick history` shows it.", metavar="PURCHASE")
+    ],
     credits: Annotated[
         int | None, typer.Option("--credits", help="Credits to take back; all that is left of it if left out.")
     ] = None,

@@ -64,7 +64,9 @@ def init(
     ] = None,
     workshops: Annotated[
         str | None,
-        typer.Option("--workshops", help="The table of what one credit unlocks; 'none' if there is none."),
+        typer.Option(
+            "--workshops", help="The table of what one credit unlocks; 'none' if there is none.", metavar="TABLE"
+        ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", help="The file to write.", metavar="FILE")] = Path(FILE_NAME),
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
@@ -89,7 +91,8 @@ def init(
         named = host.users
         out.print(f"users      {named.schema}.{named.table}, by {named.key} ({named.key_type})", markup=False)
         if host.workshops is None:
-            out.print("workshops  none")
+            said = "" if workshops else ". If a credit unlocks something: tallystick init --force --workshops TABLE"
+            out.print(f"workshops  none{said}")
         else:
             place = host.workshops
             out.print(
@@ -393,8 +396,6 @@ def rehearse(
             audit=lambda conn: _audited(conn, config),
             progress=stack.enter_context(_Steps()),
         )
-    if html is not None:
-        html.write_text(migrate.report(done), encoding="utf-8")
 
     def show() -> None:
         for one in done.statements:
@@ -414,6 +415,8 @@ def rehearse(
             out.print("Passed: as planned, as declared, and back without a trace. Next: tallystick migrate apply")
 
     emit(done, show, as_json=as_json)
+    if html is not None:
+        html.write_text(migrate.report(done), encoding="utf-8")
     if not done.passed:
         raise typer.Exit(1)
 

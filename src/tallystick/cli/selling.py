@@ -149,7 +149,9 @@ def dismiss(
 @selling.command("refund")
 def send_back(
     ctx: typer.Context,
-    purchase: Annotated[UUID, typer.Argument(help="The id of the purchase, as `tallystick history` shows it.")],
+    purchase: Annotated[
+        UUID, typer.Argument(help="The id of the purchase, as `tallystick history` shows it.", metavar="PURCHASE")
+    ],
     credits: Annotated[
         int | None, typer.Option("--credits", help="Credits to pay back; all that is left of it if left out.")
     ] = None,

@@ -13,7 +13,7 @@ import typer
 from tallystick.cli.app import address as database_address
 from tallystick.cli.app import app, invocation, out
 from tallystick.config import ConsoleAccess
-from tallystick.database import engine
+from tallystick.database import connect, engine
 from tallystick.errors import ConfigError
 from tallystick.schema import verify
 
@@ -60,7 +60,7 @@ def serve(
         door, address = _door(config.console, host, port)
         pool = engine(database_address(config), pool_size=5, pool_pre_ping=True)
         try:
-            with pool.connect() as conn:
+            with connect(database_address(config)) as conn:
                 verify(conn)
             pages = console.console(config, engine=pool, door=door, address=address, allow_actions=allow_actions)
             if isinstance(door, console.LocalLink):

@@ -102,6 +102,8 @@ def read_manifest(path: Path) -> Manifest:
                 raise BackupError(f"{path} is not a backup of tallystick's, or not all of it. Take another")
             file.seek(-len(_MARK) - 4 - size, os.SEEK_END)
             return Manifest(**json.loads(file.read(size)))
+    except FileNotFoundError:
+        raise BackupError(f"there is no {path}. Name a backup that is there") from None
     except (OSError, struct.error, ValueError, TypeError) as error:
         raise BackupError(f"{path} cannot be read as a backup: {error}") from error
 
@@ -126,6 +128,7 @@ def restore(path: Path, database: str, *, bin_dir: Path, owners: bool = True, pr
             ``bin_dir``; nothing was changed.
     """
     tell = progress or (lambda _what, _part: None)
+    read_manifest(path)  # what is no backup is told before anything else
     with connect(database) as conn:
         taken = conn.scalars(_TABLES).all()
         server = conn.scalars(sa.text("SELECT current_setting('server_version_num')::int / 10000")).one()

@@ -52,7 +52,7 @@ GIVE_UP_AFTER_S = 120.0
 _PROBE_EVERY_S = 0.1
 _GRACE_S = 3.0  # how long a killed run's server process may take to notice
 
-Phase = Literal["connecting", "waiting", "prepared", "locking", "applied", "online"]
+Phase = Literal["connecting", "waiting", "prepared", "locking", "applied", "undone", "online"]
 
 _NOTHING = "Nothing was changed"
 _PREPARED = (
@@ -346,7 +346,7 @@ class _Run:
             except psycopg.Error as error:
                 _roll_back(self.conn)
                 raise translate(error, action, unchanged=left) from error
-            self.progress(Progress("applied", revision.revision, attempts))
+            self.progress(Progress("applied" if action == "apply" else "undone", revision.revision, attempts))
             return Step(
                 revision=revision.revision,
                 attempts=attempts,

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 import psycopg
 import sqlalchemy as sa
 
-from tallystick.database import dial, engine
+from tallystick.database import dial, engine, said
 from tallystick.errors import (
     DatabaseUnavailable,
     LedgerNotEmpty,
@@ -42,8 +42,7 @@ def session(source: sa.Engine, *, waiting: Callable[[str], None] | None = None) 
         conn = dial(source.execution_options(isolation_level="AUTOCOMMIT"), waiting=waiting)
     except sa.exc.OperationalError as error:
         raise DatabaseUnavailable(
-            f"no connection to the database: {str(error.orig).strip()}. Check the address (--database-url)",
-            sqlstate=None,
+            f"cannot connect: {said(error)}. Check the address, and that the server runs", sqlstate=None
         ) from error
     try:
         conn.detach()  # its settings must not reach whoever would get it next

@@ -59,6 +59,8 @@ def trackers(conn: sa.Connection, *, drizzle: Path | None = None) -> tuple[Track
     Raises:
         ConfigError: the folder is none of Drizzle's.
     """
+    if drizzle is not None and not drizzle.is_dir():
+        raise ConfigError(f"{drizzle} is no folder. Give the one that drizzle-kit writes to", path=str(drizzle))
     return tuple(
         _alembic(conn, row.schema)
         if row.table == "alembic_version"
