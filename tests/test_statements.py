@@ -37,7 +37,17 @@ def readable(statement: sa.Executable, schema: Schema) -> str:
     text = " ".join(str(statement.compile(dialect=dialect)).split()).replace("public.", "")
     text = re.sub(r"\b(\w+)\.(\w+) AS \2(?:_\d+)?\b", r"\1.\2", text)  # names that only the compiler needs
     columns = [column.name for column in schema.credit_transactions.c]
-    for table in ("credit_transactions", "written", "unlocked", "prior", "purchase", "page", "anon_1", "anon_2"):
+    for table in (
+        "credit_transactions",
+        "written",
+        "unlocked",
+        "prior",
+        "purchase",
+        "page",
+        "of_status",
+        "anon_1",
+        "anon_2",
+    ):
         text = text.replace(", ".join(f"{table}.{name}" for name in columns), f"{table}.*")
     text = re.sub(r"\((?=SELECT|INSERT|UPDATE)", "(\n", text)
     text = re.sub(
@@ -115,7 +125,7 @@ VALUES = {
     "p_limit": 50,
     "p_before_id": uuid.UUID(int=2**128 - 1),
     "p_before_sequence": 2**31 - 1,
-    "p_failed": False,
+    "p_status": "failed",
     "p_currency": "usd",
     "p_paid": 7900,
 }

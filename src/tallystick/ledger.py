@@ -599,7 +599,7 @@ class Ledger:
             "p_limit": _whole("limit", limit, 1, HISTORY_MAX),
             "p_before_id": before_id,
             "p_before_sequence": before_sequence,
-            "p_failed": include_failed,
+            "p_statuses": [PENDING, FAILED] if include_failed else [PENDING],
         }
         return [CreditTransaction(*row) for row in run(conn, self.statements["history"], values)]
 

@@ -131,9 +131,16 @@ class Schema:
             schema=host.users.schema,
         )
         row = self.credit_transactions.c
-        # Of those that begin with the user only one holds all rows, and it is the largest: a look-up by another column
-        # finds its own index alone or cheaper, also where statistics are older than a user's million rows. With two
-        # such indexes the planner, believing in a row for each user, may read all of a user's rows for one key.
+        # Of those that begin with the user only one holds all rows. A plan that believes in a row for each user may
+        # take it, and read all of a user's rows, where another column would find the one that is asked for. So the
+        # planner is told of twenty rows for each, whatever ANALYZE finds.
+        sa.event.listen(
+            self.credit_transactions,
+            "after_create",
+            sa.DDL(  # type: ignore[no-untyped-call]  # SQLAlchemy's own
+                "ALTER TABLE %(fullname)s ALTER COLUMN user_id SET (n_distinct = -0.05)"
+            ),
+        )
         self.indexes = (
             # the ledger's own idempotency; the foreign key's check, when a user is deleted
             Index(f"{LEDGER}_idempotency_key", row.user_id, row.idempotency_key, unique=True),
@@ -145,8 +152,8 @@ class Schema:
                 unique=True,
                 postgresql_where=row.sequence.is_not(None),
             ),
-            # what of a user's history has not completed, newest first
-            Index(f"{LEDGER}_unfinished", row.user_id, row.id, postgresql_where=row.sequence.is_(None)),
+            # what of a user's history has not completed, each state newest first
+            Index(f"{LEDGER}_unfinished", row.user_id, row.status, row.id, postgresql_where=row.sequence.is_(None)),
             # a Stripe session is one purchase; consumptions, the most rows by far, stay out of the index
             Index(
                 f"{LEDGER}_stripe_session",
@@ -154,11 +161,12 @@ class Schema:
                 unique=True,
                 postgresql_where=row.stripe_session_id.is_not(None),
             ),
-            # balance_at
+            # balance_at, the last of the rows of one moment too
             Index(
                 f"{LEDGER}_completed",
                 row.user_id,
                 row.completed_at,
+                row.sequence,
                 postgresql_where=row.completed_at.is_not(None),
             ),
             # how much of a purchase is left to refund

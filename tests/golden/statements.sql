@@ -289,20 +289,20 @@ WHERE users.id = :p_user::UUID;
 -- history
 SELECT page.*
 FROM (
-  SELECT anon_1.*
-  FROM (
+  SELECT of_status.*
+  FROM unnest(:p_statuses::credit_transaction_status[]) AS shown(status) JOIN LATERAL (
     SELECT credit_transactions.*
     FROM credit_transactions
-    WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.sequence IS NULL AND credit_transactions.id < :p_before_id::UUID AND (:p_failed OR credit_transactions.status != 'failed')
+    WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.status = shown.status AND credit_transactions.sequence IS NULL AND credit_transactions.id < :p_before_id::UUID
     ORDER BY credit_transactions.id DESC
-    LIMIT :p_limit::INTEGER) AS anon_1
-  UNION ALL SELECT anon_2.*
+    LIMIT :p_limit::INTEGER) AS of_status ON true
+  UNION ALL SELECT anon_1.*
   FROM (
     SELECT credit_transactions.*
     FROM credit_transactions
     WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.sequence < :p_before_sequence::INTEGER
     ORDER BY credit_transactions.sequence DESC
-    LIMIT :p_limit::INTEGER) AS anon_2) AS page
+    LIMIT :p_limit::INTEGER) AS anon_1) AS page
 ORDER BY page.sequence DESC NULLS FIRST, page.id DESC
 LIMIT :p_limit::INTEGER;
 

@@ -120,9 +120,9 @@ UNIQUE, PLAIN = True, False
 LEDGER_INDEXES = {
     "credit_transactions_idempotency_key": (UNIQUE, "(user_id, idempotency_key)"),
     "credit_transactions_sequence": (UNIQUE, "(user_id, sequence) WHERE sequence IS NOT NULL"),
-    "credit_transactions_unfinished": (PLAIN, "(user_id, id) WHERE sequence IS NULL"),
+    "credit_transactions_unfinished": (PLAIN, "(user_id, status, id) WHERE sequence IS NULL"),
     "credit_transactions_stripe_session": (UNIQUE, "(stripe_session_id) WHERE stripe_session_id IS NOT NULL"),
-    "credit_transactions_completed": (PLAIN, "(user_id, completed_at) WHERE completed_at IS NOT NULL"),
+    "credit_transactions_completed": (PLAIN, "(user_id, completed_at, sequence) WHERE completed_at IS NOT NULL"),
     "credit_transactions_refund_of": (PLAIN, "(refund_of) WHERE refund_of IS NOT NULL"),
     "credit_transactions_pending": (PLAIN, "(created_at) WHERE status = 'pending'"),
     "credit_transactions_workshop": (PLAIN, "(workshop_id) WHERE workshop_id IS NOT NULL"),
@@ -172,6 +172,8 @@ def prepare(host: Any) -> Iterator[Composable]:
         type=_type(host),
         status=_status(host),
     )
+    # Where statistics know of a row for each user, a way to all rows of one looks as cheap as the way to one row.
+    yield SQL("ALTER TABLE {} ALTER COLUMN user_id SET (n_distinct = -0.05)").format(_ledger(host))
     for name, (unique, definition) in LEDGER_INDEXES.items():
         yield SQL("CREATE UNIQUE INDEX {} ON {} " if unique else "CREATE INDEX {} ON {} ").format(
             Identifier(name), _ledger(host)
