@@ -145,6 +145,32 @@ def test_an_id_is_whole_where_history_is_piped(at, world: World):
     assert str(row.id) in said
 
 
+def test_an_audit_that_is_interrupted_says_how_to_go_on(at, world: World, monkeypatch: pytest.MonkeyPatch):
+    tally, statements, last = at(world), 0, None
+    people = [world.user(credits=2) for _ in range(4)]
+    for setting, value in {"PART_ROWS": 1, "PARTS": 10**6}.items():
+        monkeypatch.setattr("tallystick.audit." + setting, value)
+
+    def count(*_: object) -> None:
+        nonlocal statements
+        statements += 1
+        if statements == last:
+            raise KeyboardInterrupt
+
+    sa.event.listen(sa.Engine, "before_cursor_execute", count)
+    try:
+        assert tally("audit").code == 0
+        last, statements = statements, 0  # in the last of the parts
+        said = tally("audit")
+    finally:
+        sa.event.remove(sa.Engine, "before_cursor_execute", count)
+    assert said.code == 130
+    behind = re.search(r"tallystick audit --after (\S+)", said.err)
+    assert behind
+    assert uuid.UUID(behind[1]) in people
+    assert tally("audit", "--after", behind[1]).code == 0
+
+
 def test_the_audit_finds_what_was_broken(at, world: World):
     tally = at(world)
     user = world.user(credits=3)

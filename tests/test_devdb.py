@@ -32,9 +32,14 @@ ORDINARY_UID = next((user.pw_uid for user in pwd.getpwall() if user.pw_uid and u
 UNKNOWN_UID = 61234  # without an entry among the users
 MACHINES_OWN = Path(os.environ.get("TALLYSTICK_TEST_PG_BIN", "/usr/lib/postgresql/15/bin"))
 
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
-with_machines_own = pytest.mark.skipif(not MACHINES_OWN.exists(), reason=f"no PostgreSQL in {MACHINES_OWN}")
-with_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="the system has no /proc")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a server as another account")
+with_machines_own = pytest.mark.skipif(
+    not MACHINES_OWN.exists(),
+    reason=f"needs a PostgreSQL of the machine's own in {MACHINES_OWN} (or name it: TALLYSTICK_TEST_PG_BIN)",
+)
+with_proc = pytest.mark.skipif(
+    not Path("/proc/self").exists(), reason="processes are looked at in /proc, which only Linux has"
+)
 
 # Another account, taken on once Python is loaded, since its own files may be in root's private home.
 BECOME = """

@@ -777,7 +777,7 @@ def test_the_audit_is_clean_and_names_who_waits(any_world: World) -> None:
     assert [(finding.user, finding.fault) for finding in report.findings] == [(waiting, False)]
 
 
-@pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed")
+@pytest.mark.skipif(shutil.which("npm") is None, reason="`npm run db:seed` needs npm (install Node.js)")
 def test_npm_run_db_seed(world: World, tmp_path: Path) -> None:
     url = world.url.replace("+psycopg", "", 1)
     environ = {
@@ -792,7 +792,7 @@ def test_npm_run_db_seed(world: World, tmp_path: Path) -> None:
     assert outcomes(plant(world, only=["funded"])) == {"funded": "unchanged"}
 
 
-@pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed")
+@pytest.mark.skipif(shutil.which("npm") is None, reason="`npm run db:seed` needs npm (install Node.js)")
 def test_npm_says_what_to_install(tmp_path: Path) -> None:
     shutil.copy(ROOT / "package.json", tmp_path)
     tools = tmp_path / "tools"

@@ -381,16 +381,11 @@ def to_toml(host: HostMapping) -> str:
             values = {field: getattr(mapped, field) for field in type(mapped).__dataclass_fields__}
             lines += ["", f"[host.{name}]", *(f"{k} = {_toml(v)}" for k, v in values.items() if v is not None)]
             absent = [k for k, v in values.items() if v is None]
-            lines += [f"{k} = false{_ABSENT.get((name, k), '')}" for k in absent]
+            lines += [f"{k} = false{_UNDATED if k == 'created_at' else ''}" for k in absent]
     return "\n".join([*lines, "", _PACKS_EXAMPLE])
 
 
-_ABSENT = {
-    (
-        "workshops",
-        "created_at",
-    ): "  # none tells when it was made: with the paywall on, no old one is open without a credit"
-}
+_UNDATED = "  # none tells when it was made: with the paywall on, no old one is open without a credit"
 
 _PACKS_EXAMPLE = """\
 # What is on sale. amount is in minor units: 7900 is $79.00.

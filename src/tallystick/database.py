@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, Union
 
-import psycopg
 import sqlalchemy as sa
-from psycopg import pq
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from tallystick.errors import Conflict, DatabaseUnavailable, NotMigrated, OutcomeUnknown, PermissionDenied
@@ -140,6 +138,8 @@ def dial(
 
 
 def _starting_up(error: BaseException | None) -> bool:
+    import psycopg  # noqa: PLC0415 - by now it is loaded; on top it would make every import of the package slower
+
     if not isinstance(error, psycopg.OperationalError):
         return False
     if isinstance(error, psycopg.errors.ConnectionTimeout) or _WAKING.search(str(error)):
@@ -152,7 +152,7 @@ def _starting_up(error: BaseException | None) -> bool:
     # Somebody answered, so asking again is quick. libpq keeps the SQLSTATE of a refused connection to itself, and the
     # message is in the server's language; but its ping knows 57P03, cannot_connect_now, from any other.
     conninfo = psycopg.conninfo.make_conninfo("", **options | {"connect_timeout": "2"})
-    return pq.PGconn.ping(conninfo.encode()) == pq.Ping.REJECT
+    return psycopg.pq.PGconn.ping(conninfo.encode()) == psycopg.pq.Ping.REJECT
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def project(packages: str, folder: Path) -> Project:
 
 def _installed(packages: str) -> Path:
     if shutil.which("npm") is None:
-        pytest.skip("npm is not on this machine")
+        pytest.skip("needs npm, for the real Drizzle and Prisma (install Node.js)")
     wanted = (PACKAGES / packages / "package.json").read_bytes()
     target = CACHE / f"{packages}-{hashlib.sha256(wanted).hexdigest()[:12]}"
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def _install(wanted: bytes, target: Path) -> None:
         done = subprocess.run(command, cwd=partial, capture_output=True, text=True, timeout=300, check=False)
         if done.returncode != 0:
             if any(word in done.stderr for word in UNREACHABLE):
-                pytest.skip("npm cannot reach its registry")
+                pytest.skip("npm cannot reach its registry, from which the real Drizzle and Prisma come")
             raise AssertionError(done.stderr)
         partial.rename(target)
 

@@ -213,7 +213,7 @@ def test_the_password_is_on_no_command_line(app: App, tmp_path: Path) -> None:
                 continue
 
     if not Path("/proc/self/cmdline").exists():
-        pytest.skip("the system has no /proc")
+        pytest.skip("other processes' command lines are read from /proc, which only Linux has")
     url = sa.make_url(app.url).set(password="s3cret").render_as_string(hide_password=False)
     made = backup(url, tmp_path / "app.backup", bin_dir=app.server.bin, progress=look)
     assert seen
@@ -274,7 +274,10 @@ def test_two_at_once_leave_each_other_alone(app: App, tmp_path: Path) -> None:
 OLD = Path("/usr/lib/postgresql/15/bin")
 
 
-@pytest.mark.skipif(not OLD.exists(), reason="this machine has no PostgreSQL 15 of its own")
+@pytest.mark.skipif(
+    not OLD.exists(),
+    reason=f"needs an older PostgreSQL beside the embedded one, in {OLD} (apt-get install postgresql-15)",
+)
 def test_the_programs_that_fit_the_server_are_chosen(app: App) -> None:
     folders = [find_binaries(), OLD]
     server = int(app.server.version.partition(".")[0])

@@ -26,7 +26,7 @@ from worlds import World
 
 PROGRAM = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 
-pytestmark = pytest.mark.skipif(PROGRAM is None, reason="pgbouncer is not installed (apt-get install pgbouncer)")
+pytestmark = pytest.mark.skipif(PROGRAM is None, reason="needs a real pgbouncer (apt-get install pgbouncer)")
 
 SETTINGS = """
 [databases]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -111,7 +110,6 @@ def test_an_autovacuum_that_is_running(busy: App, request: pytest.FixtureRequest
         busy.run("ALTER SYSTEM RESET autovacuum_naptime", "SELECT pg_reload_conf()")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="the proxy leads to a Unix socket")
 def test_a_client_far_away(busy: App, request: pytest.FixtureRequest) -> None:
     env = busy.server.env
     socket = Path(env["PGHOST"]) / f".s.PGSQL.{env['PGPORT']}"

@@ -304,7 +304,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     )
     try:
         if mounted.returncode != 0:
-            pytest.skip("a small file system takes the right to mount one")
+            pytest.skip("only root can mount a small file system to fill, and not in every container")
         yield folder
     finally:
         if mounted.returncode == 0:

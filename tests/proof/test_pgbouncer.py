@@ -25,7 +25,7 @@ from worlds import World
 
 BOUNCER = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
 
-pytestmark = pytest.mark.skipif(BOUNCER is None, reason="pgbouncer is not installed: apt-get install pgbouncer")
+pytestmark = pytest.mark.skipif(BOUNCER is None, reason="needs a real pgbouncer (apt-get install pgbouncer)")
 
 SETTINGS = """
 [databases]

@@ -160,7 +160,7 @@ def test_the_annotations_find_a_wrong_session(session: stripe.checkout.Session) 
 def stripe_cli() -> Path:
     npm = shutil.which("npm")
     if npm is None:
-        pytest.skip("npm is not installed, so Stripe's command line cannot be had")
+        pytest.skip("needs npm, for Stripe's own command line (install Node.js)")
     binary = CACHE / "node_modules" / ".bin" / "stripe"
     if not binary.exists():
         fresh = CACHE.with_name(f"npm-{os.getpid()}")

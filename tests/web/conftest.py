@@ -78,7 +78,7 @@ def shop(server: Server, _templates: Callable[[str], str], double: DevStripe) ->
 def browser() -> Iterator[Browser]:
     found = shutil.which("chromium")
     if found is None:
-        pytest.skip("no chromium on PATH. Install it with: apt-get install chromium")
+        pytest.skip("needs a real browser (apt-get install chromium)")
     with sync_playwright() as playwright:
         running = playwright.chromium.launch(executable_path=found, args=list(FLAGS))
         yield running

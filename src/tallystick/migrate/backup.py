@@ -31,6 +31,7 @@ import zstandard
 
 from tallystick.database import connect
 from tallystick.errors import BackupError
+from tallystick.migrate.session import driver
 
 LEVEL = 3
 CHUNK = 1 << 20
@@ -131,7 +132,7 @@ def restore(path: Path, database: str, *, bin_dir: Path, owners: bool = True, pr
     read_manifest(path)  # what is no backup is told before anything else
     with connect(database) as conn:
         taken = conn.scalars(_TABLES).all()
-        server = conn.scalars(sa.text("SELECT current_setting('server_version_num')::int / 10000")).one()
+        server = _server_major(conn)
     if server < _TIMEOUT_SINCE <= (ours := _major(bin_dir)):
         raise _too_new(ours, server)
     if taken:
@@ -186,7 +187,7 @@ def programs_for(database: str, folders: Iterable[Path], *, restoring: bool = Fa
         BackupError: there is none, with what to install.
     """
     with connect(database) as conn:
-        server = conn.scalars(sa.text("SELECT current_setting('server_version_num')::int / 10000")).one()
+        server = _server_major(conn)
     found = [Programs(folder, _major(folder)) for folder in dict.fromkeys(folders)]
     if restoring:
         understood = [one for one in found if server >= _TIMEOUT_SINCE or one.major < _TIMEOUT_SINCE]
@@ -212,6 +213,10 @@ def installed() -> list[Path]:
     if on_path := shutil.which("pg_dump"):
         folders.append(Path(on_path).resolve().parent)  # Debian's own is a link to a script that chooses by cluster
     return [folder for folder in folders if all((folder / name).is_file() for name in ("pg_dump", "pg_restore"))]
+
+
+def _server_major(conn: sa.Connection) -> int:
+    return driver(conn).info.server_version // 10_000
 
 
 def _major(bin_dir: Path) -> int:

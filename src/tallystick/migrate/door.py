@@ -11,11 +11,10 @@ from alembic.operations import Operations
 from psycopg.sql import Composable
 
 from tallystick.config import Config
-from tallystick.errors import LedgerNotEmpty, MigrationError
-from tallystick.migrate.host import current_revision, examine
+from tallystick.errors import MigrationError
+from tallystick.migrate.host import current_revision, examine, refuse_rows
 from tallystick.migrate.revisions import HostNames, Revision, revisions, up_to
 from tallystick.migrate.statements import STALL_BUDGET_MS, Messages, downward, text, upward
-from tallystick.schema import LEDGER
 
 _SETTINGS = ("lock_timeout", "statement_timeout", "idle_in_transaction_session_timeout")
 
@@ -111,13 +110,7 @@ def downgrade_revision(
             f"the ones between, in order: {', '.join(str(one.down_revision) for one in reversed(gone[1:]))}"
         )
     if host.revision is not None and not discard_ledger:
-        rows = conn.scalar(sa.select(sa.func.count()).select_from(sa.table(LEDGER, schema=host.users.schema)))
-        if rows:
-            raise LedgerNotEmpty(
-                f"the ledger holds {rows} credit transactions. Take a backup, then call "
-                "downgrade_revision(…, discard_ledger=True)",
-                rows=rows,
-            )
+        refuse_rows(conn, host, "call downgrade_revision(…, discard_ledger=True)")
     _run_inside(
         conn,
         downward(

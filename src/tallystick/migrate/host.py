@@ -12,7 +12,14 @@ import sqlalchemy as sa
 
 from tallystick.config import Config, HostMapping, KeyType, UsersTable, WorkshopsTable
 from tallystick.database import translated
-from tallystick.errors import HostMismatch, IncompatibleColumn, PermissionDenied, SchemaError, SchemaTooNew
+from tallystick.errors import (
+    HostMismatch,
+    IncompatibleColumn,
+    LedgerNotEmpty,
+    PermissionDenied,
+    SchemaError,
+    SchemaTooNew,
+)
 from tallystick.migrate.revisions import Adopted, Word, revisions
 from tallystick.schema import LEDGER, alembic_version, migration_log
 
@@ -253,6 +260,16 @@ def mapped_oids(conn: sa.Connection, mapping: HostMapping) -> list[int]:
     tables = [table for table in (mapping.users, mapping.workshops) if table]
     found = (conn.scalar(_OID, {"schema": table.schema, "table": table.table}) for table in tables)
     return [oid for oid in found if oid is not None]
+
+
+def refuse_rows(conn: sa.Connection, host: Host, how: str) -> None:
+    """Raises LedgerNotEmpty where there is history to lose; ``how`` says what loses it on purpose."""
+    rows = conn.scalar(sa.select(sa.func.count()).select_from(sa.table(LEDGER, schema=host.users.schema)))
+    if rows:
+        raise LedgerNotEmpty(
+            f"the ledger holds {rows} credit transactions, which undo would throw away. Take a backup, then {how}",
+            rows=rows,
+        )
 
 
 def current_revision(conn: sa.Connection) -> str | None:

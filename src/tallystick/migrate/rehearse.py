@@ -192,23 +192,18 @@ def _live(engine: sa.Engine, config: Config) -> Iterator[Lived]:
 
 
 _HISTORY = ["refund", "consumption", "purchase", "grant"]
-_CANDIDATES = 100
 
 
 def _someone(conn: sa.Connection, ledger: Ledger) -> tuple[Key | None, Key | None]:
-    """A user, with a workshop of theirs that is not paid for yet where one is soon found."""
-    users, workshops = ledger.schema.users, ledger.schema.workshops
+    """A user, with a workshop of theirs that is not paid for yet where there is one."""
+    users, workshops = ledger.schema.users.c, ledger.schema.workshops
+    living = sa.select(users.key).where(users.key.is_not(None), users.deleted_at.is_(None)).limit(1)
     if workshops is not None:
-        free = sa.and_(
-            workshops.c.owner.is_not(None), workshops.c.credit_consumed_at.is_(None), workshops.c.deleted_at.is_(None)
-        )
-        for row in conn.execute(sa.select(workshops.c.key, workshops.c.owner).where(free).limit(_CANDIDATES)):
-            owner = ledger.schema.user_key(row.owner)
-            theirs = sa.and_(users.c.key == owner, users.c.deleted_at.is_(None))
-            if conn.scalar(sa.select(sa.func.count()).select_from(users).where(theirs)):
-                return owner, row.key
-    living = sa.and_(users.c.key.is_not(None), users.c.deleted_at.is_(None))
-    return conn.scalar(sa.select(users.c.key).where(living).limit(1)), None
+        shop = workshops.c
+        free = living.add_columns(shop.key).join_from(ledger.schema.users, workshops, shop.owner == users.key)
+        for user, workshop in conn.execute(free.where(shop.credit_consumed_at.is_(None), shop.deleted_at.is_(None))):
+            return user, workshop
+    return conn.scalar(living), None
 
 
 def _contents(conn: sa.Connection, host: Host) -> dict[str, tuple[int, int]]:

@@ -26,12 +26,11 @@ from psycopg.sql import Composable, Identifier
 from tallystick.config import Config
 from tallystick.errors import (
     ConfigError,
-    LedgerNotEmpty,
     MigrationBlocked,
     MigrationRunning,
 )
 from tallystick.migrate.blockers import OLD_MS, Blocker, Watch
-from tallystick.migrate.host import Host, examine, mapped_oids
+from tallystick.migrate.host import Host, examine, mapped_oids, refuse_rows
 from tallystick.migrate.online import Building, OnlineStep, build, validate
 from tallystick.migrate.revisions import HostNames, Revision, after, revisions, up_to
 from tallystick.migrate.session import driver, engine_of, session, translate
@@ -249,7 +248,7 @@ class _Run:
     def undo(self, *, discard_ledger: bool) -> Receipt:
         host = self._preflight()
         if host.revision is not None and not discard_ledger:
-            self._refuse_rows(host)
+            refuse_rows(self.conn, host, "run: tallystick migrate undo --discard-ledger")
         names = HostNames.of(self.config.host, host.adopted)
         gone = tuple(reversed(up_to(host.revision)))
         prepared = next((revision for revision in after(host.revision) if revision.revision == host.prepared), None)
@@ -400,15 +399,6 @@ class _Run:
                 waited_for=[json.loads(json.dumps(asdict(blocker), default=str)) for blocker in step.waited_for],
             )
         )
-
-    def _refuse_rows(self, host: Host) -> None:
-        rows = self.conn.scalar(sa.select(sa.func.count()).select_from(sa.table(LEDGER, schema=host.users.schema)))
-        if rows:
-            raise LedgerNotEmpty(
-                f"the ledger holds {rows} credit transactions, which undo would throw away. Take a backup, "
-                "then run: tallystick migrate undo --discard-ledger",
-                rows=rows,
-            )
 
     def _online(self, revision: Revision, names: HostNames) -> Iterator[OnlineStep]:
         for name, statement in revision.indexes(names).items():

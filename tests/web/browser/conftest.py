@@ -73,7 +73,7 @@ def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The source of axe-core, from the npm registry."""
     npm = shutil.which("npm")
     if npm is None:
-        pytest.skip("no npm on PATH, which brings axe-core. Install Node.js")
+        pytest.skip("needs npm, for the newest axe-core (install Node.js)")
     folder: Path = tmp_path_factory.mktemp("axe")
     packed = subprocess.run(
         [npm, "pack", AXE, "--silent", "--pack-destination", str(folder)], capture_output=True, text=True, check=False
