@@ -117,6 +117,7 @@ def main() -> None:
         print("| --- | --- | ---: | ---: | ---: | ---: |")
         for asynchronous in (False, True):
             listening = socket.socket()
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as tallystick serve does
             listening.bind(("127.0.0.1", 0))
             port = listening.getsockname()[1]
             process = spawn.Process(target=serve, args=(site.url, listening), kwargs={"asynchronous": asynchronous})

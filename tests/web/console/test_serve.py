@@ -12,7 +12,7 @@ from http.cookiejar import CookieJar
 
 import pytest
 
-from tallystick.cli import main
+from tallystick.cli import main, serve
 from tallystick.web.console import Passwords
 
 COMMAND = [sys.executable, "-c", "from tallystick.cli import main; main()"]
@@ -88,3 +88,13 @@ def test_a_hash_for_the_settings(tmp_path):
     stored = re.search(r"scrypt:\S+", done.stdout)[0]
     assert Passwords({"anna": stored}).check("anna", "open sesame") == "anna"
     assert "open sesame" not in done.stdout + done.stderr
+
+
+def test_its_connections_do_not_hold_answers_back():
+    """With TCP_NODELAY, which a connection has from the socket that it came in by."""
+    with (
+        serve._listen("127.0.0.1", 0) as listening,
+        socket.create_connection(listening.getsockname()),
+        listening.accept()[0] as accepted,
+    ):
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
