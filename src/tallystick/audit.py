@@ -36,7 +36,7 @@ from sqlalchemy.dialects.postgresql.base import PGDialect
 
 from tallystick.config import Config, KeyType
 from tallystick.database import DbConnection, run
-from tallystick.errors import InvalidArgument, Key, UnknownUser
+from tallystick.errors import InvalidArgument, Key, UnknownUser, shown
 from tallystick.schema import CreditTransactionStatus, CreditTransactionType, Schema
 
 PART_ROWS = 5_000_000
@@ -156,7 +156,7 @@ def audit(
         )
     if user is not None and after is not None:
         raise InvalidArgument(
-            f"user={user!r}, after={after!r}: pass one of them, one user or those behind one",
+            f"user={shown(user)}, after={shown(after)}: pass one of them, one user or those behind one",
             argument="after",
             value=after,
         )

@@ -35,7 +35,7 @@ from uuid_utils.compat import uuid7
 from tallystick.accounts import Accounts
 from tallystick.config import Config, Pack, UsersTable, WorkshopsTable
 from tallystick.database import translated
-from tallystick.errors import InvalidArgument, Key, PermissionDenied, SeedImpossible, SeedRefused
+from tallystick.errors import InvalidArgument, Key, PermissionDenied, SeedImpossible, SeedRefused, shown
 from tallystick.ledger import CreditTransaction, Ledger
 from tallystick.schema import LEDGER, TRIGGERS, Schema, migration_log, verify
 
@@ -248,7 +248,7 @@ def _chosen(only: Sequence[str]) -> list[Scenario]:
         if name not in SCENARIOS:
             near = difflib.get_close_matches(name, SCENARIOS, n=1)
             hint = f"; did you mean {near[0]}?" if near else ". List them with: tallystick seed --list"
-            raise InvalidArgument(f"there is no scenario {name!r}{hint}", argument="only", value=name)
+            raise InvalidArgument(f"there is no scenario {shown(name)}{hint}", argument="only", value=name)
     return [scenario for scenario in SCENARIOS.values() if not only or scenario.name in only]
 
 

@@ -57,9 +57,13 @@ app = typer.Typer(
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
+_SAID_MAX = 2_000  # what was typed may be 100,000 characters, and a message names it
+
 
 def complain(message: str) -> None:
-    """One message to a person, on stderr, whatever characters it holds."""
+    """One message to a person, on stderr, whatever characters it holds; without the middle of what is too long."""
+    if len(message) > _SAID_MAX:
+        message = f"{message[: _SAID_MAX // 2]} … {message[-_SAID_MAX // 2 :]}"
     err.print(message, style="red", markup=False)
 
 

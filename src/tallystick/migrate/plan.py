@@ -231,7 +231,9 @@ def _about_replicas(replicas: Sequence[Replica]) -> Iterator[Finding]:
 
 
 def _about_room(database_bytes: int, folder: Path | None) -> Iterator[Finding]:
-    if folder is not None:
+    if folder is not None and not folder.is_dir():
+        yield Finding("warning", f"there is no folder {folder} for a backup. Make it, or name another with --backup")
+    elif folder is not None:
         free = shutil.disk_usage(folder).free
         if free < database_bytes:
             yield Finding(

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from psycopg import sql
 
 from tallystick.config import HostMapping
+from tallystick.errors import InvalidArgument, shown
 from tallystick.schema import (
     BOOKKEEPING_SCHEMA,
     Schema,
@@ -59,6 +60,8 @@ CREATE OR REPLACE TRIGGER {trigger} AFTER UPDATE OF credit_balance, credit_seque
 _TRIGGER_NAME = sql.Identifier("tallystick_balance_by_ledger")
 _FUNCTION_NAME = sql.Identifier(BOOKKEEPING_SCHEMA, "balance_by_ledger")
 
+_NAME_MAX = 63  # PostgreSQL cuts a longer identifier off, but not the name that a trigger compares
+
 _LEDGER_UPDATES = (
     "status",
     "balance_after",
@@ -81,9 +84,12 @@ def grant(host: HostMapping, role: str) -> str:
     """A script that gives ``role`` what the ledger and the accounts need, and takes away what could rewrite history.
 
     ``role`` must exist and neither own the tables nor be a superuser: the script refuses that.
+
+    Raises:
+        InvalidArgument: no role can have that name.
     """
     schema = Schema.of(host)
-    to = sql.Identifier(role)
+    to = _role(role)
     users, ledger = _name(schema.users), _name(schema.credit_transactions)
     own = [column.name for column in schema.users.c if column.key not in ("key", "email", "updated_at")]
     tables = [schema.users, schema.credit_transactions, *([schema.workshops] if schema.workshops is not None else [])]
@@ -122,7 +128,7 @@ def grant(host: HostMapping, role: str) -> str:
 def revoke(host: HostMapping, role: str) -> str:
     """A script that takes back what :func:`grant` gave; needed before ``tallystick migrate undo``."""
     schema = Schema.of(host)
-    to = sql.Identifier(role)
+    to = _role(role)
     users, ledger = _name(schema.users), _name(schema.credit_transactions)
     own = [column.name for column in schema.users.c if column.key not in ("key", "email", "updated_at")]
     return _script(
@@ -135,6 +141,17 @@ def revoke(host: HostMapping, role: str) -> str:
             sql.SQL("REVOKE ALL ON SCHEMA {} FROM {}").format(sql.Identifier(BOOKKEEPING_SCHEMA), to),
         ]
     )
+
+
+def _role(name: str) -> sql.Identifier:
+    length = len(name.encode(errors="surrogatepass"))
+    if not 1 <= length <= _NAME_MAX or "\0" in name or any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise InvalidArgument(
+            f"role={shown(name)} is no name of a role: 1 to {_NAME_MAX} bytes of text. List them with: \\du in psql",
+            argument="role",
+            value=name,
+        )
+    return sql.Identifier(name)
 
 
 def _name(table: sa.Table) -> sql.Identifier:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tallystick.config import Config, HostMapping
-from tallystick.errors import ConfigError
+from tallystick.errors import ConfigError, shown
 from tallystick.schema import LEDGER, CreditTransactionStatus, CreditTransactionType
 
 _SQLALCHEMY_USERS = """\
@@ -131,7 +131,7 @@ def snippet(tool: str, config: Config) -> str:
         ConfigError: there is none for this tool.
     """
     if tool not in _TOOLS:
-        raise ConfigError(f"there is no snippet for {tool!r}. There is one for: {', '.join(TOOLS)}", key=tool)
+        raise ConfigError(f"there is no snippet for {shown(tool)}. There is one for: {', '.join(TOOLS)}", key=tool)
     users, workshops, rest = _TOOLS[tool]
     names = _names(config.host)
     parts = [users, *([workshops] if config.host.workshops else []), rest]
