@@ -108,6 +108,22 @@ def test_from_an_apps_database_to_audited_credits(tally, old_host):
         assert "credit_balance" not in [row[0] for row in columns]
 
 
+def test_a_role_is_made_and_taken_back_by_the_scripts_that_are_printed(tally, old_host):
+    tally("init")
+    tally("migrate", "apply")
+    name = f"app {uuid.uuid4().hex}"
+    with psycopg.connect(old_host, autocommit=True) as conn:
+        conn.execute(f'CREATE ROLE "{name}"')
+        conn.execute(tally("migrate", "sql", "--role", name).out)
+        refused = tally("migrate", "undo")
+        assert (refused.code, f"--role '{name}' --revoke" in refused.err) == (1, True)
+        conn.execute(tally("migrate", "sql", "--role", name, "--revoke").out)
+        assert "Undid" in tally("migrate", "undo").out
+        conn.execute(f'DROP OWNED BY "{name}"')
+        conn.execute(f'DROP ROLE "{name}"')
+    assert tally("migrate", "sql", "--revoke").code == 2
+
+
 def test_credits_by_hand(at, any_world: World):
     tally = at(any_world)
     user = any_world.user(credits=3)

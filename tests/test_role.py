@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import uuid
 from collections.abc import Callable, Iterator
 
@@ -10,10 +11,10 @@ import pytest
 import sqlalchemy as sa
 from psycopg import errors, sql
 
-from tallystick import Pack, stripe
+from tallystick import Pack, migrate, stripe
 from tallystick.audit import audit
 from tallystick.devstripe import DevStripe
-from tallystick.errors import InsufficientCredits, PermissionDenied
+from tallystick.errors import InsufficientCredits, InvalidArgument, MigrationError, PermissionDenied
 from tallystick.ledger import Consume
 from tallystick.migrate import role
 from worlds import World
@@ -152,3 +153,24 @@ def test_without_the_grants_the_error_says_what_is_missing(world: World) -> None
 def test_a_superuser_cannot_be_limited(world: World) -> None:
     with pytest.raises(errors.RaiseException, match="no privilege limits"):
         run_script(world, role.grant(world.config.host, "postgres"))
+
+
+def test_undo_names_the_role_that_is_in_the_way(app: tuple[World, sa.Engine]) -> None:
+    world, engine = app
+    assert engine.url.username is not None
+    with pytest.raises(MigrationError) as refused:
+        migrate.undo(world.url, world.config)
+    words = shlex.split(str(refused.value).split("owner of the tables: ")[1].split(" | ")[0])
+    assert words == ["tallystick", "migrate", "sql", "--role", engine.url.username, "--revoke"]
+    assert refused.value.__cause__ is None  # told before anything was tried
+    run_script(world, role.revoke(world.config.host, engine.url.username))
+    run_script(world, role.revoke(world.config.host, engine.url.username))  # again: nothing changes
+    assert migrate.undo(world.url, world.config).after is None
+    migrate.apply(world.url, world.config)  # the fixture's revoke needs the ledger
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "a\ud800", "x" * 64, "ö" * 32])
+def test_what_is_no_name_of_a_role_is_refused(world: World, name: str) -> None:
+    for script in (role.grant, role.revoke):
+        with pytest.raises(InvalidArgument, match="1 to 63 bytes"):
+            script(world.config.host, name)

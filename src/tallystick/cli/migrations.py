@@ -206,10 +206,16 @@ def sql(
             metavar="ROLE",
         ),
     ] = None,
+    revoke: Annotated[
+        bool, typer.Option("--revoke", help="With --role: print what takes it back again, as undo needs.")
+    ] = False,
 ) -> None:
     """Print what apply would run as one script, for review or for another tool to run."""
+    if revoke and role is None:
+        raise typer.BadParameter("--revoke takes back what a role was given; say whose: --role ROLE")
     if role is not None:
-        out.print(roles.grant(invocation(ctx).config().host, role), markup=False)
+        script = (roles.revoke if revoke else roles.grant)(invocation(ctx).config().host, role)
+        out.print(script, markup=False)
         return
     if offline:
         out.print(migrate.sql(None, invocation(ctx).config()), markup=False)

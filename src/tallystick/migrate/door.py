@@ -14,6 +14,7 @@ from tallystick.config import Config
 from tallystick.errors import MigrationError
 from tallystick.migrate.host import current_revision, examine, refuse_rows
 from tallystick.migrate.revisions import HostNames, Revision, revisions, up_to
+from tallystick.migrate.role import refuse_limited
 from tallystick.migrate.statements import STALL_BUDGET_MS, Messages, downward, text, upward
 
 _SETTINGS = ("lock_timeout", "statement_timeout", "idle_in_transaction_session_timeout")
@@ -111,6 +112,8 @@ def downgrade_revision(
         )
     if host.revision is not None and not discard_ledger:
         refuse_rows(conn, host, "call downgrade_revision(…, discard_ledger=True)")
+    if to is None:
+        refuse_limited(conn, config.host)
     _run_inside(
         conn,
         downward(

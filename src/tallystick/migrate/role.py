@@ -6,11 +6,13 @@ the role must have UPDATE on it, and the trigger lets a balance only become what
 
 from __future__ import annotations
 
+import shlex
+
 import sqlalchemy as sa
 from psycopg import sql
 
 from tallystick.config import HostMapping
-from tallystick.errors import InvalidArgument, shown
+from tallystick.errors import InvalidArgument, MigrationError, shown
 from tallystick.schema import (
     BOOKKEEPING_SCHEMA,
     Schema,
@@ -25,6 +27,11 @@ _HEAD = """\
 -- A role for the app: it can run every operation of the ledger, and not touch history.
 -- Run by the owner of the tables, in one transaction, after: tallystick migrate apply
 -- The app's own privileges on its tables stay as they are, but for the columns that are named here.
+"""
+
+_TAKEN_BACK = """\
+-- What the app's role got from the same script without --revoke is taken back.
+-- Run by the owner of the tables, in one transaction, before: tallystick migrate undo
 """
 
 _NO_SHORT_CUT = sql.SQL("""\
@@ -55,7 +62,13 @@ END $$""")
 
 _TRIGGER = sql.SQL("""\
 CREATE OR REPLACE TRIGGER {trigger} AFTER UPDATE OF credit_balance, credit_sequence ON {users}
-  FOR EACH ROW WHEN (current_user = {role}) EXECUTE FUNCTION {function}()""")
+  FOR EACH ROW WHEN (current_user = {role}) EXECUTE FUNCTION {function}({role})""")
+
+# The trigger's argument is there to be read here alone. An address may name no such table any more.
+_LIMITED = sa.text("""
+    SELECT tgargs FROM pg_catalog.pg_trigger
+    WHERE tgname = 'tallystick_balance_by_ledger' AND tgrelid = pg_catalog.to_regclass(:users)
+""")
 
 _TRIGGER_NAME = sql.Identifier("tallystick_balance_by_ledger")
 _FUNCTION_NAME = sql.Identifier(BOOKKEEPING_SCHEMA, "balance_by_ledger")
@@ -122,7 +135,7 @@ def grant(host: HostMapping, role: str) -> str:
         _FUNCTION.format(function=_FUNCTION_NAME, ledger=ledger, key=key),
         _TRIGGER.format(trigger=_TRIGGER_NAME, users=users, role=sql.Literal(role), function=_FUNCTION_NAME),
     ]
-    return _script(steps)
+    return _script(_HEAD, steps)
 
 
 def revoke(host: HostMapping, role: str) -> str:
@@ -132,6 +145,7 @@ def revoke(host: HostMapping, role: str) -> str:
     users, ledger = _name(schema.users), _name(schema.credit_transactions)
     own = [column.name for column in schema.users.c if column.key not in ("key", "email", "updated_at")]
     return _script(
+        _TAKEN_BACK,
         [
             sql.SQL("DROP TRIGGER IF EXISTS {} ON {}").format(_TRIGGER_NAME, users),
             sql.SQL("DROP FUNCTION IF EXISTS {}()").format(_FUNCTION_NAME),
@@ -139,8 +153,24 @@ def revoke(host: HostMapping, role: str) -> str:
             sql.SQL("REVOKE UPDATE ({}) ON {} FROM {}").format(_join(own), users, to),
             sql.SQL("REVOKE ALL ON ALL TABLES IN SCHEMA {} FROM {}").format(sql.Identifier(BOOKKEEPING_SCHEMA), to),
             sql.SQL("REVOKE ALL ON SCHEMA {} FROM {}").format(sql.Identifier(BOOKKEEPING_SCHEMA), to),
-        ]
+        ],
     )
+
+
+def refuse_limited(conn: sa.Connection, host: HostMapping) -> None:
+    """Refuse to go on while a role is limited by :func:`grant`: its trigger needs the ledger.
+
+    Raises:
+        MigrationError: names the role, and the command that takes its part back.
+    """
+    users = _name(Schema.of(host).users).as_string()
+    if (arguments := conn.scalar(_LIMITED, {"users": users})) is not None:
+        role = bytes(arguments).rstrip(b"\0").decode()
+        raise MigrationError(
+            f"the role {role} runs the ledger with privileges of its own. Nothing was changed. Take them back, as the "
+            f"owner of the tables: tallystick migrate sql --role {shlex.quote(role)} --revoke | "
+            'psql "$DATABASE_URL", then run this again'
+        )
 
 
 def _role(name: str) -> sql.Identifier:
@@ -166,5 +196,5 @@ def _join(names: list[str] | tuple[str, ...]) -> sql.Composed:
     return sql.SQL(", ").join(map(sql.Identifier, names))
 
 
-def _script(steps: list[sql.Composable]) -> str:
-    return _HEAD + "\nBEGIN;\n" + "".join(f"{step.as_string()};\n" for step in steps) + "COMMIT;\n"
+def _script(head: str, steps: list[sql.Composable]) -> str:
+    return head + "\nBEGIN;\n" + "".join(f"{step.as_string()};\n" for step in steps) + "COMMIT;\n"

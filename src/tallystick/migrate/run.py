@@ -33,6 +33,7 @@ from tallystick.migrate.blockers import OLD_MS, Blocker, Watch
 from tallystick.migrate.host import Host, examine, mapped_oids, refuse_rows
 from tallystick.migrate.online import Building, OnlineStep, build, validate
 from tallystick.migrate.revisions import HostNames, Revision, after, revisions, up_to
+from tallystick.migrate.role import refuse_limited
 from tallystick.migrate.session import driver, engine_of, session, translate
 from tallystick.migrate.statements import (
     ADVISORY_KEY,
@@ -178,6 +179,7 @@ def undo(
 
     Raises:
         LedgerNotEmpty: the ledger has rows, and ``discard_ledger`` is False.
+        MigrationError: a role was given its part of the ledger (:mod:`tallystick.migrate.role`); take it back first.
     """
     engine = engine_of(database)
     with session(engine, waiting=_waking(progress)) as conn:
@@ -249,6 +251,7 @@ class _Run:
         host = self._preflight()
         if host.revision is not None and not discard_ledger:
             refuse_rows(self.conn, host, "run: tallystick migrate undo --discard-ledger")
+        refuse_limited(self.conn, self.config.host)
         names = HostNames.of(self.config.host, host.adopted)
         gone = tuple(reversed(up_to(host.revision)))
         prepared = next((revision for revision in after(host.revision) if revision.revision == host.prepared), None)
