@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tallystick import CreditTransaction
+from servers import FAST, pg_bin
+from tallystick import CreditTransaction, migrate
+from tallystick.devdb import Server
 from tallystick.errors import (
+    DatabaseUnavailable,
     IdempotencyKeyReused,
     InsufficientCredits,
     InvalidArgument,
     LedgerError,
+    LedgerInconsistent,
     UnknownUser,
     WorkshopNotOwned,
 )
 from tallystick.ledger import Consume
-from worlds import World
+from worlds import SHAPES, World
 
 
 def said(result: CreditTransaction | LedgerError) -> tuple[Any, ...]:
@@ -157,3 +164,35 @@ def test_as_one_after_the_other(world: World) -> None:
 
     indistinguishable()
     world.engine.dispose()
+
+
+def test_a_user_whose_ledger_contradicts_itself_does_not_touch_the_others(world: World) -> None:
+    torn, fine = world.user(credits=3), world.user(credits=3)
+    with world.engine.begin() as conn:
+        users = world.schema.users
+        conn.execute(sa.update(users).values(credit_sequence=0).where(users.c.key == torn))
+    items = [Consume(torn, key="a"), Consume(fine, key="b"), Consume(torn, amount=9, key="c"), Consume(torn, key="d")]
+    with world.engine.begin() as conn:
+        first, done, short, again = world.ledger.consume_many(conn, items)
+        assert world.ledger.balance(conn, torn) == 3
+    assert isinstance(done, CreditTransaction)
+    assert isinstance(short, InsufficientCredits)
+    for refused in (first, again):
+        assert isinstance(refused, LedgerInconsistent)
+        assert (refused.user, f"tallystick audit --user {torn}" in str(refused)) == (torn, True)
+
+
+def test_more_users_than_the_server_can_lock(scratch: Path) -> None:
+    tiny = FAST | {"max_locks_per_transaction": "10", "max_connections": "10"}
+    with Server(scratch, settings=tiny, bin_dir=pg_bin()) as server:
+        world = World(server.create_database("app"), SHAPES["uuid"].host)
+        with world.engine.begin() as conn:
+            conn.exec_driver_sql(SHAPES["uuid"].ddl)
+        migrate.apply(world.url, world.config)
+        user = world.user(credits=1)
+        items = [Consume(user, key="k"), *(Consume(uuid4(), key="k") for _ in range(20_000))]
+        with pytest.raises(DatabaseUnavailable, match="pass shorter lists"), world.engine.begin() as conn:
+            world.ledger.consume_many(conn, items)
+        with world.engine.begin() as conn:
+            assert not isinstance(world.ledger.consume_many(conn, items[:100])[0], LedgerError)
+            assert world.ledger.balance(conn, user) == 0

@@ -77,6 +77,12 @@ def _raise(error: DBAPIError, *, connecting: bool) -> NoReturn:
         raise DatabaseUnavailable(
             f"cannot connect: {text}. Check the address, and that the server runs", sqlstate=state
         ) from error
+    if isinstance(error.orig, psycopg.errors.OutOfMemory) and error.orig.diag.source_file == "lock.c":
+        raise DatabaseUnavailable(
+            f"the server's lock table is full: {text}. Nothing was written; pass shorter lists, since each user takes "
+            "an entry until the transaction ends, or raise max_locks_per_transaction",
+            sqlstate=state,
+        ) from error
     if (state or "").startswith("53"):
         raise DatabaseUnavailable(
             f"the server has no room: {text}. Nothing was written; give it disk or memory and run it again",

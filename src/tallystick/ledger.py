@@ -349,10 +349,12 @@ class Ledger:
         An item that is refused, even for its arguments, does not touch the others: a smaller one after it may still
         be covered. If any was not written, one more statement asks why. Results come in the order of ``items``.
         Each user takes an entry of the server's lock table until the transaction ends: keep to a few thousand users.
+        A user whose row contradicts the ledger gets LedgerInconsistent for each item.
 
         Raises:
             Conflict: one of the keys was being written by somebody else. Nothing was written by this statement;
                 make the same call again (in a database transaction: the whole of it).
+            DatabaseUnavailable: also where the server's lock table has no room for so many users.
         """
         results: list[CreditTransaction | LedgerError | None] = [None] * len(items)
         waiting: dict[int, dict[str, Any]] = {}

@@ -349,8 +349,21 @@ class _Statements:
         users, workshops, item, prior = self.users.c, self.workshops, self.item, self.ledger.alias("prior")
         asked = item.c
         turn = self.turns()
+        # A user whose row is behind the ledger spends nothing, or the number given twice would fail the whole list. It
+        # is a value and no condition here, so that plans expect every user that is listed.
+        ahead = self.ledger.alias("ahead")
+        newest = (
+            sa.select(sa.func.coalesce(sa.func.max(ahead.c.sequence), ZERO))
+            .where(ahead.c.user_id == users.key, ahead.c.sequence.is_not(None))
+            .scalar_subquery()
+        )
         account = (
-            sa.select(users.key.label("key"), users.credit_balance, users.credit_sequence)
+            sa.select(
+                users.key.label("key"),
+                users.credit_balance,
+                users.credit_sequence,
+                (newest <= users.credit_sequence).label("agrees"),
+            )
             .select_from(self.users.join(turn, sa.true()))
             .where(users.key == sa.any_(self.p_users), users.deleted_at.is_(None))
             .order_by(users.key)
@@ -393,7 +406,11 @@ class _Statements:
                 clock.c.now,
             )
             .select_from(source.join(clock, sa.true()))
-            .where(*claimed, ~sa.exists().where(prior.c.user_id == asked.user, prior.c.idempotency_key == asked.key))
+            .where(
+                account.c.agrees,
+                *claimed,
+                ~sa.exists().where(prior.c.user_id == asked.user, prior.c.idempotency_key == asked.key),
+            )
             .cte("spend")
         )
         covered = spend.c.balance >= ZERO

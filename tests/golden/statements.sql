@@ -130,7 +130,10 @@ turn AS (
   SELECT count(*) AS taken
   FROM taken),
 account AS (
-  SELECT users.id AS key, users.credit_balance, users.credit_sequence
+  SELECT users.id AS key, users.credit_balance, users.credit_sequence, (
+    SELECT coalesce(max(ahead.sequence), 0) AS coalesce_1
+    FROM credit_transactions AS ahead
+    WHERE ahead.user_id = users.id AND ahead.sequence IS NOT NULL) <= users.credit_sequence AS agrees
   FROM users JOIN turn ON true
   WHERE users.id = ANY (:p_users::UUID[]) AND users.deleted_at IS NULL
   ORDER BY users.id
@@ -150,7 +153,7 @@ spend AS (
     ORDER BY item.n) AS sequence, clock.now
   FROM unnest(:p_ids::UUID[], :p_users::UUID[], :p_workshops::UUID[], :p_amounts::INTEGER[], :p_keys::TEXT[], :p_descriptions::TEXT[]) WITH ORDINALITY AS item(id, "user", workshop, amount, key, description, n) JOIN account ON account.key = item."user"
   LEFT OUTER JOIN claim ON claim.key = item.workshop AND claim.owner = item."user" JOIN clock ON true
-  WHERE (item.workshop IS NULL OR claim.key IS NOT NULL) AND NOT (EXISTS (
+  WHERE account.agrees AND (item.workshop IS NULL OR claim.key IS NOT NULL) AND NOT (EXISTS (
       SELECT *
       FROM credit_transactions AS prior
       WHERE prior.user_id = item."user" AND prior.idempotency_key = item.key))),
