@@ -77,7 +77,7 @@ def _raise(error: DBAPIError, *, connecting: bool) -> NoReturn:
         raise DatabaseUnavailable(
             f"cannot connect: {text}. Check the address, and that the server runs", sqlstate=state
         ) from error
-    if isinstance(error.orig, psycopg.errors.OutOfMemory) and error.orig.diag.source_file == "lock.c":
+    if state == "53200" and "lock.c" in (getattr(getattr(error.orig, "diag", None), "source_file", None) or ""):
         raise DatabaseUnavailable(
             f"the server's lock table is full: {text}. Nothing was written; pass shorter lists, since each user takes "
             "an entry until the transaction ends, or raise max_locks_per_transaction",

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tallystick import Config, Consume, CreditTransaction, Ledger, migrate
 from tallystick.audit import audit
-from tallystick.database import connect
+from tallystick.database import engine, translated
 from tallystick.devdb import Server
 from tallystick.errors import DatabaseError, InsufficientCredits, LedgerError
 from worlds import SHAPES, World
@@ -53,7 +53,9 @@ class Client:
     """One process's random life, written to a file line by line: a kill loses nothing that was said before it."""
 
     def __init__(self, url: str, people: dict[str, list[str]], log: Path, seed: int) -> None:
-        self.url, self.ledger = url, Ledger(Config(database_url=url, host=HOST))
+        # as an app has it: statements are compiled once, while connections come and go
+        self.engine = engine(url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
+        self.ledger = Ledger(Config(database_url=url, host=HOST))
         self.people = {UUID(user): [UUID(workshop) for workshop in theirs] for user, theirs in people.items()}
         self.dice, self.name = random.Random(seed), f"{seed}"
         self.log = log.open("a", buffering=1)
@@ -64,8 +66,10 @@ class Client:
         number = 0
         while not over.exists():
             try:
-                with connect(self.url, autocommit=True) as conn:
-                    for _ in range(self.dice.randrange(1, 60)):  # then it reconnects
+                with translated(connecting=True):
+                    conn = self.engine.connect()
+                with conn:
+                    for _ in range(self.dice.randrange(1, 600)):  # then it reconnects
                         if over.exists():
                             return
                         number += 1
