@@ -341,7 +341,9 @@ class Ledger:
         item = Consume(user, workshop=workshop, amount=amount, key=key, description=description)
         values = self._spending(item)
         name = "consume" if workshop is None else "consume_for_workshop"
-        return self._write(conn, name, values, lambda facts: _explain_consume(facts, values))
+        return self._write(
+            conn, name, values, lambda facts: _explain_consume(facts, values), lambda told: _spent(values, *told)
+        )
 
     def consume_many(self, conn: DbConnection, items: Sequence[Consume]) -> list[CreditTransaction | LedgerError]:
         """As one ``consume`` after the other, in one statement: for each item its row, or the refusal as a value.
@@ -395,32 +397,9 @@ class Ledger:
         numbers = list(calls)
         lists = {f"{name}s": [values[name] for values in calls.values()] for name in next(iter(calls.values()))}
         done = []
-        for place, balance, sequence, description, created_at, completed_at in run(
-            conn, self.statements["consume_many"], lists
-        ).all():
+        for place, *told in run(conn, self.statements["consume_many"], lists).all():
             n = numbers[place - 1]
-            values = calls[n]
-            row = CreditTransaction(
-                id=values["p_id"],
-                user_id=values["p_user"],
-                type=CONSUMPTION,
-                status=COMPLETED,
-                amount=-values["p_amount"],
-                balance_after=balance,
-                sequence=sequence,
-                description=description,
-                workshop_id=values["p_workshop"],
-                refund_of=None,
-                stripe_session_id=None,
-                stripe_payment_intent_id=None,
-                stripe_price_id=None,
-                amount_paid=None,
-                currency=None,
-                idempotency_key=values["p_key"],
-                created_at=created_at,
-                completed_at=completed_at,
-            )
-            done.append((n, row))
+            done.append((n, _spent(calls[n], *told)))
         return done
 
     def refund(
@@ -636,11 +615,15 @@ class Ledger:
         name: str,
         values: Mapping[str, Any],
         explain: Callable[[_Facts], CreditTransaction | None],
+        made: Callable[[sa.Row[*tuple[Any, ...]]], CreditTransaction] = lambda row: CreditTransaction(*row),
     ) -> CreditTransaction:
-        """Run a statement; if it wrote nothing, ask once why. ``explain`` returns a replay or raises the refusal."""
+        """Run a statement; if it wrote nothing, ask once why. ``explain`` returns a replay or raises the refusal.
+
+        ``made`` makes the row of what the statement tells, where that is not the row.
+        """
         for _ in range(_TRIES):
             if row := run(conn, self.statements[name], values).one_or_none():
-                return CreditTransaction(*row)
+                return made(row)
             (facts,) = self._facts(conn, [values])
             if (replayed := explain(facts)) is not None:
                 return replayed
@@ -659,6 +642,37 @@ class Ledger:
 
 
 _FACTS_ABOUT = ("p_user", "p_key", "p_purchase", "p_session", "p_workshop")
+
+
+def _spent(
+    values: Mapping[str, Any],
+    balance: int,
+    sequence: int,
+    description: str,
+    created_at: dt.datetime,
+    completed_at: dt.datetime,
+) -> CreditTransaction:
+    """A consumption's row: what was asked for, and ``statements.SPENT``."""
+    return CreditTransaction(
+        id=values["p_id"],
+        user_id=values["p_user"],
+        type=CONSUMPTION,
+        status=COMPLETED,
+        amount=-values["p_amount"],
+        balance_after=balance,
+        sequence=sequence,
+        description=description,
+        workshop_id=values["p_workshop"],
+        refund_of=None,
+        stripe_session_id=None,
+        stripe_payment_intent_id=None,
+        stripe_price_id=None,
+        amount_paid=None,
+        currency=None,
+        idempotency_key=values["p_key"],
+        created_at=created_at,
+        completed_at=completed_at,
+    )
 
 
 def _explain_consume(facts: _Facts, values: Mapping[str, Any]) -> CreditTransaction | None:

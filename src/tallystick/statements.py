@@ -17,7 +17,7 @@ named like a column for a value to SET.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -55,6 +55,9 @@ PENDING, COMPLETED, FAILED = map(_label, CreditTransactionStatus)
 ONE, ZERO, NULL, LOWEST, HIGHEST = (
     sa.literal_column(str(value), sa.Integer()) for value in (1, 0, "NULL", INT32_MIN, INT32_MAX)
 )
+
+SPENT = ("balance_after", "sequence", "description", "created_at", "completed_at")
+"""What a consumption tells of its row; the rest the caller knows, and each column costs both sides."""
 
 
 def _hash(user: sa.ColumnElement[Any]) -> sa.ColumnElement[int]:
@@ -175,8 +178,8 @@ class _Statements:
             .cte("written")
         )
 
-    def settle(self, written: sa.CTE, *more: sa.CTE) -> sa.Select[Any]:
-        """Bring the user's row to what was written, in the same statement."""
+    def settle(self, written: sa.CTE, *more: sa.CTE, told: Sequence[str] = ()) -> sa.Select[Any]:
+        """Bring the user's row to what was written, in the same statement; it tells the row, or these of its columns."""
         users = self.users.c
         moved = (
             sa.update(self.users)
@@ -184,7 +187,7 @@ class _Statements:
             .values(credit_balance=written.c.balance_after, credit_sequence=written.c.sequence)
             .cte("moved")
         )
-        return sa.select(written).add_cte(moved, *more)
+        return sa.select(*([written.c[name] for name in told] or [written])).add_cte(moved, *more)
 
     # --- purchases ---
 
@@ -302,7 +305,7 @@ class _Statements:
         )
 
     def consume(self) -> sa.Select[Any]:
-        return self.settle(self.spend(_text("Credit consumed"), {}, self.living))
+        return self.settle(self.spend(_text("Credit consumed"), {}, self.living), told=SPENT)
 
     def claimable(self, workshops: sa.Table, account: sa.CTE) -> sa.Select[Any]:
         """Workshops that can be unlocked, of users who are locked by now."""
@@ -337,7 +340,7 @@ class _Statements:
             .values(credit_consumed_at=written.c.completed_at)
             .cte("marked")
         )
-        return self.settle(written, marked)
+        return self.settle(written, marked, told=SPENT)
 
     def consume_many(self) -> sa.Select[Any]:
         """Of each user's items, in their order, those up to the first that the balance does not cover.

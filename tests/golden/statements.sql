@@ -116,7 +116,7 @@ moved AS (
   SET credit_balance=written.balance_after, credit_sequence=written.sequence
   FROM written
   WHERE users.id = :p_user::UUID AND users.id = written.user_id)
-SELECT written.*
+SELECT written.balance_after, written.sequence, written.description, written.created_at, written.completed_at
 FROM written;
 
 -- consume_many
@@ -366,7 +366,7 @@ marked AS (
   SET credit_consumed_at=written.completed_at
   FROM written
   WHERE workshops.id = :p_workshop::UUID AND workshops.user_id = :p_user::UUID AND workshops.id = written.workshop_id)
-SELECT written.*
+SELECT written.balance_after, written.sequence, written.description, written.created_at, written.completed_at
 FROM written;
 
 -- access
