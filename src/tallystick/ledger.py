@@ -14,7 +14,7 @@ true. If they differ nothing was written, and the statement runs again on a new 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -342,7 +342,7 @@ class Ledger:
         values = self._spending(item)
         name = "consume" if workshop is None else "consume_for_workshop"
         return self._write(
-            conn, name, values, lambda facts: _explain_consume(facts, values), lambda told: _spent(values, *told)
+            conn, name, values, lambda facts: _explain_consume(facts, values), lambda told: _spent(values, told)
         )
 
     def consume_many(self, conn: DbConnection, items: Sequence[Consume]) -> list[CreditTransaction | LedgerError]:
@@ -399,7 +399,7 @@ class Ledger:
         done = []
         for place, *told in run(conn, self.statements["consume_many"], lists).all():
             n = numbers[place - 1]
-            done.append((n, _spent(calls[n], *told)))
+            done.append((n, _spent(calls[n], told)))
         return done
 
     def refund(
@@ -644,15 +644,9 @@ class Ledger:
 _FACTS_ABOUT = ("p_user", "p_key", "p_purchase", "p_session", "p_workshop")
 
 
-def _spent(
-    values: Mapping[str, Any],
-    balance: int,
-    sequence: int,
-    description: str,
-    created_at: dt.datetime,
-    completed_at: dt.datetime,
-) -> CreditTransaction:
-    """A consumption's row: what was asked for, and ``statements.SPENT``."""
+def _spent(values: Mapping[str, Any], told: Iterable[Any]) -> CreditTransaction:
+    """A consumption's row: what was asked for, and what the statement told (``statements.SPENT``)."""
+    balance, sequence, description, created_at, completed_at = told
     return CreditTransaction(
         id=values["p_id"],
         user_id=values["p_user"],

@@ -70,7 +70,7 @@ def refused(call: Callable[[], Any]) -> bool:
 
 def test_texts_are_stored_as_they_are_or_refused(pooled: World) -> None:
     world, ledger = pooled, pooled.ledger
-    user = world.user(credits=1_000_000)
+    user, other = (world.user(credits=1_000_000) for _ in range(2))
 
     @settings(QUIET, max_examples=150)
     @given(key=TEXTS, description=TEXTS)
@@ -85,6 +85,14 @@ def test_texts_are_stored_as_they_are_or_refused(pooled: World) -> None:
                     assert (last.idempotency_key, last.description) == (key, description)
                 assert ledger.consume(conn, user, key=key, description=description).replayed
                 assert replay or ledger.balance(conn, user) == before - 1
+                one, none = (
+                    Consume(who, key=key, description=text) for who, text in ((other, description), (user, None))
+                )
+                in_a_list, again = ledger.consume_many(conn, [one, none])
+                assert (again.idempotency_key, again.replayed) == (key, True)
+                if not in_a_list.replayed:
+                    assert ledger.history(conn, other, limit=1) == [in_a_list]
+                    assert (in_a_list.idempotency_key, in_a_list.description) == (key, description)
             else:
                 assert ledger.balance(conn, user) == before
 
