@@ -14,7 +14,7 @@ help:
 	@echo "make bench   consumptions against pgbench (minutes; QUICK=1 for a short form)"
 	@echo "make bench-peers   consumptions beside other credit ledgers, each installed by pip (7 minutes; QUICK=1 shorter)"
 	@echo "make bench-growth   operations and audit on 10,000,000 ledger rows against 10,000 (5 minutes; ROWS=100000 shorter)"
-	@echo "make bench-migration   what live traffic feels of a migration, ours beside others' (2 minutes; QUICK=1 shorter)"
+	@echo "make bench-migration   what live traffic feels of a migration, ours beside others' (9 minutes; QUICK=1 shorter)"
 	@echo "make hammer  clients and their server killed for a minute, then every answer checked (SECONDS=60 PROCESSES=8)"
 	@echo "make lock    pin the development dependencies anew"
 	@echo "make clean   remove .venv and the embedded database"
