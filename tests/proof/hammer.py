@@ -85,7 +85,8 @@ class Client:
             case "unlock":
                 self.ask(conn, "consume", [user, dice.choice(self.people[user]), 1, key])
             case "many":
-                items = [[dice.choice(list(self.people)), dice.choice((1, 2)), f"{key}-{n}"] for n in range(6)]
+                count = dice.choice((2, 6, 40))
+                items = [[dice.choice(list(self.people)), dice.choice((1, 2)), f"{key}-{n}"] for n in range(count)]
                 self.ask(conn, "consume_many", items)
             case "buy":
                 started = self.ledger.start_purchase(conn, user, credits=20, description="A pack", key=key)

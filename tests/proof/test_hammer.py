@@ -1,4 +1,4 @@
-"""A short form of ``make hammer``, and that its check does find what it is there to find."""
+"""A minute of ``make hammer``, and that its check does find what it is there to find."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from servers import pg_bin
 
 @pytest.mark.one_server
 def test_nothing_is_lost_or_done_twice_under_the_hammer() -> None:
-    plan = Plan(processes=3, seconds=6, server_kill_every_s=2, client_kill_every_s=2.5, seed=7)
+    plan = Plan(processes=4, seconds=60, server_kill_every_s=3, client_kill_every_s=4, seed=7)
     report = hammer(plan, bin_dir=pg_bin())
     assert report.faults == []
-    assert report.server_kills > 0
-    assert report.client_kills > 0
-    assert report.answered > 0
+    assert report.server_kills >= 5
+    assert report.client_kills >= 5
+    assert report.answered >= 100
 
 
 def chain(*balances: int) -> list[Any]:
