@@ -36,12 +36,15 @@ from tallystick.schema import (
 Condition = sa.ColumnElement[bool]
 
 
-class _List(pg.ARRAY[Any]):
+class _List(sa.TypeDecorator[Sequence[Any]]):
     """A list of ids, numbers or texts, sent as PostgreSQL writes an array.
 
     The driver asks for each item how it is to be sent, which for a list of a thousand takes longer than all else that
     the client does; here all items are of one type, and the cast that SQLAlchemy renders says which.
     """
+
+    impl = pg.ARRAY
+    cache_ok = True
 
     def bind_processor(self, dialect: sa.Dialect) -> Any:  # noqa: ARG002  # its name is the supertype's
         """A function from a list, whose items may be None, to the text."""
