@@ -647,26 +647,25 @@ _FACTS_ABOUT = ("p_user", "p_key", "p_purchase", "p_session", "p_workshop")
 def _spent(values: Mapping[str, Any], told: Iterable[Any]) -> CreditTransaction:
     """A consumption's row: what was asked for, and what the statement told (``statements.SPENT``)."""
     balance, sequence, description, created_at, completed_at = told
+    # By place, as rows come from the server: eighteen names would take a third of the time of making it.
     return CreditTransaction(
-        id=values["p_id"],
-        user_id=values["p_user"],
-        type=CONSUMPTION,
-        status=COMPLETED,
-        amount=-values["p_amount"],
-        balance_after=balance,
-        sequence=sequence,
-        description=description,
-        workshop_id=values["p_workshop"],
-        refund_of=None,
-        stripe_session_id=None,
-        stripe_payment_intent_id=None,
-        stripe_price_id=None,
-        amount_paid=None,
-        currency=None,
-        idempotency_key=values["p_key"],
-        created_at=created_at,
-        completed_at=completed_at,
+        values["p_id"],
+        values["p_user"],
+        CONSUMPTION,
+        COMPLETED,
+        -values["p_amount"],
+        balance,
+        sequence,
+        description,
+        values["p_workshop"],
+        *_NOT_OF_A_CONSUMPTION,
+        values["p_key"],
+        created_at,
+        completed_at,
     )
+
+
+_NOT_OF_A_CONSUMPTION = (None,) * 6  # refund_of, and the five columns of a sale
 
 
 def _explain_consume(facts: _Facts, values: Mapping[str, Any]) -> CreditTransaction | None:

@@ -174,10 +174,20 @@ class _Statements:
             }
         return found
 
-    def turns(self) -> sa.CTE:
-        """Each listed user's turn, taken in an order that all statements keep; one row, once all are taken."""
+    def turns(self, after: sa.CTE) -> sa.CTE:
+        """Each listed user's turn, taken in an order that all statements keep; one row, once all are taken.
+
+        All of ``after`` is read before the first of them.
+        """
         listed = sa.func.unnest(self.p_users).table_valued(sa.column("user", self.p_user.type)).render_derived("listed")
-        users = sa.select(_hash(listed.c.user).label("hash")).distinct().order_by("hash").subquery("users")
+        read = sa.select(sa.func.count().label("rows")).select_from(after).subquery("read")
+        users = (
+            sa.select(_hash(listed.c.user).label("hash"))
+            .select_from(listed.join(read, read.c.rows >= ZERO))
+            .distinct()
+            .order_by("hash")
+            .subquery("users")
+        )
         taken = sa.select(sa.func.pg_advisory_xact_lock(users.c.hash).label("taken")).cte("taken")
         return sa.select(sa.func.count().label("taken")).select_from(taken).cte("turn")
 
@@ -373,8 +383,14 @@ class _Statements:
         order of theirs, so that two of these, or one and single calls, never wait for each other in a circle.
         """
         users, workshops, item, prior = self.users.c, self.workshops, self.item, self.ledger.alias("prior")
-        asked = item.c
-        turn = self.turns()
+        # Which keys are new is a matter of the statement's snapshot, so it is looked up before anybody has to wait.
+        fresh = (
+            sa.select(item)
+            .where(~sa.exists().where(prior.c.user_id == item.c.user, prior.c.idempotency_key == item.c.key))
+            .cte("fresh")
+        )
+        asked = fresh.c
+        turn = self.turns(after=fresh)
         # A user whose row is behind the ledger spends nothing, or the number given twice would fail the whole list. It
         # is a value and no condition here, so that plans expect every user that is listed.
         ahead = self.ledger.alias("ahead")
@@ -402,7 +418,7 @@ class _Statements:
             .select_from(account)
             .cte("clock")
         )
-        source: sa.FromClause = item.join(account, account.c.key == asked.user)
+        source: sa.FromClause = fresh.join(account, account.c.key == asked.user)
         name: sa.ColumnElement[str] = _text("Credit consumed")
         claimed: tuple[Condition, ...] = ()
         if workshops is not None:
@@ -435,7 +451,6 @@ class _Statements:
             .where(
                 account.c.agrees,
                 *claimed,
-                ~sa.exists().where(prior.c.user_id == asked.user, prior.c.idempotency_key == asked.key),
             )
             .cte("spend")
         )

@@ -120,11 +120,20 @@ SELECT written.balance_after, written.sequence, written.description, written.cre
 FROM written;
 
 -- consume_many
-WITH taken AS (
+WITH fresh AS (
+  SELECT item.id, item."user" AS "user", item.workshop, item.amount, item.key, item.description, item.n
+  FROM unnest(:p_ids::UUID[], :p_users::UUID[], :p_workshops::UUID[], :p_amounts::INTEGER[], :p_keys::TEXT[], :p_descriptions::TEXT[]) WITH ORDINALITY AS item(id, "user", workshop, amount, key, description, n)
+  WHERE NOT (EXISTS (
+      SELECT *
+      FROM credit_transactions AS prior
+      WHERE prior.user_id = item."user" AND prior.idempotency_key = item.key))),
+taken AS (
   SELECT pg_advisory_xact_lock(users.hash) AS taken
   FROM (
     SELECT DISTINCT hashtextextended(CAST(listed."user" AS TEXT), 0) AS hash
-    FROM unnest(:p_users::UUID[]) AS listed("user")
+    FROM unnest(:p_users::UUID[]) AS listed("user") JOIN (
+      SELECT count(*) AS rows
+      FROM fresh) AS read ON read.rows >= 0
     ORDER BY hash) AS users),
 turn AS (
   SELECT count(*) AS taken
@@ -148,15 +157,12 @@ clock AS (
   SELECT count(*) AS users, clock_timestamp() AS now
   FROM account),
 spend AS (
-  SELECT item.n, item.id, item."user" AS "user", item.workshop, item.amount, item.key, coalesce(item.description, 'Credit consumed' || coalesce(' for Workshop: ' || claim.name, '')) AS description, account.credit_balance - sum(item.amount) OVER (PARTITION BY item."user"
-    ORDER BY item.n) AS balance, account.credit_sequence + row_number() OVER (PARTITION BY item."user"
-    ORDER BY item.n) AS sequence, clock.now
-  FROM unnest(:p_ids::UUID[], :p_users::UUID[], :p_workshops::UUID[], :p_amounts::INTEGER[], :p_keys::TEXT[], :p_descriptions::TEXT[]) WITH ORDINALITY AS item(id, "user", workshop, amount, key, description, n) JOIN account ON account.key = item."user"
-  LEFT OUTER JOIN claim ON claim.key = item.workshop AND claim.owner = item."user" JOIN clock ON true
-  WHERE account.agrees AND (item.workshop IS NULL OR claim.key IS NOT NULL) AND NOT (EXISTS (
-      SELECT *
-      FROM credit_transactions AS prior
-      WHERE prior.user_id = item."user" AND prior.idempotency_key = item.key))),
+  SELECT fresh.n, fresh.id, fresh."user" AS "user", fresh.workshop, fresh.amount, fresh.key, coalesce(fresh.description, 'Credit consumed' || coalesce(' for Workshop: ' || claim.name, '')) AS description, account.credit_balance - sum(fresh.amount) OVER (PARTITION BY fresh."user"
+    ORDER BY fresh.n) AS balance, account.credit_sequence + row_number() OVER (PARTITION BY fresh."user"
+    ORDER BY fresh.n) AS sequence, clock.now
+  FROM fresh JOIN account ON account.key = fresh."user"
+  LEFT OUTER JOIN claim ON claim.key = fresh.workshop AND claim.owner = fresh."user" JOIN clock ON true
+  WHERE account.agrees AND (fresh.workshop IS NULL OR claim.key IS NOT NULL)),
 written AS (
   INSERT INTO credit_transactions (id, user_id, type, status, amount, balance_after, sequence, description, workshop_id, idempotency_key, completed_at)
   SELECT spend.id, spend."user" AS "user", 'consumption', 'completed', -spend.amount AS anon_1, spend.balance, spend.sequence, spend.description, spend.workshop, spend.key, spend.now
