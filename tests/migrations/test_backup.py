@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -224,21 +225,24 @@ def test_the_password_is_on_no_command_line(app: App, tmp_path: Path) -> None:
 ALONE = """
 import os, signal, sys
 from pathlib import Path
-from tallystick.migrate.backup import backup
+from tallystick.migrate.backup import backup, restore
 
-url, target, programs, moment, number = sys.argv[1:]
+url, file, programs, moment, number = sys.argv[1:]
 
 def hit(what, part):
     if what == moment:
         os.kill(os.getpid(), int(number))
 
-backup(url, Path(target), bin_dir=Path(programs), progress=hit)
+if moment == "restoring":
+    restore(Path(file), url, bin_dir=Path(programs), progress=hit)
+else:
+    backup(url, Path(file), bin_dir=Path(programs), progress=hit)
 """
 
 
-def hit(app: App, target: Path, moment: str, number: signal.Signals) -> int:
-    """A backup in a process of its own, which gets a signal at a moment; its exit code."""
-    arguments = [sys.executable, "-c", ALONE, app.url, target, app.server.bin, moment, str(int(number))]
+def hit(app: App, file: Path, moment: str, number: signal.Signals) -> int:
+    """A backup, or a restore, in a process of its own, which gets a signal at a moment; its exit code."""
+    arguments = [sys.executable, "-c", ALONE, app.url, file, app.server.bin, moment, str(int(number))]
     return subprocess.run(arguments, timeout=120, capture_output=True, check=False).returncode
 
 
@@ -250,6 +254,24 @@ def test_a_signal_leaves_nothing(app: App, tmp_path: Path, number: signal.Signal
     code = hit(app, tmp_path / "app.backup", moment, number)
     assert code == (-number if number is signal.SIGINT else 128 + number)
     assert empty(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
+def test_a_restore_that_a_signal_ends_leaves_the_database_empty(
+    app: App, make_app: Callable[..., App], tmp_path: Path, number: signal.Signals
+) -> None:
+    app.run("CREATE TABLE much AS SELECT i, repeat(md5(i::text), 30) FROM generate_series(1, 3000) i")
+    made, empty_one = take(app, tmp_path / "app.backup"), make_app("")
+    code = hit(empty_one, made.path, "restoring", number)
+    assert code == (128 + number if number in {signal.SIGTERM, signal.SIGHUP} else -number)
+    # a killed program's session ends when the server notices
+    others = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    for _ in range(200):
+        if empty_one.value(others) == 0:
+            break
+        time.sleep(0.05)
+    again = restore(made.path, empty_one.url, bin_dir=app.server.bin)
+    assert again.rows == made.manifest.rows
 
 
 def test_what_a_killed_run_left_goes_with_the_next(app: App, tmp_path: Path) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +105,36 @@ def test_programs_are_found_for_the_server(
         monkeypatch.setenv("TALLYSTICK_PG_BIN", str(find_binaries()))
         code, out, err = tally("--database-url", make_app("SELECT 1").url, "restore", "app.backup")
         assert (code, out, "TALLYSTICK_PG_BIN=" in err) == (1, "", True)
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A folder that another account gets through to, as it does in /tmp; pytest's are private."""
+    with tempfile.TemporaryDirectory(prefix="tallystick-test-") as folder:
+        Path(folder).chmod(0o711)
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.usefixtures("tally")
+def test_a_rehearsal_that_a_signal_ends_leaves_no_server(number: signal.Signals, scratch: Path) -> None:
+    command = [sys.executable, "-c", "from tallystick.cli import main; main()", "migrate", "rehearse"]
+    with subprocess.Popen(
+        command,
+        env={**os.environ, "TMPDIR": str(scratch)},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    ) as running:
+        assert running.stderr is not None
+        said = iter(running.stderr)
+        assert any("restoring the copy" in line for line in said)
+        running.send_signal(number)
+        rest = list(said)
+        code = running.wait(60)
+    assert code == 128 + number, rest
+    assert not [line for line in rest if "Traceback" in line]
+    assert list(scratch.iterdir()) == []
 
 
 def test_rehearse(tally: Tally, app: App, tmp_path: Path) -> None:

@@ -134,7 +134,28 @@ def test_rows_that_did_not_come_back_are_told(app: App) -> None:
             app.run("UPDATE workshops SET title = 'other' WHERE id = (SELECT id FROM workshops LIMIT 1)")
 
     done = rehearse(app.url, app.config, progress=meddle)
-    assert done.left_behind == ("public.workshops: its rows are not what they were",)
+    assert done.left_behind == ("public.workshops: using the ledger changed its rows",)
+
+
+def test_a_table_with_a_trigger_of_the_apps_is_compared_as_well(app: App) -> None:
+    """The trigger may write when the ledger is used; the migration and the way back may not."""
+    app.run("""
+        ALTER TABLE users ADD visits integer NOT NULL DEFAULT 0;
+        CREATE FUNCTION visited() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN NEW.visits := NEW.visits + 1; RETURN NEW;
+          END $$;
+        CREATE TRIGGER visited BEFORE UPDATE ON users FOR EACH ROW EXECUTE FUNCTION visited();
+    """)
+    done = rehearse(app.url, app.config)
+    assert done.passed, done.problems
+    assert app.value("SELECT sum(visits) FROM users") > 0
+
+    def meddle(step: str) -> None:
+        if step == "going back":
+            app.run("UPDATE users SET email = upper(email)")
+
+    assert rehearse(app.url, app.config, progress=meddle).left_behind == (
+        "public.users: the way back changed its rows",
+    )
 
 
 def test_columns_that_the_app_had_before_may_keep_what_the_ledger_wrote(make_app: Callable[..., App]) -> None:

@@ -19,14 +19,19 @@ from tallystick.cli import (  # noqa: F401 - each adds its commands to the app
 from tallystick.cli.app import app, complain
 from tallystick.database import said
 from tallystick.errors import TallystickError
+from tallystick.signals import ended_by_signals
 
 __all__ = ["app", "main"]
 
 
 def main() -> NoReturn:
-    """Run the command line and exit: 0 done, 1 refused or something was found, 2 wrong usage, 130 interrupted."""
+    """Run the command line and exit.
+
+    0 done, 1 refused or something was found, 2 wrong usage, 128 + its number where a signal ended it.
+    """
     try:
-        app()
+        with ended_by_signals():  # so that nothing is left of what a command had started
+            app()
     except TallystickError as error:
         complain(error.message)
     except BrokenPipeError:

@@ -13,11 +13,9 @@ import json
 import os
 import re
 import shutil
-import signal
 import struct
 import subprocess
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -32,6 +30,7 @@ import zstandard
 from tallystick.database import connect
 from tallystick.errors import BackupError
 from tallystick.migrate.session import driver
+from tallystick.signals import ended_by_signals
 
 LEVEL = 3
 CHUNK = 1 << 20
@@ -80,7 +79,7 @@ def backup(database: str, target: Path, *, bin_dir: Path, progress: Told | None 
     tell = progress or (lambda _what, _part: None)
     if target.exists():
         raise BackupError(f"{target} is there already. Give another name; a backup is never overwritten")
-    with _ended_by_signals(), _unfinished(target) as (file, finish):
+    with ended_by_signals(), _unfinished(target) as (file, finish):
         manifest = _dump(database, file, bin_dir, tell)
         file.write(_frame(manifest))
         file.flush()
@@ -143,7 +142,7 @@ def restore(path: Path, database: str, *, bin_dir: Path, owners: bool = True, pr
     # a conninfo without a name: the name, as all else, comes from the environment
     command.append("--dbname=application_name=tallystick")
     with (
-        _ended_by_signals(),
+        ended_by_signals(),
         path.open("rb") as file,
         _Program(bin_dir, command, sa.make_url(database)) as program,
     ):
@@ -424,26 +423,6 @@ def _frame(manifest: Manifest) -> bytes:
     text = json.dumps(asdict(manifest)).encode()
     body = text + struct.pack("<I", len(text)) + _MARK
     return struct.pack("<II", _SKIPPABLE, len(body)) + body
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP leave through the same doors as Ctrl-C, where nobody handles them otherwise."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    ours = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
-    for number in ours:
-        signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        for number in ours:
-            signal.signal(number, signal.SIG_DFL)
 
 
 _PARTIAL = ".tallystick-partial"
