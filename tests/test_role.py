@@ -20,7 +20,7 @@ from tallystick.migrate import role
 from worlds import World
 
 ORIGIN = "http://127.0.0.1:8000"
-ODD_NAME = 'app; DROP TABLE users; -- "quoted"'
+ODD_NAME = "app$$; DROP TABLE users; -- \"quoted'"
 
 
 def run_script(world: World, script: str) -> None:
@@ -153,6 +153,53 @@ def test_without_the_grants_the_error_says_what_is_missing(world: World) -> None
 def test_a_superuser_cannot_be_limited(world: World) -> None:
     with pytest.raises(errors.RaiseException, match="no privilege limits"):
         run_script(world, role.grant(world.config.host, "postgres"))
+
+
+def test_a_role_that_is_not_there_is_told(world: World) -> None:
+    with pytest.raises(errors.RaiseException, match="there is no role nobody"):
+        run_script(world, role.grant(world.config.host, "nobody"))
+
+
+def test_a_second_role_becomes_a_member_of_the_first(app: tuple[World, sa.Engine]) -> None:
+    """Its members have its privileges, and are held to the ledger as it is; the owner is not."""
+    world, engine = app
+    worker = f"worker_{uuid.uuid4().hex[:8]}"
+    user = world.user(credits=5)
+    with world.autocommit.connect() as owner:
+        owner.exec_driver_sql(f"CREATE ROLE {worker} LOGIN")
+        with pytest.raises(errors.RaiseException, match="another role runs the ledger already") as refused:
+            run_script(world, role.grant(world.config.host, worker))
+        assert "GRANT the_other TO this_one" in str(refused.value.diag.message_hint)
+        first = sql.Identifier(str(engine.url.username))
+        run_script(world, sql.SQL("GRANT {} TO {}").format(first, sql.Identifier(worker)).as_string())
+        members = sa.create_engine(sa.make_url(world.url).set(username=worker), poolclass=sa.NullPool)
+        try:
+            with members.connect() as conn:
+                with conn.begin():
+                    assert world.ledger.consume(conn, user, key="a").balance_after == 4
+                with pytest.raises(sa.exc.ProgrammingError, match="last row says"), conn.begin():
+                    conn.execute(FORBIDDEN["set a balance"](world))
+            owner.execute(FORBIDDEN["set a balance"](world))
+            assert world.ledger.balance(owner, user) == 1_000
+        finally:
+            owner.exec_driver_sql(f"DROP OWNED BY {worker}")
+            owner.exec_driver_sql(f"DROP ROLE {worker}")
+
+
+def test_a_dropped_role_stops_nobody_and_undo_says_what_is_left(world: World) -> None:
+    name = f"gone_{uuid.uuid4().hex[:8]}"
+    user = world.user(credits=5)
+    with world.autocommit.connect() as owner:
+        owner.exec_driver_sql(f"CREATE ROLE {name} LOGIN")
+        run_script(world, role.grant(world.config.host, name))
+        owner.exec_driver_sql(f"DROP OWNED BY {name}")
+        owner.exec_driver_sql(f"DROP ROLE {name}")
+        assert world.ledger.consume(owner, user, key="a").balance_after == 4
+        with pytest.raises(MigrationError, match="is gone, but not its trigger") as refused:
+            migrate.undo(world.url, world.config, discard_ledger=True)
+        for statement in str(refused.value).split("tables: ")[1].split("; then")[0].split("; "):
+            owner.exec_driver_sql(statement)
+    assert migrate.undo(world.url, world.config, discard_ledger=True).after is None
 
 
 def test_undo_names_the_role_that_is_in_the_way(app: tuple[World, sa.Engine]) -> None:

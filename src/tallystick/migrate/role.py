@@ -34,8 +34,11 @@ _TAKEN_BACK = """\
 -- Run by the owner of the tables, in one transaction, before: tallystick migrate undo
 """
 
-_NO_SHORT_CUT = sql.SQL("""\
-DO $$ BEGIN
+_CHECKS = sql.SQL("""\
+BEGIN
+  IF NOT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = {role}) THEN
+    RAISE EXCEPTION 'there is no role %', {role} USING HINT = 'Make it first: CREATE ROLE app LOGIN';
+  END IF;
   IF EXISTS (
     SELECT FROM pg_catalog.pg_class c JOIN pg_catalog.pg_roles r ON r.rolname = {role}
     WHERE c.oid IN ({tables}) AND (r.rolsuper OR pg_catalog.pg_has_role(r.oid, c.relowner, 'member'))
@@ -43,34 +46,46 @@ DO $$ BEGIN
     RAISE EXCEPTION 'role % owns the tables or is a superuser, which no privilege limits', {role}
       USING HINT = 'Make another role for the app: CREATE ROLE app LOGIN';
   END IF;
-END $$""")
+  IF EXISTS (
+    SELECT FROM pg_catalog.pg_trigger t WHERE t.tgname = {trigger} AND t.tgrelid = {users}::pg_catalog.regclass
+      AND t.tgargs <> pg_catalog.convert_to({role}, pg_catalog.getdatabaseencoding()) || '\\x00'::pg_catalog.bytea
+  ) THEN
+    RAISE EXCEPTION 'another role runs the ledger already'
+      USING HINT = 'Make this one a member of it: GRANT the_other TO this_one. Its members are held to the same';
+  END IF;
+END""")
 
 # After the statement, so that it sees the ledger's row which the same statement writes.
 _FUNCTION = sql.SQL("""\
-CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
   IF (NEW.credit_balance, NEW.credit_sequence) IS DISTINCT FROM (OLD.credit_balance, OLD.credit_sequence)
     AND NOT EXISTS (
       SELECT FROM {ledger}
       WHERE user_id = NEW.{key} AND sequence = NEW.credit_sequence AND balance_after = NEW.credit_balance)
+    -- who may drop this trigger is not held by it
+    AND NOT pg_has_role(current_user, (SELECT relowner FROM pg_class WHERE oid = TG_RELID), 'usage')
   THEN
     RAISE EXCEPTION 'a balance is what the ledger''s last row says'
       USING ERRCODE = '42501', HINT = 'Change it with an operation of the ledger';
   END IF;
   RETURN NULL;
-END $$""")
+END""")
 
+# Of the role and its members. Where the role was dropped to_regrole is null, and nobody is held or stopped.
 _TRIGGER = sql.SQL("""\
 CREATE OR REPLACE TRIGGER {trigger} AFTER UPDATE OF credit_balance, credit_sequence ON {users}
-  FOR EACH ROW WHEN (current_user = {role}) EXECUTE FUNCTION {function}({role})""")
+  FOR EACH ROW WHEN (pg_catalog.pg_has_role(current_user, pg_catalog.to_regrole({identifier}), 'usage'))
+  EXECUTE FUNCTION {function}({role})""")
 
 # The trigger's argument is there to be read here alone. An address may name no such table any more.
 _LIMITED = sa.text("""
     SELECT tgargs FROM pg_catalog.pg_trigger
-    WHERE tgname = 'tallystick_balance_by_ledger' AND tgrelid = pg_catalog.to_regclass(:users)
+    WHERE tgname = :trigger AND tgrelid = pg_catalog.to_regclass(:users)
 """)
 
-_TRIGGER_NAME = sql.Identifier("tallystick_balance_by_ledger")
+_IS_THERE = sa.text("SELECT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = :role)")
+
+_TRIGGER_NAME = "tallystick_balance_by_ledger"
 _FUNCTION_NAME = sql.Identifier(BOOKKEEPING_SCHEMA, "balance_by_ledger")
 
 _NAME_MAX = 63  # PostgreSQL cuts a longer identifier off, but not the name that a trigger compares
@@ -96,7 +111,8 @@ _STRIPES = (stripe_events, stripe_checkouts, stripe_reversals, stripe_findings, 
 def grant(host: HostMapping, role: str) -> str:
     """A script that gives ``role`` what the ledger and the accounts need, and takes away what could rewrite history.
 
-    ``role`` must exist and neither own the tables nor be a superuser: the script refuses that.
+    ``role`` must exist and neither own the tables nor be a superuser: the script refuses that, and a second role.
+    Several roles become members of one.
 
     Raises:
         InvalidArgument: no role can have that name.
@@ -107,13 +123,16 @@ def grant(host: HostMapping, role: str) -> str:
     own = [column.name for column in schema.users.c if column.key not in ("key", "email", "updated_at")]
     tables = [schema.users, schema.credit_transactions, *([schema.workshops] if schema.workshops is not None else [])]
     schemas = sorted({*(str(table.schema) for table in tables), BOOKKEEPING_SCHEMA})
-    steps: list[sql.Composable] = [
-        _NO_SHORT_CUT.format(
-            role=sql.Literal(role),
-            tables=sql.SQL(", ").join(
-                sql.SQL("{}::pg_catalog.regclass").format(sql.Literal(_name(table).as_string())) for table in tables
-            ),
+    checks = _CHECKS.format(
+        role=sql.Literal(role),
+        tables=sql.SQL(", ").join(
+            sql.SQL("{}::pg_catalog.regclass").format(sql.Literal(_name(table).as_string())) for table in tables
         ),
+        trigger=sql.Literal(_TRIGGER_NAME),
+        users=sql.Literal(users.as_string()),
+    )
+    steps: list[sql.Composable] = [
+        sql.SQL("DO {}").format(_quoted(checks)),
         sql.SQL("GRANT USAGE ON SCHEMA {} TO {}").format(sql.SQL(", ").join(map(sql.Identifier, schemas)), to),
         sql.SQL("GRANT SELECT ON ALL TABLES IN SCHEMA {} TO {}").format(sql.Identifier(BOOKKEEPING_SCHEMA), to),
         sql.SQL("GRANT INSERT, UPDATE ON {} TO {}").format(sql.SQL(", ").join(map(_name, _STRIPES)), to),
@@ -132,8 +151,17 @@ def grant(host: HostMapping, role: str) -> str:
         ]
     key = sql.Identifier(schema.users.c.key.name)
     steps += [
-        _FUNCTION.format(function=_FUNCTION_NAME, ledger=ledger, key=key),
-        _TRIGGER.format(trigger=_TRIGGER_NAME, users=users, role=sql.Literal(role), function=_FUNCTION_NAME),
+        sql.SQL(
+            "CREATE OR REPLACE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql\n"
+            "SET search_path = pg_catalog, pg_temp AS {}"
+        ).format(_FUNCTION_NAME, _quoted(_FUNCTION.format(ledger=ledger, key=key))),
+        _TRIGGER.format(
+            trigger=sql.Identifier(_TRIGGER_NAME),
+            users=users,
+            role=sql.Literal(role),
+            identifier=sql.Literal(to.as_string()),
+            function=_FUNCTION_NAME,
+        ),
     ]
     return _script(_HEAD, steps)
 
@@ -147,7 +175,7 @@ def revoke(host: HostMapping, role: str) -> str:
     return _script(
         _TAKEN_BACK,
         [
-            sql.SQL("DROP TRIGGER IF EXISTS {} ON {}").format(_TRIGGER_NAME, users),
+            sql.SQL("DROP TRIGGER IF EXISTS {} ON {}").format(sql.Identifier(_TRIGGER_NAME), users),
             sql.SQL("DROP FUNCTION IF EXISTS {}()").format(_FUNCTION_NAME),
             sql.SQL("REVOKE ALL ON {} FROM {}").format(ledger, to),
             sql.SQL("REVOKE UPDATE ({}) ON {} FROM {}").format(_join(own), users, to),
@@ -164,13 +192,21 @@ def refuse_limited(conn: sa.Connection, host: HostMapping) -> None:
         MigrationError: names the role, and the command that takes its part back.
     """
     users = _name(Schema.of(host).users).as_string()
-    if (arguments := conn.scalar(_LIMITED, {"users": users})) is not None:
-        role = bytes(arguments).rstrip(b"\0").decode()
+    arguments = conn.scalar(_LIMITED, {"trigger": _TRIGGER_NAME, "users": users})
+    if arguments is None:
+        return
+    role = bytes(arguments).rstrip(b"\0").decode()
+    if conn.scalar(_IS_THERE, {"role": role}):
         raise MigrationError(
             f"the role {role} runs the ledger with privileges of its own. Nothing was changed. Take them back, as the "
             f"owner of the tables: tallystick migrate sql --role {shlex.quote(role)} --revoke | "
             'psql "$DATABASE_URL", then run this again'
         )
+    raise MigrationError(
+        f"the role {role} ran the ledger and is gone, but not its trigger. Nothing was changed. As the owner of the "
+        f"tables: DROP TRIGGER {_TRIGGER_NAME} ON {users}; DROP FUNCTION {_FUNCTION_NAME.as_string()}(); then run "
+        "this again"
+    )
 
 
 def _role(name: str) -> sql.Identifier:
@@ -190,6 +226,14 @@ def _name(table: sa.Table) -> sql.Identifier:
 
 def _columns(table: sa.Table) -> sql.Composed:
     return _join([column.name for column in table.c])
+
+
+def _quoted(body: sql.Composable) -> sql.Composable:
+    """Between dollars that no name in it contains, so that none can end it."""
+    text, tag = body.as_string(), "$$"
+    while tag in text:
+        tag = f"${tag.strip('$')}q$"
+    return sql.SQL(f"{tag} {text} {tag}")  # of composed parts
 
 
 def _join(names: list[str] | tuple[str, ...]) -> sql.Composed:
