@@ -566,39 +566,49 @@ def _check_prepared_here(conn: sa.Connection, mapping: HostMapping) -> None:
 
 
 def _check_same_host(conn: sa.Connection, users: HostTable, workshops: HostTable | None) -> None:
-    """The ledger's foreign keys say which tables were migrated; a mapping that says otherwise is a mistake."""
-    migrated = conn.execute(
-        sa.text("""
-            SELECT c.confrelid::bigint AS oid, c.confrelid::regclass::text AS table
-            FROM pg_constraint c
-            WHERE c.conrelid = to_regclass(quote_ident(:schema) || '.credit_transactions')
-              AND c.conname IN ('credit_transactions_user_fk', 'credit_transactions_workshop_fk')
-        """),
-        {"schema": users.schema},
-    ).all()
-    mapped = {table.oid: table.shown for table in (users, workshops) if table}
-    if not migrated:
+    """The ledger's foreign keys say which tables were migrated; a mapping that says otherwise is a mistake.
+
+    Where a key was dropped, ``status`` tells it as drift, and the columns that a workshops table got speak for it.
+    """
+    if conn.scalar(_OID, {"schema": users.schema, "table": LEDGER}) is None:
         raise HostMismatch(
             f"this database is migrated, but not for {users.shown}: there is no {LEDGER} beside it. "
             "Correct [host.users] in tallystick.toml",
             table=users.shown,
             column=None,
         )
-    for row in migrated:
-        if row.oid not in mapped:
+    mapped = {table.oid: table.shown for table in (users, workshops) if table}
+    keys = {row.name: row for row in conn.execute(_KEYS, {"schema": users.schema})}
+    for key in keys.values():
+        if key.oid not in mapped:
             raise HostMismatch(
-                f"this database was migrated for {row.table}, but the mapping says "
+                f"this database was migrated for {key.table}, but the mapping says "
                 f"{' and '.join(mapped.values())}. Correct [host] in tallystick.toml",
-                table=row.table,
+                table=key.table,
                 column=None,
             )
-    if workshops is not None and len(migrated) < len(mapped):
+    if (
+        workshops is not None
+        and f"{LEDGER}_workshop_fk" not in keys
+        and not conn.scalar(_HAS_COLUMN, {"oid": workshops.oid, "column": "credit_consumed_at"})
+    ):
         raise HostMismatch(
             f"this database was migrated without a workshops table, but the mapping names {workshops.shown}. "
             "Set workshops = false under [host], or undo and apply again",
             table=workshops.shown,
             column=None,
         )
+
+
+_KEYS = sa.text("""
+    SELECT conname AS name, confrelid::bigint AS oid, confrelid::regclass::text AS table FROM pg_constraint
+    WHERE conrelid = to_regclass(quote_ident(:schema) || '.credit_transactions')
+      AND conname IN ('credit_transactions_user_fk', 'credit_transactions_workshop_fk')
+""")
+_HAS_COLUMN = sa.text("""
+    SELECT EXISTS (SELECT FROM pg_attribute
+                   WHERE attrelid = CAST(:oid AS oid) AND attname = :column AND NOT attisdropped)
+""")
 
 
 # --- the proposal

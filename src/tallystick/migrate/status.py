@@ -31,7 +31,8 @@ Kind = Literal["column", "constraint", "index", "trigger", "enum", "function"]
 _COLUMNS = sa.text("""
     SELECT a.attname AS name,
            format_type(a.atttypid, a.atttypmod) || CASE WHEN a.attnotnull THEN ' NOT NULL' ELSE '' END
-             || coalesce(' DEFAULT ' || pg_get_expr(d.adbin, d.adrelid), '') AS definition
+             || coalesce(' DEFAULT ' || pg_get_expr(d.adbin, d.adrelid), '')
+             || coalesce(' SET (' || array_to_string(a.attoptions, ', ') || ')', '') AS definition
     FROM pg_attribute a LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
     WHERE a.attrelid = :oid AND a.attnum > 0 AND NOT a.attisdropped
 """)

@@ -1,0 +1,93 @@
+"""Each way in which a migrated database can differ from its declaration is told, and nothing else is."""
+
+from __future__ import annotations
+
+import pytest
+from hosts import App
+
+from tallystick import migrate
+from tallystick.migrate import Drift
+
+LEDGER = "public.credit_transactions"
+
+FOREIGN_KEY = "credit_transactions_user_fk"
+DROPPED = f"ALTER TABLE credit_transactions DROP CONSTRAINT {FOREIGN_KEY}"
+KEY = "credit_transactions_idempotency_key"
+BODY = "() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RETURN NEW;END$$"
+
+DRIFTS = [
+    ("column", "public.users.plan_tier", "ALTER TABLE users ALTER plan_tier SET DEFAULT 'pro'"),
+    ("column", "public.users.credit_balance", "ALTER TABLE users ALTER credit_balance TYPE bigint"),
+    ("column", "public.users.onboarding_complete", "ALTER TABLE users ALTER onboarding_complete DROP NOT NULL"),
+    ("column", "public.workshops.credit_consumed_at", "ALTER TABLE workshops DROP credit_consumed_at"),
+    ("column", f"{LEDGER}.user_id", "ALTER TABLE credit_transactions ALTER user_id RESET (n_distinct)"),
+    ("constraint", f"{LEDGER}.{FOREIGN_KEY}", DROPPED),
+    (
+        "constraint",
+        f"{LEDGER}.credit_transactions_workshop_fk",
+        "ALTER TABLE credit_transactions DROP CONSTRAINT credit_transactions_workshop_fk",
+    ),
+    (
+        "constraint",
+        f"{LEDGER}.{FOREIGN_KEY}",
+        f"{DROPPED}, ADD CONSTRAINT {FOREIGN_KEY} FOREIGN KEY (user_id) REFERENCES users ON DELETE CASCADE",
+    ),
+    ("index", f"{LEDGER}.credit_transactions_completed", "DROP INDEX credit_transactions_completed"),
+    (
+        "index",
+        f"{LEDGER}.{KEY}",
+        f"DROP INDEX {KEY}; CREATE INDEX {KEY} ON credit_transactions (user_id, idempotency_key)",
+    ),
+    (
+        "trigger",
+        f"{LEDGER}.tallystick_append_only",
+        "ALTER TABLE credit_transactions DISABLE TRIGGER tallystick_append_only",
+    ),
+    ("trigger", f"{LEDGER}.tallystick_no_truncate", "DROP TRIGGER tallystick_no_truncate ON credit_transactions"),
+    ("trigger", "public.users.tallystick_updated_at", "DROP TRIGGER tallystick_updated_at ON users"),
+    ("enum", "public.credit_transaction_status", "ALTER TYPE credit_transaction_status ADD VALUE 'lost'"),
+    ("function", "tallystick.append_only", f"CREATE OR REPLACE FUNCTION tallystick.append_only{BODY}"),
+]
+
+
+def drift(app: App) -> tuple[Drift, ...]:
+    with app.engine.connect() as conn:
+        return migrate.status(conn, app.config).drift
+
+
+@pytest.mark.parametrize(("kind", "where", "change"), DRIFTS, ids=[change[:60] for _, _, change in DRIFTS])
+def test_a_difference_is_told(app: App, kind: str, where: str, change: str) -> None:
+    migrate.apply(app.url, app.config)
+    assert drift(app) == ()
+    app.run(*change.split("; "))
+    [found] = drift(app)
+    assert (found.kind, found.where) == (kind, where)
+    assert found.found != found.expected
+    assert str(found).startswith(f"{kind} {where}: ")
+
+
+def test_what_is_the_apps_own_is_no_difference(app: App) -> None:
+    migrate.apply(app.url, app.config)
+    app.run(
+        "ALTER TABLE users ADD nickname text, ALTER email SET STATISTICS 500",
+        "CREATE INDEX ON users (plan_tier)",
+        "CREATE INDEX by_month ON workshops (credit_consumed_at)",
+        "ANALYZE",
+    )
+    assert drift(app) == ()
+
+
+def test_looking_waits_for_nobody_and_leaves_nothing(app: App) -> None:
+    """Not even for a report that reads the ledger, or a vacuum of it."""
+    migrate.apply(app.url, app.config)
+    shape = app.shape()
+    with app.engine.connect() as other, app.engine.connect() as conn:
+        other.exec_driver_sql("LOCK TABLE credit_transactions IN SHARE UPDATE EXCLUSIVE MODE")
+        conn.exec_driver_sql("SET LOCAL lock_timeout = '2s'")
+        assert migrate.status(conn, app.config).healthy
+        held = conn.exec_driver_sql(
+            "SELECT DISTINCT mode FROM pg_locks WHERE pid = pg_backend_pid() "
+            "AND relation IN ('users'::regclass, 'credit_transactions'::regclass)"
+        ).scalars()
+        assert set(held) <= {"AccessShareLock"}
+    assert app.shape() == shape
