@@ -686,7 +686,7 @@ def _explain_consume(facts: _Facts, values: Mapping[str, Any]) -> CreditTransact
     if balance < amount:
         raise InsufficientCredits(
             f"user {user} has {_count(balance)} and this takes {_count(amount)}. "
-            "Sell a pack first: ledger.start_purchase",
+            "Sell a pack first (ledger.start_purchase), or give credits: tallystick grant",
             user=user,
             balance=balance,
             required=amount,

@@ -160,7 +160,11 @@ def refund(
     desk = Desk(engine, config)
     bought = in_transaction(engine, lambda conn: desk.books.purchase(conn, id=purchase))
     if bought is None:
-        raise UnknownPurchase(f"there is no purchase {purchase}", user=None, purchase=purchase)
+        raise UnknownPurchase(
+            f"there is no purchase {purchase}. Each one's id is in its user's history: tallystick history USER",
+            user=None,
+            purchase=purchase,
+        )
     if bought.status != "completed" or not bought.amount_paid or bought.stripe_payment_intent_id is None:
         raise PurchaseNotCompleted(
             f"purchase {purchase} is {bought.status} with {bought.amount_paid or 0} paid through Stripe; "
