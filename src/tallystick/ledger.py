@@ -839,7 +839,7 @@ def _replay(first: CreditTransaction, key: str | None, **now: object) -> CreditT
 
 def _whole(argument: str, value: object, low: int, high: int) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
-        return value
+        return int(value)  # an enum's member can be one
     raise InvalidArgument(
         f"{argument}={shown(value)}: pass a whole number from {low} to {high}", argument=argument, value=value
     )
@@ -853,7 +853,7 @@ def _text(argument: str, value: object, longest: int = TEXT_MAX) -> str:
             pass
         else:
             if "\0" not in value:
-                return value
+                return str.__str__(value)  # of an enum's member its text, where str() gives its name
         problem = "holds a NUL or a lone surrogate, which PostgreSQL cannot store"
     else:
         problem = f"pass a text of 1 to {longest} characters"

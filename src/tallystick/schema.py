@@ -379,7 +379,10 @@ def _enum(labels: type[StrEnum], name: str, host: HostMapping) -> pg.ENUM:
 
 
 def _as_key(argument: str, value: object, key_type: KeyType) -> Key:
-    """A key in the one form that the driver sends as ``key_type``, so that its index serves."""
+    """A key in the one form that the driver sends as ``key_type``, so that its index serves.
+
+    Of an enum's member that is a text or a number, the text or number: written out it would be the member's name.
+    """
     match key_type, value:
         case "uuid", UUID():
             return value
@@ -389,11 +392,11 @@ def _as_key(argument: str, value: object, key_type: KeyType) -> Key:
             except ValueError:
                 pass
         case "text", str() if "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value):
-            return value
+            return str.__str__(value)
         case (("integer" | "bigint"), int()) if not isinstance(value, bool):
             low, high = (INT32_MIN, INT32_MAX) if key_type == "integer" else (INT64_MIN, INT64_MAX)
             if low <= value <= high:
-                return value
+                return int(value)
     raise InvalidArgument(
         f"{argument}={shown(value)} is no {key_type} key. Pass the value of the mapped key column "
         f"(host.{argument}s.key_type is {key_type!r})",

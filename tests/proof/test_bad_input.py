@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -140,6 +141,34 @@ def test_amounts(pooled: World) -> None:
 
     check()
     healthy(world)
+
+
+class Job(enum.StrEnum):
+    NIGHTLY = "nightly"
+
+
+class OldJob(str, enum.Enum):  # noqa: UP042 - its str() is its name, unlike a StrEnum's
+    NIGHTLY = "nightly"
+
+
+class Size(enum.IntEnum):
+    SMALL = 2
+
+
+@pytest.mark.parametrize("job", [Job.NIGHTLY, OldJob.NIGHTLY])
+def test_members_of_enums_are_the_texts_and_numbers_that_they_are(make_world: Callable[..., World], job: Any) -> None:
+    world = make_world()
+    ledger, user = world.ledger, world.user(credits=9)
+    with world.engine.begin() as conn:
+        once = ledger.consume(conn, user, amount=Size.SMALL, key=job, description=job)
+        assert (once.idempotency_key, once.description, once.amount) == ("nightly", "nightly", -2)
+        assert type(once.idempotency_key) is str
+        again = [Consume(user, amount=amount, key=key) for amount, key in ((Size.SMALL, job), (2, "nightly"))]
+        assert all(
+            row.replayed for row in (ledger.consume(conn, user, amount=2, key=job), *ledger.consume_many(conn, again))
+        )
+        (new,) = ledger.consume_many(conn, [Consume(user, amount=Size.SMALL, key=f"{job.value} 2", description=job)])
+        assert (new.description, new.balance_after) == ("nightly", 5)
 
 
 def test_keys_of_users_and_workshops(any_world: World) -> None:
