@@ -115,3 +115,9 @@ class World:
     def buy(self, conn: sa.Connection, user: Key, credits: int) -> CreditTransaction:
         started = self.ledger.start_purchase(conn, user, credits=credits, description=f"Purchased {credits}")
         return self.ledger.complete_purchase(conn, user, id=started.id, amount_paid=100 * credits, currency="usd")
+
+    def deadlocks(self) -> int:
+        """How many the server has ended in this database."""
+        with self.engine.connect() as conn:
+            counted = sa.text("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()")
+            return conn.scalar(counted) or 0

@@ -607,6 +607,22 @@ class Ledger:
             return Access(open=True, reason=AccessReason.PAYWALL_OFF)
         return Access(open=False, reason=AccessReason.LOCKED)
 
+    def lock(self, conn: DbConnection, user: Key) -> int:
+        """Keep the ledger of ``user`` still until the caller's transaction ends; gives the balance.
+
+        For what is decided in several steps, as "who has 10 credits gets a present". Operations of the same
+        transaction go on, those of others wait for its end.
+
+        Raises:
+            InvalidArgument, UnknownUser.
+        """
+        values = {"p_user": self.schema.user_key(user)}
+        for _ in range(_TRIES):
+            if (balance := run(conn, self.statements["lock"], values).scalar()) is not None:
+                return int(balance)
+            self._facts(conn, [values])[0].require_user(deleted_too=True)
+        raise _kept_moving(user, "lock")
+
     # --- one write ---
 
     def _write(
@@ -628,11 +644,7 @@ class Ledger:
             if (replayed := explain(facts)) is not None:
                 return replayed
             facts.require_agreement()
-        raise Conflict(
-            f"the ledger of user {values['p_user']} kept moving during {_TRIES} tries of {name}; nothing was "
-            "written. Make the same call again, or make it inside a transaction",
-            sqlstate=None,
-        )
+        raise _kept_moving(values["p_user"], name)
 
     def _facts(self, conn: DbConnection, calls: Sequence[Mapping[str, Any]]) -> list[_Facts]:
         """What speaks against each of these calls."""
@@ -899,6 +911,14 @@ def _position(before: object) -> tuple[UUID, int]:
             pass
     raise InvalidArgument(
         f"before={shown(before)}: pass the cursor of a row that history returned", argument="before", value=before
+    )
+
+
+def _kept_moving(user: Key, name: str) -> Conflict:
+    return Conflict(
+        f"the ledger of user {user} kept moving during {_TRIES} tries of {name}; nothing was written. "
+        "Make the same call again, or make it inside a transaction",
+        sqlstate=None,
     )
 
 

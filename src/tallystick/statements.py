@@ -2,7 +2,8 @@
 
 ``tests/golden/statements.sql`` shows each one compiled; read that first. The shape of every balance change::
 
-    turn    AS (SELECT pg_advisory_xact_lock(…))                                 -- this user's, for the transaction
+    mine    AS (SELECT … FROM users WHERE key = :p_user FOR NO KEY UPDATE SKIP LOCKED)
+    turn    AS (SELECT pg_advisory_xact_lock(…))                                 -- unless the row is mine already
     account AS (SELECT … FROM users WHERE key = :p_user FOR NO KEY UPDATE)       -- then the workshop, in this order
     written AS (INSERT INTO credit_transactions SELECT … FROM account WHERE … ON CONFLICT DO NOTHING RETURNING …)
     moved   AS (UPDATE users SET credit_balance, credit_sequence FROM written)   -- and the workshop's mark
@@ -121,13 +122,7 @@ class _Statements:
             "item", id=sa.Uuid(), user=key, workshop=workshop, amount=sa.Integer(), key=text, description=text
         )
 
-        # Everything that changes one user's rows happens in turn. The row lock alone would order it too, but
-        # PostgreSQL can then deadlock two of these statements while a third transaction holds the user by a foreign
-        # key: the UPDATE below comes back to the version that its snapshot sees, whose queue the next one has joined.
-        self.turn = sa.select(
-            sa.func.pg_advisory_xact_lock(_hash(self.p_user)).label("taken"),
-            self.p_user.label("user_id"),
-        ).cte("turn")
+        self.turn = self.take_turn()
         # Read with the lock, so as of now, whatever this statement waited for.
         locked = (
             sa.select(self.users.c.key.label("key"), self.users.c.credit_balance, self.users.c.credit_sequence)
@@ -162,6 +157,7 @@ class _Statements:
             "refund": self.refund(),
             "grant": self.grant(),
             "reinstate": self.reinstate(),
+            "lock": sa.select(self.account.c.credit_balance),
             "balance": sa.select(self.users.c.credit_balance).where(self.users.c.key == self.p_user),
             "balance_at": self.balance_at(),
             "history": self.history(),
@@ -173,6 +169,34 @@ class _Statements:
                 "access": self.access(self.workshops),
             }
         return found
+
+    def take_turn(self) -> sa.CTE:
+        """One row once this user's row can be locked; none where the statement has to run again.
+
+        Everything that changes one user's rows happens under the lock of the user's row. Who has to wait for it waits
+        in turn: PostgreSQL can deadlock two of these statements that queue for the row while a third transaction holds
+        it by a foreign key, since the UPDATE at the end comes back to the version that its snapshot sees, whose queue
+        the next one has joined. Who need not wait takes no turn: a transaction that has changed or locked the user
+        before it calls the ledger would wait for the turn of somebody who waits for that transaction. Without a turn
+        the version must be the one that the snapshot sees.
+        """
+        name = self.users.c.key.name
+        versions = sa.table(self.users.name, sa.column("ctid"), sa.column(name), schema=self.users.schema)
+        seen = versions.alias("seen")
+        as_seen = versions.c.ctid == sa.select(seen.c.ctid).where(seen.c[name] == self.p_user).scalar_subquery()
+        mine = (
+            sa.select(as_seen.label("as_seen"))
+            .where(versions.c[name] == self.p_user)
+            .with_for_update(key_share=True, skip_locked=True)
+            .cte("mine")
+        )
+        had = sa.exists(sa.select(mine.c.as_seen))
+        wait = sa.func.pg_advisory_xact_lock(_hash(self.p_user))
+        return (
+            sa.select(sa.case((had, sa.null()), else_=wait).label("taken"))
+            .where(~sa.exists(sa.select(mine.c.as_seen).where(sa.not_(mine.c.as_seen))))
+            .cte("turn")
+        )
 
     def turns(self, after: sa.CTE) -> sa.CTE:
         """Each listed user's turn, taken in an order that all statements keep; one row, once all are taken.
@@ -254,7 +278,7 @@ class _Statements:
                 row.type == PURCHASE,
                 sa.func.coalesce(row.stripe_session_id, self.p_session) == self.p_session,
                 self.session_is_free,
-                self.turn.c.user_id == row.user_id,
+                self.account.c.key == row.user_id,
                 # something to store, or it is a replay
                 sa.or_(
                     row.stripe_session_id.is_(None),
@@ -309,7 +333,7 @@ class _Statements:
                 found,
                 row.type == PURCHASE,
                 row.status == PENDING,
-                self.turn.c.user_id == row.user_id,
+                self.account.c.key == row.user_id,
             )
             .values(status=FAILED, description=row.description.concat(reason))
             .returning(self.ledger)

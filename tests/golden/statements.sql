@@ -14,20 +14,53 @@ SELECT written.*
 FROM written;
 
 -- attach_session
-WITH turn AS (
-  SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id)
+WITH mine AS (
+  SELECT users.ctid = (
+    SELECT seen.ctid
+    FROM users AS seen
+    WHERE seen.id = :p_user::UUID) AS as_seen
+  FROM users
+  WHERE users.id = :p_user::UUID
+  FOR NO KEY UPDATE SKIP LOCKED),
+turn AS (
+  SELECT CASE WHEN (EXISTS (
+      SELECT mine.as_seen
+      FROM mine)) THEN NULL ELSE pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) END AS taken
+  WHERE NOT (EXISTS (
+      SELECT mine.as_seen
+      FROM mine
+      WHERE NOT mine.as_seen))),
+account AS (
+  SELECT users.id AS key, users.credit_balance, users.credit_sequence
+  FROM users JOIN turn ON true
+  WHERE users.id = :p_user::UUID
+  FOR NO KEY UPDATE OF users)
 UPDATE credit_transactions
 SET stripe_session_id=:p_session::VARCHAR, stripe_payment_intent_id=coalesce(credit_transactions.stripe_payment_intent_id, :p_intent::VARCHAR)
-FROM turn
+FROM account
 WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.id = :p_purchase::UUID AND credit_transactions.type = 'purchase' AND coalesce(credit_transactions.stripe_session_id, :p_session::VARCHAR) = :p_session::VARCHAR AND NOT (EXISTS (
     SELECT *
     FROM credit_transactions AS other
-    WHERE other.stripe_session_id = :p_session::VARCHAR AND other.id != credit_transactions.id)) AND credit_transactions.user_id = turn.user_id AND (credit_transactions.stripe_session_id IS NULL OR credit_transactions.stripe_payment_intent_id IS NULL AND :p_intent::VARCHAR IS NOT NULL)
+    WHERE other.stripe_session_id = :p_session::VARCHAR AND other.id != credit_transactions.id)) AND account.key = credit_transactions.user_id AND (credit_transactions.stripe_session_id IS NULL OR credit_transactions.stripe_payment_intent_id IS NULL AND :p_intent::VARCHAR IS NOT NULL)
 RETURNING credit_transactions.*;
 
 -- complete_by_id
-WITH turn AS (
-  SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id),
+WITH mine AS (
+  SELECT users.ctid = (
+    SELECT seen.ctid
+    FROM users AS seen
+    WHERE seen.id = :p_user::UUID) AS as_seen
+  FROM users
+  WHERE users.id = :p_user::UUID
+  FOR NO KEY UPDATE SKIP LOCKED),
+turn AS (
+  SELECT CASE WHEN (EXISTS (
+      SELECT mine.as_seen
+      FROM mine)) THEN NULL ELSE pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) END AS taken
+  WHERE NOT (EXISTS (
+      SELECT mine.as_seen
+      FROM mine
+      WHERE NOT mine.as_seen))),
 account AS (
   SELECT users.id AS key, users.credit_balance, users.credit_sequence
   FROM users JOIN turn ON true
@@ -54,8 +87,22 @@ SELECT written.*
 FROM written;
 
 -- complete_by_session
-WITH turn AS (
-  SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id),
+WITH mine AS (
+  SELECT users.ctid = (
+    SELECT seen.ctid
+    FROM users AS seen
+    WHERE seen.id = :p_user::UUID) AS as_seen
+  FROM users
+  WHERE users.id = :p_user::UUID
+  FOR NO KEY UPDATE SKIP LOCKED),
+turn AS (
+  SELECT CASE WHEN (EXISTS (
+      SELECT mine.as_seen
+      FROM mine)) THEN NULL ELSE pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) END AS taken
+  WHERE NOT (EXISTS (
+      SELECT mine.as_seen
+      FROM mine
+      WHERE NOT mine.as_seen))),
 account AS (
   SELECT users.id AS key, users.credit_balance, users.credit_sequence
   FROM users JOIN turn ON true
@@ -79,26 +126,78 @@ SELECT written.*
 FROM written;
 
 -- fail_by_id
-WITH turn AS (
-  SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id)
+WITH mine AS (
+  SELECT users.ctid = (
+    SELECT seen.ctid
+    FROM users AS seen
+    WHERE seen.id = :p_user::UUID) AS as_seen
+  FROM users
+  WHERE users.id = :p_user::UUID
+  FOR NO KEY UPDATE SKIP LOCKED),
+turn AS (
+  SELECT CASE WHEN (EXISTS (
+      SELECT mine.as_seen
+      FROM mine)) THEN NULL ELSE pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) END AS taken
+  WHERE NOT (EXISTS (
+      SELECT mine.as_seen
+      FROM mine
+      WHERE NOT mine.as_seen))),
+account AS (
+  SELECT users.id AS key, users.credit_balance, users.credit_sequence
+  FROM users JOIN turn ON true
+  WHERE users.id = :p_user::UUID
+  FOR NO KEY UPDATE OF users)
 UPDATE credit_transactions
 SET status='failed', description=(credit_transactions.description || ' (failed: ' || :p_reason::VARCHAR || ')')
-FROM turn
-WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.id = :p_purchase::UUID AND credit_transactions.type = 'purchase' AND credit_transactions.status = 'pending' AND credit_transactions.user_id = turn.user_id
+FROM account
+WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.id = :p_purchase::UUID AND credit_transactions.type = 'purchase' AND credit_transactions.status = 'pending' AND account.key = credit_transactions.user_id
 RETURNING credit_transactions.*;
 
 -- fail_by_session
-WITH turn AS (
-  SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id)
+WITH mine AS (
+  SELECT users.ctid = (
+    SELECT seen.ctid
+    FROM users AS seen
+    WHERE seen.id = :p_user::UUID) AS as_seen
+  FROM users
+  WHERE users.id = :p_user::UUID
+  FOR NO KEY UPDATE SKIP LOCKED),
+turn AS (
+  SELECT CASE WHEN (EXISTS (
+      SELECT mine.as_seen
+      FROM mine)) THEN NULL ELSE pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) END AS taken
+  WHERE NOT (EXISTS (
+      SELECT mine.as_seen
+      FROM mine
+      WHERE NOT mine.as_seen))),
+account AS (
+  SELECT users.id AS key, users.credit_balance, users.credit_sequence
+  FROM users JOIN turn ON true
+  WHERE users.id = :p_user::UUID
+  FOR NO KEY UPDATE OF users)
 UPDATE credit_transactions
 SET status='failed', description=(credit_transactions.description || ' (failed: ' || :p_reason::VARCHAR || ')')
-FROM turn
-WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.stripe_session_id = :p_session::VARCHAR AND credit_transactions.type = 'purchase' AND credit_transactions.status = 'pending' AND credit_transactions.user_id = turn.user_id
+FROM account
+WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.stripe_session_id = :p_session::VARCHAR AND credit_transactions.type = 'purchase' AND credit_transactions.status = 'pending' AND account.key = credit_transactions.user_id
 RETURNING credit_transactions.*;
 
 -- consume
-WITH turn AS (
-  SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id),
+WITH mine AS (
+  SELECT users.ctid = (
+    SELECT seen.ctid
+    FROM users AS seen
+    WHERE seen.id = :p_user::UUID) AS as_seen
+  FROM users
+  WHERE users.id = :p_user::UUID
+  FOR NO KEY UPDATE SKIP LOCKED),
+turn AS (
+  SELECT CASE WHEN (EXISTS (
+      SELECT mine.as_seen
+      FROM mine)) THEN NULL ELSE pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) END AS taken
+  WHERE NOT (EXISTS (
+      SELECT mine.as_seen
+      FROM mine
+      WHERE NOT mine.as_seen))),
 account AS (
   SELECT users.id AS key, users.credit_balance, users.credit_sequence
   FROM users JOIN turn ON true
@@ -186,8 +285,22 @@ FROM spend
 WHERE spend.balance >= 0;
 
 -- refund
-WITH turn AS (
-  SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id),
+WITH mine AS (
+  SELECT users.ctid = (
+    SELECT seen.ctid
+    FROM users AS seen
+    WHERE seen.id = :p_user::UUID) AS as_seen
+  FROM users
+  WHERE users.id = :p_user::UUID
+  FOR NO KEY UPDATE SKIP LOCKED),
+turn AS (
+  SELECT CASE WHEN (EXISTS (
+      SELECT mine.as_seen
+      FROM mine)) THEN NULL ELSE pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) END AS taken
+  WHERE NOT (EXISTS (
+      SELECT mine.as_seen
+      FROM mine
+      WHERE NOT mine.as_seen))),
 account AS (
   SELECT users.id AS key, users.credit_balance, users.credit_sequence
   FROM users JOIN turn ON true
@@ -222,8 +335,22 @@ SELECT written.*
 FROM written;
 
 -- grant
-WITH turn AS (
-  SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id),
+WITH mine AS (
+  SELECT users.ctid = (
+    SELECT seen.ctid
+    FROM users AS seen
+    WHERE seen.id = :p_user::UUID) AS as_seen
+  FROM users
+  WHERE users.id = :p_user::UUID
+  FOR NO KEY UPDATE SKIP LOCKED),
+turn AS (
+  SELECT CASE WHEN (EXISTS (
+      SELECT mine.as_seen
+      FROM mine)) THEN NULL ELSE pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) END AS taken
+  WHERE NOT (EXISTS (
+      SELECT mine.as_seen
+      FROM mine
+      WHERE NOT mine.as_seen))),
 account AS (
   SELECT users.id AS key, users.credit_balance, users.credit_sequence
   FROM users JOIN turn ON true
@@ -245,8 +372,22 @@ SELECT written.*
 FROM written;
 
 -- reinstate
-WITH turn AS (
-  SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id),
+WITH mine AS (
+  SELECT users.ctid = (
+    SELECT seen.ctid
+    FROM users AS seen
+    WHERE seen.id = :p_user::UUID) AS as_seen
+  FROM users
+  WHERE users.id = :p_user::UUID
+  FOR NO KEY UPDATE SKIP LOCKED),
+turn AS (
+  SELECT CASE WHEN (EXISTS (
+      SELECT mine.as_seen
+      FROM mine)) THEN NULL ELSE pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) END AS taken
+  WHERE NOT (EXISTS (
+      SELECT mine.as_seen
+      FROM mine
+      WHERE NOT mine.as_seen))),
 account AS (
   SELECT users.id AS key, users.credit_balance, users.credit_sequence
   FROM users JOIN turn ON true
@@ -279,6 +420,31 @@ moved AS (
   WHERE users.id = :p_user::UUID AND users.id = written.user_id)
 SELECT written.*
 FROM written;
+
+-- lock
+WITH mine AS (
+  SELECT users.ctid = (
+    SELECT seen.ctid
+    FROM users AS seen
+    WHERE seen.id = :p_user::UUID) AS as_seen
+  FROM users
+  WHERE users.id = :p_user::UUID
+  FOR NO KEY UPDATE SKIP LOCKED),
+turn AS (
+  SELECT CASE WHEN (EXISTS (
+      SELECT mine.as_seen
+      FROM mine)) THEN NULL ELSE pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) END AS taken
+  WHERE NOT (EXISTS (
+      SELECT mine.as_seen
+      FROM mine
+      WHERE NOT mine.as_seen))),
+account AS (
+  SELECT users.id AS key, users.credit_balance, users.credit_sequence
+  FROM users JOIN turn ON true
+  WHERE users.id = :p_user::UUID
+  FOR NO KEY UPDATE OF users)
+SELECT account.credit_balance
+FROM account;
 
 -- balance
 SELECT users.credit_balance
@@ -343,8 +509,22 @@ LEFT OUTER JOIN workshops ON workshops.id = asked.workshop
 ORDER BY asked.n;
 
 -- consume_for_workshop
-WITH turn AS (
-  SELECT pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) AS taken, :p_user::UUID AS user_id),
+WITH mine AS (
+  SELECT users.ctid = (
+    SELECT seen.ctid
+    FROM users AS seen
+    WHERE seen.id = :p_user::UUID) AS as_seen
+  FROM users
+  WHERE users.id = :p_user::UUID
+  FOR NO KEY UPDATE SKIP LOCKED),
+turn AS (
+  SELECT CASE WHEN (EXISTS (
+      SELECT mine.as_seen
+      FROM mine)) THEN NULL ELSE pg_advisory_xact_lock(hashtextextended(CAST(:p_user::UUID AS TEXT), 0)) END AS taken
+  WHERE NOT (EXISTS (
+      SELECT mine.as_seen
+      FROM mine
+      WHERE NOT mine.as_seen))),
 account AS (
   SELECT users.id AS key, users.credit_balance, users.credit_sequence
   FROM users JOIN turn ON true

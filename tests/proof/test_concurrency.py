@@ -178,6 +178,66 @@ def test_two_purchases_in_transactions_of_their_own_do_not_block_each_other_for_
     assert sorted(threads(world, 2, buy, isolation="READ COMMITTED")) == [1, 2]
 
 
+@pytest.mark.parametrize("first", ["an operation", "an update", "a lock"])
+def test_a_transaction_that_has_the_user_already_waits_for_nobody(world: World, first: str) -> None:
+    """The host has changed or locked its user and then spends, while somebody else waits to spend for that user."""
+    user, users = world.user(credits=10), world.schema.users
+    before: dict[str, Callable[[sa.Connection], object]] = {
+        "an operation": lambda conn: world.accounts.set_plan_tier(conn, user, "pro"),
+        "an update": lambda conn: conn.execute(sa.update(users).where(users.c.key == user).values(plan_tier="pro")),
+        "a lock": lambda conn: conn.execute(sa.select(users.c.key).where(users.c.key == user).with_for_update()),
+    }
+    with world.engine.begin() as conn:
+        bought = world.ledger.start_purchase(conn, user, credits=5, description="A pack")
+    with ThreadPoolExecutor(1) as background:
+        with world.engine.begin() as conn:
+            before[first](conn)
+            waiting = background.submit(threads, world, 4, spend_ten, user)
+            waiting_for_a_lock(world, 4)
+            assert world.ledger.consume(conn, user, key="ours").balance_after == 9
+            world.ledger.attach_session(conn, user, bought.id, stripe_session_id="cs_1")
+            assert world.ledger.complete_purchase(conn, user, stripe_session_id="cs_1").balance_after == 14
+            assert world.ledger.refund(conn, user, bought.id, credits=1, key="back").balance_after == 13
+        assert len(new(list(chain.from_iterable(waiting.result(PATIENCE_S))))) == 13
+    assert world.deadlocks() == 0
+
+
+def test_who_refers_to_a_user_does_not_make_those_who_spend_for_it_wait_in_a_circle(world: World) -> None:
+    user = world.user(credits=1000)
+    done = threading.Event()
+
+    def refer() -> None:
+        while not done.is_set():
+            with world.engine.begin() as conn:  # the new row's foreign key holds the user, for longer than a call takes
+                conn.execute(sa.insert(world.schema.workshops).values(key=uuid4(), owner=user, title="x"))
+                done.wait(0.005)
+
+    with ThreadPoolExecutor(2) as background:
+        holding = [background.submit(refer) for _ in range(2)]
+        try:
+            results = list(chain.from_iterable(threads(world, CROWD, spend_ten, user)))
+            results += chain.from_iterable(threads(world, CROWD, spend_behind_a_change, user))
+            results += chain.from_iterable(
+                threads(world, CROWD, spend_behind_a_change, user, isolation="READ COMMITTED")
+            )
+        finally:
+            done.set()
+        for each in holding:
+            each.result(PATIENCE_S)
+    assert len(new(results)) == 30 * CROWD
+    assert world.deadlocks() == 0
+
+
+def spend_behind_a_change(world: World, conn: sa.Connection, number: int, user: Key) -> list[Any]:
+    """As ``spend_ten``, each behind a change of the user's row, in the same transaction where there is one."""
+    users, results = world.schema.users, []
+    for _ in range(10):
+        with conn.begin():
+            conn.execute(sa.update(users).where(users.c.key == user).values(plan_tier=f"{number}"))
+            results.append(world.ledger.consume(conn, user, key=f"{uuid4()}"))
+    return results
+
+
 def test_two_users_at_each_others_workshops(world: World) -> None:
     users = [world.user(credits=50) for _ in range(2)]
     workshops = [[world.workshop(user) for _ in range(20)] for user in users]

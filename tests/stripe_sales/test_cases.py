@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import sqlalchemy as sa
@@ -119,6 +121,30 @@ def test_webhook_and_success_page_race(shop: Shop):
 
 
 # --- the success page ---
+
+
+def test_webhooks_for_somebody_who_spends_meanwhile(shop: Shop):
+    user = shop.world.user(credits=1000)
+    for _ in range(5):
+        shop.dev.pay(shop.checkout(user).session)
+    done = threading.Event()
+
+    def spend(number: int) -> int:
+        with shop.world.autocommit.connect() as conn:
+            for n in itertools.count(1):
+                shop.world.ledger.consume(conn, user, key=f"{number}-{n}")
+                if done.is_set():
+                    return n
+        raise AssertionError
+
+    with ThreadPoolExecutor(3) as pool:
+        spending = [pool.submit(spend, number) for number in range(3)]
+        received = shop.deliver_all()
+        done.set()
+        spent = sum(each.result() for each in spending)
+    assert {one.status for one in received} == {200}
+    assert shop.balance(user) == 1000 + 5 * CREDITS - spent
+    assert shop.world.deadlocks() == 0
 
 
 def test_success_page_for_another_users_session(shop: Shop):

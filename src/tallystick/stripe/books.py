@@ -24,7 +24,6 @@ from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.config import Config
 from tallystick.database import DbConnection, run
-from tallystick.errors import Key
 from tallystick.ledger import CreditTransaction, Ledger
 from tallystick.schema import (
     CreditTransactionStatus,
@@ -246,7 +245,7 @@ class Books:
                 money = f"{session['amount_total']} {session['currency']}, {session['payment_status']}"
                 self.note(conn, FindingKind.UNKNOWN_SESSION, session["id"], found=money)
             return Outcome.UNKNOWN
-        deleted = self._lock(conn, purchase.user_id)
+        self.ledger.lock(conn, purchase.user_id)
         purchase = self.purchase(conn, id=purchase.id) or purchase  # as of now, under the lock
         if purchase.stripe_session_id not in (None, session["id"]):
             self.note(
@@ -259,7 +258,7 @@ class Books:
             )
             return Outcome.REFUSED
         if paid:
-            return self._paid(conn, purchase, session, intent, deleted=deleted)
+            return self._paid(conn, purchase, session, intent)
         if purchase.status is not PENDING:
             return Outcome.UNCHANGED
         user, mine = purchase.user_id, {"stripe_session_id": session["id"], "stripe_payment_intent_id": intent}
@@ -277,12 +276,10 @@ class Books:
         purchase = self.purchase(conn, intent=reversal.payment_intent)
         if purchase is None or purchase.status is not COMPLETED:
             return Outcome.REMEMBERED  # completing it settles this
-        self._lock(conn, purchase.user_id)
+        self.ledger.lock(conn, purchase.user_id)
         return self._settle(conn, purchase)
 
-    def _paid(
-        self, conn: DbConnection, purchase: CreditTransaction, session: Object, intent: str | None, *, deleted: bool
-    ) -> Outcome:
+    def _paid(self, conn: DbConnection, purchase: CreditTransaction, session: Object, intent: str | None) -> Outcome:
         outcome = Outcome.UNCHANGED
         if purchase.status is not COMPLETED:
             purchase = self.ledger.complete_purchase(
@@ -303,24 +300,28 @@ class Books:
                 stripe_session_id=session["id"],
                 stripe_payment_intent_id=intent,
             )
-        self._compare(conn, purchase, session, deleted=deleted)
+        self._compare(conn, purchase, session)
         settled = self._settle(conn, purchase)
         return outcome if settled is Outcome.UNCHANGED else settled
 
-    def _compare(self, conn: DbConnection, purchase: CreditTransaction, session: Object, *, deleted: bool) -> None:
+    def _compare(self, conn: DbConnection, purchase: CreditTransaction, session: Object) -> None:
         """What was granted is the row's own; where the money is another than was on sale, a person should know."""
-        sold = stripe_checkouts.c
-        statement = sa.select(sold.amount, sold.currency, sold.request["customer"].astext)
-        offer = run(conn, statement.where(sold.purchase_id == purchase.id), {}).one_or_none()
+        users, sold = self.schema.users, stripe_checkouts.c
+        statement = (
+            sa.select(users.c.deleted_at, sold.amount, sold.currency, sold.request["customer"].astext)
+            .select_from(users.outerjoin(stripe_checkouts, sold.purchase_id == purchase.id))
+            .where(users.c.key == purchase.user_id)
+        )
+        deleted_at, amount, currency, customer = run(conn, statement, {}).one()
         compared = (
-            (FindingKind.AMOUNT_DIFFERS, offer and offer[0], session["amount_total"]),
-            (FindingKind.CURRENCY_DIFFERS, offer and offer[1], session["currency"]),
-            (FindingKind.CUSTOMER_DIFFERS, offer and offer[2], id_of(session.get("customer"))),
+            (FindingKind.AMOUNT_DIFFERS, amount, session["amount_total"]),
+            (FindingKind.CURRENCY_DIFFERS, currency, session["currency"]),
+            (FindingKind.CUSTOMER_DIFFERS, customer, id_of(session.get("customer"))),
         )
         for kind, expected, found in compared:
             if expected is not None and expected != found:
                 self.note(conn, kind, session["id"], purchase=purchase.id, expected=expected, found=found)
-        if deleted:
+        if deleted_at is not None:
             self.note(conn, FindingKind.DELETED_USER, session["id"], purchase=purchase.id, found="paid, and granted")
 
     def _remember(self, conn: DbConnection, reversal: Reversal) -> None:
@@ -393,12 +394,6 @@ class Books:
         """Two transactions about one payment follow each other, even where no row of it can be locked yet."""
         key = sa.func.hashtextextended(f"tallystick {intent}", 0)
         run(conn, sa.select(sa.func.pg_advisory_xact_lock(key)), {})
-
-    def _lock(self, conn: DbConnection, user: Key) -> bool:
-        """Keep the user's ledger still until the end of the transaction; says whether the user is deleted."""
-        users = self.schema.users.c
-        locked = sa.select(users.deleted_at).where(users.key == user).with_for_update()
-        return run(conn, locked, {}).scalar_one() is not None
 
 
 def as_uuid(value: object) -> UUID | None:
