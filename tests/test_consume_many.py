@@ -108,6 +108,36 @@ def test_workshops(world: World) -> None:
         assert all(world.ledger.access(conn, workshop).open for workshop in (mine, also_mine, theirs))
 
 
+def test_what_repeats_itself_takes_no_statement_for_each(world: World) -> None:
+    """One key, one workshop with keys of its own, and what is refused: a thousand times, in a handful of statements."""
+    rich, poor, busy = world.user(credits=5), world.user(), world.user(credits=5)
+    workshop, closed = world.workshop(rich), world.workshop(poor)
+    items = [
+        item
+        for n in range(1000)
+        for item in (
+            Consume(rich, key="again"),
+            Consume(rich, workshop=workshop, key=f"tab {n}"),
+            Consume(poor, key="again"),
+            Consume(poor, workshop=closed, key=f"tab {n}"),
+            Consume(busy, key="again", amount=1 + n % 2),
+        )
+    ]
+    sent: list[str] = []
+    with world.engine.begin() as conn:
+        sa.event.listen(conn, "before_cursor_execute", lambda *args: sent.append(args[2]))
+        results = world.ledger.consume_many(conn, items)
+        assert len(sent) <= 4
+        assert [world.ledger.balance(conn, user) for user in (rich, poor, busy)] == [3, 0, 4]
+    assert {said(result) for result in results[0::5]} == {(False, -1, 4, 2), (True, -1, 4, 2)}
+    assert {said(result)[:1] for result in results[1::5]} == {(False,), (True,)}
+    assert {said(result) for result in results[2::5] + results[3::5]} == {(InsufficientCredits, 0, 1)}
+    assert [said(result)[0] for result in results[4::5]] == [False, IdempotencyKeyReused] + [
+        True,
+        IdempotencyKeyReused,
+    ] * 499
+
+
 def test_nothing_to_do(world: World) -> None:
     with world.engine.begin() as conn:
         assert world.ledger.consume_many(conn, []) == []

@@ -14,7 +14,7 @@ true. If they differ nothing was written, and the statement runs again on a new 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -349,13 +349,15 @@ class Ledger:
         """As one ``consume`` after the other, in one statement: for each item its row, or the refusal as a value.
 
         An item that is refused, even for its arguments, does not touch the others: a smaller one after it may still
-        be covered. If any was not written, one more statement asks why. Results come in the order of ``items``.
+        be covered; a refusal may name the balance from before that. If any was not written, one more statement asks
+        why. An item that has a key or workshop of an earlier one waits for what becomes of that, which can take more
+        statements. Results come in the order of ``items``.
         Each user takes an entry of the server's lock table until the transaction ends: keep to a few thousand users.
         A user whose row contradicts the ledger gets LedgerInconsistent for each item.
 
         Raises:
-            Conflict: one of the keys was being written by somebody else. Nothing was written by this statement;
-                make the same call again (in a database transaction: the whole of it).
+            Conflict: one of the keys was being written by somebody else. In a database transaction run the whole of it
+                again. In autocommit make the same call again: what an earlier statement of it wrote is replayed.
             DatabaseUnavailable: also where the server's lock table has no room for so many users.
         """
         results: list[CreditTransaction | LedgerError | None] = [None] * len(items)
@@ -365,22 +367,37 @@ class Ledger:
                 waiting[n] = self._spending(item)
             except LedgerError as refusal:
                 results[n] = refusal
-        # Each round settles at least the first item of each user, so this ends.
+        # Each round settles at least the first item of each user, and what repeats it, so this ends.
         while waiting:
-            now, later = _round(waiting)
-            for n, row in self._spend(conn, now):
+            for n, row in self._spend(conn, _round(waiting)):
                 results[n] = row
-            now = {n: values for n, values in now.items() if results[n] is None}
-            if now:
-                for (n, values), facts in zip(now.items(), self._facts(conn, list(now.values())), strict=True):
-                    try:
-                        results[n] = _explain_consume(facts, values)
-                        if results[n] is None:
-                            facts.require_agreement()
-                    except LedgerError as refusal:
-                        results[n] = refusal
-            waiting = {n: values for n, values in sorted((now | later).items()) if results[n] is None}
+            waiting = {n: values for n, values in waiting.items() if results[n] is None}
+            for n, known in self._refusals(conn, waiting):
+                results[n] = known
+            waiting = {n: values for n, values in waiting.items() if results[n] is None}
         return [result for result in results if result is not None]
+
+    def _refusals(
+        self, conn: DbConnection, waiting: Mapping[int, Mapping[str, Any]]
+    ) -> Iterator[tuple[int, CreditTransaction | LedgerError]]:
+        """Those of ``waiting`` that no further round can write: a row that was there already, or a refusal.
+
+        An item that could be written waits, and so does what comes after it with its key or its workshop.
+        """
+        if not waiting:
+            return
+        undecided: set[_Name] = set()
+        for (n, values), facts in zip(waiting.items(), self._facts(conn, list(waiting.values())), strict=True):
+            names = _names(values)
+            try:
+                found = _explain_consume(facts, values) if undecided.isdisjoint(names) else None
+                if found is None:
+                    facts.require_agreement()
+                    undecided |= names
+                else:
+                    yield n, found
+            except LedgerError as refusal:
+                yield n, refusal
 
     def _spending(self, item: Consume) -> dict[str, Any]:
         return {
@@ -706,26 +723,32 @@ def _explain_consume(facts: _Facts, values: Mapping[str, Any]) -> CreditTransact
     return None
 
 
-def _round(
-    waiting: Mapping[int, dict[str, Any]],
-) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]]]:
-    """What one statement can do now, and what must see the result of it first.
+_Name = tuple[Key, str, object]
 
-    A user's second use of a key or a workshop, and all that this user asks for after it, wait.
+
+def _names(values: Mapping[str, Any]) -> set[_Name]:
+    """What only one of several items can have: the user's key, and the user's workshop."""
+    user, workshop = values["p_user"], values["p_workshop"]
+    return {(user, "key", values["p_key"])} | ({(user, "workshop", workshop)} if workshop is not None else set())
+
+
+def _round(waiting: Mapping[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """What one statement can do now.
+
+    A user's second use of a key or a workshop must see what became of the first; it, and all that this user asks for
+    after it, wait.
     """
-    now, later = {}, {}
-    seen: set[tuple[Key, str, object]] = set()
+    now = {}
+    seen: set[_Name] = set()
     behind: set[Key] = set()
     for n, values in waiting.items():
-        user, workshop = values["p_user"], values["p_workshop"]
-        names = {(user, "key", values["p_key"])} | ({(user, "workshop", workshop)} if workshop is not None else set())
-        if user in behind or not seen.isdisjoint(names):
-            behind.add(user)
-            later[n] = values
+        names = _names(values)
+        if values["p_user"] in behind or not seen.isdisjoint(names):
+            behind.add(values["p_user"])
         else:
             seen |= names
             now[n] = values
-    return now, later
+    return now
 
 
 class _Facts:
