@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import sqlalchemy as sa
 from tallystick import CreditTransaction, InsufficientCredits
 from tallystick.audit import audit
 from tallystick.combine import Combiner
-from tallystick.errors import DatabaseUnavailable, InvalidArgument, OutcomeUnknown, UnknownUser
+from tallystick.errors import Conflict, DatabaseUnavailable, InvalidArgument, OutcomeUnknown, UnknownUser
 from worlds import World
 
 PATIENCE_S = 120
@@ -147,18 +148,91 @@ def test_a_key_that_somebody_else_is_writing_is_a_replay(world: World, combiner:
     assert own.result(PATIENCE_S).balance_after == 8
 
 
-def test_a_lost_connection_is_everybodys_and_the_next_call_connects_anew(world: World, combiner: Combiner) -> None:
-    user = world.user(credits=10)
-    combiner.consume(user, key="before").result(PATIENCE_S)
+def end_all_sessions(world: World) -> None:
     with world.autocommit.connect() as conn:
         conn.execute(
             sa.text(
                 "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
-                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid() AND application_name <> 'holds'"
             )
         )
-    assert isinstance(combiner.consume(user, key="a").exception(PATIENCE_S), OutcomeUnknown)
+
+
+def test_a_connection_that_was_cut_while_nobody_needed_it_is_replaced(world: World, combiner: Combiner) -> None:
+    user = world.user(credits=10)
+    combiner.consume(user, key="before").result(PATIENCE_S)
+    end_all_sessions(world)
+    assert [combiner.consume(user, key=key).result(PATIENCE_S).balance_after for key in "ab"] == [8, 7]
+
+
+def test_a_connection_that_is_cut_again_and_again_is_everybodys_error(world: World, combiner: Combiner) -> None:
+    user = world.user(credits=10)
+    with held(world, user) as conn:
+        conn.exec_driver_sql("SET application_name = 'holds'")
+        calls = [combiner.consume(user, key="a"), combiner.consume(user, key="b")]
+        while not all(call.done() for call in calls):
+            if waits(world):
+                end_all_sessions(world)
+    errors = [call.exception(0) for call in calls]
+    assert all(isinstance(error, OutcomeUnknown) and error.outcome_unknown for error in errors)
+    assert errors[0] is not errors[1]
     assert not combiner.consume(user, key="a").result(PATIENCE_S).replayed
+
+
+@pytest.mark.one_server  # it came with PostgreSQL 17
+def test_a_timeout_that_ends_the_session_is_a_conflict_and_the_next_call_connects_anew(world: World) -> None:
+    user = world.user(credits=10)
+    engine = sa.create_engine(world.url, connect_args={"options": "-c transaction_timeout=500"})
+    with Combiner(world.ledger, engine) as combiner:
+        with held(world, user):
+            error = combiner.consume(user, key="a").exception(PATIENCE_S)
+            assert isinstance(error, Conflict)
+            assert error.retryable
+        assert not combiner.consume(user, key="a").result(PATIENCE_S).replayed
+    engine.dispose()
+
+
+def test_a_user_who_cannot_be_had_in_time_is_that_users_conflict_alone(world: World) -> None:
+    held_user, other = world.user(credits=10), world.user(credits=10)
+    engine = sa.create_engine(world.url, connect_args={"options": "-c lock_timeout=300"})
+    with Combiner(world.ledger, engine) as combiner, held(world, held_user):
+        theirs = [combiner.consume(held_user, key=f"{n}") for n in range(20)]
+        assert combiner.consume(other, key="a").result(PATIENCE_S).balance_after == 9
+        assert {type(call.exception(PATIENCE_S)) for call in theirs} == {Conflict}
+    engine.dispose()
+
+
+def test_a_pool_that_has_no_connection_to_give(world: World) -> None:
+    engine = sa.create_engine(world.url, pool_size=1, max_overflow=0, pool_timeout=0.2)
+    with engine.connect(), Combiner(world.ledger, engine) as combiner:
+        calls = [combiner.consume(world.key("uuid"), key="a") for _ in range(20)]
+        assert {type(call.exception(PATIENCE_S)) for call in calls} == {DatabaseUnavailable}
+    engine.dispose()
+
+
+def test_a_forked_process_is_told_to_make_its_own(combiner: Combiner) -> None:
+    child = os.fork()
+    if not child:
+        try:
+            combiner.consume("a", key="a")
+        except RuntimeError:
+            os._exit(42)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 42
+
+
+@pytest.mark.parametrize("raised", [ValueError, SystemExit])
+def test_a_callback_that_fails_stops_nobody(world: World, combiner: Combiner, raised: type[BaseException]) -> None:
+    def fail(_future: object) -> None:
+        raise raised
+
+    user = world.user(credits=10)
+    with held(world, user):
+        first = combiner.consume(user, key="first")
+        first.add_done_callback(fail)
+        second = combiner.consume(user, key="second")
+    assert [call.result(PATIENCE_S).balance_after for call in (first, second)] == [9, 8]
+    assert combiner.consume(user, key="third").result(PATIENCE_S).balance_after == 7
 
 
 def test_without_a_server(world: World) -> None:

@@ -398,3 +398,75 @@ def test_rows_are_made_of_the_enums_themselves(world: World):
         row = world.ledger.history(conn, user)[0]
     assert row.type is CreditTransactionType.PURCHASE
     assert row.status is CreditTransactionStatus.COMPLETED
+
+
+# --- what the database says, to whom it means something ---
+
+
+def test_what_a_flush_raises_is_the_hosts_own(world: World) -> None:
+    """A constraint of the host's, broken by what it had not sent yet, is nothing to be tried again."""
+    user = world.user(credits=1)
+    with world.engine.begin() as conn:
+        conn.exec_driver_sql("CREATE UNIQUE INDEX one_of_each ON users (email)")
+    users = world.schema.users
+
+    class User:
+        pass
+
+    registry().map_imperatively(User, users, primary_key=[users.c.key], include_properties=["key", "email"])
+    with Session(world.engine) as session:
+        twice = User()
+        twice.key, twice.email = world.key("uuid"), f"{user}@example.com"
+        session.add(twice)
+        with pytest.raises(sa.exc.IntegrityError, match="one_of_each"):
+            world.ledger.consume(session, user, key="a")
+
+
+def test_what_a_trigger_of_the_hosts_refuses_is_the_hosts_own(world: World) -> None:
+    user = world.user(credits=1)
+    with world.engine.begin() as conn:
+        conn.exec_driver_sql("CREATE TABLE once (n int CONSTRAINT only_once PRIMARY KEY)")
+        conn.exec_driver_sql("INSERT INTO once VALUES (1)")
+        conn.exec_driver_sql(
+            "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO once VALUES (1);"
+            " RETURN NEW; END $$"
+        )
+        conn.exec_driver_sql("CREATE TRIGGER note AFTER INSERT ON credit_transactions EXECUTE FUNCTION note()")
+    with world.engine.connect() as conn, pytest.raises(sa.exc.IntegrityError, match="only_once"):
+        world.ledger.consume(conn, user, key="a")
+
+
+def test_a_transaction_that_idled_for_too_long_is_to_be_run_again(world: World) -> None:
+    user = world.user(credits=1)
+    with world.engine.connect() as conn:
+        conn.exec_driver_sql("SET idle_in_transaction_session_timeout = '100ms'")
+        world.ledger.balance(conn, user)
+        wait_for_the_end_of(conn, world)
+        with pytest.raises(e.Conflict) as caught:
+            world.ledger.consume(conn, user, key="a")
+    assert caught.value.retryable
+    with world.engine.connect() as conn:
+        assert world.ledger.balance(conn, user) == 1
+
+
+def wait_for_the_end_of(conn: sa.Connection, world: World) -> None:
+    pid = conn.connection.dbapi_connection.info.backend_pid
+    with world.autocommit.connect() as other:
+        while other.scalar(sa.text("SELECT count(*) FROM pg_stat_activity WHERE pid = :pid"), {"pid": pid}):
+            pass
+
+
+def test_a_server_that_takes_no_writes(world: World) -> None:
+    user = world.user(credits=1)
+    with world.autocommit.connect() as conn:
+        conn.exec_driver_sql("SET default_transaction_read_only = on")
+        with pytest.raises(e.DatabaseUnavailable, match="new primary"):
+            world.ledger.consume(conn, user, key="a")
+        assert world.ledger.balance(conn, user) == 1
+
+
+def test_a_pool_that_has_no_connection_to_give(world: World) -> None:
+    engine = sa.create_engine(world.url, pool_size=1, max_overflow=0, pool_timeout=0.1)
+    with engine.connect(), Session(engine) as session, pytest.raises(e.DatabaseUnavailable, match="larger pool"):
+        world.ledger.balance(session, world.key("uuid"))
+    engine.dispose()

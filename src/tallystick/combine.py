@@ -8,6 +8,8 @@ together as ``Ledger.consume_many`` when it returns: alone a call waits for nobo
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import queue
 import threading
 from collections import defaultdict
@@ -20,13 +22,18 @@ from typing import NamedTuple, Self
 import sqlalchemy as sa
 
 from tallystick.database import translated
-from tallystick.errors import DatabaseError, DatabaseUnavailable, Key, OutcomeUnknown, TallystickError
+from tallystick.errors import Conflict, DatabaseError, DatabaseUnavailable, Key, OutcomeUnknown, TallystickError
 from tallystick.ledger import Consume, CreditTransaction, Ledger
 
 MOST = 1_000  # calls in one statement; more gain nothing and make everybody wait for the last
 
 
+TIMED_OUT = ("55P03", "57014")
+"""What the server says at a lock timeout or a statement timeout."""
+
 Outcome = CreditTransaction | Exception
+
+_log = logging.getLogger(__name__)
 
 
 class _Call(NamedTuple):
@@ -50,10 +57,15 @@ class Combiner:
             row = await combiner.aconsume(user, workshop=workshop, key=key)      # in asyncio
 
     Each call is committed by itself: do not use it for a consumption that belongs into a transaction of yours. Make
-    one per process, after any fork.
+    one per process, after any fork. Callbacks of the futures run in its thread, so keep them short.
+
+    A user who is held by a transaction of the host's makes all wait that share a statement with that user. Where
+    transactions hold users for long, give the engine a ``lock_timeout``: then the calls for that user get a Conflict,
+    after that time, and the others their rows.
 
     Args:
-        engine: where the connection comes from; one is kept as long as the combiner is open.
+        engine: where the connection comes from; one is kept as long as the combiner is open, and replaced when it is
+            cut.
         most: how many calls one statement may hold.
     """
 
@@ -64,6 +76,7 @@ class Combiner:
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._closing = threading.Lock()
         self._closed = False
+        self._process = os.getpid()
         self._conn: sa.Connection | None = None
         self._thread = threading.Thread(target=self._work, name="tallystick-combiner", daemon=True)
         self._thread.start()
@@ -82,8 +95,10 @@ class Combiner:
         Besides the errors of ``Ledger.consume``: OutcomeUnknown and DatabaseUnavailable reach all whose statement was
         under way; the same call with the same key may be made again. Cancelling the future works until it is sent.
 
+        A call whose connection was cut is made once more, so its row may be marked ``replayed``.
+
         Raises:
-            RuntimeError: the combiner is closed.
+            RuntimeError: the combiner is closed, or of another process.
         """
         future: Future[CreditTransaction] = Future()
         item = Consume(user, workshop=workshop, amount=amount, key=key, description=description)
@@ -106,6 +121,8 @@ class Combiner:
         return await future
 
     def _ask(self, call: _Call) -> None:
+        if os.getpid() != self._process:
+            raise RuntimeError(f"this Combiner is of process {self._process}, before a fork; make one in each process")
         with self._closing:
             if self._closed:
                 raise RuntimeError("this Combiner is closed; make another one")
@@ -128,13 +145,16 @@ class Combiner:
     # --- the thread ---
 
     def _work(self) -> None:
-        more = True
-        while more:
-            calls, more = self._gathered()
-            going = [call for call in calls if call.wanted()]
-            if going:
-                _tell(zip(going, self._outcomes(going), strict=True))
-        self._disconnect()
+        try:
+            more = True
+            while more:
+                calls, more = self._gathered()
+                going = [call for call in calls if call.wanted()]
+                if going:
+                    self._settle(going)
+        finally:
+            self._disconnect()
+            self._turn_away()
 
     def _gathered(self) -> tuple[list[_Call], bool]:
         """What is asked for now, at least one call; and whether there may be more."""
@@ -147,17 +167,39 @@ class Combiner:
                 calls.append(call)
         return calls, True
 
-    def _outcomes(self, calls: Sequence[_Call]) -> Sequence[Outcome]:
+    def _settle(self, calls: Sequence[_Call], *, again: bool = True) -> None:
+        """Send all calls as one, and tell each what became of it."""
         try:
-            return self._ledger.consume_many(self._connected(), [call.item for call in calls])
+            conn = self._connected()
+            outcomes = self._ledger.consume_many(conn, [call.item for call in calls])
         except (OutcomeUnknown, DatabaseUnavailable) as error:
             self._disconnect()
-            return [_another(error) for _ in calls]
+            if again and isinstance(error, OutcomeUnknown):
+                # most likely the connection was cut while nobody needed it; every call has a key
+                self._settle(calls, again=False)
+            else:
+                _tell((call, _another(error)) for call in calls)
         except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to one caller, and every caller waits
-            if len(calls) == 1 and not isinstance(error, DatabaseError):
-                return [error]
-            # Somebody's call made the statement fail: each by itself, so that it fails alone.
-            return [self._outcome(call.item) for call in calls]
+            if self._conn is None or (len(calls) == 1 and not isinstance(error, DatabaseError)):
+                _tell((call, error) for call in calls)
+            else:
+                self._settle_each(calls)
+        else:
+            _tell(zip(calls, outcomes, strict=True))
+
+    def _settle_each(self, calls: Sequence[_Call]) -> None:
+        """Somebody's call made the statement fail: each by itself, so that it fails alone.
+
+        Whoever cannot have a user in time, is not waited for again by that user's other calls.
+        """
+        busy: list[tuple[Key, Conflict]] = []
+        for call in calls:
+            outcome: Outcome | None = next((_another(error) for user, error in busy if user == call.item.user), None)
+            if outcome is None:
+                outcome = self._outcome(call.item)
+                if isinstance(outcome, Conflict) and outcome.sqlstate in TIMED_OUT:
+                    busy.append((call.item.user, outcome))
+            _tell([(call, outcome)])
 
     def _outcome(self, item: Consume) -> Outcome:
         try:
@@ -170,11 +212,13 @@ class Combiner:
                 description=item.description,
             )
         except Exception as error:  # noqa: BLE001 - it is the caller's to handle, in the caller's thread
-            if isinstance(error, OutcomeUnknown | DatabaseUnavailable):
+            if self._conn is not None and self._conn.invalidated:
                 self._disconnect()
             return error
 
     def _connected(self) -> sa.Connection:
+        if self._conn is not None and self._conn.invalidated:
+            self._disconnect()
         if self._conn is None:
             with translated(connecting=True):
                 self._conn = self._engine.connect()
@@ -185,6 +229,15 @@ class Combiner:
             conn, self._conn = self._conn, None
             with suppress(sa.exc.DBAPIError):
                 conn.close()
+
+    def _turn_away(self) -> None:
+        """After the last call there is nobody; where the thread was ended from outside, nobody may wait for ever."""
+        with self._closing:
+            self._closed = True
+        with suppress(queue.Empty):
+            while True:
+                if call := self._calls.get(block=False):
+                    _tell([(call, RuntimeError("this Combiner's thread has ended; make another one"))])
 
 
 def _another(error: TallystickError) -> TallystickError:
@@ -199,21 +252,24 @@ def _tell(results: Iterable[tuple[_Call, Outcome]]) -> None:
     )
     for call, outcome in results:
         if isinstance(call.future, Future):
-            _settle(call.future, outcome)
+            try:
+                _answer(call.future, outcome)
+            except BaseException:  # noqa: BLE001 - of a callback of its caller's, and others wait behind it
+                _log.exception("a callback of a consumption's future failed")
         else:
             waiting[call.future.get_loop()].append((call.future, outcome))
     for loop, some in waiting.items():
         with suppress(RuntimeError):  # the loop was closed, and nobody waits
-            loop.call_soon_threadsafe(_settle_waiting, some)
+            loop.call_soon_threadsafe(_answer_waiting, some)
 
 
-def _settle_waiting(some: Sequence[tuple[asyncio.Future[CreditTransaction], Outcome]]) -> None:
+def _answer_waiting(some: Sequence[tuple[asyncio.Future[CreditTransaction], Outcome]]) -> None:
     for future, outcome in some:
         if not future.done():  # cancelled meanwhile
-            _settle(future, outcome)
+            _answer(future, outcome)
 
 
-def _settle(future: Future[CreditTransaction] | asyncio.Future[CreditTransaction], outcome: Outcome) -> None:
+def _answer(future: Future[CreditTransaction] | asyncio.Future[CreditTransaction], outcome: Outcome) -> None:
     if isinstance(outcome, CreditTransaction):
         future.set_result(outcome)
     else:

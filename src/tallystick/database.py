@@ -28,12 +28,13 @@ def run(conn: DbConnection, statement: sa.Executable, values: Mapping[str, Any])
     transaction.
 
     Raises:
-        DatabaseError: of the kind that says what the caller may do.
+        DatabaseError: of the kind that says what the caller may do. What a flush raises is the host's own, as it is.
     """
     if not isinstance(conn, sa.Connection):
+        session = conn
         with translated(connecting=True):
-            conn.flush()
-            conn = conn.connection()
+            conn = session.connection()
+        session.flush()
     with translated():
         return conn.execute(statement, values)
 
@@ -48,6 +49,10 @@ def translated(*, connecting: bool = False) -> Iterator[None]:
         yield
     except DBAPIError as error:
         _raise(error, connecting=connecting)
+    except sa.exc.TimeoutError as error:
+        raise DatabaseUnavailable(
+            f"no connection became free: {error}. Give the engine a larger pool", sqlstate=None
+        ) from error
 
 
 def said(error: DBAPIError) -> str:
@@ -55,24 +60,32 @@ def said(error: DBAPIError) -> str:
     return re.sub(r"\n\tIs the server running [^\n]*", "", str(error.orig).strip())
 
 
+_IN_THE_WAY = "another transaction was in the way: {}. This statement wrote nothing; roll back and run it again"
+_ENDED = "the server has ended the transaction: {}. Nothing of it was written; run all of it again"
+_MEANINGS: Mapping[str, tuple[type[Conflict | DatabaseUnavailable | PermissionDenied], str]] = {
+    **dict.fromkeys(("40001", "40P01", "23505", "55P03", "57014"), (Conflict, _IN_THE_WAY)),
+    **dict.fromkeys(("25P03", "25P04"), (Conflict, _ENDED)),
+    "25006": (DatabaseUnavailable, "the server takes no writes: {}. After a fail-over connect to the new primary"),
+    "42501": (PermissionDenied, "{}. Grant it to this role, or use the role that owns the tables"),
+}
+_NAMES = ("42P01", "42703", "3F000", "42704")
+"""No such table, column, schema or type."""
+
+
 def _raise(error: DBAPIError, *, connecting: bool) -> NoReturn:
     state: str | None = getattr(error.orig, "sqlstate", None)
     text = said(error)
-    lost = isinstance(error, OperationalError) and state is None
-    match state:
-        case "40001" | "40P01" | "23505" | "55P03" | "57014":
-            raise Conflict(
-                f"another transaction was in the way: {text}. Nothing was written; roll back and run it again",
-                sqlstate=state,
-            ) from error
-        case "42501":
-            raise PermissionDenied(
-                f"{text}. Grant it to this role, or use the role that owns the tables", sqlstate=state
-            ) from error
-        case "42P01" | "42703" | "3F000" | "42704":
-            raise NotMigrated(
-                f"{text}. Look with: tallystick migrate status, then: tallystick migrate apply", revision=None
-            ) from error
+    lost = error.connection_invalidated or (isinstance(error, OperationalError) and state is None)
+    if state == "23505" and not _is_ours(error):
+        raise error  # of a trigger of the host's
+    if meaning := _MEANINGS.get(state or ""):
+        kind, message = meaning
+        raise kind(message.format(text), sqlstate=state) from error
+    if state in _NAMES:
+        raise NotMigrated(
+            f"{text}. A name of the app's is mapped in tallystick.toml; for ours look with: tallystick migrate status",
+            revision=None,
+        ) from error
     if connecting and (lost or state is None or state[:2] in ("08", "28", "3D", "53", "57")):
         raise DatabaseUnavailable(
             f"cannot connect: {text}. Check the address, and that the server runs", sqlstate=state
@@ -95,6 +108,12 @@ def _raise(error: DBAPIError, *, connecting: bool) -> NoReturn:
             sqlstate=state,
         ) from error
     raise error
+
+
+def _is_ours(error: DBAPIError) -> bool:
+    """Whether a constraint of the ledger's was broken: somebody else wrote the same at the same moment."""
+    name = getattr(getattr(error.orig, "diag", None), "constraint_name", None) or ""
+    return name.startswith(("credit_transactions_", "tallystick_", "stripe_"))
 
 
 def engine(url: str | sa.URL, **options: Any) -> sa.Engine:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TypeVar
 
 import sqlalchemy as sa
@@ -12,7 +11,6 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.concurrency import run_in_threadpool
 
 from tallystick.database import translated
-from tallystick.errors import DatabaseUnavailable
 
 T = TypeVar("T")
 
@@ -38,7 +36,7 @@ class Database:
         """
         if not isinstance(self._engine, AsyncEngine):
             return await run_in_threadpool(_run, self._engine, work)
-        with _connecting():
+        with translated(connecting=True):
             conn = await self._engine.connect()
         try:
             return await conn.run_sync(work)
@@ -47,18 +45,7 @@ class Database:
 
 
 def _run(engine: sa.Engine, work: Callable[[sa.Connection], T]) -> T:
-    with _connecting():
+    with translated(connecting=True):
         conn = engine.connect()
     with conn:
         return work(conn)
-
-
-@contextmanager
-def _connecting() -> Iterator[None]:
-    try:
-        with translated(connecting=True):
-            yield
-    except sa.exc.TimeoutError as error:
-        raise DatabaseUnavailable(
-            f"no connection became free: {error}. Give the engine a larger pool", sqlstate=None
-        ) from error
