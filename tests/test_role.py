@@ -310,6 +310,19 @@ def test_what_stays_possible_is_found_by_the_audit(app: tuple[World, sa.Engine])
         assert {finding.check for finding in audit(conn, world.config).findings} == expected
 
 
+def test_the_triggers_find_rows_by_index(app: tuple[World, sa.Engine]) -> None:
+    """A session keeps the plan of a small table, whatever grows out of it."""
+    world, engine = app
+    user = world.user(credits=50)
+    with world.autocommit.connect() as owner:
+        owner.exec_driver_sql("ANALYZE")
+    scans = sa.text("SELECT coalesce(sum(seq_scan), 0) FROM pg_stat_xact_user_tables WHERE relname = :ledger")
+    with engine.connect() as conn, conn.begin():
+        for n in range(10):
+            world.ledger.consume(conn, user, key=f"{n}")
+        assert conn.scalar(scans, {"ledger": world.schema.credit_transactions.name}) == 0
+
+
 EARLIER = """
 DROP TRIGGER tallystick_balance_has_moved ON credit_transactions;
 DROP FUNCTION tallystick.balance_has_moved();

@@ -228,8 +228,9 @@ def grant(host: HostMapping, role: str) -> str:
     ):
         steps += [
             sql.SQL(
+                # a session keeps its plan, and must not keep one that was good while the tables were small
                 "CREATE OR REPLACE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql\n"
-                "SET search_path = pg_catalog, pg_temp AS {}"
+                "SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS {}"
             ).format(function, _quoted(body.format(**names))),
             _TRIGGER.format(
                 trigger=sql.Identifier(trigger),
