@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import datetime as dt
 import shlex
+import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 import pytest
 import sqlalchemy as sa
 from psycopg import errors, sql
 
-from tallystick import CreditTransaction, Pack, migrate, stripe
+from tallystick import CreditTransaction, HostMapping, Pack, migrate, stripe
 from tallystick.audit import audit
 from tallystick.devstripe import DevStripe
 from tallystick.errors import InsufficientCredits, InvalidArgument, Key, MigrationError, PermissionDenied
@@ -321,6 +323,27 @@ def test_the_triggers_find_rows_by_index(app: tuple[World, sa.Engine]) -> None:
         for n in range(10):
             world.ledger.consume(conn, user, key=f"{n}")
         assert conn.scalar(scans, {"ledger": world.schema.credit_transactions.name}) == 0
+
+
+@pytest.mark.parametrize("script", [role.grant, role.revoke])
+def test_the_scripts_do_not_deadlock_with_the_app(
+    app: tuple[World, sa.Engine], script: Callable[[HostMapping, str], str]
+) -> None:
+    world, engine = app
+    user = world.user()
+    waits = sa.text(
+        "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'relation'"
+        " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    )
+    with world.autocommit.connect() as owner, engine.connect() as conn, ThreadPoolExecutor(1) as thread:
+        with conn.begin():
+            world.ledger.start_purchase(conn, user, credits=1, description="A pack")  # locks the ledger
+            done = thread.submit(run_script, world, script(world.config.host, str(engine.url.username)))
+            while not owner.scalar(waits):
+                assert not done.done()
+                time.sleep(0.01)
+            world.accounts.set_plan_tier(conn, user, "pro")  # and then the users
+        done.result()
 
 
 EARLIER = """

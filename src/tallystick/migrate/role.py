@@ -9,6 +9,7 @@ unbroken chain, with the balance at its end, it leaves as one; so the audit's su
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 
 import sqlalchemy as sa
 from psycopg import sql
@@ -27,13 +28,13 @@ from tallystick.schema import (
 
 _HEAD = """\
 -- A role for the app: it can run every operation of the ledger, and not touch history.
--- Run by the owner of the tables, in one transaction, after: tallystick migrate apply
+-- Run by the owner of the tables, after: tallystick migrate apply
 -- The app's own privileges on its tables stay as they are, but for what is named here.
 """
 
 _TAKEN_BACK = """\
 -- What the app's role got from the same script without --revoke is taken back.
--- Run by the owner of the tables, in one transaction, before: tallystick migrate undo
+-- Run by the owner of the tables, before: tallystick migrate undo
 """
 
 _CHECKS = sql.SQL("""\
@@ -191,8 +192,9 @@ def grant(host: HostMapping, role: str) -> str:
         trigger=sql.Literal(_TRIGGER_NAME),
         users=sql.Literal(users.as_string()),
     )
+    checked = sql.SQL("DO {}").format(_quoted(checks))
     steps: list[sql.Composable] = [
-        sql.SQL("DO {}").format(_quoted(checks)),
+        checked,
         sql.SQL("GRANT USAGE ON SCHEMA {} TO {}").format(sql.SQL(", ").join(map(sql.Identifier, schemas)), to),
         sql.SQL("GRANT SELECT ON ALL TABLES IN SCHEMA {} TO {}").format(sql.Identifier(BOOKKEEPING_SCHEMA), to),
         sql.SQL("GRANT INSERT, UPDATE ON {} TO {}").format(sql.SQL(", ").join(map(_name, _STRIPES)), to),
@@ -213,40 +215,40 @@ def grant(host: HostMapping, role: str) -> str:
             sql.SQL("GRANT SELECT ({}) ON {} TO {}").format(_columns(schema.workshops), workshops, to),
             sql.SQL("GRANT UPDATE ({}) ON {} TO {}").format(marks, workshops, to),
         ]
-    names = {"users": users, "ledger": ledger, "key": sql.Identifier(schema.users.c.key.name), "owned": _OWNED}
+    parts = {"users": users, "ledger": ledger, "key": sql.Identifier(schema.users.c.key.name), "owned": _OWNED}
     place = [schema.users.c.key.name, "credit_balance", "credit_sequence"]
-    for function, body, trigger, table, columns, rows in (
-        (_FUNCTION_NAME, _BALANCE_BY_LEDGER, _TRIGGER_NAME, users, place, ""),
-        (
-            _ROW_FUNCTION_NAME,
-            _BALANCE_HAS_MOVED,
-            _ROW_TRIGGER_NAME,
-            ledger,
-            ["sequence"],
-            "NEW.sequence IS NOT NULL AND ",
+    held = {"role": sql.Literal(role), "identifier": sql.Literal(to.as_string())}
+    steps += [
+        _function(_FUNCTION_NAME, _BALANCE_BY_LEDGER.format(**parts)),
+        _TRIGGER.format(
+            trigger=sql.Identifier(_TRIGGER_NAME),
+            columns=_join(place),
+            table=users,
+            rows=sql.SQL(""),
+            function=_FUNCTION_NAME,
+            **held,
         ),
-    ):
-        steps += [
-            sql.SQL(
-                # a session keeps its plan, and must not keep one that was good while the tables were small
-                "CREATE OR REPLACE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql\n"
-                "SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS {}"
-            ).format(function, _quoted(body.format(**names))),
-            _TRIGGER.format(
-                trigger=sql.Identifier(trigger),
-                columns=_join(columns),
-                table=table,
-                rows=sql.SQL(rows),
-                role=sql.Literal(role),
-                identifier=sql.Literal(to.as_string()),
-                function=function,
-            ),
-        ]
-    return _script(_HEAD, steps)
+    ]
+    more = [
+        checked,  # psql goes on after a transaction that was refused
+        _function(_ROW_FUNCTION_NAME, _BALANCE_HAS_MOVED.format(**parts)),
+        _TRIGGER.format(
+            trigger=sql.Identifier(_ROW_TRIGGER_NAME),
+            columns=_join(["sequence"]),
+            table=ledger,
+            rows=sql.SQL("NEW.sequence IS NOT NULL AND "),
+            function=_ROW_FUNCTION_NAME,
+            **held,
+        ),
+    ]
+    return _script(_HEAD, steps, more)
 
 
 def revoke(host: HostMapping, role: str) -> str:
-    """A script that takes back what :func:`grant` gave; needed before ``tallystick migrate undo``."""
+    """A script that takes back what :func:`grant` gave; needed before ``tallystick migrate undo``.
+
+    What :func:`grant` took is not given back: the ledger to everybody, TRIGGER on the host's tables to ``role``.
+    """
     schema = Schema.of(host)
     to = _role(role)
     users, ledger = _name(schema.users), _name(schema.credit_transactions)
@@ -254,9 +256,12 @@ def revoke(host: HostMapping, role: str) -> str:
     return _script(
         _TAKEN_BACK,
         [
-            sql.SQL("DROP TRIGGER IF EXISTS {} ON {}").format(sql.Identifier(_TRIGGER_NAME), users),
             sql.SQL("DROP TRIGGER IF EXISTS {} ON {}").format(sql.Identifier(_ROW_TRIGGER_NAME), ledger),
-            sql.SQL("DROP FUNCTION IF EXISTS {}(), {}()").format(_FUNCTION_NAME, _ROW_FUNCTION_NAME),
+            sql.SQL("DROP FUNCTION IF EXISTS {}()").format(_ROW_FUNCTION_NAME),
+        ],
+        [
+            sql.SQL("DROP TRIGGER IF EXISTS {} ON {}").format(sql.Identifier(_TRIGGER_NAME), users),
+            sql.SQL("DROP FUNCTION IF EXISTS {}()").format(_FUNCTION_NAME),
             sql.SQL("REVOKE ALL ON {} FROM {}").format(ledger, to),
             sql.SQL("REVOKE UPDATE ({}) ON {} FROM {}").format(_join(own), users, to),
             sql.SQL("REVOKE ALL ON ALL TABLES IN SCHEMA {} FROM {}").format(sql.Identifier(BOOKKEEPING_SCHEMA), to),
@@ -322,5 +327,16 @@ def _join(names: list[str] | tuple[str, ...]) -> sql.Composed:
     return sql.SQL(", ").join(map(sql.Identifier, names))
 
 
-def _script(head: str, steps: list[sql.Composable]) -> str:
-    return head + "\nBEGIN;\n" + "".join(f"{step.as_string()};\n" for step in steps) + "COMMIT;\n"
+def _function(name: sql.Identifier, body: sql.Composable) -> sql.Composed:
+    # A session keeps its plan, and must not keep one that was good while the tables were small.
+    return sql.SQL(
+        "CREATE OR REPLACE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql\n"
+        "SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS {}"
+    ).format(name, _quoted(body))
+
+
+def _script(head: str, *transactions: Sequence[sql.Composable]) -> str:
+    """One transaction for each table that a trigger locks: with two locks at once it could deadlock with the app."""
+    return head + "".join(
+        "\nBEGIN;\n" + "".join(f"{step.as_string()};\n" for step in steps) + "COMMIT;\n" for steps in transactions
+    )
