@@ -128,6 +128,14 @@ def test_prepared_stars_and_replicas_are_named(scratch: Path, server: Server) ->
         assert any(part in text for text in stars)
 
 
+def test_a_publication_with_a_list_of_columns_is_not_in_the_way(app: App) -> None:
+    if int(app.value("SHOW server_version_num")) < 150000:
+        pytest.skip("PostgreSQL 14 has no such lists")
+    app.run("CREATE PUBLICATION p FOR TABLE users (id, email)", "CREATE PUBLICATION q FOR TABLES IN SCHEMA public")
+    [warning] = [finding.text for finding in plan(app).findings if "publication" in finding.text]
+    assert "The publication q sends new columns, and new tables too (public.credit_transactions)" in warning
+
+
 def test_what_an_index_will_wait_for_is_told(app: App) -> None:
     other = app.engine.connect()
     other.exec_driver_sql("SELECT 1")

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -73,17 +74,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class Replica:
-    """A standby that follows this server.
+    """A standby that follows this server, or with ``logical`` one that is sent rows of this database.
 
-    ``lag_s`` is by how much the last change was late there, None where it is idle; ``behind_bytes`` of the log are not
-    repeated there yet, as far as it has told (every wal_receiver_status_interval). Both are None to a role that may
-    not see it (GRANT pg_monitor).
+    Commits here wait for it where ``sync_state`` is ``sync`` or ``quorum``. ``lag_s`` is by how much the last change
+    was late there, None where it is idle; ``behind_bytes`` of the log are not repeated there yet, as far as it has
+    told (every wal_receiver_status_interval). All three are None to a role that may not see them (GRANT pg_monitor).
     """
 
     name: str
     state: str
     lag_s: float | None
     behind_bytes: int | None
+    sync_state: str | None = None
+    logical: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,8 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
     """
     with looking(conn):
         host = examine(conn, config, privileges=False)
-        replicas = tuple(Replica(row.name, row.state, row.lag_s, row.behind_bytes) for row in conn.execute(_REPLICAS))
+        ways = tuple(_messages(config, host, STALL_BUDGET_MS))
+        replicas = tuple(Replica(*row) for row in conn.execute(_REPLICAS))
         long = tuple((row.pid, round(float(row.age_s), 1)) for row in conn.execute(_LONG_TRANSACTIONS))
         database_bytes = conn.scalar(_DATABASE_BYTES) or 0
         findings = (
@@ -124,15 +128,13 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
             *_about_an_interrupted_run(host),
             *_about_cached_plans(conn, host),
             *_about_replicas(replicas),
+            *_about_publications(conn, host, ways),
             *_about_room(database_bytes, backup_folder),
         )
     return Plan(
         before=host.revision,
         after=revisions()[-1].revision,
-        revisions=tuple(
-            _planned(config, revision, messages, host)
-            for revision, messages in _messages(config, host, STALL_BUDGET_MS)
-        ),
+        revisions=tuple(_planned(config, revision, messages, host) for revision, messages in ways),
         tables=tuple(TableSize(table.shown, table.rows, table.bytes) for table in host.tables),
         adopted=host.adopted_names,
         server=host.server,
@@ -145,10 +147,24 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
 
 
 _REPLICAS = sa.text("""
-    SELECT coalesce(nullif(application_name, ''), client_addr::text, 'standby') AS name, coalesce(state, '?') AS state,
-           extract(epoch FROM replay_lag)::float AS lag_s,
-           greatest(pg_wal_lsn_diff(pg_current_wal_lsn(), replay_lsn), 0)::bigint AS behind_bytes
-    FROM pg_stat_replication ORDER BY 1
+    SELECT coalesce(nullif(r.application_name, ''), r.client_addr::text, 'standby') AS name,
+           coalesce(r.state, '?') AS state, extract(epoch FROM r.replay_lag)::float AS lag_s,
+           greatest(pg_wal_lsn_diff(pg_current_wal_lsn(), r.replay_lsn), 0)::bigint AS behind_bytes,
+           r.sync_state, coalesce(s.slot_type = 'logical', false) AS logical
+    FROM pg_stat_replication r LEFT JOIN pg_replication_slots s ON s.active_pid = r.pid
+    WHERE r.state IS DISTINCT FROM 'backup' AND coalesce(s.database, current_database()) = current_database()
+    ORDER BY 1
+""")
+
+# Those without a list of columns; a table is not named where all of its schema or of the database is published.
+_PUBLICATIONS = sa.text("""
+    SELECT p.pubname AS name, p.puballtables AS everything, c.oid::bigint AS oid, r.oid IS NOT NULL AS named
+    FROM pg_publication p JOIN pg_publication_tables t ON t.pubname = p.pubname
+    JOIN pg_namespace n ON n.nspname = t.schemaname
+    JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = t.tablename
+    LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = c.oid
+    WHERE c.oid = ANY (CAST(:tables AS oid[])) AND to_jsonb(r) ->> 'prattrs' IS NULL
+    ORDER BY p.pubname, t.schemaname, t.tablename
 """)
 
 _LONG_TRANSACTIONS = sa.text("""
@@ -219,6 +235,13 @@ def _about_cached_plans(conn: sa.Connection, host: Host) -> Iterator[Finding]:
 
 def _about_replicas(replicas: Sequence[Replica]) -> Iterator[Finding]:
     for replica in replicas:
+        if replica.logical:
+            yield Finding(
+                "note",
+                f"{replica.name} ({replica.state}) follows by logical replication: it repeats no lock, and is sent "
+                "the new columns from the first change on",
+            )
+            continue
         late = f", {replica.lag_s:.1f} s late" if replica.lag_s else ""
         behind = f", {replica.behind_bytes / 1e6:.1f} MB behind" if replica.behind_bytes else ""
         yield Finding(
@@ -228,6 +251,48 @@ def _about_replicas(replicas: Sequence[Replica]) -> Iterator[Finding]:
             "the table wait, until that query ends or max_standby_streaming_delay cancels it. Run it when no long "
             "report does",
         )
+        if replica.sync_state in ("sync", "quorum"):
+            yield Finding(
+                "warning",
+                f"Commits here wait for the standby {replica.name} (sync_state {replica.sync_state}): where "
+                "synchronous_commit is remote_apply, every commit of your app waits for a query there just as long. "
+                "Set remote_write or on for the time of the migration",
+            )
+
+
+def _about_publications(
+    conn: sa.Connection, host: Host, ways: Sequence[tuple[Revision, Messages]]
+) -> Iterator[Finding]:
+    """A subscriber is sent columns and tables that are new, and stops at the first that it does not have."""
+    shown = {table.oid: table.shown for table in host.tables}
+    added: dict[str, str] = {}
+    made: list[str] = []
+    for statement in (text([part]) for _, messages in ways for part in (*messages.opening, *messages.locked)):
+        for operation in operations(statement):
+            if operation.table and operation.name == "create a table":
+                made.append(operation.table)
+            elif operation.table and operation.name == "add a column":
+                added[operation.table] = statement.replace("ADD COLUMN ", "ADD COLUMN IF NOT EXISTS ")
+    rows = conn.execute(_PUBLICATIONS, {"tables": list(shown)})
+    for name, group in groupby(rows, lambda row: row.name):
+        sent = list(group)
+        everything = any(row.everything for row in sent)
+        schema = any(row.oid == host.users.oid and not row.named for row in sent)
+        new = [table for table in made if everything or (schema and table.startswith(f"{host.users.schema}."))]
+        columns = [added[shown[row.oid]] for row in sent if shown[row.oid] in added]
+        if new:
+            yield Finding(
+                "warning",
+                f"The publication {name} sends new columns, and new tables too ({', '.join(new)}), of which its "
+                "subscribers know nothing: they stop at the first change until they have them. Migrate them first: "
+                "run tallystick migrate apply with the address of each",
+            )
+        elif columns:
+            yield Finding(
+                "warning",
+                f"The publication {name} sends new columns, of which its subscribers know nothing: they stop at the "
+                f"first change until they have them. Run there first: {'; '.join(columns)}",
+            )
 
 
 def _about_room(database_bytes: int, folder: Path | None) -> Iterator[Finding]:
