@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -121,8 +122,20 @@ def test_prepared_stars_and_replicas_are_named(scratch: Path, server: Server) ->
             "SELECT id FROM users LIMIT 2 * 3",
             "SELECT * FROM pg_class",
         )
-        with app.engine.connect() as conn:
-            stars = [finding.text for finding in migrate.plan(conn, app.config).findings]
+        stars = [finding.text for finding in plan(app).findings]
+
+        # what another role runs is hidden from the owner of the tables, and that is said
+        app.run("CREATE ROLE owner LOGIN", "ALTER TABLE users OWNER TO owner", "ALTER TABLE workshops OWNER TO owner")
+        owners = App(url.replace("postgres@", "owner@"), app.config, own)
+        texts = [finding.text for finding in plan(owners).findings]
+        assert not any("SELECT * FROM users" in text for text in texts)
+        assert any(
+            re.match(r"pg_stat_statements hides \d+ statements of other roles from owner", text) for text in texts
+        )
+        app.run("GRANT pg_read_all_stats TO owner")
+        texts = [finding.text for finding in plan(owners).findings]
+        assert any("SELECT * FROM users" in text for text in texts)
+        assert not any("hides" in text for text in texts)
     assert len(stars) == 3
     for part in ("SELECT * FROM users", "SELECT w.* FROM workshops", "RETURNING *"):
         assert any(part in text for text in stars)

@@ -188,6 +188,8 @@ _STATEMENTS_SCHEMA = sa.text("""
 
 _HERE = "(SELECT oid FROM pg_database WHERE datname = current_database())"
 
+_HIDDEN = "<insufficient privilege>"  # what pg_stat_statements shows of another role's
+
 _STAR = re.compile(r"\b(?:select(?:\s+distinct)?|returning|,)\s+(?:[\w\"$.]+\.)?\*(?!\s*\d)", re.IGNORECASE)
 
 
@@ -223,7 +225,9 @@ def _about_cached_plans(conn: sa.Connection, host: Host) -> Iterator[Finding]:
     table = sa.table("pg_stat_statements", sa.column("query"), sa.column("calls"), sa.column("dbid"), schema=schema)
     names = [re.compile(rf"\b{re.escape(table.table)}\b") for table in host.tables]
     rows = conn.execute(sa.select(table.c.query, table.c.calls).where(table.c.dbid == sa.literal_column(_HERE)))
+    hidden = 0
     for row in rows:
+        hidden += row.query == _HIDDEN
         if row.query and _STAR.search(row.query) and any(name.search(row.query) for name in names):
             shown = " ".join(row.query.split())[:120]
             yield Finding(
@@ -231,6 +235,14 @@ def _about_cached_plans(conn: sa.Connection, host: Host) -> Iterator[Finding]:
                 f'"{shown}" ({row.calls} calls): where a driver has prepared it, it fails on connections opened '
                 "before the migration until they are opened again. Name the columns, or restart the app afterwards",
             )
+    if hidden:
+        role = conn.scalar(sa.text("SELECT quote_ident(current_user)"))
+        yield Finding(
+            "warning",
+            f"pg_stat_statements hides {hidden} statements of other roles from {role}, so a prepared SELECT * or "
+            "RETURNING * of the app's own role is not found here. "
+            f"Let an administrator run: GRANT pg_read_all_stats TO {role}",
+        )
 
 
 def _about_replicas(replicas: Sequence[Replica]) -> Iterator[Finding]:
