@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from hosts import HOSTS, App
 
 from tallystick import Config, migrate
 from tallystick.devdb import Server
+from tallystick.migrate import role
 from tallystick.migrate.rules import Lock
 from tallystick.schema import HEAD
 
@@ -147,6 +148,64 @@ def test_a_publication_with_a_list_of_columns_is_not_in_the_way(app: App) -> Non
     app.run("CREATE PUBLICATION p FOR TABLE users (id, email)", "CREATE PUBLICATION q FOR TABLES IN SCHEMA public")
     [warning] = [finding.text for finding in plan(app).findings if "publication" in finding.text]
     assert "The publication q sends new columns, and new tables too (public.credit_transactions)" in warning
+
+
+@pytest.fixture
+def roles(app: App) -> Iterator[tuple[str, str]]:
+    """An app's role, and one that end users act as."""
+    names = tuple(f"{name} of {app.engine.url.database}" for name in ("webapp", "anon"))
+    app.run(*(f'CREATE ROLE "{name}" LOGIN' for name in names))
+    yield names
+    app.run(*(f'DROP OWNED BY "{name}"; DROP ROLE "{name}"' for name in names))
+
+
+def test_who_could_set_a_balance_is_named(app: App, roles: tuple[str, str]) -> None:
+    webapp, anon = roles
+    assert not [finding for finding in plan(app).findings if "every column" in finding.text]
+    app.run(
+        f'GRANT SELECT, INSERT, UPDATE ON users TO "{webapp}"',
+        f'GRANT SELECT, UPDATE ON users TO "{anon}"',
+        f'GRANT UPDATE (email) ON users TO PUBLIC; CREATE POLICY own ON users TO "{anon}" USING (email = current_user)',
+        "ALTER TABLE users ENABLE ROW LEVEL SECURITY",
+    )
+    ends, apps = (finding.text for finding in plan(app).findings if "every column" in finding.text)
+    assert apps.startswith(f"{webapp} may UPDATE and INSERT every column of public.users, credit_balance too")
+    assert f"tallystick migrate sql --role '{webapp}'" in apps
+    assert ends.startswith(f"{anon} may UPDATE every column")
+
+    # what the warnings say is enough
+    migrate.apply(app.url, app.config)
+    revoke = f'REVOKE UPDATE ON "public"."users" FROM "{anon}"'
+    assert revoke in ends
+    app.run(revoke)
+    app.psql(role.grant(app.config.host, webapp))
+    try:
+        assert not [finding for finding in plan(app).findings if "every column" in finding.text]
+    finally:
+        app.psql(role.revoke(app.config.host, webapp))
+
+
+def test_who_would_get_rights_on_the_ledger_is_named(app: App, roles: tuple[str, str]) -> None:
+    _, anon = roles
+    here = f'ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT ALL ON TABLES TO "{anon}"'
+    app.run(here, "ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO PUBLIC")
+    everyone, ends = (finding.text for finding in plan(app).findings if "By default" in finding.text)
+    assert re.match(
+        rf"By default {anon} gets DELETE, INSERT, .* on tables that postgres makes, so on the ledger, ", ends
+    )
+    assert everyone.startswith("By default PUBLIC gets SELECT on tables that postgres makes, so on the ledger and what")
+    migrate.apply(app.url, app.config)
+    with app.engine.connect() as conn:
+        [writer] = migrate.status(conn, app.config).writers
+        assert writer.startswith(f"{anon}: DELETE, INSERT, ")
+    migrate.undo(app.url, app.config)
+
+    # and the remedy is one
+    app.run(*(text.rpartition("If that is not meant: ")[2] for text in (ends, everyone)))
+    assert not [finding for finding in plan(app).findings if "By default" in finding.text]
+    migrate.apply(app.url, app.config)
+    with app.engine.connect() as conn:
+        assert migrate.status(conn, app.config).writers == ()
 
 
 def test_what_an_index_will_wait_for_is_told(app: App) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 import sqlalchemy as sa
-from psycopg.sql import Composable
+from psycopg.sql import Composable, Identifier
 
 from tallystick.config import Config
 from tallystick.migrate.blockers import Blocker, Watch
-from tallystick.migrate.host import Host, examine, looking
+from tallystick.migrate.host import Host, HostTable, examine, looking
 from tallystick.migrate.revisions import HostNames, Revision, after, revisions
 from tallystick.migrate.rules import Lock, Operation, estimated_ms, operations
 from tallystick.migrate.session import USE_UNPOOLED, pooler_sign
@@ -129,6 +130,7 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
             *_about_cached_plans(conn, host),
             *_about_replicas(replicas),
             *_about_publications(conn, host, ways),
+            *_about_rights(conn, host),
             *_about_room(database_bytes, backup_folder),
         )
     return Plan(
@@ -165,6 +167,32 @@ _PUBLICATIONS = sa.text("""
     LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = c.oid
     WHERE c.oid = ANY (CAST(:tables AS oid[])) AND to_jsonb(r) ->> 'prattrs' IS NULL
     ORDER BY p.pubname, t.schemaname, t.tablename
+""")
+
+# Rights on single columns do not grow with the table. Whom the trigger names is held to the ledger.
+_WRITERS = sa.text("""
+    SELECT coalesce(r.rolname, 'PUBLIC') AS role, r.oid IS NULL AS everyone,
+           string_agg(a.privilege_type, ' and ' ORDER BY a.privilege_type DESC) AS rights
+    FROM pg_class c
+    CROSS JOIN aclexplode(coalesce(c.relacl, acldefault('r', c.relowner))) a
+    LEFT JOIN pg_roles r ON r.oid = a.grantee
+    LEFT JOIN pg_trigger t ON t.tgrelid = c.oid AND t.tgname = 'tallystick_balance_by_ledger'
+    WHERE c.oid = :users AND a.privilege_type IN ('INSERT', 'UPDATE')
+      AND a.grantee <> c.relowner AND NOT coalesce(r.rolsuper, false)
+      AND NOT coalesce(pg_has_role(r.oid, to_regrole(quote_ident(
+            convert_from(substring(t.tgargs FROM 1 FOR octet_length(t.tgargs) - 1), getdatabaseencoding())
+          ))::oid, 'USAGE'), false)
+    GROUP BY r.oid, r.rolname ORDER BY 1
+""")
+
+_DEFAULT_RIGHTS = sa.text("""
+    SELECT coalesce(r.rolname, 'PUBLIC') AS role, d.defaclrole::regrole::text AS maker,
+           d.defaclnamespace = 0 AS anywhere,
+           string_agg(a.privilege_type, ', ' ORDER BY a.privilege_type) AS rights
+    FROM pg_default_acl d CROSS JOIN aclexplode(d.defaclacl) a LEFT JOIN pg_roles r ON r.oid = a.grantee
+    WHERE d.defaclobjtype = 'r' AND d.defaclrole = CAST(current_user AS regrole) AND a.grantee <> d.defaclrole
+      AND d.defaclnamespace IN (0, to_regnamespace(quote_ident(:schema))::oid)
+    GROUP BY r.rolname, d.defaclrole, d.defaclnamespace ORDER BY 1
 """)
 
 _LONG_TRANSACTIONS = sa.text("""
@@ -305,6 +333,41 @@ def _about_publications(
                 f"The publication {name} sends new columns, of which its subscribers know nothing: they stop at the "
                 f"first change until they have them. Run there first: {'; '.join(columns)}",
             )
+
+
+def _about_rights(conn: sa.Connection, host: Host) -> Iterator[Finding]:
+    """Rights that were given on a whole table are rights on its new columns, and default ones are on new tables."""
+    users = host.users
+    for row in conn.execute(_WRITERS, {"users": users.oid}):
+        named = "PUBLIC" if row.everyone else _quoted(row.role)
+        script = f"tallystick migrate sql --role {shlex.quote(row.role)}"
+        yield Finding(
+            "warning",
+            f"{row.role} may {row.rights} every column of {users.shown}, credit_balance too: it can make itself "
+            "credits that no row of the ledger explains, and a policy tells rows apart, not columns. "
+            + ("" if row.everyone else f"If it is your app's role, run after the migration what {script} prints. ")
+            + f"If end users act as it, take it back: REVOKE {row.rights.replace(' and ', ', ')} ON {_table(users)} "
+            f"FROM {named}, and GRANT UPDATE of the columns that are theirs",
+        )
+    if host.revision is not None:
+        return
+    for row in conn.execute(_DEFAULT_RIGHTS, {"schema": users.schema}):
+        named = "PUBLIC" if row.role == "PUBLIC" else _quoted(row.role)
+        where = "" if row.anywhere else f" IN SCHEMA {_quoted(users.schema)}"
+        new = "the ledger and what is in schema tallystick" if row.anywhere else "the ledger"
+        yield Finding(
+            "warning",
+            f"By default {row.role} gets {row.rights} on tables that {row.maker} makes, so on {new}, with every "
+            f"user's history. If that is not meant: ALTER DEFAULT PRIVILEGES{where} REVOKE ALL ON TABLES FROM {named}",
+        )
+
+
+def _quoted(name: str) -> str:
+    return Identifier(name).as_string(None)
+
+
+def _table(table: HostTable) -> str:
+    return Identifier(table.schema, table.table).as_string(None)
 
 
 def _about_room(database_bytes: int, folder: Path | None) -> Iterator[Finding]:
