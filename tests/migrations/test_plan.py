@@ -19,7 +19,10 @@ from hosts import HOSTS, App
 from tallystick import Config, migrate
 from tallystick.devdb import Server
 from tallystick.migrate import role
+from tallystick.migrate.blockers import OLD_MS
+from tallystick.migrate.revisions import HostNames, revisions
 from tallystick.migrate.rules import Lock
+from tallystick.migrate.statements import downward, text
 from tallystick.schema import HEAD
 
 
@@ -206,6 +209,23 @@ def test_who_would_get_rights_on_the_ledger_is_named(app: App, roles: tuple[str,
     migrate.apply(app.url, app.config)
     with app.engine.connect() as conn:
         assert migrate.status(conn, app.config).writers == ()
+
+
+def test_who_is_in_the_way_is_in_the_way_of_the_next_revision(app: App) -> None:
+    def blocked(table: str) -> bool:
+        with app.engine.connect() as reader:
+            reader.exec_driver_sql(f"SELECT FROM {table} LIMIT 1")
+            time.sleep(OLD_MS / 1000 + 0.1)
+            return bool(plan(app).blockers)
+
+    assert blocked("users")
+    migrate.apply(app.url, app.config)
+    assert not blocked("users")  # nothing is to come
+    newest = downward(revisions()[-1:], HostNames.of(app.config.host), discard_ledger=True, stall_budget_ms=1000)
+    app.psql(text((*newest.opening, *newest.locked)) + ";")
+    assert [revision.revision for revision in plan(app).revisions] == [HEAD]
+    assert blocked("credit_transactions")
+    assert not blocked("users")
 
 
 def test_what_an_index_will_wait_for_is_told(app: App) -> None:

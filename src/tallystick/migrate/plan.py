@@ -94,8 +94,8 @@ class Replica:
 class Plan:
     """``before`` is the revision now; ``revisions`` are those to come, none where there is nothing to do.
 
-    ``blockers`` hold the tables now. ``long_transactions`` are process ids and ages in seconds of the transactions
-    anywhere in the database that an index built concurrently would wait for.
+    ``blockers`` hold tables now that the first of these locks. ``long_transactions`` are process ids and ages in
+    seconds of the transactions anywhere in the database that an index built concurrently would wait for.
     """
 
     before: str | None
@@ -140,13 +140,23 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
         tables=tuple(TableSize(table.shown, table.rows, table.bytes) for table in host.tables),
         adopted=host.adopted_names,
         server=host.server,
-        blockers=tuple(Watch(conn, [table.oid for table in host.tables]).in_the_way()),
+        blockers=tuple(Watch(conn, _locked_first(conn, config, host)).in_the_way()),
         long_transactions=long,
         replicas=replicas,
         database_bytes=database_bytes,
         findings=findings,
     )
 
+
+def _locked_first(conn: sa.Connection, config: Config, host: Host) -> list[int]:
+    """The tables that the next revision locks, none where there is none."""
+    names = HostNames.of(config.host, host.adopted)
+    tables = [table.as_string(None) for revision in after(host.revision)[:1] for table in revision.locks(names)]
+    oids = (conn.scalar(_RELATION, {"name": table}) for table in tables)
+    return [oid for oid in oids if oid is not None]
+
+
+_RELATION = sa.text("SELECT to_regclass(:name)::oid::bigint")
 
 _REPLICAS = sa.text("""
     SELECT coalesce(nullif(r.application_name, ''), r.client_addr::text, 'standby') AS name,
