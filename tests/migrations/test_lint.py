@@ -58,6 +58,10 @@ EXAMPLES = [
     ("no-lock-timeout", "SET lock_timeout = 0; ALTER TABLE users ADD a int;"),
     ("no-lock-timeout", "BEGIN; SET LOCAL lock_timeout = '1s'; COMMIT; BEGIN; LOCK users; COMMIT;"),
     ("no-lock-timeout", "CREATE OR REPLACE VIEW v AS SELECT 1;"),
+    ("no-lock-timeout", "CREATE TABLE l (u int REFERENCES users);"),
+    ("no-lock-timeout", "CREATE TABLE p PARTITION OF users FOR VALUES IN (1);"),
+    ("lock-upgrade", f"{GUARD} LOCK users IN SHARE MODE; CREATE TABLE p PARTITION OF users DEFAULT;"),
+    ("scan-under-lock", f"{GUARD} ALTER TABLE users ADD CONSTRAINT c PRIMARY KEY USING INDEX i;"),
     ("every-row", "UPDATE users SET a = 1;"),
     ("every-row", "EXPLAIN (ANALYZE, BUFFERS) DELETE FROM users;"),
     ("every-row", "EXPLAIN ANALYZE DELETE FROM users;"),
@@ -470,6 +474,7 @@ def test_the_rules_agree_with_the_server(app: App) -> None:
         "ALTER DOMAIN unchecked ADD CONSTRAINT later CHECK (VALUE <> '') NOT VALID",
         "CREATE DOMAIN plain AS text",
         "CREATE SCHEMA elsewhere",
+        "CREATE TABLE events (month int) PARTITION BY LIST (month)",
         "CREATE TYPE mood AS ENUM ('good')",
         "CREATE TABLE people (id uuid NOT NULL, email text NOT NULL)",
         "ALTER TABLE workshops ADD mood mood, ADD CONSTRAINT owner FOREIGN KEY (user_id) REFERENCES users",
@@ -496,6 +501,7 @@ def test_the_rules_agree_with_the_server(app: App) -> None:
         "ALTER TABLE workshops ADD FOREIGN KEY (user_id) REFERENCES users (id)",
         "ALTER TABLE workshops ADD FOREIGN KEY (user_id) REFERENCES users (id) NOT VALID",
         "CREATE TABLE l (u uuid REFERENCES users (id))",
+        "CREATE TABLE january PARTITION OF events FOR VALUES IN (1)",
         "CREATE INDEX ON users (email)",
         "CREATE TRIGGER t BEFORE UPDATE ON users FOR EACH ROW EXECUTE FUNCTION f()",
         "LOCK TABLE users, workshops IN SHARE UPDATE EXCLUSIVE MODE",
@@ -531,7 +537,7 @@ def test_the_rules_agree_with_the_server(app: App) -> None:
             conn.exec_driver_sql(statement)
             held = conn.exec_driver_sql(
                 "SELECT relation::regclass::text, mode FROM pg_locks WHERE pid = pg_backend_pid()"
-                " AND locktype = 'relation' AND relation::regclass::text IN ('users', 'workshops', 'other')"
+                " AND locktype = 'relation' AND relation::regclass::text IN ('users', 'workshops', 'other', 'events')"
             ).all()
             after = conn.exec_driver_sql(files).all()
         strongest: dict[str, Lock] = {}

@@ -355,14 +355,14 @@ class _Reader:
             return
         if operation.type is not None and operation.type not in KNOWN_TYPES and operation.type not in self.domains:
             yield "unknown-type"
-        table = operation.table
-        if table in self.created:
-            return
-        held = self.held.get(table, Lock.NONE) if table else Lock.NONE
-        if self.in_transaction and held.blocks_writes and operation.lock > held:
-            yield "foreign-key-first" if table in self.referenced else "lock-upgrade"
-        if operation.lock.blocks_writes and not held.blocks_writes and not self.timeouts.get("lock_timeout"):
+        locks = ((operation.table, operation.lock), *operation.also)
+        if not self.timeouts.get("lock_timeout") and any(self._waits(*pair) for pair in locks):
             yield "no-lock-timeout"
+        for table, lock in locks:
+            if self.in_transaction and table not in self.created and lock > self._held(table) >= Lock.SHARE:
+                yield "foreign-key-first" if table in self.referenced else "lock-upgrade"
+        if operation.table in self.created:
+            return
         if operation.name in ("update rows", "delete rows", "merge rows", "insert rows"):
             locked = (lock for name, lock in self.held.items() if name not in self.created)
             if operation.name != "insert rows" and any(lock.blocks_writes for lock in locked):
@@ -370,7 +370,14 @@ class _Reader:
             elif operation.name in ("update rows", "delete rows") and " WHERE " not in text:
                 yield "every-row"
             return
-        yield from _about_the_operation(operation, held, text)
+        yield from _about_the_operation(operation, self._held(operation.table), text)
+
+    def _waits(self, table: str | None, lock: Lock) -> bool:
+        """Whether traffic would queue behind the wait for this lock. What is not named may be any table."""
+        return lock.blocks_writes and not self._held(table).blocks_writes and table not in self.created
+
+    def _held(self, table: str | None) -> Lock:
+        return self.held.get(table, Lock.NONE) if table else Lock.NONE
 
     def _hold(self, operation: Operation) -> None:
         if operation.name == "create a table" and operation.table:

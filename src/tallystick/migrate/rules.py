@@ -145,7 +145,14 @@ ACTIONS = (
     ),
     Rule("drop a default", r"ALTER (?:COLUMN )?.* DROP (?:DEFAULT|EXPRESSION|IDENTITY)", _AEL, breaks="drop"),
     Rule("change a column's default", r"ALTER (?:COLUMN )?.* (?:SET|ADD|RESTART)\b", _AEL),
-    Rule("add a constraint from an index", r"ADD (?:CONSTRAINT .* )?(?:UNIQUE|PRIMARY KEY) USING INDEX", _AEL),
+    Rule("add a constraint from an index", r"ADD (?:CONSTRAINT .* )?UNIQUE USING INDEX", _AEL),
+    Rule(
+        "add a primary key from an index",
+        r"ADD (?:CONSTRAINT .* )?PRIMARY KEY USING INDEX",
+        _AEL,
+        scans=True,
+        note="where its columns are NOT NULL already it reads nothing: make them so first, then allow it",
+    ),
     Rule(
         "add a unique or primary key constraint",
         r"ADD (?:CONSTRAINT .* )?(?:UNIQUE|PRIMARY KEY|EXCLUDE)",
@@ -324,6 +331,7 @@ KNOWN_TYPES = frozenset((_BUILT_IN + _OF_EXTENSIONS).split())
 
 _TYPE = re.compile(rf"{_COLUMN}(?:\"(?:[^\"]|\"\")*\"|[\w$]+) {_N}(?P<array>(?: \( [^)]* \))? (?:\[|ARRAY\b))?")
 _LOCK_MODE = re.compile(r" IN ([A-Z ]+?) MODE")
+_PARTITION_OF = re.compile(rf"PARTITION OF {_N}")
 _REFERENCES = re.compile(rf"REFERENCES {_N}")
 _ALTER_TABLE = re.compile(rf"ALTER TABLE {_IF}{_ON}(?: \*)? (?P<actions>.*)")
 _EXPLAINED = re.compile(  # which runs it
@@ -394,6 +402,7 @@ def _operations(rule: Rule, found: re.Match[str], text: str) -> Iterator[Operati
         lock = Lock[mode[1].replace(" ", "_")] if mode else lock
     if rule.name == "create a table":
         also = tuple((_unquoted(ref["table"]), Lock.SHARE_ROW_EXCLUSIVE) for ref in _REFERENCES.finditer(text))
+        also += tuple((_unquoted(ref["table"]), _AEL) for ref in _PARTITION_OF.finditer(text))
         also = tuple(pair for pair in dict.fromkeys(also) if pair[0] != table)
     names = [table]
     if "more" in found.re.groupindex:
