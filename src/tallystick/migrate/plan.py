@@ -288,8 +288,8 @@ def _about_replicas(replicas: Sequence[Replica]) -> Iterator[Finding]:
         if replica.logical:
             yield Finding(
                 "note",
-                f"{replica.name} ({replica.state}) follows by logical replication: it repeats no lock, and is sent "
-                "the new columns from the first change on",
+                f"{replica.name} ({replica.state}) follows by logical replication: it repeats no lock. Where it "
+                "is sent the tables, it is sent their new columns from the first change on",
             )
             continue
         late = f", {replica.lag_s:.1f} s late" if replica.lag_s else ""
