@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,11 @@ from hosts import HOSTS, App
 
 from tallystick import Config, migrate
 from tallystick.devdb import Server
+from tallystick.migrate import role
+from tallystick.migrate.blockers import OLD_MS
+from tallystick.migrate.revisions import HostNames, revisions
 from tallystick.migrate.rules import Lock
+from tallystick.migrate.statements import downward, text
 from tallystick.schema import HEAD
 
 
@@ -121,11 +126,106 @@ def test_prepared_stars_and_replicas_are_named(scratch: Path, server: Server) ->
             "SELECT id FROM users LIMIT 2 * 3",
             "SELECT * FROM pg_class",
         )
-        with app.engine.connect() as conn:
-            stars = [finding.text for finding in migrate.plan(conn, app.config).findings]
+        stars = [finding.text for finding in plan(app).findings]
+
+        # what another role runs is hidden from the owner of the tables, and that is said
+        app.run("CREATE ROLE owner LOGIN", "ALTER TABLE users OWNER TO owner", "ALTER TABLE workshops OWNER TO owner")
+        owners = App(url.replace("postgres@", "owner@"), app.config, own)
+        texts = [finding.text for finding in plan(owners).findings]
+        assert not any("SELECT * FROM users" in text for text in texts)
+        assert any(
+            re.match(r"pg_stat_statements hides \d+ statements of other roles from owner", text) for text in texts
+        )
+        app.run("GRANT pg_read_all_stats TO owner")
+        texts = [finding.text for finding in plan(owners).findings]
+        assert any("SELECT * FROM users" in text for text in texts)
+        assert not any("hides" in text for text in texts)
     assert len(stars) == 3
     for part in ("SELECT * FROM users", "SELECT w.* FROM workshops", "RETURNING *"):
         assert any(part in text for text in stars)
+
+
+def test_a_publication_with_a_list_of_columns_is_not_in_the_way(app: App) -> None:
+    if int(app.value("SHOW server_version_num")) < 150000:
+        pytest.skip("PostgreSQL 14 has no such lists")
+    app.run("CREATE PUBLICATION p FOR TABLE users (id, email)", "CREATE PUBLICATION q FOR TABLES IN SCHEMA public")
+    [warning] = [finding.text for finding in plan(app).findings if "publication" in finding.text]
+    assert "The publication q sends new columns, and new tables too (public.credit_transactions)" in warning
+
+
+@pytest.fixture
+def roles(app: App) -> Iterator[tuple[str, str]]:
+    """An app's role, and one that end users act as."""
+    names = tuple(f"{name} of {app.engine.url.database}" for name in ("webapp", "anon"))
+    app.run(*(f'CREATE ROLE "{name}" LOGIN' for name in names))
+    yield names
+    app.run(*(f'DROP OWNED BY "{name}"; DROP ROLE "{name}"' for name in names))
+
+
+def test_who_could_set_a_balance_is_named(app: App, roles: tuple[str, str]) -> None:
+    webapp, anon = roles
+    assert not [finding for finding in plan(app).findings if "every column" in finding.text]
+    app.run(
+        f'GRANT SELECT, INSERT, UPDATE ON users TO "{webapp}"',
+        f'GRANT SELECT, UPDATE ON users TO "{anon}"',
+        f'GRANT UPDATE (email) ON users TO PUBLIC; CREATE POLICY own ON users TO "{anon}" USING (email = current_user)',
+        "ALTER TABLE users ENABLE ROW LEVEL SECURITY",
+    )
+    ends, apps = (finding.text for finding in plan(app).findings if "every column" in finding.text)
+    assert apps.startswith(f"{webapp} may UPDATE and INSERT every column of public.users, credit_balance too")
+    assert f"tallystick migrate sql --role '{webapp}'" in apps
+    assert ends.startswith(f"{anon} may UPDATE every column")
+
+    # what the warnings say is enough
+    migrate.apply(app.url, app.config)
+    revoke = f'REVOKE UPDATE ON "public"."users" FROM "{anon}"'
+    assert revoke in ends
+    app.run(revoke)
+    app.psql(role.grant(app.config.host, webapp))
+    try:
+        assert not [finding for finding in plan(app).findings if "every column" in finding.text]
+    finally:
+        app.psql(role.revoke(app.config.host, webapp))
+
+
+def test_who_would_get_rights_on_the_ledger_is_named(app: App, roles: tuple[str, str]) -> None:
+    _, anon = roles
+    here = f'ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT ALL ON TABLES TO "{anon}"'
+    app.run(here, "ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO PUBLIC")
+    everyone, ends = (finding.text for finding in plan(app).findings if "By default" in finding.text)
+    assert re.match(
+        rf"By default {anon} gets DELETE, INSERT, .* on tables that postgres makes, so on the ledger, ", ends
+    )
+    assert everyone.startswith("By default PUBLIC gets SELECT on tables that postgres makes, so on the ledger and what")
+    migrate.apply(app.url, app.config)
+    with app.engine.connect() as conn:
+        [writer] = migrate.status(conn, app.config).writers
+        assert writer.startswith(f"{anon}: DELETE, INSERT, ")
+    migrate.undo(app.url, app.config)
+
+    # and the remedy is one
+    app.run(*(text.rpartition("If that is not meant: ")[2] for text in (ends, everyone)))
+    assert not [finding for finding in plan(app).findings if "By default" in finding.text]
+    migrate.apply(app.url, app.config)
+    with app.engine.connect() as conn:
+        assert migrate.status(conn, app.config).writers == ()
+
+
+def test_who_is_in_the_way_is_in_the_way_of_the_next_revision(app: App) -> None:
+    def blocked(table: str) -> bool:
+        with app.engine.connect() as reader:
+            reader.exec_driver_sql(f"SELECT FROM {table} LIMIT 1")
+            time.sleep(OLD_MS / 1000 + 0.1)
+            return bool(plan(app).blockers)
+
+    assert blocked("users")
+    migrate.apply(app.url, app.config)
+    assert not blocked("users")  # nothing is to come
+    newest = downward(revisions()[-1:], HostNames.of(app.config.host), discard_ledger=True, stall_budget_ms=1000)
+    app.psql(text((*newest.opening, *newest.locked)) + ";")
+    assert [revision.revision for revision in plan(app).revisions] == [HEAD]
+    assert blocked("credit_transactions")
+    assert not blocked("users")
 
 
 def test_what_an_index_will_wait_for_is_told(app: App) -> None:

@@ -207,6 +207,32 @@ class TestPrivileges:
             app.run(*grants)
         assert migrate.apply(ours.url, ours.config).changed
 
+    def test_policies_that_hide_rows_from_their_owner(self, make_app: Callable[..., App], role: str) -> None:
+        """What is not seen is not all 0."""
+        app = make_app(
+            f"{UUID_USERS} ALTER TABLE users ADD credit_balance integer NOT NULL DEFAULT 0;"
+            "INSERT INTO users (id, credit_balance) VALUES (gen_random_uuid(), 500);"
+            f"ALTER TABLE users OWNER TO {role}, ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;"
+            f"GRANT CREATE ON SCHEMA public TO {role}",
+            ALONE,
+        )
+        try:
+            app.run(f"GRANT CREATE ON DATABASE {app.engine.url.database} TO {role}")
+            ours = self.as_role(app, role)
+            with pytest.raises(PermissionDenied, match=r"its column credit_balance cannot be told.*NO FORCE"):
+                migrate.apply(ours.url, ours.config)
+            app.run("ALTER TABLE users NO FORCE ROW LEVEL SECURITY", "UPDATE users SET credit_balance = 0")
+            assert migrate.apply(ours.url, ours.config).changed
+
+            app.run(
+                "ALTER TABLE credit_transactions ENABLE ROW LEVEL SECURITY",
+                "ALTER TABLE credit_transactions FORCE ROW LEVEL SECURITY",
+            )
+            with pytest.raises(PermissionDenied, match=r"public.credit_transactions .* whether it has rows"):
+                migrate.undo(ours.url, ours.config)
+        finally:
+            app.run(f"DROP OWNED BY {role} CASCADE")
+
     def test_status_asks_for_none(self, app: App, role: str) -> None:
         migrate.apply(app.url, app.config)
         app.run(

@@ -1,4 +1,4 @@
-"""A real standby: what the plan says of it, and what its readers feel of a migration."""
+"""Real standbys and subscribers: what the plan says of them, and what their readers feel of a migration."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def pair(scratch: Path, server: Server) -> Iterator[tuple[App, str]]:
         app = App(url, Config(database_url=url, host=HOSTS["uuid"].mapping), primary)
         app.run(*HOSTS["uuid"].ddl.split(";")[:-1])
         there = standby.url("app", driver="")
+        until(lambda: answers(there))
         wait_for_standby(app, there)
         yield app, there
 
@@ -37,6 +38,15 @@ def until(true: Callable[[], object]) -> None:
     while not true():
         assert time.monotonic() < deadline, true
         time.sleep(0.05)
+
+
+def answers(url: str) -> bool:
+    """Whether there is such a database by now."""
+    try:
+        psycopg.connect(url).close()
+    except psycopg.OperationalError:
+        return False
+    return True
 
 
 def wait_for_standby(app: App, there: str) -> None:
@@ -112,6 +122,81 @@ def test_a_query_there_is_cancelled_after_the_delay(pair: tuple[App, str]) -> No
         report.rollback()
     wait_for_standby(app, there)
     assert readable(there)
+
+
+def test_a_synchronous_standby_is_told(pair: tuple[App, str]) -> None:
+    app, _ = pair
+    app.run("ALTER SYSTEM SET synchronous_standby_names = 'reporting'", "SELECT pg_reload_conf()")
+    until(lambda: plan(app).replicas[0].sync_state == "sync")
+    [text] = [finding.text for finding in plan(app).findings if "sync_state" in finding.text]
+    assert text.startswith("Commits here wait for the standby reporting (sync_state sync)")
+
+
+@pytest.fixture
+def subscribed(scratch: Path, server: Server) -> Iterator[Callable[[str], tuple[App, App]]]:
+    """An app whose publication another database subscribes to, on a server of their own."""
+    with Server(scratch, settings={**FAST, "wal_level": "logical"}, bin_dir=server.bin) as own:
+        here, there = (
+            App(url, Config(database_url=url, host=HOSTS["uuid"].mapping), own)
+            for url in (own.create_database("app"), own.create_database("warehouse"))
+        )
+
+        def subscribe(publication: str) -> tuple[App, App]:
+            for app in (here, there):
+                app.run(*HOSTS["uuid"].ddl.split(";")[:2])  # the tables, without rows
+            here.run(
+                f"CREATE PUBLICATION p FOR {publication}",
+                "SELECT pg_create_logical_replication_slot('sub', 'pgoutput')",
+            )
+            where = f"host={own.env['PGHOST']} port={own.env['PGPORT']} user=postgres dbname=app"
+            there.run(
+                f"CREATE SUBSCRIPTION sub CONNECTION '{where}' PUBLICATION p"
+                " WITH (create_slot = false, slot_name = 'sub', copy_data = false)"
+            )
+            until(lambda: here.value("SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'"))
+            return here, there
+
+        yield subscribe
+        there.run(
+            "ALTER SUBSCRIPTION sub DISABLE", "ALTER SUBSCRIPTION sub SET (slot_name = NONE)", "DROP SUBSCRIPTION sub"
+        )
+
+
+def test_a_subscriber_that_has_the_columns_first(subscribed: Callable[[str], tuple[App, App]]) -> None:
+    here, there = subscribed("TABLE users, workshops")
+    found = plan(here)
+    assert [(replica.name, replica.logical) for replica in found.replicas] == [("sub", True)]
+    texts = [finding.text for finding in found.findings]
+    assert any("sub (streaming) follows by logical replication: it repeats no lock" in text for text in texts)
+    assert not any("standby" in text for text in texts)
+    [warning] = [text for text in texts if "The publication p sends new columns" in text]
+    there.run(*warning.partition("Run there first: ")[2].split("; "))
+    migrate.apply(here.url, here.config)
+    here.run("INSERT INTO users (email) VALUES ('afterwards')", "INSERT INTO workshops (user_id) SELECT id FROM users")
+    until(lambda: there.value("SELECT count(*) FROM workshops"))
+    assert there.rows("SELECT email, plan_tier FROM users") == [("afterwards", "free")]
+    assert not [finding for finding in plan(here).findings if finding.severity == "warning"]
+
+
+def test_a_subscriber_that_was_not_changed_stops(subscribed: Callable[[str], tuple[App, App]]) -> None:
+    """What the warning is about: should a server ever take it, there is nothing to warn of."""
+    here, there = subscribed("TABLE users, workshops")
+    migrate.apply(here.url, here.config)
+    here.run("INSERT INTO users (email) VALUES ('afterwards')")
+    until(lambda: "is missing replicated column" in here.server.log.read_text())
+    assert there.rows("SELECT email FROM users") == []
+
+
+def test_a_subscriber_to_every_table_is_migrated_first(subscribed: Callable[[str], tuple[App, App]]) -> None:
+    here, there = subscribed("ALL TABLES")
+    [warning] = [finding.text for finding in plan(here).findings if "publication p" in finding.text]
+    assert "new tables too (" in warning
+    assert "tallystick.alembic_version" in warning
+    assert "run tallystick migrate apply with the address of each" in warning
+    migrate.apply(there.url, there.config)
+    migrate.apply(here.url, here.config)
+    here.run("INSERT INTO users (email) VALUES ('afterwards')")
+    until(lambda: there.rows("SELECT email FROM users") == [("afterwards",)])
 
 
 def test_a_standby_itself_is_refused(pair: tuple[App, str]) -> None:

@@ -264,11 +264,25 @@ def mapped_oids(conn: sa.Connection, mapping: HostMapping) -> list[int]:
 
 def refuse_rows(conn: sa.Connection, host: Host, how: str) -> None:
     """Raises LedgerNotEmpty where there is history to lose; ``how`` says what loses it on purpose."""
+    names = {"schema": host.users.schema, "table": LEDGER}
+    _see_every_row(conn, conn.scalar(_OID, names), f"{host.users.schema}.{LEDGER}", "whether it has rows")
     rows = conn.scalar(sa.select(sa.func.count()).select_from(sa.table(LEDGER, schema=host.users.schema)))
     if rows:
         raise LedgerNotEmpty(
             f"the ledger holds {rows} credit transactions, which undo would throw away. Take a backup, then {how}",
             rows=rows,
+        )
+
+
+def _see_every_row(conn: sa.Connection, oid: int | None, table: str, what: str) -> None:
+    """Raises PermissionDenied where policies would hide rows from a question about all of them."""
+    if conn.scalar(sa.text("SELECT row_security_active(CAST(:oid AS oid))"), {"oid": oid}):
+        role = conn.scalar(sa.text("SELECT current_user"))
+        raise PermissionDenied(
+            f"row level security hides rows of {table} from {role}, so {what} cannot be told. Run this as a role with "
+            f"BYPASSRLS, or let the owner run: ALTER TABLE {table} NO FORCE ROW LEVEL SECURITY, and FORCE afterwards. "
+            "Nothing was changed",
+            sqlstate="42501",
         )
 
 
@@ -535,6 +549,7 @@ def _content_fault(conn: sa.Connection, table: HostTable, column: HostColumn, ru
         rows = rows.where(live.is_not(None)).group_by(live).having(sa.func.count() > sa.literal_column("1"))
     else:
         return None
+    _see_every_row(conn, table.oid, table.shown, f"what is in its column {column.name}")
     return f"{column.shown} {fault}" if conn.scalar(sa.select(sa.exists(rows))) else None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,6 @@ from pathlib import Path
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from alembic.script import Script, ScriptDirectory
-from alembic.util import CommandError
-from sqlalchemy.exc import SQLAlchemyError
 
 from tallystick.errors import ConfigError
 from tallystick.migrate.rules import KNOWN_TYPES, Lock, Operation, normalise, operations, split, statements_of_block
@@ -54,12 +53,21 @@ RULES: Mapping[str, LintRule] = {
             "change rows in batches, in transactions of their own, after the schema's",
         ),
         LintRule(
+            "every-row",
+            "changes every row in one transaction: who writes one of them waits for all",
+            "change them in batches, with a WHERE and a transaction for each",
+        ),
+        LintRule(
             "scan-under-lock",
             "reads the whole table while writers wait",
             "see the note of the operation",
         ),
         LintRule("rewrite", "writes the whole table anew while everyone waits", "see the note of the operation"),
-        LintRule("index-not-concurrent", "builds an index while writers wait", "CREATE INDEX CONCURRENTLY, on its own"),
+        LintRule(
+            "index-not-concurrent",
+            "builds, rebuilds or drops an index while writers wait",
+            "see the note of the operation",
+        ),
         LintRule(
             "concurrently-in-transaction",
             "cannot run inside a transaction",
@@ -103,6 +111,16 @@ RULES: Mapping[str, LintRule] = {
         LintRule("rename", "breaks running code that uses the old name", "add the new name, move over, drop the old"),
         LintRule("drop", "breaks running code that still uses it", "release code that does without it first"),
         LintRule(
+            "truncate",
+            "empties it while everyone waits, and with CASCADE every table that refers to it",
+            "if it may be emptied, allow it; else delete rows in batches",
+        ),
+        LintRule(
+            "row-security",
+            "changes which rows running code sees and may write",
+            "try it as the app's own role first, then allow it",
+        ),
+        LintRule(
             "domain-constraint",
             "reads every table with a column of the domain while their writers wait",
             "see the note of the operation",
@@ -142,7 +160,7 @@ def lint(path: Path) -> tuple[Lint, ...]:
     for something cannot be read that way and say so.
 
     Raises:
-        ConfigError: there is nothing to read there, or a revision cannot be run offline.
+        ConfigError: there is nothing to read there, or a revision cannot be run offline; the message names its file.
     """
     if path.is_file() and path.suffix == ".sql":
         return tuple(_lint_script(path.name, path.read_text(encoding="utf-8"), {}))
@@ -180,13 +198,27 @@ def _lint_alembic(folder: Path) -> Iterator[Lint]:
     # a timeout that env.py sets on the connection cannot be read from here; that it speaks of one is taken for it
     session = {"lock_timeout": 1} if "lock_timeout" in env else {}
     reader = _Reader(in_transaction=True, session=session)
-    for number, script in enumerate(reversed(list(ScriptDirectory(str(folder)).walk_revisions()))):
+    for number, script in enumerate(_revisions(folder)):
         if separate:
             reader = _Reader(in_transaction=True, session=reader.session, domains=reader.domains)
         elif number and reader.held:
             yield _finding("shared-transaction", f"{script.revision}", script.doc or "", None)
         for position, (statement, _) in enumerate(split(_offline(script)), 1):
             yield from reader.read(f"{script.revision}, statement {position}", statement)
+
+
+def _revisions(folder: Path) -> list[Script]:
+    try:
+        found = list(ScriptDirectory(str(folder)).walk_revisions())
+    except Exception as error:  # whatever a revision's module does when it is imported
+        raise ConfigError(f"the revisions cannot be read: {_failed(folder, error)}", path=str(folder)) from error
+    if not found:
+        raise ConfigError(
+            f"there are no revisions in {folder / 'versions'}. Where version_locations in alembic.ini names other "
+            "folders, run: alembic upgrade head --sql > all.sql, then: tallystick migrate lint all.sql",
+            path=str(folder),
+        )
+    return found[::-1]
 
 
 def _offline(script: Script) -> str:
@@ -197,13 +229,32 @@ def _offline(script: Script) -> str:
     try:
         with Operations.context(context):
             script.module.upgrade()
-    except (CommandError, SQLAlchemyError, AttributeError, NotImplementedError, TypeError) as error:
+    except Exception as error:  # whatever its code does
         raise ConfigError(
-            f"revision {script.revision} cannot be read offline ({error}): it asks the database for something. "
-            "Give its SQL to tallystick migrate lint as a .sql file",
+            f"revision {script.revision} cannot be read offline: {_failed(Path(script.path), error)}. Where it asks "
+            "the database for something, give its SQL to tallystick migrate lint as a .sql file",
             path=str(script.path),
         ) from error
     return output.getvalue()
+
+
+def _failed(at: Path, error: Exception) -> str:
+    """The file and line of the revision's code that failed, with the error and what it may lack."""
+    frames = [
+        (frame.filename, frame.lineno)
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).is_relative_to(at)
+    ]
+    if isinstance(error, SyntaxError) and error.filename:
+        frames.append((error.filename, error.lineno))
+    file, line = frames[-1] if frames else (at, None)
+    lacks = {
+        ImportError: ". Set PYTHONPATH to the folder that has it",
+        FileNotFoundError: ". Run it from the folder in which alembic is run",
+        KeyError: ". Where it reads a variable of the environment, set that",
+    }
+    hint = next((hint for kind, hint in lacks.items() if isinstance(error, kind)), "")
+    return f"{file}{f', line {line}' if line else ''}: {type(error).__name__}: {error}{hint}"
 
 
 @dataclass
@@ -259,7 +310,8 @@ class _Reader:
     def _control(self, text: str, strings: tuple[str, ...]) -> bool:
         """Transaction control and timeouts; True where that is all the statement is."""
         if re.match(r"(BEGIN|START TRANSACTION)\b", text):
-            self._end()
+            if not self.in_transaction:  # in one it is a warning, and every lock is still held
+                self._end()
             self.in_transaction = True
         elif re.match(r"(COMMIT|END|ROLLBACK|ABORT)\b(?! TO)", text):
             self._end()
@@ -301,24 +353,31 @@ class _Reader:
         if operation.name == "unknown":
             yield "unknown"
             return
-        if operation.name == "change a domain's constraints":
-            yield "domain-constraint"
         if operation.type is not None and operation.type not in KNOWN_TYPES and operation.type not in self.domains:
             yield "unknown-type"
-        table = operation.table
-        if table is None or table in self.created:
-            return
-        held = self.held.get(table, Lock.NONE)
-        if self.in_transaction and held.blocks_writes and operation.lock > held:
-            yield "foreign-key-first" if table in self.referenced else "lock-upgrade"
-        if operation.lock.blocks_writes and not held.blocks_writes and not self.timeouts.get("lock_timeout"):
+        locks = ((operation.table, operation.lock), *operation.also)
+        if not self.timeouts.get("lock_timeout") and any(self._waits(*pair) for pair in locks):
             yield "no-lock-timeout"
+        for table, lock in locks:
+            if self.in_transaction and table not in self.created and lock > self._held(table) >= Lock.SHARE:
+                yield "foreign-key-first" if table in self.referenced else "lock-upgrade"
+        if operation.table in self.created:
+            return
         if operation.name in ("update rows", "delete rows", "merge rows", "insert rows"):
             locked = (lock for name, lock in self.held.items() if name not in self.created)
             if operation.name != "insert rows" and any(lock.blocks_writes for lock in locked):
                 yield "rows-under-lock"
+            elif operation.name in ("update rows", "delete rows") and " WHERE " not in text:
+                yield "every-row"
             return
-        yield from _about_the_operation(operation, held, text)
+        yield from _about_the_operation(operation, self._held(operation.table), text)
+
+    def _waits(self, table: str | None, lock: Lock) -> bool:
+        """Whether traffic would queue behind the wait for this lock. What is not named may be any table."""
+        return lock.blocks_writes and not self._held(table).blocks_writes and table not in self.created
+
+    def _held(self, table: str | None) -> Lock:
+        return self.held.get(table, Lock.NONE) if table else Lock.NONE
 
     def _hold(self, operation: Operation) -> None:
         if operation.name == "create a table" and operation.table:
@@ -346,29 +405,35 @@ class _Reader:
 _TYPE_MADE = re.compile(r"CREATE (?P<kind>TYPE|DOMAIN) (?:\S+ \. )?(?P<name>\"(?:[^\"]|\"\")*\"|\S+)")
 
 
+_DROPPED = re.compile(r"DROP CONSTRAINT (?:IF EXISTS )?(\S+)")
+_ADDED = re.compile(r"ADD CONSTRAINT (\S+)")
+
+
 def _about_the_operation(operation: Operation, held: Lock, text: str) -> Iterator[str]:
     strongest = max(operation.lock, held)
-    if operation.name == "build an index":
+    if operation.name in ("build an index", "rebuild an index", "drop an index"):
         yield "index-not-concurrent"
     elif operation.rewrites:
         yield "rewrite"
     elif operation.name == "add a NOT NULL column without a default":
         yield "not-null-without-default"
+    elif operation.name == "change a domain's constraints":
+        yield "domain-constraint"
     elif operation.name == "validate a constraint":
         pass  # in a transaction of its own it blocks nobody, and in the one that added it there is a rule for it
     elif operation.scans and strongest.blocks_writes and "CONCURRENTLY" not in text:
         yield "scan-under-lock"
-    if operation.name == "rename":
-        yield "rename"
-    elif operation.name in ("drop a column", "drop a table"):
-        yield "drop"
+    added_anew = operation.name == "drop a constraint" and set(_DROPPED.findall(text)) <= set(_ADDED.findall(text))
+    if operation.breaks and not added_anew:
+        yield operation.breaks
 
 
 def _finding(code: str, where: str, statement: str, operation: Operation | None) -> Lint:
     rule = RULES[code]
     shown = " ".join(statement.split())[:100]
     subject = f"{operation.name} on {operation.table}" if operation and operation.table else shown
-    remedy = operation.note if operation and operation.note and rule.remedy.startswith("see") else rule.remedy
+    notes = operation is not None and (rule.remedy.startswith("see") or code == operation.breaks)
+    remedy = operation.note if operation and operation.note and notes else rule.remedy
     return Lint(where, code, shown, f"{subject}: {rule.says}. {remedy[:1].upper()}{remedy[1:]}")
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
 import sqlalchemy as sa
-from psycopg.sql import Composable
+from psycopg.sql import Composable, Identifier
 
 from tallystick.config import Config
 from tallystick.migrate.blockers import Blocker, Watch
-from tallystick.migrate.host import Host, examine, looking
+from tallystick.migrate.host import Host, HostTable, examine, looking
 from tallystick.migrate.revisions import HostNames, Revision, after, revisions
 from tallystick.migrate.rules import Lock, Operation, estimated_ms, operations
 from tallystick.migrate.session import USE_UNPOOLED, pooler_sign
@@ -73,25 +75,27 @@ class Finding:
 
 @dataclass(frozen=True)
 class Replica:
-    """A standby that follows this server.
+    """A standby that follows this server, or with ``logical`` one that is sent rows of this database.
 
-    ``lag_s`` is by how much the last change was late there, None where it is idle; ``behind_bytes`` of the log are not
-    repeated there yet, as far as it has told (every wal_receiver_status_interval). Both are None to a role that may
-    not see it (GRANT pg_monitor).
+    Commits here wait for it where ``sync_state`` is ``sync`` or ``quorum``. ``lag_s`` is by how much the last change
+    was late there, None where it is idle; ``behind_bytes`` of the log are not repeated there yet, as far as it has
+    told (every wal_receiver_status_interval). All three are None to a role that may not see them (GRANT pg_monitor).
     """
 
     name: str
     state: str
     lag_s: float | None
     behind_bytes: int | None
+    sync_state: str | None = None
+    logical: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
     """``before`` is the revision now; ``revisions`` are those to come, none where there is nothing to do.
 
-    ``blockers`` hold the tables now. ``long_transactions`` are process ids and ages in seconds of the transactions
-    anywhere in the database that an index built concurrently would wait for.
+    ``blockers`` hold tables now that the first of these locks. ``long_transactions`` are process ids and ages in
+    seconds of the transactions anywhere in the database that an index built concurrently would wait for.
     """
 
     before: str | None
@@ -116,7 +120,8 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
     """
     with looking(conn):
         host = examine(conn, config, privileges=False)
-        replicas = tuple(Replica(row.name, row.state, row.lag_s, row.behind_bytes) for row in conn.execute(_REPLICAS))
+        ways = tuple(_messages(config, host, STALL_BUDGET_MS))
+        replicas = tuple(Replica(*row) for row in conn.execute(_REPLICAS))
         long = tuple((row.pid, round(float(row.age_s), 1)) for row in conn.execute(_LONG_TRANSACTIONS))
         database_bytes = conn.scalar(_DATABASE_BYTES) or 0
         findings = (
@@ -124,19 +129,18 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
             *_about_an_interrupted_run(host),
             *_about_cached_plans(conn, host),
             *_about_replicas(replicas),
+            *_about_publications(conn, host, ways),
+            *_about_rights(conn, host),
             *_about_room(database_bytes, backup_folder),
         )
     return Plan(
         before=host.revision,
         after=revisions()[-1].revision,
-        revisions=tuple(
-            _planned(config, revision, messages, host)
-            for revision, messages in _messages(config, host, STALL_BUDGET_MS)
-        ),
+        revisions=tuple(_planned(config, revision, messages, host) for revision, messages in ways),
         tables=tuple(TableSize(table.shown, table.rows, table.bytes) for table in host.tables),
         adopted=host.adopted_names,
         server=host.server,
-        blockers=tuple(Watch(conn, [table.oid for table in host.tables]).in_the_way()),
+        blockers=tuple(Watch(conn, _locked_first(conn, config, host)).in_the_way()),
         long_transactions=long,
         replicas=replicas,
         database_bytes=database_bytes,
@@ -144,11 +148,61 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
     )
 
 
+def _locked_first(conn: sa.Connection, config: Config, host: Host) -> list[int]:
+    """The tables that the next revision locks, none where there is none."""
+    names = HostNames.of(config.host, host.adopted)
+    tables = [table.as_string(None) for revision in after(host.revision)[:1] for table in revision.locks(names)]
+    oids = (conn.scalar(_RELATION, {"name": table}) for table in tables)
+    return [oid for oid in oids if oid is not None]
+
+
+_RELATION = sa.text("SELECT to_regclass(:name)::oid::bigint")
+
 _REPLICAS = sa.text("""
-    SELECT coalesce(nullif(application_name, ''), client_addr::text, 'standby') AS name, coalesce(state, '?') AS state,
-           extract(epoch FROM replay_lag)::float AS lag_s,
-           greatest(pg_wal_lsn_diff(pg_current_wal_lsn(), replay_lsn), 0)::bigint AS behind_bytes
-    FROM pg_stat_replication ORDER BY 1
+    SELECT coalesce(nullif(r.application_name, ''), r.client_addr::text, 'standby') AS name,
+           coalesce(r.state, '?') AS state, extract(epoch FROM r.replay_lag)::float AS lag_s,
+           greatest(pg_wal_lsn_diff(pg_current_wal_lsn(), r.replay_lsn), 0)::bigint AS behind_bytes,
+           r.sync_state, coalesce(s.slot_type = 'logical', false) AS logical
+    FROM pg_stat_replication r LEFT JOIN pg_replication_slots s ON s.active_pid = r.pid
+    WHERE r.state IS DISTINCT FROM 'backup' AND coalesce(s.database, current_database()) = current_database()
+    ORDER BY 1
+""")
+
+# Those without a list of columns; a table is not named where all of its schema or of the database is published.
+_PUBLICATIONS = sa.text("""
+    SELECT p.pubname AS name, p.puballtables AS everything, c.oid::bigint AS oid, r.oid IS NOT NULL AS named
+    FROM pg_publication p JOIN pg_publication_tables t ON t.pubname = p.pubname
+    JOIN pg_namespace n ON n.nspname = t.schemaname
+    JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = t.tablename
+    LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = c.oid
+    WHERE c.oid = ANY (CAST(:tables AS oid[])) AND to_jsonb(r) ->> 'prattrs' IS NULL
+    ORDER BY p.pubname, t.schemaname, t.tablename
+""")
+
+# Rights on single columns do not grow with the table. Whom the trigger names is held to the ledger.
+_WRITERS = sa.text("""
+    SELECT coalesce(r.rolname, 'PUBLIC') AS role, r.oid IS NULL AS everyone,
+           string_agg(a.privilege_type, ' and ' ORDER BY a.privilege_type DESC) AS rights
+    FROM pg_class c
+    CROSS JOIN aclexplode(coalesce(c.relacl, acldefault('r', c.relowner))) a
+    LEFT JOIN pg_roles r ON r.oid = a.grantee
+    LEFT JOIN pg_trigger t ON t.tgrelid = c.oid AND t.tgname = 'tallystick_balance_by_ledger'
+    WHERE c.oid = :users AND a.privilege_type IN ('INSERT', 'UPDATE')
+      AND a.grantee <> c.relowner AND NOT coalesce(r.rolsuper, false)
+      AND NOT coalesce(pg_has_role(r.oid, to_regrole(quote_ident(
+            convert_from(substring(t.tgargs FROM 1 FOR octet_length(t.tgargs) - 1), getdatabaseencoding())
+          ))::oid, 'USAGE'), false)
+    GROUP BY r.oid, r.rolname ORDER BY 1
+""")
+
+_DEFAULT_RIGHTS = sa.text("""
+    SELECT coalesce(r.rolname, 'PUBLIC') AS role, d.defaclrole::regrole::text AS maker,
+           d.defaclnamespace = 0 AS anywhere,
+           string_agg(a.privilege_type, ', ' ORDER BY a.privilege_type) AS rights
+    FROM pg_default_acl d CROSS JOIN aclexplode(d.defaclacl) a LEFT JOIN pg_roles r ON r.oid = a.grantee
+    WHERE d.defaclobjtype = 'r' AND d.defaclrole = CAST(current_user AS regrole) AND a.grantee <> d.defaclrole
+      AND d.defaclnamespace IN (0, to_regnamespace(quote_ident(:schema))::oid)
+    GROUP BY r.rolname, d.defaclrole, d.defaclnamespace ORDER BY 1
 """)
 
 _LONG_TRANSACTIONS = sa.text("""
@@ -171,6 +225,8 @@ _STATEMENTS_SCHEMA = sa.text("""
 """)
 
 _HERE = "(SELECT oid FROM pg_database WHERE datname = current_database())"
+
+_HIDDEN = "<insufficient privilege>"  # what pg_stat_statements shows of another role's
 
 _STAR = re.compile(r"\b(?:select(?:\s+distinct)?|returning|,)\s+(?:[\w\"$.]+\.)?\*(?!\s*\d)", re.IGNORECASE)
 
@@ -207,7 +263,9 @@ def _about_cached_plans(conn: sa.Connection, host: Host) -> Iterator[Finding]:
     table = sa.table("pg_stat_statements", sa.column("query"), sa.column("calls"), sa.column("dbid"), schema=schema)
     names = [re.compile(rf"\b{re.escape(table.table)}\b") for table in host.tables]
     rows = conn.execute(sa.select(table.c.query, table.c.calls).where(table.c.dbid == sa.literal_column(_HERE)))
+    hidden = 0
     for row in rows:
+        hidden += row.query == _HIDDEN
         if row.query and _STAR.search(row.query) and any(name.search(row.query) for name in names):
             shown = " ".join(row.query.split())[:120]
             yield Finding(
@@ -215,10 +273,25 @@ def _about_cached_plans(conn: sa.Connection, host: Host) -> Iterator[Finding]:
                 f'"{shown}" ({row.calls} calls): where a driver has prepared it, it fails on connections opened '
                 "before the migration until they are opened again. Name the columns, or restart the app afterwards",
             )
+    if hidden:
+        role = conn.scalar(sa.text("SELECT quote_ident(current_user)"))
+        yield Finding(
+            "warning",
+            f"pg_stat_statements hides {hidden} statements of other roles from {role}, so a prepared SELECT * or "
+            "RETURNING * of the app's own role is not found here. "
+            f"Let an administrator run: GRANT pg_read_all_stats TO {role}",
+        )
 
 
 def _about_replicas(replicas: Sequence[Replica]) -> Iterator[Finding]:
     for replica in replicas:
+        if replica.logical:
+            yield Finding(
+                "note",
+                f"{replica.name} ({replica.state}) follows by logical replication: it repeats no lock. Where it "
+                "is sent the tables, it is sent their new columns from the first change on",
+            )
+            continue
         late = f", {replica.lag_s:.1f} s late" if replica.lag_s else ""
         behind = f", {replica.behind_bytes / 1e6:.1f} MB behind" if replica.behind_bytes else ""
         yield Finding(
@@ -228,6 +301,83 @@ def _about_replicas(replicas: Sequence[Replica]) -> Iterator[Finding]:
             "the table wait, until that query ends or max_standby_streaming_delay cancels it. Run it when no long "
             "report does",
         )
+        if replica.sync_state in ("sync", "quorum"):
+            yield Finding(
+                "warning",
+                f"Commits here wait for the standby {replica.name} (sync_state {replica.sync_state}): where "
+                "synchronous_commit is remote_apply, every commit of your app waits for a query there just as long. "
+                "Set remote_write or on for the time of the migration",
+            )
+
+
+def _about_publications(
+    conn: sa.Connection, host: Host, ways: Sequence[tuple[Revision, Messages]]
+) -> Iterator[Finding]:
+    """A subscriber is sent columns and tables that are new, and stops at the first that it does not have."""
+    shown = {table.oid: table.shown for table in host.tables}
+    added: dict[str, str] = {}
+    made: list[str] = []
+    for statement in (text([part]) for _, messages in ways for part in (*messages.opening, *messages.locked)):
+        for operation in operations(statement):
+            if operation.table and operation.name == "create a table":
+                made.append(operation.table)
+            elif operation.table and operation.name == "add a column":
+                added[operation.table] = statement.replace("ADD COLUMN ", "ADD COLUMN IF NOT EXISTS ")
+    rows = conn.execute(_PUBLICATIONS, {"tables": list(shown)})
+    for name, group in groupby(rows, lambda row: row.name):
+        sent = list(group)
+        everything = any(row.everything for row in sent)
+        schema = any(row.oid == host.users.oid and not row.named for row in sent)
+        new = [table for table in made if everything or (schema and table.startswith(f"{host.users.schema}."))]
+        columns = [added[shown[row.oid]] for row in sent if shown[row.oid] in added]
+        if new:
+            yield Finding(
+                "warning",
+                f"The publication {name} sends new columns, and new tables too ({', '.join(new)}), of which its "
+                "subscribers know nothing: they stop at the first change until they have them. Migrate them first: "
+                "run tallystick migrate apply with the address of each",
+            )
+        elif columns:
+            yield Finding(
+                "warning",
+                f"The publication {name} sends new columns, of which its subscribers know nothing: they stop at the "
+                f"first change until they have them. Run there first: {'; '.join(columns)}",
+            )
+
+
+def _about_rights(conn: sa.Connection, host: Host) -> Iterator[Finding]:
+    """Rights that were given on a whole table are rights on its new columns, and default ones are on new tables."""
+    users = host.users
+    for row in conn.execute(_WRITERS, {"users": users.oid}):
+        named = "PUBLIC" if row.everyone else _quoted(row.role)
+        script = f"tallystick migrate sql --role {shlex.quote(row.role)}"
+        yield Finding(
+            "warning",
+            f"{row.role} may {row.rights} every column of {users.shown}, credit_balance too: it can make itself "
+            "credits that no row of the ledger explains, and a policy tells rows apart, not columns. "
+            + ("" if row.everyone else f"If it is your app's role, run after the migration what {script} prints. ")
+            + f"If end users act as it, take it back: REVOKE {row.rights.replace(' and ', ', ')} ON {_table(users)} "
+            f"FROM {named}, and GRANT UPDATE of the columns that are theirs",
+        )
+    if host.revision is not None:
+        return
+    for row in conn.execute(_DEFAULT_RIGHTS, {"schema": users.schema}):
+        named = "PUBLIC" if row.role == "PUBLIC" else _quoted(row.role)
+        where = "" if row.anywhere else f" IN SCHEMA {_quoted(users.schema)}"
+        new = "the ledger and what is in schema tallystick" if row.anywhere else "the ledger"
+        yield Finding(
+            "warning",
+            f"By default {row.role} gets {row.rights} on tables that {row.maker} makes, so on {new}, with every "
+            f"user's history. If that is not meant: ALTER DEFAULT PRIVILEGES{where} REVOKE ALL ON TABLES FROM {named}",
+        )
+
+
+def _quoted(name: str) -> str:
+    return Identifier(name).as_string(None)
+
+
+def _table(table: HostTable) -> str:
+    return Identifier(table.schema, table.table).as_string(None)
 
 
 def _about_room(database_bytes: int, folder: Path | None) -> Iterator[Finding]:

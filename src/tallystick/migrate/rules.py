@@ -10,6 +10,7 @@ import re
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Literal
 
 
 class Lock(IntEnum):
@@ -39,6 +40,10 @@ class Lock(IntEnum):
         return self == Lock.ACCESS_EXCLUSIVE
 
 
+Broken = Literal["drop", "rename", "truncate", "row-security"]
+"""How an operation can break code that is running, by the lint's code for it."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """One row of the table: an operation, known by a pattern over its normalised text."""
@@ -48,13 +53,17 @@ class Rule:
     lock: Lock
     scans: bool = False
     rewrites: bool = False
+    breaks: Broken | None = None
     note: str = ""
 
 
 _N = r'(?P<table>(?:"(?:[^"]|"")*"|[\w$]+)(?: \. (?:"(?:[^"]|"")*"|[\w$]+))*)'
 _ON = rf"(?:ONLY )?{_N}"
+_LIST = rf"{_ON}(?P<more>.*)"  # of names: an operation for each
 _IF = r"(?:IF (?:NOT )?EXISTS )?"
 _AEL, _SRE, _SUE = Lock.ACCESS_EXCLUSIVE, Lock.SHARE_ROW_EXCLUSIVE, Lock.SHARE_UPDATE_EXCLUSIVE
+_GONE_WITH_IT = "what depends on it goes too, and every table with a column among that is locked"
+_OTHERS_RIGHTS = "release code that needs no such right, or GRANT what it needs first"
 # A function that is not stable is run for every row, which rewrites the table. Unknown ones count as such.
 _STABLE = (
     "NOW|TRANSACTION_TIMESTAMP|STATEMENT_TIMESTAMP|CURRENT_SETTING|TO_JSON|TO_JSONB|JSON_BUILD_OBJECT"
@@ -109,7 +118,8 @@ ACTIONS = (
         note="fails as soon as the table has a row: give it a default",
     ),
     Rule("add a column", _COLUMN, _AEL),
-    Rule("drop a column", rf"DROP (?:COLUMN )?{_IF}(?!CONSTRAINT )", _AEL, note="code that names it must be gone"),
+    Rule("drop a column", rf"DROP (?:COLUMN )?{_IF}(?!CONSTRAINT )", _AEL, breaks="drop"),
+    Rule("change a constraint", r"ALTER CONSTRAINT", _AEL),
     Rule(
         "change a column's type",
         r"ALTER (?:COLUMN )?.* TYPE ",
@@ -125,8 +135,24 @@ ACTIONS = (
         note="add CHECK (column IS NOT NULL) NOT VALID, VALIDATE it later, then SET NOT NULL reads nothing",
     ),
     Rule("set statistics", r"ALTER (?:COLUMN )?.* SET (?:STATISTICS|\()", _SUE),
-    Rule("change a column's default or nullability", r"ALTER (?:COLUMN )?.* (?:SET|DROP|ADD|RESTART) ", _AEL),
-    Rule("add a constraint from an index", r"ADD (?:CONSTRAINT .* )?(?:UNIQUE|PRIMARY KEY) USING INDEX", _AEL),
+    Rule("change a generated column", r"ALTER (?:COLUMN )?.* SET EXPRESSION", _AEL, rewrites=True),
+    Rule(
+        "drop NOT NULL",
+        r"ALTER (?:COLUMN )?.* DROP NOT NULL",
+        _AEL,
+        breaks="drop",
+        note="release code that can read a null first",
+    ),
+    Rule("drop a default", r"ALTER (?:COLUMN )?.* DROP (?:DEFAULT|EXPRESSION|IDENTITY)", _AEL, breaks="drop"),
+    Rule("change a column's default", r"ALTER (?:COLUMN )?.* (?:SET|ADD|RESTART)\b", _AEL),
+    Rule("add a constraint from an index", r"ADD (?:CONSTRAINT .* )?UNIQUE USING INDEX", _AEL),
+    Rule(
+        "add a primary key from an index",
+        r"ADD (?:CONSTRAINT .* )?PRIMARY KEY USING INDEX",
+        _AEL,
+        scans=True,
+        note="where its columns are NOT NULL already it reads nothing: make them so first, then allow it",
+    ),
     Rule(
         "add a unique or primary key constraint",
         r"ADD (?:CONSTRAINT .* )?(?:UNIQUE|PRIMARY KEY|EXCLUDE)",
@@ -152,15 +178,42 @@ ACTIONS = (
     ),
     Rule("add a NOT NULL constraint", r"ADD (?:CONSTRAINT .* )?NOT NULL(?!.*NOT VALID)", _AEL, scans=True),
     Rule("validate a constraint", r"VALIDATE CONSTRAINT", _SUE, scans=True),
-    Rule("drop a constraint", r"DROP CONSTRAINT", _AEL),
+    Rule(
+        "drop a constraint",
+        r"DROP CONSTRAINT",
+        _AEL,
+        breaks="drop",
+        note="release code that does without it first; a foreign key's other table is locked as well",
+    ),
     Rule("attach a partition", r"ATTACH PARTITION", _SUE, scans=True),
-    Rule("detach a partition", r"DETACH PARTITION .* CONCURRENTLY", _SUE),
-    Rule("detach a partition", r"DETACH PARTITION", _AEL),
-    Rule("switch a trigger", r"(?:ENABLE|DISABLE) .*TRIGGER", _SRE),
+    Rule("detach a partition concurrently", r"DETACH PARTITION .* CONCURRENTLY", _SUE, breaks="drop"),
+    Rule(
+        "detach a partition",
+        r"DETACH PARTITION",
+        _AEL,
+        breaks="drop",
+        note="release code that does without its rows first, and use CONCURRENTLY, outside of a transaction",
+    ),
+    Rule("enable a trigger", r"ENABLE (?:REPLICA |ALWAYS )?TRIGGER", _SRE),
+    Rule("disable a trigger", r"DISABLE TRIGGER", _SRE, breaks="drop"),
+    Rule("switch a rule", r"(?:ENABLE|DISABLE) (?:REPLICA |ALWAYS )?RULE", _AEL),
+    Rule("switch row security", r"(?:ENABLE|DISABLE|FORCE|NO FORCE) ROW LEVEL SECURITY", _AEL, breaks="row-security"),
     Rule("set storage parameters", r"(?:RE)?SET \(|CLUSTER ON|SET WITHOUT CLUSTER", _SUE),
     Rule("rewrite the table", r"SET (?:LOGGED|UNLOGGED|TABLESPACE|ACCESS METHOD)", _AEL, rewrites=True),
-    Rule("rename", r"RENAME", _AEL, note="code that uses the old name fails from the commit on"),
-    Rule("another ALTER TABLE", r"", _AEL, note="no rule knows this form: read the PostgreSQL documentation"),
+    Rule("rename", r"RENAME", _AEL, breaks="rename"),
+    Rule("move to another schema", r"SET SCHEMA", _AEL, breaks="rename"),
+    Rule("change the owner", r"OWNER TO", _AEL, breaks="drop", note=_OTHERS_RIGHTS),
+    Rule(
+        "give up the replica identity",
+        r"REPLICA IDENTITY NOTHING",
+        _AEL,
+        breaks="drop",
+        note="UPDATE and DELETE fail as long as a publication has the table: take it out first",
+    ),
+    Rule("change the replica identity", r"REPLICA IDENTITY", _AEL),
+    Rule("inherit", r"INHERIT", _AEL),
+    Rule("inherit no more", r"NO INHERIT", _AEL, breaks="drop"),
+    Rule("unknown", r"", _AEL, note="no rule knows this form of ALTER TABLE"),
 )
 
 STATEMENTS = (
@@ -178,26 +231,43 @@ STATEMENTS = (
         scans=True,
         note="writes wait for the whole build: use CONCURRENTLY, outside of the transaction",
     ),
-    Rule("drop an index concurrently", rf"DROP INDEX CONCURRENTLY {_IF}{_N}", _SUE),
-    Rule("drop an index", rf"DROP INDEX {_IF}{_N}", _AEL, note="locks its table: use CONCURRENTLY"),
+    Rule("drop an index concurrently", rf"DROP INDEX CONCURRENTLY {_IF}{_LIST}", _SUE),
+    Rule(
+        "drop an index",
+        rf"DROP INDEX {_IF}{_LIST}",
+        _AEL,
+        note="everyone waits for the lock on its table: use CONCURRENTLY, outside of a transaction",
+    ),
     Rule("rebuild concurrently", rf"REINDEX .*CONCURRENTLY {_N}", _SUE, scans=True),
     Rule("rebuild an index", rf"REINDEX (?:\( .* \) )?\w+ {_N}", _AEL, scans=True, note="use CONCURRENTLY"),
     Rule("create a table", rf"CREATE (?:UNLOGGED |TEMP(?:ORARY)? )?TABLE {_IF}{_N}", Lock.NONE),
-    Rule("drop a table", rf"DROP TABLE {_IF}{_N}", _AEL),
-    Rule("truncate", rf"TRUNCATE (?:TABLE )?{_ON}", _AEL),
+    Rule("drop a table", rf"DROP (?:FOREIGN )?TABLE {_IF}{_LIST}", _AEL, breaks="drop"),
+    Rule("drop a view or sequence", rf"DROP (?:(?:MATERIALIZED )?VIEW|SEQUENCE) {_IF}{_LIST}", _AEL, breaks="drop"),
+    Rule("truncate", rf"TRUNCATE (?:TABLE )?{_LIST}", _AEL, breaks="truncate"),
     Rule("create a trigger", rf"CREATE (?:OR REPLACE )?(?:CONSTRAINT )?TRIGGER .*?\bON {_N}", _SRE),
-    Rule("drop a trigger", rf"DROP TRIGGER {_IF}.*?\bON {_N}", _AEL),
-    Rule("create or drop a policy or rule", rf"(?:CREATE|DROP|ALTER) (?:POLICY|RULE) .*?\b(?:ON|TO) {_N}", _AEL),
-    Rule("vacuum full", rf"(?:VACUUM \( .*FULL.* \)|VACUUM FULL|CLUSTER)(?: VERBOSE)? {_N}", _AEL, rewrites=True),
-    Rule("vacuum or analyse", rf"(?:VACUUM|ANALYZE)(?: \( .* \))?(?: VERBOSE)? {_N}", _SUE, scans=True),
+    Rule("drop a trigger", rf"DROP TRIGGER {_IF}.*?\bON {_N}", _AEL, breaks="drop"),
+    Rule("change a policy", rf"(?:CREATE|DROP|ALTER) POLICY .*?\bON {_N}", _AEL, breaks="row-security"),
+    Rule("create a rule", rf"CREATE (?:OR REPLACE )?RULE .*?\bTO {_N}", _AEL),
+    Rule("drop a rule", rf"DROP RULE {_IF}.*?\bON {_N}", _AEL, breaks="drop"),
+    Rule("drop an object with CASCADE", r"DROP .* CASCADE", _AEL, breaks="drop", note=_GONE_WITH_IT),
+    Rule("drop an object", r"DROP ", Lock.NONE, breaks="drop"),
+    Rule("vacuum full", rf"(?:VACUUM \( .*FULL.* \)|VACUUM FULL|CLUSTER)(?: VERBOSE)? {_LIST}", _AEL, rewrites=True),
+    Rule("vacuum or analyse", rf"(?:VACUUM|ANALYZE)(?: \( .* \))?(?: VERBOSE)? {_LIST}", _SUE, scans=True),
     Rule("refresh a view concurrently", rf"REFRESH MATERIALIZED VIEW CONCURRENTLY {_N}", Lock.EXCLUSIVE, scans=True),
     Rule("refresh a view", rf"REFRESH MATERIALIZED VIEW {_N}", _AEL, rewrites=True, note="use CONCURRENTLY"),
-    Rule("lock", rf"LOCK (?:TABLE )?{_ON}", _AEL),
+    Rule("lock", rf"LOCK (?:TABLE )?{_LIST}", _AEL),
     Rule("update rows", rf"UPDATE {_ON}", Lock.ROW_EXCLUSIVE, scans=True),
     Rule("delete rows", rf"DELETE FROM {_ON}", Lock.ROW_EXCLUSIVE, scans=True),  # noqa: S608  # a pattern
     Rule("merge rows", rf"MERGE INTO {_ON}", Lock.ROW_EXCLUSIVE, scans=True),
     Rule("insert rows", rf"INSERT INTO {_N}", Lock.ROW_EXCLUSIVE),
     Rule("comment", r"COMMENT ON ", Lock.NONE),
+    Rule(
+        "rename a relation",
+        rf"ALTER (?:(?:MATERIALIZED )?VIEW|SEQUENCE) {_IF}{_N} (?:RENAME|SET SCHEMA)",
+        _AEL,
+        breaks="rename",
+    ),
+    Rule("rename an object", r"ALTER .* (?:RENAME|SET SCHEMA) ", Lock.NONE, breaks="rename"),
     Rule("add a domain's constraint, not validated", r"ALTER DOMAIN .* ADD .*CHECK .* NOT VALID", Lock.NONE),
     Rule(
         "change a domain's constraints",
@@ -210,10 +280,29 @@ STATEMENTS = (
     Rule(
         "new object", r"CREATE (?:OR REPLACE )?(?:TYPE|FUNCTION|PROCEDURE|SCHEMA|SEQUENCE|DOMAIN|EXTENSION)", Lock.NONE
     ),
-    Rule("new view", r"CREATE (?:OR REPLACE )?(?:TEMP(?:ORARY)? |RECURSIVE |MATERIALIZED )*VIEW", Lock.NONE),
+    Rule("replace a view", rf"CREATE OR REPLACE (?:TEMP(?:ORARY)? |RECURSIVE )*VIEW {_N}", _AEL),
+    Rule("new view", r"CREATE (?:TEMP(?:ORARY)? |RECURSIVE |MATERIALIZED )*VIEW", Lock.NONE),
     Rule("add an enum label", r"ALTER TYPE .* ADD VALUE", Lock.NONE, note="not usable before the commit"),
-    Rule("change another object", r"(?:ALTER|DROP) (?:TYPE|FUNCTION|SCHEMA|SEQUENCE|DOMAIN|VIEW|EXTENSION)", Lock.NONE),
-    Rule("privileges", r"(?:GRANT|REVOKE|ALTER DEFAULT PRIVILEGES)", Lock.NONE),
+    Rule(
+        "drop a part of an object",
+        r"ALTER (?:TYPE|DOMAIN) .* DROP (?:ATTRIBUTE|CONSTRAINT|NOT NULL|DEFAULT)",
+        Lock.NONE,
+        breaks="drop",
+    ),
+    Rule(
+        "change another object",
+        r"ALTER (?:TYPE|FUNCTION|PROCEDURE|ROUTINE|SCHEMA|SEQUENCE|DOMAIN|(?:MATERIALIZED )?VIEW) (?!.*ALTER ATTR)",
+        Lock.NONE,
+    ),
+    Rule("privileges", r"(?:GRANT|ALTER DEFAULT PRIVILEGES)", Lock.NONE),
+    Rule(
+        "revoke",
+        rf"REVOKE .*?\bON (?:TABLE )?{_N}(?P<more>(?: , .*)?) FROM ",
+        Lock.NONE,
+        breaks="drop",
+        note=_OTHERS_RIGHTS,
+    ),
+    Rule("revoke", r"REVOKE ", Lock.NONE, breaks="drop", note=_OTHERS_RIGHTS),
     Rule("transaction control", r"(?:BEGIN|START|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE|ABORT)\b", Lock.NONE),
     Rule("setting", r"(?:SET|RESET|SHOW)\b", Lock.NONE),
     Rule("query", r"(?:SELECT|VALUES|TABLE|EXPLAIN)\b", Lock.NONE),
@@ -242,8 +331,13 @@ KNOWN_TYPES = frozenset((_BUILT_IN + _OF_EXTENSIONS).split())
 
 _TYPE = re.compile(rf"{_COLUMN}(?:\"(?:[^\"]|\"\")*\"|[\w$]+) {_N}(?P<array>(?: \( [^)]* \))? (?:\[|ARRAY\b))?")
 _LOCK_MODE = re.compile(r" IN ([A-Z ]+?) MODE")
+_PARTITION_OF = re.compile(rf"PARTITION OF {_N}")
 _REFERENCES = re.compile(rf"REFERENCES {_N}")
 _ALTER_TABLE = re.compile(rf"ALTER TABLE {_IF}{_ON}(?: \*)? (?P<actions>.*)")
+_EXPLAINED = re.compile(  # which runs it
+    r"EXPLAIN (?:\( [^)]*\bANALYZE\b[^)]*\)|ANALYZE(?: VERBOSE)?|VERBOSE ANALYZE) (?P<statement>.*)"
+)
+_NAME = re.compile(_ON)
 _ACTIONS = [(rule, re.compile(rule.pattern)) for rule in ACTIONS]
 _STATEMENTS = [(rule, re.compile(rule.pattern)) for rule in STATEMENTS]
 
@@ -254,7 +348,7 @@ class Operation:
 
     ``table`` is as PostgreSQL stores the name, without quotes, or None for an operation on no table.
     ``also`` are the tables that it locks besides: (table, lock). ``type`` is that of a column that it adds, without
-    its schema, and None for an array.
+    its schema, and None for an array. ``breaks`` is how it can break running code.
     """
 
     name: str
@@ -265,6 +359,7 @@ class Operation:
     note: str
     also: tuple[tuple[str, Lock], ...] = ()
     type: str | None = None
+    breaks: Broken | None = None
 
 
 _SCAN_BYTES_PER_MS = 400_000
@@ -287,6 +382,8 @@ def operations(statement: str, *, domains: Container[str] = ()) -> tuple[Operati
     ``domains`` are names, without schema, of the domains known to have constraints.
     """
     text, _ = normalise(statement)
+    if explained := _EXPLAINED.match(text):
+        text = explained["statement"]
     if altered := _ALTER_TABLE.match(text):
         table = _unquoted(altered["table"])
         return tuple(_action(table, action, domains) for action in _split_commas(altered["actions"]))
@@ -303,14 +400,16 @@ def _operations(rule: Rule, found: re.Match[str], text: str) -> Iterator[Operati
     if rule.name == "lock":
         mode = _LOCK_MODE.search(text)
         lock = Lock[mode[1].replace(" ", "_")] if mode else lock
-        names = text[: mode.start() if mode else len(text)].removeprefix("LOCK ").removeprefix("TABLE ")
-        for name in _split_commas(names):
-            yield Operation(rule.name, _unquoted(name.removesuffix(" NOWAIT")), lock, False, False, rule.note)
-        return
     if rule.name == "create a table":
         also = tuple((_unquoted(ref["table"]), Lock.SHARE_ROW_EXCLUSIVE) for ref in _REFERENCES.finditer(text))
+        also += tuple((_unquoted(ref["table"]), _AEL) for ref in _PARTITION_OF.finditer(text))
         also = tuple(pair for pair in dict.fromkeys(also) if pair[0] != table)
-    yield Operation(rule.name, table, lock, rule.scans, rule.rewrites, rule.note, also)
+    names = [table]
+    if "more" in found.re.groupindex:
+        others = (_NAME.match(part) for part in _split_commas(found["more"])[1:])
+        names += [_unquoted(other["table"]) for other in others if other]
+    for name in names:
+        yield Operation(rule.name, name, lock, rule.scans, rule.rewrites, rule.note, also, breaks=rule.breaks)
 
 
 def _action(table: str, action: str, domains: Container[str]) -> Operation:
@@ -320,7 +419,7 @@ def _action(table: str, action: str, domains: Container[str]) -> Operation:
     if column_type is not None and column_type in domains:
         rule = DOMAIN_COLUMN
     also = tuple((_unquoted(ref["table"]), Lock.SHARE_ROW_EXCLUSIVE) for ref in _REFERENCES.finditer(action))
-    return Operation(rule.name, table, rule.lock, rule.scans, rule.rewrites, rule.note, also, column_type)
+    return Operation(rule.name, table, rule.lock, rule.scans, rule.rewrites, rule.note, also, column_type, rule.breaks)
 
 
 # --- reading SQL as far as this needs

@@ -88,6 +88,14 @@ _FUNCTIONS = sa.text("""
     FROM pg_proc p WHERE p.pronamespace = to_regnamespace('tallystick')
 """)
 
+_WRITERS = sa.text("""
+    SELECT coalesce(r.rolname, 'PUBLIC') || ': ' || string_agg(a.privilege_type, ', ' ORDER BY a.privilege_type)
+    FROM pg_class c CROSS JOIN aclexplode(c.relacl) a LEFT JOIN pg_roles r ON r.oid = a.grantee
+    WHERE c.oid = to_regclass(quote_ident(:schema) || '.credit_transactions')
+      AND a.grantee <> c.relowner AND a.privilege_type IN ('INSERT', 'UPDATE', 'DELETE', 'TRUNCATE', 'TRIGGER')
+    GROUP BY r.rolname ORDER BY 1
+""")
+
 _LEDGER_OID = sa.text("SELECT to_regclass(quote_ident(:schema) || '.credit_transactions')::oid::bigint")
 
 _EXPECTED_TRIGGERS = {
@@ -127,7 +135,8 @@ class Status:
     """``revision`` is None before the first migration; ``drift`` is empty where all is as declared.
 
     ``prepared`` is the next revision where its new objects are there and nothing uses them: a run in two transactions
-    was interrupted between them.
+    was interrupted between them. ``writers`` are roles besides the owner that may write the ledger, each with its
+    rights: ``app: INSERT``. That is no drift, as long as you know each of them.
     """
 
     revision: str | None
@@ -136,6 +145,7 @@ class Status:
     drift: tuple[Drift, ...]
     history: tuple[Applied, ...]
     prepared: str | None = None
+    writers: tuple[str, ...] = ()
 
     @property
     def healthy(self) -> bool:
@@ -176,7 +186,8 @@ def _status(conn: sa.Connection, config: Config) -> Status:
             drift = tuple(_drift(conn, config, host))
         finally:
             savepoint.rollback()
-    return Status(host.revision, HEAD, host.adopted_names, drift, history, host.prepared)
+    writers = tuple(conn.scalars(_WRITERS, {"schema": config.host.users.schema}))
+    return Status(host.revision, HEAD, host.adopted_names, drift, history, host.prepared, writers)
 
 
 _Shape = Mapping[tuple[Kind, str], str]  # (kind, name) → definition
