@@ -83,7 +83,8 @@ def _raise(error: DBAPIError, *, connecting: bool) -> NoReturn:
         raise kind(message.format(text), sqlstate=state) from error
     if state in _NAMES:
         raise NotMigrated(
-            f"{text}. A name of the app's is mapped in tallystick.toml; for ours look with: tallystick migrate status",
+            f"{text.partition(chr(10))[0]}. Is it the app's? It is mapped in tallystick.toml. Is it Tallystick's? Run: "
+            "tallystick migrate apply",
             revision=None,
         ) from error
     if connecting and (lost or state is None or state[:2] in ("08", "28", "3D", "53", "57")):
