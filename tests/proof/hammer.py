@@ -4,9 +4,9 @@
     python tests/proof/hammer.py --processes 32 --seconds 3600
 
 Each client writes down what it is about to ask, and then what it was told. Afterwards the database has to explain all
-of it: what was acknowledged is there once, what was not is there at most once, the audit finds nothing, and for each
-user there is one order of events, the ledger's own, in which every answer was true at some moment between its
-question and its arrival (linearizability).
+of it: what was acknowledged is there once and is what was asked for, what was not is there at most once, nothing was
+refused without a reason, the audit finds nothing, and for each user there is one order of events, the ledger's own, in
+which every answer was true at some moment between its question and its arrival (linearizability).
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-from uuid import UUID
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
@@ -39,105 +38,159 @@ from tallystick import Config, Consume, CreditTransaction, Ledger, migrate
 from tallystick.audit import audit
 from tallystick.database import engine, translated
 from tallystick.devdb import Server
-from tallystick.errors import DatabaseError, InsufficientCredits, LedgerError
+from tallystick.errors import DatabaseError, LedgerError
 from worlds import SHAPES, World
 
 HOST = SHAPES["uuid"].host
 BEGINS_WITH = 200  # credits of each user
+WORKSHOPS = 1_000  # of each user
+
+
+class Wish(NamedTuple):
+    """One thing that is wanted of one user; ``of`` is the workshop or the purchase that it is about."""
+
+    what: str
+    user: str
+    key: str | None = None
+    amount: int = 0
+    of: str | None = None
+
+
+Call = list[Wish]
+"""One call of the ledger; of more than one wish, of ``consume_many``."""
 
 
 # --- a client ---
 
 
 class Client:
-    """One process's random life, written to a file line by line: a kill loses nothing that was said before it."""
+    """One random life, written to a file line by line: a kill loses nothing that was said before it."""
 
-    def __init__(self, url: str, people: dict[str, list[str]], log: Path, seed: int) -> None:
-        # as an app has it: statements are compiled once, while connections come and go
-        self.engine = engine(url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
-        self.ledger = Ledger(Config(database_url=url, host=HOST))
-        self.people = {UUID(user): [UUID(workshop) for workshop in theirs] for user, theirs in people.items()}
-        self.dice, self.name = random.Random(seed), f"{seed}"
-        self.log = log.open("a", buffering=1)
-        self.purchases: list[tuple[UUID, UUID]] = []
-        self.old: list[tuple[str, list[Any]]] = []
+    def __init__(self, ledger: Ledger, pool: sa.Engine, people: Mapping[str, Sequence[str]], logs: Path, name: str):
+        self.ledger, self.pool, self.people, self.name = ledger, pool, people, name
+        self.dice, self.numbers = random.Random(name), itertools.count(1)
+        self.log = (logs / f"client-{name}.jsonl").open("a", buffering=1)
+        self.questions, self.over = (logs / "questions").open("ab", buffering=0), logs / "over"
+        self.purchases: list[tuple[str, str]] = []
+        self.old: list[list[Call]] = []
 
-    def live(self, over: Path) -> None:
-        number = 0
-        while not over.exists():
-            try:
-                with translated(connecting=True):
-                    conn = self.engine.connect()
-                with conn:
-                    for _ in range(self.dice.randrange(1, 600)):  # then it reconnects
-                        if over.exists():
-                            return
-                        number += 1
-                        self.act(conn, f"{self.name}-{number}")
-            except DatabaseError:
-                time.sleep(self.dice.random() * 0.1)  # what was under way is left open: nobody was told anything
+    def live(self) -> None:
+        while not self.over.exists():
+            calls = self.wanted()
+            self.old = [*self.old[-20:], calls]
+            self.questions.write(b".")
+            while not self.ask(calls) and not self.over.exists():
+                time.sleep(self.dice.random() * 0.05)
+            if self.dice.random() < 1 / 300:
+                self.pool.dispose()  # and it connects anew
 
-    def act(self, conn: sa.Connection, key: str) -> None:
-        dice, user = self.dice, self.dice.choice(list(self.people))
-        match dice.choices(["spend", "unlock", "many", "buy", "refund", "balance", "again"], [8, 4, 3, 2, 2, 2, 3])[0]:
-            case "spend":
-                self.ask(conn, "consume", [user, None, dice.choice((1, 1, 1, 2, 10)), key])
-            case "unlock":
-                self.ask(conn, "consume", [user, dice.choice(self.people[user]), 1, key])
-            case "many":
-                count = dice.choice((2, 6, 40))
-                items = [[dice.choice(list(self.people)), dice.choice((1, 2)), f"{key}-{n}"] for n in range(count)]
-                self.ask(conn, "consume_many", items)
-            case "buy":
-                started = self.ledger.start_purchase(conn, user, credits=20, description="A pack", key=key)
-                self.purchases.append((user, started.id))
-                self.ask(conn, "complete", [user, started.id])
-            case "refund" if self.purchases:
-                self.ask(conn, "refund", [*dice.choice(self.purchases), dice.choice((1, 5, 20)), key])
-            case "again" if self.old:
-                self.ask(conn, *dice.choice(self.old))
-            case _:
-                self.ask(conn, "balance", [user])
-
-    def ask(self, conn: sa.Connection, what: str, arguments: list[Any]) -> None:
-        self.write({"at": time.monotonic_ns(), "ask": what, "with": arguments})
+    def ask(self, calls: list[Call]) -> bool:
+        """Whether there was an answer; if not, the same with the same keys may be asked again."""
+        self.write({"at": time.monotonic_ns(), "ask": calls})
         try:
-            answers: Any = self.call(conn, what, arguments)
-        except LedgerError as refusal:
-            answers = refusal
+            answers = self.settle(calls)
+        except DatabaseError as error:
+            if error.retryable or error.outcome_unknown:
+                return False
+            raise
         now = time.monotonic_ns()  # before anything else takes time: this is when we were told
-        told = answers if isinstance(answers, list) else [answers]
-        self.write({"at": now, "told": [said(answer) for answer in told]})
-        self.old = [*self.old[-20:], (what, arguments)]
+        self.write({"at": now, "told": [said(answer) for answer in answers]})
+        bought = [answer for answer in answers if isinstance(answer, CreditTransaction) and answer.type == "purchase"]
+        self.purchases += [(str(row.user_id), str(row.id)) for row in bought]
+        return True
 
-    def call(self, conn: sa.Connection, what: str, arguments: list[Any]) -> Any:
-        ledger = self.ledger
-        match what, arguments:
-            case "consume", [user, workshop, amount, key]:
-                return ledger.consume(conn, user, workshop=workshop, amount=amount, key=key)
-            case "consume_many", items:
-                return ledger.consume_many(conn, [Consume(user, amount=amount, key=key) for user, amount, key in items])
-            case "complete", [user, purchase]:
-                return ledger.complete_purchase(conn, user, id=purchase)
-            case "refund", [user, purchase, credits, key]:
-                return ledger.refund(conn, user, purchase, credits=credits, key=key)
-            case _, [user]:
-                return ledger.balance(conn, user)
+    def settle(self, calls: list[Call]) -> list[Any]:
+        with translated(connecting=True):
+            conn = self.pool.connect()
+        with conn:
+            return [answer for call in calls for answer in self.make(conn, call)]
+
+    def make(self, conn: sa.Connection, call: Call) -> list[Any]:
+        if len(call) > 1:
+            items = [Consume(wish.user, workshop=wish.of, amount=wish.amount, key=wish.key) for wish in call]
+            return self.ledger.consume_many(conn, items)
+        ((what, user, key, amount, of),) = call
+        try:
+            match what:
+                case "consume":
+                    return [self.ledger.consume(conn, user, workshop=of, amount=amount, key=key)]
+                case "buy":  # asked again it is the same purchase, complete or not
+                    started = self.ledger.start_purchase(conn, user, credits=amount, description="A pack", key=key)
+                    return [self.ledger.complete_purchase(conn, user, id=started.id)]
+                case "refund":
+                    return [self.ledger.refund(conn, user, of, credits=amount, key=key)]
+                case _:
+                    return [self.ledger.balance(conn, user)]
+        except LedgerError as refusal:
+            return [refusal]
 
     def write(self, entry: dict[str, Any]) -> None:
         self.log.write(json.dumps(entry, default=str) + "\n")
 
+    # --- what comes into its mind ---
+
+    def wanted(self) -> list[Call]:
+        if self.old and self.dice.random() < 0.15:
+            return self.dice.choice(self.old)
+        return [self.call()]
+
+    def call(self) -> Call:
+        dice, user = self.dice, self.dice.choice(list(self.people))
+        match dice.choices(["spend", "many", "buy", "refund", "balance"], [12, 3, 2, 2, 2])[0]:
+            case "spend":
+                return [self.spending(dice.choice((1, 1, 1, 2, 10)))]
+            case "many":
+                return [self.spending(dice.choice((1, 2))) for _ in range(dice.choice((2, 6, 40)))]
+            case "buy":
+                return [Wish("buy", user, self.key("buy"), 20)]
+            case "refund" if self.purchases:
+                whose, purchase = dice.choice(self.purchases)
+                return [Wish("refund", whose, self.key("refund"), dice.choice((1, 5, 20)), purchase)]
+            case _:
+                return [Wish("balance", user)]
+
+    def spending(self, amount: int) -> Wish:
+        """Some of them for a workshop, and some under a key, that others are after at the same moment."""
+        user, workshops = self.dice.choice(list(self.people.items()))
+        match self.dice.choices(["own key", "common key", "workshop"], [6, 1, 3])[0]:
+            case "own key":
+                return Wish("consume", user, self.key("consume"), amount)
+            case "common key":
+                return Wish("consume", user, f"common {moment()}", 1)
+            case _:
+                workshop = workshops[(moment() + self.dice.randrange(3)) % len(workshops)]
+                return Wish("consume", user, self.key("consume"), 1, workshop)
+
+    def key(self, what: str) -> str:
+        if what == "buy" and self.dice.random() < 0.2:
+            return f"common {what} {moment()}"
+        return f"{self.name}-{next(self.numbers)}"
+
+
+def moment() -> int:
+    """The same for all who ask at about the same time."""
+    return time.monotonic_ns() // 50_000_000
+
+
+ROW = ("id", "user_id", "type", "amount", "balance_after", "sequence", "idempotency_key", "workshop_id", "refund_of")
+
+
+def facts(row: Any) -> list[Any]:
+    """What a row says, as it is written into a log."""
+    values = (getattr(row, name) for name in ROW)
+    return [value if value is None or type(value) is int else str(value) for value in values]
+
 
 def said(answer: Any) -> list[Any]:
     if isinstance(answer, CreditTransaction):
-        return ["row", str(answer.id), answer.sequence, answer.balance_after]
-    if isinstance(answer, InsufficientCredits):
-        return ["insufficient", str(answer.user), answer.balance, answer.required]
-    return ["balance", answer] if isinstance(answer, int) else ["refused", type(answer).__name__]
+        return ["row", answer.replayed, *facts(answer)]
+    return ["balance", answer] if isinstance(answer, int) else [type(answer).__name__, answer.fields]
 
 
 def client(url: str, people: dict[str, list[str]], logs: Path, seed: int) -> None:
-    Client(url, people, logs / f"client-{seed}.jsonl", seed).live(logs / "over")
+    # as an app has it: statements are compiled once, while connections come and go
+    pool = engine(url, isolation_level="AUTOCOMMIT")
+    Client(Ledger(Config(database_url=url, host=HOST)), pool, people, logs, f"{seed}").live()
 
 
 # --- the hammer ---
@@ -181,13 +234,23 @@ def hammer(plan: Plan, *, bin_dir: Path | None = None) -> Report:
             with world.engine.begin() as conn:
                 conn.exec_driver_sql(SHAPES["uuid"].ddl)
             migrate.apply(world.url, world.config)
-            users = [world.user(credits=BEGINS_WITH) for _ in range(max(3, plan.processes // 4))]
-            people = {str(user): [str(world.workshop(user)) for _ in range(30)] for user in users}
+            people = settled_in(world, max(3, plan.processes // 4))
             strike(plan, world.url, people, server, Path(logs), report)
             check(world, Path(logs), report)
     finally:
         shutil.rmtree(home)
     return report
+
+
+def settled_in(world: World, count: int) -> dict[str, list[str]]:
+    """So many users, with credits, and their workshops."""
+    users, workshops = [world.user(credits=BEGINS_WITH) for _ in range(count)], world.schema.workshops
+    assert workshops is not None
+    theirs = {user: [world.key("uuid") for _ in range(WORKSHOPS)] for user in users}
+    with world.engine.begin() as conn:
+        for user, some in theirs.items():
+            conn.execute(sa.insert(workshops), [{"key": one, "owner": user, "title": "A workshop"} for one in some])
+    return {str(user): [str(one) for one in some] for user, some in theirs.items()}
 
 
 def strike(plan: Plan, url: str, people: dict[str, list[str]], server: Server, logs: Path, report: Report) -> None:
@@ -224,11 +287,73 @@ def strike(plan: Plan, url: str, people: dict[str, list[str]], server: Server, l
     (logs / "over").touch()
     for process in crowd:
         process.join(120)
-        if process.exitcode:
+        if process.exitcode != 0:  # None: it hangs
             report.faults.append(f"a client ended with {process.exitcode}")
+            process.kill()
+    report.asked = (logs / "questions").stat().st_size
 
 
 # --- the check ---
+
+
+Question = tuple[float, list[Wish]]
+"""When it was asked, and what for; of several calls, what for in all of them."""
+
+Answer = tuple[float, list[list[Any]]]
+"""When it was told, and for each wish what ``said`` makes of its outcome."""
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """What the clients wrote down; a question without an answer stands beside None."""
+
+    folder: Path
+
+    def __iter__(self) -> Iterator[tuple[Question, Answer | None]]:
+        for log in sorted(self.folder.glob("client-*.jsonl")):
+            question: Question | None = None
+            for line in log.open():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # the client was killed while it wrote
+                if "ask" in entry:
+                    if question:
+                        yield question, None
+                    question = entry["at"], [Wish(*wish) for call in entry["ask"] for wish in call]
+                elif question:
+                    yield question, (entry["at"], entry["told"])
+                    question = None
+            if question:
+                yield question, None
+
+
+def check(world: World, logs: Path, report: Report) -> None:
+    row = world.schema.credit_transactions.c
+    with world.autocommit.connect() as conn:
+        report.faults += [str(finding) for finding in audit(conn, world.config).findings if finding.fault]
+        rows = conn.execute(sa.select(*(row[name] for name in ROW)).where(row.status == "completed")).all()
+    report.rows = len(rows)
+    talk = Conversations(logs)
+    for (_, wishes), answer in talk:
+        for wish, told in zip(wishes, answer[1] if answer else (), strict=False):
+            report.answered += 1
+            report.kinds.update([wish.what] if told[0] in ("row", "balance") else [wish.what, told[0]])
+    report.faults += contradictions(rows, talk)
+
+
+def contradictions(rows: Iterable[Any], talk: Iterable[tuple[Question, Answer | None]]) -> list[str]:
+    """What the rows of the ledger cannot explain of all that was said; ``talk`` is gone through twice."""
+    books = Books(rows)
+    for question, _ in talk:
+        books.ask(question)
+    for question, answer in talk:
+        if answer is not None:
+            books.tell(question, answer)
+    for user, chain in books.chains.items():
+        chain.sort(key=lambda row: row.sequence)
+        books.faults += unexplained(chain, books.events, books.claims[user])
+    return books.faults
 
 
 @dataclass
@@ -239,106 +364,114 @@ class Event:
     told: float = math.inf
 
 
-def conversations(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
-    for log in sorted(folder.glob("client-*.jsonl")):
-        question: dict[str, Any] | None = None
-        for line in log.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the client was killed while it wrote
-            if "ask" in entry:
-                if question:
-                    yield question, None
-                question = entry
-            elif question:
-                yield question, entry
-                question = None
-        if question:
-            yield question, None
+class Claim(NamedTuple):
+    """That something of a user was ``value`` at some moment: the balance, or what refunds took ``of`` a purchase.
+
+    Whoever was refused was so before the row that they asked for, should there be one: ``ahead_of`` is its number.
+    """
+
+    of: str | None
+    value: int
+    since: float
+    until: float
+    ahead_of: float = math.inf
 
 
-def names(question: dict[str, Any]) -> list[tuple[str, str]]:
-    """For each answer, whose and which row it is about: by key, or by the purchase."""
-    match question["ask"], question["with"]:
-        case "consume", [user, _, _, key]:
-            return [(user, key)]
-        case "consume_many", items:
-            return [(user, key) for user, _, key in items]
-        case "complete", [user, purchase]:
-            return [(user, purchase)]
-        case "refund", [user, _, _, key]:
-            return [(user, key)]
-        case _, [user]:
-            return [(user, "")]
-
-
-def check(world: World, logs: Path, report: Report) -> None:
-    row = world.schema.credit_transactions.c
-    with world.autocommit.connect() as conn:
-        report.faults += [str(finding) for finding in audit(conn, world.config).findings if finding.fault]
-        rows = conn.execute(sa.select(world.schema.credit_transactions).where(row.status == "completed")).all()
-    report.rows = len(rows)
-    books = Books(rows, report)
-    for question, answer in conversations(logs):
-        books.asked(question)
-        if answer is not None:
-            for (user, _), told in zip(names(question), answer["told"], strict=True):
-                books.told(user, told, question["at"], answer["at"])
-    chains: dict[str, list[Any]] = defaultdict(list)
-    for one in rows:
-        chains[str(one.user_id)].append(one)
-    for user, chain in chains.items():
-        chain.sort(key=lambda one: one.sequence)
-        report.faults += unexplained(chain, books.events, books.balances[user])
+WRITES = {"consume": ("consumption", -1), "buy": ("purchase", 1), "refund": ("refund", -1)}
+"""For each wish the type and the sign of the row that grants it."""
 
 
 class Books:
-    """The ledger's rows, and when each was asked for and told of."""
+    """The ledger's rows, when each was asked for and told of, and what else was said about their users."""
 
-    def __init__(self, rows: Sequence[Any], report: Report) -> None:
-        self.report = report
-        self.by_id = {str(row.id): row for row in rows}
-        self.by_name: dict[tuple[str, str], list[Any]] = defaultdict(list)
-        for row in rows:
-            for name in {row.idempotency_key, str(row.id) if row.type == "purchase" else None} - {None}:
-                self.by_name[str(row.user_id), name].append(row)
-        twice = (name for name, found in self.by_name.items() if len(found) > 1)
-        report.faults += [f"{name} is there more than once" for name in twice]
+    def __init__(self, rows: Iterable[Any]) -> None:
+        self.faults: list[str] = []
+        self.chains: dict[str, list[Any]] = defaultdict(list)
+        self.by_name: dict[tuple[str, str], Any] = {}
+        self.bought: dict[str, int] = {}
         self.events: dict[str, Event] = defaultdict(Event)
-        self.balances: dict[str, list[tuple[int, float, float]]] = defaultdict(list)  # told, asked at, told at
+        self.claims: dict[str, list[Claim]] = defaultdict(list)
+        self.made: set[str] = set()
+        for row in rows:
+            user = str(row.user_id)
+            self.chains[user].append(row)
+            if row.type == "purchase":
+                self.bought[str(row.id)] = row.amount
+            for name in {row.idempotency_key, row.workshop_id} - {None}:
+                if self.by_name.setdefault((user, str(name)), row) is not row:
+                    self.faults.append(f"{name} of {user} is there more than once")
 
-    def asked(self, question: dict[str, Any]) -> None:
-        self.report.asked += 1
-        self.report.kinds[question["ask"]] += 1
-        for name in names(question):
-            for row in self.by_name.get(name, ()):
+    def found(self, wish: Wish) -> Any:
+        """The row that grants a wish: that of its key, or the one that had unlocked its workshop before."""
+        own = self.by_name.get((wish.user, wish.key))
+        return self.by_name.get((wish.user, wish.of)) if own is None and wish.what == "consume" else own
+
+    def ask(self, question: Question) -> None:
+        at, wishes = question
+        for wish in wishes:
+            row = self.by_name.get((wish.user, wish.key))
+            if row is not None:
                 event = self.events[str(row.id)]
-                event.asked = min(event.asked, question["at"])
+                event.asked = min(event.asked, at)
+                kind, sign = WRITES[wish.what]
+                of = row.workshop_id or row.refund_of
+                if (row.type, row.amount, of and str(of)) != (kind, sign * wish.amount, wish.of):
+                    self.faults.append(f"{wish} was asked for, and written was {row}")
 
-    def told(self, user: str, answer: list[Any], since: float, until: float) -> None:
-        self.report.answered += 1
-        match answer:
-            case ["row", id, sequence, balance]:
-                found = self.by_id.get(id)
-                if found is None or (found.sequence, found.balance_after) != (sequence, balance):
-                    self.report.faults.append(f"told of row {id} ({sequence}, {balance}); the ledger has {found}")
-                event = self.events[id]
-                event.told = min(event.told, until)
-                # a workshop's row may have been asked for under a key of somebody who was not answered
-                event.asked = min(event.asked, since)
-            case ["insufficient", _, balance, required]:
-                if balance >= required:
-                    self.report.faults.append(f"refused {required} credits with a balance of {balance}")
-                self.balances[user].append((balance, since, until))
-            case ["balance", balance]:
-                self.balances[user].append((balance, since, until))
-            case ["refused", kind]:
-                self.report.kinds[kind] += 1
+    def tell(self, question: Question, answer: Answer) -> None:
+        since, wishes = question
+        until, answers = answer
+        if len(wishes) != len(answers):
+            self.faults.append(f"{len(wishes)} things were asked for and {len(answers)} answered: {wishes}")
+        for wish, (kind, *told) in zip(wishes, answers, strict=False):
+            row = self.found(wish)
+            if kind == "row":
+                fault = self.granted(wish, row, told[0], told[1:], since, until)
+            elif kind == "balance":
+                fault = wish.what != "balance"
+                self.claims[wish.user].append(Claim(None, told[0], since, until))
+            else:
+                claim = self.refused(wish, kind, told[0])
+                fault = claim is None
+                if claim is not None:
+                    of, value = claim
+                    ahead_of = math.inf if row is None else row.sequence
+                    self.claims[wish.user].append(Claim(of, value, since, until, ahead_of))
+            if fault:
+                self.faults.append(f"{wish} was answered with {kind} {told}; the ledger has {row}")
+
+    def granted(self, wish: Wish, row: Any, replayed: bool, told: list[Any], since: float, until: float) -> bool:
+        """Take down that somebody was told of a row; whether it is not theirs."""
+        if row is None or facts(row) != told:
+            return True
+        event = self.events[str(row.id)]
+        event.told = min(event.told, until)
+        if replayed:
+            return False
+        # It was made by this very call, so nobody's earlier attempt made it; and nobody else's call did.
+        event.asked = since
+        twice = str(row.id) in self.made
+        self.made.add(str(row.id))
+        return twice or row.idempotency_key != wish.key
+
+    def refused(self, wish: Wish, kind: str, why: Mapping[str, Any]) -> tuple[str | None, int] | None:
+        """What a refusal says of the user; None if these clients can give no reason for it."""
+        match wish.what, kind, why:
+            case "consume", "InsufficientCredits", {"user": wish.user, "balance": balance, "required": wish.amount}:
+                return (None, balance) if balance < wish.amount else None
+            case "refund", "RefundExceedsPurchase", {"purchase": wish.of, "left": left, "asked": wish.amount}:
+                return (wish.of, self.bought[wish.of] - left) if left < wish.amount else None
+        return None
 
 
-def unexplained(chain: list[Any], events: dict[str, Event], told_balances: list[tuple[int, float, float]]) -> list[str]:
-    """What contradicts the order in which the ledger says that things happened to this user."""
+def unexplained(chain: list[Any], events: Mapping[str, Event], claims: list[Claim]) -> list[str]:
+    """What contradicts the order in which the ledger says that things happened to this user.
+
+    State n is the one that row n made. A row stands ahead of those that were committed after it, or together with it
+    by one transaction; so what is true of one moment of this order is true of commits, which lie between question and
+    answer. What a transaction saw of its own rows before it committed them nobody else could see, and it tells of it
+    only afterwards: to everybody else that was the state at its commit, or one that came and went with it.
+    """
     faults = []
     # the setting-up came before all questions
     asked = [0.0 if one.sequence == 1 else events[str(one.id)].asked for one in chain]
@@ -355,17 +488,34 @@ def unexplained(chain: list[Any], events: dict[str, Event], told_balances: list[
     # right if that span meets the answer's own. Both bounds are made monotone, as the order itself is.
     begins = _running_max(asked)
     ends = _running_min_from_right([*told[1:], math.inf])
-    places: dict[int, list[int]] = defaultdict(list)
-    for n, one in enumerate(chain):
-        places[one.balance_after].append(n)
-    for balance, since, until in told_balances:
-        first = bisect.bisect_left(ends, since)  # the first state that may still have held when it was asked
-        last = bisect.bisect_right(begins, until) - 1  # the last one that may have held when it was told
-        at = places.get(balance, [])
-        n = bisect.bisect_left(at, first)
-        if n == len(at) or at[n] > last:
-            faults.append(f"{chain[0].user_id} was told of a balance of {balance}, which was at no moment between")
+    held = _held(chain)
+    for claim in claims:
+        first = bisect.bisect_left(ends, claim.since)  # the first state that may still have held when it was asked
+        last = bisect.bisect_right(begins, claim.until) - 1  # the last one that may have held when it was told
+        last = min(last, claim.ahead_of - 2)  # sequences count from 1: row n made state n - 1
+        spans = held.get((claim.of, claim.value), [])
+        n = bisect.bisect_left(spans, first, key=lambda span: span[1])
+        if n == len(spans) or spans[n][0] > last:
+            faults.append(f"{chain[0].user_id} was told of {claim}, which was so at no moment between")
     return faults
+
+
+def _held(chain: list[Any]) -> dict[tuple[str | None, int], list[tuple[int, int]]]:
+    """In which states, from the first to the last of them, a balance or what was taken of a purchase had a value."""
+    spans: dict[tuple[str | None, int], list[tuple[int, int]]] = defaultdict(list)
+    taken: dict[str, tuple[int, int]] = {}  # of each purchase, and since which state
+    for n, row in enumerate(chain):
+        spans[None, row.balance_after].append((n, n))
+        if row.type == "purchase":
+            taken[str(row.id)] = 0, n
+        elif row.refund_of is not None and str(row.refund_of) in taken:
+            purchase = str(row.refund_of)
+            value, since = taken[purchase]
+            spans[purchase, value].append((since, n - 1))
+            taken[purchase] = value - row.amount, n
+    for purchase, (value, since) in taken.items():
+        spans[purchase, value].append((since, len(chain) - 1))
+    return spans
 
 
 def _running_max(values: list[float]) -> list[float]:
