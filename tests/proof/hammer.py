@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tallystick import Config, Consume, CreditTransaction, Ledger, migrate
 from tallystick.audit import audit
+from tallystick.combine import Combiner
 from tallystick.database import engine, translated
 from tallystick.devdb import Server
 from tallystick.errors import DatabaseError, LedgerError
@@ -44,6 +46,7 @@ from worlds import SHAPES, World
 HOST = SHAPES["uuid"].host
 BEGINS_WITH = 200  # credits of each user
 WORKSHOPS = 1_000  # of each user
+PATIENCE_S = 120
 
 
 class Wish(NamedTuple):
@@ -60,35 +63,62 @@ Call = list[Wish]
 """One call of the ledger; of more than one wish, of ``consume_many``."""
 
 
+class Question(NamedTuple):
+    """What is asked in one go: by a door, calls that are one database transaction, or each its own."""
+
+    door: str
+    calls: list[Call]
+
+
+AUTOCOMMIT, COMBINER = "AUTOCOMMIT", "Combiner"
+DOORS = [[AUTOCOMMIT], ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"], [COMBINER, COMBINER, AUTOCOMMIT]]
+"""By which doors a client comes: the first, fourth and so on by those that stand first."""
+
+THREADS = 4  # of a client that comes by any of these but the first, as of an app that serves requests
+
+
 # --- a client ---
 
 
 class Client:
     """One random life, written to a file line by line: a kill loses nothing that was said before it."""
 
-    def __init__(self, ledger: Ledger, pool: sa.Engine, people: Mapping[str, Sequence[str]], logs: Path, name: str):
-        self.ledger, self.pool, self.people, self.name = ledger, pool, people, name
+    def __init__(
+        self,
+        combiner: Combiner,
+        ledger: Ledger,
+        pool: sa.Engine,
+        people: Mapping[str, Sequence[str]],
+        doors: Sequence[str],
+        logs: Path,
+        name: str,
+    ) -> None:
+        self.combiner, self.ledger, self.pool = combiner, ledger, pool
+        self.people, self.doors, self.name = people, doors, name
         self.dice, self.numbers = random.Random(name), itertools.count(1)
         self.log = (logs / f"client-{name}.jsonl").open("a", buffering=1)
         self.questions, self.over = (logs / "questions").open("ab", buffering=0), logs / "over"
         self.purchases: list[tuple[str, str]] = []
-        self.old: list[list[Call]] = []
+        self.old: list[Question] = []
 
     def live(self) -> None:
         while not self.over.exists():
-            calls = self.wanted()
-            self.old = [*self.old[-20:], calls]
+            question = self.wanted()
+            self.old = [*self.old[-20:], question]
             self.questions.write(b".")
-            while not self.ask(calls) and not self.over.exists():
+            while not self.ask(question) and not self.over.exists():
                 time.sleep(self.dice.random() * 0.05)
             if self.dice.random() < 1 / 300:
                 self.pool.dispose()  # and it connects anew
 
-    def ask(self, calls: list[Call]) -> bool:
-        """Whether there was an answer; if not, the same with the same keys may be asked again."""
-        self.write({"at": time.monotonic_ns(), "ask": calls})
+    def ask(self, question: Question) -> bool:
+        """Whether there was an answer; if not, the same with the same keys may be asked again.
+
+        Nobody is told of what a transaction did before its commit is.
+        """
+        self.write({"at": time.monotonic_ns(), "door": question.door, "ask": question.calls})
         try:
-            answers = self.settle(calls)
+            answers = self.settle(*question)
         except DatabaseError as error:
             if error.retryable or error.outcome_unknown:
                 return False
@@ -99,53 +129,71 @@ class Client:
         self.purchases += [(str(row.user_id), str(row.id)) for row in bought]
         return True
 
-    def settle(self, calls: list[Call]) -> list[Any]:
+    def settle(self, door: str, calls: list[Call]) -> list[Any]:
+        if door == COMBINER:
+            return [spent(future) for future in [self.combined(wish) for (wish,) in calls]]
         with translated(connecting=True):
             conn = self.pool.connect()
-        with conn:
+        with conn, translated(), conn.execution_options(isolation_level=door).begin():
             return [answer for call in calls for answer in self.make(conn, call)]
+
+    def combined(self, wish: Wish) -> Future[CreditTransaction]:
+        return self.combiner.consume(wish.user, workshop=wish.of, amount=wish.amount, key=wish.key)
 
     def make(self, conn: sa.Connection, call: Call) -> list[Any]:
         if len(call) > 1:
             items = [Consume(wish.user, workshop=wish.of, amount=wish.amount, key=wish.key) for wish in call]
             return self.ledger.consume_many(conn, items)
-        ((what, user, key, amount, of),) = call
         try:
-            match what:
-                case "consume":
-                    return [self.ledger.consume(conn, user, workshop=of, amount=amount, key=key)]
-                case "buy":  # asked again it is the same purchase, complete or not
-                    started = self.ledger.start_purchase(conn, user, credits=amount, description="A pack", key=key)
-                    return [self.ledger.complete_purchase(conn, user, id=started.id)]
-                case "refund":
-                    return [self.ledger.refund(conn, user, of, credits=amount, key=key)]
-                case _:
-                    return [self.ledger.balance(conn, user)]
+            return [self.grant_wish(conn, *call[0])]
         except LedgerError as refusal:
             return [refusal]
+
+    def grant_wish(self, conn: sa.Connection, what: str, user: str, key: str, amount: int, of: str) -> Any:
+        ledger = self.ledger
+        match what:
+            case "consume":
+                return ledger.consume(conn, user, workshop=of, amount=amount, key=key)
+            case "buy":  # asked again it is the same purchase, complete or not
+                started = ledger.start_purchase(conn, user, credits=amount, description="A pack", key=key)
+                return ledger.complete_purchase(conn, user, id=started.id)
+            case "refund":
+                return ledger.refund(conn, user, of, credits=amount, key=key)
+            case "reinstate":
+                return ledger.reinstate(conn, user, of, credits=amount, key=key)
+            case "grant":
+                return ledger.grant(conn, user, credits=amount, key=key, description="A gift")
+            case _:
+                return ledger.balance(conn, user)
 
     def write(self, entry: dict[str, Any]) -> None:
         self.log.write(json.dumps(entry, default=str) + "\n")
 
     # --- what comes into its mind ---
 
-    def wanted(self) -> list[Call]:
+    def wanted(self) -> Question:
         if self.old and self.dice.random() < 0.15:
             return self.dice.choice(self.old)
-        return [self.call()]
+        door = self.dice.choice(self.doors)
+        calls = [self.call(door) for _ in range(1 if door == AUTOCOMMIT else self.dice.choice((1, 2, 3)))]
+        return Question(door, calls)
 
-    def call(self) -> Call:
+    def call(self, door: str) -> Call:
         dice, user = self.dice, self.dice.choice(list(self.people))
-        match dice.choices(["spend", "many", "buy", "refund", "balance"], [12, 3, 2, 2, 2])[0]:
+        whats = {"spend": 12, "many": 3, "buy": 5, "refund": 3, "reinstate": 2, "grant": 1, "balance": 2}
+        match "spend" if door == COMBINER else dice.choices(list(whats), list(whats.values()))[0]:
             case "spend":
                 return [self.spending(dice.choice((1, 1, 1, 2, 10)))]
             case "many":
-                return [self.spending(dice.choice((1, 2))) for _ in range(dice.choice((2, 6, 40)))]
+                count = dice.choice((2, 6, 40 if door == AUTOCOMMIT else 10))
+                return [self.spending(dice.choice((1, 2))) for _ in range(count)]
             case "buy":
-                return [Wish("buy", user, self.key("buy"), 20)]
-            case "refund" if self.purchases:
-                whose, purchase = dice.choice(self.purchases)
-                return [Wish("refund", whose, self.key("refund"), dice.choice((1, 5, 20)), purchase)]
+                return [Wish("buy", user, dice.choice((self.key(), f"common pack {moment()}")), 20)]
+            case "grant":
+                return [Wish("grant", user, self.key(), dice.choice((1, 5)))]
+            case "refund" | "reinstate" as what if self.purchases:
+                whose, purchase = dice.choice(self.purchases[-6:])
+                return [Wish(what, whose, self.key(), dice.choice((1, 5, 20)), purchase)]
             case _:
                 return [Wish("balance", user)]
 
@@ -154,16 +202,14 @@ class Client:
         user, workshops = self.dice.choice(list(self.people.items()))
         match self.dice.choices(["own key", "common key", "workshop"], [6, 1, 3])[0]:
             case "own key":
-                return Wish("consume", user, self.key("consume"), amount)
+                return Wish("consume", user, self.key(), amount)
             case "common key":
                 return Wish("consume", user, f"common {moment()}", 1)
             case _:
                 workshop = workshops[(moment() + self.dice.randrange(3)) % len(workshops)]
-                return Wish("consume", user, self.key("consume"), 1, workshop)
+                return Wish("consume", user, self.key(), 1, workshop)
 
-    def key(self, what: str) -> str:
-        if what == "buy" and self.dice.random() < 0.2:
-            return f"common {what} {moment()}"
+    def key(self) -> str:
         return f"{self.name}-{next(self.numbers)}"
 
 
@@ -187,10 +233,21 @@ def said(answer: Any) -> list[Any]:
     return ["balance", answer] if isinstance(answer, int) else [type(answer).__name__, answer.fields]
 
 
-def client(url: str, people: dict[str, list[str]], logs: Path, seed: int) -> None:
+def spent(future: Future[CreditTransaction]) -> CreditTransaction | LedgerError:
+    try:
+        return future.result(PATIENCE_S)
+    except LedgerError as refusal:
+        return refusal
+
+
+def client(url: str, people: dict[str, list[str]], doors: list[str], logs: Path, seed: int) -> None:
     # as an app has it: statements are compiled once, while connections come and go
-    pool = engine(url, isolation_level="AUTOCOMMIT")
-    Client(Ledger(Config(database_url=url, host=HOST)), pool, people, logs, f"{seed}").live()
+    pool, ledger = engine(url), Ledger(Config(database_url=url, host=HOST))
+    threads = 1 if doors == [AUTOCOMMIT] else THREADS
+    with Combiner(ledger, pool) as combiner, ThreadPoolExecutor(threads) as crowd:
+        lives = [Client(combiner, ledger, pool, people, doors, logs, f"{seed}-{n}").live for n in range(threads)]
+        for life in [crowd.submit(life) for life in lives]:
+            life.result()
 
 
 # --- the hammer ---
@@ -211,10 +268,11 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How hard. The two ``…_every_s`` are averages."""
+    """How hard, and until when: the earlier of ``seconds`` and ``questions``. The two ``…_every_s`` are averages."""
 
     processes: int
     seconds: float
+    questions: float = math.inf
     server_kill_every_s: float
     client_kill_every_s: float
     seed: int
@@ -223,7 +281,12 @@ class Plan:
 def hammer(plan: Plan, *, bin_dir: Path | None = None) -> Report:
     """Run it on a server of its own, on disk with fsync on."""
     home = Path(tempfile.mkdtemp(prefix="tallystick-test-hammer-"))
-    settings = {"max_connections": str(2 * plan.processes + 20), "shared_buffers": "64MB", "max_wal_size": "1GB"}
+    settings = {
+        "max_connections": str(8 * plan.processes + 20),
+        "shared_buffers": "64MB",
+        "max_wal_size": "1GB",
+        "deadlock_timeout": "50ms",  # transactions meet in any order
+    }
     report = Report()
     try:
         with (
@@ -257,23 +320,23 @@ def strike(plan: Plan, url: str, people: dict[str, list[str]], server: Server, l
     context, dice = multiprocessing.get_context("spawn"), random.Random(plan.seed)
     seeds = itertools.count(plan.seed * 10_000)
 
-    def start() -> Any:
-        process = context.Process(target=client, args=(url, people, logs, next(seeds)))
+    def start(number: int) -> Any:
+        process = context.Process(target=client, args=(url, people, DOORS[number % len(DOORS)], logs, next(seeds)))
         process.start()
         return process
 
-    crowd = [start() for _ in range(plan.processes)]
-    while len(list(logs.glob("client-*"))) < plan.processes:  # the clock starts once they all live
+    crowd = [start(number) for number in range(plan.processes)]
+    while len(list(logs.glob("client-*-0.jsonl"))) < plan.processes:  # the clock starts once they all live
         time.sleep(0.02)
-    until = time.time() + plan.seconds
+    until, questions = time.time() + plan.seconds, logs / "questions"
     next_server, next_client = (time.time() + s for s in (plan.server_kill_every_s, plan.client_kill_every_s))
-    while time.time() < until:
+    while time.time() < until and questions.stat().st_size < plan.questions:
         time.sleep(0.02)
         if time.time() > next_client:
             victim = dice.randrange(plan.processes)
             crowd[victim].kill()
             crowd[victim].join()
-            crowd[victim] = start()
+            crowd[victim] = start(victim)
             report.client_kills += 1
             next_client = time.time() + plan.client_kill_every_s * (0.5 + dice.random())
         if time.time() > next_server:
@@ -290,17 +353,28 @@ def strike(plan: Plan, url: str, people: dict[str, list[str]], server: Server, l
         if process.exitcode != 0:  # None: it hangs
             report.faults.append(f"a client ended with {process.exitcode}")
             process.kill()
-    report.asked = (logs / "questions").stat().st_size
+    report.asked = questions.stat().st_size
 
 
 # --- the check ---
 
 
-Question = tuple[float, list[Wish]]
-"""When it was asked, and what for; of several calls, what for in all of them."""
+class Asked(NamedTuple):
+    """When it was asked, and for what by all of its calls."""
 
-Answer = tuple[float, list[list[Any]]]
-"""When it was told, and for each wish what ``said`` makes of its outcome."""
+    at: float
+    wishes: list[Wish]
+    door: str = AUTOCOMMIT
+
+
+class Told(NamedTuple):
+    """When it was told, and for each wish what ``said`` makes of its outcome."""
+
+    at: float
+    answers: list[list[Any]]
+
+
+Talk = Iterable[tuple[Asked, Told | None]]
 
 
 @dataclass(frozen=True)
@@ -309,21 +383,23 @@ class Conversations:
 
     folder: Path
 
-    def __iter__(self) -> Iterator[tuple[Question, Answer | None]]:
+    def __iter__(self) -> Iterator[tuple[Asked, Told | None]]:
         for log in sorted(self.folder.glob("client-*.jsonl")):
-            question: Question | None = None
-            for line in log.open():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
-                    continue  # the client was killed while it wrote
-                if "ask" in entry:
-                    if question:
-                        yield question, None
-                    question = entry["at"], [Wish(*wish) for call in entry["ask"] for wish in call]
-                elif question:
-                    yield question, (entry["at"], entry["told"])
-                    question = None
+            question: Asked | None = None
+            with log.open() as lines:
+                for line in lines:
+                    try:
+                        entry = json.loads(line)
+                    except json.JSONDecodeError:
+                        continue  # the client was killed while it wrote
+                    if "ask" in entry:
+                        if question:
+                            yield question, None
+                        wishes = [Wish(*wish) for call in entry["ask"] for wish in call]
+                        question = Asked(entry["at"], wishes, entry["door"])
+                    elif question:
+                        yield question, Told(entry["at"], entry["told"])
+                        question = None
             if question:
                 yield question, None
 
@@ -335,14 +411,15 @@ def check(world: World, logs: Path, report: Report) -> None:
         rows = conn.execute(sa.select(*(row[name] for name in ROW)).where(row.status == "completed")).all()
     report.rows = len(rows)
     talk = Conversations(logs)
-    for (_, wishes), answer in talk:
-        for wish, told in zip(wishes, answer[1] if answer else (), strict=False):
+    for question, answer in talk:
+        report.kinds[question.door if answer else "not answered"] += 1
+        for wish, told in zip(question.wishes, answer.answers if answer else (), strict=False):
             report.answered += 1
-            report.kinds.update([wish.what] if told[0] in ("row", "balance") else [wish.what, told[0]])
+            report.kinds[wish.what if told[0] in ("row", "balance") else told[0]] += 1
     report.faults += contradictions(rows, talk)
 
 
-def contradictions(rows: Iterable[Any], talk: Iterable[tuple[Question, Answer | None]]) -> list[str]:
+def contradictions(rows: Iterable[Any], talk: Talk) -> list[str]:
     """What the rows of the ledger cannot explain of all that was said; ``talk`` is gone through twice."""
     books = Books(rows)
     for question, _ in talk:
@@ -377,7 +454,10 @@ class Claim(NamedTuple):
     ahead_of: float = math.inf
 
 
-WRITES = {"consume": ("consumption", -1), "buy": ("purchase", 1), "refund": ("refund", -1)}
+WRITES = {
+    "consume": ("consumption", -1), "buy": ("purchase", 1), "refund": ("refund", -1), "grant": ("grant", 1),
+    "reinstate": ("grant", 1),
+}  # fmt: skip
 """For each wish the type and the sign of the row that grants it."""
 
 
@@ -406,20 +486,19 @@ class Books:
         own = self.by_name.get((wish.user, wish.key))
         return self.by_name.get((wish.user, wish.of)) if own is None and wish.what == "consume" else own
 
-    def ask(self, question: Question) -> None:
-        at, wishes = question
-        for wish in wishes:
+    def ask(self, question: Asked) -> None:
+        for wish in question.wishes:
             row = self.by_name.get((wish.user, wish.key))
             if row is not None:
                 event = self.events[str(row.id)]
-                event.asked = min(event.asked, at)
+                event.asked = min(event.asked, question.at)
                 kind, sign = WRITES[wish.what]
                 of = row.workshop_id or row.refund_of
                 if (row.type, row.amount, of and str(of)) != (kind, sign * wish.amount, wish.of):
                     self.faults.append(f"{wish} was asked for, and written was {row}")
 
-    def tell(self, question: Question, answer: Answer) -> None:
-        since, wishes = question
+    def tell(self, question: Asked, answer: Told) -> None:
+        since, wishes, _ = question
         until, answers = answer
         if len(wishes) != len(answers):
             self.faults.append(f"{len(wishes)} things were asked for and {len(answers)} answered: {wishes}")
@@ -459,18 +538,20 @@ class Books:
         match wish.what, kind, why:
             case "consume", "InsufficientCredits", {"user": wish.user, "balance": balance, "required": wish.amount}:
                 return (None, balance) if balance < wish.amount else None
-            case "refund", "RefundExceedsPurchase", {"purchase": wish.of, "left": left, "asked": wish.amount}:
-                return (wish.of, self.bought[wish.of] - left) if left < wish.amount else None
+            case "refund", "RefundExceedsPurchase", {"purchase": wish.of, "left": had, "asked": wish.amount}:
+                return (wish.of, self.bought[wish.of] - had) if had < wish.amount else None
+            case "reinstate", "ReinstatementExceedsRefunds", {"purchase": wish.of, "taken": had, "asked": wish.amount}:
+                return (wish.of, had) if had < wish.amount else None
         return None
 
 
 def unexplained(chain: list[Any], events: Mapping[str, Event], claims: list[Claim]) -> list[str]:
     """What contradicts the order in which the ledger says that things happened to this user.
 
-    State n is the one that row n made. A row stands ahead of those that were committed after it, or together with it
-    by one transaction; so what is true of one moment of this order is true of commits, which lie between question and
-    answer. What a transaction saw of its own rows before it committed them nobody else could see, and it tells of it
-    only afterwards: to everybody else that was the state at its commit, or one that came and went with it.
+    State n is the one that row n made. The rows of a database transaction stand side by side, since it keeps the
+    user's row for itself, and come to be at its commit, which lies between its question and its answer: all bounds
+    here are those of commits. What it was told of its own rows before that commit, or of others as of its snapshot, is
+    no exception. The first is a state that came, and perhaps went, with the commit; the second was read in between.
     """
     faults = []
     # the setting-up came before all questions
@@ -533,14 +614,16 @@ def _running_min_from_right(values: list[float]) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seconds", type=float, help="60, or as long as it takes to ask --questions")
+    parser.add_argument("--questions", type=int, metavar="N", help="end when so many were asked")
     parser.add_argument("--server-kill-every", type=float, default=3, metavar="S", help="on average")
     parser.add_argument("--client-kill-every", type=float, default=2, metavar="S", help="on average")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     asked = parser.parse_args()
     plan = Plan(
         processes=asked.processes,
-        seconds=asked.seconds,
+        seconds=asked.seconds or (math.inf if asked.questions else 60),
+        questions=asked.questions or math.inf,
         server_kill_every_s=asked.server_kill_every,
         client_kill_every_s=asked.client_kill_every,
         seed=asked.seed,

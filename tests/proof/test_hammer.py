@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from hammer import Plan, Wish, contradictions, facts, hammer
+from hammer import DOORS, WRITES, Asked, Plan, Told, Wish, contradictions, facts, hammer
 from servers import pg_bin
 
 
 @pytest.mark.one_server
 def test_nothing_is_lost_or_done_twice_under_the_hammer() -> None:
-    plan = Plan(processes=4, seconds=60, server_kill_every_s=3, client_kill_every_s=4, seed=7)
+    plan = Plan(processes=6, seconds=40, server_kill_every_s=3, client_kill_every_s=3, seed=7)
     report = hammer(plan, bin_dir=pg_bin())
     assert report.faults == []
-    assert report.server_kills >= 5
-    assert report.client_kills >= 5
-    assert report.answered >= 100
+    assert report.server_kills >= 4
+    assert report.client_kills >= 4
+    for name in (*WRITES, "balance", *chain(*DOORS)):  # what was granted, and by which door
+        assert report.kinds[name] >= 10, report.kinds
+
+
+def test_it_ends_when_enough_was_asked() -> None:
+    plan = Plan(processes=1, seconds=600, questions=50, server_kill_every_s=60, client_kill_every_s=60, seed=7)
+    report = hammer(plan, bin_dir=pg_bin())
+    assert report.faults == []
+    assert 50 <= report.asked < 1000
 
 
 # --- the check ---
@@ -50,7 +59,7 @@ def short(balance: int, required: int) -> list[Any]:
 
 
 def said(at: float, wish: Wish, until: float | None = None, *answers: Any) -> Any:
-    return (at, [wish]), None if until is None else (until, list(answers))
+    return Asked(at, [wish]), None if until is None else Told(until, list(answers))
 
 
 def balance(at: float, until: float, value: int) -> Any:
@@ -102,7 +111,7 @@ def test_an_answer_is_about_what_was_asked_for() -> None:
     # what was told is not what is there
     assert faults(said(10, WANTS_A, 20, new(row("A", 2, -1, 98))), TOLD_B) == 1
     # fewer answers than questions, a balance for a row
-    assert faults(TOLD_A, ((30, [WANTS_B, WANTS_A]), (40, [new(B)]))) == 1
+    assert faults(TOLD_A, (Asked(30, [WANTS_B, WANTS_A]), Told(40, [new(B)]))) == 1
     assert faults(TOLD_A, said(30, WANTS_B, 40, ["balance", 89])) == 1
 
 
@@ -114,6 +123,15 @@ def test_it_is_there_once() -> None:
 
 SHOP = row("A", 2, -1, 99, workshop_id="shop")
 OPENS_A, OPENS_C = Wish("consume", "ann", "A", 1, "shop"), Wish("consume", "ann", "C", 1, "shop")
+
+
+def test_what_is_done_in_one_transaction_is_told_after_its_commit() -> None:
+    both = Asked(10, [WANTS_A, Wish("balance", "ann"), WANTS_B], "SERIALIZABLE")
+    answers = Told(40, [new(A), ["balance", 99], new(B)])
+    assert faults((both, answers), balance(15, 20, 100), balance(15, 20, 89)) == 0
+    assert faults((both, None), (both._replace(at=50), Told(60, [again(A), ["balance", 89], again(B)]))) == 0
+    assert faults((both, answers), balance(41, 42, 99)) == 1  # they were committed together, and that was over
+    assert faults((both, answers), balance(5, 8, 89)) == 1
 
 
 def test_a_workshop_is_unlocked_once_and_whoever_asks_is_told_by_whom() -> None:
@@ -160,6 +178,12 @@ def test_what_is_left_of_a_purchase() -> None:
         error = ["RefundExceedsPurchase", {"purchase": "P", "left": left, "asked": asked}]
         return faults(bought, back, said(at, Wish("refund", "ann", "F", 10, "P"), until, error), rows=rows)
 
+    def not_given_back(at: float, until: float, taken: int) -> int:
+        error = ["ReinstatementExceedsRefunds", {"purchase": "P", "taken": taken, "asked": 20}]
+        return faults(bought, back, said(at, Wish("reinstate", "ann", "F", 20, "P"), until, error), rows=rows)
+
+    assert not_given_back(32, 60, 15) == not_given_back(22, 25, 0) == 0
+    assert not_given_back(22, 25, 15) == not_given_back(50, 60, 0) == not_given_back(50, 60, 20) == 1
     assert refused(32, 60, 5, 10) == refused(50, 60, 5, 10) == 0
     assert refused(22, 25, 5, 10) == 1  # not yet
     assert refused(50, 60, 15, 10) == 1  # that would have been enough
