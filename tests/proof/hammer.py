@@ -4,9 +4,9 @@
     python tests/proof/hammer.py --processes 32 --seconds 3600
 
 Each client writes down what it is about to ask, and then what it was told. Afterwards the database has to explain all
-of it: what was acknowledged is there once, what was not is there at most once, the audit finds nothing, and for each
-user there is one order of events, the ledger's own, in which every answer was true at some moment between its
-question and its arrival (linearizability).
+of it: what was acknowledged is there once and is what was asked for, what was not is there at most once, nothing was
+refused without a reason, the audit finds nothing, and for each user there is one order of events, the ledger's own, in
+which every answer was true at some moment between its question and its arrival (linearizability).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-from uuid import UUID
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
@@ -37,107 +37,218 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tallystick import Config, Consume, CreditTransaction, Ledger, migrate
 from tallystick.audit import audit
+from tallystick.combine import Combiner
 from tallystick.database import engine, translated
 from tallystick.devdb import Server
-from tallystick.errors import DatabaseError, InsufficientCredits, LedgerError
+from tallystick.errors import DatabaseError, DatabaseUnavailable, LedgerError
 from worlds import SHAPES, World
 
 HOST = SHAPES["uuid"].host
 BEGINS_WITH = 200  # credits of each user
+WORKSHOPS = 1_000  # of each user
+PATIENCE_S = 120
+
+
+class Wish(NamedTuple):
+    """One thing that is wanted of one user; ``of`` is the workshop or the purchase that it is about."""
+
+    what: str
+    user: str
+    key: str | None = None
+    amount: int = 0
+    of: str | None = None
+
+
+Call = list[Wish]
+"""One call of the ledger; of more than one wish, of ``consume_many``."""
+
+
+class Question(NamedTuple):
+    """What is asked in one go: by a door, calls that are one database transaction, or each its own."""
+
+    door: str
+    calls: list[Call]
+
+
+AUTOCOMMIT, COMBINER = "AUTOCOMMIT", "Combiner"
+DOORS = [[AUTOCOMMIT], ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"], [COMBINER, COMBINER, AUTOCOMMIT]]
+"""By which doors a client comes: the first, fourth and so on by those that stand first."""
+
+THREADS = 4  # of a client that comes by any of these but the first, as of an app that serves requests
 
 
 # --- a client ---
 
 
 class Client:
-    """One process's random life, written to a file line by line: a kill loses nothing that was said before it."""
+    """One random life, written to a file line by line: a kill loses nothing that was said before it."""
 
-    def __init__(self, url: str, people: dict[str, list[str]], log: Path, seed: int) -> None:
-        # as an app has it: statements are compiled once, while connections come and go
-        self.engine = engine(url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
-        self.ledger = Ledger(Config(database_url=url, host=HOST))
-        self.people = {UUID(user): [UUID(workshop) for workshop in theirs] for user, theirs in people.items()}
-        self.dice, self.name = random.Random(seed), f"{seed}"
-        self.log = log.open("a", buffering=1)
-        self.purchases: list[tuple[UUID, UUID]] = []
-        self.old: list[tuple[str, list[Any]]] = []
+    def __init__(
+        self,
+        combiner: Combiner,
+        ledger: Ledger,
+        pool: sa.Engine,
+        people: Mapping[str, Sequence[str]],
+        doors: Sequence[str],
+        logs: Path,
+        name: str,
+    ) -> None:
+        self.combiner, self.ledger, self.pool = combiner, ledger, pool
+        self.people, self.doors, self.name = people, doors, name
+        self.dice, self.numbers = random.Random(name), itertools.count(1)
+        self.log = (logs / f"client-{name}.jsonl").open("a", buffering=1)
+        self.questions, self.over = (logs / "questions").open("ab", buffering=0), logs / "over"
+        self.purchases: list[tuple[str, str]] = []
+        self.old: list[Question] = []
 
-    def live(self, over: Path) -> None:
-        number = 0
-        while not over.exists():
-            try:
-                with translated(connecting=True):
-                    conn = self.engine.connect()
-                with conn:
-                    for _ in range(self.dice.randrange(1, 600)):  # then it reconnects
-                        if over.exists():
-                            return
-                        number += 1
-                        self.act(conn, f"{self.name}-{number}")
-            except DatabaseError:
-                time.sleep(self.dice.random() * 0.1)  # what was under way is left open: nobody was told anything
+    def live(self) -> None:
+        while not self.over.exists():
+            question = self.wanted()
+            self.old = [*self.old[-20:], question]
+            self.questions.write(b".")
+            while not self.ask(question) and not self.over.exists():
+                pass
+            if self.dice.random() < 1 / 300:
+                self.pool.dispose()  # and it connects anew
 
-    def act(self, conn: sa.Connection, key: str) -> None:
-        dice, user = self.dice, self.dice.choice(list(self.people))
-        match dice.choices(["spend", "unlock", "many", "buy", "refund", "balance", "again"], [8, 4, 3, 2, 2, 2, 3])[0]:
-            case "spend":
-                self.ask(conn, "consume", [user, None, dice.choice((1, 1, 1, 2, 10)), key])
-            case "unlock":
-                self.ask(conn, "consume", [user, dice.choice(self.people[user]), 1, key])
-            case "many":
-                count = dice.choice((2, 6, 40))
-                items = [[dice.choice(list(self.people)), dice.choice((1, 2)), f"{key}-{n}"] for n in range(count)]
-                self.ask(conn, "consume_many", items)
-            case "buy":
-                started = self.ledger.start_purchase(conn, user, credits=20, description="A pack", key=key)
-                self.purchases.append((user, started.id))
-                self.ask(conn, "complete", [user, started.id])
-            case "refund" if self.purchases:
-                self.ask(conn, "refund", [*dice.choice(self.purchases), dice.choice((1, 5, 20)), key])
-            case "again" if self.old:
-                self.ask(conn, *dice.choice(self.old))
-            case _:
-                self.ask(conn, "balance", [user])
+    def ask(self, question: Question) -> bool:
+        """Whether there was an answer; if not, the same with the same keys may be asked again.
 
-    def ask(self, conn: sa.Connection, what: str, arguments: list[Any]) -> None:
-        self.write({"at": time.monotonic_ns(), "ask": what, "with": arguments})
+        Nobody is told of what a transaction did before its commit is.
+        """
+        self.write({"at": time.monotonic_ns(), "door": question.door, "ask": question.calls})
         try:
-            answers: Any = self.call(conn, what, arguments)
-        except LedgerError as refusal:
-            answers = refusal
+            answers = self.settle(*question)
+        except DatabaseError as error:
+            if not (error.retryable or error.outcome_unknown):
+                raise
+            time.sleep(self.dice.random() * (0.3 if isinstance(error, DatabaseUnavailable) else 0.03))
+            return False
         now = time.monotonic_ns()  # before anything else takes time: this is when we were told
-        told = answers if isinstance(answers, list) else [answers]
-        self.write({"at": now, "told": [said(answer) for answer in told]})
-        self.old = [*self.old[-20:], (what, arguments)]
+        self.write({"at": now, "told": [said(answer) for answer in answers]})
+        bought = [answer for answer in answers if isinstance(answer, CreditTransaction) and answer.type == "purchase"]
+        self.purchases += [(str(row.user_id), str(row.id)) for row in bought]
+        return True
 
-    def call(self, conn: sa.Connection, what: str, arguments: list[Any]) -> Any:
+    def settle(self, door: str, calls: list[Call]) -> list[Any]:
+        if door == COMBINER:
+            return [spent(future) for future in [self.combined(wish) for (wish,) in calls]]
+        with translated(connecting=True):
+            conn = self.pool.connect()
+        with conn, translated(), conn.execution_options(isolation_level=door).begin():
+            return [answer for call in calls for answer in self.make(conn, call)]
+
+    def combined(self, wish: Wish) -> Future[CreditTransaction]:
+        return self.combiner.consume(wish.user, workshop=wish.of, amount=wish.amount, key=wish.key)
+
+    def make(self, conn: sa.Connection, call: Call) -> list[Any]:
+        if len(call) > 1:
+            items = [Consume(wish.user, workshop=wish.of, amount=wish.amount, key=wish.key) for wish in call]
+            return self.ledger.consume_many(conn, items)
+        try:
+            return [self.grant_wish(conn, *call[0])]
+        except LedgerError as refusal:
+            return [refusal]
+
+    def grant_wish(self, conn: sa.Connection, what: str, user: str, key: str, amount: int, of: str) -> Any:
         ledger = self.ledger
-        match what, arguments:
-            case "consume", [user, workshop, amount, key]:
-                return ledger.consume(conn, user, workshop=workshop, amount=amount, key=key)
-            case "consume_many", items:
-                return ledger.consume_many(conn, [Consume(user, amount=amount, key=key) for user, amount, key in items])
-            case "complete", [user, purchase]:
-                return ledger.complete_purchase(conn, user, id=purchase)
-            case "refund", [user, purchase, credits, key]:
-                return ledger.refund(conn, user, purchase, credits=credits, key=key)
-            case _, [user]:
+        match what:
+            case "consume":
+                return ledger.consume(conn, user, workshop=of, amount=amount, key=key)
+            case "buy":  # asked again it is the same purchase, complete or not
+                started = ledger.start_purchase(conn, user, credits=amount, description="A pack", key=key)
+                return ledger.complete_purchase(conn, user, id=started.id)
+            case "refund":
+                return ledger.refund(conn, user, of, credits=amount, key=key)
+            case "reinstate":
+                return ledger.reinstate(conn, user, of, credits=amount, key=key)
+            case "grant":
+                return ledger.grant(conn, user, credits=amount, key=key, description="A gift")
+            case _:
                 return ledger.balance(conn, user)
 
     def write(self, entry: dict[str, Any]) -> None:
         self.log.write(json.dumps(entry, default=str) + "\n")
 
+    # --- what comes into its mind ---
+
+    def wanted(self) -> Question:
+        if self.old and self.dice.random() < 0.15:
+            return self.dice.choice(self.old)
+        door = self.dice.choice(self.doors)
+        calls = [self.call(door) for _ in range(1 if door == AUTOCOMMIT else self.dice.choice((1, 2, 3)))]
+        return Question(door, calls)
+
+    def call(self, door: str) -> Call:
+        dice, user = self.dice, self.dice.choice(list(self.people))
+        whats = {"spend": 12, "many": 3, "buy": 5, "refund": 3, "reinstate": 2, "grant": 1, "balance": 2}
+        match "spend" if door == COMBINER else dice.choices(list(whats), list(whats.values()))[0]:
+            case "spend":
+                return [self.spending(dice.choice((1, 1, 1, 2, 10)))]
+            case "many":
+                count = dice.choice((2, 6, 40 if door == AUTOCOMMIT else 10))
+                return [self.spending(dice.choice((1, 2))) for _ in range(count)]
+            case "buy":
+                return [Wish("buy", user, dice.choice((self.key(), f"common pack {moment()}")), 20)]
+            case "grant":
+                return [Wish("grant", user, self.key(), dice.choice((1, 5)))]
+            case "refund" | "reinstate" as what if self.purchases:
+                whose, purchase = dice.choice(self.purchases[-6:])
+                return [Wish(what, whose, self.key(), dice.choice((1, 1, 5, 20)), purchase)]
+            case _:
+                return [Wish("balance", user)]
+
+    def spending(self, amount: int) -> Wish:
+        """Some of them for a workshop, and some under a key, that others are after at the same moment."""
+        user, workshops = self.dice.choice(list(self.people.items()))
+        match self.dice.choices(["own key", "common key", "workshop"], [6, 1, 3])[0]:
+            case "own key":
+                return Wish("consume", user, self.key(), amount)
+            case "common key":
+                return Wish("consume", user, f"common {moment()}", 1)
+            case _:
+                workshop = workshops[(moment() + self.dice.randrange(3)) % len(workshops)]
+                return Wish("consume", user, self.key(), 1, workshop)
+
+    def key(self) -> str:
+        return f"{self.name}-{next(self.numbers)}"
+
+
+def moment() -> int:
+    """The same for all who ask at about the same time."""
+    return time.monotonic_ns() // 50_000_000
+
+
+ROW = ("id", "user_id", "type", "amount", "balance_after", "sequence", "idempotency_key", "workshop_id", "refund_of")
+
+
+def facts(row: Any) -> list[Any]:
+    """What a row says, as it is written into a log."""
+    values = (getattr(row, name) for name in ROW)
+    return [value if value is None or type(value) is int else str(value) for value in values]
+
 
 def said(answer: Any) -> list[Any]:
     if isinstance(answer, CreditTransaction):
-        return ["row", str(answer.id), answer.sequence, answer.balance_after]
-    if isinstance(answer, InsufficientCredits):
-        return ["insufficient", str(answer.user), answer.balance, answer.required]
-    return ["balance", answer] if isinstance(answer, int) else ["refused", type(answer).__name__]
+        return ["row", answer.replayed, *facts(answer)]
+    return ["balance", answer] if isinstance(answer, int) else [type(answer).__name__, answer.fields]
 
 
-def client(url: str, people: dict[str, list[str]], logs: Path, seed: int) -> None:
-    Client(url, people, logs / f"client-{seed}.jsonl", seed).live(logs / "over")
+def spent(future: Future[CreditTransaction]) -> CreditTransaction | LedgerError:
+    try:
+        return future.result(PATIENCE_S)
+    except LedgerError as refusal:
+        return refusal
+
+
+def client(url: str, people: dict[str, list[str]], doors: list[str], logs: Path, seed: int) -> None:
+    # as an app has it: statements are compiled once, while connections come and go
+    pool, ledger = engine(url), Ledger(Config(database_url=url, host=HOST))
+    threads = 1 if doors == [AUTOCOMMIT] else THREADS
+    with Combiner(ledger, pool) as combiner, ThreadPoolExecutor(threads) as crowd:
+        lives = [Client(combiner, ledger, pool, people, doors, logs, f"{seed}-{n}").live for n in range(threads)]
+        for life in [crowd.submit(life) for life in lives]:
+            life.result()
 
 
 # --- the hammer ---
@@ -158,10 +269,11 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How hard. The two ``…_every_s`` are averages."""
+    """How hard, and until when: the earlier of ``seconds`` and ``questions``. The two ``…_every_s`` are averages."""
 
     processes: int
     seconds: float
+    questions: float = math.inf
     server_kill_every_s: float
     client_kill_every_s: float
     seed: int
@@ -170,7 +282,12 @@ class Plan:
 def hammer(plan: Plan, *, bin_dir: Path | None = None) -> Report:
     """Run it on a server of its own, on disk with fsync on."""
     home = Path(tempfile.mkdtemp(prefix="tallystick-test-hammer-"))
-    settings = {"max_connections": str(2 * plan.processes + 20), "shared_buffers": "64MB", "max_wal_size": "1GB"}
+    settings = {
+        "max_connections": str(8 * plan.processes + 20),
+        "shared_buffers": "64MB",
+        "max_wal_size": "1GB",
+        "deadlock_timeout": "50ms",  # transactions meet in any order
+    }
     report = Report()
     try:
         with (
@@ -181,8 +298,7 @@ def hammer(plan: Plan, *, bin_dir: Path | None = None) -> Report:
             with world.engine.begin() as conn:
                 conn.exec_driver_sql(SHAPES["uuid"].ddl)
             migrate.apply(world.url, world.config)
-            users = [world.user(credits=BEGINS_WITH) for _ in range(max(3, plan.processes // 4))]
-            people = {str(user): [str(world.workshop(user)) for _ in range(30)] for user in users}
+            people = settled_in(world, max(3, plan.processes // 4))
             strike(plan, world.url, people, server, Path(logs), report)
             check(world, Path(logs), report)
     finally:
@@ -190,27 +306,38 @@ def hammer(plan: Plan, *, bin_dir: Path | None = None) -> Report:
     return report
 
 
+def settled_in(world: World, count: int) -> dict[str, list[str]]:
+    """So many users, with credits, and their workshops."""
+    users, workshops = [world.user(credits=BEGINS_WITH) for _ in range(count)], world.schema.workshops
+    assert workshops is not None
+    theirs = {user: [world.key("uuid") for _ in range(WORKSHOPS)] for user in users}
+    with world.engine.begin() as conn:
+        for user, some in theirs.items():
+            conn.execute(sa.insert(workshops), [{"key": one, "owner": user, "title": "A workshop"} for one in some])
+    return {str(user): [str(one) for one in some] for user, some in theirs.items()}
+
+
 def strike(plan: Plan, url: str, people: dict[str, list[str]], server: Server, logs: Path, report: Report) -> None:
     context, dice = multiprocessing.get_context("spawn"), random.Random(plan.seed)
     seeds = itertools.count(plan.seed * 10_000)
 
-    def start() -> Any:
-        process = context.Process(target=client, args=(url, people, logs, next(seeds)))
+    def start(number: int) -> Any:
+        process = context.Process(target=client, args=(url, people, DOORS[number % len(DOORS)], logs, next(seeds)))
         process.start()
         return process
 
-    crowd = [start() for _ in range(plan.processes)]
-    while len(list(logs.glob("client-*"))) < plan.processes:  # the clock starts once they all live
+    crowd = [start(number) for number in range(plan.processes)]
+    while len(list(logs.glob("client-*-0.jsonl"))) < plan.processes:  # the clock starts once they all live
         time.sleep(0.02)
-    until = time.time() + plan.seconds
+    until, questions = time.time() + plan.seconds, logs / "questions"
     next_server, next_client = (time.time() + s for s in (plan.server_kill_every_s, plan.client_kill_every_s))
-    while time.time() < until:
+    while time.time() < until and questions.stat().st_size < plan.questions:
         time.sleep(0.02)
         if time.time() > next_client:
             victim = dice.randrange(plan.processes)
             crowd[victim].kill()
             crowd[victim].join()
-            crowd[victim] = start()
+            crowd[victim] = start(victim)
             report.client_kills += 1
             next_client = time.time() + plan.client_kill_every_s * (0.5 + dice.random())
         if time.time() > next_server:
@@ -224,11 +351,87 @@ def strike(plan: Plan, url: str, people: dict[str, list[str]], server: Server, l
     (logs / "over").touch()
     for process in crowd:
         process.join(120)
-        if process.exitcode:
+        if process.exitcode != 0:  # None: it hangs
             report.faults.append(f"a client ended with {process.exitcode}")
+            process.kill()
+    report.asked = questions.stat().st_size
 
 
 # --- the check ---
+
+
+class Asked(NamedTuple):
+    """When it was asked, and for what by all of its calls."""
+
+    at: float
+    wishes: list[Wish]
+    door: str = AUTOCOMMIT
+
+
+class Told(NamedTuple):
+    """When it was told, and for each wish what ``said`` makes of its outcome."""
+
+    at: float
+    answers: list[list[Any]]
+
+
+Talk = Iterable[tuple[Asked, Told | None]]
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """What the clients wrote down; a question without an answer stands beside None."""
+
+    folder: Path
+
+    def __iter__(self) -> Iterator[tuple[Asked, Told | None]]:
+        for log in sorted(self.folder.glob("client-*.jsonl")):
+            question: Asked | None = None
+            with log.open() as lines:
+                for line in lines:
+                    try:
+                        entry = json.loads(line)
+                    except json.JSONDecodeError:
+                        continue  # the client was killed while it wrote
+                    if "ask" in entry:
+                        if question:
+                            yield question, None
+                        wishes = [Wish(*wish) for call in entry["ask"] for wish in call]
+                        question = Asked(entry["at"], wishes, entry["door"])
+                    elif question:
+                        yield question, Told(entry["at"], entry["told"])
+                        question = None
+            if question:
+                yield question, None
+
+
+def check(world: World, logs: Path, report: Report) -> None:
+    row = world.schema.credit_transactions.c
+    with world.autocommit.connect() as conn:
+        report.faults += [str(finding) for finding in audit(conn, world.config).findings if finding.fault]
+        rows = conn.execute(sa.select(*(row[name] for name in ROW)).where(row.status == "completed")).all()
+    report.rows = len(rows)
+    talk = Conversations(logs)
+    for question, answer in talk:
+        report.kinds[question.door if answer else "not answered"] += 1
+        for wish, told in zip(question.wishes, answer.answers if answer else (), strict=False):
+            report.answered += 1
+            report.kinds[wish.what if told[0] in ("row", "balance") else told[0]] += 1
+    report.faults += contradictions(rows, talk)
+
+
+def contradictions(rows: Iterable[Any], talk: Talk) -> list[str]:
+    """What the rows of the ledger cannot explain of all that was said; ``talk`` is gone through twice."""
+    books = Books(rows)
+    for question, _ in talk:
+        books.ask(question)
+    for question, answer in talk:
+        if answer is not None:
+            books.tell(question, answer)
+    for user, chain in books.chains.items():
+        chain.sort(key=lambda row: row.sequence)
+        books.faults += unexplained(chain, books.events, books.claims[user])
+    return books.faults
 
 
 @dataclass
@@ -239,106 +442,118 @@ class Event:
     told: float = math.inf
 
 
-def conversations(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
-    for log in sorted(folder.glob("client-*.jsonl")):
-        question: dict[str, Any] | None = None
-        for line in log.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the client was killed while it wrote
-            if "ask" in entry:
-                if question:
-                    yield question, None
-                question = entry
-            elif question:
-                yield question, entry
-                question = None
-        if question:
-            yield question, None
+class Claim(NamedTuple):
+    """That something of a user was ``value`` at some moment: the balance, or what refunds took ``of`` a purchase.
+
+    Whoever was refused was so before the row that they asked for, should there be one: ``ahead_of`` is its number.
+    """
+
+    of: str | None
+    value: int
+    since: float
+    until: float
+    ahead_of: float = math.inf
 
 
-def names(question: dict[str, Any]) -> list[tuple[str, str]]:
-    """For each answer, whose and which row it is about: by key, or by the purchase."""
-    match question["ask"], question["with"]:
-        case "consume", [user, _, _, key]:
-            return [(user, key)]
-        case "consume_many", items:
-            return [(user, key) for user, _, key in items]
-        case "complete", [user, purchase]:
-            return [(user, purchase)]
-        case "refund", [user, _, _, key]:
-            return [(user, key)]
-        case _, [user]:
-            return [(user, "")]
-
-
-def check(world: World, logs: Path, report: Report) -> None:
-    row = world.schema.credit_transactions.c
-    with world.autocommit.connect() as conn:
-        report.faults += [str(finding) for finding in audit(conn, world.config).findings if finding.fault]
-        rows = conn.execute(sa.select(world.schema.credit_transactions).where(row.status == "completed")).all()
-    report.rows = len(rows)
-    books = Books(rows, report)
-    for question, answer in conversations(logs):
-        books.asked(question)
-        if answer is not None:
-            for (user, _), told in zip(names(question), answer["told"], strict=True):
-                books.told(user, told, question["at"], answer["at"])
-    chains: dict[str, list[Any]] = defaultdict(list)
-    for one in rows:
-        chains[str(one.user_id)].append(one)
-    for user, chain in chains.items():
-        chain.sort(key=lambda one: one.sequence)
-        report.faults += unexplained(chain, books.events, books.balances[user])
+WRITES = {
+    "consume": ("consumption", -1), "buy": ("purchase", 1), "refund": ("refund", -1), "grant": ("grant", 1),
+    "reinstate": ("grant", 1),
+}  # fmt: skip
+"""For each wish the type and the sign of the row that grants it."""
 
 
 class Books:
-    """The ledger's rows, and when each was asked for and told of."""
+    """The ledger's rows, when each was asked for and told of, and what else was said about their users."""
 
-    def __init__(self, rows: Sequence[Any], report: Report) -> None:
-        self.report = report
-        self.by_id = {str(row.id): row for row in rows}
-        self.by_name: dict[tuple[str, str], list[Any]] = defaultdict(list)
-        for row in rows:
-            for name in {row.idempotency_key, str(row.id) if row.type == "purchase" else None} - {None}:
-                self.by_name[str(row.user_id), name].append(row)
-        twice = (name for name, found in self.by_name.items() if len(found) > 1)
-        report.faults += [f"{name} is there more than once" for name in twice]
+    def __init__(self, rows: Iterable[Any]) -> None:
+        self.faults: list[str] = []
+        self.chains: dict[str, list[Any]] = defaultdict(list)
+        self.by_name: dict[tuple[str, str], Any] = {}
+        self.bought: dict[str, int] = {}
         self.events: dict[str, Event] = defaultdict(Event)
-        self.balances: dict[str, list[tuple[int, float, float]]] = defaultdict(list)  # told, asked at, told at
+        self.claims: dict[str, list[Claim]] = defaultdict(list)
+        self.made: set[str] = set()
+        for row in rows:
+            user = str(row.user_id)
+            self.chains[user].append(row)
+            if row.type == "purchase":
+                self.bought[str(row.id)] = row.amount
+            for name in {row.idempotency_key, row.workshop_id} - {None}:
+                if self.by_name.setdefault((user, str(name)), row) is not row:
+                    self.faults.append(f"{name} of {user} is there more than once")
 
-    def asked(self, question: dict[str, Any]) -> None:
-        self.report.asked += 1
-        self.report.kinds[question["ask"]] += 1
-        for name in names(question):
-            for row in self.by_name.get(name, ()):
+    def found(self, wish: Wish) -> Any:
+        """The row that grants a wish: that of its key, or the one that had unlocked its workshop before."""
+        own = self.by_name.get((wish.user, wish.key))
+        return self.by_name.get((wish.user, wish.of)) if own is None and wish.what == "consume" else own
+
+    def ask(self, question: Asked) -> None:
+        for wish in question.wishes:
+            row = self.by_name.get((wish.user, wish.key))
+            if row is not None:
                 event = self.events[str(row.id)]
-                event.asked = min(event.asked, question["at"])
+                event.asked = min(event.asked, question.at)
+                kind, sign = WRITES[wish.what]
+                of = row.workshop_id or row.refund_of
+                if (row.type, row.amount, of and str(of)) != (kind, sign * wish.amount, wish.of):
+                    self.faults.append(f"{wish} was asked for, and written was {row}")
 
-    def told(self, user: str, answer: list[Any], since: float, until: float) -> None:
-        self.report.answered += 1
-        match answer:
-            case ["row", id, sequence, balance]:
-                found = self.by_id.get(id)
-                if found is None or (found.sequence, found.balance_after) != (sequence, balance):
-                    self.report.faults.append(f"told of row {id} ({sequence}, {balance}); the ledger has {found}")
-                event = self.events[id]
-                event.told = min(event.told, until)
-                # a workshop's row may have been asked for under a key of somebody who was not answered
-                event.asked = min(event.asked, since)
-            case ["insufficient", _, balance, required]:
-                if balance >= required:
-                    self.report.faults.append(f"refused {required} credits with a balance of {balance}")
-                self.balances[user].append((balance, since, until))
-            case ["balance", balance]:
-                self.balances[user].append((balance, since, until))
-            case ["refused", kind]:
-                self.report.kinds[kind] += 1
+    def tell(self, question: Asked, answer: Told) -> None:
+        since, wishes, _ = question
+        until, answers = answer
+        if len(wishes) != len(answers):
+            self.faults.append(f"{len(wishes)} things were asked for and {len(answers)} answered: {wishes}")
+        for wish, (kind, *told) in zip(wishes, answers, strict=False):
+            row = self.found(wish)
+            if kind == "row":
+                fault = self.granted(wish, row, told[0], told[1:], since, until)
+            elif kind == "balance":
+                fault = wish.what != "balance"
+                self.claims[wish.user].append(Claim(None, told[0], since, until))
+            else:
+                claim = self.refused(wish, kind, told[0])
+                fault = claim is None
+                if claim is not None:
+                    of, value = claim
+                    ahead_of = math.inf if row is None else row.sequence
+                    self.claims[wish.user].append(Claim(of, value, since, until, ahead_of))
+            if fault:
+                self.faults.append(f"{wish} was answered with {kind} {told}; the ledger has {row}")
+
+    def granted(self, wish: Wish, row: Any, replayed: bool, told: list[Any], since: float, until: float) -> bool:
+        """Take down that somebody was told of a row; whether it is not theirs."""
+        if row is None or facts(row) != told:
+            return True
+        event = self.events[str(row.id)]
+        event.told = min(event.told, until)
+        if replayed:
+            return False
+        # It was made by this very call, so nobody's earlier attempt made it; and nobody else's call did.
+        event.asked = since
+        twice = str(row.id) in self.made
+        self.made.add(str(row.id))
+        return twice or row.idempotency_key != wish.key
+
+    def refused(self, wish: Wish, kind: str, why: Mapping[str, Any]) -> tuple[str | None, int] | None:
+        """What a refusal says of the user; None if these clients can give no reason for it."""
+        match wish.what, kind, why:
+            case "consume", "InsufficientCredits", {"user": wish.user, "balance": balance, "required": wish.amount}:
+                return (None, balance) if balance < wish.amount else None
+            case "refund", "RefundExceedsPurchase", {"purchase": wish.of, "left": had, "asked": wish.amount}:
+                return (wish.of, self.bought[wish.of] - had) if had < wish.amount else None
+            case "reinstate", "ReinstatementExceedsRefunds", {"purchase": wish.of, "taken": had, "asked": wish.amount}:
+                return (wish.of, had) if had < wish.amount else None
+        return None
 
 
-def unexplained(chain: list[Any], events: dict[str, Event], told_balances: list[tuple[int, float, float]]) -> list[str]:
-    """What contradicts the order in which the ledger says that things happened to this user."""
+def unexplained(chain: list[Any], events: Mapping[str, Event], claims: list[Claim]) -> list[str]:
+    """What contradicts the order in which the ledger says that things happened to this user.
+
+    State n is the one that row n made. The rows of a database transaction stand side by side, since it keeps the
+    user's row for itself, and come to be at its commit, which lies between its question and its answer: all bounds
+    here are those of commits. What it was told of its own rows before that commit, or of others as of its snapshot, is
+    no exception. The first is a state that came, and perhaps went, with the commit; the second was read in between.
+    """
     faults = []
     # the setting-up came before all questions
     asked = [0.0 if one.sequence == 1 else events[str(one.id)].asked for one in chain]
@@ -355,17 +570,34 @@ def unexplained(chain: list[Any], events: dict[str, Event], told_balances: list[
     # right if that span meets the answer's own. Both bounds are made monotone, as the order itself is.
     begins = _running_max(asked)
     ends = _running_min_from_right([*told[1:], math.inf])
-    places: dict[int, list[int]] = defaultdict(list)
-    for n, one in enumerate(chain):
-        places[one.balance_after].append(n)
-    for balance, since, until in told_balances:
-        first = bisect.bisect_left(ends, since)  # the first state that may still have held when it was asked
-        last = bisect.bisect_right(begins, until) - 1  # the last one that may have held when it was told
-        at = places.get(balance, [])
-        n = bisect.bisect_left(at, first)
-        if n == len(at) or at[n] > last:
-            faults.append(f"{chain[0].user_id} was told of a balance of {balance}, which was at no moment between")
+    held = _held(chain)
+    for claim in claims:
+        first = bisect.bisect_left(ends, claim.since)  # the first state that may still have held when it was asked
+        last = bisect.bisect_right(begins, claim.until) - 1  # the last one that may have held when it was told
+        last = min(last, claim.ahead_of - 2)  # sequences count from 1: row n made state n - 1
+        spans = held.get((claim.of, claim.value), [])
+        n = bisect.bisect_left(spans, first, key=lambda span: span[1])
+        if n == len(spans) or spans[n][0] > last:
+            faults.append(f"{chain[0].user_id} was told of {claim}, which was so at no moment between")
     return faults
+
+
+def _held(chain: list[Any]) -> dict[tuple[str | None, int], list[tuple[int, int]]]:
+    """In which states, from the first to the last of them, a balance or what was taken of a purchase had a value."""
+    spans: dict[tuple[str | None, int], list[tuple[int, int]]] = defaultdict(list)
+    taken: dict[str, tuple[int, int]] = {}  # of each purchase, and since which state
+    for n, row in enumerate(chain):
+        spans[None, row.balance_after].append((n, n))
+        if row.type == "purchase":
+            taken[str(row.id)] = 0, n
+        elif row.refund_of is not None and str(row.refund_of) in taken:
+            purchase = str(row.refund_of)
+            value, since = taken[purchase]
+            spans[purchase, value].append((since, n - 1))
+            taken[purchase] = value - row.amount, n
+    for purchase, (value, since) in taken.items():
+        spans[purchase, value].append((since, len(chain) - 1))
+    return spans
 
 
 def _running_max(values: list[float]) -> list[float]:
@@ -383,14 +615,16 @@ def _running_min_from_right(values: list[float]) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seconds", type=float, help="60, or as long as it takes to ask --questions")
+    parser.add_argument("--questions", type=int, metavar="N", help="end when so many were asked")
     parser.add_argument("--server-kill-every", type=float, default=3, metavar="S", help="on average")
     parser.add_argument("--client-kill-every", type=float, default=2, metavar="S", help="on average")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     asked = parser.parse_args()
     plan = Plan(
         processes=asked.processes,
-        seconds=asked.seconds,
+        seconds=asked.seconds or (math.inf if asked.questions else 60),
+        questions=asked.questions or math.inf,
         server_kill_every_s=asked.server_kill_every,
         client_kill_every_s=asked.client_kill_every,
         seed=asked.seed,

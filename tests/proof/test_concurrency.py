@@ -384,3 +384,33 @@ def test_lists_and_single_calls_at_once(world: World) -> None:
     assert left[:2] == [0, 0]  # 528 items and more for each of them
     assert len({row.id for row in spent}) == len(spent)
     assert all(isinstance(result, CreditTransaction | InsufficientCredits) for result in results)
+
+
+@pytest.mark.parametrize("isolation", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
+def test_lists_in_transactions_of_each_isolation(world: World, isolation: str) -> None:
+    """As single calls: stricter isolation costs retries of the whole transaction, and nothing else."""
+    users = [world.user(credits=100) for _ in range(3)]
+    workshops = {user: [world.workshop(user) for _ in range(5)] for user in users}
+
+    def spend(world: World, conn: sa.Connection, number: int) -> list[Any]:
+        dice, results = random.Random(number), []
+        for n in range(5):
+            items = [Consume(user, key=f"{number}-{n}-{k}") for user in users for k in range(4)]
+            items += [Consume(user, key=f"shared {n}") for user in users]
+            items += [Consume(user, workshop=dice.choice(workshops[user]), key=f"{number}-{n}") for user in users]
+            dice.shuffle(items)
+            for _ in range(1000):
+                try:
+                    with conn.begin():
+                        told = world.ledger.consume_many(conn, items)
+                    results += told
+                    break
+                except Conflict as conflict:
+                    assert conflict.retryable
+        return results
+
+    results = list(chain.from_iterable(threads(world, 6, spend, isolation=isolation)))
+    assert len(results) == 6 * 5 * 18
+    # 120 items and the shared ones for each of them
+    assert Counter(row.user_id for row in new(results)) == dict.fromkeys(users, 100)
+    assert all(isinstance(result, CreditTransaction | InsufficientCredits) for result in results)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import sqlalchemy as sa
 
 from crowd import books_balance
 from tallystick import Consume, CreditTransaction
+from tallystick.combine import Combiner
 from tallystick.errors import DatabaseError, Key, OutcomeUnknown
 from wire import Fault, Harm, Proxy
 from worlds import World
@@ -35,18 +37,30 @@ def prepared(world: World, operation: str) -> Case:
     ledger, user = world.ledger, world.user(credits=10)
     workshop = world.workshop(user)
     with world.engine.begin() as conn:
-        bought = world.buy(conn, user, 5)
-        pending = ledger.start_purchase(conn, user, credits=7, description="A pack")
+        bought, refunded = world.buy(conn, user, 5), world.buy(conn, user, 4)
+        ledger.refund(conn, user, refunded.id, key="all of it")
+        pending, attached = (ledger.start_purchase(conn, user, credits=7, description="A pack") for _ in range(2))
+        ledger.attach_session(conn, user, attached.id, stripe_session_id=f"cs {user}")
     many = [Consume(user, key="1"), Consume(user, workshop=workshop, key="2"), Consume(user, amount=99, key="3")]
     calls: dict[str, tuple[Call, int]] = {
         "start_purchase": (lambda c: ledger.start_purchase(c, user, credits=7, description="A pack", key="s"), 0),
         "attach_session": (lambda c: ledger.attach_session(c, user, pending.id, stripe_session_id=f"cs_{user}"), 0),
         "complete_purchase": (lambda c: ledger.complete_purchase(c, user, id=pending.id), +7),
+        "complete_purchase by session": (
+            lambda c: ledger.complete_purchase(c, user, stripe_session_id=f"cs {user}"),
+            +7,
+        ),
         "fail_purchase": (lambda c: ledger.fail_purchase(c, user, id=pending.id, reason="expired"), 0),
+        "fail_purchase by session": (
+            lambda c: ledger.fail_purchase(c, user, stripe_session_id=f"cs {user}", reason="expired"),
+            0,
+        ),
         "consume": (lambda c: ledger.consume(c, user, amount=2, key="c"), -2),
         "consume for a workshop": (lambda c: ledger.consume(c, user, workshop=workshop, key="w"), -1),
         "consume_many": (lambda c: ledger.consume_many(c, many), -2),
         "refund": (lambda c: ledger.refund(c, user, bought.id, credits=3, key="r"), -3),
+        "reinstate": (lambda c: ledger.reinstate(c, user, refunded.id, credits=3, key="i"), +3),
+        "grant": (lambda c: ledger.grant(c, user, credits=3, key="g", description="A gift"), +3),
     }
     call, change = calls[operation]
     return Case(call, user, change)
@@ -72,12 +86,31 @@ OPERATIONS = [
     "start_purchase",
     "attach_session",
     "complete_purchase",
+    "complete_purchase by session",
     "fail_purchase",
+    "fail_purchase by session",
     "consume",
     "consume for a workshop",
     "consume_many",
     "refund",
+    "reinstate",
+    "grant",
 ]
+READING = {"balance", "balance_at", "history", "access"}
+
+
+def test_every_statement_that_writes_is_among_them(world: World) -> None:
+    engine, seen = sa.create_engine(world.url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT"), set()
+    names = {id(statement): name for name, statement in world.ledger.statements.items()}
+
+    @sa.event.listens_for(engine, "before_execute")
+    def listen(_conn: Any, statement: Any, *_rest: Any) -> None:
+        seen.add(names.get(id(statement)))
+
+    for operation in OPERATIONS:
+        with engine.connect() as conn:
+            prepared(world, operation).call(conn)
+    assert seen - {None} == set(names.values()) - READING
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -163,6 +196,40 @@ def test_cut_at_each_message_of_a_transaction(world: World, proxy: Proxy) -> Non
         both, neither = both + bool(mark), neither + (not mark)
     assert both > 0
     assert neither > 0
+    books_balance(world)
+
+
+def test_cut_at_each_message_of_a_combiner(world: World, proxy: Proxy) -> None:
+    """Whoever is told that it is unknown asks again, whoever is not has a row; and each is done once."""
+    engine = sa.create_engine(proxy.url, poolclass=sa.NullPool)
+    user, keys = world.user(credits=1_000), count()
+    lost: list[BaseException] = []
+    seen: set[bool] = set()
+
+    def attempt(fault: Fault | None = None) -> None:
+        with Combiner(world.ledger, engine) as combiner:
+
+            def rows(*names: str) -> list[CreditTransaction]:
+                calls = [combiner.consume(user, key=name) for name in names]
+                told = [call.exception(PATIENCE_S) or call.result() for call in calls]
+                unknown = [error for error in told if isinstance(error, OutcomeUnknown)]
+                lost.extend(unknown)
+                return rows(*names) if unknown else told
+
+            rows(str(next(keys)))  # it is connected
+            proxy.watch(fault)
+            mine = [str(next(keys)) for _ in range(3)]
+            first = rows(*mine)
+            assert [row.idempotency_key for row in first] == mine
+            seen.update(replays(first))
+            assert replays(rows(*mine)) == [True] * 3
+
+    for fault in faults(proxy, attempt, "cut", "cut in the middle"):
+        attempt(fault)
+    assert seen == {False, True}  # of some the answer was lost, and of some the question
+    assert len({id(error) for error in lost}) == len(lost)  # each has its own
+    with world.autocommit.connect() as conn:
+        assert world.ledger.balance(conn, user) == 1_000 - next(keys)
     books_balance(world)
 
 
