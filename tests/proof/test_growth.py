@@ -154,6 +154,7 @@ def operations(history: History, conn: sa.Connection) -> dict[str, Call]:
         "refund, refused": lambda c: ledger.refund(c, FIRST, bought, credits=99, key=f"{key} t"),
         "reinstate": lambda c: ledger.reinstate(c, FIRST, bought, credits=1, key=f"{key} i"),
         "grant": lambda c: ledger.grant(c, FIRST, credits=1, key=f"{key} g", description="x"),
+        "lock": lambda c: ledger.lock(c, FIRST),
         "balance": lambda c: ledger.balance(c, FIRST),
         "balance_at, now": lambda c: ledger.balance_at(c, FIRST, dt.datetime.now(dt.UTC)),
         "balance_at, long ago": lambda c: ledger.balance_at(c, FIRST, LATEST - dt.timedelta(minutes=half)),
@@ -260,8 +261,8 @@ NAMES = [
     "start_purchase", "attach_session", "attach_session, again", "complete_purchase by id",
     "complete_purchase by session", "complete_purchase, again", "fail_purchase by id", "fail_purchase by session",
     "consume", "consume, again", "consume, refused", "consume for a workshop", "consume for an unlocked workshop",
-    "consume_many", "refund", "refund, refused", "reinstate", "grant", "balance", "balance_at, now",
-    "balance_at, long ago", "history, first page", "history, far back", "history, last page",
+    "consume_many", "refund", "refund, refused", "reinstate", "grant", "lock", "balance",
+    "balance_at, now", "balance_at, long ago", "history, first page", "history, far back", "history, last page",
     "history with failed, first page", "history with failed, further", "access",
 ]  # fmt: skip
 

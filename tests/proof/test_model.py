@@ -234,6 +234,6 @@ def test_no_sequence_of_calls_tells_the_ledger_from_its_model(world: World) -> N
     )
     books_balance(world)
     # sessions are Stripe's names for a purchase and move nothing; the others only read
-    beside = {"attach_session", "complete_by_session", "fail_by_session", "balance_at", "history", "access"}
+    beside = {"attach_session", "complete_by_session", "fail_by_session", "lock", "balance_at", "history", "access"}
     assert seen - {None} == set(names.values()) - beside
     world.engine.dispose()
