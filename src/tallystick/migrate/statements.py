@@ -154,6 +154,10 @@ def _begin(*, expected: str | None) -> Iterator[Composable]:
     yield SQL("SET LOCAL statement_timeout = '30s'")
     # a frozen client must not keep even the fence
     yield SQL("SET LOCAL idle_in_transaction_session_timeout = '60s'")
+    # with the tables locked, COMMIT must not wait for a standby, where a report may keep the lock from being repeated
+    yield SQL(
+        "SELECT set_config('synchronous_commit', 'local', true) WHERE current_setting('synchronous_commit') <> 'off'"
+    )
     yield _do(
         SQL("""
 DECLARE
