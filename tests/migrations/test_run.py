@@ -31,12 +31,16 @@ from tallystick.errors import (
     OutcomeUnknown,
     PermissionDenied,
 )
-from tallystick.migrate.revisions import revisions
-from tallystick.migrate.statements import ADVISORY_KEY
+from tallystick.migrate.revisions import HostNames, revisions
+from tallystick.migrate.statements import ADVISORY_KEY, downward, text
 from tallystick.schema import HEAD
 
 INDEX = "tallystick_users_stripe_customer_id"
 WRAPAROUND = {"fsync": "off", "synchronous_commit": "off", "autovacuum_naptime": "1"}
+
+
+def libpq(app: App) -> str:
+    return sa.make_url(app.url).set(drivername="postgresql").render_as_string(hide_password=False)
 
 
 @contextmanager
@@ -44,10 +48,29 @@ def holding(
     app: App, statement: str, application: str = "a report"
 ) -> Iterator[psycopg.Connection[tuple[object, ...]]]:
     """A transaction that has run ``statement`` and stays open."""
-    url = sa.make_url(app.url).set(drivername="postgresql").render_as_string(hide_password=False)
-    with psycopg.connect(url, application_name="a report") as conn:
+    with psycopg.connect(libpq(app), application_name=application) as conn:
         conn.execute(statement)
         yield conn
+
+
+def vacuum_of(app: App, table: str = "users") -> int | None:
+    found = app.rows(f"SELECT pid FROM pg_stat_progress_vacuum WHERE relid = '{table}'::regclass")
+    return found[0][0] if found else None  # type: ignore[no-any-return]
+
+
+def wait_for_vacuum(app: App, table: str = "users") -> int:
+    deadline = time.monotonic() + 90
+    while not (pid := vacuum_of(app, table)):
+        assert time.monotonic() < deadline, "autovacuum did not come"
+        time.sleep(0.1)
+    return pid
+
+
+def step_down(app: App) -> None:
+    """From 0002 back to 0001."""
+    messages = downward([revisions()[1]], HostNames.of(app.config.host), discard_ledger=True, stall_budget_ms=1000)
+    with psycopg.connect(libpq(app), autocommit=True) as conn:
+        conn.execute(text((*messages.opening, *messages.locked)).encode(), prepare=False)
 
 
 class TestWaiting:
@@ -117,7 +140,7 @@ class TestWaiting:
         """A real one: it would not yield, so it is neither cancelled nor queued behind, but named and waited for."""
         with Server(scratch, settings=WRAPAROUND, bin_dir=server.bin) as own:
             app = self.old_table(own)
-            vacuum = self.wait_for_vacuum(app)
+            vacuum = wait_for_vacuum(app)
             before = app.shape()
 
             with app.engine.connect() as conn:
@@ -136,11 +159,11 @@ class TestWaiting:
                 assert waiting.wait(60)
                 assert not app.value("SELECT count(*) FROM pg_locks WHERE NOT granted")
                 app.run("UPDATE users SET email = email WHERE email = 'user 1'")  # nobody waits for us
-                assert self.vacuum_of(app) == vacuum
+                assert vacuum_of(app) == vacuum
                 # what an administrator may do: it comes back at once unless told not to
                 app.run("ALTER SYSTEM SET autovacuum = off", "SELECT pg_reload_conf()")
-                while self.vacuum_of(app):
-                    app.run(f"SELECT pg_terminate_backend({self.vacuum_of(app) or 0})")
+                while vacuum_of(app):
+                    app.run(f"SELECT pg_terminate_backend({vacuum_of(app) or 0})")
                     time.sleep(0.1)
                 [blocker] = run.result(60).steps[0].waited_for
             assert (blocker.pid, blocker.kind) == (vacuum, "wraparound vacuum")
@@ -155,13 +178,13 @@ class TestWaiting:
                 "ALTER TABLE users OWNER TO owner",
                 "ALTER TABLE workshops OWNER TO owner",
             )
-            vacuum = self.wait_for_vacuum(app)
+            vacuum = wait_for_vacuum(app)
             url = sa.make_url(app.url).set(username="owner").render_as_string(hide_password=False)
             with pytest.raises(MigrationBlocked) as caught:
                 migrate.apply(url, app.config, give_up_after_s=1)
             assert f"pid {vacuum}, autovacuum, holds users" in str(caught.value)
             assert caught.value.attempts == 1
-            assert self.vacuum_of(app) == vacuum
+            assert vacuum_of(app) == vacuum
 
     def old_table(self, own: Server) -> App:
         """A host whose users are too old in transaction ids, and large enough for their vacuum to take minutes."""
@@ -179,17 +202,6 @@ class TestWaiting:
             "SELECT pg_reload_conf()",
         )
         return app
-
-    def vacuum_of(self, app: App) -> int | None:
-        found = app.rows("SELECT pid FROM pg_stat_progress_vacuum WHERE relid = 'users'::regclass")
-        return found[0][0] if found else None  # type: ignore[no-any-return]
-
-    def wait_for_vacuum(self, app: App) -> int:
-        deadline = time.monotonic() + 90
-        while not (pid := self.vacuum_of(app)):
-            assert time.monotonic() < deadline, "autovacuum did not come"
-            time.sleep(0.1)
-        return pid
 
     def test_plan_names_who_is_in_the_way_now(self, app: App) -> None:
         with holding(app, "SELECT FROM users LIMIT 1"):
@@ -212,6 +224,57 @@ class TestWaiting:
         with holding(app, "SELECT FROM users LIMIT 1"), pytest.raises(MigrationBlocked):
             migrate.undo(app.url, app.config, give_up_after_s=0.3)
         assert migrate.undo(app.url, app.config).changed
+
+
+class TestTheLedger:
+    """Revision 0002 and undo lock it too, so whoever holds it is looked for there."""
+
+    @pytest.fixture
+    def at_0001(self, app: App) -> App:
+        migrate.apply(app.url, app.config)
+        step_down(app)
+        return app
+
+    def test_its_reader_is_named_and_not_queued_behind(self, at_0001: App) -> None:
+        with holding(at_0001, "SELECT count(*) FROM credit_transactions") as reader:
+            time.sleep(0.3)  # until it is no longer any young transaction
+            for run in (migrate.apply, migrate.undo):
+                with pytest.raises(MigrationBlocked) as caught:
+                    run(at_0001.url, at_0001.config, give_up_after_s=0.6)
+                assert f"pid {reader.info.backend_pid} (a report)" in str(caught.value)
+                assert "holds credit_transactions" in str(caught.value)
+                assert caught.value.attempts == 0
+        assert migrate.apply(at_0001.url, at_0001.config).changed
+        with (
+            holding(at_0001, "SELECT count(*) FROM tallystick.stripe_events"),
+            pytest.raises(MigrationBlocked, match=r"holds tallystick\.stripe_events"),
+        ):
+            migrate.undo(at_0001.url, at_0001.config, give_up_after_s=0.6)
+
+    def test_a_reader_of_what_it_does_not_lock_is_not_waited_for(self, at_0001: App) -> None:
+        with holding(at_0001, "SELECT count(*) FROM users"):
+            time.sleep(0.3)
+            [step] = migrate.apply(at_0001.url, at_0001.config, give_up_after_s=0.6).steps
+        assert (step.revision, step.waited_for) == ("0002", ())
+
+    def test_an_autovacuum_yields(self, at_0001: App) -> None:
+        app = at_0001
+        app.run(
+            "ALTER TABLE credit_transactions SET (autovacuum_vacuum_cost_delay = 100, autovacuum_vacuum_cost_limit = 1,"
+            " autovacuum_vacuum_insert_threshold = 1, autovacuum_vacuum_insert_scale_factor = 0)",
+            "INSERT INTO credit_transactions (id, user_id, type, status, amount, description)"
+            " SELECT gen_random_uuid(), id, 'purchase', 'pending', 1, 'x' FROM users, generate_series(1, 40)",
+            "ALTER SYSTEM SET autovacuum_naptime = 1",
+            "SELECT pg_reload_conf()",
+        )
+        try:
+            vacuum = wait_for_vacuum(app, "credit_transactions")
+            assert migrate.apply(app.url, app.config, give_up_after_s=20).changed
+            assert vacuum_of(app, "credit_transactions") != vacuum
+            wait_for_vacuum(app, "credit_transactions")
+            assert migrate.undo(app.url, app.config, discard_ledger=True, give_up_after_s=20).changed
+        finally:
+            app.run("ALTER SYSTEM RESET autovacuum_naptime", "SELECT pg_reload_conf()")
 
 
 class TestTwoAtOnce:

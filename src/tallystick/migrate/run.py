@@ -29,7 +29,7 @@ from tallystick.errors import (
     MigrationBlocked,
     MigrationRunning,
 )
-from tallystick.migrate.blockers import OLD_MS, Blocker, Watch
+from tallystick.migrate.blockers import OLD_MS, Blocker, Watch, oids_of
 from tallystick.migrate.host import Host, examine, mapped_oids, refuse_rows
 from tallystick.migrate.online import Building, OnlineStep, build, validate
 from tallystick.migrate.revisions import HostNames, Revision, after, revisions, up_to
@@ -239,9 +239,7 @@ class _Run:
                 stall_budget_ms=self.stall_budget_ms,
                 prepared=prepared,
             )
-            steps.append(
-                self._transaction(revision, host, "apply", messages, adopted=adopted, two_transactions=prepared)
-            )
+            steps.append(self._transaction(revision, "apply", messages, adopted=adopted, two_transactions=prepared))
             reached = revision.revision
             self._log(steps[-1])
         online = [step for revision in revisions() for step in self._online(revision, names)]
@@ -266,7 +264,7 @@ class _Run:
             stall_budget_ms=self.stall_budget_ms,
             prepared=prepared,
         )
-        step = self._transaction(all_of_them[0], host if gone else None, "undo", messages)
+        step = self._transaction(all_of_them[0], "undo", messages)
         return Receipt("undo", host.revision, None, tuple(replace(step, revision=one.revision) for one in all_of_them))
 
     def _preflight(self) -> Host:
@@ -301,7 +299,6 @@ class _Run:
     def _transaction(
         self,
         revision: Revision,
-        host: Host | None,
         action: Literal["apply", "undo"],
         messages: Messages,
         *,
@@ -310,10 +307,10 @@ class _Run:
     ) -> Step:
         """Run both messages until they go through, from the start each time.
 
-        ``host`` is None where none of its tables is touched. After the first of two transactions the messages are one:
-        a round trip in between would hold the fence for longer than the rest takes.
+        After the first of two transactions they are one: a round trip in between would hold the fence for longer than
+        the rest takes.
         """
-        watch = Watch(self.conn, [table.oid for table in host.tables] if host else [])
+        watch = Watch(self.conn, oids_of(self.conn, messages.locks))
         left = _PREPARED.format(revision.revision) if two_transactions else _NOTHING
         started = time.monotonic()
         deadline = started + self.give_up_after_s

@@ -35,8 +35,12 @@ MEASURE = SQL(
 
 @dataclass(frozen=True)
 class Messages:
-    """``opening`` and ``locked`` are sent as one string each; ``online`` one by one, each alone."""
+    """``opening`` and ``locked`` are sent as one string each; ``online`` one by one, each alone.
 
+    ``locks`` are the tables that they lock.
+    """
+
+    locks: tuple[Identifier, ...]
     opening: tuple[Composable, ...]
     locked: tuple[Composable, ...]
     online: Mapping[str, Composable]
@@ -53,6 +57,7 @@ def upward(
 ) -> Messages:
     """To ``revision``, from ``expected``; ``prepared`` where its :func:`preparation` was committed before."""
     return Messages(
+        locks=revision.locks(names),
         opening=tuple(_opening(names, revision, expected=expected, adopted=adopted, prepared=prepared)),
         locked=tuple(_locked(revision.locks(names), revision.locked(names), stall_budget_ms)),
         online={**revision.indexes(names), **revision.validates(names)},
@@ -96,9 +101,10 @@ def downward(
         *(_step_down(gone[-1]) if gone else ()),
     ]
     return Messages(
+        locks=tuple(locks),
         opening=(
             *_begin(expected=gone[0].revision if gone else None),
-            *([_fence(names)] if gone else []),  # what is only prepared has nothing of the host's to lock
+            _fence(locks),
         ),
         locked=tuple(_locked(locks, changes, stall_budget_ms)),
         online={},
@@ -128,7 +134,7 @@ def _opening(
         version = SQL("UPDATE tallystick.alembic_version SET version_num = {}")
     return [
         *_begin(expected=expected),
-        _fence(names),
+        _fence(revision.locks(names)),
         *([] if prepared else revision.prepare(names)),
         version.format(SqlLiteral(revision.revision)),
         _completed(revision, adopted) if prepared else _logged(revision, "apply", adopted),
@@ -181,10 +187,9 @@ END""").format(
     )
 
 
-def _fence(names: HostNames) -> Composed:
+def _fence(locks: Sequence[Identifier]) -> Composed:
     """Makes a running autovacuum yield; blocks neither reads nor writes."""
-    tables = [table.name for table in (names.users, names.workshops) if table]
-    return SQL("LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE").format(SQL(", ").join(tables))
+    return SQL("LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE").format(SQL(", ").join(locks))
 
 
 def _lock_all(locks: Sequence[Identifier], stall_budget_ms: int) -> Composed:
