@@ -36,6 +36,7 @@ from tallystick.migrate.statements import ADVISORY_KEY, downward, text
 from tallystick.schema import HEAD
 
 INDEX = "tallystick_users_stripe_customer_id"
+OURS = "SELECT * FROM pg_stat_activity WHERE application_name = 'tallystick migrate' AND datname = current_database()"
 WRAPAROUND = {"fsync": "off", "synchronous_commit": "off", "autovacuum_naptime": "1"}
 
 
@@ -51,6 +52,14 @@ def holding(
     with psycopg.connect(libpq(app), application_name=application) as conn:
         conn.execute(statement)
         yield conn
+
+
+@contextmanager
+def snapshot(app: App) -> Iterator[psycopg.Connection[tuple[object, ...]]]:
+    """One that an index built concurrently waits for; it holds no table."""
+    with holding(app, "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ") as reader:
+        reader.execute("SELECT 1")
+        yield reader
 
 
 def vacuum_of(app: App, table: str = "users") -> int | None:
@@ -389,6 +398,11 @@ def tell(event: threading.Event, _: migrate.Progress) -> None:
     event.set()
 
 
+def tell_when(event: threading.Event, phase: str, now: migrate.Progress) -> None:
+    if now.phase == phase:
+        event.set()
+
+
 def without_index(shape: set[tuple[str, str]]) -> set[tuple[str, str]]:
     return {(kind, text) for kind, text in shape if INDEX not in text}
 
@@ -499,6 +513,79 @@ def test_the_lock_was_short_and_measured(make_app: Callable[..., App]) -> None:
     assert 0 < step.locked_ms < step.duration_ms
 
 
+SETTINGS = {
+    "default_transaction_isolation": "repeatable read",
+    "transaction_timeout": "500ms",
+    "statement_timeout": "500ms",
+    "lock_timeout": "500ms",
+    "idle_session_timeout": "500ms",
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings_of_the_database_do_not_end_a_build(app: App, setting: str) -> None:
+    """Nor may the second connection, which looks how far it is, be what the build waits for."""
+    if not app.value(f"SELECT count(*) FROM pg_settings WHERE name = '{setting}'"):
+        pytest.skip(f"this server has no {setting}")
+    with psycopg.connect(libpq(app)) as writer, ThreadPoolExecutor(1) as pool:
+        app.run(f"ALTER DATABASE {app.engine.url.database} SET {setting} = '{SETTINGS[setting]}'")
+        online = threading.Event()
+
+        def progress(now: migrate.Progress) -> None:
+            if now.phase == "online" and not online.is_set():
+                writer.execute("UPDATE users SET email = email")  # the build waits for it before it looks at anything
+                online.set()
+
+        run = pool.submit(migrate.apply, app.url, app.config, progress=progress)
+        assert online.wait(60)
+        time.sleep(1)
+        writer.rollback()
+        try:
+            assert run.result(30).online[0].outcome == "built"
+        finally:
+            app.run(f"SELECT pg_terminate_backend(pid) FROM ({OURS}) ours")
+
+
+def test_a_build_that_cannot_be_looked_at_goes_on(app: App) -> None:
+    lone = f"lone_{app.engine.url.database}"
+    app.run(
+        f"CREATE ROLE {lone} LOGIN CONNECTION LIMIT 1",
+        f"GRANT CREATE ON DATABASE {app.engine.url.database} TO {lone}",
+        f"GRANT CREATE ON SCHEMA public TO {lone}",
+        f"ALTER TABLE users OWNER TO {lone}",
+        f"ALTER TABLE workshops OWNER TO {lone}",
+    )
+    url = app.engine.url.set(username=lone).render_as_string(hide_password=False)
+    online = threading.Event()
+    try:
+        with ThreadPoolExecutor(1) as pool, snapshot(app) as reader:
+            run = pool.submit(migrate.apply, url, app.config, progress=partial(tell_when, online, "online"))
+            assert online.wait(60)
+            time.sleep(1)
+            reader.rollback()
+            assert run.result(30).online[0].outcome == "built"
+    finally:
+        app.run(f"REASSIGN OWNED BY {lone} TO postgres", f"DROP OWNED BY {lone}", f"DROP ROLE {lone}")
+
+
+def test_a_connection_that_dies_while_a_leftover_is_dropped(app: App) -> None:
+    migrate.apply(app.url, app.config)
+    app.run(
+        f"CREATE INDEX {INDEX}_ccnew ON users (stripe_customer_id)",
+        f"UPDATE pg_index SET indisvalid = false WHERE indexrelid = '{INDEX}_ccnew'::regclass",
+    )
+    with ThreadPoolExecutor(1) as pool, holding(app, "SELECT FROM users LIMIT 1"):
+        run = pool.submit(migrate.apply, app.url, app.config)
+        kill = f"SELECT pg_terminate_backend(pid) FROM ({OURS}) ours WHERE left(query, 10) = 'DROP INDEX'"
+        deadline = time.monotonic() + 60
+        while not app.rows(kill):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        with pytest.raises(OutcomeUnknown, match="Run the same command again"):
+            run.result(60)
+    assert not migrate.apply(app.url, app.config).changed
+
+
 def test_a_build_that_waits_tells_for_whom(app: App) -> None:
     """CREATE INDEX CONCURRENTLY waits for every older snapshot of the database; traffic does not feel it."""
     seen: list[migrate.Progress] = []
@@ -509,8 +596,7 @@ def test_a_build_that_waits_tells_for_whom(app: App) -> None:
         if step.waits_for:
             waiting.set()
 
-    with holding(app, "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ") as reader, ThreadPoolExecutor(1) as pool:
-        reader.execute("SELECT 1")
+    with snapshot(app) as reader, ThreadPoolExecutor(1) as pool:
         pid = reader.info.backend_pid
         run = pool.submit(migrate.apply, app.url, app.config, progress=progress)
         assert waiting.wait(60)
@@ -529,9 +615,11 @@ def test_a_run_that_is_stopped_leaves_nothing_building(app: App) -> None:
         if step.waits_for:
             raise KeyboardInterrupt
 
-    with holding(app, "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ") as reader:
-        reader.execute("SELECT 1")
-        with pytest.raises(KeyboardInterrupt):
+    with snapshot(app):
+        with pytest.raises(KeyboardInterrupt) as caught:
             migrate.apply(app.url, app.config, progress=stop)
+        [note] = caught.value.__notes__
+        assert f"Revision {HEAD} is in place" in note
+        assert app.value("SELECT version_num FROM tallystick.alembic_version") == HEAD
         assert app.value("SELECT count(*) FROM pg_stat_progress_create_index") == 0
     assert migrate.apply(app.url, app.config).online[0].outcome == "repaired"

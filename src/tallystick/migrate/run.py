@@ -21,7 +21,7 @@ from typing import Literal
 
 import psycopg
 import sqlalchemy as sa
-from psycopg.sql import Composable, Identifier
+from psycopg.sql import Composable
 
 from tallystick.config import Config
 from tallystick.errors import (
@@ -31,7 +31,7 @@ from tallystick.errors import (
 )
 from tallystick.migrate.blockers import OLD_MS, Blocker, Watch, oids_of
 from tallystick.migrate.host import Host, examine, mapped_oids, refuse_rows
-from tallystick.migrate.online import Building, OnlineStep, build, validate
+from tallystick.migrate.online import Building, OnlineStep, online
 from tallystick.migrate.revisions import HostNames, Revision, after, revisions, up_to
 from tallystick.migrate.role import refuse_limited
 from tallystick.migrate.session import driver, engine_of, session, translate
@@ -45,7 +45,7 @@ from tallystick.migrate.statements import (
     text,
     upward,
 )
-from tallystick.schema import LEDGER, migration_log
+from tallystick.schema import migration_log
 
 GIVE_UP_AFTER_S = 120.0
 
@@ -143,6 +143,8 @@ def apply(
         progress: called with each :class:`Progress`.
 
     Raises:
+        KeyboardInterrupt: with a note of how things stand, where it came while an online step was running, which is
+            cancelled.
         MigrationBlocked: the tables could not be locked in time; names who was in the way.
         MigrationRunning: another run is at it.
         PoolerRefused: the address is a pooler's.
@@ -151,10 +153,8 @@ def apply(
         DatabaseUnavailable: also after 15 seconds in which the server was starting up or nobody answered.
         PermissionDenied, MigrationError: otherwise.
     """
-    engine = engine_of(database)
-    with session(engine, waiting=_waking(progress)) as conn:
+    with session(engine_of(database), waiting=_waking(progress)) as conn:
         run = _Run(
-            engine,
             conn,
             config,
             stall_budget_ms=stall_budget_ms,
@@ -181,10 +181,8 @@ def undo(
         LedgerNotEmpty: the ledger has rows, and ``discard_ledger`` is False.
         MigrationError: a role was given its part of the ledger (:mod:`tallystick.migrate.role`); take it back first.
     """
-    engine = engine_of(database)
-    with session(engine, waiting=_waking(progress)) as conn:
+    with session(engine_of(database), waiting=_waking(progress)) as conn:
         run = _Run(
-            engine,
             conn,
             config,
             stall_budget_ms=stall_budget_ms,
@@ -203,7 +201,6 @@ class _Run:
 
     def __init__(
         self,
-        engine: sa.Engine,
         conn: sa.Connection,
         config: Config,
         *,
@@ -213,7 +210,6 @@ class _Run:
     ) -> None:
         if stall_budget_ms < 1:
             raise ConfigError(f"a stall budget of {stall_budget_ms} ms is no time at all; give at least 1")
-        self.engine = engine
         self.conn = conn
         self.config = config
         self.stall_budget_ms = stall_budget_ms
@@ -242,8 +238,15 @@ class _Run:
             steps.append(self._transaction(revision, "apply", messages, adopted=adopted, two_transactions=prepared))
             reached = revision.revision
             self._log(steps[-1])
-        online = [step for revision in revisions() for step in self._online(revision, names)]
-        return Receipt("apply", host.revision, reached, tuple(steps), tuple(online))
+        try:
+            built = [step for revision in revisions() for step in self._online(revision, names)]
+        except KeyboardInterrupt as stopped:
+            stopped.add_note(
+                f"Revision {reached} is in place, and the app may use it; its indexes or checks are not finished. "
+                "To finish them: tallystick migrate apply"
+            )
+            raise
+        return Receipt("apply", host.revision, reached, tuple(steps), tuple(built))
 
     def undo(self, *, discard_ledger: bool) -> Receipt:
         host = self._preflight()
@@ -401,30 +404,11 @@ class _Run:
         )
 
     def _online(self, revision: Revision, names: HostNames) -> Iterator[OnlineStep]:
-        for name, statement in revision.indexes(names).items():
+        def tell(step: str, building: Building | None) -> None:
+            known = (building.phase, building.fraction, building.waits_for) if building else ()
+            self.progress(Progress("online", revision.revision, 0, (), step, *known))
 
-            def tell(building: Building | None, step: str = name) -> None:
-                known = (building.phase, building.fraction, building.waits_for) if building else ()
-                self.progress(Progress("online", revision.revision, 0, (), step, *known))
-
-            yield from build(
-                self.conn,
-                self.engine.connect,
-                schema=names.users.schema,
-                name=name,
-                statement=statement,
-                progress=tell,
-            )
-        for name, statement in revision.validates(names).items():
-
-            def say(building: Building | None, step: str = name) -> None:
-                phase = building.phase if building else None
-                self.progress(Progress("online", revision.revision, 0, (), step, phase))
-
-            ledger = Identifier(names.users.schema, LEDGER)
-            yield from validate(
-                self.conn, self.engine.connect, table=ledger, name=name, statement=statement, progress=say
-            )
+        return online(self.conn, revision, names, tell)
 
 
 def _old(blockers: Sequence[Blocker]) -> list[Blocker]:
