@@ -54,6 +54,14 @@ def holding(
         yield conn
 
 
+def wait_until(app: App, query: str) -> None:
+    """Until it gives something other than none."""
+    deadline = time.monotonic() + 60
+    while not app.value(query):
+        assert time.monotonic() < deadline, query
+        time.sleep(0.01)
+
+
 @contextmanager
 def snapshot(app: App) -> Iterator[psycopg.Connection[tuple[object, ...]]]:
     """One that an index built concurrently waits for; it holds no table."""
@@ -235,6 +243,46 @@ class TestWaiting:
         assert migrate.undo(app.url, app.config).changed
 
 
+def slow_down(app: App) -> None:
+    """Each change takes 80 ms while a table is locked."""
+    app.run(
+        "CREATE FUNCTION slow() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " IF EXISTS (SELECT FROM pg_locks WHERE pid = pg_backend_pid() AND mode = 'AccessExclusiveLock'"
+        " AND relation = 'users'::regclass) THEN PERFORM pg_sleep(0.08); END IF; END $$",
+        "CREATE EVENT TRIGGER slow ON ddl_command_end EXECUTE FUNCTION slow()",
+    )
+
+
+class TestTheBudget:
+    def test_all_statements_under_the_lock_share_it(self, app: App) -> None:
+        before = app.shape()
+        slow_down(app)
+        with pytest.raises(MigrationBlocked, match="takes longer than the stall budget") as caught:
+            migrate.apply(app.url, app.config, stall_budget_ms=100, give_up_after_s=1)
+        assert "Nothing was changed" in str(caught.value)
+        assert "--two-transactions" not in str(caught.value)
+        app.run("DROP EVENT TRIGGER slow", "DROP FUNCTION slow()")
+        assert app.shape() == before
+
+    def test_with_a_larger_one_it_goes_through_and_is_measured(self, app: App) -> None:
+        slow_down(app)
+        [first, _] = migrate.apply(app.url, app.config, stall_budget_ms=20_000).steps
+        assert 240 < first.locked_ms < 20_000  # three tables are altered
+
+    def test_the_time_in_which_others_queued_behind_it_counts(self, app: App) -> None:
+        with psycopg.connect(libpq(app)) as reader, ThreadPoolExecutor(1) as pool:
+
+            def progress(now: migrate.Progress) -> None:
+                if (now.phase, now.revision, now.attempt) == ("locking", "0001", 1):
+                    reader.execute("SELECT FROM users LIMIT 1")
+
+            run = pool.submit(migrate.apply, app.url, app.config, stall_budget_ms=20_000, progress=progress)
+            wait_until(app, "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'users'::regclass")
+            time.sleep(0.5)
+            reader.rollback()
+            assert run.result(60).steps[0].locked_ms > 500
+
+
 class TestTheLedger:
     """Revision 0002 and undo lock it too, so whoever holds it is looked for there."""
 
@@ -351,6 +399,19 @@ class TestOnline:
         assert app.shape() == after
 
 
+@pytest.mark.parametrize(
+    ("style", "zone"),
+    [("SQL, DMY", "Asia/Jakarta"), ("German", "Europe/Berlin"), ("Postgres, MDY", "America/Sao_Paulo")],
+)
+def test_times_are_written_as_the_database_likes(app: App, style: str, zone: str) -> None:
+    name = app.engine.url.database
+    app.run(f"ALTER DATABASE {name} SET datestyle = '{style}'", f"ALTER DATABASE {name} SET timezone = '{zone}'")
+    assert all(step.locked_ms > 0 for step in migrate.apply(app.url, app.config).steps)
+    script = migrate.sql(None, app.config)
+    assert migrate.undo(app.url, app.config).changed
+    app.psql(script)
+
+
 class TestFaults:
     def test_no_database(self, app: App) -> None:
         url = sa.make_url(app.url).set(database="nowhere").render_as_string(hide_password=False)
@@ -377,6 +438,38 @@ class TestFaults:
         with pytest.raises(PermissionDenied, match="ask first"):
             migrate.apply(app.url, app.config)
         assert app.shape() == before
+
+    def test_a_privilege_that_is_granted_meanwhile(self, app: App) -> None:
+        """Before PostgreSQL 18 it holds no table, and ours finds a row of the catalogue changed under it."""
+        with psycopg.connect(libpq(app)) as granting, ThreadPoolExecutor(1) as pool:
+            granting.execute("GRANT SELECT ON users TO PUBLIC")
+            if app.value("SELECT count(*) FROM pg_locks WHERE relation = 'users'::regclass"):
+                pytest.skip("this server locks the table for it, so it is waited for as any other")
+            with pytest.raises(MigrationBlocked, match="has changed their privileges"):
+                migrate.apply(app.url, app.config, give_up_after_s=0.3)
+            run = pool.submit(migrate.apply, app.url, app.config, stall_budget_ms=20_000)
+            wait_until(app, f"SELECT count(*) FROM ({OURS}) ours WHERE wait_event = 'transactionid'")
+            granting.commit()
+            assert run.result(60).steps[0].attempts == 2
+
+    def test_an_error_of_the_server_is_no_lost_connection(self, app: App) -> None:
+        app.run(
+            "CREATE FUNCTION fail() RETURNS event_trigger LANGUAGE plpgsql AS"
+            " $$ BEGIN RAISE internal_error USING MESSAGE = 'out of luck'; END $$",
+            "CREATE EVENT TRIGGER fail ON ddl_command_start WHEN tag IN ('ALTER TABLE') EXECUTE FUNCTION fail()",
+        )
+        before = app.shape()
+        with pytest.raises(MigrationError, match=r"out of luck \(XX000\)\. Nothing was changed"):
+            migrate.apply(app.url, app.config)
+        assert app.shape() == before
+
+    def test_what_is_in_place_already_is_said(self, app: App) -> None:
+        def progress(now: migrate.Progress) -> None:
+            if (now.phase, now.revision) == ("applied", "0001"):
+                app.run("ALTER TABLE credit_transactions DROP CONSTRAINT credit_transactions_refund_of")
+
+        with pytest.raises(MigrationError, match=r"Revision 0001 is in place, and nothing else was changed"):
+            migrate.apply(app.url, app.config, progress=progress)
 
     def test_a_connection_that_dies_under_the_run(self, app: App) -> None:
         before = app.shape()

@@ -19,7 +19,7 @@ from psycopg.sql import SQL, Composable, Identifier
 
 from tallystick.errors import MigrationError
 from tallystick.migrate.revisions import HostNames, Revision
-from tallystick.migrate.session import NEVER_CUT, driver, put, put_back, translate
+from tallystick.migrate.session import NEVER_CUT, driver, lost, put, put_back, translate
 from tallystick.schema import LEDGER
 
 _LOOK_EVERY_S = 0.25
@@ -88,7 +88,7 @@ def build(
             statement = SQL("REINDEX INDEX CONCURRENTLY {}").format(Identifier(schema, name))
         _alone(conn, statement, progress)
     except psycopg.Error as error:
-        raise translate(error, "apply", online=name) from error
+        raise translate(error, "apply", lost=lost(conn), online=name) from error
     if index_state(conn, schema, name) != "valid":
         raise MigrationError(f"the index {name} did not become valid. Run: tallystick migrate apply")
     yield OnlineStep(
@@ -118,7 +118,7 @@ def validate(
     try:
         _alone(conn, statement, progress)
     except psycopg.Error as error:
-        raise translate(error, "apply", online=name) from error
+        raise translate(error, "apply", lost=lost(conn), online=name) from error
     yield OnlineStep(name, "validated", round((time.monotonic() - started) * 1000, 3))
 
 

@@ -77,7 +77,7 @@ def session(source: sa.Engine, *, waiting: Callable[[str], None] | None = None) 
         yield conn
     except sa.exc.DBAPIError as error:
         if isinstance(error.orig, psycopg.Error):
-            raise translate(error.orig, "run") from error
+            raise translate(error.orig, "run", lost=lost(conn)) from error
         raise
     finally:
         with suppress(sa.exc.DBAPIError):  # there is nothing to roll back on a connection that died
@@ -140,8 +140,18 @@ def refuse_pooler(conn: sa.Connection) -> None:
 USE_UNPOOLED = "Put the direct address into DATABASE_URL_UNPOOLED (or database_url_unpooled)"
 
 
+def lost(conn: sa.Connection) -> bool:
+    """Whether the connection is gone."""
+    return conn.invalidated or driver(conn).closed
+
+
 def translate(
-    error: psycopg.Error, action: str, *, online: str | None = None, unchanged: str = "Nothing was changed"
+    error: psycopg.Error,
+    action: str,
+    *,
+    lost: bool,
+    online: str | None = None,
+    unchanged: str = "Nothing was changed",
 ) -> TallystickError:
     """What a refused statement means to the person who ran the migration; ``unchanged`` says how it left things."""
     said = (error.diag.message_primary or str(error)).strip().rstrip(".")
@@ -161,7 +171,7 @@ def translate(
             f"the database refused: {said}. {unchanged}. Connect as the owner of the tables",
             sqlstate=state,
         )
-    elif state is None or state.startswith(("08", "57P")) or state in ("58030", "XX000"):
+    elif lost or (state or "").startswith(("08", "57P")):  # said, and then closed
         found = OutcomeUnknown(
             f"the connection was lost ({said}). The database is as before or as after, never between. "
             "Run the same command again: it continues from whatever is there",

@@ -27,23 +27,34 @@ STALL_BUDGET_MS = 100
 # SQLSTATEs of our own
 RUNNING, MOVED, NOT_EMPTY = "TS001", "TS002", "TS003"
 
-MEASURE = SQL(
-    "SELECT 1000 * extract(epoch FROM clock_timestamp() - current_setting('tallystick.locked_at')::timestamptz)"
-)
-"""After the commit, on the server's clock: for how many milliseconds the locks were held."""
+_NOW_MS = "extract(epoch FROM clock_timestamp()) * 1000"  # a number: times as text are as the session's settings say
+_HELD_MS = f"{_NOW_MS} - current_setting('tallystick.locked_at')::numeric"
+
+MEASURE = SQL(f"SELECT {_HELD_MS}")
+"""After the commit, on the server's clock: for how many milliseconds others may have waited for us."""
 
 
 @dataclass(frozen=True)
 class Messages:
     """``opening`` and ``locked`` are sent as one string each; ``online`` one by one, each alone.
 
-    ``locks`` are the tables that they lock.
+    ``locks`` are the tables that they lock. In ``locked``, each statement may take all of the stall budget; with
+    :attr:`at_once` they share it, which needs that they are sent as one.
     """
 
     locks: tuple[Identifier, ...]
     opening: tuple[Composable, ...]
     locked: tuple[Composable, ...]
     online: Mapping[str, Composable]
+    stall_budget_ms: int
+
+    @property
+    def at_once(self) -> tuple[Composable, ...]:
+        """``locked`` as it is sent: before each statement under the lock, its limit is what is left of the budget."""
+        left_ms = f"greatest(1, ceil({self.stall_budget_ms} - ({_HELD_MS})))"
+        left = SQL(f"SELECT set_config('statement_timeout', {left_ms}::text, true)")
+        lock, _, *changes = self.locked
+        return (lock, *(statement for change in changes for statement in (left, change)))
 
 
 def upward(
@@ -61,6 +72,7 @@ def upward(
         opening=tuple(_opening(names, revision, expected=expected, adopted=adopted, prepared=prepared)),
         locked=tuple(_locked(revision.locks(names), revision.locked(names), stall_budget_ms)),
         online={**revision.indexes(names), **revision.validates(names)},
+        stall_budget_ms=stall_budget_ms,
     )
 
 
@@ -108,6 +120,7 @@ def downward(
         ),
         locked=tuple(_locked(locks, changes, stall_budget_ms)),
         online={},
+        stall_budget_ms=stall_budget_ms,
     )
 
 
@@ -200,22 +213,22 @@ def _lock_all(locks: Sequence[Identifier], stall_budget_ms: int) -> Composed:
     nowait = SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE NOWAIT;").format(SQL(", ").join(locks))
     # one wait's time is shared by all its tables, since lock_timeout is per table
     waiting = SQL("\n        ").join(
-        SQL("""rest_ms := ceil(extract(epoch FROM until - clock_timestamp()) * 1000);
-        PERFORM set_config('lock_timeout', greatest(rest_ms, 1)::text, true);
-        LOCK TABLE {} IN ACCESS EXCLUSIVE MODE;""").format(table)
+        SQL("""PERFORM set_config('lock_timeout', greatest(1, ceil(until - {}))::text, true);
+        LOCK TABLE {} IN ACCESS EXCLUSIVE MODE;""").format(SQL(_NOW_MS), table)
         for table in locks
     )
     return _do(
         SQL("""
 DECLARE
   wait_ms integer;
-  rest_ms integer;
-  until timestamptz;
+  asked_at numeric;
+  until numeric;
 BEGIN
   FOR attempt IN 1..100 LOOP
     BEGIN
+      asked_at := {now_ms};
       {nowait}
-      PERFORM set_config('tallystick.locked_at', clock_timestamp()::text, false);
+      PERFORM set_config('tallystick.locked_at', asked_at::text, false);
       RETURN;
     EXCEPTION WHEN lock_not_available THEN
       NULL;
@@ -224,9 +237,10 @@ BEGIN
   END LOOP;
   FOREACH wait_ms IN ARRAY {waits} LOOP
     BEGIN
-      until := clock_timestamp() + make_interval(secs => wait_ms * (0.75 + random() / 4) / 1000);
+      asked_at := {now_ms};  -- from here on others wait behind us
+      until := asked_at + wait_ms * (0.75 + random() / 4);
       {waiting}
-      PERFORM set_config('tallystick.locked_at', clock_timestamp()::text, false);
+      PERFORM set_config('tallystick.locked_at', asked_at::text, false);
       RETURN;
     EXCEPTION WHEN lock_not_available THEN
       NULL;
@@ -236,6 +250,7 @@ BEGIN
   END LOOP;
   RAISE EXCEPTION 'the tables are busy' USING ERRCODE = 'lock_not_available';
 END""").format(
+            now_ms=SQL(_NOW_MS),
             nowait=nowait,
             waiting=waiting,
             waits=SQL("ARRAY[{}]").format(
