@@ -31,6 +31,7 @@ from tallystick.errors import (
     OutcomeUnknown,
     PermissionDenied,
 )
+from tallystick.migrate.online import index_state
 from tallystick.migrate.revisions import HostNames, revisions
 from tallystick.migrate.statements import ADVISORY_KEY, downward, text
 from tallystick.schema import HEAD
@@ -387,6 +388,34 @@ class TestOnline:
         assert step.outcome == "repaired"
         assert app.shape() == after
 
+    def test_one_that_still_enforces_is_told_from_one_that_does_not(self, app: App) -> None:
+        """Whatever a build that was killed in one of its phases has left, and what it does with a duplicate."""
+        migrate.apply(app.url, app.config)
+        duplicate = "UPDATE users SET stripe_customer_id = 'cus_1' WHERE email IN ('user 1', 'user 2')"
+        for ready, told in ((True, "invalid, enforcing"), (False, "invalid")):
+            app.run(
+                f"UPDATE pg_index SET indisvalid = false, indisready = {ready} WHERE indexrelid = '{INDEX}'::regclass"
+            )
+            with app.engine.connect() as conn:
+                assert index_state(conn, "public", INDEX) == told
+                [drift] = migrate.status(conn, app.config).drift
+            assert ("but still enforcing" in str(drift.found), "enforcing nothing" in str(drift.found)) == (
+                ready,
+                not ready,
+            )
+            if ready:
+                with pytest.raises(sa.exc.IntegrityError, match=INDEX):
+                    app.run(duplicate)
+                with app.engine.connect() as conn:
+                    assert index_state(conn, "public", INDEX) == told
+        app.run(duplicate)
+        with pytest.raises(MigrationError, match="duplicated"):
+            migrate.apply(app.url, app.config)
+        app.run("UPDATE users SET stripe_customer_id = NULL")
+        assert migrate.apply(app.url, app.config).online[0].outcome == "repaired"
+        with app.engine.connect() as conn:
+            assert index_state(conn, "public", INDEX) == "valid"
+
     def test_what_a_killed_rebuild_left_is_removed(self, app: App) -> None:
         migrate.apply(app.url, app.config)
         after = app.shape()
@@ -496,8 +525,9 @@ def tell_when(event: threading.Event, phase: str, now: migrate.Progress) -> None
         event.set()
 
 
-def without_index(shape: set[tuple[str, str]]) -> set[tuple[str, str]]:
-    return {(kind, text) for kind, text in shape if INDEX not in text}
+def without_online(shape: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Without what is done after the commit."""
+    return {(kind, text.removesuffix(" NOT VALID")) for kind, text in shape if INDEX not in text}
 
 
 class TestKilled:
@@ -540,11 +570,11 @@ class TestKilled:
 
     def standing(self, app: App, old: set[tuple[str, str]], new: set[tuple[str, str]]) -> str:
         """Where a killed run left the database: at no revision, at the last, or at one between them."""
-        found = without_index(app.shape())
-        if found == without_index(old):
+        found = without_online(app.shape())
+        if found == without_online(old):
             return "old"
         assert app.value("SELECT version_num FROM tallystick.alembic_version") in [r.revision for r in revisions()]
-        return "new" if found == without_index(new) else "between"
+        return "new" if found == without_online(new) else "between"
 
     def sessions(self, app: App) -> int:
         return app.value(
@@ -565,26 +595,43 @@ class TestKilled:
             app = App(url, Config(database_url=url, host=HOSTS["uuid"].mapping), own)
             app.run(*HOSTS["uuid"].ddl.split(";")[:-1])
             old = app.shape()
+            started = time.monotonic()
             migrate.apply(app.url, app.config)
+            latest_s = time.monotonic() - started
             new = app.shape()
             migrate.undo(app.url, app.config)
-            for _ in range(self.SERVER_MOMENTS):
-                begun = threading.Event()
+
+            def crash() -> None:
+                os.kill(int((scratch / "server/data/postmaster.pid").read_text().split()[0]), signal.SIGKILL)
+
+            seen = set()
+            # just before anything is locked, and just after all is committed; the others anywhere
+            for phase in ("locking", "online", *[None] * (self.SERVER_MOMENTS - 2)):
+
+                def progress(now: migrate.Progress, phase: str | None = phase) -> None:
+                    if now.phase == phase:
+                        crash()
+                        time.sleep(0.5)  # until the process that serves us has noticed
+
                 with ThreadPoolExecutor(1) as pool:
-                    run = pool.submit(migrate.apply, app.url, app.config, progress=partial(tell, begun))
-                    begun.wait(60)
-                    time.sleep(random.uniform(0, 0.06))
-                    pid = int((scratch / "server/data/postmaster.pid").read_text().split()[0])
-                    os.kill(pid, signal.SIGKILL)
+                    run = pool.submit(migrate.apply, app.url, app.config, progress=progress)
+                    if phase is None:
+                        time.sleep(random.uniform(0, latest_s))
+                        crash()
                     error = run.exception(60)
                 assert error is None or isinstance(error, OutcomeUnknown | DatabaseUnavailable), error
                 own.start()
 
-                self.standing(app, old, new)
+                seen.add(found := self.standing(app, old, new))
+                if phase is None:
+                    latest_s *= 0.9 if found == "new" else 1.1
+                else:
+                    assert found == {"locking": "old", "online": "new"}[phase]
                 migrate.apply(app.url, app.config)
                 assert app.shape() == new
                 migrate.undo(app.url, app.config)
                 assert app.shape() == old
+            assert {"old", "new"} <= seen <= {"old", "new", "between"}
 
 
 def test_nothing_is_left_locked_or_open(app: App) -> None:
