@@ -31,12 +31,18 @@ from tallystick.errors import (
     OutcomeUnknown,
     PermissionDenied,
 )
-from tallystick.migrate.revisions import revisions
-from tallystick.migrate.statements import ADVISORY_KEY
+from tallystick.migrate.online import index_state
+from tallystick.migrate.revisions import HostNames, revisions
+from tallystick.migrate.statements import ADVISORY_KEY, downward, text
 from tallystick.schema import HEAD
 
 INDEX = "tallystick_users_stripe_customer_id"
+OURS = "SELECT * FROM pg_stat_activity WHERE application_name = 'tallystick migrate' AND datname = current_database()"
 WRAPAROUND = {"fsync": "off", "synchronous_commit": "off", "autovacuum_naptime": "1"}
+
+
+def libpq(app: App) -> str:
+    return sa.make_url(app.url).set(drivername="postgresql").render_as_string(hide_password=False)
 
 
 @contextmanager
@@ -44,10 +50,45 @@ def holding(
     app: App, statement: str, application: str = "a report"
 ) -> Iterator[psycopg.Connection[tuple[object, ...]]]:
     """A transaction that has run ``statement`` and stays open."""
-    url = sa.make_url(app.url).set(drivername="postgresql").render_as_string(hide_password=False)
-    with psycopg.connect(url, application_name="a report") as conn:
+    with psycopg.connect(libpq(app), application_name=application) as conn:
         conn.execute(statement)
         yield conn
+
+
+def wait_until(app: App, query: str) -> None:
+    """Until it gives something other than none."""
+    deadline = time.monotonic() + 60
+    while not app.value(query):
+        assert time.monotonic() < deadline, query
+        time.sleep(0.01)
+
+
+@contextmanager
+def snapshot(app: App) -> Iterator[psycopg.Connection[tuple[object, ...]]]:
+    """One that an index built concurrently waits for; it holds no table."""
+    with holding(app, "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ") as reader:
+        reader.execute("SELECT 1")
+        yield reader
+
+
+def vacuum_of(app: App, table: str = "users") -> int | None:
+    found = app.rows(f"SELECT pid FROM pg_stat_progress_vacuum WHERE relid = '{table}'::regclass")
+    return found[0][0] if found else None  # type: ignore[no-any-return]
+
+
+def wait_for_vacuum(app: App, table: str = "users") -> int:
+    deadline = time.monotonic() + 90
+    while not (pid := vacuum_of(app, table)):
+        assert time.monotonic() < deadline, "autovacuum did not come"
+        time.sleep(0.1)
+    return pid
+
+
+def step_down(app: App) -> None:
+    """From 0002 back to 0001."""
+    messages = downward([revisions()[1]], HostNames.of(app.config.host), discard_ledger=True, stall_budget_ms=1000)
+    with psycopg.connect(libpq(app), autocommit=True) as conn:
+        conn.execute(text((*messages.opening, *messages.locked)).encode(), prepare=False)
 
 
 class TestWaiting:
@@ -117,7 +158,7 @@ class TestWaiting:
         """A real one: it would not yield, so it is neither cancelled nor queued behind, but named and waited for."""
         with Server(scratch, settings=WRAPAROUND, bin_dir=server.bin) as own:
             app = self.old_table(own)
-            vacuum = self.wait_for_vacuum(app)
+            vacuum = wait_for_vacuum(app)
             before = app.shape()
 
             with app.engine.connect() as conn:
@@ -136,11 +177,11 @@ class TestWaiting:
                 assert waiting.wait(60)
                 assert not app.value("SELECT count(*) FROM pg_locks WHERE NOT granted")
                 app.run("UPDATE users SET email = email WHERE email = 'user 1'")  # nobody waits for us
-                assert self.vacuum_of(app) == vacuum
+                assert vacuum_of(app) == vacuum
                 # what an administrator may do: it comes back at once unless told not to
                 app.run("ALTER SYSTEM SET autovacuum = off", "SELECT pg_reload_conf()")
-                while self.vacuum_of(app):
-                    app.run(f"SELECT pg_terminate_backend({self.vacuum_of(app) or 0})")
+                while vacuum_of(app):
+                    app.run(f"SELECT pg_terminate_backend({vacuum_of(app) or 0})")
                     time.sleep(0.1)
                 [blocker] = run.result(60).steps[0].waited_for
             assert (blocker.pid, blocker.kind) == (vacuum, "wraparound vacuum")
@@ -155,13 +196,13 @@ class TestWaiting:
                 "ALTER TABLE users OWNER TO owner",
                 "ALTER TABLE workshops OWNER TO owner",
             )
-            vacuum = self.wait_for_vacuum(app)
+            vacuum = wait_for_vacuum(app)
             url = sa.make_url(app.url).set(username="owner").render_as_string(hide_password=False)
             with pytest.raises(MigrationBlocked) as caught:
                 migrate.apply(url, app.config, give_up_after_s=1)
             assert f"pid {vacuum}, autovacuum, holds users" in str(caught.value)
             assert caught.value.attempts == 1
-            assert self.vacuum_of(app) == vacuum
+            assert vacuum_of(app) == vacuum
 
     def old_table(self, own: Server) -> App:
         """A host whose users are too old in transaction ids, and large enough for their vacuum to take minutes."""
@@ -179,17 +220,6 @@ class TestWaiting:
             "SELECT pg_reload_conf()",
         )
         return app
-
-    def vacuum_of(self, app: App) -> int | None:
-        found = app.rows("SELECT pid FROM pg_stat_progress_vacuum WHERE relid = 'users'::regclass")
-        return found[0][0] if found else None  # type: ignore[no-any-return]
-
-    def wait_for_vacuum(self, app: App) -> int:
-        deadline = time.monotonic() + 90
-        while not (pid := self.vacuum_of(app)):
-            assert time.monotonic() < deadline, "autovacuum did not come"
-            time.sleep(0.1)
-        return pid
 
     def test_plan_names_who_is_in_the_way_now(self, app: App) -> None:
         with holding(app, "SELECT FROM users LIMIT 1"):
@@ -212,6 +242,97 @@ class TestWaiting:
         with holding(app, "SELECT FROM users LIMIT 1"), pytest.raises(MigrationBlocked):
             migrate.undo(app.url, app.config, give_up_after_s=0.3)
         assert migrate.undo(app.url, app.config).changed
+
+
+def slow_down(app: App) -> None:
+    """Each change takes 80 ms while a table is locked."""
+    app.run(
+        "CREATE FUNCTION slow() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " IF EXISTS (SELECT FROM pg_locks WHERE pid = pg_backend_pid() AND mode = 'AccessExclusiveLock'"
+        " AND relation = 'users'::regclass) THEN PERFORM pg_sleep(0.08); END IF; END $$",
+        "CREATE EVENT TRIGGER slow ON ddl_command_end EXECUTE FUNCTION slow()",
+    )
+
+
+class TestTheBudget:
+    def test_all_statements_under_the_lock_share_it(self, app: App) -> None:
+        before = app.shape()
+        slow_down(app)
+        with pytest.raises(MigrationBlocked, match="takes longer than the stall budget") as caught:
+            migrate.apply(app.url, app.config, stall_budget_ms=100, give_up_after_s=1)
+        assert "Nothing was changed" in str(caught.value)
+        assert "--two-transactions" not in str(caught.value)
+        app.run("DROP EVENT TRIGGER slow", "DROP FUNCTION slow()")
+        assert app.shape() == before
+
+    def test_with_a_larger_one_it_goes_through_and_is_measured(self, app: App) -> None:
+        slow_down(app)
+        [first, _] = migrate.apply(app.url, app.config, stall_budget_ms=20_000).steps
+        assert 240 < first.locked_ms < 20_000  # three tables are altered
+
+    def test_the_time_in_which_others_queued_behind_it_counts(self, app: App) -> None:
+        with psycopg.connect(libpq(app)) as reader, ThreadPoolExecutor(1) as pool:
+
+            def progress(now: migrate.Progress) -> None:
+                if (now.phase, now.revision, now.attempt) == ("locking", "0001", 1):
+                    reader.execute("SELECT FROM users LIMIT 1")
+
+            run = pool.submit(migrate.apply, app.url, app.config, stall_budget_ms=20_000, progress=progress)
+            wait_until(app, "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'users'::regclass")
+            time.sleep(0.5)
+            reader.rollback()
+            assert run.result(60).steps[0].locked_ms > 500
+
+
+class TestTheLedger:
+    """Revision 0002 and undo lock it too, so whoever holds it is looked for there."""
+
+    @pytest.fixture
+    def at_0001(self, app: App) -> App:
+        migrate.apply(app.url, app.config)
+        step_down(app)
+        return app
+
+    def test_its_reader_is_named_and_not_queued_behind(self, at_0001: App) -> None:
+        with holding(at_0001, "SELECT count(*) FROM credit_transactions") as reader:
+            time.sleep(0.3)  # until it is no longer any young transaction
+            for run in (migrate.apply, migrate.undo):
+                with pytest.raises(MigrationBlocked) as caught:
+                    run(at_0001.url, at_0001.config, give_up_after_s=0.6)
+                assert f"pid {reader.info.backend_pid} (a report)" in str(caught.value)
+                assert "holds credit_transactions" in str(caught.value)
+                assert caught.value.attempts == 0
+        assert migrate.apply(at_0001.url, at_0001.config).changed
+        with (
+            holding(at_0001, "SELECT count(*) FROM tallystick.stripe_events"),
+            pytest.raises(MigrationBlocked, match=r"holds tallystick\.stripe_events"),
+        ):
+            migrate.undo(at_0001.url, at_0001.config, give_up_after_s=0.6)
+
+    def test_a_reader_of_what_it_does_not_lock_is_not_waited_for(self, at_0001: App) -> None:
+        with holding(at_0001, "SELECT count(*) FROM users"):
+            time.sleep(0.3)
+            [step] = migrate.apply(at_0001.url, at_0001.config, give_up_after_s=0.6).steps
+        assert (step.revision, step.waited_for) == ("0002", ())
+
+    def test_an_autovacuum_yields(self, at_0001: App) -> None:
+        app = at_0001
+        app.run(
+            "ALTER TABLE credit_transactions SET (autovacuum_vacuum_cost_delay = 100, autovacuum_vacuum_cost_limit = 1,"
+            " autovacuum_vacuum_insert_threshold = 1, autovacuum_vacuum_insert_scale_factor = 0)",
+            "INSERT INTO credit_transactions (id, user_id, type, status, amount, description)"
+            " SELECT gen_random_uuid(), id, 'purchase', 'pending', 1, 'x' FROM users, generate_series(1, 40)",
+            "ALTER SYSTEM SET autovacuum_naptime = 1",
+            "SELECT pg_reload_conf()",
+        )
+        try:
+            vacuum = wait_for_vacuum(app, "credit_transactions")
+            assert migrate.apply(app.url, app.config, give_up_after_s=20).changed
+            assert vacuum_of(app, "credit_transactions") != vacuum
+            wait_for_vacuum(app, "credit_transactions")
+            assert migrate.undo(app.url, app.config, discard_ledger=True, give_up_after_s=20).changed
+        finally:
+            app.run("ALTER SYSTEM RESET autovacuum_naptime", "SELECT pg_reload_conf()")
 
 
 class TestTwoAtOnce:
@@ -267,6 +388,34 @@ class TestOnline:
         assert step.outcome == "repaired"
         assert app.shape() == after
 
+    def test_one_that_still_enforces_is_told_from_one_that_does_not(self, app: App) -> None:
+        """Whatever a build that was killed in one of its phases has left, and what it does with a duplicate."""
+        migrate.apply(app.url, app.config)
+        duplicate = "UPDATE users SET stripe_customer_id = 'cus_1' WHERE email IN ('user 1', 'user 2')"
+        for ready, told in ((True, "invalid, enforcing"), (False, "invalid")):
+            app.run(
+                f"UPDATE pg_index SET indisvalid = false, indisready = {ready} WHERE indexrelid = '{INDEX}'::regclass"
+            )
+            with app.engine.connect() as conn:
+                assert index_state(conn, "public", INDEX) == told
+                [drift] = migrate.status(conn, app.config).drift
+            assert ("but still enforcing" in str(drift.found), "enforcing nothing" in str(drift.found)) == (
+                ready,
+                not ready,
+            )
+            if ready:
+                with pytest.raises(sa.exc.IntegrityError, match=INDEX):
+                    app.run(duplicate)
+                with app.engine.connect() as conn:
+                    assert index_state(conn, "public", INDEX) == told
+        app.run(duplicate)
+        with pytest.raises(MigrationError, match="duplicated"):
+            migrate.apply(app.url, app.config)
+        app.run("UPDATE users SET stripe_customer_id = NULL")
+        assert migrate.apply(app.url, app.config).online[0].outcome == "repaired"
+        with app.engine.connect() as conn:
+            assert index_state(conn, "public", INDEX) == "valid"
+
     def test_what_a_killed_rebuild_left_is_removed(self, app: App) -> None:
         migrate.apply(app.url, app.config)
         after = app.shape()
@@ -277,6 +426,19 @@ class TestOnline:
         migrate.apply(app.url, app.config)
 
         assert app.shape() == after
+
+
+@pytest.mark.parametrize(
+    ("style", "zone"),
+    [("SQL, DMY", "Asia/Jakarta"), ("German", "Europe/Berlin"), ("Postgres, MDY", "America/Sao_Paulo")],
+)
+def test_times_are_written_as_the_database_likes(app: App, style: str, zone: str) -> None:
+    name = app.engine.url.database
+    app.run(f"ALTER DATABASE {name} SET datestyle = '{style}'", f"ALTER DATABASE {name} SET timezone = '{zone}'")
+    assert all(step.locked_ms > 0 for step in migrate.apply(app.url, app.config).steps)
+    script = migrate.sql(None, app.config)
+    assert migrate.undo(app.url, app.config).changed
+    app.psql(script)
 
 
 class TestFaults:
@@ -306,6 +468,38 @@ class TestFaults:
             migrate.apply(app.url, app.config)
         assert app.shape() == before
 
+    def test_a_privilege_that_is_granted_meanwhile(self, app: App) -> None:
+        """Before PostgreSQL 18 it holds no table, and ours finds a row of the catalogue changed under it."""
+        with psycopg.connect(libpq(app)) as granting, ThreadPoolExecutor(1) as pool:
+            granting.execute("GRANT SELECT ON users TO PUBLIC")
+            if app.value("SELECT count(*) FROM pg_locks WHERE relation = 'users'::regclass"):
+                pytest.skip("this server locks the table for it, so it is waited for as any other")
+            with pytest.raises(MigrationBlocked, match="has changed their privileges"):
+                migrate.apply(app.url, app.config, give_up_after_s=0.3)
+            run = pool.submit(migrate.apply, app.url, app.config, stall_budget_ms=20_000)
+            wait_until(app, f"SELECT count(*) FROM ({OURS}) ours WHERE wait_event = 'transactionid'")
+            granting.commit()
+            assert run.result(60).steps[0].attempts == 2
+
+    def test_an_error_of_the_server_is_no_lost_connection(self, app: App) -> None:
+        app.run(
+            "CREATE FUNCTION fail() RETURNS event_trigger LANGUAGE plpgsql AS"
+            " $$ BEGIN RAISE internal_error USING MESSAGE = 'out of luck'; END $$",
+            "CREATE EVENT TRIGGER fail ON ddl_command_start WHEN tag IN ('ALTER TABLE') EXECUTE FUNCTION fail()",
+        )
+        before = app.shape()
+        with pytest.raises(MigrationError, match=r"out of luck \(XX000\)\. Nothing was changed"):
+            migrate.apply(app.url, app.config)
+        assert app.shape() == before
+
+    def test_what_is_in_place_already_is_said(self, app: App) -> None:
+        def progress(now: migrate.Progress) -> None:
+            if (now.phase, now.revision) == ("applied", "0001"):
+                app.run("ALTER TABLE credit_transactions DROP CONSTRAINT credit_transactions_refund_of")
+
+        with pytest.raises(MigrationError, match=r"Revision 0001 is in place, and nothing else was changed"):
+            migrate.apply(app.url, app.config, progress=progress)
+
     def test_a_connection_that_dies_under_the_run(self, app: App) -> None:
         before = app.shape()
 
@@ -326,8 +520,14 @@ def tell(event: threading.Event, _: migrate.Progress) -> None:
     event.set()
 
 
-def without_index(shape: set[tuple[str, str]]) -> set[tuple[str, str]]:
-    return {(kind, text) for kind, text in shape if INDEX not in text}
+def tell_when(event: threading.Event, phase: str, now: migrate.Progress) -> None:
+    if now.phase == phase:
+        event.set()
+
+
+def without_online(shape: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """Without what is done after the commit."""
+    return {(kind, text.removesuffix(" NOT VALID")) for kind, text in shape if INDEX not in text}
 
 
 class TestKilled:
@@ -370,11 +570,11 @@ class TestKilled:
 
     def standing(self, app: App, old: set[tuple[str, str]], new: set[tuple[str, str]]) -> str:
         """Where a killed run left the database: at no revision, at the last, or at one between them."""
-        found = without_index(app.shape())
-        if found == without_index(old):
+        found = without_online(app.shape())
+        if found == without_online(old):
             return "old"
         assert app.value("SELECT version_num FROM tallystick.alembic_version") in [r.revision for r in revisions()]
-        return "new" if found == without_index(new) else "between"
+        return "new" if found == without_online(new) else "between"
 
     def sessions(self, app: App) -> int:
         return app.value(
@@ -395,26 +595,43 @@ class TestKilled:
             app = App(url, Config(database_url=url, host=HOSTS["uuid"].mapping), own)
             app.run(*HOSTS["uuid"].ddl.split(";")[:-1])
             old = app.shape()
+            started = time.monotonic()
             migrate.apply(app.url, app.config)
+            latest_s = time.monotonic() - started
             new = app.shape()
             migrate.undo(app.url, app.config)
-            for _ in range(self.SERVER_MOMENTS):
-                begun = threading.Event()
+
+            def crash() -> None:
+                os.kill(int((scratch / "server/data/postmaster.pid").read_text().split()[0]), signal.SIGKILL)
+
+            seen = set()
+            # just before anything is locked, and just after all is committed; the others anywhere
+            for phase in ("locking", "online", *[None] * (self.SERVER_MOMENTS - 2)):
+
+                def progress(now: migrate.Progress, phase: str | None = phase) -> None:
+                    if now.phase == phase:
+                        crash()
+                        time.sleep(0.5)  # until the process that serves us has noticed
+
                 with ThreadPoolExecutor(1) as pool:
-                    run = pool.submit(migrate.apply, app.url, app.config, progress=partial(tell, begun))
-                    begun.wait(60)
-                    time.sleep(random.uniform(0, 0.06))
-                    pid = int((scratch / "server/data/postmaster.pid").read_text().split()[0])
-                    os.kill(pid, signal.SIGKILL)
+                    run = pool.submit(migrate.apply, app.url, app.config, progress=progress)
+                    if phase is None:
+                        time.sleep(random.uniform(0, latest_s))
+                        crash()
                     error = run.exception(60)
                 assert error is None or isinstance(error, OutcomeUnknown | DatabaseUnavailable), error
                 own.start()
 
-                self.standing(app, old, new)
+                seen.add(found := self.standing(app, old, new))
+                if phase is None:
+                    latest_s *= 0.9 if found == "new" else 1.1
+                else:
+                    assert found == {"locking": "old", "online": "new"}[phase]
                 migrate.apply(app.url, app.config)
                 assert app.shape() == new
                 migrate.undo(app.url, app.config)
                 assert app.shape() == old
+            assert {"old", "new"} <= seen <= {"old", "new", "between"}
 
 
 def test_nothing_is_left_locked_or_open(app: App) -> None:
@@ -436,6 +653,79 @@ def test_the_lock_was_short_and_measured(make_app: Callable[..., App]) -> None:
     assert 0 < step.locked_ms < step.duration_ms
 
 
+SETTINGS = {
+    "default_transaction_isolation": "repeatable read",
+    "transaction_timeout": "500ms",
+    "statement_timeout": "500ms",
+    "lock_timeout": "500ms",
+    "idle_session_timeout": "500ms",
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings_of_the_database_do_not_end_a_build(app: App, setting: str) -> None:
+    """Nor may the second connection, which looks how far it is, be what the build waits for."""
+    if not app.value(f"SELECT count(*) FROM pg_settings WHERE name = '{setting}'"):
+        pytest.skip(f"this server has no {setting}")
+    with psycopg.connect(libpq(app)) as writer, ThreadPoolExecutor(1) as pool:
+        app.run(f"ALTER DATABASE {app.engine.url.database} SET {setting} = '{SETTINGS[setting]}'")
+        online = threading.Event()
+
+        def progress(now: migrate.Progress) -> None:
+            if now.phase == "online" and not online.is_set():
+                writer.execute("UPDATE users SET email = email")  # the build waits for it before it looks at anything
+                online.set()
+
+        run = pool.submit(migrate.apply, app.url, app.config, progress=progress)
+        assert online.wait(60)
+        time.sleep(1)
+        writer.rollback()
+        try:
+            assert run.result(30).online[0].outcome == "built"
+        finally:
+            app.run(f"SELECT pg_terminate_backend(pid) FROM ({OURS}) ours")
+
+
+def test_a_build_that_cannot_be_looked_at_goes_on(app: App) -> None:
+    lone = f"lone_{app.engine.url.database}"
+    app.run(
+        f"CREATE ROLE {lone} LOGIN CONNECTION LIMIT 1",
+        f"GRANT CREATE ON DATABASE {app.engine.url.database} TO {lone}",
+        f"GRANT CREATE ON SCHEMA public TO {lone}",
+        f"ALTER TABLE users OWNER TO {lone}",
+        f"ALTER TABLE workshops OWNER TO {lone}",
+    )
+    url = app.engine.url.set(username=lone).render_as_string(hide_password=False)
+    online = threading.Event()
+    try:
+        with ThreadPoolExecutor(1) as pool, snapshot(app) as reader:
+            run = pool.submit(migrate.apply, url, app.config, progress=partial(tell_when, online, "online"))
+            assert online.wait(60)
+            time.sleep(1)
+            reader.rollback()
+            assert run.result(30).online[0].outcome == "built"
+    finally:
+        app.run(f"REASSIGN OWNED BY {lone} TO postgres", f"DROP OWNED BY {lone}", f"DROP ROLE {lone}")
+
+
+def test_a_connection_that_dies_while_a_leftover_is_dropped(app: App) -> None:
+    migrate.apply(app.url, app.config)
+    app.run(
+        f"CREATE INDEX {INDEX}_ccnew ON users (stripe_customer_id)",
+        f"UPDATE pg_index SET indisvalid = false WHERE indexrelid = '{INDEX}_ccnew'::regclass",
+    )
+    with ThreadPoolExecutor(1) as pool, holding(app, "SELECT FROM users LIMIT 1"):
+        run = pool.submit(migrate.apply, app.url, app.config)
+        kill = f"SELECT pg_terminate_backend(pid) FROM ({OURS}) ours WHERE left(query, 10) = 'DROP INDEX'"
+        deadline = time.monotonic() + 60
+        while not app.rows(kill):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        with pytest.raises(OutcomeUnknown, match="Run the same command again"):
+            run.result(60)
+    assert not migrate.apply(app.url, app.config).changed
+
+
 def test_a_build_that_waits_tells_for_whom(app: App) -> None:
     """CREATE INDEX CONCURRENTLY waits for every older snapshot of the database; traffic does not feel it."""
     seen: list[migrate.Progress] = []
@@ -446,8 +736,7 @@ def test_a_build_that_waits_tells_for_whom(app: App) -> None:
         if step.waits_for:
             waiting.set()
 
-    with holding(app, "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ") as reader, ThreadPoolExecutor(1) as pool:
-        reader.execute("SELECT 1")
+    with snapshot(app) as reader, ThreadPoolExecutor(1) as pool:
         pid = reader.info.backend_pid
         run = pool.submit(migrate.apply, app.url, app.config, progress=progress)
         assert waiting.wait(60)
@@ -466,9 +755,11 @@ def test_a_run_that_is_stopped_leaves_nothing_building(app: App) -> None:
         if step.waits_for:
             raise KeyboardInterrupt
 
-    with holding(app, "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ") as reader:
-        reader.execute("SELECT 1")
-        with pytest.raises(KeyboardInterrupt):
+    with snapshot(app):
+        with pytest.raises(KeyboardInterrupt) as caught:
             migrate.apply(app.url, app.config, progress=stop)
+        [note] = caught.value.__notes__
+        assert f"Revision {HEAD} is in place" in note
+        assert app.value("SELECT version_num FROM tallystick.alembic_version") == HEAD
         assert app.value("SELECT count(*) FROM pg_stat_progress_create_index") == 0
     assert migrate.apply(app.url, app.config).online[0].outcome == "repaired"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -108,6 +109,34 @@ def test_it_is_warned_of_and_felt_as_documented(pair: tuple[App, str]) -> None:
     wait_for_standby(app, there)
     with psycopg.connect(there) as conn:
         assert conn.execute("SELECT sum(credit_balance) FROM users").fetchone() == (0,)
+
+
+def test_a_report_there_is_not_waited_for_with_the_tables_locked(pair: tuple[App, str]) -> None:
+    """Where every commit is confirmed by the standby, and the report keeps it from repeating ours."""
+    app, there = pair
+    allow_delay(there, "-1")
+    app.run(
+        "ALTER SYSTEM SET synchronous_standby_names = 'reporting'",
+        "SELECT pg_reload_conf()",
+        "ALTER DATABASE app SET synchronous_commit = 'remote_apply'",
+    )
+    until(lambda: app.rows("SELECT sync_state FROM pg_stat_replication") == [("sync",)])
+    applied = threading.Event()
+
+    def progress(now: migrate.Progress) -> None:
+        if now.phase == "applied":
+            applied.set()
+
+    with ThreadPoolExecutor(1) as pool, psycopg.connect(there) as report:
+        report.execute("SELECT count(*) FROM users")
+        run = pool.submit(migrate.apply, app.url, app.config, progress=progress)
+        assert applied.wait(30)
+        assert readable(app.url.replace("+psycopg", ""))
+        until(lambda: not readable(there))
+        assert not run.done()  # the receipt is written when the standby has all of it, and that commit locks nothing
+        report.rollback()
+        assert run.result(120).after == migrate.revisions()[-1].revision
+    assert readable(there)
 
 
 def test_a_query_there_is_cancelled_after_the_delay(pair: tuple[App, str]) -> None:

@@ -1,14 +1,15 @@
-"""Who holds the host's tables: asked before the lock is tried, so that live traffic never queues behind a wait."""
+"""Who holds the tables: asked before the lock is tried, so that live traffic never queues behind a wait."""
 
 from __future__ import annotations
 
 import datetime as dt
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import sqlalchemy as sa
+from psycopg.sql import Identifier
 
 OLD_MS = 250
 """A transaction younger than this is ordinary traffic and will be gone in a moment."""
@@ -35,7 +36,7 @@ _HOLDERS = sa.text("""
 
 @dataclass(frozen=True)
 class Blocker:
-    """A transaction that holds a table of the host.
+    """A transaction that holds one of the tables.
 
     ``pid`` is 0 and ``gid`` set for a prepared transaction. ``age_ms`` is how long the transaction has been open,
     or how long we have watched it where the role may not see more (GRANT pg_read_all_stats). Such a role cannot tell
@@ -60,6 +61,17 @@ class Blocker:
             who += f" ({self.application})"
         what = f", {self.state}" if self.state and self.kind == "client" else f", {self.kind}"
         return f"{who}{what}, holds {', '.join(self.tables)} for {self.age_ms / 1000:.1f} s"
+
+
+def oids_of(conn: sa.Connection, tables: Iterable[Identifier]) -> list[int]:
+    """Those that are there already; waits for nobody."""
+    names = [table.as_string(None) for table in tables]
+    return list(conn.scalars(_OIDS, {"names": names}))
+
+
+_OIDS = sa.text("""
+    SELECT to_regclass(name)::oid FROM unnest(CAST(:names AS text[])) name WHERE to_regclass(name) IS NOT NULL
+""")
 
 
 class Watch:

@@ -13,11 +13,11 @@ from psycopg.sql import Composable
 from tallystick.config import Config
 from tallystick.errors import MigrationError
 from tallystick.migrate.host import current_revision, examine, refuse_rows
+from tallystick.migrate.online import online
 from tallystick.migrate.revisions import HostNames, Revision, revisions, up_to
 from tallystick.migrate.role import refuse_limited
+from tallystick.migrate.session import put_back
 from tallystick.migrate.statements import STALL_BUDGET_MS, Messages, downward, text, upward
-
-_SETTINGS = ("lock_timeout", "statement_timeout", "idle_in_transaction_session_timeout")
 
 
 def upgrade_revision(
@@ -141,11 +141,11 @@ def _needs_transaction(conn: sa.Connection, function: str, what: str) -> None:
 
 
 def _run_inside(conn: sa.Connection, messages: Messages) -> None:
-    before = {name: conn.scalar(sa.select(sa.func.current_setting(name))) for name in _SETTINGS}
-    for statement in _inside((*messages.opening, *messages.locked)):
-        conn.execute(statement)
-    for name, value in before.items():  # what follows in this transaction is the host's
-        conn.execute(sa.select(sa.func.set_config(name, value, sa.true())))
+    # what follows in this transaction is the host's; only the wait for a standby at its end stays away, since it
+    # would come with the tables locked
+    with put_back(conn, local=True):
+        for statement in _inside((*messages.opening, *messages.locked)):
+            conn.execute(statement)
 
 
 def _change(conn: sa.Connection, revision: Revision, config: Config, stall_budget_ms: int) -> None:
@@ -179,18 +179,8 @@ def _build(conn: sa.Connection, revision: Revision, config: Config) -> None:
         )
     if current_revision(conn) is None:
         raise MigrationError(f'call upgrade_revision(op, to="{revision.revision}") in a revision before this one')
-    schema = config.host.users.schema
-    names = HostNames.of(config.host)
-    for statement in revision.validates(names).values():
-        conn.execute(_text(statement))
-    for name, statement in revision.indexes(names).items():
-        valid = conn.scalar(_VALID, {"schema": schema, "name": name})
-        if valid is False:
-            raise MigrationError(f"an interrupted build left the index {name} invalid. Run: tallystick migrate apply")
-        if valid is None:
-            conn.execute(sa.text("SET lock_timeout = 0"))
-            conn.execute(sa.text("SET statement_timeout = 0"))
-            conn.execute(_text(statement))
+    for _ in online(conn, revision, HostNames.of(config.host), lambda _name, _building: None):
+        pass
 
 
 def _write_out(op: Operations, revision: Revision, config: Config, part: str, stall_budget_ms: int) -> None:
@@ -199,12 +189,6 @@ def _write_out(op: Operations, revision: Revision, config: Config, part: str, st
     chosen = messages.online.values() if part == "online" else (*messages.opening, *messages.locked)
     for statement in _inside(list(chosen)):
         op.execute(statement)
-
-
-_VALID = sa.text("""
-    SELECT i.indisvalid FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
-    WHERE c.relnamespace = to_regnamespace(quote_ident(:schema)) AND c.relname = :name
-""")
 
 
 def _inside(statements: Sequence[Composable]) -> Iterator[sa.TextClause]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import psycopg
@@ -16,7 +18,9 @@ import sqlalchemy as sa
 from psycopg.sql import SQL, Composable, Identifier
 
 from tallystick.errors import MigrationError
-from tallystick.migrate.session import driver, translate
+from tallystick.migrate.revisions import HostNames, Revision
+from tallystick.migrate.session import NEVER_CUT, driver, lost, put, put_back, translate
+from tallystick.schema import LEDGER
 
 _LOOK_EVERY_S = 0.25
 
@@ -42,9 +46,24 @@ class Building:
     waits_for: int | None
 
 
+def online(
+    conn: sa.Connection, revision: Revision, names: HostNames, progress: Callable[[str, Building | None], None]
+) -> Iterator[OnlineStep]:
+    """All such steps of a revision; ``progress`` is told the name of each.
+
+    Raises:
+        MigrationError: the data does not allow it.
+    """
+    schema = names.users.schema
+    for name, statement in revision.indexes(names).items():
+        yield from build(conn, schema=schema, name=name, statement=statement, progress=partial(progress, name))
+    for name, statement in revision.validates(names).items():
+        ledger = Identifier(schema, LEDGER)
+        yield from validate(conn, table=ledger, name=name, statement=statement, progress=partial(progress, name))
+
+
 def build(
     conn: sa.Connection,
-    watch: Callable[[], sa.Connection],
     *,
     schema: str,
     name: str,
@@ -53,25 +72,23 @@ def build(
 ) -> Iterator[OnlineStep]:
     """Bring one index about, or back to use; nothing where it is there and valid.
 
-    ``watch`` opens a second connection, since the first is busy with the build.
-
     Raises:
         MigrationError: the data does not allow it (duplicates); what is left of it is repaired by the next run.
     """
     started = time.monotonic()
-    for leftover in _leftovers(conn, schema, name):
-        _alone(conn, watch, SQL("DROP INDEX CONCURRENTLY {}").format(Identifier(schema, leftover)), progress)
-    state = index_state(conn, schema, name)
-    if state == "valid":
-        return
-    progress(None)
-    if state != "missing":
-        # keeps whatever uniqueness the broken one still enforces until the new one takes over
-        statement = SQL("REINDEX INDEX CONCURRENTLY {}").format(Identifier(schema, name))
     try:
-        _alone(conn, watch, statement, progress)
+        for leftover in _leftovers(conn, schema, name):
+            _alone(conn, SQL("DROP INDEX CONCURRENTLY {}").format(Identifier(schema, leftover)), progress)
+        state = index_state(conn, schema, name)
+        if state == "valid":
+            return
+        progress(None)
+        if state != "missing":
+            # keeps whatever uniqueness the broken one still enforces until the new one takes over
+            statement = SQL("REINDEX INDEX CONCURRENTLY {}").format(Identifier(schema, name))
+        _alone(conn, statement, progress)
     except psycopg.Error as error:
-        raise translate(error, "apply", online=name) from error
+        raise translate(error, "apply", lost=lost(conn), online=name) from error
     if index_state(conn, schema, name) != "valid":
         raise MigrationError(f"the index {name} did not become valid. Run: tallystick migrate apply")
     yield OnlineStep(
@@ -83,7 +100,6 @@ def build(
 
 def validate(
     conn: sa.Connection,
-    watch: Callable[[], sa.Connection],
     *,
     table: Identifier,
     name: str,
@@ -100,9 +116,9 @@ def validate(
         return
     progress(None)
     try:
-        _alone(conn, watch, statement, progress)
+        _alone(conn, statement, progress)
     except psycopg.Error as error:
-        raise translate(error, "apply", online=name) from error
+        raise translate(error, "apply", lost=lost(conn), online=name) from error
     yield OnlineStep(name, "validated", round((time.monotonic() - started) * 1000, 3))
 
 
@@ -147,34 +163,32 @@ def _leftovers(conn: sa.Connection, schema: str, name: str) -> Sequence[str]:
     return conn.scalars(_LEFTOVERS, {"schema": schema, "name": name}).all()
 
 
-def _alone(
-    conn: sa.Connection,
-    watch: Callable[[], sa.Connection],
-    statement: Composable,
-    progress: Callable[[Building | None], None],
-) -> None:
+def _alone(conn: sa.Connection, statement: Composable, progress: Callable[[Building | None], None]) -> None:
     """Run a statement that allows no transaction around it; it may wait for as long as it needs."""
     raw = driver(conn)
-    raw.execute("SELECT set_config('lock_timeout', '0', false), set_config('statement_timeout', '0', false)")
-    with ThreadPoolExecutor(1) as pool:
+    with put_back(conn, local=False), ThreadPoolExecutor(1) as pool:
+        put(conn, NEVER_CUT, local=False)
         task = pool.submit(raw.execute, statement.as_string(raw).encode(raw.info.encoding), prepare=False)
         try:
-            _look(task, watch, raw.info.backend_pid, progress)
+            _look(task, conn.engine, raw.info.backend_pid, progress)
             task.result()
         except BaseException:
             # Ctrl-C, or a progress bar that failed: nothing of ours may go on building
             if not task.done():
-                raw.cancel_safe()
+                with suppress(psycopg.Error):
+                    raw.cancel_safe()
             raise
 
 
-def _look(
-    task: Future[Any], watch: Callable[[], sa.Connection], pid: int, progress: Callable[[Building | None], None]
-) -> None:
-    """Until the statement is done, tell how far it is; a short one is not looked at."""
+def _look(task: Future[Any], engine: sa.Engine, pid: int, progress: Callable[[Building | None], None]) -> None:
+    """Until the statement is done, tell how far it is; a short one is not looked at.
+
+    On a second connection, since the first is busy: in autocommit, or the build would wait for its snapshot. Where
+    there is no connection to be had, nothing is told.
+    """
     if wait([task], timeout=_LOOK_EVERY_S).done:
         return
-    with watch() as side:
+    with suppress(sa.exc.SQLAlchemyError), engine.execution_options(isolation_level="AUTOCOMMIT").connect() as side:
         while not wait([task], timeout=_LOOK_EVERY_S).done:
             row = side.execute(_BUILDING, {"pid": pid}).one_or_none()
             if row is not None:

@@ -432,7 +432,7 @@ def sql(conn: sa.Connection | None, config: Config, *, stall_budget_ms: int = ST
             f"\n-- {revision.revision}: {revision.title}\n-- new objects",
             text(messages.opening) + ";",
             "\n-- the tables, locked",
-            text(messages.locked, " \\;\n") + ";",
+            text(messages.at_once, " \\;\n") + ";",
         ]
         if messages.online:
             parts += [

@@ -6,8 +6,8 @@ relations and types that must be free in the users' schema before), and has thes
 :class:`HostNames`, each giving ``psycopg.sql`` statements:
 
 ==================  ==================================================================================
-``prepare``         new objects, made before any table of the host is locked
-``locks``           the tables that ``locked`` changes, in locking order
+``prepare``         new objects, made before any table that was there is locked
+``locks``           the tables that ``locked`` changes and ``prepare`` has not made, in locking order
 ``locked``          their changes: no scan, no rewrite, at most one ALTER for each table
 ``indexes``         name → statement: built concurrently after the commit, on the users' table
 ``validates``       name → statement: constraints of the ledger that ``locked`` added NOT VALID, checked

@@ -21,7 +21,7 @@ from typing import Literal
 
 import psycopg
 import sqlalchemy as sa
-from psycopg.sql import Composable, Identifier
+from psycopg.sql import Composable
 
 from tallystick.config import Config
 from tallystick.errors import (
@@ -29,12 +29,12 @@ from tallystick.errors import (
     MigrationBlocked,
     MigrationRunning,
 )
-from tallystick.migrate.blockers import OLD_MS, Blocker, Watch
+from tallystick.migrate.blockers import OLD_MS, Blocker, Watch, oids_of
 from tallystick.migrate.host import Host, examine, mapped_oids, refuse_rows
-from tallystick.migrate.online import Building, OnlineStep, build, validate
+from tallystick.migrate.online import Building, OnlineStep, online
 from tallystick.migrate.revisions import HostNames, Revision, after, revisions, up_to
 from tallystick.migrate.role import refuse_limited
-from tallystick.migrate.session import driver, engine_of, session, translate
+from tallystick.migrate.session import driver, engine_of, lost, session, translate
 from tallystick.migrate.statements import (
     ADVISORY_KEY,
     MEASURE,
@@ -45,7 +45,7 @@ from tallystick.migrate.statements import (
     text,
     upward,
 )
-from tallystick.schema import LEDGER, migration_log
+from tallystick.schema import migration_log
 
 GIVE_UP_AFTER_S = 120.0
 
@@ -54,7 +54,13 @@ _GRACE_S = 3.0  # how long a killed run's server process may take to notice
 
 Phase = Literal["connecting", "waiting", "prepared", "locking", "applied", "undone", "online"]
 
+_SHORT = "short transactions, one after the other"
+_SLOW = (
+    "nobody who holds them, but what is done under the lock takes longer than the stall budget. Where nothing of yours "
+    "slows it down (an event trigger does), an open transaction has changed their privileges or definition"
+)
 _NOTHING = "Nothing was changed"
+_REACHED = "Revision {} is in place, and nothing else was changed"
 _PREPARED = (
     "The new objects of revision {} are there and nothing uses them; nothing of yours was changed. "
     "To take them away again: tallystick migrate undo"
@@ -87,7 +93,8 @@ class Step:
     """One revision that was applied or undone.
 
     ``two_transactions`` is True where its new objects were committed before, by this run or an earlier one.
-    ``locked_ms`` is measured on the server, from the moment the last table lock was given until after the commit.
+    ``locked_ms`` is measured on the server, from the moment the first lock was asked for, in the try that got them
+    all, until after the commit: nobody can have waited longer for it.
     """
 
     revision: str
@@ -136,13 +143,15 @@ def apply(
     Args:
         database: an engine, or an address; a direct one, not a pooler's.
         config: whose mapping says what the host's tables are called.
-        stall_budget_ms: how long one attempt may let live traffic wait for a lock, and how long any one statement
-            under the lock may take.
+        stall_budget_ms: how long one attempt may let live traffic wait: its wait for the locks, and all that it does
+            under them.
         give_up_after_s: for how long attempts are made, for each revision.
         two_transactions: for a database too busy for one; never chosen by itself.
         progress: called with each :class:`Progress`.
 
     Raises:
+        KeyboardInterrupt: with a note of how things stand, where it came while an online step was running, which is
+            cancelled.
         MigrationBlocked: the tables could not be locked in time; names who was in the way.
         MigrationRunning: another run is at it.
         PoolerRefused: the address is a pooler's.
@@ -151,10 +160,8 @@ def apply(
         DatabaseUnavailable: also after 15 seconds in which the server was starting up or nobody answered.
         PermissionDenied, MigrationError: otherwise.
     """
-    engine = engine_of(database)
-    with session(engine, waiting=_waking(progress)) as conn:
+    with session(engine_of(database), waiting=_waking(progress)) as conn:
         run = _Run(
-            engine,
             conn,
             config,
             stall_budget_ms=stall_budget_ms,
@@ -181,10 +188,8 @@ def undo(
         LedgerNotEmpty: the ledger has rows, and ``discard_ledger`` is False.
         MigrationError: a role was given its part of the ledger (:mod:`tallystick.migrate.role`); take it back first.
     """
-    engine = engine_of(database)
-    with session(engine, waiting=_waking(progress)) as conn:
+    with session(engine_of(database), waiting=_waking(progress)) as conn:
         run = _Run(
-            engine,
             conn,
             config,
             stall_budget_ms=stall_budget_ms,
@@ -203,7 +208,6 @@ class _Run:
 
     def __init__(
         self,
-        engine: sa.Engine,
         conn: sa.Connection,
         config: Config,
         *,
@@ -213,7 +217,6 @@ class _Run:
     ) -> None:
         if stall_budget_ms < 1:
             raise ConfigError(f"a stall budget of {stall_budget_ms} ms is no time at all; give at least 1")
-        self.engine = engine
         self.conn = conn
         self.config = config
         self.stall_budget_ms = stall_budget_ms
@@ -239,13 +242,23 @@ class _Run:
                 stall_budget_ms=self.stall_budget_ms,
                 prepared=prepared,
             )
+            left = _NOTHING if reached == host.revision else _REACHED.format(reached)
+            if prepared:
+                left = _PREPARED.format(revision.revision)
             steps.append(
-                self._transaction(revision, host, "apply", messages, adopted=adopted, two_transactions=prepared)
+                self._transaction(revision, "apply", messages, left=left, adopted=adopted, two_transactions=prepared)
             )
             reached = revision.revision
             self._log(steps[-1])
-        online = [step for revision in revisions() for step in self._online(revision, names)]
-        return Receipt("apply", host.revision, reached, tuple(steps), tuple(online))
+        try:
+            built = [step for revision in revisions() for step in self._online(revision, names)]
+        except KeyboardInterrupt as stopped:
+            stopped.add_note(
+                f"Revision {reached} is in place, and the app may use it; its indexes or checks are not finished. "
+                "To finish them: tallystick migrate apply"
+            )
+            raise
+        return Receipt("apply", host.revision, reached, tuple(steps), tuple(built))
 
     def undo(self, *, discard_ledger: bool) -> Receipt:
         host = self._preflight()
@@ -266,7 +279,7 @@ class _Run:
             stall_budget_ms=self.stall_budget_ms,
             prepared=prepared,
         )
-        step = self._transaction(all_of_them[0], host if gone else None, "undo", messages)
+        step = self._transaction(all_of_them[0], "undo", messages)
         return Receipt("undo", host.revision, None, tuple(replace(step, revision=one.revision) for one in all_of_them))
 
     def _preflight(self) -> Host:
@@ -295,26 +308,25 @@ class _Run:
             _send(self.conn, message)
         except psycopg.Error as error:
             _roll_back(self.conn)
-            raise translate(error, "apply") from error
+            raise translate(error, "apply", lost=lost(self.conn)) from error
         self.progress(Progress("prepared", revision.revision))
 
     def _transaction(
         self,
         revision: Revision,
-        host: Host | None,
         action: Literal["apply", "undo"],
         messages: Messages,
         *,
+        left: str = _NOTHING,
         adopted: tuple[str, ...] = (),
         two_transactions: bool = False,
     ) -> Step:
-        """Run both messages until they go through, from the start each time.
+        """Run both messages until they go through, from the start each time; ``left`` says how a failure leaves things.
 
-        ``host`` is None where none of its tables is touched. After the first of two transactions the messages are one:
-        a round trip in between would hold the fence for longer than the rest takes.
+        After the first of two transactions they are one: a round trip in between would hold the fence for longer than
+        the rest takes.
         """
-        watch = Watch(self.conn, [table.oid for table in host.tables] if host else [])
-        left = _PREPARED.format(revision.revision) if two_transactions else _NOTHING
+        watch = Watch(self.conn, oids_of(self.conn, messages.locks))
         started = time.monotonic()
         deadline = started + self.give_up_after_s
         waited_for: dict[tuple[int, str | None], Blocker] = {}
@@ -326,28 +338,25 @@ class _Run:
             self.progress(Progress("locking", revision.revision, attempts))
             try:
                 if two_transactions:
-                    locked_ms = _send(self.conn, (*messages.opening, *messages.locked, MEASURE))
+                    locked_ms = _send(self.conn, (*messages.opening, *messages.at_once, MEASURE))
                 else:
                     _send(self.conn, messages.opening)
-                    locked_ms = _send(self.conn, (*messages.locked, MEASURE))
-            except (
-                psycopg.errors.LockNotAvailable,
-                psycopg.errors.QueryCanceled,
-                psycopg.errors.DeadlockDetected,
-            ):
+                    locked_ms = _send(self.conn, (*messages.at_once, MEASURE))
+            except psycopg.Error as error:
                 _roll_back(self.conn)
+                if not _passing(error):
+                    raise translate(error, action, lost=lost(self.conn), unchanged=left) from error
                 blockers = watch.holders()
                 waited_for |= {(b.pid, b.gid): b for b in _old(blockers)}
                 if time.monotonic() + pause_s > deadline:
-                    saturated = action == "apply" and not two_transactions and not _old(blockers)
-                    raise self._blocked(attempts, blockers, left, saturated=saturated) from None
+                    busy = isinstance(error, psycopg.errors.LockNotAvailable)
+                    saturated = busy and action == "apply" and not two_transactions and not _old(blockers)
+                    cause = _SHORT if busy else _SLOW
+                    raise self._blocked(attempts, blockers, left, cause=cause, saturated=saturated) from error
                 self.progress(Progress("waiting", revision.revision, attempts, tuple(blockers)))
                 time.sleep(pause_s * random.uniform(0.5, 1))  # noqa: S311  # jitter, not a secret
                 pause_s = min(pause_s * 2, 2)
                 continue
-            except psycopg.Error as error:
-                _roll_back(self.conn)
-                raise translate(error, action, unchanged=left) from error
             self.progress(Progress("applied" if action == "apply" else "undone", revision.revision, attempts))
             return Step(
                 revision=revision.revision,
@@ -377,10 +386,16 @@ class _Run:
             time.sleep(_PROBE_EVERY_S)
 
     def _blocked(
-        self, attempts: int, blockers: Sequence[Blocker], left: str = _NOTHING, *, saturated: bool = False
+        self,
+        attempts: int,
+        blockers: Sequence[Blocker],
+        left: str = _NOTHING,
+        *,
+        cause: str = _SHORT,
+        saturated: bool = False,
     ) -> MigrationBlocked:
-        """``saturated`` where nobody holds the tables for long: too many hold them for a moment."""
-        who = "; ".join(str(blocker) for blocker in blockers) or "short transactions, one after the other"
+        """``cause`` is said where nobody holds the tables, ``saturated`` where too many hold them for a moment."""
+        who = "; ".join(str(blocker) for blocker in blockers) or cause
         other = ", or make each try cheaper (--two-transactions)" if saturated else ""
         return MigrationBlocked(
             f"the tables could not be locked within {self.give_up_after_s:g} s "
@@ -392,42 +407,35 @@ class _Run:
 
     def _log(self, step: Step) -> None:
         newest = sa.select(sa.func.max(migration_log.c.id)).where(migration_log.c.revision == step.revision)
-        self.conn.execute(
-            migration_log.update()
-            .where(migration_log.c.id == newest.scalar_subquery())
-            .values(
-                attempts=step.attempts,
-                locked_ms=step.locked_ms,
-                duration_ms=step.duration_ms,
-                waited_for=[json.loads(json.dumps(asdict(blocker), default=str)) for blocker in step.waited_for],
+        try:
+            self.conn.execute(
+                migration_log.update()
+                .where(migration_log.c.id == newest.scalar_subquery())
+                .values(
+                    attempts=step.attempts,
+                    locked_ms=step.locked_ms,
+                    duration_ms=step.duration_ms,
+                    waited_for=[json.loads(json.dumps(asdict(blocker), default=str)) for blocker in step.waited_for],
+                )
             )
-        )
+        except sa.exc.DBAPIError:
+            if lost(self.conn):
+                raise
+            # the revision is in place all the same, and its receipt is returned
 
     def _online(self, revision: Revision, names: HostNames) -> Iterator[OnlineStep]:
-        for name, statement in revision.indexes(names).items():
+        def tell(step: str, building: Building | None) -> None:
+            known = (building.phase, building.fraction, building.waits_for) if building else ()
+            self.progress(Progress("online", revision.revision, 0, (), step, *known))
 
-            def tell(building: Building | None, step: str = name) -> None:
-                known = (building.phase, building.fraction, building.waits_for) if building else ()
-                self.progress(Progress("online", revision.revision, 0, (), step, *known))
+        return online(self.conn, revision, names, tell)
 
-            yield from build(
-                self.conn,
-                self.engine.connect,
-                schema=names.users.schema,
-                name=name,
-                statement=statement,
-                progress=tell,
-            )
-        for name, statement in revision.validates(names).items():
 
-            def say(building: Building | None, step: str = name) -> None:
-                phase = building.phase if building else None
-                self.progress(Progress("online", revision.revision, 0, (), step, phase))
-
-            ledger = Identifier(names.users.schema, LEDGER)
-            yield from validate(
-                self.conn, self.engine.connect, table=ledger, name=name, statement=statement, progress=say
-            )
+def _passing(error: psycopg.Error) -> bool:
+    """Whether the same thing may go through a moment later."""
+    busy = (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled, psycopg.errors.DeadlockDetected)
+    # the server translates no internal error; this one is a GRANT that was committed meanwhile, which takes no lock
+    return isinstance(error, busy) or "tuple concurrently " in str(error)
 
 
 def _old(blockers: Sequence[Blocker]) -> list[Blocker]:

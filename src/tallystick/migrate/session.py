@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 import psycopg
@@ -24,7 +25,28 @@ from tallystick.migrate.statements import MOVED, NOT_EMPTY, RUNNING
 APPLICATION_NAME = "tallystick migrate"
 
 _CHECKS_CLIENT = 140000
-_LOOKING_MAY_WAIT = "500ms"
+
+NEVER_CUT: Mapping[str, str] = dict.fromkeys(
+    (
+        "lock_timeout",
+        "statement_timeout",
+        "transaction_timeout",
+        "idle_in_transaction_session_timeout",
+        "idle_session_timeout",
+    ),
+    "0",
+)
+"""What may end a statement or a session of ours halfway, switched off."""
+
+_OURS = {
+    **NEVER_CUT,
+    "application_name": APPLICATION_NAME,
+    "lock_timeout": "500ms",  # looking may wait
+    # a snapshot that lasts is one that an index built concurrently waits for
+    "default_transaction_isolation": "read committed",
+    "datestyle": "ISO",
+}
+"""What our own connection does not inherit from the database, the role or the address."""
 
 
 def engine_of(database: sa.Engine | str) -> sa.Engine:
@@ -47,8 +69,7 @@ def session(source: sa.Engine, *, waiting: Callable[[str], None] | None = None) 
     try:
         conn.detach()  # its settings must not reach whoever would get it next
         refuse_pooler(conn)
-        conn.execute(sa.select(sa.func.set_config("application_name", APPLICATION_NAME, sa.false())))
-        conn.execute(sa.select(sa.func.set_config("lock_timeout", _LOOKING_MAY_WAIT, sa.false())))
+        put(conn, _OURS, local=False)
         # the server ends what a killed client was running, instead of holding our lock to the end
         if driver(conn).info.server_version >= _CHECKS_CLIENT:
             with suppress(sa.exc.DBAPIError):  # not on every operating system
@@ -56,11 +77,35 @@ def session(source: sa.Engine, *, waiting: Callable[[str], None] | None = None) 
         yield conn
     except sa.exc.DBAPIError as error:
         if isinstance(error.orig, psycopg.Error):
-            raise translate(error.orig, "run") from error
+            raise translate(error.orig, "run", lost=lost(conn)) from error
         raise
     finally:
         with suppress(sa.exc.DBAPIError):  # there is nothing to roll back on a connection that died
             conn.close()
+
+
+def put(conn: sa.Connection, settings: Mapping[str, str], *, local: bool) -> None:
+    """Set those that this server knows, for the session or the transaction."""
+    conn.execute(_PUT, {"settings": json.dumps(dict(settings)), "local": local})
+
+
+_PUT = sa.text("""
+    SELECT set_config(known.name, wanted.value, :local)
+    FROM json_each_text(CAST(:settings AS json)) wanted JOIN pg_settings known ON lower(known.name) = wanted.key
+""")
+
+
+@contextmanager
+def put_back(conn: sa.Connection, *, local: bool) -> Iterator[None]:
+    """Afterwards, :data:`NEVER_CUT` are again what they were: on a connection of the host's they are the host's."""
+    before = {row.name: row.value for row in conn.execute(_NOW, {"names": list(NEVER_CUT)})}
+    yield
+    put(conn, before, local=local)
+
+
+_NOW = sa.text("""
+    SELECT name, current_setting(name) AS value FROM pg_settings WHERE name = ANY (CAST(:names AS text[]))
+""")
 
 
 def driver(conn: sa.Connection) -> psycopg.Connection[tuple[object, ...]]:
@@ -95,8 +140,18 @@ def refuse_pooler(conn: sa.Connection) -> None:
 USE_UNPOOLED = "Put the direct address into DATABASE_URL_UNPOOLED (or database_url_unpooled)"
 
 
+def lost(conn: sa.Connection) -> bool:
+    """Whether the connection is gone."""
+    return conn.invalidated or driver(conn).closed
+
+
 def translate(
-    error: psycopg.Error, action: str, *, online: str | None = None, unchanged: str = "Nothing was changed"
+    error: psycopg.Error,
+    action: str,
+    *,
+    lost: bool,
+    online: str | None = None,
+    unchanged: str = "Nothing was changed",
 ) -> TallystickError:
     """What a refused statement means to the person who ran the migration; ``unchanged`` says how it left things."""
     said = (error.diag.message_primary or str(error)).strip().rstrip(".")
@@ -116,7 +171,7 @@ def translate(
             f"the database refused: {said}. {unchanged}. Connect as the owner of the tables",
             sqlstate=state,
         )
-    elif state is None or state.startswith(("08", "57P")) or state in ("58030", "XX000"):
+    elif lost or (state or "").startswith(("08", "57P")):  # said, and then closed
         found = OutcomeUnknown(
             f"the connection was lost ({said}). The database is as before or as after, never between. "
             "Run the same command again: it continues from whatever is there",

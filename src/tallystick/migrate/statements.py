@@ -27,19 +27,34 @@ STALL_BUDGET_MS = 100
 # SQLSTATEs of our own
 RUNNING, MOVED, NOT_EMPTY = "TS001", "TS002", "TS003"
 
-MEASURE = SQL(
-    "SELECT 1000 * extract(epoch FROM clock_timestamp() - current_setting('tallystick.locked_at')::timestamptz)"
-)
-"""After the commit, on the server's clock: for how many milliseconds the locks were held."""
+_NOW_MS = "extract(epoch FROM clock_timestamp()) * 1000"  # a number: times as text are as the session's settings say
+_HELD_MS = f"{_NOW_MS} - current_setting('tallystick.locked_at')::numeric"
+
+MEASURE = SQL(f"SELECT {_HELD_MS}")
+"""After the commit, on the server's clock: for how many milliseconds others may have waited for us."""
 
 
 @dataclass(frozen=True)
 class Messages:
-    """``opening`` and ``locked`` are sent as one string each; ``online`` one by one, each alone."""
+    """``opening`` and ``locked`` are sent as one string each; ``online`` one by one, each alone.
 
+    ``locks`` are the tables that they lock. In ``locked``, each statement may take all of the stall budget; with
+    :attr:`at_once` they share it, which needs that they are sent as one.
+    """
+
+    locks: tuple[Identifier, ...]
     opening: tuple[Composable, ...]
     locked: tuple[Composable, ...]
     online: Mapping[str, Composable]
+    stall_budget_ms: int
+
+    @property
+    def at_once(self) -> tuple[Composable, ...]:
+        """``locked`` as it is sent: before each statement under the lock, its limit is what is left of the budget."""
+        left_ms = f"greatest(1, ceil({self.stall_budget_ms} - ({_HELD_MS})))"
+        left = SQL(f"SELECT set_config('statement_timeout', {left_ms}::text, true)")
+        lock, _, *changes = self.locked
+        return (lock, *(statement for change in changes for statement in (left, change)))
 
 
 def upward(
@@ -53,9 +68,11 @@ def upward(
 ) -> Messages:
     """To ``revision``, from ``expected``; ``prepared`` where its :func:`preparation` was committed before."""
     return Messages(
+        locks=revision.locks(names),
         opening=tuple(_opening(names, revision, expected=expected, adopted=adopted, prepared=prepared)),
         locked=tuple(_locked(revision.locks(names), revision.locked(names), stall_budget_ms)),
         online={**revision.indexes(names), **revision.validates(names)},
+        stall_budget_ms=stall_budget_ms,
     )
 
 
@@ -96,12 +113,14 @@ def downward(
         *(_step_down(gone[-1]) if gone else ()),
     ]
     return Messages(
+        locks=tuple(locks),
         opening=(
             *_begin(expected=gone[0].revision if gone else None),
-            *([_fence(names)] if gone else []),  # what is only prepared has nothing of the host's to lock
+            _fence(locks),
         ),
         locked=tuple(_locked(locks, changes, stall_budget_ms)),
         online={},
+        stall_budget_ms=stall_budget_ms,
     )
 
 
@@ -128,7 +147,7 @@ def _opening(
         version = SQL("UPDATE tallystick.alembic_version SET version_num = {}")
     return [
         *_begin(expected=expected),
-        _fence(names),
+        _fence(revision.locks(names)),
         *([] if prepared else revision.prepare(names)),
         version.format(SqlLiteral(revision.revision)),
         _completed(revision, adopted) if prepared else _logged(revision, "apply", adopted),
@@ -154,6 +173,10 @@ def _begin(*, expected: str | None) -> Iterator[Composable]:
     yield SQL("SET LOCAL statement_timeout = '30s'")
     # a frozen client must not keep even the fence
     yield SQL("SET LOCAL idle_in_transaction_session_timeout = '60s'")
+    # with the tables locked, COMMIT must not wait for a standby, where a report may keep the lock from being repeated
+    yield SQL(
+        "SELECT set_config('synchronous_commit', 'local', true) WHERE current_setting('synchronous_commit') <> 'off'"
+    )
     yield _do(
         SQL("""
 DECLARE
@@ -177,10 +200,9 @@ END""").format(
     )
 
 
-def _fence(names: HostNames) -> Composed:
+def _fence(locks: Sequence[Identifier]) -> Composed:
     """Makes a running autovacuum yield; blocks neither reads nor writes."""
-    tables = [table.name for table in (names.users, names.workshops) if table]
-    return SQL("LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE").format(SQL(", ").join(tables))
+    return SQL("LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE").format(SQL(", ").join(locks))
 
 
 def _lock_all(locks: Sequence[Identifier], stall_budget_ms: int) -> Composed:
@@ -191,22 +213,22 @@ def _lock_all(locks: Sequence[Identifier], stall_budget_ms: int) -> Composed:
     nowait = SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE NOWAIT;").format(SQL(", ").join(locks))
     # one wait's time is shared by all its tables, since lock_timeout is per table
     waiting = SQL("\n        ").join(
-        SQL("""rest_ms := ceil(extract(epoch FROM until - clock_timestamp()) * 1000);
-        PERFORM set_config('lock_timeout', greatest(rest_ms, 1)::text, true);
-        LOCK TABLE {} IN ACCESS EXCLUSIVE MODE;""").format(table)
+        SQL("""PERFORM set_config('lock_timeout', greatest(1, ceil(until - {}))::text, true);
+        LOCK TABLE {} IN ACCESS EXCLUSIVE MODE;""").format(SQL(_NOW_MS), table)
         for table in locks
     )
     return _do(
         SQL("""
 DECLARE
   wait_ms integer;
-  rest_ms integer;
-  until timestamptz;
+  asked_at numeric;
+  until numeric;
 BEGIN
   FOR attempt IN 1..100 LOOP
     BEGIN
+      asked_at := {now_ms};
       {nowait}
-      PERFORM set_config('tallystick.locked_at', clock_timestamp()::text, false);
+      PERFORM set_config('tallystick.locked_at', asked_at::text, false);
       RETURN;
     EXCEPTION WHEN lock_not_available THEN
       NULL;
@@ -215,9 +237,10 @@ BEGIN
   END LOOP;
   FOREACH wait_ms IN ARRAY {waits} LOOP
     BEGIN
-      until := clock_timestamp() + make_interval(secs => wait_ms * (0.75 + random() / 4) / 1000);
+      asked_at := {now_ms};  -- from here on others wait behind us
+      until := asked_at + wait_ms * (0.75 + random() / 4);
       {waiting}
-      PERFORM set_config('tallystick.locked_at', clock_timestamp()::text, false);
+      PERFORM set_config('tallystick.locked_at', asked_at::text, false);
       RETURN;
     EXCEPTION WHEN lock_not_available THEN
       NULL;
@@ -227,6 +250,7 @@ BEGIN
   END LOOP;
   RAISE EXCEPTION 'the tables are busy' USING ERRCODE = 'lock_not_available';
 END""").format(
+            now_ms=SQL(_NOW_MS),
             nowait=nowait,
             waiting=waiting,
             waits=SQL("ARRAY[{}]").format(
