@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic.operations import Operations
+from alembic.runtime.migration import MigrationContext
 from delay import far_away
 from hosts import App
 
@@ -85,6 +87,21 @@ def test_migrations_refuse_it(app: App, pooled: Callable[[str], str]) -> None:
     with engine.connect() as conn:
         stops = [finding.text for finding in migrate.plan(conn, app.config).findings if finding.severity == "stop"]
     assert any("pooler" in text for text in stops)
+
+
+@pytest.mark.parametrize("call", ["upgrade_revision", "upgrade_revision, online", "downgrade_revision"])
+def test_the_hosts_own_alembic_is_refused_too(app: App, pooled: Callable[[str], str], call: str) -> None:
+    before = app.shape()
+    function, _, online = call.partition(", ")
+    options = {"part": "online"} if online else {}
+    engine = sa.create_engine(pooled(app.url), poolclass=sa.NullPool)
+    if online:
+        engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+    with engine.connect() as conn:
+        op = Operations(MigrationContext.configure(conn))
+        with pytest.raises(PoolerRefused, match="DATABASE_URL_UNPOOLED"):
+            getattr(migrate, function)(op, to="0001", config=app.config, **options)
+    assert app.shape() == before
 
 
 def test_a_host_name_says_it_too(app: App) -> None:

@@ -16,7 +16,7 @@ from tallystick.migrate.host import current_revision, examine, refuse_rows
 from tallystick.migrate.online import online
 from tallystick.migrate.revisions import HostNames, Revision, revisions, up_to
 from tallystick.migrate.role import refuse_limited
-from tallystick.migrate.session import put_back
+from tallystick.migrate.session import put_back, refuse_pooler
 from tallystick.migrate.statements import STALL_BUDGET_MS, Messages, downward, text, upward
 
 
@@ -51,6 +51,7 @@ def upgrade_revision(
 
     Raises:
         MigrationError: in a transaction where there must be none, or the other way round, or not the next revision.
+        PoolerRefused: the address is a pooler's.
         SchemaError: as for :func:`apply`.
     """
     config = config or Config.load()
@@ -59,6 +60,7 @@ def upgrade_revision(
         _write_out(op, revision, config, part, stall_budget_ms)
         return
     conn = op.get_bind()
+    refuse_pooler(conn)
     if part == "online":
         _build(conn, revision, config)
     else:
@@ -98,6 +100,7 @@ def downgrade_revision(
             "Run alembic downgrade without --sql, or: tallystick migrate undo"
         )
     conn = op.get_bind()
+    refuse_pooler(conn)
     _needs_transaction(conn, "downgrade_revision", "undoing a revision")
     host = examine(conn, config)
     gone = [revision for revision in up_to(host.revision) if revision not in up_to(to)]

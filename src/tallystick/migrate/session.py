@@ -119,11 +119,17 @@ def driver(conn: sa.Connection) -> psycopg.Connection[tuple[object, ...]]:
 
 
 def pooler_sign(conn: sa.Connection) -> str | None:
-    """By what a transaction pooler between us and the server shows itself; None where there is none."""
-    info = driver(conn).info
-    if "-pooler." in f"{info.host}.":
-        return f"the host is called {info.host}"
-    if info.backend_pid != conn.scalar(sa.select(sa.func.pg_backend_pid())):
+    """By what a transaction pooler between us and the server shows itself; None where there is none.
+
+    Alembic's door may be used with another driver, which does not tell who greeted it: there the name alone decides.
+    """
+    raw = conn.connection.dbapi_connection
+    host = raw.info.host if isinstance(raw, psycopg.Connection) else conn.engine.url.host
+    if "-pooler." in f"{host}.":
+        return f"the host is called {host}"
+    if not isinstance(raw, psycopg.Connection):
+        return None
+    if raw.info.backend_pid != conn.scalar(sa.select(sa.func.pg_backend_pid())):
         return "the server process is another than the one that greeted us"
     return None
 
