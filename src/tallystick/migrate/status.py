@@ -26,7 +26,7 @@ from tallystick.schema import (
     workshop_columns,
 )
 
-Kind = Literal["column", "constraint", "index", "trigger", "enum", "function"]
+Kind = Literal["table", "column", "constraint", "index", "trigger", "rule", "enum", "function"]
 
 _COLUMNS = sa.text("""
     SELECT a.attname AS name,
@@ -51,6 +51,8 @@ _CONSTRAINTS = sa.text("""
                   WHEN 'r' THEN 'RESTRICT' WHEN 'n' THEN 'SET NULL' WHEN 'c' THEN 'CASCADE'
                   WHEN 'd' THEN 'SET DEFAULT' ELSE 'NO ACTION' END
              || CASE WHEN c.convalidated THEN '' ELSE ' NOT VALID' END
+             || CASE WHEN EXISTS (SELECT FROM pg_trigger t WHERE t.tgconstraint = c.oid
+                                    AND t.tgenabled NOT IN ('O', 'A')) THEN ' DISABLED' ELSE '' END
            END AS definition
     FROM pg_constraint c LEFT JOIN pg_class r ON r.oid = c.confrelid
     WHERE c.conrelid = :oid AND c.contype IN ('c', 'f', 'p', 'u', 'x')
@@ -70,7 +72,10 @@ _INDEXES = sa.text("""
 """)
 
 _TRIGGERS = sa.text("""
-    SELECT t.tgname AS name, t.tgtype AS bits, n.nspname || '.' || p.proname AS function, t.tgenabled::text AS enabled
+    SELECT t.tgname AS name, t.tgtype AS bits, n.nspname || '.' || p.proname AS function,
+           concat(CASE WHEN t.tgattr::text <> '' THEN ' of some columns' END,
+                  CASE WHEN t.tgqual IS NOT NULL THEN ' on a condition' END,
+                  CASE t.tgenabled WHEN 'D' THEN ' DISABLED' WHEN 'R' THEN ' DISABLED but on a replica' END) AS limits
     FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid JOIN pg_namespace n ON n.oid = p.pronamespace
     WHERE t.tgrelid = :oid AND NOT t.tgisinternal
 """)
@@ -89,6 +94,15 @@ _FUNCTIONS = sa.text("""
 """)
 
 _LEDGER_OID = sa.text("SELECT to_regclass(quote_ident(:schema) || '.credit_transactions')::oid::bigint")
+
+# Row security with nobody to bind it to is how Supabase wants tables closed, and leaves the ledger as it is.
+_LEDGER_TABLE = sa.text("""
+    SELECT c.relpersistence <> 'p' AS unlogged,
+           c.relrowsecurity AND (c.relforcerowsecurity OR EXISTS (
+             SELECT FROM aclexplode(c.relacl) a WHERE a.grantee <> c.relowner)) AS rows_hidden,
+           ARRAY(SELECT r.rulename::text FROM pg_rewrite r WHERE r.ev_class = c.oid ORDER BY 1) AS rules
+    FROM pg_class c WHERE c.oid = :oid
+""")
 
 _EXPECTED_TRIGGERS = {
     "tallystick_append_only": "BEFORE UPDATE OR DELETE FOR EACH ROW tallystick.append_only",
@@ -187,14 +201,16 @@ def _drift(conn: sa.Connection, config: Config, host: Host) -> Iterator[Drift]:
     schema = config.host.users.schema
     conn.execute(sa.select(sa.func.set_config("search_path", schema_path(conn, schema), sa.true())))
     found: dict[str, _Shape] = {word: _shape(conn, table.oid) for word, table in host.by_word.items()}
-    found[LEDGER] = _shape(conn, conn.scalar(_LEDGER_OID, {"schema": schema}))
+    ledger_oid = conn.scalar(_LEDGER_OID, {"schema": schema})
+    found[LEDGER] = _shape(conn, ledger_oid)
     labels = _pairs(conn, _LABELS, schema=schema)
     functions = _pairs(conn, _FUNCTIONS)
 
     shown: dict[str, str] = {word: table.shown for word, table in host.by_word.items()}
     shown[LEDGER] = f"{schema}.{LEDGER}"
 
-    for word, expected in _declared_shapes(conn, declared).items():
+    expected_shapes = _declared_shapes(conn, declared)
+    for word, expected in expected_shapes.items():
         for kind, name, there, wanted in _differences(expected, found[word]):
             # of the host's tables only what we added is ours to judge, and what it had before is as it was
             ours = word == LEDGER or name in _added(declared)[word]
@@ -203,6 +219,9 @@ def _drift(conn: sa.Connection, config: Config, host: Host) -> Iterator[Drift]:
                 yield Drift(kind, f"{shown[word]}.{name}", wanted, there)
     for word, name, there, wanted in _trigger_differences(host, found):
         yield Drift("trigger", f"{shown[word]}.{name}", wanted, there)
+    yield from _ledger_table(conn, ledger_oid, shown[LEDGER])
+    for kind, name in _not_ours(found[LEDGER], expected_shapes[LEDGER]):
+        yield Drift(kind, f"{shown[LEDGER]}.{name}", "none but ours", found[LEDGER][kind, name])
     for name, wanted in _declared_labels().items():
         if labels.get(name) != wanted:
             yield Drift("enum", f"{schema}.{name}", wanted, labels.get(name))
@@ -225,6 +244,29 @@ def _trigger_differences(host: Host, found: Mapping[str, _Shape]) -> Iterator[tu
             kept_by_host = name == "tallystick_updated_at" and "users.updated_at" in host.adopted_names
             if there != wanted and not kept_by_host:
                 yield word, name, there, wanted
+
+
+def _not_ours(found: _Shape, expected: _Shape) -> Iterator[tuple[Kind, str]]:
+    """What can change, drop or refuse the rows that the ledger writes; the rest of what a host adds is its right."""
+    for (kind, name), there in found.items():
+        if kind == "trigger":
+            meddles = name not in TRIGGERS[LEDGER] and there.startswith("BEFORE")
+        elif kind == "index":
+            meddles = there.startswith("UNIQUE ") and ("constraint", name) not in found
+        else:
+            meddles = kind == "constraint"
+        if meddles and (kind, name) not in expected:
+            yield kind, name
+
+
+def _ledger_table(conn: sa.Connection, oid: int | None, shown: str) -> Iterator[Drift]:
+    for row in conn.execute(_LEDGER_TABLE, {"oid": oid}):
+        if row.unlogged:
+            yield Drift("table", shown, "a logged table", "UNLOGGED: a crash of the server empties it")
+        if row.rows_hidden:
+            yield Drift("table", shown, "none", "row level security, which hides rows from who uses it")
+        for name in row.rules:
+            yield Drift("rule", f"{shown}.{name}", "none", "a rule, which can rewrite what the ledger writes")
 
 
 def _added(declared: Schema) -> dict[str, set[str]]:
@@ -263,8 +305,7 @@ def _trigger(row: sa.Row[Any]) -> str:
     events = [word for bit, word in ((4, "INSERT"), (16, "UPDATE"), (8, "DELETE"), (32, "TRUNCATE")) if row.bits & bit]
     when = "BEFORE" if row.bits & 2 else "AFTER"
     each = "ROW" if row.bits & 1 else "STATEMENT"
-    off = " DISABLED" if row.enabled == "D" else ""
-    return f"{when} {' OR '.join(events)} FOR EACH {each} {row.function}{off}"
+    return f"{when} {' OR '.join(events)} FOR EACH {each} {row.function}{row.limits}"
 
 
 def _pairs(conn: sa.Connection, query: sa.TextClause, **values: object) -> dict[str, str]:
