@@ -286,6 +286,21 @@ def test_the_script_can_be_run_by_another_tool(tally, old_host, server: Server):
     assert 'TO "app"' in tally("migrate", "sql", "--role", "app").out
 
 
+def test_a_snippet_leaves_out_the_columns_that_the_app_had(tally, old_host, tmp_path: Path):
+    with psycopg.connect(old_host) as conn:
+        conn.execute("ALTER TABLE users ADD deleted_at timestamp(3)")
+    before = tally("migrate", "snippet", "drizzle").out
+    assert tally("migrate", "apply").code == 0
+    assert tally("migrate", "snippet", "drizzle").out == before
+    users, _, workshops = before.partition("in the table of public.workshops")
+    assert ("deletedAt" in users, "deletedAt" in workshops, "leave out" in before) == (False, True, False)
+    unread = tally("--database-url", "postgresql://nobody@127.0.0.1:1/x", "migrate", "snippet", "drizzle")
+    assert unread.code == 0
+    assert unread.out.startswith("// leave out the columns that your models name already")
+    assert "The database was not looked at: " in unread.err
+    assert not (tmp_path / ".tallystick").exists()
+
+
 def test_the_embedded_server_from_start_to_stop(tally, scratch: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TALLYSTICK_HOME", str(scratch / "home"))
     assert tally("db", "status").code == 1

@@ -20,8 +20,8 @@ from tallystick.audit import audit
 from tallystick.cli.app import Json, address, app, emit, err, invocation, note, out, plain
 from tallystick.cli.backups import backups, take_backup
 from tallystick.config import FILE_NAME, Config, to_toml
-from tallystick.database import PATIENCE_S, connect
-from tallystick.errors import ConfigError
+from tallystick.database import PATIENCE_S, connect, translated
+from tallystick.errors import ConfigError, TallystickError
 from tallystick.migrate import neon
 from tallystick.migrate import role as roles
 from tallystick.migrate.rules import split
@@ -278,7 +278,14 @@ def snippet(
     tool: Annotated[str, typer.Argument(help=f"One of: {', '.join(migrate.TOOLS)}.", metavar="TOOL")],
 ) -> None:
     """Print the lines for the app's own schema file, so that its tool does not take our columns for leftovers."""
-    out.print(migrate.snippet(tool, invocation(ctx).config()), markup=False)
+    config, adopted = invocation(ctx).config(), None
+    if config.database_url or devdb.default_folder().exists():  # it knows which columns the app had before
+        try:
+            with translated(), invocation(ctx).database(migrating=True) as config, connect(address(config)) as conn:
+                adopted = migrate.examine(conn, config, privileges=False).adopted_names
+        except TallystickError as error:
+            note(f"The database was not looked at: {error.message}")
+    out.print(migrate.snippet(tool, config, adopted), markup=False)
 
 
 @migrations.command()
