@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -159,6 +160,44 @@ def test_an_id_is_whole_where_history_is_piped(at, world: World):
     with world.engine.begin() as conn:
         [row] = world.ledger.history(conn, user)
     assert str(row.id) in said
+
+
+def test_keys_that_begin_with_a_minus_are_no_options(at, make_world: Callable[..., World]):
+    tally = at(make_world("quoted"))
+    report = tally("seed", "--only", "long_history", "--json").json["scenarios"][0]
+    user = report["user"]
+    assert user < 0
+    assert tally("balance", user).out == "16 credits\n"
+    page = tally("history", user, "--limit", 2)
+    following = shlex.split(page.err.partition(": tallystick ")[2])
+    assert len(tally(*following, "--limit", 1, "--json").json) == 1
+    for command in (("grant", user, 2), ("consume", user), ("onboarding", user), ("audit", "--user", user)):
+        assert tally(*command).code == 0
+    assert "credits=-2: pass a whole number from 1" in tally("grant", user, -2).err
+    [bought] = [row for row in tally("history", user, "--json").json if row["type"] == "purchase"][:1]
+    assert tally("refund", user, bought["id"], "--credits", 1).code == 0
+    typo = tally("history", -user, "--limt", 3)
+    assert (typo.code, "--limit" in typo.err) == (2, True)
+
+
+def test_a_printed_command_is_quoted(at, make_world: Callable[..., World]):
+    world = make_world("clerk")
+    user = "o'brien x"
+    with world.engine.begin() as conn:
+        conn.execute(sa.insert(world.schema.users).values(key=user))
+        for _ in range(2):
+            world.buy(conn, user, 1)
+    tally = at(world)
+    following = shlex.split(tally("history", user, "--limit", 1).err.partition(": tallystick ")[2])
+    assert [row["sequence"] for row in tally(*following, "--json").json] == [1]
+
+
+def test_ids_are_whole_in_a_narrow_terminal(at, world: World, monkeypatch: pytest.MonkeyPatch):
+    tally, user = at(world), world.user(credits=3)
+    [row] = tally("history", user, "--json").json
+    for width in (80, 119, 120):
+        monkeypatch.setattr("tallystick.cli.ledger.out.width", width)
+        assert row["id"] in tally("history", user).out
 
 
 def test_an_audit_that_is_interrupted_says_how_to_go_on(at, world: World, monkeypatch: pytest.MonkeyPatch):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
 import shlex
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 from uuid import uuid4
 
 import typer
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperCommand
 
 from tallystick import audit as auditing
 from tallystick.accounts import Accounts
@@ -37,6 +39,18 @@ KeyOption = Annotated[
 ]
 
 
+NARROW = 120  # a terminal in which the ids of a table would be broken
+
+
+class OfUser(TyperCommand):
+    """A command about a user, whose key may be a number below zero and is no option then."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As ever, but for such a number."""
+        ctx.ignore_unknown_options = any(re.fullmatch(r"-\d+", arg) for arg in args)
+        return super().parse_args(ctx, args)
+
+
 def user_key(config: Config, text: str) -> Key:
     """The user's key as typed, in the mapped type."""
     return host_key("user", text, config.host.users.key_type)
@@ -47,7 +61,7 @@ def credits_of(number: int) -> str:
     return f"{number} credit" if number in (1, -1) else f"{number} credits"
 
 
-@app.command(rich_help_panel="Credits")
+@app.command(cls=OfUser, rich_help_panel="Credits")
 def balance(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> None:
     """Show how many credits a user has."""
     with invocation(ctx).connection() as (conn, config):
@@ -70,10 +84,23 @@ def ledger_table(rows: Sequence[CreditTransaction]) -> Table:
             escape(row.description),
             str(row.id),
         )
+    shown.columns[-1].no_wrap = True  # it is to be copied
     return shown
 
 
-@app.command(rich_help_panel="Credits")
+def show_ledger(rows: Sequence[CreditTransaction]) -> None:
+    """As a table, or in lines where that would be too wide."""
+    if out.width >= NARROW:
+        out.print(ledger_table(rows))
+        return
+    for row in rows:
+        moment = (row.completed_at or row.created_at).astimezone(dt.UTC)
+        balance = "" if row.balance_after is None else f", balance {row.balance_after}"
+        out.print(f"{row.sequence or row.status}  {moment:%Y-%m-%d %H:%M:%S} UTC  {row.type} {row.amount:+}{balance}")
+        out.print(f"  {row.id}  {row.description}", markup=False)
+
+
+@app.command(cls=OfUser, rich_help_panel="Credits")
 def history(
     ctx: typer.Context,
     user: UserArgument,
@@ -94,9 +121,9 @@ def history(
         if not rows:
             out.print("No credit transactions yet.")
             return
-        out.print(ledger_table(rows))
+        show_ledger(rows)
         if len(rows) == limit:
-            note(f"Older ones: tallystick history {user} --before {rows[-1].cursor}")
+            note(f"Older ones: tallystick history {shlex.quote(user)} --before {shlex.quote(rows[-1].cursor)}")
 
     emit(rows, show, as_json=as_json)
 
@@ -113,7 +140,7 @@ def _say(done: CreditTransaction, as_json: bool) -> None:
     emit(done, show, as_json=as_json)
 
 
-@app.command(rich_help_panel="Credits")
+@app.command(cls=OfUser, rich_help_panel="Credits")
 def consume(
     ctx: typer.Context,
     user: UserArgument,
@@ -143,7 +170,7 @@ def consume(
     _say(done, as_json)
 
 
-@app.command(rich_help_panel="Credits")
+@app.command(cls=OfUser, rich_help_panel="Credits")
 def grant(
     ctx: typer.Context,
     user: UserArgument,
@@ -161,7 +188,7 @@ def grant(
     _say(done, as_json)
 
 
-@app.command(rich_help_panel="Credits")
+@app.command(cls=OfUser, rich_help_panel="Credits")
 def refund(
     ctx: typer.Context,
     user: UserArgument,
@@ -189,7 +216,7 @@ def refund(
     _say(done, as_json)
 
 
-@app.command(rich_help_panel="Credits")
+@app.command(cls=OfUser, rich_help_panel="Credits")
 def onboarding(
     ctx: typer.Context,
     user: UserArgument,
