@@ -308,6 +308,20 @@ def test_a_role_without_privileges_is_told_so(at, world: World):
             conn.execute(sa.text("DROP ROLE tallystick_stranger"))
 
 
+def test_status_says_what_mends_a_difference(at, world: World):
+    tally = at(world)
+    for change, says in (
+        ("ALTER TABLE users ALTER plan_tier SET DEFAULT 'pro'", "tallystick migrate apply does not mend it"),
+        ("ALTER TABLE credit_transactions DROP CONSTRAINT credit_transactions_user_fk", "FOREIGN KEY(user_id) REF"),
+        ("DROP INDEX tallystick_users_stripe_customer_id", "Mend it: tallystick migrate apply"),
+    ):
+        with world.engine.begin() as conn:
+            conn.exec_driver_sql(change)
+        said = tally("migrate", "status")
+        assert (said.code, says in said.out) == (1, True)
+    assert "Built tallystick_users_stripe_customer_id" in tally("migrate", "apply").out
+
+
 def test_the_script_can_be_run_by_another_tool(tally, old_host, server: Server):
     script = tally("migrate", "sql").out
     database = old_host.split("/")[-1].split("?")[0]

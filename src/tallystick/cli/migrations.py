@@ -225,6 +225,7 @@ def sql(
 
 
 _NOT_MIGRATED = "Not migrated yet. Run: tallystick migrate plan, then: tallystick migrate apply"
+_NO_REMEDY = "tallystick migrate apply does not mend it: make it what is expected, once you know who changed it"
 _PREPARED = (
     "On the way to revision {}: its new objects are there and nothing uses them yet. "
     "To go on: tallystick migrate apply. To take them away: tallystick migrate undo"
@@ -263,7 +264,7 @@ def status(
             out.print(f"[red]{len(found.drift)} differences[/] from what this package declares:")
             for drift in found.drift:
                 out.print(f"  {drift}", markup=False)
-            out.print("To finish what an interrupted run left: tallystick migrate apply")
+                out.print(f"    {f'Mend it: {drift.remedy}' if drift.remedy else _NO_REMEDY}", markup=False)
         else:
             out.print("[green]As declared:[/] every column, constraint, index, trigger and label.")
 

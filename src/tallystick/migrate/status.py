@@ -5,10 +5,11 @@ from __future__ import annotations
 import datetime as dt
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.config import Config
 from tallystick.migrate.host import Host, examine, looking
@@ -25,6 +26,8 @@ from tallystick.schema import (
     user_columns,
     workshop_columns,
 )
+
+APPLY = "tallystick migrate apply"
 
 Kind = Literal["table", "column", "constraint", "index", "trigger", "rule", "enum", "function"]
 
@@ -113,12 +116,16 @@ _EXPECTED_TRIGGERS = {
 
 @dataclass(frozen=True)
 class Drift:
-    """One difference. ``found`` is None for what is missing."""
+    """One difference. ``found`` is None for what is missing, ``remedy`` what mends it, empty where that is not known.
+
+    The remedy is SQL, or ``APPLY`` where a run that was interrupted has left the rest to do.
+    """
 
     kind: Kind
     where: str
     expected: str
     found: str | None
+    remedy: str = ""
 
     def __str__(self) -> str:
         return f"{self.kind} {self.where}: {self.found or 'missing'}; expected {self.expected}"
@@ -187,7 +194,10 @@ def _status(conn: sa.Connection, config: Config) -> Status:
     if host.revision == HEAD:
         savepoint = conn.begin_nested()
         try:
-            drift = tuple(_drift(conn, config, host))
+            remedies = _Remedies(config, host)
+            drift = tuple(
+                replace(found, remedy=found.remedy or remedies.of(found)) for found in _drift(conn, config, host)
+            )
         finally:
             savepoint.rollback()
     return Status(host.revision, HEAD, host.adopted_names, drift, history, host.prepared)
@@ -267,6 +277,72 @@ def _ledger_table(conn: sa.Connection, oid: int | None, shown: str) -> Iterator[
             yield Drift("table", shown, "none", "row level security, which hides rows from who uses it")
         for name in row.rules:
             yield Drift("rule", f"{shown}.{name}", "none", "a rule, which can rewrite what the ledger writes")
+
+
+class _Remedies:
+    """What mends a difference, by the declarations, and lets no traffic wait for a scan."""
+
+    def __init__(self, config: Config, host: Host) -> None:
+        declared, names = Schema.of(config.host), HostNames.of(config.host, host.adopted)
+        dialect = pg.dialect(paramstyle="named")  # type: ignore[no-untyped-call]  # one that doubles no %
+        ddl = dialect.ddl_compiler(dialect, None)  # type: ignore[arg-type]
+        self.quote = dialect.identifier_preparer.quote
+        self.online = {name for each in revisions() for name in (*each.indexes(names), *each.validates(names))}
+        self.tables: dict[str, str] = {}  # as in a Drift's ``where``, and as in SQL
+        self.made: dict[tuple[str, str], str] = {}
+        for table in declared.metadata.tables.values():
+            shown = dialect.identifier_preparer.format_table(table)
+            self.tables[f"{table.schema}.{table.name}"] = shown
+            for index in table.indexes:
+                created = " ".join(str(sa.schema.CreateIndex(index).compile(dialect=dialect)).split())
+                self.made["index", str(index.name)] = created.replace("INDEX", "INDEX CONCURRENTLY", 1)
+        for constraint in declared.credit_transactions.constraints:
+            self.made["constraint", str(constraint.name)] = ddl.process(constraint)
+        for each in revisions():
+            for statement in (text([made]) for made in (*each.prepare(names), *each.locked(names))):
+                if found := re.match(r"CREATE TRIGGER (\w+) ", statement):
+                    self.made["trigger", found[1]] = statement.replace("CREATE", "CREATE OR REPLACE", 1)
+
+    def of(self, drift: Drift) -> str:
+        """As :attr:`Drift.remedy`."""
+        where = next((each for each in self.tables if f"{drift.where}.".startswith(f"{each}.")), None)
+        if where is None:
+            return ""
+        table, bare, there = self.tables[where], drift.where[len(where) + 1 :], drift.found or ""
+        name, made, alter = self.quote(bare), self.made.get((drift.kind, bare), ""), f"ALTER TABLE {table}"
+        match drift.kind:
+            case "table":
+                off = "NO FORCE ROW LEVEL SECURITY, DISABLE ROW LEVEL SECURITY"
+                parts = [f"{alter} {'SET LOGGED' if there.startswith('UNLOGGED') else off}"]
+            case "rule":
+                parts = [f"DROP RULE {name} ON {table}"]
+            case "column" if not there and not where.endswith(f".{LEDGER}"):
+                parts = [f"{alter} ADD {name} {drift.expected}"]
+            case "trigger" if there.startswith(f"{drift.expected} DISABLED"):
+                parts = [f"{alter} ENABLE TRIGGER {name}"]
+            case "trigger":
+                parts = [made or f"DROP TRIGGER {name} ON {table}"]
+            case "index" if bare in self.online and (not there or " INVALID, " in there):
+                parts = [APPLY]
+            case "index":
+                schema = self.quote(where.split(".", maxsplit=1)[0])
+                parts = [f"DROP INDEX CONCURRENTLY {schema}.{name}" if there else "", made]
+            case "constraint":
+                parts = self._constraint(drift, alter, name, made)
+            case _:
+                parts = []
+        return "; ".join(part for part in parts if part)
+
+    def _constraint(self, drift: Drift, alter: str, name: str, made: str) -> list[str]:
+        there, validate = drift.found or "", f"{alter} VALIDATE CONSTRAINT {name}"
+        if there.endswith(" DISABLED"):
+            return [f"{alter} ENABLE TRIGGER ALL"]
+        if there == f"{drift.expected} NOT VALID":
+            return [APPLY if name in self.online else validate]
+        drop = f"DROP CONSTRAINT {name}" if there else ""
+        if not made or "PRIMARY KEY" in made:
+            return [f"{alter} {', '.join(part for part in (drop, made and f'ADD {made}') if part)}"]
+        return [f"{alter} {f'{drop}, ' if drop else ''}ADD {made} NOT VALID", validate]
 
 
 def _added(declared: Schema) -> dict[str, set[str]]:
