@@ -147,7 +147,7 @@ def plan(
 
 def _show_trackers(found: Sequence[migrate.Tracker]) -> None:
     for tracker in found:
-        at = tracker.newest or "nothing"
+        at = tracker.newest or ("a revision that this role may not read" if tracker.grant else "nothing")
         out.print(f"The app's own {tracker.tool} ({tracker.table}) is at {at}.", markup=False)
     for concern in migrate.concerns(found):
         out.print(f"  {concern}.", markup=False)
