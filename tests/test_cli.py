@@ -255,6 +255,8 @@ def test_the_audit_finds_what_was_broken(at, world: World):
         (["restore", "no.backup"], 1, "there is no no.backup"),
         (["migrate", "rehearse", "--statements", "no.sql"], 1, "no.sql: No such file or directory. Check this path"),
         (["migrate", "status", "--drizzle", "no"], 1, "no is no folder. Give the one that drizzle-kit writes to"),
+        (["serve", "--host", "0"], 1, "nobody is named who may see it"),
+        (["serve", "--host", "a..b"], 1, "cannot listen on a..b, port 8420"),
         (["nonsense"], 2, "No such command"),
         (["--config", "nowhere.toml", "balance", "x"], 1, "tallystick init"),
         (["--database-url", "mysql://x", "balance", "x"], 1, "postgresql://"),
@@ -278,6 +280,7 @@ def test_a_database_that_is_not_migrated_says_what_to_run(tally, old_host):
         assert (said.code, "tallystick migrate apply" in said.err) == (1, True)
     assert tally("seed").code == 1
     assert tally("audit").code == 1
+    assert "tallystick migrate apply" in tally("serve", "--host", "127.1", "--port", 0).err  # by whatever name
 
 
 def test_a_database_of_a_later_package_says_so(at, world: World):
@@ -407,6 +410,15 @@ def test_without_extras_each_command_that_needs_one_names_it(tmp_path: Path, arg
     assert done.returncode == code, done.stderr
     assert says in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_output_that_is_full_is_said(at, world: World):
+    at(world)
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-c", "from tallystick.cli import main; main()", "audit", "--json"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "The result could not be written: No space left on device" in done.stderr
 
 
 def test_interrupting_is_quiet(at, world: World):
