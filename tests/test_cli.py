@@ -109,6 +109,21 @@ def test_from_an_apps_database_to_audited_credits(tally, old_host):
         assert "credit_balance" not in [row[0] for row in columns]
 
 
+def test_init_echoes_what_it_was_told(tally, fresh_database):
+    url = fresh_database()
+    at = ("--database-url", url, "init", "--output", "my own.toml")
+    assert "(there are: none at all). Make the app's own first" in tally(*at).err
+    with psycopg.connect(url.replace("+psycopg", "", 1)) as conn:
+        conn.execute('CREATE TABLE "App Users" (id uuid PRIMARY KEY)')
+    written = tally(*at, "--users", "App Users").out
+    assert "tallystick init --force --users 'App Users' --output 'my own.toml' --workshops TABLE" in written
+    following = shlex.split(written.partition("then: tallystick ")[2])
+    assert tally("--database-url", url, *following).code == 0
+    again = tally(*at, "--users", "App Users").err.partition("anew: tallystick ")[2]
+    assert shlex.split(again) == ["init", "--force", "--users", "App Users", "--output", "my own.toml"]
+    assert not Path("tallystick.toml").exists()
+
+
 def test_a_role_is_made_and_taken_back_by_the_scripts_that_are_printed(tally, old_host):
     tally("init")
     tally("migrate", "apply")

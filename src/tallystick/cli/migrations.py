@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -76,9 +77,11 @@ def init(
 
     Changes nothing in the database.
     """
+    given = {"--users": users, "--workshops": workshops, "--output": None if output == Path(FILE_NAME) else str(output)}
+    again = " ".join(["tallystick init --force", *(f"{name} {shlex.quote(to)}" for name, to in given.items() if to)])
     if output.exists() and not force:
         raise ConfigError(
-            f"{output} is there already. To write it anew: tallystick init --force",
+            f"{output} is there already. To write it anew: {again}",
             path=str(output),
             line=None,
             key=None,
@@ -91,7 +94,7 @@ def init(
         named = host.users
         out.print(f"users      {named.schema}.{named.table}, by {named.key} ({named.key_type})", markup=False)
         if host.workshops is None:
-            said = "" if workshops else ". If a credit unlocks something: tallystick init --force --workshops TABLE"
+            said = "" if workshops else f". If a credit unlocks something: {again} --workshops TABLE"
             out.print(f"workshops  none{said}")
         else:
             place = host.workshops
@@ -106,7 +109,8 @@ def init(
                 "paywall on, workshops from before then need a credit too. If one does, set created_at to it.",
                 markup=False,
             )
-        out.print(f"Written to {output}. Look it over, then: tallystick migrate plan", markup=False)
+        file = f"--config {shlex.quote(str(output))} " if given["--output"] else ""
+        out.print(f"Written to {output}. Look it over, then: tallystick {file}migrate plan", markup=False)
 
     emit(host, show, as_json=as_json)
 
