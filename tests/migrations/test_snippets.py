@@ -329,7 +329,7 @@ export default defineConfig({{
 """
 
 
-def prisma_push(node: Project, app: App, *, columns: bool, without: str = " ") -> str:
+def prisma_push(node: Project, app: App, *, columns: bool, without: str = " ", schema: str = PRISMA_SCHEMA) -> str:
     users, workshops, config = parts_of("prisma", app).values()
     users, workshops = (users, workshops) if columns else ("", "")
     config = config.replace("externalTables: true", "externalTables: true, adapter: true")  # for the engine, as above
@@ -337,7 +337,7 @@ def prisma_push(node: Project, app: App, *, columns: bool, without: str = " ") -
     url = app.engine.url
     at = {"host": url.query["host"], "port": url.query["port"], "database": url.database}
     node.write("prisma.config.ts", PRISMA_CONFIG.format(**at, config="\n".join(lines)))
-    node.write("schema.prisma", PRISMA_SCHEMA.format(users=users, workshops=workshops))
+    node.write("schema.prisma", schema.format(users=users, workshops=workshops))
     # programs that it looks for, does not use, and would download
     unused = dict.fromkeys(("PRISMA_QUERY_ENGINE_LIBRARY", "PRISMA_SCHEMA_ENGINE_BINARY"), sys.executable)
     return node.run("prisma", "db", "push", "--skip-generate", env={**unused, "CHECKPOINT_DISABLE": "1"}, ok=False)
@@ -354,6 +354,50 @@ def test_prisma_push_leaves_alone_what_the_snippet_names(app: App, tmp_path: Pat
     assert "cannot drop type" in prisma_push(node, app, columns=True, without="enums:")
 
     assert "already in sync" in prisma_push(node, app, columns=True)
+    assert app.shape() == before
+
+
+PRISMA_ELSEWHERE = """
+generator client {{
+  provider = "prisma-client"
+  output   = "./client"
+}}
+datasource db {{
+  provider = "postgresql"
+  url      = "postgresql://the-adapter-is-used-instead"
+  schemas  = ["app", "courses"]
+}}
+model User {{
+  id        String     @id @default(dbgenerated("gen_random_uuid()")) @db.Uuid
+  email     String     @unique(map: "users_email_key")
+  deletedAt DateTime?  @map("deleted_at") @db.Timestamp(3)
+  workshops Workshop[]
+{users}
+  @@index([deletedAt], map: "users_deleted_at")
+  @@map("users")
+  @@schema("app")
+}}
+model Workshop {{
+  id        String    @id @default(dbgenerated("gen_random_uuid()")) @db.Uuid
+  userId    String    @map("user_id") @db.Uuid
+  title     String?
+  createdAt DateTime  @default(now()) @map("created_at") @db.Timestamptz(6)
+  deletedAt DateTime? @map("deleted_at") @db.Timestamptz(3)
+  user      User      @relation(fields: [userId], references: [id], onDelete: NoAction, onUpdate: NoAction)
+{workshops}
+  @@map("workshops")
+  @@schema("courses")
+}}
+"""
+
+
+def test_prisma_push_in_other_schemas_beside_columns_that_the_app_had(
+    make_app: Callable[..., App], tmp_path: Path
+) -> None:
+    node, app = project("prisma", tmp_path), make_app(ELSEWHERE_DDL, ELSEWHERE)
+    migrate.apply(app.url, app.config)
+    before = app.shape()
+    assert "already in sync" in prisma_push(node, app, columns=True, schema=PRISMA_ELSEWHERE)
     assert app.shape() == before
 
 
