@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -108,6 +109,21 @@ def test_from_an_apps_database_to_audited_credits(tally, old_host):
         assert "credit_balance" not in [row[0] for row in columns]
 
 
+def test_init_echoes_what_it_was_told(tally, fresh_database):
+    url = fresh_database()
+    at = ("--database-url", url, "init", "--output", "my own.toml")
+    assert "(there are: none at all). Make the app's own first" in tally(*at).err
+    with psycopg.connect(url.replace("+psycopg", "", 1)) as conn:
+        conn.execute('CREATE TABLE "App Users" (id uuid PRIMARY KEY)')
+    written = tally(*at, "--users", "App Users").out
+    assert "tallystick init --force --users 'App Users' --output 'my own.toml' --workshops TABLE" in written
+    following = shlex.split(written.partition("then: tallystick ")[2])
+    assert tally("--database-url", url, *following).code == 0
+    again = tally(*at, "--users", "App Users").err.partition("anew: tallystick ")[2]
+    assert shlex.split(again) == ["init", "--force", "--users", "App Users", "--output", "my own.toml"]
+    assert not Path("tallystick.toml").exists()
+
+
 def test_a_role_is_made_and_taken_back_by_the_scripts_that_are_printed(tally, old_host):
     tally("init")
     tally("migrate", "apply")
@@ -159,6 +175,44 @@ def test_an_id_is_whole_where_history_is_piped(at, world: World):
     with world.engine.begin() as conn:
         [row] = world.ledger.history(conn, user)
     assert str(row.id) in said
+
+
+def test_keys_that_begin_with_a_minus_are_no_options(at, make_world: Callable[..., World]):
+    tally = at(make_world("quoted"))
+    report = tally("seed", "--only", "long_history", "--json").json["scenarios"][0]
+    user = report["user"]
+    assert user < 0
+    assert tally("balance", user).out == "16 credits\n"
+    page = tally("history", user, "--limit", 2)
+    following = shlex.split(page.err.partition(": tallystick ")[2])
+    assert len(tally(*following, "--limit", 1, "--json").json) == 1
+    for command in (("grant", user, 2), ("consume", user), ("onboarding", user), ("audit", "--user", user)):
+        assert tally(*command).code == 0
+    assert "credits=-2: pass a whole number from 1" in tally("grant", user, -2).err
+    [bought] = [row for row in tally("history", user, "--json").json if row["type"] == "purchase"][:1]
+    assert tally("refund", user, bought["id"], "--credits", 1).code == 0
+    typo = tally("history", -user, "--limt", 3)
+    assert (typo.code, "--limit" in typo.err) == (2, True)
+
+
+def test_a_printed_command_is_quoted(at, make_world: Callable[..., World]):
+    world = make_world("clerk")
+    user = "o'brien x"
+    with world.engine.begin() as conn:
+        conn.execute(sa.insert(world.schema.users).values(key=user))
+        for _ in range(2):
+            world.buy(conn, user, 1)
+    tally = at(world)
+    following = shlex.split(tally("history", user, "--limit", 1).err.partition(": tallystick ")[2])
+    assert [row["sequence"] for row in tally(*following, "--json").json] == [1]
+
+
+def test_ids_are_whole_in_a_narrow_terminal(at, world: World, monkeypatch: pytest.MonkeyPatch):
+    tally, user = at(world), world.user(credits=3)
+    [row] = tally("history", user, "--json").json
+    for width in (80, 119, 120):
+        monkeypatch.setattr("tallystick.cli.ledger.out.width", width)
+        assert row["id"] in tally("history", user).out
 
 
 def test_an_audit_that_is_interrupted_says_how_to_go_on(at, world: World, monkeypatch: pytest.MonkeyPatch):
@@ -216,6 +270,8 @@ def test_the_audit_finds_what_was_broken(at, world: World):
         (["restore", "no.backup"], 1, "there is no no.backup"),
         (["migrate", "rehearse", "--statements", "no.sql"], 1, "no.sql: No such file or directory. Check this path"),
         (["migrate", "status", "--drizzle", "no"], 1, "no is no folder. Give the one that drizzle-kit writes to"),
+        (["serve", "--host", "0"], 1, "nobody is named who may see it"),
+        (["serve", "--host", "a..b"], 1, "cannot listen on a..b, port 8420"),
         (["nonsense"], 2, "No such command"),
         (["--config", "nowhere.toml", "balance", "x"], 1, "tallystick init"),
         (["--database-url", "mysql://x", "balance", "x"], 1, "postgresql://"),
@@ -239,6 +295,25 @@ def test_a_database_that_is_not_migrated_says_what_to_run(tally, old_host):
         assert (said.code, "tallystick migrate apply" in said.err) == (1, True)
     assert tally("seed").code == 1
     assert tally("audit").code == 1
+    assert "tallystick migrate apply" in tally("serve", "--host", "127.1", "--port", 0).err  # by whatever name
+
+
+def test_a_wrong_mapping_is_told_as_one(tally, make_world: Callable[..., World], monkeypatch: pytest.MonkeyPatch):
+    world = make_world("alone")
+    user = world.user()
+    monkeypatch.setenv("DATABASE_URL", world.url)
+    for place in ([], ["--database-url", world.url]):
+        said = tally(*place, "balance", user).err
+        assert "no tallystick.toml says which table is users, so public.users is taken, by id (uuid)" in said
+    settings = Path("mine.toml")
+    for wrong, right in (('table = "users"', 'table = "usres"'), ('key = "id"', 'key = "key"')):
+        settings.write_text(to_toml(world.config.host).replace(wrong, right), encoding="utf-8")
+        for command in (("balance", user), ("audit",)):
+            said = tally("--config", settings, *command)
+            assert (said.code, "check [host.users] in mine.toml" in said.err) == (1, True)
+            assert "migrate apply" not in said.err
+    settings.write_text(to_toml(world.config.host).replace('"integer"', '"uuid"'), encoding="utf-8")
+    assert "check [host.users] in mine.toml" in tally("--config", settings, "balance", user).err
 
 
 def test_a_database_of_a_later_package_says_so(at, world: World):
@@ -269,6 +344,20 @@ def test_a_role_without_privileges_is_told_so(at, world: World):
             conn.execute(sa.text("DROP ROLE tallystick_stranger"))
 
 
+def test_status_says_what_mends_a_difference(at, world: World):
+    tally = at(world)
+    for change, says in (
+        ("ALTER TABLE users ALTER plan_tier SET DEFAULT 'pro'", "tallystick migrate apply does not mend it"),
+        ("ALTER TABLE credit_transactions DROP CONSTRAINT credit_transactions_user_fk", "FOREIGN KEY(user_id) REF"),
+        ("DROP INDEX tallystick_users_stripe_customer_id", "Mend it: tallystick migrate apply"),
+    ):
+        with world.engine.begin() as conn:
+            conn.exec_driver_sql(change)
+        said = tally("migrate", "status")
+        assert (said.code, says in said.out) == (1, True)
+    assert "Built tallystick_users_stripe_customer_id" in tally("migrate", "apply").out
+
+
 def test_the_script_can_be_run_by_another_tool(tally, old_host, server: Server):
     script = tally("migrate", "sql").out
     database = old_host.split("/")[-1].split("?")[0]
@@ -284,6 +373,21 @@ def test_the_script_can_be_run_by_another_tool(tally, old_host, server: Server):
     assert tally("migrate", "status").code == 0
     assert "CREATE TABLE" in tally("migrate", "sql", "--offline").out
     assert 'TO "app"' in tally("migrate", "sql", "--role", "app").out
+
+
+def test_a_snippet_leaves_out_the_columns_that_the_app_had(tally, old_host, tmp_path: Path):
+    with psycopg.connect(old_host) as conn:
+        conn.execute("ALTER TABLE users ADD deleted_at timestamp(3)")
+    before = tally("migrate", "snippet", "drizzle").out
+    assert tally("migrate", "apply").code == 0
+    assert tally("migrate", "snippet", "drizzle").out == before
+    users, _, workshops = before.partition("in the table of public.workshops")
+    assert ("deletedAt" in users, "deletedAt" in workshops, "leave out" in before) == (False, True, False)
+    unread = tally("--database-url", "postgresql://nobody@127.0.0.1:1/x", "migrate", "snippet", "drizzle")
+    assert unread.code == 0
+    assert unread.out.startswith("// leave out the columns that your models name already")
+    assert "The database was not looked at: " in unread.err
+    assert not (tmp_path / ".tallystick").exists()
 
 
 def test_the_embedded_server_from_start_to_stop(tally, scratch: Path, monkeypatch: pytest.MonkeyPatch):
@@ -339,6 +443,15 @@ def test_without_extras_each_command_that_needs_one_names_it(tmp_path: Path, arg
     assert done.returncode == code, done.stderr
     assert says in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_output_that_is_full_is_said(at, world: World):
+    at(world)
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-c", "from tallystick.cli import main; main()", "audit", "--json"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "The result could not be written: No space left on device" in done.stderr
 
 
 def test_interrupting_is_quiet(at, world: World):

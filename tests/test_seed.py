@@ -687,6 +687,26 @@ def host_app(fresh_database: Callable[..., str]) -> Callable[..., World]:
     return make
 
 
+IDENTITY = """
+CREATE TABLE users (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY);
+CREATE TABLE workshops (
+  id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, user_id bigint NOT NULL REFERENCES users, title text,
+  number integer GENERATED ALWAYS AS IDENTITY, created_at timestamptz);
+"""
+
+
+def test_keys_that_the_host_generates_always(host_app: Callable[..., World]) -> None:
+    big = HostMapping(users=UsersTable(key_type="bigint"), workshops=WorkshopsTable(key_type="bigint"))
+    world = host_app(IDENTITY, big)
+    report = plant(world)
+    assert {one.outcome for one in report.scenarios} == {Outcome.CREATED}
+    assert {one.scenario: one.balance for one in report.scenarios} == BALANCES
+    with world.engine.begin() as conn:
+        assert conn.exec_driver_sql("INSERT INTO users DEFAULT VALUES RETURNING id").scalar() == 1
+        assert conn.exec_driver_sql("SELECT min(number) FROM workshops").scalar() > 0
+    assert {one.outcome for one in uproot(world).scenarios} == {Outcome.REMOVED}
+
+
 def test_columns_that_must_be_given_are_given(host_app: Callable[..., World]) -> None:
     world = host_app(DEMANDING + "INSERT INTO orgs VALUES (7, 'eu'), (9, 'us')", DEMANDING_HOST)
     report = plant(world)

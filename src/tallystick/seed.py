@@ -446,7 +446,7 @@ class _HostTables:
             values[names.email] = self.users.fitted(names.email, f"{label}@example.com")
         text = scenario.name.replace("_", " ").capitalize()
         row = self.users.row(conn, _Row(label, scenario.number * _KEYS_PER_SCENARIO, text), values, None)
-        conn.execute(sa.insert(self.users.table).values(row))
+        self.users.insert(conn, [row])
 
     def insert_workshops(
         self,
@@ -471,7 +471,7 @@ class _HostTables:
                 values[names.created_at] = _moment(table.types[names.created_at], created_at or dt.datetime.now(dt.UTC))
             row = _Row(f"seed_{scenario.name}_{number}", scenario.number * _KEYS_PER_SCENARIO + number, title)
             rows.append(table.row(conn, row, values, user))
-        conn.execute(sa.insert(table.table), rows)
+        table.insert(conn, rows)
         return [row[names.key] for row in rows]
 
     def rehearse(self, conn: sa.Connection) -> None:
@@ -555,6 +555,16 @@ class _HostTable:
         for name in self.required:
             made[name] = row.value(self.types[name], name, unique=name in self.unique)
         return made | dict(values)
+
+    def insert(self, conn: sa.Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add whole rows, all of the same columns."""
+        names = {f"given_{number}": name for number, name in enumerate(rows[0])}
+        # for keys that are GENERATED ALWAYS AS IDENTITY; to others it is nothing
+        values = sa.text(f"OVERRIDING SYSTEM VALUE VALUES (:{', :'.join(names)})").bindparams(
+            *(sa.bindparam(given, type_=self.types[name]) for given, name in names.items())
+        )
+        statement = sa.insert(self.table).from_select(list(names.values()), values.columns())
+        conn.execute(statement, [{given: row[name] for given, name in names.items()} for row in rows])
 
     def fitted(self, column: str, text: str, *, cut: bool = False) -> str:
         """``text``, within the length of ``column``."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from hosts import App
@@ -97,6 +98,43 @@ def test_drizzle_1(app: App, tmp_path: Path) -> None:
         Entry("20260103_c", "changed"),
         Entry("20260104_gone", "unknown"),
     )
+
+
+def test_a_folder_of_which_nothing_was_applied(app: App, tmp_path: Path) -> None:
+    (tmp_path / "20260101_a").mkdir()
+    (tmp_path / "20260101_a" / "migration.sql").touch()
+    [found] = look(app, drizzle=tmp_path)
+    assert (found.tool, found.entries) == ("drizzle 1.0", (Entry("20260101_a", "pending"),))
+    assert "__drizzle_migrations" in found.table
+    app.run("CREATE TABLE alembic_version (version_num varchar(32))")
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "_journal.json").write_text('{"entries": [{"tag": "0_a", "when": 1}]}')
+    _, found = look(app, drizzle=tmp_path)
+    assert (found.tool, found.entries) == ("drizzle 0.x", (Entry("0_a", "pending"),))
+
+
+def test_a_row_without_a_time(app: App) -> None:
+    app.run(
+        *DRIZZLE_0.split(";"),
+        "INSERT INTO drizzle.__drizzle_migrations (hash, created_at) VALUES ('x', NULL), ('y', 1), ('z', 1)",
+    )
+    [found] = look(app)
+    assert (found.newest, found.entries) == ("1", (Entry("the row x", "undated"),))
+    assert "every migration again" in concerns([found])[0]
+
+
+@pytest.mark.parametrize("ddl", [DRIZZLE_0, DRIZZLE_1])
+def test_a_table_that_this_role_may_not_read(app: App, ddl: str) -> None:
+    role = f"reader {uuid4().hex}"
+    app.run(*ddl.split(";"), "CREATE TABLE alembic_version (version_num varchar(32))", f'CREATE ROLE "{role}"')
+    with app.engine.connect() as conn:
+        conn.exec_driver_sql(f'SET ROLE "{role}"')
+        found = trackers(conn)
+        assert [tracker.newest for tracker in found] == [None, None]
+        grants = [concern.partition(" Let its owner run: ")[2] for concern in concerns(found)]
+        app.run(*(statement for grant in grants for statement in grant.split("; ")))
+        assert [tracker.grant for tracker in trackers(conn)] == [None, None]
+    app.run(f'DROP OWNED BY "{role}"', f'DROP ROLE "{role}"')
 
 
 @pytest.mark.parametrize("ddl", [DRIZZLE_0, DRIZZLE_1])

@@ -7,6 +7,7 @@ from hosts import App
 
 from tallystick import migrate
 from tallystick.migrate import Drift
+from tallystick.migrate.status import APPLY
 
 LEDGER = "public.credit_transactions"
 
@@ -14,6 +15,14 @@ FOREIGN_KEY = "credit_transactions_user_fk"
 DROPPED = f"ALTER TABLE credit_transactions DROP CONSTRAINT {FOREIGN_KEY}"
 KEY = "credit_transactions_idempotency_key"
 BODY = "() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RETURN NEW;END$$"
+
+
+def anew(events: str, condition: str = "") -> str:
+    return (
+        "DROP TRIGGER tallystick_append_only ON credit_transactions; CREATE TRIGGER tallystick_append_only "
+        f"BEFORE {events} ON credit_transactions FOR EACH ROW {condition} EXECUTE FUNCTION tallystick.append_only()"
+    )
+
 
 DRIFTS = [
     ("column", "public.users.plan_tier", "ALTER TABLE users ALTER plan_tier SET DEFAULT 'pro'"),
@@ -43,11 +52,36 @@ DRIFTS = [
         f"{LEDGER}.tallystick_append_only",
         "ALTER TABLE credit_transactions DISABLE TRIGGER tallystick_append_only",
     ),
+    (
+        "trigger",
+        f"{LEDGER}.tallystick_append_only",
+        "ALTER TABLE credit_transactions ENABLE REPLICA TRIGGER tallystick_append_only",
+    ),
+    ("trigger", f"{LEDGER}.tallystick_append_only", anew("UPDATE OR DELETE", "WHEN (false)")),
+    ("trigger", f"{LEDGER}.tallystick_append_only", anew("UPDATE OF description OR DELETE")),
+    (
+        "trigger",
+        f"{LEDGER}.swallow",
+        f"CREATE TRIGGER swallow BEFORE INSERT ON {LEDGER} FOR EACH ROW EXECUTE FUNCTION tallystick.append_only()",
+    ),
+    ("rule", f"{LEDGER}.swallow", "CREATE RULE swallow AS ON INSERT TO credit_transactions DO INSTEAD NOTHING"),
+    ("table", LEDGER, "ALTER TABLE credit_transactions SET UNLOGGED"),
+    (
+        "table",
+        LEDGER,
+        "ALTER TABLE credit_transactions ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY",
+    ),
+    ("constraint", f"{LEDGER}.small", "ALTER TABLE credit_transactions ADD CONSTRAINT small CHECK (amount < 2)"),
+    ("constraint", f"{LEDGER}.once", "ALTER TABLE credit_transactions ADD CONSTRAINT once UNIQUE (user_id)"),
+    ("index", f"{LEDGER}.once", "CREATE UNIQUE INDEX once ON credit_transactions (user_id)"),
     ("trigger", f"{LEDGER}.tallystick_no_truncate", "DROP TRIGGER tallystick_no_truncate ON credit_transactions"),
     ("trigger", "public.users.tallystick_updated_at", "DROP TRIGGER tallystick_updated_at ON users"),
     ("enum", "public.credit_transaction_status", "ALTER TYPE credit_transaction_status ADD VALUE 'lost'"),
     ("function", "tallystick.append_only", f"CREATE OR REPLACE FUNCTION tallystick.append_only{BODY}"),
 ]
+
+# of another type, default or body: what to do depends on who uses it
+FOR_A_PERSON = {change for kind, _, change in DRIFTS if kind in ("enum", "function") or " ALTER " in change}
 
 
 def drift(app: App) -> tuple[Drift, ...]:
@@ -64,6 +98,44 @@ def test_a_difference_is_told(app: App, kind: str, where: str, change: str) -> N
     assert (found.kind, found.where) == (kind, where)
     assert found.found != found.expected
     assert str(found).startswith(f"{kind} {where}: ")
+    if change in FOR_A_PERSON:
+        assert found.remedy == ""
+        return
+    app.run(*found.remedy.split("; "))
+    assert drift(app) == ()
+
+
+def test_what_an_interrupted_run_left_is_for_the_next_one_to_mend(app: App) -> None:
+    migrate.apply(app.url, app.config)
+    name = "credit_transactions_refund_of"
+    definition = app.value(f"SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conname = '{name}'")
+    app.run(
+        "DROP INDEX tallystick_users_stripe_customer_id",
+        f"ALTER TABLE {LEDGER} DROP CONSTRAINT {name}, ADD CONSTRAINT {name} {definition} NOT VALID",
+    )
+    assert [found.remedy for found in drift(app)] == [APPLY, APPLY]
+    migrate.apply(app.url, app.config)
+    assert drift(app) == ()
+
+
+def test_foreign_keys_that_are_off_are_told(app: App) -> None:
+    migrate.apply(app.url, app.config)
+    app.run(
+        "ALTER TABLE credit_transactions DISABLE TRIGGER ALL", "ALTER TABLE credit_transactions ENABLE TRIGGER USER"
+    )
+    found = drift(app)
+    assert {each.where.rpartition("_transactions_")[2] for each in found} == {"user_fk", "workshop_fk", "refund_fk"}
+    assert all(str(each.found).endswith(" DISABLED") for each in found)
+    app.run(*{each.remedy for each in found})
+    assert drift(app) == ()
+
+
+def test_row_security_is_told_where_it_hides_rows_from_somebody(app: App) -> None:
+    migrate.apply(app.url, app.config)
+    app.run("ALTER TABLE credit_transactions ENABLE ROW LEVEL SECURITY")
+    assert drift(app) == ()
+    app.run("GRANT SELECT ON credit_transactions TO PUBLIC")
+    assert any("row level security" in str(each) for each in drift(app))
 
 
 def test_what_is_the_apps_own_is_no_difference(app: App) -> None:
@@ -72,6 +144,10 @@ def test_what_is_the_apps_own_is_no_difference(app: App) -> None:
         "ALTER TABLE users ADD nickname text, ALTER email SET STATISTICS 500",
         "CREATE INDEX ON users (plan_tier)",
         "CREATE INDEX by_month ON workshops (credit_consumed_at)",
+        "CREATE INDEX by_price ON credit_transactions (stripe_price_id)",
+        "CREATE FUNCTION tell() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'",
+        "CREATE TRIGGER tell AFTER INSERT ON credit_transactions FOR EACH ROW EXECUTE FUNCTION tell()",
+        "ALTER TABLE credit_transactions ENABLE ALWAYS TRIGGER tallystick_append_only, ENABLE ROW LEVEL SECURITY",
         "ANALYZE",
     )
     assert drift(app) == ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import NoReturn
 
@@ -23,6 +24,8 @@ from tallystick.signals import ended_by_signals
 
 __all__ = ["app", "main"]
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
 
 def main() -> NoReturn:
     """Run the command line and exit.
@@ -37,9 +40,12 @@ def main() -> NoReturn:
     except BrokenPipeError:
         sys.stderr.close()  # the reader, as in `| head`, has what it wanted
     except OSError as error:
-        if error.filename is None:
+        if error.filename is not None:
+            complain(f"{error.filename}: {error.strerror}. Check this path, and who may read and write it")
+        elif error.errno in _FULL:
+            complain(f"The result could not be written: {error.strerror}. Check where the output goes")
+        else:
             raise
-        complain(f"{error.filename}: {error.strerror}. Check this path, and who may read and write it")
     except DBAPIError as error:
         complain(f"The database refused: {said(error)}")
     except SQLAlchemyError as error:

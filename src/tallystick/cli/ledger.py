@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
 import shlex
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
 from uuid import uuid4
 
+import sqlalchemy as sa
 import typer
 from rich.markup import escape
 from rich.table import Table
+from sqlalchemy.exc import DBAPIError
+from typer.core import TyperCommand
 
 from tallystick import audit as auditing
 from tallystick.accounts import Accounts
 from tallystick.cli.app import (
+    Invocation,
     Json,
     UserArgument,
     app,
@@ -26,8 +32,9 @@ from tallystick.cli.app import (
     progress_bar,
     table,
 )
-from tallystick.config import Config
-from tallystick.errors import Key
+from tallystick.config import FILE_NAME, Config
+from tallystick.database import said
+from tallystick.errors import InvalidArgument, Key, NotMigrated
 from tallystick.ledger import CreditTransaction, Ledger
 from tallystick.schema import verify
 
@@ -37,9 +44,55 @@ KeyOption = Annotated[
 ]
 
 
+NARROW = 120  # a terminal in which the ids of a table would be broken
+
+
+class OfUser(TyperCommand):
+    """A command about a user, whose key may be a number below zero and is no option then."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As ever, but for such a number."""
+        ctx.ignore_unknown_options = any(re.fullmatch(r"-\d+", arg) for arg in args)
+        return super().parse_args(ctx, args)
+
+
 def user_key(config: Config, text: str) -> Key:
     """The user's key as typed, in the mapped type."""
     return host_key("user", text, config.host.users.key_type)
+
+
+@contextmanager
+def mapped(ctx: typer.Context, *, autocommit: bool = False) -> Iterator[tuple[sa.Connection, Config]]:
+    """A connection to a migrated database, on which a wrong mapping is told as one."""
+    asked = invocation(ctx)
+    with asked.connection(autocommit=autocommit) as (conn, config):
+        verify(conn)
+        try:
+            yield conn, config
+        except NotMigrated as error:  # it is, so what is missing is not what we added
+            what = said(error.__cause__) if isinstance(error.__cause__, DBAPIError) else error.message
+            raise NotMigrated(
+                f"{what}. The database is migrated: {_where(asked)}. What of ours is missing is told by: "
+                "tallystick migrate status",
+                revision=error.revision,
+            ) from error
+        except InvalidArgument as error:
+            if error.argument != "user":
+                raise
+            told = f"{error.message}: {_where(asked)}"
+            raise InvalidArgument(told, argument=error.argument, value=error.value) from error
+
+
+def _where(asked: Invocation) -> str:
+    """Where the mapping comes from, for who looks for what is wrong with it."""
+    config = Config.load(asked.config_path)
+    users = config.host.users
+    if "host" in config.model_fields_set:
+        return f"check [host.users] in {asked.config_path or FILE_NAME}"
+    return (
+        f"no {FILE_NAME} says which table is users, so {users.schema}.{users.table} is taken, by {users.key} "
+        f"({users.key_type}). Write one with: tallystick init"
+    )
 
 
 def credits_of(number: int) -> str:
@@ -47,11 +100,10 @@ def credits_of(number: int) -> str:
     return f"{number} credit" if number in (1, -1) else f"{number} credits"
 
 
-@app.command(rich_help_panel="Credits")
+@app.command(cls=OfUser, rich_help_panel="Credits")
 def balance(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> None:
     """Show how many credits a user has."""
-    with invocation(ctx).connection() as (conn, config):
-        verify(conn)
+    with mapped(ctx) as (conn, config):
         credits = Ledger(config).balance(conn, user_key(config, user))
     emit({"user": user, "balance": credits}, lambda: out.print(credits_of(credits)), as_json=as_json)
 
@@ -70,10 +122,23 @@ def ledger_table(rows: Sequence[CreditTransaction]) -> Table:
             escape(row.description),
             str(row.id),
         )
+    shown.columns[-1].no_wrap = True  # it is to be copied
     return shown
 
 
-@app.command(rich_help_panel="Credits")
+def show_ledger(rows: Sequence[CreditTransaction]) -> None:
+    """As a table, or in lines where that would be too wide."""
+    if out.width >= NARROW:
+        out.print(ledger_table(rows))
+        return
+    for row in rows:
+        moment = (row.completed_at or row.created_at).astimezone(dt.UTC)
+        balance = "" if row.balance_after is None else f", balance {row.balance_after}"
+        out.print(f"{row.sequence or row.status}  {moment:%Y-%m-%d %H:%M:%S} UTC  {row.type} {row.amount:+}{balance}")
+        out.print(f"  {row.id}  {row.description}", markup=False)
+
+
+@app.command(cls=OfUser, rich_help_panel="Credits")
 def history(
     ctx: typer.Context,
     user: UserArgument,
@@ -83,8 +148,7 @@ def history(
     as_json: Json = False,
 ) -> None:
     """Show a user's ledger, newest first."""
-    with invocation(ctx).connection() as (conn, config):
-        verify(conn)
+    with mapped(ctx) as (conn, config):
         ledger = Ledger(config)
         key = user_key(config, user)
         ledger.balance(conn, key)  # an unknown user is an error here, not an empty list
@@ -94,9 +158,9 @@ def history(
         if not rows:
             out.print("No credit transactions yet.")
             return
-        out.print(ledger_table(rows))
+        show_ledger(rows)
         if len(rows) == limit:
-            note(f"Older ones: tallystick history {user} --before {rows[-1].cursor}")
+            note(f"Older ones: tallystick history {shlex.quote(user)} --before {shlex.quote(rows[-1].cursor)}")
 
     emit(rows, show, as_json=as_json)
 
@@ -113,7 +177,7 @@ def _say(done: CreditTransaction, as_json: bool) -> None:
     emit(done, show, as_json=as_json)
 
 
-@app.command(rich_help_panel="Credits")
+@app.command(cls=OfUser, rich_help_panel="Credits")
 def consume(
     ctx: typer.Context,
     user: UserArgument,
@@ -126,8 +190,7 @@ def consume(
     as_json: Json = False,
 ) -> None:
     """Spend a user's credits, and unlock a workshop with them."""
-    with invocation(ctx).connection() as (conn, config):
-        verify(conn)
+    with mapped(ctx) as (conn, config):
         workshops = config.host.workshops
         place = (
             None if workshop is None else host_key("workshop", workshop, workshops.key_type if workshops else "text")
@@ -143,7 +206,7 @@ def consume(
     _say(done, as_json)
 
 
-@app.command(rich_help_panel="Credits")
+@app.command(cls=OfUser, rich_help_panel="Credits")
 def grant(
     ctx: typer.Context,
     user: UserArgument,
@@ -153,15 +216,14 @@ def grant(
     as_json: Json = False,
 ) -> None:
     """Give a user credits that nobody paid for: goodwill, a promotion, an opening balance."""
-    with invocation(ctx).connection() as (conn, config):
-        verify(conn)
+    with mapped(ctx) as (conn, config):
         done = Ledger(config).grant(
             conn, user_key(config, user), credits=credits, key=key or f"cli-{uuid4()}", description=description
         )
     _say(done, as_json)
 
 
-@app.command(rich_help_panel="Credits")
+@app.command(cls=OfUser, rich_help_panel="Credits")
 def refund(
     ctx: typer.Context,
     user: UserArgument,
@@ -176,8 +238,7 @@ def refund(
     as_json: Json = False,
 ) -> None:
     """Take back credits of a purchase. This moves credits only; the money is Stripe's to return."""
-    with invocation(ctx).connection() as (conn, config):
-        verify(conn)
+    with mapped(ctx) as (conn, config):
         done = Ledger(config).refund(
             conn,
             user_key(config, user),
@@ -189,7 +250,7 @@ def refund(
     _say(done, as_json)
 
 
-@app.command(rich_help_panel="Credits")
+@app.command(cls=OfUser, rich_help_panel="Credits")
 def onboarding(
     ctx: typer.Context,
     user: UserArgument,
@@ -199,8 +260,7 @@ def onboarding(
     as_json: Json = False,
 ) -> None:
     """Show whether a user's onboarding is complete, or change it."""
-    with invocation(ctx).connection() as (conn, config):
-        verify(conn)
+    with mapped(ctx) as (conn, config):
         accounts, key = Accounts(config), user_key(config, user)
         if complete is None:
             account = accounts.get(conn, key)
@@ -240,8 +300,7 @@ def audit(
         emit(listing, lambda: out.print(shown), as_json=as_json)
         return
     parts: list[auditing.Report] = []
-    with invocation(ctx).connection(autocommit=True) as (conn, config):
-        verify(conn)
+    with mapped(ctx, autocommit=True) as (conn, config):
         try:
             with progress_bar("Auditing") as progress:
                 report = auditing.audit(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -20,8 +21,8 @@ from tallystick.audit import audit
 from tallystick.cli.app import Json, address, app, emit, err, invocation, note, out, plain
 from tallystick.cli.backups import backups, take_backup
 from tallystick.config import FILE_NAME, Config, to_toml
-from tallystick.database import PATIENCE_S, connect
-from tallystick.errors import ConfigError
+from tallystick.database import PATIENCE_S, connect, translated
+from tallystick.errors import ConfigError, TallystickError
 from tallystick.migrate import neon
 from tallystick.migrate import role as roles
 from tallystick.migrate.rules import split
@@ -76,9 +77,11 @@ def init(
 
     Changes nothing in the database.
     """
+    given = {"--users": users, "--workshops": workshops, "--output": None if output == Path(FILE_NAME) else str(output)}
+    again = " ".join(["tallystick init --force", *(f"{name} {shlex.quote(to)}" for name, to in given.items() if to)])
     if output.exists() and not force:
         raise ConfigError(
-            f"{output} is there already. To write it anew: tallystick init --force",
+            f"{output} is there already. To write it anew: {again}",
             path=str(output),
             line=None,
             key=None,
@@ -91,7 +94,7 @@ def init(
         named = host.users
         out.print(f"users      {named.schema}.{named.table}, by {named.key} ({named.key_type})", markup=False)
         if host.workshops is None:
-            said = "" if workshops else ". If a credit unlocks something: tallystick init --force --workshops TABLE"
+            said = "" if workshops else f". If a credit unlocks something: {again} --workshops TABLE"
             out.print(f"workshops  none{said}")
         else:
             place = host.workshops
@@ -106,7 +109,8 @@ def init(
                 "paywall on, workshops from before then need a credit too. If one does, set created_at to it.",
                 markup=False,
             )
-        out.print(f"Written to {output}. Look it over, then: tallystick migrate plan", markup=False)
+        file = f"--config {shlex.quote(str(output))} " if given["--output"] else ""
+        out.print(f"Written to {output}. Look it over, then: tallystick {file}migrate plan", markup=False)
 
     emit(host, show, as_json=as_json)
 
@@ -147,7 +151,7 @@ def plan(
 
 def _show_trackers(found: Sequence[migrate.Tracker]) -> None:
     for tracker in found:
-        at = tracker.newest or "nothing"
+        at = tracker.newest or ("a revision that this role may not read" if tracker.grant else "nothing")
         out.print(f"The app's own {tracker.tool} ({tracker.table}) is at {at}.", markup=False)
     for concern in migrate.concerns(found):
         out.print(f"  {concern}.", markup=False)
@@ -225,6 +229,7 @@ def sql(
 
 
 _NOT_MIGRATED = "Not migrated yet. Run: tallystick migrate plan, then: tallystick migrate apply"
+_NO_REMEDY = "tallystick migrate apply does not mend it: make it what is expected, once you know who changed it"
 _PREPARED = (
     "On the way to revision {}: its new objects are there and nothing uses them yet. "
     "To go on: tallystick migrate apply. To take them away: tallystick migrate undo"
@@ -263,7 +268,7 @@ def status(
             out.print(f"[red]{len(found.drift)} differences[/] from what this package declares:")
             for drift in found.drift:
                 out.print(f"  {drift}", markup=False)
-            out.print("To finish what an interrupted run left: tallystick migrate apply")
+                out.print(f"    {f'Mend it: {drift.remedy}' if drift.remedy else _NO_REMEDY}", markup=False)
         else:
             out.print("[green]As declared:[/] every column, constraint, index, trigger and label.")
 
@@ -278,7 +283,14 @@ def snippet(
     tool: Annotated[str, typer.Argument(help=f"One of: {', '.join(migrate.TOOLS)}.", metavar="TOOL")],
 ) -> None:
     """Print the lines for the app's own schema file, so that its tool does not take our columns for leftovers."""
-    out.print(migrate.snippet(tool, invocation(ctx).config()), markup=False)
+    config, adopted = invocation(ctx).config(), None
+    if config.database_url or devdb.default_folder().exists():  # it knows which columns the app had before
+        try:
+            with translated(), invocation(ctx).database(migrating=True) as config, connect(address(config)) as conn:
+                adopted = migrate.examine(conn, config, privileges=False).adopted_names
+        except TallystickError as error:
+            note(f"The database was not looked at: {error.message}")
+    out.print(migrate.snippet(tool, config, adopted), markup=False)
 
 
 @migrations.command()

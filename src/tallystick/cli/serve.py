@@ -56,8 +56,9 @@ def serve(
 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     with invocation(ctx).database() as config, _listen(host, port) as listening:
-        port = listening.getsockname()[1]
-        door, address = _door(config.console, host, port)
+        where, port = listening.getsockname()[:2]
+        local = ipaddress.ip_address(where).is_loopback  # whatever name it was given by
+        door, address = _door(config.console, host, port, local=local)
         pool = engine(database_address(config), pool_size=5, pool_pre_ping=True)
         try:
             with connect(database_address(config)) as conn:
@@ -88,9 +89,9 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, port), family=family)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter of names that are none
         raise ConfigError(
-            f"cannot listen on {host}, port {port}: {error.strerror}. Choose another with: --port",
+            f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', error)}. Choose another with: --port",
             path=None,
             line=None,
             key=None,
@@ -100,12 +101,11 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _door(access: ConsoleAccess, host: str, port: int) -> tuple[Door, str]:
+def _door(access: ConsoleAccess, host: str, port: int, *, local: bool) -> tuple[Door, str]:
     """How operators get in, and the address they see. Raises ConfigError where that would be nobody's choice."""
     from tallystick.web.console import LocalLink, Passwords, TrustedProxy  # noqa: PLC0415 - as above
 
     here = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    local = ipaddress.ip_address(host).is_loopback if host != "localhost" else True
     if not (access.operators or access.proxy_peers):
         if not local:
             raise ConfigError(

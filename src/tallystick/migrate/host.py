@@ -655,9 +655,10 @@ def _propose(conn: sa.Connection, users: str | None, workshops: str | None) -> H
     everything = _tables(conn)
     users_table = _find("users", everything, users, _USERS)
     if users_table is None:
-        tables = ", ".join(t.shown for t in everything if not _unsuitable(t)) or "none at all"
+        tables = ", ".join(t.shown for t in everything if not _unsuitable(t))
+        then = "Say which: --users schema.table" if tables else "Make the app's own first, or check the address"
         raise HostMismatch(
-            f"no table looks like users (there are: {tables}). Say which: --users schema.table",
+            f"no table looks like users (there are: {tables or 'none at all'}). {then}",
             table="users",
             column=None,
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Collection, Mapping
 
 from tallystick.config import Config, HostMapping
 from tallystick.errors import ConfigError, shown
@@ -17,14 +19,15 @@ _SQLALCHEMY_USERS = """\
     plan_tier: Mapped[str] = mapped_column(String(32), server_default=text("'free'"))
     updated_at: Mapped[datetime] = mapped_column(DateTime(timezone=True), server_default=text("now()"))
     deleted_at: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
-    __table_args__ = (
-        Index(
-            "tallystick_users_stripe_customer_id",
-            "stripe_customer_id",
-            unique=True,
-            postgresql_where=text("stripe_customer_id IS NOT NULL"),
-        ),
-    )
+"""
+_SQLALCHEMY_INDEX = """\
+# --- below the model of {users}, with its class for User
+Index(
+    "tallystick_users_stripe_customer_id",
+    User.stripe_customer_id,
+    unique=True,
+    postgresql_where=text("stripe_customer_id IS NOT NULL"),
+)
 """
 _SQLALCHEMY_WORKSHOPS = """\
 # --- in the model of {workshops}
@@ -49,6 +52,8 @@ _DRIZZLE = """\
   planTier: varchar("plan_tier", {{ length: 32 }}).notNull().default("free"),
   updatedAt: timestamp("updated_at", {{ withTimezone: true }}).notNull().defaultNow(),
   deletedAt: timestamp("deleted_at", {{ withTimezone: true }}),
+"""
+_DRIZZLE_INDEX = """\
 // --- and in its third argument
   uniqueIndex("tallystick_users_stripe_customer_id").on(table.stripeCustomerId)
     .where(sql`stripe_customer_id IS NOT NULL`),
@@ -64,7 +69,7 @@ export const creditTransactionType = {enum}("credit_transaction_type", [{types}]
 export const creditTransactionStatus = {enum}("credit_transaction_status", [{statuses}]);
 // --- in drizzle.config.ts: Tallystick migrates what is its own (name your other schemas too)
   tablesFilter: ["!{ledger}"],
-  schemaFilter: ["{schema}"],
+  schemaFilter: [{schemas}],
 // --- then, where drizzle-kit generate writes your migrations: run it, and put this into the .sql file in place of all
 // --- that it wrote, for the database has it already
 SELECT 1;
@@ -114,36 +119,57 @@ _DJANGO_STATE = """\
     ])]
 """
 
-_TOOLS: Mapping[str, tuple[str, str, str]] = {
-    "sqlalchemy": (_SQLALCHEMY_USERS, _SQLALCHEMY_WORKSHOPS, _SQLALCHEMY_ENV),
-    "drizzle": (_DRIZZLE, _DRIZZLE_WORKSHOPS, _DRIZZLE_CONFIG),
-    "prisma": (_PRISMA, _PRISMA_WORKSHOPS, _PRISMA_CONFIG),
-    "django": (_DJANGO, _DJANGO_WORKSHOPS, _DJANGO_STATE),
+_TOOLS: Mapping[str, tuple[str, str, str, str]] = {
+    "sqlalchemy": (_SQLALCHEMY_USERS, _SQLALCHEMY_INDEX, _SQLALCHEMY_WORKSHOPS, _SQLALCHEMY_ENV),
+    "drizzle": (_DRIZZLE, _DRIZZLE_INDEX, _DRIZZLE_WORKSHOPS, _DRIZZLE_CONFIG),
+    "prisma": (_PRISMA, "", _PRISMA_WORKSHOPS, _PRISMA_CONFIG),
+    "django": (_DJANGO, "", _DJANGO_WORKSHOPS, _DJANGO_STATE),
 }
+_NOT_READ = "{comment} leave out the columns that your models name already, and keep your own lines for them\n"
 
 TOOLS = tuple(_TOOLS)
 
 
-def snippet(tool: str, config: Config) -> str:
-    """The lines for one of ``TOOLS``. Leave out those of columns that the app had before.
+def snippet(tool: str, config: Config, adopted: Collection[str] | None = None) -> str:
+    """The lines for one of ``TOOLS``.
+
+    ``adopted``: columns that the app had before and its models name already, as ``Host.adopted_names``. They are left
+    out; where they are not known (None), a comment says to do so.
 
     Raises:
         ConfigError: there is none for this tool.
     """
     if tool not in _TOOLS:
         raise ConfigError(f"there is no snippet for {shown(tool)}. There is one for: {', '.join(TOOLS)}", key=tool)
-    users, workshops, rest = _TOOLS[tool]
-    names = _names(config.host)
-    parts = [users, *([workshops] if config.host.workshops else []), rest]
-    return "\n".join(part.format(**names) for part in parts)
+    users, index, workshops, rest = _TOOLS[tool]
+    parts = [
+        _without(users, "users", adopted or ()),
+        index,
+        _without(workshops, "workshops", adopted or ()) if config.host.workshops else "",
+        rest,
+    ]
+    text = "\n".join(part for part in parts if part).format(**_names(config.host))
+    return _NOT_READ.format(comment=rest.split()[0]) + text if adopted is None else text
+
+
+def _without(part: str, word: str, adopted: Collection[str]) -> str:
+    """The lines but for those of adopted columns; nothing where no column is left."""
+    names = [re.escape(name.partition(".")[2]) for name in adopted if name.startswith(f"{word}.")]
+    if not names:
+        return part
+    mine = re.compile(rf"\b({'|'.join(names)})\b")
+    head, *lines = [line for line in part.splitlines(keepends=True) if not mine.search(line)]
+    return head + "".join(lines) if lines else ""
 
 
 def _names(host: HostMapping) -> dict[str, str]:
     workshops = host.workshops
+    schemas = dict.fromkeys(table.schema for table in (host.users, workshops) if table)
     return {
         "users": f"{host.users.schema}.{host.users.table}",
         "workshops": f"{workshops.schema}.{workshops.table}" if workshops else "",
         "schema": host.users.schema,
+        "schemas": ", ".join(json.dumps(schema, ensure_ascii=False) for schema in schemas),
         "ledger": LEDGER,
         "enum": "pgEnum" if host.users.schema == "public" else f'pgSchema("{host.users.schema}").enum',
         "types": ", ".join(f'"{label}"' for label in CreditTransactionType),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import datetime as dt
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.config import Config
 from tallystick.migrate.host import Host, examine, looking
@@ -26,7 +27,9 @@ from tallystick.schema import (
     workshop_columns,
 )
 
-Kind = Literal["column", "constraint", "index", "trigger", "enum", "function"]
+APPLY = "tallystick migrate apply"
+
+Kind = Literal["table", "column", "constraint", "index", "trigger", "rule", "enum", "function"]
 
 _COLUMNS = sa.text("""
     SELECT a.attname AS name,
@@ -51,6 +54,8 @@ _CONSTRAINTS = sa.text("""
                   WHEN 'r' THEN 'RESTRICT' WHEN 'n' THEN 'SET NULL' WHEN 'c' THEN 'CASCADE'
                   WHEN 'd' THEN 'SET DEFAULT' ELSE 'NO ACTION' END
              || CASE WHEN c.convalidated THEN '' ELSE ' NOT VALID' END
+             || CASE WHEN EXISTS (SELECT FROM pg_trigger t WHERE t.tgconstraint = c.oid
+                                    AND t.tgenabled NOT IN ('O', 'A')) THEN ' DISABLED' ELSE '' END
            END AS definition
     FROM pg_constraint c LEFT JOIN pg_class r ON r.oid = c.confrelid
     WHERE c.conrelid = :oid AND c.contype IN ('c', 'f', 'p', 'u', 'x')
@@ -70,7 +75,10 @@ _INDEXES = sa.text("""
 """)
 
 _TRIGGERS = sa.text("""
-    SELECT t.tgname AS name, t.tgtype AS bits, n.nspname || '.' || p.proname AS function, t.tgenabled::text AS enabled
+    SELECT t.tgname AS name, t.tgtype AS bits, n.nspname || '.' || p.proname AS function,
+           concat(CASE WHEN t.tgattr::text <> '' THEN ' of some columns' END,
+                  CASE WHEN t.tgqual IS NOT NULL THEN ' on a condition' END,
+                  CASE t.tgenabled WHEN 'D' THEN ' DISABLED' WHEN 'R' THEN ' DISABLED but on a replica' END) AS limits
     FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid JOIN pg_namespace n ON n.oid = p.pronamespace
     WHERE t.tgrelid = :oid AND NOT t.tgisinternal
 """)
@@ -98,6 +106,15 @@ _WRITERS = sa.text("""
 
 _LEDGER_OID = sa.text("SELECT to_regclass(quote_ident(:schema) || '.credit_transactions')::oid::bigint")
 
+# Row security with nobody to bind it to is how Supabase wants tables closed, and leaves the ledger as it is.
+_LEDGER_TABLE = sa.text("""
+    SELECT c.relpersistence <> 'p' AS unlogged,
+           c.relrowsecurity AND (c.relforcerowsecurity OR EXISTS (
+             SELECT FROM aclexplode(c.relacl) a WHERE a.grantee <> c.relowner)) AS rows_hidden,
+           ARRAY(SELECT r.rulename::text FROM pg_rewrite r WHERE r.ev_class = c.oid ORDER BY 1) AS rules
+    FROM pg_class c WHERE c.oid = :oid
+""")
+
 _EXPECTED_TRIGGERS = {
     "tallystick_append_only": "BEFORE UPDATE OR DELETE FOR EACH ROW tallystick.append_only",
     "tallystick_no_truncate": "BEFORE TRUNCATE FOR EACH STATEMENT tallystick.append_only",
@@ -107,12 +124,16 @@ _EXPECTED_TRIGGERS = {
 
 @dataclass(frozen=True)
 class Drift:
-    """One difference. ``found`` is None for what is missing."""
+    """One difference. ``found`` is None for what is missing, ``remedy`` what mends it, empty where that is not known.
+
+    The remedy is SQL, or ``APPLY`` where a run that was interrupted has left the rest to do.
+    """
 
     kind: Kind
     where: str
     expected: str
     found: str | None
+    remedy: str = ""
 
     def __str__(self) -> str:
         return f"{self.kind} {self.where}: {self.found or 'missing'}; expected {self.expected}"
@@ -183,7 +204,10 @@ def _status(conn: sa.Connection, config: Config) -> Status:
     if host.revision == HEAD:
         savepoint = conn.begin_nested()
         try:
-            drift = tuple(_drift(conn, config, host))
+            remedies = _Remedies(config, host)
+            drift = tuple(
+                replace(found, remedy=found.remedy or remedies.of(found)) for found in _drift(conn, config, host)
+            )
         finally:
             savepoint.rollback()
     writers = tuple(conn.scalars(_WRITERS, {"schema": config.host.users.schema}))
@@ -198,14 +222,16 @@ def _drift(conn: sa.Connection, config: Config, host: Host) -> Iterator[Drift]:
     schema = config.host.users.schema
     conn.execute(sa.select(sa.func.set_config("search_path", schema_path(conn, schema), sa.true())))
     found: dict[str, _Shape] = {word: _shape(conn, table.oid) for word, table in host.by_word.items()}
-    found[LEDGER] = _shape(conn, conn.scalar(_LEDGER_OID, {"schema": schema}))
+    ledger_oid = conn.scalar(_LEDGER_OID, {"schema": schema})
+    found[LEDGER] = _shape(conn, ledger_oid)
     labels = _pairs(conn, _LABELS, schema=schema)
     functions = _pairs(conn, _FUNCTIONS)
 
     shown: dict[str, str] = {word: table.shown for word, table in host.by_word.items()}
     shown[LEDGER] = f"{schema}.{LEDGER}"
 
-    for word, expected in _declared_shapes(conn, declared).items():
+    expected_shapes = _declared_shapes(conn, declared)
+    for word, expected in expected_shapes.items():
         for kind, name, there, wanted in _differences(expected, found[word]):
             # of the host's tables only what we added is ours to judge, and what it had before is as it was
             ours = word == LEDGER or name in _added(declared)[word]
@@ -214,6 +240,9 @@ def _drift(conn: sa.Connection, config: Config, host: Host) -> Iterator[Drift]:
                 yield Drift(kind, f"{shown[word]}.{name}", wanted, there)
     for word, name, there, wanted in _trigger_differences(host, found):
         yield Drift("trigger", f"{shown[word]}.{name}", wanted, there)
+    yield from _ledger_table(conn, ledger_oid, shown[LEDGER])
+    for kind, name in _not_ours(found[LEDGER], expected_shapes[LEDGER]):
+        yield Drift(kind, f"{shown[LEDGER]}.{name}", "none but ours", found[LEDGER][kind, name])
     for name, wanted in _declared_labels().items():
         if labels.get(name) != wanted:
             yield Drift("enum", f"{schema}.{name}", wanted, labels.get(name))
@@ -236,6 +265,95 @@ def _trigger_differences(host: Host, found: Mapping[str, _Shape]) -> Iterator[tu
             kept_by_host = name == "tallystick_updated_at" and "users.updated_at" in host.adopted_names
             if there != wanted and not kept_by_host:
                 yield word, name, there, wanted
+
+
+def _not_ours(found: _Shape, expected: _Shape) -> Iterator[tuple[Kind, str]]:
+    """What can change, drop or refuse the rows that the ledger writes; the rest of what a host adds is its right."""
+    for (kind, name), there in found.items():
+        if kind == "trigger":
+            meddles = name not in TRIGGERS[LEDGER] and there.startswith("BEFORE")
+        elif kind == "index":
+            meddles = there.startswith("UNIQUE ") and ("constraint", name) not in found
+        else:
+            meddles = kind == "constraint"
+        if meddles and (kind, name) not in expected:
+            yield kind, name
+
+
+def _ledger_table(conn: sa.Connection, oid: int | None, shown: str) -> Iterator[Drift]:
+    for row in conn.execute(_LEDGER_TABLE, {"oid": oid}):
+        if row.unlogged:
+            yield Drift("table", shown, "a logged table", "UNLOGGED: a crash of the server empties it")
+        if row.rows_hidden:
+            yield Drift("table", shown, "none", "row level security, which hides rows from who uses it")
+        for name in row.rules:
+            yield Drift("rule", f"{shown}.{name}", "none", "a rule, which can rewrite what the ledger writes")
+
+
+class _Remedies:
+    """What mends a difference, by the declarations, and lets no traffic wait for a scan."""
+
+    def __init__(self, config: Config, host: Host) -> None:
+        declared, names = Schema.of(config.host), HostNames.of(config.host, host.adopted)
+        dialect = pg.dialect(paramstyle="named")  # type: ignore[no-untyped-call]  # one that doubles no %
+        ddl = dialect.ddl_compiler(dialect, None)  # type: ignore[arg-type]
+        self.quote = dialect.identifier_preparer.quote
+        self.online = {name for each in revisions() for name in (*each.indexes(names), *each.validates(names))}
+        self.tables: dict[str, str] = {}  # as in a Drift's ``where``, and as in SQL
+        self.made: dict[tuple[str, str], str] = {}
+        for table in declared.metadata.tables.values():
+            shown = dialect.identifier_preparer.format_table(table)
+            self.tables[f"{table.schema}.{table.name}"] = shown
+            for index in table.indexes:
+                created = " ".join(str(sa.schema.CreateIndex(index).compile(dialect=dialect)).split())
+                self.made["index", str(index.name)] = created.replace("INDEX", "INDEX CONCURRENTLY", 1)
+        for constraint in declared.credit_transactions.constraints:
+            self.made["constraint", str(constraint.name)] = ddl.process(constraint)
+        for each in revisions():
+            for statement in (text([made]) for made in (*each.prepare(names), *each.locked(names))):
+                if found := re.match(r"CREATE TRIGGER (\w+) ", statement):
+                    self.made["trigger", found[1]] = statement.replace("CREATE", "CREATE OR REPLACE", 1)
+
+    def of(self, drift: Drift) -> str:
+        """As :attr:`Drift.remedy`."""
+        where = next((each for each in self.tables if f"{drift.where}.".startswith(f"{each}.")), None)
+        if where is None:
+            return ""
+        table, bare, there = self.tables[where], drift.where[len(where) + 1 :], drift.found or ""
+        name, made, alter = self.quote(bare), self.made.get((drift.kind, bare), ""), f"ALTER TABLE {table}"
+        match drift.kind:
+            case "table":
+                off = "NO FORCE ROW LEVEL SECURITY, DISABLE ROW LEVEL SECURITY"
+                parts = [f"{alter} {'SET LOGGED' if there.startswith('UNLOGGED') else off}"]
+            case "rule":
+                parts = [f"DROP RULE {name} ON {table}"]
+            case "column" if not there and not where.endswith(f".{LEDGER}"):
+                parts = [f"{alter} ADD {name} {drift.expected}"]
+            case "trigger" if there.startswith(f"{drift.expected} DISABLED"):
+                parts = [f"{alter} ENABLE TRIGGER {name}"]
+            case "trigger":
+                parts = [made or f"DROP TRIGGER {name} ON {table}"]
+            case "index" if bare in self.online and (not there or " INVALID, " in there):
+                parts = [APPLY]
+            case "index":
+                schema = self.quote(where.split(".", maxsplit=1)[0])
+                parts = [f"DROP INDEX CONCURRENTLY {schema}.{name}" if there else "", made]
+            case "constraint":
+                parts = self._constraint(drift, alter, name, made)
+            case _:
+                parts = []
+        return "; ".join(part for part in parts if part)
+
+    def _constraint(self, drift: Drift, alter: str, name: str, made: str) -> list[str]:
+        there, validate = drift.found or "", f"{alter} VALIDATE CONSTRAINT {name}"
+        if there.endswith(" DISABLED"):
+            return [f"{alter} ENABLE TRIGGER ALL"]
+        if there == f"{drift.expected} NOT VALID":
+            return [APPLY if name in self.online else validate]
+        drop = f"DROP CONSTRAINT {name}" if there else ""
+        if not made or "PRIMARY KEY" in made:
+            return [f"{alter} {', '.join(part for part in (drop, made and f'ADD {made}') if part)}"]
+        return [f"{alter} {f'{drop}, ' if drop else ''}ADD {made} NOT VALID", validate]
 
 
 def _added(declared: Schema) -> dict[str, set[str]]:
@@ -274,8 +392,7 @@ def _trigger(row: sa.Row[Any]) -> str:
     events = [word for bit, word in ((4, "INSERT"), (16, "UPDATE"), (8, "DELETE"), (32, "TRUNCATE")) if row.bits & bit]
     when = "BEFORE" if row.bits & 2 else "AFTER"
     each = "ROW" if row.bits & 1 else "STATEMENT"
-    off = " DISABLED" if row.enabled == "D" else ""
-    return f"{when} {' OR '.join(events)} FOR EACH {each} {row.function}{off}"
+    return f"{when} {' OR '.join(events)} FOR EACH {each} {row.function}{row.limits}"
 
 
 def _pairs(conn: sa.Connection, query: sa.TextClause, **values: object) -> dict[str, str]:

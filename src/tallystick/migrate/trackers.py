@@ -11,12 +11,14 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import sqlalchemy as sa
 
 from tallystick.errors import ConfigError
 from tallystick.schema import BOOKKEEPING_SCHEMA
+
+Tool = Literal["alembic", "drizzle 0.x", "drizzle 1.0"]
 
 
 @dataclass(frozen=True)
@@ -25,26 +27,33 @@ class Entry:
 
     ``pending`` will be applied by its tool, ``masked`` never will although it is not there, ``changed`` was applied
     from a file with other contents, ``line endings`` from one with CRLF instead of LF or the reverse, and ``unknown``
-    was applied and has no file.
+    was applied and has no file. ``undated`` is a row without a time.
     """
 
     name: str
-    state: Literal["pending", "masked", "changed", "line endings", "unknown"]
+    state: Literal["pending", "masked", "changed", "line endings", "unknown", "undated"]
 
 
 @dataclass(frozen=True)
 class Tracker:
-    """A migration tool's table in this database, and what it holds; ``newest`` is the last applied, as it names it."""
+    """A migration tool's table in this database, and what it holds; ``newest`` is the last applied, as it names it.
 
-    tool: Literal["alembic", "drizzle 0.x", "drizzle 1.0"]
+    ``grant`` is what this role needs to read it, where it may not.
+    """
+
+    tool: Tool
     table: str
     newest: str | None
     entries: tuple[Entry, ...] = ()
+    grant: str | None = None
 
 
 _FOUND = sa.text("""
     SELECT n.nspname AS schema, c.relname AS table,
-           EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attname = 'name') AS named
+           EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attname = 'name') AS named,
+           CASE WHEN NOT has_schema_privilege(n.oid, 'USAGE') OR NOT has_table_privilege(c.oid, 'SELECT') THEN
+             format('GRANT USAGE ON SCHEMA %I TO %I; GRANT SELECT ON %I.%I TO %I',
+                    n.nspname, current_user, n.nspname, c.relname, current_user) END AS lacking
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE c.relkind = 'r' AND c.relname IN ('alembic_version', '__drizzle_migrations') AND n.nspname <> :ours
     ORDER BY 1, 2
@@ -61,14 +70,26 @@ def trackers(conn: sa.Connection, *, drizzle: Path | None = None) -> tuple[Track
     """
     if drizzle is not None and not drizzle.is_dir():
         raise ConfigError(f"{drizzle} is no folder. Give the one that drizzle-kit writes to", path=str(drizzle))
-    return tuple(
-        _alembic(conn, row.schema)
-        if row.table == "alembic_version"
-        else _drizzle_1(conn, row.schema, drizzle)
-        if row.named
-        else _drizzle_0(conn, row.schema, drizzle)
-        for row in conn.execute(_FOUND, {"ours": BOOKKEEPING_SCHEMA})
-    )
+    found = [_tracker(conn, row, drizzle) for row in conn.execute(_FOUND, {"ours": BOOKKEEPING_SCHEMA})]
+    if drizzle is not None and all(tracker.tool == "alembic" for tracker in found):
+        found.append(_nowhere(drizzle))
+    return tuple(found)
+
+
+def _tracker(conn: sa.Connection, row: sa.Row[Any], drizzle: Path | None) -> Tracker:
+    tool: Tool = "alembic" if row.table == "alembic_version" else "drizzle 1.0" if row.named else "drizzle 0.x"
+    if row.lacking:
+        return Tracker(tool, f"{row.schema}.{row.table}", None, grant=row.lacking)
+    if tool == "alembic":
+        return _alembic(conn, row.schema)
+    return (_drizzle_1 if row.named else _drizzle_0)(conn, row.schema, drizzle)
+
+
+def _nowhere(folder: Path) -> Tracker:
+    """Nothing was applied to this database, or it is kept under a name that only the app's drizzle.config.ts knows."""
+    first: Tool = "drizzle 0.x" if (folder / "meta" / "_journal.json").exists() else "drizzle 1.0"
+    entries = _entries_0(folder, {}, None) if first == "drizzle 0.x" else _entries_1(folder, {})
+    return Tracker(first, "no table __drizzle_migrations in any schema", None, tuple(entries))
 
 
 def _alembic(conn: sa.Connection, schema: str) -> Tracker:
@@ -81,9 +102,10 @@ def _drizzle_0(conn: sa.Connection, schema: str, folder: Path | None) -> Tracker
     columns = (sa.column("hash", sa.Text), sa.column("created_at", sa.BigInteger))
     table = sa.table("__drizzle_migrations", *columns, schema=schema)
     rows = conn.execute(sa.select(table.c.hash, table.c.created_at).order_by(table.c.created_at)).all()
-    applied = {row.created_at: row.hash for row in rows}
+    applied = {row.created_at: row.hash for row in rows if row.created_at is not None}
     newest = max(applied, default=None)
-    entries = tuple(_entries_0(folder, applied, newest)) if folder else ()
+    undated = [Entry(f"the row {row.hash}", "undated") for row in rows if row.created_at is None]
+    entries = (*undated, *(_entries_0(folder, applied, newest) if folder else ()))
     return Tracker("drizzle 0.x", f"{schema}.__drizzle_migrations", None if newest is None else str(newest), entries)
 
 
@@ -151,5 +173,12 @@ def concerns(found: Sequence[Tracker]) -> list[str]:
         "changed": "was applied from a file with other contents. Restore the file, or write a further migration",
         "line endings": "differs in its line endings only. Keep them with: *.sql text eol=lf in .gitattributes",
         "unknown": "was applied and has no file here. Fetch the branch that has it",
+        "undated": "has no created_at, and its tool will apply every migration again. Give it its migration's time",
     }
-    return [f"{tracker.tool}: {entry.name} {advice[entry.state]}" for tracker in found for entry in tracker.entries]
+    unread = [
+        f"{tracker.tool}: this role may not read {tracker.table}. Let its owner run: {tracker.grant}"
+        for tracker in found
+        if tracker.grant
+    ]
+    told = [f"{tracker.tool}: {entry.name} {advice[entry.state]}" for tracker in found for entry in tracker.entries]
+    return unread + told
