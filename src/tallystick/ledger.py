@@ -14,6 +14,7 @@ true. If they differ nothing was written, and the statement runs again on a new 
 from __future__ import annotations
 
 import datetime as dt
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -755,7 +756,7 @@ class _Facts:
     """What one SELECT found out about a statement that wrote nothing."""
 
     def __init__(self, row: sa.Row[*tuple[Any, ...]], user: Key) -> None:
-        self.user = user
+        self.user, self.typed = user, shlex.quote(str(user))
         (
             self.user_found,
             self.balance,
@@ -789,7 +790,7 @@ class _Facts:
     def require_purchase(self, asked: object) -> CreditTransaction:
         if self.purchase is None or self.purchase.type is not PURCHASE:
             raise UnknownPurchase(
-                f"user {self.user} has no purchase {asked}. Look with: tallystick history {self.user}",
+                f"user {self.user} has no purchase {asked}. Look with: tallystick history {self.typed}",
                 user=self.user,
                 purchase=asked,
             )
@@ -831,7 +832,7 @@ class _Facts:
         if self.consumed_at is not None and self.unlocked is None:
             raise WorkshopUnaccounted(
                 f"workshop {workshop} is marked as unlocked, but no consumption of user {self.user} paid for it. "
-                f"Nothing was charged. Look with: tallystick audit --user {self.user}",
+                f"Nothing was charged. Look with: tallystick audit --user {self.typed}",
                 workshop=workshop,
             )
         return self.unlocked if self.consumed_at is not None else None
@@ -851,7 +852,7 @@ class _Facts:
         if self.user_found is not None and self.sequence != (self.last_sequence or 0):
             raise LedgerInconsistent(
                 f"user {self.user} says {self.sequence} completed rows, the ledger's last is "
-                f"{self.last_sequence or 0}. Nothing was written. Look with: tallystick audit --user {self.user}",
+                f"{self.last_sequence or 0}. Nothing was written. Look with: tallystick audit --user {self.typed}",
                 user=self.user,
             )
 
