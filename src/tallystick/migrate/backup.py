@@ -27,7 +27,7 @@ import psycopg
 import sqlalchemy as sa
 import zstandard
 
-from tallystick.database import connect
+from tallystick.database import connect, said
 from tallystick.errors import BackupError
 from tallystick.migrate.session import driver
 from tallystick.signals import ended_by_signals
@@ -129,7 +129,7 @@ def restore(path: Path, database: str, *, bin_dir: Path, owners: bool = True, pr
     """
     tell = progress or (lambda _what, _part: None)
     read_manifest(path)  # what is no backup is told before anything else
-    with connect(database) as conn:
+    with _reading(database) as conn:
         taken = conn.scalars(_TABLES).all()
         server = _server_major(conn)
     if server < _TIMEOUT_SINCE <= (ours := _major(bin_dir)):
@@ -148,7 +148,7 @@ def restore(path: Path, database: str, *, bin_dir: Path, owners: bool = True, pr
     ):
         program.feed(_decompressed(file, manifest, "restoring", tell))
         program.end()
-    with connect(database) as conn:
+    with _reading(database) as conn:
         found = _count(conn)
     if found != manifest.rows:
         raise BackupError(f"the restored database differs: {_difference(manifest.rows, found)}")
@@ -231,11 +231,25 @@ def _major(bin_dir: Path) -> int:
     return int(found[0])
 
 
+@contextmanager
+def _reading(database: str) -> Iterator[sa.Connection]:
+    """A transaction that may take as long as a dump, whatever timeouts the role or the database has."""
+    try:
+        with connect(database) as conn:
+            timeouts = ["statement_timeout", "idle_in_transaction_session_timeout"]
+            timeouts += ["transaction_timeout"] if _server_major(conn) >= _TIMEOUT_SINCE else []
+            for name in timeouts:
+                conn.execute(sa.text(f"SET LOCAL {name} = 0"))
+            yield conn
+    except sa.exc.DBAPIError as error:
+        raise BackupError(f"the database stopped answering: {said(error)}. Run the same command again") from error
+
+
 def _dump(database: str, file: IO[bytes], bin_dir: Path, tell: Told) -> Manifest:
     """One snapshot for pg_dump and for the counts."""
     hasher = hashlib.sha256()
     size = 0
-    with connect(database) as conn:
+    with _reading(database) as conn:
         conn.execute(sa.text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
         snapshot = conn.scalar(sa.text("SELECT pg_export_snapshot()"))
         expected = conn.scalar(_HEAP_BYTES) or 1
@@ -260,7 +274,10 @@ def _dump(database: str, file: IO[bytes], bin_dir: Path, tell: Told) -> Manifest
 
 
 def _read_back(file: IO[bytes], bin_dir: Path, manifest: Manifest, tell: Told) -> dict[str, int]:
-    """The rows of each table as pg_restore writes them out of the file, whose checksum is compared on the way."""
+    """The rows of the manifest's tables as pg_restore writes them out of the file, whose checksum is compared.
+
+    There are more in the file where an extension has tables of its own, of which it keeps some rows.
+    """
     with _Program(bin_dir, ["pg_restore", "--file=-", "--data-only"]) as program, ThreadPoolExecutor(1) as pool:
         try:
             feeding = pool.submit(program.feed, _decompressed(file, manifest, "verifying", tell))
@@ -270,7 +287,7 @@ def _read_back(file: IO[bytes], bin_dir: Path, manifest: Manifest, tell: Told) -
             raise
         feeding.result()
         program.end()
-    return {table: rows.get(table, 0) for table in {**manifest.rows, **rows}}
+    return {table: rows.get(_unquoted(table), 0) for table in manifest.rows}
 
 
 def _decompressed(file: IO[bytes], manifest: Manifest, what: str, tell: Told) -> Iterator[bytes]:
@@ -370,17 +387,28 @@ def _environment(url: sa.URL) -> dict[str, str]:
     }
 
 
-_COPY = re.compile(rb"COPY (.+?) \(.*\) FROM stdin;\n|COPY (.+?) FROM stdin;\n")
+_NAME = r'(?:"(?:[^"]|"")*"|[^\s"(),.;]+)'
+_COPY = re.compile(rf"COPY ({_NAME}\.{_NAME}) (?:\({_NAME}(?:, {_NAME})*\))? FROM stdin;\n")
 
 
-def _rows_of(script: IO[bytes]) -> dict[str, int]:
+def _unquoted(table: str) -> tuple[str, ...]:
+    """Schema and table; which names have to be quoted is a matter of version."""
+    return tuple(name[1:-1].replace('""', '"') if name.startswith('"') else name for name in re.findall(_NAME, table))
+
+
+def _rows_of(script: IO[bytes]) -> dict[tuple[str, ...], int]:
     """Rows by table, from the COPY blocks of a script: a row is a line, whatever is in it."""
-    rows: dict[str, int] = {}
-    table: str | None = None
+    rows: dict[tuple[str, ...], int] = {}
+    table: tuple[str, ...] | None = None
     for line in script:
         if table is None:
-            if found := _COPY.fullmatch(line):
-                table = (found[1] or found[2]).decode().strip()
+            if not line.startswith(b"COPY "):
+                continue
+            statement = line
+            while statement.count(b'"') % 2:  # a name may hold the end of a line
+                statement += next(script)
+            if found := _COPY.fullmatch(statement.decode()):
+                table = _unquoted(found[1])
                 rows[table] = 0
         elif line == b"\\.\n":
             table = None
@@ -435,6 +463,7 @@ def _new_partial(target: Path) -> tuple[int, Path]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(handle).st_nlink:
+                _try_a_link(Path(name))
                 return handle, Path(name)
         except BlockingIOError:
             pass
@@ -442,6 +471,19 @@ def _new_partial(target: Path) -> tuple[int, Path]:
             Path(name).unlink(missing_ok=True)
             raise
         os.close(handle)  # another backup took it for a leftover before it was locked
+
+
+def _try_a_link(partial: Path) -> None:
+    """What names the finished file without ever overwriting one is not to be had on every file system."""
+    probe = partial.with_name(f"{partial.name.removesuffix(_PARTIAL)}.link{_PARTIAL}")
+    try:
+        os.link(partial, probe)
+        probe.unlink()
+    except OSError as error:
+        raise BackupError(
+            f"{partial.parent} is on a file system without hard links ({error.strerror}), where a backup could "
+            "overwrite a file. Name a folder on another one, and move the file afterwards"
+        ) from error
 
 
 def _remove_leftovers(folder: Path) -> None:
