@@ -105,6 +105,41 @@ def test_where_the_address_comes_from(folder, file, environ, expected):
     assert Config.load(environ=environ).database_url == expected
 
 
+@pytest.mark.parametrize(
+    ("file", "environ", "expected"),
+    [
+        ("", {"DATABASE_URL": "postgres://e/a", "DATABASE_URL_UNPOOLED": "postgres://e/b"}, "e/b"),
+        ("", {"DATABASE_URL_UNPOOLED": "postgres://e/b"}, "e/b"),
+        ("", {"TALLYSTICK_DATABASE_URL": "postgres://t/a", "DATABASE_URL_UNPOOLED": "postgres://e/b"}, None),
+        (
+            "",
+            {
+                "TALLYSTICK_DATABASE_URL": "postgres://t/a",
+                "TALLYSTICK_DATABASE_URL_UNPOOLED": "postgres://t/b",
+                "DATABASE_URL_UNPOOLED": "postgres://e/b",
+            },
+            "t/b",
+        ),
+        ("database_url = 'postgres://f/a'", {"DATABASE_URL_UNPOOLED": "postgres://e/b"}, None),
+        (
+            "database_url = 'postgres://f/a'\ndatabase_url_unpooled = 'postgres://f/b'",
+            {"DATABASE_URL": "postgres://e/a", "DATABASE_URL_UNPOOLED": "postgres://e/b"},
+            "f/b",
+        ),
+        (
+            "database_url_unpooled = 'postgres://f/b'",
+            {"DATABASE_URL": "postgres://e/a", "DATABASE_URL_UNPOOLED": "postgres://e/b"},
+            "e/b",
+        ),
+        ("database_url_unpooled = 'postgres://f/b'", {"DATABASE_URL": "postgres://e/a"}, None),
+    ],
+)
+def test_the_unpooled_address_is_from_where_the_other_one_is(folder, file, environ, expected):
+    write(folder, file)
+    found = Config.load(environ=environ).database_url_unpooled
+    assert found == (expected and f"postgresql+psycopg://{expected}")
+
+
 def test_the_environment_overrides_single_settings(folder):
     write(folder, "paywall = true")
     assert not Config.load(environ={"TALLYSTICK_PAYWALL": "false"}).paywall

@@ -168,6 +168,46 @@ def test_plan_and_status_say_more(tally: Tally, app: App) -> None:
     assert as_json(tally("migrate", "status", "--json"))["trackers"][0]["newest"] == "abc"
 
 
+def test_each_change_says_first_which_database_it_is_of(
+    tally: Tally, app: App, make_app: Callable[..., App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = app.engine.url.set(password="s3cret")
+    monkeypatch.setenv("DATABASE_URL", url.render_as_string(hide_password=False))
+    port = app.value("SHOW port")
+    here = f"Database {url.database} on {url.query.get('host') or url.host}:{port} as role postgres"
+    mapped = "users by public.users.id (tallystick.toml)."
+    assert tally("migrate", "plan")[1].startswith(f"{here}, {mapped}\n")
+    assert here not in tally("migrate", "plan", "--json")[1]
+    for command in (["rehearse"], ["apply", "--backup", "x.backup"], ["undo"]):
+        code, out, err = tally("migrate", *command)
+        assert (code, err.startswith(f"{here}, {mapped}\n")) == (0, True), err
+        assert "s3cret" not in out + err
+    assert tally("migrate", "rehearse", "--from", "x.backup")[2].startswith(f"A copy from x.backup, {mapped}\n")
+    Path("tallystick.toml").unlink()
+    assert "users by public.users.id (defaults).\n" in tally("migrate", "plan")[1]
+    other = make_app("SELECT 1")
+    code, _, err = tally("--database-url", other.url, "restore", "x.backup")
+    assert (code, err.startswith(f"Database {other.engine.url.database} on ")) == (0, True)
+
+
+@pytest.mark.parametrize("named", ["TALLYSTICK_DATABASE_URL", "tallystick.toml"])
+def test_an_unpooled_address_from_elsewhere_is_left_alone(
+    tally: Tally, app: App, make_app: Callable[..., App], monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    """Production's, say, in the environment of a person who has named staging."""
+    production = make_app()
+    monkeypatch.setenv("DATABASE_URL_UNPOOLED", production.url)
+    if named == "tallystick.toml":
+        file = Path("tallystick.toml")
+        file.write_text(f'database_url = "{app.url}"\n{file.read_text()}')
+    else:
+        monkeypatch.setenv(named, app.url)
+    code, _, err = tally("migrate", "apply")
+    assert (code, "DATABASE_URL_UNPOOLED is left alone" in err) == (0, True)
+    assert app.value("SELECT to_regclass('credit_transactions') IS NOT NULL")
+    assert not production.value("SELECT to_regclass('credit_transactions') IS NOT NULL")
+
+
 def test_init_says_what_it_means_that_workshops_have_no_date(
     tally: Tally, app: App, make_app: Callable[..., App], tmp_path: Path
 ) -> None:

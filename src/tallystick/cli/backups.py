@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from tallystick import devdb
-from tallystick.cli.app import Json, address, app, emit, invocation, note, out, progress_bar
+from tallystick.cli.app import Json, address, app, emit, invocation, note, out, place, progress_bar
+from tallystick.database import connect
 from tallystick.errors import BackupError, DevServerError
 
 
@@ -87,6 +88,8 @@ def restore(
 ) -> None:
     """Put a backup into an empty database, in one transaction, and count its rows."""
     with invocation(ctx).database(migrating=True) as config:
+        with connect(address(config)) as conn:
+            note(f"{place(conn)}.")
         programs = programs_for(address(config), restoring=True)
         with progress_bar("Restore") as bar:
             manifest = backups().restore(

@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from tallystick import devdb, migrate
 from tallystick.audit import audit
-from tallystick.cli.app import Json, address, app, emit, err, invocation, note, out, plain
+from tallystick.cli.app import Json, address, app, emit, err, invocation, mapping, note, out, place, plain
 from tallystick.cli.backups import backups, take_backup
 from tallystick.config import FILE_NAME, Config, to_toml
 from tallystick.database import PATIENCE_S, connect
@@ -43,6 +43,11 @@ def awake(config: Config) -> AbstractContextManager[sa.Connection]:
         told.append(said)
 
     return connect(address(config), patience_s=PATIENCE_S, waiting=waiting)
+
+
+def _say_where(ctx: typer.Context, config: Config) -> None:
+    with awake(config) as conn:
+        note(f"{place(conn)}, {mapping(ctx, config)}.")
 
 
 StallBudget = Annotated[
@@ -121,9 +126,11 @@ def plan(
 ) -> None:
     """Show each statement that apply would run, with its lock, and who is in the way now. Changes nothing."""
     with invocation(ctx).database(migrating=True) as config, awake(config) as conn:
+        here = f"{place(conn)}, {mapping(ctx, config)}."
         planned = migrate.plan(conn, config, backup_folder=backup.absolute().parent if backup else None)
 
     def show() -> None:
+        out.print(here, markup=False)
         if not planned.revisions:
             out.print(f"Nothing to do: the database is at revision {planned.before} already.")
             return
@@ -323,18 +330,19 @@ def apply(
     as_json: Json = False,
 ) -> None:
     """Migrate the database while its traffic goes on. All or nothing; a second run changes nothing."""
-    with invocation(ctx).database(migrating=True) as config, _Shown() as shown:
+    with invocation(ctx).database(migrating=True) as config:
+        _say_where(ctx, config)
         if backup is not None:
-            with awake(config):
-                take_backup(address(config), backup)
-        receipt = migrate.apply(
-            address(config),
-            config,
-            stall_budget_ms=stall_budget_ms,
-            give_up_after_s=give_up_after,
-            two_transactions=two_transactions,
-            progress=shown,
-        )
+            take_backup(address(config), backup)
+        with _Shown() as shown:
+            receipt = migrate.apply(
+                address(config),
+                config,
+                stall_budget_ms=stall_budget_ms,
+                give_up_after_s=give_up_after,
+                two_transactions=two_transactions,
+                progress=shown,
+            )
     emit(receipt, lambda: _show_receipt(receipt), as_json=as_json)
 
 
@@ -349,15 +357,17 @@ def undo(
     as_json: Json = False,
 ) -> None:
     """Take Tallystick out of the database again. Refused while the ledger has rows."""
-    with invocation(ctx).database(migrating=True) as config, _Shown() as shown:
-        receipt = migrate.undo(
-            address(config),
-            config,
-            discard_ledger=discard_ledger,
-            stall_budget_ms=stall_budget_ms,
-            give_up_after_s=give_up_after,
-            progress=shown,
-        )
+    with invocation(ctx).database(migrating=True) as config:
+        _say_where(ctx, config)
+        with _Shown() as shown:
+            receipt = migrate.undo(
+                address(config),
+                config,
+                discard_ledger=discard_ledger,
+                stall_budget_ms=stall_budget_ms,
+                give_up_after_s=give_up_after,
+                progress=shown,
+            )
     emit(receipt, lambda: _show_receipt(receipt), as_json=as_json)
 
 
@@ -436,10 +446,11 @@ def _restored(ctx: typer.Context, backup_file: Path | None) -> Iterator[tuple[Co
         if backup_file is None:
             config = stack.enter_context(invocation(ctx).database(migrating=True))
             backup_file = folder / "copy.backup"
-            with awake(config):
-                take_backup(address(config), backup_file)
+            _say_where(ctx, config)
+            take_backup(address(config), backup_file)
         else:
             config = invocation(ctx).config()
+            note(f"A copy from {backup_file}, {mapping(ctx, config)}.")
         with _Steps() as steps:
             steps("starting an embedded server")
             server = stack.enter_context(devdb.Server(folder / "server"))
@@ -456,8 +467,7 @@ def _branched(ctx: typer.Context, project: str) -> Iterator[tuple[Config, str]]:
         key, api = os.environ.get(neon.KEY, ""), os.environ.get("NEON_API_BASE", neon.API)
         with neon.branch(project, sa.make_url(address(config)), api_key=key, api=api, waiting=note) as made:
             copy = made.render_as_string(hide_password=False)
-            with awake(config.at(copy)):
-                pass
+            _say_where(ctx, config.at(copy))
             yield config, copy
 
 
