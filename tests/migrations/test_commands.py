@@ -156,6 +156,38 @@ def test_rehearse(tally: Tally, app: App, tmp_path: Path) -> None:
     assert [one["fault"] for one in as_json(said)["lived"]] == [None] * 7
 
 
+def test_a_copy_needs_no_roles_and_no_tablespaces_of_its_server(tally: Tally, app: App) -> None:
+    """As of Supabase and PostgREST, whose policies are for roles."""
+    name = f"authenticated {app.engine.url.database}"
+    app.psql(f"""
+        CREATE ROLE "{name}";
+        GRANT SELECT ON users TO "{name}";
+        ALTER TABLE users ENABLE ROW LEVEL SECURITY;
+        CREATE POLICY own ON users TO "{name}" USING (true);
+        SET allow_in_place_tablespaces = on;
+        CREATE TABLESPACE "{name}" LOCATION '';
+        CREATE TABLE elsewhere (n int) TABLESPACE "{name}";
+    """)
+    try:
+        code, out, err = tally("migrate", "rehearse")
+        assert (code, "Passed" in out) == (0, True), out + err
+    finally:
+        app.psql(f'DROP TABLE elsewhere; DROP TABLESPACE "{name}"; DROP OWNED BY "{name}"; DROP ROLE "{name}";')
+
+
+def test_an_extension_that_the_copys_server_does_not_have(tally: Tally, app: App) -> None:
+    app.psql("""
+        CREATE EXTENSION citext;
+        SET allow_system_table_mods = on;
+        UPDATE pg_extension SET extname = 'postgis' WHERE extname = 'citext';
+    """)
+    code, _, err = tally("migrate", "rehearse")
+    assert code == 1
+    assert "needs the extension postgis, which the rehearsal's server does not have" in err
+    assert "TALLYSTICK_PG_BIN=" in err
+    assert "--neon-branch" in err
+
+
 def test_plan_and_status_say_more(tally: Tally, app: App) -> None:
     app.run("CREATE TABLE alembic_version (version_num text)", "INSERT INTO alembic_version VALUES ('abc')")
     code, out, _ = tally("migrate", "plan", "--backup", "x.backup")

@@ -82,7 +82,10 @@ def restore(
     ctx: typer.Context,
     file: Annotated[Path, typer.Argument(help="A backup.", metavar="FILE")],
     no_owners: Annotated[
-        bool, typer.Option("--no-owners", help="Give everything to the role that restores, without privileges.")
+        bool,
+        typer.Option(
+            "--no-owners", help="Give everything to the role that restores, without privileges and tablespaces."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:

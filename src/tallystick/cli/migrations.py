@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -21,7 +22,7 @@ from tallystick.cli.app import Json, address, app, emit, err, invocation, mappin
 from tallystick.cli.backups import backups, take_backup
 from tallystick.config import FILE_NAME, Config, to_toml
 from tallystick.database import PATIENCE_S, connect
-from tallystick.errors import ConfigError
+from tallystick.errors import BackupError, ConfigError
 from tallystick.migrate import neon
 from tallystick.migrate import role as roles
 from tallystick.migrate.rules import split
@@ -437,6 +438,9 @@ def rehearse(
         raise typer.Exit(1)
 
 
+_NO_EXTENSION = re.compile(r"extension \"([^\"]+)\" is not available|extension/([^/\"]+)\.control\"")
+
+
 @contextmanager
 def _restored(ctx: typer.Context, backup_file: Path | None) -> Iterator[tuple[Config, str]]:
     """A copy in a server that is thrown away: of a backup, or of one that is taken now."""
@@ -456,7 +460,17 @@ def _restored(ctx: typer.Context, backup_file: Path | None) -> Iterator[tuple[Co
             server = stack.enter_context(devdb.Server(folder / "server"))
             copy = server.create_database("rehearsal")
             steps("restoring the copy")
-            backups().restore(backup_file, copy, bin_dir=server.bin, owners=False)
+            backups().make_roles(backup_file, copy)
+            try:
+                backups().restore(backup_file, copy, bin_dir=server.bin, owners=False)
+            except BackupError as error:
+                if found := _NO_EXTENSION.search(error.message):
+                    raise BackupError(
+                        f"the copy needs the extension {found[1] or found[2]}, which the rehearsal's server does not "
+                        "have. Rehearse with a PostgreSQL of this machine that has it "
+                        "(TALLYSTICK_PG_BIN=/usr/lib/postgresql/…/bin), or on a branch at Neon (--neon-branch)"
+                    ) from error
+                raise
         yield config, copy
 
 

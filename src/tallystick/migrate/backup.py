@@ -26,6 +26,7 @@ from typing import IO, Any, Self
 import psycopg
 import sqlalchemy as sa
 import zstandard
+from psycopg.sql import SQL, Identifier
 
 from tallystick.database import connect, said
 from tallystick.errors import BackupError
@@ -43,7 +44,10 @@ Told = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a backup holds. ``rows`` is by table, as ``schema.table``; ``sha256`` is of the uncompressed dump."""
+    """What a backup holds. ``rows`` is by table, as ``schema.table``; ``sha256`` is of the uncompressed dump.
+
+    ``roles`` are those that something in it belongs to, is granted to, or is a policy for.
+    """
 
     database: str
     server: str
@@ -51,6 +55,7 @@ class Manifest:
     rows: Mapping[str, int]
     dump_bytes: int
     sha256: str
+    roles: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ def verify_backup(path: Path, *, bin_dir: Path, progress: Told | None = None) ->
 def restore(path: Path, database: str, *, bin_dir: Path, owners: bool = True, progress: Told | None = None) -> Manifest:
     """Put a backup into an empty database, in one transaction, and count its rows.
 
-    With ``owners`` off, everything belongs to the role that restores and privileges are left out.
+    With ``owners`` off, everything belongs to the role that restores, and privileges and tablespaces are left out.
 
     Raises:
         BackupError: the file is damaged, the database not empty, or its server too old for the programs in
@@ -138,7 +143,7 @@ def restore(path: Path, database: str, *, bin_dir: Path, owners: bool = True, pr
         raise BackupError(f"the database is not empty: it has {taken[0]}. Restore into one made by createdb")
     manifest = verify_backup(path, bin_dir=bin_dir, progress=progress)
     command = ["pg_restore", "--single-transaction", "--exit-on-error"]
-    command += [] if owners else ["--no-owner", "--no-privileges"]
+    command += [] if owners else ["--no-owner", "--no-privileges", "--no-tablespaces"]
     # a conninfo without a name: the name, as all else, comes from the environment
     command.append("--dbname=application_name=tallystick")
     with (
@@ -153,6 +158,15 @@ def restore(path: Path, database: str, *, bin_dir: Path, owners: bool = True, pr
     if found != manifest.rows:
         raise BackupError(f"the restored database differs: {_difference(manifest.rows, found)}")
     return manifest
+
+
+def make_roles(path: Path, database: str) -> None:
+    """Make the roles that a backup names and this server does not know: without login, and allowed nothing."""
+    with connect(database) as conn:
+        there = set(conn.scalars(sa.text("SELECT rolname FROM pg_roles")))
+        for name in read_manifest(path).roles:
+            if name not in there and not name.startswith("pg_"):  # PostgreSQL's own, of a later version
+                conn.exec_driver_sql(SQL("CREATE ROLE {} NOLOGIN").format(Identifier(name)).as_string())
 
 
 _TIMEOUT_SINCE = 17
@@ -269,8 +283,9 @@ def _dump(database: str, file: IO[bytes], bin_dir: Path, tell: Told) -> Manifest
         rows = _count(conn)
         version = conn.scalar(sa.text("SELECT current_setting('server_version')")) or ""
         name = conn.scalar(sa.text("SELECT current_database()")) or ""
+        roles = list(conn.scalars(_ROLES))
     taken_at = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
-    return Manifest(name, version, taken_at, rows, size, hasher.hexdigest())
+    return Manifest(name, version, taken_at, rows, size, hasher.hexdigest(), roles)
 
 
 def _read_back(file: IO[bytes], bin_dir: Path, manifest: Manifest, tell: Told) -> dict[str, int]:
@@ -423,6 +438,13 @@ _TABLES = sa.text("""
     WHERE c.relkind = 'r' AND n.nspname <> 'information_schema' AND n.nspname !~ '^pg_'
       AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid
                       AND d.deptype = 'e')
+    ORDER BY 1
+""")
+
+_ROLES = sa.text("""
+    SELECT DISTINCT r.rolname FROM pg_shdepend d JOIN pg_roles r ON r.oid = d.refobjid
+    WHERE d.refclassid = 'pg_authid'::regclass AND d.dbid = (SELECT oid FROM pg_database
+                                                             WHERE datname = current_database())
     ORDER BY 1
 """)
 
