@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 from tallystick.errors import ConfigError
 
@@ -54,9 +56,21 @@ def _address(value: object) -> object:
     """Any PostgreSQL address that people have in their environment, for SQLAlchemy with psycopg 3."""
     if isinstance(value, str):
         scheme, separator, rest = value.strip().partition("://")
+        # The value may hold a password, and anywhere, so only its scheme is repeated.
         if scheme in ("postgres", "postgresql", "postgresql+psycopg") and separator:
-            return f"postgresql+psycopg://{rest}"
-        # The value may hold a password, so only its scheme is repeated.
+            address = f"postgresql+psycopg://{rest}"
+            try:
+                make_url(address)
+            except (ValueError, ArgumentError):
+                if "," in rest.rpartition("@")[2]:
+                    raise ValueError(
+                        "several hosts are written as postgresql://user@/database?host=host1:5432&host=host2:5432"
+                    ) from None
+                raise ValueError(
+                    "the port is not a number; expected postgresql://user:password@host:5432/database, "
+                    "with any @ in the password as %40"
+                ) from None
+            return address
         begins = f"begins with {scheme!r}" if separator else "has no scheme"
         raise ValueError(f"the address {begins}; expected postgresql://…")
     return value

@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 from hosts import HOSTS, App
+from rich.live import Live
 
 from servers import EMBEDDED
 from tallystick import Config, HostMapping, UsersTable, WorkshopsTable, migrate
 from tallystick.cli import main
+from tallystick.cli.app import err
 from tallystick.config import to_toml
 from tallystick.devdb import find_binaries
 
@@ -105,6 +107,74 @@ def test_programs_are_found_for_the_server(
         monkeypatch.setenv("TALLYSTICK_PG_BIN", str(find_binaries()))
         code, out, err = tally("--database-url", make_app("SELECT 1").url, "restore", "app.backup")
         assert (code, out, "TALLYSTICK_PG_BIN=" in err) == (1, "", True)
+
+
+def test_a_folder_with_the_two_programs_is_enough(
+    tally: Tally, app: App, make_app: Callable[..., App], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client package has no server."""
+    (tmp_path / "client").mkdir()
+    for name in ("pg_dump", "pg_restore"):
+        (tmp_path / "client" / name).symlink_to(app.server.bin / name)
+    monkeypatch.setenv("TALLYSTICK_PG_BIN", "client")
+    assert tally("backup", "app.backup")[0] == 0
+    assert tally("backup", "app.backup", "--check")[0] == 0
+    assert tally("--database-url", make_app("SELECT 1").url, "restore", "app.backup")[0] == 0
+    monkeypatch.setenv("TALLYSTICK_PG_BIN", "nowhere")
+    code, _, err = tally("backup", "app.backup", "--check")
+    assert (code, "nowhere/pg_restore cannot be run" in err, "Set TALLYSTICK_PG_BIN" in err) == (1, True, True)
+
+
+def test_a_backup_is_checked_with_the_programs_of_the_machine(
+    tally: Tally, app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tally("backup", "app.backup")
+    monkeypatch.setattr("tallystick.devdb._WHEEL", "not_installed")
+    monkeypatch.setenv("PATH", f"{app.server.bin}:{os.environ['PATH']}")
+    assert tally("backup", "app.backup", "--check")[0] == 0
+
+
+def test_one_display_at_a_time(tally: Tally, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rich before version 14.1 refuses a second one."""
+    shown = 0
+    start, stop = Live.start, Live.stop
+
+    def starts(live: Live, *arguments: Any, **options: Any) -> None:
+        nonlocal shown
+        shown += 1
+        assert shown == 1
+        start(live, *arguments, **options)
+
+    def stops(live: Live) -> None:
+        nonlocal shown
+        shown -= live.is_started
+        stop(live)
+
+    monkeypatch.setattr(Live, "start", starts)
+    monkeypatch.setattr(Live, "stop", stops)
+    monkeypatch.setattr(err, "_force_terminal", True)
+    for command in (["rehearse"], ["apply", "--backup", "x.backup"], ["undo"]):
+        assert tally("migrate", *command)[0] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.usefixtures("tally")
+def test_an_interrupted_run_says_what_is_done_and_what_to_do(app: App, number: signal.Signals) -> None:
+    command = [sys.executable, "-c", "from tallystick.cli import main; main()", "migrate", "apply"]
+    with app.engine.execution_options(isolation_level="REPEATABLE READ").connect() as reader:
+        reader.exec_driver_sql("SELECT 1")  # the index waits for everyone who could need what it does not hold
+        with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as running:
+            assert running.stderr is not None
+            said = iter(running.stderr)
+            assert any(": online" in line for line in said)
+            running.send_signal(number)
+            rest = "".join(said)
+            code = running.wait(60)
+    assert code == 128 + number, rest
+    assert "Interrupted. Committed: 0001, 0002. Not finished: " in rest
+    assert "Run the same command again" in rest
+    done = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "beside the traffic" in done
 
 
 @pytest.fixture

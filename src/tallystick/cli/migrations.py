@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Any
 
 import sqlalchemy as sa
 import typer
@@ -512,14 +512,39 @@ class _Steps(ExitStack):
 
 
 class _Shown(ExitStack):
-    """Says on stderr what a migration is doing, and who is in its way; on a terminal in one line."""
+    """Says on stderr what a migration is doing, and who is in its way; on a terminal in one line.
+
+    Where it is interrupted, it says what is done already.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._said = ""
+        self._done: list[str] = []
+        self._now: migrate.Progress | None = None
         self._status = self.enter_context(err.status("Looking …")) if err.is_terminal else None
 
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> bool | None:  # noqa: PYI036  # as ExitStack has it
+        ended = super().__exit__(kind, *rest)
+        if kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit):
+            note(f"Interrupted. {self._left()} Run the same command again: it goes on from whatever is there.")
+        return ended
+
+    def _left(self) -> str:
+        done = f"Committed: {', '.join(self._done)}." if self._done else "Nothing is committed."
+        match self._now:
+            case migrate.Progress(phase="online", step=str(step)):
+                return f"{done} Not finished: {step}."
+            case migrate.Progress(phase="locking", revision=str(revision)):
+                # the interruption may have come with the answer to the COMMIT
+                done = done if self._done else ""
+                return f"{done} {revision} is done or is not, as a whole.".strip()
+        return done
+
     def __call__(self, now: migrate.Progress) -> None:
+        self._now = now
+        if now.phase in ("prepared", "applied", "undone"):
+            self._done.append(f"the new objects of {now.revision}" if now.phase == "prepared" else f"{now.revision}")
         line = f"{now.revision or 'the database'}: {now.phase}"
         if now.step:
             line += f" {now.step}"

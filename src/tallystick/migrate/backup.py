@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Self
 
 import psycopg
 import sqlalchemy as sa
@@ -217,6 +217,17 @@ def programs_for(database: str, folders: Iterable[Path], *, restoring: bool = Fa
     )
 
 
+def newest_programs(folders: Iterable[Path]) -> Programs:
+    """Those that read the most files, where no server is asked. Raises BackupError where there are none."""
+    found = [Programs(folder, _major(folder)) for folder in dict.fromkeys(folders)]
+    if not found:
+        raise BackupError(
+            "there is no pg_restore to read it with. Install PostgreSQL's client programs, or name their folder with "
+            "TALLYSTICK_PG_BIN"
+        )
+    return max(found, key=lambda one: one.major)
+
+
 def installed() -> list[Path]:
     """Where this machine has pg_dump and pg_restore: Debian's folders, Red Hat's, pg_config's, and on PATH."""
     folders = [*Path("/usr/lib/postgresql").glob("*/bin"), *Path("/usr").glob("pgsql-*/bin")]
@@ -387,14 +398,7 @@ class _Program:
 def _environment(url: sa.URL) -> dict[str, str]:
     """The address as libpq's variables: a command line is for everyone on the machine to read."""
     known = {option.keyword: option.envvar for option in psycopg.pq.Conninfo.get_defaults()}
-    given: dict[str, Any] = {
-        "host": url.host,
-        "port": url.port,
-        "user": url.username,
-        "password": url.password,
-        "dbname": url.database,
-        **url.query,
-    }
+    _, given = url.get_dialect()().create_connect_args(url)  # it knows how several hosts are written
     return {
         envvar.decode(): str(value)
         for name, value in given.items()
