@@ -143,6 +143,13 @@ def test_a_connection_that_dies_is_told(app: App, tmp_path: Path) -> None:
     assert empty(tmp_path)
 
 
+def test_an_address_with_several_hosts(app: App, tmp_path: Path) -> None:
+    here = app.engine.url.query.get("host") or app.engine.url.host
+    several = app.engine.url.set(host=None, port=None, query={"host": ("/nowhere", str(here))})
+    made = backup(several.render_as_string(hide_password=False), tmp_path / "app.backup", bin_dir=app.server.bin)
+    assert made.manifest.rows["public.users"] == 500
+
+
 def test_without_hard_links_nothing_is_dumped(app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on exFAT and SMB."""
 

@@ -310,6 +310,18 @@ def test_an_unpooled_address_from_elsewhere_is_left_alone(
     assert not production.value("SELECT to_regclass('credit_transactions') IS NOT NULL")
 
 
+def test_a_plan_that_would_be_stopped_has_no_next_step(tally: Tally, app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"weak_{app.engine.url.database}"
+    app.run(f"CREATE ROLE {name} LOGIN")
+    try:
+        monkeypatch.setenv("DATABASE_URL", app.engine.url.set(username=name).render_as_string(hide_password=False))
+        code, out, _ = tally("migrate", "plan")
+        assert (code, "\nStop: " in out, "Next:" in out) == (1, True, False)
+        assert tally("migrate", "plan", "--json")[0] == 1
+    finally:
+        app.run(f"DROP ROLE {name}")
+
+
 def test_init_says_what_it_means_that_workshops_have_no_date(
     tally: Tally, app: App, make_app: Callable[..., App], tmp_path: Path
 ) -> None:

@@ -121,14 +121,19 @@ def init(
 def plan(
     ctx: typer.Context,
     backup: Annotated[
-        Path | None, typer.Option("--backup", help="Where a backup would go: compare the room there.", metavar="FILE")
+        Path | None,
+        typer.Option("--backup", help="Where a backup would go: look whether there is room.", metavar="FILE"),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show each statement that apply would run, with its lock, and who is in the way now. Changes nothing."""
+    """Show each statement that apply would run, with its lock, and who is in the way now. Changes nothing.
+
+    Exit code 1 where something would stop it.
+    """
     with invocation(ctx).database(migrating=True) as config, awake(config) as conn:
         here = f"{place(conn)}, {mapping(ctx, config)}."
         planned = migrate.plan(conn, config, backup_folder=backup.absolute().parent if backup else None)
+    stopped = bool(planned.revisions) and any(finding.severity == "stop" for finding in planned.findings)
 
     def show() -> None:
         out.print(here, markup=False)
@@ -148,9 +153,12 @@ def plan(
             out.print(f"Open for {age_s:.0f} s: pid {pid}; an index built beside the traffic waits for it.")
         for finding in planned.findings:
             out.print(f"{finding.severity.capitalize()}: {finding.text}.", markup=False)
-        out.print("All of a revision happens, or nothing. Next: tallystick migrate apply")
+        if not stopped:
+            out.print("All of a revision happens, or nothing. Next: tallystick migrate apply")
 
     emit(planned, show, as_json=as_json)
+    if stopped:
+        raise typer.Exit(1)
 
 
 def _show_trackers(found: Sequence[migrate.Tracker]) -> None:
