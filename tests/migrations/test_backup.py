@@ -143,6 +143,18 @@ def test_a_connection_that_dies_is_told(app: App, tmp_path: Path) -> None:
     assert empty(tmp_path)
 
 
+@pytest.mark.parametrize("encoding", ["LATIN1", "WIN1252"])
+def test_a_database_in_another_encoding(app: App, tmp_path: Path, encoding: str) -> None:
+    name = f"{app.engine.url.database}_other"
+    app.run(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}' LOCALE 'C'")
+    other = App(app.engine.url.set(database=name).render_as_string(hide_password=False), app.config, app.server)
+    try:
+        other.run('CREATE TABLE "größe" ("ü" text)', "INSERT INTO \"größe\" VALUES ('é')")
+        assert take(other, tmp_path / "app.backup").manifest.rows == {'public."größe"': 1}
+    finally:
+        app.server.drop_database(name)
+
+
 def test_an_address_with_several_hosts(app: App, tmp_path: Path) -> None:
     here = app.engine.url.query.get("host") or app.engine.url.host
     several = app.engine.url.set(host=None, port=None, query={"host": ("/nowhere", str(here))})

@@ -6,6 +6,7 @@ in a frame that zstd skips, stands the manifest: the rows of each table and the 
 
 from __future__ import annotations
 
+import codecs
 import datetime as dt
 import fcntl
 import hashlib
@@ -410,6 +411,18 @@ _NAME = r'(?:"(?:[^"]|"")*"|[^\s"(),.;]+)'
 _COPY = re.compile(rf"COPY ({_NAME}\.{_NAME}) (?:\({_NAME}(?:, {_NAME})*\))? FROM stdin;\n")
 
 
+_ENCODING = re.compile(rb"SET client_encoding = '(\w+)';\n")
+
+
+def _codec(encoding: str) -> str:
+    """What Python calls an encoding of a database: WIN1252 and KOI8R are cp1252 and koi8_r."""
+    name = encoding.replace("WIN", "cp").replace("KOI8", "koi8_")
+    try:
+        return codecs.lookup(name).name
+    except LookupError:
+        return "utf-8"
+
+
 def _unquoted(table: str) -> tuple[str, ...]:
     """Schema and table; which names have to be quoted is a matter of version."""
     return tuple(name[1:-1].replace('""', '"') if name.startswith('"') else name for name in re.findall(_NAME, table))
@@ -419,14 +432,17 @@ def _rows_of(script: IO[bytes]) -> dict[tuple[str, ...], int]:
     """Rows by table, from the COPY blocks of a script: a row is a line, whatever is in it."""
     rows: dict[tuple[str, ...], int] = {}
     table: tuple[str, ...] | None = None
+    codec = "utf-8"
     for line in script:
         if table is None:
+            if found_encoding := _ENCODING.fullmatch(line):
+                codec = _codec(found_encoding[1].decode())
             if not line.startswith(b"COPY "):
                 continue
             statement = line
             while statement.count(b'"') % 2:  # a name may hold the end of a line
                 statement += next(script)
-            if found := _COPY.fullmatch(statement.decode()):
+            if found := _COPY.fullmatch(statement.decode(codec, "replace")):
                 table = _unquoted(found[1])
                 rows[table] = 0
         elif line == b"\\.\n":
@@ -494,6 +510,7 @@ def _new_partial(target: Path) -> tuple[int, Path]:
         except BlockingIOError:
             pass
         except BaseException:
+            os.close(handle)
             Path(name).unlink(missing_ok=True)
             raise
         os.close(handle)  # another backup took it for a leftover before it was locked
