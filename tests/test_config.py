@@ -105,6 +105,41 @@ def test_where_the_address_comes_from(folder, file, environ, expected):
     assert Config.load(environ=environ).database_url == expected
 
 
+@pytest.mark.parametrize(
+    ("file", "environ", "expected"),
+    [
+        ("", {"DATABASE_URL": "postgres://e/a", "DATABASE_URL_UNPOOLED": "postgres://e/b"}, "e/b"),
+        ("", {"DATABASE_URL_UNPOOLED": "postgres://e/b"}, "e/b"),
+        ("", {"TALLYSTICK_DATABASE_URL": "postgres://t/a", "DATABASE_URL_UNPOOLED": "postgres://e/b"}, None),
+        (
+            "",
+            {
+                "TALLYSTICK_DATABASE_URL": "postgres://t/a",
+                "TALLYSTICK_DATABASE_URL_UNPOOLED": "postgres://t/b",
+                "DATABASE_URL_UNPOOLED": "postgres://e/b",
+            },
+            "t/b",
+        ),
+        ("database_url = 'postgres://f/a'", {"DATABASE_URL_UNPOOLED": "postgres://e/b"}, None),
+        (
+            "database_url = 'postgres://f/a'\ndatabase_url_unpooled = 'postgres://f/b'",
+            {"DATABASE_URL": "postgres://e/a", "DATABASE_URL_UNPOOLED": "postgres://e/b"},
+            "f/b",
+        ),
+        (
+            "database_url_unpooled = 'postgres://f/b'",
+            {"DATABASE_URL": "postgres://e/a", "DATABASE_URL_UNPOOLED": "postgres://e/b"},
+            "e/b",
+        ),
+        ("database_url_unpooled = 'postgres://f/b'", {"DATABASE_URL": "postgres://e/a"}, None),
+    ],
+)
+def test_the_unpooled_address_is_from_where_the_other_one_is(folder, file, environ, expected):
+    write(folder, file)
+    found = Config.load(environ=environ).database_url_unpooled
+    assert found == (expected and f"postgresql+psycopg://{expected}")
+
+
 def test_the_environment_overrides_single_settings(folder):
     write(folder, "paywall = true")
     assert not Config.load(environ={"TALLYSTICK_PAYWALL": "false"}).paywall
@@ -116,6 +151,25 @@ def test_a_password_is_never_shown(folder):
     with pytest.raises(ConfigError) as caught:
         Config.load(environ={"DATABASE_URL": "mysql://app:hunter2@db/shop"})
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("postgresql://app:s3cret@db:54x2/shop", "database_url: the port is not a number"),
+        ("postgresql://app:s3cret/shop", "the port is not a number"),
+        ("postgresql://app:s3c@s3c:s3c@db/shop", "%40"),
+        ("postgres://app:s3cret@db1:5432,db2:5432/shop", "postgresql://user@/database?host=host1:5432&host=host2:5432"),
+    ],
+)
+def test_a_fault_of_an_address_is_named_without_its_password(folder, address, says):
+    for environ in ({"DATABASE_URL": address}, {"TALLYSTICK_DATABASE_URL_UNPOOLED": address}):
+        with pytest.raises(ConfigError) as caught:
+            Config.load(environ=environ)
+        assert says in str(caught.value).replace("database_url_unpooled", "database_url")
+        assert next(iter(environ)) in str(caught.value)
+        assert "s3c" not in str(caught.value)
+    assert Config(database_url="postgres://app@/shop?host=db1:1&host=db2:2").database_url is not None
 
 
 @pytest.mark.parametrize(

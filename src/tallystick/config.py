@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 from tallystick.errors import ConfigError
 
@@ -54,9 +56,21 @@ def _address(value: object) -> object:
     """Any PostgreSQL address that people have in their environment, for SQLAlchemy with psycopg 3."""
     if isinstance(value, str):
         scheme, separator, rest = value.strip().partition("://")
+        # The value may hold a password, and anywhere, so only its scheme is repeated.
         if scheme in ("postgres", "postgresql", "postgresql+psycopg") and separator:
-            return f"postgresql+psycopg://{rest}"
-        # The value may hold a password, so only its scheme is repeated.
+            address = f"postgresql+psycopg://{rest}"
+            try:
+                make_url(address)
+            except (ValueError, ArgumentError):
+                if "," in rest.rpartition("@")[2]:
+                    raise ValueError(
+                        "several hosts are written as postgresql://user@/database?host=host1:5432&host=host2:5432"
+                    ) from None
+                raise ValueError(
+                    "the port is not a number; expected postgresql://user:password@host:5432/database, "
+                    "with any @ in the password as %40"
+                ) from None
+            return address
         begins = f"begins with {scheme!r}" if separator else "has no scheme"
         raise ValueError(f"the address {begins}; expected postgresql://…")
     return value
@@ -235,7 +249,8 @@ class Config(BaseModel):
         First found wins as a whole: ``path``, ``tallystick.toml``, ``[tool.tallystick]`` in ``pyproject.toml``
         (here or in a folder above). Environment variables (``TALLYSTICK_PAYWALL``, …) override single settings.
         ``DATABASE_URL``, ``DATABASE_URL_UNPOOLED``, ``STRIPE_SECRET_KEY``, ``STRIPE_WEBHOOK_SECRET`` and
-        ``STRIPE_API_BASE`` fill in what is set nowhere else.
+        ``STRIPE_API_BASE`` fill in what is set nowhere else. The unpooled address is taken from where the other one
+        comes from: a file's own, that of ``TALLYSTICK_DATABASE_URL``, or that of ``DATABASE_URL``.
 
         Raises:
             ConfigError: names the file, the line and the key.
@@ -253,6 +268,13 @@ class Config(BaseModel):
             if values.get(name) is None and environ.get(name.upper()):
                 values = {**values, name: environ[name.upper()]}
                 origins[name] = name.upper()
+        if values.get("database_url") is not None:
+            # from elsewhere it may be that of another database, which would then be migrated
+            direct: Any = source.values.get("database_url_unpooled") if source else None
+            if beside := origins.get("database_url"):
+                origins["database_url_unpooled"] = f"{beside}_UNPOOLED"
+                direct = _from_environment(environ.get(f"{beside}_UNPOOLED", "")) or None
+            values = {**values, "database_url_unpooled": direct}
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -265,6 +287,14 @@ def _from_environment(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+
+
+def origin_of_host(path: Path | None = None, *, environ: Mapping[str, str] | None = None) -> str:
+    """Where :meth:`Config.load` has the host's tables from, for a person: a variable, a file, or the defaults."""
+    if "TALLYSTICK_HOST" in (os.environ if environ is None else environ):
+        return "TALLYSTICK_HOST"
+    source = _find(path)
+    return os.path.relpath(source.path) if source and "host" in (source.values or {}) else "defaults"
 
 
 class _Source:

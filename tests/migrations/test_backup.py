@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
 import signal
 import stat
@@ -38,6 +40,11 @@ CREATE TABLE nothing ();
 CREATE TABLE parts (n int) PARTITION BY RANGE (n);
 CREATE TABLE part_1 PARTITION OF parts FOR VALUES FROM (0) TO (9);
 INSERT INTO parts VALUES (1), (2);
+CREATE TABLE "Sales (2024)" ("a (b)" int, "c
+ FROM stdin;" int);
+INSERT INTO "Sales (2024)" SELECT i FROM generate_series(1, 3) i;
+CREATE TABLE "a
+b"();
 '''
 
 
@@ -63,6 +70,8 @@ def test_there_and_back(app: App, make_app: Callable[..., App], tmp_path: Path) 
     rows = {table: count for table, count in made.manifest.rows.items() if ".stripe_" not in table}
     assert rows == {
         '"a:b"."Strange ""name"""': 7,
+        'public."Sales (2024)"': 3,
+        'public."a\nb"': 0,
         "public.credit_transactions": 0,
         "public.nothing": 0,
         "public.part_1": 2,
@@ -90,6 +99,81 @@ def test_it_can_be_read_without_us(app: App, tmp_path: Path) -> None:
         dump = zstandard.ZstdDecompressor().stream_reader(file).read()
     listed = subprocess.run(app.server.command("pg_restore", "--list"), input=dump, capture_output=True, check=True)
     assert b"TABLE DATA public users" in listed.stdout
+
+
+def test_tables_of_an_extension_are_its_own(app: App, tmp_path: Path) -> None:
+    """As of PostGIS and pg_cron: pg_dump keeps some rows of them, and CREATE EXTENSION makes the others."""
+    app.psql("""
+        CREATE EXTENSION citext;
+        CREATE TABLE settings (n int);
+        INSERT INTO settings VALUES (1), (200);
+        ALTER EXTENSION citext ADD TABLE settings;
+        SET allow_system_table_mods = on;
+        UPDATE pg_extension SET extconfig = ARRAY['settings'::regclass::oid], extcondition = ARRAY['WHERE n > 100']
+        WHERE extname = 'citext';
+    """)
+    made = take(app, tmp_path / "app.backup")
+    assert "public.settings" not in made.manifest.rows
+    assert verify_backup(made.path, bin_dir=app.server.bin) == made.manifest
+
+
+def test_no_timeout_of_the_database_ends_a_backup(app: App, make_app: Callable[..., App], tmp_path: Path) -> None:
+    app.run("CREATE TABLE much AS SELECT i FROM generate_series(1, 500000) i")
+    other = make_app("SELECT 1")
+    timeouts = {"statement_timeout": "20ms", "idle_in_transaction_session_timeout": "1s"}
+    if int(app.server.version.partition(".")[0]) >= 17:
+        timeouts["transaction_timeout"] = "1s"
+    for each in (app, other):
+        database = each.engine.url.database
+        each.run(*(f"ALTER DATABASE {database} SET {name} = '{value}'" for name, value in timeouts.items()))
+    made = take(app, tmp_path / "app.backup", progress=lambda what, _: time.sleep(1.5 * (what == "counting rows")))
+    assert restore(made.path, other.url, bin_dir=app.server.bin).rows["public.much"] == 500_000
+
+
+def test_a_connection_that_dies_is_told(app: App, tmp_path: Path) -> None:
+    def die(what: str, _: float) -> None:
+        if what == "counting rows":
+            app.run(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+
+    with pytest.raises(BackupError, match=r"the database stopped answering: .*Run the same command again"):
+        take(app, tmp_path / "app.backup", progress=die)
+    assert empty(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "WIN1252"])
+def test_a_database_in_another_encoding(app: App, tmp_path: Path, encoding: str) -> None:
+    name = f"{app.engine.url.database}_other"
+    app.run(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}' LOCALE 'C'")
+    other = App(app.engine.url.set(database=name).render_as_string(hide_password=False), app.config, app.server)
+    try:
+        other.run('CREATE TABLE "größe" ("ü" text)', "INSERT INTO \"größe\" VALUES ('é')")
+        assert take(other, tmp_path / "app.backup").manifest.rows == {'public."größe"': 1}
+    finally:
+        app.server.drop_database(name)
+
+
+def test_an_address_with_several_hosts(app: App, tmp_path: Path) -> None:
+    here = app.engine.url.query.get("host") or app.engine.url.host
+    several = app.engine.url.set(host=None, port=None, query={"host": ("/nowhere", str(here))})
+    made = backup(several.render_as_string(hide_password=False), tmp_path / "app.backup", bin_dir=app.server.bin)
+    assert made.manifest.rows["public.users"] == 500
+
+
+def test_without_hard_links_nothing_is_dumped(app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on exFAT and SMB."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuse)
+    told: list[str] = []
+    with pytest.raises(BackupError, match=r"without hard links .*Name a folder on another"):
+        take(app, tmp_path / "app.backup", progress=lambda what, _: told.append(what))
+    assert told == []
+    assert empty(tmp_path)
 
 
 def test_nothing_is_overwritten(app: App, tmp_path: Path) -> None:

@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 from hosts import HOSTS, App
+from rich.live import Live
 
 from servers import EMBEDDED
 from tallystick import Config, HostMapping, UsersTable, WorkshopsTable, migrate
 from tallystick.cli import main
+from tallystick.cli.app import err
 from tallystick.config import to_toml
 from tallystick.devdb import find_binaries
 
@@ -107,6 +109,74 @@ def test_programs_are_found_for_the_server(
         assert (code, out, "TALLYSTICK_PG_BIN=" in err) == (1, "", True)
 
 
+def test_a_folder_with_the_two_programs_is_enough(
+    tally: Tally, app: App, make_app: Callable[..., App], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client package has no server."""
+    (tmp_path / "client").mkdir()
+    for name in ("pg_dump", "pg_restore"):
+        (tmp_path / "client" / name).symlink_to(app.server.bin / name)
+    monkeypatch.setenv("TALLYSTICK_PG_BIN", "client")
+    assert tally("backup", "app.backup")[0] == 0
+    assert tally("backup", "app.backup", "--check")[0] == 0
+    assert tally("--database-url", make_app("SELECT 1").url, "restore", "app.backup")[0] == 0
+    monkeypatch.setenv("TALLYSTICK_PG_BIN", "nowhere")
+    code, _, err = tally("backup", "app.backup", "--check")
+    assert (code, "nowhere/pg_restore cannot be run" in err, "Set TALLYSTICK_PG_BIN" in err) == (1, True, True)
+
+
+def test_a_backup_is_checked_with_the_programs_of_the_machine(
+    tally: Tally, app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tally("backup", "app.backup")
+    monkeypatch.setattr("tallystick.devdb._WHEEL", "not_installed")
+    monkeypatch.setenv("PATH", f"{app.server.bin}:{os.environ['PATH']}")
+    assert tally("backup", "app.backup", "--check")[0] == 0
+
+
+def test_one_display_at_a_time(tally: Tally, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rich before version 14.1 refuses a second one."""
+    shown = 0
+    start, stop = Live.start, Live.stop
+
+    def starts(live: Live, *arguments: Any, **options: Any) -> None:
+        nonlocal shown
+        shown += 1
+        assert shown == 1
+        start(live, *arguments, **options)
+
+    def stops(live: Live) -> None:
+        nonlocal shown
+        shown -= live.is_started
+        stop(live)
+
+    monkeypatch.setattr(Live, "start", starts)
+    monkeypatch.setattr(Live, "stop", stops)
+    monkeypatch.setattr(err, "_force_terminal", True)
+    for command in (["rehearse"], ["apply", "--backup", "x.backup"], ["undo"]):
+        assert tally("migrate", *command)[0] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.usefixtures("tally")
+def test_an_interrupted_run_says_what_is_done_and_what_to_do(app: App, number: signal.Signals) -> None:
+    command = [sys.executable, "-c", "from tallystick.cli import main; main()", "migrate", "apply"]
+    with app.engine.execution_options(isolation_level="REPEATABLE READ").connect() as reader:
+        reader.exec_driver_sql("SELECT 1")  # the index waits for everyone who could need what it does not hold
+        with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as running:
+            assert running.stderr is not None
+            said = iter(running.stderr)
+            assert any("waits for pid" in line for line in said)  # a cancel that comes before the statement is lost
+            running.send_signal(number)
+            rest = "".join(said)
+            code = running.wait(60)
+    assert code == 128 + number, rest
+    assert "Interrupted. Committed: 0001, 0002. Not finished: " in rest
+    assert "Run the same command again" in rest
+    done = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "beside the traffic" in done
+
+
 @pytest.fixture
 def scratch() -> Iterator[Path]:
     """A folder that another account gets through to, as it does in /tmp; pytest's are private."""
@@ -156,6 +226,38 @@ def test_rehearse(tally: Tally, app: App, tmp_path: Path) -> None:
     assert [one["fault"] for one in as_json(said)["lived"]] == [None] * 7
 
 
+def test_a_copy_needs_no_roles_and_no_tablespaces_of_its_server(tally: Tally, app: App) -> None:
+    """As of Supabase and PostgREST, whose policies are for roles."""
+    name = f"authenticated {app.engine.url.database}"
+    app.psql(f"""
+        CREATE ROLE "{name}";
+        GRANT SELECT ON users TO "{name}";
+        ALTER TABLE users ENABLE ROW LEVEL SECURITY;
+        CREATE POLICY own ON users TO "{name}" USING (true);
+        SET allow_in_place_tablespaces = on;
+        CREATE TABLESPACE "{name}" LOCATION '';
+        CREATE TABLE elsewhere (n int) TABLESPACE "{name}";
+    """)
+    try:
+        code, out, err = tally("migrate", "rehearse")
+        assert (code, "Passed" in out) == (0, True), out + err
+    finally:
+        app.psql(f'DROP TABLE elsewhere; DROP TABLESPACE "{name}"; DROP OWNED BY "{name}"; DROP ROLE "{name}";')
+
+
+def test_an_extension_that_the_copys_server_does_not_have(tally: Tally, app: App) -> None:
+    app.psql("""
+        CREATE EXTENSION citext;
+        SET allow_system_table_mods = on;
+        UPDATE pg_extension SET extname = 'postgis' WHERE extname = 'citext';
+    """)
+    code, _, err = tally("migrate", "rehearse")
+    assert code == 1
+    assert "needs the extension postgis, which the rehearsal's server does not have" in err
+    assert "TALLYSTICK_PG_BIN=" in err
+    assert "--neon-branch" in err
+
+
 def test_plan_and_status_say_more(tally: Tally, app: App) -> None:
     app.run("CREATE TABLE alembic_version (version_num text)", "INSERT INTO alembic_version VALUES ('abc')")
     code, out, _ = tally("migrate", "plan", "--backup", "x.backup")
@@ -166,6 +268,58 @@ def test_plan_and_status_say_more(tally: Tally, app: App) -> None:
     assert code == 0
     assert "The app's own alembic (public.alembic_version) is at abc." in out
     assert as_json(tally("migrate", "status", "--json"))["trackers"][0]["newest"] == "abc"
+
+
+def test_each_change_says_first_which_database_it_is_of(
+    tally: Tally, app: App, make_app: Callable[..., App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = app.engine.url.set(password="s3cret")
+    monkeypatch.setenv("DATABASE_URL", url.render_as_string(hide_password=False))
+    port = app.value("SHOW port")
+    here = f"Database {url.database} on {url.query.get('host') or url.host}:{port} as role postgres"
+    mapped = "users by public.users.id (tallystick.toml)."
+    assert tally("migrate", "plan")[1].startswith(f"{here}, {mapped}\n")
+    assert here not in tally("migrate", "plan", "--json")[1]
+    for command in (["rehearse"], ["apply", "--backup", "x.backup"], ["undo"]):
+        code, out, err = tally("migrate", *command)
+        assert (code, err.startswith(f"{here}, {mapped}\n")) == (0, True), err
+        assert "s3cret" not in out + err
+    assert tally("migrate", "rehearse", "--from", "x.backup")[2].startswith(f"A copy from x.backup, {mapped}\n")
+    Path("tallystick.toml").unlink()
+    assert "users by public.users.id (defaults).\n" in tally("migrate", "plan")[1]
+    other = make_app("SELECT 1")
+    code, _, err = tally("--database-url", other.url, "restore", "x.backup")
+    assert (code, err.startswith(f"Database {other.engine.url.database} on ")) == (0, True)
+
+
+@pytest.mark.parametrize("named", ["TALLYSTICK_DATABASE_URL", "tallystick.toml"])
+def test_an_unpooled_address_from_elsewhere_is_left_alone(
+    tally: Tally, app: App, make_app: Callable[..., App], monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    """Production's, say, in the environment of a person who has named staging."""
+    production = make_app()
+    monkeypatch.setenv("DATABASE_URL_UNPOOLED", production.url)
+    if named == "tallystick.toml":
+        file = Path("tallystick.toml")
+        file.write_text(f'database_url = "{app.url}"\n{file.read_text()}')
+    else:
+        monkeypatch.setenv(named, app.url)
+    code, _, err = tally("migrate", "apply")
+    assert (code, "DATABASE_URL_UNPOOLED is left alone" in err) == (0, True)
+    assert app.value("SELECT to_regclass('credit_transactions') IS NOT NULL")
+    assert not production.value("SELECT to_regclass('credit_transactions') IS NOT NULL")
+
+
+def test_a_plan_that_would_be_stopped_has_no_next_step(tally: Tally, app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"weak_{app.engine.url.database}"
+    app.run(f"CREATE ROLE {name} LOGIN")
+    try:
+        monkeypatch.setenv("DATABASE_URL", app.engine.url.set(username=name).render_as_string(hide_password=False))
+        code, out, _ = tally("migrate", "plan")
+        assert (code, "\nStop: " in out, "Next:" in out) == (1, True, False)
+        assert tally("migrate", "plan", "--json")[0] == 1
+    finally:
+        app.run(f"DROP ROLE {name}")
 
 
 def test_init_says_what_it_means_that_workshops_have_no_date(

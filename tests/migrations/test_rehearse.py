@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -11,7 +14,9 @@ from hosts import HOSTS, App
 
 from tallystick import migrate
 from tallystick.audit import audit
-from tallystick.migrate import Rehearsal, Traced, rehearse, report
+from tallystick.migrate import PlannedStatement, Rehearsal, Traced, rehearse, report
+from tallystick.migrate.revisions import HostNames, revisions
+from tallystick.migrate.statements import downward, text
 from tallystick.schema import Schema
 
 NAMES = ("uuid", "keyed by an external identity", "quoted, reserved and in schemas", "with every column already")
@@ -22,7 +27,7 @@ def test_what_the_plan_said_is_what_happened(name: str, make_app: Callable[..., 
     app = make_app(HOSTS[name].ddl, HOSTS[name].mapping)
     before = app.dump("--schema-only")
     done = rehearse(app.url, app.config)
-    assert done.passed, done
+    assert done.passed, done.problems
     assert app.dump("--schema-only") == before
     first = [one for one in done.statements if one.revision == "0001"]
     assert sum(one.rows_read for one in first) == 0
@@ -31,6 +36,44 @@ def test_what_the_plan_said_is_what_happened(name: str, make_app: Callable[..., 
     assert locked
     assert all(one.phase == "locked" for one in locked)
     assert done.locked_ms > 0
+
+
+FALSE_PLANS: dict[str, Callable[[PlannedStatement], tuple[tuple[str, str], ...]]] = {
+    "no lock at all": lambda _: (),
+    "less than there is": lambda one: tuple((table, "ACCESS SHARE") for table, _ in one.locks),
+    "more than there is": lambda one: tuple((table, "ACCESS EXCLUSIVE") for table, _ in one.locks),
+    "one table only": lambda one: one.locks[:1],
+    "one statement too early": lambda one: (("public.users", "SHARE UPDATE EXCLUSIVE"), *one.locks),
+}
+
+
+@pytest.mark.parametrize("how", FALSE_PLANS)
+def test_a_plan_with_other_locks_is_found_out(how: str, app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    def false(*arguments: Any) -> migrate.Plan:
+        planned = migrate.plan(*arguments)
+        revisions = tuple(
+            replace(
+                revision, statements=tuple(replace(one, locks=FALSE_PLANS[how](one)) for one in revision.statements)
+            )
+            for revision in planned.revisions
+        )
+        return replace(planned, revisions=revisions)
+
+    monkeypatch.setattr(sys.modules["tallystick.migrate.rehearse"], "plan", false)
+    done = rehearse(app.url, app.config)
+    assert any("the plan said" in surprise for surprise in done.surprises)
+    assert len(done.surprises) < 12, "each is told once"
+    assert not done.passed
+
+
+def test_the_ledgers_locks_are_watched_where_there_is_one(app: App) -> None:
+    migrate.apply(app.url, app.config)
+    back = downward([revisions()[1]], HostNames.of(app.config.host), discard_ledger=True, stall_budget_ms=1000)
+    app.psql(f"{text((*back.opening, *back.locked))};")
+    done = rehearse(app.url, app.config)
+    assert {one.revision for one in done.statements} == {"0002"}
+    assert any(table == "public.credit_transactions" for one in done.statements for table, _ in one.locks)
+    assert done.surprises == ()
 
 
 def test_statements_of_the_app_are_tried(app: App) -> None:

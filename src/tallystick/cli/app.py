@@ -21,9 +21,10 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from tallystick import devdb
-from tallystick.config import Config
+from tallystick.config import Config, origin_of_host
 from tallystick.database import connect
 from tallystick.errors import DatabaseUnavailable, InvalidArgument, Key
+from tallystick.migrate.session import driver
 
 EMBEDDED_DATABASE = "app"
 
@@ -50,7 +51,7 @@ app = typer.Typer(
     "Begin with [bold]tallystick init[/], then [bold]tallystick migrate plan[/] and "
     "[bold]tallystick migrate apply[/]. To see it all at work on a throw-away database: [bold]tallystick demo[/].",
     epilog="The database: --database-url, else database_url in tallystick.toml, else DATABASE_URL "
-    "(for migrations DATABASE_URL_UNPOOLED goes first), else an embedded PostgreSQL in ./.tallystick.",
+    "(for migrations and backups the _UNPOOLED one beside it), else an embedded PostgreSQL in ./.tallystick.",
 )
 
 # Without a terminal rich takes 80 columns, in which a table breaks the ids that the next command is to be given.
@@ -90,6 +91,8 @@ class Invocation:
         config = self.config()
         if migrating and config.database_url_unpooled:
             config = config.model_copy(update={"database_url": config.database_url_unpooled})
+        elif migrating and config.database_url and os.environ.get("DATABASE_URL_UNPOOLED"):
+            note("DATABASE_URL_UNPOOLED is left alone: it belongs to DATABASE_URL, and the address is from elsewhere.")
         with ExitStack() as stack:
             if config.database_url is None:
                 server = stack.enter_context(devdb.Server(devdb.default_folder()))
@@ -109,6 +112,18 @@ def address(config: Config) -> str:
     if config.database_url is None:
         raise DatabaseUnavailable("no database address. Pass --database-url, or set DATABASE_URL", sqlstate=None)
     return config.database_url
+
+
+def place(conn: sa.Connection) -> str:
+    """Which database this is, for a person to see before it is changed; without a password."""
+    info = driver(conn).info
+    return f"Database {info.dbname} on {info.host or 'this machine'}:{info.port} as role {info.user}"
+
+
+def mapping(ctx: typer.Context, config: Config) -> str:
+    """What users are known by, and who says so."""
+    users = config.host.users
+    return f"users by {users.schema}.{users.table}.{users.key} ({origin_of_host(invocation(ctx).config_path)})"
 
 
 def embedded_address(server: devdb.Server) -> str:

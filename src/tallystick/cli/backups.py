@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from tallystick import devdb
-from tallystick.cli.app import Json, address, app, emit, invocation, note, out, progress_bar
+from tallystick.cli.app import Json, address, app, emit, invocation, note, out, place, progress_bar
+from tallystick.database import connect
 from tallystick.errors import BackupError, DevServerError
 
 
@@ -25,16 +26,20 @@ def backups() -> ModuleType:
 
 
 def programs_for(url: str, *, restoring: bool = False) -> Path:
-    """The folder of the programs to use, which is said on stderr: those that are named, else the best there are."""
-    if "TALLYSTICK_PG_BIN" in os.environ:
-        folders = [devdb.find_binaries()]
-    else:
-        folders = backups().installed()
-        with suppress(DevServerError):
-            folders.insert(0, devdb.find_binaries())
-    found = backups().programs_for(url, folders, restoring=restoring)
+    """The folder of the programs to use, which is said on stderr."""
+    found = backups().programs_for(url, _folders(), restoring=restoring)
     note(f"With {found}.")
     return Path(found.folder)
+
+
+def _folders() -> list[Path]:
+    """Where pg_dump and pg_restore are: in the folder that is named, which needs no server, else in any there is."""
+    if named := os.environ.get("TALLYSTICK_PG_BIN"):
+        return [Path(named).expanduser().absolute()]
+    folders: list[Path] = backups().installed()
+    with suppress(DevServerError):
+        folders.insert(0, devdb.find_binaries())
+    return folders
 
 
 def take_backup(url: str, target: Path) -> None:
@@ -57,10 +62,9 @@ def backup(
     pg_dump through zstd; without Tallystick: zstd -dc FILE | pg_restore.
     """
     if check:
+        programs = backups().newest_programs(_folders()).folder
         with progress_bar("Verifying") as bar:
-            manifest = backups().verify_backup(
-                file, bin_dir=devdb.find_binaries(), progress=lambda _, part: bar(part, 1)
-            )
+            manifest = backups().verify_backup(file, bin_dir=programs, progress=lambda _, part: bar(part, 1))
     else:
         with invocation(ctx).database(migrating=True) as config:
             take_backup(address(config), file)
@@ -81,12 +85,17 @@ def restore(
     ctx: typer.Context,
     file: Annotated[Path, typer.Argument(help="A backup.", metavar="FILE")],
     no_owners: Annotated[
-        bool, typer.Option("--no-owners", help="Give everything to the role that restores, without privileges.")
+        bool,
+        typer.Option(
+            "--no-owners", help="Give everything to the role that restores, without privileges and tablespaces."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Put a backup into an empty database, in one transaction, and count its rows."""
     with invocation(ctx).database(migrating=True) as config:
+        with connect(address(config)) as conn:
+            note(f"{place(conn)}.")
         programs = programs_for(address(config), restoring=True)
         with progress_bar("Restore") as bar:
             manifest = backups().restore(

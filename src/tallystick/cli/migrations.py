@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Any
 
 import sqlalchemy as sa
 import typer
@@ -18,11 +19,11 @@ from rich.markup import escape
 
 from tallystick import devdb, migrate
 from tallystick.audit import audit
-from tallystick.cli.app import Json, address, app, emit, err, invocation, note, out, plain
+from tallystick.cli.app import Json, address, app, emit, err, invocation, mapping, note, out, place, plain
 from tallystick.cli.backups import backups, take_backup
 from tallystick.config import FILE_NAME, Config, to_toml
 from tallystick.database import PATIENCE_S, connect, translated
-from tallystick.errors import ConfigError, TallystickError
+from tallystick.errors import BackupError, ConfigError, TallystickError
 from tallystick.migrate import neon
 from tallystick.migrate import role as roles
 from tallystick.migrate.rules import split
@@ -44,6 +45,11 @@ def awake(config: Config) -> AbstractContextManager[sa.Connection]:
         told.append(said)
 
     return connect(address(config), patience_s=PATIENCE_S, waiting=waiting)
+
+
+def _say_where(ctx: typer.Context, config: Config) -> None:
+    with awake(config) as conn:
+        note(f"{place(conn)}, {mapping(ctx, config)}.")
 
 
 StallBudget = Annotated[
@@ -119,15 +125,22 @@ def init(
 def plan(
     ctx: typer.Context,
     backup: Annotated[
-        Path | None, typer.Option("--backup", help="Where a backup would go: compare the room there.", metavar="FILE")
+        Path | None,
+        typer.Option("--backup", help="Where a backup would go: look whether there is room.", metavar="FILE"),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show each statement that apply would run, with its lock, and who is in the way now. Changes nothing."""
+    """Show each statement that apply would run, with its lock, and who is in the way now. Changes nothing.
+
+    Exit code 1 where something would stop it.
+    """
     with invocation(ctx).database(migrating=True) as config, awake(config) as conn:
+        here = f"{place(conn)}, {mapping(ctx, config)}."
         planned = migrate.plan(conn, config, backup_folder=backup.absolute().parent if backup else None)
+    stopped = bool(planned.revisions) and any(finding.severity == "stop" for finding in planned.findings)
 
     def show() -> None:
+        out.print(here, markup=False)
         if not planned.revisions:
             out.print(f"Nothing to do: the database is at revision {planned.before} already.")
             return
@@ -144,9 +157,12 @@ def plan(
             out.print(f"Open for {age_s:.0f} s: pid {pid}; an index built beside the traffic waits for it.")
         for finding in planned.findings:
             out.print(f"{finding.severity.capitalize()}: {finding.text}.", markup=False)
-        out.print("All of a revision happens, or nothing. Next: tallystick migrate apply")
+        if not stopped:
+            out.print("All of a revision happens, or nothing. Next: tallystick migrate apply")
 
     emit(planned, show, as_json=as_json)
+    if stopped:
+        raise typer.Exit(1)
 
 
 def _show_trackers(found: Sequence[migrate.Tracker]) -> None:
@@ -335,18 +351,19 @@ def apply(
     as_json: Json = False,
 ) -> None:
     """Migrate the database while its traffic goes on. All or nothing; a second run changes nothing."""
-    with invocation(ctx).database(migrating=True) as config, _Shown() as shown:
+    with invocation(ctx).database(migrating=True) as config:
+        _say_where(ctx, config)
         if backup is not None:
-            with awake(config):
-                take_backup(address(config), backup)
-        receipt = migrate.apply(
-            address(config),
-            config,
-            stall_budget_ms=stall_budget_ms,
-            give_up_after_s=give_up_after,
-            two_transactions=two_transactions,
-            progress=shown,
-        )
+            take_backup(address(config), backup)
+        with _Shown() as shown:
+            receipt = migrate.apply(
+                address(config),
+                config,
+                stall_budget_ms=stall_budget_ms,
+                give_up_after_s=give_up_after,
+                two_transactions=two_transactions,
+                progress=shown,
+            )
     emit(receipt, lambda: _show_receipt(receipt), as_json=as_json)
 
 
@@ -361,15 +378,17 @@ def undo(
     as_json: Json = False,
 ) -> None:
     """Take Tallystick out of the database again. Refused while the ledger has rows."""
-    with invocation(ctx).database(migrating=True) as config, _Shown() as shown:
-        receipt = migrate.undo(
-            address(config),
-            config,
-            discard_ledger=discard_ledger,
-            stall_budget_ms=stall_budget_ms,
-            give_up_after_s=give_up_after,
-            progress=shown,
-        )
+    with invocation(ctx).database(migrating=True) as config:
+        _say_where(ctx, config)
+        with _Shown() as shown:
+            receipt = migrate.undo(
+                address(config),
+                config,
+                discard_ledger=discard_ledger,
+                stall_budget_ms=stall_budget_ms,
+                give_up_after_s=give_up_after,
+                progress=shown,
+            )
     emit(receipt, lambda: _show_receipt(receipt), as_json=as_json)
 
 
@@ -439,6 +458,9 @@ def rehearse(
         raise typer.Exit(1)
 
 
+_NO_EXTENSION = re.compile(r"extension \"([^\"]+)\" is not available|extension/([^/\"]+)\.control\"")
+
+
 @contextmanager
 def _restored(ctx: typer.Context, backup_file: Path | None) -> Iterator[tuple[Config, str]]:
     """A copy in a server that is thrown away: of a backup, or of one that is taken now."""
@@ -448,16 +470,27 @@ def _restored(ctx: typer.Context, backup_file: Path | None) -> Iterator[tuple[Co
         if backup_file is None:
             config = stack.enter_context(invocation(ctx).database(migrating=True))
             backup_file = folder / "copy.backup"
-            with awake(config):
-                take_backup(address(config), backup_file)
+            _say_where(ctx, config)
+            take_backup(address(config), backup_file)
         else:
             config = invocation(ctx).config()
+            note(f"A copy from {backup_file}, {mapping(ctx, config)}.")
         with _Steps() as steps:
             steps("starting an embedded server")
             server = stack.enter_context(devdb.Server(folder / "server"))
             copy = server.create_database("rehearsal")
             steps("restoring the copy")
-            backups().restore(backup_file, copy, bin_dir=server.bin, owners=False)
+            backups().make_roles(backup_file, copy)
+            try:
+                backups().restore(backup_file, copy, bin_dir=server.bin, owners=False)
+            except BackupError as error:
+                if found := _NO_EXTENSION.search(error.message):
+                    raise BackupError(
+                        f"the copy needs the extension {found[1] or found[2]}, which the rehearsal's server does not "
+                        "have. Rehearse with a PostgreSQL of this machine that has it "
+                        "(TALLYSTICK_PG_BIN=/usr/lib/postgresql/…/bin), or on a branch at Neon (--neon-branch)"
+                    ) from error
+                raise
         yield config, copy
 
 
@@ -468,8 +501,7 @@ def _branched(ctx: typer.Context, project: str) -> Iterator[tuple[Config, str]]:
         key, api = os.environ.get(neon.KEY, ""), os.environ.get("NEON_API_BASE", neon.API)
         with neon.branch(project, sa.make_url(address(config)), api_key=key, api=api, waiting=note) as made:
             copy = made.render_as_string(hide_password=False)
-            with awake(config.at(copy)):
-                pass
+            _say_where(ctx, config.at(copy))
             yield config, copy
 
 
@@ -500,14 +532,39 @@ class _Steps(ExitStack):
 
 
 class _Shown(ExitStack):
-    """Says on stderr what a migration is doing, and who is in its way; on a terminal in one line."""
+    """Says on stderr what a migration is doing, and who is in its way; on a terminal in one line.
+
+    Where it is interrupted, it says what is done already.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._said = ""
+        self._done: list[str] = []
+        self._now: migrate.Progress | None = None
         self._status = self.enter_context(err.status("Looking …")) if err.is_terminal else None
 
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> bool | None:  # noqa: PYI036  # as ExitStack has it
+        ended = super().__exit__(kind, *rest)
+        if kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit):
+            note(f"Interrupted. {self._left()} Run the same command again: it goes on from whatever is there.")
+        return ended
+
+    def _left(self) -> str:
+        done = f"Committed: {', '.join(self._done)}." if self._done else "Nothing is committed."
+        match self._now:
+            case migrate.Progress(phase="online", step=str(step)):
+                return f"{done} Not finished: {step}."
+            case migrate.Progress(phase="locking", revision=str(revision)):
+                # the interruption may have come with the answer to the COMMIT
+                done = done if self._done else ""
+                return f"{done} {revision} is done or is not, as a whole.".strip()
+        return done
+
     def __call__(self, now: migrate.Progress) -> None:
+        self._now = now
+        if now.phase in ("prepared", "applied", "undone"):
+            self._done.append(f"the new objects of {now.revision}" if now.phase == "prepared" else f"{now.revision}")
         line = f"{now.revision or 'the database'}: {now.phase}"
         if now.step:
             line += f" {now.step}"

@@ -6,6 +6,7 @@ in a frame that zstd skips, stands the manifest: the rows of each table and the 
 
 from __future__ import annotations
 
+import codecs
 import datetime as dt
 import fcntl
 import hashlib
@@ -21,13 +22,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Self
 
 import psycopg
 import sqlalchemy as sa
 import zstandard
+from psycopg.sql import SQL, Identifier
 
-from tallystick.database import connect
+from tallystick.database import connect, said
 from tallystick.errors import BackupError
 from tallystick.migrate.session import driver
 from tallystick.signals import ended_by_signals
@@ -43,7 +45,10 @@ Told = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a backup holds. ``rows`` is by table, as ``schema.table``; ``sha256`` is of the uncompressed dump."""
+    """What a backup holds. ``rows`` is by table, as ``schema.table``; ``sha256`` is of the uncompressed dump.
+
+    ``roles`` are those that something in it belongs to, is granted to, or is a policy for.
+    """
 
     database: str
     server: str
@@ -51,6 +56,7 @@ class Manifest:
     rows: Mapping[str, int]
     dump_bytes: int
     sha256: str
+    roles: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -121,7 +127,7 @@ def verify_backup(path: Path, *, bin_dir: Path, progress: Told | None = None) ->
 def restore(path: Path, database: str, *, bin_dir: Path, owners: bool = True, progress: Told | None = None) -> Manifest:
     """Put a backup into an empty database, in one transaction, and count its rows.
 
-    With ``owners`` off, everything belongs to the role that restores and privileges are left out.
+    With ``owners`` off, everything belongs to the role that restores, and privileges and tablespaces are left out.
 
     Raises:
         BackupError: the file is damaged, the database not empty, or its server too old for the programs in
@@ -129,7 +135,7 @@ def restore(path: Path, database: str, *, bin_dir: Path, owners: bool = True, pr
     """
     tell = progress or (lambda _what, _part: None)
     read_manifest(path)  # what is no backup is told before anything else
-    with connect(database) as conn:
+    with _reading(database) as conn:
         taken = conn.scalars(_TABLES).all()
         server = _server_major(conn)
     if server < _TIMEOUT_SINCE <= (ours := _major(bin_dir)):
@@ -138,7 +144,7 @@ def restore(path: Path, database: str, *, bin_dir: Path, owners: bool = True, pr
         raise BackupError(f"the database is not empty: it has {taken[0]}. Restore into one made by createdb")
     manifest = verify_backup(path, bin_dir=bin_dir, progress=progress)
     command = ["pg_restore", "--single-transaction", "--exit-on-error"]
-    command += [] if owners else ["--no-owner", "--no-privileges"]
+    command += [] if owners else ["--no-owner", "--no-privileges", "--no-tablespaces"]
     # a conninfo without a name: the name, as all else, comes from the environment
     command.append("--dbname=application_name=tallystick")
     with (
@@ -148,11 +154,20 @@ def restore(path: Path, database: str, *, bin_dir: Path, owners: bool = True, pr
     ):
         program.feed(_decompressed(file, manifest, "restoring", tell))
         program.end()
-    with connect(database) as conn:
+    with _reading(database) as conn:
         found = _count(conn)
     if found != manifest.rows:
         raise BackupError(f"the restored database differs: {_difference(manifest.rows, found)}")
     return manifest
+
+
+def make_roles(path: Path, database: str) -> None:
+    """Make the roles that a backup names and this server does not know: without login, and allowed nothing."""
+    with connect(database) as conn:
+        there = set(conn.scalars(sa.text("SELECT rolname FROM pg_roles")))
+        for name in read_manifest(path).roles:
+            if name not in there and not name.startswith("pg_"):  # PostgreSQL's own, of a later version
+                conn.exec_driver_sql(SQL("CREATE ROLE {} NOLOGIN").format(Identifier(name)).as_string())
 
 
 _TIMEOUT_SINCE = 17
@@ -203,6 +218,17 @@ def programs_for(database: str, folders: Iterable[Path], *, restoring: bool = Fa
     )
 
 
+def newest_programs(folders: Iterable[Path]) -> Programs:
+    """Those that read the most files, where no server is asked. Raises BackupError where there are none."""
+    found = [Programs(folder, _major(folder)) for folder in dict.fromkeys(folders)]
+    if not found:
+        raise BackupError(
+            "there is no pg_restore to read it with. Install PostgreSQL's client programs, or name their folder with "
+            "TALLYSTICK_PG_BIN"
+        )
+    return max(found, key=lambda one: one.major)
+
+
 def installed() -> list[Path]:
     """Where this machine has pg_dump and pg_restore: Debian's folders, Red Hat's, pg_config's, and on PATH."""
     folders = [*Path("/usr/lib/postgresql").glob("*/bin"), *Path("/usr").glob("pgsql-*/bin")]
@@ -231,11 +257,25 @@ def _major(bin_dir: Path) -> int:
     return int(found[0])
 
 
+@contextmanager
+def _reading(database: str) -> Iterator[sa.Connection]:
+    """A transaction that may take as long as a dump, whatever timeouts the role or the database has."""
+    try:
+        with connect(database) as conn:
+            timeouts = ["statement_timeout", "idle_in_transaction_session_timeout"]
+            timeouts += ["transaction_timeout"] if _server_major(conn) >= _TIMEOUT_SINCE else []
+            for name in timeouts:
+                conn.execute(sa.text(f"SET LOCAL {name} = 0"))
+            yield conn
+    except sa.exc.DBAPIError as error:
+        raise BackupError(f"the database stopped answering: {said(error)}. Run the same command again") from error
+
+
 def _dump(database: str, file: IO[bytes], bin_dir: Path, tell: Told) -> Manifest:
     """One snapshot for pg_dump and for the counts."""
     hasher = hashlib.sha256()
     size = 0
-    with connect(database) as conn:
+    with _reading(database) as conn:
         conn.execute(sa.text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
         snapshot = conn.scalar(sa.text("SELECT pg_export_snapshot()"))
         expected = conn.scalar(_HEAP_BYTES) or 1
@@ -255,12 +295,16 @@ def _dump(database: str, file: IO[bytes], bin_dir: Path, tell: Told) -> Manifest
         rows = _count(conn)
         version = conn.scalar(sa.text("SELECT current_setting('server_version')")) or ""
         name = conn.scalar(sa.text("SELECT current_database()")) or ""
+        roles = list(conn.scalars(_ROLES))
     taken_at = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
-    return Manifest(name, version, taken_at, rows, size, hasher.hexdigest())
+    return Manifest(name, version, taken_at, rows, size, hasher.hexdigest(), roles)
 
 
 def _read_back(file: IO[bytes], bin_dir: Path, manifest: Manifest, tell: Told) -> dict[str, int]:
-    """The rows of each table as pg_restore writes them out of the file, whose checksum is compared on the way."""
+    """The rows of the manifest's tables as pg_restore writes them out of the file, whose checksum is compared.
+
+    There are more in the file where an extension has tables of its own, of which it keeps some rows.
+    """
     with _Program(bin_dir, ["pg_restore", "--file=-", "--data-only"]) as program, ThreadPoolExecutor(1) as pool:
         try:
             feeding = pool.submit(program.feed, _decompressed(file, manifest, "verifying", tell))
@@ -270,7 +314,7 @@ def _read_back(file: IO[bytes], bin_dir: Path, manifest: Manifest, tell: Told) -
             raise
         feeding.result()
         program.end()
-    return {table: rows.get(table, 0) for table in {**manifest.rows, **rows}}
+    return {table: rows.get(_unquoted(table), 0) for table in manifest.rows}
 
 
 def _decompressed(file: IO[bytes], manifest: Manifest, what: str, tell: Told) -> Iterator[bytes]:
@@ -355,14 +399,7 @@ class _Program:
 def _environment(url: sa.URL) -> dict[str, str]:
     """The address as libpq's variables: a command line is for everyone on the machine to read."""
     known = {option.keyword: option.envvar for option in psycopg.pq.Conninfo.get_defaults()}
-    given: dict[str, Any] = {
-        "host": url.host,
-        "port": url.port,
-        "user": url.username,
-        "password": url.password,
-        "dbname": url.database,
-        **url.query,
-    }
+    _, given = url.get_dialect()().create_connect_args(url)  # it knows how several hosts are written
     return {
         envvar.decode(): str(value)
         for name, value in given.items()
@@ -370,17 +407,43 @@ def _environment(url: sa.URL) -> dict[str, str]:
     }
 
 
-_COPY = re.compile(rb"COPY (.+?) \(.*\) FROM stdin;\n|COPY (.+?) FROM stdin;\n")
+_NAME = r'(?:"(?:[^"]|"")*"|[^\s"(),.;]+)'
+_COPY = re.compile(rf"COPY ({_NAME}\.{_NAME}) (?:\({_NAME}(?:, {_NAME})*\))? FROM stdin;\n")
 
 
-def _rows_of(script: IO[bytes]) -> dict[str, int]:
+_ENCODING = re.compile(rb"SET client_encoding = '(\w+)';\n")
+
+
+def _codec(encoding: str) -> str:
+    """What Python calls an encoding of a database: WIN1252 and KOI8R are cp1252 and koi8_r."""
+    name = encoding.replace("WIN", "cp").replace("KOI8", "koi8_")
+    try:
+        return codecs.lookup(name).name
+    except LookupError:
+        return "utf-8"
+
+
+def _unquoted(table: str) -> tuple[str, ...]:
+    """Schema and table; which names have to be quoted is a matter of version."""
+    return tuple(name[1:-1].replace('""', '"') if name.startswith('"') else name for name in re.findall(_NAME, table))
+
+
+def _rows_of(script: IO[bytes]) -> dict[tuple[str, ...], int]:
     """Rows by table, from the COPY blocks of a script: a row is a line, whatever is in it."""
-    rows: dict[str, int] = {}
-    table: str | None = None
+    rows: dict[tuple[str, ...], int] = {}
+    table: tuple[str, ...] | None = None
+    codec = "utf-8"
     for line in script:
         if table is None:
-            if found := _COPY.fullmatch(line):
-                table = (found[1] or found[2]).decode().strip()
+            if found_encoding := _ENCODING.fullmatch(line):
+                codec = _codec(found_encoding[1].decode())
+            if not line.startswith(b"COPY "):
+                continue
+            statement = line
+            while statement.count(b'"') % 2:  # a name may hold the end of a line
+                statement += next(script)
+            if found := _COPY.fullmatch(statement.decode(codec, "replace")):
+                table = _unquoted(found[1])
                 rows[table] = 0
         elif line == b"\\.\n":
             table = None
@@ -395,6 +458,13 @@ _TABLES = sa.text("""
     WHERE c.relkind = 'r' AND n.nspname <> 'information_schema' AND n.nspname !~ '^pg_'
       AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid
                       AND d.deptype = 'e')
+    ORDER BY 1
+""")
+
+_ROLES = sa.text("""
+    SELECT DISTINCT r.rolname FROM pg_shdepend d JOIN pg_roles r ON r.oid = d.refobjid
+    WHERE d.refclassid = 'pg_authid'::regclass AND d.dbid = (SELECT oid FROM pg_database
+                                                             WHERE datname = current_database())
     ORDER BY 1
 """)
 
@@ -435,13 +505,28 @@ def _new_partial(target: Path) -> tuple[int, Path]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(handle).st_nlink:
+                _try_a_link(Path(name))
                 return handle, Path(name)
         except BlockingIOError:
             pass
         except BaseException:
+            os.close(handle)
             Path(name).unlink(missing_ok=True)
             raise
         os.close(handle)  # another backup took it for a leftover before it was locked
+
+
+def _try_a_link(partial: Path) -> None:
+    """What names the finished file without ever overwriting one is not to be had on every file system."""
+    probe = partial.with_name(f"{partial.name.removesuffix(_PARTIAL)}.link{_PARTIAL}")
+    try:
+        os.link(partial, probe)
+        probe.unlink()
+    except OSError as error:
+        raise BackupError(
+            f"{partial.parent} is on a file system without hard links ({error.strerror}), where a backup could "
+            "overwrite a file. Name a folder on another one, and move the file afterwards"
+        ) from error
 
 
 def _remove_leftovers(folder: Path) -> None:

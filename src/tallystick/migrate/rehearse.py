@@ -26,7 +26,7 @@ from tallystick.migrate.plan import Phase, PlannedStatement, plan
 from tallystick.migrate.run import undo
 from tallystick.migrate.session import driver, engine_of, session
 from tallystick.migrate.status import status
-from tallystick.schema import user_columns, workshop_columns
+from tallystick.schema import LEDGER, user_columns, workshop_columns
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,11 @@ def _changed(
 def _trace(conn: sa.Connection, host: Host, revision: str, statements: Sequence[PlannedStatement]) -> Iterator[Traced]:
     raw = driver(conn)
     tables = {table.oid: table.shown for table in host.tables}
+    if host.revision is not None:  # else it is new, and the plan says nothing of it
+        tables[conn.scalar(_LEDGER, {"schema": host.users.schema, "table": LEDGER})] = f"{host.users.schema}.{LEDGER}"
     begun = time.monotonic()
+    expected: dict[str, str] = {}
+    told: set[tuple[str, str, str]] = set()
     for statement in statements:
         files, read_before = _files(conn, tables), _read(conn, tables)
         started = time.monotonic()
@@ -250,9 +254,12 @@ def _trace(conn: sa.Connection, host: Host, revision: str, statements: Sequence[
         read = 0 if over else max(0, _read(conn, tables) - read_before)
         rewrites = _files(conn, tables) != files
         surprises = []
-        for table, lock in statement.locks:
-            if not over and locks.get(table) is None:
-                surprises.append(f"{_short(statement.sql)}: the plan said {lock} on {table}; there was none")
+        expected = {} if over else _stronger(expected, statement.locks)
+        for table in () if over else tables.values():
+            pair = table, expected.get(table, "no lock"), locks.get(table, "none")
+            if pair[1:] != ("no lock", "none") and pair[1] != pair[2] and pair not in told:
+                told.add(pair)  # it is held, or missed, until the commit
+                surprises.append(f"{_short(statement.sql)}: the plan said {pair[1]} on {table}; there was {pair[2]}")
         if read and not statement.scans:
             surprises.append(f"{_short(statement.sql)}: it read {read} rows, the plan said none")
         if rewrites != statement.rewrites:
@@ -287,6 +294,7 @@ _COLUMNS = sa.text("""
     SELECT attname FROM pg_attribute WHERE attrelid = CAST(:table AS oid) AND attnum > 0 AND NOT attisdropped
     ORDER BY attnum
 """)
+_LEDGER = sa.text("SELECT to_regclass(format('%I.%I', CAST(:schema AS text), CAST(:table AS text)))::oid::bigint")
 _TRIGGERS = sa.text("""
     SELECT count(*) FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
     WHERE t.tgrelid = CAST(:table AS oid) AND NOT t.tgisinternal AND p.proname NOT LIKE 'tallystick\\_%'
@@ -328,13 +336,19 @@ _MODES = {
 }
 
 
+def _stronger(held: Mapping[str, str], more: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """The strongest lock on each table, of two times."""
+    rank = ["", *_MODES.values()]
+    strongest = dict(held)
+    for table, lock in more:
+        strongest[table] = max(strongest.get(table, ""), lock, key=rank.index)
+    return strongest
+
+
 def _locks(conn: sa.Connection, tables: Mapping[int, str]) -> dict[str, str]:
     """The strongest lock on each table."""
-    held: dict[str, str] = {}
-    rank = list(_MODES)
-    for row in sorted(conn.execute(_LOCKS, {"tables": list(tables)}), key=lambda row: rank.index(row.mode)):
-        held[tables[row.oid]] = _MODES[row.mode]
-    return held
+    rows = conn.execute(_LOCKS, {"tables": list(tables)})
+    return _stronger({}, [(tables[row.oid], _MODES[row.mode]) for row in rows])
 
 
 def _files(conn: sa.Connection, tables: Mapping[int, str]) -> set[tuple[int, int]]:
