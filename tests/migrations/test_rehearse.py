@@ -14,9 +14,8 @@ from hosts import HOSTS, App
 
 from tallystick import migrate
 from tallystick.audit import audit
+from tallystick.errors import MigrationError
 from tallystick.migrate import PlannedStatement, Rehearsal, Traced, rehearse, report
-from tallystick.migrate.revisions import HostNames, revisions
-from tallystick.migrate.statements import downward, text
 from tallystick.schema import Schema
 
 NAMES = ("uuid", "keyed by an external identity", "quoted, reserved and in schemas", "with every column already")
@@ -66,14 +65,21 @@ def test_a_plan_with_other_locks_is_found_out(how: str, app: App, monkeypatch: p
     assert not done.passed
 
 
-def test_the_ledgers_locks_are_watched_where_there_is_one(app: App) -> None:
+def test_a_later_revision_is_rehearsed_from_where_the_database_is(app: App) -> None:
     migrate.apply(app.url, app.config)
-    back = downward([revisions()[1]], HostNames.of(app.config.host), discard_ledger=True, stall_budget_ms=1000)
-    app.psql(f"{text((*back.opening, *back.locked))};")
+    assert migrate.undo(app.url, app.config, to="0001", discard_ledger=True).after == "0001"
     done = rehearse(app.url, app.config)
     assert {one.revision for one in done.statements} == {"0002"}
     assert any(table == "public.credit_transactions" for one in done.statements for table, _ in one.locks)
-    assert done.surprises == ()
+    assert done.passed, done.problems
+    with app.engine.connect() as conn:
+        assert migrate.status(conn, app.config).revision == "0001"
+
+
+def test_without_a_revision_to_come_there_is_nothing_to_rehearse(app: App) -> None:
+    migrate.apply(app.url, app.config)
+    with pytest.raises(MigrationError, match="at revision 0002 already"):
+        rehearse(app.url, app.config)
 
 
 def test_statements_of_the_app_are_tried(app: App) -> None:

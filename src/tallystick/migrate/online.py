@@ -173,10 +173,12 @@ def _alone(conn: sa.Connection, statement: Composable, progress: Callable[[Build
             _look(task, conn.engine, raw.info.backend_pid, progress)
             task.result()
         except BaseException:
-            # Ctrl-C, or a progress bar that failed: nothing of ours may go on building
-            if not task.done():
+            # Ctrl-C, or a progress bar that failed: nothing of ours may go on building. A request that comes before
+            # the statement has begun is lost, hence more than one.
+            while not task.done():
                 with suppress(psycopg.Error):
                     raw.cancel_safe()
+                wait([task], timeout=_LOOK_EVERY_S)
             raise
 
 

@@ -175,6 +175,7 @@ def undo(
     database: sa.Engine | str,
     config: Config,
     *,
+    to: str | None = None,
     discard_ledger: bool = False,
     stall_budget_ms: int = STALL_BUDGET_MS,
     give_up_after_s: float = GIVE_UP_AFTER_S,
@@ -182,7 +183,8 @@ def undo(
 ) -> Receipt:
     """Take Tallystick out of the database again: exactly what was there before remains.
 
-    Arguments and errors are those of :func:`apply`.
+    ``to`` is the revision to stop at, for a database that was at it before. Other arguments and errors are those of
+    :func:`apply`.
 
     Raises:
         LedgerNotEmpty: the ledger has rows, and ``discard_ledger`` is False.
@@ -196,7 +198,7 @@ def undo(
             give_up_after_s=give_up_after_s,
             progress=progress,
         )
-        return run.undo(discard_ledger=discard_ledger)
+        return run.undo(to=to, discard_ledger=discard_ledger)
 
 
 def _waking(progress: Callable[[Progress], None] | None) -> Callable[[str], None] | None:
@@ -260,17 +262,18 @@ class _Run:
             raise
         return Receipt("apply", host.revision, reached, tuple(steps), tuple(built))
 
-    def undo(self, *, discard_ledger: bool) -> Receipt:
+    def undo(self, *, to: str | None, discard_ledger: bool) -> Receipt:
         host = self._preflight()
         if host.revision is not None and not discard_ledger:
             refuse_rows(self.conn, host, "run: tallystick migrate undo --discard-ledger")
-        refuse_limited(self.conn, self.config.host)
+        if to is None:
+            refuse_limited(self.conn, self.config.host)
         names = HostNames.of(self.config.host, host.adopted)
-        gone = tuple(reversed(up_to(host.revision)))
+        gone = tuple(reversed([revision for revision in up_to(host.revision) if revision not in up_to(to)]))
         prepared = next((revision for revision in after(host.revision) if revision.revision == host.prepared), None)
         all_of_them = (*([prepared] if prepared else []), *gone)
         if not all_of_them:
-            return Receipt("undo", None, None)
+            return Receipt("undo", host.revision, host.revision)
         # all of them in one transaction, since half of an undo is nobody's wish
         messages = downward(
             gone,
@@ -280,7 +283,7 @@ class _Run:
             prepared=prepared,
         )
         step = self._transaction(all_of_them[0], "undo", messages)
-        return Receipt("undo", host.revision, None, tuple(replace(step, revision=one.revision) for one in all_of_them))
+        return Receipt("undo", host.revision, to, tuple(replace(step, revision=one.revision) for one in all_of_them))
 
     def _preflight(self) -> Host:
         """Only one run looks at a time: what the catalogues say query by query must be of one state."""

@@ -99,8 +99,13 @@ _PUT = sa.text("""
 def put_back(conn: sa.Connection, *, local: bool) -> Iterator[None]:
     """Afterwards, :data:`NEVER_CUT` are again what they were: on a connection of the host's they are the host's."""
     before = {row.name: row.value for row in conn.execute(_NOW, {"names": list(NEVER_CUT)})}
-    yield
-    put(conn, before, local=local)
+    try:
+        yield
+    finally:
+        with suppress(
+            sa.exc.DBAPIError
+        ):  # in a transaction that failed, or on a connection that died, there is nothing
+            put(conn, before, local=local)
 
 
 _NOW = sa.text("""
