@@ -68,6 +68,7 @@ def session(source: sa.Engine, *, waiting: Callable[[str], None] | None = None) 
         ) from error
     try:
         conn.detach()  # its settings must not reach whoever would get it next
+        driver(conn)  # refuses any other
         refuse_pooler(conn)
         put(conn, _OURS, local=False)
         # the server ends what a killed client was running, instead of holding our lock to the end
