@@ -1,6 +1,6 @@
 """What does live traffic feel of a migration? Worst stalls, ours beside what others do, in one run.
 
-    python benchmarks/migration.py [--rows 1000000] [--reader 10] [--rate 300] [--runs 5] [--quick]
+    python benchmarks/migration.py [--rows 1000000] [--reader 10] [--rate 300] [--runs 5] [--warm 2] [--quick]
 
 Every candidate migrates a fresh copy of one database (``users`` and ``workshops`` with ``--rows`` rows each) to the
 same end, with the same statements, while an app reads and writes both tables at a fixed rate and a report reads
@@ -145,7 +145,7 @@ def measure(name: str, candidate: Candidate, url: str, options: argparse.Namespa
     traffic_process = processes.Process(target=app, args=(url, options.rows, options.rate, there))
     traffic_process.start()
     here.recv()
-    time.sleep(2)  # warm caches and plans
+    time.sleep(options.warm)  # caches and plans
     reader = threading.Thread(target=report, args=(url, options.reader))
     reader.start()
     time.sleep(0.5)
@@ -166,10 +166,11 @@ def main() -> None:
     parser.add_argument("--reader", type=float, default=10, help="seconds for which a report reads users")
     parser.add_argument("--rate", type=float, default=300, help="transactions a second")
     parser.add_argument("--runs", type=int, default=5, help="of each candidate")
-    parser.add_argument("--quick", action="store_true", help="100,000 rows, 3 seconds, one run: to see that it works")
+    parser.add_argument("--warm", type=float, default=2, help="seconds of traffic before a migration starts")
+    parser.add_argument("--quick", action="store_true", help="10,000 rows, 1 second, one run: to see that it works")
     options = parser.parse_args()
     if options.quick:
-        options.rows, options.reader, options.runs = 100_000, 3, 1
+        options.rows, options.reader, options.runs, options.warm = 10_000, 1, 1, 0.5
 
     with tempfile.TemporaryDirectory(prefix="tallystick-bench-") as folder:
         Path(folder).chmod(0o711)
