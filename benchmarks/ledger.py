@@ -133,7 +133,8 @@ def _spend_in_threads(way: Way, users: int, seconds: float, seeds: list[int]) ->
 def _in_processes(count: int, calls: Iterable[tuple[Any, ...]]) -> list[Any]:
     """Each call in a process of its own; ``count`` connections wait for each other before they begin."""
     context, calls = multiprocessing.get_context("forkserver"), list(calls)
-    context.set_forkserver_preload(["tallystick.combine", "sqlalchemy.ext.asyncio", "psycopg"])  # imported only once
+    # imported once, and not by each process anew
+    context.set_forkserver_preload(["tallystick.combine", "tallystick.migrate", "sqlalchemy.ext.asyncio", "psycopg"])
     with ProcessPoolExecutor(len(calls), context, _enter, (context.Barrier(count),)) as pool:
         return [run.result() for run in [pool.submit(*call) for call in calls]]
 
