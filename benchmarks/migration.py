@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="10,000 rows, 1 second, one run: to see that it works")
     options = parser.parse_args()
     if options.quick:
-        options.rows, options.reader, options.runs, options.warm = 10_000, 1, 1, 0.5
+        options.rows, options.reader, options.rate, options.runs, options.warm = 10_000, 1, 100, 1, 0.5
 
     with tempfile.TemporaryDirectory(prefix="tallystick-bench-") as folder:
         Path(folder).chmod(0o711)
