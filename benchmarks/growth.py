@@ -191,41 +191,44 @@ def consumptions(apps: list[Filled], numbers: Iterator[int], *, count: int, turn
     """
     random, heavy = "consume", "consume, the user with a tenth of all rows"
     engines = [sa.create_engine(app.url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT") for app in apps]
-    conns = [engine.connect() for engine in engines]
+    *conns, beside = [engine.connect() for engine in (*engines, engines[0])]
     found: dict[str, list[list[tuple[float, float]]]] = {}
 
+    def written() -> int:
+        return int(beside.scalar(sa.text("SELECT pg_current_wal_insert_lsn() - '0/0'")))
+
     def take(kind: str, name: str, users: list[int]) -> None:
-        for which, (app, conn) in enumerate(zip(apps, conns, strict=True)):
-            call, took = calls(app)[name], []
-            before = conn.scalar(sa.text("SELECT pg_current_wal_insert_lsn()"))
-            for n in users:
-                begun = time.perf_counter()
+        """Call by call in turns: what else the machine does meets both apps."""
+        each = [(calls(app)[name], conn, [], []) for app, conn in zip(apps, conns, strict=True)]
+        for n in users:
+            for call, conn, took, wal in each:
+                before, begun = written(), time.perf_counter()
                 call(conn, n)
                 took.append(time.perf_counter() - begun)
-            written = sa.text("SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), :before)")
-            wal = conn.scalar(written, {"before": before}) / count
-            found.setdefault(kind, [[] for _ in apps])[which].append((statistics.median(took) * 1000, wal))
+                wal.append(written() - before)
+        for runs, (_, _, took, wal) in zip(found.setdefault(kind, [[] for _ in apps]), each, strict=True):
+            runs.append((statistics.median(took) * 1000, statistics.mean(wal)))
 
     def whole_pages(*, logged: bool) -> None:
-        conns[0].exec_driver_sql(f"ALTER SYSTEM {'RESET full_page_writes' if logged else 'SET full_page_writes = off'}")
-        conns[0].exec_driver_sql("SELECT pg_reload_conf()")
+        beside.exec_driver_sql(f"ALTER SYSTEM {'RESET full_page_writes' if logged else 'SET full_page_writes = off'}")
+        beside.exec_driver_sql("SELECT pg_reload_conf()")
         time.sleep(1)  # the checkpointer is the one who passes it on
 
     take("not counted", random, list(itertools.islice(numbers, 20)))  # statements are prepared, catalogs read
     del found["not counted"]
     for _ in range(turns):
         users, others = (list(itertools.islice(numbers, count)) for _ in range(2))
-        conns[0].exec_driver_sql("CHECKPOINT")
+        beside.exec_driver_sql("CHECKPOINT")
         take("new users", random, users)
         take("the same users again", random, users)
-        conns[0].exec_driver_sql("CHECKPOINT")
+        beside.exec_driver_sql("CHECKPOINT")
         take("the same users after a checkpoint", random, users)
         whole_pages(logged=False)
         take("new users, full_page_writes off", random, others)
         take("the same users again, full_page_writes off", random, others)
         whole_pages(logged=True)
         take("the user with a tenth of all rows", heavy, users)
-    for conn in conns:
+    for conn in (*conns, beside):
         conn.close()
     lines = []
     for kind, each in found.items():
