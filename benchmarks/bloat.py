@@ -1,7 +1,7 @@
 """What do consumptions leave of the host's users table? HOT updates and growth, at several fillfactors.
 
     python benchmarks/bloat.py            ten minutes; the table of benchmarks/README.md
-    python benchmarks/bloat.py --quick    half a minute, to see that it runs
+    python benchmarks/bloat.py --quick    seconds, to see that it runs
 
 A consumption updates one row of ``users``, no indexed column of it. Where the row's page has room the new version goes
 there (HOT): no index is touched, and the next reader of the page clears the old one away. Otherwise the row moves to
@@ -127,8 +127,13 @@ def spend(url: str, users: int, count: int, size: int) -> None:
 
 
 def state(url: str) -> dict[str, int]:
-    time.sleep(1.5)  # sessions report what they did when they have been idle for a second
-    with sa.create_engine(url, poolclass=sa.NullPool).connect() as conn:
+    others = sa.text(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+        " AND backend_type = 'client backend' AND pid <> pg_backend_pid()"
+    )
+    with sa.create_engine(url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT").connect() as conn:
+        while conn.scalar(others):  # sessions report what they did before they are gone
+            time.sleep(0.02)
         return dict(conn.execute(sa.text(STATE)).mappings().one())
 
 
@@ -163,11 +168,11 @@ def measure(server: Server, variant: Variant, *, users: int, count: int, singles
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="20,000 consumptions")
+    parser.add_argument("--quick", action="store_true", help="5,000 consumptions")
     parser.add_argument("--count", type=int, default=1_000_000, help="consumptions for each fillfactor")
     parser.add_argument("--folder", type=Path, help="put the server's data here, on the disk to be measured")
     asked = parser.parse_args()
-    users, count = (2_000, 20_000) if asked.quick else (50_000, asked.count)
+    users, count = (1_000, 5_000) if asked.quick else (50_000, asked.count)
     with stage.server(asked.folder) as server:
         about = f"PostgreSQL {server.version}, Python {platform.python_version()}, fsync on"
         lines = []

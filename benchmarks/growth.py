@@ -2,10 +2,13 @@
 
     python benchmarks/growth.py                   five minutes and 6 GB of disk; the tables of benchmarks/README.md
     python benchmarks/growth.py --rows 100000     half a minute, to see that it runs
+    python benchmarks/growth.py --quick           the least that shows all tables
 
 Two migrated apps on one server with fsync on, both as the ledger would have left them, filled by SQL past it: a tenth
 of the rows belongs to one user, the others have ten rows each, scattered over the table as time would scatter them.
-Then operations take turns on both, and both are audited.
+Then operations take turns on both, and both are audited. At last consumptions are taken apart, by whether a user's
+pages are in memory and whether PostgreSQL writes them whole to its log (as it does with each page that changes for the
+first time since a checkpoint): which of the two makes the large ledger slower?
 """
 
 from __future__ import annotations
@@ -159,10 +162,9 @@ def calls(app: Filled) -> dict[str, Callable[[sa.Connection, int], Any]]:
     }
 
 
-def medians(apps: list[Filled], *, count: int, turns: int) -> dict[str, list[float]]:
+def medians(apps: list[Filled], numbers: Iterator[int], *, count: int, turns: int) -> dict[str, list[float]]:
     """The median of each operation in each app, in milliseconds, taken in turns."""
     engines = [sa.create_engine(app.url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT") for app in apps]
-    numbers = itertools.count(1)
     found: dict[str, list[list[float]]] = {}
     conns = [engine.connect() for engine in engines]
     for _ in range(turns):
@@ -179,6 +181,61 @@ def medians(apps: list[Filled], *, count: int, turns: int) -> dict[str, list[flo
     for conn in conns:
         conn.close()
     return {name: [statistics.median(of) for of in each] for name, each in found.items()}
+
+
+def consumptions(apps: list[Filled], numbers: Iterator[int], *, count: int, turns: int) -> list[list[str]]:
+    """Of each kind, in each app: the median in milliseconds, and the bytes that one call adds to PostgreSQL's log.
+
+    Random users are new ones (of the large app), then the same again: their pages are in memory by then, and in the
+    log; a checkpoint takes the second away, and ``full_page_writes = off`` does without it.
+    """
+    random, heavy = "consume", "consume, the user with a tenth of all rows"
+    engines = [sa.create_engine(app.url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT") for app in apps]
+    *conns, beside = [engine.connect() for engine in (*engines, engines[0])]
+    found: dict[str, list[list[tuple[float, float]]]] = {}
+
+    def written() -> int:
+        return int(beside.scalar(sa.text("SELECT pg_current_wal_insert_lsn() - '0/0'")))
+
+    def take(kind: str, name: str, users: list[int]) -> None:
+        """Call by call in turns: what else the machine does meets both apps."""
+        each = [(calls(app)[name], conn, [], []) for app, conn in zip(apps, conns, strict=True)]
+        for n in users:
+            for call, conn, took, wal in each:
+                before, begun = written(), time.perf_counter()
+                call(conn, n)
+                took.append(time.perf_counter() - begun)
+                wal.append(written() - before)
+        for runs, (_, _, took, wal) in zip(found.setdefault(kind, [[] for _ in apps]), each, strict=True):
+            runs.append((statistics.median(took) * 1000, statistics.mean(wal)))
+
+    def whole_pages(*, logged: bool) -> None:
+        beside.exec_driver_sql(f"ALTER SYSTEM {'RESET full_page_writes' if logged else 'SET full_page_writes = off'}")
+        beside.exec_driver_sql("SELECT pg_reload_conf()")
+        time.sleep(1)  # the checkpointer is the one who passes it on
+
+    take("not counted", random, list(itertools.islice(numbers, 20)))  # statements are prepared, catalogs read
+    del found["not counted"]
+    for _ in range(turns):
+        users, others = (list(itertools.islice(numbers, count)) for _ in range(2))
+        beside.exec_driver_sql("CHECKPOINT")
+        take("new users", random, users)
+        take("the same users again", random, users)
+        beside.exec_driver_sql("CHECKPOINT")
+        take("the same users after a checkpoint", random, users)
+        whole_pages(logged=False)
+        take("new users, full_page_writes off", random, others)
+        take("the same users again, full_page_writes off", random, others)
+        whole_pages(logged=True)
+        take("the user with a tenth of all rows", heavy, users)
+    for conn in (*conns, beside):
+        conn.close()
+    lines = []
+    for kind, each in found.items():
+        (few_ms, few_wal), (many_ms, many_wal) = (map(statistics.median, zip(*of, strict=True)) for of in each)
+        ms = [f"{few_ms:.2f}", f"{many_ms:.2f}", f"{many_ms / few_ms:.2f}"]
+        lines.append([kind, *ms, f"{few_wal:,.0f}", f"{many_wal:,.0f}"])
+    return lines
 
 
 # --- audits ---
@@ -270,20 +327,25 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=10_000_000, help="ledger rows of the large app")
     parser.add_argument("--small", type=int, default=10_000, help="ledger rows of the small one")
     parser.add_argument("--folder", type=Path, help="put the server's data here, on the disk to be measured")
+    parser.add_argument("--quick", action="store_true", help="20,000 rows against 2,000, few calls, one turn")
     asked = parser.parse_args()
-    turns = 3
+    rows, small, count, turns = (20_000, 2_000, 50, 1) if asked.quick else (asked.rows, asked.small, 500, 3)
     with stage.server(asked.folder, SETTINGS) as server:
         begun = time.perf_counter()
-        apps = [fill(server, "small", asked.small), fill(server, "large", asked.rows)]
+        apps = [fill(server, "small", small), fill(server, "large", rows)]
         say(f"filled in {time.perf_counter() - begun:.0f} s")
-        few, many = apps
+        few, many = (f"{app.rows:,} rows" for app in apps)
         print(f"PostgreSQL {server.version}, Python {platform.python_version()}, fsync on; medians of {turns} turns\n")
+        numbers = itertools.count(1)
         lines = audits(apps, turns)
-        found = medians(apps, count=500, turns=turns)
-        head = ["median ms", f"{few.rows:,} rows", f"{many.rows:,} rows", "ratio"]
+        found = medians(apps, numbers, count=count, turns=turns)
+        head = ["median ms", few, many, "ratio"]
         print(table(head, ([name, f"{a:.2f}", f"{b:.2f}", f"{b / a:.2f}"] for name, (a, b) in found.items())))
         print()
         print(table(["", "s", "rows/s", "longest part s", "server MB", "client MB"], lines))
+        print()
+        lines = consumptions(apps, numbers, count=count, turns=turns)
+        print(table(["consume, ms and bytes of WAL", few, many, "ratio", f"WAL, {few}", f"WAL, {many}"], lines))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What does live traffic feel of a migration? Worst stalls, ours beside what others do, in one run.
 
-    python benchmarks/migration.py [--rows 1000000] [--reader 10] [--rate 300] [--runs 5] [--quick]
+    python benchmarks/migration.py [--rows 1000000] [--reader 10] [--rate 300] [--runs 5] [--warm 2] [--quick]
 
 Every candidate migrates a fresh copy of one database (``users`` and ``workshops`` with ``--rows`` rows each) to the
 same end, with the same statements, while an app reads and writes both tables at a fixed rate and a report reads
@@ -140,12 +140,13 @@ def report(url: str, seconds: float) -> None:
 
 
 def measure(name: str, candidate: Candidate, url: str, options: argparse.Namespace) -> Result:
-    processes = multiprocessing.get_context("spawn")
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["tallystick.migrate", "psycopg"])  # imported once, and not for each run anew
     here, there = processes.Pipe()
     traffic_process = processes.Process(target=app, args=(url, options.rows, options.rate, there))
     traffic_process.start()
     here.recv()
-    time.sleep(2)  # warm caches and plans
+    time.sleep(options.warm)  # caches and plans
     reader = threading.Thread(target=report, args=(url, options.reader))
     reader.start()
     time.sleep(0.5)
@@ -153,7 +154,7 @@ def measure(name: str, candidate: Candidate, url: str, options: argparse.Namespa
     attempts = candidate(url, Config(database_url=url))
     took_s = time.monotonic() - started
     reader.join()
-    time.sleep(1)
+    time.sleep(options.warm / 2)
     here.send("stop")
     worst_ms, over, transactions, errors = here.recv()
     traffic_process.join()
@@ -166,10 +167,13 @@ def main() -> None:
     parser.add_argument("--reader", type=float, default=10, help="seconds for which a report reads users")
     parser.add_argument("--rate", type=float, default=300, help="transactions a second")
     parser.add_argument("--runs", type=int, default=5, help="of each candidate")
-    parser.add_argument("--quick", action="store_true", help="100,000 rows, 3 seconds, one run: to see that it works")
+    parser.add_argument(
+        "--warm", type=float, default=2, help="seconds of traffic before a migration, half as many after it"
+    )
+    parser.add_argument("--quick", action="store_true", help="10,000 rows, 1 second, one run: to see that it works")
     options = parser.parse_args()
     if options.quick:
-        options.rows, options.reader, options.runs = 100_000, 3, 1
+        options.rows, options.reader, options.rate, options.runs, options.warm = 10_000, 1, 100, 1, 0.5
 
     with tempfile.TemporaryDirectory(prefix="tallystick-bench-") as folder:
         Path(folder).chmod(0o711)

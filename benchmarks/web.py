@@ -106,7 +106,7 @@ def add_workshops(url: str, count: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="short: to see that it runs")
-    duration_s = 1.0 if parser.parse_args().quick else 10.0
+    duration_s = 0.3 if parser.parse_args().quick else 10.0
     spawn = multiprocessing.get_context("spawn")
     with server() as running:
         site = app(running, "web", users=USERS, rows_each=ROWS_EACH)

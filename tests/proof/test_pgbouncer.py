@@ -2,71 +2,28 @@
 
 from __future__ import annotations
 
-import os
-import pwd
-import shutil
-import subprocess
-import tempfile
-import time
 from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pytest
 import sqlalchemy as sa
 
-from crowd import PATIENCE_S, books_balance, outcome, threads
+import bouncer
+from crowd import books_balance, outcome, threads
 from tallystick import Consume, CreditTransaction, InsufficientCredits
 from tallystick.errors import Key, PoolerRefused
 from tallystick.migrate import apply
 from worlds import World
 
-BOUNCER = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
-
-pytestmark = pytest.mark.skipif(BOUNCER is None, reason="needs a real pgbouncer (apt-get install pgbouncer)")
-
-SETTINGS = """
-[databases]
-{database} = host={host} port=5432 dbname={database} user=postgres
-[pgbouncer]
-listen_addr =
-unix_socket_dir = {folder}
-listen_port = 6432
-auth_type = any
-pool_mode = transaction
-default_pool_size = 4
-max_client_conn = 200
-server_idle_timeout = 2
-logfile = {folder}/log
-"""
+pytestmark = pytest.mark.skipif(bouncer.PROGRAM is None, reason="needs a real pgbouncer (apt-get install pgbouncer)")
 
 
 @pytest.fixture
 def pooled(world: World) -> Iterator[World]:
     """The same host app, reached through a pool of four server connections."""
-    address = sa.make_url(world.url)
-    with tempfile.TemporaryDirectory(prefix="tallystick-bouncer-") as name:
-        folder = Path(name)
-        settings = folder / "pgbouncer.ini"
-        settings.write_text(SETTINGS.format(database=address.database, host=address.query["host"], folder=folder))
-        command = [str(BOUNCER), "-q", str(settings)]
-        if os.geteuid() == 0:  # it refuses to be root, and must get to the server's socket
-            owner = Path(str(address.query["host"])).stat().st_uid
-            os.chown(folder, owner, -1)
-            os.chown(settings, owner, -1)
-            command[1:1] = ["-u", pwd.getpwuid(owner).pw_name]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            try:
-                deadline = time.monotonic() + PATIENCE_S
-                while not (folder / ".s.PGSQL.6432").exists():
-                    assert process.poll() is None, (folder / "log").read_text()
-                    assert time.monotonic() < deadline
-                    time.sleep(0.02)
-                yield World(f"{world.url.split('?')[0]}?host={quote(name, safe='')}&port=6432", world.config.host)
-            finally:
-                process.terminate()
+    with bouncer.bouncing(world.url) as url:
+        yield World(url, world.config.host)
     books_balance(world)
 
 

@@ -1,0 +1,55 @@
+"""Each benchmark in its shortest form, to its last table. What it measured is nobody's concern here.
+
+All but ``benchmarks/peers``, which installs other people's packages; ``tests/proof/test_peers.py`` goes through it.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SHORT = {
+    "migration.py": ["--quick"],
+    "ledger.py": ["--quick", "--seconds", "0.3"],
+    "web.py": ["--quick"],
+    "bloat.py": ["--quick"],
+    "growth.py": ["--quick"],
+    "webhooks.py": ["--deliveries", "20"],
+    "audit.py": ["--rows", "10000"],
+}
+PRINTED = {  # of each table the last line, and whatever may be left out
+    "migration.py": ["| no migration at all |"],
+    "ledger.py": [
+        "| 16 connections, one account |",
+        "through PgBouncer",
+        "| consume_many, 8,000 a ",
+        "| asyncio tasks |",
+    ],
+    "web.py": ["| sync | unlock |", "| async | unlock |"],
+    "bloat.py": ["| fillfactor 100, the default, updated_at indexed |"],
+    "growth.py": [
+        "| audit of one user ",
+        "| audit of the user with a tenth of all rows, 20,000 rows |",
+        "| new users ",
+    ],
+    "webhooks.py": ["\nreceive ", "\nratio of the totals: "],
+    "audit.py": ["  audit, healthy ", "  audit of one user "],
+}
+
+
+@pytest.mark.one_server  # each starts a server of its own, the embedded one
+@pytest.mark.parametrize("name", SHORT)
+def test_it_runs_and_prints_its_tables(name: str) -> None:
+    command = [sys.executable, str(BENCHMARKS / name), *SHORT[name]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for line in PRINTED[name]:
+        assert line in done.stdout
+
+
+def test_none_is_forgotten() -> None:
+    assert {path.name for path in BENCHMARKS.glob("*.py")} - {"stage.py"} == SHORT.keys() == PRINTED.keys()
