@@ -80,6 +80,8 @@ def session(source: sa.Engine, *, waiting: Callable[[str], None] | None = None) 
         if isinstance(error.orig, psycopg.Error):
             raise translate(error.orig, "run", lost=lost(conn)) from error
         raise
+    except sa.exc.PendingRollbackError as error:  # it died before, where that did not matter yet
+        raise _lost("it had ended", None) from error
     finally:
         with suppress(sa.exc.DBAPIError):  # there is nothing to roll back on a connection that died
             conn.close()
@@ -184,11 +186,7 @@ def translate(
             sqlstate=state,
         )
     elif lost or (state or "").startswith(("08", "57P")):  # said, and then closed
-        found = OutcomeUnknown(
-            f"the connection was lost ({said}). The database is as before or as after, never between. "
-            "Run the same command again: it continues from whatever is there",
-            sqlstate=state,
-        )
+        found = _lost(said, state)
     elif online is not None:
         found = MigrationError(
             f"{online} could not be built or validated: {said}. {detail} "
@@ -201,3 +199,11 @@ def translate(
     else:
         found = MigrationError(f"the database refused to {action}: {said} ({state}). {unchanged}")
     return found
+
+
+def _lost(said: str, state: str | None) -> OutcomeUnknown:
+    return OutcomeUnknown(
+        f"the connection was lost ({said}). The database is as before or as after, never between. "
+        "Run the same command again: it continues from whatever is there",
+        sqlstate=state,
+    )
