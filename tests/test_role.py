@@ -63,6 +63,24 @@ def app(any_world: World) -> Iterator[tuple[World, sa.Engine]]:
         conn.execute(sql.SQL("DROP ROLE {}").format(identifier))
 
 
+def test_the_scripts_own_grants_are_enough(world: World) -> None:
+    name = f"bare {uuid.uuid4().hex[:8]}"
+    identifier = sql.Identifier(name)
+    user, other = world.user(credits=9), world.user(credits=9)
+    with psycopg.connect(world.url.replace("+psycopg", ""), autocommit=True) as conn:
+        conn.execute(sql.SQL("CREATE ROLE {} LOGIN").format(identifier))
+        run_script(world, role.grant(world.config.host, name))
+        engine = sa.create_engine(sa.make_url(world.url).set(username=name), poolclass=sa.NullPool)
+        with engine.connect() as app, app.begin():
+            world.ledger.consume(app, user, workshop=world.workshop(user), key="a")
+            world.ledger.consume_many(app, [Consume(user, key="b"), Consume(other, key="b")])
+            assert world.ledger.lock(app, user) == world.ledger.balance(app, user) == 7
+            world.accounts.set_plan_tier(app, user, "pro")
+        run_script(world, role.revoke(world.config.host, name))
+        conn.execute(sql.SQL("DROP OWNED BY {}").format(identifier))
+        conn.execute(sql.SQL("DROP ROLE {}").format(identifier))
+
+
 def test_every_operation_works(app: tuple[World, sa.Engine]) -> None:
     world, engine = app
     ledger, accounts, users = world.ledger, world.accounts, world.schema.users

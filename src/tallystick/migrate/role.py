@@ -198,7 +198,8 @@ def grant(host: HostMapping, role: str) -> str:
         sql.SQL("GRANT USAGE ON SCHEMA {} TO {}").format(sql.SQL(", ").join(map(sql.Identifier, schemas)), to),
         sql.SQL("GRANT SELECT ON ALL TABLES IN SCHEMA {} TO {}").format(sql.Identifier(BOOKKEEPING_SCHEMA), to),
         sql.SQL("GRANT INSERT, UPDATE ON {} TO {}").format(sql.SQL(", ").join(map(_name, _STRIPES)), to),
-        sql.SQL("GRANT SELECT ({}) ON {} TO {}").format(_columns(schema.users), users, to),
+        # ctid tells the ledger's statements whether the row that they locked is the one that they see
+        sql.SQL("GRANT SELECT (ctid, {}) ON {} TO {}").format(_columns(schema.users), users, to),
         sql.SQL("GRANT UPDATE ({}) ON {} TO {}").format(_join(own), users, to),
         # a trigger runs as whoever writes, so who may make one can do what the owner can
         sql.SQL("REVOKE TRIGGER ON {} FROM {}").format(
