@@ -560,7 +560,8 @@ class _HostTable:
         """Add whole rows, all of the same columns."""
         names = {f"given_{number}": name for number, name in enumerate(rows[0])}
         # for keys that are GENERATED ALWAYS AS IDENTITY; to others it is nothing
-        values = sa.text(f"OVERRIDING SYSTEM VALUE VALUES (:{', :'.join(names)})").bindparams(
+        places = ", ".join(f":{given}" for given in names)
+        values = sa.text("OVERRIDING SYSTEM VALUE VALUES (" + places + ")").bindparams(
             *(sa.bindparam(given, type_=self.types[name]) for given, name in names.items())
         )
         statement = sa.insert(self.table).from_select(list(names.values()), values.columns())

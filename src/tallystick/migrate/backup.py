@@ -264,11 +264,15 @@ def _reading(database: str) -> Iterator[sa.Connection]:
         with connect(database) as conn:
             timeouts = ["statement_timeout", "idle_in_transaction_session_timeout"]
             timeouts += ["transaction_timeout"] if _server_major(conn) >= _TIMEOUT_SINCE else []
-            for name in timeouts:
-                conn.execute(sa.text(f"SET LOCAL {name} = 0"))
+            for name in timeouts:  # as no query, before which the isolation level would have to be set
+                conn.exec_driver_sql(SQL("SET LOCAL {} = 0").format(Identifier(name)).as_string())
             yield conn
     except sa.exc.DBAPIError as error:
-        raise BackupError(f"the database stopped answering: {said(error)}. Run the same command again") from error
+        if error.connection_invalidated:
+            raise BackupError(f"the database stopped answering: {said(error)}. Run the same command again") from error
+        raise BackupError(
+            f"the database refused: {said(error)}. Mend that, or connect as who owns all of it"
+        ) from error
 
 
 def _dump(database: str, file: IO[bytes], bin_dir: Path, tell: Told) -> Manifest:
