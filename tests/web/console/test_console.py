@@ -18,6 +18,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.testclient import TestClient
 
+from tallystick.errors import DatabaseUnavailable
 from tallystick.web.console import LocalLink, console
 from tallystick.web.console.books import Books
 from tallystick.web.money import MINUS
@@ -331,7 +332,7 @@ def test_read_only_unless_allowed(world, open_console):
 def test_reading_is_read_only_in_the_database(world):
     books = Books(world.config, world.engine)
     user = world.user()
-    with pytest.raises(sa.exc.DBAPIError, match="read-only transaction"), books.reading() as conn:
+    with pytest.raises(DatabaseUnavailable, match="read-only transaction"), books.reading() as conn:
         conn.execute(sa.update(world.schema.users).values(credit_balance=9).where(world.schema.users.c.key == user))
 
 
