@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import pwd
-import shutil
-import socket
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,60 +15,25 @@ from alembic.runtime.migration import MigrationContext
 from delay import far_away
 from hosts import App
 
+import bouncer
 from tallystick import Ledger, migrate
 from tallystick.audit import audit
-from tallystick.devdb import Server
 from tallystick.errors import InsufficientCredits, PoolerRefused
 from worlds import World
 
-PROGRAM = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-
-pytestmark = pytest.mark.skipif(PROGRAM is None, reason="needs a real pgbouncer (apt-get install pgbouncer)")
-
-SETTINGS = """
-[databases]
-* = host={host} port={port} user=postgres
-[pgbouncer]
-listen_addr = 127.0.0.1
-listen_port = {listen}
-unix_socket_dir =
-auth_type = any
-pool_mode = transaction
-default_pool_size = 3
-ignore_startup_parameters = extra_float_digits
-"""
+pytestmark = pytest.mark.skipif(bouncer.PROGRAM is None, reason="needs a real pgbouncer (apt-get install pgbouncer)")
 
 
 @pytest.fixture
-def pooled(server: Server, scratch: Path) -> Iterator[Callable[[str], str]]:
+def pooled() -> Iterator[Callable[[str], str]]:
     """``pooled(url) -> url``: the same database through three server connections that all clients share."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    settings = scratch / "pgbouncer.ini"
-    env = server.env
-    settings.write_text(SETTINGS.format(host=env["PGHOST"], port=env["PGPORT"], listen=port))
-    settings.chmod(0o644)
-    # it refuses to run as root; who owns the server may use its socket
-    other = pwd.getpwnam("nobody") if os.geteuid() == 0 else None
-    who = {"user": other.pw_uid, "group": other.pw_gid, "extra_groups": []} if other else {}
-    with (scratch / "log").open("w") as log:
-        process = subprocess.Popen([str(PROGRAM), str(settings)], stdout=log, stderr=log, **who)
-    try:
-        for _ in range(600):
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None, (scratch / "log").read_text()
-                time.sleep(0.05)
-        yield (
-            lambda url: (
-                sa.make_url(url).set(host="127.0.0.1", port=port, query={}).render_as_string(hide_password=False)
-            )
-        )
-    finally:
-        process.terminate()
-        process.wait(30)
+    with ExitStack() as running:
+
+        @cache
+        def through(url: str) -> str:
+            return running.enter_context(bouncer.bouncing(url, connections=3))
+
+        yield through
 
 
 def test_migrations_refuse_it(app: App, pooled: Callable[[str], str]) -> None:
