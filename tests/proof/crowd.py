@@ -112,6 +112,8 @@ def books_balance(world: World) -> None:
                 case "refund":
                     left[entry.refund_of] += entry.amount
                     assert left[entry.refund_of] >= 0, entry
+                case "grant" if entry.refund_of:
+                    left[entry.refund_of] += entry.amount
                 case "consumption":
                     assert balance >= 0, entry
                     assert entry.workshop_id not in paid_for, entry
