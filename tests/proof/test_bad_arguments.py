@@ -131,6 +131,7 @@ def commands(world: World) -> st.SearchStrategy[list[str]]:
 WRITES = {"consume", "grant", "refund", "onboarding", "seed"}
 
 
+@pytest.mark.one_server  # it is about what is typed
 def test_any_command_line_is_done_or_refused_with_a_message(typed: World) -> None:
     lines = commands(typed)
 

@@ -15,6 +15,8 @@ from picture import picture
 
 OURS = [candidate for candidate in run.CANDIDATES if not candidate.packages]
 
+pytestmark = pytest.mark.one_server  # it is about the comparison
+
 
 @pytest.mark.parametrize("candidate", OURS, ids=lambda candidate: candidate.adapter)
 def test_our_adapters(candidate: run.Candidate, fresh_database: Callable[..., str]) -> None:

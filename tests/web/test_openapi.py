@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from uuid import uuid4
 
+import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
 from sites import Shop, Site
@@ -13,6 +14,8 @@ from sites import Shop, Site
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # its imports, not our calls
     import schemathesis
+
+pytestmark = pytest.mark.one_server  # it is about requests and answers
 
 # These find bugs without a second search for the smallest case, and keep the whole under a minute.
 SHORT = settings(

@@ -22,6 +22,7 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.one_server  # it is about the page's code
 def test_a_paywall_in_ten_minutes(
     make_world: Callable[..., World], double: DevStripe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -12,6 +12,8 @@ from web_browser import Visitor
 
 Visit = Callable[..., Visitor]
 
+pytestmark = pytest.mark.one_server  # it is about what a browser shows
+
 
 def button(page: Page | Locator, name: str) -> Locator:
     return page.get_by_role("button", name=name, exact=True)

@@ -274,6 +274,7 @@ def world_workshop(conn, world, user):
     return workshop
 
 
+@pytest.mark.one_server  # it is about what a browser shows
 @pytest.mark.parametrize(
     "how", [{"color_scheme": "light"}, {"color_scheme": "dark", "viewport": {"width": 390, "height": 800}}]
 )
