@@ -277,6 +277,7 @@ class Plan:
     server_kill_every_s: float
     client_kill_every_s: float
     seed: int
+    doors: Sequence[Sequence[str]] = DOORS
 
 
 def hammer(plan: Plan, *, bin_dir: Path | None = None) -> Report:
@@ -322,7 +323,9 @@ def strike(plan: Plan, url: str, people: dict[str, list[str]], server: Server, l
     seeds = itertools.count(plan.seed * 10_000)
 
     def start(number: int) -> Any:
-        process = context.Process(target=client, args=(url, people, DOORS[number % len(DOORS)], logs, next(seeds)))
+        process = context.Process(
+            target=client, args=(url, people, plan.doors[number % len(plan.doors)], logs, next(seeds))
+        )
         process.start()
         return process
 
@@ -619,6 +622,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, metavar="N", help="end when so many were asked")
     parser.add_argument("--server-kill-every", type=float, default=3, metavar="S", help="on average")
     parser.add_argument("--client-kill-every", type=float, default=2, metavar="S", help="on average")
+    parser.add_argument("--autocommit", action="store_true", help="calls and lists alone: many times as many")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     asked = parser.parse_args()
     plan = Plan(
@@ -628,6 +632,7 @@ def main() -> None:
         server_kill_every_s=asked.server_kill_every,
         client_kill_every_s=asked.client_kill_every,
         seed=asked.seed,
+        doors=DOORS[:1] if asked.autocommit else DOORS,
     )
     report = hammer(plan)
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in report.kinds.most_common())
