@@ -71,7 +71,7 @@ class Question(NamedTuple):
 
 
 AUTOCOMMIT, COMBINER = "AUTOCOMMIT", "Combiner"
-DOORS = [[AUTOCOMMIT], ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"], [COMBINER, COMBINER, AUTOCOMMIT]]
+DOORS = ([AUTOCOMMIT], ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"], [COMBINER, COMBINER, AUTOCOMMIT])
 """By which doors a client comes: the first, fourth and so on by those that stand first."""
 
 THREADS = 4  # of a client that comes by any of these but the first, as of an app that serves requests
