@@ -47,6 +47,7 @@ HOST = SHAPES["uuid"].host
 BEGINS_WITH = 200  # credits of each user
 WORKSHOPS = 1_000  # of each user
 PATIENCE_S = 120
+PEOPLE = "people.json"  # beside the logs: more than a pipe takes at once, so whoever starts a client would wait for it
 
 
 class Wish(NamedTuple):
@@ -241,7 +242,8 @@ def spent(future: Future[CreditTransaction]) -> CreditTransaction | LedgerError:
         return refusal
 
 
-def client(url: str, people: dict[str, list[str]], doors: list[str], logs: Path, seed: int) -> None:
+def client(url: str, doors: list[str], logs: Path, seed: int) -> None:
+    people = json.loads((logs / PEOPLE).read_text())
     # as an app has it: statements are compiled once, while connections come and go
     pool, ledger = engine(url), Ledger(Config(database_url=url, host=HOST))
     threads = 1 if doors == [AUTOCOMMIT] else THREADS
@@ -299,8 +301,8 @@ def hammer(plan: Plan, *, bin_dir: Path | None = None) -> Report:
             with world.engine.begin() as conn:
                 conn.exec_driver_sql(SHAPES["uuid"].ddl)
             migrate.apply(world.url, world.config)
-            people = settled_in(world, max(3, plan.processes // 4))
-            strike(plan, world.url, people, server, Path(logs), report)
+            (Path(logs) / PEOPLE).write_text(json.dumps(settled_in(world, max(3, plan.processes // 4))))
+            strike(plan, world.url, server, Path(logs), report)
             check(world, Path(logs), report)
     finally:
         shutil.rmtree(home)
@@ -318,14 +320,12 @@ def settled_in(world: World, count: int) -> dict[str, list[str]]:
     return {str(user): [str(one) for one in some] for user, some in theirs.items()}
 
 
-def strike(plan: Plan, url: str, people: dict[str, list[str]], server: Server, logs: Path, report: Report) -> None:
+def strike(plan: Plan, url: str, server: Server, logs: Path, report: Report) -> None:
     context, dice = multiprocessing.get_context("spawn"), random.Random(plan.seed)
     seeds = itertools.count(plan.seed * 10_000)
 
     def start(number: int) -> Any:
-        process = context.Process(
-            target=client, args=(url, people, plan.doors[number % len(plan.doors)], logs, next(seeds))
-        )
+        process = context.Process(target=client, args=(url, plan.doors[number % len(plan.doors)], logs, next(seeds)))
         process.start()
         return process
 
@@ -352,8 +352,9 @@ def strike(plan: Plan, url: str, people: dict[str, list[str]], server: Server, l
             report.server_kills += 1
             next_server = time.time() + plan.server_kill_every_s * (0.5 + dice.random())
     (logs / "over").touch()
+    patience = time.monotonic() + PATIENCE_S
     for process in crowd:
-        process.join(120)
+        process.join(max(0.0, patience - time.monotonic()))
         if process.exitcode != 0:  # None: it hangs
             report.faults.append(f"a client ended with {process.exitcode}")
             process.kill()

@@ -157,7 +157,7 @@ def keys_of_settled(world: World, user: Key) -> list[str]:
 
 
 def test_a_client_killed_inside_of_its_statement(world: World) -> None:
-    user = world.user(credits=10)
+    user = world.user(credits=100_000)  # more than it spends before we hold its row
     client = Client(world, user)
     client.listen(2)
     with held(world, user):
@@ -170,7 +170,7 @@ def test_a_client_killed_inside_of_its_statement(world: World) -> None:
     key = f"alone {len(told)}"
     again = [surely(world, lambda conn: world.ledger.consume(conn, user, key=key)) for _ in range(2)]
     assert [row.replayed for row in again] == [False, True]
-    assert again[0].balance_after == 10 - len(told) - 1
+    assert again[0].balance_after == 100_000 - len(told) - 1
 
 
 # --- the connection dies ---
