@@ -358,6 +358,15 @@ def test_status_says_what_mends_a_difference(at, world: World):
     assert "Built tallystick_users_stripe_customer_id" in tally("migrate", "apply").out
 
 
+def test_status_names_who_may_write_the_ledger(at, world: World):
+    tally = at(world)
+    assert "May write the ledger" not in tally("migrate", "status").out
+    with world.engine.begin() as conn:
+        conn.exec_driver_sql("GRANT INSERT, SELECT ON credit_transactions TO PUBLIC")
+    said = tally("migrate", "status")
+    assert (said.code, "May write the ledger beside its owner: PUBLIC: INSERT." in said.out) == (0, True)
+
+
 def test_the_script_can_be_run_by_another_tool(tally, old_host, server: Server):
     script = tally("migrate", "sql").out
     database = old_host.split("/")[-1].split("?")[0]

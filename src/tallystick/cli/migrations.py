@@ -268,29 +268,35 @@ def status(
 
     def show() -> None:
         _show_trackers(others)
-        if found.revision is None or found.prepared is not None:
-            out.print(_PREPARED.format(found.prepared) if found.prepared else _NOT_MIGRATED)
-        if found.revision is None:
-            return
-        out.print(f"At revision {found.revision}; this package needs {found.head}.")
-        for row in found.history:
-            locked = "" if row.locked_ms is None else f", tables locked for {row.locked_ms:.1f} ms"
-            out.print(f"  {row.applied_at:%Y-%m-%d %H:%M} {row.direction} {row.revision}{locked}")
-        if found.adopted:
-            out.print(f"Adopted as they were: {', '.join(found.adopted)}.", markup=False)
-        if found.revision != found.head:
-            out.print("Run: tallystick migrate apply")
-        elif found.drift:
-            out.print(f"[red]{len(found.drift)} differences[/] from what this package declares:")
-            for drift in found.drift:
-                out.print(f"  {drift}", markup=False)
-                out.print(f"    {f'Mend it: {drift.remedy}' if drift.remedy else _NO_REMEDY}", markup=False)
-        else:
-            out.print("[green]As declared:[/] every column, constraint, index, trigger and label.")
+        _show_status(found)
 
     emit({**plain(found), "trackers": others}, show, as_json=as_json)
     if not found.healthy:
         raise typer.Exit(1)
+
+
+def _show_status(found: migrate.Status) -> None:
+    if found.revision is None or found.prepared is not None:
+        out.print(_PREPARED.format(found.prepared) if found.prepared else _NOT_MIGRATED)
+    if found.revision is None:
+        return
+    out.print(f"At revision {found.revision}; this package needs {found.head}.")
+    for row in found.history:
+        locked = "" if row.locked_ms is None else f", tables locked for {row.locked_ms:.1f} ms"
+        out.print(f"  {row.applied_at:%Y-%m-%d %H:%M} {row.direction} {row.revision}{locked}")
+    if found.adopted:
+        out.print(f"Adopted as they were: {', '.join(found.adopted)}.", markup=False)
+    if found.writers:
+        out.print(f"May write the ledger beside its owner: {'; '.join(found.writers)}.", markup=False)
+    if found.revision != found.head:
+        out.print("Run: tallystick migrate apply")
+    elif found.drift:
+        out.print(f"[red]{len(found.drift)} differences[/] from what this package declares:")
+        for drift in found.drift:
+            out.print(f"  {drift}", markup=False)
+            out.print(f"    {f'Mend it: {drift.remedy}' if drift.remedy else _NO_REMEDY}", markup=False)
+    else:
+        out.print("[green]As declared:[/] every column, constraint, index, trigger and label.")
 
 
 @migrations.command()
