@@ -1,4 +1,4 @@
-"""What can happen to a purchase and to a workshop, as tables: each state, each operation, what comes of it.
+"""What can happen to a purchase, to a workshop, and to whoever gets a present: for each state and operation, a cell.
 
 Read a cell as: the state afterwards, then what the balance did; ``=`` is a replay (nothing changed, the result says
 so); ``!Name`` is that refusal (nothing changed, and the caller's transaction goes on). Every cell runs through every
@@ -21,6 +21,7 @@ from sqlalchemy.orm import Session
 from tallystick import CreditTransaction, errors
 from tallystick.devdb import Server
 from tallystick.errors import Key, LedgerError
+from tallystick.schema import INT32_MAX
 from worlds import SHAPES, World
 
 BOUGHT = 5  # credits of the purchase in question
@@ -28,22 +29,27 @@ FUNDS = 10  # credits that the user has apart from it
 PRICE = {"amount_paid": 14_900, "currency": "usd", "stripe_payment_intent_id": "pi_1"}
 
 PURCHASES = """
-               | absent           | pending               | attached              | failed                | completed         | part refunded     | refunded              | other user's
-start again    | pending +0       | =                     | =                     | =                     | =                 | =                 | =                     | pending +0
-start dearer   | pending +0       | !IdempotencyKeyReused | !IdempotencyKeyReused | !IdempotencyKeyReused | !IdempotencyKeyReused | !IdempotencyKeyReused | !IdempotencyKeyReused | pending +0
-attach         | !UnknownPurchase | attached +0           | =                     | failed +0             | completed +0      | part refunded +0  | refunded +0           | !UnknownPurchase
-attach other   | !UnknownPurchase | attached +0           | !SessionConflict      | failed +0             | completed +0      | part refunded +0  | refunded +0           | !UnknownPurchase
-attach taken   | !UnknownPurchase | !SessionConflict      | !SessionConflict      | !SessionConflict      | !SessionConflict  | !SessionConflict  | !SessionConflict      | !UnknownPurchase
-complete       | !UnknownPurchase | completed +5          | completed +5          | completed +5          | =                 | =                 | =                     | !UnknownPurchase
-  by session   | !UnknownPurchase | !UnknownPurchase      | completed +5          | !UnknownPurchase      | !UnknownPurchase  | !UnknownPurchase  | !UnknownPurchase      | !UnknownPurchase
-  by both      | !UnknownPurchase | completed +5          | completed +5          | completed +5          | =                 | =                 | =                     | !UnknownPurchase
-  dearer       | !UnknownPurchase | completed +5          | completed +5          | completed +5          | !IdempotencyKeyReused | !IdempotencyKeyReused | !IdempotencyKeyReused | !UnknownPurchase
-fail           | !UnknownPurchase | failed +0             | failed +0             | =                     | !PurchaseNotPending | !PurchaseNotPending | !PurchaseNotPending | !UnknownPurchase
-fail session   | !UnknownPurchase | !UnknownPurchase      | failed +0             | !UnknownPurchase      | !UnknownPurchase  | !UnknownPurchase  | !UnknownPurchase      | !UnknownPurchase
-refund 2       | !UnknownPurchase | !PurchaseNotCompleted | !PurchaseNotCompleted | !PurchaseNotCompleted | part refunded -2  | part refunded -2  | !RefundExceedsPurchase | !UnknownPurchase
-refund all     | !UnknownPurchase | !PurchaseNotCompleted | !PurchaseNotCompleted | !PurchaseNotCompleted | refunded -5       | refunded -4       | !RefundExceedsPurchase | !UnknownPurchase
-refund 6       | !UnknownPurchase | !PurchaseNotCompleted | !PurchaseNotCompleted | !PurchaseNotCompleted | !RefundExceedsPurchase | !RefundExceedsPurchase | !RefundExceedsPurchase | !UnknownPurchase
-refund again   | !UnknownPurchase | !PurchaseNotCompleted | !PurchaseNotCompleted | !PurchaseNotCompleted | part refunded -1  | =                 | =                     | !UnknownPurchase
+                | absent           | pending                      | attached                     | failed                       | completed                    | part refunded                | refunded                     | given back                   | other user's
+start again     | pending +0       | =                            | =                            | =                            | =                            | =                            | =                            | =                            | pending +0
+start dearer    | pending +0       | !IdempotencyKeyReused        | !IdempotencyKeyReused        | !IdempotencyKeyReused        | !IdempotencyKeyReused        | !IdempotencyKeyReused        | !IdempotencyKeyReused        | !IdempotencyKeyReused        | pending +0
+attach          | !UnknownPurchase | attached +0                  | =                            | failed +0                    | completed +0                 | part refunded +0             | refunded +0                  | completed +0                 | !UnknownPurchase
+attach other    | !UnknownPurchase | attached +0                  | !SessionConflict             | failed +0                    | completed +0                 | part refunded +0             | refunded +0                  | completed +0                 | !UnknownPurchase
+attach taken    | !UnknownPurchase | !SessionConflict             | !SessionConflict             | !SessionConflict             | !SessionConflict             | !SessionConflict             | !SessionConflict             | !SessionConflict             | !UnknownPurchase
+complete        | !UnknownPurchase | completed +5                 | completed +5                 | completed +5                 | =                            | =                            | =                            | =                            | !UnknownPurchase
+  by session    | !UnknownPurchase | !UnknownPurchase             | completed +5                 | !UnknownPurchase             | !UnknownPurchase             | !UnknownPurchase             | !UnknownPurchase             | !UnknownPurchase             | !UnknownPurchase
+  by both       | !UnknownPurchase | completed +5                 | completed +5                 | completed +5                 | =                            | =                            | =                            | =                            | !UnknownPurchase
+  dearer        | !UnknownPurchase | completed +5                 | completed +5                 | completed +5                 | !IdempotencyKeyReused        | !IdempotencyKeyReused        | !IdempotencyKeyReused        | !IdempotencyKeyReused        | !UnknownPurchase
+fail            | !UnknownPurchase | failed +0                    | failed +0                    | =                            | !PurchaseNotPending          | !PurchaseNotPending          | !PurchaseNotPending          | !PurchaseNotPending          | !UnknownPurchase
+fail session    | !UnknownPurchase | !UnknownPurchase             | failed +0                    | !UnknownPurchase             | !UnknownPurchase             | !UnknownPurchase             | !UnknownPurchase             | !UnknownPurchase             | !UnknownPurchase
+refund 2        | !UnknownPurchase | !PurchaseNotCompleted        | !PurchaseNotCompleted        | !PurchaseNotCompleted        | part refunded -2             | part refunded -2             | !RefundExceedsPurchase       | part refunded -2             | !UnknownPurchase
+refund all      | !UnknownPurchase | !PurchaseNotCompleted        | !PurchaseNotCompleted        | !PurchaseNotCompleted        | refunded -5                  | refunded -4                  | !RefundExceedsPurchase       | refunded -5                  | !UnknownPurchase
+refund 6        | !UnknownPurchase | !PurchaseNotCompleted        | !PurchaseNotCompleted        | !PurchaseNotCompleted        | !RefundExceedsPurchase       | !RefundExceedsPurchase       | !RefundExceedsPurchase       | !RefundExceedsPurchase       | !UnknownPurchase
+refund again    | !UnknownPurchase | !PurchaseNotCompleted        | !PurchaseNotCompleted        | !PurchaseNotCompleted        | part refunded -1             | =                            | =                            | =                            | !UnknownPurchase
+reinstate 1     | !UnknownPurchase | !ReinstatementExceedsRefunds | !ReinstatementExceedsRefunds | !ReinstatementExceedsRefunds | !ReinstatementExceedsRefunds | completed +1                 | part refunded +1             | !ReinstatementExceedsRefunds | !UnknownPurchase
+reinstate all   | !UnknownPurchase | !ReinstatementExceedsRefunds | !ReinstatementExceedsRefunds | !ReinstatementExceedsRefunds | !ReinstatementExceedsRefunds | completed +1                 | completed +5                 | !ReinstatementExceedsRefunds | !UnknownPurchase
+reinstate 6     | !UnknownPurchase | !ReinstatementExceedsRefunds | !ReinstatementExceedsRefunds | !ReinstatementExceedsRefunds | !ReinstatementExceedsRefunds | !ReinstatementExceedsRefunds | !ReinstatementExceedsRefunds | !ReinstatementExceedsRefunds | !UnknownPurchase
+reinstate again | !UnknownPurchase | !ReinstatementExceedsRefunds | !ReinstatementExceedsRefunds | !ReinstatementExceedsRefunds | !ReinstatementExceedsRefunds | completed +1                 | part refunded +1             | =                            | !UnknownPurchase
+refund's key    | !UnknownPurchase | !ReinstatementExceedsRefunds | !ReinstatementExceedsRefunds | !ReinstatementExceedsRefunds | !ReinstatementExceedsRefunds | !IdempotencyKeyReused        | !IdempotencyKeyReused        | !IdempotencyKeyReused        | !UnknownPurchase
 """  # noqa: E501 - a table
 
 WORKSHOPS = """
@@ -55,6 +61,12 @@ by nobody      | !UnknownUser          | !UnknownUser | !UnknownUser | !UnknownU
 by a deleted   | !UserDeleted          | !UserDeleted | !UserDeleted | !UserDeleted      | !UserDeleted     | !UserDeleted          | !UserDeleted
 key used       | !IdempotencyKeyReused | !IdempotencyKeyReused | !IdempotencyKeyReused | !IdempotencyKeyReused | = | = | !IdempotencyKeyReused
 key used, 2    | !IdempotencyKeyReused | !IdempotencyKeyReused | !IdempotencyKeyReused | !IdempotencyKeyReused | !IdempotencyKeyReused | !IdempotencyKeyReused | !IdempotencyKeyReused
+"""  # noqa: E501 - a table
+
+GIFTS = """
+        | user     | given 3               | key used              | in debt  | nearly full        | deleted      | nobody
+grant 3 | given +3 | =                     | !IdempotencyKeyReused | given +3 | !BalanceOutOfRange | !UserDeleted | !UnknownUser
+grant 4 | given +4 | !IdempotencyKeyReused | !IdempotencyKeyReused | given +4 | !BalanceOutOfRange | !UserDeleted | !UnknownUser
 """  # noqa: E501 - a table
 
 
@@ -153,7 +165,7 @@ def refusal(name: str) -> Iterator[None]:
     assert not caught.value.outcome_unknown
 
 
-def check(case: Purchase | Unlocking, door: Door, operation: str, cell: str) -> None:
+def check(case: Purchase | Unlocking | Gift, door: Door, operation: str, cell: str) -> None:
     """Run one operation through a door and hold what it did against the table's cell."""
     world = case.world
     before, state = everything(world, case.user), case.state()
@@ -206,12 +218,14 @@ class Purchase:
                 ledger.attach_session(conn, self.user, self.id, stripe_session_id=self.session("own"))
             elif state == "failed":
                 ledger.fail_purchase(conn, self.user, id=self.id, reason="expired")
-            elif state in ("completed", "part refunded", "refunded"):
+            elif state in ("completed", "part refunded", "refunded", "given back"):
                 ledger.complete_purchase(conn, self.user, id=self.id, **PRICE)
                 if state != "completed":
                     ledger.refund(conn, self.user, self.id, credits=1, key="again")
                 if state == "refunded":
                     ledger.refund(conn, self.user, self.id, key="rest")
+                if state == "given back":
+                    ledger.reinstate(conn, self.user, self.id, credits=1, key="back")
 
     def session(self, name: str) -> str:
         return f"cs_{name}_{self.tag}"
@@ -238,6 +252,11 @@ class Purchase:
             "refund all": lambda: ledger.refund(conn, user, id, key="all"),
             "refund 6": lambda: ledger.refund(conn, user, id, credits=6, key="six"),
             "refund again": lambda: ledger.refund(conn, user, id, credits=1, key="again"),
+            "reinstate 1": lambda: ledger.reinstate(conn, user, id, credits=1, key="one"),
+            "reinstate all": lambda: ledger.reinstate(conn, user, id, key="all"),
+            "reinstate 6": lambda: ledger.reinstate(conn, user, id, credits=6, key="six"),
+            "reinstate again": lambda: ledger.reinstate(conn, user, id, credits=1, key="back"),
+            "refund's key": lambda: ledger.reinstate(conn, user, id, credits=1, key="again"),
         }
         return calls[operation]()
 
@@ -319,3 +338,44 @@ class Unlocking:
 @pytest.mark.parametrize(("state", "operation", "cell"), cells(WORKSHOPS))
 def test_a_workshop(world: World, door: Door, state: str, operation: str, cell: str) -> None:
     check(Unlocking(world, state), door, operation, cell)
+
+
+# --- a present ---
+
+
+class Gift:
+    """A user in a state, and the key under which credits are given."""
+
+    def __init__(self, world: World, state: str) -> None:
+        self.world = world
+        ledger = world.ledger
+        self.user = uuid.uuid4() if state == "nobody" else world.user(credits=FUNDS)
+        with world.engine.begin() as conn:
+            if state == "given 3":
+                ledger.grant(conn, self.user, credits=3, key="gift", description="A present")
+            elif state == "key used":
+                ledger.consume(conn, self.user, key="gift")
+            elif state == "in debt":
+                bought = ledger.start_purchase(conn, self.user, credits=BOUGHT, description="A pack")
+                ledger.complete_purchase(conn, self.user, id=bought.id)
+                ledger.consume(conn, self.user, amount=FUNDS + BOUGHT, key="all of it")
+                ledger.refund(conn, self.user, bought.id, key="the pack")
+            elif state == "nearly full":
+                ledger.grant(conn, self.user, credits=INT32_MAX - FUNDS - 2, key="plenty", description="Plenty")
+            elif state == "deleted":
+                world.accounts.delete_user(conn, self.user)
+
+    def operate(self, operation: str, conn: Any) -> CreditTransaction:
+        credits = int(operation.removeprefix("grant "))
+        return self.world.ledger.grant(conn, self.user, credits=credits, key="gift", description="A present")
+
+    def state(self) -> str:
+        row = self.world.schema.credit_transactions.c
+        with self.world.engine.connect() as conn:
+            given = conn.scalar(sa.select(row.type).where(row.user_id == self.user, row.idempotency_key == "gift"))
+        return "given" if given == "grant" else "not given"
+
+
+@pytest.mark.parametrize(("state", "operation", "cell"), cells(GIFTS))
+def test_a_present(world: World, door: Door, state: str, operation: str, cell: str) -> None:
+    check(Gift(world, state), door, operation, cell)
