@@ -343,6 +343,14 @@ class TestTwoAtOnce:
                 migrate.apply(app.url, app.config)
             assert app.shape() == before
 
+    def test_one_that_has_returned_is_in_nobodys_way(self, app: App) -> None:
+        with psycopg.connect(libpq(app), autocommit=True) as next_one:
+            for _ in range(30):
+                migrate.apply(app.url, app.config)
+                row = next_one.execute("SELECT pg_try_advisory_lock(%s)", [ADVISORY_KEY]).fetchone()
+                assert row == (True,)
+                next_one.execute("SELECT pg_advisory_unlock(%s)", [ADVISORY_KEY])
+
     def test_many_at_once_end_as_one(self, app: App) -> None:
         def run() -> bool | None:
             try:

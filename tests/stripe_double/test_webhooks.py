@@ -42,10 +42,12 @@ def test_only_wanted_types_are_delivered_and_only_to_enabled_endpoints(
 ) -> None:
     sessions = client.v1.checkout.sessions
     dev.pay(sessions.create(order).id)
+    assert dev.wait_delivered()
     client.v1.webhook_endpoints.update(endpoint.id, {"disabled": True})
     dev.pay(sessions.create(order).id)
     client.v1.webhook_endpoints.update(endpoint.id, {"disabled": False, "enabled_events": ["*"]})
     client.v1.customers.create({"email": "ada@example.com"})
+    assert dev.wait_delivered()
     client.v1.webhook_endpoints.delete(endpoint.id)
     dev.pay(sessions.create(order).id)
     assert dev.wait_delivered()

@@ -15,7 +15,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -160,7 +160,7 @@ def apply(
         DatabaseUnavailable: also after 15 seconds in which the server was starting up or nobody answered.
         PermissionDenied, MigrationError: otherwise.
     """
-    with session(engine_of(database), waiting=_waking(progress)) as conn:
+    with session(engine_of(database), waiting=_waking(progress)) as conn, _the_only_run(conn):
         run = _Run(
             conn,
             config,
@@ -190,7 +190,7 @@ def undo(
         LedgerNotEmpty: the ledger has rows, and ``discard_ledger`` is False.
         MigrationError: a role was given its part of the ledger (:mod:`tallystick.migrate.role`); take it back first.
     """
-    with session(engine_of(database), waiting=_waking(progress)) as conn:
+    with session(engine_of(database), waiting=_waking(progress)) as conn, _the_only_run(conn):
         run = _Run(
             conn,
             config,
@@ -226,7 +226,7 @@ class _Run:
         self.progress = progress or (lambda _: None)
 
     def apply(self, *, two_transactions: bool) -> Receipt:
-        host = self._preflight()
+        host = self._examine()
         names = HostNames.of(self.config.host, host.adopted)
         steps = []
         reached = host.revision
@@ -263,7 +263,7 @@ class _Run:
         return Receipt("apply", host.revision, reached, tuple(steps), tuple(built))
 
     def undo(self, *, to: str | None, discard_ledger: bool) -> Receipt:
-        host = self._preflight()
+        host = self._examine()
         if host.revision is not None and not discard_ledger:
             refuse_rows(self.conn, host, "run: tallystick migrate undo --discard-ledger")
         if to is None:
@@ -284,11 +284,6 @@ class _Run:
         )
         step = self._transaction(all_of_them[0], "undo", messages)
         return Receipt("undo", host.revision, to, tuple(replace(step, revision=one.revision) for one in all_of_them))
-
-    def _preflight(self) -> Host:
-        """Only one run looks at a time: what the catalogues say query by query must be of one state."""
-        _become_the_only_run(self.conn)
-        return self._examine()
 
     def _examine(self) -> Host:
         """Even to look at a table means to wait for whoever holds it exclusively; they are named as any other."""
@@ -445,7 +440,9 @@ def _old(blockers: Sequence[Blocker]) -> list[Blocker]:
     return [blocker for blocker in blockers if blocker.age_ms >= OLD_MS]
 
 
-def _become_the_only_run(conn: sa.Connection) -> None:
+@contextmanager
+def _the_only_run(conn: sa.Connection) -> Iterator[None]:
+    """Only one run looks at a time: what the catalogues say query by query must be of one state."""
     deadline = time.monotonic() + _GRACE_S
     while not conn.scalar(sa.select(sa.func.pg_try_advisory_lock(ADVISORY_KEY))):
         if time.monotonic() > deadline:
@@ -455,6 +452,12 @@ def _become_the_only_run(conn: sa.Connection) -> None:
                 "tallystick migrate status"
             )
         time.sleep(0.1)
+    try:
+        yield
+    finally:
+        # Not left to the end of the session, which the server notices a moment after we have returned.
+        with suppress(sa.exc.SQLAlchemyError):
+            conn.execute(sa.select(sa.func.pg_advisory_unlock(ADVISORY_KEY)))
 
 
 _LOCK_HOLDER = sa.text("""
