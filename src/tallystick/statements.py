@@ -2,7 +2,7 @@
 
 ``tests/golden/statements.sql`` shows each one compiled; read that first. The shape of every balance change::
 
-    mine    AS (SELECT … FROM users WHERE key = :p_user FOR NO KEY UPDATE SKIP LOCKED)
+    mine    AS (SELECT … FROM users WHERE key = :p_user FOR NO KEY UPDATE SKIP LOCKED)  -- in a transaction that began
     turn    AS (SELECT pg_advisory_xact_lock(…))                                 -- unless the row is mine already
     account AS (SELECT … FROM users WHERE key = :p_user FOR NO KEY UPDATE)       -- then the workshop, in this order
     written AS (INSERT INTO credit_transactions SELECT … FROM account WHERE … ON CONFLICT DO NOTHING RETURNING …)
@@ -176,17 +176,30 @@ class _Statements:
         Everything that changes one user's rows happens under the lock of the user's row. Who has to wait for it waits
         in turn: PostgreSQL can deadlock two of these statements that queue for the row while a third transaction holds
         it by a foreign key, since the UPDATE at the end comes back to the version that its snapshot sees, whose queue
-        the next one has joined. Who need not wait takes no turn: a transaction that has changed or locked the user
-        before it calls the ledger would wait for the turn of somebody who waits for that transaction. Without a turn
-        the version must be the one that the snapshot sees.
+        the next one has joined. Who may have the row already takes no turn: a transaction that has changed or locked
+        the user before it calls the ledger would wait for the turn of somebody who waits for that transaction. Without
+        a turn the version must be the one that the snapshot sees.
+
+        Whether it has the row is asked with SKIP LOCKED, which waits all the same where an update has been committed
+        since the snapshot and the new version is locked, and holds the old version's queue meanwhile: the same
+        deadlock. So only a transaction asks that has written or locked something, and it takes a KEY SHARE first, of
+        both versions: who has a lock already is kept out of queues (heap_lock_tuple in PostgreSQL's heapam.c).
         """
         name = self.users.c.key.name
         versions = sa.table(self.users.name, sa.column("ctid"), sa.column(name), schema=self.users.schema)
         seen = versions.alias("seen")
         as_seen = versions.c.ctid == sa.select(seen.c.ctid).where(seen.c[name] == self.p_user).scalar_subquery()
+        of_user = versions.c[name] == self.p_user
+        began = sa.func.pg_current_xact_id_if_assigned().is_not(None)
+        kept = (
+            sa.select(versions.c[name])
+            .where(of_user, began)
+            .with_for_update(read=True, key_share=True, skip_locked=True)
+            .cte("kept")
+        )
         mine = (
             sa.select(as_seen.label("as_seen"))
-            .where(versions.c[name] == self.p_user)
+            .where(of_user, sa.exists(sa.select(kept.c[name])))
             .with_for_update(key_share=True, skip_locked=True)
             .cte("mine")
         )

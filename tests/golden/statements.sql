@@ -14,13 +14,19 @@ SELECT written.*
 FROM written;
 
 -- attach_session
-WITH mine AS (
+WITH kept AS (
+  SELECT users.id
+  FROM users
+  WHERE users.id = :p_user::UUID AND pg_current_xact_id_if_assigned() IS NOT NULL FOR KEY SHARE SKIP LOCKED),
+mine AS (
   SELECT users.ctid = (
     SELECT seen.ctid
     FROM users AS seen
     WHERE seen.id = :p_user::UUID) AS as_seen
   FROM users
-  WHERE users.id = :p_user::UUID
+  WHERE users.id = :p_user::UUID AND (EXISTS (
+      SELECT kept.id
+      FROM kept))
   FOR NO KEY UPDATE SKIP LOCKED),
 turn AS (
   SELECT CASE WHEN (EXISTS (
@@ -45,13 +51,19 @@ WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.id = :
 RETURNING credit_transactions.*;
 
 -- complete_by_id
-WITH mine AS (
+WITH kept AS (
+  SELECT users.id
+  FROM users
+  WHERE users.id = :p_user::UUID AND pg_current_xact_id_if_assigned() IS NOT NULL FOR KEY SHARE SKIP LOCKED),
+mine AS (
   SELECT users.ctid = (
     SELECT seen.ctid
     FROM users AS seen
     WHERE seen.id = :p_user::UUID) AS as_seen
   FROM users
-  WHERE users.id = :p_user::UUID
+  WHERE users.id = :p_user::UUID AND (EXISTS (
+      SELECT kept.id
+      FROM kept))
   FOR NO KEY UPDATE SKIP LOCKED),
 turn AS (
   SELECT CASE WHEN (EXISTS (
@@ -87,13 +99,19 @@ SELECT written.*
 FROM written;
 
 -- complete_by_session
-WITH mine AS (
+WITH kept AS (
+  SELECT users.id
+  FROM users
+  WHERE users.id = :p_user::UUID AND pg_current_xact_id_if_assigned() IS NOT NULL FOR KEY SHARE SKIP LOCKED),
+mine AS (
   SELECT users.ctid = (
     SELECT seen.ctid
     FROM users AS seen
     WHERE seen.id = :p_user::UUID) AS as_seen
   FROM users
-  WHERE users.id = :p_user::UUID
+  WHERE users.id = :p_user::UUID AND (EXISTS (
+      SELECT kept.id
+      FROM kept))
   FOR NO KEY UPDATE SKIP LOCKED),
 turn AS (
   SELECT CASE WHEN (EXISTS (
@@ -126,13 +144,19 @@ SELECT written.*
 FROM written;
 
 -- fail_by_id
-WITH mine AS (
+WITH kept AS (
+  SELECT users.id
+  FROM users
+  WHERE users.id = :p_user::UUID AND pg_current_xact_id_if_assigned() IS NOT NULL FOR KEY SHARE SKIP LOCKED),
+mine AS (
   SELECT users.ctid = (
     SELECT seen.ctid
     FROM users AS seen
     WHERE seen.id = :p_user::UUID) AS as_seen
   FROM users
-  WHERE users.id = :p_user::UUID
+  WHERE users.id = :p_user::UUID AND (EXISTS (
+      SELECT kept.id
+      FROM kept))
   FOR NO KEY UPDATE SKIP LOCKED),
 turn AS (
   SELECT CASE WHEN (EXISTS (
@@ -154,13 +178,19 @@ WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.id = :
 RETURNING credit_transactions.*;
 
 -- fail_by_session
-WITH mine AS (
+WITH kept AS (
+  SELECT users.id
+  FROM users
+  WHERE users.id = :p_user::UUID AND pg_current_xact_id_if_assigned() IS NOT NULL FOR KEY SHARE SKIP LOCKED),
+mine AS (
   SELECT users.ctid = (
     SELECT seen.ctid
     FROM users AS seen
     WHERE seen.id = :p_user::UUID) AS as_seen
   FROM users
-  WHERE users.id = :p_user::UUID
+  WHERE users.id = :p_user::UUID AND (EXISTS (
+      SELECT kept.id
+      FROM kept))
   FOR NO KEY UPDATE SKIP LOCKED),
 turn AS (
   SELECT CASE WHEN (EXISTS (
@@ -182,13 +212,19 @@ WHERE credit_transactions.user_id = :p_user::UUID AND credit_transactions.stripe
 RETURNING credit_transactions.*;
 
 -- consume
-WITH mine AS (
+WITH kept AS (
+  SELECT users.id
+  FROM users
+  WHERE users.id = :p_user::UUID AND pg_current_xact_id_if_assigned() IS NOT NULL FOR KEY SHARE SKIP LOCKED),
+mine AS (
   SELECT users.ctid = (
     SELECT seen.ctid
     FROM users AS seen
     WHERE seen.id = :p_user::UUID) AS as_seen
   FROM users
-  WHERE users.id = :p_user::UUID
+  WHERE users.id = :p_user::UUID AND (EXISTS (
+      SELECT kept.id
+      FROM kept))
   FOR NO KEY UPDATE SKIP LOCKED),
 turn AS (
   SELECT CASE WHEN (EXISTS (
@@ -285,13 +321,19 @@ FROM spend
 WHERE spend.balance >= 0;
 
 -- refund
-WITH mine AS (
+WITH kept AS (
+  SELECT users.id
+  FROM users
+  WHERE users.id = :p_user::UUID AND pg_current_xact_id_if_assigned() IS NOT NULL FOR KEY SHARE SKIP LOCKED),
+mine AS (
   SELECT users.ctid = (
     SELECT seen.ctid
     FROM users AS seen
     WHERE seen.id = :p_user::UUID) AS as_seen
   FROM users
-  WHERE users.id = :p_user::UUID
+  WHERE users.id = :p_user::UUID AND (EXISTS (
+      SELECT kept.id
+      FROM kept))
   FOR NO KEY UPDATE SKIP LOCKED),
 turn AS (
   SELECT CASE WHEN (EXISTS (
@@ -335,13 +377,19 @@ SELECT written.*
 FROM written;
 
 -- grant
-WITH mine AS (
+WITH kept AS (
+  SELECT users.id
+  FROM users
+  WHERE users.id = :p_user::UUID AND pg_current_xact_id_if_assigned() IS NOT NULL FOR KEY SHARE SKIP LOCKED),
+mine AS (
   SELECT users.ctid = (
     SELECT seen.ctid
     FROM users AS seen
     WHERE seen.id = :p_user::UUID) AS as_seen
   FROM users
-  WHERE users.id = :p_user::UUID
+  WHERE users.id = :p_user::UUID AND (EXISTS (
+      SELECT kept.id
+      FROM kept))
   FOR NO KEY UPDATE SKIP LOCKED),
 turn AS (
   SELECT CASE WHEN (EXISTS (
@@ -372,13 +420,19 @@ SELECT written.*
 FROM written;
 
 -- reinstate
-WITH mine AS (
+WITH kept AS (
+  SELECT users.id
+  FROM users
+  WHERE users.id = :p_user::UUID AND pg_current_xact_id_if_assigned() IS NOT NULL FOR KEY SHARE SKIP LOCKED),
+mine AS (
   SELECT users.ctid = (
     SELECT seen.ctid
     FROM users AS seen
     WHERE seen.id = :p_user::UUID) AS as_seen
   FROM users
-  WHERE users.id = :p_user::UUID
+  WHERE users.id = :p_user::UUID AND (EXISTS (
+      SELECT kept.id
+      FROM kept))
   FOR NO KEY UPDATE SKIP LOCKED),
 turn AS (
   SELECT CASE WHEN (EXISTS (
@@ -422,13 +476,19 @@ SELECT written.*
 FROM written;
 
 -- lock
-WITH mine AS (
+WITH kept AS (
+  SELECT users.id
+  FROM users
+  WHERE users.id = :p_user::UUID AND pg_current_xact_id_if_assigned() IS NOT NULL FOR KEY SHARE SKIP LOCKED),
+mine AS (
   SELECT users.ctid = (
     SELECT seen.ctid
     FROM users AS seen
     WHERE seen.id = :p_user::UUID) AS as_seen
   FROM users
-  WHERE users.id = :p_user::UUID
+  WHERE users.id = :p_user::UUID AND (EXISTS (
+      SELECT kept.id
+      FROM kept))
   FOR NO KEY UPDATE SKIP LOCKED),
 turn AS (
   SELECT CASE WHEN (EXISTS (
@@ -509,13 +569,19 @@ LEFT OUTER JOIN workshops ON workshops.id = asked.workshop
 ORDER BY asked.n;
 
 -- consume_for_workshop
-WITH mine AS (
+WITH kept AS (
+  SELECT users.id
+  FROM users
+  WHERE users.id = :p_user::UUID AND pg_current_xact_id_if_assigned() IS NOT NULL FOR KEY SHARE SKIP LOCKED),
+mine AS (
   SELECT users.ctid = (
     SELECT seen.ctid
     FROM users AS seen
     WHERE seen.id = :p_user::UUID) AS as_seen
   FROM users
-  WHERE users.id = :p_user::UUID
+  WHERE users.id = :p_user::UUID AND (EXISTS (
+      SELECT kept.id
+      FROM kept))
   FOR NO KEY UPDATE SKIP LOCKED),
 turn AS (
   SELECT CASE WHEN (EXISTS (

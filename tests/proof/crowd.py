@@ -66,10 +66,11 @@ def processes(world: World, count: int, job: Job, *args: Any) -> list[Any]:
         return [future.result(PATIENCE_S) for future in sent]
 
 
-def waiting_for_a_lock(world: World, count: int) -> None:
-    """Come back once ``count`` connections of this database wait for a lock."""
+def waiting_for_a_lock(world: World, count: int, which: str = "true") -> None:
+    """Come back once ``count`` connections of this database wait for a lock; ``which`` is a condition on pg_locks."""
     waiting = sa.text(
-        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        "SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid)"
+        f" WHERE datname = current_database() AND NOT granted AND ({which})"
     )
     pause = queue.SimpleQueue[None]()
     with world.autocommit.connect() as conn:

@@ -7,7 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -225,6 +225,64 @@ def test_who_refers_to_a_user_does_not_make_those_who_spend_for_it_wait_in_a_cir
         for each in holding:
             each.result(PATIENCE_S)
     assert len(new(results)) == 30 * CROWD
+    assert world.deadlocks() == 0
+
+
+@pytest.mark.parametrize("second_in", ["READ COMMITTED", "AUTOCOMMIT"])
+def test_nor_when_the_row_has_moved_on_between_a_snapshot_and_its_lock(world: World, second_in: str) -> None:
+    """What the test above meets by chance, held still where two who spend could wait for each other.
+
+    The first has waited in turn for an update, has the new version, and has yet to come back to the old one. The
+    second saw the old one, and asks for it after the update's commit.
+    """
+    user, users = world.user(credits=10), world.schema.users
+    role = f"app_{uuid4().hex}"
+    pauses = f"""
+        CREATE TABLE other (n integer);
+        CREATE FUNCTION pause() RETURNS boolean LANGUAGE plpgsql AS $$
+        BEGIN PERFORM pg_advisory_xact_lock_shared(current_setting('app.pause')::int); RETURN true; END $$;
+        CREATE FUNCTION pause_insert() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pause(); RETURN NEW; END $$;
+        CREATE TRIGGER pause BEFORE INSERT ON credit_transactions FOR EACH ROW EXECUTE FUNCTION pause_insert();
+        CREATE ROLE {role};
+        GRANT USAGE ON SCHEMA tallystick TO {role};
+        GRANT ALL ON users, workshops, credit_transactions, other TO {role};
+        ALTER TABLE users ENABLE ROW LEVEL SECURITY;
+        CREATE POLICY slow ON users TO {role} USING (pause());
+    """
+    with world.engine.begin() as conn:
+        conn.exec_driver_sql(pauses)
+
+    def spend(number: int, *before: str) -> int | None:
+        isolation = "AUTOCOMMIT" if number == 1 else second_in
+        with world.engine.execution_options(isolation_level=isolation).connect() as conn, conn.begin():
+            for statement in ("SET app.pause = 0", *before, f"SET app.pause = {number}"):
+                conn.exec_driver_sql(statement)
+            return world.ledger.consume(conn, user, key=f"{number}").balance_after
+
+    try:
+        with (
+            ThreadPoolExecutor(2) as pool,
+            world.engine.begin() as referring,
+            ExitStack() as first,
+            ExitStack() as second,
+        ):
+            for number, holds in ((1, first), (2, second)):
+                holds.enter_context(world.engine.begin()).execute(sa.select(sa.func.pg_advisory_xact_lock(number)))
+            referring.execute(sa.insert(world.schema.workshops).values(key=uuid4(), owner=user, title="x"))
+            with world.engine.begin() as updating:
+                updating.execute(sa.update(users).where(users.c.key == user).values(plan_tier="pro"))
+                a = pool.submit(spend, 1)
+                waiting_for_a_lock(world, 1, "locktype = 'transactionid'")
+                b = pool.submit(spend, 2, f"SET ROLE {role}", "INSERT INTO other VALUES (1)")
+                waiting_for_a_lock(world, 1, "objid = 2")  # the second, at its first look at the user
+            waiting_for_a_lock(world, 1, "objid = 1")  # the first, in the ledger
+            second.close()
+            waiting_for_a_lock(world, 1, "coalesce(objid, 0::oid) NOT IN (1, 2)")  # the second, for the first
+            first.close()
+            assert sorted([a.result(PATIENCE_S), b.result(PATIENCE_S)]) == [8, 9]
+    finally:
+        with world.engine.begin() as conn:
+            conn.exec_driver_sql(f"DROP OWNED BY {role}; DROP ROLE {role}")
     assert world.deadlocks() == 0
 
 
