@@ -17,6 +17,8 @@ from tallystick import Pack, stripe
 from tallystick import errors as e
 from tallystick.schema import INT32_MAX, stripe_events
 
+pytestmark = pytest.mark.one_server  # it is about what Stripe sends; test_machine runs on both
+
 COMPLETED = "checkout.session.completed"
 SUCCEEDED = "checkout.session.async_payment_succeeded"
 FAILED = "checkout.session.async_payment_failed"

@@ -19,6 +19,8 @@ from tallystick.audit import audit
 from tallystick.devstripe import DevStripe
 from tallystick.schema import stripe_events
 
+pytestmark = pytest.mark.one_server  # it is about the order of events; test_machine runs on both
+
 ORDERS = int(os.environ.get("TALLYSTICK_TEST_ORDERS", "12"))  # of each history; all of them where there are fewer
 
 History = Callable[[Shop, stripe.Checkout], None]
