@@ -2,7 +2,8 @@
 
 ``tests/golden/statements.sql`` shows each one compiled; read that first. The shape of every balance change::
 
-    mine    AS (SELECT … FROM users WHERE key = :p_user FOR NO KEY UPDATE SKIP LOCKED)  -- in a transaction that began
+    kept    AS (SELECT … FROM users WHERE key = :p_user FOR KEY SHARE SKIP LOCKED)        -- see take_turn
+    mine    AS (SELECT … FROM users WHERE key = :p_user FOR NO KEY UPDATE SKIP LOCKED)
     turn    AS (SELECT pg_advisory_xact_lock(…))                                 -- unless the row is mine already
     account AS (SELECT … FROM users WHERE key = :p_user FOR NO KEY UPDATE)       -- then the workshop, in this order
     written AS (INSERT INTO credit_transactions SELECT … FROM account WHERE … ON CONFLICT DO NOTHING RETURNING …)

@@ -220,11 +220,12 @@ def test_who_refers_to_a_user_does_not_make_those_who_spend_for_it_wait_in_a_cir
             results += chain.from_iterable(
                 threads(world, CROWD, spend_behind_a_change, user, isolation="READ COMMITTED")
             )
+            results += chain.from_iterable(threads(world, CROWD, spend_behind_a_lock, user, isolation="READ COMMITTED"))
         finally:
             done.set()
         for each in holding:
             each.result(PATIENCE_S)
-    assert len(new(results)) == 30 * CROWD
+    assert len(new(results)) == 40 * CROWD
     assert world.deadlocks() == 0
 
 
@@ -292,6 +293,16 @@ def spend_behind_a_change(world: World, conn: sa.Connection, number: int, user: 
     for _ in range(10):
         with conn.begin():
             conn.execute(sa.update(users).where(users.c.key == user).values(plan_tier=f"{number}"))
+            results.append(world.ledger.consume(conn, user, key=f"{uuid4()}"))
+    return results
+
+
+def spend_behind_a_lock(world: World, conn: sa.Connection, number: int, user: Key) -> list[Any]:
+    """As ``spend_ten``, each decided in two steps, as the docs tell an app to do that would lock the user itself."""
+    results = []
+    for _ in range(10):
+        with conn.begin():
+            assert world.ledger.lock(conn, user) > 0
             results.append(world.ledger.consume(conn, user, key=f"{uuid4()}"))
     return results
 
