@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from tallystick import Config
 from tallystick.audit import audit
 from tallystick.database import connect
-from tallystick.devdb import Server
+from tallystick.dev.postgres import Server
 from tallystick.schema import Schema
 
 TURNS = 5

@@ -29,7 +29,7 @@ import stage
 from ledger import table
 from tallystick import Config, Consume, Ledger, UsersTable, migrate
 from tallystick.config import HostMapping
-from tallystick.devdb import Server
+from tallystick.dev.postgres import Server
 
 CONFIG = Config(host=HostMapping(users=UsersTable(email="email"), workshops=None))
 THREADS = 2  # as many as the cores that the table was made on

@@ -36,7 +36,7 @@ import stage
 from ledger import table
 from tallystick import Config, Ledger, migrate
 from tallystick.audit import audit
-from tallystick.devdb import Server
+from tallystick.dev.postgres import Server
 
 SETTINGS = {
     **stage.SETTINGS,

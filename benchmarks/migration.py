@@ -27,7 +27,7 @@ import psycopg
 import sqlalchemy as sa
 
 from tallystick import Config, migrate
-from tallystick.devdb import Server
+from tallystick.dev.postgres import Server
 from tallystick.migrate.revisions import HostNames, revisions
 
 # the traffic is the one that the tests migrate under

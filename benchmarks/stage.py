@@ -13,7 +13,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from tallystick import Config, HostMapping, Ledger, UsersTable, WorkshopsTable, migrate
-from tallystick.devdb import Server
+from tallystick.dev.postgres import Server
 
 HOST = HostMapping(
     users=UsersTable(key_type="bigint"), workshops=WorkshopsTable(key_type="bigint", title=None, created_at=None)

@@ -26,8 +26,8 @@ import stripe as sdk
 
 from tallystick import Config, Pack, migrate, stripe
 from tallystick.audit import audit
-from tallystick.devdb import Server
-from tallystick.devstripe import DevStripe
+from tallystick.dev.postgres import Server
+from tallystick.dev.stripe import DevStripe
 from tallystick.schema import Schema
 
 CREDITS, PRICE, ORIGIN = 3, 14900, "https://app.example.com"

@@ -17,7 +17,7 @@ import pytest
 
 from servers import FAST, FOLDER_PREFIX, pg_bin, scratch_root
 from tallystick import Config, migrate
-from tallystick.devdb import Server
+from tallystick.dev.postgres import Server
 from tallystick.errors import DevServerError
 from worlds import SHAPES, World
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tallystick.devdb import Server, find_binaries
+from tallystick.dev.postgres import Server, find_binaries
 
 EMBEDDED = "18"
 FAST = {  # durability is not what these tests are about; the fault suite runs servers of its own

@@ -22,7 +22,7 @@ import sqlalchemy as sa
 
 from tallystick.cli import main
 from tallystick.config import to_toml
-from tallystick.devdb import Server
+from tallystick.dev.postgres import Server
 from worlds import SHAPES, World
 
 

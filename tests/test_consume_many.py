@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from servers import FAST, pg_bin
 from tallystick import CreditTransaction, migrate
-from tallystick.devdb import Server
+from tallystick.dev.postgres import Server
 from tallystick.errors import (
     DatabaseUnavailable,
     IdempotencyKeyReused,

@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 
 from tallystick import CreditTransaction, errors
-from tallystick.devdb import Server
+from tallystick.dev.postgres import Server
 from tallystick.errors import Key, LedgerError
 from tallystick.schema import INT32_MAX
 from worlds import SHAPES, World

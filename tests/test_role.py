@@ -16,7 +16,7 @@ from psycopg import errors, sql
 
 from tallystick import CreditTransaction, HostMapping, Pack, migrate, stripe
 from tallystick.audit import audit
-from tallystick.devstripe import DevStripe
+from tallystick.dev.stripe import DevStripe
 from tallystick.errors import InsufficientCredits, InvalidArgument, Key, MigrationError, PermissionDenied
 from tallystick.ledger import Consume
 from tallystick.migrate import role

@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 
 from tallystick import HostMapping
-from tallystick.devdb import Server
+from tallystick.dev.postgres import Server
 from tallystick.schema import Schema
 from tallystick.statements import statements
 from worlds import SHAPES, World

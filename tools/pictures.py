@@ -13,8 +13,8 @@ import sqlalchemy as sa
 import uvicorn
 from playwright.sync_api import Page, sync_playwright
 
-from tallystick.devdb import Server
-from tallystick.devstripe import DevStripe
+from tallystick.dev.postgres import Server
+from tallystick.dev.stripe import DevStripe
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "docs" / "pictures"

@@ -5,7 +5,7 @@
     python tools/trim_stripe_schemas.py seahaven_stripe_world/spec/spec3.json
 
 The document is Stripe's own (https://github.com/stripe/openapi, MIT). The result is the same, byte for
-byte, for the same document: src/tallystick/devstripe/schemas.json.gz.
+byte, for the same document: src/tallystick/dev/stripe/schemas.json.gz.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tallystick.devstripe.api import ROUTES
+from tallystick.dev.stripe.api import ROUTES
 
-TARGET = Path(__file__).parents[1] / "src/tallystick/devstripe/schemas.json.gz"
+TARGET = Path(__file__).parents[1] / "src/tallystick/dev/stripe/schemas.json.gz"
 KINDS = {
     "balance_transaction", "charge", "checkout.session", "customer", "deleted_customer",
     "deleted_webhook_endpoint", "dispute", "dispute_evidence", "error", "event", "item", "payment_intent",

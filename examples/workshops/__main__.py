@@ -15,8 +15,8 @@ import sqlalchemy as sa
 import uvicorn
 
 from tallystick import Config, Pack, migrate, stripe
-from tallystick.devdb import Server
-from tallystick.devstripe import DevStripe
+from tallystick.dev.postgres import Server
+from tallystick.dev.stripe import DevStripe
 from tallystick.web import pages  # noqa: F401 - fails here, with its own message, where the extra is missing
 from workshops.app import HERE, create_app
 

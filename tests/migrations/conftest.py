@@ -6,7 +6,7 @@ import pytest
 from hosts import HOSTS, App
 
 from tallystick import Config, HostMapping
-from tallystick.devdb import Server
+from tallystick.dev.postgres import Server
 
 
 @pytest.fixture

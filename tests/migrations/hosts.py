@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from tallystick import Config, HostMapping, UsersTable, WorkshopsTable
-from tallystick.devdb import Server
+from tallystick.dev.postgres import Server
 
 CATALOGUE = """
     WITH ours AS (

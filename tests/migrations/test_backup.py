@@ -20,9 +20,7 @@ from hosts import HOSTS, App
 
 from servers import EMBEDDED
 from tallystick import migrate
-from tallystick.devdb import find_binaries
-from tallystick.errors import BackupError, DatabaseUnavailable
-from tallystick.migrate.backup import (
+from tallystick.backup import (
     Backup,
     backup,
     installed,
@@ -31,6 +29,8 @@ from tallystick.migrate.backup import (
     restore,
     verify_backup,
 )
+from tallystick.dev.postgres import find_binaries
+from tallystick.errors import BackupError, DatabaseUnavailable
 
 STRANGE = '''
 CREATE SCHEMA "a:b";
@@ -309,7 +309,7 @@ def test_the_password_is_on_no_command_line(app: App, tmp_path: Path) -> None:
 ALONE = """
 import os, signal, sys
 from pathlib import Path
-from tallystick.migrate.backup import backup, restore
+from tallystick.backup import backup, restore
 
 url, file, programs, moment, number = sys.argv[1:]
 

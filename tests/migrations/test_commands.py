@@ -21,7 +21,7 @@ from tallystick import Config, HostMapping, UsersTable, WorkshopsTable, migrate
 from tallystick.cli import main
 from tallystick.cli.app import err
 from tallystick.config import to_toml
-from tallystick.devdb import find_binaries
+from tallystick.dev.postgres import find_binaries
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_a_backup_is_checked_with_the_programs_of_the_machine(
     tally: Tally, app: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tally("backup", "app.backup")
-    monkeypatch.setattr("tallystick.devdb._WHEEL", "not_installed")
+    monkeypatch.setattr("tallystick.dev.postgres._WHEEL", "not_installed")
     monkeypatch.setenv("PATH", f"{app.server.bin}:{os.environ['PATH']}")
     assert tally("backup", "app.backup", "--check")[0] == 0
 

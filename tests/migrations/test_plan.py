@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from hosts import HOSTS, App
 
 from tallystick import Config, migrate
-from tallystick.devdb import Server
+from tallystick.dev.postgres import Server
 from tallystick.migrate import role
 from tallystick.migrate.blockers import OLD_MS
 from tallystick.migrate.revisions import HostNames, revisions

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from hosts import HOSTS, App
 
 from tallystick import Config, migrate
-from tallystick.devdb import Server
+from tallystick.dev.postgres import Server
 from tallystick.errors import (
     ConfigError,
     Conflict,

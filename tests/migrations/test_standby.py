@@ -14,7 +14,7 @@ from hosts import HOSTS, App
 
 from servers import FAST, standby_of
 from tallystick import Config, migrate
-from tallystick.devdb import Server
+from tallystick.dev.postgres import Server
 from tallystick.errors import SchemaError
 
 

@@ -20,7 +20,7 @@ from psycopg import pq
 
 from tallystick import Config, migrate
 from tallystick.database import connect
-from tallystick.devdb import Server
+from tallystick.dev.postgres import Server
 from tallystick.errors import DatabaseUnavailable
 
 SSL_REQUEST, GSS_REQUEST = 80877103, 80877104

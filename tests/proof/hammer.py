@@ -39,7 +39,7 @@ from tallystick import Config, Consume, CreditTransaction, Ledger, migrate
 from tallystick.audit import audit
 from tallystick.combine import Combiner
 from tallystick.database import engine, translated
-from tallystick.devdb import Server
+from tallystick.dev.postgres import Server
 from tallystick.errors import DatabaseError, DatabaseUnavailable, LedgerError
 from worlds import SHAPES, World
 

@@ -26,7 +26,7 @@ from crowd import PATIENCE_S, books_balance, waiting_for_a_lock
 from servers import FOLDER_PREFIX, pg_bin
 from tallystick import Consume, CreditTransaction, migrate
 from tallystick.database import connect
-from tallystick.devdb import Server
+from tallystick.dev.postgres import Server
 from tallystick.errors import Conflict, DatabaseError, DatabaseUnavailable, Key, OutcomeUnknown
 from worlds import SHAPES, World
 

@@ -17,7 +17,7 @@ import pytest
 import sqlalchemy as sa
 
 from tallystick import Consume, CreditTransaction, Ledger
-from tallystick.devdb import Server
+from tallystick.dev.postgres import Server
 from tallystick.errors import TallystickError
 from worlds import SHAPES, World
 

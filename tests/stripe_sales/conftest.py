@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from stripe_sales.shop import Shop
-from tallystick.devstripe import DevStripe
+from tallystick.dev.stripe import DevStripe
 from tallystick.stripe import Received
 from worlds import World
 

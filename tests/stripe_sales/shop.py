@@ -7,7 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from tallystick import Config, CreditTransaction, Pack, stripe
-from tallystick.devstripe import DevStripe
+from tallystick.dev.stripe import DevStripe
 from tallystick.errors import Key
 from tallystick.schema import stripe_events, stripe_findings
 from tallystick.stripe.client import client

@@ -14,7 +14,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, multipl
 from stripe_sales.shop import CREDITS, PRICE, Shop
 from tallystick import InsufficientCredits, stripe
 from tallystick.audit import audit
-from tallystick.devstripe import DevStripe
+from tallystick.dev.stripe import DevStripe
 from tallystick.errors import DevStripeError
 from worlds import World
 

@@ -13,8 +13,8 @@ from playwright.sync_api import Browser, sync_playwright
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from sites import Shop, Site, settings_for
-from tallystick.devdb import Server
-from tallystick.devstripe import DevStripe
+from tallystick.dev.postgres import Server
+from tallystick.dev.stripe import DevStripe
 from worlds import SHAPES, World
 
 # Without the first, root's Chromium does not start; the rest keep it from calling home, and quick.

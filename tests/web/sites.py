@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tallystick import Access, Pack, TallystickError, stripe
-from tallystick.devstripe import DevStripe
+from tallystick.dev.stripe import DevStripe
 from tallystick.errors import Key
 from tallystick.web import Billing, router
 from worlds import SHAPES, World

@@ -10,7 +10,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from tallystick import Config, stripe
-from tallystick.devstripe import DevStripe
+from tallystick.dev.stripe import DevStripe
 from worlds import World
 
 DOCS = Path(__file__).parents[2] / "docs"

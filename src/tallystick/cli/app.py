@@ -20,9 +20,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from typer.core import TyperGroup
 
-from tallystick import devdb
 from tallystick.config import Config, origin_of_host
 from tallystick.database import connect
+from tallystick.dev import postgres
 from tallystick.errors import DatabaseUnavailable, InvalidArgument, Key
 from tallystick.migrate.session import driver
 
@@ -95,7 +95,7 @@ class Invocation:
             note("DATABASE_URL_UNPOOLED is left alone: it belongs to DATABASE_URL, and the address is from elsewhere.")
         with ExitStack() as stack:
             if config.database_url is None:
-                server = stack.enter_context(devdb.Server(devdb.default_folder()))
+                server = stack.enter_context(postgres.Server(postgres.default_folder()))
                 note(f"No database address is set: using the embedded PostgreSQL in {server.folder}.")
                 config = config.model_copy(update={"database_url": embedded_address(server)})
             yield config
@@ -126,7 +126,7 @@ def mapping(ctx: typer.Context, config: Config) -> str:
     return f"users by {users.schema}.{users.table}.{users.key} ({origin_of_host(invocation(ctx).config_path)})"
 
 
-def embedded_address(server: devdb.Server) -> str:
+def embedded_address(server: postgres.Server) -> str:
     """The address of the embedded server's database ``app``, which is made when it is missing."""
     with connect(server.url(), autocommit=True) as conn:
         found = conn.scalar(sa.text("SELECT true FROM pg_database WHERE datname = :name"), {"name": EMBEDDED_DATABASE})

@@ -10,16 +10,16 @@ from typing import Annotated
 
 import typer
 
-from tallystick import devdb
 from tallystick.cli.app import Json, address, app, emit, invocation, note, out, place, progress_bar
 from tallystick.database import connect
+from tallystick.dev import postgres
 from tallystick.errors import BackupError, DevServerError
 
 
 def backups() -> ModuleType:
     """The module, which needs what only the extra brings."""
     try:
-        from tallystick.migrate import backup  # noqa: PLC0415
+        from tallystick import backup  # noqa: PLC0415
     except ModuleNotFoundError as missing:
         raise BackupError(f"backups need {missing.name}. Run: pip install 'tallystick[devdb]'") from None
     return backup
@@ -38,7 +38,7 @@ def _folders() -> list[Path]:
         return [Path(named).expanduser().absolute()]
     folders: list[Path] = backups().installed()
     with suppress(DevServerError):
-        folders.insert(0, devdb.find_binaries())
+        folders.insert(0, postgres.find_binaries())
     return folders
 
 

@@ -9,9 +9,9 @@ import typer
 from psycopg.errors import DuplicateTable
 from sqlalchemy.exc import ProgrammingError
 
-from tallystick import devdb
 from tallystick.cli.app import EMBEDDED_DATABASE, Json, app, embedded_address, emit, err, out
-from tallystick.demo import build_host_app
+from tallystick.dev import postgres
+from tallystick.dev.demo import build_host_app
 from tallystick.errors import DevServerError
 
 db = typer.Typer(
@@ -22,8 +22,8 @@ db = typer.Typer(
 app.add_typer(db, name="db", rich_help_panel="Development")
 
 
-def _server() -> devdb.Server:
-    return devdb.Server(devdb.default_folder())
+def _server() -> postgres.Server:
+    return postgres.Server(postgres.default_folder())
 
 
 @db.command()

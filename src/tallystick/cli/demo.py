@@ -14,13 +14,14 @@ import sqlalchemy as sa
 from rich.console import Console
 from rich.table import Table
 
-from tallystick import audit, migrate, seed, stripe
+from tallystick import audit, migrate, stripe
 from tallystick.cli.migrations import show_plan
 from tallystick.config import Config
 from tallystick.database import connect, engine
-from tallystick.demo import PACKS, Traffic, build_host_app, crowd
-from tallystick.devdb import Server
-from tallystick.devstripe import DevStripe
+from tallystick.dev import seed
+from tallystick.dev.demo import PACKS, Traffic, build_host_app, crowd
+from tallystick.dev.postgres import Server
+from tallystick.dev.stripe import DevStripe
 from tallystick.errors import DevStripeError
 from tallystick.ledger import Ledger
 

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from tallystick import seed as seeding
 from tallystick.cli.app import Json, address, app, emit, invocation, out, progress_bar, table
 from tallystick.database import engine
+from tallystick.dev import seed as seeding
 from tallystick.errors import DevServerError
 
 Only = Annotated[

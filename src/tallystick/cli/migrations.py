@@ -17,12 +17,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from tallystick import devdb, migrate
+from tallystick import migrate
 from tallystick.audit import audit
 from tallystick.cli.app import Json, address, app, emit, err, invocation, mapping, note, out, place, plain
 from tallystick.cli.backups import backups, take_backup
 from tallystick.config import FILE_NAME, Config, to_toml
 from tallystick.database import PATIENCE_S, connect, translated
+from tallystick.dev import postgres
 from tallystick.errors import BackupError, ConfigError, TallystickError
 from tallystick.migrate import neon
 from tallystick.migrate import role as roles
@@ -306,7 +307,7 @@ def snippet(
 ) -> None:
     """Print the lines for the app's own schema file, so that its tool does not take our columns for leftovers."""
     config, adopted = invocation(ctx).config(), None
-    if config.database_url or devdb.default_folder().exists():  # it knows which columns the app had before
+    if config.database_url or postgres.default_folder().exists():  # it knows which columns the app had before
         try:
             with translated(), invocation(ctx).database(migrating=True) as config, connect(address(config)) as conn:
                 adopted = migrate.examine(conn, config, privileges=False).adopted_names
@@ -483,7 +484,7 @@ def _restored(ctx: typer.Context, backup_file: Path | None) -> Iterator[tuple[Co
             note(f"A copy from {backup_file}, {mapping(ctx, config)}.")
         with _Steps() as steps:
             steps("starting an embedded server")
-            server = stack.enter_context(devdb.Server(folder / "server"))
+            server = stack.enter_context(postgres.Server(folder / "server"))
             copy = server.create_database("rehearsal")
             steps("restoring the copy")
             backups().make_roles(backup_file, copy)

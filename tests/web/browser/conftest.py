@@ -17,8 +17,8 @@ import sqlalchemy as sa
 import uvicorn
 from playwright.sync_api import Browser
 
-from tallystick.devdb import Server
-from tallystick.devstripe import DevStripe
+from tallystick.dev.postgres import Server
+from tallystick.dev.stripe import DevStripe
 from web_browser import Example, Visitor
 from workshops.__main__ import prepare
 from workshops.app import create_app

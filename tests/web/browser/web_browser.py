@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from playwright.sync_api import BrowserContext, Page
 
-from tallystick.devstripe import DevStripe
+from tallystick.dev.stripe import DevStripe
 
 WAIT_MS = 20_000  # a loaded machine is no failure
 

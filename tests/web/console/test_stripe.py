@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stripe_sales.shop import CREDITS, Shop
-from tallystick.devstripe import DevStripe
+from tallystick.dev.stripe import DevStripe
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import stripe
 
-from tallystick.devstripe import DevStripe
+from tallystick.dev.stripe import DevStripe
 
 
 class Stay(urllib.request.HTTPRedirectHandler):

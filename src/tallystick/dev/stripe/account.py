@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from tallystick.devstripe.parameters import Params, empty, has_field, refused, specification
+from tallystick.dev.stripe.parameters import Params, empty, has_field, refused, specification
 
 Object = dict[str, Any]
 

@@ -14,11 +14,11 @@ from types import TracebackType
 from typing import Any, Final, Literal, Self
 from urllib.parse import parse_qs, urlsplit
 
-from tallystick.devstripe import page, payments
-from tallystick.devstripe.account import DAY_S, Account, Object
-from tallystick.devstripe.api import Api, Fault, LostAnswer
-from tallystick.devstripe.parameters import refused
-from tallystick.devstripe.webhooks import Webhooks, as_json
+from tallystick.dev.stripe import page, payments
+from tallystick.dev.stripe.account import DAY_S, Account, Object
+from tallystick.dev.stripe.api import Api, Fault, LostAnswer
+from tallystick.dev.stripe.parameters import refused
+from tallystick.dev.stripe.webhooks import Webhooks, as_json
 from tallystick.errors import DevStripeError
 
 HOST: Final = "127.0.0.1"  # and nothing else: whoever reaches the double can pay with no money

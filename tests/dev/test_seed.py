@@ -23,17 +23,7 @@ from psycopg import sql
 
 from tallystick import Config, HostMapping, Pack, UsersTable, WorkshopsTable, migrate
 from tallystick.audit import audit
-from tallystick.errors import (
-    Conflict,
-    InvalidArgument,
-    NotMigrated,
-    PermissionDenied,
-    SeedImpossible,
-    SeedRefused,
-)
-from tallystick.ledger import AccessReason
-from tallystick.schema import Schema
-from tallystick.seed import (
+from tallystick.dev.seed import (
     ENVIRONMENT_VARIABLES,
     INTEGER_KEYS_FROM,
     MANY_USERS,
@@ -45,9 +35,19 @@ from tallystick.seed import (
     reset,
     seed,
 )
+from tallystick.errors import (
+    Conflict,
+    InvalidArgument,
+    NotMigrated,
+    PermissionDenied,
+    SeedImpossible,
+    SeedRefused,
+)
+from tallystick.ledger import AccessReason
+from tallystick.schema import Schema
 from worlds import SHAPES, World
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PATIENCE_S = 60
 NOWHERE: dict[str, str] = {}  # an environment that says nothing
 BALANCES = {
@@ -290,7 +290,7 @@ CHILD = """
 import sys
 import sqlalchemy as sa
 from tallystick import Config
-from tallystick.seed import seed
+from tallystick.dev.seed import seed
 config = Config.model_validate_json(sys.argv[1])
 engine = sa.create_engine(config.database_url, poolclass=sa.NullPool)
 seed(engine, config, environ={}, progress=lambda done, _: print(done, flush=True))

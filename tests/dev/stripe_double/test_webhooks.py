@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import stripe
 
-from tallystick.devstripe import DevStripe
+from tallystick.dev.stripe import DevStripe
 from tallystick.errors import DevStripeError
 
 from .conftest import Receiver

@@ -9,8 +9,8 @@ import jsonschema_rs
 import pytest
 import stripe
 
-from tallystick.devstripe import DevStripe
-from tallystick.devstripe.parameters import specification
+from tallystick.dev.stripe import DevStripe
+from tallystick.dev.stripe.parameters import specification
 
 stripe.enable_telemetry = False  # it would write a file into the home directory
 

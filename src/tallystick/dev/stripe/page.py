@@ -6,8 +6,8 @@ from html import escape
 from string import Template
 from typing import Final
 
-from tallystick.devstripe import payments
-from tallystick.devstripe.account import Account, Object
+from tallystick.dev.stripe import payments
+from tallystick.dev.stripe.account import Account, Object
 from tallystick.errors import DevStripeError
 
 _PAGE: Final = Template("""<!doctype html>

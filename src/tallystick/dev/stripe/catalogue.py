@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import secrets
 
-from tallystick.devstripe.account import Account, Object, merged_metadata
-from tallystick.devstripe.parameters import Params, empty, refused
+from tallystick.dev.stripe.account import Account, Object, merged_metadata
+from tallystick.dev.stripe.parameters import Params, empty, refused
 
 
 def create_customer(account: Account, params: Params) -> Object:

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import stripe
 
-from tallystick.devstripe import DevStripe
-from tallystick.devstripe.api import ROUTES
-from tallystick.devstripe.parameters import specification
+from tallystick.dev.stripe import DevStripe
+from tallystick.dev.stripe.api import ROUTES
+from tallystick.dev.stripe.parameters import specification
 
 from .conftest import Schemas, client_of
 
 CLI = "@stripe/cli@1.52.0"
-CACHE = Path(__file__).parents[2] / ".tallystick" / CLI.replace("/", "-")  # ignored by git
+CACHE = Path(__file__).parents[3] / ".tallystick" / CLI.replace("/", "-")  # ignored by git
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from tallystick.devstripe.account import Account, Object
-from tallystick.devstripe.parameters import refused
+from tallystick.dev.stripe.account import Account, Object
+from tallystick.dev.stripe.parameters import refused
 
 USER_AGENT: Final = "Stripe/1.0 (+https://stripe.com/docs/webhooks)"
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
-from tallystick.devstripe import catalogue
-from tallystick.devstripe.account import DAY_S, Account, Object, merged_metadata
-from tallystick.devstripe.parameters import Params, empty, has_field, refused
+from tallystick.dev.stripe import catalogue
+from tallystick.dev.stripe.account import DAY_S, Account, Object, merged_metadata
+from tallystick.dev.stripe.parameters import Params, empty, has_field, refused
 from tallystick.errors import DevStripeError
 
 # Stripe's test cards, and the tokens that stand for them.

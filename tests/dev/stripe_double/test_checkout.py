@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import stripe
 
-from tallystick.devstripe import DevStripe
+from tallystick.dev.stripe import DevStripe
 from tallystick.errors import DevStripeError
 
 
