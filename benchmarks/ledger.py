@@ -36,7 +36,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 import stage
 from stage import App, Timing
 from tallystick import Config, Consume, Ledger
-from tallystick.combine import Combiner
+from tallystick.ledger.combiner import Combiner
 
 # the PgBouncer is started as the tests start theirs
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

@@ -14,8 +14,8 @@ import sqlalchemy as sa
 
 from tallystick import CreditTransaction, InsufficientCredits
 from tallystick.audit import audit
-from tallystick.combine import Combiner
 from tallystick.errors import Conflict, DatabaseUnavailable, InvalidArgument, OutcomeUnknown, UnknownUser
+from tallystick.ledger.combiner import Combiner
 from worlds import World
 
 PATIENCE_S = 120
@@ -51,10 +51,10 @@ def test_what_gathers_goes_out_together_and_each_gets_its_own(world: World, comb
     with held(world, user):
         first = combiner.consume(user, key="first")
         calls = [combiner.consume(user, key=f"{n}") for n in range(6)]
-        refused = combiner.consume(user, amount=9, key="too much")
+        refused = combiner.consume(user, credits=9, key="too much")
         nobody = combiner.consume(world.key("uuid"), key="a")
-        wrong = combiner.consume(user, amount=-1, key="a")
-        last = combiner.consume(user, amount=3, key="last")
+        wrong = combiner.consume(user, credits=-1, key="a")
+        last = combiner.consume(user, credits=3, key="last")
         assert not first.done()
     rows = [call.result(PATIENCE_S) for call in (first, *calls, last)]
     assert [row.balance_after for row in rows] == [9, 8, 7, 6, 5, 4, 3, 0]

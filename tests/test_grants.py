@@ -21,7 +21,7 @@ def test_a_grant_is_credits_for_nothing(any_world: World):
         assert (again.id, again.replayed) == (given.id, True)
         with pytest.raises(e.IdempotencyKeyReused):
             ledger.grant(conn, user, credits=4, key="welcome", description="Welcome")
-        assert ledger.consume(conn, user, amount=3, key="spend").balance_after == 0
+        assert ledger.consume(conn, user, credits=3, key="spend").balance_after == 0
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def test_buying_spending_and_giving_back(any_world: World):
         assert bought.id == started.id
         assert (bought.status, bought.amount, bought.balance_after, bought.sequence) == ("completed", 3, 3, 1)
         assert (bought.amount_paid, bought.currency, bought.stripe_payment_intent_id) == (14900, "usd", "pi_1")
-        spent = ledger.consume(conn, user, amount=2, key="spend", description="Two at once")
+        spent = ledger.consume(conn, user, credits=2, key="spend", description="Two at once")
         assert (spent.type, spent.amount, spent.balance_after, spent.sequence) == ("consumption", -2, 1, 2)
         back = ledger.refund(conn, user, bought.id, credits=2, key="re_1")
         assert (back.type, back.amount, back.balance_after, back.refund_of) == ("refund", -2, -1, bought.id)
@@ -98,7 +98,7 @@ def test_the_same_key_and_payload_give_the_first_result(world: World):
         purchase = ledger.history(conn, user)[0]
         calls = [
             lambda: ledger.start_purchase(conn, user, credits=1, description="x", key="a"),
-            lambda: ledger.consume(conn, user, amount=2, key="b"),
+            lambda: ledger.consume(conn, user, credits=2, key="b"),
             lambda: ledger.refund(conn, user, purchase.id, credits=1, key="c"),
             lambda: ledger.refund(conn, user, purchase.id, key="d"),
         ]
@@ -112,7 +112,7 @@ def test_the_same_key_and_payload_give_the_first_result(world: World):
 @pytest.mark.parametrize(
     ("other", "differs"),
     [
-        (lambda led, c, u, w, p: led.consume(c, u, amount=2, key="k"), "amount"),
+        (lambda led, c, u, w, p: led.consume(c, u, credits=2, key="k"), "amount"),
         (lambda led, c, u, w, p: led.consume(c, u, workshop=w, key="k"), "workshop_id"),
         (lambda led, c, u, w, p: led.refund(c, u, p, key="k"), "type"),
         (lambda led, c, u, w, p: led.start_purchase(c, u, credits=1, description="x", key="k"), "type"),
@@ -141,10 +141,10 @@ def test_a_completion_told_with_another_amount_is_refused(world: World):
     user = world.user()
     with world.engine.begin() as conn:
         started = world.ledger.start_purchase(conn, user, credits=1, description="x")
-        world.ledger.complete_purchase(conn, user, id=started.id, amount_paid=100, currency="usd")
-        assert world.ledger.complete_purchase(conn, user, id=started.id).replayed
+        world.ledger.complete_purchase(conn, user, purchase=started.id, amount_paid=100, currency="usd")
+        assert world.ledger.complete_purchase(conn, user, purchase=started.id).replayed
         with pytest.raises(e.IdempotencyKeyReused) as caught:
-            world.ledger.complete_purchase(conn, user, id=started.id, amount_paid=99, currency="usd")
+            world.ledger.complete_purchase(conn, user, purchase=started.id, amount_paid=99, currency="usd")
         assert caught.value.differs == {"amount_paid": (100, 99)}
 
 
@@ -176,7 +176,7 @@ def test_what_is_not_there_is_not_spent(any_world: World):
     refuse(
         any_world,
         InsufficientCredits,
-        lambda ledger, conn: ledger.consume(conn, user, amount=3, key="k"),
+        lambda ledger, conn: ledger.consume(conn, user, credits=3, key="k"),
         user=user,
         balance=2,
         required=3,
@@ -203,7 +203,7 @@ def test_money_for_a_deleted_user_is_granted(world: World):
     with world.engine.begin() as conn:
         started = world.ledger.start_purchase(conn, user, credits=1, description="x")
         world.accounts.delete_user(conn, user)
-        assert world.ledger.complete_purchase(conn, user, id=started.id).balance_after == 1
+        assert world.ledger.complete_purchase(conn, user, purchase=started.id).balance_after == 1
 
 
 def test_workshops_that_cannot_be_unlocked(world: World):
@@ -247,12 +247,12 @@ def test_a_session_pays_for_one_purchase(world: World):
     for call in (
         lambda led, c: led.attach_session(c, user, two, stripe_session_id="cs_1"),
         lambda led, c: led.attach_session(c, user, one, stripe_session_id="cs_2"),
-        lambda led, c: led.complete_purchase(c, user, id=two, stripe_session_id="cs_1"),
-        lambda led, c: led.complete_purchase(c, user, id=one, stripe_session_id="cs_2"),
+        lambda led, c: led.complete_purchase(c, user, purchase=two, stripe_session_id="cs_1"),
+        lambda led, c: led.complete_purchase(c, user, purchase=one, stripe_session_id="cs_2"),
     ):
         refuse(world, e.SessionConflict, call)
     with world.engine.begin() as conn:  # completed by id, before its session was stored
-        done = world.ledger.complete_purchase(conn, user, id=two, stripe_session_id="cs_2")
+        done = world.ledger.complete_purchase(conn, user, purchase=two, stripe_session_id="cs_2")
         assert (done.stripe_session_id, done.balance_after) == ("cs_2", 1)
 
 
@@ -260,19 +260,21 @@ def test_a_balance_stays_in_its_range(world: World):
     user = world.user(credits=INT32_MAX)
     with world.engine.begin() as conn:
         started = world.ledger.start_purchase(conn, user, credits=1, description="one too many").id
-    refuse(world, e.BalanceOutOfRange, lambda led, c: led.complete_purchase(c, user, id=started), balance=INT32_MAX)
+    refuse(
+        world, e.BalanceOutOfRange, lambda led, c: led.complete_purchase(c, user, purchase=started), balance=INT32_MAX
+    )
     with world.engine.begin() as conn:
-        world.ledger.consume(conn, user, amount=INT32_MAX, key="all of it")
+        world.ledger.consume(conn, user, credits=INT32_MAX, key="all of it")
         purchase = world.ledger.history(conn, user, before="2")[0]
         assert world.ledger.refund(conn, user, purchase.id, key="r").balance_after == -INT32_MAX
-        world.ledger.complete_purchase(conn, user, id=started)
+        world.ledger.complete_purchase(conn, user, purchase=started)
         assert world.ledger.balance(conn, user) == -INT32_MAX + 1
 
 
 @pytest.mark.parametrize("amount", [0, -1, INT32_MAX + 1, 10**30, 1.0, "1", True, None, float("nan")])
 def test_amounts_that_are_none(world: World, amount: object):
     user = world.user(credits=1)
-    refuse(world, e.InvalidArgument, lambda led, c: led.consume(c, user, amount=amount, key="k"), argument="amount")
+    refuse(world, e.InvalidArgument, lambda led, c: led.consume(c, user, credits=amount, key="k"), argument="credits")
     refuse(
         world,
         e.InvalidArgument,
@@ -329,7 +331,7 @@ def test_history_pages_by_cursor_and_shows_what_is_pending_first(world: World):
             world.ledger.consume(conn, user, key=f"c{n}")
         pending = [world.ledger.start_purchase(conn, user, credits=1, description="x").id for _ in range(3)]
         failed = world.ledger.start_purchase(conn, user, credits=1, description="x").id
-        world.ledger.fail_purchase(conn, user, id=failed, reason="expired")
+        world.ledger.fail_purchase(conn, user, purchase=failed, reason="expired")
         whole = world.ledger.history(conn, user)
         assert [row.id for row in whole[:3]] == pending[::-1]
         assert [row.sequence for row in whole[3:]] == [6, 5, 4, 3, 2, 1]
@@ -419,6 +421,7 @@ def test_what_a_flush_raises_is_the_hosts_own(world: World) -> None:
 
 
 def test_what_a_trigger_of_the_hosts_refuses_is_the_hosts_own(world: World) -> None:
+    """It runs inside the ledger's function, and finds the host's tables by their bare names all the same."""
     user = world.user(credits=1)
     with world.engine.begin() as conn:
         conn.exec_driver_sql("CREATE TABLE once (n int CONSTRAINT only_once PRIMARY KEY)")
@@ -427,7 +430,7 @@ def test_what_a_trigger_of_the_hosts_refuses_is_the_hosts_own(world: World) -> N
             "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN INSERT INTO once VALUES (1);"
             " RETURN NEW; END $$"
         )
-        conn.exec_driver_sql("CREATE TRIGGER note AFTER INSERT ON credit_transactions EXECUTE FUNCTION note()")
+        conn.exec_driver_sql("CREATE TRIGGER note AFTER UPDATE ON users EXECUTE FUNCTION note()")
     with world.engine.connect() as conn, pytest.raises(sa.exc.IntegrityError, match="only_once"):
         world.ledger.consume(conn, user, key="a")
 

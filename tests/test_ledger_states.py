@@ -217,9 +217,9 @@ class Purchase:
             if state == "attached":
                 ledger.attach_session(conn, self.user, self.id, stripe_session_id=self.session("own"))
             elif state == "failed":
-                ledger.fail_purchase(conn, self.user, id=self.id, reason="expired")
+                ledger.fail_purchase(conn, self.user, purchase=self.id, reason="expired")
             elif state in ("completed", "part refunded", "refunded", "given back"):
-                ledger.complete_purchase(conn, self.user, id=self.id, **PRICE)
+                ledger.complete_purchase(conn, self.user, purchase=self.id, **PRICE)
                 if state != "completed":
                     ledger.refund(conn, self.user, self.id, credits=1, key="again")
                 if state == "refunded":
@@ -242,11 +242,11 @@ class Purchase:
             "attach": lambda: ledger.attach_session(conn, user, id, stripe_session_id=own),
             "attach other": lambda: ledger.attach_session(conn, user, id, stripe_session_id=other),
             "attach taken": lambda: ledger.attach_session(conn, user, id, stripe_session_id=taken),
-            "complete": lambda: ledger.complete_purchase(conn, user, id=id, **PRICE),
+            "complete": lambda: ledger.complete_purchase(conn, user, purchase=id, **PRICE),
             "by session": lambda: ledger.complete_purchase(conn, user, stripe_session_id=own, **PRICE),
-            "by both": lambda: ledger.complete_purchase(conn, user, id=id, stripe_session_id=own, **PRICE),
-            "dearer": lambda: ledger.complete_purchase(conn, user, id=id, **{**PRICE, "amount_paid": 19_900}),
-            "fail": lambda: ledger.fail_purchase(conn, user, id=id, reason="expired"),
+            "by both": lambda: ledger.complete_purchase(conn, user, purchase=id, stripe_session_id=own, **PRICE),
+            "dearer": lambda: ledger.complete_purchase(conn, user, purchase=id, **{**PRICE, "amount_paid": 19_900}),
+            "fail": lambda: ledger.fail_purchase(conn, user, purchase=id, reason="expired"),
             "fail session": lambda: ledger.fail_purchase(conn, user, stripe_session_id=own, reason="expired"),
             "refund 2": lambda: ledger.refund(conn, user, id, credits=2, key="two"),
             "refund all": lambda: ledger.refund(conn, user, id, key="all"),
@@ -325,7 +325,7 @@ class Unlocking:
             "key used": (self.user, 1, "used"),
             "key used, 2": (self.user, 2, "used"),
         }[operation]
-        return self.world.ledger.consume(conn, user, workshop=self.workshop, amount=amount, key=key)
+        return self.world.ledger.consume(conn, user, workshop=self.workshop, credits=amount, key=key)
 
     def state(self) -> str:
         if self.tag not in ("locked", "unlocked"):
@@ -357,8 +357,8 @@ class Gift:
                 ledger.consume(conn, self.user, key="gift")
             elif state == "in debt":
                 bought = ledger.start_purchase(conn, self.user, credits=BOUGHT, description="A pack")
-                ledger.complete_purchase(conn, self.user, id=bought.id)
-                ledger.consume(conn, self.user, amount=FUNDS + BOUGHT, key="all of it")
+                ledger.complete_purchase(conn, self.user, purchase=bought.id)
+                ledger.consume(conn, self.user, credits=FUNDS + BOUGHT, key="all of it")
                 ledger.refund(conn, self.user, bought.id, key="the pack")
             elif state == "nearly full":
                 ledger.grant(conn, self.user, credits=INT32_MAX - FUNDS - 2, key="plenty", description="Plenty")

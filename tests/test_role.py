@@ -96,10 +96,10 @@ def test_every_operation_works(app: tuple[World, sa.Engine]) -> None:
         ledger.attach_session(conn, user, bought.id, stripe_session_id="cs_1")
         ledger.complete_purchase(conn, user, stripe_session_id="cs_1", amount_paid=7900, currency="usd")
         failed = ledger.start_purchase(conn, user, credits=5, description="A pack")
-        ledger.fail_purchase(conn, user, id=failed.id, reason="expired")
+        ledger.fail_purchase(conn, user, purchase=failed.id, reason="expired")
         ledger.consume(conn, user, workshop=workshop, key="c")
-        items = [Consume(user, key="d"), Consume(other, amount=3, key="d"), Consume(user, key="e")]
-        items += [Consume(other, amount=9, key="e"), *(Consume(other, key=f"f{n}") for n in range(3))]
+        items = [Consume(user, key="d"), Consume(other, credits=3, key="d"), Consume(user, key="e")]
+        items += [Consume(other, credits=9, key="e"), *(Consume(other, key=f"f{n}") for n in range(3))]
         *written, last = ledger.consume_many(conn, items)
         refused = written.pop(3)
         assert isinstance(refused, InsufficientCredits)
@@ -108,7 +108,7 @@ def test_every_operation_works(app: tuple[World, sa.Engine]) -> None:
         assert (last.balance_after, last.sequence) == (3, 5)
         ledger.refund(conn, user, bought.id, credits=1, key="r")
         with pytest.raises(InsufficientCredits):
-            ledger.consume(conn, user, amount=9, key="f")
+            ledger.consume(conn, user, credits=9, key="f")
         assert ledger.balance(conn, user) == ledger.balance_at(conn, user, now(conn)) == 1
         assert len(ledger.history(conn, user, include_failed=True)) == 6
         ledger.grant(conn, user, credits=2, key="g", description="Welcome")

@@ -114,7 +114,7 @@ class World:
 
     def buy(self, conn: sa.Connection, user: Key, credits: int) -> CreditTransaction:
         started = self.ledger.start_purchase(conn, user, credits=credits, description=f"Purchased {credits}")
-        return self.ledger.complete_purchase(conn, user, id=started.id, amount_paid=100 * credits, currency="usd")
+        return self.ledger.complete_purchase(conn, user, purchase=started.id, amount_paid=100 * credits, currency="usd")
 
     def deadlocks(self) -> int:
         """How many the server has ended in this database."""

@@ -1,7 +1,7 @@
 """The billing side of a user: onboarding, plan tier, Stripe customer, soft delete and restore.
 
-As in the ledger, each operation is one statement on the caller's connection, and doing it twice changes nothing more.
-Nothing here moves a balance.
+As in the ledger, each operation is one call of a function on the caller's connection, and doing it twice changes
+nothing more. Nothing here moves a balance.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from tallystick.config import Config
-from tallystick.database import DbConnection, run
-from tallystick.errors import InvalidArgument, Key, StripeCustomerConflict, UnknownUser, UnknownWorkshop, shown
-from tallystick.schema import Schema
+from tallystick.config import Config, HostMapping
+from tallystick.errors import InvalidArgument, Key, shown
+from tallystick.ledger.connections import Call, Operation, Rows, document, key, moment
+from tallystick.ledger.outcomes import DONE, Refused, error_of
+from tallystick.schema import Schema, mapping_of
 
 PLAN_TIER_MAX = 32
 STRIPE_ID_MAX = 255
@@ -23,58 +24,54 @@ STRIPE_ID_MAX = 255
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What Tallystick keeps about a user. ``updated_at`` and ``deleted_at`` are as the host's columns give them."""
+    """Tallystick's side of a user. Moments are in UTC."""
 
     user: Key
     credit_balance: int
     onboarding_complete: bool
     stripe_customer_id: str | None
     plan_tier: str
-    updated_at: dt.datetime
+    updated_at: dt.datetime | None
     deleted_at: dt.datetime | None
 
 
 class Accounts:
-    """The operations for one configuration. Holds no connection and no state; share it freely."""
+    """The operations for one host. Holds no connection and no state; share it freely.
 
-    def __init__(self, config: Config) -> None:
-        self.schema = Schema.of(config.host)
-        users = self.schema.users.c
-        self._columns = (
-            users.key,
-            users.credit_balance,
-            sa.func.coalesce(users.onboarding_complete, sa.false()),
-            users.stripe_customer_id,
-            sa.func.coalesce(users.plan_tier, sa.literal_column("'free'", sa.Text())),
-            users.updated_at,
-            users.deleted_at,
-        )
+    Made as a :class:`~tallystick.Ledger` is.
+    """
 
-    def get(self, conn: DbConnection, user: Key) -> Account:
+    def __init__(self, source: Config | HostMapping | sa.Engine | sa.Connection) -> None:
+        if isinstance(source, Config):
+            source = source.host
+        self.schema = Schema.of(source if isinstance(source, HostMapping) else mapping_of(source))
+
+    @Operation
+    def get(self, user: Key) -> Call[Account]:
         """The account of ``user``. Raises UnknownUser."""
-        users = self.schema.users.c
-        statement = sa.select(*self._columns).where(users.key == sa.bindparam("p_user", type_=users.key.type))
-        return self._one(conn, statement, user)
+        return self._of_user("account", user)
 
-    def complete_onboarding(self, conn: DbConnection, user: Key) -> Account:
+    @Operation
+    def complete_onboarding(self, user: Key) -> Call[Account]:
         """The user has seen it through. Raises UnknownUser."""
-        return self._update(conn, user, onboarding_complete=sa.true())
+        return self._of_user("complete_onboarding", user)
 
-    def reset_onboarding(self, conn: DbConnection, user: Key) -> Account:
+    @Operation
+    def reset_onboarding(self, user: Key) -> Call[Account]:
         """The user is to see it again. Raises UnknownUser."""
-        return self._update(conn, user, onboarding_complete=sa.false())
+        return self._of_user("reset_onboarding", user)
 
-    def set_plan_tier(self, conn: DbConnection, user: Key, plan_tier: str) -> Account:
+    @Operation
+    def set_plan_tier(self, user: Key, plan_tier: str) -> Call[Account]:
         """Put the user on a plan, a name of 1 to 32 characters of the host's choosing.
 
         Raises:
             InvalidArgument, UnknownUser.
         """
-        return self._update(conn, user, plan_tier=_name("plan_tier", plan_tier, PLAN_TIER_MAX))
+        return self._of_user("set_plan_tier", user, plan_tier=_name("plan_tier", plan_tier, PLAN_TIER_MAX))
 
-    def set_stripe_customer(
-        self, conn: DbConnection, user: Key, stripe_customer_id: str, *, replace: bool = False
-    ) -> Account:
+    @Operation
+    def set_stripe_customer(self, user: Key, stripe_customer_id: str, *, replace: bool = False) -> Call[Account]:
         """Tie the user to a Stripe customer; an existing tie to another one stays unless ``replace``.
 
         Raises:
@@ -82,98 +79,59 @@ class Accounts:
             is another user's.
         """
         customer = _name("stripe_customer_id", stripe_customer_id, STRIPE_ID_MAX)
-        users = self.schema.users
-        other = users.alias("other")
-        statement = self._where_user(
-            sa.update(users)
-            .where(
-                sa.true() if replace else sa.func.coalesce(users.c.stripe_customer_id, customer) == customer,
-                ~sa.select(other.c.key)
-                .where(other.c.stripe_customer_id == customer, other.c.key != users.c.key)
-                .exists(),
-            )
-            .values(stripe_customer_id=customer)
-        )
-        row = run(conn, statement, {"p_user": self.schema.user_key(user)}).one_or_none()
-        if row is not None:
-            return Account(*row)
-        found = self.get(conn, user)
-        reason = (
-            "another user has this customer"
-            if found.stripe_customer_id in (None, customer) or replace
-            else f"the user has {found.stripe_customer_id}. To change it: replace=True"
-        )
-        raise StripeCustomerConflict(
-            f"cannot give user {user} the Stripe customer {customer}: {reason}",
-            user=user,
-            stripe_customer_id=customer,
-        )
+        return self._of_user("set_stripe_customer", user, stripe_customer_id=customer, replace=replace)
 
-    def delete_user(self, conn: DbConnection, user: Key) -> Account:
+    @Operation
+    def delete_user(self, user: Key) -> Call[Account]:
         """Soft-delete: the row and its ledger stay, and nothing can be bought or spent. Keeps the first time.
 
         Raises:
             UnknownUser.
         """
-        return self._update(conn, user, deleted_at=sa.func.coalesce(self.schema.users.c.deleted_at, _now()))
+        return self._of_user("delete_user", user)
 
-    def restore_user(self, conn: DbConnection, user: Key) -> Account:
+    @Operation
+    def restore_user(self, user: Key) -> Call[Account]:
         """Undo a soft delete; credits are as they were. Raises UnknownUser."""
-        return self._update(conn, user, deleted_at=sa.null())
+        return self._of_user("restore_user", user)
 
-    def delete_workshop(self, conn: DbConnection, workshop: Key) -> None:
+    @Operation
+    def delete_workshop(self, workshop: Key) -> Call[None]:
         """Soft-delete a workshop; what unlocked it stays on record. Keeps the first time.
 
         Raises:
             InvalidArgument, UnknownWorkshop.
         """
-        self._delete_workshop(conn, workshop, deleted=True)
+        return self._of_workshop("delete_workshop", workshop)
 
-    def restore_workshop(self, conn: DbConnection, workshop: Key) -> None:
+    @Operation
+    def restore_workshop(self, workshop: Key) -> Call[None]:
         """Undo a soft delete of a workshop.
 
         Raises:
             InvalidArgument, UnknownWorkshop.
         """
-        self._delete_workshop(conn, workshop, deleted=False)
+        return self._of_workshop("restore_workshop", workshop)
 
-    def _delete_workshop(self, conn: DbConnection, workshop: Key, *, deleted: bool) -> None:
-        key = self.schema.workshop_key(workshop)  # also refuses a host without workshops
-        workshops = self.schema.workshops
-        assert workshops is not None  # noqa: S101 - for the type checker
-        statement = (
-            sa.update(workshops)
-            .where(workshops.c.key == sa.bindparam("p_workshop", type_=workshops.c.key.type))
-            .values(deleted_at=sa.func.coalesce(workshops.c.deleted_at, _now()) if deleted else sa.null())
-            .returning(workshops.c.key)
-        )
-        if run(conn, statement, {"p_workshop": key}).one_or_none() is None:
-            raise UnknownWorkshop(f"no workshop {shown(workshop)}", workshop=workshop)
+    def _of_user(self, function: str, user: Key, **more: Any) -> Call[Account]:
+        arguments = {"user_id": self.schema.user_key(user), **more}
 
-    def _update(self, conn: DbConnection, user: Key, **values: Any) -> Account:
-        return self._one(conn, self._where_user(sa.update(self.schema.users).values(**values)), user)
+        def read(rows: Rows) -> Account:
+            row = rows[0]
+            if row[0] != DONE:
+                raise error_of(row[0], Refused(arguments, detail=document(row[8]) or {}))
+            return Account(key(row[1]), row[2], row[3], row[4], row[5], moment(row[6]), moment(row[7]))
 
-    def _where_user(self, statement: sa.Update) -> sa.Executable:
-        users = self.schema.users.c
-        by_key = users.key == sa.bindparam("p_user", type_=users.key.type)
-        return statement.where(by_key).returning(*self._columns)
+        return Call(function, arguments, read)
 
-    def _one(self, conn: DbConnection, statement: sa.Executable, user: Key) -> Account:
-        row = run(conn, statement, {"p_user": self.schema.user_key(user)}).one_or_none()
-        if row is None:
-            raise UnknownUser(
-                f"no user {shown(user)}. Is it the mapped key (tallystick.toml, host.users.key)?", user=user
-            )
-        return Account(*row)
+    def _of_workshop(self, function: str, workshop: Key) -> Call[None]:
+        arguments = {"workshop_id": self.schema.workshop_key(workshop)}
 
+        def read(rows: Rows) -> None:
+            if rows[0][0] != DONE:
+                raise error_of(rows[0][0], Refused(arguments))
 
-def _now() -> Any:
-    """The moment in UTC, as text that the server reads as the column's own type.
-
-    A host's ``deleted_at`` may be a ``timestamp`` without time zone, which by custom holds UTC: it ignores the offset
-    of a literal, where ``now()`` would be turned into the session's time zone.
-    """
-    return sa.literal(dt.datetime.now(dt.UTC).isoformat(), sa.types.NullType())
+        return Call(function, arguments, read)
 
 
 def _name(argument: str, value: object, longest: int) -> str:

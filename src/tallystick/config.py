@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
@@ -118,10 +118,27 @@ def _table_or_none(value: object) -> object:
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
 class HostMapping:
-    """Where the host app keeps what Tallystick needs. Tallystick's ledger is put into the schema of the users."""
+    """Where the host app keeps what Tallystick needs. Tallystick's ledger is put into the schema of the users.
+
+    ``credits`` is the type of a number of credits: ``bigint`` for a host that counts in parts of a credit, such as
+    micro-credits. It is chosen before the first migration.
+    """
 
     users: UsersTable = Field(default_factory=UsersTable)
     workshops: Annotated[WorkshopsTable | None, BeforeValidator(_table_or_none)] = Field(default_factory=WorkshopsTable)
+    credits: Literal["integer", "bigint"] = "integer"
+
+    def to_json(self) -> str:
+        """The mapping as it is stored in the database."""
+        return _MAPPING.dump_json(self).decode()
+
+    @staticmethod
+    def from_json(text: str) -> HostMapping:
+        """The way back from :meth:`to_json`."""
+        return _MAPPING.validate_json(text)
+
+
+_MAPPING = TypeAdapter(HostMapping)
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)

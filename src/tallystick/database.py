@@ -7,12 +7,21 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import OperationalError
 
-from tallystick.errors import Conflict, DatabaseUnavailable, NotMigrated, OutcomeUnknown, PermissionDenied
+from tallystick.errors import (
+    Conflict,
+    DatabaseError,
+    DatabaseUnavailable,
+    HostInterfered,
+    NotMigrated,
+    OutcomeUnknown,
+    PermissionDenied,
+    TallystickError,
+)
 
 if TYPE_CHECKING:  # the ORM takes longer to import than all the rest, and most hosts of a Connection never do
     from sqlalchemy.orm import Session
@@ -43,78 +52,130 @@ def run(conn: DbConnection, statement: sa.Executable, values: Mapping[str, Any])
 def translated(*, connecting: bool = False) -> Iterator[None]:
     """Raise the driver's errors as ours where they mean something to a caller; let the others through.
 
-    ``connecting`` says that nothing was sent yet, so a lost connection has no unknown outcome.
+    The errors of SQLAlchemy, psycopg, psycopg2, asyncpg and Django are read alike, by their SQLSTATE. ``connecting``
+    says that nothing was sent yet, so a lost connection has no unknown outcome.
     """
     try:
         yield
-    except DBAPIError as error:
-        _raise(error, connecting=connecting)
-    except sa.exc.TimeoutError as error:
-        raise DatabaseUnavailable(
-            f"no connection became free: {error}. Give the engine a larger pool", sqlstate=None
-        ) from error
+    except TallystickError:
+        raise
+    except Exception as error:  # whatever is no driver's goes on as it is
+        if meaning := _meaning(error, connecting=connecting):
+            raise meaning from error
+        raise
 
 
-def said(error: DBAPIError) -> str:
+def said(error: BaseException) -> str:
     """What the server or the network said, without the question that libpq puts behind it."""
-    return re.sub(r"\n\tIs the server running [^\n]*", "", str(error.orig).strip())
+    said_by: BaseException = getattr(error, "orig", None) or error
+    return re.sub(r"\n\tIs the server running [^\n]*", "", str(said_by).strip())
+
+
+def sqlstate(error: BaseException) -> str | None:
+    """The SQLSTATE of a driver's error, by whatever name the driver has it; None where there was no answer."""
+    for found in _causes(error):
+        if state := getattr(found, "sqlstate", None) or getattr(found, "pgcode", None):
+            return str(state)
+    return None
 
 
 _IN_THE_WAY = "another transaction was in the way: {}. This statement wrote nothing; roll back and run it again"
 _ENDED = "the server has ended the transaction: {}. Nothing of it was written; run all of it again"
-_MEANINGS: Mapping[str, tuple[type[Conflict | DatabaseUnavailable | PermissionDenied], str]] = {
+_MEANINGS: Mapping[str, tuple[type[DatabaseError], str]] = {
     **dict.fromkeys(("40001", "40P01", "23505", "55P03", "57014"), (Conflict, _IN_THE_WAY)),
     **dict.fromkeys(("25P03", "25P04"), (Conflict, _ENDED)),
     "25006": (DatabaseUnavailable, "the server takes no writes: {}. After a fail-over connect to the new primary"),
     "42501": (PermissionDenied, "{}. Grant it to this role, or use the role that owns the tables"),
+    "TS119": (HostInterfered, "{}. Nothing was written. Exempt Tallystick's columns from it"),
 }
 _NAMES = ("42P01", "42703", "3F000", "42704")
 """No such table, column, schema or type."""
+_FUNCTION = "42883"
+
+_LOST = {
+    # what drivers raise, without an SQLSTATE, when a connection ends or is closed already
+    "psycopg": ("OperationalError",),
+    "psycopg2": ("OperationalError", "InterfaceError"),
+    "asyncpg": ("InterfaceError", "ConnectionDoesNotExistError"),
+}
 
 
-def _raise(error: DBAPIError, *, connecting: bool) -> NoReturn:
-    state: str | None = getattr(error.orig, "sqlstate", None)
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, then what it stands for: SQLAlchemy's ``orig``, Django's ``__cause__``."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = getattr(found, "orig", None) or found.__cause__
+
+
+def _is_drivers(error: BaseException) -> bool:
+    return any(
+        type(found).__module__.partition(".")[0] in ("psycopg", "psycopg2", "asyncpg") for found in _causes(error)
+    )
+
+
+def _meaning(  # noqa: PLR0911 - a table of meanings
+    error: Exception, *, connecting: bool
+) -> DatabaseError | NotMigrated | None:
+    """The error of ours that this one stands for; None where it is the host's own, or no driver's."""
+    kind = f"{type(error).__module__}.{type(error).__qualname__}"
+    if kind == "sqlalchemy.exc.TimeoutError":
+        return DatabaseUnavailable(f"no connection became free: {error}. Give the engine a larger pool", sqlstate=None)
+    state = sqlstate(error)
+    if not (_is_drivers(error) or (connecting and isinstance(error, OSError))):
+        return None
     text = said(error)
-    lost = error.connection_invalidated or (isinstance(error, OperationalError) and state is None)
+    lost = getattr(error, "connection_invalidated", False) or (state is None and _has_no_answer(error))
     if state == "23505" and not _is_ours(error):
-        raise error  # of a trigger of the host's
-    if meaning := _MEANINGS.get(state or ""):
-        kind, message = meaning
-        raise kind(message.format(text), sqlstate=state) from error
+        return None  # of a trigger of the host's
+    if found := _MEANINGS.get(state or ""):
+        meaning, message = found
+        return meaning(message.format(text), sqlstate=state)
+    if state == _FUNCTION and "function tallystick." in text.partition(chr(10))[0]:
+        return NotMigrated(
+            f"{text.partition(chr(10))[0]}. The functions of this database are older than this package. Run: "
+            "tallystick migrate apply",
+            revision=None,
+        )
     if state in _NAMES:
-        raise NotMigrated(
+        return NotMigrated(
             f"{text.partition(chr(10))[0]}. Is it the app's? It is mapped in tallystick.toml. Is it Tallystick's? Run: "
             "tallystick migrate apply",
             revision=None,
-        ) from error
+        )
     if connecting and (lost or state is None or state[:2] in ("08", "28", "3D", "53", "57")):
-        raise DatabaseUnavailable(
+        return DatabaseUnavailable(
             f"cannot connect: {text}. Check the address, and that the server runs", sqlstate=state
-        ) from error
-    if state == "53200" and "lock.c" in (getattr(getattr(error.orig, "diag", None), "source_file", None) or ""):
-        raise DatabaseUnavailable(
-            f"the server's lock table is full: {text}. Nothing was written; pass shorter lists, since each user takes "
-            "an entry until the transaction ends, or raise max_locks_per_transaction",
-            sqlstate=state,
-        ) from error
+        )
     if (state or "").startswith("53"):
-        raise DatabaseUnavailable(
+        return DatabaseUnavailable(
             f"the server has no room: {text}. Nothing was written; give it disk or memory and run it again",
             sqlstate=state,
-        ) from error
+        )
     if lost or (state or "")[:2] in ("08", "57") or state in ("58030", "XX000"):
-        raise OutcomeUnknown(
+        return OutcomeUnknown(
             f"the connection died under this call: {text}. Whether it was written is unknown; "
             "make the same call again with the same key",
             sqlstate=state,
-        ) from error
-    raise error
+        )
+    return None
 
 
-def _is_ours(error: DBAPIError) -> bool:
-    """Whether a constraint of the ledger's was broken: somebody else wrote the same at the same moment."""
-    name = getattr(getattr(error.orig, "diag", None), "constraint_name", None) or ""
-    return name.startswith(("credit_transactions_", "tallystick_", "stripe_"))
+def _has_no_answer(error: BaseException) -> bool:
+    return any(
+        type(found).__name__ in _LOST.get(type(found).__module__.partition(".")[0], ())
+        or isinstance(found, ConnectionError)
+        for found in _causes(error)
+    )
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Tells if a constraint of the ledger's was broken: somebody else wrote the same at the same moment."""
+    for found in _causes(error):
+        name = getattr(getattr(found, "diag", None), "constraint_name", None) or getattr(found, "constraint_name", None)
+        if name:
+            return str(name).startswith(("credit_transactions_", "tallystick_", "stripe_"))
+    return False
 
 
 def engine(url: str | sa.URL, **options: Any) -> sa.Engine:

@@ -10,7 +10,8 @@
     │   ├── DatabaseUnavailable      no connection could be made
     │   ├── OutcomeUnknown           the connection died under a call        (outcome_unknown)
     │   ├── Conflict                 serialization failure, deadlock, timeout (retryable)
-    │   └── PermissionDenied         the role may not do this
+    │   ├── PermissionDenied         the role may not do this
+    │   └── HostInterfered           a trigger of the host's changed or swallowed what was written
     ├── SchemaError                  the database is not in the shape this package needs
     │   ├── NotMigrated              run: tallystick migrate apply
     │   ├── SchemaTooNew             the database is ahead of this package
@@ -160,6 +161,10 @@ class Conflict(DatabaseError):
 
 class PermissionDenied(DatabaseError):
     """The database role lacks a privilege (42501)."""
+
+
+class HostInterfered(DatabaseError):
+    """A trigger, rule or policy of the host's changed or swallowed what the ledger wrote (TS119). Nothing stays."""
 
 
 class SchemaError(TallystickError):

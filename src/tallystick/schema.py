@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -19,7 +19,7 @@ from tallystick.config import HostMapping, KeyType
 from tallystick.database import DbConnection, translated
 from tallystick.errors import InvalidArgument, Key, NotMigrated, SchemaTooNew, shown
 
-HEAD = "0002"
+HEAD = "0001"
 """The revision this package works with; the tests hold it against ``migrate/versions``."""
 
 BOOKKEEPING_SCHEMA = "tallystick"
@@ -69,7 +69,7 @@ class Schema:
             self.metadata,
             Column(host.users.key, user_key, key="key", nullable=False, unique=True),
             *([Column(host.users.email, sa.Text, key="email")] if host.users.email else ()),
-            *user_columns(),
+            *user_columns(host.credits),
             schema=host.users.schema,
         )
         self.users_stripe_customer = Index(
@@ -109,8 +109,8 @@ class Schema:
             ),
             Column("type", _enum(CreditTransactionType, "credit_transaction_type", host), nullable=False),
             Column("status", _enum(CreditTransactionStatus, "credit_transaction_status", host), nullable=False),
-            Column("amount", sa.Integer, nullable=False),
-            Column("balance_after", sa.Integer),
+            Column("amount", _CREDITS[host.credits], nullable=False),
+            Column("balance_after", _CREDITS[host.credits]),
             Column("sequence", sa.Integer),
             Column("description", sa.Text, nullable=False),
             Column("workshop_id", workshop_key, *workshop_reference),
@@ -121,6 +121,7 @@ class Schema:
             Column("amount_paid", sa.BigInteger),
             Column("currency", sa.CHAR(3)),
             Column("idempotency_key", sa.Text),
+            Column("metadata", pg.JSONB),
             Column("created_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
             Column("completed_at", pg.TIMESTAMP(timezone=True)),
             sa.PrimaryKeyConstraint("id", name=f"{LEDGER}_pkey"),
@@ -193,6 +194,11 @@ class Schema:
         """The tables of ``host``, the same object each time."""
         return Schema(host)
 
+    @property
+    def credits_max(self) -> int:
+        """The largest number of credits that a column holds."""
+        return INT32_MAX if self.host.credits == "integer" else INT64_MAX
+
     def user_key(self, value: object) -> Key:
         """``value`` as a user's key. Raises InvalidArgument."""
         return _as_key("user", value, self.host.users.key_type)
@@ -213,17 +219,16 @@ LEDGER = "credit_transactions"
 
 CHECKS: dict[str, str] = {
     # a type added later that takes nothing away gives: this rule needs no change for it
-    "amount_sign": "amount <> 0 AND (amount < 0) = (type IN ('consumption', 'refund'))",
-    "completed": "(status = 'completed') = (balance_after IS NOT NULL)"
-    " AND (status = 'completed') = (sequence IS NOT NULL)"
-    " AND (status = 'completed') = (completed_at IS NOT NULL)",
-    "only_purchases_wait": "status = 'completed' OR type = 'purchase'",
-    "sequence_positive": "sequence > 0",
-    "no_overdraft": "type <> 'consumption' OR balance_after >= 0",
-    # which purchase a refund takes back, or whose credits a grant gives back
-    "refund_of": "CASE type WHEN 'refund' THEN refund_of IS NOT NULL"
-    " WHEN 'purchase' THEN refund_of IS NULL WHEN 'consumption' THEN refund_of IS NULL ELSE true END",
-    "paid": "(amount_paid IS NULL) = (currency IS NULL) AND amount_paid >= 0 AND currency ~ '^[a-z]{3}$'",
+    "type": "CASE type"
+    " WHEN 'consumption' THEN amount < 0 AND balance_after >= 0 AND refund_of IS NULL AND status = 'completed'"
+    " WHEN 'purchase' THEN amount > 0 AND refund_of IS NULL"
+    " WHEN 'refund' THEN amount < 0 AND refund_of IS NOT NULL AND status = 'completed'"
+    " ELSE amount > 0 AND status = 'completed' END",
+    "status": "CASE status WHEN 'completed' THEN num_nulls(balance_after, sequence, completed_at) = 0 AND sequence > 0"
+    " ELSE num_nonnulls(balance_after, sequence, completed_at) = 0 END",
+    "paid": "num_nonnulls(stripe_session_id, stripe_payment_intent_id, stripe_price_id, amount_paid, currency) = 0"
+    " OR type = 'purchase' AND (amount_paid IS NULL) = (currency IS NULL)"
+    " AND coalesce(amount_paid >= 0 AND currency ~ '^[a-z]{3}$', true)",
 }
 """The ledger's rules, each also an audit check."""
 
@@ -233,10 +238,13 @@ TRIGGERS: dict[str, tuple[str, ...]] = {
 }
 
 
-def user_columns() -> tuple[Column[object], ...]:
-    """What the users table gets, in this order."""
+_CREDITS: dict[str, type[sa.Integer]] = {"integer": sa.Integer, "bigint": sa.BigInteger}
+
+
+def user_columns(credits: Literal["integer", "bigint"] = "integer") -> tuple[Column[object], ...]:
+    """The columns that the users table gets, in this order."""
     return (
-        Column("credit_balance", sa.Integer, nullable=False, server_default=sa.text("0")),
+        Column("credit_balance", _CREDITS[credits], nullable=False, server_default=sa.text("0")),
         Column("credit_sequence", sa.Integer, nullable=False, server_default=sa.text("0")),
         Column("onboarding_complete", sa.Boolean, nullable=False, server_default=sa.text("false")),
         Column("stripe_customer_id", sa.Text),
@@ -372,6 +380,35 @@ def verify(conn: DbConnection) -> None:
         f"this database is at revision {found}, this package needs {HEAD}. Run: tallystick migrate apply",
         revision=found,
     )
+
+
+mapping = Table(
+    "mapping",
+    _bookkeeping,
+    Column("host", pg.JSONB, nullable=False),
+    Column("stored_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
+    Column("the_only_row", sa.Boolean, primary_key=True, server_default=sa.true()),
+)
+"""The mapping that the functions were made for."""
+
+
+def mapping_of(source: sa.Engine | sa.Connection) -> HostMapping:
+    """The mapping that the database stores, through an engine or a connection.
+
+    Raises:
+        NotMigrated: run ``tallystick migrate apply``.
+    """
+    if isinstance(source, sa.Engine):
+        with translated(connecting=True):
+            conn = source.connect()
+        with conn:
+            return mapping_of(conn)
+    with translated(connecting=True):
+        there = source.scalar(sa.select(sa.func.to_regclass(f"{BOOKKEEPING_SCHEMA}.mapping")))
+        stored = None if there is None else source.scalar(sa.select(sa.cast(mapping.c.host, sa.Text)))
+    if stored is None:
+        raise NotMigrated("this database has no Tallystick schema yet. Run: tallystick migrate apply", revision=None)
+    return HostMapping.from_json(stored)
 
 
 def _enum(labels: type[StrEnum], name: str, host: HostMapping) -> pg.ENUM:

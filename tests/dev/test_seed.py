@@ -278,7 +278,7 @@ def test_what_a_developer_did_to_a_seeded_user_stays(world: World) -> None:
     plant(world)
     funded = SCENARIOS["funded"].user_key(world.schema)
     with world.engine.begin() as conn:
-        world.ledger.consume(conn, funded, amount=3, key="mine")
+        world.ledger.consume(conn, funded, credits=3, key="mine")
         world.accounts.set_plan_tier(conn, funded, "pro")
     before = every_row(world)
     report = plant(world)

@@ -37,10 +37,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tallystick import Config, Consume, CreditTransaction, Ledger, migrate
 from tallystick.audit import audit
-from tallystick.combine import Combiner
 from tallystick.database import engine, translated
 from tallystick.dev.postgres import Server
 from tallystick.errors import DatabaseError, DatabaseUnavailable, LedgerError
+from tallystick.ledger.combiner import Combiner
 from worlds import SHAPES, World
 
 HOST = SHAPES["uuid"].host
@@ -140,11 +140,11 @@ class Client:
             return [answer for call in calls for answer in self.make(conn, call)]
 
     def combined(self, wish: Wish) -> Future[CreditTransaction]:
-        return self.combiner.consume(wish.user, workshop=wish.of, amount=wish.amount, key=wish.key)
+        return self.combiner.consume(wish.user, workshop=wish.of, credits=wish.amount, key=wish.key)
 
     def make(self, conn: sa.Connection, call: Call) -> list[Any]:
         if len(call) > 1:
-            items = [Consume(wish.user, workshop=wish.of, amount=wish.amount, key=wish.key) for wish in call]
+            items = [Consume(wish.user, workshop=wish.of, credits=wish.amount, key=wish.key) for wish in call]
             return self.ledger.consume_many(conn, items)
         try:
             return [self.grant_wish(conn, *call[0])]
@@ -155,10 +155,10 @@ class Client:
         ledger = self.ledger
         match what:
             case "consume":
-                return ledger.consume(conn, user, workshop=of, amount=amount, key=key)
+                return ledger.consume(conn, user, workshop=of, credits=amount, key=key)
             case "buy":  # asked again it is the same purchase, complete or not
                 started = ledger.start_purchase(conn, user, credits=amount, description="A pack", key=key)
-                return ledger.complete_purchase(conn, user, id=started.id)
+                return ledger.complete_purchase(conn, user, purchase=started.id)
             case "refund":
                 return ledger.refund(conn, user, of, credits=amount, key=key)
             case "reinstate":

@@ -121,11 +121,11 @@ def test_amounts(pooled: World) -> None:
         with world.autocommit.connect() as conn:
             for call in (
                 lambda: ledger.start_purchase(conn, user, credits=amount, description="x", key=key),
-                lambda: ledger.consume(conn, user, amount=amount, key=key),
+                lambda: ledger.consume(conn, user, credits=amount, key=key),
                 lambda: (
                     ledger.refund(conn, user, uuid.uuid4(), credits=amount, key=key)
                     if amount is not None
-                    else ledger.consume(conn, user, amount=None, key=key)
+                    else ledger.consume(conn, user, credits=None, key=key)
                 ),  # type: ignore[arg-type]
             ):
                 try:
@@ -136,7 +136,7 @@ def test_amounts(pooled: World) -> None:
                     assert whole  # too much, or no such purchase
                 else:
                     assert whole
-            (result,) = ledger.consume_many(conn, [Consume(user, amount=amount, key=f"{key} many")])
+            (result,) = ledger.consume_many(conn, [Consume(user, credits=amount, key=f"{key} many")])
             assert isinstance(result, InvalidArgument) is not whole
 
     check()
@@ -160,14 +160,14 @@ def test_members_of_enums_are_the_texts_and_numbers_that_they_are(make_world: Ca
     world = make_world()
     ledger, user = world.ledger, world.user(credits=9)
     with world.engine.begin() as conn:
-        once = ledger.consume(conn, user, amount=Size.SMALL, key=job, description=job)
+        once = ledger.consume(conn, user, credits=Size.SMALL, key=job, description=job)
         assert (once.idempotency_key, once.description, once.amount) == ("nightly", "nightly", -2)
         assert type(once.idempotency_key) is str
-        again = [Consume(user, amount=amount, key=key) for amount, key in ((Size.SMALL, job), (2, "nightly"))]
+        again = [Consume(user, credits=amount, key=key) for amount, key in ((Size.SMALL, job), (2, "nightly"))]
         assert all(
-            row.replayed for row in (ledger.consume(conn, user, amount=2, key=job), *ledger.consume_many(conn, again))
+            row.replayed for row in (ledger.consume(conn, user, credits=2, key=job), *ledger.consume_many(conn, again))
         )
-        (new,) = ledger.consume_many(conn, [Consume(user, amount=Size.SMALL, key=f"{job.value} 2", description=job)])
+        (new,) = ledger.consume_many(conn, [Consume(user, credits=Size.SMALL, key=f"{job.value} 2", description=job)])
         assert (new.description, new.balance_after) == ("nightly", 5)
 
 
@@ -209,7 +209,7 @@ def test_cursors_and_purchases(pooled: World) -> None:
                 assert refused(lambda: ledger.history(conn, user, before=anything)) or isinstance(anything, str)
             for call in (
                 lambda: ledger.refund(conn, user, anything, key="a"),
-                lambda: ledger.complete_purchase(conn, user, id=anything),
+                lambda: ledger.complete_purchase(conn, user, purchase=anything),
                 lambda: ledger.fail_purchase(conn, user, stripe_session_id=anything, reason="a"),
             ):
                 with pytest.raises(LedgerError):

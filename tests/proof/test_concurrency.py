@@ -75,7 +75,7 @@ def test_a_workshop_is_paid_for_once(world: World) -> None:
 
 
 def complete(world: World, conn: sa.Connection, number: int, user: Key, purchase: UUID) -> CreditTransaction:
-    return world.ledger.complete_purchase(conn, user, id=purchase, amount_paid=7900, currency="usd")
+    return world.ledger.complete_purchase(conn, user, purchase=purchase, amount_paid=7900, currency="usd")
 
 
 def test_a_purchase_is_granted_once(world: World) -> None:
@@ -89,8 +89,8 @@ def test_a_purchase_is_granted_once(world: World) -> None:
 
 def settle(world: World, conn: sa.Connection, number: int, user: Key, purchase: UUID) -> Any:
     if number % 2:
-        return world.ledger.complete_purchase(conn, user, id=purchase, amount_paid=7900, currency="usd")
-    return outcome(lambda: world.ledger.fail_purchase(conn, user, id=purchase, reason="expired"))
+        return world.ledger.complete_purchase(conn, user, purchase=purchase, amount_paid=7900, currency="usd")
+    return outcome(lambda: world.ledger.fail_purchase(conn, user, purchase=purchase, reason="expired"))
 
 
 def test_paid_beats_failed_in_any_order(world: World) -> None:
@@ -173,7 +173,7 @@ def test_two_purchases_in_transactions_of_their_own_do_not_block_each_other_for_
         with conn.begin():
             row = world.ledger.start_purchase(conn, user, credits=1, description="A pack")
             started.wait(PATIENCE_S)  # both hold what the new row's foreign key takes
-            return world.ledger.complete_purchase(conn, user, id=row.id).balance_after
+            return world.ledger.complete_purchase(conn, user, purchase=row.id).balance_after
 
     assert sorted(threads(world, 2, buy, isolation="READ COMMITTED")) == [1, 2]
 
@@ -360,11 +360,11 @@ def live(world: World, conn: sa.Connection, number: int, users: list[Key], works
         buyer, purchase = dice.choice(bought)
         amount, back = dice.choice((1, 1, 2, 5)), dice.choice((1, 2, None))
         calls = (
-            lambda: ledger.consume(conn, user, amount=amount, key=key),
+            lambda: ledger.consume(conn, user, credits=amount, key=key),
             lambda: ledger.consume(conn, user, workshop=workshop, key=key),
             lambda: ledger.refund(conn, buyer, purchase, credits=back, key=key),
-            lambda: ledger.complete_purchase(conn, buyer, id=purchase),
-            lambda: ledger.fail_purchase(conn, buyer, id=purchase, reason="expired"),
+            lambda: ledger.complete_purchase(conn, buyer, purchase=purchase),
+            lambda: ledger.fail_purchase(conn, buyer, purchase=purchase, reason="expired"),
         )
         return dice.choice(calls)
 

@@ -220,8 +220,8 @@ def test_every_operation_says_so_when_its_backend_is_terminated(world: World) ->
         pending = ledger.start_purchase(conn, user, credits=7, description="A pack")
     for call, change in (
         (lambda conn: ledger.consume(conn, user, workshop=workshop, key="w"), -1),
-        (lambda conn: ledger.consume(conn, user, amount=3, key="c"), -3),
-        (lambda conn: ledger.complete_purchase(conn, user, id=pending.id), +7),
+        (lambda conn: ledger.consume(conn, user, credits=3, key="c"), -3),
+        (lambda conn: ledger.complete_purchase(conn, user, purchase=pending.id), +7),
         (lambda conn: ledger.refund(conn, user, bought.id, credits=2, key="r"), -2),
     ):
         with world.engine.connect() as conn:

@@ -130,23 +130,23 @@ def operations(history: History, conn: sa.Connection) -> dict[str, Call]:
     many = [
         Consume(FIRST, key=f"{key} many"),
         Consume(FIRST, workshop=fresh[1], key=f"{key} many 2"),
-        Consume(FIRST, amount=2**30, key=f"{key} many 3"),
+        Consume(FIRST, credits=2**30, key=f"{key} many 3"),
         Consume(FIRST, key="key 2"),
     ]
     return {
         "start_purchase": lambda c: ledger.start_purchase(c, FIRST, credits=1, description="x", key=f"{key} s"),
         "attach_session": lambda c: ledger.attach_session(c, FIRST, unattached, stripe_session_id=f"{key} a"),
         "attach_session, again": lambda c: ledger.attach_session(c, FIRST, waiting[3], stripe_session_id=f"{key} 3"),
-        "complete_purchase by id": lambda c: ledger.complete_purchase(c, FIRST, id=by_hand),
+        "complete_purchase by id": lambda c: ledger.complete_purchase(c, FIRST, purchase=by_hand),
         "complete_purchase by session": lambda c: ledger.complete_purchase(c, FIRST, stripe_session_id=f"{key} 1"),
-        "complete_purchase, again": lambda c: ledger.complete_purchase(c, FIRST, id=bought),
-        "fail_purchase by id": lambda c: ledger.fail_purchase(c, FIRST, id=lost, reason="expired"),
+        "complete_purchase, again": lambda c: ledger.complete_purchase(c, FIRST, purchase=bought),
+        "fail_purchase by id": lambda c: ledger.fail_purchase(c, FIRST, purchase=lost, reason="expired"),
         "fail_purchase by session": lambda c: ledger.fail_purchase(
             c, FIRST, stripe_session_id=f"{key} 3", reason="expired"
         ),
         "consume": lambda c: ledger.consume(c, FIRST, key=f"{key} c"),
         "consume, again": lambda c: ledger.consume(c, FIRST, key="key 2"),
-        "consume, refused": lambda c: ledger.consume(c, FIRST, amount=2**30, key=f"{key} r"),
+        "consume, refused": lambda c: ledger.consume(c, FIRST, credits=2**30, key=f"{key} r"),
         "consume for a workshop": lambda c: ledger.consume(c, FIRST, workshop=fresh[0], key=f"{key} w"),
         "consume for an unlocked workshop": lambda c: ledger.consume(c, FIRST, workshop=unlocked, key=f"{key} u"),
         "consume_many": lambda c: ledger.consume_many(c, many),

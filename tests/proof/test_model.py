@@ -121,12 +121,14 @@ class Machine(RuleBasedStateMachine):
     @rule(purchase=purchases)
     def complete(self, purchase: Any) -> None:
         self.model.complete(purchase)
-        self.agree(None, lambda: self.ledger.complete_purchase(self.conn, self.user, id=purchase))
+        self.agree(None, lambda: self.ledger.complete_purchase(self.conn, self.user, purchase=purchase))
 
     @rule(purchase=purchases)
     def fail(self, purchase: Any) -> None:
         expected = self.model.fail(purchase)
-        self.agree(expected, lambda: self.ledger.fail_purchase(self.conn, self.user, id=purchase, reason="expired"))
+        self.agree(
+            expected, lambda: self.ledger.fail_purchase(self.conn, self.user, purchase=purchase, reason="expired")
+        )
 
     def keyed(self, expected: str | None, call: Callable[[], CreditTransaction]) -> Any:
         row = self.agree(expected, call)
@@ -136,7 +138,7 @@ class Machine(RuleBasedStateMachine):
     def consume(self, amount: int) -> Any:
         key = self.key()
         return self.keyed(
-            self.model.consume(amount), lambda: self.ledger.consume(self.conn, self.user, amount=amount, key=key)
+            self.model.consume(amount), lambda: self.ledger.consume(self.conn, self.user, credits=amount, key=key)
         )
 
     @rule(target=done, which=st.integers(0, 2))
@@ -151,13 +153,15 @@ class Machine(RuleBasedStateMachine):
     def many(self, wanted: list[tuple[int, int | None]]) -> Any:
         """Each as if by itself, in order; and each is known by its key afterwards."""
         items = [
-            Consume(self.user, workshop=None if which is None else self.workshops[which], amount=amount, key=self.key())
+            Consume(
+                self.user, workshop=None if which is None else self.workshops[which], credits=amount, key=self.key()
+            )
             for amount, which in wanted
         ]
         found = self.ledger.consume_many(self.conn, items)
         assert len(found) == len(items)
         for item, row in zip(items, found, strict=True):
-            expected = self.model.consume(item.amount, item.workshop)
+            expected = self.model.consume(item.credits, item.workshop)
             assert (None if isinstance(row, CreditTransaction) else type(row).__name__) == expected
             if isinstance(row, CreditTransaction) and not row.replayed:
                 assert (row.balance_after, row.sequence) == (self.model.balance, self.model.rows)
@@ -172,7 +176,7 @@ class Machine(RuleBasedStateMachine):
 
     def alone(self, item: Consume) -> Callable[[], CreditTransaction]:
         return lambda: self.ledger.consume(
-            self.conn, item.user, workshop=item.workshop, amount=item.amount, key=item.key
+            self.conn, item.user, workshop=item.workshop, credits=item.credits, key=item.key
         )
 
     @rule(target=done, purchase=purchases, credits=st.none() | st.integers(1, 7))

@@ -58,7 +58,7 @@ def test_transactions_of_several_calls_through_the_pool(pooled: World) -> None:
         for n in range(5):
             with conn.begin():
                 bought = world.ledger.start_purchase(conn, user, credits=3, description="A pack", key=f"{number}-{n}")
-                world.ledger.complete_purchase(conn, user, id=bought.id)
+                world.ledger.complete_purchase(conn, user, purchase=bought.id)
                 world.ledger.consume(conn, user, key=f"{number}-{n} spent")
                 world.ledger.refund(conn, user, bought.id, credits=1, key=f"{number}-{n} back")
 

@@ -14,8 +14,8 @@ import sqlalchemy as sa
 
 from crowd import books_balance
 from tallystick import Consume, CreditTransaction
-from tallystick.combine import Combiner
 from tallystick.errors import DatabaseError, Key, OutcomeUnknown
+from tallystick.ledger.combiner import Combiner
 from wire import Fault, Harm, Proxy
 from worlds import World
 
@@ -41,21 +41,21 @@ def prepared(world: World, operation: str) -> Case:
         ledger.refund(conn, user, refunded.id, key="all of it")
         pending, attached = (ledger.start_purchase(conn, user, credits=7, description="A pack") for _ in range(2))
         ledger.attach_session(conn, user, attached.id, stripe_session_id=f"cs {user}")
-    many = [Consume(user, key="1"), Consume(user, workshop=workshop, key="2"), Consume(user, amount=99, key="3")]
+    many = [Consume(user, key="1"), Consume(user, workshop=workshop, key="2"), Consume(user, credits=99, key="3")]
     calls: dict[str, tuple[Call, int]] = {
         "start_purchase": (lambda c: ledger.start_purchase(c, user, credits=7, description="A pack", key="s"), 0),
         "attach_session": (lambda c: ledger.attach_session(c, user, pending.id, stripe_session_id=f"cs_{user}"), 0),
-        "complete_purchase": (lambda c: ledger.complete_purchase(c, user, id=pending.id), +7),
+        "complete_purchase": (lambda c: ledger.complete_purchase(c, user, purchase=pending.id), +7),
         "complete_purchase by session": (
             lambda c: ledger.complete_purchase(c, user, stripe_session_id=f"cs {user}"),
             +7,
         ),
-        "fail_purchase": (lambda c: ledger.fail_purchase(c, user, id=pending.id, reason="expired"), 0),
+        "fail_purchase": (lambda c: ledger.fail_purchase(c, user, purchase=pending.id, reason="expired"), 0),
         "fail_purchase by session": (
             lambda c: ledger.fail_purchase(c, user, stripe_session_id=f"cs {user}", reason="expired"),
             0,
         ),
-        "consume": (lambda c: ledger.consume(c, user, amount=2, key="c"), -2),
+        "consume": (lambda c: ledger.consume(c, user, credits=2, key="c"), -2),
         "consume for a workshop": (lambda c: ledger.consume(c, user, workshop=workshop, key="w"), -1),
         "consume_many": (lambda c: ledger.consume_many(c, many), -2),
         "refund": (lambda c: ledger.refund(c, user, bought.id, credits=3, key="r"), -3),

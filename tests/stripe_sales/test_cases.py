@@ -245,7 +245,7 @@ def test_paid_beats_failed(shop: Shop):
     user = shop.world.user()
     started = shop.checkout(user)
     with shop.engine.begin() as conn:
-        shop.world.ledger.fail_purchase(conn, user, id=started.purchase.id, reason="given up too early")
+        shop.world.ledger.fail_purchase(conn, user, purchase=started.purchase.id, reason="given up too early")
     shop.dev.pay(started.session)
     assert shop.outcomes(COMPLETED) == ["granted"]
     assert shop.purchase(started).description.endswith("(paid after all)")
@@ -393,7 +393,7 @@ def test_what_a_balance_cannot_hold_is_reported_and_found_again(shop: Shop):
     assert shop.outcomes(COMPLETED) == ["refused"]
     assert (shop.purchase(started).status, shop.findings()) == ("pending", ["refused"])
     with shop.engine.begin() as conn:
-        shop.world.ledger.consume(conn, user, amount=CREDITS, key="room")
+        shop.world.ledger.consume(conn, user, credits=CREDITS, key="room")
     stripe.reconcile(shop.engine, shop.config)
     assert (shop.purchase(started).status, shop.balance(user)) == ("completed", INT32_MAX)
 
@@ -497,7 +497,7 @@ def test_refund_failed_or_canceled(shop: Shop, end, succeeded):
 def test_refund_after_the_credits_are_spent(shop: Shop):
     user, started = bought(shop)
     with shop.engine.begin() as conn:
-        shop.world.ledger.consume(conn, user, amount=90, key="spent")
+        shop.world.ledger.consume(conn, user, credits=90, key="spent")
     shop.dev.refund(shop.intent(started))
     shop.outcomes("refund.created")
     assert shop.balance(user) == -90

@@ -99,7 +99,7 @@ class Machine(RuleBasedStateMachine):
     def spend(self):
         with self.shop.engine.begin() as conn:
             try:
-                self.shop.world.ledger.consume(conn, self.user, amount=7, key=f"spend {self.spent}")
+                self.shop.world.ledger.consume(conn, self.user, credits=7, key=f"spend {self.spent}")
             except InsufficientCredits:
                 return
         self.spent += 7

@@ -91,7 +91,7 @@ def test_a_client_cannot_occupy_a_key_of_the_hosts(site: Site) -> None:
     workshop = site.world.workshop(user)
     site.post(user, f"/billing/api/workshops/{workshop}/unlock", headers={"idempotency-key": "nightly-report"})
     with site.world.engine.begin() as conn:
-        assert site.world.ledger.consume(conn, user, amount=2, key="nightly-report").replayed is False
+        assert site.world.ledger.consume(conn, user, credits=2, key="nightly-report").replayed is False
 
 
 def test_many_at_once_spend_one_credit(site: Site) -> None:

@@ -226,7 +226,7 @@ def test_debt_is_said_in_words(site: Site) -> None:
     user = site.world.user()
     with site.world.engine.begin() as conn:
         bought = site.world.buy(conn, user, 2)
-        site.world.ledger.consume(conn, user, key="a", amount=2)
+        site.world.ledger.consume(conn, user, key="a", credits=2)
         site.world.ledger.refund(conn, user, bought.id, key="r")
     assert "You owe 2 credits." in site.get(user, "/billing/history", headers=HTML).text
     assert "2 credits owed" in site.get(user, "/billing/badge", headers=HTML).text

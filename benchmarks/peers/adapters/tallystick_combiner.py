@@ -5,7 +5,7 @@ from __future__ import annotations
 from adapters import tallystick
 
 from tallystick import InsufficientCredits
-from tallystick.combine import Combiner
+from tallystick.ledger.combiner import Combiner
 
 
 class Adapter(tallystick.Adapter):

@@ -199,7 +199,7 @@ def consume(
             conn,
             user_key(config, user),
             workshop=place,
-            amount=amount,
+            credits=amount,
             key=key or f"cli-{uuid4()}",
             description=description,
         )

@@ -751,7 +751,7 @@ class _Story:
         return self.ledger.complete_purchase(
             self.conn,
             self.user,
-            id=started.id,
+            purchase=started.id,
             amount_paid=pack.amount,
             currency=None if pack.amount is None else pack.currency,
             stripe_payment_intent_id=f"pi_{self._stripe_name()}",
@@ -763,7 +763,7 @@ class _Story:
 
     def fail(self, started: CreditTransaction) -> None:
         """Stripe says that the session expired."""
-        self.ledger.fail_purchase(self.conn, self.user, id=started.id, reason="expired")
+        self.ledger.fail_purchase(self.conn, self.user, purchase=started.id, reason="expired")
 
     def refund(self, bought: CreditTransaction, credits: int | None = None) -> None:
         """Give back ``credits`` of a purchase, or all of it."""
@@ -779,7 +779,7 @@ class _Story:
 
     def spend(self, amount: int = 1, *, description: str | None = None) -> None:
         """Spend credits on no workshop."""
-        self.ledger.consume(self.conn, self.user, amount=amount, key=self._key(), description=description)
+        self.ledger.consume(self.conn, self.user, credits=amount, key=self._key(), description=description)
 
     def draft(self, *titles: str, created_at: dt.datetime | None = None) -> list[Key]:
         """Make workshops, locked ones; none where the host has no such thing."""

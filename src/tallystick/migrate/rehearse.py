@@ -177,7 +177,7 @@ def _live(engine: sa.Engine, config: Config) -> Iterator[Lived]:
         ("reading the balance", read),
         ("granting 2 credits", lambda conn: ledger.grant(conn, user, credits=2, key=f"{mark} grant", description=mark)),
         ("starting a purchase of 3", buy),
-        ("completing it", lambda conn: ledger.complete_purchase(conn, user, id=bought.id)),
+        ("completing it", lambda conn: ledger.complete_purchase(conn, user, purchase=bought.id)),
         (spending, lambda conn: ledger.consume(conn, user, workshop=workshop, key=f"{mark} spend")),
         ("refunding 2", lambda conn: ledger.refund(conn, user, bought.id, credits=2, key=f"{mark} refund")),
         ("reading balance and history", check),

@@ -24,7 +24,7 @@ transaction handling is what must not happen here (one transaction for all revis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -34,6 +34,7 @@ from alembic.script import ScriptDirectory
 from psycopg.sql import SQL, Composable, Identifier
 
 from tallystick.config import HostMapping, KeyType
+from tallystick.ledger import functions
 
 Word = Literal["users", "workshops"]
 """A host table by our name for it."""
@@ -58,6 +59,9 @@ class TableNames:
     table: str
     key: Identifier
     key_type: SQL
+    owner: Identifier | None = None
+    title: Identifier | None = None
+    created_at: Identifier | None = None
 
     @property
     def name(self) -> Identifier:
@@ -72,6 +76,16 @@ class HostNames:
     users: TableNames
     workshops: TableNames | None
     adopted: Adopted = frozenset()
+    credits: Literal["integer", "bigint"] = "integer"
+    mapping: str = "{}"
+
+    def functions(self) -> Iterator[Composable]:
+        """The ledger's types and functions, for this host."""
+        return functions.statements(self)
+
+    def drop_functions(self) -> Iterator[Composable]:
+        """The way back from :meth:`functions`."""
+        return functions.drops(self)
 
     @classmethod
     def of(cls, host: HostMapping, adopted: Adopted = frozenset()) -> HostNames:
@@ -85,10 +99,15 @@ class HostNames:
                 workshops.table,
                 Identifier(workshops.key),
                 _KEY_TYPES[workshops.key_type],
+                owner=Identifier(workshops.owner),
+                title=Identifier(workshops.title) if workshops.title else None,
+                created_at=Identifier(workshops.created_at) if workshops.created_at else None,
             )
             if workshops
             else None,
             adopted=adopted,
+            credits=host.credits,
+            mapping=host.to_json(),
         )
 
 

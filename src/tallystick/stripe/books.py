@@ -265,7 +265,7 @@ class Books:
         attached = self.ledger.attach_session(conn, user, purchase.id, **mine)
         reason = failed or ("the session expired" if session["status"] == "expired" else None)
         if reason:
-            self.ledger.fail_purchase(conn, user, id=purchase.id, reason=reason)
+            self.ledger.fail_purchase(conn, user, purchase=purchase.id, reason=reason)
             return Outcome.FAILED
         return Outcome.UNCHANGED if attached.replayed else Outcome.PENDING
 
@@ -285,7 +285,7 @@ class Books:
             purchase = self.ledger.complete_purchase(
                 conn,
                 purchase.user_id,
-                id=purchase.id,
+                purchase=purchase.id,
                 stripe_session_id=session["id"],
                 amount_paid=session["amount_total"],
                 currency=session["currency"],

@@ -315,7 +315,7 @@ def _session(desk: Desk, purchase: CreditTransaction, request: dict[str, Any]) -
         reason = f"Stripe refused: {refusal.code or refusal.status}"
         in_transaction(
             desk.engine,
-            lambda conn: desk.books.ledger.fail_purchase(conn, purchase.user_id, id=purchase.id, reason=reason),
+            lambda conn: desk.books.ledger.fail_purchase(conn, purchase.user_id, purchase=purchase.id, reason=reason),
         )
         raise
     return made

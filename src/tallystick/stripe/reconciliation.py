@@ -206,7 +206,7 @@ class _Run:
                 books.note(conn, FindingKind.SESSION_MISSING, known, purchase=purchase.id, found="not at Stripe")
                 return Outcome.UNKNOWN
             reason = "Stripe has no session for it"
-            failed = books.ledger.fail_purchase(conn, purchase.user_id, id=purchase.id, reason=reason)
+            failed = books.ledger.fail_purchase(conn, purchase.user_id, purchase=purchase.id, reason=reason)
             return Outcome.UNCHANGED if failed.replayed else Outcome.FAILED
 
         return missing if is_old or known is not None else None

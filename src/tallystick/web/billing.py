@@ -212,7 +212,7 @@ class Billing(APIRouter):
         opened = self.workshop_key(workshop)
         name = f"web:key:{key}" if key is not None else f"web:unlock:{opened}"
         return await self.database.run(
-            lambda conn: self.ledger.consume(conn, user, workshop=opened, amount=UNLOCK_CREDITS, key=name)
+            lambda conn: self.ledger.consume(conn, user, workshop=opened, credits=UNLOCK_CREDITS, key=name)
         )
 
     def workshop_key(self, text: object) -> Key:

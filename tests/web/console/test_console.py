@@ -119,7 +119,7 @@ def test_users_are_found_by_key_mail_and_what_stripe_calls_them(any_world, open_
     with any_world.engine.begin() as conn:
         any_world.ledger.attach_session(conn, user, purchase.id, stripe_session_id="cs_test_1")
         any_world.ledger.complete_purchase(
-            conn, user, id=purchase.id, amount_paid=1, currency="usd", stripe_payment_intent_id="pi_1"
+            conn, user, purchase=purchase.id, amount_paid=1, currency="usd", stripe_payment_intent_id="pi_1"
         )
         any_world.accounts.set_stripe_customer(conn, user, "cus_1")
     visitor = open_console(any_world)
@@ -221,7 +221,7 @@ def test_the_figures_are_the_ledgers(world, open_console):
         world.ledger.refund(conn, user, first.id, credits=2, key="r")
         world.ledger.grant(conn, user, credits=3, key="g", description="sorry")
         late = world.ledger.start_purchase(conn, user, credits=1, description="late")
-        world.ledger.complete_purchase(conn, user, id=late.id, amount_paid=500, currency="jpy")
+        world.ledger.complete_purchase(conn, user, purchase=late.id, amount_paid=500, currency="jpy")
     other = world.user()
     with world.engine.begin() as conn:
         world.ledger.refund(conn, other, world.buy(conn, other, 1).id, key="r")

@@ -261,7 +261,7 @@ def shop(world):
         pending = world.ledger.start_purchase(conn, user, credits=5, description="Purchased Five Flights")
         world.ledger.attach_session(conn, user, pending.id, stripe_session_id="cs_test_1")
         failed = world.ledger.start_purchase(conn, user, credits=5, description="Purchased Five Flights")
-        world.ledger.fail_purchase(conn, user, id=failed.id, reason="expired")
+        world.ledger.fail_purchase(conn, user, purchase=failed.id, reason="expired")
         conn.execute(sa.text("ALTER TABLE credit_transactions DISABLE TRIGGER tallystick_append_only"))
         conn.execute(sa.text("DELETE FROM credit_transactions WHERE sequence = 2"))
         conn.execute(sa.text("ALTER TABLE credit_transactions ENABLE TRIGGER tallystick_append_only"))

@@ -1,7 +1,10 @@
-"""Credits: the ledger, the columns on the host's tables, the bookkeeping. An expansion: old code keeps working.
+"""Credits: the ledger and its functions, the columns on the host's tables, the bookkeeping.
+
+An expansion: old code keeps working.
 
 Frozen in time: literal DDL, nothing imported from today's code. ``host`` is handed in and says what the host's
-tables, columns and key types are called (see ``tallystick.migrate.revisions.HostNames``).
+tables, columns and key types are called, and gives the ledger's functions as of this revision (see
+``tallystick.migrate.revisions.HostNames``).
 """
 
 from __future__ import annotations
@@ -9,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from psycopg.sql import SQL, Composable, Identifier
+from psycopg.sql import SQL, Composable, Identifier, Literal
 
 revision = "0001"
 down_revision = None
 kind = "expand"
 
 USERS_COLUMNS = {
-    "credit_balance": "integer NOT NULL DEFAULT 0",
+    "credit_balance": "{credits} NOT NULL DEFAULT 0",
     "credit_sequence": "integer NOT NULL DEFAULT 0",
     "onboarding_complete": "boolean NOT NULL DEFAULT false",
     "stripe_customer_id": "text",
@@ -85,8 +88,8 @@ CREATE TABLE {ledger} (
   user_id {user_key_type} NOT NULL,
   type {type} NOT NULL,
   status {status} NOT NULL,
-  amount integer NOT NULL,
-  balance_after integer,
+  amount {credits} NOT NULL,
+  balance_after {credits},
   sequence integer,
   description text NOT NULL,
   workshop_id {workshop_key_type},
@@ -97,24 +100,108 @@ CREATE TABLE {ledger} (
   amount_paid bigint,
   currency char(3),
   idempotency_key text,
+  metadata jsonb,
   created_at timestamptz NOT NULL DEFAULT now(),
   completed_at timestamptz,
   CONSTRAINT credit_transactions_pkey PRIMARY KEY (id),
   CONSTRAINT credit_transactions_refund_fk FOREIGN KEY (refund_of) REFERENCES {ledger} (id),
-  CONSTRAINT credit_transactions_amount_sign
-    CHECK (amount <> 0 AND (amount < 0) = (type IN ('consumption', 'refund'))),
-  CONSTRAINT credit_transactions_completed
-    CHECK ((status = 'completed') = (balance_after IS NOT NULL)
-      AND (status = 'completed') = (sequence IS NOT NULL)
-      AND (status = 'completed') = (completed_at IS NOT NULL)),
-  CONSTRAINT credit_transactions_only_purchases_wait CHECK (status = 'completed' OR type = 'purchase'),
-  CONSTRAINT credit_transactions_sequence_positive CHECK (sequence > 0),
-  CONSTRAINT credit_transactions_no_overdraft CHECK (type <> 'consumption' OR balance_after >= 0),
-  CONSTRAINT credit_transactions_refund_of CHECK ((type = 'refund') = (refund_of IS NOT NULL)),
+  -- Three rules and not one for each fact: the server reads their text anew for every row that is written.
+  CONSTRAINT credit_transactions_type
+    CHECK (CASE type
+      WHEN 'consumption' THEN amount < 0 AND balance_after >= 0 AND refund_of IS NULL AND status = 'completed'
+      WHEN 'purchase' THEN amount > 0 AND refund_of IS NULL
+      WHEN 'refund' THEN amount < 0 AND refund_of IS NOT NULL AND status = 'completed'
+      ELSE amount > 0 AND status = 'completed' END),
+  CONSTRAINT credit_transactions_status
+    CHECK (CASE status WHEN 'completed' THEN num_nulls(balance_after, sequence, completed_at) = 0 AND sequence > 0
+      ELSE num_nonnulls(balance_after, sequence, completed_at) = 0 END),
   CONSTRAINT credit_transactions_paid
-    CHECK ((amount_paid IS NULL) = (currency IS NULL) AND amount_paid >= 0 AND currency ~ '^[a-z]{{3}}$')
+    CHECK (num_nonnulls(stripe_session_id, stripe_payment_intent_id, stripe_price_id, amount_paid, currency) = 0
+      OR type = 'purchase' AND (amount_paid IS NULL) = (currency IS NULL)
+        AND coalesce(amount_paid >= 0 AND currency ~ '^[a-z]{{3}}$', true))
 )
 """
+
+MAPPING = """
+CREATE TABLE tallystick.mapping (
+  host jsonb NOT NULL,
+  stored_at timestamptz NOT NULL DEFAULT now(),
+  the_only_row boolean NOT NULL DEFAULT true,
+  CONSTRAINT mapping_pkey PRIMARY KEY (the_only_row),
+  CONSTRAINT mapping_the_only_row CHECK (the_only_row)
+)
+"""
+
+NO_WORKSHOPS = """
+CREATE TABLE tallystick.workshops (
+  key uuid NOT NULL,
+  owner {user_key_type},
+  credit_consumed_at timestamptz,
+  deleted_at timestamptz,
+  CONSTRAINT workshops_pkey PRIMARY KEY (key),
+  CONSTRAINT workshops_none CHECK (false)
+)
+"""
+
+BOOKKEEPING = {
+    "stripe_events": """
+CREATE TABLE tallystick.stripe_events (
+  id text NOT NULL,
+  type text NOT NULL,
+  object_id text NOT NULL,
+  received_at timestamptz NOT NULL DEFAULT now(),
+  CONSTRAINT stripe_events_pkey PRIMARY KEY (id)
+)""",
+    "stripe_checkouts": """
+CREATE TABLE tallystick.stripe_checkouts (
+  purchase_id uuid NOT NULL,
+  pack text NOT NULL,
+  amount bigint NOT NULL,
+  currency char(3) NOT NULL,
+  request jsonb NOT NULL,
+  created_at timestamptz NOT NULL DEFAULT now(),
+  CONSTRAINT stripe_checkouts_pkey PRIMARY KEY (purchase_id)
+)""",
+    "stripe_reversals": """
+CREATE TABLE tallystick.stripe_reversals (
+  id text NOT NULL,
+  kind text NOT NULL,
+  stripe_payment_intent_id text NOT NULL,
+  amount bigint NOT NULL,
+  currency char(3) NOT NULL,
+  status text NOT NULL,
+  standing smallint NOT NULL,
+  settled boolean NOT NULL DEFAULT false,
+  seen_at timestamptz NOT NULL DEFAULT now(),
+  CONSTRAINT stripe_reversals_pkey PRIMARY KEY (id),
+  CONSTRAINT stripe_reversals_kind CHECK (kind IN ('refund', 'dispute'))
+)""",
+    "stripe_findings": """
+CREATE TABLE tallystick.stripe_findings (
+  kind text NOT NULL,
+  object_id text NOT NULL,
+  purchase_id uuid,
+  expected text,
+  found text,
+  seen_at timestamptz NOT NULL DEFAULT now(),
+  dismissed_at timestamptz,
+  CONSTRAINT stripe_findings_pkey PRIMARY KEY (kind, object_id)
+)""",
+    "stripe_reconciliations": """
+CREATE TABLE tallystick.stripe_reconciliations (
+  id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+  since timestamptz,
+  stage text NOT NULL,
+  position text,
+  report jsonb NOT NULL DEFAULT '{}',
+  started_at timestamptz NOT NULL DEFAULT now(),
+  finished_at timestamptz
+)""",
+}
+BOOKKEEPING_INDEXES = (
+    # what is to be taken from or given back to a purchase
+    "CREATE INDEX stripe_reversals_payment_intent ON tallystick.stripe_reversals (stripe_payment_intent_id)",
+)
 
 UNIQUE, PLAIN = True, False
 LEDGER_INDEXES = {
@@ -163,7 +250,12 @@ def prepare(host: Any) -> Iterator[Composable]:
     )
     yield SQL(APPEND_ONLY.strip())
     yield SQL(TOUCH_UPDATED_AT.strip())
-    yield SQL("CREATE TYPE {} AS ENUM ('purchase', 'consumption', 'refund')").format(_type(host))
+    for statement in (MAPPING, *BOOKKEEPING.values(), *BOOKKEEPING_INDEXES):
+        yield SQL(statement.strip())
+    yield SQL("INSERT INTO tallystick.mapping (host) VALUES ({})").format(Literal(host.mapping))
+    if not host.workshops:
+        yield SQL(NO_WORKSHOPS.strip()).format(user_key_type=host.users.key_type)
+    yield SQL("CREATE TYPE {} AS ENUM ('purchase', 'consumption', 'refund', 'grant')").format(_type(host))
     yield SQL("CREATE TYPE {} AS ENUM ('pending', 'completed', 'failed')").format(_status(host))
     yield SQL(LEDGER.strip()).format(
         ledger=_ledger(host),
@@ -171,6 +263,7 @@ def prepare(host: Any) -> Iterator[Composable]:
         workshop_key_type=host.workshops.key_type if host.workshops else SQL("uuid"),
         type=_type(host),
         status=_status(host),
+        credits=SQL(host.credits),
     )
     # Where statistics know of a row for each user, a way to all rows of one looks as cheap as the way to one row.
     yield SQL("ALTER TABLE {} ALTER COLUMN user_id SET (n_distinct = -0.05)").format(_ledger(host))
@@ -186,6 +279,8 @@ def prepare(host: Any) -> Iterator[Composable]:
         "CREATE TRIGGER tallystick_no_truncate BEFORE TRUNCATE ON {}"
         " FOR EACH STATEMENT EXECUTE FUNCTION tallystick.append_only()"
     ).format(_ledger(host))
+    yield from host.functions()
+    yield SQL("REVOKE ALL ON ALL FUNCTIONS IN SCHEMA tallystick FROM PUBLIC")
 
 
 def locks(host: Any) -> tuple[Identifier, ...]:
@@ -197,7 +292,7 @@ def locked(host: Any) -> Iterator[Composable]:
     """The changes of the host's tables: no scan, no rewrite, one ALTER for each table."""
     for table, columns in _tables(host):
         missing = [
-            SQL("ADD COLUMN {} ").format(Identifier(name)) + SQL(definition)
+            SQL("ADD COLUMN {} ").format(Identifier(name)) + SQL(definition).format(credits=SQL(host.credits))
             for name, definition in columns.items()
             if (table.word, name) not in host.adopted
         ]
@@ -249,6 +344,7 @@ def unprepare_locks(host: Any) -> tuple[Identifier, ...]:
 
 def unprepare(host: Any) -> Iterator[Composable]:
     """Back from :func:`prepare` alone, before :func:`locked`: nothing of the host is touched."""
+    yield from host.drop_functions()
     yield SQL("DROP TABLE {}").format(_ledger(host))
     yield from _drop_the_rest(host)
 
@@ -257,6 +353,7 @@ def undo(host: Any) -> Iterator[Composable]:
     """Back to exactly what was there; adopted columns stay as they were."""
     if ("users", "updated_at") not in host.adopted:
         yield SQL("DROP TRIGGER IF EXISTS tallystick_updated_at ON {}").format(host.users.name)
+    yield from host.drop_functions()
     yield SQL("DROP TABLE {}").format(_ledger(host))
     yield SQL("DROP INDEX IF EXISTS {}").format(Identifier(host.users.schema, CUSTOMER_INDEX))
     for table, columns in _tables(host):
@@ -273,7 +370,10 @@ def undo(host: Any) -> Iterator[Composable]:
 def _drop_the_rest(host: Any) -> Iterator[Composable]:
     yield SQL("DROP TYPE {}, {}").format(_type(host), _status(host))
     yield SQL("DROP FUNCTION tallystick.append_only(), tallystick.touch_updated_at()")
-    yield SQL("DROP TABLE tallystick.migration_log, tallystick.alembic_version")
+    yield SQL("DROP TABLE {}").format(SQL(", ").join(Identifier("tallystick", name) for name in BOOKKEEPING))
+    if not host.workshops:
+        yield SQL("DROP TABLE tallystick.workshops")
+    yield SQL("DROP TABLE tallystick.mapping, tallystick.migration_log, tallystick.alembic_version")
     yield SQL("DROP SCHEMA tallystick")
 
 

@@ -86,7 +86,7 @@ class Combiner:
         user: Key,
         *,
         workshop: Key | None = None,
-        amount: int = 1,
+        credits: int = 1,
         key: str,
         description: str | None = None,
     ) -> Future[CreditTransaction]:
@@ -101,7 +101,7 @@ class Combiner:
             RuntimeError: the combiner is closed, or of another process.
         """
         future: Future[CreditTransaction] = Future()
-        item = Consume(user, workshop=workshop, amount=amount, key=key, description=description)
+        item = Consume(user, workshop=workshop, credits=credits, key=key, description=description)
         self._ask(_Call(item, future))
         return future
 
@@ -110,13 +110,13 @@ class Combiner:
         user: Key,
         *,
         workshop: Key | None = None,
-        amount: int = 1,
+        credits: int = 1,
         key: str,
         description: str | None = None,
     ) -> CreditTransaction:
         """As ``consume``, for asyncio: a statement's results wake their event loop once, not once for each caller."""
         future: asyncio.Future[CreditTransaction] = asyncio.get_running_loop().create_future()
-        item = Consume(user, workshop=workshop, amount=amount, key=key, description=description)
+        item = Consume(user, workshop=workshop, credits=credits, key=key, description=description)
         self._ask(_Call(item, future))
         return await future
 
@@ -207,7 +207,7 @@ class Combiner:
                 self._connected(),
                 item.user,
                 workshop=item.workshop,
-                amount=item.amount,
+                credits=item.credits,
                 key=item.key,
                 description=item.description,
             )

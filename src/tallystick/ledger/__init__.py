@@ -1,0 +1,5 @@
+"""The ledger: functions in the database (``sql/``), and their Python face."""
+
+from tallystick.ledger.operations import HISTORY_MAX, Access, AccessReason, Consume, CreditTransaction, Ledger
+
+__all__ = ["HISTORY_MAX", "Access", "AccessReason", "Consume", "CreditTransaction", "Ledger"]

@@ -1,0 +1,404 @@
+"""The connections that an operation takes, and how each sends its call.
+
+An operation is written once, as a :class:`Call`: a function of the database, its arguments, and how its rows are read.
+What the caller's connection is decides how that is sent, and if the caller gets a result or an awaitable::
+
+    SQLAlchemy   Connection, Session, scoped_session     AsyncConnection, AsyncSession, async_scoped_session
+    psycopg      Connection                              AsyncConnection
+    psycopg2     connection
+    asyncpg                                              Connection, PoolConnectionProxy
+    Django       connection
+
+Through SQLAlchemy a call goes to the driver's own cursor, inside the transaction that SQLAlchemy has begun: that takes
+a third of the time of a compiled statement. Where somebody listens to statements (``echo=True``, an event, a tracer),
+or ``execution_options(tallystick_events=True)`` asks for it, it goes through ``exec_driver_sql``, which they see.
+
+Nothing here opens, commits, rolls back or retries a database transaction.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, update_wrapper
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, Union, overload
+from uuid import UUID
+
+from tallystick.database import translated
+from tallystick.errors import InvalidArgument
+
+if TYPE_CHECKING:  # none of these is needed before a caller passes one
+    import psycopg
+    import sqlalchemy as sa
+    from sqlalchemy.ext.asyncio import AsyncConnection as SqlAlchemyAsyncConnection
+    from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
+    from sqlalchemy.orm import Session, scoped_session
+
+    SqlAlchemy = sa.Connection | Session | scoped_session[Any]
+    SqlAlchemyAsync = SqlAlchemyAsyncConnection | AsyncSession | async_scoped_session[Any]
+
+
+class DjangoConnection(Protocol):
+    """``django.db.connection``, or one of ``django.db.connections``."""
+
+    vendor: str
+
+    def ensure_connection(self) -> None: ...  # noqa: D102 - Django's own
+
+    def cursor(self) -> Any: ...  # noqa: D102
+
+
+class AsyncpgConnection(Protocol):
+    """A connection of asyncpg, or of its pool."""
+
+    async def fetch(self, query: str, *args: Any) -> Any: ...  # noqa: D102 - asyncpg's own
+
+
+SyncConnection = Union["SqlAlchemy", "psycopg.Connection[Any]", DjangoConnection]
+AsyncConnection = Union["SqlAlchemyAsync", "psycopg.AsyncConnection[Any]", AsyncpgConnection]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Owner = TypeVar("Owner")
+
+Rows = Sequence[Sequence[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[R]):
+    """One call of a function in schema ``tallystick``. ``arguments`` that are None keep the function's default."""
+
+    function: str
+    arguments: Mapping[str, Any]
+    read: Callable[[Rows], R]
+
+    def given(self) -> tuple[tuple[str, ...], list[Any]]:
+        """The names and values that are sent."""
+        sent = {name: value for name, value in self.arguments.items() if value is not None}
+        return tuple(sent), list(sent.values())
+
+
+class Operation(Generic[Owner, P, R]):
+    """An operation: called with a connection first, it sends what its method makes of the other arguments."""
+
+    def __init__(self, make: Callable[Concatenate[Owner, P], Call[R]]) -> None:
+        self.make = make
+        update_wrapper(self, make)  # type: ignore[arg-type]  # its signature and its words
+
+    def __get__(self, owner: Owner, kind: type[Owner] | None = None) -> BoundOperation[Owner, P, R]:
+        return BoundOperation(self.make, owner)
+
+
+class BoundOperation(Generic[Owner, P, R]):
+    """An operation of one ledger: gives the result, or with an async connection an awaitable of it."""
+
+    __slots__ = ("__wrapped__", "owner")
+
+    def __init__(self, make: Callable[Concatenate[Owner, P], Call[R]], owner: Owner) -> None:
+        self.__wrapped__ = make
+        self.owner = owner
+
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        return self.__wrapped__.__doc__
+
+    def call(self, *args: P.args, **kwargs: P.kwargs) -> Call[R]:
+        """What would be sent."""
+        return self.__wrapped__(self.owner, *args, **kwargs)
+
+    @overload
+    def __call__(self, conn: SyncConnection, /, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+    @overload
+    def __call__(self, conn: AsyncConnection, /, *args: P.args, **kwargs: P.kwargs) -> Awaitable[R]: ...
+
+    def __call__(self, conn: Any, /, *args: P.args, **kwargs: P.kwargs) -> Any:
+        """Send it on the caller's connection."""
+        # the kind of connection first: a wrong object is told before anything is asked of the arguments
+        kind: Any = type(conn)
+        sender = _sender(kind)
+        return sender(conn, self.__wrapped__(self.owner, *args, **kwargs))
+
+
+# --- what is sent ---
+
+_ACCOUNT = (
+    "outcome, user_id, credit_balance, onboarding_complete, stripe_customer_id, plan_tier, {updated_at}, {deleted_at}, "
+    "detail"
+)
+_WORKSHOP = "outcome, workshop_id, open, reason, {deleted_at}"
+_COLUMNS: Mapping[str, str] = {
+    **dict.fromkeys(
+        (
+            "account",
+            "complete_onboarding",
+            "reset_onboarding",
+            "set_plan_tier",
+            "set_stripe_customer",
+            "delete_user",
+            "restore_user",
+        ),
+        _ACCOUNT,
+    ),
+    **dict.fromkeys(("access", "delete_workshop", "restore_workshop"), _WORKSHOP),
+}
+_ANSWER = (
+    "outcome, id, user_id, type, status, amount, balance_after, sequence, description, workshop_id, refund_of, "
+    "stripe_session_id, stripe_payment_intent_id, stripe_price_id, amount_paid, currency, idempotency_key, metadata, "
+    "{created_at}, {completed_at}, balance, required, remaining, detail, item"
+)
+_MOMENTS = {
+    name: f"(extract(epoch FROM {name}) * 1000000)::bigint"
+    for name in ("created_at", "completed_at", "updated_at", "deleted_at")
+}
+
+
+@lru_cache(maxsize=1_000)
+def _text(function: str, names: tuple[str, ...], *, mark: str = "%s", plain: bool = False) -> str:
+    """The statement. All names are those of our functions, their parameters and attributes, never a caller's.
+
+    ``plain`` asks for moments as numbers, for a driver that reads them as text: that text depends on DateStyle.
+    """
+    marks = ("%s" if mark == "%s" else f"${number}" for number in range(1, len(names) + 1))
+    arguments = ", ".join(f"{name} => {mark}" for name, mark in zip(names, marks, strict=True))
+    columns = _COLUMNS.get(function, _ANSWER).format(**_MOMENTS) if plain else "*"
+    return f"SELECT {columns} FROM tallystick.{function}({arguments})"  # noqa: S608 - see above
+
+
+def as_text(value: Any) -> str:
+    """A value as PostgreSQL reads it for a parameter of any type, so that a call is parsed once for all values."""
+    match value:
+        case str():
+            return str.__str__(value)
+        case bool():
+            return "true" if value else "false"
+        case dt.datetime():
+            return value.isoformat()
+        case Mapping():
+            return json.dumps(value)
+        case list() | tuple():
+            return array(value)
+    return str(value)
+
+
+def array(items: Iterable[object]) -> str:
+    """A list as PostgreSQL writes an array. The driver would ask for each item how it is to be sent."""
+    return "{" + ",".join(["NULL" if item is None else _quoted(as_text(item)) for item in items]) + "}"
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+# --- how it is sent ---
+
+
+def _psycopg(conn: psycopg.Connection[Any], call: Call[R]) -> R:
+    with translated():
+        rows = _on_psycopg(conn, call)
+    return call.read(rows)
+
+
+def _on_psycopg(conn: psycopg.Connection[Any], call: Call[Any]) -> Rows:
+    from psycopg.rows import tuple_row  # noqa: PLC0415 - loaded, since the caller has a connection of it
+
+    names, values = call.given()
+    with conn.cursor(row_factory=tuple_row) as cursor:
+        # In binary, since the text of a moment depends on the connection's DateStyle.
+        cursor.execute(_text(call.function, names), [as_text(value) for value in values], binary=True)
+        return cursor.fetchall()
+
+
+async def _psycopg_async(conn: psycopg.AsyncConnection[Any], call: Call[R]) -> R:
+    with translated():
+        rows = await _on_psycopg_async(conn, call)
+    return call.read(rows)
+
+
+async def _on_psycopg_async(conn: psycopg.AsyncConnection[Any], call: Call[Any]) -> Rows:
+    from psycopg.rows import tuple_row  # noqa: PLC0415
+
+    names, values = call.given()
+    async with conn.cursor(row_factory=tuple_row) as cursor:
+        await cursor.execute(_text(call.function, names), [as_text(value) for value in values], binary=True)
+        return await cursor.fetchall()
+
+
+def _cursor(conn: Any, call: Call[R]) -> R:
+    """Of psycopg2 and of Django, whose cursor keeps Django's own bookkeeping."""
+    if getattr(conn, "vendor", "postgresql") != "postgresql":
+        raise _refused(f"a {conn.vendor} connection of Django")
+    with translated():
+        rows = _on_cursor(conn, call)
+    return call.read(rows)
+
+
+def _on_cursor(conn: Any, call: Call[Any]) -> Rows:
+    names, values = call.given()
+    with conn.cursor() as cursor:
+        cursor.execute(_text(call.function, names, plain=True), [as_text(value) for value in values])
+        rows: Rows = cursor.fetchall()
+        return rows
+
+
+async def _asyncpg(conn: AsyncpgConnection, call: Call[R]) -> R:
+    names, values = call.given()
+    with translated():
+        rows: Rows = await conn.fetch(_text(call.function, names, mark="$"), *map(_as_asyncpg_wants, values))
+    return call.read(rows)
+
+
+def _as_asyncpg_wants(value: Any) -> Any:
+    """The server tells asyncpg each parameter's type, and it wants a value of that type; JSON as its text."""
+    match value:
+        case Mapping():
+            return json.dumps(value)
+        case list():
+            return [_as_asyncpg_wants(item) for item in value]
+    return value
+
+
+def _sqlalchemy(conn: sa.Connection, call: Call[R]) -> R:
+    with translated():
+        rows = _on_sqlalchemy(conn, call)
+    return call.read(rows)
+
+
+def _on_sqlalchemy(conn: sa.Connection, call: Call[Any]) -> Rows:
+    if not conn.in_transaction():
+        conn.begin()  # as SQLAlchemy itself does at the first statement
+    driver: Any = conn.connection.dbapi_connection
+    on = _CURSORS.get(f"{type(driver).__module__}.{type(driver).__qualname__}")
+    if on is None or _is_listened_to(conn):
+        names, values = call.given()
+        if conn.dialect.paramstyle == "numeric_dollar":
+            sent = tuple(map(_as_asyncpg_wants, values))
+            return conn.exec_driver_sql(_text(call.function, names, mark="$"), sent).fetchall()
+        return conn.exec_driver_sql(
+            _text(call.function, names, plain=True), tuple(as_text(value) for value in values)
+        ).fetchall()
+    try:
+        return on(driver, call)
+    except conn.dialect.loaded_dbapi.Error as error:
+        raise _as_sqlalchemy_says(conn, call, error) from error
+
+
+def _as_sqlalchemy_says(conn: sa.Connection, call: Call[Any], error: Exception) -> Exception:
+    """The driver's error as SQLAlchemy raises it, with a dead connection given up as SQLAlchemy does it."""
+    from sqlalchemy.exc import DBAPIError  # noqa: PLC0415
+
+    lost = conn.dialect.is_disconnect(error, conn.connection.dbapi_connection, None)  # type: ignore[arg-type]
+    if lost:
+        conn.invalidate(error)
+    return DBAPIError.instance(
+        f"tallystick.{call.function}",
+        None,
+        error,
+        conn.dialect.loaded_dbapi.Error,
+        connection_invalidated=lost,
+        dialect=conn.dialect,
+    )
+
+
+def _on_adapted_psycopg(conn: Any, call: Call[Any]) -> Rows:
+    """SQLAlchemy's synchronous face of an asynchronous connection, inside ``run_sync``."""
+    from sqlalchemy.util import await_only  # noqa: PLC0415
+
+    return await_only(_on_psycopg_async(conn.driver_connection, call))
+
+
+_CURSORS: Mapping[str, Callable[[Any, Call[Any]], Rows]] = {
+    "psycopg.Connection": _on_psycopg,
+    "psycopg2.extensions.connection": _on_cursor,
+    "sqlalchemy.dialects.postgresql.psycopg.AsyncAdapt_psycopg_connection": _on_adapted_psycopg,
+}
+
+
+def _is_listened_to(conn: sa.Connection) -> bool:
+    return bool(
+        conn._has_events  # noqa: SLF001 - no public name tells it
+        or conn.engine._has_events  # noqa: SLF001
+        or conn._echo  # noqa: SLF001
+        or conn.get_execution_options().get("tallystick_events")
+    )
+
+
+def _session(session: Session | scoped_session[Any], call: Call[R]) -> R:
+    with translated(connecting=True):
+        conn = session.connection()
+    # What the session holds back goes first: a workshop made in it can be paid for in the same transaction. What a
+    # flush raises is the host's own, as it is.
+    session.flush()
+    return _sqlalchemy(conn, call)
+
+
+async def _sqlalchemy_async(conn: SqlAlchemyAsyncConnection, call: Call[R]) -> R:
+    return await conn.run_sync(_sqlalchemy, call)
+
+
+async def _session_async(session: AsyncSession | async_scoped_session[Any], call: Call[R]) -> R:
+    return await session.run_sync(_session, call)  # type: ignore[union-attr]  # the scoped one passes it on
+
+
+_SENDERS: Mapping[str, Callable[[Any, Call[Any]], Any]] = {
+    "sqlalchemy.engine.base.Connection": _sqlalchemy,
+    "sqlalchemy.orm.session.Session": _session,
+    "sqlalchemy.orm.scoping.scoped_session": _session,
+    "sqlalchemy.ext.asyncio.engine.AsyncConnection": _sqlalchemy_async,
+    "sqlalchemy.ext.asyncio.session.AsyncSession": _session_async,
+    "sqlalchemy.ext.asyncio.scoping.async_scoped_session": _session_async,
+    "psycopg.Connection": _psycopg,
+    "psycopg.AsyncConnection": _psycopg_async,
+    "psycopg2.extensions.connection": _cursor,
+    "django.db.backends.base.base.BaseDatabaseWrapper": _cursor,
+    "django.utils.connection.ConnectionProxy": _cursor,
+    "asyncpg.connection.Connection": _asyncpg,
+    "asyncpg.pool.PoolConnectionProxy": _asyncpg,
+}
+
+
+@lru_cache(maxsize=100)
+def _sender(kind: type) -> Callable[[Any, Call[Any]], Any]:
+    for each in kind.__mro__:
+        if sender := _SENDERS.get(f"{each.__module__}.{each.__qualname__}"):
+            return sender
+    raise _refused(f"a {kind.__module__}.{kind.__qualname__}")
+
+
+def _refused(found: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"the first argument is {found}. Pass a connection: SQLAlchemy's Connection, Session, AsyncConnection or "
+        "AsyncSession, psycopg's Connection or AsyncConnection, asyncpg's Connection, or Django's connection",
+        argument="conn",
+        value=found,
+    )
+
+
+# --- what comes back ---
+
+
+def moment(value: Any) -> dt.datetime | None:
+    """A moment in UTC, whatever time zone the connection has; also from its microseconds since 1970."""
+    if isinstance(value, int):
+        return _EPOCH + dt.timedelta(microseconds=value)
+    return None if value is None else value.astimezone(dt.UTC)
+
+
+_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+
+
+def key(value: Any) -> Any:
+    """A host's key. A type that the driver does not know, as citext, comes as bytes."""
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def uuid(value: Any) -> Any:
+    """An id, also from a connection whose owner has it loaded as text."""
+    return UUID(value) if isinstance(value, str) else value
+
+
+def document(value: Any) -> Any:
+    """A JSON document, also from a connection that leaves it a text."""
+    return json.loads(value) if isinstance(value, str | bytes) else value

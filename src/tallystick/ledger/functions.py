@@ -1,0 +1,264 @@
+"""The SQL of the ledger's functions, for one host: the files in ``sql/`` with the host's names and types put in.
+
+Each file holds one function (or type) and reads as plain SQL but for its placeholders:
+
+=========================  ================================================================================
+``{users}``                the host's table of users; ``{user_key}`` its key column, ``{user_key_type}`` its type
+``{workshops}``            the host's table of workshops, or an empty one of ours where the host has none;
+                           ``{workshop_key}``, ``{workshop_key_type}`` and ``{owner}`` likewise
+``{title}``                an expression on the workshop ``w`` that names it for people
+``{workshop_created_at}``  an expression on the workshop ``w``: when it was made, or NULL
+``{ledger}``               the table of credit transactions
+``{row}``                  the columns of a credit transaction ``t``, in the order of ``tallystick.answer``
+``{account}``              the columns of a user ``u``, in the order of ``tallystick.account_answer``
+``{credits}``              the type of credits, and ``{credits_max}``, ``{credits_min}`` its range
+``{…_name}``               the same name as a text, for messages
+``{search_path}``          where a function looks for names: nowhere that another role could put one
+``{host_path}``            the same for a statement that sets off the host's triggers, which may look for the host's
+                           tables by their bare names; such a function holds that one statement, and compares keys
+                           by ``{is}``, which no other schema can shadow
+=========================  ================================================================================
+
+A revision that changes a function moves the file that it replaces to ``sql/until_<the revision before>/``: earlier
+revisions go on installing that one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from psycopg.sql import SQL, Composable, Identifier
+from psycopg.sql import Literal as SqlLiteral
+
+COLUMNS = (
+    "id",
+    "user_id",
+    "type",
+    "status",
+    "amount",
+    "balance_after",
+    "sequence",
+    "description",
+    "workshop_id",
+    "refund_of",
+    "stripe_session_id",
+    "stripe_payment_intent_id",
+    "stripe_price_id",
+    "amount_paid",
+    "currency",
+    "idempotency_key",
+    "metadata",
+    "created_at",
+    "completed_at",
+)
+"""The columns of a credit transaction, as ``tallystick.answer`` gives them after the outcome."""
+
+ORDER = (
+    # types first, then what the others call
+    "answer",
+    "account_answer",
+    "workshop_answer",
+    "utc",
+    "uuid7",
+    "sqlstate_of",
+    "host_interfered",
+    "invalid_argument",
+    "replay",
+    "settle",
+    "settle_many",
+    "mark_workshop",
+    "mark_workshops",
+    "find_purchase",
+    "give_or_take",
+    "start_purchase",
+    "attach_session",
+    "complete_purchase",
+    "fail_purchase",
+    "consume",
+    "consume_many",
+    "refund",
+    "reinstate",
+    "grant",
+    "lock",
+    "balance",
+    "balance_at",
+    "history",
+    "access",
+    "account",
+    "complete_onboarding",
+    "reset_onboarding",
+    "set_plan_tier",
+    "keep_stripe_customer",
+    "set_stripe_customer",
+    "delete_user",
+    "restore_user",
+    "delete_workshop",
+    "restore_workshop",
+)
+
+_CREDITS = {"integer": (-(2**31), 2**31 - 1), "bigint": (-(2**63), 2**63 - 1)}
+
+_SIGNATURE = re.compile(
+    r'CREATE OR REPLACE FUNCTION tallystick\."?(?P<name>\w+)"?\((?P<parameters>.*?)\) RETURNS (?P<returns>.*?)\n'
+    r"LANGUAGE (?P<language>\w+)(?P<options>[^$]*)\$\$",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Function:
+    """One function, as its file declares it; types are placeholders still."""
+
+    name: str
+    parameters: tuple[tuple[str, str, str | None], ...]
+    """(name, type, default or None), in order."""
+    returns: str
+    comment: str
+    public: bool
+    """Callers may be given EXECUTE on it; the rest is called by these alone."""
+    writes: bool
+
+
+def declared() -> tuple[Function, ...]:
+    """The functions that callers may use, in the order of the files; the strict ones are not among them."""
+    return tuple(function for name in ORDER for function in _functions_of(_text(name)) if function.public)
+
+
+def statements(host: Any) -> Iterator[Composable]:
+    """All types and functions for ``host``, a ``HostNames``, in an order in which they can be made."""
+    for name in ORDER:
+        text = _text(name)
+        for statement in re.split(r";\n(?=--|CREATE)", text):
+            yield SQL(_without_head(statement)).format(**_names(host))
+        for function in _functions_of(text):
+            if function.public and function.writes:
+                yield _strict(function, host)
+
+
+def drops(host: Any) -> Iterator[Composable]:
+    """The way back from :func:`statements`."""
+    for statement in reversed(list(statements(host))):
+        text = statement.as_string(None)
+        if found := _SIGNATURE.search(text):
+            types = ", ".join(f"{name} {kind}" for name, kind, _ in _parameters(found["parameters"]))
+            yield SQL("DROP FUNCTION tallystick.{}({})").format(Identifier(found["name"]), SQL(types))
+        else:
+            yield SQL("DROP TYPE tallystick.{}").format(Identifier(text.split("tallystick.")[1].split()[0]))
+
+
+def grants(host: Any, role: Composable) -> Iterator[Composable]:
+    """EXECUTE on each function that a caller may use, for ``role``."""
+    for statement in statements(host):
+        if (found := _SIGNATURE.search(statement.as_string(None))) and "SECURITY DEFINER" in found["options"]:
+            types = ", ".join(f"{name} {kind}" for name, kind, _ in _parameters(found["parameters"]))
+            yield SQL("GRANT EXECUTE ON FUNCTION tallystick.{}({}) TO {}").format(
+                Identifier(found["name"]), SQL(types), role
+            )
+
+
+@cache
+def _text(name: str) -> str:
+    return (files(__package__) / "sql" / f"{name}.sql").read_text("utf-8").strip()
+
+
+def _without_head(text: str) -> str:
+    """Without the comment on top, which is for readers of the file and would cost placeholders their meaning."""
+    lines = text.splitlines()
+    while lines and lines[0].startswith("--"):
+        lines.pop(0)
+    return "\n".join(lines)
+
+
+def _functions_of(text: str) -> Iterator[Function]:
+    comment = " ".join(
+        line.removeprefix("-- ")
+        for line in text.splitlines()[: text.splitlines().index(_without_head(text).splitlines()[0])]
+    )
+    for found in _SIGNATURE.finditer(text):
+        yield Function(
+            found["name"],
+            tuple(_parameters(found["parameters"])),
+            found["returns"],
+            comment,
+            public="SECURITY DEFINER" in found["options"],
+            writes="STABLE" not in found["options"] and "IMMUTABLE" not in found["options"],
+        )
+
+
+def _parameters(text: str) -> Iterator[tuple[str, str, str | None]]:
+    for one in filter(None, (part.strip() for part in re.split(r",(?![^()]*\))", text))):
+        declaration, _, default = one.partition(" DEFAULT ")
+        name, kind = declaration.split(maxsplit=1)
+        yield name, kind, default or None
+
+
+def _strict(function: Function, host: Any) -> Composable:
+    set_of = function.returns.startswith("SETOF ")
+    parameters = ", ".join(
+        f"{name} {kind}{f' DEFAULT {default}' if default else ''}" for name, kind, default in function.parameters
+    )
+    names = _names(host)
+    return SQL(_without_head(_text("strict"))).format(
+        **names,
+        plain=Identifier(function.name),
+        strict=Identifier(f"{function.name}_strict"),
+        parameters=SQL(parameters).format(**names),
+        arguments=SQL(", ").join(SQL(f"{name} => {name}") for name, _, _ in function.parameters),
+        returns=SQL(function.returns),
+        answer=SQL(function.returns.removeprefix("SETOF ")),
+        give=SQL("RETURN NEXT answer;" if set_of else "RETURN answer;"),
+        done=SQL("RETURN;" if set_of else "RETURN NULL;"),
+    )
+
+
+def _names(host: Any) -> dict[str, Composable]:
+    users, workshops = host.users, host.workshops
+    low, high = _CREDITS[host.credits]
+    ledger = Identifier(users.schema, "credit_transactions")
+    schemas = dict.fromkeys([users.schema, workshops.schema if workshops else users.schema, "public"])
+    cast = {"type": "::text", "status": "::text", "currency": "::text"}
+    shown = Identifier("tallystick", "workshops") if workshops is None else workshops.name
+    key = Identifier("key") if workshops is None else workshops.key
+    as_text = SQL("w.{}::text").format(key)
+    title = (
+        SQL("coalesce(w.{}::text, {})").format(workshops.title, as_text) if workshops and workshops.title else as_text
+    )
+    created_at = (
+        SQL("tallystick.utc(w.{})").format(workshops.created_at)
+        if workshops and workshops.created_at
+        else SQL("NULL::timestamptz")
+    )
+    return {
+        "users": users.name,
+        "users_name": SqlLiteral(users.name.as_string(None)),
+        "user_key": users.key,
+        "user_key_type": users.key_type,
+        "workshops": shown,
+        "workshops_name": SqlLiteral(shown.as_string(None)),
+        "workshop_key": key,
+        "workshop_key_type": SQL("uuid") if workshops is None else workshops.key_type,
+        "owner": Identifier("owner") if workshops is None else workshops.owner,
+        "title": title,
+        "workshop_created_at": created_at,
+        "ledger": ledger,
+        "ledger_name": SqlLiteral(ledger.as_string(None)),
+        "type": Identifier(users.schema, "credit_transaction_type"),
+        "status": Identifier(users.schema, "credit_transaction_status"),
+        "credits": SQL(host.credits),
+        "credits_max": SQL(str(high)),
+        "credits_min": SQL(f"({low})" if host.credits == "integer" else "(-9223372036854775807 - 1)"),
+        "amount_domain": SqlLiteral(f"a whole number from 1 to {high}"),
+        "row": SQL(", ").join(SQL(f"t.{name}{cast.get(name, '')}") for name in COLUMNS),
+        "account": SQL(
+            "u.{}, u.credit_balance, coalesce(u.onboarding_complete, false), u.stripe_customer_id::text, "
+            "coalesce(u.plan_tier::text, 'free'), tallystick.utc(u.updated_at), tallystick.utc(u.deleted_at)"
+        ).format(users.key),
+        "search_path": SQL("pg_catalog, pg_temp"),
+        "host_path": SQL(", ").join([SQL("pg_catalog"), *map(Identifier, schemas), SQL("pg_temp")]),
+        "is": SQL("OPERATOR(pg_catalog.=)"),
+    }

@@ -1,0 +1,277 @@
+"""The refusals of the ledger's functions, each as the error that Python raises.
+
+The names are those of ``sql/sqlstate_of.sql``; a name that is added there is added here.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from tallystick.errors import (
+    BalanceOutOfRange,
+    IdempotencyKeyReused,
+    InsufficientCredits,
+    InvalidArgument,
+    LedgerError,
+    LedgerInconsistent,
+    PurchaseNotCompleted,
+    PurchaseNotPending,
+    RefundExceedsPurchase,
+    ReinstatementExceedsRefunds,
+    SchemaTooNew,
+    SessionConflict,
+    StripeCustomerConflict,
+    TallystickError,
+    UnknownPurchase,
+    UnknownUser,
+    UnknownWorkshop,
+    UserDeleted,
+    WorkshopDeleted,
+    WorkshopNotOwned,
+    WorkshopUnaccounted,
+    shown,
+)
+
+DONE, REPLAYED = "completed", "replayed"
+
+
+class Refused(NamedTuple):
+    """A refusal: the call's arguments, and what the answer says of it."""
+
+    arguments: Mapping[str, Any]
+    id: Any = None
+    status: Any = None
+    amount: Any = None
+    stripe_session_id: Any = None
+    balance: Any = None
+    required: Any = None
+    remaining: Any = None
+    detail: Mapping[str, Any] = {}
+
+    @property
+    def user(self) -> Any:
+        """The user's key, as the caller gave it."""
+        return self.arguments.get("user_id")
+
+    @property
+    def workshop(self) -> Any:
+        """The workshop's key, as the caller gave it."""
+        return self.arguments.get("workshop_id")
+
+    @property
+    def purchase(self) -> Any:
+        """The purchase, as the caller named it."""
+        return self.arguments.get("purchase_id") or self.arguments.get("stripe_session_id")
+
+    @property
+    def command(self) -> str:
+        """The user as an argument of a command line."""
+        return shlex.quote(str(self.user))
+
+
+def error_of(outcome: str, refused: Refused) -> TallystickError:
+    """The error for a refusal, with its fields and its message."""
+    made = ERRORS.get(outcome)
+    if made is None:
+        return SchemaTooNew(
+            f"the database answers {outcome!r}, which this package does not know. Run: pip install -U tallystick",
+            revision=None,
+        )
+    return made(refused)
+
+
+def counted(credits: int) -> str:
+    """A number of credits in words."""
+    return f"{credits} credit" if credits in (1, -1) else f"{credits} credits"
+
+
+def _invalid_argument(r: Refused) -> LedgerError:
+    argument = str(r.detail.get("argument"))
+    value = r.arguments.get(argument)
+    return InvalidArgument(
+        f"{argument}={shown(value)}: pass {r.detail.get('expected')}", argument=argument, value=value
+    )
+
+
+def _unknown_user(r: Refused) -> LedgerError:
+    return UnknownUser(f"no user {shown(r.user)}. Is it the mapped key (host.users.key)?", user=r.user)
+
+
+def _user_deleted(r: Refused) -> LedgerError:
+    return UserDeleted(
+        f"user {r.user} was deleted at {_minute(r)}. To bring the user back: Accounts.restore_user", user=r.user
+    )
+
+
+def _unknown_workshop(r: Refused) -> LedgerError:
+    return UnknownWorkshop(
+        f"no workshop {shown(r.workshop)}. Is it the mapped key (host.workshops.key)?", workshop=r.workshop
+    )
+
+
+def _workshop_deleted(r: Refused) -> LedgerError:
+    return WorkshopDeleted(
+        f"workshop {r.workshop} was deleted at {_minute(r)}. To bring it back: Accounts.restore_workshop",
+        workshop=r.workshop,
+    )
+
+
+def _workshop_not_owned(r: Refused) -> LedgerError:
+    return WorkshopNotOwned(
+        f"workshop {r.workshop} belongs to another user than {r.user}. Only its owner can unlock it",
+        workshop=r.workshop,
+        user=r.user,
+    )
+
+
+def _workshop_unaccounted(r: Refused) -> LedgerError:
+    return WorkshopUnaccounted(
+        f"workshop {r.workshop} is marked as unlocked, but no consumption paid for it. Nothing was charged. "
+        f"Look with: tallystick audit --user {r.command}",
+        workshop=r.workshop,
+    )
+
+
+def _unknown_purchase(r: Refused) -> LedgerError:
+    return UnknownPurchase(
+        f"user {r.user} has no purchase {r.purchase}. Look with: tallystick history {r.command}",
+        user=r.user,
+        purchase=r.purchase,
+    )
+
+
+def _purchase_not_pending(r: Refused) -> LedgerError:
+    return PurchaseNotPending(
+        f"purchase {r.id} is {r.status} and cannot fail. To take its credits back: ledger.refund",
+        purchase=r.id,
+        status=r.status,
+    )
+
+
+def _purchase_not_completed(r: Refused) -> LedgerError:
+    return PurchaseNotCompleted(
+        f"purchase {r.id} is {r.status}; there is nothing to take back. To give it up: ledger.fail_purchase",
+        purchase=r.id,
+        status=r.status,
+    )
+
+
+def _session_conflict(r: Refused) -> LedgerError:
+    asked = r.arguments.get("stripe_session_id")
+    holder = r.detail.get("held_by")
+    message = (
+        f"the Stripe session {asked} belongs to purchase {holder}, not {r.id}. A session pays for one purchase"
+        if holder
+        else f"purchase {r.id} has the Stripe session {r.stripe_session_id}, not {asked}. "
+        "Start another purchase for another session"
+    )
+    return SessionConflict(message, purchase=r.id, stripe_session_id=asked)
+
+
+def _stripe_customer_conflict(r: Refused) -> LedgerError:
+    customer = r.arguments.get("stripe_customer_id")
+    reason = (
+        f"the user has {r.detail['has']}. To change it: replace=True"
+        if "has" in r.detail
+        else "another user has this customer"
+    )
+    return StripeCustomerConflict(
+        f"cannot give user {r.user} the Stripe customer {customer}: {reason}", user=r.user, stripe_customer_id=customer
+    )
+
+
+def _insufficient_credits(r: Refused) -> LedgerError:
+    return InsufficientCredits(
+        f"user {r.user} has {counted(r.balance)} and this takes {counted(r.required)}. "
+        "Sell a pack first (ledger.start_purchase), or give credits: tallystick grant",
+        user=r.user,
+        balance=r.balance,
+        required=r.required,
+    )
+
+
+def _asked(r: Refused) -> int:
+    return int(r.remaining if r.required is None else r.required)
+
+
+def _refund_exceeds_purchase(r: Refused) -> LedgerError:
+    return RefundExceedsPurchase(
+        f"purchase {r.id} has {counted(r.remaining)} left to refund of {counted(r.amount)}; "
+        f"asked: {'all' if r.required is None else r.required}",
+        purchase=r.id,
+        left=r.remaining,
+        asked=_asked(r),
+    )
+
+
+def _reinstatement_exceeds_refunds(r: Refused) -> LedgerError:
+    return ReinstatementExceedsRefunds(
+        f"refunds took {counted(r.remaining)} of purchase {r.id}; "
+        f"asked to give back: {'all' if r.required is None else r.required}. To give more: ledger.grant",
+        purchase=r.id,
+        taken=r.remaining,
+        asked=_asked(r),
+    )
+
+
+def _balance_out_of_range(r: Refused) -> LedgerError:
+    moved = r.amount if r.required is None else r.required
+    return BalanceOutOfRange(
+        f"user {r.user} has {counted(r.balance)}; a change by {moved} leaves the range of a balance. "
+        "Nothing was written",
+        user=r.user,
+        balance=r.balance,
+        amount=moved,
+    )
+
+
+def _idempotency_key_reused(r: Refused) -> LedgerError:
+    key = r.arguments.get("key") or str(r.purchase)
+    differs = {
+        name: (_typed(name, before), _typed(name, now)) for name, (before, now) in r.detail.get("differs", {}).items()
+    }
+    said = ", ".join(f"{name} {before!s} (now {after!s})" for name, (before, after) in differs.items())
+    return IdempotencyKeyReused(
+        f"{key!r} was used before, for {said}. Use a new key for a new intent", key=key, differs=differs
+    )
+
+
+def _typed(name: str, value: Any) -> Any:
+    return UUID(value) if name == "refund_of" and value is not None else value
+
+
+def _ledger_inconsistent(r: Refused) -> LedgerError:
+    return LedgerInconsistent(
+        f"the row of user {r.user} says {r.detail.get('sequence')} completed rows, and the ledger has more. "
+        f"Nothing was written. Look with: tallystick audit --user {r.command}",
+        user=r.user,
+    )
+
+
+def _minute(r: Refused) -> str:
+    return str(r.detail.get("deleted_at", ""))[:16].replace("T", " ")
+
+
+ERRORS: Mapping[str, Callable[[Refused], LedgerError]] = {
+    "invalid_argument": _invalid_argument,
+    "unknown_user": _unknown_user,
+    "user_deleted": _user_deleted,
+    "unknown_workshop": _unknown_workshop,
+    "workshop_deleted": _workshop_deleted,
+    "workshop_not_owned": _workshop_not_owned,
+    "workshop_unaccounted": _workshop_unaccounted,
+    "unknown_purchase": _unknown_purchase,
+    "purchase_not_pending": _purchase_not_pending,
+    "purchase_not_completed": _purchase_not_completed,
+    "session_conflict": _session_conflict,
+    "stripe_customer_conflict": _stripe_customer_conflict,
+    "insufficient_credits": _insufficient_credits,
+    "refund_exceeds_purchase": _refund_exceeds_purchase,
+    "reinstatement_exceeds_refunds": _reinstatement_exceeds_refunds,
+    "balance_out_of_range": _balance_out_of_range,
+    "idempotency_key_reused": _idempotency_key_reused,
+    "ledger_inconsistent": _ledger_inconsistent,
+}

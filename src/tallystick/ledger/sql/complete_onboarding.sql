@@ -1,0 +1,15 @@
+-- Records that the user has seen the onboarding through.
+CREATE OR REPLACE FUNCTION tallystick.complete_onboarding(user_id {user_key_type}) RETURNS tallystick.account_answer
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = {host_path} AS $$
+#variable_conflict use_column
+DECLARE
+  answer tallystick.account_answer;
+BEGIN
+  UPDATE {users} AS u SET onboarding_complete = true
+    WHERE u.{user_key} {is} complete_onboarding.user_id
+    RETURNING 'completed', {account}, NULL INTO answer;
+  IF NOT FOUND THEN
+    answer.outcome := 'unknown_user';
+  END IF;
+  RETURN answer;
+END $$

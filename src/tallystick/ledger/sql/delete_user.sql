@@ -1,0 +1,15 @@
+-- Soft-deletes a user: the row and its ledger stay, and nothing can be bought or spent. The first time is kept.
+CREATE OR REPLACE FUNCTION tallystick.delete_user(user_id {user_key_type}) RETURNS tallystick.account_answer
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = {host_path} AS $$
+#variable_conflict use_column
+DECLARE
+  answer tallystick.account_answer;
+BEGIN
+  UPDATE {users} AS u SET deleted_at = coalesce(u.deleted_at, tallystick.kept_as(pg_catalog.now(), u.deleted_at))
+    WHERE u.{user_key} {is} delete_user.user_id
+    RETURNING 'completed', {account}, NULL INTO answer;
+  IF NOT FOUND THEN
+    answer.outcome := 'unknown_user';
+  END IF;
+  RETURN answer;
+END $$

@@ -1,0 +1,33 @@
+-- The purchase of a user by its id, by its Stripe session, or by its id with a session to tie to it. The answer's
+-- outcome is NULL where it was found and the session is its own or free, else the refusal.
+CREATE OR REPLACE FUNCTION tallystick.find_purchase(
+  user_id {user_key_type}, purchase_id uuid, stripe_session_id text, balance {credits}
+) RETURNS tallystick.answer
+LANGUAGE plpgsql STABLE AS $$
+#variable_conflict use_column
+DECLARE
+  answer tallystick.answer;
+  holder uuid;
+BEGIN
+  SELECT NULL, {row}, find_purchase.balance, NULL, NULL, NULL, NULL INTO answer FROM {ledger} AS t
+    WHERE t.user_id = find_purchase.user_id AND t.type = 'purchase'
+      AND CASE WHEN find_purchase.purchase_id IS NOT NULL THEN t.id = find_purchase.purchase_id
+        ELSE t.stripe_session_id = find_purchase.stripe_session_id END;
+  IF NOT FOUND THEN
+    answer.outcome := 'unknown_purchase';
+    answer.balance := balance;
+    RETURN answer;
+  END IF;
+  IF stripe_session_id IS NOT NULL THEN
+    IF answer.stripe_session_id <> stripe_session_id THEN
+      answer.outcome := 'session_conflict';
+    ELSIF answer.stripe_session_id IS NULL THEN
+      SELECT t.id INTO holder FROM {ledger} AS t WHERE t.stripe_session_id = find_purchase.stripe_session_id;
+      IF FOUND THEN
+        answer.outcome := 'session_conflict';
+        answer.detail := pg_catalog.jsonb_build_object('held_by', holder);
+      END IF;
+    END IF;
+  END IF;
+  RETURN answer;
+END $$

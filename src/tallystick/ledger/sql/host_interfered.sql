@@ -1,0 +1,9 @@
+-- Refuses to go on where the host's own trigger, rule or policy swallowed or changed what the ledger wrote. Nothing of
+-- the call stays.
+CREATE OR REPLACE FUNCTION tallystick.host_interfered(relation text) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+  RAISE EXCEPTION 'a trigger, rule or policy of % changed or swallowed what the ledger wrote', relation
+    USING ERRCODE = 'TS119',
+      HINT = 'Nothing was written. Exempt the columns of Tallystick from it; \d ' || relation || ' in psql lists them.';
+END $$

@@ -1,0 +1,15 @@
+-- Undoes a soft delete of a user; credits are as they were.
+CREATE OR REPLACE FUNCTION tallystick.restore_user(user_id {user_key_type}) RETURNS tallystick.account_answer
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = {host_path} AS $$
+#variable_conflict use_column
+DECLARE
+  answer tallystick.account_answer;
+BEGIN
+  UPDATE {users} AS u SET deleted_at = NULL
+    WHERE u.{user_key} {is} restore_user.user_id
+    RETURNING 'completed', {account}, NULL INTO answer;
+  IF NOT FOUND THEN
+    answer.outcome := 'unknown_user';
+  END IF;
+  RETURN answer;
+END $$
