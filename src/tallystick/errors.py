@@ -23,7 +23,6 @@
     │   ├── PoolerRefused            the address is a pooler's
     │   └── LedgerNotEmpty           undo would throw away history
     ├── BackupError                  a backup or a restore did not happen; nothing is left of it
-    ├── NeonError                    Neon's API refused, or did not answer
     ├── RequestRefused               the web pages turned a request down; nothing was changed
     │   ├── NotSignedIn              no user stands behind it
     │   ├── CrossSiteRequest         another site's page made it
@@ -230,12 +229,6 @@ class LedgerNotEmpty(MigrationError):
 
 class BackupError(TallystickError):
     """A backup or a restore did not happen. Nothing is left of it."""
-
-
-class NeonError(TallystickError):
-    """Neon's API refused, or did not answer; ``status`` is that of HTTP, None without an answer."""
-
-    status: int | None
 
 
 class StripeError(TallystickError):

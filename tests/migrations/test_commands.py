@@ -1,4 +1,4 @@
-"""The commands around a migration, as typed: lint, snippet, backup, restore, rehearse, and plan's findings."""
+"""The commands around a migration, as typed: snippet, backup, restore, rehearse, and plan's findings."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from hosts import HOSTS, App
 from rich.live import Live
 
@@ -52,20 +53,6 @@ Tally = Callable[..., tuple[int, str, str]]
 
 def as_json(said: tuple[int, str, str]) -> Any:
     return json.loads(said[1])
-
-
-def test_lint(tally: Tally, tmp_path: Path) -> None:
-    (tmp_path / "bad.sql").write_text("ALTER TABLE users ADD a int NOT NULL;")
-    code, out, _ = tally("migrate", "lint", "bad.sql")
-    assert code == 1
-    assert "bad.sql:1: not-null-without-default" in out
-    assert [finding["code"] for finding in as_json(tally("migrate", "lint", "bad.sql", "--json"))] == [
-        "no-lock-timeout",
-        "not-null-without-default",
-    ]
-    (tmp_path / "good.sql").write_text("SELECT 1;")
-    assert tally("migrate", "lint", "good.sql")[0] == 0
-    assert tally("migrate", "lint", "nowhere")[0] == 1
 
 
 def test_snippet(tally: Tally) -> None:
@@ -226,6 +213,23 @@ def test_rehearse(tally: Tally, app: App, tmp_path: Path) -> None:
     assert [one["fault"] for one in as_json(said)["lived"]] == [None] * 7
 
 
+def test_a_rehearsal_on_a_copy_that_was_made(
+    tally: Tally, app: App, fresh_database: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = fresh_database(app.engine.url.database)
+    before = app.dump()
+    code, out, err = tally("migrate", "rehearse", "--on", copy)
+    assert (code, "Passed" in out) == (0, True), out + err
+    assert str(sa.make_url(copy).database) in err.splitlines()[0]
+
+    # by another name for the same server it is the same database
+    monkeypatch.setenv("DATABASE_URL", f"{app.url}{'&' if '?' in app.url else '?'}application_name=other")
+    code, _, err = tally("migrate", "rehearse", "--on", app.url)
+    assert (code, "the app's own database, not a copy" in err) == (1, True), err
+    assert app.dump() == before
+    assert tally("migrate", "rehearse", "--on", copy, "--from", "x.backup")[0] == 2
+
+
 def test_a_copy_needs_no_roles_and_no_tablespaces_of_its_server(tally: Tally, app: App) -> None:
     """As of Supabase and PostgREST, whose policies are for roles."""
     name = f"authenticated {app.engine.url.database}"
@@ -255,7 +259,7 @@ def test_an_extension_that_the_copys_server_does_not_have(tally: Tally, app: App
     assert code == 1
     assert "needs the extension postgis, which the rehearsal's server does not have" in err
     assert "TALLYSTICK_PG_BIN=" in err
-    assert "--neon-branch" in err
+    assert "--on ADDRESS" in err
 
 
 def test_plan_and_status_say_more(tally: Tally, app: App) -> None:

@@ -21,7 +21,6 @@ from tallystick.dev.postgres import Server
 from tallystick.migrate import role
 from tallystick.migrate.blockers import OLD_MS
 from tallystick.migrate.revisions import HostNames, revisions
-from tallystick.migrate.rules import Lock
 from tallystick.migrate.statements import downward, text
 from tallystick.schema import HEAD
 
@@ -38,17 +37,6 @@ def test_nothing_under_the_lock_scans_or_rewrites(name: str, make_app: Callable[
         for statement in revision.statements:
             assert not statement.rewrites
             assert not statement.scans or statement.phase == "online"
-
-
-def test_the_first_write_blocking_lock_of_a_table_is_its_strongest(app: App) -> None:
-    revision = plan(app).revisions[0]
-    strongest: dict[str, Lock] = {}
-    for statement in revision.statements:
-        for table, name in statement.locks:
-            lock = Lock[name.replace(" ", "_")]
-            if lock.blocks_writes:
-                assert lock <= strongest.setdefault(table, lock)
-    assert strongest == {"public.users": Lock.ACCESS_EXCLUSIVE, "public.workshops": Lock.ACCESS_EXCLUSIVE}
 
 
 def test_it_changes_nothing(app: App) -> None:

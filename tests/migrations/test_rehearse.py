@@ -16,6 +16,7 @@ from tallystick import migrate
 from tallystick.audit import audit
 from tallystick.errors import MigrationError
 from tallystick.migrate import PlannedStatement, Rehearsal, Traced, rehearse, report
+from tallystick.migrate.rehearse import split
 from tallystick.schema import Schema
 
 NAMES = ("uuid", "keyed by an external identity", "quoted, reserved and in schemas", "with every column already")
@@ -35,6 +36,32 @@ def test_what_the_plan_said_is_what_happened(name: str, make_app: Callable[..., 
     assert locked
     assert all(one.phase == "locked" for one in locked)
     assert done.locked_ms > 0
+
+
+WEAKEST_FIRST = ("SHARE", "SHARE ROW EXCLUSIVE", "EXCLUSIVE", "ACCESS EXCLUSIVE")
+
+
+def test_the_first_lock_that_writers_feel_is_the_strongest(app: App) -> None:
+    """A stronger one later would deadlock with the app; this is what the server says, not the plan."""
+    first: dict[str, str] = {}
+    for one in rehearse(app.url, app.config).statements:
+        for table, lock in one.locks:
+            if lock in WEAKEST_FIRST:
+                assert WEAKEST_FIRST.index(lock) <= WEAKEST_FIRST.index(first.setdefault(table, lock))
+    assert first == {"public.users": "ACCESS EXCLUSIVE", "public.workshops": "ACCESS EXCLUSIVE"}
+
+
+def test_a_script_is_split_where_psql_would() -> None:
+    script = """-- one; two
+    SELECT 'a;b', E'it\\'s; so', "x;y" /* ; */;
+    DO $do$ BEGIN PERFORM $$;$$; END $do$ ; ;
+    SELECT $1::int  -- the last; without an end
+    """
+    assert list(split(script)) == [
+        """SELECT 'a;b', E'it\\'s; so', "x;y\"""",
+        "DO $do$ BEGIN PERFORM $$;$$; END $do$",
+        "SELECT $1::int",
+    ]
 
 
 FALSE_PLANS: dict[str, Callable[[PlannedStatement], tuple[tuple[str, str], ...]]] = {

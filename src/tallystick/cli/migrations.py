@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import time
@@ -25,9 +24,8 @@ from tallystick.config import FILE_NAME, Config, to_toml
 from tallystick.database import PATIENCE_S, connect, translated
 from tallystick.dev import postgres
 from tallystick.errors import BackupError, ConfigError, TallystickError
-from tallystick.migrate import neon
 from tallystick.migrate import role as roles
-from tallystick.migrate.rules import split
+from tallystick.migrate.rehearse import split
 
 migrations = typer.Typer(
     no_args_is_help=True,
@@ -317,28 +315,6 @@ def snippet(
 
 
 @migrations.command()
-def lint(
-    path: Annotated[Path, typer.Argument(help="A .sql file, a folder of them, or an Alembic folder.", metavar="PATH")],
-    as_json: Json = False,
-) -> None:
-    """Read anyone's migrations by the rules of this one: what would stall, fail or deadlock on a live database.
-
-    Exit code 1 when something is found. Alembic revisions are run offline: their code is executed, no database is.
-    """
-    found = migrate.lint(path)
-
-    def show() -> None:
-        for finding in found:
-            out.print(str(finding), markup=False)
-        if not found:
-            out.print("Nothing to find.")
-
-    emit(found, show, as_json=as_json)
-    if found:
-        raise typer.Exit(1)
-
-
-@migrations.command()
 def apply(
     ctx: typer.Context,
     backup: Annotated[
@@ -412,13 +388,13 @@ def rehearse(
     html: Annotated[
         Path | None, typer.Option("--html", help="Write a report with a picture of the locks.", metavar="FILE")
     ] = None,
-    neon_branch: Annotated[
+    on: Annotated[
         str | None,
         typer.Option(
-            "--neon-branch",
-            help="Rehearse on a branch that is made in this project of Neon, and deleted afterwards, instead of in an "
-            "embedded server. NEON_API_KEY holds the key.",
-            metavar="PROJECT",
+            "--on",
+            help="Rehearse on this copy that you made, a branch at Neon for example, instead of in an embedded server. "
+            "It is changed, and its ledger is emptied.",
+            metavar="ADDRESS",
         ),
     ] = None,
     as_json: Json = False,
@@ -427,11 +403,11 @@ def rehearse(
 
     Exit code 1 where something stands against doing it to the original. The original is only read.
     """
-    if neon_branch is not None and backup_file is not None:
-        raise typer.BadParameter("--neon-branch has the data already; leave --from out")
-    of_the_app = tuple(text for text, _ in split(statements.read_text(encoding="utf-8"))) if statements else ()
+    if on is not None and backup_file is not None:
+        raise typer.BadParameter("--on names a copy that has the data already; leave --from out")
+    of_the_app = tuple(split(statements.read_text(encoding="utf-8"))) if statements else ()
     with ExitStack() as stack:
-        source = _branched(ctx, neon_branch) if neon_branch else _restored(ctx, backup_file)
+        source = _given(ctx, on) if on else _restored(ctx, backup_file)
         config, copy = stack.enter_context(source)
         done = migrate.rehearse(
             copy,
@@ -495,21 +471,22 @@ def _restored(ctx: typer.Context, backup_file: Path | None) -> Iterator[tuple[Co
                     raise BackupError(
                         f"the copy needs the extension {found[1] or found[2]}, which the rehearsal's server does not "
                         "have. Rehearse with a PostgreSQL of this machine that has it "
-                        "(TALLYSTICK_PG_BIN=/usr/lib/postgresql/…/bin), or on a branch at Neon (--neon-branch)"
+                        "(TALLYSTICK_PG_BIN=/usr/lib/postgresql/…/bin), or on a copy that you make (--on ADDRESS)"
                     ) from error
                 raise
         yield config, copy
 
 
 @contextmanager
-def _branched(ctx: typer.Context, project: str) -> Iterator[tuple[Config, str]]:
-    """A copy as a branch of a Neon project, awake."""
-    with invocation(ctx).database(migrating=True) as config:
-        key, api = os.environ.get(neon.KEY, ""), os.environ.get("NEON_API_BASE", neon.API)
-        with neon.branch(project, sa.make_url(address(config)), api_key=key, api=api, waiting=note) as made:
-            copy = made.render_as_string(hide_password=False)
-            _say_where(ctx, config.at(copy))
-            yield config, copy
+def _given(ctx: typer.Context, copy: str) -> Iterator[tuple[Config, str]]:
+    """A copy that the user made, once it is known not to be the original."""
+    config = invocation(ctx).config().at(copy)
+    with awake(config) as conn:
+        note(f"{place(conn)}, {mapping(ctx, config)}.")
+        if invocation(ctx).config().database_url:
+            with invocation(ctx).database(migrating=True) as original, awake(original) as source:
+                migrate.refuse_same_database(conn, source)
+    yield config, address(config)
 
 
 def _audited(conn: sa.Connection, config: Config) -> list[str]:

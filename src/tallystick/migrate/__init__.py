@@ -3,10 +3,9 @@
 from tallystick.migrate.blockers import Blocker
 from tallystick.migrate.door import downgrade_revision, upgrade_revision
 from tallystick.migrate.host import Host, HostColumn, HostTable, examine, propose
-from tallystick.migrate.lint import Lint, lint
 from tallystick.migrate.online import OnlineStep
 from tallystick.migrate.plan import Finding, Plan, PlannedRevision, PlannedStatement, Replica, TableSize, plan, sql
-from tallystick.migrate.rehearse import Lived, Rehearsal, Traced, rehearse, report
+from tallystick.migrate.rehearse import Lived, Rehearsal, Traced, refuse_same_database, rehearse, report
 from tallystick.migrate.revisions import Revision, revisions
 from tallystick.migrate.run import GIVE_UP_AFTER_S, Progress, Receipt, Step, apply, undo
 from tallystick.migrate.snippets import TOOLS, snippet
@@ -26,7 +25,6 @@ __all__ = [
     "Host",
     "HostColumn",
     "HostTable",
-    "Lint",
     "Lived",
     "OnlineStep",
     "Plan",
@@ -46,9 +44,9 @@ __all__ = [
     "concerns",
     "downgrade_revision",
     "examine",
-    "lint",
     "plan",
     "propose",
+    "refuse_same_database",
     "rehearse",
     "report",
     "revisions",

@@ -18,7 +18,6 @@ from tallystick.config import Config
 from tallystick.migrate.blockers import Blocker, Watch
 from tallystick.migrate.host import Host, HostTable, examine, looking
 from tallystick.migrate.revisions import HostNames, Revision, after, revisions
-from tallystick.migrate.rules import Lock, Operation, estimated_ms, operations
 from tallystick.migrate.session import USE_UNPOOLED, pooler_sign
 from tallystick.migrate.statements import STALL_BUDGET_MS, Messages, text, upward
 from tallystick.schema import LEDGER
@@ -228,6 +227,8 @@ _HERE = "(SELECT oid FROM pg_database WHERE datname = current_database())"
 
 _HIDDEN = "<insufficient privilege>"  # what pg_stat_statements shows of another role's
 
+_NEW_TABLE = re.compile(r"CREATE TABLE ((?:\"[^\"]*\"|[\w.])+) \(")  # as a revision of ours writes it
+
 _STAR = re.compile(r"\b(?:select(?:\s+distinct)?|returning|,)\s+(?:[\w\"$.]+\.)?\*(?!\s*\d)", re.IGNORECASE)
 
 
@@ -315,14 +316,14 @@ def _about_publications(
 ) -> Iterator[Finding]:
     """A subscriber is sent columns and tables that are new, and stops at the first that it does not have."""
     shown = {table.oid: table.shown for table in host.tables}
-    added: dict[str, str] = {}
-    made: list[str] = []
-    for statement in (text([part]) for _, messages in ways for part in (*messages.opening, *messages.locked)):
-        for operation in operations(statement):
-            if operation.table and operation.name == "create a table":
-                made.append(operation.table)
-            elif operation.table and operation.name == "add a column":
-                added[operation.table] = statement.replace("ADD COLUMN ", "ADD COLUMN IF NOT EXISTS ")
+    statements = [text([part]) for _, messages in ways for part in (*messages.opening, *messages.locked)]
+    made = [found[1].replace('"', "") for found in map(_NEW_TABLE.match, statements) if found]
+    added = {
+        table.shown: statement.replace("ADD COLUMN ", "ADD COLUMN IF NOT EXISTS ")
+        for table in host.tables
+        for statement in statements
+        if statement.startswith(f"ALTER TABLE {_table(table)} ADD COLUMN ")
+    }
     rows = conn.execute(_PUBLICATIONS, {"tables": list(shown)})
     for name, group in groupby(rows, lambda row: row.name):
         sent = list(group)
@@ -393,20 +394,14 @@ def _about_room(database_bytes: int, folder: Path | None) -> Iterator[Finding]:
             )
 
 
+_DDL_MS = 1.5  # what an operation that reads no rows was measured to take
+
+
 def _planned(config: Config, revision: Revision, messages: Messages, host: Host) -> PlannedRevision:
     names = HostNames.of(config.host, host.adopted)
-    sizes = {table.shown: table.bytes for table in host.tables}
-    if host.revision is not None:
-        sizes[f"{host.users.schema}.{LEDGER}"] = 0  # there already; what a revision does to it is always without a scan
-    locked = [operations(f"LOCK TABLE {table.as_string(None)}")[0].table or "" for table in revision.locks(names)]
-    statements = tuple(_statements(messages, set(sizes), locked))
-    hold_ms = sum(
-        estimated_ms(operation, sizes.get(operation.table or "", 0))
-        for statement in statements
-        if statement.phase == "locked"
-        for operation in operations(statement.sql)
-        if operation.name != "block of code"
-    )
+    statements = tuple(_statements(revision, host, names, messages))
+    changes = [one.sql for one in statements if one.phase == "locked" and one.sql.startswith(("ALTER", "CREATE"))]
+    hold_ms = _DDL_MS * sum(1 + change.count(", ADD ") for change in changes)
     return PlannedRevision(revision.revision, revision.title, revision.kind, statements, round(hold_ms, 1))
 
 
@@ -461,36 +456,28 @@ def _messages(config: Config, host: Host | None, stall_budget_ms: int) -> Iterab
         reached = revision.revision
 
 
-def _statements(messages: Messages, existing: set[str], locked: Sequence[str]) -> Iterable[PlannedStatement]:
-    phases: tuple[tuple[Phase, Iterable[Composable]], ...] = (
-        ("prepare", messages.opening),
-        ("locked", messages.locked),
-        ("online", messages.online.values()),
-    )
-    for phase, statements in phases:
-        for statement in statements:
-            shown = text([statement])
-            found = operations(shown)
-            if phase == "locked" and shown.startswith("DO "):
-                # the only block of code that a revision's message has: the lock itself
-                locks = {table: Lock.ACCESS_EXCLUSIVE for table in locked if table in existing}
-                found = ()
-            else:
-                locks = _locks(found, existing)
-            touching = [operation for operation in found if operation.table in existing]
-            yield PlannedStatement(
-                phase,
-                shown,
-                tuple((table, str(lock)) for table, lock in locks.items()),
-                scans=any(operation.scans for operation in touching),
-                rewrites=any(operation.rewrites for operation in touching),
-            )
+def _statements(revision: Revision, host: Host, names: HostNames, messages: Messages) -> Iterator[PlannedStatement]:
+    """Each statement with the locks that it adds to those that are held; a rehearsal compares them with ``pg_locks``.
+
+    They follow from the two messages of a run: the fence, then one lock of all tables that is stronger than whatever
+    comes after it. By the contract of a revision nothing but an online step reads a table.
+    """
+    there = {_table(table): table.shown for table in host.tables}
+    ledger = Identifier(host.users.schema, LEDGER).as_string(None)
+    if host.revision is not None:
+        there[ledger] = f"{host.users.schema}.{LEDGER}"
+    tables = [there[name] for name in (table.as_string(None) for table in messages.locks) if name in there]
+    fence = tuple((table, "SHARE UPDATE EXCLUSIVE") for table in tables)
+    for statement in map(_shown, messages.opening):
+        yield PlannedStatement("prepare", statement, fence if statement.startswith("LOCK TABLE ") else (), False, False)
+    for number, statement in enumerate(map(_shown, messages.locked)):
+        locks = () if number else tuple((table, "ACCESS EXCLUSIVE") for table in tables)
+        yield PlannedStatement("locked", statement, locks, False, False)
+    for name, step in messages.online.items():
+        table = there.get(_table(host.users) if name in revision.indexes(names) else ledger)
+        locks = ((table, "SHARE UPDATE EXCLUSIVE"),) if table else ()
+        yield PlannedStatement("online", _shown(step), locks, table is not None, False)
 
 
-def _locks(found: Iterable[Operation], existing: set[str]) -> dict[str, Lock]:
-    strongest: dict[str, Lock] = {}
-    for operation in found:
-        for table, lock in ((operation.table, operation.lock), *operation.also):
-            if table in existing and table is not None and lock > strongest.get(table, Lock.NONE):
-                strongest[table] = lock
-    return strongest
+def _shown(statement: Composable) -> str:
+    return text([statement])

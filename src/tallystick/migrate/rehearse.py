@@ -8,6 +8,7 @@ taken back.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,6 +144,40 @@ def rehearse(
         left += tuple(_changed(migrated, used, "using the ledger", except_in=own_triggers))
         left += tuple(_changed(used, _contents(conn, host), "the way back"))
     return Rehearsal(rows, traced, round(_locked_ms(traced), 3), drift, broken, left, lived)
+
+
+def refuse_same_database(copy: sa.Connection, original: sa.Connection) -> None:
+    """Raises MigrationError where both connections lead to one database, by whatever addresses."""
+    if copy.execute(_IDENTITY).one() == original.execute(_IDENTITY).one():
+        raise MigrationError(
+            "this is the app's own database, not a copy of it. A rehearsal changes its database and empties the "
+            "ledger there: give the address of a copy"
+        )
+
+
+_IDENTITY = sa.text("""
+    SELECT oid::bigint, datname, pg_postmaster_start_time() FROM pg_database WHERE datname = current_database()
+""")
+
+_PARTS = re.compile(
+    r"""--[^\n]* | /\*.*?\*/ | [eE]'(?:[^'\\]|\\.|'')*' | '(?:[^']|'')*' | "(?:[^"]|"")*"
+      | (?P<tag>\$(?:[^\W\d]\w*)?\$).*?(?P=tag) | \w+ | .""",
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def split(script: str) -> Iterator[str]:
+    """The statements of an SQL script. A semicolon in a string, a comment or a dollar-quoted body ends none."""
+    statement = ""
+    for part in _PARTS.finditer(script):
+        if part[0] == ";":
+            if statement.strip():
+                yield statement.strip()
+            statement = ""
+        elif not part[0].startswith(("--", "/*")):
+            statement += part[0]
+    if statement.strip():
+        yield statement.strip()
 
 
 def _live(engine: sa.Engine, config: Config) -> Iterator[Lived]:
