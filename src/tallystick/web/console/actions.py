@@ -17,7 +17,7 @@ from tallystick.config import INT32_MAX, Config
 from tallystick.database import translated
 from tallystick.errors import LedgerError
 from tallystick.ledger import CreditTransaction, Ledger
-from tallystick.web.console.books import LedgerRow, UserRow
+from tallystick.web.console.queries import LedgerRow, UserRow
 
 log = logging.getLogger("tallystick.console")
 

@@ -15,10 +15,11 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from tallystick import stripe
 from tallystick.errors import Key, StripeUnavailable
 from tallystick.schema import CreditTransactionStatus
-from tallystick.web.api import EXAMPLE_ID, KEY_MAX, TAGS, refusals
-from tallystick.web.billing import WEBHOOK, Billing, Workshop
-from tallystick.web.buyer import SEE_OTHER, ReturnTo
-from tallystick.web.requests import RETURN_MAX
+from tallystick.web.buyer.billing import Billing, Workshop
+from tallystick.web.buyer.entrance import WEBHOOK
+from tallystick.web.buyer.json_api import EXAMPLE_ID, KEY_MAX, TAGS, refusals
+from tallystick.web.buyer.views import SEE_OTHER, ReturnTo
+from tallystick.web.shared.requests import RETURN_MAX
 
 SESSION_MAX: Final = 255
 
@@ -98,8 +99,8 @@ async def _start(
         billing.config,
         user,
         wanted.pack,
-        success_url=billing.absolute(request, billing.url(request, "success", query=back)),
-        cancel_url=billing.absolute(request, billing.url(request, "cancelled", query=back)),
+        success_url=billing.renderer.absolute(request, billing.renderer.url(request, "success", query=back)),
+        cancel_url=billing.renderer.absolute(request, billing.renderer.url(request, "cancelled", query=back)),
         key=None if key is None else f"web:buy:{key}",  # kept apart from the host's keys, as for unlocking
     )
 
@@ -128,7 +129,7 @@ def _add_pages(billing: Billing) -> None:
     async def checkout(request: Request, user: User, wanted: Annotated[CheckoutForm, Form()]) -> Response:
         started = await _start(billing, request, user, wanted, wanted.key)
         over = {"session_id": started.session, "return_to": billing.returning(wanted.return_to)}
-        return RedirectResponse(started.url or billing.url(request, "success", query=over), SEE_OTHER)
+        return RedirectResponse(started.url or billing.renderer.url(request, "success", query=over), SEE_OTHER)
 
     @billing.get("/success", name="tallystick.success", include_in_schema=False)
     async def success(
@@ -147,17 +148,18 @@ def _add_pages(billing: Billing) -> None:
             "waiting": (texts.waiting_title, texts.waiting),
             "failed": (texts.failed_title, texts.failed),
         }[state]
-        here = billing.url(request, "success", query=dict(request.query_params))
-        return billing.page(
+        here = billing.renderer.url(request, "success", query=dict(request.query_params))
+        return billing.renderer.page(
             request, "outcome.html", state=state, title=title, text=text, balance=balance, workshop=workshop,
             here=here, return_to=billing.returning(return_to),
         )  # fmt: skip
 
     @billing.get("/cancelled", name="tallystick.cancelled", include_in_schema=False)
     async def cancelled(request: Request, user: User, workshop: About, return_to: ReturnTo = None) -> Response:
-        return billing.page(
+        return billing.renderer.page(
             request, "outcome.html", state="cancelled", title=texts.cancelled_title, text=texts.cancelled,
-            balance=await billing.balance(user), workshop=workshop, here="", return_to=billing.returning(return_to),
+            balance=await billing.balance(user), workshop=workshop, here="",
+            return_to=billing.returning(return_to),
         )  # fmt: skip
 
 
