@@ -15,7 +15,7 @@ from rich.markup import escape
 from tallystick.cli.app import Json, address, app, emit, err, invocation, note, out, table
 from tallystick.cli.ledger import KeyOption, credits_of
 from tallystick.config import Config
-from tallystick.database import engine
+from tallystick.database import engine, transaction
 from tallystick.errors import StripeNotConfigured
 from tallystick.schema import verify
 
@@ -39,7 +39,7 @@ def pool(ctx: typer.Context) -> Iterator[tuple[sa.Engine, Config]]:
     """An engine for operations that manage transactions themselves."""
     with invocation(ctx).database() as config:
         made = engine(address(config), poolclass=sa.NullPool)
-        with made.connect() as conn:
+        with transaction(made) as conn:
             verify(conn)
         yield made, config
 
@@ -161,6 +161,6 @@ def send_back(
     """Send money back through Stripe, and take the credits that it bought."""
     with pool(ctx) as (made, config):
         done = stripe().refund(made, config, purchase, credits=credits, key=key or f"cli-{uuid4()}")
-        with made.connect() as conn:
+        with transaction(made) as conn:
             left = stripe().store.store_of(config).left(conn, done)
     emit(done, lambda: out.print(f"Done. The purchase has {credits_of(left)} left."), as_json=as_json)

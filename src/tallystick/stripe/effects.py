@@ -6,14 +6,13 @@ it unknown what was written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
 from tallystick.config import Config
-from tallystick.database import translated
+from tallystick.database import transaction
 from tallystick.errors import Conflict, LedgerError
 from tallystick.stripe.client import Object, ask, client, every, found
 from tallystick.stripe.store import FindingKind, Outcome, Reversal, Store, store_of
@@ -24,19 +23,6 @@ _TRIES = 3
 T = TypeVar("T")
 Effect = Callable[[sa.Connection], Outcome]
 """The part that writes, for one transaction, after Stripe was asked."""
-
-
-@contextmanager
-def transaction(engine: sa.Engine, *, keep: bool = True) -> Iterator[sa.Connection]:
-    """One database transaction of our own, whatever isolation the host's engine has; rolled back without ``keep``."""
-    with translated(connecting=True):
-        conn = engine.connect()
-    with conn, translated():
-        conn = conn.execution_options(isolation_level="READ COMMITTED")
-        with conn.begin() as begun:
-            yield conn
-            if not keep:
-                begun.rollback()
 
 
 def in_transaction(engine: sa.Engine, work: Callable[[sa.Connection], T]) -> T:

@@ -16,13 +16,13 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from tallystick.config import Config
-from tallystick.database import run
+from tallystick.database import run, transaction
 from tallystick.errors import InvalidArgument
 from tallystick.ledger import CreditTransaction
 from tallystick.schema import stripe_checkouts, stripe_events, stripe_reconciliations, stripe_reversals
 from tallystick.stripe.checkout import session_of_purchase
 from tallystick.stripe.client import every
-from tallystick.stripe.effects import PAGE, Effect, Effects, failure_of, in_transaction, transaction
+from tallystick.stripe.effects import PAGE, Effect, Effects, failure_of, in_transaction
 from tallystick.stripe.store import DISPUTE_RANK, Finding, FindingKind, Outcome, store_of
 from tallystick.stripe.webhooks import HANDLERS, prepared
 

@@ -8,7 +8,6 @@ from uuid import UUID
 
 from fastapi import Depends, Form, Header, Path, Query
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
@@ -93,22 +92,26 @@ async def _start(
     if wanted.workshop is not None:
         await billing.workshop(user, wanted.workshop)  # theirs, or nothing is sold for it
     back = {"return_to": billing.returning(wanted.return_to), "workshop": wanted.workshop}
-    return await run_in_threadpool(
-        stripe.checkout,
-        billing.database.selling,
-        billing.config,
-        user,
-        wanted.pack,
-        success_url=billing.renderer.absolute(request, billing.renderer.url(request, "success", query=back)),
-        cancel_url=billing.renderer.absolute(request, billing.renderer.url(request, "cancelled", query=back)),
-        key=None if key is None else f"web:buy:{key}",  # kept apart from the host's keys, as for unlocking
+    success, cancelled = (
+        billing.renderer.absolute(request, billing.renderer.url(request, page, query=back))
+        for page in ("success", "cancelled")
     )
+    name = None if key is None else f"web:buy:{key}"  # kept apart from the host's keys, as for unlocking
+    return await billing.database.run_on_engine(
+        lambda engine: stripe.checkout(
+            engine, billing.config, user, wanted.pack, success_url=success, cancel_url=cancelled, key=name
+        )
+    )
+
+
+async def _confirm(billing: Billing, user: Key, session: str) -> stripe.Confirmation:
+    return await billing.database.run_on_engine(lambda engine: stripe.confirm(engine, billing.config, user, session))
 
 
 async def _outcome(billing: Billing, user: Key, session: str) -> tuple[str, stripe.Confirmation | None]:
     """Where a purchase stands, in the template's words; what was paid is granted by asking."""
     try:
-        found = await run_in_threadpool(stripe.confirm, billing.database.selling, billing.config, user, session)
+        found = await _confirm(billing, user, session)
     except StripeUnavailable:
         return "waiting", None  # the webhook will grant it
     if found.granted:
@@ -194,7 +197,7 @@ def _add_json(billing: Billing) -> None:
         user: User, stripe_session: Annotated[str, Path(max_length=SESSION_MAX, examples=["cs_test_a1"])]
     ) -> PurchaseAnswer:
         """Ask Stripe whether a session is paid, and grant it at once if so; safe to make again."""
-        found = await run_in_threadpool(stripe.confirm, billing.database.selling, billing.config, user, stripe_session)
+        found = await _confirm(billing, user, stripe_session)
         return PurchaseAnswer(
             purchase=found.purchase.id,
             status=found.purchase.status,
@@ -208,8 +211,8 @@ def _add_webhook(billing: Billing) -> None:
     @billing.post("/webhooks/stripe", name=WEBHOOK, include_in_schema=False)
     @billing.post("/webhooks/stripe/", name=WEBHOOK, include_in_schema=False)
     async def webhook(request: Request) -> Response:
-        body = await request.body()
-        answer = await run_in_threadpool(
-            stripe.receive, billing.database.selling, billing.config, body, request.headers.get("stripe-signature")
+        body, signature = await request.body(), request.headers.get("stripe-signature")
+        answer = await billing.database.run_on_engine(
+            lambda engine: stripe.receive(engine, billing.config, body, signature)
         )
         return JSONResponse({"outcome": answer.outcome, "detail": answer.detail}, answer.status)

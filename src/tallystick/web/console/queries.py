@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.config import Config
-from tallystick.database import translated
+from tallystick.database import transaction
 from tallystick.errors import InvalidArgument, Key, UnknownUser
 from tallystick.schema import CreditTransactionStatus, Schema, migration_log
 
@@ -199,9 +199,7 @@ class Queries:
     @contextmanager
     def reading(self, *, timeout_ms: int = PAGE_TIMEOUT_MS) -> Iterator[sa.Connection]:
         """A read-only transaction, so that PostgreSQL itself refuses a write, with a limit to each statement."""
-        with translated(connecting=True):
-            conn = self.engine.connect()
-        with conn.execution_options(postgresql_readonly=True) as reader, translated(), reader.begin():
+        with transaction(self.engine, postgresql_readonly=True) as reader:
             reader.execute(sa.select(sa.func.set_config("statement_timeout", str(timeout_ms), sa.true())))
             yield reader
 

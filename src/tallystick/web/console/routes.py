@@ -23,6 +23,7 @@ from starlette.types import ASGIApp
 
 from tallystick import audit, stripe
 from tallystick.config import Config
+from tallystick.database import transaction
 from tallystick.errors import (
     Conflict,
     DatabaseError,
@@ -436,9 +437,8 @@ class _Console:
         return Response(found[0], media_type=found[1], headers={"Cache-Control": "no-cache"})
 
     def _audit(self, progress: Callable[[int, int], None]) -> audit.Report:
-        with self.engine.connect() as conn:
-            # Autocommit, so that no snapshot is held through a long run; and read-only, as all that is done unasked.
-            reader = conn.execution_options(isolation_level="AUTOCOMMIT", postgresql_readonly=True)
+        # Autocommit, so that no snapshot is held through a long run; and read-only, as all that is done unasked.
+        with transaction(self.engine, isolation="AUTOCOMMIT", postgresql_readonly=True) as reader:
             return audit.audit(reader, self.config, progress=progress)
 
 
