@@ -190,7 +190,7 @@ def status(conn: sa.Connection, config: Config) -> Status:
 
 
 def _status(conn: sa.Connection, config: Config) -> Status:
-    host = examine(conn, config, privileges=False)
+    host = examine(conn, config, strict=False)
     drift: tuple[Drift, ...] = ()
     history: tuple[Applied, ...] = ()
     if host.revision is not None:
