@@ -94,8 +94,8 @@ _LABELS = sa.text("""
 """)
 
 _FUNCTIONS = sa.text("""
-    SELECT 'tallystick.' || p.proname AS name, p.prosrc AS definition
-    FROM pg_proc p WHERE p.pronamespace = to_regnamespace('tallystick')
+    SELECT 'tallystick.' || p.proname AS name, string_agg(p.prosrc, '' ORDER BY p.prosrc COLLATE "C") AS definition
+    FROM pg_proc p WHERE p.pronamespace = to_regnamespace('tallystick') GROUP BY p.proname
 """)
 
 _WRITERS = sa.text("""
@@ -421,6 +421,10 @@ def _declared_shapes(conn: sa.Connection, declared: Schema) -> dict[str, _Shape]
 
 
 def _declared_functions(names: HostNames) -> dict[str, str]:
-    made = re.compile(r"CREATE (?:OR REPLACE )?FUNCTION (tallystick\.\w+)\(.*?\$\$(.*)\$\$", re.DOTALL)
+    made = re.compile(r'CREATE (?:OR REPLACE )?FUNCTION tallystick\."?(\w+)"?\(.*?\$\$(.*)\$\$', re.DOTALL)
     statements = (text([statement]) for revision in revisions() for statement in revision.prepare(names))
-    return {found[1]: found[2] for statement in statements if (found := made.match(statement))}
+    bodies: dict[str, list[str]] = {}
+    for statement in statements:
+        if found := made.match(statement):
+            bodies.setdefault(f"tallystick.{found[1]}", []).append(found[2])
+    return {name: "".join(sorted(each)) for name, each in bodies.items()}
