@@ -600,6 +600,16 @@ def test_refund_made_here_whose_answer_is_lost(shop: Shop):
     assert shop.rows(user) == [("purchase", 97), ("refund", -97)]
 
 
+def test_a_refund_takes_the_longest_key_and_no_longer_one(shop: Shop):
+    _, started = bought(shop)
+    for key in ("", "k" * 501):
+        with pytest.raises(e.InvalidArgument, match="1 to 500"):
+            stripe.refund(shop.engine, shop.config, started.purchase.id, credits=1, key=key)
+    for _ in range(2):
+        stripe.refund(shop.engine, shop.config, started.purchase.id, credits=1, key="é" * 500)
+    assert len(shop.api.refunds.list().data) == 1
+
+
 def test_credits_that_the_host_took_back_with_the_money_are_taken_once(shop: Shop):
     user, started = bought(shop)
     with shop.engine.begin() as conn:

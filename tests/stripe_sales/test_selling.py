@@ -90,6 +90,9 @@ def test_a_user_without_an_email_buys_too(make_shop):
         ({}, {"cancel_url": "javascript:alert(1)"}, e.ReturnAddressRefused, ORIGIN),
         ({}, {"cancel_url": f"{ORIGIN}@evil.example/"}, e.ReturnAddressRefused, ORIGIN),
         ({}, {"cancel_url": f"{ORIGIN}.evil.example/"}, e.ReturnAddressRefused, ORIGIN),
+        ({}, {"cancel_url": "http://[::1/"}, e.ReturnAddressRefused, ORIGIN),
+        ({}, {"success_url": f"{ORIGIN}/{'x' * 5000}"}, e.ReturnAddressRefused, "Stripe takes 5000"),
+        ({}, {"cancel_url": f"{ORIGIN}/{'x' * 5000}"}, e.ReturnAddressRefused, "Stripe takes 5000"),
         ({"checkout_origins": ()}, {}, e.ReturnAddressRefused, "checkout_origins"),
         ({}, {"key": ""}, e.InvalidArgument, "key"),
     ],
@@ -100,6 +103,15 @@ def test_what_is_wrong_is_said_before_anything_is_sold(shop: Shop, settings, opt
     with pytest.raises(error, match=said):
         stripe.checkout(shop.engine, config, user, PACK, **(ADDRESSES | options))
     assert nothing_sent(shop)
+
+
+def test_the_longest_address_that_stripe_takes_is_taken(shop: Shop):
+    added = "?session_id={CHECKOUT_SESSION_ID}"
+    longest = f"{ORIGIN}/".ljust(5000 - len(added), "x")
+    started = shop.checkout(shop.world.user(), success_url=longest)
+    assert shop.api.checkout.sessions.retrieve(started.session).success_url == longest + added
+    with pytest.raises(e.ReturnAddressRefused, match="5001 characters"):
+        shop.checkout(shop.world.user(), success_url=longest + "x")
 
 
 @pytest.mark.parametrize("deleted", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,6 +16,7 @@ from tallystick.accounts import Account, Accounts
 from tallystick.config import Config, Pack
 from tallystick.database import run
 from tallystick.errors import (
+    InvalidArgument,
     Key,
     PackMismatch,
     PurchaseNotCompleted,
@@ -27,6 +29,7 @@ from tallystick.errors import (
     UnknownPack,
     UnknownPurchase,
     UserDeleted,
+    shown,
 )
 from tallystick.ledger import CreditTransaction
 from tallystick.schema import (
@@ -39,6 +42,9 @@ from tallystick.stripe.store import METADATA_KEY, NOT_GONE, Outcome, target
 
 SESSION_PLACEHOLDER = "{CHECKOUT_SESSION_ID}"
 REFUND_KEY = "tallystick_refund"
+METADATA_MAX = REFUND_KEY_MAX = 500  # characters: Stripe's limit for a value of metadata
+ADDRESS_MAX = 5000  # characters: Stripe's limit for success_url and cancel_url
+SESSION_ID_MAX = 255
 CLOCKS_APART_S = 3600  # between the database's clock and Stripe's; only makes a list longer
 
 
@@ -90,7 +96,7 @@ def checkout(
     """
     effects = Effects(engine, config)
     addresses = {
-        "success_url": _with_session(_allowed(config, success_url)),
+        "success_url": _allowed(config, _with_session(success_url)),
         "cancel_url": _allowed(config, cancel_url),
     }
     accounts = Accounts(config)
@@ -121,10 +127,10 @@ def confirm(engine: sa.Engine, config: Config, user: Key, session: str) -> Confi
     """
     effects = Effects(engine, config)
     refusal = SessionNotYours(
-        f"the session {session!r} pays for no purchase of user {user}. Nothing was granted",
+        f"the session {shown(session)} pays for no purchase of user {user}. Nothing was granted",
         stripe_session_id=session,
     )
-    if not session.startswith("cs_") or not session.replace("_", "").isalnum() or not session.isascii():
+    if len(session) > SESSION_ID_MAX or not re.fullmatch("cs_[A-Za-z0-9_]+", session):
         raise refusal
     said = effects.session_now(session)
     if said is None:
@@ -155,6 +161,10 @@ def refund(
         StripeUnavailable: call again with the same ``key``.
         StripeNotConfigured, StripeRefused.
     """
+    if not 0 < len(key) <= REFUND_KEY_MAX:
+        raise InvalidArgument(
+            f"key={shown(key)}: pass a text of 1 to {REFUND_KEY_MAX} characters", argument="key", value=key
+        )
     effects = Effects(engine, config)
     bought = in_transaction(engine, lambda conn: effects.store.purchase(conn, id=purchase))
     if bought is None:
@@ -181,7 +191,8 @@ def refund(
             "amount": _share(bought, bought.amount_paid, gone, credits),
             "metadata": {METADATA_KEY: str(bought.id), REFUND_KEY: key},
         }
-        once: Any = {"idempotency_key": f"{bought.id} refund {key}"}
+        digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()  # Stripe takes 255 characters
+        once: Any = {"idempotency_key": f"{bought.id} refund {digest}"}
         mine = ask(lambda: effects.client.v1.refunds.create(request, once)).to_dict()
     effect = effects.reversal(mine)
 
@@ -358,7 +369,9 @@ def _customer(effects: Effects, accounts: Accounts, account: Account) -> str:
         return email, f"{first} {account.user} {email}"
 
     email, identity = in_transaction(effects.engine, about)
-    params: Any = {"metadata": {"tallystick_user": str(account.user)}} | ({"email": email} if email else {})
+    params: Any = {"metadata": {"tallystick_user": str(account.user)[:METADATA_MAX]}} | (
+        {"email": email} if email else {}
+    )
     once: Any = {"idempotency_key": f"customer {hashlib.sha256(identity.encode()).hexdigest()}"}
     made = ask(lambda: effects.client.v1.customers.create(params, once))
 
@@ -395,13 +408,22 @@ def _share(bought: CreditTransaction, paid: int, gone: int, credits: int | None)
 
 
 def _allowed(config: Config, address: str) -> str:
-    parts = urlsplit(address)
+    if len(address) > ADDRESS_MAX:
+        raise ReturnAddressRefused(
+            f"the address {shown(address)} has {len(address)} characters; Stripe takes {ADDRESS_MAX}. Nothing was "
+            "sold. Send the buyer to a shorter one",
+            address=address,
+        )
+    try:
+        parts = urlsplit(address)
+    except ValueError:  # an address such as http://[::1
+        parts = urlsplit("")
     origin = f"{parts.scheme}://{parts.netloc}".lower()
     if origin in config.checkout_origins and not any(c.isspace() or c == "\\" for c in address):
         return address
     allowed = ", ".join(config.checkout_origins) or "none; set checkout_origins"
     raise ReturnAddressRefused(
-        f"a buyer may not be sent to {address!r}. Allowed origins: {allowed}. Nothing was sold", address=address
+        f"a buyer may not be sent to {shown(address)}. Allowed origins: {allowed}. Nothing was sold", address=address
     )
 
 

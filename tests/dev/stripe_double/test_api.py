@@ -102,6 +102,12 @@ def test_a_refusal_is_remembered(dev: DevStripe, client: stripe.StripeClient, se
             refund = dev.settle_refund(refund["id"], "failed")
 
 
+def test_a_key_over_its_limit_is_refused(client: stripe.StripeClient) -> None:
+    assert client.v1.customers.create({}, {"idempotency_key": "k" * 255}).id
+    with pytest.raises(stripe.InvalidRequestError, match="255"):
+        client.v1.customers.create({}, {"idempotency_key": "k" * 256})
+
+
 # -- faults
 
 

@@ -21,6 +21,7 @@ from tallystick.errors import DevStripeError
 EXPAND_DEPTH: Final = 4
 PAGING: Final = frozenset({"ending_before", "limit", "starting_after"})
 PAGE_DEFAULT, PAGE_LIMIT = 10, 100
+IDEMPOTENCY_KEY_MAX: Final = 255
 
 
 class Route(NamedTuple):
@@ -142,7 +143,9 @@ ROUTES: Final[dict[str, Route]] = {
     "POST /v1/customers": _create(catalogue.create_customer, "description email metadata name phone"),
     "GET /v1/customers": _list("customer", "created email"),
     "GET /v1/customers/{customer}": _read("customer"),
-    "POST /v1/customers/{customer}": _update("customer", "description email metadata name phone"),
+    "POST /v1/customers/{customer}": Route(
+        catalogue.update_customer, frozenset({"description", "email", "metadata", "name", "phone"})
+    ),
     "DELETE /v1/customers/{customer}": _delete("customer"),
     "POST /v1/products": _create(
         catalogue.create_product,
@@ -304,6 +307,8 @@ class Api:
         operation, key = _match(method, path)
         raw = parse_form(form)
         idempotency_key = headers.get("idempotency-key") if method == "POST" else None
+        if idempotency_key and len(idempotency_key) > IDEMPOTENCY_KEY_MAX:
+            raise refused(f"Idempotency keys take {IDEMPOTENCY_KEY_MAX} characters.", param="Idempotency-Key")
         if idempotency_key:
             before = self._remembered.get(idempotency_key)
             if before and before.created > self.account.now() - DAY_S:
