@@ -54,7 +54,19 @@ def test_check_says_what_cannot_be_sold(shop: Shop, tally: Tally):
     shop.api.prices.update(shop.config.packs[0].stripe_price_id, {"active": False})
     code, out, _ = tally("stripe", "check", "--json")
     assert code == 1
-    assert "not active" in json.loads(out)[0]["problem"]
+    assert "not active" in json.loads(out)["packs"][0]["problem"]
+
+
+def test_check_tells_customers_that_stripe_does_not_have(shop: Shop, tally: Tally):
+    known, unknown = shop.world.user(), shop.world.user()
+    shop.checkout(known)
+    with shop.engine.begin() as conn:
+        shop.world.accounts.set_stripe_customer(conn, unknown, "cus_of_a_test_key")
+    code, out, _ = tally("stripe", "check")
+    assert (code, f"User {unknown}: Stripe has no customer cus_of_a_test_key in test mode" in out) == (1, True)
+    assert str(known) not in out
+    shop.checkout(unknown)
+    assert tally("stripe", "check")[0] == 0
 
 
 def test_setup_prints_what_to_put_where(shop: Shop, tally: Tally):

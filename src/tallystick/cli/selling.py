@@ -46,18 +46,25 @@ def pool(ctx: typer.Context) -> Iterator[tuple[sa.Engine, Config]]:
 
 @selling.command()
 def check(ctx: typer.Context, as_json: Json = False) -> None:
-    """Compare every pack with its price at Stripe; exit code 1 if one cannot be sold as it says."""
-    found = stripe().check(invocation(ctx).config())
+    """Compare every pack with its price at Stripe, and some users' customers; exit code 1 if something is wrong."""
+    config = invocation(ctx).config()
+    packs = stripe().check(config)
+    customers: list[Any] = []
+    if config.database_url is not None:
+        with pool(ctx) as (made, _):
+            customers = stripe().check_customers(made, config)
 
     def show() -> None:
-        if not found:
+        if not packs:
             out.print("No packs. Name what is on sale in tallystick.toml, under [[packs]].", markup=False)
-        for one in found:
+        for one in packs:
             verdict = f"[red]{escape(one.problem)}[/]" if one.problem else "[green]as the pack says[/]"
             out.print(f"{escape(one.pack)}  {one.price or ''}  {verdict}")
+        for customer in customers:
+            out.print(f"User {customer.user}: {customer.problem}.", markup=False, style="red")
 
-    emit(found, show, as_json=as_json)
-    if any(one.problem for one in found):
+    emit({"packs": packs, "customers": customers}, show, as_json=as_json)
+    if customers or any(one.problem for one in packs):
         raise typer.Exit(1)
 
 

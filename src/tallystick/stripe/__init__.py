@@ -16,6 +16,7 @@ they open and commit their own short ones around it. ``docs/stripe.md`` has the 
 
 from tallystick.stripe.checkout import Checkout, Confirmation, checkout, confirm, refund
 from tallystick.stripe.client import API_VERSION
+from tallystick.stripe.customers import CustomerCheck, check_customers
 from tallystick.stripe.reconciliation import Progress, Report, dismiss, reconcile
 from tallystick.stripe.setup import EndpointSetup, PackCheck, PackSetup, Setup, check, setup
 from tallystick.stripe.store import Finding, FindingKind, Outcome
@@ -26,6 +27,7 @@ __all__ = [
     "BODY_MAX_BYTES",
     "Checkout",
     "Confirmation",
+    "CustomerCheck",
     "EndpointSetup",
     "Finding",
     "FindingKind",
@@ -37,6 +39,7 @@ __all__ = [
     "Report",
     "Setup",
     "check",
+    "check_customers",
     "checkout",
     "confirm",
     "dismiss",

@@ -12,7 +12,7 @@ from uuid import UUID
 import sqlalchemy as sa
 import stripe as sdk
 
-from tallystick.accounts import Account, Accounts
+from tallystick.accounts import Accounts
 from tallystick.config import Config, Pack
 from tallystick.database import run
 from tallystick.errors import (
@@ -23,7 +23,6 @@ from tallystick.errors import (
     RefundExceedsPurchase,
     ReturnAddressRefused,
     SessionNotYours,
-    StripeCustomerConflict,
     StripeNotConfigured,
     StripeRefused,
     UnknownPack,
@@ -32,19 +31,20 @@ from tallystick.errors import (
     shown,
 )
 from tallystick.ledger import CreditTransaction
-from tallystick.schema import (
-    migration_log,
-    stripe_checkouts,
-)
-from tallystick.stripe.client import Object, ask, every, found, is_live
+from tallystick.schema import stripe_checkouts
+from tallystick.stripe.client import MISSING, Object, ask, every, found, is_live
+from tallystick.stripe.customers import METADATA_MAX, customer_of, replaced
 from tallystick.stripe.effects import PAGE, Effects, failure_of, in_transaction
 from tallystick.stripe.store import METADATA_KEY, NOT_GONE, Outcome, target
 
 SESSION_PLACEHOLDER = "{CHECKOUT_SESSION_ID}"
 REFUND_KEY = "tallystick_refund"
-METADATA_MAX = REFUND_KEY_MAX = 500  # characters: Stripe's limit for a value of metadata
+REFUND_KEY_MAX = METADATA_MAX
 ADDRESS_MAX = 5000  # characters: Stripe's limit for success_url and cancel_url
 SESSION_ID_MAX = 255
+IDEMPOTENCY_KEY_MAX = 255
+CUSTOMERS_MAX = 3  # to try, should one be deleted after the other
+KEPT_S = 86_400  # for how long Stripe keeps an idempotency key at least, so that a session may be made this late
 CLOCKS_APART_S = 3600  # between the database's clock and Stripe's; only makes a list longer
 
 
@@ -107,8 +107,7 @@ def checkout(
             raise UserDeleted(f"user {user} was deleted. To bring the user back: Accounts.restore_user", user=user)
         chosen = pack_named(config, pack)
         require_price(chosen, price_of(effects.client, chosen), live=is_live(config))
-        customer = account.stripe_customer_id or _customer(effects, accounts, account)
-        request = {"customer": customer, **addresses}
+        request = {"customer": customer_of(effects, account), **addresses}
         started = in_transaction(engine, lambda conn: _start(effects, conn, user, chosen, addresses=request, key=key))
     purchase, request = started
     session = _session(effects, purchase, request)
@@ -316,27 +315,63 @@ def _session(effects: Effects, purchase: CreditTransaction, request: dict[str, A
         missed = session_of_purchase(effects, purchase, request["customer"])
         if missed is not None:
             return missed
+    for attempt in range(1, CUSTOMERS_MAX + 1):
+        try:
+            return _opened(effects, purchase, request)
+        except StripeRefused as refusal:
+            if refusal.code == MISSING and refusal.param == "customer" and attempt < CUSTOMERS_MAX:
+                request = _with_another_customer(effects, purchase, request)
+                continue
+            if refusal.status not in (400, 404) or isinstance(refusal.__cause__, sdk.IdempotencyError):
+                raise  # a wrong key or the like says nothing about this purchase
+            reason = f"Stripe refused: {refusal.code or refusal.status}"
+            in_transaction(
+                effects.engine,
+                lambda conn: effects.store.ledger.fail_purchase(
+                    conn,
+                    purchase.user_id,
+                    id=purchase.id,
+                    reason=reason,  # noqa: B023 - called at once
+                ),
+            )
+            raise
+    raise AssertionError
+
+
+def _opened(effects: Effects, purchase: CreditTransaction, request: dict[str, Any]) -> Object:
+    """Ask Stripe for the session. A request with another customer is another request, with a key of its own."""
     asked: Any = request
-    once: Any = {"idempotency_key": str(purchase.id)}
-    try:
-        made: Object = ask(lambda: effects.client.v1.checkout.sessions.create(asked, once)).to_dict()
-    except StripeRefused as refusal:
-        if refusal.status not in (400, 404) or isinstance(refusal.__cause__, sdk.IdempotencyError):
-            raise  # a wrong key or the like says nothing about this purchase
-        reason = f"Stripe refused: {refusal.code or refusal.status}"
-        in_transaction(
-            effects.engine,
-            lambda conn: effects.store.ledger.fail_purchase(conn, purchase.user_id, id=purchase.id, reason=reason),
+    once: Any = {"idempotency_key": f"{purchase.id} {request['customer']}"[:IDEMPOTENCY_KEY_MAX]}
+    session: Object = ask(lambda: effects.client.v1.checkout.sessions.create(asked, once)).to_dict()
+    return session
+
+
+def _with_another_customer(effects: Effects, purchase: CreditTransaction, request: dict[str, Any]) -> dict[str, Any]:
+    """The stored request with a customer that Stripe has; once, however many calls find the old one gone."""
+    gone = request["customer"]
+    customer = replaced(effects, purchase.user_id, gone)
+    sold = stripe_checkouts.c
+
+    def store(conn: sa.Connection) -> dict[str, Any]:
+        new = sa.func.jsonb_set(sold.request, ["customer"], sa.func.to_jsonb(sa.cast(customer, sa.Text)))
+        old = sa.update(stripe_checkouts).where(
+            sold.purchase_id == purchase.id, sold.request["customer"].astext == gone
         )
-        raise
-    return made
+        run(conn, old.values(request=new), {})
+        return _request(conn, purchase.id) or request
+
+    return in_transaction(effects.engine, store)
 
 
 def session_of_purchase(effects: Effects, purchase: CreditTransaction, customer: str) -> Object | None:
     """The session of a purchase whose answer was lost, looked up: Stripe may have forgotten the idempotency key."""
     since = int(purchase.created_at.timestamp()) - CLOCKS_APART_S
-    asked: Any = {"customer": customer, "created": {"gte": since}, "limit": PAGE}
-    theirs = every(lambda: effects.client.v1.checkout.sessions.list(asked))
+    of_customer: Any = {"customer": customer, "created": {"gte": since}, "limit": PAGE}
+    # the customer may be gone, and the session there
+    of_that_day: Any = {"created": {"gte": since, "lte": since + 2 * CLOCKS_APART_S + KEPT_S}, "limit": PAGE}
+    sessions = effects.client.v1.checkout.sessions
+    page = found(lambda: sessions.list(of_customer))
+    theirs = every(lambda: page or sessions.list(of_that_day))
     mark = str(purchase.id)
     session = next((one for one in map(sdk.StripeObject.to_dict, theirs) if _mark(one) == mark), None)
     return None if session is None else effects.session_now(session["id"])
@@ -353,38 +388,6 @@ def _attached(effects: Effects, conn: sa.Connection, purchase: CreditTransaction
     effects.session(session, failed=failure_of(session))(conn)
     now = effects.store.purchase(conn, id=purchase.id) or purchase
     return Checkout(now, session["id"], session["url"] if session["status"] == "open" else None)
-
-
-def _customer(effects: Effects, accounts: Accounts, account: Account) -> str:
-    """The user's Stripe customer, made once: those who ask at the same time ask with the same key."""
-    users = accounts.schema.users.c
-    row = migration_log.c
-
-    def about(conn: sa.Connection) -> tuple[str | None, str]:
-        email = None
-        if "email" in users:
-            email = run(conn, sa.select(users.email).where(users.key == account.user), {}).scalar_one()
-        first = run(conn, sa.select(sa.func.min(row.applied_at)), {}).scalar_one()
-        # the database's own birthday keeps user 1 here apart from user 1 of another database at the same account
-        return email, f"{first} {account.user} {email}"
-
-    email, identity = in_transaction(effects.engine, about)
-    params: Any = {"metadata": {"tallystick_user": str(account.user)[:METADATA_MAX]}} | (
-        {"email": email} if email else {}
-    )
-    once: Any = {"idempotency_key": f"customer {hashlib.sha256(identity.encode()).hexdigest()}"}
-    made = ask(lambda: effects.client.v1.customers.create(params, once))
-
-    def tie(conn: sa.Connection) -> str:
-        try:
-            return accounts.set_stripe_customer(conn, account.user, made.id).stripe_customer_id or made.id
-        except StripeCustomerConflict:
-            now = accounts.get(conn, account.user).stripe_customer_id
-            if now is None:
-                raise
-            return now
-
-    return in_transaction(effects.engine, tie)
 
 
 def _share(bought: CreditTransaction, paid: int, gone: int, credits: int | None) -> int:

@@ -22,6 +22,9 @@ from tallystick.errors import StripeNotConfigured, StripeRefused, StripeUnavaila
 API_VERSION = "2026-10-28.endive"
 """What every request asks for and every webhook endpoint is pinned to; objects are read in this shape."""
 
+MISSING = "resource_missing"
+"""Stripe's code for an object that it does not have, in this account and mode."""
+
 TIMEOUT_S = 20
 RETRIES = 2
 _PAUSES_S = (0.5, 1.0)  # before each further try after a 429, which the SDK never makes
@@ -115,7 +118,7 @@ def found(call: Callable[[], T]) -> T | None:
     try:
         return ask(call)
     except StripeRefused as error:
-        if error.code == "resource_missing":
+        if error.code == MISSING:
             return None
         raise
 

@@ -69,6 +69,8 @@ _RANGES: Final = {"gt": operator.gt, "gte": operator.ge, "lt": operator.lt, "lte
 
 def _listing(kind: str, filters: frozenset[str], account: Account, params: Params, _key: str) -> Object:
     created = params.get("created", {})
+    if "customer" in filters & params.keys():
+        account.get("customer", params["customer"], param="customer")
     if not isinstance(created, dict):
         created = {"gte": created, "lte": created}
 
@@ -82,6 +84,13 @@ def _listing(kind: str, filters: frozenset[str], account: Account, params: Param
 
     newest_first = [one for one in reversed(account.objects[kind].values()) if wanted(one)]
     return _page(newest_first, params)
+
+
+def _read_customer(account: Account, _params: Params, key: str) -> Object:
+    """Answer a deleted customer as such."""
+    if key in account.deleted:
+        return {"id": key, "object": "customer", "deleted": True}
+    return account.get("customer", key)
 
 
 def _line_items(account: Account, params: Params, key: str) -> Object:
@@ -142,7 +151,7 @@ def _confirm_payment_page(account: Account, params: Params, key: str) -> Object:
 ROUTES: Final[dict[str, Route]] = {
     "POST /v1/customers": _create(catalogue.create_customer, "description email metadata name phone"),
     "GET /v1/customers": _list("customer", "created email"),
-    "GET /v1/customers/{customer}": _read("customer"),
+    "GET /v1/customers/{customer}": Route(_read_customer, frozenset()),
     "POST /v1/customers/{customer}": Route(
         catalogue.update_customer, frozenset({"description", "email", "metadata", "name", "phone"})
     ),
