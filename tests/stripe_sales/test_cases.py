@@ -827,6 +827,19 @@ def test_wrong_livemode_is_ignored_and_logged(shop: Shop, caplog):
     assert shop.written() == before
 
 
+def test_a_connected_accounts_event_is_ignored_and_logged(shop: Shop, caplog):
+    user = shop.world.user()
+    shop.dev.pay(shop.checkout(user).session)
+    [event] = shop.events(COMPLETED)
+    text, _ = shop.dev.signed(event, shop.endpoint)
+    before = shop.written()
+    theirs = json.dumps(json.loads(text) | {"account": "acct_another"})
+    received = stripe.receive(shop.engine, shop.config, *_signed(shop, theirs))
+    assert (received.status, received.outcome) == (200, "ignored")
+    assert "connected account acct_another" in caplog.text
+    assert (shop.written(), shop.balance(user)) == (before, 0)
+
+
 def test_another_api_version_is_asked_for_again(shop: Shop):
     user = shop.world.user()
     shop.dev.pay(shop.checkout(user).session)

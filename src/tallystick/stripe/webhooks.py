@@ -49,6 +49,9 @@ def receive(engine: sa.Engine, config: Config, raw_body: bytes, signature: str |
     if event["livemode"] is not is_live(config):
         _log.warning("event %s (%s) is of the other mode (livemode=%s): ignored", id, event_type, event["livemode"])
         return Received(200, Outcome.IGNORED, id, "the other mode")
+    if event.get("account"):
+        _log.warning("event %s (%s) is of the connected account %s: ignored", id, event_type, event["account"])
+        return Received(200, Outcome.IGNORED, id, "a connected account's")
     try:
         effect = prepared(Effects(engine, config), event)
         outcome = Outcome.IGNORED if effect is None else in_transaction(engine, effect)
