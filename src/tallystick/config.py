@@ -135,6 +135,17 @@ class Pack:
     stripe_price_id: str | None = None
 
 
+def _names_once(packs: tuple[Pack, ...]) -> tuple[Pack, ...]:
+    for number, pack in enumerate(packs):
+        for other in packs[:number]:
+            if other.name == pack.name:
+                raise ValueError(
+                    f"two packs are called {pack.name!r}, one in {other.currency} and one in {pack.currency}. A sale "
+                    "names its pack: give each a name of its own"
+                )
+    return packs
+
+
 def _console_address(value: str) -> str:
     parts = urlsplit(value)
     here = parts.hostname in ("localhost", "127.0.0.1", "::1")
@@ -226,7 +237,7 @@ class Config(BaseModel):
     database_url: Address | None = Field(default=None, repr=False)
     database_url_unpooled: Address | None = Field(default=None, repr=False)
     host: HostMapping = Field(default_factory=HostMapping)
-    packs: tuple[Pack, ...] = ()
+    packs: Annotated[tuple[Pack, ...], AfterValidator(_names_once)] = ()
     paywall: bool = True
     grandfathered_before: Annotated[dt.datetime, AfterValidator(_aware)] | None = None
     checkout_origins: tuple[Origin, ...] = ()

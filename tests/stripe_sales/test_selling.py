@@ -9,6 +9,7 @@ import pytest
 from stripe_sales.shop import ADDRESSES, CREDITS, ORIGIN, PACK, PRICE, Shop
 from tallystick import Config, Pack, stripe
 from tallystick import errors as e
+from tallystick.schema import INT32_MAX
 
 
 def nothing_sent(shop: Shop) -> bool:
@@ -112,6 +113,20 @@ def test_the_longest_address_that_stripe_takes_is_taken(shop: Shop):
     assert shop.api.checkout.sessions.retrieve(started.session).success_url == longest + added
     with pytest.raises(e.ReturnAddressRefused, match="5001 characters"):
         shop.checkout(shop.world.user(), success_url=longest + "x")
+
+
+def test_a_pack_that_the_balance_cannot_hold_is_not_sold(shop: Shop):
+    user = shop.world.user(credits=INT32_MAX - CREDITS + 1)
+    with pytest.raises(e.BalanceOutOfRange, match="none is above 2147483647") as refused:
+        shop.checkout(user)
+    assert (refused.value.balance, refused.value.amount) == (INT32_MAX - CREDITS + 1, CREDITS)
+    assert shop.api.checkout.sessions.list().data == []
+    assert shop.rows(user) == [("purchase", INT32_MAX - CREDITS + 1)]
+    with shop.engine.begin() as conn:
+        shop.world.ledger.consume(conn, user, key="room")
+    shop.dev.pay(shop.checkout(user).session)
+    shop.deliver_all()
+    assert shop.balance(user) == INT32_MAX
 
 
 @pytest.mark.parametrize("deleted", [True, False])

@@ -12,10 +12,11 @@ from uuid import UUID
 import sqlalchemy as sa
 import stripe as sdk
 
-from tallystick.accounts import Accounts
+from tallystick.accounts import Account, Accounts
 from tallystick.config import Config, Pack
 from tallystick.database import run
 from tallystick.errors import (
+    BalanceOutOfRange,
     InvalidArgument,
     Key,
     PackMismatch,
@@ -31,7 +32,7 @@ from tallystick.errors import (
     shown,
 )
 from tallystick.ledger import CreditTransaction
-from tallystick.schema import stripe_checkouts
+from tallystick.schema import INT32_MAX, INT64_MAX, stripe_checkouts
 from tallystick.stripe.client import MISSING, Object, ask, every, found, is_live
 from tallystick.stripe.customers import METADATA_MAX, customer_of, replaced
 from tallystick.stripe.effects import PAGE, Effects, failure_of, in_transaction
@@ -90,7 +91,7 @@ def checkout(
 
     Raises:
         StripeNotConfigured, UnknownPack, PackMismatch, ReturnAddressRefused, UnknownUser, UserDeleted,
-        InvalidArgument, IdempotencyKeyReused: nothing was sold.
+        BalanceOutOfRange, InvalidArgument, IdempotencyKeyReused: nothing was sold.
         StripeUnavailable: the purchase is pending; call again with the same ``key``.
         StripeRefused: the purchase failed, and says why.
     """
@@ -106,6 +107,7 @@ def checkout(
         if account.deleted_at is not None:
             raise UserDeleted(f"user {user} was deleted. To bring the user back: Accounts.restore_user", user=user)
         chosen = pack_named(config, pack)
+        _require_room(effects, account, chosen)
         require_price(chosen, price_of(effects.client, chosen), live=is_live(config))
         request = {"customer": customer_of(effects, account), **addresses}
         started = in_transaction(engine, lambda conn: _start(effects, conn, user, chosen, addresses=request, key=key))
@@ -247,6 +249,20 @@ def require_price(pack: Pack, price: Object | None, *, live: bool) -> None:
 
 
 # --- the steps of a checkout ---
+
+
+def _require_room(effects: Effects, account: Account, pack: Pack) -> None:
+    """Refuse to sell what the balance could not hold when it is paid. Raises BalanceOutOfRange."""
+    is_big = isinstance(effects.store.schema.users.c.credit_balance.type, sa.BigInteger)
+    most = INT64_MAX if is_big else INT32_MAX
+    if account.credit_balance + pack.credits > most:
+        raise BalanceOutOfRange(
+            f"the pack {pack.name!r} of {pack.credits} credits cannot be sold to user {account.user}: the balance is "
+            f"{account.credit_balance}, and none is above {most}. Nothing was sold",
+            user=account.user,
+            balance=account.credit_balance,
+            amount=pack.credits,
+        )
 
 
 def _started(
