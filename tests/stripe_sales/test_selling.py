@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 
 import pytest
+import stripe as sdk
 
 from stripe_sales.shop import ADDRESSES, CREDITS, ORIGIN, PACK, PRICE, Shop
 from tallystick import Config, Pack, stripe
 from tallystick import errors as e
 from tallystick.schema import INT32_MAX
+from tallystick.stripe.client import _client
 
 
 def nothing_sent(shop: Shop) -> bool:
@@ -366,3 +368,14 @@ def test_setup_refuses_an_address_that_stripe_cannot_use(url):
     config = Config(stripe_secret_key="sk_live_1")
     with pytest.raises(e.StripeNotConfigured):
         stripe.setup(config, endpoint_url=url)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_hosts_own_use_of_the_sdk_is_left_as_it_is(shop: Shop, monkeypatch, tmp_path, wanted: bool):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))  # where the SDK keeps a file of its own
+    monkeypatch.setattr(sdk, "enable_telemetry", wanted)
+    settings = {name: getattr(sdk, name) for name in sorted(vars(sdk)) if not callable(getattr(sdk, name))}
+    _client.cache_clear()
+    shop.checkout(shop.world.user())
+    stripe.reconcile(shop.engine, shop.config)
+    assert {name: getattr(sdk, name) for name in settings} == settings

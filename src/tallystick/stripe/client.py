@@ -59,7 +59,6 @@ def client(config: Config) -> sdk.StripeClient:
 
 @lru_cache(maxsize=16)
 def _client(key: str, base: str | None) -> sdk.StripeClient:
-    sdk.enable_telemetry = False  # it would keep a file in the home directory
     return sdk.StripeClient(
         key,
         stripe_version=API_VERSION,
