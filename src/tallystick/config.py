@@ -229,7 +229,8 @@ class Config(BaseModel):
 
     ``checkout_origins`` are the origins (``https://app.example.com``) to which a buyer may be sent back from Stripe.
     ``stripe_webhook_secret`` may hold several secrets separated by commas, while one is being replaced.
-    ``stripe_api_base`` points to another address than Stripe's, such as the test double's.
+    ``stripe_api_base`` points to another address than Stripe's, such as the test double's. ``stripe_realm`` names this
+    installation at Stripe; None stands for a name of the database's own, which a copy of it shares.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -244,6 +245,7 @@ class Config(BaseModel):
     stripe_secret_key: str | None = Field(default=None, repr=False)
     stripe_webhook_secret: str | None = Field(default=None, repr=False)
     stripe_api_base: str | None = None
+    stripe_realm: Annotated[str, Field(pattern="^[A-Za-z0-9._-]{1,64}$")] | None = None
     console: ConsoleAccess = Field(default_factory=ConsoleAccess)
 
     def at(self, database_url: str) -> Self:

@@ -47,7 +47,7 @@ def test_everything_is_found_however_late(shop: Shop, days_later):
     report = reconcile(shop, progress=progress.append)
     assert {user: shop.balance(user) for user in expected} == expected
     assert report.looked_at["pending"] == 8
-    assert {one.stage for one in progress} == {"pending", "sessions", "refunds", "disputes", "open", "events"}
+    assert {one.stage for one in progress} == {"pending", "sessions", "refunds", "disputes", "open", "events", "failed"}
     assert "amount_differs" in {finding.kind for finding in report.findings}
     again = reconcile(shop)
     assert (again.changed, again.since is not None) == (False, True)
@@ -176,6 +176,30 @@ def test_a_purchase_whose_customer_stripe_does_not_know_is_found_or_failed(shop:
     report = reconcile(shop)
     assert [str(outcome) for _, outcome in report.changes] == ["granted", "failed"]
     assert ([shop.balance(user) for user in users], report.findings) == ([CREDITS, 0], ())
+
+
+def test_a_shop_that_sold_before_gets_a_count_and_no_list(shop: Shop):
+    for _ in range(12):
+        shop.foreign()
+    shop.dev.drop(shop.events())
+    report = reconcile(shop)
+    assert (report.findings, report.outcomes["foreign"]) == ((), 12)
+
+
+def test_many_findings_are_dismissed_at_once(shop: Shop):
+    mark = "tallystick_purchase"
+    unknown = [shop.foreign(metadata={mark: f"0195bd5e-0000-7000-8000-00000000000{n}"}) for n in range(4)]
+    user = shop.world.user()
+    bought = shop.checkout(user)
+    shop.dev.pay(bought.session, discount=250)
+    assert len(reconcile(shop).findings) == 5
+    assert stripe.dismiss(shop.engine, shop.config, unknown[:2]) == 2
+    assert len(reconcile(shop).findings) == 3
+    assert stripe.dismiss(shop.engine, shop.config, unknown[2], kind=stripe.FindingKind.AMOUNT_DIFFERS) == 0
+    assert stripe.dismiss(shop.engine, shop.config, kind=stripe.FindingKind.UNKNOWN_SESSION) == 2
+    assert [one.kind for one in reconcile(shop).findings] == ["amount_differs"]
+    assert stripe.dismiss(shop.engine, shop.config) == 1
+    assert reconcile(shop).findings == ()
 
 
 @pytest.mark.parametrize("status", [401, 403])

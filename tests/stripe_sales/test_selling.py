@@ -24,7 +24,9 @@ def test_a_pack_is_sold(shop: Shop):
     [session] = shop.api.checkout.sessions.list({"expand": ["data.line_items"]}).data
     assert started.url == session.url
     assert session.client_reference_id == str(started.purchase.id)
-    assert session.metadata.to_dict() == {"tallystick_purchase": str(started.purchase.id)}
+    realm = session.metadata["tallystick_realm"]
+    assert session.metadata.to_dict() == {"tallystick_purchase": str(started.purchase.id), "tallystick_realm": realm}
+    assert len(realm) == 16
     assert session.success_url == f"{ORIGIN}/done?session_id={{CHECKOUT_SESSION_ID}}"
     assert [item.amount_total for item in session.line_items.data] == [PRICE]
     assert (started.purchase.amount, started.purchase.status) == (CREDITS, "pending")

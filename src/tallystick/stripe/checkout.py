@@ -36,7 +36,7 @@ from tallystick.schema import INT32_MAX, INT64_MAX, stripe_checkouts
 from tallystick.stripe.client import MISSING, Object, ask, every, found, is_live
 from tallystick.stripe.customers import METADATA_MAX, customer_of, replaced
 from tallystick.stripe.effects import PAGE, Effects, failure_of, in_transaction
-from tallystick.stripe.store import METADATA_KEY, NOT_GONE, Outcome, target
+from tallystick.stripe.store import METADATA_KEY, NOT_GONE, REALM_KEY, Outcome, target
 
 SESSION_PLACEHOLDER = "{CHECKOUT_SESSION_ID}"
 REFUND_KEY = "tallystick_refund"
@@ -289,7 +289,7 @@ def _start(
         key=key,
         stripe_price_id=pack.stripe_price_id,
     )
-    about = {METADATA_KEY: str(purchase.id)}
+    about = {METADATA_KEY: str(purchase.id), REALM_KEY: effects.store.realm(conn)}
     request = {
         "mode": "payment",
         "line_items": [{"price": pack.stripe_price_id, "quantity": 1}],

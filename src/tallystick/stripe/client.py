@@ -9,12 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
 from typing import Any, TypeVar
 
+import stripe as sdk
 from sqlalchemy.util.concurrency import await_only, in_greenlet
-
-try:
-    import stripe as sdk
-except ImportError as error:
-    raise ImportError("tallystick.stripe needs Stripe's SDK. Run: pip install 'tallystick[stripe]'") from error
 
 from tallystick.config import Config
 from tallystick.errors import StripeNotConfigured, StripeRefused, StripeUnavailable

@@ -13,7 +13,6 @@ from tallystick.accounts import Account, Accounts
 from tallystick.config import Config
 from tallystick.database import run
 from tallystick.errors import Key, StripeRefused
-from tallystick.schema import migration_log
 from tallystick.stripe.client import MISSING, Object, ask, found, is_live
 from tallystick.stripe.effects import Effects, in_transaction
 
@@ -92,10 +91,10 @@ def _made(effects: Effects, user: Key, *, after: str | None) -> str:
     now = in_transaction(engine, lambda conn: accounts.get(conn, user)).stripe_customer_id
     if now not in (None, after):
         return now
-    email, birthday = in_transaction(engine, lambda conn: (_email(effects, conn, user), _birthday(conn)))
+    email, realm = in_transaction(engine, lambda conn: (_email(effects, conn, user), effects.store.realm(conn)))
     gone, made = after or "", ""
     for _ in range(REPLAYS_MAX):
-        made, replayed = _create(effects, user, email, identity=f"{birthday} {user} {email} {gone}")
+        made, replayed = _create(effects, user, email, identity=f"{realm} {user} {email} {gone}")
         if not replayed or _existing(effects, made) is not None:
             break
         gone = made  # Stripe answers with a deleted customer for as long as it keeps the key
@@ -159,11 +158,6 @@ def _email(effects: Effects, conn: sa.Connection, user: Key) -> str | None:
         return None
     email: str | None = run(conn, sa.select(users.email).where(users.key == user), {}).scalar_one()
     return email or None
-
-
-def _birthday(conn: sa.Connection) -> str:
-    """The moment of the first migration: it tells user 1 here from user 1 of another database at the same account."""
-    return str(run(conn, sa.select(sa.func.min(migration_log.c.applied_at)), {}).scalar_one())
 
 
 def _digest(text: str) -> str:

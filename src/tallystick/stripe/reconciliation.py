@@ -1,6 +1,6 @@
 """Comparing with Stripe: what no webhook told us is found by asking.
 
-Six walks, each in pages and each object in a transaction of its own, through the same effects as the webhooks': so
+Seven walks, each in pages and each object in a transaction of its own, through the same effects as the webhooks': so
 it may run beside them, twice, or be stopped anywhere. Where it stood is stored after each page.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from tallystick.stripe.checkout import session_of_purchase
 from tallystick.stripe.client import Object, every
 from tallystick.stripe.effects import PAGE, Effect, Effects, failure_of, in_transaction
 from tallystick.stripe.store import DISPUTE_RANK, Finding, FindingKind, Outcome, store_of
-from tallystick.stripe.webhooks import HANDLERS, prepared
+from tallystick.stripe.webhooks import HANDLERS, prepared, prepared_again
 
 OVERLAP = dt.timedelta(days=3)
 """How far a run reaches back before the last one: for as long as Stripe goes on delivering by itself."""
@@ -103,12 +103,15 @@ def reconcile(
     return _Run(Effects(engine, config), since, dry_run=dry_run, progress=progress or (lambda _: None)).run()
 
 
-def dismiss(engine: sa.Engine, config: Config, object_id: str) -> int:
-    """Take the findings about one of Stripe's objects off the list: a person has dealt with them.
+def dismiss(
+    engine: sa.Engine, config: Config, objects: str | Collection[str] | None = None, *, kind: FindingKind | None = None
+) -> int:
+    """Take findings off the list, because a person has dealt with them: about ``objects``, of one ``kind``, or all.
 
-    Returns how many there were; they stay in the table and are not reported again.
+    ``objects`` are Stripe's ids. Returns how many there were; they stay in the table and are not reported again.
     """
-    return in_transaction(engine, lambda conn: store_of(config).dismiss(conn, object_id))
+    about = [objects] if isinstance(objects, str) else objects
+    return in_transaction(engine, lambda conn: store_of(config).dismiss(conn, about, kind))
 
 
 _Step = tuple[str, Callable[[], Effect | None]]
@@ -140,6 +143,7 @@ class _Run:
             "disputes": lambda since, position: self._listed("disputes", since, position),
             "open": self._open,
             "events": self._events,
+            "failed": self._failed,
         }
         resumed = stage is not None
         names = list(stages)
@@ -177,7 +181,7 @@ class _Run:
                     raise
                 effect = self._refused(id, refusal)
             if effect is not None:
-                self._apply(id, effect)
+                self._apply(stage, id, effect)
             self.looked_at[stage] += 1
             if number % PAGE == 0:
                 self._update(position=id)
@@ -279,13 +283,20 @@ class _Run:
         seen = sa.select(stripe_events.c.id).where(stripe_events.c.id == event["id"])
         return None if self._read(seen) else prepared(self.effects, event)
 
+    def _failed(self, _since: dt.datetime | None, _position: str | None) -> Iterator[_Step]:
+        """Deliveries that had no effect when they came."""
+        for one in in_transaction(self.effects.engine, self.effects.store.failures):
+            yield one.event_id, partial(prepared_again, self.effects, one)
+
     def _read(self, statement: sa.Select[Any]) -> Sequence[Any]:
         return in_transaction(self.effects.engine, lambda conn: run(conn, statement, {}).all())
 
     # --- one step, and where we stand ---
 
-    def _apply(self, id: str, effect: Effect) -> None:
+    def _apply(self, stage: str, id: str, effect: Effect) -> None:
         outcome = self._rehearsed(id, effect) if self.dry_run else in_transaction(self.effects.engine, effect)
+        if outcome is Outcome.FOREIGN and stage == "events":
+            return  # counted with its session, refund or dispute
         self.outcomes[str(outcome)] += 1
         if outcome in _CHANGES:
             self.changes.append((id, outcome))
