@@ -298,24 +298,6 @@ def test_a_database_that_is_not_migrated_says_what_to_run(tally, old_host):
     assert "tallystick migrate apply" in tally("serve", "--host", "127.1", "--port", 0).err  # by whatever name
 
 
-def test_a_wrong_mapping_is_told_as_one(tally, make_world: Callable[..., World], monkeypatch: pytest.MonkeyPatch):
-    world = make_world("alone")
-    user = world.user()
-    monkeypatch.setenv("DATABASE_URL", world.url)
-    for place in ([], ["--database-url", world.url]):
-        said = tally(*place, "balance", user).err
-        assert "no tallystick.toml says which table is users, so public.users is taken, by id (uuid)" in said
-    settings = Path("mine.toml")
-    for wrong, right in (('table = "users"', 'table = "usres"'), ('key = "id"', 'key = "key"')):
-        settings.write_text(to_toml(world.config.host).replace(wrong, right), encoding="utf-8")
-        for command in (("balance", user), ("audit",)):
-            said = tally("--config", settings, *command)
-            assert (said.code, "check [host.users] in mine.toml" in said.err) == (1, True)
-            assert "migrate apply" not in said.err
-    settings.write_text(to_toml(world.config.host).replace('"integer"', '"uuid"'), encoding="utf-8")
-    assert "check [host.users] in mine.toml" in tally("--config", settings, "balance", user).err
-
-
 def test_a_database_of_a_later_package_says_so(at, world: World):
     with world.engine.begin() as conn:
         conn.execute(sa.text("UPDATE tallystick.alembic_version SET version_num = '9999'"))
