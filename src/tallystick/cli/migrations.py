@@ -285,8 +285,8 @@ def _show_status(found: migrate.Status) -> None:
         out.print(f"  {row.applied_at:%Y-%m-%d %H:%M} {row.direction} {row.revision}{locked}")
     if found.adopted:
         out.print(f"Adopted as they were: {', '.join(found.adopted)}.", markup=False)
-    if found.writers:
-        out.print(f"May write the ledger beside its owner: {'; '.join(found.writers)}.", markup=False)
+    for warning in found.warnings:
+        out.print(f"Warning: {warning}.", markup=False)
     if found.revision != found.head:
         out.print("Run: tallystick migrate apply")
     elif found.drift:

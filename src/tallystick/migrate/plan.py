@@ -363,13 +363,12 @@ def _about_rights(conn: sa.Connection, host: Host) -> Iterator[Finding]:
     if host.revision is not None:
         return
     for row in conn.execute(_DEFAULT_RIGHTS, {"schema": users.schema}):
-        named = "PUBLIC" if row.role == "PUBLIC" else _quoted(row.role)
-        where = "" if row.anywhere else f" IN SCHEMA {_quoted(users.schema)}"
         new = "the ledger and what is in schema tallystick" if row.anywhere else "the ledger"
+        script = f"tallystick migrate sql --role {shlex.quote(row.role)}"
         yield Finding(
-            "warning",
-            f"By default {row.role} gets {row.rights} on tables that {row.maker} makes, so on {new}, with every "
-            f"user's history. If that is not meant: ALTER DEFAULT PRIVILEGES{where} REVOKE ALL ON TABLES FROM {named}",
+            "note",
+            f"By default {row.role} gets {row.rights} on tables that {row.maker} makes, so on {new}. apply takes that "
+            f"back. If it is your app's role, run afterwards what {script} prints",
         )
 
 

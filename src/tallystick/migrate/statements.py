@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from psycopg.sql import SQL, Composable, Composed, Identifier
 from psycopg.sql import Literal as SqlLiteral
 
+from tallystick.migrate.privileges import close_new_objects, remember_objects
 from tallystick.migrate.proof import writes
 from tallystick.migrate.revisions import HostNames, Revision
 from tallystick.schema import LEDGER
@@ -87,7 +88,7 @@ def preparation(
     """One message, a transaction of its own: the new objects of ``revision``, which nothing uses yet."""
     return (
         *_begin(expected=expected),
-        *revision.prepare(names),
+        *_prepared(revision, names),
         _logged(revision, "prepare", adopted),
         SQL("COMMIT"),
     )
@@ -167,10 +168,17 @@ def _opening(
     return [
         *_begin(expected=expected),
         _fence(revision.locks(names)),
-        *([] if prepared else revision.prepare(names)),
+        *([] if prepared else _prepared(revision, names)),
         version.format(SqlLiteral(revision.revision)),
         _completed(revision, adopted) if prepared else _logged(revision, "apply", adopted),
     ]
+
+
+def _prepared(revision: Revision, names: HostNames) -> Iterator[Composable]:
+    """The new objects, which nobody but their owner may use."""
+    yield remember_objects(names)
+    yield from revision.prepare(names)
+    yield close_new_objects(names)
 
 
 def _logged(revision: Revision, direction: str, adopted: Sequence[str]) -> Composed:
