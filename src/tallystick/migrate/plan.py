@@ -127,6 +127,7 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
             *_about_the_connection(conn, host),
             *_about_an_interrupted_run(host),
             *_about_cached_plans(conn, host),
+            *_about_event_triggers(conn),
             *_about_replicas(replicas),
             *_about_publications(conn, host, ways),
             *_about_rights(conn, host),
@@ -282,6 +283,23 @@ def _about_cached_plans(conn: sa.Connection, host: Host) -> Iterator[Finding]:
             "RETURNING * of the app's own role is not found here. "
             f"Let an administrator run: GRANT pg_read_all_stats TO {role}",
         )
+
+
+def _about_event_triggers(conn: sa.Connection) -> Iterator[Finding]:
+    for row in conn.execute(_EVENT_TRIGGERS):
+        yield Finding(
+            "note",
+            f"The event trigger {row.name} ({row.event}, {row.function}) runs for what the migration does, under its "
+            f"locks too, and may refuse it. {_DROPS if row.event == 'sql_drop' else 'Then all of a run is taken back'}",
+        )
+
+
+_DROPS = "apply drops nothing of a fresh installation, undo does"
+
+_EVENT_TRIGGERS = sa.text("""
+    SELECT quote_ident(evtname) AS name, evtevent AS event, evtfoid::regproc::text AS function FROM pg_event_trigger
+    WHERE evtenabled IN ('O', 'A') AND evtevent <> 'login' ORDER BY 1
+""")
 
 
 def _about_replicas(replicas: Sequence[Replica]) -> Iterator[Finding]:

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from psycopg.sql import SQL, Composable, Composed, Identifier
 from psycopg.sql import Literal as SqlLiteral
 
+from tallystick.migrate.dependents import refuse_dependents
 from tallystick.migrate.privileges import close_new_objects, remember_objects
 from tallystick.migrate.proof import writes
-from tallystick.migrate.revisions import HostNames, Revision
-from tallystick.schema import LEDGER
+from tallystick.migrate.revisions import HostNames, Revision, TableNames
+from tallystick.schema import LEDGER, user_columns, workshop_columns
 
 ADVISORY_KEY = 8_386_103_206_419_437_683  # "tallystk" as eight bytes; advisory locks are per database
 
@@ -114,6 +115,7 @@ def downward(
         locks += prepared.unprepare_locks(names)
     changes = [
         *([] if discard_ledger else [_refuse_if_rows(names)]),
+        *([refuse_dependents(_added(names))] if gone and gone[-1].down_revision is None else []),
         *(prepared.unprepare(names) if prepared else ()),
         *_proven(names, locks, (one for revision in gone for one in revision.undo(names)), inserts=False),
         *(_step_down(gone[-1]) if gone else ()),
@@ -128,6 +130,13 @@ def downward(
         online={},
         stall_budget_ms=stall_budget_ms,
     )
+
+
+def _added(names: HostNames) -> Iterator[tuple[TableNames, list[str]]]:
+    """The columns that the first revision brought to each of the app's tables."""
+    for table, ours in ((names.users, user_columns()), (names.workshops, workshop_columns())):
+        if table:
+            yield table, [column.name for column in ours if (table.word, column.name) not in names.adopted]
 
 
 def text(statements: Iterable[Composable], separator: str = ";\n") -> str:
