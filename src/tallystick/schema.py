@@ -6,6 +6,7 @@ a migrated database against these declarations. Column order and names are those
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any
@@ -208,6 +209,15 @@ class Schema:
             )
         return _as_key("workshop", value, self.host.workshops.key_type)
 
+    def user_key_of(self, text: str) -> Key:
+        """The user's key that ``text`` stands for, as in an address or on a command line. Raises InvalidArgument."""
+        return self.user_key(_number_of(text) if self.host.users.key_type in _WHOLE else text)
+
+    def workshop_key_of(self, text: str) -> Key:
+        """As :meth:`user_key_of`, of a workshop."""
+        mapped = self.host.workshops
+        return self.workshop_key(_number_of(text) if mapped and mapped.key_type in _WHOLE else text)
+
 
 LEDGER = "credit_transactions"
 
@@ -398,6 +408,14 @@ def verify(conn: DbConnection) -> None:
 
 def _enum(labels: type[StrEnum], name: str, host: HostMapping) -> pg.ENUM:
     return pg.ENUM(labels, name=name, schema=host.users.schema, values_callable=lambda e: [x.value for x in e])
+
+
+_WHOLE = ("integer", "bigint")
+
+
+def _number_of(text: str) -> int | str:
+    """The whole number that ``text`` is; else ``text``, which is no key then. Of more digits Python makes no number."""
+    return int(text) if re.fullmatch(r"-?[0-9]{1,19}", text, re.ASCII) else text
 
 
 def _as_key(argument: str, value: object, key_type: KeyType) -> Key:

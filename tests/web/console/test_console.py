@@ -9,6 +9,7 @@ import io
 import logging
 import re
 import threading
+import uuid
 from importlib import resources
 from urllib.parse import urlencode
 
@@ -307,6 +308,29 @@ def test_what_is_not_there_is_said_so(world, open_console, path, status):
     assert answer.status_code == status
     if ".json" in path:
         assert answer.json()["status"] == status
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "key", ["--5", "9" * 5_000, "-", "+1", "1_0", "\N{ARABIC-INDIC DIGIT THREE}", " 1", "1e3", "", "%00"]
+)
+def test_a_text_that_is_no_key_is_nobody(console_of_shape, shape, key):
+    """On any type of key; a text key may be any text, but nobody has these."""
+    visitor = console_of_shape(shape)
+    for path in ("/user", "/user.json", "/user.csv", "/user/steps.json", "/user/grant"):
+        answer = visitor.get(path, params={"key": key})
+        empty = path.endswith("steps.json") and answer.json() == {"at": [], "balance": []}
+        assert empty or answer.status_code == 404, (path, answer.text)
+    assert visitor.get("/users", params={"q": key}).status_code == 200
+    assert visitor.submit("/user/grant", key=key, credits=1, reason="x", once="y").status_code == 404
+
+
+@pytest.mark.parametrize(
+    "moment", ["0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59", "2026-01-01T00:00:00+16:00", "2026-W01-1"]
+)
+def test_a_moment_that_postgresql_does_not_know_is_no_server_error(world, open_console, moment):
+    answer = open_console(world).get("/pending", params={"after": f"{moment}~{uuid.uuid4()}"})
+    assert answer.status_code in {200, 400}
 
 
 def test_cursors_out_of_range_are_no_server_errors(world, open_console):

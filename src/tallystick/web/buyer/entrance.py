@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from typing import Any, Final
 
-from fastapi import HTTPException
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -41,7 +41,7 @@ def checked_route(refusals: Refusals, origins: Collection[str], headers: Mapping
                 except RequestValidationError as error:
                     response = refusals.invalid(request, error)
                 except HTTPException as error:
-                    if not isinstance(error.__cause__, RequestRefused):  # FastAPI wraps what reading the body raised
+                    if not isinstance(error.__cause__, RequestRefused):  # FastAPI wraps errors of reading the body
                         raise
                     response = await refusals.answer(request, error.__cause__)
                 return dressed(response, headers)

@@ -177,6 +177,7 @@ _REFUSALS: Final = {
     402: "Not enough credits: balance, required, packs and where to buy are in the body.",
     403: "A page of another site made this request, or the user has no account here.",
     404: "Not there, or another user's.",
+    408: "The body did not arrive in time.",
     409: "The ledger's state does not allow it.",
     410: "The workshop was deleted.",
     413: "The body is too long.",
@@ -240,7 +241,7 @@ def add_to(billing: Billing) -> None:
         """Whether the welcome was seen through, on any device."""
         return Onboarding(complete=(await billing.account(user)).onboarding_complete)
 
-    @billing.put("/api/onboarding", name="tallystick.api.set_onboarding", tags=TAGS, responses=refusals(403, 413))
+    @billing.put("/api/onboarding", name="tallystick.api.set_onboarding", tags=TAGS, responses=refusals(403, 408, 413))
     async def set_onboarding(user: User, wanted: Onboarding) -> Onboarding:
         """Remember that it was, or show it again."""
         change = billing.accounts.complete_onboarding if wanted.complete else billing.accounts.reset_onboarding

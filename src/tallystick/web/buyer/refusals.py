@@ -54,6 +54,7 @@ MEANINGS: Final[Mapping[type[TallystickError], Meaning]] = {
     errors.UnknownPurchase: Meaning(404, "unknown-purchase"),
     errors.UnknownPack: Meaning(404, "unknown-pack"),
     errors.SessionNotYours: Meaning(404, "unknown-purchase"),
+    errors.RequestTooSlow: Meaning(408, "request-too-slow"),
     errors.PurchaseNotPending: Meaning(409, "purchase-not-pending"),
     errors.PurchaseNotCompleted: Meaning(409, "purchase-not-completed"),
     errors.SessionConflict: Meaning(409, "session-conflict"),

@@ -19,7 +19,7 @@ from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.config import Config
 from tallystick.database import transaction
-from tallystick.errors import InvalidArgument, Key, UnknownUser
+from tallystick.errors import InvalidArgument, Key, UnknownUser, shown
 from tallystick.schema import CreditTransactionStatus, Schema, migration_log
 
 PAGE_ROWS = 50
@@ -535,13 +535,8 @@ class Queries:
 
     def key(self, text: str) -> Key | None:
         """``text`` as a user's key, or None if it is none."""
-        value: Key = text
-        if self.config.host.users.key_type in ("integer", "bigint"):
-            if not (text.isascii() and text.lstrip("-").isdigit()):
-                return None
-            value = int(text)
         try:
-            return self.schema.user_key(value)
+            return self.schema.user_key_of(text)
         except InvalidArgument:
             return None
 
@@ -606,16 +601,16 @@ def _moment_cursor(text: str) -> tuple[dt.datetime, UUID]:
     moment, _, id = text.partition("~")
     try:
         parsed, row = dt.datetime.fromisoformat(moment), UUID(id)
-    except ValueError:
-        raise _bad_cursor(text) from None
-    if parsed.tzinfo is None:
-        raise _bad_cursor(text)
-    return parsed, row
+        if parsed.tzinfo is not None:
+            return parsed.astimezone(dt.UTC), row  # PostgreSQL knows no offset of 16 hours and more
+    except (ValueError, OverflowError):
+        pass
+    raise _bad_cursor(text)
 
 
 def _bad_cursor(text: str) -> InvalidArgument:
     return InvalidArgument(
-        f"cursor={text!r}: no place in this list. Begin at its first page", argument="cursor", value=text
+        f"cursor={shown(text)}: no place in this list. Begin at its first page", argument="cursor", value=text
     )
 
 

@@ -34,6 +34,7 @@ from tallystick.errors import (
     StripeError,
     TallystickError,
     UnknownUser,
+    shown,
 )
 from tallystick.web.console import export
 from tallystick.web.console.access import Door
@@ -426,7 +427,7 @@ class _Console:
     def _parsed_key(self, text: str) -> Key:
         key = self.queries.key(text)
         if key is None:
-            raise UnknownUser(f"no user {text!r}: user keys here are {self.config.host.users.key_type}", user=text)
+            raise UnknownUser(f"no user {shown(text)}: user keys here are {self.config.host.users.key_type}", user=text)
         return key
 
     def static(self, request: Request) -> Response:
