@@ -46,6 +46,7 @@ class Billing(APIRouter):
         self,
         config: Config,
         *,
+        sells: bool,
         engine: sa.Engine | AsyncEngine,
         current_user: CurrentUser,
         texts: Texts | None = None,
@@ -57,13 +58,16 @@ class Billing(APIRouter):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         self.config = config
+        self.packs = config.packs if sells else ()
         self.database = Database(engine)
         self.paywall = Paywall(config)
         self.ledger = self.paywall.ledger
         self.accounts = Accounts(config)
         self.texts = texts or Texts()
-        self.renderer = Renderer(config, self.texts, templates=templates, home=home, contact=contact, preview=preview)
-        self._refusals = Refusals(config, self.renderer, sign_in=sign_in)
+        self.renderer = Renderer(
+            config, self.packs, self.texts, templates=templates, home=home, contact=contact, preview=preview
+        )
+        self._refusals = Refusals(self.packs, self.renderer, sells=sells, sign_in=sign_in)
         self._headers = {**security_headers(form_targets=_checkout_pages(config)), **(headers or {})}
 
         async def signed_in(user: Annotated[Key | None, Depends(current_user)]) -> Key:

@@ -231,10 +231,7 @@ def add_to(billing: Billing) -> None:
     @billing.get("/api/packs", name="tallystick.api.packs", tags=TAGS)
     async def packs() -> list[PackAnswer]:
         """What is on sale."""
-        return [
-            PackAnswer(name=p.name, credits=p.credits, amount=p.amount, currency=p.currency)
-            for p in billing.config.packs
-        ]
+        return [PackAnswer(name=p.name, credits=p.credits, amount=p.amount, currency=p.currency) for p in billing.packs]
 
     @billing.get("/api/onboarding", name="tallystick.api.onboarding", tags=TAGS, responses=refusals(403))
     async def onboarding(user: User) -> Onboarding:

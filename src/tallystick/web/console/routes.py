@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime as dt
+import importlib.util
 import logging
 import secrets
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 from urllib.parse import quote, urlencode
 from uuid import UUID
 
@@ -21,7 +22,7 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from tallystick import audit, stripe
+from tallystick import audit
 from tallystick.config import Config
 from tallystick.database import translated, with_known_settings
 from tallystick.errors import (
@@ -45,6 +46,9 @@ from tallystick.web.console.queries import Figures, Page, Queries
 from tallystick.web.shared import numbers
 from tallystick.web.shared.pages import StaticFiles, environment
 from tallystick.web.shared.tally import SMALL, tally
+
+if TYPE_CHECKING:
+    from tallystick import stripe
 
 log = logging.getLogger("tallystick.console")
 
@@ -85,8 +89,11 @@ class _Console:
             "figures", lambda _: self.queries.figures(dt.datetime.now(dt.UTC)), keep_s=60
         )
         self.stripe: Background[stripe.Report] | None = None
-        if allow_actions and config.stripe_secret_key:
+        if allow_actions and config.stripe_secret_key and importlib.util.find_spec("stripe"):
+            from tallystick import stripe  # noqa: PLC0415 - an extra
+
             self.stripe = Background("stripe", lambda _: stripe.reconcile(engine, config))
+            self.confirm = partial(stripe.confirm, engine, config)
         self.templates = environment(jinja2.PackageLoader("tallystick.web.console"))
         self.templates.filters.update(
             ago=ago,
@@ -262,7 +269,7 @@ class _Console:
         session = form.get("session", "")
         if session:
             user = self._parsed_key(form.get("key", ""))
-            said = stripe.confirm(self.engine, self.config, user, session)
+            said = self.confirm(user, session)
             log.info("action=ask-stripe operator=%r session=%r outcome=%s", _operator(request), session, said.outcome)
             return RedirectResponse(self.at(request, "/pending", told=said.purchase.status), 303)
         started = self.stripe.start()
