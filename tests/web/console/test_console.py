@@ -247,6 +247,48 @@ def test_the_figures_are_the_ledgers(world, open_console):
 NASTY = "<script>alert(1)</script>'\"&{{ 7*191 }}"
 
 
+def test_sizes_are_counted_where_that_is_cheap(world, open_console):
+    """Also where statistics say otherwise: of twenty users it is not "about 2"."""
+    for _ in range(2):
+        world.user()
+    with world.engine.begin() as conn:
+        conn.exec_driver_sql("ANALYZE users")
+    for _ in range(18):
+        world.user()
+    visitor = open_console(world)
+    assert "Users 20 " in words(visitor.get("/users"))
+    with world.engine.begin() as conn:
+        conn.exec_driver_sql(
+            "INSERT INTO users (id, email) SELECT gen_random_uuid(), n FROM generate_series(1, 3000) n"
+        )
+    assert "Users more than 1,000 " in words(visitor.get("/users"))
+    with world.engine.begin() as conn:
+        conn.exec_driver_sql("ANALYZE users")
+    assert "Users about 3,020 " in words(visitor.get("/users"))
+
+
+def test_what_is_not_paid_is_not_called_purchased(world, open_console):
+    user = world.user(credits=1)
+    start(world, user)
+    failed = start(world, user)
+    with world.engine.begin() as conn:
+        world.ledger.fail_purchase(conn, user, id=failed.id, reason="expired")
+    visitor = open_console(world)
+    page = words(visitor.get(at("/user", key=user)))
+    assert "Five Flights" in page
+    assert "Purchased Five Flights" not in page
+    assert "Purchased 1" in page
+    for path in ("/pending", "/"):
+        assert "Purchased" not in words(visitor.get(path))
+
+
+def test_times_are_there_in_full_and_actions_before_the_ledger(world, open_console):
+    user = world.user(credits=1)
+    page = words(open_console(world, allow_actions=True).get(at("/user", key=user)))
+    assert re.search(r"just now \d{4}-\d\d-\d\d \d\d:\d\d purchase", page)
+    assert page.index("Grant credits") < page.index("Account") < page.index("Tally ") < page.index("Ledger #")
+
+
 def test_text_of_others_is_text(make_world, open_console):
     world = make_world()
     user = world.user(credits=5)

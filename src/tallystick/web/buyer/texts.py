@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from tallystick.config import Pack
 from tallystick.errors import InsufficientCredits, TallystickError, WorkshopLocked
 from tallystick.ledger import AccessReason, CreditTransaction
+from tallystick.schema import CreditTransactionStatus
 from tallystick.web.shared import numbers
+from tallystick.web.shared.wording import what
 
 
 class Texts:
@@ -153,6 +155,10 @@ class Texts:
     def history_balance(self, balance: int) -> str:
         """The sentence over the list."""
         return f"You owe {self.credits(-balance)}." if balance < 0 else f"You have {self.credits(balance)}."
+
+    def description(self, row: CreditTransaction) -> str:
+        """The description of a row; of a purchase that is not paid it does not say that it was bought."""
+        return what(row.description, done=row.status is CreditTransactionStatus.COMPLETED)
 
     def paid(self, row: CreditTransaction) -> str:
         """What a purchase cost; empty for what cost nothing."""

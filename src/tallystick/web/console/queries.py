@@ -26,6 +26,8 @@ PAGE_ROWS = 50
 TALLY_ROWS = 30
 CHART_ROWS = 400
 COUNT_UP_TO = 1000
+ROWS_A_PAGE = 40
+"""Taken for a table that was never analyzed."""
 PAGE_TIMEOUT_MS = 5_000
 SUM_TIMEOUT_MS = 300_000
 DAYS = 30
@@ -44,6 +46,14 @@ class Page(Generic[Row]):
     rows: list[Row]
     before: str | None
     after: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """A number of rows: counted up to a thousand, above that an estimate, or as many as were counted ("more than")."""
+
+    number: int
+    about: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,20 +215,39 @@ class Queries:
 
     # --- users ---
 
-    def estimates(self) -> tuple[int, int]:
-        """About how many users and ledger rows there are, as the planner believes; counting would read them all."""
-        relation = sa.table("pg_class", sa.column("oid"), sa.column("reltuples"), schema="pg_catalog")
+    def sizes(self) -> tuple[Count, Count]:
+        """The number of users and of ledger rows. Counting all of many would read them all.
+
+        An estimate is the planner's: rows a page when the table was last analyzed, times the pages it has now.
+        """
+        relation = sa.table(
+            "pg_class", sa.column("oid"), sa.column("reltuples"), sa.column("relpages"), schema="pg_catalog"
+        )
         preparer = self.engine.dialect.identifier_preparer
 
-        def estimate(table: sa.Table) -> sa.ScalarSelect[Any]:
-            name = preparer.format_table(table)
-            wanted = sa.cast(sa.func.to_regclass(name), pg.OID)
-            tuples = sa.cast(relation.c.reltuples, sa.BigInteger)
-            return sa.select(tuples).where(relation.c.oid == wanted).scalar_subquery()
+        def some(key: sa.ColumnElement[Any]) -> sa.ScalarSelect[Any]:
+            first = sa.select(key).order_by(key).limit(COUNT_UP_TO + 1).subquery()  # by its index, past dead rows
+            return sa.select(sa.func.count()).select_from(first).scalar_subquery()
 
+        def estimate(table: sa.Table) -> sa.ScalarSelect[Any]:
+            wanted = sa.cast(sa.func.to_regclass(preparer.format_table(table)), pg.OID)
+            analyzed = relation.c.reltuples / sa.func.nullif(relation.c.relpages, 0)
+            pages = sa.func.pg_relation_size(relation.c.oid) / sa.cast(
+                sa.func.current_setting("block_size"), sa.Integer
+            )
+            rows = sa.func.coalesce(sa.func.nullif(analyzed, -1), ROWS_A_PAGE) * pages
+            return sa.select(sa.cast(rows, sa.BigInteger)).where(relation.c.oid == wanted).scalar_subquery()
+
+        def count(counted: int, estimated: int | None) -> Count:
+            if counted <= COUNT_UP_TO:
+                return Count(counted)
+            believed = (estimated or 0) > counted  # statistics of a time when there were few say too little
+            return Count(estimated or 0, "about ") if believed else Count(COUNT_UP_TO, "more than ")
+
+        users, ledger = self.schema.users, self.schema.credit_transactions
         with self.reading() as conn:
-            row = conn.execute(sa.select(estimate(self.schema.users), estimate(self.schema.credit_transactions))).one()
-        return max(row[0] or 0, 0), max(row[1] or 0, 0)
+            row = conn.execute(sa.select(some(users.c.key), estimate(users), some(ledger.c.id), estimate(ledger))).one()
+        return count(row[0], row[1]), count(row[2], row[3])
 
     def user(self, key: Key) -> UserRow:
         """The user with this key. Raises UnknownUser."""

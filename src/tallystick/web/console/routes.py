@@ -46,6 +46,7 @@ from tallystick.web.console.queries import Figures, Page, Queries
 from tallystick.web.shared import numbers
 from tallystick.web.shared.pages import StaticFiles, environment
 from tallystick.web.shared.tally import SMALL, tally
+from tallystick.web.shared.wording import what
 
 if TYPE_CHECKING:
     from tallystick import stripe
@@ -97,6 +98,8 @@ class _Console:
         self.templates = environment(jinja2.PackageLoader("tallystick.web.console"))
         self.templates.filters.update(
             ago=ago,
+            when=when,
+            what=what,
             number=numbers.number,
             change=numbers.change,
             count=count,
@@ -152,8 +155,8 @@ class _Console:
 
     def overview(self, request: Request) -> Response:
         state = self.audit.state
-        users, rows = self.queries.estimates()
-        if state.at is None and not state.running and rows <= AUDIT_UNASKED_ROWS:
+        _, rows = self.queries.sizes()
+        if state.at is None and not state.running and rows.number <= AUDIT_UNASKED_ROWS:
             self.audit.start()
             self.audit.wait(FIRST_FIGURES_S)
         figures = self.figures.fresh(wait_s=FIRST_FIGURES_S)
@@ -163,8 +166,7 @@ class _Console:
             "overview.html",
             audit=self.audit.state,
             figures=figures,
-            estimated_users=users,
-            estimated_rows=rows,
+            size=rows,
             waiting=self.queries.waiting(),
             oldest=self.queries.pending(limit=5).rows,
             receipt=receipts[0] if receipts else None,
@@ -202,16 +204,16 @@ class _Console:
                 q=search,
                 page=Page([], None, None),
                 tallies={},
-                estimate=None,
+                size=None,
                 too_slow=True,
             )
         if form == "json":
             return self._list(request, page, q=search)
         if search and len(page.rows) == 1 and page.before is None and page.after is None:
             return RedirectResponse(self.at(request, "/user", key=page.rows[0].key), 303)
-        estimate = None if search else self.queries.estimates()[0]
+        size = None if search else self.queries.sizes()[0]
         tallies = self.queries.tallies([row.key for row in page.rows])
-        return self.show(request, "users.html", q=search, page=page, tallies=tallies, estimate=estimate, too_slow=False)
+        return self.show(request, "users.html", q=search, page=page, tallies=tallies, size=size, too_slow=False)
 
     def user(self, request: Request, form: str) -> Response:
         key = self._key(request)
@@ -473,6 +475,11 @@ def ago(moment: dt.datetime | None) -> Markup:
     return Markup('<time datetime="{}" title="{}">{}</time>').format(
         moment.astimezone(dt.UTC).isoformat(), utc(moment), _ago(seconds, moment)
     )
+
+
+def when(moment: dt.datetime) -> Markup:
+    """As :func:`ago`, with the time itself below it: a telephone has nothing to hover with."""
+    return Markup('{}<span class="at">{:%Y-%m-%d %H:%M}</span>').format(ago(moment), moment.astimezone(dt.UTC))
 
 
 def _ago(seconds: float, moment: dt.datetime) -> str:
