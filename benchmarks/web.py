@@ -1,8 +1,8 @@
 """Balance and unlock over HTTP: requests per second and p99 through uvicorn, on a sync and an async engine.
 
 Two floors stand in the same app: a route that does nothing, and a route as a host would write it that makes the one
-SELECT of a balance. Server and clients share the machine: the ratios say more than the numbers, and the CPU that the web
-server takes for a request (PostgreSQL's is not in it) is the same beside other work.
+SELECT of a balance. Server and clients share the machine: the ratios say more than the numbers, and the CPU that the
+web server takes for a request (PostgreSQL's is not in it) is the same beside other work.
 Run: python benchmarks/web.py [--seconds 10] [--quick]
 
 No ``from __future__ import annotations`` here: FastAPI reads the signatures at run time.
