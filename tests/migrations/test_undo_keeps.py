@@ -9,15 +9,15 @@ from tallystick import migrate
 from tallystick.errors import MigrationError
 
 OWN = {
-    "index by_email": "CREATE UNIQUE INDEX by_email ON users (email) WHERE deleted_at IS NULL",
-    "index by_tier": "CREATE INDEX by_tier ON users (plan_tier)",
-    "index opened": "CREATE INDEX opened ON workshops ((credit_consumed_at AT TIME ZONE 'UTC'))",
-    "constraint paying on table users": "ALTER TABLE users ADD CONSTRAINT paying CHECK (plan_tier <> email)",
-    "constraint once on table users": "ALTER TABLE users ADD CONSTRAINT once UNIQUE (email, plan_tier)",
-    "statistics object tiers": "CREATE STATISTICS tiers ON plan_tier, email FROM users",
-    "rule _RETURN on view paid": "CREATE VIEW paid AS SELECT id FROM users WHERE credit_balance > 0",
-    "policy living on table users": "CREATE POLICY living ON users USING (deleted_at IS NULL)",
-    "trigger moved on table users": (
+    "index public.by_email": "CREATE UNIQUE INDEX by_email ON users (email) WHERE deleted_at IS NULL",
+    "index public.by_tier": "CREATE INDEX by_tier ON users (plan_tier)",
+    "index public.opened": "CREATE INDEX opened ON workshops ((credit_consumed_at AT TIME ZONE 'UTC'))",
+    "constraint paying on table public.users": "ALTER TABLE users ADD CONSTRAINT paying CHECK (plan_tier <> email)",
+    "constraint once on table public.users": "ALTER TABLE users ADD CONSTRAINT once UNIQUE (email, plan_tier)",
+    "statistics object public.tiers": "CREATE STATISTICS tiers ON plan_tier, email FROM users",
+    "rule _RETURN on view public.paid": "CREATE VIEW paid AS SELECT id FROM users WHERE credit_balance > 0",
+    "policy living on table public.users": "CREATE POLICY living ON users USING (deleted_at IS NULL)",
+    "trigger moved on table public.users": (
         "CREATE FUNCTION moved() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'; CREATE TRIGGER moved "
         "AFTER UPDATE OF plan_tier ON users FOR EACH ROW EXECUTE FUNCTION moved()"
     ),
@@ -32,7 +32,7 @@ def test_what_depends_on_our_columns_is_named_and_kept(app: App) -> None:
         migrate.undo(app.url, app.config)
     for name in OWN:
         assert name in str(caught.value)
-    assert str(caught.value).count(" on table users") == 4
+    assert str(caught.value).count(" on table public.users") == 4
     assert "tallystick" not in str(caught.value).partition("Nothing was changed")[0]
     assert app.dump() == before
 

@@ -350,11 +350,14 @@ def _about_publications(
         new = [table for table in made if everything or (schema and table.startswith(f"{host.users.schema}."))]
         columns = [added[shown[row.oid]] for row in sent if shown[row.oid] in added]
         if new:
+            kept = [table for table in new if table.startswith("tallystick.")]
+            emptied = f"TRUNCATE {', '.join(kept)}; " if kept else ""
             yield Finding(
                 "warning",
                 f"The publication {name} sends new columns, and new tables too ({', '.join(new)}), of which its "
-                "subscribers know nothing: they stop at the first change until they have them. Migrate them first: "
-                "run tallystick migrate apply with the address of each",
+                "subscribers know nothing: they stop at the first change until they have them. First run tallystick "
+                "migrate apply with the address of each subscriber, then here. A subscriber is sent no rows of the new "
+                f"tables until then is run there: {emptied}ALTER SUBSCRIPTION … REFRESH PUBLICATION",
             )
         elif columns:
             yield Finding(

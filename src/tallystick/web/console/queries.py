@@ -17,7 +17,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 
-from tallystick.config import Config
+from tallystick.config import TEXT_KEYS, Config
 from tallystick.database import transaction
 from tallystick.errors import InvalidArgument, Key, UnknownUser, shown
 from tallystick.schema import CreditTransactionStatus, Schema, migration_log
@@ -558,8 +558,8 @@ class Queries:
         if "\0" in search:
             return sa.false()
         parts = [users.email.icontains(search, autoescape=True)] if "email" in users else []
-        if host.key_type == "text":
-            parts.append(users.key.icontains(search, autoescape=True))
+        if host.key_type in TEXT_KEYS:
+            parts.append(sa.cast(users.key, sa.Text).icontains(search, autoescape=True))
         return sa.or_(sa.false(), *parts)
 
     def key(self, text: str) -> Key | None:
