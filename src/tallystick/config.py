@@ -153,15 +153,23 @@ class HostMapping:
 _MAPPING = TypeAdapter(HostMapping)
 
 
+Rounding = Literal["down", "nearest", "up"]
+"""Whether a part of a credit's price takes no credit, the nearest whole number (halves up), or a whole one."""
+
+
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
 class Pack:
-    """Something on sale: ``credits`` for ``amount`` minor units of ``currency`` (7900 and "usd" are $79.00)."""
+    """Something on sale: ``credits`` for ``amount`` minor units of ``currency`` (7900 and "usd" are $79.00).
+
+    ``refund_rounding`` is the pack's own; None stands for the setting of this name.
+    """
 
     name: Annotated[str, Field(min_length=1, max_length=200)]
     credits: Annotated[int, Field(strict=True, ge=1, le=INT32_MAX)]
     amount: Annotated[int, Field(strict=True, ge=0)] | None = None
     currency: Annotated[str, Field(pattern="^[a-z]{3}$")] = "usd"
     stripe_price_id: str | None = None
+    refund_rounding: Rounding | None = None
 
 
 def _names_once(packs: tuple[Pack, ...]) -> tuple[Pack, ...]:
@@ -256,6 +264,8 @@ class Config(BaseModel):
     address that migrations need. With ``paywall`` off every workshop is open. Workshops created before
     ``grandfathered_before`` are open; None stands for the moment at which revision 0001 was applied.
 
+    ``refund_rounding`` says how many credits a refund of a part of the money takes, when that is no whole number.
+
     ``checkout_origins`` are the origins (``https://app.example.com``) to which a buyer may be sent back from Stripe.
     ``stripe_webhook_secret`` may hold several secrets separated by commas, while one is being replaced.
     ``stripe_api_base`` points to another address than Stripe's, such as the test double's. ``stripe_realm`` names this
@@ -268,6 +278,7 @@ class Config(BaseModel):
     database_url_unpooled: Address | None = Field(default=None, repr=False)
     host: HostMapping = Field(default_factory=HostMapping)
     packs: Annotated[tuple[Pack, ...], AfterValidator(_names_once)] = ()
+    refund_rounding: Rounding = "down"
     paywall: bool = True
     grandfathered_before: Annotated[dt.datetime, AfterValidator(_aware)] | None = None
     checkout_origins: tuple[Origin, ...] = ()
