@@ -308,7 +308,7 @@ def snippet(
     if config.database_url or postgres.default_folder().exists():  # it knows which columns the app had before
         try:
             with translated(), invocation(ctx).database(migrating=True) as config, connect(address(config)) as conn:
-                adopted = migrate.examine(conn, config, privileges=False).adopted_names
+                adopted = migrate.examine(conn, config, strict=False).adopted_names
         except TallystickError as error:
             note(f"The database was not looked at: {error.message}")
     out.print(migrate.snippet(tool, config, adopted), markup=False)

@@ -21,6 +21,7 @@ from tallystick.schema import (
     Schema,
     stripe_checkouts,
     stripe_events,
+    stripe_failed_deliveries,
     stripe_findings,
     stripe_reconciliations,
     stripe_reversals,
@@ -165,7 +166,14 @@ _LEDGER_UPDATES = (
 """What completing, failing or attaching a session writes; the append-only trigger says when."""
 
 
-_STRIPES = (stripe_events, stripe_checkouts, stripe_reversals, stripe_findings, stripe_reconciliations)
+_STRIPES = (
+    stripe_events,
+    stripe_checkouts,
+    stripe_reversals,
+    stripe_findings,
+    stripe_failed_deliveries,
+    stripe_reconciliations,
+)
 """What selling through Stripe keeps beside the ledger; nothing is ever deleted there."""
 
 
