@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import Any
 import psycopg
 import pytest
 import sqlalchemy as sa
+from told import told
 
-import node_packages
 from node_packages import Project
 from tallystick import Config, migrate
 from tallystick.audit import audit
@@ -44,13 +43,10 @@ def of_shape(name: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory: pytest.TempPathFactory) -> Project:
+def app(packages: Project) -> Project:
     """The programs of ``src``, and for each other shape of host its own client and tables, compiled by tsc."""
-    folder = tmp_path_factory.mktemp("typescript")
-    made = node_packages.project(HERE, folder)
+    folder = packages.folder
     shutil.copytree(HERE / "src", folder / "src")
-    for name in ("package.json", "tsconfig.json", "schema.prisma"):
-        shutil.copy(HERE / name, folder)
     (folder / "src" / "keys.ts").unlink()
     (folder / "src" / "tallystick.ts").write_text(typescript(of_shape("uuid")))
     for shape in ("clerk", "quoted", "alone", "micro"):
@@ -59,33 +55,23 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Project:
             if not (shape == "alone" and name == "workshops.ts"):
                 shutil.copy(HERE / "src" / name, folder / shape)
         (folder / shape / "tallystick.ts").write_text(typescript(of_shape(shape)))
-    # it never starts this engine, but would fetch it from elsewhere
-    made.run("prisma", "generate", "--schema", "schema.prisma", env={"PRISMA_SCHEMA_ENGINE_BINARY": "/bin/false"})
-    made.run("tsc", "--project", ".")
-    return made
+    packages.run("tsc", "--project", ".")
+    return packages
 
 
 def run(app: Project, program: str, world: World, *args: str, **given: Any) -> None:
-    url = sa.make_url(world.url)
-    address = {
-        "host": url.query["host"],
-        "port": int(str(url.query["port"])),
-        "user": url.username or "postgres",
-        "database": url.database,
-    }
-    told = {"ADDRESS": json.dumps(address), "GIVEN": json.dumps(given, default=str)}
-    app.run("node", f"out/{program}.js", *args, env=told)
+    app.run("node", f"out/{program}.js", *args, env=told(world, **given))
 
 
 def given(world: World) -> dict[str, Any]:
     """Users and workshops for the tables."""
     users, workshops = world.config.host.users, world.config.host.workshops
-    told = {"uuid": str, "text": str, "bigint": str, "integer": int}
+    as_told = {"uuid": str, "text": str, "bigint": str, "integer": int}
     user, gone, rich = world.user(), world.user(), world.user(credits=9)
     with world.engine.begin() as conn:
         world.accounts.delete_user(conn, gone)
     made: dict[str, Any] = {"user": user, "gone": gone, "nobody": world.key(users.key_type), "rich": rich}
-    made = {name: told[users.key_type](key) for name, key in made.items()}
+    made = {name: as_told[users.key_type](key) for name, key in made.items()}
     if workshops:
         others = {
             "workshop": world.workshop(rich),
@@ -95,7 +81,7 @@ def given(world: World) -> dict[str, Any]:
             "marked": world.workshop(rich, credit_consumed_at=sa.func.now()),
             "nowhere": world.key(workshops.key_type),
         }
-        made |= {name: told[workshops.key_type](key) for name, key in others.items()}
+        made |= {name: as_told[workshops.key_type](key) for name, key in others.items()}
         made["dated"] = workshops.created_at is not None
     return made | {"bigint": world.config.host.credits == "bigint"}
 
