@@ -7,12 +7,12 @@ installed. The sentences are here.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-from tallystick.ledger.functions import ORDER
+from tallystick.ledger.functions import ORDER, Function
 from tallystick.ledger.outcomes import DONE, REPLAYED
 
 
@@ -104,6 +104,76 @@ _MEANINGS: Mapping[str, tuple[str, Mapping[str, str]]] = {
 }
 
 
+PARAMETERS: Mapping[str, str] = {
+    "user_id": "the user, by the mapped key column",
+    "key": "your name for this one intent, 1 to 255 characters: the same key again gives the first result",
+    "amount": "a number of credits, 1 or more; of a refund or a reinstatement NULL for all that is left",
+    "description": "for people, 1 to 10,000 characters; not compared when a key is used again",
+    "metadata": "a JSON object of your own: who of a team, which request",
+    "workshop_id": "the workshop, by the mapped key column",
+    "purchase_id": "the id of the purchase's row",
+    "stripe_session_id": "the Checkout session, 1 to 255 characters; with purchase_id it is tied to that purchase",
+    "stripe_payment_intent_id": "the payment intent, 1 to 255 characters",
+    "stripe_price_id": "the price that is bought, 1 to 255 characters",
+    "amount_paid": "money in minor units of the currency, 0 or more; given with currency, or neither",
+    "currency": "three letters, as usd",
+    "reason": "why it failed, 1 to 10,000 characters; required",
+    "at": "a moment, which counts as well",
+    "row_limit": "how many rows, 1 to 1,000",
+    "before": "read on after a row: its sequence, or its id where it has none",
+    "include_failed": "failed purchases too",
+    "paywall": "false opens every workshop that is not deleted",
+    "grandfathered_before": "workshops made before are open; NULL is when Tallystick was installed",
+    "plan_tier": "a name of your choosing, 1 to 32 characters",
+    "stripe_customer_id": "the customer at Stripe, 1 to 255 characters",
+    "replace": "give up another customer that the user has",
+    # of consume_many, item by item
+    "user_ids": "the users",
+    "keys": "the keys, as many",
+    "workshop_ids": "as many, or NULL for none; an item may be NULL",
+    "amounts": "as many, or NULL for 1 each; an item may be NULL",
+    "descriptions": "as many, or NULL for none; an item may be NULL",
+}
+"""One phrase for each parameter."""
+
+ATTRIBUTES: Mapping[str, str] = {
+    "outcome": "`completed`, `replayed`, or the name of a refusal",
+    "id": "of the row that was written or found; of a refusal, of the row it is about",
+    "user_id": "the user's key",
+    "type": "`purchase`, `consumption`, `refund` or `grant`",
+    "status": "`pending`, `completed` or `failed`",
+    "amount": "credits, signed",
+    "balance_after": "the running balance; NULL until completed",
+    "sequence": "1, 2, 3 … of the user, in the order of completion; NULL until completed",
+    "description": "for people",
+    "workshop_id": "the workshop's key",
+    "refund_of": "the purchase that a refund or a reinstatement is of",
+    "stripe_session_id": "as Stripe said it",
+    "stripe_payment_intent_id": "as Stripe said it",
+    "stripe_price_id": "as Stripe said it",
+    "amount_paid": "money in minor units",
+    "currency": "three small letters",
+    "idempotency_key": "the call's `key`",
+    "metadata": "the caller's",
+    "created_at": "when the row was written",
+    "completed_at": "when it counted",
+    "balance": "of the user, now; for a replay it may be another than `balance_after`",
+    "required": "credits that the call asked for",
+    "remaining": "credits of the purchase that can still be refunded, or given back",
+    "detail": "what else there is to say of a refusal",
+    "item": "the place in the lists of `consume_many`, from 1",
+    "credit_balance": "credits",
+    "onboarding_complete": "the onboarding was seen through",
+    "stripe_customer_id": "the customer at Stripe",
+    "plan_tier": "the plan",
+    "updated_at": "when the user's row last changed",
+    "deleted_at": "when it was soft-deleted",
+    "open": "the workshop may be used",
+    "reason": "`unlocked`, `grandfathered`, `paywall_off`, `locked` or `deleted`",
+}
+"""One phrase for each attribute of an answer."""
+
+
 @cache
 def refusals() -> tuple[Refusal, ...]:
     """Every refusal, in the order of its code."""
@@ -124,6 +194,12 @@ def outcomes_of(function: str) -> tuple[str, ...]:
     named = _named_in(function) - _NEVER.get(function, frozenset())
     rest = [REPLAYED, *(refusal.name for refusal in refusals())]
     return (DONE, *(name for name in rest if name in named))
+
+
+def sentence(function: Function, name: Callable[[str], str]) -> str:
+    """A function as its file introduces it; ``name`` writes the names in it, such as those of parameters."""
+    for_callers = function.comment.split(" -- ")[0]  # what follows is for readers of the SQL
+    return re.sub(r"``(\w+)``", lambda found: f"`{name(found[1])}`", for_callers)
 
 
 @cache

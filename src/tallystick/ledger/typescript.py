@@ -18,7 +18,7 @@ from tallystick.config import HostMapping, KeyType
 from tallystick.ledger.functions import COLUMNS, Function, declared
 from tallystick.ledger.operations import AccessReason
 from tallystick.ledger.outcomes import DONE, REPLAYED
-from tallystick.ledger.reference import Refusal, attributes, outcomes_of, refusals
+from tallystick.ledger.reference import PARAMETERS, Refusal, attributes, outcomes_of, refusals, sentence
 from tallystick.schema import HEAD, CreditTransactionStatus, CreditTransactionType
 
 SIGNED = "written by: tallystick client typescript"
@@ -241,8 +241,9 @@ class _Client:
         yield ""
         yield f"export interface {name}{'Item' if many else 'Options'} {{"
         for parameter, kind, default in self._parameters(function):
-            option = _camel(_singular(parameter) if many else parameter)
-            accepted = self._accepts(kind)
+            single = _singular(parameter) if many else parameter
+            option, accepted = _camel(single), self._accepts(kind)
+            yield _comment(_phrase(single), "  ")
             if default is None:
                 yield f"  {option}: {accepted};"
             else:
@@ -261,7 +262,7 @@ class _Client:
         yield "export interface Tallystick {"
         for function in self._functions:
             given = _given(function)
-            yield _comment(_sentence(function), "  ")
+            yield _comment(sentence(function, _camel), "  ")
             yield f"  {_camel(function.name)}({given}): Promise<{_answer(function)}>;"
         yield "}"
 
@@ -346,8 +347,10 @@ def _value(function: Function, parameter: str, default: str | None) -> str:
     return listed if default is None else f"listed({listed})"
 
 
-def _sentence(function: Function) -> str:
-    return re.sub(r"``(\w+)``", lambda found: f"`{_camel(found[1])}`", function.comment)
+def _phrase(parameter: str) -> str:
+    """A sentence on an option. The names of others in it are as they are here."""
+    text = PARAMETERS[parameter].replace("NULL", "null")
+    return re.sub(r"\b[a-z]+(_[a-z]+)+\b", lambda found: _camel(found[0]), text[0].upper() + text[1:]) + "."
 
 
 def _comment(text: str, indent: str = "") -> str:
