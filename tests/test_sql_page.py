@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psycopg
 import pytest
+import sqlalchemy as sa
+from psycopg.rows import dict_row
 
 from tallystick.dev.postgres import Server
 from tallystick.ledger.reference import outcomes_of, refusals
@@ -91,6 +93,70 @@ def test_every_refusal_has_its_code(conn: psycopg.Connection):
     assert [(refusal.name, refusal.sqlstate) for refusal in refusals()] == documented
     for name, sqlstate in documented:
         assert conn.execute("SELECT tallystick.sqlstate_of(%s)", [name]).fetchone() == (sqlstate,)
+
+
+BIG = 2**31 - 1
+REFUSED = {
+    "invalid_argument": "consume(user_id => %(user)s, key => 'k', amount => 0)",
+    "unknown_user": "consume(user_id => %(nobody)s, key => 'k')",
+    "user_deleted": "consume(user_id => %(gone)s, key => 'k')",
+    "unknown_workshop": "consume(user_id => %(user)s, key => 'k', workshop_id => %(nobody)s)",
+    "workshop_deleted": "consume(user_id => %(user)s, key => 'k', workshop_id => %(closed)s)",
+    "workshop_not_owned": "consume(user_id => %(user)s, key => 'k', workshop_id => %(others)s)",
+    "workshop_unaccounted": "consume(user_id => %(user)s, key => 'k', workshop_id => %(marked)s)",
+    "unknown_purchase": "complete_purchase(user_id => %(user)s, purchase_id => %(nobody)s)",
+    "purchase_not_pending": "fail_purchase(user_id => %(user)s, purchase_id => %(paid)s, reason => 'expired')",
+    "purchase_not_completed": "refund(user_id => %(user)s, purchase_id => %(pending)s, key => 'k')",
+    "session_conflict": "attach_session(user_id => %(user)s, purchase_id => %(pending)s, stripe_session_id => 'cs_2')",
+    "stripe_customer_conflict": "set_stripe_customer(user_id => %(user)s, stripe_customer_id => 'cus_2')",
+    "insufficient_credits": "consume(user_id => %(user)s, key => 'k', amount => 50)",
+    "refund_exceeds_purchase": "refund(user_id => %(user)s, purchase_id => %(paid)s, key => 'k', amount => 50)",
+    "reinstatement_exceeds_refunds": "reinstate(user_id => %(user)s, purchase_id => %(paid)s, key => 'k')",
+    "balance_out_of_range": f"grant(user_id => %(user)s, amount => {BIG}, key => 'k', description => 'All')",
+    "idempotency_key_reused": "consume(user_id => %(user)s, key => 'used', amount => 2)",
+    "ledger_inconsistent": "consume(user_id => %(behind)s, key => 'k')",
+}
+
+
+@pytest.mark.parametrize("outcome", REFUSED)
+def test_a_refusal_tells_what_the_page_says_and_is_raised_with_its_code(outcome: str, world: World):
+    refusal = {each.name: each for each in refusals()}[outcome]
+    user, gone, behind = world.user(credits=9), world.user(), world.user(credits=3)
+    with world.engine.begin() as conn:
+        paid = world.buy(conn, user, 5)
+        pending = world.ledger.start_purchase(conn, user, credits=1, description="Purchased 1")
+        world.ledger.attach_session(conn, user, pending.id, stripe_session_id="cs_1")
+        world.ledger.consume(conn, user, key="used")
+        world.accounts.set_stripe_customer(conn, user, "cus_1")
+        world.accounts.delete_user(conn, gone)
+        conn.exec_driver_sql("UPDATE users SET credit_sequence = 0 WHERE id = %s", (behind,))
+    given = {
+        "user": user,
+        "gone": gone,
+        "behind": behind,
+        "nobody": world.key("uuid"),
+        "paid": paid.id,
+        "pending": pending.id,
+        "others": world.workshop(gone),
+        "closed": world.workshop(user, deleted_at=sa.func.now()),
+        "marked": world.workshop(user, credit_consumed_at=sa.func.now()),
+    }
+    function, arguments = REFUSED[outcome].split("(", 1)
+    with psycopg.connect(world.url.replace("+psycopg", "", 1), row_factory=dict_row, autocommit=True) as conn:
+        answer = conn.execute(f"SELECT * FROM tallystick.{function}({arguments}", given).fetchone()
+        assert answer is not None
+        assert answer["outcome"] == outcome
+        assert outcome in outcomes_of(function)
+        said = {**answer, **{f"detail.{name}": value for name, value in (answer["detail"] or {}).items()}}
+        assert not [name for name, kind in refusal.tells.items() if not kind.endswith("?") and said[name] is None]
+        with pytest.raises(psycopg.Error) as raised:
+            conn.execute(f"SELECT * FROM tallystick.{function}_strict({arguments}", given)
+    assert (raised.value.sqlstate, raised.value.diag.message_primary) == (refusal.sqlstate, outcome)
+    assert json.loads(raised.value.diag.message_detail or "")["outcome"] == outcome
+
+
+def test_every_refusal_but_the_one_that_is_always_raised_was_provoked():
+    assert {*REFUSED, "host_interfered"} == {refusal.name for refusal in refusals()}
 
 
 def test_what_is_typed_in_psql_answers_as_shown(server: Server, world: World):

@@ -152,3 +152,4 @@ def test_every_function_is_in_it():
         assert f'"{function.name}", "' in text
         for parameter, _, _ in function.parameters:
             assert f'["{parameter}", "' in text
+    assert "`item`" not in text  # answers are in order, and have none

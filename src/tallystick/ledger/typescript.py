@@ -262,7 +262,12 @@ class _Client:
         yield "export interface Tallystick {"
         for function in self._functions:
             given = _given(function)
-            yield _comment(sentence(function, _camel), "  ")
+            said = sentence(function, _camel)
+            if _is_list(function):
+                said = said.replace(
+                    "Each answer's `item` says which it belongs to.", "Answers are in the items' order."
+                )
+            yield _comment(said, "  ")
             yield f"  {_camel(function.name)}({given}): Promise<{_answer(function)}>;"
         yield "}"
 

@@ -142,9 +142,8 @@ class FunctionCall<Answer> implements WritingCall<Answer> {
   }
 
   get text(): string {
-    const columns = Object.entries(COLUMNS[this.#kind]).map(([name, type]) => selected(name, type));
     const passed = this.#arguments.map(([name, type], n) => `${name} => $${n + 1}::text::${type}`);
-    return `SELECT ${columns.join(", ")} FROM tallystick.${this.#name}(${passed.join(", ")}) AS answer`;
+    return `SELECT ${SELECTED[this.#kind]} FROM tallystick.${this.#name}(${passed.join(", ")}) AS answer`;
   }
 
   get params(): Parameter[] {
@@ -210,7 +209,11 @@ function raised<Found>(error: unknown, look: (code: string, message: string) => 
   return undefined;
 }
 
-function selected(name: string, type: string): string {
+const SELECTED: Readonly<Record<string, string>> = Object.fromEntries(
+  Object.entries(COLUMNS).map(([kind, columns]) => [kind, Object.entries(columns).map(selected).join(", ")]),
+);
+
+function selected([name, type]: [string, string]): string {
   // in milliseconds since 1970, whatever the connection's DateStyle and TimeZone
   return type === "timestamptz"
     ? `floor(extract(epoch FROM answer.${name}) * 1000)::text AS ${name}`
