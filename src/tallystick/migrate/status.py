@@ -94,8 +94,8 @@ _LABELS = sa.text("""
 """)
 
 _FUNCTIONS = sa.text("""
-    SELECT 'tallystick.' || p.proname AS name, p.prosrc AS definition
-    FROM pg_proc p WHERE p.pronamespace = to_regnamespace('tallystick')
+    SELECT 'tallystick.' || p.proname AS name, string_agg(p.prosrc, '' ORDER BY p.prosrc COLLATE "C") AS definition
+    FROM pg_proc p WHERE p.pronamespace = to_regnamespace('tallystick') GROUP BY p.proname
 """)
 
 _WRITERS = sa.text("""
@@ -217,15 +217,21 @@ def _status(conn: sa.Connection, config: Config) -> Status:
 
 
 _Shape = Mapping[tuple[Kind, str], str]  # (kind, name) → definition
+_TYPES = "credit_transaction_"  # how the names of our types begin
 
 
 def _drift(conn: sa.Connection, config: Config, host: Host) -> Iterator[Drift]:
     declared = Schema.of(config.host)
     schema = config.host.users.schema
-    conn.execute(sa.select(sa.func.set_config("search_path", schema_path(conn, schema), sa.true())))
-    found: dict[str, _Shape] = {word: _shape(conn, table.oid) for word, table in host.by_word.items()}
+    conn.execute(sa.select(sa.func.set_config("search_path", "pg_catalog", sa.true())))  # every name with its schema
     ledger_oid = conn.scalar(_LEDGER_OID, {"schema": schema})
-    found[LEDGER] = _shape(conn, ledger_oid)
+    oids = {word: table.oid for word, table in host.by_word.items()} | {LEDGER: ledger_oid}
+    # the declared types are temporary ones, which the server names without a schema
+    typed = f"{conn.dialect.identifier_preparer.quote(schema)}.{_TYPES}"
+    found: dict[str, _Shape] = {
+        word: {each: made.replace(typed, _TYPES) for each, made in _shape(conn, oid).items()}
+        for word, oid in oids.items()
+    }
     labels = _pairs(conn, _LABELS, schema=schema)
     functions = _pairs(conn, _FUNCTIONS)
 
@@ -373,11 +379,6 @@ def _declared_labels() -> dict[str, str]:
     }
 
 
-def schema_path(conn: sa.Connection, schema: str) -> str:
-    """``schema`` alone, quoted, as a search_path."""
-    return conn.dialect.identifier_preparer.quote(schema)
-
-
 def _shape(conn: sa.Connection, oid: int | None) -> _Shape:
     parts: tuple[tuple[Kind, sa.TextClause], ...] = (
         ("column", _COLUMNS),
@@ -421,6 +422,10 @@ def _declared_shapes(conn: sa.Connection, declared: Schema) -> dict[str, _Shape]
 
 
 def _declared_functions(names: HostNames) -> dict[str, str]:
-    made = re.compile(r"CREATE (?:OR REPLACE )?FUNCTION (tallystick\.\w+)\(.*?\$\$(.*)\$\$", re.DOTALL)
+    made = re.compile(r'CREATE (?:OR REPLACE )?FUNCTION tallystick\."?(\w+)"?\(.*?\$\$(.*)\$\$', re.DOTALL)
     statements = (text([statement]) for revision in revisions() for statement in revision.prepare(names))
-    return {found[1]: found[2] for statement in statements if (found := made.match(statement))}
+    bodies: dict[str, list[str]] = {}
+    for statement in statements:
+        if found := made.match(statement):
+            bodies.setdefault(f"tallystick.{found[1]}", []).append(found[2])
+    return {name: "".join(sorted(each)) for name, each in bodies.items()}
