@@ -21,7 +21,11 @@ from sqlalchemy.exc import ArgumentError
 
 from tallystick.errors import ConfigError
 
-KeyType = Literal["uuid", "text", "integer", "bigint"]
+KeyType = Literal["uuid", "text", "char", "citext", "smallint", "integer", "bigint"]
+"""The type of a key in PostgreSQL: of a domain its base type; varchar counts as text, and char is ``char(n)``."""
+
+INTEGER_KEYS: frozenset[KeyType] = frozenset({"smallint", "integer", "bigint"})
+TEXT_KEYS: frozenset[KeyType] = frozenset({"text", "char", "citext"})
 FILE_NAME = "tallystick.toml"
 INT32_MAX = 2**31 - 1
 
@@ -50,6 +54,9 @@ def _column_or_none(value: object) -> object:
 
 
 OptionalColumn = Annotated[Identifier | None, BeforeValidator(_column_or_none)]
+
+
+Collation = Annotated[tuple[Identifier, Identifier] | None, BeforeValidator(_column_or_none)]
 
 
 def _address(value: object) -> object:
@@ -84,14 +91,17 @@ class UsersTable:
     """The host's table of users.
 
     ``key`` names any column that is NOT NULL and UNIQUE, the primary key or an external identity such as
-    ``clerk_user_id``; ``key_type`` is its type (varchar counts as text). ``email``, if named, is shown to
-    operators and never written.
+    ``clerk_user_id``. ``key_type`` is its type: of a domain its base type, varchar counts as text. Of citext,
+    ``key_type_schema`` is the extension's schema. ``key_collation`` (schema and name) is the collation of a text key
+    that has another than the database's. ``email``, if named, is shown to operators and never written.
     """
 
     schema: Identifier = "public"
     table: Identifier = "users"
     key: Identifier = "id"
     key_type: KeyType = "uuid"
+    key_type_schema: OptionalColumn = None
+    key_collation: Collation = None
     email: OptionalColumn = None
 
 
@@ -107,6 +117,8 @@ class WorkshopsTable:
     table: Identifier = "workshops"
     key: Identifier = "id"
     key_type: KeyType = "uuid"
+    key_type_schema: OptionalColumn = None
+    key_collation: Collation = None
     owner: Identifier = "user_id"
     title: OptionalColumn = "title"
     created_at: OptionalColumn = "created_at"
@@ -439,11 +451,14 @@ def to_toml(host: HostMapping) -> str:
     for name, mapped in tables.items():
         if mapped is not None:
             values = {field: getattr(mapped, field) for field in type(mapped).__dataclass_fields__}
+            values = {k: v for k, v in values.items() if v is not None or k not in _USUALLY_ABSENT}
             lines += ["", f"[host.{name}]", *(f"{k} = {_toml(v)}" for k, v in values.items() if v is not None)]
             absent = [k for k, v in values.items() if v is None]
             lines += [f"{k} = false{_UNDATED if k == 'created_at' else ''}" for k in absent]
     return "\n".join([*lines, "", _PACKS_EXAMPLE])
 
+
+_USUALLY_ABSENT = ("key_type_schema", "key_collation")
 
 _UNDATED = "  # none tells when it was made: with the paywall on, no old one is open without a credit"
 
@@ -459,7 +474,9 @@ _PACKS_EXAMPLE = """\
 """
 
 
-def _toml(text: str) -> str:
-    """A TOML basic string."""
+def _toml(text: str | tuple[str, ...]) -> str:
+    """A TOML basic string, or an array of them."""
+    if isinstance(text, tuple):
+        return f"[{', '.join(map(_toml, text))}]"
     escaped = "".join(f"\\u{ord(c):04x}" if c < " " or c in '"\\\x7f' else c for c in text)
     return f'"{escaped}"'
