@@ -21,7 +21,7 @@ import sqlalchemy as sa
 
 from tallystick import Config
 from tallystick.audit import audit
-from tallystick.database import connect
+from tallystick.database import connect, engine, transaction
 from tallystick.dev.postgres import Server
 from tallystick.schema import Schema
 
@@ -60,7 +60,7 @@ def fill(url: str, *, users: int, each: int) -> None:
         conn.exec_driver_sql("SET LOCAL session_replication_role = replica")  # spares the foreign keys' triggers
         for statement in FILL:
             conn.execute(sa.text(statement), {"users": users, "each": each})
-    with connect(url, autocommit=True) as conn:
+    with transaction(engine(url, poolclass=sa.NullPool), isolation="AUTOCOMMIT") as conn:
         conn.exec_driver_sql("VACUUM ANALYZE")
 
 
@@ -71,7 +71,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def measure(url: str) -> None:
-    with connect(url, autocommit=True) as conn:
+    with transaction(engine(url, poolclass=sa.NullPool), isolation="AUTOCOMMIT") as conn:
         floor = sa.text("SELECT count(*), sum(amount) FROM credit_transactions")
         rows = conn.execute(floor).scalar_one()
         if not (report := audit(conn, Config())).clean:

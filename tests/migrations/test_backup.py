@@ -79,6 +79,7 @@ def test_there_and_back(app: App, make_app: Callable[..., App], tmp_path: Path) 
         "public.workshops": 500,
         "tallystick.alembic_version": 1,
         "tallystick.migration_log": len(migrate.revisions()),
+        "tallystick.mapping": 1,
     }
     assert stat.S_IMODE(made.path.stat().st_mode) == 0o600
     assert [path.name for path in tmp_path.iterdir()] == ["app.backup"]

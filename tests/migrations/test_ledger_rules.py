@@ -184,7 +184,7 @@ def test_what_was_paid_is_written_once(ledger: App) -> None:
         assert refused(ledger, f"UPDATE credit_transactions SET {change} WHERE {DONE}").sqlstate == "23001"
 
 
-STATES = ("pending", "status", "failed")
+STATES = ("pending", "completed", "failed")
 ALLOWED = {("pending", "completed"), ("pending", "failed"), ("failed", "completed")}
 FIELDS = {
     "pending": "status = 'pending', balance_after = NULL, sequence = NULL, completed_at = NULL",

@@ -19,9 +19,6 @@ from hosts import HOSTS, App
 from tallystick import Config, migrate
 from tallystick.dev.postgres import Server
 from tallystick.migrate import role
-from tallystick.migrate.blockers import OLD_MS
-from tallystick.migrate.revisions import HostNames, revisions
-from tallystick.migrate.statements import downward, text
 from tallystick.schema import HEAD
 
 
@@ -197,23 +194,6 @@ def test_who_would_get_rights_on_the_ledger_is_named(app: App, roles: tuple[str,
     """)
     assert given == 0
     app.run(f'GRANT SELECT ON credit_transactions TO "{anon}"', "GRANT USAGE ON SCHEMA tallystick TO PUBLIC")
-
-
-def test_who_is_in_the_way_is_in_the_way_of_the_next_revision(app: App) -> None:
-    def blocked(table: str) -> bool:
-        with app.engine.connect() as reader:
-            reader.exec_driver_sql(f"SELECT FROM {table} LIMIT 1")
-            time.sleep(OLD_MS / 1000 + 0.1)
-            return bool(plan(app).blockers)
-
-    assert blocked("users")
-    migrate.apply(app.url, app.config)
-    assert not blocked("users")  # nothing is to come
-    newest = downward(revisions()[-1:], HostNames.of(app.config.host), discard_ledger=True, stall_budget_ms=1000)
-    app.psql(text((*newest.opening, *newest.locked)) + ";")
-    assert [revision.revision for revision in plan(app).revisions] == [HEAD]
-    assert blocked("credit_transactions")
-    assert not blocked("users")
 
 
 def test_what_an_index_will_wait_for_is_told(app: App) -> None:

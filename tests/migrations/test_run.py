@@ -105,7 +105,7 @@ class TestWaiting:
 
         [blocker] = receipt.steps[0].waited_for
         assert (blocker.pid, blocker.application, blocker.kind) == (reader_pid, "a report", "client")
-        assert (blocker.state, blocker.tables) == ("idle in transaction", ("users",))
+        assert (blocker.state, blocker.tables) == ("idle in transaction", ("public.users",))
         assert [step.phase for step in seen][-4:] == ["locking", "applied", "online", "online"]
         with app.engine.connect() as conn:
             [row] = app.rows(
@@ -142,7 +142,7 @@ class TestWaiting:
             with app.engine.connect() as conn:
                 conn.exec_driver_sql("UPDATE users SET email = email")
                 conn.exec_driver_sql("PREPARE TRANSACTION 'forgotten'")
-            with pytest.raises(MigrationBlocked, match="prepared transaction 'forgotten' on users"):
+            with pytest.raises(MigrationBlocked, match=r"prepared transaction 'forgotten' on public\.users"):
                 migrate.apply(app.url, app.config, give_up_after_s=0.3)
             app.run("ROLLBACK PREPARED 'forgotten'")
             assert migrate.apply(app.url, app.config).changed
@@ -160,7 +160,7 @@ class TestWaiting:
                 migrate.apply(app.url, app.config, give_up_after_s=1)
 
             assert (planned.pid, planned.kind) == (vacuum, "wraparound vacuum")
-            assert f"pid {vacuum}, wraparound vacuum, holds users" in str(caught.value)
+            assert f"pid {vacuum}, wraparound vacuum, holds public.users" in str(caught.value)
             assert caught.value.attempts == 0  # not once was a lock asked for
             assert app.shape() == before
 
@@ -193,7 +193,7 @@ class TestWaiting:
             url = sa.make_url(app.url).set(username="owner").render_as_string(hide_password=False)
             with pytest.raises(MigrationBlocked) as caught:
                 migrate.apply(url, app.config, give_up_after_s=1)
-            assert f"pid {vacuum}, autovacuum, holds users" in str(caught.value)
+            assert f"pid {vacuum}, autovacuum, holds public.users" in str(caught.value)
             assert caught.value.attempts == 1
             assert vacuum_of(app) == vacuum
 
@@ -242,7 +242,7 @@ def slow_down(app: App) -> None:
     app.run(
         "CREATE FUNCTION slow() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN"
         " IF EXISTS (SELECT FROM pg_locks WHERE pid = pg_backend_pid() AND mode = 'AccessExclusiveLock'"
-        " AND relation = 'users'::regclass) THEN PERFORM pg_sleep(0.08); END IF; END $$",
+        " AND relation = 'public.users'::regclass) THEN PERFORM pg_sleep(0.08); END IF; END $$",
         "CREATE EVENT TRIGGER slow ON ddl_command_end EXECUTE FUNCTION slow()",
     )
 

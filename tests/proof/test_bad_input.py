@@ -16,7 +16,7 @@ from psycopg import sql
 from tallystick import Config, Consume, HostMapping, UsersTable, WorkshopsTable, migrate
 from tallystick.audit import audit
 from tallystick.errors import ConfigError, InvalidArgument, LedgerError, TallystickError
-from tallystick.ledger import KEY_MAX, TEXT_MAX
+from tallystick.ledger.operations import KEY_MAX, TEXT_MAX
 from worlds import World
 
 QUIET = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))

@@ -292,12 +292,6 @@ def test_every_function_of_the_ledger_is_among_them(histories: dict[str, History
     assert seen == declared_functions()
 
 
-A_ROW_FOR_EACH_USER = """
-UPDATE pg_statistic SET stadistinct = -1 WHERE starelid = 'credit_transactions'::regclass
-AND staattnum = (SELECT attnum FROM pg_attribute WHERE attrelid = starelid AND attname = 'user_id')
-"""
-
-
 def without(index: str, *instead: str) -> list[str]:
     """What puts another index, if any, in the place of one of the ledger's."""
     made = [f"CREATE INDEX ON credit_transactions {definition}" for definition in instead]
@@ -311,9 +305,6 @@ def without(index: str, *instead: str) -> list[str]:
         ("balance_at, long ago", "long", without("completed")),
         ("consume, refused", "long", without("idempotency_key")),
         ("refund", "long", without("refund_of")),
-        # what statistics would say by themselves
-        ("refund", "suddenly long", [A_ROW_FOR_EACH_USER]),
-        ("consume, again", "suddenly long", [A_ROW_FOR_EACH_USER]),
         ("history, first page", "abandoned", without("unfinished", "(user_id, id) WHERE sequence IS NULL")),
     ],
 )

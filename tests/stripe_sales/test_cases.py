@@ -833,7 +833,9 @@ def completed_by_the_host(shop: Shop, **paid: object) -> tuple[object, str]:
         shop.world.ledger.attach_session(
             conn, user, row.id, stripe_session_id=session, stripe_payment_intent_id=intent if paid else None
         )
-        shop.world.ledger.complete_purchase(conn, user, id=row.id, **{k: v for k, v in paid.items() if v is not None})
+        shop.world.ledger.complete_purchase(
+            conn, user, purchase=row.id, **{k: v for k, v in paid.items() if v is not None}
+        )
     shop.dev.drop(shop.events())
     return user, intent
 

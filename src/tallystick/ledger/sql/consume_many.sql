@@ -30,8 +30,13 @@ BEGIN
   END IF;
   PERFORM FROM {users} AS u WHERE u.{user_key} = ANY (user_ids) ORDER BY u.{user_key} FOR NO KEY UPDATE;
   IF workshop_ids IS NOT NULL THEN
+    -- Found by their keys alone: an index on the owner would lead to all workshops of these users.
     PERFORM FROM {workshops} AS w
-      WHERE w.{workshop_key} = ANY (workshop_ids) AND w.{owner} = ANY (user_ids)
+      WHERE w.{workshop_key} = ANY (ARRAY(
+        SELECT own.key FROM (
+          SELECT w.{workshop_key} AS key, w.{owner} AS owner FROM {workshops} AS w
+          WHERE w.{workshop_key} = ANY (workshop_ids) OFFSET 0
+        ) AS own WHERE own.owner = ANY (user_ids)))
       ORDER BY w.{workshop_key} FOR NO KEY UPDATE;
   END IF;
 

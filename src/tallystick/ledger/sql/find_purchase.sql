@@ -9,11 +9,16 @@ DECLARE
   answer tallystick.answer;
   holder uuid;
 BEGIN
-  SELECT NULL, {row}, find_purchase.balance, NULL, NULL, NULL, NULL INTO answer FROM {ledger} AS t
-    WHERE t.user_id = find_purchase.user_id AND t.type = 'purchase'
-      AND CASE WHEN find_purchase.purchase_id IS NOT NULL THEN t.id = find_purchase.purchase_id
-        ELSE t.stripe_session_id = find_purchase.stripe_session_id END;
-  IF NOT FOUND THEN
+  -- By one column each, so that its index serves whatever the plan.
+  IF purchase_id IS NOT NULL THEN
+    SELECT NULL, {row}, find_purchase.balance, NULL, NULL, NULL, NULL INTO answer FROM {ledger} AS t
+      WHERE t.id = find_purchase.purchase_id;
+  ELSE
+    SELECT NULL, {row}, find_purchase.balance, NULL, NULL, NULL, NULL INTO answer FROM {ledger} AS t
+      WHERE t.stripe_session_id = find_purchase.stripe_session_id;
+  END IF;
+  IF answer.type IS DISTINCT FROM 'purchase' OR answer.user_id IS DISTINCT FROM user_id THEN
+    answer := NULL;
     answer.outcome := 'unknown_purchase';
     answer.balance := balance;
     RETURN answer;
