@@ -31,7 +31,7 @@ _TRIES = """
         AND a.attname <> ALL ({ours})
       GROUP BY m.name, m.key
     ), one AS (
-      SELECT *, format('%1$s OPERATOR(pg_catalog.=) (SELECT %1$s FROM %2$s ORDER BY %1$s LIMIT 1', key, name) AS row
+      SELECT *, format('ctid OPERATOR(pg_catalog.=) (SELECT ctid FROM %2$s ORDER BY %1$s LIMIT 1', key, name) AS row
       FROM written
     )
     SELECT format('an UPDATE of a row of %s', name) AS what,
@@ -64,7 +64,7 @@ BEGIN
     BEGIN
       -- functions of the app's find its tables by the path that its sessions begin with
       PERFORM set_config('search_path', s.reset_val, true), set_config('enable_seqscan', 'off', true),
-              set_config('check_function_bodies', 'on', true)
+              set_config('jit', 'off', true), set_config('check_function_bodies', 'on', true)
       FROM pg_catalog.pg_settings s WHERE s.name OPERATOR(pg_catalog.=) 'search_path';
       EXECUTE one.try;
       SET CONSTRAINTS ALL IMMEDIATE;
