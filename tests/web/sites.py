@@ -13,6 +13,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tallystick import Access, Pack, TallystickError, stripe
+from tallystick.config import TEXT_KEYS
 from tallystick.dev.stripe import DevStripe
 from tallystick.errors import Key
 from tallystick.web import Billing, router
@@ -34,7 +35,7 @@ class Site:
         async def current_user(x_session: Annotated[str | None, Header()] = None) -> Key | None:
             if x_session is None:
                 return None
-            return {"uuid": UUID, "text": str}.get(key_type, int)(x_session)
+            return {"uuid": UUID, **dict.fromkeys(TEXT_KEYS, str)}.get(key_type, int)(x_session)
 
         self.billing: Billing = router(
             world.config, engine=engine or world.engine, current_user=current_user, **options

@@ -58,14 +58,16 @@ class Paywall:
         table = self._schema.workshops
         assert table is not None  # noqa: S101 - _key refuses a host without workshops
         title = table.c.title if "title" in table.c else sa.null()
+        # compared by the database, which knows when two texts are one key (citext, char)
+        is_theirs = table.c.owner == sa.bindparam("p_user", type_=table.c.owner.type)
         row = run(
             conn,
-            sa.select(table.c.owner, title).where(table.c.key == sa.bindparam("p_workshop", type_=table.c.key.type)),
-            {"p_workshop": key},
+            sa.select(is_theirs, title).where(table.c.key == sa.bindparam("p_workshop", type_=table.c.key.type)),
+            {"p_workshop": key, "p_user": self._schema.user_key(user)},
         ).one_or_none()
         if row is None:
             raise UnknownWorkshop(f"no workshop {key!r}", workshop=key)
-        if row[0] != self._schema.user_key(user):
+        if not row[0]:
             raise WorkshopNotOwned(f"workshop {key} belongs to another user than {user}", workshop=key, user=user)
         return Workshop(key, row[1], self.ledger.access(conn, key))
 

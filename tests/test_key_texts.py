@@ -9,12 +9,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tallystick.config import HostMapping, KeyType, UsersTable, WorkshopsTable
+from tallystick.config import INTEGER_KEYS, TEXT_KEYS, HostMapping, KeyType, UsersTable, WorkshopsTable
 from tallystick.errors import InvalidArgument
 from tallystick.schema import Schema
 
-BOUNDS = {"integer": 2**31, "bigint": 2**63}
-KINDS = {"uuid": UUID, "text": str, "integer": int, "bigint": int}
+BOUNDS = {"smallint": 2**15, "integer": 2**31, "bigint": 2**63}
+KINDS = {"uuid": UUID, **dict.fromkeys(TEXT_KEYS, str), **dict.fromkeys(INTEGER_KEYS, int)}
 TEXTS = st.one_of(
     st.text(),
     st.text(st.characters(categories=["Nd"]) | st.sampled_from("+-_ .eE"), max_size=30),
@@ -47,7 +47,7 @@ def test_any_text_is_a_key_or_an_invalid_argument(text: str, key_type: KeyType) 
             assert str(key).lstrip("-") == (text.lstrip("-").lstrip("0") or "0")
 
 
-@pytest.mark.parametrize("key_type", ["integer", "bigint"])
+@pytest.mark.parametrize("key_type", sorted(INTEGER_KEYS))
 def test_the_bounds_are_keys_and_what_is_beyond_them_is_not(key_type: KeyType) -> None:
     schema = Schema.of(HostMapping(users=UsersTable(key_type=key_type)))
     assert schema.user_key_of(str(-BOUNDS[key_type])) == -BOUNDS[key_type]
