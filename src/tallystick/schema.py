@@ -7,6 +7,7 @@ a migrated database against these declarations. Column order and names are those
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any, Literal
@@ -65,6 +66,10 @@ class _TextKey(sa.types.UserDefinedType[str]):
 
     def get_col_spec(self, **_: Any) -> str:
         return self.declared
+
+    def literal_processor(self, dialect: sa.Dialect) -> Callable[[str], str] | None:
+        """As of a text: the audit spells out the statements that mend what it found."""
+        return sa.Text().literal_processor(dialect)  # type: ignore[no-any-return, no-untyped-call]  # of SQLAlchemy
 
 
 def _key_type(table: UsersTable | WorkshopsTable) -> sa.types.TypeEngine[Any]:

@@ -100,6 +100,21 @@ def test_a_host_with_such_keys(name: str, make_app: Callable[..., App]) -> None:
 
 
 @pytest.mark.parametrize("name", KEYS)
+def test_the_audit_tells_what_is_wrong_with_such_keys(name: str, make_app: Callable[..., App]) -> None:
+    before, declared, keys, _ = KEYS[name]
+    needs_icu(name, make_app)
+    app = make_app(HOST.format(before=before, type=declared, one=f"'{keys[0]}'", two=f"'{keys[1]}'"))
+    with app.engine.connect() as conn:
+        config = Config(database_url=app.url, host=migrate.propose(conn))
+    migrate.apply(app.url, config)
+    with app.engine.begin() as conn:
+        conn.exec_driver_sql("UPDATE users SET credit_balance = 7")
+        conn.exec_driver_sql("UPDATE workshops SET credit_consumed_at = now()")
+    with app.engine.connect() as conn:
+        assert len([finding for finding in audit(conn, config).findings if finding.fault]) == 3
+
+
+@pytest.mark.parametrize("name", KEYS)
 def test_what_init_writes_is_read_again(name: str, make_app: Callable[..., App], tmp_path) -> None:
     before, declared, keys, _ = KEYS[name]
     needs_icu(name, make_app)

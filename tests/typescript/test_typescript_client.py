@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ import sqlalchemy as sa
 from told import told
 
 from node_packages import Project
-from tallystick import Config, migrate
+from tallystick import Config, HostMapping, UsersTable, WorkshopsTable, migrate
 from tallystick.audit import audit
 from tallystick.ledger.functions import declared
 from tallystick.ledger.typescript import typescript
-from worlds import SHAPES, World
+from worlds import SHAPES, Shape, World
 
 HERE = Path(__file__).parent
 DRIVERS = [
@@ -37,9 +38,39 @@ DRIVERS = [
 SHAPE_FILES = ("database.ts", "shape.ts", "table.ts", "workshops.ts")
 
 
-def of_shape(name: str) -> Any:
-    """The mapping of a shape; ``micro`` is the first user's with credits of 64 bits."""
-    return dataclasses.replace(SHAPES["uuid"].host, credits="bigint") if name == "micro" else SHAPES[name].host
+MORE_SHAPES = {
+    # credits of 64 bits
+    "micro": Shape(SHAPES["uuid"].ddl, dataclasses.replace(SHAPES["uuid"].host, credits="bigint")),
+    # keys of rarer types
+    "rare": Shape(
+        """
+        CREATE SCHEMA "My Extensions";
+        CREATE EXTENSION citext SCHEMA "My Extensions";
+        CREATE TABLE users (id "My Extensions".citext PRIMARY KEY);
+        CREATE TABLE workshops (
+          id smallint PRIMARY KEY, user_id "My Extensions".citext NOT NULL REFERENCES users (id), title text,
+          created_at timestamptz NOT NULL DEFAULT now());
+        """,
+        HostMapping(
+            users=UsersTable(key_type="citext", key_type_schema="My Extensions"),
+            workshops=WorkshopsTable(key_type="smallint"),
+        ),
+    ),
+    "padded": Shape(
+        """
+        CREATE TABLE users (id char(12) PRIMARY KEY);
+        CREATE TABLE workshops (
+          id char(12) PRIMARY KEY, user_id char(12) NOT NULL REFERENCES users (id), title text,
+          created_at timestamptz NOT NULL DEFAULT now());
+        """,
+        HostMapping(users=UsersTable(key_type="char"), workshops=WorkshopsTable(key_type="char")),
+    ),
+}
+OTHERS = ("clerk", "quoted", "alone", *MORE_SHAPES)
+
+
+def of_shape(name: str) -> HostMapping:
+    return {**SHAPES, **MORE_SHAPES}[name].host
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +80,7 @@ def app(packages: Project) -> Project:
     shutil.copytree(HERE / "src", folder / "src")
     (folder / "src" / "keys.ts").unlink()
     (folder / "src" / "tallystick.ts").write_text(typescript(of_shape("uuid")))
-    for shape in ("clerk", "quoted", "alone", "micro"):
+    for shape in OTHERS:
         (folder / shape).mkdir()
         for name in (*SHAPE_FILES, *(["keys.ts"] if shape == "quoted" else [])):
             if not (shape == "alone" and name == "workshops.ts"):
@@ -66,7 +97,7 @@ def run(app: Project, program: str, world: World, *args: str, **given: Any) -> N
 def given(world: World) -> dict[str, Any]:
     """Users and workshops for the tables."""
     users, workshops = world.config.host.users, world.config.host.workshops
-    as_told = {"uuid": str, "text": str, "bigint": str, "integer": int}
+    as_told: dict[str, Callable[[Any], Any]] = defaultdict(lambda: str, integer=int, smallint=int)
     user, gone, rich = world.user(), world.user(), world.user(credits=9)
     with world.engine.begin() as conn:
         world.accounts.delete_user(conn, gone)
@@ -98,14 +129,14 @@ def test_each_operation_answers_the_same_over_each_driver(driver: str, app: Proj
     assert_clean(world)
 
 
-@pytest.mark.parametrize("shape", ["clerk", "quoted", "alone", "micro"])
+@pytest.mark.parametrize("shape", OTHERS)
 def test_each_operation_answers_the_same_on_each_shape_of_host(
     shape: str, app: Project, make_world: Callable[..., World], fresh_database: Callable[..., str]
 ):
-    if shape == "micro":
+    if shape in MORE_SHAPES:
         world = World(fresh_database(), of_shape(shape))
         with psycopg.connect(world.url.replace("+psycopg", "", 1)) as conn:
-            conn.execute(SHAPES["uuid"].ddl)
+            conn.execute(MORE_SHAPES[shape].ddl)
         migrate.apply(world.url, Config(database_url=world.url, host=world.config.host))
     else:
         world = make_world(shape)

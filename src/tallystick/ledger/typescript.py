@@ -14,7 +14,7 @@ from enum import StrEnum
 from functools import cached_property
 from importlib.resources import files
 
-from tallystick.config import HostMapping, KeyType
+from tallystick.config import INTEGER_KEYS, HostMapping, KeyType, UsersTable, WorkshopsTable
 from tallystick.ledger.functions import COLUMNS, Function, declared
 from tallystick.ledger.operations import AccessReason
 from tallystick.ledger.outcomes import DONE, REPLAYED
@@ -86,7 +86,8 @@ _UNIONS: dict[str, type[StrEnum]] = {
     "reason": AccessReason,
 }
 _WIDTH = 120
-_KEYS: dict[KeyType, str] = {"uuid": "string", "text": "string", "integer": "number", "bigint": "string"}
+_NUMBERS: frozenset[KeyType] = INTEGER_KEYS - {"bigint"}
+"""Keys that a number of JavaScript holds; the others are given back as texts."""
 
 
 def typescript(host: HostMapping) -> str:
@@ -150,10 +151,10 @@ class _Client:
         ]
 
     def _sql_type(self, kind: str) -> str:
-        workshops = self.host.workshops
+        users, workshops = self.host.users, self.host.workshops
         return (
-            kind.replace("{user_key_type}", self.host.users.key_type)
-            .replace("{workshop_key_type}", workshops.key_type if workshops else "uuid")
+            kind.replace("{user_key_type}", _key_type(users))
+            .replace("{workshop_key_type}", _key_type(workshops) if workshops else "uuid")
             .replace("{credits}", self.host.credits)
         )
 
@@ -162,11 +163,11 @@ class _Client:
     def _types(self) -> Iterator[str]:
         users, workshops = self.host.users, self.host.workshops
         yield f"/** A user's key, as it is given back{_accepted(users.key_type)}. */"
-        yield f"export type UserKey = {_KEYS[users.key_type]};"
+        yield f"export type UserKey = {_key(users)};"
         if workshops:
             yield ""
             yield f"/** A workshop's key, as it is given back{_accepted(workshops.key_type)}. */"
-            yield f"export type WorkshopKey = {_KEYS[workshops.key_type]};"
+            yield f"export type WorkshopKey = {_key(workshops)};"
         yield ""
         yield "/** A number of credits, as it is given back. */"
         yield f"export type Credits = {'bigint' if self.host.credits == 'bigint' else 'number'};"
@@ -212,7 +213,7 @@ class _Client:
             return "number | bigint" if self.host.credits == "bigint" else "number"
         sql = self._sql_type(plain)
         if plain.endswith("_key_type}"):
-            return {"bigint": "string | number | bigint", "integer": "number"}.get(sql, "string")
+            return "string | number | bigint" if sql == "bigint" else "number" if sql in _NUMBERS else "string"
         return {
             "integer": "number",
             "bigint": "number | bigint",
@@ -285,7 +286,8 @@ class _Client:
             shape, many = json.dumps(_told(function).name), json.dumps(_is_set(function))
             yield f'    new FunctionCall("{function.name}", {shape}, {many}, ['
             for parameter, kind, default in self._parameters(function):
-                yield f'      ["{parameter}", "{self._sql_type(kind)}", {_value(function, parameter, default)}],'
+                sent_as = json.dumps(self._sql_type(kind), ensure_ascii=False)
+                yield f'      ["{parameter}", {sent_as}, {_value(function, parameter, default)}],'
             yield "    ]),"
 
     def _facts(self) -> Iterator[str]:
@@ -313,9 +315,25 @@ class _Client:
             return "number"
         if kind == "{credits}":
             return "bigint" if self.host.credits == "bigint" else "number"
-        return {"integer": "number", "jsonb": "jsonb", "boolean": "boolean", "timestamptz": "timestamptz"}.get(
-            self._sql_type(kind), "text"
-        )
+        return {
+            "smallint": "number",
+            "integer": "number",
+            "jsonb": "jsonb",
+            "boolean": "boolean",
+            "timestamptz": "timestamptz",
+        }.get(self._sql_type(kind), "text")
+
+
+def _key_type(table: UsersTable | WorkshopsTable) -> str:
+    """The type of a key, as a function's parameter has it."""
+    if table.key_type == "citext":
+        schema = (table.key_type_schema or "public").replace('"', '""')
+        return f'"{schema}".citext'
+    return "bpchar" if table.key_type == "char" else table.key_type
+
+
+def _key(table: UsersTable | WorkshopsTable) -> str:
+    return "number" if table.key_type in _NUMBERS else "string"
 
 
 def _told(function: Function) -> _Shape:

@@ -273,9 +273,10 @@ function listed(values: readonly unknown[]): readonly unknown[] | undefined {
   return values.some((value) => value !== null && value !== undefined) ? values : undefined;
 }
 
+const A_TEXT = "a text without NUL and without half of a surrogate pair";
 const EXPECTED: Readonly<Record<string, string>> = {
   uuid: "a UUID",
-  text: "a text without NUL and without half of a surrogate pair",
+  smallint: "a whole number from -32768 to 32767",
   integer: "a whole number from -2147483648 to 2147483647",
   bigint: "a whole number of 64 bits; beyond 2^53 a bigint",
   boolean: "true or false",
@@ -291,7 +292,7 @@ function encoded(name: string, type: string, value: unknown): Parameter {
   }
   const text = written(type, value);
   if (text === undefined) {
-    throw new TallystickRefusal({ outcome: "invalid_argument", argument: name, expected: EXPECTED[type] ?? type });
+    throw new TallystickRefusal({ outcome: "invalid_argument", argument: name, expected: EXPECTED[type] ?? A_TEXT });
   }
   return text;
 }
@@ -303,8 +304,7 @@ function written(type: string, value: unknown): string | undefined {
       return typeof value === "string" && /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/i.test(value)
         ? value
         : undefined;
-    case "text":
-      return typeof value === "string" && isStorable(value) ? value : undefined;
+    case "smallint":
     case "integer":
     case "bigint": {
       const whole =
@@ -313,14 +313,17 @@ function written(type: string, value: unknown): string | undefined {
         (typeof value === "string" && /^-?\d{1,19}$/.test(value));
       if (!whole) return undefined;
       const number = BigInt(value as bigint | number | string);
-      return BigInt.asIntN(type === "integer" ? 32 : 64, number) === number ? String(number) : undefined;
+      const bits = { smallint: 16, integer: 32, bigint: 64 }[type];
+      return BigInt.asIntN(bits, number) === number ? String(number) : undefined;
     }
     case "boolean":
       return typeof value === "boolean" ? String(value) : undefined;
     case "timestamptz":
       return value instanceof Date && !Number.isNaN(value.getTime()) ? value.toISOString() : undefined;
-    default:
+    case "jsonb":
       return document(value);
+    default:
+      return typeof value === "string" && isStorable(value) ? value : undefined;
   }
 }
 
