@@ -332,7 +332,7 @@ def test_a_role_without_privileges_is_told_so(at, world: World):
         for command in (["balance", uuid.uuid4()], ["audit"], ["serve", "--port", "0"]):
             said = at(world)("--database-url", url, *command)
             assert said.code == 1
-            assert "permission denied for schema tallystick. Grant it to this role" in said.err
+            assert "permission denied for schema tallystick. What lets a role run the ledger" in said.err
         with world.autocommit.connect() as conn:
             conn.execute(sa.text("GRANT USAGE ON SCHEMA tallystick TO tallystick_stranger"))
             conn.execute(sa.text("GRANT SELECT ON tallystick.alembic_version TO tallystick_stranger"))

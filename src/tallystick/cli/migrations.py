@@ -220,13 +220,14 @@ def sql(
         str | None,
         typer.Option(
             "--role",
-            help="Print instead what lets this role run the ledger and not rewrite it: for an app that does not own "
-            "its tables.",
+            help="Print instead what lets this role run the ledger's functions and write no balance: for an app that "
+            "does not own its tables.",
             metavar="ROLE",
         ),
     ] = None,
-    revoke: Annotated[
-        bool, typer.Option("--revoke", help="With --role: print what takes it back again, as undo needs.")
+    revoke: Annotated[bool, typer.Option("--revoke", help="With --role: print what takes it back again.")] = False,
+    functions: Annotated[
+        bool, typer.Option("--functions", help="Print the ledger's functions alone, to put them back as they were.")
     ] = False,
 ) -> None:
     """Print what apply would run as one script, for review or for another tool to run."""
@@ -235,6 +236,9 @@ def sql(
     if role is not None:
         script = (roles.revoke if revoke else roles.grant)(invocation(ctx).config().host, role)
         out.print(script, markup=False)
+        return
+    if functions:
+        out.print(migrate.functions_sql(invocation(ctx).config()), markup=False)
         return
     if offline:
         out.print(migrate.sql(None, invocation(ctx).config()), markup=False)
@@ -287,6 +291,8 @@ def _show_status(found: migrate.Status) -> None:
         out.print(f"Adopted as they were: {', '.join(found.adopted)}.", markup=False)
     if found.writers:
         out.print(f"May write the ledger beside its owner: {'; '.join(found.writers)}.", markup=False)
+    for warning in found.warnings:
+        out.print(f"Warning: {warning}.", markup=False)
     if found.revision != found.head:
         out.print("Run: tallystick migrate apply")
     elif found.drift:
@@ -295,7 +301,7 @@ def _show_status(found: migrate.Status) -> None:
             out.print(f"  {drift}", markup=False)
             out.print(f"    {f'Mend it: {drift.remedy}' if drift.remedy else _NO_REMEDY}", markup=False)
     else:
-        out.print("[green]As declared:[/] every column, constraint, index, trigger and label.")
+        out.print("[green]As declared:[/] every column, constraint, index, trigger, label, function and privilege.")
 
 
 @migrations.command()

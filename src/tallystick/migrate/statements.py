@@ -18,6 +18,7 @@ from psycopg.sql import SQL, Composable, Composed, Identifier
 from psycopg.sql import Literal as SqlLiteral
 
 from tallystick.migrate.revisions import HostNames, Revision
+from tallystick.migrate.role import whole_again
 from tallystick.schema import LEDGER
 
 ADVISORY_KEY = 8_386_103_206_419_437_683  # "tallystk" as eight bytes; advisory locks are per database
@@ -108,6 +109,7 @@ def downward(
         locks += prepared.unprepare_locks(names)
     changes = [
         *([] if discard_ledger else [_refuse_if_rows(names)]),
+        *([whole_again(names)] if gone and gone[-1].down_revision is None else []),
         *(prepared.unprepare(names) if prepared else ()),
         *(statement for revision in gone for statement in revision.undo(names)),
         *(_step_down(gone[-1]) if gone else ()),
