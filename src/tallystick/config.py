@@ -146,7 +146,7 @@ class Pack:
     """Something on sale: ``credits`` for ``amount`` minor units of ``currency`` (7900 and "usd" are $79.00)."""
 
     name: Annotated[str, Field(min_length=1, max_length=200)]
-    credits: Annotated[int, Field(strict=True, ge=1, le=INT32_MAX)]
+    credits: Annotated[int, Field(strict=True, ge=1, le=INT64_MAX)]
     amount: Annotated[int, Field(strict=True, ge=0)] | None = None
     currency: Annotated[str, Field(pattern="^[a-z]{3}$")] = "usd"
     stripe_price_id: str | None = None
@@ -255,7 +255,8 @@ class Config(BaseModel):
     def at(self, database_url: str) -> Self:
         """The same settings for another database, whose address is a direct one. Raises ConfigError."""
         try:
-            return self.model_validate(dict(self) | {"database_url": database_url, "database_url_unpooled": None})
+            given = {name: getattr(self, name) for name in self.model_fields_set}
+            return self.model_validate(given | {"database_url": database_url, "database_url_unpooled": None})
         except ValidationError as error:
             raise _explain(error, None, {"database_url": "--database-url"}) from None
 
@@ -421,8 +422,11 @@ def to_toml(host: HostMapping) -> str:
     """A settings file for ``host``, as ``tallystick init`` writes it, with the packs as an example to fill in."""
     lines = ["# Settings of Tallystick. The database address comes from DATABASE_URL unless it is set here."]
     tables = {"users": host.users, "workshops": host.workshops}
-    if host.workshops is None:
-        lines += ["", "[host]", "workshops = false"]
+    of_all = ["workshops = false"] if host.workshops is None else []
+    if host.credits != "integer":
+        of_all.append(f"credits = {_toml(host.credits)}")
+    if of_all:
+        lines += ["", "[host]", *of_all]
     for name, mapped in tables.items():
         if mapped is not None:
             values = {field: getattr(mapped, field) for field in type(mapped).__dataclass_fields__}

@@ -6,6 +6,7 @@ a migrated database against these declarations. Column order and names are those
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any, Literal
@@ -15,9 +16,9 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.schema import CheckConstraint, Column, ForeignKey, Index, Table
 
-from tallystick.config import HostMapping, KeyType
+from tallystick.config import Config, HostMapping, KeyType
 from tallystick.database import DbConnection, translated
-from tallystick.errors import InvalidArgument, Key, NotMigrated, SchemaTooNew, shown
+from tallystick.errors import HostMismatch, InvalidArgument, Key, NotMigrated, SchemaTooNew, shown
 
 HEAD = "0001"
 """The revision this package works with; the tests hold it against ``migrate/versions``."""
@@ -354,16 +355,23 @@ stripe_reconciliations = Table(
 """Each reconciliation, and where an interrupted one stands."""
 
 
-def verify(conn: DbConnection) -> None:
-    """Check that the database is at the revision this package works with; one query.
+def verify(conn: DbConnection, host: HostMapping | None = None) -> None:
+    """Check that the database is one that this package works with, and that ``host``, if given, is its mapping.
 
     Call it when the app starts: a clear refusal then beats a missing column later.
 
     Raises:
+        HostMismatch: the database was migrated for another mapping.
         NotMigrated: run ``tallystick migrate apply``.
         PermissionDenied: this role may not look.
         SchemaTooNew: upgrade the package.
     """
+    _verify_revision(conn)
+    if host is not None:
+        refuse_other(mapping_of(conn), host)
+
+
+def _verify_revision(conn: DbConnection) -> None:
     with translated(connecting=True):  # nothing is written, so a lost connection leaves nothing unknown
         there = conn.scalar(sa.select(sa.func.to_regclass(f"{BOOKKEEPING_SCHEMA}.alembic_version")))
         found = None if there is None else conn.scalar(sa.select(alembic_version.c.version_num))
@@ -392,8 +400,8 @@ mapping = Table(
 """The mapping that the functions were made for."""
 
 
-def mapping_of(source: sa.Engine | sa.Connection) -> HostMapping:
-    """The mapping that the database stores, through an engine or a connection.
+def mapping_of(source: sa.Engine | DbConnection) -> HostMapping:
+    """The mapping that the database stores, through an engine, a connection or a session.
 
     Raises:
         NotMigrated: run ``tallystick migrate apply``.
@@ -409,6 +417,57 @@ def mapping_of(source: sa.Engine | sa.Connection) -> HostMapping:
     if stored is None:
         raise NotMigrated("this database has no Tallystick schema yet. Run: tallystick migrate apply", revision=None)
     return HostMapping.from_json(stored)
+
+
+def agreed(conn: DbConnection, config: Config) -> Config:
+    """``config`` with the mapping that the database stores, which must be its own where it has one.
+
+    Raises:
+        HostMismatch: shows both.
+        NotMigrated: run ``tallystick migrate apply``.
+    """
+    stored = mapping_of(conn)
+    if "host" not in config.model_fields_set:
+        return config.model_copy(update={"host": stored})
+    refuse_other(stored, config.host)
+    return config
+
+
+def refuse_other(stored: HostMapping, given: HostMapping) -> None:
+    """Refuse a mapping that is not the one that the functions were made for. Where e-mail is kept they do not know.
+
+    Raises:
+        HostMismatch: shows both.
+    """
+    differs = list(_differences(stored, given))
+    if not differs:
+        return
+    both = "; ".join(f"{name} is {_set(here)}, in the database {_set(there)}" for name, here, there in differs)
+    raise HostMismatch(
+        f"the settings and the database disagree about the app's tables: {both}. Correct [host] in tallystick.toml, or "
+        "write it anew from the database: tallystick init --force",
+        table=f"{stored.users.schema}.{stored.users.table}",
+        column=None,
+    )
+
+
+def _differences(stored: HostMapping, given: HostMapping) -> Iterator[tuple[str, str | None, str | None]]:
+    """Settings, as in tallystick.toml, with what the first and the second says."""
+    if given.credits != stored.credits:
+        yield "host.credits", given.credits, stored.credits
+    for word in ("users", "workshops"):
+        here, there = getattr(given, word), getattr(stored, word)
+        if here is None or there is None:
+            if here is not there:
+                yield f"host.{word}", *(None if one is None else f"{one.schema}.{one.table}" for one in (here, there))
+            continue
+        for name in type(here).__dataclass_fields__:
+            if name != "email" and getattr(here, name) != getattr(there, name):
+                yield f"host.{word}.{name}", getattr(here, name), getattr(there, name)
+
+
+def _set(value: str | None) -> str:
+    return "not set" if value is None else repr(value)
 
 
 def _enum(labels: type[StrEnum], name: str, host: HostMapping) -> pg.ENUM:
