@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import queue
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -13,6 +14,7 @@ import sqlalchemy as sa
 
 from tallystick.audit import audit
 from tallystick.errors import LedgerError
+from tallystick.ledger.functions import declared
 from worlds import World
 
 PATIENCE_S = 120  # a loaded machine is slow; only a deadlock is slower
@@ -124,3 +126,21 @@ def books_balance(world: World) -> None:
             unlocked = sa.select(workshops.c.key).where(workshops.c.credit_consumed_at.is_not(None))
             assert set(conn.scalars(unlocked)) == paid_for
         assert audit(conn, world.config).findings == ()
+
+
+def functions_called(engine: sa.Engine) -> set[str]:
+    """Filled with the name of each function of the ledger that is called through ``engine`` from now on."""
+    seen: set[str] = set()
+
+    @sa.event.listens_for(engine, "before_cursor_execute")
+    def listen(_conn: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
+        seen.update(re.findall(r"FROM tallystick\.(\w+)\(", statement))
+
+    return seen
+
+
+def declared_functions() -> set[str]:
+    """The functions of the ledger, without those of the accounts."""
+    of_accounts = {"account", "complete_onboarding", "reset_onboarding", "set_plan_tier", "set_stripe_customer"}
+    of_accounts |= {f"{verb}_{what}" for verb in ("delete", "restore") for what in ("user", "workshop")}
+    return {function.name for function in declared()} - of_accounts

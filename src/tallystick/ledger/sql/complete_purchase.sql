@@ -73,6 +73,9 @@ BEGIN
   IF answer.status IS DISTINCT FROM 'completed' THEN
     PERFORM tallystick.host_interfered({ledger_name});
   END IF;
-  PERFORM tallystick.settle(account.key, answer.balance_after, answer.sequence);
+  IF NOT tallystick.settle(
+      account.key, account.balance, account.sequence, answer.balance_after, answer.sequence) THEN
+    PERFORM tallystick.host_interfered({users_name});
+  END IF;
   RETURN answer;
 END $$

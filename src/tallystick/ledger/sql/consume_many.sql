@@ -16,6 +16,7 @@ DECLARE
   answers tallystick.answer[];
   item integer;
   items integer := coalesce(cardinality(user_ids), 0);
+  rows_written bigint;
   unlocked {workshop_key_type}[];
   moved {user_key_type}[];
   balances {credits}[];
@@ -77,6 +78,9 @@ BEGIN
       SELECT id, user_id, 'consumption', 'completed', - amount, balance_after::{credits}, sequence, description,
         workshop_id, key, metadata, moment
       FROM spend
+      -- a purchase may be starting under one of the keys, without the user's lock
+      ON CONFLICT DO NOTHING
+      RETURNING id
   ), last AS (
     SELECT user_id, min(balance_after)::{credits} AS balance, max(sequence) AS sequence FROM spend GROUP BY user_id
   )
@@ -85,9 +89,13 @@ BEGIN
         'completed', id, user_id, 'consumption', 'completed', - amount, balance_after, sequence, description,
         workshop_id, NULL, NULL, NULL, NULL, NULL, NULL, key, metadata, now(), moment,
         balance_after, amount, NULL, NULL, item)::tallystick.answer) FROM spend),
+    (SELECT count(*) FROM written),
     (SELECT array_agg(workshop_id) FROM spend WHERE workshop_id IS NOT NULL),
     (SELECT array_agg(user_id) FROM last), (SELECT array_agg(balance) FROM last), (SELECT array_agg(sequence) FROM last)
-  INTO answers, unlocked, moved, balances, sequences;
+  INTO answers, rows_written, unlocked, moved, balances, sequences;
+  IF rows_written <> coalesce(cardinality(answers), 0) THEN
+    RAISE EXCEPTION 'consume_many: one of the keys was being written by somebody else' USING ERRCODE = '40001';
+  END IF;
   IF answers IS NOT NULL THEN
     PERFORM tallystick.settle_many(moved, balances, sequences);
     IF unlocked IS NOT NULL THEN

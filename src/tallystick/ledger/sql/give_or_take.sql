@@ -87,6 +87,9 @@ BEGIN
     answer.detail := jsonb_build_object('sequence', account.sequence);
     RETURN answer;
   END IF;
-  PERFORM tallystick.settle(account.key, answer.balance_after, answer.sequence);
+  IF NOT tallystick.settle(
+      account.key, account.balance, account.sequence, answer.balance_after, answer.sequence) THEN
+    PERFORM tallystick.host_interfered({users_name});
+  END IF;
   RETURN answer;
 END $$

@@ -26,8 +26,9 @@ BEGIN
     RETURN tallystick.invalid_argument('metadata', 'a JSON object');
   END IF;
 
+  -- Without a lock but the foreign key's: two transactions may each start a purchase of one user, and complete it.
   SELECT u.{user_key} AS key, u.credit_balance AS balance, u.deleted_at
-    INTO account FROM {users} AS u WHERE u.{user_key} = start_purchase.user_id FOR NO KEY UPDATE;
+    INTO account FROM {users} AS u WHERE u.{user_key} = start_purchase.user_id;
   IF NOT FOUND THEN
     answer.outcome := 'unknown_user';
     RETURN answer;
@@ -48,8 +49,14 @@ BEGIN
     VALUES (
       tallystick.uuid7(), account.key, 'purchase', 'pending', start_purchase.amount, start_purchase.description,
       start_purchase.stripe_price_id, start_purchase.key, start_purchase.metadata)
+    ON CONFLICT DO NOTHING
     RETURNING 'completed', {row}, account.balance, NULL, NULL, NULL, NULL INTO answer;
   IF NOT FOUND THEN
+    -- the same key was being written by somebody else, who has committed by now
+    SELECT * INTO prior FROM {ledger} AS t WHERE t.user_id = account.key AND t.idempotency_key = start_purchase.key;
+    IF FOUND THEN
+      RETURN tallystick.replay(prior, jsonb_build_object('type', 'purchase', 'amount', amount), account.balance);
+    END IF;
     PERFORM tallystick.host_interfered({ledger_name});
   END IF;
   RETURN answer;
