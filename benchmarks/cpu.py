@@ -72,7 +72,10 @@ def main() -> None:
         used = uuid.uuid4().hex
         ledger.consume(raw, 1, key=used)
         ways: dict[str, tuple[Any, Callable[[], object]]] = {
-            "floor: UPDATE and INSERT, psycopg": (raw, lambda: raw.execute(FLOOR, (user(), uuid.uuid4().hex)).fetchall()),
+            "floor: UPDATE and INSERT, psycopg": (
+                raw,
+                lambda: raw.execute(FLOOR, (user(), uuid.uuid4().hex)).fetchall(),
+            ),
             "the function, psycopg": (raw, lambda: raw.execute(CONSUME, (user(), uuid.uuid4().hex)).fetchall()),
             "ledger.consume, psycopg": (raw, lambda: ledger.consume(raw, user(), key=uuid.uuid4().hex)),
             "ledger.consume, SQLAlchemy": (conn, lambda: ledger.consume(conn, user(), key=uuid.uuid4().hex)),

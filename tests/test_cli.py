@@ -131,9 +131,10 @@ def test_a_role_is_made_and_taken_back_by_the_scripts_that_are_printed(tally, ol
     with psycopg.connect(old_host, autocommit=True) as conn:
         conn.execute(f'CREATE ROLE "{name}"')
         conn.execute(tally("migrate", "sql", "--role", name).out)
-        refused = tally("migrate", "undo")
-        assert (refused.code, f"--role '{name}' --revoke" in refused.err) == (1, True)
         conn.execute(tally("migrate", "sql", "--role", name, "--revoke").out)
+        conn.execute(tally("migrate", "sql", "--role", name).out)
+        conn.execute(tally("migrate", "sql", "--functions").out)
+        assert "As declared" in tally("migrate", "status").out
         assert "Undid" in tally("migrate", "undo").out
         conn.execute(f'DROP OWNED BY "{name}"')
         conn.execute(f'DROP ROLE "{name}"')
@@ -298,22 +299,46 @@ def test_a_database_that_is_not_migrated_says_what_to_run(tally, old_host):
     assert "tallystick migrate apply" in tally("serve", "--host", "127.1", "--port", 0).err  # by whatever name
 
 
-def test_a_wrong_mapping_is_told_as_one(tally, make_world: Callable[..., World], monkeypatch: pytest.MonkeyPatch):
-    world = make_world("alone")
-    user = world.user()
+def test_without_settings_the_mapping_is_the_databases(tally, make_world: Callable[..., World], monkeypatch):
+    """And tallystick init writes it down."""
+    world = make_world("quoted")
+    user = world.user(credits=3)
     monkeypatch.setenv("DATABASE_URL", world.url)
     for place in ([], ["--database-url", world.url]):
-        said = tally(*place, "balance", user).err
-        assert "no tallystick.toml says which table is users, so public.users is taken, by id (uuid)" in said
+        assert tally(*place, "balance", user).out == "3 credits\n"
+    assert "As declared" in tally("migrate", "status").out
+    assert f"users by app.User.order (the database)" in tally("migrate", "plan").out
+    assert tally("init").code == 0
+    assert Config.load().host == world.config.host
+    assert "users by app.User.order (tallystick.toml)" in tally("migrate", "plan").out
+
+
+def test_a_wrong_mapping_is_told_with_the_right_one(tally, make_world: Callable[..., World]):
+    world = make_world("alone")
+    user = world.user()
     settings = Path("mine.toml")
-    for wrong, right in (('table = "users"', 'table = "usres"'), ('key = "id"', 'key = "key"')):
+    for wrong, right, said in (
+        ('table = "users"', 'table = "usres"', "host.users.table is 'usres', in the database 'users'"),
+        ('key = "id"', 'key = "key"', "host.users.key is 'key', in the database 'id'"),
+        ('"integer"', '"uuid"', "host.users.key_type is 'uuid', in the database 'integer'"),
+        ("workshops = false", "", "host.workshops is 'public.workshops', in the database not set"),
+        (
+            "workshops = false",
+            'workshops = false\ncredits = "bigint"',
+            "host.credits is 'bigint', in the database 'int",
+        ),
+    ):
         settings.write_text(to_toml(world.config.host).replace(wrong, right), encoding="utf-8")
-        for command in (("balance", user), ("audit",)):
-            said = tally("--config", settings, *command)
-            assert (said.code, "check [host.users] in mine.toml" in said.err) == (1, True)
-            assert "migrate apply" not in said.err
-    settings.write_text(to_toml(world.config.host).replace('"integer"', '"uuid"'), encoding="utf-8")
-    assert "check [host.users] in mine.toml" in tally("--config", settings, "balance", user).err
+        for command in (
+            ("balance", user),
+            ("audit",),
+            ("migrate", "status"),
+            ("migrate", "apply"),
+            ("serve", "--port", 0),
+        ):
+            refused = tally("--config", settings, "--database-url", world.url, *command)
+            assert (refused.code, said in refused.err) == (1, True), refused.err
+            assert "Correct [host] in tallystick.toml" in refused.err
 
 
 def test_a_database_of_a_later_package_says_so(at, world: World):
@@ -337,7 +362,7 @@ def test_a_role_without_privileges_is_told_so(at, world: World):
             conn.execute(sa.text("GRANT USAGE ON SCHEMA tallystick TO tallystick_stranger"))
             conn.execute(sa.text("GRANT SELECT ON tallystick.alembic_version TO tallystick_stranger"))
         said = at(world)("--database-url", url, "balance", uuid.uuid4())
-        assert (said.code, "permission denied" in said.err, "Grant it" in said.err) == (1, True, True)
+        assert (said.code, "permission denied" in said.err, "migrate sql --role" in said.err) == (1, True, True)
     finally:
         with world.autocommit.connect() as conn:
             conn.execute(sa.text("DROP OWNED BY tallystick_stranger"))
@@ -491,3 +516,17 @@ def test_the_demo_tells_the_whole_story(tally):
     assert said.code == 0, said.out
     verdicts = re.findall(r"^(yes|NO) ", said.out, re.MULTILINE)
     assert verdicts == ["yes"] * 6
+
+
+def test_a_host_that_counts_in_parts_of_a_credit(tally, old_host):
+    assert tally("init", "--credits", "bigint").code == 0
+    assert 'credits = "bigint"' in Path("tallystick.toml").read_text(encoding="utf-8")
+    assert tally("migrate", "apply").code == 0
+    user = str(uuid.uuid4())
+    with psycopg.connect(old_host, autocommit=True) as conn:
+        conn.execute("INSERT INTO users (id, email) VALUES (%s, 'a@example.com')", [user])
+    assert "Granted 5000000000 credits" in tally("grant", user, 5_000_000_000, "--description", "Welcome").out
+    assert tally("balance", user).out == "5000000000 credits\n"
+    assert "As declared" in tally("migrate", "status").out
+    assert tally("audit").code == 0
+    assert "bigint" in tally("init", "--credits", "many").err

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
@@ -23,7 +32,8 @@ from tallystick.errors import ConfigError
 
 KeyType = Literal["uuid", "text", "integer", "bigint"]
 FILE_NAME = "tallystick.toml"
-INT32_MAX = 2**31 - 1
+CREDITS_MAX = {"integer": 2**31 - 1, "bigint": 2**63 - 1}
+"""The largest number of credits, by ``HostMapping.credits``."""
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -146,7 +156,7 @@ class Pack:
     """Something on sale: ``credits`` for ``amount`` minor units of ``currency`` (7900 and "usd" are $79.00)."""
 
     name: Annotated[str, Field(min_length=1, max_length=200)]
-    credits: Annotated[int, Field(strict=True, ge=1, le=INT64_MAX)]
+    credits: Annotated[int, Field(strict=True, ge=1, le=CREDITS_MAX["bigint"])]
     amount: Annotated[int, Field(strict=True, ge=0)] | None = None
     currency: Annotated[str, Field(pattern="^[a-z]{3}$")] = "usd"
     stripe_price_id: str | None = None
@@ -251,6 +261,17 @@ class Config(BaseModel):
     stripe_webhook_secret: str | None = Field(default=None, repr=False)
     stripe_api_base: str | None = None
     console: ConsoleAccess = Field(default_factory=ConsoleAccess)
+
+    @model_validator(mode="after")
+    def _packs_fit(self) -> Self:
+        most = CREDITS_MAX[self.host.credits]
+        for pack in self.packs:
+            if pack.credits > most:
+                raise ValueError(
+                    f"packs: {pack.name} has {pack.credits} credits; where host.credits is {self.host.credits!r}, "
+                    f"a number of credits is at most {most}"
+                )
+        return self
 
     def at(self, database_url: str) -> Self:
         """The same settings for another database, whose address is a direct one. Raises ConfigError."""

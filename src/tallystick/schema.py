@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.schema import CheckConstraint, Column, ForeignKey, Index, Table
 
-from tallystick.config import Config, HostMapping, KeyType
+from tallystick.config import CREDITS_MAX, Config, HostMapping, KeyType
 from tallystick.database import DbConnection, translated
 from tallystick.errors import HostMismatch, InvalidArgument, Key, NotMigrated, SchemaTooNew, shown
 
@@ -198,7 +198,7 @@ class Schema:
     @property
     def credits_max(self) -> int:
         """The largest number of credits that a column holds."""
-        return INT32_MAX if self.host.credits == "integer" else INT64_MAX
+        return CREDITS_MAX[self.host.credits]
 
     def user_key(self, value: object) -> Key:
         """``value`` as a user's key. Raises InvalidArgument."""
@@ -459,7 +459,7 @@ def _differences(stored: HostMapping, given: HostMapping) -> Iterator[tuple[str,
         here, there = getattr(given, word), getattr(stored, word)
         if here is None or there is None:
             if here is not there:
-                yield f"host.{word}", *(None if one is None else f"{one.schema}.{one.table}" for one in (here, there))
+                yield f"host.{word}", here and f"{here.schema}.{here.table}", there and f"{there.schema}.{there.table}"
             continue
         for name in type(here).__dataclass_fields__:
             if name != "email" and getattr(here, name) != getattr(there, name):

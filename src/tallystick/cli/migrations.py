@@ -7,9 +7,10 @@ import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
 import typer
@@ -18,7 +19,7 @@ from rich.markup import escape
 
 from tallystick import migrate
 from tallystick.audit import audit
-from tallystick.cli.app import Json, address, app, emit, err, invocation, mapping, note, out, place, plain
+from tallystick.cli.app import Json, address, app, emit, err, invocation, mapping, note, out, place, plain, with_mapping
 from tallystick.cli.backups import backups, take_backup
 from tallystick.config import FILE_NAME, Config, to_toml
 from tallystick.database import PATIENCE_S, connect, translated
@@ -46,9 +47,18 @@ def awake(config: Config) -> AbstractContextManager[sa.Connection]:
     return connect(address(config), patience_s=PATIENCE_S, waiting=waiting)
 
 
-def _say_where(ctx: typer.Context, config: Config) -> None:
+@contextmanager
+def migrating(ctx: typer.Context) -> Iterator[tuple[sa.Connection, Config]]:
+    """A connection that migrations can use, and the settings."""
+    with invocation(ctx).database(migrating=True) as config, awake(config) as conn:
+        yield conn, with_mapping(conn, config)
+
+
+def _say_where(ctx: typer.Context, config: Config) -> Config:
     with awake(config) as conn:
-        note(f"{place(conn)}, {mapping(ctx, config)}.")
+        found = with_mapping(conn, config)
+        note(f"{place(conn)}, {mapping(ctx, found)}.")
+        return found
 
 
 StallBudget = Annotated[
@@ -60,6 +70,16 @@ StallBudget = Annotated[
 GiveUpAfter = Annotated[
     float, typer.Option("--give-up-after", help="For how long to try, per revision.", min=1, metavar="SECONDS")
 ]
+
+
+class Credits(StrEnum):
+    """As ``HostMapping.credits``."""
+
+    integer = "integer"
+    bigint = "bigint"
+
+
+_CREDITS: dict[Credits, Literal["integer", "bigint"]] = {Credits.integer: "integer", Credits.bigint: "bigint"}
 
 
 @app.command(rich_help_panel="Begin here")
@@ -74,6 +94,12 @@ def init(
             "--workshops", help="The table of what one credit unlocks; 'none' if there is none.", metavar="TABLE"
         ),
     ] = None,
+    credits: Annotated[
+        Credits | None,
+        typer.Option(
+            "--credits", help="The type of a number of credits; bigint for one that counts in parts of a credit."
+        ),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", help="The file to write.", metavar="FILE")] = Path(FILE_NAME),
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
     as_json: Json = False,
@@ -82,7 +108,12 @@ def init(
 
     Changes nothing in the database.
     """
-    given = {"--users": users, "--workshops": workshops, "--output": None if output == Path(FILE_NAME) else str(output)}
+    given = {
+        "--users": users,
+        "--workshops": workshops,
+        "--credits": credits and credits.value,
+        "--output": None if output == Path(FILE_NAME) else str(output),
+    }
     again = " ".join(["tallystick init --force", *(f"{name} {shlex.quote(to)}" for name, to in given.items() if to)])
     if output.exists() and not force:
         raise ConfigError(
@@ -92,7 +123,9 @@ def init(
             key=None,
         )
     with invocation(ctx).database() as config, awake(config) as conn:
-        host = migrate.propose(conn, users=users, workshops=workshops)
+        host = migrate.propose(
+            conn, users=users, workshops=workshops, credits=None if credits is None else _CREDITS[credits]
+        )
     output.write_text(to_toml(host), encoding="utf-8")
 
     def show() -> None:
@@ -133,7 +166,7 @@ def plan(
 
     Exit code 1 where something would stop it.
     """
-    with invocation(ctx).database(migrating=True) as config, awake(config) as conn:
+    with migrating(ctx) as (conn, config):
         here = f"{place(conn)}, {mapping(ctx, config)}."
         planned = migrate.plan(conn, config, backup_folder=backup.absolute().parent if backup else None)
     stopped = bool(planned.revisions) and any(finding.severity == "stop" for finding in planned.findings)
@@ -243,7 +276,7 @@ def sql(
     if offline:
         out.print(migrate.sql(None, invocation(ctx).config()), markup=False)
         return
-    with invocation(ctx).database(migrating=True) as config, awake(config) as conn:
+    with migrating(ctx) as (conn, config):
         out.print(migrate.sql(conn, config), markup=False)
 
 
@@ -265,7 +298,7 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Say at which revision the database is, and what differs from what it should be. Exit code 1 unless healthy."""
-    with invocation(ctx).database(migrating=True) as config, awake(config) as conn:
+    with migrating(ctx) as (conn, config):
         found = migrate.status(conn, config)
         others = migrate.trackers(conn, drizzle=drizzle)
 
@@ -314,6 +347,7 @@ def snippet(
     if config.database_url or postgres.default_folder().exists():  # it knows which columns the app had before
         try:
             with translated(), invocation(ctx).database(migrating=True) as config, connect(address(config)) as conn:
+                config = with_mapping(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
                 adopted = migrate.examine(conn, config, privileges=False).adopted_names
         except TallystickError as error:
             note(f"The database was not looked at: {error.message}")
@@ -341,7 +375,7 @@ def apply(
 ) -> None:
     """Migrate the database while its traffic goes on. All or nothing; a second run changes nothing."""
     with invocation(ctx).database(migrating=True) as config:
-        _say_where(ctx, config)
+        config = _say_where(ctx, config)  # noqa: PLW2901 - the same, with the database's mapping
         if backup is not None:
             take_backup(address(config), backup)
         with _Shown() as shown:
@@ -368,7 +402,7 @@ def undo(
 ) -> None:
     """Take Tallystick out of the database again. Refused while the ledger has rows."""
     with invocation(ctx).database(migrating=True) as config:
-        _say_where(ctx, config)
+        config = _say_where(ctx, config)  # noqa: PLW2901 - the same, with the database's mapping
         with _Shown() as shown:
             receipt = migrate.undo(
                 address(config),
@@ -459,7 +493,7 @@ def _restored(ctx: typer.Context, backup_file: Path | None) -> Iterator[tuple[Co
         if backup_file is None:
             config = stack.enter_context(invocation(ctx).database(migrating=True))
             backup_file = folder / "copy.backup"
-            _say_where(ctx, config)
+            config = _say_where(ctx, config)
             take_backup(address(config), backup_file)
         else:
             config = invocation(ctx).config()

@@ -71,7 +71,8 @@ BEGIN
       USING HINT = 'Make another role for the app: CREATE ROLE app LOGIN';
   END IF;
   SELECT string_agg(DISTINCT format('REVOKE ALL ON %s FROM %s CASCADE', c.oid::regclass, {identifier}), '; ')
-    INTO others FROM {tables} AS t (oid, inserts, updates) JOIN pg_class AS c ON c.oid = t.oid, aclexplode(c.relacl) AS a
+    INTO others FROM {tables} AS t (oid, inserts, updates)
+    JOIN pg_class AS c ON c.oid = t.oid, aclexplode(c.relacl) AS a
     WHERE a.grantor = app.oid;
   IF others IS NOT NULL THEN
     RAISE EXCEPTION 'role % has passed on its rights on the tables to other roles', {role}

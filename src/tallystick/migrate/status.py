@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import sqlalchemy as sa
+from psycopg.sql import Identifier
 from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.config import Config
@@ -460,35 +461,36 @@ def _functions(conn: sa.Connection, names: HostNames, *, owner: str | None) -> I
     made = [re.sub(_MADE, r"CREATE \1 pg_temp.", statement, count=1) for statement in _declared_functions(names)]
     with closing(conn.connection.cursor()) as cursor:  # the driver's own: a % in a body is a %
         cursor.execute("; ".join(made))
-    places = {"declared": conn.scalar(_TEMPORARY), "found": "tallystick"}
-    declared, found = ({row.name: row for row in conn.execute(_FUNCTIONS, {"schema": s})} for s in places.values())
-    wanted, there = (_pairs(conn, _TYPES, schema=schema) for schema in places.values())
+    places = (conn.scalar(_TEMPORARY), "tallystick")
+    wanted, there = (_pairs(conn, _TYPES, schema=schema) for schema in places)
     for name, definition in wanted.items():
         if there.get(name) != definition:
             yield Drift("type", f"tallystick.{name}", definition, there.get(name))
+    declared, found = ({row.name: row for row in conn.execute(_FUNCTIONS, {"schema": schema})} for schema in places)
     for name, wants in declared.items():
-        where, has = f"tallystick.{name}", found.get(name)
-        if has is None:
-            yield Drift("function", where, "the function of its revision", None, FUNCTIONS)
-            continue
-        for part in ("arguments", "result"):
-            if getattr(has, part) != getattr(wants, part):
-                again = f"DROP FUNCTION {where}; then: {FUNCTIONS}"
-                yield Drift("function", where, getattr(wants, part), getattr(has, part), again)
-        if has.options != wants.options:
-            yield Drift("function", where, wants.options, has.options, FUNCTIONS)
-        if has.body != wants.body:
-            yield Drift("function", where, "the body of its revision", "another body", FUNCTIONS)
-        if owner is not None and has.owner != owner:
-            to = conn.dialect.identifier_preparer.quote(owner)
-            yield Drift(
-                "function", where, f"owner {owner}", f"owner {has.owner}", f"ALTER FUNCTION {where} OWNER TO {to}"
-            )
-        if has.open:
-            shut = f"REVOKE ALL ON FUNCTION {where} FROM PUBLIC"
-            yield Drift("function", where, "EXECUTE for those who were given it", "EXECUTE for PUBLIC", shut)
+        if name in found:
+            yield from _of_function(f"tallystick.{name}", wants, found[name], owner or "")
+        else:
+            yield Drift("function", f"tallystick.{name}", "the function of its revision", None, FUNCTIONS)
     for name in found.keys() - declared.keys():
         yield Drift("function", f"tallystick.{name}", "none but ours", "another", f"DROP FUNCTION tallystick.{name}")
+
+
+def _of_function(where: str, wants: sa.Row[Any], has: sa.Row[Any], owner: str) -> Iterator[Drift]:
+    for part in ("arguments", "result"):
+        if getattr(has, part) != getattr(wants, part):
+            again = f"DROP FUNCTION {where}; then: {FUNCTIONS}"
+            yield Drift("function", where, getattr(wants, part), getattr(has, part), again)
+    if has.options != wants.options:
+        yield Drift("function", where, wants.options, has.options, FUNCTIONS)
+    if has.body != wants.body:
+        yield Drift("function", where, "the body of its revision", "another body", FUNCTIONS)
+    if has.owner != owner:
+        mend = f"ALTER FUNCTION {where} OWNER TO {Identifier(owner).as_string()}"
+        yield Drift("function", where, f"owner {owner}, as the ledger", f"owner {has.owner}", mend)
+    if has.open:
+        shut = f"REVOKE ALL ON FUNCTION {where} FROM PUBLIC"
+        yield Drift("function", where, "EXECUTE for those who were given it", "EXECUTE for PUBLIC", shut)
 
 
 _MADE = r"CREATE (?:OR REPLACE )?(FUNCTION|TYPE) tallystick\."
