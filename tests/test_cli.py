@@ -21,7 +21,7 @@ import pytest
 import sqlalchemy as sa
 
 from tallystick.cli import main
-from tallystick.config import to_toml
+from tallystick.config import Config, to_toml
 from tallystick.dev.postgres import Server
 from worlds import SHAPES, World
 
@@ -525,7 +525,7 @@ def test_a_host_that_counts_in_parts_of_a_credit(tally, old_host):
     user = str(uuid.uuid4())
     with psycopg.connect(old_host, autocommit=True) as conn:
         conn.execute("INSERT INTO users (id, email) VALUES (%s, 'a@example.com')", [user])
-    assert "Granted 5000000000 credits" in tally("grant", user, 5_000_000_000, "--description", "Welcome").out
+    assert "Balance 5000000000." in tally("grant", user, 5_000_000_000, "--description", "Welcome").out
     assert tally("balance", user).out == "5000000000 credits\n"
     assert "As declared" in tally("migrate", "status").out
     assert tally("audit").code == 0

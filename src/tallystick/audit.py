@@ -489,7 +489,8 @@ class _Part:
         """Where users stand, less where they started."""
         user, key_type = self.schema.users.c, self.schema.host.users.key_type
         stands = self._place(sa.func.greatest(user.credit_sequence, -1), user.credit_balance)
-        return _sum(_hash(user.key, key_type, stands)) - _sum(_hash(user.key, key_type, sa.literal(0, sa.BigInteger)))
+        started = self._place(sa.literal(0, sa.Integer), sa.literal(0, sa.BigInteger))
+        return _sum(_hash(user.key, key_type, stands)) - _sum(_hash(user.key, key_type, started))
 
     def _steps(self) -> Expression:
         """Where rows begin, less where they end."""

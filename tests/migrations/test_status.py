@@ -94,8 +94,10 @@ FUNCTION_DRIFTS = [
     (GRANT, f"ALTER FUNCTION tallystick.{GRANT} OWNER TO pg_monitor"),
     (
         "kept_as(timestamp with time zone, timestamp without time zone)",
-        "CREATE OR REPLACE FUNCTION tallystick.kept_as(moment timestamptz, in_column timestamp) RETURNS timestamp"
-        " LANGUAGE sql IMMUTABLE AS $$ SELECT moment AT TIME ZONE 'CET' $$",
+        (
+            "CREATE OR REPLACE FUNCTION tallystick.kept_as(moment timestamptz, in_column timestamp) RETURNS timestamp"
+            " LANGUAGE sql IMMUTABLE AS $$ SELECT moment AT TIME ZONE 'CET' $$"
+        ),
     ),
     (
         "balance(uuid)",
