@@ -19,8 +19,8 @@ from typing import Any
 
 import psycopg
 import sqlalchemy as sa
-import stage
 
+import stage
 from tallystick.errors import LedgerError
 
 USERS = 1_000
@@ -34,7 +34,8 @@ WITH w AS (
 )
 INSERT INTO credit_transactions
   (id, user_id, type, status, amount, balance_after, sequence, description, idempotency_key, completed_at)
-SELECT gen_random_uuid(), id, 'consumption', 'completed', -1, balance, sequence, 'Credit consumed', %s, clock_timestamp()
+SELECT gen_random_uuid(), id, 'consumption', 'completed', -1, balance, sequence, 'Credit consumed', %s,
+  clock_timestamp()
 FROM w RETURNING *
 """
 CONSUME = "SELECT * FROM tallystick.consume(user_id => %s, key => %s)"

@@ -17,7 +17,7 @@ import uvicorn
 from tallystick import Config, Pack, migrate, stripe
 from tallystick.dev.postgres import Server
 from tallystick.dev.stripe import DevStripe
-from tallystick.web import pages  # noqa: F401 - fails here, with its own message, where the extra is missing
+from tallystick.web import router  # noqa: F401 - fails here, with its own message, where the extra is missing
 from workshops.app import HERE, create_app
 
 PACKS = (

@@ -269,3 +269,27 @@ def connect(
             return
         with conn.begin():
             yield conn
+
+
+@contextmanager
+def transaction(
+    pool: sa.Engine, *, keep: bool = True, isolation: str = "READ COMMITTED", **options: Any
+) -> Iterator[sa.Connection]:
+    """One transaction on a connection of ``pool``: committed at the end, rolled back on an error or without ``keep``.
+
+    The isolation level is ours, whatever the host's engine has: the ledger's functions read what others committed
+    meanwhile. With ``"AUTOCOMMIT"`` each statement is a transaction of its own. ``options`` are SQLAlchemy's execution
+    options, such as ``postgresql_readonly=True``.
+
+    Raises:
+        DatabaseUnavailable: no connection could be had.
+        DatabaseError: as :func:`translated`, of whatever is run in it.
+    """
+    with translated(connecting=True):
+        conn = pool.connect()
+    with conn, translated():
+        conn = conn.execution_options(isolation_level=isolation, **options)
+        with conn.begin() as begun:
+            yield conn
+            if not keep:
+                begun.rollback()

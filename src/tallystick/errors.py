@@ -312,7 +312,9 @@ class WorkshopLocked(RequestRefused):
     """The workshop is behind a credit that was not spent yet."""
 
     workshop: Key
+    title: str | None
     user: Key
+    balance: int
     required: int
 
 

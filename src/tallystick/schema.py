@@ -300,13 +300,16 @@ stripe_checkouts = Table(
     "stripe_checkouts",
     _bookkeeping,
     Column("purchase_id", sa.Uuid, primary_key=True),
-    Column("pack", sa.Text, nullable=False),
+    Column("pack", sa.Text),
     Column("amount", sa.BigInteger, nullable=False),
     Column("currency", sa.CHAR(3), nullable=False),
-    Column("request", pg.JSONB, nullable=False),
+    Column("rounding", sa.Text, nullable=False, server_default=sa.text("'down'")),
+    Column("request", pg.JSONB),
     Column("created_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
+    CheckConstraint("rounding IN ('down', 'nearest', 'up')", name="stripe_checkouts_rounding"),
 )
-"""What was on sale when a purchase started, and what Stripe was asked, to be asked again word for word."""
+"""The terms of a purchase: its price before discounts and tax, how refunds round, and the request that made the
+session, so that it can be repeated word for word. ``pack`` and ``request`` are null for a session of the host's."""
 
 stripe_reversals = Table(
     "stripe_reversals",
@@ -316,16 +319,35 @@ stripe_reversals = Table(
     Column("stripe_payment_intent_id", sa.Text, nullable=False),
     Column("amount", sa.BigInteger, nullable=False),
     Column("currency", sa.CHAR(3), nullable=False),
+    Column("charge_amount", sa.BigInteger),
+    Column("credits", sa.BigInteger),
     Column("status", sa.Text, nullable=False),
-    Column("standing", sa.SmallInteger, nullable=False),
-    Column("settled", sa.Boolean, nullable=False, server_default=sa.false()),
+    Column("status_rank", sa.SmallInteger, nullable=False),
+    Column("applied", sa.Text, nullable=False, server_default=sa.text("'none'")),
     Column("seen_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
     CheckConstraint("kind IN ('refund', 'dispute')", name="stripe_reversals_kind"),
+    CheckConstraint("applied IN ('none', 'share', 'marked')", name="stripe_reversals_applied"),
     # what is to be taken from or given back to a purchase
     Index("stripe_reversals_payment_intent", "stripe_payment_intent_id"),
 )
-"""Stripe's refunds and disputes by id. ``standing`` orders a status and only grows; ``settled`` says that the
-ledger has taken the money's credits."""
+"""Stripe's refunds and disputes by id. ``status_rank`` orders the status and only grows. ``charge_amount`` is the whole
+of which ``amount`` is a part, where the purchase's own amount cannot serve. ``credits`` are the credits that a mark on
+the object says it takes. ``applied`` is what the ledger has taken for it: nothing, its share, or the marked credits."""
+
+stripe_failed_deliveries = Table(
+    "stripe_failed_deliveries",
+    _bookkeeping,
+    Column("event_id", sa.Text, primary_key=True),
+    Column("type", sa.Text, nullable=False),
+    Column("object_type", sa.Text, nullable=False),
+    Column("object_id", sa.Text, nullable=False),
+    Column("reason", sa.Text, nullable=False),
+    Column("attempts", sa.Integer, nullable=False, server_default=sa.text("1")),
+    Column("first_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
+    Column("last_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
+    Column("resolved_at", pg.TIMESTAMP(timezone=True)),
+)
+"""Deliveries that had no effect, with the reason; ``resolved_at`` is when a later one succeeded."""
 
 stripe_findings = Table(
     "stripe_findings",

@@ -198,6 +198,22 @@ def test_what_is_the_apps_own_is_no_difference(app: App) -> None:
     assert drift(app) == ()
 
 
+def test_what_a_minor_release_notes_of_each_column_is_no_difference(app: App) -> None:
+    """Those of November 2026 add ``pg_attver=N`` to the options of every column; older ones are made to look so."""
+    migrate.apply(app.url, app.config)
+    app.run(
+        "ALTER TABLE credit_transactions ALTER user_id SET (n_distinct = -1)",
+        "UPDATE pg_attribute SET attoptions = attoptions || ARRAY['pg_attver=' || attrelid::text] "
+        "WHERE attrelid IN ('users'::regclass, 'workshops'::regclass, 'credit_transactions'::regclass) AND attnum > 0 "
+        "AND attoptions::text ~ 'pg_attver' IS NOT TRUE",
+    )
+    [found] = drift(app)
+    assert (found.expected, found.found) == (
+        "uuid NOT NULL SET (n_distinct=-0.05)",
+        "uuid NOT NULL SET (n_distinct=-1)",
+    )
+
+
 def test_looking_waits_for_nobody_and_leaves_nothing(app: App) -> None:
     """Not even for a report that reads the ledger, or a vacuum of it."""
     migrate.apply(app.url, app.config)

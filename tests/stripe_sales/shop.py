@@ -50,6 +50,20 @@ class Shop:
     def checkout(self, user: Key, **options: Any) -> stripe.Checkout:
         return stripe.checkout(self.engine, self.config, user, PACK, **(ADDRESSES | options))
 
+    def foreign(self, **fields: Any) -> str:
+        """A paid session that something else than ``checkout`` made, such as a Payment Link."""
+        price = {"currency": "usd", "unit_amount": 50, "product_data": {"name": "Sticker"}}
+        made = self.api.checkout.sessions.create(
+            {
+                "mode": "payment",
+                "line_items": [{"price_data": price, "quantity": 1}],
+                "success_url": f"{ORIGIN}/",
+                **fields,
+            }
+        )
+        self.dev.pay(made.id)
+        return made.id
+
     def events(self, *types: str) -> list[str]:
         """The ids of the held events of these types, oldest first."""
         return [one["event"] for one in self.dev.held() if not types or one["type"] in types]

@@ -323,6 +323,134 @@ def test_a_session_that_is_unknown_here(shop: Shop, caplog):
     assert any(made.id in str(finding) for finding in stripe.reconcile(shop.engine, shop.config).findings)
 
 
+# --- fields that a buyer or an address sets prove nothing ---
+
+
+def started_without_a_session(shop: Shop, state: str) -> tuple[object, object]:
+    """A user and the id of a purchase that has no stored session, as the user's own CSV shows it."""
+    user = shop.world.user()
+    with shop.engine.begin() as conn:
+        if state == "the host's own":
+            return user, shop.world.ledger.start_purchase(conn, user, credits=9, description="Sold by the host").id
+    lose_answer(shop, SESSIONS, 503)
+    with pytest.raises(e.StripeUnavailable):
+        shop.checkout(user, key="form 1")
+    with shop.engine.begin() as conn:
+        [row] = shop.world.ledger.history(conn, user)
+        if state == "failed":
+            shop.world.ledger.fail_purchase(conn, user, purchase=row.id, reason="given up")
+    return user, row.id
+
+
+@pytest.mark.parametrize("state", ["pending", "failed", "the host's own"])
+@pytest.mark.parametrize("path", ["webhook", "success page", "reconcile"])
+def test_a_reference_alone_grants_nothing(shop: Shop, state, path):
+    user, purchase = started_without_a_session(shop, state)
+    session = shop.foreign(client_reference_id=str(purchase))  # 0.50, for a pack of 10.00
+    if path == "webhook":
+        assert shop.outcomes(COMPLETED) == ["unknown"]
+    elif path == "reconcile":
+        stripe.reconcile(shop.engine, shop.config)
+    else:
+        with pytest.raises(e.SessionNotYours):
+            stripe.confirm(shop.engine, shop.config, user, session)
+    assert (shop.balance(user), shop.rows(user)) == (0, [])
+    if path != "success page":
+        [finding] = [one for one in stripe.reconcile(shop.engine, shop.config).findings if one.object_id == session]
+        assert str(finding) == (
+            f"unproven_session {session} (purchase {purchase}): "
+            f"expected metadata tallystick_purchase={purchase}, found payment, 50 usd, paid"
+        )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"metadata": {}},
+        {"metadata": None},
+        {"metadata": {}, "payment_link": "plink_1"},
+        {"metadata": {}, "custom_fields": [{"key": "tallystick_purchase", "text": {"value": "{purchase}"}}]},
+        {"metadata": {}, "customer_details": {"email": "{purchase}", "name": "tallystick_purchase={purchase}"}},
+        {"metadata": {"client_reference_id": "{purchase}"}},
+        {"metadata": {"tallystick_purchase": "not a purchase"}},
+        {"metadata": {}, "client_reference_id": "{PURCHASE}"},
+    ],
+)
+def test_nothing_that_a_buyer_fills_in_names_a_purchase(shop: Shop, changes):
+    user, purchase = started_without_a_session(shop, "pending")
+    [session] = shop.api.checkout.sessions.list().data
+    shop.dev.pay(session.id)
+    text = json.dumps(changes).replace("{purchase}", str(purchase)).replace("{PURCHASE}", str(purchase).upper())
+    assert changed_session(shop, id="cs_test_other", **json.loads(text)).outcome == "unknown"
+    assert shop.balance(user) == 0
+    assert shop.outcomes(COMPLETED) == ["granted"]  # the real one has the metadata
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mode": "subscription", "amount_total": 0, "payment_status": "no_payment_required"},
+        {"mode": "setup", "amount_total": 0, "payment_status": "no_payment_required"},
+        {"mode": "subscription"},
+        {"amount_subtotal": 50, "amount_total": 50},
+        {"amount_subtotal": 10 * PRICE, "amount_total": 10 * PRICE},
+        {"currency": "jpy"},
+    ],
+)
+@pytest.mark.parametrize("state", ["pending", "failed"])
+def test_a_session_that_is_not_stored_grants_its_own_price_alone(shop: Shop, state, changes):
+    user, _ = started_without_a_session(shop, state)
+    [session] = shop.api.checkout.sessions.list().data
+    shop.dev.pay(session.id)
+    assert changed_session(shop, id="cs_test_other", **changes).outcome == "unknown"
+    assert (shop.balance(user), shop.findings()) == (0, ["unproven_session"])
+    assert shop.outcomes(COMPLETED) == ["granted"]
+    assert shop.balance(user) == CREDITS
+
+
+@pytest.mark.parametrize("mode", ["subscription", "setup"])
+def test_a_stored_session_of_another_mode_grants_nothing(shop: Shop, mode):
+    user = shop.world.user()
+    shop.dev.pay(shop.checkout(user).session)
+    assert changed_session(shop, mode=mode, amount_total=0, payment_status="no_payment_required").outcome == "unknown"
+    assert (shop.balance(user), shop.findings()) == (0, ["unproven_session"])
+
+
+@pytest.mark.parametrize("changes", [{"amount_total": PRICE - 250}, {"amount_total": PRICE + 190}])
+def test_a_discount_or_tax_is_no_reason_to_refuse_what_was_paid(shop: Shop, changes):
+    user, _ = started_without_a_session(shop, "pending")
+    [session] = shop.api.checkout.sessions.list().data
+    shop.dev.pay(session.id)
+    assert changed_session(shop, **changes).outcome == "granted"
+    assert shop.balance(user) == CREDITS
+
+
+def test_a_reference_neither_fails_nor_occupies_a_purchase(shop: Shop):
+    user, purchase = started_without_a_session(shop, "pending")
+    price = shop.config.packs[0].stripe_price_id
+    link = shop.api.checkout.sessions.create(
+        {
+            "mode": "payment",
+            "line_items": [{"price": price, "quantity": 1}],
+            "success_url": f"{ORIGIN}/",
+            "client_reference_id": str(purchase),
+        }
+    )
+    shop.api.checkout.sessions.expire(link.id)
+    assert shop.outcomes(EXPIRED) == ["unknown"]
+    again = shop.checkout(user, key="form 1")
+    assert (again.purchase.status, again.purchase.id, again.session != link.id) == ("pending", purchase, True)
+    assert shop.findings() == []
+
+
+def test_a_session_of_the_hosts_own_is_found_by_its_metadata(shop: Shop):
+    user, purchase = started_without_a_session(shop, "the host's own")
+    session = shop.foreign(metadata={"tallystick_purchase": str(purchase)})
+    assert shop.outcomes(COMPLETED) == ["granted"]
+    assert (shop.balance(user), shop.findings()) == (9, [])
+    assert stripe.confirm(shop.engine, shop.config, user, session).granted
+
+
 # --- what was on sale, and what was paid ---
 
 

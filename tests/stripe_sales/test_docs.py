@@ -53,3 +53,9 @@ def test_every_finding_is_explained(kind):
 
 def test_setup_subscribes_to_events_that_stripe_has(shop: Shop):
     assert {*shop.api.webhook_endpoints.retrieve(shop.endpoint).enabled_events} == {*HANDLERS}
+
+
+def test_the_listen_recipe_asks_for_every_event_that_is_handled():
+    recipe = block("sh").replace("\\\n", "")
+    events = re.findall(r"--events (\S+)", recipe)[0]
+    assert sorted(events.split(",")) == sorted(HANDLERS)

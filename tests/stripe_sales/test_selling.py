@@ -198,36 +198,3 @@ def test_setup_refuses_an_address_that_stripe_cannot_use(url):
     config = Config(stripe_secret_key="sk_live_1")
     with pytest.raises(e.StripeNotConfigured):
         stripe.setup(config, endpoint_url=url)
-
-
-def test_listening_brings_stripes_events_to_the_app(shop: Shop, app):
-    app.receive = lambda body, signature: stripe.receive(shop.engine, shop.config, body, signature)
-    heard = stripe.listen(shop.config, app.url, poll_s=0.01)
-    assert next(heard) is None
-    user = shop.world.user()
-    shop.dev.pay(shop.checkout(user).session)
-    forwarded = next(one for one in heard if one)
-    assert (forwarded.type, forwarded.status) == ("checkout.session.completed", 200)
-    assert shop.balance(user) == CREDITS
-    assert next(heard) is None
-
-
-def test_listening_tries_again_and_gives_up_in_the_end(shop: Shop, app):
-    app.server.server_close()
-    heard = stripe.listen(shop.config, app.url, poll_s=0.01)
-    assert next(heard) is None
-    shop.dev.pay(shop.checkout(shop.world.user()).session)
-    statuses = []
-    while len(statuses) < 3:
-        if (one := next(heard)) is not None:
-            statuses.append(one.status)
-    assert statuses == [None, None, None]
-    assert next(heard) is None
-
-
-@pytest.mark.parametrize(
-    "settings", [{"stripe_webhook_secret": None}, {"stripe_secret_key": "sk_live_1"}, {"stripe_secret_key": None}]
-)
-def test_listening_needs_secrets_of_test_mode(shop: Shop, settings):
-    with pytest.raises(e.StripeNotConfigured):
-        stripe.listen(shop.config.model_copy(update=settings), "http://127.0.0.1:1/")

@@ -74,6 +74,13 @@ def shop(server: Server, _templates: Callable[[str], str], double: DevStripe) ->
     server.drop_database("web_shop")
 
 
+@pytest.fixture
+def make_shop(make_world: Callable[..., World], double: DevStripe) -> Iterator[Callable[[str, AsyncEngine], Shop]]:
+    """``make_shop(url, engine) -> Shop`` on an async engine of the test's own; ``url`` is where its database is."""
+    with ExitStack() as stack:
+        yield lambda url, engine: stack.enter_context(Shop(url, double, engine))
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     found = shutil.which("chromium")

@@ -5,7 +5,7 @@ No ``from __future__ import annotations`` here: FastAPI reads the signatures at 
 
 import dataclasses
 from typing import Annotated, Any, Self
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import sqlalchemy as sa
 from fastapi import Depends, FastAPI, Header
@@ -84,17 +84,17 @@ def settings_for(double: DevStripe) -> dict[str, Any]:
 class Shop(Site):
     """A site whose packs are on sale at the double, and an endpoint for its events that nobody listens at."""
 
-    def __init__(self, url: str, double: DevStripe) -> None:
+    def __init__(self, url: str, double: DevStripe, engine: AsyncEngine | None = None) -> None:
         host = SHAPES["uuid"].host
         unpriced = World(url, host, **settings_for(double))
-        made = stripe.setup(unpriced.config, endpoint_url="http://127.0.0.1:9/billing/webhooks/stripe")
+        made = stripe.setup(unpriced.config, endpoint_url=f"http://127.0.0.1:9/{uuid4()}/webhooks/stripe")
         assert made.endpoint is not None
         prices = {pack.pack: pack.price for pack in made.packs}
         priced = tuple(dataclasses.replace(pack, stripe_price_id=prices[pack.name]) for pack in PACKS)
         more = {"packs": priced, "stripe_webhook_secret": made.endpoint.secret}
         self.double = double
         self.endpoint = made.endpoint.id
-        super().__init__(World(url, host, **(settings_for(double) | more)))
+        super().__init__(World(url, host, **(settings_for(double) | more)), engine)
 
     def __enter__(self) -> Self:
         self.client.__enter__()

@@ -348,7 +348,7 @@ def snippet(
         try:
             with translated(), invocation(ctx).database(migrating=True) as config, connect(address(config)) as conn:
                 config = with_mapping(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
-                adopted = migrate.examine(conn, config, privileges=False).adopted_names
+                adopted = migrate.examine(conn, config, strict=False).adopted_names
         except TallystickError as error:
             note(f"The database was not looked at: {error.message}")
     out.print(migrate.snippet(tool, config, adopted), markup=False)

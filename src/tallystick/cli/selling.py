@@ -1,4 +1,4 @@
-"""Selling through Stripe: tallystick stripe check, setup, reconcile, refund, listen."""
+"""Selling through Stripe: tallystick stripe check, setup, reconcile, dismiss, refund."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.markup import escape
 from tallystick.cli.app import Json, address, app, emit, err, invocation, note, out, table
 from tallystick.cli.ledger import KeyOption, credits_of
 from tallystick.config import Config
-from tallystick.database import engine
+from tallystick.database import engine, transaction
 from tallystick.errors import StripeNotConfigured
 from tallystick.schema import agreed, verify
 
@@ -39,7 +39,7 @@ def pool(ctx: typer.Context) -> Iterator[tuple[sa.Engine, Config]]:
     """An engine for operations that manage transactions themselves."""
     with invocation(ctx).database() as config:
         made = engine(address(config), poolclass=sa.NullPool)
-        with made.connect() as conn:
+        with transaction(made) as conn:
             verify(conn)
             config = agreed(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
         yield made, config
@@ -162,25 +162,6 @@ def send_back(
     """Send money back through Stripe, and take the credits that it bought."""
     with pool(ctx) as (made, config):
         done = stripe().refund(made, config, purchase, credits=credits, key=key or f"cli-{uuid4()}")
-        with made.connect() as conn:
-            left = stripe().books.books(config).left(conn, done)
+        with transaction(made) as conn:
+            left = stripe().store.store_of(config).left(conn, done)
     emit(done, lambda: out.print(f"Done. The purchase has {credits_of(left)} left."), as_json=as_json)
-
-
-@selling.command()
-def listen(
-    ctx: typer.Context,
-    url: Annotated[str, typer.Argument(help="Your app's webhook on this machine.", metavar="URL")],
-    once: Annotated[bool, typer.Option("--once", help="Deliver what is there within a second, and exit.")] = False,
-) -> None:
-    """For development: fetch Stripe's new events and deliver them to your app, until Ctrl-C."""
-    heard = stripe().listen(invocation(ctx).config(), url)
-    note(f"Listening; events go to {url}. Stop with Ctrl-C.")
-    looks = 0
-    for one in heard:
-        if one is None:
-            looks += 1
-        else:
-            out.print(f"{one.status or 'no answer'}  {one.type}  {one.event}", markup=False)
-        if once and looks > 1:
-            return

@@ -20,6 +20,7 @@ from tallystick.errors import (
     SchemaError,
     SchemaTooNew,
 )
+from tallystick.migrate.dependents import breaks_with_more_columns
 from tallystick.migrate.revisions import Adopted, Word, revisions
 from tallystick.schema import LEDGER, alembic_version, mapping_of, migration_log, refuse_other
 
@@ -152,6 +153,7 @@ class Host:
     """What the preflight found. ``adopted`` are columns of ours that the host had before revision 0001.
 
     ``prepared`` is the revision after ``revision`` where its new objects are committed and nothing uses them yet.
+    ``missing_privileges`` and ``breaks`` (what of the app's would fail with further columns) stop a run.
     """
 
     server_version: int
@@ -162,6 +164,7 @@ class Host:
     adopted: Adopted
     missing_privileges: tuple[str, ...] = ()
     prepared: str | None = None
+    breaks: tuple[str, ...] = ()
 
     @property
     def by_word(self) -> dict[Word, HostTable]:
@@ -185,14 +188,15 @@ class Host:
 # --- the preflight
 
 
-def examine(conn: sa.Connection, config: Config, *, privileges: bool = True) -> Host:
+def examine(conn: sa.Connection, config: Config, *, strict: bool = True) -> Host:
     """Check that this database can be migrated (or is already), before anything is changed.
 
-    With ``privileges`` off, the role need not be one that could do it.
+    With ``strict`` off, missing privileges and what of the app's would break are told in the result, not raised.
 
     Raises:
         SchemaError: the server is too old, or is a standby.
-        HostMismatch: the mapping names what is not there or cannot serve, or a name of ours is taken.
+        HostMismatch: the mapping names what is not there or cannot serve, a name of ours is taken, or something of the
+            app's would fail once its tables have further columns.
         IncompatibleColumn: the host has a column of ours that cannot be adopted.
         PermissionDenied: names what to GRANT.
         SchemaTooNew: a later version of Tallystick was here.
@@ -230,8 +234,12 @@ def examine(conn: sa.Connection, config: Config, *, privileges: bool = True) -> 
 
     tables = [table for table in (users, workshops) if table]
     missing = tuple(_missing_privileges(role, mapping, tables, migrated=revision is not None or prepared is not None))
-    if privileges and missing:
+    shaped = [(table.oid, table.schema, table.table) for table in tables]
+    breaks = tuple(breaks_with_more_columns(conn, shaped)) if revision is None else ()
+    if strict and missing:
         raise PermissionDenied(missing[0], sqlstate="42501")
+    if strict and breaks:
+        raise HostMismatch(". ".join([*breaks, "Nothing was changed"]), table=users.shown, column=None)
     return Host(
         server_version=role.version,
         server=role.version_text,
@@ -241,6 +249,7 @@ def examine(conn: sa.Connection, config: Config, *, privileges: bool = True) -> 
         adopted=adopted,
         missing_privileges=missing,
         prepared=prepared,
+        breaks=breaks,
     )
 
 

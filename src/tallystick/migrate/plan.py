@@ -115,10 +115,10 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
 
     ``backup_folder``: where a backup would go, to compare the room there with the database's size.
 
-    Raises what :func:`examine` does, but for missing privileges, which are findings.
+    Raises what :func:`examine` does, but for missing privileges and what of the app's would break, which are findings.
     """
     with looking(conn):
-        host = examine(conn, config, privileges=False)
+        host = examine(conn, config, strict=False)
         ways = tuple(_messages(config, host, STALL_BUDGET_MS))
         replicas = tuple(Replica(*row) for row in conn.execute(_REPLICAS))
         long = tuple((row.pid, round(float(row.age_s), 1)) for row in conn.execute(_LONG_TRANSACTIONS))
@@ -236,8 +236,8 @@ def _about_the_connection(conn: sa.Connection, host: Host) -> Iterator[Finding]:
     sign = pooler_sign(conn)
     if sign:
         yield Finding("stop", f"This address is a connection pooler's ({sign}). {USE_UNPOOLED}")
-    for missing in host.missing_privileges:
-        yield Finding("stop", missing)
+    for stop in (*host.missing_privileges, *host.breaks):
+        yield Finding("stop", stop)
 
 
 def _about_an_interrupted_run(host: Host) -> Iterator[Finding]:

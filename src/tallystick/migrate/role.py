@@ -27,6 +27,7 @@ from tallystick.schema import (
     LEDGER,
     stripe_checkouts,
     stripe_events,
+    stripe_failed_deliveries,
     stripe_findings,
     stripe_reconciliations,
     stripe_reversals,
@@ -47,7 +48,14 @@ _TAKEN_BACK = """\
 _GUARDED = {"users": ("credit_balance", "credit_sequence"), "workshops": ("credit_consumed_at",)}
 """What the functions alone write."""
 
-_STRIPES = (stripe_events, stripe_checkouts, stripe_reversals, stripe_findings, stripe_reconciliations)
+_STRIPES = (
+    stripe_events,
+    stripe_checkouts,
+    stripe_reversals,
+    stripe_findings,
+    stripe_failed_deliveries,
+    stripe_reconciliations,
+)
 """What selling through Stripe keeps beside the ledger; nothing is ever deleted there."""
 
 _NAME_MAX = 63  # PostgreSQL cuts a longer identifier off

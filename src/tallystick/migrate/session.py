@@ -20,6 +20,7 @@ from tallystick.errors import (
     PoolerRefused,
     TallystickError,
 )
+from tallystick.migrate.proof import BROKEN
 from tallystick.migrate.statements import MOVED, NOT_EMPTY, RUNNING
 
 APPLICATION_NAME = "tallystick migrate"
@@ -179,6 +180,12 @@ def translate(
             f"a credit transaction was written just now. {unchanged}. Take a backup, then run: "
             "tallystick migrate undo --discard-ledger",
             rows=1,
+        )
+    elif state == BROKEN:
+        shape = "more columns in the table" if action == "apply" else "the columns that the table had before"
+        found = MigrationError(
+            f"something of yours would fail after it: {said} ({detail or 'no function'}). {unchanged}. "
+            f"Make it work with {shape}, then run this again"
         )
     elif state == "42501":
         found = PermissionDenied(

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from psycopg.sql import SQL, Composable, Composed, Identifier
 from psycopg.sql import Literal as SqlLiteral
 
+from tallystick.migrate.proof import writes
 from tallystick.migrate.revisions import HostNames, Revision
 from tallystick.migrate.role import whole_again
 from tallystick.schema import LEDGER
@@ -71,7 +72,11 @@ def upward(
     return Messages(
         locks=revision.locks(names),
         opening=tuple(_opening(names, revision, expected=expected, adopted=adopted, prepared=prepared)),
-        locked=tuple(_locked(revision.locks(names), revision.locked(names), stall_budget_ms)),
+        locked=tuple(
+            _locked(
+                revision.locks(names), _proven(names, revision.locks(names), revision.locked(names)), stall_budget_ms
+            )
+        ),
         online={**revision.indexes(names), **revision.validates(names)},
         stall_budget_ms=stall_budget_ms,
     )
@@ -111,7 +116,7 @@ def downward(
         *([] if discard_ledger else [_refuse_if_rows(names)]),
         *([whole_again(names)] if gone and gone[-1].down_revision is None else []),
         *(prepared.unprepare(names) if prepared else ()),
-        *(statement for revision in gone for statement in revision.undo(names)),
+        *_proven(names, locks, (one for revision in gone for one in revision.undo(names)), inserts=False),
         *(_step_down(gone[-1]) if gone else ()),
     ]
     return Messages(
@@ -129,6 +134,20 @@ def downward(
 def text(statements: Iterable[Composable], separator: str = ";\n") -> str:
     """As one string."""
     return separator.join(statement.as_string(None) for statement in statements)
+
+
+def _proven(
+    names: HostNames, locks: Sequence[Identifier], changes: Iterable[Composable], *, inserts: bool = True
+) -> Iterator[Composable]:
+    """The changes, between two tries to write to those tables of the app that they lock."""
+    tables = [table for table in (names.users, names.workshops) if table and table.name in locks]
+    if tables:
+        yield writes(tables, changed=False, inserts=inserts)
+    yield from changes
+    if tables:
+        # a function that ran before the changes would run on as it was planned then; the app's next session would not
+        yield SQL("DISCARD PLANS")
+        yield writes(tables, changed=True, inserts=inserts)
 
 
 def _locked(locks: Sequence[Identifier], changes: Iterable[Composable], stall_budget_ms: int) -> Iterator[Composable]:

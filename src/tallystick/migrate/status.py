@@ -35,11 +35,13 @@ FUNCTIONS = 'tallystick migrate sql --functions | psql "$DATABASE_URL"'
 
 Kind = Literal["table", "column", "constraint", "index", "trigger", "rule", "enum", "type", "function", "privilege"]
 
+# Of a column's options only the one that a revision sets: minor releases of the server keep notes of their own there.
 _COLUMNS = sa.text("""
     SELECT a.attname AS name,
            format_type(a.atttypid, a.atttypmod) || CASE WHEN a.attnotnull THEN ' NOT NULL' ELSE '' END
              || coalesce(' DEFAULT ' || pg_get_expr(d.adbin, d.adrelid), '')
-             || coalesce(' SET (' || array_to_string(a.attoptions, ', ') || ')', '') AS definition
+             || coalesce(' SET (' || (SELECT o FROM unnest(a.attoptions) o WHERE o LIKE 'n\\_distinct=%') || ')', '')
+             AS definition
     FROM pg_attribute a LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
     WHERE a.attrelid = :oid AND a.attnum > 0 AND NOT a.attisdropped
 """)
@@ -226,7 +228,7 @@ def status(conn: sa.Connection, config: Config) -> Status:
 
 
 def _status(conn: sa.Connection, config: Config) -> Status:
-    host = examine(conn, config, privileges=False)
+    host = examine(conn, config, strict=False)
     drift: tuple[Drift, ...] = ()
     history: tuple[Applied, ...] = ()
     if host.revision is not None:

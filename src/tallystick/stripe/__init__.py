@@ -14,12 +14,11 @@ Unlike the ledger's, these take an engine: a request to Stripe must never wait i
 they open and commit their own short ones around it. ``docs/stripe.md`` has the states and the table of cases.
 """
 
-from tallystick.stripe.books import Finding, FindingKind, Outcome
-from tallystick.stripe.catalogue import EndpointSetup, PackCheck, PackSetup, Setup, check, setup
 from tallystick.stripe.checkout import Checkout, Confirmation, checkout, confirm, refund
 from tallystick.stripe.client import API_VERSION
-from tallystick.stripe.listening import Forwarded, listen
 from tallystick.stripe.reconciliation import Progress, Report, dismiss, reconcile
+from tallystick.stripe.setup import EndpointSetup, PackCheck, PackSetup, Setup, check, setup
+from tallystick.stripe.store import Finding, FindingKind, Outcome
 from tallystick.stripe.webhooks import BODY_MAX_BYTES, Received, receive
 
 __all__ = [
@@ -30,7 +29,6 @@ __all__ = [
     "EndpointSetup",
     "Finding",
     "FindingKind",
-    "Forwarded",
     "Outcome",
     "PackCheck",
     "PackSetup",
@@ -42,7 +40,6 @@ __all__ = [
     "checkout",
     "confirm",
     "dismiss",
-    "listen",
     "receive",
     "reconcile",
     "refund",

@@ -33,12 +33,11 @@ from tallystick.schema import (
     migration_log,
     stripe_checkouts,
 )
-from tallystick.stripe.books import NOT_GONE, Outcome, as_uuid, target
 from tallystick.stripe.client import Object, ask, every, found, is_live
-from tallystick.stripe.desk import PAGE, Desk, failure_of, in_transaction
+from tallystick.stripe.effects import PAGE, Effects, failure_of, in_transaction
+from tallystick.stripe.store import METADATA_KEY, NOT_GONE, Outcome, target
 
 SESSION_PLACEHOLDER = "{CHECKOUT_SESSION_ID}"
-METADATA_KEY = "tallystick_purchase"
 REFUND_KEY = "tallystick_refund"
 CLOCKS_APART_S = 3600  # between the database's clock and Stripe's; only makes a list longer
 
@@ -89,25 +88,25 @@ def checkout(
         StripeUnavailable: the purchase is pending; call again with the same ``key``.
         StripeRefused: the purchase failed, and says why.
     """
-    desk = Desk(engine, config)
+    effects = Effects(engine, config)
     addresses = {
         "success_url": _with_session(_allowed(config, success_url)),
         "cancel_url": _allowed(config, cancel_url),
     }
     accounts = Accounts(config)
     account = in_transaction(engine, lambda conn: accounts.get(conn, user))
-    started = None if key is None else in_transaction(engine, lambda conn: _started(desk, conn, user, key))
+    started = None if key is None else in_transaction(engine, lambda conn: _started(effects, conn, user, key))
     if started is None:
         if account.deleted_at is not None:
             raise UserDeleted(f"user {user} was deleted. To bring the user back: Accounts.restore_user", user=user)
         chosen = pack_named(config, pack)
-        require_price(chosen, price_of(desk.client, chosen), live=is_live(config))
-        customer = account.stripe_customer_id or _customer(desk, accounts, account)
+        require_price(chosen, price_of(effects.client, chosen), live=is_live(config))
+        customer = account.stripe_customer_id or _customer(effects, accounts, account)
         request = {"customer": customer, **addresses}
-        started = in_transaction(engine, lambda conn: _start(desk, conn, user, chosen, addresses=request, key=key))
+        started = in_transaction(engine, lambda conn: _start(effects, conn, user, chosen, addresses=request, key=key))
     purchase, request = started
-    session = _session(desk, purchase, request)
-    return in_transaction(engine, lambda conn: _attached(desk, conn, purchase, session))
+    session = _session(effects, purchase, request)
+    return in_transaction(engine, lambda conn: _attached(effects, conn, purchase, session))
 
 
 def confirm(engine: sa.Engine, config: Config, user: Key, session: str) -> Confirmation:
@@ -120,26 +119,25 @@ def confirm(engine: sa.Engine, config: Config, user: Key, session: str) -> Confi
         SessionNotYours: another user's session, or none of ours.
         StripeNotConfigured, StripeUnavailable, StripeRefused.
     """
-    desk = Desk(engine, config)
+    effects = Effects(engine, config)
     refusal = SessionNotYours(
         f"the session {session!r} pays for no purchase of user {user}. Nothing was granted",
         stripe_session_id=session,
     )
     if not session.startswith("cs_") or not session.replace("_", "").isalnum() or not session.isascii():
         raise refusal
-    said = desk.session_now(session)
+    said = effects.session_now(session)
     if said is None:
         raise refusal
-    reference = as_uuid(said.get("client_reference_id"))
-    owner = desk.books.schema.user_key(user)
-    mine = in_transaction(engine, lambda conn: desk.books.purchase(conn, id=reference, session=session))
+    owner = effects.store.schema.user_key(user)
+    mine = in_transaction(engine, lambda conn: effects.store.claim(conn, said).purchase)
     if mine is None or mine.user_id != owner:
         raise refusal
-    effect = desk.session(said, failed=failure_of(said))
+    effect = effects.session(said, failed=failure_of(said))
 
     def work(conn: sa.Connection) -> Confirmation:
         outcome = effect(conn)
-        return Confirmation(desk.books.purchase(conn, id=mine.id) or mine, outcome)
+        return Confirmation(effects.store.purchase(conn, id=mine.id) or mine, outcome)
 
     return in_transaction(engine, work)
 
@@ -157,8 +155,8 @@ def refund(
         StripeUnavailable: call again with the same ``key``.
         StripeNotConfigured, StripeRefused.
     """
-    desk = Desk(engine, config)
-    bought = in_transaction(engine, lambda conn: desk.books.purchase(conn, id=purchase))
+    effects = Effects(engine, config)
+    bought = in_transaction(engine, lambda conn: effects.store.purchase(conn, id=purchase))
     if bought is None:
         raise UnknownPurchase(
             f"there is no purchase {purchase}. Each one's id is in its user's history: tallystick history USER",
@@ -173,7 +171,7 @@ def refund(
             status=str(bought.status),
         )
     intent = bought.stripe_payment_intent_id
-    refunds = every(lambda: desk.client.v1.refunds.list({"payment_intent": intent, "limit": PAGE}))
+    refunds = every(lambda: effects.client.v1.refunds.list({"payment_intent": intent, "limit": PAGE}))
     sent = [one.to_dict() for one in refunds]
     mine = next((one for one in sent if one["metadata"].get(REFUND_KEY) == key), None)
     if mine is None:
@@ -184,13 +182,13 @@ def refund(
             "metadata": {METADATA_KEY: str(bought.id), REFUND_KEY: key},
         }
         once: Any = {"idempotency_key": f"{bought.id} refund {key}"}
-        mine = ask(lambda: desk.client.v1.refunds.create(request, once)).to_dict()
-    effect = desk.reversal(mine)
+        mine = ask(lambda: effects.client.v1.refunds.create(request, once)).to_dict()
+    effect = effects.reversal(mine)
 
     def work(conn: sa.Connection) -> CreditTransaction:
         if effect is not None:
             effect(conn)
-        return desk.books.purchase(conn, id=purchase) or bought
+        return effects.store.purchase(conn, id=purchase) or bought
 
     return in_transaction(engine, work)
 
@@ -241,21 +239,23 @@ def require_price(pack: Pack, price: Object | None, *, live: bool) -> None:
 # --- the steps of a checkout ---
 
 
-def _started(desk: Desk, conn: sa.Connection, user: Key, key: str) -> tuple[CreditTransaction, dict[str, Any]] | None:
+def _started(
+    effects: Effects, conn: sa.Connection, user: Key, key: str
+) -> tuple[CreditTransaction, dict[str, Any]] | None:
     """The purchase that this key started before, and what Stripe was to be asked for it."""
-    row = desk.books.schema.credit_transactions.c
-    prior = sa.select(row.id).where(row.user_id == desk.books.schema.user_key(user), row.idempotency_key == key)
+    row = effects.store.schema.credit_transactions.c
+    prior = sa.select(row.id).where(row.user_id == effects.store.schema.user_key(user), row.idempotency_key == key)
     id = run(conn, prior, {}).scalar_one_or_none()
-    purchase = None if id is None else desk.books.purchase(conn, id=id)
+    purchase = None if id is None else effects.store.purchase(conn, id=id)
     request = None if purchase is None else _request(conn, purchase.id)
     return (replace(purchase, replayed=True), request) if purchase is not None and request is not None else None
 
 
 def _start(
-    desk: Desk, conn: sa.Connection, user: Key, pack: Pack, *, addresses: dict[str, Any], key: str | None
+    effects: Effects, conn: sa.Connection, user: Key, pack: Pack, *, addresses: dict[str, Any], key: str | None
 ) -> tuple[CreditTransaction, dict[str, Any]]:
     """Write the row, and word for word what Stripe will be asked, so that it can be asked the same again."""
-    purchase = desk.books.ledger.start_purchase(
+    purchase = effects.store.ledger.start_purchase(
         conn,
         user,
         credits=pack.credits,
@@ -296,48 +296,57 @@ def _request(conn: sa.Connection, purchase: UUID) -> dict[str, Any] | None:
     return request
 
 
-def _session(desk: Desk, purchase: CreditTransaction, request: dict[str, Any]) -> Object:
+def _session(effects: Effects, purchase: CreditTransaction, request: dict[str, Any]) -> Object:
     if purchase.stripe_session_id is not None:
-        stored = desk.session_now(purchase.stripe_session_id)
+        stored = effects.session_now(purchase.stripe_session_id)
         if stored is not None:
             return stored
     if purchase.replayed:
-        missed = session_of_purchase(desk, purchase, request["customer"])
+        missed = session_of_purchase(effects, purchase, request["customer"])
         if missed is not None:
             return missed
     asked: Any = request
     once: Any = {"idempotency_key": str(purchase.id)}
     try:
-        made: Object = ask(lambda: desk.client.v1.checkout.sessions.create(asked, once)).to_dict()
+        made: Object = ask(lambda: effects.client.v1.checkout.sessions.create(asked, once)).to_dict()
     except StripeRefused as refusal:
         if refusal.status not in (400, 404) or isinstance(refusal.__cause__, sdk.IdempotencyError):
             raise  # a wrong key or the like says nothing about this purchase
         reason = f"Stripe refused: {refusal.code or refusal.status}"
         in_transaction(
-            desk.engine,
-            lambda conn: desk.books.ledger.fail_purchase(conn, purchase.user_id, purchase=purchase.id, reason=reason),
+            effects.engine,
+            lambda conn: effects.store.ledger.fail_purchase(
+                conn, purchase.user_id, purchase=purchase.id, reason=reason
+            ),
         )
         raise
     return made
 
 
-def session_of_purchase(desk: Desk, purchase: CreditTransaction, customer: str) -> Object | None:
+def session_of_purchase(effects: Effects, purchase: CreditTransaction, customer: str) -> Object | None:
     """The session of a purchase whose answer was lost, looked up: Stripe may have forgotten the idempotency key."""
     since = int(purchase.created_at.timestamp()) - CLOCKS_APART_S
     asked: Any = {"customer": customer, "created": {"gte": since}, "limit": PAGE}
-    theirs = every(lambda: desk.client.v1.checkout.sessions.list(asked))
-    session = next((one for one in theirs if one.client_reference_id == str(purchase.id)), None)
-    return None if session is None else desk.session_now(session.id)
+    theirs = every(lambda: effects.client.v1.checkout.sessions.list(asked))
+    mark = str(purchase.id)
+    session = next((one for one in map(sdk.StripeObject.to_dict, theirs) if _mark(one) == mark), None)
+    return None if session is None else effects.session_now(session["id"])
 
 
-def _attached(desk: Desk, conn: sa.Connection, purchase: CreditTransaction, session: Object) -> Checkout:
+def _mark(session: Object) -> str | None:
+    """The purchase that a session's metadata names."""
+    mark: str | None = (session["metadata"] or {}).get(METADATA_KEY)
+    return mark
+
+
+def _attached(effects: Effects, conn: sa.Connection, purchase: CreditTransaction, session: Object) -> Checkout:
     """Store the session; for one that is over already, what came of it."""
-    desk.session(session, failed=failure_of(session))(conn)
-    now = desk.books.purchase(conn, id=purchase.id) or purchase
+    effects.session(session, failed=failure_of(session))(conn)
+    now = effects.store.purchase(conn, id=purchase.id) or purchase
     return Checkout(now, session["id"], session["url"] if session["status"] == "open" else None)
 
 
-def _customer(desk: Desk, accounts: Accounts, account: Account) -> str:
+def _customer(effects: Effects, accounts: Accounts, account: Account) -> str:
     """The user's Stripe customer, made once: those who ask at the same time ask with the same key."""
     users = accounts.schema.users.c
     row = migration_log.c
@@ -350,10 +359,10 @@ def _customer(desk: Desk, accounts: Accounts, account: Account) -> str:
         # the database's own birthday keeps user 1 here apart from user 1 of another database at the same account
         return email, f"{first} {account.user} {email}"
 
-    email, identity = in_transaction(desk.engine, about)
+    email, identity = in_transaction(effects.engine, about)
     params: Any = {"metadata": {"tallystick_user": str(account.user)}} | ({"email": email} if email else {})
     once: Any = {"idempotency_key": f"customer {hashlib.sha256(identity.encode()).hexdigest()}"}
-    made = ask(lambda: desk.client.v1.customers.create(params, once))
+    made = ask(lambda: effects.client.v1.customers.create(params, once))
 
     def tie(conn: sa.Connection) -> str:
         try:
@@ -364,7 +373,7 @@ def _customer(desk: Desk, accounts: Accounts, account: Account) -> str:
                 raise
             return now
 
-    return in_transaction(desk.engine, tie)
+    return in_transaction(effects.engine, tie)
 
 
 def _share(bought: CreditTransaction, paid: int, gone: int, credits: int | None) -> int:

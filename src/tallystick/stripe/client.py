@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache, partial
 from typing import Any, TypeVar
+
+from sqlalchemy.util.concurrency import await_only, in_greenlet
 
 try:
     import stripe as sdk
@@ -59,8 +62,23 @@ def _client(key: str, base: str | None) -> sdk.StripeClient:
         stripe_version=API_VERSION,
         base_addresses={"api": base} if base else {},
         max_network_retries=RETRIES,
-        http_client=sdk.RequestsClient(timeout=TIMEOUT_S),
+        http_client=_Transport(timeout=TIMEOUT_S),
     )
+
+
+class _Transport(sdk.RequestsClient):
+    """The SDK's HTTP client, which blocks; under an async engine of SQLAlchemy's it blocks a thread of its own.
+
+    There the caller runs in a greenlet on the event loop, which serves other requests meanwhile.
+    """
+
+    def request_with_retries(self, *args: Any, **kwargs: Any) -> tuple[str, int, Mapping[str, str]]:
+        """As ever."""
+        return _off_the_loop(lambda: super(_Transport, self).request_with_retries(*args, **kwargs))
+
+
+def _off_the_loop(blocking: Callable[[], T]) -> T:
+    return await_only(asyncio.to_thread(blocking)) if in_greenlet() else blocking()
 
 
 def is_live(config: Config) -> bool:
@@ -81,7 +99,8 @@ def ask(call: Callable[[], T]) -> T:
         except sdk.RateLimitError as error:
             if pause_s is None:
                 raise _unavailable(error) from error
-            time.sleep(pause_s * random.uniform(0.5, 1))  # noqa: S311 - jitter, not a secret
+            jittered_s = pause_s * random.uniform(0.5, 1)  # noqa: S311 - not a secret
+            _off_the_loop(partial(time.sleep, jittered_s))
         except sdk.APIConnectionError as error:
             raise _unavailable(error) from error
         except sdk.StripeError as error:

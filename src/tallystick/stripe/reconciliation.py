@@ -16,14 +16,14 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from tallystick.config import Config
-from tallystick.database import run
+from tallystick.database import run, transaction
 from tallystick.errors import InvalidArgument
 from tallystick.ledger import CreditTransaction
 from tallystick.schema import stripe_checkouts, stripe_events, stripe_reconciliations, stripe_reversals
-from tallystick.stripe.books import DISPUTE_STANDING, Finding, FindingKind, Outcome, books
 from tallystick.stripe.checkout import session_of_purchase
 from tallystick.stripe.client import every
-from tallystick.stripe.desk import PAGE, Desk, Effect, failure_of, in_transaction, transaction
+from tallystick.stripe.effects import PAGE, Effect, Effects, failure_of, in_transaction
+from tallystick.stripe.store import DISPUTE_RANK, Finding, FindingKind, Outcome, store_of
 from tallystick.stripe.webhooks import HANDLERS, prepared
 
 OVERLAP = dt.timedelta(days=3)
@@ -37,7 +37,7 @@ RESUMED_WITHIN = dt.timedelta(days=1)
 
 EVENTS_KEPT = dt.timedelta(days=30)
 
-_DISPUTE_IS_OVER = max(DISPUTE_STANDING.values())
+_DISPUTE_IS_OVER = max(DISPUTE_RANK.values())
 _CHANGES = {
     Outcome.GRANTED,
     Outcome.PENDING,
@@ -98,7 +98,7 @@ def reconcile(
     """
     if since is not None and since.tzinfo is None:
         raise InvalidArgument(f"since={since!r}: pass a time with a time zone", argument="since", value=since)
-    return _Run(Desk(engine, config), since, dry_run=dry_run, progress=progress or (lambda _: None)).run()
+    return _Run(Effects(engine, config), since, dry_run=dry_run, progress=progress or (lambda _: None)).run()
 
 
 def dismiss(engine: sa.Engine, config: Config, object_id: str) -> int:
@@ -106,7 +106,7 @@ def dismiss(engine: sa.Engine, config: Config, object_id: str) -> int:
 
     Returns how many there were; they stay in the table and are not reported again.
     """
-    return in_transaction(engine, lambda conn: books(config).dismiss(conn, object_id))
+    return in_transaction(engine, lambda conn: store_of(config).dismiss(conn, object_id))
 
 
 _Step = tuple[str, str, Effect | None]  # where this stands, Stripe's id, what to do
@@ -114,9 +114,9 @@ _Step = tuple[str, str, Effect | None]  # where this stands, Stripe's id, what t
 
 class _Run:
     def __init__(
-        self, desk: Desk, since: dt.datetime | None, *, dry_run: bool, progress: Callable[[Progress], None]
+        self, effects: Effects, since: dt.datetime | None, *, dry_run: bool, progress: Callable[[Progress], None]
     ) -> None:
-        self.desk = desk
+        self.effects = effects
         self.asked_since = since
         self.dry_run = dry_run
         self.progress = progress
@@ -150,8 +150,8 @@ class _Run:
             position = None
             self._tell(name)
         self._finish()
-        with transaction(self.desk.engine) as conn:
-            findings = self.desk.books.findings(conn)
+        with transaction(self.effects.engine) as conn:
+            findings = self.effects.store.findings(conn)
         known = {(one.kind, one.object_id) for one in findings}
         findings += [one for one in self.would_note if (one.kind, one.object_id) not in known]
         return Report(
@@ -168,8 +168,8 @@ class _Run:
 
     def _pending(self, _since: dt.datetime | None, position: str | None) -> Iterator[_Step]:
         """Every purchase that waits here, oldest first, whatever its age."""
-        row, sold = self.desk.books.schema.credit_transactions.c, stripe_checkouts.c
-        purchases = self.desk.books.schema.credit_transactions
+        row, sold = self.effects.store.schema.credit_transactions.c, stripe_checkouts.c
+        purchases = self.effects.store.schema.credit_transactions
         old = sa.func.now() - NEVER_ASKED
         after = UUID(position) if position else UUID(int=0)
         while True:
@@ -190,71 +190,73 @@ class _Run:
 
     def _waiting(self, purchase: CreditTransaction, customer: str | None, *, is_old: bool) -> Effect | None:
         """What Stripe says about a pending purchase; asked before anything is failed."""
-        books = self.desk.books
+        store = self.effects.store
         known = purchase.stripe_session_id
         if known is not None:
-            session = self.desk.session_now(known)
+            session = self.effects.session_now(known)
         elif customer is not None:
-            session = session_of_purchase(self.desk, purchase, customer)
+            session = session_of_purchase(self.effects, purchase, customer)
         else:
             return None  # not sold by checkout: the host's own to follow
         if session is not None:
-            return self.desk.session(session, failed=failure_of(session))
+            return self.effects.session(session, failed=failure_of(session))
 
         def missing(conn: sa.Connection) -> Outcome:
             if known is not None:
-                books.note(conn, FindingKind.SESSION_MISSING, known, purchase=purchase.id, found="not at Stripe")
+                store.note(conn, FindingKind.SESSION_MISSING, known, purchase=purchase.id, found="not at Stripe")
                 return Outcome.UNKNOWN
             reason = "Stripe has no session for it"
-            failed = books.ledger.fail_purchase(conn, purchase.user_id, purchase=purchase.id, reason=reason)
+            failed = store.ledger.fail_purchase(conn, purchase.user_id, purchase=purchase.id, reason=reason)
             return Outcome.UNCHANGED if failed.replayed else Outcome.FAILED
 
         return missing if is_old or known is not None else None
 
     def _sessions(self, since: dt.datetime | None, position: str | None) -> Iterator[_Step]:
         asked: Any = {**_window(since, position), "status": "complete", "expand": ["data.payment_intent"]}
-        for one in every(lambda: self.desk.client.v1.checkout.sessions.list(asked)):
+        for one in every(lambda: self.effects.client.v1.checkout.sessions.list(asked)):
             session = one.to_dict()
-            yield session["id"], session["id"], self.desk.session(session, failed=failure_of(session))
+            yield session["id"], session["id"], self.effects.session(session, failed=failure_of(session))
 
     def _listed(self, kind: str, since: dt.datetime | None, position: str | None) -> Iterator[_Step]:
         asked: Any = _window(since, position)
-        service: Any = getattr(self.desk.client.v1, kind)
+        service: Any = getattr(self.effects.client.v1, kind)
         for one in every(lambda: service.list(asked)):
-            yield one.id, one.id, self.desk.reversal(one.to_dict())
+            yield one.id, one.id, self.effects.reversal(one.to_dict())
 
     def _open(self, _since: dt.datetime | None, position: str | None) -> Iterator[_Step]:
         """Refunds and disputes that were not decided when we last heard of them, however old."""
         row = stripe_reversals.c
         over = sa.case((row.kind == "dispute", _DISPUTE_IS_OVER), else_=1)
-        statement = sa.select(row.id, row.kind).where(row.standing < over, row.id > (position or "")).order_by(row.id)
+        statement = (
+            sa.select(row.id, row.kind).where(row.status_rank < over, row.id > (position or "")).order_by(row.id)
+        )
         for id, kind in self._read(statement):
-            said = self.desk.again({"object": kind, "id": id})
-            yield id, id, None if said is None else self.desk.reversal(said)
+            said = self.effects.again({"object": kind, "id": id})
+            yield id, id, None if said is None else self.effects.reversal(said)
 
     def _events(self, since: dt.datetime | None, position: str | None) -> Iterator[_Step]:
         """Events that were never received; Stripe keeps them for thirty days, the walks above need none."""
         oldest = dt.datetime.now(dt.UTC) - EVENTS_KEPT
         asked: Any = {**_window(max(since or oldest, oldest), position), "types": sorted(HANDLERS)}
-        for event in every(lambda: self.desk.client.v1.events.list(asked)):
+        for event in every(lambda: self.effects.client.v1.events.list(asked)):
             seen = sa.select(stripe_events.c.id).where(stripe_events.c.id == event.id)
-            yield event.id, event.id, None if self._read(seen) else prepared(self.desk, event.to_dict())
+            yield event.id, event.id, None if self._read(seen) else prepared(self.effects, event.to_dict())
 
     def _read(self, statement: sa.Select[Any]) -> Sequence[Any]:
-        return in_transaction(self.desk.engine, lambda conn: run(conn, statement, {}).all())
+        return in_transaction(self.effects.engine, lambda conn: run(conn, statement, {}).all())
 
     # --- one step, and where we stand ---
 
     def _apply(self, id: str, effect: Effect) -> None:
-        outcome = self._rehearsed(id, effect) if self.dry_run else in_transaction(self.desk.engine, effect)
+        outcome = self._rehearsed(id, effect) if self.dry_run else in_transaction(self.effects.engine, effect)
         self.outcomes[str(outcome)] += 1
         if outcome in _CHANGES:
             self.changes.append((id, outcome))
 
     def _rehearsed(self, id: str, effect: Effect) -> Outcome:
-        with transaction(self.desk.engine, keep=False) as conn:
+        with transaction(self.effects.engine, keep=False) as conn:
             outcome = effect(conn)
-            self.would_note += [one for one in self.desk.books.findings(conn) if one.object_id == id]
+            self.would_note += [one for one in self.effects.store.findings(conn) if one.object_id == id]
         return outcome
 
     def _begin(self) -> tuple[dt.datetime | None, str | None, str | None]:
@@ -277,7 +279,7 @@ class _Run:
                 self.id = run(conn, new, {}).scalar_one()
             return since, None, None
 
-        return in_transaction(self.desk.engine, work)
+        return in_transaction(self.effects.engine, work)
 
     def _tell(self, stage: str) -> None:
         self.progress(Progress(stage, self.looked_at[stage], len(self.changes)))
@@ -289,7 +291,7 @@ class _Run:
     def _update(self, **values: Any) -> None:
         if self.id is not None:
             update = sa.update(stripe_reconciliations).where(stripe_reconciliations.c.id == self.id).values(**values)
-            in_transaction(self.desk.engine, lambda conn: run(conn, update, {}))
+            in_transaction(self.effects.engine, lambda conn: run(conn, update, {}))
 
 
 def _window(since: dt.datetime | None, position: str | None) -> dict[str, Any]:

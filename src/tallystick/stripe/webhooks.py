@@ -13,9 +13,9 @@ import stripe as sdk
 
 from tallystick.config import Config
 from tallystick.errors import DatabaseError, SchemaError, StripeError
-from tallystick.stripe.books import Outcome
 from tallystick.stripe.client import API_VERSION, Object, is_live
-from tallystick.stripe.desk import Desk, Effect, in_transaction
+from tallystick.stripe.effects import Effect, Effects, in_transaction
+from tallystick.stripe.store import Outcome
 
 BODY_MAX_BYTES = 1 << 20  # Stripe's own events stay far below
 AGE_MAX_S = 300
@@ -50,7 +50,7 @@ def receive(engine: sa.Engine, config: Config, raw_body: bytes, signature: str |
         _log.warning("event %s (%s) is of the other mode (livemode=%s): ignored", id, event_type, event["livemode"])
         return Received(200, Outcome.IGNORED, id, "the other mode")
     try:
-        effect = prepared(Desk(engine, config), event)
+        effect = prepared(Effects(engine, config), event)
         outcome = Outcome.IGNORED if effect is None else in_transaction(engine, effect)
     except (DatabaseError, SchemaError, StripeError) as error:
         _log.error("event %s (%s) was not stored: %s", id, event_type, error)
@@ -60,48 +60,48 @@ def receive(engine: sa.Engine, config: Config, raw_body: bytes, signature: str |
     return Received(200, outcome, id)
 
 
-def prepared(desk: Desk, event: Object) -> Effect | None:
+def prepared(effects: Effects, event: Object) -> Effect | None:
     """The effect of an event, with its id stored beside it, so that it comes once; None for no event of ours."""
     handler = HANDLERS.get(event["type"])
     said: Object | None = event["data"]["object"]
     if handler is not None and said is not None and event["api_version"] != API_VERSION:
-        said = desk.again(said)
+        said = effects.again(said)
     if handler is None or said is None:
         return None
-    about, effect = said["id"], handler(desk, said)
+    about, effect = said["id"], handler(effects, said)
 
     def once(conn: sa.Connection) -> Outcome:
-        if not desk.books.first_time(conn, event["id"], event["type"], about):
+        if not effects.store.first_time(conn, event["id"], event["type"], about):
             return Outcome.DUPLICATE
         return Outcome.IGNORED if effect is None else effect(conn)
 
     return once
 
 
-def _session(desk: Desk, session: Object) -> Effect:
-    return desk.session(session)
+def _session(effects: Effects, session: Object) -> Effect:
+    return effects.session(session)
 
 
-def _payment_failed(desk: Desk, session: Object) -> Effect:
-    return desk.session(session, failed="the payment failed")
+def _payment_failed(effects: Effects, session: Object) -> Effect:
+    return effects.session(session, failed="the payment failed")
 
 
-def _reversal(desk: Desk, said: Object) -> Effect | None:
-    return desk.reversal(said)
+def _reversal(effects: Effects, said: Object) -> Effect | None:
+    return effects.reversal(said)
 
 
-def _charge_refunded(desk: Desk, charge: Object) -> Effect | None:
+def _charge_refunded(effects: Effects, charge: Object) -> Effect | None:
     """A charge says only how much was refunded in all; its refunds say which."""
-    effects = [effect for refund in desk.refunds_of(charge) if (effect := desk.reversal(refund))]
+    reversals = [effect for refund in effects.refunds_of(charge) if (effect := effects.reversal(refund))]
 
     def all_of_them(conn: sa.Connection) -> Outcome:
-        outcomes = [effect(conn) for effect in effects]
+        outcomes = [effect(conn) for effect in reversals]
         return next((one for one in outcomes if one is not Outcome.UNCHANGED), Outcome.UNCHANGED)
 
-    return all_of_them if effects else None
+    return all_of_them if reversals else None
 
 
-HANDLERS: dict[str, Callable[[Desk, Object], Effect | None]] = {
+HANDLERS: dict[str, Callable[[Effects, Object], Effect | None]] = {
     "checkout.session.completed": _session,
     "checkout.session.async_payment_succeeded": _session,
     "checkout.session.async_payment_failed": _payment_failed,

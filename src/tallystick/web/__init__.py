@@ -19,9 +19,9 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tallystick.config import Config
-from tallystick.web import api, buyer, purchase
-from tallystick.web.billing import Billing, CurrentUser, Fragments, Preview, Workshop
-from tallystick.web.texts import Texts
+from tallystick.web.buyer import json_api, purchase, views
+from tallystick.web.buyer.billing import Billing, CurrentUser, Fragments, Preview, Workshop
+from tallystick.web.buyer.texts import Texts
 
 __all__ = ["Billing", "Fragments", "Texts", "Workshop", "router"]
 
@@ -69,7 +69,7 @@ def router(
         preview=preview,
         headers=headers,
     )
-    api.add_to(billing)
-    buyer.add_to(billing)
+    json_api.add_to(billing)
+    views.add_to(billing)
     purchase.add_to(billing)
     return billing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import types
@@ -206,3 +207,19 @@ def test_stripe_trigger(stripe_cli: Path, schemas: Schemas, tmp_path: Path, even
         assert run.returncode == 0, run.stdout + run.stderr
         seen = {one.type for one in client_of(dev).v1.events.list({"limit": 100}).data}
         assert expected <= seen
+
+
+def test_the_listen_recipe_uses_options_that_the_command_line_has(stripe_cli: Path, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "stripe.md").read_text(encoding="utf-8")
+    recipe = "".join(re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+    options = set(re.findall(r"--[a-z-]+", recipe))
+    run = subprocess.run(
+        [stripe_cli, "listen", "--help"],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"XDG_CONFIG_HOME": str(tmp_path), "HOME": str(tmp_path), "STRIPE_CLI_TELEMETRY_OPTOUT": "1"},
+    )
+    assert options == {"--print-secret", "--events-from", "--forward-to", "--events"}
+    assert options <= set(re.findall(r"--[a-z-]+", run.stdout))

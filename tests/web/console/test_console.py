@@ -20,8 +20,8 @@ from starlette.testclient import TestClient
 
 from tallystick.errors import DatabaseUnavailable
 from tallystick.web.console import LocalLink, console
-from tallystick.web.console.books import Books
-from tallystick.web.money import MINUS
+from tallystick.web.console.queries import Queries
+from tallystick.web.shared.numbers import MINUS
 from worlds import SHAPES, World
 
 PAGES = ["/", "/users", "/pending", "/audit", "/migrations"]
@@ -330,7 +330,7 @@ def test_read_only_unless_allowed(world, open_console):
 
 
 def test_reading_is_read_only_in_the_database(world):
-    books = Books(world.config, world.engine)
+    books = Queries(world.config, world.engine)
     user = world.user()
     with pytest.raises(DatabaseUnavailable, match="read-only transaction"), books.reading() as conn:
         conn.execute(sa.update(world.schema.users).values(credit_balance=9).where(world.schema.users.c.key == user))

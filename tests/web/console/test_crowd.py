@@ -15,7 +15,7 @@ import uvicorn
 from playwright.sync_api import expect
 
 from tallystick.web.console import LocalLink, Passwords, console, hash_password
-from tallystick.web.console.books import Books
+from tallystick.web.console.queries import Queries
 
 AXE = Path(axe_playwright_python.__file__).with_name("axe.min.js")
 PATIENCE_MS = 30_000
@@ -38,7 +38,7 @@ def plans(crowd):
     """``plans(read)``: the statements that ``read(books)`` makes on the crowd's database, each with its scans."""
 
     def explain(read):
-        books, made = Books(crowd.config, crowd.engine), []
+        books, made = Queries(crowd.config, crowd.engine), []
 
         def note(conn, cursor, statement, parameters, context, executemany):
             if statement.startswith("SELECT") and "set_config" not in statement:
@@ -93,12 +93,12 @@ def test_pages_read_big_tables_through_indexes_only(plans, read):
 def test_the_figures_read_young_rows_only(plans, crowd):
     by_day, _ = plans(lambda books: books.figures(dt.datetime.now(dt.UTC)))
     assert "GROUP BY" in by_day[0]
-    statement = Books(crowd.config, crowd.engine)._by_day(dt.date(2026, 1, 1))
+    statement = Queries(crowd.config, crowd.engine)._by_day(dt.date(2026, 1, 1))
     assert "credit_transactions.id >=" in str(statement)
 
 
 def test_estimates_are_near(crowd):
-    users, rows = Books(crowd.config, crowd.engine).estimates()
+    users, rows = Queries(crowd.config, crowd.engine).estimates()
     assert users == pytest.approx(100_000, rel=0.05)
     assert rows == pytest.approx(300_000, rel=0.05)
 

@@ -155,12 +155,14 @@ CREATE TABLE tallystick.stripe_events (
     "stripe_checkouts": """
 CREATE TABLE tallystick.stripe_checkouts (
   purchase_id uuid NOT NULL,
-  pack text NOT NULL,
+  pack text,
   amount bigint NOT NULL,
   currency char(3) NOT NULL,
-  request jsonb NOT NULL,
+  rounding text NOT NULL DEFAULT 'down',
+  request jsonb,
   created_at timestamptz NOT NULL DEFAULT now(),
-  CONSTRAINT stripe_checkouts_pkey PRIMARY KEY (purchase_id)
+  CONSTRAINT stripe_checkouts_pkey PRIMARY KEY (purchase_id),
+  CONSTRAINT stripe_checkouts_rounding CHECK (rounding IN ('down', 'nearest', 'up'))
 )""",
     "stripe_reversals": """
 CREATE TABLE tallystick.stripe_reversals (
@@ -169,12 +171,15 @@ CREATE TABLE tallystick.stripe_reversals (
   stripe_payment_intent_id text NOT NULL,
   amount bigint NOT NULL,
   currency char(3) NOT NULL,
+  charge_amount bigint,
+  credits bigint,
   status text NOT NULL,
-  standing smallint NOT NULL,
-  settled boolean NOT NULL DEFAULT false,
+  status_rank smallint NOT NULL,
+  applied text NOT NULL DEFAULT 'none',
   seen_at timestamptz NOT NULL DEFAULT now(),
   CONSTRAINT stripe_reversals_pkey PRIMARY KEY (id),
-  CONSTRAINT stripe_reversals_kind CHECK (kind IN ('refund', 'dispute'))
+  CONSTRAINT stripe_reversals_kind CHECK (kind IN ('refund', 'dispute')),
+  CONSTRAINT stripe_reversals_applied CHECK (applied IN ('none', 'share', 'marked'))
 )""",
     "stripe_findings": """
 CREATE TABLE tallystick.stripe_findings (
@@ -186,6 +191,19 @@ CREATE TABLE tallystick.stripe_findings (
   seen_at timestamptz NOT NULL DEFAULT now(),
   dismissed_at timestamptz,
   CONSTRAINT stripe_findings_pkey PRIMARY KEY (kind, object_id)
+)""",
+    "stripe_failed_deliveries": """
+CREATE TABLE tallystick.stripe_failed_deliveries (
+  event_id text NOT NULL,
+  type text NOT NULL,
+  object_type text NOT NULL,
+  object_id text NOT NULL,
+  reason text NOT NULL,
+  attempts integer NOT NULL DEFAULT 1,
+  first_at timestamptz NOT NULL DEFAULT now(),
+  last_at timestamptz NOT NULL DEFAULT now(),
+  resolved_at timestamptz,
+  CONSTRAINT stripe_failed_deliveries_pkey PRIMARY KEY (event_id)
 )""",
     "stripe_reconciliations": """
 CREATE TABLE tallystick.stripe_reconciliations (

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import sqlalchemy as sa
 
 from tallystick.config import CREDITS_MAX, Config
-from tallystick.database import translated
+from tallystick.database import transaction
 from tallystick.errors import LedgerError
 from tallystick.ledger import CreditTransaction, Ledger
-from tallystick.web.console.books import LedgerRow, UserRow
+from tallystick.web.console.queries import LedgerRow, UserRow
 
 log = logging.getLogger("tallystick.console")
 
@@ -99,9 +99,7 @@ class Actions:
         key = f"{KEY_PREFIX}:{operator}:{token[:64]}"
         credits = review.credits or 0
         try:
-            with translated(connecting=True):
-                conn = self._engine.connect()
-            with conn, translated(), conn.begin():
+            with transaction(self._engine) as conn:
                 user, reason = review.user.key, review.reason
                 if review.purchase is None:
                     row = self._ledger.grant(conn, user, credits=credits, key=key, description=reason)

@@ -17,7 +17,7 @@ from tallystick.errors import TallystickError
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 
 REST = 20
 """A result is kept at least this many times as long as it took, so that reading never busies the database."""
@@ -44,7 +44,7 @@ class State(Generic[Result]):
 class Background(Generic[Result]):
     """``work(progress)`` on a thread of its own. Runs only when asked for, never twice at a time."""
 
-    def __init__(self, name: str, work: Callable[[Progress], Result], *, keep_s: float = 60) -> None:
+    def __init__(self, name: str, work: Callable[[OnProgress], Result], *, keep_s: float = 60) -> None:
         self._name = name
         self._work = work
         self._keep_s = keep_s

@@ -12,15 +12,11 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from decimal import Decimal
-from functools import cache
-from importlib import resources
 from itertools import chain
 from typing import Any
 from uuid import UUID
 
 from starlette.responses import Response, StreamingResponse
-
-from tallystick.web.pages import MEDIA_TYPES
 
 log = logging.getLogger("tallystick.console")
 
@@ -90,10 +86,3 @@ def _plain(value: Any) -> Any:  # noqa: PLR0911 - one line for each kind of valu
         case _ if dataclasses.is_dataclass(value):
             return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     raise TypeError(f"no JSON for {type(value).__name__}")
-
-
-@cache
-def static(name: str) -> tuple[bytes, str] | None:
-    """The content and media type of one of the console's own files; ``name`` is one of a fixed list."""
-    file = resources.files("tallystick.web.console").joinpath("static", name)
-    return (file.read_bytes(), MEDIA_TYPES[name.rpartition(".")[2]]) if file.is_file() else None

@@ -27,7 +27,7 @@ from tallystick.web.console.access import (
     TooMany,
     TrustedProxy,
 )
-from tallystick.web.pages import security_headers
+from tallystick.web.shared.pages import security_headers
 
 log = logging.getLogger("tallystick.console")
 

@@ -3,14 +3,12 @@
 import hashlib
 import re
 from importlib import resources
-from pathlib import Path
 
-import jinja2
 import pytest
 
-from tallystick.web.money import money
-from tallystick.web.pages import environment, static_file, static_version
-from tallystick.web.texts import Texts
+from tallystick.web import Texts
+from tallystick.web.shared.numbers import money
+from tallystick.web.shared.pages import StaticFiles
 
 NBSP, MINUS = "\N{NO-BREAK SPACE}", "\N{MINUS SIGN}"
 
@@ -42,7 +40,7 @@ def test_credits(count: int, shown: str) -> None:
 
 
 def test_vendored_files_are_what_they_were() -> None:
-    static = resources.files("tallystick.web") / "static"
+    static = resources.files("tallystick.web.buyer") / "static"
     sums = dict(re.findall(r"^    ([0-9a-f]{64})  (\S+)$", (static / "README.md").read_text("utf-8"), re.MULTILINE))
     assert list(sums.values()) == ["htmx.min.js"]
     for digest, name in sums.items():
@@ -50,19 +48,11 @@ def test_vendored_files_are_what_they_were() -> None:
 
 
 def test_static_files_and_nothing_else() -> None:
-    content, media_type = static_file("tallystick.css") or (b"", "")
+    files = StaticFiles("tallystick.web.buyer", "tallystick.web.shared")
+    content, media_type = files.get("tallystick.css") or (b"", "")
     assert b"--ts-hazel" in content
     assert media_type == "text/css; charset=utf-8"
-    assert len(static_version("tallystick.css")) == 12
+    assert len(files.version("tallystick.css") or "") == 12
     for name in ("README.md", "../pages.py", "..%2fpages.py", "/etc/passwd.css", "absent.css", "LICENSE-htmx"):
-        assert static_file(name) is None
-
-
-def test_a_host_replaces_a_template_and_can_extend_the_original(tmp_path: Path) -> None:
-    (tmp_path / "tallystick").mkdir()
-    (tmp_path / "tallystick" / "layout.html").write_text(
-        '{% extends "original/tallystick/layout.html" %}{% block title %}{{ name }}{% endblock %}', "utf-8"
-    )
-    page = environment(jinja2.FileSystemLoader(tmp_path)).get_template("tallystick/layout.html")
-    assert "<title>&lt;b&gt;</title>" in page.render(name="<b>", static=str)
-    assert '<html lang="en">' in page.render(name="x", static=str)
+        assert files.get(name) is None
+        assert files.version(name) is None

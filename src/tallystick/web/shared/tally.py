@@ -22,7 +22,7 @@ from xml.sax.saxutils import escape
 from tallystick.schema import CreditTransactionStatus
 
 
-class Entry(Protocol):
+class TallyEntry(Protocol):
     """What the drawing needs of a ledger row; a ``CreditTransaction`` is one."""
 
     @property
@@ -65,7 +65,9 @@ svg { --ts-ink: #1f1a14; --ts-muted: #6b6257; --ts-line: #e6dfd4; --ts-hazel: #8
 """
 
 
-def tally(entries: Iterable[Entry], *, total: int | None = None, size: Size = LARGE, standalone: bool = False) -> str:
+def tally(
+    entries: Iterable[TallyEntry], *, total: int | None = None, size: Size = LARGE, standalone: bool = False
+) -> str:
     """Draw ``entries``, rows of one user's ledger in any order; failed purchases are left out.
 
     ``total`` is how many rows have completed, if ``entries`` holds only the last of them. The text alternative
@@ -86,7 +88,7 @@ def tally(entries: Iterable[Entry], *, total: int | None = None, size: Size = LA
     def length(amount: int) -> float:
         return max(2.0, size.reach * math.sqrt(abs(amount) / longest))
 
-    def notch(row: Entry, place: int, *, hollow: bool = False) -> str:
+    def notch(row: TallyEntry, place: int, *, hollow: bool = False) -> str:
         long = length(row.amount)
         y = top - long if row.amount > 0 else bottom
         kind = "in" if row.amount > 0 else "out"
@@ -124,7 +126,7 @@ def tally(entries: Iterable[Entry], *, total: int | None = None, size: Size = LA
     )
 
 
-def describe(done: list[Entry], pending: list[Entry], *, total: int | None = None) -> str:
+def describe(done: list[TallyEntry], pending: list[TallyEntry], *, total: int | None = None) -> str:
     """The picture in words: "42 entries, balance 3, 1 pending, no gaps"."""
     if not done and not pending:
         return "No entries yet"
@@ -144,9 +146,9 @@ def describe(done: list[Entry], pending: list[Entry], *, total: int | None = Non
     return ", ".join(words)
 
 
-def _sorted(entries: Iterable[Entry]) -> tuple[list[Entry], list[Entry]]:
-    done: list[Entry] = []
-    pending: list[Entry] = []
+def _sorted(entries: Iterable[TallyEntry]) -> tuple[list[TallyEntry], list[TallyEntry]]:
+    done: list[TallyEntry] = []
+    pending: list[TallyEntry] = []
     for row in entries:
         if row.sequence is not None:
             done.append(row)
@@ -199,7 +201,7 @@ def _wood(left: float, right: float, top: float, bottom: float) -> str:
     )
 
 
-def _balance_line(done: list[Entry], places: list[int], x: _Axis, pitch: float, height: float) -> list[str]:
+def _balance_line(done: list[TallyEntry], places: list[int], x: _Axis, pitch: float, height: float) -> list[str]:
     """The balance after each row as a step line, with the line of zero and the last value."""
     first = done[0]
     before = (first.balance_after or 0) - first.amount

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp
 
 from tallystick import audit, stripe
 from tallystick.config import Config
+from tallystick.database import transaction
 from tallystick.errors import (
     Conflict,
     DatabaseError,
@@ -38,11 +39,11 @@ from tallystick.web.console import export
 from tallystick.web.console.access import Door
 from tallystick.web.console.actions import Actions, Review, operator_of
 from tallystick.web.console.background import Background
-from tallystick.web.console.books import Books, Figures, Page
 from tallystick.web.console.guard import Guard
-from tallystick.web.pages import environment, static_file
-from tallystick.web.tally import SMALL, tally
-from tallystick.web.texts import Texts
+from tallystick.web.console.queries import Figures, Page, Queries
+from tallystick.web.shared import numbers
+from tallystick.web.shared.pages import StaticFiles, environment
+from tallystick.web.shared.tally import SMALL, tally
 
 log = logging.getLogger("tallystick.console")
 
@@ -52,7 +53,6 @@ AUDIT_UNASKED_ROWS = 2_000_000
 FIRST_FIGURES_S = 0.3
 SEARCH_MAX = 200
 _TIMED_OUT = "57014"
-_STATIC = ("console.css", "console.js", "uPlot.iife.min.js", "uPlot.min.css", "favicon.svg")
 
 
 def console(
@@ -75,22 +75,22 @@ def console(
 class _Console:
     def __init__(self, config: Config, engine: sa.Engine, door: Door, address: str, *, allow_actions: bool) -> None:
         self.config = config
-        self.books = Books(config, engine)
+        self.queries = Queries(config, engine)
         self.actions = Actions(config, engine) if allow_actions else None
         self.engine = engine
+        self.files = StaticFiles("tallystick.web.console", "tallystick.web.shared")
         self.audit: Background[audit.Report] = Background("audit", self._audit)
         self.figures: Background[Figures] = Background(
-            "figures", lambda _: self.books.figures(dt.datetime.now(dt.UTC)), keep_s=60
+            "figures", lambda _: self.queries.figures(dt.datetime.now(dt.UTC)), keep_s=60
         )
         self.stripe: Background[stripe.Report] | None = None
         if allow_actions and config.stripe_secret_key:
             self.stripe = Background("stripe", lambda _: stripe.reconcile(engine, config))
-        self.texts = Texts()
         self.templates = environment(jinja2.PackageLoader("tallystick.web.console"))
         self.templates.filters.update(
             ago=ago,
-            number=self.texts.number,
-            change=self.texts.change,
+            number=numbers.number,
+            change=numbers.change,
             count=count,
             utc=utc,
             ms=milliseconds,
@@ -100,7 +100,7 @@ class _Console:
         self.templates.globals.update(
             tally=lambda rows, **how: Markup(tally(rows, **how)),  # noqa: S704 - the drawing escapes its only text
             small=SMALL,
-            money=self.texts.money,
+            money=numbers.money,
             stripe=stripe_address,
             can_ask=self.stripe is not None,
             database=_database_name(engine),
@@ -121,7 +121,7 @@ class _Console:
             Route("/audit/run", self.run_audit, methods=["POST"]),
             Route("/audit/state.json", self.audit_state),
             Route("/pending/state.json", self.stripe_state),
-            Route("/static/{name}", static),
+            Route("/static/{name}", self.static),
         ]
         if self.actions:
             routes += [
@@ -144,12 +144,12 @@ class _Console:
 
     def overview(self, request: Request) -> Response:
         state = self.audit.state
-        users, rows = self.books.estimates()
+        users, rows = self.queries.estimates()
         if state.at is None and not state.running and rows <= AUDIT_UNASKED_ROWS:
             self.audit.start()
             self.audit.wait(FIRST_FIGURES_S)
         figures = self.figures.fresh(wait_s=FIRST_FIGURES_S)
-        receipts = self.books.receipts()
+        receipts = self.queries.receipts()
         return self.show(
             request,
             "overview.html",
@@ -157,8 +157,8 @@ class _Console:
             figures=figures,
             estimated_users=users,
             estimated_rows=rows,
-            waiting=self.books.waiting(),
-            oldest=self.books.pending(limit=5).rows,
+            waiting=self.queries.waiting(),
+            oldest=self.queries.pending(limit=5).rows,
             receipt=receipts[0] if receipts else None,
             refresh=figures.result is None or self.audit.state.running,
         )
@@ -181,9 +181,9 @@ class _Console:
     def users(self, request: Request, form: str) -> Response:
         search = request.query_params.get("q", "").strip()[:SEARCH_MAX]
         if form == "csv":
-            return export.csv("users", self.books.every_user(search=search), operator=_operator(request))
+            return export.csv("users", self.queries.every_user(search=search), operator=_operator(request))
         try:
-            page = self.books.users(search=search, **_place(request))
+            page = self.queries.users(search=search, **_place(request))
         except Conflict as error:
             if error.sqlstate != _TIMED_OUT or form == "json":
                 raise
@@ -201,22 +201,22 @@ class _Console:
             return self._list(request, page, q=search)
         if search and len(page.rows) == 1 and page.before is None and page.after is None:
             return RedirectResponse(self.at(request, "/user", key=page.rows[0].key), 303)
-        estimate = None if search else self.books.estimates()[0]
-        tallies = self.books.tallies([row.key for row in page.rows])
+        estimate = None if search else self.queries.estimates()[0]
+        tallies = self.queries.tallies([row.key for row in page.rows])
         return self.show(request, "users.html", q=search, page=page, tallies=tallies, estimate=estimate, too_slow=False)
 
     def user(self, request: Request, form: str) -> Response:
         key = self._key(request)
-        user = self.books.user(key)
+        user = self.queries.user(key)
         if form == "csv":
-            return export.csv(f"ledger-{key}", self.books.every_row(key), operator=_operator(request))
-        page = self.books.ledger(key, **_place(request))
+            return export.csv(f"ledger-{key}", self.queries.every_row(key), operator=_operator(request))
+        page = self.queries.ledger(key, **_place(request))
         newest = page.before is None
-        unfinished = self.books.unfinished(key) if newest else []
+        unfinished = self.queries.unfinished(key) if newest else []
         if form == "json":
             return self._list(request, page, key=key, user=user, unfinished=unfinished)
         notches = (
-            [*self.books.ledger(key, limit=100).rows, *self.books.unfinished(key)]
+            [*self.queries.ledger(key, limit=100).rows, *self.queries.unfinished(key)]
             if not newest
             else [*page.rows, *unfinished]
         )
@@ -229,18 +229,18 @@ class _Console:
             unfinished=unfinished,
             notches=notches,
             total=None if newest and page.after is None else user.credit_sequence,
-            done=self.books.transaction(key, UUID(done)) if _is_uuid(done) else None,
+            done=self.queries.transaction(key, UUID(done)) if _is_uuid(done) else None,
         )
 
     def steps(self, request: Request) -> Response:
         key = self._key(request)
-        steps = self.books.steps(key)
+        steps = self.queries.steps(key)
         return export.json({"at": [int(at.timestamp()) for at, _ in steps], "balance": [after for _, after in steps]})
 
     def pending(self, request: Request, form: str) -> Response:
         if form == "csv":
-            return export.csv("pending", self.books.every_pending(), operator=_operator(request))
-        page = self.books.pending(**_place(request))
+            return export.csv("pending", self.queries.every_pending(), operator=_operator(request))
+        page = self.queries.pending(**_place(request))
         if form == "json":
             return self._list(request, page)
         asked = self.stripe.state if self.stripe else None
@@ -248,7 +248,7 @@ class _Console:
             request,
             "pending.html",
             page=page,
-            waiting=self.books.waiting(),
+            waiting=self.queries.waiting(),
             asked=asked,
             told=request.query_params.get("told", "") if self.stripe else "",
             refresh=asked is not None and asked.running,
@@ -302,7 +302,7 @@ class _Console:
         return JSONResponse({"running": state.running, "percent": state.percent, "done": state.done})
 
     def migrations(self, request: Request, form: str) -> Response:
-        receipts = self.books.receipts()
+        receipts = self.queries.receipts()
         if form == "csv":
             return export.csv("migrations", receipts, operator=_operator(request))
         if form == "json":
@@ -335,14 +335,14 @@ class _Console:
         if name not in self.actions.names:
             raise HTTPException(404)
         key = self._parsed_key(fields.get("key", ""))
-        user = self.books.user(key)
+        user = self.queries.user(key)
         purchase, refunded = None, 0
         if name == "refund":
             wanted = fields.get("purchase", "")
-            purchase = self.books.transaction(key, UUID(wanted)) if _is_uuid(wanted) else None
+            purchase = self.queries.transaction(key, UUID(wanted)) if _is_uuid(wanted) else None
             if purchase is None:
                 raise HTTPException(404)
-            refunded = self.books.refunded(key, purchase.id)
+            refunded = self.queries.refunded(key, purchase.id)
         return self.actions.review(name, user, fields, purchase=purchase, refunded=refunded)
 
     # --- what all pages share ---
@@ -424,25 +424,22 @@ class _Console:
         return self._parsed_key(request.query_params.get("key", ""))
 
     def _parsed_key(self, text: str) -> Key:
-        key = self.books.key(text)
+        key = self.queries.key(text)
         if key is None:
             raise UnknownUser(f"no user {text!r}: user keys here are {self.config.host.users.key_type}", user=text)
         return key
 
+    def static(self, request: Request) -> Response:
+        """A file of ours. Its address carries no version, so browsers ask again; they are small."""
+        found = self.files.get(request.path_params["name"])
+        if found is None:
+            raise HTTPException(404)
+        return Response(found[0], media_type=found[1], headers={"Cache-Control": "no-cache"})
+
     def _audit(self, progress: Callable[[int, int], None]) -> audit.Report:
-        with self.engine.connect() as conn:
-            # Autocommit, so that no snapshot is held through a long run; and read-only, as all that is done unasked.
-            reader = conn.execution_options(isolation_level="AUTOCOMMIT", postgresql_readonly=True)
+        # Autocommit, so that no snapshot is held through a long run; and read-only, as all that is done unasked.
+        with transaction(self.engine, isolation="AUTOCOMMIT", postgresql_readonly=True) as reader:
             return audit.audit(reader, self.config, progress=progress)
-
-
-def static(request: Request) -> Response:
-    """A file of ours. Its address carries no version, so browsers ask again; they are small."""
-    name = request.path_params["name"]
-    found = export.static(name) if name in _STATIC else static_file(name)
-    if found is None:
-        raise HTTPException(404)
-    return Response(found[0], media_type=found[1], headers={"Cache-Control": "no-cache"})
 
 
 # --- words ---
@@ -450,7 +447,7 @@ def static(request: Request) -> Response:
 
 def count(number: int, noun: str) -> str:
     """A number with its noun: "1 credit", "1,204 credits"."""
-    return f"{Texts().number(number)} {noun if abs(number) == 1 else noun + 's'}"
+    return f"{numbers.number(number)} {noun if abs(number) == 1 else noun + 's'}"
 
 
 def utc(moment: dt.datetime) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from tallystick.config import Pack
 from tallystick.errors import InsufficientCredits, TallystickError, WorkshopLocked
 from tallystick.ledger import AccessReason, CreditTransaction
-from tallystick.web.money import MINUS, money
+from tallystick.web.shared import numbers
 
 
 class Texts:
@@ -29,15 +29,15 @@ class Texts:
 
     def number(self, value: int) -> str:
         """A whole number, with a true minus sign."""
-        return f"{value:,}".replace("-", MINUS)
+        return numbers.number(value)
 
     def change(self, value: int) -> str:
         """A whole number that always carries its sign."""
-        return f"+{value:,}" if value > 0 else self.number(value)
+        return numbers.change(value)
 
     def money(self, amount: int, currency: str) -> str:
         """``amount`` minor units of ``currency``."""
-        return money(amount, currency)
+        return numbers.money(amount, currency)
 
     def date(self, moment: dt.datetime) -> str:
         """A day, for lists."""

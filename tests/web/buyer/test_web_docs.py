@@ -13,7 +13,7 @@ from tallystick import Config, stripe
 from tallystick.dev.stripe import DevStripe
 from worlds import World
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 ORIGIN = "https://app.example.com"
 
 

@@ -131,7 +131,7 @@ def test_history_and_its_file(site: Site) -> None:
 
 
 def test_a_file_longer_than_one_read_is_whole(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tallystick.web.buyer.HISTORY_MAX", 10)
+    monkeypatch.setattr("tallystick.web.buyer.views.HISTORY_MAX", 10)
     user = site.world.user(credits=30)
     with site.world.engine.begin() as conn:
         for number in range(29):
@@ -212,9 +212,20 @@ def test_every_word_can_be_another(make_site: Callable[..., Site]) -> None:
     assert "Du hast 2 Guthaben." in page
 
 
+def test_a_host_replaces_a_template_and_can_extend_the_original(make_site: Callable[..., Site], tmp_path: Path) -> None:
+    (tmp_path / "tallystick").mkdir()
+    (tmp_path / "tallystick" / "layout.html").write_text(
+        '{% extends "original/tallystick/layout.html" %}{% block header %}{{ home ~ "<b>" }}{% endblock %}', "utf-8"
+    )
+    site = make_site(templates=jinja2.FileSystemLoader(tmp_path))
+    page = site.get(site.world.user(), "/billing/welcome", headers=HTML).text
+    assert "/&lt;b&gt;" in page
+    assert '<html lang="en">' in page
+
+
 def test_no_word_stands_in_a_template() -> None:
     """All that people read is in texts.py, or a translation would be half a one."""
-    folder = Path(__file__).parents[2] / "src/tallystick/web/templates/tallystick"
+    folder = Path(__file__).parents[3] / "src/tallystick/web/buyer/templates/tallystick"
     for template in folder.glob("*.html"):
         source = template.read_text("utf-8")
         for code in (r"\{#.*?#\}", r"\{%.*?%\}", r"\{\{.*?\}\}", r'<(?:"[^"]*"|[^>"])*>'):

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.config import Config
-from tallystick.database import translated
+from tallystick.database import transaction
 from tallystick.errors import InvalidArgument, Key, UnknownUser
 from tallystick.schema import CreditTransactionStatus, Schema, migration_log
 
@@ -111,7 +111,7 @@ class PendingRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Receipt:
+class MigrationRun:
     """A run of a migration, from ``migration_log``; times in milliseconds, None where none was taken."""
 
     id: int
@@ -182,7 +182,7 @@ class Figures:
         return sum(getattr(day, name) for day in days)
 
 
-class Books:
+class Queries:
     """Reads one database through one mapping. Every method opens and ends a read-only transaction of its own.
 
     Raises:
@@ -199,9 +199,7 @@ class Books:
     @contextmanager
     def reading(self, *, timeout_ms: int = PAGE_TIMEOUT_MS) -> Iterator[sa.Connection]:
         """A read-only transaction, so that PostgreSQL itself refuses a write, with a limit to each statement."""
-        with translated(connecting=True):
-            conn = self.engine.connect()
-        with conn.execution_options(postgresql_readonly=True) as reader, translated(), reader.begin():
+        with transaction(self.engine, postgresql_readonly=True) as reader:
             reader.execute(sa.select(sa.func.set_config("statement_timeout", str(timeout_ms), sa.true())))
             yield reader
 
@@ -400,12 +398,12 @@ class Books:
 
     # --- migrations ---
 
-    def receipts(self) -> list[Receipt]:
+    def receipts(self) -> list[MigrationRun]:
         """Runs of migrations, newest first."""
-        columns = [migration_log.c[name] for name in Receipt.__dataclass_fields__]
+        columns = [migration_log.c[name] for name in MigrationRun.__dataclass_fields__]
         statement = sa.select(*columns).order_by(migration_log.c.id.desc()).limit(200)
         with self.reading() as conn:
-            return [Receipt(*row) for row in conn.execute(statement)]
+            return [MigrationRun(*row) for row in conn.execute(statement)]
 
     # --- sums, too slow for a request ---
 

@@ -11,8 +11,8 @@ import pytest
 from starlette.requests import Request
 
 from sites import HTML, ORIGIN, Site
-from tallystick.web.problems import ANSWERS
-from tallystick.web.requests import return_address
+from tallystick.web.buyer.refusals import MEANINGS
+from tallystick.web.shared.requests import return_address
 
 EVIL = "https://evil.example"
 XSS = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{7*7}}"
@@ -219,7 +219,7 @@ def test_a_host_header_does_not_decide_where_stripe_sends_people(site: Site) -> 
     forged = Request(
         {"type": "http", "method": "GET", "path": "/", "scheme": "https", "headers": [(b"host", b"evil.example")]}
     )
-    assert site.billing.absolute(forged, "/billing/success") == f"{ORIGIN}/billing/success"
+    assert site.billing.renderer.absolute(forged, "/billing/success") == f"{ORIGIN}/billing/success"
 
 
 def test_no_secret_of_stripes_in_any_answer(site: Site) -> None:
@@ -231,7 +231,7 @@ def test_no_secret_of_stripes_in_any_answer(site: Site) -> None:
 
 
 def test_the_table_of_statuses_is_documented() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "web.md").read_text("utf-8")
-    for error, answer in ANSWERS.items():
+    page = (Path(__file__).parents[3] / "docs" / "web.md").read_text("utf-8")
+    for error, answer in MEANINGS.items():
         row = rf"\| `{error.__name__}` +\| {answer.status} +\| `{answer.name}` +\|"
         assert re.search(row, page), f"docs/web.md lacks {error.__name__} | {answer.status} | {answer.name}"

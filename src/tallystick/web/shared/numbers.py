@@ -1,4 +1,4 @@
-"""Money from minor units to text, in whole numbers all the way."""
+"""Numbers for people: credits and changes, and money from minor units, in whole numbers all the way."""
 
 from __future__ import annotations
 
@@ -27,6 +27,16 @@ _SYMBOLS: Final = {
 }
 
 
+def number(value: int) -> str:
+    """A whole number, with a true minus sign."""
+    return f"{value:,}".replace("-", MINUS)
+
+
+def change(value: int) -> str:
+    """A whole number that always carries its sign."""
+    return f"+{value:,}" if value > 0 else number(value)
+
+
 def money(amount: int, currency: str) -> str:
     """``amount`` minor units of ``currency`` for people: ``14900, "usd"`` is ``$149``, ``7950`` is ``$79.50``.
 
@@ -36,7 +46,7 @@ def money(amount: int, currency: str) -> str:
     code = currency.lower()
     decimals = 0 if code in ZERO_DECIMAL else 3 if code in THREE_DECIMAL else 2
     whole, minor = divmod(abs(amount), 10**decimals)
-    number = f"{whole:,}.{minor:0{decimals}}" if minor else f"{whole:,}"
+    digits = f"{whole:,}.{minor:0{decimals}}" if minor else f"{whole:,}"
     sign = MINUS if amount < 0 else ""
     symbol = _SYMBOLS.get(code)
-    return f"{sign}{symbol}{number}" if symbol else f"{sign}{code.upper()}\N{NO-BREAK SPACE}{number}"
+    return f"{sign}{symbol}{digits}" if symbol else f"{sign}{code.upper()}\N{NO-BREAK SPACE}{digits}"

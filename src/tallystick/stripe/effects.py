@@ -1,42 +1,28 @@
-"""Between Stripe and the books: what must be asked is asked first, then one database transaction does the rest.
+"""Effects of Stripe's objects: Stripe is asked first, then one database transaction writes the effect.
 
-Never a request inside a transaction: a slow answer would keep a user's row locked, and a lost one would leave it
-unknown what was written.
+No request is made inside a transaction: a slow answer would keep a user's row locked, and a lost answer would leave
+it unknown what was written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
 from tallystick.config import Config
-from tallystick.database import translated
+from tallystick.database import transaction
 from tallystick.errors import Conflict, LedgerError
-from tallystick.stripe.books import Books, FindingKind, Outcome, Reversal, books
 from tallystick.stripe.client import Object, ask, client, every, found
+from tallystick.stripe.store import FindingKind, Outcome, Reversal, Store, store_of
 
 PAGE = 100
 _TRIES = 3
 
 T = TypeVar("T")
 Effect = Callable[[sa.Connection], Outcome]
-"""What is left to do when Stripe has been asked: inside one transaction."""
-
-
-@contextmanager
-def transaction(engine: sa.Engine, *, keep: bool = True) -> Iterator[sa.Connection]:
-    """One database transaction of our own, whatever isolation the host's engine has; rolled back without ``keep``."""
-    with translated(connecting=True):
-        conn = engine.connect()
-    with conn, translated():
-        conn = conn.execution_options(isolation_level="READ COMMITTED")
-        with conn.begin() as begun:
-            yield conn
-            if not keep:
-                begun.rollback()
+"""The part that writes, for one transaction, after Stripe was asked."""
 
 
 def in_transaction(engine: sa.Engine, work: Callable[[sa.Connection], T]) -> T:
@@ -51,13 +37,13 @@ def in_transaction(engine: sa.Engine, work: Callable[[sa.Connection], T]) -> T:
     raise AssertionError
 
 
-class Desk:
+class Effects:
     """Turns Stripe's objects into effects. Holds no connection."""
 
     def __init__(self, engine: sa.Engine, config: Config) -> None:
         self.engine = engine
         self.config = config
-        self.books: Books = books(config)
+        self.store: Store = store_of(config)
         self.client = client(config)
 
     def again(self, said: Object) -> Object | None:
@@ -75,21 +61,21 @@ class Desk:
 
     def session(self, session: Object, *, failed: str | None = None) -> Effect:
         """The effect of a Checkout Session."""
-        return lambda conn: self._kept(conn, session["id"], lambda: self.books.fulfil(conn, session, failed=failed))
+        return lambda conn: self._kept(conn, session["id"], lambda: self.store.fulfil(conn, session, failed=failed))
 
     def reversal(self, said: Object) -> Effect | None:
         """The effect of a refund or dispute, its purchase completed first if that was missed; None if not ours."""
         reversal = Reversal.of(said)
         if reversal is None:
             return None
-        bought = in_transaction(self.engine, lambda conn: self.books.purchase(conn, intent=reversal.payment_intent))
+        bought = in_transaction(self.engine, lambda conn: self.store.purchase(conn, intent=reversal.payment_intent))
         completed = bought is not None and bought.completed_at is not None
         session = None if completed else self.session_of(reversal.payment_intent)
 
         def effect(conn: sa.Connection) -> Outcome:
             if session is not None:
-                self.books.fulfil(conn, session)
-            return self.books.reverse(conn, reversal)
+                self.store.fulfil(conn, session)
+            return self.store.reverse(conn, reversal)
 
         return lambda conn: self._kept(conn, reversal.id, lambda: effect(conn))
 
@@ -113,7 +99,7 @@ class Desk:
         try:
             return effect()
         except LedgerError as refusal:
-            self.books.note(conn, FindingKind.REFUSED, object_id, found=refusal.message)
+            self.store.note(conn, FindingKind.REFUSED, object_id, found=refusal.message)
             return Outcome.REFUSED
 
 

@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from tallystick.errors import Key
 from tallystick.ledger import AccessReason, CreditTransaction
 from tallystick.schema import CreditTransactionStatus, CreditTransactionType
-from tallystick.web.billing import UNLOCK_CREDITS, Billing
-from tallystick.web.problems import MEDIA_TYPE, TYPE_PREFIX
+from tallystick.web.buyer.billing import Billing
+from tallystick.web.buyer.paywall import UNLOCK_CREDITS
+from tallystick.web.buyer.refusals import MEDIA_TYPE, TYPE_PREFIX
 
 PAGE_MAX: Final = 200
 KEY_MAX: Final = 200

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping
-from functools import cache
 from importlib import resources
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 import jinja2
-
-from tallystick.web.texts import Texts
 
 STRIPE_CHECKOUT: Final = "https://checkout.stripe.com"
 
@@ -25,21 +21,19 @@ MEDIA_TYPES: Final = MappingProxyType(
 )
 
 
-def environment(*loaders: jinja2.BaseLoader, texts: Texts | None = None) -> jinja2.Environment:
-    """Templates from ``loaders``, first found wins, then Tallystick's own under ``tallystick/``.
+def environment(*loaders: jinja2.BaseLoader, **values: Any) -> jinja2.Environment:
+    """Templates from ``loaders``, first found wins; ``values`` are known to all of them.
 
-    A host replaces ``tallystick/layout.html`` with a file of that name in its own folder of templates; inside, the
-    original is at ``original/tallystick/layout.html``. All output is escaped, and an undefined name is an error.
+    All output is escaped, and an undefined name is an error.
     """
-    own = jinja2.PackageLoader("tallystick.web")
     made = jinja2.Environment(
-        loader=jinja2.ChoiceLoader([*loaders, own, jinja2.PrefixLoader({"original": own})]),
+        loader=jinja2.ChoiceLoader(loaders),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.globals["texts"] = texts or Texts()
+    made.globals.update(values)
     return made
 
 
@@ -73,21 +67,22 @@ def security_headers(*, form_targets: Iterable[str] = ()) -> Mapping[str, str]:
     }
 
 
-@cache
-def static_file(name: str) -> tuple[bytes, str] | None:
-    """The content and media type of one of our static files, or None; ``name`` never leaves the folder."""
-    if not re.fullmatch(r"[a-z][a-z.\-]*\.(?:css|js|svg)", name):
-        return None
-    file = resources.files("tallystick.web").joinpath("static", name)
-    if not file.is_file():
-        return None
-    return file.read_bytes(), MEDIA_TYPES[name.rpartition(".")[2]]
+class StaticFiles:
+    """The files in the ``static`` folders of some of our packages: style sheets, scripts, pictures."""
 
+    def __init__(self, *packages: str) -> None:
+        self._files = {
+            file.name: (file.read_bytes(), MEDIA_TYPES[ending])
+            for package in packages
+            for file in resources.files(package).joinpath("static").iterdir()
+            if (ending := file.name.rpartition(".")[2]) in MEDIA_TYPES
+        }
+        self._versions = {name: hashlib.sha256(content).hexdigest()[:12] for name, (content, _) in self._files.items()}
 
-@cache
-def static_version(name: str) -> str:
-    """A digest of one of our static files for its address, so that browsers may keep it for ever."""
-    found = static_file(name)
-    if found is None:
-        raise FileNotFoundError(name)
-    return hashlib.sha256(found[0]).hexdigest()[:12]
+    def get(self, name: str) -> tuple[bytes, str] | None:
+        """The content and media type of a file, or None where there is none of this name."""
+        return self._files.get(name)
+
+    def version(self, name: str) -> str | None:
+        """A digest of a file for its address, so that browsers may keep it for ever."""
+        return self._versions.get(name)

@@ -14,10 +14,11 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response, Stream
 
 from tallystick.errors import InsufficientCredits, Key
 from tallystick.ledger import HISTORY_MAX, CreditTransaction
-from tallystick.web import pages
-from tallystick.web.api import Before, WorkshopPath
-from tallystick.web.billing import UNLOCK_CREDITS, Billing, is_fragment
-from tallystick.web.requests import RETURN_MAX
+from tallystick.web.buyer.billing import Billing
+from tallystick.web.buyer.json_api import Before, WorkshopPath
+from tallystick.web.buyer.paywall import UNLOCK_CREDITS
+from tallystick.web.buyer.rendering import is_fragment
+from tallystick.web.shared.requests import RETURN_MAX
 
 SEE_OTHER: Final = 303
 HISTORY_PAGE: Final = 30
@@ -41,23 +42,25 @@ def _add_reading(billing: Billing) -> None:
 
     @billing.get("/static/{name}", name="tallystick.static", include_in_schema=False)
     async def static(name: str, v: str | None = None) -> Response:
-        found = pages.static_file(name)
+        files = billing.renderer.static
+        found = files.get(name)
         if found is None:
             raise HTTPException(404)
         content, media_type = found
-        kept = FOR_EVER if v == pages.static_version(name) else "no-cache"
+        kept = FOR_EVER if v == files.version(name) else "no-cache"
         return Response(content, media_type=media_type, headers={"Cache-Control": kept})
 
     @billing.get("/badge", name="tallystick.badge", include_in_schema=False)
     async def badge(request: Request, user: User) -> HTMLResponse:
-        return billing.page(request, "badge.html", balance=await billing.balance(user))
+        return billing.renderer.page(request, "badge.html", balance=await billing.balance(user))
 
     @billing.get("/pricing", name="tallystick.pricing", include_in_schema=False)
     async def pricing(
         request: Request, user: User, return_to: ReturnTo = None, workshop: str | None = None
     ) -> HTMLResponse:
-        return billing.page(
-            request, "pricing.html", balance=await billing.balance(user), return_to=billing.returning(return_to),
+        return billing.renderer.page(
+            request, "pricing.html", balance=await billing.balance(user),
+            return_to=billing.returning(return_to),
             workshop=None if workshop is None else await billing.workshop(user, workshop),
         )  # fmt: skip
 
@@ -70,7 +73,7 @@ def _add_reading(billing: Billing) -> None:
             )
         )
         shown = rows[:HISTORY_PAGE]
-        return billing.page(
+        return billing.renderer.page(
             request, "history.html", balance=has, rows=shown, newest=before is None,
             older=shown[-1].cursor if len(rows) > HISTORY_PAGE else None,
         )  # fmt: skip
@@ -115,7 +118,7 @@ def _add_welcome(billing: Billing) -> None:
         "/welcome", name="tallystick.welcome", include_in_schema=False, dependencies=[Depends(billing.signed_in)]
     )
     async def welcome(request: Request, return_to: ReturnTo = None) -> HTMLResponse:
-        return billing.page(request, "welcome.html", return_to=billing.returning(return_to))
+        return billing.renderer.page(request, "welcome.html", return_to=billing.returning(return_to))
 
     @billing.post("/welcome", name="tallystick.welcomed", include_in_schema=False)
     async def welcomed(
@@ -138,10 +141,12 @@ def _add_unlocking(billing: Billing) -> None:
         found.require_there()
         back = billing.returning(return_to)
         if found.access.open:
-            return billing.page(request, "unlocked.html", workshop=found, balance=balance, spent=0, return_to=back)
+            return billing.renderer.page(
+                request, "unlocked.html", workshop=found, balance=balance, spent=0, return_to=back
+            )
         if balance < UNLOCK_CREDITS:
-            return await billing.paywall(request, found, balance=balance, return_to=back)
-        return billing.page(request, "confirm.html", workshop=found, balance=balance, return_to=back)
+            return await billing.renderer.paywall(request, found, balance=balance, return_to=back)
+        return billing.renderer.page(request, "confirm.html", workshop=found, balance=balance, return_to=back)
 
     @billing.post("/workshops/{workshop}/unlock", name="tallystick.unlock_now", include_in_schema=False)
     async def unlock(
@@ -156,13 +161,15 @@ def _add_unlocking(billing: Billing) -> None:
             spent = await billing.unlock(user, workshop)
         except InsufficientCredits as refused:
             found = await billing.workshop(user, workshop)
-            return await billing.paywall(request, found, balance=refused.balance, return_to=back)
+            return await billing.renderer.paywall(request, found, balance=refused.balance, return_to=back)
         charged = 0 if spent.replayed else -spent.amount
         if not is_fragment(request):
             query = {"return_to": back, "spent": charged}
-            return RedirectResponse(billing.url(request, "unlocked", workshop=workshop, query=query), SEE_OTHER)
+            return RedirectResponse(
+                billing.renderer.url(request, "unlocked", workshop=workshop, query=query), SEE_OTHER
+            )
         found, balance = await billing.workshop_and_balance(user, workshop)
-        return billing.page(
+        return billing.renderer.page(
             request, "unlocked.html", workshop=found, balance=balance, spent=charged, return_to=back,
             headers={"HX-Trigger": "tallystick:balance"},
         )  # fmt: skip
@@ -176,7 +183,7 @@ def _add_unlocking(billing: Billing) -> None:
         spent: Annotated[int, Query(ge=0, le=UNLOCK_CREDITS)] = 0,
     ) -> HTMLResponse:
         found, balance = await billing.workshop_and_balance(user, workshop)
-        return billing.page(
+        return billing.renderer.page(
             request, "unlocked.html", workshop=found, balance=balance, spent=spent if found.access.open else 0,
             return_to=billing.returning(return_to),
         )  # fmt: skip

@@ -8,17 +8,17 @@ from uuid import UUID
 
 from fastapi import Depends, Form, Header, Path, Query
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from tallystick import stripe
 from tallystick.errors import Key, StripeUnavailable
 from tallystick.schema import CreditTransactionStatus
-from tallystick.web.api import EXAMPLE_ID, KEY_MAX, TAGS, refusals
-from tallystick.web.billing import WEBHOOK, Billing, Workshop
-from tallystick.web.buyer import SEE_OTHER, ReturnTo
-from tallystick.web.requests import RETURN_MAX
+from tallystick.web.buyer.billing import Billing, Workshop
+from tallystick.web.buyer.entrance import WEBHOOK
+from tallystick.web.buyer.json_api import EXAMPLE_ID, KEY_MAX, TAGS, refusals
+from tallystick.web.buyer.views import SEE_OTHER, ReturnTo
+from tallystick.web.shared.requests import RETURN_MAX
 
 SESSION_MAX: Final = 255
 
@@ -92,22 +92,26 @@ async def _start(
     if wanted.workshop is not None:
         await billing.workshop(user, wanted.workshop)  # theirs, or nothing is sold for it
     back = {"return_to": billing.returning(wanted.return_to), "workshop": wanted.workshop}
-    return await run_in_threadpool(
-        stripe.checkout,
-        billing.database.selling,
-        billing.config,
-        user,
-        wanted.pack,
-        success_url=billing.absolute(request, billing.url(request, "success", query=back)),
-        cancel_url=billing.absolute(request, billing.url(request, "cancelled", query=back)),
-        key=None if key is None else f"web:buy:{key}",  # kept apart from the host's keys, as for unlocking
+    success, cancelled = (
+        billing.renderer.absolute(request, billing.renderer.url(request, page, query=back))
+        for page in ("success", "cancelled")
     )
+    name = None if key is None else f"web:buy:{key}"  # kept apart from the host's keys, as for unlocking
+    return await billing.database.run_on_engine(
+        lambda engine: stripe.checkout(
+            engine, billing.config, user, wanted.pack, success_url=success, cancel_url=cancelled, key=name
+        )
+    )
+
+
+async def _confirm(billing: Billing, user: Key, session: str) -> stripe.Confirmation:
+    return await billing.database.run_on_engine(lambda engine: stripe.confirm(engine, billing.config, user, session))
 
 
 async def _outcome(billing: Billing, user: Key, session: str) -> tuple[str, stripe.Confirmation | None]:
     """Where a purchase stands, in the template's words; what was paid is granted by asking."""
     try:
-        found = await run_in_threadpool(stripe.confirm, billing.database.selling, billing.config, user, session)
+        found = await _confirm(billing, user, session)
     except StripeUnavailable:
         return "waiting", None  # the webhook will grant it
     if found.granted:
@@ -128,7 +132,7 @@ def _add_pages(billing: Billing) -> None:
     async def checkout(request: Request, user: User, wanted: Annotated[CheckoutForm, Form()]) -> Response:
         started = await _start(billing, request, user, wanted, wanted.key)
         over = {"session_id": started.session, "return_to": billing.returning(wanted.return_to)}
-        return RedirectResponse(started.url or billing.url(request, "success", query=over), SEE_OTHER)
+        return RedirectResponse(started.url or billing.renderer.url(request, "success", query=over), SEE_OTHER)
 
     @billing.get("/success", name="tallystick.success", include_in_schema=False)
     async def success(
@@ -147,17 +151,18 @@ def _add_pages(billing: Billing) -> None:
             "waiting": (texts.waiting_title, texts.waiting),
             "failed": (texts.failed_title, texts.failed),
         }[state]
-        here = billing.url(request, "success", query=dict(request.query_params))
-        return billing.page(
+        here = billing.renderer.url(request, "success", query=dict(request.query_params))
+        return billing.renderer.page(
             request, "outcome.html", state=state, title=title, text=text, balance=balance, workshop=workshop,
             here=here, return_to=billing.returning(return_to),
         )  # fmt: skip
 
     @billing.get("/cancelled", name="tallystick.cancelled", include_in_schema=False)
     async def cancelled(request: Request, user: User, workshop: About, return_to: ReturnTo = None) -> Response:
-        return billing.page(
+        return billing.renderer.page(
             request, "outcome.html", state="cancelled", title=texts.cancelled_title, text=texts.cancelled,
-            balance=await billing.balance(user), workshop=workshop, here="", return_to=billing.returning(return_to),
+            balance=await billing.balance(user), workshop=workshop, here="",
+            return_to=billing.returning(return_to),
         )  # fmt: skip
 
 
@@ -192,7 +197,7 @@ def _add_json(billing: Billing) -> None:
         user: User, stripe_session: Annotated[str, Path(max_length=SESSION_MAX, examples=["cs_test_a1"])]
     ) -> PurchaseAnswer:
         """Ask Stripe whether a session is paid, and grant it at once if so; safe to make again."""
-        found = await run_in_threadpool(stripe.confirm, billing.database.selling, billing.config, user, stripe_session)
+        found = await _confirm(billing, user, stripe_session)
         return PurchaseAnswer(
             purchase=found.purchase.id,
             status=found.purchase.status,
@@ -206,8 +211,8 @@ def _add_webhook(billing: Billing) -> None:
     @billing.post("/webhooks/stripe", name=WEBHOOK, include_in_schema=False)
     @billing.post("/webhooks/stripe/", name=WEBHOOK, include_in_schema=False)
     async def webhook(request: Request) -> Response:
-        body = await request.body()
-        answer = await run_in_threadpool(
-            stripe.receive, billing.database.selling, billing.config, body, request.headers.get("stripe-signature")
+        body, signature = await request.body(), request.headers.get("stripe-signature")
+        answer = await billing.database.run_on_engine(
+            lambda engine: stripe.receive(engine, billing.config, body, signature)
         )
         return JSONResponse({"outcome": answer.outcome, "detail": answer.detail}, answer.status)

@@ -10,7 +10,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from tallystick.web.tally import SMALL, tally
+from tallystick.web.shared.tally import SMALL, tally
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -145,7 +145,7 @@ def test_the_readmes_picture_is_this_drawing():
     assert PICTURE.read_text(encoding="utf-8") == tally(story(), standalone=True)
 
 
-PICTURE = Path(__file__).parents[2] / "docs" / "tally.svg"
+PICTURE = Path(__file__).parents[3] / "docs" / "tally.svg"
 
 
 def story():

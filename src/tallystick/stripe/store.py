@@ -1,7 +1,7 @@
-"""What Stripe said, into the ledger. All of it inside the caller's database transaction; nothing here asks Stripe.
+"""Stripe's objects written into the ledger, inside the caller's database transaction; nothing here asks Stripe.
 
 Objects come as Stripe's JSON, from an event, from the success page or from reconciliation, in any order and any
-number of times. That ends in one state because every step is one of three:
+number of times. The end state is the same, because every step is one of three:
 
 - a purchase moves forward only (paid beats failed, and nothing beats paid);
 - a refund or dispute is remembered by its id, with a status that moves forward only;
@@ -41,8 +41,8 @@ PENDING, COMPLETED, FAILED = CreditTransactionStatus
 PAID = ("paid", "no_payment_required")
 
 # A status outranks those with a lower number; of two with the same number the first one stays.
-REFUND_STANDING = {"pending": 0, "requires_action": 0, "succeeded": 1, "failed": 2, "canceled": 2}
-DISPUTE_STANDING = {
+REFUND_RANK = {"pending": 0, "requires_action": 0, "succeeded": 1, "failed": 2, "canceled": 2}
+DISPUTE_RANK = {
     "warning_needs_response": 0,
     "warning_under_review": 1,
     "needs_response": 2,
@@ -65,6 +65,9 @@ NOT_GONE = {
 
 ReversalKind = Literal["refund", "dispute"]
 
+METADATA_KEY = "tallystick_purchase"
+"""The metadata of our sessions and payments that names the purchase."""
+
 
 class Outcome(StrEnum):
     """What became of one of Stripe's objects."""
@@ -76,7 +79,7 @@ class Outcome(StrEnum):
     GIVEN_BACK = "given_back"
     REMEMBERED = "remembered"  # a refund or dispute whose purchase is not completed here
     UNCHANGED = "unchanged"
-    UNKNOWN = "unknown"  # no purchase of ours; on record as a finding
+    UNKNOWN = "unknown"  # no purchase of ours
     REFUSED = "refused"  # the ledger cannot hold it; on record as a finding
     DUPLICATE = "duplicate"
     IGNORED = "ignored"
@@ -86,6 +89,7 @@ class FindingKind(StrEnum):
     """What a person should look at."""
 
     UNKNOWN_SESSION = "unknown_session"
+    UNPROVEN_SESSION = "unproven_session"  # it names a purchase, and nothing that only the merchant writes proves it
     SECOND_SESSION = "second_session"
     AMOUNT_DIFFERS = "amount_differs"
     CURRENCY_DIFFERS = "currency_differs"
@@ -132,9 +136,18 @@ class Reversal:
         return cls(said["id"], kind, intent, said["amount"], said["currency"], said["status"] or "pending")
 
     @property
-    def standing(self) -> int:
+    def status_rank(self) -> int:
         """How far the status is; one that is not known yet counts as the beginning."""
-        return (REFUND_STANDING if self.kind == "refund" else DISPUTE_STANDING).get(self.status, 0)
+        return (REFUND_RANK if self.kind == "refund" else DISPUTE_RANK).get(self.status, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The purchase that a session pays for, or None; ``named`` is one that it names without the ``expected`` proof."""
+
+    purchase: CreditTransaction | None
+    named: UUID | None
+    expected: str | None
 
 
 def id_of(expandable: object) -> str | None:
@@ -150,12 +163,12 @@ def target(granted: int, paid: int, gone: int) -> int:
 
 
 @lru_cache(maxsize=16)
-def books(config: Config) -> Books:
-    """The books of a configuration, made once."""
-    return Books(config)
+def store_of(config: Config) -> Store:
+    """The store of a configuration, made once."""
+    return Store(config)
 
 
-class Books:
+class Store:
     """The operations for one configuration. Holds no connection and no state."""
 
     def __init__(self, config: Config) -> None:
@@ -228,7 +241,46 @@ class Books:
         seen = sa.update(stripe_findings).where(row.object_id == object_id, row.dismissed_at.is_(None))
         return len(run(conn, seen.values(dismissed_at=sa.func.now()).returning(row.kind), {}).all())
 
-    # --- what Stripe said ---
+    # --- Stripe's objects ---
+
+    def claim(self, conn: DbConnection, session: Object) -> Claim:
+        """The purchase that a session pays for, if something that only the merchant can write proves it.
+
+        The proof is that the session is the stored one, or that its metadata names the purchase and its price before
+        discounts and tax is the one on record. ``client_reference_id`` proves nothing: on a Payment Link or a buy
+        button it is a parameter of the address, which the buyer may change. So are all other fields that a buyer fills
+        in: e-mail, name, custom fields.
+        """
+        marked = as_uuid((session.get("metadata") or {}).get(METADATA_KEY))
+        referred = as_uuid(session.get("client_reference_id"))
+        purchases, terms = self.schema.credit_transactions, stripe_checkouts.c
+        row = purchases.c
+        statement = (
+            sa.select(terms.amount, terms.currency, purchases)
+            .select_from(purchases.outerjoin(stripe_checkouts, terms.purchase_id == row.id))
+            .where(
+                row.type == CreditTransactionType.PURCHASE,
+                sa.or_(
+                    row.stripe_session_id == session["id"],
+                    row.id.in_([id for id in (marked, referred) if id is not None]),
+                ),
+            )
+        )
+        found = [
+            (CreditTransaction(*columns), None if amount is None else (amount, currency))
+            for amount, currency, *columns in run(conn, statement, {})
+        ]
+        stored = next((it for it in found if it[0].stripe_session_id == session["id"]), None)
+        named = stored or next((it for it in found if it[0].id == marked), None)
+        if named is None:
+            referring = next((it[0].id for it in found), None)
+            return Claim(None, referring, f"metadata {METADATA_KEY}={referring}" if referring else None)
+        purchase, price = named
+        if session["mode"] != "payment":
+            return Claim(None, purchase.id, "a session of mode payment")
+        if stored is None and price not in (None, (session["amount_subtotal"], session["currency"])):
+            return Claim(None, purchase.id, "{} {} before discounts and tax".format(*(price or ())))
+        return Claim(purchase, purchase.id, None)
 
     def fulfil(self, conn: DbConnection, session: Object, *, failed: str | None = None) -> Outcome:
         """Bring the purchase of a Checkout Session to where the session is.
@@ -238,12 +290,19 @@ class Books:
         intent = id_of(session.get("payment_intent"))
         if intent is not None:
             self._one_at_a_time(conn, intent)
-        purchase = self.purchase(conn, id=as_uuid(session.get("client_reference_id")), session=session["id"])
+        claim = self.claim(conn, session)
+        purchase = claim.purchase
         paid = session["status"] == "complete" and session["payment_status"] in PAID
         if purchase is None:
             if session["status"] == "complete":
-                money = f"{session['amount_total']} {session['currency']}, {session['payment_status']}"
-                self.note(conn, FindingKind.UNKNOWN_SESSION, session["id"], found=money)
+                self.note(
+                    conn,
+                    FindingKind.UNKNOWN_SESSION if claim.named is None else FindingKind.UNPROVEN_SESSION,
+                    session["id"],
+                    purchase=claim.named,
+                    expected=claim.expected,
+                    found=_money(session),
+                )
             return Outcome.UNKNOWN
         self.ledger.lock(conn, purchase.user_id)
         purchase = self.purchase(conn, id=purchase.id) or purchase  # as of now, under the lock
@@ -333,12 +392,12 @@ class Books:
             amount=reversal.amount,
             currency=reversal.currency,
             status=reversal.status,
-            standing=reversal.standing,
+            status_rank=reversal.status_rank,
         )
         forward = new.on_conflict_do_update(
             index_elements=["id"],
-            set_={name: new.excluded[name] for name in ("amount", "status", "standing")},
-            where=stripe_reversals.c.standing < new.excluded.standing,
+            set_={name: new.excluded[name] for name in ("amount", "status", "status_rank")},
+            where=stripe_reversals.c.status_rank < new.excluded.status_rank,
         )
         run(conn, forward, {})
 
@@ -350,14 +409,15 @@ class Books:
         row = stripe_reversals.c
         known: Sequence[Any] = run(
             conn,
-            sa.select(row.id, row.amount, row.currency, row.status, row.settled)
+            sa.select(row.id, row.amount, row.currency, row.status, row.applied)
             .where(row.stripe_payment_intent_id == intent)
             .order_by(row.seen_at, row.id),
             {},
         ).all()
         outcome = Outcome.UNCHANGED
-        gone = sum(amount for _, amount, _, _, settled in known if settled)
-        for id, amount, currency, status, settled in known:
+        gone = sum(amount for _, amount, _, _, applied in known if applied != "none")
+        for id, amount, currency, status, applied in known:
+            settled = applied != "none"
             if settled is (status not in NOT_GONE):
                 continue  # the ledger is where the money is
             if currency != purchase.currency:
@@ -379,7 +439,9 @@ class Books:
             elif not settled and difference < 0:
                 self.ledger.refund(conn, user, purchase.id, credits=-difference, key=key)
                 outcome = Outcome.TAKEN_BACK
-            run(conn, sa.update(stripe_reversals).where(row.id == id).values(settled=not settled), {})
+            run(
+                conn, sa.update(stripe_reversals).where(row.id == id).values(applied="none" if settled else "share"), {}
+            )
         return outcome
 
     def left(self, conn: DbConnection, purchase: CreditTransaction) -> int:
@@ -394,6 +456,13 @@ class Books:
         """Two transactions about one payment follow each other, even where no row of it can be locked yet."""
         key = sa.func.hashtextextended(f"tallystick {intent}", 0)
         run(conn, sa.select(sa.func.pg_advisory_xact_lock(key)), {})
+
+
+def _money(session: Object) -> str:
+    """A session's mode and amounts, for a person."""
+    total, before = session["amount_total"], session["amount_subtotal"]
+    amounts = f"{total}" if total == before else f"{total} ({before} before discounts and tax)"
+    return f"{session['mode']}, {amounts} {session['currency']}, {session['payment_status']}"
 
 
 def as_uuid(value: object) -> UUID | None:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
+from typing import Any
 
+import psycopg
 import pytest
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from sites import HTML, Shop
 from tallystick.stripe.client import client
+from worlds import World
 
 
 def test_bought_and_back(shop: Shop) -> None:
@@ -52,6 +59,78 @@ def test_a_double_click_buys_once(shop: Shop) -> None:
     over = shop.post(user, "/billing/checkout", data={"pack": "Flight Crew", "key": "made-with-the-form"}, headers=HTML)
     assert over.headers["location"].startswith("/billing/success?session_id=cs_")
     assert shop.balance(user) == 3
+
+
+ELSEWHERE = "postgresql+psycopg://nobody:wrong@192.0.2.1:9/nowhere?connect_timeout=1"
+
+
+@pytest.mark.parametrize("by", ["connect_args", "creator", "hook"])
+def test_selling_takes_all_of_an_async_engine(
+    make_world: Callable[..., World], make_shop: Callable[[str, AsyncEngine], Shop], by: str
+) -> None:
+    """The address leads nowhere: only what the host gave its engine besides can reach the database."""
+    url = make_world().url
+    real = psycopg.conninfo.conninfo_to_dict(url.replace("+psycopg", "", 1)) | {"application_name": "the-host"}
+    match by:
+        case "connect_args":  # as with sslmode=verify-full, a CA, options
+            engine = create_async_engine(ELSEWHERE, poolclass=sa.NullPool, connect_args=real)
+        case "creator":
+
+            async def connect() -> psycopg.AsyncConnection[Any]:
+                return await psycopg.AsyncConnection.connect(**real)
+
+            engine = create_async_engine(ELSEWHERE, poolclass=sa.NullPool, async_creator=connect)
+        case "hook":  # as with a token for a password
+            engine = create_async_engine(ELSEWHERE, poolclass=sa.NullPool)
+
+            @sa.event.listens_for(engine.sync_engine, "do_connect")
+            def token(dialect: Any, record: Any, cargs: Any, cparams: dict[str, Any]) -> None:
+                cparams.clear()
+                cparams.update(real)
+
+    names: list[str] = []
+
+    @sa.event.listens_for(engine.sync_engine, "begin")
+    def begun(conn: sa.Connection) -> None:
+        names.append(str(conn.scalar(sa.text("SELECT current_setting('application_name')"))))
+
+    shop = make_shop(url, engine)
+    user = shop.world.user()
+    session = shop.start(user)
+    assert "on its way" in shop.return_from_stripe(user, session).text
+    shop.double.pay(session)
+    event = client(shop.world.config).v1.events.list({"type": "checkout.session.completed", "limit": 1}).data[0]
+    body, signature = shop.double.signed(event.id, shop.endpoint)
+    delivered = shop.client.post("/billing/webhooks/stripe", content=body, headers={"stripe-signature": signature})
+    assert delivered.json()["outcome"] == "granted"
+    assert "3 credits added" in shop.return_from_stripe(user, session).text
+    assert names
+    assert set(names) == {"the-host"}
+
+
+def test_others_are_served_while_stripe_thinks(
+    make_world: Callable[..., World], make_shop: Callable[[str, AsyncEngine], Shop]
+) -> None:
+    """On an async engine a slow answer of Stripe's holds up nobody else on the event loop."""
+    url = make_world().url
+    shop = make_shop(url, create_async_engine(url, poolclass=sa.NullPool))
+    user = shop.world.user()
+    shop.start(user)  # the customer is made, and all is loaded
+    finished: list[str] = []
+    shop.double.fault("POST", "/v1/checkout/sessions", "timeout", wait_s=3)
+
+    def buy() -> None:
+        shop.start(user)
+        finished.append("checkout")
+
+    buying = threading.Thread(target=buy)
+    buying.start()
+    while shop.double.api.faults[-1].times:
+        time.sleep(0.01)
+    assert shop.get(user, "/billing/api/balance").json()["balance"] == 0
+    finished.append("balance")
+    buying.join()
+    assert finished == ["balance", "checkout"]
 
 
 def test_another_users_session_grants_nothing(shop: Shop) -> None:
