@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import difflib
 import ipaddress
+import json
 import os
 import re
 import tomllib
@@ -144,8 +145,15 @@ class HostMapping:
 
     @staticmethod
     def from_json(text: str) -> HostMapping:
-        """The way back from :meth:`to_json`."""
-        return _MAPPING.validate_json(text)
+        """The way back from :meth:`to_json`; what a later version of this package added is left out."""
+        found = _known(json.loads(text), HostMapping)
+        for name, kind in (("users", UsersTable), ("workshops", WorkshopsTable)):
+            found[name] = found.get(name) and _known(found[name], kind)
+        return _MAPPING.validate_python(found)
+
+
+def _known(values: dict[str, Any], kind: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name in kind.__dataclass_fields__}
 
 
 _MAPPING = TypeAdapter(HostMapping)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from uuid import UUID
 
 import sqlalchemy as sa
+from pydantic import ValidationError
 from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.schema import CheckConstraint, Column, ForeignKey, Index, Table
 
@@ -284,6 +285,8 @@ migration_log = Table(
     Column("locked_ms", sa.Double),
     Column("duration_ms", sa.Double),
     Column("waited_for", pg.JSONB, nullable=False, server_default=sa.text("'[]'")),
+    # after a revision that is an expansion, packages from before it go on working
+    Column("kind", sa.Text, nullable=False, server_default=sa.text("'expand'")),
 )
 
 stripe_events = Table(
@@ -380,6 +383,8 @@ stripe_reconciliations = Table(
 def verify(conn: DbConnection, host: HostMapping | None = None) -> None:
     """Check that the database is one that this package works with, and that ``host``, if given, is its mapping.
 
+    A database that is ahead of the package by expansions only works: in a rolling deployment it is migrated first.
+
     Call it when the app starts: a clear refusal then beats a missing column later.
 
     Raises:
@@ -402,6 +407,11 @@ def _verify_revision(conn: DbConnection) -> None:
     if found == HEAD:
         return
     if found is not None and found > HEAD:
+        log = migration_log.c
+        broken = sa.exists().where(log.kind != "expand", log.revision > HEAD, log.revision <= found)
+        with translated(connecting=True):
+            if not conn.scalar(sa.select(broken)):
+                return
         raise SchemaTooNew(
             f"this database is at revision {found}, this package knows {HEAD}. Run: pip install -U tallystick",
             revision=found,
@@ -438,7 +448,14 @@ def mapping_of(source: sa.Engine | DbConnection) -> HostMapping:
         stored = None if there is None else source.scalar(sa.select(sa.cast(mapping.c.host, sa.Text)))
     if stored is None:
         raise NotMigrated("this database has no Tallystick schema yet. Run: tallystick migrate apply", revision=None)
-    return HostMapping.from_json(stored)
+    try:
+        return HostMapping.from_json(stored)
+    except ValidationError as error:
+        raise SchemaTooNew(
+            f"this package does not understand the mapping that the database stores: {error}. "
+            "Run: pip install -U tallystick",
+            revision=None,
+        ) from error
 
 
 def agreed(conn: DbConnection, config: Config) -> Config:

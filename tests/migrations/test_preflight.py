@@ -163,14 +163,14 @@ def test_another_mapping_than_the_one_that_was_migrated(app: App, make_app: Call
     for mapping, message in (
         (
             HostMapping(workshops=WorkshopsTable(table="courses")),
-            "host.workshops.table is 'courses', in the database 'workshops'",
+            r"host\.workshops\.table is 'courses', in the database 'workshops'",
         ),
         (
             HostMapping(users=UsersTable(schema="crm"), workshops=None),
-            "host.users.schema is 'crm', in the database 'public'",
+            r"host\.users\.schema is 'crm', in the database 'public'",
         ),
-        (HostMapping(workshops=None), r"host.workshops is not set, in the database 'public\.workshops'"),
-        (HostMapping(credits="bigint"), "host.credits is 'bigint', in the database 'integer'"),
+        (HostMapping(workshops=None), r"host\.workshops is not set, in the database 'public\.workshops'"),
+        (HostMapping(credits="bigint"), r"host\.credits is 'bigint', in the database 'integer'"),
     ):
         other = app.config.model_copy(update={"host": mapping})
         for change in (migrate.apply, migrate.undo):
@@ -182,7 +182,7 @@ def test_another_mapping_than_the_one_that_was_migrated(app: App, make_app: Call
         ALONE,
     )
     migrate.apply(alone.url, alone.config)
-    with pytest.raises(HostMismatch, match=r"host.workshops is 'public\.workshops', in the database not set"):
+    with pytest.raises(HostMismatch, match=r"host\.workshops is 'public\.workshops', in the database not set"):
         migrate.apply(alone.url, alone.config.model_copy(update={"host": HostMapping()}))
 
 

@@ -101,9 +101,11 @@ FUNCTION_DRIFTS = [
     ),
     (
         "balance(uuid)",
-        "DROP FUNCTION tallystick.balance(uuid); CREATE FUNCTION tallystick.balance(someone uuid)"
-        f" RETURNS tallystick.answer LANGUAGE plpgsql STABLE SECURITY DEFINER {PINNED}"
-        " AS $$BODY$$; REVOKE ALL ON FUNCTION tallystick.balance FROM PUBLIC",
+        (
+            "DROP FUNCTION tallystick.balance(uuid); CREATE FUNCTION tallystick.balance(someone uuid)"
+            f" RETURNS tallystick.answer LANGUAGE plpgsql STABLE SECURITY DEFINER {PINNED}"
+            " AS $$BODY$$; REVOKE ALL ON FUNCTION tallystick.balance FROM PUBLIC"
+        ),
     ),
     ("utc(text)", "CREATE FUNCTION tallystick.utc(text) RETURNS timestamptz LANGUAGE sql AS 'SELECT now()'"),
 ]

@@ -176,8 +176,10 @@ def _opening(
 
 
 def _logged(revision: Revision, direction: str, adopted: Sequence[str]) -> Composed:
-    return SQL("INSERT INTO tallystick.migration_log (revision, direction, adopted) VALUES ({}, {}, {})").format(
-        SqlLiteral(revision.revision), SqlLiteral(direction), SqlLiteral(json.dumps(adopted))
+    return SQL(
+        "INSERT INTO tallystick.migration_log (revision, direction, adopted, kind) VALUES ({}, {}, {}, {})"
+    ).format(
+        SqlLiteral(revision.revision), SqlLiteral(direction), SqlLiteral(json.dumps(adopted)), SqlLiteral(revision.kind)
     )
 
 
