@@ -307,7 +307,7 @@ def test_without_settings_the_mapping_is_the_databases(tally, make_world: Callab
     for place in ([], ["--database-url", world.url]):
         assert tally(*place, "balance", user).out == "3 credits\n"
     assert "As declared" in tally("migrate", "status").out
-    assert f"users by app.User.order (the database)" in tally("migrate", "plan").out
+    assert "users by app.User.order (the database)" in tally("migrate", "plan").out
     assert tally("init").code == 0
     assert Config.load().host == world.config.host
     assert "users by app.User.order (tallystick.toml)" in tally("migrate", "plan").out

@@ -96,7 +96,7 @@ def called() -> list[str]:
 def planted(fresh_database: Callable[..., str]) -> Iterator[tuple[World, str]]:
     """A host, and the name of a role that was given its ledger and has planted."""
     url = fresh_database()
-    name = f"hostile {uuid.uuid4().hex[:8]}"
+    name = f"hostile_{uuid.uuid4().hex[:8]}"
     quoted = sql.Identifier(name).as_string()
     with psycopg.connect(url.replace("+psycopg", ""), autocommit=True) as owner:
         owner.execute(DDL.replace("date_time", "timestamp").encode())
@@ -151,10 +151,11 @@ def every_operation(world: World, conn: psycopg.Connection | sa.Connection) -> N
     rows = ledger.history(conn, user, include_failed=True)
     assert len(rows) == 8
     assert ledger.history(conn, user, before=rows[0].cursor) == rows[1:]
-    assert [ledger.access(conn, one).open for one in workshops] == [True, True, True]
-    accounts.delete_workshop(conn, workshops[2])
-    assert not ledger.access(conn, workshops[2]).open
-    accounts.restore_workshop(conn, workshops[2])
+    assert [ledger.access(conn, one).open for one in workshops] == [True, True, False]
+    accounts.delete_workshop(conn, workshops[1])
+    assert not ledger.access(conn, workshops[1]).open
+    accounts.restore_workshop(conn, workshops[1])
+    assert ledger.access(conn, workshops[1]).open
     accounts.complete_onboarding(conn, user)
     accounts.reset_onboarding(conn, user)
     accounts.set_plan_tier(conn, user, "pro")
