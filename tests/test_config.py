@@ -182,6 +182,12 @@ def test_a_fault_of_an_address_is_named_without_its_password(folder, address, sa
         ("[host.users]\nkey = ''", 2, "host.users.key", "at least one character"),
         (f"[host.users]\ntable = '{'ü' * 32}'", 2, "host.users.table", "at most 63 bytes"),
         ("[[packs]]\nname = 'a'\ncredits = 1\n[[packs]]\nname = 'b'\ncredits = 0", 6, "packs.1.credits", "greater"),
+        (
+            "[[packs]]\nname = 'a'\ncredits = 1\n[[packs]]\nname = 'a'\ncredits = 1\ncurrency = 'eur'",
+            None,
+            "packs",
+            "two packs are called 'a', one in usd and one in eur",
+        ),
         ("[[packs]]\nname = 'a'\ncredits = 1.5", 3, "packs.0.credits", "integer"),
         ("[[packs]]\nname = 'a'\ncredits = 1\ncurrency = 'USD'", 4, "packs.0.currency", "pattern"),
         ("grandfathered_before = 2026-01-31T00:00:00", 1, "grandfathered_before", "time zone"),

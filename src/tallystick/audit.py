@@ -24,7 +24,8 @@ import copy
 import datetime as dt
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -138,7 +139,8 @@ def audit(
     ``each`` is called with a report of each range of users when it is done. Keep what it finds, and its ``last``: an
     audit with that as ``after`` begins where one that was interrupted stopped, and looks at the users behind it only.
 
-    Best called on a connection in autocommit; in a transaction it neither commits nor rolls back.
+    On a connection without a transaction each range is one of its own, so that no lock is held for longer. A
+    transaction of the caller's is used as it is: neither committed nor rolled back.
 
     Raises:
         InvalidArgument: ``user`` or ``after`` is no key of the mapped type or both are given, ``since`` has no time
@@ -163,7 +165,8 @@ def audit(
     schema = Schema.of(config.host)
     if user is not None:
         user = schema.user_key(user)
-    facts = _look(conn, schema)
+    with _transaction(conn):
+        facts = _look(conn, schema)
     checks = [check for check in CHECKS.values() if schema.workshops is not None or not check.needs_workshops]
     found: dict[str, list[Finding]] = {check.name: [] for check in checks}
     users = rows = 0
@@ -173,12 +176,13 @@ def audit(
     step = max(1, facts.users * part_rows // max(facts.users + facts.rows, 1))
     while True:
         begun, before = time.perf_counter(), {name: len(some) for name, some in found.items()}
-        high = _last_key(conn, schema, low, step) if divided else None
-        part = _Part(schema, facts, low=low, high=high, user=user, since=since)
-        sums = run(conn, part.sums(), {}).mappings().one()
-        users, rows = users + sums["users"], rows + sums["rows"]
-        signs = facts.signs | {sign for sign, raised in sums.items() if raised is True}
-        _search(conn, part, signs, found, most=limit + 1)  # one more tells whether it is all
+        with _transaction(conn):
+            high = _last_key(conn, schema, low, step) if divided else None
+            part = _Part(schema, facts, low=low, high=high, user=user, since=since)
+            sums = run(conn, part.sums(), {}).mappings().one()
+            users, rows = users + sums["users"], rows + sums["rows"]
+            signs = facts.signs | {sign for sign, raised in sums.items() if raised is True}
+            _search(conn, part, signs, found, most=limit + 1)  # one more tells whether it is all
         if progress is not None:
             progress(rows, rows if high is None else max(rows, facts.rows))
         if each is not None:
@@ -196,6 +200,14 @@ def audit(
             user=user,
         )
     return _report(found, found, limit, users=users, rows=rows, began=started)
+
+
+@contextmanager
+def _transaction(conn: DbConnection) -> Iterator[None]:
+    """A transaction on a connection that has none."""
+    its_own = isinstance(conn, sa.Connection) and not conn.in_transaction()  # of a Session it would flush and commit
+    with conn.begin() if its_own else nullcontext():
+        yield
 
 
 def _report(
@@ -406,13 +418,9 @@ class _Part:
     def ends(self) -> sa.Subquery:
         """Each user's last numbered row."""
         row = self.row
-        return (
-            self.rows(row.sequence, row.balance_after)
-            .where(row.sequence > 0)
-            .ext(pg.distinct_on(row.user_id))
-            .order_by(row.user_id, row.sequence.desc(), row.id)
-            .subquery("ends")
-        )
+        last_first = sa.func.row_number().over(partition_by=row.user_id, order_by=(row.sequence.desc(), row.id))
+        each = self.rows(row.sequence, row.balance_after, last_first.label("place")).where(row.sequence > 0).subquery()
+        return sa.select(each).where(each.c.place == 1).subquery("ends")
 
     def unlocks(self) -> sa.Subquery:
         """Who paid for which workshop, how many times (``net``), and by which row last."""

@@ -170,6 +170,17 @@ class Pack:
     stripe_price_id: str | None = None
 
 
+def _names_once(packs: tuple[Pack, ...]) -> tuple[Pack, ...]:
+    for number, pack in enumerate(packs):
+        for other in packs[:number]:
+            if other.name == pack.name:
+                raise ValueError(
+                    f"two packs are called {pack.name!r}, one in {other.currency} and one in {pack.currency}. A sale "
+                    "names its pack: give each a name of its own"
+                )
+    return packs
+
+
 def _console_address(value: str) -> str:
     parts = urlsplit(value)
     here = parts.hostname in ("localhost", "127.0.0.1", "::1")
@@ -253,7 +264,8 @@ class Config(BaseModel):
 
     ``checkout_origins`` are the origins (``https://app.example.com``) to which a buyer may be sent back from Stripe.
     ``stripe_webhook_secret`` may hold several secrets separated by commas, while one is being replaced.
-    ``stripe_api_base`` points to another address than Stripe's, such as the test double's.
+    ``stripe_api_base`` points to another address than Stripe's, such as the test double's. ``stripe_realm`` names this
+    installation at Stripe; None stands for a name of the database's own, which a copy of it shares.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
@@ -261,13 +273,14 @@ class Config(BaseModel):
     database_url: Address | None = Field(default=None, repr=False)
     database_url_unpooled: Address | None = Field(default=None, repr=False)
     host: HostMapping = Field(default_factory=HostMapping)
-    packs: tuple[Pack, ...] = ()
+    packs: Annotated[tuple[Pack, ...], AfterValidator(_names_once)] = ()
     paywall: bool = True
     grandfathered_before: Annotated[dt.datetime, AfterValidator(_aware)] | None = None
     checkout_origins: tuple[Origin, ...] = ()
     stripe_secret_key: str | None = Field(default=None, repr=False)
     stripe_webhook_secret: str | None = Field(default=None, repr=False)
     stripe_api_base: str | None = None
+    stripe_realm: Annotated[str, Field(pattern="^[A-Za-z0-9._-]{1,64}$")] | None = None
     console: ConsoleAccess = Field(default_factory=ConsoleAccess)
 
     @model_validator(mode="after")

@@ -182,12 +182,51 @@ def _is_ours(error: BaseException) -> bool:
 
 
 def engine(url: str | sa.URL, **options: Any) -> sa.Engine:
-    """An engine for ``url`` that names itself ``tallystick`` to the server, where operators look for who is who."""
+    """An engine for ``url`` that names itself ``tallystick`` to the server, where operators look for who is who.
+
+    Its transactions are those of :func:`with_known_settings`.
+    """
     address = sa.make_url(url)
     connect_args = {"application_name": "tallystick", "connect_timeout": 10} | options.pop("connect_args", {})
     for name in address.query:
         connect_args.pop(name, None)  # what the address says wins
-    return sa.create_engine(address, connect_args=connect_args, **options)
+    connect_args["client_encoding"] = "utf8"  # psycopg hands out bytes where a database in SQL_ASCII decides
+    # without hstore, which SQLAlchemy looks up before the first transaction, under the search_path of the database
+    made = sa.create_engine(address, connect_args=connect_args, use_native_hstore=False, **options)
+    sa.event.listen(made, "begin", _set_known)
+    return made
+
+
+KNOWN_SETTINGS: Mapping[str, str] = {
+    "search_path": "pg_catalog",
+    "datestyle": "ISO, MDY",
+    "intervalstyle": "postgres",
+    "timezone": "UTC",
+}
+"""What no connection of ours takes from the database, the role or the address.
+
+With another schema in ``search_path``, an operator in it that fits a pair of types better than PostgreSQL's own, such
+as ``public.=(varchar, text)``, is the one that a query runs: with our role's rights, whoever made it.
+"""
+
+_SET_KNOWN = "; ".join(
+    f"SET LOCAL {name} = {value if name == 'search_path' else repr(value)}" for name, value in KNOWN_SETTINGS.items()
+)
+
+
+def with_known_settings(pool: sa.Engine) -> sa.Engine:
+    """``pool``, whose every transaction begins by setting :data:`KNOWN_SETTINGS`; the original is not touched.
+
+    They end with the transaction: behind a transaction pooler the session is somebody else's afterwards. Hence they
+    hold for nothing in autocommit.
+    """
+    derived = pool.execution_options()
+    sa.event.listen(derived, "begin", _set_known)
+    return derived
+
+
+def _set_known(conn: sa.Connection) -> None:
+    conn.exec_driver_sql(_SET_KNOWN)  # SET is no query, so an isolation level may still be chosen after it
 
 
 PATIENCE_S = 15.0
@@ -249,11 +288,10 @@ def _starting_up(error: BaseException | None) -> bool:
 def connect(
     url: str | sa.URL,
     *,
-    autocommit: bool = False,
     patience_s: float = 0,
     waiting: Callable[[str], None] | None = None,
 ) -> Iterator[sa.Connection]:
-    """One connection of its own, for a command: committed at the end, or each statement by itself.
+    """One transaction on a connection of its own, for a command; committed at the end.
 
     ``patience_s`` and ``waiting`` are those of :func:`dial`.
 
@@ -264,10 +302,9 @@ def connect(
     with translated(connecting=True):
         conn = dial(pool, patience_s=patience_s, waiting=waiting)
     with conn:
-        if autocommit:
-            yield conn.execution_options(isolation_level="AUTOCOMMIT")
-            return
-        with conn.begin():
+        with translated(connecting=True):
+            begun = conn.begin()
+        with begun:
             yield conn
 
 

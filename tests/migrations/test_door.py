@@ -169,17 +169,6 @@ class TestDowngrade:
             command.downgrade(alembic, "base")
             assert without_its_own(app.shape()) == before
 
-    def test_one_step_back_and_the_runner_goes_on_from_there(
-        self, app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        alembic = history(app, tmp_path, monkeypatch, *ALL, backs=BACKS)
-        command.upgrade(alembic, "head")
-        after = app.shape()
-        command.downgrade(alembic, "h0")
-        assert self.revision(app) == "0001"
-        assert [step.revision for step in migrate.apply(app.url, app.config).steps] == ["0002"]
-        assert without_its_own(app.shape()) == without_its_own(after)
-
     def revision(self, app: App) -> str | None:
         with app.engine.connect() as conn:
             return migrate.status(conn, app.config).revision
@@ -195,11 +184,11 @@ class TestDowngrade:
     def test_it_is_all_or_nothing_with_the_hosts_revision(
         self, app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        alembic = history(app, tmp_path, monkeypatch, *ALL, backs=[BACKS[0], f"{BACKS[1]}; op.execute('SELECT 1 / 0')"])
+        alembic = history(app, tmp_path, monkeypatch, *ALL, backs=[f"{BACKS[0]}; op.execute('SELECT 1 / 0')"])
         command.upgrade(alembic, "head")
         after = app.shape()
         with pytest.raises(sa.exc.DataError, match="division by zero"):
-            command.downgrade(alembic, "h0")
+            command.downgrade(alembic, "base")
         assert without_its_own(app.shape()) == without_its_own(after)
 
     def test_rows_are_not_thrown_away_unasked(self, app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,9 +210,8 @@ class TestDowngrade:
         ("back", "said"),
         [
             ("downgrade_revision(op, to='9999')", r"no revision '9999'\. Known: 0001, "),
-            ("downgrade_revision(op, to=None)", "nothing is not just before 0002.* in order: 0001$"),
             (
-                "with op.get_context().autocommit_block(): downgrade_revision(op, to='0001')",
+                "with op.get_context().autocommit_block(): downgrade_revision(op, to=None)",
                 "needs a transaction. Call downgrade_revision outside",
             ),
         ],
@@ -231,26 +219,26 @@ class TestDowngrade:
     def test_what_is_refused(
         self, app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back: str, said: str
     ) -> None:
-        alembic = history(app, tmp_path, monkeypatch, *ALL[:2], backs=[BACKS[0], back])
+        alembic = history(app, tmp_path, monkeypatch, *ALL[:1], backs=[back])
         command.upgrade(alembic, "head")
         after = app.shape()
         with pytest.raises(MigrationError, match=said):
-            command.downgrade(alembic, "h0")
+            command.downgrade(alembic, "base")
         assert without_its_own(app.shape()) == without_its_own(after)
 
     def test_it_is_not_written_out(self, app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         alembic = history(app, tmp_path, monkeypatch, *ALL, backs=BACKS)
         with pytest.raises(MigrationError, match="alembic downgrade without --sql"):
-            command.downgrade(alembic, "h1:base", sql=True)
+            command.downgrade(alembic, "h0:base", sql=True)
 
     def test_settings_of_the_hosts_transaction_stay(
         self, app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        back = f"op.execute(\"SET LOCAL lock_timeout = '7s'\"); {BACKS[1]}; "
+        back = f"op.execute(\"SET LOCAL lock_timeout = '7s'\"); {BACKS[0]}; "
         back += "op.execute(\"CREATE TABLE seen AS SELECT current_setting('lock_timeout') AS value\")"
-        alembic = history(app, tmp_path, monkeypatch, *ALL, backs=[BACKS[0], back])
+        alembic = history(app, tmp_path, monkeypatch, *ALL, backs=[back])
         command.upgrade(alembic, "head")
-        command.downgrade(alembic, "h0")
+        command.downgrade(alembic, "base")
         assert app.value("SELECT value FROM seen") == "7s"
 
 

@@ -32,8 +32,8 @@ from tallystick.errors import (
     PermissionDenied,
 )
 from tallystick.migrate.online import index_state
-from tallystick.migrate.revisions import HostNames, revisions
-from tallystick.migrate.statements import ADVISORY_KEY, downward, text
+from tallystick.migrate.revisions import revisions
+from tallystick.migrate.statements import ADVISORY_KEY
 from tallystick.schema import HEAD
 
 INDEX = "tallystick_users_stripe_customer_id"
@@ -82,13 +82,6 @@ def wait_for_vacuum(app: App, table: str = "users") -> int:
         assert time.monotonic() < deadline, "autovacuum did not come"
         time.sleep(0.1)
     return pid
-
-
-def step_down(app: App) -> None:
-    """From 0002 back to 0001."""
-    messages = downward([revisions()[1]], HostNames.of(app.config.host), discard_ledger=True, stall_budget_ms=1000)
-    with psycopg.connect(libpq(app), autocommit=True) as conn:
-        conn.execute(text((*messages.opening, *messages.locked)).encode(), prepare=False)
 
 
 class TestWaiting:
@@ -284,57 +277,6 @@ class TestTheBudget:
             assert run.result(60).steps[0].locked_ms > 500
 
 
-class TestTheLedger:
-    """Revision 0002 and undo lock it too, so whoever holds it is looked for there."""
-
-    @pytest.fixture
-    def at_0001(self, app: App) -> App:
-        migrate.apply(app.url, app.config)
-        step_down(app)
-        return app
-
-    def test_its_reader_is_named_and_not_queued_behind(self, at_0001: App) -> None:
-        with holding(at_0001, "SELECT count(*) FROM credit_transactions") as reader:
-            time.sleep(0.3)  # until it is no longer any young transaction
-            for run in (migrate.apply, migrate.undo):
-                with pytest.raises(MigrationBlocked) as caught:
-                    run(at_0001.url, at_0001.config, give_up_after_s=0.6)
-                assert f"pid {reader.info.backend_pid} (a report)" in str(caught.value)
-                assert "holds credit_transactions" in str(caught.value)
-                assert caught.value.attempts == 0
-        assert migrate.apply(at_0001.url, at_0001.config).changed
-        with (
-            holding(at_0001, "SELECT count(*) FROM tallystick.stripe_events"),
-            pytest.raises(MigrationBlocked, match=r"holds tallystick\.stripe_events"),
-        ):
-            migrate.undo(at_0001.url, at_0001.config, give_up_after_s=0.6)
-
-    def test_a_reader_of_what_it_does_not_lock_is_not_waited_for(self, at_0001: App) -> None:
-        with holding(at_0001, "SELECT count(*) FROM users"):
-            time.sleep(0.3)
-            [step] = migrate.apply(at_0001.url, at_0001.config, give_up_after_s=0.6).steps
-        assert (step.revision, step.waited_for) == ("0002", ())
-
-    def test_an_autovacuum_yields(self, at_0001: App) -> None:
-        app = at_0001
-        app.run(
-            "ALTER TABLE credit_transactions SET (autovacuum_vacuum_cost_delay = 100, autovacuum_vacuum_cost_limit = 1,"
-            " autovacuum_vacuum_insert_threshold = 1, autovacuum_vacuum_insert_scale_factor = 0)",
-            "INSERT INTO credit_transactions (id, user_id, type, status, amount, description)"
-            " SELECT gen_random_uuid(), id, 'purchase', 'pending', 1, 'x' FROM users, generate_series(1, 40)",
-            "ALTER SYSTEM SET autovacuum_naptime = 1",
-            "SELECT pg_reload_conf()",
-        )
-        try:
-            vacuum = wait_for_vacuum(app, "credit_transactions")
-            assert migrate.apply(app.url, app.config, give_up_after_s=20).changed
-            assert vacuum_of(app, "credit_transactions") != vacuum
-            wait_for_vacuum(app, "credit_transactions")
-            assert migrate.undo(app.url, app.config, discard_ledger=True, give_up_after_s=20).changed
-        finally:
-            app.run("ALTER SYSTEM RESET autovacuum_naptime", "SELECT pg_reload_conf()")
-
-
 class TestTwoAtOnce:
     def test_the_second_says_so_and_stops(self, app: App) -> None:
         with holding(app, f"SELECT pg_advisory_lock({ADVISORY_KEY})") as first:
@@ -500,14 +442,6 @@ class TestFaults:
         with pytest.raises(MigrationError, match=r"out of luck \(XX000\)\. Nothing was changed"):
             migrate.apply(app.url, app.config)
         assert app.shape() == before
-
-    def test_what_is_in_place_already_is_said(self, app: App) -> None:
-        def progress(now: migrate.Progress) -> None:
-            if (now.phase, now.revision) == ("applied", "0001"):
-                app.run("ALTER TABLE credit_transactions DROP CONSTRAINT credit_transactions_refund_of")
-
-        with pytest.raises(MigrationError, match=r"Revision 0001 is in place, and nothing else was changed"):
-            migrate.apply(app.url, app.config, progress=progress)
 
     def test_a_connection_that_dies_under_the_run(self, app: App) -> None:
         before = app.shape()

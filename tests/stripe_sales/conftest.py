@@ -5,11 +5,14 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import stripe as sdk
 
 from stripe_sales.shop import Shop
 from tallystick.dev.stripe import DevStripe
 from tallystick.stripe import Received
 from worlds import World
+
+sdk.enable_telemetry = False  # it would write a file into the home directory
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import itertools
 import json
 import threading
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,7 +16,7 @@ import stripe as sdk
 from stripe_sales.shop import CREDITS, ORIGIN, PACK, PRICE, Shop
 from tallystick import Pack, stripe
 from tallystick import errors as e
-from tallystick.schema import INT32_MAX, stripe_events
+from tallystick.schema import INT32_MAX, stripe_events, stripe_reversals
 
 pytestmark = pytest.mark.one_server  # it is about what Stripe sends; test_machine runs on both
 
@@ -312,15 +313,63 @@ def test_a_passing_failure_is_not_even_noticed(shop: Shop, outcome):
 
 
 def test_a_session_that_is_unknown_here(shop: Shop, caplog):
-    price = shop.config.packs[0].stripe_price_id
-    made = shop.api.checkout.sessions.create(
-        {"mode": "payment", "line_items": [{"price": price, "quantity": 1}], "success_url": f"{ORIGIN}/"}
-    )
-    shop.dev.pay(made.id)
+    marked = {"tallystick_purchase": str(uuid.uuid4())}  # sold by this database before it was restored from a backup
+    made = shop.foreign(metadata=marked)
     assert shop.outcomes(COMPLETED) == ["unknown"]
     assert shop.findings() == ["unknown_session"]
-    assert made.id in caplog.text
-    assert any(made.id in str(finding) for finding in stripe.reconcile(shop.engine, shop.config).findings)
+    assert made in caplog.text
+    assert any(made in str(finding) for finding in stripe.reconcile(shop.engine, shop.config).findings)
+
+
+# --- others at the same Stripe account ---
+
+
+@pytest.mark.parametrize("fields", [{}, {"client_reference_id": "order 7"}, {"metadata": {"order": "7"}}])
+def test_a_sale_of_something_else_is_counted_and_not_listed(shop: Shop, fields):
+    session = shop.foreign(**fields)
+    intent = shop.api.checkout.sessions.retrieve(session).payment_intent
+    shop.dev.refund(str(intent), amount=10)
+    shop.dev.dispute(str(intent), amount=40)
+    assert set(shop.outcomes()) == {"foreign"}
+    report = stripe.reconcile(shop.engine, shop.config)
+    assert (report.findings, report.changes) == ((), ())
+    assert report.outcomes == {"foreign": 3}  # the session, the refund, the dispute
+    with shop.engine.begin() as conn:
+        assert conn.scalar(sa.select(sa.func.count()).select_from(stripe_reversals)) == 0
+
+
+def test_two_installations_at_one_account_ignore_each_other(make_shop, make_world, dev):
+    here = make_shop()
+    there = Shop(make_world("uuid"), dev, endpoint_url="http://127.0.0.1:2/webhook")
+    try:
+        users = here.world.user(), there.world.user()
+        for shop, user in zip((here, there), users, strict=True):
+            bought = shop.checkout(user)
+            dev.pay(bought.session)
+            dev.refund(shop.intent(bought), amount=500)
+        for shop in (here, there):
+            events = [one["event"] for one in dev.held() if one["endpoint"] == shop.endpoint]
+            outcomes = [str(one.outcome) for one in shop.deliver(*events)]
+            assert (outcomes.count("granted"), outcomes.count("taken_back")) == (1, 1)
+            assert outcomes.count("foreign") == 3  # the other's session, its refund, and its charge
+            assert stripe.reconcile(shop.engine, shop.config).findings == ()
+        assert (here.balance(users[0]), there.balance(users[1])) == (48, 48)
+    finally:
+        there.engine.dispose()
+
+
+def test_a_copy_of_the_database_is_told_apart_by_a_realm_of_its_own(shop: Shop):
+    user, _ = started_without_a_session(shop, "pending")
+    [session] = shop.api.checkout.sessions.list().data
+    shop.dev.pay(session.id)
+    staging = shop.config.model_copy(update={"stripe_realm": "staging"})
+    [event] = shop.events(COMPLETED)
+    body, signature = shop.dev.signed(event, shop.endpoint)
+    assert stripe.receive(shop.engine, staging, body.encode(), signature).outcome == "foreign"
+    with shop.engine.begin() as conn:
+        conn.execute(sa.delete(stripe_events))
+    assert shop.outcomes(COMPLETED) == ["granted"]
+    assert shop.balance(user) == CREDITS
 
 
 # --- fields that a buyer or an address sets prove nothing ---
@@ -600,6 +649,16 @@ def test_refund_made_here_whose_answer_is_lost(shop: Shop):
     assert shop.rows(user) == [("purchase", 97), ("refund", -97)]
 
 
+def test_a_refund_takes_the_longest_key_and_no_longer_one(shop: Shop):
+    _, started = bought(shop)
+    for key in ("", "k" * 501):
+        with pytest.raises(e.InvalidArgument, match="1 to 500"):
+            stripe.refund(shop.engine, shop.config, started.purchase.id, credits=1, key=key)
+    for _ in range(2):
+        stripe.refund(shop.engine, shop.config, started.purchase.id, credits=1, key="é" * 500)
+    assert len(shop.api.refunds.list().data) == 1
+
+
 def test_credits_that_the_host_took_back_with_the_money_are_taken_once(shop: Shop):
     user, started = bought(shop)
     with shop.engine.begin() as conn:
@@ -716,6 +775,81 @@ def test_reconciliation_races_a_webhook_and_runs_twice(shop: Shop):
     assert (again.changed, again.changes) == (False, ())
 
 
+# --- deliveries that failed ---
+
+
+def failed(shop: Shop) -> list[tuple[str, str, int]]:
+    return [(one.type, one.object_id, one.attempts) for one in stripe.failed_deliveries(shop.engine, shop.config)]
+
+
+def test_a_delivery_that_stripe_cut_short_is_kept_and_resolved_by_the_next(shop: Shop):
+    _, started = bought(shop)
+    refund = shop.dev.refund(shop.intent(started))
+    shop.dev.fault("GET", "/v1/refunds", 500, times=6)
+    for attempts in (1, 2):
+        assert shop.deliver(*shop.events("charge.refunded"))[0].status == 503
+        [kept] = stripe.failed_deliveries(shop.engine, shop.config)
+        assert (kept.attempts, kept.object_id, kept.object_type) == (attempts, refund["charge"], "charge")
+        assert kept.reason.startswith("StripeUnavailable: Stripe answered 500.")
+    assert shop.outcomes("charge.refunded") == ["taken_back"]
+    assert failed(shop) == []
+
+
+def test_a_delivery_that_the_ledger_refused_is_kept_and_runs_again(shop: Shop):
+    user = shop.world.user()
+    started = shop.checkout(user)
+    with shop.engine.begin() as conn:
+        shop.world.ledger.grant(conn, user, credits=INT32_MAX, key="all", description="All there is")
+    shop.dev.pay(started.session)
+    [event] = shop.events(COMPLETED)
+    assert shop.outcomes(COMPLETED) == ["refused"]
+    assert failed(shop) == [(COMPLETED, started.session, 1)]
+    assert stripe.redeliver(shop.engine, shop.config) == [(event, "refused")]
+    assert failed(shop) == [(COMPLETED, started.session, 2)]
+    with shop.engine.begin() as conn:
+        shop.world.ledger.consume(conn, user, credits=CREDITS, key="room")
+    assert stripe.redeliver(shop.engine, shop.config, ["evt_another"]) == []
+    assert stripe.redeliver(shop.engine, shop.config, [event]) == [(event, "granted")]
+    assert (failed(shop), shop.balance(user)) == ([], INT32_MAX)
+    assert shop.outcomes(COMPLETED) == ["duplicate"]
+
+
+def test_a_redelivery_by_stripe_of_what_the_ledger_refused_is_no_duplicate(shop: Shop):
+    user = shop.world.user()
+    started = shop.checkout(user)
+    with shop.engine.begin() as conn:
+        shop.world.ledger.grant(conn, user, credits=INT32_MAX, key="all", description="All there is")
+    shop.dev.pay(started.session)
+    [event] = shop.events(COMPLETED)
+    assert shop.outcomes(COMPLETED) == ["refused"]
+    with shop.engine.begin() as conn:
+        shop.world.ledger.consume(conn, user, credits=CREDITS, key="room")
+    received = all_at_once(*[lambda: shop.deliver(event)[0].outcome] * 6)
+    assert sorted(received) == ["duplicate"] * 5 + ["granted"]
+    assert (failed(shop), shop.balance(user)) == ([], INT32_MAX)
+
+
+def test_reconciliation_runs_failed_deliveries_again(shop: Shop):
+    user, started = bought(shop)
+    shop.dev.refund(shop.intent(started))
+    shop.dev.fault("GET", "/v1/refunds", 500, times=3)
+    assert shop.deliver(*shop.events("charge.refunded"))[0].status == 503
+    shop.dev.drop(shop.events())
+    stripe.reconcile(shop.engine, shop.config)
+    assert (failed(shop), shop.balance(user)) == ([], 0)
+
+
+def test_a_failed_delivery_whose_object_is_gone_stays_on_record(shop: Shop):
+    _, started = bought(shop)
+    charge = shop.dev.refund(shop.intent(started))["charge"]
+    shop.dev.fault("GET", "/v1/refunds", 500, times=3)
+    shop.deliver(*shop.events("charge.refunded"))
+    del shop.dev.account.objects["charge"][charge]
+    assert [outcome for _, outcome in stripe.redeliver(shop.engine, shop.config)] == ["refused"]
+    [kept] = stripe.failed_deliveries(shop.engine, shop.config)
+    assert (kept.reason, kept.attempts) == (f"Stripe no longer has {charge}", 2)
+
+
 # --- what is no event for us ---
 
 
@@ -815,6 +949,19 @@ def test_wrong_livemode_is_ignored_and_logged(shop: Shop, caplog):
     assert (received.status, received.outcome) == (200, "ignored")
     assert "other mode" in caplog.text
     assert shop.written() == before
+
+
+def test_a_connected_accounts_event_is_ignored_and_logged(shop: Shop, caplog):
+    user = shop.world.user()
+    shop.dev.pay(shop.checkout(user).session)
+    [event] = shop.events(COMPLETED)
+    text, _ = shop.dev.signed(event, shop.endpoint)
+    before = shop.written()
+    theirs = json.dumps(json.loads(text) | {"account": "acct_another"})
+    received = stripe.receive(shop.engine, shop.config, *_signed(shop, theirs))
+    assert (received.status, received.outcome) == (200, "ignored")
+    assert "connected account acct_another" in caplog.text
+    assert (shop.written(), shop.balance(user)) == (before, 0)
 
 
 def test_another_api_version_is_asked_for_again(shop: Shop):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import uuid
 from collections.abc import Callable
 
 import pytest
@@ -54,7 +55,19 @@ def test_check_says_what_cannot_be_sold(shop: Shop, tally: Tally):
     shop.api.prices.update(shop.config.packs[0].stripe_price_id, {"active": False})
     code, out, _ = tally("stripe", "check", "--json")
     assert code == 1
-    assert "not active" in json.loads(out)[0]["problem"]
+    assert "not active" in json.loads(out)["packs"][0]["problem"]
+
+
+def test_check_tells_customers_that_stripe_does_not_have(shop: Shop, tally: Tally):
+    known, unknown = shop.world.user(), shop.world.user()
+    shop.checkout(known)
+    with shop.engine.begin() as conn:
+        shop.world.accounts.set_stripe_customer(conn, unknown, "cus_of_a_test_key")
+    code, out, _ = tally("stripe", "check")
+    assert (code, f"User {unknown}: Stripe has no customer cus_of_a_test_key in test mode" in out) == (1, True)
+    assert str(known) not in out
+    shop.checkout(unknown)
+    assert tally("stripe", "check")[0] == 0
 
 
 def test_setup_prints_what_to_put_where(shop: Shop, tally: Tally):
@@ -75,16 +88,41 @@ def test_reconcile_tells_and_does(shop: Shop, tally: Tally):
     assert (code, shop.balance(user)) == (0, CREDITS)
     assert json.loads(out)["looked_at"]["pending"] == 1
     assert "Nothing to change." in tally("stripe", "reconcile", "--since", "2026-01-01")[1]
-    price = shop.config.packs[0].stripe_price_id
-    stray = shop.api.checkout.sessions.create(
-        {"mode": "payment", "line_items": [{"price": price, "quantity": 1}], "success_url": ORIGIN}
-    )
-    shop.dev.pay(stray.id)
+    stray, other = (shop.foreign(metadata={"tallystick_purchase": str(uuid.uuid4())}) for _ in range(2))
+    shop.foreign()
     code, out, _ = tally("stripe", "reconcile")
-    assert (code, f"unknown_session {stray.id}" in out) == (1, True)
-    assert tally("stripe", "dismiss", stray.id)[0] == 0
-    assert tally("stripe", "dismiss", stray.id)[0] == 1
+    assert (code, f"unknown_session {stray}" in out, "1 objects belong to other sales" in out) == (1, True, True)
+    assert tally("stripe", "dismiss", stray, other)[0] == 0
+    assert tally("stripe", "dismiss", stray)[0] == 1
     assert tally("stripe", "reconcile", "--since", "2026-01-01")[0] == 0  # found again, and not told again
+
+
+def test_dismiss_wants_to_know_what(shop: Shop, tally: Tally):
+    stray = shop.foreign(metadata={"tallystick_purchase": str(uuid.uuid4())})
+    tally("stripe", "reconcile")
+    for wrong in ((), (stray, "--all"), ("--kind", "unknown")):
+        assert tally("stripe", "dismiss", *wrong)[0] == 2
+    assert "1 findings dismissed" in tally("stripe", "dismiss", "--kind", "unknown_session")[1]
+    assert tally("stripe", "dismiss", "--all")[0] == 1
+
+
+def test_deliveries_that_failed_are_listed_and_run_again(shop: Shop, tally: Tally):
+    user = shop.world.user()
+    bought = shop.checkout(user)
+    shop.dev.pay(bought.session)
+    shop.deliver_all()
+    assert "No delivery has failed." in tally("stripe", "deliveries")[1]
+    shop.dev.refund(shop.intent(bought))
+    shop.dev.fault("GET", "/v1/refunds", 500, times=3)
+    [event] = shop.events("charge.refunded")
+    shop.deliver(event)
+    code, out, err = tally("stripe", "deliveries")
+    assert (code, event in out, "Stripe answered 500" in out, "redeliver --all" in err) == (1, True, True, True)
+    assert tally("stripe", "redeliver")[0] == 2
+    code, out, _ = tally("stripe", "redeliver", event)
+    assert (code, out.split(), shop.balance(user)) == (0, [event, "taken_back"], 0)
+    assert json.loads(tally("stripe", "deliveries", "--json")[1]) == []
+    assert "Nothing to run again." in tally("stripe", "redeliver", "--all")[1]
 
 
 def test_refund_sends_the_money_back(shop: Shop, tally: Tally):

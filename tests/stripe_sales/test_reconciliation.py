@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from stripe_sales.shop import CREDITS, PRICE, Shop
 from tallystick import stripe
 from tallystick.audit import audit
-from tallystick.errors import InvalidArgument, StripeUnavailable
+from tallystick.errors import InvalidArgument, StripeRefused, StripeUnavailable
 from tallystick.schema import stripe_reconciliations
 from tallystick.stripe import reconciliation
 
@@ -47,7 +47,7 @@ def test_everything_is_found_however_late(shop: Shop, days_later):
     report = reconcile(shop, progress=progress.append)
     assert {user: shop.balance(user) for user in expected} == expected
     assert report.looked_at["pending"] == 8
-    assert {one.stage for one in progress} == {"pending", "sessions", "refunds", "disputes", "open", "events"}
+    assert {one.stage for one in progress} == {"pending", "sessions", "refunds", "disputes", "open", "events", "failed"}
     assert "amount_differs" in {finding.kind for finding in report.findings}
     again = reconcile(shop)
     assert (again.changed, again.since is not None) == (False, True)
@@ -127,6 +127,110 @@ def test_a_session_that_stripe_does_not_have_is_reported_not_failed(shop: Shop):
     report = reconcile(shop)
     assert [finding.kind for finding in report.findings] == ["session_missing"]
     assert shop.purchase(started).status == "pending"
+
+
+def test_a_refusal_about_a_purchase_does_not_end_the_run(shop: Shop):
+    users = [shop.world.user() for _ in range(3)]
+    bought = [shop.checkout(user) for user in users]
+    for one in bought:
+        shop.dev.pay(one.session)
+    shop.dev.fault("GET", f"{SESSIONS}/{bought[1].session}", 400)
+    report = reconcile(shop)
+    assert [shop.balance(user) for user in users] == [CREDITS] * 3  # the walk over Stripe's sessions has the second
+    assert [(str(one.kind), one.object_id) for one in report.findings] == [("refused", str(bought[1].purchase.id))]
+    assert report.outcomes["refused"] == 1
+
+
+def test_a_refusal_about_a_dispute_does_not_end_the_run(shop: Shop):
+    users = [shop.world.user() for _ in range(2)]
+    bought = [shop.checkout(user) for user in users]
+    for one in bought:
+        shop.dev.pay(one.session)
+    disputes = [shop.dev.dispute(shop.intent(one))["id"] for one in bought]
+    shop.deliver_all()
+    for dispute in disputes:
+        shop.dev.move_dispute(dispute, "won")
+    shop.dev.drop(shop.events())
+    first, second = sorted(disputes)
+    shop.dev.fault("GET", f"/v1/disputes/{first}", 400)
+    report = reconcile(shop, since=dt.datetime.now(dt.UTC) + dt.timedelta(days=1))
+    assert [(str(one.kind), one.object_id) for one in report.findings] == [("refused", first)]
+    assert sorted(shop.balance(user) for user in users) == [0, CREDITS]
+    assert [id for id, _ in report.changes] == [second]
+
+
+def test_a_purchase_whose_customer_stripe_does_not_know_is_found_or_failed(shop: Shop, monkeypatch):
+    users = [shop.world.user() for _ in range(2)]
+    shop.dev.fault("POST", SESSIONS, "cut", when="after")
+    shop.dev.fault("POST", SESSIONS, "cut", times=2)
+    shop.dev.fault("POST", SESSIONS, 500, times=3)
+    for user in users:
+        with pytest.raises(StripeUnavailable):
+            shop.checkout(user, key="form 1")
+    [session] = shop.api.checkout.sessions.list().data
+    for customer in shop.api.customers.list().data:
+        shop.api.customers.delete(customer.id)
+    shop.dev.pay(session.id)
+    shop.dev.drop(shop.events())
+    monkeypatch.setattr(reconciliation, "NEVER_ASKED", dt.timedelta(0))
+    report = reconcile(shop)
+    assert [str(outcome) for _, outcome in report.changes] == ["granted", "failed"]
+    assert ([shop.balance(user) for user in users], report.findings) == ([CREDITS, 0], ())
+
+
+def test_a_shop_that_sold_before_gets_a_count_and_no_list(shop: Shop):
+    for _ in range(12):
+        shop.foreign()
+    shop.dev.drop(shop.events())
+    report = reconcile(shop)
+    assert (report.findings, report.outcomes["foreign"]) == ((), 12)
+
+
+def test_many_findings_are_dismissed_at_once(shop: Shop):
+    mark = "tallystick_purchase"
+    unknown = [shop.foreign(metadata={mark: f"0195bd5e-0000-7000-8000-00000000000{n}"}) for n in range(4)]
+    user = shop.world.user()
+    bought = shop.checkout(user)
+    shop.dev.pay(bought.session, discount=250)
+    assert len(reconcile(shop).findings) == 5
+    assert stripe.dismiss(shop.engine, shop.config, unknown[:2]) == 2
+    assert len(reconcile(shop).findings) == 3
+    assert stripe.dismiss(shop.engine, shop.config, unknown[2], kind=stripe.FindingKind.AMOUNT_DIFFERS) == 0
+    assert stripe.dismiss(shop.engine, shop.config, kind=stripe.FindingKind.UNKNOWN_SESSION) == 2
+    assert [one.kind for one in reconcile(shop).findings] == ["amount_differs"]
+    assert stripe.dismiss(shop.engine, shop.config) == 1
+    assert reconcile(shop).findings == ()
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refused_key_ends_the_run(shop: Shop, status: int):
+    bought = shop.checkout(shop.world.user())
+    shop.dev.fault("GET", f"{SESSIONS}/{bought.session}", status)
+    with pytest.raises(StripeRefused):
+        reconcile(shop)
+    assert shop.findings() == []
+
+
+def test_a_run_goes_on_though_the_object_where_it_stood_is_gone(shop: Shop, monkeypatch):
+    monkeypatch.setattr(reconciliation, "PAGE", 1)
+    users = [shop.world.user() for _ in range(3)]
+    for user in users:
+        bought = shop.checkout(user)
+        shop.dev.pay(bought.session)
+        shop.dev.refund(shop.intent(bought))
+    shop.deliver(*shop.events("checkout.session.completed"))
+    shop.dev.drop(shop.events())
+
+    def stop(progress: stripe.Progress) -> None:
+        if (progress.stage, progress.looked_at) == ("refunds", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reconcile(shop, progress=stop)
+    newest = shop.api.refunds.list({"limit": 1}).data[0].id
+    del shop.dev.account.objects["refund"][newest]
+    report = reconcile(shop)
+    assert (report.resumed, [shop.balance(user) for user in users]) == (True, [0, 0, 0])
 
 
 def test_purchases_that_the_host_sells_itself_are_left_alone(shop: Shop):

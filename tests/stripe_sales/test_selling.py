@@ -5,10 +5,13 @@ from __future__ import annotations
 import threading
 
 import pytest
+import stripe as sdk
 
 from stripe_sales.shop import ADDRESSES, CREDITS, ORIGIN, PACK, PRICE, Shop
 from tallystick import Config, Pack, stripe
 from tallystick import errors as e
+from tallystick.schema import INT32_MAX
+from tallystick.stripe.client import _client
 
 
 def nothing_sent(shop: Shop) -> bool:
@@ -21,7 +24,9 @@ def test_a_pack_is_sold(shop: Shop):
     [session] = shop.api.checkout.sessions.list({"expand": ["data.line_items"]}).data
     assert started.url == session.url
     assert session.client_reference_id == str(started.purchase.id)
-    assert session.metadata.to_dict() == {"tallystick_purchase": str(started.purchase.id)}
+    realm = session.metadata["tallystick_realm"]
+    assert session.metadata.to_dict() == {"tallystick_purchase": str(started.purchase.id), "tallystick_realm": realm}
+    assert len(realm) == 16
     assert session.success_url == f"{ORIGIN}/done?session_id={{CHECKOUT_SESSION_ID}}"
     assert [item.amount_total for item in session.line_items.data] == [PRICE]
     assert (started.purchase.amount, started.purchase.status) == (CREDITS, "pending")
@@ -90,6 +95,9 @@ def test_a_user_without_an_email_buys_too(make_shop):
         ({}, {"cancel_url": "javascript:alert(1)"}, e.ReturnAddressRefused, ORIGIN),
         ({}, {"cancel_url": f"{ORIGIN}@evil.example/"}, e.ReturnAddressRefused, ORIGIN),
         ({}, {"cancel_url": f"{ORIGIN}.evil.example/"}, e.ReturnAddressRefused, ORIGIN),
+        ({}, {"cancel_url": "http://[::1/"}, e.ReturnAddressRefused, ORIGIN),
+        ({}, {"success_url": f"{ORIGIN}/{'x' * 5000}"}, e.ReturnAddressRefused, "Stripe takes 5000"),
+        ({}, {"cancel_url": f"{ORIGIN}/{'x' * 5000}"}, e.ReturnAddressRefused, "Stripe takes 5000"),
         ({"checkout_origins": ()}, {}, e.ReturnAddressRefused, "checkout_origins"),
         ({}, {"key": ""}, e.InvalidArgument, "key"),
     ],
@@ -100,6 +108,29 @@ def test_what_is_wrong_is_said_before_anything_is_sold(shop: Shop, settings, opt
     with pytest.raises(error, match=said):
         stripe.checkout(shop.engine, config, user, PACK, **(ADDRESSES | options))
     assert nothing_sent(shop)
+
+
+def test_the_longest_address_that_stripe_takes_is_taken(shop: Shop):
+    added = "?session_id={CHECKOUT_SESSION_ID}"
+    longest = f"{ORIGIN}/".ljust(5000 - len(added), "x")
+    started = shop.checkout(shop.world.user(), success_url=longest)
+    assert shop.api.checkout.sessions.retrieve(started.session).success_url == longest + added
+    with pytest.raises(e.ReturnAddressRefused, match="5001 characters"):
+        shop.checkout(shop.world.user(), success_url=longest + "x")
+
+
+def test_a_pack_that_the_balance_cannot_hold_is_not_sold(shop: Shop):
+    user = shop.world.user(credits=INT32_MAX - CREDITS + 1)
+    with pytest.raises(e.BalanceOutOfRange, match="none is above 2147483647") as refused:
+        shop.checkout(user)
+    assert (refused.value.balance, refused.value.amount) == (INT32_MAX - CREDITS + 1, CREDITS)
+    assert shop.api.checkout.sessions.list().data == []
+    assert shop.rows(user) == [("purchase", INT32_MAX - CREDITS + 1)]
+    with shop.engine.begin() as conn:
+        shop.world.ledger.consume(conn, user, key="room")
+    shop.dev.pay(shop.checkout(user).session)
+    shop.deliver_all()
+    assert shop.balance(user) == INT32_MAX
 
 
 @pytest.mark.parametrize("deleted", [True, False])
@@ -150,13 +181,154 @@ def test_a_product_that_was_taken_off_sale(shop: Shop):
 
 def test_a_refusal_fails_the_purchase_and_says_why(shop: Shop):
     user = shop.world.user()
-    with shop.engine.begin() as conn:  # a customer of another account or mode
-        shop.world.accounts.set_stripe_customer(conn, user, "cus_elsewhere")
-    with pytest.raises(e.StripeRefused, match="cus_elsewhere"):
+    price = shop.config.packs[0].stripe_price_id
+    shop.dev.fault("POST", "/v1/checkout/sessions", 400)
+    with pytest.raises(e.StripeRefused, match="400"):
         shop.checkout(user)
     with shop.engine.begin() as conn:
         [row] = shop.world.ledger.history(conn, user, include_failed=True)
-    assert row.description == f"Purchased {PACK} pack (failed: Stripe refused: resource_missing)"
+    assert row.description == f"Purchased {PACK} pack (failed: Stripe refused: 400)"
+    assert row.stripe_price_id == price
+
+
+# --- customers that the shop deleted, and e-mails ---
+
+
+def customer(shop: Shop, user: e.Key) -> str | None:
+    with shop.engine.begin() as conn:
+        return shop.world.accounts.get(conn, user).stripe_customer_id
+
+
+def set_customer(shop: Shop, user: e.Key, id: str | None) -> None:
+    users = shop.world.schema.users
+    with shop.engine.begin() as conn:
+        conn.execute(users.update().where(users.c.key == user).values(stripe_customer_id=id))
+
+
+def gone_customer(shop: Shop, user: e.Key, how: str) -> str:
+    """The user's customer is gone at Stripe."""
+    if how == "of another account":
+        set_customer(shop, user, "cus_elsewhere")
+        return "cus_elsewhere"
+    shop.checkout(user)
+    gone = customer(shop, user)
+    shop.api.customers.delete(gone)
+    if how == "deleted, and the column cleared":
+        set_customer(shop, user, None)
+    return str(gone)
+
+
+GONE = ["deleted", "deleted, and the column cleared", "of another account"]
+
+
+@pytest.mark.parametrize("how", GONE)
+def test_a_customer_that_is_gone_is_replaced(shop: Shop, how: str):
+    user = shop.world.user()
+    gone = gone_customer(shop, user, how)
+    started = shop.checkout(user)
+    [there] = shop.api.customers.list().data
+    assert there.id not in (gone, None)
+    assert shop.api.checkout.sessions.retrieve(started.session).customer == there.id == customer(shop, user)
+    with shop.engine.begin() as conn:
+        rows = shop.world.ledger.history(conn, user, include_failed=True)
+    assert {str(row.status) for row in rows} == {"pending"}
+    shop.dev.pay(started.session)
+    assert "granted" in shop.outcomes("checkout.session.completed")
+    assert shop.findings() == []  # customer_differs would be one
+
+
+@pytest.mark.parametrize("how", GONE)
+def test_concurrent_checkouts_replace_a_customer_once(shop: Shop, how: str):
+    user = shop.world.user()
+    gone_customer(shop, user, how)
+    before = {one.id for one in shop.api.checkout.sessions.list({"limit": 100}).data}
+    made: list[stripe.Checkout] = []
+    tabs = [threading.Thread(target=lambda: made.append(shop.checkout(user, key="form 1"))) for _ in range(3)]
+    tabs += [threading.Thread(target=lambda: made.append(shop.checkout(user))) for _ in range(3)]
+    for tab in tabs:
+        tab.start()
+    for tab in tabs:
+        tab.join()
+    assert len(made) == 6
+    [there] = shop.api.customers.list().data
+    assert customer(shop, user) == there.id
+    new = [one for one in shop.api.checkout.sessions.list({"limit": 100}).data if one.id not in before]
+    assert ({one.customer for one in new}, len(new)) == ({there.id}, 4)
+
+
+def test_a_customer_that_goes_between_two_tries_of_one_purchase(shop: Shop):
+    user = shop.world.user()
+    shop.dev.fault("POST", "/v1/checkout/sessions", 503, times=3)
+    with pytest.raises(e.StripeUnavailable):
+        shop.checkout(user, key="form 1")
+    shop.api.customers.delete(customer(shop, user))
+    started = shop.checkout(user, key="form 1")
+    assert shop.api.checkout.sessions.retrieve(started.session).customer == customer(shop, user)
+    assert shop.checkout(user, key="form 1").session == started.session
+    with shop.engine.begin() as conn:
+        assert len(shop.world.ledger.history(conn, user, include_failed=True)) == 1
+
+
+def test_a_session_whose_answer_was_lost_is_found_though_its_customer_is_gone(shop: Shop):
+    user = shop.world.user()
+    shop.dev.fault("POST", "/v1/checkout/sessions", "cut", when="after")
+    shop.dev.fault("POST", "/v1/checkout/sessions", "cut", times=2)
+    with pytest.raises(e.StripeUnavailable):
+        shop.checkout(user, key="form 1")
+    [session] = shop.api.checkout.sessions.list().data
+    shop.api.customers.delete(customer(shop, user))
+    assert shop.checkout(user, key="form 1").session == session.id
+
+
+def test_customers_deleted_again_and_again_within_a_day(shop: Shop):
+    user = shop.world.user()
+    for _ in range(3):
+        shop.checkout(user)
+        shop.api.customers.delete(customer(shop, user))
+    set_customer(shop, user, None)  # from here three idempotency keys answer with deleted customers
+    assert shop.checkout(user).url
+    assert [one.id for one in shop.api.customers.list().data] == [customer(shop, user)]
+
+
+def set_email(shop: Shop, user: e.Key, email: str | None) -> None:
+    users = shop.world.schema.users
+    with shop.engine.begin() as conn:
+        conn.execute(users.update().where(users.c.key == user).values(email=email))
+
+
+@pytest.mark.parametrize("email", ["nobody", "a b@example.com", "x" * 600, ""])
+def test_an_email_that_stripe_refuses_is_left_out(shop: Shop, email: str):
+    user = shop.world.user()
+    set_email(shop, user, email)
+    for _ in range(2):
+        assert shop.checkout(user).url
+    [there] = shop.api.customers.list().data
+    assert (there.id, there.email) == (customer(shop, user), None)
+    set_email(shop, user, "ada@example.com")
+    shop.checkout(user)
+    assert [one.email for one in shop.api.customers.list().data] == ["ada@example.com"]
+
+
+def test_an_email_that_changed_in_the_host_is_brought_to_stripe(shop: Shop):
+    user = shop.world.user()
+    shop.checkout(user)
+    id = customer(shop, user)
+    set_email(shop, user, "married@example.com")
+    shop.checkout(user)
+    assert shop.api.customers.retrieve(id).email == "married@example.com"
+    set_email(shop, user, "not an address")
+    assert shop.checkout(user).url
+    shop.api.customers.update(id, {"email": "accounts@example.com"})  # by an operator: it stays
+    shop.checkout(user)
+    assert shop.api.customers.retrieve(id).email == "accounts@example.com"
+
+
+def test_a_customer_of_the_hosts_own_keeps_its_email(shop: Shop):
+    user = shop.world.user()
+    id = shop.api.customers.create({"email": "billing@example.com"}).id
+    set_customer(shop, user, id)
+    shop.checkout(user)
+    assert (shop.api.customers.retrieve(id).email, customer(shop, user)) == ("billing@example.com", id)
 
 
 def test_check_finds_nothing_where_all_is_well(shop: Shop):
@@ -198,3 +370,14 @@ def test_setup_refuses_an_address_that_stripe_cannot_use(url):
     config = Config(stripe_secret_key="sk_live_1")
     with pytest.raises(e.StripeNotConfigured):
         stripe.setup(config, endpoint_url=url)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_hosts_own_use_of_the_sdk_is_left_as_it_is(shop: Shop, monkeypatch, tmp_path, wanted: bool):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))  # where the SDK keeps a file of its own
+    monkeypatch.setattr(sdk, "enable_telemetry", wanted)
+    settings = {name: getattr(sdk, name) for name in sorted(vars(sdk)) if not callable(getattr(sdk, name))}
+    _client.cache_clear()
+    shop.checkout(shop.world.user())
+    stripe.reconcile(shop.engine, shop.config)
+    assert {name: getattr(sdk, name) for name in settings} == settings

@@ -102,9 +102,9 @@ class Invocation:
             yield config
 
     @contextmanager
-    def connection(self, *, autocommit: bool = False) -> Iterator[tuple[sa.Connection, Config]]:
-        """A connection of its own, committed at the end."""
-        with self.database() as config, connect(address(config), autocommit=autocommit) as conn:
+    def connection(self) -> Iterator[tuple[sa.Connection, Config]]:
+        """A connection of its own, in a transaction that is committed at the end."""
+        with self.database() as config, connect(address(config)) as conn:
             yield conn, config
 
 
@@ -143,7 +143,7 @@ def mapping(ctx: typer.Context, config: Config) -> str:
 
 def embedded_address(server: postgres.Server) -> str:
     """The address of the embedded server's database ``app``, which is made when it is missing."""
-    with connect(server.url(), autocommit=True) as conn:
+    with connect(server.url()) as conn:
         found = conn.scalar(sa.text("SELECT true FROM pg_database WHERE datname = :name"), {"name": EMBEDDED_DATABASE})
     return server.url(EMBEDDED_DATABASE) if found else server.create_database(EMBEDDED_DATABASE)
 

@@ -28,7 +28,7 @@ from tallystick.ledger import Ledger
 SOME_TRAFFIC_S = 1.0
 
 _ACKNOWLEDGED = """
-SELECT type::text, count(*) FROM credit_transactions
+SELECT type::text, count(*) FROM public.credit_transactions
 WHERE idempotency_key LIKE 'demo-%%' AND status = 'completed' GROUP BY 1
 """
 
@@ -145,9 +145,9 @@ class _Story:
             errors == 0,
         )
         users = self.count(
-            "SELECT count(*) FROM users WHERE credit_balance <> 0 OR onboarding_complete OR plan_tier <> 'free'"
+            "SELECT count(*) FROM public.users WHERE credit_balance <> 0 OR onboarding_complete OR plan_tier <> 'free'"
         )
-        workshops = self.count("SELECT count(credit_consumed_at) FROM workshops")
+        workshops = self.count("SELECT count(credit_consumed_at) FROM public.workshops")
         with connect(self.url) as conn:
             status = migrate.status(conn, self.config)
         self.kept.add(
@@ -172,7 +172,7 @@ class _Story:
             in_ledger = {type_: rows for type_, rows in conn.exec_driver_sql(_ACKNOWLEDGED)}  # noqa: C416 - rows are no pairs to mypy
         granted, spent = in_ledger.get("purchase", 0), in_ledger.get("consumption", 0)
         overdrawn = self.count(
-            "SELECT count(*) FROM credit_transactions WHERE type = 'consumption' AND balance_after < 0"
+            "SELECT count(*) FROM public.credit_transactions WHERE type = 'consumption' AND balance_after < 0"
         )
         self.kept.add(
             "Nothing is counted twice and nothing is lost",
@@ -202,7 +202,7 @@ class _Story:
             double.hold()  # deliveries are made below, by hand
             pack = packs[-1]
             with connect(self.url) as conn:
-                buyer = conn.exec_driver_sql("SELECT id FROM users WHERE email = 'user9@example.com'").scalar_one()
+                buyer = conn.scalar(sa.text("SELECT id FROM public.users WHERE email = 'user9@example.com'"))
                 before = Ledger(shop).balance(conn, buyer)
             bought = stripe.checkout(
                 pool, shop, buyer, pack.name, key="demo-checkout",
@@ -237,7 +237,7 @@ class _Story:
 
     def audit(self) -> None:
         self.chapter("The audit")
-        with connect(self.url, autocommit=True) as conn:
+        with connect(self.url) as conn:
             report = audit.audit(conn, self.config)
         self.say(f"{report.users:,} users and {report.rows:,} rows checked in {report.seconds:.1f} s.")
         self.kept.add(

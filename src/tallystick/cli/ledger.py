@@ -62,10 +62,10 @@ def user_key(config: Config, text: str) -> Key:
 
 
 @contextmanager
-def mapped(ctx: typer.Context, *, autocommit: bool = False) -> Iterator[tuple[sa.Connection, Config]]:
+def mapped(ctx: typer.Context) -> Iterator[tuple[sa.Connection, Config]]:
     """A connection to a migrated database, on which a wrong mapping is told as one."""
     asked = invocation(ctx)
-    with asked.connection(autocommit=autocommit) as (conn, config):
+    with asked.connection() as (conn, config):
         verify(conn)
         config = agreed(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
         try:
@@ -296,7 +296,7 @@ def audit(
         emit(listing, lambda: out.print(shown), as_json=as_json)
         return
     parts: list[auditing.Report] = []
-    with mapped(ctx, autocommit=True) as (conn, config):
+    with mapped(ctx) as (conn, config):
         try:
             with progress_bar("Auditing") as progress:
                 report = auditing.audit(

@@ -1,4 +1,4 @@
-"""Selling through Stripe: tallystick stripe check, setup, reconcile, dismiss, refund."""
+"""Selling through Stripe: tallystick stripe check, setup, reconcile, dismiss, refund, deliveries, redeliver."""
 
 from __future__ import annotations
 
@@ -47,18 +47,25 @@ def pool(ctx: typer.Context) -> Iterator[tuple[sa.Engine, Config]]:
 
 @selling.command()
 def check(ctx: typer.Context, as_json: Json = False) -> None:
-    """Compare every pack with its price at Stripe; exit code 1 if one cannot be sold as it says."""
-    found = stripe().check(invocation(ctx).config())
+    """Compare every pack with its price at Stripe, and some users' customers; exit code 1 if something is wrong."""
+    config = invocation(ctx).config()
+    packs = stripe().check(config)
+    customers: list[Any] = []
+    if config.database_url is not None:
+        with pool(ctx) as (made, _):
+            customers = stripe().check_customers(made, config)
 
     def show() -> None:
-        if not found:
+        if not packs:
             out.print("No packs. Name what is on sale in tallystick.toml, under [[packs]].", markup=False)
-        for one in found:
+        for one in packs:
             verdict = f"[red]{escape(one.problem)}[/]" if one.problem else "[green]as the pack says[/]"
             out.print(f"{escape(one.pack)}  {one.price or ''}  {verdict}")
+        for customer in customers:
+            out.print(f"User {customer.user}: {customer.problem}.", markup=False, style="red")
 
-    emit(found, show, as_json=as_json)
-    if any(one.problem for one in found):
+    emit({"packs": packs, "customers": customers}, show, as_json=as_json)
+    if customers or any(one.problem for one in packs):
         raise typer.Exit(1)
 
 
@@ -125,6 +132,8 @@ def reconcile(
             out.print(shown)
         else:
             out.print("Nothing to change.")
+        if foreign := report.outcomes.get("foreign"):
+            out.print(f"{foreign:,} objects belong to other sales at this Stripe account.")
         for finding in report.findings:
             out.print(f"Look at: {finding}", markup=False, style="red")
 
@@ -136,14 +145,74 @@ def reconcile(
 @selling.command()
 def dismiss(
     ctx: typer.Context,
-    object_id: Annotated[str, typer.Argument(help="Stripe's id, as a finding names it.", metavar="ID")],
+    object_ids: Annotated[
+        list[str] | None, typer.Argument(help="Stripe's ids, as findings name them.", metavar="[ID]...")
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option("--kind", help="Only findings of this kind, such as unknown_session.", metavar="KIND")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Whatever they are about.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Take what reconciliation found about one of Stripe's objects off the list; you have dealt with it."""
+    """Take findings of reconciliation off the list, because you have dealt with them."""
+    if bool(object_ids) == (every or kind is not None) and not (object_ids and kind):
+        raise typer.BadParameter("name Stripe's ids, --kind, or --all")
+    kinds = [str(one) for one in stripe().FindingKind]
+    if kind is not None and kind not in kinds:
+        raise typer.BadParameter(f"no kind {kind!r}; there are {', '.join(kinds)}")
     with pool(ctx) as (made, config):
-        count = stripe().dismiss(made, config, object_id)
-    emit({"dismissed": count}, lambda: out.print(f"{count or 'No'} findings about {object_id}."), as_json=as_json)
+        wanted = None if kind is None else stripe().FindingKind(kind)
+        count = stripe().dismiss(made, config, object_ids or None, kind=wanted)
+    emit({"dismissed": count}, lambda: out.print(f"{count or 'No'} findings dismissed."), as_json=as_json)
     if not count:
+        raise typer.Exit(1)
+
+
+@selling.command()
+def deliveries(ctx: typer.Context, as_json: Json = False) -> None:
+    """List the webhook deliveries that failed or were refused, with why; exit code 1 if there is one."""
+    with pool(ctx) as (made, config):
+        failed = stripe().failed_deliveries(made, config)
+
+    def show() -> None:
+        if not failed:
+            out.print("No delivery has failed.")
+            return
+        for one in failed:
+            moment = one.last_at.astimezone(dt.UTC)
+            times = "" if one.attempts == 1 else f", {one.attempts} times"
+            out.print(f"{one.event_id}  {one.type}  {one.object_id}  {moment:%Y-%m-%d %H:%M:%S} UTC{times}")
+            out.print(f"  {one.reason}", markup=False)
+        note("Run them again with: tallystick stripe redeliver --all")
+
+    emit(failed, show, as_json=as_json)
+    if failed:
+        raise typer.Exit(1)
+
+
+@selling.command()
+def redeliver(
+    ctx: typer.Context,
+    events: Annotated[
+        list[str] | None, typer.Argument(help="Ids of events, as `stripe deliveries` shows them.", metavar="[EVENT]...")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="All that failed.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run failed deliveries again, with what they are about as it is at Stripe now; exit code 1 if one fails again."""
+    if bool(events) == every:
+        raise typer.BadParameter("name events, or --all")
+    with pool(ctx) as (made, config):
+        done = stripe().redeliver(made, config, events or None)
+
+    def show() -> None:
+        for event, outcome in done:
+            out.print(f"{event}  {outcome}", markup=False)
+        if not done:
+            out.print("Nothing to run again.")
+
+    emit([{"event": event, "outcome": outcome} for event, outcome in done], show, as_json=as_json)
+    if any(outcome == "refused" for _, outcome in done):
         raise typer.Exit(1)
 
 

@@ -29,30 +29,30 @@ PACKS = (
 )
 
 HOST_APP = """
-CREATE TABLE users (
+CREATE TABLE public.users (
   id uuid PRIMARY KEY DEFAULT gen_random_uuid(),
   email text NOT NULL UNIQUE,
   name text NOT NULL,
   created_at timestamptz NOT NULL DEFAULT now()
 );
-CREATE TABLE workshops (
+CREATE TABLE public.workshops (
   id uuid PRIMARY KEY DEFAULT gen_random_uuid(),
-  user_id uuid NOT NULL REFERENCES users (id),
+  user_id uuid NOT NULL REFERENCES public.users (id),
   title text NOT NULL,
   step integer NOT NULL DEFAULT 1,
   created_at timestamptz NOT NULL DEFAULT now()
 );
-CREATE INDEX workshops_user_id ON workshops (user_id);
+CREATE INDEX workshops_user_id ON public.workshops (user_id);
 """
 """An app that knows nothing of credits, as the first user's was."""
 
 _FILL_USERS = """
-INSERT INTO users (email, name, created_at)
+INSERT INTO public.users (email, name, created_at)
 SELECT 'user' || n || '@example.com', 'User ' || n, now() - n * interval '1 minute' FROM generate_series(1, %s) n
 """
 _FILL_WORKSHOPS = """
-WITH owner AS (SELECT id, row_number() OVER () AS n FROM users), size AS (SELECT count(*) AS users FROM owner)
-INSERT INTO workshops (user_id, title, created_at)
+WITH owner AS (SELECT id, row_number() OVER () AS n FROM public.users), size AS (SELECT count(*) AS users FROM owner)
+INSERT INTO public.workshops (user_id, title, created_at)
 SELECT owner.id, 'Workshop ' || w, now() - w * interval '1 minute'
 FROM generate_series(1, %s) w, size, owner WHERE owner.n = 1 + w %% size.users
 """
@@ -80,8 +80,8 @@ def build_host_app(url: str, *, users: int, workshops: int) -> None:
         conn.exec_driver_sql(HOST_APP)
         conn.exec_driver_sql(_FILL_USERS, (users,))
         conn.exec_driver_sql(_FILL_WORKSHOPS, (workshops,))
-    with connect(url, autocommit=True) as conn:
-        conn.exec_driver_sql("VACUUM (ANALYZE) users, workshops")
+    with psycopg.connect(url.replace("+psycopg", "", 1), autocommit=True) as conn:
+        conn.execute("VACUUM (ANALYZE) public.users, public.workshops")
 
 
 @dataclass
@@ -104,8 +104,8 @@ class Traffic:
     def of(cls, url: str) -> Self:
         """Traffic over some of the rows that are there."""
         with connect(url) as conn:
-            users = [row[0] for row in conn.exec_driver_sql("SELECT id FROM users LIMIT 1000")]
-            workshops = [row[0] for row in conn.exec_driver_sql("SELECT id FROM workshops LIMIT 1000")]
+            users = [row[0] for row in conn.exec_driver_sql("SELECT id FROM public.users LIMIT 1000")]
+            workshops = [row[0] for row in conn.exec_driver_sql("SELECT id FROM public.workshops LIMIT 1000")]
         return cls(url, users, workshops)
 
     @contextmanager
@@ -162,8 +162,8 @@ class Crowd:
 def crowd(pool: sa.Engine, config: Config, *, threads: int = 16, seconds: float = 3.0) -> Crowd:
     """Let ``threads`` threads work on a few accounts for a while, as customers with two tabs and bad networks do."""
     with pool.connect() as conn:
-        users = [row[0] for row in conn.exec_driver_sql("SELECT id FROM users WHERE email LIKE 'user%%' LIMIT 8")]
-        of_user = "SELECT id FROM workshops WHERE user_id = %s"
+        users = list(conn.scalars(sa.text("SELECT id FROM public.users WHERE email LIKE 'user%' LIMIT 8")))
+        of_user = "SELECT id FROM public.workshops WHERE user_id = %s"
         workshops = {user: [row[0] for row in conn.exec_driver_sql(of_user, (user,))] for user in users}
     all_there = threading.Barrier(threads)
     customers = [_Customer(number, Ledger(config), workshops) for number in range(threads)]

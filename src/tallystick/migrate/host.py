@@ -257,13 +257,22 @@ def examine(conn: sa.Connection, config: Config, *, strict: bool = True) -> Host
 def looking(conn: sa.Connection) -> Iterator[None]:
     """Reading the catalogues of a table waits for whoever holds it exclusively: not for long, and then say so.
 
-    Raises Conflict (see ``tallystick.database``).
+    No operator is looked for but PostgreSQL's own, see ``KNOWN_SETTINGS``. Raises Conflict (see
+    ``tallystick.database``).
     """
     with translated():
-        before = conn.scalar(sa.select(sa.func.current_setting("lock_timeout")))
-        conn.execute(sa.select(sa.func.set_config("lock_timeout", "3s", sa.true())))
+        before = {name: conn.scalar(sa.select(sa.func.current_setting(name))) for name in _LOOKING}
+        _set(conn, _LOOKING)
         yield
-        conn.execute(sa.select(sa.func.set_config("lock_timeout", before, sa.true())))
+        _set(conn, before)
+
+
+def _set(conn: sa.Connection, settings: Mapping[str, str | None]) -> None:
+    for name, value in settings.items():
+        conn.execute(sa.select(sa.func.set_config(name, value, sa.true())))
+
+
+_LOOKING = {"lock_timeout": "3s", "search_path": "pg_catalog"}
 
 
 def mapped_oids(conn: sa.Connection, mapping: HostMapping) -> list[int]:

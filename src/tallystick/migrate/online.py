@@ -17,6 +17,7 @@ import psycopg
 import sqlalchemy as sa
 from psycopg.sql import SQL, Composable, Identifier
 
+from tallystick.database import with_known_settings
 from tallystick.errors import MigrationError
 from tallystick.migrate.revisions import HostNames, Revision
 from tallystick.migrate.session import NEVER_CUT, driver, lost, put, put_back, translate
@@ -185,13 +186,14 @@ def _alone(conn: sa.Connection, statement: Composable, progress: Callable[[Build
 def _look(task: Future[Any], engine: sa.Engine, pid: int, progress: Callable[[Building | None], None]) -> None:
     """Until the statement is done, tell how far it is; a short one is not looked at.
 
-    On a second connection, since the first is busy: in autocommit, or the build would wait for its snapshot. Where
+    On a second connection, since the first is busy; in a transaction each time, or the build would wait for it. Where
     there is no connection to be had, nothing is told.
     """
     if wait([task], timeout=_LOOK_EVERY_S).done:
         return
-    with suppress(sa.exc.SQLAlchemyError), engine.execution_options(isolation_level="AUTOCOMMIT").connect() as side:
+    with suppress(sa.exc.SQLAlchemyError), with_known_settings(engine).connect() as side:
         while not wait([task], timeout=_LOOK_EVERY_S).done:
-            row = side.execute(_BUILDING, {"pid": pid}).one_or_none()
+            with side.begin():
+                row = side.execute(_BUILDING, {"pid": pid}).one_or_none()
             if row is not None:
                 progress(Building(row.phase, row.fraction, row.locker))

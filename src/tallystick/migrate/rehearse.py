@@ -410,7 +410,7 @@ def _rows(conn: sa.Connection, oid: int) -> int:
 def _works(conn: sa.Connection, statement: str) -> str | None:
     """Try a statement and take it back; what the server says against it, or None."""
     raw = driver(conn)
-    raw.execute("BEGIN")
+    raw.execute("BEGIN; SET LOCAL search_path TO DEFAULT")  # the app's, not ours
     try:
         raw.execute(statement.encode(raw.info.encoding), prepare=False)
     except psycopg.Error as error:

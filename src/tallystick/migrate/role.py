@@ -229,14 +229,9 @@ def whole_again(names: HostNames, is_app: sql.Composable = _IS_GRANTED) -> sql.C
 
 def ways_out(conn: sa.Connection, host: HostMapping) -> Iterator[tuple[str, str, str]]:
     """Each way past the functions that a role has which was given the ledger: (role, way, remedy)."""
-    path = conn.scalar(sa.text("SELECT current_setting('search_path')"))
-    set_path = sa.text("SELECT set_config('search_path', :path, true)")
-    conn.execute(set_path, {"path": "pg_catalog, pg_temp"})
     query = _ways_out(HostNames.of(host), _IS_GRANTED).as_string()
     # a colon before a word would be a parameter
-    rows = conn.execute(sa.text(re.sub(r"(?<!:):(?=\w)", r"\\:", query))).all()
-    conn.execute(set_path, {"path": path})
-    for row in rows:
+    for row in conn.execute(sa.text(re.sub(r"(?<!:):(?=\w)", r"\\:", query))):
         yield row.role, row.way, row.remedy
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 import psycopg
 import sqlalchemy as sa
 
-from tallystick.database import dial, engine, said
+from tallystick.database import KNOWN_SETTINGS, dial, engine, said, with_known_settings
 from tallystick.errors import (
     DatabaseUnavailable,
     LedgerNotEmpty,
@@ -45,14 +45,15 @@ _OURS = {
     "lock_timeout": "500ms",  # looking may wait
     # a snapshot that lasts is one that an index built concurrently waits for
     "default_transaction_isolation": "read committed",
-    "datestyle": "ISO",
+    "client_encoding": "utf8",
+    **KNOWN_SETTINGS,
 }
 """What our own connection does not inherit from the database, the role or the address."""
 
 
 def engine_of(database: sa.Engine | str) -> sa.Engine:
-    """The engine, or one for the address."""
-    return engine(database, poolclass=sa.NullPool) if isinstance(database, str) else database
+    """An engine for the address, or the one that is given; either with settings of our own."""
+    return engine(database, poolclass=sa.NullPool) if isinstance(database, str) else with_known_settings(database)
 
 
 @contextmanager

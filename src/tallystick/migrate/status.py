@@ -113,7 +113,7 @@ _FUNCTIONS = sa.text("""
     WHERE p.pronamespace = CAST(CAST(:schema AS text) AS regnamespace)
 """)
 
-_TYPES = sa.text("""
+_COMPOSITES = sa.text("""
     SELECT t.typname AS name,
            string_agg(quote_ident(a.attname) || ' ' || format_type(a.atttypid, a.atttypmod), ', ' ORDER BY a.attnum)
              AS definition
@@ -256,15 +256,21 @@ def _status(conn: sa.Connection, config: Config) -> Status:
 
 
 _Shape = Mapping[tuple[Kind, str], str]  # (kind, name) → definition
+_TYPES = "credit_transaction_"  # how the names of our types begin
 
 
 def _drift(conn: sa.Connection, config: Config, host: Host) -> Iterator[Drift]:
     declared = Schema.of(config.host)
     schema = config.host.users.schema
-    conn.execute(sa.select(sa.func.set_config("search_path", schema_path(conn, schema), sa.true())))
-    found: dict[str, _Shape] = {word: _shape(conn, table.oid) for word, table in host.by_word.items()}
+    conn.execute(sa.select(sa.func.set_config("search_path", "pg_catalog", sa.true())))  # every name with its schema
     ledger_oid = conn.scalar(_LEDGER_OID, {"schema": schema})
-    found[LEDGER] = _shape(conn, ledger_oid)
+    oids = {word: table.oid for word, table in host.by_word.items()} | {LEDGER: ledger_oid}
+    # the declared types are temporary ones, which the server names without a schema
+    typed = f"{conn.dialect.identifier_preparer.quote(schema)}.{_TYPES}"
+    found: dict[str, _Shape] = {
+        word: {each: made.replace(typed, _TYPES) for each, made in _shape(conn, oid).items()}
+        for word, oid in oids.items()
+    }
     labels = _pairs(conn, _LABELS, schema=schema)
 
     shown: dict[str, str] = {word: table.shown for word, table in host.by_word.items()}
@@ -411,11 +417,6 @@ def _declared_labels() -> dict[str, str]:
     }
 
 
-def schema_path(conn: sa.Connection, schema: str) -> str:
-    """``schema`` alone, quoted, as a search_path."""
-    return conn.dialect.identifier_preparer.quote(schema)
-
-
 def _shape(conn: sa.Connection, oid: int | None) -> _Shape:
     parts: tuple[tuple[Kind, sa.TextClause], ...] = (
         ("column", _COLUMNS),
@@ -464,7 +465,7 @@ def _functions(conn: sa.Connection, names: HostNames, *, owner: str | None) -> I
     with closing(conn.connection.cursor()) as cursor:  # the driver's own: a % in a body is a %
         cursor.execute("; ".join(made))
     places = (conn.scalar(_TEMPORARY), "tallystick")
-    wanted, there = (_pairs(conn, _TYPES, schema=schema) for schema in places)
+    wanted, there = (_pairs(conn, _COMPOSITES, schema=schema) for schema in places)
     for name, definition in wanted.items():
         if there.get(name) != definition:
             yield Drift("type", f"tallystick.{name}", definition, there.get(name))

@@ -14,19 +14,27 @@ Unlike the ledger's, these take an engine: a request to Stripe must never wait i
 they open and commit their own short ones around it. ``docs/stripe.md`` has the states and the table of cases.
 """
 
+try:
+    import stripe as _sdk  # noqa: F401 - before the modules that use it
+except ImportError as error:
+    raise ImportError("tallystick.stripe needs Stripe's SDK. Run: pip install 'tallystick[stripe]'") from error
+
 from tallystick.stripe.checkout import Checkout, Confirmation, checkout, confirm, refund
 from tallystick.stripe.client import API_VERSION
+from tallystick.stripe.customers import CustomerCheck, check_customers
 from tallystick.stripe.reconciliation import Progress, Report, dismiss, reconcile
 from tallystick.stripe.setup import EndpointSetup, PackCheck, PackSetup, Setup, check, setup
-from tallystick.stripe.store import Finding, FindingKind, Outcome
-from tallystick.stripe.webhooks import BODY_MAX_BYTES, Received, receive
+from tallystick.stripe.store import FailedDelivery, Finding, FindingKind, Outcome
+from tallystick.stripe.webhooks import BODY_MAX_BYTES, Received, failed_deliveries, receive, redeliver
 
 __all__ = [
     "API_VERSION",
     "BODY_MAX_BYTES",
     "Checkout",
     "Confirmation",
+    "CustomerCheck",
     "EndpointSetup",
+    "FailedDelivery",
     "Finding",
     "FindingKind",
     "Outcome",
@@ -37,11 +45,14 @@ __all__ = [
     "Report",
     "Setup",
     "check",
+    "check_customers",
     "checkout",
     "confirm",
     "dismiss",
+    "failed_deliveries",
     "receive",
     "reconcile",
+    "redeliver",
     "refund",
     "setup",
 ]

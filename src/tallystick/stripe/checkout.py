@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,30 +16,36 @@ from tallystick.accounts import Account, Accounts
 from tallystick.config import Config, Pack
 from tallystick.database import run
 from tallystick.errors import (
+    BalanceOutOfRange,
+    InvalidArgument,
     Key,
     PackMismatch,
     PurchaseNotCompleted,
     RefundExceedsPurchase,
     ReturnAddressRefused,
     SessionNotYours,
-    StripeCustomerConflict,
     StripeNotConfigured,
     StripeRefused,
     UnknownPack,
     UnknownPurchase,
     UserDeleted,
+    shown,
 )
 from tallystick.ledger import CreditTransaction
-from tallystick.schema import (
-    migration_log,
-    stripe_checkouts,
-)
-from tallystick.stripe.client import Object, ask, every, found, is_live
+from tallystick.schema import INT32_MAX, INT64_MAX, stripe_checkouts
+from tallystick.stripe.client import MISSING, Object, ask, every, found, is_live
+from tallystick.stripe.customers import METADATA_MAX, customer_of, replaced
 from tallystick.stripe.effects import PAGE, Effects, failure_of, in_transaction
-from tallystick.stripe.store import METADATA_KEY, NOT_GONE, Outcome, target
+from tallystick.stripe.store import METADATA_KEY, NOT_GONE, REALM_KEY, Outcome, target
 
 SESSION_PLACEHOLDER = "{CHECKOUT_SESSION_ID}"
 REFUND_KEY = "tallystick_refund"
+REFUND_KEY_MAX = METADATA_MAX
+ADDRESS_MAX = 5000  # characters: Stripe's limit for success_url and cancel_url
+SESSION_ID_MAX = 255
+IDEMPOTENCY_KEY_MAX = 255
+CUSTOMERS_MAX = 3  # to try, should one be deleted after the other
+KEPT_S = 86_400  # for how long Stripe keeps an idempotency key at least, so that a session may be made this late
 CLOCKS_APART_S = 3600  # between the database's clock and Stripe's; only makes a list longer
 
 
@@ -84,13 +91,13 @@ def checkout(
 
     Raises:
         StripeNotConfigured, UnknownPack, PackMismatch, ReturnAddressRefused, UnknownUser, UserDeleted,
-        InvalidArgument, IdempotencyKeyReused: nothing was sold.
+        BalanceOutOfRange, InvalidArgument, IdempotencyKeyReused: nothing was sold.
         StripeUnavailable: the purchase is pending; call again with the same ``key``.
         StripeRefused: the purchase failed, and says why.
     """
     effects = Effects(engine, config)
     addresses = {
-        "success_url": _with_session(_allowed(config, success_url)),
+        "success_url": _allowed(config, _with_session(success_url)),
         "cancel_url": _allowed(config, cancel_url),
     }
     accounts = Accounts(config)
@@ -100,9 +107,9 @@ def checkout(
         if account.deleted_at is not None:
             raise UserDeleted(f"user {user} was deleted. To bring the user back: Accounts.restore_user", user=user)
         chosen = pack_named(config, pack)
+        _require_room(effects, account, chosen)
         require_price(chosen, price_of(effects.client, chosen), live=is_live(config))
-        customer = account.stripe_customer_id or _customer(effects, accounts, account)
-        request = {"customer": customer, **addresses}
+        request = {"customer": customer_of(effects, account), **addresses}
         started = in_transaction(engine, lambda conn: _start(effects, conn, user, chosen, addresses=request, key=key))
     purchase, request = started
     session = _session(effects, purchase, request)
@@ -121,10 +128,10 @@ def confirm(engine: sa.Engine, config: Config, user: Key, session: str) -> Confi
     """
     effects = Effects(engine, config)
     refusal = SessionNotYours(
-        f"the session {session!r} pays for no purchase of user {user}. Nothing was granted",
+        f"the session {shown(session)} pays for no purchase of user {user}. Nothing was granted",
         stripe_session_id=session,
     )
-    if not session.startswith("cs_") or not session.replace("_", "").isalnum() or not session.isascii():
+    if len(session) > SESSION_ID_MAX or not re.fullmatch("cs_[A-Za-z0-9_]+", session):
         raise refusal
     said = effects.session_now(session)
     if said is None:
@@ -155,6 +162,10 @@ def refund(
         StripeUnavailable: call again with the same ``key``.
         StripeNotConfigured, StripeRefused.
     """
+    if not 0 < len(key) <= REFUND_KEY_MAX:
+        raise InvalidArgument(
+            f"key={shown(key)}: pass a text of 1 to {REFUND_KEY_MAX} characters", argument="key", value=key
+        )
     effects = Effects(engine, config)
     bought = in_transaction(engine, lambda conn: effects.store.purchase(conn, id=purchase))
     if bought is None:
@@ -181,7 +192,8 @@ def refund(
             "amount": _share(bought, bought.amount_paid, gone, credits),
             "metadata": {METADATA_KEY: str(bought.id), REFUND_KEY: key},
         }
-        once: Any = {"idempotency_key": f"{bought.id} refund {key}"}
+        digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()  # Stripe takes 255 characters
+        once: Any = {"idempotency_key": f"{bought.id} refund {digest}"}
         mine = ask(lambda: effects.client.v1.refunds.create(request, once)).to_dict()
     effect = effects.reversal(mine)
 
@@ -239,6 +251,20 @@ def require_price(pack: Pack, price: Object | None, *, live: bool) -> None:
 # --- the steps of a checkout ---
 
 
+def _require_room(effects: Effects, account: Account, pack: Pack) -> None:
+    """Refuse to sell what the balance could not hold when it is paid. Raises BalanceOutOfRange."""
+    is_big = isinstance(effects.store.schema.users.c.credit_balance.type, sa.BigInteger)
+    most = INT64_MAX if is_big else INT32_MAX
+    if account.credit_balance + pack.credits > most:
+        raise BalanceOutOfRange(
+            f"the pack {pack.name!r} of {pack.credits} credits cannot be sold to user {account.user}: the balance is "
+            f"{account.credit_balance}, and none is above {most}. Nothing was sold",
+            user=account.user,
+            balance=account.credit_balance,
+            amount=pack.credits,
+        )
+
+
 def _started(
     effects: Effects, conn: sa.Connection, user: Key, key: str
 ) -> tuple[CreditTransaction, dict[str, Any]] | None:
@@ -263,7 +289,7 @@ def _start(
         key=key,
         stripe_price_id=pack.stripe_price_id,
     )
-    about = {METADATA_KEY: str(purchase.id)}
+    about = {METADATA_KEY: str(purchase.id), REALM_KEY: effects.store.realm(conn)}
     request = {
         "mode": "payment",
         "line_items": [{"price": pack.stripe_price_id, "quantity": 1}],
@@ -305,29 +331,63 @@ def _session(effects: Effects, purchase: CreditTransaction, request: dict[str, A
         missed = session_of_purchase(effects, purchase, request["customer"])
         if missed is not None:
             return missed
+    for attempt in range(1, CUSTOMERS_MAX + 1):
+        try:
+            return _opened(effects, purchase, request)
+        except StripeRefused as refusal:
+            if refusal.code == MISSING and refusal.param == "customer" and attempt < CUSTOMERS_MAX:
+                request = _with_another_customer(effects, purchase, request)
+                continue
+            if refusal.status not in (400, 404) or isinstance(refusal.__cause__, sdk.IdempotencyError):
+                raise  # a wrong key or the like says nothing about this purchase
+            reason = f"Stripe refused: {refusal.code or refusal.status}"
+            in_transaction(
+                effects.engine,
+                lambda conn: effects.store.ledger.fail_purchase(
+                    conn,
+                    purchase.user_id,
+                    purchase=purchase.id,
+                    reason=reason,  # noqa: B023 - called at once
+                ),
+            )
+            raise
+    raise AssertionError
+
+
+def _opened(effects: Effects, purchase: CreditTransaction, request: dict[str, Any]) -> Object:
+    """Ask Stripe for the session. A request with another customer is another request, with a key of its own."""
     asked: Any = request
-    once: Any = {"idempotency_key": str(purchase.id)}
-    try:
-        made: Object = ask(lambda: effects.client.v1.checkout.sessions.create(asked, once)).to_dict()
-    except StripeRefused as refusal:
-        if refusal.status not in (400, 404) or isinstance(refusal.__cause__, sdk.IdempotencyError):
-            raise  # a wrong key or the like says nothing about this purchase
-        reason = f"Stripe refused: {refusal.code or refusal.status}"
-        in_transaction(
-            effects.engine,
-            lambda conn: effects.store.ledger.fail_purchase(
-                conn, purchase.user_id, purchase=purchase.id, reason=reason
-            ),
+    once: Any = {"idempotency_key": f"{purchase.id} {request['customer']}"[:IDEMPOTENCY_KEY_MAX]}
+    session: Object = ask(lambda: effects.client.v1.checkout.sessions.create(asked, once)).to_dict()
+    return session
+
+
+def _with_another_customer(effects: Effects, purchase: CreditTransaction, request: dict[str, Any]) -> dict[str, Any]:
+    """The stored request with a customer that Stripe has; once, however many calls find the old one gone."""
+    gone = request["customer"]
+    customer = replaced(effects, purchase.user_id, gone)
+    sold = stripe_checkouts.c
+
+    def store(conn: sa.Connection) -> dict[str, Any]:
+        new = sa.func.jsonb_set(sold.request, ["customer"], sa.func.to_jsonb(sa.cast(customer, sa.Text)))
+        old = sa.update(stripe_checkouts).where(
+            sold.purchase_id == purchase.id, sold.request["customer"].astext == gone
         )
-        raise
-    return made
+        run(conn, old.values(request=new), {})
+        return _request(conn, purchase.id) or request
+
+    return in_transaction(effects.engine, store)
 
 
 def session_of_purchase(effects: Effects, purchase: CreditTransaction, customer: str) -> Object | None:
     """The session of a purchase whose answer was lost, looked up: Stripe may have forgotten the idempotency key."""
     since = int(purchase.created_at.timestamp()) - CLOCKS_APART_S
-    asked: Any = {"customer": customer, "created": {"gte": since}, "limit": PAGE}
-    theirs = every(lambda: effects.client.v1.checkout.sessions.list(asked))
+    of_customer: Any = {"customer": customer, "created": {"gte": since}, "limit": PAGE}
+    # the customer may be gone, and the session there
+    of_that_day: Any = {"created": {"gte": since, "lte": since + 2 * CLOCKS_APART_S + KEPT_S}, "limit": PAGE}
+    sessions = effects.client.v1.checkout.sessions
+    page = found(lambda: sessions.list(of_customer))
+    theirs = every(lambda: page or sessions.list(of_that_day))
     mark = str(purchase.id)
     session = next((one for one in map(sdk.StripeObject.to_dict, theirs) if _mark(one) == mark), None)
     return None if session is None else effects.session_now(session["id"])
@@ -344,36 +404,6 @@ def _attached(effects: Effects, conn: sa.Connection, purchase: CreditTransaction
     effects.session(session, failed=failure_of(session))(conn)
     now = effects.store.purchase(conn, id=purchase.id) or purchase
     return Checkout(now, session["id"], session["url"] if session["status"] == "open" else None)
-
-
-def _customer(effects: Effects, accounts: Accounts, account: Account) -> str:
-    """The user's Stripe customer, made once: those who ask at the same time ask with the same key."""
-    users = accounts.schema.users.c
-    row = migration_log.c
-
-    def about(conn: sa.Connection) -> tuple[str | None, str]:
-        email = None
-        if "email" in users:
-            email = run(conn, sa.select(users.email).where(users.key == account.user), {}).scalar_one()
-        first = run(conn, sa.select(sa.func.min(row.applied_at)), {}).scalar_one()
-        # the database's own birthday keeps user 1 here apart from user 1 of another database at the same account
-        return email, f"{first} {account.user} {email}"
-
-    email, identity = in_transaction(effects.engine, about)
-    params: Any = {"metadata": {"tallystick_user": str(account.user)}} | ({"email": email} if email else {})
-    once: Any = {"idempotency_key": f"customer {hashlib.sha256(identity.encode()).hexdigest()}"}
-    made = ask(lambda: effects.client.v1.customers.create(params, once))
-
-    def tie(conn: sa.Connection) -> str:
-        try:
-            return accounts.set_stripe_customer(conn, account.user, made.id).stripe_customer_id or made.id
-        except StripeCustomerConflict:
-            now = accounts.get(conn, account.user).stripe_customer_id
-            if now is None:
-                raise
-            return now
-
-    return in_transaction(effects.engine, tie)
 
 
 def _share(bought: CreditTransaction, paid: int, gone: int, credits: int | None) -> int:
@@ -397,13 +427,22 @@ def _share(bought: CreditTransaction, paid: int, gone: int, credits: int | None)
 
 
 def _allowed(config: Config, address: str) -> str:
-    parts = urlsplit(address)
+    if len(address) > ADDRESS_MAX:
+        raise ReturnAddressRefused(
+            f"the address {shown(address)} has {len(address)} characters; Stripe takes {ADDRESS_MAX}. Nothing was "
+            "sold. Send the buyer to a shorter one",
+            address=address,
+        )
+    try:
+        parts = urlsplit(address)
+    except ValueError:  # an address such as http://[::1
+        parts = urlsplit("")
     origin = f"{parts.scheme}://{parts.netloc}".lower()
     if origin in config.checkout_origins and not any(c.isspace() or c == "\\" for c in address):
         return address
     allowed = ", ".join(config.checkout_origins) or "none; set checkout_origins"
     raise ReturnAddressRefused(
-        f"a buyer may not be sent to {address!r}. Allowed origins: {allowed}. Nothing was sold", address=address
+        f"a buyer may not be sent to {shown(address)}. Allowed origins: {allowed}. Nothing was sold", address=address
     )
 
 

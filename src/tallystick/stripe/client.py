@@ -9,18 +9,17 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
 from typing import Any, TypeVar
 
+import stripe as sdk
 from sqlalchemy.util.concurrency import await_only, in_greenlet
-
-try:
-    import stripe as sdk
-except ImportError as error:
-    raise ImportError("tallystick.stripe needs Stripe's SDK. Run: pip install 'tallystick[stripe]'") from error
 
 from tallystick.config import Config
 from tallystick.errors import StripeNotConfigured, StripeRefused, StripeUnavailable
 
 API_VERSION = "2026-10-28.endive"
 """What every request asks for and every webhook endpoint is pinned to; objects are read in this shape."""
+
+MISSING = "resource_missing"
+"""Stripe's code for an object that it does not have, in this account and mode."""
 
 TIMEOUT_S = 20
 RETRIES = 2
@@ -56,7 +55,6 @@ def client(config: Config) -> sdk.StripeClient:
 
 @lru_cache(maxsize=16)
 def _client(key: str, base: str | None) -> sdk.StripeClient:
-    sdk.enable_telemetry = False  # it would keep a file in the home directory
     return sdk.StripeClient(
         key,
         stripe_version=API_VERSION,
@@ -115,7 +113,7 @@ def found(call: Callable[[], T]) -> T | None:
     try:
         return ask(call)
     except StripeRefused as error:
-        if error.code == "resource_missing":
+        if error.code == MISSING:
             return None
         raise
 

@@ -73,8 +73,8 @@ class Effects:
         session = None if completed else self.session_of(reversal.payment_intent)
 
         def effect(conn: sa.Connection) -> Outcome:
-            if session is not None:
-                self.store.fulfil(conn, session)
+            if session is not None and self.store.fulfil(conn, session) is Outcome.FOREIGN:
+                return Outcome.FOREIGN
             return self.store.reverse(conn, reversal)
 
         return lambda conn: self._kept(conn, reversal.id, lambda: effect(conn))

@@ -1,6 +1,6 @@
 """Comparing with Stripe: what no webhook told us is found by asking.
 
-Six walks, each in pages and each object in a transaction of its own, through the same effects as the webhooks': so
+Seven walks, each in pages and each object in a transaction of its own, through the same effects as the webhooks': so
 it may run beside them, twice, or be stopped anywhere. Where it stood is stored after each page.
 """
 
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -17,14 +18,14 @@ import sqlalchemy as sa
 
 from tallystick.config import Config
 from tallystick.database import run, transaction
-from tallystick.errors import InvalidArgument
+from tallystick.errors import InvalidArgument, PurchaseNotPending, StripeRefused
 from tallystick.ledger import CreditTransaction
 from tallystick.schema import stripe_checkouts, stripe_events, stripe_reconciliations, stripe_reversals
 from tallystick.stripe.checkout import session_of_purchase
-from tallystick.stripe.client import every
+from tallystick.stripe.client import Object, every
 from tallystick.stripe.effects import PAGE, Effect, Effects, failure_of, in_transaction
 from tallystick.stripe.store import DISPUTE_RANK, Finding, FindingKind, Outcome, store_of
-from tallystick.stripe.webhooks import HANDLERS, prepared
+from tallystick.stripe.webhooks import HANDLERS, prepared, prepared_again
 
 OVERLAP = dt.timedelta(days=3)
 """How far a run reaches back before the last one: for as long as Stripe goes on delivering by itself."""
@@ -94,22 +95,29 @@ def reconcile(
 
     Raises:
         InvalidArgument: ``since`` has no time zone.
-        StripeNotConfigured, StripeUnavailable, StripeRefused, DatabaseError: run it again; it goes on from there.
+        StripeNotConfigured, StripeRefused: Stripe refuses the key. A refusal that is about one object is a finding.
+        StripeUnavailable, DatabaseError: run it again; it goes on from there.
     """
     if since is not None and since.tzinfo is None:
         raise InvalidArgument(f"since={since!r}: pass a time with a time zone", argument="since", value=since)
     return _Run(Effects(engine, config), since, dry_run=dry_run, progress=progress or (lambda _: None)).run()
 
 
-def dismiss(engine: sa.Engine, config: Config, object_id: str) -> int:
-    """Take the findings about one of Stripe's objects off the list: a person has dealt with them.
+def dismiss(
+    engine: sa.Engine, config: Config, objects: str | Collection[str] | None = None, *, kind: FindingKind | None = None
+) -> int:
+    """Take findings off the list, because a person has dealt with them: about ``objects``, of one ``kind``, or all.
 
-    Returns how many there were; they stay in the table and are not reported again.
+    ``objects`` are Stripe's ids. Returns how many there were; they stay in the table and are not reported again.
     """
-    return in_transaction(engine, lambda conn: store_of(config).dismiss(conn, object_id))
+    about = [objects] if isinstance(objects, str) else objects
+    return in_transaction(engine, lambda conn: store_of(config).dismiss(conn, about, kind))
 
 
-_Step = tuple[str, str, Effect | None]  # where this stands, Stripe's id, what to do
+_Step = tuple[str, Callable[[], Effect | None]]
+"""An object's id, which is also the position of the walk, and the request to Stripe that gives its effect."""
+
+_EVERY_OBJECT = (401, 403)  # a refusal of the key, which every object would meet
 
 
 class _Run:
@@ -135,18 +143,18 @@ class _Run:
             "disputes": lambda since, position: self._listed("disputes", since, position),
             "open": self._open,
             "events": self._events,
+            "failed": self._failed,
         }
         resumed = stage is not None
         names = list(stages)
         for name in names[names.index(stage) if stage else 0 :]:
             self._update(stage=name, position=position)
-            for number, (at, id, effect) in enumerate(stages[name](since, position), 1):
-                if effect is not None:
-                    self._apply(id, effect)
-                self.looked_at[name] += 1
-                if number % PAGE == 0:
-                    self._update(position=at)
-                    self._tell(name)
+            try:
+                self._walk(name, stages[name](since, position))
+            except StripeRefused as refusal:
+                if position is None or refusal.param != "starting_after":
+                    raise
+                self._walk(name, stages[name](since, None))  # the object at the position is gone
             position = None
             self._tell(name)
         self._finish()
@@ -163,6 +171,30 @@ class _Run:
             changes=tuple(self.changes),
             findings=tuple(findings),
         )
+
+    def _walk(self, stage: str, steps: Iterator[_Step]) -> None:
+        for number, (id, prepare) in enumerate(steps, 1):
+            try:
+                effect = prepare()
+            except StripeRefused as refusal:
+                if refusal.status in _EVERY_OBJECT:
+                    raise
+                effect = self._refused(id, refusal)
+            if effect is not None:
+                self._apply(stage, id, effect)
+            self.looked_at[stage] += 1
+            if number % PAGE == 0:
+                self._update(position=id)
+                self._tell(stage)
+
+    def _refused(self, id: str, refusal: StripeRefused) -> Effect:
+        """Put on record that Stripe refused to tell about one object; the others are looked at all the same."""
+
+        def effect(conn: sa.Connection) -> Outcome:
+            self.effects.store.note(conn, FindingKind.REFUSED, id, found=refusal.message)
+            return Outcome.REFUSED
+
+        return effect
 
     # --- the walks ---
 
@@ -183,7 +215,7 @@ class _Run:
             page = self._read(statement)
             for customer, is_old, *columns in page:
                 purchase = CreditTransaction(*columns)
-                yield str(purchase.id), str(purchase.id), self._waiting(purchase, customer, is_old=is_old)
+                yield str(purchase.id), partial(self._waiting, purchase, customer, is_old=is_old)
                 after = purchase.id
             if len(page) < PAGE:
                 return
@@ -206,7 +238,10 @@ class _Run:
                 store.note(conn, FindingKind.SESSION_MISSING, known, purchase=purchase.id, found="not at Stripe")
                 return Outcome.UNKNOWN
             reason = "Stripe has no session for it"
-            failed = store.ledger.fail_purchase(conn, purchase.user_id, purchase=purchase.id, reason=reason)
+            try:
+                failed = store.ledger.fail_purchase(conn, purchase.user_id, purchase=purchase.id, reason=reason)
+            except PurchaseNotPending:  # completed meanwhile
+                return Outcome.UNCHANGED
             return Outcome.UNCHANGED if failed.replayed else Outcome.FAILED
 
         return missing if is_old or known is not None else None
@@ -215,13 +250,13 @@ class _Run:
         asked: Any = {**_window(since, position), "status": "complete", "expand": ["data.payment_intent"]}
         for one in every(lambda: self.effects.client.v1.checkout.sessions.list(asked)):
             session = one.to_dict()
-            yield session["id"], session["id"], self.effects.session(session, failed=failure_of(session))
+            yield session["id"], partial(self.effects.session, session, failed=failure_of(session))
 
     def _listed(self, kind: str, since: dt.datetime | None, position: str | None) -> Iterator[_Step]:
         asked: Any = _window(since, position)
         service: Any = getattr(self.effects.client.v1, kind)
         for one in every(lambda: service.list(asked)):
-            yield one.id, one.id, self.effects.reversal(one.to_dict())
+            yield one.id, partial(self.effects.reversal, one.to_dict())
 
     def _open(self, _since: dt.datetime | None, position: str | None) -> Iterator[_Step]:
         """Refunds and disputes that were not decided when we last heard of them, however old."""
@@ -231,24 +266,37 @@ class _Run:
             sa.select(row.id, row.kind).where(row.status_rank < over, row.id > (position or "")).order_by(row.id)
         )
         for id, kind in self._read(statement):
-            said = self.effects.again({"object": kind, "id": id})
-            yield id, id, None if said is None else self.effects.reversal(said)
+            yield id, partial(self._asked_again, kind, id)
+
+    def _asked_again(self, kind: str, id: str) -> Effect | None:
+        now = self.effects.again({"object": kind, "id": id})
+        return None if now is None else self.effects.reversal(now)
 
     def _events(self, since: dt.datetime | None, position: str | None) -> Iterator[_Step]:
         """Events that were never received; Stripe keeps them for thirty days, the walks above need none."""
         oldest = dt.datetime.now(dt.UTC) - EVENTS_KEPT
         asked: Any = {**_window(max(since or oldest, oldest), position), "types": sorted(HANDLERS)}
         for event in every(lambda: self.effects.client.v1.events.list(asked)):
-            seen = sa.select(stripe_events.c.id).where(stripe_events.c.id == event.id)
-            yield event.id, event.id, None if self._read(seen) else prepared(self.effects, event.to_dict())
+            yield event.id, partial(self._missed, event.to_dict())
+
+    def _missed(self, event: Object) -> Effect | None:
+        seen = sa.select(stripe_events.c.id).where(stripe_events.c.id == event["id"])
+        return None if self._read(seen) else prepared(self.effects, event)
+
+    def _failed(self, _since: dt.datetime | None, _position: str | None) -> Iterator[_Step]:
+        """Deliveries that had no effect when they came."""
+        for one in in_transaction(self.effects.engine, self.effects.store.failures):
+            yield one.event_id, partial(prepared_again, self.effects, one)
 
     def _read(self, statement: sa.Select[Any]) -> Sequence[Any]:
         return in_transaction(self.effects.engine, lambda conn: run(conn, statement, {}).all())
 
     # --- one step, and where we stand ---
 
-    def _apply(self, id: str, effect: Effect) -> None:
+    def _apply(self, stage: str, id: str, effect: Effect) -> None:
         outcome = self._rehearsed(id, effect) if self.dry_run else in_transaction(self.effects.engine, effect)
+        if outcome is Outcome.FOREIGN and stage == "events":
+            return  # counted with its session, refund or dispute
         self.outcomes[str(outcome)] += 1
         if outcome in _CHANGES:
             self.changes.append((id, outcome))

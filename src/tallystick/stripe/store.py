@@ -12,7 +12,9 @@ Locks are taken in one order: the payment intent, then the user. Under both, wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import datetime as dt
+import hashlib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
@@ -29,8 +31,10 @@ from tallystick.schema import (
     CreditTransactionStatus,
     CreditTransactionType,
     Schema,
+    migration_log,
     stripe_checkouts,
     stripe_events,
+    stripe_failed_deliveries,
     stripe_findings,
     stripe_reversals,
 )
@@ -68,6 +72,11 @@ ReversalKind = Literal["refund", "dispute"]
 METADATA_KEY = "tallystick_purchase"
 """The metadata of our sessions and payments that names the purchase."""
 
+REALM_KEY = "tallystick_realm"
+"""The metadata that names the installation, so that several may sell at one Stripe account."""
+
+REALM_DIGITS = 16
+
 
 class Outcome(StrEnum):
     """What became of one of Stripe's objects."""
@@ -79,7 +88,8 @@ class Outcome(StrEnum):
     GIVEN_BACK = "given_back"
     REMEMBERED = "remembered"  # a refund or dispute whose purchase is not completed here
     UNCHANGED = "unchanged"
-    UNKNOWN = "unknown"  # no purchase of ours
+    UNKNOWN = "unknown"  # it names a purchase, and there is none or no proof; a paid one is on record as a finding
+    FOREIGN = "foreign"  # a sale of something else at the same Stripe account
     REFUSED = "refused"  # the ledger cannot hold it; on record as a finding
     DUPLICATE = "duplicate"
     IGNORED = "ignored"
@@ -116,6 +126,20 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
+class FailedDelivery:
+    """A signed delivery that had no effect, and why. ``object_id`` is Stripe's."""
+
+    event_id: str
+    type: str
+    object_type: str
+    object_id: str
+    reason: str
+    attempts: int
+    first_at: dt.datetime
+    last_at: dt.datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Reversal:
     """A refund or dispute, as far as the ledger cares. ``amount`` is in minor units."""
 
@@ -143,11 +167,16 @@ class Reversal:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The purchase that a session pays for, or None; ``named`` is one that it names without the ``expected`` proof."""
+    """The purchase that a session pays for, or None.
+
+    ``named`` is a purchase of ours that it names without the ``expected`` proof. ``is_foreign`` says that it names
+    none of ours: something else was sold.
+    """
 
     purchase: CreditTransaction | None
-    named: UUID | None
-    expected: str | None
+    named: UUID | None = None
+    expected: str | None = None
+    is_foreign: bool = False
 
 
 def id_of(expandable: object) -> str | None:
@@ -172,6 +201,7 @@ class Store:
     """The operations for one configuration. Holds no connection and no state."""
 
     def __init__(self, config: Config) -> None:
+        self.config = config
         self.ledger = Ledger(config)
         self.schema = Schema.of(config.host)
 
@@ -199,11 +229,49 @@ class Store:
                 return CreditTransaction(*found)
         return None
 
-    def first_time(self, conn: DbConnection, event: str, event_type: str, object_id: str) -> bool:
-        """Store the id of an event; False if it is there. Waits for another transaction that is storing it."""
-        statement = pg.insert(stripe_events).on_conflict_do_nothing().returning(stripe_events.c.id)
+    def is_due(self, conn: DbConnection, event: str, event_type: str, object_id: str) -> bool:
+        """Store the id of an event; False if its effect is there already. Waits for another transaction's storing it.
+
+        An event that is on record as failed is due again, and is off that record.
+        """
+        failed = stripe_failed_deliveries
+        resolved = (
+            sa.update(failed)
+            .where(failed.c.event_id == event, failed.c.resolved_at.is_(None))
+            .values(resolved_at=sa.func.now())
+            .returning(failed.c.event_id)
+            .cte("resolved")
+        )
         values = {"id": event, "type": event_type, "object_id": object_id}
-        return run(conn, statement.values(**values), {}).one_or_none() is not None
+        new = (
+            pg.insert(stripe_events).values(**values).on_conflict_do_nothing().returning(stripe_events.c.id).cte("new")
+        )
+        due = sa.or_(sa.exists().select_from(resolved), sa.exists().select_from(new))
+        return bool(run(conn, sa.select(due), {}).scalar_one())
+
+    def note_failure(self, conn: DbConnection, event: Object, reason: str) -> None:
+        """Put a delivery on record that had no effect, with the reason."""
+        row = stripe_failed_deliveries.c
+        about = event["data"]["object"]
+        new = pg.insert(stripe_failed_deliveries).values(
+            event_id=event["id"],
+            type=event["type"],
+            object_type=about["object"],
+            object_id=about["id"],
+            reason=reason,
+        )
+        again = {"reason": new.excluded.reason, "attempts": row.attempts + 1, "last_at": sa.func.now()}
+        update = new.on_conflict_do_update(index_elements=["event_id"], set_={**again, "resolved_at": None})
+        run(conn, update, {})
+
+    def failures(self, conn: DbConnection, events: Collection[str] | None = None) -> list[FailedDelivery]:
+        """The deliveries on record that are not resolved, oldest first; of ``events`` alone if given."""
+        row = stripe_failed_deliveries.c
+        columns = [row[name] for name in FailedDelivery.__dataclass_fields__]
+        statement = sa.select(*columns).where(row.resolved_at.is_(None)).order_by(row.first_at, row.event_id)
+        if events is not None:
+            statement = statement.where(row.event_id.in_(list(events)))
+        return [FailedDelivery(*values) for values in run(conn, statement, {})]
 
     def note(
         self,
@@ -235,10 +303,14 @@ class Store:
             for kind, *rest in run(conn, statement.order_by(row.seen_at, row.kind, row.object_id), {})
         ]
 
-    def dismiss(self, conn: DbConnection, object_id: str) -> int:
-        """A person has dealt with what was found about one of Stripe's objects; how many findings that were."""
+    def dismiss(self, conn: DbConnection, objects: Collection[str] | None, kind: FindingKind | None) -> int:
+        """A person has dealt with these findings; returns how many there were."""
         row = stripe_findings.c
-        seen = sa.update(stripe_findings).where(row.object_id == object_id, row.dismissed_at.is_(None))
+        seen = sa.update(stripe_findings).where(row.dismissed_at.is_(None))
+        if objects is not None:
+            seen = seen.where(row.object_id.in_(list(objects)))
+        if kind is not None:
+            seen = seen.where(row.kind == str(kind))
         return len(run(conn, seen.values(dismissed_at=sa.func.now()).returning(row.kind), {}).all())
 
     # --- Stripe's objects ---
@@ -251,7 +323,8 @@ class Store:
         button it is a parameter of the address, which the buyer may change. So are all other fields that a buyer fills
         in: e-mail, name, custom fields.
         """
-        marked = as_uuid((session.get("metadata") or {}).get(METADATA_KEY))
+        metadata = session.get("metadata") or {}
+        marked = as_uuid(metadata.get(METADATA_KEY))
         referred = as_uuid(session.get("client_reference_id"))
         purchases, terms = self.schema.credit_transactions, stripe_checkouts.c
         row = purchases.c
@@ -272,15 +345,28 @@ class Store:
         ]
         stored = next((it for it in found if it[0].stripe_session_id == session["id"]), None)
         named = stored or next((it for it in found if it[0].id == marked), None)
+        # A database may have been renamed since, and knows its purchases; one that was given a name may be a copy.
+        asks_realm = marked is not None and (named is None or (stored is None and self.config.stripe_realm is not None))
+        if asks_realm and metadata.get(REALM_KEY) not in (None, self.realm(conn)):
+            return Claim(None, is_foreign=True)
         if named is None:
-            referring = next((it[0].id for it in found), None)
-            return Claim(None, referring, f"metadata {METADATA_KEY}={referring}" if referring else None)
+            if found:
+                referring = found[0][0].id
+                return Claim(None, referring, f"metadata {METADATA_KEY}={referring}")
+            return Claim(None, is_foreign=marked is None)
         purchase, price = named
         if session["mode"] != "payment":
             return Claim(None, purchase.id, "a session of mode payment")
         if stored is None and price not in (None, (session["amount_subtotal"], session["currency"])):
             return Claim(None, purchase.id, "{} {} before discounts and tax".format(*(price or ())))
-        return Claim(purchase, purchase.id, None)
+        return Claim(purchase)
+
+    def realm(self, conn: DbConnection) -> str:
+        """The name of this installation in the metadata of what it sells: the configured one, or the database's own."""
+        if self.config.stripe_realm is not None:
+            return self.config.stripe_realm
+        first = sa.select(sa.func.min(migration_log.c.applied_at), sa.func.current_database())
+        return hashlib.sha256(repr(tuple(run(conn, first, {}).one())).encode()).hexdigest()[:REALM_DIGITS]
 
     def fulfil(self, conn: DbConnection, session: Object, *, failed: str | None = None) -> Outcome:
         """Bring the purchase of a Checkout Session to where the session is.
@@ -294,16 +380,7 @@ class Store:
         purchase = claim.purchase
         paid = session["status"] == "complete" and session["payment_status"] in PAID
         if purchase is None:
-            if session["status"] == "complete":
-                self.note(
-                    conn,
-                    FindingKind.UNKNOWN_SESSION if claim.named is None else FindingKind.UNPROVEN_SESSION,
-                    session["id"],
-                    purchase=claim.named,
-                    expected=claim.expected,
-                    found=_money(session),
-                )
-            return Outcome.UNKNOWN
+            return self._without_purchase(conn, session, claim)
         self.ledger.lock(conn, purchase.user_id)
         purchase = self.purchase(conn, id=purchase.id) or purchase  # as of now, under the lock
         if purchase.stripe_session_id not in (None, session["id"]):
@@ -337,6 +414,20 @@ class Store:
             return Outcome.REMEMBERED  # completing it settles this
         self.ledger.lock(conn, purchase.user_id)
         return self._settle(conn, purchase)
+
+    def _without_purchase(self, conn: DbConnection, session: Object, claim: Claim) -> Outcome:
+        if claim.is_foreign:
+            return Outcome.FOREIGN
+        if session["status"] == "complete":
+            self.note(
+                conn,
+                FindingKind.UNKNOWN_SESSION if claim.named is None else FindingKind.UNPROVEN_SESSION,
+                session["id"],
+                purchase=claim.named,
+                expected=claim.expected,
+                found=_money(session),
+            )
+        return Outcome.UNKNOWN
 
     def _paid(self, conn: DbConnection, purchase: CreditTransaction, session: Object, intent: str | None) -> Outcome:
         outcome = Outcome.UNCHANGED

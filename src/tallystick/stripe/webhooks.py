@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,10 @@ import sqlalchemy as sa
 import stripe as sdk
 
 from tallystick.config import Config
-from tallystick.errors import DatabaseError, SchemaError, StripeError
+from tallystick.errors import DatabaseError, SchemaError, StripeError, StripeRefused
 from tallystick.stripe.client import API_VERSION, Object, is_live
 from tallystick.stripe.effects import Effect, Effects, in_transaction
-from tallystick.stripe.store import Outcome
+from tallystick.stripe.store import FailedDelivery, Outcome, store_of
 
 BODY_MAX_BYTES = 1 << 20  # Stripe's own events stay far below
 AGE_MAX_S = 300
@@ -49,11 +49,15 @@ def receive(engine: sa.Engine, config: Config, raw_body: bytes, signature: str |
     if event["livemode"] is not is_live(config):
         _log.warning("event %s (%s) is of the other mode (livemode=%s): ignored", id, event_type, event["livemode"])
         return Received(200, Outcome.IGNORED, id, "the other mode")
+    if event.get("account"):
+        _log.warning("event %s (%s) is of the connected account %s: ignored", id, event_type, event["account"])
+        return Received(200, Outcome.IGNORED, id, "a connected account's")
     try:
         effect = prepared(Effects(engine, config), event)
         outcome = Outcome.IGNORED if effect is None else in_transaction(engine, effect)
     except (DatabaseError, SchemaError, StripeError) as error:
         _log.error("event %s (%s) was not stored: %s", id, event_type, error)
+        _keep(engine, config, event, f"{type(error).__name__}: {error}")
         return Received(503, Outcome.REFUSED, id, "not stored; send it again")
     level = logging.WARNING if outcome in (Outcome.UNKNOWN, Outcome.REFUSED) else logging.INFO
     _log.log(level, "event %s (%s) about %s: %s", id, event_type, event["data"]["object"].get("id"), outcome)
@@ -71,11 +75,68 @@ def prepared(effects: Effects, event: Object) -> Effect | None:
     about, effect = said["id"], handler(effects, said)
 
     def once(conn: sa.Connection) -> Outcome:
-        if not effects.store.first_time(conn, event["id"], event["type"], about):
+        if not effects.store.is_due(conn, event["id"], event["type"], about):
             return Outcome.DUPLICATE
-        return Outcome.IGNORED if effect is None else effect(conn)
+        outcome = Outcome.IGNORED if effect is None else effect(conn)
+        if outcome is Outcome.REFUSED:
+            effects.store.note_failure(conn, event, f"refused; the finding about {about} says why")
+        return outcome
 
     return once
+
+
+def failed_deliveries(engine: sa.Engine, config: Config) -> list[FailedDelivery]:
+    """The deliveries that had no effect, oldest first: refused by the ledger, or cut short by Stripe or the database.
+
+    One that a later delivery or :func:`redeliver` settled is not among them. An unsigned delivery is logged and never
+    stored: anybody could fill the table.
+    """
+    return in_transaction(engine, lambda conn: store_of(config).failures(conn))
+
+
+def redeliver(engine: sa.Engine, config: Config, events: Collection[str] | None = None) -> list[tuple[str, Outcome]]:
+    """Run failed deliveries again, of ``events`` alone if given, with their objects as they are at Stripe now.
+
+    Returns each event's id and outcome; one that fails again stays on record with the new reason.
+
+    Raises:
+        StripeNotConfigured, StripeUnavailable, DatabaseError: the rest was not run.
+    """
+    effects = Effects(engine, config)
+    failed = in_transaction(engine, lambda conn: effects.store.failures(conn, events))
+    return [(one.event_id, _run_again(effects, one)) for one in failed]
+
+
+def _run_again(effects: Effects, failed: FailedDelivery) -> Outcome:
+    return in_transaction(effects.engine, prepared_again(effects, failed))
+
+
+def prepared_again(effects: Effects, failed: FailedDelivery) -> Effect:
+    """The effect of a failed delivery, with its object as it is at Stripe now."""
+    named: Object = {"object": failed.object_type, "id": failed.object_id}
+    event: Object = {"id": failed.event_id, "type": failed.type, "api_version": API_VERSION, "data": {"object": named}}
+    reason = f"Stripe no longer has {failed.object_id}"
+    try:
+        now = effects.again(named)
+        effect = prepared(effects, event | {"data": {"object": now}})
+    except StripeRefused as refusal:
+        effect, reason = None, refusal.message
+
+    def failing(conn: sa.Connection) -> Outcome:
+        effects.store.note_failure(conn, event, reason)
+        return Outcome.REFUSED
+
+    return failing if effect is None else effect
+
+
+def _keep(engine: sa.Engine, config: Config, event: Object, reason: str) -> None:
+    """Put a failed delivery on record, if the database takes it; Stripe sends it again either way."""
+    if event["type"] not in HANDLERS:
+        return
+    try:
+        in_transaction(engine, lambda conn: store_of(config).note_failure(conn, event, reason))
+    except (DatabaseError, SchemaError) as error:
+        _log.error("that event %s failed could not be stored: %s", event["id"], error)
 
 
 def _session(effects: Effects, session: Object) -> Effect:
@@ -165,5 +226,6 @@ def _event(raw_body: bytes) -> dict[str, Any] | None:
         and isinstance(said.get("livemode"), bool)
         and "api_version" in said
         and isinstance(about, dict)
+        and isinstance(about.get("object"), str)
     )
     return said if whole else None

@@ -102,6 +102,12 @@ def test_a_refusal_is_remembered(dev: DevStripe, client: stripe.StripeClient, se
             refund = dev.settle_refund(refund["id"], "failed")
 
 
+def test_a_key_over_its_limit_is_refused(client: stripe.StripeClient) -> None:
+    assert client.v1.customers.create({}, {"idempotency_key": "k" * 255}).id
+    with pytest.raises(stripe.InvalidRequestError, match="255"):
+        client.v1.customers.create({}, {"idempotency_key": "k" * 256})
+
+
 # -- faults
 
 
@@ -257,6 +263,18 @@ def test_lists_by_field(dev: DevStripe, client: stripe.StripeClient, order: dict
 
 def _price(order: dict[str, Any]) -> str:
     return str(order["line_items"][0]["price"])
+
+
+def test_a_customer_that_was_deleted(client: stripe.StripeClient, order: dict[str, Any]) -> None:
+    options: stripe.RequestOptions = {"idempotency_key": "customer 1"}
+    gone = client.v1.customers.create({}, options).id
+    client.v1.customers.delete(gone)
+    assert client.v1.customers.retrieve(gone).to_dict() == {"id": gone, "object": "customer", "deleted": True}
+    assert client.v1.customers.create({}, options).id == gone  # its key goes on answering it for a day
+    for call in (client.v1.checkout.sessions.create, client.v1.checkout.sessions.list):
+        with pytest.raises(stripe.InvalidRequestError) as caught:
+            call({"customer": gone} | (order if call == client.v1.checkout.sessions.create else {}))
+        assert (caught.value.code, caught.value.param) == ("resource_missing", "customer")
 
 
 def test_lookup_keys(client: stripe.StripeClient, price: stripe.Price) -> None:

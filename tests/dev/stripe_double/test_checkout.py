@@ -147,6 +147,58 @@ def test_a_bad_session_is_refused(
     assert client.v1.checkout.sessions.list().data == []
 
 
+LONG = "http://127.0.0.1:1/" + "x" * 5000
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"success_url": LONG}, "success_url"),
+        ({"cancel_url": LONG}, "cancel_url"),
+        ({"client_reference_id": "x" * 201}, "client_reference_id"),
+        ({"metadata": {"k" * 41: "v"}}, f"metadata[{'k' * 41}]"),
+        ({"metadata": {"k": "v" * 501}}, "metadata[k]"),
+        ({"metadata": {f"k{n}": "v" for n in range(51)}}, "metadata"),
+        ({"payment_intent_data": {"description": "x" * 1001}}, "payment_intent_data[description]"),
+    ],
+)
+def test_a_parameter_over_its_limit_is_refused(
+    client: stripe.StripeClient, order: dict[str, Any], change: Any, param: str
+) -> None:
+    with pytest.raises(stripe.InvalidRequestError) as caught:
+        client.v1.checkout.sessions.create(order | change)
+    assert caught.value.param == param
+
+
+def test_the_longest_address_is_taken(client: stripe.StripeClient, order: dict[str, Any]) -> None:
+    longest = LONG[:5000]
+    assert client.v1.checkout.sessions.create(order | {"success_url": longest}).success_url == longest
+
+
+@pytest.mark.parametrize(
+    ("email", "code"),
+    [
+        ("ada", "email_invalid"),
+        ("ada@localhost", "email_invalid"),
+        ("a b@example.com", "email_invalid"),
+        ("x" * 513, None),
+    ],
+)
+def test_an_email_that_is_none_is_refused(client: stripe.StripeClient, email: str, code: str | None) -> None:
+    known = client.v1.customers.create({"email": "ada@example.com"})
+    for call in (client.v1.customers.create, lambda params: client.v1.customers.update(known.id, params)):
+        with pytest.raises(stripe.InvalidRequestError) as caught:
+            call({"email": email})
+        assert (caught.value.param, caught.value.code) == ("email", code)
+    assert client.v1.customers.retrieve(known.id).email == "ada@example.com"
+
+
+def test_an_amount_of_nine_digits_is_refused(client: stripe.StripeClient, price: stripe.Price) -> None:
+    with pytest.raises(stripe.InvalidRequestError) as caught:
+        client.v1.prices.create({"product": str(price.product), "currency": "usd", "unit_amount": 100_000_000})
+    assert caught.value.code == "amount_too_large"
+
+
 def test_an_inactive_price_is_refused(client: stripe.StripeClient, price: stripe.Price, order: dict[str, Any]) -> None:
     client.v1.prices.update(price.id, {"active": False})
     with pytest.raises(stripe.InvalidRequestError, match="inactive"):

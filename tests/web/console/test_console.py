@@ -82,7 +82,7 @@ def test_every_page_and_list_on_every_host(any_world, open_console):
     text = words(visitor.get("/"))
     assert "All 1 balances agree with their ledgers" in text
     assert "1 pending purchase :" in text
-    assert "Revision 0002 , applied" in text
+    assert "Revision 0001 , applied" in text
     assert "$3" in text
 
     page = words(visitor.get(at("/user", key=user)))

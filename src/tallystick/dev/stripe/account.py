@@ -41,6 +41,7 @@ class Account:
         self.api_version: str = api_version or specification()["api_version"]
         self.clock_offset_s = 0
         self.objects: dict[str, dict[str, Object]] = {kind: {} for kind in ID_PREFIXES}
+        self.deleted: set[str] = set()  # ids of customers, which Stripe goes on answering
         self.line_items: dict[str, list[Object]] = {}  # by session
         self.intent_data: dict[str, Params] = {}  # by session, until its payment intent exists
         self.cards: dict[str, str] = {}  # by payment method: a card number, or "async" for a bank debit
@@ -92,6 +93,7 @@ class Account:
         subject = self.get(kind, key)
         del self.objects[kind][key]
         if kind == "customer":
+            self.deleted.add(key)
             self.emit("customer.deleted", subject)
         return {"id": key, "object": kind, "deleted": True}
 

@@ -21,6 +21,7 @@ from tallystick.errors import DevStripeError
 EXPAND_DEPTH: Final = 4
 PAGING: Final = frozenset({"ending_before", "limit", "starting_after"})
 PAGE_DEFAULT, PAGE_LIMIT = 10, 100
+IDEMPOTENCY_KEY_MAX: Final = 255
 
 
 class Route(NamedTuple):
@@ -68,6 +69,8 @@ _RANGES: Final = {"gt": operator.gt, "gte": operator.ge, "lt": operator.lt, "lte
 
 def _listing(kind: str, filters: frozenset[str], account: Account, params: Params, _key: str) -> Object:
     created = params.get("created", {})
+    if "customer" in filters & params.keys():
+        account.get("customer", params["customer"], param="customer")
     if not isinstance(created, dict):
         created = {"gte": created, "lte": created}
 
@@ -81,6 +84,13 @@ def _listing(kind: str, filters: frozenset[str], account: Account, params: Param
 
     newest_first = [one for one in reversed(account.objects[kind].values()) if wanted(one)]
     return _page(newest_first, params)
+
+
+def _read_customer(account: Account, _params: Params, key: str) -> Object:
+    """Answer a deleted customer as such."""
+    if key in account.deleted:
+        return {"id": key, "object": "customer", "deleted": True}
+    return account.get("customer", key)
 
 
 def _line_items(account: Account, params: Params, key: str) -> Object:
@@ -141,8 +151,10 @@ def _confirm_payment_page(account: Account, params: Params, key: str) -> Object:
 ROUTES: Final[dict[str, Route]] = {
     "POST /v1/customers": _create(catalogue.create_customer, "description email metadata name phone"),
     "GET /v1/customers": _list("customer", "created email"),
-    "GET /v1/customers/{customer}": _read("customer"),
-    "POST /v1/customers/{customer}": _update("customer", "description email metadata name phone"),
+    "GET /v1/customers/{customer}": Route(_read_customer, frozenset()),
+    "POST /v1/customers/{customer}": Route(
+        catalogue.update_customer, frozenset({"description", "email", "metadata", "name", "phone"})
+    ),
     "DELETE /v1/customers/{customer}": _delete("customer"),
     "POST /v1/products": _create(
         catalogue.create_product,
@@ -304,6 +316,8 @@ class Api:
         operation, key = _match(method, path)
         raw = parse_form(form)
         idempotency_key = headers.get("idempotency-key") if method == "POST" else None
+        if idempotency_key and len(idempotency_key) > IDEMPOTENCY_KEY_MAX:
+            raise refused(f"Idempotency keys take {IDEMPOTENCY_KEY_MAX} characters.", param="Idempotency-Key")
         if idempotency_key:
             before = self._remembered.get(idempotency_key)
             if before and before.created > self.account.now() - DAY_S:

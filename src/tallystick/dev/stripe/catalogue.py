@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import re
 import secrets
+from typing import Final
 
 from tallystick.dev.stripe.account import Account, Object, merged_metadata
 from tallystick.dev.stripe.parameters import Params, empty, refused
 
+AMOUNT_MAX: Final = 99_999_999  # minor units of a price, a payment or a refund
+
+
+def check_email(params: Params) -> None:
+    """Refuse an address as Stripe does; an empty one unsets it."""
+    email = params.get("email")
+    if email and not re.fullmatch(r"[^\s@<>,]+@[^\s@<>,]+\.[^\s@<>,.]+", email):
+        raise refused(f"Invalid email address: {email}", "email_invalid", "email")
+
+
+def update_customer(account: Account, params: Params, key: str) -> Object:
+    """Change a customer."""
+    check_email(params)
+    return account.update("customer", key, params)
+
 
 def create_customer(account: Account, params: Params) -> Object:
     """Make a customer."""
+    check_email(params)
     customer = account.new(
         "customer",
         **{
@@ -48,6 +66,8 @@ def create_price(account: Account, params: Params) -> Object:
         raise refused("Missing required param: unit_amount.", "parameter_missing", "unit_amount")
     if params["unit_amount"] < 0:
         raise refused("Invalid non-negative integer", "parameter_invalid_integer", "unit_amount")
+    if params["unit_amount"] > AMOUNT_MAX:
+        raise refused(f"Amount must be no more than {AMOUNT_MAX}", "amount_too_large", "unit_amount")
     holders = [
         price
         for price in account.objects["price"].values()

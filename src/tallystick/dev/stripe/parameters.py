@@ -10,10 +10,12 @@ import json
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, Final
 from urllib.parse import parse_qsl
 
 from tallystick.errors import DevStripeError
+
+STRING_MAX: Final = 5000  # characters of a string for which the document names no limit
 
 Schema = dict[str, Any]
 Params = dict[str, Any]
@@ -149,6 +151,8 @@ def _scalar(schema: Schema, value: str, path: str) -> str | int | float | bool:
         return value == "true"
     if "enum" in schema and value not in schema["enum"]:
         raise refused(f"Invalid {path}: must be one of {', '.join(schema['enum'])}", param=path)
-    if len(value) > schema.get("maxLength", len(value)):
-        raise refused(f"Invalid string: must be at most {schema['maxLength']} characters", param=path)
+    longest = schema.get("maxLength", STRING_MAX)
+    if len(value) > longest:
+        code = "url_invalid" if path.endswith("url") else None
+        raise refused(f"Invalid string: must be at most {longest} characters", code, path)
     return value

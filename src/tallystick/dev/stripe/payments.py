@@ -26,6 +26,7 @@ TOKENS: Final = {
 }
 ASYNC: Final = "async"  # in the place of a card number: a bank debit, whose outcome comes later
 
+LINE_ITEMS_MAX: Final = 100
 MINIMUM_TOTAL: Final = {"usd": 50, "eur": 50, "gbp": 30}  # minor units
 
 # Which state leads to which; every other step is refused.
@@ -56,6 +57,8 @@ def create_session(account: Account, params: Params) -> Object:
     _check_session(params, expires_at - now)
     customer = account.get("customer", params["customer"], param="customer") if "customer" in params else None
     metadata = merged_metadata(params)
+    if len(params["line_items"]) > LINE_ITEMS_MAX:
+        raise refused(f"Invalid array: line_items takes {LINE_ITEMS_MAX} items", param="line_items")
     items = [_line_item(account, item, i) for i, item in enumerate(params["line_items"])]
     currency = items[0]["currency"]
     if any(item["currency"] != currency for item in items):
@@ -64,6 +67,8 @@ def create_session(account: Account, params: Params) -> Object:
     if 0 < total < MINIMUM_TOTAL.get(currency, 0):
         message = f"The total must be at least {MINIMUM_TOTAL[currency]} {currency} in minor units, or 0."
         raise refused(message, "amount_too_small")
+    if total > catalogue.AMOUNT_MAX:
+        raise refused(f"Amount must be no more than {catalogue.AMOUNT_MAX}", "amount_too_large", "line_items")
     asked = {name: value for name, value in params.items() if has_field("checkout.session", name)}
     session = account.new(
         "checkout.session",

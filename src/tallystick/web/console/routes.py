@@ -23,7 +23,7 @@ from starlette.types import ASGIApp
 
 from tallystick import audit, stripe
 from tallystick.config import Config
-from tallystick.database import transaction
+from tallystick.database import translated, with_known_settings
 from tallystick.errors import (
     Conflict,
     DatabaseError,
@@ -69,7 +69,7 @@ def console(
     and with https the session's cookie is sent over nothing else. Without ``allow_actions`` no page changes anything,
     and all reading is done in read-only transactions.
     """
-    return _Console(config, engine, door, address, allow_actions=allow_actions).app
+    return _Console(config, with_known_settings(engine), door, address, allow_actions=allow_actions).app
 
 
 class _Console:
@@ -437,8 +437,10 @@ class _Console:
         return Response(found[0], media_type=found[1], headers={"Cache-Control": "no-cache"})
 
     def _audit(self, progress: Callable[[int, int], None]) -> audit.Report:
-        # Autocommit, so that no snapshot is held through a long run; and read-only, as all that is done unasked.
-        with transaction(self.engine, isolation="AUTOCOMMIT", postgresql_readonly=True) as reader:
+        with translated(connecting=True):
+            conn = self.engine.connect()
+        with conn:  # without a transaction: each range of the audit is one of its own, read-only as all unasked reading
+            reader = conn.execution_options(isolation_level="READ COMMITTED", postgresql_readonly=True)
             return audit.audit(reader, self.config, progress=progress)
 
 
