@@ -1,4 +1,4 @@
-"""The app's role of ``migrate.role``: every operation works with it, and no balance can be written past the functions."""
+"""The app's role of ``migrate.role``: every operation works with it, and nothing is written past the functions."""
 
 from __future__ import annotations
 
@@ -390,18 +390,22 @@ WAYS: dict[str, tuple[str, str]] = {
         "owns FUNCTION tallystick.settle(uuid,integer,integer)",
     ),
     "a trigger function's owner": (
-        "CREATE FUNCTION public.mine() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';"
-        "ALTER FUNCTION public.mine() OWNER TO {app};"
-        "CREATE TRIGGER mine AFTER UPDATE ON users FOR EACH ROW EXECUTE FUNCTION public.mine()",
+        (
+            "CREATE FUNCTION public.mine() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';"
+            "ALTER FUNCTION public.mine() OWNER TO {app};"
+            "CREATE TRIGGER mine AFTER UPDATE ON users FOR EACH ROW EXECUTE FUNCTION public.mine()"
+        ),
         "owns FUNCTION public.mine()",
     ),
     "a default's owner": (
-        "CREATE FUNCTION public.mine() RETURNS text LANGUAGE sql AS 'SELECT NULL';"
-        "ALTER FUNCTION public.mine() OWNER TO {app}; ALTER TABLE users ADD nickname text DEFAULT public.mine()",
+        (
+            "CREATE FUNCTION public.mine() RETURNS text LANGUAGE sql AS 'SELECT NULL';"
+            "ALTER FUNCTION public.mine() OWNER TO {app}; ALTER TABLE users ADD nickname text DEFAULT public.mine()"
+        ),
         "owns FUNCTION public.mine()",
     ),
     "a type's owner": (
-        "CREATE DOMAIN public.nick AS text; ALTER TYPE public.nick OWNER TO {app}; ALTER TABLE users ADD called public.nick",
+        "CREATE DOMAIN public.nick AS text; ALTER TYPE public.nick OWNER TO {app}; ALTER TABLE users ADD n public.nick",
         "owns TYPE public.nick",
     ),
     "the ledger, passed on": (

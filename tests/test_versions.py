@@ -105,12 +105,12 @@ def test_a_newer_client_is_refused_by_older_functions(world: World, connect: Cal
     user = world.user(credits=5)
     ledger = NewerLedger(world.config)
     with connect() as conn:
-        with pytest.raises(NotMigrated, match="older than this package. Run: tallystick migrate apply"):
+        with pytest.raises(NotMigrated, match=r"older than this package\. Run: tallystick migrate apply"):
             ledger.consume_with_more(conn, user, key="a", more="text")
         with world.autocommit.connect() as owner:
             owner.exec_driver_sql("DROP FUNCTION tallystick.reinstate(uuid, uuid, text, integer, text, jsonb)")
             owner.exec_driver_sql("ALTER TYPE tallystick.account_answer DROP ATTRIBUTE detail CASCADE")
-        with pytest.raises(NotMigrated, match="older than this package. Run: tallystick migrate apply"):
+        with pytest.raises(NotMigrated, match=r"older than this package\. Run: tallystick migrate apply"):
             ledger.reinstate(conn, user, ledger.history(conn, user)[0].id, key="r")
         with pytest.raises(NotMigrated, match="Run: tallystick migrate apply"):
             world.accounts.get(conn, user)
