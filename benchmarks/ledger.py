@@ -16,7 +16,6 @@ import itertools
 import multiprocessing
 import platform
 import random
-import re
 import statistics
 import subprocess
 import sys
@@ -30,7 +29,6 @@ from typing import Any
 from uuid import uuid4
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import create_async_engine
 
 import stage
@@ -64,27 +62,17 @@ class Way:
 # --- the floor ---
 
 
-def pgbench_script(ledger: Ledger, users: int) -> str:
-    """The compiled statement with its parameters put in: numbers are pgbench's, ids and keys as random as ours."""
-    dialect = postgresql.psycopg.dialect(paramstyle="named")
-    statement = " ".join(str(ledger.statements["consume"].compile(dialect=dialect)).split())
-    given = {
-        "p_user": ":user",
-        "p_id": "gen_random_uuid()",
-        "p_amount": "1",
-        "p_description": "NULL",
-        "p_key": "('bench ' || :one || :two)",
-    }
-    for name, value in given.items():
-        statement = re.sub(rf":{name}\b", value, statement)
+def pgbench_script(users: int) -> str:
+    """The call that the ledger sends, with keys as random as ours."""
     limits = {"user": users, "one": 10**9, "two": 10**9}
-    return "".join(f"\\set {name} random(1, {most})\n" for name, most in limits.items()) + f"{statement};\n"
+    call = "SELECT * FROM tallystick.consume(user_id => :user, key => 'bench ' || :one || ' ' || :two, amount => 1)"
+    return "".join(f"\\set {name} random(1, {most})\n" for name, most in limits.items()) + f"{call};\n"
 
 
 def floor(app: App, way: Way, *, users: int, connections: int, seconds: float) -> Timing:
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, "consume.sql")
-        script.write_text(pgbench_script(app.ledger, users))
+        script.write_text(pgbench_script(users))
         command = app.server.command(
             "pgbench", "--no-vacuum", f"--protocol={way.protocol}", f"--file={script}", f"--client={connections}",
             f"--jobs={min(connections, PROCESSES)}", f"--time={max(1, round(seconds))}", "--log",

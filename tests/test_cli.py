@@ -530,3 +530,31 @@ def test_a_host_that_counts_in_parts_of_a_credit(tally, old_host):
     assert "As declared" in tally("migrate", "status").out
     assert tally("audit").code == 0
     assert "bigint" in tally("init", "--credits", "many").err
+
+
+def test_client_typescript_writes_the_migrated_databases_types(tally: Callable[..., Said], make_world, tmp_path: Path):
+    quoted = make_world("quoted")
+    said = tally("--database-url", quoted.url, "client", "typescript")
+    assert said.out == "Wrote tallystick.ts: users by bigint, workshops by integer; credits are integer.\n"
+    text = (tmp_path / "tallystick.ts").read_text()
+    assert "export type UserKey = string;" in text
+    assert "export type WorkshopKey = number;" in text
+    assert tally("--database-url", quoted.url, "client", "typescript", "--output", "-").out == text
+    alone = make_world("alone")
+    tally("--database-url", alone.url, "client", "typescript")  # its own file is written anew
+    assert "workshopId" not in (tmp_path / "tallystick.ts").read_text()
+
+
+def test_client_typescript_leaves_what_is_not_its_own(tally: Callable[..., Said], world: World, tmp_path: Path):
+    (tmp_path / "credits.ts").write_text("export {};\n")
+    said = tally("--database-url", world.url, "client", "typescript", "--output", "credits.ts")
+    assert (said.code, said.out) == (1, "")
+    assert "credits.ts is there, and not of this command" in said.err
+    assert (tmp_path / "credits.ts").read_text() == "export {};\n"
+
+
+def test_client_typescript_needs_the_migration(tally: Callable[..., Said], old_host: str, tmp_path: Path):
+    said = tally("--database-url", old_host, "client", "typescript")
+    assert said.code == 1
+    assert "Run: tallystick migrate apply" in said.err
+    assert not (tmp_path / "tallystick.ts").exists()

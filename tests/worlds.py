@@ -92,7 +92,8 @@ class World:
 
     def key(self, key_type: str) -> Key:
         number = next(_numbers)
-        return {"uuid": uuid.uuid4(), "text": f"key_{number}"}.get(key_type, number)
+        texts = dict.fromkeys(("text", "char", "citext"), f"Key_{number}")
+        return {"uuid": uuid.uuid4(), **texts}.get(key_type, number)
 
     def user(self, *, credits: int = 0) -> Key:
         """A new user, funded if asked."""

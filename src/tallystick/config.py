@@ -31,7 +31,11 @@ from sqlalchemy.exc import ArgumentError
 
 from tallystick.errors import ConfigError
 
-KeyType = Literal["uuid", "text", "integer", "bigint"]
+KeyType = Literal["uuid", "text", "char", "citext", "smallint", "integer", "bigint"]
+"""The type of a key in PostgreSQL: of a domain its base type; varchar counts as text, and char is ``char(n)``."""
+
+INTEGER_KEYS: frozenset[KeyType] = frozenset({"smallint", "integer", "bigint"})
+TEXT_KEYS: frozenset[KeyType] = frozenset({"text", "char", "citext"})
 FILE_NAME = "tallystick.toml"
 CREDITS_MAX = {"integer": 2**31 - 1, "bigint": 2**63 - 1}
 """The largest number of credits, by ``HostMapping.credits``."""
@@ -61,6 +65,9 @@ def _column_or_none(value: object) -> object:
 
 
 OptionalColumn = Annotated[Identifier | None, BeforeValidator(_column_or_none)]
+
+
+Collation = Annotated[tuple[Identifier, Identifier] | None, BeforeValidator(_column_or_none)]
 
 
 def _address(value: object) -> object:
@@ -95,14 +102,17 @@ class UsersTable:
     """The host's table of users.
 
     ``key`` names any column that is NOT NULL and UNIQUE, the primary key or an external identity such as
-    ``clerk_user_id``; ``key_type`` is its type (varchar counts as text). ``email``, if named, is shown to
-    operators and never written.
+    ``clerk_user_id``. ``key_type`` is its type: of a domain its base type, varchar counts as text. Of citext,
+    ``key_type_schema`` is the extension's schema. ``key_collation`` (schema and name) is the collation of a text key
+    that has another than the database's. ``email``, if named, is shown to operators and never written.
     """
 
     schema: Identifier = "public"
     table: Identifier = "users"
     key: Identifier = "id"
     key_type: KeyType = "uuid"
+    key_type_schema: OptionalColumn = None
+    key_collation: Collation = None
     email: OptionalColumn = None
 
 
@@ -118,6 +128,8 @@ class WorkshopsTable:
     table: Identifier = "workshops"
     key: Identifier = "id"
     key_type: KeyType = "uuid"
+    key_type_schema: OptionalColumn = None
+    key_collation: Collation = None
     owner: Identifier = "user_id"
     title: OptionalColumn = "title"
     created_at: OptionalColumn = "created_at"
@@ -159,15 +171,23 @@ def _known(values: dict[str, Any], kind: Any) -> dict[str, Any]:
 _MAPPING = TypeAdapter(HostMapping)
 
 
+Rounding = Literal["down", "nearest", "up"]
+"""Whether a part of a credit's price takes no credit, the nearest whole number (halves up), or a whole one."""
+
+
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
 class Pack:
-    """Something on sale: ``credits`` for ``amount`` minor units of ``currency`` (7900 and "usd" are $79.00)."""
+    """Something on sale: ``credits`` for ``amount`` minor units of ``currency`` (7900 and "usd" are $79.00).
+
+    ``refund_rounding`` is the pack's own; None stands for the setting of this name.
+    """
 
     name: Annotated[str, Field(min_length=1, max_length=200)]
     credits: Annotated[int, Field(strict=True, ge=1, le=CREDITS_MAX["bigint"])]
     amount: Annotated[int, Field(strict=True, ge=0)] | None = None
     currency: Annotated[str, Field(pattern="^[a-z]{3}$")] = "usd"
     stripe_price_id: str | None = None
+    refund_rounding: Rounding | None = None
 
 
 def _names_once(packs: tuple[Pack, ...]) -> tuple[Pack, ...]:
@@ -262,6 +282,8 @@ class Config(BaseModel):
     address that migrations need. With ``paywall`` off every workshop is open. Workshops created before
     ``grandfathered_before`` are open; None stands for the moment at which revision 0001 was applied.
 
+    ``refund_rounding`` says how many credits a refund of a part of the money takes, when that is no whole number.
+
     ``checkout_origins`` are the origins (``https://app.example.com``) to which a buyer may be sent back from Stripe.
     ``stripe_webhook_secret`` may hold several secrets separated by commas, while one is being replaced.
     ``stripe_api_base`` points to another address than Stripe's, such as the test double's. ``stripe_realm`` names this
@@ -274,6 +296,7 @@ class Config(BaseModel):
     database_url_unpooled: Address | None = Field(default=None, repr=False)
     host: HostMapping = Field(default_factory=HostMapping)
     packs: Annotated[tuple[Pack, ...], AfterValidator(_names_once)] = ()
+    refund_rounding: Rounding = "down"
     paywall: bool = True
     grandfathered_before: Annotated[dt.datetime, AfterValidator(_aware)] | None = None
     checkout_origins: tuple[Origin, ...] = ()
@@ -472,11 +495,14 @@ def to_toml(host: HostMapping) -> str:
     for name, mapped in tables.items():
         if mapped is not None:
             values = {field: getattr(mapped, field) for field in type(mapped).__dataclass_fields__}
+            values = {k: v for k, v in values.items() if v is not None or k not in _USUALLY_ABSENT}
             lines += ["", f"[host.{name}]", *(f"{k} = {_toml(v)}" for k, v in values.items() if v is not None)]
             absent = [k for k, v in values.items() if v is None]
             lines += [f"{k} = false{_UNDATED if k == 'created_at' else ''}" for k in absent]
     return "\n".join([*lines, "", _PACKS_EXAMPLE])
 
+
+_USUALLY_ABSENT = ("key_type_schema", "key_collation")
 
 _UNDATED = "  # none tells when it was made: with the paywall on, no old one is open without a credit"
 
@@ -492,7 +518,9 @@ _PACKS_EXAMPLE = """\
 """
 
 
-def _toml(text: str) -> str:
-    """A TOML basic string."""
+def _toml(text: str | tuple[str, ...]) -> str:
+    """A TOML basic string, or an array of them."""
+    if isinstance(text, tuple):
+        return f"[{', '.join(map(_toml, text))}]"
     escaped = "".join(f"\\u{ord(c):04x}" if c < " " or c in '"\\\x7f' else c for c in text)
     return f'"{escaped}"'

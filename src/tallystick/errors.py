@@ -27,6 +27,7 @@
     │   ├── NotSignedIn              no user stands behind it
     │   ├── CrossSiteRequest         another site's page made it
     │   ├── RequestTooLarge          its body is over the limit
+    │   ├── RequestTooSlow           its body did not arrive in time
     │   └── WorkshopLocked           a credit opens this workshop
     ├── StripeError                  Stripe, or what it was to be asked
     │   ├── StripeNotConfigured      a key, secret or pack is missing, or of the wrong mode
@@ -306,6 +307,12 @@ class RequestTooLarge(RequestRefused):
     """The body is over the limit."""
 
     limit_bytes: int
+
+
+class RequestTooSlow(RequestRefused):
+    """The body did not arrive within the time for it."""
+
+    limit_s: float
 
 
 class WorkshopLocked(RequestRefused):

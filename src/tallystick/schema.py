@@ -6,6 +6,7 @@ a migrated database against these declarations. Column order and names are those
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from enum import StrEnum
 from functools import lru_cache
@@ -17,7 +18,16 @@ from pydantic import ValidationError
 from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.schema import CheckConstraint, Column, ForeignKey, Index, Table
 
-from tallystick.config import CREDITS_MAX, Config, HostMapping, KeyType
+from tallystick.config import (
+    CREDITS_MAX,
+    INTEGER_KEYS,
+    TEXT_KEYS,
+    Config,
+    HostMapping,
+    KeyType,
+    UsersTable,
+    WorkshopsTable,
+)
 from tallystick.database import DbConnection, translated
 from tallystick.errors import HostMismatch, InvalidArgument, Key, NotMigrated, SchemaTooNew, shown
 
@@ -27,6 +37,7 @@ HEAD = "0001"
 BOOKKEEPING_SCHEMA = "tallystick"
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+_BYTES = {"smallint": 2, "integer": 4, "bigint": 8}
 
 
 class CreditTransactionType(StrEnum):
@@ -49,9 +60,33 @@ class CreditTransactionStatus(StrEnum):
 _KEY_TYPES: dict[KeyType, sa.types.TypeEngine[Any]] = {
     "uuid": sa.Uuid(),
     "text": sa.Text(),
+    "smallint": sa.SmallInteger(),
     "integer": sa.Integer(),
     "bigint": sa.BigInteger(),
 }
+
+
+class _TextKey(sa.types.UserDefinedType[str]):
+    """A text key of another type or collation than ``text`` has; a value is sent as it is, for the server to read."""
+
+    cache_ok = True
+
+    def __init__(self, declared: str) -> None:
+        self.declared = declared
+
+    def get_col_spec(self, **_: Any) -> str:
+        return self.declared
+
+
+def _key_type(table: UsersTable | WorkshopsTable) -> sa.types.TypeEngine[Any]:
+    if table.key_type not in TEXT_KEYS or (table.key_type == "text" and table.key_collation is None):
+        return _KEY_TYPES[table.key_type]
+    quote = pg.dialect().identifier_preparer.quote  # type: ignore[no-untyped-call]  # SQLAlchemy's own
+    citext = f"{quote(table.key_type_schema or 'public')}.citext"
+    declared = {"char": "bpchar", "citext": citext}.get(table.key_type, "text")
+    if table.key_collation is not None:
+        declared += f" COLLATE {'.'.join(map(quote, table.key_collation))}"
+    return _TextKey(declared)
 
 
 class Schema:
@@ -64,13 +99,17 @@ class Schema:
     def __init__(self, host: HostMapping) -> None:
         self.host = host
         self.metadata = sa.MetaData()
-        user_key = _KEY_TYPES[host.users.key_type]
+        user_key = _key_type(host.users)
 
         self.users = Table(
             host.users.table,
             self.metadata,
             Column(host.users.key, user_key, key="key", nullable=False, unique=True),
-            *([Column(host.users.email, sa.Text, key="email")] if host.users.email else ()),
+            *(
+                [Column(host.users.email, sa.Text, key="email")]
+                if host.users.email not in (None, host.users.key)
+                else ()
+            ),
             *user_columns(host.credits),
             schema=host.users.schema,
         )
@@ -86,7 +125,7 @@ class Schema:
         workshop_reference: tuple[ForeignKey, ...] = ()
         if host.workshops is not None:
             names = host.workshops
-            workshop_key = _KEY_TYPES[names.key_type]
+            workshop_key = _key_type(names)
             self.workshops = Table(
                 names.table,
                 self.metadata,
@@ -215,6 +254,15 @@ class Schema:
                 value=value,
             )
         return _as_key("workshop", value, self.host.workshops.key_type)
+
+    def user_key_of(self, text: str) -> Key:
+        """The user's key that ``text`` stands for, as in an address or on a command line. Raises InvalidArgument."""
+        return self.user_key(_number_of(text) if self.host.users.key_type in INTEGER_KEYS else text)
+
+    def workshop_key_of(self, text: str) -> Key:
+        """As :meth:`user_key_of`, of a workshop."""
+        mapped = self.host.workshops
+        return self.workshop_key(_number_of(text) if mapped and mapped.key_type in INTEGER_KEYS else text)
 
 
 LEDGER = "credit_transactions"
@@ -513,6 +561,11 @@ def _enum(labels: type[StrEnum], name: str, host: HostMapping) -> pg.ENUM:
     return pg.ENUM(labels, name=name, schema=host.users.schema, values_callable=lambda e: [x.value for x in e])
 
 
+def _number_of(text: str) -> int | str:
+    """The whole number that ``text`` is; else ``text``, which is no key then. Of more digits Python makes no number."""
+    return int(text) if re.fullmatch(r"-?[0-9]{1,19}", text, re.ASCII) else text
+
+
 def _as_key(argument: str, value: object, key_type: KeyType) -> Key:
     """A key in the one form that the driver sends as ``key_type``, so that its index serves.
 
@@ -526,11 +579,13 @@ def _as_key(argument: str, value: object, key_type: KeyType) -> Key:
                 return UUID(value)
             except ValueError:
                 pass
-        case "text", str() if "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value):
+        case (("text" | "char" | "citext"), str()) if "\0" not in value and not any(
+            "\ud800" <= c <= "\udfff" for c in value
+        ):
             return str.__str__(value)
-        case (("integer" | "bigint"), int()) if not isinstance(value, bool):
-            low, high = (INT32_MIN, INT32_MAX) if key_type == "integer" else (INT64_MIN, INT64_MAX)
-            if low <= value <= high:
+        case _, int() if key_type in INTEGER_KEYS and not isinstance(value, bool):
+            limit = 2 ** (8 * _BYTES[key_type] - 1)
+            if -limit <= value < limit:
                 return int(value)
     raise InvalidArgument(
         f"{argument}={shown(value)} is no {key_type} key. Pass the value of the mapped key column "

@@ -13,7 +13,7 @@ import pytest
 from hosts import HOSTS, App
 
 from servers import FAST, standby_of
-from tallystick import Config, migrate
+from tallystick import Config, Ledger, migrate
 from tallystick.dev.postgres import Server
 from tallystick.errors import SchemaError
 
@@ -216,16 +216,36 @@ def test_a_subscriber_that_was_not_changed_stops(subscribed: Callable[[str], tup
     assert there.rows("SELECT email FROM users") == []
 
 
-def test_a_subscriber_to_every_table_is_migrated_first(subscribed: Callable[[str], tuple[App, App]]) -> None:
-    here, there = subscribed("ALL TABLES")
+@pytest.mark.parametrize("publication", ["ALL TABLES", "TABLES IN SCHEMA public"])
+def test_a_subscriber_to_new_tables_gets_balances_and_their_rows(
+    publication: str, subscribed: Callable[[str], tuple[App, App]]
+) -> None:
+    """The way that the warning tells, from end to end."""
+    here, there = subscribed(publication)
+    here.run("INSERT INTO users (email) VALUES ('before')")
     [warning] = [finding.text for finding in plan(here).findings if "publication p" in finding.text]
     assert "new tables too (" in warning
-    assert "tallystick.alembic_version" in warning
-    assert "run tallystick migrate apply with the address of each" in warning
+    assert ("TRUNCATE tallystick.alembic_version" in warning) == (publication == "ALL TABLES")
+    assert "run tallystick migrate apply with the address of each subscriber, then here" in warning
     migrate.apply(there.url, there.config)
     migrate.apply(here.url, here.config)
-    here.run("INSERT INTO users (email) VALUES ('afterwards')")
-    until(lambda: there.rows("SELECT email FROM users") == [("afterwards",)])
+    ledger = Ledger(here.config)
+    user = here.value("SELECT id FROM users")
+
+    def grant(key: str) -> None:
+        with here.engine.begin() as conn:
+            ledger.grant(conn, user, credits=2, key=key, description="Welcome")
+
+    grant("before the refresh")
+    rest = warning.partition("until then is run there: ")[2].replace("SUBSCRIPTION …", "SUBSCRIPTION sub")
+    there.run(*rest.split("; "))
+    grant("after it")
+    until(lambda: there.rows("SELECT max(balance_after), count(*) FROM credit_transactions") == [(4, 2)])
+    until(lambda: there.rows("SELECT credit_balance FROM users") == [(4,)])
+    with there.engine.connect() as conn:
+        assert migrate.status(conn, there.config).healthy
+    until(lambda: not there.value("SELECT count(*) FROM pg_subscription_rel WHERE srsubstate <> 'r'"))
+    assert "duplicate key" not in here.server.log.read_text()
 
 
 def test_a_standby_itself_is_refused(pair: tuple[App, str]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import sqlalchemy as sa
@@ -353,7 +355,7 @@ def test_two_installations_at_one_account_ignore_each_other(make_shop, make_worl
             assert (outcomes.count("granted"), outcomes.count("taken_back")) == (1, 1)
             assert outcomes.count("foreign") == 3  # the other's session, its refund, and its charge
             assert stripe.reconcile(shop.engine, shop.config).findings == ()
-        assert (here.balance(users[0]), there.balance(users[1])) == (48, 48)
+        assert (here.balance(users[0]), there.balance(users[1])) == (49, 49)
     finally:
         there.engine.dispose()
 
@@ -593,7 +595,7 @@ def test_partial_refunds(shop: Shop):
     for amount in (333, 333, 334):
         shop.dev.refund(shop.intent(started), amount=amount)
     shop.deliver_all()
-    assert shop.rows(user) == [("purchase", 97), ("refund", -33), ("refund", -32), ("refund", -32)]
+    assert shop.rows(user) == [("purchase", 97), ("refund", -32), ("refund", -32), ("refund", -33)]
     assert shop.balance(user) == 0
 
 
@@ -603,7 +605,7 @@ def test_all_events_of_one_refund_make_one_reversal(shop: Shop):
     shop.dev.settle_refund(refund["id"], "succeeded")
     assert sorted(shop.outcomes()).count("taken_back") == 1
     assert {"refund.created", "charge.refunded", "refund.updated"} <= {one["type"] for one in shop.dev.held()}
-    assert shop.rows(user) == [("purchase", 97), ("refund", -49)]
+    assert shop.rows(user) == [("purchase", 97), ("refund", -48)]
 
 
 def test_refund_before_completed(shop: Shop):
@@ -612,7 +614,7 @@ def test_refund_before_completed(shop: Shop):
     shop.dev.pay(started.session)
     shop.dev.refund(shop.intent(started), amount=500)
     assert shop.outcomes("refund.created") == ["taken_back"]
-    assert shop.rows(user) == [("purchase", 97), ("refund", -49)]
+    assert shop.rows(user) == [("purchase", 97), ("refund", -48)]
     assert shop.outcomes(COMPLETED) == ["unchanged"]
 
 
@@ -692,6 +694,236 @@ def test_refund_after_the_credits_are_spent(shop: Shop):
         shop.world.ledger.consume(conn, user, key="more")
 
 
+# --- parts of a credit's price, marked refunds, other currencies ---
+
+
+@pytest.fixture
+def single(shop: Shop) -> Shop:
+    """A shop whose pack is one credit for 79.00."""
+    pack = Pack(name=PACK, credits=1, amount=7900)
+    shop.configure(packs=(pack,))
+    shop.configure(packs=(replace(pack, stripe_price_id=stripe.setup(shop.config).packs[0].price),))
+    return shop
+
+
+@pytest.mark.parametrize(
+    ("rounding", "amounts", "left"),
+    [
+        ("down", (1, 1261, 6637, 1), (1, 1, 1, 0)),  # a cent of goodwill, the VAT of 19 %, nearly all, all
+        ("nearest", (1, 3948, 1, 3950), (1, 1, 0, 0)),
+        ("up", (1, 7899), (0, 0)),
+    ],
+)
+@pytest.mark.parametrize("where", ["pack", "settings"])
+def test_a_part_of_a_credits_price_rounds_as_the_policy_says(single: Shop, rounding, amounts, left, where):
+    if where == "pack":
+        single.configure(packs=(replace(single.config.packs[0], refund_rounding=rounding),))
+    else:
+        single.configure(refund_rounding=rounding)
+    user, started = bought(single)
+    single.configure(refund_rounding="up" if rounding == "down" else "down", packs=())  # sold is sold
+    for amount, expected in zip(amounts, left, strict=True):
+        single.dev.refund(single.intent(started), amount=amount)
+        single.outcomes("refund.created")
+        single.dev.drop(single.events())
+        assert single.balance(user) == expected, amount
+
+
+@pytest.mark.parametrize(
+    ("rounding", "expected"), [("down", [32, 64, 96, 97]), ("nearest", [32, 65, 97, 97]), ("up", [33, 65, 97, 97])]
+)
+def test_cumulative_refunds_are_exact_under_each_policy(shop: Shop, rounding, expected):
+    shop.configure(refund_rounding=rounding)
+    user, started = bought(shop)
+    taken = []
+    for amount in (333, 333, 333, 1):
+        shop.dev.refund(shop.intent(started), amount=amount)
+        shop.outcomes("refund.created")
+        shop.dev.drop(shop.events())
+        taken.append(CREDITS - shop.balance(user))
+    assert taken == expected
+    assert shop.findings() == []
+
+
+def test_goodwill_leaves_the_next_pack_alone(single: Shop):
+    user, started = bought(single)
+    with single.engine.begin() as conn:
+        single.world.ledger.consume(conn, user, key="spent")
+    single.dev.refund(single.intent(started), amount=1)
+    single.deliver_all()
+    single.dev.drop(single.events())
+    assert single.balance(user) == 0
+    single.dev.pay(single.checkout(user).session)
+    single.deliver_all()
+    assert single.balance(user) == 1
+
+
+def test_a_refund_of_money_alone(shop: Shop):
+    user, started = bought(shop)
+    purchase = started.purchase.id
+    stripe.refund(shop.engine, shop.config, purchase, amount=160, keep_credits=True, key="the VAT")
+    shop.deliver_all()
+    assert shop.rows(user) == [("purchase", 97)]
+    stripe.refund(shop.engine, shop.config, purchase, credits=40, key="ticket 7")
+    assert shop.balance(user) == 57
+    assert [one.amount for one in shop.api.refunds.list().data] == [840 * 40 // 97, 160]
+    stripe.refund(shop.engine, shop.config, purchase, key="the rest")  # the last money takes the last credits
+    shop.deliver_all()
+    assert (shop.balance(user), sum(one.amount for one in shop.api.refunds.list().data)) == (0, PRICE)
+    assert shop.findings() == []
+
+
+def test_all_of_the_money_and_none_of_the_credits(shop: Shop):
+    user, started = bought(shop)
+    stripe.refund(shop.engine, shop.config, started.purchase.id, keep_credits=True, key="sorry")
+    shop.deliver_all()
+    assert (shop.rows(user), shop.api.refunds.list().data[0].amount) == ([("purchase", 97)], PRICE)
+    with pytest.raises(e.RefundExceedsPurchase):
+        stripe.refund(shop.engine, shop.config, started.purchase.id, amount=1, key="more")
+
+
+@pytest.mark.parametrize("mark_first", [True, False])
+def test_a_refund_in_the_dashboard_is_marked_by_its_metadata(shop: Shop, mark_first: bool):
+    user, started = bought(shop)
+    refund = shop.dev.refund(shop.intent(started), amount=500)
+    if not mark_first:
+        assert "taken_back" in shop.outcomes("refund.created")
+        assert shop.balance(user) == 49
+    shop.api.refunds.update(refund["id"], {"metadata": {"tallystick_credits": "0"}})
+    assert ("given_back" in shop.outcomes("refund.updated")) is not mark_first
+    assert shop.balance(user) == 97
+    assert {str(one.outcome) for one in shop.deliver_all()} <= {"duplicate", "unchanged"}  # the older event too
+    assert shop.balance(user) == 97
+    shop.dev.settle_refund(refund["id"], "failed")
+    shop.deliver_all()
+    assert shop.balance(user) == 97
+
+
+def test_a_mark_says_how_many_credits_a_refund_takes(shop: Shop):
+    user, started = bought(shop)
+    refund = shop.dev.refund(shop.intent(started), amount=500)
+    shop.api.refunds.update(refund["id"], {"metadata": {"tallystick_credits": "90"}})
+    shop.deliver_all()
+    assert shop.balance(user) == 7
+    shop.dev.refund(shop.intent(started), amount=250)  # half of the money that is left, half of its credits
+    shop.deliver_all()
+    assert shop.balance(user) == 4
+    shop.dev.refund(shop.intent(started), amount=250)
+    shop.deliver_all()
+    assert shop.balance(user) == 0
+
+
+@pytest.mark.parametrize("mark", ["-1", "1.5", "many", "", "9" * 16])
+def test_a_mark_that_is_no_number_is_none(shop: Shop, mark: str):
+    user, started = bought(shop)
+    refund = shop.dev.refund(shop.intent(started), amount=500)
+    shop.api.refunds.update(refund["id"], {"metadata": {"tallystick_credits": mark}})
+    shop.deliver_all()
+    assert shop.balance(user) == 49
+
+
+def completed_by_the_host(shop: Shop, **paid: object) -> tuple[object, str]:
+    """A user and the payment intent of a purchase that the host completed itself."""
+    user = shop.world.user()
+    with shop.engine.begin() as conn:
+        row = shop.world.ledger.start_purchase(conn, user, credits=10, description="Sold by the host")
+    session = shop.foreign()
+    intent = str(shop.api.checkout.sessions.retrieve(session).payment_intent)
+    with shop.engine.begin() as conn:
+        shop.world.ledger.attach_session(
+            conn, user, row.id, stripe_session_id=session, stripe_payment_intent_id=intent if paid else None
+        )
+        shop.world.ledger.complete_purchase(conn, user, id=row.id, **{k: v for k, v in paid.items() if v is not None})
+    shop.dev.drop(shop.events())
+    return user, intent
+
+
+@pytest.mark.parametrize("paid", [{}, {"amount_paid": None}, {"amount_paid": 45, "currency": "eur"}])
+@pytest.mark.parametrize("path", ["webhook", "reconcile"])
+def test_a_purchase_without_its_amount_is_refunded_by_the_share_of_the_charge(shop: Shop, paid, path):
+    user, intent = completed_by_the_host(shop, **paid)
+    for amount, left in ((20, 6), (30, 0)):
+        shop.dev.refund(intent, amount=amount)  # of 50
+        if path == "reconcile":
+            shop.dev.drop(shop.events())
+            stripe.reconcile(shop.engine, shop.config)
+        else:
+            assert "taken_back" in shop.outcomes("refund.created")
+            shop.dev.drop(shop.events())
+        assert shop.balance(user) == left
+    assert shop.findings() == []
+
+
+def test_a_refund_and_a_dispute_in_another_currency_take_their_share(shop: Shop):
+    user, started = bought(shop)
+    charge = shop.dev.account.objects["charge"][shop.api.charges.list().data[0].id]
+    charge.update(currency="eur", amount=920)  # as the buyer paid it, for 10.00 usd
+    shop.dev.refund(shop.intent(started), amount=460)
+    shop.deliver_all()
+    assert shop.balance(user) == 49
+    shop.dev.dispute(shop.intent(started), amount=920)
+    shop.deliver_all()
+    assert (shop.balance(user), shop.findings()) == (0, [])
+
+
+def test_a_share_that_nobody_tells_is_a_finding_that_comes_back(shop: Shop):
+    user, started = bought(shop)
+    charge = shop.dev.account.objects["charge"].pop(shop.api.charges.list().data[0].id)
+    charge.update(currency="eur", amount=920)
+    shop.dev.account.objects["charge"][charge["id"]] = charge
+    refund = shop.dev.refund(shop.intent(started), amount=460)["id"]
+    del shop.dev.account.objects["charge"][charge["id"]]
+    assert shop.outcomes("refund.created") == ["unchanged"]
+    shop.dev.drop(shop.events())
+    for _ in range(2):
+        [finding] = stripe.reconcile(shop.engine, shop.config).findings
+        assert (finding.kind, finding.object_id, finding.found) == ("unmeasured", refund, "460 eur")
+        stripe.dismiss(shop.engine, shop.config, refund)
+    assert shop.balance(user) == 97
+    shop.dev.account.objects["charge"][charge["id"]] = charge
+    stripe.reconcile(shop.engine, shop.config)
+    assert shop.balance(user) == 49
+
+
+STEPS = {"isk": 100, "ugx": 100, "kwd": 10, "bhd": 10, "jod": 10, "omr": 10, "tnd": 10}
+
+
+@pytest.mark.parametrize("currency", STEPS)
+def test_partial_refunds_are_amounts_that_stripe_takes(shop: Shop, currency):
+    pack = Pack(name=PACK, credits=7, amount=100_000, currency=currency)
+    shop.configure(packs=(pack,))
+    shop.configure(packs=(replace(pack, stripe_price_id=stripe.setup(shop.config).packs[0].price),))
+    user, started = bought(shop)
+    purchase = started.purchase.id
+    with pytest.raises(e.InvalidArgument, match=f"a multiple of {STEPS[currency]}"):
+        stripe.refund(shop.engine, shop.config, purchase, amount=101, key="odd")
+    for credits in (2, 1, 4):
+        stripe.refund(shop.engine, shop.config, purchase, credits=credits, key=f"ticket {credits}")
+    amounts = [one.amount for one in reversed(shop.api.refunds.list().data)]
+    assert [amount % STEPS[currency] for amount in amounts] == [0, 0, 0]
+    assert (sum(amounts), shop.balance(user)) == (100_000, 0)
+
+
+def test_a_refund_says_before_what_it_will_do(shop: Shop):
+    user, started = bought(shop)
+    with shop.engine.begin() as conn:
+        shop.world.ledger.consume(conn, user, amount=60, key="spent")
+    look = functools.partial(stripe.preview_refund, shop.engine, shop.config, started.purchase.id)
+    before = shop.written()
+    all_of_it = look()
+    assert (all_of_it.amount, all_of_it.credits, all_of_it.left, all_of_it.spent) == (PRICE, 97, 97, 60)
+    assert (all_of_it.balance, all_of_it.balance_after) == (37, -60)
+    some = look(credits=40)
+    assert (some.amount, some.credits, some.balance_after) == (412, 40, -3)
+    vat = look(amount=160, keep_credits=True)
+    assert (vat.amount, vat.credits, vat.balance_after) == (160, 0, 37)
+    assert (shop.written(), shop.api.refunds.list().data) == (before, [])
+    stripe.refund(shop.engine, shop.config, started.purchase.id, credits=40, key="ticket 7")
+    assert shop.balance(user) == some.balance_after
+    again = look(credits=40, key="ticket 7")
+    assert (again.amount, again.credits, again.balance_after) == (0, 0, -3)
+
+
 # --- disputes ---
 
 
@@ -716,11 +948,11 @@ def test_dispute_won_and_reinstated(shop: Shop):
     user, started = bought(shop)
     dispute = shop.dev.dispute(shop.intent(started), amount=300)
     shop.outcomes()
-    assert shop.rows(user) == [("purchase", 97), ("refund", -30)]
+    assert shop.rows(user) == [("purchase", 97), ("refund", -29)]
     shop.dev.move_dispute(dispute["id"], "under_review")
     shop.dev.move_dispute(dispute["id"], "won")
     assert shop.outcomes().count("given_back") == 1
-    assert shop.rows(user) == [("purchase", 97), ("refund", -30), ("grant", 30)]
+    assert shop.rows(user) == [("purchase", 97), ("refund", -29), ("grant", 29)]
     # and it can be refunded after all
     shop.dev.refund(shop.intent(started))
     shop.outcomes("refund.created")
@@ -740,7 +972,7 @@ def test_partial_dispute_and_a_refund_are_capped(shop: Shop):
     shop.dev.refund(shop.intent(started), amount=600)
     shop.dev.dispute(shop.intent(started), amount=1000)  # banks take what they like
     shop.deliver_all()
-    assert shop.rows(user) == [("purchase", 97), ("refund", -59), ("refund", -38)]
+    assert shop.rows(user) == [("purchase", 97), ("refund", -58), ("refund", -39)]
 
 
 # --- what no webhook told ---
@@ -757,7 +989,7 @@ def test_events_lost_for_over_three_days(shop: Shop):
     assert shop.balance(user) == 0
     report = stripe.reconcile(shop.engine, shop.config)
     assert report.changed
-    assert shop.balance(user) == 97 + 97 - 49
+    assert shop.balance(user) == 97 + 97 - 48
     assert shop.purchase(expired).status == "failed"
 
 
@@ -1023,4 +1255,4 @@ def test_every_shape_of_host_sells(make_shop, shape):
     user, started = bought(shop)
     shop.dev.refund(shop.intent(started), amount=500)
     shop.deliver_all()
-    assert shop.rows(user) == [("purchase", 97), ("refund", -49)]
+    assert shop.rows(user) == [("purchase", 97), ("refund", -48)]

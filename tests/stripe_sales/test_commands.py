@@ -132,6 +132,11 @@ def test_refund_sends_the_money_back(shop: Shop, tally: Tally):
     shop.deliver_all()
     code, out, _ = tally("stripe", "refund", bought.purchase.id, "--credits", 40, "--key", "ticket 7")
     assert (code, "57 credits left" in out, shop.balance(user)) == (0, True, 57)
+    assert "57 credits left" in tally("stripe", "refund", bought.purchase.id, "--credits", 40, "--key", "ticket 7")[1]
+    code, _, err = tally("stripe", "refund", bought.purchase.id, "--amount", 1, "--keep-credits")
+    assert (code, shop.balance(user)) == (0, 57)
+    assert "sends back 1 usd (minor units) and takes 0 credits. Of the 57 credits left" in " ".join(err.split())
+    assert "0 are spent already; the balance goes from 57 to 57" in " ".join(err.split())
     code, _, err = tally("stripe", "refund", bought.purchase.id, "--credits", 60)
     assert (code, "57 of 97 credits left" in err) == (1, True)
 

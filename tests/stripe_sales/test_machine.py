@@ -138,7 +138,7 @@ class Machine(RuleBasedStateMachine):
         gone = sum(one.amount for one in refunds if one.status in ("pending", "succeeded"))
         gone += sum(one.amount for one in disputes if one.status in ("needs_response", "under_review", "lost"))
         paid = session.amount_total
-        return CREDITS * max(0, paid - gone) // paid if paid else CREDITS
+        return CREDITS - CREDITS * min(paid, gone) // paid if paid else CREDITS
 
 
 @pytest.mark.filterwarnings("ignore:.*:hypothesis.errors.HypothesisWarning")

@@ -81,8 +81,8 @@ def inquiry_closed(shop: Shop, bought: stripe.Checkout) -> None:
 
 
 def left(gone: int) -> int:
-    """Credits for money that is ours, rounded down: whole numbers, so written another way than the code does."""
-    return CREDITS * (PRICE - gone) // PRICE
+    """The credits that are left: a part of a credit's price takes nothing."""
+    return CREDITS - CREDITS * gone // PRICE
 
 
 HISTORIES: dict[History, int] = {

@@ -23,7 +23,7 @@ from typer.core import TyperGroup
 from tallystick.config import Config, origin_of_host
 from tallystick.database import connect
 from tallystick.dev import postgres
-from tallystick.errors import DatabaseUnavailable, InvalidArgument, Key, NotMigrated
+from tallystick.errors import DatabaseUnavailable, NotMigrated
 from tallystick.migrate.session import driver
 from tallystick.schema import agreed
 
@@ -185,18 +185,6 @@ def invocation(ctx: typer.Context) -> Invocation:
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 UserArgument = Annotated[str, typer.Argument(help="The user's key, as in the mapped key column.", metavar="USER")]
-
-
-def host_key(argument: str, text: str, key_type: str) -> Key:
-    """A key as typed; the operations check it further."""
-    if key_type not in ("integer", "bigint"):
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise InvalidArgument(
-            f"{argument}={text!r}: the mapped key is {key_type}. Type a whole number", argument=argument, value=text
-        ) from None
 
 
 def emit(result: Any, show: Callable[[], None], *, as_json: bool) -> None:

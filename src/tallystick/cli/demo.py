@@ -224,7 +224,7 @@ class _Story:
                 paid = Ledger(shop).balance(conn, buyer)
             self.say(f"The buyer pays, every webhook arrives twice: balance {before} → {paid}.")
             session = double.account.objects["checkout.session"][bought.session]
-            double.refund(session["payment_intent"], amount=session["amount_total"] // 3)
+            double.refund(session["payment_intent"], amount=-(-session["amount_total"] // 3))
             deliver()
             with connect(self.url) as conn:
                 after = Ledger(shop).balance(conn, buyer)

@@ -25,7 +25,6 @@ from tallystick.cli.app import (
     UserArgument,
     app,
     emit,
-    host_key,
     invocation,
     note,
     out,
@@ -36,7 +35,7 @@ from tallystick.config import FILE_NAME, Config
 from tallystick.database import said
 from tallystick.errors import InvalidArgument, Key, NotMigrated
 from tallystick.ledger import CreditTransaction, Ledger
-from tallystick.schema import agreed, verify
+from tallystick.schema import Schema, agreed, verify
 
 KeyOption = Annotated[
     str | None,
@@ -58,7 +57,7 @@ class OfUser(TyperCommand):
 
 def user_key(config: Config, text: str) -> Key:
     """The user's key as typed, in the mapped type."""
-    return host_key("user", text, config.host.users.key_type)
+    return Schema.of(config.host).user_key_of(text)
 
 
 @contextmanager
@@ -187,10 +186,7 @@ def consume(
 ) -> None:
     """Spend a user's credits, and unlock a workshop with them."""
     with mapped(ctx) as (conn, config):
-        workshops = config.host.workshops
-        place = (
-            None if workshop is None else host_key("workshop", workshop, workshops.key_type if workshops else "text")
-        )
+        place = None if workshop is None else Schema.of(config.host).workshop_key_of(workshop)
         done = Ledger(config).consume(
             conn,
             user_key(config, user),

@@ -94,6 +94,12 @@ def init(
             "--workshops", help="The table of what one credit unlocks; 'none' if there is none.", metavar="TABLE"
         ),
     ] = None,
+    users_key: Annotated[
+        str | None,
+        typer.Option(
+            "--users-key", help="The column that users are known by, if not their primary key.", metavar="COLUMN"
+        ),
+    ] = None,
     credits: Annotated[
         Credits | None,
         typer.Option(
@@ -110,6 +116,7 @@ def init(
     """
     given = {
         "--users": users,
+        "--users-key": users_key,
         "--workshops": workshops,
         "--credits": credits and credits.value,
         "--output": None if output == Path(FILE_NAME) else str(output),
@@ -124,13 +131,19 @@ def init(
         )
     with invocation(ctx).database() as config, awake(config) as conn:
         host = migrate.propose(
-            conn, users=users, workshops=workshops, credits=None if credits is None else _CREDITS[credits]
+            conn,
+            users=users,
+            workshops=workshops,
+            users_key=users_key,
+            credits=None if credits is None else _CREDITS[credits],
         )
+        primary = migrate.other_than_primary(conn, host)
     output.write_text(to_toml(host), encoding="utf-8")
 
     def show() -> None:
         named = host.users
-        out.print(f"users      {named.schema}.{named.table}, by {named.key} ({named.key_type})", markup=False)
+        instead = f", not by its primary key {primary}" if primary else ""
+        out.print(f"users      {named.schema}.{named.table}, by {named.key} ({named.key_type}){instead}", markup=False)
         if host.workshops is None:
             said = "" if workshops else f". If a credit unlocks something: {again} --workshops TABLE"
             out.print(f"workshops  none{said}")
@@ -322,8 +335,6 @@ def _show_status(found: migrate.Status) -> None:
         out.print(f"  {row.applied_at:%Y-%m-%d %H:%M} {row.direction} {row.revision}{locked}")
     if found.adopted:
         out.print(f"Adopted as they were: {', '.join(found.adopted)}.", markup=False)
-    if found.writers:
-        out.print(f"May write the ledger beside its owner: {'; '.join(found.writers)}.", markup=False)
     for warning in found.warnings:
         out.print(f"Warning: {warning}.", markup=False)
     if found.revision != found.head:

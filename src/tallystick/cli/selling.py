@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -225,12 +226,33 @@ def send_back(
     credits: Annotated[
         int | None, typer.Option("--credits", help="Credits to pay back; all that is left of it if left out.")
     ] = None,
+    amount: Annotated[
+        int | None, typer.Option("--amount", help="Money to send back, in minor units, instead of --credits.")
+    ] = None,
+    keep_credits: Annotated[
+        bool, typer.Option("--keep-credits", help="Send the money and take no credits: goodwill, or a tax.")
+    ] = False,
     key: KeyOption = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask first.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Send money back through Stripe, and take the credits that it bought."""
+    """Send money back through Stripe, and take the credits that it bought. It says what will happen, and asks."""
+    wanted: dict[str, Any] = {"credits": credits, "amount": amount, "keep_credits": keep_credits}
+    wanted["key"] = key or f"cli-{uuid4()}"
     with pool(ctx) as (made, config):
-        done = stripe().refund(made, config, purchase, credits=credits, key=key or f"cli-{uuid4()}")
-        with transaction(made) as conn:
+        preview = stripe().preview_refund(made, config, purchase, **wanted)
+        note(_foretold(preview))
+        if not yes and sys.stdin.isatty() and not as_json:
+            typer.confirm("Send it?", abort=True, err=True)
+        done = stripe().refund(made, config, purchase, **wanted)
+        with made.connect() as conn:
             left = stripe().store.store_of(config).left(conn, done)
     emit(done, lambda: out.print(f"Done. The purchase has {credits_of(left)} left."), as_json=as_json)
+
+
+def _foretold(preview: Any) -> str:
+    return (
+        f"This sends back {preview.amount} {preview.currency} (minor units) and takes {credits_of(preview.credits)}. "
+        f"Of the {credits_of(preview.left)} left of the purchase {preview.spent} are spent already; "
+        f"the balance goes from {preview.balance} to {preview.balance_after}."
+    )

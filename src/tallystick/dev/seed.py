@@ -141,7 +141,7 @@ class Scenario:
         match key_type:
             case "uuid":
                 return uuid.uuid5(_NAMESPACE, f"{kind}:{text}")
-            case "text":
+            case "text" | "char" | "citext":
                 return text
             case _:
                 return INTEGER_KEYS_FROM - self.number * _KEYS_PER_SCENARIO - number

@@ -221,6 +221,7 @@ def _names(host: Any) -> dict[str, Composable]:
     low, high = _CREDITS[host.credits]
     ledger = Identifier(users.schema, "credit_transactions")
     schemas = dict.fromkeys([users.schema, workshops.schema if workshops else users.schema, "public"])
+    of_types = [table.key_type_schema for table in (users, workshops) if table and table.key_type_schema]
     cast = {"type": "::text", "status": "::text", "currency": "::text"}
     shown = Identifier("tallystick", "workshops") if workshops is None else workshops.name
     key = Identifier("key") if workshops is None else workshops.key
@@ -258,7 +259,8 @@ def _names(host: Any) -> dict[str, Composable]:
             "u.{}, u.credit_balance, coalesce(u.onboarding_complete, false), u.stripe_customer_id::text, "
             "coalesce(u.plan_tier::text, 'free'), tallystick.utc(u.updated_at), tallystick.utc(u.deleted_at)"
         ).format(users.key),
-        "search_path": SQL("pg_catalog, pg_temp"),
-        "host_path": SQL(", ").join([SQL("pg_catalog"), *map(Identifier, schemas), SQL("pg_temp")]),
-        "is": SQL("OPERATOR(pg_catalog.=)"),
+        "search_path": SQL(", ").join([SQL("pg_catalog"), *of_types, SQL("pg_temp")]),
+        "host_path": SQL(", ").join([SQL("pg_catalog"), *of_types, *map(Identifier, schemas), SQL("pg_temp")]),
+        # an extension's type, as citext, brings its own operator
+        "is": SQL("=") if of_types else SQL("OPERATOR(pg_catalog.=)"),
     }

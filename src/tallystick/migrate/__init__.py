@@ -2,7 +2,7 @@
 
 from tallystick.migrate.blockers import Blocker
 from tallystick.migrate.door import downgrade_revision, upgrade_revision
-from tallystick.migrate.host import Host, HostColumn, HostTable, examine, propose
+from tallystick.migrate.host import Host, HostColumn, HostTable, examine, other_than_primary, propose
 from tallystick.migrate.online import OnlineStep
 from tallystick.migrate.plan import Finding, Plan, PlannedRevision, PlannedStatement, Replica, TableSize, plan, sql
 from tallystick.migrate.rehearse import Lived, Rehearsal, Traced, refuse_same_database, rehearse, report
@@ -45,6 +45,7 @@ __all__ = [
     "downgrade_revision",
     "examine",
     "functions_sql",
+    "other_than_primary",
     "plan",
     "propose",
     "refuse_same_database",

@@ -7,9 +7,13 @@ search it; what this does not see, the run itself finds by writing to the tables
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import sqlalchemy as sa
+from psycopg.sql import SQL, Composable, Composed
+from psycopg.sql import Literal as SqlLiteral
+
+from tallystick.migrate.revisions import TableNames
 
 # Tables with a column of the row type, of an array or domain of it, or of a composite type that has one.
 _ROW_COLUMNS = sa.text("""
@@ -42,6 +46,39 @@ _FUNCTIONS = sa.text("""
                       AND d.deptype = 'e')
     ORDER BY 1
 """)
+
+# DROP COLUMN takes indexes, checks and statistics along without a word; the rest it would refuse, one at a time.
+_ON_COLUMNS = SQL("""
+DECLARE
+  found text;
+BEGIN
+  SELECT string_agg(DISTINCT pg_describe_object(d.classid, d.objid, 0), ', ') INTO found
+  FROM pg_depend d JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
+  JOIN (VALUES {columns}) ours (name, columns)
+    ON a.attrelid = to_regclass(ours.name) AND a.attname::text = ANY (ours.columns::text[])
+  LEFT JOIN pg_class c ON d.classid = 'pg_class'::regclass AND c.oid = d.objid
+  LEFT JOIN pg_constraint k ON d.classid = 'pg_constraint'::regclass AND k.oid = d.objid
+  LEFT JOIN pg_trigger t ON d.classid = 'pg_trigger'::regclass AND t.oid = d.objid
+  WHERE d.refclassid = 'pg_class'::regclass AND d.deptype IN ('n', 'a') AND d.classid <> 'pg_attrdef'::regclass
+    AND coalesce(c.relname, k.conname, t.tgname, '') NOT LIKE 'tallystick\\_%' AND c.relkind IS DISTINCT FROM 'S'
+    AND k.contype IS DISTINCT FROM 'n';
+  IF found IS NOT NULL THEN
+    RAISE EXCEPTION '%', found USING ERRCODE = {code};
+  END IF;
+END""")
+
+DEPENDED_ON = "TS005"
+"""SQLSTATE of a way back that would take something of the app's own along."""
+
+
+def refuse_dependents(columns: Iterable[tuple[TableNames, list[str]]]) -> Composable:
+    """A block that fails, and names them, where objects of the app's depend on columns that are about to go."""
+    rows = (
+        SQL("({}, {})").format(SqlLiteral(table.name.as_string(None)), SqlLiteral(names)) for table, names in columns
+    )
+    body = _ON_COLUMNS.format(columns=SQL(", ").join(rows), code=SqlLiteral(DEPENDED_ON))
+    return Composed([SQL("DO "), SqlLiteral(body.as_string(None))])
+
 
 _COMMENT = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
 _ROW = r"(?:ROW\s*)?\(?\s*(?:NEW|OLD)\s*(?:\.\s*\*)?\s*\)?"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,6 +33,9 @@ _KEY_FAMILIES: Mapping[str, KeyType] = {
     "uuid": "uuid",
     "text": "text",
     "varchar": "text",
+    "bpchar": "char",
+    "citext": "citext",
+    "int2": "smallint",
     "int4": "integer",
     "int8": "bigint",
 }
@@ -53,6 +58,9 @@ _RELATIONS = sa.text("""
 
 _COLUMNS = sa.text("""
     SELECT a.attname AS name, t.typname AS type, format_type(a.atttypid, a.atttypmod) AS shown,
+           b.typname AS base, b.schema AS base_schema,
+           CASE WHEN a.attcollation NOT IN (0, 100) THEN ARRAY[cn.nspname::text, c.collname::text] END AS collation,
+           coalesce(NOT c.collisdeterministic, false) AS nondeterministic,
            a.atttypmod AS modifier, a.attnotnull AS not_null, a.attgenerated <> '' AS generated,
            pg_get_expr(d.adbin, d.adrelid) AS default,
            EXISTS (
@@ -64,6 +72,17 @@ _COLUMNS = sa.text("""
              SELECT FROM pg_index i WHERE i.indrelid = a.attrelid AND i.indisprimary AND a.attnum = ANY (i.indkey)
            ) AS is_primary
     FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+    CROSS JOIN LATERAL (
+      WITH RECURSIVE base AS (
+        SELECT t.oid, t.typtype, t.typbasetype, t.typname, t.typnamespace
+        UNION ALL
+        SELECT u.oid, u.typtype, u.typbasetype, u.typname, u.typnamespace
+        FROM base JOIN pg_type u ON u.oid = base.typbasetype WHERE base.typtype = 'd'
+      )
+      SELECT base.typname, n.nspname AS schema FROM base JOIN pg_namespace n ON n.oid = base.typnamespace
+      WHERE base.typtype <> 'd'
+    ) b
+    LEFT JOIN pg_collation c ON c.oid = a.attcollation LEFT JOIN pg_namespace cn ON cn.oid = c.collnamespace
     LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
     WHERE a.attrelid = :oid AND a.attnum > 0 AND NOT a.attisdropped
     ORDER BY a.attnum
@@ -103,11 +122,18 @@ _ROLE = sa.text("""
 
 @dataclass(frozen=True)
 class HostColumn:
-    """A live column: ``type`` as in pg_type, ``shown`` as a person writes it."""
+    """A live column: ``type`` as in pg_type, ``shown`` as a person writes it, ``base`` what a domain is over.
+
+    ``collation`` (schema and name) is None where it is the database's.
+    """
 
     name: str
     type: str
     shown: str
+    base: str
+    base_schema: str
+    collation: list[str] | None
+    nondeterministic: bool
     modifier: int
     not_null: bool
     generated: bool
@@ -118,7 +144,17 @@ class HostColumn:
     @property
     def key_type(self) -> KeyType | None:
         """The mapping's word for the type, or None where it cannot be a key."""
-        return _KEY_FAMILIES.get(self.type)
+        return _KEY_FAMILIES.get(self.base)
+
+    @property
+    def key_settings(self) -> dict[str, Any]:
+        """The settings of a mapping whose key this column is; it can be one."""
+        return {
+            "key": self.name,
+            "key_type": self.key_type,
+            "key_type_schema": self.base_schema if self.base == "citext" else None,
+            "key_collation": self.collation and tuple(self.collation),
+        }
 
     @property
     def identifies(self) -> bool:
@@ -369,7 +405,7 @@ def _mapped_users(conn: sa.Connection, mapping: HostMapping) -> tuple[HostTable,
     names = mapping.users
     table = _mapped(conn, "users", names.schema, names.table)
     columns = _columns(conn, table)
-    _check_key("users", table, columns, names.key, names.key_type)
+    _check_key("users", table, columns, names)
     if names.email:
         _column("users", "email", table, columns, names.email)
     return table, columns
@@ -427,12 +463,15 @@ def _column(word: Word, setting: str, table: HostTable, columns: Mapping[str, Ho
     )
 
 
-def _check_key(word: Word, table: HostTable, columns: Mapping[str, HostColumn], name: str, key_type: KeyType) -> None:
+def _check_key(
+    word: Word, table: HostTable, columns: Mapping[str, HostColumn], names: UsersTable | WorkshopsTable
+) -> None:
+    name = names.key
     column = _column(word, "key", table, columns, name)
     if column.key_type is None or column.generated:
         raise HostMismatch(
             f"{table.shown}.{name} is {column.shown}{' (generated)' if column.generated else ''}, which cannot be "
-            f"a key here: uuid, text, varchar, integer and bigint can. {_other_keys(word, columns)}",
+            f"a key here: {_KEY_WORDS} can. {_other_keys(word, columns)}",
             table=table.shown,
             column=name,
         )
@@ -443,13 +482,23 @@ def _check_key(word: Word, table: HostTable, columns: Mapping[str, HostColumn], 
             table=table.shown,
             column=name,
         )
-    if column.key_type != key_type:
-        raise HostMismatch(
-            f"{table.shown}.{name} is {column.shown}, but the configuration says {key_type}. "
-            f'Set host.{word}.key_type = "{column.key_type}"',
-            table=table.shown,
-            column=name,
-        )
+    for setting, found in column.key_settings.items():
+        given = getattr(names, setting)
+        if given != found:
+            wanted = "false" if found is None else json.dumps(found, ensure_ascii=False)
+            raise HostMismatch(
+                f"{table.shown}.{name} is {column.shown}{_collated(column)}, but the configuration says "
+                f"{given or 'nothing'}. Set host.{word}.{setting} = {wanted}",
+                table=table.shown,
+                column=name,
+            )
+
+
+_KEY_WORDS = "uuid, text, varchar, char, citext, smallint, integer and bigint"
+
+
+def _collated(column: HostColumn) -> str:
+    return f" COLLATE {'.'.join(column.collation)}" if column.collation else ""
 
 
 def _other_keys(word: Word, columns: Mapping[str, HostColumn]) -> str:
@@ -465,13 +514,15 @@ def _mapped_workshops(conn: sa.Connection, mapping: HostMapping) -> tuple[HostTa
         return None, {}
     table = _mapped(conn, "workshops", names.schema, names.table)
     columns = _columns(conn, table)
-    _check_key("workshops", table, columns, names.key, names.key_type)
+    _check_key("workshops", table, columns, names)
     owner = _column("workshops", "owner", table, columns, names.owner)
-    if owner.key_type != mapping.users.key_type:
+    if owner.key_type != mapping.users.key_type or (
+        owner.collation is not None and mapping.users.key_collation not in (None, tuple(owner.collation))
+    ):
         raise HostMismatch(
-            f"{table.shown}.{names.owner} is {owner.shown}, but users are keyed by {mapping.users.key} "
-            f"({mapping.users.key_type}). Name the column that holds that key in host.workshops.owner, "
-            "or the users' column that it holds in host.users.key",
+            f"{table.shown}.{names.owner} is {owner.shown}{_collated(owner)}, but users are keyed by "
+            f"{mapping.users.key} ({mapping.users.key_type}). Name the column that holds that key in "
+            "host.workshops.owner, or the users' column that it holds in host.users.key",
             table=table.shown,
             column=names.owner,
         )
@@ -624,6 +675,7 @@ def propose(
     conn: sa.Connection,
     users: str | None = None,
     workshops: str | None = None,
+    users_key: str | None = None,
     *,
     credits: Literal["integer", "bigint"] | None = None,
 ) -> HostMapping:
@@ -633,6 +685,7 @@ def propose(
         conn: only read from.
         users: which table, as ``table`` or ``schema.table``, where the guess would be wrong.
         workshops: likewise; the default is a table named workshop(s), or none. ``"none"`` is none, whatever there is.
+        users_key: which column of the users is their key, where it is not the primary one.
         credits: the type of a number of credits, ``integer`` unless it says another.
 
     A database that is migrated has its mapping, which is given back.
@@ -643,15 +696,22 @@ def propose(
     """
     with looking(conn):
         stored = mapping_of(conn) if current_revision(conn) or prepared_revision(conn) else None
-        if stored is not None and users is workshops is credits is None:
+        if stored is not None and users is workshops is users_key is credits is None:
             return stored
-        found = replace(_propose(conn, users, workshops), credits=credits or "integer")
+        found = replace(_propose(conn, users, workshops, users_key), credits=credits or "integer")
         if stored is not None:
             refuse_other(stored, found)
         return found
 
 
-def _propose(conn: sa.Connection, users: str | None, workshops: str | None) -> HostMapping:
+def other_than_primary(conn: sa.Connection, mapping: HostMapping) -> str | None:
+    """The primary key of the users, where the mapping names another column as their key."""
+    table = _mapped(conn, "users", mapping.users.schema, mapping.users.table)
+    primary = [column.name for column in _columns(conn, table).values() if column.is_primary]
+    return None if not primary or primary == [mapping.users.key] else ", ".join(primary)
+
+
+def _propose(conn: sa.Connection, users: str | None, workshops: str | None, users_key: str | None) -> HostMapping:
     everything = _tables(conn)
     users_table = _find("users", everything, users, _USERS)
     if users_table is None:
@@ -666,26 +726,45 @@ def _propose(conn: sa.Connection, users: str | None, workshops: str | None) -> H
     keys = [column for column in columns.values() if column.identifies]
     if not keys:
         raise HostMismatch(
-            f"{users_table.shown} has no column that is NOT NULL, UNIQUE and of type uuid, text, varchar, integer "
-            "or bigint. Give it one, or say another table: --users schema.table",
+            f"{users_table.shown} has no column that is NOT NULL, UNIQUE and of a type that can be a key "
+            f"({_KEY_WORDS}). Give it one, or say another table: --users schema.table",
             table=users_table.shown,
             column=None,
         )
-    key = next((column for column in keys if column.is_primary), keys[0])
+    key = _users_key(users_table, columns, keys, users_key)
     workshops_table = None if workshops == "none" else _find("workshops", everything, workshops, _WORKSHOPS)
     found = None
     if workshops_table is not None:
-        key, found = _propose_workshops(conn, users_table, keys, key, workshops_table)
+        asked = [key] if users_key is not None else keys
+        key, found = _propose_workshops(conn, users_table, asked, key, workshops_table)
     return HostMapping(
         users=UsersTable(
             schema=users_table.schema,
             table=users_table.table,
-            key=key.name,
-            key_type=_key_type(key),
+            **key.key_settings,
             email=_pick(columns.values(), _EMAILS, ("text", "varchar", "citext")),
         ),
         workshops=found,
     )
+
+
+def _users_key(
+    table: HostTable, columns: Mapping[str, HostColumn], keys: Sequence[HostColumn], asked: str | None
+) -> HostColumn:
+    """The primary key, or what was asked for; never another column in its place without a word."""
+    found = [column for column in keys if (column.name == asked if asked is not None else column.is_primary)]
+    primary = [f"{column.name} ({column.shown})" for column in columns.values() if column.is_primary]
+    if not found and (asked is not None or primary or len(keys) > 1):
+        cause = f"{asked} is none of its keys" if asked is not None else "it has no primary key"
+        if asked is None and primary:
+            cause = f"its primary key {', '.join(primary)} cannot be a key here ({_KEY_WORDS} of one column can)"
+        others = " or ".join(f"--users-key {shlex.quote(column.name)}" for column in keys)
+        raise HostMismatch(
+            f"by which column of {table.shown} users are known cannot be told: {cause}. Say which: {others}",
+            table=table.shown,
+            column=asked,
+        )
+    return (found or list(keys))[0]
 
 
 def _propose_workshops(
@@ -699,8 +778,8 @@ def _propose_workshops(
     )
     if key is None:
         raise HostMismatch(
-            f"{table.shown} has no column that is NOT NULL, UNIQUE and of type uuid, text, varchar, integer or "
-            "bigint. Give it one, or say another table: --workshops schema.table",
+            f"{table.shown} has no column that is NOT NULL, UNIQUE and of a type that can be a key ({_KEY_WORDS}). "
+            "Give it one, or say another table: --workshops schema.table",
             table=table.shown,
             column=None,
         )
@@ -734,16 +813,11 @@ def _propose_workshops(
     return users_key, WorkshopsTable(
         schema=table.schema,
         table=table.table,
-        key=key.name,
-        key_type=_key_type(key),
+        **key.key_settings,
         owner=owner,
         title=_pick(columns.values(), _TITLES, ("text", "varchar")),
         created_at=_pick(columns.values(), _CREATED, _MOMENTS),
     )
-
-
-def _key_type(column: HostColumn) -> KeyType:
-    return _KEY_FAMILIES[column.type]
 
 
 def _find(word: Word, everything: Sequence[HostTable], asked: str | None, usual: Sequence[str]) -> HostTable | None:

@@ -127,6 +127,7 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
             *_about_the_connection(conn, host),
             *_about_an_interrupted_run(host),
             *_about_cached_plans(conn, host),
+            *_about_event_triggers(conn),
             *_about_replicas(replicas),
             *_about_publications(conn, host, ways),
             *_about_rights(conn, host),
@@ -284,6 +285,23 @@ def _about_cached_plans(conn: sa.Connection, host: Host) -> Iterator[Finding]:
         )
 
 
+def _about_event_triggers(conn: sa.Connection) -> Iterator[Finding]:
+    for row in conn.execute(_EVENT_TRIGGERS):
+        yield Finding(
+            "note",
+            f"The event trigger {row.name} ({row.event}, {row.function}) runs for what the migration does, under its "
+            f"locks too, and may refuse it. {_DROPS if row.event == 'sql_drop' else 'Then all of a run is taken back'}",
+        )
+
+
+_DROPS = "apply drops nothing of a fresh installation, undo does"
+
+_EVENT_TRIGGERS = sa.text("""
+    SELECT quote_ident(evtname) AS name, evtevent AS event, evtfoid::regproc::text AS function FROM pg_event_trigger
+    WHERE evtenabled IN ('O', 'A') AND evtevent <> 'login' ORDER BY 1
+""")
+
+
 def _about_replicas(replicas: Sequence[Replica]) -> Iterator[Finding]:
     for replica in replicas:
         if replica.logical:
@@ -332,11 +350,14 @@ def _about_publications(
         new = [table for table in made if everything or (schema and table.startswith(f"{host.users.schema}."))]
         columns = [added[shown[row.oid]] for row in sent if shown[row.oid] in added]
         if new:
+            kept = [table for table in new if table.startswith("tallystick.")]
+            emptied = f"TRUNCATE {', '.join(kept)}; " if kept else ""
             yield Finding(
                 "warning",
                 f"The publication {name} sends new columns, and new tables too ({', '.join(new)}), of which its "
-                "subscribers know nothing: they stop at the first change until they have them. Migrate them first: "
-                "run tallystick migrate apply with the address of each",
+                "subscribers know nothing: they stop at the first change until they have them. First run tallystick "
+                "migrate apply with the address of each subscriber, then here. A subscriber is sent no rows of the new "
+                f"tables until then is run there: {emptied}ALTER SUBSCRIPTION … REFRESH PUBLICATION",
             )
         elif columns:
             yield Finding(
@@ -363,13 +384,12 @@ def _about_rights(conn: sa.Connection, host: Host) -> Iterator[Finding]:
     if host.revision is not None:
         return
     for row in conn.execute(_DEFAULT_RIGHTS, {"schema": users.schema}):
-        named = "PUBLIC" if row.role == "PUBLIC" else _quoted(row.role)
-        where = "" if row.anywhere else f" IN SCHEMA {_quoted(users.schema)}"
         new = "the ledger and what is in schema tallystick" if row.anywhere else "the ledger"
+        script = f"tallystick migrate sql --role {shlex.quote(row.role)}"
         yield Finding(
-            "warning",
-            f"By default {row.role} gets {row.rights} on tables that {row.maker} makes, so on {new}, with every "
-            f"user's history. If that is not meant: ALTER DEFAULT PRIVILEGES{where} REVOKE ALL ON TABLES FROM {named}",
+            "note",
+            f"By default {row.role} gets {row.rights} on tables that {row.maker} makes, so on {new}. apply takes that "
+            f"back. If it is your app's role, run afterwards what {script} prints",
         )
 
 

@@ -1,8 +1,9 @@
 """Writes to the app's tables within the transaction that changes them, each taken back at once.
 
-What such a write runs is the app's own: triggers, rules, checks. It is tried when the tables are locked and again
+What such a write runs is the app's own: triggers, rules, checks. It is tried before the tables are locked and again
 when they are changed. A write that went through before and fails afterwards ends the transaction, so nothing of the
-app's can break by a commit. One that fails both times is the app's own refusal.
+app's can break by a commit. One that fails both times is the app's own refusal. A try is a subtransaction, which keeps
+no lock when it is taken back.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ from tallystick.migrate.revisions import TableNames
 BROKEN = "TS004"
 """SQLSTATE of a write that fails because of the change."""
 
-# Statement by statement, with its name. A copy of a row gets as far as the unique key, behind triggers BEFORE INSERT;
-# a deletion is not tried, since it may go on to any number of other tables. SQL functions are checked as if they were
-# created now, without being run.
-_WRITES = """
+# A copy of a row gets as far as the unique key, behind triggers BEFORE INSERT; a deletion is not tried, since it may go
+# on to any number of other tables. SQL functions are checked as if they were created now, without being run.
+_TRIES = """
     WITH mapped AS (
       SELECT t.name::regclass AS name, t.key FROM (VALUES {tables}) t (name, key)
     ), written AS (
@@ -28,15 +28,18 @@ _WRITES = """
              string_agg(format('%1$I = %1$I', a.attname), ', ') AS same
       FROM mapped m JOIN pg_attribute a ON a.attrelid = m.name
       WHERE a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = '' AND a.attidentity <> 'a'
+        AND a.attname <> ALL ({ours})
       GROUP BY m.name, m.key
     ), one AS (
-      SELECT *, format('%1$s = (SELECT %1$s FROM %2$s ORDER BY %1$s LIMIT 1)', key, name) AS row FROM written
+      SELECT *, format('%1$s OPERATOR(pg_catalog.=) (SELECT %1$s FROM %2$s ORDER BY %1$s LIMIT 1', key, name) AS row
+      FROM written
     )
-    SELECT format('an UPDATE of a row of %s', name) AS what, format('UPDATE %s SET %s WHERE %s', name, same, row) AS sql
+    SELECT format('an UPDATE of a row of %s', name) AS what,
+           format('UPDATE %s SET %s WHERE %s FOR UPDATE SKIP LOCKED)', name, same, row) AS try
     FROM one
     UNION ALL
     SELECT format('an INSERT into %s', name),
-           format('INSERT INTO %1$s (%2$s) SELECT %2$s FROM %1$s WHERE %3$s', name, list, row)
+           format('INSERT INTO %1$s (%2$s) SELECT %2$s FROM %1$s WHERE %3$s)', name, list, row)
     FROM one WHERE {inserts}
     UNION ALL
     SELECT format('the function %s', p.oid::regprocedure), format('SELECT fmgr_sql_validator(%s)', p.oid)
@@ -49,22 +52,21 @@ _WRITES = """
       )
 """
 
-_TRIED = SQL(
-    """
+_TRIED = """
 DECLARE
-  before jsonb := coalesce(nullif(current_setting('tallystick.writes', true), ''), '{{}}');
-  outcomes jsonb := '{{}}';
+  tried jsonb := '[]';
   one record;
   state text;
   said text;
   place text;
 BEGIN
-  FOR one IN"""
-    + _WRITES
-    + """  LOOP
+  FOR one IN {source} LOOP
     BEGIN
-      PERFORM set_config('enable_seqscan', 'off', true), set_config('check_function_bodies', 'on', true);
-      EXECUTE one.sql;
+      -- functions of the app's find its tables by the path that its sessions begin with
+      PERFORM set_config('search_path', s.reset_val, true), set_config('enable_seqscan', 'off', true),
+              set_config('check_function_bodies', 'on', true)
+      FROM pg_catalog.pg_settings s WHERE s.name OPERATOR(pg_catalog.=) 'search_path';
+      EXECUTE one.try;
       SET CONSTRAINTS ALL IMMEDIATE;
       RAISE EXCEPTION 'taken back';
     EXCEPTION WHEN OTHERS THEN
@@ -72,31 +74,43 @@ BEGIN
       IF state IN ('55P03', '40P01') THEN
         RAISE;
       END IF;
-      IF state = 'P0001' AND said = 'taken back' THEN
-        state := 'done';
+      IF said = 'taken back' THEN
+        state := '00000';
       END IF;
     END;
-    IF {changed} AND before ->> one.what IN ('done', '23505') AND state NOT IN ('done', '23505')
-        AND state NOT LIKE 'TS%' THEN
-      RAISE EXCEPTION '% fails with the columns changed: %', one.what, said
-        USING ERRCODE = {broken}, DETAIL = split_part(place, E'\\n', 1);
-    END IF;
-    outcomes := outcomes || jsonb_build_object(one.what, state);
+    {told}
   END LOOP;
-  PERFORM set_config('tallystick.writes', outcomes::text, true);
+  {ended}
 END"""
-)
+
+# A write got through, or to the unique key.
+_THROUGH = "state IN ('00000', '23505')"
 
 
-def writes(tables: Sequence[TableNames], *, changed: bool, inserts: bool = True) -> Composable:
-    """A block that tries to write to ``tables``: before they are changed, or with ``changed`` afterwards."""
-    body = _TRIED.format(
-        tables=SQL(", ").join(
-            SQL("({}, {})").format(*(SqlLiteral(each.as_string(None)) for each in (table.name, table.key)))
-            for table in tables
-        ),
-        inserts=SqlLiteral(inserts),
-        changed=SqlLiteral(changed),
-        broken=SqlLiteral(BROKEN),
+def try_writes(tables: Sequence[TableNames], *, without: Sequence[str], inserts: bool = True) -> Composable:
+    """A block that tries writes to ``tables``, but for the columns ``without``, and keeps in mind which go through."""
+    pairs = (SQL("({}, {})").format(*(SqlLiteral(each.as_string(None)) for each in (t.name, t.key))) for t in tables)
+    return _block(
+        SQL(_TRIES).format(tables=SQL(", ").join(pairs), inserts=SqlLiteral(inserts), ours=SqlLiteral(list(without))),
+        SQL(f"IF {_THROUGH} THEN tried := tried || to_jsonb(one); END IF;"),
+        SQL("PERFORM set_config('tallystick.tried', tried::text, true);"),
     )
+
+
+def try_them_again() -> Composable:
+    """A block that fails where one of the writes that went through does so no more."""
+    return _block(
+        SQL("SELECT * FROM jsonb_to_recordset(current_setting('tallystick.tried')::jsonb) AS t (what text, try text)"),
+        # what the ledger's own rules refuse is no fault of the app's
+        SQL(
+            f"IF NOT ({_THROUGH} OR state LIKE 'TS%') THEN"
+            " RAISE EXCEPTION '% fails with the columns changed: %', one.what, said"
+            f" USING ERRCODE = '{BROKEN}', DETAIL = split_part(place, E'\\n', 1); END IF;"
+        ),
+        SQL(""),
+    )
+
+
+def _block(source: Composable, told: Composable, ended: Composable) -> Composable:
+    body = SQL(_TRIED).format(source=source, told=told, ended=ended)
     return Composed([SQL("DO "), SqlLiteral(body.as_string(None))])

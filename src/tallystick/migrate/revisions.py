@@ -33,7 +33,7 @@ from typing import Literal, cast
 from alembic.script import ScriptDirectory
 from psycopg.sql import SQL, Composable, Identifier
 
-from tallystick.config import HostMapping, KeyType
+from tallystick.config import HostMapping, KeyType, UsersTable, WorkshopsTable
 from tallystick.ledger import functions
 
 Word = Literal["users", "workshops"]
@@ -45,6 +45,8 @@ Adopted = frozenset[tuple[Word, str]]
 _KEY_TYPES: Mapping[KeyType, SQL] = {
     "uuid": SQL("uuid"),
     "text": SQL("text"),
+    "char": SQL("bpchar"),  # of any length, with the rules of char(n)
+    "smallint": SQL("smallint"),
     "integer": SQL("integer"),
     "bigint": SQL("bigint"),
 }
@@ -52,16 +54,52 @@ _KEY_TYPES: Mapping[KeyType, SQL] = {
 
 @dataclass(frozen=True)
 class TableNames:
-    """One table of the host, as a revision sees it."""
+    """One table of the host, as a revision sees it.
+
+    ``key_type`` is the type of the key, as a function's parameter has it; a column that refers to the key is declared
+    as :attr:`key_column`. ``key_type_schema`` is that of an extension's type, for a function's search_path.
+    """
 
     word: Word
     schema: str
     table: str
     key: Identifier
-    key_type: SQL
+    key_type: Composable
+    key_collation: Composable | None = None
+    key_type_schema: Identifier | None = None
     owner: Identifier | None = None
     title: Identifier | None = None
     created_at: Identifier | None = None
+
+    @classmethod
+    def of(cls, word: Word, table: UsersTable | WorkshopsTable) -> TableNames:
+        """The names of a mapped table."""
+        schema = None
+        if table.key_type == "citext":
+            schema = table.key_type_schema or "public"
+            key_type: Composable = Identifier(schema, "citext")
+        else:
+            key_type = _KEY_TYPES[table.key_type]
+        return cls(
+            word,
+            table.schema,
+            table.table,
+            Identifier(table.key),
+            key_type,
+            Identifier(*table.key_collation) if table.key_collation else None,
+            Identifier(schema) if schema else None,
+            *(
+                Identifier(column) if column else None
+                for column in (
+                    (table.owner, table.title, table.created_at) if isinstance(table, WorkshopsTable) else (None,) * 3
+                )
+            ),
+        )
+
+    @property
+    def key_column(self) -> Composable:
+        """The type of a column that refers to the key, with its collation."""
+        return self.key_type if self.key_collation is None else self.key_type + SQL(" COLLATE ") + self.key_collation
 
     @property
     def name(self) -> Identifier:
@@ -90,21 +128,9 @@ class HostNames:
     @classmethod
     def of(cls, host: HostMapping, adopted: Adopted = frozenset()) -> HostNames:
         """The names of a mapping."""
-        users, workshops = host.users, host.workshops
         return cls(
-            users=TableNames("users", users.schema, users.table, Identifier(users.key), _KEY_TYPES[users.key_type]),
-            workshops=TableNames(
-                "workshops",
-                workshops.schema,
-                workshops.table,
-                Identifier(workshops.key),
-                _KEY_TYPES[workshops.key_type],
-                owner=Identifier(workshops.owner),
-                title=Identifier(workshops.title) if workshops.title else None,
-                created_at=Identifier(workshops.created_at) if workshops.created_at else None,
-            )
-            if workshops
-            else None,
+            users=TableNames.of("users", host.users),
+            workshops=TableNames.of("workshops", host.workshops) if host.workshops else None,
             adopted=adopted,
             credits=host.credits,
             mapping=host.to_json(),

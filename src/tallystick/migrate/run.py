@@ -28,12 +28,13 @@ from tallystick.errors import (
     ConfigError,
     MigrationBlocked,
     MigrationRunning,
+    TallystickError,
 )
 from tallystick.migrate.blockers import OLD_MS, Blocker, Watch, oids_of
 from tallystick.migrate.host import Host, examine, mapped_oids, refuse_rows
 from tallystick.migrate.online import Building, OnlineStep, online
 from tallystick.migrate.revisions import HostNames, Revision, after, revisions, up_to
-from tallystick.migrate.session import driver, engine_of, lost, session, translate
+from tallystick.migrate.session import driver, engine_of, forbidden_by, lost, session, translate
 from tallystick.migrate.statements import (
     ADVISORY_KEY,
     MEASURE,
@@ -302,7 +303,7 @@ class _Run:
             _send(self.conn, message)
         except psycopg.Error as error:
             _roll_back(self.conn)
-            raise translate(error, "apply", lost=lost(self.conn)) from error
+            raise self._explained(error, "apply") from error
         self.progress(Progress("prepared", revision.revision))
 
     def _transaction(
@@ -339,7 +340,7 @@ class _Run:
             except psycopg.Error as error:
                 _roll_back(self.conn)
                 if not _passing(error):
-                    raise translate(error, action, lost=lost(self.conn), unchanged=left) from error
+                    raise self._explained(error, action, left) from error
                 blockers = watch.holders()
                 waited_for |= {(b.pid, b.gid): b for b in _old(blockers)}
                 if time.monotonic() + pause_s > deadline:
@@ -361,6 +362,11 @@ class _Run:
                 adopted=adopted,
                 two_transactions=two_transactions,
             )
+
+    def _explained(self, error: psycopg.Error, action: str, left: str = _NOTHING) -> TallystickError:
+        gone = lost(self.conn)
+        triggers = [] if gone else forbidden_by(self.conn, error)
+        return translate(error, action, lost=gone, unchanged=left, event_triggers=triggers)
 
     def _wait_for_old_transactions(
         self,

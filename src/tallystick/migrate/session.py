@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 import psycopg
@@ -20,6 +20,7 @@ from tallystick.errors import (
     PoolerRefused,
     TallystickError,
 )
+from tallystick.migrate.dependents import DEPENDED_ON
 from tallystick.migrate.proof import BROKEN
 from tallystick.migrate.statements import MOVED, NOT_EMPTY, RUNNING
 
@@ -168,19 +169,35 @@ def translate(
     lost: bool,
     online: str | None = None,
     unchanged: str = "Nothing was changed",
+    event_triggers: Sequence[str] = (),
 ) -> TallystickError:
-    """What a refused statement means to the person who ran the migration; ``unchanged`` says how it left things."""
+    """What a refused statement means to the person who ran the migration; ``unchanged`` says how it left things.
+
+    ``event_triggers`` are those that :func:`forbidden_by` names.
+    """
     said = (error.diag.message_primary or str(error)).strip().rstrip(".")
     detail = error.diag.message_detail or ""
     state = error.sqlstate
     found: TallystickError
-    if state in (RUNNING, MOVED):
+    if event_triggers:
+        triggers = [f"ALTER EVENT TRIGGER {name}" for name in event_triggers]
+        found = MigrationError(
+            f"the event trigger {' and '.join(event_triggers)} forbids it: {said}. {unchanged}. Let its owner run: "
+            f"{'; '.join(f'{each} DISABLE' for each in triggers)}; then run this again, then: "
+            f"{'; '.join(f'{each} ENABLE' for each in triggers)}"
+        )
+    elif state in (RUNNING, MOVED):
         found = MigrationRunning(f"another run came first: {said}. Look: tallystick migrate status")
     elif state == NOT_EMPTY:
         found = LedgerNotEmpty(
             f"a credit transaction was written just now. {unchanged}. Take a backup, then run: "
             "tallystick migrate undo --discard-ledger",
             rows=1,
+        )
+    elif state == DEPENDED_ON:
+        found = MigrationError(
+            f"undo would drop what is yours with its columns: {said}. {unchanged}. Drop it yourself, or "
+            "change it to do without them, then run this again"
         )
     elif state == BROKEN:
         shape = "more columns in the table" if action == "apply" else "the columns that the table had before"
@@ -207,6 +224,18 @@ def translate(
     else:
         found = MigrationError(f"the database refused to {action}: {said} ({state}). {unchanged}")
     return found
+
+
+def forbidden_by(conn: sa.Connection, error: psycopg.Error) -> list[str]:
+    """The event triggers, quoted, whose function raised the error."""
+    context = error.diag.context
+    return list(conn.scalars(_EVENT_TRIGGERS, {"context": context})) if context else []
+
+
+_EVENT_TRIGGERS = sa.text("""
+    SELECT quote_ident(e.evtname) FROM pg_event_trigger e
+    WHERE e.evtenabled <> 'D' AND position(' ' || e.evtfoid::regproc || '() ' IN :context) > 0 ORDER BY 1
+""")
 
 
 def _lost(said: str, state: str | None) -> OutcomeUnknown:

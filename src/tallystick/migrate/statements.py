@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from psycopg.sql import SQL, Composable, Composed, Identifier
 from psycopg.sql import Literal as SqlLiteral
 
-from tallystick.migrate.proof import writes
-from tallystick.migrate.revisions import HostNames, Revision
+from tallystick.migrate.dependents import refuse_dependents
+from tallystick.migrate.privileges import close_new_objects, remember_objects
+from tallystick.migrate.proof import try_them_again, try_writes
+from tallystick.migrate.revisions import HostNames, Revision, TableNames
 from tallystick.migrate.role import whole_again
-from tallystick.schema import LEDGER
+from tallystick.schema import LEDGER, user_columns, workshop_columns
 
 ADVISORY_KEY = 8_386_103_206_419_437_683  # "tallystk" as eight bytes; advisory locks are per database
 
@@ -74,7 +76,7 @@ def upward(
         opening=tuple(_opening(names, revision, expected=expected, adopted=adopted, prepared=prepared)),
         locked=tuple(
             _locked(
-                revision.locks(names), _proven(names, revision.locks(names), revision.locked(names)), stall_budget_ms
+                revision.locks(names), _proven(revision.locked(names), revision.locks(names), names), stall_budget_ms
             )
         ),
         online={**revision.indexes(names), **revision.validates(names)},
@@ -88,7 +90,7 @@ def preparation(
     """One message, a transaction of its own: the new objects of ``revision``, which nothing uses yet."""
     return (
         *_begin(expected=expected),
-        *revision.prepare(names),
+        *_prepared(revision, names),
         _logged(revision, "prepare", adopted),
         SQL("COMMIT"),
     )
@@ -114,9 +116,9 @@ def downward(
         locks += prepared.unprepare_locks(names)
     changes = [
         *([] if discard_ledger else [_refuse_if_rows(names)]),
-        *([whole_again(names)] if gone and gone[-1].down_revision is None else []),
+        *([refuse_dependents(_added(names)), whole_again(names)] if gone and gone[-1].down_revision is None else []),
         *(prepared.unprepare(names) if prepared else ()),
-        *_proven(names, locks, (one for revision in gone for one in revision.undo(names)), inserts=False),
+        *_proven((one for revision in gone for one in revision.undo(names)), locks, names),
         *(_step_down(gone[-1]) if gone else ()),
     ]
     return Messages(
@@ -124,6 +126,7 @@ def downward(
         opening=(
             *_begin(expected=gone[0].revision if gone else None),
             _fence(locks),
+            *_tries(locks, names, inserts=False),
         ),
         locked=tuple(_locked(locks, changes, stall_budget_ms)),
         online={},
@@ -131,23 +134,30 @@ def downward(
     )
 
 
+def _added(names: HostNames) -> Iterator[tuple[TableNames, list[str]]]:
+    """The columns that the first revision brought to each of the app's tables."""
+    for table, ours in ((names.users, user_columns()), (names.workshops, workshop_columns())):
+        if table:
+            yield table, [column.name for column in ours if (table.word, column.name) not in names.adopted]
+
+
 def text(statements: Iterable[Composable], separator: str = ";\n") -> str:
     """As one string."""
     return separator.join(statement.as_string(None) for statement in statements)
 
 
-def _proven(
-    names: HostNames, locks: Sequence[Identifier], changes: Iterable[Composable], *, inserts: bool = True
-) -> Iterator[Composable]:
-    """The changes, between two tries to write to those tables of the app that they lock."""
-    tables = [table for table in (names.users, names.workshops) if table and table.name in locks]
-    if tables:
-        yield writes(tables, changed=False, inserts=inserts)
+def _proven(changes: Iterable[Composable], locks: Sequence[Identifier], names: HostNames) -> Iterator[Composable]:
+    """The changes, and after them the writes that were tried in the first message."""
     yield from changes
-    if tables:
+    if _apps(locks, names):
         # a function that ran before the changes would run on as it was planned then; the app's next session would not
         yield SQL("DISCARD PLANS")
-        yield writes(tables, changed=True, inserts=inserts)
+        yield try_them_again()
+
+
+def _apps(locks: Sequence[Identifier], names: HostNames) -> list[TableNames]:
+    """Those of the app's tables that are locked."""
+    return [table for table in (names.users, names.workshops) if table and table.name in locks]
 
 
 def _locked(locks: Sequence[Identifier], changes: Iterable[Composable], stall_budget_ms: int) -> Iterator[Composable]:
@@ -169,10 +179,24 @@ def _opening(
     return [
         *_begin(expected=expected),
         _fence(revision.locks(names)),
-        *([] if prepared else revision.prepare(names)),
+        *([] if prepared else _prepared(revision, names)),
         version.format(SqlLiteral(revision.revision)),
         _completed(revision, adopted) if prepared else _logged(revision, "apply", adopted),
+        *_tries(revision.locks(names), names, inserts=True),
     ]
+
+
+def _tries(locks: Sequence[Identifier], names: HostNames, *, inserts: bool) -> list[Composable]:
+    tables = _apps(locks, names)
+    ours = [column.name for column in (*user_columns(), *workshop_columns())]
+    return [try_writes(tables, without=ours, inserts=inserts)] if tables else []
+
+
+def _prepared(revision: Revision, names: HostNames) -> Iterator[Composable]:
+    """The new objects, which nobody but their owner may use."""
+    yield remember_objects(names)
+    yield from revision.prepare(names)
+    yield close_new_objects(names)
 
 
 def _logged(revision: Revision, direction: str, adopted: Sequence[str]) -> Composed:

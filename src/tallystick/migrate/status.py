@@ -15,6 +15,7 @@ from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.config import Config
 from tallystick.migrate.host import Host, examine, looking
+from tallystick.migrate.privileges import open_policies, writers
 from tallystick.migrate.revisions import HostNames, revisions
 from tallystick.migrate.role import ways_out
 from tallystick.migrate.statements import text
@@ -126,14 +127,6 @@ _OWNER = sa.text("SELECT pg_get_userbyid(relowner) FROM pg_class WHERE oid = :oi
 
 _TEMPORARY = sa.text("SELECT nspname FROM pg_namespace WHERE oid = pg_my_temp_schema()")
 
-_WRITERS = sa.text("""
-    SELECT coalesce(r.rolname, 'PUBLIC') || ': ' || string_agg(a.privilege_type, ', ' ORDER BY a.privilege_type)
-    FROM pg_class c CROSS JOIN aclexplode(c.relacl) a LEFT JOIN pg_roles r ON r.oid = a.grantee
-    WHERE c.oid = to_regclass(quote_ident(:schema) || '.credit_transactions')
-      AND a.grantee <> c.relowner AND a.privilege_type IN ('INSERT', 'UPDATE', 'DELETE', 'TRUNCATE', 'TRIGGER')
-    GROUP BY r.rolname ORDER BY 1
-""")
-
 # The functions run as it, and so does whatever the host's triggers call.
 _SUPERUSER = sa.text("""
     SELECT 'the owner of the ledger is a superuser (' || r.rolname || '): whatever trigger is on the tables runs as it.'
@@ -144,14 +137,15 @@ _SUPERUSER = sa.text("""
 
 _LEDGER_OID = sa.text("SELECT to_regclass(quote_ident(:schema) || '.credit_transactions')::oid::bigint")
 
-# Row security with nobody to bind it to is how Supabase wants tables closed, and leaves the ledger as it is.
+# Row security that does not bind the owner is how Supabase wants tables closed, and leaves the functions as they are.
 _LEDGER_TABLE = sa.text("""
     SELECT c.relpersistence <> 'p' AS unlogged,
-           c.relrowsecurity AND (c.relforcerowsecurity OR EXISTS (
-             SELECT FROM aclexplode(c.relacl) a WHERE a.grantee <> c.relowner)) AS rows_hidden,
-           ARRAY(SELECT r.rulename::text FROM pg_rewrite r WHERE r.ev_class = c.oid ORDER BY 1) AS rules
+           c.relrowsecurity AND c.relforcerowsecurity AS rows_hidden,
+           ARRAY(SELECT w.rulename::text FROM pg_rewrite w WHERE w.ev_class = c.oid ORDER BY 1) AS rules
     FROM pg_class c WHERE c.oid = :oid
 """)
+
+_WRITES = "written by the owner's functions alone, and by an app's role made with: tallystick migrate sql --role ROLE"
 
 _EXPECTED_TRIGGERS = {
     "tallystick_append_only": "BEFORE UPDATE OR DELETE FOR EACH ROW tallystick.append_only",
@@ -195,8 +189,7 @@ class Status:
     """``revision`` is None before the first migration; ``drift`` is empty where all is as declared.
 
     ``prepared`` is the next revision where its new objects are there and nothing uses them: a run in two transactions
-    was interrupted between them. ``writers`` are roles besides the owner that may write the ledger, each with its
-    rights: ``app: INSERT``. That is no drift, as long as you know each of them. ``warnings`` are no drift either.
+    was interrupted between them. ``warnings`` are sentences about what others may read, and who the functions run as.
     """
 
     revision: str | None
@@ -205,7 +198,6 @@ class Status:
     drift: tuple[Drift, ...]
     history: tuple[Applied, ...]
     prepared: str | None = None
-    writers: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
@@ -246,13 +238,16 @@ def _status(conn: sa.Connection, config: Config) -> Status:
         try:
             remedies = _Remedies(config, host)
             drift = tuple(
-                replace(found, remedy=found.remedy or remedies.of(found)) for found in _drift(conn, config, host)
+                replace(found, remedy=found.remedy or remedies.of(found))
+                for found in (*_drift(conn, config, host), *_privileges(conn, host))
             )
         finally:
             savepoint.rollback()
-    writers = tuple(conn.scalars(_WRITERS, {"schema": config.host.users.schema}))
-    warnings = tuple(conn.scalars(_SUPERUSER, {"schema": config.host.users.schema}))
-    return Status(host.revision, HEAD, host.adopted_names, drift, history, host.prepared, writers, warnings)
+    warnings: tuple[str, ...] = ()
+    if host.revision is not None:
+        superuser = conn.scalars(_SUPERUSER, {"schema": config.host.users.schema})
+        warnings = (*open_policies(conn, host, config.host.users.key), *superuser)
+    return Status(host.revision, HEAD, host.adopted_names, drift, history, host.prepared, warnings)
 
 
 _Shape = Mapping[tuple[Kind, str], str]  # (kind, name) → definition
@@ -297,6 +292,12 @@ def _drift(conn: sa.Connection, config: Config, host: Host) -> Iterator[Drift]:
         yield Drift("privilege", role, "nothing but what the functions let it do", way, remedy)
 
 
+def _privileges(conn: sa.Connection, host: Host) -> Iterator[Drift]:
+    for writer in writers(conn, host, conn.scalar(_LEDGER_OID, {"schema": host.users.schema})):
+        said = f"{writer.role} may {', '.join(writer.privileges)}"
+        yield Drift("privilege", writer.table, _WRITES, said, writer.remedy)
+
+
 def _differences(expected: _Shape, found: _Shape) -> Iterator[tuple[Kind, str, str | None, str]]:
     for (kind, name), wanted in expected.items():
         there = found.get((kind, name))
@@ -331,7 +332,9 @@ def _ledger_table(conn: sa.Connection, oid: int | None, shown: str) -> Iterator[
         if row.unlogged:
             yield Drift("table", shown, "a logged table", "UNLOGGED: a crash of the server empties it")
         if row.rows_hidden:
-            yield Drift("table", shown, "none", "row level security, which hides rows from who uses it")
+            yield Drift(
+                "table", shown, "none", "row level security that binds its owner, and so hides rows from the ledger"
+            )
         for name in row.rules:
             yield Drift("rule", f"{shown}.{name}", "none", "a rule, which can rewrite what the ledger writes")
 
@@ -369,8 +372,9 @@ class _Remedies:
         name, made, alter = self.quote(bare), self.made.get((drift.kind, bare), ""), f"ALTER TABLE {table}"
         match drift.kind:
             case "table":
-                off = "NO FORCE ROW LEVEL SECURITY, DISABLE ROW LEVEL SECURITY"
-                parts = [f"{alter} {'SET LOGGED' if there.startswith('UNLOGGED') else off}"]
+                # policies and privileges stay as they are: they are what closes the table to others
+                what = "SET LOGGED" if there.startswith("UNLOGGED") else "NO FORCE ROW LEVEL SECURITY"
+                parts = [f"{alter} {what}"]
             case "rule":
                 parts = [f"DROP RULE {name} ON {table}"]
             case "column" if not there and not where.endswith(f".{LEDGER}"):

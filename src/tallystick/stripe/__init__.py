@@ -19,10 +19,11 @@ try:
 except ImportError as error:
     raise ImportError("tallystick.stripe needs Stripe's SDK. Run: pip install 'tallystick[stripe]'") from error
 
-from tallystick.stripe.checkout import Checkout, Confirmation, checkout, confirm, refund
+from tallystick.stripe.checkout import Checkout, Confirmation, checkout, confirm
 from tallystick.stripe.client import API_VERSION
 from tallystick.stripe.customers import CustomerCheck, check_customers
 from tallystick.stripe.reconciliation import Progress, Report, dismiss, reconcile
+from tallystick.stripe.refunds import RefundPreview, preview_refund, refund
 from tallystick.stripe.setup import EndpointSetup, PackCheck, PackSetup, Setup, check, setup
 from tallystick.stripe.store import FailedDelivery, Finding, FindingKind, Outcome
 from tallystick.stripe.webhooks import BODY_MAX_BYTES, Received, failed_deliveries, receive, redeliver
@@ -42,6 +43,7 @@ __all__ = [
     "PackSetup",
     "Progress",
     "Received",
+    "RefundPreview",
     "Report",
     "Setup",
     "check",
@@ -50,6 +52,7 @@ __all__ = [
     "confirm",
     "dismiss",
     "failed_deliveries",
+    "preview_refund",
     "receive",
     "reconcile",
     "redeliver",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,11 +16,8 @@ from tallystick.config import Config, Pack
 from tallystick.database import run
 from tallystick.errors import (
     BalanceOutOfRange,
-    InvalidArgument,
     Key,
     PackMismatch,
-    PurchaseNotCompleted,
-    RefundExceedsPurchase,
     ReturnAddressRefused,
     SessionNotYours,
     StripeNotConfigured,
@@ -34,13 +30,11 @@ from tallystick.errors import (
 from tallystick.ledger import CreditTransaction
 from tallystick.schema import INT32_MAX, INT64_MAX, stripe_checkouts
 from tallystick.stripe.client import MISSING, Object, ask, every, found, is_live
-from tallystick.stripe.customers import METADATA_MAX, customer_of, replaced
+from tallystick.stripe.customers import customer_of, replaced
 from tallystick.stripe.effects import PAGE, Effects, failure_of, in_transaction
-from tallystick.stripe.store import METADATA_KEY, NOT_GONE, REALM_KEY, Outcome, target
+from tallystick.stripe.store import METADATA_KEY, REALM_KEY, Outcome
 
 SESSION_PLACEHOLDER = "{CHECKOUT_SESSION_ID}"
-REFUND_KEY = "tallystick_refund"
-REFUND_KEY_MAX = METADATA_MAX
 ADDRESS_MAX = 5000  # characters: Stripe's limit for success_url and cancel_url
 SESSION_ID_MAX = 255
 IDEMPOTENCY_KEY_MAX = 255
@@ -149,62 +143,6 @@ def confirm(engine: sa.Engine, config: Config, user: Key, session: str) -> Confi
     return in_transaction(engine, work)
 
 
-def refund(
-    engine: sa.Engine, config: Config, purchase: UUID, *, credits: int | None = None, key: str
-) -> CreditTransaction:
-    """Send money back for ``credits`` of a purchase, or for all that is left of it, and take the credits.
-
-    The money is the share of what was paid, rounded down to the minor unit. ``key`` is Stripe's idempotency key for
-    it: the same call again sends nothing more. Returns the purchase; the refund is a row of its own that names it.
-
-    Raises:
-        UnknownPurchase, PurchaseNotCompleted, RefundExceedsPurchase: nothing was sent.
-        StripeUnavailable: call again with the same ``key``.
-        StripeNotConfigured, StripeRefused.
-    """
-    if not 0 < len(key) <= REFUND_KEY_MAX:
-        raise InvalidArgument(
-            f"key={shown(key)}: pass a text of 1 to {REFUND_KEY_MAX} characters", argument="key", value=key
-        )
-    effects = Effects(engine, config)
-    bought = in_transaction(engine, lambda conn: effects.store.purchase(conn, id=purchase))
-    if bought is None:
-        raise UnknownPurchase(
-            f"there is no purchase {purchase}. Each one's id is in its user's history: tallystick history USER",
-            user=None,
-            purchase=purchase,
-        )
-    if bought.status != "completed" or not bought.amount_paid or bought.stripe_payment_intent_id is None:
-        raise PurchaseNotCompleted(
-            f"purchase {purchase} is {bought.status} with {bought.amount_paid or 0} paid through Stripe; "
-            "there is no money to send back. To take credits alone: ledger.refund",
-            purchase=purchase,
-            status=str(bought.status),
-        )
-    intent = bought.stripe_payment_intent_id
-    refunds = every(lambda: effects.client.v1.refunds.list({"payment_intent": intent, "limit": PAGE}))
-    sent = [one.to_dict() for one in refunds]
-    mine = next((one for one in sent if one["metadata"].get(REFUND_KEY) == key), None)
-    if mine is None:
-        gone = sum(one["amount"] for one in sent if one["status"] not in NOT_GONE)
-        request: Any = {
-            "payment_intent": intent,
-            "amount": _share(bought, bought.amount_paid, gone, credits),
-            "metadata": {METADATA_KEY: str(bought.id), REFUND_KEY: key},
-        }
-        digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()  # Stripe takes 255 characters
-        once: Any = {"idempotency_key": f"{bought.id} refund {digest}"}
-        mine = ask(lambda: effects.client.v1.refunds.create(request, once)).to_dict()
-    effect = effects.reversal(mine)
-
-    def work(conn: sa.Connection) -> CreditTransaction:
-        if effect is not None:
-            effect(conn)
-        return effects.store.purchase(conn, id=purchase) or bought
-
-    return in_transaction(engine, work)
-
-
 def pack_named(config: Config, name: str) -> Pack:
     """A pack of the configuration that can be sold. Raises UnknownPack, StripeNotConfigured."""
     for pack in config.packs:
@@ -299,7 +237,12 @@ def _start(
         **addresses,
     }
     new = sa.insert(stripe_checkouts).values(
-        purchase_id=purchase.id, pack=pack.name, amount=pack.amount, currency=pack.currency, request=request
+        purchase_id=purchase.id,
+        pack=pack.name,
+        amount=pack.amount,
+        currency=pack.currency,
+        rounding=pack.refund_rounding or effects.config.refund_rounding,
+        request=request,
     )
     if not purchase.replayed:
         run(conn, new, {})
@@ -404,23 +347,6 @@ def _attached(effects: Effects, conn: sa.Connection, purchase: CreditTransaction
     effects.session(session, failed=failure_of(session))(conn)
     now = effects.store.purchase(conn, id=purchase.id) or purchase
     return Checkout(now, session["id"], session["url"] if session["status"] == "open" else None)
-
-
-def _share(bought: CreditTransaction, paid: int, gone: int, credits: int | None) -> int:
-    """The money for ``credits``: rounded down over the whole purchase, so that rounding never adds up."""
-    left = target(bought.amount, paid, gone)
-    wanted = left if credits is None else credits
-    if 0 < wanted <= left:
-        amount = (bought.amount - left + wanted) * paid // bought.amount - gone
-        if amount > 0:
-            return amount
-    raise RefundExceedsPurchase(
-        f"purchase {bought.id} has {left} of {bought.amount} credits left that money can be sent back for; "
-        f"asked: {'all' if credits is None else credits}",
-        purchase=bought.id,
-        left=left,
-        asked=wanted,
-    )
 
 
 # --- where a buyer may be sent ---

@@ -7,6 +7,7 @@ it unknown what was written.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -63,21 +64,33 @@ class Effects:
         """The effect of a Checkout Session."""
         return lambda conn: self._kept(conn, session["id"], lambda: self.store.fulfil(conn, session, failed=failed))
 
-    def reversal(self, said: Object) -> Effect | None:
+    def reversal(self, stated: Object) -> Effect | None:
         """The effect of a refund or dispute, its purchase completed first if that was missed; None if not ours."""
-        reversal = Reversal.of(said)
+        reversal = Reversal.of(stated)
         if reversal is None:
             return None
-        bought = in_transaction(self.engine, lambda conn: self.store.purchase(conn, intent=reversal.payment_intent))
+        intent = reversal.payment_intent
+        bought = in_transaction(self.engine, lambda conn: self.store.purchase(conn, intent=intent))
         completed = bought is not None and bought.completed_at is not None
-        session = None if completed else self.session_of(reversal.payment_intent)
+        session = None if completed else self.session_of(intent)
+        if session is not None and in_transaction(self.engine, lambda conn: self.store.claim(conn, session)).is_foreign:
+            return lambda _: Outcome.FOREIGN
+        paid = None if bought is None or not completed or not bought.amount_paid else bought.currency
+        if paid != reversal.currency and reversal.is_gone and (bought is not None or session is not None):
+            reversal = replace(reversal, charge_amount=self._charge_amount(reversal))
 
         def effect(conn: sa.Connection) -> Outcome:
-            if session is not None and self.store.fulfil(conn, session) is Outcome.FOREIGN:
-                return Outcome.FOREIGN
+            if session is not None:
+                self.store.fulfil(conn, session)
             return self.store.reverse(conn, reversal)
 
         return lambda conn: self._kept(conn, reversal.id, lambda: effect(conn))
+
+    def _charge_amount(self, reversal: Reversal) -> int | None:
+        """The whole payment in the currency of the refund or dispute; None where Stripe does not say."""
+        charge = reversal.charge
+        now = None if charge is None else found(lambda: self.client.v1.charges.retrieve(charge))
+        return now.amount if now is not None and now.currency == reversal.currency else None
 
     def session_of(self, payment_intent: str) -> Object | None:
         """The Checkout Session that a payment belongs to, if it came from one."""

@@ -24,7 +24,7 @@ from tallystick.schema import stripe_checkouts, stripe_events, stripe_reconcilia
 from tallystick.stripe.checkout import session_of_purchase
 from tallystick.stripe.client import Object, every
 from tallystick.stripe.effects import PAGE, Effect, Effects, failure_of, in_transaction
-from tallystick.stripe.store import DISPUTE_RANK, Finding, FindingKind, Outcome, store_of
+from tallystick.stripe.store import DISPUTE_RANK, NOT_GONE, Finding, FindingKind, Outcome, store_of
 from tallystick.stripe.webhooks import HANDLERS, prepared, prepared_again
 
 OVERLAP = dt.timedelta(days=3)
@@ -259,12 +259,13 @@ class _Run:
             yield one.id, partial(self.effects.reversal, one.to_dict())
 
     def _open(self, _since: dt.datetime | None, position: str | None) -> Iterator[_Step]:
-        """Refunds and disputes that were not decided when we last heard of them, however old."""
-        row = stripe_reversals.c
+        """Refunds and disputes, however old, that were not decided yet, or whose credits could not be told."""
+        row, ledger = stripe_reversals.c, self.effects.store.schema.credit_transactions.c
         over = sa.case((row.kind == "dispute", _DISPUTE_IS_OVER), else_=1)
-        statement = (
-            sa.select(row.id, row.kind).where(row.status_rank < over, row.id > (position or "")).order_by(row.id)
-        )
+        of_purchase = sa.exists().where(ledger.stripe_payment_intent_id == row.stripe_payment_intent_id)
+        unsettled = sa.and_(row.applied == "none", row.status.not_in(NOT_GONE), of_purchase)
+        statement = sa.select(row.id, row.kind).where(sa.or_(row.status_rank < over, unsettled))
+        statement = statement.where(row.id > (position or "")).order_by(row.id)
         for id, kind in self._read(statement):
             yield id, partial(self._asked_again, kind, id)
 

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any, Literal
 from uuid import UUID
@@ -24,7 +26,7 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 
-from tallystick.config import Config
+from tallystick.config import Config, Rounding
 from tallystick.database import DbConnection, run
 from tallystick.ledger import CreditTransaction, Ledger
 from tallystick.schema import (
@@ -39,6 +41,7 @@ from tallystick.schema import (
     stripe_reversals,
 )
 from tallystick.stripe.client import Object
+from tallystick.stripe.shares import Gone, kept
 
 PENDING, COMPLETED, FAILED = CreditTransactionStatus
 
@@ -71,6 +74,9 @@ ReversalKind = Literal["refund", "dispute"]
 
 METADATA_KEY = "tallystick_purchase"
 """The metadata of our sessions and payments that names the purchase."""
+
+CREDITS_KEY = "tallystick_credits"
+"""The metadata of a refund or dispute that says how many credits it takes; 0 keeps all of them."""
 
 REALM_KEY = "tallystick_realm"
 """The metadata that names the installation, so that several may sell at one Stripe account."""
@@ -105,6 +111,7 @@ class FindingKind(StrEnum):
     CURRENCY_DIFFERS = "currency_differs"
     CUSTOMER_DIFFERS = "customer_differs"
     DELETED_USER = "deleted_user"
+    UNMEASURED = "unmeasured"  # a refund whose part of the payment is unknown; it comes back until it is known
     SESSION_MISSING = "session_missing"  # we know it, Stripe does not: another account or mode
     REFUSED = "refused"
 
@@ -141,7 +148,11 @@ class FailedDelivery:
 
 @dataclass(frozen=True, slots=True)
 class Reversal:
-    """A refund or dispute, as far as the ledger cares. ``amount`` is in minor units."""
+    """The fields of a refund or dispute that the ledger needs. ``amount`` is in minor units.
+
+    ``credits`` is the mark in its metadata: the credits that it takes, whatever its amount. ``charge_amount`` is the
+    whole payment in the reversal's own currency, where the purchase does not say it.
+    """
 
     id: str
     kind: ReversalKind
@@ -149,15 +160,33 @@ class Reversal:
     amount: int
     currency: str
     status: str
+    charge: str | None = None
+    credits: int | None = None
+    charge_amount: int | None = None
 
     @classmethod
-    def of(cls, said: Object) -> Reversal | None:
+    def of(cls, stated: Object) -> Reversal | None:
         """From Stripe's refund or dispute; None for one of a payment without a payment intent, so never ours."""
-        intent = id_of(said.get("payment_intent"))
+        intent = id_of(stated.get("payment_intent"))
         if intent is None:
             return None
-        kind: ReversalKind = "refund" if said["object"] == "refund" else "dispute"
-        return cls(said["id"], kind, intent, said["amount"], said["currency"], said["status"] or "pending")
+        kind: ReversalKind = "refund" if stated["object"] == "refund" else "dispute"
+        mark = (stated.get("metadata") or {}).get(CREDITS_KEY) or ""
+        return cls(
+            id=stated["id"],
+            kind=kind,
+            payment_intent=intent,
+            amount=stated["amount"],
+            currency=stated["currency"],
+            status=stated["status"] or "pending",
+            charge=id_of(stated.get("charge")),
+            credits=int(mark) if re.fullmatch("[0-9]{1,15}", mark) else None,
+        )
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the money is no longer with the shop."""
+        return self.status not in NOT_GONE
 
     @property
     def status_rank(self) -> int:
@@ -184,11 +213,6 @@ def id_of(expandable: object) -> str | None:
     if isinstance(expandable, dict):
         return str(expandable["id"])
     return None if expandable is None else str(expandable)
-
-
-def target(granted: int, paid: int, gone: int) -> int:
-    """The credits that a purchase keeps when ``gone`` of the ``paid`` minor units are no longer ours."""
-    return granted - -(-granted * min(gone, paid) // paid) if paid else granted
 
 
 @lru_cache(maxsize=16)
@@ -282,8 +306,9 @@ class Store:
         purchase: UUID | None = None,
         expected: object = None,
         found: object = None,
+        comes_back: bool = False,
     ) -> None:
-        """Put something on record for a person, once: what was dismissed stays so."""
+        """Put something on record for a person, once: what was dismissed stays so, unless it ``comes_back``."""
         values = {
             "kind": str(kind),
             "object_id": object_id,
@@ -291,7 +316,9 @@ class Store:
             "expected": None if expected is None else str(expected),
             "found": None if found is None else str(found),
         }
-        run(conn, pg.insert(stripe_findings).values(**values).on_conflict_do_nothing(), {})
+        new = pg.insert(stripe_findings).values(**values)
+        again = new.on_conflict_do_update(index_elements=["kind", "object_id"], set_={"dismissed_at": None})
+        run(conn, again if comes_back else new.on_conflict_do_nothing(), {})
 
     def findings(self, conn: DbConnection) -> list[Finding]:
         """All that is on record and not dismissed, oldest first."""
@@ -475,65 +502,97 @@ class Store:
             self.note(conn, FindingKind.DELETED_USER, session["id"], purchase=purchase.id, found="paid, and granted")
 
     def _remember(self, conn: DbConnection, reversal: Reversal) -> None:
-        """By id, with a status that moves forward only."""
+        """Store it by id, with a status that moves forward only. A mark and the charge's amount stay once known."""
+        row = stripe_reversals.c
         new = pg.insert(stripe_reversals).values(
             id=reversal.id,
             kind=reversal.kind,
             stripe_payment_intent_id=reversal.payment_intent,
             amount=reversal.amount,
             currency=reversal.currency,
+            charge_amount=reversal.charge_amount,
+            credits=reversal.credits,
             status=reversal.status,
             status_rank=reversal.status_rank,
         )
-        forward = new.on_conflict_do_update(
-            index_elements=["id"],
-            set_={name: new.excluded[name] for name in ("amount", "status", "status_rank")},
-            where=stripe_reversals.c.status_rank < new.excluded.status_rank,
-        )
-        run(conn, forward, {})
+        is_newer = row.status_rank < new.excluded.status_rank
+        forward = {
+            name: sa.case((is_newer, new.excluded[name]), else_=row[name])
+            for name in ("amount", "status", "status_rank")
+        }
+        known = {name: sa.func.coalesce(row[name], new.excluded[name]) for name in ("charge_amount", "credits")}
+        run(conn, new.on_conflict_do_update(index_elements=["id"], set_=forward | known), {})
 
     def _settle(self, conn: DbConnection, purchase: CreditTransaction) -> Outcome:
-        """Append, for each refund and dispute that the ledger has not followed yet, the difference that it makes."""
-        intent, paid = purchase.stripe_payment_intent_id, purchase.amount_paid
-        if intent is None or paid is None:
-            return Outcome.UNCHANGED
+        """Append the difference that each refund and dispute makes, if the ledger has not followed it yet."""
+        outcome = Outcome.UNCHANGED
+        if purchase.stripe_payment_intent_id is None:
+            return outcome
         row = stripe_reversals.c
+        columns = (row.id, row.amount, row.currency, row.charge_amount, row.credits, row.status, row.applied)
         known: Sequence[Any] = run(
             conn,
-            sa.select(row.id, row.amount, row.currency, row.status, row.applied)
-            .where(row.stripe_payment_intent_id == intent)
+            sa.select(*columns)
+            .where(row.stripe_payment_intent_id == purchase.stripe_payment_intent_id)
             .order_by(row.seen_at, row.id),
             {},
         ).all()
-        outcome = Outcome.UNCHANGED
-        gone = sum(amount for _, amount, _, _, applied in known if applied != "none")
-        for id, amount, currency, status, applied in known:
-            settled = applied != "none"
-            if settled is (status not in NOT_GONE):
+        if not known:
+            return outcome
+        rounding = self.rounding(conn, purchase)
+        gone: dict[str, Gone] = {}
+        for one in known:
+            share = _share(purchase, one)
+            if one.applied != "none":
+                gone[one.id] = Gone(share or Fraction(), one.credits if one.applied == "marked" else None)
+        for one in known:
+            wanted = "none" if one.status in NOT_GONE else "share" if one.credits is None else "marked"
+            share = _share(purchase, one)
+            if wanted == one.applied:
                 continue  # the ledger is where the money is
-            if currency != purchase.currency:
-                self.note(
-                    conn,
-                    FindingKind.CURRENCY_DIFFERS,
-                    id,
-                    purchase=purchase.id,
-                    expected=purchase.currency,
-                    found=currency,
-                )
+            if wanted == "share" and share is None:
+                self._note_unmeasured(conn, purchase, one)
                 continue
-            gone += -amount if settled else amount
-            difference = target(purchase.amount, paid, gone) - self.left(conn, purchase)
-            user, key = purchase.user_id, f"stripe:{id}:{'given back' if settled else 'taken back'}"
-            if settled and difference > 0:
-                self.ledger.reinstate(conn, user, purchase.id, credits=difference, key=key)
-                outcome = Outcome.GIVEN_BACK
-            elif not settled and difference < 0:
-                self.ledger.refund(conn, user, purchase.id, credits=-difference, key=key)
-                outcome = Outcome.TAKEN_BACK
-            run(
-                conn, sa.update(stripe_reversals).where(row.id == id).values(applied="none" if settled else "share"), {}
-            )
+            before = kept(purchase.amount, gone.values(), rounding)
+            gone.pop(one.id, None)
+            if wanted != "none":
+                gone[one.id] = Gone(share or Fraction(), one.credits)
+            after = kept(purchase.amount, gone.values(), rounding)
+            outcome = self._move(conn, purchase, before, after, key=f"stripe:{one.id}:{_STEPS[wanted]}") or outcome
+            run(conn, sa.update(stripe_reversals).where(row.id == one.id).values(applied=wanted), {})
         return outcome
+
+    def _move(
+        self, conn: DbConnection, purchase: CreditTransaction, before: int, after: int, *, key: str
+    ) -> Outcome | None:
+        """Bring the purchase to ``after`` credits, in the direction that the step has; None if it is there."""
+        left = self.left(conn, purchase)
+        if after < before and after < left:
+            self.ledger.refund(conn, purchase.user_id, purchase.id, credits=left - after, key=key)
+            return Outcome.TAKEN_BACK
+        if after > before and after > left:
+            self.ledger.reinstate(conn, purchase.user_id, purchase.id, credits=after - left, key=key)
+            return Outcome.GIVEN_BACK
+        return None
+
+    def _note_unmeasured(self, conn: DbConnection, purchase: CreditTransaction, one: Any) -> None:
+        """Its share cannot be told: another currency, or no amount on record, and Stripe did not say the charge's."""
+        paid = "no amount" if purchase.amount_paid is None else f"{purchase.amount_paid} {purchase.currency}"
+        self.note(
+            conn,
+            FindingKind.UNMEASURED,
+            one.id,
+            purchase=purchase.id,
+            expected=f"a part of {paid}",
+            found=f"{one.amount} {one.currency}",
+            comes_back=True,
+        )
+
+    def rounding(self, conn: DbConnection, purchase: CreditTransaction) -> Rounding:
+        """The rounding that the purchase was sold with; today's setting for one that was not sold by checkout."""
+        terms = stripe_checkouts.c
+        sold = sa.select(terms.rounding).where(terms.purchase_id == purchase.id)
+        return run(conn, sold, {}).scalar_one_or_none() or self.config.refund_rounding
 
     def left(self, conn: DbConnection, purchase: CreditTransaction) -> int:
         """The credits of a purchase that were not taken back."""
@@ -547,6 +606,18 @@ class Store:
         """Two transactions about one payment follow each other, even where no row of it can be locked yet."""
         key = sa.func.hashtextextended(f"tallystick {intent}", 0)
         run(conn, sa.select(sa.func.pg_advisory_xact_lock(key)), {})
+
+
+_STEPS = {"none": "given back", "share": "taken back", "marked": "marked"}
+"""How a step of ``stripe_reversals.applied`` is named in the ledger's keys; each is taken once at most."""
+
+
+def _share(purchase: CreditTransaction, reversal: Any) -> Fraction | None:
+    """The part of the payment that a reversal is about; None where nothing says how much the whole was."""
+    whole = reversal.charge_amount
+    if purchase.amount_paid and purchase.currency == reversal.currency:
+        whole = purchase.amount_paid
+    return Fraction(reversal.amount, whole) if whole else None
 
 
 def _money(session: Object) -> str:

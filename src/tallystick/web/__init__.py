@@ -12,14 +12,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 
-import jinja2
+try:
+    import python_multipart  # noqa: F401, I001 - the extra's parts, before a module of ours or Starlette needs them
+    import fastapi  # noqa: F401
+    import itsdangerous  # noqa: F401
+    import jinja2
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError(
+        f"tallystick.web needs {missing.name}. Run: pip install 'tallystick[web]'", name=missing.name
+    ) from missing
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from tallystick.config import Config
-from tallystick.web.buyer import json_api, purchase, views
+from tallystick.web.buyer import json_api, views
 from tallystick.web.buyer.billing import Billing, CurrentUser, Fragments, Preview, Workshop
 from tallystick.web.buyer.texts import Texts
 
@@ -41,6 +50,9 @@ def router(
 ) -> Billing:
     """Everything a buyer meets, as a router to include, and the dependencies for the host's own routes.
 
+    Without Stripe's SDK (``pip install 'tallystick[web]'`` alone) it is a paywall that sells nothing: credits come
+    from elsewhere, by ``ledger.grant``.
+
     Args:
         config: what is sold, and where the host keeps its users and workshops. Its ``checkout_origins`` are the
             app's own addresses as browsers see them: Stripe sends buyers back to one, and their pages may post here.
@@ -57,8 +69,10 @@ def router(
         headers: to add to or change in the headers of our pages, such as a Content-Security-Policy for a layout
             of the host's own.
     """
+    sells = config.stripe_secret_key is not None or importlib.util.find_spec("stripe") is not None
     billing = Billing(
         config,
+        sells=sells,
         engine=engine,
         current_user=current_user,
         texts=texts,
@@ -71,5 +85,8 @@ def router(
     )
     json_api.add_to(billing)
     views.add_to(billing)
-    purchase.add_to(billing)
+    if sells:
+        from tallystick.web.buyer import purchase  # noqa: PLC0415 - an extra
+
+        purchase.add_to(billing)
     return billing

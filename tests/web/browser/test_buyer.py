@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from playwright.sync_api import Locator, Page, expect
@@ -58,9 +59,9 @@ def test_from_the_paywall_to_stripe_and_back_unlocked(visit: Visit) -> None:
     assert buyer.balance == 2
 
 
-def funded(visit: Visit) -> tuple[Visitor, str]:
+def funded(visit: Visit, **context: Any) -> tuple[Visitor, str]:
     """A buyer with three credits, in front of a locked step."""
-    buyer = visit()
+    buyer = visit(**context)
     buyer.sign_in()
     steps = buyer.begin()
     buyer.go("/billing/pricing")
@@ -213,6 +214,27 @@ def test_without_javascript(visit: Visit) -> None:
         page.get_by_role("link", name="Download as CSV").click()
     assert download.value.suggested_filename == "credits.csv"
     assert buyer.balance == 2
+
+
+# The contrast of a colour with another, as WCAG has it.
+CONTRAST = """([a, b]) => {
+  const light = (text) => text.match(/[\\d.]+/g).slice(0, 3).map((one) => one / 255)
+    .map((one) => (one <= 0.04045 ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, one, n) => sum + one * [0.2126, 0.7152, 0.0722][n], 0);
+  const [low, high] = [light(a), light(b)].sort((x, y) => x - y);
+  return (high + 0.05) / (low + 0.05);
+}"""
+
+
+def test_a_dark_dialog_has_an_edge(visit: Visit) -> None:
+    buyer, _ = funded(visit, color_scheme="dark")
+    buyer.page.get_by_role("link", name="Use 1 credit").click()
+    dialog = buyer.page.get_by_role("dialog")
+    expect(dialog).to_be_visible()
+    edge, paper = dialog.evaluate(
+        "one => [getComputedStyle(one).borderTopColor, getComputedStyle(document.body).backgroundColor]"
+    )
+    assert buyer.page.evaluate(CONTRAST, [edge, paper]) >= 3
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1100, "light"), (1100, "dark"), (360, "light"), (360, "dark")])

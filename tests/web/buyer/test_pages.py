@@ -7,12 +7,17 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
+from uuid import UUID
 
 import jinja2
 import pytest
+import sqlalchemy as sa
 from markupsafe import Markup
+from starlette.requests import Request
+from starlette.responses import HTMLResponse
 
 from sites import HTML, HTMX, Site
+from tallystick.accounts import Account
 from tallystick.config import Pack
 from tallystick.web import Fragments, Texts
 
@@ -182,6 +187,31 @@ def test_fragments_for_the_hosts_own_templates(site: Site) -> None:
     site.client.get("/page")
     assert "<dialog" not in shown[0]
     assert "1 credit</span>" not in shown[0]
+
+
+def test_the_badge_can_be_had_without_a_query_of_ours(make_site: Callable[..., Site]) -> None:
+    """From the row of the user that the host has read by itself."""
+    site = make_site()
+    user, new = site.world.user(credits=2), site.world.user()
+    columns = site.world.schema.users.c
+
+    @site.app.get("/own")
+    def own(request: Request, user: UUID) -> HTMLResponse:
+        with site.world.engine.connect() as conn:
+            row = conn.execute(sa.select(columns).where(columns.key == user)).one()
+        account = Account(
+            user=row.key, credit_balance=row.credit_balance, onboarding_complete=row.onboarding_complete,
+            stripe_customer_id=row.stripe_customer_id, plan_tier=row.plan_tier, updated_at=row.updated_at,
+            deleted_at=row.deleted_at,
+        )  # fmt: skip
+        parts = site.billing.fragments_of(request, account)
+        return HTMLResponse(parts.badge + parts.welcome)
+
+    asked: list[str] = []
+    sa.event.listen(site.world.engine, "before_cursor_execute", lambda *said: asked.append(said[2]))
+    assert "Balance: 2 credits" in site.client.get("/own", params={"user": str(user)}).text
+    assert "Welcome" in site.client.get("/own", params={"user": str(new)}).text
+    assert len(asked) == 2
 
 
 def test_a_browser_without_a_session_is_sent_to_sign_in_and_back(make_site: Callable[..., Site]) -> None:

@@ -198,6 +198,17 @@ def test_stripe_is_away_before_buying(shop: Shop) -> None:
     assert len(shop.get(user, "/billing/api/history").json()["rows"]) == 1
 
 
+def test_nothing_is_written_when_stripe_is_away_from_the_start(shop: Shop) -> None:
+    user = shop.world.user()
+    shop.double.fault("GET", "/v1/prices/*", 503, times=3)
+    page = shop.post(user, "/billing/checkout", data={"pack": "Flight Crew"}, headers=HTML)
+    assert page.status_code == 503
+    assert "The payment provider does not answer" in page.text
+    assert "Nothing was charged. Try again in a moment." in page.text
+    assert shop.get(user, "/billing/api/history").json()["rows"] == []
+    assert shop.start(user)
+
+
 def test_stripe_is_away_when_the_buyer_returns(shop: Shop) -> None:
     user = shop.world.user()
     session = shop.start(user)

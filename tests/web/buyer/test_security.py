@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import re
 import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from sites import HTML, ORIGIN, Site
+from tallystick.config import Config
+from tallystick.errors import CrossSiteRequest, TallystickError
+from tallystick.web import Texts
 from tallystick.web.buyer.refusals import MEANINGS
-from tallystick.web.shared.requests import return_address
+from tallystick.web.shared.requests import check_same_site, limited, return_address
 
 EVIL = "https://evil.example"
 XSS = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{7*7}}"
@@ -188,6 +194,9 @@ def test_no_page_needs_inline_script_or_style(site: Site) -> None:
         assert all("src=" in tag for tag in re.findall(r"<script[^>]*>", page.text))
 
 
+FORM = "application/x-www-form-urlencoded"
+
+
 @pytest.mark.parametrize(
     ("path", "more"),
     [
@@ -196,11 +205,13 @@ def test_no_page_needs_inline_script_or_style(site: Site) -> None:
         ("/billing/welcome", {"data": {"return_to": "/" * 100_000}}),
         ("/billing/webhooks/stripe", {"content": b"x" * (1024 * 1024 + 1)}),
         ("/billing/webhooks/stripe", {"content": (b"x" * 65536 for _ in range(17))}),  # of no announced length
-        ("/billing/checkout", {"content": (b"x" * 65536 for _ in range(2))}),
+        ("/billing/checkout", {"content": (b"x" * 65536 for _ in range(2)), "headers": {"content-type": FORM}}),
     ],
 )
 def test_oversize_bodies(site: Site, path: str, more: dict[str, Any]) -> None:
-    assert site.post(site.world.user(), path, **more).status_code in {413, 422}
+    answer = site.post(site.world.user(), path, **more)
+    assert answer.status_code == 413
+    assert answer.json()["type"].endswith("request-too-large")
     if "webhooks" in path:
         return
     announced = site.post(site.world.user(), path, content=b"x", headers={"content-length": "99999999"})
@@ -213,6 +224,60 @@ def test_bodies_that_make_no_sense(site: Site, body: bytes) -> None:
         site.world.user(), "/billing/api/checkout", content=body, headers={"content-type": "application/json"}
     )
     assert 400 <= answer.status_code < 500, answer.text
+
+
+async def _trickle() -> dict[str, Any]:
+    """A client that sends a byte now and then."""
+    await asyncio.sleep(0.02)
+    return {"type": "http.request", "body": b"x", "more_body": True}
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [("/billing/welcome", FORM), ("/billing/api/onboarding", "application/json")],
+)
+def test_a_body_that_takes_too_long(site: Site, monkeypatch: pytest.MonkeyPatch, path: str, kind: str) -> None:
+    monkeypatch.setitem(limited.__kwdefaults__, "limit_s", 0.2)
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = {"x-session": str(site.world.user()), "content-type": kind, "host": "testserver"}
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http", "path": path,
+        "method": "PUT" if "api" in path else "POST", "raw_path": path.encode(), "query_string": b"",
+        "server": ("testserver", 80), "client": ("127.0.0.1", 1),
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+    }  # fmt: skip
+    asyncio.run(site.app(scope, _trickle, send))
+    assert sent[0]["status"] == 408, sent
+    assert json.loads(sent[1]["body"])["detail"] == "It did not arrive whole, and nothing was changed. Send it again."
+
+
+@pytest.mark.parametrize("path", ["pricing", "welcome", "cancelled"])
+@pytest.mark.parametrize("return_to", ["/" + "a" * 2_000, "/" + "a" * 60_000, "/?q=" + "é" * 700])
+def test_a_page_is_shown_whatever_the_length_of_return_to(site: Site, path: str, return_to: str) -> None:
+    page = site.get(site.world.user(), f"/billing/{path}", params={"return_to": return_to}, headers=HTML)
+    assert page.status_code == 200
+    assert "aaaa" not in page.text
+    workshop = site.world.workshop(user := site.world.user(credits=1))
+    spent = site.post(user, f"/billing/workshops/{workshop}/unlock", data={"return_to": return_to}, headers=HTML)
+    assert spent.status_code == 303
+    assert "return_to=%2F&" in spent.headers["location"]
+
+
+def test_fields_that_we_do_not_know(site: Site) -> None:
+    """A form may carry a host's own token; in JSON a name that we do not know is a mistake of the client's."""
+    user = site.world.user()
+    form = {"return_to": "/x", "csrf_token": "of the host's own"}
+    assert site.post(user, "/billing/welcome", data=form, headers=HTML).headers["location"] == "/x"
+    refused = site.client.put(
+        "/billing/api/onboarding", headers=site.as_(user), json={"complete": False, "compleat": True}
+    )
+    assert refused.status_code == 422
+    assert "compleat" in refused.json()["detail"]
+    assert site.get(user, "/billing/api/onboarding").json() == {"complete": True}
 
 
 def test_a_host_header_does_not_decide_where_stripe_sends_people(site: Site) -> None:
@@ -228,6 +293,23 @@ def test_no_secret_of_stripes_in_any_answer(site: Site) -> None:
         page = site.get(user, path, headers=HTML).text
         assert "sk_test" not in page
         assert "whsec" not in page
+
+
+def test_every_problem_has_a_title_and_a_sentence() -> None:
+    texts = Texts()
+    for kind, answer in MEANINGS.items():
+        if kind is not TallystickError:
+            assert texts.problem_titles.get(answer.name), answer.name
+            error = kind("x", balance=0, required=1)
+            if answer.status != 422:  # there our own message says which value is wrong
+                assert texts.problem(error, answer.name) != texts.problem_default, answer.name
+
+
+def test_the_refusal_of_another_site_names_a_setting_that_there_is() -> None:
+    with pytest.raises(CrossSiteRequest) as refused:
+        check_same_site("POST", Headers({"origin": EVIL}))
+    assert "checkout_origins" in refused.value.message
+    assert "checkout_origins" in Config.model_fields
 
 
 def test_the_table_of_statuses_is_documented() -> None:

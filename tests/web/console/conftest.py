@@ -54,6 +54,24 @@ def open_console() -> Iterator[Callable[..., Visitor]]:
         yield make
 
 
+@pytest.fixture(scope="module")
+def console_of_shape(server: Any, _templates: Callable[[str], str]) -> Iterator[Callable[[str], Visitor]]:
+    """``console_of_shape(shape) -> Visitor`` of an empty host app of that shape, kept for the module."""
+    made: dict[str, Visitor] = {}
+
+    def visitor(shape: str) -> Visitor:
+        if shape not in made:
+            link = LocalLink()
+            world = World(server.create_database(f"console_{shape}", template=_templates(shape)), SHAPES[shape].host)
+            made[shape] = Visitor(console(world.config, engine=world.engine, door=link, allow_actions=True))
+            assert made[shape].get("/enter", params={"token": link.token}).status_code == 303
+        return made[shape]
+
+    yield visitor
+    for shape in made:
+        server.drop_database(f"console_{shape}")
+
+
 @pytest.fixture(scope="session")
 def empty_world(server: Any, _templates: Callable[[str], str]) -> Iterator[World]:
     """A migrated host app for tests that change nothing of each other's."""

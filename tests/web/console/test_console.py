@@ -9,6 +9,7 @@ import io
 import logging
 import re
 import threading
+import uuid
 from importlib import resources
 from urllib.parse import urlencode
 
@@ -246,6 +247,48 @@ def test_the_figures_are_the_ledgers(world, open_console):
 NASTY = "<script>alert(1)</script>'\"&{{ 7*191 }}"
 
 
+def test_sizes_are_counted_where_that_is_cheap(world, open_console):
+    """Also where statistics say otherwise: of twenty users it is not "about 2"."""
+    for _ in range(2):
+        world.user()
+    with world.engine.begin() as conn:
+        conn.exec_driver_sql("ANALYZE users")
+    for _ in range(18):
+        world.user()
+    visitor = open_console(world)
+    assert "Users 20 " in words(visitor.get("/users"))
+    with world.engine.begin() as conn:
+        conn.exec_driver_sql(
+            "INSERT INTO users (id, email) SELECT gen_random_uuid(), n FROM generate_series(1, 3000) n"
+        )
+    assert "Users more than 1,000 " in words(visitor.get("/users"))
+    with world.engine.begin() as conn:
+        conn.exec_driver_sql("ANALYZE users")
+    assert "Users about 3,020 " in words(visitor.get("/users"))
+
+
+def test_what_is_not_paid_is_not_called_purchased(world, open_console):
+    user = world.user(credits=1)
+    start(world, user)
+    failed = start(world, user)
+    with world.engine.begin() as conn:
+        world.ledger.fail_purchase(conn, user, purchase=failed.id, reason="expired")
+    visitor = open_console(world)
+    page = words(visitor.get(at("/user", key=user)))
+    assert "Five Flights" in page
+    assert "Purchased Five Flights" not in page
+    assert "Purchased 1" in page
+    for path in ("/pending", "/"):
+        assert "Purchased" not in words(visitor.get(path))
+
+
+def test_times_are_there_in_full_and_actions_before_the_ledger(world, open_console):
+    user = world.user(credits=1)
+    page = words(open_console(world, allow_actions=True).get(at("/user", key=user)))
+    assert re.search(r"just now \d{4}-\d\d-\d\d \d\d:\d\d purchase", page)
+    assert page.index("Grant credits") < page.index("Account") < page.index("Tally ") < page.index("Ledger #")
+
+
 def test_text_of_others_is_text(make_world, open_console):
     world = make_world()
     user = world.user(credits=5)
@@ -307,6 +350,29 @@ def test_what_is_not_there_is_said_so(world, open_console, path, status):
     assert answer.status_code == status
     if ".json" in path:
         assert answer.json()["status"] == status
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "key", ["--5", "9" * 5_000, "-", "+1", "1_0", "\N{ARABIC-INDIC DIGIT THREE}", " 1", "1e3", "", "%00"]
+)
+def test_a_text_that_is_no_key_is_nobody(console_of_shape, shape, key):
+    """On any type of key; a text key may be any text, but nobody has these."""
+    visitor = console_of_shape(shape)
+    for path in ("/user", "/user.json", "/user.csv", "/user/steps.json", "/user/grant"):
+        answer = visitor.get(path, params={"key": key})
+        empty = path.endswith("steps.json") and answer.json() == {"at": [], "balance": []}
+        assert empty or answer.status_code == 404, (path, answer.text)
+    assert visitor.get("/users", params={"q": key}).status_code == 200
+    assert visitor.submit("/user/grant", key=key, credits=1, reason="x", once="y").status_code == 404
+
+
+@pytest.mark.parametrize(
+    "moment", ["0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59", "2026-01-01T00:00:00+16:00", "2026-W01-1"]
+)
+def test_a_moment_that_postgresql_does_not_know_is_no_server_error(world, open_console, moment):
+    answer = open_console(world).get("/pending", params={"after": f"{moment}~{uuid.uuid4()}"})
+    assert answer.status_code in {200, 400}
 
 
 def test_cursors_out_of_range_are_no_server_errors(world, open_console):

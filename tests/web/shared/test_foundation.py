@@ -1,6 +1,9 @@
 """Money, static files and the template environment."""
 
+import csv
+import datetime as dt
 import hashlib
+import io
 import re
 from importlib import resources
 
@@ -9,6 +12,7 @@ import pytest
 from tallystick.web import Texts
 from tallystick.web.shared.numbers import money
 from tallystick.web.shared.pages import StaticFiles
+from tallystick.web.shared.spreadsheet import csv_line
 
 NBSP, MINUS = "\N{NO-BREAK SPACE}", "\N{MINUS SIGN}"
 
@@ -37,6 +41,18 @@ def test_money(amount: int, currency: str, shown: str) -> None:
 )
 def test_credits(count: int, shown: str) -> None:
     assert Texts().credits(count) == shown
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1"])
+def test_no_text_is_a_formula(text: str) -> None:
+    assert next(csv.reader(io.StringIO(csv_line([text]), newline=""))) == [f"'{text}"]
+
+
+def test_cells_are_what_they_are() -> None:
+    at = dt.datetime(2026, 3, 1, 9, 30, tzinfo=dt.UTC)
+    assert csv_line([None, -1, 2.5, at, at.date(), "a,b", 'say "x"']) == (
+        ',-1,2.5,2026-03-01T09:30:00+00:00,2026-03-01,"a,b","say ""x"""\r\n'
+    )
 
 
 def test_vendored_files_are_what_they_were() -> None:

@@ -84,7 +84,7 @@ class Account:
             changes["metadata"] = merged_metadata(params, subject["metadata"])
         previous = {name: subject.get(name) for name in changes if subject.get(name) != changes[name]}
         subject.update(changes)
-        if previous and kind in ("customer", "price", "product"):
+        if previous and kind in ("customer", "price", "product", "refund"):
             self.emit(f"{kind}.updated", subject, previous)
         return subject
 

@@ -9,7 +9,18 @@ from typing import Final
 from tallystick.dev.stripe.account import Account, Object, merged_metadata
 from tallystick.dev.stripe.parameters import Params, empty, refused
 
+# Currencies whose amounts are a multiple of this many minor units.
+STEPS: Final = {"isk": 100, "ugx": 100, "bhd": 10, "jod": 10, "kwd": 10, "omr": 10, "tnd": 10}
 AMOUNT_MAX: Final = 99_999_999  # minor units of a price, a payment or a refund
+
+
+def check_amount(amount: int, currency: str, param: str) -> None:
+    """Refuse an amount that is no multiple of what the currency's amounts are multiples of."""
+    step = STEPS.get(currency, 1)
+    if amount % step:
+        raise refused(
+            f"Amount must be a multiple of {step} in {currency}: {amount}", "parameter_invalid_integer", param
+        )
 
 
 def check_email(params: Params) -> None:
@@ -66,6 +77,7 @@ def create_price(account: Account, params: Params) -> Object:
         raise refused("Missing required param: unit_amount.", "parameter_missing", "unit_amount")
     if params["unit_amount"] < 0:
         raise refused("Invalid non-negative integer", "parameter_invalid_integer", "unit_amount")
+    check_amount(params["unit_amount"], params["currency"].lower(), "unit_amount")
     if params["unit_amount"] > AMOUNT_MAX:
         raise refused(f"Amount must be no more than {AMOUNT_MAX}", "amount_too_large", "unit_amount")
     holders = [

@@ -366,6 +366,7 @@ def create_refund(account: Account, params: Params, *, pending: bool = False) ->
     if amount > left:
         message = f"Refund amount ({amount}) is greater than unrefunded amount on charge ({left})"
         raise refused(message, param="amount")
+    catalogue.check_amount(amount, charge["currency"], "amount")
     slow = account.cards[charge["payment_method"]] in (ASYNC, SLOW_REFUND_CARD)
     refund = account.new(
         "refund",

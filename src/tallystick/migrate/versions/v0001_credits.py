@@ -278,8 +278,8 @@ def prepare(host: Any) -> Iterator[Composable]:
     yield SQL("CREATE TYPE {} AS ENUM ('pending', 'completed', 'failed')").format(_status(host))
     yield SQL(LEDGER.strip()).format(
         ledger=_ledger(host),
-        user_key_type=host.users.key_type,
-        workshop_key_type=host.workshops.key_type if host.workshops else SQL("uuid"),
+        user_key_type=host.users.key_column,
+        workshop_key_type=host.workshops.key_column if host.workshops else SQL("uuid"),
         type=_type(host),
         status=_status(host),
         credits=SQL(host.credits),

@@ -46,6 +46,7 @@ class Billing(APIRouter):
         self,
         config: Config,
         *,
+        sells: bool,
         engine: sa.Engine | AsyncEngine,
         current_user: CurrentUser,
         texts: Texts | None = None,
@@ -57,14 +58,18 @@ class Billing(APIRouter):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         self.config = config
+        self.packs = config.packs if sells else ()
         self.database = Database(engine)
         self.paywall = Paywall(config)
         self.ledger = self.paywall.ledger
         self.accounts = Accounts(config)
         self.texts = texts or Texts()
-        self.renderer = Renderer(config, self.texts, templates=templates, home=home, contact=contact, preview=preview)
-        self._refusals = Refusals(config, self.renderer, sign_in=sign_in)
-        self._headers = {**security_headers(form_targets=_checkout_pages(config)), **(headers or {})}
+        self.renderer = Renderer(
+            config, self.packs, self.texts, templates=templates, home=home, contact=contact, preview=preview
+        )
+        self._refusals = Refusals(self.packs, self.renderer, sells=sells, sign_in=sign_in)
+        ours = {**security_headers(form_targets=_checkout_pages(config)), **(headers or {})}
+        self._headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in ours.items()]
 
         async def signed_in(user: Annotated[Key | None, Depends(current_user)]) -> Key:
             if user is None:
@@ -80,7 +85,7 @@ class Billing(APIRouter):
 
         async def fragments(request: Request, user: Annotated[Key | None, Depends(current_user)]) -> Fragments:
             account = None if user is None else await self.account(user)
-            return Fragments(self.renderer, request, account)
+            return self.fragments_of(request, account)
 
         self.fragments: Callable[..., Coroutine[Any, Any, Fragments]] = fragments
         super().__init__(route_class=checked_route(self._refusals, config.checkout_origins, self._headers))
@@ -112,6 +117,13 @@ class Billing(APIRouter):
         if not isinstance(error, TallystickError):
             raise error
         return dressed(await self._refusals.answer(request, error), self._headers)
+
+    def fragments_of(self, request: Request, account: Account | None) -> "Fragments":
+        """As ``fragments``, for an account that the app has read already: no query of ours.
+
+        An app that loads its user with every request makes the account of that row's own columns.
+        """
+        return Fragments(self.renderer, request, account)
 
     def returning(self, asked: str | None) -> str:
         """Where ``asked`` may lead: to this site or an allowed one, else home."""

@@ -10,6 +10,7 @@ from uuid import UUID
 
 from fastapi import Depends, Header, Path, Query
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import Response
 
 from tallystick.errors import Key
 from tallystick.ledger import AccessReason, CreditTransaction
@@ -154,6 +155,11 @@ class Problem(BaseModel):
     reference: str | None = None
 
 
+def answer(model: BaseModel, status: int = 200) -> Response:
+    """``model`` as JSON. A route that returned the model would have it built a second time, to be checked again."""
+    return Response(model.model_dump_json(), status, media_type="application/json")
+
+
 def history_row(row: CreditTransaction) -> HistoryRow:
     """A ledger row for its user: without Stripe's ids and the idempotency key."""
     return HistoryRow(
@@ -177,6 +183,7 @@ _REFUSALS: Final = {
     402: "Not enough credits: balance, required, packs and where to buy are in the body.",
     403: "A page of another site made this request, or the user has no account here.",
     404: "Not there, or another user's.",
+    408: "The body did not arrive in time.",
     409: "The ledger's state does not allow it.",
     410: "The workshop was deleted.",
     413: "The body is too long.",
@@ -209,38 +216,44 @@ def add_to(billing: Billing) -> None:
     User = Annotated[Key, Depends(billing.signed_in)]  # noqa: N806 - a type
     ledger, run = billing.ledger, billing.database.run
 
-    @billing.get("/api/balance", name="tallystick.api.balance", tags=TAGS, responses=refusals(403))
-    async def balance(user: User) -> BalanceAnswer:
+    @billing.get(
+        "/api/balance", name="tallystick.api.balance", response_model=BalanceAnswer, tags=TAGS, responses=refusals(403)
+    )
+    async def balance(user: User) -> Response:
         """The credits of who is signed in."""
         account = await billing.account(user)
-        return BalanceAnswer(balance=account.credit_balance, plan_tier=account.plan_tier)
+        return answer(BalanceAnswer(balance=account.credit_balance, plan_tier=account.plan_tier))
 
-    @billing.get("/api/history", name="tallystick.api.history", tags=TAGS, responses=refusals(403))
+    @billing.get(
+        "/api/history", name="tallystick.api.history", response_model=HistoryAnswer, tags=TAGS, responses=refusals(403)
+    )
     async def history(
         user: User,
         before: Before = None,
         limit: Annotated[int, Query(ge=1, le=PAGE_MAX, description="Rows on a page.")] = 50,
-    ) -> HistoryAnswer:
+    ) -> Response:
         """The credit transactions of who is signed in, newest first; every page costs the same."""
         rows = await run(lambda conn: ledger.history(conn, user, limit=limit, before=before))
-        return HistoryAnswer(
-            rows=[history_row(row) for row in rows], next=rows[-1].cursor if len(rows) == limit else None
-        )
+        following = rows[-1].cursor if len(rows) == limit else None
+        return answer(HistoryAnswer(rows=[history_row(row) for row in rows], next=following))
 
     @billing.get("/api/packs", name="tallystick.api.packs", tags=TAGS)
     async def packs() -> list[PackAnswer]:
         """What is on sale."""
-        return [
-            PackAnswer(name=p.name, credits=p.credits, amount=p.amount, currency=p.currency)
-            for p in billing.config.packs
-        ]
+        return [PackAnswer(name=p.name, credits=p.credits, amount=p.amount, currency=p.currency) for p in billing.packs]
 
-    @billing.get("/api/onboarding", name="tallystick.api.onboarding", tags=TAGS, responses=refusals(403))
-    async def onboarding(user: User) -> Onboarding:
+    @billing.get(
+        "/api/onboarding",
+        name="tallystick.api.onboarding",
+        response_model=Onboarding,
+        tags=TAGS,
+        responses=refusals(403),
+    )
+    async def onboarding(user: User) -> Response:
         """Whether the welcome was seen through, on any device."""
-        return Onboarding(complete=(await billing.account(user)).onboarding_complete)
+        return answer(Onboarding(complete=(await billing.account(user)).onboarding_complete))
 
-    @billing.put("/api/onboarding", name="tallystick.api.set_onboarding", tags=TAGS, responses=refusals(403, 413))
+    @billing.put("/api/onboarding", name="tallystick.api.set_onboarding", tags=TAGS, responses=refusals(403, 408, 413))
     async def set_onboarding(user: User, wanted: Onboarding) -> Onboarding:
         """Remember that it was, or show it again."""
         change = billing.accounts.complete_onboarding if wanted.complete else billing.accounts.reset_onboarding
@@ -250,23 +263,30 @@ def add_to(billing: Billing) -> None:
         return
 
     @billing.get(
-        "/api/workshops/{workshop}/access", name="tallystick.api.access", tags=TAGS, responses=refusals(403, 404)
+        "/api/workshops/{workshop}/access",
+        name="tallystick.api.access",
+        response_model=AccessAnswer,
+        tags=TAGS,
+        responses=refusals(403, 404),
     )
-    async def access(user: User, workshop: WorkshopPath) -> AccessAnswer:
+    async def access(user: User, workshop: WorkshopPath) -> Response:
         """Whether one of the user's workshops is open, and why."""
         found, has = await billing.workshop_and_balance(user, workshop)
         locked = found.access.reason is AccessReason.LOCKED
-        return AccessAnswer(
-            workshop=str(found.key),
-            open=found.access.open,
-            reason=found.access.reason,
-            required=UNLOCK_CREDITS if locked else 0,
-            balance=has,
+        return answer(
+            AccessAnswer(
+                workshop=str(found.key),
+                open=found.access.open,
+                reason=found.access.reason,
+                required=UNLOCK_CREDITS if locked else 0,
+                balance=has,
+            )
         )
 
     @billing.post(
         "/api/workshops/{workshop}/unlock",
         name="tallystick.api.unlock",
+        response_model=UnlockAnswer,
         tags=TAGS,
         responses=refusals(402, 403, 404, 409, 410, 413),
     )
@@ -276,11 +296,8 @@ def add_to(billing: Billing) -> None:
         idempotency_key: Annotated[
             str | None, Header(min_length=1, max_length=KEY_MAX, description="The client's name for this one intent.")
         ] = None,
-    ) -> UnlockAnswer:
+    ) -> Response:
         """Spend a credit on a workshop, once: doing it again charges nothing and gives the first result."""
         spent = await billing.unlock(user, workshop, key=idempotency_key)
-        return UnlockAnswer(
-            transaction=history_row(spent),
-            balance=await billing.balance(user) if spent.replayed else spent.balance_after or 0,
-            replayed=spent.replayed,
-        )
+        balance = await billing.balance(user) if spent.replayed else spent.balance_after or 0
+        return answer(UnlockAnswer(transaction=history_row(spent), balance=balance, replayed=spent.replayed))

@@ -17,6 +17,7 @@ from tallystick.errors import (
     WorkshopDeleted,
     WorkshopLocked,
     WorkshopNotOwned,
+    shown,
 )
 from tallystick.ledger import Access, AccessReason, CreditTransaction, Ledger
 
@@ -46,7 +47,6 @@ class Paywall:
     def __init__(self, config: Config) -> None:
         self.ledger = Ledger(config)
         self._schema = self.ledger.schema
-        self._host = config.host
 
     def workshop(self, conn: sa.Connection, user: Key, workshop: object) -> Workshop:
         """A workshop of the user's, from its key or the text of it in an address.
@@ -119,10 +119,8 @@ class Paywall:
 
     def _key(self, text: object) -> Key:
         """The key that ``text`` in an address stands for. Raises UnknownWorkshop where it can be none."""
-        mapped = self._host.workshops
+        schema = self._schema
         try:
-            if mapped is not None and mapped.key_type in {"integer", "bigint"} and isinstance(text, str):
-                text = int(text) if text.removeprefix("-").isdecimal() and text.isascii() else text
-            return self._schema.workshop_key(text)
-        except (InvalidArgument, ValueError):  # int() refuses thousands of digits
-            raise UnknownWorkshop(f"no workshop {text!r}", workshop=str(text)) from None
+            return schema.workshop_key_of(text) if isinstance(text, str) else schema.workshop_key(text)
+        except InvalidArgument:
+            raise UnknownWorkshop(f"no workshop {shown(text)}", workshop=shown(text)) from None

@@ -40,7 +40,7 @@ class CheckoutForm(BaseModel):
 
     pack: str = Field(max_length=200)
     key: str | None = Field(default=None, min_length=1, max_length=KEY_MAX)
-    return_to: str | None = Field(default=None, max_length=RETURN_MAX)
+    return_to: str | None = None
     workshop: str | None = Field(default=None, max_length=200)
 
 
@@ -173,7 +173,7 @@ def _add_json(billing: Billing) -> None:
         "/api/checkout",
         name="tallystick.api.checkout",
         tags=TAGS,
-        responses=refusals(403, 404, 409, 413),
+        responses=refusals(403, 404, 408, 409, 413),
         status_code=201,
     )
     async def checkout(

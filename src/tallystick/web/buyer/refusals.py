@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import quote
@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from tallystick import errors
-from tallystick.config import Config, Pack
+from tallystick.config import Pack
 from tallystick.errors import InsufficientCredits, InvalidArgument, NotSignedIn, TallystickError, WorkshopLocked
 from tallystick.ledger import Access, AccessReason
 from tallystick.web.buyer.paywall import Workshop
@@ -54,6 +54,7 @@ MEANINGS: Final[Mapping[type[TallystickError], Meaning]] = {
     errors.UnknownPurchase: Meaning(404, "unknown-purchase"),
     errors.UnknownPack: Meaning(404, "unknown-pack"),
     errors.SessionNotYours: Meaning(404, "unknown-purchase"),
+    errors.RequestTooSlow: Meaning(408, "request-too-slow"),
     errors.PurchaseNotPending: Meaning(409, "purchase-not-pending"),
     errors.PurchaseNotCompleted: Meaning(409, "purchase-not-completed"),
     errors.SessionConflict: Meaning(409, "session-conflict"),
@@ -88,8 +89,9 @@ class Refusals:
     ``sign_in`` is the address a browser without a session is sent to.
     """
 
-    def __init__(self, config: Config, renderer: Renderer, *, sign_in: str | None) -> None:
-        self._packs = config.packs
+    def __init__(self, packs: Sequence[Pack], renderer: Renderer, *, sells: bool, sign_in: str | None) -> None:
+        self._packs = packs
+        self._sells = sells
         self._renderer = renderer
         self._texts = renderer.texts
         self._sign_in = sign_in
@@ -153,7 +155,7 @@ class Refusals:
             required=error.required,
             workshop=str(error.workshop) if isinstance(error, WorkshopLocked) else None,
             packs=[describe(pack) for pack in self._packs],
-            checkout=self._renderer.url(request, "api.checkout"),
+            checkout=self._renderer.url(request, "api.checkout") if self._sells else None,
         )
 
     async def _for_credits(self, request: Request, error: InsufficientCredits | WorkshopLocked) -> Response:

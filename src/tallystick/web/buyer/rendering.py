@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 from urllib.parse import urlencode
@@ -13,7 +13,7 @@ import jinja2
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
-from tallystick.config import Config
+from tallystick.config import Config, Pack
 from tallystick.errors import Key
 from tallystick.web.buyer.paywall import UNLOCK_CREDITS, Workshop
 from tallystick.web.buyer.texts import Texts
@@ -35,6 +35,7 @@ class Renderer:
     def __init__(
         self,
         config: Config,
+        packs: Sequence[Pack],
         texts: Texts,
         *,
         templates: jinja2.BaseLoader | None,
@@ -56,7 +57,7 @@ class Renderer:
             unlock_credits=UNLOCK_CREDITS,
             home=home,
             contact=contact,
-            packs=config.packs,
+            packs=packs,
             new_key=_new_key,
         )
 

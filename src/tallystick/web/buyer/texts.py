@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from tallystick.config import Pack
 from tallystick.errors import InsufficientCredits, TallystickError, WorkshopLocked
 from tallystick.ledger import AccessReason, CreditTransaction
+from tallystick.schema import CreditTransactionStatus
 from tallystick.web.shared import numbers
+from tallystick.web.shared.wording import what
 
 
 class Texts:
@@ -154,6 +156,10 @@ class Texts:
         """The sentence over the list."""
         return f"You owe {self.credits(-balance)}." if balance < 0 else f"You have {self.credits(balance)}."
 
+    def description(self, row: CreditTransaction) -> str:
+        """The description of a row; of a purchase that is not paid it does not say that it was bought."""
+        return what(row.description, done=row.status is CreditTransactionStatus.COMPLETED)
+
     def paid(self, row: CreditTransaction) -> str:
         """What a purchase cost; empty for what cost nothing."""
         return "" if row.amount_paid is None else self.money(row.amount_paid, row.currency or "")
@@ -182,7 +188,16 @@ class Texts:
         "unknown-purchase": "No such purchase",
         "unknown-pack": "No such pack",
         "workshop-deleted": "This workshop was deleted",
+        "purchase-not-pending": "This purchase is decided already",
+        "purchase-not-completed": "This purchase was not paid",
+        "session-conflict": "This payment belongs to another purchase",
+        "customer-conflict": "This payment account is another user's",
+        "refund-exceeds-purchase": "More than is left of this purchase",
+        "reinstatement-exceeds-refunds": "More than was taken back of this purchase",
+        "balance-out-of-range": "Too many credits",
+        "workshop-unaccounted": "This workshop is marked as unlocked, but no credit paid for it",
         "request-too-large": "Too large",
+        "request-too-slow": "Too slow",
         "invalid-argument": "A value is not valid",
         "idempotency-key-reused": "This key was used for something else",
         "busy": "Busy",
@@ -201,7 +216,16 @@ class Texts:
         "unknown-purchase": "It does not exist, or it is not yours.",
         "unknown-pack": "It is no longer on sale. Choose another one.",
         "workshop-deleted": "It cannot be unlocked.",
+        "purchase-not-pending": "It is paid, or it failed. Your history says which.",
+        "purchase-not-completed": "There is nothing to give back.",
+        "session-conflict": "Nothing was charged twice. Tell us which purchase you meant.",
+        "customer-conflict": "Nothing was charged. Tell us, so that we can set it right.",
+        "refund-exceeds-purchase": "Nothing was given back. Ask for less.",
+        "reinstatement-exceeds-refunds": "Nothing was given. Ask for less.",
+        "balance-out-of-range": "Your balance cannot hold that many. Nothing was changed.",
+        "workshop-unaccounted": "No credit was used. Tell us, so that we can set it right.",
         "request-too-large": "Send less.",
+        "request-too-slow": "It did not arrive whole, and nothing was changed. Send it again.",
         "busy": "Nothing was changed. Make the same request again.",
         "outcome-unknown": "Make the same request again: what was done is not done twice.",
         "unavailable": "Nothing was changed. Make the same request again in a moment.",

@@ -3,8 +3,6 @@
 No ``from __future__ import annotations`` here, as in ``billing``.
 """
 
-import csv
-import io
 from collections.abc import AsyncIterator
 from typing import Annotated, Final
 
@@ -18,15 +16,15 @@ from tallystick.web.buyer.billing import Billing
 from tallystick.web.buyer.json_api import Before, WorkshopPath
 from tallystick.web.buyer.paywall import UNLOCK_CREDITS
 from tallystick.web.buyer.rendering import is_fragment
-from tallystick.web.shared.requests import RETURN_MAX
+from tallystick.web.shared.spreadsheet import csv_line
 
 SEE_OTHER: Final = 303
 HISTORY_PAGE: Final = 30
 FOR_EVER: Final = "public, max-age=31536000, immutable"
 
-ReturnTo = Annotated[
-    str | None, Query(max_length=RETURN_MAX, description="Where to go afterwards: a path of this site.")
-]
+# One that is too long or leads elsewhere is no fault of the person's: they go home afterwards.
+ReturnTo = Annotated[str | None, Query(description="Where to go afterwards: a path of this site.")]
+PostedReturnTo = Annotated[str | None, Form()]
 
 
 def add_to(billing: Billing) -> None:
@@ -95,20 +93,16 @@ async def _page_of(billing: Billing, user: Key, before: str | None) -> list[Cred
 
 
 async def _csv(billing: Billing, user: Key, rows: list[CreditTransaction]) -> AsyncIterator[str]:
-    out = io.StringIO()
-    write = csv.writer(out).writerow
-    write(billing.texts.csv_columns)
+    yield csv_line(billing.texts.csv_columns)
     while rows:
-        for r in rows:
-            write((
-                r.sequence, _moment(r.created_at), _moment(r.completed_at), r.type, r.status, r.amount,
-                r.balance_after, _inert(r.description), r.amount_paid, r.currency, r.id,
-            ))  # fmt: skip
-        yield out.getvalue()
-        out.seek(0)
-        out.truncate()
+        yield "".join(
+            csv_line((
+                r.sequence, r.created_at, r.completed_at, r.type, r.status, r.amount, r.balance_after, r.description,
+                r.amount_paid, r.currency, r.id,
+            ))
+            for r in rows
+        )  # fmt: skip
         rows = await _page_of(billing, user, rows[-1].cursor) if len(rows) == HISTORY_MAX else []
-    yield out.getvalue()
 
 
 def _add_welcome(billing: Billing) -> None:
@@ -121,9 +115,7 @@ def _add_welcome(billing: Billing) -> None:
         return billing.renderer.page(request, "welcome.html", return_to=billing.returning(return_to))
 
     @billing.post("/welcome", name="tallystick.welcomed", include_in_schema=False)
-    async def welcomed(
-        request: Request, user: User, return_to: Annotated[str | None, Form(max_length=RETURN_MAX)] = None
-    ) -> Response:
+    async def welcomed(request: Request, user: User, return_to: PostedReturnTo = None) -> Response:
         """Remember it; by htmx's header the script says that it needs no page."""
         await billing.database.run(lambda conn: billing.accounts.complete_onboarding(conn, user))
         if is_fragment(request):
@@ -153,7 +145,7 @@ def _add_unlocking(billing: Billing) -> None:
         request: Request,
         user: User,
         workshop: WorkshopPath,
-        return_to: Annotated[str | None, Form(max_length=RETURN_MAX)] = None,
+        return_to: PostedReturnTo = None,
     ) -> Response:
         """Spend, then show what was done at an address of its own, which may be reloaded and gone back to."""
         back = billing.returning(return_to)
@@ -187,12 +179,3 @@ def _add_unlocking(billing: Billing) -> None:
             request, "unlocked.html", workshop=found, balance=balance, spent=spent if found.access.open else 0,
             return_to=billing.returning(return_to),
         )  # fmt: skip
-
-
-def _moment(value: object) -> str:
-    return value.isoformat() if hasattr(value, "isoformat") else ""
-
-
-def _inert(text: str) -> str:
-    """Text that no spreadsheet takes for a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import csv as csv_module
 import dataclasses
 import datetime as dt
 import enum
-import io
 import json as json_module
 import logging
 import re
 from collections.abc import Iterable, Iterator
 from decimal import Decimal
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 from uuid import UUID
 
 from starlette.responses import Response, StreamingResponse
 
+from tallystick.web.shared.spreadsheet import csv_line
+
 log = logging.getLogger("tallystick.console")
 
-_FLUSH_BYTES = 64 * 1024
+_ROWS_AT_ONCE = 500
 
 
 def json(value: Any) -> Response:
@@ -43,28 +43,14 @@ def csv(name: str, rows: Iterable[Any], *, operator: str, columns: type | None =
 
 
 def _lines(header: list[str], rows: Iterable[Any]) -> Iterator[str]:
-    buffer = io.StringIO()
-    writer = csv_module.writer(buffer)
-    writer.writerow(header)
-    for row in rows:
-        writer.writerow([_cell(getattr(row, name)) for name in header])
-        if buffer.tell() > _FLUSH_BYTES:
-            yield buffer.getvalue()
-            buffer.seek(0)
-            buffer.truncate()
-    yield buffer.getvalue()
+    yield csv_line(header)
+    rest = iter(rows)
+    while some := list(islice(rest, _ROWS_AT_ONCE)):
+        yield "".join(csv_line(_cell(getattr(row, name)) for name in header) for row in some)
 
 
-def _cell(value: Any) -> str | int | float:
-    if value is None:
-        return ""
-    if isinstance(value, int | float):
-        return value
-    if isinstance(value, list | dict):
-        return json_module.dumps(_plain(value), ensure_ascii=False)
-    text = value.isoformat() if isinstance(value, dt.date) else str(value)
-    # A spreadsheet takes such a text for a formula; the quote keeps it what it is.
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+def _cell(value: Any) -> Any:
+    return json_module.dumps(_plain(value), ensure_ascii=False) if isinstance(value, list | dict) else value
 
 
 def _plain(value: Any) -> Any:  # noqa: PLR0911 - one line for each kind of value

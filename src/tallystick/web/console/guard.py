@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tallystick.errors import CrossSiteRequest, RequestTooLarge, RequestTooSlow
 from tallystick.web.console.access import (
     COOKIE,
     SESSION_S,
@@ -28,10 +29,10 @@ from tallystick.web.console.access import (
     TrustedProxy,
 )
 from tallystick.web.shared.pages import security_headers
+from tallystick.web.shared.requests import BODY_MAX_BYTES, check_same_site, limited
 
 log = logging.getLogger("tallystick.console")
 
-FORM_BYTES = 64 * 1024
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 Show = Callable[..., Response]
@@ -201,22 +202,24 @@ class Guard:
             raise Refused(421, "Another host's name", "This console is not served under the name in this address.")
 
     def _check_origin(self, request: Request) -> None:
-        origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site")
-        if (origin is not None and origin not in self._origins) or site not in (None, "same-origin", "none"):
-            raise Refused(403, "From another site", "Nothing was changed. Forms are accepted from the console itself.")
+        try:
+            check_same_site(request.method, request.headers, self._origins, and_no_other=True)
+        except CrossSiteRequest:
+            text = "Nothing was changed. Forms are accepted from the console itself."
+            raise Refused(403, "From another site", text) from None
 
 
 async def _form(request: Request) -> dict[str, str]:
     """The fields of a plain form; of a repeated one the last."""
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/x-www-form-urlencoded":
         raise Refused(415, "Not a form", "Nothing was changed. Send application/x-www-form-urlencoded.")
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > FORM_BYTES:
-            raise Refused(413, "Too long", f"Nothing was changed. A form has at most {FORM_BYTES} bytes.")
     try:
+        body = await Request(request.scope, limited(request, BODY_MAX_BYTES)).body()
         return dict(parse_qsl(body.decode("utf-8"), keep_blank_values=True, max_num_fields=50))
+    except RequestTooLarge:
+        raise Refused(413, "Too long", f"Nothing was changed. A form has at most {BODY_MAX_BYTES} bytes.") from None
+    except RequestTooSlow:
+        raise Refused(408, "Too slow", "Nothing was changed. The form did not arrive whole: send it again.") from None
     except ValueError:
         raise Refused(400, "Not a form", "Nothing was changed. Its fields could not be read.") from None
 

@@ -17,15 +17,17 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 
-from tallystick.config import Config
+from tallystick.config import TEXT_KEYS, Config
 from tallystick.database import transaction
-from tallystick.errors import InvalidArgument, Key, UnknownUser
+from tallystick.errors import InvalidArgument, Key, UnknownUser, shown
 from tallystick.schema import CreditTransactionStatus, Schema, migration_log
 
 PAGE_ROWS = 50
 TALLY_ROWS = 30
 CHART_ROWS = 400
 COUNT_UP_TO = 1000
+ROWS_A_PAGE = 40
+"""Taken for a table that was never analyzed."""
 PAGE_TIMEOUT_MS = 5_000
 SUM_TIMEOUT_MS = 300_000
 DAYS = 30
@@ -44,6 +46,14 @@ class Page(Generic[Row]):
     rows: list[Row]
     before: str | None
     after: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """A number of rows: counted up to a thousand, above that an estimate, or as many as were counted ("more than")."""
+
+    number: int
+    about: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,20 +215,39 @@ class Queries:
 
     # --- users ---
 
-    def estimates(self) -> tuple[int, int]:
-        """About how many users and ledger rows there are, as the planner believes; counting would read them all."""
-        relation = sa.table("pg_class", sa.column("oid"), sa.column("reltuples"), schema="pg_catalog")
+    def sizes(self) -> tuple[Count, Count]:
+        """The number of users and of ledger rows. Counting all of many would read them all.
+
+        An estimate is the planner's: rows a page when the table was last analyzed, times the pages it has now.
+        """
+        relation = sa.table(
+            "pg_class", sa.column("oid"), sa.column("reltuples"), sa.column("relpages"), schema="pg_catalog"
+        )
         preparer = self.engine.dialect.identifier_preparer
 
-        def estimate(table: sa.Table) -> sa.ScalarSelect[Any]:
-            name = preparer.format_table(table)
-            wanted = sa.cast(sa.func.to_regclass(name), pg.OID)
-            tuples = sa.cast(relation.c.reltuples, sa.BigInteger)
-            return sa.select(tuples).where(relation.c.oid == wanted).scalar_subquery()
+        def some(key: sa.ColumnElement[Any]) -> sa.ScalarSelect[Any]:
+            first = sa.select(key).order_by(key).limit(COUNT_UP_TO + 1).subquery()  # by its index, past dead rows
+            return sa.select(sa.func.count()).select_from(first).scalar_subquery()
 
+        def estimate(table: sa.Table) -> sa.ScalarSelect[Any]:
+            wanted = sa.cast(sa.func.to_regclass(preparer.format_table(table)), pg.OID)
+            analyzed = relation.c.reltuples / sa.func.nullif(relation.c.relpages, 0)
+            pages = sa.func.pg_relation_size(relation.c.oid) / sa.cast(
+                sa.func.current_setting("block_size"), sa.Integer
+            )
+            rows = sa.func.coalesce(sa.func.nullif(analyzed, -1), ROWS_A_PAGE) * pages
+            return sa.select(sa.cast(rows, sa.BigInteger)).where(relation.c.oid == wanted).scalar_subquery()
+
+        def count(counted: int, estimated: int | None) -> Count:
+            if counted <= COUNT_UP_TO:
+                return Count(counted)
+            believed = (estimated or 0) > counted  # statistics of a time when there were few say too little
+            return Count(estimated or 0, "about ") if believed else Count(COUNT_UP_TO, "more than ")
+
+        users, ledger = self.schema.users, self.schema.credit_transactions
         with self.reading() as conn:
-            row = conn.execute(sa.select(estimate(self.schema.users), estimate(self.schema.credit_transactions))).one()
-        return max(row[0] or 0, 0), max(row[1] or 0, 0)
+            row = conn.execute(sa.select(some(users.c.key), estimate(users), some(ledger.c.id), estimate(ledger))).one()
+        return count(row[0], row[1]), count(row[2], row[3])
 
     def user(self, key: Key) -> UserRow:
         """The user with this key. Raises UnknownUser."""
@@ -529,19 +558,14 @@ class Queries:
         if "\0" in search:
             return sa.false()
         parts = [users.email.icontains(search, autoescape=True)] if "email" in users else []
-        if host.key_type == "text":
-            parts.append(users.key.icontains(search, autoescape=True))
+        if host.key_type in TEXT_KEYS:
+            parts.append(sa.cast(users.key, sa.Text).icontains(search, autoescape=True))
         return sa.or_(sa.false(), *parts)
 
     def key(self, text: str) -> Key | None:
         """``text`` as a user's key, or None if it is none."""
-        value: Key = text
-        if self.config.host.users.key_type in ("integer", "bigint"):
-            if not (text.isascii() and text.lstrip("-").isdigit()):
-                return None
-            value = int(text)
         try:
-            return self.schema.user_key(value)
+            return self.schema.user_key_of(text)
         except InvalidArgument:
             return None
 
@@ -606,16 +630,16 @@ def _moment_cursor(text: str) -> tuple[dt.datetime, UUID]:
     moment, _, id = text.partition("~")
     try:
         parsed, row = dt.datetime.fromisoformat(moment), UUID(id)
-    except ValueError:
-        raise _bad_cursor(text) from None
-    if parsed.tzinfo is None:
-        raise _bad_cursor(text)
-    return parsed, row
+        if parsed.tzinfo is not None:
+            return parsed.astimezone(dt.UTC), row  # PostgreSQL knows no offset of 16 hours and more
+    except (ValueError, OverflowError):
+        pass
+    raise _bad_cursor(text)
 
 
 def _bad_cursor(text: str) -> InvalidArgument:
     return InvalidArgument(
-        f"cursor={text!r}: no place in this list. Begin at its first page", argument="cursor", value=text
+        f"cursor={shown(text)}: no place in this list. Begin at its first page", argument="cursor", value=text
     )
 
 

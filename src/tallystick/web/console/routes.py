@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime as dt
+import importlib.util
 import logging
 import secrets
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 from urllib.parse import quote, urlencode
 from uuid import UUID
 
@@ -21,7 +22,7 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from tallystick import audit, stripe
+from tallystick import audit
 from tallystick.config import Config
 from tallystick.database import translated, with_known_settings
 from tallystick.errors import (
@@ -34,6 +35,7 @@ from tallystick.errors import (
     StripeError,
     TallystickError,
     UnknownUser,
+    shown,
 )
 from tallystick.web.console import export
 from tallystick.web.console.access import Door
@@ -44,6 +46,10 @@ from tallystick.web.console.queries import Figures, Page, Queries
 from tallystick.web.shared import numbers
 from tallystick.web.shared.pages import StaticFiles, environment
 from tallystick.web.shared.tally import SMALL, tally
+from tallystick.web.shared.wording import what
+
+if TYPE_CHECKING:
+    from tallystick import stripe
 
 log = logging.getLogger("tallystick.console")
 
@@ -84,11 +90,16 @@ class _Console:
             "figures", lambda _: self.queries.figures(dt.datetime.now(dt.UTC)), keep_s=60
         )
         self.stripe: Background[stripe.Report] | None = None
-        if allow_actions and config.stripe_secret_key:
+        if allow_actions and config.stripe_secret_key and importlib.util.find_spec("stripe"):
+            from tallystick import stripe  # noqa: PLC0415 - an extra
+
             self.stripe = Background("stripe", lambda _: stripe.reconcile(engine, config))
+            self.confirm = partial(stripe.confirm, engine, config)
         self.templates = environment(jinja2.PackageLoader("tallystick.web.console"))
         self.templates.filters.update(
             ago=ago,
+            when=when,
+            what=what,
             number=numbers.number,
             change=numbers.change,
             count=count,
@@ -144,8 +155,8 @@ class _Console:
 
     def overview(self, request: Request) -> Response:
         state = self.audit.state
-        users, rows = self.queries.estimates()
-        if state.at is None and not state.running and rows <= AUDIT_UNASKED_ROWS:
+        _, rows = self.queries.sizes()
+        if state.at is None and not state.running and rows.number <= AUDIT_UNASKED_ROWS:
             self.audit.start()
             self.audit.wait(FIRST_FIGURES_S)
         figures = self.figures.fresh(wait_s=FIRST_FIGURES_S)
@@ -155,8 +166,7 @@ class _Console:
             "overview.html",
             audit=self.audit.state,
             figures=figures,
-            estimated_users=users,
-            estimated_rows=rows,
+            size=rows,
             waiting=self.queries.waiting(),
             oldest=self.queries.pending(limit=5).rows,
             receipt=receipts[0] if receipts else None,
@@ -194,16 +204,16 @@ class _Console:
                 q=search,
                 page=Page([], None, None),
                 tallies={},
-                estimate=None,
+                size=None,
                 too_slow=True,
             )
         if form == "json":
             return self._list(request, page, q=search)
         if search and len(page.rows) == 1 and page.before is None and page.after is None:
             return RedirectResponse(self.at(request, "/user", key=page.rows[0].key), 303)
-        estimate = None if search else self.queries.estimates()[0]
+        size = None if search else self.queries.sizes()[0]
         tallies = self.queries.tallies([row.key for row in page.rows])
-        return self.show(request, "users.html", q=search, page=page, tallies=tallies, estimate=estimate, too_slow=False)
+        return self.show(request, "users.html", q=search, page=page, tallies=tallies, size=size, too_slow=False)
 
     def user(self, request: Request, form: str) -> Response:
         key = self._key(request)
@@ -261,7 +271,7 @@ class _Console:
         session = form.get("session", "")
         if session:
             user = self._parsed_key(form.get("key", ""))
-            said = stripe.confirm(self.engine, self.config, user, session)
+            said = self.confirm(user, session)
             log.info("action=ask-stripe operator=%r session=%r outcome=%s", _operator(request), session, said.outcome)
             return RedirectResponse(self.at(request, "/pending", told=said.purchase.status), 303)
         started = self.stripe.start()
@@ -426,7 +436,7 @@ class _Console:
     def _parsed_key(self, text: str) -> Key:
         key = self.queries.key(text)
         if key is None:
-            raise UnknownUser(f"no user {text!r}: user keys here are {self.config.host.users.key_type}", user=text)
+            raise UnknownUser(f"no user {shown(text)}: user keys here are {self.config.host.users.key_type}", user=text)
         return key
 
     def static(self, request: Request) -> Response:
@@ -465,6 +475,11 @@ def ago(moment: dt.datetime | None) -> Markup:
     return Markup('<time datetime="{}" title="{}">{}</time>').format(
         moment.astimezone(dt.UTC).isoformat(), utc(moment), _ago(seconds, moment)
     )
+
+
+def when(moment: dt.datetime) -> Markup:
+    """As :func:`ago`, with the time itself below it: a telephone has nothing to hover with."""
+    return Markup('{}<span class="at">{:%Y-%m-%d %H:%M}</span>').format(ago(moment), moment.astimezone(dt.UTC))
 
 
 def _ago(seconds: float, moment: dt.datetime) -> str:

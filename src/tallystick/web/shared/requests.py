@@ -14,22 +14,27 @@ from collections.abc import Collection
 from typing import Final
 from urllib.parse import quote_plus, urlsplit
 
+import anyio
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import Message, Receive
 
-from tallystick.errors import CrossSiteRequest, RequestTooLarge
+from tallystick.errors import CrossSiteRequest, RequestTooLarge, RequestTooSlow
 
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 BODY_MAX_BYTES: Final = 64 * 1024
 WEBHOOK_MAX_BYTES: Final = 1024 * 1024
+BODY_MAX_S: Final = 30.0
 RETURN_MAX: Final = 2_000  # characters, as encoded into an address for Stripe, which takes 5,000 in all
 
 
-def check_same_site(method: str, headers: Headers, allowed_origins: Collection[str] = ()) -> None:
+def check_same_site(
+    method: str, headers: Headers, allowed_origins: Collection[str] = (), *, and_no_other: bool = False
+) -> None:
     """Refuse a request that changes something and was made by a page of another site.
 
-    ``allowed_origins`` are trusted besides the one that the request was sent to.
+    ``allowed_origins`` are trusted besides the one that the request was sent to; or instead of it, where the server
+    knows all of its own (``and_no_other``).
 
     Raises:
         CrossSiteRequest.
@@ -40,13 +45,14 @@ def check_same_site(method: str, headers: Headers, allowed_origins: Collection[s
     if origin is not None and origin in allowed_origins:
         return
     site = headers.get("sec-fetch-site")
-    if site in {"same-origin", "none"}:
+    other = and_no_other and origin is not None
+    if not other and site in {"same-origin", "none"}:
         return
     # A proxy that ends TLS changes the scheme that we see, so hosts are compared.
-    if site is None and (origin is None or origin.partition("://")[2] == headers.get("host")):
+    if not other and site is None and (origin is None or origin.partition("://")[2] == headers.get("host")):
         return
     raise CrossSiteRequest(
-        f"a page of {origin or site} made this request. If that is one of yours, name it in allowed_origins",
+        f"a page of {origin or site} made this request. If that is one of yours, name it in checkout_origins",
         origin=origin,
     )
 
@@ -70,24 +76,35 @@ def return_address(asked: str | None, default: str, allowed_origins: Collection[
     return default
 
 
-def limited(request: Request, limit_bytes: int) -> Receive:
-    """The request's ``receive``, which stops when the body gets longer than ``limit_bytes``.
+def limited(request: Request, limit_bytes: int, *, limit_s: float = BODY_MAX_S) -> Receive:
+    """The request's ``receive``, for a body of at most ``limit_bytes`` that arrives within ``limit_s``.
 
     Raises:
         RequestTooLarge: at once when the length is announced, else when it is exceeded.
+        RequestTooSlow: a client that sends a byte now and then would hold a place for hours.
     """
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced) > limit_bytes:
         raise _too_large(limit_bytes)
-    receive, seen = request.receive, 0
+    receive, seen, whole = request.receive, 0, False
+    deadline: float | None = None
 
     async def counted() -> Message:
-        nonlocal seen
-        message = await receive()
-        seen += len(message.get("body", b""))
-        if seen > limit_bytes:
-            raise _too_large(limit_bytes)
-        return message
+        nonlocal seen, whole, deadline
+        if whole:  # what comes now is that the client hangs up, whenever it does
+            return await receive()
+        if deadline is None:
+            deadline = anyio.current_time() + limit_s
+        with anyio.CancelScope(deadline=deadline):
+            message = await receive()
+            seen += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
+            if seen > limit_bytes:
+                raise _too_large(limit_bytes)
+            return message
+        raise RequestTooSlow(
+            f"the body did not arrive within {limit_s:g} s. Make the same request again", limit_s=limit_s
+        )
 
     return counted
 

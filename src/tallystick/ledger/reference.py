@@ -1,0 +1,231 @@
+"""The functions and their outcomes as facts, for the pages and the clients that are written from them.
+
+Names, parameters and the outcomes of each function are read out of ``sql/``, so none of it can drift from what is
+installed. The sentences are here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+from tallystick.ledger.functions import ORDER, Function
+from tallystick.ledger.outcomes import DONE, REPLAYED
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A refusal: its name, the SQLSTATE of the strict functions, the sentence, and what an answer tells with it.
+
+    ``tells`` maps attributes of the answer to their types; those of ``detail`` are written ``detail.NAME``. A type that
+    ends in ``?`` may be missing.
+    """
+
+    name: str
+    sqlstate: str
+    meaning: str
+    tells: Mapping[str, str]
+
+
+_MEANINGS: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "invalid_argument": (
+        "An argument is missing or out of its domain. Pass what is expected.",
+        {"detail.argument": "text", "detail.expected": "text"},
+    ),
+    "unknown_user": ("No user has this key. Pass the value of the mapped key column.", {}),
+    "user_deleted": ("The user is soft-deleted. To bring the user back: restore_user.", {"detail.deleted_at": "text"}),
+    "unknown_workshop": ("No workshop has this key. Pass the value of the mapped key column.", {}),
+    "workshop_deleted": (
+        "The workshop is soft-deleted. To bring it back: restore_workshop.",
+        {"detail.deleted_at": "text"},
+    ),
+    "workshop_not_owned": ("The workshop belongs to another user. Only its owner can unlock it.", {}),
+    "workshop_unaccounted": (
+        (
+            "The workshop is marked as unlocked, but no consumption paid for it. Nothing was charged. "
+            "Look with: tallystick audit."
+        ),
+        {},
+    ),
+    "unknown_purchase": ("The user has no such purchase. Look with: tallystick history.", {}),
+    "purchase_not_pending": (
+        "The purchase is completed and cannot fail. To take its credits back: refund.",
+        {"id": "uuid", "status": "text"},
+    ),
+    "purchase_not_completed": (
+        "The purchase is not completed, so there is nothing to take back. To give it up: fail_purchase.",
+        {"id": "uuid", "status": "text"},
+    ),
+    "session_conflict": (
+        (
+            "The purchase has another Stripe session, or another purchase has this one (held_by). "
+            "Start another purchase for another session."
+        ),
+        {"id": "uuid", "stripe_session_id": "text?", "detail.held_by": "uuid?"},
+    ),
+    "stripe_customer_conflict": (
+        "The user has another Stripe customer (has; replace changes it), or another user has this one.",
+        {"detail.has": "text?", "detail.of_another_user": "boolean?"},
+    ),
+    "insufficient_credits": (
+        "The balance does not cover what was asked for. Sell a pack first, or grant credits.",
+        {"balance": "credits", "required": "credits"},
+    ),
+    "refund_exceeds_purchase": (
+        "Less of the purchase is left to refund than was asked for, or nothing.",
+        {"id": "uuid", "amount": "credits", "required": "credits?", "remaining": "credits"},
+    ),
+    "reinstatement_exceeds_refunds": (
+        "Refunds took less of the purchase than was asked for, or nothing. To give more: grant.",
+        {"id": "uuid", "amount": "credits", "required": "credits?", "remaining": "credits"},
+    ),
+    "balance_out_of_range": ("The balance would leave the range of its type.", {"balance": "credits"}),
+    "idempotency_key_reused": (
+        (
+            "The key was used before, for something else: differs has, by column, what it was used for and what is "
+            "asked for now. Use a new key for a new intent."
+        ),
+        {"id": "uuid", "detail.differs": "differences"},
+    ),
+    "ledger_inconsistent": (
+        "The user's row says fewer completed rows (sequence) than the ledger has. Look with: tallystick audit.",
+        {"detail.sequence": "integer"},
+    ),
+    "host_interfered": (
+        (
+            "A trigger, rule or policy of the host changed or swallowed what was written. It is raised by the plain "
+            "functions too, and nothing of the transaction stays."
+        ),
+        {},
+    ),
+}
+
+
+PARAMETERS: Mapping[str, str] = {
+    "user_id": "the user, by the mapped key column",
+    "key": "your name for this one intent, 1 to 255 characters: the same key again gives the first result",
+    "amount": "a number of credits, 1 or more; of a refund or a reinstatement NULL for all that is left",
+    "description": "for people, 1 to 10,000 characters; not compared when a key is used again",
+    "metadata": "a JSON object of your own: who of a team, which request",
+    "workshop_id": "the workshop, by the mapped key column",
+    "purchase_id": "the id of the purchase's row",
+    "stripe_session_id": "the Checkout session, 1 to 255 characters; with purchase_id it is tied to that purchase",
+    "stripe_payment_intent_id": "the payment intent, 1 to 255 characters",
+    "stripe_price_id": "the price that is bought, 1 to 255 characters",
+    "amount_paid": "money in minor units of the currency, 0 or more; given with currency, or neither",
+    "currency": "three letters, as usd",
+    "reason": "why it failed, 1 to 10,000 characters; required",
+    "at": "a moment, which counts as well",
+    "row_limit": "how many rows, 1 to 1,000",
+    "before": "read on after a row: its sequence, or its id where it has none",
+    "include_failed": "failed purchases too",
+    "paywall": "false opens every workshop that is not deleted",
+    "grandfathered_before": "workshops made before are open; NULL is when Tallystick was installed",
+    "plan_tier": "a name of your choosing, 1 to 32 characters",
+    "stripe_customer_id": "the customer at Stripe, 1 to 255 characters",
+    "replace": "give up another customer that the user has",
+    # of consume_many, item by item
+    "user_ids": "the users",
+    "keys": "the keys, as many",
+    "workshop_ids": "as many, or NULL for none; an item may be NULL",
+    "amounts": "as many, or NULL for 1 each; an item may be NULL",
+    "descriptions": "as many, or NULL for none; an item may be NULL",
+}
+"""One phrase for each parameter."""
+
+ATTRIBUTES: Mapping[str, str] = {
+    "outcome": "`completed`, `replayed`, or the name of a refusal",
+    "id": "of the row that was written or found; of a refusal, of the row it is about",
+    "user_id": "the user's key",
+    "type": "`purchase`, `consumption`, `refund` or `grant`",
+    "status": "`pending`, `completed` or `failed`",
+    "amount": "credits, signed",
+    "balance_after": "the running balance; NULL until completed",
+    "sequence": "1, 2, 3 … of the user, in the order of completion; NULL until completed",
+    "description": "for people",
+    "workshop_id": "the workshop's key",
+    "refund_of": "the purchase that a refund or a reinstatement is of",
+    "stripe_session_id": "as Stripe said it",
+    "stripe_payment_intent_id": "as Stripe said it",
+    "stripe_price_id": "as Stripe said it",
+    "amount_paid": "money in minor units",
+    "currency": "three small letters",
+    "idempotency_key": "the call's `key`",
+    "metadata": "the caller's",
+    "created_at": "when the row was written",
+    "completed_at": "when it counted",
+    "balance": "of the user, now; for a replay it may be another than `balance_after`",
+    "required": "credits that the call asked for",
+    "remaining": "credits of the purchase that can still be refunded, or given back",
+    "detail": "what else there is to say of a refusal",
+    "item": "the place in the lists of `consume_many`, from 1",
+    "credit_balance": "credits",
+    "onboarding_complete": "the onboarding was seen through",
+    "stripe_customer_id": "the customer at Stripe",
+    "plan_tier": "the plan",
+    "updated_at": "when the user's row last changed",
+    "deleted_at": "when it was soft-deleted",
+    "open": "the workshop may be used",
+    "reason": "`unlocked`, `grandfathered`, `paywall_off`, `locked` or `deleted`",
+}
+"""One phrase for each attribute of an answer."""
+
+
+@cache
+def refusals() -> tuple[Refusal, ...]:
+    """Every refusal, in the order of its code."""
+    codes = re.findall(r"WHEN '(\w+)' THEN '(\w+)'", _text("sqlstate_of"))
+    return tuple(Refusal(name, code, *_MEANINGS[name]) for name, code in codes)
+
+
+_NEVER: Mapping[str, frozenset[str]] = {
+    # what the body that they share gives the other one alone; and neither passes a session
+    "refund": frozenset({"session_conflict", "reinstatement_exceeds_refunds"}),
+    "reinstate": frozenset({"session_conflict", "refund_exceeds_purchase", "purchase_not_completed"}),
+}
+
+
+@cache
+def outcomes_of(function: str) -> tuple[str, ...]:
+    """The outcomes that a function may answer with, what it calls included: ``completed`` first, refusals by code."""
+    named = _named_in(function) - _NEVER.get(function, frozenset())
+    rest = [REPLAYED, *(refusal.name for refusal in refusals())]
+    return (DONE, *(name for name in rest if name in named))
+
+
+def sentence(function: Function, name: Callable[[str], str]) -> str:
+    """A function as its file introduces it; ``name`` writes the names in it, such as those of parameters."""
+    for_callers = function.comment.split(" -- ")[0]  # what follows is for readers of the SQL
+    return re.sub(r"``(\w+)``", lambda found: f"`{name(found[1])}`", for_callers)
+
+
+@cache
+def attributes(answer: str) -> tuple[tuple[str, str], ...]:
+    """The attributes of a composite type, such as ``tallystick.answer``: (name, type), in order."""
+    body = _text(answer.removeprefix("tallystick.")).split(" AS (", 1)[1].rsplit(")", 1)[0]
+    lines = (line.split("--")[0].strip().rstrip(",") for line in body.splitlines())
+    return tuple((name, kind) for name, _, kind in (line.partition(" ") for line in lines if line))
+
+
+def _named_in(function: str) -> frozenset[str]:
+    """All quoted words of a function's file, and of those of the functions it calls."""
+    seen: set[str] = set()
+    words: set[str] = set()
+    left = [function]
+    while left:
+        name = left.pop()
+        if name in seen or name not in ORDER:
+            continue
+        seen.add(name)
+        text = _text(name)
+        words.update(re.findall(r"'(\w+)'", text))
+        left.extend(re.findall(r"tallystick\.(\w+)\(", text))
+    return frozenset(words)
+
+
+@cache
+def _text(name: str) -> str:
+    return (files(__package__) / "sql" / f"{name}.sql").read_text("utf-8")

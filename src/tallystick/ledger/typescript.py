@@ -1,0 +1,397 @@
+"""The TypeScript client: one file for one host, written from the functions' own declarations.
+
+``typescript.ts`` beside this is what all clients have in common; the lines ``//# name`` in it are filled in here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from importlib.resources import files
+
+from tallystick.config import HostMapping, KeyType
+from tallystick.ledger.functions import COLUMNS, Function, declared
+from tallystick.ledger.operations import AccessReason
+from tallystick.ledger.outcomes import DONE, REPLAYED
+from tallystick.ledger.reference import PARAMETERS, Refusal, attributes, outcomes_of, refusals, sentence
+from tallystick.schema import HEAD, CreditTransactionStatus, CreditTransactionType
+
+SIGNED = "written by: tallystick client typescript"
+"""What the first lines of each client say."""
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What a function tells: the name of its interface, and the attributes of ``answer`` that it sets."""
+
+    name: str
+    comment: str
+    answer: str
+    only: tuple[str, ...] | None = None
+    also: str | None = None
+    """The interface that it extends."""
+
+    def columns(self) -> Iterator[tuple[str, str]]:
+        return ((name, kind) for name, kind in attributes(self.answer) if self.only is None or name in self.only)
+
+
+_ROW = _Shape(
+    "CreditTransaction",
+    "A row of the ledger.",
+    "tallystick.answer",
+    ("outcome", *COLUMNS, "detail"),
+)
+_WRITTEN = _Shape(
+    "Written",
+    "The row of the ledger that the call wrote, or found; and the user's balance now.",
+    "tallystick.answer",
+    also="CreditTransaction",
+)
+_BALANCE = _Shape(
+    "Balance",
+    "The credits of a user, negative when in debt.",
+    "tallystick.answer",
+    ("outcome", "user_id", "balance", "detail"),
+)
+_ACCESS = _Shape("Access", "If a workshop is open, and why.", "tallystick.workshop_answer")
+_WORKSHOP = _Shape(
+    "Workshop", "A workshop, after the call.", "tallystick.workshop_answer", ("outcome", "workshop_id", "deleted_at")
+)
+_ACCOUNT = _Shape("Account", "The billing side of a user.", "tallystick.account_answer")
+_SHAPES = (_ROW, _WRITTEN, _BALANCE, _ACCESS, _WORKSHOP, _ACCOUNT)
+_TOLD_BY = {
+    "balance": _BALANCE,
+    "balance_at": _BALANCE,
+    "lock": _BALANCE,
+    "history": _ROW,
+    "access": _ACCESS,
+    "tallystick.answer": _WRITTEN,
+    "tallystick.account_answer": _ACCOUNT,
+    "tallystick.workshop_answer": _WORKSHOP,
+}
+_NOT_NULL = {
+    *("id", "user_id", "type", "status", "amount", "description", "created_at", "balance"),
+    *("credit_balance", "onboarding_complete", "plan_tier", "updated_at"),
+}
+_NOT_NULL_IN = {"Access": {"workshop_id", "open", "reason"}, "Workshop": {"workshop_id"}}
+_OF_REFUSALS = {"outcome", "required", "remaining", "detail", "item"}
+_UNIONS: dict[str, type[StrEnum]] = {
+    "type": CreditTransactionType,
+    "status": CreditTransactionStatus,
+    "reason": AccessReason,
+}
+_WIDTH = 120
+_KEYS: dict[KeyType, str] = {"uuid": "string", "text": "string", "integer": "number", "bigint": "string"}
+
+
+def typescript(host: HostMapping) -> str:
+    """The client for ``host``."""
+    client = _Client(host)
+    text = (files(__package__) / "typescript.ts").read_text("utf-8")
+    for mark, value in client.words().items():
+        text = text.replace(mark, value)
+    for name, lines in client.parts().items():
+        before, after = re.split(rf"^ *//# {name}\n", text, flags=re.MULTILINE)
+        text = before + "".join(f"{line}\n" for line in lines) + after
+    return text
+
+
+@dataclass(frozen=True)
+class _Client:
+    host: HostMapping
+
+    def words(self) -> dict[str, str]:
+        workshops = self.host.workshops
+        return {
+            "__REVISION__": HEAD,
+            "__USER_KEY__": self.host.users.key_type,
+            "__WORKSHOP_KEY__": f"workshops by {workshops.key_type}" if workshops else "there are no workshops",
+            "__CREDITS__": self.host.credits,
+        }
+
+    def parts(self) -> dict[str, Iterable[str]]:
+        return {
+            "types": self._types(),
+            "operations": self._operations(),
+            "calls": self._calls(),
+            "facts": self._facts(),
+        }
+
+    # --- functions ---
+
+    @cached_property
+    def _functions(self) -> tuple[Function, ...]:
+        """Without those about workshops, where there are none."""
+        return tuple(f for f in declared() if self.host.workshops or _told(f).answer != "tallystick.workshop_answer")
+
+    def _parameters(self, function: Function) -> Iterator[tuple[str, str, str | None]]:
+        for name, kind, default in function.parameters:
+            if self.host.workshops or "{workshop_key_type}" not in kind:
+                yield name, kind, default
+
+    def _outcomes(self, function: Function) -> list[str]:
+        # an argument may also be refused before it is sent
+        named = {*outcomes_of(function.name), "invalid_argument"}
+        order = (DONE, REPLAYED, *(refusal.name for refusal in refusals()))
+        return [name for name in order if name in named and (self.host.workshops or "workshop" not in name)]
+
+    @cached_property
+    def _answered(self) -> list[Refusal]:
+        """The refusals that are answers; one is always raised."""
+        return [
+            refusal
+            for refusal in refusals()
+            if refusal.name != "host_interfered" and (self.host.workshops or "workshop" not in refusal.name)
+        ]
+
+    def _sql_type(self, kind: str) -> str:
+        workshops = self.host.workshops
+        return (
+            kind.replace("{user_key_type}", self.host.users.key_type)
+            .replace("{workshop_key_type}", workshops.key_type if workshops else "uuid")
+            .replace("{credits}", self.host.credits)
+        )
+
+    # --- types ---
+
+    def _types(self) -> Iterator[str]:
+        users, workshops = self.host.users, self.host.workshops
+        yield f"/** A user's key, as it is given back{_accepted(users.key_type)}. */"
+        yield f"export type UserKey = {_KEYS[users.key_type]};"
+        if workshops:
+            yield ""
+            yield f"/** A workshop's key, as it is given back{_accepted(workshops.key_type)}. */"
+            yield f"export type WorkshopKey = {_KEYS[workshops.key_type]};"
+        yield ""
+        yield "/** A number of credits, as it is given back. */"
+        yield f"export type Credits = {'bigint' if self.host.credits == 'bigint' else 'number'};"
+        for shape in _SHAPES:
+            if self.host.workshops or shape.answer != "tallystick.workshop_answer":
+                yield from self._interface(shape)
+        yield from self._refusals()
+        for function in self._functions:
+            yield from self._options(function)
+        yield from self._face()
+
+    def _interface(self, shape: _Shape) -> Iterator[str]:
+        inherited = {name for name, _ in _ROW.columns()} if shape.also else set()
+        yield ""
+        yield _comment(shape.comment)
+        yield f"export interface {shape.name}{f' extends {shape.also}' if shape.also else ''} {{"
+        for name, kind in shape.columns():
+            if name in _OF_REFUSALS or name in inherited or (name == "workshop_id" and not self.host.workshops):
+                continue
+            null = "" if name in _NOT_NULL | _NOT_NULL_IN.get(shape.name, set()) else " | null"
+            yield f"  {_camel(name)}: {self._given_back(name, kind)}{null};"
+        yield "}"
+
+    def _given_back(self, name: str, kind: str) -> str:
+        if union := _UNIONS.get(name):
+            return " | ".join(json.dumps(str(each)) for each in union)
+        return {
+            "{user_key_type}": "UserKey",
+            "{workshop_key_type}": "WorkshopKey",
+            "{credits}": "Credits",
+            "credits": "Credits",
+            "integer": "number",
+            "bigint": "number",  # amount_paid: minor units
+            "boolean": "boolean",
+            "timestamptz": "Date",
+            "jsonb": "{ readonly [name: string]: Json }",
+            "differences": "{ readonly [column: string]: readonly [before: Json, asked: Json] }",
+        }.get(kind, "string")
+
+    def _accepts(self, kind: str) -> str:
+        plain = kind.removesuffix("[]")
+        if plain == "{credits}":
+            return "number | bigint" if self.host.credits == "bigint" else "number"
+        sql = self._sql_type(plain)
+        if plain.endswith("_key_type}"):
+            return {"bigint": "string | number | bigint", "integer": "number"}.get(sql, "string")
+        return {
+            "integer": "number",
+            "bigint": "number | bigint",
+            "boolean": "boolean",
+            "timestamptz": "Date",
+            "jsonb": "{ readonly [name: string]: Json | undefined }",
+        }.get(sql, "string")
+
+    def _refusals(self) -> Iterator[str]:
+        yield ""
+        yield "/** Each refusal, and what it tells. */"
+        yield "export interface Refusals {"
+        for refusal in self._answered:
+            told = []
+            for attribute, kind in refusal.tells.items():
+                name = _camel(attribute.removeprefix("detail."))
+                optional = "?" if kind.endswith("?") else ""
+                told.append(f"{name}{optional}: {self._given_back(name, kind.removesuffix('?'))}")
+            yield _comment(refusal.meaning, "  ")
+            yield f"  {refusal.name}: {{ {'; '.join(told)} }};" if told else f"  {refusal.name}: object;"
+        yield "}"
+
+    def _options(self, function: Function) -> Iterator[str]:
+        name = _pascal(function.name)
+        many = _is_list(function)
+        yield ""
+        yield f"export interface {name}{'Item' if many else 'Options'} {{"
+        for parameter, kind, default in self._parameters(function):
+            single = _singular(parameter) if many else parameter
+            option, accepted = _camel(single), self._accepts(kind)
+            yield _comment(_phrase(single), "  ")
+            if default is None:
+                yield f"  {option}: {accepted};"
+            else:
+                yield f"  {option}?: {accepted}{' | null' if default == 'NULL' else ''} | undefined;"
+        yield "}"
+        yield ""
+        done = " | ".join(json.dumps(each) for each in self._outcomes(function) if each in (DONE, REPLAYED))
+        refused = " | ".join(json.dumps(each) for each in self._outcomes(function) if each not in (DONE, REPLAYED))
+        yield f"export type {name}Answer ="
+        yield f"  | ({{ outcome: {done} }} & {_told(function).name})"
+        yield from _wrapped("  | Refused<", refused, ">;")
+
+    def _face(self) -> Iterator[str]:
+        yield ""
+        yield "/** The operations. Each answers with a result, whose `outcome` says what it is, or with a list. */"
+        yield "export interface Tallystick {"
+        for function in self._functions:
+            given = _given(function)
+            said = sentence(function, _camel)
+            if _is_list(function):
+                said = said.replace(
+                    "Each answer's `item` says which it belongs to.", "Answers are in the items' order."
+                )
+            yield _comment(said, "  ")
+            yield f"  {_camel(function.name)}({given}): Promise<{_answer(function)}>;"
+        yield "}"
+
+    # --- values ---
+
+    def _operations(self) -> Iterator[str]:
+        for function in self._functions:
+            name, argument = _camel(function.name), _argument(function)
+            yield f"    {name}: ({argument}) => sent(query, calls.{name}({argument})),"
+
+    def _calls(self) -> Iterator[str]:
+        for function in self._functions:
+            kind = "WritingCall" if function.writes else "Call"
+            yield f"  {_camel(function.name)}: ({_given(function)}): {kind}<{_answer(function)}> =>"
+            shape, many = json.dumps(_told(function).name), json.dumps(_is_set(function))
+            yield f'    new FunctionCall("{function.name}", {shape}, {many}, ['
+            for parameter, kind, default in self._parameters(function):
+                yield f'      ["{parameter}", "{self._sql_type(kind)}", {_value(function, parameter, default)}],'
+            yield "    ]),"
+
+    def _facts(self) -> Iterator[str]:
+        yield f'const REVISION = "{HEAD}";'
+        yield ""
+        yield "// what is read of an answer, by the name of its interface"
+        yield "const COLUMNS = {"
+        for shape in _SHAPES:
+            if self.host.workshops or shape.answer != "tallystick.workshop_answer":
+                columns = ", ".join(f'{name}:\xa0"{self._read_as(name, kind)}"' for name, kind in shape.columns())
+                yield from _wrapped(f"  {shape.name}: {{ ", columns, " },")
+        yield "} as const;"
+        yield ""
+        yield "const MEANINGS: Readonly<Record<RefusalName, string>> = {"
+        for refusal in self._answered:
+            yield f"  {refusal.name}:\n    {json.dumps(refusal.meaning, ensure_ascii=False)},"
+        yield "};"
+        yield ""
+        yield "const SQLSTATES: Readonly<Record<string, string>> = {"
+        yield from (f'  {refusal.sqlstate}: "{refusal.name}",' for refusal in refusals())
+        yield "};"
+
+    def _read_as(self, name: str, kind: str) -> str:
+        if name == "amount_paid":
+            return "number"
+        if kind == "{credits}":
+            return "bigint" if self.host.credits == "bigint" else "number"
+        return {"integer": "number", "jsonb": "jsonb", "boolean": "boolean", "timestamptz": "timestamptz"}.get(
+            self._sql_type(kind), "text"
+        )
+
+
+def _told(function: Function) -> _Shape:
+    return _TOLD_BY.get(function.name) or _TOLD_BY[function.returns.removeprefix("SETOF ")]
+
+
+def _is_set(function: Function) -> bool:
+    return function.returns.startswith("SETOF ")
+
+
+def _is_list(function: Function) -> bool:
+    """It takes a list for each parameter: one item has one value of each."""
+    return all(kind.endswith("[]") for _, kind, _ in function.parameters)
+
+
+def _argument(function: Function) -> str:
+    return "items" if _is_list(function) else "options"
+
+
+def _given(function: Function) -> str:
+    name = _pascal(function.name)
+    return f"items: readonly {name}Item[]" if _is_list(function) else f"options: {name}Options"
+
+
+def _answer(function: Function) -> str:
+    return f"{_pascal(function.name)}Answer{'[]' if _is_set(function) else ''}"
+
+
+def _value(function: Function, parameter: str, default: str | None) -> str:
+    if not _is_list(function):
+        value = f"options.{_camel(parameter)}"
+        return f"{value} ?? null" if default is None else value  # left out, the function refuses it
+    listed = f"items.map((item) => item.{_camel(_singular(parameter))})"
+    return listed if default is None else f"listed({listed})"
+
+
+def _phrase(parameter: str) -> str:
+    """A sentence on an option. The names of others in it are as they are here."""
+    text = PARAMETERS[parameter].replace("NULL", "null")
+    return re.sub(r"\b[a-z]+(_[a-z]+)+\b", lambda found: _camel(found[0]), text[0].upper() + text[1:]) + "."
+
+
+def _comment(text: str, indent: str = "") -> str:
+    if len(text) < _WIDTH - len(indent) - 7:
+        return f"{indent}/** {text} */"
+    lines = textwrap.wrap(text, _WIDTH - len(indent) - 3, break_long_words=False, break_on_hyphens=False)
+    return "\n".join([f"{indent}/**", *(f"{indent} * {line}" for line in lines), f"{indent} */"])
+
+
+def _wrapped(start: str, text: str, end: str) -> Iterator[str]:
+    """On one line where it fits, else with the text on lines of its own. A space that must stay is a no-break one."""
+    if len(start + text + end) > _WIDTH:
+        indent = re.match(" *", start)[0]  # type: ignore[index]  # it always matches
+        text = textwrap.fill(
+            text,
+            _WIDTH,
+            initial_indent=f"{indent}  ",
+            subsequent_indent=f"{indent}  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        start, end = f"{start.rstrip()}\n", f"\n{indent}{end.lstrip()}"
+    yield f"{start}{text}{end}".replace("\xa0", " ")
+
+
+def _singular(name: str) -> str:
+    return name.removesuffix("s")
+
+
+def _camel(name: str) -> str:
+    return re.sub(r"_(\w)", lambda found: found[1].upper(), name)
+
+
+def _pascal(name: str) -> str:
+    return _camel(f"_{name}")
+
+
+def _accepted(key_type: KeyType) -> str:
+    return "; a number or a bigint is taken as well" if key_type == "bigint" else ""

@@ -1,0 +1,172 @@
+"""Privileges: what default privileges gave on new objects is taken back; who could write credits is found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from psycopg.sql import SQL, Composable, Composed, Identifier
+from psycopg.sql import Literal as SqlLiteral
+
+from tallystick.migrate.host import Host, HostTable
+from tallystick.migrate.revisions import HostNames
+from tallystick.schema import LEDGER, user_columns
+
+_OBJECTS = SQL("""
+    SELECT c.oid, CASE c.relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END AS kind, c.oid::regclass::text AS name,
+           c.relowner AS owner, c.relacl AS acl
+    FROM pg_class c WHERE c.relkind IN ('r', 'v', 'm', 'S', 'p')
+      AND (c.relnamespace = to_regnamespace('tallystick') OR c.oid = to_regclass({ledger}))
+    UNION ALL
+    SELECT p.oid, 'ROUTINE', p.oid::regprocedure::text, p.proowner, coalesce(p.proacl, acldefault('f', p.proowner))
+    FROM pg_proc p WHERE p.pronamespace = to_regnamespace('tallystick')
+    UNION ALL
+    SELECT n.oid, 'SCHEMA', quote_ident(n.nspname), n.nspowner, n.nspacl
+    FROM pg_namespace n WHERE n.nspname = 'tallystick'
+""")
+
+
+def remember_objects(names: HostNames) -> Composable:
+    """Run before new objects are made, for :func:`close_new_objects`."""
+    return SQL(
+        "SELECT set_config('tallystick.objects', coalesce(jsonb_agg(o.oid), '[]')::text, true) FROM ({objects}) o"
+    ).format(objects=_objects(names))
+
+
+def close_new_objects(names: HostNames) -> Composable:
+    """Takes every privilege on what was made since :func:`remember_objects` from everybody but its owner.
+
+    Default privileges, such as Supabase's for ``anon`` and ``authenticated``, may have given them to anybody. What
+    somebody was given on older objects stays.
+    """
+    body = SQL("""
+DECLARE
+  command text;
+BEGIN
+  FOR command IN
+    SELECT DISTINCT format('REVOKE ALL ON %s %s FROM %s', o.kind, o.name,
+                           CASE WHEN r.oid IS NULL THEN 'PUBLIC' ELSE quote_ident(r.rolname) END)
+    FROM ({objects}) o CROSS JOIN LATERAL aclexplode(o.acl) a LEFT JOIN pg_roles r ON r.oid = a.grantee
+    WHERE a.grantee <> o.owner AND NOT current_setting('tallystick.objects')::jsonb @> jsonb_build_array(o.oid)
+  LOOP
+    EXECUTE command;
+  END LOOP;
+END""").format(objects=_objects(names))
+    return Composed([SQL("DO "), SqlLiteral(body.as_string(None))])
+
+
+def _objects(names: HostNames) -> Composable:
+    ledger = Identifier(names.users.schema, LEDGER).as_string(None)
+    return _OBJECTS.format(ledger=SqlLiteral(ledger))
+
+
+# The app's own roles are those that were given the ledger, by name.
+_APPS = """
+    SELECT DISTINCT a.grantee AS oid FROM pg_proc p CROSS JOIN LATERAL aclexplode(p.proacl) a
+    JOIN pg_roles r ON r.oid = a.grantee AND r.rolname NOT IN ('anon', 'authenticated')
+    WHERE p.pronamespace = to_regnamespace('tallystick') AND a.grantee <> p.proowner
+    UNION
+    SELECT to_regrole(quote_ident(
+             convert_from(substring(t.tgargs FROM 1 FOR octet_length(t.tgargs) - 1), getdatabaseencoding())))::oid
+    FROM pg_trigger t WHERE t.tgrelid = :users AND t.tgname = 'tallystick_balance_by_ledger'
+"""
+
+# A grant on a table is one on each of its columns, and one on a column is enough to set a balance.
+_WRITERS = sa.text(
+    f"""
+    WITH apps AS ({_APPS}), given AS (
+      SELECT c.oid AS table, c.relowner AS owner, a.grantee, a.privilege_type AS privilege
+      FROM pg_class c CROSS JOIN LATERAL aclexplode(c.relacl) a
+      WHERE c.oid IN (:users, :ledger)
+         OR (c.relnamespace = to_regnamespace('tallystick') AND c.relkind IN ('r', 'p'))
+      UNION
+      SELECT c.oid, c.relowner, a.grantee, a.privilege_type
+      FROM pg_class c JOIN pg_attribute t ON t.attrelid = c.oid AND NOT t.attisdropped
+      CROSS JOIN LATERAL aclexplode(t.attacl) a
+      WHERE c.oid = :ledger OR (c.oid = :users AND t.attname IN ('credit_balance', 'credit_sequence'))
+    )
+    SELECT g.table::bigint AS oid, n.nspname AS schema, c.relname AS name, coalesce(r.rolname, 'PUBLIC') AS role,
+           r.oid IS NULL AS everyone, array_agg(g.privilege ORDER BY g.privilege) AS privileges
+    FROM given g JOIN pg_class c ON c.oid = g.table JOIN pg_namespace n ON n.oid = c.relnamespace
+    LEFT JOIN pg_roles r ON r.oid = g.grantee
+    WHERE g.grantee <> g.owner AND NOT coalesce(r.rolsuper, false)
+      AND (r.oid IS NULL OR NOT pg_has_role(r.oid, g.owner, 'USAGE'))
+      AND NOT EXISTS (SELECT FROM apps WHERE apps.oid IS NOT NULL AND r.oid IS NOT NULL
+                      AND pg_has_role(r.oid, apps.oid, 'USAGE'))
+      AND g.privilege = ANY (CASE WHEN g.table = :users THEN '{{INSERT,UPDATE}}'::text[]
+                                  ELSE '{{INSERT,UPDATE,DELETE,TRUNCATE,TRIGGER}}' END)
+    GROUP BY g.table, n.nspname, c.relname, r.oid, r.rolname ORDER BY n.nspname, c.relname, r.rolname
+"""  # noqa: S608  # of this module's own text
+)
+
+_READERS = sa.text(f"""
+    WITH apps AS ({_APPS})
+    SELECT coalesce(r.rolname, 'PUBLIC') AS role, r.oid IS NULL AS everyone,
+           array_agg(DISTINCT p.polname::text) AS policies
+    FROM pg_class c CROSS JOIN LATERAL aclexplode(c.relacl) a LEFT JOIN pg_roles r ON r.oid = a.grantee
+    JOIN pg_policy p ON p.polrelid = c.oid AND p.polcmd IN ('r', '*') AND p.polpermissive
+      AND EXISTS (SELECT FROM unnest(p.polroles) named WHERE named = 0 OR named = a.grantee
+                  OR (a.grantee <> 0 AND named <> 0 AND pg_has_role(a.grantee, named, 'USAGE')))
+    WHERE c.oid = :users AND c.relrowsecurity AND a.privilege_type = 'SELECT' AND a.grantee <> c.relowner
+      AND NOT coalesce(r.rolsuper OR r.rolbypassrls, false)
+      AND NOT EXISTS (SELECT FROM apps WHERE apps.oid = a.grantee)
+      AND position(CAST(:key AS text) IN pg_get_expr(p.polqual, p.polrelid)) = 0
+    GROUP BY r.oid, r.rolname ORDER BY r.rolname
+""")  # noqa: S608  # of this module's own text
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A role besides the owner and the app's that may write ``table``; ``remedy`` is the SQL that takes it back."""
+
+    table: str
+    role: str
+    privileges: tuple[str, ...]
+    remedy: str
+
+
+def writers(conn: sa.Connection, host: Host, ledger: int | None) -> Iterator[Writer]:
+    """Who could write the ledger, its bookkeeping or a balance past the functions."""
+    own = _own_columns(conn, host.users)
+    for row in conn.execute(_WRITERS, {"users": host.users.oid, "ledger": ledger}):
+        table, role = _quoted(row.schema, row.name), "PUBLIC" if row.everyone else _quoted(row.role)
+        remedy = _narrower(row.privileges, table, role, own if row.oid == host.users.oid else "")
+        yield Writer(f"{row.schema}.{row.name}", row.role, tuple(row.privileges), remedy)
+
+
+def open_policies(conn: sa.Connection, host: Host, key: str) -> Iterator[str]:
+    """Policies of the users that show other people's billing columns, one sentence each."""
+    own = _own_columns(conn, host.users)
+    table = _quoted(host.users.schema, host.users.table)
+    for row in conn.execute(_READERS, {"users": host.users.oid, "key": key}):
+        role = "PUBLIC" if row.everyone else _quoted(row.role)
+        yield (
+            f"{row.role} may read credit_balance, stripe_customer_id and plan_tier of other people: the policy "
+            f"{' and '.join(row.policies)} of {host.users.shown} does not ask whose row it is ({key}). If that is not "
+            f"meant: {_narrower(['SELECT'], table, role, own)}"
+        )
+
+
+def _narrower(privileges: Sequence[str], table: str, role: str, columns: str) -> str:
+    """Takes privileges on a table, and gives them back on some columns."""
+    taken = f"REVOKE {', '.join(privileges)} ON {table} FROM {role}"
+    given = ", ".join(f"{privilege} ({columns})" for privilege in privileges)
+    return f"{taken}; GRANT {given} ON {table} TO {role}" if columns else taken
+
+
+def _own_columns(conn: sa.Connection, table: HostTable) -> str:
+    """The columns of the app's own, for a GRANT."""
+    ours = {column.name for column in user_columns()}
+    names = conn.scalars(_COLUMNS, {"table": table.oid})
+    return ", ".join(_quoted(name) for name in names if name not in ours)
+
+
+_COLUMNS = sa.text("""
+    SELECT attname FROM pg_attribute
+    WHERE attrelid = CAST(:table AS oid) AND attnum > 0 AND NOT attisdropped AND attgenerated = '' ORDER BY attnum
+""")
+
+
+def _quoted(*names: str) -> str:
+    return Identifier(*names).as_string(None)

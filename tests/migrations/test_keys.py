@@ -1,0 +1,168 @@
+"""Each type of key that a host may have: proposed, migrated, used, audited, undone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import sqlalchemy as sa
+from hosts import App
+
+from tallystick import Config, Ledger, migrate
+from tallystick.audit import audit
+from tallystick.config import to_toml
+from tallystick.errors import HostMismatch, InvalidArgument, Key
+
+HOST = """
+    {before}
+    CREATE TABLE users (id {type} PRIMARY KEY, email text);
+    CREATE TABLE workshops (
+      id {type} PRIMARY KEY, user_id {type} NOT NULL REFERENCES users, title text, created_at timestamptz);
+    INSERT INTO users VALUES ({one}), ({two});
+    INSERT INTO workshops VALUES ({one}, {two});
+"""
+
+ULID = "01J9ZK3V5Q8W2E4R6T8Y0U1I3O"
+CI = "CREATE COLLATION {} (provider = icu, locale = 'und-u-ks-level2', deterministic = false);"
+
+# DDL before, type, two keys, and what the mapping says
+KEYS: dict[str, tuple[str, str, tuple[Key, Key], dict[str, object]]] = {
+    "char(26)": ("", "char(26)", (ULID, ULID[:-1] + "P"), {"key_type": "char"}),
+    "smallint": ("", "smallint", (1, -2), {"key_type": "smallint"}),
+    "citext": (
+        "CREATE EXTENSION citext;",
+        "citext",
+        ("Ada", "bob"),
+        {"key_type": "citext", "key_type_schema": "public"},
+    ),
+    "citext elsewhere": (
+        'CREATE SCHEMA "My Extensions"; CREATE EXTENSION citext SCHEMA "My Extensions";',
+        '"My Extensions".citext',
+        ("Ada", "bob"),
+        {"key_type": "citext", "key_type_schema": "My Extensions"},
+    ),
+    "domain over a domain": (
+        "CREATE DOMAIN small AS integer CHECK (VALUE > 0); CREATE DOMAIN smaller AS small CHECK (VALUE < 99);",
+        "smaller",
+        (1, 2),
+        {"key_type": "integer"},
+    ),
+    "another collation": (
+        "",
+        'text COLLATE "C"',
+        ("a", "B"),
+        {"key_type": "text", "key_collation": ("pg_catalog", "C")},
+    ),
+    "a collation that is not deterministic": (
+        CI.format('"ci %s"'),
+        'varchar(9) COLLATE "ci %s"',
+        ("Ada", "bob"),
+        {"key_type": "text", "key_collation": ("public", "ci %s")},
+    ),
+}
+
+
+def needs_icu(name: str, make_app: Callable[..., App]) -> None:
+    if "deterministic" in name and not make_app("").value(
+        "SELECT count(*) FROM pg_collation WHERE collprovider = 'i' AND collname LIKE 'de%%'"
+    ):
+        pytest.skip("this server was built without ICU; Debian's has it")
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_a_host_with_such_keys(name: str, make_app: Callable[..., App]) -> None:
+    before, declared, keys, expected = KEYS[name]
+    needs_icu(name, make_app)
+    one, two = (f"'{key}'" for key in keys)
+    app = make_app(HOST.format(before=before, type=declared, one=one, two=two))
+    with app.engine.connect() as conn:
+        mapping = migrate.propose(conn)
+    for table in (mapping.users, mapping.workshops):
+        assert table is not None
+        assert {setting: getattr(table, setting) for setting in expected} == expected
+    config = Config(database_url=app.url, host=mapping)
+    shape = app.shape()
+
+    migrate.apply(app.url, config)
+    with app.engine.connect() as conn:
+        assert migrate.status(conn, config).drift == ()
+    ledger = Ledger(config)
+    with app.engine.begin() as conn:
+        ledger.grant(conn, keys[1], credits=2, key="welcome", description="Welcome")
+        spent = ledger.consume(conn, keys[1], workshop=keys[0], key="spend")
+        assert ledger.balance(conn, keys[1]) == 1
+        assert (spent.user_id, spent.workshop_id) == (keys[1], keys[0])
+        assert audit(conn, config).clean
+    with app.engine.begin() as conn, pytest.raises(InvalidArgument, match=r"is no .* key"):
+        ledger.balance(conn, 2**70 if isinstance(keys[0], int) else 7)
+    migrate.undo(app.url, config, discard_ledger=True)
+    assert app.shape() == shape
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_what_init_writes_is_read_again(name: str, make_app: Callable[..., App], tmp_path) -> None:
+    before, declared, keys, _ = KEYS[name]
+    needs_icu(name, make_app)
+    app = make_app(HOST.format(before=before, type=declared, one=f"'{keys[0]}'", two=f"'{keys[1]}'"))
+    with app.engine.connect() as conn:
+        mapping = migrate.propose(conn)
+    (tmp_path / "t.toml").write_text(to_toml(mapping))
+    assert Config.load(tmp_path / "t.toml", environ={}).host == mapping
+
+
+def test_an_address_as_the_key(make_app: Callable[..., App]) -> None:
+    app = make_app("CREATE TABLE users (email text PRIMARY KEY); INSERT INTO users VALUES ('a@example.com')")
+    with app.engine.connect() as conn:
+        mapping = migrate.propose(conn)
+    assert (mapping.users.key, mapping.users.email) == ("email", "email")
+    config = Config(database_url=app.url, host=mapping)
+    migrate.apply(app.url, config)
+    ledger = Ledger(config)
+    with app.engine.begin() as conn:
+        ledger.grant(conn, "a@example.com", credits=2, key="welcome", description="Welcome")
+        assert audit(conn, config).clean
+        assert migrate.status(conn, config).healthy
+
+
+@pytest.mark.parametrize(
+    ("ddl", "message"),
+    [
+        (
+            "CREATE TABLE users (id numeric PRIMARY KEY, email text NOT NULL UNIQUE)",
+            r"its primary key id \(numeric\) cannot be a key here .*Say which: --users-key email",
+        ),
+        (
+            "CREATE TABLE users (org int, n int, email text NOT NULL UNIQUE, PRIMARY KEY (org, n))",
+            r"its primary key org \(integer\), n \(integer\) cannot",
+        ),
+        (
+            'CREATE TABLE users ("the id" uuid NOT NULL UNIQUE, email text NOT NULL UNIQUE)',
+            "it has no primary key. Say which: --users-key 'the id' or --users-key email",
+        ),
+    ],
+)
+def test_no_other_column_takes_the_place_of_the_primary_key_in_silence(
+    ddl: str, message: str, make_app: Callable[..., App]
+) -> None:
+    app = make_app(ddl)
+    with app.engine.connect() as conn:
+        with pytest.raises(HostMismatch, match=message):
+            migrate.propose(conn)
+        found = migrate.propose(conn, users_key="email")
+        assert found.users.key == "email"
+        assert migrate.other_than_primary(conn, found) != "email"
+        with pytest.raises(HostMismatch, match="mail is none of its keys"):
+            migrate.propose(conn, users_key="mail")
+    migrate.apply(app.url, Config(database_url=app.url, host=found))
+
+
+def test_owners_are_named_by_a_key_of_the_same_collation(make_app: Callable[..., App]) -> None:
+    app = make_app("""
+        CREATE TABLE users (id text COLLATE "C" PRIMARY KEY);
+        CREATE TABLE workshops (id uuid PRIMARY KEY, user_id text COLLATE "POSIX", title text, created_at timestamptz);
+    """)
+    with app.engine.connect() as conn:
+        mapping = migrate.propose(conn)
+        with pytest.raises(HostMismatch, match=r"user_id is text COLLATE pg_catalog.POSIX, but users are keyed by id"):
+            migrate.examine(conn, Config(database_url=app.url, host=mapping))
+    assert sa.make_url(app.url).database

@@ -1,0 +1,465 @@
+// One table of operations and what each is to answer, for every driver. A row's call may use what earlier rows answered.
+
+import assert from "node:assert/strict";
+import type { Credits, Tallystick } from "./tallystick.ts";
+
+/** What the test made in the database beforehand. */
+export interface Given<Key> {
+  user: Key;
+  /** Soft-deleted. */
+  gone: Key;
+  nobody: Key;
+  bigint: boolean;
+}
+
+export interface Row {
+  does: string;
+  call: () => Promise<unknown>;
+  /** The parts of the answer that are looked at: values, or tests of one. */
+  answers: unknown;
+}
+
+const NOBODYS_PURCHASE = "00000000-0000-7000-8000-000000000000";
+
+export function isMoment(value: unknown): boolean {
+  return value instanceof Date && Math.abs(value.getTime() - Date.now()) < 3_600_000;
+}
+
+export function isUuid(value: unknown): boolean {
+  return typeof value === "string" && /^[0-9a-f-]{36}$/.test(value);
+}
+
+export function table<Key>(ledger: Tallystick, given: Given<Key>): Row[] {
+  const n = (credits: number) => (given.bigint ? BigInt(credits) : credits) as unknown as Credits;
+  // keys are typed by the host; this table is for all
+  const user = given.user as never;
+  const gone = given.gone as never;
+  const nobody = given.nobody as never;
+  const session = `cs_${String(given.user)}`;
+  let bought = "";
+  let paidAt = new Date(0);
+  return [
+    {
+      does: "an empty balance",
+      call: () => ledger.balance({ userId: user }),
+      answers: { outcome: "completed", userId: user, balance: n(0) },
+    },
+    {
+      does: "the balance of nobody",
+      call: () => ledger.balance({ userId: nobody }),
+      answers: { outcome: "unknown_user" },
+    },
+    {
+      does: "nothing to spend",
+      call: () => ledger.consume({ userId: user, key: "too soon" }),
+      answers: { outcome: "insufficient_credits", balance: n(0), required: n(1), type: undefined },
+    },
+    {
+      does: "a purchase begins",
+      call: async () => {
+        const answer = await ledger.startPurchase({
+          userId: user,
+          amount: 5,
+          description: "Purchased “Ünï” \\ 'pack'",
+          key: "order-1",
+          stripePriceId: "price_1",
+          metadata: { tags: ["a", null, 1.5, true], nested: { 'quote"': "\\" }, left: undefined },
+        });
+        if (answer.outcome === "completed") bought = answer.id;
+        return answer;
+      },
+      answers: {
+        outcome: "completed",
+        id: isUuid,
+        userId: user,
+        type: "purchase",
+        status: "pending",
+        amount: n(5),
+        balanceAfter: null,
+        sequence: null,
+        description: "Purchased “Ünï” \\ 'pack'",
+        refundOf: null,
+        stripeSessionId: null,
+        stripePriceId: "price_1",
+        idempotencyKey: "order-1",
+        metadata: { tags: ["a", null, 1.5, true], nested: { 'quote"': "\\" } },
+        createdAt: isMoment,
+        completedAt: null,
+        balance: n(0),
+        required: undefined,
+        detail: undefined,
+      },
+    },
+    {
+      does: "the same purchase again",
+      call: () => ledger.startPurchase({ userId: user, amount: 5, description: "anything", key: "order-1" }),
+      answers: { outcome: "replayed", id: () => true, description: "Purchased “Ünï” \\ 'pack'" },
+    },
+    {
+      does: "its key for another amount",
+      call: () => ledger.startPurchase({ userId: user, amount: 6, description: "anything", key: "order-1" }),
+      answers: { outcome: "idempotency_key_reused", differs: { amount: [5, 6] } },
+    },
+    {
+      does: "its session",
+      call: () => ledger.attachSession({ userId: user, purchaseId: bought, stripeSessionId: session }),
+      answers: { outcome: "completed", stripeSessionId: session, stripePaymentIntentId: null },
+    },
+    {
+      does: "another session",
+      call: () => ledger.attachSession({ userId: user, purchaseId: bought, stripeSessionId: `${session}_2` }),
+      answers: { outcome: "session_conflict", id: isUuid, stripeSessionId: session },
+    },
+    {
+      does: "a refund of what is not paid",
+      call: () => ledger.refund({ userId: user, purchaseId: bought, key: "re_0" }),
+      answers: { outcome: "purchase_not_completed", status: "pending" },
+    },
+    {
+      does: "it is paid",
+      call: async () => {
+        const answer = await ledger.completePurchase({
+          userId: user,
+          stripeSessionId: session,
+          amountPaid: 14_900,
+          currency: "USD",
+          stripePaymentIntentId: "pi_1",
+        });
+        if (answer.outcome === "completed" && answer.completedAt) paidAt = answer.completedAt;
+        return answer;
+      },
+      answers: {
+        outcome: "completed",
+        status: "completed",
+        amount: n(5),
+        balanceAfter: n(5),
+        sequence: 1,
+        amountPaid: 14_900,
+        currency: "usd",
+        completedAt: isMoment,
+        balance: n(5),
+      },
+    },
+    {
+      does: "it is told again",
+      call: () => ledger.completePurchase({ userId: user, purchaseId: bought, amountPaid: 14_900n, currency: "usd" }),
+      answers: { outcome: "replayed", balance: n(5) },
+    },
+    {
+      does: "it cannot fail",
+      call: () => ledger.failPurchase({ userId: user, purchaseId: bought, reason: "expired" }),
+      answers: { outcome: "purchase_not_pending", status: "completed" },
+    },
+    {
+      does: "a purchase of nobody's",
+      call: () => ledger.completePurchase({ userId: user, purchaseId: NOBODYS_PURCHASE }),
+      answers: { outcome: "unknown_purchase" },
+    },
+    {
+      does: "a credit is spent",
+      call: () => ledger.consume({ userId: user, key: "job-1", metadata: { model: "small" } }),
+      answers: {
+        outcome: "completed",
+        type: "consumption",
+        amount: n(-1),
+        balanceAfter: n(4),
+        sequence: 2,
+        description: "Credit consumed",
+        metadata: { model: "small" },
+        balance: n(4),
+      },
+    },
+    {
+      does: "once",
+      call: () => ledger.consume({ userId: user, key: "job-1", amount: 1, description: null }),
+      answers: { outcome: "replayed", sequence: 2, balance: n(4) },
+    },
+    {
+      does: "its key for more",
+      call: () => ledger.consume({ userId: user, key: "job-1", amount: 2 }),
+      answers: { outcome: "idempotency_key_reused", differs: { amount: [-1, -2] } },
+    },
+    {
+      does: "more than there is",
+      call: () => ledger.consume({ userId: user, key: "job-2", amount: 9 }),
+      answers: { outcome: "insufficient_credits", balance: n(4), required: n(9) },
+    },
+    {
+      does: "an amount of none",
+      call: () => ledger.consume({ userId: user, key: "job-3", amount: 0 }),
+      answers: {
+        outcome: "invalid_argument",
+        argument: "amount",
+        expected: (text: string) => text.startsWith("a whole number from 1 to "),
+      },
+    },
+    {
+      does: "an amount that no number of credits is",
+      call: () => ledger.consume({ userId: user, key: "job-4", amount: 1.5 }),
+      answers: { outcome: "invalid_argument", argument: "amount" },
+    },
+    {
+      does: "a key that PostgreSQL cannot hold",
+      call: () => ledger.consume({ userId: user, key: "job\0" }),
+      answers: { outcome: "invalid_argument", argument: "key" },
+    },
+    {
+      does: "metadata that PostgreSQL cannot hold",
+      call: () => ledger.consume({ userId: user, key: "job-5", metadata: { half: "\ud83d" } }),
+      answers: { outcome: "invalid_argument", argument: "metadata" },
+    },
+    {
+      does: "metadata that is no object",
+      call: () => ledger.consume({ userId: user, key: "job-6", metadata: ["list"] as never }),
+      answers: { outcome: "invalid_argument", argument: "metadata", expected: "a JSON object" },
+    },
+    {
+      does: "a key left out",
+      call: () => ledger.consume({ userId: user } as never),
+      answers: { outcome: "invalid_argument", argument: "key" },
+    },
+    {
+      does: "a deleted user",
+      call: () => ledger.consume({ userId: gone, key: "job-1" }),
+      answers: { outcome: "user_deleted", deletedAt: (text: string) => isMoment(new Date(text)) },
+    },
+    {
+      does: "many at once",
+      call: () =>
+        ledger.consumeMany([
+          { userId: user, key: "many-1", description: 'It\'s {first}, "quoted" \\ and, comma' },
+          { userId: nobody, key: "many-1" },
+          { userId: user, key: "many-2", amount: 50 },
+          { userId: user, key: "job-1" },
+          { userId: user, key: "many-3", metadata: { n: 3, text: '{"}' } },
+        ]),
+      answers: [
+        {
+          outcome: "completed",
+          balanceAfter: n(3),
+          sequence: 3,
+          description: 'It\'s {first}, "quoted" \\ and, comma',
+          balance: n(3),
+        },
+        { outcome: "unknown_user" },
+        { outcome: "insufficient_credits", required: n(50) },
+        { outcome: "replayed", sequence: 2 },
+        { outcome: "completed", balanceAfter: n(2), sequence: 4, metadata: { n: 3, text: '{"}' }, item: undefined },
+      ],
+    },
+    { does: "none at all", call: () => ledger.consumeMany([]), answers: [] },
+    {
+      does: "many, one of which cannot be sent",
+      call: () =>
+        ledger.consumeMany([
+          { userId: user, key: "many-4" },
+          { userId: user, key: "many-5", amount: 0.5 },
+        ]),
+      answers: [{ outcome: "invalid_argument", argument: "amounts" }],
+    },
+    {
+      does: "a refund",
+      call: () => ledger.refund({ userId: user, purchaseId: bought, key: "re_1", amount: 1 }),
+      answers: { outcome: "completed", type: "refund", amount: n(-1), refundOf: isUuid, balanceAfter: n(1) },
+    },
+    {
+      does: "a refund of more than it was",
+      call: () => ledger.refund({ userId: user, purchaseId: bought, key: "re_2", amount: 5 }),
+      answers: { outcome: "refund_exceeds_purchase", amount: n(5), required: n(5), remaining: n(4) },
+    },
+    {
+      does: "a refund of the rest, into debt",
+      call: () => ledger.refund({ userId: user, purchaseId: bought, key: "re_3", amount: null }),
+      answers: { outcome: "completed", amount: n(-4), balance: n(-3) },
+    },
+    {
+      does: "a refund of nothing",
+      call: () => ledger.refund({ userId: user, purchaseId: bought, key: "re_4" }),
+      answers: { outcome: "refund_exceeds_purchase", required: undefined, remaining: n(0) },
+    },
+    {
+      does: "more given back than taken",
+      call: () => ledger.reinstate({ userId: user, purchaseId: bought, key: "re_1 failed", amount: 6 }),
+      answers: { outcome: "reinstatement_exceeds_refunds", remaining: n(5) },
+    },
+    {
+      does: "given back",
+      call: () => ledger.reinstate({ userId: user, purchaseId: bought, key: "re_1 failed", amount: 1 }),
+      answers: { outcome: "completed", type: "grant", amount: n(1), balance: n(-2) },
+    },
+    {
+      does: "a grant",
+      call: () => ledger.grant({ userId: user, amount: 2, key: "welcome", description: "Welcome" }),
+      answers: { outcome: "completed", type: "grant", amount: n(2), balance: n(0) },
+    },
+    {
+      does: "a grant beyond all range",
+      call: () =>
+        ledger.grant({
+          userId: user,
+          amount: given.bigint ? ((2n ** 63n) as never) : 2 ** 31,
+          key: "too much",
+          description: "All",
+        }),
+      answers: { outcome: "invalid_argument", argument: "amount" },
+    },
+    {
+      does: "a purchase that fails",
+      call: async () => {
+        const begun = await ledger.startPurchase({ userId: user, amount: 1, description: "Purchased one" });
+        assert(begun.outcome === "completed");
+        return ledger.failPurchase({ userId: user, purchaseId: begun.id, reason: "expired" });
+      },
+      answers: {
+        outcome: "completed",
+        status: "failed",
+        description: "Purchased one (failed: expired)",
+        completedAt: null,
+      },
+    },
+    {
+      does: "a purchase left pending",
+      call: () => ledger.startPurchase({ userId: user, amount: 1, description: "Purchased one" }),
+      answers: { outcome: "completed", status: "pending" },
+    },
+    {
+      does: "the newest rows",
+      call: () => ledger.history({ userId: user, rowLimit: 3 }),
+      answers: [
+        { outcome: "completed", status: "pending", sequence: null },
+        { sequence: 8, description: "Welcome", amount: n(2) },
+        { sequence: 7, type: "grant", balance: undefined },
+      ],
+    },
+    {
+      does: "older ones",
+      call: () => ledger.history({ userId: user, before: "3" }),
+      answers: [
+        { sequence: 2, metadata: { model: "small" } },
+        { sequence: 1, amountPaid: 14_900, createdAt: isMoment },
+      ],
+    },
+    {
+      does: "failed ones too",
+      call: () => ledger.history({ userId: user, includeFailed: true, rowLimit: 2 }),
+      answers: [{ status: "pending" }, { status: "failed" }],
+    },
+    { does: "history of nobody", call: () => ledger.history({ userId: nobody }), answers: [] },
+    {
+      does: "history of too many rows",
+      call: () => ledger.history({ userId: user, rowLimit: 1001 }),
+      answers: [{ outcome: "invalid_argument", argument: "row_limit" }],
+    },
+    {
+      does: "the balance just after it was paid",
+      call: () => ledger.balanceAt({ userId: user, at: new Date(paidAt.getTime() + 1) }),
+      answers: { outcome: "completed", balance: (credits: unknown) => Number(credits) <= 5 },
+    },
+    {
+      does: "the balance before all",
+      call: () => ledger.balanceAt({ userId: user, at: new Date("2001-02-03T04:05:06.789Z") }),
+      answers: { outcome: "completed", balance: n(0) },
+    },
+    {
+      does: "the balance at no moment",
+      call: () => ledger.balanceAt({ userId: user, at: new Date("nonsense") }),
+      answers: { outcome: "invalid_argument", argument: "at" },
+    },
+    {
+      does: "the user's lock",
+      call: () => ledger.lock({ userId: user }),
+      answers: { outcome: "completed", balance: n(0) },
+    },
+    {
+      does: "the account",
+      call: () => ledger.account({ userId: user }),
+      answers: {
+        outcome: "completed",
+        userId: user,
+        creditBalance: n(0),
+        onboardingComplete: false,
+        stripeCustomerId: null,
+        planTier: "free",
+        updatedAt: isMoment,
+        deletedAt: null,
+        detail: undefined,
+      },
+    },
+    {
+      does: "onboarding seen through",
+      call: () => ledger.completeOnboarding({ userId: user }),
+      answers: { outcome: "completed", onboardingComplete: true },
+    },
+    {
+      does: "onboarding again",
+      call: () => ledger.resetOnboarding({ userId: user }),
+      answers: { outcome: "completed", onboardingComplete: false },
+    },
+    {
+      does: "a plan",
+      call: () => ledger.setPlanTier({ userId: user, planTier: "pro" }),
+      answers: { outcome: "completed", planTier: "pro" },
+    },
+    {
+      does: "a plan of no name",
+      call: () => ledger.setPlanTier({ userId: user, planTier: "" }),
+      answers: { outcome: "invalid_argument", argument: "plan_tier", expected: "a text of 1 to 32 characters" },
+    },
+    {
+      does: "a Stripe customer",
+      call: () => ledger.setStripeCustomer({ userId: user, stripeCustomerId: `cus_${String(user)}` }),
+      answers: { outcome: "completed", stripeCustomerId: `cus_${String(user)}` },
+    },
+    {
+      does: "another Stripe customer",
+      call: () => ledger.setStripeCustomer({ userId: user, stripeCustomerId: "cus_other" }),
+      answers: { outcome: "stripe_customer_conflict", has: `cus_${String(user)}` },
+    },
+    {
+      does: "a Stripe customer of another user",
+      call: () => ledger.setStripeCustomer({ userId: gone, stripeCustomerId: `cus_${String(user)}` }),
+      answers: { outcome: "stripe_customer_conflict", ofAnotherUser: true },
+    },
+    {
+      does: "the user is deleted",
+      call: () => ledger.deleteUser({ userId: user }),
+      answers: { outcome: "completed", deletedAt: isMoment },
+    },
+    {
+      does: "the user is back",
+      call: () => ledger.restoreUser({ userId: user }),
+      answers: { outcome: "completed", deletedAt: null },
+    },
+  ];
+}
+
+/** Calls each in turn, and says which answered otherwise. */
+export async function run(rows: Row[]): Promise<void> {
+  for (const { does, call, answers } of rows) {
+    const answer = await call();
+    try {
+      matches(answer, answers);
+    } catch (error) {
+      throw new Error(`${does}: ${(error as Error).message}\nanswered ${shown(answer)}`);
+    }
+  }
+}
+
+function matches(found: unknown, wanted: unknown): void {
+  if (typeof wanted === "function") {
+    assert.ok((wanted as (value: unknown) => unknown)(found), `${shown(found)} is not as wanted`);
+  } else if (Array.isArray(wanted)) {
+    assert.ok(Array.isArray(found), "no list");
+    assert.equal(found.length, wanted.length, "the number of answers");
+    wanted.forEach((each, n) => matches(found[n], each));
+  } else if (found instanceof Object && "outcome" in found) {
+    for (const [name, value] of Object.entries(wanted as object))
+      matches((found as Record<string, unknown>)[name], value);
+  } else {
+    assert.deepEqual(found, wanted);
+  }
+}
+
+function shown(value: unknown): string {
+  return JSON.stringify(value, (_, each: unknown) => (typeof each === "bigint" ? `${each}n` : each), 1);
+}

@@ -1,0 +1,61 @@
+"""``docs/typescript.md``: its blocks compile, and its flow runs, beside doubles of Neon's endpoint and of Stripe."""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+import shutil
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from told import address, told
+
+from node_packages import REPOSITORY, Project
+from tallystick.audit import audit
+from tallystick.dev.stripe import DevStripe
+from tallystick.ledger.typescript import typescript
+from worlds import SHAPES, World
+
+HERE = Path(__file__).parent
+PAGE = REPOSITORY / "docs" / "typescript.md"
+
+
+@pytest.fixture(scope="module")
+def page(packages: Project) -> Project:
+    """The files that the page shows, beside those that it says are the reader's own."""
+    folder = packages.folder / "page"
+    shutil.copytree(HERE / "docs", folder)
+    shutil.copytree(packages.folder / "prisma", folder / "lib" / "prisma")
+    (packages.folder / "src").mkdir(exist_ok=True)
+    for name in ("database.ts", "neon_double.ts"):
+        shutil.copy(HERE / "src" / name, packages.folder / "src")
+    for text in re.findall(r"^```tsx?\n(.*?)^```", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL):
+        file = folder / text.splitlines()[0].removeprefix("// ")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    (folder / "lib" / "tallystick.ts").write_text(typescript(SHAPES["uuid"].host))
+    packages.run("tsc", "--project", "page")
+    bundle = ["--bundle", "--platform=node", "--format=esm", "--packages=external", "--outfile=page/flow.mjs"]
+    packages.run("esbuild", "page/flow.ts", *bundle)
+    return packages
+
+
+def test_the_pages_flow(page: Project, world: World):
+    user = world.user()
+    before = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+    given = told(
+        world,
+        user=user,
+        workshop=world.workshop(user, created_at=dt.datetime(2026, 11, 2, tzinfo=dt.UTC)),
+        old=world.workshop(user, created_at=before),
+        nobody=uuid4(),
+    )
+    at = address(world)
+    libpq = {"PGHOST": at["host"], "PGPORT": str(at["port"]), "PGUSER": at["user"], "PGDATABASE": str(at["database"])}
+    with DevStripe(senders=1) as dev:
+        neon = f"postgresql://{at['user']}:secret@neon.invalid/{at['database']}"
+        of_stripe = {"STRIPE_API_BASE": dev.url, "STRIPE_SECRET_KEY": dev.secret_key, "APP_URL": "http://app.test"}
+        page.run("node", "page/flow.mjs", env={**given, **libpq, **of_stripe, "DATABASE_URL": neon})
+    with world.engine.connect() as conn:
+        assert audit(conn, world.config).findings == ()

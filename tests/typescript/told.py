@@ -1,0 +1,26 @@
+"""What the programs of these tests are told in their environment."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import sqlalchemy as sa
+
+from worlds import World
+
+
+def address(world: World) -> dict[str, Any]:
+    """The database's address for a driver of Node."""
+    url = sa.make_url(world.url)
+    return {
+        "host": url.query["host"],
+        "port": int(str(url.query["port"])),
+        "user": url.username or "postgres",
+        "database": url.database,
+    }
+
+
+def told(world: World, **given: Any) -> dict[str, str]:
+    """The environment of a program: where the database is, and what was made in it."""
+    return {"ADDRESS": json.dumps(address(world)), "GIVEN": json.dumps(given, default=str)}
