@@ -315,7 +315,8 @@ def test_the_whole_tables_come_back(any_world: World, make_role: Callable[..., s
     world, name = any_world, make_role()
     rights = sa.text(
         "SELECT relname, relacl::text, ARRAY(SELECT attname || attacl::text FROM pg_attribute"
-        " WHERE attrelid = c.oid AND NOT attisdropped AND attacl IS NOT NULL) AS columns FROM pg_class c WHERE relname IN ('users', 'workshops') ORDER BY 1"
+        " WHERE attrelid = c.oid AND NOT attisdropped AND attacl IS NOT NULL) AS columns"
+        " FROM pg_class c WHERE relname IN ('users', 'workshops') ORDER BY 1"
     )
     host_grants(world, name)
     quoted = sql.Identifier(name).as_string()
