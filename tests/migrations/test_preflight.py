@@ -192,7 +192,9 @@ def test_another_mapping_than_the_one_that_was_migrated(app: App, make_app: Call
 def test_a_table_that_took_the_name_of_the_one_that_was_migrated(app: App) -> None:
     migrate.apply(app.url, app.config)
     app.run("ALTER TABLE users RENAME TO people", "CREATE TABLE users (id uuid PRIMARY KEY, email text)")
-    with pytest.raises(HostMismatch, match=r"was migrated for people, which is not public\.users or public\.workshops"):
+    with pytest.raises(
+        HostMismatch, match=r"was migrated for public\.people, which is not public\.users or public\.workshops"
+    ):
         migrate.apply(app.url, app.config)
 
 
