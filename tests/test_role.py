@@ -179,7 +179,7 @@ def test_a_sale_through_stripe_works(app: App) -> None:
         addresses = {"success_url": f"{ORIGIN}/done", "cancel_url": f"{ORIGIN}/packs"}
         bought = stripe.checkout(engine, shop, user, pack.name, key="form", **addresses)
         double.pay(bought.session)
-        double.refund(double.account.objects["checkout.session"][bought.session]["payment_intent"], amount=1000)
+        double.refund(double.account.objects["checkout.session"][bought.session]["payment_intent"], amount=3000)
         for held in double.held():
             body, signature = double.signed(held["event"], held["endpoint"])
             assert stripe.receive(engine, shop, body.encode(), signature).status == 200
