@@ -21,7 +21,7 @@ import pytest
 import sqlalchemy as sa
 
 from tallystick.cli import main
-from tallystick.config import to_toml
+from tallystick.config import Config, to_toml
 from tallystick.dev.postgres import Server
 from worlds import SHAPES, World
 
@@ -131,9 +131,10 @@ def test_a_role_is_made_and_taken_back_by_the_scripts_that_are_printed(tally, ol
     with psycopg.connect(old_host, autocommit=True) as conn:
         conn.execute(f'CREATE ROLE "{name}"')
         conn.execute(tally("migrate", "sql", "--role", name).out)
-        refused = tally("migrate", "undo")
-        assert (refused.code, f"--role '{name}' --revoke" in refused.err) == (1, True)
         conn.execute(tally("migrate", "sql", "--role", name, "--revoke").out)
+        conn.execute(tally("migrate", "sql", "--role", name).out)
+        conn.execute(tally("migrate", "sql", "--functions").out)
+        assert "As declared" in tally("migrate", "status").out
         assert "Undid" in tally("migrate", "undo").out
         conn.execute(f'DROP OWNED BY "{name}"')
         conn.execute(f'DROP ROLE "{name}"')
@@ -298,9 +299,56 @@ def test_a_database_that_is_not_migrated_says_what_to_run(tally, old_host):
     assert "tallystick migrate apply" in tally("serve", "--host", "127.1", "--port", 0).err  # by whatever name
 
 
+def test_without_settings_the_mapping_is_the_databases(tally, make_world: Callable[..., World], monkeypatch):
+    """And tallystick init writes it down."""
+    world = make_world("quoted")
+    user = world.user(credits=3)
+    monkeypatch.setenv("DATABASE_URL", world.url)
+    for place in ([], ["--database-url", world.url]):
+        assert tally(*place, "balance", user).out == "3 credits\n"
+    assert "As declared" in tally("migrate", "status").out
+    assert "users by app.User.order (the database)" in tally("migrate", "plan").out
+    assert tally("init").code == 0
+    assert Config.load().host == world.config.host
+    assert "users by app.User.order (tallystick.toml)" in tally("migrate", "plan").out
+
+
+def test_a_wrong_mapping_is_told_with_the_right_one(tally, make_world: Callable[..., World]):
+    world = make_world("alone")
+    user = world.user()
+    settings = Path("mine.toml")
+    for wrong, right, said in (
+        ('table = "users"', 'table = "usres"', "host.users.table is 'usres', in the database 'users'"),
+        ('key = "id"', 'key = "key"', "host.users.key is 'key', in the database 'id'"),
+        ('"integer"', '"uuid"', "host.users.key_type is 'uuid', in the database 'integer'"),
+        ("workshops = false", "", "host.workshops is 'public.workshops', in the database not set"),
+        (
+            "workshops = false",
+            'workshops = false\ncredits = "bigint"',
+            "host.credits is 'bigint', in the database 'int",
+        ),
+    ):
+        settings.write_text(to_toml(world.config.host).replace(wrong, right), encoding="utf-8")
+        for command in (
+            ("balance", user),
+            ("audit",),
+            ("migrate", "status"),
+            ("migrate", "apply"),
+            ("serve", "--port", 0),
+        ):
+            refused = tally("--config", settings, "--database-url", world.url, *command)
+            assert (refused.code, said in refused.err) == (1, True), refused.err
+            assert "Correct [host] in tallystick.toml" in refused.err
+
+
 def test_a_database_of_a_later_package_says_so(at, world: World):
     with world.engine.begin() as conn:
         conn.execute(sa.text("UPDATE tallystick.alembic_version SET version_num = '9999'"))
+        conn.execute(
+            sa.text(
+                "INSERT INTO tallystick.migration_log (revision, direction, kind) VALUES ('9999', 'apply', 'contract')"
+            )
+        )
     said = at(world)("balance", uuid.uuid4())
     assert (said.code, "pip install -U tallystick" in said.err) == (1, True)
 
@@ -314,12 +362,12 @@ def test_a_role_without_privileges_is_told_so(at, world: World):
         for command in (["balance", uuid.uuid4()], ["audit"], ["serve", "--port", "0"]):
             said = at(world)("--database-url", url, *command)
             assert said.code == 1
-            assert "permission denied for schema tallystick. Grant it to this role" in said.err
+            assert "permission denied for schema tallystick. What lets a role run the ledger" in said.err
         with world.autocommit.connect() as conn:
             conn.execute(sa.text("GRANT USAGE ON SCHEMA tallystick TO tallystick_stranger"))
             conn.execute(sa.text("GRANT SELECT ON tallystick.alembic_version TO tallystick_stranger"))
         said = at(world)("--database-url", url, "balance", uuid.uuid4())
-        assert (said.code, "permission denied" in said.err, "Grant it" in said.err) == (1, True, True)
+        assert (said.code, "permission denied" in said.err, "migrate sql --role" in said.err) == (1, True, True)
     finally:
         with world.autocommit.connect() as conn:
             conn.execute(sa.text("DROP OWNED BY tallystick_stranger"))
@@ -473,6 +521,20 @@ def test_the_demo_tells_the_whole_story(tally):
     assert said.code == 0, said.out
     verdicts = re.findall(r"^(yes|NO) ", said.out, re.MULTILINE)
     assert verdicts == ["yes"] * 6
+
+
+def test_a_host_that_counts_in_parts_of_a_credit(tally, old_host):
+    assert tally("init", "--credits", "bigint").code == 0
+    assert 'credits = "bigint"' in Path("tallystick.toml").read_text(encoding="utf-8")
+    assert tally("migrate", "apply").code == 0
+    user = str(uuid.uuid4())
+    with psycopg.connect(old_host, autocommit=True) as conn:
+        conn.execute("INSERT INTO users (id, email) VALUES (%s, 'a@example.com')", [user])
+    assert "Balance 5000000000." in tally("grant", user, 5_000_000_000, "--description", "Welcome").out
+    assert tally("balance", user).out == "5000000000 credits\n"
+    assert "As declared" in tally("migrate", "status").out
+    assert tally("audit").code == 0
+    assert "bigint" in tally("init", "--credits", "many").err
 
 
 def test_client_typescript_writes_the_migrated_databases_types(tally: Callable[..., Said], make_world, tmp_path: Path):

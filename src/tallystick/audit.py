@@ -409,7 +409,7 @@ class _Part:
                 row.sequence,
                 row.balance_after,
                 sa.func.coalesce(previous, 0).cast(sa.BigInteger).label("previous"),
-                before.cast(sa.BigInteger).label("before"),
+                before.cast(_SUMS[self.schema.host.credits]).label("before"),
             )
             .where(row.sequence > 0)
             .subquery("steps")
@@ -496,16 +496,23 @@ class _Part:
     def _users(self) -> Expression:
         """Where users stand, less where they started."""
         user, key_type = self.schema.users.c, self.schema.host.users.key_type
-        stands = _place(sa.func.greatest(user.credit_sequence, -1), user.credit_balance)
-        return _sum(_hash(user.key, key_type, stands)) - _sum(_hash(user.key, key_type, sa.literal(0, sa.BigInteger)))
+        stands = self._place(sa.func.greatest(user.credit_sequence, -1), user.credit_balance)
+        started = self._place(sa.literal(0, sa.Integer), sa.literal(0, sa.BigInteger))
+        return _sum(_hash(user.key, key_type, stands)) - _sum(_hash(user.key, key_type, started))
 
     def _steps(self) -> Expression:
         """Where rows begin, less where they end."""
         row, key_type = self.row, self.schema.host.users.key_type
-        begins = _place(row.sequence - 1, row.balance_after.cast(sa.BigInteger) - row.amount)
-        ends = _place(row.sequence, row.balance_after)
+        begins = self._place(row.sequence - 1, row.balance_after.cast(_SUMS[self.schema.host.credits]) - row.amount)
+        ends = self._place(row.sequence, row.balance_after)
         numbered = row.sequence > 0
         return _sum(_hash(row.user_id, key_type, begins), numbered) - _sum(_hash(row.user_id, key_type, ends), numbered)
+
+    def _place(self, sequence: Expression, balance: Expression) -> Expression:
+        """The 64-bit seed for the hash of a key: 32 bits each, or of a bigint's 64 a hash."""
+        if self.schema.host.credits == "integer":
+            return sequence.cast(sa.BigInteger) * 2**32 + balance
+        return sa.func.hash_numeric_extended(balance.cast(sa.Numeric), sequence.cast(sa.BigInteger))
 
     def _unlocks(self) -> Expression:
         """Workshops paid for, with who paid, less those given back."""
@@ -533,9 +540,8 @@ def _hash(key: Expression, key_type: KeyType, seed: Expression) -> Expression:
     return sa.func.hashtextextended(key if key_type == "text" else key.cast(sa.Text), seed)
 
 
-def _place(sequence: Expression, balance: Expression) -> Expression:
-    """32 bits each: together the 64-bit seed for the hash of a key."""
-    return sequence.cast(sa.BigInteger) * 2**32 + balance
+_SUMS: Mapping[str, type[sa.types.TypeEngine[Any]]] = {"integer": sa.BigInteger, "bigint": sa.Numeric}
+"""What holds a sum of two numbers of credits, also of a ledger that is wrong."""
 
 
 def _sum(hashes: Expression, where: Expression | None = None) -> Expression:

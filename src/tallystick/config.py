@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import difflib
 import ipaddress
+import json
 import os
 import re
 import tomllib
@@ -14,7 +15,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
@@ -27,7 +37,8 @@ KeyType = Literal["uuid", "text", "char", "citext", "smallint", "integer", "bigi
 INTEGER_KEYS: frozenset[KeyType] = frozenset({"smallint", "integer", "bigint"})
 TEXT_KEYS: frozenset[KeyType] = frozenset({"text", "char", "citext"})
 FILE_NAME = "tallystick.toml"
-INT32_MAX = 2**31 - 1
+CREDITS_MAX = {"integer": 2**31 - 1, "bigint": 2**63 - 1}
+"""The largest number of credits, by ``HostMapping.credits``."""
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -146,8 +157,15 @@ class HostMapping:
 
     @staticmethod
     def from_json(text: str) -> HostMapping:
-        """The way back from :meth:`to_json`."""
-        return _MAPPING.validate_json(text)
+        """The way back from :meth:`to_json`; what a later version of this package added is left out."""
+        found = _known(json.loads(text), HostMapping)
+        for name, kind in (("users", UsersTable), ("workshops", WorkshopsTable)):
+            found[name] = found.get(name) and _known(found[name], kind)
+        return _MAPPING.validate_python(found)
+
+
+def _known(values: dict[str, Any], kind: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name in kind.__dataclass_fields__}
 
 
 _MAPPING = TypeAdapter(HostMapping)
@@ -165,7 +183,7 @@ class Pack:
     """
 
     name: Annotated[str, Field(min_length=1, max_length=200)]
-    credits: Annotated[int, Field(strict=True, ge=1, le=INT32_MAX)]
+    credits: Annotated[int, Field(strict=True, ge=1, le=CREDITS_MAX["bigint"])]
     amount: Annotated[int, Field(strict=True, ge=0)] | None = None
     currency: Annotated[str, Field(pattern="^[a-z]{3}$")] = "usd"
     stripe_price_id: str | None = None
@@ -288,10 +306,22 @@ class Config(BaseModel):
     stripe_realm: Annotated[str, Field(pattern="^[A-Za-z0-9._-]{1,64}$")] | None = None
     console: ConsoleAccess = Field(default_factory=ConsoleAccess)
 
+    @model_validator(mode="after")
+    def _packs_fit(self) -> Self:
+        most = CREDITS_MAX[self.host.credits]
+        for pack in self.packs:
+            if pack.credits > most:
+                raise ValueError(
+                    f"packs: {pack.name} has {pack.credits} credits; where host.credits is {self.host.credits!r}, "
+                    f"a number of credits is at most {most}"
+                )
+        return self
+
     def at(self, database_url: str) -> Self:
         """The same settings for another database, whose address is a direct one. Raises ConfigError."""
         try:
-            return self.model_validate(dict(self) | {"database_url": database_url, "database_url_unpooled": None})
+            given = {name: getattr(self, name) for name in self.model_fields_set}
+            return self.model_validate(given | {"database_url": database_url, "database_url_unpooled": None})
         except ValidationError as error:
             raise _explain(error, None, {"database_url": "--database-url"}) from None
 
@@ -457,8 +487,11 @@ def to_toml(host: HostMapping) -> str:
     """A settings file for ``host``, as ``tallystick init`` writes it, with the packs as an example to fill in."""
     lines = ["# Settings of Tallystick. The database address comes from DATABASE_URL unless it is set here."]
     tables = {"users": host.users, "workshops": host.workshops}
-    if host.workshops is None:
-        lines += ["", "[host]", "workshops = false"]
+    of_all = ["workshops = false"] if host.workshops is None else []
+    if host.credits != "integer":
+        of_all.append(f"credits = {_toml(host.credits)}")
+    if of_all:
+        lines += ["", "[host]", *of_all]
     for name, mapped in tables.items():
         if mapped is not None:
             values = {field: getattr(mapped, field) for field in type(mapped).__dataclass_fields__}

@@ -85,7 +85,10 @@ _MEANINGS: Mapping[str, tuple[type[DatabaseError], str]] = {
     **dict.fromkeys(("40001", "40P01", "23505", "55P03", "57014"), (Conflict, _IN_THE_WAY)),
     **dict.fromkeys(("25P03", "25P04"), (Conflict, _ENDED)),
     "25006": (DatabaseUnavailable, "the server takes no writes: {}. After a fail-over connect to the new primary"),
-    "42501": (PermissionDenied, "{}. Grant it to this role, or use the role that owns the tables"),
+    "42501": (
+        PermissionDenied,
+        "{}. What lets a role run the ledger is printed by: tallystick migrate sql --role ROLE",
+    ),
     "TS119": (HostInterfered, "{}. Nothing was written. Exempt Tallystick's columns from it"),
 }
 _NAMES = ("42P01", "42703", "3F000", "42704")

@@ -178,9 +178,9 @@ class NotMigrated(SchemaError):
 
 
 class SchemaTooNew(SchemaError):
-    """A later version of Tallystick migrated this database."""
+    """A later version of Tallystick migrated this database; ``revision`` is None where only an answer shows it."""
 
-    revision: str
+    revision: str | None
 
 
 class HostMismatch(SchemaError):

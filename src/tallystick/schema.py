@@ -7,19 +7,29 @@ a migrated database against these declarations. Column order and names are those
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any, Literal
 from uuid import UUID
 
 import sqlalchemy as sa
+from pydantic import ValidationError
 from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.schema import CheckConstraint, Column, ForeignKey, Index, Table
 
-from tallystick.config import INTEGER_KEYS, TEXT_KEYS, HostMapping, KeyType, UsersTable, WorkshopsTable
+from tallystick.config import (
+    CREDITS_MAX,
+    INTEGER_KEYS,
+    TEXT_KEYS,
+    Config,
+    HostMapping,
+    KeyType,
+    UsersTable,
+    WorkshopsTable,
+)
 from tallystick.database import DbConnection, translated
-from tallystick.errors import InvalidArgument, Key, NotMigrated, SchemaTooNew, shown
+from tallystick.errors import HostMismatch, InvalidArgument, Key, NotMigrated, SchemaTooNew, shown
 
 HEAD = "0001"
 """The revision this package works with; the tests hold it against ``migrate/versions``."""
@@ -232,7 +242,7 @@ class Schema:
     @property
     def credits_max(self) -> int:
         """The largest number of credits that a column holds."""
-        return INT32_MAX if self.host.credits == "integer" else INT64_MAX
+        return CREDITS_MAX[self.host.credits]
 
     def user_key(self, value: object) -> Key:
         """``value`` as a user's key. Raises InvalidArgument."""
@@ -327,6 +337,8 @@ migration_log = Table(
     Column("locked_ms", sa.Double),
     Column("duration_ms", sa.Double),
     Column("waited_for", pg.JSONB, nullable=False, server_default=sa.text("'[]'")),
+    # after a revision that is an expansion, packages from before it go on working
+    Column("kind", sa.Text, nullable=False, server_default=sa.text("'expand'")),
 )
 
 stripe_events = Table(
@@ -420,16 +432,25 @@ stripe_reconciliations = Table(
 """Each reconciliation, and where an interrupted one stands."""
 
 
-def verify(conn: DbConnection) -> None:
-    """Check that the database is at the revision this package works with; one query.
+def verify(conn: DbConnection, host: HostMapping | None = None) -> None:
+    """Check that the database is one that this package works with, and that ``host``, if given, is its mapping.
+
+    A database that is ahead of the package by expansions only works: in a rolling deployment it is migrated first.
 
     Call it when the app starts: a clear refusal then beats a missing column later.
 
     Raises:
+        HostMismatch: the database was migrated for another mapping.
         NotMigrated: run ``tallystick migrate apply``.
         PermissionDenied: this role may not look.
         SchemaTooNew: upgrade the package.
     """
+    _verify_revision(conn)
+    if host is not None:
+        refuse_other(mapping_of(conn), host)
+
+
+def _verify_revision(conn: DbConnection) -> None:
     with translated(connecting=True):  # nothing is written, so a lost connection leaves nothing unknown
         there = conn.scalar(sa.select(sa.func.to_regclass(f"{BOOKKEEPING_SCHEMA}.alembic_version")))
         found = None if there is None else conn.scalar(sa.select(alembic_version.c.version_num))
@@ -438,6 +459,11 @@ def verify(conn: DbConnection) -> None:
     if found == HEAD:
         return
     if found is not None and found > HEAD:
+        log = migration_log.c
+        broken = sa.exists().where(log.kind != "expand", log.revision > HEAD, log.revision <= found)
+        with translated(connecting=True):
+            if not conn.scalar(sa.select(broken)):
+                return
         raise SchemaTooNew(
             f"this database is at revision {found}, this package knows {HEAD}. Run: pip install -U tallystick",
             revision=found,
@@ -458,8 +484,8 @@ mapping = Table(
 """The mapping that the functions were made for."""
 
 
-def mapping_of(source: sa.Engine | sa.Connection) -> HostMapping:
-    """The mapping that the database stores, through an engine or a connection.
+def mapping_of(source: sa.Engine | DbConnection) -> HostMapping:
+    """The mapping that the database stores, through an engine, a connection or a session.
 
     Raises:
         NotMigrated: run ``tallystick migrate apply``.
@@ -474,7 +500,65 @@ def mapping_of(source: sa.Engine | sa.Connection) -> HostMapping:
         stored = None if there is None else source.scalar(sa.select(sa.cast(mapping.c.host, sa.Text)))
     if stored is None:
         raise NotMigrated("this database has no Tallystick schema yet. Run: tallystick migrate apply", revision=None)
-    return HostMapping.from_json(stored)
+    try:
+        return HostMapping.from_json(stored)
+    except ValidationError as error:
+        raise SchemaTooNew(
+            f"this package does not understand the mapping that the database stores: {error}. "
+            "Run: pip install -U tallystick",
+            revision=None,
+        ) from error
+
+
+def agreed(conn: DbConnection, config: Config) -> Config:
+    """``config`` with the mapping that the database stores, which must be its own where it has one.
+
+    Raises:
+        HostMismatch: shows both.
+        NotMigrated: run ``tallystick migrate apply``.
+    """
+    stored = mapping_of(conn)
+    if "host" not in config.model_fields_set:
+        return config.model_copy(update={"host": stored})
+    refuse_other(stored, config.host)
+    return config
+
+
+def refuse_other(stored: HostMapping, given: HostMapping) -> None:
+    """Refuse a mapping that is not the one that the functions were made for. Where e-mail is kept they do not know.
+
+    Raises:
+        HostMismatch: shows both.
+    """
+    differs = list(_differences(stored, given))
+    if not differs:
+        return
+    both = "; ".join(f"{name} is {_set(here)}, in the database {_set(there)}" for name, here, there in differs)
+    raise HostMismatch(
+        f"the settings and the database disagree about the app's tables: {both}. Correct [host] in tallystick.toml, or "
+        "write it anew from the database: tallystick init --force",
+        table=f"{stored.users.schema}.{stored.users.table}",
+        column=None,
+    )
+
+
+def _differences(stored: HostMapping, given: HostMapping) -> Iterator[tuple[str, str | None, str | None]]:
+    """Settings, as in tallystick.toml, with what the first and the second says."""
+    if given.credits != stored.credits:
+        yield "host.credits", given.credits, stored.credits
+    for word in ("users", "workshops"):
+        here, there = getattr(given, word), getattr(stored, word)
+        if here is None or there is None:
+            if here is not there:
+                yield f"host.{word}", here and f"{here.schema}.{here.table}", there and f"{there.schema}.{there.table}"
+            continue
+        for name in type(here).__dataclass_fields__:
+            if name != "email" and getattr(here, name) != getattr(there, name):
+                yield f"host.{word}.{name}", getattr(here, name), getattr(there, name)
+
+
+def _set(value: str | None) -> str:
+    return "not set" if value is None else repr(value)
 
 
 def _enum(labels: type[StrEnum], name: str, host: HostMapping) -> pg.ENUM:

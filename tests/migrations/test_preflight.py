@@ -164,9 +164,16 @@ def test_another_mapping_than_the_one_that_was_migrated(app: App, make_app: Call
     app.run("CREATE SCHEMA crm", "CREATE TABLE crm.users (id uuid PRIMARY KEY)")
     migrate.apply(app.url, app.config)
     for mapping, message in (
-        (HostMapping(workshops=WorkshopsTable(table="courses")), "was migrated for public.workshops"),
-        (HostMapping(users=UsersTable(schema="crm"), workshops=None), "not for crm.users"),
-        (HostMapping(workshops=None), "was migrated for public.workshops"),
+        (
+            HostMapping(workshops=WorkshopsTable(table="courses")),
+            r"host\.workshops\.table is 'courses', in the database 'workshops'",
+        ),
+        (
+            HostMapping(users=UsersTable(schema="crm"), workshops=None),
+            r"host\.users\.schema is 'crm', in the database 'public'",
+        ),
+        (HostMapping(workshops=None), r"host\.workshops is not set, in the database 'public\.workshops'"),
+        (HostMapping(credits="bigint"), r"host\.credits is 'bigint', in the database 'integer'"),
     ):
         other = app.config.model_copy(update={"host": mapping})
         for change in (migrate.apply, migrate.undo):
@@ -178,8 +185,17 @@ def test_another_mapping_than_the_one_that_was_migrated(app: App, make_app: Call
         ALONE,
     )
     migrate.apply(alone.url, alone.config)
-    with pytest.raises(HostMismatch, match="workshops = false"):
+    with pytest.raises(HostMismatch, match=r"host\.workshops is 'public\.workshops', in the database not set"):
         migrate.apply(alone.url, alone.config.model_copy(update={"host": HostMapping()}))
+
+
+def test_a_table_that_took_the_name_of_the_one_that_was_migrated(app: App) -> None:
+    migrate.apply(app.url, app.config)
+    app.run("ALTER TABLE users RENAME TO people", "CREATE TABLE users (id uuid PRIMARY KEY, email text)")
+    with pytest.raises(
+        HostMismatch, match=r"was migrated for public\.people, which is not public\.users or public\.workshops"
+    ):
+        migrate.apply(app.url, app.config)
 
 
 class TestPrivileges:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import psycopg
 import pytest
 from hosts import App
 
 from tallystick import migrate
-from tallystick.migrate import Drift
-from tallystick.migrate.status import APPLY
+from tallystick.migrate import Drift, functions_sql
+from tallystick.migrate.status import APPLY, FUNCTIONS
 
 LEDGER = "public.credit_transactions"
 
@@ -15,6 +16,8 @@ FOREIGN_KEY = "credit_transactions_user_fk"
 DROPPED = f"ALTER TABLE credit_transactions DROP CONSTRAINT {FOREIGN_KEY}"
 KEY = "credit_transactions_idempotency_key"
 BODY = "() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RETURN NEW;END$$"
+PINNED = "SET search_path = pg_catalog, pg_temp"
+GRANT = '"grant"(uuid, integer, text, text, jsonb)'
 
 
 def anew(events: str, condition: str = "") -> str:
@@ -77,11 +80,38 @@ DRIFTS = [
     ("trigger", f"{LEDGER}.tallystick_no_truncate", "DROP TRIGGER tallystick_no_truncate ON credit_transactions"),
     ("trigger", "public.users.tallystick_updated_at", "DROP TRIGGER tallystick_updated_at ON users"),
     ("enum", "public.credit_transaction_status", "ALTER TYPE credit_transaction_status ADD VALUE 'lost'"),
-    ("function", "tallystick.append_only", f"CREATE OR REPLACE FUNCTION tallystick.append_only{BODY}"),
+]
+
+FUNCTION_DRIFTS = [
+    ("append_only()", f"CREATE OR REPLACE FUNCTION tallystick.append_only{BODY} {PINNED}"),
+    ("append_only()", "ALTER FUNCTION tallystick.append_only() RESET search_path"),
+    ("utc(date)", "DROP FUNCTION tallystick.utc(date)"),
+    ("uuid7()", "ALTER FUNCTION tallystick.uuid7() STRICT"),
+    (GRANT, f"ALTER FUNCTION tallystick.{GRANT} SECURITY INVOKER"),
+    (GRANT, f"ALTER FUNCTION tallystick.{GRANT} SET search_path = public"),
+    (GRANT, f"ALTER FUNCTION tallystick.{GRANT} STABLE"),
+    (GRANT, f"GRANT EXECUTE ON FUNCTION tallystick.{GRANT} TO PUBLIC"),
+    (GRANT, f"ALTER FUNCTION tallystick.{GRANT} OWNER TO pg_monitor"),
+    (
+        "kept_as(timestamp with time zone, timestamp without time zone)",
+        (
+            "CREATE OR REPLACE FUNCTION tallystick.kept_as(moment timestamptz, in_column timestamp) RETURNS timestamp"
+            " LANGUAGE sql IMMUTABLE AS $$ SELECT moment AT TIME ZONE 'CET' $$"
+        ),
+    ),
+    (
+        "balance(uuid)",
+        (
+            "DROP FUNCTION tallystick.balance(uuid); CREATE FUNCTION tallystick.balance(someone uuid)"
+            f" RETURNS tallystick.answer LANGUAGE plpgsql STABLE SECURITY DEFINER {PINNED}"
+            " AS $$BODY$$; REVOKE ALL ON FUNCTION tallystick.balance FROM PUBLIC"
+        ),
+    ),
+    ("utc(text)", "CREATE FUNCTION tallystick.utc(text) RETURNS timestamptz LANGUAGE sql AS 'SELECT now()'"),
 ]
 
 # of another type, default or body: what to do depends on who uses it
-FOR_A_PERSON = {change for kind, _, change in DRIFTS if kind in ("enum", "function") or " ALTER " in change}
+FOR_A_PERSON = {change for kind, _, change in DRIFTS if kind == "enum" or " ALTER " in change}
 
 
 def drift(app: App) -> tuple[Drift, ...]:
@@ -103,6 +133,28 @@ def test_a_difference_is_told(app: App, kind: str, where: str, change: str) -> N
         return
     app.run(*found.remedy.split("; "))
     assert drift(app) == ()
+
+
+def test_another_function_is_told_and_put_back(app: App) -> None:
+    """Its body, its options, its owner, and who may call it; of all with one name, the one that differs."""
+    migrate.apply(app.url, app.config)
+    for name, change in FUNCTION_DRIFTS:
+        body = app.value("SELECT prosrc FROM pg_proc WHERE oid = 'tallystick.balance(uuid)'::regprocedure")
+        app.run(*change.replace("$$BODY$$", f"$${body}$$").split("; "))
+        found = drift(app)
+        assert {(each.kind, each.where) for each in found} == {("function", f"tallystick.{name}")}, change
+        for remedy in [part for each in found for part in each.remedy.split("; then: ")]:
+            with psycopg.connect(app.url.replace("+psycopg", ""), autocommit=True) as owner:
+                owner.execute((functions_sql(app.config) if remedy == FUNCTIONS else remedy).encode())
+        assert drift(app) == (), change
+
+
+def test_another_answer_is_told(app: App) -> None:
+    migrate.apply(app.url, app.config)
+    app.run("ALTER TYPE tallystick.account_answer ADD ATTRIBUTE more text CASCADE")
+    [found] = drift(app)
+    assert (found.kind, found.where) == ("type", "tallystick.account_answer")
+    assert found.found == f"{found.expected}, more text"
 
 
 def test_what_an_interrupted_run_left_is_for_the_next_one_to_mend(app: App) -> None:

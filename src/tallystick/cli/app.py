@@ -23,8 +23,9 @@ from typer.core import TyperGroup
 from tallystick.config import Config, origin_of_host
 from tallystick.database import connect
 from tallystick.dev import postgres
-from tallystick.errors import DatabaseUnavailable
+from tallystick.errors import DatabaseUnavailable, NotMigrated
 from tallystick.migrate.session import driver
+from tallystick.schema import agreed
 
 EMBEDDED_DATABASE = "app"
 
@@ -107,6 +108,17 @@ class Invocation:
             yield conn, config
 
 
+def with_mapping(conn: sa.Connection, config: Config) -> Config:
+    """The settings; where they name no tables of the app, with those that the database was migrated for, if it was.
+
+    Raises HostMismatch, see ``schema.agreed``.
+    """
+    try:
+        return agreed(conn, config)
+    except NotMigrated:
+        return config
+
+
 def address(config: Config) -> str:
     """The address that :meth:`Invocation.database` made sure of."""
     if config.database_url is None:
@@ -123,7 +135,10 @@ def place(conn: sa.Connection) -> str:
 def mapping(ctx: typer.Context, config: Config) -> str:
     """What users are known by, and who says so."""
     users = config.host.users
-    return f"users by {users.schema}.{users.table}.{users.key} ({origin_of_host(invocation(ctx).config_path)})"
+    origin = origin_of_host(invocation(ctx).config_path)
+    if origin == "defaults" and "host" in config.model_fields_set:
+        origin = "the database"
+    return f"users by {users.schema}.{users.table}.{users.key} ({origin})"
 
 
 def embedded_address(server: postgres.Server) -> str:

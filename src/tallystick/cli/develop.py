@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tallystick.cli.app import Json, address, app, emit, invocation, out, progress_bar, table
+from tallystick.cli.app import Json, address, app, emit, invocation, out, progress_bar, table, with_mapping
 from tallystick.database import engine
 from tallystick.dev import seed as seeding
 from tallystick.errors import DevServerError
@@ -38,6 +38,8 @@ def seed(
     with invocation(ctx).database() as config:
         pool = engine(address(config))
         try:
+            with pool.connect() as conn:
+                config = with_mapping(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
             if reset:
                 report = seeding.reset(pool, config, only=only or (), force_production=force_production)
             else:

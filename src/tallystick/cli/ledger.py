@@ -35,7 +35,7 @@ from tallystick.config import FILE_NAME, Config
 from tallystick.database import said
 from tallystick.errors import InvalidArgument, Key, NotMigrated
 from tallystick.ledger import CreditTransaction, Ledger
-from tallystick.schema import Schema, verify
+from tallystick.schema import Schema, agreed, verify
 
 KeyOption = Annotated[
     str | None,
@@ -66,6 +66,7 @@ def mapped(ctx: typer.Context) -> Iterator[tuple[sa.Connection, Config]]:
     asked = invocation(ctx)
     with asked.connection() as (conn, config):
         verify(conn)
+        config = agreed(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
         try:
             yield conn, config
         except NotMigrated as error:  # it is, so what is missing is not what we added
@@ -84,14 +85,9 @@ def mapped(ctx: typer.Context) -> Iterator[tuple[sa.Connection, Config]]:
 
 def _where(asked: Invocation) -> str:
     """Where the mapping comes from, for who looks for what is wrong with it."""
-    config = Config.load(asked.config_path)
-    users = config.host.users
-    if "host" in config.model_fields_set:
+    if "host" in Config.load(asked.config_path).model_fields_set:
         return f"check [host.users] in {asked.config_path or FILE_NAME}"
-    return (
-        f"no {FILE_NAME} says which table is users, so {users.schema}.{users.table} is taken, by {users.key} "
-        f"({users.key_type}). Write one with: tallystick init"
-    )
+    return "which tables and columns are the app's was stored when it was migrated"
 
 
 def credits_of(number: int) -> str:

@@ -7,9 +7,10 @@ import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
 import typer
@@ -18,7 +19,7 @@ from rich.markup import escape
 
 from tallystick import migrate
 from tallystick.audit import audit
-from tallystick.cli.app import Json, address, app, emit, err, invocation, mapping, note, out, place, plain
+from tallystick.cli.app import Json, address, app, emit, err, invocation, mapping, note, out, place, plain, with_mapping
 from tallystick.cli.backups import backups, take_backup
 from tallystick.config import FILE_NAME, Config, to_toml
 from tallystick.database import PATIENCE_S, connect, translated
@@ -46,9 +47,18 @@ def awake(config: Config) -> AbstractContextManager[sa.Connection]:
     return connect(address(config), patience_s=PATIENCE_S, waiting=waiting)
 
 
-def _say_where(ctx: typer.Context, config: Config) -> None:
+@contextmanager
+def migrating(ctx: typer.Context) -> Iterator[tuple[sa.Connection, Config]]:
+    """A connection that migrations can use, and the settings."""
+    with invocation(ctx).database(migrating=True) as config, awake(config) as conn:
+        yield conn, with_mapping(conn, config)
+
+
+def _say_where(ctx: typer.Context, config: Config) -> Config:
     with awake(config) as conn:
-        note(f"{place(conn)}, {mapping(ctx, config)}.")
+        found = with_mapping(conn, config)
+        note(f"{place(conn)}, {mapping(ctx, found)}.")
+        return found
 
 
 StallBudget = Annotated[
@@ -60,6 +70,16 @@ StallBudget = Annotated[
 GiveUpAfter = Annotated[
     float, typer.Option("--give-up-after", help="For how long to try, per revision.", min=1, metavar="SECONDS")
 ]
+
+
+class Credits(StrEnum):
+    """As ``HostMapping.credits``."""
+
+    integer = "integer"
+    bigint = "bigint"
+
+
+_CREDITS: dict[Credits, Literal["integer", "bigint"]] = {Credits.integer: "integer", Credits.bigint: "bigint"}
 
 
 @app.command(rich_help_panel="Begin here")
@@ -80,6 +100,12 @@ def init(
             "--users-key", help="The column that users are known by, if not their primary key.", metavar="COLUMN"
         ),
     ] = None,
+    credits: Annotated[
+        Credits | None,
+        typer.Option(
+            "--credits", help="The type of a number of credits; bigint for one that counts in parts of a credit."
+        ),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", help="The file to write.", metavar="FILE")] = Path(FILE_NAME),
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
     as_json: Json = False,
@@ -92,6 +118,7 @@ def init(
         "--users": users,
         "--users-key": users_key,
         "--workshops": workshops,
+        "--credits": credits and credits.value,
         "--output": None if output == Path(FILE_NAME) else str(output),
     }
     again = " ".join(["tallystick init --force", *(f"{name} {shlex.quote(to)}" for name, to in given.items() if to)])
@@ -103,7 +130,13 @@ def init(
             key=None,
         )
     with invocation(ctx).database() as config, awake(config) as conn:
-        host = migrate.propose(conn, users=users, workshops=workshops, users_key=users_key)
+        host = migrate.propose(
+            conn,
+            users=users,
+            workshops=workshops,
+            users_key=users_key,
+            credits=None if credits is None else _CREDITS[credits],
+        )
         primary = migrate.other_than_primary(conn, host)
     output.write_text(to_toml(host), encoding="utf-8")
 
@@ -146,7 +179,7 @@ def plan(
 
     Exit code 1 where something would stop it.
     """
-    with invocation(ctx).database(migrating=True) as config, awake(config) as conn:
+    with migrating(ctx) as (conn, config):
         here = f"{place(conn)}, {mapping(ctx, config)}."
         planned = migrate.plan(conn, config, backup_folder=backup.absolute().parent if backup else None)
     stopped = bool(planned.revisions) and any(finding.severity == "stop" for finding in planned.findings)
@@ -233,13 +266,14 @@ def sql(
         str | None,
         typer.Option(
             "--role",
-            help="Print instead what lets this role run the ledger and not rewrite it: for an app that does not own "
-            "its tables.",
+            help="Print instead what lets this role run the ledger's functions and write no balance: for an app that "
+            "does not own its tables.",
             metavar="ROLE",
         ),
     ] = None,
-    revoke: Annotated[
-        bool, typer.Option("--revoke", help="With --role: print what takes it back again, as undo needs.")
+    revoke: Annotated[bool, typer.Option("--revoke", help="With --role: print what takes it back again.")] = False,
+    functions: Annotated[
+        bool, typer.Option("--functions", help="Print the ledger's functions alone, to put them back as they were.")
     ] = False,
 ) -> None:
     """Print what apply would run as one script, for review or for another tool to run."""
@@ -249,10 +283,13 @@ def sql(
         script = (roles.revoke if revoke else roles.grant)(invocation(ctx).config().host, role)
         out.print(script, markup=False)
         return
+    if functions:
+        out.print(migrate.functions_sql(invocation(ctx).config()), markup=False)
+        return
     if offline:
         out.print(migrate.sql(None, invocation(ctx).config()), markup=False)
         return
-    with invocation(ctx).database(migrating=True) as config, awake(config) as conn:
+    with migrating(ctx) as (conn, config):
         out.print(migrate.sql(conn, config), markup=False)
 
 
@@ -274,7 +311,7 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Say at which revision the database is, and what differs from what it should be. Exit code 1 unless healthy."""
-    with invocation(ctx).database(migrating=True) as config, awake(config) as conn:
+    with migrating(ctx) as (conn, config):
         found = migrate.status(conn, config)
         others = migrate.trackers(conn, drizzle=drizzle)
 
@@ -308,7 +345,7 @@ def _show_status(found: migrate.Status) -> None:
             out.print(f"  {drift}", markup=False)
             out.print(f"    {f'Mend it: {drift.remedy}' if drift.remedy else _NO_REMEDY}", markup=False)
     else:
-        out.print("[green]As declared:[/] every column, constraint, index, trigger and label.")
+        out.print("[green]As declared:[/] every column, constraint, index, trigger, label, function and privilege.")
 
 
 @migrations.command()
@@ -321,6 +358,7 @@ def snippet(
     if config.database_url or postgres.default_folder().exists():  # it knows which columns the app had before
         try:
             with translated(), invocation(ctx).database(migrating=True) as config, connect(address(config)) as conn:
+                config = with_mapping(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
                 adopted = migrate.examine(conn, config, strict=False).adopted_names
         except TallystickError as error:
             note(f"The database was not looked at: {error.message}")
@@ -348,7 +386,7 @@ def apply(
 ) -> None:
     """Migrate the database while its traffic goes on. All or nothing; a second run changes nothing."""
     with invocation(ctx).database(migrating=True) as config:
-        _say_where(ctx, config)
+        config = _say_where(ctx, config)  # noqa: PLW2901 - the same, with the database's mapping
         if backup is not None:
             take_backup(address(config), backup)
         with _Shown() as shown:
@@ -375,7 +413,7 @@ def undo(
 ) -> None:
     """Take Tallystick out of the database again. Refused while the ledger has rows."""
     with invocation(ctx).database(migrating=True) as config:
-        _say_where(ctx, config)
+        config = _say_where(ctx, config)  # noqa: PLW2901 - the same, with the database's mapping
         with _Shown() as shown:
             receipt = migrate.undo(
                 address(config),
@@ -466,7 +504,7 @@ def _restored(ctx: typer.Context, backup_file: Path | None) -> Iterator[tuple[Co
         if backup_file is None:
             config = stack.enter_context(invocation(ctx).database(migrating=True))
             backup_file = folder / "copy.backup"
-            _say_where(ctx, config)
+            config = _say_where(ctx, config)
             take_backup(address(config), backup_file)
         else:
             config = invocation(ctx).config()

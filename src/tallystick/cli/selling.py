@@ -18,7 +18,7 @@ from tallystick.cli.ledger import KeyOption, credits_of
 from tallystick.config import Config
 from tallystick.database import engine, transaction
 from tallystick.errors import StripeNotConfigured
-from tallystick.schema import verify
+from tallystick.schema import agreed, verify
 
 selling = typer.Typer(
     no_args_is_help=True, help="Sell credits through Stripe Checkout: prices, webhooks, refunds, reconciliation."
@@ -42,6 +42,7 @@ def pool(ctx: typer.Context) -> Iterator[tuple[sa.Engine, Config]]:
         made = engine(address(config), poolclass=sa.NullPool)
         with transaction(made) as conn:
             verify(conn)
+            config = agreed(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
         yield made, config
 
 

@@ -15,7 +15,7 @@ from tallystick.cli.app import app, invocation, out
 from tallystick.config import ConsoleAccess
 from tallystick.database import connect, engine
 from tallystick.errors import ConfigError
-from tallystick.schema import verify
+from tallystick.schema import agreed, verify
 
 if TYPE_CHECKING:
     from tallystick.web.console import Door
@@ -63,6 +63,7 @@ def serve(
         try:
             with connect(database_address(config)) as conn:
                 verify(conn)
+                config = agreed(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
             pages = console.console(config, engine=pool, door=door, address=address, allow_actions=allow_actions)
             if isinstance(door, console.LocalLink):
                 out.print(f"The console is at {address}/enter?token={door.token}", markup=False)

@@ -172,7 +172,7 @@ def seed(
     chosen = _chosen(only)
     schema = Schema.of(config.host)
     with _transaction(bind) as conn:
-        verify(conn)
+        verify(conn, config.host)
         if not force_production:
             _refuse_production(conn, schema, environ, "tallystick seed --force-production")
         host = _HostTables(conn, schema)
@@ -217,7 +217,7 @@ def reset(
     workshops = {key: scenario for scenario in chosen for key in scenario.workshop_keys(schema)}
     ledger = schema.credit_transactions
     with _removing(), _transaction(bind) as conn:
-        verify(conn)
+        verify(conn, config.host)
         if not force_production:
             _refuse_production(conn, schema, environ, "tallystick seed --reset --force-production")
         if schema.workshops is not None:

@@ -150,7 +150,8 @@ _ANSWER = (
     "{created_at}, {completed_at}, balance, required, remaining, detail, item"
 )
 _MOMENTS = {
-    name: f"(extract(epoch FROM {name}) * 1000000)::bigint"
+    # an operator of this name in the caller's search_path may be anybody's
+    name: f"(extract(epoch FROM {name}) OPERATOR(pg_catalog.*) 1000000)::bigint"
     for name in ("created_at", "completed_at", "updated_at", "deleted_at")
 }
 
@@ -163,7 +164,8 @@ def _text(function: str, names: tuple[str, ...], *, mark: str = "%s", plain: boo
     """
     marks = ("%s" if mark == "%s" else f"${number}" for number in range(1, len(names) + 1))
     arguments = ", ".join(f"{name} => {mark}" for name, mark in zip(names, marks, strict=True))
-    columns = _COLUMNS.get(function, _ANSWER).format(**_MOMENTS) if plain else "*"
+    # by name, and not *: a prepared statement survives that a later revision adds to what a function answers
+    columns = _COLUMNS.get(function, _ANSWER).format(**(_MOMENTS if plain else {name: name for name in _MOMENTS}))
     return f"SELECT {columns} FROM tallystick.{function}({arguments})"  # noqa: S608 - see above
 
 

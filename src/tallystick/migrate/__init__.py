@@ -10,7 +10,7 @@ from tallystick.migrate.revisions import Revision, revisions
 from tallystick.migrate.run import GIVE_UP_AFTER_S, Progress, Receipt, Step, apply, undo
 from tallystick.migrate.snippets import TOOLS, snippet
 from tallystick.migrate.statements import STALL_BUDGET_MS
-from tallystick.migrate.status import Applied, Drift, Status, status
+from tallystick.migrate.status import Applied, Drift, Status, functions_sql, status
 from tallystick.migrate.trackers import Entry, Tracker, concerns, trackers
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "concerns",
     "downgrade_revision",
     "examine",
+    "functions_sql",
     "other_than_primary",
     "plan",
     "propose",

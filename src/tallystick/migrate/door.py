@@ -15,7 +15,6 @@ from tallystick.errors import MigrationError
 from tallystick.migrate.host import current_revision, examine, refuse_rows
 from tallystick.migrate.online import online
 from tallystick.migrate.revisions import HostNames, Revision, revisions, up_to
-from tallystick.migrate.role import refuse_limited
 from tallystick.migrate.session import put_back, refuse_pooler
 from tallystick.migrate.statements import STALL_BUDGET_MS, Messages, downward, text, upward
 
@@ -115,8 +114,6 @@ def downgrade_revision(
         )
     if host.revision is not None and not discard_ledger:
         refuse_rows(conn, host, "call downgrade_revision(…, discard_ledger=True)")
-    if to is None:
-        refuse_limited(conn, config.host)
     _run_inside(
         conn,
         downward(

@@ -7,8 +7,8 @@ import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 import sqlalchemy as sa
 
@@ -24,7 +24,7 @@ from tallystick.errors import (
 )
 from tallystick.migrate.dependents import breaks_with_more_columns
 from tallystick.migrate.revisions import Adopted, Word, revisions
-from tallystick.schema import LEDGER, alembic_version, migration_log
+from tallystick.schema import LEDGER, alembic_version, mapping_of, migration_log, refuse_other
 
 OLDEST_SERVER = 140000
 _MAX_COLUMNS = 1600
@@ -244,10 +244,12 @@ def examine(conn: sa.Connection, config: Config, *, strict: bool = True) -> Host
     if role.standby:
         raise SchemaError("this server is a standby and cannot be written to. Use the primary's address")
 
-    users, users_columns = _mapped_users(conn, mapping)
-    workshops, workshops_columns = _mapped_workshops(conn, mapping)
     revision = current_revision(conn)
     prepared = prepared_revision(conn)
+    if revision is not None or prepared is not None:
+        refuse_other(mapping_of(conn), mapping)
+    users, users_columns = _mapped_users(conn, mapping)
+    workshops, workshops_columns = _mapped_workshops(conn, mapping)
     if revision is None:
         if role.has_schema and prepared is None:
             raise HostMismatch(
@@ -256,12 +258,12 @@ def examine(conn: sa.Connection, config: Config, *, strict: bool = True) -> Host
                 table="tallystick",
                 column=None,
             )
-        taken = _adoptable(conn, "users", users, users_columns)
-        adopted = taken if workshops is None else taken | _adoptable(conn, "workshops", workshops, workshops_columns)
+        taken = _adoptable(conn, "users", users, users_columns, mapping.credits)
+        adopted = taken
+        if workshops is not None:
+            adopted |= _adoptable(conn, "workshops", workshops, workshops_columns, mapping.credits)
         if prepared is None:
             _check_free(conn, mapping)
-        else:
-            _check_prepared_here(conn, mapping)
     else:
         adopted = adopted_columns(conn)
         _check_same_host(conn, users, workshops)
@@ -291,13 +293,22 @@ def examine(conn: sa.Connection, config: Config, *, strict: bool = True) -> Host
 def looking(conn: sa.Connection) -> Iterator[None]:
     """Reading the catalogues of a table waits for whoever holds it exclusively: not for long, and then say so.
 
-    Raises Conflict (see ``tallystick.database``).
+    No operator is looked for but PostgreSQL's own, see ``KNOWN_SETTINGS``. Raises Conflict (see
+    ``tallystick.database``).
     """
     with translated():
-        before = conn.scalar(sa.select(sa.func.current_setting("lock_timeout")))
-        conn.execute(sa.select(sa.func.set_config("lock_timeout", "3s", sa.true())))
+        before = {name: conn.scalar(sa.select(sa.func.current_setting(name))) for name in _LOOKING}
+        _set(conn, _LOOKING)
         yield
-        conn.execute(sa.select(sa.func.set_config("lock_timeout", before, sa.true())))
+        _set(conn, before)
+
+
+def _set(conn: sa.Connection, settings: Mapping[str, str | None]) -> None:
+    for name, value in settings.items():
+        conn.execute(sa.select(sa.func.set_config(name, value, sa.true())))
+
+
+_LOOKING = {"lock_timeout": "3s", "search_path": "pg_catalog"}
 
 
 def mapped_oids(conn: sa.Connection, mapping: HostMapping) -> list[int]:
@@ -542,6 +553,8 @@ class _Rule:
     length: int = 0
 
 
+_BIGINT = _Rule(("int8",), "bigint NOT NULL DEFAULT 0", zero=True)
+
 _ADOPTABLE: Mapping[Word, Mapping[str, _Rule]] = {
     "users": {
         "credit_balance": _Rule(("int4",), "integer NOT NULL DEFAULT 0", zero=True),
@@ -560,10 +573,11 @@ _ADOPTABLE: Mapping[Word, Mapping[str, _Rule]] = {
 
 
 def _adoptable(
-    conn: sa.Connection, word: Word, table: HostTable, columns: Mapping[str, HostColumn]
+    conn: sa.Connection, word: Word, table: HostTable, columns: Mapping[str, HostColumn], credits: str
 ) -> frozenset[tuple[Word, str]]:
     adopted = set()
-    for name, rule in _ADOPTABLE[word].items():
+    for name, usual in _ADOPTABLE[word].items():
+        rule = _BIGINT if (name, credits) == ("credit_balance", "bigint") else usual
         column = columns.get(name)
         if column is None:
             continue
@@ -628,51 +642,17 @@ def _check_free(conn: sa.Connection, mapping: HostMapping) -> None:
         )
 
 
-def _check_prepared_here(conn: sa.Connection, mapping: HostMapping) -> None:
-    """An interrupted run made the ledger where its mapping said; another mapping would leave that one behind."""
-    schema = mapping.users.schema
-    if conn.scalar(_OID, {"schema": schema, "table": LEDGER}) is None:
-        raise HostMismatch(
-            f"an interrupted run has made its new objects, but there is no {LEDGER} in schema {schema}. "
-            "Correct [host.users] in tallystick.toml to what it was then",
-            table=f"{schema}.{LEDGER}",
-            column=None,
-        )
-
-
 def _check_same_host(conn: sa.Connection, users: HostTable, workshops: HostTable | None) -> None:
-    """The ledger's foreign keys say which tables were migrated; a mapping that says otherwise is a mistake.
-
-    Where a key was dropped, ``status`` tells it as drift, and the columns that a workshops table got speak for it.
-    """
-    if conn.scalar(_OID, {"schema": users.schema, "table": LEDGER}) is None:
-        raise HostMismatch(
-            f"this database is migrated, but not for {users.shown}: there is no {LEDGER} beside it. "
-            "Correct [host.users] in tallystick.toml",
-            table=users.shown,
-            column=None,
-        )
+    """The ledger's foreign keys say which tables were migrated; another one with such a name is a mistake."""
     mapped = {table.oid: table.shown for table in (users, workshops) if table}
-    keys = {row.name: row for row in conn.execute(_KEYS, {"schema": users.schema})}
-    for key in keys.values():
+    for key in conn.execute(_KEYS, {"schema": users.schema}):
         if key.oid not in mapped:
             raise HostMismatch(
-                f"this database was migrated for {key.table}, but the mapping says "
-                f"{' and '.join(mapped.values())}. Correct [host] in tallystick.toml",
+                f"this database was migrated for {key.table}, which is not {' or '.join(mapped.values())} any more. "
+                "Give the table its name back",
                 table=key.table,
                 column=None,
             )
-    if (
-        workshops is not None
-        and f"{LEDGER}_workshop_fk" not in keys
-        and not conn.scalar(_HAS_COLUMN, {"oid": workshops.oid, "column": "credit_consumed_at"})
-    ):
-        raise HostMismatch(
-            f"this database was migrated without a workshops table, but the mapping names {workshops.shown}. "
-            "Set workshops = false under [host], or undo and apply again",
-            table=workshops.shown,
-            column=None,
-        )
 
 
 _KEYS = sa.text("""
@@ -680,11 +660,6 @@ _KEYS = sa.text("""
     WHERE conrelid = to_regclass(quote_ident(:schema) || '.credit_transactions')
       AND conname IN ('credit_transactions_user_fk', 'credit_transactions_workshop_fk')
 """)
-_HAS_COLUMN = sa.text("""
-    SELECT EXISTS (SELECT FROM pg_attribute
-                   WHERE attrelid = CAST(:oid AS oid) AND attname = :column AND NOT attisdropped)
-""")
-
 
 # --- the proposal
 
@@ -697,7 +672,12 @@ _EMAILS = ("email", "email_address", "emailaddress", "mail")
 
 
 def propose(
-    conn: sa.Connection, users: str | None = None, workshops: str | None = None, users_key: str | None = None
+    conn: sa.Connection,
+    users: str | None = None,
+    workshops: str | None = None,
+    users_key: str | None = None,
+    *,
+    credits: Literal["integer", "bigint"] | None = None,
 ) -> HostMapping:
     """A mapping for this database, from what its tables are called and how they refer to each other.
 
@@ -706,12 +686,22 @@ def propose(
         users: which table, as ``table`` or ``schema.table``, where the guess would be wrong.
         workshops: likewise; the default is a table named workshop(s), or none. ``"none"`` is none, whatever there is.
         users_key: which column of the users is their key, where it is not the primary one.
+        credits: the type of a number of credits, ``integer`` unless it says another.
+
+    A database that is migrated has its mapping, which is given back.
 
     Raises:
-        HostMismatch: no table, or more than one, could be meant; the message says what to type.
+        HostMismatch: no table, or more than one, could be meant; the message says what to type. Or the database was
+            migrated for another mapping than the one that is asked for.
     """
     with looking(conn):
-        return _propose(conn, users, workshops, users_key)
+        stored = mapping_of(conn) if current_revision(conn) or prepared_revision(conn) else None
+        if stored is not None and users is workshops is users_key is credits is None:
+            return stored
+        found = replace(_propose(conn, users, workshops, users_key), credits=credits or "integer")
+        if stored is not None:
+            refuse_other(stored, found)
+        return found
 
 
 def other_than_primary(conn: sa.Connection, mapping: HostMapping) -> str | None:

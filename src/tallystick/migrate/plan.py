@@ -179,19 +179,15 @@ _PUBLICATIONS = sa.text("""
     ORDER BY p.pubname, t.schemaname, t.tablename
 """)
 
-# Rights on single columns do not grow with the table. Whom the trigger names is held to the ledger.
+# Rights on single columns do not grow with the table.
 _WRITERS = sa.text("""
     SELECT coalesce(r.rolname, 'PUBLIC') AS role, r.oid IS NULL AS everyone,
            string_agg(a.privilege_type, ' and ' ORDER BY a.privilege_type DESC) AS rights
     FROM pg_class c
     CROSS JOIN aclexplode(coalesce(c.relacl, acldefault('r', c.relowner))) a
     LEFT JOIN pg_roles r ON r.oid = a.grantee
-    LEFT JOIN pg_trigger t ON t.tgrelid = c.oid AND t.tgname = 'tallystick_balance_by_ledger'
     WHERE c.oid = :users AND a.privilege_type IN ('INSERT', 'UPDATE')
       AND a.grantee <> c.relowner AND NOT coalesce(r.rolsuper, false)
-      AND NOT coalesce(pg_has_role(r.oid, to_regrole(quote_ident(
-            convert_from(substring(t.tgargs FROM 1 FOR octet_length(t.tgargs) - 1), getdatabaseencoding())
-          ))::oid, 'USAGE'), false)
     GROUP BY r.oid, r.rolname ORDER BY 1
 """)
 

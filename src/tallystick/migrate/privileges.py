@@ -66,10 +66,6 @@ _APPS = """
     SELECT DISTINCT a.grantee AS oid FROM pg_proc p CROSS JOIN LATERAL aclexplode(p.proacl) a
     JOIN pg_roles r ON r.oid = a.grantee AND r.rolname NOT IN ('anon', 'authenticated')
     WHERE p.pronamespace = to_regnamespace('tallystick') AND a.grantee <> p.proowner
-    UNION
-    SELECT to_regrole(quote_ident(
-             convert_from(substring(t.tgargs FROM 1 FOR octet_length(t.tgargs) - 1), getdatabaseencoding())))::oid
-    FROM pg_trigger t WHERE t.tgrelid = :users AND t.tgname = 'tallystick_balance_by_ledger'
 """
 
 # A grant on a table is one on each of its columns, and one on a column is enough to set a balance.

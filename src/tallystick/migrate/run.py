@@ -34,7 +34,6 @@ from tallystick.migrate.blockers import OLD_MS, Blocker, Watch, oids_of
 from tallystick.migrate.host import Host, examine, mapped_oids, refuse_rows
 from tallystick.migrate.online import Building, OnlineStep, online
 from tallystick.migrate.revisions import HostNames, Revision, after, revisions, up_to
-from tallystick.migrate.role import refuse_limited
 from tallystick.migrate.session import driver, engine_of, forbidden_by, lost, session, translate
 from tallystick.migrate.statements import (
     ADVISORY_KEY,
@@ -189,7 +188,6 @@ def undo(
 
     Raises:
         LedgerNotEmpty: the ledger has rows, and ``discard_ledger`` is False.
-        MigrationError: a role was given its part of the ledger (:mod:`tallystick.migrate.role`); take it back first.
     """
     with session(engine_of(database), waiting=_waking(progress)) as conn, _the_only_run(conn):
         run = _Run(
@@ -267,8 +265,6 @@ class _Run:
         host = self._examine()
         if host.revision is not None and not discard_ledger:
             refuse_rows(self.conn, host, "run: tallystick migrate undo --discard-ledger")
-        if to is None:
-            refuse_limited(self.conn, self.config.host)
         names = HostNames.of(self.config.host, host.adopted)
         gone = tuple(reversed([revision for revision in up_to(host.revision) if revision not in up_to(to)]))
         prepared = next((revision for revision in after(host.revision) if revision.revision == host.prepared), None)

@@ -21,6 +21,7 @@ from tallystick.migrate.dependents import refuse_dependents
 from tallystick.migrate.privileges import close_new_objects, remember_objects
 from tallystick.migrate.proof import try_them_again, try_writes
 from tallystick.migrate.revisions import HostNames, Revision, TableNames
+from tallystick.migrate.role import whole_again
 from tallystick.schema import LEDGER, user_columns, workshop_columns
 
 ADVISORY_KEY = 8_386_103_206_419_437_683  # "tallystk" as eight bytes; advisory locks are per database
@@ -115,7 +116,7 @@ def downward(
         locks += prepared.unprepare_locks(names)
     changes = [
         *([] if discard_ledger else [_refuse_if_rows(names)]),
-        *([refuse_dependents(_added(names))] if gone and gone[-1].down_revision is None else []),
+        *([refuse_dependents(_added(names)), whole_again(names)] if gone and gone[-1].down_revision is None else []),
         *(prepared.unprepare(names) if prepared else ()),
         *_proven((one for revision in gone for one in revision.undo(names)), locks, names),
         *(_step_down(gone[-1]) if gone else ()),
@@ -199,8 +200,10 @@ def _prepared(revision: Revision, names: HostNames) -> Iterator[Composable]:
 
 
 def _logged(revision: Revision, direction: str, adopted: Sequence[str]) -> Composed:
-    return SQL("INSERT INTO tallystick.migration_log (revision, direction, adopted) VALUES ({}, {}, {})").format(
-        SqlLiteral(revision.revision), SqlLiteral(direction), SqlLiteral(json.dumps(adopted))
+    return SQL(
+        "INSERT INTO tallystick.migration_log (revision, direction, adopted, kind) VALUES ({}, {}, {}, {})"
+    ).format(
+        SqlLiteral(revision.revision), SqlLiteral(direction), SqlLiteral(json.dumps(adopted)), SqlLiteral(revision.kind)
     )
 
 

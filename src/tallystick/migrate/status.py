@@ -5,16 +5,19 @@ from __future__ import annotations
 import datetime as dt
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import sqlalchemy as sa
+from psycopg.sql import Identifier
 from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.config import Config
 from tallystick.migrate.host import Host, examine, looking
 from tallystick.migrate.privileges import open_policies, writers
 from tallystick.migrate.revisions import HostNames, revisions
+from tallystick.migrate.role import ways_out
 from tallystick.migrate.statements import text
 from tallystick.schema import (
     HEAD,
@@ -29,8 +32,9 @@ from tallystick.schema import (
 )
 
 APPLY = "tallystick migrate apply"
+FUNCTIONS = 'tallystick migrate sql --functions | psql "$DATABASE_URL"'
 
-Kind = Literal["table", "column", "constraint", "index", "trigger", "rule", "enum", "function", "privilege"]
+Kind = Literal["table", "column", "constraint", "index", "trigger", "rule", "enum", "type", "function", "privilege"]
 
 # Of a column's options only the one that a revision sets: minor releases of the server keep notes of their own there.
 _COLUMNS = sa.text("""
@@ -95,8 +99,40 @@ _LABELS = sa.text("""
 """)
 
 _FUNCTIONS = sa.text("""
-    SELECT 'tallystick.' || p.proname AS name, string_agg(p.prosrc, '' ORDER BY p.prosrc COLLATE "C") AS definition
-    FROM pg_proc p WHERE p.pronamespace = to_regnamespace('tallystick') GROUP BY p.proname
+    SELECT quote_ident(p.proname) || '(' || oidvectortypes(p.proargtypes) || ')' AS name, p.prosrc AS body,
+           pg_get_function_arguments(p.oid) AS arguments, pg_get_function_result(p.oid) AS result,
+           concat_ws(' ', 'LANGUAGE', l.lanname,
+             CASE p.provolatile WHEN 'i' THEN 'IMMUTABLE' WHEN 's' THEN 'STABLE' ELSE 'VOLATILE' END,
+             CASE WHEN p.proisstrict THEN 'STRICT' END, CASE WHEN p.proleakproof THEN 'LEAKPROOF' END,
+             CASE p.proparallel WHEN 's' THEN 'PARALLEL SAFE' WHEN 'r' THEN 'PARALLEL RESTRICTED' END,
+             CASE WHEN p.prosecdef THEN 'SECURITY DEFINER' ELSE 'SECURITY INVOKER' END,
+             'SET ' || array_to_string(p.proconfig, ' SET ')) AS options,
+           pg_get_userbyid(p.proowner) AS owner,
+           EXISTS (SELECT FROM aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
+                   WHERE a.grantee = 0) AS open
+    FROM pg_proc p JOIN pg_language l ON l.oid = p.prolang
+    WHERE p.pronamespace = CAST(CAST(:schema AS text) AS regnamespace)
+""")
+
+_COMPOSITES = sa.text("""
+    SELECT t.typname AS name,
+           string_agg(quote_ident(a.attname) || ' ' || format_type(a.atttypid, a.atttypmod), ', ' ORDER BY a.attnum)
+             AS definition
+    FROM pg_type t JOIN pg_class c ON c.oid = t.typrelid AND c.relkind = 'c'
+    JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+    WHERE t.typnamespace = CAST(CAST(:schema AS text) AS regnamespace) GROUP BY t.typname
+""")
+
+_OWNER = sa.text("SELECT pg_get_userbyid(relowner) FROM pg_class WHERE oid = :oid")
+
+_TEMPORARY = sa.text("SELECT nspname FROM pg_namespace WHERE oid = pg_my_temp_schema()")
+
+# The functions run as it, and so does whatever the host's triggers call.
+_SUPERUSER = sa.text("""
+    SELECT 'the owner of the ledger is a superuser (' || r.rolname || '): whatever trigger is on the tables runs as it.'
+           ' Give the tables and the functions to a role of their own'
+    FROM pg_class c JOIN pg_roles r ON r.oid = c.relowner AND r.rolsuper
+    WHERE c.oid = to_regclass(quote_ident(:schema) || '.credit_transactions')
 """)
 
 _LEDGER_OID = sa.text("SELECT to_regclass(quote_ident(:schema) || '.credit_transactions')::oid::bigint")
@@ -122,7 +158,8 @@ _EXPECTED_TRIGGERS = {
 class Drift:
     """One difference. ``found`` is None for what is missing, ``remedy`` what mends it, empty where that is not known.
 
-    The remedy is SQL, or ``APPLY`` where a run that was interrupted has left the rest to do.
+    The remedy is SQL, or a command: ``APPLY`` where a run that was interrupted has left the rest to do, ``FUNCTIONS``
+    where a function is another.
     """
 
     kind: Kind
@@ -152,7 +189,7 @@ class Status:
     """``revision`` is None before the first migration; ``drift`` is empty where all is as declared.
 
     ``prepared`` is the next revision where its new objects are there and nothing uses them: a run in two transactions
-    was interrupted between them. ``warnings`` are sentences about what others may read.
+    was interrupted between them. ``warnings`` are sentences about what others may read, and who the functions run as.
     """
 
     revision: str | None
@@ -206,7 +243,10 @@ def _status(conn: sa.Connection, config: Config) -> Status:
             )
         finally:
             savepoint.rollback()
-    warnings = tuple(open_policies(conn, host, config.host.users.key)) if host.revision is not None else ()
+    warnings: tuple[str, ...] = ()
+    if host.revision is not None:
+        superuser = conn.scalars(_SUPERUSER, {"schema": config.host.users.schema})
+        warnings = (*open_policies(conn, host, config.host.users.key), *superuser)
     return Status(host.revision, HEAD, host.adopted_names, drift, history, host.prepared, warnings)
 
 
@@ -227,7 +267,6 @@ def _drift(conn: sa.Connection, config: Config, host: Host) -> Iterator[Drift]:
         for word, oid in oids.items()
     }
     labels = _pairs(conn, _LABELS, schema=schema)
-    functions = _pairs(conn, _FUNCTIONS)
 
     shown: dict[str, str] = {word: table.shown for word, table in host.by_word.items()}
     shown[LEDGER] = f"{schema}.{LEDGER}"
@@ -248,9 +287,9 @@ def _drift(conn: sa.Connection, config: Config, host: Host) -> Iterator[Drift]:
     for name, wanted in _declared_labels().items():
         if labels.get(name) != wanted:
             yield Drift("enum", f"{schema}.{name}", wanted, labels.get(name))
-    for name, body in _declared_functions(HostNames.of(config.host, host.adopted)).items():
-        if functions.get(name) != body:
-            yield Drift("function", name, "the body of its revision", "another body" if name in functions else None)
+    yield from _functions(conn, HostNames.of(config.host, host.adopted), owner=conn.scalar(_OWNER, {"oid": ledger_oid}))
+    for role, way, remedy in ways_out(conn, config.host):
+        yield Drift("privilege", role, "nothing but what the functions let it do", way, remedy)
 
 
 def _privileges(conn: sa.Connection, host: Host) -> Iterator[Drift]:
@@ -424,11 +463,57 @@ def _declared_shapes(conn: sa.Connection, declared: Schema) -> dict[str, _Shape]
     }
 
 
-def _declared_functions(names: HostNames) -> dict[str, str]:
-    made = re.compile(r'CREATE (?:OR REPLACE )?FUNCTION tallystick\."?(\w+)"?\(.*?\$\$(.*)\$\$', re.DOTALL)
+def _functions(conn: sa.Connection, names: HostNames, *, owner: str | None) -> Iterator[Drift]:
+    """Functions and their types against those of this package, which are made as temporary ones and read back."""
+    made = [re.sub(_MADE, r"CREATE \1 pg_temp.", statement, count=1) for statement in _declared_functions(names)]
+    with closing(conn.connection.cursor()) as cursor:  # the driver's own: a % in a body is a %
+        cursor.execute("; ".join(made))
+    places = (conn.scalar(_TEMPORARY), "tallystick")
+    wanted, there = (_pairs(conn, _COMPOSITES, schema=schema) for schema in places)
+    for name, definition in wanted.items():
+        if there.get(name) != definition:
+            yield Drift("type", f"tallystick.{name}", definition, there.get(name))
+    declared, found = ({row.name: row for row in conn.execute(_FUNCTIONS, {"schema": schema})} for schema in places)
+    for name, wants in declared.items():
+        if name in found:
+            yield from _of_function(f"tallystick.{name}", wants, found[name], owner or "")
+        else:
+            yield Drift("function", f"tallystick.{name}", "the function of its revision", None, FUNCTIONS)
+    for name in found.keys() - declared.keys():
+        yield Drift("function", f"tallystick.{name}", "none but ours", "another", f"DROP FUNCTION tallystick.{name}")
+
+
+def _of_function(where: str, wants: sa.Row[Any], has: sa.Row[Any], owner: str) -> Iterator[Drift]:
+    for part in ("arguments", "result"):
+        if getattr(has, part) != getattr(wants, part):
+            again = f"DROP FUNCTION {where}; then: {FUNCTIONS}"
+            yield Drift("function", where, getattr(wants, part), getattr(has, part), again)
+    if has.options != wants.options:
+        yield Drift("function", where, wants.options, has.options, FUNCTIONS)
+    if has.body != wants.body:
+        yield Drift("function", where, "the body of its revision", "another body", FUNCTIONS)
+    if has.owner != owner:
+        mend = f"ALTER FUNCTION {where} OWNER TO {Identifier(owner).as_string()}"
+        yield Drift("function", where, f"owner {owner}, as the ledger", f"owner {has.owner}", mend)
+    if has.open:
+        shut = f"REVOKE ALL ON FUNCTION {where} FROM PUBLIC"
+        yield Drift("function", where, "EXECUTE for those who were given it", "EXECUTE for PUBLIC", shut)
+
+
+_MADE = r"CREATE (?:OR REPLACE )?(FUNCTION|TYPE) tallystick\."
+
+
+def _declared_functions(names: HostNames) -> list[str]:
     statements = (text([statement]) for revision in revisions() for statement in revision.prepare(names))
-    bodies: dict[str, list[str]] = {}
-    for statement in statements:
-        if found := made.match(statement):
-            bodies.setdefault(f"tallystick.{found[1]}", []).append(found[2])
-    return {name: "".join(sorted(each)) for name, each in bodies.items()}
+    return [statement for statement in statements if re.match(_MADE, statement)]
+
+
+def functions_sql(config: Config) -> str:
+    """A script that puts the functions of this package where a database has others, and shuts them to PUBLIC."""
+    made = (
+        re.sub(_MADE, r"CREATE OR REPLACE \1 tallystick.", statement, count=1)
+        for statement in _declared_functions(HostNames.of(config.host))
+        if not statement.startswith("CREATE TYPE")
+    )
+    shut = "REVOKE ALL ON ALL FUNCTIONS IN SCHEMA tallystick FROM PUBLIC"
+    return ";\n".join(["BEGIN", "SET LOCAL search_path = pg_catalog, pg_temp", *made, shut, "COMMIT"]) + ";\n"

@@ -5,7 +5,8 @@ LANGUAGE sql VOLATILE AS $$
   SELECT (
     pg_catalog.overlay(
       pg_catalog.lpad(
-        pg_catalog.to_hex((pg_catalog.date_part('epoch', pg_catalog.clock_timestamp()) * 4096000)::bigint), 15, '0'),
+        pg_catalog.to_hex(
+          (pg_catalog.date_part('epoch', pg_catalog.clock_timestamp()) OPERATOR(pg_catalog.*) 4096000)::bigint), 15, '0'),
       '7', 13, 0)
     || pg_catalog.right(pg_catalog.gen_random_uuid()::text, 17))::uuid
 $$

@@ -264,7 +264,8 @@ def prepare(host: Any) -> Iterator[Composable]:
         "attempts integer NOT NULL DEFAULT 1, "
         "locked_ms double precision, "
         "duration_ms double precision, "
-        "waited_for jsonb NOT NULL DEFAULT '[]')"
+        "waited_for jsonb NOT NULL DEFAULT '[]', "
+        "kind text NOT NULL DEFAULT 'expand')"
     )
     yield SQL(APPEND_ONLY.strip())
     yield SQL(TOUCH_UPDATED_AT.strip())

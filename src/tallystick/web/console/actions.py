@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
 
-from tallystick.config import INT32_MAX, Config
+from tallystick.config import CREDITS_MAX, Config
 from tallystick.database import transaction
 from tallystick.errors import LedgerError
 from tallystick.ledger import CreditTransaction, Ledger
@@ -62,6 +62,7 @@ class Actions:
     def __init__(self, config: Config, engine: sa.Engine) -> None:
         self._ledger = Ledger(config)
         self._engine = engine
+        self._most = CREDITS_MAX[config.host.credits]
 
     def review(
         self, name: str, user: UserRow, fields: Mapping[str, str], *, purchase: LedgerRow | None, refunded: int
@@ -70,8 +71,8 @@ class Actions:
         reason = fields.get("reason", "").strip()
         left = None if purchase is None else purchase.amount - refunded
         typed = fields.get("credits", "").strip()
-        credits = int(typed) if typed.isascii() and typed.isdigit() and len(typed) < 11 else None  # noqa: PLR2004
-        enough = credits is not None and 0 < credits <= INT32_MAX
+        credits = int(typed) if typed.isascii() and typed.isdigit() and len(typed) < 20 else None  # noqa: PLR2004
+        enough = credits is not None and 0 < credits <= self._most
         why = 0 < len(reason) <= REASON_MAX and "\0" not in reason
         fault = None
         if purchase is not None and (purchase.type != "purchase" or purchase.status != "completed"):
