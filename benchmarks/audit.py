@@ -21,7 +21,6 @@ import sqlalchemy as sa
 
 from tallystick import Config
 from tallystick.audit import audit
-from tallystick.database import connect, engine, transaction
 from tallystick.dev.postgres import Server
 from tallystick.schema import Schema
 
@@ -55,12 +54,13 @@ FILL = (
 
 
 def fill(url: str, *, users: int, each: int) -> None:
-    with connect(url) as conn:
+    pool = sa.create_engine(url, poolclass=sa.NullPool)
+    with pool.begin() as conn:
         Schema.of(Config().host).metadata.create_all(conn)
         conn.exec_driver_sql("SET LOCAL session_replication_role = replica")  # spares the foreign keys' triggers
         for statement in FILL:
             conn.execute(sa.text(statement), {"users": users, "each": each})
-    with transaction(engine(url, poolclass=sa.NullPool), isolation="AUTOCOMMIT") as conn:
+    with pool.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
         conn.exec_driver_sql("VACUUM ANALYZE")
 
 
@@ -71,7 +71,8 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def measure(url: str) -> None:
-    with transaction(engine(url, poolclass=sa.NullPool), isolation="AUTOCOMMIT") as conn:
+    pool = sa.create_engine(url, poolclass=sa.NullPool)
+    with pool.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
         floor = sa.text("SELECT count(*), sum(amount) FROM credit_transactions")
         rows = conn.execute(floor).scalar_one()
         if not (report := audit(conn, Config())).clean:

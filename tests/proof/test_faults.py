@@ -25,7 +25,7 @@ from sqlalchemy import exc
 from crowd import PATIENCE_S, books_balance, waiting_for_a_lock
 from servers import FOLDER_PREFIX, pg_bin
 from tallystick import Consume, CreditTransaction, migrate
-from tallystick.database import connect, engine, transaction
+from tallystick.database import connect, transaction
 from tallystick.dev.postgres import Server
 from tallystick.errors import Conflict, DatabaseError, DatabaseUnavailable, Key, OutcomeUnknown
 from worlds import SHAPES, World
@@ -44,7 +44,7 @@ def surely(world: World, call: Callable[[sa.Connection], Any]) -> Any:
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
-            with transaction(engine(world.url, poolclass=sa.NullPool), isolation="AUTOCOMMIT") as conn:
+            with transaction(world.engine, isolation="AUTOCOMMIT") as conn:
                 return call(conn)
         except DatabaseError as error:
             assert error.retryable or error.outcome_unknown
@@ -328,7 +328,7 @@ def test_a_full_disk_loses_nothing_that_was_acknowledged(small_disk: Path, cramp
     for turn in range(2_000):
         items = [Consume(user, key=f"{turn} {n}") for n in range(200)]
         try:
-            with transaction(engine(cramped.url, poolclass=sa.NullPool), isolation="AUTOCOMMIT") as conn:
+            with transaction(cramped.engine, isolation="AUTOCOMMIT") as conn:
                 told |= {row.idempotency_key: row.balance_after for row in ledger.consume_many(conn, items)}
         except DatabaseError as error:
             assert error.retryable or error.outcome_unknown
@@ -342,7 +342,7 @@ def test_a_full_disk_loses_nothing_that_was_acknowledged(small_disk: Path, cramp
     if not cramped.server.running:
         cramped.server.start()
     row = cramped.schema.credit_transactions.c
-    with transaction(engine(cramped.url, poolclass=sa.NullPool), isolation="AUTOCOMMIT") as conn:
+    with transaction(cramped.engine, isolation="AUTOCOMMIT") as conn:
         assert not ledger.consume(conn, user, key="after").replayed
         there = dict(conn.execute(sa.select(row.idempotency_key, row.balance_after)).all())
     assert told.items() <= there.items()
@@ -371,7 +371,7 @@ def test_a_killed_server_lost_nothing_that_it_acknowledged(durable: World, how: 
             user, key = mine.choice(users), f"{number}-{len(done)}"
             spend = lambda conn, user=user, key=key: world.ledger.consume(conn, user, key=key)  # noqa: E731
             try:
-                with transaction(engine(world.url, poolclass=sa.NullPool), isolation="AUTOCOMMIT") as conn:
+                with transaction(world.engine, isolation="AUTOCOMMIT") as conn:
                     row = spend(conn)
             except DatabaseError as error:
                 troubles.append(error)
@@ -418,7 +418,7 @@ def test_a_storm_of_connections_beyond_what_the_server_takes(durable: World) -> 
     def spend(number: int) -> int:
         gate.wait(PATIENCE_S)
         try:
-            with transaction(engine(world.url, poolclass=sa.NullPool), isolation="AUTOCOMMIT") as conn:
+            with transaction(world.engine, isolation="AUTOCOMMIT") as conn:
                 world.ledger.consume(conn, user, key=f"{number}")
                 time.sleep(0.2)  # so that all of them want to be there at once
         except DatabaseUnavailable as error:

@@ -909,7 +909,7 @@ def test_partial_refunds_are_amounts_that_stripe_takes(shop: Shop, currency):
 def test_a_refund_says_before_what_it_will_do(shop: Shop):
     user, started = bought(shop)
     with shop.engine.begin() as conn:
-        shop.world.ledger.consume(conn, user, amount=60, key="spent")
+        shop.world.ledger.consume(conn, user, credits=60, key="spent")
     look = functools.partial(stripe.preview_refund, shop.engine, shop.config, started.purchase.id)
     before = shop.written()
     all_of_it = look()
