@@ -190,6 +190,43 @@ class Pack:
     refund_rounding: Rounding | None = None
 
 
+_NOT_FOR_CREDITS = {
+    "adjustable_quantity": "the purchase is written before the buyer is at Stripe; pass quantity to checkout",
+    "mode": "credits are sold by one-time payments",
+    "line_items": "a session sells one pack, so that its money stands for its credits",
+    "customer": "it is the user's, made and kept by checkout",
+    "metadata": "it proves which purchase is paid",
+    "client_reference_id": "it is the purchase's id",
+    "shipping_address_collection": "credits are not shipped",
+    "shipping_options": "credits are not shipped",
+    "subscription_data": "credits are sold by one-time payments",
+    "setup_intent_data": "credits are sold by one-time payments",
+    "payment_intent_data": "the payment is captured at once and carries the purchase's metadata",
+    "success_url": "pass it to checkout",
+    "cancel_url": "pass it to checkout",
+}
+
+
+def _for_credits(value: object) -> object:
+    for name in value if isinstance(value, dict) else ():
+        if name in _NOT_FOR_CREDITS:
+            raise ValueError(f"{name} makes no sense for credits: {_NOT_FOR_CREDITS[name]}")
+    return value
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class CheckoutOptions:
+    """Options of a Stripe Checkout Session that make sense for credits.
+
+    ``promotion_codes`` lets the buyer enter one: the credits stay the pack's, less is paid. ``locale`` is the page's
+    language, as in "de". ``submit_text`` stands beside the button.
+    """
+
+    promotion_codes: bool = False
+    locale: Annotated[str, Field(pattern="^(auto|[a-z]{2,3}(-[A-Z]{2}|-419)?)$")] | None = None
+    submit_text: Annotated[str, Field(min_length=1, max_length=1200)] | None = None
+
+
 def _names_once(packs: tuple[Pack, ...]) -> tuple[Pack, ...]:
     for number, pack in enumerate(packs):
         for other in packs[:number]:
@@ -285,6 +322,7 @@ class Config(BaseModel):
     ``refund_rounding`` says how many credits a refund of a part of the money takes, when that is no whole number.
 
     ``checkout_origins`` are the origins (``https://app.example.com``) to which a buyer may be sent back from Stripe.
+    ``checkout_options`` are asked of every session; a call may pass its own.
     ``stripe_webhook_secret`` may hold several secrets separated by commas, while one is being replaced.
     ``stripe_api_base`` points to another address than Stripe's, such as the test double's. ``stripe_realm`` names this
     installation at Stripe; None stands for a name of the database's own, which a copy of it shares.
@@ -300,6 +338,7 @@ class Config(BaseModel):
     paywall: bool = True
     grandfathered_before: Annotated[dt.datetime, AfterValidator(_aware)] | None = None
     checkout_origins: tuple[Origin, ...] = ()
+    checkout_options: Annotated[CheckoutOptions, BeforeValidator(_for_credits)] = Field(default_factory=CheckoutOptions)
     stripe_secret_key: str | None = Field(default=None, repr=False)
     stripe_webhook_secret: str | None = Field(default=None, repr=False)
     stripe_api_base: str | None = None
@@ -475,6 +514,7 @@ def _settings(location: tuple[str | int, ...]) -> list[str]:
         (): Config.model_fields,
         ("host",): HostMapping.__dataclass_fields__,
         ("console",): ConsoleAccess.__dataclass_fields__,
+        ("checkout_options",): CheckoutOptions.__dataclass_fields__,
         ("host", "users"): UsersTable.__dataclass_fields__,
         ("host", "workshops"): WorkshopsTable.__dataclass_fields__,
     }

@@ -10,6 +10,7 @@ import stripe as sdk
 from stripe_sales.shop import ADDRESSES, CREDITS, ORIGIN, PACK, PRICE, Shop
 from tallystick import Config, Pack, stripe
 from tallystick import errors as e
+from tallystick.config import CheckoutOptions
 from tallystick.schema import INT32_MAX
 from tallystick.stripe.client import _client
 
@@ -189,6 +190,68 @@ def test_a_refusal_fails_the_purchase_and_says_why(shop: Shop):
         [row] = shop.world.ledger.history(conn, user, include_failed=True)
     assert row.description == f"Purchased {PACK} pack (failed: Stripe refused: 400)"
     assert row.stripe_price_id == price
+
+
+# --- options of a checkout ---
+
+
+def test_several_packs_are_one_purchase(shop: Shop):
+    user = shop.world.user()
+    started = shop.checkout(user, quantity=3)
+    assert (started.purchase.amount, started.purchase.description) == (3 * CREDITS, f"Purchased 3 {PACK} packs")
+    shop.dev.pay(started.session)
+    shop.deliver_all()
+    assert (shop.balance(user), shop.purchase(started).amount_paid, shop.findings()) == (3 * CREDITS, 3 * PRICE, [])
+    shop.dev.refund(shop.intent(started), amount=PRICE)
+    shop.deliver_all()
+    assert shop.balance(user) == 2 * CREDITS
+
+
+@pytest.mark.parametrize("quantity", [0, -1, 1000, True, 1.5, "2"])
+def test_a_quantity_that_is_none(shop: Shop, quantity):
+    with pytest.raises(e.InvalidArgument, match="from 1 to 999"):
+        shop.checkout(shop.world.user(), quantity=quantity)
+    assert nothing_sent(shop)
+
+
+@pytest.mark.parametrize("where", ["settings", "call"])
+def test_options_are_asked_of_stripe_and_repeated_with_the_request(shop: Shop, where: str):
+    options = CheckoutOptions(promotion_codes=True, locale="de", submit_text="Credits never expire.")
+    if where == "settings":
+        shop.configure(checkout_options=options)
+    given = {"options": options} if where == "call" else {}
+    user = shop.world.user()
+    shop.dev.fault("POST", "/v1/checkout/sessions", "cut", when="after")
+    shop.dev.fault("POST", "/v1/checkout/sessions", "cut", times=2)
+    with pytest.raises(e.StripeUnavailable):
+        shop.checkout(user, key="form 1", **given)
+    shop.configure(checkout_options=CheckoutOptions())
+    started = shop.checkout(user, key="form 1")
+    [session] = shop.api.checkout.sessions.list().data
+    assert (session.id, session.allow_promotion_codes, session.locale) == (started.session, True, "de")
+    assert session.custom_text.submit.message == "Credits never expire."
+
+
+@pytest.mark.parametrize("discount", [250, PRICE])
+def test_a_promotion_code_that_was_allowed_is_no_finding(shop: Shop, discount: int):
+    user = shop.world.user()
+    started = shop.checkout(user, options=CheckoutOptions(promotion_codes=True))
+    shop.dev.pay(started.session, discount=discount)
+    shop.deliver_all()
+    assert (shop.balance(user), shop.findings()) == (CREDITS, [])
+    assert shop.purchase(started).amount_paid == PRICE - discount
+    if discount < PRICE:
+        shop.dev.refund(shop.intent(started))  # what was paid takes all of the credits
+        shop.deliver_all()
+        assert shop.balance(user) == 0
+
+
+@pytest.mark.parametrize("name", ["adjustable_quantity", "mode", "metadata", "shipping_options", "payment_intent_data"])
+def test_an_option_that_makes_no_sense_for_credits_is_refused_by_name(tmp_path, name: str):
+    file = tmp_path / "tallystick.toml"
+    file.write_text(f"[checkout_options]\n{name} = true\n", encoding="utf-8")
+    with pytest.raises(e.ConfigError, match=f"{name} makes no sense for credits"):
+        Config.load(file, environ={})
 
 
 # --- customers that the shop deleted, and e-mails ---

@@ -12,10 +12,11 @@ import sqlalchemy as sa
 import stripe as sdk
 
 from tallystick.accounts import Account, Accounts
-from tallystick.config import Config, Pack
+from tallystick.config import CheckoutOptions, Config, Pack
 from tallystick.database import run
 from tallystick.errors import (
     BalanceOutOfRange,
+    InvalidArgument,
     Key,
     PackMismatch,
     ReturnAddressRefused,
@@ -37,6 +38,7 @@ from tallystick.stripe.store import METADATA_KEY, REALM_KEY, Outcome
 SESSION_PLACEHOLDER = "{CHECKOUT_SESSION_ID}"
 ADDRESS_MAX = 5000  # characters: Stripe's limit for success_url and cancel_url
 SESSION_ID_MAX = 255
+QUANTITY_MAX = 999
 IDEMPOTENCY_KEY_MAX = 255
 CUSTOMERS_MAX = 3  # to try, should one be deleted after the other
 KEPT_S = 86_400  # for how long Stripe keeps an idempotency key at least, so that a session may be made this late
@@ -74,6 +76,8 @@ def checkout(
     success_url: str,
     cancel_url: str,
     key: str | None = None,
+    quantity: int = 1,
+    options: CheckoutOptions | None = None,
 ) -> Checkout:
     """Start the purchase of a pack and open a Stripe session for it.
 
@@ -81,7 +85,8 @@ def checkout(
     is Stripe's idempotency key and ``client_reference_id``. With ``key`` (the caller's name for this one intent) a
     second call, after a lost answer or from another tab, gives the same purchase and the same session. Both
     addresses must be on one of ``config.checkout_origins``; ``session_id`` is added to the first one unless it
-    places ``{CHECKOUT_SESSION_ID}`` itself.
+    places ``{CHECKOUT_SESSION_ID}`` itself. ``quantity`` packs make one purchase of as many times the credits.
+    ``options`` stand in place of ``config.checkout_options``.
 
     Raises:
         StripeNotConfigured, UnknownPack, PackMismatch, ReturnAddressRefused, UnknownUser, UserDeleted,
@@ -101,10 +106,12 @@ def checkout(
         if account.deleted_at is not None:
             raise UserDeleted(f"user {user} was deleted. To bring the user back: Accounts.restore_user", user=user)
         chosen = pack_named(config, pack)
-        _require_room(effects, account, chosen)
+        _require_room(effects, account, chosen.credits * _times(quantity), pack)
         require_price(chosen, price_of(effects.client, chosen), live=is_live(config))
-        request = {"customer": customer_of(effects, account), **addresses}
-        started = in_transaction(engine, lambda conn: _start(effects, conn, user, chosen, addresses=request, key=key))
+        request = {"customer": customer_of(effects, account), **addresses, **_asked(options or config.checkout_options)}
+        started = in_transaction(
+            engine, lambda conn: _start(effects, conn, user, chosen, more=request, key=key, quantity=quantity)
+        )
     purchase, request = started
     session = _session(effects, purchase, request)
     return in_transaction(engine, lambda conn: _attached(effects, conn, purchase, session))
@@ -189,17 +196,39 @@ def require_price(pack: Pack, price: Object | None, *, live: bool) -> None:
 # --- the steps of a checkout ---
 
 
-def _require_room(effects: Effects, account: Account, pack: Pack) -> None:
+def _times(quantity: int) -> int:
+    if isinstance(quantity, bool) or not isinstance(quantity, int) or not 1 <= quantity <= QUANTITY_MAX:
+        raise InvalidArgument(
+            f"quantity={shown(quantity)}: pass a whole number from 1 to {QUANTITY_MAX}",
+            argument="quantity",
+            value=quantity,
+        )
+    return quantity
+
+
+def _asked(options: CheckoutOptions) -> dict[str, Any]:
+    """The options as parameters of the session; they are stored with the request, so that it can be repeated."""
+    asked: dict[str, Any] = {}
+    if options.promotion_codes:
+        asked["allow_promotion_codes"] = True
+    if options.locale is not None:
+        asked["locale"] = options.locale
+    if options.submit_text is not None:
+        asked["custom_text"] = {"submit": {"message": options.submit_text}}
+    return asked
+
+
+def _require_room(effects: Effects, account: Account, credits: int, pack: str) -> None:
     """Refuse to sell what the balance could not hold when it is paid. Raises BalanceOutOfRange."""
     is_big = isinstance(effects.store.schema.users.c.credit_balance.type, sa.BigInteger)
     most = INT64_MAX if is_big else INT32_MAX
-    if account.credit_balance + pack.credits > most:
+    if account.credit_balance + credits > most:
         raise BalanceOutOfRange(
-            f"the pack {pack.name!r} of {pack.credits} credits cannot be sold to user {account.user}: the balance is "
+            f"the pack {pack!r}, {credits} credits, cannot be sold to user {account.user}: the balance is "
             f"{account.credit_balance}, and none is above {most}. Nothing was sold",
             user=account.user,
             balance=account.credit_balance,
-            amount=pack.credits,
+            amount=credits,
         )
 
 
@@ -216,30 +245,37 @@ def _started(
 
 
 def _start(
-    effects: Effects, conn: sa.Connection, user: Key, pack: Pack, *, addresses: dict[str, Any], key: str | None
+    effects: Effects,
+    conn: sa.Connection,
+    user: Key,
+    pack: Pack,
+    *,
+    more: dict[str, Any],
+    key: str | None,
+    quantity: int,
 ) -> tuple[CreditTransaction, dict[str, Any]]:
     """Write the row, and word for word what Stripe will be asked, so that it can be asked the same again."""
     purchase = effects.store.ledger.start_purchase(
         conn,
         user,
-        credits=pack.credits,
-        description=f"Purchased {pack.name} pack",
+        credits=pack.credits * quantity,
+        description=f"Purchased {pack.name} pack" if quantity == 1 else f"Purchased {quantity} {pack.name} packs",
         key=key,
         stripe_price_id=pack.stripe_price_id,
     )
     about = {METADATA_KEY: str(purchase.id), REALM_KEY: effects.store.realm(conn)}
     request = {
         "mode": "payment",
-        "line_items": [{"price": pack.stripe_price_id, "quantity": 1}],
+        "line_items": [{"price": pack.stripe_price_id, "quantity": quantity}],
         "client_reference_id": str(purchase.id),
         "metadata": about,
         "payment_intent_data": {"metadata": about},
-        **addresses,
+        **more,
     }
     new = sa.insert(stripe_checkouts).values(
         purchase_id=purchase.id,
         pack=pack.name,
-        amount=pack.amount,
+        amount=(pack.amount or 0) * quantity,
         currency=pack.currency,
         rounding=pack.refund_rounding or effects.config.refund_rounding,
         request=request,

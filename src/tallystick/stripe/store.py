@@ -485,13 +485,17 @@ class Store:
         """What was granted is the row's own; where the money is another than was on sale, a person should know."""
         users, sold = self.schema.users, stripe_checkouts.c
         statement = (
-            sa.select(users.c.deleted_at, sold.amount, sold.currency, sold.request["customer"].astext)
+            sa.select(users.c.deleted_at, sold.amount, sold.currency, sold.request)
             .select_from(users.outerjoin(stripe_checkouts, sold.purchase_id == purchase.id))
             .where(users.c.key == purchase.user_id)
         )
-        deleted_at, amount, currency, customer = run(conn, statement, {}).one()
+        deleted_at, amount, currency, request = run(conn, statement, {}).one()
+        customer = (request or {}).get("customer")
+        # a promotion code that was allowed is no difference; a discount that nobody allowed is one
+        allowed = (request or {}).get("allow_promotion_codes") and session["amount_total"] <= session["amount_subtotal"]
+        paid = session["amount_subtotal" if allowed else "amount_total"]
         compared = (
-            (FindingKind.AMOUNT_DIFFERS, amount, session["amount_total"]),
+            (FindingKind.AMOUNT_DIFFERS, amount, paid),
             (FindingKind.CURRENCY_DIFFERS, currency, session["currency"]),
             (FindingKind.CUSTOMER_DIFFERS, customer, id_of(session.get("customer"))),
         )

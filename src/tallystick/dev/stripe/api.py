@@ -174,7 +174,7 @@ ROUTES: Final[dict[str, Route]] = {
     "POST /v1/checkout/sessions": _create(
         payments.create_session,
         "allow_promotion_codes billing_address_collection cancel_url client_reference_id customer "
-        "customer_creation customer_email expires_at line_items locale metadata mode payment_intent_data "
+        "custom_text customer_creation customer_email expires_at line_items locale metadata mode payment_intent_data "
         "payment_method_types submit_type success_url ui_mode",
     ),
     "GET /v1/checkout/sessions": _list("checkout.session", "created customer payment_intent status"),

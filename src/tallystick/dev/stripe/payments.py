@@ -80,7 +80,7 @@ def create_session(account: Account, params: Params) -> Object:
             "automatic_tax": {"enabled": False, "liability": None, "provider": None, "status": None},
             "currency": currency,
             "custom_fields": [],
-            "custom_text": empty("payment_pages_checkout_session_custom_text"),
+            "custom_text": empty("payment_pages_checkout_session_custom_text") | params.get("custom_text", {}),
             "expires_at": expires_at,
             "metadata": metadata,
             "payment_status": "unpaid",
