@@ -99,6 +99,7 @@ class Healthy:
             "refund_of": refund_of and self.rows[refund_of],
             "created_at": at,
             "completed_at": at if sequence is not None else None,
+            "idempotency_key": None if type == "purchase" else f"{name} {self.rows[name]}",
         }
         conn.execute(sa.insert(self.ledger).values(**row | values))
 
@@ -206,7 +207,7 @@ def _repeated_number(h: Healthy, conn: sa.Connection) -> None:
 
 def _overdrawn(h: Healthy, conn: sa.Connection) -> None:
     h.drop(conn, "type")
-    h.add(conn, "overdrawn", h.bob, "consumption", -1, 4, -2)
+    h.add(conn, "overdrawn", h.bob, "consumption", -1, 4, -2, at=HOUR_AGO)
     h.user(conn, h.bob, credit_sequence=4, credit_balance=-2)
 
 
@@ -285,6 +286,30 @@ def _charged_twice(h: Healthy, conn: sa.Connection) -> None:
     h.user(conn, h.ann, credit_sequence=5, credit_balance=3)
 
 
+def _charged_two_users(h: Healthy, conn: sa.Connection) -> None:
+    h.add(conn, "paid by ann too", h.ann, "consumption", -1, 5, 3, workshop="bobs")
+    h.user(conn, h.ann, credit_sequence=5, credit_balance=3)
+
+
+def _charged_two_before(h: Healthy, conn: sa.Connection) -> None:
+    _charged_two_users(h, conn)
+    h.shop(conn, "bobs", owner=h.eve)
+
+
+def _said_by_stripe(name: str, **values: Any) -> Callable[[Healthy, sa.Connection], None]:
+    def do(h: Healthy, conn: sa.Connection) -> None:
+        h.drop(conn, "paid")
+        h.row(conn, name, **values)
+
+    return do
+
+
+def _deleted(hours: float) -> Callable[[Healthy, sa.Connection], None]:
+    """Bob, who spent an hour ago; an hour earlier or later than that."""
+    at = HOUR_AGO + dt.timedelta(hours=hours)
+    return lambda h, conn: h.user(conn, h.bob, deleted_at=at)
+
+
 def _deleted_user(user: str) -> Callable[[Healthy, sa.Connection], None]:
     def do(h: Healthy, conn: sa.Connection) -> None:
         conn.execute(sa.delete(h.users).where(h.users.c.key == getattr(h, user)))
@@ -357,11 +382,40 @@ FAULTS = [
     Fault("refundable", "refunded", _refund_of("bob bought"), "a completed purchase of user", "another user's"),
     Fault("unknown_purchase", "refunded", _refund_of_unknown, "none"),
     Fault("workshop_charged_once", "twice", _charged_twice, "2; this is the last"),
-    Fault("workshop_owner", "unlocked", lambda h, c: h.shop(c, "one", owner=h.bob), "belongs to user"),
+    Fault("workshop_charged_once", "paid by ann too", _charged_two_users, "2; this is the last", "by two users"),
+    Fault("workshop_charged_once", "bob unlocked", _charged_two_before, "2; this is the last", "by two owners before"),
     Fault("workshop_marked", "unlocked", lambda h, c: h.shop(c, "one", credit_consumed_at=None), "is empty"),
     Fault("workshop_paid", "locked", lambda h, c: h.shop(c, "locked", credit_consumed_at=HOUR_AGO), "none, but"),
     Fault("unknown_workshop", "unlocked again", _deleted_shop, "workshop_id "),
-    Fault("unknown_workshop", "waiting", _shop_of_nobody, "workshop_id ", "on a pending purchase"),
+    Fault("workshop_link", "waiting", _shop_of_nobody, "workshop_id ", "on a purchase"),
+    Fault(
+        "workshop_link", "refunded", lambda h, c: h.row(c, "refunded", workshop_id=h.shops["locked"]), "workshop_id "
+    ),
+    *(
+        Fault("only_purchases_are_paid", at, _said_by_stripe(at, **values), found, next(iter(values)))
+        for at, values, found in (
+            ("unlocked", {"stripe_session_id": "cs_9"}, "cs_9"),
+            ("refunded", {"amount_paid": 4, "currency": "usd"}, "amount_paid 4"),
+            ("bob unlocked", {"stripe_payment_intent_id": "pi_9"}, "another"),
+            ("bob refunded", {"stripe_price_id": "price_9"}, "another"),
+        )
+    ),
+    Fault("key_shape", "unlocked", lambda h, c: h.row(c, "unlocked", idempotency_key=None), "None"),
+    Fault("key_shape", "refunded", lambda h, c: h.row(c, "refunded", idempotency_key=""), "idempotency_key ", "empty"),
+    Fault("key_shape", "waiting", lambda h, c: h.row(c, "waiting", idempotency_key="k" * 256), "kkk", "too long"),
+    Fault("spent_after_deletion", "bob unlocked", _deleted(-1), "-1 credits at"),
+    Fault(
+        "completed_in_order",
+        "unlocked again",
+        lambda h, c: h.row(c, "refunded", completed_at=MONTH_AGO + dt.timedelta(seconds=1)),
+        "of row 4",
+    ),
+    Fault(
+        "created_before_completed",
+        "unlocked",
+        lambda h, c: h.row(c, "unlocked", created_at=MONTH_AGO + dt.timedelta(seconds=1)),
+        "created_at ",
+    ),
     Fault("unique_idempotency_key", "second", _same_key, "an earlier one"),
     Fault("unique_stripe_session", "second", _same_session, "an earlier one"),
     Fault("settled_within_a_day", "waiting", lambda h, c: h.row(c, "waiting", created_at=MONTH_AGO), "cs_2"),
@@ -480,11 +534,56 @@ def test_what_nobody_did_wrong_is_no_finding(healthy: Healthy) -> None:
         conn.execute(sa.delete(shops).where(shops.c.key == healthy.shops["one"]))  # the host's own, hard delete
         conn.execute(sa.update(healthy.users).values(deleted_at=sa.func.now()))
     with healthy.broken() as conn:
-        healthy.row(conn, "unlocked again", completed_at=MONTH_AGO - dt.timedelta(hours=1))  # the clock was set back
         nullable = conn.dialect.identifier_preparer.format_table(shops)
         conn.exec_driver_sql(f"ALTER TABLE {nullable} ALTER user_id DROP NOT NULL")
         healthy.shop(conn, "two", owner=None)
-    assert healthy.audit().clean
+    assert healthy.audit().findings == ()
+    with healthy.broken() as conn:
+        healthy.row(conn, "unlocked again", completed_at=MONTH_AGO - dt.timedelta(hours=1))  # the clock was set back
+    report = healthy.audit()
+    assert report.clean
+    assert {finding.check for finding in report.findings} == {"completed_in_order", "created_before_completed"}
+    assert "completed_in_order" not in {finding.check for finding in healthy.audit(quick=True).findings}
+
+
+@pytest.mark.parametrize("shape", ["uuid", "clerk", "quoted"])
+def test_a_workshop_that_is_handed_over_or_put_back_is_no_fault(
+    shape: str, make_world: Callable[..., World], small_parts: Callable[[], None]
+) -> None:
+    world = make_world(shape)
+    buyer, heir = world.user(credits=5), world.user(credits=5)
+    handed, put_back = world.workshop(buyer), world.workshop(buyer)
+    shops = world.schema.workshops
+    with world.autocommit.connect() as conn:
+        for workshop in (handed, put_back):
+            world.ledger.consume(conn, buyer, workshop=workshop, key=str(workshop))
+        conn.execute(sa.update(shops).where(shops.c.key == handed).values(owner=heir))
+        # deleted, and put back from a backup of the host's
+        where = shops.c.key == put_back
+        kept = conn.execute(sa.select(shops).where(where)).one()._mapping
+        conn.execute(sa.delete(shops).where(where))
+        assert audit(conn, world.config).findings == ()
+        conn.execute(sa.insert(shops).values({column.key: kept[column] for column in shops.c}))
+        for _ in range(2):
+            assert audit(conn, world.config).findings == ()
+            small_parts()
+        # and one that was marked by hand is still found
+        conn.execute(sa.update(shops).where(where).values(credit_consumed_at=MONTH_AGO))
+        assert [finding.check for finding in audit(conn, world.config).findings] == ["workshop_paid"]
+
+
+def test_a_deletion_that_took_its_time_is_no_fault(healthy: Healthy) -> None:
+    """It dates from the beginning of its transaction, and the user spent until it came to the row."""
+    with healthy.broken() as conn:
+        _deleted(-1 / 60)(healthy, conn)
+    assert healthy.audit().findings == ()
+    with healthy.broken() as conn:  # a host's own column, without a time zone: it holds UTC
+        table = conn.dialect.identifier_preparer.format_table(healthy.users)
+        conn.exec_driver_sql(
+            f"ALTER TABLE {table} ALTER deleted_at TYPE timestamp(0) USING deleted_at AT TIME ZONE 'UTC'"
+        )
+        conn.exec_driver_sql("SET LOCAL TimeZone = 'Asia/Kolkata'")
+        assert audit(conn, healthy.world.config).findings == ()
 
 
 def test_a_workshop_that_nobody_owns_and_nobody_paid_for(healthy: Healthy, small_parts: Callable[[], None]) -> None:
@@ -501,7 +600,7 @@ def test_a_type_of_the_future_gives_an_unlocking_back(healthy: Healthy) -> None:
     with healthy.world.autocommit.connect() as conn:
         conn.exec_driver_sql("ALTER TYPE credit_transaction_type ADD VALUE 'release'")
     with healthy.broken() as conn:
-        healthy.add(conn, "released", healthy.ann, "purchase", 1, 5, 5, workshop="one")
+        healthy.add(conn, "released", healthy.ann, "purchase", 1, 5, 5, workshop="one", idempotency_key="r")
         conn.exec_driver_sql(f"UPDATE {LEDGER} SET type = 'release' WHERE description = 'released'")
         healthy.user(conn, healthy.ann, credit_sequence=5, credit_balance=5)
         healthy.shop(conn, "one", credit_consumed_at=None)
@@ -591,7 +690,6 @@ def test_keys_of_another_collation(make_world: Callable[..., World], small_parts
     assert [finding.check for finding in healthy.audit().findings] == [
         "gapless_sequence",
         "user_balance",
-        "workshop_owner",
         "unknown_workshop",
     ]
 

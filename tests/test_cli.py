@@ -501,3 +501,19 @@ def test_client_typescript_needs_the_migration(tally: Callable[..., Said], old_h
     assert said.code == 1
     assert "Run: tallystick migrate apply" in said.err
     assert not (tmp_path / "tallystick.ts").exists()
+
+
+def test_a_purchase_that_was_sold_without_stripe_is_settled_by_hand(world: World, at: Callable[..., Any]) -> None:
+    tally, user = at(world), world.user()
+    with world.engine.begin() as conn:
+        paid, not_paid = (
+            world.ledger.start_purchase(conn, user, credits=3, description="Three by invoice").id for _ in range(2)
+        )
+    for word in ("Done:", "Already done:"):
+        said = tally("purchase", "complete", user, paid, "--amount-paid", 7900, "--currency", "usd")
+        assert (said.code, said.out.split(" Three")[0]) == (0, word)
+    for word in ("Failed", "Already failed"):
+        assert tally("purchase", "fail", user, not_paid, "--reason", "never paid").out.startswith(f"{word}: Three")
+    assert tally("balance", user, "--json").json["balance"] == 3
+    assert tally("purchase", "fail", user, paid).code == 1
+    assert tally("audit").code == 0

@@ -7,7 +7,8 @@ the places that steps end at, and where the users started. So each place is hash
 and both sides are added up, which takes one scan of the tables in whatever order they lie, no sort and no memory.
 The converse holds too: sequences only grow, so places can balance only where each user's steps are one chain from
 the start to where the user stands. (Unless two hashes collide: one chance in 2^64 for a wrong ledger to pass.)
-Marked workshops and the consumptions that paid for them are held against each other in the same way.
+Marked workshops and the consumptions that paid for them are held against each other in the same way. Which user they
+belong to is left out of it: a workshop that was paid for may be handed to another owner.
 
 Only where a sum does not come out is it taken again for each user by itself, and for those users the precise,
 slower checks are run, which say what is wrong and where.
@@ -16,6 +17,9 @@ Users, ledger and workshops are compared within one statement, hence in one snap
 a fault. Large databases are taken in ranges of user keys, so that outside a transaction of REPEATABLE READ or above
 no snapshot is held for long: a few seconds each, or an eighth of a very large ledger. Each range may scan the whole
 table for its rows, so that more of them would take longer in all. An audit can go on ``after`` a range.
+
+No sum tells the order of two rows. That the moments of completion rise with the numbers is seen by reading an index in
+its order, which takes longer than all else together: a ``quick`` audit leaves it out.
 """
 
 from __future__ import annotations
@@ -49,6 +53,12 @@ PARTS = 8
 SUSPECTS = 10_000
 """With more users than these under suspicion, the precise checks look at everyone in the part."""
 
+DELETION_TAKES = dt.timedelta(minutes=5)
+"""A deletion dates from the beginning of its transaction, and the user may spend until that has come to the row."""
+
+KEPT_WITHIN_S = 1
+"""How exactly a host's column keeps a moment: its type may know no fractions of a second."""
+
 _PURCHASE, _CONSUMPTION, _REFUND, _GRANT = CreditTransactionType
 _PENDING, _COMPLETED = CreditTransactionStatus.PENDING, CreditTransactionStatus.COMPLETED
 # spells names and statements for people, so a % in a name stays one
@@ -61,7 +71,7 @@ Expression = sa.ColumnElement[Any]
 class Finding:
     """One thing found: by which check, where, and what to do. All texts are for people.
 
-    With ``fault`` False the ledger is right, and someone still waits for something.
+    With ``fault`` False the balances are right, and there is something to look at.
     """
 
     check: str
@@ -94,7 +104,7 @@ class Report:
 
     @property
     def clean(self) -> bool:
-        """Whether no fault was found; somebody may still be waiting."""
+        """Whether no fault was found; there may be something to look at."""
         return not any(finding.fault for finding in self.findings)
 
 
@@ -126,13 +136,15 @@ def audit(
     user: Key | None = None,
     since: dt.datetime | None = None,
     after: Key | None = None,
+    quick: bool = False,
     limit: int = 1000,
     progress: Callable[[int, int], None] | None = None,
     each: Callable[[Report], None] | None = None,
 ) -> Report:
     """Check everything, or one ``user``, or those users whose ledger got or completed a row at or after ``since``.
 
-    A user's whole chain is checked even when only the end of it is younger than ``since``. Each check reports at
+    A user's whole chain is checked even when only the end of it is younger than ``since``. ``quick`` leaves out
+    ``completed_in_order``, which reads the ledger in the order of its users. Each check reports at
     most ``limit`` findings, so that a common fault does not hide a rare one; the worst come first. ``progress`` is
     called with the ledger rows done and the rows in all (an estimate, never less than those done).
 
@@ -167,7 +179,12 @@ def audit(
         user = schema.user_key(user)
     with _transaction(conn):
         facts = _look(conn, schema)
-    checks = [check for check in CHECKS.values() if schema.workshops is not None or not check.needs_workshops]
+    left_out = {"completed_in_order"} if quick else set()
+    checks = [
+        check
+        for check in CHECKS.values()
+        if check.name not in left_out and (schema.workshops is not None or not check.needs_workshops)
+    ]
     found: dict[str, list[Finding]] = {check.name: [] for check in checks}
     users = rows = 0
     low: Key | None = None if after is None else schema.user_key(after)
@@ -243,9 +260,16 @@ def _search(
 ) -> None:
     """Add to ``found`` what the checks with one of ``signs`` find in a part, up to ``most`` of each."""
     suspects: dict[str, _Part] = {sign: part.suspects(conn, sign) for sign in ("chain", "unlocks") if sign in signs}
+    if "completed_in_order" in found:
+        suspects["order"] = part.narrowed(conn, part.out_of_order())
+        signs = signs if suspects["order"].among == [] else signs | {"order"}
     for name, findings in found.items():
         check, room = CHECKS[name], most - len(findings)
-        if not check.signs & signs or not room or (name == "tally" and any(found.values())):
+        if (
+            not check.signs & signs
+            or not room
+            or (name == "tally" and any(f.fault for some in found.values() for f in some))
+        ):
             continue
         sign, *others = check.signs
         where = part if others else suspects.get(sign, part)
@@ -423,22 +447,36 @@ class _Part:
         return sa.select(each).where(each.c.place == 1).subquery("ends")
 
     def unlocks(self) -> sa.Subquery:
-        """Who paid for which workshop, how many times (``net``), and by which row last."""
-        row = self.row
-        newest_first = aggregate_order_by(row.id, row.sequence.desc())
-        return (
+        """Workshops that users of this part paid for: how many times in all (``net``), by whom, and by which row last.
+
+        Several users may have paid for one. Then it is the last of those who do not own it, for whom the sum does not
+        come out, whichever part the owner is in; so each workshop is one finding, of one part.
+        """
+        row, shop = self.row, self.workshop
+        owns = sa.func.coalesce(self.comparable(shop.c.owner) == self.user_id, sa.false())
+        order = (owns, row.completed_at.desc(), row.id.desc())
+
+        def last(column: Expression, kind: sa.types.TypeEngine[Any]) -> Expression:
+            return sa.func.array_agg(aggregate_order_by(column, *order), type_=pg.ARRAY(kind))[1]
+
+        paid = sa.select(self.workshop_id).where(self.covers(self.user_id), row.status == _COMPLETED)
+        each = (
             sa.select(
-                self.user_id.label("user"),
+                last(self.user_id, self.schema.users.c.key.type).label("user"),
                 self.workshop_id.label("workshop"),
                 self.net().label("net"),
-                sa.func.array_agg(newest_first, type_=pg.ARRAY(sa.Uuid))[1].label("transaction"),
+                last(row.id, sa.Uuid()).label("transaction"),
+                last(-row.amount, sa.Integer()).label("credits"),
                 sa.func.max(row.completed_at).label("completed_at"),
             )
-            .where(self.covers(self.user_id), row.status == _COMPLETED, row.workshop_id.is_not(None))
-            .group_by(self.user_id, self.workshop_id)
+            .select_from(self.schema.credit_transactions)
+            .join(shop, shop.c.key == self.workshop_id, isouter=True)
+            .where(row.status == _COMPLETED, self.workshop_id.in_(paid))
+            .group_by(self.workshop_id)
             .having(self.net() > 0)
-            .subquery("unlocks")
+            .subquery()
         )
+        return sa.select(each).where(self.covers(each.c.user)).subquery("unlocks")
 
     def net(self) -> Expression:
         """How many consumptions remain of a group of completed rows."""
@@ -454,8 +492,10 @@ class _Part:
 
     def sums(self) -> sa.Select[Any]:
         """One row: how many users and ledger rows, and each sign that something is wrong, as a boolean."""
-        key = self.schema.users.c.key
-        users = sa.select(sa.func.count().label("users"), self._users().label("chain")).where(self.covers(key))
+        key, deleted_at = self.schema.users.c.key, self.schema.users.c.deleted_at
+        users = sa.select(
+            sa.func.count().label("users"), self._users().label("chain"), sa.func.count(deleted_at).label("deleted")
+        ).where(self.covers(key))
         ledger = sa.select(
             sa.func.count().label("rows"),
             self._steps().label("chain"),
@@ -465,7 +505,11 @@ class _Part:
             ledger = ledger.add_columns(self._unlocks().label("unlocks"))
         u, r = users.subquery("of_users"), ledger.subquery("of_ledger")
         sums = sa.select(
-            u.c.users, r.c.rows, (u.c.chain + r.c.chain != 0).label("chain"), *(r.c[name] for name in _COUNTED)
+            u.c.users,
+            r.c.rows,
+            (u.c.chain + r.c.chain != 0).label("chain"),
+            (u.c.deleted > 0).label("deletions"),
+            *(r.c[name] for name in _COUNTED),
         ).join_from(u, r, sa.true())
         if self.schema.workshops is None:
             return sums
@@ -485,8 +529,22 @@ class _Part:
             .where(self.covers(self.user_id))
             .group_by(self.user_id),
         ).subquery()
-        off = sa.select(each.c.user).group_by(each.c.user).having(sa.func.sum(each.c.off) != 0)
-        users = run(conn, off.limit(SUSPECTS + 1), {}).scalars().all()
+        return self.narrowed(conn, sa.select(each.c.user).group_by(each.c.user).having(sa.func.sum(each.c.off) != 0))
+
+    def out_of_order(self) -> sa.Select[Any]:
+        """Users with a row that completed before one of a lower number; by an index alone, where there is that one."""
+        row = self.row
+        before = sa.func.lag(row.sequence).over(partition_by=row.user_id, order_by=(row.completed_at, row.sequence))
+        each = (
+            sa.select(self.user_id.label("user"), row.sequence, before.label("before"))
+            .where(self.covers(self.user_id), row.completed_at.is_not(None), row.sequence > 0)
+            .subquery()
+        )
+        return sa.select(each.c.user).where(each.c.sequence < each.c.before).distinct()
+
+    def narrowed(self, conn: DbConnection, of: sa.Select[Any]) -> _Part:
+        """This part with those users only, unless they are too many."""
+        users = run(conn, of.limit(SUSPECTS + 1), {}).scalars().all()
         if len(users) > SUSPECTS:
             return self
         narrowed = copy.copy(self)
@@ -508,22 +566,20 @@ class _Part:
         return _sum(_hash(row.user_id, key_type, begins), numbered) - _sum(_hash(row.user_id, key_type, ends), numbered)
 
     def _unlocks(self) -> Expression:
-        """Workshops paid for, with who paid, less those given back."""
-        row, pair = self.row, self._pair(self.row.workshop_id, self.row.user_id)
+        """Workshops paid for, less those given back."""
+        row, workshop = self.row, self._workshop(self.row.workshop_id)
         completed = row.status == _COMPLETED
-        return _sum(pair, completed & self.spends()) - _sum(pair, completed & self.gives_back())
+        return _sum(workshop, completed & self.spends()) - _sum(workshop, completed & self.gives_back())
 
     def _marks(self) -> Expression:
-        """Less: workshops marked as unlocked, with who owns them."""
+        """Less: workshops marked as unlocked."""
         shop = self.workshop.c
-        return -_sum(self._pair(shop.key, shop.owner), shop.credit_consumed_at.is_not(None))
+        return -_sum(self._workshop(shop.key), shop.credit_consumed_at.is_not(None))
 
-    def _pair(self, workshop: Expression, user: Expression) -> Expression:
-        """The hash of a workshop together with a user, who may be missing."""
+    def _workshop(self, key: Expression) -> Expression:
         host = self.schema.host
         key_type = host.workshops.key_type if host.workshops is not None else "uuid"
-        of_user = _hash(user, host.users.key_type, sa.literal(0, sa.BigInteger))
-        return _hash(workshop, key_type, sa.func.coalesce(of_user, 0))
+        return _hash(key, key_type, sa.literal(0, sa.BigInteger))
 
 
 def _hash(key: Expression, key_type: KeyType, seed: Expression) -> Expression:
@@ -538,12 +594,17 @@ def _place(sequence: Expression, balance: Expression) -> Expression:
     return sequence.cast(sa.BigInteger) * 2**32 + balance
 
 
+def _epoch(moment: Expression) -> Expression:
+    """In seconds, of a column with a time zone or of one without, which holds UTC."""
+    return sa.extract("epoch", moment)
+
+
 def _sum(hashes: Expression, where: Expression | None = None) -> Expression:
     added = sa.func.sum(hashes, type_=sa.Numeric)  # of bigints it is exact, whatever their number
     return sa.func.coalesce(added if where is None else added.filter(where), 0)
 
 
-# --- what a row may look like: the ledger's constraints, in the auditor's own words ---
+# --- what a row may look like, in the auditor's own words ---
 
 Row = sa.sql.base.ReadOnlyColumnCollection[str, sa.Column[Any]]
 
@@ -558,6 +619,11 @@ def _paid(row: Row) -> Expression:
     return sa.or_(halves, row.amount_paid < 0, ~row.currency.regexp_match("^[a-z]{3}$"))
 
 
+def _misshaped_key(row: Row) -> Expression:
+    length = sa.func.coalesce(sa.func.char_length(row.idempotency_key), sa.case((row.type == _PURCHASE, 1), else_=0))
+    return ~length.between(1, 255)
+
+
 _BROKEN: dict[str, Callable[[Row], Expression]] = {
     "amount_sign": lambda row: sa.or_(row.amount == 0, (row.amount < 0) != row.type.in_([_CONSUMPTION, _REFUND])),
     "no_overdraft": lambda row: sa.and_(row.type == _CONSUMPTION, row.balance_after < 0),
@@ -566,11 +632,25 @@ _BROKEN: dict[str, Callable[[Row], Expression]] = {
     "only_purchases_wait": lambda row: sa.and_(row.status != _COMPLETED, row.type != _PURCHASE),
     "refund_of": lambda row: sa.and_(row.type != _GRANT, (row.type == _REFUND) != row.refund_of.is_not(None)),
     "paid": _paid,
+    "only_purchases_are_paid": lambda row: sa.and_(
+        row.type != _PURCHASE,
+        sa.func.num_nonnulls(
+            row.stripe_session_id,
+            row.stripe_payment_intent_id,
+            row.stripe_price_id,
+            row.amount_paid,
+            row.currency,
+        )
+        > 0,
+    ),
+    "workshop_link": lambda row: sa.and_(row.workshop_id.is_not(None), row.type.in_([_PURCHASE, _REFUND, _GRANT])),
+    "key_shape": _misshaped_key,
 }
 
 _COUNTED: dict[str, Callable[[_Part], Expression]] = {
     "rules": lambda part: sa.or_(*(broken(part.row) for broken in _BROKEN.values())),
     "waiting": lambda part: _waits_long(part.row),
+    "late beginnings": lambda part: _began_late(part.row),
     "unfinished": lambda part: part.row.status != _COMPLETED,
     "refunds": lambda part: part.row.refund_of.is_not(None),
     "other workshops": lambda part: sa.and_(
@@ -583,6 +663,11 @@ def _waits_long(row: Row) -> Expression:
     return sa.and_(row.status == _PENDING, row.created_at < sa.func.now() - sa.literal(dt.timedelta(days=1)))
 
 
+def _began_late(row: Row) -> Expression:
+    # created_at is the beginning of a transaction, completed_at a moment in the same or a later one
+    return row.created_at > row.completed_at
+
+
 # --- the searches ---
 
 
@@ -590,8 +675,9 @@ def _breaks(name: str) -> Callable[[_Part], sa.Select[Any]]:
     def search(part: _Part) -> sa.Select[Any]:
         row = part.row
         shown = (row.amount, row.balance_after, row.sequence, row.completed_at, row.refund_of, row.amount_paid)
+        links = (part.workshop_id.label("linked"), row.idempotency_key, row.stripe_session_id)
         texts = (row.type.cast(sa.Text).label("type"), row.status.cast(sa.Text).label("status"), row.currency)
-        return part.rows(*shown, *texts).where(_BROKEN[name](row))
+        return part.rows(*shown, *links, *texts).where(_BROKEN[name](row))
 
     return search
 
@@ -685,13 +771,6 @@ def _unmarked_workshops(part: _Part) -> sa.Select[Any]:
     return sa.select(unlock).join(part.workshop, shop.key == unlock.c.workshop).where(shop.credit_consumed_at.is_(None))
 
 
-def _others_workshops(part: _Part) -> sa.Select[Any]:
-    shop, unlock = part.workshop.c, part.unlocks()
-    owner = part.comparable(shop.owner)
-    paid = sa.select(unlock, shop.owner.label("owner")).join(part.workshop, shop.key == unlock.c.workshop)
-    return paid.where(owner != unlock.c.user)
-
-
 def _charged_twice(part: _Part) -> sa.Select[Any]:
     unlock = part.unlocks()
     return sa.select(unlock).where(unlock.c.net > 1)
@@ -707,18 +786,46 @@ def _unpaid_workshops(part: _Part) -> sa.Select[Any]:
         .having(part.net() > 0)
         .subquery("paid")
     )
+    # Deleting a workshop empties workshop_id. One that the host puts back keeps the mark of its consumption's moment.
+    unlinked = part.schema.credit_transactions.alias("unlinked").c
+    put_back = sa.exists().where(
+        part.comparable(unlinked.user_id) == part.comparable(shop.owner),
+        unlinked.type == _CONSUMPTION,
+        unlinked.workshop_id.is_(None),
+        sa.func.abs(_epoch(unlinked.completed_at) - _epoch(shop.credit_consumed_at)) < KEPT_WITHIN_S,
+    )
     workshops = sa.select(shop.owner.label("user"), shop.key.label("workshop"), shop.credit_consumed_at)
-    return workshops.where(marked, ~sa.exists().where(paid.c.workshop == shop.key))
+    return workshops.where(marked, ~sa.exists().where(paid.c.workshop == shop.key), ~put_back)
 
 
 def _unknown_workshops(part: _Part) -> sa.Select[Any]:
     missing = ~sa.exists().where(part.workshop.c.key == part.workshop_id)
     rows = part.rows(part.workshop_id.label("workshop"))
-    return rows.where(part.row.workshop_id.is_not(None), missing)
+    return rows.where(part.row.workshop_id.is_not(None), ~_BROKEN["workshop_link"](part.row), missing)
 
 
 def _long_waiting(part: _Part) -> sa.Select[Any]:
     return part.rows(part.row.created_at, part.row.stripe_session_id).where(_waits_long(part.row))
+
+
+def _out_of_order(part: _Part) -> sa.Select[Any]:
+    row = part.row
+    before = sa.func.lag(row.completed_at).over(partition_by=row.user_id, order_by=(row.sequence, row.id))
+    rows = part.rows(row.sequence, row.completed_at, before.label("before"))
+    rows = rows.where(row.completed_at.is_not(None), row.sequence > 0)
+    each = rows.subquery().c
+    return sa.select(*each).where(each.completed_at < each.before)
+
+
+def _late_beginnings(part: _Part) -> sa.Select[Any]:
+    return part.rows(part.row.created_at, part.row.completed_at).where(_began_late(part.row))
+
+
+def _spent_after_deletion(part: _Part) -> sa.Select[Any]:
+    row, users = part.row, part.schema.users
+    late = _epoch(row.completed_at) - _epoch(users.c.deleted_at) > DELETION_TAKES.total_seconds()
+    rows = part.rows(row.amount, row.completed_at, users.c.deleted_at).join(users, users.c.key == part.user_id)
+    return rows.where(row.type == _CONSUMPTION, users.c.deleted_at.is_not(None), late)
 
 
 def _repeated_keys(part: _Part) -> sa.Select[Any]:
@@ -764,6 +871,8 @@ def _finding(check: Check, schema: Schema, row: Mapping[str, Any]) -> Finding:
         "users": _name(schema.users),
         "workshops": "" if schema.workshops is None else _name(schema.workshops),
         "history": f"tallystick history {shlex.quote(str(user))}",
+        "grant": f"tallystick grant {shlex.quote(str(user))}",
+        "purchase": f"{shlex.quote(str(user))} {transaction}",
         **row,
     }
     if check.fix is not None:
@@ -795,8 +904,10 @@ _RESTORE = _LOOK + "Restore the row from your latest backup, then run: tallystic
 _CONSTRAINT = _LOOK + "Correct or restore the row, then find out which constraint is missing: tallystick migrate status"
 
 
-def _rule(name: str, purpose: str, *, expected: str, found: str) -> Check:
-    """A rule about one row by itself, which a constraint keeps as well."""
+def _rule(
+    name: str, purpose: str, *, expected: str, found: str, constrained: bool = True, needs_workshops: bool = False
+) -> Check:
+    """A rule about one row by itself, which a constraint keeps as well where it is ``constrained``."""
     return Check(
         name=name,
         purpose=purpose,
@@ -804,8 +915,11 @@ def _rule(name: str, purpose: str, *, expected: str, found: str) -> Check:
         search=_breaks(name),
         expected=expected,
         found=found,
-        likely_cause=f"written or {_BY_HAND}, while the constraint credit_transactions_{name} was missing",
-        what_to_do=_CONSTRAINT,
+        likely_cause=f"written or {_BY_HAND}, while a constraint of the ledger's was missing"
+        if constrained
+        else f"written without Tallystick, or {_BY_HAND}",
+        what_to_do=_CONSTRAINT if constrained else _RESTORE,
+        needs_workshops=needs_workshops,
     )
 
 
@@ -906,6 +1020,37 @@ CHECKS: Mapping[str, Check] = {
             expected="amount_paid and currency both or neither, such as 7900 and usd",
             found="amount_paid {amount_paid}, currency {currency}",
         ),
+        _rule(
+            "only_purchases_are_paid",
+            "money and what Stripe said belong to purchases alone",
+            expected="no amount_paid, currency, session, payment intent or price, since the row is a {type}",
+            found="amount_paid {amount_paid}, stripe_session_id {stripe_session_id}, or another of them",
+        ),
+        _rule(
+            "workshop_link",
+            "purchases, refunds and grants name no workshop",
+            expected="an empty workshop_id, since the row is a {type}",
+            found="workshop_id {linked}",
+            constrained=False,
+            needs_workshops=True,
+        ),
+        _rule(
+            "key_shape",
+            "an idempotency key has 1 to 255 characters, and only a purchase may have none",
+            expected="an idempotency_key of 1 to 255 characters; the row is a {type}",
+            found="idempotency_key {idempotency_key}",
+            constrained=False,
+        ),
+        Check(
+            name="spent_after_deletion",
+            purpose="a soft-deleted user spends nothing",
+            signs=frozenset({"deletions"}),
+            search=_spent_after_deletion,
+            expected="no consumption after deleted_at {deleted_at}",
+            found="{amount} credits at {completed_at}",
+            likely_cause="written without Tallystick, or deleted_at was set to an earlier moment afterwards",
+            what_to_do=_LOOK + "If the user was deleted later than it says, correct deleted_at",
+        ),
         Check(
             name="refund_excess",
             purpose="the refunds of a purchase take back no more than it gave, grants give back no more than they took",
@@ -914,8 +1059,8 @@ CHECKS: Mapping[str, Check] = {
             expected="0 to {amount} credits taken back in all",
             found="{refunded} credits in {refunds} refunds and grants",
             likely_cause="a refund was written without Tallystick",
-            what_to_do=_LOOK + "If the customer was refunded too much in money, settle it there; "
-            "give credits back with a purchase",
+            what_to_do=_LOOK + "If the customer was refunded too much in money, settle it there. Credits that were "
+            "taken too many go back with: {grant} CREDITS --description 'Given back' --key audit-{transaction}",
         ),
         Check(
             name="refundable",
@@ -945,18 +1090,8 @@ CHECKS: Mapping[str, Check] = {
             expected="one consumption for workshop {workshop}",
             found="{net}; this is the last of them",
             likely_cause="one of them was written without Tallystick, or with credit_consumed_at cleared in between",
-            what_to_do=_LOOK + "Give the credit back with a purchase of as many credits",
-            needs_workshops=True,
-        ),
-        Check(
-            name="workshop_owner",
-            purpose="the user who paid for a workshop owns it",
-            signs=frozenset({"unlocks"}),
-            search=_others_workshops,
-            expected="workshop {workshop} to belong to user {user}, who paid for it",
-            found="it belongs to user {owner}",
-            likely_cause="the app gave the workshop to another user afterwards",
-            what_to_do=_LOOK + "If the workshop was not meant to move, set its owner back",
+            what_to_do=_LOOK
+            + "Give it back with: {grant} {credits} --description 'Given back' --key audit-{transaction}",
             needs_workshops=True,
         ),
         Check(
@@ -1023,8 +1158,30 @@ CHECKS: Mapping[str, Check] = {
             expected="a completed or failed purchase; it began at {created_at}",
             found="it is pending, Stripe session {stripe_session_id}",
             likely_cause="the webhook of its payment or expiry never arrived",
-            what_to_do="Look the session up in Stripe: paid, then ledger.complete_purchase; "
-            "expired or none, then ledger.fail_purchase",
+            what_to_do="Ask Stripe with: tallystick stripe reconcile. Sold without Stripe: if it was paid, "
+            "tallystick purchase complete {purchase}; if not, tallystick purchase fail {purchase}",
+        ),
+        Check(
+            name="completed_in_order",
+            purpose="rows complete in the order of their numbers (reported, but no fault: a clock may be set back)",
+            fault=False,
+            signs=frozenset({"order"}),
+            search=_out_of_order,
+            expected="a completed_at of {before} or later, as the row before has",
+            found="completed_at {completed_at} of row {sequence}",
+            likely_cause=f"the server's clock was set back, or a fail-over led to one that is behind; or {_BY_HAND}",
+            what_to_do=_LOOK + "Of several users at one moment it is the clock. Of one alone, compare with your backup",
+        ),
+        Check(
+            name="created_before_completed",
+            purpose="a row is completed after it was created (reported, but no fault: a clock may be set back)",
+            fault=False,
+            signs=frozenset({"late beginnings"}),
+            search=_late_beginnings,
+            expected="a created_at of {completed_at} or earlier, when it was completed",
+            found="created_at {created_at}",
+            likely_cause=f"the server's clock was set back, or a fail-over led to one that is behind; or {_BY_HAND}",
+            what_to_do=_LOOK + "Of several users at one moment it is the clock. Of one alone, compare with your backup",
         ),
         Check(
             name="tally",

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import sqlalchemy as sa
 import typer
@@ -246,6 +246,50 @@ def refund(
     _say(done, as_json)
 
 
+purchases = typer.Typer(no_args_is_help=True, help="Settle a purchase by hand, where it was sold without Stripe.")
+app.add_typer(purchases, name="purchase", rich_help_panel="Credits")
+
+PurchaseArgument = Annotated[
+    UUID, typer.Argument(help="The id of the purchase, as `tallystick history` shows it.", metavar="PURCHASE")
+]
+
+
+@purchases.command(cls=OfUser)
+def complete(
+    ctx: typer.Context,
+    user: UserArgument,
+    purchase: PurchaseArgument,
+    amount_paid: Annotated[
+        int | None, typer.Option("--amount-paid", help="What was paid, in minor units, as 7900 for $79.00.")
+    ] = None,
+    currency: Annotated[str | None, typer.Option("--currency", help="Its currency, as usd.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Give the credits of a purchase that was paid. A second run changes nothing."""
+    with mapped(ctx) as (conn, config):
+        key = user_key(config, user)
+        done = Ledger(config).complete_purchase(conn, key, purchase=purchase, amount_paid=amount_paid, currency=currency)
+    _say(done, as_json)
+
+
+@purchases.command(cls=OfUser)
+def fail(
+    ctx: typer.Context,
+    user: UserArgument,
+    purchase: PurchaseArgument,
+    reason: Annotated[str, typer.Option("--reason", help="What the user's history says.")] = "not paid",
+    as_json: Json = False,
+) -> None:
+    """Mark a pending purchase as failed. A second run changes nothing."""
+    with mapped(ctx) as (conn, config):
+        done = Ledger(config).fail_purchase(conn, user_key(config, user), purchase=purchase, reason=reason)
+
+    def show() -> None:
+        out.print(f"{'Already failed' if done.replayed else 'Failed'}: {done.description}, {done.id}.", markup=False)
+
+    emit(done, show, as_json=as_json)
+
+
 @app.command(cls=OfUser, rich_help_panel="Credits")
 def onboarding(
     ctx: typer.Context,
@@ -280,6 +324,9 @@ def audit(
         str | None,
         typer.Option("--after", help="Only users behind this one: go on with an interrupted audit.", metavar="KEY"),
     ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Leave out completed_in_order, which takes longer than all others.")
+    ] = False,
     limit: Annotated[int, typer.Option("--limit", help="Findings to show at most.", min=1)] = 100,
     checks: Annotated[bool, typer.Option("--checks", help="List what is checked, and exit.")] = False,
     as_json: Json = False,
@@ -305,6 +352,7 @@ def audit(
                     user=None if user is None else user_key(config, user),
                     since=None if since is None else since.replace(tzinfo=since.tzinfo or dt.UTC),
                     after=None if after is None else user_key(config, after),
+                    quick=quick,
                     limit=limit,
                     progress=progress,
                     each=parts.append,
@@ -331,7 +379,7 @@ def show_audit(report: auditing.Report) -> None:
         more = " or more" if report.truncated else ""
         out.print(f"[red]{faults}{more} {'fault' if faults == 1 and not more else 'faults'}[/] in {size}.")
     if waiting := len(report.findings) - faults:
-        out.print(f"{waiting} {'waits' if waiting == 1 else 'wait'} for something outside of the ledger.")
+        out.print(f"{waiting} more to look at, by which no balance is wrong.")
     show_findings(report)
 
 
