@@ -98,8 +98,8 @@ FROM generate_series(1, %(users)s) n
 # user, so that rows lie as live traffic would have left them; ids are UUIDv7.
 ROWS = """
 INSERT INTO credit_transactions (
-  id, user_id, type, status, amount, balance_after, sequence, description, amount_paid, currency, created_at,
-  completed_at)
+  id, user_id, type, status, amount, balance_after, sequence, description, idempotency_key, amount_paid, currency,
+  created_at, completed_at)
 SELECT
   (lpad(to_hex((extract(epoch FROM at) * 1000)::bigint), 12, '0') || '7' || substr(md5(k::text), 1, 3)
     || '8' || substr(md5(k::text), 4, 15))::uuid,
@@ -110,6 +110,7 @@ SELECT
   6 - s,
   s,
   CASE WHEN s = 1 THEN 'Purchased Five Flights pack' ELSE 'Credit consumed for Workshop: Mobile App Discovery' END,
+  CASE WHEN s > 1 THEN 'consumption ' || k END,
   CASE WHEN s = 1 THEN 34900 END,
   CASE WHEN s = 1 THEN 'usd' END,
   at,
