@@ -268,7 +268,9 @@ def complete(
     """Give the credits of a purchase that was paid. A second run changes nothing."""
     with mapped(ctx) as (conn, config):
         key = user_key(config, user)
-        done = Ledger(config).complete_purchase(conn, key, purchase=purchase, amount_paid=amount_paid, currency=currency)
+        done = Ledger(config).complete_purchase(
+            conn, key, purchase=purchase, amount_paid=amount_paid, currency=currency
+        )
     _say(done, as_json)
 
 
