@@ -57,7 +57,7 @@ DELETION_TAKES = dt.timedelta(minutes=5)
 """A deletion dates from the beginning of its transaction, and the user may spend until that has come to the row."""
 
 KEPT_WITHIN_S = 1
-"""How exactly a host's column keeps a moment: its type may know no fractions of a second."""
+"""The precision of a moment in a host's column: its type may know no fractions of a second."""
 
 _PURCHASE, _CONSUMPTION, _REFUND, _GRANT = CreditTransactionType
 _PENDING, _COMPLETED = CreditTransactionStatus.PENDING, CreditTransactionStatus.COMPLETED
@@ -104,7 +104,7 @@ class Report:
 
     @property
     def clean(self) -> bool:
-        """Whether no fault was found; there may be something to look at."""
+        """True if no fault was found; there may be something to look at."""
         return not any(finding.fault for finding in self.findings)
 
 
@@ -597,7 +597,7 @@ def _hash(key: Expression, key_type: KeyType, seed: Expression) -> Expression:
 
 
 _SUMS: Mapping[str, type[sa.types.TypeEngine[Any]]] = {"integer": sa.BigInteger, "bigint": sa.Numeric}
-"""What holds a sum of two numbers of credits, also of a ledger that is wrong."""
+"""A type that holds the sum of two numbers of credits, also of a ledger that is wrong."""
 
 
 def _epoch(moment: Expression) -> Expression:

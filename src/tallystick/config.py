@@ -141,7 +141,7 @@ def _table_or_none(value: object) -> object:
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
 class HostMapping:
-    """Where the host app keeps what Tallystick needs. Tallystick's ledger is put into the schema of the users.
+    """The host app's tables and columns that Tallystick needs. Tallystick's ledger is put into the schema of the users.
 
     ``credits`` is the type of a number of credits: ``bigint`` for a host that counts in parts of a credit, such as
     micro-credits. It is chosen before the first migration.
@@ -172,7 +172,7 @@ _MAPPING = TypeAdapter(HostMapping)
 
 
 Rounding = Literal["down", "nearest", "up"]
-"""Whether a part of a credit's price takes no credit, the nearest whole number (halves up), or a whole one."""
+"""Rounding of a part of a credit's price: to no credit, the nearest whole number (halves up), or a whole one."""
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
