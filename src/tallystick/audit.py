@@ -605,11 +605,6 @@ def _epoch(moment: Expression) -> Expression:
     return sa.extract("epoch", moment)
 
 
-def _epoch(moment: Expression) -> Expression:
-    """In seconds, of a column with a time zone or of one without, which holds UTC."""
-    return sa.extract("epoch", moment)
-
-
 def _sum(hashes: Expression, where: Expression | None = None) -> Expression:
     added = sa.func.sum(hashes, type_=sa.Numeric)  # of bigints it is exact, whatever their number
     return sa.func.coalesce(added if where is None else added.filter(where), 0)
