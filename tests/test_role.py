@@ -16,7 +16,7 @@ from tallystick.audit import audit
 from tallystick.dev.stripe import DevStripe
 from tallystick.errors import InsufficientCredits, InvalidArgument, Key, PermissionDenied
 from tallystick.ledger import Consume
-from tallystick.migrate import role
+from tallystick.migrate.host import role
 from tallystick.schema import CreditTransactionStatus, CreditTransactionType
 from worlds import World
 

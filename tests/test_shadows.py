@@ -22,7 +22,7 @@ from tallystick.audit import audit
 from tallystick.database import engine
 from tallystick.ledger import Consume, Ledger
 from tallystick.ledger.functions import statements
-from tallystick.migrate import role
+from tallystick.migrate.host import role
 from tallystick.migrate.revisions import HostNames
 from worlds import World
 

@@ -31,7 +31,7 @@ from psycopg.sql import SQL, Identifier
 
 from tallystick.database import connect, said
 from tallystick.errors import BackupError
-from tallystick.migrate.session import driver
+from tallystick.migrate.runner.session import driver
 from tallystick.signals import ended_by_signals
 
 LEVEL = 3

@@ -14,7 +14,7 @@ from node_tools import DRIZZLE, Project, project, write_drizzle
 
 from tallystick import migrate
 from tallystick.errors import ConfigError
-from tallystick.migrate.trackers import Entry, Tracker, concerns, trackers
+from tallystick.migrate.host_tools.trackers import Entry, Tracker, concerns, trackers
 
 DRIZZLE_0 = "CREATE SCHEMA drizzle; CREATE TABLE drizzle.__drizzle_migrations (id serial, hash text, created_at bigint)"
 DRIZZLE_1 = (

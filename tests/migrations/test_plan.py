@@ -18,7 +18,7 @@ from hosts import HOSTS, App
 
 from tallystick import Config, migrate
 from tallystick.dev.postgres import Server
-from tallystick.migrate import role
+from tallystick.migrate.host import role
 from tallystick.schema import HEAD
 
 

@@ -16,7 +16,7 @@ from tallystick import migrate
 from tallystick.audit import audit
 from tallystick.errors import MigrationError
 from tallystick.migrate import PlannedStatement, Rehearsal, Traced, rehearse, report
-from tallystick.migrate.rehearse import split
+from tallystick.migrate.checks.rehearsal import split
 from tallystick.schema import Schema
 
 NAMES = ("uuid", "keyed by an external identity", "quoted, reserved and in schemas", "with every column already")
@@ -85,7 +85,7 @@ def test_a_plan_with_other_locks_is_found_out(how: str, app: App, monkeypatch: p
         )
         return replace(planned, revisions=revisions)
 
-    monkeypatch.setattr(sys.modules["tallystick.migrate.rehearse"], "plan", false)
+    monkeypatch.setattr(sys.modules["tallystick.migrate.checks.rehearsal"], "plan", false)
     done = rehearse(app.url, app.config)
     assert any("the plan said" in surprise for surprise in done.surprises)
     assert len(done.surprises) < 12, "each is told once"

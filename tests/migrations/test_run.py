@@ -30,9 +30,9 @@ from tallystick.errors import (
     MigrationRunning,
     OutcomeUnknown,
 )
-from tallystick.migrate.online import index_state
 from tallystick.migrate.revisions import revisions
-from tallystick.migrate.statements import ADVISORY_KEY
+from tallystick.migrate.runner.messages import ADVISORY_KEY
+from tallystick.migrate.runner.online import index_state
 from tallystick.schema import HEAD
 
 INDEX = "tallystick_users_stripe_customer_id"

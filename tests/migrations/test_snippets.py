@@ -21,7 +21,7 @@ from node_tools import DRIZZLE, Project, project, write_drizzle
 
 from tallystick import HostMapping, UsersTable, WorkshopsTable, migrate
 from tallystick.errors import ConfigError
-from tallystick.migrate.snippets import TOOLS, snippet
+from tallystick.migrate.host_tools.snippets import TOOLS, snippet
 from tallystick.schema import user_columns, workshop_columns
 
 pytestmark = pytest.mark.one_server

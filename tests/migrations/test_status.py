@@ -8,7 +8,7 @@ from hosts import App
 
 from tallystick import migrate
 from tallystick.migrate import Drift, functions_sql
-from tallystick.migrate.status import APPLY, FUNCTIONS
+from tallystick.migrate.checks.status import APPLY, FUNCTIONS
 
 LEDGER = "public.credit_transactions"
 

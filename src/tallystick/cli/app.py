@@ -24,7 +24,7 @@ from tallystick.config import Config, origin_of_host
 from tallystick.database import connect
 from tallystick.dev import postgres
 from tallystick.errors import DatabaseUnavailable, NotMigrated
-from tallystick.migrate.session import driver
+from tallystick.migrate.runner.session import driver
 from tallystick.schema import agreed
 
 EMBEDDED_DATABASE = "app"

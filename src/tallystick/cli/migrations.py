@@ -25,8 +25,8 @@ from tallystick.config import FILE_NAME, Config, to_toml
 from tallystick.database import PATIENCE_S, connect, translated
 from tallystick.dev import postgres
 from tallystick.errors import BackupError, ConfigError, TallystickError
-from tallystick.migrate import role as roles
-from tallystick.migrate.rehearse import split
+from tallystick.migrate.checks.rehearsal import split
+from tallystick.migrate.host import role as roles
 
 migrations = typer.Typer(
     no_args_is_help=True,

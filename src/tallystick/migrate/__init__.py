@@ -1,17 +1,28 @@
 """Bringing a live database to this package's shape, and back, without its traffic noticing."""
 
-from tallystick.migrate.blockers import Blocker
-from tallystick.migrate.door import downgrade_revision, upgrade_revision
-from tallystick.migrate.host import Host, HostColumn, HostTable, examine, other_than_primary, propose
-from tallystick.migrate.online import OnlineStep
-from tallystick.migrate.plan import Finding, Plan, PlannedRevision, PlannedStatement, Replica, TableSize, plan, sql
-from tallystick.migrate.rehearse import Lived, Rehearsal, Traced, refuse_same_database, rehearse, report
+from tallystick.migrate.checks.plan import (
+    Finding,
+    Plan,
+    PlannedRevision,
+    PlannedStatement,
+    Replica,
+    TableSize,
+    plan,
+    sql,
+)
+from tallystick.migrate.checks.rehearsal import Lived, Rehearsal, Traced, refuse_same_database, rehearse, report
+from tallystick.migrate.checks.status import Applied, Drift, Status, functions_sql, status
+from tallystick.migrate.host.preflight import Host, examine
+from tallystick.migrate.host.proposal import other_than_primary, propose
+from tallystick.migrate.host.tables import HostColumn, HostTable
+from tallystick.migrate.host_tools.alembic_bridge import downgrade_revision, upgrade_revision
+from tallystick.migrate.host_tools.snippets import TOOLS, snippet
+from tallystick.migrate.host_tools.trackers import Entry, Tracker, concerns, trackers
 from tallystick.migrate.revisions import Revision, revisions
-from tallystick.migrate.run import GIVE_UP_AFTER_S, Progress, Receipt, Step, apply, undo
-from tallystick.migrate.snippets import TOOLS, snippet
-from tallystick.migrate.statements import STALL_BUDGET_MS
-from tallystick.migrate.status import Applied, Drift, Status, functions_sql, status
-from tallystick.migrate.trackers import Entry, Tracker, concerns, trackers
+from tallystick.migrate.runner.blockers import Blocker
+from tallystick.migrate.runner.messages import STALL_BUDGET_MS
+from tallystick.migrate.runner.online import OnlineStep
+from tallystick.migrate.runner.run import GIVE_UP_AFTER_S, Progress, Receipt, Step, apply, undo
 
 __all__ = [
     "GIVE_UP_AFTER_S",

@@ -22,11 +22,11 @@ import sqlalchemy as sa
 from tallystick.config import Config
 from tallystick.errors import Key, MigrationError, TallystickError
 from tallystick.ledger import Ledger
-from tallystick.migrate.host import Host, examine
-from tallystick.migrate.plan import Phase, PlannedStatement, plan
-from tallystick.migrate.run import undo
-from tallystick.migrate.session import driver, engine_of, session
-from tallystick.migrate.status import status
+from tallystick.migrate.checks.plan import Phase, PlannedStatement, plan
+from tallystick.migrate.checks.status import status
+from tallystick.migrate.host.preflight import Host, examine
+from tallystick.migrate.runner.run import undo
+from tallystick.migrate.runner.session import driver, engine_of, session
 from tallystick.schema import LEDGER, user_columns, workshop_columns
 
 

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from psycopg.sql import SQL, Composable, Composed, Identifier
 from psycopg.sql import Literal as SqlLiteral
 
-from tallystick.migrate.dependents import refuse_dependents
-from tallystick.migrate.privileges import close_new_objects, remember_objects
-from tallystick.migrate.proof import try_them_again, try_writes
+from tallystick.migrate.host.dependents import refuse_dependents
+from tallystick.migrate.host.privileges import close_new_objects, remember_objects
+from tallystick.migrate.host.role import whole_again
 from tallystick.migrate.revisions import HostNames, Revision, TableNames
-from tallystick.migrate.role import whole_again
+from tallystick.migrate.runner.trial_writes import try_them_again, try_writes
 from tallystick.schema import LEDGER, user_columns, workshop_columns
 
 ADVISORY_KEY = 8_386_103_206_419_437_683  # "tallystk" as eight bytes; advisory locks are per database

@@ -30,12 +30,11 @@ from tallystick.errors import (
     MigrationRunning,
     TallystickError,
 )
-from tallystick.migrate.blockers import OLD_MS, Blocker, Watch, oids_of
-from tallystick.migrate.host import Host, examine, mapped_oids, refuse_rows
-from tallystick.migrate.online import Building, OnlineStep, online
+from tallystick.migrate.host.preflight import Host, examine, refuse_rows
+from tallystick.migrate.host.tables import mapped_oids
 from tallystick.migrate.revisions import HostNames, Revision, after, revisions, up_to
-from tallystick.migrate.session import driver, engine_of, forbidden_by, lost, session, translate
-from tallystick.migrate.statements import (
+from tallystick.migrate.runner.blockers import OLD_MS, Blocker, Watch, oids_of
+from tallystick.migrate.runner.messages import (
     ADVISORY_KEY,
     MEASURE,
     STALL_BUDGET_MS,
@@ -45,6 +44,8 @@ from tallystick.migrate.statements import (
     text,
     upward,
 )
+from tallystick.migrate.runner.online import Building, OnlineStep, online
+from tallystick.migrate.runner.session import driver, engine_of, forbidden_by, lost, session, translate
 from tallystick.schema import migration_log
 
 GIVE_UP_AFTER_S = 120.0

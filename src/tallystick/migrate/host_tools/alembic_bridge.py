@@ -12,11 +12,11 @@ from psycopg.sql import Composable
 
 from tallystick.config import Config
 from tallystick.errors import MigrationError
-from tallystick.migrate.host import current_revision, examine, refuse_rows
-from tallystick.migrate.online import online
+from tallystick.migrate.host.preflight import current_revision, examine, refuse_rows
 from tallystick.migrate.revisions import HostNames, Revision, revisions, up_to
-from tallystick.migrate.session import put_back, refuse_pooler
-from tallystick.migrate.statements import STALL_BUDGET_MS, Messages, downward, text, upward
+from tallystick.migrate.runner.messages import STALL_BUDGET_MS, Messages, downward, text, upward
+from tallystick.migrate.runner.online import online
+from tallystick.migrate.runner.session import put_back, refuse_pooler
 
 
 def upgrade_revision(

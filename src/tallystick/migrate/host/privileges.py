@@ -9,7 +9,8 @@ import sqlalchemy as sa
 from psycopg.sql import SQL, Composable, Composed, Identifier
 from psycopg.sql import Literal as SqlLiteral
 
-from tallystick.migrate.host import Host, HostTable
+from tallystick.migrate.host.preflight import Host
+from tallystick.migrate.host.tables import HostTable
 from tallystick.migrate.revisions import HostNames
 from tallystick.schema import LEDGER, user_columns
 

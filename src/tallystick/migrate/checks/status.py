@@ -14,11 +14,12 @@ from psycopg.sql import Identifier
 from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.config import Config
-from tallystick.migrate.host import Host, examine, looking
-from tallystick.migrate.privileges import open_policies, writers
+from tallystick.migrate.host.preflight import Host, examine
+from tallystick.migrate.host.privileges import open_policies, writers
+from tallystick.migrate.host.role import ways_out
+from tallystick.migrate.host.tables import looking
 from tallystick.migrate.revisions import HostNames, revisions
-from tallystick.migrate.role import ways_out
-from tallystick.migrate.statements import text
+from tallystick.migrate.runner.messages import text
 from tallystick.schema import (
     HEAD,
     LEDGER,

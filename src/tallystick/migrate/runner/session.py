@@ -20,9 +20,9 @@ from tallystick.errors import (
     PoolerRefused,
     TallystickError,
 )
-from tallystick.migrate.dependents import DEPENDED_ON
-from tallystick.migrate.proof import BROKEN
-from tallystick.migrate.statements import MOVED, NOT_EMPTY, RUNNING
+from tallystick.migrate.host.dependents import DEPENDED_ON
+from tallystick.migrate.runner.messages import MOVED, NOT_EMPTY, RUNNING
+from tallystick.migrate.runner.trial_writes import BROKEN
 
 APPLICATION_NAME = "tallystick migrate"
 

@@ -1,19 +1,16 @@
-"""The host's live tables: what ``tallystick init`` proposes, and the preflight before a migration. Only reads."""
+"""The preflight of a migration: the mapping held against the live tables, before anything is changed. Only reads."""
 
 from __future__ import annotations
 
 import difflib
 import json
-import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import sqlalchemy as sa
 
-from tallystick.config import Config, HostMapping, KeyType, UsersTable, WorkshopsTable
-from tallystick.database import translated
+from tallystick.config import Config, HostMapping, UsersTable, WorkshopsTable
 from tallystick.errors import (
     HostMismatch,
     IncompatibleColumn,
@@ -22,80 +19,22 @@ from tallystick.errors import (
     SchemaError,
     SchemaTooNew,
 )
-from tallystick.migrate.dependents import breaks_with_more_columns
+from tallystick.migrate.host.dependents import breaks_with_more_columns
+from tallystick.migrate.host.tables import (
+    KEY_WORDS,
+    MOMENTS,
+    OID,
+    HostColumn,
+    HostTable,
+    columns_of,
+    host_tables,
+    unsuitable,
+)
 from tallystick.migrate.revisions import Adopted, Word, revisions
 from tallystick.schema import LEDGER, alembic_version, mapping_of, migration_log, refuse_other
 
 OLDEST_SERVER = 140000
 _MAX_COLUMNS = 1600
-
-_KEY_FAMILIES: Mapping[str, KeyType] = {
-    "uuid": "uuid",
-    "text": "text",
-    "varchar": "text",
-    "bpchar": "char",
-    "citext": "citext",
-    "int2": "smallint",
-    "int4": "integer",
-    "int8": "bigint",
-}
-_MOMENTS = ("timestamp", "timestamptz")
-
-_RELATIONS = sa.text("""
-    SELECT c.oid::bigint AS oid, n.nspname AS schema, c.relname AS table, c.relkind::text AS kind,
-           c.relpersistence::text AS persistence, r.rolname AS owner,
-           pg_has_role(current_user, c.relowner, 'USAGE') AS owned,
-           greatest(c.reltuples, 0)::bigint AS rows,
-           c.relpages * current_setting('block_size')::bigint AS bytes,
-           EXISTS (SELECT FROM pg_inherits i WHERE c.oid IN (i.inhparent, i.inhrelid)) AS inherits,
-           (SELECT max(attnum) FROM pg_attribute a WHERE a.attrelid = c.oid) AS columns_ever
-    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_roles r ON r.oid = c.relowner
-    WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f')
-      AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'pg_toast', 'tallystick')
-      AND n.nspname NOT LIKE 'pg\\_temp\\_%'
-    ORDER BY n.nspname, c.relname
-""")
-
-_COLUMNS = sa.text("""
-    SELECT a.attname AS name, t.typname AS type, format_type(a.atttypid, a.atttypmod) AS shown,
-           b.typname AS base, b.schema AS base_schema,
-           CASE WHEN a.attcollation NOT IN (0, 100) THEN ARRAY[cn.nspname::text, c.collname::text] END AS collation,
-           coalesce(NOT c.collisdeterministic, false) AS nondeterministic,
-           a.atttypmod AS modifier, a.attnotnull AS not_null, a.attgenerated <> '' AS generated,
-           pg_get_expr(d.adbin, d.adrelid) AS default,
-           EXISTS (
-             SELECT FROM pg_index i
-             WHERE i.indrelid = a.attrelid AND i.indisunique AND i.indisvalid AND i.indimmediate
-               AND i.indnkeyatts = 1 AND i.indkey[0] = a.attnum AND i.indpred IS NULL
-           ) AS is_unique,
-           EXISTS (
-             SELECT FROM pg_index i WHERE i.indrelid = a.attrelid AND i.indisprimary AND a.attnum = ANY (i.indkey)
-           ) AS is_primary
-    FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
-    CROSS JOIN LATERAL (
-      WITH RECURSIVE base AS (
-        SELECT t.oid, t.typtype, t.typbasetype, t.typname, t.typnamespace
-        UNION ALL
-        SELECT u.oid, u.typtype, u.typbasetype, u.typname, u.typnamespace
-        FROM base JOIN pg_type u ON u.oid = base.typbasetype WHERE base.typtype = 'd'
-      )
-      SELECT base.typname, n.nspname AS schema FROM base JOIN pg_namespace n ON n.oid = base.typnamespace
-      WHERE base.typtype <> 'd'
-    ) b
-    LEFT JOIN pg_collation c ON c.oid = a.attcollation LEFT JOIN pg_namespace cn ON cn.oid = c.collnamespace
-    LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
-    WHERE a.attrelid = :oid AND a.attnum > 0 AND NOT a.attisdropped
-    ORDER BY a.attnum
-""")
-
-_REFERENCES = sa.text("""
-    SELECT f.attname AS column, t.attname AS key
-    FROM pg_constraint c
-    JOIN pg_attribute f ON f.attrelid = c.conrelid AND f.attnum = c.conkey[1]
-    JOIN pg_attribute t ON t.attrelid = c.confrelid AND t.attnum = c.confkey[1]
-    WHERE c.contype = 'f' AND c.conrelid = :from AND c.confrelid = :to AND array_length(c.conkey, 1) = 1
-    ORDER BY f.attnum
-""")
 
 _TAKEN = sa.text("""
     SELECT taken.name
@@ -105,7 +44,11 @@ _TAKEN = sa.text("""
     ORDER BY 1
 """)
 
-_OID = sa.text("SELECT to_regclass(quote_ident(:schema) || '.' || quote_ident(:table))::oid::bigint")
+_KEYS = sa.text("""
+    SELECT conname AS name, confrelid::bigint AS oid, confrelid::regclass::text AS table FROM pg_constraint
+    WHERE conrelid = to_regclass(quote_ident(:schema) || '.credit_transactions')
+      AND conname IN ('credit_transactions_user_fk', 'credit_transactions_workshop_fk')
+""")
 
 _ROLE = sa.text("""
     SELECT current_user AS role, current_database() AS database,
@@ -118,70 +61,6 @@ _ROLE = sa.text("""
            to_regnamespace('tallystick') IS NOT NULL AS has_schema,
            to_regclass('tallystick.alembic_version') IS NOT NULL AS has_version
 """)
-
-
-@dataclass(frozen=True)
-class HostColumn:
-    """A live column: ``type`` as in pg_type, ``shown`` as a person writes it, ``base`` what a domain is over.
-
-    ``collation`` (schema and name) is None where it is the database's.
-    """
-
-    name: str
-    type: str
-    shown: str
-    base: str
-    base_schema: str
-    collation: list[str] | None
-    nondeterministic: bool
-    modifier: int
-    not_null: bool
-    generated: bool
-    default: str | None
-    is_unique: bool
-    is_primary: bool
-
-    @property
-    def key_type(self) -> KeyType | None:
-        """The mapping's word for the type, or None where it cannot be a key."""
-        return _KEY_FAMILIES.get(self.base)
-
-    @property
-    def key_settings(self) -> dict[str, Any]:
-        """The settings of a mapping whose key this column is; it can be one."""
-        return {
-            "key": self.name,
-            "key_type": self.key_type,
-            "key_type_schema": self.base_schema if self.base == "citext" else None,
-            "key_collation": self.collation and tuple(self.collation),
-        }
-
-    @property
-    def identifies(self) -> bool:
-        """Whether it can be a key of the mapping."""
-        return self.not_null and self.is_unique and not self.generated and self.key_type is not None
-
-
-@dataclass(frozen=True)
-class HostTable:
-    """A live table: rows and bytes as the server last estimated them."""
-
-    oid: int
-    schema: str
-    table: str
-    kind: str
-    persistence: str
-    owner: str
-    owned: bool
-    rows: int
-    bytes: int
-    inherits: bool
-    columns_ever: int
-
-    @property
-    def shown(self) -> str:
-        """As a person types it."""
-        return f"{self.schema}.{self.table}"
 
 
 @dataclass(frozen=True)
@@ -219,9 +98,6 @@ class Host:
     def adopted_names(self) -> tuple[str, ...]:
         """As in ``migration_log``: ``users.updated_at``, by our words for the tables."""
         return tuple(sorted(f"{word}.{column}" for word, column in self.adopted))
-
-
-# --- the preflight
 
 
 def examine(conn: sa.Connection, config: Config, *, strict: bool = True) -> Host:
@@ -289,39 +165,10 @@ def examine(conn: sa.Connection, config: Config, *, strict: bool = True) -> Host
     )
 
 
-@contextmanager
-def looking(conn: sa.Connection) -> Iterator[None]:
-    """Reading the catalogues of a table waits for whoever holds it exclusively: not for long, and then say so.
-
-    No operator is looked for but PostgreSQL's own, see ``KNOWN_SETTINGS``. Raises Conflict (see
-    ``tallystick.database``).
-    """
-    with translated():
-        before = {name: conn.scalar(sa.select(sa.func.current_setting(name))) for name in _LOOKING}
-        _set(conn, _LOOKING)
-        yield
-        _set(conn, before)
-
-
-def _set(conn: sa.Connection, settings: Mapping[str, str | None]) -> None:
-    for name, value in settings.items():
-        conn.execute(sa.select(sa.func.set_config(name, value, sa.true())))
-
-
-_LOOKING = {"lock_timeout": "3s", "search_path": "pg_catalog"}
-
-
-def mapped_oids(conn: sa.Connection, mapping: HostMapping) -> list[int]:
-    """Those of the mapped tables that are there; waits for nobody."""
-    tables = [table for table in (mapping.users, mapping.workshops) if table]
-    found = (conn.scalar(_OID, {"schema": table.schema, "table": table.table}) for table in tables)
-    return [oid for oid in found if oid is not None]
-
-
 def refuse_rows(conn: sa.Connection, host: Host, how: str) -> None:
     """Raises LedgerNotEmpty where there is history to lose; ``how`` says what loses it on purpose."""
     names = {"schema": host.users.schema, "table": LEDGER}
-    _see_every_row(conn, conn.scalar(_OID, names), f"{host.users.schema}.{LEDGER}", "whether it has rows")
+    _see_every_row(conn, conn.scalar(OID, names), f"{host.users.schema}.{LEDGER}", "whether it has rows")
     rows = conn.scalar(sa.select(sa.func.count()).select_from(sa.table(LEDGER, schema=host.users.schema)))
     if rows:
         raise LedgerNotEmpty(
@@ -403,16 +250,17 @@ def _missing_privileges(
 
 def _mapped_users(conn: sa.Connection, mapping: HostMapping) -> tuple[HostTable, Mapping[str, HostColumn]]:
     names = mapping.users
-    table = _mapped(conn, "users", names.schema, names.table)
-    columns = _columns(conn, table)
+    table = mapped_table(conn, "users", names.schema, names.table)
+    columns = columns_of(conn, table)
     _check_key("users", table, columns, names)
     if names.email:
         _column("users", "email", table, columns, names.email)
     return table, columns
 
 
-def _mapped(conn: sa.Connection, word: Word, schema: str, name: str) -> HostTable:
-    everything = _tables(conn)
+def mapped_table(conn: sa.Connection, word: Word, schema: str, name: str) -> HostTable:
+    """The mapped table; raises HostMismatch where there is none that can serve, with one that is named alike."""
+    everything = host_tables(conn)
     table = next((t for t in everything if (t.schema, t.table) == (schema, name)), None)
     where = f"host.{word}"
     if table is None:
@@ -423,7 +271,7 @@ def _mapped(conn: sa.Connection, word: Word, schema: str, name: str) -> HostTabl
             table=f"{schema}.{name}",
             column=None,
         )
-    fault = _unsuitable(table)
+    fault = unsuitable(table)
     if fault:
         raise HostMismatch(f"{table.shown} {fault}. Name another table under [{where}]", table=table.shown, column=None)
     if table.columns_ever + 10 > _MAX_COLUMNS:
@@ -434,18 +282,6 @@ def _mapped(conn: sa.Connection, word: Word, schema: str, name: str) -> HostTabl
             column=None,
         )
     return table
-
-
-def _unsuitable(table: HostTable) -> str | None:
-    if table.kind in "vm":
-        return "is a view; credits need the table behind it"
-    if table.kind == "f":
-        return "is a foreign table; nothing can reference it"
-    if table.kind == "p" or table.inherits:
-        return "is partitioned (or inherits); no index can be built on it concurrently"
-    if table.persistence != "p":
-        return "is unlogged; a ledger cannot reference it. Run ALTER TABLE … SET LOGGED first"
-    return None
 
 
 _OPTIONAL = ("email", "title", "created_at")
@@ -471,7 +307,7 @@ def _check_key(
     if column.key_type is None or column.generated:
         raise HostMismatch(
             f"{table.shown}.{name} is {column.shown}{' (generated)' if column.generated else ''}, which cannot be "
-            f"a key here: {_KEY_WORDS} can. {_other_keys(word, columns)}",
+            f"a key here: {KEY_WORDS} can. {_other_keys(word, columns)}",
             table=table.shown,
             column=name,
         )
@@ -494,9 +330,6 @@ def _check_key(
             )
 
 
-_KEY_WORDS = "uuid, text, varchar, char, citext, smallint, integer and bigint"
-
-
 def _collated(column: HostColumn) -> str:
     return f" COLLATE {'.'.join(column.collation)}" if column.collation else ""
 
@@ -512,8 +345,8 @@ def _mapped_workshops(conn: sa.Connection, mapping: HostMapping) -> tuple[HostTa
     names = mapping.workshops
     if names is None:
         return None, {}
-    table = _mapped(conn, "workshops", names.schema, names.table)
-    columns = _columns(conn, table)
+    table = mapped_table(conn, "workshops", names.schema, names.table)
+    columns = columns_of(conn, table)
     _check_key("workshops", table, columns, names)
     owner = _column("workshops", "owner", table, columns, names.owner)
     if owner.key_type != mapping.users.key_type or (
@@ -530,7 +363,7 @@ def _mapped_workshops(conn: sa.Connection, mapping: HostMapping) -> tuple[HostTa
         _column("workshops", "title", table, columns, names.title)
     if names.created_at:
         created = _column("workshops", "created_at", table, columns, names.created_at)
-        if created.type not in _MOMENTS:
+        if created.type not in MOMENTS:
             raise HostMismatch(
                 f"{table.shown}.{names.created_at} is {created.shown}, not a timestamp. "
                 "Name another column in host.workshops.created_at",
@@ -562,12 +395,12 @@ _ADOPTABLE: Mapping[Word, Mapping[str, _Rule]] = {
         "onboarding_complete": _Rule(("bool",), "boolean NOT NULL", not_null=True),
         "stripe_customer_id": _Rule(("text", "varchar"), "text or varchar, no value twice", distinct=True),
         "plan_tier": _Rule(("text", "varchar"), "text or varchar(32)", length=32),
-        "updated_at": _Rule(_MOMENTS, "timestamp or timestamptz"),
-        "deleted_at": _Rule(_MOMENTS, "timestamp or timestamptz"),
+        "updated_at": _Rule(MOMENTS, "timestamp or timestamptz"),
+        "deleted_at": _Rule(MOMENTS, "timestamp or timestamptz"),
     },
     "workshops": {
         "credit_consumed_at": _Rule(("timestamptz",), "timestamptz", empty=True),
-        "deleted_at": _Rule(_MOMENTS, "timestamp or timestamptz"),
+        "deleted_at": _Rule(MOMENTS, "timestamp or timestamptz"),
     },
 }
 
@@ -653,219 +486,3 @@ def _check_same_host(conn: sa.Connection, users: HostTable, workshops: HostTable
                 table=key.table,
                 column=None,
             )
-
-
-_KEYS = sa.text("""
-    SELECT conname AS name, confrelid::bigint AS oid, confrelid::regclass::text AS table FROM pg_constraint
-    WHERE conrelid = to_regclass(quote_ident(:schema) || '.credit_transactions')
-      AND conname IN ('credit_transactions_user_fk', 'credit_transactions_workshop_fk')
-""")
-
-# --- the proposal
-
-_USERS = ("users", "user", "app_users", "app_user", "accounts", "account", "members", "customers", "profiles")
-_WORKSHOPS = ("workshops", "workshop")
-_OWNERS = ("user_id", "owner_id", "userid", "ownerid", "owner", "user", "created_by", "author_id", "clerk_user_id")
-_TITLES = ("title", "name", "subject", "heading", "topic")
-_CREATED = ("created_at", "createdat", "created", "created_on", "inserted_at", "date_created")
-_EMAILS = ("email", "email_address", "emailaddress", "mail")
-
-
-def propose(
-    conn: sa.Connection,
-    users: str | None = None,
-    workshops: str | None = None,
-    users_key: str | None = None,
-    *,
-    credits: Literal["integer", "bigint"] | None = None,
-) -> HostMapping:
-    """A mapping for this database, from what its tables are called and how they refer to each other.
-
-    Args:
-        conn: only read from.
-        users: which table, as ``table`` or ``schema.table``, where the guess would be wrong.
-        workshops: likewise; the default is a table named workshop(s), or none. ``"none"`` is none, whatever there is.
-        users_key: which column of the users is their key, where it is not the primary one.
-        credits: the type of a number of credits, ``integer`` unless it says another.
-
-    A database that is migrated has its mapping, which is given back.
-
-    Raises:
-        HostMismatch: no table, or more than one, could be meant; the message says what to type. Or the database was
-            migrated for another mapping than the one that is asked for.
-    """
-    with looking(conn):
-        stored = mapping_of(conn) if current_revision(conn) or prepared_revision(conn) else None
-        if stored is not None and users is workshops is users_key is credits is None:
-            return stored
-        found = replace(_propose(conn, users, workshops, users_key), credits=credits or "integer")
-        if stored is not None:
-            refuse_other(stored, found)
-        return found
-
-
-def other_than_primary(conn: sa.Connection, mapping: HostMapping) -> str | None:
-    """The primary key of the users, where the mapping names another column as their key."""
-    table = _mapped(conn, "users", mapping.users.schema, mapping.users.table)
-    primary = [column.name for column in _columns(conn, table).values() if column.is_primary]
-    return None if not primary or primary == [mapping.users.key] else ", ".join(primary)
-
-
-def _propose(conn: sa.Connection, users: str | None, workshops: str | None, users_key: str | None) -> HostMapping:
-    everything = _tables(conn)
-    users_table = _find("users", everything, users, _USERS)
-    if users_table is None:
-        tables = ", ".join(t.shown for t in everything if not _unsuitable(t))
-        then = "Say which: --users schema.table" if tables else "Make the app's own first, or check the address"
-        raise HostMismatch(
-            f"no table looks like users (there are: {tables or 'none at all'}). {then}",
-            table="users",
-            column=None,
-        )
-    columns = _columns(conn, users_table)
-    keys = [column for column in columns.values() if column.identifies]
-    if not keys:
-        raise HostMismatch(
-            f"{users_table.shown} has no column that is NOT NULL, UNIQUE and of a type that can be a key "
-            f"({_KEY_WORDS}). Give it one, or say another table: --users schema.table",
-            table=users_table.shown,
-            column=None,
-        )
-    key = _users_key(users_table, columns, keys, users_key)
-    workshops_table = None if workshops == "none" else _find("workshops", everything, workshops, _WORKSHOPS)
-    found = None
-    if workshops_table is not None:
-        asked = [key] if users_key is not None else keys
-        key, found = _propose_workshops(conn, users_table, asked, key, workshops_table)
-    return HostMapping(
-        users=UsersTable(
-            schema=users_table.schema,
-            table=users_table.table,
-            **key.key_settings,
-            email=_pick(columns.values(), _EMAILS, ("text", "varchar", "citext")),
-        ),
-        workshops=found,
-    )
-
-
-def _users_key(
-    table: HostTable, columns: Mapping[str, HostColumn], keys: Sequence[HostColumn], asked: str | None
-) -> HostColumn:
-    """The primary key, or what was asked for; never another column in its place without a word."""
-    found = [column for column in keys if (column.name == asked if asked is not None else column.is_primary)]
-    primary = [f"{column.name} ({column.shown})" for column in columns.values() if column.is_primary]
-    if not found and (asked is not None or primary or len(keys) > 1):
-        cause = f"{asked} is none of its keys" if asked is not None else "it has no primary key"
-        if asked is None and primary:
-            cause = f"its primary key {', '.join(primary)} cannot be a key here ({_KEY_WORDS} of one column can)"
-        others = " or ".join(f"--users-key {shlex.quote(column.name)}" for column in keys)
-        raise HostMismatch(
-            f"by which column of {table.shown} users are known cannot be told: {cause}. Say which: {others}",
-            table=table.shown,
-            column=asked,
-        )
-    return (found or list(keys))[0]
-
-
-def _propose_workshops(
-    conn: sa.Connection, users: HostTable, keys: Sequence[HostColumn], primary: HostColumn, table: HostTable
-) -> tuple[HostColumn, WorkshopsTable]:
-    """The workshops, and the users' key that they name their owner by."""
-    columns = _columns(conn, table)
-    key = next(
-        (c for c in sorted(columns.values(), key=lambda c: not c.is_primary) if c.identifies),
-        None,
-    )
-    if key is None:
-        raise HostMismatch(
-            f"{table.shown} has no column that is NOT NULL, UNIQUE and of a type that can be a key ({_KEY_WORDS}). "
-            "Give it one, or say another table: --workshops schema.table",
-            table=table.shown,
-            column=None,
-        )
-    by_name = {candidate.name: candidate for candidate in keys}
-    references = {
-        row.column: by_name[row.key]
-        for row in conn.execute(_REFERENCES, {"from": table.oid, "to": users.oid})
-        if row.key in by_name
-    }
-    owner = next((name for name in _ranked(references, _OWNERS)), None)
-    if owner is not None:
-        users_key = references[owner]
-    else:
-        # No foreign key: a column called like a users' key, or by a usual name with a key's type.
-        like_a_key = [name for name in by_name if name in columns and name not in (key.name, primary.name)]
-        usual = [name for name in columns if name.lower() in _OWNERS]
-        matches = [
-            (name, candidate)
-            for name in (*like_a_key, *_ranked(usual, _OWNERS))
-            for candidate in sorted(keys, key=lambda c: (c.name != name, not c.is_primary))
-            if columns[name].key_type == candidate.key_type
-        ]
-        if not matches:
-            raise HostMismatch(
-                f"no column of {table.shown} refers to {users.shown}. Say which table holds what a credit unlocks "
-                "(--workshops schema.table), or write host.workshops.owner into tallystick.toml by hand",
-                table=table.shown,
-                column=None,
-            )
-        owner, users_key = matches[0]
-    return users_key, WorkshopsTable(
-        schema=table.schema,
-        table=table.table,
-        **key.key_settings,
-        owner=owner,
-        title=_pick(columns.values(), _TITLES, ("text", "varchar")),
-        created_at=_pick(columns.values(), _CREATED, _MOMENTS),
-    )
-
-
-def _find(word: Word, everything: Sequence[HostTable], asked: str | None, usual: Sequence[str]) -> HostTable | None:
-    if asked is not None:
-        found = [t for t in everything if asked in (t.table, t.shown, f'{t.schema}."{t.table}"', f'"{t.table}"')]
-    else:
-        suitable = [t for t in everything if not _unsuitable(t) and t.table.lower() in usual]
-        best = min((usual.index(t.table.lower()) for t in suitable), default=None)
-        found = [t for t in suitable if usual.index(t.table.lower()) == best]
-    if len(found) > 1:
-        # the app's own table beats one of an extension or an auth service
-        found = [t for t in found if t.schema == "public"] or found
-    if len(found) > 1:
-        raise HostMismatch(
-            f"more than one table could be {word}: {', '.join(t.shown for t in found)}. "
-            f"Say which: --{word} {found[0].shown}",
-            table=word,
-            column=None,
-        )
-    if asked is not None and not found:
-        near = difflib.get_close_matches(
-            asked, [name for t in everything for name in (t.table, t.shown)], n=1, cutoff=0.5
-        )
-        raise HostMismatch(
-            f"there is no table {asked}{f'; did you mean {near[0]}?' if near else '.'} Say which: --{word} …",
-            table=asked,
-            column=None,
-        )
-    if found and (fault := _unsuitable(found[0])):
-        raise HostMismatch(
-            f"{found[0].shown} {fault}. Say another: --{word} schema.table", table=found[0].shown, column=None
-        )
-    return found[0] if found else None
-
-
-def _ranked(names: Iterable[str], usual: Sequence[str]) -> list[str]:
-    return sorted(names, key=lambda n: usual.index(n.lower()) if n.lower() in usual else len(usual))
-
-
-def _pick(columns: Iterable[HostColumn], usual: Sequence[str], types: Sequence[str]) -> str | None:
-    fitting = [c.name for c in columns if c.name.lower() in usual and c.type in types]
-    return _ranked(fitting, usual)[0] if fitting else None
-
-
-def _tables(conn: sa.Connection) -> list[HostTable]:
-    return [HostTable(**cast("Any", row)) for row in conn.execute(_RELATIONS).mappings()]
-
-
-def _columns(conn: sa.Connection, table: HostTable) -> dict[str, HostColumn]:
-    rows = conn.execute(_COLUMNS, {"oid": table.oid}).mappings()
-    return {row["name"]: HostColumn(**cast("Any", row)) for row in rows}

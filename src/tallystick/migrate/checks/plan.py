@@ -15,11 +15,12 @@ import sqlalchemy as sa
 from psycopg.sql import Composable, Identifier
 
 from tallystick.config import Config
-from tallystick.migrate.blockers import Blocker, Watch
-from tallystick.migrate.host import Host, HostTable, examine, looking
+from tallystick.migrate.host.preflight import Host, examine
+from tallystick.migrate.host.tables import HostTable, looking
 from tallystick.migrate.revisions import HostNames, Revision, after, revisions
-from tallystick.migrate.session import USE_UNPOOLED, pooler_sign
-from tallystick.migrate.statements import STALL_BUDGET_MS, Messages, text, upward
+from tallystick.migrate.runner.blockers import Blocker, Watch
+from tallystick.migrate.runner.messages import STALL_BUDGET_MS, Messages, text, upward
+from tallystick.migrate.runner.session import USE_UNPOOLED, pooler_sign
 from tallystick.schema import LEDGER
 
 Phase = Literal["prepare", "locked", "online"]

@@ -1,0 +1,234 @@
+"""The mapping that ``tallystick init`` proposes for a database that it reads."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import sqlalchemy as sa
+
+from tallystick.config import HostMapping, UsersTable, WorkshopsTable
+from tallystick.errors import HostMismatch
+from tallystick.migrate.host.preflight import current_revision, mapped_table, prepared_revision
+from tallystick.migrate.host.tables import (
+    KEY_WORDS,
+    MOMENTS,
+    HostColumn,
+    HostTable,
+    columns_of,
+    host_tables,
+    looking,
+    unsuitable,
+)
+from tallystick.migrate.revisions import Word
+from tallystick.schema import mapping_of, refuse_other
+
+_REFERENCES = sa.text("""
+    SELECT f.attname AS column, t.attname AS key
+    FROM pg_constraint c
+    JOIN pg_attribute f ON f.attrelid = c.conrelid AND f.attnum = c.conkey[1]
+    JOIN pg_attribute t ON t.attrelid = c.confrelid AND t.attnum = c.confkey[1]
+    WHERE c.contype = 'f' AND c.conrelid = :from AND c.confrelid = :to AND array_length(c.conkey, 1) = 1
+    ORDER BY f.attnum
+""")
+
+_USERS = ("users", "user", "app_users", "app_user", "accounts", "account", "members", "customers", "profiles")
+_WORKSHOPS = ("workshops", "workshop")
+_OWNERS = ("user_id", "owner_id", "userid", "ownerid", "owner", "user", "created_by", "author_id", "clerk_user_id")
+_TITLES = ("title", "name", "subject", "heading", "topic")
+_CREATED = ("created_at", "createdat", "created", "created_on", "inserted_at", "date_created")
+_EMAILS = ("email", "email_address", "emailaddress", "mail")
+
+
+def propose(
+    conn: sa.Connection,
+    users: str | None = None,
+    workshops: str | None = None,
+    users_key: str | None = None,
+    *,
+    credits: Literal["integer", "bigint"] | None = None,
+) -> HostMapping:
+    """A mapping for this database, from what its tables are called and how they refer to each other.
+
+    Args:
+        conn: only read from.
+        users: which table, as ``table`` or ``schema.table``, where the guess would be wrong.
+        workshops: likewise; the default is a table named workshop(s), or none. ``"none"`` is none, whatever there is.
+        users_key: which column of the users is their key, where it is not the primary one.
+        credits: the type of a number of credits, ``integer`` unless it says another.
+
+    A database that is migrated has its mapping, which is given back.
+
+    Raises:
+        HostMismatch: no table, or more than one, could be meant; the message says what to type. Or the database was
+            migrated for another mapping than the one that is asked for.
+    """
+    with looking(conn):
+        stored = mapping_of(conn) if current_revision(conn) or prepared_revision(conn) else None
+        if stored is not None and users is workshops is users_key is credits is None:
+            return stored
+        found = replace(_propose(conn, users, workshops, users_key), credits=credits or "integer")
+        if stored is not None:
+            refuse_other(stored, found)
+        return found
+
+
+def other_than_primary(conn: sa.Connection, mapping: HostMapping) -> str | None:
+    """The primary key of the users, where the mapping names another column as their key."""
+    table = mapped_table(conn, "users", mapping.users.schema, mapping.users.table)
+    primary = [column.name for column in columns_of(conn, table).values() if column.is_primary]
+    return None if not primary or primary == [mapping.users.key] else ", ".join(primary)
+
+
+def _propose(conn: sa.Connection, users: str | None, workshops: str | None, users_key: str | None) -> HostMapping:
+    everything = host_tables(conn)
+    users_table = _find("users", everything, users, _USERS)
+    if users_table is None:
+        tables = ", ".join(t.shown for t in everything if not unsuitable(t))
+        then = "Say which: --users schema.table" if tables else "Make the app's own first, or check the address"
+        raise HostMismatch(
+            f"no table looks like users (there are: {tables or 'none at all'}). {then}",
+            table="users",
+            column=None,
+        )
+    columns = columns_of(conn, users_table)
+    keys = [column for column in columns.values() if column.identifies]
+    if not keys:
+        raise HostMismatch(
+            f"{users_table.shown} has no column that is NOT NULL, UNIQUE and of a type that can be a key "
+            f"({KEY_WORDS}). Give it one, or say another table: --users schema.table",
+            table=users_table.shown,
+            column=None,
+        )
+    key = _users_key(users_table, columns, keys, users_key)
+    workshops_table = None if workshops == "none" else _find("workshops", everything, workshops, _WORKSHOPS)
+    found = None
+    if workshops_table is not None:
+        asked = [key] if users_key is not None else keys
+        key, found = _propose_workshops(conn, users_table, asked, key, workshops_table)
+    return HostMapping(
+        users=UsersTable(
+            schema=users_table.schema,
+            table=users_table.table,
+            **key.key_settings,
+            email=_pick(columns.values(), _EMAILS, ("text", "varchar", "citext")),
+        ),
+        workshops=found,
+    )
+
+
+def _users_key(
+    table: HostTable, columns: Mapping[str, HostColumn], keys: Sequence[HostColumn], asked: str | None
+) -> HostColumn:
+    """The primary key, or what was asked for; never another column in its place without a word."""
+    found = [column for column in keys if (column.name == asked if asked is not None else column.is_primary)]
+    primary = [f"{column.name} ({column.shown})" for column in columns.values() if column.is_primary]
+    if not found and (asked is not None or primary or len(keys) > 1):
+        cause = f"{asked} is none of its keys" if asked is not None else "it has no primary key"
+        if asked is None and primary:
+            cause = f"its primary key {', '.join(primary)} cannot be a key here ({KEY_WORDS} of one column can)"
+        others = " or ".join(f"--users-key {shlex.quote(column.name)}" for column in keys)
+        raise HostMismatch(
+            f"by which column of {table.shown} users are known cannot be told: {cause}. Say which: {others}",
+            table=table.shown,
+            column=asked,
+        )
+    return (found or list(keys))[0]
+
+
+def _propose_workshops(
+    conn: sa.Connection, users: HostTable, keys: Sequence[HostColumn], primary: HostColumn, table: HostTable
+) -> tuple[HostColumn, WorkshopsTable]:
+    """The workshops, and the users' key that they name their owner by."""
+    columns = columns_of(conn, table)
+    key = next(
+        (c for c in sorted(columns.values(), key=lambda c: not c.is_primary) if c.identifies),
+        None,
+    )
+    if key is None:
+        raise HostMismatch(
+            f"{table.shown} has no column that is NOT NULL, UNIQUE and of a type that can be a key ({KEY_WORDS}). "
+            "Give it one, or say another table: --workshops schema.table",
+            table=table.shown,
+            column=None,
+        )
+    by_name = {candidate.name: candidate for candidate in keys}
+    references = {
+        row.column: by_name[row.key]
+        for row in conn.execute(_REFERENCES, {"from": table.oid, "to": users.oid})
+        if row.key in by_name
+    }
+    owner = next((name for name in _ranked(references, _OWNERS)), None)
+    if owner is not None:
+        users_key = references[owner]
+    else:
+        # No foreign key: a column called like a users' key, or by a usual name with a key's type.
+        like_a_key = [name for name in by_name if name in columns and name not in (key.name, primary.name)]
+        usual = [name for name in columns if name.lower() in _OWNERS]
+        matches = [
+            (name, candidate)
+            for name in (*like_a_key, *_ranked(usual, _OWNERS))
+            for candidate in sorted(keys, key=lambda c: (c.name != name, not c.is_primary))
+            if columns[name].key_type == candidate.key_type
+        ]
+        if not matches:
+            raise HostMismatch(
+                f"no column of {table.shown} refers to {users.shown}. Say which table holds what a credit unlocks "
+                "(--workshops schema.table), or write host.workshops.owner into tallystick.toml by hand",
+                table=table.shown,
+                column=None,
+            )
+        owner, users_key = matches[0]
+    return users_key, WorkshopsTable(
+        schema=table.schema,
+        table=table.table,
+        **key.key_settings,
+        owner=owner,
+        title=_pick(columns.values(), _TITLES, ("text", "varchar")),
+        created_at=_pick(columns.values(), _CREATED, MOMENTS),
+    )
+
+
+def _find(word: Word, everything: Sequence[HostTable], asked: str | None, usual: Sequence[str]) -> HostTable | None:
+    if asked is not None:
+        found = [t for t in everything if asked in (t.table, t.shown, f'{t.schema}."{t.table}"', f'"{t.table}"')]
+    else:
+        suitable = [t for t in everything if not unsuitable(t) and t.table.lower() in usual]
+        best = min((usual.index(t.table.lower()) for t in suitable), default=None)
+        found = [t for t in suitable if usual.index(t.table.lower()) == best]
+    if len(found) > 1:
+        # the app's own table beats one of an extension or an auth service
+        found = [t for t in found if t.schema == "public"] or found
+    if len(found) > 1:
+        raise HostMismatch(
+            f"more than one table could be {word}: {', '.join(t.shown for t in found)}. "
+            f"Say which: --{word} {found[0].shown}",
+            table=word,
+            column=None,
+        )
+    if asked is not None and not found:
+        near = difflib.get_close_matches(
+            asked, [name for t in everything for name in (t.table, t.shown)], n=1, cutoff=0.5
+        )
+        raise HostMismatch(
+            f"there is no table {asked}{f'; did you mean {near[0]}?' if near else '.'} Say which: --{word} …",
+            table=asked,
+            column=None,
+        )
+    if found and (fault := unsuitable(found[0])):
+        raise HostMismatch(
+            f"{found[0].shown} {fault}. Say another: --{word} schema.table", table=found[0].shown, column=None
+        )
+    return found[0] if found else None
+
+
+def _ranked(names: Iterable[str], usual: Sequence[str]) -> list[str]:
+    return sorted(names, key=lambda n: usual.index(n.lower()) if n.lower() in usual else len(usual))
+
+
+def _pick(columns: Iterable[HostColumn], usual: Sequence[str], types: Sequence[str]) -> str | None:
+    fitting = [c.name for c in columns if c.name.lower() in usual and c.type in types]
+    return _ranked(fitting, usual)[0] if fitting else None

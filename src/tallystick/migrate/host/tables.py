@@ -1,0 +1,193 @@
+"""Tables and columns as the server's catalogues know them. Only reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import sqlalchemy as sa
+
+from tallystick.config import HostMapping, KeyType
+from tallystick.database import translated
+
+_KEY_FAMILIES: Mapping[str, KeyType] = {
+    "uuid": "uuid",
+    "text": "text",
+    "varchar": "text",
+    "bpchar": "char",
+    "citext": "citext",
+    "int2": "smallint",
+    "int4": "integer",
+    "int8": "bigint",
+}
+MOMENTS = ("timestamp", "timestamptz")
+
+KEY_WORDS = "uuid, text, varchar, char, citext, smallint, integer and bigint"
+
+_RELATIONS = sa.text("""
+    SELECT c.oid::bigint AS oid, n.nspname AS schema, c.relname AS table, c.relkind::text AS kind,
+           c.relpersistence::text AS persistence, r.rolname AS owner,
+           pg_has_role(current_user, c.relowner, 'USAGE') AS owned,
+           greatest(c.reltuples, 0)::bigint AS rows,
+           c.relpages * current_setting('block_size')::bigint AS bytes,
+           EXISTS (SELECT FROM pg_inherits i WHERE c.oid IN (i.inhparent, i.inhrelid)) AS inherits,
+           (SELECT max(attnum) FROM pg_attribute a WHERE a.attrelid = c.oid) AS columns_ever
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_roles r ON r.oid = c.relowner
+    WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f')
+      AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'pg_toast', 'tallystick')
+      AND n.nspname NOT LIKE 'pg\\_temp\\_%'
+    ORDER BY n.nspname, c.relname
+""")
+
+_COLUMNS = sa.text("""
+    SELECT a.attname AS name, t.typname AS type, format_type(a.atttypid, a.atttypmod) AS shown,
+           b.typname AS base, b.schema AS base_schema,
+           CASE WHEN a.attcollation NOT IN (0, 100) THEN ARRAY[cn.nspname::text, c.collname::text] END AS collation,
+           coalesce(NOT c.collisdeterministic, false) AS nondeterministic,
+           a.atttypmod AS modifier, a.attnotnull AS not_null, a.attgenerated <> '' AS generated,
+           pg_get_expr(d.adbin, d.adrelid) AS default,
+           EXISTS (
+             SELECT FROM pg_index i
+             WHERE i.indrelid = a.attrelid AND i.indisunique AND i.indisvalid AND i.indimmediate
+               AND i.indnkeyatts = 1 AND i.indkey[0] = a.attnum AND i.indpred IS NULL
+           ) AS is_unique,
+           EXISTS (
+             SELECT FROM pg_index i WHERE i.indrelid = a.attrelid AND i.indisprimary AND a.attnum = ANY (i.indkey)
+           ) AS is_primary
+    FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+    CROSS JOIN LATERAL (
+      WITH RECURSIVE base AS (
+        SELECT t.oid, t.typtype, t.typbasetype, t.typname, t.typnamespace
+        UNION ALL
+        SELECT u.oid, u.typtype, u.typbasetype, u.typname, u.typnamespace
+        FROM base JOIN pg_type u ON u.oid = base.typbasetype WHERE base.typtype = 'd'
+      )
+      SELECT base.typname, n.nspname AS schema FROM base JOIN pg_namespace n ON n.oid = base.typnamespace
+      WHERE base.typtype <> 'd'
+    ) b
+    LEFT JOIN pg_collation c ON c.oid = a.attcollation LEFT JOIN pg_namespace cn ON cn.oid = c.collnamespace
+    LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+    WHERE a.attrelid = :oid AND a.attnum > 0 AND NOT a.attisdropped
+    ORDER BY a.attnum
+""")
+
+OID = sa.text("SELECT to_regclass(quote_ident(:schema) || '.' || quote_ident(:table))::oid::bigint")
+
+
+@dataclass(frozen=True)
+class HostColumn:
+    """A live column: ``type`` as in pg_type, ``shown`` as a person writes it, ``base`` what a domain is over.
+
+    ``collation`` (schema and name) is None where it is the database's.
+    """
+
+    name: str
+    type: str
+    shown: str
+    base: str
+    base_schema: str
+    collation: list[str] | None
+    nondeterministic: bool
+    modifier: int
+    not_null: bool
+    generated: bool
+    default: str | None
+    is_unique: bool
+    is_primary: bool
+
+    @property
+    def key_type(self) -> KeyType | None:
+        """The mapping's word for the type, or None where it cannot be a key."""
+        return _KEY_FAMILIES.get(self.base)
+
+    @property
+    def key_settings(self) -> dict[str, Any]:
+        """The settings of a mapping whose key this column is; it can be one."""
+        return {
+            "key": self.name,
+            "key_type": self.key_type,
+            "key_type_schema": self.base_schema if self.base == "citext" else None,
+            "key_collation": self.collation and tuple(self.collation),
+        }
+
+    @property
+    def identifies(self) -> bool:
+        """Whether it can be a key of the mapping."""
+        return self.not_null and self.is_unique and not self.generated and self.key_type is not None
+
+
+@dataclass(frozen=True)
+class HostTable:
+    """A live table: rows and bytes as the server last estimated them."""
+
+    oid: int
+    schema: str
+    table: str
+    kind: str
+    persistence: str
+    owner: str
+    owned: bool
+    rows: int
+    bytes: int
+    inherits: bool
+    columns_ever: int
+
+    @property
+    def shown(self) -> str:
+        """As a person types it."""
+        return f"{self.schema}.{self.table}"
+
+
+def host_tables(conn: sa.Connection) -> list[HostTable]:
+    """All tables and views but the system's and ours."""
+    return [HostTable(**cast("Any", row)) for row in conn.execute(_RELATIONS).mappings()]
+
+
+def columns_of(conn: sa.Connection, table: HostTable) -> dict[str, HostColumn]:
+    """The columns of a table by name, in their order."""
+    rows = conn.execute(_COLUMNS, {"oid": table.oid}).mappings()
+    return {row["name"]: HostColumn(**cast("Any", row)) for row in rows}
+
+
+def unsuitable(table: HostTable) -> str | None:
+    """Why the ledger cannot reference this table, or None where it can."""
+    if table.kind in "vm":
+        return "is a view; credits need the table behind it"
+    if table.kind == "f":
+        return "is a foreign table; nothing can reference it"
+    if table.kind == "p" or table.inherits:
+        return "is partitioned (or inherits); no index can be built on it concurrently"
+    if table.persistence != "p":
+        return "is unlogged; a ledger cannot reference it. Run ALTER TABLE … SET LOGGED first"
+    return None
+
+
+def mapped_oids(conn: sa.Connection, mapping: HostMapping) -> list[int]:
+    """Those of the mapped tables that are there; waits for nobody."""
+    tables = [table for table in (mapping.users, mapping.workshops) if table]
+    found = (conn.scalar(OID, {"schema": table.schema, "table": table.table}) for table in tables)
+    return [oid for oid in found if oid is not None]
+
+
+@contextmanager
+def looking(conn: sa.Connection) -> Iterator[None]:
+    """Reading the catalogues of a table waits for whoever holds it exclusively: not for long, and then say so.
+
+    No operator is looked for but PostgreSQL's own, see ``KNOWN_SETTINGS``. Raises Conflict (see
+    ``tallystick.database``).
+    """
+    with translated():
+        before = {name: conn.scalar(sa.select(sa.func.current_setting(name))) for name in _LOOKING}
+        _set(conn, _LOOKING)
+        yield
+        _set(conn, before)
+
+
+def _set(conn: sa.Connection, settings: Mapping[str, str | None]) -> None:
+    for name, value in settings.items():
+        conn.execute(sa.select(sa.func.set_config(name, value, sa.true())))
+
+
+_LOOKING = {"lock_timeout": "3s", "search_path": "pg_catalog"}
