@@ -480,6 +480,7 @@ mapping = Table(
     Column("host", pg.JSONB, nullable=False),
     Column("stored_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
     Column("the_only_row", sa.Boolean, primary_key=True, server_default=sa.true()),
+    CheckConstraint("the_only_row", name="mapping_the_only_row"),
 )
 """The mapping that the functions were made for."""
 
