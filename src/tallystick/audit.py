@@ -88,7 +88,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What an audit saw: ``users`` and ledger ``rows`` looked at, which checks ran, and what they found.
+    """The result of an audit: the numbers of ``users`` and ledger ``rows`` read, the checks run, and their findings.
 
     ``truncated`` says that a check reached its limit: there may be more of its findings. ``last`` is the last user's
     key of a range, where there are more users behind it.
@@ -279,7 +279,7 @@ def _search(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Facts:
-    """What the catalog says: estimated sizes, and see below."""
+    """The catalogue's view of the ledger: estimated sizes, and the triggers and constraints that are in force."""
 
     users: int
     rows: int
@@ -381,7 +381,7 @@ class _Part:
         return column if collation is None else sa.collate(column, collation)
 
     def covers(self, key: Expression) -> Expression:
-        """Whether a user's key belongs to this part."""
+        """True where a user's key belongs to this part."""
         if self.since is None:
             return self._bounds(key)
         moved = self.schema.credit_transactions.alias("moved").c
@@ -479,15 +479,15 @@ class _Part:
         return sa.select(each).where(self.covers(each.c.user)).subquery("unlocks")
 
     def net(self) -> Expression:
-        """How many consumptions remain of a group of completed rows."""
+        """The number of consumptions that remain of a group of completed rows."""
         return sa.func.count().filter(self.spends()) - sa.func.count().filter(self.gives_back())
 
     def spends(self) -> Expression:
-        """Whether a row unlocks its workshop."""
+        """True where a row unlocks its workshop."""
         return self.row.type == _CONSUMPTION
 
     def gives_back(self) -> Expression:
-        """Whether a row takes an unlocking back. No type does so yet; one added later would look like this."""
+        """True where a row takes an unlocking back. No type does so yet; one added later would look like this."""
         return sa.and_(self.row.type != _PURCHASE, self.row.amount > 0)
 
     def sums(self) -> sa.Select[Any]:
@@ -552,14 +552,14 @@ class _Part:
         return narrowed
 
     def _users(self) -> Expression:
-        """Where users stand, less where they started."""
+        """The balances of users, less their opening ones."""
         user, key_type = self.schema.users.c, self.schema.host.users.key_type
         stands = self._place(sa.func.greatest(user.credit_sequence, -1), user.credit_balance)
         started = self._place(sa.literal(0, sa.Integer), sa.literal(0, sa.BigInteger))
         return _sum(_hash(user.key, key_type, stands)) - _sum(_hash(user.key, key_type, started))
 
     def _steps(self) -> Expression:
-        """Where rows begin, less where they end."""
+        """The balance before each row, less the balance after it."""
         row, key_type = self.row, self.schema.host.users.key_type
         begins = self._place(row.sequence - 1, row.balance_after.cast(_SUMS[self.schema.host.credits]) - row.amount)
         ends = self._place(row.sequence, row.balance_after)
@@ -701,7 +701,7 @@ def _wrong_sums(part: _Part) -> sa.Select[Any]:
 
 
 def _standings(part: _Part) -> sa.Select[Any]:
-    """Where each user stands, and where the ledger ends."""
+    """Each user's balance and sequence, and those of the last row of the ledger."""
     users, ends = part.schema.users, part.ends()
     balance = sa.case((ends.c.sequence.is_(None), 0), else_=ends.c.balance_after)
     return (

@@ -45,7 +45,7 @@ Told = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a backup holds. ``rows`` is by table, as ``schema.table``; ``sha256`` is of the uncompressed dump.
+    """The contents of a backup. ``rows`` is by table, as ``schema.table``; ``sha256`` is of the uncompressed dump.
 
     ``roles`` are those that something in it belongs to, is granted to, or is a policy for.
     """
@@ -99,7 +99,7 @@ def backup(database: str, target: Path, *, bin_dir: Path, progress: Told | None 
 
 
 def read_manifest(path: Path) -> Manifest:
-    """What a backup says of itself. Raises BackupError where it is none, or cut off."""
+    """The summary that a backup carries. Raises BackupError where it is none, or cut off."""
     try:
         with path.open("rb") as file:
             file.seek(-len(_MARK) - 4, os.SEEK_END)
@@ -230,7 +230,7 @@ def newest_programs(folders: Iterable[Path]) -> Programs:
 
 
 def installed() -> list[Path]:
-    """Where this machine has pg_dump and pg_restore: Debian's folders, Red Hat's, pg_config's, and on PATH."""
+    """Folders with pg_dump and pg_restore: Debian's folders, Red Hat's, pg_config's, and on PATH."""
     folders = [*Path("/usr/lib/postgresql").glob("*/bin"), *Path("/usr").glob("pgsql-*/bin")]
     if asked := shutil.which("pg_config"):
         said = subprocess.run([asked, "--bindir"], capture_output=True, text=True, check=False)  # noqa: S603 - from PATH
@@ -419,7 +419,7 @@ _ENCODING = re.compile(rb"SET client_encoding = '(\w+)';\n")
 
 
 def _codec(encoding: str) -> str:
-    """What Python calls an encoding of a database: WIN1252 and KOI8R are cp1252 and koi8_r."""
+    """Python's name of a database's encoding: WIN1252 and KOI8R are cp1252 and koi8_r."""
     name = encoding.replace("WIN", "cp").replace("KOI8", "koi8_")
     try:
         return codecs.lookup(name).name
@@ -521,7 +521,7 @@ def _new_partial(target: Path) -> tuple[int, Path]:
 
 
 def _try_a_link(partial: Path) -> None:
-    """What names the finished file without ever overwriting one is not to be had on every file system."""
+    """Give the finished file its name and never overwrite one, also on a file system without hard links."""
     probe = partial.with_name(f"{partial.name.removesuffix(_PARTIAL)}.link{_PARTIAL}")
     try:
         os.link(partial, probe)
@@ -534,7 +534,7 @@ def _try_a_link(partial: Path) -> None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """What killed runs have left. One that another run still writes is locked, and stays."""
+    """Unfinished files of killed runs. One that another run still writes is locked, and stays."""
     for path in folder.glob(f".*{_PARTIAL}"):
         with suppress(OSError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

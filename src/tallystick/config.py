@@ -267,7 +267,7 @@ def _network(value: str) -> str:
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
 class ConsoleAccess:
-    """Who may open the operator's console (``tallystick serve``) from elsewhere than this machine.
+    """Access to the operator's console (``tallystick serve``) from elsewhere than this machine.
 
     ``address`` is where people open it, as in their browser. Either ``operators`` names them, each with a hash made
     by ``tallystick serve --hash-password``; or ``proxy_peers`` are the addresses of a reverse proxy that has
@@ -412,7 +412,7 @@ def _from_environment(text: str) -> Any:
 
 
 def origin_of_host(path: Path | None = None, *, environ: Mapping[str, str] | None = None) -> str:
-    """Where :meth:`Config.load` has the host's tables from, for a person: a variable, a file, or the defaults."""
+    """The source of the host's tables in :meth:`Config.load`, for a person: a variable, a file, or the defaults."""
     if "TALLYSTICK_HOST" in (os.environ if environ is None else environ):
         return "TALLYSTICK_HOST"
     source = _find(path)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # the ORM takes longer to import than all the rest, and most 
     from sqlalchemy.orm import Session
 
 DbConnection = Union[sa.Connection, "Session"]
-"""What every operation takes first: the caller's, in the caller's transaction."""
+"""The first argument of every operation: the caller's connection, in the caller's transaction."""
 
 
 def run(conn: DbConnection, statement: sa.Executable, values: Mapping[str, Any]) -> sa.CursorResult[*tuple[Any, ...]]:
@@ -66,7 +66,7 @@ def translated(*, connecting: bool = False) -> Iterator[None]:
 
 
 def said(error: BaseException) -> str:
-    """What the server or the network said, without the question that libpq puts behind it."""
+    """The message of the server or the network, without the question that libpq adds to it."""
     said_by: BaseException = getattr(error, "orig", None) or error
     return re.sub(r"\n\tIs the server running [^\n]*", "", str(said_by).strip())
 
@@ -203,7 +203,7 @@ KNOWN_SETTINGS: Mapping[str, str] = {
     "intervalstyle": "postgres",
     "timezone": "UTC",
 }
-"""What no connection of ours takes from the database, the role or the address.
+"""Settings that no connection of ours takes from the database, the role or the address.
 
 With another schema in ``search_path``, an operator in it that fits a pair of types better than PostgreSQL's own, such
 as ``public.=(varchar, text)``, is the one that a query runs: with our role's rights, whoever made it.
@@ -233,13 +233,13 @@ PATIENCE_S = 15.0
 """For how long a server may be starting up: one that sleeps when idle, as Neon's, takes seconds to wake."""
 
 _WAKING = re.compile(r"Couldn't connect to compute node|Control plane request failed(?!:)")
-"""What Neon's proxy says of it, always as XX000; with a colon it goes on with a reason that will not pass."""
+"""Messages of Neon's proxy about it, always as XX000; with a colon it goes on with a reason that will not pass."""
 
 _NOBODY = re.compile(
     "Connection refused|Connection reset|Connection timed out|closed the connection unexpectedly|SSL SYSCALL error"
     "|SSL connection has been closed unexpectedly|timeout expired"
 )
-"""What libpq says, in English whatever the locale, where there was no answer at all."""
+"""Messages of libpq, in English in every locale, where there was no answer at all."""
 
 
 def dial(

@@ -41,7 +41,7 @@ _BYTES = {"smallint": 2, "integer": 4, "bigint": 8}
 
 
 class CreditTransactionType(StrEnum):
-    """What a row of the ledger did. New labels are added by later revisions."""
+    """The kinds of a credit transaction. Later revisions add further labels."""
 
     PURCHASE = "purchase"
     CONSUMPTION = "consumption"
@@ -50,7 +50,7 @@ class CreditTransactionType(StrEnum):
 
 
 class CreditTransactionStatus(StrEnum):
-    """Where a row stands. Only a completed one counts in the balance."""
+    """The states of a credit transaction. Only a completed one counts in the balance."""
 
     PENDING = "pending"
     COMPLETED = "completed"
@@ -309,7 +309,7 @@ def user_columns(credits: Literal["integer", "bigint"] = "integer") -> tuple[Col
 
 
 def workshop_columns() -> tuple[Column[object], ...]:
-    """What the workshops table gets, in this order."""
+    """The columns that the workshops table gets, in this order."""
     return (
         Column("credit_consumed_at", pg.TIMESTAMP(timezone=True)),
         Column("deleted_at", pg.TIMESTAMP(timezone=True)),
@@ -416,7 +416,7 @@ stripe_findings = Table(
     Column("dismissed_at", pg.TIMESTAMP(timezone=True)),
     sa.PrimaryKeyConstraint("kind", "object_id", name="stripe_findings_pkey"),
 )
-"""What a person should look at: sessions unknown here, amounts that differ, and the like."""
+"""Findings for a person: sessions unknown here, amounts that differ, and the like."""
 
 stripe_reconciliations = Table(
     "stripe_reconciliations",
@@ -429,7 +429,7 @@ stripe_reconciliations = Table(
     Column("started_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
     Column("finished_at", pg.TIMESTAMP(timezone=True)),
 )
-"""Each reconciliation, and where an interrupted one stands."""
+"""Reconciliations, each with the position of an interrupted one."""
 
 
 def verify(conn: DbConnection, host: HostMapping | None = None) -> None:

@@ -1,4 +1,4 @@
-"""How a process is ended from outside."""
+"""Signals that end a process from outside."""
 
 from __future__ import annotations
 

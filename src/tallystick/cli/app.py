@@ -1,4 +1,4 @@
-"""What all commands share: where the database is, and how results and refusals are shown."""
+"""The parts that all commands share: the database's address, and the form of results and refusals."""
 
 from __future__ import annotations
 
@@ -127,13 +127,13 @@ def address(config: Config) -> str:
 
 
 def place(conn: sa.Connection) -> str:
-    """Which database this is, for a person to see before it is changed; without a password."""
+    """The database's name, host and role, for a person to see before it is changed; without a password."""
     info = driver(conn).info
     return f"Database {info.dbname} on {info.host or 'this machine'}:{info.port} as role {info.user}"
 
 
 def mapping(ctx: typer.Context, config: Config) -> str:
-    """What users are known by, and who says so."""
+    """The column that users are known by, and the setting that names it."""
     users = config.host.users
     origin = origin_of_host(invocation(ctx).config_path)
     if origin == "defaults" and "host" in config.model_fields_set:

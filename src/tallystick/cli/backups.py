@@ -33,7 +33,7 @@ def programs_for(url: str, *, restoring: bool = False) -> Path:
 
 
 def _folders() -> list[Path]:
-    """Where pg_dump and pg_restore are: in the folder that is named, which needs no server, else in any there is."""
+    """The folders of pg_dump and pg_restore: the named one, which needs no server, else any there is."""
     if named := os.environ.get("TALLYSTICK_PG_BIN"):
         return [Path(named).expanduser().absolute()]
     folders: list[Path] = backups().installed()

@@ -68,7 +68,7 @@ def closing_pool(url: str) -> Iterator[sa.Engine]:
 
 
 class _Promises:
-    """What was promised, what was seen, and whether that is the same."""
+    """A promise, the measurement, and the verdict on both."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

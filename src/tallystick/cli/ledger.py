@@ -84,7 +84,7 @@ def mapped(ctx: typer.Context) -> Iterator[tuple[sa.Connection, Config]]:
 
 
 def _where(asked: Invocation) -> str:
-    """Where the mapping comes from, for who looks for what is wrong with it."""
+    """The source of the mapping, for a person who looks for a fault in it."""
     if "host" in Config.load(asked.config_path).model_fields_set:
         return f"check [host.users] in {asked.config_path or FILE_NAME}"
     return "which tables and columns are the app's was stored when it was migrated"

@@ -103,7 +103,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _door(access: ConsoleAccess, host: str, port: int, *, local: bool) -> tuple[Door, str]:
-    """How operators get in, and the address they see. Raises ConfigError where that would be nobody's choice."""
+    """The way operators sign in, and the address they see. Raises ConfigError where that would be nobody's choice."""
     from tallystick.web.console import LocalLink, Passwords, TrustedProxy  # noqa: PLC0415 - as above
 
     here = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

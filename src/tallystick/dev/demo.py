@@ -1,4 +1,4 @@
-"""What the demo is made of: an app that knows nothing of credits, its live traffic, and a crowd of customers."""
+"""The parts of the demo: an app that knows nothing of credits, its live traffic, and a crowd of customers."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ OLD_APP = (
     "UPDATE users SET name = name || '' WHERE id = %(user)s",
     "INSERT INTO users (email, name) VALUES (gen_random_uuid()::text, 'Newcomer')",
 )
-"""What the app's old code says to its tables, before, while and after they are migrated."""
+"""Statements of the app's old code, sent before, during and after the migration."""
 
 
 def build_host_app(url: str, *, users: int, workshops: int) -> None:
@@ -143,13 +143,13 @@ class Traffic:
         return max((ms for moment, ms in self.latencies_ms if moment >= since), default=0.0)
 
     def median_ms(self) -> float:
-        """What most of them waited."""
+        """The median wait."""
         return statistics.median(ms for _, ms in self.latencies_ms)
 
 
 @dataclass(frozen=True)
 class Crowd:
-    """What happened when many at once bought, unlocked, retried and overdrew."""
+    """The outcome of many concurrent purchases, unlocks, retries and overdrafts."""
 
     seconds: float
     bought: int

@@ -69,7 +69,7 @@ _FIXED_NAMES = {*_FIXED, "unix_socket_directories", "data_directory", "hba_file"
 
 
 class _Account(NamedTuple):
-    """Who a root user's server runs as: PostgreSQL refuses to be root."""
+    """The user that a server started by root runs as: PostgreSQL refuses to be root."""
 
     uid: int
     gid: int
@@ -77,7 +77,7 @@ class _Account(NamedTuple):
 
 
 def default_folder() -> Path:
-    """Where this project's server lives: ``TALLYSTICK_HOME``, else ``.tallystick`` in the current directory.
+    """The folder of this project's server: ``TALLYSTICK_HOME``, else ``.tallystick`` in the current directory.
 
     Root's server runs as an unprivileged account. Where that account cannot enter the current directory (a
     private home), the folder is one of its own for this directory under ``/var/lib/tallystick``.
@@ -200,12 +200,12 @@ class Server:
 
     @property
     def running(self) -> bool:
-        """Whether the server answers and lets clients in, asked of the server itself."""
+        """True where the server answers and lets clients in, asked of the server itself."""
         return self._ping() == pq.Ping.OK
 
     @property
     def kept(self) -> bool:
-        """Whether the server outlives its users (``start(keep=True)``)."""
+        """True where the server outlives its users (``start(keep=True)``)."""
         return self.running and self._kept.exists()
 
     def users(self) -> list[int]:
@@ -354,7 +354,7 @@ class Server:
                 return True
 
     def _alone(self, users: IO[str]) -> bool:
-        """Whether nobody else uses the server, and nobody will until the file is closed."""
+        """True where nobody else uses the server, and nobody will until the file is closed."""
         deadline = time.monotonic() + _FORK_GRACE_S
         while True:
             try:

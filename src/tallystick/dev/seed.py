@@ -61,7 +61,7 @@ Needs = Literal["workshops", "created_at"]
 
 
 class Outcome(StrEnum):
-    """What became of a scenario."""
+    """The result of a scenario."""
 
     CREATED = "created"
     UNCHANGED = "unchanged"
@@ -86,13 +86,13 @@ class Seeded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SeedReport:
-    """What a run did, scenario by scenario in the order of ``SCENARIOS``."""
+    """The result of a run, scenario by scenario in the order of ``SCENARIOS``."""
 
     scenarios: tuple[Seeded, ...]
 
     @property
     def changed(self) -> bool:
-        """Whether anything was made or removed."""
+        """True where anything was made or removed."""
         return any(one.outcome in (Outcome.CREATED, Outcome.REMOVED) for one in self.scenarios)
 
 
@@ -403,7 +403,7 @@ def _removing() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class _Fault:
-    """What a rule of the host said: a constraint, a type, or a trigger that raises."""
+    """A refusal by a rule of the host: a constraint, a type, or a trigger that raises."""
 
     table: str
     column: str | None
@@ -426,7 +426,7 @@ class _Fault:
 
 
 class _HostTables:
-    """How to add a user and a workshop to tables whose other columns are the host's business."""
+    """Adds users and workshops to tables whose other columns are the host's business."""
 
     def __init__(self, conn: sa.Connection, schema: Schema) -> None:
         self.schema = schema
@@ -624,7 +624,7 @@ _CONSTANTS: tuple[tuple[type[sa.types.TypeEngine[Any]], Any], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """What a row's unmapped columns are made of: ``label`` and ``number`` are its alone, ``text`` is for people."""
+    """The values of a row's unmapped columns: ``label`` and ``number`` are its alone, ``text`` is for people."""
 
     label: str
     number: int

@@ -105,7 +105,7 @@ class BoundOperation(Generic[Owner, P, R]):
         return self.__wrapped__.__doc__
 
     def call(self, *args: P.args, **kwargs: P.kwargs) -> Call[R]:
-        """What would be sent."""
+        """The statement and arguments that would be sent."""
         return self.__wrapped__(self.owner, *args, **kwargs)
 
     @overload

@@ -62,7 +62,7 @@ class CreditTransaction:
 
     @property
     def cursor(self) -> str:
-        """Where this row stands in its user's history; pass it as ``before`` to read on from here."""
+        """This row's place in its user's history; pass it as ``before`` to read on from here."""
         return str(self.id if self.sequence is None else self.sequence)
 
 

@@ -22,12 +22,12 @@ from tallystick.ledger.reference import PARAMETERS, Refusal, attributes, outcome
 from tallystick.schema import HEAD, CreditTransactionStatus, CreditTransactionType
 
 SIGNED = "written by: tallystick client typescript"
-"""What the first lines of each client say."""
+"""The first lines of each client."""
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """What a function tells: the name of its interface, and the attributes of ``answer`` that it sets."""
+    """A function's answer: the name of its interface, and the attributes of ``answer`` that it sets."""
 
     name: str
     comment: str

@@ -186,11 +186,11 @@ def revisions() -> tuple[Revision, ...]:
 
 
 def after(revision: str | None) -> tuple[Revision, ...]:
-    """Those still to come, oldest first."""
+    """Revisions still to come, oldest first."""
     return revisions()[len(up_to(revision)) :]
 
 
 def up_to(revision: str | None) -> tuple[Revision, ...]:
-    """Those already there, oldest first."""
+    """Revisions already there, oldest first."""
     known = revisions()
     return known[: [r.revision for r in known].index(revision) + 1] if revision is not None else ()

@@ -1,4 +1,4 @@
-"""What a run would do, and what stands in its way now. Changes nothing."""
+"""The plan of a run: its statements and locks, and the obstacles of this moment. Changes nothing."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Plan:
 
 
 def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = None) -> Plan:
-    """What :func:`apply` would do to this database, and what to know before.
+    """The effect of :func:`apply` on this database, and notes to read before.
 
     ``backup_folder``: where a backup would go, to compare the room there with the database's size.
 

@@ -59,7 +59,7 @@ class Lived:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What happened.
+    """The record of a rehearsal.
 
     ``drift`` is of the migrated copy, what the audit found included; ``broken`` names statements of the app that then
     failed, ``left_behind`` what differed after the way back, and rows of the app's that changed at any step.
@@ -76,7 +76,7 @@ class Rehearsal:
 
     @property
     def surprises(self) -> tuple[str, ...]:
-        """Where the copy did not behave as the plan had said."""
+        """Differences between the copy's behaviour and the plan."""
         return tuple(text for statement in self.statements for text in statement.surprises)
 
     @property
@@ -181,7 +181,7 @@ def split(script: str) -> Iterator[str]:
 
 
 def _live(engine: sa.Engine, config: Config) -> Iterator[Lived]:
-    """What an app does with its ledger, each in a transaction of its own; it ends where one of them fails."""
+    """An app's use of its ledger, each step in a transaction of its own; it ends where one of them fails."""
     ledger = Ledger(config)
     mark = f"rehearsal {uuid4()}"
     with engine.connect() as conn:

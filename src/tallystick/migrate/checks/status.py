@@ -1,4 +1,4 @@
-"""Where a database stands: its revision, and each difference between what is there and what should be."""
+"""The state of a database: its revision, and each difference between the live objects and the declared ones."""
 
 from __future__ import annotations
 
@@ -316,7 +316,7 @@ def _trigger_differences(host: Host, found: Mapping[str, _Shape]) -> Iterator[tu
 
 
 def _not_ours(found: _Shape, expected: _Shape) -> Iterator[tuple[Kind, str]]:
-    """What can change, drop or refuse the rows that the ledger writes; the rest of what a host adds is its right."""
+    """Host objects that can change, drop or refuse the ledger's rows; a host may add all others."""
     for (kind, name), there in found.items():
         if kind == "trigger":
             meddles = name not in TRIGGERS[LEDGER] and there.startswith("BEFORE")
@@ -341,7 +341,7 @@ def _ledger_table(conn: sa.Connection, oid: int | None, shown: str) -> Iterator[
 
 
 class _Remedies:
-    """What mends a difference, by the declarations, and lets no traffic wait for a scan."""
+    """The statements that mend a difference, by the declarations, and let no traffic wait for a scan."""
 
     def __init__(self, config: Config, host: Host) -> None:
         declared, names = Schema.of(config.host), HostNames.of(config.host, host.adopted)
@@ -408,7 +408,7 @@ class _Remedies:
 
 
 def _added(declared: Schema) -> dict[str, set[str]]:
-    """What the host's tables got, columns and indexes."""
+    """The columns and indexes that the host's tables got."""
     return {
         "users": {*(column.name for column in user_columns()), str(declared.users_stripe_customer.name)},
         "workshops": {column.name for column in workshop_columns()},

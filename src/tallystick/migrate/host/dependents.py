@@ -1,4 +1,4 @@
-"""What of the app's own depends on the columns of its tables: on all of them as a row, or on those that undo drops.
+"""The app's own objects that depend on its tables' columns: on all of them as a row, or on those that undo drops.
 
 A function's body is text to the catalogue. It is searched for the known ways to copy a whole row, as a person would
 search it; what this does not see, the run itself finds by writing to the tables before its commit.
@@ -91,7 +91,7 @@ _STAR = r"(?:[^;]*?,)?\s*(?:[\w\"$]+\.)?\*"
 
 
 def breaks_with_more_columns(conn: sa.Connection, tables: Sequence[tuple[int, str, str]]) -> Iterator[str]:
-    """What would fail once the tables have further columns, each as a sentence that ends with what to do.
+    """Objects that would fail once the tables have further columns, each as a sentence that ends with the remedy.
 
     ``tables`` are (oid, schema, name).
     """

@@ -65,7 +65,7 @@ _ROLE = sa.text("""
 
 @dataclass(frozen=True)
 class Host:
-    """What the preflight found. ``adopted`` are columns of ours that the host had before revision 0001.
+    """The result of the preflight. ``adopted`` are columns of ours that the host had before revision 0001.
 
     ``prepared`` is the revision after ``revision`` where its new objects are committed and nothing uses them yet.
     ``missing_privileges`` and ``breaks`` (what of the app's would fail with further columns) stop a run.
@@ -190,7 +190,7 @@ def _see_every_row(conn: sa.Connection, oid: int | None, table: str, what: str) 
 
 
 def current_revision(conn: sa.Connection) -> str | None:
-    """Where the database stands, None before revision 0001. Raises SchemaTooNew."""
+    """The database's revision, None before 0001. Raises SchemaTooNew."""
     if conn.scalar(sa.text("SELECT to_regclass('tallystick.alembic_version')")) is None:
         return None
     return _known(conn.scalar(sa.select(alembic_version.c.version_num)), "at")
@@ -375,7 +375,7 @@ def _mapped_workshops(conn: sa.Connection, mapping: HostMapping) -> tuple[HostTa
 
 @dataclass(frozen=True)
 class _Rule:
-    """When a column of ours that the host already has can be used as it is."""
+    """The condition under which a column of ours that the host already has is used as it is."""
 
     types: tuple[str, ...]
     expected: str

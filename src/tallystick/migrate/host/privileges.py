@@ -124,7 +124,7 @@ class Writer:
 
 
 def writers(conn: sa.Connection, host: Host, ledger: int | None) -> Iterator[Writer]:
-    """Who could write the ledger, its bookkeeping or a balance past the functions."""
+    """Roles that could write the ledger, its bookkeeping or a balance past the functions."""
     own = _own_columns(conn, host.users)
     for row in conn.execute(_WRITERS, {"users": host.users.oid, "ledger": ledger}):
         table, role = _quoted(row.schema, row.name), "PUBLIC" if row.everyone else _quoted(row.role)

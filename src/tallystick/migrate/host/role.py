@@ -46,7 +46,7 @@ _TAKEN_BACK = """\
 """
 
 _GUARDED = {"users": ("credit_balance", "credit_sequence"), "workshops": ("credit_consumed_at",)}
-"""What the functions alone write."""
+"""Columns that the functions alone write."""
 
 _STRIPES = (
     stripe_events,
@@ -56,7 +56,7 @@ _STRIPES = (
     stripe_failed_deliveries,
     stripe_reconciliations,
 )
-"""What selling through Stripe keeps beside the ledger; nothing is ever deleted there."""
+"""Tables that selling through Stripe keeps beside the ledger; nothing is ever deleted there."""
 
 _NAME_MAX = 63  # PostgreSQL cuts a longer identifier off
 

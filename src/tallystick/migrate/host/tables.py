@@ -114,7 +114,7 @@ class HostColumn:
 
     @property
     def identifies(self) -> bool:
-        """Whether it can be a key of the mapping."""
+        """True where it can be a key of the mapping."""
         return self.not_null and self.is_unique and not self.generated and self.key_type is not None
 
 
@@ -165,7 +165,7 @@ def unsuitable(table: HostTable) -> str | None:
 
 
 def mapped_oids(conn: sa.Connection, mapping: HostMapping) -> list[int]:
-    """Those of the mapped tables that are there; waits for nobody."""
+    """Object ids of the mapped tables that exist; waits for nobody."""
     tables = [table for table in (mapping.users, mapping.workshops) if table]
     found = (conn.scalar(OID, {"schema": table.schema, "table": table.table}) for table in tables)
     return [oid for oid in found if oid is not None]

@@ -1,4 +1,4 @@
-"""What the host's own migration tool believes: Alembic's version table, Drizzle's of 0.x and 1.0. Only read.
+"""Reads the records of the host's own migration tool: Alembic's version table, Drizzle's of 0.x and 1.0. Only read.
 
 Drizzle 0.x applies an entry only if it is newer than the newest row of its table. One that comes out of order (two
 branches, merged the other way round) is skipped for ever, and reported as success: here it is called masked.
@@ -166,7 +166,7 @@ def _compared(name: str, file: Path, applied: str) -> Iterator[Entry]:
 
 
 def concerns(found: Sequence[Tracker]) -> list[str]:
-    """What a person should do about it, one sentence each."""
+    """Advice to a person, one sentence each."""
     advice = {
         "pending": "is not applied yet; its tool will",
         "masked": "is not applied and never will be: it is older than the newest applied one. Give it a later time",

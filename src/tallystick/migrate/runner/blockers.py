@@ -1,4 +1,4 @@
-"""Who holds the tables: asked before the lock is tried, so that live traffic never queues behind a wait."""
+"""Sessions that hold the tables, read before the lock is tried, so that live traffic never queues behind a wait."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Blocker:
 
 
 def oids_of(conn: sa.Connection, tables: Iterable[Identifier]) -> list[int]:
-    """Those that are there already; waits for nobody."""
+    """Object ids of the tables that exist already; waits for nobody."""
     names = [table.as_string(None) for table in tables]
     return list(conn.scalars(_OIDS, {"names": names}))
 
@@ -118,7 +118,7 @@ class Watch:
         return found
 
     def in_the_way(self) -> list[Blocker]:
-        """Those worth waiting for: an autovacuum yields to the fence, a young transaction ends by itself."""
+        """Sessions worth waiting for: an autovacuum yields to the fence, a young transaction ends by itself."""
         return [
             holder
             for holder in self.holders()

@@ -1,4 +1,4 @@
-"""What a run sends: for each revision two messages, and the statements that come after the commit.
+"""The messages of a run: two for each revision, and the statements that come after the commit.
 
 The first message makes everything that nobody can wait for. The second takes the locks, changes the host's tables
 and commits, as one string: with the locks held, the network is not allowed between two statements.
@@ -156,7 +156,7 @@ def _proven(changes: Iterable[Composable], locks: Sequence[Identifier], names: H
 
 
 def _apps(locks: Sequence[Identifier], names: HostNames) -> list[TableNames]:
-    """Those of the app's tables that are locked."""
+    """The app's tables that are locked."""
     return [table for table in (names.users, names.workshops) if table and table.name in locks]
 
 

@@ -40,7 +40,7 @@ class OnlineStep:
 
 @dataclass(frozen=True)
 class Building:
-    """How far a build is: its ``phase`` in the server's words, ``fraction`` of it, and whom it waits for."""
+    """The progress of a build: its ``phase`` in the server's words, its ``fraction``, the sessions it waits for."""
 
     phase: str
     fraction: float | None
@@ -124,7 +124,7 @@ def validate(
 
 
 def index_state(conn: sa.Connection, schema: str, name: str) -> State:
-    """What there is under the name."""
+    """The state of the index of this name."""
     row = conn.execute(_INDEX_STATE, {"schema": schema, "name": name}).one_or_none()
     if row is None:
         return "missing"
@@ -160,7 +160,7 @@ _BUILDING = sa.text("""
 
 
 def _leftovers(conn: sa.Connection, schema: str, name: str) -> Sequence[str]:
-    """What a killed REINDEX CONCURRENTLY left."""
+    """Remains of a killed REINDEX CONCURRENTLY."""
     return conn.scalars(_LEFTOVERS, {"schema": schema, "name": name}).all()
 
 

@@ -70,7 +70,7 @@ _PREPARED = (
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run is doing now.
+    """The present step of a run.
 
     ``connecting`` is told while the server is starting up, with what it says as ``detail``; ``prepared`` between the
     two transactions of a run that was asked for two.
@@ -109,7 +109,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a run did. ``changed`` is False where there was nothing to do."""
+    """The result of a run. ``changed`` is False where there was nothing to do."""
 
     action: Literal["apply", "undo"]
     before: str | None
@@ -119,7 +119,7 @@ class Receipt:
 
     @property
     def changed(self) -> bool:
-        """Whether anything was done."""
+        """True where anything was done."""
         return bool(self.steps or self.online)
 
 
@@ -433,7 +433,7 @@ class _Run:
 
 
 def _passing(error: psycopg.Error) -> bool:
-    """Whether the same thing may go through a moment later."""
+    """True where the same thing may go through a moment later."""
     busy = (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled, psycopg.errors.DeadlockDetected)
     # the server translates no internal error; this one is a GRANT that was committed meanwhile, which takes no lock
     return isinstance(error, busy) or "tuple concurrently " in str(error)

@@ -1,4 +1,4 @@
-"""The one connection of a run: direct, our own, in autocommit; and what its server's refusals mean."""
+"""The one connection of a run: direct, our own, in autocommit; and the meaning of its server's refusals."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NEVER_CUT: Mapping[str, str] = dict.fromkeys(
     ),
     "0",
 )
-"""What may end a statement or a session of ours halfway, switched off."""
+"""Settings that may end a statement or a session of ours halfway, switched off."""
 
 _OURS = {
     **NEVER_CUT,
@@ -49,7 +49,7 @@ _OURS = {
     "client_encoding": "utf8",
     **KNOWN_SETTINGS,
 }
-"""What our own connection does not inherit from the database, the role or the address."""
+"""Settings that our own connection does not inherit from the database, the role or the address."""
 
 
 def engine_of(database: sa.Engine | str) -> sa.Engine:
@@ -158,7 +158,7 @@ USE_UNPOOLED = "Put the direct address into DATABASE_URL_UNPOOLED (or database_u
 
 
 def lost(conn: sa.Connection) -> bool:
-    """Whether the connection is gone."""
+    """True where the connection is gone."""
     return conn.invalidated or driver(conn).closed
 
 
@@ -171,7 +171,7 @@ def translate(
     unchanged: str = "Nothing was changed",
     event_triggers: Sequence[str] = (),
 ) -> TallystickError:
-    """What a refused statement means to the person who ran the migration; ``unchanged`` says how it left things.
+    """The meaning of a refused statement for the person who ran the migration; ``unchanged`` says how it left things.
 
     ``event_triggers`` are those that :func:`forbidden_by` names.
     """

@@ -126,7 +126,7 @@ class Billing(APIRouter):
         return Fragments(self.renderer, request, account)
 
     def returning(self, asked: str | None) -> str:
-        """Where ``asked`` may lead: to this site or an allowed one, else home."""
+        """The address to return to: ``asked`` where it is of this site or an allowed one, else home."""
         return self.renderer.returning(asked)
 
     # --- operations, each on a connection of its own ---
@@ -161,7 +161,7 @@ class Billing(APIRouter):
 
 
 def _checkout_pages(config: Config) -> list[str]:
-    """Where a form that buys may end up: Stripe's hosted page, or the test double's."""
+    """Origins that a form that buys may lead to: Stripe's hosted page, or the test double's."""
     return [STRIPE_CHECKOUT, *([config.stripe_api_base] if config.stripe_api_base else [])]
 
 

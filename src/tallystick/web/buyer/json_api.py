@@ -84,7 +84,7 @@ class HistoryAnswer(BaseModel):
 
 
 class AccessAnswer(BaseModel):
-    """Whether a workshop is open, why, and what would open it."""
+    """A workshop's access: open or not, the reason, and the credits that would open it."""
 
     model_config = _shown(
         {"workshop": _EXAMPLE_WORKSHOP, "open": False, "reason": "locked", "required": 1, "balance": 3}
@@ -119,7 +119,7 @@ class PackAnswer(BaseModel):
 
 
 class Onboarding(BaseModel):
-    """Whether the user has seen the welcome through."""
+    """The user's onboarding: true once the welcome was finished."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"complete": True}]})
 
@@ -239,7 +239,7 @@ def add_to(billing: Billing) -> None:
 
     @billing.get("/api/packs", name="tallystick.api.packs", tags=TAGS)
     async def packs() -> list[PackAnswer]:
-        """What is on sale."""
+        """The packs on sale."""
         return [PackAnswer(name=p.name, credits=p.credits, amount=p.amount, currency=p.currency) for p in billing.packs]
 
     @billing.get(
@@ -250,7 +250,7 @@ def add_to(billing: Billing) -> None:
         responses=refusals(403),
     )
     async def onboarding(user: User) -> Response:
-        """Whether the welcome was seen through, on any device."""
+        """The onboarding state: true once the welcome was finished, on any device."""
         return answer(Onboarding(complete=(await billing.account(user)).onboarding_complete))
 
     @billing.put("/api/onboarding", name="tallystick.api.set_onboarding", tags=TAGS, responses=refusals(403, 408, 413))
@@ -270,7 +270,7 @@ def add_to(billing: Billing) -> None:
         responses=refusals(403, 404),
     )
     async def access(user: User, workshop: WorkshopPath) -> Response:
-        """Whether one of the user's workshops is open, and why."""
+        """The access to one of the user's workshops, with the reason."""
         found, has = await billing.workshop_and_balance(user, workshop)
         locked = found.access.reason is AccessReason.LOCKED
         return answer(

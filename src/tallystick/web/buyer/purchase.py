@@ -24,7 +24,7 @@ SESSION_MAX: Final = 255
 
 
 class CheckoutRequest(BaseModel):
-    """What to buy, and where the buyer returns to: a path of this site. ``workshop`` is what the credits are for."""
+    """The pack to buy, and the path that the buyer returns to. ``workshop`` is what the credits are for."""
 
     model_config = ConfigDict(
         extra="forbid", json_schema_extra={"examples": [{"pack": "Flight Crew", "return_to": "/workshops/7/steps/7"}]}
@@ -109,7 +109,7 @@ async def _confirm(billing: Billing, user: Key, session: str) -> stripe.Confirma
 
 
 async def _outcome(billing: Billing, user: Key, session: str) -> tuple[str, stripe.Confirmation | None]:
-    """Where a purchase stands, in the template's words; what was paid is granted by asking."""
+    """The state of a purchase, in the template's words; what was paid is granted by asking."""
     try:
         found = await _confirm(billing, user, session)
     except StripeUnavailable:
@@ -142,7 +142,7 @@ def _add_pages(billing: Billing) -> None:
         session_id: Annotated[str, Query(max_length=SESSION_MAX)],
         return_to: ReturnTo = None,
     ) -> Response:
-        """Where Stripe sends the buyer: grants at once what was paid, whether or not the webhook was here."""
+        """The page that Stripe sends the buyer to: grants at once what was paid, with or without the webhook."""
         state, found = await _outcome(billing, user, session_id)
         balance = await billing.balance(user)
         bought = found.purchase.amount if found is not None else 0

@@ -30,7 +30,7 @@ SERVER_FAULT: Final = 500
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """What an error is to the outside: an HTTP status and the name of the problem.
+    """The public form of an error: an HTTP status and the name of the problem.
 
     ``retry_after_s`` says that the same request may be made again, and when.
     """

@@ -116,7 +116,7 @@ class Renderer:
         return (ours[0] if ours and origin not in ours else origin) + path
 
     def returning(self, asked: str | None) -> str:
-        """Where ``asked`` may lead: to this site or an allowed one, else home."""
+        """The address to return to: ``asked`` where it is of this site or an allowed one, else home."""
         return return_address(asked, self.home, self._origins)
 
     def _static(self, request: Request, name: str) -> str:
@@ -124,7 +124,7 @@ class Renderer:
 
 
 def is_fragment(request: Request) -> bool:
-    """Whether htmx asks for a part of a page."""
+    """True where htmx asks for a part of a page."""
     return request.headers.get("hx-request") == "true"
 
 

@@ -48,7 +48,7 @@ class Texts:
     # --- badge ---
 
     def badge_label(self, balance: int) -> str:
-        """What a screen reader says of the badge."""
+        """The badge's text for a screen reader."""
         return f"Balance: {self.credits(balance)}. Show history"
 
     def debt(self, balance: int) -> str:
@@ -72,7 +72,7 @@ class Texts:
         return f"Buy {self.credits(pack.credits)} for {self.money(pack.amount, pack.currency)}"
 
     def per_credit(self, pack: Pack) -> str:
-        """What one credit of the pack costs, rounded up to a whole minor unit; empty where that says nothing new."""
+        """The price of one credit of the pack, rounded up to a whole minor unit; empty where that says nothing new."""
         if pack.amount is None or pack.credits == 1:
             return ""
         return f"{self.money(-(-pack.amount // pack.credits), pack.currency)} a credit"
@@ -87,7 +87,7 @@ class Texts:
     already_unlocked = "This workshop is unlocked already. Nothing was charged."
 
     def confirm(self, amount: int, balance: int) -> str:
-        """What will happen."""
+        """The text before the act."""
         return f"This will use {self.credits(amount)}. You have {self.number(balance)}."
 
     def confirm_button(self, amount: int) -> str:
@@ -95,7 +95,7 @@ class Texts:
         return f"Use {self.credits(amount)}"
 
     def unlocked(self, amount: int, balance: int) -> str:
-        """What happened."""
+        """The text after the act."""
         return f"{self.credits(amount)} used. {self.number(balance)} left."
 
     # --- paywall ---
@@ -126,7 +126,7 @@ class Texts:
     cancelled = "Nothing was charged."
 
     def success(self, credits: int, balance: int) -> str:
-        """What was bought, and the new balance."""
+        """The purchase, and the new balance."""
         return f"{self.credits(credits)} added. You have {self.number(balance)}."
 
     def back(self, title: str | None) -> str:
@@ -161,7 +161,7 @@ class Texts:
         return what(row.description, done=row.status is CreditTransactionStatus.COMPLETED)
 
     def paid(self, row: CreditTransaction) -> str:
-        """What a purchase cost; empty for what cost nothing."""
+        """The price of a purchase; empty for a free one."""
         return "" if row.amount_paid is None else self.money(row.amount_paid, row.currency or "")
 
     # --- welcome ---
@@ -249,7 +249,7 @@ class Texts:
         return self.problems.get(name, self.problem_default)
 
     def reference(self, name: str) -> str:
-        """How to name a fault when asking for help."""
+        """The reference of a fault, for a person who asks for help."""
         return f"Reference: {name}"
 
     def access(self, reason: AccessReason) -> str:

@@ -1,4 +1,4 @@
-"""Who may see the console. Three doors, one for each way it is run; behind each a signed session.
+"""Access to the console: three ways to sign in, one for each way it is run, each followed by a signed session.
 
 - :class:`LocalLink`: on the operator's own machine, a link that works once.
 - :class:`Passwords`: named operators, each with a password whose hash is in the settings.
@@ -74,11 +74,11 @@ class Sessions:
             self._ended[session.id] = now + SESSION_S
 
     def token(self, session: Session) -> str:
-        """What a form of this session must send along."""
+        """The token that a form of this session must send along."""
         return hmac.new(self._key, f"form {session.id}".encode(), hashlib.sha256).hexdigest()
 
     def accepts(self, session: Session, token: str) -> bool:
-        """Whether a form's token is this session's."""
+        """True where a form's token is this session's."""
         return hmac.compare_digest(self.token(session).encode(), token.encode("utf-8", "replace"))
 
 
@@ -155,7 +155,7 @@ class TrustedProxy:
         self._header = header.lower().encode("ascii")
 
     def trusts(self, peer: str | None) -> bool:
-        """Whether a connection from ``peer`` comes from the proxy."""
+        """True where a connection from ``peer`` comes from the proxy."""
         try:
             address = ipaddress.ip_address(peer or "")
         except ValueError:

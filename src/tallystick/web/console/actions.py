@@ -1,4 +1,4 @@
-"""What an operator may do, if the console was started to allow it: grant credits, refund a purchase's.
+"""Acts of an operator, if the console was started to allow them: grant credits, refund a purchase's.
 
 Each is looked at before it is done: the reason, the balance before and after. The deed carries a key made for the
 form, so a double click, a reload or the back button finds it done. The key names the operator and stays in the
@@ -67,7 +67,7 @@ class Actions:
     def review(
         self, name: str, user: UserRow, fields: Mapping[str, str], *, purchase: LedgerRow | None, refunded: int
     ) -> Review:
-        """What ``fields`` (credits, reason) ask for, and what is wrong with it."""
+        """The act that ``fields`` (credits, reason) ask for, and the faults in it."""
         reason = fields.get("reason", "").strip()
         left = None if purchase is None else purchase.amount - refunded
         typed = fields.get("credits", "").strip()
@@ -124,6 +124,6 @@ class Actions:
 
 
 def operator_of(idempotency_key: str | None) -> str | None:
-    """Who did it from the console, if a ledger row was made there."""
+    """The operator who made a ledger row in the console, else None."""
     prefix, _, rest = (idempotency_key or "").partition(":")
     return rest.rpartition(":")[0] or None if prefix == KEY_PREFIX else None

@@ -25,7 +25,7 @@ REST = 20
 
 @dataclass(frozen=True, slots=True)
 class State(Generic[Result]):
-    """How things stand: the last result with its time, and the run that goes on, if one does."""
+    """The state of the work: the last result with its time, and the run that goes on, if one does."""
 
     result: Result | None
     at: dt.datetime | None
@@ -37,7 +37,7 @@ class State(Generic[Result]):
 
     @property
     def percent(self) -> int | None:
-        """How far the run is, or None while that is unknown."""
+        """The fraction of the run that is done, or None while that is unknown."""
         return min(100 * self.done // self.total, 100) if self.total else None
 
 
@@ -56,7 +56,7 @@ class Background(Generic[Result]):
 
     @property
     def state(self) -> State[Result]:
-        """How things stand now."""
+        """The state now."""
         return self._state
 
     def start(self) -> bool:

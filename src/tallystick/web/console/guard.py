@@ -102,7 +102,7 @@ class Guard:
         await answer(scope, receive, dressed)
 
     async def _admit(self, request: Request) -> tuple[ASGIApp, str | None]:
-        """What is to answer this request, and the cookie to set. Raises Refused."""
+        """The app that answers this request, and the cookie to set. Raises Refused."""
         path = _path(request.scope)
         if path.startswith("/static/"):
             return self._app, None
@@ -234,7 +234,7 @@ def _cookie(headers: Headers) -> str | None:
 
 
 def _peer(scope: Scope) -> str | None:
-    """Who is at the other end of the connection, whatever headers say."""
+    """The address at the other end of the connection, whatever headers say."""
     return scope["client"][0] if scope.get("client") else None
 
 

@@ -32,7 +32,7 @@ PAGE_TIMEOUT_MS = 5_000
 SUM_TIMEOUT_MS = 300_000
 DAYS = 30
 LATE_DAYS = 30
-"""How long a purchase may have waited for its payment and still be counted; Stripe's own limit is far below."""
+"""A purchase that has waited longer for its payment is not counted; Stripe's own limit is far below."""
 
 PENDING = CreditTransactionStatus.PENDING
 
@@ -73,7 +73,7 @@ class UserRow:
 
 @dataclass(frozen=True, slots=True)
 class Notch:
-    """What the tally draws of a ledger row."""
+    """The parts of a ledger row that the tally draws."""
 
     id: UUID
     status: str
@@ -160,7 +160,7 @@ class Day:
 
 @dataclass(frozen=True, slots=True)
 class Holdings:
-    """What users hold: credits not yet spent, and what those in debt owe, both as positive numbers."""
+    """The credits of all users: credits not yet spent, and what those in debt owe, both as positive numbers."""
 
     outstanding: int
     holders: int
@@ -406,7 +406,7 @@ class Queries:
                 yield _pending_row(row)
 
     def waiting(self) -> Waiting:
-        """How many purchases wait, by age; counted up to a thousand, the oldest first."""
+        """The number of purchases that wait, by age; counted up to a thousand, the oldest first."""
         ledger = self._ledger
         oldest = (
             sa.select(ledger.created_at).where(self._is_pending()).order_by(ledger.created_at).limit(COUNT_UP_TO + 1)

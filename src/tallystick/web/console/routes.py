@@ -468,7 +468,7 @@ def utc(moment: dt.datetime) -> str:
 
 
 def ago(moment: dt.datetime | None) -> Markup:
-    """How long ago, with the exact time to hover and for machines."""
+    """The age of a moment, with the exact time to hover and for machines."""
     if moment is None:
         return Markup("")
     seconds = (dt.datetime.now(dt.UTC) - moment).total_seconds()
@@ -507,7 +507,7 @@ def blocker(one: object) -> str:
 
 
 def stripe_address(id: str) -> str:
-    """Where Stripe's dashboard shows the object of this id, test or live."""
+    """The page of Stripe's dashboard on the object of this id, test or live."""
     return "https://dashboard.stripe.com/search?" + urlencode({"query": id})
 
 

@@ -1,1 +1,1 @@
-"""What the buyer's pages and the operator's console both use: numbers, drawings, templates, files and checks."""
+"""Shared by the buyer's pages and the operator's console: numbers, drawings, templates, files and checks."""

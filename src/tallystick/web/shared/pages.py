@@ -1,4 +1,4 @@
-"""What every page shares: the Jinja environment, the static files and the security headers."""
+"""The parts that every page shares: the Jinja environment, the static files and the security headers."""
 
 from __future__ import annotations
 

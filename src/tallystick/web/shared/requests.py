@@ -1,4 +1,4 @@
-"""What is checked of every request before anything is done: size, origin, and where it wants to return to.
+"""The checks of every request before anything is done: its size, its origin, and the address it returns to.
 
 Cross-site requests. The host's session is a cookie, so a page of another site could post a form with it. Browsers say
 in ``Sec-Fetch-Site`` where a request comes from, and before that in ``Origin``; no page can forge either. A request

@@ -23,7 +23,7 @@ from tallystick.schema import CreditTransactionStatus
 
 
 class TallyEntry(Protocol):
-    """What the drawing needs of a ledger row; a ``CreditTransaction`` is one."""
+    """The parts of a ledger row that the drawing needs; a ``CreditTransaction`` is one."""
 
     @property
     def id(self) -> UUID: ...  # noqa: D102 - the ledger's columns
