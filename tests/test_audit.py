@@ -19,7 +19,7 @@ from tallystick import Config
 from tallystick.audit import CHECKS, Report, audit
 from tallystick.errors import InvalidArgument, NotMigrated, UnknownUser
 from tallystick.schema import CHECKS as CONSTRAINTS
-from tallystick.schema import LEDGER
+from tallystick.schema import LEDGER, stripe_reversals
 from worlds import SHAPES, World
 
 MONTH_AGO = dt.datetime.now(dt.UTC) - dt.timedelta(days=30)
@@ -282,7 +282,7 @@ def _refund_of_unknown(h: Healthy, conn: sa.Connection) -> None:
 
 
 def _charged_twice(h: Healthy, conn: sa.Connection) -> None:
-    h.add(conn, "twice", h.ann, "consumption", -1, 5, 3, workshop="one")
+    h.add(conn, "twice", h.ann, "consumption", -1, 5, 3, at=HOUR_AGO, workshop="one")
     h.user(conn, h.ann, credit_sequence=5, credit_balance=3)
 
 
@@ -345,6 +345,18 @@ def _same_session(h: Healthy, conn: sa.Connection) -> None:
     h.row(conn, first, stripe_session_id="cs_same")
     h.row(conn, second, stripe_session_id="cs_same")
     h.rows["second"] = h.rows[second]
+
+
+def _reversal(**values: Any) -> Callable[[Healthy, sa.Connection], None]:
+    """A refund at Stripe of what Bob bought, with these values."""
+    told = {"kind": "refund", "amount": 3950, "currency": "usd", "status": "succeeded", "status_rank": 1}
+
+    def do(h: Healthy, conn: sa.Connection) -> None:
+        h.row(conn, "bob bought", stripe_payment_intent_id="pi_1")
+        of = {"id": "re_1", "stripe_payment_intent_id": "pi_1"}
+        conn.execute(sa.insert(stripe_reversals).values(**told | of | values))
+
+    return do
 
 
 def _without_amount(h: Healthy, conn: sa.Connection) -> None:
@@ -419,6 +431,9 @@ FAULTS = [
     Fault("unique_idempotency_key", "second", _same_key, "an earlier one"),
     Fault("unique_stripe_session", "second", _same_session, "an earlier one"),
     Fault("settled_within_a_day", "waiting", lambda h, c: h.row(c, "waiting", created_at=MONTH_AGO), "cs_2"),
+    Fault("money_and_credits", "bob bought", _reversal(), "it has taken none; the purchase has 7900 usd on record"),
+    Fault("money_and_credits", "bob bought", _reversal(status="failed", applied="share"), "it has taken some"),
+    Fault("money_and_credits", "bob bought", _reversal(kind="dispute", status="lost"), "it has taken none"),
     Fault("tally", "all users", _without_amount, "sums that differ"),
 ]
 
@@ -635,6 +650,22 @@ def test_one_user_or_the_lately_moved_ones(healthy: Healthy) -> None:
     report = healthy.audit(since=HOUR_AGO - dt.timedelta(minutes=1))
     assert [(finding.check, finding.user) for finding in report.findings] == of_bob
     assert (report.users, report.rows) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"applied": "share"},
+        {"status": "failed"},
+        {"kind": "dispute", "status": "won"},
+        {"kind": "dispute", "status": "warning_needs_response"},
+        {"stripe_payment_intent_id": "pi_of_another_sale"},
+    ],
+)
+def test_refunds_that_the_ledger_followed_are_no_finding(healthy: Healthy, values: dict[str, str]) -> None:
+    with healthy.broken() as conn:
+        _reversal(**values)(healthy, conn)
+    assert healthy.audit().findings == ()
 
 
 def test_the_limit_is_each_checks_own(healthy: Healthy, small_parts: Callable[[], None]) -> None:

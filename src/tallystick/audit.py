@@ -42,7 +42,7 @@ from sqlalchemy.dialects.postgresql.base import PGDialect
 from tallystick.config import Config, KeyType
 from tallystick.database import DbConnection, run
 from tallystick.errors import InvalidArgument, Key, UnknownUser, shown
-from tallystick.schema import CreditTransactionStatus, CreditTransactionType, Schema
+from tallystick.schema import CreditTransactionStatus, CreditTransactionType, Schema, stripe_reversals
 
 PART_ROWS = 5_000_000
 """About how many rows of users and ledger one statement looks at."""
@@ -284,7 +284,7 @@ class _Facts:
     users: int
     rows: int
     signs: frozenset[str]
-    """Raised where no valid unique index rules repetition out."""
+    """Raised where no valid unique index rules repetition out, and where a refund of money took no credits."""
     collations: Mapping[str, str]
     """Columns that must be compared in the collation of the host's key, since theirs is another."""
 
@@ -317,6 +317,7 @@ def _look(conn: DbConnection, schema: Schema) -> _Facts:
         collated = dict(seen.collations) if seen else {}
         collations |= {column: collated[column.name] for column in table.c if column.name in collated}
         indexes |= set(seen.unique_indexes) if seen and table is ledger else set()
+    unsettled = run(conn, sa.select(sa.exists().where(_money_is_elsewhere())), {}).scalar_one()
     pairs = {"user_id": (ledger.c.user_id, users.c.key)}
     if workshops is not None:
         pairs["owner"] = workshops.c.owner, users.c.key
@@ -331,7 +332,8 @@ def _look(conn: DbConnection, schema: Schema) -> _Facts:
                 ("sessions may repeat", "{stripe_session_id}", "(stripe_session_id IS NOT NULL)"),
             )
             if not indexes & {columns, columns + predicate}
-        ),
+        )
+        | ({"unsettled"} if unsettled else frozenset()),
         collations={
             name: collations[key]
             for name, (column, key) in pairs.items()
@@ -814,6 +816,24 @@ def _long_waiting(part: _Part) -> sa.Select[Any]:
     return part.rows(part.row.created_at, part.row.stripe_session_id).where(_waits_long(part.row))
 
 
+def _unsettled(part: _Part) -> sa.Select[Any]:
+    reversal = stripe_reversals.c
+    took = sa.case((reversal.applied == "none", "none"), else_="some").label("took")
+    paid = sa.func.coalesce(part.row.amount_paid.cast(sa.Text) + " " + part.row.currency, "no amount").label("paid")
+    told = (reversal.id, reversal.kind, reversal.amount.label("money"), reversal.currency, reversal.status, took, paid)
+    rows = part.rows(*told).join(
+        stripe_reversals, reversal.stripe_payment_intent_id == part.row.stripe_payment_intent_id
+    )
+    return rows.where(part.row.type == _PURCHASE, part.row.status == _COMPLETED, _money_is_elsewhere())
+
+
+def _money_is_elsewhere() -> Expression:
+    """A refund or dispute whose money is gone and that took no credits, or whose money is back and that did."""
+    reversal = stripe_reversals.c
+    ours = ("failed", "canceled", "won", "prevented", "warning_needs_response", "warning_under_review")
+    return reversal.status.not_in([*ours, "warning_closed"]) == (reversal.applied == "none")
+
+
 def _out_of_order(part: _Part) -> sa.Select[Any]:
     row = part.row
     before = sa.func.lag(row.completed_at).over(partition_by=row.user_id, order_by=(row.sequence, row.id))
@@ -1166,6 +1186,18 @@ CHECKS: Mapping[str, Check] = {
             likely_cause="the webhook of its payment or expiry never arrived",
             what_to_do="Ask Stripe with: tallystick stripe reconcile. Sold without Stripe: if it was paid, "
             "tallystick purchase complete {purchase}; if not, tallystick purchase fail {purchase}",
+        ),
+        Check(
+            name="money_and_credits",
+            purpose="a refund or dispute at Stripe has taken its credits (reported, but no fault of the ledger)",
+            fault=False,
+            signs=frozenset({"unsettled"}),
+            search=_unsettled,
+            expected="credits that follow the money: the {kind} {id} of {money} {currency} is {status}",
+            found="it has taken {took}; the purchase has {paid} on record",
+            likely_cause="nothing says for which part of the payment it stands, or the balance could not hold it",
+            what_to_do="Ask Stripe with: tallystick stripe reconcile. If that changes nothing, say at Stripe how many "
+            "credits it takes: its metadata tallystick_credits, as 0 or 5",
         ),
         Check(
             name="completed_in_order",

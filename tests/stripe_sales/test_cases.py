@@ -18,6 +18,7 @@ import stripe as sdk
 from stripe_sales.shop import CREDITS, ORIGIN, PACK, PRICE, Shop
 from tallystick import Pack, stripe
 from tallystick import errors as e
+from tallystick.audit import audit
 from tallystick.schema import INT32_MAX, stripe_events, stripe_reversals
 
 pytestmark = pytest.mark.one_server  # it is about what Stripe sends; test_machine runs on both
@@ -882,9 +883,27 @@ def test_a_share_that_nobody_tells_is_a_finding_that_comes_back(shop: Shop):
         assert (finding.kind, finding.object_id, finding.found) == ("unmeasured", refund, "460 eur")
         stripe.dismiss(shop.engine, shop.config, refund)
     assert shop.balance(user) == 97
+    with shop.engine.begin() as conn:
+        [told] = audit(conn, shop.config).findings
+    assert (told.check, told.fault, told.transaction) == ("money_and_credits", False, started.purchase.id)
+    assert f"the refund {refund} of 460 eur is succeeded" in told.expected
     shop.dev.account.objects["charge"][charge["id"]] = charge
     stripe.reconcile(shop.engine, shop.config)
     assert shop.balance(user) == 49
+    with shop.engine.begin() as conn:
+        assert audit(conn, shop.config).findings == ()
+
+
+def test_a_share_that_nobody_tells_is_settled_by_a_mark(shop: Shop):
+    user, intent = completed_by_the_host(shop, amount_paid=None)
+    refund = shop.dev.refund(intent, amount=20)["id"]
+    charge = shop.dev.account.objects["charge"].popitem()
+    assert shop.outcomes("refund.created") == ["unchanged"]
+    assert shop.findings() == ["unmeasured"]
+    shop.dev.account.objects["charge"].update([charge])
+    shop.api.refunds.update(refund, {"metadata": {"tallystick_credits": "3"}})
+    assert shop.outcomes("refund.updated") == ["taken_back"]
+    assert shop.balance(user) == 7
 
 
 STEPS = {"isk": 100, "ugx": 100, "kwd": 10, "bhd": 10, "jod": 10, "omr": 10, "tnd": 10}

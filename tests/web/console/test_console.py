@@ -442,7 +442,10 @@ def test_a_refund_of_all_that_is_left_replays_too(world, open_console):
 
     review = words(visitor.get(at("/user/refund", **asked)))
     assert f"Balance: 1 → {MINUS}4 (debt)" in review
+    assert "5 left to refund, of which 4 are spent already. The balance is 1." in review
     assert "moves no money" in review
+    before = words(visitor.get(at("/user/refund", key=user, purchase=bought.id)))
+    assert "5 left to refund, of which 4 are spent already. The balance is 1." in before
     first = visitor.submit("/user/refund", **asked, once="abc")
     again = visitor.submit("/user/refund", **asked, once="abc")
     assert first.status_code == again.status_code == 303

@@ -49,6 +49,11 @@ class Review:
         return (self.credits or 0) * (-1 if self.name == "refund" else 1)
 
     @property
+    def spent(self) -> int:
+        """How many of the purchase's credits are spent already: the balance does not hold them."""
+        return max(0, (self.left or 0) - max(0, self.user.credit_balance))
+
+    @property
     def after(self) -> int:
         """The balance afterwards, if nothing else happens in between."""
         return self.user.credit_balance + self.change
