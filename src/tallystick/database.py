@@ -81,10 +81,14 @@ def sqlstate(error: BaseException) -> str | None:
 
 _IN_THE_WAY = "another transaction was in the way: {}. This statement wrote nothing; roll back and run it again"
 _ENDED = "the server has ended the transaction: {}. Nothing of it was written; run all of it again"
+_READ_ONLY = (
+    "the server takes no writes: {}. Where default_transaction_read_only is on, use a role or database without it; "
+    "after a fail-over connect to the new primary"
+)
 _MEANINGS: Mapping[str, tuple[type[DatabaseError], str]] = {
     **dict.fromkeys(("40001", "40P01", "23505", "55P03", "57014"), (Conflict, _IN_THE_WAY)),
     **dict.fromkeys(("25P03", "25P04"), (Conflict, _ENDED)),
-    "25006": (DatabaseUnavailable, "the server takes no writes: {}. After a fail-over connect to the new primary"),
+    "25006": (DatabaseUnavailable, _READ_ONLY),
     "42501": (
         PermissionDenied,
         "{}. What lets a role run the ledger is printed by: tallystick migrate sql --role ROLE",

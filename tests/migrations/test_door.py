@@ -132,7 +132,7 @@ def test_after_the_runner_it_has_nothing_to_do(app: App, tmp_path: Path, monkeyp
 
 def test_an_unknown_revision_is_named(app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alembic = history(app, tmp_path, monkeypatch, "upgrade_revision(op, to='9999')")
-    with pytest.raises(MigrationError, match=r"no revision '9999'\. Known: 0001, "):
+    with pytest.raises(MigrationError, match=r"no revision '9999'\. Known: 0001"):
         command.upgrade(alembic, "head")
 
 
@@ -209,7 +209,7 @@ class TestDowngrade:
     @pytest.mark.parametrize(
         ("back", "said"),
         [
-            ("downgrade_revision(op, to='9999')", r"no revision '9999'\. Known: 0001, "),
+            ("downgrade_revision(op, to='9999')", r"no revision '9999'\. Known: 0001"),
             (
                 "with op.get_context().autocommit_block(): downgrade_revision(op, to=None)",
                 "needs a transaction. Call downgrade_revision outside",
@@ -242,7 +242,7 @@ class TestDowngrade:
         assert app.value("SELECT value FROM seen") == "7s"
 
 
-def test_what_an_interrupted_run_prepared_is_gone_on_with_or_taken_away(
+def test_what_an_interrupted_run_prepared_is_gone_on_with(
     app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Stop(Exception):
@@ -256,8 +256,8 @@ def test_what_an_interrupted_run_prepared_is_gone_on_with_or_taken_away(
     alembic = history(app, tmp_path, monkeypatch, *ALL, backs=BACKS)
     with pytest.raises(Stop):
         migrate.apply(app.url, app.config, two_transactions=True, progress=progress)
-    command.upgrade(alembic, "h0")
-    with pytest.raises(Stop):
-        migrate.apply(app.url, app.config, two_transactions=True, progress=progress)
+    command.upgrade(alembic, "head")
+    with app.engine.connect() as conn:
+        assert migrate.status(conn, app.config).healthy
     command.downgrade(alembic, "base")
     assert without_its_own(app.shape()) == before

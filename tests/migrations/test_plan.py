@@ -16,8 +16,11 @@ import pytest
 import sqlalchemy as sa
 from hosts import HOSTS, App
 
-from tallystick import Config, migrate
+from tallystick import Config, HostMapping, UsersTable, migrate
+from tallystick.audit import audit
+from tallystick.database import connect
 from tallystick.dev.postgres import Server
+from tallystick.errors import MigrationError
 from tallystick.migrate.host import role
 from tallystick.schema import HEAD
 
@@ -204,3 +207,78 @@ def test_what_an_index_will_wait_for_is_told(app: App) -> None:
         assert plan(app).long_transactions == ()  # not old enough to matter
     finally:
         other.close()
+
+
+def test_triggers_that_could_change_a_balance_are_named(app: App) -> None:
+    app.psql("""
+        CREATE FUNCTION stamp() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+        CREATE TRIGGER stamp BEFORE INSERT OR UPDATE ON users FOR EACH ROW EXECUTE FUNCTION stamp();
+        CREATE TRIGGER told AFTER UPDATE ON users FOR EACH ROW EXECUTE FUNCTION stamp();
+        CREATE TRIGGER made BEFORE INSERT ON users FOR EACH ROW EXECUTE FUNCTION stamp();
+    """)
+    [found] = [finding for finding in plan(app).findings if "before each UPDATE" in finding.text]
+    assert found.text.startswith("The trigger stamp on public.users runs public.stamp before each UPDATE")
+    assert found.severity == "note"
+
+
+def test_a_key_whose_collation_makes_two_keys_one_is_named(make_app: Callable[..., App]) -> None:
+    app = make_app(
+        """
+        CREATE COLLATION folded (provider = icu, locale = 'und-u-ks-level2', deterministic = false);
+        CREATE TABLE users (id text COLLATE folded PRIMARY KEY, email text COLLATE folded UNIQUE);
+        """,
+        HostMapping(users=UsersTable(key_type="text", key_collation=("public", "folded")), workshops=None),
+    )
+    [found] = [finding.text for finding in plan(app).findings if "deterministic" in finding.text]
+    assert found.startswith("public.users.id has the collation public.folded, which is not deterministic")
+
+
+def test_a_database_that_is_read_only_by_default_is_called_that(app: App) -> None:
+    app.run(f'ALTER DATABASE "{app.engine.url.database}" SET default_transaction_read_only = on')
+    with pytest.raises(MigrationError, match="Where default_transaction_read_only is on") as caught:
+        migrate.apply(app.url, app.config)
+    assert "fail-over" not in str(caught.value)
+
+
+def test_status_needs_a_transaction(app: App) -> None:
+    migrate.apply(app.url, app.config)
+    before = app.dump()
+    with (
+        app.engine.execution_options(isolation_level="AUTOCOMMIT").connect() as conn,
+        pytest.raises(MigrationError, match="a connection that is not in autocommit"),
+    ):
+        migrate.status(conn, app.config)
+    assert app.dump() == before
+
+
+def test_a_database_in_sql_ascii(app: App, server: Server) -> None:
+    name = f"ascii_{app.engine.url.database}"
+    app.run(
+        f"CREATE DATABASE {name} ENCODING 'SQL_ASCII' LOCALE_PROVIDER libc LC_COLLATE 'C' LC_CTYPE 'C' "
+        "TEMPLATE template0"
+    )
+    try:
+        url = app.engine.url.set(database=name).render_as_string(hide_password=False)
+        there = App(url, Config(database_url=url, host=app.config.host), server)
+        there.psql(HOSTS["uuid"].ddl)
+        with connect(url) as conn:
+            assert migrate.plan(conn, there.config).revisions
+        migrate.apply(url, there.config)
+        with connect(url) as conn:
+            assert migrate.status(conn, there.config).healthy
+            assert audit(conn, there.config).clean
+        migrate.undo(url, there.config)
+    finally:
+        app.run(f"DROP DATABASE {name}")
+
+
+def test_what_an_apps_tests_do_to_empty_its_tables(app: App) -> None:
+    """As docs/seed.md says."""
+    migrate.apply(app.url, app.config)
+    with pytest.raises(sa.exc.DBAPIError, match="append-only: truncate is refused"):
+        app.run("TRUNCATE users CASCADE")
+    app.run("ALTER TABLE credit_transactions DISABLE TRIGGER tallystick_no_truncate", "TRUNCATE users CASCADE")
+    assert app.value("SELECT count(*) FROM users") == 0
+    with app.engine.connect() as conn:
+        [drift] = migrate.status(conn, app.config).drift
+    app.run(drift.remedy)

@@ -14,9 +14,9 @@ from typing import Literal
 import sqlalchemy as sa
 from psycopg.sql import Composable, Identifier
 
-from tallystick.config import Config
+from tallystick.config import Config, HostMapping
 from tallystick.migrate.host.preflight import Host, examine
-from tallystick.migrate.host.tables import HostTable, looking
+from tallystick.migrate.host.tables import HostTable, columns_of, looking
 from tallystick.migrate.revisions import HostNames, Revision, after, revisions
 from tallystick.migrate.runner.blockers import Blocker, Watch
 from tallystick.migrate.runner.messages import STALL_BUDGET_MS, Messages, text, upward
@@ -128,6 +128,8 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
             *_about_the_connection(conn, host),
             *_about_an_interrupted_run(host),
             *_about_cached_plans(conn, host),
+            *_about_triggers(conn, host),
+            *_about_collations(conn, host, config.host),
             *_about_event_triggers(conn),
             *_about_replicas(replicas),
             *_about_publications(conn, host, ways),
@@ -280,6 +282,36 @@ def _about_cached_plans(conn: sa.Connection, host: Host) -> Iterator[Finding]:
             "RETURNING * of the app's own role is not found here. "
             f"Let an administrator run: GRANT pg_read_all_stats TO {role}",
         )
+
+
+def _about_triggers(conn: sa.Connection, host: Host) -> Iterator[Finding]:
+    for row in conn.execute(_BEFORE_UPDATE, {"tables": [table.oid for table in host.tables]}):
+        yield Finding(
+            "note",
+            f"The trigger {row.name} on {row.table} runs {row.function} before each UPDATE, those of the ledger too. "
+            "If it changes or refuses what the ledger writes (credit_balance, credit_sequence), the operation fails",
+        )
+
+
+_BEFORE_UPDATE = sa.text("""
+    SELECT quote_ident(t.tgname) AS name, t.tgrelid::regclass::text AS table, t.tgfoid::regproc::text AS function
+    FROM pg_trigger t
+    WHERE t.tgrelid = ANY (CAST(:tables AS oid[])) AND NOT t.tgisinternal AND t.tgenabled <> 'D'
+      AND t.tgtype & 19 = 19 AND t.tgname NOT LIKE 'tallystick\\_%' ORDER BY 2, 1
+""")  # for each row, before, of an update
+
+
+def _about_collations(conn: sa.Connection, host: Host, mapping: HostMapping) -> Iterator[Finding]:
+    mapped = {"users": mapping.users, "workshops": mapping.workshops}
+    for word, table in host.by_word.items():
+        names = mapped[word]
+        column = columns_of(conn, table)[names.key] if names else None
+        if column is not None and column.nondeterministic:
+            yield Finding(
+                "note",
+                f"{table.shown}.{column.name} has the collation {'.'.join(column.collation or ())}, which is not "
+                "deterministic: keys that differ in their letters' case or accents may be one key, for the ledger too",
+            )
 
 
 def _about_event_triggers(conn: sa.Connection) -> Iterator[Finding]:

@@ -14,12 +14,14 @@ from psycopg.sql import Identifier
 from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.config import Config
+from tallystick.errors import MigrationError
 from tallystick.migrate.host.preflight import Host, examine
 from tallystick.migrate.host.privileges import open_policies, writers
 from tallystick.migrate.host.role import ways_out
 from tallystick.migrate.host.tables import looking
 from tallystick.migrate.revisions import HostNames, revisions
 from tallystick.migrate.runner.messages import text
+from tallystick.migrate.runner.session import autocommits
 from tallystick.schema import (
     HEAD,
     LEDGER,
@@ -214,8 +216,13 @@ def status(conn: sa.Connection, config: Config) -> Status:
     savepoint that is rolled back: so both sides are in the server's own words. ``conn`` must be in a transaction
     of the caller's, not in autocommit; nothing of it is left.
 
-    Raises what :func:`examine` does, but asks for no privileges.
+    Raises what :func:`examine` does, but asks for no privileges, and MigrationError on a connection in autocommit.
     """
+    if autocommits(conn):
+        raise MigrationError(
+            "status makes temporary tables to compare with and takes them back, which needs a transaction. Call it on "
+            "a connection that is not in autocommit"
+        )
     with looking(conn):
         return _status(conn, config)
 

@@ -16,7 +16,7 @@ from tallystick.migrate.host.preflight import current_revision, examine, refuse_
 from tallystick.migrate.revisions import HostNames, Revision, revisions, up_to
 from tallystick.migrate.runner.messages import STALL_BUDGET_MS, Messages, downward, text, upward
 from tallystick.migrate.runner.online import online
-from tallystick.migrate.runner.session import put_back, refuse_pooler
+from tallystick.migrate.runner.session import autocommits, put_back, refuse_pooler
 
 
 def upgrade_revision(
@@ -134,7 +134,7 @@ def _known(name: str) -> Revision:
 
 
 def _needs_transaction(conn: sa.Connection, function: str, what: str) -> None:
-    if _autocommits(conn):
+    if autocommits(conn):
         raise MigrationError(
             f"{what} is all or nothing and needs a transaction. Call {function} outside of autocommit_block()"
         )
@@ -170,7 +170,7 @@ def _change(conn: sa.Connection, revision: Revision, config: Config, stall_budge
 
 
 def _build(conn: sa.Connection, revision: Revision, config: Config) -> None:
-    if not _autocommits(conn):
+    if not autocommits(conn):
         raise MigrationError(
             "an index cannot be built CONCURRENTLY inside a transaction. Give it a revision of its own:\n\n"
             "    with op.get_context().autocommit_block():\n"
@@ -201,8 +201,3 @@ def _inside(statements: Sequence[Composable]) -> Iterator[sa.TextClause]:
 def _text(statement: Composable) -> sa.TextClause:
     # a colon before a word would be a parameter
     return sa.text(re.sub(r"(?<!:):(?=\w)", r"\\:", text([statement])))
-
-
-def _autocommits(conn: sa.Connection) -> bool:
-    # asked of the driver: what SQLAlchemy calls the isolation level is the server's, which knows no such one
-    return bool(getattr(conn.connection.dbapi_connection, "autocommit", False))

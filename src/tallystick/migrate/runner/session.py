@@ -129,6 +129,14 @@ def driver(conn: sa.Connection) -> psycopg.Connection[tuple[object, ...]]:
     return found
 
 
+def autocommits(conn: sa.Connection) -> bool:
+    """Whether each statement is its own transaction.
+
+    Asked of the driver: what SQLAlchemy calls the isolation level is the server's, which knows no such one.
+    """
+    return bool(getattr(conn.connection.dbapi_connection, "autocommit", False))
+
+
 def pooler_sign(conn: sa.Connection) -> str | None:
     """By what a transaction pooler between us and the server shows itself; None where there is none.
 
@@ -160,6 +168,12 @@ USE_UNPOOLED = "Put the direct address into DATABASE_URL_UNPOOLED (or database_u
 def lost(conn: sa.Connection) -> bool:
     """True where the connection is gone."""
     return conn.invalidated or driver(conn).closed
+
+
+_READ_ONLY = (
+    ". Where default_transaction_read_only is on for this role or database, let an administrator switch it off for the "
+    "migration: ALTER ROLE … SET default_transaction_read_only = off"
+)
 
 
 def translate(
@@ -222,7 +236,8 @@ def translate(
             f"something of yours depends on what undo removes: {detail or said}. {unchanged}. Drop or change it first"
         )
     else:
-        found = MigrationError(f"the database refused to {action}: {said} ({state}). {unchanged}")
+        advice = _READ_ONLY if state == "25006" else ""
+        found = MigrationError(f"the database refused to {action}: {said} ({state}). {unchanged}{advice}")
     return found
 
 
