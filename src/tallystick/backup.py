@@ -127,7 +127,8 @@ def verify_backup(path: Path, *, bin_dir: Path, progress: Told | None = None) ->
 def restore(path: Path, database: str, *, bin_dir: Path, owners: bool = True, progress: Told | None = None) -> Manifest:
     """Put a backup into an empty database, in one transaction, and count its rows.
 
-    With ``owners`` off, everything belongs to the role that restores, and privileges and tablespaces are left out.
+    With ``owners`` off, everything belongs to the role that restores, and privileges and tablespaces are left out; a
+    failure may leave the definitions there, so this is for a database that is thrown away.
 
     Raises:
         BackupError: the file is damaged, the database not empty, or its server too old for the programs in
@@ -144,7 +145,10 @@ def restore(path: Path, database: str, *, bin_dir: Path, owners: bool = True, pr
         raise BackupError(f"the database is not empty: it has {taken[0]}. Restore into one made by createdb")
     manifest = verify_backup(path, bin_dir=bin_dir, progress=progress)
     command = ["pg_restore", "--single-transaction", "--exit-on-error"]
-    command += [] if owners else ["--no-owner", "--no-privileges", "--no-tablespaces"]
+    if not owners:
+        plain = ["--no-owner", "--no-privileges", "--no-tablespaces"]
+        _define(path, database, bin_dir, manifest, plain)
+        command += [*plain, "--section=data", "--section=post-data"]
     # a conninfo without a name: the name, as all else, comes from the environment
     command.append("--dbname=application_name=tallystick")
     with (
@@ -159,6 +163,33 @@ def restore(path: Path, database: str, *, bin_dir: Path, owners: bool = True, pr
     if found != manifest.rows:
         raise BackupError(f"the restored database differs: {_difference(manifest.rows, found)}")
     return manifest
+
+
+# Minor releases from November 2026 on note this of every column, and older ones do not know it.
+_NOTED = re.compile(rb"^ALTER TABLE ONLY .* SET \(pg_attver=\d+\);\n", re.MULTILINE)
+_RESTRICTED = re.compile(rb"^\\(?:un)?restrict \w+\n", re.MULTILINE)
+
+
+def _define(path: Path, database: str, bin_dir: Path, manifest: Manifest, options: Sequence[str]) -> None:
+    """Make what rows are put into, without what only a newer minor release of the server knows."""
+    command = ["pg_restore", "--section=pre-data", "--file=-", *options]
+    with path.open("rb") as file, _Program(bin_dir, command) as program, ThreadPoolExecutor(1) as pool:
+        try:
+            parts = _decompressed(file, manifest, "restoring", lambda _what, _part: None)
+            feeding = pool.submit(program.feed, parts)
+            script = program.stdout.read()
+        except BaseException:
+            program.kill()
+            raise
+        feeding.result()
+        program.end()
+    with connect(database) as conn:
+        raw = conn.connection.dbapi_connection
+        assert isinstance(raw, psycopg.Connection)  # noqa: S101  # our own engine's
+        try:
+            raw.execute(_RESTRICTED.sub(b"", _NOTED.sub(b"", script)), prepare=False)
+        except psycopg.Error as error:
+            raise BackupError(f"the copy's definitions could not be made: {error}") from error
 
 
 def make_roles(path: Path, database: str) -> None:

@@ -222,6 +222,8 @@ def test_triggers_that_could_change_a_balance_are_named(app: App) -> None:
 
 
 def test_a_key_whose_collation_makes_two_keys_one_is_named(make_app: Callable[..., App]) -> None:
+    if not make_app().value("SELECT count(*) FROM pg_collation WHERE collprovider = 'i' AND collname LIKE 'de%%'"):
+        pytest.skip("this server was built without ICU; Debian's has it")
     app = make_app(
         """
         CREATE COLLATION folded (provider = icu, locale = 'und-u-ks-level2', deterministic = false);
