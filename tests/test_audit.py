@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from tallystick import Config
-from tallystick.audit import CHECKS, Report, audit
+from tallystick.audit import CHECKS, AuditReport, audit
 from tallystick.errors import InvalidArgument, NotMigrated, UnknownUser
 from tallystick.schema import CHECKS as CONSTRAINTS
 from tallystick.schema import LEDGER, stripe_reversals
@@ -136,7 +136,7 @@ class Healthy:
         shops = self.schema.workshops
         conn.execute(sa.update(shops).where(shops.c.key == self.shops[name]).values(**values))
 
-    def audit(self, **arguments: Any) -> Report:
+    def audit(self, **arguments: Any) -> AuditReport:
         with self.world.autocommit.connect() as conn:
             return audit(conn, self.world.config, **arguments)
 
@@ -742,9 +742,9 @@ def test_an_interrupted_audit_goes_on(healthy: Healthy, small_parts: Callable[[]
     whole = healthy.audit()
     assert len(whole.findings) == 2
     small_parts()
-    parts: list[Report] = []
+    parts: list[AuditReport] = []
 
-    def stop_after_the_first(part: Report) -> None:
+    def stop_after_the_first(part: AuditReport) -> None:
         parts.append(part)
         raise KeyboardInterrupt
 
@@ -765,7 +765,7 @@ def test_reports_of_ranges_together_keep_to_the_limit(healthy: Healthy, small_pa
         for user in (healthy.ann, healthy.bob):
             healthy.user(conn, user, credit_balance=40)
     small_parts()
-    parts: list[Report] = []
+    parts: list[AuditReport] = []
     report = healthy.audit(limit=1, each=parts.append)
     assert [finding for part in parts for finding in part.findings] == list(report.findings)
     assert report.truncated

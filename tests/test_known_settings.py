@@ -151,7 +151,7 @@ def test_no_page_of_the_console_does(planted: World) -> None:
     with ExitStack() as stack:
         pool = sa.create_engine(world.url, use_native_hstore=False)  # the host's, with the usual search_path
         stack.callback(pool.dispose)
-        app = console(world.config, engine=pool, door=link, address="http://127.0.0.1:8420", allow_actions=True)
+        app = console(world.config, engine=pool, sign_in=link, address="http://127.0.0.1:8420", allow_actions=True)
         visitor = TestClient(app, base_url="http://127.0.0.1:8420", client=("127.0.0.1", 50_000))
         visitor.get("/enter", params={"token": link.token})
         for path in ("/", "/users", "/users?q=a@example.com", "/users?q=exa", f"/user?key={user}", "/ledger", "/audit"):

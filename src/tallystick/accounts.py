@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from tallystick.config import Config, HostMapping
 from tallystick.errors import InvalidArgument, Key, shown
 from tallystick.ledger.connections import Call, Operation, Rows, document, key, moment
-from tallystick.ledger.outcomes import DONE, Refused, error_of
+from tallystick.ledger.outcomes import DONE, Refusal, error_of
 from tallystick.schema import Schema, mapping_of
 
 PLAN_TIER_MAX = 32
@@ -119,7 +119,7 @@ class Accounts:
         def read(rows: Rows) -> Account:
             row = rows[0]
             if row[0] != DONE:
-                raise error_of(row[0], Refused(arguments, detail=document(row[8]) or {}))
+                raise error_of(row[0], Refusal(arguments, detail=document(row[8]) or {}))
             return Account(key(row[1]), row[2], row[3], row[4], row[5], moment(row[6]), moment(row[7]))
 
         return Call(function, arguments, read)
@@ -129,7 +129,7 @@ class Accounts:
 
         def read(rows: Rows) -> None:
             if rows[0][0] != DONE:
-                raise error_of(rows[0][0], Refused(arguments))
+                raise error_of(rows[0][0], Refusal(arguments))
 
         return Call(function, arguments, read)
 

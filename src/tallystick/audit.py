@@ -87,7 +87,7 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class AuditReport:
     """The result of an audit: the numbers of ``users`` and ledger ``rows`` read, the checks run, and their findings.
 
     ``truncated`` says that a check reached its limit: there may be more of its findings. ``last`` is the last user's
@@ -139,8 +139,8 @@ def audit(
     quick: bool = False,
     limit: int = 1000,
     progress: Callable[[int, int], None] | None = None,
-    each: Callable[[Report], None] | None = None,
-) -> Report:
+    each: Callable[[AuditReport], None] | None = None,
+) -> AuditReport:
     """Check everything, or one ``user``, or those users whose ledger got or completed a row at or after ``since``.
 
     A user's whole chain is checked even when only the end of it is younger than ``since``. ``quick`` leaves out
@@ -236,10 +236,10 @@ def _report(
     rows: int,
     began: float,
     last: Key | None = None,
-) -> Report:
+) -> AuditReport:
     """Of ``new`` findings, the last among those ``found`` so far, of which each check shows no more than ``limit``."""
     shown = {name: some[: max(0, limit - (len(found[name]) - len(some)))] for name, some in new.items()}
-    return Report(
+    return AuditReport(
         findings=tuple(finding for some in shown.values() for finding in some),
         truncated=any(len(some) > limit for some in found.values()),
         users=users,

@@ -29,7 +29,7 @@ from tallystick.dev.seed import (
     MANY_USERS,
     NAMES,
     SCENARIOS,
-    Outcome,
+    ScenarioOutcome,
     SeedReport,
     _is_local,
     reset,
@@ -132,11 +132,11 @@ def test_every_scenario_is_made_where_the_host_has_what_it_needs(any_world: Worl
     elif host.workshops.created_at is None:
         lacking = {"grandfathered"}
     assert [one.scenario for one in report.scenarios] == list(SCENARIOS) == list(BALANCES)
-    assert {one.scenario for one in report.scenarios if one.outcome is Outcome.SKIPPED} == lacking
+    assert {one.scenario for one in report.scenarios if one.outcome is ScenarioOutcome.SKIPPED} == lacking
     assert all(one.reason for one in report.scenarios if one.scenario in lacking)
     made = {one.scenario: one.balance for one in report.scenarios if one.scenario not in lacking}
     assert made == {name: balance for name, balance in BALANCES.items() if name not in lacking}
-    assert {one.outcome for one in report.scenarios if one.scenario not in lacking} == {Outcome.CREATED}
+    assert {one.outcome for one in report.scenarios if one.scenario not in lacking} == {ScenarioOutcome.CREATED}
     with any_world.engine.connect() as conn:
         for one in report.scenarios:
             if one.scenario not in lacking:
@@ -699,12 +699,12 @@ def test_keys_that_the_host_generates_always(host_app: Callable[..., World]) -> 
     big = HostMapping(users=UsersTable(key_type="bigint"), workshops=WorkshopsTable(key_type="bigint"))
     world = host_app(IDENTITY, big)
     report = plant(world)
-    assert {one.outcome for one in report.scenarios} == {Outcome.CREATED}
+    assert {one.outcome for one in report.scenarios} == {ScenarioOutcome.CREATED}
     assert {one.scenario: one.balance for one in report.scenarios} == BALANCES
     with world.engine.begin() as conn:
         assert conn.exec_driver_sql("INSERT INTO users DEFAULT VALUES RETURNING id").scalar() == 1
         assert conn.exec_driver_sql("SELECT min(number) FROM workshops").scalar() > 0
-    assert {one.outcome for one in uproot(world).scenarios} == {Outcome.REMOVED}
+    assert {one.outcome for one in uproot(world).scenarios} == {ScenarioOutcome.REMOVED}
 
 
 def test_columns_that_must_be_given_are_given(host_app: Callable[..., World]) -> None:

@@ -48,7 +48,7 @@ assert "tallystick.stripe" not in sys.modules
 
 asking = config.model_copy(update={"stripe_secret_key": "sk_test_x"})
 link = LocalLink()
-operator = TestClient(console(asking, engine=engine, door=link, allow_actions=True), base_url="http://127.0.0.1:8420")
+operator = TestClient(console(asking, engine=engine, sign_in=link, allow_actions=True), base_url="http://127.0.0.1:8420")
 assert "Overview" in operator.get("/enter", params={"token": link.token}).text
 """
 

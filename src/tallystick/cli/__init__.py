@@ -10,8 +10,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from tallystick.cli import (  # noqa: F401 - each adds its commands to the app
     backups,
-    client,
-    database,
+    clients,
     develop,
     ledger,
     migrations,

@@ -19,7 +19,7 @@ from tallystick.cli.migrations import show_plan
 from tallystick.config import Config
 from tallystick.database import connect, engine
 from tallystick.dev import seed
-from tallystick.dev.demo import PACKS, Traffic, build_host_app, crowd
+from tallystick.dev.demo_app import PACKS, Traffic, build_host_app, crowd
 from tallystick.dev.postgres import Server
 from tallystick.dev.stripe import DevStripe
 from tallystick.errors import DevStripeError
@@ -47,7 +47,7 @@ def run(console: Console, *, users: int = 200_000, workshops: int = 300_000, sec
     with tempfile.TemporaryDirectory(prefix="tallystick-demo-") as folder:
         Path(folder).chmod(0o755)  # root's server runs as another account, which must get in
         with Server(Path(folder, "server")) as server:
-            story = _Story(console, server, kept)
+            story = _Demo(console, server, kept)
             story.adopt(users, workshops)
             story.migrate()
             story.sell(seconds)
@@ -90,7 +90,7 @@ class _Promises:
         return made
 
 
-class _Story:
+class _Demo:
     """One telling; each method is a chapter."""
 
     def __init__(self, console: Console, server: Server, kept: _Promises) -> None:

@@ -340,7 +340,7 @@ def audit(
             shown.add_row(name, purpose)
         emit(listing, lambda: out.print(shown), as_json=as_json)
         return
-    parts: list[auditing.Report] = []
+    parts: list[auditing.AuditReport] = []
     with mapped(ctx) as (conn, config):
         try:
             with progress_bar("Auditing") as progress:
@@ -367,7 +367,7 @@ def audit(
         raise typer.Exit(1)
 
 
-def show_audit(report: auditing.Report) -> None:
+def show_audit(report: auditing.AuditReport) -> None:
     """A report as an operator reads it: the verdict first."""
     size = f"{report.users:,} users and {report.rows:,} credit transactions in {report.seconds:.1f} s"
     faults = sum(finding.fault for finding in report.findings)
@@ -381,7 +381,7 @@ def show_audit(report: auditing.Report) -> None:
     show_findings(report)
 
 
-def show_findings(report: auditing.Report) -> None:
+def show_findings(report: auditing.AuditReport) -> None:
     """Each with where it is and what to do about it."""
     for finding in report.findings:
         out.print()

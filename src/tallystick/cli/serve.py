@@ -18,7 +18,7 @@ from tallystick.errors import ConfigError
 from tallystick.schema import agreed, verify
 
 if TYPE_CHECKING:
-    from tallystick.web.console import Door
+    from tallystick.web.console import SignIn
 
 SHUTDOWN_S = 5  # Ctrl-C waits no longer for browsers that keep a connection open
 
@@ -58,15 +58,15 @@ def serve(
     with invocation(ctx).database() as config, _listen(host, port) as listening:
         where, port = listening.getsockname()[:2]
         local = ipaddress.ip_address(where).is_loopback  # whatever name it was given by
-        door, address = _door(config.console, host, port, local=local)
+        sign_in, address = _sign_in(config.console, host, port, local=local)
         pool = engine(database_address(config), pool_size=5, pool_pre_ping=True)
         try:
             with connect(database_address(config)) as conn:
                 verify(conn)
                 config = agreed(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
-            pages = console.console(config, engine=pool, door=door, address=address, allow_actions=allow_actions)
-            if isinstance(door, console.LocalLink):
-                out.print(f"The console is at {address}/enter?token={door.token}", markup=False)
+            pages = console.console(config, engine=pool, sign_in=sign_in, address=address, allow_actions=allow_actions)
+            if isinstance(sign_in, console.LocalLink):
+                out.print(f"The console is at {address}/enter?token={sign_in.token}", markup=False)
                 out.print("The link works once, within 15 minutes. Stop with Ctrl-C.")
             else:
                 out.print(f"The console is at {address}/. Stop with Ctrl-C.", markup=False)
@@ -102,7 +102,7 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _door(access: ConsoleAccess, host: str, port: int, *, local: bool) -> tuple[Door, str]:
+def _sign_in(access: ConsoleAccess, host: str, port: int, *, local: bool) -> tuple[SignIn, str]:
     """The way operators sign in, and the address they see. Raises ConfigError where that would be nobody's choice."""
     from tallystick.web.console import LocalLink, Passwords, TrustedProxy  # noqa: PLC0415 - as above
 

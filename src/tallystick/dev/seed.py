@@ -60,7 +60,7 @@ Bind = sa.Engine | sa.Connection
 Needs = Literal["workshops", "created_at"]
 
 
-class Outcome(StrEnum):
+class ScenarioOutcome(StrEnum):
     """The result of a scenario."""
 
     CREATED = "created"
@@ -80,7 +80,7 @@ class Seeded:
     scenario: str
     user: Key
     balance: int | None
-    outcome: Outcome
+    outcome: ScenarioOutcome
     reason: str | None = None
 
 
@@ -93,7 +93,7 @@ class SeedReport:
     @property
     def changed(self) -> bool:
         """True where anything was made or removed."""
-        return any(one.outcome in (Outcome.CREATED, Outcome.REMOVED) for one in self.scenarios)
+        return any(one.outcome in (ScenarioOutcome.CREATED, ScenarioOutcome.REMOVED) for one in self.scenarios)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,7 +236,7 @@ def reset(
                 scenario=scenario.name,
                 user=user,
                 balance=None,
-                outcome=Outcome.REMOVED if scenario.name in removed else Outcome.ABSENT,
+                outcome=ScenarioOutcome.REMOVED if scenario.name in removed else ScenarioOutcome.ABSENT,
             )
             for user, scenario in users.items()
         )
@@ -283,13 +283,13 @@ def _seed_one(bind: Bind, ledger: Ledger, host: _HostTables, scenario: Scenario)
     user = scenario.user_key(schema)
     unmet = scenario.unmet(schema)
     if unmet is not None:
-        return Seeded(scenario=scenario.name, user=user, balance=None, outcome=Outcome.SKIPPED, reason=unmet)
+        return Seeded(scenario=scenario.name, user=user, balance=None, outcome=ScenarioOutcome.SKIPPED, reason=unmet)
     with host.obeyed(), _transaction(bind) as conn:
-        outcome = Outcome.UNCHANGED
+        outcome = ScenarioOutcome.UNCHANGED
         if not _present(conn, schema, [scenario]):
             host.insert_user(conn, scenario)
             scenario.tell(_Story(conn, ledger, host, scenario))
-            outcome = Outcome.CREATED
+            outcome = ScenarioOutcome.CREATED
         balance = ledger.balance(conn, user)
     return Seeded(scenario=scenario.name, user=user, balance=balance, outcome=outcome)
 

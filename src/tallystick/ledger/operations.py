@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from tallystick.config import Config, HostMapping
 from tallystick.errors import InvalidArgument, Key, LedgerError, shown
 from tallystick.ledger.connections import Call, Operation, Rows, document, key, moment, uuid
-from tallystick.ledger.outcomes import DONE, REPLAYED, Refused, error_of
+from tallystick.ledger.outcomes import DONE, REPLAYED, Refusal, error_of
 from tallystick.schema import INT64_MAX, CreditTransactionStatus, CreditTransactionType, Schema, mapping_of
 
 TEXT_MAX = 10_000
@@ -448,7 +448,7 @@ class Ledger:
         def read(rows: Rows) -> Access:
             ((outcome, _, is_open, reason, *_),) = rows
             if outcome != DONE:
-                raise error_of(outcome, Refused(arguments))
+                raise error_of(outcome, Refusal(arguments))
             return Access(open=is_open, reason=AccessReason(reason))
 
         return Call("access", arguments, read)
@@ -547,7 +547,7 @@ def _answered(row: Sequence[Any], arguments: Mapping[str, Any]) -> CreditTransac
 def _refusal(row: Sequence[Any], arguments: Mapping[str, Any]) -> Exception:
     return error_of(
         row[0],
-        Refused(
+        Refusal(
             arguments,
             id=uuid(row[1]),
             status=row[4],

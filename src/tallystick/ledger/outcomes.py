@@ -38,7 +38,7 @@ from tallystick.errors import (
 DONE, REPLAYED = "completed", "replayed"
 
 
-class Refused(NamedTuple):
+class Refusal(NamedTuple):
     """A refusal: the call's arguments, and what the answer says of it."""
 
     arguments: Mapping[str, Any]
@@ -72,7 +72,7 @@ class Refused(NamedTuple):
         return shlex.quote(str(self.user))
 
 
-def error_of(outcome: str, refused: Refused) -> TallystickError:
+def error_of(outcome: str, refused: Refusal) -> TallystickError:
     """The error for a refusal, with its fields and its message."""
     made = ERRORS.get(outcome)
     if made is None:
@@ -88,7 +88,7 @@ def counted(credits: int) -> str:
     return f"{credits} credit" if credits in (1, -1) else f"{credits} credits"
 
 
-def _invalid_argument(r: Refused) -> LedgerError:
+def _invalid_argument(r: Refusal) -> LedgerError:
     argument = str(r.detail.get("argument"))
     value = r.arguments.get(argument)
     return InvalidArgument(
@@ -96,30 +96,30 @@ def _invalid_argument(r: Refused) -> LedgerError:
     )
 
 
-def _unknown_user(r: Refused) -> LedgerError:
+def _unknown_user(r: Refusal) -> LedgerError:
     return UnknownUser(f"no user {shown(r.user)}. Is it the mapped key (host.users.key)?", user=r.user)
 
 
-def _user_deleted(r: Refused) -> LedgerError:
+def _user_deleted(r: Refusal) -> LedgerError:
     return UserDeleted(
         f"user {r.user} was deleted at {_minute(r)}. To bring the user back: Accounts.restore_user", user=r.user
     )
 
 
-def _unknown_workshop(r: Refused) -> LedgerError:
+def _unknown_workshop(r: Refusal) -> LedgerError:
     return UnknownWorkshop(
         f"no workshop {shown(r.workshop)}. Is it the mapped key (host.workshops.key)?", workshop=r.workshop
     )
 
 
-def _workshop_deleted(r: Refused) -> LedgerError:
+def _workshop_deleted(r: Refusal) -> LedgerError:
     return WorkshopDeleted(
         f"workshop {r.workshop} was deleted at {_minute(r)}. To bring it back: Accounts.restore_workshop",
         workshop=r.workshop,
     )
 
 
-def _workshop_not_owned(r: Refused) -> LedgerError:
+def _workshop_not_owned(r: Refusal) -> LedgerError:
     return WorkshopNotOwned(
         f"workshop {r.workshop} belongs to another user than {r.user}. Only its owner can unlock it",
         workshop=r.workshop,
@@ -127,7 +127,7 @@ def _workshop_not_owned(r: Refused) -> LedgerError:
     )
 
 
-def _workshop_unaccounted(r: Refused) -> LedgerError:
+def _workshop_unaccounted(r: Refusal) -> LedgerError:
     return WorkshopUnaccounted(
         f"workshop {r.workshop} is marked as unlocked, but no consumption paid for it. Nothing was charged. "
         f"Look with: tallystick audit --user {r.command}",
@@ -135,7 +135,7 @@ def _workshop_unaccounted(r: Refused) -> LedgerError:
     )
 
 
-def _unknown_purchase(r: Refused) -> LedgerError:
+def _unknown_purchase(r: Refusal) -> LedgerError:
     return UnknownPurchase(
         f"user {r.user} has no purchase {r.purchase}. Look with: tallystick history {r.command}",
         user=r.user,
@@ -143,7 +143,7 @@ def _unknown_purchase(r: Refused) -> LedgerError:
     )
 
 
-def _purchase_not_pending(r: Refused) -> LedgerError:
+def _purchase_not_pending(r: Refusal) -> LedgerError:
     return PurchaseNotPending(
         f"purchase {r.id} is {r.status} and cannot fail. To take its credits back: ledger.refund",
         purchase=r.id,
@@ -151,7 +151,7 @@ def _purchase_not_pending(r: Refused) -> LedgerError:
     )
 
 
-def _purchase_not_completed(r: Refused) -> LedgerError:
+def _purchase_not_completed(r: Refusal) -> LedgerError:
     return PurchaseNotCompleted(
         f"purchase {r.id} is {r.status}; there is nothing to take back. To give it up: ledger.fail_purchase",
         purchase=r.id,
@@ -159,7 +159,7 @@ def _purchase_not_completed(r: Refused) -> LedgerError:
     )
 
 
-def _session_conflict(r: Refused) -> LedgerError:
+def _session_conflict(r: Refusal) -> LedgerError:
     asked = r.arguments.get("stripe_session_id")
     holder = r.detail.get("held_by")
     message = (
@@ -171,7 +171,7 @@ def _session_conflict(r: Refused) -> LedgerError:
     return SessionConflict(message, purchase=r.id, stripe_session_id=asked)
 
 
-def _stripe_customer_conflict(r: Refused) -> LedgerError:
+def _stripe_customer_conflict(r: Refusal) -> LedgerError:
     customer = r.arguments.get("stripe_customer_id")
     reason = (
         f"the user has {r.detail['has']}. To change it: replace=True"
@@ -183,7 +183,7 @@ def _stripe_customer_conflict(r: Refused) -> LedgerError:
     )
 
 
-def _insufficient_credits(r: Refused) -> LedgerError:
+def _insufficient_credits(r: Refusal) -> LedgerError:
     return InsufficientCredits(
         f"user {r.user} has {counted(r.balance)} and this takes {counted(r.required)}. "
         "Sell a pack first (ledger.start_purchase), or give credits: tallystick grant",
@@ -193,11 +193,11 @@ def _insufficient_credits(r: Refused) -> LedgerError:
     )
 
 
-def _asked(r: Refused) -> int:
+def _asked(r: Refusal) -> int:
     return int(r.remaining if r.required is None else r.required)
 
 
-def _refund_exceeds_purchase(r: Refused) -> LedgerError:
+def _refund_exceeds_purchase(r: Refusal) -> LedgerError:
     return RefundExceedsPurchase(
         f"purchase {r.id} has {counted(r.remaining)} left to refund of {counted(r.amount)}; "
         f"asked: {'all' if r.required is None else r.required}",
@@ -207,7 +207,7 @@ def _refund_exceeds_purchase(r: Refused) -> LedgerError:
     )
 
 
-def _reinstatement_exceeds_refunds(r: Refused) -> LedgerError:
+def _reinstatement_exceeds_refunds(r: Refusal) -> LedgerError:
     return ReinstatementExceedsRefunds(
         f"refunds took {counted(r.remaining)} of purchase {r.id}; "
         f"asked to give back: {'all' if r.required is None else r.required}. To give more: ledger.grant",
@@ -217,7 +217,7 @@ def _reinstatement_exceeds_refunds(r: Refused) -> LedgerError:
     )
 
 
-def _balance_out_of_range(r: Refused) -> LedgerError:
+def _balance_out_of_range(r: Refusal) -> LedgerError:
     moved = r.amount if r.required is None else r.required
     return BalanceOutOfRange(
         f"user {r.user} has {counted(r.balance)}; a change by {moved} leaves the range of a balance. "
@@ -228,7 +228,7 @@ def _balance_out_of_range(r: Refused) -> LedgerError:
     )
 
 
-def _idempotency_key_reused(r: Refused) -> LedgerError:
+def _idempotency_key_reused(r: Refusal) -> LedgerError:
     key = r.arguments.get("key") or str(r.purchase)
     differs = {
         name: (_typed(name, before), _typed(name, now)) for name, (before, now) in r.detail.get("differs", {}).items()
@@ -243,7 +243,7 @@ def _typed(name: str, value: Any) -> Any:
     return UUID(value) if name == "refund_of" and value is not None else value
 
 
-def _ledger_inconsistent(r: Refused) -> LedgerError:
+def _ledger_inconsistent(r: Refusal) -> LedgerError:
     return LedgerInconsistent(
         f"the row of user {r.user} says {r.detail.get('sequence')} completed rows, and the ledger has more. "
         f"Nothing was written. Look with: tallystick audit --user {r.command}",
@@ -251,11 +251,11 @@ def _ledger_inconsistent(r: Refused) -> LedgerError:
     )
 
 
-def _minute(r: Refused) -> str:
+def _minute(r: Refusal) -> str:
     return str(r.detail.get("deleted_at", ""))[:16].replace("T", " ")
 
 
-ERRORS: Mapping[str, Callable[[Refused], LedgerError]] = {
+ERRORS: Mapping[str, Callable[[Refusal], LedgerError]] = {
     "invalid_argument": _invalid_argument,
     "unknown_user": _unknown_user,
     "user_deleted": _user_deleted,

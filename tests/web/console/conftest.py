@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 
-from tallystick.web.console import Door, LocalLink, console
+from tallystick.web.console import LocalLink, SignIn, console
 from worlds import SHAPES, World
 
 ADDRESS = "http://127.0.0.1:8420"
@@ -41,13 +41,13 @@ def open_console() -> Iterator[Callable[..., Visitor]]:
     """``open_console(world, **options) -> Visitor`` who has come in by the link."""
     with ExitStack() as stack:
 
-        def make(world: World, *, address: str = ADDRESS, door: Door | None = None, **options: Any) -> Visitor:
+        def make(world: World, *, address: str = ADDRESS, sign_in: SignIn | None = None, **options: Any) -> Visitor:
             link = LocalLink()
             engine = sa.create_engine(world.url)
             stack.callback(engine.dispose)
-            app = console(world.config, engine=engine, door=door or link, address=address, **options)
+            app = console(world.config, engine=engine, sign_in=sign_in or link, address=address, **options)
             visitor = Visitor(app, address=address)
-            if door is None:
+            if sign_in is None:
                 assert visitor.get("/enter", params={"token": link.token}).status_code == 303
             return visitor
 
@@ -63,7 +63,7 @@ def console_of_shape(server: Any, _templates: Callable[[str], str]) -> Iterator[
         if shape not in made:
             link = LocalLink()
             world = World(server.create_database(f"console_{shape}", template=_templates(shape)), SHAPES[shape].host)
-            made[shape] = Visitor(console(world.config, engine=world.engine, door=link, allow_actions=True))
+            made[shape] = Visitor(console(world.config, engine=world.engine, sign_in=link, allow_actions=True))
             assert made[shape].get("/enter", params={"token": link.token}).status_code == 303
         return made[shape]
 

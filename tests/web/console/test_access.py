@@ -36,8 +36,9 @@ METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"]
 @pytest.mark.parametrize("way_in", ["link", "password", "proxy"])
 def test_without_a_log_in_there_is_nothing(world, open_console, way_in, hashed):
     user = world.user(credits=7)
-    door = {"link": LocalLink(), "password": Passwords({"anna": hashed}), "proxy": TrustedProxy(["10.0.0.5"])}[way_in]
-    visitor = open_console(world, door=door, allow_actions=True)
+    ways = {"link": LocalLink(), "password": Passwords({"anna": hashed}), "proxy": TrustedProxy(["10.0.0.5"])}
+    sign_in = ways[way_in]
+    visitor = open_console(world, sign_in=sign_in, allow_actions=True)
     for path in PATHS:
         for method in METHODS:
             asked = path.replace("key=x", f"key={user}")
@@ -52,7 +53,7 @@ def test_without_a_log_in_there_is_nothing(world, open_console, way_in, hashed):
 
 def test_the_link_works_once(world, open_console):
     link = LocalLink()
-    first = open_console(world, door=link)
+    first = open_console(world, sign_in=link)
     assert first.get("/users").status_code == 401
     assert first.head("/enter", params={"token": link.token}).status_code == 401  # a preview does not use it up
     assert first.get("/enter", params={"token": link.token}).status_code == 303
@@ -66,7 +67,7 @@ def test_the_link_works_once(world, open_console):
 
 def test_the_link_ages(world, open_console, monkeypatch):
     link = LocalLink()
-    visitor = open_console(world, door=link)
+    visitor = open_console(world, sign_in=link)
     now = doors.time.monotonic()
     monkeypatch.setattr(doors.time, "monotonic", lambda: now + doors.LINK_S + 1)
     assert visitor.get("/enter", params={"token": link.token}).status_code == 401
@@ -104,9 +105,9 @@ def test_a_session_of_another_process_is_none(world, open_console):
 
 
 def test_the_cookie_is_kept_from_scripts_and_other_sites(world, open_console, hashed):
-    door = Passwords({"anna": hashed})
+    sign_in = Passwords({"anna": hashed})
     for address, secure in (("http://127.0.0.1:8420", False), ("https://console.example.com", True)):
-        visitor = open_console(world, door=door, address=address)
+        visitor = open_console(world, sign_in=sign_in, address=address)
         cookie = visitor.post("/login", data={"name": "anna", "password": "open sesame"}).headers["set-cookie"]
         assert "HttpOnly" in cookie
         assert "SameSite=Strict" in cookie
@@ -130,7 +131,7 @@ def test_this_machine_has_several_names(world, open_console, host):
 
 
 def test_a_password_lets_its_operator_in(world, open_console, hashed):
-    visitor = open_console(world, door=Passwords({"anna": hashed, "bo": hash_password("other")}))
+    visitor = open_console(world, sign_in=Passwords({"anna": hashed, "bo": hash_password("other")}))
     assert visitor.get("/users").headers["location"] == "/login"
     assert "Password" in visitor.get("/login").text
     for name, password in (
@@ -148,30 +149,30 @@ def test_a_password_lets_its_operator_in(world, open_console, hashed):
 
 
 def test_guessing_is_slowed_down(monkeypatch, hashed):
-    door = Passwords({"anna": hashed, "bo": hashed})
+    sign_in = Passwords({"anna": hashed, "bo": hashed})
     clock = [1000.0]
     monkeypatch.setattr(doors.time, "monotonic", lambda: clock[0])
     for _ in range(Passwords.PER_NAME):
-        assert door.check("anna", "guess") is None
+        assert sign_in.check("anna", "guess") is None
     with pytest.raises(TooMany) as refusal:
-        door.check("anna", "open sesame")  # even the right one waits
+        sign_in.check("anna", "open sesame")  # even the right one waits
     assert refusal.value.seconds == 60
-    assert door.check("bo", "open sesame") == "bo"
+    assert sign_in.check("bo", "open sesame") == "bo"
     clock[0] += 60.1
-    assert door.check("anna", "open sesame") == "anna"
+    assert sign_in.check("anna", "open sesame") == "anna"
 
 
 def test_guessing_many_names_is_slowed_down(monkeypatch, hashed):
-    door = Passwords({"anna": hashed})
+    sign_in = Passwords({"anna": hashed})
     monkeypatch.setattr(doors, "_verify", lambda stored, password: False)  # thirty hashes take long; counting does not
     for number in range(Passwords.IN_ALL):
-        assert door.check(f"name {number}", "guess") is None
+        assert sign_in.check(f"name {number}", "guess") is None
     with pytest.raises(TooMany):
-        door.check("anna", "open sesame")
+        sign_in.check("anna", "open sesame")
 
 
 def test_too_many_log_ins_are_told_when_to_come_back(world, open_console, hashed):
-    visitor = open_console(world, door=Passwords({"anna": hashed}))
+    visitor = open_console(world, sign_in=Passwords({"anna": hashed}))
     answers = [
         visitor.post("/login", data={"name": "anna", "password": "guess"}) for _ in range(Passwords.PER_NAME + 1)
     ]
@@ -180,7 +181,7 @@ def test_too_many_log_ins_are_told_when_to_come_back(world, open_console, hashed
 
 
 def test_a_log_in_from_another_site_is_refused(world, open_console, hashed):
-    visitor = open_console(world, door=Passwords({"anna": hashed}))
+    visitor = open_console(world, sign_in=Passwords({"anna": hashed}))
     right = {"name": "anna", "password": "open sesame"}
     assert visitor.post("/login", data=right, headers={"Origin": "https://evil.example"}).status_code == 403
     assert visitor.post("/login", data=right, headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
@@ -215,7 +216,7 @@ def test_a_broken_hash_lets_nobody_in(stored):
     ],
 )
 def test_only_the_named_proxy_is_believed(world, open_console, peer, trusted):
-    visitor = open_console(world, door=TrustedProxy(["10.0.0.5", "10.0.1.0/24"]))
+    visitor = open_console(world, sign_in=TrustedProxy(["10.0.0.5", "10.0.1.0/24"]))
     visitor._transport.client = (peer, 50_000)
     headers = {"X-Forwarded-User": "anna", "X-Forwarded-For": "10.0.0.5", "Forwarded": "for=10.0.0.5"}
     answer = visitor.get("/users", headers=headers)
@@ -235,12 +236,12 @@ def test_only_the_named_proxy_is_believed(world, open_console, peer, trusted):
     ],
 )
 def test_a_proxy_that_names_nobody_lets_nobody_in(world, open_console, headers):
-    visitor = open_console(world, door=TrustedProxy(["127.0.0.1"]))
+    visitor = open_console(world, sign_in=TrustedProxy(["127.0.0.1"]))
     assert visitor.get("/users", headers=headers).status_code == 401
 
 
 def test_behind_a_proxy_a_cookie_alone_opens_nothing(world, open_console):
-    visitor = open_console(world, door=TrustedProxy(["127.0.0.1"]))
+    visitor = open_console(world, sign_in=TrustedProxy(["127.0.0.1"]))
     anna = {"X-Forwarded-User": "anna"}
     assert visitor.get("/users", headers=anna).status_code == 200
     assert visitor.cookies[COOKIE]
@@ -249,7 +250,7 @@ def test_behind_a_proxy_a_cookie_alone_opens_nothing(world, open_console):
 
 
 def test_behind_a_proxy_forms_need_their_own_operators_token(world, open_console):
-    visitor = open_console(world, door=TrustedProxy(["127.0.0.1"]))
+    visitor = open_console(world, sign_in=TrustedProxy(["127.0.0.1"]))
     visitor.headers["X-Forwarded-User"] = "anna"
     token = visitor.token()
     assert visitor.post("/audit/run", data={"token": token}).status_code == 303
@@ -324,7 +325,7 @@ def test_what_comes_in_cannot_add_a_header(world, open_console):
 
 def test_log_ins_and_refusals_are_logged(world, open_console, hashed, caplog):
     caplog.set_level(logging.INFO, "tallystick.console")
-    visitor = open_console(world, door=Passwords({"anna": hashed}))
+    visitor = open_console(world, sign_in=Passwords({"anna": hashed}))
     visitor.post("/login", data={"name": "mal\nlory", "password": "x"})
     visitor.post("/login", data={"name": "anna", "password": "open sesame"})
     text = "\n".join(record.getMessage() for record in caplog.records)

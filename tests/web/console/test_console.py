@@ -515,7 +515,7 @@ def test_another_users_purchase_cannot_be_refunded_here(world, open_console):
 def test_it_can_be_mounted_below_a_path(world):
     link = LocalLink()
     app = Starlette(
-        routes=[Mount("/ops", console(world.config, engine=world.engine, door=link, address="http://shop"))]
+        routes=[Mount("/ops", console(world.config, engine=world.engine, sign_in=link, address="http://shop"))]
     )
     visitor = TestClient(app, base_url="http://shop", follow_redirects=False)
     user = world.user(credits=1)

@@ -114,8 +114,8 @@ class Served:
         self.address = f"http://127.0.0.1:{self.listening.getsockname()[1]}"
         self.link = LocalLink()
         self.engine = sa.create_engine(world.url)
-        door = self.link if passwords is None else Passwords(passwords)
-        app = console(world.config, engine=self.engine, door=door, address=self.address, **options)
+        sign_in = self.link if passwords is None else Passwords(passwords)
+        app = console(world.config, engine=self.engine, sign_in=sign_in, address=self.address, **options)
         settings = uvicorn.Config(
             app,
             proxy_headers=False,
@@ -138,7 +138,7 @@ class Served:
         self.engine.dispose()
 
     @property
-    def door(self):
+    def sign_in(self):
         return f"{self.address}/enter?token={self.link.token}"
 
 
@@ -158,7 +158,7 @@ def visit(browser):
         page.set_default_timeout(PATIENCE_MS)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda said: complaints.append(said.text) if is_fault(said) else None)
-        page.goto(at.door)
+        page.goto(at.sign_in)
         return page
 
     yield open_page

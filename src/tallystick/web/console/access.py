@@ -172,7 +172,7 @@ class TrustedProxy:
         return name if 0 < len(name) <= OPERATOR_MAX and name.isprintable() else None
 
 
-Door = LocalLink | Passwords | TrustedProxy
+SignIn = LocalLink | Passwords | TrustedProxy
 
 
 def hash_password(password: str) -> str:

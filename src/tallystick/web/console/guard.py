@@ -1,4 +1,4 @@
-"""The one way in. Every request passes here before any page: its host, door, session and form token are checked.
+"""The one way in. Every request passes here before any page: its host, sign_in, session and form token are checked.
 
 Refusing is the default: what is not a file of ours (``/static``) or the log-in needs a session.
 """
@@ -20,11 +20,11 @@ from tallystick.errors import CrossSiteRequest, RequestTooLarge, RequestTooSlow
 from tallystick.web.console.access import (
     COOKIE,
     SESSION_S,
-    Door,
     LocalLink,
     Passwords,
     Session,
     Sessions,
+    SignIn,
     TooMany,
     TrustedProxy,
 )
@@ -49,9 +49,9 @@ class Refused(Exception):  # an answer, not a fault of the database or the ledge
 class Guard:
     """ASGI middleware around the console's pages. ``show(request, template, status=…, **values)`` renders one."""
 
-    def __init__(self, app: ASGIApp, *, door: Door, address: str, show: Show) -> None:
+    def __init__(self, app: ASGIApp, *, sign_in: SignIn, address: str, show: Show) -> None:
         self._app = app
-        self._door = door
+        self._sign_in = sign_in
         self._show = show
         self._sessions = Sessions()
         parts = urlsplit(address)
@@ -127,12 +127,12 @@ class Guard:
     def _session(self, request: Request) -> tuple[Session | None, str | None]:
         """The request's session, and the cookie to set if it is new."""
         session = self._sessions.read(_cookie(request.headers))
-        if not isinstance(self._door, TrustedProxy):
+        if not isinstance(self._sign_in, TrustedProxy):
             return session, None
         # The proxy's word counts on every request: a cookie alone opens nothing.
-        if not self._door.trusts(_peer(request.scope)):
+        if not self._sign_in.trusts(_peer(request.scope)):
             raise Refused(403, "Not from here", "This console is reached through its proxy only.")
-        operator = self._door.operator(request.scope["headers"])
+        operator = self._sign_in.operator(request.scope["headers"])
         if operator is None:
             raise Refused(401, "Who are you?", "The proxy named no operator.")
         if session is not None and session.operator == operator:
@@ -143,10 +143,10 @@ class Guard:
 
     async def _knock(self, request: Request, path: str) -> tuple[Response, str | None]:
         """Answer somebody who is not in: the log-in itself, or the way to it."""
-        door, scope = self._door, request.scope
-        if isinstance(door, LocalLink):
+        sign_in, scope = self._sign_in, request.scope
+        if isinstance(sign_in, LocalLink):
             if path == "/enter" and request.method == "GET":
-                operator = door.redeem(request.query_params.get("token", ""))
+                operator = sign_in.redeem(request.query_params.get("token", ""))
                 if operator is not None:
                     return self._welcome(scope, operator, "link")
                 log.warning("log-in refused by=link peer=%r", _peer(scope))
@@ -156,21 +156,21 @@ class Guard:
                 "Open the link that was printed when the console started. It works once, within 15 minutes. "
                 "For a new one, start it again: tallystick serve",
             )
-        assert isinstance(door, Passwords)  # noqa: S101 - proxies were dealt with
+        assert isinstance(sign_in, Passwords)  # noqa: S101 - proxies were dealt with
         if path == "/login" and request.method == "POST":
-            return await self._log_in(request, door)
+            return await self._log_in(request, sign_in)
         if path == "/login" and request.method in ("GET", "HEAD"):
             return self._show(request, "login.html", error=None, name=""), None
         if request.method in ("GET", "HEAD") and not path.endswith((".json", ".csv")):
             return RedirectResponse(f"{_root(scope)}/login", 303), None
         raise Refused(401, "Not logged in", "Log in first.")
 
-    async def _log_in(self, request: Request, door: Passwords) -> tuple[Response, str | None]:
+    async def _log_in(self, request: Request, sign_in: Passwords) -> tuple[Response, str | None]:
         self._check_origin(request)  # there is no session yet to make a token from
         form = await _form(request)
         name = form.get("name", "")
         try:
-            operator = await run_in_threadpool(door.check, name, form.get("password", ""))
+            operator = await run_in_threadpool(sign_in.check, name, form.get("password", ""))
         except TooMany as error:
             log.warning("log-in refused operator=%r peer=%r too many", name[:100], _peer(request.scope))
             raise Refused(

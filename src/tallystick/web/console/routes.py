@@ -38,7 +38,7 @@ from tallystick.errors import (
     shown,
 )
 from tallystick.web.console import export
-from tallystick.web.console.access import Door
+from tallystick.web.console.access import SignIn
 from tallystick.web.console.actions import Actions, Review, operator_of
 from tallystick.web.console.background import Background
 from tallystick.web.console.guard import Guard
@@ -65,7 +65,7 @@ def console(
     config: Config,
     *,
     engine: sa.Engine,
-    door: Door,
+    sign_in: SignIn,
     address: str = "http://127.0.0.1:8420",
     allow_actions: bool = False,
 ) -> ASGIApp:
@@ -75,17 +75,19 @@ def console(
     and with https the session's cookie is sent over nothing else. Without ``allow_actions`` no page changes anything,
     and all reading is done in read-only transactions.
     """
-    return _Console(config, with_known_settings(engine), door, address, allow_actions=allow_actions).app
+    return _Console(config, with_known_settings(engine), sign_in, address, allow_actions=allow_actions).app
 
 
 class _Console:
-    def __init__(self, config: Config, engine: sa.Engine, door: Door, address: str, *, allow_actions: bool) -> None:
+    def __init__(
+        self, config: Config, engine: sa.Engine, sign_in: SignIn, address: str, *, allow_actions: bool
+    ) -> None:
         self.config = config
         self.queries = Queries(config, engine)
         self.actions = Actions(config, engine) if allow_actions else None
         self.engine = engine
         self.files = StaticFiles("tallystick.web.console", "tallystick.web.shared")
-        self.audit: Background[audit.Report] = Background("audit", self._audit)
+        self.audit: Background[audit.AuditReport] = Background("audit", self._audit)
         self.figures: Background[Figures] = Background(
             "figures", lambda _: self.queries.figures(dt.datetime.now(dt.UTC)), keep_s=60
         )
@@ -149,7 +151,7 @@ class _Console:
                 Exception: self.broken,
             },
         )
-        self.app = Guard(pages, door=door, address=address, show=self.show)
+        self.app = Guard(pages, sign_in=sign_in, address=address, show=self.show)
 
     # --- pages ---
 
@@ -446,7 +448,7 @@ class _Console:
             raise HTTPException(404)
         return Response(found[0], media_type=found[1], headers={"Cache-Control": "no-cache"})
 
-    def _audit(self, progress: Callable[[int, int], None]) -> audit.Report:
+    def _audit(self, progress: Callable[[int, int], None]) -> audit.AuditReport:
         with translated(connecting=True):
             conn = self.engine.connect()
         with conn:  # without a transaction: each range of the audit is one of its own, read-only as all unasked reading
