@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session, registry
 
 from tallystick import AccessReason, InsufficientCredits
 from tallystick import errors as e
+from tallystick.audit import audit
 from tallystick.schema import INT32_MAX, CreditTransactionStatus, CreditTransactionType
 from worlds import World
 
@@ -135,6 +136,27 @@ def test_a_key_is_one_users_own(world: World):
     with world.engine.begin() as conn:
         for user in (world.user(credits=1), world.user(credits=1)):
             assert not world.ledger.consume(conn, user, key="the same words").replayed
+
+
+@pytest.mark.parametrize("state", ["pending", "failed"])
+def test_a_number_that_the_buyer_chose_is_granted_and_is_the_rows_from_then_on(world: World, state: str):
+    user = world.user()
+    with world.engine.begin() as conn:
+        bought = world.ledger.start_purchase(conn, user, credits=3, description="A pack")
+        if state == "failed":
+            world.ledger.fail_purchase(conn, user, purchase=bought.id, reason="expired")
+        for wrong in (0, -1, 2**31):
+            with pytest.raises(e.InvalidArgument):
+                world.ledger.complete_purchase(conn, user, purchase=bought.id, credits=wrong)
+        done = world.ledger.complete_purchase(conn, user, purchase=bought.id, credits=9)
+        assert (done.amount, done.balance_after) == (9, 9)
+        assert world.ledger.complete_purchase(conn, user, purchase=bought.id, credits=9).replayed
+        assert world.ledger.complete_purchase(conn, user, purchase=bought.id).amount == 9
+        with pytest.raises(e.IdempotencyKeyReused, match="amount"):
+            world.ledger.complete_purchase(conn, user, purchase=bought.id, credits=3)
+        world.ledger.refund(conn, user, bought.id, key="all of it")
+        assert world.ledger.balance(conn, user) == 0
+        assert audit(conn, world.config).clean
 
 
 def test_a_completion_told_with_another_amount_is_refused(world: World):

@@ -190,10 +190,15 @@ class Pack:
     refund_rounding: Rounding | None = None
 
 
+QUANTITY_MAX = 999
+"""The largest number of packs in one purchase."""
+
 _NOT_FOR_CREDITS = {
-    "adjustable_quantity": "the purchase is written before the buyer is at Stripe; pass quantity to checkout",
     "mode": "credits are sold by one-time payments",
     "line_items": "a session sells one pack, so that its money stands for its credits",
+    "optional_items": "a session sells one pack, so that its money stands for its credits",
+    "discounts": "less would be paid than is on record; let the buyer enter a code with promotion_codes",
+    "after_expiration": "a recovered session would pay for a purchase that has failed",
     "customer": "it is the user's, made and kept by checkout",
     "metadata": "it proves which purchase is paid",
     "client_reference_id": "it is the purchase's id",
@@ -218,11 +223,18 @@ def _for_credits(value: object) -> object:
 class CheckoutOptions:
     """Options of a Stripe Checkout Session that make sense for credits.
 
-    ``promotion_codes`` lets the buyer enter one: the credits stay the pack's, less is paid. ``locale`` is the page's
+    ``promotion_codes`` lets the buyer enter one: the credits stay the pack's, less is paid. ``automatic_tax`` has
+    Stripe Tax compute the tax and add it, unless the price includes it. ``invoice`` makes an invoice of what was paid,
+    and ``tax_ids`` lets a business enter its tax id for it. ``quantity_max`` lets the buyer change the number of packs
+    on Stripe's page, from 1 to this: the credits are those of the number that is paid. ``locale`` is the page's
     language, as in "de". ``submit_text`` stands beside the button.
     """
 
     promotion_codes: bool = False
+    automatic_tax: bool = False
+    invoice: bool = False
+    tax_ids: bool = False
+    quantity_max: Annotated[int, Field(strict=True, ge=1, le=QUANTITY_MAX)] | None = None
     locale: Annotated[str, Field(pattern="^(auto|[a-z]{2,3}(-[A-Z]{2}|-419)?)$")] | None = None
     submit_text: Annotated[str, Field(min_length=1, max_length=1200)] | None = None
 

@@ -134,11 +134,17 @@ FORBIDDEN_CHANGES = [
             "id = gen_random_uuid()",
             "user_id = (SELECT id FROM users WHERE email = 'user 2')",
             "type = 'consumption'",
-            "amount = 4",
             f"refund_of = {PURCHASE_ID}",
             "idempotency_key = 'k'",
             "created_at = created_at + interval '1 s'",
-            f"amount = 4, {COMPLETE}",
+        )
+    ),
+    *(
+        (f"UPDATE credit_transactions SET {change}", "a change of amount")
+        for change in (
+            f"amount = 4 WHERE {WAITING}",
+            f"amount = 4, status = 'failed' WHERE {WAITING}",
+            f"amount = 4 WHERE {DONE}",
         )
     ),
     (f"UPDATE credit_transactions SET workshop_id = NULL WHERE {DONE}", "workshop_id"),
@@ -182,6 +188,11 @@ def test_what_was_paid_is_written_once(ledger: App) -> None:
     ledger.run(f"UPDATE credit_transactions SET amount_paid = 100, currency = 'usd' WHERE {DONE}")
     for change in ("amount_paid = 200", "currency = 'eur'", "amount_paid = NULL, currency = NULL"):
         assert refused(ledger, f"UPDATE credit_transactions SET {change} WHERE {DONE}").sqlstate == "23001"
+
+
+def test_a_number_that_the_buyer_chose_is_written_when_it_is_paid(ledger: App) -> None:
+    ledger.run(f"UPDATE credit_transactions SET amount = 4, {COMPLETE} WHERE {WAITING}")
+    assert ledger.value(f"SELECT amount FROM credit_transactions WHERE {WAITING}") == 4
 
 
 STATES = ("pending", "completed", "failed")

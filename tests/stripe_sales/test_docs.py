@@ -10,13 +10,16 @@ import pytest
 
 from stripe_sales.shop import Shop
 from tallystick import Config, stripe
+from tallystick.stripe.client import client
 from tallystick.stripe.webhooks import HANDLERS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "stripe.md").read_text(encoding="utf-8")
 
 
-def block(language: str) -> str:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[0]
+def block(language: str, holding: str = "") -> str:
+    """The first block of code in this language that holds these words."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    return next(one for one in blocks if holding in one)
 
 
 def test_the_how_to_sells(shop: Shop, tmp_path, monkeypatch):
@@ -44,6 +47,26 @@ def test_the_how_to_sells(shop: Shop, tmp_path, monkeypatch):
     assert names["webhook"](body.encode(), signature) == 200
     assert names["done"](user, session)
     assert shop.balance(user) == 3
+
+
+def test_a_session_of_ones_own_as_the_page_shows_it(shop: Shop):
+    product = {"product": shop.api.products.list().data[0].id, "currency": "usd", "unit_amount": 900}
+    names: dict[str, object] = {
+        "stripe": stripe,
+        "engine": shop.engine,
+        "config": shop.config,
+        "ledger": shop.world.ledger,
+        "client": client(shop.config),
+        "price_id": shop.api.prices.create(product).id,
+    }
+    exec(compile(block("python", "def sell"), "docs/stripe.md", "exec"), names)
+    user = shop.world.user()
+    session = names["sell"](user, "order 7").rsplit("/", 1)[1]
+    assert names["sell"](user, "order 7").endswith(session)
+    shop.dev.pay(session)
+    shop.deliver_all()
+    assert (shop.balance(user), shop.findings()) == (10, [])
+    assert stripe.confirm(shop.engine, shop.config, user, session).granted
 
 
 @pytest.mark.parametrize("kind", stripe.FindingKind)

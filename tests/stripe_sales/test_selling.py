@@ -246,7 +246,183 @@ def test_a_promotion_code_that_was_allowed_is_no_finding(shop: Shop, discount: i
         assert shop.balance(user) == 0
 
 
-@pytest.mark.parametrize("name", ["adjustable_quantity", "mode", "metadata", "shipping_options", "payment_intent_data"])
+@pytest.mark.parametrize("inclusive", [True, False])
+def test_tax_that_was_asked_for_is_no_finding(shop: Shop, inclusive: bool):
+    product = shop.api.products.list().data[0].id
+    with_tax = {"product": product, "currency": "usd", "unit_amount": PRICE}
+    there = shop.api.prices.create({**with_tax, "tax_behavior": "inclusive" if inclusive else "exclusive"}).id
+    shop.configure(packs=(Pack(name=PACK, credits=CREDITS, amount=PRICE, stripe_price_id=there),))
+    user = shop.world.user()
+    options = CheckoutOptions(automatic_tax=True, invoice=True, tax_ids=True)
+    started = shop.checkout(user, options=options)
+    session = shop.api.checkout.sessions.retrieve(started.session)
+    asked = (session.automatic_tax.enabled, session.invoice_creation.enabled, session.tax_id_collection.enabled)
+    assert asked == (True, True, True)
+    shop.dev.pay(started.session, tax=190)
+    shop.deliver_all()
+    paid = PRICE if inclusive else PRICE + 190
+    assert (shop.balance(user), shop.purchase(started).amount_paid, shop.findings()) == (CREDITS, paid, [])
+    shop.dev.refund(shop.intent(started), amount=190)  # the tax, as a share of all that was paid
+    shop.deliver_all()
+    assert shop.balance(user) == CREDITS - CREDITS * 190 // paid
+    shop.dev.refund(shop.intent(started))
+    shop.deliver_all()
+    assert shop.balance(user) == 0
+
+
+def test_tax_that_nobody_asked_for_is_a_finding(shop: Shop):
+    user = shop.world.user()
+    started = shop.checkout(user)
+    said = shop.dev.account.objects["checkout.session"][started.session]
+    said["automatic_tax"]["enabled"] = True  # a default of the account
+    shop.dev.pay(started.session, tax=190)
+    shop.deliver_all()
+    assert (shop.balance(user), shop.findings()) == (CREDITS, ["amount_differs"])
+
+
+def test_a_discount_and_a_tax_and_a_quantity_together(shop: Shop):
+    user = shop.world.user()
+    options = CheckoutOptions(promotion_codes=True, automatic_tax=True, quantity_max=5)
+    started = shop.checkout(user, options=options)
+    shop.dev.pay(started.session, discount=500, tax=250, quantity=3)
+    shop.deliver_all()
+    assert (shop.balance(user), shop.purchase(started).amount_paid) == (3 * CREDITS, 3 * PRICE - 250)
+    assert shop.findings() == []
+
+
+@pytest.mark.parametrize("started_with", [1, 2])
+@pytest.mark.parametrize("chosen", [1, 2, 4])
+def test_the_number_that_the_buyer_chose_is_granted_from_the_row(shop: Shop, started_with: int, chosen: int):
+    user = shop.world.user()
+    started = shop.checkout(user, quantity=started_with, options=CheckoutOptions(quantity_max=4), key="form 1")
+    assert started.purchase.amount == started_with * CREDITS
+    shop.configure(packs=())  # what was on sale counts, not what is
+    shop.dev.pay(started.session, quantity=chosen)
+    assert "granted" in shop.outcomes("checkout.session.completed")
+    purchase = shop.purchase(started)
+    assert (purchase.amount, purchase.amount_paid, shop.findings()) == (chosen * CREDITS, chosen * PRICE, [])
+    assert shop.rows(user) == [("purchase", chosen * CREDITS)]
+    assert shop.checkout(user, key="form 1").purchase.id == purchase.id
+    assert not stripe.reconcile(shop.engine, shop.config).changed
+    shop.dev.refund(shop.intent(started), amount=PRICE)  # of one of them
+    shop.deliver_all()
+    assert shop.balance(user) == (chosen - 1) * CREDITS
+
+
+def test_a_chosen_number_is_found_by_metadata_alone(shop: Shop):
+    user = shop.world.user()
+    shop.dev.fault("POST", "/v1/checkout/sessions", "cut", when="after")
+    shop.dev.fault("POST", "/v1/checkout/sessions", "cut", times=2)
+    with pytest.raises(e.StripeUnavailable):
+        shop.checkout(user, key="form 1", options=CheckoutOptions(quantity_max=3))
+    [session] = shop.api.checkout.sessions.list().data
+    shop.dev.pay(session.id, quantity=3)
+    assert "granted" in shop.outcomes("checkout.session.completed")
+    assert (shop.balance(user), shop.findings()) == (3 * CREDITS, [])
+
+
+def test_a_price_that_is_no_number_of_packs_grants_what_was_started(shop: Shop):
+    user = shop.world.user()
+    started = shop.checkout(user, options=CheckoutOptions(quantity_max=3))
+    session = shop.dev.account.objects["checkout.session"][started.session]
+    session["amount_subtotal"] = PRICE + 1
+    shop.dev.pay(started.session)
+    shop.deliver_all()
+    assert (shop.balance(user), shop.findings()) == (CREDITS, ["amount_differs"])
+
+
+def test_a_buyer_can_choose_no_more_than_the_balance_holds(shop: Shop):
+    user = shop.world.user(credits=INT32_MAX - 2 * CREDITS)
+    started = shop.checkout(user, options=CheckoutOptions(quantity_max=9))
+    with pytest.raises(e.DevStripeError):
+        shop.dev.pay(started.session, quantity=3)
+    shop.dev.pay(started.session, quantity=2)
+    shop.deliver_all()
+    assert shop.balance(user) == INT32_MAX
+    with pytest.raises(e.InvalidArgument, match="from 1 to 2"):
+        shop.checkout(shop.world.user(), quantity=3, options=CheckoutOptions(quantity_max=2))
+
+
+# --- a session of the host's own ---
+
+
+def own_session(shop: Shop, sale: stripe.Sale, *, amount: int = 900, **more: object) -> str:
+    price = {"currency": "usd", "unit_amount": amount, "product_data": {"name": "Ten credits"}}
+    return shop.api.checkout.sessions.create(
+        {
+            "mode": "payment",
+            "line_items": [{"price_data": price, "quantity": 1}],
+            "success_url": f"{ORIGIN}/",
+            "metadata": dict(sale.metadata),
+            **more,
+        },
+        {"idempotency_key": str(sale.purchase.id)},
+    ).id
+
+
+def start_sale(shop: Shop, user: e.Key, **more: object) -> stripe.Sale:
+    terms = {"credits": 10, "amount": 900, "currency": "usd", "description": "Ten credits"}
+    return stripe.start_sale(shop.engine, shop.config, user, **(terms | more))
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_session_of_ones_own_is_granted_compared_and_refunded(shop: Shop, stored: bool):
+    user = shop.world.user()
+    sale = start_sale(shop, user, key="order 7", refund_rounding="up")
+    assert start_sale(shop, user, key="order 7").purchase.id == sale.purchase.id
+    session = own_session(shop, sale)
+    if stored:
+        with shop.engine.begin() as conn:
+            shop.world.ledger.attach_session(conn, user, sale.purchase.id, stripe_session_id=session)
+    shop.dev.pay(session, discount=100)
+    shop.deliver_all()
+    assert (shop.balance(user), shop.findings()) == (10, ["amount_differs"])
+    intent = shop.api.checkout.sessions.retrieve(session).payment_intent
+    shop.dev.refund(str(intent), amount=1)
+    shop.deliver_all()
+    assert shop.balance(user) == 9  # "up", as the sale says
+
+
+@pytest.mark.parametrize("path", ["webhook", "success page", "reconcile"])
+def test_a_session_of_ones_own_at_another_price_grants_nothing(shop: Shop, path: str):
+    user = shop.world.user()
+    session = own_session(shop, start_sale(shop, user), amount=50)
+    shop.dev.pay(session)
+    if path == "success page":
+        with pytest.raises(e.SessionNotYours):
+            stripe.confirm(shop.engine, shop.config, user, session)
+    elif path == "webhook":
+        shop.deliver_all()
+    assert [one.kind for one in stripe.reconcile(shop.engine, shop.config).findings] == ["unproven_session"]
+    assert shop.balance(user) == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"amount": -1}, e.InvalidArgument),
+        ({"amount": 1.5}, e.InvalidArgument),
+        ({"currency": "USD"}, e.InvalidArgument),
+        ({"credits": 0}, e.InvalidArgument),
+        ({"credits": INT32_MAX + 1}, e.InvalidArgument),
+        ({"credits": "10"}, e.InvalidArgument),
+        ({"description": ""}, e.InvalidArgument),
+    ],
+)
+def test_a_sale_that_makes_no_sense_is_not_started(shop: Shop, wrong: dict[str, object], error: type[Exception]):
+    with pytest.raises(error):
+        start_sale(shop, shop.world.user(), **wrong)
+    assert nothing_sent(shop)
+
+
+def test_a_sale_that_the_balance_cannot_hold_is_not_started(shop: Shop):
+    user = shop.world.user(credits=INT32_MAX - 9)
+    with pytest.raises(e.BalanceOutOfRange):
+        start_sale(shop, user)
+    assert shop.written()[0] == 1
+
+
+@pytest.mark.parametrize("name", ["discounts", "mode", "metadata", "shipping_options", "payment_intent_data"])
 def test_an_option_that_makes_no_sense_for_credits_is_refused_by_name(tmp_path, name: str):
     file = tmp_path / "tallystick.toml"
     file.write_text(f"[checkout_options]\n{name} = true\n", encoding="utf-8")

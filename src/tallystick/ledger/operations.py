@@ -176,17 +176,19 @@ class Ledger:
         amount_paid: int | None = None,
         currency: str | None = None,
         stripe_payment_intent_id: str | None = None,
+        credits: int | None = None,
     ) -> Call[CreditTransaction]:
         """Grant what was bought: pending → completed, and the balance grows by the row's own amount.
 
         Find the purchase by its id, by ``stripe_session_id``, or by its id and attach the session in the same call.
         ``amount_paid`` is in minor units of ``currency`` (a three-letter code), both or neither. A failed purchase
         that was paid after all completes too, and its description says so. A soft-deleted user is granted it as well:
-        the money is real. Completing a completed purchase returns it, marked ``replayed``.
+        the money is real. ``credits`` is the number that the buyer chose at the payment, and becomes the row's amount.
+        Completing a completed purchase returns it, marked ``replayed``.
 
         Raises:
-            InvalidArgument, UnknownUser, UnknownPurchase, SessionConflict, BalanceOutOfRange,
-            IdempotencyKeyReused: it was completed before with another amount, currency or payment intent.
+            InvalidArgument, UnknownUser, UnknownPurchase, SessionConflict, BalanceOutOfRange, IdempotencyKeyReused: it
+            was completed before with another amount, currency, payment intent or number of credits.
         """
         _either("purchase", purchase, "stripe_session_id", stripe_session_id)
         if (amount_paid is None) != (currency is None):
@@ -203,6 +205,7 @@ class Ledger:
             amount_paid=None if amount_paid is None else _whole("amount_paid", amount_paid, 0, INT64_MAX),
             currency=None if currency is None else _currency(currency),
             stripe_payment_intent_id=_optional("stripe_payment_intent_id", stripe_payment_intent_id, KEY_MAX),
+            amount=None if credits is None else self._whole("credits", credits),
         )
 
     @Operation

@@ -19,7 +19,7 @@ try:
 except ImportError as error:
     raise ImportError("tallystick.stripe needs Stripe's SDK. Run: pip install 'tallystick[stripe]'") from error
 
-from tallystick.stripe.checkout import Checkout, Confirmation, checkout, confirm
+from tallystick.stripe.checkout import Checkout, Confirmation, Sale, checkout, confirm, start_sale
 from tallystick.stripe.client import API_VERSION
 from tallystick.stripe.customers import CustomerCheck, check_customers
 from tallystick.stripe.reconciliation import Progress, Report, dismiss, reconcile
@@ -45,6 +45,7 @@ __all__ = [
     "Received",
     "RefundPreview",
     "Report",
+    "Sale",
     "Setup",
     "check",
     "check_customers",
@@ -58,4 +59,5 @@ __all__ = [
     "redeliver",
     "refund",
     "setup",
+    "start_sale",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -10,9 +11,10 @@ from uuid import UUID
 
 import sqlalchemy as sa
 import stripe as sdk
+from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.accounts import Account, Accounts
-from tallystick.config import CheckoutOptions, Config, Pack
+from tallystick.config import QUANTITY_MAX, CheckoutOptions, Config, Pack, Rounding
 from tallystick.database import run
 from tallystick.errors import (
     BalanceOutOfRange,
@@ -29,16 +31,15 @@ from tallystick.errors import (
     shown,
 )
 from tallystick.ledger import CreditTransaction
-from tallystick.schema import INT32_MAX, INT64_MAX, stripe_checkouts
+from tallystick.schema import INT64_MAX, stripe_checkouts
 from tallystick.stripe.client import MISSING, Object, ask, every, found, is_live
 from tallystick.stripe.customers import customer_of, replaced
 from tallystick.stripe.effects import PAGE, Effects, failure_of, in_transaction
-from tallystick.stripe.store import METADATA_KEY, REALM_KEY, Outcome
+from tallystick.stripe.store import METADATA_KEY, REALM_KEY, Outcome, Store, store_of
 
 SESSION_PLACEHOLDER = "{CHECKOUT_SESSION_ID}"
 ADDRESS_MAX = 5000  # characters: Stripe's limit for success_url and cancel_url
 SESSION_ID_MAX = 255
-QUANTITY_MAX = 999
 IDEMPOTENCY_KEY_MAX = 255
 CUSTOMERS_MAX = 3  # to try, should one be deleted after the other
 KEPT_S = 86_400  # for how long Stripe keeps an idempotency key at least, so that a session may be made this late
@@ -52,6 +53,17 @@ class Checkout:
     purchase: CreditTransaction
     session: str
     url: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sale:
+    """A purchase that is paid through a session of the host's own.
+
+    ``metadata`` belongs to the session and to its ``payment_intent_data``: it proves which purchase is paid.
+    """
+
+    purchase: CreditTransaction
+    metadata: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +117,67 @@ def checkout(
     if started is None:
         if account.deleted_at is not None:
             raise UserDeleted(f"user {user} was deleted. To bring the user back: Accounts.restore_user", user=user)
-        chosen = pack_named(config, pack)
-        _require_room(effects, account, chosen.credits * _times(quantity), pack)
+        chosen, wished = pack_named(config, pack), options or config.checkout_options
+        room = _room(effects.store, account, chosen.credits * _times(quantity, wished.quantity_max), pack)
         require_price(chosen, price_of(effects.client, chosen), live=is_live(config))
-        request = {"customer": customer_of(effects, account), **addresses, **_asked(options or config.checkout_options)}
+        request = {
+            "customer": customer_of(effects, account),
+            **addresses,
+            **_asked(wished),
+            "line_items": [_item(chosen, quantity, wished.quantity_max, most=room // chosen.credits)],
+        }
         started = in_transaction(
             engine, lambda conn: _start(effects, conn, user, chosen, more=request, key=key, quantity=quantity)
         )
     purchase, request = started
     session = _session(effects, purchase, request)
     return in_transaction(engine, lambda conn: _attached(effects, conn, purchase, session))
+
+
+def start_sale(
+    engine: sa.Engine,
+    config: Config,
+    user: Key,
+    *,
+    credits: int,
+    amount: int,
+    currency: str,
+    description: str,
+    key: str | None = None,
+    refund_rounding: Rounding | None = None,
+) -> Sale:
+    """Start the purchase for a session that you make yourself: the pending row, and the price that it expects.
+
+    ``amount`` is the session's price before discounts and tax, in minor units of ``currency``. Put ``metadata`` into
+    the session; store the session with ``ledger.attach_session``. Nothing is asked of Stripe here.
+
+    Raises:
+        InvalidArgument, UnknownUser, UserDeleted, BalanceOutOfRange, IdempotencyKeyReused: nothing was written.
+    """
+    store = store_of(config)
+
+    def work(conn: sa.Connection) -> Sale:
+        purchase = store.ledger.start_purchase(conn, user, credits=credits, description=description, key=key)
+        if not purchase.replayed:
+            _room(store, Accounts(config).get(conn, user), credits, description)
+        terms = pg.insert(stripe_checkouts).values(
+            purchase_id=purchase.id,
+            amount=amount,
+            currency=currency,
+            rounding=refund_rounding or config.refund_rounding,
+        )
+        run(conn, terms.on_conflict_do_nothing(), {})
+        return Sale(purchase, _mark_of(store, conn, purchase))
+
+    if isinstance(amount, bool) or not isinstance(amount, int) or not 0 <= amount <= INT64_MAX:
+        raise InvalidArgument(
+            f"amount={shown(amount)}: pass a whole number of minor units, 0 or more", argument="amount", value=amount
+        )
+    if not re.fullmatch("[a-z]{3}", currency):
+        raise InvalidArgument(
+            f"currency={shown(currency)}: pass a three-letter code, as usd", argument="currency", value=currency
+        )
+    return in_transaction(engine, work)
 
 
 def confirm(engine: sa.Engine, config: Config, user: Key, session: str) -> Confirmation:
@@ -196,14 +259,23 @@ def require_price(pack: Pack, price: Object | None, *, live: bool) -> None:
 # --- the steps of a checkout ---
 
 
-def _times(quantity: int) -> int:
-    if isinstance(quantity, bool) or not isinstance(quantity, int) or not 1 <= quantity <= QUANTITY_MAX:
+def _times(quantity: int, most: int | None) -> int:
+    most = QUANTITY_MAX if most is None else most
+    if isinstance(quantity, bool) or not isinstance(quantity, int) or not 1 <= quantity <= most:
         raise InvalidArgument(
-            f"quantity={shown(quantity)}: pass a whole number from 1 to {QUANTITY_MAX}",
+            f"quantity={shown(quantity)}: pass a whole number from 1 to {most}",
             argument="quantity",
             value=quantity,
         )
     return quantity
+
+
+def _item(pack: Pack, quantity: int, quantity_max: int | None, *, most: int) -> dict[str, Any]:
+    """The pack as a line item; a buyer may choose no more of them than ``most``, which the balance can hold."""
+    item: dict[str, Any] = {"price": pack.stripe_price_id, "quantity": quantity}
+    if quantity_max is not None:
+        item["adjustable_quantity"] = {"enabled": True, "minimum": 1, "maximum": min(quantity_max, most)}
+    return item
 
 
 def _asked(options: CheckoutOptions) -> dict[str, Any]:
@@ -211,6 +283,16 @@ def _asked(options: CheckoutOptions) -> dict[str, Any]:
     asked: dict[str, Any] = {}
     if options.promotion_codes:
         asked["allow_promotion_codes"] = True
+    if options.automatic_tax:
+        asked["automatic_tax"] = {"enabled": True}
+    if options.invoice:
+        asked["invoice_creation"] = {"enabled": True}
+    if options.tax_ids:
+        asked["tax_id_collection"] = {"enabled": True}
+    # Stripe asks for leave to store what the buyer enters with the customer
+    update = {"address": options.automatic_tax, "name": options.tax_ids}
+    if any(update.values()):
+        asked["customer_update"] = {name: "auto" for name, wanted in update.items() if wanted}
     if options.locale is not None:
         asked["locale"] = options.locale
     if options.submit_text is not None:
@@ -218,18 +300,23 @@ def _asked(options: CheckoutOptions) -> dict[str, Any]:
     return asked
 
 
-def _require_room(effects: Effects, account: Account, credits: int, pack: str) -> None:
-    """Refuse to sell what the balance could not hold when it is paid. Raises BalanceOutOfRange."""
-    is_big = isinstance(effects.store.schema.users.c.credit_balance.type, sa.BigInteger)
-    most = INT64_MAX if is_big else INT32_MAX
+def _room(store: Store, account: Account, credits: int, what: str) -> int:
+    """How many credits the balance can take; a sale of more is refused. Raises BalanceOutOfRange."""
+    most = store.schema.credits_max
     if account.credit_balance + credits > most:
         raise BalanceOutOfRange(
-            f"the pack {pack!r}, {credits} credits, cannot be sold to user {account.user}: the balance is "
+            f"{what!r}, {credits} credits, cannot be sold to user {account.user}: the balance is "
             f"{account.credit_balance}, and none is above {most}. Nothing was sold",
             user=account.user,
             balance=account.credit_balance,
             amount=credits,
         )
+    return most - account.credit_balance
+
+
+def _mark_of(store: Store, conn: sa.Connection, purchase: CreditTransaction) -> dict[str, str]:
+    """The metadata of what pays for a purchase."""
+    return {METADATA_KEY: str(purchase.id), REALM_KEY: store.realm(conn)}
 
 
 def _started(
@@ -263,10 +350,9 @@ def _start(
         key=key,
         stripe_price_id=pack.stripe_price_id,
     )
-    about = {METADATA_KEY: str(purchase.id), REALM_KEY: effects.store.realm(conn)}
+    about = _mark_of(effects.store, conn, purchase)
     request = {
         "mode": "payment",
-        "line_items": [{"price": pack.stripe_price_id, "quantity": quantity}],
         "client_reference_id": str(purchase.id),
         "metadata": about,
         "payment_intent_data": {"metadata": about},

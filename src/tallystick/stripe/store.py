@@ -195,17 +195,59 @@ class Reversal:
 
 
 @dataclass(frozen=True, slots=True)
+class Terms:
+    """The terms of a sale: its price before discounts and tax, and the request that made its session."""
+
+    amount: int
+    currency: str
+    request: Object
+
+    @property
+    def _item(self) -> Object:
+        item: Object = self.request.get("line_items", [{}])[0]
+        return item
+
+    @property
+    def quantity(self) -> int:
+        """The number of packs that the purchase was started with."""
+        return int(self._item.get("quantity", 1))
+
+    def paid_quantity(self, session: Object) -> int | None:
+        """The number of packs that a session is about, as its price says; None for a price that is not on record."""
+        price = session["amount_subtotal"]
+        most = self._item.get("adjustable_quantity", {}).get("maximum")
+        if price is None or session["currency"] != self.currency:
+            return None
+        if most is None or self.amount == 0:
+            return self.quantity if price == self.amount else None
+        number, rest = divmod(price * self.quantity, self.amount)
+        return number if rest == 0 and 1 <= number <= most else None
+
+    def expected_amount(self, session: Object) -> int | None:
+        """The price of a session less the discount and plus the tax that were asked for; None for another price."""
+        if self.paid_quantity(session) is None:
+            return None
+        details = session.get("total_details") or {}
+        amount = int(session["amount_subtotal"])
+        if self.request.get("allow_promotion_codes"):
+            amount -= details.get("amount_discount") or 0
+        tax = (details.get("amount_tax") or 0) if self.request.get("automatic_tax") else 0
+        return amount + tax if amount + tax == session["amount_total"] else amount  # a price may include its tax
+
+
+@dataclass(frozen=True, slots=True)
 class Claim:
     """The purchase that a session pays for, or None.
 
     ``named`` is a purchase of ours that it names without the ``expected`` proof. ``is_foreign`` says that it names
-    none of ours: something else was sold.
+    none of ours: something else was sold. ``terms`` are those on record.
     """
 
     purchase: CreditTransaction | None
     named: UUID | None = None
     expected: str | None = None
     is_foreign: bool = False
+    terms: Terms | None = None
 
 
 def id_of(expandable: object) -> str | None:
@@ -353,11 +395,11 @@ class Store:
         metadata = session.get("metadata") or {}
         marked = as_uuid(metadata.get(METADATA_KEY))
         referred = as_uuid(session.get("client_reference_id"))
-        purchases, terms = self.schema.credit_transactions, stripe_checkouts.c
+        purchases, sold = self.schema.credit_transactions, stripe_checkouts.c
         row = purchases.c
         statement = (
-            sa.select(terms.amount, terms.currency, purchases)
-            .select_from(purchases.outerjoin(stripe_checkouts, terms.purchase_id == row.id))
+            sa.select(sold.amount, sold.currency, sold.request, purchases)
+            .select_from(purchases.outerjoin(stripe_checkouts, sold.purchase_id == row.id))
             .where(
                 row.type == CreditTransactionType.PURCHASE,
                 sa.or_(
@@ -367,8 +409,8 @@ class Store:
             )
         )
         found = [
-            (CreditTransaction(*columns), None if amount is None else (amount, currency))
-            for amount, currency, *columns in run(conn, statement, {})
+            (CreditTransaction(*columns), None if amount is None else Terms(amount, currency, request or {}))
+            for amount, currency, request, *columns in run(conn, statement, {})
         ]
         stored = next((it for it in found if it[0].stripe_session_id == session["id"]), None)
         named = stored or next((it for it in found if it[0].id == marked), None)
@@ -381,12 +423,12 @@ class Store:
                 referring = found[0][0].id
                 return Claim(None, referring, f"metadata {METADATA_KEY}={referring}")
             return Claim(None, is_foreign=marked is None)
-        purchase, price = named
+        purchase, terms = named
         if session["mode"] != "payment":
             return Claim(None, purchase.id, "a session of mode payment")
-        if stored is None and price not in (None, (session["amount_subtotal"], session["currency"])):
-            return Claim(None, purchase.id, "{} {} before discounts and tax".format(*(price or ())))
-        return Claim(purchase)
+        if stored is None and terms is not None and terms.paid_quantity(session) is None:
+            return Claim(None, purchase.id, f"{terms.amount} {terms.currency} before discounts and tax")
+        return Claim(purchase, terms=terms)
 
     def realm(self, conn: DbConnection) -> str:
         """The name of this installation in the metadata of what it sells: the configured one, or the database's own."""
@@ -409,7 +451,7 @@ class Store:
         if purchase is None:
             return self._without_purchase(conn, session, claim)
         self.ledger.lock(conn, purchase.user_id)
-        purchase = self.purchase(conn, id=purchase.id) or purchase  # as of now, under the lock
+        purchase, is_deleted = self._locked(conn, purchase)
         if purchase.stripe_session_id not in (None, session["id"]):
             self.note(
                 conn,
@@ -421,7 +463,11 @@ class Store:
             )
             return Outcome.REFUSED
         if paid:
-            return self._paid(conn, purchase, session, intent)
+            outcome = self._paid(conn, purchase, session, intent, claim.terms)
+            if is_deleted:
+                found = "paid, and granted"
+                self.note(conn, FindingKind.DELETED_USER, session["id"], purchase=purchase.id, found=found)
+            return outcome
         if purchase.status is not PENDING:
             return Outcome.UNCHANGED
         user, mine = purchase.user_id, {"stripe_session_id": session["id"], "stripe_payment_intent_id": intent}
@@ -456,7 +502,9 @@ class Store:
             )
         return Outcome.UNKNOWN
 
-    def _paid(self, conn: DbConnection, purchase: CreditTransaction, session: Object, intent: str | None) -> Outcome:
+    def _paid(
+        self, conn: DbConnection, purchase: CreditTransaction, session: Object, intent: str | None, terms: Terms | None
+    ) -> Outcome:
         outcome = Outcome.UNCHANGED
         if purchase.status is not COMPLETED:
             purchase = self.ledger.complete_purchase(
@@ -467,6 +515,7 @@ class Store:
                 amount_paid=session["amount_total"],
                 currency=session["currency"],
                 stripe_payment_intent_id=intent,
+                credits=_chosen(purchase, session, terms),
             )
             outcome = Outcome.GRANTED
         elif intent is not None and purchase.stripe_payment_intent_id is None:  # completed by the host itself
@@ -477,33 +526,29 @@ class Store:
                 stripe_session_id=session["id"],
                 stripe_payment_intent_id=intent,
             )
-        self._compare(conn, purchase, session)
+        if terms is not None:
+            self._compare(conn, purchase, session, terms)
         settled = self._settle(conn, purchase)
         return outcome if settled is Outcome.UNCHANGED else settled
 
-    def _compare(self, conn: DbConnection, purchase: CreditTransaction, session: Object) -> None:
+    def _locked(self, conn: DbConnection, purchase: CreditTransaction) -> tuple[CreditTransaction, bool]:
+        """The purchase as it is now, under the lock; and whether its user is deleted."""
+        users, purchases = self.schema.users.c, self.schema.credit_transactions
+        deleted = sa.exists().where(users.key == purchase.user_id, users.deleted_at.is_not(None))
+        is_deleted, *columns = run(conn, sa.select(deleted, purchases).where(purchases.c.id == purchase.id), {}).one()
+        return CreditTransaction(*columns), is_deleted
+
+    def _compare(self, conn: DbConnection, purchase: CreditTransaction, session: Object, terms: Terms) -> None:
         """What was granted is the row's own; where the money is another than was on sale, a person should know."""
-        users, sold = self.schema.users, stripe_checkouts.c
-        statement = (
-            sa.select(users.c.deleted_at, sold.amount, sold.currency, sold.request)
-            .select_from(users.outerjoin(stripe_checkouts, sold.purchase_id == purchase.id))
-            .where(users.c.key == purchase.user_id)
-        )
-        deleted_at, amount, currency, request = run(conn, statement, {}).one()
-        customer = (request or {}).get("customer")
-        # a promotion code that was allowed is no difference; a discount that nobody allowed is one
-        allowed = (request or {}).get("allow_promotion_codes") and session["amount_total"] <= session["amount_subtotal"]
-        paid = session["amount_subtotal" if allowed else "amount_total"]
+        expected = terms.expected_amount(session)
         compared = (
-            (FindingKind.AMOUNT_DIFFERS, amount, paid),
-            (FindingKind.CURRENCY_DIFFERS, currency, session["currency"]),
-            (FindingKind.CUSTOMER_DIFFERS, customer, id_of(session.get("customer"))),
+            (FindingKind.AMOUNT_DIFFERS, terms.amount if expected is None else expected, session["amount_total"]),
+            (FindingKind.CURRENCY_DIFFERS, terms.currency, session["currency"]),
+            (FindingKind.CUSTOMER_DIFFERS, terms.request.get("customer"), id_of(session.get("customer"))),
         )
-        for kind, expected, found in compared:
-            if expected is not None and expected != found:
-                self.note(conn, kind, session["id"], purchase=purchase.id, expected=expected, found=found)
-        if deleted_at is not None:
-            self.note(conn, FindingKind.DELETED_USER, session["id"], purchase=purchase.id, found="paid, and granted")
+        for kind, wanted, found in compared:
+            if wanted is not None and wanted != found:
+                self.note(conn, kind, session["id"], purchase=purchase.id, expected=wanted, found=found)
 
     def _remember(self, conn: DbConnection, reversal: Reversal) -> None:
         """Store it by id, with a status that moves forward only. A mark and the charge's amount stay once known."""
@@ -614,6 +659,14 @@ class Store:
 
 _STEPS = {"none": "given back", "share": "taken back", "marked": "marked"}
 """How a step of ``stripe_reversals.applied`` is named in the ledger's keys; each is taken once at most."""
+
+
+def _chosen(purchase: CreditTransaction, session: Object, terms: Terms | None) -> int | None:
+    """The credits of the number of packs that the buyer chose; None for the row's own."""
+    number = None if terms is None else terms.paid_quantity(session)
+    if terms is None or number in (None, terms.quantity):
+        return None
+    return purchase.amount // terms.quantity * (number or 0)
 
 
 def _share(purchase: CreditTransaction, reversal: Any) -> Fraction | None:

@@ -173,9 +173,9 @@ ROUTES: Final[dict[str, Route]] = {
     "POST /v1/prices/{price}": _update("price", "active lookup_key metadata nickname tax_behavior"),
     "POST /v1/checkout/sessions": _create(
         payments.create_session,
-        "allow_promotion_codes billing_address_collection cancel_url client_reference_id customer "
-        "custom_text customer_creation customer_email expires_at line_items locale metadata mode payment_intent_data "
-        "payment_method_types submit_type success_url ui_mode",
+        "allow_promotion_codes automatic_tax billing_address_collection cancel_url client_reference_id customer "
+        "custom_text customer_creation customer_email customer_update expires_at invoice_creation line_items locale "
+        "metadata mode payment_intent_data payment_method_types submit_type success_url tax_id_collection ui_mode",
     ),
     "GET /v1/checkout/sessions": _list("checkout.session", "created customer payment_intent status"),
     "GET /v1/checkout/sessions/{session}": _read("checkout.session"),

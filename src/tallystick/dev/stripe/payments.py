@@ -5,6 +5,7 @@ Objects named ``session``, ``charge`` and so on are the account's own; functions
 
 from __future__ import annotations
 
+import secrets
 from typing import Final, Literal
 
 from tallystick.dev.stripe import catalogue
@@ -27,6 +28,8 @@ TOKENS: Final = {
 ASYNC: Final = "async"  # in the place of a card number: a bank debit, whose outcome comes later
 
 LINE_ITEMS_MAX: Final = 100
+QUANTITY_MAX: Final = 999_999  # of a line item that the customer may adjust
+QUANTITY_MAX_DEFAULT: Final = 99
 MINIMUM_TOTAL: Final = {"usd": 50, "eur": 50, "gbp": 30}  # minor units
 
 # Which state leads to which; every other step is refused.
@@ -77,15 +80,17 @@ def create_session(account: Account, params: Params) -> Object:
         | {
             "amount_subtotal": total,
             "amount_total": total,
-            "automatic_tax": {"enabled": False, "liability": None, "provider": None, "status": None},
+            "automatic_tax": _automatic_tax(params),
             "currency": currency,
             "custom_fields": [],
             "custom_text": empty("payment_pages_checkout_session_custom_text") | params.get("custom_text", {}),
             "expires_at": expires_at,
+            "invoice_creation": _invoice_creation(params),
             "metadata": metadata,
             "payment_status": "unpaid",
             "shipping_options": [],
             "status": "open",
+            "tax_id_collection": {"enabled": _is_on(params, "tax_id_collection"), "required": "never"},
             "total_details": {"amount_discount": 0, "amount_shipping": 0, "amount_tax": 0},
         },
     )
@@ -108,10 +113,58 @@ def _check_session(params: Params, open_for_s: int) -> None:
             raise refused(f"devstripe models {name}={only} alone.", "parameter_not_modelled", name)
     if "customer" in params and "customer_email" in params:
         raise refused("You may only specify one of these parameters: customer, customer_email.")
+    _check_customer_update(params)
     slack_s = 5  # between the caller's clock and this one
     if not DAY_S // 48 - slack_s <= open_for_s <= DAY_S + slack_s:
         message = "The `expires_at` timestamp must be between 30 minutes and 24 hours from now."
         raise refused(message, param="expires_at")
+
+
+def _is_on(params: Params, name: str) -> bool:
+    return bool(params.get(name, {}).get("enabled"))
+
+
+def _automatic_tax(params: Params) -> Object:
+    if not _is_on(params, "automatic_tax"):
+        return {"enabled": False, "liability": None, "provider": None, "status": None}
+    return {
+        "enabled": True,
+        "liability": {"type": "self"},
+        "provider": "stripe",
+        "status": "requires_location_inputs",
+    }
+
+
+def _invoice_creation(params: Params) -> Object:
+    data = empty("payment_pages_checkout_session_invoice_settings") | {"metadata": {}}
+    return {"enabled": _is_on(params, "invoice_creation"), "invoice_data": data}
+
+
+def _check_customer_update(params: Params) -> None:
+    """Refuse what would change a given customer without leave, as Stripe does."""
+    update = params.get("customer_update", {})
+    if "customer" not in params:
+        if update:
+            raise refused("`customer_update` can only be used with `customer`.", param="customer_update")
+        return
+    for option, name in (("automatic_tax", "address"), ("tax_id_collection", "name")):
+        if _is_on(params, option) and update.get(name) != "auto":
+            raise refused(
+                f"{option} for an existing customer needs customer_update[{name}] set to auto.",
+                "customer_tax_location_invalid" if name == "address" else None,
+                f"customer_update[{name}]",
+            )
+
+
+def _adjustable(item: Params, where: str) -> Object | None:
+    given = item.get("adjustable_quantity", {})
+    if not given.get("enabled"):
+        return None
+    low, high = given.get("minimum", 0), given.get("maximum", QUANTITY_MAX_DEFAULT)
+    if not 0 <= low <= item["quantity"] <= high <= QUANTITY_MAX:
+        message = f"The quantity {item['quantity']} is not between minimum {low} and maximum {high}."
+        raise refused(message, param=f"{where}[adjustable_quantity]")
+    return {"enabled": True, "minimum": low, "maximum": high}
 
 
 def _line_item(account: Account, item: Params, index: int) -> Object:
@@ -131,6 +184,7 @@ def _line_item(account: Account, item: Params, index: int) -> Object:
     amount = price["unit_amount"] * quantity
     return account.new(
         "item",
+        adjustable_quantity=_adjustable(item, where),
         amount_discount=0,
         amount_subtotal=amount,
         amount_tax=0,
@@ -163,18 +217,32 @@ def expire_due(account: Account) -> None:
             expire_session(account, session)
 
 
-def pay_session(account: Account, session: Object, *, card: str, discount: int = 0, email: str | None = None) -> Object:
+def pay_session(
+    account: Account,
+    session: Object,
+    *,
+    card: str,
+    discount: int = 0,
+    tax: int = 0,
+    quantity: int | None = None,
+    email: str | None = None,
+) -> Object:
     """Do what the customer does on the hosted page. ``discount`` stands for a promotion code."""
     if session["status"] != "open":
         message = f"This Checkout Session is no longer open: its status is `{session['status']}`."
         raise refused(message, "checkout_session_not_open")
-    if not 0 <= discount <= session["amount_subtotal"]:
-        raise refused(f"A discount is between 0 and {session['amount_subtotal']}, not {discount}.")
+    subtotal = session["amount_subtotal"] if quantity is None else _adjusted(account, session, quantity)
+    if not 0 <= discount <= subtotal:
+        raise refused(f"A discount is between 0 and {subtotal}, not {discount}.")
+    if tax and not session["automatic_tax"]["enabled"]:
+        raise refused(f"{session['id']} has no automatic_tax.", param="tax")
     _decline(card)
     _identify_customer(account, session, email)
-    total = session["amount_subtotal"] - discount
-    session.update(amount_total=total, status="complete", url=None)
-    session["total_details"]["amount_discount"] = discount
+    item = account.line_items[session["id"]][0]
+    total = subtotal - discount + (0 if item["price"]["tax_behavior"] == "inclusive" else tax)
+    if quantity is not None:
+        item.update(quantity=quantity, amount_subtotal=subtotal, amount_total=subtotal)
+    _close(session, subtotal, total, {"amount_discount": discount, "amount_tax": tax})
     if total == 0:
         session["payment_status"] = "no_payment_required"
     else:
@@ -199,6 +267,24 @@ def pay_session(account: Account, session: Object, *, card: str, discount: int =
             session["payment_status"] = "paid"
     account.emit("checkout.session.completed", session)
     return session
+
+
+def _close(session: Object, subtotal: int, total: int, details: Object) -> None:
+    session.update(amount_subtotal=subtotal, amount_total=total, status="complete", url=None)
+    session["total_details"].update(details)
+    if session["automatic_tax"]["enabled"]:
+        session["automatic_tax"]["status"] = "complete"
+    if session["invoice_creation"]["enabled"] and total:
+        session["invoice"] = f"in_{secrets.token_hex(12)}"
+
+
+def _adjusted(account: Account, session: Object, quantity: int) -> int:
+    """Return the subtotal with another quantity of the only line item, if that may be adjusted to it."""
+    [item, *others] = account.line_items[session["id"]]
+    allowed = item["adjustable_quantity"]
+    if allowed is None or others or not allowed["minimum"] <= quantity <= allowed["maximum"]:
+        raise refused(f"The quantity of {session['id']} cannot become {quantity}.", param="quantity")
+    return int(item["price"]["unit_amount"] * quantity)
 
 
 def _decline(card: str) -> None:

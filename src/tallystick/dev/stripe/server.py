@@ -89,16 +89,27 @@ class DevStripe:
 
     # -- what customers and banks do
 
-    def pay(self, session: str, *, card: str = payments.GOOD_CARD, discount: int = 0) -> Object:
+    def pay(
+        self,
+        session: str,
+        *,
+        card: str = payments.GOOD_CARD,
+        discount: int = 0,
+        tax: int = 0,
+        quantity: int | None = None,
+    ) -> Object:
         """Pay an open session, as its hosted page does.
 
         ``card`` is one of Stripe's test cards, or ``"async"`` for a bank debit, whose outcome ``settle``
         brings. ``discount`` (minor units) stands for a promotion code; the whole amount leaves
-        ``no_payment_required``.
+        ``no_payment_required``. ``tax`` (minor units) is what Stripe Tax computes, for a session that asked for it;
+        it is added unless the price includes it. ``quantity`` is the number that the buyer chooses, where it may be
+        adjusted.
         """
         with self.account.lock:
             found = self._get("checkout.session", session)
-            return {**payments.pay_session(self.account, found, card=card, discount=discount)}
+            paid = payments.pay_session(self.account, found, card=card, discount=discount, tax=tax, quantity=quantity)
+            return {**paid}
 
     def settle(self, session: str, *, succeeded: bool) -> Object:
         """Bring the outcome of a bank debit."""

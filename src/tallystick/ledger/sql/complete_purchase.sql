@@ -1,12 +1,14 @@
--- Grants what was bought: the purchase is completed, and the balance grows by the row's own amount. A failed purchase
--- that was paid after all completes too, and a deleted user gets it as well: the money is real.
+-- Grants what was bought: the purchase is completed, and the balance grows by the row's own amount, or by ``amount`` where
+-- the buyer chose how many. A failed purchase that was paid after all completes too, and a deleted user gets it as well:
+-- the money is real.
 CREATE OR REPLACE FUNCTION tallystick.complete_purchase(
   user_id {user_key_type},
   purchase_id uuid DEFAULT NULL,
   stripe_session_id text DEFAULT NULL,
   amount_paid bigint DEFAULT NULL,
   currency text DEFAULT NULL,
-  stripe_payment_intent_id text DEFAULT NULL
+  stripe_payment_intent_id text DEFAULT NULL,
+  amount {credits} DEFAULT NULL
 ) RETURNS tallystick.answer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = {search_path} AS $$
 #variable_conflict use_column
@@ -27,6 +29,8 @@ BEGIN
     RETURN tallystick.invalid_argument('amount_paid', 'a whole number of minor units, 0 or more');
   ELSIF currency !~ '^[A-Za-z]{{3}}$' THEN
     RETURN tallystick.invalid_argument('currency', 'a three-letter code, as usd');
+  ELSIF complete_purchase.amount < 1 THEN
+    RETURN tallystick.invalid_argument('amount', {amount_domain});
   END IF;
 
   SELECT u.{user_key} AS key, u.credit_balance AS balance, u.credit_sequence AS sequence
@@ -45,9 +49,10 @@ BEGIN
       prior,
       jsonb_strip_nulls(jsonb_build_object(
         'amount_paid', amount_paid, 'currency', lower(currency),
-        'stripe_payment_intent_id', stripe_payment_intent_id)),
+        'stripe_payment_intent_id', stripe_payment_intent_id, 'amount', complete_purchase.amount)),
       account.balance);
   END IF;
+  answer.amount := coalesce(complete_purchase.amount, answer.amount);
   IF account.balance > 0 AND answer.amount > {credits_max} - account.balance THEN
     answer.outcome := 'balance_out_of_range';
     RETURN answer;
@@ -60,7 +65,8 @@ BEGIN
 
   UPDATE {ledger} AS t SET
       status = 'completed',
-      balance_after = account.balance + t.amount,
+      amount = answer.amount,
+      balance_after = account.balance + answer.amount,
       sequence = account.sequence + 1,
       completed_at = clock_timestamp(),
       description = t.description || CASE t.status WHEN 'failed' THEN ' (paid after all)' ELSE '' END,

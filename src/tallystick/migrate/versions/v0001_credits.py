@@ -41,10 +41,14 @@ DECLARE
 BEGIN
   IF TG_OP <> 'UPDATE' THEN
     fault := lower(TG_OP);
-  ELSIF (NEW.id, NEW.user_id, NEW.type, NEW.amount, NEW.refund_of, NEW.idempotency_key, NEW.created_at)
+  ELSIF (NEW.id, NEW.user_id, NEW.type, NEW.refund_of, NEW.idempotency_key, NEW.created_at)
       IS DISTINCT FROM
-      (OLD.id, OLD.user_id, OLD.type, OLD.amount, OLD.refund_of, OLD.idempotency_key, OLD.created_at) THEN
+      (OLD.id, OLD.user_id, OLD.type, OLD.refund_of, OLD.idempotency_key, OLD.created_at) THEN
     fault := 'a change of what the row is about';
+  ELSIF NEW.amount IS DISTINCT FROM OLD.amount
+      -- a buyer may have chosen how many; that is known when it is paid
+      AND (OLD.status = 'completed' OR NEW.status <> 'completed') THEN
+    fault := 'a change of amount but for completing a purchase';
   ELSIF NEW.workshop_id IS DISTINCT FROM OLD.workshop_id
       -- the foreign key's ON DELETE SET NULL runs inside a trigger of the workshops table
       AND (NEW.workshop_id IS NOT NULL OR pg_trigger_depth() < 2) THEN
