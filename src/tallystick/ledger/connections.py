@@ -65,18 +65,27 @@ Owner = TypeVar("Owner")
 
 Rows = Sequence[Sequence[Any]]
 
+LOCK_TIMEOUT = "lock_timeout"
+"""A setting of the server's, among the names of arguments."""
+
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[R]):
-    """One call of a function in schema ``tallystick``. ``arguments`` that are None keep the function's default."""
+    """One call of a function in schema ``tallystick``. ``arguments`` that are None keep the function's default.
+
+    ``lock_timeout_ms`` is of a call that is a transaction of its own, for which it replaces the connection's.
+    """
 
     function: str
     arguments: Mapping[str, Any]
     read: Callable[[Rows], R]
+    lock_timeout_ms: int | None = None
 
     def given(self) -> tuple[tuple[str, ...], list[Any]]:
         """The names and values that are sent."""
         sent = {name: value for name, value in self.arguments.items() if value is not None}
+        if self.lock_timeout_ms is not None:
+            sent = {LOCK_TIMEOUT: self.lock_timeout_ms} | sent
         return tuple(sent), list(sent.values())
 
 
@@ -122,6 +131,13 @@ class BoundOperation(Generic[Owner, P, R]):
         return sender(conn, self.__wrapped__(self.owner, *args, **kwargs))
 
 
+def send(conn: SyncConnection, call: Call[R]) -> R:
+    """Send a call that was made before."""
+    kind: Any = type(conn)
+    result: R = _sender(kind)(conn, call)
+    return result
+
+
 # --- what is sent ---
 
 _ACCOUNT = (
@@ -162,11 +178,22 @@ def _text(function: str, names: tuple[str, ...], *, mark: str = "%s", plain: boo
 
     ``plain`` asks for moments as numbers, for a driver that reads them as text: that text depends on DateStyle.
     """
-    marks = ("%s" if mark == "%s" else f"${number}" for number in range(1, len(names) + 1))
+    marks = ["%s" if mark == "%s" else f"${number}" for number in range(1, len(names) + 1)]
+    source = ""
+    if names[:1] == (LOCK_TIMEOUT,):
+        # Until the statement's own transaction ends, also behind a transaction pooler. It is set before the function is
+        # called, since an argument of the call depends on it.
+        source = f"pg_catalog.set_config('lock_timeout', {marks[0]}, true) AS waits, LATERAL "
+        names, marks = names[1:], marks[1:]
+        types = {"key": "text", "keys": "text[]"}
+        marks = [
+            f"CASE WHEN waits IS NOT NULL THEN {mark}::{types[name]} END" if name in types else mark
+            for name, mark in zip(names, marks, strict=True)
+        ]
     arguments = ", ".join(f"{name} => {mark}" for name, mark in zip(names, marks, strict=True))
     # by name, and not *: a prepared statement survives that a later revision adds to what a function answers
     columns = _COLUMNS.get(function, _ANSWER).format(**(_MOMENTS if plain else {name: name for name in _MOMENTS}))
-    return f"SELECT {columns} FROM tallystick.{function}({arguments})"  # noqa: S608 - see above
+    return f"SELECT {columns} FROM {source}tallystick.{function}({arguments})"  # noqa: S608 - see above
 
 
 def as_text(value: Any) -> str:
@@ -319,12 +346,20 @@ _CURSORS: Mapping[str, Callable[[Any, Call[Any]], Rows]] = {
 
 
 def _is_listened_to(conn: sa.Connection) -> bool:
-    return bool(
-        conn._has_events  # noqa: SLF001 - no public name tells it
-        or conn.engine._has_events  # noqa: SLF001
-        or conn._echo  # noqa: SLF001
-        or conn.get_execution_options().get("tallystick_events")
+    """Tells if somebody would miss a statement that SQLAlchemy does not send."""
+    if conn._echo or conn.get_execution_options().get("tallystick_events"):  # noqa: SLF001 - no public name tells it
+        return True
+    # an engine of another isolation level has events too, which are not about statements
+    places: tuple[Any, ...] = (conn, conn.engine, conn.dialect)
+    return any(
+        getattr(place.dispatch, event, None)
+        for place in places
+        if place._has_events  # noqa: SLF001
+        for event in _STATEMENT_EVENTS
     )
+
+
+_STATEMENT_EVENTS = ("before_cursor_execute", "after_cursor_execute", "do_execute", "handle_error")
 
 
 def _session(session: Session | scoped_session[Any], call: Call[R]) -> R:

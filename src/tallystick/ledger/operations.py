@@ -272,8 +272,8 @@ class Ledger:
         An item that is refused, even for its arguments, does not touch the others: a smaller one after it may still
         be covered. Results come in the order of ``items``.
         """
-        results: list[CreditTransaction | LedgerError | None] = [None] * len(items)
-        asked: list[tuple[int, Mapping[str, Any]]] = []
+        calls: list[Call[CreditTransaction]] = []
+        refused: dict[int, LedgerError] = {}
         for n, item in enumerate(items):
             try:
                 call = self.consume.call(
@@ -285,32 +285,16 @@ class Ledger:
                     metadata=item.metadata,
                 )
             except LedgerError as refusal:
-                results[n] = refusal
+                refused[n] = refusal
             else:
-                asked.append((n, call.arguments))
+                calls.append(call)
+        many = together(calls)
 
         def read(rows: Rows) -> list[CreditTransaction | LedgerError]:
-            for row in rows:
-                n, arguments = asked[row[_ITEM] - 1]
-                try:
-                    results[n] = _answered(row, arguments)
-                except LedgerError as refusal:
-                    results[n] = refusal
-            return [result for result in results if result is not None]
+            results = iter(many.read(rows))
+            return [refused[n] if n in refused else next(results) for n in range(len(items))]
 
-        def listed(name: str) -> list[Any] | None:
-            values = [arguments[name] for _, arguments in asked]
-            return None if all(value is None for value in values) else values
-
-        arguments = {
-            "user_ids": [arguments["user_id"] for _, arguments in asked],
-            "keys": [arguments["key"] for _, arguments in asked],
-            "workshop_ids": listed("workshop_id"),
-            "amounts": listed("amount"),
-            "descriptions": listed("description"),
-            "metadata": listed("metadata"),
-        }
-        return Call("consume_many", arguments, read)
+        return Call(many.function, many.arguments, read)
 
     @Operation
     def refund(
@@ -504,6 +488,35 @@ _ITEM = 24
 
 def _one(function: str, **arguments: Any) -> Call[CreditTransaction]:
     return Call(function, arguments, lambda rows: _answered(rows[0], arguments))
+
+
+def together(calls: Sequence[Call[CreditTransaction]]) -> Call[list[CreditTransaction | LedgerError]]:
+    """Calls of ``consume`` as one of ``consume_many``, whose results come in the order of the calls."""
+    asked = [call.arguments for call in calls]
+
+    def read(rows: Rows) -> list[CreditTransaction | LedgerError]:
+        results: dict[int, CreditTransaction | LedgerError] = {}
+        for row in rows:
+            n = row[_ITEM] - 1
+            try:
+                results[n] = _answered(row, asked[n])
+            except LedgerError as refusal:
+                results[n] = refusal
+        return [results[n] for n in range(len(asked))]
+
+    def listed(name: str) -> list[Any] | None:
+        values = [arguments[name] for arguments in asked]
+        return None if all(value is None for value in values) else values
+
+    arguments = {
+        "user_ids": [arguments["user_id"] for arguments in asked],
+        "keys": [arguments["key"] for arguments in asked],
+        "workshop_ids": listed("workshop_id"),
+        "amounts": listed("amount"),
+        "descriptions": listed("description"),
+        "metadata": listed("metadata"),
+    }
+    return Call("consume_many", arguments, read)
 
 
 def _balance(function: str, **arguments: Any) -> Call[int]:
