@@ -1,0 +1,102 @@
+"""Some seconds of ``deadlocks.py``, and the one kind of deadlock that an app can still cause."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import sqlalchemy as sa
+
+from crowd import PATIENCE_S, books_balance, waiting_for_a_lock
+from deadlocks import AFTER_SPENDING, MIX, ready, run
+from tallystick.database import translated
+from tallystick.dev.postgres import Server
+from tallystick.errors import Conflict
+from worlds import World
+
+
+def test_nothing_that_an_app_does_beside_the_ledger_deadlocks(server: Server, fresh_database: Callable[[], str]):
+    told = run(server, ready(fresh_database()), MIX, seconds=8)
+    assert (told.deadlocks, told.failed, told.findings) == (0, 0, ())
+    assert min(told.done.values()) > 0
+    assert set(told.rows) == {"purchase", "consumption", "refund", "grant"}
+
+
+# --- the change of a unique column behind a spending ---
+
+
+class Twice:
+    """A host's transaction, run again as a whole when it was in the way of another, as ``retryable`` says."""
+
+    def __init__(self, world: World, work: Callable[[sa.Connection], object]) -> None:
+        self.world, self.work, self.conflicts = world, work, list[Conflict]()
+
+    def __call__(self) -> None:
+        while True:
+            try:
+                with translated(), self.world.engine.begin() as conn:
+                    self.work(conn)
+            except Conflict as conflict:
+                assert conflict.retryable
+                self.conflicts.append(conflict)
+            else:
+                return
+
+
+@pytest.mark.parametrize("first", ["spend", "change"])
+def test_a_unique_column_is_changed_before_a_spending_and_otherwise_at_the_price_of_a_retry(world: World, first: str):
+    user, users, ledger = world.user(credits=10), world.schema.users, world.ledger
+    workshop = world.key("uuid")
+    referred, begun = threading.Event(), threading.Event()
+
+    def spend(conn: sa.Connection) -> None:
+        ledger.consume(conn, user, key="of the change")
+
+    def change(conn: sa.Connection) -> None:
+        conn.execute(sa.update(users).where(users.c.key == user).values(email="new@example.com"))
+
+    def refer_then_spend(conn: sa.Connection) -> None:
+        conn.execute(sa.insert(world.schema.workshops).values(key=workshop, owner=user, title="x"))
+        referred.set()
+        assert begun.wait(PATIENCE_S)
+        ledger.consume(conn, user, key="of the new workshop", workshop=workshop)
+
+    def spend_then_change(conn: sa.Connection) -> None:
+        assert referred.wait(PATIENCE_S)
+        spend(conn)
+        if not begun.is_set():
+            begun.set()
+            waiting_for_a_lock(world, 1)
+        change(conn)
+
+    def change_then_spend(conn: sa.Connection) -> None:
+        assert referred.wait(PATIENCE_S)
+        with ThreadPoolExecutor(1) as other:  # it lets the other go on once this one waits for it
+            other.submit(waiting_for_a_lock, world, 1).add_done_callback(lambda _: begun.set())
+            change(conn)
+        spend(conn)
+
+    members = [
+        Twice(world, refer_then_spend),
+        Twice(world, {"spend": spend_then_change, "change": change_then_spend}[first]),
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        for each in [pool.submit(member) for member in members]:
+            each.result(PATIENCE_S)
+    conflicts = {conflict.sqlstate for member in members for conflict in member.conflicts}
+    assert conflicts == ({"40P01"} if first == "spend" else set())
+    with world.engine.connect() as conn:
+        assert ledger.balance(conn, user) == 8
+        assert {row.idempotency_key for row in ledger.history(conn, user)} > {"of the change", "of the new workshop"}
+        assert conn.scalar(sa.select(users.c.email).where(users.c.key == user)) == "new@example.com"
+    books_balance(world)
+
+
+def test_what_is_retried_after_such_deadlocks_is_done_once(server: Server, fresh_database: Callable[[], str]):
+    world = ready(fresh_database())
+    twice = "refer, then spend twice"
+    told = run(server, world, {twice: MIX[twice], "change after": AFTER_SPENDING}, seconds=5, tries=0)
+    assert told.rows["consumption"] == 2 * told.done[twice] + told.done["change after"] > 0
+    assert told.findings == ()
