@@ -26,7 +26,8 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,47 +36,64 @@ import sqlalchemy as sa
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tallystick import Config, Consume, CreditTransaction, Ledger, migrate
+import node_packages
+from doors import (
+    AUTOCOMMIT,
+    LEVELS,
+    PATIENCE_S,
+    ROW,
+    Combined,
+    Door,
+    NoAnswer,
+    Node,
+    NodeProcess,
+    Psql,
+    Psycopg,
+    SqlAlchemy,
+    Wish,
+    facts,
+)
+from tallystick import Config, Ledger, migrate
 from tallystick.audit import audit
-from tallystick.database import engine, translated
+from tallystick.database import engine
 from tallystick.dev.postgres import Server
-from tallystick.errors import DatabaseError, DatabaseUnavailable, LedgerError
 from tallystick.ledger.combiner import Combiner
+from tallystick.ledger.typescript import typescript
 from worlds import SHAPES, World
 
 HOST = SHAPES["uuid"].host
 BEGINS_WITH = 200  # credits of each user
 WORKSHOPS = 1_000  # of each user
-PATIENCE_S = 120
 PEOPLE = "people.json"  # beside the logs: more than a pipe takes at once, so whoever starts a client would wait for it
 
 
-class Wish(NamedTuple):
-    """One thing that is wanted of one user; ``of`` is the workshop or the purchase that it is about."""
-
-    what: str
-    user: str
-    key: str | None = None
-    amount: int = 0
-    of: str | None = None
-
-
-Call = list[Wish]
-"""One call of the ledger; of more than one wish, of ``consume_many``."""
-
-
 class Question(NamedTuple):
-    """What is asked in one go: by a door, calls that are one database transaction, or each its own."""
+    """What is asked in one go: by a door, calls that are one database transaction of a level, or each its own."""
 
     door: str
-    calls: list[Call]
+    level: str
+    calls: list[list[Wish]]
 
 
-AUTOCOMMIT, COMBINER = "AUTOCOMMIT", "Combiner"
-DOORS = ([AUTOCOMMIT], ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"], [COMBINER, COMBINER, AUTOCOMMIT])
-"""By which doors a client comes: the first, fourth and so on by those that stand first."""
+class Crew(NamedTuple):
+    """A process of clients, as an app: its threads, and by which doors at which level each of them asks."""
 
-THREADS = 4  # of a client that comes by any of these but the first, as of an app that serves requests
+    threads: int
+    doors: Sequence[tuple[str, str]]
+
+
+SINGLE = Crew(1, [("SQLAlchemy", AUTOCOMMIT)])
+CREWS = (
+    SINGLE,
+    Crew(4, [("SQLAlchemy", level) for level in LEVELS]),
+    Crew(4, [("Combiner", AUTOCOMMIT), ("Combiner", AUTOCOMMIT), ("SQLAlchemy", AUTOCOMMIT)]),
+    Crew(2, [*3 * [("psycopg", AUTOCOMMIT)], *[("psycopg", level) for level in LEVELS]]),
+    Crew(4, [*3 * [("pg", AUTOCOMMIT), ("neon-http", AUTOCOMMIT)], *itertools.product(("pg", "neon-http"), LEVELS)]),
+    Crew(2, [*3 * [("psql", AUTOCOMMIT)], *[("psql", level) for level in LEVELS]]),
+)
+"""The first, seventh and so on of the processes is the first of these."""
+
+IN_NODE = {"pg", "neon-http"}
 
 
 # --- a client ---
@@ -86,16 +104,13 @@ class Client:
 
     def __init__(
         self,
-        combiner: Combiner,
-        ledger: Ledger,
-        pool: sa.Engine,
+        doors: Mapping[str, Door],
+        crew: Crew,
         people: Mapping[str, Sequence[str]],
-        doors: Sequence[str],
         logs: Path,
         name: str,
     ) -> None:
-        self.combiner, self.ledger, self.pool = combiner, ledger, pool
-        self.people, self.doors, self.name = people, doors, name
+        self.doors, self.crew, self.people, self.name = doors, crew, people, name
         self.dice, self.numbers = random.Random(name), itertools.count(1)
         self.log = (logs / f"client-{name}.jsonl").open("a", buffering=1)
         self.questions, self.over = (logs / "questions").open("ab", buffering=0), logs / "over"
@@ -110,63 +125,27 @@ class Client:
             while not self.ask(question) and not self.over.exists():
                 pass
             if self.dice.random() < 1 / 300:
-                self.pool.dispose()  # and it connects anew
+                self.doors[question.door].close()  # and it connects anew
+        for door in self.doors.values():
+            door.close()
 
     def ask(self, question: Question) -> bool:
         """Whether there was an answer; if not, the same with the same keys may be asked again.
 
         Nobody is told of what a transaction did before its commit is.
         """
-        self.write({"at": time.monotonic_ns(), "door": question.door, "ask": question.calls})
+        door, level, calls = question
+        self.write({"at": time.monotonic_ns(), "door": f"{door}, {level}", "ask": calls})
         try:
-            answers = self.settle(*question)
-        except DatabaseError as error:
-            if not (error.retryable or error.outcome_unknown):
-                raise
-            time.sleep(self.dice.random() * (0.3 if isinstance(error, DatabaseUnavailable) else 0.03))
+            answers = self.doors[door].ask(level, calls)
+        except NoAnswer as reason:
+            time.sleep(self.dice.random() * (0.3 if reason.connecting else 0.03))
             return False
         now = time.monotonic_ns()  # before anything else takes time: this is when we were told
-        self.write({"at": now, "told": [said(answer) for answer in answers]})
-        bought = [answer for answer in answers if isinstance(answer, CreditTransaction) and answer.type == "purchase"]
-        self.purchases += [(str(row.user_id), str(row.id)) for row in bought]
+        self.write({"at": now, "told": answers})
+        bought = [(told[3], told[2]) for told in answers if told[0] == "row" and told[4] == "purchase"]
+        self.purchases += bought
         return True
-
-    def settle(self, door: str, calls: list[Call]) -> list[Any]:
-        if door == COMBINER:
-            return [spent(future) for future in [self.combined(wish) for (wish,) in calls]]
-        with translated(connecting=True):
-            conn = self.pool.connect()
-        with conn, translated(), conn.execution_options(isolation_level=door).begin():
-            return [answer for call in calls for answer in self.make(conn, call)]
-
-    def combined(self, wish: Wish) -> Future[CreditTransaction]:
-        return self.combiner.consume(wish.user, workshop=wish.of, credits=wish.amount, key=wish.key)
-
-    def make(self, conn: sa.Connection, call: Call) -> list[Any]:
-        if len(call) > 1:
-            items = [Consume(wish.user, workshop=wish.of, credits=wish.amount, key=wish.key) for wish in call]
-            return self.ledger.consume_many(conn, items)
-        try:
-            return [self.grant_wish(conn, *call[0])]
-        except LedgerError as refusal:
-            return [refusal]
-
-    def grant_wish(self, conn: sa.Connection, what: str, user: str, key: str, amount: int, of: str) -> Any:
-        ledger = self.ledger
-        match what:
-            case "consume":
-                return ledger.consume(conn, user, workshop=of, credits=amount, key=key)
-            case "buy":  # asked again it is the same purchase, complete or not
-                started = ledger.start_purchase(conn, user, credits=amount, description="A pack", key=key)
-                return ledger.complete_purchase(conn, user, purchase=started.id)
-            case "refund":
-                return ledger.refund(conn, user, of, credits=amount, key=key)
-            case "reinstate":
-                return ledger.reinstate(conn, user, of, credits=amount, key=key)
-            case "grant":
-                return ledger.grant(conn, user, credits=amount, key=key, description="A gift")
-            case _:
-                return ledger.balance(conn, user)
 
     def write(self, entry: dict[str, Any]) -> None:
         self.log.write(json.dumps(entry, default=str) + "\n")
@@ -176,18 +155,22 @@ class Client:
     def wanted(self) -> Question:
         if self.old and self.dice.random() < 0.15:
             return self.dice.choice(self.old)
-        door = self.dice.choice(self.doors)
-        calls = [self.call(door) for _ in range(1 if door == AUTOCOMMIT else self.dice.choice((1, 2, 3)))]
-        return Question(door, calls)
+        door, level = self.dice.choice(self.crew.doors)
+        alone = level == AUTOCOMMIT and door != "Combiner"
+        return Question(
+            door, level, [self.call(door, level) for _ in range(1 if alone else self.dice.choice((1, 2, 3)))]
+        )
 
-    def call(self, door: str) -> Call:
+    def call(self, door: str, level: str) -> list[Wish]:
         dice, user = self.dice, self.dice.choice(list(self.people))
         whats = {"spend": 12, "many": 3, "buy": 5, "refund": 3, "reinstate": 2, "grant": 1, "balance": 2}
-        match "spend" if door == COMBINER else dice.choices(list(whats), list(whats.values()))[0]:
+        if door == "neon-http" and level != AUTOCOMMIT:
+            del whats["buy"]  # two calls, of which the second needs what the first gives: no batch
+        match "spend" if door == "Combiner" else dice.choices(list(whats), list(whats.values()))[0]:
             case "spend":
                 return [self.spending(dice.choice((1, 1, 1, 2, 10)))]
             case "many":
-                count = dice.choice((2, 6, 40 if door == AUTOCOMMIT else 10))
+                count = dice.choice((2, 6, 40 if level == AUTOCOMMIT else 10))
                 return [self.spending(dice.choice((1, 2))) for _ in range(count)]
             case "buy":
                 return [Wish("buy", user, dice.choice((self.key(), f"common pack {moment()}")), 20)]
@@ -220,35 +203,23 @@ def moment() -> int:
     return time.monotonic_ns() // 50_000_000
 
 
-ROW = ("id", "user_id", "type", "amount", "balance_after", "sequence", "idempotency_key", "workshop_id", "refund_of")
-
-
-def facts(row: Any) -> list[Any]:
-    """What a row says, as it is written into a log."""
-    values = (getattr(row, name) for name in ROW)
-    return [value if value is None or type(value) is int else str(value) for value in values]
-
-
-def said(answer: Any) -> list[Any]:
-    if isinstance(answer, CreditTransaction):
-        return ["row", answer.replayed, *facts(answer)]
-    return ["balance", answer] if isinstance(answer, int) else [type(answer).__name__, answer.fields]
-
-
-def spent(future: Future[CreditTransaction]) -> CreditTransaction | LedgerError:
-    try:
-        return future.result(PATIENCE_S)
-    except LedgerError as refusal:
-        return refusal
-
-
-def client(url: str, doors: list[str], logs: Path, seed: int) -> None:
+def client(url: str, crew: Crew, logs: Path, program: Path | None, env: Mapping[str, str], seed: int) -> None:
+    os.setpgrp()  # what it starts is killed with it
     people = json.loads((logs / PEOPLE).read_text())
-    # as an app has it: statements are compiled once, while connections come and go
-    pool, ledger = engine(url), Ledger(Config(database_url=url, host=HOST))
-    threads = 1 if doors == [AUTOCOMMIT] else THREADS
-    with Combiner(ledger, pool) as combiner, ThreadPoolExecutor(threads) as crowd:
-        lives = [Client(combiner, ledger, pool, people, doors, logs, f"{seed}-{n}").live for n in range(threads)]
+    pool, ledger, node = engine(url), Ledger(Config(database_url=url, host=HOST)), NodeProcess(program, env)
+
+    def doors() -> dict[str, Door]:
+        return {
+            "SQLAlchemy": SqlAlchemy(ledger, pool),
+            "Combiner": Combined(combiner),
+            "psycopg": Psycopg(ledger, url),
+            "pg": Node(node, "pg"),
+            "neon-http": Node(node, "neon-http"),
+            "psql": Psql(env),
+        }
+
+    with closing(node), Combiner(ledger, pool) as combiner, ThreadPoolExecutor(crew.threads) as crowd:
+        lives = [Client(doors(), crew, people, logs, f"{seed}-{n}").live for n in range(crew.threads)]
         for life in [crowd.submit(life) for life in lives]:
             life.result()
 
@@ -279,7 +250,7 @@ class Plan:
     server_kill_every_s: float
     client_kill_every_s: float
     seed: int
-    doors: Sequence[Sequence[str]] = DOORS
+    crews: Sequence[Crew] = field(default=CREWS, repr=False)
 
 
 def hammer(plan: Plan, *, bin_dir: Path | None = None) -> Report:
@@ -320,12 +291,29 @@ def settled_in(world: World, count: int) -> dict[str, list[str]]:
     return {str(user): [str(one) for one in some] for user, some in theirs.items()}
 
 
+def node_program(folder: Path) -> Path:
+    """The clients in Node, bundled with the client that ``tallystick client typescript`` writes."""
+    sources = Path(__file__).parents[1] / "typescript"
+    app = node_packages.project(sources, folder)
+    for name in ("hammer.ts", "neon_double.ts", "database.ts"):
+        shutil.copy(sources / "src" / name, folder)
+    app.write("tallystick.ts", typescript(HOST))
+    bundle = ["--bundle", "--platform=node", "--format=esm", "--packages=external", "--outfile=hammer.mjs"]
+    app.run("esbuild", "hammer.ts", *bundle)
+    return folder / "hammer.mjs"
+
+
 def strike(plan: Plan, url: str, server: Server, logs: Path, report: Report) -> None:
     context, dice = multiprocessing.get_context("spawn"), random.Random(plan.seed)
     seeds = itertools.count(plan.seed * 10_000)
+    in_node = any(door in IN_NODE for crew in plan.crews[: plan.processes] for door, _ in crew.doors)
+    program = node_program(logs) if in_node else None
+    path = f"{server.bin}{os.pathsep}{server.env['PATH']}"  # its own psql
+    env = server.env | {"PATH": path, "PGDATABASE": str(sa.make_url(url).database)}
 
     def start(number: int) -> Any:
-        process = context.Process(target=client, args=(url, plan.doors[number % len(plan.doors)], logs, next(seeds)))
+        crew = plan.crews[number % len(plan.crews)]
+        process = context.Process(target=client, args=(url, crew, logs, program, env, next(seeds)))
         process.start()
         return process
 
@@ -338,6 +326,10 @@ def strike(plan: Plan, url: str, server: Server, logs: Path, report: Report) -> 
         time.sleep(0.02)
         if time.time() > next_client:
             victim = dice.randrange(plan.processes)
+            if crowd[victim].exitcode is not None:
+                report.faults.append(f"a client ended with {crowd[victim].exitcode} by itself")
+            with suppress(ProcessLookupError):  # it has not come that far
+                os.killpg(crowd[victim].pid, signal.SIGKILL)
             crowd[victim].kill()
             crowd[victim].join()
             crowd[victim] = start(victim)
@@ -633,7 +625,7 @@ def main() -> None:
         server_kill_every_s=asked.server_kill_every,
         client_kill_every_s=asked.client_kill_every,
         seed=asked.seed,
-        doors=DOORS[:1] if asked.autocommit else DOORS,
+        crews=[SINGLE] if asked.autocommit else CREWS,
     )
     report = hammer(plan)
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in report.kinds.most_common())

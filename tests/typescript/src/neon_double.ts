@@ -42,6 +42,9 @@ const ERROR_FIELDS = [
 
 export async function neonDouble(address: Address): Promise<NeonDouble> {
   const pool = new pg.Pool({ ...address, max: 8 });
+  // a connection that dies between two statements tells it as an event; the pool makes another
+  pool.on("error", () => undefined);
+  pool.on("connect", (client) => client.on("error", () => undefined));
   const server = createServer((request, response) => {
     answer(pool, request, response).catch((error: unknown) => {
       response.writeHead(500).end(String(error));

@@ -1,0 +1,386 @@
+"""The doors by which the hammer's clients come to the ledger: two drivers of Python, the Combiner, two of Node, psql.
+
+Each asks what is wished for in its own language, and gives for each wish what it was told: ``["row", replayed, …]``
+with the facts of the ledger's row, ``["balance", credits]``, or the name of a refusal and its fields. Where nothing was
+told it raises ``NoAnswer``, and the same may be asked again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import psycopg
+import sqlalchemy as sa
+
+from tallystick import Consume, CreditTransaction, Ledger
+from tallystick.database import translated
+from tallystick.errors import DatabaseError, DatabaseUnavailable, LedgerError
+from tallystick.ledger.combiner import Combiner
+
+PATIENCE_S = 120
+AUTOCOMMIT = "AUTOCOMMIT"
+LEVELS = ("READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
+
+
+class Wish(NamedTuple):
+    """One thing that is wanted of one user; ``of`` is the workshop or the purchase that it is about."""
+
+    what: str
+    user: str
+    key: str | None = None
+    amount: int = 0
+    of: str | None = None
+
+
+Call = Sequence[Wish]
+"""One call of the ledger; of more than one wish, of ``consume_many``."""
+
+Told = list[Any]
+
+
+class NoAnswer(Exception):
+    """A conflict, a lost connection, or no server to connect to."""
+
+    def __init__(self, reason: object, *, connecting: bool = False) -> None:
+        super().__init__(str(reason))
+        self.connecting = connecting
+
+
+class Door(Protocol):
+    """One way to ask."""
+
+    def ask(self, level: str, calls: Sequence[Call]) -> list[Told]:
+        """What was told, for each wish: of calls that were one database transaction, or each its own."""
+        ...
+
+    def close(self) -> None:
+        """Give the connection up; the next question makes another."""
+
+
+# --- what is told ---
+
+
+ROW = ("id", "user_id", "type", "amount", "balance_after", "sequence", "idempotency_key", "workshop_id", "refund_of")
+
+
+def facts(row: Any) -> list[Any]:
+    """What a row says, as it is written into a log."""
+    values = (getattr(row, name) for name in ROW)
+    return [value if value is None or type(value) is int else str(value) for value in values]
+
+
+def said(answer: Any) -> Told:
+    """What Python's ledger returned or raised."""
+    if isinstance(answer, CreditTransaction):
+        return ["row", answer.replayed, *facts(answer)]
+    return ["balance", answer] if isinstance(answer, int) else [type(answer).__name__, answer.fields]
+
+
+def read(wish: Wish, answer: Mapping[str, Any]) -> Told:
+    """What a function of the ledger answered, by the names of its columns."""
+    match answer["outcome"]:
+        case "completed" if wish.what == "balance":
+            return ["balance", answer["balance"]]
+        case "completed" | "replayed" as outcome:
+            return ["row", outcome == "replayed", *(answer[name] for name in ROW)]
+        case "insufficient_credits":
+            fields = {"user": wish.user, "balance": answer["balance"], "required": answer["required"]}
+            return ["InsufficientCredits", fields]
+        case "refund_exceeds_purchase":
+            fields = {"purchase": answer["id"], "left": answer["remaining"], "asked": answer["required"]}
+            return ["RefundExceedsPurchase", fields]
+        case "reinstatement_exceeds_refunds":
+            fields = {"purchase": answer["id"], "taken": answer["remaining"], "asked": answer["required"]}
+            return ["ReinstatementExceedsRefunds", fields]
+        case other:
+            return [other, dict(answer)]
+
+
+# --- Python ---
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    try:
+        yield
+    except DatabaseError as error:
+        if error.retryable or error.outcome_unknown:
+            raise NoAnswer(error, connecting=isinstance(error, DatabaseUnavailable)) from error
+        raise
+
+
+def _made(ledger: Ledger, conn: Any, call: Call) -> list[Any]:
+    if len(call) > 1:
+        items = [Consume(wish.user, workshop=wish.of, credits=wish.amount, key=str(wish.key)) for wish in call]
+        return list(ledger.consume_many(conn, items))
+    try:
+        return [_granted(ledger, conn, *call[0])]
+    except LedgerError as refusal:
+        return [refusal]
+
+
+def _granted(ledger: Ledger, conn: Any, what: str, user: str, key: Any, amount: int, of: Any) -> Any:
+    match what:
+        case "consume":
+            return ledger.consume(conn, user, workshop=of, credits=amount, key=key)
+        case "buy":  # asked again it is the same purchase, complete or not
+            started = ledger.start_purchase(conn, user, credits=amount, description="A pack", key=key)
+            return ledger.complete_purchase(conn, user, purchase=started.id)
+        case "refund":
+            return ledger.refund(conn, user, of, credits=amount, key=key)
+        case "reinstate":
+            return ledger.reinstate(conn, user, of, credits=amount, key=key)
+        case "grant":
+            return ledger.grant(conn, user, credits=amount, key=key, description="A gift")
+        case _:
+            return ledger.balance(conn, user)
+
+
+class SqlAlchemy:
+    """A connection of a pool for each question."""
+
+    def __init__(self, ledger: Ledger, pool: sa.Engine) -> None:
+        self.ledger, self.pool = ledger, pool
+
+    def ask(self, level: str, calls: Sequence[Call]) -> list[Told]:
+        with _answering():
+            with translated(connecting=True):
+                conn = self.pool.connect()
+            with conn, translated(), conn.execution_options(isolation_level=level).begin():
+                answers = [answer for call in calls for answer in _made(self.ledger, conn, call)]
+        return [said(answer) for answer in answers]
+
+    def close(self) -> None:
+        self.pool.dispose()
+
+
+class Psycopg:
+    """A connection of its own."""
+
+    def __init__(self, ledger: Ledger, url: str) -> None:
+        self.ledger, self.url = ledger, url.replace("+psycopg", "", 1)
+        self.conn: psycopg.Connection | None = None
+
+    def ask(self, level: str, calls: Sequence[Call]) -> list[Told]:
+        try:
+            with _answering():
+                if self.conn is None:
+                    with translated(connecting=True):
+                        self.conn = psycopg.connect(self.url, autocommit=True)
+                with translated():
+                    answers = self._answers(self.conn, level, calls)
+        except NoAnswer:
+            self.close()
+            raise
+        return [said(answer) for answer in answers]
+
+    def _answers(self, conn: psycopg.Connection, level: str, calls: Sequence[Call]) -> list[Any]:
+        if level == AUTOCOMMIT:
+            return [answer for call in calls for answer in _made(self.ledger, conn, call)]
+        conn.isolation_level = psycopg.IsolationLevel[level.replace(" ", "_")]
+        with conn.transaction():
+            return [answer for call in calls for answer in _made(self.ledger, conn, call)]
+
+    def close(self) -> None:
+        if self.conn is not None:
+            self.conn.close()
+        self.conn = None
+
+
+class Combined:
+    """Calls of several at once, which one Combiner sends together."""
+
+    def __init__(self, combiner: Combiner) -> None:
+        self.combiner = combiner
+
+    def ask(self, level: str, calls: Sequence[Call]) -> list[Told]:
+        assert level == AUTOCOMMIT
+        with _answering():
+            return [said(_spent(future)) for future in [self._sent(wish) for (wish,) in calls]]
+
+    def _sent(self, wish: Wish) -> Future[CreditTransaction]:
+        return self.combiner.consume(wish.user, workshop=wish.of, credits=wish.amount, key=str(wish.key))
+
+    def close(self) -> None:
+        """It is shared, and connects as it needs."""
+
+
+def _spent(future: Future[CreditTransaction]) -> CreditTransaction | LedgerError:
+    try:
+        return future.result(PATIENCE_S)
+    except LedgerError as refusal:
+        return refusal
+
+
+# --- other languages ---
+
+
+_CONNECTING = re.compile(r"ECONNREFUSED|ENOENT|\b57P0[123]\b|\b53300\b|the database system is")
+_UNANSWERED = re.compile(r"\b(40001|40P01|08\w{3})\b|ECONNRESET|EPIPE|onnection terminated|not queryable|fetch failed")
+
+
+def _no_answer(reason: str) -> Exception:
+    """The error to raise for one of another language: anything but a conflict or a lost server is a fault."""
+    connecting = _CONNECTING.search(reason) is not None
+    if connecting or _UNANSWERED.search(reason):
+        return NoAnswer(reason, connecting=connecting)
+    return RuntimeError(reason)
+
+
+class NodeProcess:
+    """A program of Node, ``tests/typescript/src/hammer.ts``, that several threads give their questions to."""
+
+    def __init__(self, program: Path | None, env: Mapping[str, str]) -> None:
+        self.program, self.env = program, env
+        self.numbers, self.lock = itertools.count(), threading.Lock()
+        self.process: subprocess.Popen[str] | None = None
+        self.asked: dict[int, Future[dict[str, Any]]] = {}
+
+    def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        number, future = next(self.numbers), Future[dict[str, Any]]()
+        with self.lock:
+            if self.process is None:
+                self.process = subprocess.Popen(
+                    ["node", str(self.program)], env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                )
+                threading.Thread(target=self._listen, args=(self.process.stdout,), daemon=True).start()
+            self.asked[number] = future
+            assert self.process.stdin is not None
+            self.process.stdin.write(json.dumps({"n": number, **question}) + "\n")
+            self.process.stdin.flush()
+        return future.result(PATIENCE_S)
+
+    def _listen(self, lines: Any) -> None:
+        for line in lines:
+            answer = json.loads(line)
+            self.asked.pop(answer["n"]).set_result(answer)
+        for future in list(self.asked.values()):
+            future.set_exception(RuntimeError("the program of Node ended"))
+
+    def close(self) -> None:
+        if self.process is not None:
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+            self.process.wait(PATIENCE_S)
+
+
+class Node:
+    """A driver of Node: ``pg``, or ``neon-http`` before the double of Neon's endpoint."""
+
+    def __init__(self, process: NodeProcess, driver: str) -> None:
+        self.process, self.driver = process, driver
+
+    def ask(self, level: str, calls: Sequence[Call]) -> list[Told]:
+        told = self.process.ask({"driver": self.driver, "level": level, "calls": calls})
+        if "error" in told:
+            raise _no_answer(told["error"])
+        wishes = [wish for call in calls for wish in call]
+        answers = [{_snake(name): value for name, value in answer.items()} for answer in told["answers"]]
+        return [read(wish, answer) for wish, answer in zip(wishes, answers, strict=True)]
+
+    def close(self) -> None:
+        """Its pool is shared."""
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"[A-Z]", lambda found: f"_{found[0].lower()}", name)
+
+
+class Psql:
+    """A psql that is told what to do line by line; it ends when its connection does."""
+
+    def __init__(self, env: Mapping[str, str]) -> None:
+        self.env = env
+        self.process: subprocess.Popen[str] | None = None
+
+    def ask(self, level: str, calls: Sequence[Call]) -> list[Told]:
+        script = "".join(_script(call) for call in calls)
+        if level != AUTOCOMMIT:
+            script = f"BEGIN ISOLATION LEVEL {level};\n{script}COMMIT;\n"
+        answers = [json.loads(line) for line in self._lines(script)]
+        wishes = [wish for call in calls for wish in call]
+        return [read(wish, answer) for wish, answer in zip(wishes, answers, strict=True)]
+
+    def _lines(self, script: str) -> list[str]:
+        if self.process is None:
+            command = ["psql", "-X", "-q", "-A", "-t", "-v", "VERBOSITY=sqlstate"]
+            self.process = subprocess.Popen(
+                command,
+                env=self.env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with suppress(BrokenPipeError):  # it ended, and says why
+            self.process.stdin.write(f"{script}\\echo .\n")
+            self.process.stdin.flush()
+        lines = []
+        for line in self.process.stdout:
+            if line == ".\n":
+                break
+            lines.append(line)
+        else:
+            self.close()
+            raise NoAnswer("".join(lines), connecting=True)
+        if wrong := [line for line in lines if not line.startswith("{")]:
+            raise _no_answer("".join(wrong))
+        return lines
+
+    def close(self) -> None:
+        if self.process is not None:
+            assert self.process.stdin is not None
+            assert self.process.stdout is not None
+            with suppress(BrokenPipeError):  # it ended before it had read all
+                self.process.stdin.close()
+            self.process.stdout.close()
+            self.process.wait(PATIENCE_S)
+        self.process = None
+
+
+_ANSWER = "SELECT to_json(a) FROM tallystick.{} AS a{};\n"
+
+
+def _script(call: Call) -> str:
+    """One call as lines of psql; values are its variables."""
+    what, user, key, amount, of = call[0]
+    if len(call) > 1:
+        columns = zip(*call, strict=True)
+        _, users, keys, amounts, workshops = (_array(column) for column in columns)
+        values = {"users": users, "keys": keys, "amounts": amounts, "workshops": workshops}
+        arguments = "user_ids => :'users', keys => :'keys', amounts => :'amounts', workshop_ids => :'workshops'"
+        ask = _ANSWER.format(f"consume_many({arguments})", " ORDER BY a.item")
+    else:
+        values = {"user": user, "key": key, "amount": amount, "of": of}
+        written = "user_id => :'user', key => :'key', amount => :'amount'"
+        unlocking, linked = f"{written}, workshop_id => :'of'", f"{written}, purchase_id => :'of'"
+        match what:
+            case "consume":
+                ask = _ANSWER.format(f"consume({written if of is None else unlocking})", "")
+            case "buy":
+                ask = (
+                    f"SELECT id AS purchase FROM tallystick.start_purchase({written}, description => 'A pack') \\gset\n"
+                )
+                ask += _ANSWER.format("complete_purchase(user_id => :'user', purchase_id => :'purchase')", "")
+            case "grant":
+                ask = _ANSWER.format(f"grant({written}, description => 'A gift')", "")
+            case "balance":
+                ask = _ANSWER.format("balance(user_id => :'user')", "")
+            case _:
+                ask = _ANSWER.format(f"{what}({linked})", "")
+    return "".join(f"\\set {name} '{value}'\n" for name, value in values.items() if value is not None) + ask
+
+
+def _array(values: Sequence[Any]) -> str:
+    return "{" + ",".join("NULL" if value is None else f'"{value}"' for value in values) + "}"

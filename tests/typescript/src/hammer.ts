@@ -1,0 +1,120 @@
+// The hammer's client in Node (tests/proof/hammer.py): a question a line in, and what was told a line out.
+//
+// A question is one or more calls for a driver: each by itself, or all in one transaction of a level, which with Neon's
+// driver is a batch. Questions are put as they come, many at a time.
+
+import { createInterface } from "node:readline";
+import { neon, neonConfig } from "@neondatabase/serverless";
+import pg from "pg";
+import { neonDouble } from "./neon_double.ts";
+import { tallystick, type Query, type Tallystick } from "./tallystick.ts";
+
+type Wish = [what: string, user: string, key: string | null, amount: number, of: string | null];
+
+interface Question {
+  n: number;
+  driver: "pg" | "neon-http";
+  level: string;
+  calls: Wish[][];
+}
+
+const { PGHOST = "", PGPORT = "", PGUSER = "", PGDATABASE = "" } = process.env;
+const address = { host: PGHOST, port: Number(PGPORT), user: PGUSER, database: PGDATABASE };
+const pool = new pg.Pool(address);
+// a connection that dies between two statements tells it as an event; the next statement is refused
+pool.on("error", () => undefined);
+pool.on("connect", (client) => client.on("error", () => undefined));
+neonConfig.fetchEndpoint = (await neonDouble(address)).endpoint;
+const sql = neon(`postgresql://${address.user}:secret@neon.invalid/${address.database}`);
+
+async function asked({ driver, level, calls }: Question): Promise<unknown[]> {
+  if (level === "AUTOCOMMIT") {
+    const query: Query =
+      driver === "pg" ? (text, params) => pool.query(text, params) : (text, params) => sql.query(text, params);
+    return inTurn(query, calls);
+  }
+  return driver === "pg" ? transaction(level, calls) : batch(level, calls);
+}
+
+async function transaction(level: string, calls: Wish[][]): Promise<unknown[]> {
+  const client = await pool.connect();
+  try {
+    await client.query(`BEGIN ISOLATION LEVEL ${level}`);
+    const answers = await inTurn((text, params) => client.query(text, params), calls);
+    await client.query("COMMIT");
+    client.release();
+    return answers;
+  } catch (error) {
+    client.release(true); // the transaction ends with its connection
+    throw error;
+  }
+}
+
+/** Each call's statement is kept until all are there, and goes with them. */
+async function batch(level: string, calls: Wish[][]): Promise<unknown[]> {
+  const statements: ReturnType<typeof sql.query>[] = [];
+  const told: ((rows: unknown) => void)[] = [];
+  const query: Query = (text, params) => {
+    statements.push(sql.query(text, params));
+    return new Promise((resolve) => told.push(resolve));
+  };
+  const answers = calls.map((call) => put(tallystick(query), call));
+  const isolationLevel = { "READ COMMITTED": "ReadCommitted", "REPEATABLE READ": "RepeatableRead" }[level];
+  const results = await sql.transaction(statements, {
+    isolationLevel: (isolationLevel ?? "Serializable") as "ReadCommitted" | "RepeatableRead" | "Serializable",
+  });
+  results.forEach((rows, n) => told[n]!(rows));
+  return (await Promise.all(answers)).flat();
+}
+
+async function inTurn(query: Query, calls: Wish[][]): Promise<unknown[]> {
+  const answers = [];
+  for (const call of calls) answers.push(...(await put(tallystick(query), call)));
+  return answers;
+}
+
+async function put(ledger: Tallystick, call: Wish[]): Promise<unknown[]> {
+  if (call.length > 1) return ledger.consumeMany(call.map(spending));
+  const [what, userId, name, amount, of] = call[0]!;
+  const key = String(name);
+  const purchaseId = String(of);
+  switch (what) {
+    case "consume":
+      return [await ledger.consume(spending(call[0]!))];
+    case "buy": {
+      const started = await ledger.startPurchase({ userId, amount, description: "A pack", key });
+      const known = started.outcome === "completed" || started.outcome === "replayed";
+      return [known ? await ledger.completePurchase({ userId, purchaseId: started.id }) : started];
+    }
+    case "refund":
+      return [await ledger.refund({ userId, purchaseId, key, amount })];
+    case "reinstate":
+      return [await ledger.reinstate({ userId, purchaseId, key, amount })];
+    case "grant":
+      return [await ledger.grant({ userId, amount, key, description: "A gift" })];
+    default:
+      return [await ledger.balance({ userId })];
+  }
+}
+
+function spending([, userId, key, amount, workshopId]: Wish) {
+  return { userId, key: String(key), amount, ...(workshopId === null ? {} : { workshopId }) };
+}
+
+/** An error with all that it stands for. */
+function wholly(error: unknown): string {
+  if (error instanceof AggregateError) return error.errors.map(wholly).join("; ");
+  if (!(error instanceof Error)) return String(error);
+  const { code } = error as { code?: string };
+  return `${code ?? ""} ${error.message} ${error.cause === undefined ? "" : wholly(error.cause)}`;
+}
+
+const lines = createInterface({ input: process.stdin });
+lines.on("line", (line) => {
+  const question = JSON.parse(line) as Question;
+  asked(question).then(
+    (answers) => console.log(JSON.stringify({ n: question.n, answers })),
+    (error: unknown) => console.log(JSON.stringify({ n: question.n, error: wholly(error) })),
+  );
+});
+lines.on("close", () => process.exit());
