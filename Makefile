@@ -11,7 +11,7 @@ help:
 	@echo "make example an app that sells credits, with a double of Stripe, at http://127.0.0.1:8000"
 	@echo "make test    the whole test suite on the embedded PostgreSQL (and on 15, where it is installed)"
 	@echo "make check   ruff, mypy --strict and the import contracts"
-	@echo "make bench   consumptions against pgbench (minutes; QUICK=1 for a short form)"
+	@echo "make bench   what a consumption takes: CPU of both sides, and times against pgbench (minutes; QUICK=1 shorter)"
 	@echo "make bench-peers   consumptions beside other credit ledgers, each installed by pip (7 minutes; QUICK=1 shorter)"
 	@echo "make bench-growth   operations and audit on 10,000,000 ledger rows against 10,000 (5 minutes; ROWS=100000 shorter)"
 	@echo "make bench-migration   what live traffic feels of a migration, ours beside others' (9 minutes; QUICK=1 shorter)"
@@ -50,6 +50,7 @@ check: install
 	$(BIN)/lint-imports
 
 bench: install
+	$(BIN)/python benchmarks/cpu.py $(if $(QUICK),--quick)
 	$(BIN)/python benchmarks/ledger.py $(if $(QUICK),--quick)
 
 bench-peers: install

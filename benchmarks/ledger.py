@@ -3,9 +3,10 @@
     python benchmarks/ledger.py            minutes; the table of benchmarks/README.md
     python benchmarks/ledger.py --quick    half a minute, to see that it runs
 
-The floor is pgbench, written in C, running the very statement that the ledger compiled, prepared, on the same server
-in the same run, in turns with ours. Both sides commit each consumption to disk. Where the machine has a PgBouncer, both
-also go through it in transaction mode, with one protocol.
+Beside it stands pgbench, written in C, which sends the very call that the ledger sends, prepared, on the same server
+in the same run, in turns with ours; and as the floor the bare UPDATE and INSERT that a consumption comes down to, sent
+by pgbench too, with no rule of the ledger's. All commit each consumption to disk. Where the machine has a PgBouncer,
+they also go through it in transaction mode, with one protocol.
 """
 
 from __future__ import annotations
@@ -23,16 +24,18 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import psycopg
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
 
 import stage
-from stage import App, Timing
+from stage import App, Timing, table
 from tallystick import Config, Consume, Ledger
 from tallystick.ledger.combiner import Combiner
 
@@ -48,10 +51,11 @@ SHARED = 16  # connections for all of them
 
 @dataclass(frozen=True)
 class Way:
-    """How both sides reach the server, and whether the statement is prepared or sent anew each time."""
+    """How the server is reached, if the statement is prepared or sent anew each time, and by what ours sends it."""
 
     url: str
     prepared: bool = True
+    sqlalchemy: bool = True
 
     @property
     def protocol(self) -> str:
@@ -59,20 +63,13 @@ class Way:
         return "prepared" if self.prepared else "extended"
 
 
-# --- the floor ---
+# --- pgbench ---
 
 
-def pgbench_script(users: int) -> str:
-    """The call that the ledger sends, with keys as random as ours."""
-    limits = {"user": users, "one": 10**9, "two": 10**9}
-    call = "SELECT * FROM tallystick.consume(user_id => :user, key => 'bench ' || :one || ' ' || :two, amount => 1)"
-    return "".join(f"\\set {name} random(1, {most})\n" for name, most in limits.items()) + f"{call};\n"
-
-
-def floor(app: App, way: Way, *, users: int, connections: int, seconds: float) -> Timing:
+def pgbench(app: App, way: Way, statement: str, *, users: int, connections: int, seconds: float) -> Timing:
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, "consume.sql")
-        script.write_text(pgbench_script(users))
+        script.write_text(stage.pgbench_script(users, statement))
         command = app.server.command(
             "pgbench", "--no-vacuum", f"--protocol={way.protocol}", f"--file={script}", f"--client={connections}",
             f"--jobs={min(connections, PROCESSES)}", f"--time={max(1, round(seconds))}", "--log",
@@ -98,10 +95,8 @@ def _spend(way: Way, users: int, seconds: float, seed: int) -> list[float]:
     """One connection that consumes for so long, once all others are ready as well; the time of each call."""
     ledger = Ledger(Config(database_url=way.url, host=stage.HOST))
     dice, tag, took = random.Random(seed), uuid4().hex, []
-    connect_args = {} if way.prepared else {"prepare_threshold": None}
-    engine = sa.create_engine(way.url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT", connect_args=connect_args)
-    with engine.connect() as conn:
-        for _ in range(20):  # the statement is compiled, prepared and planned
+    with _connected(way) as conn:
+        for _ in range(20):  # the statement is prepared and planned
             ledger.consume(conn, dice.randint(1, users), key=uuid4().hex)
         _gate.wait()
         until = time.perf_counter() + seconds
@@ -113,6 +108,13 @@ def _spend(way: Way, users: int, seconds: float, seed: int) -> list[float]:
     return took
 
 
+def _connected(way: Way) -> AbstractContextManager[Any]:
+    how = {} if way.prepared else {"prepare_threshold": None}
+    if not way.sqlalchemy:
+        return psycopg.connect(way.url.replace("+psycopg", "", 1), autocommit=True, **how)
+    return sa.create_engine(way.url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT", connect_args=how).connect()
+
+
 def _spend_in_threads(way: Way, users: int, seconds: float, seeds: list[int]) -> list[float]:
     with ThreadPoolExecutor(len(seeds)) as pool:
         return [took for run in pool.map(lambda seed: _spend(way, users, seconds, seed), seeds) for took in run]
@@ -122,7 +124,9 @@ def _in_processes(count: int, calls: Iterable[tuple[Any, ...]]) -> list[Any]:
     """Each call in a process of its own; ``count`` connections wait for each other before they begin."""
     context, calls = multiprocessing.get_context("forkserver"), list(calls)
     # imported once, and not by each process anew
-    context.set_forkserver_preload(["tallystick.combine", "tallystick.migrate", "sqlalchemy.ext.asyncio", "psycopg"])
+    context.set_forkserver_preload(
+        ["tallystick.ledger.combiner", "tallystick.migrate", "sqlalchemy.ext.asyncio", "psycopg"]
+    )
     with ProcessPoolExecutor(len(calls), context, _enter, (context.Barrier(count),)) as pool:
         return [run.result() for run in [pool.submit(*call) for call in calls]]
 
@@ -233,35 +237,27 @@ async def _tasks(spend: Callable[..., Awaitable[object]], seconds: float) -> Tim
 # --- tables ---
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = [list(head), *(list(row) for row in rows)]
-    widths = [max(len(line[n]) for line in lines) for n in range(len(lines[0]))]
-    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-
-    def shown(line: list[str]) -> str:
-        cells = [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]
-        return f"| {' | '.join(cells)} |"
-
-    return "\n".join(map(shown, lines))
-
-
 def against_the_floor(
     app: App, ways: Mapping[str, tuple[Way, int, int]], *, seconds: float, turns: int
 ) -> list[Timing]:
     """Print a line for each way of so many connections to so many users; ours, to compare others with."""
-    head = ["", "pgbench ms", "ours ms", "ratio", "p99 pgbench", "p99 ours", "pgbench/s", "ours/s", "ratio"]
+    head = [
+        "", "floor ms", "pgbench ms", "ours ms", "÷ pgbench", "÷ floor", "p99 pgbench", "p99 ours",
+        "pgbench/s", "ours/s", "÷ pgbench",
+    ]  # fmt: skip
     lines, found = [], []
     for name, (way, connections, users) in ways.items():
-        taken: list[tuple[Timing, Timing]] = []
+        taken: list[tuple[Timing, Timing, Timing]] = []
         for _ in range(turns):
             of = {"users": users, "connections": connections, "seconds": seconds}
-            taken.append((floor(app, way, **of), ours(way, **of)))
-        low, high = (stage.middle(side) for side in zip(*taken, strict=True))
+            sent = (pgbench(app, way, statement, **of) for statement in (stage.FLOOR, stage.CONSUME))
+            taken.append((*sent, ours(way, **of)))
+        floor, low, high = (stage.middle(side) for side in zip(*taken, strict=True))
         lines.append(
             [
                 name,
-                *(f"{t:.2f}" for t in (low.median_ms, high.median_ms)),
-                f"{high.median_ms / low.median_ms:.2f}",
+                *(f"{t:.2f}" for t in (floor.median_ms, low.median_ms, high.median_ms)),
+                *(f"{high.median_ms / t.median_ms:.2f}" for t in (low, floor)),
                 *(f"{t:.2f}" for t in (low.p99_ms, high.p99_ms)),
                 *(f"{t:,.0f}" for t in (low.per_second, high.per_second)),
                 f"{high.per_second / low.per_second:.2f}",
@@ -280,7 +276,7 @@ def through_pgbouncer(app: App, *, seconds: float, turns: int) -> None:
     with bouncer.bouncing(app.url, connections=POOL) as url:
         way = Way(url, prepared=version >= bouncer.PREPARES_SINCE)
         number = ".".join(map(str, version))
-        print(f"\nconsume through PgBouncer {number}, transaction mode, pool of {POOL}; both sides: {way.protocol}")
+        print(f"\nconsume through PgBouncer {number}, transaction mode, pool of {POOL}; all sides: {way.protocol}")
         ways = {"one connection, spread": (way, 1, app.users), "16 connections, spread": (way, 16, app.users)}
         against_the_floor(app, ways, seconds=seconds, turns=turns)
 
@@ -297,9 +293,10 @@ def main() -> None:
         print(f"PostgreSQL {server.version}, Python {platform.python_version()}, fsync on; medians over {turns} turns")
         app = stage.app(server, "speed", users=users, rows_each=1)
         direct = Way(app.url)
-        print(f"\nconsume, both sides: {direct.protocol}")
+        print(f"\nconsume through SQLAlchemy; all sides: {direct.protocol}")
         ways = {
             "one connection, spread": (direct, 1, users),
+            "the same, psycopg without SQLAlchemy": (Way(app.url, sqlalchemy=False), 1, users),
             "one connection, one account": (direct, 1, 1),
             "16 connections, spread": (direct, 16, users),
             "16 connections, one account": (direct, 16, 1),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,31 @@ FROM generate_series(1, {each}) AS k, generate_series(1, {users}) AS n;
 """
 
 
+FLOOR = """
+WITH moved AS (
+  UPDATE users SET credit_balance = credit_balance - 1, credit_sequence = credit_sequence + 1
+  WHERE id = {user} AND credit_balance >= 1 AND deleted_at IS NULL
+  RETURNING id, credit_balance AS balance, credit_sequence AS sequence
+)
+INSERT INTO credit_transactions
+  (id, user_id, type, status, amount, balance_after, sequence, description, idempotency_key, completed_at)
+SELECT gen_random_uuid(), id, 'consumption', 'completed', -1, balance, sequence, 'Credit consumed', {key},
+  clock_timestamp()
+FROM moved RETURNING *
+"""
+"""The floor: a bare UPDATE and INSERT in one statement, without any rule but the table's own."""
+
+CONSUME = "SELECT * FROM tallystick.consume(user_id => {user}, key => {key}, amount => 1)"
+"""The call that the ledger sends."""
+
+
+def pgbench_script(users: int, statement: str) -> str:
+    """``FLOOR`` or ``CONSUME`` for pgbench, with keys as random as ours."""
+    limits = {"user": users, "one": 10**9, "two": 10**9}
+    drawn = "".join(f"\\set {name} random(1, {most})\n" for name, most in limits.items())
+    return drawn + statement.format(user=":user", key="'bench ' || :one || ' ' || :two").strip() + ";\n"
+
+
 @dataclass(frozen=True)
 class App:
     """A migrated host app with ``users`` users (keys 1, 2, …) of ``rows_each`` ledger rows."""
@@ -53,6 +78,16 @@ class App:
     @property
     def url(self) -> str:
         return self.server.url(self.database)
+
+    @property
+    def libpq(self) -> str:
+        """The address for psycopg and pgbench."""
+        return self.server.url(self.database, driver="")
+
+    @property
+    def engine(self) -> sa.Engine:
+        """A connection of its own for each use."""
+        return sa.create_engine(self.url, poolclass=sa.NullPool)
 
     @property
     def ledger(self) -> Ledger:
@@ -109,3 +144,15 @@ class Timing:
 def middle(runs: Sequence[Timing]) -> Timing:
     """The run with the middle median: one number from several runs without mixing them."""
     return sorted(runs, key=lambda run: run.median_ms)[len(runs) // 2]
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(head), *(list(row) for row in rows)]
+    widths = [max(len(line[n]) for line in lines) for n in range(len(lines[0]))]
+    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+
+    def shown(line: list[str]) -> str:
+        cells = [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]
+        return f"| {' | '.join(cells)} |"
+
+    return "\n".join(map(shown, lines))

@@ -177,16 +177,6 @@ class Schema:
             schema=host.users.schema,
         )
         row = self.credit_transactions.c
-        # Of those that begin with the user only one holds all rows. A plan that believes in a row for each user may
-        # take it, and read all of a user's rows, where another column would find the one that is asked for. So the
-        # planner is told of twenty rows for each, whatever ANALYZE finds.
-        sa.event.listen(
-            self.credit_transactions,
-            "after_create",
-            sa.DDL(  # type: ignore[no-untyped-call]  # SQLAlchemy's own
-                "ALTER TABLE %(fullname)s ALTER COLUMN user_id SET (n_distinct = -0.05)"
-            ),
-        )
         self.indexes = (
             # the ledger's own idempotency; the foreign key's check, when a user is deleted
             Index(f"{LEDGER}_idempotency_key", row.user_id, row.idempotency_key, unique=True),

@@ -15,6 +15,7 @@ import argparse
 import bisect
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -205,6 +206,7 @@ def moment() -> int:
 
 def client(url: str, crew: Crew, logs: Path, program: Path | None, env: Mapping[str, str], seed: int) -> None:
     os.setpgrp()  # what it starts is killed with it
+    logging.getLogger("psycopg").disabled = True  # that connections die is what is tried here
     people = json.loads((logs / PEOPLE).read_text())
     pool, ledger, node = engine(url), Ledger(Config(database_url=url, host=HOST)), NodeProcess(program, env)
 

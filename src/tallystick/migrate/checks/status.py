@@ -39,13 +39,11 @@ FUNCTIONS = 'tallystick migrate sql --functions | psql "$DATABASE_URL"'
 
 Kind = Literal["table", "column", "constraint", "index", "trigger", "rule", "enum", "type", "function", "privilege"]
 
-# Of a column's options only the one that a revision sets: minor releases of the server keep notes of their own there.
+# Not a column's options (attoptions): they are the app's advice to the planner, or notes of the server's minor release.
 _COLUMNS = sa.text("""
     SELECT a.attname AS name,
            format_type(a.atttypid, a.atttypmod) || CASE WHEN a.attnotnull THEN ' NOT NULL' ELSE '' END
-             || coalesce(' DEFAULT ' || pg_get_expr(d.adbin, d.adrelid), '')
-             || coalesce(' SET (' || (SELECT o FROM unnest(a.attoptions) o WHERE o LIKE 'n\\_distinct=%') || ')', '')
-             AS definition
+             || coalesce(' DEFAULT ' || pg_get_expr(d.adbin, d.adrelid), '') AS definition
     FROM pg_attribute a LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
     WHERE a.attrelid = :oid AND a.attnum > 0 AND NOT a.attisdropped
 """)

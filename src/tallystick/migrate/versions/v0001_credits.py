@@ -288,8 +288,6 @@ def prepare(host: Any) -> Iterator[Composable]:
         status=_status(host),
         credits=SQL(host.credits),
     )
-    # Where statistics know of a row for each user, a way to all rows of one looks as cheap as the way to one row.
-    yield SQL("ALTER TABLE {} ALTER COLUMN user_id SET (n_distinct = -0.05)").format(_ledger(host))
     for name, (unique, definition) in LEDGER_INDEXES.items():
         yield SQL("CREATE UNIQUE INDEX {} ON {} " if unique else "CREATE INDEX {} ON {} ").format(
             Identifier(name), _ledger(host)
