@@ -3,10 +3,9 @@
     python tests/proof/deadlocks.py --seconds 600                                    on the embedded PostgreSQL
     python tests/proof/deadlocks.py --seconds 600 --bin /usr/lib/postgresql/15/bin   on another one
 
-The clients are pgbench's, which draws one of ``MIX`` for each client again and again. Each is one database
-transaction, or calls in autocommit, of an app that does nothing special about locks. Not among them are the two kinds
-that PostgreSQL itself lets wait in a circle, whoever writes the statements: transactions for several users in any
-order, and ``AFTER_SPENDING``.
+The clients are pgbench's, which draws one of ``MIX`` for each client again and again: one database transaction, or
+calls in autocommit. Not among them are the two kinds that deadlock by PostgreSQL's own rules: transactions that spend
+for several users in any order, and ``AFTER_SPENDING``.
 """
 
 from __future__ import annotations
@@ -120,8 +119,8 @@ MIX: Mapping[str, str] = {
 }  # fmt: skip
 
 AFTER_SPENDING = together(SPEND.format("before"), EMAIL)
-"""The kind that can deadlock beside "refer, then spend twice": the change of a unique column, as FOR UPDATE, waits for
-whoever refers to the user, who waits for the spending of this transaction."""
+"""It can deadlock beside "refer, then spend twice". The change of a unique column, or FOR UPDATE, waits for the
+transaction that has referred to the user, which waits for the user's row that this one has changed by spending."""
 
 
 @dataclass(frozen=True)

@@ -315,7 +315,7 @@ def strike(plan: Plan, url: str, server: Server, logs: Path, report: Report) -> 
 
     def start(number: int) -> Any:
         crew = plan.crews[number % len(plan.crews)]
-        process = context.Process(target=client, args=(url, crew, logs, program, env, next(seeds)))
+        process = context.Process(target=client, args=(url, crew, logs, program, env, next(seeds)), daemon=True)
         process.start()
         return process
 

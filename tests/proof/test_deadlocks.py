@@ -24,7 +24,7 @@ def test_nothing_that_an_app_does_beside_the_ledger_deadlocks(server: Server, fr
     assert set(told.rows) == {"purchase", "consumption", "refund", "grant"}
 
 
-# --- the change of a unique column behind a spending ---
+# --- what locks a user harder, after the same transaction has spent ---
 
 
 class Twice:
@@ -45,16 +45,21 @@ class Twice:
                 return
 
 
-@pytest.mark.parametrize("first", ["spend", "change"])
-def test_a_unique_column_is_changed_before_a_spending_and_otherwise_at_the_price_of_a_retry(world: World, first: str):
+@pytest.mark.parametrize("lock", ["a unique column is changed", "FOR UPDATE"])
+@pytest.mark.parametrize("first", ["spend", "lock"])
+def test_a_user_is_locked_harder_before_it_spends_and_otherwise_at_the_price_of_a_retry(
+    world: World, first: str, lock: str
+):
     user, users, ledger = world.user(credits=10), world.schema.users, world.ledger
     workshop = world.key("uuid")
     referred, begun = threading.Event(), threading.Event()
 
     def spend(conn: sa.Connection) -> None:
-        ledger.consume(conn, user, key="of the change")
+        ledger.consume(conn, user, key="of the locked")
 
-    def change(conn: sa.Connection) -> None:
+    def lock_harder(conn: sa.Connection) -> None:
+        if lock == "FOR UPDATE":
+            conn.execute(sa.select(users.c.key).where(users.c.key == user).with_for_update())
         conn.execute(sa.update(users).where(users.c.key == user).values(email="new@example.com"))
 
     def refer_then_spend(conn: sa.Connection) -> None:
@@ -63,25 +68,23 @@ def test_a_unique_column_is_changed_before_a_spending_and_otherwise_at_the_price
         assert begun.wait(PATIENCE_S)
         ledger.consume(conn, user, key="of the new workshop", workshop=workshop)
 
-    def spend_then_change(conn: sa.Connection) -> None:
+    def spend_then_lock(conn: sa.Connection) -> None:
         assert referred.wait(PATIENCE_S)
         spend(conn)
         if not begun.is_set():
             begun.set()
             waiting_for_a_lock(world, 1)
-        change(conn)
+        lock_harder(conn)
 
-    def change_then_spend(conn: sa.Connection) -> None:
+    def lock_then_spend(conn: sa.Connection) -> None:
         assert referred.wait(PATIENCE_S)
-        with ThreadPoolExecutor(1) as other:  # it lets the other go on once this one waits for it
-            other.submit(waiting_for_a_lock, world, 1).add_done_callback(lambda _: begun.set())
-            change(conn)
+        with ThreadPoolExecutor(1) as watch:  # it lets the other go on once this one waits for it
+            watch.submit(waiting_for_a_lock, world, 1).add_done_callback(lambda _: begun.set())
+            lock_harder(conn)
         spend(conn)
 
-    members = [
-        Twice(world, refer_then_spend),
-        Twice(world, {"spend": spend_then_change, "change": change_then_spend}[first]),
-    ]
+    other = {"spend": spend_then_lock, "lock": lock_then_spend}[first]
+    members = [Twice(world, work) for work in (refer_then_spend, other)]
     with ThreadPoolExecutor(2) as pool:
         for each in [pool.submit(member) for member in members]:
             each.result(PATIENCE_S)
@@ -89,7 +92,7 @@ def test_a_unique_column_is_changed_before_a_spending_and_otherwise_at_the_price
     assert conflicts == ({"40P01"} if first == "spend" else set())
     with world.engine.connect() as conn:
         assert ledger.balance(conn, user) == 8
-        assert {row.idempotency_key for row in ledger.history(conn, user)} > {"of the change", "of the new workshop"}
+        assert {row.idempotency_key for row in ledger.history(conn, user)} > {"of the locked", "of the new workshop"}
         assert conn.scalar(sa.select(users.c.email).where(users.c.key == user)) == "new@example.com"
     books_balance(world)
 
