@@ -4,12 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo example test check bench bench-peers bench-growth bench-migration hammer picture lock clean
+.PHONY: help install demo example test test-lowest test-wheel check docs bench bench-peers bench-growth bench-migration hammer picture lock clean
 
 help:
 	@echo "make demo    migrate a busy database, sell, spend, refund and audit credits (under a minute)"
 	@echo "make example an app that sells credits, with a double of Stripe, at http://127.0.0.1:8000"
 	@echo "make test    the whole test suite on the embedded PostgreSQL (and on 15, where it is installed)"
+	@echo "make test-lowest   the ledger, the migration and the commands with the oldest versions that are declared"
+	@echo "make test-wheel   the same with the built wheel in place of the sources"
+	@echo "make docs    the documentation as a site, in .site/html, its links checked"
 	@echo "make check   ruff, mypy --strict and the import contracts"
 	@echo "make bench   what a consumption takes: CPU of both sides, and times against pgbench (minutes; QUICK=1 shorter)"
 	@echo "make bench-peers   consumptions beside other credit ledgers, each installed by pip (7 minutes; QUICK=1 shorter)"
@@ -43,6 +46,32 @@ ifneq ($(OWN_PG),)
 	TALLYSTICK_TEST_PG=$(OWN_PG) $(BIN)/python -m pytest -n auto -m 'not one_server'
 endif
 
+# Small enough to run beside everything else, and through every room that an old dependency could break.
+SMOKE := tests/test_ledger.py tests/test_accounts.py tests/test_cli.py tests/test_config.py tests/migrations/test_there_and_back.py
+
+test-lowest: $(VENV)/lowest/ready
+	$(VENV)/lowest/bin/python -m pytest -n auto $(SMOKE)
+
+$(VENV)/lowest/ready: requirements/lowest.txt
+	@$(PYTHON) -m venv --clear $(VENV)/lowest
+	@$(VENV)/lowest/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/lowest.txt
+	@$(VENV)/lowest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+test-wheel: install
+	@rm -rf dist
+	@$(BIN)/python -m hatchling build >/dev/null
+	@$(PYTHON) -m venv --clear $(VENV)/wheel
+	@$(VENV)/wheel/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	@$(VENV)/wheel/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dist/*.whl
+	@$(VENV)/wheel/bin/python -c 'import tallystick; assert "site-packages" in tallystick.__file__, tallystick.__file__'
+	$(VENV)/wheel/bin/python -m pytest -n auto $(SMOKE)
+
+docs: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/docs.txt
+	$(BIN)/python tools/site.py
+	$(BIN)/zensical build --strict
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -70,8 +99,11 @@ hammer: install
 
 lock: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --all-extras --group dev \
-	  --no-header --upgrade -o requirements/dev.txt pyproject.toml
+	$(LOCK) --all-extras --group dev --upgrade -o requirements/dev.txt pyproject.toml
+	$(LOCK) --group docs --constraint requirements/dev.txt -o requirements/docs.txt
+	$(LOCK) --all-extras --group lowest --resolution lowest-direct -o requirements/lowest.txt pyproject.toml
+
+LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header
 
 clean:
 	rm -rf $(VENV) .tallystick

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,29 @@ def remove_leftovers(root: Path) -> None:
             old = time.time() - found.st_mtime > 3600
             if old and found.st_uid == os.geteuid() and Server(folder, bin_dir=pg_bin()).stop():
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-skips", action="store_true", help="fail each test that would be skipped")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    return _failed_if_skipped(item.config, (yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    return _failed_if_skipped(collector.config, (yield))
+
+
+def _failed_if_skipped(config: pytest.Config, report: Any) -> Any:
+    """Where everything is installed, a skipped test is one that nobody notices any more."""
+    if report.skipped and config.getoption("no_skips"):
+        report.outcome, report.longrepr = "failed", f"skipped, with --no-skips: {report.longrepr}"
+    return report
 
 
 @pytest.fixture

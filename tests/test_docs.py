@@ -100,6 +100,21 @@ def test_the_readmes_example_runs(world: World, monkeypatch, tmp_path):
     assert names["done"].balance_after == 2
 
 
+def test_every_message_that_is_explained_is_one_of_ours():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    source = "".join(
+        file.read_text(encoding="utf-8") for file in (ROOT / "src").rglob("*") if file.suffix in (".py", ".sql")
+    )
+    explained = re.findall(r"^### `(.+)`$", page, re.MULTILINE)
+    assert len(explained) > 15
+    assert [message for message in explained if message not in source] == []
+
+
+def test_every_page_is_in_the_list_for_machines():
+    listed = (ROOT / "docs" / "llms.txt").read_text(encoding="utf-8")
+    assert [page.name for page in PAGES[1:] if f"({page.name})" not in listed] == []
+
+
 def test_links_between_pages_lead_somewhere():
     for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):

@@ -491,3 +491,27 @@ def test_a_pool_that_has_no_connection_to_give(world: World) -> None:
     with engine.connect(), Session(engine) as session, pytest.raises(e.DatabaseUnavailable, match="larger pool"):
         world.ledger.balance(session, world.key("uuid"))
     engine.dispose()
+
+
+def test_a_clock_that_steps_back_does_not_reorder_the_ledger(world: World) -> None:
+    """The order is that of the numbers, and the audit names the row. For one call the clock is an hour behind."""
+    user = world.user(credits=5)
+    with world.autocommit.connect() as conn:
+        definition = conn.scalar(sa.text("SELECT pg_get_functiondef('tallystick.consume'::regproc)"))
+        behind = definition.replace("clock_timestamp()", "clock_timestamp() - interval '1 hour'")
+        assert behind != definition
+        world.ledger.consume(conn, user, key="a")
+        conn.exec_driver_sql(behind)
+        late = world.ledger.consume(conn, user, key="b")
+        conn.exec_driver_sql(definition)
+        world.ledger.consume(conn, user, key="c")
+        rows = world.ledger.history(conn, user)
+        assert [row.idempotency_key for row in rows] == ["c", "b", "a", None]
+        assert [row.balance_after for row in rows] == [2, 3, 4, 5]
+        assert late.completed_at is not None
+        assert late.completed_at < rows[2].completed_at
+        findings = audit(conn, world.config).findings
+    assert {(one.check, one.fault, one.transaction) for one in findings} == {
+        ("completed_in_order", False, late.id),
+        ("created_before_completed", False, late.id),
+    }

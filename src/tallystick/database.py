@@ -17,10 +17,12 @@ from tallystick.errors import (
     DatabaseError,
     DatabaseUnavailable,
     HostInterfered,
+    InvalidArgument,
     NotMigrated,
     OutcomeUnknown,
     PermissionDenied,
     TallystickError,
+    shown,
 )
 
 if TYPE_CHECKING:  # the ORM takes longer to import than all the rest, and most hosts of a Connection never do
@@ -59,6 +61,12 @@ def translated(*, connecting: bool = False) -> Iterator[None]:
         yield
     except TallystickError:
         raise
+    except UnicodeEncodeError as error:
+        raise InvalidArgument(
+            f"{shown(error.object)} holds a lone surrogate, which PostgreSQL cannot store. Correct the text",
+            argument="text",
+            value=error.object,
+        ) from error
     except Exception as error:  # whatever is no driver's goes on as it is
         if meaning := _meaning(error, connecting=connecting):
             raise meaning from error

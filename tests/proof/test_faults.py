@@ -433,22 +433,3 @@ def test_a_storm_of_connections_beyond_what_the_server_takes(durable: World) -> 
 
 
 # --- time goes backwards ---
-
-
-def test_a_clock_that_steps_back_does_not_reorder_the_ledger(world: World) -> None:
-    """What orders it is its numbers. For one call the function reads a clock that is an hour behind."""
-    user = world.user(credits=5)
-    with world.autocommit.connect() as conn:
-        definition = conn.scalar(sa.text("SELECT pg_get_functiondef('tallystick.consume'::regproc)"))
-        behind = definition.replace("clock_timestamp()", "clock_timestamp() - interval '1 hour'")
-        assert behind != definition
-        world.ledger.consume(conn, user, key="a")
-        conn.exec_driver_sql(behind)
-        late = world.ledger.consume(conn, user, key="b")
-        conn.exec_driver_sql(definition)
-        world.ledger.consume(conn, user, key="c")
-        rows = world.ledger.history(conn, user)
-        assert [row.idempotency_key for row in rows] == ["c", "b", "a", None]
-        assert [row.balance_after for row in rows] == [2, 3, 4, 5]
-        assert late.completed_at is not None
-        assert late.completed_at < rows[2].completed_at

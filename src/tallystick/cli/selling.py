@@ -17,7 +17,7 @@ from tallystick.cli.app import Json, address, app, emit, err, invocation, note, 
 from tallystick.cli.ledger import KeyOption, credits_of
 from tallystick.config import Config
 from tallystick.database import engine, transaction
-from tallystick.errors import StripeNotConfigured
+from tallystick.errors import StripeNotConfigured, TallystickError
 from tallystick.schema import agreed, verify
 
 selling = typer.Typer(
@@ -164,9 +164,10 @@ def dismiss(
     with pool(ctx) as (made, config):
         wanted = None if kind is None else stripe().FindingKind(kind)
         count = stripe().dismiss(made, config, object_ids or None, kind=wanted)
-    emit({"dismissed": count}, lambda: out.print(f"{count or 'No'} findings dismissed."), as_json=as_json)
     if not count:
-        raise typer.Exit(1)
+        about = ", ".join(object_ids or ()) or kind or "anything"
+        raise TallystickError(f"no open finding is about {about}. List them: tallystick stripe reconcile --dry-run")
+    emit({"dismissed": count}, lambda: out.print(f"{count} findings dismissed."), as_json=as_json)
 
 
 @selling.command()
