@@ -475,7 +475,9 @@ class Server:
         )
         if not self._data.exists():
             return []
-        return [int(pid) for pid in self._run("/bin/sh", "-c", script, check=False).stdout.split()]
+        said = self._run("/bin/sh", "-c", script, check=False).stdout
+        # A shell complains where somebody removes the folder under it; nobody works in there then.
+        return [int(pid) for pid in said.split() if pid.isdecimal()]
 
     def _run(self, program: str, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run one of PostgreSQL's programs, or that of an absolute path, as the server's account in its folder."""
