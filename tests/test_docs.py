@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 import sqlalchemy as sa
@@ -93,9 +94,12 @@ def test_the_readmes_example_runs(world: World, monkeypatch, tmp_path):
     # its engine is nobody's to dispose of, so it must not keep a connection
     monkeypatch.setattr(sa, "create_engine", functools.partial(sa.create_engine, poolclass=sa.NullPool))
     user = world.user()
-    names = {"user": user, "workshop": world.workshop(user)}
     (block,) = blocks(ROOT / "README.md", "python")
-    exec(compile(block, "README.md", "exec"), names)
+    to_fill_in = "user, workshop = ..., ..."
+    assert to_fill_in in block
+    filled = block.replace(to_fill_in, f"user, workshop = {user!r}, {world.workshop(user)!r}")
+    names: dict[str, object] = {"UUID": UUID}
+    exec(compile(filled, "README.md", "exec"), names)
     names["engine"].dispose()
     assert names["done"].balance_after == 2
 

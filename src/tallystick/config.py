@@ -70,6 +70,12 @@ OptionalColumn = Annotated[Identifier | None, BeforeValidator(_column_or_none)]
 Collation = Annotated[tuple[Identifier, Identifier] | None, BeforeValidator(_column_or_none)]
 
 
+_PRISMAS = frozenset(
+    ("connection_limit", "pgbouncer", "pool_timeout", "schema", "socket_timeout", "statement_cache_size")
+)
+"""Parameters of an address that Prisma reads itself, and PostgreSQL's own library refuses."""
+
+
 def _address(value: object) -> object:
     """Any PostgreSQL address that people have in their environment, for SQLAlchemy with psycopg 3."""
     if isinstance(value, str):
@@ -77,8 +83,10 @@ def _address(value: object) -> object:
         # The value may hold a password, and anywhere, so only its scheme is repeated.
         if scheme in ("postgres", "postgresql", "postgresql+psycopg") and separator:
             address = f"postgresql+psycopg://{rest}"
+            if re.split("[/?]", rest, maxsplit=1)[0].count("@") > 1:
+                raise ValueError("the address has more than one @; write one in the user or the password as %40")
             try:
-                make_url(address)
+                parsed = make_url(address)
             except (ValueError, ArgumentError):
                 if "," in rest.rpartition("@")[2]:
                     raise ValueError(
@@ -88,6 +96,8 @@ def _address(value: object) -> object:
                     "the port is not a number; expected postgresql://user:password@host:5432/database, "
                     "with any @ in the password as %40"
                 ) from None
+            if foreign := _PRISMAS.intersection(parsed.query):
+                return parsed.difference_update_query(foreign).render_as_string(hide_password=False)
             return address
         begins = f"begins with {scheme!r}" if separator else "has no scheme"
         raise ValueError(f"the address {begins}; expected postgresql://…")
@@ -389,30 +399,64 @@ class Config(BaseModel):
         Raises:
             ConfigError: names the file, the line and the key.
         """
-        environ = os.environ if environ is None else environ
-        source = _find(Path(path) if path is not None else None)
-        values: dict[str, Any] = source.values if source else {}
-        origins = {}
-        for name in cls.model_fields:
-            variable = f"TALLYSTICK_{name.upper()}"
-            if variable in environ:
-                values = {**values, name: _from_environment(environ[variable])}
-                origins[name] = variable
-        for name in _USUAL_VARIABLES:
-            if values.get(name) is None and environ.get(name.upper()):
-                values = {**values, name: environ[name.upper()]}
-                origins[name] = name.upper()
-        if values.get("database_url") is not None:
-            # from elsewhere it may be that of another database, which would then be migrated
-            direct: Any = source.values.get("database_url_unpooled") if source else None
-            if beside := origins.get("database_url"):
-                origins["database_url_unpooled"] = f"{beside}_UNPOOLED"
-                direct = _from_environment(environ.get(f"{beside}_UNPOOLED", "")) or None
-            values = {**values, "database_url_unpooled": direct}
+        values, origins, source = _gathered(path, environ)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
             raise _explain(error, source, origins) from None
+
+
+def origins(path: Path | str | None = None, *, environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The source of each setting that :meth:`Config.load` finds set: a variable or a file. Raises ConfigError."""
+    values, variables, source = _gathered(path, environ)
+    file = "" if source is None else os.path.relpath(source.path)
+    return {name: variables.get(name, file) for name, value in values.items() if value is not None}
+
+
+def _gathered(
+    path: Path | str | None, environ: Mapping[str, str] | None
+) -> tuple[dict[str, Any], dict[str, str], _Source | None]:
+    """All settings that are set, the variables that set some of them, and the file that sets the others."""
+    environ = os.environ if environ is None else environ
+    _refuse_unknown(environ)
+    source = _find(Path(path) if path is not None else None)
+    values: dict[str, Any] = (source.values or {}) if source else {}
+    variables = {}
+    for name in Config.model_fields:
+        variable = f"TALLYSTICK_{name.upper()}"
+        if variable in environ:
+            values = {**values, name: _from_environment(environ[variable])}
+            variables[name] = variable
+    for name in _USUAL_VARIABLES:
+        if values.get(name) is None and environ.get(name.upper()):
+            values = {**values, name: environ[name.upper()]}
+            variables[name] = name.upper()
+    if values.get("database_url") is not None:
+        # from elsewhere it may be that of another database, which would then be migrated
+        direct: Any = (source.values or {}).get("database_url_unpooled") if source else None
+        if beside := variables.get("database_url"):
+            variables["database_url_unpooled"] = f"{beside}_UNPOOLED"
+            direct = _from_environment(environ.get(f"{beside}_UNPOOLED", "")) or None
+        values = {**values, "database_url_unpooled": direct}
+    return values, variables, source
+
+
+_OTHER_VARIABLES = ("TALLYSTICK_ENV", "TALLYSTICK_HOME", "TALLYSTICK_PG_BIN")
+"""Read elsewhere: by the seed, and by the embedded server."""
+
+
+def _refuse_unknown(environ: Mapping[str, str]) -> None:
+    """Refuse a variable of ours that nothing reads: it is a mistyped one."""
+    known = [*(f"TALLYSTICK_{name.upper()}" for name in Config.model_fields), *_OTHER_VARIABLES]
+    for name in environ:
+        if name.startswith("TALLYSTICK_") and name not in known and not name.startswith("TALLYSTICK_TEST_"):
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(
+                f"{name}: no such setting{f'; did you mean {near[0]}?' if near else '. Unset it'}",
+                path=None,
+                line=None,
+                key=name,
+            )
 
 
 def _from_environment(text: str) -> Any:
@@ -421,14 +465,6 @@ def _from_environment(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-
-
-def origin_of_host(path: Path | None = None, *, environ: Mapping[str, str] | None = None) -> str:
-    """The source of the host's tables in :meth:`Config.load`, for a person: a variable, a file, or the defaults."""
-    if "TALLYSTICK_HOST" in (os.environ if environ is None else environ):
-        return "TALLYSTICK_HOST"
-    source = _find(path)
-    return os.path.relpath(source.path) if source and "host" in (source.values or {}) else "defaults"
 
 
 class _Source:

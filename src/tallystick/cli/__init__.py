@@ -12,6 +12,7 @@ from tallystick.cli import (  # noqa: F401 - each adds its commands to the app
     backups,
     clients,
     develop,
+    doctor,
     ledger,
     migrations,
     selling,

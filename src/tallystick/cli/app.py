@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from typer.core import TyperGroup
 
-from tallystick.config import Config, origin_of_host
+from tallystick.config import Config, origins
 from tallystick.database import connect
 from tallystick.dev import postgres
 from tallystick.errors import DatabaseUnavailable, NotMigrated
@@ -28,6 +28,9 @@ from tallystick.migrate.runner.session import driver
 from tallystick.schema import agreed
 
 EMBEDDED_DATABASE = "app"
+
+
+_EVERYWHERE = ("--config", "--database-url")
 
 
 class _Commands(TyperGroup):
@@ -41,6 +44,19 @@ class _Commands(TyperGroup):
 
         return sorted(super().list_commands(ctx), key=panel)
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The options of all commands may stand behind a command too."""
+        ours, others = [], []
+        rest = iter(args)
+        for arg in rest:
+            if arg == "--":
+                others += [arg, *rest]
+            elif arg in _EVERYWHERE:
+                ours += [arg, *([value] if (value := next(rest, None)) is not None else [])]
+            else:
+                (ours if arg.startswith(tuple(f"{option}=" for option in _EVERYWHERE)) else others).append(arg)
+        return super().parse_args(ctx, ours + others)
+
 
 app = typer.Typer(
     cls=_Commands,
@@ -52,12 +68,17 @@ app = typer.Typer(
     "Begin with [bold]tallystick init[/], then [bold]tallystick migrate plan[/] and "
     "[bold]tallystick migrate apply[/]. To see it all at work on a throw-away database: [bold]tallystick demo[/].",
     epilog="The database: --database-url, else database_url in tallystick.toml, else DATABASE_URL "
-    "(for migrations and backups the _UNPOOLED one beside it), else an embedded PostgreSQL in ./.tallystick.",
+    "(for migrations and backups the _UNPOOLED one beside it), else the embedded PostgreSQL of tallystick db start.",
 )
 
 # Without a terminal rich takes 80 columns, in which a table breaks the ids that the next command is to be given.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+_NO_ADDRESS = (
+    "DATABASE_URL is not set. Set it to the address of the app's database, or pass --database-url. To try Tallystick "
+    "on a PostgreSQL of its own, in this folder: tallystick db start"
+)
 
 _SAID_MAX = 2_000  # what was typed may be 100,000 characters, and a message names it
 
@@ -96,7 +117,10 @@ class Invocation:
             note("DATABASE_URL_UNPOOLED is left alone: it belongs to DATABASE_URL, and the address is from elsewhere.")
         with ExitStack() as stack:
             if config.database_url is None:
-                server = stack.enter_context(postgres.Server(postgres.default_folder()))
+                server = postgres.Server(postgres.default_folder())
+                if not (server.made or os.environ.get("TALLYSTICK_HOME")):
+                    raise DatabaseUnavailable(_NO_ADDRESS, sqlstate=None)
+                stack.enter_context(server)
                 note(f"No database address is set: using the embedded PostgreSQL in {server.folder}.")
                 config = config.model_copy(update={"database_url": embedded_address(server)})
             yield config
@@ -122,7 +146,7 @@ def with_mapping(conn: sa.Connection, config: Config) -> Config:
 def address(config: Config) -> str:
     """The address that :meth:`Invocation.database` made sure of."""
     if config.database_url is None:
-        raise DatabaseUnavailable("no database address. Pass --database-url, or set DATABASE_URL", sqlstate=None)
+        raise DatabaseUnavailable(_NO_ADDRESS, sqlstate=None)
     return config.database_url
 
 
@@ -135,9 +159,8 @@ def place(conn: sa.Connection) -> str:
 def mapping(ctx: typer.Context, config: Config) -> str:
     """The column that users are known by, and the setting that names it."""
     users = config.host.users
-    origin = origin_of_host(invocation(ctx).config_path)
-    if origin == "defaults" and "host" in config.model_fields_set:
-        origin = "the database"
+    stored = "the database" if "host" in config.model_fields_set else "defaults"
+    origin = origins(invocation(ctx).config_path).get("host", stored)
     return f"users by {users.schema}.{users.table}.{users.key} ({origin})"
 
 
@@ -184,7 +207,9 @@ def invocation(ctx: typer.Context) -> Invocation:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-UserArgument = Annotated[str, typer.Argument(help="The user's key, as in the mapped key column.", metavar="USER")]
+UserArgument = Annotated[
+    str, typer.Argument(help="The user's key, as in the mapped key column, or e-mail address.", metavar="USER")
+]
 
 
 def emit(result: Any, show: Callable[[], None], *, as_json: bool) -> None:

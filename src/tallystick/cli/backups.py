@@ -21,7 +21,7 @@ def backups() -> ModuleType:
     try:
         from tallystick import backup  # noqa: PLC0415
     except ModuleNotFoundError as missing:
-        raise BackupError(f"backups need {missing.name}. Run: pip install 'tallystick[devdb]'") from None
+        raise BackupError(f"backups need {missing.name}. Run: pip install 'tallystick[backup]'") from None
     return backup
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 from uuid import UUID, uuid4
@@ -28,12 +28,13 @@ from tallystick.cli.app import (
     invocation,
     note,
     out,
+    place,
     progress_bar,
     table,
 )
 from tallystick.config import FILE_NAME, Config
-from tallystick.database import said
-from tallystick.errors import InvalidArgument, Key, NotMigrated
+from tallystick.database import said, translated
+from tallystick.errors import InvalidArgument, Key, NotMigrated, shown
 from tallystick.ledger import CreditTransaction, Ledger
 from tallystick.schema import Schema, agreed, verify
 
@@ -55,16 +56,31 @@ class OfUser(TyperCommand):
         return super().parse_args(ctx, args)
 
 
-def user_key(config: Config, text: str) -> Key:
-    """The user's key as typed, in the mapped type."""
-    return Schema.of(config.host).user_key_of(text)
+def user_key(conn: sa.Connection, config: Config, text: str) -> Key:
+    """The key of the user whose e-mail address or key was typed. Raises InvalidArgument."""
+    schema = Schema.of(config.host)
+    if "@" in text and "email" in schema.users.c:
+        address = sa.func.lower(sa.cast(schema.users.c.email, sa.Text))
+        with translated():
+            found = conn.scalars(sa.select(schema.users.c.key).where(address == text.lower()).limit(2)).all()
+        if len(found) > 1:
+            raise InvalidArgument(
+                f"user={shown(text)}: more than one user has this address. Pass the key of the one",
+                argument="user",
+                value=text,
+            )
+        if found:
+            return found[0]  # type: ignore[no-any-return]  # of the host's own type
+    return schema.user_key_of(text)
 
 
 @contextmanager
-def mapped(ctx: typer.Context) -> Iterator[tuple[sa.Connection, Config]]:
-    """A connection to a migrated database, on which a wrong mapping is told as one."""
+def mapped(ctx: typer.Context, *, changes: bool = False) -> Iterator[tuple[sa.Connection, Config]]:
+    """A connection to a migrated database, on which a wrong mapping is told as one; said aloud where it ``changes``."""
     asked = invocation(ctx)
     with asked.connection() as (conn, config):
+        if changes:
+            note(place(conn))
         verify(conn)
         config = agreed(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
         try:
@@ -99,7 +115,7 @@ def credits_of(number: int) -> str:
 def balance(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> None:
     """Show how many credits a user has."""
     with mapped(ctx) as (conn, config):
-        credits = Ledger(config).balance(conn, user_key(config, user))
+        credits = Ledger(config).balance(conn, user_key(conn, config, user))
     emit({"user": user, "balance": credits}, lambda: out.print(credits_of(credits)), as_json=as_json)
 
 
@@ -145,7 +161,7 @@ def history(
     """Show a user's ledger, newest first."""
     with mapped(ctx) as (conn, config):
         ledger = Ledger(config)
-        key = user_key(config, user)
+        key = user_key(conn, config, user)
         ledger.balance(conn, key)  # an unknown user is an error here, not an empty list
         rows = ledger.history(conn, key, limit=limit, before=before, include_failed=failed)
 
@@ -160,13 +176,26 @@ def history(
     emit(rows, show, as_json=as_json)
 
 
-def _say(done: CreditTransaction, as_json: bool) -> None:
+def _move(
+    ctx: typer.Context,
+    user: str,
+    move: Callable[[Ledger, sa.Connection, Key], CreditTransaction],
+    *,
+    as_json: bool,
+) -> None:
+    """Make one credit transaction of ``user``, and say what it is."""
+    with mapped(ctx, changes=True) as (conn, config):
+        ledger, key = Ledger(config), user_key(conn, config, user)
+        done = move(ledger, conn, key)
+        now = ledger.balance(conn, key)
+
     def show() -> None:
         word = "Already done:" if done.replayed else "Done:"
+        balance = f"Balance {done.balance_after}"
+        if now != done.balance_after:
+            balance = f"{balance} then, {now} now"
         out.print(
-            f"{word} {done.description} ({done.amount:+}). Balance {done.balance_after}. "
-            f"Row {done.sequence}, {done.id}.",
-            markup=False,
+            f"{word} {done.description} ({done.amount:+}). {balance}. Row {done.sequence}, {done.id}.", markup=False
         )
 
     emit(done, show, as_json=as_json)
@@ -185,17 +214,19 @@ def consume(
     as_json: Json = False,
 ) -> None:
     """Spend a user's credits, and unlock a workshop with them."""
-    with mapped(ctx) as (conn, config):
-        place = None if workshop is None else Schema.of(config.host).workshop_key_of(workshop)
-        done = Ledger(config).consume(
+    _move(
+        ctx,
+        user,
+        lambda ledger, conn, who: ledger.consume(
             conn,
-            user_key(config, user),
-            workshop=place,
+            who,
+            workshop=None if workshop is None else ledger.schema.workshop_key_of(workshop),
             credits=amount,
             key=key or f"cli-{uuid4()}",
             description=description,
-        )
-    _say(done, as_json)
+        ),
+        as_json=as_json,
+    )
 
 
 @app.command(cls=OfUser, rich_help_panel="Credits")
@@ -208,11 +239,14 @@ def grant(
     as_json: Json = False,
 ) -> None:
     """Give a user credits that nobody paid for: goodwill, a promotion, an opening balance."""
-    with mapped(ctx) as (conn, config):
-        done = Ledger(config).grant(
-            conn, user_key(config, user), credits=credits, key=key or f"cli-{uuid4()}", description=description
-        )
-    _say(done, as_json)
+    _move(
+        ctx,
+        user,
+        lambda ledger, conn, who: ledger.grant(
+            conn, who, credits=credits, key=key or f"cli-{uuid4()}", description=description
+        ),
+        as_json=as_json,
+    )
 
 
 @app.command(cls=OfUser, rich_help_panel="Credits")
@@ -230,16 +264,14 @@ def refund(
     as_json: Json = False,
 ) -> None:
     """Take back credits of a purchase. This moves credits only; the money is Stripe's to return."""
-    with mapped(ctx) as (conn, config):
-        done = Ledger(config).refund(
-            conn,
-            user_key(config, user),
-            purchase,
-            credits=credits,
-            key=key or f"cli-{uuid4()}",
-            description=description,
-        )
-    _say(done, as_json)
+    _move(
+        ctx,
+        user,
+        lambda ledger, conn, who: ledger.refund(
+            conn, who, purchase, credits=credits, key=key or f"cli-{uuid4()}", description=description
+        ),
+        as_json=as_json,
+    )
 
 
 purchases = typer.Typer(no_args_is_help=True, help="Settle a purchase by hand, where it was sold without Stripe.")
@@ -262,12 +294,14 @@ def complete(
     as_json: Json = False,
 ) -> None:
     """Give the credits of a purchase that was paid. A second run changes nothing."""
-    with mapped(ctx) as (conn, config):
-        key = user_key(config, user)
-        done = Ledger(config).complete_purchase(
-            conn, key, purchase=purchase, amount_paid=amount_paid, currency=currency
-        )
-    _say(done, as_json)
+    _move(
+        ctx,
+        user,
+        lambda ledger, conn, who: ledger.complete_purchase(
+            conn, who, purchase=purchase, amount_paid=amount_paid, currency=currency
+        ),
+        as_json=as_json,
+    )
 
 
 @purchases.command(cls=OfUser)
@@ -279,8 +313,8 @@ def fail(
     as_json: Json = False,
 ) -> None:
     """Mark a pending purchase as failed. A second run changes nothing."""
-    with mapped(ctx) as (conn, config):
-        done = Ledger(config).fail_purchase(conn, user_key(config, user), purchase=purchase, reason=reason)
+    with mapped(ctx, changes=True) as (conn, config):
+        done = Ledger(config).fail_purchase(conn, user_key(conn, config, user), purchase=purchase, reason=reason)
 
     def show() -> None:
         out.print(f"{'Already failed' if done.replayed else 'Failed'}: {done.description}, {done.id}.", markup=False)
@@ -298,8 +332,8 @@ def onboarding(
     as_json: Json = False,
 ) -> None:
     """Show whether a user's onboarding is complete, or change it."""
-    with mapped(ctx) as (conn, config):
-        accounts, key = Accounts(config), user_key(config, user)
+    with mapped(ctx, changes=complete is not None) as (conn, config):
+        accounts, key = Accounts(config), user_key(conn, config, user)
         if complete is None:
             account = accounts.get(conn, key)
         elif complete:
@@ -347,9 +381,9 @@ def audit(
                 report = auditing.audit(
                     conn,
                     config,
-                    user=None if user is None else user_key(config, user),
+                    user=None if user is None else user_key(conn, config, user),
                     since=None if since is None else since.replace(tzinfo=since.tzinfo or dt.UTC),
-                    after=None if after is None else user_key(config, after),
+                    after=None if after is None else user_key(conn, config, after),
                     quick=quick,
                     limit=limit,
                     progress=progress,

