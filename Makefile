@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo example test test-lowest test-wheel check docs bench bench-peers bench-growth bench-migration hammer picture lock clean
+.PHONY: help install demo example test test-quick test-lowest test-wheel check docs bench bench-peers bench-growth bench-migration hammer picture lock clean
 
 help:
 	@echo "make demo    migrate a busy database, sell, spend, refund and audit credits (under a minute)"
 	@echo "make example an app that sells credits, with a double of Stripe, at http://127.0.0.1:8000"
 	@echo "make test    the whole test suite on the embedded PostgreSQL (and on 15, where it is installed)"
+	@echo "make test-quick   the parts of it that need no browser, no npm and no killed server"
 	@echo "make test-lowest   the ledger, the migration and the commands with the oldest versions that are declared"
 	@echo "make test-wheel   the same with the built wheel in place of the sources"
 	@echo "make docs    the documentation as a site, in .site/html, its links checked"
@@ -27,18 +28,36 @@ install: $(VENV)/ready
 $(VENV)/ready: requirements/dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tallystick needs Python 3.11 or later: make PYTHON=/path/to/python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing what the tests and tools use into $(VENV): about a minute, once"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-example: install
-	@cd examples && ../$(BIN)/python -m workshops
+# The demo and the example use a third of that; where the whole is there already, they take it.
+RUN := $(if $(wildcard $(VENV)/ready),$(VENV),$(VENV)/demo)
 
-demo: install
-	@$(BIN)/tallystick demo
+$(VENV)/demo/ready: requirements/demo.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tallystick needs Python 3.11 or later: make PYTHON=/path/to/python3.11")'
+	@echo "Installing what the demo and the example use into $(VENV)/demo: half a minute, once"
+	@$(PYTHON) -m venv $(VENV)/demo
+	@$(VENV)/demo/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/demo.txt
+	@$(VENV)/demo/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+example: $(RUN)/ready
+	@cd examples && ../$(RUN)/bin/python -m workshops
+
+demo: $(RUN)/ready
+	@$(RUN)/bin/tallystick demo
 
 # The machine's own PostgreSQL beside the embedded one, where there is one: the suite runs on both.
 OWN_PG := $(word 4,$(subst /, ,$(lastword $(sort $(wildcard /usr/lib/postgresql/*/bin/postgres)))))
+
+# One server, no kills, no browser, no package of npm: what a change is tried with while it is made.
+QUICK_TESTS := tests/test_*.py tests/stripe_sales tests/migrations/test_there_and_back.py tests/migrations/test_run.py tests/migrations/test_status.py
+
+test-quick: install
+	$(BIN)/python -m pytest -n auto $(QUICK_TESTS) --ignore tests/test_benchmarks.py
 
 test: install
 	$(BIN)/python -m pytest -n auto
@@ -101,6 +120,7 @@ lock: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(LOCK) --all-extras --group dev --upgrade -o requirements/dev.txt pyproject.toml
 	$(LOCK) --group docs --constraint requirements/dev.txt -o requirements/docs.txt
+	$(LOCK) --all-extras --group build --constraint requirements/dev.txt -o requirements/demo.txt pyproject.toml
 	$(LOCK) --all-extras --group lowest --resolution lowest-direct -o requirements/lowest.txt pyproject.toml
 
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header

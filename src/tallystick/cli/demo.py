@@ -25,7 +25,9 @@ from tallystick.dev.stripe import DevStripe
 from tallystick.errors import DevStripeError
 from tallystick.ledger import Ledger
 
-SOME_TRAFFIC_S = 1.0
+SOME_TRAFFIC_S = 1.5
+FELT_MS = 250
+"""A statement that takes longer is felt by a person, unless the machine was as slow before the migration."""
 
 _ACKNOWLEDGED = """
 SELECT type::text, count(*) FROM public.credit_transactions
@@ -127,22 +129,23 @@ class _Demo:
         traffic = Traffic.of(self.url)
         with traffic.flowing():
             time.sleep(SOME_TRAFFIC_S)
-            usual, began = traffic.median_ms(), time.perf_counter()
+            usual, before, began = traffic.median_ms(), traffic.worst_ms(), time.perf_counter()
             receipt = migrate.apply(self.url, self.config)
             time.sleep(SOME_TRAFFIC_S)
         locked = sum(step.locked_ms for step in receipt.steps)
         worst, errors = traffic.worst_ms(since=began), sum(traffic.errors.values())
         self.say(
             f"Tables locked for {locked:.1f} ms. Live traffic went on before, meanwhile and after: "
-            f"{len(traffic.latencies_ms):,} statements, median {usual:.1f} ms, worst since it began {worst:.0f} ms, "
-            f"{errors} failed."
+            f"{len(traffic.latencies_ms):,} statements, median {usual:.1f} ms, {errors} failed. The slowest took "
+            f"{before:.0f} ms before the migration, and {worst:.0f} ms since it began."
         )
         for error, times in traffic.errors.items():
             self.say(f"{times} times {error}")
         self.kept.add(
             "The migration is all or nothing, and live traffic does not feel it",
-            f"tables locked for {locked:.1f} ms, worst stall {worst:.0f} ms, {errors} errors",
-            errors == 0,
+            f"tables locked for {locked:.1f} ms, slowest statement {worst:.0f} ms ({before:.0f} ms before), "
+            f"{errors} errors",
+            errors == 0 and worst <= max(FELT_MS, 4 * before),
         )
         users = self.count(
             "SELECT count(*) FROM public.users WHERE credit_balance <> 0 OR onboarding_complete OR plan_tier <> 'free'"
