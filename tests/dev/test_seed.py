@@ -524,7 +524,7 @@ def test_reset_wants_the_owner_of_the_ledger(world: World) -> None:
     before = every_row(world)
     with world.engine.connect() as conn, conn.begin() as transaction:
         conn.exec_driver_sql("CREATE ROLE seed_test_app")  # gone with the rollback
-        for table in ("users", "workshops", "credit_transactions", "tallystick.alembic_version"):
+        for table in ("users", "workshops", "credit_transactions", "tallystick.alembic_version", "tallystick.mapping"):
             conn.exec_driver_sql(f"GRANT ALL ON {table} TO seed_test_app")
         conn.exec_driver_sql("GRANT USAGE ON SCHEMA tallystick TO seed_test_app")
         conn.exec_driver_sql("SET LOCAL ROLE seed_test_app")

@@ -123,11 +123,12 @@ def test_privileges_on_the_ledger_are_told(supabase: App) -> None:
 
 def test_a_policy_that_shows_billing_to_others_is_warned_of(supabase: App) -> None:
     migrate.apply(supabase.url, supabase.config)
-    warnings = status(supabase).warnings
+    # the owner of these tables is a superuser, which is another warning
+    warnings = [warning for warning in status(supabase).warnings if "policy" in warning]
     assert [warning.partition(" ")[0] for warning in warnings] == ["anon", "authenticated"]
     assert "the policy Public profiles are viewable by everyone. of public.profiles" in warnings[0]
     supabase.run(*(part for each in warnings for part in each.partition("meant: ")[2].split("; ")))
-    assert status(supabase).warnings == ()
+    assert not any("policy" in warning for warning in status(supabase).warnings)
     assert "permission denied" in (as_role(supabase, "anon", "SELECT stripe_customer_id FROM profiles") or "")
     assert as_role(supabase, "anon", "SELECT full_name FROM profiles") is None
 

@@ -69,7 +69,8 @@ def test_an_event_trigger_that_forbids_drops(app: App) -> None:
     with app.engine.connect() as conn:
         findings = [finding.text for finding in migrate.plan(conn, app.config).findings]
     assert any(
-        'The event trigger "no drops" (sql_drop, no_drops) runs for what the migration does' in f for f in findings
+        'The event trigger "no drops" (sql_drop, public.no_drops) runs for what the migration does' in f
+        for f in findings
     )
     migrate.apply(app.url, app.config)
     with app.engine.connect() as conn:
