@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from tallystick import Config
 from tallystick.audit import audit
 from tallystick.dev.postgres import Server
-from tallystick.schema import Schema
+from tallystick.schema import Schema, stripe_reversals
 
 TURNS = 5
 
@@ -57,6 +57,8 @@ def fill(url: str, *, users: int, each: int) -> None:
     pool = sa.create_engine(url, poolclass=sa.NullPool)
     with pool.begin() as conn:
         Schema.of(Config().host).metadata.create_all(conn)
+        conn.exec_driver_sql("CREATE SCHEMA tallystick")
+        stripe_reversals.metadata.create_all(conn)  # the audit compares it with the ledger
         conn.exec_driver_sql("SET LOCAL session_replication_role = replica")  # spares the foreign keys' triggers
         for statement in FILL:
             conn.execute(sa.text(statement), {"users": users, "each": each})

@@ -454,7 +454,7 @@ class _Part:
         Several users may have paid for one. Then it is the last of those who do not own it, for whom the sum does not
         come out, whichever part the owner is in; so each workshop is one finding, of one part.
         """
-        row, shop = self.row, self.workshop
+        row, shop, exact = self.row, self.workshop, _SUMS[self.schema.host.credits]
         owns = sa.func.coalesce(self.comparable(shop.c.owner) == self.user_id, sa.false())
         order = (owns, row.completed_at.desc(), row.id.desc())
 
@@ -468,7 +468,7 @@ class _Part:
                 self.workshop_id.label("workshop"),
                 self.net().label("net"),
                 last(row.id, sa.Uuid()).label("transaction"),
-                last(-row.amount, sa.Integer()).label("credits"),
+                last(-row.amount.cast(exact), exact()).label("credits"),
                 sa.func.max(row.completed_at).label("completed_at"),
             )
             .select_from(self.schema.credit_transactions)

@@ -82,7 +82,7 @@ def create_as_declared(app: App, case: HostCase) -> None:
                     conn.exec_driver_sql(f"ALTER TABLE {quote(table)} ADD COLUMN {added}")
         for enum in (schema.credit_transactions.c.type.type, schema.credit_transactions.c.status.type):
             enum.create(conn)
-        schema.credit_transactions.create(conn)
+        schema.credit_transactions.create(conn, checkfirst=True)  # SQLAlchemy 2.0 would make the types once more
         schema.users_stripe_customer.create(conn)
         conn.execute(CreateSchema("tallystick"))
         alembic_version.metadata.create_all(conn)

@@ -64,7 +64,7 @@ def session(source: sa.Engine, *, waiting: Callable[[str], None] | None = None) 
     ``waiting`` is told what a server says that is still starting up.
     """
     try:
-        conn = dial(source.execution_options(isolation_level="AUTOCOMMIT"), waiting=waiting)
+        conn = dial(source, waiting=waiting).execution_options(isolation_level="AUTOCOMMIT")
     except sa.exc.OperationalError as error:
         raise DatabaseUnavailable(
             f"cannot connect: {said(error)}. Check the address, and that the server runs", sqlstate=None
