@@ -69,6 +69,20 @@ def test_a_session_of_ones_own_as_the_page_shows_it(shop: Shop):
     assert stripe.confirm(shop.engine, shop.config, user, session).granted
 
 
+def test_every_case_names_tests_that_there_are():
+    table = PAGE.partition("## The cases")[2].partition("\n## ")[0]
+    cases = re.findall(r"^\| (.+?) \| .+? \| (.+?) \|$", table, re.MULTILINE)
+    there = {
+        name
+        for file in (Path(__file__).parents[1]).rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    named = {case: re.findall(r"`(test_\w+)`", tests) for case, tests in cases[1:]}
+    assert len(named) > 50
+    assert {case for case, tests in named.items() if not tests} == set()
+    assert {test for tests in named.values() for test in tests} - there == set()
+
+
 @pytest.mark.parametrize("kind", stripe.FindingKind)
 def test_every_finding_is_explained(kind):
     assert f"`{kind}`" in PAGE

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
+import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -14,9 +16,12 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, multipl
 from stripe_sales.shop import CREDITS, PRICE, Shop
 from tallystick import InsufficientCredits, stripe
 from tallystick.audit import audit
+from tallystick.config import CheckoutOptions, Rounding
 from tallystick.dev.stripe import DevStripe
 from tallystick.errors import DevStripeError
 from worlds import World
+
+OPTIONS = [None, CheckoutOptions(promotion_codes=True), CheckoutOptions(quantity_max=3)]
 
 
 class Machine(RuleBasedStateMachine):
@@ -31,6 +36,7 @@ class Machine(RuleBasedStateMachine):
         self.user = self.shop.world.user()
         self.spent = 0
         self.bought: list[stripe.Checkout] = []
+        self.rounding: dict[str, Rounding] = {}  # by session, as it was sold
 
     sessions = Bundle("sessions")
     payments = Bundle("payments")
@@ -44,16 +50,59 @@ class Machine(RuleBasedStateMachine):
         except DevStripeError:
             return None
 
-    @rule(target=sessions)
-    def check_out(self):
-        self.bought.append(self.shop.checkout(self.user))
+    @rule(target=sessions, rounding=st.sampled_from(get_args(Rounding)), options=st.sampled_from(OPTIONS))
+    def check_out(self, rounding, options):
+        self.shop.configure(refund_rounding=rounding)
+        self.bought.append(self.shop.checkout(self.user, options=options))
+        self.rounding[self.bought[-1].session] = rounding
         return self.bought[-1]
 
-    @rule(target=payments, bought=consumes(sessions), late=st.booleans(), discount=st.sampled_from([0, 0, 250]))
-    def pay(self, bought, late, discount):
-        card = "async" if late else "4242424242424242"
-        paid = self.try_at_stripe(lambda: self.shop.dev.pay(bought.session, card=card, discount=discount))
+    @rule(
+        target=payments,
+        bought=consumes(sessions),
+        late=st.booleans(),
+        discount=st.sampled_from([0, 0, 250]),
+        quantity=st.sampled_from([None, None, 1, 3]),
+    )
+    def pay(self, bought, late, discount, quantity):
+        how = {"card": "async" if late else "4242424242424242", "discount": discount, "quantity": quantity}
+        paid = self.try_at_stripe(lambda: self.shop.dev.pay(bought.session, **how))
         return bought if paid else multiple()
+
+    @rule()
+    def the_customer_goes(self):
+        """An operator deletes it in the dashboard."""
+        with self.shop.engine.begin() as conn:
+            customer = self.shop.world.accounts.get(conn, self.user).stripe_customer_id
+        objects = self.shop.dev.account.objects["customer"]
+        if customer in objects:
+            self.shop.api.customers.delete(customer)
+
+    @rule(which=st.integers(0, 99), how=st.sampled_from(["nothing", "reference", "realm", "unknown purchase"]))
+    def something_else_is_sold(self, which, how):
+        """At the same Stripe account; its address may name a purchase of ours."""
+        fields: dict[str, Any] = {}
+        if how == "reference" and self.bought:
+            fields["client_reference_id"] = str(self.bought[which % len(self.bought)].purchase.id)
+        elif how in ("realm", "unknown purchase"):
+            fields["metadata"] = {"tallystick_purchase": str(uuid.UUID(int=which))}
+            fields["metadata"] |= {"tallystick_realm": "staging"} if how == "realm" else {}
+        session = self.shop.api.checkout.sessions.retrieve(self.shop.foreign(**fields))
+        if which % 2:
+            self.shop.dev.refund(str(session.payment_intent), amount=20)
+
+    @rule(bought=payments)
+    def the_bank_charges_in_another_currency(self, bought):
+        intent = self.shop.intent(bought) if self.is_paid(bought) else None
+        charge = None if intent is None else self.shop.api.payment_intents.retrieve(intent).latest_charge
+        if charge is not None and not any(self.reversals(intent)):
+            there = self.shop.dev.account.objects["charge"][str(charge)]
+            there.update(currency="eur", amount=there["amount"] * 92 // 100)
+
+    @rule(refund=refunds, credits=st.sampled_from(["0", "5"]))
+    def mark(self, refund, credits):
+        if not self.shop.api.refunds.retrieve(refund).metadata:
+            self.shop.api.refunds.update(refund, {"metadata": {"tallystick_credits": credits}})
 
     @rule(bought=payments, succeeded=st.booleans())
     def bank_decides(self, bought, succeeded):
@@ -127,18 +176,36 @@ class Machine(RuleBasedStateMachine):
         with self.shop.engine.begin() as conn:
             assert audit(conn, self.shop.config, user=self.user).clean
 
+    def is_paid(self, bought: stripe.Checkout) -> bool:
+        session = self.shop.api.checkout.sessions.retrieve(bought.session)
+        return session.payment_status == "paid" and session.payment_intent is not None
+
+    def reversals(self, intent: str) -> tuple[list[Any], list[Any]]:
+        about: Any = {"payment_intent": intent, "limit": 100}
+        return self.shop.api.refunds.list(about).data, self.shop.api.disputes.list(about).data
+
     def worth(self, bought: stripe.Checkout) -> int:
         """The credits that the money of one session stands for: the model."""
         session = self.shop.api.checkout.sessions.retrieve(bought.session)
         if session.payment_status == "unpaid":
             return 0
-        about = {"payment_intent": session.payment_intent or "none", "limit": 100}
-        refunds = self.shop.api.refunds.list(about).data if session.payment_intent else []
-        disputes = self.shop.api.disputes.list(about).data if session.payment_intent else []
-        gone = sum(one.amount for one in refunds if one.status in ("pending", "succeeded"))
-        gone += sum(one.amount for one in disputes if one.status in ("needs_response", "under_review", "lost"))
-        paid = session.amount_total
-        return CREDITS - CREDITS * min(paid, gone) // paid if paid else CREDITS
+        granted = CREDITS * session.amount_subtotal // PRICE
+        if session.payment_intent is None:
+            return granted
+        intent = str(session.payment_intent)
+        charge = self.shop.api.payment_intents.retrieve(intent, {"expand": ["latest_charge"]}).latest_charge
+        refunds, disputes = self.reversals(intent)
+        gone = [one for one in refunds if one.status in ("pending", "succeeded")]
+        marked = [one for one in gone if one.metadata]
+        rest = charge.amount - sum(one.amount for one in marked)
+        kept = max(0, granted - sum(int(one.metadata["tallystick_credits"]) for one in marked))
+        part = sum(one.amount for one in gone if one not in marked)
+        part += sum(one.amount for one in disputes if one.status in ("needs_response", "under_review", "lost"))
+        if part >= rest:
+            return 0 if part else kept
+        exact = kept * part / rest
+        rounded = {"down": math.floor(exact), "nearest": math.floor(exact + 0.5), "up": math.ceil(exact)}
+        return kept - rounded[self.rounding[bought.session]]
 
 
 @pytest.mark.filterwarnings("ignore:.*:hypothesis.errors.HypothesisWarning")

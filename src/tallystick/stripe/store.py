@@ -16,6 +16,7 @@ import datetime as dt
 import hashlib
 import re
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
@@ -28,6 +29,7 @@ from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.config import Config, Rounding
 from tallystick.database import DbConnection, run
+from tallystick.errors import IdempotencyKeyReused, SessionConflict
 from tallystick.ledger import CreditTransaction, Ledger
 from tallystick.schema import (
     CreditTransactionStatus,
@@ -270,6 +272,10 @@ class Store:
         self.config = config
         self.ledger = Ledger(config)
         self.schema = Schema.of(config.host)
+        # made once, since a delivery takes less time than making them
+        self._due = _due()
+        self._claimed = _claimed(self.schema)
+        self._reversals = _reversals(self.schema)
 
     # --- what is there ---
 
@@ -300,20 +306,8 @@ class Store:
 
         An event that is on record as failed is due again, and is off that record.
         """
-        failed = stripe_failed_deliveries
-        resolved = (
-            sa.update(failed)
-            .where(failed.c.event_id == event, failed.c.resolved_at.is_(None))
-            .values(resolved_at=sa.func.now())
-            .returning(failed.c.event_id)
-            .cte("resolved")
-        )
-        values = {"id": event, "type": event_type, "object_id": object_id}
-        new = (
-            pg.insert(stripe_events).values(**values).on_conflict_do_nothing().returning(stripe_events.c.id).cte("new")
-        )
-        due = sa.or_(sa.exists().select_from(resolved), sa.exists().select_from(new))
-        return bool(run(conn, sa.select(due), {}).scalar_one())
+        values = {"p_event": event, "p_type": event_type, "p_object": object_id}
+        return bool(run(conn, self._due, values).scalar_one())
 
     def note_failure(self, conn: DbConnection, event: Object, reason: str) -> None:
         """Put a delivery on record that had no effect, with the reason."""
@@ -384,33 +378,22 @@ class Store:
 
     # --- Stripe's objects ---
 
-    def claim(self, conn: DbConnection, session: Object) -> Claim:
+    def claim(self, conn: DbConnection, session: Object, *, lock: str | None = None) -> Claim:
         """The purchase that a session pays for, if something that only the merchant can write proves it.
 
         The proof is that the session is the stored one, or that its metadata names the purchase and its price before
         discounts and tax is the one on record. ``client_reference_id`` proves nothing: on a Payment Link or a buy
         button it is a parameter of the address, which the buyer may change. So are all other fields that a buyer fills
-        in: e-mail, name, custom fields.
+        in: e-mail, name, custom fields. With ``lock``, a payment intent, others wait as in :func:`_lock`.
         """
         metadata = session.get("metadata") or {}
         marked = as_uuid(metadata.get(METADATA_KEY))
-        referred = as_uuid(session.get("client_reference_id"))
-        purchases, sold = self.schema.credit_transactions, stripe_checkouts.c
-        row = purchases.c
-        statement = (
-            sa.select(sold.amount, sold.currency, sold.request, purchases)
-            .select_from(purchases.outerjoin(stripe_checkouts, sold.purchase_id == row.id))
-            .where(
-                row.type == CreditTransactionType.PURCHASE,
-                sa.or_(
-                    row.stripe_session_id == session["id"],
-                    row.id.in_([id for id in (marked, referred) if id is not None]),
-                ),
-            )
-        )
+        named_by = {"p_marked": marked, "p_referred": as_uuid(session.get("client_reference_id"))}
+        rows = run(conn, self._claimed, {"p_session": session["id"], "p_lock": lock, **named_by})
         found = [
             (CreditTransaction(*columns), None if amount is None else Terms(amount, currency, request or {}))
-            for amount, currency, request, *columns in run(conn, statement, {})
+            for _, amount, currency, request, *columns in rows
+            if columns[0] is not None
         ]
         stored = next((it for it in found if it[0].stripe_session_id == session["id"]), None)
         named = stored or next((it for it in found if it[0].id == marked), None)
@@ -443,15 +426,17 @@ class Store:
         ``failed`` says why an unpaid, complete session will not be paid any more; an expired one says so itself.
         """
         intent = id_of(session.get("payment_intent"))
-        if intent is not None:
-            self._one_at_a_time(conn, intent)
-        claim = self.claim(conn, session)
+        claim = self.claim(conn, session, lock=intent)
         purchase = claim.purchase
         paid = session["status"] == "complete" and session["payment_status"] in PAID
         if purchase is None:
             return self._without_purchase(conn, session, claim)
+        if paid and purchase.status is not COMPLETED and purchase.stripe_session_id in (None, session["id"]):
+            # completing locks the user, and refuses where this is not how the purchase is any more
+            with suppress(IdempotencyKeyReused, SessionConflict):
+                return self._paid(conn, purchase, session, intent, claim.terms)
         self.ledger.lock(conn, purchase.user_id)
-        purchase, is_deleted = self._locked(conn, purchase)
+        purchase = self.purchase(conn, id=purchase.id) or purchase  # as of now, under the lock
         if purchase.stripe_session_id not in (None, session["id"]):
             self.note(
                 conn,
@@ -463,30 +448,18 @@ class Store:
             )
             return Outcome.REFUSED
         if paid:
-            outcome = self._paid(conn, purchase, session, intent, claim.terms)
-            if is_deleted:
-                found = "paid, and granted"
-                self.note(conn, FindingKind.DELETED_USER, session["id"], purchase=purchase.id, found=found)
-            return outcome
-        if purchase.status is not PENDING:
-            return Outcome.UNCHANGED
-        user, mine = purchase.user_id, {"stripe_session_id": session["id"], "stripe_payment_intent_id": intent}
-        attached = self.ledger.attach_session(conn, user, purchase.id, **mine)
-        reason = failed or ("the session expired" if session["status"] == "expired" else None)
-        if reason:
-            self.ledger.fail_purchase(conn, user, purchase=purchase.id, reason=reason)
-            return Outcome.FAILED
-        return Outcome.UNCHANGED if attached.replayed else Outcome.PENDING
+            return self._paid(conn, purchase, session, intent, claim.terms)
+        return self._unpaid(conn, purchase, session, intent, failed)
 
     def reverse(self, conn: DbConnection, reversal: Reversal) -> Outcome:
         """Remember a refund or dispute, and bring the credits of its purchase to what is left of the money."""
-        self._one_at_a_time(conn, reversal.payment_intent)
+        run(conn, sa.select(_lock()), {"p_lock": reversal.payment_intent})
         self._remember(conn, reversal)
         purchase = self.purchase(conn, intent=reversal.payment_intent)
         if purchase is None or purchase.status is not COMPLETED:
             return Outcome.REMEMBERED  # completing it settles this
         self.ledger.lock(conn, purchase.user_id)
-        return self._settle(conn, purchase)
+        return self._settle(conn, purchase, self._known(conn, purchase))
 
     def _without_purchase(self, conn: DbConnection, session: Object, claim: Claim) -> Outcome:
         if claim.is_foreign:
@@ -501,6 +474,19 @@ class Store:
                 found=_money(session),
             )
         return Outcome.UNKNOWN
+
+    def _unpaid(
+        self, conn: DbConnection, purchase: CreditTransaction, session: Object, intent: str | None, failed: str | None
+    ) -> Outcome:
+        if purchase.status is not PENDING:
+            return Outcome.UNCHANGED
+        user, mine = purchase.user_id, {"stripe_session_id": session["id"], "stripe_payment_intent_id": intent}
+        attached = self.ledger.attach_session(conn, user, purchase.id, **mine)
+        reason = failed or ("the session expired" if session["status"] == "expired" else None)
+        if reason:
+            self.ledger.fail_purchase(conn, user, purchase=purchase.id, reason=reason)
+            return Outcome.FAILED
+        return Outcome.UNCHANGED if attached.replayed else Outcome.PENDING
 
     def _paid(
         self, conn: DbConnection, purchase: CreditTransaction, session: Object, intent: str | None, terms: Terms | None
@@ -517,7 +503,7 @@ class Store:
                 stripe_payment_intent_id=intent,
                 credits=_chosen(purchase, session, terms),
             )
-            outcome = Outcome.GRANTED
+            outcome = Outcome.UNCHANGED if purchase.replayed else Outcome.GRANTED
         elif intent is not None and purchase.stripe_payment_intent_id is None:  # completed by the host itself
             purchase = self.ledger.attach_session(
                 conn,
@@ -528,15 +514,11 @@ class Store:
             )
         if terms is not None:
             self._compare(conn, purchase, session, terms)
-        settled = self._settle(conn, purchase)
+        known = self._known(conn, purchase)
+        if known[0].is_deleted:
+            self.note(conn, FindingKind.DELETED_USER, session["id"], purchase=purchase.id, found="paid, and granted")
+        settled = self._settle(conn, purchase, known)
         return outcome if settled is Outcome.UNCHANGED else settled
-
-    def _locked(self, conn: DbConnection, purchase: CreditTransaction) -> tuple[CreditTransaction, bool]:
-        """The purchase as it is now, under the lock; and whether its user is deleted."""
-        users, purchases = self.schema.users.c, self.schema.credit_transactions
-        deleted = sa.exists().where(users.key == purchase.user_id, users.deleted_at.is_not(None))
-        is_deleted, *columns = run(conn, sa.select(deleted, purchases).where(purchases.c.id == purchase.id), {}).one()
-        return CreditTransaction(*columns), is_deleted
 
     def _compare(self, conn: DbConnection, purchase: CreditTransaction, session: Object, terms: Terms) -> None:
         """What was granted is the row's own; where the money is another than was on sale, a person should know."""
@@ -572,22 +554,17 @@ class Store:
         known = {name: sa.func.coalesce(row[name], new.excluded[name]) for name in ("charge_amount", "credits")}
         run(conn, new.on_conflict_do_update(index_elements=["id"], set_=forward | known), {})
 
-    def _settle(self, conn: DbConnection, purchase: CreditTransaction) -> Outcome:
+    def _known(self, conn: DbConnection, purchase: CreditTransaction) -> Sequence[Any]:
+        """The refunds and disputes of a purchase, each with whether its user is deleted; one without an id for none."""
+        values = {"p_intent": purchase.stripe_payment_intent_id, "p_user": purchase.user_id}
+        return run(conn, self._reversals, values).all()
+
+    def _settle(self, conn: DbConnection, purchase: CreditTransaction, known: Sequence[Any]) -> Outcome:
         """Append the difference that each refund and dispute makes, if the ledger has not followed it yet."""
         outcome = Outcome.UNCHANGED
-        if purchase.stripe_payment_intent_id is None:
+        if known[0].id is None:
             return outcome
         row = stripe_reversals.c
-        columns = (row.id, row.amount, row.currency, row.charge_amount, row.credits, row.status, row.applied)
-        known: Sequence[Any] = run(
-            conn,
-            sa.select(*columns)
-            .where(row.stripe_payment_intent_id == purchase.stripe_payment_intent_id)
-            .order_by(row.seen_at, row.id),
-            {},
-        ).all()
-        if not known:
-            return outcome
         rounding = self.rounding(conn, purchase)
         gone: dict[str, Gone] = {}
         for one in known:
@@ -649,12 +626,60 @@ class Store:
         moved = sa.select(sa.func.coalesce(sa.func.sum(row.amount), 0)).where(row.refund_of == purchase.id)
         return purchase.amount + int(run(conn, moved, {}).scalar_one())
 
-    # --- locks ---
 
-    def _one_at_a_time(self, conn: DbConnection, intent: str) -> None:
-        """Two transactions about one payment follow each other, even where no row of it can be locked yet."""
-        key = sa.func.hashtextextended(f"tallystick {intent}", 0)
-        run(conn, sa.select(sa.func.pg_advisory_xact_lock(key)), {})
+# --- statements ---
+
+
+def _lock() -> sa.ColumnElement[Any]:
+    """Two transactions about one payment follow each other, even where no row of it can be locked yet."""
+    name = sa.literal("tallystick ") + sa.bindparam("p_lock", type_=sa.Text())
+    return sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(name, 0)).label("locked")
+
+
+def _due() -> sa.Select[Any]:
+    failed, events = stripe_failed_deliveries, stripe_events
+    event = sa.bindparam("p_event", type_=sa.Text())
+    resolved = (
+        sa.update(failed)
+        .where(failed.c.event_id == event, failed.c.resolved_at.is_(None))
+        .values(resolved_at=sa.func.now())
+        .returning(failed.c.event_id)
+        .cte("resolved")
+    )
+    values = {"id": event, "type": sa.bindparam("p_type"), "object_id": sa.bindparam("p_object")}
+    new = pg.insert(events).values(**values).on_conflict_do_nothing().returning(events.c.id).cte("new")
+    return sa.select(sa.or_(sa.exists().select_from(resolved), sa.exists().select_from(new)))
+
+
+def _claimed(schema: Schema) -> sa.Select[Any]:
+    """The purchases that a session may be about, each with its terms; a row of nulls for none. Takes the lock."""
+    purchases, sold = schema.credit_transactions, stripe_checkouts.c
+    row = purchases.c
+    which = [row.stripe_session_id == sa.bindparam("p_session")]
+    which += [row.id == sa.bindparam(name, type_=sa.Uuid()) for name in ("p_marked", "p_referred")]
+    claimed = (
+        sa.select(sold.amount.label("sold_amount"), sold.currency.label("sold_currency"), sold.request, purchases)
+        .select_from(purchases.outerjoin(stripe_checkouts, sold.purchase_id == row.id))
+        .where(row.type == CreditTransactionType.PURCHASE, sa.or_(*which))
+        .subquery()
+    )
+    locked = sa.select(_lock()).subquery()
+    return sa.select(locked, claimed).select_from(locked.outerjoin(claimed, sa.true()))
+
+
+def _reversals(schema: Schema) -> sa.Select[Any]:
+    row, users = stripe_reversals.c, schema.users.c
+    deleted = sa.exists().where(
+        users.key == sa.bindparam("p_user", type_=users.key.type), users.deleted_at.is_not(None)
+    )
+    buyer = sa.select(deleted.label("is_deleted")).subquery()
+    columns = (row.id, row.amount, row.currency, row.charge_amount, row.credits, row.status, row.applied)
+    of_payment = row.stripe_payment_intent_id == sa.bindparam("p_intent", type_=sa.Text())
+    return (
+        sa.select(buyer, *columns)
+        .select_from(buyer.outerjoin(stripe_reversals, of_payment))
+        .order_by(row.seen_at, row.id)
+    )
 
 
 _STEPS = {"none": "given back", "share": "taken back", "marked": "marked"}
