@@ -166,6 +166,9 @@ ROUNDING: dict[History, Rounding] = {rounded_up: "up", rounded_to_the_nearest: "
 ALL_OPTIONS = CheckoutOptions(promotion_codes=True, automatic_tax=True, quantity_max=3)
 
 
+AT_ONCE = [*list(HISTORIES)[:10], spoofed_reference, foreign_sale_beside_it]
+"""Those whose events many deliver at once; the others differ from them in numbers alone."""
+
 AGAIN = {"unchanged", "remembered", "failed", "unknown", "foreign"}
 """The outcomes of facts that are known already."""
 
@@ -242,7 +245,7 @@ def test_processes_at_once_some_of_which_die(shop: Shop):
     """Each process gets every event, most in an order of its own, and half of the processes die on the way."""
     chance = random.Random(4)
     users, events = {}, []
-    for history in HISTORIES:
+    for history in AT_ONCE:
         user, some = made(shop, history)
         users[user] = history
         events += [(body.encode(), signature) for body, signature in (shop.dev.signed(e, shop.endpoint) for e in some)]
@@ -288,8 +291,8 @@ def test_senders_of_the_double_race_each_other(make_shop, app):
         app.receive = lambda body, signature: stripe.receive(shop.engine, shop.config, body, signature)
         dev.release()
         users = {}
-        for history, credits in HISTORIES.items():
-            users[happened(shop, history)] = credits
+        for history in AT_ONCE:
+            users[happened(shop, history)] = HISTORIES[history]
         assert dev.wait_delivered(120)
         assert {user: shop.balance(user) for user in users} == users
     require_clean(shop)
