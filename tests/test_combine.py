@@ -123,7 +123,7 @@ def test_a_loop_that_is_gone_stops_nobody(world: World, combiner: Combiner) -> N
 
     async def leave() -> None:
         task = asyncio.create_task(combiner.aconsume(user, key="left"))
-        while not waits(world):  # noqa: ASYNC110 - the database has no event to wait for
+        while not served_apart(world):  # noqa: ASYNC110 - the database has no event to wait for
             await asyncio.sleep(0.01)
         task.cancel()
 

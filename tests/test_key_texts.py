@@ -6,7 +6,7 @@ from typing import get_args
 from uuid import UUID
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tallystick.config import INTEGER_KEYS, TEXT_KEYS, HostMapping, KeyType, UsersTable, WorkshopsTable
@@ -23,6 +23,7 @@ TEXTS = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(text=TEXTS, key_type=st.sampled_from(get_args(KeyType)))
 @example(text="--5", key_type="integer")
 @example(text="9" * 5_000, key_type="bigint")

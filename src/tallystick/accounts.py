@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from tallystick.config import Config, HostMapping
 from tallystick.errors import InvalidArgument, Key, shown
-from tallystick.ledger.connections import Call, Operation, Rows, document, key, moment
+from tallystick.ledger.connections import Call, Operation, Rows, document, moment, reader_of
 from tallystick.ledger.outcomes import DONE, Refusal, error_of
 from tallystick.schema import Schema, mapping_of
 
@@ -45,6 +45,7 @@ class Accounts:
         if isinstance(source, Config):
             source = source.host
         self.schema = Schema.of(source if isinstance(source, HostMapping) else mapping_of(source))
+        self._user = reader_of(self.schema.host.users.key_type)
 
     @Operation
     def get(self, user: Key) -> Call[Account]:
@@ -120,7 +121,7 @@ class Accounts:
             row = rows[0]
             if row[0] != DONE:
                 raise error_of(row[0], Refusal(arguments, detail=document(row[8]) or {}))
-            return Account(key(row[1]), row[2], row[3], row[4], row[5], moment(row[6]), moment(row[7]))
+            return Account(self._user(row[1]), row[2], row[3], row[4], row[5], moment(row[6]), moment(row[7]))
 
         return Call(function, arguments, read)
 

@@ -39,7 +39,7 @@ from tallystick.errors import (
     shown,
 )
 from tallystick.ledger.connections import Call, send
-from tallystick.ledger.operations import CreditTransaction, Ledger, together
+from tallystick.ledger.operations import CreditTransaction, Ledger
 
 BATCH_MAX = 1_000
 """Calls in one statement; more gain nothing and make everybody wait for the last."""
@@ -368,7 +368,7 @@ class Combiner:
     ) -> Sequence[CreditTransaction | LedgerError]:
         conn, lock_timeout_ms = lane.connected(self._engine), round(wait_s * 1_000)
         if len(calls) > 1:
-            return send(conn, replace(together(calls), lock_timeout_ms=lock_timeout_ms))
+            return send(conn, replace(self._ledger.together(calls), lock_timeout_ms=lock_timeout_ms))
         try:
             return [send(conn, replace(calls[0], lock_timeout_ms=lock_timeout_ms))]
         except LedgerError as refusal:

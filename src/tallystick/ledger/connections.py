@@ -142,7 +142,7 @@ def send(conn: SyncConnection, call: Call[R]) -> R:
 
 _ACCOUNT = (
     "outcome, user_id, credit_balance, onboarding_complete, stripe_customer_id, plan_tier, {updated_at}, {deleted_at}, "
-    "detail"
+    "detail::pg_catalog.text"
 )
 _WORKSHOP = "outcome, workshop_id, open, reason, {deleted_at}"
 _COLUMNS: Mapping[str, str] = {
@@ -162,8 +162,9 @@ _COLUMNS: Mapping[str, str] = {
 }
 _ANSWER = (
     "outcome, id, user_id, type, status, amount, balance_after, sequence, description, workshop_id, refund_of, "
-    "stripe_session_id, stripe_payment_intent_id, stripe_price_id, amount_paid, currency, idempotency_key, metadata, "
-    "{created_at}, {completed_at}, balance, required, remaining, detail, item"
+    "stripe_session_id, stripe_payment_intent_id, stripe_price_id, amount_paid, currency, idempotency_key, "
+    "metadata::pg_catalog.text, {created_at}, {completed_at}, balance, required, remaining, detail::pg_catalog.text, "
+    "item"
 )
 _MOMENTS = {
     # an operator of this name in the caller's search_path may be anybody's
@@ -187,9 +188,13 @@ def _text(function: str, names: tuple[str, ...], *, mark: str = "%s", plain: boo
         names, marks = names[1:], marks[1:]
         types = {"key": "text", "keys": "text[]"}
         marks = [
-            f"CASE WHEN waits IS NOT NULL THEN {mark}::{types[name]} END" if name in types else mark
+            f"CASE WHEN waits IS NOT NULL THEN {mark}::pg_catalog.{types[name]} END" if name in types else mark
             for name, mark in zip(names, marks, strict=True)
         ]
+    if "metadata" in names:
+        # as a text, since a driver, or a codec that its owner has given it, would make JSON of the JSON
+        at, many = names.index("metadata"), "[]" * (function == "consume_many")
+        marks[at] += f"::pg_catalog.text{many}::pg_catalog.jsonb{many}"
     arguments = ", ".join(f"{name} => {mark}" for name, mark in zip(names, marks, strict=True))
     # by name, and not *: a prepared statement survives that a later revision adds to what a function answers
     columns = _COLUMNS.get(function, _ANSWER).format(**(_MOMENTS if plain else {name: name for name in _MOMENTS}))
@@ -233,10 +238,9 @@ def _psycopg(conn: psycopg.Connection[Any], call: Call[R]) -> R:
 def _on_psycopg(conn: psycopg.Connection[Any], call: Call[Any]) -> Rows:
     from psycopg.rows import tuple_row  # noqa: PLC0415 - loaded, since the caller has a connection of it
 
-    names, values = call.given()
     with conn.cursor(row_factory=tuple_row) as cursor:
-        # In binary, since the text of a moment depends on the connection's DateStyle.
-        cursor.execute(_text(call.function, names), [as_text(value) for value in values], binary=True)
+        text, values, binary = _for_psycopg(type(cursor), call)
+        cursor.execute(text, values, binary=binary)
         return cursor.fetchall()
 
 
@@ -249,24 +253,53 @@ async def _psycopg_async(conn: psycopg.AsyncConnection[Any], call: Call[R]) -> R
 async def _on_psycopg_async(conn: psycopg.AsyncConnection[Any], call: Call[Any]) -> Rows:
     from psycopg.rows import tuple_row  # noqa: PLC0415
 
-    names, values = call.given()
     async with conn.cursor(row_factory=tuple_row) as cursor:
-        await cursor.execute(_text(call.function, names), [as_text(value) for value in values], binary=True)
+        text, values, binary = _for_psycopg(type(cursor), call)
+        await cursor.execute(text, values, binary=binary)
         return await cursor.fetchall()
 
 
-def _cursor(conn: Any, call: Call[R]) -> R:
-    """Of psycopg2 and of Django, whose cursor keeps Django's own bookkeeping."""
-    if getattr(conn, "vendor", "postgresql") != "postgresql":
-        raise _refused(f"a {conn.vendor} connection of Django")
+def _for_psycopg(kind: type, call: Call[Any]) -> tuple[str, list[str], bool]:
+    """The statement, its values, and if the answer comes in binary: the text of a moment depends on DateStyle."""
+    names, values = call.given()
+    mark, binary = _style(kind)
+    return _text(call.function, names, mark=mark, plain=not binary), [as_text(value) for value in values], binary
+
+
+@lru_cache(maxsize=100)
+def _style(kind: type) -> tuple[str, bool]:
+    """The host's ``cursor_factory`` may be one that has no binary answers, or other marks."""
+    from psycopg import AsyncClientCursor, AsyncRawCursor, ClientCursor, RawCursor  # noqa: PLC0415
+
+    mark = "$" if issubclass(kind, (RawCursor, AsyncRawCursor)) else "%s"
+    return mark, not issubclass(kind, (ClientCursor, AsyncClientCursor))
+
+
+def _psycopg2(conn: Any, call: Call[R]) -> R:
     with translated():
-        rows = _on_cursor(conn, call)
+        rows = _on_psycopg2(conn, call)
     return call.read(rows)
 
 
-def _on_cursor(conn: Any, call: Call[Any]) -> Rows:
+def _on_psycopg2(conn: Any, call: Call[Any]) -> Rows:
+    from psycopg2.extensions import cursor  # type: ignore[import-untyped] # noqa: PLC0415
+
+    # not of the host's cursor_factory, whose rows may be dictionaries
+    return _on_cursor(conn.cursor(cursor_factory=cursor), call)
+
+
+def _django(conn: DjangoConnection, call: Call[R]) -> R:
+    """Through Django's cursor, which keeps Django's own bookkeeping, inside Django's transaction."""
+    if conn.vendor != "postgresql":
+        raise _refused(f"a {conn.vendor} connection of Django")
+    with translated():
+        rows = _on_cursor(conn.cursor(), call)
+    return call.read(rows)
+
+
+def _on_cursor(cursor: Any, call: Call[Any]) -> Rows:
     names, values = call.given()
-    with conn.cursor() as cursor:
+    with cursor:
         cursor.execute(_text(call.function, names, plain=True), [as_text(value) for value in values])
         rows: Rows = cursor.fetchall()
         return rows
@@ -290,6 +323,9 @@ def _as_asyncpg_wants(value: Any) -> Any:
 
 
 def _sqlalchemy(conn: sa.Connection, call: Call[R]) -> R:
+    dialect = conn.dialect
+    if dialect.driver not in _DRIVERS or dialect.name != "postgresql":
+        raise _refused(f"a connection of SQLAlchemy to {dialect.name}, through {dialect.driver}")
     with translated():
         rows = _on_sqlalchemy(conn, call)
     return call.read(rows)
@@ -338,9 +374,11 @@ def _on_adapted_psycopg(conn: Any, call: Call[Any]) -> Rows:
     return await_only(_on_psycopg_async(conn.driver_connection, call))
 
 
+_DRIVERS = ("psycopg", "psycopg_async", "psycopg2", "asyncpg")
+
 _CURSORS: Mapping[str, Callable[[Any, Call[Any]], Rows]] = {
     "psycopg.Connection": _on_psycopg,
-    "psycopg2.extensions.connection": _on_cursor,
+    "psycopg2.extensions.connection": _on_psycopg2,
     "sqlalchemy.dialects.postgresql.psycopg.AsyncAdapt_psycopg_connection": _on_adapted_psycopg,
 }
 
@@ -375,8 +413,12 @@ async def _sqlalchemy_async(conn: SqlAlchemyAsyncConnection, call: Call[R]) -> R
     return await conn.run_sync(_sqlalchemy, call)
 
 
-async def _session_async(session: AsyncSession | async_scoped_session[Any], call: Call[R]) -> R:
-    return await session.run_sync(_session, call)  # type: ignore[union-attr]  # the scoped one passes it on
+async def _session_async(session: AsyncSession, call: Call[R]) -> R:
+    return await session.run_sync(_session, call)
+
+
+async def _scoped_session_async(scoped: async_scoped_session[Any], call: Call[R]) -> R:
+    return await _session_async(scoped(), call)
 
 
 _SENDERS: Mapping[str, Callable[[Any, Call[Any]], Any]] = {
@@ -385,12 +427,12 @@ _SENDERS: Mapping[str, Callable[[Any, Call[Any]], Any]] = {
     "sqlalchemy.orm.scoping.scoped_session": _session,
     "sqlalchemy.ext.asyncio.engine.AsyncConnection": _sqlalchemy_async,
     "sqlalchemy.ext.asyncio.session.AsyncSession": _session_async,
-    "sqlalchemy.ext.asyncio.scoping.async_scoped_session": _session_async,
+    "sqlalchemy.ext.asyncio.scoping.async_scoped_session": _scoped_session_async,
     "psycopg.Connection": _psycopg,
     "psycopg.AsyncConnection": _psycopg_async,
-    "psycopg2.extensions.connection": _cursor,
-    "django.db.backends.base.base.BaseDatabaseWrapper": _cursor,
-    "django.utils.connection.ConnectionProxy": _cursor,
+    "psycopg2.extensions.connection": _psycopg2,
+    "django.db.backends.base.base.BaseDatabaseWrapper": _django,
+    "django.utils.connection.ConnectionProxy": _django,
     "asyncpg.connection.Connection": _asyncpg,
     "asyncpg.pool.PoolConnectionProxy": _asyncpg,
 }
@@ -406,8 +448,9 @@ def _sender(kind: type) -> Callable[[Any, Call[Any]], Any]:
 
 def _refused(found: str) -> InvalidArgument:
     return InvalidArgument(
-        f"the first argument is {found}. Pass a connection: SQLAlchemy's Connection, Session, AsyncConnection or "
-        "AsyncSession, psycopg's Connection or AsyncConnection, asyncpg's Connection, or Django's connection",
+        f"the first argument is {found}. Pass a connection to PostgreSQL: SQLAlchemy's Connection, Session, "
+        "AsyncConnection or AsyncSession (through psycopg, psycopg2 or asyncpg), psycopg's Connection or "
+        "AsyncConnection, psycopg2's connection, asyncpg's Connection, or Django's connection",
         argument="conn",
         value=found,
     )
@@ -426,16 +469,21 @@ def moment(value: Any) -> dt.datetime | None:
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 
-def key(value: Any) -> Any:
-    """A host's key. A type that the driver does not know, as citext, comes as bytes."""
+def reader_of(key_type: str | None) -> Callable[[Any], Any]:
+    """A host's keys, of the type that the mapping names, whatever the connection makes of them."""
+    return uuid if key_type == "uuid" else _text_of
+
+
+def _text_of(value: Any) -> Any:
+    """A type that the driver does not know, as citext, comes as bytes."""
     return value.decode() if isinstance(value, bytes) else value
 
 
 def uuid(value: Any) -> Any:
-    """An id, also from a connection whose owner has it loaded as text."""
+    """A UUID, also from a connection that has it loaded as text."""
     return UUID(value) if isinstance(value, str) else value
 
 
-def document(value: Any) -> Any:
-    """A JSON document, also from a connection that leaves it a text."""
-    return json.loads(value) if isinstance(value, str | bytes) else value
+def document(text: str | None) -> Any:
+    """A JSON document."""
+    return None if text is None else json.loads(text)

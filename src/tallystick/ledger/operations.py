@@ -20,7 +20,7 @@ import sqlalchemy as sa
 
 from tallystick.config import Config, HostMapping
 from tallystick.errors import InvalidArgument, Key, LedgerError, shown
-from tallystick.ledger.connections import Call, Operation, Rows, document, key, moment, uuid
+from tallystick.ledger.connections import Call, Operation, Rows, document, moment, reader_of, uuid
 from tallystick.ledger.outcomes import DONE, REPLAYED, Refusal, error_of
 from tallystick.schema import INT64_MAX, CreditTransactionStatus, CreditTransactionType, Schema, mapping_of
 
@@ -110,6 +110,8 @@ class Ledger:
             self.config = Config(host=source if isinstance(source, HostMapping) else mapping_of(source))
         self.schema = Schema.of(self.config.host)
         self._credits_max = self.schema.credits_max
+        self._user = reader_of(self.config.host.users.key_type)
+        self._workshop = reader_of(self.config.host.workshops.key_type if self.config.host.workshops else None)
 
     # --- purchases: pending → completed or failed ---
 
@@ -132,7 +134,7 @@ class Ledger:
         Raises:
             InvalidArgument, UnknownUser, UserDeleted, IdempotencyKeyReused.
         """
-        return _one(
+        return self._one(
             "start_purchase",
             user_id=self.schema.user_key(user),
             amount=self._whole("credits", credits),
@@ -158,7 +160,7 @@ class Ledger:
         Raises:
             InvalidArgument, UnknownUser, UnknownPurchase, SessionConflict: one of the two is already tied to another.
         """
-        return _one(
+        return self._one(
             "attach_session",
             user_id=self.schema.user_key(user),
             purchase_id=_uuid("purchase", purchase),
@@ -197,7 +199,7 @@ class Ledger:
                 argument="currency",
                 value=currency,
             )
-        return _one(
+        return self._one(
             "complete_purchase",
             user_id=self.schema.user_key(user),
             purchase_id=None if purchase is None else _uuid("purchase", purchase),
@@ -225,7 +227,7 @@ class Ledger:
             InvalidArgument, UnknownUser, UnknownPurchase, PurchaseNotPending: it was paid; refund it instead.
         """
         _either("purchase", purchase, "stripe_session_id", stripe_session_id)
-        return _one(
+        return self._one(
             "fail_purchase",
             user_id=self.schema.user_key(user),
             purchase_id=None if purchase is None else _uuid("purchase", purchase),
@@ -255,7 +257,7 @@ class Ledger:
             InvalidArgument, UnknownUser, UserDeleted, UnknownWorkshop, WorkshopDeleted, WorkshopNotOwned,
             WorkshopUnaccounted, InsufficientCredits, IdempotencyKeyReused.
         """
-        return _one(
+        return self._one(
             "consume",
             user_id=self.schema.user_key(user),
             key=_text("key", key, KEY_MAX),
@@ -288,7 +290,7 @@ class Ledger:
                 refused[n] = refusal
             else:
                 calls.append(call)
-        many = together(calls)
+        many = self.together(calls)
 
         def read(rows: Rows) -> list[CreditTransaction | LedgerError]:
             results = iter(many.read(rows))
@@ -355,7 +357,7 @@ class Ledger:
         Raises:
             InvalidArgument, UnknownUser, UserDeleted, BalanceOutOfRange, IdempotencyKeyReused.
         """
-        return _one(
+        return self._one(
             "grant",
             user_id=self.schema.user_key(user),
             amount=self._whole("credits", credits),
@@ -415,7 +417,7 @@ class Ledger:
             "before": _optional("before", before, KEY_MAX),
             "include_failed": include_failed,
         }
-        return Call("history", arguments, lambda rows: [_answered(row, arguments) for row in rows])
+        return Call("history", arguments, lambda rows: [self._answered(row, arguments) for row in rows])
 
     @Operation
     def access(self, workshop: Key) -> Call[Access]:
@@ -452,6 +454,69 @@ class Ledger:
         """
         return _balance("lock", user_id=self.schema.user_key(user))
 
+    # --- answers ---
+
+    def _one(self, function: str, **arguments: Any) -> Call[CreditTransaction]:
+        return Call(function, arguments, lambda rows: self._answered(rows[0], arguments))
+
+    def together(self, calls: Sequence[Call[CreditTransaction]]) -> Call[list[CreditTransaction | LedgerError]]:
+        """Calls of ``consume`` as one of ``consume_many``, whose results come in the order of the calls."""
+        asked = [call.arguments for call in calls]
+
+        def read(rows: Rows) -> list[CreditTransaction | LedgerError]:
+            results: dict[int, CreditTransaction | LedgerError] = {}
+            for row in rows:
+                n = row[_ITEM] - 1
+                try:
+                    results[n] = self._answered(row, asked[n])
+                except LedgerError as refusal:
+                    results[n] = refusal
+            return [results[n] for n in range(len(asked))]
+
+        def listed(name: str) -> list[Any] | None:
+            values = [arguments[name] for arguments in asked]
+            return None if all(value is None for value in values) else values
+
+        arguments = {
+            "user_ids": [arguments["user_id"] for arguments in asked],
+            "keys": [arguments["key"] for arguments in asked],
+            "workshop_ids": listed("workshop_id"),
+            "amounts": listed("amount"),
+            "descriptions": listed("description"),
+            "metadata": listed("metadata"),
+        }
+        return Call("consume_many", arguments, read)
+
+    def _answered(self, row: Sequence[Any], arguments: Mapping[str, Any]) -> CreditTransaction:
+        """The row of a ``tallystick.answer`` that is none of a refusal. Raises the refusal."""
+        outcome = row[0]
+        if outcome != DONE and outcome != REPLAYED:  # noqa: PLR1714 - on the path of every call
+            raise _refusal(row, arguments)
+        # By place, as attributes come from the server: names would take a third of the time of making it.
+        return CreditTransaction(
+            uuid(row[1]),
+            self._user(row[2]),
+            _TYPES[row[3]],
+            _STATUSES[row[4]],
+            row[5],
+            row[6],
+            row[7],
+            row[8],
+            self._workshop(row[9]),
+            uuid(row[10]),
+            row[11],
+            row[12],
+            row[13],
+            row[14],
+            row[15],
+            row[16],
+            document(row[17]),
+            moment(row[18]),  # type: ignore[arg-type]  # every row has one
+            moment(row[19]),
+            outcome == REPLAYED,
+            row[20],
+        )
+
     # --- arguments ---
 
     def _whole(self, argument: str, value: object) -> int:
@@ -467,7 +532,7 @@ class Ledger:
         description: str | None,
         metadata: Mapping[str, Any] | None,
     ) -> Call[CreditTransaction]:
-        return _one(
+        return self._one(
             function,
             user_id=self.schema.user_key(user),
             purchase_id=_uuid("purchase", purchase),
@@ -486,39 +551,6 @@ _ITEM = 24
 """The place of ``item`` in an answer. Later versions add attributes behind it."""
 
 
-def _one(function: str, **arguments: Any) -> Call[CreditTransaction]:
-    return Call(function, arguments, lambda rows: _answered(rows[0], arguments))
-
-
-def together(calls: Sequence[Call[CreditTransaction]]) -> Call[list[CreditTransaction | LedgerError]]:
-    """Calls of ``consume`` as one of ``consume_many``, whose results come in the order of the calls."""
-    asked = [call.arguments for call in calls]
-
-    def read(rows: Rows) -> list[CreditTransaction | LedgerError]:
-        results: dict[int, CreditTransaction | LedgerError] = {}
-        for row in rows:
-            n = row[_ITEM] - 1
-            try:
-                results[n] = _answered(row, asked[n])
-            except LedgerError as refusal:
-                results[n] = refusal
-        return [results[n] for n in range(len(asked))]
-
-    def listed(name: str) -> list[Any] | None:
-        values = [arguments[name] for arguments in asked]
-        return None if all(value is None for value in values) else values
-
-    arguments = {
-        "user_ids": [arguments["user_id"] for arguments in asked],
-        "keys": [arguments["key"] for arguments in asked],
-        "workshop_ids": listed("workshop_id"),
-        "amounts": listed("amount"),
-        "descriptions": listed("description"),
-        "metadata": listed("metadata"),
-    }
-    return Call("consume_many", arguments, read)
-
-
 def _balance(function: str, **arguments: Any) -> Call[int]:
     def read(rows: Rows) -> int:
         row = rows[0]
@@ -527,37 +559,6 @@ def _balance(function: str, **arguments: Any) -> Call[int]:
         return int(row[20])
 
     return Call(function, arguments, read)
-
-
-def _answered(row: Sequence[Any], arguments: Mapping[str, Any]) -> CreditTransaction:
-    """The row of a ``tallystick.answer`` that is none of a refusal. Raises the refusal."""
-    outcome = row[0]
-    if outcome != DONE and outcome != REPLAYED:  # noqa: PLR1714 - on the path of every call
-        raise _refusal(row, arguments)
-    # By place, as attributes come from the server: names would take a third of the time of making it.
-    return CreditTransaction(
-        uuid(row[1]),
-        key(row[2]),
-        _TYPES[row[3]],
-        _STATUSES[row[4]],
-        row[5],
-        row[6],
-        row[7],
-        row[8],
-        key(row[9]),
-        uuid(row[10]),
-        row[11],
-        row[12],
-        row[13],
-        row[14],
-        row[15],
-        row[16],
-        document(row[17]),
-        moment(row[18]),  # type: ignore[arg-type]  # every row has one
-        moment(row[19]),
-        outcome == REPLAYED,
-        row[20],
-    )
 
 
 def _refusal(row: Sequence[Any], arguments: Mapping[str, Any]) -> Exception:
