@@ -63,16 +63,15 @@ def _objects(names: HostNames) -> Composable:
 
 
 # The app's own roles are those that were given the ledger, by name.
-_APPS = """
-    SELECT DISTINCT a.grantee AS oid FROM pg_proc p CROSS JOIN LATERAL aclexplode(p.proacl) a
+_APPS = sa.text("""
+    SELECT DISTINCT a.grantee::bigint FROM pg_proc p CROSS JOIN LATERAL aclexplode(p.proacl) a
     JOIN pg_roles r ON r.oid = a.grantee AND r.rolname NOT IN ('anon', 'authenticated')
     WHERE p.pronamespace = to_regnamespace('tallystick') AND a.grantee <> p.proowner
-"""
+""")
 
 # A grant on a table is one on each of its columns, and one on a column is enough to set a balance.
-_WRITERS = sa.text(
-    f"""
-    WITH apps AS ({_APPS}), given AS (
+_WRITERS = sa.text("""
+    WITH given AS (
       SELECT c.oid AS table, c.relowner AS owner, a.grantee, a.privilege_type AS privilege
       FROM pg_class c CROSS JOIN LATERAL aclexplode(c.relacl) a
       WHERE c.oid IN (:users, :ledger)
@@ -89,16 +88,13 @@ _WRITERS = sa.text(
     LEFT JOIN pg_roles r ON r.oid = g.grantee
     WHERE g.grantee <> g.owner AND NOT coalesce(r.rolsuper, false)
       AND (r.oid IS NULL OR NOT pg_has_role(r.oid, g.owner, 'USAGE'))
-      AND NOT EXISTS (SELECT FROM apps WHERE apps.oid IS NOT NULL AND r.oid IS NOT NULL
-                      AND pg_has_role(r.oid, apps.oid, 'USAGE'))
-      AND g.privilege = ANY (CASE WHEN g.table = :users THEN '{{INSERT,UPDATE}}'::text[]
-                                  ELSE '{{INSERT,UPDATE,DELETE,TRUNCATE,TRIGGER}}' END)
+      AND NOT EXISTS (SELECT FROM unnest(CAST(:apps AS oid[])) app WHERE pg_has_role(r.oid, app, 'USAGE'))
+      AND g.privilege = ANY (CASE WHEN g.table = :users THEN '{INSERT,UPDATE}'::text[]
+                                  ELSE '{INSERT,UPDATE,DELETE,TRUNCATE,TRIGGER}' END)
     GROUP BY g.table, n.nspname, c.relname, r.oid, r.rolname ORDER BY n.nspname, c.relname, r.rolname
-"""  # noqa: S608  # of this module's own text
-)
+""")
 
-_READERS = sa.text(f"""
-    WITH apps AS ({_APPS})
+_READERS = sa.text("""
     SELECT coalesce(r.rolname, 'PUBLIC') AS role, r.oid IS NULL AS everyone,
            array_agg(DISTINCT p.polname::text) AS policies
     FROM pg_class c CROSS JOIN LATERAL aclexplode(c.relacl) a LEFT JOIN pg_roles r ON r.oid = a.grantee
@@ -107,10 +103,10 @@ _READERS = sa.text(f"""
                   OR (a.grantee <> 0 AND named <> 0 AND pg_has_role(a.grantee, named, 'USAGE')))
     WHERE c.oid = :users AND c.relrowsecurity AND a.privilege_type = 'SELECT' AND a.grantee <> c.relowner
       AND NOT coalesce(r.rolsuper OR r.rolbypassrls, false)
-      AND NOT EXISTS (SELECT FROM apps WHERE apps.oid = a.grantee)
+      AND a.grantee <> ALL (CAST(:apps AS oid[]))
       AND position(CAST(:key AS text) IN pg_get_expr(p.polqual, p.polrelid)) = 0
     GROUP BY r.oid, r.rolname ORDER BY r.rolname
-""")  # noqa: S608  # of this module's own text
+""")
 
 
 @dataclass(frozen=True)
@@ -126,7 +122,7 @@ class Writer:
 def writers(conn: sa.Connection, host: Host, ledger: int | None) -> Iterator[Writer]:
     """Roles that could write the ledger, its bookkeeping or a balance past the functions."""
     own = _own_columns(conn, host.users)
-    for row in conn.execute(_WRITERS, {"users": host.users.oid, "ledger": ledger}):
+    for row in conn.execute(_WRITERS, {"users": host.users.oid, "ledger": ledger, "apps": _apps(conn)}):
         table, role = _quoted(row.schema, row.name), "PUBLIC" if row.everyone else _quoted(row.role)
         remedy = _narrower(row.privileges, table, role, own if row.oid == host.users.oid else "")
         yield Writer(f"{row.schema}.{row.name}", row.role, tuple(row.privileges), remedy)
@@ -136,13 +132,17 @@ def open_policies(conn: sa.Connection, host: Host, key: str) -> Iterator[str]:
     """Policies of the users that show other people's billing columns, one sentence each."""
     own = _own_columns(conn, host.users)
     table = _quoted(host.users.schema, host.users.table)
-    for row in conn.execute(_READERS, {"users": host.users.oid, "key": key}):
+    for row in conn.execute(_READERS, {"users": host.users.oid, "key": key, "apps": _apps(conn)}):
         role = "PUBLIC" if row.everyone else _quoted(row.role)
         yield (
             f"{row.role} may read credit_balance, stripe_customer_id and plan_tier of other people: the policy "
             f"{' and '.join(row.policies)} of {host.users.shown} does not ask whose row it is ({key}). If that is not "
             f"meant: {_narrower(['SELECT'], table, role, own)}"
         )
+
+
+def _apps(conn: sa.Connection) -> list[int]:
+    return list(conn.scalars(_APPS))
 
 
 def _narrower(privileges: Sequence[str], table: str, role: str, columns: str) -> str:
