@@ -390,7 +390,7 @@ class Config(BaseModel):
     def load(cls, path: Path | str | None = None, *, environ: Mapping[str, str] | None = None) -> Self:
         """Read the settings of the app in the working directory.
 
-        First found wins as a whole: ``path``, ``tallystick.toml``, ``[tool.tallystick]`` in ``pyproject.toml``
+        One file is read, the first of these: ``path``, ``tallystick.toml``, ``[tool.tallystick]`` in ``pyproject.toml``
         (here or in a folder above). Environment variables (``TALLYSTICK_PAYWALL``, …) override single settings.
         ``DATABASE_URL``, ``DATABASE_URL_UNPOOLED``, ``STRIPE_SECRET_KEY``, ``STRIPE_WEBHOOK_SECRET`` and
         ``STRIPE_API_BASE`` fill in what is set nowhere else. The unpooled address is taken from where the other one
