@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -215,8 +216,10 @@ print(json.dumps([*answers, ask(told["workshop"]), ask(told["workshop"])]))
 """
 
 
-def test_the_django_view(world: World):
-    (view,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+@pytest.mark.parametrize("page", ["sql.md", "django.md"])
+def test_the_django_view(world: World, page: str):
+    text = (ROOT / "docs" / page).read_text("utf-8")
+    view = "\n".join(re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
     at = psycopg.conninfo.conninfo_to_dict(world.url.replace("+psycopg", "", 1))
     user = world.user()
     told = {
@@ -227,7 +230,12 @@ def test_the_django_view(world: World):
         "nobody": str(world.key("uuid")),
     }
     done = subprocess.run(
-        [sys.executable, "-c", VIEW], input=json.dumps(told), capture_output=True, text=True, check=False
+        [sys.executable, "-c", VIEW],
+        input=json.dumps(told),
+        env=os.environ | {"DATABASE_URL": world.url},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [
