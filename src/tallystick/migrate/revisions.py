@@ -30,7 +30,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, cast
 
-from alembic.script import ScriptDirectory
 from psycopg.sql import SQL, Composable, Identifier
 
 from tallystick.config import HostMapping, KeyType, UsersTable, WorkshopsTable
@@ -160,6 +159,8 @@ class Revision:
 @lru_cache(maxsize=1)
 def revisions() -> tuple[Revision, ...]:
     """Every revision, oldest first."""
+    from alembic.script import ScriptDirectory  # noqa: PLC0415 - only what migrates waits for its import
+
     scripts = ScriptDirectory(str(Path(__file__).parent))
     found = []
     for script in reversed(list(scripts.walk_revisions())):

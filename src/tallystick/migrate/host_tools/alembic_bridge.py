@@ -1,13 +1,12 @@
-"""The third door: a revision of ours inside one of the host's own Alembic history, and back."""
+"""The bridge to Alembic: a revision of ours inside one of the host's own history, and back."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import sqlalchemy as sa
-from alembic.operations import Operations
 from psycopg.sql import Composable
 
 from tallystick.config import Config
@@ -17,6 +16,9 @@ from tallystick.migrate.revisions import HostNames, Revision, revisions, up_to
 from tallystick.migrate.runner.messages import STALL_BUDGET_MS, Messages, downward, text, upward
 from tallystick.migrate.runner.online import online
 from tallystick.migrate.runner.session import autocommits, put_back, refuse_pooler
+
+if TYPE_CHECKING:  # the host passes what it has imported
+    from alembic.operations import Operations
 
 
 def upgrade_revision(
@@ -106,7 +108,7 @@ def downgrade_revision(
     ahead = _known(host.prepared) if host.prepared is not None else None
     prepared = None if ahead in up_to(to) else ahead
     if not gone and prepared is None:
-        return  # undone through another door
+        return  # undone in another way
     if len(gone) > 1:
         raise MigrationError(
             f"{to or 'nothing'} is not just before {host.revision}, where the database is. Call downgrade_revision for "
@@ -152,7 +154,7 @@ def _change(conn: sa.Connection, revision: Revision, config: Config, stall_budge
     _needs_transaction(conn, "upgrade_revision", f"revision {revision.revision}")
     host = examine(conn, config)
     if revision in up_to(host.revision):
-        return  # applied through another door
+        return  # applied in another way
     if host.revision != revision.down_revision:
         raise MigrationError(
             f"revision {revision.revision} follows {revision.down_revision or 'nothing'}, and the database is at "

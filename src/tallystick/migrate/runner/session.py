@@ -140,7 +140,7 @@ def autocommits(conn: sa.Connection) -> bool:
 def pooler_sign(conn: sa.Connection) -> str | None:
     """By what a transaction pooler between us and the server shows itself; None where there is none.
 
-    Alembic's door may be used with another driver, which does not tell who greeted it: there the name alone decides.
+    Alembic may run on another driver, which does not tell who greeted it: there the name alone decides.
     """
     raw = conn.connection.dbapi_connection
     host = raw.info.host if isinstance(raw, psycopg.Connection) else conn.engine.url.host
