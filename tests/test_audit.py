@@ -464,7 +464,8 @@ def test_each_fault_is_found_and_nothing_else(any_world: World, monkeypatch: pyt
 
 
 def test_each_check_and_each_constraint_has_its_fault() -> None:
-    assert {fault.check for fault in FAULTS} == set(CHECKS)
+    # what an app with balances of its own raises is in tests/migrations/test_adopt.py
+    assert {fault.check for fault in FAULTS} == set(CHECKS) - {"balance_opened"}
     assert set(CONSTRAINTS) == {"type", "status", "paid"}  # each is dropped by a fault above
 
 

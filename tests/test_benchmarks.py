@@ -14,6 +14,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SHORT = {
     "migration.py": ["--quick"],
+    "opening.py": ["--quick"],
     "cpu.py": ["--quick", "--calls", "50"],
     "ledger.py": ["--quick", "--seconds", "0.3"],
     "web.py": ["--quick"],
@@ -24,6 +25,7 @@ SHORT = {
 }
 PRINTED = {  # of each table the last line, and whatever may be left out
     "migration.py": ["| no migration at all |"],
+    "opening.py": ["| beside apply and the opening balances |"],
     "cpu.py": ["| floor, psycopg ", "| consume, SQLAlchemy ", "| consume replayed, SQLAlchemy "],
     "ledger.py": [
         "| 16 connections, one account |",

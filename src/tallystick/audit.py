@@ -287,6 +287,11 @@ class _Facts:
     """Raised where no valid unique index rules repetition out, and where a refund of money took no credits."""
     collations: Mapping[str, str]
     """Columns that must be compared in the collation of the host's key, since theirs is another."""
+    follows: bool = False
+    """The app had balances before, and code of its own may still write them: a trigger takes that into the ledger."""
+    marked_before: dt.datetime | None = None
+    """Until then the app marked workshops without a ledger, and until ``followed_until`` beside it."""
+    followed_until: dt.datetime | None = None
 
 
 _CATALOG = sa.text(
@@ -302,6 +307,17 @@ _CATALOG = sa.text(
                  FROM pg_attribute JOIN pg_collation l ON l.oid = attcollation
                  WHERE attrelid = c.oid AND attnum > 0) AS collations
     FROM pg_class c WHERE c.oid = to_regclass(:table)
+    """
+)
+
+
+_ADOPTION = sa.text(
+    """
+    SELECT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = to_regclass(:users) AND tgname = 'tallystick_balance')
+             AS follows,
+           (SELECT min(applied_at) FROM tallystick.migration_log
+            WHERE direction = 'apply' AND adopted @> '["workshops.credit_consumed_at"]') AS marked_before,
+           (SELECT max(applied_at) FROM tallystick.migration_log WHERE direction = 'adopt') AS followed_until
     """
 )
 
@@ -322,7 +338,11 @@ def _look(conn: DbConnection, schema: Schema) -> _Facts:
     if workshops is not None:
         pairs["owner"] = workshops.c.owner, users.c.key
         pairs["workshop_id"] = ledger.c.workshop_id, workshops.c.key
+    adoption = run(conn, _ADOPTION, {"users": _name(users)}).one()
     return _Facts(
+        follows=adoption.follows,
+        marked_before=adoption.marked_before,
+        followed_until=adoption.followed_until,
         rows=sizes[0],
         users=sizes[1],
         signs=frozenset(
@@ -496,7 +516,10 @@ class _Part:
         """One row: how many users and ledger rows, and each sign that something is wrong, as a boolean."""
         key, deleted_at = self.schema.users.c.key, self.schema.users.c.deleted_at
         users = sa.select(
-            sa.func.count().label("users"), self._users().label("chain"), sa.func.count(deleted_at).label("deleted")
+            sa.func.count().label("users"),
+            self._users().label("chain"),
+            sa.func.count(deleted_at).label("deleted"),
+            sa.func.count().filter(self.unopened()).label("unopened"),
         ).where(self.covers(key))
         ledger = sa.select(
             sa.func.count().label("rows"),
@@ -511,6 +534,7 @@ class _Part:
             r.c.rows,
             (u.c.chain + r.c.chain != 0).label("chain"),
             (u.c.deleted > 0).label("deletions"),
+            (u.c.unopened > 0).label("unopened"),
             *(r.c[name] for name in _COUNTED),
         ).join_from(u, r, sa.true())
         if self.schema.workshops is None:
@@ -556,9 +580,29 @@ class _Part:
     def _users(self) -> Expression:
         """The balances of users, less their opening ones."""
         user, key_type = self.schema.users.c, self.schema.host.users.key_type
-        stands = self._place(sa.func.greatest(user.credit_sequence, -1), user.credit_balance)
+        stands = self._place(sa.func.greatest(user.credit_sequence, -1), self.balance())
         started = self._place(sa.literal(0, sa.Integer), sa.literal(0, sa.BigInteger))
         return _sum(_hash(user.key, key_type, stands)) - _sum(_hash(user.key, key_type, started))
+
+    def balance(self) -> Expression:
+        """The balance of a user, as far as the ledger should know it: not one that waits to be opened.
+
+        A column that the app had before may hold nulls, and may be of another type of number.
+        """
+        column = self.schema.users.c.credit_balance
+        kept = sa.cast(sa.func.coalesce(column, 0), column.type)
+        return sa.case((self.unopened(), 0), else_=kept) if self.facts.follows else kept
+
+    def unopened(self) -> Expression:
+        """A user's balance from before that the ledger has not taken up yet."""
+        user = self.schema.users.c
+        return sa.and_(user.credit_sequence == 0, user.credit_balance > 0) if self.facts.follows else sa.false()
+
+    def marked(self, before: dt.datetime | None) -> Expression:
+        """A mark on a workshop that the app itself did not make ``before``."""
+        mark = self.workshop.c.credit_consumed_at
+        moment = sa.literal(before, pg.TIMESTAMP(timezone=True))
+        return mark.is_not(None) if before is None else _epoch(mark) >= _epoch(moment)
 
     def _steps(self) -> Expression:
         """The balance before each row, less the balance after it."""
@@ -583,7 +627,7 @@ class _Part:
     def _marks(self) -> Expression:
         """Less: workshops marked as unlocked."""
         shop = self.workshop.c
-        return -_sum(self._workshop(shop.key), shop.credit_consumed_at.is_not(None))
+        return -_sum(self._workshop(shop.key), self.marked(self.facts.marked_before))
 
     def _workshop(self, key: Expression) -> Expression:
         host = self.schema.host
@@ -710,7 +754,7 @@ def _standings(part: _Part) -> sa.Select[Any]:
         sa.select(
             users.c.key.label("user"),
             users.c.credit_sequence,
-            users.c.credit_balance,
+            part.balance().label("credit_balance"),
             sa.func.coalesce(ends.c.sequence, 0).label("sequence"),
             balance.label("balance"),
         )
@@ -728,6 +772,11 @@ def _wrong_balances(part: _Part) -> sa.Select[Any]:
     each = _standings(part).subquery().c
     # where the number of rows is in question, so is the last of them: that is the other check's finding
     return sa.select(*each).where(each.credit_sequence == each.sequence, each.credit_balance != each.balance)
+
+
+def _unopened(part: _Part) -> sa.Select[Any]:
+    waiting = sa.select(sa.func.count().label("waiting")).add_columns(sa.literal(part.describe()).label("part"))
+    return waiting.select_from(part.schema.users).where(part.covers(part.schema.users.c.key), part.unopened())
 
 
 def _unknown_users(part: _Part) -> sa.Select[Any]:
@@ -786,7 +835,9 @@ def _charged_twice(part: _Part) -> sa.Select[Any]:
 
 def _unpaid_workshops(part: _Part) -> sa.Select[Any]:
     row, shop = part.row, part.workshop.c
-    marked = sa.and_(part.covers_owner(), shop.credit_consumed_at.is_not(None))
+    before = part.facts.followed_until or part.facts.marked_before
+    # code of the app's from before may go on marking, as long as its balances are followed
+    marked = sa.and_(part.covers_owner(), part.marked(before), sa.literal(not part.facts.follows))
     paid = (
         sa.select(part.workshop_id.label("workshop"))
         .where(row.status == _COMPLETED, part.workshop_id.in_(sa.select(shop.key).where(marked)))
@@ -993,6 +1044,18 @@ CHECKS: Mapping[str, Check] = {
             likely_cause="the column was set by hand or by the app",
             what_to_do=_LOOK + "If its rows are right, run: {fix}",
             fix=_set_balance,
+        ),
+        Check(
+            name="balance_opened",
+            purpose="a balance that the app had before Tallystick has its opening balance in the ledger",
+            signs=frozenset({"unopened"}),
+            search=_unopened,
+            expected="an opening balance for every user who has credits",
+            found="{waiting} users without one",
+            likely_cause="the run that opens balances has not come to them, or code of the app's gave credits since",
+            what_to_do="Nothing has to be done: the first write to the ledger opens it. For all of them: "
+            "tallystick adopt",
+            fault=False,
         ),
         Check(
             name="unknown_user",

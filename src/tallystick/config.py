@@ -114,7 +114,8 @@ class UsersTable:
     ``key`` names any column that is NOT NULL and UNIQUE, the primary key or an external identity such as
     ``clerk_user_id``. ``key_type`` is its type: of a domain its base type, varchar counts as text. Of citext,
     ``key_type_schema`` is the extension's schema. ``key_collation`` (schema and name) is the collation of a text key
-    that has another than the database's. ``email``, if named, is shown to operators and never written.
+    that has another than the database's. ``email``, if named, is shown to operators and never written. ``balance`` is
+    the column that holds the user's credits: one that the app has already is adopted under its name.
     """
 
     schema: Identifier = "public"
@@ -124,6 +125,7 @@ class UsersTable:
     key_type_schema: OptionalColumn = None
     key_collation: Collation = None
     email: OptionalColumn = None
+    balance: Identifier = "credit_balance"
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
@@ -151,15 +153,22 @@ def _table_or_none(value: object) -> object:
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
 class HostMapping:
-    """The host app's tables and columns that Tallystick needs. Tallystick's ledger is put into the schema of the users.
+    """The host app's tables and columns that Tallystick needs.
 
-    ``credits`` is the type of a number of credits: ``bigint`` for a host that counts in parts of a credit, such as
-    micro-credits. It is chosen before the first migration.
+    The ledger is put into the schema of the users, or into ``ledger_schema``: ``"tallystick"``, for an app that has a
+    table ``credit_transactions`` of its own. ``credits`` is the type of a number of credits: ``bigint`` for a host that
+    counts in parts of a credit, such as micro-credits. Both are chosen before the first migration.
     """
 
     users: UsersTable = Field(default_factory=UsersTable)
     workshops: Annotated[WorkshopsTable | None, BeforeValidator(_table_or_none)] = Field(default_factory=WorkshopsTable)
     credits: Literal["integer", "bigint"] = "integer"
+    ledger_schema: Literal["tallystick"] | None = None
+
+    @property
+    def schema_of_ledger(self) -> str:
+        """The schema that the ledger is in."""
+        return self.ledger_schema or self.users.schema
 
     def to_json(self) -> str:
         """The mapping as it is stored in the database."""
@@ -578,12 +587,15 @@ def to_toml(host: HostMapping) -> str:
     of_all = ["workshops = false"] if host.workshops is None else []
     if host.credits != "integer":
         of_all.append(f"credits = {_toml(host.credits)}")
+    if host.ledger_schema is not None:
+        of_all.append(f"ledger_schema = {_toml(host.ledger_schema)}")
     if of_all:
         lines += ["", "[host]", *of_all]
     for name, mapped in tables.items():
         if mapped is not None:
             values = {field: getattr(mapped, field) for field in type(mapped).__dataclass_fields__}
             values = {k: v for k, v in values.items() if v is not None or k not in _USUALLY_ABSENT}
+            values = {k: v for k, v in values.items() if v != _USUAL.get(k, ...)}
             lines += ["", f"[host.{name}]", *(f"{k} = {_toml(v)}" for k, v in values.items() if v is not None)]
             absent = [k for k, v in values.items() if v is None]
             lines += [f"{k} = false{_UNDATED if k == 'created_at' else ''}" for k in absent]
@@ -591,6 +603,7 @@ def to_toml(host: HostMapping) -> str:
 
 
 _USUALLY_ABSENT = ("key_type_schema", "key_collation")
+_USUAL = {"balance": "credit_balance"}
 
 _UNDATED = "  # none tells when it was made: with the paywall on, no old one is open without a credit"
 

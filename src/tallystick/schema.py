@@ -114,7 +114,7 @@ class Schema:
                 if host.users.email not in (None, host.users.key)
                 else ()
             ),
-            *user_columns(host.credits),
+            *user_columns(host.credits, balance=host.users.balance),
             schema=host.users.schema,
         )
         self.users_stripe_customer = Index(
@@ -171,10 +171,10 @@ class Schema:
             Column("completed_at", pg.TIMESTAMP(timezone=True)),
             sa.PrimaryKeyConstraint("id", name=f"{LEDGER}_pkey"),
             sa.ForeignKeyConstraint(
-                ["refund_of"], [f"{host.users.schema}.{LEDGER}.id"], name=f"{LEDGER}_refund_fk", link_to_name=True
+                ["refund_of"], [f"{host.schema_of_ledger}.{LEDGER}.id"], name=f"{LEDGER}_refund_fk", link_to_name=True
             ),
             *(CheckConstraint(rule, name=f"{LEDGER}_{name}") for name, rule in CHECKS.items()),
-            schema=host.users.schema,
+            schema=host.schema_of_ledger,
         )
         row = self.credit_transactions.c
         self.indexes = (
@@ -261,6 +261,12 @@ class Schema:
 
 LEDGER = "credit_transactions"
 
+OPENING_KEY = "tallystick:opening"
+"""The idempotency key of an opening balance."""
+
+HISTORY = f"coalesce(idempotency_key, '') !~ '^({OPENING_KEY}$|tallystick:app:)'"
+"""Of the ledger's rows those that are history of its own: not what it took up of the balances that the app has."""
+
 CHECKS: dict[str, str] = {
     # a type added later that takes nothing away gives: this rule needs no change for it
     "type": "CASE type"
@@ -281,14 +287,19 @@ TRIGGERS: dict[str, tuple[str, ...]] = {
     "users": ("tallystick_updated_at",),
 }
 
+FOLLOWING = ("tallystick_new_balance", "tallystick_balance")
+"""The users' triggers that take into the ledger what code of the app's own writes to a balance that it had before."""
+
 
 _CREDITS: dict[str, type[sa.Integer]] = {"integer": sa.Integer, "bigint": sa.BigInteger}
 
 
-def user_columns(credits: Literal["integer", "bigint"] = "integer") -> tuple[Column[object], ...]:
-    """The columns that the users table gets, in this order."""
+def user_columns(
+    credits: Literal["integer", "bigint"] = "integer", *, balance: str = "credit_balance"
+) -> tuple[Column[object], ...]:
+    """The columns that the users table gets, in this order; ``balance`` is the name of the first."""
     return (
-        Column("credit_balance", _CREDITS[credits], nullable=False, server_default=sa.text("0")),
+        Column(balance, _CREDITS[credits], key="credit_balance", nullable=False, server_default=sa.text("0")),
         Column("credit_sequence", sa.Integer, nullable=False, server_default=sa.text("0")),
         Column("onboarding_complete", sa.Boolean, nullable=False, server_default=sa.text("false")),
         Column("stripe_customer_id", sa.Text),
@@ -535,8 +546,9 @@ def refuse_other(stored: HostMapping, given: HostMapping) -> None:
 
 def _differences(stored: HostMapping, given: HostMapping) -> Iterator[tuple[str, str | None, str | None]]:
     """Settings, as in tallystick.toml, with what the first and the second says."""
-    if given.credits != stored.credits:
-        yield "host.credits", given.credits, stored.credits
+    for name in ("credits", "ledger_schema"):
+        if getattr(given, name) != getattr(stored, name):
+            yield f"host.{name}", getattr(given, name), getattr(stored, name)
     for word in ("users", "workshops"):
         here, there = getattr(given, word), getattr(stored, word)
         if here is None or there is None:
@@ -553,7 +565,7 @@ def _set(value: str | None) -> str:
 
 
 def _enum(labels: type[StrEnum], name: str, host: HostMapping) -> pg.ENUM:
-    return pg.ENUM(labels, name=name, schema=host.users.schema, values_callable=lambda e: [x.value for x in e])
+    return pg.ENUM(labels, name=name, schema=host.schema_of_ledger, values_callable=lambda e: [x.value for x in e])
 
 
 def _number_of(text: str) -> int | str:

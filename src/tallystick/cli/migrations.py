@@ -100,6 +100,14 @@ def init(
             "--users-key", help="The column that users are known by, if not their primary key.", metavar="COLUMN"
         ),
     ] = None,
+    balance: Annotated[
+        str | None,
+        typer.Option(
+            "--balance",
+            help="The column of users that holds credits already, to be adopted; 'none' if there is none.",
+            metavar="COLUMN",
+        ),
+    ] = None,
     credits: Annotated[
         Credits | None,
         typer.Option(
@@ -118,6 +126,7 @@ def init(
         "--users": users,
         "--users-key": users_key,
         "--workshops": workshops,
+        "--balance": balance,
         "--credits": credits and credits.value,
         "--output": None if output == Path(FILE_NAME) else str(output),
     }
@@ -135,9 +144,11 @@ def init(
             users=users,
             workshops=workshops,
             users_key=users_key,
+            balance=balance,
             credits=None if credits is None else _CREDITS[credits],
         )
         primary = migrate.other_than_primary(conn, host)
+        adopts = migrate.has_balances(conn, host)
     output.write_text(to_toml(host), encoding="utf-8")
 
     def show() -> None:
@@ -158,6 +169,19 @@ def init(
             out.print(
                 f"No column of {host.workshops.schema}.{host.workshops.table} seems to say when it was made. With the "
                 "paywall on, workshops from before then need a credit too. If one does, set created_at to it.",
+                markup=False,
+            )
+        if adopts:
+            column = f"{named.schema}.{named.table}.{named.balance}"
+            out.print(
+                f"balance    {column}, which the app has already: its credits are kept and taken into the ledger. To "
+                f"see them: tallystick adopt. If it means something else: {again} --balance none",
+                markup=False,
+            )
+        if host.ledger_schema is not None:
+            out.print(
+                f"ledger     in schema {host.ledger_schema}, since the app has names like the ledger's already; they "
+                "stay as they are",
                 markup=False,
             )
         file = f"--config {shlex.quote(str(output))} " if given["--output"] else ""
@@ -399,6 +423,88 @@ def apply(
                 progress=shown,
             )
     emit(receipt, lambda: _show_receipt(receipt), as_json=as_json)
+
+
+@app.command(rich_help_panel="Begin here")
+def adopt(
+    ctx: typer.Context,
+    history: Annotated[
+        str | None,
+        typer.Option("--history", help="The app's own history of credits, as table or schema.table.", metavar="TABLE"),
+    ] = None,
+    note_history: Annotated[
+        bool,
+        typer.Option("--note-history", help="Put the history into the metadata of each user's opening balance."),
+    ] = False,
+    cut_over: Annotated[
+        bool,
+        typer.Option("--cut-over", help="No code of the app's own writes balances any more: take nothing from it."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """For an app that has credits already: show its balances and its history, and take them into the ledger.
+
+    Before the migration it only looks. After it, balances that the ledger has not taken up are opened, beside traffic.
+    """
+    with invocation(ctx).database(migrating=True) as config:
+        config = _say_where(ctx, config)  # noqa: PLW2901 - the same, with the database's mapping
+        with awake(config) as conn:
+            before = migrate.look_at_own_credits(conn, config, history=history)
+        did = None
+        if cut_over:
+            did = migrate.cut_over(address(config), config)
+        elif before.migrated:
+            did = migrate.adopt(address(config), config, history=history, note_history=note_history)
+        with awake(config) as conn:
+            found = migrate.look_at_own_credits(conn, config, history=history)
+
+    def show() -> None:
+        _show_own_credits(found)
+        if did is not None and did.opened:
+            out.print(f"Opened the balances of {did.opened:,} users.")
+        if did is not None and did.noted:
+            out.print(f"Noted the history in {did.noted:,} opening balances.")
+        out.print(_next_of(found), markup=False)
+
+    emit({"own_credits": found, "did": did}, show, as_json=as_json)
+
+
+def _show_own_credits(found: migrate.OwnCredits) -> None:
+    out.print(f"{found.column}: {found.users:,} users have {found.credits:,} credits.", markup=False)
+    if found.migrated:
+        out.print(
+            f"In the ledger: the opening balances of {found.opened:,} users, and {found.changed_by_app:,} changes that "
+            f"code of the app's own made since. {found.waiting:,} users wait for theirs."
+        )
+    if (history := found.history) is None:
+        out.print("No table looks like a history of credits. If there is one: tallystick adopt --history TABLE")
+        return
+    signs = ", each amount with the sign that its type tells" if history.signs_from_type else ""
+    out.print(f"{history.table}: {history.rows:,} rows{signs}.", markup=False)
+    if history.wrong_balances:
+        out.print(f"  {history.wrong_balances:,} rows note another balance than the rows up to them add up to.")
+    if not history.differing:
+        out.print("  It adds up to what each user has.")
+        return
+    out.print(f"  It adds up to another number than the balance for {history.differing:,} users:")
+    for one in history.differences:
+        out.print(f"    {one.user}: has {one.balance:,}, the history gives {one.history:,} ({one.by:+,})", markup=False)
+    if history.differing > len(history.differences):
+        out.print(f"    and {history.differing - len(history.differences):,} more")
+    out.print("  The balance counts: it is what users see. To correct one, change it in the app before it is opened.")
+
+
+def _next_of(found: migrate.OwnCredits) -> str:
+    if not found.migrated:
+        return "Nothing was changed. Next: tallystick migrate plan"
+    if not found.follows:
+        return "Only the ledger writes balances. Next: tallystick audit"
+    if found.waiting:
+        return "Next: tallystick adopt, once the transactions that hold these users have ended"
+    return (
+        "Next: deploy code that spends and grants through the ledger. The old code may run beside it. When none of it "
+        "does any more: tallystick adopt --cut-over"
+    )
 
 
 @migrations.command()

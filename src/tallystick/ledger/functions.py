@@ -12,6 +12,9 @@ Each file holds one function (or type) and reads as plain SQL but for its placeh
 ``{row}``                  the columns of a credit transaction ``t``, in the order of ``tallystick.answer``
 ``{account}``              the columns of a user ``u``, in the order of ``tallystick.account_answer``
 ``{credits}``              the type of credits, and ``{credits_max}``, ``{credits_min}`` its range
+``{balance}``              the balance of a user ``u``, and ``{balance_column}`` the column that holds it
+``{opened}``               where the app had balances before: gives ``account`` its opening balance first, if it has
+                           none (``open_balance``); ``{opened_many}`` all of ``user_ids`` theirs
 ``{…_name}``               the same name as a text, for messages
 ``{search_path}``          where a function looks for names: nowhere that another role could put one
 ``{host_path}``            the same for a statement that sets off the host's triggers, which may look for the host's
@@ -71,6 +74,7 @@ ORDER = (
     "replay",
     "settle",
     "settle_many",
+    "open_balance",
     "mark_workshop",
     "mark_workshops",
     "find_purchase",
@@ -103,6 +107,15 @@ ORDER = (
 
 _CREDITS = {"integer": (-(2**31), 2**31 - 1), "bigint": (-(2**63), 2**63 - 1)}
 
+_OPENED = """\
+IF account.sequence = 0 AND account.balance <> 0 THEN
+    account.sequence := tallystick.open_balance(account.key);
+  END IF;"""
+
+_OPENED_MANY = """\
+PERFORM tallystick.open_balance(u.{user_key}) FROM {users} AS u
+    WHERE u.{user_key} = ANY (user_ids) AND u.credit_sequence = 0 AND {balance} <> 0;"""
+
 _SIGNATURE = re.compile(
     r'CREATE OR REPLACE FUNCTION tallystick\."?(?P<name>\w+)"?\((?P<parameters>.*?)\) RETURNS (?P<returns>.*?)\n'
     r"LANGUAGE (?P<language>\w+)(?P<options>[^$]*)\$\$",
@@ -132,9 +145,11 @@ def declared() -> tuple[Function, ...]:
 def statements(host: Any) -> Iterator[Composable]:
     """All types and functions for ``host``, a ``HostNames``, in an order in which they can be made."""
     for name in ORDER:
+        if name == "open_balance" and not host.adopts_balance:
+            continue
         text = _text(name)
         for statement in re.split(r";\n(?=--|CREATE)", text):
-            yield SQL(_without_head(statement)).format(**_names(host))
+            yield SQL(_without_head(statement)).format(**names_of(host))
         for function in _functions_of(text):
             if function.public and function.writes:
                 yield _strict(function, host)
@@ -202,7 +217,7 @@ def _strict(function: Function, host: Any) -> Composable:
     parameters = ", ".join(
         f"{name} {kind}{f' DEFAULT {default}' if default else ''}" for name, kind, default in function.parameters
     )
-    names = _names(host)
+    names = names_of(host)
     return SQL(_without_head(_text("strict"))).format(
         **names,
         plain=Identifier(function.name),
@@ -216,13 +231,17 @@ def _strict(function: Function, host: Any) -> Composable:
     )
 
 
-def _names(host: Any) -> dict[str, Composable]:
+def names_of(host: Any) -> dict[str, Composable]:
+    """What stands for each placeholder."""
     users, workshops = host.users, host.workshops
     low, high = _CREDITS[host.credits]
-    ledger = Identifier(users.schema, "credit_transactions")
+    ledger = Identifier(host.ledger_schema, "credit_transactions")
     schemas = dict.fromkeys([users.schema, workshops.schema if workshops else users.schema, "public"])
     of_types = [table.key_type_schema for table in (users, workshops) if table and table.key_type_schema]
     cast = {"type": "::text", "status": "::text", "currency": "::text"}
+    # an adopted column may be of another type of number, and may hold nulls
+    kept = "coalesce(u.{}, 0)::" + host.credits if host.adopts_balance else "u.{}"
+    balance = SQL(kept).format(users.balance)
     shown = Identifier("tallystick", "workshops") if workshops is None else workshops.name
     key = Identifier("key") if workshops is None else workshops.key
     as_text = SQL("w.{}::text").format(key)
@@ -248,17 +267,23 @@ def _names(host: Any) -> dict[str, Composable]:
         "workshop_created_at": created_at,
         "ledger": ledger,
         "ledger_name": SqlLiteral(ledger.as_string(None)),
-        "type": Identifier(users.schema, "credit_transaction_type"),
-        "status": Identifier(users.schema, "credit_transaction_status"),
+        "type": Identifier(host.ledger_schema, "credit_transaction_type"),
+        "status": Identifier(host.ledger_schema, "credit_transaction_status"),
         "credits": SQL(host.credits),
+        "balance": balance,
+        "balance_column": users.balance,
+        "opened": SQL(_OPENED if host.adopts_balance else ""),
+        "opened_many": SQL(_OPENED_MANY if host.adopts_balance else "").format(
+            users=users.name, user_key=users.key, balance=balance
+        ),
         "credits_max": SQL(str(high)),
         "credits_min": SQL(f"({low})" if host.credits == "integer" else "(-9223372036854775807 - 1)"),
         "amount_domain": SqlLiteral(f"a whole number from 1 to {high}"),
         "row": SQL(", ").join(SQL(f"t.{name}{cast.get(name, '')}") for name in COLUMNS),
         "account": SQL(
-            "u.{}, u.credit_balance, coalesce(u.onboarding_complete, false), u.stripe_customer_id::text, "
+            "u.{}, {}, coalesce(u.onboarding_complete, false), u.stripe_customer_id::text, "
             "coalesce(u.plan_tier::text, 'free'), tallystick.utc(u.updated_at), tallystick.utc(u.deleted_at)"
-        ).format(users.key),
+        ).format(users.key, balance),
         "search_path": SQL(", ").join([SQL("pg_catalog"), *of_types, SQL("pg_temp")]),
         "host_path": SQL(", ").join([SQL("pg_catalog"), *of_types, *map(Identifier, schemas), SQL("pg_temp")]),
         # an extension's type, as citext, brings its own operator

@@ -12,13 +12,15 @@ from tallystick.migrate.checks.plan import (
 )
 from tallystick.migrate.checks.rehearsal import Lived, Rehearsal, Traced, refuse_same_database, rehearse, report
 from tallystick.migrate.checks.status import Applied, Drift, Status, functions_sql, status
+from tallystick.migrate.host.own_credits import Difference, OwnCredits, OwnHistory
 from tallystick.migrate.host.preflight import Host, examine
-from tallystick.migrate.host.proposal import other_than_primary, propose
+from tallystick.migrate.host.proposal import has_balances, other_than_primary, propose
 from tallystick.migrate.host.tables import HostColumn, HostTable
 from tallystick.migrate.host_tools.alembic_bridge import downgrade_revision, upgrade_revision
 from tallystick.migrate.host_tools.snippets import TOOLS, snippet
 from tallystick.migrate.host_tools.trackers import Entry, Tracker, concerns, trackers
 from tallystick.migrate.revisions import Revision, revisions
+from tallystick.migrate.runner.adopt import Adopted, adopt, cut_over, look_at_own_credits
 from tallystick.migrate.runner.blockers import Blocker
 from tallystick.migrate.runner.messages import STALL_BUDGET_MS
 from tallystick.migrate.runner.online import OnlineStep
@@ -28,8 +30,10 @@ __all__ = [
     "GIVE_UP_AFTER_S",
     "STALL_BUDGET_MS",
     "TOOLS",
+    "Adopted",
     "Applied",
     "Blocker",
+    "Difference",
     "Drift",
     "Entry",
     "Finding",
@@ -38,6 +42,8 @@ __all__ = [
     "HostTable",
     "Lived",
     "OnlineStep",
+    "OwnCredits",
+    "OwnHistory",
     "Plan",
     "PlannedRevision",
     "PlannedStatement",
@@ -51,11 +57,15 @@ __all__ = [
     "TableSize",
     "Traced",
     "Tracker",
+    "adopt",
     "apply",
     "concerns",
+    "cut_over",
     "downgrade_revision",
     "examine",
     "functions_sql",
+    "has_balances",
+    "look_at_own_credits",
     "other_than_primary",
     "plan",
     "propose",

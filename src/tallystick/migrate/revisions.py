@@ -25,7 +25,7 @@ transaction handling is what must not happen here (one transaction for all revis
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, cast
@@ -41,6 +41,7 @@ Word = Literal["users", "workshops"]
 Adopted = frozenset[tuple[Word, str]]
 """Columns of ours that the host had before: (table, column)."""
 
+_BALANCE = Identifier("credit_balance")
 _KEY_TYPES: Mapping[KeyType, SQL] = {
     "uuid": SQL("uuid"),
     "text": SQL("text"),
@@ -69,6 +70,7 @@ class TableNames:
     owner: Identifier | None = None
     title: Identifier | None = None
     created_at: Identifier | None = None
+    balance: Identifier = field(default_factory=lambda: _BALANCE)
 
     @classmethod
     def of(cls, word: Word, table: UsersTable | WorkshopsTable) -> TableNames:
@@ -79,6 +81,12 @@ class TableNames:
             key_type: Composable = Identifier(schema, "citext")
         else:
             key_type = _KEY_TYPES[table.key_type]
+        owner, title, created_at = (
+            Identifier(column) if column else None
+            for column in (
+                (table.owner, table.title, table.created_at) if isinstance(table, WorkshopsTable) else (None,) * 3
+            )
+        )
         return cls(
             word,
             table.schema,
@@ -87,12 +95,10 @@ class TableNames:
             key_type,
             Identifier(*table.key_collation) if table.key_collation else None,
             Identifier(schema) if schema else None,
-            *(
-                Identifier(column) if column else None
-                for column in (
-                    (table.owner, table.title, table.created_at) if isinstance(table, WorkshopsTable) else (None,) * 3
-                )
-            ),
+            owner,
+            title,
+            created_at,
+            Identifier(table.balance) if isinstance(table, UsersTable) else _BALANCE,
         )
 
     @property
@@ -115,10 +121,20 @@ class HostNames:
     adopted: Adopted = frozenset()
     credits: Literal["integer", "bigint"] = "integer"
     mapping: str = "{}"
+    ledger_schema: str = "public"
+
+    @property
+    def adopts_balance(self) -> bool:
+        """Whether the column of balances is one that the host had before, perhaps with balances in it."""
+        return ("users", "credit_balance") in self.adopted
 
     def functions(self) -> Iterator[Composable]:
         """The ledger's types and functions, for this host."""
         return functions.statements(self)
+
+    def placeholders(self) -> dict[str, Composable]:
+        """The names and types that stand in the text of the functions, for a revision's own."""
+        return functions.names_of(self)
 
     def drop_functions(self) -> Iterator[Composable]:
         """The way back from :meth:`functions`."""
@@ -133,6 +149,7 @@ class HostNames:
             adopted=adopted,
             credits=host.credits,
             mapping=host.to_json(),
+            ledger_schema=host.schema_of_ledger,
         )
 
 

@@ -33,12 +33,13 @@ BEGIN
     RETURN tallystick.invalid_argument('amount', {amount_domain});
   END IF;
 
-  SELECT u.{user_key} AS key, u.credit_balance AS balance, u.credit_sequence AS sequence
+  SELECT u.{user_key} AS key, {balance} AS balance, u.credit_sequence AS sequence
     INTO account FROM {users} AS u WHERE u.{user_key} = complete_purchase.user_id FOR NO KEY UPDATE;
   IF NOT FOUND THEN
     answer.outcome := 'unknown_user';
     RETURN answer;
   END IF;
+  {opened}
   answer := tallystick.find_purchase(account.key, purchase_id, stripe_session_id, account.balance);
   IF answer.outcome IS NOT NULL THEN
     RETURN answer;

@@ -39,7 +39,7 @@ BEGIN
     IF attempt = 2 THEN
       PERFORM FROM {users} AS u WHERE u.{user_key} {is} consume.user_id FOR NO KEY UPDATE;
     END IF;
-    SELECT u.{user_key} AS key, u.credit_balance AS balance, u.credit_sequence AS sequence, u.deleted_at, t.id AS prior
+    SELECT u.{user_key} AS key, {balance} AS balance, u.credit_sequence AS sequence, u.deleted_at, t.id AS prior
       INTO account
       FROM {users} AS u
       LEFT JOIN {ledger} AS t ON t.user_id {is} u.{user_key} AND t.idempotency_key = consume.key
@@ -48,6 +48,7 @@ BEGIN
       answer.outcome := 'unknown_user';
       RETURN answer;
     END IF;
+    {opened}
     IF workshop_id IS NOT NULL THEN
       SELECT {title} INTO name FROM {workshops} AS w
         WHERE w.{workshop_key} {is} consume.workshop_id AND w.{owner} {is} account.key
@@ -58,10 +59,10 @@ BEGIN
 
     -- Write: the balance, which locks the user; then the row; then the workshop's mark, locked before.
     UPDATE {users} AS u
-      SET credit_balance = account.balance - consume.amount, credit_sequence = account.sequence + 1
+      SET {balance_column} = account.balance - consume.amount, credit_sequence = account.sequence + 1
       WHERE u.{user_key} {is} account.key
-        AND u.credit_balance = account.balance AND u.credit_sequence = account.sequence AND u.deleted_at IS NULL
-      RETURNING u.credit_balance, u.credit_sequence INTO kept_balance, kept_sequence;
+        AND {balance} = account.balance AND u.credit_sequence = account.sequence AND u.deleted_at IS NULL
+      RETURNING {balance}, u.credit_sequence INTO kept_balance, kept_sequence;
     IF FOUND THEN
       IF kept_balance <> account.balance - amount OR kept_sequence <> account.sequence + 1 THEN
         PERFORM tallystick.host_interfered({users_name});

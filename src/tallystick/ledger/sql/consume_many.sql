@@ -29,6 +29,7 @@ BEGIN
     RAISE EXCEPTION 'consume_many: the lists are not of one length (% users)', items USING ERRCODE = 'TS101';
   END IF;
   PERFORM FROM {users} AS u WHERE u.{user_key} = ANY (user_ids) ORDER BY u.{user_key} FOR NO KEY UPDATE;
+  {opened_many}
   IF workshop_ids IS NOT NULL THEN
     -- Found by their keys alone: an index on the owner would lead to all workshops of these users.
     PERFORM FROM {workshops} AS w
@@ -45,7 +46,7 @@ BEGIN
   -- Of each user's items, in their order, those before the first that is not plain: its key is new and is listed once,
   -- its workshop is locked and is listed once, and the balance covers it.
   WITH account AS MATERIALIZED (
-    SELECT u.{user_key} AS key, u.credit_balance AS balance, u.credit_sequence AS sequence
+    SELECT u.{user_key} AS key, {balance} AS balance, u.credit_sequence AS sequence
     FROM {users} AS u
     WHERE u.{user_key} = ANY (user_ids) AND u.deleted_at IS NULL
       -- not of a user whose row is behind the ledger: the number given twice would fail the whole list

@@ -23,12 +23,13 @@ BEGIN
     RETURN tallystick.invalid_argument('metadata', 'a JSON object');
   END IF;
 
-  SELECT u.{user_key} AS key, u.credit_balance AS balance, u.credit_sequence AS sequence, u.deleted_at
+  SELECT u.{user_key} AS key, {balance} AS balance, u.credit_sequence AS sequence, u.deleted_at
     INTO account FROM {users} AS u WHERE u.{user_key} = "grant".user_id FOR NO KEY UPDATE;
   IF NOT FOUND THEN
     answer.outcome := 'unknown_user';
     RETURN answer;
   END IF;
+  {opened}
   SELECT * INTO prior FROM {ledger} AS t WHERE t.user_id = account.key AND t.idempotency_key = "grant".key;
   IF FOUND THEN
     RETURN tallystick.replay(

@@ -6,7 +6,7 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = {search_path} AS $$
 DECLARE
   answer tallystick.answer;
 BEGIN
-  SELECT u.{user_key}, u.credit_balance INTO answer.user_id, answer.balance
+  SELECT u.{user_key}, {balance} INTO answer.user_id, answer.balance
     FROM {users} AS u WHERE u.{user_key} = "lock".user_id FOR NO KEY UPDATE;
   answer.outcome := CASE WHEN FOUND THEN 'completed' ELSE 'unknown_user' END;
   RETURN answer;

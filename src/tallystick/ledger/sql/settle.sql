@@ -9,10 +9,10 @@ DECLARE
   kept_balance {credits};
   kept_sequence integer;
 BEGIN
-  UPDATE {users} AS u SET credit_balance = settle.new_balance, credit_sequence = settle.new_sequence
+  UPDATE {users} AS u SET {balance_column} = settle.new_balance, credit_sequence = settle.new_sequence
     WHERE u.{user_key} {is} settle.user_id
-      AND u.credit_balance = settle.balance AND u.credit_sequence = settle.sequence
-    RETURNING u.credit_balance, u.credit_sequence INTO kept_balance, kept_sequence;
+      AND {balance} = settle.balance AND u.credit_sequence = settle.sequence
+    RETURNING {balance}, u.credit_sequence INTO kept_balance, kept_sequence;
   IF NOT FOUND THEN
     RETURN false;
   ELSIF kept_balance <> new_balance OR kept_sequence <> new_sequence THEN

@@ -8,11 +8,11 @@ DECLARE
   kept bigint;
 BEGIN
   WITH moved AS (
-    UPDATE {users} AS u SET credit_balance = last.balance, credit_sequence = last.sequence
+    UPDATE {users} AS u SET {balance_column} = last.balance, credit_sequence = last.sequence
       FROM ROWS FROM (pg_catalog.unnest(user_ids), pg_catalog.unnest(balances), pg_catalog.unnest(sequences))
         AS last (user_id, balance, sequence)
       WHERE u.{user_key} {is} last.user_id AND u.{user_key} {is} ANY (user_ids)
-      RETURNING u.credit_balance IS NOT DISTINCT FROM last.balance
+      RETURNING {balance} IS NOT DISTINCT FROM last.balance
         AND u.credit_sequence IS NOT DISTINCT FROM last.sequence AS kept
   )
   SELECT pg_catalog.count(*) INTO kept FROM moved WHERE moved.kept;

@@ -512,9 +512,9 @@ def _statements(revision: Revision, host: Host, names: HostNames, messages: Mess
     comes after it. By the contract of a revision nothing but an online step reads a table.
     """
     there = {_table(table): table.shown for table in host.tables}
-    ledger = Identifier(host.users.schema, LEDGER).as_string(None)
+    ledger = Identifier(host.ledger_schema, LEDGER).as_string(None)
     if host.revision is not None:
-        there[ledger] = f"{host.users.schema}.{LEDGER}"
+        there[ledger] = f"{host.ledger_schema}.{LEDGER}"
     tables = [there[name] for name in (table.as_string(None) for table in messages.locks) if name in there]
     fence = tuple((table, "SHARE UPDATE EXCLUSIVE") for table in tables)
     for statement in map(_shown, messages.opening):

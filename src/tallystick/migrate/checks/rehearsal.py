@@ -277,7 +277,7 @@ def _trace(conn: sa.Connection, host: Host, revision: str, statements: Sequence[
     raw = driver(conn)
     tables = {table.oid: table.shown for table in host.tables}
     if host.revision is not None:  # else it is new, and the plan says nothing of it
-        tables[conn.scalar(_LEDGER, {"schema": host.users.schema, "table": LEDGER})] = f"{host.users.schema}.{LEDGER}"
+        tables[conn.scalar(_LEDGER, {"schema": host.ledger_schema, "table": LEDGER})] = f"{host.ledger_schema}.{LEDGER}"
     begun = time.monotonic()
     expected: dict[str, str] = {}
     told: set[tuple[str, str, str]] = set()

@@ -23,6 +23,7 @@ from tallystick.migrate.revisions import HostNames, revisions
 from tallystick.migrate.runner.messages import text
 from tallystick.migrate.runner.session import autocommits
 from tallystick.schema import (
+    FOLLOWING,
     HEAD,
     LEDGER,
     TRIGGERS,
@@ -152,6 +153,8 @@ _EXPECTED_TRIGGERS = {
     "tallystick_append_only": "BEFORE UPDATE OR DELETE FOR EACH ROW tallystick.append_only",
     "tallystick_no_truncate": "BEFORE TRUNCATE FOR EACH STATEMENT tallystick.append_only",
     "tallystick_updated_at": "BEFORE UPDATE FOR EACH ROW tallystick.touch_updated_at",
+    "tallystick_new_balance": "AFTER INSERT FOR EACH ROW tallystick.follow_balance on a condition",
+    "tallystick_balance": "AFTER UPDATE FOR EACH ROW tallystick.follow_balance on a condition",
 }
 
 
@@ -251,18 +254,24 @@ def _status(conn: sa.Connection, config: Config) -> Status:
             savepoint.rollback()
     warnings: tuple[str, ...] = ()
     if host.revision is not None:
-        superuser = conn.scalars(_SUPERUSER, {"schema": config.host.users.schema})
+        superuser = conn.scalars(_SUPERUSER, {"schema": host.ledger_schema})
         warnings = (*open_policies(conn, host, config.host.users.key), *superuser)
+        if host.follows:
+            warnings = (*warnings, _FOLLOWS.format(f"{host.users.shown}.{host.balance}"))
     return Status(host.revision, HEAD, host.adopted_names, drift, history, host.prepared, warnings)
 
 
+_FOLLOWS = (
+    "code of the app's own may still write {}, and what it writes is taken into the ledger. When none does any more: "
+    "tallystick adopt --cut-over"
+)
 _Shape = Mapping[tuple[Kind, str], str]  # (kind, name) → definition
 _TYPES = "credit_transaction_"  # how the names of our types begin
 
 
 def _drift(conn: sa.Connection, config: Config, host: Host) -> Iterator[Drift]:
     declared = Schema.of(config.host)
-    schema = config.host.users.schema
+    schema = host.ledger_schema
     conn.execute(sa.select(sa.func.set_config("search_path", "pg_catalog", sa.true())))  # every name with its schema
     ledger_oid = conn.scalar(_LEDGER_OID, {"schema": schema})
     oids = {word: table.oid for word, table in host.by_word.items()} | {LEDGER: ledger_oid}
@@ -299,7 +308,11 @@ def _drift(conn: sa.Connection, config: Config, host: Host) -> Iterator[Drift]:
 
 
 def _privileges(conn: sa.Connection, host: Host) -> Iterator[Drift]:
-    for writer in writers(conn, host, conn.scalar(_LEDGER_OID, {"schema": host.users.schema})):
+    # code of the app's own writes balances, until it is no more
+    followed = host.users.shown if host.follows else None
+    for writer in writers(conn, host, conn.scalar(_LEDGER_OID, {"schema": host.ledger_schema})):
+        if writer.table == followed:
+            continue
         said = f"{writer.role} may {', '.join(writer.privileges)}"
         yield Drift("privilege", writer.table, _WRITES, said, writer.remedy)
 
@@ -318,6 +331,10 @@ def _trigger_differences(host: Host, found: Mapping[str, _Shape]) -> Iterator[tu
             kept_by_host = name == "tallystick_updated_at" and "users.updated_at" in host.adopted_names
             if there != wanted and not kept_by_host:
                 yield word, name, there, wanted
+    for name in FOLLOWING if host.follows else ():
+        there, wanted = found["users"].get(("trigger", name)), _EXPECTED_TRIGGERS[name]
+        if there != wanted:
+            yield "users", name, there, wanted
 
 
 def _not_ours(found: _Shape, expected: _Shape) -> Iterator[tuple[Kind, str]]:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import sqlalchemy as sa
 
-from tallystick.config import Config, HostMapping, UsersTable, WorkshopsTable
+from tallystick.config import CREDITS_MAX, Config, HostMapping, UsersTable, WorkshopsTable
 from tallystick.errors import (
     HostMismatch,
     IncompatibleColumn,
@@ -30,8 +30,8 @@ from tallystick.migrate.host.tables import (
     host_tables,
     unsuitable,
 )
-from tallystick.migrate.revisions import Adopted, Word, revisions
-from tallystick.schema import LEDGER, alembic_version, mapping_of, migration_log, refuse_other
+from tallystick.migrate.revisions import Adopted, HostNames, Word, revisions
+from tallystick.schema import HISTORY, LEDGER, alembic_version, mapping_of, migration_log, refuse_other
 
 OLDEST_SERVER = 140000
 _MAX_COLUMNS = 1600
@@ -80,6 +80,9 @@ class Host:
     missing_privileges: tuple[str, ...] = ()
     prepared: str | None = None
     breaks: tuple[str, ...] = ()
+    ledger_schema: str = "public"
+    balance: str = "credit_balance"
+    follows: bool = False
 
     @property
     def by_word(self) -> dict[Word, HostTable]:
@@ -134,15 +137,14 @@ def examine(conn: sa.Connection, config: Config, *, strict: bool = True) -> Host
                 table="tallystick",
                 column=None,
             )
-        taken = _adoptable(conn, "users", users, users_columns, mapping.credits)
-        adopted = taken
+        adopted, faults = _adoptable(conn, "users", users, users_columns, mapping)
         if workshops is not None:
-            adopted |= _adoptable(conn, "workshops", workshops, workshops_columns, mapping.credits)
-        if prepared is None:
-            _check_free(conn, mapping)
+            of_workshops, others = _adoptable(conn, "workshops", workshops, workshops_columns, mapping)
+            adopted, faults = adopted | of_workshops, [*faults, *others]
+        _refuse_unadoptable(faults, [] if prepared is not None else taken(conn, mapping), mapping)
     else:
         adopted = adopted_columns(conn)
-        _check_same_host(conn, users, workshops)
+        _check_same_host(conn, mapping.schema_of_ledger, users, workshops)
 
     tables = [table for table in (users, workshops) if table]
     missing = tuple(_missing_privileges(role, mapping, tables, migrated=revision is not None or prepared is not None))
@@ -162,14 +164,18 @@ def examine(conn: sa.Connection, config: Config, *, strict: bool = True) -> Host
         missing_privileges=missing,
         prepared=prepared,
         breaks=breaks,
+        ledger_schema=mapping.schema_of_ledger,
+        balance=mapping.users.balance,
+        follows=revision is not None and ("users", "credit_balance") in adopted and not was_cut_over(conn),
     )
 
 
 def refuse_rows(conn: sa.Connection, host: Host, how: str) -> None:
     """Raises LedgerNotEmpty where there is history to lose; ``how`` says what loses it on purpose."""
-    names = {"schema": host.users.schema, "table": LEDGER}
-    _see_every_row(conn, conn.scalar(OID, names), f"{host.users.schema}.{LEDGER}", "whether it has rows")
-    rows = conn.scalar(sa.select(sa.func.count()).select_from(sa.table(LEDGER, schema=host.users.schema)))
+    names = {"schema": host.ledger_schema, "table": LEDGER}
+    _see_every_row(conn, conn.scalar(OID, names), f"{host.ledger_schema}.{LEDGER}", "whether it has rows")
+    ledger = sa.table(LEDGER, schema=host.ledger_schema)
+    rows = conn.scalar(sa.select(sa.func.count()).select_from(ledger).where(sa.text(HISTORY)))
     if rows:
         raise LedgerNotEmpty(
             f"the ledger holds {rows} credit transactions, which undo would throw away. Take a backup, then {how}",
@@ -213,6 +219,12 @@ def _known(found: str | None, where: str) -> str | None:
             revision=found,
         )
     return found
+
+
+def was_cut_over(conn: sa.Connection) -> bool:
+    """Nothing but the ledger writes balances any more, as was said."""
+    log = migration_log.c
+    return bool(conn.scalar(sa.select(sa.exists().where(log.direction == "adopt"))))
 
 
 def adopted_columns(conn: sa.Connection) -> Adopted:
@@ -379,67 +391,124 @@ class _Rule:
 
     types: tuple[str, ...]
     expected: str
-    zero: bool = False  # integer NOT NULL DEFAULT 0, all rows 0: every user starts at nothing
-    empty: bool = False  # all rows null: no workshop is unlocked without a ledger row
+    zero: bool = False  # integer NOT NULL DEFAULT 0, all rows 0: nobody has a row of the ledger
+    credits: bool = False  # whole numbers from 0 to what the ledger holds, or nulls
     distinct: bool = False  # no value twice: a unique index follows
-    not_null: bool = False
     length: int = 0
 
 
-_BIGINT = _Rule(("int8",), "bigint NOT NULL DEFAULT 0", zero=True)
+_BIGINT = _Rule(("int8", "numeric"), "bigint or numeric, whole numbers from 0", credits=True)
 
 _ADOPTABLE: Mapping[Word, Mapping[str, _Rule]] = {
     "users": {
-        "credit_balance": _Rule(("int4",), "integer NOT NULL DEFAULT 0", zero=True),
+        "credit_balance": _Rule(
+            ("int4", "int8", "numeric"), "integer, bigint or numeric, whole numbers from 0", credits=True
+        ),
         "credit_sequence": _Rule(("int4",), "integer NOT NULL DEFAULT 0", zero=True),
-        "onboarding_complete": _Rule(("bool",), "boolean NOT NULL", not_null=True),
+        "onboarding_complete": _Rule(("bool",), "boolean"),
         "stripe_customer_id": _Rule(("text", "varchar"), "text or varchar, no value twice", distinct=True),
         "plan_tier": _Rule(("text", "varchar"), "text or varchar(32)", length=32),
         "updated_at": _Rule(MOMENTS, "timestamp or timestamptz"),
         "deleted_at": _Rule(MOMENTS, "timestamp or timestamptz"),
     },
     "workshops": {
-        "credit_consumed_at": _Rule(("timestamptz",), "timestamptz", empty=True),
+        "credit_consumed_at": _Rule(MOMENTS, "timestamp or timestamptz"),
         "deleted_at": _Rule(MOMENTS, "timestamp or timestamptz"),
     },
 }
 
 
 def _adoptable(
-    conn: sa.Connection, word: Word, table: HostTable, columns: Mapping[str, HostColumn], credits: str
-) -> frozenset[tuple[Word, str]]:
-    adopted = set()
-    for name, usual in _ADOPTABLE[word].items():
-        rule = _BIGINT if (name, credits) == ("credit_balance", "bigint") else usual
+    conn: sa.Connection, word: Word, table: HostTable, columns: Mapping[str, HostColumn], mapping: HostMapping
+) -> tuple[Adopted, list[IncompatibleColumn]]:
+    """The columns of ours that the table has already, and what is wrong with those that cannot be adopted."""
+    adopted: set[tuple[Word, str]] = set()
+    faults = []
+    for ours, usual in _ADOPTABLE[word].items():
+        is_balance = ours == "credit_balance"
+        rule = _BIGINT if is_balance and mapping.credits == "bigint" else usual
+        name = mapping.users.balance if is_balance else ours
         column = columns.get(name)
         if column is None:
+            if name != ours:
+                _column(word, "balance", table, columns, name)
             continue
-        found = _fault(conn, table, column, rule)
+        adopted.add((word, ours))
+        found = _fault(conn, table, column, rule, mapping)
         if found is not None:
-            raise IncompatibleColumn(
-                f"{table.shown} already has a column {name}: {found}; Tallystick needs {rule.expected}. "
-                f"If it means something else, rename it (ALTER TABLE … RENAME COLUMN {name} TO {name}_before); "
-                "if it means the same, change it to that type and contents. Nothing was changed",
-                table=table.shown,
-                column=name,
-                found=found,
-                expected=rule.expected,
-            )
-        adopted.add((word, name))
-    return frozenset(adopted)
+            faults.append(_incompatible(table, name, found, rule))
+    return frozenset(adopted), faults
 
 
-def _fault(conn: sa.Connection, table: HostTable, column: HostColumn, rule: _Rule) -> str | None:
+def _incompatible(table: HostTable, name: str, found: str, rule: _Rule) -> IncompatibleColumn:
+    other = ", or name the column that holds credits in host.users.balance" if rule.credits else ""
+    return IncompatibleColumn(
+        f"{table.shown} already has a column {name}: {found}; Tallystick needs {rule.expected}. If it means the same, "
+        f"change it to that type and contents{other}. If it means something else, it needs another name: code that "
+        f"uses it breaks with ALTER TABLE … RENAME COLUMN {name} TO {name}_before, so deploy code that knows both "
+        "names first",
+        table=table.shown,
+        column=name,
+        found=found,
+        expected=rule.expected,
+    )
+
+
+def _refuse_unadoptable(faults: Sequence[IncompatibleColumn], names_taken: Sequence[str], mapping: HostMapping) -> None:
+    """Raises one error with all that is in the way, so that it is not found one by one."""
+    said = [fault.message for fault in faults]
+    schema = mapping.users.schema
+    if names_taken:
+        names = ", ".join(f'"{schema}"."{name}"' for name in names_taken)
+        said.append(
+            f"the database already has {names}, which Tallystick would make. Let its ledger have a schema of its own: "
+            'set ledger_schema = "tallystick" under [host]. Nothing of the app\'s has to be renamed then'
+            if mapping.ledger_schema is None
+            else f"the database already has {names}, a name that Tallystick needs. No code names an index: rename it, "
+            f'as in ALTER INDEX "{schema}"."{names_taken[0]}" RENAME TO "{names_taken[0]}_before"'
+        )
+    if not said:
+        return
+    message = ". ".join([*said, "Nothing was changed"])
+    if faults:
+        first = faults[0]
+        raise IncompatibleColumn(
+            message, table=first.table, column=first.column, found=first.found, expected=first.expected
+        )
+    raise HostMismatch(message, table=f"{schema}.{names_taken[0]}", column=None)
+
+
+def _fault(conn: sa.Connection, table: HostTable, column: HostColumn, rule: _Rule, mapping: HostMapping) -> str | None:
     too_short = rule.length and column.modifier != -1 and column.modifier - 4 < rule.length
     if column.type not in rule.types or too_short:
         return column.shown
     if column.generated:
         return f"{column.shown} GENERATED"
-    if (rule.not_null or rule.zero) and not column.not_null:
+    if rule.zero and not column.not_null:
         return f"{column.shown}, nullable"
     if rule.zero and column.default != "0":
         return f"{column.shown} DEFAULT {column.default or 'nothing'}"
+    if rule.credits:
+        return _credits_fault(conn, table, column, CREDITS_MAX[mapping.credits])
     return _content_fault(conn, table, column, rule)
+
+
+def _credits_fault(conn: sa.Connection, table: HostTable, column: HostColumn, most: int) -> str | None:
+    """Balances that no ledger can begin with, and how many users have one."""
+    _see_every_row(conn, table.oid, table.shown, f"what is in its column {column.name}")
+    live: sa.ColumnClause[Any] = sa.column(column.name, sa.Numeric)
+    wrong = {
+        "below 0": live < sa.literal_column("0"),
+        f"above {most}": live > sa.literal_column(str(most)),
+        "no whole number": sa.func.mod(live, sa.literal_column("1")) != sa.literal_column("0"),
+    }
+    counts = conn.execute(
+        sa.select(*(sa.func.count().filter(fault) for fault in wrong.values())).select_from(
+            sa.table(table.table, live, schema=table.schema)
+        )
+    ).one()
+    found = [f"of {count} users {fault}" for count, fault in zip(counts, wrong, strict=True) if count]
+    return f"{column.shown} with balances that no ledger begins with ({', '.join(found)})" if found else None
 
 
 def _content_fault(conn: sa.Connection, table: HostTable, column: HostColumn, rule: _Rule) -> str | None:
@@ -449,8 +518,6 @@ def _content_fault(conn: sa.Connection, table: HostTable, column: HostColumn, ru
     )
     if rule.zero:
         fault, rows = "with values in it", rows.where(live != sa.literal_column("0"))
-    elif rule.empty:
-        fault, rows = "with values in it", rows.where(live.is_not(None))
     elif rule.distinct:
         fault = "with the same value twice"
         rows = rows.where(live.is_not(None)).group_by(live).having(sa.func.count() > sa.literal_column("1"))
@@ -460,25 +527,19 @@ def _content_fault(conn: sa.Connection, table: HostTable, column: HostColumn, ru
     return f"{column.shown} {fault}" if conn.scalar(sa.select(sa.exists(rows))) else None
 
 
-def _check_free(conn: sa.Connection, mapping: HostMapping) -> None:
-    schema = mapping.users.schema
-    names = [name for revision in revisions() for name in revision.creates]
-    taken = conn.scalars(_TAKEN, {"schema": schema, "names": names}).all()
-    if taken:
-        name = LEDGER if LEDGER in taken else taken[0]
-        raise HostMismatch(
-            f'the database already has "{schema}"."{name}", a name that Tallystick needs. Rename what is there '
-            f'(ALTER {"TABLE" if name == LEDGER else "…"} "{schema}"."{name}" RENAME TO "{name}_before"). '
-            "Nothing was changed",
-            table=f"{schema}.{name}",
-            column=None,
-        )
+def taken(conn: sa.Connection, mapping: HostMapping) -> Sequence[str]:
+    """Names in the users' schema that the revisions need and that something of the app's has."""
+    names = HostNames.of(mapping)
+    # in a schema of our own the ledger meets nothing of the app's; an index is beside its table
+    alone = mapping.ledger_schema is not None
+    wanted = [name for each in revisions() for name in (each.indexes(names) if alone else each.creates)]
+    return conn.scalars(_TAKEN, {"schema": mapping.users.schema, "names": wanted}).all()
 
 
-def _check_same_host(conn: sa.Connection, users: HostTable, workshops: HostTable | None) -> None:
+def _check_same_host(conn: sa.Connection, schema: str, users: HostTable, workshops: HostTable | None) -> None:
     """The ledger's foreign keys say which tables were migrated; another one with such a name is a mistake."""
     mapped = {table.oid: table.shown for table in (users, workshops) if table}
-    for key in conn.execute(_KEYS, {"schema": users.schema}):
+    for key in conn.execute(_KEYS, {"schema": schema}):
         if key.oid not in mapped:
             raise HostMismatch(
                 f"this database was migrated for {key.table}, which is not {' or '.join(mapped.values())} any more. "

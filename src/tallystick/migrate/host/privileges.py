@@ -58,7 +58,7 @@ END""").format(objects=_objects(names))
 
 
 def _objects(names: HostNames) -> Composable:
-    ledger = Identifier(names.users.schema, LEDGER).as_string(None)
+    ledger = Identifier(names.ledger_schema, LEDGER).as_string(None)
     return _OBJECTS.format(ledger=SqlLiteral(ledger))
 
 
@@ -80,7 +80,7 @@ _WRITERS = sa.text("""
       SELECT c.oid, c.relowner, a.grantee, a.privilege_type
       FROM pg_class c JOIN pg_attribute t ON t.attrelid = c.oid AND NOT t.attisdropped
       CROSS JOIN LATERAL aclexplode(t.attacl) a
-      WHERE c.oid = :ledger OR (c.oid = :users AND t.attname IN ('credit_balance', 'credit_sequence'))
+      WHERE c.oid = :ledger OR (c.oid = :users AND t.attname IN (:balance, 'credit_sequence'))
     )
     SELECT g.table::bigint AS oid, n.nspname AS schema, c.relname AS name, coalesce(r.rolname, 'PUBLIC') AS role,
            r.oid IS NULL AS everyone, array_agg(g.privilege ORDER BY g.privilege) AS privileges
@@ -122,7 +122,8 @@ class Writer:
 def writers(conn: sa.Connection, host: Host, ledger: int | None) -> Iterator[Writer]:
     """Roles that could write the ledger, its bookkeeping or a balance past the functions."""
     own = _own_columns(conn, host.users)
-    for row in conn.execute(_WRITERS, {"users": host.users.oid, "ledger": ledger, "apps": _apps(conn)}):
+    values = {"users": host.users.oid, "ledger": ledger, "apps": _apps(conn), "balance": host.balance}
+    for row in conn.execute(_WRITERS, values):
         table, role = _quoted(row.schema, row.name), "PUBLIC" if row.everyone else _quoted(row.role)
         remedy = _narrower(row.privileges, table, role, own if row.oid == host.users.oid else "")
         yield Writer(f"{row.schema}.{row.name}", row.role, tuple(row.privileges), remedy)

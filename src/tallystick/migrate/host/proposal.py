@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from tallystick.config import HostMapping, UsersTable, WorkshopsTable
 from tallystick.errors import HostMismatch
-from tallystick.migrate.host.preflight import current_revision, mapped_table, prepared_revision
+from tallystick.migrate.host.preflight import current_revision, mapped_table, prepared_revision, taken
 from tallystick.migrate.host.tables import (
     KEY_WORDS,
     MOMENTS,
@@ -40,6 +40,19 @@ _WORKSHOPS = ("workshops", "workshop")
 _OWNERS = ("user_id", "owner_id", "userid", "ownerid", "owner", "user", "created_by", "author_id", "clerk_user_id")
 _TITLES = ("title", "name", "subject", "heading", "topic")
 _CREATED = ("created_at", "createdat", "created", "created_on", "inserted_at", "date_created")
+_BALANCES = (
+    "credit_balance",
+    "creditbalance",
+    "credits",
+    "credits_balance",
+    "credit",
+    "credits_left",
+    "creditsleft",
+    "credits_remaining",
+    "remaining_credits",
+    "available_credits",
+)
+_NUMBERS = ("int4", "int8", "numeric")
 _EMAILS = ("email", "email_address", "emailaddress", "mail")
 
 
@@ -49,6 +62,7 @@ def propose(
     workshops: str | None = None,
     users_key: str | None = None,
     *,
+    balance: str | None = None,
     credits: Literal["integer", "bigint"] | None = None,
 ) -> HostMapping:
     """A mapping for this database, from what its tables are called and how they refer to each other.
@@ -58,7 +72,9 @@ def propose(
         users: which table, as ``table`` or ``schema.table``, where the guess would be wrong.
         workshops: likewise; the default is a table named workshop(s), or none. ``"none"`` is none, whatever there is.
         users_key: which column of the users is their key, where it is not the primary one.
-        credits: the type of a number of credits, ``integer`` unless it says another.
+        balance: which column of the users holds credits already; the default is one with a usual name. ``"none"`` is
+            none, whatever there is.
+        credits: the type of a number of credits; the default is ``bigint`` where the balances are, else ``integer``.
 
     A database that is migrated has its mapping, which is given back.
 
@@ -68,9 +84,10 @@ def propose(
     """
     with looking(conn):
         stored = mapping_of(conn) if current_revision(conn) or prepared_revision(conn) else None
-        if stored is not None and users is workshops is users_key is credits is None:
+        if stored is not None and users is workshops is users_key is balance is credits is None:
             return stored
-        found = replace(_propose(conn, users, workshops, users_key), credits=credits or "integer")
+        found = _propose(conn, users, workshops, users_key, balance)
+        found = found if credits is None else replace(found, credits=credits)
         if stored is not None:
             refuse_other(stored, found)
         return found
@@ -83,7 +100,15 @@ def other_than_primary(conn: sa.Connection, mapping: HostMapping) -> str | None:
     return None if not primary or primary == [mapping.users.key] else ", ".join(primary)
 
 
-def _propose(conn: sa.Connection, users: str | None, workshops: str | None, users_key: str | None) -> HostMapping:
+def has_balances(conn: sa.Connection, mapping: HostMapping) -> bool:
+    """The column that the mapping names for balances is there before the migration: it is adopted."""
+    table = mapped_table(conn, "users", mapping.users.schema, mapping.users.table)
+    return current_revision(conn) is None and mapping.users.balance in columns_of(conn, table)
+
+
+def _propose(
+    conn: sa.Connection, users: str | None, workshops: str | None, users_key: str | None, balance: str | None
+) -> HostMapping:
     everything = host_tables(conn)
     users_table = _find("users", everything, users, _USERS)
     if users_table is None:
@@ -109,15 +134,34 @@ def _propose(conn: sa.Connection, users: str | None, workshops: str | None, user
     if workshops_table is not None:
         asked = [key] if users_key is not None else keys
         key, found = _propose_workshops(conn, users_table, asked, key, workshops_table)
-    return HostMapping(
+    held_in = _balance(users_table, columns, balance)
+    mapping = HostMapping(
         users=UsersTable(
             schema=users_table.schema,
             table=users_table.table,
             **key.key_settings,
             email=_pick(columns.values(), _EMAILS, ("text", "varchar", "citext")),
+            balance=held_in.name if held_in else "credit_balance",
         ),
         workshops=found,
+        credits="bigint" if held_in and held_in.type == "int8" else "integer",
     )
+    ours = None if current_revision(conn) or prepared_revision(conn) else taken(conn, mapping)
+    return replace(mapping, ledger_schema="tallystick") if ours else mapping
+
+
+def _balance(table: HostTable, columns: Mapping[str, HostColumn], asked: str | None) -> HostColumn | None:
+    """The column that holds credits already."""
+    if asked not in (None, "none"):
+        if asked not in columns:
+            raise HostMismatch(
+                f"{table.shown} has no column {asked}. Say which holds credits, or none: --balance none",
+                table=table.shown,
+                column=asked,
+            )
+        return columns[asked]
+    name = None if asked == "none" else _pick(columns.values(), _BALANCES, _NUMBERS)
+    return columns[name] if name else None
 
 
 def _users_key(

@@ -45,9 +45,6 @@ _TAKEN_BACK = """\
 -- Run by the owner of the tables.
 """
 
-_GUARDED = {"users": ("credit_balance", "credit_sequence"), "workshops": ("credit_consumed_at",)}
-"""Columns that the functions alone write."""
-
 _STRIPES = (
     stripe_events,
     stripe_checkouts,
@@ -174,7 +171,7 @@ def grant(host: HostMapping, role: str) -> str:
     """
     names, to = HostNames.of(host), _role(role)
     ledger = _ledger(names)
-    schemas = dict.fromkeys((names.users.schema, names.workshops.schema if names.workshops else names.users.schema))
+    schemas = dict.fromkeys(table.schema for table in _mapped(names))
     everything = sql.SQL("IN SCHEMA {}").format(sql.Identifier(BOOKKEEPING_SCHEMA))
     limited = {
         "role": sql.Literal(role),
@@ -246,13 +243,18 @@ def _ways_out(names: HostNames, is_app: sql.Composable) -> sql.Composable:
     )
 
 
+def _guarded(table: TableNames) -> list[str]:
+    """The columns that the functions alone write."""
+    return [_bare(table.balance), "credit_sequence"] if table.word == "users" else ["credit_consumed_at"]
+
+
 def _tables(names: HostNames) -> sql.Composable:
     """The mapped tables as rows (oid, columns kept from INSERT, columns kept from UPDATE)."""
     rows = [
         sql.SQL("({}::regclass::oid, {}::text[], {}::text[])").format(
             sql.Literal(table.name.as_string()),
-            sql.Literal(list(_GUARDED[table.word])),
-            sql.Literal([_bare(table.key), *_GUARDED[table.word]]),
+            sql.Literal(_guarded(table)),
+            sql.Literal([_bare(table.key), *_guarded(table)]),
         )
         for table in _mapped(names)
     ]
@@ -260,7 +262,7 @@ def _tables(names: HostNames) -> sql.Composable:
 
 
 def _ours_to_read(names: HostNames, to: sql.Identifier, verb: str, preposition: str) -> Iterator[sql.Composable]:
-    columns = {"users": user_columns(), "workshops": workshop_columns()}
+    columns = {"users": user_columns(balance=_bare(names.users.balance)), "workshops": workshop_columns()}
     for table in _mapped(names):
         ours = sql.SQL(", ").join(sql.Identifier(column.name) for column in columns[table.word])
         yield sql.SQL(f"{verb} SELECT ({{}}) ON {{}} {preposition} {{}}").format(
@@ -277,7 +279,7 @@ def _bare(name: sql.Identifier) -> str:
 
 
 def _ledger(names: HostNames) -> sql.Identifier:
-    return sql.Identifier(names.users.schema, LEDGER)
+    return sql.Identifier(names.ledger_schema, LEDGER)
 
 
 def _role(name: str) -> sql.Identifier:

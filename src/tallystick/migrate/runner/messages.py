@@ -22,7 +22,7 @@ from tallystick.migrate.host.privileges import close_new_objects, remember_objec
 from tallystick.migrate.host.role import whole_again
 from tallystick.migrate.revisions import HostNames, Revision, TableNames
 from tallystick.migrate.runner.trial_writes import try_them_again, try_writes
-from tallystick.schema import LEDGER, user_columns, workshop_columns
+from tallystick.schema import HISTORY, LEDGER, user_columns, workshop_columns
 
 ADVISORY_KEY = 8_386_103_206_419_437_683  # "tallystk" as eight bytes; advisory locks are per database
 
@@ -311,10 +311,10 @@ def _refuse_if_rows(names: HostNames) -> Composed:
     return _do(
         SQL("""
 BEGIN
-  IF EXISTS (SELECT FROM {ledger}) THEN
+  IF EXISTS (SELECT FROM {ledger} WHERE {lost}) THEN
     RAISE EXCEPTION 'the ledger has rows' USING ERRCODE = {code};
   END IF;
-END""").format(ledger=Identifier(names.users.schema, LEDGER), code=SqlLiteral(NOT_EMPTY))
+END""").format(ledger=Identifier(names.ledger_schema, LEDGER), lost=SQL(HISTORY), code=SqlLiteral(NOT_EMPTY))
     )
 
 

@@ -20,6 +20,7 @@ from psycopg.sql import SQL, Composable, Identifier
 from tallystick.database import with_known_settings
 from tallystick.errors import MigrationError
 from tallystick.migrate.revisions import HostNames, Revision
+from tallystick.migrate.runner.opening import open_balances
 from tallystick.migrate.runner.session import NEVER_CUT, driver, lost, put, put_back, translate
 from tallystick.schema import LEDGER
 
@@ -31,10 +32,10 @@ State = Literal["missing", "valid", "invalid, enforcing", "invalid"]
 
 @dataclass(frozen=True)
 class OnlineStep:
-    """An index built, or a constraint validated, outside of the transaction."""
+    """An index built, a constraint validated, or balances opened, outside of the transaction."""
 
     name: str
-    outcome: Literal["built", "repaired", "validated"]
+    outcome: Literal["built", "repaired", "validated", "opened"]
     duration_ms: float
 
 
@@ -59,8 +60,22 @@ def online(
     for name, statement in revision.indexes(names).items():
         yield from build(conn, schema=schema, name=name, statement=statement, progress=partial(progress, name))
     for name, statement in revision.validates(names).items():
-        ledger = Identifier(schema, LEDGER)
+        ledger = Identifier(names.ledger_schema, LEDGER)
         yield from validate(conn, table=ledger, name=name, statement=statement, progress=partial(progress, name))
+    if revision.down_revision is None and names.adopts_balance:
+        yield from _openings(conn, names, progress)
+
+
+def _openings(
+    conn: sa.Connection, names: HostNames, progress: Callable[[str, Building | None], None]
+) -> Iterator[OnlineStep]:
+    started = time.monotonic()
+    opened, _left = open_balances(
+        conn, names, lambda done: progress("opening balances", Building(f"{done:,} done", None, None))
+    )
+    if opened:
+        duration_ms = round((time.monotonic() - started) * 1000, 3)
+        yield OnlineStep(f"the balances of {opened:,} users", "opened", duration_ms)
 
 
 def build(

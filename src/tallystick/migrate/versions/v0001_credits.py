@@ -32,6 +32,14 @@ WORKSHOPS_COLUMNS = {
     "deleted_at": "timestamptz",
 }
 CUSTOMER_INDEX = "tallystick_users_stripe_customer_id"
+FOLLOWING = (
+    ("tallystick_new_balance", "INSERT", "NEW.{balance} < 0 OR NEW.{balance} % 1 <> 0"),
+    (
+        "tallystick_balance",
+        "UPDATE",
+        "NEW.{balance} IS DISTINCT FROM OLD.{balance} AND NEW.credit_sequence = OLD.credit_sequence",
+    ),
+)
 
 APPEND_ONLY = """
 CREATE FUNCTION tallystick.append_only() RETURNS trigger LANGUAGE plpgsql
@@ -83,6 +91,45 @@ CREATE FUNCTION tallystick.touch_updated_at() RETURNS trigger LANGUAGE plpgsql A
 BEGIN
   NEW.updated_at := pg_catalog.now();
   RETURN NEW;
+END $$
+"""
+
+FOLLOW_BALANCE = """
+CREATE FUNCTION tallystick.follow_balance() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = {search_path} AS $$
+#variable_conflict use_column
+DECLARE
+  account record;
+  before {credits};
+BEGIN
+  IF NEW.{balance_column} % 1 <> 0 THEN
+    RAISE EXCEPTION 'credits are whole numbers, and % is none', NEW.{balance_column} USING ERRCODE = 'check_violation';
+  ELSIF NEW.{balance_column} < 0
+      AND (TG_OP = 'INSERT' OR NEW.{balance_column} < OLD.{balance_column} OR OLD.{balance_column} IS NULL) THEN
+    RAISE EXCEPTION 'the balance of user % would be %', NEW.{user_key}, NEW.{balance_column}
+      USING ERRCODE = 'check_violation', HINT = 'Credits that are not there are not spent.';
+  ELSIF NEW.credit_sequence = 0 THEN
+    RETURN NULL;  -- the opening balance will be what is there then
+  END IF;
+  -- what is there now: another trigger may have changed it again, and that is recorded already
+  SELECT {balance} AS balance, u.credit_sequence AS sequence INTO account
+    FROM {users} AS u WHERE u.{user_key} = NEW.{user_key};
+  SELECT t.balance_after INTO before FROM {ledger} AS t
+    WHERE t.user_id = NEW.{user_key} AND t.sequence = account.sequence;
+  IF account.balance <> before THEN
+    INSERT INTO {ledger} (
+        id, user_id, type, status, amount, balance_after, sequence, description, idempotency_key, completed_at)
+      VALUES (
+        tallystick.uuid7(), NEW.{user_key},
+        (CASE WHEN account.balance > before THEN 'grant' ELSE 'consumption' END)::{type}, 'completed',
+        account.balance - before, account.balance, account.sequence + 1, 'Changed by the app',
+        'tallystick:app:' || account.sequence + 1, clock_timestamp());
+    IF NOT tallystick.settle(
+        NEW.{user_key}, account.balance, account.sequence, account.balance, account.sequence + 1) THEN
+      PERFORM tallystick.host_interfered({users_name});
+    END IF;
+  END IF;
+  RETURN NULL;
 END $$
 """
 
@@ -301,6 +348,8 @@ def prepare(host: Any) -> Iterator[Composable]:
         " FOR EACH STATEMENT EXECUTE FUNCTION tallystick.append_only()"
     ).format(_ledger(host))
     yield from host.functions()
+    if host.adopts_balance:
+        yield SQL(FOLLOW_BALANCE.strip()).format(**host.placeholders())
     yield SQL("REVOKE ALL ON ALL FUNCTIONS IN SCHEMA tallystick FROM PUBLIC")
 
 
@@ -337,6 +386,13 @@ def locked(host: Any) -> Iterator[Composable]:
             "CREATE TRIGGER tallystick_updated_at BEFORE UPDATE ON {}"
             " FOR EACH ROW EXECUTE FUNCTION tallystick.touch_updated_at()"
         ).format(host.users.name)
+    if host.adopts_balance:
+        # what code of the app's from before writes is written into the ledger too; the ledger's own writes move both
+        for name, event, when in FOLLOWING:
+            yield SQL(
+                f"CREATE TRIGGER {name} AFTER {event} ON {{users}} FOR EACH ROW WHEN ({when})"
+                " EXECUTE FUNCTION tallystick.follow_balance()"
+            ).format(users=host.users.name, balance=host.users.balance)
 
 
 def indexes(host: Any) -> dict[str, Composable]:
@@ -374,6 +430,9 @@ def undo(host: Any) -> Iterator[Composable]:
     """Back to exactly what was there; adopted columns stay as they were."""
     if ("users", "updated_at") not in host.adopted:
         yield SQL("DROP TRIGGER IF EXISTS tallystick_updated_at ON {}").format(host.users.name)
+    if host.adopts_balance:
+        for name, *_ in FOLLOWING:
+            yield SQL("DROP TRIGGER IF EXISTS {} ON {}").format(Identifier(name), host.users.name)
     yield from host.drop_functions()
     yield SQL("DROP TABLE {}").format(_ledger(host))
     yield SQL("DROP INDEX IF EXISTS {}").format(Identifier(host.users.schema, CUSTOMER_INDEX))
@@ -391,6 +450,8 @@ def undo(host: Any) -> Iterator[Composable]:
 def _drop_the_rest(host: Any) -> Iterator[Composable]:
     yield SQL("DROP TYPE {}, {}").format(_type(host), _status(host))
     yield SQL("DROP FUNCTION tallystick.append_only(), tallystick.touch_updated_at()")
+    if host.adopts_balance:
+        yield SQL("DROP FUNCTION tallystick.follow_balance()")
     yield SQL("DROP TABLE {}").format(SQL(", ").join(Identifier("tallystick", name) for name in BOOKKEEPING))
     if not host.workshops:
         yield SQL("DROP TABLE tallystick.workshops")
@@ -404,12 +465,12 @@ def _tables(host: Any) -> list[tuple[Any, dict[str, str]]]:
 
 
 def _ledger(host: Any) -> Identifier:
-    return Identifier(host.users.schema, "credit_transactions")
+    return Identifier(host.ledger_schema, "credit_transactions")
 
 
 def _type(host: Any) -> Identifier:
-    return Identifier(host.users.schema, "credit_transaction_type")
+    return Identifier(host.ledger_schema, "credit_transaction_type")
 
 
 def _status(host: Any) -> Identifier:
-    return Identifier(host.users.schema, "credit_transaction_status")
+    return Identifier(host.ledger_schema, "credit_transaction_status")

@@ -1,0 +1,306 @@
+"""The credits that an app had before Tallystick: its balances, and a history of its own held against them. Only reads.
+
+A history is any table with a row for each change: a user, an amount, and perhaps a type and a status. It is never
+taken into the ledger as rows, since its balances may be wrong and its order unknown: the balance that users see is what
+they are owed. What differs is shown, by user and amount, for a person to decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from psycopg.sql import SQL, Composable, Identifier, Literal
+
+from tallystick.config import HostMapping
+from tallystick.errors import HostMismatch
+from tallystick.migrate.host.preflight import mapped_table
+from tallystick.migrate.host.tables import MOMENTS, HostColumn, HostTable, columns_of, host_tables
+from tallystick.migrate.revisions import HostNames
+from tallystick.schema import HISTORY, LEDGER, OPENING_KEY
+
+_HISTORIES = (
+    LEDGER,
+    "credit_transaction",
+    "credit_history",
+    "credit_ledger",
+    "credit_log",
+    "credit_logs",
+    "credits_history",
+    "credits_log",
+    "credit_events",
+    "credit_entries",
+)
+_AMOUNTS = ("amount", "credits", "delta", "change", "credit_amount", "quantity")
+_USERS = ("user_id", "userid", "owner_id", "account_id", "customer_id", "member_id", "clerk_user_id", "user")
+_NUMBERS = ("int2", "int4", "int8", "numeric")
+_FINISHED = ("completed", "complete", "succeeded", "success", "paid", "posted", "settled", "done")
+_TAKES = "consum|debit|spen[dt]|us(e|age)|deduct|charge|redeem|withdraw|refund"
+DIFFERENCES = 20
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A user whose balance is not what the history adds up to."""
+
+    user: Any
+    balance: int
+    history: int
+
+    @property
+    def by(self) -> int:
+        """How much more the user has than the history gives."""
+        return self.balance - self.history
+
+
+@dataclass(frozen=True)
+class OwnHistory:
+    """The app's history, held against its balances.
+
+    ``differences`` are the largest of those of ``differing`` users. ``wrong_balances`` counts rows that note another
+    balance than the rows up to them add up to. Where no amount is negative, its sign is taken from the type.
+    """
+
+    table: str
+    rows: int
+    signs_from_type: bool
+    differing: int
+    differences: tuple[Difference, ...]
+    wrong_balances: int | None
+
+
+@dataclass(frozen=True)
+class OwnCredits:
+    """The balances of the app's own: ``waiting`` users have none of it in the ledger yet, ``opened`` have.
+
+    ``changed_by_app`` counts what code of the app's own wrote since; ``follows`` tells that it still may.
+    """
+
+    migrated: bool
+    column: str
+    users: int
+    credits: int
+    opened: int
+    waiting: int
+    changed_by_app: int
+    follows: bool
+    history: OwnHistory | None = None
+
+
+@dataclass(frozen=True)
+class HistoryTable:
+    """A table of the app's, as a history: its columns by what they mean."""
+
+    table: HostTable
+    user: str
+    amount: str
+    type: str | None
+    status: str | None
+    balance_after: str | None
+    moment: str | None
+    key: str | None
+
+    @property
+    def name(self) -> Identifier:
+        """Qualified and quoted."""
+        return Identifier(self.table.schema, self.table.table)
+
+
+def own_credits(
+    conn: sa.Connection, mapping: HostMapping, names: HostNames, *, migrated: bool, follows: bool, history: str | None
+) -> OwnCredits:
+    """What the app has. ``history`` names its table, or is None for one with a usual name.
+
+    Raises:
+        HostMismatch: there is no such column or table, or the table is no history.
+    """
+    users = mapped_table(conn, "users", mapping.users.schema, mapping.users.table)
+    column = columns_of(conn, users).get(mapping.users.balance)
+    if column is None:
+        raise HostMismatch(
+            f"{users.shown} has no column {mapping.users.balance}. Name the one that holds credits in "
+            "host.users.balance, or run: tallystick init",
+            table=users.shown,
+            column=mapping.users.balance,
+        )
+    balance = SQL("coalesce(u.{}, 0)").format(names.users.balance)
+    row = _one(
+        conn,
+        SQL("SELECT count(*) FILTER (WHERE {b} <> 0) AS users, coalesce(sum({b}), 0) AS credits FROM {users} AS u"),
+        b=balance,
+        users=names.users.name,
+    )
+    opened = changed = waiting = 0
+    if migrated:
+        ledger = Identifier(names.ledger_schema, LEDGER)
+        kept = _one(
+            conn,
+            SQL(
+                "SELECT count(*) FILTER (WHERE idempotency_key = {opening}) AS opened,"
+                " count(*) FILTER (WHERE idempotency_key LIKE 'tallystick:app:%') AS changed FROM {ledger}"
+            ),
+            opening=Literal(OPENING_KEY),
+            ledger=ledger,
+        )
+        opened, changed = kept.opened, kept.changed
+        waiting = _one(
+            conn,
+            SQL("SELECT count(*) AS waiting FROM {users} AS u WHERE u.credit_sequence = 0 AND {b} > 0"),
+            b=balance,
+            users=names.users.name,
+        ).waiting
+    found = find_history(conn, mapping, history)
+    return OwnCredits(
+        migrated=migrated,
+        column=f"{users.shown}.{mapping.users.balance}",
+        users=row.users,
+        credits=int(row.credits),
+        opened=opened,
+        waiting=waiting,
+        changed_by_app=changed,
+        follows=follows,
+        history=None if found is None else _compared(conn, names, found, balance, migrated=migrated),
+    )
+
+
+def find_history(conn: sa.Connection, mapping: HostMapping, asked: str | None) -> HistoryTable | None:
+    """The app's history, by its name or a usual one. Raises HostMismatch where the one that was asked for is none."""
+    ours = (mapping.schema_of_ledger, LEDGER)
+    for table in host_tables(conn):
+        named = asked in (table.table, table.shown) if asked else table.table.lower() in _HISTORIES
+        if not named or (table.schema, table.table) == ours or table.kind not in "rp":
+            continue
+        found = _as_history(table, columns_of(conn, table), mapping)
+        if found is not None:
+            return found
+        if asked:
+            raise HostMismatch(
+                f"{table.shown} is no history of credits: it needs a column with the user's key "
+                f"({mapping.users.key}, or one called like {', '.join(_USERS[:3])}) and one with a number "
+                f"({', '.join(_AMOUNTS[:4])})",
+                table=table.shown,
+                column=None,
+            )
+    if asked:
+        raise HostMismatch(f"there is no table {asked}. Name it as schema.table", table=asked, column=None)
+    return None
+
+
+def _as_history(table: HostTable, columns: Mapping[str, HostColumn], mapping: HostMapping) -> HistoryTable | None:
+    def pick(names: tuple[str, ...], types: tuple[str, ...] | None = None) -> str | None:
+        fitting = [c for c in columns.values() if c.name.lower() in names and (types is None or c.base in types)]
+        return min((c.name for c in fitting), key=lambda name: names.index(name.lower()), default=None)
+
+    of_users = {c.name.lower(): c.name for c in columns.values() if c.key_type == mapping.users.key_type}
+    called = (mapping.users.key.lower(), *_USERS)
+    user = next((of_users[name] for name in called if name != "id" and name in of_users), None)
+    amount = pick(_AMOUNTS, _NUMBERS)
+    if user is None or amount is None:
+        return None
+    return HistoryTable(
+        table=table,
+        user=user,
+        amount=amount,
+        type=pick(("type", "kind", "transaction_type", "reason", "action")),
+        status=pick(("status", "state")),
+        balance_after=pick(("balance_after", "balanceafter", "balance", "new_balance"), _NUMBERS),
+        moment=pick(("created_at", "createdat", "created", "inserted_at", "timestamp"), MOMENTS),
+        key=next((c.name for c in columns.values() if c.is_primary), None),
+    )
+
+
+def _compared(
+    conn: sa.Connection, names: HostNames, found: HistoryTable, balance: Composable, *, migrated: bool
+) -> OwnHistory:
+    amount = SQL("h.{}").format(Identifier(found.amount))
+    signed = _one(
+        conn,
+        SQL("SELECT count(*) AS rows, coalesce(bool_or({a} < 0), false) AS signed FROM {h} AS h"),
+        a=amount,
+        h=found.name,
+    )
+    from_type = not signed.signed and found.type is not None
+    if from_type:
+        amount = SQL("CASE WHEN h.{}::text ~* {} THEN - {a} ELSE {a} END").format(
+            Identifier(str(found.type)), Literal(_TAKES), a=amount
+        )
+    counts: Composable = SQL("true")
+    if found.status is not None:
+        status = SQL("lower(h.{}::text)").format(Identifier(found.status))
+        # where no row has a word of ours, the column means something else
+        counts = SQL(
+            "({s} IS NULL OR {s} = ANY ({words}) OR NOT EXISTS (SELECT FROM {h} AS h WHERE {s} = ANY ({words})))"
+        ).format(s=status, words=Literal(list(_FINISHED)), h=found.name)
+    # what the ledger did of itself is in no history of the app's
+    since: Composable = SQL("0")
+    if migrated:
+        since = SQL(
+            "coalesce((SELECT sum(t.amount) FROM {ledger} AS t WHERE t.user_id = u.{key} AND t.status = 'completed'"
+            " AND {own}), 0)"
+        ).format(ledger=Identifier(names.ledger_schema, LEDGER), key=names.users.key, own=SQL(HISTORY))
+    each = SQL(
+        "SELECT u.{key} AS user, {b} - {since} AS balance, coalesce(h.total, 0) AS history FROM {users} AS u"
+        " LEFT JOIN (SELECT h.{user} AS user, sum({a}) AS total FROM {h} AS h WHERE {counts} GROUP BY 1) AS h"
+        " ON h.user = u.{key}"
+    ).format(
+        key=names.users.key,
+        b=balance,
+        since=since,
+        users=names.users.name,
+        user=Identifier(found.user),
+        a=amount,
+        h=found.name,
+        counts=counts,
+    )
+    rows = _all(
+        conn,
+        SQL(
+            "SELECT *, count(*) OVER () AS differing FROM ({each}) AS e WHERE e.balance <> e.history"
+            " ORDER BY abs(e.balance - e.history) DESC, e.user LIMIT {most}"
+        ),
+        each=each,
+        most=Literal(DIFFERENCES),
+    )
+    return OwnHistory(
+        table=found.table.shown,
+        rows=signed.rows,
+        signs_from_type=from_type,
+        differing=rows[0].differing if rows else 0,
+        differences=tuple(Difference(row.user, int(row.balance), int(row.history)) for row in rows),
+        wrong_balances=_wrong_balances(conn, found, amount, counts),
+    )
+
+
+def _wrong_balances(conn: sa.Connection, found: HistoryTable, amount: Composable, counts: Composable) -> int | None:
+    """Rows whose balance is not that of the rows up to them; None where the table tells no balance or no order."""
+    if found.balance_after is None or found.moment is None or found.key is None:
+        return None
+    return int(
+        _one(
+            conn,
+            SQL(
+                "SELECT count(*) AS wrong FROM (SELECT h.{after} AS after, sum({a}) OVER"
+                " (PARTITION BY h.{user} ORDER BY h.{moment}, h.{key}) AS total FROM {h} AS h WHERE {counts}) AS e"
+                " WHERE e.after IS DISTINCT FROM e.total"
+            ),
+            after=Identifier(found.balance_after),
+            a=amount,
+            user=Identifier(found.user),
+            moment=Identifier(found.moment),
+            key=Identifier(found.key),
+            h=found.name,
+            counts=counts,
+        ).wrong
+    )
+
+
+def _all(conn: sa.Connection, query: SQL, **parts: Composable) -> list[Any]:
+    # the driver's own text: a % or a colon in a name is just that
+    text = query.format(**parts).as_string(None).replace("%", "%%")
+    return list(conn.exec_driver_sql(text).all())
+
+
+def _one(conn: sa.Connection, query: SQL, **parts: Composable) -> Any:
+    return _all(conn, query, **parts)[0]

@@ -1,0 +1,184 @@
+"""What is done about an app's own credits after the migration: the rest is opened, history is noted, the app cuts over.
+
+Each of it may be killed and begun again.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from uuid import UUID
+
+import psycopg
+import sqlalchemy as sa
+from psycopg.sql import SQL, Composable, Identifier, Literal
+
+from tallystick.config import Config
+from tallystick.errors import MigrationBlocked, MigrationError
+from tallystick.migrate.host.own_credits import HistoryTable, OwnCredits, find_history, own_credits
+from tallystick.migrate.host.preflight import Host, adopted_columns, examine
+from tallystick.migrate.host.tables import columns_of, looking
+from tallystick.migrate.revisions import HostNames, revisions
+from tallystick.migrate.runner.opening import open_balances, sent
+from tallystick.migrate.runner.session import driver, engine_of, lost, session, translate
+from tallystick.schema import FOLLOWING, LEDGER, OPENING_KEY, migration_log
+
+_BATCH = 50
+_NO_DEFAULTS = (None, "0", "(0)::numeric", "'0'::bigint", "(0)::bigint", "NULL")
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """What a run did: users whose balance it opened, users that were held by somebody, openings with history."""
+
+    opened: int
+    left: int
+    noted: int
+
+
+def look_at_own_credits(conn: sa.Connection, config: Config, *, history: str | None = None) -> OwnCredits:
+    """The app's own credits, before the migration or after. Raises what :func:`own_credits` and ``examine`` do."""
+    with looking(conn):
+        host = examine(conn, config, strict=False) if _is_migrated(conn) else None
+        names = HostNames.of(config.host, host.adopted if host else frozenset({("users", "credit_balance")}))
+        return own_credits(
+            conn,
+            config.host,
+            names,
+            migrated=host is not None and host.revision is not None,
+            follows=host is not None and host.follows,
+            history=history,
+        )
+
+
+def adopt(
+    database: sa.Engine | str,
+    config: Config,
+    *,
+    history: str | None = None,
+    note_history: bool = False,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Adopted:
+    """Open the balances that wait, beside live traffic, and note the app's history in them where that is asked for.
+
+    Raises:
+        MigrationError: the database is not migrated, or had no balances before.
+        HostMismatch: there is no such history.
+    """
+    with session(engine_of(database)) as conn:
+        host, names = _adopting(conn, config)
+        opened, left = open_balances(conn, names, progress) if host.follows else (0, 0)
+        found = find_history(conn, config.host, history) if note_history else None
+        if note_history and found is None:
+            raise MigrationError("no table looks like a history of credits. Name it: tallystick adopt --history TABLE")
+        return Adopted(opened, left, 0 if found is None else _note(conn, names, found))
+
+
+def cut_over(
+    database: sa.Engine | str, config: Config, *, lock_timeout_ms: int = 50, give_up_after_s: float = 60
+) -> Adopted:
+    """From now on nothing but the ledger writes balances: what others write is no longer taken into it.
+
+    Raises:
+        MigrationError: the column's default gives credits, or somebody holds users whose balance is not opened.
+        MigrationBlocked: the table was never free.
+    """
+    with session(engine_of(database)) as conn:
+        host, names = _adopting(conn, config)
+        if not host.follows:
+            return Adopted(0, 0, 0)
+        default = columns_of(conn, host.users)[host.balance].default
+        if default not in _NO_DEFAULTS:
+            column = SQL("{}.{}").format(names.users.name, names.users.balance).as_string(None)
+            raise MigrationError(
+                f"new users get {default} credits by the default of {column}, which the ledger would not know of. Give "
+                f"them by ledger.grant, and run: ALTER TABLE {names.users.name.as_string(None)} ALTER COLUMN "
+                f"{names.users.balance.as_string(None)} SET DEFAULT 0"
+            )
+        _drop_triggers(conn, names, lock_timeout_ms=lock_timeout_ms, give_up_after_s=give_up_after_s)
+        opened, left = open_balances(conn, names)
+        if left:
+            raise MigrationError(
+                f"{left} users with a balance that is not opened are held by other transactions. "
+                "Run it again: tallystick adopt --cut-over"
+            )
+        conn.execute(sa.insert(migration_log).values(revision=revisions()[0].revision, direction="adopt"))
+        return Adopted(opened, 0, 0)
+
+
+def _is_migrated(conn: sa.Connection) -> bool:
+    return conn.scalar(sa.text("SELECT to_regclass('tallystick.alembic_version')")) is not None
+
+
+def _adopting(conn: sa.Connection, config: Config) -> tuple[Host, HostNames]:
+    host = examine(conn, config) if _is_migrated(conn) else None
+    if host is None or host.revision is None:
+        raise MigrationError("the database is not migrated yet. Run: tallystick migrate plan, then apply")
+    names = HostNames.of(config.host, adopted_columns(conn))
+    if not names.adopts_balance:
+        raise MigrationError(
+            f"{host.users.shown}.{host.balance} is Tallystick's own: the app had no balances there before. "
+            "Nothing is left to adopt"
+        )
+    return host, names
+
+
+def _drop_triggers(conn: sa.Connection, names: HostNames, *, lock_timeout_ms: int, give_up_after_s: float) -> None:
+    raw, deadline = driver(conn), time.monotonic() + give_up_after_s
+    drops = [SQL("DROP TRIGGER IF EXISTS {} ON {}").format(Identifier(name), names.users.name) for name in FOLLOWING]
+    message = SQL("; ").join(
+        [
+            SQL("BEGIN"),
+            SQL("SET LOCAL lock_timeout = {}").format(Literal(f"{lock_timeout_ms}ms")),
+            *drops,
+            SQL("COMMIT"),
+        ]
+    )
+    while True:
+        try:
+            raw.execute(message.as_string(raw).encode(raw.info.encoding), prepare=False)
+        except psycopg.errors.LockNotAvailable:
+            raw.execute("ROLLBACK")
+            if time.monotonic() > deadline:
+                raise MigrationBlocked(
+                    f"{names.users.name.as_string(None)} was never free for {lock_timeout_ms} ms within "
+                    f"{give_up_after_s:g} s. Nothing was changed. Run it again when it is less busy",
+                    attempts=0,
+                    blockers=[],
+                ) from None
+            # those who queued behind us go first
+            time.sleep(lock_timeout_ms / 1000 * random.uniform(2, 6))  # noqa: S311  # jitter, not a secret
+        except psycopg.Error as error:
+            raise translate(error, "adopt", lost=lost(conn), unchanged="Nothing was changed") from error
+        else:
+            return
+
+
+def _note(conn: sa.Connection, names: HostNames, found: HistoryTable) -> int:
+    """Put the rows of the app's history up to it into each opening balance that has none, a few at a time."""
+    moment = Identifier(found.moment) if found.moment else None
+    order: list[Composable] = [SQL("h.{}").format(moment)] if moment else []
+    if found.key:
+        order.append(SQL("h.{}").format(Identifier(found.key)))
+    words = {
+        "ledger": Identifier(names.ledger_schema, LEDGER),
+        "opening": Literal(OPENING_KEY),
+        "batch": Literal(_BATCH),
+        "order": SQL(", ").join(order) if order else SQL("1"),
+        "h": found.name,
+        "user": Identifier(found.user),
+        "before": SQL("AND tallystick.utc(h.{}) <= s.created_at").format(moment) if moment else SQL(""),
+    }
+    query = SQL(
+        "WITH some_of AS (SELECT t.id, t.user_id, t.created_at FROM {ledger} AS t WHERE t.idempotency_key = {opening}"
+        " AND NOT coalesce(t.metadata, '{{}}') ? 'history' AND t.id > {last} ORDER BY t.id LIMIT {batch})"
+        " UPDATE {ledger} AS t SET metadata = coalesce(t.metadata, '{{}}') || jsonb_build_object('history',"
+        " coalesce((SELECT jsonb_agg(to_jsonb(h) ORDER BY {order}) FROM {h} AS h WHERE h.{user} = s.user_id {before}),"
+        " '[]')) FROM some_of AS s WHERE t.id = s.id RETURNING t.id"
+    )
+    raw, noted, last = driver(conn), 0, UUID(int=0)
+    while ids := [row[0] for row in sent(raw, query.format(**words, last=Literal(last)))]:
+        noted, last = noted + len(ids), max(ids)
+    return noted

@@ -1,0 +1,95 @@
+"""Opening balances: each user whose balance the app had before gets a first row in the ledger, beside live traffic.
+
+A batch is a transaction of its own and is as large as about 10 ms allow, since for so long whoever writes to one of
+its users waits. It leaves out users that somebody else has locked; they are tried again. Nothing depends on it: a user
+without an opening balance gets it at the first write to the ledger, so a run may be killed and begun again anywhere.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg
+import sqlalchemy as sa
+from psycopg.sql import SQL, Composable, Literal
+
+from tallystick.migrate.revisions import HostNames
+from tallystick.migrate.runner.session import driver, lost, put, translate
+
+BATCH_MS = 10.0
+"""How long a batch may hold the rows of its users, about."""
+
+_PAGE = 2000
+_PASSES = 5
+_FIRST_BATCH = 10
+
+
+def open_balances(
+    conn: sa.Connection, names: HostNames, progress: Callable[[int], None] = lambda _: None
+) -> tuple[int, int]:
+    """How many were opened, and how many are left because somebody holds them. ``conn`` is in autocommit.
+
+    ``progress`` is told how many are done.
+    """
+    raw = driver(conn)
+    # what a crash of the server loses of it is opened by the next run
+    put(conn, {"synchronous_commit": "off", "lock_timeout": "0", "statement_timeout": "0"}, local=False)
+    opened, size = 0, float(_FIRST_BATCH)
+    try:
+        for attempt in range(_PASSES):
+            left = 0
+            for page in _pages(raw, names):
+                begin = 0
+                while begin < len(page):
+                    batch = page[begin : begin + int(size)]
+                    started = time.monotonic()
+                    done = _open(raw, names, batch)
+                    took_ms = max((time.monotonic() - started) * 1000, 0.1)
+                    size = min(max(1.0, size * min(BATCH_MS / took_ms, 2)), _PAGE)
+                    opened, left, begin = opened + done, left + len(batch) - done, begin + len(batch)
+                    progress(opened)
+            if not left:
+                break
+            time.sleep(0.1 * 2**attempt)
+    except psycopg.Error as error:
+        raise translate(error, "apply", lost=lost(conn), online="opening balances") from error
+    return opened, left
+
+
+def _pages(raw: psycopg.Connection[Any], names: HostNames) -> Iterator[list[Any]]:
+    """Keys of users that wait, in their order, read without a lock."""
+    further: Composable = SQL("")
+    while True:
+        query = SQL("SELECT u.{key} FROM {users} AS u WHERE {waiting} {further} ORDER BY u.{key} LIMIT {page}")
+        page = [row[0] for row in sent(raw, query.format(**_words(names), further=further, page=Literal(_PAGE)))]
+        if page:
+            yield page
+        if len(page) < _PAGE:
+            return
+        further = SQL("AND u.{key} > {last}::{key_type}").format(**_words(names), last=Literal(page[-1]))
+
+
+def _open(raw: psycopg.Connection[Any], names: HostNames, keys: list[Any]) -> int:
+    query = SQL(
+        "SELECT count(tallystick.open_balance(held.key)) FROM ("
+        "SELECT u.{key} AS key FROM {users} AS u WHERE u.{key} = ANY ({keys}::{key_type}[]) AND {waiting}"
+        " ORDER BY u.{key} FOR NO KEY UPDATE SKIP LOCKED) AS held"
+    )
+    return int(sent(raw, query.format(**_words(names), keys=Literal(keys)))[0][0])
+
+
+def sent(raw: psycopg.Connection[Any], query: Composable) -> list[Any]:
+    """The rows of a query without parameters, in which a % is a %."""
+    return raw.execute(query.as_string(raw).encode(raw.info.encoding), prepare=False).fetchall()
+
+
+def _words(names: HostNames) -> dict[str, Composable]:
+    balance = names.placeholders()["balance"]
+    return {
+        "key": names.users.key,
+        "key_type": names.users.key_type,
+        "users": names.users.name,
+        "waiting": SQL("u.credit_sequence = 0 AND {} > 0").format(balance),
+    }
