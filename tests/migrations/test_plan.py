@@ -221,6 +221,15 @@ def test_triggers_that_could_change_a_balance_are_named(app: App) -> None:
     assert found.severity == "note"
 
 
+@pytest.mark.parametrize("does", ["DO ALSO", "DO INSTEAD"])
+def test_rules_that_rewrite_what_the_ledger_writes_are_named(app: App, does: str) -> None:
+    app.run(f"CREATE RULE keep AS ON UPDATE TO users {does} SELECT 1")
+    [found] = [finding for finding in plan(app).findings if finding.text.startswith("The rule")]
+    assert found.severity == "warning"
+    assert f"The rule keep on public.users rewrites each UPDATE ({does})" in found.text
+    assert "DROP RULE keep ON public.users" in found.text
+
+
 def test_a_key_whose_collation_makes_two_keys_one_is_named(make_app: Callable[..., App]) -> None:
     if not make_app().value("SELECT count(*) FROM pg_collation WHERE collprovider = 'i' AND collname LIKE 'de%%'"):
         pytest.skip("this server was built without ICU; Debian's has it")

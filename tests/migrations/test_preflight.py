@@ -18,6 +18,7 @@ from tallystick.errors import (
 )
 
 ALONE = HostMapping(workshops=None)
+FOREIGN_SERVER = "CREATE FOREIGN DATA WRAPPER none; CREATE SERVER elsewhere FOREIGN DATA WRAPPER none;"
 UUID_USERS = "CREATE TABLE users (id uuid PRIMARY KEY, email text);"
 
 
@@ -90,6 +91,11 @@ def test_a_column_of_ours_with_other_contents(make_app: Callable[..., App], ddl:
         ("CREATE VIEW users AS SELECT 1 AS id", ALONE, "is a view"),
         ("CREATE MATERIALIZED VIEW users AS SELECT 1 AS id", ALONE, "is a view"),
         ("CREATE TABLE users (id uuid PRIMARY KEY) PARTITION BY HASH (id)", ALONE, "is partitioned"),
+        (
+            f"{FOREIGN_SERVER} CREATE FOREIGN TABLE users (id uuid) SERVER elsewhere",
+            ALONE,
+            "is a foreign table; nothing can reference it",
+        ),
         ("CREATE UNLOGGED TABLE users (id uuid PRIMARY KEY)", ALONE, "SET LOGGED"),
         ("CREATE TABLE users (id uuid PRIMARY KEY); CREATE TABLE vip () INHERITS (users)", ALONE, "inherits"),
         ("CREATE TABLE users (uid uuid PRIMARY KEY)", ALONE, "has no column 'id'; did you mean 'uid'"),

@@ -8,8 +8,10 @@ BEGIN
   UPDATE {users} AS u SET deleted_at = NULL
     WHERE u.{user_key} {is} restore_user.user_id
     RETURNING 'completed', {account}, NULL INTO answer;
-  IF NOT FOUND THEN
+  IF NOT FOUND AND NOT EXISTS (SELECT FROM {users} AS u WHERE u.{user_key} {is} restore_user.user_id) THEN
     answer.outcome := 'unknown_user';
+  ELSIF answer.outcome IS NULL OR answer.deleted_at IS NOT NULL THEN
+    PERFORM tallystick.host_interfered({users_name});
   END IF;
   RETURN answer;
 END $$

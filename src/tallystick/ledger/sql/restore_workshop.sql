@@ -8,8 +8,10 @@ BEGIN
   UPDATE {workshops} AS w SET deleted_at = NULL
     WHERE w.{workshop_key} {is} restore_workshop.workshop_id
     RETURNING 'completed', w.{workshop_key}, NULL, NULL, tallystick.utc(w.deleted_at) INTO answer;
-  IF NOT FOUND THEN
+  IF NOT FOUND AND NOT EXISTS (SELECT FROM {workshops} AS w WHERE w.{workshop_key} {is} restore_workshop.workshop_id) THEN
     answer.outcome := 'unknown_workshop';
+  ELSIF answer.outcome IS NULL OR answer.deleted_at IS NOT NULL THEN
+    PERFORM tallystick.host_interfered({workshops_name});
   END IF;
   RETURN answer;
 END $$

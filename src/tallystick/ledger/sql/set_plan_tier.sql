@@ -13,8 +13,10 @@ BEGIN
   UPDATE {users} AS u SET plan_tier = set_plan_tier.plan_tier
     WHERE u.{user_key} {is} set_plan_tier.user_id
     RETURNING 'completed', {account}, NULL INTO answer;
-  IF NOT FOUND THEN
+  IF NOT FOUND AND NOT EXISTS (SELECT FROM {users} AS u WHERE u.{user_key} {is} set_plan_tier.user_id) THEN
     answer.outcome := 'unknown_user';
+  ELSIF answer.outcome IS NULL OR answer.plan_tier IS DISTINCT FROM plan_tier THEN
+    PERFORM tallystick.host_interfered({users_name});
   END IF;
   RETURN answer;
 END $$

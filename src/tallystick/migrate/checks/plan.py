@@ -129,6 +129,7 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
             *_about_an_interrupted_run(host),
             *_about_cached_plans(conn, host),
             *_about_triggers(conn, host),
+            *_about_rules(conn, host),
             *_about_collations(conn, host, config.host),
             *_about_event_triggers(conn),
             *_about_replicas(replicas),
@@ -299,6 +300,23 @@ _BEFORE_UPDATE = sa.text("""
     WHERE t.tgrelid = ANY (CAST(:tables AS oid[])) AND NOT t.tgisinternal AND t.tgenabled <> 'D'
       AND t.tgtype & 19 = 19 AND t.tgname NOT LIKE 'tallystick\\_%' ORDER BY 2, 1
 """)  # for each row, before, of an update
+
+
+def _about_rules(conn: sa.Connection, host: Host) -> Iterator[Finding]:
+    for row in conn.execute(_UPDATE_RULES, {"tables": [table.oid for table in host.tables]}):
+        yield Finding(
+            "warning",
+            f"The rule {row.name} on {row.table} rewrites each UPDATE ({'DO INSTEAD' if row.instead else 'DO ALSO'}), "
+            "those of the ledger too, and PostgreSQL then refuses some of them. A trigger does the same without that; "
+            f"make one, then run: DROP RULE {row.name} ON {row.table}",
+        )
+
+
+_UPDATE_RULES = sa.text("""
+    SELECT quote_ident(r.rulename) AS name, r.ev_class::regclass::text AS table, r.is_instead AS instead
+    FROM pg_rewrite r
+    WHERE r.ev_class = ANY (CAST(:tables AS oid[])) AND r.ev_type = '2' AND r.ev_enabled <> 'D' ORDER BY 2, 1
+""")
 
 
 def _about_collations(conn: sa.Connection, host: Host, mapping: HostMapping) -> Iterator[Finding]:
