@@ -369,3 +369,12 @@ def test_two_transactions_and_what_is_between_them(tally: Tally, app: App) -> No
     assert out.count(", in two transactions.") == 1
     assert "0001: applied" in err
     assert as_json(tally("migrate", "status", "--json"))["prepared"] is None
+
+
+def test_a_log_gets_a_line_for_what_is_new(tally: Tally, app: App) -> None:
+    """Without a terminal a run that waits does not write a line for each look at what is in its way."""
+    with app.engine.connect() as conn:
+        conn.exec_driver_sql("SELECT FROM users")
+        code, _, said = tally("migrate", "apply", "--give-up-after", "3")
+    assert code == 1
+    assert said.count("0001: waiting") == 1

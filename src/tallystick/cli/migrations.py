@@ -680,7 +680,7 @@ class _Shown(ExitStack):
 
     def __init__(self) -> None:
         super().__init__()
-        self._said = ""
+        self._told: set[tuple[object, ...]] = set()
         self._done: list[str] = []
         self._now: migrate.Progress | None = None
         self._status = self.enter_context(err.status("Looking …")) if err.is_terminal else None
@@ -719,9 +719,12 @@ class _Shown(ExitStack):
             line += " for " + "; ".join(str(blocker) for blocker in now.blockers)
         if self._status is not None:
             self._status.update(escape(line))
-        elif line != self._said:
-            note(line)
-        self._said = line
+        else:
+            # a log gets a line for what is new, not for each look at it
+            what = (now.phase, now.revision, now.step, now.waits_for, tuple(blocker.pid for blocker in now.blockers))
+            if what not in self._told:
+                note(line)
+            self._told.add(what)
 
 
 def _show_receipt(receipt: migrate.Receipt) -> None:
