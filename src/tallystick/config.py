@@ -245,14 +245,16 @@ class CheckoutOptions:
     ``promotion_codes`` lets the buyer enter one: the credits stay the pack's, less is paid. ``automatic_tax`` has
     Stripe Tax compute the tax and add it, unless the price includes it. ``invoice`` makes an invoice of what was paid,
     and ``tax_ids`` lets a business enter its tax id for it. ``quantity_max`` lets the buyer change the number of packs
-    on Stripe's page, from 1 to this: the credits are those of the number that is paid. ``locale`` is the page's
-    language, as in "de". ``submit_text`` stands beside the button.
+    on Stripe's page, from 1 to this: the credits are those of the number that is paid. ``save_payment_method``
+    keeps what the buyer paid with for automatic top-ups. ``locale`` is the page's language, as in "de".
+    ``submit_text`` stands beside the button.
     """
 
     promotion_codes: bool = False
     automatic_tax: bool = False
     invoice: bool = False
     tax_ids: bool = False
+    save_payment_method: bool = False
     quantity_max: Annotated[int, Field(strict=True, ge=1, le=QUANTITY_MAX)] | None = None
     locale: Annotated[str, Field(pattern="^(auto|[a-z]{2,3}(-[A-Z]{2}|-419)?)$")] | None = None
     submit_text: Annotated[str, Field(min_length=1, max_length=1200)] | None = None

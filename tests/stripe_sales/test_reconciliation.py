@@ -47,7 +47,16 @@ def test_everything_is_found_however_late(shop: Shop, days_later):
     report = reconcile(shop, progress=progress.append)
     assert {user: shop.balance(user) for user in expected} == expected
     assert report.looked_at["pending"] == 8
-    assert {one.stage for one in progress} == {"pending", "sessions", "refunds", "disputes", "open", "events", "failed"}
+    assert {one.stage for one in progress} == {
+        "pending",
+        "top_ups",
+        "sessions",
+        "refunds",
+        "disputes",
+        "open",
+        "events",
+        "failed",
+    }
     assert "amount_differs" in {finding.kind for finding in report.findings}
     again = reconcile(shop)
     assert (again.changed, again.since is not None) == (False, True)

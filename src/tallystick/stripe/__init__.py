@@ -26,6 +26,7 @@ from tallystick.stripe.reconciliation import Progress, Report, dismiss, reconcil
 from tallystick.stripe.refunds import RefundPreview, preview_refund, refund
 from tallystick.stripe.setup import EndpointSetup, PackCheck, PackSetup, Setup, check, setup
 from tallystick.stripe.store import FailedDelivery, Finding, FindingKind, Outcome
+from tallystick.stripe.top_ups import TopUp, TopUpOutcome, top_up
 from tallystick.stripe.webhooks import BODY_MAX_BYTES, Received, failed_deliveries, receive, redeliver
 
 __all__ = [
@@ -47,6 +48,8 @@ __all__ = [
     "Report",
     "Sale",
     "Setup",
+    "TopUp",
+    "TopUpOutcome",
     "check",
     "check_customers",
     "checkout",
@@ -60,4 +63,5 @@ __all__ = [
     "refund",
     "setup",
     "start_sale",
+    "top_up",
 ]

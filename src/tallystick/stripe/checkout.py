@@ -118,7 +118,7 @@ def checkout(
         if account.deleted_at is not None:
             raise UserDeleted(f"user {user} was deleted. To bring the user back: Accounts.restore_user", user=user)
         chosen, wished = pack_named(config, pack), options or config.checkout_options
-        room = _room(effects.store, account, chosen.credits * _times(quantity, wished.quantity_max), pack)
+        room = require_room(effects.store, account, chosen.credits * _times(quantity, wished.quantity_max), pack)
         require_price(chosen, price_of(effects.client, chosen), live=is_live(config))
         request = {
             "customer": customer_of(effects, account),
@@ -159,7 +159,7 @@ def start_sale(
     def work(conn: sa.Connection) -> Sale:
         purchase = store.ledger.start_purchase(conn, user, credits=credits, description=description, key=key)
         if not purchase.replayed:
-            _room(store, Accounts(config).get(conn, user), credits, description)
+            require_room(store, Accounts(config).get(conn, user), credits, description)
         terms = pg.insert(stripe_checkouts).values(
             purchase_id=purchase.id,
             amount=amount,
@@ -167,7 +167,7 @@ def start_sale(
             rounding=refund_rounding or config.refund_rounding,
         )
         run(conn, terms.on_conflict_do_nothing(), {})
-        return Sale(purchase, _mark_of(store, conn, purchase))
+        return Sale(purchase, mark_of(store, conn, purchase))
 
     if isinstance(amount, bool) or not isinstance(amount, int) or not 0 <= amount <= INT64_MAX:
         raise InvalidArgument(
@@ -285,6 +285,8 @@ def _asked(options: CheckoutOptions) -> dict[str, Any]:
         asked["allow_promotion_codes"] = True
     if options.automatic_tax:
         asked["automatic_tax"] = {"enabled": True}
+    if options.save_payment_method:
+        asked["payment_intent_data"] = {"setup_future_usage": "off_session"}
     if options.invoice:
         asked["invoice_creation"] = {"enabled": True}
     if options.tax_ids:
@@ -300,7 +302,7 @@ def _asked(options: CheckoutOptions) -> dict[str, Any]:
     return asked
 
 
-def _room(store: Store, account: Account, credits: int, what: str) -> int:
+def require_room(store: Store, account: Account, credits: int, what: str) -> int:
     """How many credits the balance can take; a sale of more is refused. Raises BalanceOutOfRange."""
     most = store.schema.credits_max
     if account.credit_balance + credits > most:
@@ -314,7 +316,7 @@ def _room(store: Store, account: Account, credits: int, what: str) -> int:
     return most - account.credit_balance
 
 
-def _mark_of(store: Store, conn: sa.Connection, purchase: CreditTransaction) -> dict[str, str]:
+def mark_of(store: Store, conn: sa.Connection, purchase: CreditTransaction) -> dict[str, str]:
     """The metadata of what pays for a purchase."""
     return {METADATA_KEY: str(purchase.id), REALM_KEY: store.realm(conn)}
 
@@ -350,13 +352,13 @@ def _start(
         key=key,
         stripe_price_id=pack.stripe_price_id,
     )
-    about = _mark_of(effects.store, conn, purchase)
+    about = mark_of(effects.store, conn, purchase)
     request = {
         "mode": "payment",
         "client_reference_id": str(purchase.id),
         "metadata": about,
-        "payment_intent_data": {"metadata": about},
         **more,
+        "payment_intent_data": {"metadata": about, **more.get("payment_intent_data", {})},
     }
     new = sa.insert(stripe_checkouts).values(
         purchase_id=purchase.id,

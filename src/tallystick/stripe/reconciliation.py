@@ -1,6 +1,6 @@
 """Comparing with Stripe: what no webhook told us is found by asking.
 
-Seven walks, each in pages and each object in a transaction of its own, through the same effects as the webhooks': so
+Eight walks, each in pages and each object in a transaction of its own, through the same effects as the webhooks': so
 it may run beside them, twice, or be stopped anywhere. Where it stood is stored after each page.
 """
 
@@ -25,6 +25,8 @@ from tallystick.stripe.checkout import session_of_purchase
 from tallystick.stripe.client import Object, every
 from tallystick.stripe.effects import PAGE, Effect, Effects, failure_of, in_transaction
 from tallystick.stripe.store import DISPUTE_RANK, NOT_GONE, Finding, FindingKind, Outcome, store_of
+from tallystick.stripe.top_ups import MODE as TOP_UP
+from tallystick.stripe.top_ups import attempts_of, effect_of
 from tallystick.stripe.webhooks import HANDLERS, prepared, prepared_again
 
 OVERLAP = dt.timedelta(days=3)
@@ -138,6 +140,7 @@ class _Run:
         since, stage, position = self._begin()
         stages: dict[str, Callable[[dt.datetime | None, str | None], Iterator[_Step]]] = {
             "pending": self._pending,
+            "top_ups": self._declined_top_ups,
             "sessions": self._sessions,
             "refunds": lambda since, position: self._listed("refunds", since, position),
             "disputes": lambda since, position: self._listed("disputes", since, position),
@@ -206,16 +209,17 @@ class _Run:
         after = UUID(position) if position else UUID(int=0)
         while True:
             statement = (
-                sa.select(sold.request["customer"].astext, row.created_at < old, purchases)
+                sa.select(sold.request["customer"].astext, sold.request["mode"].astext, row.created_at < old, purchases)
                 .join_from(purchases, stripe_checkouts, sold.purchase_id == row.id, isouter=True)
                 .where(row.status == "pending", row.id > after)
                 .order_by(row.id)
                 .limit(PAGE)
             )
             page = self._read(statement)
-            for customer, is_old, *columns in page:
+            for customer, mode, is_old, *columns in page:
                 purchase = CreditTransaction(*columns)
-                yield str(purchase.id), partial(self._waiting, purchase, customer, is_old=is_old)
+                asked = self._unpaid_top_up if mode == TOP_UP else self._waiting
+                yield str(purchase.id), partial(asked, purchase, customer, is_old=is_old)
                 after = purchase.id
             if len(page) < PAGE:
                 return
@@ -237,14 +241,37 @@ class _Run:
             if known is not None:
                 store.note(conn, FindingKind.SESSION_MISSING, known, purchase=purchase.id, found="not at Stripe")
                 return Outcome.UNKNOWN
-            reason = "Stripe has no session for it"
-            try:
-                failed = store.ledger.fail_purchase(conn, purchase.user_id, purchase=purchase.id, reason=reason)
-            except PurchaseNotPending:  # completed meanwhile
-                return Outcome.UNCHANGED
-            return Outcome.UNCHANGED if failed.replayed else Outcome.FAILED
+            return self._given_up(conn, purchase, "Stripe has no session for it")
 
         return missing if is_old or known is not None else None
+
+    def _declined_top_ups(self, _since: dt.datetime | None, _position: str | None) -> Iterator[_Step]:
+        """Top-ups that failed: a later attempt may have been paid, and its answer lost."""
+        purchases, sold = self.effects.store.schema.credit_transactions, stripe_checkouts.c
+        statement = (
+            sa.select(sold.request["customer"].astext, purchases)
+            .join_from(stripe_checkouts, purchases, sold.purchase_id == purchases.c.id)
+            .where(sold.request["mode"].astext == TOP_UP, purchases.c.status == "failed")
+            .where(sold.created_at > sa.func.now() - EVENTS_KEPT)
+        )
+        for customer, *columns in self._read(statement):
+            purchase = CreditTransaction(*columns)
+            yield str(purchase.id), partial(self._unpaid_top_up, purchase, customer, is_old=False)
+
+    def _unpaid_top_up(self, purchase: CreditTransaction, customer: str, *, is_old: bool) -> Effect | None:
+        """The effect of a top-up whose answer was lost."""
+        attempts = attempts_of(self.effects, purchase, customer)
+        under_way = any(one["status"] == "processing" for one in attempts)
+        given_up = partial(self._given_up, purchase=purchase, reason="Stripe has no payment for it")
+        return effect_of(self.effects, purchase, attempts) or (given_up if is_old and not under_way else None)
+
+    def _given_up(self, conn: sa.Connection, purchase: CreditTransaction, reason: str) -> Outcome:
+        try:
+            ledger, user = self.effects.store.ledger, purchase.user_id
+            failed = ledger.fail_purchase(conn, user, purchase=purchase.id, reason=reason)
+        except PurchaseNotPending:  # completed meanwhile
+            return Outcome.UNCHANGED
+        return Outcome.UNCHANGED if failed.replayed else Outcome.FAILED
 
     def _sessions(self, since: dt.datetime | None, position: str | None) -> Iterator[_Step]:
         asked: Any = {**_window(since, position), "status": "complete", "expand": ["data.payment_intent"]}

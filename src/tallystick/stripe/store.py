@@ -116,6 +116,7 @@ class FindingKind(StrEnum):
     UNMEASURED = "unmeasured"  # a refund whose part of the payment is unknown; it comes back until it is known
     SESSION_MISSING = "session_missing"  # we know it, Stripe does not: another account or mode
     REFUSED = "refused"
+    TOP_UP_CEILING = "top_up_ceiling"  # a user's automatic top-ups have reached the month's money
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,7 +187,7 @@ ROUTES: Final[dict[str, Route]] = {
     ),
     "POST /v1/payment_intents": _create(
         payments.create_intent,
-        "amount confirm currency customer description metadata payment_method payment_method_types",
+        "amount confirm currency customer description metadata off_session payment_method payment_method_types",
     ),
     "GET /v1/payment_intents": _list("payment_intent", "created customer"),
     "GET /v1/payment_intents/{intent}": _read("payment_intent"),

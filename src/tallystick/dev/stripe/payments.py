@@ -18,6 +18,8 @@ GOOD_CARD: Final = "4242424242424242"
 DECLINED_CARD: Final = "4000000000000002"
 DISPUTED_CARD: Final = "4000000000000259"
 INQUIRED_CARD: Final = "4000000000001976"
+LATER_DECLINED_CARD: Final = "4000000000000341"  # it can be saved, and then not charged
+AUTHENTICATED_CARD: Final = "4000002760003184"  # each payment needs the customer
 SLOW_REFUND_CARD: Final = "4000000000007726"
 TOKENS: Final = {
     "visa": GOOD_CARD,
@@ -256,6 +258,7 @@ def pay_session(
             description=data.get("description"),
             metadata=merged_metadata(data),
             receipt_email=data.get("receipt_email"),
+            setup_future_usage=data.get("setup_future_usage"),
             shipping=data.get("shipping") and empty("shipping") | data["shipping"],
         )
         session["payment_intent"] = intent["id"]
@@ -338,11 +341,13 @@ def create_payment_method(account: Account, params: Params) -> Object:
     return _new_payment_method(account, params["type"], card, params.get("billing_details", {}))
 
 
-def _new_payment_method(account: Account, kind: str, card: str, billing: Params | None = None) -> Object:
+def _new_payment_method(
+    account: Account, kind: str, card: str, billing: Params | None = None, *, customer: object = None
+) -> Object:
     details = empty("billing_details") | (billing or {})
     if details["address"]:
         details["address"] = empty("address") | details["address"]
-    method = account.new("payment_method", type=kind, billing_details=details)
+    method = account.new("payment_method", type=kind, billing_details=details, customer=customer)
     account.cards[method["id"]] = card
     return method
 
@@ -356,22 +361,44 @@ def create_intent(account: Account, params: Params) -> Object:
         raise refused(message, "parameter_not_modelled", "payment_method")
     if "customer" in params:
         account.get("customer", params["customer"], param="customer")
+    about: Object = {"metadata": merged_metadata(params), "description": params.get("description")}
+    about |= {"amount": params["amount"], "currency": params["currency"], "customer": params.get("customer")}
+    if params.get("off_session"):
+        return _charge_off_session(account, account.get("payment_method", token, param="payment_method"), about)
     _decline(card)
-    intent = _new_intent(
-        account,
-        amount=params["amount"],
-        card=card,
-        currency=params["currency"],
-        customer=params.get("customer"),
-        description=params.get("description"),
-        metadata=merged_metadata(params),
-    )
+    intent = _new_intent(account, card=card, **about)
     _succeed(account, intent)
     return intent
 
 
-def _new_intent(account: Account, *, card: str, **fields: object) -> Object:
+def _charge_off_session(account: Account, method: Object, about: Object) -> Object:
+    """Charge a payment method that was saved for its customer; a decline leaves the intent behind."""
+    if method["customer"] is None or method["customer"] != about["customer"]:
+        raise refused(f"{method['id']} is not saved for this customer.", param="payment_method")
+    card = account.cards[method["id"]]
+    intent = _new_intent(account, card=card, method=method["id"], **about)
+    codes = {AUTHENTICATED_CARD: "authentication_required"}
+    codes |= dict.fromkeys((DECLINED_CARD, LATER_DECLINED_CARD), "card_declined")
+    if code := codes.get(card):
+        message = "Your card was declined."
+        intent["last_payment_error"] = {"type": "card_error", "code": code, "message": message}
+        intent["last_payment_error"]["payment_method"] = {**method}
+        intent.update(status="requires_payment_method", payment_method=None)
+        account.emit("payment_intent.payment_failed", intent)
+        raise DevStripeError(message, status=402, type="card_error", code=code, param=None)
+    if card == ASYNC:
+        intent["status"] = "processing"
+        account.emit("payment_intent.processing", intent)
+    else:
+        _succeed(account, intent)
+    return intent
+
+
+def _new_intent(account: Account, *, card: str, method: str | None = None, **fields: object) -> Object:
     kind = "sepa_debit" if card == ASYNC else "card"
+    if method is None:
+        saved_for = fields["customer"] if fields.get("setup_future_usage") else None
+        method = _new_payment_method(account, kind, card, customer=saved_for)["id"]
     intent = account.new(
         "payment_intent",
         amount_capturable=0,
@@ -379,7 +406,7 @@ def _new_intent(account: Account, *, card: str, **fields: object) -> Object:
         amount_received=0,
         capture_method="automatic_async",
         confirmation_method="automatic",
-        payment_method=_new_payment_method(account, kind, card)["id"],
+        payment_method=method,
         payment_method_types=[kind],
         status="requires_confirmation",
         **fields,

@@ -1,0 +1,329 @@
+"""Automatic top-up: a saved payment method is charged for a pack when the user's balance is low.
+
+The app decides when to look, and keeps the user's consent, threshold and ceiling; each call states them. A gap is the
+time from one completed top-up to the next, and has one purchase: however many calls find the balance low, they charge
+for this purchase, and each attempt to pay it is on record at Stripe.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql as pg
+
+from tallystick.accounts import Account, Accounts
+from tallystick.config import Config, Pack
+from tallystick.database import run
+from tallystick.errors import InvalidArgument, Key, StripeRefused, UserDeleted, shown
+from tallystick.ledger import CreditTransaction
+from tallystick.schema import CreditTransactionStatus, CreditTransactionType, stripe_checkouts
+from tallystick.stripe.checkout import CLOCKS_APART_S, mark_of, pack_named, price_of, require_price, require_room
+from tallystick.stripe.client import MISSING, Object, ask, every, found, is_live
+from tallystick.stripe.effects import PAGE, Effect, Effects, in_transaction
+from tallystick.stripe.store import METADATA_KEY, FindingKind, Outcome, id_of
+
+MODE = "top_up"
+"""The mode in the stored request of a top-up, where that of a session has Stripe's ``payment``."""
+
+BACK_OFF = (dt.timedelta(hours=1), dt.timedelta(hours=12), dt.timedelta(days=2))
+"""The time after each declined attempt before the next one. After the last of them the user is asked."""
+
+LOOKED_AT = 5  # of the user's newest paid purchases, for one whose payment method was saved
+
+_DECLINED = 402
+_AUTHENTICATION = "authentication_required"
+
+
+class TopUpOutcome(StrEnum):
+    """The result of a call of :func:`top_up`."""
+
+    ENOUGH = "enough"  # the balance is not below the threshold
+    CHARGED = "charged"  # the credits are there
+    UNDER_WAY = "under_way"  # the payment takes its time; call again
+    WAITING = "waiting"  # a charge was declined; the next attempt is at ``retry_at``
+    CEILING = "ceiling"  # the month's money is spent; a finding tells an operator
+    ASK = "ask"  # the user has to pay: no payment method is saved, or the bank asks for authentication
+
+
+@dataclass(frozen=True, slots=True)
+class TopUp:
+    """What became of a top-up, with its purchase once there is one. ``retry_at`` belongs to ``waiting``."""
+
+    outcome: TopUpOutcome
+    purchase: CreditTransaction | None = None
+    retry_at: dt.datetime | None = None
+
+
+def top_up(engine: sa.Engine, config: Config, user: Key, pack: str, *, below: int, monthly_max: int) -> TopUp:
+    """Charge the user's saved payment method for a pack if the balance is ``below`` this number of credits.
+
+    Call it after a consumption, or from time to time, for users who agreed to it. At most ``monthly_max`` minor units
+    are charged in a calendar month (UTC). The payment method is the one that was saved with a purchase, by the option
+    ``save_payment_method``. Calls beside each other, and calls after a lost answer, charge once.
+
+    Raises:
+        StripeNotConfigured, UnknownPack, PackMismatch, UnknownUser, UserDeleted, BalanceOutOfRange, InvalidArgument:
+            nothing was charged.
+        StripeUnavailable: it may have been charged; call again, or reconcile.
+        StripeRefused: nothing was charged, and it says why.
+    """
+    for argument, value in (("below", below), ("monthly_max", monthly_max)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InvalidArgument(f"{argument}={shown(value)}: pass 1 or more", argument=argument, value=value)
+    effects, chosen = Effects(engine, config), pack_named(config, pack)
+    account = in_transaction(engine, lambda conn: Accounts(config).get(conn, user))
+    if account.deleted_at is not None:
+        raise UserDeleted(f"user {user} was deleted. To bring the user back: Accounts.restore_user", user=user)
+    if account.credit_balance >= below:
+        return TopUp(TopUpOutcome.ENOUGH)
+    gap = in_transaction(engine, lambda conn: _gap(effects, conn, user))
+    attempts = [] if gap.purchase is None else attempts_of(effects, gap.purchase, gap.customer)
+    if gap.purchase is not None and any(one["status"] in ("succeeded", "processing") for one in attempts):
+        return _settled(effects, gap.purchase, attempts)
+    return _next_attempt(effects, account, chosen, gap, attempts, monthly_max)
+
+
+def attempts_of(effects: Effects, purchase: CreditTransaction, customer: str) -> list[Object]:
+    """The payment intents that were made for a top-up, newest first; of any customer if this one is gone."""
+    since: Any = {"created": {"gte": int(purchase.created_at.timestamp()) - CLOCKS_APART_S}, "limit": PAGE}
+    intents = effects.client.v1.payment_intents
+    of_customer: Any = {"customer": customer, **since}
+    page = found(lambda: intents.list(of_customer))
+    made = [one.to_dict() for one in every(lambda: page or intents.list(since))]
+    return [one for one in made if (one["metadata"] or {}).get(METADATA_KEY) == str(purchase.id)]
+
+
+def effect_of(effects: Effects, purchase: CreditTransaction, attempts: list[Object]) -> Effect | None:
+    """The effect of a top-up that was paid; None for one that was not."""
+    paid = next((one for one in attempts if one["status"] == "succeeded"), None)
+    if paid is None:
+        return None
+
+    def effect(conn: sa.Connection) -> Outcome:
+        done = effects.store.ledger.complete_purchase(
+            conn,
+            purchase.user_id,
+            purchase=purchase.id,
+            stripe_payment_intent_id=paid["id"],
+            amount_paid=paid["amount_received"],
+            currency=paid["currency"],
+        )
+        return Outcome.UNCHANGED if done.replayed else Outcome.GRANTED
+
+    return effect
+
+
+@dataclass(frozen=True, slots=True)
+class _Gap:
+    """The gap that a user is in. ``purchase`` is None before its first attempt; ``last`` is the top-up before it."""
+
+    purchase: CreditTransaction | None
+    customer: str = ""
+    last: UUID | None = None
+
+
+def _next_attempt(  # noqa: PLR0917 - what top_up has found out, by place
+    effects: Effects, account: Account, pack: Pack, gap: _Gap, attempts: list[Object], monthly_max: int
+) -> TopUp:
+    customer = account.stripe_customer_id
+    method = None if customer is None else _saved_method(effects, account.user, customer)
+    if customer is None or method is None:
+        return TopUp(TopUpOutcome.ASK, gap.purchase)
+    if stopped := _stopped(gap.purchase, [one for one in attempts if _method_of(one) == method]):
+        return stopped
+    if _is_runaway(effects, account.user, pack, monthly_max):
+        return TopUp(TopUpOutcome.CEILING, gap.purchase)
+    if gap.purchase is None:
+        require_room(effects.store, account, pack.credits, pack.name)
+        require_price(pack, price_of(effects.client, pack), live=is_live(effects.config))
+    started = in_transaction(effects.engine, lambda conn: _started(effects, conn, account.user, pack, gap, customer))
+    if started.purchase.status is CreditTransactionStatus.COMPLETED:  # by a call beside this one
+        return TopUp(TopUpOutcome.CHARGED, started.purchase)
+    return _charged(effects, started, customer, method, attempt=len(attempts) + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """The purchase of a gap, and the price on record for it."""
+
+    purchase: CreditTransaction
+    amount: int
+    currency: str
+
+
+def _gap(effects: Effects, conn: sa.Connection, user: Key) -> _Gap:
+    purchases, sold = effects.store.schema.credit_transactions, stripe_checkouts.c
+    newest = (
+        sa.select(sold.request["customer"].astext, purchases)
+        .join_from(purchases, stripe_checkouts, sold.purchase_id == purchases.c.id)
+        .where(*_top_ups_of(effects, user))
+        .order_by(purchases.c.id.desc())
+        .limit(1)
+    )
+    row = run(conn, newest, {}).one_or_none()
+    if row is None:
+        return _Gap(None)
+    customer, *columns = row
+    purchase = CreditTransaction(*columns)
+    if purchase.status is CreditTransactionStatus.COMPLETED:
+        return _Gap(None, last=purchase.id)
+    return _Gap(purchase, customer)
+
+
+def _top_ups_of(effects: Effects, user: Key) -> tuple[sa.ColumnElement[bool], ...]:
+    row = effects.store.schema.credit_transactions.c
+    return (
+        row.user_id == effects.store.schema.user_key(user),
+        row.type == CreditTransactionType.PURCHASE,
+        stripe_checkouts.c.request["mode"].astext == MODE,
+    )
+
+
+def _started(  # noqa: PLR0917 - as above
+    effects: Effects, conn: sa.Connection, user: Key, pack: Pack, gap: _Gap, customer: str
+) -> _Started:
+    """The purchase of the gap, written if there is none; calls beside each other write the same.
+
+    The customer on record is the one whose payments are looked at later.
+    """
+    purchase, sold = gap.purchase, stripe_checkouts.c
+    request = {"mode": MODE, "customer": customer}
+    if purchase is None:
+        purchase = effects.store.ledger.start_purchase(
+            conn,
+            user,
+            credits=pack.credits,
+            description=f"Purchased {pack.name} pack, automatically",
+            key=f"top-up after {gap.last or 'none'}",
+            stripe_price_id=pack.stripe_price_id,
+        )
+        terms = pg.insert(stripe_checkouts).values(
+            purchase_id=purchase.id,
+            pack=pack.name,
+            amount=pack.amount or 0,
+            currency=pack.currency,
+            rounding=pack.refund_rounding or effects.config.refund_rounding,
+            request=request,
+        )
+        run(conn, terms.on_conflict_do_nothing(), {})
+    elif customer != gap.customer:
+        run(conn, sa.update(stripe_checkouts).where(sold.purchase_id == purchase.id).values(request=request), {})
+    price = sa.select(sold.amount, sold.currency).where(sold.purchase_id == purchase.id)
+    return _Started(purchase, *run(conn, price, {}).one())
+
+
+def _stopped(purchase: CreditTransaction | None, declined: list[Object]) -> TopUp | None:
+    """Whether the declined attempts with this payment method forbid another one now."""
+    if not declined:
+        return None
+    code = (declined[0]["last_payment_error"] or {}).get("code")
+    if code == _AUTHENTICATION or len(declined) > len(BACK_OFF):
+        return TopUp(TopUpOutcome.ASK, purchase)
+    retry_at = dt.datetime.fromtimestamp(declined[0]["created"], dt.UTC) + BACK_OFF[len(declined) - 1]
+    return TopUp(TopUpOutcome.WAITING, purchase, retry_at) if dt.datetime.now(dt.UTC) < retry_at else None
+
+
+def _method_of(attempt: Object) -> str | None:
+    """The payment method of an attempt; after a decline it is with the error alone."""
+    error = attempt["last_payment_error"] or {}
+    return id_of(error.get("payment_method")) or id_of(attempt["payment_method"])
+
+
+def _is_runaway(effects: Effects, user: Key, pack: Pack, monthly_max: int) -> bool:
+    """Whether a charge would exceed the month's money; then an operator is told."""
+    row, sold = effects.store.schema.credit_transactions.c, stripe_checkouts.c
+    month = sa.func.date_trunc("month", sa.func.now(), "UTC")
+    spent = (
+        sa.select(sa.func.coalesce(sa.func.sum(sold.amount), 0), sa.func.to_char(month, "YYYY-MM"))
+        .join_from(effects.store.schema.credit_transactions, stripe_checkouts, sold.purchase_id == row.id)
+        .where(*_top_ups_of(effects, user), row.completed_at >= month)
+    )
+
+    def work(conn: sa.Connection) -> bool:
+        so_far, of_month = run(conn, spent, {}).one()
+        if so_far + (pack.amount or 0) <= monthly_max:
+            return False
+        about, said = f"top-up of {user} in {of_month}", f"{so_far} {pack.currency} charged, and the balance is low"
+        effects.store.note(
+            conn, FindingKind.TOP_UP_CEILING, about, expected=f"at most {monthly_max} {pack.currency}", found=said
+        )
+        return True
+
+    return in_transaction(effects.engine, work)
+
+
+def _saved_method(effects: Effects, user: Key, customer: str) -> str | None:
+    """The payment method that the user's newest purchase with a saved one was paid by."""
+    row = effects.store.schema.credit_transactions.c
+    newest = (
+        sa.select(row.stripe_payment_intent_id)
+        .where(
+            row.user_id == effects.store.schema.user_key(user),
+            row.type == CreditTransactionType.PURCHASE,
+            row.stripe_payment_intent_id.is_not(None),
+            row.stripe_session_id.is_not(None),
+            row.sequence.is_not(None),
+        )
+        .order_by(row.sequence.desc())
+        .limit(LOOKED_AT)
+    )
+    intents = in_transaction(effects.engine, lambda conn: run(conn, newest, {}).scalars().all())
+    for id in intents:
+        intent = found(lambda id=id: effects.client.v1.payment_intents.retrieve(id))  # type: ignore[misc]
+        if intent is not None and intent.setup_future_usage == "off_session" and id_of(intent.customer) == customer:
+            return id_of(intent.payment_method)
+    return None
+
+
+def _charged(effects: Effects, started: _Started, customer: str, method: str, *, attempt: int) -> TopUp:
+    """Charge once. The number of the attempt is in Stripe's idempotency key, so calls beside each other agree."""
+    purchase = started.purchase
+    request: Any = {
+        "amount": started.amount,
+        "currency": started.currency,
+        "customer": customer,
+        "payment_method": method,
+        "off_session": True,
+        "confirm": True,
+        "metadata": in_transaction(effects.engine, lambda conn: mark_of(effects.store, conn, purchase)),
+    }
+    once: Any = {"idempotency_key": f"{purchase.id} attempt {attempt}"}
+    try:
+        intent = ask(lambda: effects.client.v1.payment_intents.create(request, once)).to_dict()
+    except StripeRefused as refusal:
+        if refusal.status != _DECLINED and refusal.code != MISSING:
+            raise
+        code = refusal.code
+    else:
+        return _settled(effects, purchase, [intent])
+
+    def fail(conn: sa.Connection) -> CreditTransaction:
+        now = effects.store.purchase(conn, id=purchase.id) or purchase
+        if now.status is not CreditTransactionStatus.PENDING:
+            return now
+        return effects.store.ledger.fail_purchase(
+            conn, purchase.user_id, purchase=purchase.id, reason=f"not charged: {code}"
+        )
+
+    failed = in_transaction(effects.engine, fail)
+    if code in (_AUTHENTICATION, MISSING):  # the payment method may have been removed
+        return TopUp(TopUpOutcome.ASK, failed)
+    declined = [one for one in attempts_of(effects, failed, customer) if _method_of(one) == method]
+    return _stopped(failed, declined) or TopUp(TopUpOutcome.WAITING, failed)
+
+
+def _settled(effects: Effects, purchase: CreditTransaction, attempts: list[Object]) -> TopUp:
+    effect = effect_of(effects, purchase, attempts)
+    if effect is None:
+        return TopUp(TopUpOutcome.UNDER_WAY, purchase)
+
+    def work(conn: sa.Connection) -> CreditTransaction:
+        effect(conn)
+        return effects.store.purchase(conn, id=purchase.id) or purchase
+
+    return TopUp(TopUpOutcome.CHARGED, in_transaction(effects.engine, work))

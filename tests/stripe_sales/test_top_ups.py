@@ -1,0 +1,197 @@
+"""A saved payment method is charged when the balance is low: once for a gap, up to a ceiling, with pauses."""
+
+from __future__ import annotations
+
+import datetime as dt
+import threading
+import uuid
+
+import pytest
+
+from stripe_sales.shop import CREDITS, PACK, PRICE, Shop
+from tallystick import errors as e
+from tallystick import stripe
+from tallystick.audit import audit
+from tallystick.config import CheckoutOptions
+from tallystick.errors import Key
+from tallystick.stripe import TopUpOutcome, reconciliation, top_ups
+
+INTENTS = "/v1/payment_intents"
+DECLINED, AUTHENTICATED = "4000000000000341", "4000002760003184"
+
+
+def low(shop: Shop, *, saved: bool = True) -> Key:
+    """A user who bought a pack, saved the card, and has spent all but one of the credits."""
+    user = shop.world.user()
+    started = shop.checkout(user, options=CheckoutOptions(save_payment_method=saved))
+    shop.dev.pay(started.session)
+    shop.deliver_all()
+    shop.dev.drop(shop.events())
+    spend(shop, user, CREDITS - 1)
+    return user
+
+
+def spend(shop: Shop, user: Key, credits: int) -> None:
+    with shop.engine.begin() as conn:
+        shop.world.ledger.consume(conn, user, credits=credits, key=str(uuid.uuid4()))
+
+
+def top_up(shop: Shop, user: Key, **options: int) -> stripe.TopUp:
+    return stripe.top_up(shop.engine, shop.config, user, PACK, **({"below": 10, "monthly_max": 5 * PRICE} | options))
+
+
+def card_is(shop: Shop, card: str) -> None:
+    """Each saved card is this one from now on."""
+    shop.dev.account.cards.update(dict.fromkeys(shop.dev.account.cards, card))
+
+
+def charges(shop: Shop) -> int:
+    return len(shop.api.charges.list({"limit": 100}).data)
+
+
+def later(patch: pytest.MonkeyPatch) -> None:
+    """The pause after each decline is over."""
+    patch.setattr(top_ups, "BACK_OFF", (dt.timedelta(0),) * len(top_ups.BACK_OFF))
+
+
+def test_a_low_balance_is_topped_up_once_for_each_gap(shop: Shop):
+    user = low(shop)
+    assert top_up(shop, user, below=1).outcome is TopUpOutcome.ENOUGH
+    done = top_up(shop, user)
+    assert (done.outcome, shop.balance(user), charges(shop)) == (TopUpOutcome.CHARGED, CREDITS + 1, 2)
+    assert done.purchase is not None
+    assert (done.purchase.amount_paid, done.purchase.currency) == (PRICE, "usd")
+    assert top_up(shop, user).outcome is TopUpOutcome.ENOUGH
+    spend(shop, user, CREDITS)
+    assert top_up(shop, user).outcome is TopUpOutcome.CHARGED
+    assert (shop.balance(user), charges(shop)) == (CREDITS + 1, 3)
+    shop.dev.refund(str(done.purchase.stripe_payment_intent_id))
+    shop.deliver_all()
+    assert (shop.balance(user), shop.findings()) == (1, [])
+    with shop.engine.begin() as conn:
+        assert audit(conn, shop.config).findings == ()
+
+
+def test_calls_beside_each_other_charge_once(shop: Shop):
+    user = low(shop)
+    done: list[stripe.TopUp] = []
+    calls = [threading.Thread(target=lambda: done.append(top_up(shop, user))) for _ in range(6)]
+    for call in calls:
+        call.start()
+    for call in calls:
+        call.join()
+    assert len(done) == 6
+    assert {one.outcome for one in done} <= {TopUpOutcome.CHARGED, TopUpOutcome.ENOUGH}
+    assert (shop.balance(user), charges(shop)) == (CREDITS + 1, 2)
+
+
+@pytest.mark.parametrize("by", ["the next call", "reconciliation"])
+def test_a_charge_whose_answer_was_lost_is_found(shop: Shop, by: str):
+    user = low(shop)
+    shop.dev.fault("POST", INTENTS, "cut", when="after")
+    shop.dev.fault("POST", INTENTS, "cut", times=2)
+    with pytest.raises(e.StripeUnavailable):
+        top_up(shop, user)
+    shop.dev.forget_idempotency_keys()
+    if by == "reconciliation":
+        assert [str(outcome) for _, outcome in stripe.reconcile(shop.engine, shop.config).changes] == ["granted"]
+    else:
+        assert top_up(shop, user).outcome is TopUpOutcome.CHARGED
+    assert (shop.balance(user), charges(shop)) == (CREDITS + 1, 2)
+
+
+def test_a_charge_after_a_decline_whose_answer_was_lost_is_found_by_reconciliation(shop: Shop, monkeypatch):
+    user = low(shop)
+    card_is(shop, DECLINED)
+    declined = top_up(shop, user)
+    card_is(shop, "4242424242424242")
+    later(monkeypatch)
+    shop.dev.fault("POST", INTENTS, "cut", when="after")
+    shop.dev.fault("POST", INTENTS, "cut", times=2)
+    with pytest.raises(e.StripeUnavailable):
+        top_up(shop, user)
+    assert declined.purchase is not None
+    changes = stripe.reconcile(shop.engine, shop.config).changes
+    assert changes == ((str(declined.purchase.id), stripe.Outcome.GRANTED),)
+    assert (shop.balance(user), charges(shop)) == (CREDITS + 1, 2)
+    assert not stripe.reconcile(shop.engine, shop.config).changed
+
+
+def test_a_charge_that_never_reached_stripe_is_given_up_after_a_day(shop: Shop, monkeypatch):
+    user = low(shop)
+    shop.dev.fault("POST", INTENTS, 503, times=3)
+    with pytest.raises(e.StripeUnavailable):
+        top_up(shop, user)
+    assert not stripe.reconcile(shop.engine, shop.config).changed
+    monkeypatch.setattr(reconciliation, "NEVER_ASKED", reconciliation.NEVER_ASKED * 0)
+    assert [str(outcome) for _, outcome in stripe.reconcile(shop.engine, shop.config).changes] == ["failed"]
+    assert top_up(shop, user).outcome is TopUpOutcome.CHARGED  # the same purchase, paid after all
+    assert (shop.balance(user), charges(shop)) == (CREDITS + 1, 2)
+
+
+def test_after_a_decline_there_is_a_longer_pause_each_time_and_then_the_user_is_asked(shop: Shop, monkeypatch):
+    user = low(shop)
+    card_is(shop, DECLINED)
+    first = top_up(shop, user)
+    assert first.purchase is not None
+    assert first.purchase.status == "failed"
+    for hours in (1, 12, 48):
+        waits = top_up(shop, user)
+        assert waits.outcome is TopUpOutcome.WAITING
+        assert waits.retry_at is not None
+        assert round((waits.retry_at - dt.datetime.now(dt.UTC)) / dt.timedelta(hours=1)) == hours
+        with monkeypatch.context() as patch:
+            later(patch)
+            again = top_up(shop, user)
+        assert again.purchase is not None
+        assert again.purchase.id == first.purchase.id
+    assert (again.outcome, top_up(shop, user).outcome) == (TopUpOutcome.ASK, TopUpOutcome.ASK)
+    assert len(shop.api.payment_intents.list().data) == 5  # the purchase, and four attempts
+    assert (shop.balance(user), charges(shop)) == (1, 1)
+
+
+def test_a_card_that_works_again_pays_the_same_purchase(shop: Shop, monkeypatch):
+    user = low(shop)
+    card_is(shop, DECLINED)
+    declined = top_up(shop, user)
+    card_is(shop, "4242424242424242")
+    later(monkeypatch)
+    done = top_up(shop, user)
+    assert done.purchase is not None
+    assert declined.purchase is not None
+    assert (done.outcome, done.purchase.id) == (TopUpOutcome.CHARGED, declined.purchase.id)
+    assert (shop.balance(user), done.purchase.description.endswith("(paid after all)")) == (CREDITS + 1, True)
+
+
+def test_a_bank_that_asks_for_authentication_asks_the_user(shop: Shop, monkeypatch):
+    user = low(shop)
+    later(monkeypatch)
+    card_is(shop, AUTHENTICATED)
+    for _ in range(2):
+        assert top_up(shop, user).outcome is TopUpOutcome.ASK
+    assert len(shop.api.payment_intents.list().data) == 2  # it is not tried again
+
+
+@pytest.mark.parametrize("why", ["not saved", "customer gone"])
+def test_without_a_saved_payment_method_the_user_is_asked(shop: Shop, why: str):
+    user = low(shop, saved=why != "not saved")
+    if why == "customer gone":
+        shop.api.customers.delete(shop.api.customers.list().data[0].id)
+    assert top_up(shop, user).outcome is TopUpOutcome.ASK
+    assert (shop.balance(user), charges(shop)) == (1, 1)
+
+
+def test_the_months_ceiling_ends_a_runaway_and_tells_an_operator(shop: Shop):
+    user = low(shop)
+    for _ in range(2):
+        assert top_up(shop, user, monthly_max=2 * PRICE).outcome is TopUpOutcome.CHARGED
+        spend(shop, user, CREDITS)
+    for _ in range(2):
+        assert top_up(shop, user, monthly_max=2 * PRICE).outcome is TopUpOutcome.CEILING
+    assert (shop.balance(user), charges(shop), shop.findings()) == (1, 3, ["top_up_ceiling"])
+
+
+@pytest.mark.parametrize("wrong", [{"below": 0}, {"below": 1.5}, {"monthly_max": 0}, {"monthly_max": True}])
+def test_a_threshold_or_ceiling_that_is_none(shop: Shop, wrong):
+    with pytest.raises(e.InvalidArgument, match="pass 1 or more"):
+        top_up(shop, shop.world.user(), **wrong)
