@@ -17,7 +17,7 @@ from tallystick.stripe import reconciliation
 SESSIONS = "/v1/checkout/sessions"
 
 
-def reconcile(shop: Shop, **options) -> stripe.Report:
+def reconcile(shop: Shop, **options) -> stripe.Reconciliation:
     return stripe.reconcile(shop.engine, shop.config, **options)
 
 
@@ -43,7 +43,7 @@ def a_busy_month(shop: Shop) -> dict[object, int]:
 def test_everything_is_found_however_late(shop: Shop, days_later):
     expected = a_busy_month(shop)
     shop.dev.advance(days_later * 86_400)  # after thirty days Stripe has no events any more
-    progress: list[stripe.Progress] = []
+    progress: list[stripe.ReconciliationProgress] = []
     report = reconcile(shop, progress=progress.append)
     assert {user: shop.balance(user) for user in expected} == expected
     assert report.looked_at["pending"] == 8
@@ -101,7 +101,7 @@ def test_an_interrupted_run_goes_on_where_it_stood(shop: Shop, monkeypatch):
     shop.dev.drop(shop.events())
     retrieved = 0
 
-    def stop(progress: stripe.Progress) -> None:
+    def stop(progress: stripe.ReconciliationProgress) -> None:
         nonlocal retrieved
         retrieved = progress.looked_at
         if progress.looked_at == 4:
@@ -230,7 +230,7 @@ def test_a_run_goes_on_though_the_object_where_it_stood_is_gone(shop: Shop, monk
     shop.deliver(*shop.events("checkout.session.completed"))
     shop.dev.drop(shop.events())
 
-    def stop(progress: stripe.Progress) -> None:
+    def stop(progress: stripe.ReconciliationProgress) -> None:
         if (progress.stage, progress.looked_at) == ("refunds", 1):
             raise KeyboardInterrupt
 

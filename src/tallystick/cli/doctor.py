@@ -1,4 +1,4 @@
-"""What is set and what is wrong: tallystick config show, tallystick doctor."""
+"""The settings and their faults: tallystick config show, tallystick doctor."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ SHARED_WAIT_S = 0.1
 """For how long a statement of several users waits for a lock: all of them wait with it."""
 
 TIMED_OUT = ("55P03", "57014")
-"""What the server says at a lock timeout or a statement timeout."""
+"""SQLSTATEs of a lock timeout and of a statement timeout."""
 
 _log = logging.getLogger(__name__)
 

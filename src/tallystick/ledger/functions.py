@@ -232,7 +232,7 @@ def _strict(function: Function, host: Any) -> Composable:
 
 
 def names_of(host: Any) -> dict[str, Composable]:
-    """What stands for each placeholder."""
+    """The value of each placeholder."""
     users, workshops = host.users, host.workshops
     low, high = _CREDITS[host.credits]
     ledger = Identifier(host.ledger_schema, "credit_transactions")

@@ -17,7 +17,7 @@ from tallystick.ledger.outcomes import DONE, REPLAYED
 
 
 @dataclass(frozen=True)
-class Refusal:
+class DocumentedRefusal:
     """A refusal: its name, the SQLSTATE of the strict functions, the sentence, and what an answer tells with it.
 
     ``tells`` maps attributes of the answer to their types; those of ``detail`` are written ``detail.NAME``. A type that
@@ -175,10 +175,10 @@ ATTRIBUTES: Mapping[str, str] = {
 
 
 @cache
-def refusals() -> tuple[Refusal, ...]:
+def refusals() -> tuple[DocumentedRefusal, ...]:
     """Every refusal, in the order of its code."""
     codes = re.findall(r"WHEN '(\w+)' THEN '(\w+)'", _text("sqlstate_of"))
-    return tuple(Refusal(name, code, *_MEANINGS[name]) for name, code in codes)
+    return tuple(DocumentedRefusal(name, code, *_MEANINGS[name]) for name, code in codes)
 
 
 _NEVER: Mapping[str, frozenset[str]] = {

@@ -18,7 +18,7 @@ from tallystick.config import INTEGER_KEYS, HostMapping, KeyType, UsersTable, Wo
 from tallystick.ledger.functions import COLUMNS, Function, declared
 from tallystick.ledger.operations import AccessReason
 from tallystick.ledger.outcomes import DONE, REPLAYED
-from tallystick.ledger.reference import PARAMETERS, Refusal, attributes, outcomes_of, refusals, sentence
+from tallystick.ledger.reference import PARAMETERS, DocumentedRefusal, attributes, outcomes_of, refusals, sentence
 from tallystick.schema import HEAD, CreditTransactionStatus, CreditTransactionType
 
 SIGNED = "written by: tallystick client typescript"
@@ -142,7 +142,7 @@ class _Client:
         return [name for name in order if name in named and (self.host.workshops or "workshop" not in name)]
 
     @cached_property
-    def _answered(self) -> list[Refusal]:
+    def _answered(self) -> list[DocumentedRefusal]:
         """The refusals that are answers; one is always raised."""
         return [
             refusal

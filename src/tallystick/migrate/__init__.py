@@ -1,10 +1,10 @@
 """Bringing a live database to this package's shape, and back, without its traffic noticing."""
 
 from tallystick.migrate.checks.plan import (
-    Finding,
     Plan,
     PlannedRevision,
     PlannedStatement,
+    PlanNote,
     Replica,
     TableSize,
     plan,
@@ -36,7 +36,6 @@ __all__ = [
     "Difference",
     "Drift",
     "Entry",
-    "Finding",
     "Host",
     "HostColumn",
     "HostTable",
@@ -45,6 +44,7 @@ __all__ = [
     "OwnCredits",
     "OwnHistory",
     "Plan",
+    "PlanNote",
     "PlannedRevision",
     "PlannedStatement",
     "Progress",

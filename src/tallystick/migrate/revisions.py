@@ -125,7 +125,7 @@ class HostNames:
 
     @property
     def adopts_balance(self) -> bool:
-        """Whether the column of balances is one that the host had before, perhaps with balances in it."""
+        """True where the column of balances is one that the host had before, perhaps with balances in it."""
         return ("users", "credit_balance") in self.adopted
 
     def functions(self) -> Iterator[Composable]:

@@ -22,10 +22,10 @@ except ImportError as error:
 from tallystick.stripe.checkout import Checkout, Confirmation, Sale, checkout, confirm, start_sale
 from tallystick.stripe.client import API_VERSION
 from tallystick.stripe.customers import CustomerCheck, check_customers
-from tallystick.stripe.reconciliation import Progress, Report, dismiss, reconcile
+from tallystick.stripe.reconciliation import Reconciliation, ReconciliationProgress, dismiss, reconcile
 from tallystick.stripe.refunds import RefundPreview, preview_refund, refund
 from tallystick.stripe.setup import EndpointSetup, PackCheck, PackSetup, Setup, check, setup
-from tallystick.stripe.store import FailedDelivery, Finding, FindingKind, Outcome
+from tallystick.stripe.store import FailedDelivery, FindingKind, Outcome, StripeFinding
 from tallystick.stripe.top_ups import TopUp, TopUpOutcome, top_up
 from tallystick.stripe.webhooks import BODY_MAX_BYTES, Received, failed_deliveries, receive, redeliver
 
@@ -37,17 +37,17 @@ __all__ = [
     "CustomerCheck",
     "EndpointSetup",
     "FailedDelivery",
-    "Finding",
     "FindingKind",
     "Outcome",
     "PackCheck",
     "PackSetup",
-    "Progress",
     "Received",
+    "Reconciliation",
+    "ReconciliationProgress",
     "RefundPreview",
-    "Report",
     "Sale",
     "Setup",
+    "StripeFinding",
     "TopUp",
     "TopUpOutcome",
     "check",

@@ -68,14 +68,14 @@ class Sale:
 
 @dataclass(frozen=True, slots=True)
 class Confirmation:
-    """What the success page may show: the purchase as it is now."""
+    """The state of a purchase that the success page may show."""
 
     purchase: CreditTransaction
     outcome: Outcome
 
     @property
     def granted(self) -> bool:
-        """Whether the credits are there; if not, a delayed payment is still under way, or nothing was paid."""
+        """True once the credits are there; if not, a delayed payment is still under way, or nothing was paid."""
         return self.purchase.status == "completed"
 
 
@@ -303,7 +303,7 @@ def _asked(options: CheckoutOptions) -> dict[str, Any]:
 
 
 def require_room(store: Store, account: Account, credits: int, what: str) -> int:
-    """How many credits the balance can take; a sale of more is refused. Raises BalanceOutOfRange."""
+    """The number of credits that the balance can take; a sale of more is refused. Raises BalanceOutOfRange."""
     most = store.schema.credits_max
     if account.credit_balance + credits > most:
         raise BalanceOutOfRange(

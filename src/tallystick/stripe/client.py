@@ -16,7 +16,7 @@ from tallystick.config import Config
 from tallystick.errors import StripeNotConfigured, StripeRefused, StripeUnavailable
 
 API_VERSION = "2026-10-28.endive"
-"""What every request asks for and every webhook endpoint is pinned to; objects are read in this shape."""
+"""The API version of every request and every webhook endpoint; objects are read in this shape."""
 
 MISSING = "resource_missing"
 """Stripe's code for an object that it does not have, in this account and mode."""
@@ -80,7 +80,7 @@ def _off_the_loop(blocking: Callable[[], T]) -> T:
 
 
 def is_live(config: Config) -> bool:
-    """Whether the key is for real money."""
+    """True where the key is for real money."""
     return (config.stripe_secret_key or "")[3:].startswith("live_")
 
 

@@ -108,7 +108,7 @@ class Effects:
         return None if got is None else got.to_dict()
 
     def _kept(self, conn: sa.Connection, object_id: str, effect: Callable[[], Outcome]) -> Outcome:
-        """What the ledger refuses (a balance out of range, a session of another purchase) is put on record."""
+        """Run an effect; a refusal of the ledger, such as a balance out of range, is put on record."""
         try:
             return effect()
         except LedgerError as refusal:

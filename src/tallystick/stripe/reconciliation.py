@@ -24,13 +24,13 @@ from tallystick.schema import stripe_checkouts, stripe_events, stripe_reconcilia
 from tallystick.stripe.checkout import session_of_purchase
 from tallystick.stripe.client import Object, every
 from tallystick.stripe.effects import PAGE, Effect, Effects, failure_of, in_transaction
-from tallystick.stripe.store import DISPUTE_RANK, NOT_GONE, Finding, FindingKind, Outcome, store_of
+from tallystick.stripe.store import DISPUTE_RANK, NOT_GONE, FindingKind, Outcome, StripeFinding, store_of
 from tallystick.stripe.top_ups import MODE as TOP_UP
 from tallystick.stripe.top_ups import attempts_of, effect_of
 from tallystick.stripe.webhooks import HANDLERS, prepared, prepared_again
 
 OVERLAP = dt.timedelta(days=3)
-"""How far a run reaches back before the last one: for as long as Stripe goes on delivering by itself."""
+"""The time that a run reaches back before the last one: for as long as Stripe goes on delivering by itself."""
 
 NEVER_ASKED = dt.timedelta(days=1)
 """A pending purchase without a session at Stripe fails after this long: no session lives longer."""
@@ -51,7 +51,7 @@ _CHANGES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class ReconciliationProgress:
     """``looked_at`` objects of this stage so far, ``changed`` in all stages."""
 
     stage: str
@@ -60,8 +60,8 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """What a run found. In a dry run ``changes`` is what would have been done.
+class Reconciliation:
+    """The result of a run. In a dry run ``changes`` is what would have been done.
 
     ``changes`` are (Stripe's id, what became of it); ``findings`` are all that is on record for a person.
     """
@@ -72,11 +72,11 @@ class Report:
     looked_at: Mapping[str, int]
     outcomes: Mapping[str, int]
     changes: tuple[tuple[str, Outcome], ...]
-    findings: tuple[Finding, ...]
+    findings: tuple[StripeFinding, ...]
 
     @property
     def changed(self) -> bool:
-        """Whether anything was (or, in a dry run, would be) done."""
+        """True where anything was (or, in a dry run, would be) done."""
         return bool(self.changes)
 
 
@@ -86,8 +86,8 @@ def reconcile(
     *,
     since: dt.datetime | None = None,
     dry_run: bool = False,
-    progress: Callable[[Progress], None] | None = None,
-) -> Report:
+    progress: Callable[[ReconciliationProgress], None] | None = None,
+) -> Reconciliation:
     """Complete what was paid, fail what expired, follow refunds and disputes, and put the rest on record.
 
     Looks at every pending purchase here, and at Stripe's sessions, refunds, disputes and events created since
@@ -102,7 +102,7 @@ def reconcile(
     """
     if since is not None and since.tzinfo is None:
         raise InvalidArgument(f"since={since!r}: pass a time with a time zone", argument="since", value=since)
-    return _Run(Effects(engine, config), since, dry_run=dry_run, progress=progress or (lambda _: None)).run()
+    return _Reconciling(Effects(engine, config), since, dry_run=dry_run, progress=progress or (lambda _: None)).run()
 
 
 def dismiss(
@@ -122,9 +122,14 @@ _Step = tuple[str, Callable[[], Effect | None]]
 _EVERY_OBJECT = (401, 403)  # a refusal of the key, which every object would meet
 
 
-class _Run:
+class _Reconciling:
     def __init__(
-        self, effects: Effects, since: dt.datetime | None, *, dry_run: bool, progress: Callable[[Progress], None]
+        self,
+        effects: Effects,
+        since: dt.datetime | None,
+        *,
+        dry_run: bool,
+        progress: Callable[[ReconciliationProgress], None],
     ) -> None:
         self.effects = effects
         self.asked_since = since
@@ -133,10 +138,10 @@ class _Run:
         self.looked_at: Counter[str] = Counter()
         self.outcomes: Counter[str] = Counter()
         self.changes: list[tuple[str, Outcome]] = []
-        self.would_note: list[Finding] = []
+        self.would_note: list[StripeFinding] = []
         self.id: int | None = None
 
-    def run(self) -> Report:
+    def run(self) -> Reconciliation:
         since, stage, position = self._begin()
         stages: dict[str, Callable[[dt.datetime | None, str | None], Iterator[_Step]]] = {
             "pending": self._pending,
@@ -165,7 +170,7 @@ class _Run:
             findings = self.effects.store.findings(conn)
         known = {(one.kind, one.object_id) for one in findings}
         findings += [one for one in self.would_note if (one.kind, one.object_id) not in known]
-        return Report(
+        return Reconciliation(
             since=since,
             dry_run=self.dry_run,
             resumed=resumed,
@@ -225,7 +230,7 @@ class _Run:
                 return
 
     def _waiting(self, purchase: CreditTransaction, customer: str | None, *, is_old: bool) -> Effect | None:
-        """What Stripe says about a pending purchase; asked before anything is failed."""
+        """The session of a pending purchase as Stripe has it now; asked for before anything is failed."""
         store = self.effects.store
         known = purchase.stripe_session_id
         if known is not None:
@@ -358,7 +363,7 @@ class _Run:
         return in_transaction(self.effects.engine, work)
 
     def _tell(self, stage: str) -> None:
-        self.progress(Progress(stage, self.looked_at[stage], len(self.changes)))
+        self.progress(ReconciliationProgress(stage, self.looked_at[stage], len(self.changes)))
 
     def _finish(self) -> None:
         report = {"looked_at": dict(self.looked_at), "outcomes": dict(self.outcomes)}

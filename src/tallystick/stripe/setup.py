@@ -56,7 +56,7 @@ class EndpointSetup:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What ``setup`` found or made."""
+    """The objects at Stripe that ``setup`` found or made."""
 
     packs: tuple[PackSetup, ...]
     endpoint: EndpointSetup | None

@@ -87,7 +87,7 @@ REALM_DIGITS = 16
 
 
 class Outcome(StrEnum):
-    """What became of one of Stripe's objects."""
+    """The result for one of Stripe's objects."""
 
     GRANTED = "granted"
     PENDING = "pending"
@@ -104,7 +104,7 @@ class Outcome(StrEnum):
 
 
 class FindingKind(StrEnum):
-    """What a person should look at."""
+    """A difference that a person should look at."""
 
     UNKNOWN_SESSION = "unknown_session"
     UNPROVEN_SESSION = "unproven_session"  # it names a purchase, and nothing that only the merchant writes proves it
@@ -120,7 +120,7 @@ class FindingKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class StripeFinding:
     """One thing to look at; ``object_id`` is Stripe's."""
 
     kind: FindingKind
@@ -188,12 +188,12 @@ class Reversal:
 
     @property
     def is_gone(self) -> bool:
-        """Whether the money is no longer with the shop."""
+        """True where the money is no longer with the shop."""
         return self.status not in NOT_GONE
 
     @property
     def status_rank(self) -> int:
-        """How far the status is; one that is not known yet counts as the beginning."""
+        """The rank of the status; one that is not known yet counts as the beginning."""
         return (REFUND_RANK if self.kind == "refund" else DISPUTE_RANK).get(self.status, 0)
 
 
@@ -357,13 +357,13 @@ class Store:
         again = new.on_conflict_do_update(index_elements=["kind", "object_id"], set_={"dismissed_at": None})
         run(conn, again if comes_back else new.on_conflict_do_nothing(), {})
 
-    def findings(self, conn: DbConnection) -> list[Finding]:
+    def findings(self, conn: DbConnection) -> list[StripeFinding]:
         """All that is on record and not dismissed, oldest first."""
         row = stripe_findings.c
         statement = sa.select(row.kind, row.object_id, row.purchase_id, row.expected, row.found)
         statement = statement.where(row.dismissed_at.is_(None))
         return [
-            Finding(FindingKind(kind), *rest)
+            StripeFinding(FindingKind(kind), *rest)
             for kind, *rest in run(conn, statement.order_by(row.seen_at, row.kind, row.object_id), {})
         ]
 
@@ -522,7 +522,7 @@ class Store:
         return outcome if settled is Outcome.UNCHANGED else settled
 
     def _compare(self, conn: DbConnection, purchase: CreditTransaction, session: Object, terms: Terms) -> None:
-        """What was granted is the row's own; where the money is another than was on sale, a person should know."""
+        """The row's own number is granted; where the money is another than was on sale, a person should know."""
         expected = terms.expected_amount(session)
         compared = (
             (FindingKind.AMOUNT_DIFFERS, terms.amount if expected is None else expected, session["amount_total"]),
@@ -684,7 +684,7 @@ def _reversals(schema: Schema) -> sa.Select[Any]:
 
 
 _STEPS = {"none": "given back", "share": "taken back", "marked": "marked"}
-"""How a step of ``stripe_reversals.applied`` is named in the ledger's keys; each is taken once at most."""
+"""The name of a step of ``stripe_reversals.applied`` in the ledger's keys; each is taken once at most."""
 
 
 def _chosen(purchase: CreditTransaction, session: Object, terms: Terms | None) -> int | None:

@@ -52,7 +52,7 @@ class TopUpOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TopUp:
-    """What became of a top-up, with its purchase once there is one. ``retry_at`` belongs to ``waiting``."""
+    """The result of a top-up, with its purchase once there is one. ``retry_at`` belongs to ``waiting``."""
 
     outcome: TopUpOutcome
     purchase: CreditTransaction | None = None
@@ -218,7 +218,7 @@ def _started(  # noqa: PLR0917 - as above
 
 
 def _stopped(purchase: CreditTransaction | None, declined: list[Object]) -> TopUp | None:
-    """Whether the declined attempts with this payment method forbid another one now."""
+    """True where the declined attempts with this payment method forbid another one now."""
     if not declined:
         return None
     code = (declined[0]["last_payment_error"] or {}).get("code")
@@ -235,7 +235,7 @@ def _method_of(attempt: Object) -> str | None:
 
 
 def _is_runaway(effects: Effects, user: Key, pack: Pack, monthly_max: int) -> bool:
-    """Whether a charge would exceed the month's money; then an operator is told."""
+    """True where a charge would exceed the month's money; then an operator is told."""
     row, sold = effects.store.schema.credit_transactions.c, stripe_checkouts.c
     month = sa.func.date_trunc("month", sa.func.now(), "UTC")
     spent = (

@@ -32,7 +32,7 @@ ID_PREFIXES: Final = {
 }
 
 
-class Account:
+class StripeAccount:
     """Everything the double remembers. Callers hold ``lock`` for as long as they read or write."""
 
     def __init__(self, api_version: str | None = None) -> None:

@@ -13,9 +13,9 @@ from functools import partial
 from typing import Any, Final, Literal, NamedTuple
 
 from tallystick.dev.stripe import catalogue, payments
-from tallystick.dev.stripe.account import DAY_S, Account, Object
+from tallystick.dev.stripe.account import DAY_S, Object, StripeAccount
+from tallystick.dev.stripe.deliveries import new_secret
 from tallystick.dev.stripe.parameters import Params, check, is_expandable, parse_form, refused
-from tallystick.dev.stripe.webhooks import new_secret
 from tallystick.errors import DevStripeError
 
 EXPAND_DEPTH: Final = 4
@@ -25,17 +25,17 @@ IDEMPOTENCY_KEY_MAX: Final = 255
 
 
 class Route(NamedTuple):
-    """What answers an operation: the handler gets the account, the parameters and the id in the path."""
+    """The answer to an operation: the handler gets the account, the parameters and the id in the path."""
 
-    handler: Callable[[Account, Params, str], Object]
+    handler: Callable[[StripeAccount, Params, str], Object]
     params: frozenset[str]
 
 
-def _create(make: Callable[[Account, Params], Object], params: str) -> Route:
+def _create(make: Callable[[StripeAccount, Params], Object], params: str) -> Route:
     return Route(lambda account, given, _key: make(account, given), frozenset(params.split()))
 
 
-def _act(kind: str, act: Callable[[Account, Object], Object]) -> Route:
+def _act(kind: str, act: Callable[[StripeAccount, Object], Object]) -> Route:
     return Route(lambda account, _given, key: act(account, account.get(kind, key)), frozenset())
 
 
@@ -67,7 +67,7 @@ _FILTERS: Final[dict[str, Callable[[Object, Any], bool]]] = {
 _RANGES: Final = {"gt": operator.gt, "gte": operator.ge, "lt": operator.lt, "lte": operator.le}
 
 
-def _listing(kind: str, filters: frozenset[str], account: Account, params: Params, _key: str) -> Object:
+def _listing(kind: str, filters: frozenset[str], account: StripeAccount, params: Params, _key: str) -> Object:
     created = params.get("created", {})
     if "customer" in filters & params.keys():
         account.get("customer", params["customer"], param="customer")
@@ -86,14 +86,14 @@ def _listing(kind: str, filters: frozenset[str], account: Account, params: Param
     return _page(newest_first, params)
 
 
-def _read_customer(account: Account, _params: Params, key: str) -> Object:
+def _read_customer(account: StripeAccount, _params: Params, key: str) -> Object:
     """Answer a deleted customer as such."""
     if key in account.deleted:
         return {"id": key, "object": "customer", "deleted": True}
     return account.get("customer", key)
 
 
-def _line_items(account: Account, params: Params, key: str) -> Object:
+def _line_items(account: StripeAccount, params: Params, key: str) -> Object:
     account.get("checkout.session", key)
     return _page(account.line_items[key], params)
 
@@ -116,7 +116,7 @@ def _page(rows: list[Object], params: Params) -> Object:
     return {"object": "list", "data": data, "has_more": len(rows) > len(data)}
 
 
-def _create_endpoint(account: Account, params: Params) -> Object:
+def _create_endpoint(account: StripeAccount, params: Params) -> Object:
     params = {"description": None, "metadata": {}, **params}
     endpoint = account.new("webhook_endpoint", status="enabled", **params)
     secret = new_secret()
@@ -124,23 +124,23 @@ def _create_endpoint(account: Account, params: Params) -> Object:
     return endpoint | {"secret": secret}  # shown this once
 
 
-def _update_endpoint(account: Account, params: Params, key: str) -> Object:
+def _update_endpoint(account: StripeAccount, params: Params, key: str) -> Object:
     params = {**params}
     if "disabled" in params:
         params["status"] = "disabled" if params.pop("disabled") else "enabled"
     return account.update("webhook_endpoint", key, params)
 
 
-def _close_dispute(account: Account, dispute: Object) -> Object:
+def _close_dispute(account: StripeAccount, dispute: Object) -> Object:
     inquiry = dispute["status"].startswith("warning_")
     return payments.move_dispute(account, dispute, "warning_closed" if inquiry else "lost")
 
 
-def _read_payment_page(account: Account, _params: Params, key: str) -> Object:
+def _read_payment_page(account: StripeAccount, _params: Params, key: str) -> Object:
     return account.get("checkout.session", key)
 
 
-def _confirm_payment_page(account: Account, params: Params, key: str) -> Object:
+def _confirm_payment_page(account: StripeAccount, params: Params, key: str) -> Object:
     session = account.get("checkout.session", key)
     if params.get("expected_amount") != str(session["amount_total"]):
         raise refused(f"The amount is {session['amount_total']}.", param="expected_amount")
@@ -233,7 +233,7 @@ class LostAnswer(Exception):
 
 @dataclass
 class Fault:
-    """What will go wrong with the next ``times`` requests whose method and path match."""
+    """A fault of the next ``times`` requests whose method and path match."""
 
     method: str
     path: str  # may hold * and ?
@@ -274,7 +274,7 @@ class _Remembered(NamedTuple):
 class Api:
     """Answers requests to an account, one at a time."""
 
-    def __init__(self, account: Account, secret_key: str) -> None:
+    def __init__(self, account: StripeAccount, secret_key: str) -> None:
         self.account = account
         self.secret_key = secret_key
         self.faults: list[Fault] = []
@@ -391,7 +391,7 @@ def _checked(operation: str, raw: Params) -> tuple[Params, list[str]]:
     return params, params.pop("expand", [])
 
 
-def _expand(account: Account, node: Any, parts: list[str], path: str) -> None:
+def _expand(account: StripeAccount, node: Any, parts: list[str], path: str) -> None:
     """Replace the ids at ``parts`` by their objects, in place."""
     if not parts:
         return
@@ -415,7 +415,7 @@ def _expand(account: Account, node: Any, parts: list[str], path: str) -> None:
         _expand(account, node[name], rest, path)
 
 
-def _find(account: Account, key: str) -> Object | str:
+def _find(account: StripeAccount, key: str) -> Object | str:
     for objects in account.objects.values():
         if key in objects:
             return copy.deepcopy(objects[key])

@@ -6,7 +6,7 @@ import re
 import secrets
 from typing import Final
 
-from tallystick.dev.stripe.account import Account, Object, merged_metadata
+from tallystick.dev.stripe.account import Object, StripeAccount, merged_metadata
 from tallystick.dev.stripe.parameters import Params, empty, refused
 
 # Currencies whose amounts are a multiple of this many minor units.
@@ -30,13 +30,13 @@ def check_email(params: Params) -> None:
         raise refused(f"Invalid email address: {email}", "email_invalid", "email")
 
 
-def update_customer(account: Account, params: Params, key: str) -> Object:
+def update_customer(account: StripeAccount, params: Params, key: str) -> Object:
     """Change a customer."""
     check_email(params)
     return account.update("customer", key, params)
 
 
-def create_customer(account: Account, params: Params) -> Object:
+def create_customer(account: StripeAccount, params: Params) -> Object:
     """Make a customer."""
     check_email(params)
     customer = account.new(
@@ -56,7 +56,7 @@ def create_customer(account: Account, params: Params) -> Object:
     return customer
 
 
-def create_product(account: Account, params: Params) -> Object:
+def create_product(account: StripeAccount, params: Params) -> Object:
     """Make a product."""
     if params.get("id") in account.objects["product"]:
         raise refused(f"Product already exists: {params['id']}", "resource_already_exists", "id")
@@ -70,7 +70,7 @@ def create_product(account: Account, params: Params) -> Object:
     return product
 
 
-def create_price(account: Account, params: Params) -> Object:
+def create_price(account: StripeAccount, params: Params) -> Object:
     """Make a one-time price of an existing or a new product."""
     params = {**params}
     if "unit_amount" not in params:

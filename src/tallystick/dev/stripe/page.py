@@ -7,7 +7,7 @@ from string import Template
 from typing import Final
 
 from tallystick.dev.stripe import payments
-from tallystick.dev.stripe.account import Account, Object
+from tallystick.dev.stripe.account import Object, StripeAccount
 from tallystick.errors import DevStripeError
 
 _PAGE: Final = Template("""<!doctype html>
@@ -34,7 +34,7 @@ _OPEN: Final = (
 _WAITING: Final = (("succeed", "The bank debit arrives", "pay"), ("bounce", "The bank debit fails", ""))
 
 
-def render(account: Account, session: Object, problem: str = "") -> str:
+def render(account: StripeAccount, session: Object, problem: str = "") -> str:
     """Return the page for the state that the session is in."""
     rows = "".join(
         f"<li>{item['quantity']} &times; {escape(item['description'])}</li>"
@@ -63,7 +63,7 @@ def _buttons(buttons: tuple[tuple[str, str, str], ...]) -> str:
     return f'<form method="post">{inner}</form>'
 
 
-def act(account: Account, session: Object, action: str) -> str | None:
+def act(account: StripeAccount, session: Object, action: str) -> str | None:
     """Do what a button says; return where the browser goes next, or None to stay.
 
     Raises DevStripeError when the card is declined or the session is not in a state for it.

@@ -9,7 +9,7 @@ import secrets
 from typing import Final, Literal
 
 from tallystick.dev.stripe import catalogue
-from tallystick.dev.stripe.account import DAY_S, Account, Object, merged_metadata
+from tallystick.dev.stripe.account import DAY_S, Object, StripeAccount, merged_metadata
 from tallystick.dev.stripe.parameters import Params, empty, has_field, refused
 from tallystick.errors import DevStripeError
 
@@ -55,7 +55,7 @@ DISPUTE_STEPS: Final[dict[str, set[str]]] = {
 # -- sessions
 
 
-def create_session(account: Account, params: Params) -> Object:
+def create_session(account: StripeAccount, params: Params) -> Object:
     """Open a Checkout Session for a one-time payment."""
     now = account.now()
     expires_at = params.get("expires_at", now + DAY_S)
@@ -169,7 +169,7 @@ def _adjustable(item: Params, where: str) -> Object | None:
     return {"enabled": True, "minimum": low, "maximum": high}
 
 
-def _line_item(account: Account, item: Params, index: int) -> Object:
+def _line_item(account: StripeAccount, item: Params, index: int) -> Object:
     where = f"line_items[{index}]"
     quantity = item.get("quantity", 0)
     if quantity < 1:
@@ -198,7 +198,7 @@ def _line_item(account: Account, item: Params, index: int) -> Object:
     )
 
 
-def expire_session(account: Account, session: Object) -> Object:
+def expire_session(account: StripeAccount, session: Object) -> Object:
     """Expire an open session."""
     if session["status"] != "open":
         message = (
@@ -211,7 +211,7 @@ def expire_session(account: Account, session: Object) -> Object:
     return session
 
 
-def expire_due(account: Account) -> None:
+def expire_due(account: StripeAccount) -> None:
     """Expire the open sessions whose time has come. Called before anything else looks at them."""
     now = account.now()
     for session in account.objects["checkout.session"].values():
@@ -220,7 +220,7 @@ def expire_due(account: Account) -> None:
 
 
 def pay_session(
-    account: Account,
+    account: StripeAccount,
     session: Object,
     *,
     card: str,
@@ -281,7 +281,7 @@ def _close(session: Object, subtotal: int, total: int, details: Object) -> None:
         session["invoice"] = f"in_{secrets.token_hex(12)}"
 
 
-def _adjusted(account: Account, session: Object, quantity: int) -> int:
+def _adjusted(account: StripeAccount, session: Object, quantity: int) -> int:
     """Return the subtotal with another quantity of the only line item, if that may be adjusted to it."""
     [item, *others] = account.line_items[session["id"]]
     allowed = item["adjustable_quantity"]
@@ -296,7 +296,7 @@ def _decline(card: str) -> None:
         raise DevStripeError(message, status=402, type="card_error", code="card_declined", param=None)
 
 
-def _identify_customer(account: Account, session: Object, email: str | None) -> None:
+def _identify_customer(account: StripeAccount, session: Object, email: str | None) -> None:
     if session["customer"] is None:
         email = session["customer_email"] or email or "buyer@example.com"
         session["customer_details"] = _customer_details(email, None)
@@ -309,13 +309,13 @@ def _customer_details(email: str | None, name: str | None) -> Object:
     return details | {"email": email, "name": name, "tax_exempt": "none", "tax_ids": []}
 
 
-def is_settling(account: Account, session: Object) -> bool:
+def is_settling(account: StripeAccount, session: Object) -> bool:
     """Say whether a delayed payment of the session is under way."""
     intent = account.objects["payment_intent"].get(session["payment_intent"])
     return intent is not None and intent["status"] == "processing"
 
 
-def settle_session(account: Account, session: Object, *, succeeded: bool) -> Object:
+def settle_session(account: StripeAccount, session: Object, *, succeeded: bool) -> Object:
     """Bring the outcome of a delayed payment."""
     if not is_settling(account, session):
         raise refused(f"No delayed payment of {session['id']} is under way.")
@@ -334,7 +334,7 @@ def settle_session(account: Account, session: Object, *, succeeded: bool) -> Obj
 # -- payment intents and charges
 
 
-def create_payment_method(account: Account, params: Params) -> Object:
+def create_payment_method(account: StripeAccount, params: Params) -> Object:
     """Make a payment method from a test token or number; only its type and which card it is are kept."""
     token = params.get("card", {}).get("token") or params.get("card", {}).get("number") or GOOD_CARD
     card = TOKENS.get(token.removeprefix("tok_"), token) if params["type"] == "card" else ASYNC
@@ -342,7 +342,7 @@ def create_payment_method(account: Account, params: Params) -> Object:
 
 
 def _new_payment_method(
-    account: Account, kind: str, card: str, billing: Params | None = None, *, customer: object = None
+    account: StripeAccount, kind: str, card: str, billing: Params | None = None, *, customer: object = None
 ) -> Object:
     details = empty("billing_details") | (billing or {})
     if details["address"]:
@@ -352,7 +352,7 @@ def _new_payment_method(
     return method
 
 
-def create_intent(account: Account, params: Params) -> Object:
+def create_intent(account: StripeAccount, params: Params) -> Object:
     """Pay without Checkout, in one step: what the official command line does to trigger events."""
     token = params.get("payment_method", "")
     card = TOKENS.get(token.removeprefix("pm_card_")) or account.cards.get(token)
@@ -371,7 +371,7 @@ def create_intent(account: Account, params: Params) -> Object:
     return intent
 
 
-def _charge_off_session(account: Account, method: Object, about: Object) -> Object:
+def _charge_off_session(account: StripeAccount, method: Object, about: Object) -> Object:
     """Charge a payment method that was saved for its customer; a decline leaves the intent behind."""
     if method["customer"] is None or method["customer"] != about["customer"]:
         raise refused(f"{method['id']} is not saved for this customer.", param="payment_method")
@@ -394,7 +394,7 @@ def _charge_off_session(account: Account, method: Object, about: Object) -> Obje
     return intent
 
 
-def _new_intent(account: Account, *, card: str, method: str | None = None, **fields: object) -> Object:
+def _new_intent(account: StripeAccount, *, card: str, method: str | None = None, **fields: object) -> Object:
     kind = "sepa_debit" if card == ASYNC else "card"
     if method is None:
         saved_for = fields["customer"] if fields.get("setup_future_usage") else None
@@ -415,7 +415,7 @@ def _new_intent(account: Account, *, card: str, method: str | None = None, **fie
     return intent
 
 
-def _succeed(account: Account, intent: Object) -> None:
+def _succeed(account: StripeAccount, intent: Object) -> None:
     amount = intent["amount"]
     charge = account.new(
         "charge",
@@ -445,7 +445,7 @@ def _succeed(account: Account, intent: Object) -> None:
         open_dispute(account, charge, inquiry=card == INQUIRED_CARD)
 
 
-def _move_money(account: Account, kind: str, amount: int, source: Object, *, fee: int = 0) -> Object:
+def _move_money(account: StripeAccount, kind: str, amount: int, source: Object, *, fee: int = 0) -> Object:
     return account.new(
         "balance_transaction",
         amount=amount,
@@ -465,7 +465,7 @@ def _move_money(account: Account, kind: str, amount: int, source: Object, *, fee
 # -- refunds
 
 
-def create_refund(account: Account, params: Params, *, pending: bool = False) -> Object:
+def create_refund(account: StripeAccount, params: Params, *, pending: bool = False) -> Object:
     """Refund a charge in full or in part. Bank debits and one test card start as pending, too."""
     charge = charge_of(account, params)
     left = charge["amount"] - charge["amount_refunded"]
@@ -498,7 +498,7 @@ def create_refund(account: Account, params: Params, *, pending: bool = False) ->
     return refund
 
 
-def charge_of(account: Account, params: Params) -> Object:
+def charge_of(account: StripeAccount, params: Params) -> Object:
     """Return the charge that a request's ``charge`` or ``payment_intent`` names."""
     if "charge" in params:
         return account.get("charge", params["charge"], param="charge")
@@ -519,14 +519,14 @@ def _count_refund(charge: Object, amount: int) -> Object:
     return previous
 
 
-def _is_charged_back(account: Account, charge: Object) -> bool:
+def _is_charged_back(account: StripeAccount, charge: Object) -> bool:
     return any(
         dispute["charge"] == charge["id"] and not dispute["is_charge_refundable"]
         for dispute in account.objects["dispute"].values()
     )
 
 
-def settle_refund(account: Account, refund: Object, status: Literal["succeeded", "failed", "canceled"]) -> Object:
+def settle_refund(account: StripeAccount, refund: Object, status: Literal["succeeded", "failed", "canceled"]) -> Object:
     """Bring the outcome of a refund, which may come even after it succeeded."""
     _step(refund, status, REFUND_STEPS)
     previous = {"status": refund["status"]}
@@ -556,7 +556,7 @@ def _step(subject: Object, status: str, steps: dict[str, set[str]]) -> None:
 # -- disputes
 
 
-def open_dispute(account: Account, charge: Object, *, amount: int | None = None, inquiry: bool = False) -> Object:
+def open_dispute(account: StripeAccount, charge: Object, *, amount: int | None = None, inquiry: bool = False) -> Object:
     """Let the cardholder dispute a charge, or only inquire about it (``warning_*``: no money moves)."""
     amount = charge["amount"] if amount is None else amount
     if not 1 <= amount <= charge["amount"]:
@@ -592,13 +592,13 @@ def open_dispute(account: Account, charge: Object, *, amount: int | None = None,
     return dispute
 
 
-def _withdraw(account: Account, dispute: Object) -> None:
+def _withdraw(account: StripeAccount, dispute: Object) -> None:
     moved = _move_money(account, "adjustment", -dispute["amount"], dispute, fee=1500)
     dispute["balance_transactions"].append(moved)
     dispute["is_charge_refundable"] = False
 
 
-def move_dispute(account: Account, dispute: Object, status: str) -> Object:
+def move_dispute(account: StripeAccount, dispute: Object, status: str) -> Object:
     """Bring a dispute to its next state: reviewed, escalated from an inquiry, won, lost or closed."""
     _step(dispute, status, DISPUTE_STEPS)
     previous = {"status": dispute["status"]}
@@ -619,7 +619,7 @@ def move_dispute(account: Account, dispute: Object, status: str) -> Object:
     return dispute
 
 
-def answer_dispute(account: Account, dispute: Object, params: Params) -> Object:
+def answer_dispute(account: StripeAccount, dispute: Object, params: Params) -> Object:
     """Take evidence; Stripe's test text ``winning_evidence`` or ``losing_evidence`` decides at once."""
     evidence = params.get("evidence", {})
     dispute["evidence"].update(evidence)

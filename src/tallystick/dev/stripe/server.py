@@ -15,10 +15,10 @@ from typing import Any, Final, Literal, Self
 from urllib.parse import parse_qs, urlsplit
 
 from tallystick.dev.stripe import page, payments
-from tallystick.dev.stripe.account import DAY_S, Account, Object
+from tallystick.dev.stripe.account import DAY_S, Object, StripeAccount
 from tallystick.dev.stripe.api import Api, Fault, LostAnswer
+from tallystick.dev.stripe.deliveries import Webhooks, as_json
 from tallystick.dev.stripe.parameters import refused
-from tallystick.dev.stripe.webhooks import Webhooks, as_json
 from tallystick.errors import DevStripeError
 
 HOST: Final = "127.0.0.1"  # and nothing else: whoever reaches the double can pay with no money
@@ -59,7 +59,7 @@ class DevStripe:
         check: Callable[[Object], None] | None = None,
     ) -> None:
         self.secret_key = secret_key
-        self.account = Account(api_version)
+        self.account = StripeAccount(api_version)
         self._webhooks = Webhooks(
             self.account, retry_delays_s=retry_delays_s, timeout_s=delivery_timeout_s, senders=senders
         )

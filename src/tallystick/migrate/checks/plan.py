@@ -66,7 +66,7 @@ class TableSize:
 
 
 @dataclass(frozen=True)
-class Finding:
+class PlanNote:
     """Something to know before the run. A ``stop`` would end it before anything is changed."""
 
     severity: Literal["stop", "warning", "note"]
@@ -108,7 +108,7 @@ class Plan:
     long_transactions: tuple[tuple[int, float], ...]
     replicas: tuple[Replica, ...]
     database_bytes: int
-    findings: tuple[Finding, ...]
+    findings: tuple[PlanNote, ...]
 
 
 def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = None) -> Plan:
@@ -233,30 +233,30 @@ _NEW_TABLE = re.compile(r"CREATE TABLE ((?:\"[^\"]*\"|[\w.])+) \(")  # as a revi
 _STAR = re.compile(r"\b(?:select(?:\s+distinct)?|returning|,)\s+(?:[\w\"$.]+\.)?\*(?!\s*\d)", re.IGNORECASE)
 
 
-def _about_the_connection(conn: sa.Connection, host: Host) -> Iterator[Finding]:
+def _about_the_connection(conn: sa.Connection, host: Host) -> Iterator[PlanNote]:
     sign = pooler_sign(conn)
     if sign:
-        yield Finding("stop", f"This address is a connection pooler's ({sign}). {USE_UNPOOLED}")
+        yield PlanNote("stop", f"This address is a connection pooler's ({sign}). {USE_UNPOOLED}")
     for stop in (*host.missing_privileges, *host.breaks):
-        yield Finding("stop", stop)
+        yield PlanNote("stop", stop)
 
 
-def _about_an_interrupted_run(host: Host) -> Iterator[Finding]:
+def _about_an_interrupted_run(host: Host) -> Iterator[PlanNote]:
     if host.prepared is not None:
-        yield Finding(
+        yield PlanNote(
             "note",
             f"The new objects of revision {host.prepared} are there already, from a run in two transactions that was "
             "interrupted; nothing uses them. apply goes on from there, undo takes them away",
         )
 
 
-def _about_cached_plans(conn: sa.Connection, host: Host) -> Iterator[Finding]:
+def _about_cached_plans(conn: sa.Connection, host: Host) -> Iterator[PlanNote]:
     """A prepared ``SELECT *`` fails on old connections once its table has a further column."""
     if host.revision is not None:
         return
     schema = conn.scalar(_STATEMENTS_SCHEMA)
     if schema is None:
-        yield Finding(
+        yield PlanNote(
             "note",
             "pg_stat_statements is not there, so prepared SELECT * and RETURNING * could not be looked for. "
             'On connections opened before the migration they fail with "cached plan must not change result type"',
@@ -270,14 +270,14 @@ def _about_cached_plans(conn: sa.Connection, host: Host) -> Iterator[Finding]:
         hidden += row.query == _HIDDEN
         if row.query and _STAR.search(row.query) and any(name.search(row.query) for name in names):
             shown = " ".join(row.query.split())[:120]
-            yield Finding(
+            yield PlanNote(
                 "warning",
                 f'"{shown}" ({row.calls} calls): where a driver has prepared it, it fails on connections opened '
                 "before the migration until they are opened again. Name the columns, or restart the app afterwards",
             )
     if hidden:
         role = conn.scalar(sa.text("SELECT quote_ident(current_user)"))
-        yield Finding(
+        yield PlanNote(
             "warning",
             f"pg_stat_statements hides {hidden} statements of other roles from {role}, so a prepared SELECT * or "
             "RETURNING * of the app's own role is not found here. "
@@ -285,9 +285,9 @@ def _about_cached_plans(conn: sa.Connection, host: Host) -> Iterator[Finding]:
         )
 
 
-def _about_triggers(conn: sa.Connection, host: Host) -> Iterator[Finding]:
+def _about_triggers(conn: sa.Connection, host: Host) -> Iterator[PlanNote]:
     for row in conn.execute(_BEFORE_UPDATE, {"tables": [table.oid for table in host.tables]}):
-        yield Finding(
+        yield PlanNote(
             "note",
             f"The trigger {row.name} on {row.table} runs {row.function} before each UPDATE, those of the ledger too. "
             "If it changes or refuses what the ledger writes (credit_balance, credit_sequence), the operation fails",
@@ -302,9 +302,9 @@ _BEFORE_UPDATE = sa.text("""
 """)  # for each row, before, of an update
 
 
-def _about_rules(conn: sa.Connection, host: Host) -> Iterator[Finding]:
+def _about_rules(conn: sa.Connection, host: Host) -> Iterator[PlanNote]:
     for row in conn.execute(_UPDATE_RULES, {"tables": [table.oid for table in host.tables]}):
-        yield Finding(
+        yield PlanNote(
             "warning",
             f"The rule {row.name} on {row.table} rewrites each UPDATE ({'DO INSTEAD' if row.instead else 'DO ALSO'}), "
             "those of the ledger too, and PostgreSQL then refuses some of them. A trigger does the same without that; "
@@ -319,22 +319,22 @@ _UPDATE_RULES = sa.text("""
 """)
 
 
-def _about_collations(conn: sa.Connection, host: Host, mapping: HostMapping) -> Iterator[Finding]:
+def _about_collations(conn: sa.Connection, host: Host, mapping: HostMapping) -> Iterator[PlanNote]:
     mapped = {"users": mapping.users, "workshops": mapping.workshops}
     for word, table in host.by_word.items():
         names = mapped[word]
         column = columns_of(conn, table)[names.key] if names else None
         if column is not None and column.nondeterministic:
-            yield Finding(
+            yield PlanNote(
                 "note",
                 f"{table.shown}.{column.name} has the collation {'.'.join(column.collation or ())}, which is not "
                 "deterministic: keys that differ in their letters' case or accents may be one key, for the ledger too",
             )
 
 
-def _about_event_triggers(conn: sa.Connection) -> Iterator[Finding]:
+def _about_event_triggers(conn: sa.Connection) -> Iterator[PlanNote]:
     for row in conn.execute(_EVENT_TRIGGERS):
-        yield Finding(
+        yield PlanNote(
             "note",
             f"The event trigger {row.name} ({row.event}, {row.function}) runs for what the migration does, under its "
             f"locks too, and may refuse it. {_DROPS if row.event == 'sql_drop' else 'Then all of a run is taken back'}",
@@ -349,10 +349,10 @@ _EVENT_TRIGGERS = sa.text("""
 """)
 
 
-def _about_replicas(replicas: Sequence[Replica]) -> Iterator[Finding]:
+def _about_replicas(replicas: Sequence[Replica]) -> Iterator[PlanNote]:
     for replica in replicas:
         if replica.logical:
-            yield Finding(
+            yield PlanNote(
                 "note",
                 f"{replica.name} ({replica.state}) follows by logical replication: it repeats no lock. Where it "
                 "is sent the tables, it is sent their new columns from the first change on",
@@ -360,7 +360,7 @@ def _about_replicas(replicas: Sequence[Replica]) -> Iterator[Finding]:
             continue
         late = f", {replica.lag_s:.1f} s late" if replica.lag_s else ""
         behind = f", {replica.behind_bytes / 1e6:.1f} MB behind" if replica.behind_bytes else ""
-        yield Finding(
+        yield PlanNote(
             "warning",
             f"The standby {replica.name} ({replica.state}{late}{behind}) repeats the lock, and no run can look who is "
             "there: while a query there holds one of the tables, everything after the lock is late and new queries of "
@@ -368,7 +368,7 @@ def _about_replicas(replicas: Sequence[Replica]) -> Iterator[Finding]:
             "report does",
         )
         if replica.sync_state in ("sync", "quorum"):
-            yield Finding(
+            yield PlanNote(
                 "warning",
                 f"Commits here wait for the standby {replica.name} (sync_state {replica.sync_state}): where "
                 "synchronous_commit is remote_apply, every commit of your app waits for a query there just as long. "
@@ -378,7 +378,7 @@ def _about_replicas(replicas: Sequence[Replica]) -> Iterator[Finding]:
 
 def _about_publications(
     conn: sa.Connection, host: Host, ways: Sequence[tuple[Revision, Messages]]
-) -> Iterator[Finding]:
+) -> Iterator[PlanNote]:
     """A subscriber is sent columns and tables that are new, and stops at the first that it does not have."""
     shown = {table.oid: table.shown for table in host.tables}
     statements = [text([part]) for _, messages in ways for part in (*messages.opening, *messages.locked)]
@@ -399,7 +399,7 @@ def _about_publications(
         if new:
             kept = [table for table in new if table.startswith("tallystick.")]
             emptied = f"TRUNCATE {', '.join(kept)}; " if kept else ""
-            yield Finding(
+            yield PlanNote(
                 "warning",
                 f"The publication {name} sends new columns, and new tables too ({', '.join(new)}), of which its "
                 "subscribers know nothing: they stop at the first change until they have them. First run tallystick "
@@ -407,20 +407,20 @@ def _about_publications(
                 f"tables until then is run there: {emptied}ALTER SUBSCRIPTION … REFRESH PUBLICATION",
             )
         elif columns:
-            yield Finding(
+            yield PlanNote(
                 "warning",
                 f"The publication {name} sends new columns, of which its subscribers know nothing: they stop at the "
                 f"first change until they have them. Run there first: {'; '.join(columns)}",
             )
 
 
-def _about_rights(conn: sa.Connection, host: Host) -> Iterator[Finding]:
+def _about_rights(conn: sa.Connection, host: Host) -> Iterator[PlanNote]:
     """Rights that were given on a whole table are rights on its new columns, and default ones are on new tables."""
     users = host.users
     for row in conn.execute(_WRITERS, {"users": users.oid}):
         named = "PUBLIC" if row.everyone else _quoted(row.role)
         script = f"tallystick migrate sql --role {shlex.quote(row.role)}"
-        yield Finding(
+        yield PlanNote(
             "warning",
             f"{row.role} may {row.rights} every column of {users.shown}, credit_balance too: it can make itself "
             "credits that no row of the ledger explains, and a policy tells rows apart, not columns. "
@@ -433,7 +433,7 @@ def _about_rights(conn: sa.Connection, host: Host) -> Iterator[Finding]:
     for row in conn.execute(_DEFAULT_RIGHTS, {"schema": users.schema}):
         new = "the ledger and what is in schema tallystick" if row.anywhere else "the ledger"
         script = f"tallystick migrate sql --role {shlex.quote(row.role)}"
-        yield Finding(
+        yield PlanNote(
             "note",
             f"By default {row.role} gets {row.rights} on tables that {row.maker} makes, so on {new}. apply takes that "
             f"back. If it is your app's role, run afterwards what {script} prints",
@@ -448,13 +448,13 @@ def _table(table: HostTable) -> str:
     return Identifier(table.schema, table.table).as_string(None)
 
 
-def _about_room(database_bytes: int, folder: Path | None) -> Iterator[Finding]:
+def _about_room(database_bytes: int, folder: Path | None) -> Iterator[PlanNote]:
     if folder is not None and not folder.is_dir():
-        yield Finding("warning", f"there is no folder {folder} for a backup. Make it, or name another with --backup")
+        yield PlanNote("warning", f"there is no folder {folder} for a backup. Make it, or name another with --backup")
     elif folder is not None:
         free = shutil.disk_usage(folder).free
         if free < database_bytes:
-            yield Finding(
+            yield PlanNote(
                 "warning",
                 f"{folder} has {free / 1e9:.1f} GB free and the database takes {database_bytes / 1e9:.1f} GB: a backup "
                 "is compressed and may fit, but need not. Name another place with --backup",

@@ -51,7 +51,7 @@ class Difference:
 
     @property
     def by(self) -> int:
-        """How much more the user has than the history gives."""
+        """The credits that the user has beyond those of the history."""
         return self.balance - self.history
 
 
@@ -111,7 +111,7 @@ class HistoryTable:
 def own_credits(
     conn: sa.Connection, mapping: HostMapping, names: HostNames, *, migrated: bool, follows: bool, history: str | None
 ) -> OwnCredits:
-    """What the app has. ``history`` names its table, or is None for one with a usual name.
+    """The credits that the app has already. ``history`` names its table, or is None for one with a usual name.
 
     Raises:
         HostMismatch: there is no such column or table, or the table is no history.

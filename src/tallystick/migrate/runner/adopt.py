@@ -1,4 +1,4 @@
-"""What is done about an app's own credits after the migration: the rest is opened, history is noted, the app cuts over.
+"""The app's own credits after the migration: the rest is opened, history is noted, the app cuts over.
 
 Each of it may be killed and begun again.
 """
@@ -31,7 +31,7 @@ _NO_DEFAULTS = (None, "0", "(0)::numeric", "'0'::bigint", "(0)::bigint", "NULL")
 
 @dataclass(frozen=True)
 class Adopted:
-    """What a run did: users whose balance it opened, users that were held by somebody, openings with history."""
+    """The result of a run: users whose balance it opened, users that were held by somebody, openings with history."""
 
     opened: int
     left: int

@@ -19,7 +19,7 @@ from tallystick.migrate.revisions import HostNames
 from tallystick.migrate.runner.session import driver, lost, put, translate
 
 BATCH_MS = 10.0
-"""How long a batch may hold the rows of its users, about."""
+"""The time that a batch may hold the rows of its users, about."""
 
 _PAGE = 2000
 _PASSES = 5
@@ -29,7 +29,7 @@ _FIRST_BATCH = 10
 def open_balances(
     conn: sa.Connection, names: HostNames, progress: Callable[[int], None] = lambda _: None
 ) -> tuple[int, int]:
-    """How many were opened, and how many are left because somebody holds them. ``conn`` is in autocommit.
+    """The number that were opened, and of those left because somebody holds them. ``conn`` is in autocommit.
 
     ``progress`` is told how many are done.
     """

@@ -130,7 +130,7 @@ def driver(conn: sa.Connection) -> psycopg.Connection[tuple[object, ...]]:
 
 
 def autocommits(conn: sa.Connection) -> bool:
-    """Whether each statement is its own transaction.
+    """True where each statement is its own transaction.
 
     Asked of the driver: what SQLAlchemy calls the isolation level is the server's, which knows no such one.
     """

@@ -50,7 +50,7 @@ class Review:
 
     @property
     def spent(self) -> int:
-        """How many of the purchase's credits are spent already: the balance does not hold them."""
+        """The number of the purchase's credits that are spent already: the balance does not hold them."""
         return max(0, (self.left or 0) - max(0, self.user.credit_balance))
 
     @property

@@ -91,7 +91,7 @@ class _Console:
         self.figures: Background[Figures] = Background(
             "figures", lambda _: self.queries.figures(dt.datetime.now(dt.UTC)), keep_s=60
         )
-        self.stripe: Background[stripe.Report] | None = None
+        self.stripe: Background[stripe.Reconciliation] | None = None
         if allow_actions and config.stripe_secret_key and importlib.util.find_spec("stripe"):
             from tallystick import stripe  # noqa: PLC0415 - an extra
 
@@ -502,7 +502,7 @@ def milliseconds(value: float | None) -> str:
 
 
 def blocker(one: object) -> str:
-    """Whom a migration waited for, in a line: the session's fields as the receipt has them."""
+    """The session that a migration waited for, in a line: the session's fields as the receipt has them."""
     if not isinstance(one, Mapping):
         return str(one)
     return ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in one.items() if value not in (None, "", []))

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from tallystick.dev.stripe.account import Account, Object
+from tallystick.dev.stripe.account import Object, StripeAccount
 from tallystick.dev.stripe.parameters import refused
 
 USER_AGENT: Final = "Stripe/1.0 (+https://stripe.com/docs/webhooks)"
@@ -34,7 +34,7 @@ class Delivery:
 
 @dataclass(frozen=True)
 class Attempt:
-    """What came of a delivery: the endpoint's status, or the error that left none."""
+    """The result of a delivery: the endpoint's status, or the error that left none."""
 
     event: str
     type: str
@@ -68,7 +68,9 @@ class Webhooks:
     wait for ``release``, retries included.
     """
 
-    def __init__(self, account: Account, *, retry_delays_s: Sequence[float], timeout_s: float, senders: int) -> None:
+    def __init__(
+        self, account: StripeAccount, *, retry_delays_s: Sequence[float], timeout_s: float, senders: int
+    ) -> None:
         self.account = account
         self.retry_delays_s = retry_delays_s
         self.timeout_s = timeout_s

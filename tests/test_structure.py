@@ -1,0 +1,110 @@
+"""The house: one name for one thing, imports that are allowed, and docstrings that begin with the thing itself."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+import tallystick
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "tallystick"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+TREES = {module: ast.parse(module.read_text(encoding="utf-8")) for module in MODULES}
+
+OPENINGS = ("What", "Who", "Whose", "Whom", "Whether", "Where", "How", "Which", "When")
+"""A sentence that opens with one of these tells its subject last."""
+
+
+def twice(names: dict[str, list[str]]) -> dict[str, list[str]]:
+    return {name: where for name, where in names.items() if len(where) > 1}
+
+
+def test_no_file_name_stands_for_two_things():
+    names = defaultdict(list)
+    for module in MODULES:
+        if module.name != "__init__.py":
+            names[module.name].append(str(module.relative_to(PACKAGE)))
+    assert twice(names) == {}
+
+
+def test_no_class_name_stands_for_two_things():
+    names = defaultdict(list)
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                names[node.name].append(str(module.relative_to(PACKAGE)))
+    assert twice(names) == {}
+
+
+def docstrings(tree: ast.Module) -> list[str]:
+    """Of the module, its classes and functions, and of its constants: a text that stands behind one."""
+    found = []
+    for node in ast.walk(tree):
+        for statement in getattr(node, "body", []) if not isinstance(node, ast.Lambda | ast.IfExp) else []:
+            match statement:
+                case ast.Expr(value=ast.Constant(value=str(text))):
+                    found.append(text)
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: str(module.relative_to(PACKAGE)))
+def test_a_docstring_begins_with_the_thing_itself(module: Path):
+    opening = re.compile(rf"({'|'.join(OPENINGS)})\b")
+    assert [text.splitlines()[0] for text in docstrings(TREES[module]) if opening.match(text)] == []
+
+
+def test_a_released_revision_imports_nothing_that_changes():
+    """All but the standard library and psycopg's composition of SQL is today's code."""
+    allowed = {"__future__", "collections.abc", "typing", "psycopg.sql"}
+    for module in (PACKAGE / "migrate" / "versions").glob("*.py"):
+        imported = {
+            name
+            for node in ast.walk(TREES[module])
+            for name in (
+                [node.module]
+                if isinstance(node, ast.ImportFrom)
+                else [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else []
+            )
+        }
+        assert imported <= allowed, module
+
+
+def test_every_room_stands_in_the_order_of_imports():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    layers = settings["tool"]["importlinter"]["contracts"][0]["layers"]
+    ordered = set(re.findall(r"tallystick\.(\w+)", " ".join(layers)))
+    rooms = {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir()}
+    assert rooms - {"__init__", "__pycache__", "py", "__main__"} - ordered == set()
+
+
+@pytest.mark.parametrize(
+    ("statement", "without"),
+    [
+        ("import tallystick", {"sqlalchemy", "pydantic", "alembic", "psycopg", "typer"}),
+        ("from tallystick import Ledger, Config, Accounts", {"alembic", "typer", "fastapi", "stripe"}),
+        ("import tallystick.cli", {"alembic", "fastapi", "stripe"}),
+    ],
+)
+def test_an_import_brings_only_what_it_needs(statement: str, without: set[str]):
+    script = f"{statement}; import sys; print(*sys.modules)"
+    loaded = set(
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    )
+    assert loaded & without == set()
+
+
+def test_every_public_name_is_there():
+    assert {name: hasattr(tallystick, name) for name in tallystick.__all__} == dict.fromkeys(tallystick.__all__, True)
+    assert set(tallystick.__all__) <= set(dir(tallystick))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        tallystick.nothing  # noqa: B018
