@@ -38,7 +38,7 @@ class Account:
 class Accounts:
     """The operations for one host. Holds no connection and no state; share it freely.
 
-    Made as a :class:`~tallystick.Ledger` is.
+    Made as a ``Ledger`` is.
     """
 
     def __init__(self, source: Config | HostMapping | sa.Engine | sa.Connection) -> None:
@@ -67,7 +67,7 @@ class Accounts:
         """Put the user on a plan, a name of 1 to 32 characters of the host's choosing.
 
         Raises:
-            InvalidArgument, UnknownUser.
+            InvalidArgument, UnknownUser: nothing was written.
         """
         return self._of_user("set_plan_tier", user, plan_tier=_name("plan_tier", plan_tier, PLAN_TIER_MAX))
 
@@ -87,7 +87,7 @@ class Accounts:
         """Soft-delete: the row and its ledger stay, and nothing can be bought or spent. Keeps the first time.
 
         Raises:
-            UnknownUser.
+            UnknownUser: nothing was written.
         """
         return self._of_user("delete_user", user)
 
@@ -101,7 +101,7 @@ class Accounts:
         """Soft-delete a workshop; what unlocked it stays on record. Keeps the first time.
 
         Raises:
-            InvalidArgument, UnknownWorkshop.
+            InvalidArgument, UnknownWorkshop: nothing was written.
         """
         return self._of_workshop("delete_workshop", workshop)
 
@@ -110,7 +110,7 @@ class Accounts:
         """Undo a soft delete of a workshop.
 
         Raises:
-            InvalidArgument, UnknownWorkshop.
+            InvalidArgument, UnknownWorkshop: nothing was written.
         """
         return self._of_workshop("restore_workshop", workshop)
 

@@ -176,7 +176,7 @@ class HostMapping:
 
     @staticmethod
     def from_json(text: str) -> HostMapping:
-        """The way back from :meth:`to_json`; what a later version of this package added is left out."""
+        """The way back from ``to_json``; what a later version of this package added is left out."""
         found = _known(json.loads(text), HostMapping)
         for name, kind in (("users", UsersTable), ("workshops", WorkshopsTable)):
             found[name] = found.get(name) and _known(found[name], kind)
@@ -346,7 +346,7 @@ Origin = Annotated[str, AfterValidator(_origin)]
 
 
 class Config(BaseModel):
-    """All settings. Made by hand, or read with :meth:`load`.
+    """All settings. Made by hand, or read with ``load``.
 
     ``database_url`` is where the app lives; ``database_url_unpooled``, if the first is a pooler's, is the direct
     address that migrations need. With ``paywall`` off every workshop is open. Workshops created before
@@ -418,7 +418,7 @@ class Config(BaseModel):
 
 
 def origins(path: Path | str | None = None, *, environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The source of each setting that :meth:`Config.load` finds set: a variable or a file. Raises ConfigError."""
+    """The source of each setting that ``Config.load`` finds set: a variable or a file. Raises ConfigError."""
     values, variables, source = _gathered(path, environ)
     file = "" if source is None else os.path.relpath(source.path)
     return {name: variables.get(name, file) for name, value in values.items() if value is not None}

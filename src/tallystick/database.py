@@ -196,7 +196,7 @@ def _is_ours(error: BaseException) -> bool:
 def engine(url: str | sa.URL, **options: Any) -> sa.Engine:
     """An engine for ``url`` that names itself ``tallystick`` to the server, where operators look for who is who.
 
-    Its transactions are those of :func:`with_known_settings`.
+    Its transactions are those of ``with_known_settings``.
     """
     address = sa.make_url(url)
     connect_args = {"application_name": "tallystick", "connect_timeout": 10} | options.pop("connect_args", {})
@@ -227,7 +227,7 @@ _SET_KNOWN = "; ".join(
 
 
 def with_known_settings(pool: sa.Engine) -> sa.Engine:
-    """``pool``, whose every transaction begins by setting :data:`KNOWN_SETTINGS`; the original is not touched.
+    """``pool``, whose every transaction begins by setting ``KNOWN_SETTINGS``; the original is not touched.
 
     They end with the transaction: behind a transaction pooler the session is somebody else's afterwards. Hence they
     hold for nothing in autocommit.
@@ -305,7 +305,7 @@ def connect(
 ) -> Iterator[sa.Connection]:
     """One transaction on a connection of its own, for a command; committed at the end.
 
-    ``patience_s`` and ``waiting`` are those of :func:`dial`.
+    ``patience_s`` and ``waiting`` are those of ``dial``.
 
     Raises:
         DatabaseUnavailable: names what the server or the network said.
@@ -332,7 +332,7 @@ def transaction(
 
     Raises:
         DatabaseUnavailable: no connection could be had.
-        DatabaseError: as :func:`translated`, of whatever is run in it.
+        DatabaseError: as ``translated``, of whatever is run in it.
     """
     with translated(connecting=True):
         conn = pool.connect()

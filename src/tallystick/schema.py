@@ -97,7 +97,7 @@ class Schema:
     """SQLAlchemy tables for one mapping; host columns go by our words (``users.c.key``, ``workshops.c.owner``).
 
     ``users`` and ``workshops`` hold only the columns that Tallystick reads or writes; ``workshops`` is None for a
-    host that has none. Use :meth:`of`, which makes each mapping's once.
+    host that has none. Use ``of``, which makes each mapping's once.
     """
 
     def __init__(self, host: HostMapping) -> None:
@@ -254,7 +254,7 @@ class Schema:
         return self.user_key(_number_of(text) if self.host.users.key_type in INTEGER_KEYS else text)
 
     def workshop_key_of(self, text: str) -> Key:
-        """As :meth:`user_key_of`, of a workshop."""
+        """As ``user_key_of``, of a workshop."""
         mapped = self.host.workshops
         return self.workshop_key(_number_of(text) if mapped and mapped.key_type in INTEGER_KEYS else text)
 

@@ -144,7 +144,7 @@ def with_mapping(conn: sa.Connection, config: Config) -> Config:
 
 
 def address(config: Config) -> str:
-    """The address that :meth:`Invocation.database` made sure of."""
+    """The address that ``Invocation.database`` made sure of."""
     if config.database_url is None:
         raise DatabaseUnavailable(_NO_ADDRESS, sqlstate=None)
     return config.database_url

@@ -197,7 +197,7 @@ def reset(
     force_production: bool = False,
     environ: Mapping[str, str] | None = None,
 ) -> SeedReport:
-    """Remove what :func:`seed` made, all scenarios or those named in ``only``, and nothing else; in one transaction.
+    """Remove what ``seed`` made, all scenarios or those named in ``only``, and nothing else; in one transaction.
 
     A seeded user goes with all of its ledger, whoever wrote it. The ledger refuses DELETE, so the trigger that does
     is off for the length of this transaction, which only the table's owner can do and which keeps other writers out
@@ -205,7 +205,7 @@ def reset(
     to remove nothing (those that the host itself deletes in cascade go along).
 
     Raises:
-        InvalidArgument, SeedRefused: as :func:`seed`.
+        InvalidArgument, SeedRefused: as ``seed``.
         SeedImpossible: other rows depend on the seeded ones; names the table.
         PermissionDenied: this role does not own the ledger.
         Conflict: other writers kept the ledger busy for five seconds.

@@ -183,7 +183,7 @@ class Combiner:
         A call whose connection was cut is made once more, so its row may be marked ``replayed``.
 
         Raises:
-            InvalidArgument.
+            InvalidArgument: nothing was written.
             DatabaseUnavailable: there was no room for ``held_max_s``. The call is not made.
             RuntimeError: the combiner is closed, or of another process.
         """

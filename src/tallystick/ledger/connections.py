@@ -1,6 +1,6 @@
 """The connections that an operation takes, and how each sends its call.
 
-An operation is written once, as a :class:`Call`: a function of the database, its arguments, and how its rows are read.
+An operation is written once, as a ``Call``: a function of the database, its arguments, and how its rows are read.
 What the caller's connection is decides how that is sent, and if the caller gets a result or an awaitable::
 
     SQLAlchemy   Connection, Session, scoped_session     AsyncConnection, AsyncSession, async_scoped_session

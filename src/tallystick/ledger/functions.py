@@ -156,7 +156,7 @@ def statements(host: Any) -> Iterator[Composable]:
 
 
 def drops(host: Any) -> Iterator[Composable]:
-    """The way back from :func:`statements`."""
+    """The way back from ``statements``."""
     for statement in reversed(list(statements(host))):
         text = statement.as_string(None)
         if found := _SIGNATURE.search(text):

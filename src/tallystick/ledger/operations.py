@@ -1,7 +1,7 @@
 """The ledger: buy, spend, give back, and read. Each operation is one call of a function in the database.
 
 The rules are in ``sql/``, one file a function; what is here says what to send, and how the answer is read. Each
-operation's first argument is the caller's connection, of any kind that :mod:`tallystick.ledger.connections` lists;
+operation's first argument is the caller's connection, of any kind that ``tallystick.ledger.connections`` lists;
 nothing opens, commits, rolls back or retries a database transaction, so a host can create a workshop and spend the
 credit for it in one. With an async connection the result is awaited: ``await ledger.consume(aconn, user, …)``.
 """
@@ -132,7 +132,7 @@ class Ledger:
         ``client_reference_id``, and what will be granted is this row's own amount, whatever the catalogue says later.
 
         Raises:
-            InvalidArgument, UnknownUser, UserDeleted, IdempotencyKeyReused.
+            InvalidArgument, UnknownUser, UserDeleted, IdempotencyKeyReused: nothing was written.
         """
         return self._one(
             "start_purchase",
@@ -254,8 +254,8 @@ class Ledger:
         nothing is charged. ``key`` is the caller's name for this one intent.
 
         Raises:
-            InvalidArgument, UnknownUser, UserDeleted, UnknownWorkshop, WorkshopDeleted, WorkshopNotOwned,
-            WorkshopUnaccounted, InsufficientCredits, IdempotencyKeyReused.
+            InvalidArgument, UnknownUser, UserDeleted, UnknownWorkshop, WorkshopDeleted: nothing was written.
+            WorkshopNotOwned, WorkshopUnaccounted, InsufficientCredits, IdempotencyKeyReused: nothing was written.
         """
         return self._one(
             "consume",
@@ -315,8 +315,8 @@ class Ledger:
         purchase pays it first, and nothing can be consumed meanwhile.
 
         Raises:
-            InvalidArgument, UnknownUser, UnknownPurchase, PurchaseNotCompleted, RefundExceedsPurchase,
-            BalanceOutOfRange, IdempotencyKeyReused.
+            InvalidArgument, UnknownUser, UnknownPurchase, PurchaseNotCompleted: nothing was written.
+            RefundExceedsPurchase, BalanceOutOfRange, IdempotencyKeyReused: nothing was written.
         """
         return self._linked("refund", user, purchase, credits, key, description, metadata)
 
@@ -337,8 +337,8 @@ class Ledger:
         user gets them as well: the money is real.
 
         Raises:
-            InvalidArgument, UnknownUser, UnknownPurchase, ReinstatementExceedsRefunds, BalanceOutOfRange,
-            IdempotencyKeyReused.
+            InvalidArgument, UnknownUser, UnknownPurchase, ReinstatementExceedsRefunds: nothing was written.
+            BalanceOutOfRange, IdempotencyKeyReused: nothing was written.
         """
         return self._linked("reinstate", user, purchase, credits, key, description, metadata)
 
@@ -355,7 +355,7 @@ class Ledger:
         """Give ``credits`` that nobody paid for: goodwill, a promotion, an opening balance.
 
         Raises:
-            InvalidArgument, UnknownUser, UserDeleted, BalanceOutOfRange, IdempotencyKeyReused.
+            InvalidArgument, UnknownUser, UserDeleted, BalanceOutOfRange, IdempotencyKeyReused: nothing was written.
         """
         return self._one(
             "grant",
@@ -378,7 +378,7 @@ class Ledger:
         """The balance after all that had completed at ``when`` (inclusive; needs a time zone), by the server's clock.
 
         Raises:
-            InvalidArgument, UnknownUser.
+            InvalidArgument, UnknownUser: nothing was read.
         """
         if not isinstance(when, dt.datetime) or when.tzinfo is None:
             raise InvalidArgument(
@@ -403,7 +403,7 @@ class Ledger:
         has none. ``include_failed`` shows failed purchases among the pending ones.
 
         Raises:
-            InvalidArgument.
+            InvalidArgument: nothing was read.
         """
         if before is not None and not isinstance(before, str):
             raise InvalidArgument(
@@ -426,7 +426,7 @@ class Ledger:
         A ``created_at`` without a time zone is taken as UTC.
 
         Raises:
-            InvalidArgument, UnknownWorkshop.
+            InvalidArgument, UnknownWorkshop: nothing was read.
         """
         arguments = {
             "workshop_id": self.schema.workshop_key(workshop),
@@ -450,7 +450,7 @@ class Ledger:
         transaction go on, those of others wait for its end.
 
         Raises:
-            InvalidArgument, UnknownUser.
+            InvalidArgument, UnknownUser: nothing was read.
         """
         return _balance("lock", user_id=self.schema.user_key(user))
 

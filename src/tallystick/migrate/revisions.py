@@ -3,7 +3,7 @@
 A revision is a module in ``versions/``, found and ordered by Alembic's ``ScriptDirectory``. It says ``revision``,
 ``down_revision``, ``kind`` (``"expand"``: old code keeps working, or ``"contract"``) and ``creates`` (names of
 relations and types that must be free in the users' schema before), and has these functions of the
-:class:`HostNames`, each giving ``psycopg.sql`` statements:
+``HostNames``, each giving ``psycopg.sql`` statements:
 
 ==================  ==================================================================================
 ``prepare``         new objects, made before any table that was there is locked
@@ -57,7 +57,7 @@ class TableNames:
     """One table of the host, as a revision sees it.
 
     ``key_type`` is the type of the key, as a function's parameter has it; a column that refers to the key is declared
-    as :attr:`key_column`. ``key_type_schema`` is that of an extension's type, for a function's search_path.
+    as ``key_column``. ``key_type_schema`` is that of an extension's type, for a function's search_path.
     """
 
     word: Word
@@ -137,7 +137,7 @@ class HostNames:
         return functions.names_of(self)
 
     def drop_functions(self) -> Iterator[Composable]:
-        """The way back from :meth:`functions`."""
+        """The way back from ``functions``."""
         return functions.drops(self)
 
     @classmethod

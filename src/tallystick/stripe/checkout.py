@@ -188,7 +188,7 @@ def confirm(engine: sa.Engine, config: Config, user: Key, session: str) -> Confi
 
     Raises:
         SessionNotYours: another user's session, or none of ours.
-        StripeNotConfigured, StripeUnavailable, StripeRefused.
+        StripeNotConfigured, StripeUnavailable, StripeRefused: nothing was sold.
     """
     effects = Effects(engine, config)
     refusal = SessionNotYours(

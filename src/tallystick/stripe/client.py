@@ -109,7 +109,7 @@ def ask(call: Callable[[], T]) -> T:
 
 
 def found(call: Callable[[], T]) -> T | None:
-    """As :func:`ask`, with None for what Stripe does not have."""
+    """As ``ask``, with None for what Stripe does not have."""
     try:
         return ask(call)
     except StripeRefused as error:
@@ -119,7 +119,7 @@ def found(call: Callable[[], T]) -> T | None:
 
 
 def every(call: Callable[[], sdk.ListObject[One]]) -> Iterator[One]:
-    """All of a list, page by page, each asked for as in :func:`ask`."""
+    """All of a list, page by page, each asked for as in ``ask``."""
     page = ask(call)
     while True:
         yield from page.data

@@ -59,7 +59,7 @@ def check_customers(engine: sa.Engine, config: Config, *, most: int = CHECKED) -
     own buyer's.
 
     Raises:
-        StripeNotConfigured, StripeUnavailable, StripeRefused, DatabaseError.
+        StripeNotConfigured, StripeUnavailable, StripeRefused, DatabaseError: nothing was written.
     """
     effects = Effects(engine, config)
     users = effects.store.schema.users.c

@@ -80,7 +80,7 @@ def refund(
     Raises:
         InvalidArgument, UnknownPurchase, PurchaseNotCompleted, RefundExceedsPurchase: nothing was sent.
         StripeUnavailable: call again with the same ``key``.
-        StripeNotConfigured, StripeRefused.
+        StripeNotConfigured, StripeRefused: nothing was sent.
     """
     if not 0 < len(key) <= KEY_MAX:
         raise InvalidArgument(f"key={shown(key)}: pass a text of 1 to {KEY_MAX} characters", argument="key", value=key)
@@ -118,12 +118,12 @@ def preview_refund(
     keep_credits: bool = False,
     key: str | None = None,
 ) -> RefundPreview:
-    """Tell what :func:`refund` with the same arguments would do; sends and writes nothing.
+    """Tell what ``refund`` with the same arguments would do; sends and writes nothing.
 
     One whose ``key`` was sent already would do nothing more: it has no amount and takes no credits.
 
     Raises:
-        As :func:`refund`.
+        As ``refund``.
     """
     effects = Effects(engine, config)
     bought, charge, sent = _facts(effects, purchase)

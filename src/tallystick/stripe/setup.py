@@ -66,7 +66,7 @@ def check(config: Config) -> list[PackCheck]:
     """Compare every pack with its price at Stripe: it exists, is active, and costs what the configuration says.
 
     Raises:
-        StripeNotConfigured, StripeUnavailable, StripeRefused.
+        StripeNotConfigured, StripeUnavailable, StripeRefused: what was made before stays.
     """
     stripe = client(config)
     return [PackCheck(pack.name, pack.stripe_price_id, _problem(stripe, config, pack)) for pack in config.packs]
@@ -81,7 +81,7 @@ def setup(config: Config, *, endpoint_url: str | None = None) -> Setup:
     Raises:
         PackMismatch: a pack names a price that is not what the pack says.
         StripeNotConfigured: a pack has no amount, or the address is not https in live mode.
-        StripeUnavailable, StripeRefused.
+        StripeUnavailable, StripeRefused: what was made before stays.
     """
     stripe = client(config)
     for pack in config.packs:

@@ -385,7 +385,7 @@ class Store:
         The proof is that the session is the stored one, or that its metadata names the purchase and its price before
         discounts and tax is the one on record. ``client_reference_id`` proves nothing: on a Payment Link or a buy
         button it is a parameter of the address, which the buyer may change. So are all other fields that a buyer fills
-        in: e-mail, name, custom fields. With ``lock``, a payment intent, others wait as in :func:`_lock`.
+        in: e-mail, name, custom fields. With ``lock``, a payment intent, others wait as in ``_lock``.
         """
         metadata = session.get("metadata") or {}
         marked = as_uuid(metadata.get(METADATA_KEY))

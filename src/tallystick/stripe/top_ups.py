@@ -40,7 +40,7 @@ _AUTHENTICATION = "authentication_required"
 
 
 class TopUpOutcome(StrEnum):
-    """The result of a call of :func:`top_up`."""
+    """The result of a call of ``top_up``."""
 
     ENOUGH = "enough"  # the balance is not below the threshold
     CHARGED = "charged"  # the credits are there

@@ -88,7 +88,7 @@ def prepared(effects: Effects, event: Object) -> Effect | None:
 def failed_deliveries(engine: sa.Engine, config: Config) -> list[FailedDelivery]:
     """The deliveries that had no effect, oldest first: refused by the ledger, or cut short by Stripe or the database.
 
-    One that a later delivery or :func:`redeliver` settled is not among them. An unsigned delivery is logged and never
+    One that a later delivery or ``redeliver`` settled is not among them. An unsigned delivery is logged and never
     stored: anybody could fill the table.
     """
     return in_transaction(engine, lambda conn: store_of(config).failures(conn))

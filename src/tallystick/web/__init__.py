@@ -58,7 +58,7 @@ def router(
             app's own addresses as browsers see them: Stripe sends buyers back to one, and their pages may post here.
         engine: the host's engine, sync or async, for psycopg 3.
         current_user: the host's FastAPI dependency that gives the key of who is signed in, or None.
-        texts: every word a buyer reads; subclass :class:`Texts` to translate.
+        texts: every word a buyer reads; subclass ``Texts`` to translate.
         templates: where to look for templates before ours, as ``jinja2.FileSystemLoader("templates")``; one that is
             called ``tallystick/layout.html`` there replaces ours.
         sign_in: where a browser without a session is sent; ``{return_to}`` in it becomes the page it asked for,

@@ -112,11 +112,11 @@ class Plan:
 
 
 def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = None) -> Plan:
-    """The effect of :func:`apply` on this database, and notes to read before.
+    """The effect of ``apply`` on this database, and notes to read before.
 
     ``backup_folder``: where a backup would go, to compare the room there with the database's size.
 
-    Raises what :func:`examine` does, but for missing privileges and what of the app's would break, which are findings.
+    Raises what ``examine`` does, but for missing privileges and what of the app's would break, which are findings.
     """
     with looking(conn):
         host = examine(conn, config, strict=False)
@@ -477,7 +477,7 @@ def sql(conn: sa.Connection | None, config: Config, *, stall_budget_ms: int = ST
 
     Without a connection it is the whole way from nothing, and takes no column for granted.
 
-    Raises what :func:`examine` does.
+    Raises what ``examine`` does.
     """
     host = None
     if conn is not None:

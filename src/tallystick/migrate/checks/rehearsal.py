@@ -106,7 +106,7 @@ def rehearse(
     a workshop where there is one, credits are granted, bought, spent, refunded and read. ``progress`` is told each step
     when it begins.
 
-    Raises what :func:`plan`, :func:`apply` and :func:`undo` do, and MigrationError where no revision is to come.
+    Raises what ``plan``, ``apply`` and ``undo`` do, and MigrationError where no revision is to come.
     """
     tell = progress or (lambda _step: None)
     engine = engine_of(database)

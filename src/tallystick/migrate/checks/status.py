@@ -217,7 +217,7 @@ def status(conn: sa.Connection, config: Config) -> Status:
     savepoint that is rolled back: so both sides are in the server's own words. ``conn`` must be in a transaction
     of the caller's, not in autocommit; nothing of it is left.
 
-    Raises what :func:`examine` does, but asks for no privileges, and MigrationError on a connection in autocommit.
+    Raises what ``examine`` does, but asks for no privileges, and MigrationError on a connection in autocommit.
     """
     if autocommits(conn):
         raise MigrationError(
@@ -387,7 +387,7 @@ class _Remedies:
                     self.made["trigger", found[1]] = statement.replace("CREATE", "CREATE OR REPLACE", 1)
 
     def of(self, drift: Drift) -> str:
-        """As :attr:`Drift.remedy`."""
+        """As ``Drift.remedy``."""
         where = next((each for each in self.tables if f"{drift.where}.".startswith(f"{each}.")), None)
         if where is None:
             return ""

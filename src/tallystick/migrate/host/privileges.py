@@ -29,14 +29,14 @@ _OBJECTS = SQL("""
 
 
 def remember_objects(names: HostNames) -> Composable:
-    """Run before new objects are made, for :func:`close_new_objects`."""
+    """Run before new objects are made, for ``close_new_objects``."""
     return SQL(
         "SELECT set_config('tallystick.objects', coalesce(jsonb_agg(o.oid), '[]')::text, true) FROM ({objects}) o"
     ).format(objects=_objects(names))
 
 
 def close_new_objects(names: HostNames) -> Composable:
-    """Takes every privilege on what was made since :func:`remember_objects` from everybody but its owner.
+    """Takes every privilege on what was made since ``remember_objects`` from everybody but its owner.
 
     Default privileges, such as Supabase's for ``anon`` and ``authenticated``, may have given them to anybody. What
     somebody was given on older objects stays.

@@ -202,7 +202,7 @@ def grant(host: HostMapping, role: str) -> str:
 
 
 def revoke(host: HostMapping, role: str) -> str:
-    """A script that takes back what :func:`grant` gave, and gives back INSERT and UPDATE on whole tables.
+    """A script that takes back what ``grant`` gave, and gives back INSERT and UPDATE on whole tables.
 
     ``tallystick migrate undo`` does not need it.
     """

@@ -53,7 +53,7 @@ def upgrade_revision(
     Raises:
         MigrationError: in a transaction where there must be none, or the other way round, or not the next revision.
         PoolerRefused: the address is a pooler's.
-        SchemaError: as for :func:`apply`.
+        SchemaError: as for ``apply``.
     """
     config = config or Config.load()
     revision = _known(to)
@@ -83,14 +83,14 @@ def downgrade_revision(
         def downgrade():
             downgrade_revision(op, to=None)
 
-    It joins Alembic's transaction, with the same conditions as :func:`upgrade_revision`. The indexes that
+    It joins Alembic's transaction, with the same conditions as ``upgrade_revision``. The indexes that
     ``part="online"`` has built go with their columns: that revision's ``downgrade()`` has nothing to do.
 
     Raises:
         LedgerNotEmpty: the ledger has rows, and ``discard_ledger`` is False.
         MigrationError: outside of a transaction, or not the revision before, or offline: which columns were the
             host's own is written in the database alone.
-        SchemaError: as for :func:`apply`.
+        SchemaError: as for ``apply``.
     """
     config = config or Config.load()
     if to is not None:

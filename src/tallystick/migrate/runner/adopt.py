@@ -39,7 +39,7 @@ class Adopted:
 
 
 def look_at_own_credits(conn: sa.Connection, config: Config, *, history: str | None = None) -> OwnCredits:
-    """The app's own credits, before the migration or after. Raises what :func:`own_credits` and ``examine`` do."""
+    """The app's own credits, before the migration or after. Raises what ``own_credits`` and ``examine`` do."""
     with looking(conn):
         host = examine(conn, config, strict=False) if _is_migrated(conn) else None
         names = HostNames.of(config.host, host.adopted if host else frozenset({("users", "credit_balance")}))

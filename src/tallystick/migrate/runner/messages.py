@@ -3,7 +3,7 @@
 The first message makes everything that nobody can wait for. The second takes the locks, changes the host's tables
 and commits, as one string: with the locks held, the network is not allowed between two statements.
 
-Asked to, a run makes two transactions of them: :func:`preparation` commits the new objects, and then ``opening`` and
+Asked to, a run makes two transactions of them: ``preparation`` commits the new objects, and then ``opening`` and
 ``locked`` are one message that holds nothing but the locked section, so that each try of a busy table costs next to
 nothing. Between the two, ``tallystick.migration_log`` has a row of direction ``prepare``.
 """
@@ -43,7 +43,7 @@ class Messages:
     """``opening`` and ``locked`` are sent as one string each; ``online`` one by one, each alone.
 
     ``locks`` are the tables that they lock. In ``locked``, each statement may take all of the stall budget; with
-    :attr:`at_once` they share it, which needs that they are sent as one.
+    ``at_once`` they share it, which needs that they are sent as one.
     """
 
     locks: tuple[Identifier, ...]
@@ -70,7 +70,7 @@ def upward(
     stall_budget_ms: int,
     prepared: bool = False,
 ) -> Messages:
-    """To ``revision``, from ``expected``; ``prepared`` where its :func:`preparation` was committed before."""
+    """To ``revision``, from ``expected``; ``prepared`` where its ``preparation`` was committed before."""
     return Messages(
         locks=revision.locks(names),
         opening=tuple(_opening(names, revision, expected=expected, adopted=adopted, prepared=prepared)),
@@ -106,7 +106,7 @@ def downward(
 ) -> Messages:
     """From the first of ``gone``, newest first, to what was before the last: all in one transaction.
 
-    ``prepared`` is the revision after the first of them, where its :func:`preparation` was committed: it goes too.
+    ``prepared`` is the revision after the first of them, where its ``preparation`` was committed: it goes too.
     """
     # the oldest revision's first: the host's tables, then ours
     locks: list[Identifier] = []

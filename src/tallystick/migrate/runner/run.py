@@ -138,8 +138,8 @@ def apply(
     changes nothing, and finishes what an interrupted one left of the online steps.
 
     With ``two_transactions`` the new objects are committed first, and what is tried again is the locked part alone.
-    Killed between the two, the database has objects that nothing uses: :func:`status` names them, the next run goes
-    on from there, :func:`undo` takes them away.
+    Killed between the two, the database has objects that nothing uses: ``status`` names them, the next run goes
+    on from there, ``undo`` takes them away.
 
     Args:
         database: an engine, or an address; a direct one, not a pooler's.
@@ -148,7 +148,7 @@ def apply(
             under them.
         give_up_after_s: for how long attempts are made, for each revision.
         two_transactions: for a database too busy for one; never chosen by itself.
-        progress: called with each :class:`Progress`.
+        progress: called with each ``Progress``.
 
     Raises:
         KeyboardInterrupt: with a note of how things stand, where it came while an online step was running, which is
@@ -156,7 +156,7 @@ def apply(
         MigrationBlocked: the tables could not be locked in time; names who was in the way.
         MigrationRunning: another run is at it.
         PoolerRefused: the address is a pooler's.
-        SchemaError: the database cannot be migrated as it is (see :func:`~tallystick.migrate.examine`).
+        SchemaError: the database cannot be migrated as it is (see ``examine``).
         OutcomeUnknown: the connection died at the commit. Run it again: it continues from whatever is there.
         DatabaseUnavailable: also after 15 seconds in which the server was starting up or nobody answered.
         PermissionDenied, MigrationError: otherwise.
@@ -185,7 +185,7 @@ def undo(
     """Take Tallystick out of the database again: exactly what was there before remains.
 
     ``to`` is the revision to stop at, for a database that was at it before. Other arguments and errors are those of
-    :func:`apply`.
+    ``apply``.
 
     Raises:
         LedgerNotEmpty: the ledger has rows, and ``discard_ledger`` is False.

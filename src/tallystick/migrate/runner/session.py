@@ -103,7 +103,7 @@ _PUT = sa.text("""
 
 @contextmanager
 def put_back(conn: sa.Connection, *, local: bool) -> Iterator[None]:
-    """Afterwards, :data:`NEVER_CUT` are again what they were: on a connection of the host's they are the host's."""
+    """Afterwards, ``NEVER_CUT`` are again what they were: on a connection of the host's they are the host's."""
     before = {row.name: row.value for row in conn.execute(_NOW, {"names": list(NEVER_CUT)})}
     try:
         yield
@@ -187,7 +187,7 @@ def translate(
 ) -> TallystickError:
     """The meaning of a refused statement for the person who ran the migration; ``unchanged`` says how it left things.
 
-    ``event_triggers`` are those that :func:`forbidden_by` names.
+    ``event_triggers`` are those that ``forbidden_by`` names.
     """
     said = (error.diag.message_primary or str(error)).strip().rstrip(".")
     detail = error.diag.message_detail or ""

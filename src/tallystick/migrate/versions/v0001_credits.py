@@ -354,7 +354,7 @@ def prepare(host: Any) -> Iterator[Composable]:
 
 
 def locks(host: Any) -> tuple[Identifier, ...]:
-    """The tables that :func:`locked` changes, in the order in which they are locked."""
+    """The tables that ``locked`` changes, in the order in which they are locked."""
     return tuple(table.name for table in (host.users, host.workshops) if table)
 
 
@@ -410,17 +410,17 @@ def validates(_host: Any) -> dict[str, Composable]:
 
 
 def undo_locks(host: Any) -> tuple[Identifier, ...]:
-    """The tables that :func:`undo` changes, in the order in which they are locked."""
+    """The tables that ``undo`` changes, in the order in which they are locked."""
     return (*locks(host), _ledger(host))
 
 
 def unprepare_locks(host: Any) -> tuple[Identifier, ...]:
-    """The tables that :func:`unprepare` drops: all of them ours."""
+    """The tables that ``unprepare`` drops: all of them ours."""
     return (_ledger(host),)
 
 
 def unprepare(host: Any) -> Iterator[Composable]:
-    """Back from :func:`prepare` alone, before :func:`locked`: nothing of the host is touched."""
+    """Back from ``prepare`` alone, before ``locked``: nothing of the host is touched."""
     yield from host.drop_functions()
     yield SQL("DROP TABLE {}").format(_ledger(host))
     yield from _drop_the_rest(host)

@@ -34,12 +34,12 @@ CurrentUser = Callable[..., Any]
 class Billing(APIRouter):
     """Everything a buyer meets: JSON under ``/api``, pages beside it, and what a host's own routes need of it.
 
-    Made by :func:`tallystick.web.router`, which explains the arguments.
+    Made by ``tallystick.web.router``, which explains the arguments.
 
     Attributes:
         signed_in: dependency; the key of the user. Raises NotSignedIn.
         requires_open_workshop: dependency for routes with a ``{workshop}``; its Access. Raises WorkshopLocked.
-        fragments: dependency; :class:`Fragments` for the host's templates.
+        fragments: dependency; ``Fragments`` for the host's templates.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Billing(APIRouter):
         return await self.database.run(lambda conn: self.paywall.workshop(conn, user, workshop))
 
     async def workshop_and_balance(self, user: Key, workshop: object) -> tuple[Workshop, int]:
-        """As :meth:`workshop`, and the user's balance."""
+        """As ``workshop``, and the user's balance."""
         return await self.database.run(lambda conn: self.paywall.workshop_and_balance(conn, user, workshop))
 
     async def unlock(self, user: Key, workshop: object, *, key: str | None = None) -> CreditTransaction:

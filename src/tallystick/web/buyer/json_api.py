@@ -1,4 +1,4 @@
-"""The JSON side of :class:`Billing`: what an app with a front end of its own calls.
+"""The JSON side of ``Billing``: what an app with a front end of its own calls.
 
 No ``from __future__ import annotations`` here, as in ``billing``.
 """

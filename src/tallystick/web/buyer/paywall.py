@@ -72,7 +72,7 @@ class Paywall:
         return Workshop(key, row[1], self.ledger.access(conn, key))
 
     def workshop_and_balance(self, conn: sa.Connection, user: Key, workshop: object) -> tuple[Workshop, int]:
-        """As :meth:`workshop`, and the user's balance."""
+        """As ``workshop``, and the user's balance."""
         return self.workshop(conn, user, workshop), self.ledger.balance(conn, user)
 
     def require_open(self, conn: sa.Connection, user: Key, workshop: object) -> Access:

@@ -79,7 +79,7 @@ MEANINGS: Final[Mapping[type[TallystickError], Meaning]] = {
 
 
 def meaning(error: TallystickError) -> Meaning:
-    """The row of :data:`MEANINGS` for ``error``."""
+    """The row of ``MEANINGS`` for ``error``."""
     return next(MEANINGS[kind] for kind in type(error).__mro__ if kind in MEANINGS)
 
 

@@ -1,6 +1,6 @@
 """Every word a buyer reads, in one place.
 
-To translate, subclass :class:`Texts`, write the sentences anew and pass an instance as ``texts``. A sentence that
+To translate, subclass ``Texts``, write the sentences anew and pass an instance as ``texts``. A sentence that
 holds a number or a name is a method, since languages differ in more than words. None of it is HTML: templates escape
 what they are given.
 """

@@ -1,4 +1,4 @@
-"""The pages of :class:`Billing`: plain forms and links that htmx turns into dialogs where it runs.
+"""The pages of ``Billing``: plain forms and links that htmx turns into dialogs where it runs.
 
 No ``from __future__ import annotations`` here, as in ``billing``.
 """

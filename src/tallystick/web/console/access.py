@@ -1,8 +1,8 @@
 """Access to the console: three ways to sign in, one for each way it is run, each followed by a signed session.
 
-- :class:`LocalLink`: on the operator's own machine, a link that works once.
-- :class:`Passwords`: named operators, each with a password whose hash is in the settings.
-- :class:`TrustedProxy`: a reverse proxy has authenticated the operator and says so in a header; believed only from
+- ``LocalLink``: on the operator's own machine, a link that works once.
+- ``Passwords``: named operators, each with a password whose hash is in the settings.
+- ``TrustedProxy``: a reverse proxy has authenticated the operator and says so in a header; believed only from
   the addresses named.
 
 A session is a cookie, signed with a key that lives as long as the process, so it cannot be forged, and restarting
@@ -112,7 +112,7 @@ class TooMany(Exception):
 
 
 class Passwords:
-    """Operators by name, each with a hash made by :func:`hash_password`.
+    """Operators by name, each with a hash made by ``hash_password``.
 
     After five wrong passwords for a name, or thirty for any, log-ins wait until a minute has passed: guessing at
     that rate is hopeless, and nobody is shut out for long by somebody else's guesses.

@@ -280,7 +280,7 @@ class Queries:
             )
 
     def every_user(self, *, search: str = "") -> Iterator[UserRow]:
-        """All of :meth:`users`, streamed."""
+        """All of ``users``, streamed."""
         with self.reading(timeout_ms=SUM_TIMEOUT_MS) as conn:
             statement = self._select_users().where(self._matches(conn, search)).order_by(self._users.key)
             for row in conn.execution_options(yield_per=1000).execute(statement):
@@ -399,7 +399,7 @@ class Queries:
             )
 
     def every_pending(self) -> Iterator[PendingRow]:
-        """All of :meth:`pending`, streamed."""
+        """All of ``pending``, streamed."""
         statement = self._select_pending().order_by(self._ledger.created_at, self._ledger.id)
         with self.reading(timeout_ms=SUM_TIMEOUT_MS) as conn:
             for row in conn.execution_options(yield_per=1000).execute(statement):

@@ -480,7 +480,7 @@ def ago(moment: dt.datetime | None) -> Markup:
 
 
 def when(moment: dt.datetime) -> Markup:
-    """As :func:`ago`, with the time itself below it: a telephone has nothing to hover with."""
+    """As ``ago``, with the time itself below it: a telephone has nothing to hover with."""
     return Markup('{}<span class="at">{:%Y-%m-%d %H:%M}</span>').format(ago(moment), moment.astimezone(dt.UTC))
 
 
