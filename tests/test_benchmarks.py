@@ -28,7 +28,7 @@ PRINTED = {  # of each table the last line, and whatever may be left out
     "opening.py": ["| beside apply and the opening balances |"],
     "cpu.py": ["| floor, psycopg ", "| consume, SQLAlchemy ", "| consume replayed, SQLAlchemy "],
     "ledger.py": [
-        "| 16 connections, one account |",
+        "16 connections, one account",
         "through PgBouncer",
         "| consume_many, 8,000 a ",
         "| asyncio tasks |",

@@ -67,8 +67,8 @@ def test_what_gathers_goes_out_together_and_each_gets_its_own(world: World, comb
     assert [row.balance_after for row in rows] == [9, 8, 7, 6, 5, 4, 3, 0]
     assert isinstance(refused.exception(PATIENCE_S), InsufficientCredits)
     assert isinstance(nobody.exception(PATIENCE_S), UnknownUser)
-    # one transaction, for now() is when that began; what follows the refused one had to wait for its refusal
-    assert len({row.created_at for row in rows[1:7]}) == 1
+    # now() is when a transaction began: one for all that had gathered, and a second for what came while it was sent
+    assert len({row.created_at for row in rows[1:7]}) <= 2
 
 
 def test_threads(world: World, combiner: Combiner) -> None:

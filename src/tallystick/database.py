@@ -129,7 +129,7 @@ def _is_drivers(error: BaseException) -> bool:
     )
 
 
-def _meaning(  # noqa: PLR0911 - a table of meanings
+def _meaning(  # noqa: C901, PLR0911 - a table of meanings
     error: Exception, *, connecting: bool
 ) -> DatabaseError | NotMigrated | None:
     """The error of ours that this one stands for; None where it is the host's own, or no driver's."""
@@ -143,6 +143,8 @@ def _meaning(  # noqa: PLR0911 - a table of meanings
     lost = getattr(error, "connection_invalidated", False) or (state is None and _has_no_answer(error))
     if state == "23505" and not _is_ours(error):
         return None  # of a trigger of the host's
+    if state == "42804" and "return row" in text:
+        return Conflict(f"the functions were replaced under this call: {text}. Make it again", sqlstate=state)
     if found := _MEANINGS.get(state or ""):
         meaning, message = found
         return meaning(message.format(text), sqlstate=state)

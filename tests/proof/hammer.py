@@ -38,7 +38,7 @@ import sqlalchemy as sa
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import node_packages
-from doors import (
+from clients import (
     AUTOCOMMIT,
     LEVELS,
     PATIENCE_S,

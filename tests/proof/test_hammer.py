@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from doors import Wish, facts
+from clients import Wish, facts
 from hammer import CREWS, SINGLE, WRITES, Asked, Plan, Told, contradictions, hammer
 from servers import pg_bin
 

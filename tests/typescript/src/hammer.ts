@@ -4,7 +4,7 @@
 // driver is a batch. Questions are put as they come, many at a time.
 
 import { createInterface } from "node:readline";
-import { neon, neonConfig } from "@neondatabase/serverless";
+import { neon, neonConfig, type NeonQueryPromise } from "@neondatabase/serverless";
 import pg from "pg";
 import { neonDouble } from "./neon_double.ts";
 import { tallystick, type Query, type Tallystick } from "./tallystick.ts";
@@ -52,10 +52,10 @@ async function transaction(level: string, calls: Wish[][]): Promise<unknown[]> {
 
 /** Each call's statement is kept until all are there, and goes with them. */
 async function batch(level: string, calls: Wish[][]): Promise<unknown[]> {
-  const statements: ReturnType<typeof sql.query>[] = [];
+  const statements: NeonQueryPromise<false, false>[] = [];
   const told: ((rows: unknown) => void)[] = [];
   const query: Query = (text, params) => {
-    statements.push(sql.query(text, params));
+    statements.push(sql.query(text, params) as NeonQueryPromise<false, false>);
     return new Promise((resolve) => told.push(resolve));
   };
   const answers = calls.map((call) => put(tallystick(query), call));

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +251,8 @@ def test_a_body_that_takes_too_long(site: Site, monkeypatch: pytest.MonkeyPatch,
         "server": ("testserver", 80), "client": ("127.0.0.1", 1),
         "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
     }  # fmt: skip
-    asyncio.run(site.app(scope, _trickle, send))
+    with ThreadPoolExecutor(1) as other:  # a browser that is open in this thread has its own event loop
+        other.submit(asyncio.run, site.app(scope, _trickle, send)).result(60)
     assert sent[0]["status"] == 408, sent
     assert json.loads(sent[1]["body"])["detail"] == "It did not arrive whole, and nothing was changed. Send it again."
 

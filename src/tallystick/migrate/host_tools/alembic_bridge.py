@@ -201,5 +201,5 @@ def _inside(statements: Sequence[Composable]) -> Iterator[sa.TextClause]:
 
 
 def _text(statement: Composable) -> sa.TextClause:
-    # a colon before a word would be a parameter
-    return sa.text(re.sub(r"(?<!:):(?=\w)", r"\\:", text([statement])))
+    # what SQLAlchemy takes for a parameter, and nothing else: it would leave any other backslash where it is
+    return sa.text(re.sub(r"(?<![:\w\\]):([\w$]+)(?![:\w$])", r"\\:\1", text([statement])))
