@@ -15,7 +15,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from servers import FAST, FOLDER_PREFIX, pg_bin, scratch_root
+from servers import FAST, FOLDER_PREFIX, major, pg_bin, scratch_root
 from tallystick import Config, migrate
 from tallystick.dev.postgres import Server
 from tallystick.errors import DevServerError
@@ -56,6 +56,29 @@ def _failed_if_skipped(config: pytest.Config, report: Any) -> Any:
     if report.skipped and config.getoption("no_skips"):
         report.outcome, report.longrepr = "failed", f"skipped, with --no-skips: {report.longrepr}"
     return report
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what this PostgreSQL cannot have: nothing that somebody could install would bring it."""
+    older = [item for item in items if any(major() < mark.args[0] for mark in item.iter_markers("since"))]
+    if older:
+        config.hook.pytest_deselected(items=older)
+        items[:] = [item for item in items if item not in older]
+
+
+@pytest.fixture
+def needs_icu(server: Server) -> Callable[[], None]:
+    """Skips the test where the server knows no collation of ICU's, and so none that takes two keys for one."""
+
+    def check() -> None:
+        with psycopg.connect(server.url(driver="")) as conn:
+            if (
+                conn.execute("SELECT FROM pg_collation WHERE collprovider = 'i' AND collname <> 'unicode'").rowcount
+                == 0
+            ):
+                pytest.skip("the embedded PostgreSQL is built without ICU; Debian's has it (TALLYSTICK_TEST_PG=15)")
+
+    return check
 
 
 @pytest.fixture

@@ -7,10 +7,13 @@ own (``/usr/lib/postgresql/15/bin``, or the folder named by ``TALLYSTICK_TEST_PG
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from tallystick.dev.postgres import Server, find_binaries
@@ -32,6 +35,13 @@ def pg_bin() -> Path:
     if chosen == EMBEDDED:
         return find_binaries()
     return Path(os.environ.get("TALLYSTICK_TEST_PG_BIN", f"/usr/lib/postgresql/{chosen}/bin"))
+
+
+@cache
+def major() -> int:
+    """Of the PostgreSQL that the tests run on."""
+    said = subprocess.run([pg_bin() / "postgres", "--version"], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"\d+", said)[0])  # type: ignore[index]  # it says its version
 
 
 def scratch_root() -> Path:

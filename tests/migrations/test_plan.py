@@ -133,9 +133,8 @@ def test_prepared_stars_and_replicas_are_named(scratch: Path, server: Server) ->
         assert any(part in text for text in stars)
 
 
+@pytest.mark.since(15)
 def test_a_publication_with_a_list_of_columns_is_not_in_the_way(app: App) -> None:
-    if int(app.value("SHOW server_version_num")) < 150000:
-        pytest.skip("PostgreSQL 14 has no such lists")
     app.run("CREATE PUBLICATION p FOR TABLE users (id, email)", "CREATE PUBLICATION q FOR TABLES IN SCHEMA public")
     [warning] = [finding.text for finding in plan(app).findings if "publication" in finding.text]
     assert "The publication q sends new columns, and new tables too (public.credit_transactions)" in warning
@@ -230,9 +229,10 @@ def test_rules_that_rewrite_what_the_ledger_writes_are_named(app: App, does: str
     assert "DROP RULE keep ON public.users" in found.text
 
 
-def test_a_key_whose_collation_makes_two_keys_one_is_named(make_app: Callable[..., App]) -> None:
-    if not make_app().value("SELECT count(*) FROM pg_collation WHERE collprovider = 'i' AND collname LIKE 'de%%'"):
-        pytest.skip("this server was built without ICU; Debian's has it")
+def test_a_key_whose_collation_makes_two_keys_one_is_named(
+    needs_icu: Callable[[], None], make_app: Callable[..., App]
+) -> None:
+    needs_icu()
     app = make_app(
         """
         CREATE COLLATION folded (provider = icu, locale = 'und-u-ks-level2', deterministic = false);
