@@ -161,14 +161,7 @@ def apply(
         DatabaseUnavailable: also after 15 seconds in which the server was starting up or nobody answered.
         PermissionDenied, MigrationError: otherwise.
     """
-    with session(engine_of(database), waiting=_waking(progress)) as conn, _the_only_run(conn):
-        run = _Run(
-            conn,
-            config,
-            stall_budget_ms=stall_budget_ms,
-            give_up_after_s=give_up_after_s,
-            progress=progress,
-        )
+    with _alone(database, config, stall_budget_ms, give_up_after_s, progress) as run:
         return run.apply(two_transactions=two_transactions)
 
 
@@ -190,14 +183,7 @@ def undo(
     Raises:
         LedgerNotEmpty: the ledger has rows, and ``discard_ledger`` is False.
     """
-    with session(engine_of(database), waiting=_waking(progress)) as conn, _the_only_run(conn):
-        run = _Run(
-            conn,
-            config,
-            stall_budget_ms=stall_budget_ms,
-            give_up_after_s=give_up_after_s,
-            progress=progress,
-        )
+    with _alone(database, config, stall_budget_ms, give_up_after_s, progress) as run:
         return run.undo(to=to, discard_ledger=discard_ledger)
 
 
@@ -441,6 +427,19 @@ def _passing(error: psycopg.Error) -> bool:
 
 def _old(blockers: Sequence[Blocker]) -> list[Blocker]:
     return [blocker for blocker in blockers if blocker.age_ms >= OLD_MS]
+
+
+@contextmanager
+def _alone(
+    database: sa.Engine | str,
+    config: Config,
+    stall_budget_ms: int,
+    give_up_after_s: float,
+    progress: Callable[[Progress], None] | None,
+) -> Iterator[_Run]:
+    """A run on a connection of its own, beside no other run."""
+    with session(engine_of(database), waiting=_waking(progress)) as conn, _the_only_run(conn):
+        yield _Run(conn, config, stall_budget_ms=stall_budget_ms, give_up_after_s=give_up_after_s, progress=progress)
 
 
 @contextmanager

@@ -32,14 +32,11 @@ WORKSHOPS_COLUMNS = {
     "deleted_at": "timestamptz",
 }
 CUSTOMER_INDEX = "tallystick_users_stripe_customer_id"
-FOLLOWING = (
-    ("tallystick_new_balance", "INSERT", "NEW.{balance} < 0 OR NEW.{balance} % 1 <> 0"),
-    (
-        "tallystick_balance",
-        "UPDATE",
-        "NEW.{balance} IS DISTINCT FROM OLD.{balance} AND NEW.credit_sequence = OLD.credit_sequence",
-    ),
-)
+FOLLOWING = {
+    "tallystick_new_balance": "AFTER INSERT ON {users} FOR EACH ROW WHEN (NEW.{balance} < 0 OR NEW.{balance} % 1 <> 0)",
+    "tallystick_balance": "AFTER UPDATE ON {users} FOR EACH ROW"
+    " WHEN (NEW.{balance} IS DISTINCT FROM OLD.{balance} AND NEW.credit_sequence = OLD.credit_sequence)",
+}
 
 APPEND_ONLY = """
 CREATE FUNCTION tallystick.append_only() RETURNS trigger LANGUAGE plpgsql
@@ -388,11 +385,12 @@ def locked(host: Any) -> Iterator[Composable]:
         ).format(host.users.name)
     if host.adopts_balance:
         # what code of the app's from before writes is written into the ledger too; the ledger's own writes move both
-        for name, event, when in FOLLOWING:
-            yield SQL(
-                f"CREATE TRIGGER {name} AFTER {event} ON {{users}} FOR EACH ROW WHEN ({when})"
-                " EXECUTE FUNCTION tallystick.follow_balance()"
-            ).format(users=host.users.name, balance=host.users.balance)
+        for name, when in FOLLOWING.items():
+            yield (
+                SQL("CREATE TRIGGER {} ").format(Identifier(name))
+                + SQL(when).format(users=host.users.name, balance=host.users.balance)
+                + SQL(" EXECUTE FUNCTION tallystick.follow_balance()")
+            )
 
 
 def indexes(host: Any) -> dict[str, Composable]:
@@ -431,7 +429,7 @@ def undo(host: Any) -> Iterator[Composable]:
     if ("users", "updated_at") not in host.adopted:
         yield SQL("DROP TRIGGER IF EXISTS tallystick_updated_at ON {}").format(host.users.name)
     if host.adopts_balance:
-        for name, *_ in FOLLOWING:
+        for name in FOLLOWING:
             yield SQL("DROP TRIGGER IF EXISTS {} ON {}").format(Identifier(name), host.users.name)
     yield from host.drop_functions()
     yield SQL("DROP TABLE {}").format(_ledger(host))
