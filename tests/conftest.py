@@ -5,34 +5,22 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import time
 import uuid
 from collections.abc import Callable, Generator, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 
-from servers import FAST, FOLDER_PREFIX, major, pg_bin, scratch_root
+from servers import major, pg_bin
 from tallystick import Config, migrate
 from tallystick.dev.postgres import Server
-from tallystick.errors import DevServerError
+from tallystick.dev.throwaway import FOLDER_PREFIX, scratch_root, throwaway_server
 from worlds import SHAPES, World
 
 for inherited in ("TALLYSTICK_PG_BIN", "TALLYSTICK_HOME"):
     os.environ.pop(inherited, None)  # a developer's own choice is not what is tested
-
-
-def remove_leftovers(root: Path) -> None:
-    """Servers of test runs that were killed: nobody uses them, so each can be stopped."""
-    for folder in root.glob(f"{FOLDER_PREFIX}*"):
-        with suppress(FileNotFoundError, DevServerError):  # another run is as tidy
-            found = folder.stat()
-            old = time.time() - found.st_mtime > 3600
-            if old and found.st_uid == os.geteuid() and Server(folder, bin_dir=pg_bin()).stop():
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -93,14 +81,8 @@ def scratch() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     """One server for each process of the test run, so that xdist's workers share nothing."""
-    root = scratch_root()
-    remove_leftovers(root)
-    folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=root))
-    try:
-        with Server(folder, settings=FAST, bin_dir=pg_bin()) as running:
-            yield running
-    finally:
-        shutil.rmtree(folder)
+    with throwaway_server(bin_dir=pg_bin()) as running:
+        yield running
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Which PostgreSQL the tests run on, and where its files lie.
+"""Which PostgreSQL the tests run on.
 
 ``TALLYSTICK_TEST_PG`` chooses it: ``18`` (the default) is the embedded wheel, another number is the machine's
 own (``/usr/lib/postgresql/15/bin``, or the folder named by ``TALLYSTICK_TEST_PG_BIN``).
@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -19,15 +17,6 @@ from pathlib import Path
 from tallystick.dev.postgres import Server, find_binaries
 
 EMBEDDED = "18"
-FAST = {  # durability is not what these tests are about; the fault suite runs servers of its own
-    "fsync": "off",
-    "synchronous_commit": "off",
-    "full_page_writes": "off",
-    "max_connections": "200",
-    "max_wal_size": "256MB",
-}
-FOLDER_PREFIX = "tallystick-test-"
-ROOM_BYTES = 2 * 2**30
 
 
 def pg_bin() -> Path:
@@ -42,14 +31,6 @@ def major() -> int:
     """Of the PostgreSQL that the tests run on."""
     said = subprocess.run([pg_bin() / "postgres", "--version"], capture_output=True, text=True, check=True).stdout
     return int(re.search(r"\d+", said)[0])  # type: ignore[index]  # it says its version
-
-
-def scratch_root() -> Path:
-    """Memory where there is enough of it, else the temporary folder; open to the account root's server needs."""
-    memory = Path("/dev/shm")
-    if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > ROOM_BYTES:
-        return memory
-    return Path(tempfile.gettempdir())
 
 
 @contextmanager

@@ -11,9 +11,10 @@ import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from servers import FAST, pg_bin
+from servers import pg_bin
 from tallystick import CreditTransaction, migrate
 from tallystick.dev.postgres import Server
+from tallystick.dev.throwaway import FAST
 from tallystick.errors import (
     IdempotencyKeyReused,
     InsufficientCredits,

@@ -12,9 +12,10 @@ import psycopg
 import pytest
 from hosts import HOSTS, App
 
-from servers import FAST, standby_of
+from servers import standby_of
 from tallystick import Config, Ledger, migrate
 from tallystick.dev.postgres import Server
+from tallystick.dev.throwaway import FAST
 from tallystick.errors import SchemaError
 
 

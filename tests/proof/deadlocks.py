@@ -24,10 +24,10 @@ import sqlalchemy as sa
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from servers import FAST
 from tallystick import HostMapping, UsersTable, WorkshopsTable, migrate
 from tallystick.audit import audit
 from tallystick.dev.postgres import Server
+from tallystick.dev.throwaway import FAST
 from worlds import World
 
 HOST = HostMapping(

@@ -23,10 +23,11 @@ import sqlalchemy as sa
 from sqlalchemy import exc
 
 from crowd import PATIENCE_S, books_balance, waiting_for_a_lock
-from servers import FOLDER_PREFIX, pg_bin
+from servers import pg_bin
 from tallystick import Consume, CreditTransaction, migrate
 from tallystick.database import connect, transaction
 from tallystick.dev.postgres import Server
+from tallystick.dev.throwaway import FOLDER_PREFIX
 from tallystick.errors import Conflict, DatabaseError, DatabaseUnavailable, Key, OutcomeUnknown
 from worlds import SHAPES, World
 

@@ -14,27 +14,24 @@ from __future__ import annotations
 
 import datetime as dt
 import difflib
-import hashlib
 import ipaddress
 import os
-import uuid
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import sqlalchemy as sa
 from psycopg import sql
-from sqlalchemy.dialects import postgresql as pg
-from sqlalchemy.exc import DBAPIError, SAWarning
+from sqlalchemy.exc import DBAPIError
 from uuid_utils.compat import uuid7
 
 from tallystick.accounts import Accounts
-from tallystick.config import Config, Pack, UsersTable, WorkshopsTable
+from tallystick.config import Config, Pack
 from tallystick.database import translated
+from tallystick.dev.host_tables import HostFault, HostRow, HostTables
 from tallystick.errors import InvalidArgument, Key, PermissionDenied, SeedImpossible, SeedRefused, shown
 from tallystick.ledger import CreditTransaction, Ledger
 from tallystick.schema import LEDGER, TRIGGERS, Schema, migration_log, verify
@@ -45,15 +42,11 @@ DEFAULT_PACKS = (
 )
 """On sale where the configuration names no packs."""
 
-INTEGER_KEYS_FROM = -2_000_000_000
-"""Integer keys of users and workshops: a thousand below this for each scenario, far from any sequence."""
-
 ENVIRONMENT_VARIABLES = ("TALLYSTICK_ENV", "APP_ENV", "NODE_ENV", "RAILS_ENV", "VERCEL_ENV", "ENVIRONMENT")
 MANY_USERS = 1_000
 
-_NAMESPACE = uuid.UUID("5eed7a11-0000-5000-8000-000000000000")
-_KEYS_PER_SCENARIO = 1_000
-_TURN = int.from_bytes(_NAMESPACE.bytes[:8], signed=True)
+_ROWS_PER_SCENARIO = 1_000
+_TURN = 0x5EED7A1100005000
 _RESET_LOCK_TIMEOUT = "5s"
 
 Bind = sa.Engine | sa.Connection
@@ -120,31 +113,27 @@ class Scenario:
             return "host.workshops.created_at is not mapped"
         return None
 
+    def row(self, number: int = 0, text: str | None = None) -> HostRow:
+        """The row of the scenario's user, or of its workshop ``number``, from 1."""
+        label = f"seed_{self.name}_{number}" if number else f"seed_{self.name}"
+        shown = self.name.replace("_", " ").capitalize() if text is None else text
+        return HostRow(label, self.number * _ROWS_PER_SCENARIO + number, shown)
+
     def user_key(self, schema: Schema) -> Key:
         """The key of the scenario's user."""
-        return self._key(schema.host.users.key_type, "user", 0)
+        return self.row().key(schema.host.users.key_type, "user")
 
     def workshop_key(self, schema: Schema, number: int) -> Key:
         """The key of the scenario's workshop ``number``, from 1."""
         if schema.host.workshops is None or not 1 <= number <= self.workshops:
             raise AssertionError(f"scenario {self.name} has no workshop {number}")
-        return self._key(schema.host.workshops.key_type, "workshop", number)
+        return self.row(number).key(schema.host.workshops.key_type, "workshop")
 
     def workshop_keys(self, schema: Schema) -> list[Key]:
         """The keys of all workshops that the scenario may have made."""
         if schema.workshops is None:
             return []
         return [self.workshop_key(schema, number) for number in range(1, self.workshops + 1)]
-
-    def _key(self, key_type: str, kind: str, number: int) -> Key:
-        text = f"seed_{self.name}_{number}" if number else f"seed_{self.name}"
-        match key_type:
-            case "uuid":
-                return uuid.uuid5(_NAMESPACE, f"{kind}:{text}")
-            case "text" | "char" | "citext":
-                return text
-            case _:
-                return INTEGER_KEYS_FROM - self.number * _KEYS_PER_SCENARIO - number
 
 
 @translated()
@@ -175,10 +164,10 @@ def seed(
         verify(conn, config.host)
         if not force_production:
             _refuse_production(conn, schema, environ, "tallystick seed --force-production")
-        host = _HostTables(conn, schema)
+        host = HostTables(conn, schema)
         present = _present(conn, schema, chosen)
         if any(scenario.name not in present and scenario.unmet(schema) is None for scenario in chosen):
-            host.rehearse(conn)
+            _rehearse(conn, host)
     ledger = Ledger(config)
     done = []
     for scenario in chosen:
@@ -278,7 +267,7 @@ def _present(conn: sa.Connection, schema: Schema, chosen: Sequence[Scenario]) ->
     return {by_key[found] for found in conn.scalars(sa.select(key).where(key.in_(by_key)))}
 
 
-def _seed_one(bind: Bind, ledger: Ledger, host: _HostTables, scenario: Scenario) -> Seeded:
+def _seed_one(bind: Bind, ledger: Ledger, host: HostTables, scenario: Scenario) -> Seeded:
     schema = host.schema
     user = scenario.user_key(schema)
     unmet = scenario.unmet(schema)
@@ -287,11 +276,23 @@ def _seed_one(bind: Bind, ledger: Ledger, host: _HostTables, scenario: Scenario)
     with host.obeyed(), _transaction(bind) as conn:
         outcome = ScenarioOutcome.UNCHANGED
         if not _present(conn, schema, [scenario]):
-            host.insert_user(conn, scenario)
+            host.insert_user(conn, scenario.row(), key=user)
             scenario.tell(_Story(conn, ledger, host, scenario))
             outcome = ScenarioOutcome.CREATED
         balance = ledger.balance(conn, user)
     return Seeded(scenario=scenario.name, user=user, balance=balance, outcome=outcome)
+
+
+def _rehearse(conn: sa.Connection, host: HostTables) -> None:
+    """Add one row to each table and take it back: what the host refuses is known before anything is written."""
+    with host.obeyed(), conn.begin_nested() as savepoint:
+        row = HostRow("seed_rehearsal", 0, "Rehearsal")
+        user = host.insert_user(conn, row, key=row.key(host.schema.host.users.key_type, "user"))
+        if host.schema.host.workshops is not None:
+            key = row.key(host.schema.host.workshops.key_type, "workshop")
+            host.insert_workshop(conn, row, owner=user, key=key, created_at=None)
+        conn.execute(sa.text("SET CONSTRAINTS ALL IMMEDIATE"))
+        savepoint.rollback()
 
 
 # --- development, or not ---
@@ -389,7 +390,7 @@ def _removing() -> Iterator[None]:
     try:
         yield
     except DBAPIError as error:
-        fault = _Fault.of(error)
+        fault = HostFault.of(error)
         if fault is None:
             raise
         raise SeedImpossible(
@@ -401,289 +402,6 @@ def _removing() -> Iterator[None]:
         ) from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Fault:
-    """A refusal by a rule of the host: a constraint, a type, or a trigger that raises."""
-
-    table: str
-    column: str | None
-    constraint: str | None
-    said: str
-
-    @staticmethod
-    def of(error: DBAPIError) -> _Fault | None:
-        """None when it is not about the values."""
-        state = getattr(error.orig, "sqlstate", None) or ""
-        if state[:2] not in ("22", "23") and state != "P0001":
-            return None
-        said = getattr(error.orig, "diag")  # noqa: B009 - psycopg's, where there is an sqlstate
-        table = ".".join(part for part in (said.schema_name, said.table_name) if part)
-        text = f"{said.message_primary} ({said.message_detail})" if said.message_detail else said.message_primary
-        return _Fault(table or "the host's tables", said.column_name, said.constraint_name, text)
-
-
-# --- rows of the host ---
-
-
-class _HostTables:
-    """Adds users and workshops to tables whose other columns are the host's business."""
-
-    def __init__(self, conn: sa.Connection, schema: Schema) -> None:
-        self.schema = schema
-        users, workshops = schema.host.users, schema.host.workshops
-        self.users = _HostTable(conn, users, {users.key, users.email or users.key}, None)
-        self.workshops: _HostTable | None = None
-        if workshops is not None:
-            given = {workshops.key, workshops.owner, workshops.title, workshops.created_at}
-            self.workshops = _HostTable(conn, workshops, {name for name in given if name}, schema.users)
-
-    def insert_user(self, conn: sa.Connection, scenario: Scenario) -> None:
-        """Add the scenario's user."""
-        names = self.schema.host.users
-        label = f"seed_{scenario.name}"
-        values = {names.key: scenario.user_key(self.schema)}
-        if names.email:
-            values[names.email] = self.users.fitted(names.email, f"{label}@example.com")
-        text = scenario.name.replace("_", " ").capitalize()
-        row = self.users.row(conn, _Row(label, scenario.number * _KEYS_PER_SCENARIO, text), values, None)
-        self.users.insert(conn, [row])
-
-    def insert_workshops(
-        self,
-        conn: sa.Connection,
-        scenario: Scenario,
-        titles: Sequence[str],
-        *,
-        first: int,
-        created_at: dt.datetime | None,
-    ) -> list[Key]:
-        """Add workshops ``first``, ``first + 1``, … of the scenario, in this order."""
-        names, table = self.schema.host.workshops, self.workshops
-        if names is None or table is None:
-            raise AssertionError("this host has no workshops table")
-        rows = []
-        user = scenario.user_key(self.schema)
-        for number, title in enumerate(titles, first):
-            values = {names.key: scenario.workshop_key(self.schema, number), names.owner: user}
-            if names.title:
-                values[names.title] = table.fitted(names.title, title, cut=True)
-            if names.created_at:
-                values[names.created_at] = _moment(table.types[names.created_at], created_at or dt.datetime.now(dt.UTC))
-            row = _Row(f"seed_{scenario.name}_{number}", scenario.number * _KEYS_PER_SCENARIO + number, title)
-            rows.append(table.row(conn, row, values, user))
-        table.insert(conn, rows)
-        return [row[names.key] for row in rows]
-
-    def rehearse(self, conn: sa.Connection) -> None:
-        """Add one row to each table and take it back: what the host refuses is known before anything is written."""
-        with self.obeyed(), conn.begin_nested() as savepoint:
-            self.insert_user(conn, _REHEARSAL)
-            if self.workshops is not None:
-                self.insert_workshops(conn, _REHEARSAL, ["Rehearsal"], first=1, created_at=None)
-            conn.execute(sa.text("SET CONSTRAINTS ALL IMMEDIATE"))
-            savepoint.rollback()
-
-    @contextmanager
-    def obeyed(self) -> Iterator[None]:
-        """Raise what the host's rules refuse as SeedImpossible."""
-        try:
-            yield
-        except DBAPIError as error:
-            fault = _Fault.of(error)
-            if fault is None:
-                raise
-            raise SeedImpossible(
-                f"{fault.table} does not take the seed's row: {fault.said}. Nothing was written of it. "
-                "Give the column a DEFAULT that the rule accepts, and the seed leaves it alone; if the row is left "
-                "over from an earlier seed, run: tallystick seed --reset",
-                table=fault.table,
-                column=fault.column,
-                constraint=fault.constraint,
-            ) from error
-
-
-class _HostTable:
-    """One table: the columns that must be given, each with a way to make a value for it.
-
-    ``given`` are the mapped columns; ``owner`` is the table of users, where each row belongs to one.
-    """
-
-    def __init__(
-        self, conn: sa.Connection, names: UsersTable | WorkshopsTable, given: set[str], owner: sa.Table | None
-    ) -> None:
-        inspector = sa.inspect(conn)
-        self.shown = f"{names.schema}.{names.table}"
-        self.owner = owner
-        where: Mapping[str, Any] = {"table_name": names.table, "schema": names.schema}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SAWarning)  # of types it does not know; where it matters, we say so
-            columns = inspector.get_columns(**where)
-        self.types: dict[str, sa.types.TypeEngine[Any]] = {column["name"]: column["type"] for column in columns}
-        self.table = sa.table(
-            names.table, *(sa.column(name, kind) for name, kind in self.types.items()), schema=names.schema
-        )
-        self.unique = _unique_columns(inspector, where)
-        required = {column["name"] for column in columns if _must_be_given(column)} - given
-        self.references: list[Any] = [
-            {**key, "referred_schema": key["referred_schema"] or inspector.default_schema_name}
-            for key in inspector.get_foreign_keys(**where)
-            if required & set(key["constrained_columns"])
-        ]
-        self.referred: dict[str, Any] = {}
-        for key in self.references:
-            if not self._refers_to_owner(key):
-                self.referred |= self._referred(conn, key, None)
-            required -= set(key["constrained_columns"])
-        self.required = sorted(required)
-        for name in self.required:
-            if _Row("", 0, "").value(self.types[name], name, unique=False) is None:
-                raise SeedImpossible(
-                    f"{self.shown}.{name} is NOT NULL without a default, and the seed has no value for its type "
-                    f"({self.types[name]!r}). Nothing was written. Give it one: ALTER TABLE {self.shown} "
-                    f"ALTER COLUMN {name} SET DEFAULT …",
-                    table=self.shown,
-                    column=name,
-                    constraint=None,
-                )
-
-    def row(self, conn: sa.Connection, row: _Row, values: Mapping[str, Any], user: Key | None) -> dict[str, Any]:
-        """A whole row around ``values``; ``user`` owns it, where rows have an owner."""
-        made = dict(self.referred)
-        for key in self.references:
-            if self._refers_to_owner(key):
-                made |= self._referred(conn, key, user)
-        for name in self.required:
-            made[name] = row.value(self.types[name], name, unique=name in self.unique)
-        return made | dict(values)
-
-    def insert(self, conn: sa.Connection, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add whole rows, all of the same columns."""
-        names = {f"given_{number}": name for number, name in enumerate(rows[0])}
-        # for keys that are GENERATED ALWAYS AS IDENTITY; to others it is nothing
-        places = ", ".join(f":{given}" for given in names)
-        values = sa.text("OVERRIDING SYSTEM VALUE VALUES (" + places + ")").bindparams(
-            *(sa.bindparam(given, type_=self.types[name]) for given, name in names.items())
-        )
-        statement = sa.insert(self.table).from_select(list(names.values()), values.columns())
-        conn.execute(statement, [{given: row[name] for given, name in names.items()} for row in rows])
-
-    def fitted(self, column: str, text: str, *, cut: bool = False) -> str:
-        """``text``, within the length of ``column``."""
-        return _fit(self.types[column], text, cut=cut)
-
-    def _refers_to_owner(self, key: Any) -> bool:
-        owner = self.owner
-        return owner is not None and (key["referred_schema"], key["referred_table"]) == (owner.schema, owner.name)
-
-    def _referred(self, conn: sa.Connection, key: Any, user: Key | None) -> dict[str, Any]:
-        """Values for a foreign key: those of the owner's row, or of the first row that there is."""
-        there = sa.table(key["referred_table"], *map(sa.column, key["referred_columns"]), schema=key["referred_schema"])
-        found = sa.select(*there.c).order_by(*there.c).limit(1)
-        if user is not None and self.owner is not None:
-            name = self.owner.c.key.name
-            found = found.where(sa.column(name, self.owner.c.key.type) == user)
-        row = conn.execute(found).one_or_none()
-        if row is None:
-            table = f"{key['referred_schema']}.{key['referred_table']}"
-            raise SeedImpossible(
-                f"{self.shown}.{', '.join(key['constrained_columns'])} must refer to a row of {table}, and there is "
-                f"none. Nothing was written. Insert one row into {table} first",
-                table=self.shown,
-                column=key["constrained_columns"][0],
-                constraint=key["name"],
-            )
-        return dict(zip(key["constrained_columns"], row, strict=True))
-
-
-def _must_be_given(column: Any) -> bool:
-    kind = column["type"]
-    not_null, default = not column["nullable"], column["default"]
-    if isinstance(kind, pg.DOMAIN):
-        not_null, default = not_null or bool(kind.not_null), default or kind.default
-    return not_null and default is None and not column.get("computed") and not column.get("identity")
-
-
-def _unique_columns(inspector: sa.Inspector, where: Mapping[str, Any]) -> set[str]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SAWarning)  # of index features that do not matter here
-        indexes = [index["column_names"] for index in inspector.get_indexes(**where) if index["unique"]]
-    indexes.append([*inspector.get_pk_constraint(**where)["constrained_columns"]])
-    return {name for names in indexes for name in names if name is not None}
-
-
-_CONSTANTS: tuple[tuple[type[sa.types.TypeEngine[Any]], Any], ...] = (
-    (sa.ARRAY, []),
-    (sa.JSON, {}),
-    (sa.Boolean, False),
-    (sa.Interval, dt.timedelta(hours=1)),
-    (pg.INTERVAL, dt.timedelta(hours=1)),
-    (pg.INET, ipaddress.ip_address("127.0.0.1")),
-    (pg.CIDR, ipaddress.ip_network("127.0.0.0/8")),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """The values of a row's unmapped columns: ``label`` and ``number`` are its alone, ``text`` is for people."""
-
-    label: str
-    number: int
-    text: str
-
-    def value(self, kind: sa.types.TypeEngine[Any], column: str, *, unique: bool) -> Any:
-        """A plausible value of a type, always the same for the same row; None for a type that is not known."""
-        made: Any = next((constant for known, constant in _CONSTANTS if isinstance(kind, known)), None)
-        match kind:
-            case pg.DOMAIN():
-                made = self.value(kind.data_type, column, unique=unique)
-            case sa.Enum():
-                made = next(iter(kind.enums), None)
-            case sa.Uuid():
-                made = uuid.uuid5(_NAMESPACE, f"{column}:{self.label}")
-            case sa.DateTime() | sa.Date() | sa.Time():
-                made = _moment(kind, dt.datetime.now(dt.UTC))
-            case sa.Integer() | sa.Numeric() | sa.Float():
-                made = self._number(kind, unique=unique)
-            case sa.String():
-                made = self._words(kind, column.lower(), unique=unique)
-            case sa.LargeBinary():
-                made = self.label.encode()
-        return made
-
-    def _number(self, kind: sa.types.TypeEngine[Any], *, unique: bool) -> int:
-        if unique:
-            return -INTEGER_KEYS_FROM + self.number
-        fraction = isinstance(kind, sa.Numeric) and kind.precision is not None and kind.precision == kind.scale
-        return 0 if fraction else 1  # numeric(3, 3) holds no 1
-
-    def _words(self, kind: sa.String, column: str, *, unique: bool) -> str:
-        if "email" in column:
-            return _fit(kind, f"{self.label}@example.com")
-        if "name" in column and not unique:
-            return _fit(kind, self.text, cut=True)
-        return _fit(kind, self.label)
-
-
-def _moment(kind: sa.types.TypeEngine[Any], moment: dt.datetime) -> Any:
-    """``moment`` (UTC) for a column; one without a time zone holds UTC, by custom."""
-    match kind:
-        case sa.Date():
-            return moment.date()
-        case sa.Time():
-            return moment.timetz() if kind.timezone else moment.time()
-        case sa.DateTime() if not kind.timezone:
-            return moment.replace(tzinfo=None)
-    return moment
-
-
-def _fit(kind: sa.types.TypeEngine[Any], text: str, *, cut: bool = False) -> str:
-    """``text`` in the length of its type; what must stay unlike all others becomes a digest of itself."""
-    longest = kind.length if isinstance(kind, sa.String) else None
-    if longest is None or len(text) <= longest:
-        return text
-    return text[:longest] if cut else hashlib.sha256(text.encode()).hexdigest()[:longest]
-
-
 # --- telling a story ---
 
 
@@ -693,7 +411,7 @@ class _Story:
     Each act's idempotency key, and each purchase's Stripe names, are the scenario's name and a count.
     """
 
-    def __init__(self, conn: sa.Connection, ledger: Ledger, host: _HostTables, scenario: Scenario) -> None:
+    def __init__(self, conn: sa.Connection, ledger: Ledger, host: HostTables, scenario: Scenario) -> None:
         self.conn, self.ledger, self.host, self.scenario = conn, ledger, host, scenario
         self.config, self.accounts = ledger.config, Accounts(ledger.config)
         self.schema = host.schema
@@ -786,7 +504,16 @@ class _Story:
         if self.schema.workshops is None:
             return []
         first, self._workshops = self._workshops + 1, self._workshops + len(titles)
-        return self.host.insert_workshops(self.conn, self.scenario, titles, first=first, created_at=created_at)
+        return [
+            self.host.insert_workshop(
+                self.conn,
+                self.scenario.row(number, title),
+                owner=self.user,
+                key=self.scenario.workshop_key(self.schema, number),
+                created_at=created_at,
+            )
+            for number, title in enumerate(titles, first)
+        ]
 
     def unlock(self, workshop: Key) -> None:
         """Spend a credit on a workshop."""
@@ -819,9 +546,6 @@ def _scenario(
         return tell
 
     return register
-
-
-_REHEARSAL = Scenario(name="rehearsal", description="", number=0, workshops=1, needs=None, tell=lambda _story: None)
 
 
 @_scenario(1)

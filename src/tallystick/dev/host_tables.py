@@ -1,0 +1,308 @@
+"""Rows of users and workshops in an app's own tables, whose other columns are the app's business.
+
+A column that must be given is given a plausible value of its type, so that nobody has to say one.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import ipaddress
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql as pg
+from sqlalchemy.exc import DBAPIError, SAWarning
+
+from tallystick.config import UsersTable, WorkshopsTable
+from tallystick.errors import Key, SeedImpossible
+from tallystick.schema import Schema
+
+INTEGER_KEYS_FROM = -2_000_000_000
+"""Integer keys of users and workshops begin below this, far from any sequence."""
+
+_NAMESPACE = uuid.UUID("5eed7a11-0000-5000-8000-000000000000")
+
+
+@dataclass(frozen=True, slots=True)
+class HostFault:
+    """A refusal by a rule of the host: a constraint, a type, or a trigger that raises."""
+
+    table: str
+    column: str | None
+    constraint: str | None
+    said: str
+
+    @staticmethod
+    def of(error: DBAPIError) -> HostFault | None:
+        """None when it is not about the values."""
+        state = getattr(error.orig, "sqlstate", None) or ""
+        if state[:2] not in ("22", "23") and state != "P0001":
+            return None
+        said = getattr(error.orig, "diag")  # noqa: B009 - psycopg's, where there is an sqlstate
+        table = ".".join(part for part in (said.schema_name, said.table_name) if part)
+        text = f"{said.message_primary} ({said.message_detail})" if said.message_detail else said.message_primary
+        return HostFault(table or "the host's tables", said.column_name, said.constraint_name, text)
+
+
+@dataclass(frozen=True, slots=True)
+class HostRow:
+    """A row to be made: ``label`` and ``number`` are its alone, ``text`` is for people."""
+
+    label: str
+    number: int
+    text: str
+
+    def key(self, key_type: str, kind: Literal["user", "workshop"]) -> Key:
+        """The row's key, always the same for the same row."""
+        match key_type:
+            case "uuid":
+                return uuid.uuid5(_NAMESPACE, f"{kind}:{self.label}")
+            case "text" | "char" | "citext":
+                return self.label
+            case _:
+                return INTEGER_KEYS_FROM - self.number
+
+    def value(self, kind: sa.types.TypeEngine[Any], column: str, *, unique: bool) -> Any:
+        """A plausible value of a type, always the same for the same row; None for a type that is not known."""
+        made: Any = next((constant for known, constant in _CONSTANTS if isinstance(kind, known)), None)
+        match kind:
+            case pg.DOMAIN():
+                made = self.value(kind.data_type, column, unique=unique)
+            case sa.Enum():
+                made = next(iter(kind.enums), None)
+            case sa.Uuid():
+                made = uuid.uuid5(_NAMESPACE, f"{column}:{self.label}")
+            case sa.DateTime() | sa.Date() | sa.Time():
+                made = _moment(kind, dt.datetime.now(dt.UTC))
+            case sa.Integer() | sa.Numeric() | sa.Float():
+                made = self._number(kind, unique=unique)
+            case sa.String():
+                made = self._words(kind, column.lower(), unique=unique)
+            case sa.LargeBinary():
+                made = self.label.encode()
+        return made
+
+    def _number(self, kind: sa.types.TypeEngine[Any], *, unique: bool) -> int:
+        if unique:
+            return -INTEGER_KEYS_FROM + self.number
+        fraction = isinstance(kind, sa.Numeric) and kind.precision is not None and kind.precision == kind.scale
+        return 0 if fraction else 1  # numeric(3, 3) holds no 1
+
+    def _words(self, kind: sa.String, column: str, *, unique: bool) -> str:
+        if "email" in column:
+            return _fit(kind, f"{self.label}@example.com")
+        if "name" in column and not unique:
+            return _fit(kind, self.text, cut=True)
+        return _fit(kind, self.label)
+
+
+class HostTables:
+    """Adds users and workshops to the tables of an app."""
+
+    def __init__(self, conn: sa.Connection, schema: Schema) -> None:
+        self.schema = schema
+        users, workshops = schema.host.users, schema.host.workshops
+        self.users = _HostTable(conn, users, {users.key, users.email or users.key}, None)
+        self.workshops: _HostTable | None = None
+        if workshops is not None:
+            given = {workshops.key, workshops.owner, workshops.title, workshops.created_at}
+            self.workshops = _HostTable(conn, workshops, {name for name in given if name}, schema.users)
+
+    def insert_user(self, conn: sa.Connection, row: HostRow, *, key: Key | None) -> Key:
+        """Add a user, under ``key`` or, with None, under the one that the column's default gives, else the row's."""
+        names = self.schema.host.users
+        values = self._keyed(self.users, row.key(names.key_type, "user"), key)
+        if names.email:
+            values[names.email] = self.users.fitted(names.email, f"{row.label}@example.com")
+        return self.users.insert(conn, self.users.row(conn, row, values, None))
+
+    def insert_workshop(
+        self, conn: sa.Connection, row: HostRow, *, owner: Key, key: Key | None, created_at: dt.datetime | None
+    ) -> Key:
+        """Add a workshop of ``owner`` with the row's text as its title; ``key`` as for users, ``created_at`` now."""
+        names, table = self.schema.host.workshops, self.workshops
+        if names is None or table is None:
+            raise AssertionError("this host has no workshops table")
+        values = self._keyed(table, row.key(names.key_type, "workshop"), key) | {names.owner: owner}
+        if names.title:
+            values[names.title] = table.fitted(names.title, row.text, cut=True)
+        if names.created_at:
+            values[names.created_at] = _moment(table.types[names.created_at], created_at or dt.datetime.now(dt.UTC))
+        return table.insert(conn, table.row(conn, row, values, owner))
+
+    @staticmethod
+    def _keyed(table: _HostTable, made: Key, key: Key | None) -> dict[str, Any]:
+        if key is None and table.key_has_default:
+            return {}
+        return {table.key: made if key is None else key}
+
+    @contextmanager
+    def obeyed(self) -> Iterator[None]:
+        """Raise what the host's rules refuse as SeedImpossible."""
+        try:
+            yield
+        except DBAPIError as error:
+            fault = HostFault.of(error)
+            if fault is None:
+                raise
+            raise SeedImpossible(
+                f"{fault.table} does not take the row made for it: {fault.said}. Nothing was written of it. "
+                "Give the column a DEFAULT that the rule accepts, and it is left alone; if the row is left "
+                "over from an earlier seed, run: tallystick seed --reset",
+                table=fault.table,
+                column=fault.column,
+                constraint=fault.constraint,
+            ) from error
+
+
+class _HostTable:
+    """One table: the columns that must be given, each with a way to make a value for it.
+
+    ``given`` are the mapped columns; ``owner`` is the table of users, where each row belongs to one.
+    """
+
+    def __init__(
+        self, conn: sa.Connection, names: UsersTable | WorkshopsTable, given: set[str], owner: sa.Table | None
+    ) -> None:
+        inspector = sa.inspect(conn)
+        self.shown = f"{names.schema}.{names.table}"
+        self.owner = owner
+        where: Mapping[str, Any] = {"table_name": names.table, "schema": names.schema}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SAWarning)  # of types it does not know; where it matters, we say so
+            columns = inspector.get_columns(**where)
+        self.key = names.key
+        self.key_has_default = not any(c["name"] == names.key and _must_be_given(c) for c in columns)
+        self.types: dict[str, sa.types.TypeEngine[Any]] = {column["name"]: column["type"] for column in columns}
+        self.table = sa.table(
+            names.table, *(sa.column(name, kind) for name, kind in self.types.items()), schema=names.schema
+        )
+        self.unique = _unique_columns(inspector, where)
+        required = {column["name"] for column in columns if _must_be_given(column)} - given
+        self.references: list[Any] = [
+            {**key, "referred_schema": key["referred_schema"] or inspector.default_schema_name}
+            for key in inspector.get_foreign_keys(**where)
+            if required & set(key["constrained_columns"])
+        ]
+        self.referred: dict[str, Any] = {}
+        for key in self.references:
+            if not self._refers_to_owner(key):
+                self.referred |= self._referred(conn, key, None)
+            required -= set(key["constrained_columns"])
+        self.required = sorted(required)
+        for name in self.required:
+            if HostRow("", 0, "").value(self.types[name], name, unique=False) is None:
+                raise SeedImpossible(
+                    f"{self.shown}.{name} is NOT NULL without a default, and there is no value to give for its type "
+                    f"({self.types[name]!r}). Nothing was written. Give it one: ALTER TABLE {self.shown} "
+                    f"ALTER COLUMN {name} SET DEFAULT …",
+                    table=self.shown,
+                    column=name,
+                    constraint=None,
+                )
+
+    def row(self, conn: sa.Connection, row: HostRow, values: Mapping[str, Any], user: Key | None) -> dict[str, Any]:
+        """A whole row around ``values``; ``user`` owns it, where rows have an owner."""
+        made = dict(self.referred)
+        for key in self.references:
+            if self._refers_to_owner(key):
+                made |= self._referred(conn, key, user)
+        for name in self.required:
+            made[name] = row.value(self.types[name], name, unique=name in self.unique)
+        return made | dict(values)
+
+    def insert(self, conn: sa.Connection, row: Mapping[str, Any]) -> Key:
+        """Add a whole row; its key."""
+        key = self.table.c[self.key]
+        if not row:
+            alone: Key = conn.execute(sa.insert(self.table).returning(key), {}).scalar_one()
+            return alone
+        names = {f"given_{number}": name for number, name in enumerate(row)}
+        # for keys that are GENERATED ALWAYS AS IDENTITY; to others it is nothing
+        places = ", ".join(f":{given}" for given in names)
+        values = sa.text("OVERRIDING SYSTEM VALUE VALUES (" + places + ")").bindparams(
+            *(sa.bindparam(given, type_=self.types[name]) for given, name in names.items())
+        )
+        statement = sa.insert(self.table).from_select(list(names.values()), values.columns()).returning(key)
+        made: Key = conn.execute(statement, {given: row[name] for given, name in names.items()}).scalar_one()
+        return made
+
+    def fitted(self, column: str, text: str, *, cut: bool = False) -> str:
+        """``text``, within the length of ``column``."""
+        return _fit(self.types[column], text, cut=cut)
+
+    def _refers_to_owner(self, key: Any) -> bool:
+        owner = self.owner
+        return owner is not None and (key["referred_schema"], key["referred_table"]) == (owner.schema, owner.name)
+
+    def _referred(self, conn: sa.Connection, key: Any, user: Key | None) -> dict[str, Any]:
+        """Values for a foreign key: those of the owner's row, or of the first row that there is."""
+        there = sa.table(key["referred_table"], *map(sa.column, key["referred_columns"]), schema=key["referred_schema"])
+        found = sa.select(*there.c).order_by(*there.c).limit(1)
+        if user is not None and self.owner is not None:
+            name = self.owner.c.key.name
+            found = found.where(sa.column(name, self.owner.c.key.type) == user)
+        row = conn.execute(found).one_or_none()
+        if row is None:
+            table = f"{key['referred_schema']}.{key['referred_table']}"
+            raise SeedImpossible(
+                f"{self.shown}.{', '.join(key['constrained_columns'])} must refer to a row of {table}, and there is "
+                f"none. Nothing was written. Insert one row into {table} first",
+                table=self.shown,
+                column=key["constrained_columns"][0],
+                constraint=key["name"],
+            )
+        return dict(zip(key["constrained_columns"], row, strict=True))
+
+
+def _must_be_given(column: Any) -> bool:
+    kind = column["type"]
+    not_null, default = not column["nullable"], column["default"]
+    if isinstance(kind, pg.DOMAIN):
+        not_null, default = not_null or bool(kind.not_null), default or kind.default
+    return not_null and default is None and not column.get("computed") and not column.get("identity")
+
+
+def _unique_columns(inspector: sa.Inspector, where: Mapping[str, Any]) -> set[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SAWarning)  # of index features that do not matter here
+        indexes = [index["column_names"] for index in inspector.get_indexes(**where) if index["unique"]]
+    indexes.append([*inspector.get_pk_constraint(**where)["constrained_columns"]])
+    return {name for names in indexes for name in names if name is not None}
+
+
+_CONSTANTS: tuple[tuple[type[sa.types.TypeEngine[Any]], Any], ...] = (
+    (sa.ARRAY, []),
+    (sa.JSON, {}),
+    (sa.Boolean, False),
+    (sa.Interval, dt.timedelta(hours=1)),
+    (pg.INTERVAL, dt.timedelta(hours=1)),
+    (pg.INET, ipaddress.ip_address("127.0.0.1")),
+    (pg.CIDR, ipaddress.ip_network("127.0.0.0/8")),
+)
+
+
+def _moment(kind: sa.types.TypeEngine[Any], moment: dt.datetime) -> Any:
+    """``moment`` (UTC) for a column; one without a time zone holds UTC, by custom."""
+    match kind:
+        case sa.Date():
+            return moment.date()
+        case sa.Time():
+            return moment.timetz() if kind.timezone else moment.time()
+        case sa.DateTime() if not kind.timezone:
+            return moment.replace(tzinfo=None)
+    return moment
+
+
+def _fit(kind: sa.types.TypeEngine[Any], text: str, *, cut: bool = False) -> str:
+    """``text`` in the length of its type; what must stay unlike all others becomes a digest of itself."""
+    longest = kind.length if isinstance(kind, sa.String) else None
+    if longest is None or len(text) <= longest:
+        return text
+    return text[:longest] if cut else hashlib.sha256(text.encode()).hexdigest()[:longest]

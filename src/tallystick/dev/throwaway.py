@@ -1,0 +1,65 @@
+"""A PostgreSQL of a test run's own: without durability, in memory where there is room, and gone with its process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tallystick.dev.postgres import Server
+from tallystick.errors import DevServerError
+
+FAST = {
+    "fsync": "off",
+    "synchronous_commit": "off",
+    "full_page_writes": "off",
+    "max_connections": "200",
+    "max_wal_size": "256MB",
+}
+"""Settings for data that nobody misses after a crash."""
+
+FOLDER_PREFIX = "tallystick-test-"
+
+_ROOM_BYTES = 2 * 2**30
+_LEFT_OVER_AFTER_S = 3600
+
+
+def scratch_root() -> Path:
+    """Memory where there is enough of it, else the temporary folder; open to the account that root's server needs."""
+    memory = Path("/dev/shm")  # noqa: S108 - the folders in it are made by mkdtemp
+    if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > _ROOM_BYTES:
+        return memory
+    return Path(tempfile.gettempdir())
+
+
+@contextmanager
+def throwaway_server(*, bin_dir: Path | None = None) -> Iterator[Server]:
+    """A server of this process alone, with ``FAST``; its folder is removed at the end. ``bin_dir`` as for ``Server``.
+
+    Folders that killed runs left are removed as well.
+
+    Raises:
+        DevServerError: there are no binaries, or the server does not start.
+    """
+    root = scratch_root()
+    _remove_leftovers(root, bin_dir)
+    folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=root))
+    try:
+        with Server(folder, settings=FAST, bin_dir=bin_dir) as running:
+            yield running
+    finally:
+        shutil.rmtree(folder)
+
+
+def _remove_leftovers(root: Path, bin_dir: Path | None) -> None:
+    """Servers of runs that were killed: nobody uses them, so each can be stopped."""
+    for folder in root.glob(f"{FOLDER_PREFIX}*"):
+        with suppress(FileNotFoundError, DevServerError):  # another run is as tidy
+            found = folder.stat()
+            old = time.time() - found.st_mtime > _LEFT_OVER_AFTER_S
+            if old and found.st_uid == os.geteuid() and Server(folder, bin_dir=bin_dir).stop():
+                shutil.rmtree(folder, ignore_errors=True)
