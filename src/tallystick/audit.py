@@ -85,6 +85,13 @@ class Finding:
     likely_cause: str
     what_to_do: str
 
+    def __str__(self) -> str:
+        """Its texts, one a line."""
+        return (
+            f"{self.check}  {self.where}\n  expected      {self.expected}\n  found         {self.found}\n"
+            f"  likely cause  {self.likely_cause}\n  what to do    {self.what_to_do}"
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditReport:

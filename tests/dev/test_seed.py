@@ -734,7 +734,7 @@ def test_columns_that_must_be_given_are_given(host_app: Callable[..., World]) ->
     [
         ("place point NOT NULL", r"public\.users\.place is NOT NULL without a default.*SET DEFAULT"),
         ("org integer NOT NULL REFERENCES orgs", r"public\.users\.org must refer to a row of public\.orgs"),
-        ("age integer NOT NULL CHECK (age >= 18)", r"public\.users does not take the row made for it: .*users_age_check"),
+        ("age integer NOT NULL CHECK (age >= 18)", r"public\.users does not take the row .*users_age_check"),
         ("pin smallint NOT NULL UNIQUE", "out of range"),
     ],
 )

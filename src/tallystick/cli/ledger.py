@@ -419,8 +419,4 @@ def show_findings(report: auditing.AuditReport) -> None:
     """Each with where it is and what to do about it."""
     for finding in report.findings:
         out.print()
-        out.print(f"[bold]{finding.check}[/]  {escape(finding.where)}")
-        out.print(f"  expected      {escape(finding.expected)}")
-        out.print(f"  found         {escape(finding.found)}")
-        out.print(f"  likely cause  {escape(finding.likely_cause)}")
-        out.print(f"  what to do    {escape(finding.what_to_do)}")
+        out.print(f"[bold]{finding.check}[/]{escape(str(finding).removeprefix(finding.check))}")

@@ -103,7 +103,7 @@ class HostRow:
 
 
 class HostTables:
-    """Adds users and workshops to the tables of an app."""
+    """Adds users and workshops to the tables of an app, over any connection to a database like that of ``conn``."""
 
     def __init__(self, conn: sa.Connection, schema: Schema) -> None:
         self.schema = schema
@@ -190,10 +190,7 @@ class _HostTable:
             for key in inspector.get_foreign_keys(**where)
             if required & set(key["constrained_columns"])
         ]
-        self.referred: dict[str, Any] = {}
         for key in self.references:
-            if not self._refers_to_owner(key):
-                self.referred |= self._referred(conn, key, None)
             required -= set(key["constrained_columns"])
         self.required = sorted(required)
         for name in self.required:
@@ -209,10 +206,9 @@ class _HostTable:
 
     def row(self, conn: sa.Connection, row: HostRow, values: Mapping[str, Any], user: Key | None) -> dict[str, Any]:
         """A whole row around ``values``; ``user`` owns it, where rows have an owner."""
-        made = dict(self.referred)
+        made: dict[str, Any] = {}
         for key in self.references:
-            if self._refers_to_owner(key):
-                made |= self._referred(conn, key, user)
+            made |= self._referred(conn, key, user if self._refers_to_owner(key) else None)
         for name in self.required:
             made[name] = row.value(self.types[name], name, unique=name in self.unique)
         return made | dict(values)

@@ -1,0 +1,391 @@
+"""For the tests of an app that has credits: migrated databases, users in every state, a clock to move, an audit.
+
+pytest has these as fixtures wherever this package is installed (``tallystick.pytest_plugin``). Without pytest::
+
+    with Databases.on(address, Config.load(), schema=Path("schema.sql").read_text()) as databases:
+        with databases.open() as db:
+            user = db.funded(credits=5)
+            ...
+            db.assert_balanced()
+
+No column of Tallystick's is set in here: users come to their state by the ledger's own operations.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import itertools
+import re
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from typing import Any, Self
+
+import psycopg
+import sqlalchemy as sa
+from psycopg import rows, sql
+
+from tallystick import migrate
+from tallystick.audit import audit
+from tallystick.config import Config
+from tallystick.database import translated
+from tallystick.dev.host_tables import HostRow, HostTables
+from tallystick.errors import InvalidArgument, Key, PermissionDenied, shown
+from tallystick.ledger import CreditTransaction, Ledger
+from tallystick.schema import Schema
+
+AppSchema = str | Callable[[str], object]
+"""The app's own tables: SQL, or a function that makes them in the empty database whose address it is given."""
+
+_PREFIX = "tallystick_test_"
+_LEFT_OVER = """
+SELECT d.datname FROM pg_database AS d
+WHERE starts_with(d.datname, %(prefix)s) AND pg_get_userbyid(d.datdba) = current_user
+  AND NOT EXISTS (SELECT FROM pg_stat_activity WHERE application_name = left(d.datname, length(%(run)s)))
+"""
+_ROWS_FROM = 10_000_000  # behind those of the seed
+
+_numbers = itertools.count(1)
+
+
+class Databases:
+    """The databases of one run of tests: a migrated template, made when first needed, and copies of it.
+
+    They are made beside the database of the given address, which is not touched, and their names begin with
+    ``tallystick_test_``. Those of a run that was killed are dropped by the next run on the same server.
+    """
+
+    def __init__(self, conn: psycopg.Connection[Any], run: str, config: Config, schema: AppSchema) -> None:
+        self.config = config
+        self._conn, self._run, self._schema = conn, run, schema
+        self._tables: HostTables | None = None  # looked at once, since that takes longer than all else of a test
+
+    @classmethod
+    @contextmanager
+    def on(cls, address: str, config: Config, *, schema: AppSchema) -> Iterator[Self]:
+        """The databases of a run on the server of ``address``; all are dropped at the end.
+
+        Raises:
+            ConfigError: ``address`` is no address of PostgreSQL.
+            DatabaseUnavailable: the server cannot be reached.
+        """
+        config = config.at(address)
+        run = f"{_PREFIX}{uuid.uuid4().hex[:12]}"  # the server shows it for as long as the connection lives
+        with translated(connecting=True):
+            conn = psycopg.connect(_libpq(config), autocommit=True, application_name=run)
+        with conn:
+            made = cls(conn, run, config, schema)
+            made._drop(_LEFT_OVER, {"prefix": _PREFIX, "run": run})
+            try:
+                yield made
+            finally:
+                made._drop("SELECT datname FROM pg_database WHERE starts_with(datname, %(run)s)", {"run": run})
+
+    def create(self) -> str:
+        """A new database with the app's tables and Tallystick's; its address, as for DATABASE_URL.
+
+        Raises:
+            PermissionDenied: the role may make no databases.
+        """
+        return self._create(template=self._template)
+
+    @contextmanager
+    def open(self) -> Iterator[TestDatabase]:
+        """A new database, connected to, and dropped at the end."""
+        config = self.config.at(self.create())
+        # each act is a transaction of its own, which the app under test sees at once
+        pool = sa.create_engine(_url(config), poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
+        try:
+            with pool.connect() as conn:
+                self._tables = self._tables or HostTables(conn, Schema.of(config.host))
+                yield TestDatabase(conn, config, tables=self._tables)
+        finally:
+            self._administer("DROP DATABASE IF EXISTS {} WITH (FORCE)", _database(config))
+
+    @cached_property
+    def _template(self) -> str:
+        address = self._create(template=None)
+        config = self.config.at(address)
+        with psycopg.connect(address, autocommit=True) as conn:
+            _make_clock_movable(conn)  # before anything is defined in terms of now()
+            if isinstance(self._schema, str):
+                # pg_dump writes commands of psql around its SQL
+                conn.execute(re.sub(r"^\\(un)?restrict .*$", "", self._schema, flags=re.MULTILINE).encode())
+        if not isinstance(self._schema, str):
+            self._schema(address)
+        migrate.apply(_url(config), config)
+        # a connection that somebody left open would keep it from being copied
+        name = _database(config)
+        self._administer("ALTER DATABASE {} ALLOW_CONNECTIONS false", name)
+        left = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s"
+        self._conn.execute(left, [name])
+        return name
+
+    def _create(self, *, template: str | None) -> str:
+        name = f"{self._run}_{next(_numbers)}"
+        try:
+            if template is None:
+                self._administer("CREATE DATABASE {}", name)
+            else:
+                self._administer(f"CREATE DATABASE {{}} TEMPLATE {{}} {self._strategy}", name, template)
+        except psycopg.errors.InsufficientPrivilege as error:
+            role = self._conn.info.user
+            raise PermissionDenied(
+                f"{role} may not make the databases of the tests: {error}. Run: ALTER ROLE {role} CREATEDB, or leave "
+                "the address out, for the embedded server",
+                sqlstate=error.sqlstate,
+            ) from error
+        return _libpq(self.config, database=name)
+
+    @cached_property
+    def _strategy(self) -> str:
+        """Copying files takes half the time where nothing is synced to disk."""
+        asked = "SELECT current_setting('fsync') = 'off' AND current_setting('server_version_num')::int >= 150000"
+        return "STRATEGY file_copy" if self._conn.execute(asked).fetchone() == (True,) else ""
+
+    def _drop(self, which: Any, values: dict[str, str]) -> None:
+        for (name,) in self._conn.execute(which, values).fetchall():
+            self._administer("DROP DATABASE IF EXISTS {} WITH (FORCE)", name)
+
+    def _administer(self, statement: Any, *names: str) -> None:
+        self._conn.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))
+
+
+class TestDatabase:
+    """A migrated database in a test: users in every state, its clock, its audit.
+
+    ``conn`` is a synchronous connection of SQLAlchemy, psycopg, psycopg2 or Django. What is done goes into its
+    transaction, which is neither committed nor rolled back.
+    """
+
+    __test__ = False  # no test of pytest's, for all its name
+
+    def __init__(self, conn: Any, config: Config, *, tables: HostTables | None = None) -> None:
+        self.conn = conn
+        self.config = config
+        self.ledger = Ledger(config)
+        self.clock = Clock(conn)
+        self._tables = tables
+
+    @property
+    def url(self) -> str:
+        """The address, as for DATABASE_URL."""
+        return _libpq(self.config)
+
+    def user(self) -> Key:
+        """A new user without credits; the key."""
+        with self._host() as (conn, tables):
+            return tables.insert_user(conn, _row("Test user"), key=None)
+
+    def workshop(self, owner: Key, *, title: str = "Test workshop", created_at: dt.datetime | None = None) -> Key:
+        """A new workshop of ``owner``, locked; the key. It was created now, unless ``created_at`` says otherwise."""
+        with self._host() as (conn, tables):
+            return tables.insert_workshop(conn, _row(title), owner=owner, key=None, created_at=created_at)
+
+    def funded(self, credits: int = 1, *, user: Key | None = None) -> Key:
+        """A user who has bought ``credits``: a new one, or ``user``; the key."""
+        user = self.user() if user is None else user
+        self._buy(user, credits)
+        return user
+
+    def indebted(self, credits: int = 1, *, user: Key | None = None) -> Key:
+        """A user ``credits`` below zero, whose purchase was refunded when all was spent: a new one, or ``user``."""
+        user = self.user() if user is None else user
+        bought = self._buy(user, credits)
+        with _as_sqlalchemy(self.conn) as conn:
+            self.ledger.consume(conn, user, credits=self.ledger.balance(conn, user), key=_key())
+            self.ledger.refund(conn, user, bought.id, key=_key())
+        return user
+
+    def balance(self, user: Key) -> int:
+        """The credits of ``user``."""
+        with _as_sqlalchemy(self.conn) as conn:
+            return self.ledger.balance(conn, user)
+
+    def assert_balanced(self) -> None:
+        """Fail with what the audit finds, if it finds a fault."""
+        __tracebackhide__ = True
+        assert_balanced(self.conn, self.config)
+
+    def _buy(self, user: Key, credits: int) -> CreditTransaction:
+        with _as_sqlalchemy(self.conn) as conn:
+            started = self.ledger.start_purchase(conn, user, credits=credits, description=f"Purchased {credits}")
+            return self.ledger.complete_purchase(
+                conn, user, purchase=started.id, amount_paid=100 * credits, currency="usd"
+            )
+
+    @contextmanager
+    def _host(self) -> Iterator[tuple[sa.Connection, HostTables]]:
+        with _as_sqlalchemy(self.conn) as conn:
+            self._tables = self._tables or HostTables(conn, Schema.of(self.config.host))
+            with self._tables.obeyed():
+                yield conn, self._tables
+
+
+class Clock:
+    """The clock of a test's database.
+
+    ``now()``, ``transaction_timestamp()``, ``statement_timestamp()`` and ``clock_timestamp()`` of the database are
+    ahead of the server's clock by what was advanced, for every connection: for Tallystick's functions, for the app's
+    SQL and for the defaults of its columns. CURRENT_TIMESTAMP and its kin are the server's clock still, and the app's
+    own process has its own.
+    """
+
+    def __init__(self, conn: Any) -> None:
+        self._conn = conn
+
+    def advance(self, **by: float) -> None:
+        """Move the clock on, by the arguments of ``datetime.timedelta``: ``advance(days=30)``.
+
+        It is part of the connection's transaction, and other connections see it when that is committed.
+
+        Raises:
+            InvalidArgument: backwards. What was written would be later than now.
+            PermissionDenied: the database was not made by ``Databases`` with a superuser's address.
+        """
+        step = dt.timedelta(**by)
+        if step < dt.timedelta(0):
+            raise InvalidArgument(f"advance({shown(by)}): a clock goes forward only", argument="by", value=by)
+        with _as_sqlalchemy(self._conn) as conn:
+            if not conn.scalar(sa.text("SELECT to_regclass('tallystick_testing.clock') IS NOT NULL")):
+                raise PermissionDenied(
+                    "the clock of this database cannot be moved: functions of PostgreSQL's are replaced for it, in a "
+                    "database that Databases makes with the address of a superuser, as on the embedded server",
+                    sqlstate=None,
+                )
+            conn.execute(sa.text(_ADVANCE), {"seconds": step.total_seconds()})
+
+    def now(self) -> dt.datetime:
+        """The moment that the database takes for now, in UTC."""
+        with _as_sqlalchemy(self._conn) as conn:
+            found: dt.datetime = conn.execute(sa.text("SELECT clock_timestamp()")).scalar_one()
+        return found.astimezone(dt.UTC)
+
+
+def assert_balanced(conn: Any, config: Config | None = None) -> None:
+    """Fail with what the audit finds, if it finds a fault. Without ``config`` the mapping is read from the database.
+
+    Raises:
+        AssertionError: names every fault, with its likely cause.
+    """
+    __tracebackhide__ = True
+    with _as_sqlalchemy(conn) as on:
+        report = audit(on, config or Ledger(on).config)
+    faults = [str(finding) for finding in report.findings if finding.fault]
+    if faults:
+        raise AssertionError("\n\n".join([f"faults that the audit finds: {len(faults)}", *faults]))
+
+
+# --- addresses ---
+
+
+def _url(config: Config) -> str:
+    if config.database_url is None:
+        raise InvalidArgument("config has no database_url. Pass config.at(address)", argument="config", value=None)
+    return config.database_url
+
+
+def _database(config: Config) -> str:
+    return sa.make_url(_url(config)).database or ""
+
+
+def _libpq(config: Config, *, database: str | None = None) -> str:
+    """The address in ``config`` without SQLAlchemy's driver in it, or that of another database beside it."""
+    url = sa.make_url(_url(config)).set(drivername="postgresql")
+    return (url if database is None else url.set(database=database)).render_as_string(hide_password=False)
+
+
+# --- rows ---
+
+
+def _row(text: str) -> HostRow:
+    number = next(_numbers)
+    return HostRow(f"test_{number}", _ROWS_FROM + number, text)
+
+
+def _key() -> str:
+    return f"testing-{next(_numbers)}"
+
+
+# --- the clock ---
+
+_CLOCK = """
+CREATE SCHEMA tallystick_testing;
+CREATE TABLE tallystick_testing.clock (ahead interval NOT NULL);
+INSERT INTO tallystick_testing.clock VALUES ('0');
+GRANT USAGE ON SCHEMA tallystick_testing TO PUBLIC;
+GRANT SELECT, UPDATE ON tallystick_testing.clock TO PUBLIC;
+DO $$
+DECLARE name text;
+BEGIN
+  FOREACH name IN ARRAY ARRAY['now', 'transaction_timestamp', 'statement_timestamp', 'clock_timestamp'] LOOP
+    EXECUTE format('ALTER FUNCTION pg_catalog.%I() RENAME TO %I', name, 'real_' || name);
+    EXECUTE format(
+      'CREATE FUNCTION pg_catalog.%I() RETURNS timestamptz LANGUAGE sql %s PARALLEL SAFE AS '
+      '''SELECT pg_catalog.%I() OPERATOR(pg_catalog.+) ahead FROM tallystick_testing.clock''',
+      name, CASE name WHEN 'clock_timestamp' THEN 'VOLATILE' ELSE 'STABLE' END, 'real_' || name);
+  END LOOP;
+END $$
+"""
+
+# in seconds: the length of a day depends on a session's time zone
+_ADVANCE = "UPDATE tallystick_testing.clock SET ahead = ahead + make_interval(secs => :seconds)"
+
+
+def _make_clock_movable(conn: psycopg.Connection[Any]) -> None:
+    """Put functions in the place of PostgreSQL's own, in this database alone; ``Clock`` says where the role may not."""
+    with suppress(psycopg.errors.InsufficientPrivilege), conn.transaction():
+        conn.execute(_CLOCK)
+
+
+# --- connections ---
+
+_SESSIONS = {"sqlalchemy.orm.session.Session", "sqlalchemy.orm.scoping.scoped_session"}
+_DRIVERS = {"psycopg.Connection": "psycopg", "psycopg2.extensions.connection": "psycopg2"}
+
+
+@contextmanager
+def _as_sqlalchemy(conn: Any) -> Iterator[sa.Connection]:
+    """The caller's connection as one of SQLAlchemy's, in the caller's transaction, which it cannot end."""
+    names = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(conn).__mro__]
+    if isinstance(conn, sa.Connection):
+        yield conn
+        return
+    if _SESSIONS.intersection(names):
+        conn.flush()
+        yield conn.connection()
+        return
+    if hasattr(conn, "ensure_connection"):  # Django's
+        conn.ensure_connection()
+        with _as_sqlalchemy(conn.connection) as made:
+            yield made
+        return
+    driver = next((_DRIVERS[name] for name in names if name in _DRIVERS), None)
+    if driver is None:
+        raise InvalidArgument(
+            f"conn is a {names[0]}. Pass a synchronous connection to PostgreSQL: SQLAlchemy's, psycopg's, psycopg2's "
+            "or Django's",
+            argument="conn",
+            value=names[0],
+        )
+    borrowed = sa.create_engine(
+        f"postgresql+{driver}://", creator=lambda: conn, poolclass=sa.NullPool, use_native_hstore=False
+    )
+    for ending in ("do_commit", "do_rollback", "do_close", "do_terminate"):
+        setattr(borrowed.dialect, ending, lambda _: None)
+    with _rows_as_tuples(conn), borrowed.connect() as made:
+        yield made
+
+
+@contextmanager
+def _rows_as_tuples(conn: Any) -> Iterator[None]:
+    """SQLAlchemy reads such rows, and the owner of a connection may have chosen others."""
+    if not isinstance(conn, psycopg.Connection):
+        yield
+        return
+    before, conn.row_factory = conn.row_factory, rows.tuple_row
+    try:
+        yield
+    finally:
+        conn.row_factory = before

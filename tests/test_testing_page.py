@@ -1,0 +1,190 @@
+"""``docs/testing.md`` and pytest's fixtures: its examples are whole projects, whose tests pytest runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import psycopg
+
+from doors import bare
+from tallystick.dev.postgres import Server
+from worlds import SHAPES, World
+
+ROOT = Path(__file__).parents[1]
+APPS = Path(__file__).parent / "apps"
+INI = "[pytest]\nfilterwarnings = error\n"
+SCHEMA = f'''
+import pytest
+
+@pytest.fixture(scope="session")
+def tallystick_schema():
+    return """{SHAPES["uuid"].ddl}"""
+'''
+
+
+def sections(page: str) -> dict[str, dict[str, str]]:
+    """The files that a page shows, by the section they stand in."""
+    found = {}
+    for section in (ROOT / "docs" / page).read_text("utf-8").split("\n## "):
+        blocks = re.findall(r"^```python\n(?:# (\S+\.py)\n)?(.*?)^```", section, re.MULTILINE | re.DOTALL)
+        found[section.partition("\n")[0]] = dict(blocks)
+    return found
+
+
+PAGE = sections("testing.md")
+
+
+def project(folder: Path, files: Mapping[str, str]) -> Path:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def run_pytest(folder: Path, *args: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("TALLYSTICK_TEST", "PYTEST", "DJANGO", "DATABASE_URL"))
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *args],
+        cwd=folder,
+        env={**inherited, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", **environ},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def outcomes(done: subprocess.CompletedProcess[str]) -> dict[str, int]:
+    """As pytest's last line tells them."""
+    counted = re.findall(r"(\d+) (passed|failed|errors?|skipped|warnings?)", done.stdout.strip().rpartition("\n")[2])
+    return {what: int(number) for number, what in counted}
+
+
+def test_pytest_finds_the_fixtures():
+    assert {entry.value for entry in entry_points(group="pytest11", name="tallystick")} == {"tallystick.pytest_plugin"}
+
+
+def test_the_fastapi_example(tmp_path: Path, server: Server):
+    shutil.copytree(APPS / "fastapi", tmp_path, dirs_exist_ok=True)
+    done = run_pytest(project(tmp_path, PAGE["FastAPI"] | {"pytest.ini": INI}), "--tallystick-url", server.url())
+    assert outcomes(done) == {"passed": 2}, done.stdout
+
+
+COMMITS = """
+from threading import Thread
+
+from django.contrib.auth import get_user_model
+from django.db import connection, transaction
+
+from committing import committing_db
+from shop.models import Workshop
+
+
+def test_what_commits_is_seen_by_another_thread(committing_db):
+    user = get_user_model().objects.create_user("ann")
+    after = []
+    with transaction.atomic():
+        committing_db.workshop(committing_db.funded(credits=2, user=user.pk))
+        transaction.on_commit(lambda: after.append(committing_db.balance(user.pk)))
+
+    def look():
+        after.append(Workshop.objects.count())
+        connection.close()
+
+    thread = Thread(target=look)
+    thread.start()
+    thread.join()
+    assert after == [2, 1]
+
+
+def test_the_tests_database_is_as_it_was(db):
+    assert Workshop.objects.count() == 0
+
+
+def test_each_test_begins_with_nothing(tallystick_db):
+    assert get_user_model().objects.count() == 0
+    tallystick_db.funded(credits=2)
+    tallystick_db.clock.advance(days=3)
+    tallystick_db.assert_balanced()
+
+
+test_so_does_the_next = test_each_test_begins_with_nothing
+"""
+
+
+def test_the_django_example(tmp_path: Path, server: Server):
+    shutil.copytree(APPS / "django", tmp_path, dirs_exist_ok=True)
+    view, _ = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/django.md").read_text(), re.MULTILINE | re.DOTALL)
+    ini = INI + "DJANGO_SETTINGS_MODULE = settings\n"
+    files = PAGE["Django"] | {"shop/views.py": view, "pytest.ini": ini, "test_commits.py": COMMITS}
+    done = run_pytest(project(tmp_path, files), "--tallystick-url", server.url())
+    assert outcomes(done) == {"passed": 6}, done.stdout
+
+
+def test_without_pytest(tmp_path: Path, world: World, server: Server):
+    """And of a migrated database's dump, as the page writes it."""
+    dump = server.command("pg_dump")
+    for options in ("--schema-only", "--data-only --inserts --schema=tallystick"):
+        with (tmp_path / "schema.sql").open("ab") as file:
+            subprocess.run([*dump, *options.split(), bare(world.url)], env=server.env, stdout=file, check=True)
+    project(tmp_path, PAGE["Without pytest"])
+    environ = os.environ | {"DATABASE_URL": bare(world.url)}
+    done = subprocess.run([sys.executable, "alone.py"], cwd=tmp_path, env=environ, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_a_project_without_a_schema_is_told_how_to_write_one(tmp_path: Path, server: Server):
+    test = "def test_it(tallystick_db): pass"
+    done = run_pytest(project(tmp_path, {"test_it.py": test}), "--tallystick-url", server.url())
+    assert outcomes(done) == {"error": 1}
+    assert "def tallystick_schema():" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+TESTS = """
+def test_one(tallystick_db):
+    assert tallystick_db.balance(tallystick_db.funded(credits=2)) == 2
+
+def test_another(tallystick_db):
+    print("ADDRESS", tallystick_db.url)
+    assert tallystick_db.balance(tallystick_db.indebted(credits=2)) == -2
+"""
+
+
+def test_the_embedded_server_is_the_default_and_gone_afterwards(tmp_path: Path):
+    done = run_pytest(project(tmp_path, {"conftest.py": SCHEMA, "test_it.py": TESTS, "pytest.ini": INI}), "-s")
+    assert outcomes(done) == {"passed": 2}, done.stdout
+    at = psycopg.conninfo.conninfo_to_dict(re.search(r"ADDRESS (\S+)", done.stdout)[1])
+    assert not Path(at["host"]).exists()
+
+
+def test_processes_of_one_run_share_a_server(tmp_path: Path, server: Server):
+    files = {"conftest.py": SCHEMA, "test_it.py": TESTS, "pytest.ini": INI}
+    done = run_pytest(project(tmp_path, files), "-n", "2", TALLYSTICK_TEST_DATABASE_URL=server.url(driver=""))
+    assert outcomes(done) == {"passed": 2}, done.stdout
+    with psycopg.connect(server.url(driver="")) as conn:
+        left = conn.execute("SELECT datname FROM pg_database WHERE starts_with(datname, 'tallystick_test_')").fetchall()
+    assert left == []
+
+
+def test_a_fault_fails_the_test_with_the_audits_words(tmp_path: Path, server: Server):
+    test = """
+def test_it(tallystick_db):
+    user = tallystick_db.funded(credits=5)
+    tallystick_db.conn.exec_driver_sql("UPDATE users SET credit_balance = 6")
+    tallystick_db.assert_balanced()
+"""
+    done = run_pytest(project(tmp_path, {"conftest.py": SCHEMA, "test_it.py": test}), "--tallystick-url", server.url())
+    assert outcomes(done) == {"failed": 1}
+    assert re.search(r"^E +likely cause ", done.stdout, re.MULTILINE)
