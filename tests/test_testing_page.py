@@ -13,8 +13,10 @@ from pathlib import Path
 
 import psycopg
 
+import node_packages
 from doors import bare
 from tallystick.dev.postgres import Server
+from tallystick.ledger.typescript import typescript
 from worlds import SHAPES, World
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +35,7 @@ def sections(page: str) -> dict[str, dict[str, str]]:
     """The files that a page shows, by the section they stand in."""
     found = {}
     for section in (ROOT / "docs" / page).read_text("utf-8").split("\n## "):
-        blocks = re.findall(r"^```python\n(?:# (\S+\.py)\n)?(.*?)^```", section, re.MULTILINE | re.DOTALL)
+        blocks = re.findall(r"^```(?:python|ts)\n(?:# |// )(\S+)\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
         found[section.partition("\n")[0]] = dict(blocks)
     return found
 
@@ -130,6 +132,18 @@ def test_the_django_example(tmp_path: Path, server: Server):
     files = PAGE["Django"] | {"shop/views.py": view, "pytest.ini": ini, "test_commits.py": COMMITS}
     done = run_pytest(project(tmp_path, files), "--tallystick-url", server.url())
     assert outcomes(done) == {"passed": 6}, done.stdout
+
+
+def test_the_vitest_example(tmp_path: Path, scratch: Path):
+    folder = project(tmp_path, PAGE["vitest"] | {"schema.sql": SHAPES["uuid"].ddl})
+    project(folder, {"lib/tallystick.ts": typescript(SHAPES["uuid"].host)})
+    shutil.copy(APPS / "vitest" / "tsconfig.json", folder)
+    app = node_packages.project(APPS / "vitest", folder)
+    app.run("tsc", "--project", ".")
+    environ = {"TALLYSTICK_HOME": str(scratch / "home"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    said = app.run("vitest", "run", env=environ)
+    assert re.search(r"Tests +2 passed", said), said
+    assert not Server(scratch / "home").running
 
 
 def test_without_pytest(tmp_path: Path, world: World, server: Server):
