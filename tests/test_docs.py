@@ -12,6 +12,7 @@ import sqlalchemy as sa
 import typer
 
 import tallystick
+from pages import blocks
 from tallystick import Config, HostMapping, Pack, UsersTable, WorkshopsTable
 from tallystick.cli import app
 from tallystick.config import ConsoleAccess
@@ -65,10 +66,6 @@ SETTINGS = {*Config.model_fields, *HostMapping.__dataclass_fields__}.union(
 @pytest.mark.parametrize("name", sorted(SETTINGS - {"host"}))
 def test_every_setting_is_documented(name):
     assert f"`{name}`" in TEXT or f"`host.{name}`" in TEXT
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
 def test_the_example_settings_load(tmp_path):

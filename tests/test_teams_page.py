@@ -6,7 +6,6 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -14,13 +13,13 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
+import pages
 from tallystick import Config, migrate
 from tallystick.dev.postgres import Server
 from tallystick.testing import Databases, TestDatabase
 
-TEXT = (Path(__file__).parents[1] / "docs" / "teams.md").read_text("utf-8")
-FILES = dict(re.findall(r"^```(?:sql|python)\n(?:-- |# )(\S+)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL))
-(SETTINGS,) = re.findall(r"^```toml\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+FILES = pages.files_of("teams.md")
+(SETTINGS,) = pages.blocks(pages.ROOT / "docs" / "teams.md", "toml")
 
 
 @pytest.fixture(scope="module")

@@ -7,20 +7,17 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import psycopg
 import pytest
 
-import node_packages
+import pages
 from doors import bare
 from tallystick.dev.postgres import Server
-from tallystick.ledger.typescript import typescript
 from worlds import SHAPES, World
 
-ROOT = Path(__file__).parents[1]
 APPS = Path(__file__).parent / "apps"
 SLOW_TO_IMPORT = [part for name in ("schemathesis", "hypothesispytest", "anyio") for part in ("-p", f"no:{name}")]
 INI = "[pytest]\nfilterwarnings = error\n"
@@ -31,25 +28,6 @@ import pytest
 def tallystick_schema():
     return """{SHAPES["uuid"].ddl}"""
 '''
-
-
-def sections(page: str) -> dict[str, dict[str, str]]:
-    """The files that a page shows, by the section they stand in."""
-    found = {}
-    for section in (ROOT / "docs" / page).read_text("utf-8").split("\n## "):
-        blocks = re.findall(r"^```(?:python|ts)\n(?:# |// )(\S+)\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
-        found[section.partition("\n")[0]] = dict(blocks)
-    return found
-
-
-PAGE = sections("testing.md")
-
-
-def project(folder: Path, files: Mapping[str, str]) -> Path:
-    for name, text in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-    return folder
 
 
 def run_pytest(folder: Path, *args: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -81,7 +59,11 @@ def test_pytest_finds_the_fixtures():
 
 def test_the_fastapi_example(tmp_path: Path, server: Server):
     shutil.copytree(APPS / "fastapi", tmp_path, dirs_exist_ok=True)
-    done = run_pytest(project(tmp_path, PAGE["FastAPI"] | {"pytest.ini": INI}), "--tallystick-url", server.url())
+    done = run_pytest(
+        pages.write(tmp_path, pages.files_of("testing.md", "FastAPI") | {"pytest.ini": INI}),
+        "--tallystick-url",
+        server.url(),
+    )
     assert outcomes(done) == {"passed": 2}, done.stdout
 
 
@@ -129,23 +111,15 @@ test_so_does_the_next = test_each_test_begins_with_nothing
 
 def test_the_django_example(tmp_path: Path, server: Server):
     shutil.copytree(APPS / "django", tmp_path, dirs_exist_ok=True)
-    view, _ = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/django.md").read_text(), re.MULTILINE | re.DOTALL)
+    view, _ = pages.blocks(pages.ROOT / "docs" / "django.md", "python")
     ini = INI + "DJANGO_SETTINGS_MODULE = settings\n"
-    files = PAGE["Django"] | {"shop/views.py": view, "pytest.ini": ini, "test_commits.py": COMMITS}
-    done = run_pytest(project(tmp_path, files), "--tallystick-url", server.url())
+    files = pages.files_of("testing.md", "Django") | {
+        "shop/views.py": view,
+        "pytest.ini": ini,
+        "test_commits.py": COMMITS,
+    }
+    done = run_pytest(pages.write(tmp_path, files), "--tallystick-url", server.url())
     assert outcomes(done) == {"passed": 6}, done.stdout
-
-
-def test_the_vitest_example(tmp_path: Path, scratch: Path):
-    folder = project(tmp_path, PAGE["vitest"] | {"schema.sql": SHAPES["uuid"].ddl})
-    project(folder, {"lib/tallystick.ts": typescript(SHAPES["uuid"].host)})
-    shutil.copy(APPS / "vitest" / "tsconfig.json", folder)
-    app = node_packages.project(APPS / "vitest", folder)
-    app.run("tsc", "--project", ".")
-    environ = {"TALLYSTICK_HOME": str(scratch / "home"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    said = app.run("vitest", "run", env=environ)
-    assert re.search(r"Tests +2 passed", said), said
-    assert not Server(scratch / "home").running
 
 
 def test_without_pytest(tmp_path: Path, world: World, server: Server):
@@ -154,7 +128,7 @@ def test_without_pytest(tmp_path: Path, world: World, server: Server):
     for options in ("--schema-only", "--data-only --inserts --schema=tallystick"):
         with (tmp_path / "schema.sql").open("ab") as file:
             subprocess.run([*dump, *options.split(), bare(world.url)], env=server.env, stdout=file, check=True)
-    project(tmp_path, PAGE["Without pytest"])
+    pages.write(tmp_path, pages.files_of("testing.md", "Without pytest"))
     environ = os.environ | {"DATABASE_URL": bare(world.url)}
     done = subprocess.run([sys.executable, "alone.py"], cwd=tmp_path, env=environ, stderr=subprocess.PIPE, check=False)
     assert done.returncode == 0, done.stderr.decode()
@@ -162,7 +136,7 @@ def test_without_pytest(tmp_path: Path, world: World, server: Server):
 
 def test_a_project_without_a_schema_is_told_how_to_write_one(tmp_path: Path, server: Server):
     test = "def test_it(tallystick_db): pass"
-    done = run_pytest(project(tmp_path, {"test_it.py": test}), "--tallystick-url", server.url())
+    done = run_pytest(pages.write(tmp_path, {"test_it.py": test}), "--tallystick-url", server.url())
     assert outcomes(done) == {"error": 1}
     assert "def tallystick_schema():" in done.stdout
     assert "Traceback" not in done.stdout
@@ -175,7 +149,7 @@ def test_a_project_without_a_schema_is_told_how_to_write_one(tmp_path: Path, ser
 def test_a_server_that_cannot_be_had_is_told_with_the_ways_to_another(tmp_path: Path, address: str, said: str):
     files = {"conftest.py": SCHEMA, "test_it.py": "def test_it(tallystick_db): pass"}
     environ = {"TALLYSTICK_TEST_DATABASE_URL": address, "TALLYSTICK_PG_BIN": str(tmp_path)}
-    done = run_pytest(project(tmp_path, files), **environ)
+    done = run_pytest(pages.write(tmp_path, files), **environ)
     assert outcomes(done) == {"error": 1}
     assert said in done.stdout
     assert "pytest --tallystick-url ADDRESS" in done.stdout
@@ -193,7 +167,7 @@ def test_another(tallystick_db):
 
 
 def test_the_embedded_server_is_the_default_and_gone_afterwards(tmp_path: Path):
-    done = run_pytest(project(tmp_path, {"conftest.py": SCHEMA, "test_it.py": TESTS, "pytest.ini": INI}), "-s")
+    done = run_pytest(pages.write(tmp_path, {"conftest.py": SCHEMA, "test_it.py": TESTS, "pytest.ini": INI}), "-s")
     assert outcomes(done) == {"passed": 2}, done.stdout
     at = psycopg.conninfo.conninfo_to_dict(re.search(r"ADDRESS (\S+)", done.stdout)[1])
     assert not Path(at["host"]).exists()
@@ -201,7 +175,7 @@ def test_the_embedded_server_is_the_default_and_gone_afterwards(tmp_path: Path):
 
 def test_processes_of_one_run_share_a_server(tmp_path: Path, server: Server):
     files = {"conftest.py": SCHEMA, "test_it.py": TESTS, "pytest.ini": INI}
-    done = run_pytest(project(tmp_path, files), "-n", "2", TALLYSTICK_TEST_DATABASE_URL=server.url(driver=""))
+    done = run_pytest(pages.write(tmp_path, files), "-n", "2", TALLYSTICK_TEST_DATABASE_URL=server.url(driver=""))
     assert outcomes(done) == {"passed": 2}, done.stdout
     with psycopg.connect(server.url(driver="")) as conn:
         left = conn.execute("SELECT datname FROM pg_database WHERE starts_with(datname, 'tallystick_test_')").fetchall()
@@ -215,6 +189,8 @@ def test_it(tallystick_db):
     tallystick_db.conn.exec_driver_sql("UPDATE users SET credit_balance = 6")
     tallystick_db.assert_balanced()
 """
-    done = run_pytest(project(tmp_path, {"conftest.py": SCHEMA, "test_it.py": test}), "--tallystick-url", server.url())
+    done = run_pytest(
+        pages.write(tmp_path, {"conftest.py": SCHEMA, "test_it.py": test}), "--tallystick-url", server.url()
+    )
     assert outcomes(done) == {"failed": 1}
     assert re.search(r"^E +likely cause ", done.stdout, re.MULTILINE)

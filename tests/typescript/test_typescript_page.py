@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import re
 import shutil
 from pathlib import Path
 from uuid import uuid4
@@ -11,14 +10,14 @@ from uuid import uuid4
 import pytest
 from told import address, told
 
-from node_packages import REPOSITORY, Project
+import pages
+from node_packages import Project
 from tallystick.audit import audit
 from tallystick.dev.stripe import DevStripe
 from tallystick.ledger.typescript import typescript
 from worlds import SHAPES, World
 
 HERE = Path(__file__).parent
-PAGE = REPOSITORY / "docs" / "typescript.md"
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +29,7 @@ def page(packages: Project) -> Project:
     (packages.folder / "src").mkdir(exist_ok=True)
     for name in ("database.ts", "neon_double.ts"):
         shutil.copy(HERE / "src" / name, packages.folder / "src")
-    for text in re.findall(r"^```tsx?\n(.*?)^```", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL):
-        file = folder / text.splitlines()[0].removeprefix("// ")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
+    pages.write(folder, pages.files_of("typescript.md"))
     (folder / "lib" / "tallystick.ts").write_text(typescript(SHAPES["uuid"].host))
     packages.run("tsc", "--project", "page")
     bundle = ["--bundle", "--platform=node", "--format=esm", "--packages=external", "--outfile=page/flow.mjs"]
