@@ -74,13 +74,14 @@ def test_the_example_settings_load(tmp_path):
     assert [pack.credits for pack in Config.load(file, environ={}).packs] == [1, 3]
 
 
-def test_the_ledgers_page_runs_from_top_to_bottom(world: World, monkeypatch, tmp_path):
+@pytest.mark.parametrize("page", ["ledger.md", "holds.md"])
+def test_a_page_of_the_ledger_runs_from_top_to_bottom(page: str, world: World, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DATABASE_URL", world.url)
     names: dict[str, object] = {}
     try:
-        for block in blocks(ROOT / "docs" / "ledger.md", "python"):
-            exec(compile(block, "docs/ledger.md", "exec"), names)
+        for block in blocks(ROOT / "docs" / page, "python"):
+            exec(compile(block, f"docs/{page}", "exec"), names)
     finally:
         names["engine"].dispose()
 

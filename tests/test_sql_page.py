@@ -116,6 +116,13 @@ REFUSED = {
     "balance_out_of_range": f"grant(user_id => %(user)s, amount => {BIG}, key => 'k', description => 'All')",
     "idempotency_key_reused": "consume(user_id => %(user)s, key => 'used', amount => 2)",
     "ledger_inconsistent": "consume(user_id => %(behind)s, key => 'k')",
+    "unknown_consumption": "reverse(user_id => %(user)s, consumption_id => %(paid)s, key => 'k')",
+    "unknown_grant": "correct(user_id => %(user)s, grant_id => %(paid)s, key => 'k')",
+    "unknown_hold": "capture(user_id => %(user)s, hold_id => %(paid)s)",
+    "reversal_exceeds_consumption": "reverse(user_id => %(user)s, consumption_id => %(used)s, key => 'k', amount => 5)",
+    "correction_exceeds_grant": "correct(user_id => %(user)s, grant_id => %(given)s, key => 'k', amount => 50)",
+    "hold_closed": "capture(user_id => %(user)s, hold_id => %(released)s)",
+    "capture_exceeds_hold": "capture(user_id => %(user)s, hold_id => %(held)s, amount => 50)",
 }
 
 
@@ -127,7 +134,10 @@ def test_a_refusal_tells_what_the_page_says_and_is_raised_with_its_code(outcome:
         paid = world.buy(conn, user, 5)
         pending = world.ledger.start_purchase(conn, user, credits=1, description="Purchased 1")
         world.ledger.attach_session(conn, user, pending.id, stripe_session_id="cs_1")
-        world.ledger.consume(conn, user, key="used")
+        used = world.ledger.consume(conn, user, key="used")
+        granted = world.ledger.grant(conn, user, credits=1, key="given", description="Given")
+        held, released = (world.ledger.hold(conn, user, credits=1, key=key) for key in ("held", "released"))
+        world.ledger.release(conn, user, released.id)
         world.accounts.set_stripe_customer(conn, user, "cus_1")
         world.accounts.delete_user(conn, gone)
         conn.exec_driver_sql("UPDATE users SET credit_sequence = 0 WHERE id = %s", (behind,))
@@ -138,6 +148,10 @@ def test_a_refusal_tells_what_the_page_says_and_is_raised_with_its_code(outcome:
         "nobody": world.key("uuid"),
         "paid": paid.id,
         "pending": pending.id,
+        "used": used.id,
+        "given": granted.id,
+        "held": held.id,
+        "released": released.id,
         "others": world.workshop(gone),
         "closed": world.workshop(user, deleted_at=sa.func.now()),
         "marked": world.workshop(user, credit_consumed_at=sa.func.now()),

@@ -22,7 +22,7 @@ from tallystick.errors import Conflict, InsufficientCredits, Key, NotMigrated, O
 from tallystick.ledger import Consume
 from tallystick.ledger.connections import Call, Operation, Rows
 from tallystick.migrate.revisions import HostNames
-from tallystick.schema import verify
+from tallystick.schema import HEAD, verify
 from worlds import World
 
 ADDED = "more text"
@@ -31,7 +31,7 @@ ADDED = "more text"
 def newer(host: HostMapping) -> Iterator[Composable]:
     """What a later revision would run, in one transaction."""
     yield SQL(f"ALTER TYPE tallystick.answer ADD ATTRIBUTE {ADDED} CASCADE")
-    for statement in HostNames.of(host).functions():
+    for statement in HostNames.of(host).functions(HEAD):
         text = statement.as_string()
         if not text.startswith("CREATE OR REPLACE FUNCTION"):
             continue  # the types, which are there
@@ -41,17 +41,18 @@ def newer(host: HostMapping) -> Iterator[Composable]:
             text = text.replace(
                 "metadata jsonb DEFAULT NULL\n)", f"metadata jsonb DEFAULT NULL, {ADDED} DEFAULT NULL\n)", 1
             )
-            text, count = re.subn(r"NULL, NULL, NULL INTO answer", "NULL, NULL, NULL, consume.more INTO answer", text)
+            text, count = re.subn(r"account.held INTO answer", "account.held, NULL, consume.more INTO answer", text)
             assert count
-        if "FUNCTION tallystick.history(" in text:
-            text = text.replace("NULL::jsonb, NULL::integer", "NULL::jsonb, NULL::integer, NULL::text")
+        if re.match(r"CREATE OR REPLACE FUNCTION tallystick.(history|lots)\(", text):
+            text, count = re.subn(r"([tl]\.expires_at)(?=\n    +FROM)", r"\1, NULL::text", text)
+            assert count
         if "FUNCTION tallystick.consume_many(" in text:
-            text, count = re.subn(r"NULL, NULL, item\)", "NULL, NULL, item, NULL)", text)
+            text, count = re.subn(r"item, 0, NULL\)", "item, 0, NULL, NULL)", text)
             assert count
         yield SQL(text.replace("{", "{{").replace("}", "}}"))
     yield SQL("REVOKE ALL ON ALL FUNCTIONS IN SCHEMA tallystick FROM PUBLIC")
-    yield SQL("UPDATE tallystick.alembic_version SET version_num = '0002'")
-    yield SQL("INSERT INTO tallystick.migration_log (revision, direction, kind) VALUES ('0002', 'apply', 'expand')")
+    yield SQL("UPDATE tallystick.alembic_version SET version_num = '9002'")
+    yield SQL("INSERT INTO tallystick.migration_log (revision, direction, kind) VALUES ('9002', 'apply', 'expand')")
 
 
 def upgrade(world: World) -> None:
@@ -171,7 +172,7 @@ def test_a_rolling_deployment_of_two_versions(world: World) -> None:
 
 def test_a_contraction_tells_the_old_package_to_upgrade(world: World) -> None:
     with world.engine.begin() as conn:
-        for revision, kind in (("0002", "expand"), ("0003", "contract")):
+        for revision, kind in (("9002", "expand"), ("9003", "contract")):
             conn.exec_driver_sql(f"UPDATE tallystick.alembic_version SET version_num = '{revision}'")
             conn.exec_driver_sql(
                 "INSERT INTO tallystick.migration_log (revision, direction, kind)"

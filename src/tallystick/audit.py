@@ -59,7 +59,9 @@ DELETION_TAKES = dt.timedelta(minutes=5)
 KEPT_WITHIN_S = 1
 """The precision of a moment in a host's column: its type may know no fractions of a second."""
 
-_PURCHASE, _CONSUMPTION, _REFUND, _GRANT = CreditTransactionType
+_PURCHASE, _CONSUMPTION, _REFUND, _GRANT, _REVERSAL, _CORRECTION, _EXPIRY = CreditTransactionType
+_TAKE = [_CONSUMPTION, _REFUND, _CORRECTION, _EXPIRY]
+_LINKED = [_REFUND, _REVERSAL, _CORRECTION, _EXPIRY]
 _PENDING, _COMPLETED = CreditTransactionStatus.PENDING, CreditTransactionStatus.COMPLETED
 # spells names and statements for people, so a % in a name stays one
 _SPELLING = PGDialect(paramstyle="named")  # type: ignore[no-untyped-call]  # SQLAlchemy leaves it untyped
@@ -341,6 +343,7 @@ def _look(conn: DbConnection, schema: Schema) -> _Facts:
         collations |= {column: collated[column.name] for column in table.c if column.name in collated}
         indexes |= set(seen.unique_indexes) if seen and table is ledger else set()
     unsettled = run(conn, sa.select(sa.exists().where(_money_is_elsewhere())), {}).scalar_one()
+    lots = run(conn, sa.select(sa.exists().select_from(schema.lots)), {}).scalar_one()
     pairs = {"user_id": (ledger.c.user_id, users.c.key)}
     if workshops is not None:
         pairs["owner"] = workshops.c.owner, users.c.key
@@ -360,7 +363,8 @@ def _look(conn: DbConnection, schema: Schema) -> _Facts:
             )
             if not indexes & {columns, columns + predicate}
         )
-        | ({"unsettled"} if unsettled else frozenset()),
+        | ({"unsettled"} if unsettled else frozenset())
+        | ({"lots"} if lots else frozenset()),
         collations={
             name: collations[key]
             for name, (column, key) in pairs.items()
@@ -516,8 +520,8 @@ class _Part:
         return self.row.type == _CONSUMPTION
 
     def gives_back(self) -> Expression:
-        """True where a row takes an unlocking back. No type does so yet; one added later would look like this."""
-        return sa.and_(self.row.type != _PURCHASE, self.row.amount > 0)
+        """True where a row takes an unlocking back."""
+        return self.row.type == _REVERSAL
 
     def sums(self) -> sa.Select[Any]:
         """One row: how many users and ledger rows, and each sign that something is wrong, as a boolean."""
@@ -527,6 +531,7 @@ class _Part:
             self._users().label("chain"),
             sa.func.count(deleted_at).label("deleted"),
             sa.func.count().filter(self.unopened()).label("unopened"),
+            sa.func.count().filter(self.schema.users.c.credit_held != 0).label("held"),
         ).where(self.covers(key))
         ledger = sa.select(
             sa.func.count().label("rows"),
@@ -542,6 +547,7 @@ class _Part:
             (u.c.chain + r.c.chain != 0).label("chain"),
             (u.c.deleted > 0).label("deletions"),
             (u.c.unopened > 0).label("unopened"),
+            (u.c.held > 0).label("held"),
             *(r.c[name] for name in _COUNTED),
         ).join_from(u, r, sa.true())
         if self.schema.workshops is None:
@@ -684,12 +690,12 @@ def _misshaped_key(row: Row) -> Expression:
 
 
 _BROKEN: dict[str, Callable[[Row], Expression]] = {
-    "amount_sign": lambda row: sa.or_(row.amount == 0, (row.amount < 0) != row.type.in_([_CONSUMPTION, _REFUND])),
-    "no_overdraft": lambda row: sa.and_(row.type == _CONSUMPTION, row.balance_after < 0),
+    "amount_sign": lambda row: sa.or_(row.amount == 0, (row.amount < 0) != row.type.in_(_TAKE)),
+    "no_overdraft": lambda row: sa.and_(row.type == _CONSUMPTION, row.held.is_(None), row.balance_after < 0),
     "completed": _completed,
     "sequence_positive": lambda row: row.sequence < 1,
-    "only_purchases_wait": lambda row: sa.and_(row.status != _COMPLETED, row.type != _PURCHASE),
-    "refund_of": lambda row: sa.and_(row.type != _GRANT, (row.type == _REFUND) != row.refund_of.is_not(None)),
+    "only_purchases_wait": lambda row: sa.and_(row.status != _COMPLETED, row.type != _PURCHASE, row.held.is_(None)),
+    "refund_of": lambda row: sa.and_(row.type != _GRANT, row.type.in_(_LINKED) != row.refund_of.is_not(None)),
     "paid": _paid,
     "only_purchases_are_paid": lambda row: sa.and_(
         row.type != _PURCHASE,
@@ -702,8 +708,12 @@ _BROKEN: dict[str, Callable[[Row], Expression]] = {
         )
         > 0,
     ),
-    "workshop_link": lambda row: sa.and_(row.workshop_id.is_not(None), row.type.in_([_PURCHASE, _REFUND, _GRANT])),
+    "workshop_link": lambda row: sa.and_(row.workshop_id.is_not(None), row.type.not_in([_CONSUMPTION, _REVERSAL])),
     "key_shape": _misshaped_key,
+    "hold_shape": lambda row: sa.case(
+        (row.held.is_(None), row.capture_limit.is_not(None)),
+        else_=sa.or_(row.type != _CONSUMPTION, row.held < 1, row.expires_at.is_(None)),
+    ),
 }
 
 _COUNTED: dict[str, Callable[[_Part], Expression]] = {
@@ -712,6 +722,8 @@ _COUNTED: dict[str, Callable[[_Part], Expression]] = {
     "late beginnings": lambda part: _began_late(part.row),
     "unfinished": lambda part: part.row.status != _COMPLETED,
     "refunds": lambda part: part.row.refund_of.is_not(None),
+    "lots": lambda part: sa.and_(part.row.expires_at.is_not(None), part.row.held.is_(None)),
+    "holds": lambda part: sa.and_(part.row.held.is_not(None), part.row.status == _PENDING),
     "other workshops": lambda part: sa.and_(
         part.row.workshop_id.is_not(None), sa.or_(part.row.status != _COMPLETED, ~part.spends())
     ),
@@ -733,8 +745,16 @@ def _began_late(row: Row) -> Expression:
 def _breaks(name: str) -> Callable[[_Part], sa.Select[Any]]:
     def search(part: _Part) -> sa.Select[Any]:
         row = part.row
-        shown = (row.amount, row.balance_after, row.sequence, row.completed_at, row.refund_of, row.amount_paid)
-        links = (part.workshop_id.label("linked"), row.idempotency_key, row.stripe_session_id)
+        shown = (
+            row.amount,
+            row.balance_after,
+            row.sequence,
+            row.completed_at,
+            row.refund_of,
+            row.amount_paid,
+            row.held,
+        )
+        links = (part.workshop_id.label("linked"), row.idempotency_key, row.stripe_session_id, row.capture_limit)
         texts = (row.type.cast(sa.Text).label("type"), row.status.cast(sa.Text).label("status"), row.currency)
         return part.rows(*shown, *links, *texts).where(_BROKEN[name](row))
 
@@ -808,25 +828,113 @@ def _not_refundable(part: _Part) -> sa.Select[Any]:
     of = purchase.c
     return refunds.add_columns(
         of.user_id.label("buyer"), of.type.cast(sa.Text).label("type"), of.status.cast(sa.Text).label("status")
-    ).where(sa.or_(part.comparable(of.user_id) != part.user_id, of.type != _PURCHASE, of.status != _COMPLETED))
+    ).where(sa.or_(part.comparable(of.user_id) != part.user_id, ~_may_link(part.row, of), of.status != _COMPLETED))
+
+
+def _may_link(row: Row, of: Any) -> Expression:
+    """True where a row of its type can be about one of the other's."""
+    return sa.case(
+        (row.type.in_([_REFUND, _GRANT]), of.type == _PURCHASE),
+        (row.type == _REVERSAL, of.type == _CONSUMPTION),
+        (row.type == _CORRECTION, of.type == _GRANT),
+        else_=of.type.in_([_PURCHASE, _GRANT]),
+    )
 
 
 def _excessive_refunds(part: _Part) -> sa.Select[Any]:
     refunds, purchase = _refunds(part)
-    of, back = purchase.c, -sa.func.sum(part.row.amount)
+    of = purchase.c
+    back = -sa.func.sum(part.row.amount) * sa.case((of.amount < 0, -1), else_=1)
     return (
         refunds.with_only_columns(
             part.user_id.label("user"),
             of.id.label("transaction"),
-            of.amount,
+            sa.func.abs(of.amount).label("amount"),
             back.label("refunded"),
             sa.func.count().label("refunds"),
         )
         # what cannot be refunded at all is another check's finding
-        .where(part.row.status == _COMPLETED, of.status == _COMPLETED, of.type == _PURCHASE)
+        .where(part.row.status == _COMPLETED, of.status == _COMPLETED, _may_link(part.row, of))
         .where(part.comparable(of.user_id) == part.user_id)
         .group_by(part.user_id, of.id, of.amount)
-        .having(sa.or_(back > of.amount, back < 0))
+        .having(sa.or_(back > sa.func.abs(of.amount), back < 0))
+    )
+
+
+def _wrongly_held(part: _Part) -> sa.Select[Any]:
+    """Users whose holds under way are not what their row says."""
+    row, users = part.row, part.schema.users.c
+    holds = (
+        part.rows(row.held)
+        .with_only_columns(part.user_id.label("user"), sa.func.sum(row.held).label("holds"))
+        .where(row.held.is_not(None), row.status == _PENDING)
+        .group_by(part.user_id)
+        .subquery("holds")
+    )
+    held = sa.func.coalesce(holds.c.holds, 0)
+    return (
+        sa.select(users.key.label("user"), users.credit_held, held.label("holds"))
+        .select_from(part.schema.users)
+        .join(holds, holds.c.user == users.key, isouter=True)
+        .where(part.covers(users.key), users.credit_held != held)
+    )
+
+
+def _lots(part: _Part, *columns: Expression) -> sa.Select[Any]:
+    """Each lot with the row that gave it."""
+    lot, row = part.schema.lots.c, part.row
+    selected = sa.select(lot.user_id.label("user"), lot.id.label("transaction"), *columns)
+    joined = selected.select_from(part.schema.lots).join(
+        part.schema.credit_transactions, sa.and_(row.id == lot.id, part.user_id == lot.user_id), isouter=True
+    )
+    return joined.where(part.covers(lot.user_id))
+
+
+def _wrong_lots(part: _Part) -> sa.Select[Any]:
+    """Lots whose moves do not add up to what is left of them, or that no row gave."""
+    lot, move, row = part.schema.lots.c, part.schema.lot_moves.c, part.row
+    taken = sa.func.coalesce(
+        sa.select(sa.func.sum(move.amount)).where(move.lot_id == lot.id).scalar_subquery(), sa.literal(0)
+    )
+    given = sa.case((row.status == _COMPLETED, row.amount), else_=0)
+    return _lots(part, lot.amount, lot.remaining, taken.label("taken")).where(
+        sa.or_(
+            given.is_distinct_from(lot.amount), lot.remaining != lot.amount - taken, lot.expires_at != row.expires_at
+        )
+    )
+
+
+def _missing_lots(part: _Part) -> sa.Select[Any]:
+    """Rows that gave credits which expire, and have no lot."""
+    row = part.row
+    there = sa.exists().where(part.schema.lots.c.id == row.id)
+    return part.rows(row.amount, row.expires_at).where(
+        row.expires_at.is_not(None), row.held.is_(None), row.status == _COMPLETED, ~there
+    )
+
+
+def _early_expiries(part: _Part) -> sa.Select[Any]:
+    lot, row = part.schema.lots.c, part.row
+    rows = part.rows(row.completed_at, lot.expires_at).join(part.schema.lots, lot.id == row.refund_of)
+    return rows.where(row.type == _EXPIRY, row.completed_at < lot.expires_at)
+
+
+def _overlooked(part: _Part) -> sa.Select[Any]:
+    """Users of whom something expires before their row says so: a balance would be read without it."""
+    row, users, lot = part.row, part.schema.users.c, part.schema.lots.c
+    waiting = sa.union_all(
+        part.rows()
+        .with_only_columns(part.user_id.label("user"), row.expires_at.label("first"))
+        .where(row.held.is_not(None), row.status == _PENDING),
+        sa.select(lot.user_id, lot.expires_at).where(part.covers(lot.user_id), lot.remaining > 0),
+    ).subquery("waiting")
+    first = sa.func.min(waiting.c.first)
+    return (
+        sa.select(users.key.label("user"), users.credit_due_at, first.label("first"))
+        .select_from(part.schema.users)
+        .join(waiting, waiting.c.user == users.key)
+        .group_by(users.key, users.credit_due_at)
+        .having(sa.or_(users.credit_due_at.is_(None), users.credit_due_at > first))
     )
 
 
@@ -909,7 +1017,7 @@ def _spent_after_deletion(part: _Part) -> sa.Select[Any]:
     row, users = part.row, part.schema.users
     late = _epoch(row.completed_at) - _epoch(users.c.deleted_at) > DELETION_TAKES.total_seconds()
     rows = part.rows(row.amount, row.completed_at, users.c.deleted_at).join(users, users.c.key == part.user_id)
-    return rows.where(row.type == _CONSUMPTION, users.c.deleted_at.is_not(None), late)
+    return rows.where(row.type == _CONSUMPTION, row.held.is_(None), users.c.deleted_at.is_not(None), late)
 
 
 def _repeated_keys(part: _Part) -> sa.Select[Any]:
@@ -935,6 +1043,16 @@ def _unexplained(part: _Part) -> sa.Select[Any]:
 def _set_balance(schema: Schema, row: Mapping[str, Any]) -> sa.Update:
     users = schema.users
     return sa.update(users).where(users.c.key == row["user"]).values(credit_balance=row["balance"])
+
+
+def _set_held(schema: Schema, row: Mapping[str, Any]) -> sa.Update:
+    users = schema.users
+    return sa.update(users).where(users.c.key == row["user"]).values(credit_held=row["holds"])
+
+
+def _set_due(schema: Schema, row: Mapping[str, Any]) -> sa.Update:
+    users = schema.users
+    return sa.update(users).where(users.c.key == row["user"]).values(credit_due_at=row["first"])
 
 
 def _set_mark(schema: Schema, row: Mapping[str, Any]) -> sa.Update:
@@ -1076,13 +1194,13 @@ CHECKS: Mapping[str, Check] = {
         ),
         _rule(
             "no_overdraft",
-            "a consumption never leaves a balance below 0",
+            "a consumption never leaves a balance below 0, but for the capture of a hold that was allowed to",
             expected="balance_after of 0 or more",
             found="balance_after {balance_after} after a consumption of {amount}",
         ),
         _rule(
             "amount_sign",
-            "consumptions and refunds take, everything else gives, and no amount is 0",
+            "consumptions, refunds, corrections and expiries take, everything else gives, and no amount is 0",
             expected="an amount with the sign of a {type}",
             found="amount {amount}",
         ),
@@ -1100,14 +1218,14 @@ CHECKS: Mapping[str, Check] = {
         ),
         _rule(
             "only_purchases_wait",
-            "consumptions and refunds are complete or not there",
+            "only purchases and holds wait",
             expected="status completed, since the row is a {type}",
             found="status {status}",
         ),
         _rule(
             "refund_of",
-            "each refund names a purchase, and of the others only a grant may",
-            expected="a refund_of if it is a refund, none unless it is a grant; the row is a {type}",
+            "each refund, reversal, correction and expiry names the row that it is about; of the others a grant may",
+            expected="a refund_of if it is one of these, none unless it is a grant; the row is a {type}",
             found="refund_of {refund_of}",
         ),
         _rule(
@@ -1124,7 +1242,7 @@ CHECKS: Mapping[str, Check] = {
         ),
         _rule(
             "workshop_link",
-            "purchases, refunds and grants name no workshop",
+            "only consumptions and reversals name a workshop",
             expected="an empty workshop_id, since the row is a {type}",
             found="workshop_id {linked}",
             constrained=False,
@@ -1136,6 +1254,12 @@ CHECKS: Mapping[str, Check] = {
             expected="an idempotency_key of 1 to 255 characters; the row is a {type}",
             found="idempotency_key {idempotency_key}",
             constrained=False,
+        ),
+        _rule(
+            "hold_shape",
+            "only a consumption is a hold, of 1 credit or more, with an end",
+            expected="no credits held by a {type}, or 1 or more of a consumption that expires",
+            found="held {held}, capture_limit {capture_limit}",
         ),
         Check(
             name="spent_after_deletion",
@@ -1149,21 +1273,23 @@ CHECKS: Mapping[str, Check] = {
         ),
         Check(
             name="refund_excess",
-            purpose="the refunds of a purchase take back no more than it gave, grants give back no more than they took",
+            purpose="what rows take or give back of another one is no more than that moved: refunds and expiries of a "
+            "purchase, reversals of a consumption, corrections of a grant",
             signs=frozenset({"refunds"}),
             search=_excessive_refunds,
-            expected="0 to {amount} credits taken back in all",
-            found="{refunded} credits in {refunds} refunds and grants",
-            likely_cause="a refund was written without Tallystick",
+            expected="0 to {amount} credits taken or given back in all",
+            found="{refunded} credits in {refunds} rows that name it",
+            likely_cause="one of them was written without Tallystick",
             what_to_do=_LOOK + "If the customer was refunded too much in money, settle it there. Credits that were "
             "taken too many go back with: {grant} CREDITS --description 'Given back' --key audit-{transaction}",
         ),
         Check(
             name="refundable",
-            purpose="a refund takes back a completed purchase of the same user",
+            purpose="a refund is of a completed purchase of the same user, a reversal of a consumption, a correction "
+            "of a grant, an expiry of what gave the credits",
             signs=frozenset({"refunds"}),
             search=_not_refundable,
-            expected="a completed purchase of user {user} behind refund_of {refund_of}",
+            expected="a completed row of user {user} that this one can be about, behind refund_of {refund_of}",
             found="a {status} {type} of user {buyer}",
             likely_cause=f"written without Tallystick, or {_BY_HAND}",
             what_to_do=_RESTORE,
@@ -1177,6 +1303,59 @@ CHECKS: Mapping[str, Check] = {
             found="none",
             likely_cause="the purchase was deleted while triggers and foreign keys were off",
             what_to_do=_RESTORE,
+        ),
+        Check(
+            name="held",
+            purpose="a user's credit_held is the sum of the holds under way",
+            signs=frozenset({"holds", "held"}),
+            search=_wrongly_held,
+            expected="credit_held {holds}, the sum of the pending holds",
+            found="credit_held {credit_held}",
+            likely_cause="the column was set by hand or by the app",
+            what_to_do=_LOOK + "If its rows are right, run: {fix}",
+            fix=_set_held,
+        ),
+        Check(
+            name="lot",
+            purpose="what is left of credits that expire is what was given less what rows took, and never below 0",
+            signs=frozenset({"lots"}),
+            search=_wrong_lots,
+            expected="{amount} credits given, less {taken} taken",
+            found="{remaining} left",
+            likely_cause="tallystick.lots or tallystick.lot_moves was changed by hand",
+            what_to_do=_RESTORE,
+        ),
+        Check(
+            name="lot_kept",
+            purpose="credits that expire are kept as a lot",
+            signs=frozenset({"lots"}),
+            search=_missing_lots,
+            expected="a lot of {amount} credits that expires at {expires_at}",
+            found="none",
+            likely_cause="the lot was deleted by hand",
+            what_to_do=_RESTORE,
+        ),
+        Check(
+            name="expiry_in_time",
+            purpose="credits expire no earlier than they were to",
+            signs=frozenset({"lots"}),
+            search=_early_expiries,
+            expected="an expiry at {expires_at} or later",
+            found="completed_at {completed_at}",
+            likely_cause="written without Tallystick, or the server's clock was ahead",
+            what_to_do=_LOOK
+            + "Give it back with: {grant} CREDITS --description 'Given back' --key audit-{transaction}",
+        ),
+        Check(
+            name="due",
+            purpose="a user's credit_due_at is no later than the first of the user's holds and lots expires",
+            signs=frozenset({"holds", "lots"}),
+            search=_overlooked,
+            expected="credit_due_at {first} or earlier",
+            found="credit_due_at {credit_due_at}",
+            likely_cause="the column was set by hand or by the app",
+            what_to_do=_LOOK + "Run: {fix}",
+            fix=_set_due,
         ),
         Check(
             name="workshop_charged_once",

@@ -198,7 +198,8 @@ Rounding = Literal["down", "nearest", "up"]
 class Pack:
     """Something on sale: ``credits`` for ``amount`` minor units of ``currency`` (7900 and "usd" are $79.00).
 
-    ``refund_rounding`` is the pack's own; None stands for the setting of this name.
+    ``refund_rounding`` is the pack's own; None stands for the setting of this name. Its credits last for
+    ``expires_after_days``, from the moment at which they are paid; None stands for ever.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=200)]
@@ -207,6 +208,12 @@ class Pack:
     currency: Annotated[str, Field(pattern="^[a-z]{3}$")] = "usd"
     stripe_price_id: str | None = None
     refund_rounding: Rounding | None = None
+    expires_after_days: Annotated[int, Field(strict=True, ge=1, le=36_500)] | None = None
+
+    @property
+    def expires_after(self) -> dt.timedelta | None:
+        """As a time."""
+        return None if self.expires_after_days is None else dt.timedelta(days=self.expires_after_days)
 
 
 QUANTITY_MAX = 999

@@ -55,6 +55,13 @@
         ├── InsufficientCredits
         ├── RefundExceedsPurchase
         ├── ReinstatementExceedsRefunds
+        ├── UnknownConsumption
+        ├── ReversalExceedsConsumption
+        ├── UnknownGrant
+        ├── CorrectionExceedsGrant
+        ├── UnknownHold
+        ├── HoldClosed               released, or captured already
+        ├── CaptureExceedsHold
         ├── BalanceOutOfRange        a balance is a 32-bit integer
         ├── IdempotencyKeyReused     same key, other payload
         └── LedgerInconsistent       the ledger contradicts itself; run the audit
@@ -423,10 +430,12 @@ class StripeCustomerConflict(LedgerError):
 
 
 class InsufficientCredits(LedgerError):
-    """The balance does not cover the amount."""
+    """The balance, less what holds have set aside of it, does not cover the amount."""
 
     user: Key
     balance: int
+    held: int
+    available: int
     required: int
 
 
@@ -443,6 +452,58 @@ class ReinstatementExceedsRefunds(LedgerError):
 
     purchase: UUID
     taken: int
+    asked: int
+
+
+class UnknownConsumption(LedgerError):
+    """This user has no such consumption."""
+
+    user: Key
+    consumption: object
+
+
+class ReversalExceedsConsumption(LedgerError):
+    """More than what is left of the consumption was to be given back."""
+
+    consumption: UUID
+    left: int
+    asked: int
+
+
+class UnknownGrant(LedgerError):
+    """This user has no such grant."""
+
+    user: Key
+    grant: object
+
+
+class CorrectionExceedsGrant(LedgerError):
+    """More than what is left of the grant was to be taken back."""
+
+    grant: UUID
+    left: int
+    asked: int
+
+
+class UnknownHold(LedgerError):
+    """This user has no such hold."""
+
+    user: Key
+    hold: object
+
+
+class HoldClosed(LedgerError):
+    """The hold was released, or is captured already."""
+
+    hold: UUID
+    status: str
+
+
+class CaptureExceedsHold(LedgerError):
+    """More than the hold allows was to be charged."""
+
+    hold: UUID
+    limit: int
     asked: int
 
 

@@ -31,7 +31,7 @@ from tallystick.config import (
 from tallystick.database import DbConnection, translated
 from tallystick.errors import HostMismatch, InvalidArgument, Key, NotMigrated, SchemaTooNew, shown
 
-HEAD = "0001"
+HEAD = "0002"
 """The revision this package works with; the tests hold it against ``migrate/versions``."""
 
 BOOKKEEPING_SCHEMA = "tallystick"
@@ -47,6 +47,18 @@ class CreditTransactionType(StrEnum):
     CONSUMPTION = "consumption"
     REFUND = "refund"
     GRANT = "grant"
+    REVERSAL = "reversal"
+    CORRECTION = "correction"
+    EXPIRY = "expiry"
+
+    @classmethod
+    def _missing_(cls, value: object) -> CreditTransactionType | None:
+        """A label of a later revision, which packages from before it meet in a rolling deployment."""
+        if not isinstance(value, str):
+            return None
+        later = str.__new__(cls, value)
+        later._name_, later._value_ = value.upper(), value
+        return later
 
 
 class CreditTransactionStatus(StrEnum):
@@ -96,6 +108,9 @@ def _key_type(table: UsersTable | WorkshopsTable) -> sa.types.TypeEngine[Any]:
 class Schema:
     """SQLAlchemy tables for one mapping; host columns go by our words (``users.c.key``, ``workshops.c.owner``).
 
+    ``lots`` are granted or bought credits that expire, by the row that gave them; ``lot_moves`` says which row took how
+    many of a lot, below 0 where it gave them back. ``row`` are the columns of a ``CreditTransaction``.
+
     ``users`` and ``workshops`` hold only the columns that Tallystick reads or writes; ``workshops`` is None for a
     host that has none. Use ``of``, which makes each mapping's once.
     """
@@ -122,6 +137,11 @@ class Schema:
             self.users.c.stripe_customer_id,
             unique=True,
             postgresql_where=self.users.c.stripe_customer_id.is_not(None),
+        )
+        self.users_due = Index(
+            "tallystick_users_credit_due_at",
+            self.users.c.credit_due_at,
+            postgresql_where=self.users.c.credit_due_at.is_not(None),
         )
 
         self.workshops: Table | None = None
@@ -169,6 +189,12 @@ class Schema:
             Column("metadata", pg.JSONB),
             Column("created_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
             Column("completed_at", pg.TIMESTAMP(timezone=True)),
+            # of a hold, or of the credits that the row gave; bought ones last for expires_after
+            Column("expires_at", pg.TIMESTAMP(timezone=True)),
+            Column("expires_after", pg.INTERVAL),
+            # credits that a hold has set aside, and the most that may be captured of it: 0 once it is released
+            Column("held", _CREDITS[host.credits]),
+            Column("capture_limit", _CREDITS[host.credits]),
             sa.PrimaryKeyConstraint("id", name=f"{LEDGER}_pkey"),
             sa.ForeignKeyConstraint(
                 ["refund_of"], [f"{host.schema_of_ledger}.{LEDGER}.id"], name=f"{LEDGER}_refund_fk", link_to_name=True
@@ -176,6 +202,31 @@ class Schema:
             *(CheckConstraint(rule, name=f"{LEDGER}_{name}") for name, rule in CHECKS.items()),
             schema=host.schema_of_ledger,
         )
+        self.lots = Table(
+            "lots",
+            self.metadata,
+            Column("id", sa.Uuid, nullable=False),
+            Column("user_id", user_key, nullable=False),
+            Column("amount", _CREDITS[host.credits], nullable=False),
+            Column("remaining", _CREDITS[host.credits], nullable=False),
+            Column("expires_at", pg.TIMESTAMP(timezone=True), nullable=False),
+            sa.PrimaryKeyConstraint("id", name="lots_pkey"),
+            CheckConstraint("remaining >= 0 AND remaining <= amount", name="lots_remaining"),
+            schema=BOOKKEEPING_SCHEMA,
+        )
+        lot = self.lots.c
+        Index("lots_user", lot.user_id, lot.expires_at, postgresql_where=lot.remaining > sa.literal_column("0"))
+        self.lot_moves = Table(
+            "lot_moves",
+            self.metadata,
+            Column("transaction_id", sa.Uuid, nullable=False),
+            Column("lot_id", sa.Uuid, nullable=False),
+            Column("amount", _CREDITS[host.credits], nullable=False),
+            sa.PrimaryKeyConstraint("transaction_id", "lot_id", name="lot_moves_pkey"),
+            Index("lot_moves_lot", "lot_id"),
+            schema=BOOKKEEPING_SCHEMA,
+        )
+        self.row = tuple(self.credit_transactions.c[name] for name in ROW)
         row = self.credit_transactions.c
         self.indexes = (
             # the ledger's own idempotency; the foreign key's check, when a user is deleted
@@ -261,6 +312,29 @@ class Schema:
 
 LEDGER = "credit_transactions"
 
+ROW = (
+    "id",
+    "user_id",
+    "type",
+    "status",
+    "amount",
+    "balance_after",
+    "sequence",
+    "description",
+    "workshop_id",
+    "refund_of",
+    "stripe_session_id",
+    "stripe_payment_intent_id",
+    "stripe_price_id",
+    "amount_paid",
+    "currency",
+    "idempotency_key",
+    "metadata",
+    "created_at",
+    "completed_at",
+)
+"""The columns of a credit transaction, as ``tallystick.answer`` gives them after the outcome."""
+
 OPENING_KEY = "tallystick:opening"
 """The idempotency key of an opening balance."""
 
@@ -268,17 +342,21 @@ HISTORY = f"coalesce(idempotency_key, '') !~ '^({OPENING_KEY}$|tallystick:app:)'
 """Of the ledger's rows those that are history of its own: not what it took up of the balances that the app has."""
 
 CHECKS: dict[str, str] = {
-    # a type added later that takes nothing away gives: this rule needs no change for it
     "type": "CASE type"
-    " WHEN 'consumption' THEN amount < 0 AND balance_after >= 0 AND refund_of IS NULL AND status = 'completed'"
+    " WHEN 'consumption' THEN amount < 0 AND refund_of IS NULL"
+    " AND (balance_after >= 0 AND status = 'completed' OR held IS NOT NULL)"
     " WHEN 'purchase' THEN amount > 0 AND refund_of IS NULL"
     " WHEN 'refund' THEN amount < 0 AND refund_of IS NOT NULL AND status = 'completed'"
-    " ELSE amount > 0 AND status = 'completed' END",
+    " WHEN 'grant' THEN amount > 0 AND status = 'completed'"
+    # the types that were added later give or take, each linked to the row that it is about
+    " ELSE amount <> 0 AND refund_of IS NOT NULL AND status = 'completed' END",
     "status": "CASE status WHEN 'completed' THEN num_nulls(balance_after, sequence, completed_at) = 0 AND sequence > 0"
     " ELSE num_nonnulls(balance_after, sequence, completed_at) = 0 END",
     "paid": "num_nonnulls(stripe_session_id, stripe_payment_intent_id, stripe_price_id, amount_paid, currency) = 0"
     " OR type = 'purchase' AND (amount_paid IS NULL) = (currency IS NULL)"
     " AND coalesce(amount_paid >= 0 AND currency ~ '^[a-z]{3}$', true)",
+    "held": "CASE WHEN held IS NULL THEN capture_limit IS NULL"
+    " ELSE type = 'consumption' AND held > 0 AND expires_at IS NOT NULL END",
 }
 """The ledger's rules, each also an audit check."""
 
@@ -306,6 +384,8 @@ def user_columns(
         Column("plan_tier", sa.String(32), nullable=False, server_default=sa.text("'free'")),
         Column("updated_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
         Column("deleted_at", pg.TIMESTAMP(timezone=True)),
+        Column("credit_held", _CREDITS[credits], nullable=False, server_default=sa.text("0")),
+        Column("credit_due_at", pg.TIMESTAMP(timezone=True)),
     )
 
 

@@ -184,7 +184,9 @@ class TestDowngrade:
     def test_it_is_all_or_nothing_with_the_hosts_revision(
         self, app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        alembic = history(app, tmp_path, monkeypatch, *ALL, backs=[f"{BACKS[0]}; op.execute('SELECT 1 / 0')"])
+        alembic = history(
+            app, tmp_path, monkeypatch, *ALL, backs=[*BACKS[:-1], f"{BACKS[-1]}; op.execute('SELECT 1 / 0')"]
+        )
         command.upgrade(alembic, "head")
         after = app.shape()
         with pytest.raises(sa.exc.DataError, match="division by zero"):
@@ -234,9 +236,9 @@ class TestDowngrade:
     def test_settings_of_the_hosts_transaction_stay(
         self, app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        back = f"op.execute(\"SET LOCAL lock_timeout = '7s'\"); {BACKS[0]}; "
+        back = f"op.execute(\"SET LOCAL lock_timeout = '7s'\"); {BACKS[-1]}; "
         back += "op.execute(\"CREATE TABLE seen AS SELECT current_setting('lock_timeout') AS value\")"
-        alembic = history(app, tmp_path, monkeypatch, *ALL, backs=[back])
+        alembic = history(app, tmp_path, monkeypatch, *ALL, backs=[*BACKS[:-1], back])
         command.upgrade(alembic, "head")
         command.downgrade(alembic, "base")
         assert app.value("SELECT value FROM seen") == "7s"

@@ -79,6 +79,13 @@ FORBIDDEN_ROWS = [
     ("paid", {"sequence": "2", "currency": "'usd'"}),
     ("paid", {"sequence": "2", "amount_paid": "-1", "currency": "'usd'"}),
     ("paid", {"sequence": "2", "amount_paid": "1", "currency": "'USD'"}),
+    ("type", {"type": "'correction'", "amount": "-1", "sequence": "2"}),
+    ("type", {"type": "'reversal'", "amount": "1", "sequence": "2"}),
+    ("type", {**PENDING, "type": "'expiry'", "amount": "-1", "refund_of": PURCHASE_ID}),
+    ("held", {"sequence": "2", "held": "3", "expires_at": "now()"}),
+    ("held", {**CONSUMPTION, **PENDING, "held": "1"}),
+    ("held", {**CONSUMPTION, **PENDING, "held": "0", "expires_at": "now()"}),
+    ("held", {**CONSUMPTION, "capture_limit": "1"}),
     ("pkey", {"id": PURCHASE_ID, "sequence": "2"}),
     ("sequence", {}),  # the number is taken
     ("stripe_session", {"sequence": "2", "stripe_session_id": "'cs_1'"}),

@@ -17,7 +17,7 @@ from tallystick.audit import audit
 from tallystick.errors import MigrationError
 from tallystick.migrate import PlannedStatement, Rehearsal, Traced, rehearse, report
 from tallystick.migrate.checks.rehearsal import split
-from tallystick.schema import Schema
+from tallystick.schema import HEAD, Schema
 
 NAMES = ("uuid", "keyed by an external identity", "quoted, reserved and in schemas", "with every column already")
 
@@ -94,7 +94,7 @@ def test_a_plan_with_other_locks_is_found_out(how: str, app: App, monkeypatch: p
 
 def test_without_a_revision_to_come_there_is_nothing_to_rehearse(app: App) -> None:
     migrate.apply(app.url, app.config)
-    with pytest.raises(MigrationError, match="at revision 0001 already"):
+    with pytest.raises(MigrationError, match=f"at revision {HEAD} already"):
         rehearse(app.url, app.config)
 
 

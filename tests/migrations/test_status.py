@@ -17,7 +17,7 @@ DROPPED = f"ALTER TABLE credit_transactions DROP CONSTRAINT {FOREIGN_KEY}"
 KEY = "credit_transactions_idempotency_key"
 BODY = "() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RETURN NEW;END$$"
 PINNED = "SET search_path = pg_catalog, pg_temp"
-GRANT = '"grant"(uuid, integer, text, text, jsonb)'
+GRANT = '"grant"(uuid, integer, text, text, jsonb, timestamp with time zone)'
 
 
 def anew(events: str, condition: str = "") -> str:

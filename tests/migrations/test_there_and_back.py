@@ -59,7 +59,7 @@ def test_the_migrated_database_is_as_declared(case: HostCase, host: App, make_ap
     names = HostNames.of(host.config.host, adopted)  # type: ignore[arg-type]  # the words of the mapping
     host.run(
         "DROP FUNCTION IF EXISTS tallystick.follow_balance CASCADE",
-        *(statement.as_string(None) for statement in names.drop_functions()),
+        *(statement.as_string(None) for statement in names.drop_functions(HEAD)),
         "DROP FUNCTION tallystick.append_only CASCADE",
         "DROP FUNCTION IF EXISTS tallystick.touch_updated_at CASCADE",
         "DROP TABLE IF EXISTS tallystick.workshops",
@@ -86,7 +86,10 @@ def create_as_declared(app: App, case: HostCase) -> None:
             enum.create(conn)
         schema.credit_transactions.create(conn, checkfirst=True)  # SQLAlchemy 2.0 would make the types once more
         schema.users_stripe_customer.create(conn)
+        schema.users_due.create(conn)
         conn.execute(CreateSchema("tallystick"))
+        schema.lots.create(conn)
+        schema.lot_moves.create(conn)
         alembic_version.metadata.create_all(conn)
 
 
@@ -142,6 +145,9 @@ def test_the_log_tells_what_the_receipt_tells(app: App) -> None:
 
     assert [(online.name, online.outcome) for online in receipt.online] == [
         ("tallystick_users_stripe_customer_id", "built"),
+        ("tallystick_users_credit_due_at", "built"),
+        ("credit_transactions_type", "validated"),
+        ("credit_transactions_held", "validated"),
     ]
     with app.engine.connect() as conn:
         log = migrate.status(conn, app.config).history

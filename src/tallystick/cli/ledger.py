@@ -115,8 +115,36 @@ def credits_of(number: int) -> str:
 def balance(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> None:
     """Show how many credits a user has."""
     with mapped(ctx) as (conn, config):
-        credits = Ledger(config).balance(conn, user_key(conn, config, user))
-    emit({"user": user, "balance": credits}, lambda: out.print(credits_of(credits)), as_json=as_json)
+        now = Ledger(config).standing(conn, user_key(conn, config, user))
+
+    def show() -> None:
+        kept = f", of which holds keep {now.held} and {now.available} can be spent" if now.held else ""
+        out.print(f"{credits_of(now.balance)}{kept}")
+
+    told = {"user": user, "balance": now.balance, "held": now.held, "available": now.available}
+    emit(told, show, as_json=as_json)
+
+
+@app.command(cls=OfUser, rich_help_panel="Credits")
+def lots(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> None:
+    """Show a user's credits that expire, those first that are spent first."""
+    with mapped(ctx) as (conn, config):
+        ledger, key = Ledger(config), user_key(conn, config, user)
+        ledger.balance(conn, key)  # an unknown user is an error here, not an empty list
+        found = ledger.lots(conn, key)
+
+    def show() -> None:
+        if not found:
+            out.print("No credits that expire.")
+            return
+        shown = table("expires (UTC)", "left", "given", "description", "id", right=("left", "given"))
+        for lot in found:
+            moment = f"{lot.expires_at:%Y-%m-%d %H:%M}"
+            shown.add_row(moment, str(lot.remaining), str(lot.given), escape(lot.description), str(lot.id))
+        shown.columns[-1].no_wrap = True
+        out.print(shown)
+
+    emit(found, show, as_json=as_json)
 
 
 def ledger_table(rows: Sequence[CreditTransaction]) -> Table:
@@ -235,18 +263,161 @@ def grant(
     user: UserArgument,
     credits: Annotated[int, typer.Argument(help="How many.", metavar="CREDITS")],
     description: Annotated[str, typer.Option("--description", help="What the user's history says.")] = "Granted",
+    expires_in: Annotated[
+        float | None, typer.Option("--expires-in", help="They expire in so many days.", metavar="DAYS", min=0.001)
+    ] = None,
     key: KeyOption = None,
     as_json: Json = False,
 ) -> None:
     """Give a user credits that nobody paid for: goodwill, a promotion, an opening balance."""
+    expires_at = None if expires_in is None else dt.datetime.now(dt.UTC) + dt.timedelta(days=min(expires_in, 365_000))
     _move(
         ctx,
         user,
         lambda ledger, conn, who: ledger.grant(
-            conn, who, credits=credits, key=key or f"cli-{uuid4()}", description=description
+            conn,
+            who,
+            credits=credits,
+            key=key or f"cli-{uuid4()}",
+            description=description,
+            expires_at=expires_at,
         ),
         as_json=as_json,
     )
+
+
+def _takes_back(
+    ctx: typer.Context,
+    user: str,
+    operation: str,
+    row: UUID,
+    *,
+    credits: int | None,
+    key: str | None,
+    description: str | None,
+    as_json: bool,
+) -> None:
+    """Make the row that is linked to ``row`` and bounded by it."""
+    _move(
+        ctx,
+        user,
+        lambda ledger, conn, who: getattr(ledger, operation)(
+            conn, who, row, credits=credits, key=key or f"cli-{uuid4()}", description=description
+        ),
+        as_json=as_json,
+    )
+
+
+RowArgument = Annotated[UUID, typer.Argument(help="The id of the row, as `tallystick history` shows it.", metavar="ID")]
+AllOption = Annotated[int | None, typer.Option("--credits", help="How many; all that is left of it if left out.")]
+DescriptionOption = Annotated[str | None, typer.Option("--description", help="What the user's history says.")]
+
+
+@app.command(cls=OfUser, rich_help_panel="Credits")
+def reverse(
+    ctx: typer.Context,
+    user: UserArgument,
+    consumption: RowArgument,
+    credits: AllOption = None,
+    key: KeyOption = None,
+    description: DescriptionOption = None,
+    as_json: Json = False,
+) -> None:
+    """Give credits of a consumption back. All of it locks its workshop again."""
+    _takes_back(ctx, user, "reverse", consumption, credits=credits, key=key, description=description, as_json=as_json)
+
+
+@app.command(cls=OfUser, rich_help_panel="Credits")
+def correct(
+    ctx: typer.Context,
+    user: UserArgument,
+    grant: RowArgument,
+    credits: AllOption = None,
+    key: KeyOption = None,
+    description: DescriptionOption = None,
+    as_json: Json = False,
+) -> None:
+    """Take back credits of a grant that was a mistake. The balance may fall below zero."""
+    _takes_back(ctx, user, "correct", grant, credits=credits, key=key, description=description, as_json=as_json)
+
+
+@app.command(rich_help_panel="Credits")
+def sweep(
+    ctx: typer.Context,
+    limit: Annotated[int, typer.Option("--limit", help="Users in one transaction.", min=1, max=100_000)] = 1000,
+    as_json: Json = False,
+) -> None:
+    """Write what has expired, holds and credits, of users whom nothing has touched since.
+
+    No balance that Tallystick gives depends on it: run it once a day, for what reads the tables directly.
+    """
+    swept = 0
+    while True:
+        with mapped(ctx, changes=swept == 0) as (conn, config):
+            found = Ledger(config).sweep(conn, limit=limit)
+        swept += found
+        if found < limit:
+            break
+    told = f"{swept} {'user' if swept == 1 else 'users'} of whom something had expired."
+    emit({"users": swept}, lambda: out.print(told), as_json=as_json)
+
+
+holds = typer.Typer(no_args_is_help=True, help="Set credits aside for work under way, then charge or release them.")
+app.add_typer(holds, name="hold", rich_help_panel="Credits")
+
+
+@holds.command("place", cls=OfUser)
+def hold_place(
+    ctx: typer.Context,
+    user: UserArgument,
+    credits: Annotated[int, typer.Argument(help="How many.", metavar="CREDITS")],
+    minutes: Annotated[
+        float, typer.Option("--minutes", help="How long it lasts, from 1 second to 366 days.", min=0.02)
+    ] = 15,
+    key: KeyOption = None,
+    description: DescriptionOption = None,
+    as_json: Json = False,
+) -> None:
+    """Set credits aside."""
+    with mapped(ctx, changes=True) as (conn, config):
+        ledger = Ledger(config)
+        held = ledger.hold(
+            conn,
+            user_key(conn, config, user),
+            credits=credits,
+            key=key or f"cli-{uuid4()}",
+            expires_in=dt.timedelta(minutes=min(minutes, 1e6)),
+            description=description,
+        )
+    said = f"{'Held already' if held.replayed else 'Held'}: {credits_of(credits)}, {held.id}."
+    emit(held, lambda: out.print(said, markup=False), as_json=as_json)
+
+
+@holds.command("capture", cls=OfUser)
+def hold_capture(
+    ctx: typer.Context,
+    user: UserArgument,
+    hold: RowArgument,
+    credits: Annotated[int | None, typer.Option("--credits", help="How many; all that is held if left out.")] = None,
+    debt: Annotated[bool, typer.Option("--debt", help="Charge also what the balance does not cover.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Charge a hold, once."""
+    _move(
+        ctx,
+        user,
+        lambda ledger, conn, who: ledger.capture(conn, who, hold, credits=credits, allow_debt=debt),
+        as_json=as_json,
+    )
+
+
+@holds.command("release", cls=OfUser)
+def hold_release(ctx: typer.Context, user: UserArgument, hold: RowArgument, as_json: Json = False) -> None:
+    """Give a hold up: its credits can be spent again."""
+    with mapped(ctx, changes=True) as (conn, config):
+        done = Ledger(config).release(conn, user_key(conn, config, user), hold)
+    said = f"{'Released already' if done.replayed else 'Released'}: {done.description}, {done.id}."
+    emit(done, lambda: out.print(said, markup=False), as_json=as_json)
 
 
 @app.command(cls=OfUser, rich_help_panel="Credits")

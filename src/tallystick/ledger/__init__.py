@@ -1,5 +1,14 @@
 """The ledger: functions in the database (``sql/``), and their Python face."""
 
-from tallystick.ledger.operations import HISTORY_MAX, Access, AccessReason, Consume, CreditTransaction, Ledger
+from tallystick.ledger.operations import (
+    HISTORY_MAX,
+    Access,
+    AccessReason,
+    Consume,
+    CreditTransaction,
+    Ledger,
+    Lot,
+    Standing,
+)
 
-__all__ = ["HISTORY_MAX", "Access", "AccessReason", "Consume", "CreditTransaction", "Ledger"]
+__all__ = ["HISTORY_MAX", "Access", "AccessReason", "Consume", "CreditTransaction", "Ledger", "Lot", "Standing"]

@@ -164,12 +164,12 @@ _ANSWER = (
     "outcome, id, user_id, type, status, amount, balance_after, sequence, description, workshop_id, refund_of, "
     "stripe_session_id, stripe_payment_intent_id, stripe_price_id, amount_paid, currency, idempotency_key, "
     "metadata::pg_catalog.text, {created_at}, {completed_at}, balance, required, remaining, detail::pg_catalog.text, "
-    "item"
+    "item, credit_held, {expires_at}"
 )
 _MOMENTS = {
     # an operator of this name in the caller's search_path may be anybody's
     name: f"(extract(epoch FROM {name}) OPERATOR(pg_catalog.*) 1000000)::bigint"
-    for name in ("created_at", "completed_at", "updated_at", "deleted_at")
+    for name in ("created_at", "completed_at", "expires_at", "updated_at", "deleted_at")
 }
 
 
@@ -205,16 +205,20 @@ def as_text(value: Any) -> str:
     """A value as PostgreSQL reads it for a parameter of any type, so that a call is parsed once for all values."""
     match value:
         case str():
-            return str.__str__(value)
+            text = str.__str__(value)
         case bool():
-            return "true" if value else "false"
+            text = "true" if value else "false"
         case dt.datetime():
-            return value.isoformat()
+            text = value.isoformat()
+        case dt.timedelta():
+            text = f"{value // dt.timedelta(microseconds=1)} microseconds"
         case Mapping():
-            return json.dumps(value)
+            text = json.dumps(value)
         case list() | tuple():
-            return array(value)
-    return str(value)
+            text = array(value)
+        case _:
+            text = str(value)
+    return text
 
 
 def array(items: Iterable[object]) -> str:
@@ -315,6 +319,8 @@ async def _asyncpg(conn: AsyncpgConnection, call: Call[R]) -> R:
 def _as_asyncpg_wants(value: Any) -> Any:
     """The server tells asyncpg each parameter's type, and it wants a value of that type; JSON as its text."""
     match value:
+        case dt.timedelta():
+            return f"{value // dt.timedelta(microseconds=1)} microseconds"
         case Mapping():
             return json.dumps(value)
         case list():

@@ -15,6 +15,7 @@ Each file holds one function (or type) and reads as plain SQL but for its placeh
 ``{balance}``              the balance of a user ``u``, and ``{balance_column}`` the column that holds it
 ``{opened}``               where the app had balances before: gives ``account`` its opening balance first, if it has
                            none (``open_balance``); ``{opened_many}`` all of ``user_ids`` theirs
+``{due}``                  writes what has expired of ``account``, who is locked, and reads it again (``settle_due``)
 ``{…_name}``               the same name as a text, for messages
 ``{search_path}``          where a function looks for names: nowhere that another role could put one
 ``{host_path}``            the same for a statement that sets off the host's triggers, which may look for the host's
@@ -23,7 +24,7 @@ Each file holds one function (or type) and reads as plain SQL but for its placeh
 =========================  ================================================================================
 
 A revision that changes a function moves the file that it replaces to ``sql/until_<the revision before>/``: earlier
-revisions go on installing that one.
+revisions go on installing that one. ``REVISIONS`` says which files each revision brought.
 """
 
 from __future__ import annotations
@@ -38,78 +39,85 @@ from typing import Any
 from psycopg.sql import SQL, Composable, Identifier
 from psycopg.sql import Literal as SqlLiteral
 
-COLUMNS = (
-    "id",
-    "user_id",
-    "type",
-    "status",
-    "amount",
-    "balance_after",
-    "sequence",
-    "description",
-    "workshop_id",
-    "refund_of",
-    "stripe_session_id",
-    "stripe_payment_intent_id",
-    "stripe_price_id",
-    "amount_paid",
-    "currency",
-    "idempotency_key",
-    "metadata",
-    "created_at",
-    "completed_at",
-)
-"""The columns of a credit transaction, as ``tallystick.answer`` gives them after the outcome."""
+from tallystick.schema import ROW
 
-ORDER = (
+REVISIONS: dict[str, tuple[str, ...]] = {
     # types first, then what the others call
-    "answer",
-    "account_answer",
-    "workshop_answer",
-    "utc",
-    "uuid7",
-    "sqlstate_of",
-    "host_interfered",
-    "invalid_argument",
-    "replay",
-    "settle",
-    "settle_many",
-    "open_balance",
-    "mark_workshop",
-    "mark_workshops",
-    "find_purchase",
-    "give_or_take",
-    "start_purchase",
-    "attach_session",
-    "complete_purchase",
-    "fail_purchase",
-    "consume",
-    "consume_many",
-    "refund",
-    "reinstate",
-    "grant",
-    "lock",
-    "balance",
-    "balance_at",
-    "history",
-    "access",
-    "account",
-    "complete_onboarding",
-    "reset_onboarding",
-    "set_plan_tier",
-    "keep_stripe_customer",
-    "set_stripe_customer",
-    "delete_user",
-    "restore_user",
-    "delete_workshop",
-    "restore_workshop",
-)
+    "0001": (
+        "answer",
+        "account_answer",
+        "workshop_answer",
+        "utc",
+        "uuid7",
+        "sqlstate_of",
+        "host_interfered",
+        "invalid_argument",
+        "replay",
+        "settle",
+        "settle_many",
+        "open_balance",
+        "mark_workshop",
+        "mark_workshops",
+        "find_purchase",
+        "give_or_take",
+        "start_purchase",
+        "attach_session",
+        "complete_purchase",
+        "fail_purchase",
+        "consume",
+        "consume_many",
+        "refund",
+        "reinstate",
+        "grant",
+        "lock",
+        "balance",
+        "balance_at",
+        "history",
+        "access",
+        "account",
+        "complete_onboarding",
+        "reset_onboarding",
+        "set_plan_tier",
+        "keep_stripe_customer",
+        "set_stripe_customer",
+        "delete_user",
+        "restore_user",
+        "delete_workshop",
+        "restore_workshop",
+    ),
+    "0002": (
+        "settle_held",
+        "next_due",
+        "take_from_lots",
+        "take_back_from_lots",
+        "give_to_lots",
+        "open_lot",
+        "settle_due",
+        "unmark_workshop",
+        "hold",
+        "capture",
+        "release",
+        "reverse",
+        "correct",
+        "sweep",
+        "lots",
+    ),
+}
+"""The files of ``sql/`` that each revision brought, in an order in which they can be made."""
+
+HEAD = max(REVISIONS)
 
 _CREDITS = {"integer": (-(2**31), 2**31 - 1), "bigint": (-(2**63), 2**63 - 1)}
 
 _OPENED = """\
 IF account.sequence = 0 AND account.balance <> 0 THEN
     account.sequence := tallystick.open_balance(account.key);
+  END IF;"""
+
+_DUE = """\
+IF account.due <= pg_catalog.clock_timestamp() THEN
+    SELECT s.balance, s.sequence, s.credit_held, s.expires_at
+      INTO account.balance, account.sequence, account.held, account.due FROM tallystick.settle_due(account.key) AS s;
   END IF;"""
 
 _OPENED_MANY = """\
@@ -139,15 +147,15 @@ class Function:
 
 def declared() -> tuple[Function, ...]:
     """The functions that callers may use, in the order of the files; the strict ones are not among them."""
-    return tuple(function for name in ORDER for function in _functions_of(_text(name)) if function.public)
+    return tuple(function for name in _names(HEAD) for function in _functions_of(_text(name, HEAD)) if function.public)
 
 
-def statements(host: Any) -> Iterator[Composable]:
-    """All types and functions for ``host``, a ``HostNames``, in an order in which they can be made."""
-    for name in ORDER:
+def statements(host: Any, revision: str = HEAD) -> Iterator[Composable]:
+    """All types and functions for ``host``, a ``HostNames``, as of ``revision``, in the order of their making."""
+    for name in _names(revision):
         if name == "open_balance" and not host.adopts_balance:
             continue
-        text = _text(name)
+        text = _text(name, revision)
         for statement in re.split(r";\n(?=--|CREATE)", text):
             yield SQL(_without_head(statement)).format(**names_of(host))
         for function in _functions_of(text):
@@ -155,13 +163,40 @@ def statements(host: Any) -> Iterator[Composable]:
                 yield _strict(function, host)
 
 
-def drops(host: Any) -> Iterator[Composable]:
+def changes(host: Any, before: str, after: str, *, by_name: bool) -> Iterator[Composable]:
+    """From the functions of one revision to those of another, in either direction; types are the revision's to change.
+
+    ``by_name`` are those whose name only one of the two has; otherwise those that both have and that differ. One whose
+    parameters changed is dropped first: it would stand beside the new one, and a call would fit both.
+    """
+    old, new = _by_signature(host, before), _by_signature(host, after)
+    names = {name for name, _ in old} ^ {name for name, _ in new}
+    for signature in reversed(old):
+        if signature not in new and (signature[0] in names) is by_name:
+            yield SQL("DROP FUNCTION tallystick.{}({})").format(Identifier(signature[0]), SQL(signature[1]))
+    for signature, (text, statement) in new.items():
+        if (signature not in old or old[signature][0] != text) and (signature[0] in names) is by_name:
+            yield statement
+
+
+def _by_signature(host: Any, revision: str) -> dict[tuple[str, str], tuple[str, Composable]]:
+    """Name and parameters → text and statement."""
+    found = {}
+    for statement in statements(host, revision):
+        text = statement.as_string(None)
+        if made := _SIGNATURE.search(text):
+            found[made["name"], _types(made["parameters"])] = text, statement
+    return found
+
+
+def drops(host: Any, revision: str = HEAD) -> Iterator[Composable]:
     """The way back from ``statements``."""
-    for statement in reversed(list(statements(host))):
+    for statement in reversed(list(statements(host, revision))):
         text = statement.as_string(None)
         if found := _SIGNATURE.search(text):
-            types = ", ".join(f"{name} {kind}" for name, kind, _ in _parameters(found["parameters"]))
-            yield SQL("DROP FUNCTION tallystick.{}({})").format(Identifier(found["name"]), SQL(types))
+            yield SQL("DROP FUNCTION tallystick.{}({})").format(
+                Identifier(found["name"]), SQL(_types(found["parameters"]))
+            )
         else:
             yield SQL("DROP TYPE tallystick.{}").format(Identifier(text.split("tallystick.")[1].split()[0]))
 
@@ -170,15 +205,26 @@ def grants(host: Any, role: Composable) -> Iterator[Composable]:
     """EXECUTE on each function that a caller may use, for ``role``."""
     for statement in statements(host):
         if (found := _SIGNATURE.search(statement.as_string(None))) and "SECURITY DEFINER" in found["options"]:
-            types = ", ".join(f"{name} {kind}" for name, kind, _ in _parameters(found["parameters"]))
             yield SQL("GRANT EXECUTE ON FUNCTION tallystick.{}({}) TO {}").format(
-                Identifier(found["name"]), SQL(types), role
+                Identifier(found["name"]), SQL(_types(found["parameters"])), role
             )
 
 
+def _names(revision: str) -> Iterator[str]:
+    return (name for brought, names in REVISIONS.items() if brought <= revision for name in names)
+
+
 @cache
-def _text(name: str) -> str:
-    return (files(__package__) / "sql" / f"{name}.sql").read_text("utf-8").strip()
+def _text(name: str, revision: str) -> str:
+    """The file as of ``revision``: of those that it was replaced by later, the first."""
+    folder = files(__package__) / "sql"
+    replaced = (folder / f"until_{each}" / f"{name}.sql" for each in REVISIONS if each >= revision)
+    found = next((file for file in replaced if file.is_file()), folder / f"{name}.sql")
+    return found.read_text("utf-8").strip()
+
+
+def _types(parameters: str) -> str:
+    return ", ".join(f"{name} {kind}" for name, kind, _ in _parameters(parameters))
 
 
 def _without_head(text: str) -> str:
@@ -218,7 +264,7 @@ def _strict(function: Function, host: Any) -> Composable:
         f"{name} {kind}{f' DEFAULT {default}' if default else ''}" for name, kind, default in function.parameters
     )
     names = names_of(host)
-    return SQL(_without_head(_text("strict"))).format(
+    return SQL(_without_head(_text("strict", HEAD))).format(
         **names,
         plain=Identifier(function.name),
         strict=Identifier(f"{function.name}_strict"),
@@ -273,13 +319,14 @@ def names_of(host: Any) -> dict[str, Composable]:
         "balance": balance,
         "balance_column": users.balance,
         "opened": SQL(_OPENED if host.adopts_balance else ""),
+        "due": SQL(_DUE),
         "opened_many": SQL(_OPENED_MANY if host.adopts_balance else "").format(
             users=users.name, user_key=users.key, balance=balance
         ),
         "credits_max": SQL(str(high)),
         "credits_min": SQL(f"({low})" if host.credits == "integer" else "(-9223372036854775807 - 1)"),
         "amount_domain": SqlLiteral(f"a whole number from 1 to {high}"),
-        "row": SQL(", ").join(SQL(f"t.{name}{cast.get(name, '')}") for name in COLUMNS),
+        "row": SQL(", ").join(SQL(f"t.{name}{cast.get(name, '')}") for name in ROW),
         "account": SQL(
             "u.{}, {}, coalesce(u.onboarding_complete, false), u.stripe_customer_id::text, "
             "coalesce(u.plan_tier::text, 'free'), tallystick.utc(u.updated_at), tallystick.utc(u.deleted_at)"

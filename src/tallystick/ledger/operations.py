@@ -27,6 +27,7 @@ from tallystick.schema import INT64_MAX, CreditTransactionStatus, CreditTransact
 TEXT_MAX = 10_000
 KEY_MAX = 255
 HISTORY_MAX = 1_000
+SWEEP_MAX = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,8 @@ class CreditTransaction:
 
     ``replayed`` is true when the call changed nothing because its effect was there already: the same key again,
     a redelivered completion, a workshop that is already unlocked. ``balance`` is what the user has after the call,
-    which for a replay may be another than the row's ``balance_after``; rows of a history have none.
+    which for a replay may be another than the row's ``balance_after``; rows of a history have none. ``expires_at`` is
+    that of a hold, or of the credits that the row gave.
     """
 
     id: UUID
@@ -59,11 +61,36 @@ class CreditTransaction:
     completed_at: dt.datetime | None
     replayed: bool = False
     balance: int | None = field(default=None, compare=False)
+    expires_at: dt.datetime | None = None
 
     @property
     def cursor(self) -> str:
         """This row's place in its user's history; pass it as ``before`` to read on from here."""
         return str(self.id if self.sequence is None else self.sequence)
+
+
+@dataclass(frozen=True, slots=True)
+class Lot:
+    """Credits of a user that expire: the row that gave them, and how many of them are left."""
+
+    id: UUID
+    given: int
+    remaining: int
+    expires_at: dt.datetime
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """The credits of a user: all of them, and those that holds have set aside."""
+
+    balance: int
+    held: int
+
+    @property
+    def available(self) -> int:
+        """The credits that can be spent; below 0 in debt."""
+        return self.balance - self.held
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +152,13 @@ class Ledger:
         key: str | None = None,
         stripe_price_id: str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        expires_after: dt.timedelta | None = None,
     ) -> Call[CreditTransaction]:
         """Record that ``user`` is about to buy ``credits``; the balance does not move.
 
         Call it before asking Stripe for a session: the row's ``id`` is then Stripe's idempotency key and
         ``client_reference_id``, and what will be granted is this row's own amount, whatever the catalogue says later.
+        Credits with ``expires_after`` last so long from the moment at which they are paid.
 
         Raises:
             InvalidArgument, UnknownUser, UserDeleted, IdempotencyKeyReused: nothing was written.
@@ -142,6 +171,7 @@ class Ledger:
             key=_optional("key", key, KEY_MAX),
             stripe_price_id=_optional("stripe_price_id", stripe_price_id, KEY_MAX),
             metadata=_document(metadata),
+            expires_after=_interval("expires_after", expires_after),
         )
 
     @Operation
@@ -351,8 +381,12 @@ class Ledger:
         key: str,
         description: str,
         metadata: Mapping[str, Any] | None = None,
+        expires_at: dt.datetime | None = None,
     ) -> Call[CreditTransaction]:
         """Give ``credits`` that nobody paid for: goodwill, a promotion, an opening balance.
+
+        Those with ``expires_at`` are spent before all others, those that expire soonest first; what is left of them
+        then is taken back by a row of type ``expiry``.
 
         Raises:
             InvalidArgument, UnknownUser, UserDeleted, BalanceOutOfRange, IdempotencyKeyReused: nothing was written.
@@ -364,9 +398,160 @@ class Ledger:
             key=_text("key", key, KEY_MAX),
             description=_text("description", description),
             metadata=_document(metadata),
+            expires_at=None if expires_at is None else _moment("expires_at", expires_at),
         )
 
+    # --- taking back what was a mistake ---
+
+    @Operation
+    def reverse(
+        self,
+        user: Key,
+        consumption: UUID | str,
+        *,
+        credits: int | None = None,
+        key: str,
+        description: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Call[CreditTransaction]:
+        """Give back ``credits`` of a consumption, or all that is left of it: the job failed, or it was a mistake.
+
+        All of it locks the workshop again, so that unlocking it later charges again. Credits go back to the lot that
+        they came from; if it has expired they expire at once.
+
+        Raises:
+            InvalidArgument, UnknownUser, UnknownConsumption, ReversalExceedsConsumption: nothing was written.
+            BalanceOutOfRange, IdempotencyKeyReused: nothing was written.
+        """
+        return self._linked("reverse", user, consumption, credits, key, description, metadata)
+
+    @Operation
+    def correct(
+        self,
+        user: Key,
+        grant: UUID | str,
+        *,
+        credits: int | None = None,
+        key: str,
+        description: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Call[CreditTransaction]:
+        """Take back ``credits`` of a grant that was a mistake, or all that is left of it.
+
+        The balance may fall below zero, as by a refund.
+
+        Raises:
+            InvalidArgument, UnknownUser, UnknownGrant, CorrectionExceedsGrant: nothing was written.
+            BalanceOutOfRange, IdempotencyKeyReused: nothing was written.
+        """
+        return self._linked("correct", user, grant, credits, key, description, metadata)
+
+    # --- credits set aside for work under way ---
+
+    @Operation
+    def hold(
+        self,
+        user: Key,
+        *,
+        credits: int,
+        key: str,
+        expires_in: dt.timedelta | None = None,
+        workshop: Key | None = None,
+        capture_limit: int | None = None,
+        description: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Call[CreditTransaction]:
+        """Set ``credits`` aside for work under way; the row is a pending consumption.
+
+        ``capture`` charges them and ``release`` gives them up. After ``expires_in`` (15 minutes, if not given) the
+        hold counts as released, whether or not anything has run since. ``capture_limit`` is the most that may be
+        captured, where the work may turn out dearer. A ``workshop`` is unlocked when the hold is captured.
+
+        Raises:
+            InvalidArgument, UnknownUser, UserDeleted, UnknownWorkshop, WorkshopDeleted: nothing was written.
+            WorkshopNotOwned, WorkshopUnaccounted, InsufficientCredits, IdempotencyKeyReused: nothing was written.
+        """
+        return self._one(
+            "hold",
+            user_id=self.schema.user_key(user),
+            amount=self._whole("credits", credits),
+            key=_text("key", key, KEY_MAX),
+            expires_in=_interval("expires_in", expires_in),
+            workshop_id=None if workshop is None else self.schema.workshop_key(workshop),
+            capture_limit=None if capture_limit is None else self._whole("capture_limit", capture_limit),
+            description=_optional("description", description),
+            metadata=_document(metadata),
+        )
+
+    @Operation
+    def capture(
+        self, user: Key, hold: UUID | str, *, credits: int | None = None, allow_debt: bool = False
+    ) -> Call[CreditTransaction]:
+        """Charge a hold, once: all that it set aside, or ``credits``, up to its limit.
+
+        A hold that has expired is charged where the credits are there, and the description says so. With
+        ``allow_debt`` it is charged in any case, and the balance may fall below zero. Captured again for the same
+        number of credits, the row comes back marked ``replayed``.
+
+        Raises:
+            InvalidArgument, UnknownUser, UnknownHold, HoldClosed, CaptureExceedsHold: nothing was written.
+            InsufficientCredits, WorkshopNotOwned, WorkshopDeleted, IdempotencyKeyReused: nothing was written.
+        """
+        return self._one(
+            "capture",
+            user_id=self.schema.user_key(user),
+            hold_id=_uuid("hold", hold),
+            amount=None if credits is None else self._whole("credits", credits),
+            allow_debt=bool(allow_debt),
+        )
+
+    @Operation
+    def release(self, user: Key, hold: UUID | str) -> Call[CreditTransaction]:
+        """Give up a hold: its credits can be spent again. A hold that has expired, or was given up, stays as it is.
+
+        Raises:
+            InvalidArgument, UnknownUser, UnknownHold, HoldClosed: it was captured; reverse it instead.
+        """
+        return self._one("release", user_id=self.schema.user_key(user), hold_id=_uuid("hold", hold))
+
+    @Operation
+    def sweep(self, *, limit: int = 1000) -> Call[int]:
+        """Write what has expired of at most ``limit`` users whom nothing has touched since; gives their number.
+
+        Nothing depends on it but what reads the tables directly: each operation does it for its own user.
+        """
+        arguments = {"row_limit": _whole("limit", limit, 1, SWEEP_MAX)}
+
+        def read(rows: Rows) -> int:
+            for row in rows:
+                if row[0] != DONE:
+                    raise _refusal(row, arguments)
+            return len(rows)
+
+        return Call("sweep", arguments, read)
+
     # --- reading ---
+
+    @Operation
+    def standing(self, user: Key) -> Call[Standing]:
+        """The credits of ``user``, and those of them that holds have set aside. Raises UnknownUser."""
+        arguments = {"user_id": self.schema.user_key(user)}
+
+        def read(rows: Rows) -> Standing:
+            if rows[0][0] != DONE:
+                raise _refusal(rows[0], arguments)
+            return Standing(rows[0][20], rows[0][_HELD])
+
+        return Call("balance", arguments, read)
+
+    @Operation
+    def lots(self, user: Key) -> Call[list[Lot]]:
+        """The credits of ``user`` that expire, in the order in which they are spent. An unknown user has none."""
+
+        def read(rows: Rows) -> list[Lot]:
+            return [Lot(uuid(row[1]), row[5], row[22], moment(row[_EXPIRES_AT]), row[8]) for row in rows]  # type: ignore[arg-type]  # every lot has both
+
+        return Call("lots", {"user_id": self.schema.user_key(user)}, read)
 
     @Operation
     def balance(self, user: Key) -> Call[int]:
@@ -380,13 +565,7 @@ class Ledger:
         Raises:
             InvalidArgument, UnknownUser: nothing was read.
         """
-        if not isinstance(when, dt.datetime) or when.tzinfo is None:
-            raise InvalidArgument(
-                f"when={shown(when)}: pass a datetime with a time zone, as datetime.now(UTC)",
-                argument="when",
-                value=when,
-            )
-        return _balance("balance_at", user_id=self.schema.user_key(user), at=when)
+        return _balance("balance_at", user_id=self.schema.user_key(user), at=_moment("when", when))
 
     @Operation
     def history(
@@ -515,6 +694,7 @@ class Ledger:
             moment(row[19]),
             outcome == REPLAYED,
             row[20],
+            moment(row[_EXPIRES_AT]),
         )
 
     # --- arguments ---
@@ -526,20 +706,21 @@ class Ledger:
         self,
         function: str,
         user: Key,
-        purchase: UUID | str,
+        target: UUID | str,
         credits: int | None,
         key: str,
         description: str | None,
         metadata: Mapping[str, Any] | None,
     ) -> Call[CreditTransaction]:
+        about = {"reverse": "consumption", "correct": "grant"}.get(function, "purchase")
         return self._one(
             function,
             user_id=self.schema.user_key(user),
-            purchase_id=_uuid("purchase", purchase),
             amount=None if credits is None else self._whole("credits", credits),
             key=_text("key", key, KEY_MAX),
             description=_optional("description", description),
             metadata=_document(metadata),
+            **{f"{about}_id": _uuid(about, target)},
         )
 
 
@@ -548,7 +729,8 @@ class Ledger:
 _TYPES = {str(each): each for each in CreditTransactionType}
 _STATUSES = {str(each): each for each in CreditTransactionStatus}
 _ITEM = 24
-"""The place of ``item`` in an answer. Later versions add attributes behind it."""
+_HELD, _EXPIRES_AT = 25, 26
+"""Places in an answer. Later versions add attributes behind them."""
 
 
 def _balance(function: str, **arguments: Any) -> Call[int]:
@@ -573,6 +755,7 @@ def _refusal(row: Sequence[Any], arguments: Mapping[str, Any]) -> Exception:
             balance=row[20],
             required=row[21],
             remaining=row[22],
+            held=row[_HELD],
             detail=document(row[23]) or {},
         ),
     )
@@ -606,6 +789,24 @@ def _text(argument: str, value: object, longest: int = TEXT_MAX) -> str:
 
 def _optional(argument: str, value: object, longest: int = TEXT_MAX) -> str | None:
     return None if value is None else _text(argument, value, longest)
+
+
+def _moment(argument: str, value: object) -> dt.datetime:
+    if isinstance(value, dt.datetime) and value.tzinfo is not None:
+        return value
+    raise InvalidArgument(
+        f"{argument}={shown(value)}: pass a datetime with a time zone, as datetime.now(UTC)",
+        argument=argument,
+        value=value,
+    )
+
+
+def _interval(argument: str, value: object) -> dt.timedelta | None:
+    if value is None or isinstance(value, dt.timedelta):
+        return value
+    raise InvalidArgument(
+        f"{argument}={shown(value)}: pass a timedelta, as timedelta(days=90)", argument=argument, value=value
+    )
 
 
 def _document(value: object) -> Mapping[str, Any] | None:

@@ -12,6 +12,9 @@ from uuid import UUID
 
 from tallystick.errors import (
     BalanceOutOfRange,
+    CaptureExceedsHold,
+    CorrectionExceedsGrant,
+    HoldClosed,
     IdempotencyKeyReused,
     InsufficientCredits,
     InvalidArgument,
@@ -21,10 +24,14 @@ from tallystick.errors import (
     PurchaseNotPending,
     RefundExceedsPurchase,
     ReinstatementExceedsRefunds,
+    ReversalExceedsConsumption,
     SchemaTooNew,
     SessionConflict,
     StripeCustomerConflict,
     TallystickError,
+    UnknownConsumption,
+    UnknownGrant,
+    UnknownHold,
     UnknownPurchase,
     UnknownUser,
     UnknownWorkshop,
@@ -49,6 +56,7 @@ class Refusal(NamedTuple):
     balance: Any = None
     required: Any = None
     remaining: Any = None
+    held: Any = None
     detail: Mapping[str, Any] = {}
 
     @property
@@ -184,11 +192,15 @@ def _stripe_customer_conflict(r: Refusal) -> LedgerError:
 
 
 def _insufficient_credits(r: Refusal) -> LedgerError:
+    held = r.held or 0
+    kept = f", of which holds keep {held} and {r.balance - held} can be spent," if held else ""
     return InsufficientCredits(
-        f"user {r.user} has {counted(r.balance)} and this takes {counted(r.required)}. "
+        f"user {r.user} has {counted(r.balance)}{kept} and this takes {counted(r.required)}. "
         "Sell a pack first (ledger.start_purchase), or give credits: tallystick grant",
         user=r.user,
         balance=r.balance,
+        held=held,
+        available=r.balance - held,
         required=r.required,
     )
 
@@ -214,6 +226,66 @@ def _reinstatement_exceeds_refunds(r: Refusal) -> LedgerError:
         purchase=r.id,
         taken=r.remaining,
         asked=_asked(r),
+    )
+
+
+def _unknown_consumption(r: Refusal) -> LedgerError:
+    consumption = r.arguments.get("consumption_id")
+    return UnknownConsumption(
+        f"user {r.user} has no completed consumption {consumption}. Look with: tallystick history {r.command}",
+        user=r.user,
+        consumption=consumption,
+    )
+
+
+def _reversal_exceeds_consumption(r: Refusal) -> LedgerError:
+    return ReversalExceedsConsumption(
+        f"consumption {r.id} has {counted(r.remaining)} left to give back of {counted(-r.amount)}; "
+        f"asked: {'all' if r.required is None else r.required}. To give more: ledger.grant",
+        consumption=r.id,
+        left=r.remaining,
+        asked=_asked(r),
+    )
+
+
+def _unknown_grant(r: Refusal) -> LedgerError:
+    grant = r.arguments.get("grant_id")
+    return UnknownGrant(
+        f"user {r.user} has no grant {grant} that can be corrected. Look with: tallystick history {r.command}",
+        user=r.user,
+        grant=grant,
+    )
+
+
+def _correction_exceeds_grant(r: Refusal) -> LedgerError:
+    return CorrectionExceedsGrant(
+        f"grant {r.id} has {counted(r.remaining)} left to take back of {counted(r.amount)}; "
+        f"asked: {'all' if r.required is None else r.required}",
+        grant=r.id,
+        left=r.remaining,
+        asked=_asked(r),
+    )
+
+
+def _unknown_hold(r: Refusal) -> LedgerError:
+    hold = r.arguments.get("hold_id")
+    return UnknownHold(
+        f"user {r.user} has no hold {hold}. Look with: tallystick history {r.command}", user=r.user, hold=hold
+    )
+
+
+def _hold_closed(r: Refusal) -> LedgerError:
+    done = "captured already. To give its credits back: ledger.reverse" if r.status == "completed" else "released"
+    return HoldClosed(f"hold {r.id} is {done}", hold=r.id, status=r.status)
+
+
+def _capture_exceeds_hold(r: Refusal) -> LedgerError:
+    return CaptureExceedsHold(
+        f"hold {r.id} allows {counted(r.remaining)} to be charged; asked: {r.required}. "
+        "Charge the rest with ledger.consume, and give the next hold a capture_limit",
+        hold=r.id,
+        limit=r.remaining,
+        asked=r.required,
     )
 
 
@@ -274,4 +346,11 @@ ERRORS: Mapping[str, Callable[[Refusal], LedgerError]] = {
     "balance_out_of_range": _balance_out_of_range,
     "idempotency_key_reused": _idempotency_key_reused,
     "ledger_inconsistent": _ledger_inconsistent,
+    "unknown_consumption": _unknown_consumption,
+    "unknown_grant": _unknown_grant,
+    "unknown_hold": _unknown_hold,
+    "reversal_exceeds_consumption": _reversal_exceeds_consumption,
+    "correction_exceeds_grant": _correction_exceeds_grant,
+    "hold_closed": _hold_closed,
+    "capture_exceeds_hold": _capture_exceeds_hold,
 }

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-from tallystick.ledger.functions import ORDER, Function
+from tallystick.ledger.functions import REVISIONS, Function
 from tallystick.ledger.outcomes import DONE, REPLAYED
 
 
@@ -71,8 +71,11 @@ _MEANINGS: Mapping[str, tuple[str, Mapping[str, str]]] = {
         {"detail.has": "text?", "detail.of_another_user": "boolean?"},
     ),
     "insufficient_credits": (
-        "The balance does not cover what was asked for. Sell a pack first, or grant credits.",
-        {"balance": "credits", "required": "credits"},
+        (
+            "The balance, less what holds have set aside of it (credit_held), does not cover what was asked for. "
+            "Sell a pack first, or grant credits."
+        ),
+        {"balance": "credits", "required": "credits", "credit_held": "credits?"},
     ),
     "refund_exceeds_purchase": (
         "Less of the purchase is left to refund than was asked for, or nothing.",
@@ -101,16 +104,46 @@ _MEANINGS: Mapping[str, tuple[str, Mapping[str, str]]] = {
         ),
         {},
     ),
+    "unknown_consumption": ("The user has no such completed consumption. Look with: tallystick history.", {}),
+    "unknown_grant": (
+        "The user has no such grant, or it gave back what a refund took: reinstate and refund move that.",
+        {},
+    ),
+    "unknown_hold": ("The user has no such hold. Look with: tallystick history.", {}),
+    "reversal_exceeds_consumption": (
+        "Less of the consumption is left to give back than was asked for, or nothing. To give more: grant.",
+        {"id": "uuid", "amount": "credits", "required": "credits?", "remaining": "credits"},
+    ),
+    "correction_exceeds_grant": (
+        "Less of the grant is left to take back than was asked for, or nothing.",
+        {"id": "uuid", "amount": "credits", "required": "credits?", "remaining": "credits"},
+    ),
+    "hold_closed": (
+        "The hold was released, or is captured already. To give captured credits back: reverse.",
+        {"id": "uuid", "status": "text"},
+    ),
+    "capture_exceeds_hold": (
+        "The hold allows less to be charged. Give a hold a capture_limit where the work may turn out dearer.",
+        {"id": "uuid", "required": "credits", "remaining": "credits"},
+    ),
 }
 
 
 PARAMETERS: Mapping[str, str] = {
     "user_id": "the user, by the mapped key column",
     "key": "your name for this one intent, 1 to 255 characters: the same key again gives the first result",
-    "amount": "a number of credits, 1 or more; of a refund or a reinstatement NULL for all that is left",
+    "amount": "a number of credits, 1 or more; NULL, where it may be, is all: what is left, or held",
     "description": "for people, 1 to 10,000 characters; not compared when a key is used again",
     "metadata": "a JSON object of your own: who of a team, which request",
     "workshop_id": "the workshop, by the mapped key column",
+    "consumption_id": "the id of the consumption's row",
+    "grant_id": "the id of the grant's row",
+    "hold_id": "the id of the hold's row",
+    "expires_at": "when what is left of these credits expires, a moment in the future; NULL for never",
+    "expires_after": "how long bought credits last, from when they are paid; NULL for ever",
+    "expires_in": "how long the hold lasts, 1 second to 366 days; NULL is 15 minutes",
+    "capture_limit": "the most that may be captured, the amount or more; NULL is the amount",
+    "allow_debt": "true charges also what the balance does not cover",
     "purchase_id": "the id of the purchase's row",
     "stripe_session_id": "the Checkout session, 1 to 255 characters; with purchase_id it is tied to that purchase",
     "stripe_payment_intent_id": "the payment intent, 1 to 255 characters",
@@ -140,14 +173,14 @@ ATTRIBUTES: Mapping[str, str] = {
     "outcome": "`completed`, `replayed`, or the name of a refusal",
     "id": "of the row that was written or found; of a refusal, of the row it is about",
     "user_id": "the user's key",
-    "type": "`purchase`, `consumption`, `refund` or `grant`",
+    "type": "`purchase`, `consumption`, `refund`, `grant`, `reversal`, `correction` or `expiry`",
     "status": "`pending`, `completed` or `failed`",
     "amount": "credits, signed",
     "balance_after": "the running balance; NULL until completed",
     "sequence": "1, 2, 3 … of the user, in the order of completion; NULL until completed",
     "description": "for people",
     "workshop_id": "the workshop's key",
-    "refund_of": "the purchase that a refund or a reinstatement is of",
+    "refund_of": "the row that this one takes or gives back credits of",
     "stripe_session_id": "as Stripe said it",
     "stripe_payment_intent_id": "as Stripe said it",
     "stripe_price_id": "as Stripe said it",
@@ -159,9 +192,11 @@ ATTRIBUTES: Mapping[str, str] = {
     "completed_at": "when it counted",
     "balance": "of the user, now; for a replay it may be another than `balance_after`",
     "required": "credits that the call asked for",
-    "remaining": "credits of the purchase that can still be refunded, or given back",
+    "remaining": "credits of the row that can still be taken or given back, or are left of a lot",
     "detail": "what else there is to say of a refusal",
     "item": "the place in the lists of `consume_many`, from 1",
+    "credit_held": "credits of the user that holds have set aside, now",
+    "expires_at": "of a hold, or of the credits that the row gave",
     "credit_balance": "credits",
     "onboarding_complete": "the onboarding was seen through",
     "stripe_customer_id": "the customer at Stripe",
@@ -181,10 +216,28 @@ def refusals() -> tuple[DocumentedRefusal, ...]:
     return tuple(DocumentedRefusal(name, code, *_MEANINGS[name]) for name, code in codes)
 
 
+_LINKED = frozenset(
+    {
+        "unknown_purchase",
+        "unknown_consumption",
+        "unknown_grant",
+        "purchase_not_completed",
+        "refund_exceeds_purchase",
+        "reinstatement_exceeds_refunds",
+        "reversal_exceeds_consumption",
+        "correction_exceeds_grant",
+    }
+)
+
 _NEVER: Mapping[str, frozenset[str]] = {
-    # what the body that they share gives the other one alone; and neither passes a session
-    "refund": frozenset({"session_conflict", "reinstatement_exceeds_refunds"}),
-    "reinstate": frozenset({"session_conflict", "refund_exceeds_purchase", "purchase_not_completed"}),
+    # what the body that they share gives the others alone
+    function: _LINKED - own
+    for function, own in {
+        "refund": {"unknown_purchase", "refund_exceeds_purchase", "purchase_not_completed"},
+        "reinstate": {"unknown_purchase", "reinstatement_exceeds_refunds"},
+        "reverse": {"unknown_consumption", "reversal_exceeds_consumption"},
+        "correct": {"unknown_grant", "correction_exceeds_grant"},
+    }.items()
 }
 
 
@@ -217,7 +270,7 @@ def _named_in(function: str) -> frozenset[str]:
     left = [function]
     while left:
         name = left.pop()
-        if name in seen or name not in ORDER:
+        if name in seen or not any(name in names for names in REVISIONS.values()):
             continue
         seen.add(name)
         text = _text(name)

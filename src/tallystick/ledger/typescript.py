@@ -15,11 +15,11 @@ from functools import cached_property
 from importlib.resources import files
 
 from tallystick.config import INTEGER_KEYS, HostMapping, KeyType, UsersTable, WorkshopsTable
-from tallystick.ledger.functions import COLUMNS, Function, declared
+from tallystick.ledger.functions import Function, declared
 from tallystick.ledger.operations import AccessReason
 from tallystick.ledger.outcomes import DONE, REPLAYED
 from tallystick.ledger.reference import PARAMETERS, DocumentedRefusal, attributes, outcomes_of, refusals, sentence
-from tallystick.schema import HEAD, CreditTransactionStatus, CreditTransactionType
+from tallystick.schema import HEAD, ROW, CreditTransactionStatus, CreditTransactionType
 
 SIGNED = "written by: tallystick client typescript"
 """The first lines of each client."""
@@ -44,7 +44,7 @@ _ROW = _Shape(
     "CreditTransaction",
     "A row of the ledger.",
     "tallystick.answer",
-    ("outcome", *COLUMNS, "detail"),
+    ("outcome", *ROW, "expires_at", "detail"),
 )
 _WRITTEN = _Shape(
     "Written",

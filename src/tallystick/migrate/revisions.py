@@ -2,8 +2,8 @@
 
 A revision is a module in ``versions/``, found and ordered by Alembic's ``ScriptDirectory``. It says ``revision``,
 ``down_revision``, ``kind`` (``"expand"``: old code keeps working, or ``"contract"``) and ``creates`` (names of
-relations and types that must be free in the users' schema before), and has these functions of the
-``HostNames``, each giving ``psycopg.sql`` statements:
+relations and types that must be free in the users' schema before) and ``columns`` (that the app's tables get, by our
+word for the table), and has these functions of the ``HostNames``, each giving ``psycopg.sql`` statements:
 
 ==================  ==================================================================================
 ``prepare``         new objects, made before any table that was there is locked
@@ -128,17 +128,25 @@ class HostNames:
         """True where the column of balances is one that the host had before, perhaps with balances in it."""
         return ("users", "credit_balance") in self.adopted
 
-    def functions(self) -> Iterator[Composable]:
-        """The ledger's types and functions, for this host."""
-        return functions.statements(self)
+    def functions(self, revision: str) -> Iterator[Composable]:
+        """The ledger's types and functions as of ``revision``, for this host."""
+        return functions.statements(self, revision)
+
+    def other_functions(self, before: str, after: str) -> Iterator[Composable]:
+        """Of the functions of two revisions those whose name only one of them has, in either direction."""
+        return functions.changes(self, before, after, by_name=True)
+
+    def changed_functions(self, before: str, after: str) -> Iterator[Composable]:
+        """Of the functions of two revisions those that both have and that differ, in either direction."""
+        return functions.changes(self, before, after, by_name=False)
 
     def placeholders(self) -> dict[str, Composable]:
         """The names and types that stand in the text of the functions, for a revision's own."""
         return functions.names_of(self)
 
-    def drop_functions(self) -> Iterator[Composable]:
+    def drop_functions(self, revision: str) -> Iterator[Composable]:
         """The way back from ``functions``."""
-        return functions.drops(self)
+        return functions.drops(self, revision)
 
     @classmethod
     def of(cls, host: HostMapping, adopted: Adopted = frozenset()) -> HostNames:
@@ -162,6 +170,7 @@ class Revision:
     kind: Literal["expand", "contract"]
     title: str
     creates: tuple[str, ...]
+    columns: Mapping[Word, tuple[str, ...]]
     prepare: Callable[[HostNames], Iterable[Composable]]
     locks: Callable[[HostNames], tuple[Identifier, ...]]
     locked: Callable[[HostNames], Iterable[Composable]]
@@ -189,6 +198,7 @@ def revisions() -> tuple[Revision, ...]:
                 kind=module.kind,
                 title=script.doc,
                 creates=module.creates,
+                columns=module.columns,
                 prepare=module.prepare,
                 locks=module.locks,
                 locked=module.locked,
@@ -206,6 +216,12 @@ def revisions() -> tuple[Revision, ...]:
 def after(revision: str | None) -> tuple[Revision, ...]:
     """Revisions still to come, oldest first."""
     return revisions()[len(up_to(revision)) :]
+
+
+def adopted_by(revision: Revision, names: Iterable[str]) -> tuple[str, ...]:
+    """Of adopted columns, as ``users.updated_at``, those that ``revision`` would have added."""
+    own = {f"{word}.{column}" for word, columns in revision.columns.items() for column in columns}
+    return tuple(name for name in names if name in own)
 
 
 def up_to(revision: str | None) -> tuple[Revision, ...]:

@@ -351,6 +351,7 @@ def _start(
         description=f"Purchased {pack.name} pack" if quantity == 1 else f"Purchased {quantity} {pack.name} packs",
         key=key,
         stripe_price_id=pack.stripe_price_id,
+        expires_after=pack.expires_after,
     )
     about = mark_of(effects.store, conn, purchase)
     request = {

@@ -214,7 +214,12 @@ class _Reconciling:
         after = UUID(position) if position else UUID(int=0)
         while True:
             statement = (
-                sa.select(sold.request["customer"].astext, sold.request["mode"].astext, row.created_at < old, purchases)
+                sa.select(
+                    sold.request["customer"].astext,
+                    sold.request["mode"].astext,
+                    row.created_at < old,
+                    *self.effects.store.schema.row,
+                )
                 .join_from(purchases, stripe_checkouts, sold.purchase_id == row.id, isouter=True)
                 .where(row.status == "pending", row.id > after)
                 .order_by(row.id)
@@ -254,7 +259,7 @@ class _Reconciling:
         """Top-ups that failed: a later attempt may have been paid, and its answer lost."""
         purchases, sold = self.effects.store.schema.credit_transactions, stripe_checkouts.c
         statement = (
-            sa.select(sold.request["customer"].astext, purchases)
+            sa.select(sold.request["customer"].astext, *self.effects.store.schema.row)
             .join_from(stripe_checkouts, purchases, sold.purchase_id == purchases.c.id)
             .where(sold.request["mode"].astext == TOP_UP, purchases.c.status == "failed")
             .where(sold.created_at > sa.func.now() - EVENTS_KEPT)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -293,7 +293,7 @@ class Store:
             if value is None:
                 continue
             statement = (
-                sa.select(self.schema.credit_transactions)
+                sa.select(*self.schema.row)
                 .where(column == sa.bindparam("p_value"), row.type == CreditTransactionType.PURCHASE)
                 .order_by(row.status == COMPLETED, row.id)
                 .limit(1)
@@ -598,8 +598,10 @@ class Store:
             self.ledger.refund(conn, purchase.user_id, purchase.id, credits=left - after, key=key)
             return Outcome.TAKEN_BACK
         if after > before and after > left:
-            self.ledger.reinstate(conn, purchase.user_id, purchase.id, credits=after - left, key=key)
-            return Outcome.GIVEN_BACK
+            back = min(after - left, self._taken(conn, purchase))  # what has expired since stays expired
+            if back:
+                self.ledger.reinstate(conn, purchase.user_id, purchase.id, credits=back, key=key)
+                return Outcome.GIVEN_BACK
         return None
 
     def _note_unmeasured(self, conn: DbConnection, purchase: CreditTransaction, one: Any) -> None:
@@ -622,10 +624,17 @@ class Store:
         return run(conn, sold, {}).scalar_one_or_none() or self.config.refund_rounding
 
     def left(self, conn: DbConnection, purchase: CreditTransaction) -> int:
-        """The credits of a purchase that were not taken back."""
+        """The credits of a purchase that were not taken back, and have not expired."""
+        return int(purchase.amount - sum(self._moved(conn, purchase).values()))
+
+    def _taken(self, conn: DbConnection, purchase: CreditTransaction) -> int:
+        """The credits of a purchase that refunds took and nobody gave back."""
+        return sum(taken for kind, taken in self._moved(conn, purchase).items() if kind != CreditTransactionType.EXPIRY)
+
+    def _moved(self, conn: DbConnection, purchase: CreditTransaction) -> Mapping[str, int]:
         row = self.schema.credit_transactions.c
-        moved = sa.select(sa.func.coalesce(sa.func.sum(row.amount), 0)).where(row.refund_of == purchase.id)
-        return purchase.amount + int(run(conn, moved, {}).scalar_one())
+        moved = sa.select(row.type, -sa.func.sum(row.amount)).where(row.refund_of == purchase.id).group_by(row.type)
+        return {kind: int(taken) for kind, taken in run(conn, moved, {})}
 
 
 # --- statements ---
@@ -659,7 +668,7 @@ def _claimed(schema: Schema) -> sa.Select[Any]:
     which = [row.stripe_session_id == sa.bindparam("p_session")]
     which += [row.id == sa.bindparam(name, type_=sa.Uuid()) for name in ("p_marked", "p_referred")]
     claimed = (
-        sa.select(sold.amount.label("sold_amount"), sold.currency.label("sold_currency"), sold.request, purchases)
+        sa.select(sold.amount.label("sold_amount"), sold.currency.label("sold_currency"), sold.request, *schema.row)
         .select_from(purchases.outerjoin(stripe_checkouts, sold.purchase_id == row.id))
         .where(row.type == CreditTransactionType.PURCHASE, sa.or_(*which))
         .subquery()

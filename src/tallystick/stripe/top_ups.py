@@ -159,7 +159,7 @@ class _Started:
 def _gap(effects: Effects, conn: sa.Connection, user: Key) -> _Gap:
     purchases, sold = effects.store.schema.credit_transactions, stripe_checkouts.c
     newest = (
-        sa.select(sold.request["customer"].astext, purchases)
+        sa.select(sold.request["customer"].astext, *effects.store.schema.row)
         .join_from(purchases, stripe_checkouts, sold.purchase_id == purchases.c.id)
         .where(*_top_ups_of(effects, user))
         .order_by(purchases.c.id.desc())
@@ -201,6 +201,7 @@ def _started(  # noqa: PLR0917 - as above
             description=f"Purchased {pack.name} pack, automatically",
             key=f"top-up after {gap.last or 'none'}",
             stripe_price_id=pack.stripe_price_id,
+            expires_after=pack.expires_after,
         )
         terms = pg.insert(stripe_checkouts).values(
             purchase_id=purchase.id,

@@ -27,5 +27,7 @@ CREATE TYPE tallystick.answer AS (
   required {credits},   -- credits that the call asked for
   remaining {credits},  -- credits of the purchase that can still be refunded, or given back
   detail jsonb,         -- what else there is to say, by outcome
-  item integer          -- the place in the lists of consume_many, from 1
+  item integer,         -- the place in the lists of consume_many, from 1
+  credit_held {credits},    -- credits of the user that holds have set aside, now
+  expires_at timestamptz    -- of a hold, or of the credits that the row gave
 )

@@ -1,12 +1,24 @@
--- The credits of a user, negative when in debt.
+-- The credits of a user, negative when in debt, and those of them that holds have set aside. Right after something has
+-- expired too, though no row says so before the next write or sweep.
 CREATE OR REPLACE FUNCTION tallystick.balance(user_id {user_key_type}) RETURNS tallystick.answer
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = {search_path} AS $$
 #variable_conflict use_column
 DECLARE
   answer tallystick.answer;
+  due timestamptz;
+  expired {credits};
 BEGIN
-  SELECT u.{user_key}, {balance} INTO answer.user_id, answer.balance
+  SELECT u.{user_key}, {balance}, u.credit_held, u.credit_due_at
+    INTO answer.user_id, answer.balance, answer.credit_held, due
     FROM {users} AS u WHERE u.{user_key} = balance.user_id;
   answer.outcome := CASE WHEN FOUND THEN 'completed' ELSE 'unknown_user' END;
+  IF due <= clock_timestamp() THEN
+    SELECT coalesce(sum(t.held), 0) INTO answer.credit_held FROM {ledger} AS t
+      WHERE t.user_id = answer.user_id AND t.status = 'pending' AND t.sequence IS NULL
+        AND t.held IS NOT NULL AND t.expires_at > clock_timestamp();
+    SELECT coalesce(sum(l.remaining), 0) INTO expired FROM tallystick.lots AS l
+      WHERE l.user_id = answer.user_id AND l.remaining > 0 AND l.expires_at <= clock_timestamp();
+    answer.balance := answer.balance - least(expired, greatest(answer.balance - answer.credit_held, 0));
+  END IF;
   RETURN answer;
 END $$

@@ -33,13 +33,15 @@ BEGIN
     RETURN tallystick.invalid_argument('amount', {amount_domain});
   END IF;
 
-  SELECT u.{user_key} AS key, {balance} AS balance, u.credit_sequence AS sequence
+  SELECT u.{user_key} AS key, {balance} AS balance, u.credit_sequence AS sequence, u.credit_held AS held,
+      u.credit_due_at AS due
     INTO account FROM {users} AS u WHERE u.{user_key} = complete_purchase.user_id FOR NO KEY UPDATE;
   IF NOT FOUND THEN
     answer.outcome := 'unknown_user';
     RETURN answer;
   END IF;
   {opened}
+  {due}
   answer := tallystick.find_purchase(account.key, purchase_id, stripe_session_id, account.balance);
   IF answer.outcome IS NOT NULL THEN
     RETURN answer;
@@ -70,19 +72,23 @@ BEGIN
       balance_after = account.balance + answer.amount,
       sequence = account.sequence + 1,
       completed_at = clock_timestamp(),
+      expires_at = clock_timestamp() + t.expires_after,
       description = t.description || CASE t.status WHEN 'failed' THEN ' (paid after all)' ELSE '' END,
       stripe_session_id = coalesce(t.stripe_session_id, complete_purchase.stripe_session_id),
       stripe_payment_intent_id = coalesce(t.stripe_payment_intent_id, complete_purchase.stripe_payment_intent_id),
       amount_paid = coalesce(t.amount_paid, complete_purchase.amount_paid),
       currency = coalesce(t.currency, lower(complete_purchase.currency))
     WHERE t.id = answer.id
-    RETURNING 'completed', {row}, t.balance_after, NULL, NULL, NULL, NULL INTO answer;
+    RETURNING 'completed', {row}, t.balance_after, NULL, NULL, NULL, NULL, account.held, t.expires_at INTO answer;
   IF answer.status IS DISTINCT FROM 'completed' THEN
     PERFORM tallystick.host_interfered({ledger_name});
   END IF;
   IF NOT tallystick.settle(
       account.key, account.balance, account.sequence, answer.balance_after, answer.sequence) THEN
     PERFORM tallystick.host_interfered({users_name});
+  END IF;
+  IF answer.expires_at IS NOT NULL THEN
+    PERFORM tallystick.open_lot(answer);
   END IF;
   RETURN answer;
 END $$

@@ -39,7 +39,8 @@ BEGIN
     IF attempt = 2 THEN
       PERFORM FROM {users} AS u WHERE u.{user_key} {is} consume.user_id FOR NO KEY UPDATE;
     END IF;
-    SELECT u.{user_key} AS key, {balance} AS balance, u.credit_sequence AS sequence, u.deleted_at, t.id AS prior
+    SELECT u.{user_key} AS key, {balance} AS balance, u.credit_sequence AS sequence, u.credit_held AS held,
+        u.credit_due_at AS due, u.deleted_at, t.id AS prior
       INTO account
       FROM {users} AS u
       LEFT JOIN {ledger} AS t ON t.user_id {is} u.{user_key} AND t.idempotency_key = consume.key
@@ -49,19 +50,24 @@ BEGIN
       RETURN answer;
     END IF;
     {opened}
+    -- where something of the user waits for its time, the balance is only known under the lock
+    CONTINUE WHEN attempt = 1 AND account.due IS NOT NULL AND account.prior IS NULL;
+    {due}
     IF workshop_id IS NOT NULL THEN
       SELECT {title} INTO name FROM {workshops} AS w
         WHERE w.{workshop_key} {is} consume.workshop_id AND w.{owner} {is} account.key
           AND w.credit_consumed_at IS NULL AND w.deleted_at IS NULL;
       claimable := FOUND;
     END IF;
-    EXIT WHEN account.prior IS NOT NULL OR account.deleted_at IS NOT NULL OR account.balance < amount OR NOT claimable;
+    EXIT WHEN account.prior IS NOT NULL OR account.deleted_at IS NOT NULL OR account.balance - account.held < amount
+      OR NOT claimable;
 
     -- Write: the balance, which locks the user; then the row; then the workshop's mark, locked before.
     UPDATE {users} AS u
       SET {balance_column} = account.balance - consume.amount, credit_sequence = account.sequence + 1
       WHERE u.{user_key} {is} account.key
-        AND {balance} = account.balance AND u.credit_sequence = account.sequence AND u.deleted_at IS NULL
+        AND {balance} = account.balance AND u.credit_sequence = account.sequence AND u.credit_held = account.held
+        AND u.deleted_at IS NULL
       RETURNING {balance}, u.credit_sequence INTO kept_balance, kept_sequence;
     IF FOUND THEN
       IF kept_balance <> account.balance - amount OR kept_sequence <> account.sequence + 1 THEN
@@ -84,8 +90,11 @@ BEGIN
             coalesce(consume.description, 'Credit consumed' || coalesce(' for Workshop: ' || name, '')),
             consume.workshop_id, consume.key, consume.metadata, clock_timestamp())
           ON CONFLICT DO NOTHING
-          RETURNING 'completed', {row}, t.balance_after, consume.amount, NULL, NULL, NULL INTO answer;
+          RETURNING 'completed', {row}, t.balance_after, consume.amount, NULL, NULL, NULL, account.held INTO answer;
         IF FOUND THEN
+          IF account.due IS NOT NULL THEN
+            PERFORM tallystick.take_from_lots(account.key, answer.id, consume.amount);
+          END IF;
           IF workshop_id IS NOT NULL THEN
             PERFORM tallystick.mark_workshop(workshop_id, answer.completed_at);
           END IF;
@@ -105,7 +114,7 @@ BEGIN
   IF FOUND THEN
     RETURN tallystick.replay(
       prior,
-      pg_catalog.jsonb_build_object('type', 'consumption', 'amount', - amount, 'workshop_id',
+      pg_catalog.jsonb_build_object('type', 'consumption', 'amount', - amount, 'held', NULL, 'workshop_id',
         -- when the host deletes a workshop its row stays, without it
         CASE WHEN prior.workshop_id IS NOT NULL
           OR EXISTS (SELECT FROM {workshops} AS w WHERE w.{workshop_key} {is} consume.workshop_id)
@@ -113,6 +122,7 @@ BEGIN
       account.balance);
   END IF;
   answer.balance := account.balance;
+  answer.credit_held := account.held;
   answer.required := amount;
   IF account.deleted_at IS NOT NULL THEN
     answer.outcome := 'user_deleted';
@@ -139,7 +149,7 @@ BEGIN
         answer.balance := account.balance;
       END IF;
     END IF;
-  ELSIF account.balance < amount THEN
+  ELSIF account.balance - account.held < amount THEN
     answer.outcome := 'insufficient_credits';
   ELSE
     answer.outcome := 'ledger_inconsistent';

@@ -48,7 +48,7 @@ BEGIN
   WITH account AS MATERIALIZED (
     SELECT u.{user_key} AS key, {balance} AS balance, u.credit_sequence AS sequence
     FROM {users} AS u
-    WHERE u.{user_key} = ANY (user_ids) AND u.deleted_at IS NULL
+    WHERE u.{user_key} = ANY (user_ids) AND u.deleted_at IS NULL AND u.credit_due_at IS NULL
       -- not of a user whose row is behind the ledger: the number given twice would fail the whole list
       AND NOT EXISTS (SELECT FROM {ledger} AS t WHERE t.user_id = u.{user_key} AND t.sequence = u.credit_sequence + 1)
   ), asked AS (
@@ -94,7 +94,7 @@ BEGIN
     (SELECT array_agg(ROW(
         'completed', id, user_id, 'consumption', 'completed', - amount, balance_after, sequence, description,
         workshop_id, NULL, NULL, NULL, NULL, NULL, NULL, key, metadata, now(), moment,
-        balance_after, amount, NULL, NULL, item)::tallystick.answer) FROM spend),
+        balance_after, amount, NULL, NULL, item, 0, NULL)::tallystick.answer) FROM spend),
     (SELECT count(*) FROM written),
     (SELECT array_agg(workshop_id) FROM spend WHERE workshop_id IS NOT NULL),
     (SELECT array_agg(user_id) FROM last), (SELECT array_agg(balance) FROM last), (SELECT array_agg(sequence) FROM last)

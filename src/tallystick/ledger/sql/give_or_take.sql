@@ -1,10 +1,13 @@
--- The one body of refund and reinstate: a completed row that is linked to a purchase and bounded by it. A refund takes
--- at most what is left of the purchase, and may leave a debt, since the money is back with the customer already; a
--- reinstatement gives back at most what refunds took. A deleted user gets either: the money is real.
+-- The one body of refund, reinstate, reverse and correct: a completed row that is linked to another and bounded by it.
+--   refund     takes at most what is left of a purchase, and may leave a debt: the money is back with the customer
+--   reinstate  gives back at most what refunds took from a purchase
+--   reverse    gives back at most what is left of a consumption; all of it locks the workshop again
+--   correct    takes at most what is left of a grant, and may leave a debt
+-- A deleted user gets any of them: the money is real.
 CREATE OR REPLACE FUNCTION tallystick.give_or_take(
-  taking boolean,
+  kind text,
   user_id {user_key_type},
-  purchase_id uuid,
+  target_id uuid,
   key text,
   amount {credits},
   description text,
@@ -16,14 +19,18 @@ DECLARE
   answer tallystick.answer;
   account record;
   prior {ledger};
-  new_type text := CASE WHEN taking THEN 'refund' ELSE 'grant' END;
+  taking boolean := kind IN ('refund', 'correct');
+  target_type text := CASE kind WHEN 'reverse' THEN 'consumption' WHEN 'correct' THEN 'grant' ELSE 'purchase' END;
+  new_type text := CASE kind
+    WHEN 'refund' THEN 'refund' WHEN 'reinstate' THEN 'grant' WHEN 'reverse' THEN 'reversal' ELSE 'correction' END;
   sign integer := CASE WHEN taking THEN -1 ELSE 1 END;
+  target {ledger};
   taken {credits};
   most {credits};
   moved {credits};
 BEGIN
-  IF purchase_id IS NULL THEN
-    RETURN tallystick.invalid_argument('purchase_id', 'the id of a purchase');
+  IF target_id IS NULL THEN
+    RETURN tallystick.invalid_argument(target_type || '_id', 'the id of a ' || target_type);
   ELSIF key IS NULL OR char_length(key) NOT BETWEEN 1 AND 255 THEN
     RETURN tallystick.invalid_argument('key', 'a text of 1 to 255 characters');
   ELSIF amount < 1 THEN
@@ -34,36 +41,49 @@ BEGIN
     RETURN tallystick.invalid_argument('metadata', 'a JSON object');
   END IF;
 
-  SELECT u.{user_key} AS key, {balance} AS balance, u.credit_sequence AS sequence
+  SELECT u.{user_key} AS key, {balance} AS balance, u.credit_sequence AS sequence, u.credit_held AS held,
+      u.credit_due_at AS due
     INTO account FROM {users} AS u WHERE u.{user_key} = give_or_take.user_id FOR NO KEY UPDATE;
   IF NOT FOUND THEN
     answer.outcome := 'unknown_user';
     RETURN answer;
   END IF;
   {opened}
+  {due}
   SELECT * INTO prior FROM {ledger} AS t WHERE t.user_id = account.key AND t.idempotency_key = give_or_take.key;
   IF FOUND THEN
     RETURN tallystick.replay(
       prior,
-      jsonb_build_object('type', new_type, 'refund_of', purchase_id)
+      jsonb_build_object('type', new_type, 'refund_of', target_id)
         || CASE WHEN amount IS NULL THEN '{{}}' ELSE jsonb_build_object('amount', sign * amount) END,
       account.balance);
   END IF;
-  answer := tallystick.find_purchase(account.key, purchase_id, NULL, account.balance);
+  answer.balance := account.balance;
+  answer.credit_held := account.held;
   answer.required := amount;
-  IF answer.outcome IS NOT NULL THEN
+  SELECT * INTO target FROM {ledger} AS t WHERE t.id = target_id;
+  IF target.user_id IS DISTINCT FROM account.key OR target.type::text <> target_type
+      OR kind = 'correct' AND target.refund_of IS NOT NULL OR kind = 'reverse' AND target.status <> 'completed' THEN
+    answer.outcome := CASE target_type WHEN 'purchase' THEN 'unknown_purchase'
+      WHEN 'consumption' THEN 'unknown_consumption' ELSE 'unknown_grant' END;
     RETURN answer;
   END IF;
-  SELECT coalesce(- sum(t.amount), 0) INTO taken FROM {ledger} AS t
-    WHERE t.user_id = account.key AND t.refund_of = give_or_take.purchase_id;
-  most := CASE WHEN taking THEN answer.amount - taken ELSE taken END;
+  SELECT 'refused', {row} INTO answer FROM {ledger} AS t WHERE t.id = target_id;
+  answer.balance := account.balance;
+  answer.credit_held := account.held;
+  answer.required := amount;
+  SELECT abs(coalesce(sum(t.amount), 0)) INTO taken FROM {ledger} AS t
+    WHERE t.user_id = account.key AND t.refund_of = target_id AND (kind <> 'reinstate' OR t.type <> 'expiry');
+  most := CASE WHEN kind = 'reinstate' THEN taken ELSE abs(target.amount) - taken END;
   moved := coalesce(amount, most);
   answer.remaining := most;
-  IF taking AND answer.status <> 'completed' THEN
+  IF kind = 'refund' AND target.status <> 'completed' THEN
     answer.outcome := 'purchase_not_completed';
     RETURN answer;
   ELSIF moved < 1 OR moved > most THEN
-    answer.outcome := CASE WHEN taking THEN 'refund_exceeds_purchase' ELSE 'reinstatement_exceeds_refunds' END;
+    answer.outcome := CASE kind WHEN 'refund' THEN 'refund_exceeds_purchase'
+      WHEN 'reinstate' THEN 'reinstatement_exceeds_refunds' WHEN 'reverse' THEN 'reversal_exceeds_consumption'
+      ELSE 'correction_exceeds_grant' END;
     RETURN answer;
   ELSIF (CASE WHEN taking THEN account.balance < 0 AND account.balance < {credits_min} + moved
         ELSE account.balance > 0 AND account.balance > {credits_max} - moved END) THEN
@@ -73,15 +93,17 @@ BEGIN
   END IF;
 
   INSERT INTO {ledger} AS t (
-      id, user_id, type, status, amount, balance_after, sequence, description, refund_of, idempotency_key, metadata,
-      completed_at)
+      id, user_id, type, status, amount, balance_after, sequence, description, workshop_id, refund_of, idempotency_key,
+      metadata, completed_at)
     VALUES (
       tallystick.uuid7(), account.key, new_type::{type}, 'completed', sign * moved, account.balance + sign * moved,
       account.sequence + 1,
-      coalesce(give_or_take.description, CASE WHEN taking THEN 'Refunded: ' ELSE 'Given back: ' END || answer.description),
-      answer.id, give_or_take.key, give_or_take.metadata, clock_timestamp())
+      coalesce(give_or_take.description, CASE kind WHEN 'refund' THEN 'Refunded: ' WHEN 'reinstate' THEN 'Given back: '
+        WHEN 'reverse' THEN 'Reversed: ' ELSE 'Corrected: ' END || target.description),
+      CASE WHEN kind = 'reverse' AND moved = most THEN target.workshop_id END,
+      target_id, give_or_take.key, give_or_take.metadata, clock_timestamp())
     ON CONFLICT DO NOTHING
-    RETURNING 'completed', {row}, t.balance_after, moved, most - moved, NULL, NULL INTO answer;
+    RETURNING 'completed', {row}, t.balance_after, moved, most - moved, NULL, NULL, account.held INTO answer;
   IF NOT FOUND THEN
     answer.outcome := 'ledger_inconsistent';
     answer.balance := account.balance;
@@ -91,6 +113,17 @@ BEGIN
   IF NOT tallystick.settle(
       account.key, account.balance, account.sequence, answer.balance_after, answer.sequence) THEN
     PERFORM tallystick.host_interfered({users_name});
+  END IF;
+  IF answer.workshop_id IS NOT NULL THEN
+    PERFORM tallystick.unmark_workshop(answer.workshop_id);
+  END IF;
+  -- the lots that the credits came from, or had been
+  IF taking AND account.due IS NOT NULL THEN
+    PERFORM tallystick.take_back_from_lots(account.key, answer.id, target_id, moved, answer.balance_after);
+  ELSIF NOT taking AND tallystick.give_to_lots(account.key, answer.id, target_id, moved, most) THEN
+    PERFORM tallystick.settle_held(
+      account.key, answer.balance_after, answer.sequence, account.held, tallystick.next_due(account.key));
+    answer.balance := (tallystick.settle_due(account.key)).balance;
   END IF;
   RETURN answer;
 END $$

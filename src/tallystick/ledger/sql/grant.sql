@@ -1,10 +1,11 @@
--- Gives credits that nobody paid for: goodwill, a promotion, an opening balance.
+-- Gives credits that nobody paid for: goodwill, a promotion, an opening balance. Those that expire are spent first.
 CREATE OR REPLACE FUNCTION tallystick.grant(
   user_id {user_key_type},
   amount {credits},
   key text,
   description text,
-  metadata jsonb DEFAULT NULL
+  metadata jsonb DEFAULT NULL,
+  expires_at timestamptz DEFAULT NULL
 ) RETURNS tallystick.answer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = {search_path} AS $$
 #variable_conflict use_column
@@ -21,15 +22,19 @@ BEGIN
     RETURN tallystick.invalid_argument('description', 'a text of 1 to 10000 characters');
   ELSIF jsonb_typeof(metadata) <> 'object' THEN
     RETURN tallystick.invalid_argument('metadata', 'a JSON object');
+  ELSIF expires_at <= clock_timestamp() OR NOT isfinite(expires_at) THEN
+    RETURN tallystick.invalid_argument('expires_at', 'a moment in the future, or NULL');
   END IF;
 
-  SELECT u.{user_key} AS key, {balance} AS balance, u.credit_sequence AS sequence, u.deleted_at
+  SELECT u.{user_key} AS key, {balance} AS balance, u.credit_sequence AS sequence, u.credit_held AS held,
+      u.credit_due_at AS due, u.deleted_at
     INTO account FROM {users} AS u WHERE u.{user_key} = "grant".user_id FOR NO KEY UPDATE;
   IF NOT FOUND THEN
     answer.outcome := 'unknown_user';
     RETURN answer;
   END IF;
   {opened}
+  {due}
   SELECT * INTO prior FROM {ledger} AS t WHERE t.user_id = account.key AND t.idempotency_key = "grant".key;
   IF FOUND THEN
     RETURN tallystick.replay(
@@ -47,12 +52,14 @@ BEGIN
   END IF;
 
   INSERT INTO {ledger} AS t (
-      id, user_id, type, status, amount, balance_after, sequence, description, idempotency_key, metadata, completed_at)
+      id, user_id, type, status, amount, balance_after, sequence, description, idempotency_key, metadata,
+      expires_at, completed_at)
     VALUES (
       tallystick.uuid7(), account.key, 'grant', 'completed', "grant".amount, account.balance + "grant".amount,
-      account.sequence + 1, "grant".description, "grant".key, "grant".metadata, clock_timestamp())
+      account.sequence + 1, "grant".description, "grant".key, "grant".metadata,
+      "grant".expires_at, clock_timestamp())
     ON CONFLICT DO NOTHING
-    RETURNING 'completed', {row}, t.balance_after, "grant".amount, NULL, NULL, NULL INTO answer;
+    RETURNING 'completed', {row}, t.balance_after, "grant".amount, NULL, NULL, NULL, account.held, t.expires_at INTO answer;
   IF NOT FOUND THEN
     answer.outcome := 'ledger_inconsistent';
     answer.balance := account.balance;
@@ -62,6 +69,9 @@ BEGIN
   IF NOT tallystick.settle(
       account.key, account.balance, account.sequence, answer.balance_after, answer.sequence) THEN
     PERFORM tallystick.host_interfered({users_name});
+  END IF;
+  IF answer.expires_at IS NOT NULL THEN
+    PERFORM tallystick.open_lot(answer);
   END IF;
   RETURN answer;
 END $$

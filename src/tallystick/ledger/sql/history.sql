@@ -29,7 +29,8 @@ BEGIN
   -- a pending purchase is found behind thousands of failed ones.
   IF before_id IS NOT NULL THEN
     RETURN QUERY
-      SELECT 'completed', {row}, NULL::{credits}, NULL::{credits}, NULL::{credits}, NULL::jsonb, NULL::integer
+      SELECT 'completed', {row}, NULL::{credits}, NULL::{credits}, NULL::{credits}, NULL::jsonb, NULL::integer,
+        NULL::{credits}, t.expires_at
       FROM unnest(CASE WHEN include_failed THEN ARRAY['pending', 'failed']::{status}[]
         ELSE ARRAY['pending']::{status}[] END) AS shown (status),
       LATERAL (
@@ -42,7 +43,8 @@ BEGIN
     row_limit := row_limit - before_rows;
   END IF;
   RETURN QUERY
-    SELECT 'completed', {row}, NULL::{credits}, NULL::{credits}, NULL::{credits}, NULL::jsonb, NULL::integer
+    SELECT 'completed', {row}, NULL::{credits}, NULL::{credits}, NULL::{credits}, NULL::jsonb, NULL::integer,
+        NULL::{credits}, t.expires_at
     FROM {ledger} AS t
     WHERE t.user_id = history.user_id AND t.sequence < before_sequence
     ORDER BY t.sequence DESC LIMIT row_limit;

@@ -10,5 +10,5 @@ CREATE OR REPLACE FUNCTION tallystick.refund(
 ) RETURNS tallystick.answer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = {search_path} AS $$
 BEGIN
-  RETURN tallystick.give_or_take(true, user_id, purchase_id, key, amount, description, metadata);
+  RETURN tallystick.give_or_take('refund', user_id, purchase_id, key, amount, description, metadata);
 END $$

@@ -9,5 +9,5 @@ CREATE OR REPLACE FUNCTION tallystick.reinstate(
 ) RETURNS tallystick.answer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = {search_path} AS $$
 BEGIN
-  RETURN tallystick.give_or_take(false, user_id, purchase_id, key, amount, description, metadata);
+  RETURN tallystick.give_or_take('reinstate', user_id, purchase_id, key, amount, description, metadata);
 END $$

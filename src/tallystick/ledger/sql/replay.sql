@@ -9,7 +9,7 @@ BEGIN
     (SELECT pg_catalog.jsonb_object_agg(a.name, pg_catalog.jsonb_build_array(pg_catalog.to_jsonb(t) -> a.name, a.value))
      FROM pg_catalog.jsonb_each(asked) AS a (name, value)
      WHERE a.value IS DISTINCT FROM pg_catalog.to_jsonb(t) -> a.name),
-    NULL
+    NULL, NULL, t.expires_at
   INTO answer;
   IF answer.detail IS NOT NULL THEN
     answer.outcome := 'idempotency_key_reused';

@@ -21,5 +21,12 @@ LANGUAGE sql IMMUTABLE AS $$
     WHEN 'idempotency_key_reused' THEN 'TS117'
     WHEN 'ledger_inconsistent' THEN 'TS118'
     WHEN 'host_interfered' THEN 'TS119'
+    WHEN 'unknown_consumption' THEN 'TS120'
+    WHEN 'unknown_grant' THEN 'TS121'
+    WHEN 'unknown_hold' THEN 'TS122'
+    WHEN 'reversal_exceeds_consumption' THEN 'TS123'
+    WHEN 'correction_exceeds_grant' THEN 'TS124'
+    WHEN 'hold_closed' THEN 'TS125'
+    WHEN 'capture_exceeds_hold' THEN 'TS126'
   END
 $$

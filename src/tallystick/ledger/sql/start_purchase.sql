@@ -1,11 +1,13 @@
 -- Records that a user is about to buy credits; the balance does not move. Comes before Stripe is asked for a session.
+-- Credits with ``expires_after`` last so long from the moment at which they are paid.
 CREATE OR REPLACE FUNCTION tallystick.start_purchase(
   user_id {user_key_type},
   amount {credits},
   description text,
   key text DEFAULT NULL,
   stripe_price_id text DEFAULT NULL,
-  metadata jsonb DEFAULT NULL
+  metadata jsonb DEFAULT NULL,
+  expires_after interval DEFAULT NULL
 ) RETURNS tallystick.answer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = {search_path} AS $$
 #variable_conflict use_column
@@ -24,6 +26,8 @@ BEGIN
     RETURN tallystick.invalid_argument('stripe_price_id', 'a text of 1 to 255 characters');
   ELSIF jsonb_typeof(metadata) <> 'object' THEN
     RETURN tallystick.invalid_argument('metadata', 'a JSON object');
+  ELSIF expires_after <= interval '0' THEN
+    RETURN tallystick.invalid_argument('expires_after', 'an interval above 0, as 90 days, or NULL');
   END IF;
 
   -- Without a lock but the foreign key's: two transactions may each start a purchase of one user, and complete it.
@@ -45,10 +49,10 @@ BEGIN
   END IF;
 
   INSERT INTO {ledger} AS t (
-      id, user_id, type, status, amount, description, stripe_price_id, idempotency_key, metadata)
+      id, user_id, type, status, amount, description, stripe_price_id, idempotency_key, metadata, expires_after)
     VALUES (
       tallystick.uuid7(), account.key, 'purchase', 'pending', start_purchase.amount, start_purchase.description,
-      start_purchase.stripe_price_id, start_purchase.key, start_purchase.metadata)
+      start_purchase.stripe_price_id, start_purchase.key, start_purchase.metadata, start_purchase.expires_after)
     ON CONFLICT DO NOTHING
     RETURNING 'completed', {row}, account.balance, NULL, NULL, NULL, NULL INTO answer;
   IF NOT FOUND THEN

@@ -17,7 +17,7 @@ from psycopg.sql import Composable, Identifier
 from tallystick.config import Config, HostMapping
 from tallystick.migrate.host.preflight import Host, examine
 from tallystick.migrate.host.tables import HostTable, columns_of, looking
-from tallystick.migrate.revisions import HostNames, Revision, after, revisions
+from tallystick.migrate.revisions import HostNames, Revision, adopted_by, after, revisions
 from tallystick.migrate.runner.blockers import Blocker, Watch
 from tallystick.migrate.runner.messages import STALL_BUDGET_MS, Messages, text, upward
 from tallystick.migrate.runner.session import USE_UNPOOLED, pooler_sign
@@ -515,7 +515,7 @@ def _messages(config: Config, host: Host | None, stall_budget_ms: int) -> Iterab
                 revision,
                 names,
                 expected=reached,
-                adopted=host.adopted_names if host and revision.down_revision is None else (),
+                adopted=adopted_by(revision, host.adopted_names) if host else (),
                 stall_budget_ms=stall_budget_ms,
                 prepared=host is not None and host.prepared == revision.revision,
             ),

@@ -432,7 +432,11 @@ class _Remedies:
 def _added(declared: Schema) -> dict[str, set[str]]:
     """The columns and indexes that the host's tables got."""
     return {
-        "users": {*(column.name for column in user_columns()), str(declared.users_stripe_customer.name)},
+        "users": {
+            *(column.name for column in user_columns()),
+            str(declared.users_stripe_customer.name),
+            str(declared.users_due.name),
+        },
         "workshops": {column.name for column in workshop_columns()},
     }
 
@@ -488,7 +492,7 @@ def _declared_shapes(conn: sa.Connection, declared: Schema) -> dict[str, _Shape]
 
 def _functions(conn: sa.Connection, names: HostNames, *, owner: str | None) -> Iterator[Drift]:
     """Functions and their types against those of this package, which are made as temporary ones and read back."""
-    made = [re.sub(_MADE, r"CREATE \1 pg_temp.", statement, count=1) for statement in _declared_functions(names)]
+    made = [re.sub(_MADE, r"\1\2 pg_temp.", statement, count=1) for statement in _declared_functions(names)]
     with closing(conn.connection.cursor()) as cursor:  # the driver's own: a % in a body is a %
         cursor.execute("; ".join(made))
     places = (conn.scalar(_TEMPORARY), "tallystick")
@@ -523,20 +527,28 @@ def _of_function(where: str, wants: sa.Row[Any], has: sa.Row[Any], owner: str) -
         yield Drift("function", where, "EXECUTE for those who were given it", "EXECUTE for PUBLIC", shut)
 
 
-_MADE = r"CREATE (?:OR REPLACE )?(FUNCTION|TYPE) tallystick\."
+_MADE = r"(CREATE (?:OR REPLACE )?|ALTER |DROP )(FUNCTION|TYPE) tallystick\."
 
 
 def _declared_functions(names: HostNames) -> list[str]:
-    statements = (text([statement]) for revision in revisions() for statement in revision.prepare(names))
+    """All that the revisions do to functions and their types, in order."""
+    statements = (
+        text([statement])
+        for revision in revisions()
+        for statement in (*revision.prepare(names), *revision.locked(names))
+    )
     return [statement for statement in statements if re.match(_MADE, statement)]
 
 
 def functions_sql(config: Config) -> str:
     """A script that puts the functions of this package where a database has others, and shuts them to PUBLIC."""
-    made = (
-        re.sub(_MADE, r"CREATE OR REPLACE \1 tallystick.", statement, count=1)
-        for statement in _declared_functions(HostNames.of(config.host))
-        if not statement.startswith("CREATE TYPE")
-    )
+    names = HostNames.of(config.host)
+    triggers = {
+        found[1]: re.sub(r"CREATE (?:OR REPLACE )?", "CREATE OR REPLACE ", statement, count=1)
+        for statement in _declared_functions(names)
+        if (found := re.match(r"CREATE (?:OR REPLACE )?FUNCTION tallystick\.(\w+)\(\) RETURNS trigger", statement))
+    }
+    functions = (text([statement]) for statement in names.functions(HEAD))
+    made = [*triggers.values(), *(function for function in functions if not function.startswith("CREATE TYPE"))]
     shut = "REVOKE ALL ON ALL FUNCTIONS IN SCHEMA tallystick FROM PUBLIC"
     return ";\n".join(["BEGIN", "SET LOCAL search_path = pg_catalog, pg_temp", *made, shut, "COMMIT"]) + ";\n"

@@ -30,7 +30,7 @@ from tallystick.migrate.host.tables import (
     host_tables,
     unsuitable,
 )
-from tallystick.migrate.revisions import Adopted, HostNames, Word, revisions
+from tallystick.migrate.revisions import Adopted, HostNames, Word, after, revisions
 from tallystick.schema import HISTORY, LEDGER, alembic_version, mapping_of, migration_log, refuse_other
 
 OLDEST_SERVER = 140000
@@ -65,7 +65,7 @@ _ROLE = sa.text("""
 
 @dataclass(frozen=True)
 class Host:
-    """The result of the preflight. ``adopted`` are columns of ours that the host had before revision 0001.
+    """The result of the preflight. ``adopted`` are columns of ours that the host had before their revision came.
 
     ``prepared`` is the revision after ``revision`` where its new objects are committed and nothing uses them yet.
     ``missing_privileges`` and ``breaks`` (what of the app's would fail with further columns) stop a run.
@@ -129,21 +129,22 @@ def examine(conn: sa.Connection, config: Config, *, strict: bool = True) -> Host
         refuse_other(mapping_of(conn), mapping)
     users, users_columns = _mapped_users(conn, mapping)
     workshops, workshops_columns = _mapped_workshops(conn, mapping)
-    if revision is None:
-        if role.has_schema and prepared is None:
-            raise HostMismatch(
-                'this database has a schema "tallystick" that is not ours. Rename it: '
-                "ALTER SCHEMA tallystick RENAME TO tallystick_before",
-                table="tallystick",
-                column=None,
-            )
-        adopted, faults = _adoptable(conn, "users", users, users_columns, mapping)
-        if workshops is not None:
-            of_workshops, others = _adoptable(conn, "workshops", workshops, workshops_columns, mapping)
-            adopted, faults = adopted | of_workshops, [*faults, *others]
-        _refuse_unadoptable(faults, [] if prepared is not None else taken(conn, mapping), mapping)
-    else:
-        adopted = adopted_columns(conn)
+    if revision is None and prepared is None and role.has_schema:
+        raise HostMismatch(
+            'this database has a schema "tallystick" that is not ours. Rename it: '
+            "ALTER SCHEMA tallystick RENAME TO tallystick_before",
+            table="tallystick",
+            column=None,
+        )
+    adopted, faults = _adoptable(conn, "users", users, users_columns, mapping=mapping, revision=revision)
+    if workshops is not None:
+        of_workshops, others = _adoptable(
+            conn, "workshops", workshops, workshops_columns, mapping=mapping, revision=revision
+        )
+        adopted, faults = adopted | of_workshops, [*faults, *others]
+    _refuse_unadoptable(faults, [] if prepared is not None else taken(conn, mapping, revision), mapping)
+    if revision is not None:
+        adopted |= adopted_columns(conn)
         _check_same_host(conn, mapping.schema_of_ledger, users, workshops)
 
     tables = [table for table in (users, workshops) if table]
@@ -228,12 +229,8 @@ def was_cut_over(conn: sa.Connection) -> bool:
 
 
 def adopted_columns(conn: sa.Connection) -> Adopted:
-    """The columns that revision 0001 found and left as they were."""
-    rows = conn.scalars(
-        sa.select(migration_log.c.adopted).where(
-            migration_log.c.revision == revisions()[0].revision, migration_log.c.direction == "apply"
-        )
-    )
+    """The columns that the revisions found and left as they were."""
+    rows = conn.scalars(sa.select(migration_log.c.adopted).where(migration_log.c.direction == "apply"))
     pairs = (name.split(".", 1) for row in rows for name in row)
     return frozenset((cast("Word", word), column) for word, column in pairs)
 
@@ -392,12 +389,16 @@ class _Rule:
     types: tuple[str, ...]
     expected: str
     zero: bool = False  # integer NOT NULL DEFAULT 0, all rows 0: nobody has a row of the ledger
+    empty: bool = False  # no value at all
     credits: bool = False  # whole numbers from 0 to what the ledger holds, or nulls
     distinct: bool = False  # no value twice: a unique index follows
     length: int = 0
 
 
-_BIGINT = _Rule(("int8", "numeric"), "bigint or numeric, whole numbers from 0", credits=True)
+_BIGINT = {
+    "credit_balance": _Rule(("int8", "numeric"), "bigint or numeric, whole numbers from 0", credits=True),
+    "credit_held": _Rule(("int8",), "bigint NOT NULL DEFAULT 0", zero=True),
+}
 
 _ADOPTABLE: Mapping[Word, Mapping[str, _Rule]] = {
     "users": {
@@ -410,6 +411,8 @@ _ADOPTABLE: Mapping[Word, Mapping[str, _Rule]] = {
         "plan_tier": _Rule(("text", "varchar"), "text or varchar(32)", length=32),
         "updated_at": _Rule(MOMENTS, "timestamp or timestamptz"),
         "deleted_at": _Rule(MOMENTS, "timestamp or timestamptz"),
+        "credit_held": _Rule(("int4",), "integer NOT NULL DEFAULT 0", zero=True),
+        "credit_due_at": _Rule(("timestamptz",), "timestamptz without a value", empty=True),
     },
     "workshops": {
         "credit_consumed_at": _Rule(MOMENTS, "timestamp or timestamptz"),
@@ -419,14 +422,23 @@ _ADOPTABLE: Mapping[Word, Mapping[str, _Rule]] = {
 
 
 def _adoptable(
-    conn: sa.Connection, word: Word, table: HostTable, columns: Mapping[str, HostColumn], mapping: HostMapping
+    conn: sa.Connection,
+    word: Word,
+    table: HostTable,
+    columns: Mapping[str, HostColumn],
+    *,
+    mapping: HostMapping,
+    revision: str | None,
 ) -> tuple[Adopted, list[IncompatibleColumn]]:
-    """The columns of ours that the table has already, and what is wrong with those that cannot be adopted."""
+    """Columns of later revisions that the table has, and what is wrong with those of them that cannot be adopted."""
+    coming = {name for each in after(revision) for name in each.columns.get(word, ())}
     adopted: set[tuple[Word, str]] = set()
     faults = []
     for ours, usual in _ADOPTABLE[word].items():
+        if ours not in coming:
+            continue
         is_balance = ours == "credit_balance"
-        rule = _BIGINT if is_balance and mapping.credits == "bigint" else usual
+        rule = _BIGINT.get(ours, usual) if mapping.credits == "bigint" else usual
         name = mapping.users.balance if is_balance else ours
         column = columns.get(name)
         if column is None:
@@ -518,6 +530,8 @@ def _content_fault(conn: sa.Connection, table: HostTable, column: HostColumn, ru
     )
     if rule.zero:
         fault, rows = "with values in it", rows.where(live != sa.literal_column("0"))
+    elif rule.empty:
+        fault, rows = "with values in it", rows.where(live.is_not(None))
     elif rule.distinct:
         fault = "with the same value twice"
         rows = rows.where(live.is_not(None)).group_by(live).having(sa.func.count() > sa.literal_column("1"))
@@ -527,12 +541,12 @@ def _content_fault(conn: sa.Connection, table: HostTable, column: HostColumn, ru
     return f"{column.shown} {fault}" if conn.scalar(sa.select(sa.exists(rows))) else None
 
 
-def taken(conn: sa.Connection, mapping: HostMapping) -> Sequence[str]:
-    """Names in the users' schema that the revisions need and that something of the app's has."""
+def taken(conn: sa.Connection, mapping: HostMapping, revision: str | None = None) -> Sequence[str]:
+    """Names in the users' schema that revisions after ``revision`` need and that something of the app's has."""
     names = HostNames.of(mapping)
     # in a schema of our own the ledger meets nothing of the app's; an index is beside its table
     alone = mapping.ledger_schema is not None
-    wanted = [name for each in revisions() for name in (each.indexes(names) if alone else each.creates)]
+    wanted = [name for each in after(revision) for name in (each.indexes(names) if alone else each.creates)]
     return conn.scalars(_TAKEN, {"schema": mapping.users.schema, "names": wanted}).all()
 
 

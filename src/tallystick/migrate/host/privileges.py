@@ -80,7 +80,8 @@ _WRITERS = sa.text("""
       SELECT c.oid, c.relowner, a.grantee, a.privilege_type
       FROM pg_class c JOIN pg_attribute t ON t.attrelid = c.oid AND NOT t.attisdropped
       CROSS JOIN LATERAL aclexplode(t.attacl) a
-      WHERE c.oid = :ledger OR (c.oid = :users AND t.attname IN (:balance, 'credit_sequence'))
+      WHERE c.oid = :ledger
+         OR (c.oid = :users AND t.attname IN (:balance, 'credit_sequence', 'credit_held', 'credit_due_at'))
     )
     SELECT g.table::bigint AS oid, n.nspname AS schema, c.relname AS name, coalesce(r.rolname, 'PUBLIC') AS role,
            r.oid IS NULL AS everyone, array_agg(g.privilege ORDER BY g.privilege) AS privileges

@@ -1,10 +1,11 @@
 """SQL for an app's role that runs the ledger and cannot write a balance: for an app that does not own its tables.
 
-The role gets EXECUTE on the functions of the ledger and SELECT on its rows. Three columns are written by the functions
-alone: ``credit_balance`` and ``credit_sequence`` of users, ``credit_consumed_at`` of workshops; and the keys of both
-tables stay as they are. INSERT and UPDATE on a whole table cover these columns too, so the script turns them into
-INSERT and UPDATE of all the other columns that the table has when it runs. A right that reaches the role in another
-way (``ways_out.sql``) is refused with the statement that takes it back, since others may need it.
+The role gets EXECUTE on the functions of the ledger and SELECT on its rows. What the functions alone write is
+``credit_balance``, ``credit_sequence``, ``credit_held`` and ``credit_due_at`` of users and ``credit_consumed_at`` of
+workshops; and the keys of both tables stay as they are. INSERT and UPDATE on a whole table cover these columns too, so
+the script turns them into INSERT and UPDATE of all the other columns that the table has when it runs. A right that
+reaches the role in another way (``ways_out.sql``) is refused with the statement that takes it back, since others may
+need it.
 
 Privileges belong to a role, not to its name, so a role that is renamed keeps them.
 """
@@ -245,7 +246,11 @@ def _ways_out(names: HostNames, is_app: sql.Composable) -> sql.Composable:
 
 def _guarded(table: TableNames) -> list[str]:
     """The columns that the functions alone write."""
-    return [_bare(table.balance), "credit_sequence"] if table.word == "users" else ["credit_consumed_at"]
+    return (
+        [_bare(table.balance), "credit_sequence", "credit_held", "credit_due_at"]
+        if table.word == "users"
+        else ["credit_consumed_at"]
+    )
 
 
 def _tables(names: HostNames) -> sql.Composable:

@@ -12,7 +12,7 @@ from psycopg.sql import Composable
 from tallystick.config import Config
 from tallystick.errors import MigrationError
 from tallystick.migrate.host.preflight import current_revision, examine, refuse_rows
-from tallystick.migrate.revisions import HostNames, Revision, revisions, up_to
+from tallystick.migrate.revisions import HostNames, Revision, adopted_by, revisions, up_to
 from tallystick.migrate.runner.messages import STALL_BUDGET_MS, Messages, downward, text, upward
 from tallystick.migrate.runner.online import online
 from tallystick.migrate.runner.session import autocommits, put_back, refuse_pooler
@@ -164,7 +164,7 @@ def _change(conn: sa.Connection, revision: Revision, config: Config, stall_budge
         revision,
         HostNames.of(config.host, host.adopted),
         expected=host.revision,
-        adopted=host.adopted_names if revision.down_revision is None else (),
+        adopted=adopted_by(revision, host.adopted_names),
         stall_budget_ms=stall_budget_ms,
         prepared=host.prepared == revision.revision,
     )

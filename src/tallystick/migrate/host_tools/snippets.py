@@ -19,6 +19,8 @@ _SQLALCHEMY_USERS = """\
     plan_tier: Mapped[str] = mapped_column(String(32), server_default=text("'free'"))
     updated_at: Mapped[datetime] = mapped_column(DateTime(timezone=True), server_default=text("now()"))
     deleted_at: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+    credit_held: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    credit_due_at: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
 """
 _SQLALCHEMY_INDEX = """\
 # --- below the model of {users}, with its class for User
@@ -27,6 +29,9 @@ Index(
     User.stripe_customer_id,
     unique=True,
     postgresql_where=text("stripe_customer_id IS NOT NULL"),
+)
+Index(
+    "tallystick_users_credit_due_at", User.credit_due_at, postgresql_where=text("credit_due_at IS NOT NULL")
 )
 """
 _SQLALCHEMY_WORKSHOPS = """\
@@ -52,11 +57,15 @@ _DRIZZLE = """\
   planTier: varchar("plan_tier", {{ length: 32 }}).notNull().default("free"),
   updatedAt: timestamp("updated_at", {{ withTimezone: true }}).notNull().defaultNow(),
   deletedAt: timestamp("deleted_at", {{ withTimezone: true }}),
+  creditHeld: integer("credit_held").notNull().default(0),
+  creditDueAt: timestamp("credit_due_at", {{ withTimezone: true }}),
 """
 _DRIZZLE_INDEX = """\
 // --- and in its third argument
   uniqueIndex("tallystick_users_stripe_customer_id").on(table.stripeCustomerId)
     .where(sql`stripe_customer_id IS NOT NULL`),
+  index("tallystick_users_credit_due_at").on(table.creditDueAt)
+    .where(sql`credit_due_at IS NOT NULL`),
 """
 _DRIZZLE_WORKSHOPS = """\
 // --- in the table of {workshops}
@@ -84,6 +93,8 @@ _PRISMA = """\
   planTier           String    @default("free") @map("plan_tier") @db.VarChar(32)
   updatedAt          DateTime  @default(now()) @map("updated_at") @db.Timestamptz(6)
   deletedAt          DateTime? @map("deleted_at") @db.Timestamptz(6)
+  creditHeld         Int       @default(0) @map("credit_held")
+  creditDueAt        DateTime? @map("credit_due_at") @db.Timestamptz(6)
 """
 _PRISMA_WORKSHOPS = """\
 // --- in the model of {workshops}
@@ -106,6 +117,8 @@ _DJANGO = """\
     plan_tier = models.CharField(max_length=32, db_default="free")
     updated_at = models.DateTimeField(db_default=Now())
     deleted_at = models.DateTimeField(null=True)
+    credit_held = models.IntegerField(db_default=0)
+    credit_due_at = models.DateTimeField(null=True)
 """
 _DJANGO_WORKSHOPS = """\
 # --- in the model of {workshops}

@@ -32,7 +32,7 @@ from tallystick.errors import (
 )
 from tallystick.migrate.host.preflight import Host, examine, refuse_rows
 from tallystick.migrate.host.tables import mapped_oids
-from tallystick.migrate.revisions import HostNames, Revision, after, revisions, up_to
+from tallystick.migrate.revisions import HostNames, Revision, adopted_by, after, revisions, up_to
 from tallystick.migrate.runner.blockers import OLD_MS, Blocker, Watch, oids_of
 from tallystick.migrate.runner.messages import (
     ADVISORY_KEY,
@@ -217,7 +217,7 @@ class _Run:
         steps = []
         reached = host.revision
         for revision in after(host.revision):
-            adopted = host.adopted_names if revision.down_revision is None else ()
+            adopted = adopted_by(revision, host.adopted_names)
             prepared = host.prepared == revision.revision
             if two_transactions and not prepared:
                 self._prepare(revision, preparation(revision, names, expected=reached, adopted=adopted))

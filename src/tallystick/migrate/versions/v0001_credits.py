@@ -285,6 +285,7 @@ LEDGER_INDEXES = {
     ),
 }
 
+columns = {"users": tuple(USERS_COLUMNS), "workshops": tuple(WORKSHOPS_COLUMNS)}
 creates = (
     "credit_transactions",
     "credit_transactions_pkey",
@@ -344,7 +345,7 @@ def prepare(host: Any) -> Iterator[Composable]:
         "CREATE TRIGGER tallystick_no_truncate BEFORE TRUNCATE ON {}"
         " FOR EACH STATEMENT EXECUTE FUNCTION tallystick.append_only()"
     ).format(_ledger(host))
-    yield from host.functions()
+    yield from host.functions("0001")
     if host.adopts_balance:
         yield SQL(FOLLOW_BALANCE.strip()).format(**host.placeholders())
     yield SQL("REVOKE ALL ON ALL FUNCTIONS IN SCHEMA tallystick FROM PUBLIC")
@@ -419,7 +420,7 @@ def unprepare_locks(host: Any) -> tuple[Identifier, ...]:
 
 def unprepare(host: Any) -> Iterator[Composable]:
     """Back from ``prepare`` alone, before ``locked``: nothing of the host is touched."""
-    yield from host.drop_functions()
+    yield from host.drop_functions("0001")
     yield SQL("DROP TABLE {}").format(_ledger(host))
     yield from _drop_the_rest(host)
 
@@ -431,7 +432,7 @@ def undo(host: Any) -> Iterator[Composable]:
     if host.adopts_balance:
         for name in FOLLOWING:
             yield SQL("DROP TRIGGER IF EXISTS {} ON {}").format(Identifier(name), host.users.name)
-    yield from host.drop_functions()
+    yield from host.drop_functions("0001")
     yield SQL("DROP TABLE {}").format(_ledger(host))
     yield SQL("DROP INDEX IF EXISTS {}").format(Identifier(host.users.schema, CUSTOMER_INDEX))
     for table, columns in _tables(host):

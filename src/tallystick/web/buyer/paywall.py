@@ -10,7 +10,6 @@ import sqlalchemy as sa
 from tallystick.config import Config
 from tallystick.database import run
 from tallystick.errors import (
-    InsufficientCredits,
     InvalidArgument,
     Key,
     UnknownWorkshop,
@@ -20,6 +19,7 @@ from tallystick.errors import (
     shown,
 )
 from tallystick.ledger import Access, AccessReason, CreditTransaction, Ledger
+from tallystick.ledger.outcomes import Refusal, error_of
 
 UNLOCK_CREDITS: Final = 1
 """The credits that open a workshop."""
@@ -95,16 +95,14 @@ class Paywall:
         return found.access
 
     def require_credits(self, conn: sa.Connection, user: Key, amount: int) -> int:
-        """The balance, if it is at least ``amount``. Raises InsufficientCredits, UnknownUser."""
-        balance = self.ledger.balance(conn, user)
-        if balance < amount:
-            raise InsufficientCredits(
-                f"user {user} has {balance} and this takes {amount}. Sell a pack first",
-                user=user,
-                balance=balance,
-                required=amount,
+        """The credits that can be spent, if they are at least ``amount``. Raises InsufficientCredits, UnknownUser."""
+        now = self.ledger.standing(conn, user)
+        if now.available < amount:
+            raise error_of(
+                "insufficient_credits",
+                Refusal({"user_id": user}, balance=now.balance, held=now.held, required=amount),
             )
-        return balance
+        return now.available
 
     def unlock(self, conn: sa.Connection, user: Key, workshop: object, *, key: str | None = None) -> CreditTransaction:
         """Spend a credit on a workshop; ``key`` is the client's name for this intent.

@@ -1,0 +1,34 @@
+-- Gives credits back to the lots that ``target``, or what took it back, had taken them from; those that do not expire
+-- first, then the lot that expires last. Says if any lot got some. A lot that has expired takes them too, to expire at
+-- once.
+CREATE OR REPLACE FUNCTION tallystick.give_to_lots(
+  user_id {user_key_type}, transaction_id uuid, target uuid, amount {credits}, most {credits}
+) RETURNS boolean
+LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+  lot record;
+  given {credits};
+  found_lots boolean := false;
+BEGIN
+  FOR lot IN
+    SELECT m.lot_id AS id, sum(m.amount) AS taken, sum(sum(m.amount)) OVER () AS taken_in_all
+    FROM tallystick.lot_moves AS m JOIN tallystick.lots AS l ON l.id = m.lot_id
+    WHERE m.transaction_id = target
+      OR m.transaction_id IN (SELECT t.id FROM {ledger} AS t WHERE t.refund_of = target AND t.user_id = give_to_lots.user_id)
+    GROUP BY m.lot_id, l.expires_at HAVING sum(m.amount) > 0
+    ORDER BY l.expires_at DESC, m.lot_id DESC
+  LOOP
+    IF NOT found_lots THEN
+      amount := amount - greatest(most - lot.taken_in_all, 0);  -- what came from no lot goes to none
+    END IF;
+    EXIT WHEN amount <= 0;
+    found_lots := true;
+    given := least(amount, lot.taken);
+    UPDATE tallystick.lots AS l SET remaining = l.remaining + given WHERE l.id = lot.id;
+    INSERT INTO tallystick.lot_moves (transaction_id, lot_id, amount)
+      VALUES (give_to_lots.transaction_id, lot.id, - given);
+    amount := amount - given;
+  END LOOP;
+  RETURN found_lots;
+END $$

@@ -1,0 +1,21 @@
+-- As settle, for a user who is locked: also the credits that holds have set aside, and when the next of them, or of the
+-- lots, expires.
+CREATE OR REPLACE FUNCTION tallystick.settle_held(
+  user_id {user_key_type}, balance {credits}, sequence integer, held {credits}, due timestamptz
+) RETURNS void
+LANGUAGE plpgsql VOLATILE SET search_path = {host_path} AS $$
+#variable_conflict use_column
+DECLARE
+  kept record;
+BEGIN
+  UPDATE {users} AS u
+    SET {balance_column} = settle_held.balance, credit_sequence = settle_held.sequence,
+      credit_held = settle_held.held, credit_due_at = settle_held.due
+    WHERE u.{user_key} {is} settle_held.user_id
+    RETURNING {balance} AS balance, u.credit_sequence AS sequence, u.credit_held AS held, u.credit_due_at AS due
+      INTO kept;
+  IF NOT FOUND OR kept.balance <> settle_held.balance OR kept.sequence <> settle_held.sequence
+      OR kept.held <> settle_held.held OR kept.due IS DISTINCT FROM settle_held.due THEN
+    PERFORM tallystick.host_interfered({users_name});
+  END IF;
+END $$

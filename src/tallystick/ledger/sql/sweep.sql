@@ -1,0 +1,23 @@
+-- Writes what has expired of users whom nobody has touched since: at most ``row_limit`` of them, those first who have
+-- waited longest, each as an answer. Users whom somebody else is writing are left to the next call. Nothing depends on
+-- it but what reads the tables directly.
+CREATE OR REPLACE FUNCTION tallystick.sweep(row_limit integer DEFAULT 1000) RETURNS SETOF tallystick.answer
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = {search_path} AS $$
+#variable_conflict use_column
+DECLARE
+  answer tallystick.answer;
+  account record;
+BEGIN
+  IF row_limit IS NULL OR row_limit NOT BETWEEN 1 AND 100000 THEN
+    RETURN NEXT tallystick.invalid_argument('row_limit', 'a whole number from 1 to 100000');
+    RETURN;
+  END IF;
+  FOR account IN
+    SELECT u.{user_key} AS key, u.credit_due_at AS due FROM {users} AS u WHERE u.credit_due_at <= clock_timestamp()
+    ORDER BY u.credit_due_at LIMIT row_limit FOR NO KEY UPDATE SKIP LOCKED
+  LOOP
+    answer := tallystick.settle_due(account.key);
+    answer.outcome := 'completed';
+    RETURN NEXT answer;
+  END LOOP;
+END $$

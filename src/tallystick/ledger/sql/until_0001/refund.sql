@@ -1,0 +1,14 @@
+-- Takes back credits of a completed purchase, or all that is left of it. The balance may fall below zero: the debt is
+-- on record, the next purchase pays it first, and nothing can be consumed meanwhile.
+CREATE OR REPLACE FUNCTION tallystick.refund(
+  user_id {user_key_type},
+  purchase_id uuid,
+  key text,
+  amount {credits} DEFAULT NULL,
+  description text DEFAULT NULL,
+  metadata jsonb DEFAULT NULL
+) RETURNS tallystick.answer
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = {search_path} AS $$
+BEGIN
+  RETURN tallystick.give_or_take(true, user_id, purchase_id, key, amount, description, metadata);
+END $$

@@ -1,0 +1,194 @@
+"""Credits that expire: which are spent first, what is taken back and when, and where given back ones go."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterator
+
+import pytest
+import sqlalchemy as sa
+
+from tallystick import errors as e
+from tallystick.audit import audit
+from tallystick.errors import Key
+from worlds import World
+
+
+@pytest.fixture(autouse=True)
+def _books_balance(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test ends with a clean audit."""
+    world: World = request.getfixturevalue("any_world" if "any_world" in request.fixturenames else "world")
+    yield
+    with world.engine.connect() as conn:
+        report = audit(conn, world.config)
+    assert not report.findings
+
+
+def days(number: float) -> dt.datetime:
+    return dt.datetime.now(dt.UTC) + dt.timedelta(days=number)
+
+
+def give(world: World, conn: sa.Connection, user: Key, credits: int, for_days: float | None, key: str):
+    expires_at = None if for_days is None else days(for_days)
+    return world.ledger.grant(conn, user, credits=credits, key=key, description=key, expires_at=expires_at)
+
+
+def left(world: World, conn: sa.Connection, user: Key) -> list[tuple[str, int]]:
+    return [(lot.description, lot.remaining) for lot in world.ledger.lots(conn, user)]
+
+
+def test_what_expires_soonest_is_spent_first_then_what_does_not(any_world: World):
+    ledger, user = any_world.ledger, any_world.user(credits=2)
+    with any_world.engine.begin() as conn:
+        late, soon = give(any_world, conn, user, 3, 30, "late"), give(any_world, conn, user, 3, 10, "soon")
+        assert soon.expires_at is not None
+        assert left(any_world, conn, user) == [("soon", 3), ("late", 3)]
+        ledger.consume(conn, user, credits=4, key="a")
+        assert left(any_world, conn, user) == [("late", 2)]
+        ledger.consume(conn, user, credits=3, key="b")
+        assert left(any_world, conn, user) == []
+        assert ledger.balance(conn, user) == 1
+        assert late.expires_at is not None
+
+
+def test_what_is_left_expires_as_a_row_and_a_balance_read_before_it_is_right(any_world: World):
+    ledger, user = any_world.ledger, any_world.user(credits=1)
+    with any_world.engine.begin() as conn:
+        lot = give(any_world, conn, user, 5, 10, "promotion")
+        ledger.consume(conn, user, credits=2, key="a")
+    any_world.pass_time(days=11)
+    with any_world.engine.begin() as conn:
+        assert ledger.balance(conn, user) == 1
+        assert ledger.history(conn, user)[0].type == "consumption"
+        with pytest.raises(e.InsufficientCredits) as refused:
+            ledger.consume(conn, user, credits=2, key="b")
+        assert refused.value.balance == 1
+        row = ledger.history(conn, user)[0]
+        assert (row.type, row.amount, row.balance_after, row.refund_of) == ("expiry", -3, 1, lot.id)
+        assert row.description == "Expired: promotion"
+        assert ledger.balance(conn, user) == 1
+
+
+def test_a_sweep_writes_what_nobody_touched_once(world: World):
+    users = [world.user() for _ in range(5)]
+    with world.engine.begin() as conn:
+        for user in users:
+            give(world, conn, user, 2, 1, "trial")
+        assert world.ledger.sweep(conn) == 0
+    world.pass_time(days=2)
+    with world.engine.begin() as conn:
+        assert world.ledger.sweep(conn, limit=3) == 3
+        assert world.ledger.sweep(conn) == 2
+        assert world.ledger.sweep(conn) == 0
+        assert [world.ledger.history(conn, user)[0].type for user in users] == ["expiry"] * 5
+
+
+def test_credits_go_back_to_the_lot_they_came_from_and_an_expired_one_stays_expired(world: World):
+    ledger, user = world.ledger, world.user(credits=1)
+    with world.engine.begin() as conn:
+        give(world, conn, user, 2, 10, "soon")
+        give(world, conn, user, 2, 30, "late")
+        spent = ledger.consume(conn, user, credits=5, key="all")
+        ledger.reverse(conn, user, spent.id, credits=2, key="r1")  # the one that never expires, then of the latest
+        assert left(world, conn, user) == [("late", 1)]
+    world.pass_time(days=11)
+    with world.engine.begin() as conn:
+        back = ledger.reverse(conn, user, spent.id, key="r2")
+        assert (back.amount, back.balance_after, back.balance) == (3, 5, 3)
+        assert left(world, conn, user) == [("late", 2)]
+        assert [(row.type, row.amount) for row in ledger.history(conn, user)[:2]] == [("expiry", -2), ("reversal", 3)]
+
+
+def test_a_hold_keeps_what_it_set_aside_alive_and_nothing_else(world: World):
+    ledger, user = world.ledger, world.user(credits=1)
+    with world.engine.begin() as conn:
+        give(world, conn, user, 5, 10, "trial")
+        held = ledger.hold(conn, user, credits=3, key="h", expires_in=dt.timedelta(days=20))
+        other = ledger.hold(conn, user, credits=1, key="h2", expires_in=dt.timedelta(days=20))
+    world.pass_time(days=11)
+    with world.engine.begin() as conn:
+        assert world.ledger.standing(conn, user).balance == 4  # 2 of the 6 were held by nobody
+        assert ledger.capture(conn, user, held.id).balance_after == 1
+        ledger.release(conn, user, other.id)
+        give(world, conn, user, 1, None, "touch")
+        assert ledger.balance(conn, user) == 2
+
+
+def test_a_debt_is_paid_from_a_lot_and_what_paid_it_does_not_expire(world: World):
+    ledger, user = world.ledger, world.user(credits=3)
+    with world.engine.begin() as conn:
+        bought = ledger.history(conn, user)[0]
+        ledger.consume(conn, user, credits=3, key="all")
+        ledger.refund(conn, user, bought.id, key="refund")
+        give(world, conn, user, 5, 10, "goodwill")
+        assert left(world, conn, user) == [("goodwill", 2)]
+    world.pass_time(days=11)
+    with world.engine.begin() as conn:
+        assert ledger.sweep(conn) == 1
+        assert ledger.balance(conn, user) == 0
+
+
+def test_bought_credits_last_from_the_moment_they_are_paid(world: World):
+    ledger, user = world.ledger, world.user()
+    with world.engine.begin() as conn:
+        started = ledger.start_purchase(
+            conn, user, credits=3, description="A month", expires_after=dt.timedelta(days=30)
+        )
+        assert started.expires_at is None
+        paid = ledger.complete_purchase(conn, user, purchase=started.id)
+        assert paid.expires_at is not None
+        assert abs(paid.expires_at - days(30)) < dt.timedelta(minutes=5)
+        assert left(world, conn, user) == [("A month", 3)]
+        ledger.consume(conn, user, key="c")
+        assert ledger.refund(conn, user, started.id, credits=1, key="r").balance_after == 1
+        assert left(world, conn, user) == [("A month", 1)]
+    world.pass_time(days=31)
+    with world.engine.begin() as conn:
+        assert ledger.sweep(conn) == 1
+        # what has expired is gone already: the refund of the money takes no more than is left
+        with pytest.raises(e.RefundExceedsPurchase) as refused:
+            ledger.refund(conn, user, started.id, credits=2, key="r2")
+        assert refused.value.left == 1
+        assert ledger.refund(conn, user, started.id, key="r3").balance_after == -1
+        with pytest.raises(e.ReinstatementExceedsRefunds):
+            ledger.reinstate(conn, user, started.id, credits=3, key="won")
+        back = ledger.reinstate(conn, user, started.id, key="won")
+        assert (back.amount, back.balance) == (2, 0)  # one went back into the lot, and has expired with it
+
+
+def test_a_refund_and_a_correction_take_from_their_own_lot_first(world: World):
+    ledger, user = world.ledger, world.user(credits=1)
+    with world.engine.begin() as conn:
+        give(world, conn, user, 3, 5, "soon")
+        late = give(world, conn, user, 3, 30, "late")
+        ledger.correct(conn, user, late.id, credits=2, key="k")
+        assert left(world, conn, user) == [("soon", 3), ("late", 1)]
+        ledger.correct(conn, user, late.id, key="rest")
+        assert left(world, conn, user) == [("soon", 3)]
+        bought = ledger.history(conn, user)[-1]
+        ledger.refund(conn, user, bought.id, key="refund")
+        assert left(world, conn, user) == [("soon", 3)]
+        assert ledger.balance(conn, user) == 3
+
+
+@pytest.mark.parametrize("when", [dt.datetime.now(), dt.datetime(2020, 1, 1, tzinfo=dt.UTC), "tomorrow", 5])  # noqa: DTZ005
+def test_a_moment_that_cannot_be_is_refused(world: World, when: object):
+    user = world.user()
+    with world.engine.begin() as conn, pytest.raises(e.InvalidArgument) as refused:
+        world.ledger.grant(conn, user, credits=1, key="k", description="d", expires_at=when)  # type: ignore[arg-type]
+    assert refused.value.argument == "expires_at"
+
+
+def test_users_without_lots_or_holds_have_nothing_due(world: World):
+    user = world.user(credits=3)
+    with world.engine.begin() as conn:
+        held = world.ledger.hold(conn, user, credits=1, key="h")
+        world.ledger.capture(conn, user, held.id)
+        give(world, conn, user, 1, 5, "lot")
+        world.ledger.consume(conn, user, key="c")
+    world.pass_time(days=6)
+    with world.engine.begin() as conn:
+        world.ledger.consume(conn, user, key="touch")
+        users = world.schema.users.c
+        due = conn.execute(sa.select(users.credit_held, users.credit_due_at).where(users.key == user)).one()
+        assert tuple(due) == (0, None)
