@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import re
 import tomllib
 from collections.abc import Callable, Iterator
@@ -32,6 +33,9 @@ def databases(server: Server) -> Iterator[Databases]:
 def db(databases: Databases) -> Iterator[TestDatabase]:
     with databases.open() as made:
         made.conn.exec_driver_sql(FILES["spend_as_member.sql"])
+        now = made.clock.now()
+        in_a_month = (now.replace(day=1) + dt.timedelta(days=32)).replace(day=2)  # and at the end of none
+        made.clock.advance(seconds=(in_a_month - now).total_seconds())
         yield made
         made.assert_balanced()
 
@@ -148,6 +152,26 @@ def test_a_cap_is_of_a_month_and_a_retry_is_not_counted_against_it(db: TestDatab
     assert render(db.conn, request=uuid4(), member=other, credits=16) == "Your organization has 15 credits."
 
 
+def test_what_is_given_back_and_a_hold_that_has_ended_do_not_count(db: TestDatabase):
+    organization = db.funded(credits=20)
+    member = member_of(db, organization, cap=3)
+    actor = {"actor": str(member)}
+    hold = db.ledger.hold(db.conn, organization, credits=2, key="hold", metadata=actor)
+    ended = db.ledger.hold(
+        db.conn, organization, credits=1, key="short", metadata=actor, expires_in=dt.timedelta(minutes=1)
+    )
+    with psycopg.connect(db.url, autocommit=True) as conn:
+        assert conn.execute(SPEND, [member, 1, "one"]).fetchone() == ("member_cap_reached", 20, 0)
+        db.clock.advance(minutes=2)
+        assert conn.execute(SPEND, [member, 1, "one"]).fetchone() == ("completed", 19, 1)
+        db.ledger.capture(db.conn, organization, hold.id)
+        assert conn.execute(SPEND, [member, 1, "two"]).fetchone() == ("member_cap_reached", 17, 0)
+        db.ledger.reverse(db.conn, organization, hold.id, credits=1, key="back", metadata=hold.metadata)
+        assert by_member(db, organization) == {str(member): 2}
+        assert conn.execute(SPEND, [member, 1, "two"]).fetchone() == ("completed", 17, 1)
+    assert ended.status == "pending"
+
+
 def test_the_apps_role_spends_by_no_other_way(db: TestDatabase, server: Server):
     role = f"app_{uuid4().hex[:8]}"
     organization = db.funded(credits=5)
@@ -159,9 +183,9 @@ def test_the_apps_role_spends_by_no_other_way(db: TestDatabase, server: Server):
             conn.execute(f"GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA tallystick TO {role}")
             conn.execute(re.sub(r"\bapp\b", role, FILES["grants.sql"]))
             conn.execute(f"SET ROLE {role}")
-            for function in ("consume", "consume_strict"):
+            for call in ("consume(%s, 'past it')", "consume_strict(%s, 'past it')", "hold(%s, 1, 'past it')"):
                 with pytest.raises(psycopg.errors.InsufficientPrivilege):
-                    conn.execute(f"SELECT tallystick.{function}(%s, 'past it')", [organization])
+                    conn.execute(f"SELECT tallystick.{call}", [organization])
             assert conn.execute(SPEND, [member, 2, "one"]).fetchone() == ("completed", 3, 3)
             conn.execute("RESET ROLE")
         finally:

@@ -21,7 +21,7 @@ from doors import asyncpg_bare, bare, psycopg2_bare, psycopg3, session, sqlalche
 from tallystick import Config
 from tallystick.audit import audit
 from tallystick.dev.postgres import Server
-from tallystick.errors import DatabaseUnavailable, InvalidArgument, PermissionDenied
+from tallystick.errors import DatabaseUnavailable, InsufficientCredits, InvalidArgument, PermissionDenied
 from tallystick.testing import Databases, TestDatabase, assert_balanced
 from worlds import SHAPES, World
 
@@ -141,6 +141,39 @@ def test_a_purchase_goes_stale_as_the_clock_goes_on(db: TestDatabase):
     assert findings() == []
     db.clock.advance(days=2)
     assert findings() == ["settled_within_a_day"]
+
+
+def test_a_hold_ends_as_the_clock_goes_on(db: TestDatabase):
+    user = db.holding(credits=5, held=2)
+    hold = db.ledger.history(db.conn, user)[0]
+    standing = db.ledger.standing(db.conn, user)
+    assert (standing.balance, standing.held, hold.status) == (5, 2, "pending")
+    with pytest.raises(InsufficientCredits):
+        db.ledger.consume(db.conn, user, credits=4, key="all but one")
+    db.clock.advance(minutes=16)
+    assert db.ledger.standing(db.conn, user).held == 0
+    db.ledger.consume(db.conn, user, credits=4, key="all but one")
+    db.assert_balanced()
+    with pytest.raises(InsufficientCredits):
+        db.ledger.consume(db.conn, db.holding(credits=3), key="none is left")
+    long = db.holding(credits=3, expires_in=dt.timedelta(days=2))
+    db.clock.advance(days=1)
+    assert db.ledger.standing(db.conn, long).held == 3
+    db.assert_balanced()
+
+
+def test_credits_expire_as_the_clock_goes_on(db: TestDatabase):
+    user = db.funded(credits=2, user=db.expiring(credits=5))
+    touched = db.expiring(credits=1, expires_in=dt.timedelta(days=40))
+    assert [db.balance(each) for each in (user, touched)] == [7, 1]
+    db.clock.advance(days=29)
+    assert db.balance(user) == 7
+    db.clock.advance(days=2)
+    assert [db.balance(each) for each in (user, touched)] == [2, 1]
+    db.assert_balanced()
+    assert db.ledger.sweep(db.conn) == 1
+    assert [row.type for row in db.ledger.history(db.conn, user)] == ["expiry", "purchase", "grant"]
+    db.assert_balanced()
 
 
 def test_a_clock_goes_forward_only_and_where_it_can(db: TestDatabase, world: World):

@@ -64,7 +64,7 @@ def test_the_fastapi_example(tmp_path: Path, server: Server):
         "--tallystick-url",
         server.url(),
     )
-    assert outcomes(done) == {"passed": 2}, done.stdout
+    assert outcomes(done) == {"passed": 3}, done.stdout
 
 
 COMMITS = """

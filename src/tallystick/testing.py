@@ -198,6 +198,33 @@ class TestDatabase:
             self.ledger.refund(conn, user, bought.id, key=_key())
         return user
 
+    def holding(
+        self,
+        credits: int = 1,
+        *,
+        held: int | None = None,
+        expires_in: dt.timedelta | None = None,
+        user: Key | None = None,
+    ) -> Key:
+        """A user who has bought ``credits``, with ``held`` of them (all, if not given) set aside by a hold.
+
+        A new one, or ``user``. The hold is the first row of the user's history, and expires as ``Ledger.hold`` says.
+        """
+        user = self.funded(credits, user=user)
+        with _as_sqlalchemy(self.conn) as conn:
+            self.ledger.hold(conn, user, credits=credits if held is None else held, key=_key(), expires_in=expires_in)
+        return user
+
+    def expiring(
+        self, credits: int = 1, *, expires_in: dt.timedelta = dt.timedelta(days=30), user: Key | None = None
+    ) -> Key:
+        """A user who was granted ``credits`` that expire ``expires_in`` from now: a new one, or ``user``."""
+        user = self.user() if user is None else user
+        expires_at = self.clock.now() + expires_in
+        with _as_sqlalchemy(self.conn) as conn:
+            self.ledger.grant(conn, user, credits=credits, key=_key(), description="Expiring", expires_at=expires_at)
+        return user
+
     def balance(self, user: Key) -> int:
         """The credits of ``user``."""
         with _as_sqlalchemy(self.conn) as conn:
