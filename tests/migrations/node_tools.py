@@ -19,7 +19,8 @@ def project(packages: str, folder: Path) -> Project:
 
 _SCHEMA = """\
 import {{ sql }} from "drizzle-orm";
-import {{ boolean, integer, pgEnum, pgTable, text, timestamp, uniqueIndex, uuid, varchar }} from "drizzle-orm/pg-core";
+import {{ boolean, index, integer, pgEnum, pgTable, text, timestamp, uniqueIndex }} from "drizzle-orm/pg-core";
+import {{ uuid, varchar }} from "drizzle-orm/pg-core";
 
 export const users = pgTable("users", {{
   id: uuid("id").primaryKey().defaultRandom(),

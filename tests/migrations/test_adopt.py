@@ -95,7 +95,7 @@ def test_balances_are_kept_and_opened(make_app: Callable[..., App]) -> None:
     app = make_app(AFTER, KEPT_APART)
     before, history = balances(app), app.rows("SELECT * FROM credit_transactions ORDER BY id")
     receipt = migrate.apply(app.url, app.config)
-    assert receipt.online[-1].name == f"the balances of {sum(1 for b in before.values() if b)} users"
+    assert f"the balances of {sum(1 for b in before.values() if b)} users" in [one.name for one in receipt.online]
     assert balances(app) == before
     assert app.rows("SELECT * FROM credit_transactions ORDER BY id") == history
     assert rows_of(app, "user_5") == [(1, "grant", 5, 5, "Opening balance")]

@@ -58,16 +58,30 @@ _BALANCE = _Shape(
     "tallystick.answer",
     ("outcome", "user_id", "balance", "detail"),
 )
+_STANDING = _Shape(
+    "Standing",
+    "The credits of a user, negative when in debt, and those of them that holds have set aside.",
+    "tallystick.answer",
+    ("outcome", "user_id", "balance", "credit_held", "detail"),
+)
+_LOT = _Shape(
+    "Lot",
+    "A row that gave credits which expire, and what is left of them.",
+    "tallystick.answer",
+    ("outcome", *ROW, "remaining", "expires_at", "detail"),
+)
 _ACCESS = _Shape("Access", "If a workshop is open, and why.", "tallystick.workshop_answer")
 _WORKSHOP = _Shape(
     "Workshop", "A workshop, after the call.", "tallystick.workshop_answer", ("outcome", "workshop_id", "deleted_at")
 )
 _ACCOUNT = _Shape("Account", "The billing side of a user.", "tallystick.account_answer")
-_SHAPES = (_ROW, _WRITTEN, _BALANCE, _ACCESS, _WORKSHOP, _ACCOUNT)
+_SHAPES = (_ROW, _WRITTEN, _BALANCE, _STANDING, _LOT, _ACCESS, _WORKSHOP, _ACCOUNT)
 _TOLD_BY = {
-    "balance": _BALANCE,
+    "balance": _STANDING,
     "balance_at": _BALANCE,
-    "lock": _BALANCE,
+    "lock": _STANDING,
+    "sweep": _STANDING,
+    "lots": _LOT,
     "history": _ROW,
     "access": _ACCESS,
     "tallystick.answer": _WRITTEN,
@@ -78,7 +92,12 @@ _NOT_NULL = {
     *("id", "user_id", "type", "status", "amount", "description", "created_at", "balance"),
     *("credit_balance", "onboarding_complete", "plan_tier", "updated_at"),
 }
-_NOT_NULL_IN = {"Access": {"workshop_id", "open", "reason"}, "Workshop": {"workshop_id"}}
+_NOT_NULL_IN = {
+    "Standing": {"credit_held"},
+    "Lot": {"remaining", "expires_at"},
+    "Access": {"workshop_id", "open", "reason"},
+    "Workshop": {"workshop_id"},
+}
 _OF_REFUSALS = {"outcome", "required", "remaining", "detail", "item"}
 _UNIONS: dict[str, type[StrEnum]] = {
     "type": CreditTransactionType,
@@ -185,7 +204,11 @@ class _Client:
         yield _comment(shape.comment)
         yield f"export interface {shape.name}{f' extends {shape.also}' if shape.also else ''} {{"
         for name, kind in shape.columns():
-            if name in _OF_REFUSALS or name in inherited or (name == "workshop_id" and not self.host.workshops):
+            if (
+                name in _OF_REFUSALS - _NOT_NULL_IN.get(shape.name, set())
+                or name in inherited
+                or (name == "workshop_id" and not self.host.workshops)
+            ):
                 continue
             null = "" if name in _NOT_NULL | _NOT_NULL_IN.get(shape.name, set()) else " | null"
             yield f"  {_camel(name)}: {self._given_back(name, kind)}{null};"

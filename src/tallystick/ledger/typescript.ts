@@ -234,7 +234,11 @@ function answered(
   const { detail, item, required, remaining, ...rest } = row;
   const place = Number(item ?? 0);
   const outcome = String(row["outcome"]);
-  if (isDone(outcome)) return { answer: { ...rest, outcome }, place };
+  if (isDone(outcome)) {
+    // what is left is a refusal's to tell, but of a lot it is what was asked for
+    const left = remaining === undefined || "required" in columns ? {} : { remaining };
+    return { answer: { ...rest, ...left, outcome }, place };
+  }
   if ((MEANINGS as Readonly<Record<string, string>>)[outcome] === undefined) {
     throw new TallystickOutOfDate(
       `this client does not know the answer ${JSON.stringify(outcome)}. Run: tallystick client typescript`,

@@ -18,8 +18,8 @@ assert.throws(
     error instanceof TallystickRefusal &&
     error.outcome === "insufficient_credits" &&
     error.answer === refused &&
-    error.message.startsWith("insufficient_credits: The balance does not cover") &&
-    error.message.includes('"balance":0,"required":1'),
+    error.message.startsWith("insufficient_credits: The balance, less what holds") &&
+    error.message.includes('"balance":0,"creditHeld":0,"required":1'),
 );
 const several = await ledger.consumeMany([
   { userId: rich, key: "a" },

@@ -37,6 +37,7 @@ export function table<Key>(ledger: Tallystick, given: Given<Key>): Row[] {
   const nobody = given.nobody as never;
   const session = `cs_${String(given.user)}`;
   let bought = "";
+  let held = "";
   let paidAt = new Date(0);
   return [
     {
@@ -304,6 +305,88 @@ export function table<Key>(ledger: Tallystick, given: Given<Key>): Row[] {
       answers: { outcome: "invalid_argument", argument: "amount" },
     },
     {
+      does: "credits that expire",
+      call: () =>
+        ledger.grant({
+          userId: user,
+          amount: 4,
+          key: "spring",
+          description: "Spring",
+          expiresAt: new Date(Date.now() + 1_800_000),
+        }),
+      answers: { outcome: "completed", expiresAt: isMoment, balance: n(4), creditHeld: n(0) },
+    },
+    {
+      does: "the lots",
+      call: () => ledger.lots({ userId: user }),
+      answers: [{ outcome: "completed", description: "Spring", amount: n(4), remaining: n(4), expiresAt: isMoment }],
+    },
+    {
+      does: "a hold",
+      call: async () => {
+        const answer = await ledger.hold({ userId: user, amount: 3, key: "work-1", expiresIn: "20 minutes" });
+        if (answer.outcome === "completed") held = answer.id;
+        return answer;
+      },
+      answers: {
+        outcome: "completed",
+        status: "pending",
+        amount: n(-3),
+        balance: n(4),
+        creditHeld: n(3),
+        expiresAt: isMoment,
+      },
+    },
+    {
+      does: "a hold that is not covered",
+      call: () => ledger.hold({ userId: user, amount: 2, key: "work-2" }),
+      answers: { outcome: "insufficient_credits", balance: n(4), creditHeld: n(3), required: n(2) },
+    },
+    {
+      does: "what can be spent",
+      call: () => ledger.balance({ userId: user }),
+      answers: { outcome: "completed", balance: n(4), creditHeld: n(3) },
+    },
+    {
+      does: "more captured than held",
+      call: () => ledger.capture({ userId: user, holdId: held, amount: 9 }),
+      answers: { outcome: "capture_exceeds_hold", required: n(9), remaining: n(3) },
+    },
+    {
+      does: "the hold captured",
+      call: () => ledger.capture({ userId: user, holdId: held, amount: 2 }),
+      answers: { outcome: "completed", amount: n(-2), balanceAfter: n(2), creditHeld: n(0) },
+    },
+    {
+      does: "released afterwards",
+      call: () => ledger.release({ userId: user, holdId: held }),
+      answers: { outcome: "hold_closed", status: "completed" },
+    },
+    {
+      does: "half of it reversed",
+      call: () => ledger.reverse({ userId: user, consumptionId: held, key: "rev-1", amount: 1 }),
+      answers: { outcome: "completed", type: "reversal", amount: n(1), balance: n(3) },
+    },
+    {
+      does: "more reversed than was left",
+      call: () => ledger.reverse({ userId: user, consumptionId: held, key: "rev-2", amount: 2 }),
+      answers: { outcome: "reversal_exceeds_consumption", amount: n(-2), required: n(2), remaining: n(1) },
+    },
+    {
+      does: "a mistaken grant",
+      call: async () => {
+        const given = await ledger.grant({ userId: user, amount: 7, key: "oops", description: "Oops" });
+        assert(given.outcome === "completed");
+        return ledger.correct({ userId: user, grantId: given.id, key: "oops back" });
+      },
+      answers: { outcome: "completed", type: "correction", amount: n(-7), balance: n(3), description: "Corrected: Oops" },
+    },
+    {
+      does: "all spent",
+      call: () => ledger.consume({ userId: user, amount: 3, key: "rest" }),
+      answers: { outcome: "completed", balanceAfter: n(0) },
+    },
+    {
       does: "a purchase that fails",
       call: async () => {
         const begun = await ledger.startPurchase({ userId: user, amount: 1, description: "Purchased one" });
@@ -327,8 +410,8 @@ export function table<Key>(ledger: Tallystick, given: Given<Key>): Row[] {
       call: () => ledger.history({ userId: user, rowLimit: 3 }),
       answers: [
         { outcome: "completed", status: "pending", sequence: null },
-        { sequence: 8, description: "Welcome", amount: n(2) },
-        { sequence: 7, type: "grant", balance: undefined },
+        { sequence: 14, description: "Credit consumed", amount: n(-3) },
+        { sequence: 13, type: "correction", balance: undefined },
       ],
     },
     {

@@ -16,6 +16,8 @@ DECLARE
   answers tallystick.answer[];
   item integer;
   items integer := coalesce(cardinality(user_ids), 0);
+  -- each once: a thousand items of one user would be a thousand comparisons for each row that is looked at
+  users {user_key_type}[] := ARRAY(SELECT DISTINCT each.key FROM unnest(user_ids) AS each (key));
   rows_written bigint;
   unlocked {workshop_key_type}[];
   moved {user_key_type}[];
@@ -28,7 +30,7 @@ BEGIN
       OR items <> coalesce(cardinality(descriptions), items) OR items <> coalesce(cardinality(metadata), items) THEN
     RAISE EXCEPTION 'consume_many: the lists are not of one length (% users)', items USING ERRCODE = 'TS101';
   END IF;
-  PERFORM FROM {users} AS u WHERE u.{user_key} = ANY (user_ids) ORDER BY u.{user_key} FOR NO KEY UPDATE;
+  PERFORM FROM {users} AS u WHERE u.{user_key} = ANY (users) ORDER BY u.{user_key} FOR NO KEY UPDATE;
   {opened_many}
   IF workshop_ids IS NOT NULL THEN
     -- Found by their keys alone: an index on the owner would lead to all workshops of these users.
@@ -37,7 +39,7 @@ BEGIN
         SELECT own.key FROM (
           SELECT w.{workshop_key} AS key, w.{owner} AS owner FROM {workshops} AS w
           WHERE w.{workshop_key} = ANY (workshop_ids) OFFSET 0
-        ) AS own WHERE own.owner = ANY (user_ids)))
+        ) AS own WHERE own.owner = ANY (users)))
       ORDER BY w.{workshop_key} FOR NO KEY UPDATE;
   END IF;
 
@@ -48,7 +50,7 @@ BEGIN
   WITH account AS MATERIALIZED (
     SELECT u.{user_key} AS key, {balance} AS balance, u.credit_sequence AS sequence
     FROM {users} AS u
-    WHERE u.{user_key} = ANY (user_ids) AND u.deleted_at IS NULL AND u.credit_due_at IS NULL
+    WHERE u.{user_key} = ANY (users) AND u.deleted_at IS NULL AND u.credit_due_at IS NULL
       -- not of a user whose row is behind the ledger: the number given twice would fail the whole list
       AND NOT EXISTS (SELECT FROM {ledger} AS t WHERE t.user_id = u.{user_key} AND t.sequence = u.credit_sequence + 1)
   ), asked AS (
