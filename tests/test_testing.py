@@ -21,7 +21,13 @@ from doors import asyncpg_bare, bare, psycopg2_bare, psycopg3, session, sqlalche
 from tallystick import Config
 from tallystick.audit import audit
 from tallystick.dev.postgres import Server
-from tallystick.errors import DatabaseUnavailable, InsufficientCredits, InvalidArgument, PermissionDenied
+from tallystick.errors import (
+    DatabaseUnavailable,
+    InsufficientCredits,
+    InvalidArgument,
+    PermissionDenied,
+    SeedImpossible,
+)
 from tallystick.testing import Databases, TestDatabase, assert_balanced
 from worlds import SHAPES, World
 
@@ -76,6 +82,16 @@ def test_users_of_every_shape_come_to_their_state(server: Server, shape: str):
             db.ledger.consume(db.conn, mine, workshop=workshop, key="unlock")
             assert db.ledger.access(db.conn, workshop).open
         db.assert_balanced()
+
+
+def test_a_user_who_cannot_be_made_up_is_the_apps_own(server: Server):
+    schema = SHAPES["uuid"].ddl.replace("email text NOT NULL UNIQUE", "email text, place point NOT NULL")
+    with databases_of(server, schema=schema) as databases, databases.open() as db:
+        with pytest.raises(SeedImpossible, match=r"public\.users\.place is NOT NULL without a default"):
+            db.funded(credits=2)
+        insert = "INSERT INTO users (id, place) VALUES (gen_random_uuid(), '(1, 2)') RETURNING id"
+        mine = db.conn.execute(sa.text(insert)).scalar_one()
+        assert db.balance(db.funded(credits=2, user=mine)) == 2
 
 
 def test_a_balance_that_the_ledger_does_not_have_is_told_with_its_cause(db: TestDatabase):

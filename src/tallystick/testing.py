@@ -59,7 +59,7 @@ class Databases:
     def __init__(self, conn: psycopg.Connection[Any], run: str, config: Config, schema: AppSchema) -> None:
         self.config = config
         self._conn, self._run, self._schema = conn, run, schema
-        self._tables: HostTables | None = None  # looked at once, since that takes longer than all else of a test
+        self._tables = _looked_at_once(config)
 
     @classmethod
     @contextmanager
@@ -98,7 +98,6 @@ class Databases:
         pool = sa.create_engine(_url(config), poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
         try:
             with pool.connect() as conn:
-                self._tables = self._tables or HostTables(conn, Schema.of(config.host))
                 yield TestDatabase(conn, config, tables=self._tables)
         finally:
             self._administer("DROP DATABASE IF EXISTS {} WITH (FORCE)", _database(config))
@@ -161,12 +160,14 @@ class TestDatabase:
 
     __test__ = False  # no test of pytest's, for all its name
 
-    def __init__(self, conn: Any, config: Config, *, tables: HostTables | None = None) -> None:
+    def __init__(
+        self, conn: Any, config: Config, *, tables: Callable[[sa.Connection], HostTables] | None = None
+    ) -> None:
         self.conn = conn
         self.config = config
         self.ledger = Ledger(config)
         self.clock = Clock(conn)
-        self._tables = tables
+        self._tables = tables or _looked_at_once(config)
 
     @property
     def url(self) -> str:
@@ -245,9 +246,9 @@ class TestDatabase:
     @contextmanager
     def _host(self) -> Iterator[tuple[sa.Connection, HostTables]]:
         with _as_sqlalchemy(self.conn) as conn:
-            self._tables = self._tables or HostTables(conn, Schema.of(self.config.host))
-            with self._tables.obeyed():
-                yield conn, self._tables
+            tables = self._tables(conn)
+            with tables.obeyed():
+                yield conn, tables
 
 
 class Clock:
@@ -324,6 +325,18 @@ def _libpq(config: Config, *, database: str | None = None) -> str:
 
 
 # --- rows ---
+
+
+def _looked_at_once(config: Config) -> Callable[[sa.Connection], HostTables]:
+    """The app's tables as they were when first asked for: to look takes longer than all else that a test does."""
+    found: list[HostTables] = []
+
+    def tables(conn: sa.Connection) -> HostTables:
+        if not found:
+            found.append(HostTables(conn, Schema.of(config.host)))
+        return found[0]
+
+    return tables
 
 
 def _row(text: str) -> HostRow:
