@@ -19,7 +19,7 @@ from tallystick import Config
 from tallystick.audit import CHECKS, AuditReport, audit
 from tallystick.errors import InvalidArgument, NotMigrated, UnknownUser
 from tallystick.schema import CHECKS as CONSTRAINTS
-from tallystick.schema import LEDGER, stripe_reversals
+from tallystick.schema import LEDGER, event_settings, events, stripe_reversals
 from worlds import SHAPES, World
 
 MONTH_AGO = dt.datetime.now(dt.UTC) - dt.timedelta(days=30)
@@ -411,6 +411,17 @@ def _without_amount(h: Healthy, conn: sa.Connection) -> None:
     h.row(conn, "unlocked", amount=None)
 
 
+def _lost_event(h: Healthy, conn: sa.Connection) -> None:
+    since = HOUR_AGO - dt.timedelta(days=1)
+    conn.execute(sa.update(event_settings).values(recorded_since=since))
+    for name, kind in (
+        ("bob bought", "purchase.completed"),
+        ("bob refunded", "refund.completed"),
+        ("bob unlocked", "balance.low"),
+    ):
+        conn.execute(sa.insert(events).values(position=1, kind=kind, transaction_id=h.rows[name]))
+
+
 FAULTS = [
     Fault("gapless_sequence", "unlocked again", _deleted_middle, "sequence 4"),
     Fault("gapless_sequence", "second", _repeated_number, "sequence 3", "a number twice"),
@@ -490,6 +501,7 @@ FAULTS = [
     Fault("money_and_credits", "bob bought", _reversal(), "it has taken none; the purchase has 7900 usd on record"),
     Fault("money_and_credits", "bob bought", _reversal(status="failed", applied="share"), "it has taken some"),
     Fault("money_and_credits", "bob bought", _reversal(kind="dispute", status="lost"), "it has taken none"),
+    Fault("event_recorded", "bob unlocked", _lost_event, "no event"),
     Fault("tally", "all users", _without_amount, "sums that differ"),
 ]
 

@@ -22,6 +22,7 @@ SHORT = {
     "growth.py": ["--quick"],
     "webhooks.py": ["--deliveries", "20"],
     "audit.py": ["--rows", "10000"],
+    "events.py": ["--quick"],
 }
 PRINTED = {  # of each table the last line, and whatever may be left out
     "migration.py": ["| no migration at all |"],
@@ -41,6 +42,7 @@ PRINTED = {  # of each table the last line, and whatever may be left out
         "| new users ",
     ],
     "webhooks.py": ["\nreceive ", "\nratio of the totals: "],
+    "events.py": ["| on, with NOTIFY |"],
     "audit.py": ["  audit, healthy ", "  audit of one user "],
 }
 

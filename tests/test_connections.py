@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from doors import DOORS, ENCODED, Door
-from tallystick import AccessReason, Consume, CreditTransaction, errors
+from tallystick import AccessReason, Consume, CreditTransaction, errors, events
 from tallystick.accounts import Account
 from tallystick.audit import audit
 from tallystick.dev.postgres import Server
@@ -270,6 +270,25 @@ def test_every_operation(shared: World, door: Door) -> None:
     if door.commit:
         door.commit()
     compare(shared, asked)
+
+
+def test_events(shared: World, door: Door) -> None:
+    """As another connection reads them."""
+    events.enable(shared.url, shared.config)
+    with shared.engine.connect() as conn:
+        cursor = events.status(conn).cursor
+    user, threshold = shared.user(credits=5), 4
+    assert door.do(shared.accounts.set_low_balance, user, threshold).user == user
+    if door.commit:
+        door.commit()
+    with shared.engine.begin() as conn:
+        shared.ledger.consume(conn, user, credits=2, key="a", metadata=METADATA)
+    with shared.engine.connect() as conn:
+        expected = shared.ledger.events(conn, after=cursor)
+    assert [event.kind for event in expected] == ["purchase.completed", "consumption.completed", "balance.low"]
+    assert door.do(shared.ledger.events, after=cursor, limit=9) == expected
+    with pytest.raises(errors.InvalidArgument, match="after"):
+        door.do(shared.ledger.events, after="1-a")
 
 
 def test_settings_of_a_connection_change_no_result(shared: World, door: Door, request: pytest.FixtureRequest) -> None:

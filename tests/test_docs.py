@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import functools
+import json
 import re
 from pathlib import Path
 from uuid import UUID
@@ -10,17 +12,21 @@ from uuid import UUID
 import pytest
 import sqlalchemy as sa
 import typer
+from standardwebhooks import Webhook
 
 import tallystick
 from pages import blocks
-from tallystick import Config, HostMapping, Pack, UsersTable, WorkshopsTable
+from tallystick import Config, HostMapping, Pack, UsersTable, WorkshopsTable, events
 from tallystick.cli import app
 from tallystick.config import ConsoleAccess
+from tallystick.schema import CreditTransactionType
 from worlds import World
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+RECORD_EVENT = (ROOT / "src" / "tallystick" / "ledger" / "sql" / "record_event.sql").read_text(encoding="utf-8")
+NO_KINDS = {"accounts.set_low_balance", "tallystick.set_low_balance"}
 
 
 def commands(group, path=("tallystick",)):
@@ -46,7 +52,7 @@ def test_every_command_is_documented_with_its_options(command):
 
 def test_no_command_is_documented_that_is_not_there():
     groups = {command.rsplit(" ", 1)[0] for command in COMMANDS}
-    said = set(re.findall(r"`tallystick ([a-z]+(?: [a-z]+)?)", TEXT))
+    said = set(re.findall(r"`tallystick ([a-z][a-z-]*(?: [a-z][a-z-]*)?)", TEXT))
     known = {command.removeprefix("tallystick ") for command in COMMANDS}
     for words in said:
         first = words.split()[0]
@@ -84,6 +90,43 @@ def test_a_page_of_the_ledger_runs_from_top_to_bottom(page: str, world: World, m
             exec(compile(block, f"docs/{page}", "exec"), names)
     finally:
         names["engine"].dispose()
+
+
+def test_the_page_on_events_reads_them_all(world: World, monkeypatch, capsys):
+    events.enable(world.url, world.config)
+    user = world.user(credits=4)
+    monkeypatch.setattr(sa, "create_engine", functools.partial(sa.create_engine, poolclass=sa.NullPool))
+    reading, verifying = blocks(ROOT / "docs" / "events.md", "python")
+    empty = "postgresql+psycopg://"
+    assert empty in reading
+    exec(compile(reading.replace(empty, world.url), "docs/events.md", "exec"), {})
+    assert capsys.readouterr().out == f"purchase.completed {user} 4 4\n"
+
+    secret, body, now = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "{}", dt.datetime.now(dt.UTC)
+    signature = Webhook(secret).sign("evt_1", now, body)
+    stamp = str(int(now.timestamp()))
+    headers = {"webhook-id": "evt_1", "webhook-timestamp": stamp, "webhook-signature": signature}
+    names = {"secret": secret, "body": body, "headers": headers}
+    exec(compile(verifying, "docs/events.md", "exec"), names)
+    assert names["said"] == {}
+
+
+def test_the_page_on_events_knows_every_kind():
+    page = (ROOT / "docs" / "events.md").read_text(encoding="utf-8")
+    kinds = {f"{each}.completed" for each in CreditTransactionType}
+    kinds |= set(re.findall(r"'(balance\.\w+)'", RECORD_EVENT))
+    kinds |= {f"consumption.{word}" for word in re.findall(r"(?:THEN|ELSE) '(held|released|expired)'", RECORD_EVENT)}
+    assert set(re.findall(r"`(\w+\.\w+)`", page.split("## Kinds")[1].split("## Reading")[0])) - NO_KINDS == kinds | {
+        "purchase.failed"
+    }
+
+
+def test_the_webhook_on_the_page_is_as_it_is_sent():
+    page = (ROOT / "docs" / "events.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    assert [*json.loads(shown)["data"]] == [
+        name for name in tallystick.Event.__dataclass_fields__ if name not in ("kind", "created_at")
+    ]
 
 
 def test_the_readmes_example_runs(world: World, monkeypatch, tmp_path):

@@ -15,7 +15,7 @@ KINDS = {
     "{workshop_key_type}": "workshop_key",
     "{credits}": "credits",
 }
-ANSWERS = ("tallystick.answer", "tallystick.account_answer", "tallystick.workshop_answer")
+ANSWERS = ("tallystick.answer", "tallystick.account_answer", "tallystick.workshop_answer", "tallystick.event_answer")
 
 
 def page(text: str) -> str:

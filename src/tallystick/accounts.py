@@ -83,6 +83,26 @@ class Accounts:
         return self._of_user("set_stripe_customer", user, stripe_customer_id=customer, replace=replace)
 
     @Operation
+    def set_low_balance(self, user: Key, threshold: int | None) -> Call[Account]:
+        """Set the balance below which the user's is low: falling there from above writes the event ``balance.low``.
+
+        None is the default, which ``tallystick events enable`` sets, and 0 is never.
+
+        Raises:
+            InvalidArgument, UnknownUser: nothing was written.
+        """
+        most = self.schema.credits_max
+        if threshold is not None and not (
+            isinstance(threshold, int) and not isinstance(threshold, bool) and 0 <= threshold <= most
+        ):
+            raise InvalidArgument(
+                f"threshold={shown(threshold)}: pass a whole number from 0 to {most}, or None for the default",
+                argument="threshold",
+                value=threshold,
+            )
+        return self._of_user("set_low_balance", user, threshold=threshold)
+
+    @Operation
     def delete_user(self, user: Key) -> Call[Account]:
         """Soft-delete: the row and its ledger stay, and nothing can be bought or spent. Keeps the first time.
 

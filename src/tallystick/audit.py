@@ -42,7 +42,14 @@ from sqlalchemy.dialects.postgresql.base import PGDialect
 from tallystick.config import Config, KeyType
 from tallystick.database import DbConnection, run
 from tallystick.errors import InvalidArgument, Key, UnknownUser, shown
-from tallystick.schema import CreditTransactionStatus, CreditTransactionType, Schema, stripe_reversals
+from tallystick.schema import (
+    CreditTransactionStatus,
+    CreditTransactionType,
+    Schema,
+    event_settings,
+    events,
+    stripe_reversals,
+)
 
 PART_ROWS = 5_000_000
 """About how many rows of users and ledger one statement looks at."""
@@ -301,6 +308,8 @@ class _Facts:
     marked_before: dt.datetime | None = None
     """Until then the app marked workshops without a ledger, and until ``followed_until`` beside it."""
     followed_until: dt.datetime | None = None
+    recorded_since: dt.datetime | None = None
+    """From then on each completed row has its event; None while events are off."""
 
 
 _CATALOG = sa.text(
@@ -344,6 +353,7 @@ def _look(conn: DbConnection, schema: Schema) -> _Facts:
         indexes |= set(seen.unique_indexes) if seen and table is ledger else set()
     unsettled = run(conn, sa.select(sa.exists().where(_money_is_elsewhere())), {}).scalar_one()
     lots = run(conn, sa.select(sa.exists().select_from(schema.lots)), {}).scalar_one()
+    recorded_since = run(conn, sa.select(event_settings.c.recorded_since), {}).scalar_one_or_none()
     pairs = {"user_id": (ledger.c.user_id, users.c.key)}
     if workshops is not None:
         pairs["owner"] = workshops.c.owner, users.c.key
@@ -364,7 +374,9 @@ def _look(conn: DbConnection, schema: Schema) -> _Facts:
             if not indexes & {columns, columns + predicate}
         )
         | ({"unsettled"} if unsettled else frozenset())
-        | ({"lots"} if lots else frozenset()),
+        | ({"lots"} if lots else frozenset())
+        | (frozenset() if recorded_since is None else {"events"}),
+        recorded_since=recorded_since,
         collations={
             name: collations[key]
             for name, (column, key) in pairs.items()
@@ -1032,6 +1044,14 @@ def _repeated_sessions(part: _Part) -> sa.Select[Any]:
     return part.rows(part.row.stripe_session_id).where(sa.exists().where(same, first.id < part.row.id))
 
 
+def _unrecorded(part: _Part) -> sa.Select[Any]:
+    row, event = part.row, events.c
+    kind = row.type.cast(sa.Text) + ".completed"
+    recorded = sa.exists().where(event.transaction_id == row.id, event.kind == kind)
+    rows = part.rows(kind.label("kind"), row.completed_at)
+    return rows.where(row.status == _COMPLETED, row.completed_at >= part.facts.recorded_since, ~recorded)
+
+
 def _unexplained(part: _Part) -> sa.Select[Any]:
     sums = part.sums().subquery().c
     return sa.select(sa.literal(part.describe()).label("part")).where(sums.chain)
@@ -1447,6 +1467,16 @@ CHECKS: Mapping[str, Check] = {
             likely_cause="nothing says for which part of the payment it stands, or the balance could not hold it",
             what_to_do="Ask Stripe with: tallystick stripe reconcile. If that changes nothing, say at Stripe how many "
             "credits it takes: its metadata tallystick_credits, as 0 or 5",
+        ),
+        Check(
+            name="event_recorded",
+            purpose="each row that completed while events are on has its event",
+            signs=frozenset({"events"}),
+            search=_unrecorded,
+            expected="an event {kind}, as events were on at {completed_at}",
+            found="no event",
+            likely_cause=f"the trigger tallystick_events was disabled; or {_BY_HAND}",
+            what_to_do="Look with: tallystick migrate status. Tell by hand whoever reacts to events about this row",
         ),
         Check(
             name="completed_in_order",

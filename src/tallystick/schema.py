@@ -31,7 +31,7 @@ from tallystick.config import (
 from tallystick.database import DbConnection, translated
 from tallystick.errors import HostMismatch, InvalidArgument, Key, NotMigrated, SchemaTooNew, shown
 
-HEAD = "0002"
+HEAD = "0003"
 """The revision this package works with; the tests hold it against ``migrate/versions``."""
 
 BOOKKEEPING_SCHEMA = "tallystick"
@@ -224,6 +224,13 @@ class Schema:
             Column("amount", _CREDITS[host.credits], nullable=False),
             sa.PrimaryKeyConstraint("transaction_id", "lot_id", name="lot_moves_pkey"),
             Index("lot_moves_lot", "lot_id"),
+            schema=BOOKKEEPING_SCHEMA,
+        )
+        self.low_balances = Table(
+            "low_balances",
+            self.metadata,
+            Column("user_id", user_key, primary_key=True, autoincrement=False),
+            Column("threshold", sa.BigInteger, nullable=False),
             schema=BOOKKEEPING_SCHEMA,
         )
         self.row = tuple(self.credit_transactions.c[name] for name in ROW)
@@ -511,6 +518,68 @@ stripe_reconciliations = Table(
     Column("finished_at", pg.TIMESTAMP(timezone=True)),
 )
 """Reconciliations, each with the position of an interrupted one."""
+
+EVENTS_TRIGGER = "tallystick_events"
+"""On the ledger while events are on."""
+
+events = Table(
+    "events",
+    _bookkeeping,
+    Column("position", sa.BigInteger, nullable=False),
+    Column("id", sa.BigInteger, sa.Identity(always=True), nullable=False),
+    Column("kind", sa.Text, nullable=False),
+    Column("transaction_id", sa.Uuid, nullable=False),
+    Column("threshold", sa.BigInteger),
+    Column("created_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("clock_timestamp()")),
+    sa.PrimaryKeyConstraint("position", "id", name="events_pkey"),
+)
+"""Events, in the order of ``position`` and ``id``: the number of the database transaction, shifted by
+``event_settings.xid_offset``, and one that is given once. All else about an event is in the ledger's row."""
+
+event_settings = Table(
+    "event_settings",
+    _bookkeeping,
+    Column("xid_offset", sa.BigInteger, nullable=False, server_default=sa.text("0")),
+    Column("low_balance", sa.BigInteger),
+    Column("notifies", sa.Boolean, nullable=False, server_default=sa.false()),
+    Column("recorded_since", pg.TIMESTAMP(timezone=True)),
+    Column("the_only_row", sa.Boolean, primary_key=True, server_default=sa.true()),
+    CheckConstraint("the_only_row", name="event_settings_the_only_row"),
+)
+"""``low_balance`` is for users without a threshold of their own; ``notifies`` tells if a NOTIFY goes with each event;
+each row that completed since ``recorded_since`` has its events, and while events are off it is null."""
+
+event_endpoints = Table(
+    "event_endpoints",
+    _bookkeeping,
+    Column("name", sa.Text, primary_key=True),
+    Column("url", sa.Text, nullable=False),
+    Column("secret_variable", sa.Text, nullable=False),
+    Column("kinds", pg.ARRAY(sa.Text)),
+    Column("cursor", sa.Text),
+    Column("attempts", sa.Integer, nullable=False, server_default=sa.text("0")),
+    Column("next_attempt_at", pg.TIMESTAMP(timezone=True)),
+    Column("last_error", sa.Text),
+    Column("created_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
+    Column("removed_at", pg.TIMESTAMP(timezone=True)),
+)
+"""Webhooks: ``secret_variable`` is the environment variable that holds the secret, ``cursor`` the last event that was
+delivered or given up, ``attempts`` how often the next one has failed."""
+
+event_dead_letters = Table(
+    "event_dead_letters",
+    _bookkeeping,
+    Column("endpoint", sa.Text, nullable=False),
+    Column("event_id", sa.BigInteger, nullable=False),
+    Column("kind", sa.Text, nullable=False),
+    Column("body", sa.Text, nullable=False),
+    Column("attempts", sa.Integer, nullable=False),
+    Column("last_error", sa.Text, nullable=False),
+    Column("failed_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
+    Column("replayed_at", pg.TIMESTAMP(timezone=True)),
+    sa.PrimaryKeyConstraint("endpoint", "event_id", name="event_dead_letters_pkey"),
+)
+"""Events that an endpoint did not take, as they were sent; ``replayed_at`` is when one was taken after all."""
 
 
 def verify(conn: DbConnection, host: HostMapping | None = None) -> None:

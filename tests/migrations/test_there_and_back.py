@@ -89,6 +89,7 @@ def create_as_declared(app: App, case: HostCase) -> None:
         schema.users_due.create(conn)
         conn.execute(CreateSchema("tallystick"))
         schema.lots.create(conn)
+        schema.low_balances.create(conn)
         schema.lot_moves.create(conn)
         alembic_version.metadata.create_all(conn)
 

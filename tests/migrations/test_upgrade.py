@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from hosts import HOSTS, App
 
 from tallystick import Ledger, migrate
+from tallystick.accounts import Accounts
 from tallystick.audit import audit
 from tallystick.errors import IncompatibleColumn, NotMigrated
 from tallystick.migrate.revisions import revisions
@@ -134,6 +135,10 @@ def test_an_apps_role_keeps_its_rights_and_gets_those_on_what_is_new(old: App, r
         assert ledger.lots(conn, user) == []
         assert conn.scalar(sa.text("SELECT credit_held FROM users LIMIT 1")) == 0
         assert conn.scalar(sa.text("SELECT count(*) FROM tallystick.lots")) == 0
+        assert ledger.events(conn) == []
+        assert Accounts(old.config).set_low_balance(conn, user, 3).user == user
+        for table in ("events", "event_settings", "low_balances", "event_endpoints", "event_dead_letters"):
+            conn.execute(sa.text(f"SELECT FROM tallystick.{table}"))
         with pytest.raises(sa.exc.ProgrammingError, match="permission denied"):
             conn.execute(sa.text("UPDATE users SET credit_held = 0"))
 

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from told import told
 
 from node_packages import Project
-from tallystick import Config, HostMapping, UsersTable, WorkshopsTable, migrate
+from tallystick import Config, HostMapping, UsersTable, WorkshopsTable, events, migrate
 from tallystick.audit import audit
 from tallystick.ledger.functions import declared
 from tallystick.ledger.typescript import typescript
@@ -98,6 +98,7 @@ def given(world: World) -> dict[str, Any]:
     """Users and workshops for the tables."""
     users, workshops = world.config.host.users, world.config.host.workshops
     as_told: dict[str, Callable[[Any], Any]] = defaultdict(lambda: str, integer=int, smallint=int)
+    events.enable(world.url, world.config)
     user, gone, rich = world.user(), world.user(), world.user(credits=9)
     with world.engine.begin() as conn:
         world.accounts.delete_user(conn, gone)

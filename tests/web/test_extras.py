@@ -77,3 +77,12 @@ def test_the_web_names_its_extra(module: str, missing: str) -> None:
 def test_selling_names_its_extra() -> None:
     said = python("import tallystick.stripe", without=("stripe",)).stderr.strip().splitlines()[-1]
     assert said == "ImportError: tallystick.stripe needs Stripe's SDK. Run: pip install 'tallystick[stripe]'"
+
+
+def test_webhooks_of_events_name_their_extra(world: World) -> None:
+    script = "from tallystick.cli import main; sys.argv = ['tallystick', 'events', 'deliver']; main()"
+    done = python(script, without=("standardwebhooks",))
+    assert (done.returncode, done.stderr) == (
+        1,
+        "webhooks need standardwebhooks. Run: pip install 'tallystick[events]'\n",
+    )

@@ -13,6 +13,7 @@ from tallystick.cli import (  # noqa: F401 - each adds its commands to the app
     clients,
     develop,
     doctor,
+    events,
     ledger,
     migrations,
     selling,

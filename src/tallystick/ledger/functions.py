@@ -102,6 +102,12 @@ REVISIONS: dict[str, tuple[str, ...]] = {
         "sweep",
         "lots",
     ),
+    "0003": (
+        "event_answer",
+        "record_event",
+        "events",
+        "set_low_balance",
+    ),
 }
 """The files of ``sql/`` that each revision brought, in an order in which they can be made."""
 
@@ -124,6 +130,7 @@ _OPENED_MANY = """\
 PERFORM tallystick.open_balance(u.{user_key}) FROM {users} AS u
     WHERE u.{user_key} = ANY (user_ids) AND u.credit_sequence = 0 AND {balance} <> 0;"""
 
+_TYPE = "CREATE TYPE tallystick."
 _SIGNATURE = re.compile(
     r'CREATE OR REPLACE FUNCTION tallystick\."?(?P<name>\w+)"?\((?P<parameters>.*?)\) RETURNS (?P<returns>.*?)\n'
     r"LANGUAGE (?P<language>\w+)(?P<options>[^$]*)\$\$",
@@ -164,19 +171,29 @@ def statements(host: Any, revision: str = HEAD) -> Iterator[Composable]:
 
 
 def changes(host: Any, before: str, after: str, *, by_name: bool) -> Iterator[Composable]:
-    """From the functions of one revision to those of another, in either direction; types are the revision's to change.
+    """From the functions of one revision to those of another, in either direction.
 
-    ``by_name`` are those whose name only one of the two has; otherwise those that both have and that differ. One whose
-    parameters changed is dropped first: it would stand beside the new one, and a call would fit both.
+    ``by_name`` are those whose name only one of the two has, with such types; otherwise those that both have and that
+    differ. One whose parameters changed is dropped first: it would stand beside the new one, and a call would fit both.
+    A type that both have is the revision's to change.
     """
     old, new = _by_signature(host, before), _by_signature(host, after)
     names = {name for name, _ in old} ^ {name for name, _ in new}
+    old_types, new_types = (_types_of(host, each) if by_name else {} for each in (before, after))
+    yield from (statement for name, statement in new_types.items() if name not in old_types)
     for signature in reversed(old):
         if signature not in new and (signature[0] in names) is by_name:
             yield SQL("DROP FUNCTION tallystick.{}({})").format(Identifier(signature[0]), SQL(signature[1]))
     for signature, (text, statement) in new.items():
         if (signature not in old or old[signature][0] != text) and (signature[0] in names) is by_name:
             yield statement
+    yield from (SQL("DROP TYPE tallystick.{}").format(Identifier(name)) for name in old_types if name not in new_types)
+
+
+def _types_of(host: Any, revision: str) -> dict[str, Composable]:
+    """Name → statement."""
+    texts = ((statement.as_string(None), statement) for statement in statements(host, revision))
+    return {text.removeprefix(_TYPE).split()[0]: statement for text, statement in texts if text.startswith(_TYPE)}
 
 
 def _by_signature(host: Any, revision: str) -> dict[tuple[str, str], tuple[str, Composable]]:
@@ -198,7 +215,7 @@ def drops(host: Any, revision: str = HEAD) -> Iterator[Composable]:
                 Identifier(found["name"]), SQL(_types(found["parameters"]))
             )
         else:
-            yield SQL("DROP TYPE tallystick.{}").format(Identifier(text.split("tallystick.")[1].split()[0]))
+            yield SQL("DROP TYPE tallystick.{}").format(Identifier(text.removeprefix(_TYPE).split()[0]))
 
 
 def grants(host: Any, role: Composable) -> Iterator[Composable]:

@@ -94,6 +94,29 @@ class Standing:
 
 
 @dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened to a user's credits, from the feed of ``Ledger.events``.
+
+    ``kind`` is the type of the ledger's row and what became of it, as ``purchase.completed``, or ``balance.low`` and
+    ``balance.debt`` for a balance that fell below ``threshold`` or below 0. The rest are columns of the row.
+    """
+
+    id: int
+    cursor: str
+    kind: str
+    created_at: dt.datetime
+    user_id: Key
+    transaction_id: UUID
+    amount: int
+    balance_after: int | None
+    sequence: int | None
+    workshop_id: Key | None
+    idempotency_key: str | None
+    metadata: Mapping[str, Any] | None
+    threshold: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Consume:
     """One item of ``consume_many``: the arguments of ``consume``."""
 
@@ -599,6 +622,24 @@ class Ledger:
         return Call("history", arguments, lambda rows: [self._answered(row, arguments) for row in rows])
 
     @Operation
+    def events(self, *, after: str | None = None, limit: int = 100) -> Call[list[Event]]:
+        """The events of all users, oldest first, from behind the cursor ``after``, or from the oldest that is kept.
+
+        Read on with ``after=events[-1].cursor``: nothing is missed, since an event is given when all transactions that
+        began to write before its own have ended. There are none until ``tallystick events enable``.
+
+        Raises:
+            InvalidArgument: nothing was read.
+        """
+        if after is not None and not isinstance(after, str):
+            raise InvalidArgument(f"after={shown(after)}: pass the cursor of an event", argument="after", value=after)
+        arguments = {
+            "after": _optional("after", after, KEY_MAX),
+            "row_limit": _whole("limit", limit, 1, HISTORY_MAX),
+        }
+        return Call("events", arguments, lambda rows: [self._event(row, arguments) for row in rows])
+
+    @Operation
     def access(self, workshop: Key) -> Call[Access]:
         """If ``workshop`` is open, and why: unlocked, older than the paywall, or no paywall.
 
@@ -695,6 +736,25 @@ class Ledger:
             outcome == REPLAYED,
             row[20],
             moment(row[_EXPIRES_AT]),
+        )
+
+    def _event(self, row: Sequence[Any], arguments: Mapping[str, Any]) -> Event:
+        if row[0] != DONE:
+            raise error_of(row[0], Refusal(arguments, detail=document(row[14]) or {}))
+        return Event(
+            row[2],
+            row[1],
+            row[3],
+            moment(row[4]),  # type: ignore[arg-type]  # every event has one
+            self._user(row[5]),
+            uuid(row[6]),
+            row[7],
+            row[8],
+            row[9],
+            self._workshop(row[10]),
+            row[11],
+            document(row[12]),
+            row[13],
         )
 
     # --- arguments ---

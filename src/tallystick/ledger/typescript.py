@@ -75,7 +75,12 @@ _WORKSHOP = _Shape(
     "Workshop", "A workshop, after the call.", "tallystick.workshop_answer", ("outcome", "workshop_id", "deleted_at")
 )
 _ACCOUNT = _Shape("Account", "The billing side of a user.", "tallystick.account_answer")
-_SHAPES = (_ROW, _WRITTEN, _BALANCE, _STANDING, _LOT, _ACCESS, _WORKSHOP, _ACCOUNT)
+_EVENT = _Shape(
+    "LedgerEvent",
+    "Something that happened to a user's credits: its kind, and the row of the ledger that it is about.",
+    "tallystick.event_answer",
+)
+_SHAPES = (_ROW, _WRITTEN, _BALANCE, _STANDING, _LOT, _ACCESS, _WORKSHOP, _ACCOUNT, _EVENT)
 _TOLD_BY = {
     "balance": _STANDING,
     "balance_at": _BALANCE,
@@ -84,12 +89,14 @@ _TOLD_BY = {
     "lots": _LOT,
     "history": _ROW,
     "access": _ACCESS,
+    "events": _EVENT,
     "tallystick.answer": _WRITTEN,
     "tallystick.account_answer": _ACCOUNT,
     "tallystick.workshop_answer": _WORKSHOP,
 }
 _NOT_NULL = {
     *("id", "user_id", "type", "status", "amount", "description", "created_at", "balance"),
+    *("cursor", "event_id", "kind", "transaction_id"),
     *("credit_balance", "onboarding_complete", "plan_tier", "updated_at"),
 }
 _NOT_NULL_IN = {
@@ -223,7 +230,7 @@ class _Client:
             "{credits}": "Credits",
             "credits": "Credits",
             "integer": "number",
-            "bigint": "number",  # amount_paid: minor units
+            "bigint": "number",  # minor units, and the number of an event
             "boolean": "boolean",
             "timestamptz": "Date",
             "jsonb": "{ readonly [name: string]: Json }",
@@ -334,7 +341,7 @@ class _Client:
         yield "};"
 
     def _read_as(self, name: str, kind: str) -> str:
-        if name == "amount_paid":
+        if name in ("amount_paid", "event_id"):
             return "number"
         if kind == "{credits}":
             return "bigint" if self.host.credits == "bigint" else "number"

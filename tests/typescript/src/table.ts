@@ -427,6 +427,30 @@ export function table<Key>(ledger: Tallystick, given: Given<Key>): Row[] {
       call: () => ledger.history({ userId: user, includeFailed: true, rowLimit: 2 }),
       answers: [{ status: "pending" }, { status: "failed" }],
     },
+    {
+      does: "the first event",
+      call: () => ledger.events({ rowLimit: 1 }),
+      answers: [
+        {
+          outcome: "completed",
+          kind: (kind: unknown) => typeof kind === "string" && kind.endsWith(".completed"),
+          eventId: (id: unknown) => typeof id === "number",
+          createdAt: isMoment,
+          transactionId: isUuid,
+          threshold: null,
+        },
+      ],
+    },
+    {
+      does: "events behind no cursor",
+      call: () => ledger.events({ after: "yesterday" }),
+      answers: [{ outcome: "invalid_argument", argument: "after" }],
+    },
+    {
+      does: "a threshold of the user's own",
+      call: () => ledger.setLowBalance({ userId: user, threshold: n(3) }),
+      answers: { outcome: "completed", userId: user, planTier: "free" },
+    },
     { does: "history of nobody", call: () => ledger.history({ userId: nobody }), answers: [] },
     {
       does: "history of too many rows",

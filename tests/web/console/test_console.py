@@ -555,7 +555,7 @@ def test_no_page_holds_script_or_style_of_its_own(world, open_console):
 def test_a_migration_on_its_way_is_not_called_applied(world, open_console):
     """What a run in two transactions leaves between them, where a later package brings a further revision."""
     with world.engine.begin() as conn:
-        conn.exec_driver_sql("INSERT INTO tallystick.migration_log (revision, direction) VALUES ('0003', 'prepare')")
+        conn.exec_driver_sql("INSERT INTO tallystick.migration_log (revision, direction) VALUES ('0999', 'prepare')")
     visitor = open_console(world)
-    assert "Revision 0003 , prepared" in words(visitor.get("/"))
-    assert "0003 prepared" in words(visitor.get("/migrations"))
+    assert "Revision 0999 , prepared" in words(visitor.get("/"))
+    assert "0999 prepared" in words(visitor.get("/migrations"))

@@ -23,6 +23,7 @@ from tallystick.migrate.revisions import HostNames, revisions
 from tallystick.migrate.runner.messages import text
 from tallystick.migrate.runner.session import autocommits
 from tallystick.schema import (
+    EVENTS_TRIGGER,
     FOLLOWING,
     HEAD,
     LEDGER,
@@ -30,6 +31,7 @@ from tallystick.schema import (
     CreditTransactionStatus,
     CreditTransactionType,
     Schema,
+    event_settings,
     migration_log,
     user_columns,
     workshop_columns,
@@ -148,6 +150,8 @@ _LEDGER_TABLE = sa.text("""
 """)
 
 _WRITES = "written by the owner's functions alone, and by an app's role made with: tallystick migrate sql --role ROLE"
+
+_RECORDS = "AFTER INSERT OR UPDATE FOR EACH ROW tallystick.record_event of some columns"
 
 _EXPECTED_TRIGGERS = {
     "tallystick_append_only": "BEFORE UPDATE OR DELETE FOR EACH ROW tallystick.append_only",
@@ -296,6 +300,7 @@ def _drift(conn: sa.Connection, config: Config, host: Host) -> Iterator[Drift]:
                 yield Drift(kind, f"{shown[word]}.{name}", wanted, there)
     for word, name, there, wanted in _trigger_differences(host, found):
         yield Drift("trigger", f"{shown[word]}.{name}", wanted, there)
+    yield from _events_trigger(conn, found[LEDGER], shown[LEDGER])
     yield from _ledger_table(conn, ledger_oid, shown[LEDGER])
     for kind, name in _not_ours(found[LEDGER], expected_shapes[LEDGER]):
         yield Drift(kind, f"{shown[LEDGER]}.{name}", "none but ours", found[LEDGER][kind, name])
@@ -335,6 +340,15 @@ def _trigger_differences(host: Host, found: Mapping[str, _Shape]) -> Iterator[tu
         there, wanted = found["users"].get(("trigger", name)), _EXPECTED_TRIGGERS[name]
         if there != wanted:
             yield "users", name, there, wanted
+
+
+def _events_trigger(conn: sa.Connection, found: _Shape, shown: str) -> Iterator[Drift]:
+    """The ledger's trigger, where events are on, and none where they are off."""
+    enabled = conn.scalar(sa.select(event_settings.c.recorded_since)) is not None
+    there, wanted = found.get(("trigger", EVENTS_TRIGGER)), _RECORDS if enabled else None
+    if there != wanted:
+        mend = f"tallystick events {'enable' if enabled else 'disable'}"
+        yield Drift("trigger", f"{shown}.{EVENTS_TRIGGER}", wanted or "none while events are off", there, mend)
 
 
 def _not_ours(found: _Shape, expected: _Shape) -> Iterator[tuple[Kind, str]]:

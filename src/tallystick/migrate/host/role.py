@@ -26,6 +26,8 @@ from tallystick.migrate.revisions import HostNames, TableNames
 from tallystick.schema import (
     BOOKKEEPING_SCHEMA,
     LEDGER,
+    event_dead_letters,
+    event_endpoints,
     stripe_checkouts,
     stripe_events,
     stripe_failed_deliveries,
@@ -46,7 +48,9 @@ _TAKEN_BACK = """\
 -- Run by the owner of the tables.
 """
 
-_STRIPES = (
+_BESIDE = (
+    event_endpoints,
+    event_dead_letters,
     stripe_events,
     stripe_checkouts,
     stripe_reversals,
@@ -54,7 +58,7 @@ _STRIPES = (
     stripe_failed_deliveries,
     stripe_reconciliations,
 )
-"""Tables that selling through Stripe keeps beside the ledger; nothing is ever deleted there."""
+"""Tables that delivering events and selling through Stripe keep beside the ledger; nothing is ever deleted there."""
 
 _NAME_MAX = 63  # PostgreSQL cuts a longer identifier off
 
@@ -188,7 +192,7 @@ def grant(host: HostMapping, role: str) -> str:
         sql.SQL("REVOKE ALL ON ALL TABLES {} FROM PUBLIC, {}").format(everything, to),
         sql.SQL("GRANT SELECT ON ALL TABLES {} TO {}").format(everything, to),
         sql.SQL("GRANT INSERT, UPDATE ON {} TO {}").format(
-            sql.SQL(", ").join(sql.Identifier(BOOKKEEPING_SCHEMA, table.name) for table in _STRIPES), to
+            sql.SQL(", ").join(sql.Identifier(BOOKKEEPING_SCHEMA, table.name) for table in _BESIDE), to
         ),
         sql.SQL("REVOKE ALL ON {} FROM PUBLIC, {}").format(ledger, to),
         sql.SQL("GRANT SELECT ON {} TO {}").format(ledger, to),

@@ -30,7 +30,8 @@ held AS (
   FROM {tables} AS h (oid, inserts, updates) JOIN pg_class AS c ON c.oid = h.oid
   UNION ALL
   SELECT c.oid, c.relowner, c.relacl,
-    CASE WHEN starts_with(c.relname::text, 'stripe_') THEN ARRAY['DELETE', 'TRUNCATE', 'TRIGGER']
+    CASE WHEN starts_with(c.relname::text, 'stripe_') OR c.relname IN ('event_endpoints', 'event_dead_letters')
+      THEN ARRAY['DELETE', 'TRUNCATE', 'TRIGGER']
       ELSE ARRAY['INSERT', 'UPDATE', 'DELETE', 'TRUNCATE', 'TRIGGER'] END,
     NULL::text[], NULL::text[]
   FROM pg_class AS c

@@ -5,24 +5,21 @@ Each of it may be killed and begun again.
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from uuid import UUID
 
-import psycopg
 import sqlalchemy as sa
 from psycopg.sql import SQL, Composable, Identifier, Literal
 
 from tallystick.config import Config
-from tallystick.errors import MigrationBlocked, MigrationError
+from tallystick.errors import MigrationError
 from tallystick.migrate.host.own_credits import HistoryTable, OwnCredits, find_history, own_credits
 from tallystick.migrate.host.preflight import Host, adopted_columns, examine
 from tallystick.migrate.host.tables import columns_of, looking
 from tallystick.migrate.revisions import HostNames, revisions
 from tallystick.migrate.runner.opening import open_balances, sent
-from tallystick.migrate.runner.session import driver, engine_of, lost, session, translate
+from tallystick.migrate.runner.session import driver, engine_of, send_when_free, session
 from tallystick.schema import FOLLOWING, LEDGER, OPENING_KEY, migration_log
 
 _BATCH = 50
@@ -97,7 +94,17 @@ def cut_over(
                 f"them by ledger.grant, and run: ALTER TABLE {names.users.name.as_string(None)} ALTER COLUMN "
                 f"{names.users.balance.as_string(None)} SET DEFAULT 0"
             )
-        _drop_triggers(conn, names, lock_timeout_ms=lock_timeout_ms, give_up_after_s=give_up_after_s)
+        drops = [
+            SQL("DROP TRIGGER IF EXISTS {} ON {}").format(Identifier(name), names.users.name) for name in FOLLOWING
+        ]
+        send_when_free(
+            conn,
+            drops,
+            action="adopt",
+            table=names.users.name.as_string(None),
+            lock_timeout_ms=lock_timeout_ms,
+            give_up_after_s=give_up_after_s,
+        )
         opened, left = open_balances(conn, names)
         if left:
             raise MigrationError(
@@ -123,37 +130,6 @@ def _adopting(conn: sa.Connection, config: Config) -> tuple[Host, HostNames]:
             "Nothing is left to adopt"
         )
     return host, names
-
-
-def _drop_triggers(conn: sa.Connection, names: HostNames, *, lock_timeout_ms: int, give_up_after_s: float) -> None:
-    raw, deadline = driver(conn), time.monotonic() + give_up_after_s
-    drops = [SQL("DROP TRIGGER IF EXISTS {} ON {}").format(Identifier(name), names.users.name) for name in FOLLOWING]
-    message = SQL("; ").join(
-        [
-            SQL("BEGIN"),
-            SQL("SET LOCAL lock_timeout = {}").format(Literal(f"{lock_timeout_ms}ms")),
-            *drops,
-            SQL("COMMIT"),
-        ]
-    )
-    while True:
-        try:
-            raw.execute(message.as_string(raw).encode(raw.info.encoding), prepare=False)
-        except psycopg.errors.LockNotAvailable:
-            raw.execute("ROLLBACK")
-            if time.monotonic() > deadline:
-                raise MigrationBlocked(
-                    f"{names.users.name.as_string(None)} was never free for {lock_timeout_ms} ms within "
-                    f"{give_up_after_s:g} s. Nothing was changed. Run it again when it is less busy",
-                    attempts=0,
-                    blockers=[],
-                ) from None
-            # those who queued behind us go first
-            time.sleep(lock_timeout_ms / 1000 * random.uniform(2, 6))  # noqa: S311  # jitter, not a secret
-        except psycopg.Error as error:
-            raise translate(error, "adopt", lost=lost(conn), unchanged="Nothing was changed") from error
-        else:
-            return
 
 
 def _note(conn: sa.Connection, names: HostNames, found: HistoryTable) -> int:

@@ -55,6 +55,8 @@ class Messages:
     @property
     def at_once(self) -> tuple[Composable, ...]:
         """``locked`` as it is sent: before each statement under the lock, its limit is what is left of the budget."""
+        if not self.locks:
+            return self.locked
         left_ms = f"greatest(1, ceil({self.stall_budget_ms} - ({_HELD_MS})))"
         left = SQL(f"SELECT set_config('statement_timeout', {left_ms}::text, true)")
         lock, _, *changes = self.locked
@@ -125,7 +127,7 @@ def downward(
         locks=tuple(locks),
         opening=(
             *_begin(expected=gone[0].revision if gone else None),
-            _fence(locks),
+            *_fence(locks),
             *_tries(locks, names, inserts=False),
         ),
         locked=tuple(_locked(locks, changes, stall_budget_ms)),
@@ -162,8 +164,9 @@ def _apps(locks: Sequence[Identifier], names: HostNames) -> list[TableNames]:
 
 def _locked(locks: Sequence[Identifier], changes: Iterable[Composable], stall_budget_ms: int) -> Iterator[Composable]:
     yield _lock_all(locks, stall_budget_ms)
-    # no statement under the lock may take longer than a wait for it
-    yield SQL("SET LOCAL statement_timeout = {}").format(SqlLiteral(f"{stall_budget_ms}ms"))
+    if locks:
+        # no statement under the lock may take longer than a wait for it
+        yield SQL("SET LOCAL statement_timeout = {}").format(SqlLiteral(f"{stall_budget_ms}ms"))
     yield from changes
     yield SQL("COMMIT")
 
@@ -178,7 +181,7 @@ def _opening(
         version = SQL("UPDATE tallystick.alembic_version SET version_num = {}")
     return [
         *_begin(expected=expected),
-        _fence(revision.locks(names)),
+        *_fence(revision.locks(names)),
         *([] if prepared else _prepared(revision, names)),
         version.format(SqlLiteral(revision.revision)),
         _completed(revision, adopted) if prepared else _logged(revision, "apply", adopted),
@@ -247,16 +250,19 @@ END""").format(
     )
 
 
-def _fence(locks: Sequence[Identifier]) -> Composed:
+def _fence(locks: Sequence[Identifier]) -> Iterator[Composable]:
     """Makes a running autovacuum yield; blocks neither reads nor writes."""
-    return SQL("LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE").format(SQL(", ").join(locks))
+    if locks:
+        yield SQL("LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE").format(SQL(", ").join(locks))
 
 
 def _lock_all(locks: Sequence[Identifier], stall_budget_ms: int) -> Composed:
     """Take every lock: first without waiting, then with short waits that together stay within the budget.
 
-    Each refused try costs a transaction id, hence their number.
+    Each refused try costs a transaction id, hence their number. A revision may have nothing to lock.
     """
+    if not locks:
+        return SQL("SELECT set_config('tallystick.locked_at', ({})::text, false)").format(SQL(_NOW_MS))
     nowait = SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE NOWAIT;").format(SQL(", ").join(locks))
     # one wait's time is shared by all its tables, since lock_timeout is per table
     waiting = SQL("\n        ").join(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 import psycopg
 import sqlalchemy as sa
+from psycopg.sql import SQL, Composable, Literal
 
 from tallystick.database import KNOWN_SETTINGS, dial, engine, said, with_known_settings
 from tallystick.errors import (
     DatabaseUnavailable,
     LedgerNotEmpty,
+    MigrationBlocked,
     MigrationError,
     MigrationRunning,
     OutcomeUnknown,
@@ -239,6 +243,46 @@ def translate(
         advice = _READ_ONLY if state == "25006" else ""
         found = MigrationError(f"the database refused to {action}: {said} ({state}). {unchanged}{advice}")
     return found
+
+
+def send_when_free(
+    conn: sa.Connection,
+    statements: Iterable[Composable],
+    *,
+    action: str,
+    table: str,
+    lock_timeout_ms: int,
+    give_up_after_s: float,
+) -> None:
+    """Run the statements as one transaction and one message, again and again while ``table`` is busy.
+
+    Traffic waits for at most ``lock_timeout_ms`` behind a try.
+
+    Raises:
+        MigrationBlocked: the table was never free.
+        MigrationError, PermissionDenied, OutcomeUnknown: see ``translate``.
+    """
+    raw, deadline = driver(conn), time.monotonic() + give_up_after_s
+    timeout = SQL("SET LOCAL lock_timeout = {}").format(Literal(f"{lock_timeout_ms}ms"))
+    message = SQL("; ").join([SQL("BEGIN"), timeout, *statements, SQL("COMMIT")])
+    while True:
+        try:
+            raw.execute(message.as_string(raw).encode(raw.info.encoding), prepare=False)
+        except psycopg.errors.LockNotAvailable:
+            raw.execute("ROLLBACK")
+            if time.monotonic() > deadline:
+                raise MigrationBlocked(
+                    f"{table} was never free for {lock_timeout_ms} ms within {give_up_after_s:g} s. Nothing was "
+                    "changed. Run it again when it is less busy",
+                    attempts=0,
+                    blockers=[],
+                ) from None
+            # those who queued behind us go first
+            time.sleep(lock_timeout_ms / 1000 * random.uniform(2, 6))  # noqa: S311  # jitter, not a secret
+        except psycopg.Error as error:
+            raise translate(error, action, lost=lost(conn), unchanged="Nothing was changed") from error
+        else:
+            return
 
 
 def forbidden_by(conn: sa.Connection, error: psycopg.Error) -> list[str]:

@@ -1,0 +1,274 @@
+"""Events: tallystick events enable, disable, status, follow, prune; endpoint, deliver, dead-letters, replay."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import re
+import sys
+from types import ModuleType
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from tallystick import events
+from tallystick.accounts import Accounts
+from tallystick.cli.app import Json, UserArgument, address, app, emit, invocation, note, out, place, plain, table
+from tallystick.cli.ledger import OfUser, mapped, user_key
+from tallystick.database import connect
+from tallystick.errors import ConfigError
+from tallystick.schema import verify
+
+group = typer.Typer(name="events", no_args_is_help=True, help="What the ledger did, as a feed for others to react to.")
+app.add_typer(group, rich_help_panel="Credits")
+
+endpoint_group = typer.Typer(name="endpoint", no_args_is_help=True, help="Webhooks that events are delivered to.")
+group.add_typer(endpoint_group)
+
+_AGES = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+
+
+@group.command()
+def enable(
+    ctx: typer.Context,
+    low_balance: Annotated[
+        int | None,
+        typer.Option("--low-balance", help="The balance below which a user's is low; 0 for none.", min=0),
+    ] = None,
+    notify: Annotated[
+        bool | None, typer.Option("--notify/--no-notify", help="Wake readers with NOTIFY tallystick_events.")
+    ] = None,
+) -> None:
+    """Write events from now on: a trigger on the ledger. Again it changes the settings that are given."""
+    with invocation(ctx).database(migrating=True) as config:
+        _say_where(address(config))
+        events.enable(address(config), config, low_balance=low_balance, notify=notify)
+    out.print("Events are on.")
+
+
+@group.command()
+def disable(ctx: typer.Context) -> None:
+    """Write no more events. Those that were written stay."""
+    with invocation(ctx).database(migrating=True) as config:
+        _say_where(address(config))
+        events.disable(address(config), config)
+    out.print("Events are off.")
+
+
+@group.command()
+def status(ctx: typer.Context, as_json: Json = False) -> None:
+    """Tell if events are on, and where the feed is."""
+    with mapped(ctx) as (conn, _):
+        found = events.status(conn)
+
+    def show() -> None:
+        if not found.enabled:
+            out.print("Events are off. To write them: tallystick events enable")
+        else:
+            out.print(f"Events are on. Every row since {found.recorded_since:%Y-%m-%d %H:%M:%S} UTC has its events.")
+            low = "no threshold" if not found.low_balance else f"a balance below {found.low_balance} is low"
+            out.print(f"For users without one of their own, {low}. NOTIFY is {'on' if found.notifies else 'off'}.")
+        if found.cursor:
+            out.print(f"The newest event that readers are given is {found.cursor}.")
+        if found.waiting:
+            out.print(f"{found.waiting} more wait for the end of a transaction that began to write before theirs.")
+
+    emit(found, show, as_json=as_json)
+
+
+@group.command()
+def follow(
+    ctx: typer.Context,
+    after: Annotated[str | None, typer.Option("--after", help="Begin behind this cursor.", metavar="CURSOR")] = None,
+    poll: Annotated[float, typer.Option("--poll", help="Seconds between looks.", min=0.05)] = 1.0,
+) -> None:
+    """Print each event as a line of JSON, and wait for the next. Ctrl-C ends it."""
+    with invocation(ctx).database(migrating=True) as config:
+        try:
+            for event in events.follow(address(config), config, after=after, poll_s=poll, lost=_tell_lost):
+                sys.stdout.write(json.dumps(plain(event), ensure_ascii=False) + "\n")
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            raise typer.Exit from None
+
+
+@group.command()
+def prune(
+    ctx: typer.Context,
+    older_than: Annotated[str, typer.Option("--older-than", help="As in 30d, 12h.", metavar="AGE")],
+) -> None:
+    """Remove old events, but for those that a webhook has not been given yet."""
+    found = re.fullmatch(r"(\d{1,6})([smhdw])", older_than)
+    if found is None:
+        raise typer.BadParameter(f"{older_than!r} is no age. Write a number and s, m, h, d or w, as in 30d")
+    with invocation(ctx).database(migrating=True) as config:
+        _say_where(address(config))
+        removed = events.prune(address(config), older_than=dt.timedelta(**{_AGES[found[2]]: int(found[1])}))
+    out.print(f"{removed} events removed.")
+
+
+def delivery() -> ModuleType:
+    """The module, which needs what only the extra brings."""
+    try:
+        from tallystick.events import deliver as module  # noqa: PLC0415
+    except ModuleNotFoundError as missing:
+        raise ConfigError(f"webhooks need {missing.name}. Run: pip install 'tallystick[events]'") from None
+    return module
+
+
+@endpoint_group.command("add")
+def add_endpoint(
+    ctx: typer.Context,
+    name: Annotated[str, typer.Argument(help="A name of your choosing.", metavar="NAME")],
+    url: Annotated[str, typer.Argument(help="The address to POST to.", metavar="URL")],
+    secret_variable: Annotated[
+        str,
+        typer.Option("--secret-variable", help="The environment variable that holds the secret.", metavar="VARIABLE"),
+    ],
+    kind: Annotated[
+        list[str] | None, typer.Option("--kind", help="Send these only, as balance.low; may be repeated.")
+    ] = None,
+    after: Annotated[str | None, typer.Option("--after", help="Begin behind this cursor.", metavar="CURSOR")] = None,
+    from_oldest: Annotated[bool, typer.Option("--from-oldest", help="Begin with the oldest that is kept.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Deliver events to an address, from now on. Again it changes what is given."""
+    with mapped(ctx, changes=True) as (conn, _):
+        added = delivery().add_endpoint(
+            conn,
+            name,
+            url,
+            secret_variable=secret_variable,
+            kinds=kind or None,
+            after=after,
+            from_oldest=from_oldest,
+        )
+    emit(added, lambda: out.print(f"{name} is delivered to by: tallystick events deliver"), as_json=as_json)
+
+
+@endpoint_group.command("list")
+def list_endpoints(ctx: typer.Context, as_json: Json = False) -> None:
+    """Show each endpoint, and what keeps it."""
+    with mapped(ctx) as (conn, _):
+        found = delivery().endpoints(conn)
+
+    def show() -> None:
+        shown = table("name", "url", "cursor", "failed attempts", "last error", right=("failed attempts",))
+        for each in found:
+            shown.add_row(
+                *map(escape, (each.name, each.url, each.cursor or "", str(each.attempts), each.last_error or ""))
+            )
+        out.print(shown if found else "No endpoints. To add one: tallystick events endpoint add")
+
+    emit(found, show, as_json=as_json)
+
+
+@endpoint_group.command("remove")
+def remove_endpoint(ctx: typer.Context, name: Annotated[str, typer.Argument(help="Its name.", metavar="NAME")]) -> None:
+    """Deliver no more to an endpoint."""
+    with mapped(ctx, changes=True) as (conn, _):
+        delivery().remove_endpoint(conn, name)
+    out.print("Removed.")
+
+
+@group.command()
+def deliver(
+    ctx: typer.Context,
+    once: Annotated[bool, typer.Option("--once", help="Deliver all that can be delivered now, and end.")] = False,
+    attempts: Annotated[
+        int, typer.Option("--attempts", help="After so many an event is a dead letter.", min=1, max=10)
+    ] = 10,
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds for an endpoint to answer.", min=0.1)] = 15.0,
+) -> None:
+    """POST each event to each endpoint, in order, until it is taken. Ctrl-C ends it."""
+    module = delivery()
+    with invocation(ctx).database(migrating=True) as config:
+        url = address(config)
+        _say_where(url)
+        try:
+            module.deliver(
+                url,
+                config,
+                once=once,
+                pauses_s=module.PAUSES_S[: attempts - 1],
+                timeout_s=timeout,
+                told=_tell,
+            )
+        except KeyboardInterrupt:
+            raise typer.Exit from None
+
+
+@group.command("dead-letters")
+def dead_letters(ctx: typer.Context, as_json: Json = False) -> None:
+    """List the events that an endpoint did not take in all attempts."""
+    with mapped(ctx) as (conn, _):
+        found = delivery().dead_letters(conn)
+
+    def show() -> None:
+        shown = table(
+            "endpoint", "event", "kind", "attempts", "failed at (UTC)", "last error", right=("event", "attempts")
+        )
+        for each in found:
+            at = f"{each.failed_at:%Y-%m-%d %H:%M:%S}"
+            shown.add_row(
+                *map(escape, (each.endpoint, str(each.event_id), each.kind, str(each.attempts), at, each.last_error))
+            )
+        out.print(shown if found else "No dead letters.")
+
+    emit(found, show, as_json=as_json)
+
+
+@group.command()
+def replay(
+    ctx: typer.Context,
+    endpoint: Annotated[str, typer.Argument(help="The endpoint's name.", metavar="ENDPOINT")],
+    event: Annotated[
+        list[int] | None, typer.Argument(help="Events, as dead-letters lists them; all if left out.", metavar="EVENT")
+    ] = None,
+) -> None:
+    """Send dead letters of an endpoint once more."""
+    module = delivery()
+    with invocation(ctx).database() as config, connect(address(config)) as conn:
+        note(place(conn))
+        verify(conn)
+        done = module.replay(conn, endpoint, event or None)
+    for each in done:
+        _tell(each)
+    if any(each.error for each in done):
+        raise typer.Exit(1)
+    if not done:
+        out.print("No dead letters.")
+
+
+@app.command("low-balance", cls=OfUser, rich_help_panel="Credits")
+def low_balance(
+    ctx: typer.Context,
+    user: UserArgument,
+    threshold: Annotated[
+        int | None, typer.Option("--below", help="Credits; 0 for never. The default if left out.", min=0)
+    ] = None,
+) -> None:
+    """Set the balance below which the event balance.low is written for a user."""
+    with mapped(ctx, changes=True) as (conn, config):
+        Accounts(config).set_low_balance(conn, user_key(conn, config, user), threshold)
+    out.print("Done.")
+
+
+def _say_where(url: str) -> None:
+    with connect(url) as conn:
+        note(place(conn))
+
+
+def _tell_lost(why: str) -> None:
+    note(f"The connection ended: {why}. Connecting again.")
+
+
+def _tell(told: Any) -> None:
+    if isinstance(told, str):
+        note(told)
+    elif told.error is None:
+        out.print(f"{told.endpoint}: event {told.event_id} {told.kind} was taken.", markup=False)
+    else:
+        then = "It is a dead letter: tallystick events dead-letters" if told.dead else "It will be sent again"
+        note(f"{told.endpoint}: event {told.event_id} {told.kind}: {told.error}. {then}.")

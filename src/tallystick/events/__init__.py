@@ -1,0 +1,10 @@
+"""Events: switched on and off, and followed by a program.
+
+``tallystick.events.deliver`` sends them to webhooks, which needs the extra ``events``. The feed itself is
+``Ledger.events``.
+"""
+
+from tallystick.events.follow import follow
+from tallystick.events.switch import EventsStatus, disable, enable, prune, status
+
+__all__ = ["EventsStatus", "disable", "enable", "follow", "prune", "status"]

@@ -1,0 +1,442 @@
+"""Webhooks: each event POSTed to each endpoint, in order and at least once, signed after the Standard Webhooks.
+
+An endpoint's cursor moves when it has answered with 2xx. Killed in between, the same event is sent again, with the same
+``webhook-id``. One deliverer at a time has an endpoint, by an advisory lock of its session.
+"""
+
+from __future__ import annotations
+
+import binascii
+import datetime as dt
+import json
+import os
+import random
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from http.client import HTTPException
+from typing import Any
+from urllib.parse import urlsplit
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql as pg
+from standardwebhooks import Webhook
+from standardwebhooks.webhooks import EmptyWebhookSecretError
+
+from tallystick.config import Config
+from tallystick.database import DbConnection, connect, run, translated
+from tallystick.errors import (
+    ConfigError,
+    DatabaseUnavailable,
+    InvalidArgument,
+    OutcomeUnknown,
+    TallystickError,
+    shown,
+)
+from tallystick.events.follow import LONGEST_PAUSE_S, PAGE, Feed, listening
+from tallystick.events.switch import status
+from tallystick.ledger import Event
+from tallystick.schema import event_dead_letters, event_endpoints, verify
+
+PAUSES_S = (5.0, 300.0, 1_800.0, 7_200.0, 18_000.0, 36_000.0, 50_400.0, 72_000.0, 86_400.0)
+"""After each attempt that failed, as the specification proposes. After one more, the event is a dead letter."""
+
+TIMEOUT_S = 15.0
+_LOCAL = ("localhost", "127.0.0.1", "::1")
+_ERROR_MAX = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A webhook and how far it is. ``attempts`` of the event behind ``cursor`` have failed."""
+
+    name: str
+    url: str
+    secret_variable: str
+    kinds: Sequence[str] | None
+    cursor: str | None
+    attempts: int
+    next_attempt_at: dt.datetime | None
+    last_error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """An event that an endpoint did not take in all its attempts."""
+
+    endpoint: str
+    event_id: int
+    kind: str
+    attempts: int
+    last_error: str
+    failed_at: dt.datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """One attempt: ``error`` is None where it was taken, ``dead`` where it was the last."""
+
+    endpoint: str
+    event_id: int
+    kind: str
+    error: str | None
+    dead: bool = False
+
+
+def add_endpoint(
+    conn: DbConnection,
+    name: str,
+    url: str,
+    *,
+    secret_variable: str,
+    kinds: Sequence[str] | None = None,
+    after: str | None = None,
+    from_oldest: bool = False,
+) -> Endpoint:
+    """Deliver to ``url`` from now on: events that come, or those behind ``after``, or all that are kept.
+
+    ``secret_variable`` names the environment variable of the deliverer that holds the secret. ``kinds`` are those that
+    are sent, all if left out. An endpoint of that name is changed, and stays where it is but for ``after`` and
+    ``from_oldest``.
+
+    Raises:
+        InvalidArgument: ``url`` is no address of https, or of http on this machine.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        problem = "pass an address that begins with https://"
+    elif parts.scheme == "http" and parts.hostname not in _LOCAL:
+        problem = "what it says could be read on the way. Pass an address that begins with https://"
+    else:
+        problem = ""
+    if problem:
+        raise InvalidArgument(f"url={shown(url)}: {problem}", argument="url", value=url)
+    columns = event_endpoints.c
+    there = run(conn, sa.select(event_endpoints).where(columns.name == name), {}).mappings().one_or_none()
+    values: dict[str, Any] = {"url": url, "secret_variable": secret_variable, "kinds": kinds, "removed_at": None}
+    if there is None or there["removed_at"] is not None or after is not None or from_oldest:
+        cursor = after if after is not None or from_oldest else status(conn).cursor
+        values |= {"cursor": cursor, "attempts": 0, "next_attempt_at": None, "last_error": None}
+    if there is None:
+        run(conn, sa.insert(event_endpoints).values(name=name, **values), {})
+    else:
+        run(conn, sa.update(event_endpoints).where(columns.name == name).values(**values), {})
+    return next(endpoint for endpoint in endpoints(conn) if endpoint.name == name)
+
+
+def remove_endpoint(conn: DbConnection, name: str) -> None:
+    """Deliver no more to it. Raises InvalidArgument."""
+    columns = event_endpoints.c
+    gone = sa.update(event_endpoints).where(columns.name == name, columns.removed_at.is_(None))
+    if not run(conn, gone.values(removed_at=sa.func.now()), {}).rowcount:
+        raise _unknown(name)
+
+
+def endpoints(conn: DbConnection) -> list[Endpoint]:
+    """Those that are delivered to, by name."""
+    columns = [event_endpoints.c[name] for name in Endpoint.__dataclass_fields__]
+    selected = sa.select(*columns).where(event_endpoints.c.removed_at.is_(None)).order_by(event_endpoints.c.name)
+    return [Endpoint(*row) for row in run(conn, selected, {})]
+
+
+def dead_letters(conn: DbConnection, endpoint: str | None = None) -> list[DeadLetter]:
+    """Those that were not replayed since, oldest first."""
+    columns = [event_dead_letters.c[name] for name in DeadLetter.__dataclass_fields__]
+    selected = sa.select(*columns).where(event_dead_letters.c.replayed_at.is_(None))
+    if endpoint is not None:
+        selected = selected.where(event_dead_letters.c.endpoint == endpoint)
+    return [DeadLetter(*row) for row in run(conn, selected.order_by(event_dead_letters.c.event_id), {})]
+
+
+def replay(
+    conn: DbConnection, endpoint: str, event_ids: Sequence[int] | None = None, *, timeout_s: float = TIMEOUT_S
+) -> list[Sent]:
+    """Send dead letters of an endpoint once more, all or some; those that are taken are none any more.
+
+    Raises:
+        InvalidArgument: there is no such endpoint, or it has no such dead letter.
+        ConfigError: the endpoint's secret is not there.
+    """
+    found = next((each for each in endpoints(conn) if each.name == endpoint), None)
+    if found is None:
+        raise _unknown(endpoint)
+    signers = _signers(found)
+    letters = event_dead_letters.c
+    selected = sa.select(event_dead_letters).where(letters.endpoint == endpoint, letters.replayed_at.is_(None))
+    rows = run(conn, selected.order_by(letters.event_id), {}).mappings().all()
+    unknown = set(event_ids or ()) - {row["event_id"] for row in rows}
+    if unknown:
+        raise InvalidArgument(
+            f"{endpoint} has no dead letter {min(unknown)}. List them with: tallystick events dead-letters",
+            argument="event",
+            value=min(unknown),
+        )
+    done = []
+    for row in rows:
+        if event_ids is None or row["event_id"] in event_ids:
+            error = _post(found.url, signers, row["event_id"], row["body"], timeout_s)
+            if error is None:
+                values: dict[str, Any] = {"replayed_at": sa.func.clock_timestamp()}
+            else:
+                values = {"attempts": letters.attempts + 1, "last_error": error}
+            this = letters.endpoint == endpoint, letters.event_id == row["event_id"]
+            run(conn, sa.update(event_dead_letters).where(*this).values(**values), {})
+            done.append(Sent(endpoint, row["event_id"], row["kind"], error, dead=error is not None))
+    return done
+
+
+def deliver(
+    url: str,
+    config: Config,
+    *,
+    once: bool = False,
+    pauses_s: Sequence[float] = PAUSES_S,
+    timeout_s: float = TIMEOUT_S,
+    poll_s: float = 1.0,
+    told: Callable[[Sent | str], None] = lambda _: None,
+) -> None:
+    """Deliver to all endpoints until interrupted, or with ``once`` all that can be delivered now.
+
+    After the attempts that ``pauses_s`` leaves room for, an event is a dead letter, and the next one follows. ``told``
+    is called with each ``Sent``, and with a sentence when a connection ended, from more than one thread.
+
+    Raises:
+        ConfigError: the secret of an endpoint is not in the environment.
+        DatabaseUnavailable, NotMigrated, HostMismatch, PermissionDenied: see the message.
+    """
+    _Deliverer(url, config, once=once, pauses_s=pauses_s, timeout_s=timeout_s, poll_s=poll_s, told=told).run()
+
+
+class _Deliverer:
+    """One thread for each endpoint, so that none waits for another."""
+
+    def __init__(
+        self,
+        url: str,
+        config: Config,
+        *,
+        once: bool,
+        pauses_s: Sequence[float],
+        timeout_s: float,
+        poll_s: float,
+        told: Callable[[Sent | str], None],
+    ) -> None:
+        self.url, self.config, self.once, self.told = url, config, once, told
+        self.pauses_s, self.timeout_s, self.poll_s = pauses_s, timeout_s, poll_s
+        self.stopped = threading.Event()
+        self.failed: list[TallystickError] = []
+
+    def run(self) -> None:
+        """Start a thread for each endpoint, and for those that are added later."""
+        threads: dict[str, threading.Thread] = {}
+        try:
+            while not self.failed:
+                with connect(self.url) as conn:
+                    verify(conn)
+                    there = endpoints(conn)
+                for endpoint in there:
+                    if endpoint.name not in threads or not threads[endpoint.name].is_alive():
+                        _signers(endpoint)  # a secret that is missing is told before anything is sent
+                        threads[endpoint.name] = threading.Thread(
+                            target=self._keep_delivering, args=(endpoint.name,), daemon=True
+                        )
+                        threads[endpoint.name].start()
+                if self.once:
+                    for thread in threads.values():
+                        thread.join()
+                    break
+                self.stopped.wait(self.poll_s)
+        finally:
+            self.stopped.set()
+            for thread in threads.values():
+                thread.join(timeout=self.timeout_s + self.poll_s)
+        if self.failed:
+            raise self.failed[0]
+
+    def _keep_delivering(self, name: str) -> None:
+        pause_s = self.poll_s
+        while not self.stopped.is_set():
+            try:
+                with listening(self.url, self.config) as feed:
+                    if feed.conn.scalar(_TAKE, {"name": name}):
+                        pause_s = self.poll_s
+                        self._deliver(feed, name)
+                        return
+                if self.once:
+                    self.told(f"{name} is delivered by another process.")
+                    return
+            except (DatabaseUnavailable, OutcomeUnknown) as error:
+                if self.once:
+                    self.failed.append(error)
+                    return
+                self.told(f"{name}: {error.message}")
+            except TallystickError as error:
+                self.failed.append(error)
+                self.stopped.set()
+                return
+            self.stopped.wait(pause_s)
+            pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+
+    def _deliver(self, feed: Feed, name: str) -> None:
+        """Until the endpoint is removed, or with ``once`` until there is nothing to do now."""
+        while not self.stopped.is_set():
+            with translated():
+                row = feed.conn.execute(_LOOK, {"name": name}).one_or_none()
+            if row is None:
+                return
+            *values, wait_s = row
+            endpoint = Endpoint(*values)
+            if wait_s > 0:
+                if self.once:
+                    return
+                self.stopped.wait(min(wait_s, self.poll_s))
+                continue
+            page = feed.page(endpoint.cursor)
+            self._deliver_page(feed, endpoint, page)
+            if len(page) < PAGE:
+                if self.once and not page:
+                    return
+                feed.wait(0 if self.once else self.poll_s)
+
+    def _deliver_page(self, feed: Feed, endpoint: Endpoint, page: Sequence[Event]) -> None:
+        """Up to the first event that is not taken."""
+        signers, passed = _signers(endpoint), endpoint.cursor
+        for event in page:
+            if self.stopped.is_set():
+                return
+            if endpoint.kinds is None or event.kind in endpoint.kinds:
+                body = _body(event)
+                error = _post(endpoint.url, signers, event.id, body, self.timeout_s)
+                dead = error is not None and endpoint.attempts >= len(self.pauses_s)
+                if error is not None and not dead:
+                    pause_s = self.pauses_s[endpoint.attempts] * random.uniform(1, 1.2)  # noqa: S311  # jitter
+                    _run(feed, _put_off(endpoint, error, pause_s))
+                    self.told(Sent(endpoint.name, event.id, event.kind, error))
+                    return
+                moved = _run(feed, _bury(endpoint, event, body, error) if error else _move(endpoint, event.cursor))
+                self.told(Sent(endpoint.name, event.id, event.kind, error, dead))
+                if not moved:  # somebody has set the cursor meanwhile, or removed the endpoint
+                    return
+                endpoint = replace(endpoint, cursor=event.cursor, attempts=0)
+            passed = event.cursor
+        if passed is not None and passed != endpoint.cursor:  # events of other kinds
+            _run(feed, _move(endpoint, passed))
+
+
+def _run(feed: Feed, statement: sa.Executable) -> bool:
+    """True if a row was written."""
+    return run(feed.conn, statement, {}).rowcount > 0
+
+
+def _moving(endpoint: Endpoint) -> sa.Update:
+    """A change of the endpoint, if it is still where it was read."""
+    columns = event_endpoints.c
+    return sa.update(event_endpoints).where(
+        columns.name == endpoint.name,
+        columns.cursor.is_not_distinct_from(endpoint.cursor),
+        columns.removed_at.is_(None),
+    )
+
+
+def _move(endpoint: Endpoint, cursor: str) -> sa.Update:
+    return _moving(endpoint).values(cursor=cursor, attempts=0, next_attempt_at=None, last_error=None)
+
+
+def _put_off(endpoint: Endpoint, error: str, pause_s: float) -> sa.Update:
+    at = sa.func.clock_timestamp() + dt.timedelta(seconds=pause_s)
+    return _moving(endpoint).values(attempts=event_endpoints.c.attempts + 1, next_attempt_at=at, last_error=error)
+
+
+def _bury(endpoint: Endpoint, event: Event, body: str, error: str) -> pg.Insert:
+    """Past the event, which becomes a dead letter."""
+    moved = _move(endpoint, event.cursor).returning(event_endpoints.c.name).cte("moved")
+    letter = {"event_id": event.id, "kind": event.kind, "body": body, "attempts": endpoint.attempts + 1}
+    columns = {name: sa.literal(value, event_dead_letters.c[name].type) for name, value in letter.items()}
+    columns["last_error"] = sa.literal(error)
+    insert = pg.insert(event_dead_letters).from_select(
+        ["endpoint", *columns], sa.select(moved.c.name, *columns.values())
+    )
+    new = insert.excluded
+    return insert.on_conflict_do_update(
+        index_elements=["endpoint", "event_id"],
+        set_={
+            "attempts": event_dead_letters.c.attempts + new.attempts,
+            "last_error": new.last_error,
+            "failed_at": new.failed_at,
+            "replayed_at": None,
+        },
+    )
+
+
+_TAKE = sa.text("SELECT pg_try_advisory_lock(hashtextextended('tallystick.event_endpoints ' || :name, 0))")
+
+_LOOK = sa.text("""
+SELECT name, url, secret_variable, kinds, cursor, attempts, next_attempt_at, last_error,
+  coalesce(extract(epoch FROM next_attempt_at - clock_timestamp()), 0)::float8 AS wait_s
+FROM tallystick.event_endpoints WHERE name = :name AND removed_at IS NULL
+""")
+
+
+def _body(event: Event) -> str:
+    data = {name: getattr(event, name) for name in Event.__dataclass_fields__ if name not in ("kind", "created_at")}
+    said = {"type": event.kind, "timestamp": event.created_at.isoformat(), "data": data}
+    return json.dumps(said, default=str, ensure_ascii=False, separators=(",", ":"))
+
+
+def _signers(endpoint: Endpoint) -> list[Webhook]:
+    """One for each secret: while one is replaced by another the variable holds both, and receivers accept either."""
+    secrets = os.environ.get(endpoint.secret_variable, "").split()
+    try:
+        if secrets:
+            return [Webhook(secret) for secret in secrets]
+        problem = "is not set"
+    except (binascii.Error, EmptyWebhookSecretError):
+        problem = "holds no secret of the Standard Webhooks"
+    raise ConfigError(
+        f"{endpoint.secret_variable}, the secret of the endpoint {endpoint.name}, {problem}. It is whsec_ and 24 to 64 "
+        "bytes in base64, as made by: echo whsec_$(openssl rand -base64 32)"
+    )
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A POST that is sent elsewhere would arrive as a GET."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """None: the answer is an error like any other."""
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
+
+
+def _post(url: str, signers: Sequence[Webhook], event_id: int, body: str, timeout_s: float) -> str | None:
+    """Send it; None where it was taken, else what was wrong."""
+    name, now = f"evt_{event_id}", dt.datetime.now(dt.UTC)
+    request = urllib.request.Request(  # noqa: S310  # checked by add_endpoint
+        url,
+        data=body.encode(),
+        headers={
+            "Content-Type": "application/json",
+            "User-Agent": "tallystick",
+            "webhook-id": name,
+            "webhook-timestamp": str(int(now.timestamp())),
+            "webhook-signature": " ".join(signer.sign(name, now, body) for signer in signers),
+        },
+    )
+    try:
+        with _OPENER.open(request, timeout=timeout_s):
+            return None
+    except urllib.error.HTTPError as error:
+        with error:
+            return f"it answered {error.code} {error.reason}"[:_ERROR_MAX]
+    except (OSError, HTTPException) as error:
+        return f"it did not answer: {getattr(error, 'reason', None) or error or type(error).__name__}"[:_ERROR_MAX]
+
+
+def _unknown(name: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"there is no endpoint {shown(name)}. List them with: tallystick events endpoint list",
+        argument="endpoint",
+        value=name,
+    )

@@ -1,0 +1,171 @@
+"""Events on and off: a trigger on the ledger, which costs nothing while it is not there; and their removal with age."""
+
+from __future__ import annotations
+
+import datetime as dt
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from psycopg.sql import SQL, Composable, Identifier, Literal
+
+from tallystick.config import Config
+from tallystick.database import DbConnection, run
+from tallystick.errors import InvalidArgument
+from tallystick.migrate.runner.session import engine_of, send_when_free, session
+from tallystick.schema import EVENTS_TRIGGER, LEDGER, agreed, event_settings, verify
+
+_BATCH = 10_000
+
+# Positions follow the transactions' numbers. A restored database goes on where another server's numbers were higher:
+# then the new ones are shifted behind them, with what was written between the restoration and now.
+_SETTINGS = SQL("""
+WITH feed AS (
+  SELECT last.id, CASE WHEN last.position >= s.xid_offset + pg_snapshot_xmax(now.snapshot)::text::bigint
+    THEN last.position + 1 - pg_snapshot_xmin(now.snapshot)::text::bigint - s.xid_offset ELSE 0 END AS shift
+  FROM tallystick.event_settings AS s CROSS JOIN pg_current_snapshot() AS now (snapshot)
+  LEFT JOIN LATERAL (SELECT * FROM tallystick.events ORDER BY position DESC, id DESC LIMIT 1) AS last ON true
+), moved AS (
+  UPDATE tallystick.events AS e SET position = e.position + feed.shift FROM feed
+  WHERE feed.shift > 0 AND e.id > feed.id
+)
+UPDATE tallystick.event_settings AS s SET xid_offset = s.xid_offset + feed.shift,
+  recorded_since = coalesce(s.recorded_since, clock_timestamp()),
+  low_balance = coalesce({low_balance}, s.low_balance), notifies = coalesce({notify}, s.notifies)
+FROM feed""")
+
+_ON = SQL(
+    "CREATE OR REPLACE TRIGGER {trigger} AFTER INSERT OR UPDATE OF status ON {ledger}"
+    " FOR EACH ROW EXECUTE FUNCTION tallystick.record_event()"
+)
+_OFF = SQL("DROP TRIGGER IF EXISTS {trigger} ON {ledger}")
+
+_STATUS = sa.text("""
+SELECT s.recorded_since, s.low_balance, s.notifies,
+  (SELECT min(e.created_at) FROM tallystick.events AS e) AS oldest,
+  (SELECT e.position || '-' || e.id FROM tallystick.events AS e WHERE e.position < ended
+   ORDER BY e.position DESC, e.id DESC LIMIT 1) AS cursor,
+  (SELECT count(*) FROM tallystick.events AS e WHERE e.position >= ended) AS waiting
+FROM tallystick.event_settings AS s
+CROSS JOIN LATERAL (SELECT s.xid_offset + pg_snapshot_xmin(pg_current_snapshot())::text::bigint AS ended) AS feed
+""")
+
+
+@dataclass(frozen=True, slots=True)
+class EventsStatus:
+    """If events are written, and since when; ``cursor`` is that of the newest that is given to readers.
+
+    ``waiting`` events are written and not given yet: a transaction that began to write before them is open.
+    """
+
+    recorded_since: dt.datetime | None
+    low_balance: int | None
+    notifies: bool
+    oldest: dt.datetime | None
+    cursor: str | None
+    waiting: int
+
+    @property
+    def enabled(self) -> bool:
+        """True while the ledger's trigger writes events."""
+        return self.recorded_since is not None
+
+
+def enable(
+    database: sa.Engine | str,
+    config: Config,
+    *,
+    low_balance: int | None = None,
+    notify: bool | None = None,
+    lock_timeout_ms: int = 50,
+    give_up_after_s: float = 60,
+) -> None:
+    """Write events from now on, as the owner of the ledger; traffic waits for at most ``lock_timeout_ms``.
+
+    Again it changes the settings that are given: ``low_balance`` is the threshold of users without one of their own, 0
+    for none, and ``notify`` sends ``NOTIFY tallystick_events`` with each event. On a database that was restored on
+    another server it lets the feed go on.
+
+    Raises:
+        InvalidArgument: ``low_balance`` is below 0.
+        MigrationBlocked: the ledger was never free.
+        NotMigrated, PermissionDenied, MigrationError: nothing was changed.
+    """
+    if low_balance is not None and low_balance < 0:
+        raise InvalidArgument(
+            f"low_balance={low_balance}: pass a whole number of credits, or 0 for none",
+            argument="low_balance",
+            value=low_balance,
+        )
+    settings = _SETTINGS.format(low_balance=Literal(low_balance), notify=Literal(notify))
+    _switch(database, config, settings, _ON, lock_timeout_ms=lock_timeout_ms, give_up_after_s=give_up_after_s)
+
+
+def disable(
+    database: sa.Engine | str, config: Config, *, lock_timeout_ms: int = 50, give_up_after_s: float = 60
+) -> None:
+    """Write no more events; those that there are stay, until ``prune``. Raises what ``enable`` does."""
+    settings = SQL("UPDATE tallystick.event_settings SET recorded_since = NULL")
+    _switch(database, config, settings, _OFF, lock_timeout_ms=lock_timeout_ms, give_up_after_s=give_up_after_s)
+
+
+def status(conn: DbConnection) -> EventsStatus:
+    """The feed's state, by any role that may read the ledger."""
+    return EventsStatus(*run(conn, _STATUS, {}).one())
+
+
+def prune(database: sa.Engine | str, *, older_than: dt.timedelta) -> int:
+    """Remove events that are older, but for those that an endpoint still waits for; gives their number.
+
+    Raises:
+        InvalidArgument: ``older_than`` is below 0.
+    """
+    if older_than < dt.timedelta():
+        raise InvalidArgument(f"older_than={older_than}: pass 0 or more", argument="older_than", value=older_than)
+    removed = 0
+    with session(engine_of(database)) as conn:
+        verify(conn)
+        before = conn.scalar(sa.select(sa.func.clock_timestamp() - older_than))
+        raised = sa.case((event_settings.c.recorded_since < before, before), else_=event_settings.c.recorded_since)
+        # first, so that no audit looks for what is gone
+        conn.execute(event_settings.update().values(recorded_since=raised))
+        while done := conn.execute(_PRUNE, {"before": before, "batch": _BATCH}).rowcount:
+            removed += done
+    return removed
+
+
+_PRUNE = sa.text("""
+DELETE FROM tallystick.events WHERE (position, id) IN (
+  SELECT e.position, e.id FROM tallystick.events AS e
+  WHERE e.created_at < :before AND NOT EXISTS (
+    SELECT FROM tallystick.event_endpoints AS p WHERE p.removed_at IS NULL AND (p.cursor IS NULL OR (e.position, e.id)
+      > (split_part(p.cursor, '-', 1)::bigint, split_part(p.cursor, '-', 2)::bigint)))
+  ORDER BY e.position, e.id LIMIT :batch)
+""")
+
+
+def _switch(
+    database: sa.Engine | str,
+    config: Config,
+    settings: Composable,
+    trigger_change: SQL,
+    *,
+    lock_timeout_ms: int,
+    give_up_after_s: float,
+) -> None:
+    """Lock the ledger, so that nobody is writing to it, then change the settings and the trigger."""
+    with session(engine_of(database)) as conn:
+        verify(conn)
+        host = agreed(conn, config).host
+        ledger, trigger = Identifier(host.schema_of_ledger, LEDGER), Identifier(EVENTS_TRIGGER)
+        send_when_free(
+            conn,
+            [
+                SQL("LOCK TABLE {} IN SHARE ROW EXCLUSIVE MODE").format(ledger),
+                settings,
+                trigger_change.format(trigger=trigger, ledger=ledger),
+            ],
+            action="switch events",
+            table=ledger.as_string(None),
+            lock_timeout_ms=lock_timeout_ms,
+            give_up_after_s=give_up_after_s,
+        )

@@ -1,0 +1,319 @@
+"""Events delivered to a real receiver that fails in every way: at least once, in order, signed, kept if not taken."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from standardwebhooks import Webhook
+
+from tallystick import events
+from tallystick.errors import ConfigError, InvalidArgument
+from tallystick.events.deliver import (
+    Sent,
+    add_endpoint,
+    dead_letters,
+    deliver,
+    endpoints,
+    remove_endpoint,
+    replay,
+)
+from worlds import World
+
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+OTHER = "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD"
+AT_ONCE = (0.0, 0.0, 0.0)  # four attempts
+
+
+@dataclass
+class Receiver:
+    folder: Path
+    url: str = ""
+
+    def answers(self, *answers: object) -> None:
+        (self.folder / "answers").write_text("\n".join(map(str, answers)))
+
+    @property
+    def received(self) -> list[dict[str, Any]]:
+        file = self.folder / "received"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    @property
+    def taken(self) -> list[int]:
+        """The amounts of what was answered with 2xx, each verified."""
+        return [
+            Webhook(SECRET).verify(each["body"], each["headers"])["data"]["amount"]
+            for each in self.received
+            if each["answer"] == "200"
+        ]
+
+
+@pytest.fixture
+def receiver(tmp_path: Path) -> Iterator[Receiver]:
+    made = Receiver(tmp_path)
+    made.answers(200)
+    command = [sys.executable, str(Path(__file__).with_name("webhook_receiver.py")), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        made.url = f"http://127.0.0.1:{int(process.stdout.readline())}/hook"
+        yield made
+        process.kill()
+
+
+@pytest.fixture
+def shop(world: World, receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> World:
+    """Events are on, and one endpoint named ``app``."""
+    monkeypatch.setenv("HOOK_SECRET", SECRET)
+    events.enable(world.url, world.config, low_balance=5)
+    with world.engine.begin() as conn:
+        add_endpoint(conn, "app", receiver.url, secret_variable="HOOK_SECRET")
+    return world
+
+
+def run(world: World, **options: Any) -> list[Sent]:
+    """All that can be delivered now, and what failed at once again."""
+    told: list[Any] = []
+    options = {"pauses_s": AT_ONCE, "timeout_s": 1.0, "poll_s": 0.1} | options
+    deliver(world.url, world.config, once=True, told=told.append, **options)
+    return told
+
+
+def test_an_event_is_signed_and_sent_once(shop: World, receiver: Receiver) -> None:
+    user = shop.user(credits=7)
+    assert [(done.kind, done.error) for done in run(shop)] == [("purchase.completed", None)]
+    (sent,) = receiver.received
+    said = Webhook(SECRET).verify(sent["body"], sent["headers"])
+    with shop.engine.connect() as conn:
+        (event,) = shop.ledger.events(conn)
+    assert sent["headers"]["webhook-id"] == f"evt_{event.id}"
+    assert (said["type"], said["timestamp"]) == ("purchase.completed", event.created_at.isoformat())
+    assert said["data"] == {
+        "id": event.id,
+        "cursor": event.cursor,
+        "user_id": str(user),
+        "transaction_id": str(event.transaction_id),
+        "amount": 7,
+        "balance_after": 7,
+        "sequence": 1,
+        "workshop_id": None,
+        "idempotency_key": None,
+        "metadata": None,
+        "threshold": None,
+    }
+    assert run(shop) == []
+
+
+def test_two_secrets_while_one_is_replaced(shop: World, receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOOK_SECRET", f"{OTHER} {SECRET}")
+    shop.user(credits=1)
+    run(shop)
+    (sent,) = receiver.received
+    for secret in (SECRET, OTHER):
+        assert Webhook(secret).verify(sent["body"], sent["headers"])["data"]["amount"] == 1
+
+
+@pytest.mark.parametrize("answer", ["500", "302", "404", "hang", "close"])
+def test_what_is_not_taken_is_sent_again_and_the_next_waits(shop: World, receiver: Receiver, answer: str) -> None:
+    receiver.answers(answer, answer, 200)
+    for credits in (1, 2):
+        shop.user(credits=credits)
+    told = run(shop)
+    assert [done.error is None for done in told] == [False, False, True, True]
+    assert receiver.taken == [1, 2]
+    ids = [sent["headers"]["webhook-id"] for sent in receiver.received]
+    assert ids == [ids[0], ids[0], ids[0], ids[3]]
+
+
+def test_a_receiver_that_is_not_there(shop: World, receiver: Receiver) -> None:
+    with shop.engine.begin() as conn:
+        add_endpoint(conn, "app", "http://127.0.0.1:9/hook", secret_variable="HOOK_SECRET")
+    shop.user(credits=1)
+    (done,) = run(shop, pauses_s=(60.0,))
+    assert "Connection refused" in str(done.error)
+    with shop.engine.connect() as conn:
+        (endpoint,) = endpoints(conn)
+    assert (endpoint.attempts, endpoint.last_error) == (1, done.error)
+
+
+def test_a_pause_is_kept(shop: World, receiver: Receiver) -> None:
+    receiver.answers(500)
+    shop.user(credits=1)
+    assert [done.error for done in run(shop, pauses_s=(60.0,))] == ["it answered 500 Internal Server Error"]
+    assert run(shop) == []
+    assert len(receiver.received) == 1
+
+
+def test_after_the_last_attempt_it_is_a_dead_letter_and_can_be_replayed(shop: World, receiver: Receiver) -> None:
+    receiver.answers(500, 500, 500, 500, 200)
+    for credits in (1, 2):
+        shop.user(credits=credits)
+    told = run(shop)
+    assert [(done.error is None, done.dead) for done in told] == [
+        *[(False, False)] * 3,
+        (False, True),
+        (True, False),
+    ]
+    assert receiver.taken == [2]
+    with shop.engine.begin() as conn:
+        (letter,) = dead_letters(conn)
+        assert (letter.endpoint, letter.attempts, letter.kind) == ("app", 4, "purchase.completed")
+        assert events.prune(shop.url, older_than=dt.timedelta()) == 2  # it is kept whole
+        with pytest.raises(InvalidArgument, match="no dead letter 999"):
+            replay(conn, "app", [999])
+        receiver.answers(503, 200)
+        assert [done.error for done in replay(conn, "app")] == ["it answered 503 Service Unavailable"]
+        assert dead_letters(conn)[0].attempts == 5
+        assert [done.error for done in replay(conn, "app", [letter.event_id])] == [None]
+        assert (dead_letters(conn), replay(conn, "app")) == ([], [])
+    assert receiver.taken == [2, 1]
+    bodies = [sent["body"] for sent in receiver.received]
+    assert bodies[0] == bodies[-1]
+
+
+def test_only_the_kinds_that_are_asked_for(shop: World, receiver: Receiver) -> None:
+    with shop.engine.begin() as conn:
+        add_endpoint(conn, "app", receiver.url, secret_variable="HOOK_SECRET", kinds=["balance.low"])
+    user = shop.user(credits=6)
+    with shop.engine.begin() as conn:
+        for number in range(3):
+            shop.ledger.consume(conn, user, key=f"{number}")
+    assert [done.kind for done in run(shop)] == ["balance.low"]
+    with shop.engine.connect() as conn:
+        (endpoint,) = endpoints(conn)
+        assert endpoint.cursor == events.status(conn).cursor
+
+
+def test_an_endpoint_begins_now_or_where_it_is_told(world: World, receiver: Receiver, monkeypatch) -> None:
+    monkeypatch.setenv("HOOK_SECRET", SECRET)
+    events.enable(world.url, world.config)
+    for credits in (1, 2, 3):
+        world.user(credits=credits)
+    with world.engine.begin() as conn:
+        first = world.ledger.events(conn)[0]
+        for name, where in (("now", {}), ("all", {"from_oldest": True}), ("some", {"after": first.cursor})):
+            add_endpoint(conn, name, receiver.url, secret_variable="HOOK_SECRET", **where)
+    done = run(world)
+    assert sorted((each.endpoint, each.event_id - first.id) for each in done) == [
+        *(("all", number) for number in range(3)),
+        *(("some", number) for number in (1, 2)),
+    ]
+    with world.engine.begin() as conn:
+        remove_endpoint(conn, "all")
+        with pytest.raises(InvalidArgument, match="no endpoint 'all'"):
+            remove_endpoint(conn, "all")
+        assert [endpoint.name for endpoint in endpoints(conn)] == ["now", "some"]
+
+
+@pytest.mark.parametrize("url", ["http://example.com/hook", "ftp://example.com", "example.com", "https://"])
+def test_an_address_that_others_could_read(shop: World, url: str) -> None:
+    with shop.engine.begin() as conn, pytest.raises(InvalidArgument, match="https://"):
+        add_endpoint(conn, "app", url, secret_variable="HOOK_SECRET")
+
+
+@pytest.mark.parametrize(("secret", "said"), [("", "is not set"), ("whsec_", "holds no"), ("whsec_a", "holds no")])
+def test_a_secret_that_is_none(shop: World, monkeypatch: pytest.MonkeyPatch, secret: str, said: str) -> None:
+    monkeypatch.setenv("HOOK_SECRET", secret)
+    with pytest.raises(ConfigError, match=f"HOOK_SECRET, .* {said}"):
+        run(shop)
+
+
+def process(world: World) -> subprocess.Popen[str]:
+    script = (
+        "import sys; from tallystick import Config; from tallystick.events.deliver import deliver; "
+        f"deliver({world.url!r}, Config(database_url={world.url!r}), poll_s=0.1, pauses_s=(0.2,) * 50)"
+    )
+    return subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "HOOK_SECRET": SECRET})
+
+
+def eventually(check: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not check():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_killed_in_the_middle_it_is_sent_again(shop: World, receiver: Receiver) -> None:
+    receiver.answers("hang", 200)
+    for credits in (1, 2, 3):
+        shop.user(credits=credits)
+    with process(shop) as first:
+        eventually(lambda: len(receiver.received) == 1)
+        first.kill()
+    with process(shop) as second:
+        eventually(lambda: receiver.taken == [1, 2, 3])
+        shop.user(credits=4)
+        eventually(lambda: receiver.taken == [1, 2, 3, 4])
+        second.terminate()
+
+
+def test_one_deliverer_at_a_time(shop: World, receiver: Receiver) -> None:
+    """Several share the work of one endpoint: each event arrives once and in order."""
+    with process(shop) as first, process(shop) as second:
+        try:
+            for credits in range(1, 21):
+                shop.user(credits=credits)
+            eventually(lambda: len(receiver.taken) >= 20)
+        finally:
+            first.terminate()
+            second.terminate()
+    assert receiver.taken == list(range(1, 21))
+
+
+def test_an_endpoint_that_hangs_keeps_no_other(shop: World, receiver: Receiver) -> None:
+    receiver.answers("hang", 200)
+    with shop.engine.begin() as conn:
+        add_endpoint(conn, "another", receiver.url, secret_variable="HOOK_SECRET")
+    shop.user(credits=1)
+    done: list[Any] = []
+    thread = threading.Thread(target=lambda: done.extend(run(shop, timeout_s=3.0, pauses_s=(60.0,))))
+    thread.start()
+    eventually(lambda: receiver.taken == [1])
+    assert thread.is_alive()  # the first still waits for its answer
+    thread.join()
+    assert sorted(each.error is None for each in done) == [False, True]
+
+
+class TestCommands:
+    def run(self, world: World, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", "from tallystick.cli import main; main()", "events", *arguments]
+        environ = {**os.environ, "DATABASE_URL": world.url}
+        return subprocess.run(command, env=environ, text=True, capture_output=True, timeout=60, check=False)
+
+    def test_from_the_first_event_to_a_replay(self, shop: World, receiver: Receiver) -> None:
+        add = (
+            "endpoint",
+            "add",
+            "crm",
+            receiver.url,
+            "--secret-variable",
+            "HOOK_SECRET",
+            "--kind",
+            "purchase.completed",
+        )
+        assert self.run(shop, *add).returncode == 0
+        assert self.run(shop, "endpoint", "remove", "app").returncode == 0
+        listed = json.loads(self.run(shop, "endpoint", "list", "--json").stdout)
+        assert [(each["name"], each["kinds"]) for each in listed] == [("crm", ["purchase.completed"])]
+        receiver.answers(500, 200)
+        for credits in (1, 2):
+            shop.user(credits=credits)
+        ran = self.run(shop, "deliver", "--once", "--attempts", "1")
+        assert ran.returncode == 0, ran.stderr
+        assert "It is a dead letter" in ran.stderr
+        assert "purchase.completed was taken" in ran.stdout
+        (letter,) = json.loads(self.run(shop, "dead-letters", "--json").stdout)
+        assert str(letter["event_id"]) in self.run(shop, "dead-letters").stdout
+        assert self.run(shop, "replay", "crm").returncode == 0
+        assert receiver.taken == [2, 1]
+        assert self.run(shop, "replay", "nobody").returncode == 1
+        assert "No dead letters" in self.run(shop, "dead-letters").stdout
