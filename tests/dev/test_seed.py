@@ -69,6 +69,10 @@ BALANCES = {
     "names": 2,
     "granted": 2,
     "dispute_won": 3,
+    "holding": 2,
+    "reversed": 2,
+    "expiring": 5,
+    "corrected": -1,
 }
 
 
@@ -96,6 +100,16 @@ def every_row(world: World) -> list[list[str]]:
             sorted(conn.scalars(sa.select(whole_row).select_from(table.alias("host_row"))))
             for table in tables(world.schema)
         ]
+
+
+def test_lots_go_with_their_user(world: World) -> None:
+    plant(world, only=["expiring"])
+    with world.engine.connect() as conn:
+        lots, moves = world.schema.lots, world.schema.lot_moves
+        counts = [sa.select(sa.func.count()).select_from(table) for table in (lots, moves)]
+        assert [conn.scalar(count) for count in counts] == [2, 1]
+        uproot(world)
+        assert [conn.scalar(count) for count in counts] == [0, 0]
 
 
 def every_fact(world: World) -> list[list[tuple[object, ...]]]:

@@ -215,6 +215,9 @@ def reset(
         if _present(conn, schema, chosen):
             with _append_only_lifted(conn, ledger):
                 conn.execute(sa.delete(ledger).where(ledger.c.user_id.in_(users)))
+                gone_lots = sa.delete(schema.lots).where(schema.lots.c.user_id.in_(users)).returning(schema.lots.c.id)
+                lots = conn.scalars(gone_lots).all()
+                conn.execute(sa.delete(schema.lot_moves).where(schema.lot_moves.c.lot_id.in_(lots)))
         for table, made in ((schema.workshops, workshops), (schema.users, users)):
             if table is not None:
                 gone = conn.scalars(sa.delete(table).where(table.c.key.in_(made)).returning(table.c.key))
@@ -491,13 +494,39 @@ class _Story:
         """Give back what refunds of a purchase took."""
         self.ledger.reinstate(self.conn, self.user, bought.id, key=self._key())
 
-    def grant(self, credits: int, *, description: str) -> None:
-        """Give credits that nobody paid for."""
-        self.ledger.grant(self.conn, self.user, credits=credits, key=self._key(), description=description)
+    def grant(self, credits: int, *, description: str, days: int | None = None) -> CreditTransaction:
+        """Give credits that nobody paid for; they expire in so many ``days``."""
+        expires_at = None if days is None else dt.datetime.now(dt.UTC) + dt.timedelta(days=days)
+        return self.ledger.grant(
+            self.conn, self.user, credits=credits, key=self._key(), description=description, expires_at=expires_at
+        )
 
-    def spend(self, amount: int = 1, *, description: str | None = None) -> None:
+    def correct(self, given: CreditTransaction) -> None:
+        """Take back a grant."""
+        self.ledger.correct(self.conn, self.user, given.id, key=self._key())
+
+    def hold(self, credits: int, *, description: str) -> CreditTransaction:
+        """Set credits aside, for longer than anybody develops."""
+        year = dt.timedelta(days=365)
+        return self.ledger.hold(
+            self.conn, self.user, credits=credits, key=self._key(), expires_in=year, description=description
+        )
+
+    def capture(self, hold: CreditTransaction, credits: int) -> None:
+        """Charge a hold."""
+        self.ledger.capture(self.conn, self.user, hold.id, credits=credits)
+
+    def release(self, hold: CreditTransaction) -> None:
+        """Give a hold up."""
+        self.ledger.release(self.conn, self.user, hold.id)
+
+    def reverse(self, spent: CreditTransaction) -> None:
+        """Give back a consumption."""
+        self.ledger.reverse(self.conn, self.user, spent.id, key=self._key())
+
+    def spend(self, amount: int = 1, *, description: str | None = None) -> CreditTransaction:
         """Spend credits on no workshop."""
-        self.ledger.consume(self.conn, self.user, credits=amount, key=self._key(), description=description)
+        return self.ledger.consume(self.conn, self.user, credits=amount, key=self._key(), description=description)
 
     def draft(self, *titles: str, created_at: dt.datetime | None = None) -> list[Key]:
         """Make workshops, locked ones; none where the host has no such thing."""
@@ -515,9 +544,9 @@ class _Story:
             for number, title in enumerate(titles, first)
         ]
 
-    def unlock(self, workshop: Key) -> None:
+    def unlock(self, workshop: Key) -> CreditTransaction:
         """Spend a credit on a workshop."""
-        self.ledger.consume(self.conn, self.user, workshop=workshop, key=self._key())
+        return self.ledger.consume(self.conn, self.user, workshop=workshop, key=self._key())
 
     def _key(self) -> str:
         self._acts += 1
@@ -710,6 +739,45 @@ def _dispute_won(story: _Story) -> None:
     bought = story.buy(3)
     story.refund(bought)
     story.reinstate(bought)
+
+
+@_scenario(19)
+def _holding(story: _Story) -> None:
+    """Credits set aside for a job under way, beside one that was charged and one that was given up."""
+    story.onboard()
+    story.buy(3)
+    story.capture(story.hold(2, description="An answer"), 1)
+    story.release(story.hold(1, description="A render that was cancelled"))
+    story.hold(1, description="A render under way")
+
+
+@_scenario(20, workshops=2)
+def _reversed(story: _Story) -> None:
+    """A workshop that was unlocked by mistake: reversed, and so locked again, beside one that was not."""
+    story.onboard()
+    story.buy(3)
+    spent = [story.unlock(workshop) for workshop in story.draft("Unlocked By Mistake", "Meant To Be")]
+    spent = spent or [story.spend(), story.spend()]
+    story.reverse(spent[0])
+
+
+@_scenario(21)
+def _expiring(story: _Story) -> None:
+    """Credits that expire, some of them spent, beside bought ones that do not."""
+    story.onboard()
+    story.buy(1)
+    story.grant(5, description="Spring promotion", days=30)
+    story.grant(2, description="Thank you for your patience", days=365)
+    story.spend(3)
+
+
+@_scenario(22)
+def _corrected(story: _Story) -> None:
+    """A grant by mistake, partly spent before it was taken back: in debt."""
+    story.onboard()
+    mistake = story.grant(50, description="Imported twice")
+    story.spend(1)
+    story.correct(mistake)
 
 
 SCENARIOS: Mapping[str, Scenario] = MappingProxyType(_scenarios)
