@@ -117,10 +117,20 @@ def books_balance(world: World) -> None:
                     assert left[entry.refund_of] >= 0, entry
                 case "grant" if entry.refund_of:
                     left[entry.refund_of] += entry.amount
+                case "grant":
+                    left[entry.id] = entry.amount
+                case "correction" | "expiry":
+                    left[entry.refund_of] += entry.amount
+                    assert left[entry.refund_of] >= 0, entry
+                case "reversal":
+                    left[entry.refund_of] -= entry.amount
+                    assert left[entry.refund_of] >= 0, entry
+                    paid_for -= {entry.workshop_id}
                 case "consumption":
-                    assert balance >= 0, entry
+                    assert balance >= 0 or entry.held, entry
                     assert entry.workshop_id not in paid_for, entry
                     paid_for |= {entry.workshop_id} - {None}
+                    left[entry.id] = -entry.amount
         assert chains == accounts
         if workshops is not None:
             unlocked = sa.select(workshops.c.key).where(workshops.c.credit_consumed_at.is_not(None))

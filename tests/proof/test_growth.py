@@ -120,6 +120,7 @@ def operations(history: History, conn: sa.Connection) -> dict[str, Call]:
     half = history.rows // 2
     row = world.schema.credit_transactions.c
     bought = conn.scalars(sa.select(row.id).where(row.user_id == FIRST, row.sequence == 1)).one()
+    spent = conn.scalars(sa.select(row.id).where(row.user_id == FIRST, row.sequence == 2)).one()
     unlocked = conn.scalar(sa.text("SELECT id FROM workshops WHERE user_id = :user LIMIT 1"), {"user": FIRST})
     fresh = [uuid.uuid4() for _ in range(2)]
     for each in fresh:
@@ -155,6 +156,25 @@ def operations(history: History, conn: sa.Connection) -> dict[str, Call]:
         "refund, refused": lambda c: ledger.refund(c, FIRST, bought, credits=99, key=f"{key} t"),
         "reinstate": lambda c: ledger.reinstate(c, FIRST, bought, credits=1, key=f"{key} i"),
         "grant": lambda c: ledger.grant(c, FIRST, credits=1, key=f"{key} g", description="x"),
+        "hold": lambda c: ledger.hold(c, FIRST, credits=1, key=f"{key} h"),
+        "hold and capture": lambda c: ledger.capture(
+            c, FIRST, ledger.hold(c, FIRST, credits=1, key=f"{key} h").id, credits=1
+        ),
+        "hold and release": lambda c: ledger.release(c, FIRST, ledger.hold(c, FIRST, credits=1, key=f"{key} h").id),
+        "reverse": lambda c: ledger.reverse(c, FIRST, spent, key=f"{key} v"),
+        "grant and correct": lambda c: ledger.correct(
+            c, FIRST, ledger.grant(c, FIRST, credits=1, key=f"{key} e", description="x").id, key=f"{key} k"
+        ),
+        "grant that expires": lambda c: ledger.grant(
+            c,
+            FIRST,
+            credits=1,
+            key=f"{key} l",
+            description="x",
+            expires_at=dt.datetime.now(dt.UTC) + dt.timedelta(days=1),
+        ),
+        "lots": lambda c: ledger.lots(c, FIRST),
+        "sweep": ledger.sweep,
         "lock": lambda c: ledger.lock(c, FIRST),
         "balance": lambda c: ledger.balance(c, FIRST),
         "balance_at, now": lambda c: ledger.balance_at(c, FIRST, dt.datetime.now(dt.UTC)),
@@ -265,7 +285,8 @@ NAMES = [
     "start_purchase", "attach_session", "attach_session, again", "complete_purchase by id",
     "complete_purchase by session", "complete_purchase, again", "fail_purchase by id", "fail_purchase by session",
     "consume", "consume, again", "consume, refused", "consume for a workshop", "consume for an unlocked workshop",
-    "consume_many", "refund", "refund, refused", "reinstate", "grant", "lock", "balance",
+    "consume_many", "refund", "refund, refused", "reinstate", "grant", "hold", "hold and capture", "hold and release",
+    "reverse", "grant and correct", "grant that expires", "lots", "sweep", "lock", "balance",
     "balance_at, now", "balance_at, long ago", "history, first page", "history, far back", "history, last page",
     "history with failed, first page", "history with failed, further", "access",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,8 +28,31 @@ from worlds import World
 
 
 @dataclass
+class Lot:
+    """Credits that expire, in the order in which they came."""
+
+    days: int
+    number: int
+    left: int
+
+
+@dataclass
+class Hold:
+    """Credits set aside: live, past its time, released or captured."""
+
+    credits: int
+    limit: int
+    workshop: Key | None
+    state: str = "live"
+    charged: int = 0
+
+
+@dataclass
 class Model:
-    """One user. Each operation gives the name of the refusal, or None and has happened."""
+    """One user. Each operation gives the name of the refusal, or None and has happened.
+
+    ``balance`` and ``rows`` are what is written; what has expired is written by the next ``touch``.
+    """
 
     balance: int = 0
     rows: int = 0
@@ -36,19 +60,147 @@ class Model:
     left: dict[Any, int] = field(default_factory=dict)
     taken: Counter[Any] = field(default_factory=Counter)
     unlocked: set[Key | None] = field(default_factory=set)
+    holds: dict[Any, Hold] = field(default_factory=dict)
+    lots: list[Lot] = field(default_factory=list)
+    lot_of: dict[Any, Lot] = field(default_factory=dict)
+    used: dict[Any, dict[int, int]] = field(default_factory=dict)  # row → lot's number → credits of it
+    opened: dict[Any, Key | None] = field(default_factory=dict)  # consumption → its workshop
+
+    @property
+    def held(self) -> int:
+        return sum(hold.credits for hold in self.holds.values() if hold.state == "live")
+
+    @property
+    def seen(self) -> int:
+        """The balance as it is read: without what has expired and is not written yet."""
+        gone = sum(lot.left for lot in self.lots if lot.days <= 0)
+        return self.balance - min(gone, max(self.balance - self.held, 0))
+
+    def wait(self, days: int) -> None:
+        for hold in self.holds.values():
+            hold.state = "late" if hold.state == "live" else hold.state
+        for lot in self.lots:
+            lot.days -= days
+
+    def touch(self) -> None:
+        for lot in sorted(self.lots, key=lambda lot: (lot.days, lot.number)):
+            if lot.days <= 0 and lot.left:
+                gone = min(lot.left, max(self.balance - self.held, 0))
+                if gone:
+                    self.move(-gone)
+                lot.left = min(lot.left - gone, self.held)
 
     def move(self, amount: int) -> None:
         self.balance, self.rows = self.balance + amount, self.rows + 1
 
+    def take(self, row: Any, amount: int, *, expired: bool = False) -> None:
+        """What expires soonest first."""
+        for lot in sorted(self.lots, key=lambda lot: (lot.days, lot.number)):
+            if lot.left and amount > 0 and (expired or lot.days > 0):
+                some = min(lot.left, amount)
+                lot.left, amount = lot.left - some, amount - some
+                uses = self.used.setdefault(row, {})
+                uses[lot.number] = uses.get(lot.number, 0) + some
+
+    def take_back(self, row: Any, amount: int) -> None:
+        """From its own lot, then what the balance no longer covers."""
+        if own := self.lot_of.get(row):
+            own.left -= min(own.left, amount)
+        uncovered = sum(lot.left for lot in self.lots) - max(self.balance, 0)
+        self.take(row, uncovered, expired=True)
+
+    def give_back(self, row: Any, amount: int, most: int) -> None:
+        uses = self.used.get(row, {})
+        amount -= max(most - sum(uses.values()), 0)  # what came from no lot goes to none
+        for lot in sorted(self.lots, key=lambda lot: (-lot.days, -lot.number)):
+            some = min(max(amount, 0), uses.get(lot.number, 0))
+            if some:
+                lot.left, amount, uses[lot.number] = lot.left + some, amount - some, uses[lot.number] - some
+        self.touch()
+
     def consume(self, amount: int, workshop: Key | None = None) -> str | None:
+        self.touch()
         if workshop in self.unlocked:
             return None
-        if amount > self.balance:
+        if amount > self.balance - self.held:
             return "InsufficientCredits"
         self.unlocked |= {workshop} - {None}
         return self.move(-amount)
 
+    def spent(self, row: Any, amount: int, workshop: Key | None = None, *, expired: bool = False) -> None:
+        """After a consumption, when the name of its row is known."""
+        self.take(row, amount, expired=expired)
+        self.left[row], self.opened[row] = amount, workshop
+
+    def reverse(self, row: Any, credits: int | None) -> str | None:
+        self.touch()
+        asked = self.left[row] if credits is None else credits
+        if not 0 < asked <= self.left[row]:
+            return "ReversalExceedsConsumption"
+        most, self.left[row] = self.left[row], self.left[row] - asked
+        if not self.left[row]:
+            self.unlocked.discard(self.opened[row])
+        self.move(asked)
+        return self.give_back(row, asked, most)
+
+    def grant(self, credits: int) -> None:
+        self.touch()
+        self.move(credits)
+
+    def granted(self, row: Any, credits: int, days: int | None) -> None:
+        self.left[row] = credits
+        if days is not None:
+            covered = max(self.balance - sum(lot.left for lot in self.lots), 0)
+            self.lots.append(lot := Lot(days, len(self.lots), min(credits, covered)))
+            self.lot_of[row] = lot
+
+    def correct(self, row: Any, credits: int | None) -> str | None:
+        self.touch()
+        lot = self.lot_of.get(row)
+        if lot is not None and lot.days <= 0:
+            return "expired"  # which of it has expired is not kept here
+        asked = self.left[row] if credits is None else credits
+        if not 0 < asked <= self.left[row]:
+            return "CorrectionExceedsGrant"
+        self.left[row] -= asked
+        self.move(-asked)
+        return self.take_back(row, asked)
+
+    def hold(self, credits: int) -> str | None:
+        self.touch()
+        return "InsufficientCredits" if credits > self.balance - self.held else None
+
+    def capture(self, row: Any, credits: int | None, *, debt: bool) -> str | None:
+        self.touch()
+        hold = self.holds[row]
+        charged = credits or (hold.charged if hold.state == "captured" else hold.credits)
+        if hold.state == "captured":
+            return None if charged == hold.charged else "IdempotencyKeyReused"
+        if hold.state == "released":
+            return "HoldClosed"
+        if charged > hold.limit:
+            return "CaptureExceedsHold"
+        if hold.workshop in self.unlocked:
+            hold.state = "released" if hold.state == "live" else hold.state
+            return None
+        own = hold.credits if hold.state == "live" else 0
+        if charged > self.balance - (self.held - own) and not debt:
+            return "InsufficientCredits"
+        hold.state, hold.charged = "captured", charged
+        self.unlocked |= {hold.workshop} - {None}
+        self.move(-charged)
+        return self.spent(row, charged, hold.workshop, expired=True)
+
+    def release(self, row: Any) -> str | None:
+        self.touch()
+        hold = self.holds[row]
+        if hold.state == "captured":
+            return "HoldClosed"
+        hold.state = "released" if hold.state == "live" else hold.state
+        return None
+
     def complete(self, purchase: Any) -> None:
+        self.touch()
         if self.status[purchase] != "completed":
             self.status[purchase] = "completed"
             self.move(self.left[purchase])
@@ -60,6 +212,7 @@ class Model:
         return None
 
     def refund(self, purchase: Any, credits: int | None) -> str | None:
+        self.touch()
         if self.status[purchase] != "completed":
             return "PurchaseNotCompleted"
         asked = self.left[purchase] if credits is None else credits
@@ -67,20 +220,27 @@ class Model:
             return "RefundExceedsPurchase"
         self.left[purchase] -= asked
         self.taken[purchase] += asked
-        return self.move(-asked)
+        self.move(-asked)
+        return self.take_back(purchase, asked)
 
     def reinstate(self, purchase: Any, credits: int | None) -> str | None:
+        self.touch()
         asked = self.taken[purchase] if credits is None else credits
         if not 0 < asked <= self.taken[purchase]:
             return "ReinstatementExceedsRefunds"
+        most = self.taken[purchase]
         self.left[purchase] += asked
         self.taken[purchase] -= asked
-        return self.move(asked)
+        self.move(asked)
+        return self.give_back(purchase, asked, most)
 
 
 class Machine(RuleBasedStateMachine):
     purchases = Bundle("purchases")
     done = Bundle("done")  # calls that were made with a key: (the call, the row it gave)
+    spendings = Bundle("spendings")
+    gifts = Bundle("gifts")
+    holds = Bundle("holds")
 
     def __init__(self, world: World) -> None:
         super().__init__()
@@ -92,19 +252,26 @@ class Machine(RuleBasedStateMachine):
         self.conn = self.world.autocommit.connect()
         self.user = self.world.user()
         self.workshops = [self.world.workshop(self.user) for _ in range(3)]
+        self.ledger.grant(self.conn, self.user, credits=6, key="welcome", description="Welcome")
+        self.model.move(6)
 
     def key(self) -> str:
         self.calls += 1
         return f"call {self.calls}"
 
-    def agree(self, expected: str | None, call: Callable[[], CreditTransaction]) -> CreditTransaction | None:
+    def agree(
+        self, expected: str | None, call: Callable[[], CreditTransaction], *, held: int = 0
+    ) -> CreditTransaction | None:
+        """What the ledger did is what the model expected; ``held`` is what the call sets aside."""
         found = outcome(call)
         assert (None if isinstance(found, CreditTransaction) else type(found).__name__) == expected
         with self.world.autocommit.connect() as another:
-            assert self.ledger.balance(another, self.user) == self.model.balance
+            now = self.ledger.standing(another, self.user)
+        assert (now.balance, now.held) == (self.model.seen, self.model.held + (held if expected is None else 0))
         if expected is not None:
             return None
-        if not found.replayed and found.status == "completed":
+        # a reversal into a lot that has expired is followed by what expires again
+        if not found.replayed and found.status == "completed" and found.balance == found.balance_after:
             assert (found.balance_after, found.sequence) == (self.model.balance, self.model.rows)
         return found
 
@@ -134,20 +301,87 @@ class Machine(RuleBasedStateMachine):
         row = self.agree(expected, call)
         return (call, row)
 
-    @rule(target=done, amount=st.integers(1, 8))
+    @rule(target=spendings, amount=st.integers(1, 8))
     def consume(self, amount: int) -> Any:
         key = self.key()
-        return self.keyed(
-            self.model.consume(amount), lambda: self.ledger.consume(self.conn, self.user, credits=amount, key=key)
-        )
+        expected = self.model.consume(amount)
+        row = self.agree(expected, lambda: self.ledger.consume(self.conn, self.user, credits=amount, key=key))
+        return self.spent(row, amount)
 
-    @rule(target=done, which=st.integers(0, 2))
+    def spent(self, row: CreditTransaction | None, amount: int, workshop: Key | None = None) -> Any:
+        if row is None or row.replayed:
+            return multiple()
+        self.model.spent(row.id, amount, workshop)
+        return row.id
+
+    @rule(target=spendings, which=st.integers(0, 2))
     def unlock(self, which: int) -> Any:
         key, workshop = self.key(), self.workshops[which]
+        expected = self.model.consume(1, workshop)
+        row = self.agree(expected, lambda: self.ledger.consume(self.conn, self.user, workshop=workshop, key=key))
+        return self.spent(row, 1, workshop)
+
+    @rule(target=done, row=spendings, credits=st.none() | st.integers(1, 8))
+    def reverse(self, row: Any, credits: int | None) -> Any:
+        key = self.key()
         return self.keyed(
-            self.model.consume(1, workshop),
-            lambda: self.ledger.consume(self.conn, self.user, workshop=workshop, key=key),
+            self.model.reverse(row, credits),
+            lambda: self.ledger.reverse(self.conn, self.user, row, credits=credits, key=key),
         )
+
+    @rule(target=holds, credits=st.integers(1, 5), more=st.integers(0, 3), which=st.none() | st.integers(0, 2))
+    def hold(self, credits: int, more: int, which: int | None) -> Any:
+        key, workshop = self.key(), None if which is None else self.workshops[which]
+        if workshop in self.model.unlocked:
+            return multiple()
+        row = self.agree(
+            self.model.hold(credits),
+            lambda: self.ledger.hold(
+                self.conn,
+                self.user,
+                credits=credits,
+                key=key,
+                workshop=workshop,
+                capture_limit=credits + more,
+            ),
+            held=credits,
+        )
+        if row is None:
+            return multiple()
+        self.model.holds[row.id] = Hold(credits, credits + more, workshop)
+        return row.id
+
+    @rule(target=spendings, row=holds, credits=st.none() | st.integers(1, 8), debt=st.booleans())
+    def capture(self, row: Any, credits: int | None, *, debt: bool) -> Any:
+        before = self.model.holds[row].state
+        expected = self.model.capture(row, credits, debt=debt)
+        found = self.agree(
+            expected, lambda: self.ledger.capture(self.conn, self.user, row, credits=credits, allow_debt=debt)
+        )
+        is_new = found is not None and found.id == row and before != self.model.holds[row].state == "captured"
+        return row if is_new else multiple()
+
+    @rule(row=holds)
+    def release(self, row: Any) -> None:
+        self.agree(self.model.release(row), lambda: self.ledger.release(self.conn, self.user, row))
+
+    @rule(days=st.integers(1, 3))
+    def wait(self, days: int) -> None:
+        self.world.pass_time(days=days)
+        self.model.wait(days)
+
+    @rule()
+    def sweep(self) -> None:
+        self.ledger.sweep(self.conn)
+        self.model.touch()
+        with self.world.autocommit.connect() as another:
+            assert self.ledger.balance(another, self.user) == self.model.balance
+
+    @rule()
+    def lots(self) -> None:
+        live = sorted((lot.days, lot.number, lot.left) for lot in self.model.lots if lot.left and lot.days > 0)
+        found = self.ledger.lots(self.conn, self.user)
+        assert [lot.remaining for lot in found] == [left for *_, left in live]
 
     @rule(target=done, wanted=st.lists(st.tuples(st.integers(1, 5), st.none() | st.integers(0, 2)), max_size=5))
     def many(self, wanted: list[tuple[int, int | None]]) -> Any:
@@ -165,8 +399,9 @@ class Machine(RuleBasedStateMachine):
             assert (None if isinstance(row, CreditTransaction) else type(row).__name__) == expected
             if isinstance(row, CreditTransaction) and not row.replayed:
                 assert (row.balance_after, row.sequence) == (self.model.balance, self.model.rows)
+                self.model.spent(row.id, item.credits, item.workshop)
         with self.world.autocommit.connect() as another:
-            assert self.ledger.balance(another, self.user) == self.model.balance
+            assert self.ledger.balance(another, self.user) == self.model.seen
         return multiple(
             *(
                 (self.alone(item), row if isinstance(row, CreditTransaction) else None)
@@ -195,13 +430,29 @@ class Machine(RuleBasedStateMachine):
             lambda: self.ledger.reinstate(self.conn, self.user, purchase, credits=credits, key=key),
         )
 
-    @rule(target=done, credits=st.integers(1, 3))
-    def grant(self, credits: int) -> Any:
-        key = self.key()
-        self.model.move(credits)
-        return self.keyed(
-            None, lambda: self.ledger.grant(self.conn, self.user, credits=credits, key=key, description="A gift")
+    @rule(target=gifts, credits=st.integers(1, 4), days=st.none() | st.integers(1, 4))
+    def grant(self, credits: int, days: int | None) -> Any:
+        key, soon = self.key(), None
+        if days is not None:
+            # half a day before, so that days passed are days, however long the test takes
+            soon = dt.datetime.now(dt.UTC) + dt.timedelta(days=days - 0.5)
+        self.model.grant(credits)
+        row = self.agree(
+            None,
+            lambda: self.ledger.grant(
+                self.conn, self.user, credits=credits, key=key, description="A gift", expires_at=soon
+            ),
         )
+        assert row is not None
+        self.model.granted(row.id, credits, days)
+        return row.id
+
+    @rule(row=gifts, credits=st.none() | st.integers(1, 5))
+    def correct(self, row: Any, credits: int | None) -> None:
+        key = self.key()
+        expected = self.model.correct(row, credits)
+        if expected != "expired":
+            self.agree(expected, lambda: self.ledger.correct(self.conn, self.user, row, credits=credits, key=key))
 
     @rule(call=consumes(done))
     def again(self, call: Any) -> None:
@@ -224,8 +475,8 @@ def test_no_sequence_of_calls_tells_the_ledger_from_its_model(world: World) -> N
     run_state_machine_as_test(
         lambda: Machine(world),
         settings=settings(
-            max_examples=50,
-            stateful_step_count=30,
+            max_examples=120,
+            stateful_step_count=40,
             deadline=None,
             database=None,
             suppress_health_check=list(HealthCheck),

@@ -506,7 +506,7 @@ def _declared_shapes(conn: sa.Connection, declared: Schema) -> dict[str, _Shape]
 
 def _functions(conn: sa.Connection, names: HostNames, *, owner: str | None) -> Iterator[Drift]:
     """Functions and their types against those of this package, which are made as temporary ones and read back."""
-    made = [re.sub(_MADE, r"\1\2 pg_temp.", statement, count=1) for statement in _declared_functions(names)]
+    made = [re.sub(_MADE, r"CREATE \1 pg_temp.", statement, count=1) for statement in _declared_functions(names)]
     with closing(conn.connection.cursor()) as cursor:  # the driver's own: a % in a body is a %
         cursor.execute("; ".join(made))
     places = (conn.scalar(_TEMPORARY), "tallystick")
@@ -541,28 +541,25 @@ def _of_function(where: str, wants: sa.Row[Any], has: sa.Row[Any], owner: str) -
         yield Drift("function", where, "EXECUTE for those who were given it", "EXECUTE for PUBLIC", shut)
 
 
-_MADE = r"(CREATE (?:OR REPLACE )?|ALTER |DROP )(FUNCTION|TYPE) tallystick\."
+_MADE = r"CREATE (?:OR REPLACE )?(FUNCTION|TYPE) tallystick\."
 
 
 def _declared_functions(names: HostNames) -> list[str]:
-    """All that the revisions do to functions and their types, in order."""
-    statements = (
-        text([statement])
-        for revision in revisions()
-        for statement in (*revision.prepare(names), *revision.locked(names))
-    )
-    return [statement for statement in statements if re.match(_MADE, statement)]
+    """The types and functions of the last revision, and the triggers' functions as the revisions leave them."""
+    triggers: dict[str, str] = {}
+    for revision in revisions():
+        for statement in (text([made]) for made in (*revision.prepare(names), *revision.locked(names))):
+            if found := re.match(r"CREATE (?:OR REPLACE )?FUNCTION tallystick\.(\w+)\(\) RETURNS trigger", statement):
+                triggers[found[1]] = statement
+    return [*triggers.values(), *(text([made]) for made in names.functions(HEAD))]
 
 
 def functions_sql(config: Config) -> str:
     """A script that puts the functions of this package where a database has others, and shuts them to PUBLIC."""
-    names = HostNames.of(config.host)
-    triggers = {
-        found[1]: re.sub(r"CREATE (?:OR REPLACE )?", "CREATE OR REPLACE ", statement, count=1)
-        for statement in _declared_functions(names)
-        if (found := re.match(r"CREATE (?:OR REPLACE )?FUNCTION tallystick\.(\w+)\(\) RETURNS trigger", statement))
-    }
-    functions = (text([statement]) for statement in names.functions(HEAD))
-    made = [*triggers.values(), *(function for function in functions if not function.startswith("CREATE TYPE"))]
+    made = [
+        re.sub(_MADE, r"CREATE OR REPLACE \1 tallystick.", statement, count=1)
+        for statement in _declared_functions(HostNames.of(config.host))
+        if not statement.startswith("CREATE TYPE")
+    ]
     shut = "REVOKE ALL ON ALL FUNCTIONS IN SCHEMA tallystick FROM PUBLIC"
     return ";\n".join(["BEGIN", "SET LOCAL search_path = pg_catalog, pg_temp", *made, shut, "COMMIT"]) + ";\n"
