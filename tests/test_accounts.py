@@ -8,6 +8,7 @@ import pytest
 import sqlalchemy as sa
 
 from tallystick import errors as e
+from tallystick.ledger import Standing
 from worlds import World
 
 
@@ -115,3 +116,25 @@ def test_what_is_not_there_is_named(any_world: World):
             workshop = any_world.key(any_world.config.host.workshops.key_type)
             with pytest.raises(e.UnknownWorkshop):
                 accounts.delete_workshop(conn, workshop)
+
+
+def test_an_account_tells_what_is_held_and_is_right_after_something_expired(any_world: World):
+    ledger, user = any_world.ledger, any_world.user(credits=2)
+    with any_world.engine.begin() as conn:
+        assert any_world.accounts.get(conn, user).standing == Standing(2, 0)
+        soon = dt.datetime.now(dt.UTC) + dt.timedelta(days=1)
+        ledger.grant(conn, user, credits=3, key="g", description="Spring promotion", expires_at=soon)
+        held = ledger.hold(conn, user, credits=4, key="h")
+        account = any_world.accounts.get(conn, user)
+        assert account.standing == ledger.standing(conn, user) == Standing(5, 4, held.expires_at)
+        assert (account.standing.available, account.standing.spendable) == (1, 1)
+    any_world.pass_time(days=2)
+    with any_world.engine.connect() as conn:
+        account = any_world.accounts.get(conn, user)
+        assert (account.credit_balance, account.credit_held) == (2, 0)
+        assert account.standing == ledger.standing(conn, user)
+
+
+def test_what_people_are_told_can_be_spent():
+    now = {pair: Standing(*pair).spendable for pair in ((5, 0), (5, 4), (5, 5), (1, 3), (-2, 0), (-2, 1))}
+    assert list(now.values()) == [5, 1, 0, 0, -2, -2]

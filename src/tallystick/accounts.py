@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from tallystick.config import Config, HostMapping
 from tallystick.errors import InvalidArgument, Key, shown
 from tallystick.ledger.connections import Call, Operation, Rows, document, moment, reader_of
+from tallystick.ledger.operations import Standing
 from tallystick.ledger.outcomes import DONE, Refusal, error_of
 from tallystick.schema import Schema, mapping_of
 
@@ -24,7 +25,11 @@ STRIPE_ID_MAX = 255
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Tallystick's side of a user. Moments are in UTC."""
+    """Tallystick's side of a user. Moments are in UTC.
+
+    ``credit_held`` and ``credit_due_at`` are those of ``get``, or of the row that an app has read by itself; the
+    operations that change an account do not tell them.
+    """
 
     user: Key
     credit_balance: int
@@ -33,6 +38,13 @@ class Account:
     plan_tier: str
     updated_at: dt.datetime | None
     deleted_at: dt.datetime | None
+    credit_held: int = 0
+    credit_due_at: dt.datetime | None = None
+
+    @property
+    def standing(self) -> Standing:
+        """The credits, and those of them that holds have set aside."""
+        return Standing(self.credit_balance, self.credit_held, self.credit_due_at)
 
 
 class Accounts:
@@ -141,7 +153,19 @@ class Accounts:
             row = rows[0]
             if row[0] != DONE:
                 raise error_of(row[0], Refusal(arguments, detail=document(row[8]) or {}))
-            return Account(self._user(row[1]), row[2], row[3], row[4], row[5], moment(row[6]), moment(row[7]))
+            told = document(row[8]) or {}
+            due = told.get("credit_due_at")
+            return Account(
+                self._user(row[1]),
+                row[2],
+                row[3],
+                row[4],
+                row[5],
+                moment(row[6]),
+                moment(row[7]),
+                told.get("credit_held", 0),
+                None if due is None else moment(dt.datetime.fromisoformat(due)),
+            )
 
         return Call(function, arguments, read)
 

@@ -329,6 +329,8 @@ class WorkshopLocked(RequestRefused):
     title: str | None
     user: Key
     balance: int
+    held: int
+    available: int
     required: int
 
 

@@ -261,3 +261,11 @@ def test_an_open_dispute_is_asked_about_however_old_it_is(shop: Shop):
     shop.dev.drop(shop.events())
     reconcile(shop, since=dt.datetime.now(dt.UTC) + dt.timedelta(days=59))
     assert shop.balance(user) == CREDITS
+
+
+def test_a_hold_is_no_purchase_that_waits(shop: Shop):
+    user = shop.world.user(credits=2)
+    with shop.engine.begin() as conn:
+        shop.world.ledger.hold(conn, user, credits=1, key="answer-1")
+    shop.dev.advance(4 * 86_400)
+    assert reconcile(shop).looked_at.get("pending", 0) == 0

@@ -82,15 +82,24 @@ class Lot:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """The credits of a user: all of them, and those that holds have set aside."""
+    """The credits of a user: all of them, and those that holds have set aside.
+
+    ``due_at`` is when the next of the user's holds and lots expires, None for whom nothing does.
+    """
 
     balance: int
     held: int
+    due_at: dt.datetime | None = None
 
     @property
     def available(self) -> int:
         """The credits that can be spent; below 0 in debt."""
         return self.balance - self.held
+
+    @property
+    def spendable(self) -> int:
+        """As people are told: what can be spent, 0 where holds keep more than there is, and a debt below 0."""
+        return min(self.balance, max(self.available, 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -563,7 +572,7 @@ class Ledger:
         def read(rows: Rows) -> Standing:
             if rows[0][0] != DONE:
                 raise _refusal(rows[0], arguments)
-            return Standing(rows[0][20], rows[0][_HELD])
+            return Standing(rows[0][20], rows[0][_HELD], moment(rows[0][_EXPIRES_AT]))
 
         return Call("balance", arguments, read)
 

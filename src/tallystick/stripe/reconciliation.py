@@ -221,7 +221,7 @@ class _Reconciling:
                     *self.effects.store.schema.row,
                 )
                 .join_from(purchases, stripe_checkouts, sold.purchase_id == row.id, isouter=True)
-                .where(row.status == "pending", row.id > after)
+                .where(row.status == "pending", row.held.is_(None), row.id > after)
                 .order_by(row.id)
                 .limit(PAGE)
             )

@@ -44,7 +44,9 @@ def test_a_workshop_is_paid_for_once(make_site: Callable[..., Site], shape: str)
 
     assert site.get(user, f"{about}/access").json()["reason"] == "unlocked"
     assert site.get(user, f"/paid/{workshop}").json() == "unlocked"
-    assert site.get(user, "/billing/api/balance").json() == {"balance": 2, "plan_tier": "free"}
+    assert site.get(user, "/billing/api/balance").json() == {
+        "balance": 2, "held": 0, "available": 2, "expiring": [], "plan_tier": "free",
+    }  # fmt: skip
 
 
 def test_both_engines(either_site: Site) -> None:
@@ -222,3 +224,32 @@ def test_a_database_that_is_away_is_503(make_site: Callable[..., Site]) -> None:
         with site.world.autocommit.connect() as conn:
             conn.exec_driver_sql(f'ALTER DATABASE "{name}" CONNECTION LIMIT -1')
             conn.exec_driver_sql("DROP ROLE visitor")
+
+
+def test_what_is_held_and_what_expires(either_site: Site) -> None:
+    site, world = either_site, either_site.world
+    user, workshop = world.user(credits=2), None
+    soon = dt.datetime.now(dt.UTC) + dt.timedelta(days=30)
+    with world.engine.begin() as conn:
+        spring = world.ledger.grant(conn, user, credits=3, key="g", description="Spring promotion", expires_at=soon)
+        held = world.ledger.hold(conn, user, credits=4, key="h")
+    told = site.get(user, "/billing/api/balance").json()
+    assert (told["balance"], told["held"], told["available"]) == (5, 4, 1)
+    (lot,) = told["expiring"]
+    assert (lot["id"], lot["credits"], lot["description"]) == (str(spring.id), 3, "Spring promotion")
+    assert dt.datetime.fromisoformat(lot["expires_at"]) == soon
+    workshop = world.workshop(user)
+    access = site.get(user, f"/billing/api/workshops/{workshop}/access").json()
+    assert (access["balance"], access["available"]) == (5, 1)
+    body = problem(site.get(user, "/report"), 402, "insufficient-credits")
+    assert (body["balance"], body["held"], body["available"], body["required"]) == (5, 4, 1, 2)
+    assert body["detail"] == "You have 1 credit. This takes 2."
+    body = problem(site.get(user, f"/paid/{workshop}"), 402, "workshop-locked")
+    assert (body["balance"], body["held"], body["available"]) == (5, 4, 1)
+    rows = site.get(user, "/billing/api/history").json()["rows"]
+    assert (rows[0]["id"], rows[0]["status"]) == (str(held.id), "pending")
+    assert all(row["expires_at"] for row in rows[:2])
+
+    world.pass_time(days=31)
+    told = site.get(user, "/billing/api/balance").json()
+    assert (told["balance"], told["held"], told["available"], told["expiring"]) == (2, 0, 2, [])

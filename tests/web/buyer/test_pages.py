@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import datetime as dt
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from uuid import UUID
 import jinja2
 import pytest
 import sqlalchemy as sa
+from fastapi import Depends
 from markupsafe import Markup
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
@@ -165,7 +167,6 @@ def test_fragments_for_the_hosts_own_templates(site: Site) -> None:
     )
     shown: list[str] = []
 
-    from fastapi import Depends
     from starlette.requests import Request
 
     async def page(request: Request, ts: Fragments = Depends(site.billing.fragments)) -> str:  # noqa: B008
@@ -285,3 +286,70 @@ def test_static_files_are_kept_for_ever_by_their_version(site: Site) -> None:
         assert parse_qs(urlsplit(address).query)["v"]
     assert site.client.get("/billing/static/README.md").status_code == 404
     assert site.client.get("/billing/static/..%2f..%2fpages.py").status_code == 404
+
+
+def text(page: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
+
+
+def test_what_is_set_aside_cannot_be_spent_and_the_pages_say_so(site: Site) -> None:
+    ledger, user = site.world.ledger, site.world.user(credits=2)
+    soon = dt.datetime(2060, 3, 1, 9, 30, tzinfo=dt.UTC)
+    with site.world.engine.begin() as conn:
+        lot = ledger.grant(conn, user, credits=3, key="g", description="Spring promotion", expires_at=soon)
+        used = ledger.consume(conn, user, credits=2, key="c", description="Answer 16")
+        ledger.reverse(conn, user, used.id, credits=1, key="r")
+        ledger.correct(conn, user, lot.id, credits=1, key="x")
+        held = ledger.hold(conn, user, credits=2, key="h", description="Answer 17")
+    page = text(site.get(user, "/billing/history", headers=HTML).text)
+    assert "You have 3 credits. 2 of them are set aside for work under way, 1 can be spent." in page
+    assert "1 credit expires on 1 March 2060." in page
+    assert "Answer 17 set aside \N{MINUS SIGN}2" in page
+    assert "Answer 16 given back +1" in page
+    assert "Spring promotion taken back \N{MINUS SIGN}1" in page
+    assert "1 credit<" in site.get(user, "/billing/badge", headers=HTMX).text
+    workshop = site.world.workshop(user)
+    unlock = f"/billing/workshops/{workshop}/unlock"
+    assert "This will use 1 credit. You have 1." in site.get(user, unlock, headers=HTML).text
+    assert "You have 1 credit." in text(site.get(user, f"/paid/{workshop}", headers=HTML).text)
+
+    with site.world.engine.begin() as conn:
+        ledger.hold(conn, user, credits=1, key="h2", expires_in=dt.timedelta(minutes=5))
+    assert site.get(user, unlock, headers=HTML).status_code == 402
+    locked = site.get(user, f"/paid/{workshop}", headers=HTML).text
+    assert "You have 0 credits. One unlocks this workshop." in locked
+    assert "Buy credits" in locked
+    assert site.post(user, unlock, headers=HTML).status_code == 402
+    with site.world.engine.begin() as conn:
+        ledger.capture(conn, user, held.id)
+    assert site.balance(user) == 1
+
+
+def test_an_expired_hold_and_expired_credits_are_not_counted_by_the_badge(make_site: Callable[..., Site]) -> None:
+    """Also where the host's page has it from the account, and no query more for a user who has neither."""
+    site = make_site()
+    ledger, user, plain = site.world.ledger, site.world.user(credits=2), site.world.user(credits=2)
+    soon = dt.datetime.now(dt.UTC) + dt.timedelta(days=1)
+    with site.world.engine.begin() as conn:
+        ledger.grant(conn, user, credits=3, key="g", description="Spring promotion", expires_at=soon)
+        ledger.hold(conn, user, credits=4, key="h", description="Answer 17")
+
+    async def page(ts: Fragments = Depends(site.billing.fragments)) -> HTMLResponse:  # noqa: B008
+        return HTMLResponse(ts.badge)
+
+    page.__annotations__.update(ts=Fragments)
+    site.app.get("/page")(page)
+    assert "Balance: 1 credit. " in site.get(user, "/page").text
+    site.world.pass_time(days=2)
+    for path in ("/page", "/billing/badge"):
+        assert "Balance: 2 credits. " in site.get(user, path).text
+    history = text(site.get(user, "/billing/history", headers=HTML).text)
+    assert "You have 2 credits. " in history
+    assert "Answer 17 not used" in history
+
+    asked: list[str] = []
+    sa.event.listen(site.world.engine, "before_cursor_execute", lambda *said: asked.append(said[2]))
+    for path, queries in (("/page", 1), ("/billing/badge", 1), ("/billing/history", 2), ("/billing/api/balance", 1)):
+        asked.clear()
+        assert site.get(plain, path, headers=HTML).status_code == 200
+        assert len(asked) == queries, (path, asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import datetime as dt
 import hashlib
 import html
 import io
@@ -20,6 +21,7 @@ from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 from tallystick.errors import DatabaseUnavailable
+from tallystick.schema import HEAD
 from tallystick.web.console import LocalLink, console
 from tallystick.web.console.queries import Queries
 from tallystick.web.shared.numbers import MINUS
@@ -83,7 +85,7 @@ def test_every_page_and_list_on_every_host(any_world, open_console):
     text = words(visitor.get("/"))
     assert "All 1 balances agree with their ledgers" in text
     assert "1 pending purchase :" in text
-    assert "Revision 0001 , applied" in text
+    assert f"Revision {HEAD} , applied" in text
     assert "$3" in text
 
     page = words(visitor.get(at("/user", key=user)))
@@ -233,7 +235,7 @@ def test_the_figures_are_the_ledgers(world, open_console):
     assert len(days["days"]) == 60
     assert sum(day["sold"] for day in days["days"][:59]) == 0
     assert {k: v for k, v in days["days"][-1].items() if k != "date"} == {
-        "sold": 14, "granted": 3, "consumed": 6, "refunded": 3,
+        "sold": 14, "granted": 3, "consumed": 6, "refunded": 3, "expired": 0,
     }  # fmt: skip
     assert days["money"] == [
         {"currency": "jpy", "now": 500, "before": 0, "credits": 1},
@@ -559,3 +561,129 @@ def test_a_migration_on_its_way_is_not_called_applied(world, open_console):
     visitor = open_console(world)
     assert "Revision 0999 , prepared" in words(visitor.get("/"))
     assert "0999 prepared" in words(visitor.get("/migrations"))
+
+
+# --- holds, reversals, corrections, and credits that expire ---
+
+
+def test_the_figures_count_what_was_taken_back(world, open_console):
+    user = world.user(credits=10)
+    with world.engine.begin() as conn:
+        used = world.ledger.consume(conn, user, credits=4, key="c")
+        world.ledger.reverse(conn, user, used.id, credits=3, key="r")
+        given = world.ledger.grant(conn, user, credits=5, key="g", description="Imported")
+        world.ledger.correct(conn, user, given.id, credits=2, key="x")
+        bought = world.buy(conn, user, 6)
+        world.ledger.refund(conn, user, bought.id, credits=4, key="f")
+        world.ledger.reinstate(conn, user, bought.id, credits=1, key="b")
+        world.ledger.hold(conn, user, credits=2, key="h")
+        soon = dt.datetime.now(dt.UTC) + dt.timedelta(days=1)
+        world.ledger.grant(conn, user, credits=7, key="e", description="Spring", expires_at=soon)
+    world.pass_time(days=2)
+    with world.engine.begin() as conn:
+        world.ledger.sweep(conn)
+    visitor = open_console(world)
+    assert {k: v for k, v in visitor.get("/days.json").json()["days"][-1].items() if k != "date"} == {
+        "sold": 16, "granted": 10, "consumed": 1, "refunded": 3, "expired": 7,
+    }  # fmt: skip
+    page = words(visitor.get("/"))
+    assert "Expired: 7, and 0 in the 30 days before." in page
+    assert "No purchase is waiting" in page
+
+
+def test_a_day_that_gave_back_more_than_was_consumed_is_below_zero(world, open_console):
+    user = world.user(credits=5)
+    with world.engine.begin() as conn:
+        used = world.ledger.consume(conn, user, credits=4, key="c")
+        world.ledger.reverse(conn, user, used.id, key="r")
+        conn.exec_driver_sql("SET LOCAL session_replication_role = replica")
+        conn.exec_driver_sql(
+            "UPDATE credit_transactions SET completed_at = now() - interval '3 days' WHERE amount = -4"
+        )
+    days = open_console(world).get("/days.json").json()["days"]
+    assert (days[-4]["consumed"], days[-1]["consumed"]) == (4, -4)
+
+
+def test_what_is_held_and_what_expires_is_shown(any_world, open_console):
+    ledger, user = any_world.ledger, any_world.user(credits=10)
+    soon = dt.datetime.now(dt.UTC) + dt.timedelta(days=30)
+    with any_world.engine.begin() as conn:
+        spring = ledger.grant(conn, user, credits=4, key="g", description="Spring promotion", expires_at=soon)
+        used = ledger.consume(conn, user, credits=3, key="c", description="Answer 16")
+        ledger.reverse(conn, user, used.id, credits=1, key="r")
+        ledger.release(conn, user, ledger.hold(conn, user, credits=1, key="h1", description="Answer 17").id)
+        held = ledger.hold(
+            conn, user, credits=5, key="h2", description="Answer 18", capture_limit=8, expires_in=dt.timedelta(hours=1)
+        )
+    visitor = open_console(any_world)
+    answer = visitor.get(at("/user", key=user))
+    page = words(answer)
+    assert "12 credits 5 held, 7 can be spent" in page
+    assert f"hold, held until {held.expires_at:%Y-%m-%d %H:%M:%S} UTC" in page
+    assert "up to 8 Answer 18" in page
+    assert "hold, released" in page
+    assert f"{soon:%Y-%m-%d %H:%M:%S} UTC 2 4 Spring promotion" in page
+    assert "4 entries, balance 12, 1 linked to an earlier one, 1 held, no gaps" in page
+    assert f'aria-label="of consumption {used.id}"' in answer.text
+    assert "pending" not in page
+
+    told = visitor.get(at("/user.json", key=user)).json()
+    about = told["user"]
+    assert (about["credit_balance"], about["credit_held"], about["credit_available"]) == (12, 5, 7)
+    assert [(lot["id"], lot["remaining"], lot["given"]) for lot in about["expiring"]] == [(str(spring.id), 2, 4)]
+    assert [(row["status"], row["held"], row["capture_limit"]) for row in told["unfinished"]] == [
+        ("pending", 5, 8),
+        ("failed", 1, 0),
+    ]
+    rows = table(visitor.get(at("/user.csv", key=user)))
+    assert [row["held"] for row in rows if row["id"] == str(held.id)] == ["5"]
+    assert visitor.get("/pending.json").json()["rows"] == []
+    assert "1 held" in words(visitor.get("/users"))
+
+
+def test_what_has_expired_without_a_row_is_not_shown_as_there(world, open_console):
+    ledger, user = world.ledger, world.user(credits=2)
+    soon = dt.datetime.now(dt.UTC) + dt.timedelta(days=1)
+    with world.engine.begin() as conn:
+        ledger.grant(conn, user, credits=4, key="g", description="Spring promotion", expires_at=soon)
+        ledger.hold(conn, user, credits=2, key="h", description="Answer 18")
+    world.pass_time(days=2)
+    visitor = open_console(world)
+    page = words(visitor.get(at("/user", key=user)))
+    assert "2 credits 4 expired; the row follows" in page
+    assert "can be spent" not in page
+    assert "hold, expired" in page
+    assert "Credits that expire" not in page
+    assert "2 entries, balance 6, no gaps" in page
+    assert "held" not in words(visitor.get("/users"))
+    with world.engine.begin() as conn:
+        ledger.sweep(conn)
+    page = words(visitor.get(at("/user", key=user)))
+    assert "the row follows" not in page
+    assert "hold, expired" in page
+    assert "3 entries, balance 2, 1 linked to an earlier one, no gaps" in page
+
+
+def test_a_user_with_nothing_held_costs_no_further_statement(world):
+    plain, holder = world.user(credits=2), world.user(credits=2)
+    with world.engine.begin() as conn:
+        world.ledger.hold(conn, holder, credits=1, key="h")
+    queries = Queries(world.config, world.engine)
+    asked: list[str] = []
+    sa.event.listen(world.engine, "before_cursor_execute", lambda *said: asked.append(said[2]))
+    assert queries.user(plain).credit_available == 2
+    alone = len(asked)
+    assert queries.user(holder).credit_available == 1
+    assert len(asked) - alone == alone + 2
+
+
+def test_failed_holds_push_nothing_that_waits_off_the_page(world, open_console):
+    user = world.user(credits=1)
+    waits = start(world, user)
+    with world.engine.begin() as conn:
+        for number in range(60):
+            world.ledger.release(conn, user, world.ledger.hold(conn, user, credits=1, key=str(number)).id)
+    rows = open_console(world).get(at("/user.json", key=user)).json()["unfinished"]
+    assert (rows[0]["id"], rows[0]["status"]) == (str(waits.id), "pending")
+    assert len(rows) == 51
+    assert all(row["status"] == "failed" for row in rows[1:])

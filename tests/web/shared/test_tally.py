@@ -55,6 +55,13 @@ def drawn(rows, **how):
         (chain(5, -1, -1), None, "3 entries, balance 3, no gaps"),
         ([*chain(5, -1), pending()], None, "2 entries, balance 4, 1 pending, no gaps"),
         ([pending()], None, "0 entries, balance 0, 1 pending, no gaps"),
+        ([*chain(5), pending(), pending(-2)], None, "1 entry, balance 5, 1 pending, 1 held, no gaps"),
+        ([*chain(5), pending(-2)], None, "1 entry, balance 5, 1 held, no gaps"),
+        (
+            [*chain(5), Entry(-2, 2, 3, refund_of=uuid.uuid4())],
+            None,
+            "2 entries, balance 3, 1 linked to an earlier one, no gaps",
+        ),
         (chain(5, -1, -1, -1, skip={3}), None, "3 entries, balance 2, 1 missing"),
         (chain(5, -1, -1, skip={1}), None, "2 entries, balance 3, 1 missing"),
         (chain(3, -2, -3), None, "3 entries, balance -2 (debt), no gaps"),
@@ -85,6 +92,15 @@ def test_pending_purchases_stand_hollow_after_the_end():
     assert len(hollow) == 1
     assert float(hollow[0]["x"]) > max(float(rect["x"]) for rect in solid)
     assert float(hollow[0]["x"]) > float(wood["x"]) + float(wood["width"])
+
+
+def test_a_hold_stands_hollow_after_the_end_as_credits_out():
+    _, rects, _ = drawn([*chain(5, -1), pending(-2)])
+    (hollow,) = [rect for rect in rects if rect["fill"] == "none"]
+    wood = next(rect for rect in rects if rect["fill"] == "var(--ts-hazel)")
+    assert hollow["stroke"] == "var(--ts-out)"
+    assert float(hollow["y"]) >= float(wood["y"]) + float(wood["height"])
+    assert float(hollow["x"]) > float(wood["x"]) + float(wood["width"])
 
 
 @pytest.mark.parametrize(("skip", "sticks"), [(set(), 1), ({3}, 2), ({2, 4}, 3), ({1}, 1), ({3, 4, 5, 6}, 2)])

@@ -1,18 +1,18 @@
 -- The credits of a user, negative when in debt, and those of them that holds have set aside. Right after something has
--- expired too, though no row says so before the next write or sweep.
+-- expired too, though no row says so before the next write or sweep. ``expires_at`` is when the next of the user's
+-- holds and lots expires.
 CREATE OR REPLACE FUNCTION tallystick.balance(user_id {user_key_type}) RETURNS tallystick.answer
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = {search_path} AS $$
 #variable_conflict use_column
 DECLARE
   answer tallystick.answer;
-  due timestamptz;
   expired {credits};
 BEGIN
   SELECT u.{user_key}, {balance}, u.credit_held, u.credit_due_at
-    INTO answer.user_id, answer.balance, answer.credit_held, due
+    INTO answer.user_id, answer.balance, answer.credit_held, answer.expires_at
     FROM {users} AS u WHERE u.{user_key} = balance.user_id;
   answer.outcome := CASE WHEN FOUND THEN 'completed' ELSE 'unknown_user' END;
-  IF due <= clock_timestamp() THEN
+  IF answer.expires_at <= clock_timestamp() THEN
     SELECT coalesce(sum(t.held), 0) INTO answer.credit_held FROM {ledger} AS t
       WHERE t.user_id = answer.user_id AND t.status = 'pending' AND t.sequence IS NULL
         AND t.held IS NOT NULL AND t.expires_at > clock_timestamp();

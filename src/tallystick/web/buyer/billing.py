@@ -18,7 +18,7 @@ from starlette.responses import Response
 from tallystick.accounts import Account, Accounts
 from tallystick.config import Config
 from tallystick.errors import Key, NotSignedIn, TallystickError
-from tallystick.ledger import Access, CreditTransaction
+from tallystick.ledger import Access, CreditTransaction, Lot, Standing
 from tallystick.web.buyer.engine import Database
 from tallystick.web.buyer.entrance import checked_route, dressed
 from tallystick.web.buyer.paywall import UNLOCK_CREDITS, Paywall, Workshop
@@ -135,9 +135,13 @@ class Billing(APIRouter):
         """The user's account, in one query."""
         return await self.database.run(lambda conn: self.accounts.get(conn, user))
 
-    async def balance(self, user: Key) -> int:
-        """The user's balance, in one query."""
-        return await self.database.run(lambda conn: self.ledger.balance(conn, user))
+    async def standing(self, user: Key) -> Standing:
+        """The user's credits, in one query."""
+        return await self.database.run(lambda conn: self.ledger.standing(conn, user))
+
+    def expiring(self, conn: sa.Connection, user: Key, now: Standing) -> list[Lot]:
+        """The user's credits that expire, the soonest first: no query where nothing does."""
+        return [] if now.due_at is None else self.ledger.lots(conn, user)
 
     async def workshop(self, user: Key, workshop: object) -> Workshop:
         """A workshop of the user's, from its key or the text of it in an address.
@@ -147,9 +151,9 @@ class Billing(APIRouter):
         """
         return await self.database.run(lambda conn: self.paywall.workshop(conn, user, workshop))
 
-    async def workshop_and_balance(self, user: Key, workshop: object) -> tuple[Workshop, int]:
-        """As ``workshop``, and the user's balance."""
-        return await self.database.run(lambda conn: self.paywall.workshop_and_balance(conn, user, workshop))
+    async def workshop_and_standing(self, user: Key, workshop: object) -> tuple[Workshop, Standing]:
+        """As ``workshop``, and the user's credits."""
+        return await self.database.run(lambda conn: self.paywall.workshop_and_standing(conn, user, workshop))
 
     async def unlock(self, user: Key, workshop: object, *, key: str | None = None) -> CreditTransaction:
         """Spend a credit on a workshop, once; ``key`` is the client's name for this intent.
@@ -184,8 +188,8 @@ class Fragments:
 
     @property
     def badge(self) -> Markup:
-        """The balance, as a link to the history."""
-        return Markup() if self.account is None else self._render("badge.html", balance=self.account.credit_balance)
+        """What can be spent, as a link to the history."""
+        return Markup() if self.account is None else self._render("badge.html", balance=self._spendable)
 
     @property
     def welcome(self) -> Markup:
@@ -201,12 +205,15 @@ class Fragments:
 
     def paywall(self, workshop: Workshop, *, caller: Callable[[], str] | None = None) -> Markup:
         """The lock over a workshop. Inside ``{% call %}`` is what shows blurred behind it."""
-        balance = 0 if self.account is None else self.account.credit_balance
         return self._render(
-            "paywall_card.html", workshop=workshop, balance=balance, required=UNLOCK_CREDITS,
+            "paywall_card.html", workshop=workshop, balance=self._spendable, required=UNLOCK_CREDITS,
             preview=Markup(caller()) if caller else None,  # noqa: S704 - rendered, so escaped, by the host's template
             return_to=self._here,
         )  # fmt: skip
+
+    @property
+    def _spendable(self) -> int:
+        return 0 if self.account is None else self.account.standing.spendable
 
     @property
     def _here(self) -> str:

@@ -8,12 +8,14 @@ from enum import Enum
 from typing import Annotated, Any, Final
 from uuid import UUID
 
+import sqlalchemy as sa
 from fastapi import Depends, Header, Path, Query
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
+from tallystick.accounts import Account
 from tallystick.errors import Key
-from tallystick.ledger import AccessReason, CreditTransaction
+from tallystick.ledger import AccessReason, CreditTransaction, Lot
 from tallystick.schema import CreditTransactionStatus, CreditTransactionType
 from tallystick.web.buyer.billing import Billing
 from tallystick.web.buyer.paywall import UNLOCK_CREDITS
@@ -38,6 +40,13 @@ _EXAMPLE_ROW: Final[dict[str, Any]] = {
     "currency": None,
     "created_at": "2026-03-01T09:30:00Z",
     "completed_at": "2026-03-01T09:30:00Z",
+    "expires_at": None,
+}
+_EXAMPLE_LOT: Final[dict[str, Any]] = {
+    "id": EXAMPLE_ID,
+    "credits": 3,
+    "expires_at": "2026-03-31T00:00:00Z",
+    "description": "Spring promotion",
 }
 _EXAMPLE_PACK: Final[dict[str, Any]] = {"name": "Flight Crew", "credits": 3, "amount": 14900, "currency": "usd"}
 
@@ -46,12 +55,26 @@ def _shown(example: dict[str, Any]) -> ConfigDict:
     return ConfigDict(json_schema_extra={"examples": [example]})
 
 
+class ExpiringCredits(BaseModel):
+    """Credits that are taken back at ``expires_at`` if they are not spent by then."""
+
+    model_config = _shown(_EXAMPLE_LOT)
+
+    id: UUID = Field(description="The credit transaction that gave them.")
+    credits: int = Field(description="Those of them that are left.")
+    expires_at: dt.datetime
+    description: str
+
+
 class BalanceAnswer(BaseModel):
     """A user's credits; below zero is a debt that the next purchase pays."""
 
-    model_config = _shown({"balance": 3, "plan_tier": "free"})
+    model_config = _shown({"balance": 5, "held": 2, "available": 3, "expiring": [_EXAMPLE_LOT], "plan_tier": "free"})
 
     balance: int
+    held: int = Field(description="Credits that are set aside for work under way.")
+    available: int = Field(description="Credits that can be spent: the balance less what is held.")
+    expiring: list[ExpiringCredits] = Field(description="Credits that expire, in the order in which they are spent.")
     plan_tier: str
 
 
@@ -72,6 +95,7 @@ class HistoryRow(BaseModel):
     currency: str | None
     created_at: dt.datetime
     completed_at: dt.datetime | None
+    expires_at: dt.datetime | None = Field(description="Of a hold, or of the credits that the row gave.")
 
 
 class HistoryAnswer(BaseModel):
@@ -87,7 +111,7 @@ class AccessAnswer(BaseModel):
     """A workshop's access: open or not, the reason, and the credits that would open it."""
 
     model_config = _shown(
-        {"workshop": _EXAMPLE_WORKSHOP, "open": False, "reason": "locked", "required": 1, "balance": 3}
+        {"workshop": _EXAMPLE_WORKSHOP, "open": False, "reason": "locked", "required": 1, "balance": 3, "available": 3}
     )
 
     workshop: str
@@ -95,6 +119,7 @@ class AccessAnswer(BaseModel):
     reason: AccessReason
     required: int = Field(description="Credits that open it; 0 when it is open or gone.")
     balance: int
+    available: int = Field(description="Credits that can be spent: the balance less what is held.")
 
 
 class UnlockAnswer(BaseModel):
@@ -139,6 +164,8 @@ class Problem(BaseModel):
                     "status": 402,
                     "detail": "You have 0 credits. This takes 1.",
                     "balance": 0,
+                    "held": 0,
+                    "available": 0,
                     "required": 1,
                     "workshop": None,
                     "packs": [_EXAMPLE_PACK],
@@ -175,6 +202,7 @@ def history_row(row: CreditTransaction) -> HistoryRow:
         currency=row.currency,
         created_at=row.created_at,
         completed_at=row.completed_at,
+        expires_at=row.expires_at,
     )
 
 
@@ -221,8 +249,26 @@ def add_to(billing: Billing) -> None:
     )
     async def balance(user: User) -> Response:
         """The credits of who is signed in."""
-        account = await billing.account(user)
-        return answer(BalanceAnswer(balance=account.credit_balance, plan_tier=account.plan_tier))
+
+        def read(conn: sa.Connection) -> tuple[Account, list[Lot]]:
+            account = billing.accounts.get(conn, user)
+            return account, billing.expiring(conn, user, account.standing)
+
+        account, lots = await run(read)
+        return answer(
+            BalanceAnswer(
+                balance=account.standing.balance,
+                held=account.standing.held,
+                available=account.standing.available,
+                expiring=[
+                    ExpiringCredits(
+                        id=lot.id, credits=lot.remaining, expires_at=lot.expires_at, description=lot.description
+                    )
+                    for lot in lots
+                ],
+                plan_tier=account.plan_tier,
+            )
+        )
 
     @billing.get(
         "/api/history", name="tallystick.api.history", response_model=HistoryAnswer, tags=TAGS, responses=refusals(403)
@@ -271,7 +317,7 @@ def add_to(billing: Billing) -> None:
     )
     async def access(user: User, workshop: WorkshopPath) -> Response:
         """The access to one of the user's workshops, with the reason."""
-        found, has = await billing.workshop_and_balance(user, workshop)
+        found, now = await billing.workshop_and_standing(user, workshop)
         locked = found.access.reason is AccessReason.LOCKED
         return answer(
             AccessAnswer(
@@ -279,7 +325,8 @@ def add_to(billing: Billing) -> None:
                 open=found.access.open,
                 reason=found.access.reason,
                 required=UNLOCK_CREDITS if locked else 0,
-                balance=has,
+                balance=now.balance,
+                available=now.available,
             )
         )
 
@@ -299,5 +346,5 @@ def add_to(billing: Billing) -> None:
     ) -> Response:
         """Spend a credit on a workshop, once: doing it again charges nothing and gives the first result."""
         spent = await billing.unlock(user, workshop, key=idempotency_key)
-        balance = await billing.balance(user) if spent.replayed else spent.balance_after or 0
+        balance = (await billing.standing(user)).balance if spent.replayed else spent.balance_after or 0
         return answer(UnlockAnswer(transaction=history_row(spent), balance=balance, replayed=spent.replayed))

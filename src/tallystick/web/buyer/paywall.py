@@ -18,7 +18,7 @@ from tallystick.errors import (
     WorkshopNotOwned,
     shown,
 )
-from tallystick.ledger import Access, AccessReason, CreditTransaction, Ledger
+from tallystick.ledger import Access, AccessReason, CreditTransaction, Ledger, Standing
 from tallystick.ledger.outcomes import Refusal, error_of
 
 UNLOCK_CREDITS: Final = 1
@@ -71,9 +71,9 @@ class Paywall:
             raise WorkshopNotOwned(f"workshop {key} belongs to another user than {user}", workshop=key, user=user)
         return Workshop(key, row[1], self.ledger.access(conn, key))
 
-    def workshop_and_balance(self, conn: sa.Connection, user: Key, workshop: object) -> tuple[Workshop, int]:
-        """As ``workshop``, and the user's balance."""
-        return self.workshop(conn, user, workshop), self.ledger.balance(conn, user)
+    def workshop_and_standing(self, conn: sa.Connection, user: Key, workshop: object) -> tuple[Workshop, Standing]:
+        """As ``workshop``, and the user's credits."""
+        return self.workshop(conn, user, workshop), self.ledger.standing(conn, user)
 
     def require_open(self, conn: sa.Connection, user: Key, workshop: object) -> Access:
         """The access of a workshop that is open and the user's.
@@ -84,12 +84,15 @@ class Paywall:
         found = self.workshop(conn, user, workshop)
         found.require_there()
         if not found.access.open:
+            now = self.ledger.standing(conn, user)
             raise WorkshopLocked(
                 f"workshop {found.key} is {found.access.reason}. To open it: POST …/workshops/{found.key}/unlock",
                 workshop=found.key,
                 title=found.title,
                 user=user,
-                balance=self.ledger.balance(conn, user),
+                balance=now.balance,
+                held=now.held,
+                available=now.available,
                 required=UNLOCK_CREDITS,
             )
         return found.access

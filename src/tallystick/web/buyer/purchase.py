@@ -144,7 +144,7 @@ def _add_pages(billing: Billing) -> None:
     ) -> Response:
         """The page that Stripe sends the buyer to: grants at once what was paid, with or without the webhook."""
         state, found = await _outcome(billing, user, session_id)
-        balance = await billing.balance(user)
+        balance = (await billing.standing(user)).spendable
         bought = found.purchase.amount if found is not None else 0
         title, text = {
             "granted": (texts.success_title, texts.success(bought, balance)),
@@ -161,7 +161,7 @@ def _add_pages(billing: Billing) -> None:
     async def cancelled(request: Request, user: User, workshop: About, return_to: ReturnTo = None) -> Response:
         return billing.renderer.page(
             request, "outcome.html", state="cancelled", title=texts.cancelled_title, text=texts.cancelled,
-            balance=await billing.balance(user), workshop=workshop, here="",
+            balance=(await billing.standing(user)).spendable, workshop=workshop, here="",
             return_to=billing.returning(return_to),
         )  # fmt: skip
 
@@ -202,7 +202,7 @@ def _add_json(billing: Billing) -> None:
             purchase=found.purchase.id,
             status=found.purchase.status,
             credits=found.purchase.amount,
-            balance=await billing.balance(user),
+            balance=(await billing.standing(user)).balance,
         )
 
 

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from tallystick import errors
 from tallystick.config import Pack
 from tallystick.errors import InsufficientCredits, InvalidArgument, NotSignedIn, TallystickError, WorkshopLocked
-from tallystick.ledger import Access, AccessReason
+from tallystick.ledger import Access, AccessReason, Standing
 from tallystick.web.buyer.paywall import Workshop
 from tallystick.web.buyer.rendering import Renderer, is_fragment
 
@@ -152,6 +152,8 @@ class Refusals:
         return self._problem(
             error,
             balance=error.balance,
+            held=error.held,
+            available=error.available,
             required=error.required,
             workshop=str(error.workshop) if isinstance(error, WorkshopLocked) else None,
             packs=[describe(pack) for pack in self._packs],
@@ -163,8 +165,9 @@ class Refusals:
         if isinstance(error, WorkshopLocked):
             workshop = Workshop(error.workshop, error.title, Access(open=False, reason=AccessReason.LOCKED))
         here = self._renderer.returning(request.url.path if request.method == "GET" else None)
+        spendable = Standing(error.balance, error.held).spendable
         return await self._renderer.paywall(
-            request, workshop, balance=error.balance, required=error.required, return_to=here
+            request, workshop, balance=spendable, required=error.required, return_to=here
         )
 
     def _to_sign_in(self, request: Request, sign_in: str) -> Response:

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 from tallystick.config import Pack
 from tallystick.errors import InsufficientCredits, TallystickError, WorkshopLocked
-from tallystick.ledger import AccessReason, CreditTransaction
-from tallystick.schema import CreditTransactionStatus
+from tallystick.ledger import AccessReason, CreditTransaction, Lot, Standing
+from tallystick.schema import CreditTransactionStatus, CreditTransactionType
 from tallystick.web.shared import numbers
 from tallystick.web.shared.wording import what
 
@@ -40,6 +40,16 @@ class Texts:
     def money(self, amount: int, currency: str) -> str:
         """``amount`` minor units of ``currency``."""
         return numbers.money(amount, currency)
+
+    months: tuple[str, ...] = (
+        "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+        "December",
+    )  # fmt: skip
+
+    def day(self, moment: dt.datetime) -> str:
+        """A day, in a sentence; in UTC."""
+        there = moment.astimezone(dt.UTC)
+        return f"{there.day} {self.months[there.month - 1]} {there.year}"
 
     def date(self, moment: dt.datetime) -> str:
         """A day, for lists."""
@@ -151,14 +161,42 @@ class Texts:
         "amount_paid_minor_units", "currency", "id",
     )  # fmt: skip
     pending = "pending"
+    set_aside = "set aside"
+    not_used = "not used"
+    kinds: Mapping[str, str] = {"reversal": "given back", "correction": "taken back", "expiry": "expired"}
+    """Types of rows that say in a word what they did to the row that they undo."""
 
     def history_balance(self, balance: int) -> str:
         """The sentence over the list."""
         return f"You owe {self.credits(-balance)}." if balance < 0 else f"You have {self.credits(balance)}."
 
+    def history_held(self, now: Standing) -> str:
+        """The sentence about credits that holds have set aside; empty where that is none, or nothing can be spent."""
+        if not now.held or now.balance < 0:
+            return ""
+        aside = f"{self.number(now.held)} of them {'is' if now.held == 1 else 'are'} set aside for work under way"
+        return f"{aside}, {self.number(now.spendable)} can be spent."
+
+    def history_expiring(self, soonest: Lot) -> str:
+        """The sentence about the credits that expire next."""
+        verb = "expires" if soonest.remaining == 1 else "expire"
+        return f"{self.credits(soonest.remaining)} {verb} on {self.day(soonest.expires_at)}."
+
     def description(self, row: CreditTransaction) -> str:
-        """The description of a row; of a purchase that is not paid it does not say that it was bought."""
-        return what(row.description, done=row.status is CreditTransactionStatus.COMPLETED)
+        """The description of a row; of a purchase that is not paid it does not say that it was bought.
+
+        Where ``tag`` says what the row did, the ledger's own word for it is left out.
+        """
+        return what(row.description, done=row.status is CreditTransactionStatus.COMPLETED, kind=row.type)
+
+    def tag(self, row: CreditTransaction) -> str:
+        """A word or two beside the description, for a row that is not just bought or used."""
+        if row.status is CreditTransactionStatus.COMPLETED:
+            return self.kinds.get(row.type, "")
+        if row.type is not CreditTransactionType.CONSUMPTION:
+            return self.pending
+        ended = row.expires_at is not None and row.expires_at <= dt.datetime.now(dt.UTC)
+        return self.not_used if ended else self.set_aside
 
     def paid(self, row: CreditTransaction) -> str:
         """The price of a purchase; empty for a free one."""
@@ -243,7 +281,8 @@ class Texts:
         """One sentence for the person who met ``error``."""
         match error:
             case InsufficientCredits():
-                return f"You have {self.credits(error.balance)}. This takes {self.number(error.required)}."
+                spendable = Standing(error.balance, error.held).spendable
+                return f"You have {self.credits(spendable)}. This takes {self.number(error.required)}."
             case WorkshopLocked():
                 return f"{self.credits(error.required)} unlocks it."
         return self.problems.get(name, self.problem_default)

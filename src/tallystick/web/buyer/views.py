@@ -6,12 +6,13 @@ No ``from __future__ import annotations`` here, as in ``billing``.
 from collections.abc import AsyncIterator
 from typing import Annotated, Final
 
+import sqlalchemy as sa
 from fastapi import Depends, Form, HTTPException, Query
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
 
 from tallystick.errors import InsufficientCredits, Key
-from tallystick.ledger import HISTORY_MAX, CreditTransaction
+from tallystick.ledger import HISTORY_MAX, CreditTransaction, Lot, Standing
 from tallystick.web.buyer.billing import Billing
 from tallystick.web.buyer.json_api import Before, WorkshopPath
 from tallystick.web.buyer.paywall import UNLOCK_CREDITS
@@ -50,29 +51,29 @@ def _add_reading(billing: Billing) -> None:
 
     @billing.get("/badge", name="tallystick.badge", include_in_schema=False)
     async def badge(request: Request, user: User) -> HTMLResponse:
-        return billing.renderer.page(request, "badge.html", balance=await billing.balance(user))
+        return billing.renderer.page(request, "badge.html", balance=(await billing.standing(user)).spendable)
 
     @billing.get("/pricing", name="tallystick.pricing", include_in_schema=False)
     async def pricing(
         request: Request, user: User, return_to: ReturnTo = None, workshop: str | None = None
     ) -> HTMLResponse:
         return billing.renderer.page(
-            request, "pricing.html", balance=await billing.balance(user),
+            request, "pricing.html", balance=(await billing.standing(user)).spendable,
             return_to=billing.returning(return_to),
             workshop=None if workshop is None else await billing.workshop(user, workshop),
         )  # fmt: skip
 
     @billing.get("/history", name="tallystick.history", include_in_schema=False)
     async def history(request: Request, user: User, before: Before = None) -> HTMLResponse:
-        has, rows = await billing.database.run(
-            lambda conn: (
-                billing.ledger.balance(conn, user),
-                billing.ledger.history(conn, user, limit=HISTORY_PAGE + 1, before=before),
-            )
-        )
+        def read(conn: sa.Connection) -> tuple[Standing, list[Lot], list[CreditTransaction]]:
+            now = billing.ledger.standing(conn, user)
+            rows = billing.ledger.history(conn, user, limit=HISTORY_PAGE + 1, before=before)
+            return now, billing.expiring(conn, user, now), rows
+
+        now, lots, rows = await billing.database.run(read)
         shown = rows[:HISTORY_PAGE]
         return billing.renderer.page(
-            request, "history.html", balance=has, rows=shown, newest=before is None,
+            request, "history.html", now=now, soonest=lots[0] if lots else None, rows=shown, newest=before is None,
             older=shown[-1].cursor if len(rows) > HISTORY_PAGE else None,
         )  # fmt: skip
 
@@ -129,7 +130,8 @@ def _add_unlocking(billing: Billing) -> None:
     @billing.get("/workshops/{workshop}/unlock", name="tallystick.unlock", include_in_schema=False)
     async def confirm(request: Request, user: User, workshop: WorkshopPath, return_to: ReturnTo = None) -> Response:
         """Ask before spending."""
-        found, balance = await billing.workshop_and_balance(user, workshop)
+        found, now = await billing.workshop_and_standing(user, workshop)
+        balance = now.spendable
         found.require_there()
         back = billing.returning(return_to)
         if found.access.open:
@@ -153,14 +155,16 @@ def _add_unlocking(billing: Billing) -> None:
             spent = await billing.unlock(user, workshop)
         except InsufficientCredits as refused:
             found = await billing.workshop(user, workshop)
-            return await billing.renderer.paywall(request, found, balance=refused.balance, return_to=back)
+            spendable = Standing(refused.balance, refused.held).spendable
+            return await billing.renderer.paywall(request, found, balance=spendable, return_to=back)
         charged = 0 if spent.replayed else -spent.amount
         if not is_fragment(request):
             query = {"return_to": back, "spent": charged}
             return RedirectResponse(
                 billing.renderer.url(request, "unlocked", workshop=workshop, query=query), SEE_OTHER
             )
-        found, balance = await billing.workshop_and_balance(user, workshop)
+        found, now = await billing.workshop_and_standing(user, workshop)
+        balance = now.spendable
         return billing.renderer.page(
             request, "unlocked.html", workshop=found, balance=balance, spent=charged, return_to=back,
             headers={"HX-Trigger": "tallystick:balance"},
@@ -174,7 +178,8 @@ def _add_unlocking(billing: Billing) -> None:
         return_to: ReturnTo = None,
         spent: Annotated[int, Query(ge=0, le=UNLOCK_CREDITS)] = 0,
     ) -> HTMLResponse:
-        found, balance = await billing.workshop_and_balance(user, workshop)
+        found, now = await billing.workshop_and_standing(user, workshop)
+        balance = now.spendable
         return billing.renderer.page(
             request, "unlocked.html", workshop=found, balance=balance, spent=spent if found.access.open else 0,
             return_to=billing.returning(return_to),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 from uuid import UUID
 
@@ -20,6 +20,7 @@ from sqlalchemy.dialects import postgresql as pg
 from tallystick.config import TEXT_KEYS, Config
 from tallystick.database import transaction
 from tallystick.errors import InvalidArgument, Key, UnknownUser, shown
+from tallystick.ledger import Ledger, Lot, Standing
 from tallystick.schema import CreditTransactionStatus, Schema, migration_log
 
 PAGE_ROWS = 50
@@ -34,7 +35,7 @@ DAYS = 30
 LATE_DAYS = 30
 """A purchase that has waited longer for its payment is not counted; Stripe's own limit is far below."""
 
-PENDING = CreditTransactionStatus.PENDING
+PENDING, FAILED = CreditTransactionStatus.PENDING, CreditTransactionStatus.FAILED
 
 Row = TypeVar("Row")
 
@@ -72,6 +73,19 @@ class UserRow:
 
 
 @dataclass(frozen=True, slots=True)
+class OneUser(UserRow):
+    """A user as her own page shows one: right also when something has expired and no row says so yet.
+
+    ``credit_expired`` are the credits that expired without a row: the balance here is lower by them than in the table.
+    """
+
+    credit_held: int
+    credit_available: int
+    credit_expired: int
+    expiring: list[Lot]
+
+
+@dataclass(frozen=True, slots=True)
 class Notch:
     """The parts of a ledger row that the tally draws."""
 
@@ -105,6 +119,18 @@ class LedgerRow:
     idempotency_key: str | None
     created_at: dt.datetime
     completed_at: dt.datetime | None
+    expires_at: dt.datetime | None
+    held: int | None
+    capture_limit: int | None
+
+    @property
+    def state(self) -> str:
+        """The status; of a hold in words of its own: ``held``, ``captured``, ``released`` or ``expired``."""
+        if self.held is None:
+            return self.status
+        if self.status == PENDING:
+            return "held" if self.expires_at is None or self.expires_at > dt.datetime.now(dt.UTC) else "expired"
+        return "captured" if self.sequence is not None else "released" if self.capture_limit == 0 else "expired"
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +175,18 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Day:
-    """Credits that moved on one UTC day, all as positive numbers, and the money that came in, by currency."""
+    """Credits that moved on one UTC day, less what was taken back of them on that day.
+
+    A reversal lowers ``consumed``, a correction ``granted``, a reinstatement ``refunded``: a day on which more was
+    taken back than moved has a number below 0, and the sum of the days is right.
+    """
 
     date: dt.date
     sold: int = 0
     granted: int = 0
     consumed: int = 0
     refunded: int = 0
+    expired: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +234,7 @@ class Queries:
         self.config = config
         self.engine = engine
         self.schema = Schema.of(config.host)
+        self._balances = Ledger(config)
         self._users = self.schema.users.c
         self._ledger = self.schema.credit_transactions.c
 
@@ -249,13 +281,26 @@ class Queries:
             row = conn.execute(sa.select(some(users.c.key), estimate(users), some(ledger.c.id), estimate(ledger))).one()
         return count(row[0], row[1]), count(row[2], row[3])
 
-    def user(self, key: Key) -> UserRow:
-        """The user with this key. Raises UnknownUser."""
+    def user(self, key: Key) -> OneUser:
+        """The user with this key, in one statement where nothing of theirs is held or expires. Raises UnknownUser."""
+        c = self._users
         with self.reading() as conn:
-            row = conn.execute(self._select_users().where(self._is_user(key))).one_or_none()
-        if row is None:
-            raise UnknownUser(f"no user {key!r}. Search by another key or e-mail", user=key)
-        return _user(row)
+            statement = self._select_users().add_columns(c.credit_held, c.credit_due_at)
+            row = conn.execute(statement.where(self._is_user(key))).one_or_none()
+            if row is None:
+                raise UnknownUser(f"no user {key!r}. Search by another key or e-mail", user=key)
+            *shown_in_lists, held, due = row
+            user = _user(shown_in_lists)
+            now = Standing(user.credit_balance, held) if due is None else self._balances.standing(conn, user.key)
+            lots = [] if due is None else self._balances.lots(conn, user.key)
+        listed = {field.name: getattr(user, field.name) for field in fields(user)} | {"credit_balance": now.balance}
+        return OneUser(
+            **listed,
+            credit_held=now.held,
+            credit_available=now.available,
+            credit_expired=user.credit_balance - now.balance,
+            expiring=lots,
+        )
 
     def users(
         self, *, search: str = "", before: str | None = None, after: str | None = None, limit: int = PAGE_ROWS
@@ -302,7 +347,13 @@ class Queries:
         )
         waiting = (
             sa.select(*columns)
-            .where(ledger.user_id == asked.c.key, ledger.sequence.is_(None), ledger.status == PENDING)
+            .where(
+                ledger.user_id == asked.c.key,
+                ledger.sequence.is_(None),
+                ledger.status == PENDING,
+                # a hold whose time has passed counts as released, though no row says so yet
+                sa.or_(ledger.held.is_(None), ledger.expires_at > sa.func.now()),
+            )
             .limit(TALLY_ROWS)
         )
         last = sa.union_all(done, waiting).subquery().lateral()
@@ -335,11 +386,13 @@ class Queries:
             )
 
     def unfinished(self, user: Key, *, limit: int = PAGE_ROWS) -> list[LedgerRow]:
-        """The newest of what ``user`` has pending, and of purchases that failed."""
+        """The newest of what ``user`` has pending, purchases and holds; then of what failed, however much that is."""
         ledger = self._ledger
-        statement = self._select_ledger().where(self._owned(user), ledger.sequence.is_(None)).order_by(ledger.id.desc())
+        mine = self._select_ledger().where(self._owned(user), ledger.sequence.is_(None)).order_by(ledger.id.desc())
+        states = (mine.where(ledger.status == state).limit(limit).subquery() for state in (PENDING, FAILED))
         with self.reading() as conn:
-            return [_ledger_row(row) for row in conn.execute(statement.limit(limit))]
+            rows = [_ledger_row(row) for row in conn.execute(sa.union_all(*(sa.select(state) for state in states)))]
+        return sorted(rows, key=lambda row: (row.status != PENDING, -row.id.int))
 
     def every_row(self, user: Key) -> Iterator[LedgerRow]:
         """The whole ledger of ``user``, newest first, streamed."""
@@ -449,15 +502,15 @@ class Queries:
         ledger = self._ledger
         since = dt.datetime.combine(first, dt.time(), dt.UTC)
         day = sa.cast(sa.func.timezone("UTC", ledger.completed_at), sa.Date)
-        kind = sa.cast(ledger.type, sa.Text)
+        kind, linked = sa.cast(ledger.type, sa.Text), ledger.refund_of.is_not(None)
         return (
-            sa.select(day, kind, ledger.currency, sa.func.sum(ledger.amount), sa.func.sum(ledger.amount_paid))
+            sa.select(day, kind, linked, ledger.currency, sa.func.sum(ledger.amount), sa.func.sum(ledger.amount_paid))
             .where(
                 # ids are UUIDv7, so the primary key finds what is young without an index of its own on the time
                 ledger.id >= _first_id(since - dt.timedelta(days=LATE_DAYS)),
                 ledger.completed_at >= since,
             )
-            .group_by(day, kind, ledger.currency)
+            .group_by(day, kind, linked, ledger.currency)
         )
 
     def _holdings(self) -> sa.Select[Any]:
@@ -514,7 +567,7 @@ class Queries:
 
     def _is_pending(self) -> sa.ColumnElement[bool]:
         # a literal, not a parameter: the partial index serves only what its own predicate proves
-        return self._ledger.status == sa.literal_column("'pending'")
+        return sa.and_(self._ledger.status == sa.literal_column("'pending'"), self._ledger.held.is_(None))
 
     def _is_user(self, key: Key) -> sa.ColumnElement[bool]:
         return self._users.key == sa.literal(self.schema.user_key(key), self._users.key.type)
@@ -671,16 +724,30 @@ def _ledger_row(row: Sequence[Any]) -> LedgerRow:
     return LedgerRow(*row)
 
 
+_FIGURE_OF = {
+    "purchase": "sold",
+    "grant": "granted",
+    "correction": "granted",
+    "consumption": "consumed",
+    "reversal": "consumed",
+    "refund": "refunded",
+    "reinstatement": "refunded",
+    "expiry": "expired",
+}
+"""The figure of the overview that each type of row counts in; ``reinstatement`` is a grant that undoes a refund."""
+_CREDITS_OUT = {kind for kind, figure in _FIGURE_OF.items() if figure in ("consumed", "refunded", "expired")}
+
+
 def _figures(moved: Sequence[Sequence[Any]], holdings: Holdings, first: dt.date) -> Figures:
-    names = {"purchase": "sold", "consumption": "consumed", "refund": "refunded", "grant": "granted"}
-    days = {first + dt.timedelta(days=number): dict.fromkeys(names.values(), 0) for number in range(2 * DAYS)}
+    days = {first + dt.timedelta(days=n): dict.fromkeys(_FIGURE_OF.values(), 0) for n in range(2 * DAYS)}
     money: dict[str, dict[str, int]] = {}
     middle = first + dt.timedelta(days=DAYS)
-    for date, kind, currency, credits, paid in moved:
+    for date, type_, linked, currency, credits, paid in moved:
         if date not in days:
             continue  # completed after the day that this was asked for
-        if kind in names:
-            days[date][names[kind]] += abs(credits)
+        kind = "reinstatement" if type_ == "grant" and linked else type_
+        if kind in _FIGURE_OF:
+            days[date][_FIGURE_OF[kind]] += -credits if kind in _CREDITS_OUT else credits
         if currency is not None and paid is not None:
             sums = money.setdefault(currency, {"now": 0, "before": 0, "credits": 0})
             sums["now" if date >= middle else "before"] += int(paid)

@@ -108,6 +108,7 @@ class _Console:
             utc=utc,
             ms=milliseconds,
             made_by=operator_of,
+            linked=linked,
             blocker=blocker,
         )
         self.templates.globals.update(
@@ -232,6 +233,7 @@ class _Console:
             if not newest
             else [*page.rows, *unfinished]
         )
+        notches = [row for row in notches if row.state != "expired"]  # a hold that no row calls failed yet
         done = request.query_params.get("done", "")
         return self.show(
             request,
@@ -492,6 +494,12 @@ def _ago(seconds: float, moment: dt.datetime) -> str:
             number = int(max(seconds, 0) // length)
             return "just now" if unit == "s" and number < 5 else f"{number} {unit} ago"  # noqa: PLR2004
     return moment.astimezone(dt.UTC).strftime("%Y-%m-%d")
+
+
+def linked(kind: str) -> str:
+    """The row that a row of this type is linked to, in a word or two."""
+    undone = {"refund": "purchase", "grant": "purchase", "reversal": "consumption", "correction": "grant"}
+    return undone.get(kind, "row")
 
 
 def milliseconds(value: float | None) -> str:

@@ -1,8 +1,9 @@
 """The tally: a user's ledger drawn as the notched stick that the project is named after, as SVG.
 
 A pure function of ledger rows. One notch for each completed row in the order of ``sequence``: up for credits in, down
-for credits out, as long as the square root of its amount. Pending purchases stand hollow after the stick's end. A
-refund is tied to its purchase by a thin line. Where a sequence number is missing the stick is broken: a row that was
+for credits out, as long as the square root of its amount. What is pending stands hollow after the stick's end: a
+purchase up, a hold down. A refund, a reversal, a correction and an expiry are tied by a thin line to the row that they
+undo. Where a sequence number is missing the stick is broken: a row that was
 deleted shows. Over it, on the same axis, the balance as a step line.
 
 Colours come from the custom properties of the page (``--ts-in``, ``--ts-out``, ``--ts-debt``, …), so the drawing
@@ -136,8 +137,13 @@ def describe(done: list[TallyEntry], pending: list[TallyEntry], *, total: int | 
         entries = f"last {len(done):,} of {entries}"
     balance = done[-1].balance_after or 0 if done else 0
     words = [entries, f"balance {balance:,}" + (" (debt)" if balance < 0 else "")]
-    if pending:
-        words.append(f"{len(pending):,} pending")
+    if linked := sum(row.refund_of is not None for row in done):
+        words.append(f"{linked:,} linked to an earlier one")
+    holds = sum(row.amount < 0 for row in pending)
+    if len(pending) > holds:
+        words.append(f"{len(pending) - holds:,} pending")
+    if holds:
+        words.append(f"{holds:,} held")
     sequences = [row.sequence or 0 for row in done]
     missing = sum(b - a - 1 for a, b in pairwise(sequences))
     if done and total is None:

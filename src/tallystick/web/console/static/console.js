@@ -52,7 +52,7 @@ function bars(figure) {
       cursor: { y: false, points: { show: false } },
       scales: {
         x: { range: (u, first, last) => [first - DAY / 2, last + DAY / 2] },
-        y: { range: (u, low, high) => [0, Math.max(high, 1) * 1.05] },
+        y: { range: (u, low, high) => [Math.min(low, 0) * 1.05, Math.max(high, 1) * 1.05] }, // below 0: given back
       },
       axes: [axis({ grid: { show: false }, values: dates }), axis({ values: wholeTicks, size: 64 })],
       series: [
