@@ -143,7 +143,7 @@ def _meaning(  # noqa: C901, PLR0911 - a table of meanings
     lost = getattr(error, "connection_invalidated", False) or (state is None and _has_no_answer(error))
     if state == "23505" and not _is_ours(error):
         return None  # of a trigger of the host's
-    if state == "42804" and "return row" in text:
+    if (state == "42804" and "return row" in text) or (state == "42846" and "to tallystick.answer" in text):
         return Conflict(f"the functions were replaced under this call: {text}. Make it again", sqlstate=state)
     if found := _MEANINGS.get(state or ""):
         meaning, message = found

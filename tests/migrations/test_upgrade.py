@@ -32,7 +32,7 @@ CALLS = {
     "many": f"SELECT {ANSWER} FROM tallystick.consume_many("
     "user_ids => ARRAY[%(user)s]::uuid[], keys => ARRAY[%(key)s])",
 }
-PASSING = ("40001", "40P01", "42804", "55P03", "0A000", "XX000")
+PASSING = ("40001", "40P01", "42804", "42846", "55P03", "0A000", "XX000")
 """What a call may be told that was under way while the functions were replaced: made again, it goes through."""
 
 

@@ -546,12 +546,13 @@ _MADE = r"CREATE (?:OR REPLACE )?(FUNCTION|TYPE) tallystick\."
 
 def _declared_functions(names: HostNames) -> list[str]:
     """The types and functions of the last revision, and the triggers' functions as the revisions leave them."""
+    last = [text([made]) for made in names.functions(HEAD)]
     triggers: dict[str, str] = {}
     for revision in revisions():
         for statement in (text([made]) for made in (*revision.prepare(names), *revision.locked(names))):
             if found := re.match(r"CREATE (?:OR REPLACE )?FUNCTION tallystick\.(\w+)\(\) RETURNS trigger", statement):
                 triggers[found[1]] = statement
-    return [*triggers.values(), *(text([made]) for made in names.functions(HEAD))]
+    return [*(made for made in triggers.values() if made not in last), *last]
 
 
 def functions_sql(config: Config) -> str:
