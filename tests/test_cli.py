@@ -654,3 +654,19 @@ def test_a_purchase_that_was_sold_without_stripe_is_settled_by_hand(world: World
     assert tally("balance", user, "--json").json["balance"] == 3
     assert tally("purchase", "fail", user, paid).code == 1
     assert tally("audit").code == 0
+
+
+def test_two_accounts_are_merged_and_a_person_is_forgotten(at: Callable[..., Any], any_world: World) -> None:
+    tally, user, into = at(any_world), any_world.user(credits=3), any_world.user(credits=1)
+    said = tally("users", "merge", user, into, "--key", "ticket 7", "--description", "One person")
+    assert said.out == f"Done: 3 credits moved. User {into} has 4 credits.\n"
+    assert f"moves 3 credits of user {user} to user {into}, whose balance goes from 1 to 4" in said.err
+    assert tally("users", "merge", user, into, "--key", "ticket 7").out.startswith("Already done: 3 credits")
+    assert tally("users", "merge", user, into, "--key", "ticket 8", "--json").json["credits"] == 0
+    assert tally("users", "merge", user, into).out == f"Done: 0 credits moved. User {into} has 4 credits.\n"
+    refused = tally("users", "merge", into, user, "--yes")
+    assert (refused.code, f"user {user} was deleted" in refused.err) == (1, True)
+    erased = tally("users", "erase", into, "--json")
+    assert (erased.json["credit_balance"], "who has 4 credits" in erased.err) == (4, True)
+    assert {row["description"] for row in tally("history", into, "--json").json} == {"Erased"}
+    assert tally("audit").code == 0

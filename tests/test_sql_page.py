@@ -41,7 +41,8 @@ def installed(conn: psycopg.Connection) -> dict[str, tuple[list[tuple[str, str, 
         SELECT proname, proargnames[:pronargs], proargtypes::regtype[]::text[],
           ARRAY(SELECT pg_get_function_arg_default(p.oid, n) FROM generate_series(1, pronargs) AS n),
           pg_get_function_result(p.oid)
-        FROM pg_proc AS p WHERE pronamespace = 'tallystick'::regnamespace AND prosecdef
+        FROM pg_proc AS p
+        WHERE pronamespace = 'tallystick'::regnamespace AND prosecdef AND prorettype <> 'trigger'::regtype
     """)
     return {
         name: (
@@ -123,6 +124,7 @@ REFUSED = {
     "correction_exceeds_grant": "correct(user_id => %(user)s, grant_id => %(given)s, key => 'k', amount => 50)",
     "hold_closed": "capture(user_id => %(user)s, hold_id => %(released)s)",
     "capture_exceeds_hold": "capture(user_id => %(user)s, hold_id => %(held)s, amount => 50)",
+    "holds_pending": "merge(user_id => %(user)s, into_user_id => %(behind)s, key => 'k')",
 }
 
 

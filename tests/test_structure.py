@@ -62,8 +62,8 @@ def test_a_docstring_begins_with_the_thing_itself(module: Path):
 
 
 def test_a_released_revision_imports_nothing_that_changes():
-    """All but the standard library and psycopg's composition of SQL is today's code."""
-    allowed = {"__future__", "collections.abc", "typing", "psycopg.sql"}
+    """All but the standard library, psycopg's composition of SQL and earlier revisions is today's code."""
+    allowed = {"__future__", "collections.abc", "typing", "psycopg.sql", "tallystick.migrate.versions"}
     for module in (PACKAGE / "migrate" / "versions").glob("*.py"):
         imported = {
             name

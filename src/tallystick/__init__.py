@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tallystick.accounts import Accounts
     from tallystick.config import Config, HostMapping, Pack, UsersTable, WorkshopsTable
     from tallystick.errors import InsufficientCredits, TallystickError
-    from tallystick.ledger import Access, AccessReason, Consume, CreditTransaction, Event, Ledger, Lot, Standing
+    from tallystick.ledger import Access, AccessReason, Consume, CreditTransaction, Event, Ledger, Lot, Merged, Standing
     from tallystick.ledger.combiner import Combiner
     from tallystick.schema import verify
 
@@ -20,7 +20,17 @@ _HOMES = {
     "accounts": ("Accounts",),
     "config": ("Config", "HostMapping", "Pack", "UsersTable", "WorkshopsTable"),
     "errors": ("InsufficientCredits", "TallystickError"),
-    "ledger": ("Access", "AccessReason", "Consume", "CreditTransaction", "Event", "Ledger", "Lot", "Standing"),
+    "ledger": (
+        "Access",
+        "AccessReason",
+        "Consume",
+        "CreditTransaction",
+        "Event",
+        "Ledger",
+        "Lot",
+        "Merged",
+        "Standing",
+    ),
     "ledger.combiner": ("Combiner",),
     "schema": ("verify",),
 }
@@ -38,6 +48,7 @@ __all__ = [
     "InsufficientCredits",
     "Ledger",
     "Lot",
+    "Merged",
     "Pack",
     "Standing",
     "TallystickError",

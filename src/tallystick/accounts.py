@@ -129,6 +129,19 @@ class Accounts:
         return self._of_user("restore_user", user)
 
     @Operation
+    def erase(self, user: Key) -> Call[Account]:
+        """Remove what the ledger keeps of a person, and soft-delete the user; credits and the audit stay as they are.
+
+        Gone are descriptions and metadata of the user's rows, the addresses in the requests of checkouts, the tie to
+        the Stripe customer, and the idempotency keys of purchases, consumptions and grants: what these asked for is
+        refused to a deleted user anyway, and asked again with an old key it is no replay.
+
+        Raises:
+            UnknownUser: nothing was written.
+        """
+        return self._of_user("erase", user)
+
+    @Operation
     def delete_workshop(self, workshop: Key) -> Call[None]:
         """Soft-delete a workshop; what unlocked it stays on record. Keeps the first time.
 

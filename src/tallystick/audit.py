@@ -66,9 +66,9 @@ DELETION_TAKES = dt.timedelta(minutes=5)
 KEPT_WITHIN_S = 1
 """The precision of a moment in a host's column: its type may know no fractions of a second."""
 
-_PURCHASE, _CONSUMPTION, _REFUND, _GRANT, _REVERSAL, _CORRECTION, _EXPIRY = CreditTransactionType
+_PURCHASE, _CONSUMPTION, _REFUND, _GRANT, _REVERSAL, _CORRECTION, _EXPIRY, _TRANSFER = CreditTransactionType
 _TAKE = [_CONSUMPTION, _REFUND, _CORRECTION, _EXPIRY]
-_LINKED = [_REFUND, _REVERSAL, _CORRECTION, _EXPIRY]
+_LINKED = [_REFUND, _REVERSAL, _CORRECTION, _EXPIRY, _TRANSFER]
 _PENDING, _COMPLETED = CreditTransactionStatus.PENDING, CreditTransactionStatus.COMPLETED
 # spells names and statements for people, so a % in a name stays one
 _SPELLING = PGDialect(paramstyle="named")  # type: ignore[no-untyped-call]  # SQLAlchemy leaves it untyped
@@ -702,7 +702,9 @@ def _misshaped_key(row: Row) -> Expression:
 
 
 _BROKEN: dict[str, Callable[[Row], Expression]] = {
-    "amount_sign": lambda row: sa.or_(row.amount == 0, (row.amount < 0) != row.type.in_(_TAKE)),
+    "amount_sign": lambda row: sa.or_(
+        row.amount == 0, sa.and_(row.type != _TRANSFER, (row.amount < 0) != row.type.in_(_TAKE))
+    ),
     "no_overdraft": lambda row: sa.and_(row.type == _CONSUMPTION, row.held.is_(None), row.balance_after < 0),
     "completed": _completed,
     "sequence_positive": lambda row: row.sequence < 1,
@@ -733,7 +735,8 @@ _COUNTED: dict[str, Callable[[_Part], Expression]] = {
     "waiting": lambda part: _waits_long(part.row),
     "late beginnings": lambda part: _began_late(part.row),
     "unfinished": lambda part: part.row.status != _COMPLETED,
-    "refunds": lambda part: part.row.refund_of.is_not(None),
+    "refunds": lambda part: sa.and_(part.row.refund_of.is_not(None), part.row.type != _TRANSFER),
+    "transfers": lambda part: part.row.type == _TRANSFER,
     "lots": lambda part: sa.and_(part.row.expires_at.is_not(None), part.row.held.is_(None)),
     "holds": lambda part: sa.and_(part.row.held.is_not(None), part.row.status == _PENDING),
     "other workshops": lambda part: sa.and_(
@@ -826,7 +829,8 @@ def _unknown_users(part: _Part) -> sa.Select[Any]:
 
 def _refunds(part: _Part) -> tuple[sa.Select[Any], sa.FromClause]:
     purchase = part.schema.credit_transactions.alias("purchase")
-    refunds = part.rows(part.row.amount, part.row.refund_of).where(part.row.refund_of.is_not(None))
+    refunds = part.rows(part.row.amount, part.row.refund_of)
+    refunds = refunds.where(part.row.refund_of.is_not(None), part.row.type != _TRANSFER)
     return refunds.join(purchase, purchase.c.id == part.row.refund_of, isouter=True), purchase
 
 
@@ -948,6 +952,20 @@ def _overlooked(part: _Part) -> sa.Select[Any]:
         .group_by(users.key, users.credit_due_at)
         .having(sa.or_(users.credit_due_at.is_(None), users.credit_due_at > first))
     )
+
+
+def _one_sided(part: _Part) -> sa.Select[Any]:
+    """Rows of a merge without the row of the other account that fits, whichever part that is in."""
+    row, other = part.row, part.schema.credit_transactions.alias("other").c
+    fits = sa.and_(
+        other.id == row.refund_of,
+        other.refund_of == row.id,
+        other.type == _TRANSFER,
+        other.user_id != row.user_id,
+        other.amount == -row.amount,
+    )
+    rows = part.rows((-row.amount).label("opposite"), row.refund_of)
+    return rows.where(row.type == _TRANSFER, ~sa.exists().where(fits))
 
 
 def _unmarked_workshops(part: _Part) -> sa.Select[Any]:
@@ -1220,7 +1238,7 @@ CHECKS: Mapping[str, Check] = {
         ),
         _rule(
             "amount_sign",
-            "consumptions, refunds, corrections and expiries take, everything else gives, and no amount is 0",
+            "consumptions, refunds, corrections and expiries take, transfers do either, all else gives, and none is 0",
             expected="an amount with the sign of a {type}",
             found="amount {amount}",
         ),
@@ -1244,7 +1262,7 @@ CHECKS: Mapping[str, Check] = {
         ),
         _rule(
             "refund_of",
-            "each refund, reversal, correction and expiry names the row that it is about; of the others a grant may",
+            "each refund, reversal, correction, expiry and transfer names the row that it is about; a grant may",
             expected="a refund_of if it is one of these, none unless it is a grant; the row is a {type}",
             found="refund_of {refund_of}",
         ),
@@ -1376,6 +1394,16 @@ CHECKS: Mapping[str, Check] = {
             likely_cause="the column was set by hand or by the app",
             what_to_do=_LOOK + "Run: {fix}",
             fix=_set_due,
+        ),
+        Check(
+            name="merged_on_both_sides",
+            purpose="what a merge takes from one account it gives to another, in two rows that are linked",
+            signs=frozenset({"transfers"}),
+            search=_one_sided,
+            expected="a transfer of {opposite:+} of another user, each of the two with the other as its refund_of",
+            found="none behind refund_of {refund_of}",
+            likely_cause=f"one of the two was deleted, or {_BY_HAND}; or it was written without Tallystick",
+            what_to_do=_RESTORE,
         ),
         Check(
             name="workshop_charged_once",

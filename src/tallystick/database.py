@@ -94,7 +94,7 @@ _READ_ONLY = (
     "after a fail-over connect to the new primary"
 )
 _MEANINGS: Mapping[str, tuple[type[DatabaseError], str]] = {
-    **dict.fromkeys(("40001", "40P01", "23505", "55P03", "57014"), (Conflict, _IN_THE_WAY)),
+    **dict.fromkeys(("40001", "40P01", "23503", "23505", "55P03", "57014"), (Conflict, _IN_THE_WAY)),
     **dict.fromkeys(("25P03", "25P04"), (Conflict, _ENDED)),
     "25006": (DatabaseUnavailable, _READ_ONLY),
     "42501": (
@@ -141,7 +141,7 @@ def _meaning(  # noqa: C901, PLR0911 - a table of meanings
         return None
     text = said(error)
     lost = getattr(error, "connection_invalidated", False) or (state is None and _has_no_answer(error))
-    if state == "23505" and not _is_ours(error):
+    if state in ("23503", "23505") and not _is_ours(error):
         return None  # of a trigger of the host's
     if (state == "42804" and "return row" in text) or (state == "42846" and "to tallystick.answer" in text):
         return Conflict(f"the functions were replaced under this call: {text}. Make it again", sqlstate=state)
@@ -187,7 +187,7 @@ def _has_no_answer(error: BaseException) -> bool:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Tells if a constraint of the ledger's was broken: somebody else wrote the same at the same moment."""
+    """Tells if a constraint of the ledger's was broken: by what somebody else wrote, or took away, at that moment."""
     for found in _causes(error):
         name = getattr(getattr(found, "diag", None), "constraint_name", None) or getattr(found, "constraint_name", None)
         if name:

@@ -62,6 +62,7 @@
         ├── UnknownHold
         ├── HoldClosed               released, or captured already
         ├── CaptureExceedsHold
+        ├── HoldsPending             holds are to be captured or released before the account is merged
         ├── BalanceOutOfRange        a balance is a 32-bit integer
         ├── IdempotencyKeyReused     same key, other payload
         └── LedgerInconsistent       the ledger contradicts itself; run the audit
@@ -507,6 +508,13 @@ class CaptureExceedsHold(LedgerError):
     hold: UUID
     limit: int
     asked: int
+
+
+class HoldsPending(LedgerError):
+    """Holds of the user set credits aside for work under way; they end before the account does."""
+
+    user: Key
+    held: int
 
 
 class BalanceOutOfRange(LedgerError):

@@ -31,7 +31,7 @@ from tallystick.config import (
 from tallystick.database import DbConnection, translated
 from tallystick.errors import HostMismatch, InvalidArgument, Key, NotMigrated, SchemaTooNew, shown
 
-HEAD = "0003"
+HEAD = "0004"
 """The revision this package works with; the tests hold it against ``migrate/versions``."""
 
 BOOKKEEPING_SCHEMA = "tallystick"
@@ -50,6 +50,7 @@ class CreditTransactionType(StrEnum):
     REVERSAL = "reversal"
     CORRECTION = "correction"
     EXPIRY = "expiry"
+    TRANSFER = "transfer"
 
     @classmethod
     def _missing_(cls, value: object) -> CreditTransactionType | None:
@@ -169,7 +170,7 @@ class Schema:
             Column(
                 "user_id",
                 user_key,
-                ForeignKey(self.users.c.key, ondelete="RESTRICT", name=f"{LEDGER}_user_fk"),
+                ForeignKey(self.users.c.key, onupdate="CASCADE", ondelete="RESTRICT", name=f"{LEDGER}_user_fk"),
                 nullable=False,
             ),
             Column("type", _enum(CreditTransactionType, "credit_transaction_type", host), nullable=False),
@@ -229,7 +230,13 @@ class Schema:
         self.low_balances = Table(
             "low_balances",
             self.metadata,
-            Column("user_id", user_key, primary_key=True, autoincrement=False),
+            Column(
+                "user_id",
+                user_key,
+                ForeignKey(self.users.c.key, onupdate="CASCADE", ondelete="CASCADE", name="low_balances_user_fk"),
+                primary_key=True,
+                autoincrement=False,
+            ),
             Column("threshold", sa.BigInteger, nullable=False),
             schema=BOOKKEEPING_SCHEMA,
         )
@@ -369,7 +376,7 @@ CHECKS: dict[str, str] = {
 
 TRIGGERS: dict[str, tuple[str, ...]] = {
     LEDGER: ("tallystick_append_only", "tallystick_no_truncate"),
-    "users": ("tallystick_updated_at",),
+    "users": ("tallystick_updated_at", "A_tallystick_buyer_stays"),
 }
 
 FOLLOWING = ("tallystick_new_balance", "tallystick_balance")

@@ -43,6 +43,11 @@ DRIFTS = [
         f"{LEDGER}.{FOREIGN_KEY}",
         f"{DROPPED}, ADD CONSTRAINT {FOREIGN_KEY} FOREIGN KEY (user_id) REFERENCES users ON DELETE CASCADE",
     ),
+    (
+        "constraint",
+        f"{LEDGER}.{FOREIGN_KEY}",
+        f"{DROPPED}, ADD CONSTRAINT {FOREIGN_KEY} FOREIGN KEY (user_id) REFERENCES users ON DELETE RESTRICT",
+    ),
     ("index", f"{LEDGER}.credit_transactions_completed", "DROP INDEX credit_transactions_completed"),
     (
         "index",
@@ -78,6 +83,7 @@ DRIFTS = [
     ("index", f"{LEDGER}.once", "CREATE UNIQUE INDEX once ON credit_transactions (user_id)"),
     ("trigger", f"{LEDGER}.tallystick_no_truncate", "DROP TRIGGER tallystick_no_truncate ON credit_transactions"),
     ("trigger", "public.users.tallystick_updated_at", "DROP TRIGGER tallystick_updated_at ON users"),
+    ("trigger", "public.users.A_tallystick_buyer_stays", 'DROP TRIGGER "A_tallystick_buyer_stays" ON users'),
     ("enum", "public.credit_transaction_status", "ALTER TYPE credit_transaction_status ADD VALUE 'lost'"),
 ]
 

@@ -17,7 +17,7 @@ import pytest
 import sqlalchemy as sa
 
 from crowd import PATIENCE_S, books_balance, outcome, processes, threads, waiting_for_a_lock
-from tallystick import CreditTransaction, InsufficientCredits, errors
+from tallystick import CreditTransaction, InsufficientCredits, Merged, errors
 from tallystick.database import translated
 from tallystick.errors import Conflict, Key, PurchaseNotPending, RefundExceedsPurchase, WorkshopNotOwned
 from tallystick.ledger import Consume
@@ -404,3 +404,82 @@ def test_lists_in_transactions_of_each_isolation(world: World, isolation: str) -
     # 120 items and the shared ones for each of them
     assert Counter(row.user_id for row in new(results)) == dict.fromkeys(users, 100)
     assert all(isinstance(result, CreditTransaction | InsufficientCredits) for result in results)
+
+
+# --- people who change ---
+
+
+def test_spending_beside_a_change_of_key_loses_nothing(world: World) -> None:
+    user = world.user(credits=50)
+    new = uuid4()
+
+    def work(world: World, conn: sa.Connection, number: int) -> list[Any]:
+        users = world.schema.users
+        if number == 0:
+            conn.execute(sa.update(users).where(users.c.key == user).values(key=new))
+            return []
+        return [
+            outcome(lambda n=n, key=key: world.ledger.consume(conn, key, key=f"{number}-{n}"))
+            for n in range(10)
+            for key in (user, new)
+        ]
+
+    results = [one for some in threads(world, 5, work) for one in some]
+    assert {type(one) for one in results} <= {CreditTransaction, errors.UnknownUser, InsufficientCredits}
+    spent = sum(isinstance(one, CreditTransaction) for one in results)
+    with world.engine.connect() as conn:
+        assert world.ledger.balance(conn, new) == 50 - spent
+
+
+def test_two_accounts_are_merged_into_each_other_at_once(world: World) -> None:
+    pairs = [(world.user(credits=3), world.user(credits=4)) for _ in range(8)]
+
+    def work(world: World, conn: sa.Connection, number: int) -> list[Any]:
+        found = []
+        for one, other in pairs:
+            user, into = (one, other) if number % 2 else (other, one)
+            found.append(outcome(lambda u=user, i=into: world.ledger.merge(conn, u, into=i, key="m")))
+        return found
+
+    results = [one for some in threads(world, 6, work) for one in some]
+    assert {type(one) for one in results} == {Merged, errors.UserDeleted}
+    with world.engine.connect() as conn:
+        for pair in pairs:
+            assert sorted(world.ledger.balance(conn, user) for user in pair) == [0, 7]
+    assert world.deadlocks() == 0
+
+
+def test_spending_beside_a_merge_spends_each_credit_once(world: World) -> None:
+    user, into = world.user(credits=20), world.user(credits=20)
+
+    def work(world: World, conn: sa.Connection, number: int) -> list[Any]:
+        if number == 0:
+            return [outcome(lambda: world.ledger.merge(conn, user, into=into, key="m"))]
+        return [
+            outcome(lambda n=n, who=who: world.ledger.consume(conn, who, key=f"{number}-{n}"))
+            for n in range(10)
+            for who in (user, into)
+        ]
+
+    results = [one for some in threads(world, 5, work) for one in some]
+    spent = sum(isinstance(one, CreditTransaction) and one.type == "consumption" for one in results)
+    with world.engine.connect() as conn:
+        assert world.ledger.balance(conn, user) == 0
+        assert world.ledger.balance(conn, into) == 40 - spent
+    assert world.deadlocks() == 0
+
+
+def test_a_purchase_that_starts_while_the_key_changes_is_a_conflict(world: World) -> None:
+    """It takes no lock but the foreign key's, which finds the user gone."""
+    user, users = world.user(), world.schema.users
+    start = partial(world.ledger.start_purchase, credits=1, description="x", key="k")
+    with world.engine.connect() as renaming, world.engine.connect() as conn, ThreadPoolExecutor(1) as pool:
+        renaming.execute(sa.update(users).where(users.c.key == user).values(key=uuid4()))
+        started = pool.submit(start, conn, user)
+        waiting_for_a_lock(world, 1)
+        renaming.commit()
+        with pytest.raises(Conflict):
+            started.result(PATIENCE_S)
+        conn.rollback()
+        with pytest.raises(errors.UnknownUser):
+            start(conn, user)

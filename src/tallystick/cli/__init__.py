@@ -16,6 +16,7 @@ from tallystick.cli import (  # noqa: F401 - each adds its commands to the app
     events,
     ledger,
     migrations,
+    people,
     selling,
     serve,
 )

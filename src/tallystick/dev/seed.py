@@ -93,7 +93,8 @@ class SeedReport:
 class Scenario:
     """A story about one user. ``number`` is its place among the fixed keys and never changes; nor does ``name``.
 
-    ``workshops`` is how many it may make; ``needs`` what a host must have for it.
+    ``workshops`` is how many it may make; ``needs`` what a host must have for it; ``users`` how many it
+    makes, the user that it is about being the first.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Scenario:
     workshops: int
     needs: Needs | None
     tell: Callable[[_Story], None]
+    users: int = 1
 
     def unmet(self, schema: Schema) -> str | None:
         """Why this host cannot have the scenario, or None."""
@@ -121,7 +123,11 @@ class Scenario:
 
     def user_key(self, schema: Schema) -> Key:
         """The key of the scenario's user."""
-        return self.row().key(schema.host.users.key_type, "user")
+        return self.user_keys(schema)[0]
+
+    def user_keys(self, schema: Schema) -> list[Key]:
+        """The keys of all users that the scenario makes, its own first."""
+        return [self.row(number).key(schema.host.users.key_type, "user") for number in range(self.users)]
 
     def workshop_key(self, schema: Schema, number: int) -> Key:
         """The key of the scenario's workshop ``number``, from 1."""
@@ -202,7 +208,7 @@ def reset(
     """
     chosen = _chosen(only)
     schema = Schema.of(config.host)
-    users = {scenario.user_key(schema): scenario for scenario in chosen}
+    users = {key: scenario for scenario in chosen for key in scenario.user_keys(schema)}
     workshops = {key: scenario for scenario in chosen for key in scenario.workshop_keys(schema)}
     ledger = schema.credit_transactions
     with _removing(), _transaction(bind) as conn:
@@ -226,11 +232,11 @@ def reset(
         scenarios=tuple(
             Seeded(
                 scenario=scenario.name,
-                user=user,
+                user=scenario.user_key(schema),
                 balance=None,
                 outcome=ScenarioOutcome.REMOVED if scenario.name in removed else ScenarioOutcome.ABSENT,
             )
-            for user, scenario in users.items()
+            for scenario in chosen
         )
     )
 
@@ -316,7 +322,7 @@ def _refuse_production(conn: sa.Connection, schema: Schema, environ: Mapping[str
     live = sa.select(ledger.id).where(ledger.stripe_session_id.like("cs\\_live\\_%")).limit(1)
     if conn.scalar(live) is not None:
         signs.append("its ledger holds purchases from live Stripe sessions")
-    ours = [scenario.user_key(schema) for scenario in SCENARIOS.values()]
+    ours = [key for scenario in SCENARIOS.values() for key in scenario.user_keys(schema)]
     others = sa.select(users.key).where(users.key.not_in(ours)).limit(MANY_USERS + 1).subquery()
     if (conn.scalar(sa.select(sa.func.count()).select_from(others)) or 0) > MANY_USERS:
         signs.append(f"it has more than {MANY_USERS} users of its own")
@@ -421,6 +427,13 @@ class _Story:
         self.user = scenario.user_key(host.schema)
         self._acts = 0
         self._workshops = 0
+
+    def merge_duplicate(self) -> None:
+        """Make a second account of the same person, with a credit, and merge it into the user's."""
+        duplicate = self.scenario.user_keys(self.schema)[1]
+        self.host.insert_user(self.conn, self.scenario.row(1), key=duplicate)
+        self.ledger.grant(self.conn, duplicate, credits=1, key=self._key(), description="Welcome to the beta")
+        self.ledger.merge(self.conn, duplicate, into=self.user, key=self._key())
 
     def onboard(self) -> None:
         """Through onboarding, and known to Stripe."""
@@ -562,7 +575,7 @@ _scenarios: dict[str, Scenario] = {}
 
 
 def _scenario(
-    number: int, *, workshops: int = 0, needs: Needs | None = None
+    number: int, *, workshops: int = 0, needs: Needs | None = None, users: int = 1
 ) -> Callable[[Callable[[_Story], None]], Callable[[_Story], None]]:
     """Register a story under its function's name; its docstring is what ``--list`` shows."""
 
@@ -570,7 +583,13 @@ def _scenario(
         name = tell.__name__.strip("_")
         description = (tell.__doc__ or "").rstrip(".")
         _scenarios[name] = Scenario(
-            name=name, description=description, number=number, workshops=workshops, needs=needs, tell=tell
+            name=name,
+            description=description,
+            number=number,
+            workshops=workshops,
+            needs=needs,
+            tell=tell,
+            users=users,
         )
         return tell
 
@@ -778,6 +797,23 @@ def _corrected(story: _Story) -> None:
     mistake = story.grant(50, description="Imported twice")
     story.spend(1)
     story.correct(mistake)
+
+
+@_scenario(23, users=2)
+def _merged_user(story: _Story) -> None:
+    """A user who had a second account, which was merged into this one."""
+    story.onboard()
+    story.buy(3)
+    story.merge_duplicate()
+
+
+@_scenario(24)
+def _erased_user(story: _Story) -> None:
+    """A person who was forgotten: the numbers are there, and no text."""
+    story.onboard()
+    story.buy(3)
+    story.grant(2, description="Welcome to the beta")
+    story.accounts.erase(story.conn, story.user)
 
 
 SCENARIOS: Mapping[str, Scenario] = MappingProxyType(_scenarios)

@@ -9,6 +9,7 @@ from tallystick.ledger.operations import (
     Event,
     Ledger,
     Lot,
+    Merged,
     Standing,
 )
 
@@ -21,5 +22,6 @@ __all__ = [
     "Event",
     "Ledger",
     "Lot",
+    "Merged",
     "Standing",
 ]

@@ -160,6 +160,7 @@ _COLUMNS: Mapping[str, str] = {
             "delete_user",
             "restore_user",
             "set_low_balance",
+            "erase",
         ),
         _ACCOUNT,
     ),

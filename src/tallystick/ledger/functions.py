@@ -108,6 +108,10 @@ REVISIONS: dict[str, tuple[str, ...]] = {
         "events",
         "set_low_balance",
     ),
+    "0004": (
+        "merge",
+        "erase",
+    ),
 }
 """The files of ``sql/`` that each revision brought, in an order in which they can be made."""
 

@@ -137,6 +137,16 @@ class Consume:
     metadata: Mapping[str, Any] | None = field(default=None, kw_only=True)
 
 
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """The result of a merge: the user who has the ``credits`` of the other now, below 0 for a debt, and the balance."""
+
+    into: Key
+    credits: int
+    balance: int
+    replayed: bool = False
+
+
 class AccessReason(StrEnum):
     """Why a workshop is open, or is not."""
 
@@ -561,6 +571,45 @@ class Ledger:
             return len(rows)
 
         return Call("sweep", arguments, read)
+
+    # --- two accounts of one person ---
+
+    @Operation
+    def merge(
+        self,
+        user: Key,
+        *,
+        into: Key,
+        key: str,
+        description: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Call[Merged]:
+        """Move all credits of ``user`` to another, debts too, and soft-delete ``user``: two accounts become one.
+
+        Rows of type ``transfer`` keep both chains whole, one that takes and one that gives, each with the other as its
+        ``refund_of``; credits that expire go on to expire at the same moment. All else stays with the user that it
+        belongs to: earlier rows, workshops, plan tier, Stripe customer. A purchase of ``user`` that completes later
+        gives its credits to ``user``; merge again, with another ``key``.
+
+        Raises:
+            InvalidArgument, UnknownUser, UserDeleted, HoldsPending: nothing was written.
+            BalanceOutOfRange, IdempotencyKeyReused: nothing was written.
+        """
+        arguments = {
+            "user_id": self.schema.user_key(user),
+            "into_user_id": self.schema.user_key(into),
+            "key": _text("key", key, KEY_MAX),
+            "description": _optional("description", description),
+            "metadata": _document(metadata),
+        }
+
+        def read(rows: Rows) -> Merged:
+            row = rows[0]
+            if row[0] not in (DONE, REPLAYED):
+                raise _refusal(row, arguments)
+            return Merged(self._user(row[2]), row[5], row[20], row[0] == REPLAYED)
+
+        return Call("merge", arguments, read)
 
     # --- reading ---
 

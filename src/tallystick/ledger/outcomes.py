@@ -15,6 +15,7 @@ from tallystick.errors import (
     CaptureExceedsHold,
     CorrectionExceedsGrant,
     HoldClosed,
+    HoldsPending,
     IdempotencyKeyReused,
     InsufficientCredits,
     InvalidArgument,
@@ -61,8 +62,8 @@ class Refusal(NamedTuple):
 
     @property
     def user(self) -> Any:
-        """The user's key, as the caller gave it."""
-        return self.arguments.get("user_id")
+        """The key of the user that it is about, as the caller gave it."""
+        return self.arguments.get("into_user_id" if self.detail.get("argument") == "into_user_id" else "user_id")
 
     @property
     def workshop(self) -> Any:
@@ -289,6 +290,15 @@ def _capture_exceeds_hold(r: Refusal) -> LedgerError:
     )
 
 
+def _holds_pending(r: Refusal) -> LedgerError:
+    return HoldsPending(
+        f"holds of user {r.user} have set {counted(r.held)} aside. Capture or release them first; "
+        f"they are in: tallystick history {r.command}",
+        user=r.user,
+        held=r.held,
+    )
+
+
 def _balance_out_of_range(r: Refusal) -> LedgerError:
     moved = r.amount if r.required is None else r.required
     return BalanceOutOfRange(
@@ -353,4 +363,5 @@ ERRORS: Mapping[str, Callable[[Refusal], LedgerError]] = {
     "correction_exceeds_grant": _correction_exceeds_grant,
     "hold_closed": _hold_closed,
     "capture_exceeds_hold": _capture_exceeds_hold,
+    "holds_pending": _holds_pending,
 }

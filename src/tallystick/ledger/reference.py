@@ -35,7 +35,10 @@ _MEANINGS: Mapping[str, tuple[str, Mapping[str, str]]] = {
         "An argument is missing or out of its domain. Pass what is expected.",
         {"detail.argument": "text", "detail.expected": "text"},
     ),
-    "unknown_user": ("No user has this key. Pass the value of the mapped key column.", {}),
+    "unknown_user": (
+        "No user has this key (argument says if it is into_user_id). Pass the value of the mapped key column.",
+        {"detail.argument": "text?"},
+    ),
     "user_deleted": ("The user is soft-deleted. To bring the user back: restore_user.", {"detail.deleted_at": "text"}),
     "unknown_workshop": ("No workshop has this key. Pass the value of the mapped key column.", {}),
     "workshop_deleted": (
@@ -122,6 +125,10 @@ _MEANINGS: Mapping[str, tuple[str, Mapping[str, str]]] = {
         "The hold was released, or is captured already. To give captured credits back: reverse.",
         {"id": "uuid", "status": "text"},
     ),
+    "holds_pending": (
+        "Holds of the user have set credits aside (credit_held). Capture or release them before the account is merged.",
+        {"credit_held": "credits"},
+    ),
     "capture_exceeds_hold": (
         "The hold allows less to be charged. Give a hold a capture_limit where the work may turn out dearer.",
         {"id": "uuid", "required": "credits", "remaining": "credits"},
@@ -131,6 +138,7 @@ _MEANINGS: Mapping[str, tuple[str, Mapping[str, str]]] = {
 
 PARAMETERS: Mapping[str, str] = {
     "user_id": "the user, by the mapped key column",
+    "into_user_id": "the user that gets the credits",
     "key": "your name for this one intent, 1 to 255 characters: the same key again gives the first result",
     "amount": "a number of credits, 1 or more; NULL, where it may be, is all: what is left, or held",
     "description": "for people, 1 to 10,000 characters; not compared when a key is used again",
@@ -175,14 +183,14 @@ ATTRIBUTES: Mapping[str, str] = {
     "outcome": "`completed`, `replayed`, or the name of a refusal",
     "id": "of the row that was written or found; of a refusal, of the row it is about",
     "user_id": "the user's key",
-    "type": "`purchase`, `consumption`, `refund`, `grant`, `reversal`, `correction` or `expiry`",
+    "type": "`purchase`, `consumption`, `refund`, `grant`, `reversal`, `correction`, `expiry` or `transfer`",
     "status": "`pending`, `completed` or `failed`",
     "amount": "credits, signed",
     "balance_after": "the running balance; NULL until completed",
     "sequence": "1, 2, 3 … of the user, in the order of completion; NULL until completed",
     "description": "for people",
     "workshop_id": "the workshop's key",
-    "refund_of": "the row that this one takes or gives back credits of",
+    "refund_of": "the row that this one takes or gives back credits of; of a merge, the other account's row",
     "stripe_session_id": "as Stripe said it",
     "stripe_payment_intent_id": "as Stripe said it",
     "stripe_price_id": "as Stripe said it",

@@ -70,6 +70,12 @@ _LOT = _Shape(
     "tallystick.answer",
     ("outcome", *ROW, "remaining", "expires_at", "detail"),
 )
+_MERGED = _Shape(
+    "Merged",
+    "The user who has the credits of the other now, what that were, below zero for a debt, and the user's balance.",
+    "tallystick.answer",
+    ("outcome", "user_id", "amount", "balance", "detail"),
+)
 _ACCESS = _Shape("Access", "If a workshop is open, and why.", "tallystick.workshop_answer")
 _WORKSHOP = _Shape(
     "Workshop", "A workshop, after the call.", "tallystick.workshop_answer", ("outcome", "workshop_id", "deleted_at")
@@ -80,13 +86,14 @@ _EVENT = _Shape(
     "Something that happened to a user's credits: its kind, and the row of the ledger that it is about.",
     "tallystick.event_answer",
 )
-_SHAPES = (_ROW, _WRITTEN, _BALANCE, _STANDING, _LOT, _ACCESS, _WORKSHOP, _ACCOUNT, _EVENT)
+_SHAPES = (_ROW, _WRITTEN, _BALANCE, _STANDING, _LOT, _MERGED, _ACCESS, _WORKSHOP, _ACCOUNT, _EVENT)
 _TOLD_BY = {
     "balance": _STANDING,
     "balance_at": _BALANCE,
     "lock": _STANDING,
     "sweep": _STANDING,
     "lots": _LOT,
+    "merge": _MERGED,
     "history": _ROW,
     "access": _ACCESS,
     "events": _EVENT,

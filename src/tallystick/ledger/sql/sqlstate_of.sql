@@ -28,5 +28,6 @@ LANGUAGE sql IMMUTABLE AS $$
     WHEN 'correction_exceeds_grant' THEN 'TS124'
     WHEN 'hold_closed' THEN 'TS125'
     WHEN 'capture_exceeds_hold' THEN 'TS126'
+    WHEN 'holds_pending' THEN 'TS127'
   END
 $$

@@ -61,7 +61,8 @@ _CONSTRAINTS = sa.text("""
              || ') REFERENCES ' || r.relname || ' (' || (SELECT string_agg(a.attname, ', ' ORDER BY k.n)
                   FROM unnest(c.confkey) WITH ORDINALITY k (num, n)
                   JOIN pg_attribute a ON a.attrelid = c.confrelid AND a.attnum = k.num)
-             || ') ON DELETE ' || CASE c.confdeltype
+             || ') ON UPDATE ' || CASE c.confupdtype WHEN 'c' THEN 'CASCADE' WHEN 'a' THEN 'NO ACTION' ELSE 'other' END
+             || ' ON DELETE ' || CASE c.confdeltype
                   WHEN 'r' THEN 'RESTRICT' WHEN 'n' THEN 'SET NULL' WHEN 'c' THEN 'CASCADE'
                   WHEN 'd' THEN 'SET DEFAULT' ELSE 'NO ACTION' END
              || CASE WHEN c.convalidated THEN '' ELSE ' NOT VALID' END
@@ -156,6 +157,7 @@ _RECORDS = "AFTER INSERT OR UPDATE FOR EACH ROW tallystick.record_event of some 
 _EXPECTED_TRIGGERS = {
     "tallystick_append_only": "BEFORE UPDATE OR DELETE FOR EACH ROW tallystick.append_only",
     "tallystick_no_truncate": "BEFORE TRUNCATE FOR EACH STATEMENT tallystick.append_only",
+    "A_tallystick_buyer_stays": "AFTER DELETE FOR EACH ROW tallystick.buyer_stays",
     "tallystick_updated_at": "BEFORE UPDATE FOR EACH ROW tallystick.touch_updated_at",
     "tallystick_new_balance": "AFTER INSERT FOR EACH ROW tallystick.follow_balance on a condition",
     "tallystick_balance": "AFTER UPDATE FOR EACH ROW tallystick.follow_balance on a condition",
@@ -397,7 +399,7 @@ class _Remedies:
             self.made["constraint", str(constraint.name)] = ddl.process(constraint)
         for each in revisions():
             for statement in (text([made]) for made in (*each.prepare(names), *each.locked(names))):
-                if found := re.match(r"CREATE TRIGGER (\w+) ", statement):
+                if found := re.match(r'CREATE TRIGGER "?(\w+)"? ', statement):
                     self.made["trigger", found[1]] = statement.replace("CREATE", "CREATE OR REPLACE", 1)
 
     def of(self, drift: Drift) -> str:

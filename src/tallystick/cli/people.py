@@ -1,0 +1,76 @@
+"""People change: two accounts made one, and a person forgotten."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+from uuid import uuid4
+
+import typer
+
+from tallystick.accounts import Accounts
+from tallystick.cli.app import Json, UserArgument, app, emit, note, out
+from tallystick.cli.ledger import KeyOption, OfUser, credits_of, mapped, user_key
+from tallystick.ledger import Ledger
+
+people = typer.Typer(no_args_is_help=True, help="Make two accounts one, or forget a person.")
+app.add_typer(people, name="users", rich_help_panel="Credits")
+
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask first.")]
+
+
+def _ask(question: str, *, yes: bool, as_json: bool) -> None:
+    """Ask a person at a terminal; scripts are not asked. The database is not kept waiting for the answer."""
+    if not yes and sys.stdin.isatty() and not as_json:
+        typer.confirm(question, abort=True, err=True)
+
+
+@people.command(cls=OfUser)
+def merge(
+    ctx: typer.Context,
+    user: UserArgument,
+    into: Annotated[str, typer.Argument(help="The user that gets the credits, likewise.", metavar="INTO")],
+    key: KeyOption = None,
+    description: Annotated[
+        str | None, typer.Option("--description", help="What the history of both users says.")
+    ] = None,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> None:
+    """Move all credits of USER to INTO, debts too, and soft-delete USER. It says what will happen, and asks."""
+    with mapped(ctx, changes=True) as (conn, config):
+        accounts = Accounts(config)
+        gone, stays = (accounts.get(conn, user_key(conn, config, text)) for text in (user, into))
+    after = gone.credit_balance + stays.credit_balance
+    note(
+        f"This moves {credits_of(gone.credit_balance)} of user {gone.user} to user {stays.user}, whose balance goes "
+        f"from {stays.credit_balance} to {after}, and soft-deletes {gone.user}. Workshops, plan ({gone.plan_tier}) and "
+        f"Stripe customer ({gone.stripe_customer_id or 'none'}) of {gone.user} stay there."
+    )
+    _ask("Merge them?", yes=yes, as_json=as_json)
+    with mapped(ctx) as (conn, config):
+        ledger = Ledger(config)
+        done = ledger.merge(conn, gone.user, into=stays.user, key=key or f"cli-{uuid4()}", description=description)
+    word = "Already done" if done.replayed else "Done"
+    said = f"{word}: {credits_of(done.credits)} moved. User {done.into} has {credits_of(done.balance)}."
+    emit(done, lambda: out.print(said, markup=False), as_json=as_json)
+
+
+@people.command(cls=OfUser)
+def erase(ctx: typer.Context, user: UserArgument, yes: Yes = False, as_json: Json = False) -> None:
+    """Remove what the ledger keeps of a person, and soft-delete the user. It cannot be undone, and asks."""
+    with mapped(ctx, changes=True) as (conn, config):
+        found = Accounts(config).get(conn, user_key(conn, config, user))
+    note(
+        f"This removes the descriptions, metadata and keys of user {found.user}'s credit transactions for good, and "
+        f"soft-deletes the user, who has {credits_of(found.credit_balance)}. Your own columns of the user are yours to "
+        f"empty, and the customer ({found.stripe_customer_id or 'none'}) is to be deleted at Stripe."
+    )
+    _ask("Erase it?", yes=yes, as_json=as_json)
+    with mapped(ctx) as (conn, config):
+        done = Accounts(config).erase(conn, found.user)
+    emit(
+        done,
+        lambda: out.print(f"Done: nothing of user {done.user} is left but numbers.", markup=False),
+        as_json=as_json,
+    )
