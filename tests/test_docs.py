@@ -18,7 +18,7 @@ import tallystick
 from pages import blocks
 from tallystick import Config, HostMapping, Pack, UsersTable, WorkshopsTable, events
 from tallystick.cli import app
-from tallystick.config import ConsoleAccess
+from tallystick.config import Allowance, ConsoleAccess
 from tallystick.schema import CreditTransactionType
 from worlds import World
 
@@ -65,7 +65,7 @@ def test_every_public_name_is_documented(name):
 
 
 SETTINGS = {*Config.model_fields, *HostMapping.__dataclass_fields__}.union(
-    *(kind.__dataclass_fields__ for kind in (UsersTable, WorkshopsTable, Pack, ConsoleAccess))
+    *(kind.__dataclass_fields__ for kind in (UsersTable, WorkshopsTable, Pack, Allowance, ConsoleAccess))
 )
 
 

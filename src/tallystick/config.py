@@ -216,6 +216,29 @@ class Pack:
         return None if self.expires_after_days is None else dt.timedelta(days=self.expires_after_days)
 
 
+Every = Literal["week", "month"]
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class Allowance:
+    """Credits that the users of a plan get every week or month, and lose at its end.
+
+    ``rollover`` is how many of those that are left are carried over into the next.
+    """
+
+    plan_tier: Annotated[str, Field(min_length=1, max_length=32)]
+    credits: Annotated[int, Field(strict=True, ge=1, le=CREDITS_MAX["bigint"])]
+    every: Every = "month"
+    rollover: Annotated[int, Field(strict=True, ge=0, le=CREDITS_MAX["bigint"])] = 0
+
+
+def _plans_once(allowances: tuple[Allowance, ...]) -> tuple[Allowance, ...]:
+    plans = [allowance.plan_tier for allowance in allowances]
+    if twice := next((plan for plan in plans if plans.count(plan) > 1), None):
+        raise ValueError(f"the plan {twice!r} has two allowances. Leave one")
+    return allowances
+
+
 QUANTITY_MAX = 999
 """The largest number of packs in one purchase."""
 
@@ -374,6 +397,7 @@ class Config(BaseModel):
     database_url_unpooled: Address | None = Field(default=None, repr=False)
     host: HostMapping = Field(default_factory=HostMapping)
     packs: Annotated[tuple[Pack, ...], AfterValidator(_names_once)] = ()
+    allowances: Annotated[tuple[Allowance, ...], AfterValidator(_plans_once)] = ()
     refund_rounding: Rounding = "down"
     paywall: bool = True
     grandfathered_before: Annotated[dt.datetime, AfterValidator(_aware)] | None = None
@@ -388,10 +412,12 @@ class Config(BaseModel):
     @model_validator(mode="after")
     def _packs_fit(self) -> Self:
         most = CREDITS_MAX[self.host.credits]
-        for pack in self.packs:
-            if pack.credits > most:
+        giving = [("packs", pack.name, pack.credits) for pack in self.packs]
+        giving += [("allowances", each.plan_tier, each.credits + each.rollover) for each in self.allowances]
+        for setting, name, credits in giving:
+            if credits > most:
                 raise ValueError(
-                    f"packs: {pack.name} has {pack.credits} credits; where host.credits is {self.host.credits!r}, "
+                    f"{setting}: {name} has {credits} credits; where host.credits is {self.host.credits!r}, "
                     f"a number of credits is at most {most}"
                 )
         return self
@@ -586,6 +612,8 @@ def _settings(location: tuple[str | int, ...]) -> list[str]:
     }
     if location and location[0] == "packs":
         return list(Pack.__dataclass_fields__)
+    if location and location[0] == "allowances":
+        return list(Allowance.__dataclass_fields__)
     return list(tables.get(location, ()))
 
 

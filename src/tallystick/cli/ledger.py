@@ -19,6 +19,7 @@ from typer.core import TyperCommand
 
 from tallystick import audit as auditing
 from tallystick.accounts import Accounts
+from tallystick.allowances import Allowances
 from tallystick.cli.app import (
     Invocation,
     Json,
@@ -34,7 +35,7 @@ from tallystick.cli.app import (
 )
 from tallystick.config import FILE_NAME, Config
 from tallystick.database import said, translated
-from tallystick.errors import InvalidArgument, Key, NotMigrated, shown
+from tallystick.errors import ConfigError, InvalidArgument, Key, NotMigrated, shown
 from tallystick.ledger import CreditTransaction, Ledger
 from tallystick.schema import Schema, agreed, verify
 
@@ -360,6 +361,25 @@ def sweep(
             break
     told = f"{swept} {'user' if swept == 1 else 'users'} of whom something had expired."
     emit({"users": swept}, lambda: out.print(told), as_json=as_json)
+
+
+allowances = typer.Typer(no_args_is_help=True, help="Credits that a plan gives every week or month.")
+app.add_typer(allowances, name="allowances", rich_help_panel="Credits")
+
+
+@allowances.command("run")
+def allowances_run(ctx: typer.Context, as_json: Json = False) -> None:
+    """Give every user what the plan gives in this period and was not given yet.
+
+    It may be run at any time, and again after it was interrupted: nothing is given twice.
+    """
+    with mapped(ctx, changes=True) as (conn, config):
+        if not config.allowances:
+            raise ConfigError("no plan gives credits. Write [[allowances]] into tallystick.toml", key="allowances")
+        with progress_bar("Giving") as progress:
+            got = Allowances(config).run(conn.engine, progress=lambda done: progress(done, done))
+    told = f"{got} {'user' if got == 1 else 'users'} got theirs."
+    emit({"users": got}, lambda: out.print(told), as_json=as_json)
 
 
 holds = typer.Typer(no_args_is_help=True, help="Set credits aside for work under way, then charge or release them.")

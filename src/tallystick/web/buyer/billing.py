@@ -188,7 +188,7 @@ class Fragments:
 
     @property
     def badge(self) -> Markup:
-        """What can be spent, as a link to the history."""
+        """The credits that can be spent, as a link to the history."""
         return Markup() if self.account is None else self._render("badge.html", balance=self._spendable)
 
     @property

@@ -1,0 +1,137 @@
+"""Allowances: credits that a plan gives every week or month, once for each user and period.
+
+Each is a grant under a key that names the period and the plan, and expires when the period ends, so that nothing is
+given twice, whoever asks and however often, and an interrupted run goes on where it stopped. Give one when a user
+comes, with ``give``; ``run`` gives everybody theirs, for those who do not come.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import sqlalchemy as sa
+
+from tallystick.accounts import Accounts
+from tallystick.config import Allowance, Config, Every
+from tallystick.database import DbConnection, run
+from tallystick.errors import Key
+from tallystick.ledger import CreditTransaction, Ledger
+from tallystick.schema import CreditTransactionType, Schema
+
+PAGE = 500
+
+
+class Period(NamedTuple):
+    """A week from Monday, or a month, in UTC; ``end`` is the beginning of the next."""
+
+    start: dt.datetime
+    end: dt.datetime
+
+    @classmethod
+    def of(cls, moment: dt.datetime, every: Every) -> Period:
+        """The period that ``moment`` is in."""
+        day = moment.astimezone(dt.UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+        if every == "week":
+            start = day - dt.timedelta(days=day.weekday())
+            return cls(start, start + dt.timedelta(days=7))
+        start = day.replace(day=1)
+        return cls(start, (start + dt.timedelta(days=31)).replace(day=1))
+
+
+class Allowances:
+    """The allowances of ``config``, by plan. Holds no connection and no state; share it freely."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.ledger, self.accounts = Ledger(config), Accounts(config)
+        self.schema = Schema.of(config.host)
+        self.plans = {allowance.plan_tier: allowance for allowance in config.allowances}
+
+    def give(self, conn: DbConnection, user: Key) -> CreditTransaction | None:
+        """The grant of the user's plan for this period, by the server's clock; None where it was given already.
+
+        What is left of the last period is carried over, up to the plan's ``rollover``. A plan that is changed within a
+        period gives the difference, where the new one gives more; nothing is taken back.
+
+        Raises:
+            UnknownUser, BalanceOutOfRange: nothing was written.
+        """
+        account = self.accounts.get(conn, user)
+        allowance = self.plans.get(account.plan_tier)
+        if allowance is None or account.deleted_at is not None:
+            return None
+        self.ledger.lock(conn, user)  # nobody else gives it meanwhile, and what has expired is written
+        now = run(conn, sa.select(sa.func.clock_timestamp()), {}).scalar_one()
+        period = Period.of(now, allowance.every)
+        key = _key(period, allowance)
+        given = self._given(conn, user, period, allowance.every)
+        if key in given or sum(given.values()) >= allowance.credits:
+            return None
+        carried = 0 if given else min(allowance.rollover, self._left(conn, user, period, allowance.every))
+        credits = allowance.credits - sum(given.values())
+        more = f", {carried} of them carried over" if carried else ""
+        return self.ledger.grant(
+            conn,
+            user,
+            credits=credits + carried,
+            key=key,
+            description=f"Allowance of the plan {allowance.plan_tier} until {period.end:%Y-%m-%d}{more}",
+            metadata={"allowance": credits, "carried_over": carried},
+            expires_at=period.end,
+        )
+
+    def run(self, engine: sa.Engine, *, progress: Callable[[int], None] | None = None) -> int:
+        """Give everybody theirs, each in a transaction of its own; gives how many got one.
+
+        ``progress`` is called with the users done. A run that was interrupted is run again: who has got theirs is left
+        alone.
+        """
+        got = 0
+        for done, user in enumerate(self._users(engine), 1):
+            with engine.begin() as conn:
+                got += self.give(conn, user) is not None
+            if progress is not None:
+                progress(done)
+        return got
+
+    def _users(self, engine: sa.Engine) -> Iterator[Key]:
+        """The users of a plan that gives something, in the order of their keys."""
+        users = self.schema.users.c
+        wanted = sa.select(users.key).where(users.plan_tier.in_(list(self.plans)), users.deleted_at.is_(None))
+        last: Key | None = None
+        while True:
+            page = wanted if last is None else wanted.where(users.key > last)
+            with engine.connect() as conn:
+                keys = run(conn, page.order_by(users.key).limit(PAGE), {}).scalars().all()
+            yield from keys
+            if len(keys) < PAGE:
+                return
+            last = keys[-1]
+
+    def _given(self, conn: DbConnection, user: Key, period: Period, every: Every) -> dict[str, int]:
+        """The credits that a period has given, by the key of the plan, without those that were carried over."""
+        row = self.schema.credit_transactions.c
+        given = sa.select(row.idempotency_key, row.metadata["allowance"].as_integer())
+        return dict(run(conn, given.where(*self._rows(user, period, every)), {}).tuples().all())
+
+    def _left(self, conn: DbConnection, user: Key, period: Period, every: Every) -> int:
+        """The credits that expired of the allowance of the period before."""
+        row = self.schema.credit_transactions.c
+        before = Period.of(period.start - dt.timedelta(days=1), every)
+        gave = sa.select(row.id).where(*self._rows(user, before, every))
+        expired = sa.select(-sa.func.coalesce(sa.func.sum(row.amount), 0)).where(
+            row.type == CreditTransactionType.EXPIRY, row.refund_of.in_(gave)
+        )
+        return int(run(conn, expired, {}).scalar_one())
+
+    def _rows(self, user: Key, period: Period, every: Every) -> tuple[sa.ColumnElement[bool], ...]:
+        """The grants of a period, each found by its key."""
+        row = self.schema.credit_transactions.c
+        keys = [_key(period, plan) for plan in self.plans.values() if plan.every == every]
+        return row.user_id == self.schema.user_key(user), row.idempotency_key.in_(keys)
+
+
+def _key(period: Period, allowance: Allowance) -> str:
+    return f"tallystick:allowance:{allowance.every}:{period.start:%Y-%m-%d}:{allowance.plan_tier}"

@@ -1,0 +1,171 @@
+"""Credits that a plan gives every month or week: once, also when asked often and at once, and when the plan changes."""
+
+from __future__ import annotations
+
+import datetime as dt
+import functools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import sqlalchemy as sa
+
+from tallystick import Config
+from tallystick.allowances import Allowances, Period
+from tallystick.audit import audit
+from tallystick.config import Allowance
+from tallystick.dev.postgres import Server
+from tallystick.errors import ConfigError
+from tallystick.testing import Databases, TestDatabase
+from worlds import SHAPES
+
+PLANS = (
+    Allowance(plan_tier="free", credits=5),
+    Allowance(plan_tier="pro", credits=100, rollover=20),
+    Allowance(plan_tier="weekly", credits=7, every="week", rollover=1),
+)
+
+
+@pytest.fixture
+def db(server: Server) -> Iterator[TestDatabase]:
+    """A database with a clock, which stands at the beginning of the next month."""
+    config = Config(host=SHAPES["uuid"].host, allowances=PLANS)
+    with (
+        Databases.on(server.url(), config, schema=SHAPES["uuid"].ddl) as databases,
+        databases.open() as made,
+    ):
+        now = made.clock.now().astimezone(dt.UTC)
+        made.clock.advance(seconds=(Period.of(now, "month").end - now).total_seconds() + 60)
+        yield made
+        with engine_of(made).connect() as conn:
+            assert audit(conn, config).findings == ()
+
+
+@pytest.fixture
+def allowances(db: TestDatabase) -> Allowances:
+    return Allowances(Config(host=SHAPES["uuid"].host, allowances=PLANS))
+
+
+@functools.cache
+def engine_of(db: TestDatabase) -> sa.Engine:
+    return sa.create_engine(db.url, poolclass=sa.NullPool)
+
+
+def plan(db: TestDatabase, allowances: Allowances, tier: str, user: object = None) -> object:
+    user = user or db.user()
+    with engine_of(db).begin() as conn:
+        allowances.accounts.set_plan_tier(conn, user, tier)
+    return user
+
+
+def give(db: TestDatabase, allowances: Allowances, user: object) -> int | None:
+    with engine_of(db).begin() as conn:
+        row = allowances.give(conn, user)
+    return None if row is None else row.amount
+
+
+@pytest.mark.parametrize(
+    ("moment", "every", "start", "end"),
+    [
+        ("2026-11-28T17:00:00+00:00", "month", "2026-11-01", "2026-12-01"),
+        ("2026-12-31T23:59:59+00:00", "month", "2026-12-01", "2027-01-01"),
+        ("2026-01-01T00:30:00+01:00", "month", "2025-12-01", "2026-01-01"),  # in UTC it is still December
+        ("2028-02-29T12:00:00+00:00", "month", "2028-02-01", "2028-03-01"),
+        ("2026-11-28T17:00:00+00:00", "week", "2026-11-23", "2026-11-30"),
+        ("2026-11-30T00:00:00+00:00", "week", "2026-11-30", "2026-12-07"),
+        ("2027-01-01T00:00:00+00:00", "week", "2026-12-28", "2027-01-04"),
+    ],
+)
+def test_a_period(moment: str, every: str, start: str, end: str) -> None:
+    period = Period.of(dt.datetime.fromisoformat(moment), every)  # type: ignore[arg-type]
+    assert [f"{each:%Y-%m-%dT%H:%M%z}" for each in period] == [f"{each}T00:00+0000" for each in (start, end)]
+
+
+def test_it_is_given_once_a_period_and_expires_with_it(db: TestDatabase, allowances: Allowances) -> None:
+    user = db.user()
+    assert [give(db, allowances, user) for _ in range(2)] == [5, None]
+    assert db.balance(user) == 5
+    db.clock.advance(days=32)
+    assert db.balance(user) == 0
+    assert give(db, allowances, user) == 5
+    with engine_of(db).connect() as conn:
+        newest, expired, first = allowances.ledger.history(conn, user)
+    assert (str(expired.type), expired.amount, expired.refund_of) == ("expiry", -5, first.id)
+    assert newest.description.startswith("Allowance of the plan free until ")
+
+
+def test_what_is_left_is_carried_over_up_to_the_cap(db: TestDatabase, allowances: Allowances) -> None:
+    rich, poor = plan(db, allowances, "pro"), plan(db, allowances, "pro")
+    assert [give(db, allowances, user) for user in (rich, poor)] == [100, 100]
+    with engine_of(db).begin() as conn:
+        allowances.ledger.consume(conn, poor, credits=93, key="spent")
+    db.clock.advance(days=32)
+    assert [give(db, allowances, user) for user in (rich, poor)] == [120, 107]
+    # after a month in which nobody came there is nothing to carry over
+    db.clock.advance(days=65)
+    assert [give(db, allowances, user) for user in (rich, poor)] == [100, 100]
+
+
+def test_a_change_of_plan_gives_the_difference_and_takes_nothing(db: TestDatabase, allowances: Allowances) -> None:
+    user = db.user()
+    assert give(db, allowances, user) == 5
+    plan(db, allowances, "pro", user)
+    assert [give(db, allowances, user) for _ in range(2)] == [95, None]
+    plan(db, allowances, "free", user)
+    assert give(db, allowances, user) is None
+    plan(db, allowances, "pro", user)
+    assert give(db, allowances, user) is None
+    assert db.balance(user) == 100
+    db.clock.advance(days=32)
+    assert give(db, allowances, user) == 120  # both of the last month's grants are carried over, up to the cap
+
+
+def test_who_gets_none(db: TestDatabase, allowances: Allowances) -> None:
+    other, gone = plan(db, allowances, "enterprise"), db.user()
+    with engine_of(db).begin() as conn:
+        allowances.accounts.delete_user(conn, gone)
+    assert [give(db, allowances, user) for user in (other, gone)] == [None, None]
+
+
+def test_asked_by_many_at_once(db: TestDatabase, allowances: Allowances) -> None:
+    user = plan(db, allowances, "weekly")
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda _: give(db, allowances, user), range(16)))
+    assert sorted(got, key=str) == [7, *[None] * 15]
+
+
+def test_a_run_goes_on_where_it_stopped(
+    db: TestDatabase, allowances: Allowances, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tallystick.allowances.PAGE", 2)
+    users = [db.user() for _ in range(5)]
+    plan(db, allowances, "enterprise", users[0])
+
+    def stop(done: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        allowances.run(engine_of(db), progress=stop)
+    seen: list[int] = []
+    assert allowances.run(engine_of(db), progress=seen.append) == 1
+    assert seen == [1, 2, 3, 4]
+    assert allowances.run(engine_of(db)) == 0
+    with engine_of(db).connect() as conn:
+        users_table = allowances.schema.users.c
+        balances = conn.scalars(sa.select(users_table.credit_balance).where(users_table.plan_tier == "free")).all()
+    assert balances == [5] * 4
+
+
+def test_a_plan_with_two_allowances_or_too_many_credits_is_refused(tmp_path) -> None:
+    file = tmp_path / "tallystick.toml"
+    one = '[[allowances]]\nplan_tier = "free"\ncredits = {}\n'
+    file.write_text(one.format(5) * 2)
+    with pytest.raises(ConfigError, match="the plan 'free' has two allowances"):
+        Config.load(file, environ={})
+    file.write_text(one.format(2**31))
+    with pytest.raises(ConfigError, match="a number of credits is at most 2147483647"):
+        Config.load(file, environ={})
+    file.write_text(one.format(5) + 'every = "day"\n')
+    with pytest.raises(ConfigError, match="every"):
+        Config.load(file, environ={})
