@@ -114,7 +114,7 @@ class Allowances:
         """The credits that a period has given, by the key of the plan, without those that were carried over."""
         row = self.schema.credit_transactions.c
         given = sa.select(row.idempotency_key, row.metadata["allowance"].as_integer())
-        return dict(run(conn, given.where(*self._rows(user, period, every)), {}).tuples().all())
+        return dict(run(conn, given.where(*self._rows(user, period, every)), {}).all())
 
     def _left(self, conn: DbConnection, user: Key, period: Period, every: Every) -> int:
         """The credits that expired of the allowance of the period before."""

@@ -7,13 +7,16 @@ word for the table), and has these functions of the ``HostNames``, each giving `
 
 ==================  ==================================================================================
 ``prepare``         new objects, made before any table that was there is locked
+``replaces``        functions that it changes, where it has any: before the tables are locked, since nobody sees
+                    them before the commit; in the second of two transactions under the lock
 ``locks``           the tables that ``locked`` changes and ``prepare`` has not made, in locking order
 ``locked``          their changes: no scan, no rewrite, at most one ALTER for each table
 ``indexes``         name → statement: built concurrently after the commit, on the users' table
 ``validates``       name → statement: constraints of the ledger that ``locked`` added NOT VALID, checked
                     after the commit, beside live traffic
 ``undo_locks``      the tables that ``undo`` changes, in locking order
-``undo``            the way back, under lock
+``unreplaces``      the way back from ``replaces``, before the tables are locked
+``undo``            the way back from the rest, under lock
 ``unprepare_locks`` the tables that ``unprepare`` drops, all of them ours
 ``unprepare``       the way back from ``prepare`` where ``locked`` has not run
 ==================  ==================================================================================
@@ -172,14 +175,20 @@ class Revision:
     creates: tuple[str, ...]
     columns: Mapping[Word, tuple[str, ...]]
     prepare: Callable[[HostNames], Iterable[Composable]]
+    replaces: Callable[[HostNames], Iterable[Composable]]
     locks: Callable[[HostNames], tuple[Identifier, ...]]
     locked: Callable[[HostNames], Iterable[Composable]]
     indexes: Callable[[HostNames], Mapping[str, Composable]]
     validates: Callable[[HostNames], Mapping[str, Composable]]
     undo_locks: Callable[[HostNames], tuple[Identifier, ...]]
+    unreplaces: Callable[[HostNames], Iterable[Composable]]
     undo: Callable[[HostNames], Iterable[Composable]]
     unprepare_locks: Callable[[HostNames], tuple[Identifier, ...]]
     unprepare: Callable[[HostNames], Iterable[Composable]]
+
+
+def _nothing(_names: HostNames) -> Iterable[Composable]:
+    return ()
 
 
 @lru_cache(maxsize=1)
@@ -200,11 +209,13 @@ def revisions() -> tuple[Revision, ...]:
                 creates=module.creates,
                 columns=module.columns,
                 prepare=module.prepare,
+                replaces=getattr(module, "replaces", _nothing),
                 locks=module.locks,
                 locked=module.locked,
                 indexes=module.indexes,
                 validates=module.validates,
                 undo_locks=module.undo_locks,
+                unreplaces=getattr(module, "unreplaces", _nothing),
                 undo=module.undo,
                 unprepare_locks=module.unprepare_locks,
                 unprepare=module.unprepare,

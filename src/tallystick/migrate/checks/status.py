@@ -551,7 +551,7 @@ def _declared_functions(names: HostNames) -> list[str]:
     last = [text([made]) for made in names.functions(HEAD)]
     triggers: dict[str, str] = {}
     for revision in revisions():
-        for statement in (text([made]) for made in (*revision.prepare(names), *revision.locked(names))):
+        for statement in (text([made]) for made in (*revision.prepare(names), *revision.replaces(names))):
             if found := re.match(r"CREATE (?:OR REPLACE )?FUNCTION tallystick\.(\w+)\(\) RETURNS trigger", statement):
                 triggers[found[1]] = statement
     return [*(made for made in triggers.values() if made not in last), *last]

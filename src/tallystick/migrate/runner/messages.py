@@ -78,7 +78,9 @@ def upward(
         opening=tuple(_opening(names, revision, expected=expected, adopted=adopted, prepared=prepared)),
         locked=tuple(
             _locked(
-                revision.locks(names), _proven(revision.locked(names), revision.locks(names), names), stall_budget_ms
+                revision.locks(names),
+                _proven(_changes(revision, names, prepared=prepared), revision.locks(names), names),
+                stall_budget_ms,
             )
         ),
         online={**revision.indexes(names), **revision.validates(names)},
@@ -129,6 +131,7 @@ def downward(
             *_begin(expected=gone[0].revision if gone else None),
             *_fence(locks),
             *_tries(locks, names, inserts=False),
+            *(one for revision in gone for one in revision.unreplaces(names)),
         ),
         locked=tuple(_locked(locks, changes, stall_budget_ms)),
         online={},
@@ -146,6 +149,12 @@ def _added(names: HostNames) -> Iterator[tuple[TableNames, list[str]]]:
 def text(statements: Iterable[Composable], separator: str = ";\n") -> str:
     """As one string."""
     return separator.join(statement.as_string(None) for statement in statements)
+
+
+def _changes(revision: Revision, names: HostNames, *, prepared: bool) -> Iterator[Composable]:
+    if prepared:
+        yield from revision.replaces(names)
+    yield from revision.locked(names)
 
 
 def _proven(changes: Iterable[Composable], locks: Sequence[Identifier], names: HostNames) -> Iterator[Composable]:
@@ -186,6 +195,7 @@ def _opening(
         version.format(SqlLiteral(revision.revision)),
         _completed(revision, adopted) if prepared else _logged(revision, "apply", adopted),
         *_tries(revision.locks(names), names, inserts=True),
+        *(() if prepared else revision.replaces(names)),
     ]
 
 

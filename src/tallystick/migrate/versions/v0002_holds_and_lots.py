@@ -197,19 +197,40 @@ BEGIN
   END LOOP;
 END $body$
 """
-WHAT_THEY_READ = """UNION ALL
-    SELECT format('GRANT SELECT ON tallystick.%I TO %I', t.name, r.rolname)
-      FROM callers JOIN pg_roles r ON r.oid = callers.role, unnest(ARRAY['lots', 'lot_moves']) AS t (name)
-    UNION ALL
-    SELECT format('GRANT SELECT (credit_held, credit_due_at) ON %s TO %I', {users}::regclass, r.rolname)
-      FROM callers JOIN pg_roles r ON r.oid = callers.role"""
+SAME_READERS = """
+DO $body$
+DECLARE
+  command text;
+BEGIN
+  FOR command IN
+    SELECT DISTINCT format('GRANT %s TO %I', given, r.rolname)
+    FROM pg_proc p CROSS JOIN LATERAL aclexplode(p.proacl) a JOIN pg_roles r ON r.oid = a.grantee,
+      unnest(ARRAY['SELECT ON tallystick.lots, tallystick.lot_moves',
+        format('SELECT (credit_held, credit_due_at) ON %s', {users}::regclass)]) AS given
+    WHERE p.pronamespace = 'tallystick'::regnamespace AND p.proname = 'consume'
+      AND a.privilege_type = 'EXECUTE' AND a.grantee NOT IN (0, p.proowner)
+  LOOP
+    EXECUTE command;
+  END LOOP;
+END $body$
+"""
 
 
 def prepare(host: Any) -> Iterator[Composable]:
-    """New objects: nothing uses them yet."""
+    """New objects and labels: nothing uses them yet."""
+    for label in TYPES:
+        yield SQL("ALTER TYPE {} ADD VALUE IF NOT EXISTS '" + label + "'").format(_type(host))
     for statement in LOTS:
         yield SQL(statement.strip()).format(user_key_type=host.users.key_column, credits=SQL(host.credits))
     yield from host.other_functions("0001", "0002")
+
+
+def replaces(host: Any) -> Iterator[Composable]:
+    """The functions that read and write what ``locked`` adds."""
+    yield SQL(APPEND_ONLY.strip())
+    yield from host.changed_functions("0001", "0002")
+    yield SQL("REVOKE ALL ON ALL FUNCTIONS IN SCHEMA tallystick FROM PUBLIC")
+    yield SQL(SAME_CALLERS.strip()).format(others=SQL(""))
 
 
 def locks(host: Any) -> tuple[Identifier, ...]:
@@ -218,7 +239,7 @@ def locks(host: Any) -> tuple[Identifier, ...]:
 
 
 def locked(host: Any) -> Iterator[Composable]:
-    """The columns, the rules and the functions: no scan, no rewrite."""
+    """The columns and the rules: no scan, no rewrite."""
     users = [
         SQL("ADD COLUMN {} ").format(Identifier(name)) + SQL(definition).format(credits=SQL(host.credits))
         for name, definition in USERS_COLUMNS.items()
@@ -226,8 +247,6 @@ def locked(host: Any) -> Iterator[Composable]:
     ]
     if users:
         yield SQL("ALTER TABLE {} ").format(host.users.name) + SQL(", ").join(users)
-    for label in TYPES:
-        yield SQL("ALTER TYPE {} ADD VALUE IF NOT EXISTS '" + label + "'").format(_type(host))
     ledger = [
         SQL("ADD COLUMN {} ").format(Identifier(name)) + SQL(definition).format(credits=SQL(host.credits))
         for name, definition in LEDGER_COLUMNS.items()
@@ -241,11 +260,7 @@ def locked(host: Any) -> Iterator[Composable]:
     yield SQL("ALTER TYPE tallystick.answer ADD ATTRIBUTE credit_held {}, ADD ATTRIBUTE expires_at timestamptz").format(
         SQL(host.credits)
     )
-    yield SQL(APPEND_ONLY.strip())
-    yield from host.changed_functions("0001", "0002")
-    yield SQL("REVOKE ALL ON ALL FUNCTIONS IN SCHEMA tallystick FROM PUBLIC")
-    read = SQL(WHAT_THEY_READ).format(users=Literal(host.users.name.as_string(None)))
-    yield SQL(SAME_CALLERS.strip()).format(others=read)
+    yield SQL(SAME_READERS.strip()).format(users=Literal(host.users.name.as_string(None)))
 
 
 def indexes(host: Any) -> dict[str, Composable]:
@@ -281,12 +296,16 @@ def unprepare(host: Any) -> Iterator[Composable]:
     yield SQL("DROP TABLE tallystick.lots, tallystick.lot_moves")
 
 
-def undo(host: Any) -> Iterator[Composable]:
-    """Back to revision 0001. The types' labels go too, which rewrites the ledger: it is empty, or given up."""
+def unreplaces(host: Any) -> Iterator[Composable]:
+    """The functions of before."""
     yield from host.changed_functions("0002", "0001")
     yield SQL("REVOKE ALL ON ALL FUNCTIONS IN SCHEMA tallystick FROM PUBLIC")
     yield SQL(SAME_CALLERS.strip()).format(others=SQL(""))
     yield SQL(APPEND_ONLY_BEFORE.strip())
+
+
+def undo(host: Any) -> Iterator[Composable]:
+    """Back to revision 0001. The types' labels go too, which rewrites the ledger: it is empty, or given up."""
     yield SQL("ALTER TYPE tallystick.answer DROP ATTRIBUTE credit_held, DROP ATTRIBUTE expires_at")
     yield SQL("DROP INDEX IF EXISTS {}").format(Identifier(host.users.schema, DUE_INDEX))
     added = [

@@ -121,6 +121,15 @@ def prepare(host: Any) -> Iterator[Composable]:
     yield from host.other_functions("0003", "0004")
 
 
+def replaces(host: Any) -> Iterator[Composable]:
+    """The functions that know of a changed key."""
+    yield SQL(APPEND_ONLY.strip()).format(**host.placeholders())
+    yield from host.changed_functions("0003", "0004")
+    yield SQL(before.SAME_CALLERS.strip()).format(others=SQL(""))
+    yield SQL(BUYER_STAYS.strip()).format(**host.placeholders())
+    yield SQL("REVOKE ALL ON FUNCTION tallystick.buyer_stays() FROM PUBLIC")
+
+
 def locks(host: Any) -> tuple[Identifier, ...]:
     """The tables that ``locked`` changes, in the order in which they are locked."""
     return (host.users.name, _ledger(host), LOW_BALANCES)
@@ -134,11 +143,6 @@ def locked(host: Any) -> Iterator[Composable]:
         "ALTER TABLE {} ADD CONSTRAINT low_balances_user_fk"
         " FOREIGN KEY (user_id) REFERENCES {} ({}) ON UPDATE CASCADE ON DELETE CASCADE"
     ).format(LOW_BALANCES, host.users.name, host.users.key)
-    yield SQL(APPEND_ONLY.strip()).format(**host.placeholders())
-    yield from host.changed_functions("0003", "0004")
-    yield SQL(before.SAME_CALLERS.strip()).format(others=SQL(""))
-    yield SQL(BUYER_STAYS.strip()).format(**host.placeholders())
-    yield SQL("REVOKE ALL ON FUNCTION tallystick.buyer_stays() FROM PUBLIC")
     yield SQL("CREATE TRIGGER {} AFTER DELETE ON {} FOR EACH ROW EXECUTE FUNCTION tallystick.buyer_stays()").format(
         Identifier(DELETION), host.users.name
     )
@@ -169,14 +173,18 @@ def unprepare(host: Any) -> Iterator[Composable]:
     yield from host.other_functions("0004", "0003")
 
 
+def unreplaces(host: Any) -> Iterator[Composable]:
+    """The functions of before."""
+    yield SQL(before.APPEND_ONLY.strip())
+    yield from host.changed_functions("0004", "0003")
+
+
 def undo(host: Any) -> Iterator[Composable]:
     """Back to revision 0003."""
     yield SQL("DROP TRIGGER IF EXISTS {} ON {}").format(Identifier(DELETION), host.users.name)
     yield SQL("DROP FUNCTION tallystick.buyer_stays()")
     yield _user_key(host, " ON DELETE RESTRICT")
     yield SQL("ALTER TABLE {} DROP CONSTRAINT low_balances_user_fk").format(LOW_BALANCES)
-    yield SQL(before.APPEND_ONLY.strip())
-    yield from host.changed_functions("0004", "0003")
     yield from unprepare(host)
 
 
