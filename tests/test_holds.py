@@ -14,9 +14,12 @@ from tallystick import errors as e
 from tallystick.audit import audit
 from tallystick.errors import Key
 from tallystick.schema import INT32_MAX
-from worlds import World
+from worlds import SHAPES, World
 
 MINUTE = dt.timedelta(minutes=1)
+
+
+WITH_WORKSHOPS = [name for name, shape in SHAPES.items() if shape.host.workshops is not None]
 
 
 @pytest.fixture(autouse=True)
@@ -149,9 +152,8 @@ def test_dearer_work_is_charged_up_to_the_limit_and_as_debt_if_allowed(world: Wo
         assert standing(world, conn, user) == (-3, 1, -4)
 
 
+@pytest.mark.parametrize("any_world", WITH_WORKSHOPS, indirect=True)
 def test_a_hold_carries_a_workshop_that_is_unlocked_at_capture(any_world: World):
-    if any_world.config.host.workshops is None:
-        pytest.skip("the host has no workshops")
     ledger, user, other = any_world.ledger, any_world.user(credits=3), any_world.user(credits=1)
     workshop = any_world.workshop(user, title="Soldering")
     with any_world.engine.begin() as conn:

@@ -9,7 +9,9 @@ import pytest
 
 from tallystick import errors as e
 from tallystick.audit import audit
-from worlds import World
+from worlds import SHAPES, World
+
+WITH_WORKSHOPS = [name for name, shape in SHAPES.items() if shape.host.workshops is not None]
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +41,8 @@ def test_a_consumption_is_reversed_in_parts_and_never_above_itself(any_world: Wo
         assert ledger.balance(conn, user) == 5
 
 
+@pytest.mark.parametrize("any_world", WITH_WORKSHOPS, indirect=True)
 def test_a_whole_reversal_locks_the_workshop_and_unlocking_charges_again(any_world: World):
-    if any_world.config.host.workshops is None:
-        pytest.skip("the host has no workshops")
     ledger, user = any_world.ledger, any_world.user(credits=4)
     workshop = any_world.workshop(user)
     with any_world.engine.begin() as conn:
