@@ -302,7 +302,7 @@ def test_every_problem_has_a_title_and_a_sentence() -> None:
     for kind, answer in MEANINGS.items():
         if kind is not TallystickError:
             assert texts.problem_titles.get(answer.name), answer.name
-            error = kind("x", balance=0, required=1)
+            error = kind("x", balance=0, held=0, available=0, required=1)
             if answer.status != 422:  # there our own message says which value is wrong
                 assert texts.problem(error, answer.name) != texts.problem_default, answer.name
 

@@ -197,7 +197,7 @@ def test_a_gap_and_a_debt_are_seen(world, open_console):
         conn.execute(sa.text("ALTER TABLE credit_transactions ENABLE TRIGGER tallystick_append_only"))
     visitor = open_console(world)
     page = words(visitor.get(at("/user", key=user)))
-    assert "4 entries, balance -3 (debt), 1 missing" in page
+    assert "4 entries, balance -3 (debt), 1 linked to an earlier one, 1 missing" in page
     assert "1 missing: the ledger has a gap here" in page
     assert f"{MINUS}3 debt" in page
 
