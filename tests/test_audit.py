@@ -283,6 +283,11 @@ def _reversal_of_a_purchase(h: Healthy, conn: sa.Connection) -> None:
     h.user(conn, h.ann, credit_sequence=5, credit_balance=5)
 
 
+def _one_sided_merge(h: Healthy, conn: sa.Connection) -> None:
+    h.add(conn, "left", h.ann, "transfer", -4, 5, 0, refund_of="bob bought")
+    h.user(conn, h.ann, credit_sequence=5, credit_balance=0)
+
+
 def _held_purchase(h: Healthy, conn: sa.Connection) -> None:
     h.drop(conn, "held")
     h.row(conn, "waiting", held=1)
@@ -501,6 +506,7 @@ FAULTS = [
     Fault("money_and_credits", "bob bought", _reversal(), "it has taken none; the purchase has 7900 usd on record"),
     Fault("money_and_credits", "bob bought", _reversal(status="failed", applied="share"), "it has taken some"),
     Fault("money_and_credits", "bob bought", _reversal(kind="dispute", status="lost"), "it has taken none"),
+    Fault("merged_on_both_sides", "left", _one_sided_merge, "none behind refund_of"),
     Fault("event_recorded", "bob unlocked", _lost_event, "no event"),
     Fault("tally", "all users", _without_amount, "sums that differ"),
 ]
