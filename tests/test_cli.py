@@ -23,6 +23,7 @@ import sqlalchemy as sa
 from tallystick.cli import main
 from tallystick.config import Config, to_toml
 from tallystick.dev.postgres import Server
+from tallystick.schema import HEAD
 from worlds import SHAPES, World
 
 
@@ -103,7 +104,7 @@ def test_from_an_apps_database_to_audited_credits(tally, old_host):
     assert (refused.code, "--discard-ledger" in refused.err) == (1, True)
     assert tally("seed", "--reset").code == 0
     undone = tally("migrate", "undo")
-    assert ("Undid 0001" in undone.out, "0001: undone" in undone.err) == (True, True)
+    assert ("Undid 0001" in undone.out, f"{HEAD}: undone" in undone.err) == (True, True)
     with psycopg.connect(old_host) as conn:
         columns = conn.execute("SELECT attname FROM pg_attribute WHERE attrelid = 'users'::regclass AND attnum > 0")
         assert "credit_balance" not in [row[0] for row in columns]
@@ -156,7 +157,8 @@ def test_credits_by_hand(at, any_world: World):
     assert tally("history", user, "--limit", 1, "--before", 2, "--json").json == rows[1:]
     back = tally("refund", user, rows[1]["id"], "--credits", 1, "--json").json
     assert (back["amount"], back["balance_after"]) == (-1, 0)
-    assert tally("balance", user, "--json").json == {"user": str(user), "balance": 0}
+    empty = {"user": str(user), "balance": 0, "held": 0, "available": 0}
+    assert tally("balance", user, "--json").json == empty
     assert tally("onboarding", user).out == "Onboarding is not complete.\n"
     assert tally("onboarding", user, "--complete", "--json").json["onboarding_complete"] is True
     assert tally("onboarding", user, "--reset").out == "Onboarding is not complete.\n"
