@@ -56,8 +56,8 @@ FILL = (
 def fill(url: str, *, users: int, each: int) -> None:
     pool = sa.create_engine(url, poolclass=sa.NullPool)
     with pool.begin() as conn:
-        Schema.of(Config().host).metadata.create_all(conn)
         conn.exec_driver_sql("CREATE SCHEMA tallystick")
+        Schema.of(Config().host).metadata.create_all(conn)
         stripe_reversals.metadata.create_all(conn)  # the audit compares it with the ledger
         conn.exec_driver_sql("SET LOCAL session_replication_role = replica")  # spares the foreign keys' triggers
         for statement in FILL:
