@@ -60,6 +60,7 @@ def test_the_migrated_database_is_as_declared(case: HostCase, host: App, make_ap
     host.run(
         "DROP FUNCTION IF EXISTS tallystick.follow_balance CASCADE",
         *(statement.as_string(None) for statement in names.drop_functions(HEAD)),
+        *(statement.as_string(None) for statement in names.drop_types(HEAD)),
         "DROP FUNCTION tallystick.append_only CASCADE",
         "DROP FUNCTION tallystick.buyer_stays CASCADE",
         "DROP FUNCTION IF EXISTS tallystick.touch_updated_at CASCADE",

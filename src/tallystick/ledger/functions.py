@@ -211,15 +211,15 @@ def _by_signature(host: Any, revision: str) -> dict[tuple[str, str], tuple[str, 
 
 
 def drops(host: Any, revision: str = HEAD) -> Iterator[Composable]:
-    """The way back from ``statements``."""
-    for statement in reversed(list(statements(host, revision))):
-        text = statement.as_string(None)
-        if found := _SIGNATURE.search(text):
-            yield SQL("DROP FUNCTION tallystick.{}({})").format(
-                Identifier(found["name"]), SQL(_types(found["parameters"]))
-            )
-        else:
-            yield SQL("DROP TYPE tallystick.{}").format(Identifier(text.removeprefix(_TYPE).split()[0]))
+    """The way back from the functions of ``statements``."""
+    for name, types in reversed(_by_signature(host, revision)):
+        yield SQL("DROP FUNCTION tallystick.{}({})").format(Identifier(name), SQL(types))
+
+
+def type_drops(host: Any, revision: str = HEAD) -> Iterator[Composable]:
+    """The way back from the types of ``statements``, after that from the functions."""
+    for name in reversed(_types_of(host, revision)):
+        yield SQL("DROP TYPE tallystick.{}").format(Identifier(name))
 
 
 def grants(host: Any, role: Composable) -> Iterator[Composable]:

@@ -125,6 +125,8 @@ class HostNames:
     credits: Literal["integer", "bigint"] = "integer"
     mapping: str = "{}"
     ledger_schema: str = "public"
+    ledger_goes: bool = False
+    """True on the way back behind the first revision: what is changed of the ledger would be thrown away."""
 
     @property
     def adopts_balance(self) -> bool:
@@ -148,8 +150,12 @@ class HostNames:
         return functions.names_of(self)
 
     def drop_functions(self, revision: str) -> Iterator[Composable]:
-        """The way back from ``functions``."""
+        """The way back from ``functions``, but for their types."""
         return functions.drops(self, revision)
+
+    def drop_types(self, revision: str) -> Iterator[Composable]:
+        """And from the types: a session that has not used one yet would wait for who drops it."""
+        return functions.type_drops(self, revision)
 
     @classmethod
     def of(cls, host: HostMapping, adopted: Adopted = frozenset()) -> HostNames:

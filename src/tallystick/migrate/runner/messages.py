@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from psycopg.sql import SQL, Composable, Composed, Identifier
 from psycopg.sql import Literal as SqlLiteral
@@ -112,6 +112,7 @@ def downward(
 
     ``prepared`` is the revision after the first of them, where its ``preparation`` was committed: it goes too.
     """
+    names = replace(names, ledger_goes=bool(gone) and gone[-1].down_revision is None)
     # the oldest revision's first: the host's tables, then ours
     locks: list[Identifier] = []
     for revision in reversed(gone):

@@ -421,8 +421,14 @@ def unprepare_locks(host: Any) -> tuple[Identifier, ...]:
 def unprepare(host: Any) -> Iterator[Composable]:
     """Back from ``prepare`` alone, before ``locked``: nothing of the host is touched."""
     yield from host.drop_functions("0001")
+    yield from host.drop_types("0001")
     yield SQL("DROP TABLE {}").format(_ledger(host))
     yield from _drop_the_rest(host)
+
+
+def unreplaces(host: Any) -> Iterator[Composable]:
+    """Without the functions, which nobody misses before the commit."""
+    yield from host.drop_functions("0001")
 
 
 def undo(host: Any) -> Iterator[Composable]:
@@ -432,7 +438,7 @@ def undo(host: Any) -> Iterator[Composable]:
     if host.adopts_balance:
         for name in FOLLOWING:
             yield SQL("DROP TRIGGER IF EXISTS {} ON {}").format(Identifier(name), host.users.name)
-    yield from host.drop_functions("0001")
+    yield from host.drop_types("0001")
     yield SQL("DROP TABLE {}").format(_ledger(host))
     yield SQL("DROP INDEX IF EXISTS {}").format(Identifier(host.users.schema, CUSTOMER_INDEX))
     for table, columns in _tables(host):

@@ -293,11 +293,12 @@ def unprepare_locks(_host: Any) -> tuple[Identifier, ...]:
 def unprepare(host: Any) -> Iterator[Composable]:
     """Back from ``prepare`` alone, before ``locked``: nothing of the host is touched."""
     yield from host.other_functions("0002", "0001")
-    yield SQL("DROP TABLE tallystick.lots, tallystick.lot_moves")
+    yield _drop_lots()
 
 
 def unreplaces(host: Any) -> Iterator[Composable]:
     """The functions of before."""
+    yield from host.other_functions("0002", "0001")
     yield from host.changed_functions("0002", "0001")
     yield SQL("REVOKE ALL ON ALL FUNCTIONS IN SCHEMA tallystick FROM PUBLIC")
     yield SQL(SAME_CALLERS.strip()).format(others=SQL(""))
@@ -313,6 +314,25 @@ def undo(host: Any) -> Iterator[Composable]:
     ]
     if added:
         yield SQL("ALTER TABLE {} ").format(host.users.name) + SQL(", ").join(added)
+    if not host.ledger_goes:
+        yield from _ledger_before(host)
+    yield _drop_lots()
+
+
+def _ledger(host: Any) -> Identifier:
+    return Identifier(host.ledger_schema, "credit_transactions")
+
+
+def _type(host: Any) -> Identifier:
+    return Identifier(host.ledger_schema, "credit_transaction_type")
+
+
+def _drop_lots() -> Composable:
+    return SQL("DROP TABLE tallystick.lots, tallystick.lot_moves")
+
+
+def _ledger_before(host: Any) -> Iterator[Composable]:
+    """The ledger's columns, rules and type as of revision 0001."""
     # a rule holds the type that it was made with
     rules = ("credit_transactions_type", "credit_transactions_paid", "credit_transactions_held")
     yield SQL("ALTER TABLE {} ").format(_ledger(host)) + SQL(", ").join(
@@ -331,12 +351,3 @@ def undo(host: Any) -> Iterator[Composable]:
         f" ADD CONSTRAINT credit_transactions_paid {PAID_RULE}"
     ).format(_ledger(host))
     yield SQL("DROP TYPE {}").format(Identifier(host.ledger_schema, "credit_transaction_type_of_0002"))
-    yield from unprepare(host)
-
-
-def _ledger(host: Any) -> Identifier:
-    return Identifier(host.ledger_schema, "credit_transactions")
-
-
-def _type(host: Any) -> Identifier:
-    return Identifier(host.ledger_schema, "credit_transaction_type")
