@@ -383,19 +383,19 @@ def _about_publications(
     shown = {table.oid: table.shown for table in host.tables}
     statements = [text([part]) for _, messages in ways for part in (*messages.opening, *messages.locked)]
     made = [found[1].replace('"', "") for found in map(_NEW_TABLE.match, statements) if found]
-    added = {
-        table.shown: statement.replace("ADD COLUMN ", "ADD COLUMN IF NOT EXISTS ")
-        for table in host.tables
-        for statement in statements
-        if statement.startswith(f"ALTER TABLE {_table(table)} ADD COLUMN ")
-    }
+    added: dict[str, list[str]] = {}
+    for table in host.tables:
+        for statement in statements:
+            if statement.startswith(f"ALTER TABLE {_table(table)} ADD COLUMN "):
+                adds = statement.replace("ADD COLUMN ", "ADD COLUMN IF NOT EXISTS ")
+                added.setdefault(table.shown, []).append(adds)
     rows = conn.execute(_PUBLICATIONS, {"tables": list(shown)})
     for name, group in groupby(rows, lambda row: row.name):
         sent = list(group)
         everything = any(row.everything for row in sent)
         schema = any(row.oid == host.users.oid and not row.named for row in sent)
         new = [table for table in made if everything or (schema and table.startswith(f"{host.users.schema}."))]
-        columns = [added[shown[row.oid]] for row in sent if shown[row.oid] in added]
+        columns = [adds for row in sent for adds in added.get(shown[row.oid], ())]
         if new:
             kept = [table for table in new if table.startswith("tallystick.")]
             emptied = f"TRUNCATE {', '.join(kept)}; " if kept else ""
