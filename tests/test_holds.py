@@ -172,6 +172,22 @@ def test_a_hold_carries_a_workshop_that_is_unlocked_at_capture(any_world: World)
         assert (third.id, third.replayed) == (first.id, True)
 
 
+def test_a_workshop_that_the_app_opened_by_itself_leaves_the_hold(world: World):
+    ledger, user = world.ledger, world.user(credits=3)
+    workshop = world.workshop(user)
+    marked = world.schema.workshops.c if world.schema.workshops is not None else None
+    assert marked is not None
+    with world.engine.begin() as conn:
+        held = ledger.hold(conn, user, credits=1, key="h", workshop=workshop)
+        opened = sa.update(world.schema.workshops).where(marked.key == workshop)
+        conn.execute(opened.values(credit_consumed_at=sa.func.now()))
+        with pytest.raises(e.WorkshopUnaccounted):
+            ledger.capture(conn, user, held.id)
+        assert standing(world, conn, user) == (3, 1, 2)
+        conn.execute(opened.values(credit_consumed_at=None))
+        assert ledger.capture(conn, user, held.id).balance_after == 2
+
+
 def test_a_hold_is_one_intent(world: World):
     ledger, user = world.ledger, world.user(credits=5)
     with world.engine.begin() as conn:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import sqlalchemy as sa
@@ -112,6 +114,61 @@ def test_a_hold_keeps_what_it_set_aside_alive_and_nothing_else(world: World):
         ledger.release(conn, user, other.id)
         give(world, conn, user, 1, None, "touch")
         assert ledger.balance(conn, user) == 2
+
+
+def test_a_lot_that_a_hold_keeps_alive_waits_for_its_end_and_no_sweep_for_it(world: World):
+    ledger, user = world.ledger, world.user()
+    with world.engine.begin() as conn:
+        give(world, conn, user, 5, 10, "trial")
+        held = ledger.hold(conn, user, credits=3, key="h", expires_in=dt.timedelta(days=20))
+        ledger.hold(conn, user, credits=1, key="h2", expires_in=dt.timedelta(days=20))
+    world.pass_time(days=11)
+    with world.engine.begin() as conn:
+        assert [ledger.sweep(conn) for _ in range(2)] == [1, 0]
+        assert world.ledger.standing(conn, user).balance == 4
+        given_up = ledger.release(conn, user, held.id)
+        assert given_up.balance == 1  # nothing else has set them aside
+        assert ledger.balance(conn, user) == 1
+        assert ledger.sweep(conn) == 0
+
+
+def test_a_replay_writes_what_has_expired_under_the_lock_alone(world: World):
+    """While another transaction has the user the call has written nothing, so the two do not wait in a circle."""
+    ledger, user = world.ledger, world.user(credits=1)
+    with world.engine.begin() as conn:
+        give(world, conn, user, 2, 1, "trial")
+        first = ledger.consume(conn, user, key="a")
+    world.pass_time(days=2)
+
+    def replay() -> tuple[bool, int | None]:
+        with world.autocommit.connect() as another:
+            row = ledger.consume(another, user, key="a")
+        assert row.id == first.id
+        return row.replayed, row.balance
+
+    with ThreadPoolExecutor(1) as pool, world.engine.begin() as conn:
+        ledger.lock(conn, world.user())  # a transaction of its own, before the user's row
+        conn.execute(sa.select(world.schema.users).where(world.schema.users.c.key == user).with_for_update())
+        waits = pool.submit(replay)
+        waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+        while not conn.scalar(sa.text(waiting)):
+            time.sleep(0.01)
+        assert ledger.sweep(conn) == 1
+        conn.commit()
+        assert waits.result(30) == (True, 1)
+
+
+def test_what_was_taken_back_of_a_grant_does_not_expire_once_more(world: World):
+    ledger, user = world.ledger, world.user(credits=5)
+    with world.engine.begin() as conn:
+        lot = give(world, conn, user, 2, 10, "by mistake")
+        spent = ledger.consume(conn, user, credits=2, key="a")
+        ledger.correct(conn, user, lot.id, key="k")
+        assert ledger.balance(conn, user) == 3
+    world.pass_time(days=11)
+    with world.engine.begin() as conn:
+        back = ledger.reverse(conn, user, spent.id, key="r")
+        assert (back.balance_after, back.balance) == (5, 5)
 
 
 def test_a_debt_is_paid_from_a_lot_and_what_paid_it_does_not_expire(world: World):

@@ -63,8 +63,7 @@ class Allowances:
         if allowance is None or account.deleted_at is not None:
             return None
         self.ledger.lock(conn, user)  # nobody else gives it meanwhile, and what has expired is written
-        now = run(conn, sa.select(sa.func.clock_timestamp()), {}).scalar_one()
-        period = Period.of(now, allowance.every)
+        period = Period.of(_now(conn), allowance.every)
         key = _key(period, allowance)
         given = self._given(conn, user, period, allowance.every)
         if key in given or sum(given.values()) >= allowance.credits:
@@ -97,13 +96,20 @@ class Allowances:
         return got
 
     def _users(self, engine: sa.Engine) -> Iterator[Key]:
-        """The users of a plan that gives something, in the order of their keys."""
-        users = self.schema.users.c
-        wanted = sa.select(users.key).where(users.plan_tier.in_(list(self.plans)), users.deleted_at.is_(None))
+        """The users of a plan that has not given them this period's yet, in the order of their keys."""
+        users, row = self.schema.users.c, self.schema.credit_transactions.c
         last: Key | None = None
         while True:
-            page = wanted if last is None else wanted.where(users.key > last)
             with engine.connect() as conn:
+                now = _now(conn)
+                keys_now = {plan.plan_tier: _key(Period.of(now, plan.every), plan) for plan in self.plans.values()}
+                key_now = sa.case(keys_now, value=users.plan_tier)
+                has = sa.exists().where(row.user_id == users.key, row.idempotency_key == key_now)
+                page = sa.select(users.key).where(
+                    users.plan_tier.in_(list(self.plans)), users.deleted_at.is_(None), ~has
+                )
+                if last is not None:
+                    page = page.where(users.key > last)
                 keys = run(conn, page.order_by(users.key).limit(PAGE), {}).scalars().all()
             yield from keys
             if len(keys) < PAGE:
@@ -131,6 +137,12 @@ class Allowances:
         row = self.schema.credit_transactions.c
         keys = [_key(period, plan) for plan in self.plans.values() if plan.every == every]
         return row.user_id == self.schema.user_key(user), row.idempotency_key.in_(keys)
+
+
+def _now(conn: DbConnection) -> dt.datetime:
+    """By the server's clock."""
+    now: dt.datetime = run(conn, sa.select(sa.func.clock_timestamp()), {}).scalar_one()
+    return now
 
 
 def _key(period: Period, allowance: Allowance) -> str:

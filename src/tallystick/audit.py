@@ -746,7 +746,8 @@ _COUNTED: dict[str, Callable[[_Part], Expression]] = {
 
 
 def _waits_long(row: Row) -> Expression:
-    return sa.and_(row.status == _PENDING, row.created_at < sa.func.now() - sa.literal(dt.timedelta(days=1)))
+    old = row.created_at < sa.func.now() - sa.literal(dt.timedelta(days=1))
+    return sa.and_(row.status == _PENDING, row.held.is_(None), old)
 
 
 def _began_late(row: Row) -> Expression:
@@ -942,7 +943,11 @@ def _overlooked(part: _Part) -> sa.Select[Any]:
         part.rows()
         .with_only_columns(part.user_id.label("user"), row.expires_at.label("first"))
         .where(row.held.is_not(None), row.status == _PENDING),
-        sa.select(lot.user_id, lot.expires_at).where(part.covers(lot.user_id), lot.remaining > 0),
+        sa.select(lot.user_id, lot.expires_at)
+        .join(part.schema.users, users.key == lot.user_id)
+        .where(part.covers(lot.user_id), lot.remaining > 0)
+        # what is left of a lot that has expired is kept alive by holds, and waits for their end
+        .where(sa.or_(users.credit_held == 0, lot.expires_at > sa.func.now())),
     ).subquery("waiting")
     first = sa.func.min(waiting.c.first)
     return (

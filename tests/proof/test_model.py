@@ -34,6 +34,8 @@ class Lot:
     days: int
     number: int
     left: int
+    credits: int
+    gone: int = 0  # expired, or taken back of the row that gave it
 
 
 @dataclass
@@ -88,6 +90,7 @@ class Model:
                 gone = min(lot.left, max(self.balance - self.held, 0))
                 if gone:
                     self.move(-gone)
+                lot.gone += gone
                 lot.left = min(lot.left - gone, self.held)
 
     def move(self, amount: int) -> None:
@@ -105,7 +108,7 @@ class Model:
     def take_back(self, row: Any, amount: int) -> None:
         """From its own lot, then what the balance no longer covers."""
         if own := self.lot_of.get(row):
-            own.left -= min(own.left, amount)
+            own.left, own.gone = own.left - min(own.left, amount), own.gone + amount
         uncovered = sum(lot.left for lot in self.lots) - max(self.balance, 0)
         self.take(row, uncovered, expired=True)
 
@@ -113,8 +116,8 @@ class Model:
         uses = self.used.get(row, {})
         amount -= max(most - sum(uses.values()), 0)  # what came from no lot goes to none
         for lot in sorted(self.lots, key=lambda lot: (-lot.days, -lot.number)):
-            some = min(max(amount, 0), uses.get(lot.number, 0))
-            if some:
+            some = min(max(amount, 0), uses.get(lot.number, 0), lot.credits - lot.gone - lot.left)
+            if some > 0:
                 lot.left, amount, uses[lot.number] = lot.left + some, amount - some, uses[lot.number] - some
         self.touch()
 
@@ -151,7 +154,7 @@ class Model:
         self.left[row] = credits
         if days is not None:
             covered = max(self.balance - sum(lot.left for lot in self.lots), 0)
-            self.lots.append(lot := Lot(days, len(self.lots), min(credits, covered)))
+            self.lots.append(lot := Lot(days, len(self.lots), min(credits, covered), credits))
             self.lot_of[row] = lot
 
     def correct(self, row: Any, credits: int | None) -> str | None:
@@ -182,14 +185,15 @@ class Model:
             return "CaptureExceedsHold"
         if hold.workshop in self.unlocked:
             hold.state = "released" if hold.state == "live" else hold.state
-            return None
+            return self.touch()
         own = hold.credits if hold.state == "live" else 0
         if charged > self.balance - (self.held - own) and not debt:
             return "InsufficientCredits"
         hold.state, hold.charged = "captured", charged
         self.unlocked |= {hold.workshop} - {None}
         self.move(-charged)
-        return self.spent(row, charged, hold.workshop, expired=True)
+        self.spent(row, charged, hold.workshop, expired=True)
+        return self.touch()
 
     def release(self, row: Any) -> str | None:
         self.touch()
@@ -197,7 +201,7 @@ class Model:
         if hold.state == "captured":
             return "HoldClosed"
         hold.state = "released" if hold.state == "live" else hold.state
-        return None
+        return self.touch()
 
     def complete(self, purchase: Any) -> None:
         self.touch()

@@ -376,8 +376,10 @@ def allowances_run(ctx: typer.Context, as_json: Json = False) -> None:
     with mapped(ctx, changes=True) as (conn, config):
         if not config.allowances:
             raise ConfigError("no plan gives credits. Write [[allowances]] into tallystick.toml", key="allowances")
-        with progress_bar("Giving") as progress:
-            got = Allowances(config).run(conn.engine, progress=lambda done: progress(done, done))
+        pool = conn.engine
+    # without a transaction around those of the users
+    with progress_bar("Giving") as progress:
+        got = Allowances(config).run(pool, progress=lambda done: progress(done, done))
     told = f"{got} {'user' if got == 1 else 'users'} got theirs."
     emit({"users": got}, lambda: out.print(told), as_json=as_json)
 

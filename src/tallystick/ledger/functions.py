@@ -93,6 +93,7 @@ REVISIONS: dict[str, tuple[str, ...]] = {
         "give_to_lots",
         "open_lot",
         "settle_due",
+        "settle_ended",
         "unmark_workshop",
         "hold",
         "capture",

@@ -60,7 +60,7 @@ class TopUp:
 
 
 def top_up(engine: sa.Engine, config: Config, user: Key, pack: str, *, below: int, monthly_max: int) -> TopUp:
-    """Charge the user's saved payment method for a pack if the balance is ``below`` this number of credits.
+    """Charge the user's saved payment method for a pack if the credits that can be spent are ``below`` a number.
 
     Call it after a consumption, or from time to time, for users who agreed to it. At most ``monthly_max`` minor units
     are charged in a calendar month (UTC). The payment method is the one that was saved with a purchase, by the option
@@ -79,7 +79,7 @@ def top_up(engine: sa.Engine, config: Config, user: Key, pack: str, *, below: in
     account = in_transaction(engine, lambda conn: Accounts(config).get(conn, user))
     if account.deleted_at is not None:
         raise UserDeleted(f"user {user} was deleted. To bring the user back: Accounts.restore_user", user=user)
-    if account.credit_balance >= below:
+    if account.standing.available >= below:
         return TopUp(TopUpOutcome.ENOUGH)
     gap = in_transaction(engine, lambda conn: _gap(effects, conn, user))
     attempts = [] if gap.purchase is None else attempts_of(effects, gap.purchase, gap.customer)

@@ -57,14 +57,15 @@ BEGIN
     SELECT w.{owner} = account.key AS owned, w.deleted_at, w.credit_consumed_at
       INTO workshop FROM {workshops} AS w WHERE w.{workshop_key} = hold.workshop_id FOR NO KEY UPDATE;
     IF workshop.credit_consumed_at IS NOT NULL THEN
-      IF hold.status = 'pending' THEN
-        PERFORM tallystick.release(user_id, hold_id);
-      END IF;
       SELECT 'replayed', {row}, account.balance, NULL, NULL, NULL, NULL, account.held - set_aside
         INTO answer FROM {ledger} AS t
         WHERE t.workshop_id = hold.workshop_id AND t.type = 'consumption' AND t.status = 'completed'
         ORDER BY t.user_id = account.key DESC, t.completed_at DESC LIMIT 1;
-      answer.outcome := coalesce(answer.outcome, 'workshop_unaccounted');
+      IF NOT FOUND THEN
+        answer.outcome := 'workshop_unaccounted';
+      ELSIF hold.status = 'pending' THEN
+        answer.balance := (tallystick.release(user_id, hold_id)).balance;
+      END IF;
       RETURN answer;
     ELSIF workshop.owned IS NOT TRUE THEN
       answer.outcome := 'workshop_not_owned';
@@ -100,7 +101,8 @@ BEGIN
   PERFORM tallystick.take_from_lots(account.key, hold_id, charged, NULL, true);
   PERFORM tallystick.settle_held(
     account.key, answer.balance_after, answer.sequence, answer.credit_held,
-    CASE WHEN answer.credit_held = 0 THEN tallystick.next_due(account.key) ELSE account.due END);
+    CASE WHEN answer.credit_held = 0 THEN tallystick.next_due(account.key, 0) ELSE account.due END);
+  answer.balance := coalesce(tallystick.settle_ended(account.key), answer.balance);
   IF answer.workshop_id IS NOT NULL THEN
     PERFORM tallystick.mark_workshop(answer.workshop_id, answer.completed_at);
   END IF;

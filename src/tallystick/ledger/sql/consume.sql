@@ -50,8 +50,10 @@ BEGIN
       RETURN answer;
     END IF;
     {opened}
-    -- where something of the user waits for its time, the balance is only known under the lock
-    CONTINUE WHEN attempt = 1 AND account.due IS NOT NULL AND account.prior IS NULL;
+    -- where something of the user waits for its time, the balance is only known under the lock, and what has expired
+    -- is only written there
+    CONTINUE WHEN attempt = 1 AND account.due IS NOT NULL
+      AND (account.prior IS NULL OR account.due <= pg_catalog.clock_timestamp());
     {due}
     IF workshop_id IS NOT NULL THEN
       SELECT {title} INTO name FROM {workshops} AS w

@@ -121,8 +121,6 @@ BEGIN
   IF taking AND account.due IS NOT NULL THEN
     PERFORM tallystick.take_back_from_lots(account.key, answer.id, target_id, moved, answer.balance_after);
   ELSIF NOT taking AND tallystick.give_to_lots(account.key, answer.id, target_id, moved, most) THEN
-    PERFORM tallystick.settle_held(
-      account.key, answer.balance_after, answer.sequence, account.held, tallystick.next_due(account.key));
     answer.balance := (tallystick.settle_due(account.key)).balance;
   END IF;
   RETURN answer;

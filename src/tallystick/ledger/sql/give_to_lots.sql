@@ -1,6 +1,6 @@
 -- Gives credits back to the lots that ``target``, or what took it back, had taken them from; those that do not expire
 -- first, then the lot that expires last. Says if any lot got some. A lot that has expired takes them too, to expire at
--- once.
+-- once. None gets what was taken back of the row that gave it: these credits are no longer the lot's.
 CREATE OR REPLACE FUNCTION tallystick.give_to_lots(
   user_id {user_key_type}, transaction_id uuid, target uuid, amount {credits}, most {credits}
 ) RETURNS boolean
@@ -12,11 +12,15 @@ DECLARE
   found_lots boolean := false;
 BEGIN
   FOR lot IN
-    SELECT m.lot_id AS id, sum(m.amount) AS taken, sum(sum(m.amount)) OVER () AS taken_in_all
+    SELECT m.lot_id AS id, sum(m.amount) AS taken, sum(sum(m.amount)) OVER () AS taken_in_all,
+      l.amount - l.remaining + (
+        SELECT coalesce(sum(t.amount), 0) FROM {ledger} AS t
+        WHERE t.refund_of = m.lot_id AND t.user_id = give_to_lots.user_id) AS room
     FROM tallystick.lot_moves AS m JOIN tallystick.lots AS l ON l.id = m.lot_id
-    WHERE m.transaction_id = target
-      OR m.transaction_id IN (SELECT t.id FROM {ledger} AS t WHERE t.refund_of = target AND t.user_id = give_to_lots.user_id)
-    GROUP BY m.lot_id, l.expires_at HAVING sum(m.amount) > 0
+    -- one list, so that the moves are found by their key and not by reading them all
+    WHERE m.transaction_id = ANY (target || ARRAY(
+      SELECT t.id FROM {ledger} AS t WHERE t.refund_of = target AND t.user_id = give_to_lots.user_id))
+    GROUP BY m.lot_id, l.expires_at, l.amount, l.remaining HAVING sum(m.amount) > 0
     ORDER BY l.expires_at DESC, m.lot_id DESC
   LOOP
     IF NOT found_lots THEN
@@ -24,7 +28,8 @@ BEGIN
     END IF;
     EXIT WHEN amount <= 0;
     found_lots := true;
-    given := least(amount, lot.taken);
+    given := least(amount, lot.taken, lot.room);
+    CONTINUE WHEN given <= 0;
     UPDATE tallystick.lots AS l SET remaining = l.remaining + given WHERE l.id = lot.id;
     INSERT INTO tallystick.lot_moves (transaction_id, lot_id, amount)
       VALUES (give_to_lots.transaction_id, lot.id, - given);

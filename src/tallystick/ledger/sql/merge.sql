@@ -145,7 +145,7 @@ BEGIN
   END LOOP;
   IF total <> 0 THEN
     PERFORM tallystick.settle_held(
-      account.key, account.balance, account.sequence, account.held, tallystick.next_due(account.key));
+      account.key, account.balance, account.sequence, account.held, tallystick.next_due(account.key, account.held));
   END IF;
   PERFORM tallystick.delete_user(account.key);
   answer := NULL;

@@ -39,6 +39,7 @@ BEGIN
   END IF;
   PERFORM tallystick.settle_held(
     account.key, account.balance, account.sequence, answer.credit_held,
-    CASE WHEN answer.credit_held = 0 THEN tallystick.next_due(account.key) ELSE account.due END);
+    CASE WHEN answer.credit_held = 0 THEN tallystick.next_due(account.key, 0) ELSE account.due END);
+  answer.balance := coalesce(tallystick.settle_ended(account.key), answer.balance);
   RETURN answer;
 END $$

@@ -53,7 +53,7 @@ BEGIN
     UPDATE tallystick.lots AS l SET remaining = lot.remaining WHERE l.id = lot.id;
   END LOOP;
 
-  answer.expires_at := tallystick.next_due(answer.user_id);
+  answer.expires_at := tallystick.next_due(answer.user_id, answer.credit_held);
   PERFORM tallystick.settle_held(
     answer.user_id, answer.balance, answer.sequence, answer.credit_held, answer.expires_at);
   RETURN answer;

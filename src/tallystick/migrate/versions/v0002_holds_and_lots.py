@@ -12,6 +12,8 @@ from typing import Any
 
 from psycopg.sql import SQL, Composable, Identifier, Literal
 
+from tallystick.migrate.versions import v0001_credits as before
+
 revision = "0002"
 down_revision = "0001"
 kind = "expand"
@@ -75,50 +77,7 @@ PAID_RULE = """CHECK (
       OR type = 'purchase' AND (amount_paid IS NULL) = (currency IS NULL)
         AND coalesce(amount_paid >= 0 AND currency ~ '^[a-z]{{3}}$', true))"""
 
-APPEND_ONLY_BEFORE = """
-CREATE OR REPLACE FUNCTION tallystick.append_only() RETURNS trigger LANGUAGE plpgsql
-SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-  fault text;
-BEGIN
-  IF TG_OP <> 'UPDATE' THEN
-    fault := lower(TG_OP);
-  ELSIF (NEW.id, NEW.user_id, NEW.type, NEW.refund_of, NEW.idempotency_key, NEW.created_at)
-      IS DISTINCT FROM
-      (OLD.id, OLD.user_id, OLD.type, OLD.refund_of, OLD.idempotency_key, OLD.created_at) THEN
-    fault := 'a change of what the row is about';
-  ELSIF NEW.amount IS DISTINCT FROM OLD.amount
-      -- a buyer may have chosen how many; that is known when it is paid
-      AND (OLD.status = 'completed' OR NEW.status <> 'completed') THEN
-    fault := 'a change of amount but for completing a purchase';
-  ELSIF NEW.workshop_id IS DISTINCT FROM OLD.workshop_id
-      -- the foreign key's ON DELETE SET NULL runs inside a trigger of the workshops table
-      AND (NEW.workshop_id IS NOT NULL OR pg_trigger_depth() < 2) THEN
-    fault := 'a change of workshop_id';
-  ELSIF (OLD.stripe_session_id IS NOT NULL AND NEW.stripe_session_id IS DISTINCT FROM OLD.stripe_session_id)
-      OR (OLD.stripe_payment_intent_id IS NOT NULL
-        AND NEW.stripe_payment_intent_id IS DISTINCT FROM OLD.stripe_payment_intent_id)
-      OR (OLD.stripe_price_id IS NOT NULL AND NEW.stripe_price_id IS DISTINCT FROM OLD.stripe_price_id)
-      OR (OLD.amount_paid IS NOT NULL AND NEW.amount_paid IS DISTINCT FROM OLD.amount_paid)
-      OR (OLD.currency IS NOT NULL AND NEW.currency IS DISTINCT FROM OLD.currency) THEN
-    fault := 'a change of what Stripe said';
-  ELSIF NEW.status = OLD.status THEN
-    IF (NEW.balance_after, NEW.sequence, NEW.completed_at, NEW.description)
-        IS DISTINCT FROM (OLD.balance_after, OLD.sequence, OLD.completed_at, OLD.description) THEN
-      fault := 'a change without a step of its status';
-    END IF;
-  ELSIF (OLD.status::text, NEW.status::text)
-      NOT IN (('pending', 'completed'), ('pending', 'failed'), ('failed', 'completed')) THEN
-    fault := format('the step from %s to %s', OLD.status, NEW.status);
-  END IF;
-  IF fault IS NULL THEN
-    RETURN NEW;
-  END IF;
-  RAISE EXCEPTION 'credit_transactions is append-only: % is refused', fault
-    USING ERRCODE = 'restrict_violation',
-      HINT = 'Correct a mistake with a further row, such as a refund. History is never edited.';
-END $$
-"""
+APPEND_ONLY_BEFORE = before.APPEND_ONLY.replace("CREATE FUNCTION", "CREATE OR REPLACE FUNCTION", 1)
 
 APPEND_ONLY = """
 CREATE OR REPLACE FUNCTION tallystick.append_only() RETURNS trigger LANGUAGE plpgsql
