@@ -429,6 +429,7 @@ def ask():
 
 def wait(combiner, calls):
     print(sorted({type(call.exception() or call.result()).__name__ for call in calls}), flush=True)
+    threading.main_thread().join()  # a Combiner closes as the main thread ends
     try:
         combiner.consume(user, key="late")
     except RuntimeError as error:
