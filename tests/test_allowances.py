@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from tallystick import Config
-from tallystick.allowances import Allowances, Period
+from tallystick.allowances import Allowances, Paid, Period
 from tallystick.audit import audit
 from tallystick.config import Allowance
 from tallystick.dev.postgres import Server
@@ -120,6 +120,32 @@ def test_a_change_of_plan_gives_the_difference_and_takes_nothing(db: TestDatabas
     assert give(db, allowances, user) == 120  # both of the last month's grants are carried over, up to the cap
 
 
+def test_a_paid_period_carries_over_what_the_item_had_left(db: TestDatabase) -> None:
+    price = "price_1"
+    paid_for = Allowances(
+        Config(
+            host=SHAPES["uuid"].host,
+            allowances=(Allowance(plan_tier="pro", credits=100, rollover=20, stripe_price_id=price),),
+        )
+    )
+    user, spent = db.user(), {"first": 93, "second": 0, "third": 0}
+    got = []
+    for month, credits in spent.items():
+        now = db.clock.now().replace(microsecond=0)
+        edges = (now, now + dt.timedelta(days=30))
+        with engine_of(db).begin() as conn:
+            one = paid_for.give_paid(conn, user, Paid(price, 1, "si_1", Period(*edges), month))
+            other = paid_for.give_paid(conn, user, Paid(price, 1, "si_1", Period(*edges), month + " again"))
+            assert one is not None
+            assert other is None
+            got.append(one.amount)
+            if credits:
+                paid_for.ledger.consume(conn, user, credits=credits, key=f"spent in {month}")
+            assert paid_for.give(conn, user) is None  # its plan gives by invoice alone
+        db.clock.advance(seconds=(edges[1] - db.clock.now()).total_seconds())
+    assert got == [100, 107, 120]
+
+
 def test_who_gets_none(db: TestDatabase, allowances: Allowances) -> None:
     other, gone = plan(db, allowances, "enterprise"), db.user()
     with engine_of(db).begin() as conn:
@@ -162,6 +188,10 @@ def test_a_plan_with_two_allowances_or_too_many_credits_is_refused(tmp_path) -> 
     one = '[[allowances]]\nplan_tier = "free"\ncredits = {}\n'
     file.write_text(one.format(5) * 2)
     with pytest.raises(ConfigError, match="the plan 'free' has two allowances"):
+        Config.load(file, environ={})
+    by_price = '[[allowances]]\nplan_tier = "{}"\ncredits = 5\nstripe_price_id = "price_1"\n'
+    file.write_text(by_price.format("pro") + by_price.format("basic"))
+    with pytest.raises(ConfigError, match="the price 'price_1' has two allowances"):
         Config.load(file, environ={})
     file.write_text(one.format(2**31))
     with pytest.raises(ConfigError, match="a number of credits is at most 2147483647"):

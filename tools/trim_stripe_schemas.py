@@ -22,8 +22,8 @@ from tallystick.dev.stripe.api import ROUTES
 TARGET = Path(__file__).parents[1] / "src/tallystick/dev/stripe/schemas.json.gz"
 KINDS = {
     "balance_transaction", "charge", "checkout.session", "customer", "deleted_customer",
-    "deleted_webhook_endpoint", "dispute", "dispute_evidence", "error", "event", "item", "payment_intent",
-    "payment_method", "price", "product", "refund", "webhook_endpoint",
+    "deleted_webhook_endpoint", "dispute", "dispute_evidence", "error", "event", "invoice", "item", "line_item",
+    "payment_intent", "payment_method", "price", "product", "refund", "webhook_endpoint",
 }  # fmt: skip
 KEPT = {
     "$ref", "additionalProperties", "anyOf", "enum", "items", "maxLength", "properties", "required", "type",

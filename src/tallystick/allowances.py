@@ -8,8 +8,9 @@ comes, with ``give``; ``run`` gives everybody theirs, for those who do not come.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
+from uuid import UUID
 
 import sqlalchemy as sa
 
@@ -40,6 +41,19 @@ class Period(NamedTuple):
         return cls(start, (start + dt.timedelta(days=31)).replace(day=1))
 
 
+class Paid(NamedTuple):
+    """A line of a paid invoice: ``quantity`` of a price, for a period of a subscription's ``item``.
+
+    ``key`` names the line, once for all deliveries.
+    """
+
+    price: str
+    quantity: int
+    item: str
+    period: Period
+    key: str
+
+
 class Allowances:
     """The allowances of ``config``, by plan. Holds no connection and no state; share it freely."""
 
@@ -47,13 +61,15 @@ class Allowances:
         self.config = config
         self.ledger, self.accounts = Ledger(config), Accounts(config)
         self.schema = Schema.of(config.host)
-        self.plans = {allowance.plan_tier: allowance for allowance in config.allowances}
+        self.plans = {each.plan_tier: each for each in config.allowances if each.stripe_price_id is None}
+        self.prices = {each.stripe_price_id: each for each in config.allowances if each.stripe_price_id is not None}
 
     def give(self, conn: DbConnection, user: Key) -> CreditTransaction | None:
         """The grant of the user's plan for this period, by the server's clock; None where it was given already.
 
-        What is left of the last period is carried over, up to the plan's ``rollover``. A plan that is changed within a
-        period gives the difference, where the new one gives more; nothing is taken back.
+        A plan with a ``stripe_price_id`` gives nothing here: its paid invoices do. What is left of the last period is
+        carried over, up to the plan's ``rollover``. A plan that is changed within a period gives the difference, where
+        the new one gives more; nothing is taken back.
 
         Raises:
             UnknownUser, BalanceOutOfRange: nothing was written.
@@ -79,6 +95,35 @@ class Allowances:
             description=f"Allowance of the plan {allowance.plan_tier} until {period.end:%Y-%m-%d}{more}",
             metadata={"allowance": credits, "carried_over": carried},
             expires_at=period.end,
+        )
+
+    def give_paid(self, conn: DbConnection, user: Key, paid: Paid) -> CreditTransaction | None:
+        """The grant for a line of a paid invoice, until the end of its period; None where it was given already.
+
+        What is left of the item's last period is carried over, up to the allowance's ``rollover``. A price or quantity
+        that is changed within a period gives the difference, where the new one gives more; nothing is taken back.
+
+        Raises:
+            UnknownUser, UserDeleted, BalanceOutOfRange: nothing was written.
+            InvalidArgument: the period is over; nothing was written.
+        """
+        allowance = self.prices[paid.price]
+        self.ledger.lock(conn, user)  # as in give
+        given = self._given_paid(conn, user, paid.item, until=paid.period.end)
+        credits = allowance.credits * paid.quantity - sum(amount for _, _, amount in given)
+        if paid.key in {key for _, key, _ in given} or credits <= 0:
+            return None
+        last = [] if given else [id for id, _, _ in self._given_paid(conn, user, paid.item, until=paid.period.start)]
+        carried = min(allowance.rollover, self._expired_of(conn, last)) if last else 0
+        more = f", {carried} of them carried over" if carried else ""
+        return self.ledger.grant(
+            conn,
+            user,
+            credits=credits + carried,
+            key=paid.key,
+            description=f"Allowance of the plan {allowance.plan_tier} until {paid.period.end:%Y-%m-%d}{more}",
+            metadata={"allowance": credits, "carried_over": carried, "subscription_item": paid.item},
+            expires_at=paid.period.end,
         )
 
     def run(self, engine: sa.Engine, *, progress: Callable[[int], None] | None = None) -> int:
@@ -127,10 +172,27 @@ class Allowances:
         row = self.schema.credit_transactions.c
         before = Period.of(period.start - dt.timedelta(days=1), every)
         gave = sa.select(row.id).where(*self._rows(user, before, every))
+        return self._expired_of(conn, run(conn, gave, {}).scalars().all())
+
+    def _expired_of(self, conn: DbConnection, grants: Sequence[UUID]) -> int:
+        row = self.schema.credit_transactions.c
         expired = sa.select(-sa.func.coalesce(sa.func.sum(row.amount), 0)).where(
-            row.type == CreditTransactionType.EXPIRY, row.refund_of.in_(gave)
+            row.type == CreditTransactionType.EXPIRY, row.refund_of.in_(grants)
         )
         return int(run(conn, expired, {}).scalar_one())
+
+    def _given_paid(
+        self, conn: DbConnection, user: Key, item: str, *, until: dt.datetime
+    ) -> list[tuple[UUID, str, int]]:
+        """The grants for a subscription's item that expire then: id, key, and credits without those carried over."""
+        row = self.schema.credit_transactions.c
+        given = sa.select(row.id, row.idempotency_key, row.metadata["allowance"].as_integer()).where(
+            row.user_id == self.schema.user_key(user),
+            row.type == CreditTransactionType.GRANT,
+            row.expires_at == until,
+            row.metadata["subscription_item"].as_string() == item,
+        )
+        return [(id, key, credits) for id, key, credits in run(conn, given, {})]
 
     def _rows(self, user: Key, period: Period, every: Every) -> tuple[sa.ColumnElement[bool], ...]:
         """The grants of a period, each found by its key."""

@@ -223,16 +223,21 @@ Every = Literal["week", "month"]
 class Allowance:
     """Credits that the users of a plan get every week or month, and lose at its end.
 
-    ``rollover`` is how many of those that are left are carried over into the next.
+    ``rollover`` is how many of those that are left are carried over into the next. With ``stripe_price_id``, the price
+    of a subscription, each paid invoice for it gives them, for the period that it bills; ``every`` has no part in it.
     """
 
     plan_tier: Annotated[str, Field(min_length=1, max_length=32)]
     credits: Annotated[int, Field(strict=True, ge=1, le=CREDITS_MAX["bigint"])]
     every: Every = "month"
     rollover: Annotated[int, Field(strict=True, ge=0, le=CREDITS_MAX["bigint"])] = 0
+    stripe_price_id: Annotated[str, Field(min_length=1, max_length=255)] | None = None
 
 
 def _plans_once(allowances: tuple[Allowance, ...]) -> tuple[Allowance, ...]:
+    prices = [allowance.stripe_price_id for allowance in allowances if allowance.stripe_price_id is not None]
+    if twice := next((price for price in prices if prices.count(price) > 1), None):
+        raise ValueError(f"the price {twice!r} has two allowances. Leave one")
     plans = [allowance.plan_tier for allowance in allowances]
     if twice := next((plan for plan in plans if plans.count(plan) > 1), None):
         raise ValueError(f"the plan {twice!r} has two allowances. Leave one")

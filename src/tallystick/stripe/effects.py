@@ -6,17 +6,19 @@ it unknown what was written.
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
+from tallystick.allowances import Allowances, Paid, Period
 from tallystick.config import Config
-from tallystick.database import transaction
+from tallystick.database import run, transaction
 from tallystick.errors import Conflict, LedgerError
 from tallystick.stripe.client import Object, ask, client, every, found
-from tallystick.stripe.store import FindingKind, Outcome, Reversal, Store, store_of
+from tallystick.stripe.store import FindingKind, Outcome, Reversal, Store, id_of, store_of
 
 PAGE = 100
 _TRIES = 3
@@ -55,6 +57,7 @@ class Effects:
             "refund": v1.refunds.retrieve,
             "dispute": v1.disputes.retrieve,
             "charge": v1.charges.retrieve,
+            "invoice": v1.invoices.retrieve,
         }
         retrieve = kinds[said["object"]]
         now = found(lambda: retrieve(said["id"]))
@@ -86,6 +89,38 @@ class Effects:
 
         return lambda conn: self._kept(conn, reversal.id, lambda: effect(conn))
 
+    def invoice(self, invoice: Object) -> Effect | None:
+        """The effect of a paid invoice: the allowances of the prices that it bills; None if none has one."""
+        allowances = Allowances(self.config)
+        paid = [
+            line
+            for line in (self._lines_of(invoice) if allowances.prices else ())
+            if line["amount"] > 0 and _price_of(line) in allowances.prices
+        ]
+        return (
+            (lambda conn: self._kept(conn, invoice["id"], lambda: self._give(conn, allowances, invoice, paid)))
+            if paid
+            else None
+        )
+
+    def _lines_of(self, invoice: Object) -> list[Object]:
+        lines: list[Object] = invoice["lines"]["data"]
+        if not invoice["lines"]["has_more"]:
+            return lines
+        asked = every(lambda: self.client.v1.invoices.line_items.list(invoice["id"], {"limit": PAGE}))
+        return [line.to_dict() for line in asked]
+
+    def _give(self, conn: sa.Connection, allowances: Allowances, invoice: Object, paid: list[Object]) -> Outcome:
+        customer = id_of(invoice["customer"])
+        users = self.store.schema.users.c
+        user = run(conn, sa.select(users.key).where(users.stripe_customer_id == customer), {}).scalar_one_or_none()
+        if user is None:
+            wanted = f"a user with the Stripe customer {customer}"
+            self.store.note(conn, FindingKind.UNKNOWN_CUSTOMER, invoice["id"], expected=wanted, found="none")
+            return Outcome.REFUSED
+        grants = [allowances.give_paid(conn, user, _paid(invoice, line)) for line in paid]
+        return Outcome.GRANTED if any(grants) else Outcome.UNCHANGED
+
     def _charge_amount(self, reversal: Reversal) -> int | None:
         """The whole payment in the currency of the refund or dispute; None where Stripe does not say."""
         charge = reversal.charge
@@ -114,6 +149,24 @@ class Effects:
         except LedgerError as refusal:
             self.store.note(conn, FindingKind.REFUSED, object_id, found=refusal.message)
             return Outcome.REFUSED
+
+
+def _price_of(line: Object) -> str | None:
+    pricing = line.get("pricing") or {}
+    return id_of((pricing.get("price_details") or {}).get("price"))
+
+
+def _paid(invoice: Object, line: Object) -> Paid:
+    """A line of an invoice as the allowances read it."""
+    start, end = (dt.datetime.fromtimestamp(line["period"][edge], dt.UTC) for edge in ("start", "end"))
+    parent = (line.get("parent") or {}).get("subscription_item_details") or {}
+    return Paid(
+        price=_price_of(line) or "",
+        quantity=1 if line["quantity"] is None else line["quantity"],
+        item=parent.get("subscription_item") or invoice["id"],
+        period=Period(start, end),
+        key=f"stripe:{invoice['id']}:{line['id']}",
+    )
 
 
 def failure_of(session: Object) -> str | None:

@@ -107,6 +107,7 @@ class FindingKind(StrEnum):
     """A difference that a person should look at."""
 
     UNKNOWN_SESSION = "unknown_session"
+    UNKNOWN_CUSTOMER = "unknown_customer"  # a paid invoice of a price with an allowance, of a customer that no user has
     UNPROVEN_SESSION = "unproven_session"  # it names a purchase, and nothing that only the merchant writes proves it
     SECOND_SESSION = "second_session"
     AMOUNT_DIFFERS = "amount_differs"

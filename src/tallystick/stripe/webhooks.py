@@ -151,6 +151,10 @@ def _reversal(effects: Effects, said: Object) -> Effect | None:
     return effects.reversal(said)
 
 
+def _invoice(effects: Effects, invoice: Object) -> Effect | None:
+    return effects.invoice(invoice)
+
+
 def _charge_refunded(effects: Effects, charge: Object) -> Effect | None:
     """A charge says only how much was refunded in all; its refunds say which."""
     reversals = [effect for refund in effects.refunds_of(charge) if (effect := effects.reversal(refund))]
@@ -177,6 +181,7 @@ HANDLERS: dict[str, Callable[[Effects, Object], Effect | None]] = {
     "charge.dispute.closed": _reversal,
     "charge.dispute.funds_withdrawn": _reversal,
     "charge.dispute.funds_reinstated": _reversal,
+    "invoice.paid": _invoice,
 }
 """Event type → what it does. ``stripe setup`` subscribes to exactly these."""
 

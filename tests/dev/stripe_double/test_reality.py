@@ -46,8 +46,13 @@ def history(dev: DevStripe, client: stripe.StripeClient, order: dict[str, Any]) 
     dev.move_dispute(dev.dispute(slow, amount=100)["id"], "lost")
     inquiry = dev.dispute(str(dev.pay(inquired)["payment_intent"]), inquiry=True)["id"]
     dev.move_dispute(inquiry, "needs_response")
+    dev.bill(customer.id, [{"price": order_price(client), "amount": 900, "start": 1_800_000_000, "end": 1_802_000_000}])
     client.v1.webhook_endpoints.create({"url": "http://127.0.0.1:1/hook", "enabled_events": ["invoice.paid"]})
     return dev
+
+
+def order_price(client: stripe.StripeClient) -> str:
+    return client.v1.prices.create({"currency": "usd", "unit_amount": 900, "product_data": {"name": "Pro"}}).id
 
 
 # -- 1. the OpenAPI document
@@ -89,7 +94,9 @@ CLASSES: dict[str, Any] = {
     "customer": stripe.Customer,
     "dispute": stripe.Dispute,
     "event": stripe.Event,
+    "invoice": stripe.Invoice,
     "item": stripe.LineItem,
+    "line_item": stripe.InvoiceLineItem,
     "payment_intent": stripe.PaymentIntent,
     "payment_method": stripe.PaymentMethod,
     "price": stripe.Price,

@@ -26,6 +26,8 @@ Modelled, from Stripe's documentation and nothing else; live Stripe was not aske
   other than the given one, its ``pending_webhooks`` and ``delivery_success`` count successes alone;
 - payments happen at once, fees are 2.9 % + 30, disputes cost 1500, and the balance is never empty;
 - the tax of a session is whatever ``pay`` is told, and its invoice is an id that nothing can be asked about;
+- subscriptions are not modelled, but the invoices that they make: ``bill`` makes a paid one, of the lines it is told,
+  and announces ``invoice.paid`` alone;
 - a declined card leaves no payment intent and no event behind; a promotion code is a plain discount;
 - a failed refund lowers the charge's ``amount_refunded`` again; a pending one counts from the start;
 - every API version gets the objects of the one that the schemas were taken from.

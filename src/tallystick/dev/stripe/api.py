@@ -98,6 +98,11 @@ def _line_items(account: StripeAccount, params: Params, key: str) -> Object:
     return _page(account.line_items[key], params)
 
 
+def _invoice_lines(account: StripeAccount, params: Params, key: str) -> Object:
+    account.get("invoice", key)
+    return _page([line for line in account.objects["line_item"].values() if line["invoice"] == key], params)
+
+
 def _page(rows: list[Object], params: Params) -> Object:
     limit = params.get("limit", PAGE_DEFAULT)
     if not 1 <= limit <= PAGE_LIMIT:
@@ -207,6 +212,9 @@ ROUTES: Final[dict[str, Route]] = {
         frozenset({"evidence", "metadata", "submit"}),
     ),
     "POST /v1/disputes/{dispute}/close": _act("dispute", _close_dispute),
+    "GET /v1/invoices": _list("invoice", "created customer status"),
+    "GET /v1/invoices/{invoice}": _read("invoice"),
+    "GET /v1/invoices/{invoice}/lines": Route(_invoice_lines, PAGING),
     "GET /v1/events": _list("event", "created delivery_success type types"),
     "GET /v1/events/{id}": _read("event"),
     "POST /v1/webhook_endpoints": _create(_create_endpoint, "api_version description enabled_events metadata url"),

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Final, Literal, Self
 from urllib.parse import parse_qs, urlsplit
 
-from tallystick.dev.stripe import page, payments
+from tallystick.dev.stripe import invoices, page, payments
 from tallystick.dev.stripe.account import DAY_S, Object, StripeAccount
 from tallystick.dev.stripe.api import Api, Fault, LostAnswer
 from tallystick.dev.stripe.deliveries import Webhooks, as_json
@@ -24,7 +24,7 @@ from tallystick.errors import DevStripeError
 HOST: Final = "127.0.0.1"  # and nothing else: whoever reaches the double can pay with no money
 # The methods that other processes may call, as POST /_control/<name> with a JSON object of arguments.
 CONTROLS: Final = frozenset({
-    "advance", "deliveries", "dispute", "drop", "fault", "forget_idempotency_keys", "held", "hold",
+    "advance", "bill", "deliveries", "dispute", "drop", "fault", "forget_idempotency_keys", "held", "hold",
     "move_dispute", "pay", "refund", "release", "resend", "roll_secret", "settle", "settle_refund",
     "signed", "wait_delivered",
 })  # fmt: skip
@@ -140,6 +140,16 @@ class DevStripe:
         """Bring a dispute to ``under_review``, ``won``, ``lost``, ``warning_closed`` or the like."""
         with self.account.lock:
             return {**payments.move_dispute(self.account, self._get("dispute", dispute), status)}
+
+    def bill(self, customer: str, lines: Sequence[Mapping[str, Any]]) -> Object:
+        """Make and pay an invoice of a subscription, as Stripe does at the beginning of each period.
+
+        A line is ``{"price": …, "amount": …, "start": …, "end": …}``, amounts in minor units and times in Unix seconds,
+        with ``quantity``, ``item`` (the subscription item) and ``proration`` where they are not 1, one for each price,
+        and False.
+        """
+        with self.account.lock:
+            return {**invoices.bill(self.account, self._get("customer", customer), lines)}
 
     def advance(self, seconds: int) -> int:
         """Move the account's clock forward, expire what is due, and return its time."""
