@@ -262,23 +262,10 @@ class TestPropose:
         with app.engine.connect() as conn:
             return migrate.propose(conn, **asked)
 
-    def test_asks_which_of_two(self, make_app: Callable[..., App]) -> None:
-        app = make_app(
-            "CREATE SCHEMA app; CREATE SCHEMA crm; CREATE TABLE app.users (id uuid PRIMARY KEY);"
-            "CREATE TABLE crm.users (id int PRIMARY KEY)"
-        )
-        with pytest.raises(HostMismatch, match=r"app\.users, crm\.users\. Say which: --users app\.users"):
-            self.propose(app)
-        assert self.propose(app, users="crm.users").users == UsersTable(schema="crm", key_type="integer")
-
-    def test_prefers_the_apps_own_to_an_auth_services(self, make_app: Callable[..., App]) -> None:
-        app = make_app("CREATE SCHEMA auth; CREATE TABLE auth.users (id uuid PRIMARY KEY);" + UUID_USERS)
-        assert self.propose(app).users.schema == "public"
-
     @pytest.mark.parametrize(
         ("ddl", "asked", "message"),
         [
-            ("CREATE TABLE people (id uuid PRIMARY KEY)", {}, r"there are: public\.people\).*--users"),
+            ("CREATE TABLE things (id uuid PRIMARY KEY)", {}, r"there are: public\.things\).*--users"),
             ("", {}, "none at all"),
             ("CREATE TABLE users (id numeric PRIMARY KEY)", {}, "no column that is NOT NULL, UNIQUE"),
             (UUID_USERS, {"users": "usres"}, "did you mean users"),

@@ -82,6 +82,9 @@ class Credits(StrEnum):
 _CREDITS: dict[Credits, Literal["integer", "bigint"]] = {Credits.integer: "integer", Credits.bigint: "bigint"}
 
 
+_OTHERS = 3
+
+
 @app.command(rich_help_panel="Begin here")
 def init(
     ctx: typer.Context,
@@ -149,12 +152,21 @@ def init(
         )
         primary = migrate.other_than_primary(conn, host)
         adopts = migrate.has_balances(conn, host)
+        found = migrate.people(conn)
     output.write_text(to_toml(host), encoding="utf-8")
 
     def show() -> None:
         named = host.users
         instead = f", not by its primary key {primary}" if primary else ""
-        out.print(f"users      {named.schema}.{named.table}, by {named.key} ({named.key_type}){instead}", markup=False)
+        chosen = [one for one in found if (one.table.schema, one.table.table) == (named.schema, named.table)]
+        why = "".join(f": {one.why}" for one in chosen if one.signed)
+        out.print(
+            f"users      {named.schema}.{named.table}, by {named.key} ({named.key_type}){instead}{why}", markup=False
+        )
+        others = [one for one in found if one not in chosen]
+        for one in others[:_OTHERS] if users is None else ():
+            instead_of_it = f"{again} --users {shlex.quote(one.table.shown)}"
+            out.print(f"           or {one.table.shown} ({one.why}): {instead_of_it}", markup=False, soft_wrap=True)
         if host.workshops is None:
             said = "" if workshops else f". If a credit unlocks something: {again} --workshops TABLE"
             out.print(f"workshops  none{said}")

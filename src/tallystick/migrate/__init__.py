@@ -12,9 +12,10 @@ from tallystick.migrate.checks.plan import (
 )
 from tallystick.migrate.checks.rehearsal import Lived, Rehearsal, Traced, refuse_same_database, rehearse, report
 from tallystick.migrate.checks.status import Applied, Drift, Status, functions_sql, status
+from tallystick.migrate.host.candidates import Candidate
 from tallystick.migrate.host.own_credits import Difference, OwnCredits, OwnHistory
 from tallystick.migrate.host.preflight import Host, examine
-from tallystick.migrate.host.proposal import has_balances, other_than_primary, propose
+from tallystick.migrate.host.proposal import has_balances, other_than_primary, people, propose
 from tallystick.migrate.host.tables import HostColumn, HostTable
 from tallystick.migrate.host_tools.alembic_bridge import downgrade_revision, upgrade_revision
 from tallystick.migrate.host_tools.snippets import TOOLS, snippet
@@ -33,6 +34,7 @@ __all__ = [
     "Adopted",
     "Applied",
     "Blocker",
+    "Candidate",
     "Difference",
     "Drift",
     "Entry",
@@ -67,6 +69,7 @@ __all__ = [
     "has_balances",
     "look_at_own_credits",
     "other_than_primary",
+    "people",
     "plan",
     "propose",
     "refuse_same_database",

@@ -19,6 +19,7 @@ from tallystick.errors import (
     SchemaError,
     SchemaTooNew,
 )
+from tallystick.migrate.host.candidates import platforms_own
 from tallystick.migrate.host.dependents import breaks_with_more_columns
 from tallystick.migrate.host.tables import (
     KEY_WORDS,
@@ -240,7 +241,9 @@ def _missing_privileges(
 ) -> Iterator[str]:
     """Each as a sentence that ends with what to GRANT."""
     for table in tables:
-        if not table.owned:
+        if refusal := platforms_own(table):
+            yield f"{table.shown} {refusal}"
+        elif not table.owned:
             yield (
                 f"{role.role} does not own {table.shown}. Connect as {table.owner}, "
                 f'or let an administrator run: GRANT "{table.owner}" TO "{role.role}"'

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from tallystick.config import HostMapping, UsersTable, WorkshopsTable
 from tallystick.errors import HostMismatch
+from tallystick.migrate.host.candidates import Candidate, candidates, likeliest, platforms_own
 from tallystick.migrate.host.preflight import current_revision, mapped_table, prepared_revision, taken
 from tallystick.migrate.host.tables import (
     KEY_WORDS,
@@ -35,7 +36,6 @@ _REFERENCES = sa.text("""
     ORDER BY f.attnum
 """)
 
-_USERS = ("users", "user", "app_users", "app_user", "accounts", "account", "members", "customers", "profiles")
 _WORKSHOPS = ("workshops", "workshop")
 _OWNERS = ("user_id", "owner_id", "userid", "ownerid", "owner", "user", "created_by", "author_id", "clerk_user_id")
 _TITLES = ("title", "name", "subject", "heading", "topic")
@@ -93,6 +93,11 @@ def propose(
         return found
 
 
+def people(conn: sa.Connection) -> list[Candidate]:
+    """The tables that could be the users, the likeliest first, but for those that cannot serve."""
+    return [one for one in candidates(conn, host_tables(conn)) if not unsuitable(one.table)]
+
+
 def other_than_primary(conn: sa.Connection, mapping: HostMapping) -> str | None:
     """The primary key of the users, where the mapping names another column as their key."""
     table = mapped_table(conn, "users", mapping.users.schema, mapping.users.table)
@@ -110,15 +115,9 @@ def _propose(
     conn: sa.Connection, users: str | None, workshops: str | None, users_key: str | None, balance: str | None
 ) -> HostMapping:
     everything = host_tables(conn)
-    users_table = _find("users", everything, users, _USERS)
-    if users_table is None:
-        tables = ", ".join(t.shown for t in everything if not unsuitable(t))
-        then = "Say which: --users schema.table" if tables else "Make the app's own first, or check the address"
-        raise HostMismatch(
-            f"no table looks like users (there are: {tables or 'none at all'}). {then}",
-            table="users",
-            column=None,
-        )
+    users_table = _asked("users", everything, users) if users is not None else _users(conn, everything)
+    if refusal := platforms_own(users_table):
+        raise HostMismatch(f"{users_table.shown} {refusal}", table=users_table.shown, column=None)
     columns = columns_of(conn, users_table)
     keys = [column for column in columns.values() if column.identifies]
     if not keys:
@@ -129,7 +128,11 @@ def _propose(
             column=None,
         )
     key = _users_key(users_table, columns, keys, users_key)
-    workshops_table = None if workshops == "none" else _find("workshops", everything, workshops, _WORKSHOPS)
+    workshops_table = None
+    if workshops is None:
+        workshops_table = _workshops(conn, everything, users_table)
+    elif workshops != "none":
+        workshops_table = _asked("workshops", everything, workshops)
     found = None
     if workshops_table is not None:
         asked = [key] if users_key is not None else keys
@@ -236,24 +239,58 @@ def _propose_workshops(
     )
 
 
-def _find(word: Word, everything: Sequence[HostTable], asked: str | None, usual: Sequence[str]) -> HostTable | None:
-    if asked is not None:
-        found = [t for t in everything if asked in (t.table, t.shown, f'{t.schema}."{t.table}"', f'"{t.table}"')]
-    else:
-        suitable = [t for t in everything if not unsuitable(t) and t.table.lower() in usual]
-        best = min((usual.index(t.table.lower()) for t in suitable), default=None)
-        found = [t for t in suitable if usual.index(t.table.lower()) == best]
-    if len(found) > 1:
-        # the app's own table beats one of an extension or an auth service
-        found = [t for t in found if t.schema == "public"] or found
-    if len(found) > 1:
+def _users(conn: sa.Connection, everything: Sequence[HostTable]) -> HostTable:
+    """The table that is the users by name and signs."""
+    found = candidates(conn, everything)
+    best = likeliest([one for one in found if not unsuitable(one.table)])
+    # a view stands for the table behind it, which may be another candidate; a partitioned table for nothing else
+    barred = [one for one in found if unsuitable(one.table) and (not best or one.table.kind not in "vm")]
+    if barred and (not best or barred[0].rank < best[0].rank):
+        table = barred[0].table
         raise HostMismatch(
-            f"more than one table could be {word}: {', '.join(t.shown for t in found)}. "
-            f"Say which: --{word} {found[0].shown}",
-            table=word,
-            column=None,
+            f"{table.shown} {unsuitable(table)}. Say another: --users schema.table", table=table.shown, column=None
         )
-    if asked is not None and not found:
+    if not best:
+        tables = ", ".join(t.shown for t in everything if not unsuitable(t))
+        then = "Say which: --users schema.table" if tables else "Make the app's own first, or check the address"
+        raise HostMismatch(
+            f"no table looks like users (there are: {tables or 'none at all'}). {then}", table="users", column=None
+        )
+    if len(best) > 1:
+        raise _which("users", [(one.table, one.why) for one in best])
+    return best[0].table
+
+
+def _workshops(conn: sa.Connection, everything: Sequence[HostTable], users: HostTable) -> HostTable | None:
+    """The table that is called like workshops, with an app's prefix only where it refers to the users."""
+    suitable = [table for table in everything if not unsuitable(table)]
+    exactly = [[table for table in suitable if table.table.lower() == name] for name in _WORKSHOPS]
+    prefixed = (
+        table
+        for table in suitable
+        if table.table.lower().endswith(tuple(f"_{name}" for name in _WORKSHOPS))
+        and conn.execute(_REFERENCES, {"from": table.oid, "to": users.oid}).first()
+        and any(column.identifies for column in columns_of(conn, table).values())
+    )
+    found = next((tables for tables in exactly if tables), None) or list(prefixed)
+    best = [table for table in found if table.schema == "public"] or found
+    if len(best) > 1:
+        raise _which("workshops", [(table, "its name") for table in best])
+    return best[0] if best else None
+
+
+def _which(word: Word, found: Sequence[tuple[HostTable, str]]) -> HostMismatch:
+    """The error that shows several tables, with why and one command each."""
+    lines = "".join(f"\n  tallystick init --{word} {shlex.quote(table.shown)}    {why}" for table, why in found)
+    return HostMismatch(f"more than one table could be {word}. Say which:{lines}", table=word, column=None)
+
+
+def _asked(word: Word, everything: Sequence[HostTable], asked: str) -> HostTable:
+    found = [t for t in everything if asked in (t.table, t.shown, f'{t.schema}."{t.table}"', f'"{t.table}"')]
+    found = [t for t in found if t.schema == "public"] or found if len(found) > 1 else found
+    if len(found) > 1:
+        raise _which(word, [(table, "called so") for table in found])
+    if not found:
         near = difflib.get_close_matches(
             asked, [name for t in everything for name in (t.table, t.shown)], n=1, cutoff=0.5
         )
@@ -262,11 +299,11 @@ def _find(word: Word, everything: Sequence[HostTable], asked: str | None, usual:
             table=asked,
             column=None,
         )
-    if found and (fault := unsuitable(found[0])):
+    if fault := unsuitable(found[0]):
         raise HostMismatch(
             f"{found[0].shown} {fault}. Say another: --{word} schema.table", table=found[0].shown, column=None
         )
-    return found[0] if found else None
+    return found[0]
 
 
 def _ranked(names: Iterable[str], usual: Sequence[str]) -> list[str]:
