@@ -7,6 +7,7 @@ told it raises ``NoAnswer``, and the same may be asked again.
 
 from __future__ import annotations
 
+import datetime as dt
 import itertools
 import json
 import re
@@ -27,12 +28,16 @@ from tallystick.errors import DatabaseError, DatabaseUnavailable, LedgerError
 from tallystick.ledger.combiner import Combiner
 
 PATIENCE_S = 120
+HELD_FOR = dt.timedelta(seconds=2)  # short enough for some to expire; hammer.ts has the same
 AUTOCOMMIT = "AUTOCOMMIT"
 LEVELS = ("READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
 
 
 class Wish(NamedTuple):
-    """One thing that is wanted of one user; ``of`` is the workshop or the purchase that it is about."""
+    """One thing that is wanted of one user.
+
+    ``of`` is the workshop, the purchase or the hold that it is about, or the moment at which a loan expires.
+    """
 
     what: str
     user: str
@@ -85,7 +90,7 @@ def said(answer: Any) -> Told:
     return ["balance", answer] if isinstance(answer, int) else [type(answer).__name__, answer.fields]
 
 
-def read(wish: Wish, answer: Mapping[str, Any]) -> Told:
+def read(wish: Wish, answer: Mapping[str, Any]) -> Told:  # noqa: PLR0911 - one for each outcome
     """What a function of the ledger answered, by the names of its columns."""
     match answer["outcome"]:
         case "completed" if wish.what == "balance":
@@ -93,7 +98,8 @@ def read(wish: Wish, answer: Mapping[str, Any]) -> Told:
         case "completed" | "replayed" as outcome:
             return ["row", outcome == "replayed", *(answer[name] for name in ROW)]
         case "insufficient_credits":
-            fields = {"user": wish.user, "balance": answer["balance"], "required": answer["required"]}
+            fields = {name: answer[name] for name in ("balance", "required")}
+            fields |= {"user": wish.user, "held": answer["credit_held"]}
             return ["InsufficientCredits", fields]
         case "refund_exceeds_purchase":
             fields = {"purchase": answer["id"], "left": answer["remaining"], "asked": answer["required"]}
@@ -101,6 +107,10 @@ def read(wish: Wish, answer: Mapping[str, Any]) -> Told:
         case "reinstatement_exceeds_refunds":
             fields = {"purchase": answer["id"], "taken": answer["remaining"], "asked": answer["required"]}
             return ["ReinstatementExceedsRefunds", fields]
+        case "hold_closed":
+            return ["HoldClosed", {"hold": answer["id"]}]
+        case "invalid_argument" if wish.what == "lend":
+            return ["InvalidArgument", {"argument": "expires_at"}]
         case other:
             return [other, dict(answer)]
 
@@ -128,7 +138,7 @@ def _made(ledger: Ledger, conn: Any, call: Call) -> list[Any]:
         return [refusal]
 
 
-def _granted(ledger: Ledger, conn: Any, what: str, user: str, key: Any, amount: int, of: Any) -> Any:
+def _granted(ledger: Ledger, conn: Any, what: str, user: str, key: Any, amount: int, of: Any) -> Any:  # noqa: PLR0911 - one for each wish
     match what:
         case "consume":
             return ledger.consume(conn, user, workshop=of, credits=amount, key=key)
@@ -141,6 +151,15 @@ def _granted(ledger: Ledger, conn: Any, what: str, user: str, key: Any, amount: 
             return ledger.reinstate(conn, user, of, credits=amount, key=key)
         case "grant":
             return ledger.grant(conn, user, credits=amount, key=key, description="A gift")
+        case "lend":
+            until = dt.datetime.fromisoformat(of)
+            return ledger.grant(conn, user, credits=amount, key=key, description="A loan", expires_at=until)
+        case "hold":
+            return ledger.hold(conn, user, credits=amount, key=key, expires_in=HELD_FOR)
+        case "capture":
+            return ledger.capture(conn, user, of, credits=amount)
+        case "release":
+            return ledger.release(conn, user, of)
         case _:
             return ledger.balance(conn, user)
 
@@ -375,6 +394,14 @@ def _script(call: Call) -> str:
                 ask += _ANSWER.format("complete_purchase(user_id => :'user', purchase_id => :'purchase')", "")
             case "grant":
                 ask = _ANSWER.format(f"grant({written}, description => 'A gift')", "")
+            case "lend":
+                ask = _ANSWER.format(f"grant({written}, description => 'A loan', expires_at => :'of')", "")
+            case "hold":
+                ask = _ANSWER.format(f"hold({written}, expires_in => '{HELD_FOR.seconds} seconds')", "")
+            case "capture":
+                ask = _ANSWER.format("capture(user_id => :'user', hold_id => :'of', amount => :'amount')", "")
+            case "release":
+                ask = _ANSWER.format("release(user_id => :'user', hold_id => :'of')", "")
             case "balance":
                 ask = _ANSWER.format("balance(user_id => :'user')", "")
             case _:

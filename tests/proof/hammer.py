@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import bisect
+import datetime as dt
 import itertools
 import json
 import logging
@@ -116,6 +117,7 @@ class Client:
         self.log = (logs / f"client-{name}.jsonl").open("a", buffering=1)
         self.questions, self.over = (logs / "questions").open("ab", buffering=0), logs / "over"
         self.purchases: list[tuple[str, str]] = []
+        self.held: list[tuple[str, str, int]] = []
         self.old: list[Question] = []
 
     def live(self) -> None:
@@ -146,6 +148,7 @@ class Client:
         self.write({"at": now, "told": answers})
         bought = [(told[3], told[2]) for told in answers if told[0] == "row" and told[4] == "purchase"]
         self.purchases += bought
+        self.held += [(told[3], told[2], -told[5]) for told in answers if told[0] == "row" and told[7] is None]
         return True
 
     def write(self, entry: dict[str, Any]) -> None:
@@ -162,9 +165,10 @@ class Client:
             door, level, [self.call(door, level) for _ in range(1 if alone else self.dice.choice((1, 2, 3)))]
         )
 
-    def call(self, door: str, level: str) -> list[Wish]:
+    def call(self, door: str, level: str) -> list[Wish]:  # noqa: PLR0911 - as above
         dice, user = self.dice, self.dice.choice(list(self.people))
         whats = {"spend": 12, "many": 3, "buy": 5, "refund": 3, "reinstate": 2, "grant": 1, "balance": 2}
+        whats |= {"lend": 1, "hold": 4, "capture": 3, "release": 1}
         if door == "neon-http" and level != AUTOCOMMIT:
             del whats["buy"]  # two calls, of which the second needs what the first gives: no batch
         match "spend" if door == "Combiner" else dice.choices(list(whats), list(whats.values()))[0]:
@@ -177,6 +181,15 @@ class Client:
                 return [Wish("buy", user, dice.choice((self.key(), f"common pack {moment()}")), 20)]
             case "grant":
                 return [Wish("grant", user, self.key(), dice.choice((1, 5)))]
+            case "lend":
+                until = dt.datetime.now(dt.UTC) + dt.timedelta(seconds=dice.choice((0.2, 2)))
+                return [Wish("lend", next(iter(self.people)), self.key(), 5, until.isoformat(timespec="milliseconds"))]
+            case "hold":
+                return [Wish("hold", user, dice.choice((self.key(), f"common hold {moment()}")), 4)]
+            case "capture" | "release" as what if self.held:
+                whose, hold, held = dice.choice(self.held[-6:])
+                part = 1 if int(hold[-1], 16) % 2 else held  # the same for all who ask
+                return [Wish(what, whose, None, part if what == "capture" else 0, hold)]
             case "refund" | "reinstate" as what if self.purchases:
                 whose, purchase = dice.choice(self.purchases[-6:])
                 return [Wish(what, whose, self.key(), dice.choice((1, 1, 5, 20)), purchase)]
@@ -407,7 +420,8 @@ def check(world: World, logs: Path, report: Report) -> None:
     row = world.schema.credit_transactions.c
     with world.autocommit.connect() as conn:
         report.faults += [str(finding) for finding in audit(conn, world.config).findings if finding.fault]
-        rows = conn.execute(sa.select(*(row[name] for name in ROW)).where(row.status == "completed")).all()
+        asked_for = sa.or_(row.status == "completed", row.held.is_not(None))
+        rows = conn.execute(sa.select(*(row[name] for name in (*ROW, "held"))).where(asked_for)).all()
     report.rows = len(rows)
     talk = Conversations(logs)
     for question, answer in talk:
@@ -428,7 +442,9 @@ def contradictions(rows: Iterable[Any], talk: Talk) -> list[str]:
             books.tell(question, answer)
     for user, chain in books.chains.items():
         chain.sort(key=lambda row: row.sequence)
-        books.faults += unexplained(chain, books.events, books.claims[user])
+        # The clock alone changes what a borrower has, between two rows.
+        claims = [claim for claim in books.claims[user] if claim.of is not None or user not in books.borrowers]
+        books.faults += unexplained(chain, books.events, claims)
     return books.faults
 
 
@@ -455,9 +471,13 @@ class Claim(NamedTuple):
 
 WRITES = {
     "consume": ("consumption", -1), "buy": ("purchase", 1), "refund": ("refund", -1), "grant": ("grant", 1),
-    "reinstate": ("grant", 1),
+    "reinstate": ("grant", 1), "lend": ("grant", 1),
 }  # fmt: skip
 """For each wish the type and the sign of the row that grants it."""
+
+
+HOLDING = {"hold", "capture", "release"}
+"""The wishes about a hold: a row that one of them makes, and another may complete."""
 
 
 class Books:
@@ -471,8 +491,15 @@ class Books:
         self.events: dict[str, Event] = defaultdict(Event)
         self.claims: dict[str, list[Claim]] = defaultdict(list)
         self.made: set[str] = set()
+        self.holds: dict[object, Any] = {}  # by id, and by user and key
+        self.charges: dict[str, set[int]] = defaultdict(set)
+        self.borrowers: set[str] = set()
         for row in rows:
             user = str(row.user_id)
+            if row.held is not None:
+                self.holds[str(row.id)] = self.holds[user, row.idempotency_key] = row
+            if row.sequence is None:
+                continue
             self.chains[user].append(row)
             if row.type == "purchase":
                 self.bought[str(row.id)] = row.amount
@@ -487,14 +514,49 @@ class Books:
 
     def ask(self, question: Asked) -> None:
         for wish in question.wishes:
+            if wish.what in HOLDING:
+                self.ask_of_hold(wish, question.at)
+                continue
+            if wish.what == "lend":
+                self.borrowers.add(wish.user)
             row = self.by_name.get((wish.user, wish.key))
             if row is not None:
                 event = self.events[str(row.id)]
                 event.asked = min(event.asked, question.at)
                 kind, sign = WRITES[wish.what]
                 of = row.workshop_id or row.refund_of
-                if (row.type, row.amount, of and str(of)) != (kind, sign * wish.amount, wish.of):
+                wanted = None if wish.what == "lend" else wish.of
+                if (row.type, row.amount, of and str(of)) != (kind, sign * wish.amount, wanted):
                     self.faults.append(f"{wish} was asked for, and written was {row}")
+
+    def ask_of_hold(self, wish: Wish, at: float) -> None:
+        if wish.what == "hold":
+            row = self.holds.get((wish.user, wish.key))
+            if row is not None and row.held != wish.amount:
+                self.faults.append(f"{wish} was asked for, and written was {row}")
+        elif wish.what == "capture":
+            event = self.events[str(wish.of)]
+            event.asked = min(event.asked, at)
+            self.charges[str(wish.of)].add(wish.amount)
+
+    def tell_of_hold(self, wish: Wish, told: list[Any], since: float, until: float) -> bool:
+        """Take down that somebody was told of a hold's row; whether it is not what was asked for."""
+        replayed, *now = told
+        row = self.holds.get((wish.user, wish.key) if wish.what == "hold" else wish.of)
+        if row is None or now[0] != str(row.id):
+            return True
+        if now[ROW.index("sequence")] is None:  # it waits, or is given up
+            made_twice = not replayed and wish.what == "hold" and now[0] in self.made
+            self.made |= {now[0]} if not replayed and wish.what == "hold" else set()
+            return made_twice or wish.what == "capture" or now[ROW.index("amount")] != -row.held
+        event = self.events[now[0]]
+        event.told = min(event.told, until)
+        captured_twice = False
+        if not replayed and wish.what == "capture":
+            event.asked = since
+            captured_twice = f"{now[0]} captured" in self.made
+            self.made.add(f"{now[0]} captured")
+        return captured_twice or facts(row) != now or -row.amount not in self.charges[now[0]]
 
     def tell(self, question: Asked, answer: Told) -> None:
         since, wishes, _ = question
@@ -503,14 +565,16 @@ class Books:
             self.faults.append(f"{len(wishes)} things were asked for and {len(answers)} answered: {wishes}")
         for wish, (kind, *told) in zip(wishes, answers, strict=False):
             row = self.found(wish)
-            if kind == "row":
+            if kind == "row" and wish.what in HOLDING:
+                fault = self.tell_of_hold(wish, told, since, until)
+            elif kind == "row":
                 fault = self.granted(wish, row, told[0], told[1:], since, until)
             elif kind == "balance":
                 fault = wish.what != "balance"
                 self.claims[wish.user].append(Claim(None, told[0], since, until))
             else:
                 claim = self.refused(wish, kind, told[0])
-                fault = claim is None
+                fault = claim is None and not self.closed(wish, kind, told[0])
                 if claim is not None:
                     of, value = claim
                     ahead_of = math.inf if row is None else row.sequence
@@ -535,13 +599,26 @@ class Books:
     def refused(self, wish: Wish, kind: str, why: Mapping[str, Any]) -> tuple[str | None, int] | None:
         """What a refusal says of the user; None if these clients can give no reason for it."""
         match wish.what, kind, why:
-            case "consume", "InsufficientCredits", {"user": wish.user, "balance": balance, "required": wish.amount}:
-                return (None, balance) if balance < wish.amount else None
+            case (
+                "consume" | "hold" | "capture",
+                "InsufficientCredits",
+                {"user": wish.user, "balance": balance, "required": wish.amount},
+            ):
+                return (None, balance) if balance - why.get("held", 0) < wish.amount else None
             case "refund", "RefundExceedsPurchase", {"purchase": wish.of, "left": had, "asked": wish.amount}:
                 return (wish.of, self.bought[wish.of] - had) if had < wish.amount else None
             case "reinstate", "ReinstatementExceedsRefunds", {"purchase": wish.of, "taken": had, "asked": wish.amount}:
                 return (wish.of, had) if had < wish.amount else None
         return None
+
+    def closed(self, wish: Wish, kind: str, why: Mapping[str, Any]) -> bool:
+        """Whether a refusal that says nothing of the balance is true: a hold is over, or the time of a loan is."""
+        if wish.what == "lend":
+            return kind == "InvalidArgument" and why["argument"] == "expires_at"
+        row = self.holds.get(wish.of)
+        if kind != "HoldClosed" or wish.what not in {"capture", "release"} or row is None:
+            return False
+        return (row.sequence is None) == (wish.what == "capture")  # given up, so never charged; or the other way
 
 
 def unexplained(chain: list[Any], events: Mapping[str, Event], claims: list[Claim]) -> list[str]:
@@ -553,8 +630,9 @@ def unexplained(chain: list[Any], events: Mapping[str, Event], claims: list[Clai
     no exception. The first is a state that came, and perhaps went, with the commit; the second was read in between.
     """
     faults = []
-    # the setting-up came before all questions
-    asked = [0.0 if one.sequence == 1 else events[str(one.id)].asked for one in chain]
+    # the setting-up came before all questions, and nobody asks for an expiry
+    unasked = [one.sequence == 1 or one.type == "expiry" for one in chain]
+    asked = [0.0 if it else events[str(one.id)].asked for it, one in zip(unasked, chain, strict=True)]
     told = [0.0 if one.sequence == 1 else events[str(one.id)].told for one in chain]
     latest = 0.0
     for one, question, answer in zip(chain, asked, told, strict=True):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from clients import Wish, facts
-from hammer import CREWS, SINGLE, WRITES, Asked, Plan, Told, contradictions, hammer
+from hammer import CREWS, HOLDING, SINGLE, WRITES, Asked, Plan, Told, contradictions, hammer
 from servers import pg_bin
 
 
@@ -21,7 +21,7 @@ def test_nothing_is_lost_or_done_twice_under_the_hammer() -> None:
     assert report.client_kills >= 4
     # each was granted, not only refused, and somebody was answered by each door and at each level
     answered = {part for kind in report.kinds for part in kind.split(", ")}
-    assert answered >= {*WRITES, "balance", *(part for crew in CREWS for door in crew.doors for part in door)}
+    assert answered >= {*WRITES, *HOLDING, "balance", *(part for crew in CREWS for door in crew.doors for part in door)}
 
 
 def test_it_ends_when_enough_was_asked() -> None:
@@ -38,7 +38,7 @@ def test_it_ends_when_enough_was_asked() -> None:
 
 def row(id: str, sequence: int, amount: int, balance: int, kind: str = "consumption", **more: Any) -> Any:
     """A row of ann's ledger, asked for under its id."""
-    fixed = {"user_id": "ann", "idempotency_key": id, "workshop_id": None, "refund_of": None}
+    fixed = {"user_id": "ann", "idempotency_key": id, "workshop_id": None, "refund_of": None, "held": None}
     names = {"id": id, "sequence": sequence, "amount": amount, "balance_after": balance, "type": kind}
     return SimpleNamespace(**fixed | names | more)
 
@@ -170,6 +170,37 @@ def test_a_refusal_says_the_truth() -> None:
     for wish in (OPENS_A, OPENS_C):
         assert faults(before, bought, opened, spent, said(22, wish, 25, short(0, 1)), rows=rows) == 0
         assert faults(before, bought, opened, spent, said(92, wish, 93, short(0, 1)), rows=rows) == 1
+
+
+def test_a_hold_is_captured_once_for_what_was_asked() -> None:
+    def held(sequence: int | None = None, amount: int = -4) -> Any:
+        balance_after = None if sequence is None else 100 + amount
+        return row("H", sequence, amount, balance_after, held=4)  # type: ignore[arg-type]
+
+    wants, charges, ends = (
+        Wish("hold", "ann", "H", 4),
+        Wish("capture", "ann", None, 1, "H"),
+        Wish("release", "ann", None, 0, "H"),
+    )
+    placed, charged, closed = said(10, wants, 20, new(held())), held(2, -1), ["HoldClosed", {"hold": "H"}]
+    captured, rows = said(30, charges, 40, new(charged)), (PACK, charged)
+    assert faults(placed, captured, said(50, charges, 60, again(charged)), said(50, ends, 60, closed), rows=rows) == 0
+    assert faults(placed, captured, said(50, charges, 60, new(charged)), rows=rows) >= 1  # charged twice
+    assert faults(placed, captured, said(15, wants, 20, new(held())), rows=rows) == 1  # placed twice
+    assert faults(placed, captured, said(50, charges, 60, closed), rows=rows) == 1  # it was not given up
+    assert faults(placed, said(30, charges._replace(amount=4), 40, new(charged)), rows=rows) == 1  # 4 were asked for
+    assert faults(placed, said(30, charges), rows=rows) == 0  # its answer was lost
+    assert faults(placed, rows=rows) == 1  # nobody asked for the charge
+    # given up
+    released = said(30, ends, 40, new(held()))
+    assert faults(placed, released, said(50, charges, 60, closed), rows=(PACK, held())) == 0
+    assert faults(placed, captured, rows=(PACK, held())) == 1
+    assert faults(placed, said(50, ends, 60, closed), rows=(PACK, held())) == 1
+    assert faults(said(10, wants._replace(amount=5), 20, new(held())), rows=(PACK, held())) >= 1
+    # what is set aside cannot be spent
+    short_by_it = ["InsufficientCredits", {"user": "ann", "balance": 100, "held": 4, "required": 98}]
+    assert faults(placed, said(20, Wish("consume", "ann", "C", 98), 30, short_by_it), rows=(PACK, held())) == 0
+    assert faults(placed, said(20, Wish("consume", "ann", "C", 96), 30, short_by_it), rows=(PACK, held())) == 1
 
 
 def test_what_is_left_of_a_purchase() -> None:

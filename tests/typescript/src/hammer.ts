@@ -92,6 +92,14 @@ async function put(ledger: Tallystick, call: Wish[]): Promise<unknown[]> {
       return [await ledger.reinstate({ userId, purchaseId, key, amount })];
     case "grant":
       return [await ledger.grant({ userId, amount, key, description: "A gift" })];
+    case "lend":
+      return [await ledger.grant({ userId, amount, key, description: "A loan", expiresAt: new Date(String(of)) })];
+    case "hold":
+      return [await ledger.hold({ userId, amount, key, expiresIn: "2 seconds" })];
+    case "capture":
+      return [await ledger.capture({ userId, holdId: String(of), amount })];
+    case "release":
+      return [await ledger.release({ userId, holdId: String(of) })];
     default:
       return [await ledger.balance({ userId })];
   }
