@@ -75,6 +75,7 @@ BALANCES = {
     "corrected": -1,
     "merged_user": 4,
     "erased_user": 5,
+    "low_balance": 1,
 }
 
 

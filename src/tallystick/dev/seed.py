@@ -816,5 +816,14 @@ def _erased_user(story: _Story) -> None:
     story.accounts.erase(story.conn, story.user)
 
 
+@_scenario(25)
+def _low_balance(story: _Story) -> None:
+    """A threshold of the user's own, and a balance that has fallen below it: with events on, one of them says so."""
+    story.onboard()
+    story.buy(3)
+    story.accounts.set_low_balance(story.conn, story.user, 2)
+    story.spend(2)
+
+
 SCENARIOS: Mapping[str, Scenario] = MappingProxyType(_scenarios)
 """Every scenario by name, in the order in which they are made."""
