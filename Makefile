@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo example test test-quick test-lowest test-wheel check docs bench bench-peers bench-growth bench-migration hammer picture lock clean
+.PHONY: help install demo example example-django test test-quick test-lowest test-wheel check docs bench bench-peers bench-growth bench-migration hammer picture lock clean
 
 help:
 	@echo "make demo    migrate a busy database, sell, spend, refund and audit credits (under a minute)"
@@ -46,6 +46,9 @@ $(VENV)/demo/ready: requirements/demo.txt pyproject.toml
 
 example: $(RUN)/ready
 	@cd examples && ../$(RUN)/bin/python -m workshops
+
+example-django: $(VENV)/ready
+	@cd examples && ../$(VENV)/bin/python -m django_workshops
 
 demo: $(RUN)/ready
 	@$(RUN)/bin/tallystick demo

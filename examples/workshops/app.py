@@ -136,7 +136,7 @@ def create_app(config: Config, engine: sa.Engine) -> FastAPI:
     @app.get("/sign-in")
     def ask_who(request: Request, next: str = "/") -> HTMLResponse:  # noqa: A002 - the name in the address
         return templates.TemplateResponse(
-            request, "sign_in.html", {"next": next, "billing": Fragments(billing, request, None)}
+            request, "sign_in.html", {"next": next, "billing": billing.fragments_of(request, None)}
         )
 
     @app.post("/sign-in")

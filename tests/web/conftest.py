@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -12,7 +13,8 @@ import sqlalchemy as sa
 from playwright.sync_api import Browser, sync_playwright
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from sites import Shop, Site, settings_for
+from sites import DjangoShop, Shop, Site, settings_for
+from tallystick.audit import audit
 from tallystick.dev.postgres import Server
 from tallystick.dev.stripe import DevStripe
 from worlds import SHAPES, World
@@ -90,3 +92,32 @@ def browser() -> Iterator[Browser]:
         running = playwright.chromium.launch(executable_path=found, args=list(FLAGS))
         yield running
         running.close()
+
+
+@pytest.fixture(scope="session")
+def django_shop(server: Server) -> Iterator[DjangoShop]:
+    """The example in Django, whose settings are this process's. It listens for a browser, too."""
+    from django.core.handlers.wsgi import WSGIHandler
+    from django.db import connections
+
+    from django_workshops.__main__ import listening
+    from django_workshops.settings import prepare
+
+    with DevStripe(retry_delays_s=(0.2, 0.5)) as double, listening() as site:
+        origin = f"http://127.0.0.1:{site.server_port}"
+        url = server.create_database("django_shop")
+        prepare(url, origin, double)
+        site.set_app(WSGIHandler())
+        thread = threading.Thread(target=site.serve_forever, daemon=True)
+        thread.start()
+        engine = sa.create_engine(url, poolclass=sa.NullPool)
+        yield DjangoShop(origin, engine, double)
+        site.shutdown()
+        thread.join(timeout=20)
+        from django_workshops.billing import billing
+
+        with engine.connect() as conn:
+            assert audit(conn, billing.config).clean  # whatever the tests did
+        billing.engine.dispose()
+        connections.close_all()
+    server.drop_database("django_shop")

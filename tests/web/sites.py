@@ -113,3 +113,42 @@ class Shop(Site):
 
     def return_from_stripe(self, user: Key, session: str, **query: str) -> Any:
         return self.get(user, "/billing/success", params={"session_id": session, **query}, headers=HTML)
+
+
+@dataclasses.dataclass(frozen=True)
+class DjangoShop:
+    """The example in Django. ``client(user)`` makes requests as Django's own test client does."""
+
+    origin: str
+    engine: sa.Engine
+    double: DevStripe
+
+    def user(self, *, credits: int = 0) -> Any:
+        from django.contrib.auth import get_user_model
+        from django.db import connection
+
+        from django_workshops.billing import billing
+
+        name = f"{uuid4()}@example.com"
+        made = get_user_model().objects.create_user(name, email=name)
+        if credits:
+            billing.ledger.grant(connection, made.pk, credits=credits, key="start", description="A present")
+        return made
+
+    def workshop(self, user: Any, title: str = "Mobile App Discovery") -> int:
+        from django_workshops.models import Workshop
+
+        return Workshop.objects.create(user=user, title=title).pk
+
+    def client(self, user: Any = None, *, checks_csrf: bool = False) -> Any:
+        from django.test import Client
+
+        client = Client(enforce_csrf_checks=checks_csrf, headers=HTML)
+        if user is not None:
+            client.force_login(user)
+        return client
+
+    def balance(self, email: str) -> int:
+        with self.engine.connect() as conn:
+            asked = sa.text("SELECT credit_balance FROM auth_user WHERE email = :email")
+            return int(conn.execute(asked, {"email": email}).scalar_one())

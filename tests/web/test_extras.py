@@ -67,11 +67,22 @@ def test_a_paywall_needs_no_stripe(world: World) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("module", ["tallystick.web", "tallystick.web.console", "tallystick.web.buyer.billing"])
+@pytest.mark.parametrize("wanted", ["from tallystick.web import router", "import tallystick.web.console"])
 @pytest.mark.parametrize("missing", ["fastapi", "jinja2", "itsdangerous", "python_multipart"])
-def test_the_web_names_its_extra(module: str, missing: str) -> None:
-    said = python(f"import {module}", without=(missing,)).stderr.strip().splitlines()[-1]
+def test_the_web_names_its_extra(wanted: str, missing: str) -> None:
+    said = python(wanted, without=(missing,)).stderr.strip().splitlines()[-1]
     assert said == f"ModuleNotFoundError: tallystick.web needs {missing}. Run: pip install 'tallystick[web]'"
+
+
+@pytest.mark.parametrize("missing", ["django", "jinja2"])
+def test_django_names_its_extra(missing: str) -> None:
+    said = python("import tallystick.web.django", without=(missing,)).stderr.strip().splitlines()[-1]
+    assert said == f"ModuleNotFoundError: tallystick.web.django needs {missing}. Run: pip install 'tallystick[django]'"
+
+
+def test_django_needs_no_fastapi() -> None:
+    done = python("import tallystick.web.django", without=("fastapi", "starlette", "anyio", "itsdangerous"))
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_selling_names_its_extra() -> None:

@@ -1,6 +1,6 @@
-"""Pages and JSON for a FastAPI app: paywall, purchase, onboarding; and the operator's console.
+"""Pages and JSON for an app of FastAPI's or Django's: paywall, purchase, onboarding; and the operator's console.
 
-::
+For FastAPI::
 
     billing = tallystick.web.router(config, engine=engine, current_user=current_user)
     app.include_router(billing, prefix="/billing")
@@ -8,85 +8,37 @@
 
     @app.get("/workshops/{workshop}/steps/10", dependencies=[Depends(billing.requires_open_workshop)])
     def last_step(workshop: UUID): ...
+
+For Django, ``tallystick.web.django`` has the same.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Mapping
+import importlib
+from typing import TYPE_CHECKING, Any
 
-try:
-    import python_multipart  # noqa: F401, I001 - the extra's parts, before a module of ours or Starlette needs them
-    import fastapi  # noqa: F401
-    import itsdangerous  # noqa: F401
-    import jinja2
-except ModuleNotFoundError as missing:
-    raise ModuleNotFoundError(
-        f"tallystick.web needs {missing.name}. Run: pip install 'tallystick[web]'", name=missing.name
-    ) from missing
-import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncEngine
+from tallystick.web.extras import require_fastapi
 
-from tallystick.config import Config
-from tallystick.web.buyer import json_api, views
-from tallystick.web.buyer.billing import Billing, CurrentUser, Fragments, Preview, Workshop
-from tallystick.web.buyer.texts import Texts
+if TYPE_CHECKING:  # an app of Django's has no FastAPI
+    from tallystick.web.buyer.billing import Billing
+    from tallystick.web.buyer.fragments import Fragments
+    from tallystick.web.buyer.paywall import Workshop
+    from tallystick.web.buyer.router import router
+    from tallystick.web.buyer.texts import Texts
 
 __all__ = ["Billing", "Fragments", "Texts", "Workshop", "router"]
 
+_HOMES = {
+    "Billing": "tallystick.web.buyer.billing",
+    "Fragments": "tallystick.web.buyer.fragments",
+    "Texts": "tallystick.web.buyer.texts",
+    "Workshop": "tallystick.web.buyer.paywall",
+    "router": "tallystick.web.buyer.router",
+}
 
-def router(
-    config: Config,
-    *,
-    engine: sa.Engine | AsyncEngine,
-    current_user: CurrentUser,
-    texts: Texts | None = None,
-    templates: jinja2.BaseLoader | None = None,
-    sign_in: str | None = None,
-    home: str = "/",
-    contact: str | None = None,
-    preview: Preview | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> Billing:
-    """Everything a buyer meets, as a router to include, and the dependencies for the host's own routes.
 
-    Without Stripe's SDK (``pip install 'tallystick[web]'`` alone) it is a paywall that sells nothing: credits come
-    from elsewhere, by ``ledger.grant``.
-
-    Args:
-        config: what is sold, and where the host keeps its users and workshops. Its ``checkout_origins`` are the
-            app's own addresses as browsers see them: Stripe sends buyers back to one, and their pages may post here.
-        engine: the host's engine, sync or async, for psycopg 3.
-        current_user: the host's FastAPI dependency that gives the key of who is signed in, or None.
-        texts: every word a buyer reads; subclass ``Texts`` to translate.
-        templates: where to look for templates before ours, as ``jinja2.FileSystemLoader("templates")``; one that is
-            called ``tallystick/layout.html`` there replaces ours.
-        sign_in: where a browser without a session is sent; ``{return_to}`` in it becomes the page it asked for,
-            quoted. Without it, such a browser gets a 401 page.
-        home: where a buyer goes who came from nowhere.
-        contact: an address (``mailto:…``) for those whom no pack fits; shown as the last of the packs.
-        preview: gives the Markup that the paywall shows blurred. It must hold nothing that a credit buys.
-        headers: to add to or change in the headers of our pages, such as a Content-Security-Policy for a layout
-            of the host's own.
-    """
-    sells = config.stripe_secret_key is not None or importlib.util.find_spec("stripe") is not None
-    billing = Billing(
-        config,
-        sells=sells,
-        engine=engine,
-        current_user=current_user,
-        texts=texts,
-        templates=templates,
-        sign_in=sign_in,
-        home=home,
-        contact=contact,
-        preview=preview,
-        headers=headers,
-    )
-    json_api.add_to(billing)
-    views.add_to(billing)
-    if sells:
-        from tallystick.web.buyer import purchase  # noqa: PLC0415 - an extra
-
-        purchase.add_to(billing)
-    return billing
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    require_fastapi()
+    return getattr(importlib.import_module(_HOMES[name]), name)

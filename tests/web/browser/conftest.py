@@ -17,6 +17,7 @@ import sqlalchemy as sa
 import uvicorn
 from playwright.sync_api import Browser
 
+from sites import DjangoShop
 from tallystick.dev.postgres import Server
 from tallystick.dev.stripe import DevStripe
 from web_browser import Example, Visitor
@@ -52,10 +53,18 @@ def example(server: Server) -> Iterator[Example]:
 
 @pytest.fixture
 def visit(example: Example, browser: Browser) -> Iterator[Callable[..., Visitor]]:
-    """``visit(email=None, **context) -> Visitor``: a person with a device of their own.
+    """``visit(email=None, **context) -> Visitor``: a person with a device of their own."""
+    yield from _visiting(example, browser)
 
-    Afterwards nobody has met an error in a script or a thing that the Content-Security-Policy blocked.
-    """
+
+@pytest.fixture
+def visit_django(django_shop: DjangoShop, browser: Browser) -> Iterator[Callable[..., Visitor]]:
+    """As ``visit``, in front of the example in Django."""
+    yield from _visiting(django_shop, browser)
+
+
+def _visiting(example: Example | DjangoShop, browser: Browser) -> Iterator[Callable[..., Visitor]]:
+    """Afterwards nobody has met an error in a script or a thing that the Content-Security-Policy blocked."""
     visitors: list[Visitor] = []
 
     def arrive(email: str | None = None, **context: Any) -> Visitor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import sqlalchemy as sa
 from playwright.sync_api import BrowserContext, Page
 
@@ -31,10 +33,19 @@ class Example:
             )
 
 
+class Site(Protocol):
+    """An app to visit."""
+
+    @property
+    def origin(self) -> str: ...
+
+    def balance(self, email: str) -> int: ...
+
+
 class Visitor:
     """A person on one device. ``page`` is where they are."""
 
-    def __init__(self, example: Example, context: BrowserContext, email: str) -> None:
+    def __init__(self, example: Site, context: BrowserContext, email: str) -> None:
         self.example = example
         self.context = context
         self.email = email

@@ -10,22 +10,24 @@ from typing import Annotated, Any
 import jinja2
 import sqlalchemy as sa
 from fastapi import APIRouter, Depends
-from markupsafe import Markup
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tallystick.accounts import Account, Accounts
+from tallystick.accounts import Account
 from tallystick.config import Config
 from tallystick.errors import Key, NotSignedIn, TallystickError
-from tallystick.ledger import Access, CreditTransaction, Lot, Standing
+from tallystick.ledger import Access, CreditTransaction, Standing
+from tallystick.web.buyer.asked import BuyerPage, Reply
+from tallystick.web.buyer.core import Pages
 from tallystick.web.buyer.engine import Database
-from tallystick.web.buyer.entrance import checked_route, dressed
-from tallystick.web.buyer.paywall import UNLOCK_CREDITS, Paywall, Workshop
+from tallystick.web.buyer.entrance import Answers, Preview, StarletteAsked, checked_route
+from tallystick.web.buyer.fragments import Fragments
+from tallystick.web.buyer.paywall import Workshop
 from tallystick.web.buyer.refusals import Refusals
-from tallystick.web.buyer.rendering import Preview, Renderer
+from tallystick.web.buyer.rendering import Renderer
 from tallystick.web.buyer.texts import Texts
-from tallystick.web.shared.pages import STRIPE_CHECKOUT, security_headers
+from tallystick.web.shared.pages import buyer_headers
 
 CurrentUser = Callable[..., Any]
 """The host's own FastAPI dependency: the key of who is signed in, or None. It may be async and depend on more."""
@@ -60,16 +62,20 @@ class Billing(APIRouter):
         self.config = config
         self.packs = config.packs if sells else ()
         self.database = Database(engine)
-        self.paywall = Paywall(config)
-        self.ledger = self.paywall.ledger
-        self.accounts = Accounts(config)
-        self.texts = texts or Texts()
-        self.renderer = Renderer(
-            config, self.packs, self.texts, templates=templates, home=home, contact=contact, preview=preview
+        self.renderer = Renderer(config, self.packs, texts or Texts(), templates=templates, home=home, contact=contact)
+        self.pages = Pages(config, self.renderer)
+        self.ledger = self.pages.ledger
+        self.accounts = self.pages.accounts
+        self._paywall = self.pages.paywall
+        refusals = Refusals(
+            self.packs,
+            self.renderer,
+            sign_in=None if sign_in is None else lambda quoted: sign_in.format(return_to=quoted),
+            checkout="api.checkout" if sells else None,
         )
-        self._refusals = Refusals(self.packs, self.renderer, sells=sells, sign_in=sign_in)
-        ours = {**security_headers(form_targets=_checkout_pages(config)), **(headers or {})}
-        self._headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in ours.items()]
+        ours = {**buyer_headers(config.stripe_api_base), **(headers or {})}
+        sent = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in ours.items()]
+        self.answers = Answers(self.renderer, refusals, preview, sent)
 
         async def signed_in(user: Annotated[Key | None, Depends(current_user)]) -> Key:
             if user is None:
@@ -88,7 +94,7 @@ class Billing(APIRouter):
             return self.fragments_of(request, account)
 
         self.fragments: Callable[..., Coroutine[Any, Any, Fragments]] = fragments
-        super().__init__(route_class=checked_route(self._refusals, config.checkout_origins, self._headers))
+        super().__init__(route_class=checked_route(self.answers, config.checkout_origins))
 
     # --- for the host's own routes ---
 
@@ -100,7 +106,7 @@ class Billing(APIRouter):
         """
 
         async def requires_credit(user: Annotated[Key, Depends(self.signed_in)]) -> int:
-            return await self.database.run(lambda conn: self.paywall.require_credits(conn, user, amount))
+            return await self.database.run(lambda conn: self._paywall.require_credits(conn, user, amount))
 
         return requires_credit
 
@@ -110,26 +116,30 @@ class Billing(APIRouter):
         Raises:
             WorkshopLocked, WorkshopDeleted, UnknownWorkshop, WorkshopNotOwned.
         """
-        return await self.database.run(lambda conn: self.paywall.require_open(conn, user, workshop))
+        return await self.database.run(lambda conn: self._paywall.require_open(conn, user, workshop))
 
     async def refusal(self, request: Request, error: Exception) -> Response:
         """The answer to a TallystickError raised anywhere in the host's app, for ``app.add_exception_handler``."""
         if not isinstance(error, TallystickError):
             raise error
-        return dressed(await self._refusals.answer(request, error), self._headers)
+        return self.answers.dressed(await self.answers.refuse(request, error))
 
-    def fragments_of(self, request: Request, account: Account | None) -> "Fragments":
+    def fragments_of(self, request: Request, account: Account | None) -> Fragments:
         """As ``fragments``, for an account that the app has read already: no query of ours.
 
         An app that loads its user with every request makes the account of that row's own columns.
         """
-        return Fragments(self.renderer, request, account)
+        return Fragments(self.renderer, StarletteAsked(request), account)
 
     def returning(self, asked: str | None) -> str:
         """The address to return to: ``asked`` where it is of this site or an allowed one, else home."""
         return self.renderer.returning(asked)
 
     # --- operations, each on a connection of its own ---
+
+    async def shown(self, request: Request, work: Callable[[sa.Connection], BuyerPage | Reply]) -> Response:
+        """The response to what ``work`` gives for a connection."""
+        return await self.answers.send(request, await self.database.run(work))
 
     async def account(self, user: Key) -> Account:
         """The user's account, in one query."""
@@ -139,21 +149,17 @@ class Billing(APIRouter):
         """The user's credits, in one query."""
         return await self.database.run(lambda conn: self.ledger.standing(conn, user))
 
-    def expiring(self, conn: sa.Connection, user: Key, now: Standing) -> list[Lot]:
-        """The user's credits that expire, the soonest first: no query where nothing does."""
-        return [] if now.due_at is None else self.ledger.lots(conn, user)
-
     async def workshop(self, user: Key, workshop: object) -> Workshop:
         """A workshop of the user's, from its key or the text of it in an address.
 
         Raises:
             UnknownWorkshop, WorkshopNotOwned.
         """
-        return await self.database.run(lambda conn: self.paywall.workshop(conn, user, workshop))
+        return await self.database.run(lambda conn: self._paywall.workshop(conn, user, workshop))
 
     async def workshop_and_standing(self, user: Key, workshop: object) -> tuple[Workshop, Standing]:
         """As ``workshop``, and the user's credits."""
-        return await self.database.run(lambda conn: self.paywall.workshop_and_standing(conn, user, workshop))
+        return await self.database.run(lambda conn: self._paywall.workshop_and_standing(conn, user, workshop))
 
     async def unlock(self, user: Key, workshop: object, *, key: str | None = None) -> CreditTransaction:
         """Spend a credit on a workshop, once; ``key`` is the client's name for this intent.
@@ -161,66 +167,7 @@ class Billing(APIRouter):
         Raises:
             InsufficientCredits, IdempotencyKeyReused, UnknownWorkshop, WorkshopNotOwned, WorkshopDeleted, …
         """
-        return await self.database.run(lambda conn: self.paywall.unlock(conn, user, workshop, key=key))
-
-
-def _checkout_pages(config: Config) -> list[str]:
-    """Origins that a form that buys may lead to: Stripe's hosted page, or the test double's."""
-    return [STRIPE_CHECKOUT, *([config.stripe_api_base] if config.stripe_api_base else [])]
-
-
-class Fragments:
-    """Parts of pages for the host's own templates, each as Markup.
-
-    Give one to the template as, say, ``billing`` and write ``{{ billing.badge }}``. Nothing is shown to whom is not
-    signed in.
-    """
-
-    def __init__(self, renderer: Renderer, request: Request, account: Account | None) -> None:
-        self._renderer = renderer
-        self._request = request
-        self.account = account
-
-    @property
-    def head(self) -> Markup:
-        """Style sheet and scripts, for ``<head>``. All of them are files of ours: no inline script or style."""
-        return self._render("head.html")
-
-    @property
-    def badge(self) -> Markup:
-        """The credits that can be spent, as a link to the history."""
-        return Markup() if self.account is None else self._render("badge.html", balance=self._spendable)
-
-    @property
-    def welcome(self) -> Markup:
-        """The welcome dialog, until this user has closed it once on any device."""
-        if self.account is None or self.account.onboarding_complete:
-            return Markup()
-        return self._render("welcome_dialog.html", return_to=self._here)
-
-    @property
-    def pricing(self) -> Markup:
-        """The packs side by side."""
-        return self._render("pricing_packs.html", return_to=self._here, workshop=None)
-
-    def paywall(self, workshop: Workshop, *, caller: Callable[[], str] | None = None) -> Markup:
-        """The lock over a workshop. Inside ``{% call %}`` is what shows blurred behind it."""
-        return self._render(
-            "paywall_card.html", workshop=workshop, balance=self._spendable, required=UNLOCK_CREDITS,
-            preview=Markup(caller()) if caller else None,  # noqa: S704 - rendered, so escaped, by the host's template
-            return_to=self._here,
-        )  # fmt: skip
-
-    @property
-    def _spendable(self) -> int:
-        return 0 if self.account is None else self.account.standing.spendable
-
-    @property
-    def _here(self) -> str:
-        return self._renderer.returning(self._request.url.path)
-
-    def _render(self, template: str, **context: Any) -> Markup:
-        return Markup(self._renderer.render(self._request, template, **context))  # noqa: S704 - from our own templates
+        return await self.database.run(lambda conn: self._paywall.unlock(conn, user, workshop, key=key))
 
 
 __all__ = ["Billing", "CurrentUser", "Fragments", "Preview", "Workshop"]

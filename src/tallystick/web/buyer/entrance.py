@@ -5,17 +5,21 @@ A host's own routes do not pass here; for them there is ``app.add_exception_hand
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import Any, Final
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from markupsafe import Markup
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tallystick.errors import RequestRefused, TallystickError
+from tallystick.errors import Key, RequestRefused, TallystickError
+from tallystick.web.buyer.asked import HTML, BuyerPage, Reply
 from tallystick.web.buyer.refusals import Refusals
+from tallystick.web.buyer.rendering import Renderer
 from tallystick.web.shared.requests import BODY_MAX_BYTES, SAFE_METHODS, WEBHOOK_MAX_BYTES, check_same_site, limited
 
 Headers = Sequence[tuple[bytes, bytes]]
@@ -24,9 +28,71 @@ Headers = Sequence[tuple[bytes, bytes]]
 WEBHOOK: Final = "tallystick.stripe_webhook"
 """The name of the one route that is posted to without a session."""
 
+Preview = Callable[[Request, Key], Any]
+"""The part of a workshop that the paywall shows blurred, as Markup. It reaches the browser, so it must hold nothing
+that a credit buys."""
 
-def checked_route(refusals: Refusals, origins: Collection[str], headers: Headers) -> type[APIRoute]:
-    """A class of routes: each request is checked, each error becomes an answer, and answers get ``headers``."""
+
+class StarletteAsked:
+    """A request of Starlette's as the pages see it."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self.method = request.method
+        self.path = request.url.path
+        self.query = request.url.query
+        self.origin = f"{request.url.scheme}://{request.url.netloc}"
+        self.fragment = request.headers.get("hx-request") == "true"
+        self.html = HTML in request.headers.get("accept", "")
+
+    def url(self, name: str, /, **path: str) -> str:
+        """The path of one of our routes, under the host's prefix."""
+        return self._request.url_for(f"tallystick.{name}", **path).path
+
+    def form_token(self) -> Markup:
+        """None: ``check_same_site`` needs no token."""
+        return Markup()
+
+
+class Answers:
+    """Sends what the pages give back, with the headers of ours."""
+
+    def __init__(self, renderer: Renderer, refusals: Refusals, preview: Preview | None, headers: Headers) -> None:
+        self._renderer = renderer
+        self._refusals = refusals
+        self._preview = preview
+        self._headers = headers
+
+    async def send(self, request: Request, found: BuyerPage | Reply) -> Response:
+        """The response of Starlette's."""
+        if isinstance(found, BuyerPage):
+            found = self._renderer.answer(StarletteAsked(request), found, preview=await self._previewed(request, found))
+        return Response(found.body, found.status, dict(found.headers), found.media_type if found.body else None)
+
+    async def refuse(self, request: Request, error: TallystickError) -> Response:
+        """The answer to an error."""
+        return await self.send(request, self._refusals.answer(StarletteAsked(request), error))
+
+    async def invalid(self, request: Request, error: RequestValidationError) -> Response:
+        """The answer to values that FastAPI found not to be valid."""
+        found = [{"where": ".".join(map(str, e["loc"])), "message": e["msg"]} for e in error.errors()]
+        return await self.send(request, self._refusals.invalid(StarletteAsked(request), found))
+
+    def dressed(self, response: Response) -> Response:
+        """``response`` with our headers where it has none of its own."""
+        own = {name for name, _ in response.raw_headers}
+        response.raw_headers.extend(header for header in self._headers if header[0] not in own)
+        return response
+
+    async def _previewed(self, request: Request, page: BuyerPage) -> Any:
+        if self._preview is None or page.preview_of is None or StarletteAsked(request).fragment:
+            return None
+        preview = self._preview(request, page.preview_of)
+        return await preview if inspect.isawaitable(preview) else preview
+
+
+def checked_route(answers: Answers, origins: Collection[str]) -> type[APIRoute]:
+    """A class of routes: each request is checked, each error becomes an answer, and answers get our headers."""
 
     class CheckedRoute(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -42,22 +108,15 @@ def checked_route(refusals: Refusals, origins: Collection[str], headers: Headers
                         request = Request(request.scope, limited(request, body_max))
                     response = await handle(request)
                 except TallystickError as error:
-                    response = await refusals.answer(request, error)
+                    response = await answers.refuse(request, error)
                 except RequestValidationError as error:
-                    response = refusals.invalid(request, error)
+                    response = await answers.invalid(request, error)
                 except HTTPException as error:
                     if not isinstance(error.__cause__, RequestRefused):  # FastAPI wraps errors of reading the body
                         raise
-                    response = await refusals.answer(request, error.__cause__)
-                return dressed(response, headers)
+                    response = await answers.refuse(request, error.__cause__)
+                return answers.dressed(response)
 
             return checked
 
     return CheckedRoute
-
-
-def dressed(response: Response, headers: Headers) -> Response:
-    """``response`` with ``headers`` where it has none of its own."""
-    own = {name for name, _ in response.raw_headers}
-    response.raw_headers.extend(header for header in headers if header[0] not in own)
-    return response

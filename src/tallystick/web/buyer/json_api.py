@@ -252,7 +252,7 @@ def add_to(billing: Billing) -> None:
 
         def read(conn: sa.Connection) -> tuple[Account, list[Lot]]:
             account = billing.accounts.get(conn, user)
-            return account, billing.expiring(conn, user, account.standing)
+            return account, billing.pages.expiring(conn, user, account.standing)
 
         account, lots = await run(read)
         return answer(

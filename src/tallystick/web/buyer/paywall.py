@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.config import Config
-from tallystick.database import run
+from tallystick.database import run, translated
 from tallystick.errors import (
     InvalidArgument,
     Key,
@@ -19,6 +20,7 @@ from tallystick.errors import (
     shown,
 )
 from tallystick.ledger import Access, AccessReason, CreditTransaction, Ledger, Standing
+from tallystick.ledger.connections import SyncConnection
 from tallystick.ledger.outcomes import Refusal, error_of
 
 UNLOCK_CREDITS: Final = 1
@@ -47,44 +49,82 @@ class Paywall:
     def __init__(self, config: Config) -> None:
         self.ledger = Ledger(config)
         self._schema = self.ledger.schema
+        if self._schema.workshops is None:
+            return
+        self._statement = self._select(self._schema.workshops)
+        driver = pg.dialect(paramstyle="pyformat")  # type: ignore[no-untyped-call]
+        self._text = str(self._statement.compile(dialect=driver))  # for a connection of Django's
+        self._paywall = {"p_paywall": config.paywall, "p_before": config.grandfathered_before}
 
-    def workshop(self, conn: sa.Connection, user: Key, workshop: object) -> Workshop:
+    def _select(self, workshops: sa.Table) -> sa.Select[Any]:
+        """One statement for a workshop and a user; the ledger's function says if it is open."""
+        w, u = workshops.c, self._schema.users.c
+        key = sa.bindparam("p_workshop", type_=w.key.type)
+        access = (
+            sa.func.tallystick.access(
+                w.key,
+                sa.bindparam("p_paywall", type_=sa.Boolean),
+                sa.bindparam("p_before", type_=sa.DateTime(timezone=True)),
+            )
+            .table_valued(sa.column("open"), sa.column("reason"))
+            .alias("access")
+        )
+        # compared by the database, which knows when two texts are one key (citext, char)
+        is_theirs = w.owner == sa.bindparam("p_user", type_=w.owner.type)
+        title = w.title if "title" in w else sa.null()
+        return (
+            sa.select(
+                is_theirs, title, access.c.open, access.c.reason, u.credit_balance, u.credit_held, u.credit_due_at
+            )
+            .select_from(workshops.outerjoin(self._schema.users, u.key == sa.bindparam("p_key", type_=u.key.type)))
+            .join(access, sa.true())
+            .where(w.key == key)
+        )
+
+    def workshop(self, conn: SyncConnection, user: Key, workshop: object) -> Workshop:
         """A workshop of the user's, from its key or the text of it in an address.
 
         Raises:
             UnknownWorkshop, WorkshopNotOwned.
         """
+        return self._read(conn, user, workshop)[0]
+
+    def workshop_and_standing(self, conn: SyncConnection, user: Key, workshop: object) -> tuple[Workshop, Standing]:
+        """As ``workshop``, and the user's credits: one statement, unless something of theirs may have expired."""
+        found, now = self._read(conn, user, workshop)
+        return found, now if now.due_at is None else self.ledger.standing(conn, user)
+
+    def _read(self, conn: SyncConnection, user: Key, workshop: object) -> tuple[Workshop, Standing]:
         key = self._key(workshop)
-        table = self._schema.workshops
-        assert table is not None  # noqa: S101 - _key refuses a host without workshops
-        title = table.c.title if "title" in table.c else sa.null()
-        # compared by the database, which knows when two texts are one key (citext, char)
-        is_theirs = table.c.owner == sa.bindparam("p_user", type_=table.c.owner.type)
-        row = run(
-            conn,
-            sa.select(is_theirs, title).where(table.c.key == sa.bindparam("p_workshop", type_=table.c.key.type)),
-            {"p_workshop": key, "p_user": self._schema.user_key(user)},
-        ).one_or_none()
+        owner = self._schema.user_key(user)
+        values = {"p_workshop": key, "p_user": owner, "p_key": owner, **self._paywall}
+        row: Any
+        if isinstance(conn, sa.Connection):
+            row = run(conn, self._statement, values).one_or_none()
+        else:
+            connection: Any = conn
+            with translated(), connection.cursor() as cursor:
+                cursor.execute(self._text, values)
+                row = cursor.fetchone()
         if row is None:
             raise UnknownWorkshop(f"no workshop {key!r}", workshop=key)
-        if not row[0]:
+        is_theirs, title, is_open, reason, *standing = row
+        if not is_theirs:
             raise WorkshopNotOwned(f"workshop {key} belongs to another user than {user}", workshop=key, user=user)
-        return Workshop(key, row[1], self.ledger.access(conn, key))
+        now = (
+            Standing(*standing) if standing[0] is not None else self.ledger.standing(conn, user)
+        )  # says who is not there
+        return Workshop(key, title, Access(open=is_open, reason=AccessReason(reason))), now
 
-    def workshop_and_standing(self, conn: sa.Connection, user: Key, workshop: object) -> tuple[Workshop, Standing]:
-        """As ``workshop``, and the user's credits."""
-        return self.workshop(conn, user, workshop), self.ledger.standing(conn, user)
-
-    def require_open(self, conn: sa.Connection, user: Key, workshop: object) -> Access:
+    def require_open(self, conn: SyncConnection, user: Key, workshop: object) -> Access:
         """The access of a workshop that is open and the user's.
 
         Raises:
             WorkshopLocked, WorkshopDeleted, UnknownWorkshop, WorkshopNotOwned.
         """
-        found = self.workshop(conn, user, workshop)
+        found, now = self.workshop_and_standing(conn, user, workshop)
         found.require_there()
         if not found.access.open:
-            now = self.ledger.standing(conn, user)
             raise WorkshopLocked(
                 f"workshop {found.key} is {found.access.reason}. To open it: POST …/workshops/{found.key}/unlock",
                 workshop=found.key,
@@ -97,7 +137,7 @@ class Paywall:
             )
         return found.access
 
-    def require_credits(self, conn: sa.Connection, user: Key, amount: int) -> int:
+    def require_credits(self, conn: SyncConnection, user: Key, amount: int) -> int:
         """The credits that can be spent, if they are at least ``amount``. Raises InsufficientCredits, UnknownUser."""
         now = self.ledger.standing(conn, user)
         if now.available < amount:
@@ -107,7 +147,7 @@ class Paywall:
             )
         return now.available
 
-    def unlock(self, conn: sa.Connection, user: Key, workshop: object, *, key: str | None = None) -> CreditTransaction:
+    def unlock(self, conn: SyncConnection, user: Key, workshop: object, *, key: str | None = None) -> CreditTransaction:
         """Spend a credit on a workshop; ``key`` is the client's name for this intent.
 
         Without one the workshop itself names the intent, since it is paid for once. A client's keys are kept apart

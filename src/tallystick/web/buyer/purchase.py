@@ -9,16 +9,18 @@ from uuid import UUID
 from fastapi import Depends, Form, Header, Path, Query
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
-from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, Response
 
 from tallystick import stripe
-from tallystick.errors import Key, StripeUnavailable
+from tallystick.errors import Key
 from tallystick.schema import CreditTransactionStatus
-from tallystick.web.buyer.billing import Billing, Workshop
-from tallystick.web.buyer.entrance import WEBHOOK
+from tallystick.web.buyer.asked import redirect
+from tallystick.web.buyer.billing import Billing
+from tallystick.web.buyer.entrance import WEBHOOK, StarletteAsked
 from tallystick.web.buyer.json_api import EXAMPLE_ID, KEY_MAX, TAGS, refusals
-from tallystick.web.buyer.views import SEE_OTHER, ReturnTo
-from tallystick.web.shared.requests import RETURN_MAX
+from tallystick.web.buyer.sales import Sales
+from tallystick.web.buyer.views import ReturnTo
+from tallystick.web.shared.addresses import RETURN_MAX
 
 SESSION_MAX: Final = 255
 
@@ -81,92 +83,64 @@ class PurchaseAnswer(BaseModel):
 
 def add_to(billing: Billing) -> None:
     """Add the routes that need Stripe."""
-    _add_pages(billing)
-    _add_json(billing)
+    sales = Sales(billing.config, billing.pages, billing.renderer)
+    _add_pages(billing, sales)
+    _add_json(billing, sales)
     _add_webhook(billing)
 
 
 async def _start(
-    billing: Billing, request: Request, user: Key, wanted: CheckoutForm | CheckoutRequest, key: str | None
+    billing: Billing,
+    sales: Sales,
+    request: Request,
+    user: Key,
+    wanted: CheckoutForm | CheckoutRequest,
+    *,
+    key: str | None,
 ) -> stripe.Checkout:
-    if wanted.workshop is not None:
-        await billing.workshop(user, wanted.workshop)  # theirs, or nothing is sold for it
-    back = {"return_to": billing.returning(wanted.return_to), "workshop": wanted.workshop}
-    success, cancelled = (
-        billing.renderer.absolute(request, billing.renderer.url(request, page, query=back))
-        for page in ("success", "cancelled")
-    )
-    name = None if key is None else f"web:buy:{key}"  # kept apart from the host's keys, as for unlocking
+    workshop, back, asked = wanted.workshop, wanted.return_to, StarletteAsked(request)
+    if workshop is not None:
+        await billing.workshop(user, workshop)  # theirs, or nothing is sold for it
     return await billing.database.run_on_engine(
-        lambda engine: stripe.checkout(
-            engine, billing.config, user, wanted.pack, success_url=success, cancel_url=cancelled, key=name
-        )
+        lambda engine: sales.start(engine, asked, user, pack=wanted.pack, key=key, return_to=back, workshop=workshop)
     )
 
 
-async def _confirm(billing: Billing, user: Key, session: str) -> stripe.Confirmation:
-    return await billing.database.run_on_engine(lambda engine: stripe.confirm(engine, billing.config, user, session))
-
-
-async def _outcome(billing: Billing, user: Key, session: str) -> tuple[str, stripe.Confirmation | None]:
-    """The state of a purchase, in the template's words; what was paid is granted by asking."""
-    try:
-        found = await _confirm(billing, user, session)
-    except StripeUnavailable:
-        return "waiting", None  # the webhook will grant it
-    if found.granted:
-        return "granted", found
-    return ("failed" if found.purchase.status is CreditTransactionStatus.FAILED else "waiting"), found
-
-
-def _add_pages(billing: Billing) -> None:
+def _add_pages(billing: Billing, sales: Sales) -> None:
     User = Annotated[Key, Depends(billing.signed_in)]  # noqa: N806 - a type
-    texts = billing.texts
-
-    async def about(user: User, workshop: str | None = None) -> Workshop | None:
-        return None if workshop is None else await billing.workshop(user, workshop)
-
-    About = Annotated[Workshop | None, Depends(about)]  # noqa: N806 - a type
 
     @billing.post("/checkout", name="tallystick.checkout", include_in_schema=False)
     async def checkout(request: Request, user: User, wanted: Annotated[CheckoutForm, Form()]) -> Response:
-        started = await _start(billing, request, user, wanted, wanted.key)
-        over = {"session_id": started.session, "return_to": billing.returning(wanted.return_to)}
-        return RedirectResponse(started.url or billing.renderer.url(request, "success", query=over), SEE_OTHER)
+        started = await _start(billing, sales, request, user, wanted, key=wanted.key)
+        to = sales.goes_to(StarletteAsked(request), started, return_to=wanted.return_to)
+        return await billing.answers.send(request, redirect(to))
 
     @billing.get("/success", name="tallystick.success", include_in_schema=False)
     async def success(
         request: Request,
         user: User,
-        workshop: About,
         session_id: Annotated[str, Query(max_length=SESSION_MAX)],
+        workshop: str | None = None,
         return_to: ReturnTo = None,
     ) -> Response:
         """The page that Stripe sends the buyer to: grants at once what was paid, with or without the webhook."""
-        state, found = await _outcome(billing, user, session_id)
-        balance = (await billing.standing(user)).spendable
-        bought = found.purchase.amount if found is not None else 0
-        title, text = {
-            "granted": (texts.success_title, texts.success(bought, balance)),
-            "waiting": (texts.waiting_title, texts.waiting),
-            "failed": (texts.failed_title, texts.failed),
-        }[state]
-        here = billing.renderer.url(request, "success", query=dict(request.query_params))
-        return billing.renderer.page(
-            request, "outcome.html", state=state, title=title, text=text, balance=balance, workshop=workshop,
-            here=here, return_to=billing.returning(return_to),
-        )  # fmt: skip
+        outcome = await billing.database.run_on_engine(lambda engine: sales.outcome(engine, user, session_id))
+        here = billing.renderer.url(StarletteAsked(request), "success", query=dict(request.query_params))
+        return await billing.shown(
+            request,
+            lambda conn: sales.finished(conn, user, outcome, workshop=workshop, return_to=return_to, here=here),
+        )
 
     @billing.get("/cancelled", name="tallystick.cancelled", include_in_schema=False)
-    async def cancelled(request: Request, user: User, workshop: About, return_to: ReturnTo = None) -> Response:
-        return billing.renderer.page(
-            request, "outcome.html", state="cancelled", title=texts.cancelled_title, text=texts.cancelled,
-            balance=(await billing.standing(user)).spendable, workshop=workshop, here="",
-            return_to=billing.returning(return_to),
-        )  # fmt: skip
+    async def cancelled(
+        request: Request, user: User, workshop: str | None = None, return_to: ReturnTo = None
+    ) -> Response:
+        return await billing.shown(
+            request, lambda conn: sales.cancelled(conn, user, workshop=workshop, return_to=return_to)
+        )
 
 
-def _add_json(billing: Billing) -> None:
+def _add_json(billing: Billing, sales: Sales) -> None:
     User = Annotated[Key, Depends(billing.signed_in)]  # noqa: N806 - a type
 
     @billing.post(
@@ -185,7 +159,7 @@ def _add_json(billing: Billing) -> None:
         ] = None,
     ) -> CheckoutAnswer:
         """Start a purchase; send the buyer to ``url``."""
-        started = await _start(billing, request, user, wanted, idempotency_key)
+        started = await _start(billing, sales, request, user, wanted, key=idempotency_key)
         return CheckoutAnswer(
             purchase=started.purchase.id, session=started.session, url=started.url, credits=started.purchase.amount
         )
@@ -197,7 +171,7 @@ def _add_json(billing: Billing) -> None:
         user: User, stripe_session: Annotated[str, Path(max_length=SESSION_MAX, examples=["cs_test_a1"])]
     ) -> PurchaseAnswer:
         """Ask Stripe whether a session is paid, and grant it at once if so; safe to make again."""
-        found = await _confirm(billing, user, stripe_session)
+        found = await billing.database.run_on_engine(lambda engine: sales.confirm(engine, user, stripe_session))
         return PurchaseAnswer(
             purchase=found.purchase.id,
             status=found.purchase.status,

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import quote
-
-from fastapi.exceptions import RequestValidationError
-from starlette.requests import Request
-from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from tallystick import errors
 from tallystick.config import Pack
 from tallystick.errors import InsufficientCredits, InvalidArgument, NotSignedIn, TallystickError, WorkshopLocked
 from tallystick.ledger import Access, AccessReason, Standing
+from tallystick.web.buyer.asked import Asked, BuyerPage, Reply, redirect
 from tallystick.web.buyer.paywall import Workshop
-from tallystick.web.buyer.rendering import Renderer, is_fragment
+from tallystick.web.buyer.rendering import Renderer, paywall
 
 log = logging.getLogger("tallystick.web")
 
@@ -86,49 +84,49 @@ def meaning(error: TallystickError) -> Meaning:
 class Refusals:
     """Makes the answer to an error, from what the error carries: it reads nothing from the database.
 
-    ``sign_in`` is the address a browser without a session is sent to.
+    ``sign_in`` gives the address a browser without a session is sent to, from the quoted one that it asked for.
+    ``checkout`` is the route that sells to programs, by name.
     """
 
-    def __init__(self, packs: Sequence[Pack], renderer: Renderer, *, sells: bool, sign_in: str | None) -> None:
+    def __init__(
+        self,
+        packs: Sequence[Pack],
+        renderer: Renderer,
+        *,
+        sign_in: Callable[[str], str] | None,
+        checkout: str | None,
+    ) -> None:
         self._packs = packs
-        self._sells = sells
+        self._checkout = checkout
         self._renderer = renderer
         self._texts = renderer.texts
         self._sign_in = sign_in
 
-    async def answer(self, request: Request, error: TallystickError) -> Response:
+    def answer(self, asked: Asked, error: TallystickError) -> BuyerPage | Reply:
         """A page for a browser, problem+json for anything else."""
-        html = _wants_html(request)
         if isinstance(error, InsufficientCredits | WorkshopLocked):
-            return await self._for_credits(request, error) if html else self._credits_problem(request, error)
-        if not html:
+            return self._for_credits(asked, error) if asked.html else self._credits_problem(asked, error)
+        if not asked.html:
             return self._problem(error)
         if isinstance(error, NotSignedIn) and self._sign_in is not None:
-            return self._to_sign_in(request, self._sign_in)
+            return self._to_sign_in(asked, self._sign_in)
         found = meaning(error)
-        return self._renderer.page(
-            request,
-            "problem.html",
-            status=found.status,
-            title=self._texts.problem_title(found.name),
-            detail=self._texts.problem(error, found.name),
-            reference=_reference(error),
-            headers=_retry(found),
-        )
+        shown = {
+            "title": self._texts.problem_title(found.name),
+            "detail": self._texts.problem(error, found.name),
+            "reference": _reference(error),
+        }
+        return BuyerPage("problem.html", shown, found.status, _retry(found))
 
-    def invalid(self, request: Request, error: RequestValidationError) -> Response:
-        """The answer to values that are not valid, with each of them and why."""
-        found = [{"where": ".".join(map(str, e["loc"])), "message": e["msg"]} for e in error.errors()]
-        summary = "; ".join(f"{e['where']}: {e['message']}" for e in found)
-        refused = InvalidArgument(summary, argument=found[0]["where"], value=None)
-        if not _wants_html(request):
-            return self._problem(refused, errors=found)
-        return self._renderer.page(
-            request, "problem.html", status=UNPROCESSABLE, title=self._texts.problem_title("invalid-argument"),
-            detail=summary, reference=None,
-        )  # fmt: skip
+    def invalid(self, asked: Asked, found: Sequence[Mapping[str, str]]) -> BuyerPage | Reply:
+        """The answer to values that are not valid: of each, ``where`` it stood and the ``message``."""
+        summary = "; ".join(f"{each['where']}: {each['message']}" for each in found)
+        if not asked.html:
+            return self._problem(InvalidArgument(summary, argument=found[0]["where"], value=None), errors=found)
+        title = self._texts.problem_title("invalid-argument")
+        return BuyerPage("problem.html", {"title": title, "detail": summary, "reference": None}, UNPROCESSABLE)
 
-    def _problem(self, error: TallystickError, **more: Any) -> JSONResponse:
+    def _problem(self, error: TallystickError, **more: Any) -> Reply:
         """``error`` as RFC 9457 problem+json; ``more`` are its extension members.
 
         The detail is a sentence for people. Our own messages name tables and commands, so they go to the log, except
@@ -144,11 +142,11 @@ class Refusals:
         }
         if (name := _reference(error)) is not None:
             body["reference"] = name
-        return JSONResponse(body, found.status, _retry(found), MEDIA_TYPE)
+        return Reply(found.status, json.dumps(body, ensure_ascii=False), MEDIA_TYPE, _retry(found))
 
     # --- 402: all that is needed to go on ---
 
-    def _credits_problem(self, request: Request, error: InsufficientCredits | WorkshopLocked) -> Response:
+    def _credits_problem(self, asked: Asked, error: InsufficientCredits | WorkshopLocked) -> Reply:
         return self._problem(
             error,
             balance=error.balance,
@@ -157,34 +155,26 @@ class Refusals:
             required=error.required,
             workshop=str(error.workshop) if isinstance(error, WorkshopLocked) else None,
             packs=[describe(pack) for pack in self._packs],
-            checkout=self._renderer.url(request, "api.checkout") if self._sells else None,
+            checkout=None if self._checkout is None else self._renderer.url(asked, self._checkout),
         )
 
-    async def _for_credits(self, request: Request, error: InsufficientCredits | WorkshopLocked) -> Response:
+    def _for_credits(self, asked: Asked, error: InsufficientCredits | WorkshopLocked) -> BuyerPage:
         workshop = None
         if isinstance(error, WorkshopLocked):
             workshop = Workshop(error.workshop, error.title, Access(open=False, reason=AccessReason.LOCKED))
-        here = self._renderer.returning(request.url.path if request.method == "GET" else None)
+        here = self._renderer.returning(asked.path if asked.method == "GET" else None)
         spendable = Standing(error.balance, error.held).spendable
-        return await self._renderer.paywall(
-            request, workshop, balance=spendable, required=error.required, return_to=here
-        )
+        return paywall(workshop, balance=spendable, required=error.required, return_to=here)
 
-    def _to_sign_in(self, request: Request, sign_in: str) -> Response:
-        back = request.url.path + (f"?{request.url.query}" if request.url.query else "")
-        target = sign_in.format(return_to=quote(back if request.method == "GET" else self._renderer.home, safe=""))
-        if is_fragment(request):
-            return Response(status_code=200, headers={"HX-Redirect": target})
-        return RedirectResponse(target, 303)
+    def _to_sign_in(self, asked: Asked, sign_in: Callable[[str], str]) -> Reply:
+        back = asked.path + (f"?{asked.query}" if asked.query else "")
+        target = sign_in(quote(back if asked.method == "GET" else self._renderer.home, safe=""))
+        return Reply(200, headers={"HX-Redirect": target}) if asked.fragment else redirect(target)
 
 
 def describe(pack: Pack) -> dict[str, Any]:
     """A pack as JSON shows it; ``amount`` in minor units of ``currency``."""
     return {"name": pack.name, "credits": pack.credits, "amount": pack.amount, "currency": pack.currency}
-
-
-def _wants_html(request: Request) -> bool:
-    return "text/html" in request.headers.get("accept", "")
 
 
 def _retry(found: Meaning) -> dict[str, str]:

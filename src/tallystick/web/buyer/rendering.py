@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -10,26 +9,24 @@ from urllib.parse import urlencode
 from uuid import uuid4
 
 import jinja2
-from starlette.requests import Request
-from starlette.responses import HTMLResponse
+from markupsafe import Markup
 
 from tallystick.config import Config, Pack
-from tallystick.errors import Key
+from tallystick.web.buyer.asked import Asked, BuyerPage, Reply
 from tallystick.web.buyer.paywall import UNLOCK_CREDITS, Workshop
 from tallystick.web.buyer.texts import Texts
+from tallystick.web.shared.addresses import return_address
 from tallystick.web.shared.pages import StaticFiles, environment
-from tallystick.web.shared.requests import return_address
 
-Preview = Callable[[Request, Key], Any]
-"""The part of a workshop that the paywall shows blurred, as Markup. It reaches the browser, so it must hold nothing
-that a credit buys."""
+Frame = Callable[[Any, str, Markup], str]
+"""Puts the title and the main part of a page into a layout of the host's, for a request as its adapter made it."""
 
 
 class Renderer:
     """Renders the buyer's templates, each as a page or, for htmx, as the dialog of it.
 
     A host replaces ``tallystick/layout.html`` with a file of that name in its own folder of templates; inside, the
-    original is at ``original/tallystick/layout.html``.
+    original is at ``original/tallystick/layout.html``. A host whose layout is no Jinja template gives a ``frame``.
     """
 
     def __init__(
@@ -41,13 +38,13 @@ class Renderer:
         templates: jinja2.BaseLoader | None,
         home: str,
         contact: str | None,
-        preview: Preview | None,
+        frame: Frame | None = None,
     ) -> None:
         self.texts = texts
         self.home = home
         self.static = StaticFiles("tallystick.web.buyer", "tallystick.web.shared")
         self._origins = config.checkout_origins
-        self._preview = preview
+        self._frame = frame
         own = jinja2.PackageLoader("tallystick.web.buyer")
         self._templates = environment(
             *([templates] if templates else []),
@@ -61,71 +58,65 @@ class Renderer:
             new_key=_new_key,
         )
 
-    def render(self, request: Request, template: str, /, **context: Any) -> str:
+    def render(self, asked: Asked, template: str, /, **context: Any) -> str:
         """A template of ours or the host's."""
-        fragment = is_fragment(request)
-        return self._templates.get_template(f"tallystick/{template}").render(
-            url=partial(self.url, request),
-            static=partial(self._static, request),
-            fragment=fragment,
-            heading="h2" if fragment else "h1",
-            layout=f"tallystick/{'dialog' if fragment else 'layout'}.html",
-            **context,
-        )
+        found = self._templates.get_template(f"tallystick/{template}")
+        given = self._given(asked, context)
+        if self._frame is None or asked.fragment or "main" not in found.blocks:
+            return found.render(given)
+        title, main = ("".join(found.blocks[name](found.new_context(given))) for name in ("title", "main"))
+        return self._frame(asked, str(Markup(title).unescape()), Markup(main))  # noqa: S704 - our templates
 
-    def page(
-        self, request: Request, template: str, /, *, status: int = 200, headers: Mapping[str, str] | None = None,
-        **context: Any,
-    ) -> HTMLResponse:  # fmt: skip
-        """A template as an answer."""
-        return HTMLResponse(self.render(request, template, **context), status, headers)
+    def answer(self, asked: Asked, page: BuyerPage, *, preview: Any = None) -> Reply:
+        """A page, rendered; ``preview`` shows blurred behind the lock."""
+        more = {"preview": preview} if page.template == PAYWALL else {}
+        return Reply(page.status, self.render(asked, page.template, **page.context, **more), headers=page.headers)
 
-    async def paywall(
-        self,
-        request: Request,
-        workshop: Workshop | None,
-        *,
-        balance: int,
-        required: int = UNLOCK_CREDITS,
-        return_to: str,
-    ) -> HTMLResponse:
-        """402 as a page, with the host's preview behind the lock."""
-        preview = None
-        if self._preview is not None and workshop is not None and not is_fragment(request):
-            preview = self._preview(request, workshop.key)
-            if inspect.isawaitable(preview):
-                preview = await preview
-        return self.page(
-            request, "paywall.html", status=402, workshop=workshop, balance=balance, required=required,
-            preview=preview, return_to=return_to,
-        )  # fmt: skip
-
-    def url(self, request: Request, name: str, /, *, query: Mapping[str, object] | None = None, **path: object) -> str:
+    def url(self, asked: Asked, name: str, /, *, query: Mapping[str, object] | None = None, **path: object) -> str:
         """The path of one of our routes under the host's prefix, with what is not None of ``query``."""
-        address = request.url_for(f"tallystick.{name}", **{k: str(v) for k, v in path.items()}).path
+        address = asked.url(name, **{k: str(v) for k, v in path.items()})
         given = {k: v for k, v in (query or {}).items() if v is not None}
         return f"{address}?{urlencode(given)}" if given else address
 
-    def absolute(self, request: Request, path: str) -> str:
+    def absolute(self, asked: Asked, path: str) -> str:
         """``path`` as Stripe needs it: on the origin of this request if that is ours, else on the first of ours.
 
         What a client wrote into ``Host`` is thereby never believed.
         """
-        origin = f"{request.url.scheme}://{request.url.netloc}"
         ours = self._origins
-        return (ours[0] if ours and origin not in ours else origin) + path
+        return (ours[0] if ours and asked.origin not in ours else asked.origin) + path
 
-    def returning(self, asked: str | None) -> str:
-        """The address to return to: ``asked`` where it is of this site or an allowed one, else home."""
-        return return_address(asked, self.home, self._origins)
+    def returning(self, wanted: str | None) -> str:
+        """The address to return to: ``wanted`` where it is of this site or an allowed one, else home."""
+        return return_address(wanted, self.home, self._origins)
 
-    def _static(self, request: Request, name: str) -> str:
-        return self.url(request, "static", name=name, query={"v": self.static.version(name)})
+    def _given(self, asked: Asked, context: Mapping[str, Any]) -> dict[str, Any]:
+        fragment = asked.fragment
+        return {
+            "url": partial(self.url, asked),
+            "static": partial(self._static, asked),
+            "form_token": asked.form_token,
+            "fragment": fragment,
+            "heading": "h2" if fragment else "h1",
+            "layout": f"tallystick/{'dialog' if fragment else 'layout'}.html",
+            **context,
+        }
+
+    def _static(self, asked: Asked, name: str) -> str:
+        return self.url(asked, "static", name=name, query={"v": self.static.version(name)})
 
 
-def is_fragment(request: Request) -> bool:
-    """True where htmx asks for a part of a page."""
-    return request.headers.get("hx-request") == "true"
+PAYWALL = "paywall.html"
+
+
+def paywall(workshop: Workshop | None, *, balance: int, required: int = UNLOCK_CREDITS, return_to: str) -> BuyerPage:
+    """402 as a page; ``workshop`` is None where the credits are for something else."""
+    return BuyerPage(
+        PAYWALL,
+        {"workshop": workshop, "balance": balance, "required": required, "return_to": return_to},
+        status=402,
+        preview_of=None if workshop is None else workshop.key,
+    )
 
 
 def _new_key() -> str:

@@ -1,6 +1,10 @@
 """The operator's console: is everything right, and what happened to this person?"""
 
-from tallystick.web.console.access import LocalLink, Passwords, SignIn, TrustedProxy, hash_password
-from tallystick.web.console.routes import console
+from tallystick.web.extras import require_fastapi
+
+require_fastapi()
+
+from tallystick.web.console.access import LocalLink, Passwords, SignIn, TrustedProxy, hash_password  # noqa: E402
+from tallystick.web.console.routes import console  # noqa: E402
 
 __all__ = ["LocalLink", "Passwords", "SignIn", "TrustedProxy", "console", "hash_password"]

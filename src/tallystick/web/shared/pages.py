@@ -67,6 +67,11 @@ def security_headers(*, form_targets: Iterable[str] = ()) -> Mapping[str, str]:
     }
 
 
+def buyer_headers(stripe_api_base: str | None) -> Mapping[str, str]:
+    """As ``security_headers``, of pages that lead to Stripe's hosted one, or to the test double's."""
+    return security_headers(form_targets=[STRIPE_CHECKOUT, *([stripe_api_base] if stripe_api_base else [])])
+
+
 class StaticFiles:
     """The files in the ``static`` folders of some of our packages: style sheets, scripts, pictures."""
 

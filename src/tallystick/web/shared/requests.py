@@ -1,4 +1,4 @@
-"""The checks of every request before anything is done: its size, its origin, and the address it returns to.
+"""The checks of every request before anything is done: its size, its pace and its origin.
 
 Cross-site requests. The host's session is a cookie, so a page of another site could post a form with it. Browsers say
 in ``Sec-Fetch-Site`` where a request comes from, and before that in ``Origin``; no page can forge either. A request
@@ -9,10 +9,8 @@ host's cookie should still be ``SameSite=Lax``.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
 from typing import Final
-from urllib.parse import quote_plus, urlsplit
 
 import anyio
 from starlette.datastructures import Headers
@@ -25,7 +23,6 @@ SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 BODY_MAX_BYTES: Final = 64 * 1024
 WEBHOOK_MAX_BYTES: Final = 1024 * 1024
 BODY_MAX_S: Final = 30.0
-RETURN_MAX: Final = 2_000  # characters, as encoded into an address for Stripe, which takes 5,000 in all
 
 
 def check_same_site(
@@ -55,25 +52,6 @@ def check_same_site(
         f"a page of {origin or site} made this request. If that is one of yours, name it in checkout_origins",
         origin=origin,
     )
-
-
-def return_address(asked: str | None, default: str, allowed_origins: Collection[str] = ()) -> str:
-    """``asked`` if it leads to this site or an allowed one, else ``default``.
-
-    A path begins with one slash: browsers read two, or one and a backslash, as another site, and they drop tabs and
-    line ends before they look.
-    """
-    if asked is None or len(quote_plus(asked)) > RETURN_MAX or not re.fullmatch(r"[!-~]+", asked) or "\\" in asked:
-        return default
-    if asked.startswith("/") and not asked.startswith("//"):
-        return asked
-    try:
-        parts = urlsplit(asked)
-    except ValueError:
-        return default
-    if parts.scheme in {"http", "https"} and f"{parts.scheme}://{parts.netloc}" in allowed_origins:
-        return asked
-    return default
 
 
 def limited(request: Request, limit_bytes: int, *, limit_s: float = BODY_MAX_S) -> Receive:

@@ -1,0 +1,72 @@
+"""A request as the buyer's pages see it, and what they give back: the same for every framework."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from markupsafe import Markup
+
+from tallystick.errors import Key
+
+SEE_OTHER: Final = 303
+HTML: Final = "text/html"
+
+
+class Asked(Protocol):
+    """A request. Each framework's adapter makes one of its own.
+
+    Attributes:
+        method: in capitals.
+        path: without the query.
+        query: what stands behind the question mark, or nothing.
+        origin: scheme and host, as the client wrote them.
+        fragment: True where htmx asks for a part of a page.
+        html: True where a browser asks, and not a program.
+    """
+
+    @property
+    def method(self) -> str: ...  # noqa: D102 - see above
+    @property
+    def path(self) -> str: ...  # noqa: D102
+    @property
+    def query(self) -> str: ...  # noqa: D102
+    @property
+    def origin(self) -> str: ...  # noqa: D102
+    @property
+    def fragment(self) -> bool: ...  # noqa: D102
+    @property
+    def html(self) -> bool: ...  # noqa: D102
+
+    def url(self, name: str, /, **path: str) -> str:
+        """The path of one of our routes, under the host's prefix."""
+
+    def form_token(self) -> Markup:
+        """The hidden field that the framework wants in each form, or nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class BuyerPage:
+    """A page that is not rendered yet. ``preview_of`` is the workshop whose preview the host may show in it."""
+
+    template: str
+    context: Mapping[str, Any]
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+    preview_of: Key | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer as it is sent."""
+
+    status: int
+    body: str = ""
+    media_type: str = HTML
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def redirect(to: str) -> Reply:
+    """An answer that sends a browser to ``to`` by GET."""
+    return Reply(SEE_OTHER, headers={"Location": to})

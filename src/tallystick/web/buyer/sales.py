@@ -1,0 +1,120 @@
+"""Buying at Stripe, for every framework: the start of a purchase, and the page that shows what became of it."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from tallystick import stripe
+from tallystick.config import Config
+from tallystick.errors import Key, StripeUnavailable
+from tallystick.ledger.connections import SyncConnection
+from tallystick.schema import CreditTransactionStatus
+from tallystick.web.buyer.asked import Asked, BuyerPage
+from tallystick.web.buyer.core import Pages
+from tallystick.web.buyer.paywall import Workshop
+from tallystick.web.buyer.rendering import Renderer
+
+Outcome = tuple[str, stripe.Confirmation | None]
+"""The state of a purchase in the template's words, and what Stripe said of it."""
+
+
+class Sales:
+    """The purchases of one configuration. What asks Stripe takes an engine, and transactions of its own."""
+
+    def __init__(self, config: Config, pages: Pages, renderer: Renderer) -> None:
+        self._config = config
+        self._pages = pages
+        self._renderer = renderer
+
+    def start(
+        self,
+        engine: sa.Engine,
+        asked: Asked,
+        user: Key,
+        *,
+        pack: str,
+        key: str | None,
+        return_to: str | None,
+        workshop: str | None,
+    ) -> stripe.Checkout:
+        """Start the purchase of a pack; ``key`` is the client's name for this intent.
+
+        The caller has read ``workshop``: it is the user's, or nothing is sold for it.
+        """
+        back = {"return_to": self._renderer.returning(return_to), "workshop": workshop}
+        success, cancelled = (
+            self._renderer.absolute(asked, self._renderer.url(asked, page, query=back))
+            for page in ("success", "cancelled")
+        )
+        name = None if key is None else f"web:buy:{key}"  # kept apart from the host's keys, as for unlocking
+        return stripe.checkout(engine, self._config, user, pack, success_url=success, cancel_url=cancelled, key=name)
+
+    def goes_to(self, asked: Asked, started: stripe.Checkout, *, return_to: str | None) -> str:
+        """The address for the buyer of a started purchase: Stripe's, or our page where it is over already."""
+        over = {"session_id": started.session, "return_to": self._renderer.returning(return_to)}
+        return started.url or self._renderer.url(asked, "success", query=over)
+
+    def confirm(self, engine: sa.Engine, user: Key, session: str) -> stripe.Confirmation:
+        """Ask Stripe if a session is paid, and grant it at once if so."""
+        return stripe.confirm(engine, self._config, user, session)
+
+    def outcome(self, engine: sa.Engine, user: Key, session: str) -> Outcome:
+        """As ``confirm``, for a page."""
+        try:
+            found = self.confirm(engine, user, session)
+        except StripeUnavailable:
+            return "waiting", None  # the webhook will grant it
+        if found.granted:
+            return "granted", found
+        return ("failed" if found.purchase.status is CreditTransactionStatus.FAILED else "waiting"), found
+
+    def finished(
+        self,
+        conn: SyncConnection,
+        user: Key,
+        outcome: Outcome,
+        *,
+        workshop: str | None,
+        return_to: str | None,
+        here: str,
+    ) -> BuyerPage:
+        """The page that Stripe sends the buyer to; ``here`` is its address, to be asked again."""
+        texts = self._renderer.texts
+        state, found = outcome
+        about, balance = self._about(conn, user, workshop)
+        bought = found.purchase.amount if found is not None else 0
+        title, text = {
+            "granted": (texts.success_title, texts.success(bought, balance)),
+            "waiting": (texts.waiting_title, texts.waiting),
+            "failed": (texts.failed_title, texts.failed),
+        }[state]
+        return self._page(state, title, text, balance, about, return_to=return_to, here=here)
+
+    def cancelled(self, conn: SyncConnection, user: Key, *, workshop: str | None, return_to: str | None) -> BuyerPage:
+        """The page after the buyer turned back."""
+        texts = self._renderer.texts
+        about, balance = self._about(conn, user, workshop)
+        return self._page(
+            "cancelled", texts.cancelled_title, texts.cancelled, balance, about, return_to=return_to, here=""
+        )
+
+    def _about(self, conn: SyncConnection, user: Key, workshop: str | None) -> tuple[Workshop | None, int]:
+        if workshop is None:
+            return None, self._pages.ledger.standing(conn, user).spendable
+        found, now = self._pages.paywall.workshop_and_standing(conn, user, workshop)
+        return found, now.spendable
+
+    def _page(
+        self,
+        state: str,
+        title: str,
+        text: str,
+        balance: int,
+        about: Workshop | None,
+        *,
+        return_to: str | None,
+        here: str,
+    ) -> BuyerPage:
+        back = self._renderer.returning(return_to)
+        shown = {"state": state, "title": title, "text": text, "balance": balance, "workshop": about}
+        return BuyerPage("outcome.html", {**shown, "here": here, "return_to": back})

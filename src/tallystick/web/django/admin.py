@@ -1,0 +1,91 @@
+"""A user's ledger in Django's admin, to be read and not to be changed."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from django.http import HttpRequest
+from django.utils.html import format_html, format_html_join
+
+from tallystick.web.django.django_billing import DjangoBilling
+from tallystick.web.shared import numbers
+
+ROWS = 50
+FIELD = "credit_ledger"
+
+
+class LedgerAdmin:
+    """For the ``ModelAdmin`` of the app's users: the newest of their ledger, and nothing of it to be edited.
+
+    ``billing`` is the app's, as a class attribute. Columns of ours that the model has are read-only. A user with
+    rows in the ledger has no "delete": the database would refuse it.
+    """
+
+    billing: ClassVar[DjangoBilling]
+
+    def credit_ledger(self, user: Any) -> Any:
+        """The balance and the newest rows, as a table."""
+        ledger, conn, key = self.billing.ledger, self.billing.connection, self.user_key(user)
+        now = ledger.standing(conn, key)
+        rows = ledger.history(conn, key, limit=ROWS, include_failed=True)
+        texts = self.billing.renderer.texts
+        columns = ("#", "When (UTC)", "Type", "Status", "Amount", "Balance after", "Description")
+        head = format_html_join("", '<th scope="col">{}</th>', ((column,) for column in columns))
+        body = format_html_join(
+            "",
+            "<tr>" + "<td>{}</td>" * len(columns) + "</tr>",
+            (
+                (
+                    "" if row.sequence is None else row.sequence,
+                    f"{row.completed_at or row.created_at:%Y-%m-%d %H:%M:%S}",
+                    row.type,
+                    row.status,
+                    numbers.change(row.amount),
+                    "" if row.balance_after is None else numbers.number(row.balance_after),
+                    row.description,
+                )
+                for row in rows
+            ),
+        )
+        said = f"{texts.history_balance(now.balance)} {texts.history_held(now) or ''}".strip()
+        if len(rows) == ROWS:
+            said += f" The newest {ROWS} entries; all are in the console."
+        return format_html("<p>{}</p><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>", said, head, body)
+
+    credit_ledger.short_description = "Ledger"  # type: ignore[attr-defined]  # Django's own way
+
+    def user_key(self, user: Any) -> Any:
+        """The key by which the ledger knows the user; override it where that is not the primary key."""
+        return user.pk
+
+    def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> tuple[Any, ...]:
+        """Those of the app, the ledger, and the columns that its functions alone write."""
+        theirs = super().get_readonly_fields(request, obj)  # type: ignore[misc]  # of the ModelAdmin beside it
+        model: Any = self.model  # type: ignore[attr-defined]
+        there = {field.name for field in model._meta.get_fields()}  # noqa: SLF001 - Django's documented name
+        return (*theirs, FIELD, *(name for name in OURS if name in there and name not in theirs))
+
+    def get_fieldsets(self, request: HttpRequest, obj: Any = None) -> list[Any]:
+        """Those of the app, and the ledger below them; of a user who is not there yet, none."""
+        theirs = super().get_fieldsets(request, obj)  # type: ignore[misc]
+        kept = [
+            (title, {**options, "fields": tuple(name for name in options["fields"] if name != FIELD)})
+            for title, options in theirs
+        ]
+        return kept if obj is None else [*kept, ("Credits", {"fields": (FIELD,)})]
+
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        """None for a user whom the ledger knows."""
+        allowed = bool(super().has_delete_permission(request, obj))  # type: ignore[misc]
+        if not allowed or obj is None:
+            return allowed
+        rows = self.billing.ledger.history(self.billing.connection, self.user_key(obj), limit=1, include_failed=True)
+        return not rows
+
+    def get_actions(self, request: HttpRequest) -> dict[str, Any]:
+        """Without "delete selected", which asks for no user's permission."""
+        theirs: dict[str, Any] = super().get_actions(request)  # type: ignore[misc]
+        return {name: action for name, action in theirs.items() if name != "delete_selected"}
+
+
+OURS = ("credit_balance", "credit_sequence", "credit_held", "credit_due_at", "stripe_customer_id")

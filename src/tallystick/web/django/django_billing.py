@@ -1,0 +1,258 @@
+"""The one object that an app of Django's makes: the pages, and the checks before its own views.
+
+All that is read and spent goes through Django's own connection, inside the transaction that Django has there. What
+asks Stripe runs in transactions of its own, through an engine of SQLAlchemy's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping
+from functools import cached_property, wraps
+from typing import Any, ClassVar
+
+import jinja2
+import sqlalchemy as sa
+from django.conf import settings
+from django.contrib.auth import REDIRECT_FIELD_NAME
+from django.db import connections, transaction
+from django.http import HttpRequest, HttpResponse
+from django.middleware.csrf import get_token
+from django.shortcuts import resolve_url
+from django.template.loader import render_to_string
+from django.urls import reverse
+from django.utils.functional import SimpleLazyObject
+from markupsafe import Markup
+
+from tallystick.config import Config
+from tallystick.database import engine as engine_of
+from tallystick.errors import Key, NotSignedIn, TallystickError
+from tallystick.ledger import Access
+from tallystick.web.buyer.asked import HTML, BuyerPage, Reply
+from tallystick.web.buyer.core import Pages
+from tallystick.web.buyer.fragments import Fragments
+from tallystick.web.buyer.refusals import SERVER_FAULT, Refusals
+from tallystick.web.buyer.rendering import Renderer
+from tallystick.web.buyer.texts import Texts
+from tallystick.web.shared.pages import buyer_headers
+
+View = Callable[..., Any]
+Preview = Callable[[HttpRequest, Key], Any]
+"""The part of a workshop that the paywall shows blurred, marked safe. It must hold nothing that a credit buys."""
+
+NAMESPACE = "tallystick"
+
+
+class DjangoAsked:
+    """A request of Django's as the pages see it."""
+
+    def __init__(self, request: HttpRequest) -> None:
+        self.request = request
+        self.method: str = request.method
+        self.path: str = request.path
+        self.query: str = request.META.get("QUERY_STRING", "")
+        self.fragment: bool = request.headers.get("HX-Request") == "true"
+        self.html: bool = HTML in request.headers.get("Accept", "")
+
+    @property
+    def origin(self) -> str:
+        """Scheme and host. Django has compared the host with ``ALLOWED_HOSTS``."""
+        return f"{self.request.scheme}://{self.request.get_host()}"
+
+    def url(self, name: str, /, **path: str) -> str:
+        """The path of one of our routes, where the app has included them."""
+        return str(reverse(f"{NAMESPACE}:{name}", kwargs=path))
+
+    def form_token(self) -> Markup:
+        """The field that Django's ``CsrfViewMiddleware`` looks for."""
+        return Markup('<input type="hidden" name="csrfmiddlewaretoken" value="{}">').format(get_token(self.request))
+
+
+def signed_in_key(request: HttpRequest) -> Key | None:
+    """The primary key of whom Django's authentication has signed in."""
+    key: Key | None = request.user.pk if request.user.is_authenticated else None
+    return key
+
+
+class DjangoBilling:
+    """Everything a buyer meets, and the checks before the app's own views.
+
+    Attributes:
+        ledger, accounts: the operations, which take Django's ``connection``.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        user_key: Callable[[HttpRequest], Key | None] = signed_in_key,
+        using: str = "default",
+        engine: sa.Engine | None = None,
+        layout: str | None = None,
+        texts: Texts | None = None,
+        templates: jinja2.BaseLoader | None = None,
+        home: str = "/",
+        contact: str | None = None,
+        preview: Preview | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """Read nothing yet: neither Django's settings nor the database.
+
+        Args:
+            config: what is sold, and where the app keeps its users and workshops.
+            user_key: the key of who is signed in, or None; ``request.user.pk`` unless the mapping names another key.
+            using: the name of the database in ``DATABASES``.
+            engine: for what asks Stripe; one for ``config.database_url`` unless given.
+            layout: a template of Django's for our pages, which get ``title``, ``head`` and ``main`` in it.
+            texts: every word a buyer reads; subclass ``Texts`` to translate.
+            templates: a Jinja loader that is asked for our templates before ours.
+            home: where a buyer goes who came from nowhere.
+            contact: an address (``mailto:…``) for those whom no pack fits.
+            preview: what the paywall shows blurred.
+            headers: to add to or change in the headers of our pages.
+        """
+        sells = config.stripe_secret_key is not None or importlib.util.find_spec("stripe") is not None
+        packs = config.packs if sells else ()
+        self.config = config
+        self.sells = sells
+        self.renderer = Renderer(
+            config,
+            packs,
+            texts or Texts(),
+            templates=templates,
+            home=home,
+            contact=contact,
+            frame=None if layout is None else self._framed(layout),
+        )
+        self.pages = Pages(config, self.renderer)
+        self.ledger = self.pages.ledger
+        self.accounts = self.pages.accounts
+        self._refusals = Refusals(packs, self.renderer, sign_in=_sign_in, checkout=None)
+        self._user_key = user_key
+        self._using = using
+        self._engine = engine
+        self._preview = preview
+        self._headers = {**buyer_headers(config.stripe_api_base), **(headers or {})}
+
+    @cached_property
+    def engine(self) -> sa.Engine:
+        """The engine for what asks Stripe."""
+        return self._engine or engine_of(str(self.config.database_url), pool_size=2)
+
+    @property
+    def connection(self) -> Any:
+        """Django's connection of this thread."""
+        return connections[self._using]
+
+    # --- before the app's own views ---
+
+    def requires_open_workshop(self, view: View) -> View:
+        """A decorator for views with a ``workshop`` in their path: it must be open and the user's, else 402 or 404."""
+        return self._guarded(view, lambda request, given: self.require_open(self.signed_in(request), given["workshop"]))
+
+    def requires_credit(self, amount: int) -> Callable[[View], View]:
+        """A decorator that lets only those pass who have ``amount`` credits. It looks and does not spend.
+
+        Spend in the view with ``billing.ledger.consume``, which checks again.
+        """
+
+        def check(request: HttpRequest, _: Mapping[str, Any]) -> None:
+            self.pages.paywall.require_credits(self.connection, self.signed_in(request), amount)
+
+        return lambda view: self._guarded(view, check)
+
+    def signed_in(self, request: HttpRequest) -> Key:
+        """The user's key. Raises NotSignedIn."""
+        user = self._user_key(request)
+        if user is None:
+            raise NotSignedIn("nobody is signed in. Sign in, then make the request again")
+        return user
+
+    def require_open(self, user: Key, workshop: object) -> Access:
+        """The access of a workshop that is open and the user's.
+
+        Raises:
+            WorkshopLocked, WorkshopDeleted, UnknownWorkshop, WorkshopNotOwned.
+        """
+        return self.pages.paywall.require_open(self.connection, user, workshop)
+
+    def refusal(self, request: HttpRequest, error: TallystickError) -> HttpResponse:
+        """The answer to an error that a view of the app's own has caught.
+
+        After a fault of the database's or ours the transaction that Django has begun is rolled back.
+        """
+        found = self._refusals.answer(DjangoAsked(request), error)
+        if found.status >= SERVER_FAULT and self.connection.in_atomic_block:
+            transaction.set_rollback(True, using=self._using)
+        return self.response(request, found)
+
+    def context(self, request: HttpRequest) -> dict[str, Any]:
+        """A context processor: ``{{ billing.head }}``, ``{{ billing.badge }}`` and ``{{ billing.welcome }}``.
+
+        A template that uses none of them costs no query.
+        """
+        return {"billing": SimpleLazyObject(lambda: self.fragments(request))}
+
+    def fragments(self, request: HttpRequest) -> Fragments:
+        """Parts of pages for the app's own templates: one query for who is signed in."""
+        user = self._user_key(request)
+        account = None if user is None else self.accounts.get(self.connection, user)
+        return Fragments(self.renderer, DjangoAsked(request), account)
+
+    # --- answers ---
+
+    def response(self, request: HttpRequest, found: BuyerPage | Reply) -> HttpResponse:
+        """The page or answer of the core, as Django sends it."""
+        if isinstance(found, BuyerPage):
+            preview = None
+            if self._preview is not None and found.preview_of is not None:
+                preview = self._preview(request, found.preview_of)
+            found = self.renderer.answer(DjangoAsked(request), found, preview=preview)
+        made = HttpResponse(found.body, status=found.status, content_type=f"{found.media_type}; charset=utf-8")
+        return self.dressed(made, found.headers)
+
+    def dressed(self, made: Any, own: Mapping[str, str]) -> Any:
+        """A response with headers of its own, and the others of ours."""
+        for name, value in {**self._headers, **own}.items():
+            made.headers[name] = value
+        return made
+
+    def _guarded(self, view: View, check: Callable[[HttpRequest, Mapping[str, Any]], object]) -> View:
+        if inspect.iscoroutinefunction(view):
+            raise TypeError(
+                f"{view.__qualname__} is async, and Django's connection works in no event loop. Make the view a plain "
+                "function, or call billing.require_open in sync_to_async"
+            )
+
+        @wraps(view)
+        def guarded(request: HttpRequest, *args: Any, **given: Any) -> Any:
+            try:
+                check(request, given)
+            except TallystickError as error:
+                return self.refusal(request, error)
+            return view(request, *args, **given)
+
+        return guarded
+
+    def _framed(self, layout: str) -> Callable[[DjangoAsked, str, Markup], str]:
+        def framed(asked: DjangoAsked, title: str, main: Markup) -> str:
+            head = Markup(self.renderer.render(asked, "head.html"))  # noqa: S704 - of our own template
+            return str(render_to_string(layout, {"title": title, "head": head, "main": main}, asked.request))
+
+        return framed
+
+
+class OpenWorkshopMixin:
+    """For class-based views with a ``workshop`` in their path; ``billing`` is the app's, as a class attribute."""
+
+    billing: ClassVar[DjangoBilling]
+
+    def dispatch(self, request: HttpRequest, *args: Any, **given: Any) -> Any:
+        """As ``requires_open_workshop``."""
+        dispatch: View = super().dispatch  # type: ignore[misc]  # of the view beside it
+        return self.billing.requires_open_workshop(dispatch)(request, *args, **given)
+
+
+def _sign_in(quoted: str) -> str:
+    return f"{resolve_url(settings.LOGIN_URL)}?{REDIRECT_FIELD_NAME}={quoted}"

@@ -1,0 +1,178 @@
+"""The pages as Django's URLs. Each view reads its request, asks the core, and sends the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+from django.db import transaction
+from django.http import Http404, HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
+from django.urls import path
+from django.views.decorators.csrf import csrf_exempt, csrf_protect
+from django.views.decorators.http import require_http_methods
+
+from tallystick.errors import Key, TallystickError
+from tallystick.ledger import HISTORY_MAX, CreditTransaction
+from tallystick.web.buyer.asked import BuyerPage, Reply, redirect
+from tallystick.web.buyer.core import CSV, csv_lines
+from tallystick.web.buyer.paywall import UNLOCK_CREDITS
+from tallystick.web.django.django_billing import NAMESPACE, DjangoAsked, DjangoBilling
+
+if TYPE_CHECKING:
+    from tallystick.web.buyer.sales import Sales
+
+Shown = Callable[..., BuyerPage | Reply | HttpResponse]
+
+
+def urls(billing: DjangoBilling) -> tuple[list[Any], str]:
+    """The routes, for ``path("billing/", include(urls(billing)))``; they are named ``tallystick:history`` and so on."""
+    found = [*_reading(billing), *_welcome(billing)]
+    if billing.config.host.workshops is not None:
+        found += _unlocking(billing)
+    if billing.sells:
+        from tallystick.web.buyer.sales import Sales  # noqa: PLC0415 - an extra
+
+        found += _buying(billing, Sales(billing.config, billing.pages, billing.renderer))
+    return found, NAMESPACE
+
+
+def _view(billing: DjangoBilling, methods: Mapping[str, Shown]) -> Callable[..., Any]:
+    """A view of who is signed in, one function for each method. Its forms are protected without a middleware too."""
+
+    def shown(request: HttpRequest, **given: Any) -> Any:
+        try:
+            found = methods["GET" if request.method == "HEAD" else request.method](
+                request, billing.signed_in(request), **given
+            )
+        except TallystickError as error:
+            return billing.refusal(request, error)
+        return billing.response(request, found) if isinstance(found, BuyerPage | Reply) else found
+
+    allowed = ["HEAD", *methods] if "GET" in methods else [*methods]
+    made: Callable[..., Any] = require_http_methods(allowed)(csrf_protect(shown))
+    return made
+
+
+def _reading(billing: DjangoBilling) -> list[Any]:
+    pages = billing.pages
+
+    def static(request: HttpRequest, name: str) -> HttpResponse:
+        found = pages.static(name, request.GET.get("v"))
+        if found is None:
+            raise Http404
+        content, media_type, kept = found
+        return billing.dressed(HttpResponse(content, content_type=media_type), {"Cache-Control": kept})
+
+    def badge(_: HttpRequest, user: Key) -> BuyerPage:
+        return pages.badge(billing.connection, user)
+
+    def pricing(request: HttpRequest, user: Key) -> BuyerPage:
+        return pages.pricing(
+            billing.connection, user, workshop=request.GET.get("workshop"), return_to=request.GET.get("return_to")
+        )
+
+    def history(request: HttpRequest, user: Key) -> BuyerPage:
+        return pages.history(billing.connection, user, before=request.GET.get("before"))
+
+    def history_csv(_: HttpRequest, user: Key) -> HttpResponse:
+        def after(row: CreditTransaction | None) -> list[CreditTransaction]:
+            return pages.rows(billing.connection, user, before=row)
+
+        def lines(rows: list[CreditTransaction]) -> Iterator[str]:
+            yield pages.csv_head()
+            while rows:
+                yield "".join(csv_lines(rows))
+                rows = after(rows[-1]) if len(rows) == HISTORY_MAX else []
+
+        first = after(None)  # before the answer begins, so that a refusal can still be one
+        return billing.dressed(StreamingHttpResponse(lines(first), content_type=CSV), pages.csv_headers())
+
+    return [
+        path("static/<str:name>", static, name="static"),
+        path("badge", _view(billing, {"GET": badge}), name="badge"),
+        path("pricing", _view(billing, {"GET": pricing}), name="pricing"),
+        path("history", _view(billing, {"GET": history}), name="history"),
+        path("history.csv", _view(billing, {"GET": history_csv}), name="history_csv"),
+    ]
+
+
+def _welcome(billing: DjangoBilling) -> list[Any]:
+    def welcome(request: HttpRequest, _: Key) -> BuyerPage:
+        return billing.pages.welcome(return_to=request.GET.get("return_to"))
+
+    def welcomed(request: HttpRequest, user: Key) -> Reply:
+        back = request.POST.get("return_to")
+        return billing.pages.welcomed(billing.connection, DjangoAsked(request), user, return_to=back)
+
+    view = _view(billing, {"GET": welcome, "POST": welcomed})
+    return [path("welcome", view, name="welcome"), path("welcome", view, name="welcomed")]
+
+
+def _unlocking(billing: DjangoBilling) -> list[Any]:
+    pages = billing.pages
+
+    def confirm(request: HttpRequest, user: Key, workshop: str) -> BuyerPage:
+        return pages.confirm(billing.connection, user, workshop, return_to=request.GET.get("return_to"))
+
+    def unlock(request: HttpRequest, user: Key, workshop: str) -> BuyerPage | Reply:
+        back = request.POST.get("return_to")
+        return pages.unlock(billing.connection, DjangoAsked(request), user, workshop, return_to=back)
+
+    def unlocked(request: HttpRequest, user: Key, workshop: str) -> BuyerPage:
+        spent = UNLOCK_CREDITS if request.GET.get("spent") == str(UNLOCK_CREDITS) else 0
+        back = request.GET.get("return_to")
+        return pages.unlocked(billing.connection, user, workshop, spent=spent, return_to=back)
+
+    asking = _view(billing, {"GET": confirm, "POST": unlock})
+    return [
+        path("workshops/<str:workshop>/unlock", asking, name="unlock"),
+        path("workshops/<str:workshop>/unlock", asking, name="unlock_now"),
+        path("workshops/<str:workshop>/unlocked", _view(billing, {"GET": unlocked}), name="unlocked"),
+    ]
+
+
+def _buying(billing: DjangoBilling, sales: Sales) -> list[Any]:
+    from tallystick import stripe  # noqa: PLC0415 - an extra
+
+    def checkout(request: HttpRequest, user: Key) -> Reply:
+        sent = request.POST
+        workshop, back = sent.get("workshop"), sent.get("return_to")
+        if workshop is not None:
+            billing.pages.paywall.workshop(billing.connection, user, workshop)  # theirs, or nothing is sold for it
+        asked = DjangoAsked(request)
+        started = sales.start(
+            billing.engine, asked, user, pack=sent.get("pack", ""), key=sent.get("key"), return_to=back,
+            workshop=workshop,
+        )  # fmt: skip
+        return redirect(sales.goes_to(asked, started, return_to=back))
+
+    def success(request: HttpRequest, user: Key) -> BuyerPage:
+        query = request.GET
+        outcome = sales.outcome(billing.engine, user, query.get("session_id", ""))
+        return sales.finished(
+            billing.connection, user, outcome, workshop=query.get("workshop"), return_to=query.get("return_to"),
+            here=request.get_full_path(),
+        )  # fmt: skip
+
+    def cancelled(request: HttpRequest, user: Key) -> BuyerPage:
+        query = request.GET
+        return sales.cancelled(
+            billing.connection, user, workshop=query.get("workshop"), return_to=query.get("return_to")
+        )
+
+    @wraps(stripe.receive)
+    def webhook(request: HttpRequest) -> HttpResponse:
+        signature = request.headers.get("Stripe-Signature")
+        answer = stripe.receive(billing.engine, billing.config, request.body, signature)
+        return JsonResponse({"outcome": answer.outcome, "detail": answer.detail}, status=answer.status)
+
+    delivered = transaction.non_atomic_requests(csrf_exempt(require_http_methods(["POST"])(webhook)))
+    return [
+        # Stripe is asked in transactions of their own: none of Django's is to be open meanwhile
+        path("checkout", transaction.non_atomic_requests(_view(billing, {"POST": checkout})), name="checkout"),
+        path("success", transaction.non_atomic_requests(_view(billing, {"GET": success})), name="success"),
+        path("cancelled", _view(billing, {"GET": cancelled}), name="cancelled"),
+        path("webhooks/stripe", delivered, name="stripe_webhook"),
+        path("webhooks/stripe/", delivered),  # a redirect from one spelling to the other would be a failed delivery
+    ]

@@ -1,0 +1,252 @@
+"""The buyer's side in Django, through the example there: the same pages, by Django's means."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from pages import ROOT, blocks
+from sites import HTMX, DjangoShop
+
+pytestmark = pytest.mark.one_server
+
+
+def test_a_step_is_behind_a_credit(django_shop: DjangoShop) -> None:
+    user = django_shop.user()
+    workshop = django_shop.workshop(user)
+    client = django_shop.client(user)
+    assert client.get(f"/workshops/{workshop}/steps/6").status_code == 200
+    for address in (f"/workshops/{workshop}/steps/7", f"/workshops/{workshop}/summary"):  # a class, and a function
+        refused = client.get(address)
+        assert refused.status_code == 402
+        page = refused.content.decode()
+        assert "Mobile App Discovery continues here" in page
+        assert "You have 0 credits. One unlocks this workshop." in page
+        assert '<a class="brand" href="/">Workshops</a>' in page  # in the app's own layout, a template of Django's
+        assert '<div class="filler">' in page
+        assert f"/billing/pricing?return_to=%2Fworkshops%2F{workshop}" in page
+
+
+def test_a_program_gets_a_problem(django_shop: DjangoShop) -> None:
+    user = django_shop.user()
+    workshop = django_shop.workshop(user)
+    refused = django_shop.client(user).get(f"/workshops/{workshop}/steps/7", headers={"Accept": "application/json"})
+    assert (refused.status_code, refused["Content-Type"]) == (402, "application/problem+json; charset=utf-8")
+    told = refused.json()
+    assert (told["type"], told["balance"], told["required"]) == ("urn:tallystick:problem:workshop-locked", 0, 1)
+    assert (told["workshop"], told["checkout"]) == (str(workshop), None)
+    assert [pack["credits"] for pack in told["packs"]] == [1, 3, 10]
+
+
+def test_spending_asks_first_and_then_says_what_it_did(django_shop: DjangoShop) -> None:
+    user = django_shop.user(credits=3)
+    workshop = django_shop.workshop(user)
+    client = django_shop.client(user, checks_csrf=True)
+    address = f"/billing/workshops/{workshop}/unlock"
+    asked = client.get(f"{address}?return_to=/workshops/{workshop}/steps/7")
+    assert "This will use 1 credit. You have 3." in asked.content.decode()
+    assert client.post(address, {"return_to": "/"}).status_code == 403  # Django's, without the token of the form
+    assert django_shop.balance(user.email) == 3
+
+    done = client.post(address, {"return_to": f"/workshops/{workshop}/steps/7", "csrfmiddlewaretoken": token(asked)})
+    assert done.status_code == 303
+    shown = client.get(done["Location"]).content.decode()
+    assert "1 credit used. 2 left." in shown
+    assert f'href="/workshops/{workshop}/steps/7"' in shown
+    again = client.post(address, {"csrfmiddlewaretoken": token(asked)})
+    assert "unlocked already. Nothing was charged" in client.get(again["Location"]).content.decode()
+    assert client.get(f"/workshops/{workshop}/steps/7").status_code == 200
+    assert django_shop.balance(user.email) == 2
+
+
+def test_htmx_gets_the_dialog_alone(django_shop: DjangoShop) -> None:
+    user = django_shop.user(credits=1)
+    client = django_shop.client(user)
+    address = f"/billing/workshops/{django_shop.workshop(user)}/unlock"
+    assert client.get(address, headers=HTMX).content.decode().lstrip().startswith("<dialog")
+    done = client.post(address, headers=HTMX)
+    assert "1 credit used. 0 left." in done.content.decode()
+    assert done["HX-Trigger"] == "tallystick:balance"
+    assert "0 credits" in client.get("/billing/badge", headers=HTMX).content.decode()
+
+
+def test_the_view_of_a_refusal_keeps_djangos_transaction(django_shop: DjangoShop) -> None:
+    user = django_shop.user()
+    workshop = django_shop.workshop(user)
+    refused = django_shop.client(user).post(f"/billing/workshops/{workshop}/unlock")
+    assert refused.status_code == 402
+    assert "You have 0 credits." in refused.content.decode()
+
+
+def test_another_users_workshop_is_not_there(django_shop: DjangoShop) -> None:
+    workshop = django_shop.workshop(django_shop.user())
+    client = django_shop.client(django_shop.user(credits=1))
+    for address in (f"/billing/workshops/{workshop}/unlock", "/billing/workshops/no-number/unlock"):
+        assert client.get(address).status_code == client.post(address).status_code == 404
+    assert client.get(f"/workshops/{workshop}/steps/7").status_code == 404
+
+
+def test_nobody_is_sent_to_djangos_sign_in_and_back(django_shop: DjangoShop) -> None:
+    client = django_shop.client()
+    sent = client.get("/billing/history?before=7")
+    assert (sent.status_code, sent["Location"]) == (303, "/sign-in?next=%2Fbilling%2Fhistory%3Fbefore%3D7")
+    assert client.get("/billing/badge", headers=HTMX)["HX-Redirect"] == "/sign-in?next=%2Fbilling%2Fbadge"
+    assert client.get("/billing/history", headers={"Accept": "*/*"}).status_code == 401
+
+
+def test_the_history_and_its_file(django_shop: DjangoShop) -> None:
+    user = django_shop.user(credits=3)
+    client = django_shop.client(user)
+    client.post(f"/billing/workshops/{django_shop.workshop(user)}/unlock")
+    page = client.get("/billing/history").content.decode()
+    assert "You have 2 credits." in page
+    assert page.index("Mobile App Discovery") < page.index("A present")
+    file = client.get("/billing/history.csv")
+    assert file["Content-Disposition"] == 'attachment; filename="credits.csv"'
+    lines = b"".join(file.streaming_content).decode().splitlines()
+    assert len(lines) == 3
+    assert client.get("/billing/history?before=no-cursor").status_code == 422
+    assert client.post("/billing/history").status_code == 405
+
+
+def test_the_headers_of_our_pages(django_shop: DjangoShop) -> None:
+    client = django_shop.client(django_shop.user())
+    page = client.get("/billing/pricing")
+    assert "default-src 'none'" in page["Content-Security-Policy"]
+    assert page["Cache-Control"] == "no-store"
+    (style,) = re.findall(r'href="(/billing/static/tallystick\.css\?v=\w+)"', page.content.decode())
+    assert client.get(style)["Cache-Control"] == "public, max-age=31536000, immutable"
+    assert client.get(style.partition("?")[0])["Cache-Control"] == "no-cache"
+    assert client.get("/billing/static/nothing.css").status_code == 404
+
+
+def test_the_welcome_is_remembered(django_shop: DjangoShop) -> None:
+    client = django_shop.client(django_shop.user())
+    assert "ts-welcome" in client.get("/").content.decode()
+    assert client.post("/billing/welcome", {"return_to": "//evil.example"})["Location"] == "/"
+    assert "ts-welcome" not in client.get("/").content.decode()
+
+
+def test_buying(django_shop: DjangoShop) -> None:
+    user = django_shop.user()
+    workshop = django_shop.workshop(user)
+    client = django_shop.client(user, checks_csrf=True)
+    pricing = client.get(f"/billing/pricing?workshop={workshop}&return_to=/workshops/{workshop}/steps/7")
+    form = {"pack": "Flight Crew", "key": "k", "workshop": str(workshop), "csrfmiddlewaretoken": token(pricing)}
+    started = client.post("/billing/checkout", form, headers={"Host": django_shop.origin.partition("://")[2]})
+    assert started["Location"].startswith(django_shop.double.url), started.content
+    again = client.post("/billing/checkout", form)
+    assert again["Location"] == started["Location"]
+    session = urlsplit(started["Location"]).path.rpartition("/")[2]
+    waiting = client.get("/billing/success", {"session_id": session, "workshop": workshop})
+    assert "Your payment is on its way" in waiting.content.decode()
+    assert "Nothing was charged." in client.get("/billing/cancelled").content.decode()
+
+    django_shop.double.pay(session)
+    page = client.get("/billing/success", {"session_id": session, "workshop": workshop}).content.decode()
+    assert "3 credits added. You have 3." in page
+    assert "Use 1 credit to unlock Mobile App Discovery" in page
+    stranger = django_shop.client(django_shop.user())
+    assert stranger.get("/billing/success", {"session_id": session}).status_code == 404
+    unknown = form | {"pack": "Nothing", "key": "l"}
+    assert client.post("/billing/checkout", unknown).status_code == 404
+
+
+def test_a_delivery_needs_a_signature_and_no_token(django_shop: DjangoShop) -> None:
+    client = django_shop.client(checks_csrf=True)
+    for address in ("/billing/webhooks/stripe", "/billing/webhooks/stripe/"):
+        assert client.post(address, b"{}", content_type="application/json").status_code == 400
+        assert client.get(address).status_code == 405
+
+
+def test_the_admin_shows_the_ledger_and_changes_nothing(django_shop: DjangoShop) -> None:
+    from django.contrib.auth import get_user_model
+
+    root = get_user_model().objects.create_superuser("root", email="root@example.com")
+    client = django_shop.client(root)
+    user = django_shop.user(credits=3)
+    page = client.get(f"/admin/auth/user/{user.pk}/change/").content.decode()
+    assert "You have 3 credits." in page
+    (row,) = re.findall(r"<tr><td>(.*?)</td></tr>", page)
+    cells = row.split("</td><td>")
+    assert (cells[0], *cells[2:]) == ("1", "grant", "completed", "+3", "3", "A present")
+    assert client.get(f"/admin/auth/user/{user.pk}/delete/").status_code == 403
+    assert 'name="credit_ledger"' not in page
+    assert client.get("/admin/auth/user/add/").status_code == 200
+    assert 'value="delete_selected"' not in client.get("/admin/auth/user/").content.decode()
+
+
+def test_the_checks_before_a_view(django_shop: DjangoShop) -> None:
+    from django.contrib.auth.models import AnonymousUser
+    from django.http import HttpResponse
+    from django.test import RequestFactory
+
+    from django_workshops.billing import billing
+
+    def report(_request: Any) -> HttpResponse:
+        return HttpResponse("the report")
+
+    async def later(_request: Any) -> HttpResponse:
+        return HttpResponse()
+
+    guarded = billing.requires_credit(2)(report)
+    for user, status in (
+        (AnonymousUser(), 401),
+        (django_shop.user(credits=1), 402),
+        (django_shop.user(credits=2), 200),
+    ):
+        request = RequestFactory().get("/report")
+        request.user = user
+        assert guarded(request).status_code == status
+    with pytest.raises(TypeError, match="later is async"):
+        billing.requires_open_workshop(later)
+
+
+def test_the_page_on_django(django_shop: DjangoShop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from django.contrib import admin
+    from django.contrib.auth.models import User
+    from django.test import RequestFactory, override_settings
+
+    made: dict[str, ModuleType] = {}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATABASE_URL", django_shop.engine.url.render_as_string(hide_password=False))
+    (tmp_path / "tallystick.toml").write_text(
+        '[host.users]\ntable = "auth_user"\nkey_type = "integer"\n[host.workshops]\nkey_type = "bigint"\n'
+    )
+    for code in blocks(ROOT / "docs" / "django.md", "python"):
+        if code.startswith("# "):
+            name = code.partition("\n")[0][2:].removesuffix(".py").replace("/", ".")
+            made[name] = ModuleType(name)
+            monkeypatch.setitem(sys.modules, name, made[name])
+            exec(compile(code, "docs/django.md", "exec", dont_inherit=True), made[name].__dict__)
+    user = django_shop.user(credits=2)
+    workshop = django_shop.workshop(user)
+    request = RequestFactory().get("/", headers={"Accept": "application/json"})
+    request.user = user
+    steps = made["shop.steps"]
+    with override_settings(ROOT_URLCONF="urls"):
+        for view in (steps.last_step, steps.LastStep.as_view()):
+            assert view(request, workshop=workshop).status_code == 402
+        assert steps.report(request).status_code == 200
+        made["shop.billing"].billing.pages.paywall.unlock(connection(), user.pk, workshop)
+        for view in (steps.last_step, steps.LastStep.as_view()):
+            assert view(request, workshop=workshop).content == b"The first screen"
+        assert steps.report(request).status_code == 402
+    shown = made["shop.admin"].WithLedger(User, admin.site)
+    assert "You have 1 credit." in shown.credit_ledger(user)
+
+
+def connection() -> Any:
+    from django.db import connection
+
+    return connection
+
+
+def token(page: Any) -> str:
+    return re.findall(r'name="csrfmiddlewaretoken" value="(\w+)"', page.content.decode())[0]
