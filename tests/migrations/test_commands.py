@@ -213,6 +213,28 @@ def test_rehearse(tally: Tally, app: App, tmp_path: Path) -> None:
     assert [one["fault"] for one in as_json(said)["lived"]] == [None] * 7
 
 
+def test_nothing_to_rehearse_is_said_before_a_copy_is_made(tally: Tally, app: App) -> None:
+    migrate.apply(app.url, app.config)
+    code, _, err = tally("migrate", "rehearse")
+    assert (code, "there is nothing to rehearse: the database is at revision" in err) == (1, True)
+    assert "backup" not in err.lower()
+    assert "starting an embedded server" not in err
+
+
+def test_apply_ends_with_the_snippet_of_the_apps_tool(tally: Tally, app: App, tmp_path: Path) -> None:
+    app.run("CREATE TABLE django_migrations (id serial)", "CREATE TABLE _prisma_migrations (id serial)")
+    (tmp_path / "drizzle.config.ts").touch()
+    said = tally("migrate", "apply")[1]
+    for tool, sign in (
+        ("drizzle", "drizzle.config.ts"),
+        ("prisma", "its table _prisma_migrations"),
+        ("django", "its table django_migrations"),
+    ):
+        assert f"({sign}), which" in said
+        assert f"tallystick migrate snippet {tool}," in said
+    assert "snippet" not in tally("migrate", "apply")[1]
+
+
 def test_a_rehearsal_on_a_copy_that_was_made(
     tally: Tally, app: App, fresh_database: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,8 +46,9 @@ def parts_of(tool: str, app: App) -> dict[str, str]:
     mark = r"^(?:#|//) --- "
     found: dict[str, str] = {}
     with app.engine.connect() as conn:
-        adopted = migrate.examine(conn, app.config).adopted_names
-    for part in re.split(mark, snippet(tool, app.config, adopted), flags=re.MULTILINE)[1:]:
+        host = migrate.examine(conn, app.config)
+    lines = snippet(tool, app.config, host.adopted_names, there=host.columns)
+    for part in re.split(mark, lines, flags=re.MULTILINE)[1:]:
         where, _, lines = part.partition("\n")
         found[where] = lines
     return found
@@ -77,12 +78,17 @@ def test_no_snippet_for_another_tool(app: App) -> None:
         snippet("hibernate", app.config)
 
 
-MODELS = """
+IMPORTS = """
 from datetime import datetime
+from sqlalchemy import DateTime, Text, text
+from sqlalchemy.orm import Mapped, mapped_column
+"""
+MODELS = """
 from uuid import UUID
 from sqlalchemy.dialects.postgresql import TIMESTAMP
-from sqlalchemy import Boolean, DateTime, ForeignKey, Index, Integer, String, Text, text
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy import ForeignKey, Index
+from sqlalchemy.orm import DeclarativeBase
+{imports}
 
 class Base(DeclarativeBase):
     pass
@@ -125,9 +131,12 @@ def test_alembic_check_finds_nothing_with_the_snippet_and_something_without(
     app = make_app(ELSEWHERE_DDL, ELSEWHERE) if elsewhere else make_app()
     migrate.apply(app.url, app.config)
     (tmp_path / "versions").mkdir()
-    users, index, workshops, env = parts_of("sqlalchemy", app).values() if with_snippet else ("", "", "", "")
+    imports, users, index, workshops, env = (
+        parts_of("sqlalchemy", app).values() if with_snippet else (IMPORTS, "", "", "", "")
+    )
     own = "    deleted_at: Mapped[datetime | None] = mapped_column(TIMESTAMP(precision=3{zone}))\n" if elsewhere else ""
     models = MODELS.format(
+        imports=imports,
         users=own.format(zone="") + users,
         users_args='(Index("users_deleted_at", "deleted_at"), {"schema": "app"})' if elsewhere else "()",
         index=index,
@@ -357,6 +366,26 @@ def test_prisma_push_leaves_alone_what_the_snippet_names(app: App, tmp_path: Pat
     assert app.shape() == before
 
 
+PRISMA_OWN = PRISMA_SCHEMA.replace("{users}", "  updatedAt DateTime @updatedAt @db.Timestamp(3)\n{users}").replace(
+    "{workshops}", "  deletedAt DateTime? @db.Timestamp(3)\n{workshops}"
+)
+
+
+def test_prisma_fields_that_the_app_has_keep_their_names(app: App, tmp_path: Path) -> None:
+    """Prisma's own way of naming: the model has ``updatedAt`` for the column "updatedAt"."""
+    app.run(
+        'ALTER TABLE users ADD "updatedAt" timestamp(3) NOT NULL DEFAULT now()',
+        'ALTER TABLE users ALTER "updatedAt" DROP DEFAULT',
+        'ALTER TABLE workshops ADD "deletedAt" timestamp(3)',
+    )
+    migrate.apply(app.url, app.config)
+    before = app.shape()
+    lines = "".join(parts_of("prisma", app).values())
+    assert 'tallystickUpdatedAt          DateTime  @default(now()) @map("updated_at")' in lines
+    assert "already in sync" in prisma_push(project("prisma", tmp_path), app, columns=True, schema=PRISMA_OWN)
+    assert app.shape() == before
+
+
 PRISMA_ELSEWHERE = """
 generator client {{
   provider = "prisma-client"
@@ -413,8 +442,7 @@ DATABASES = {{"default": {{
 """
 DJANGO_MODELS = """
 import uuid
-from django.db import models
-from django.db.models.functions import Now
+{imports}
 
 class User(models.Model):
     id = models.UUIDField(primary_key=True, default=uuid.uuid4)
@@ -471,14 +499,15 @@ def test_django_goes_on_from_the_wrapped_migration(make_app: Callable[..., App],
             timeout=60,
         )
 
-    models.write_text(DJANGO_MODELS.format(users="", workshops=""))
+    own = "from django.db import models\nfrom django.db.models.functions import Now"
+    models.write_text(DJANGO_MODELS.format(imports=own, users="", workshops=""))
     python("-m", "django", "makemigrations", "shop").check_returncode()
     python("-m", "django", "migrate").check_returncode()
     migrate.apply(app.url, app.config)
     before = app.shape()
 
-    users, workshops, wrapper = parts_of("django", app).values()
-    models.write_text(DJANGO_MODELS.format(users=users, workshops=workshops))
+    imports, users, workshops, wrapper = parts_of("django", app).values()
+    models.write_text(DJANGO_MODELS.format(imports=imports, users=users, workshops=workshops))
     python("-m", "django", "makemigrations", "shop", "--name", "tallystick").check_returncode()
     bare = python("-m", "django", "migrate")
     assert bare.returncode != 0, "the columns are there already"

@@ -390,15 +390,20 @@ def snippet(
     tool: Annotated[str, typer.Argument(help=f"One of: {', '.join(migrate.TOOLS)}.", metavar="TOOL")],
 ) -> None:
     """Print the lines for the app's own schema file, so that its tool does not take our columns for leftovers."""
-    config, adopted = invocation(ctx).config(), None
+    config, host = invocation(ctx).config(), None
     if config.database_url or postgres.default_folder().exists():  # it knows which columns the app had before
         try:
             with translated(), invocation(ctx).database(migrating=True) as config, connect(address(config)) as conn:
                 config = with_mapping(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
-                adopted = migrate.examine(conn, config, strict=False).adopted_names
+                host = migrate.examine(conn, config, strict=False)
         except TallystickError as error:
             note(f"The database was not looked at: {error.message}")
-    out.print(migrate.snippet(tool, config, adopted), markup=False)
+    lines = (
+        migrate.snippet(tool, config)
+        if host is None
+        else migrate.snippet(tool, config, host.adopted_names, there=host.columns)
+    )
+    out.print(lines, markup=False)
 
 
 @migrations.command()
@@ -434,7 +439,19 @@ def apply(
                 two_transactions=two_transactions,
                 progress=shown,
             )
-    emit(receipt, lambda: _show_receipt(receipt), as_json=as_json)
+        with awake(config) as conn:
+            tools = migrate.tools(conn, Path.cwd())
+
+    def show() -> None:
+        _show_receipt(receipt)
+        for tool in tools if receipt.changed else ():
+            out.print(
+                f"The app uses {tool.name} ({tool.sign}), which {tool.otherwise}. Next: tallystick migrate snippet "
+                f"{tool.snippet}, and put its lines into the app's schema files",
+                markup=False,
+            )
+
+    emit(receipt, show, as_json=as_json)
 
 
 @app.command(rich_help_panel="Begin here")
@@ -623,6 +640,8 @@ def _restored(ctx: typer.Context, backup_file: Path | None) -> Iterator[tuple[Co
             config = stack.enter_context(invocation(ctx).database(migrating=True))
             backup_file = folder / "copy.backup"
             config = _say_where(ctx, config)
+            with awake(config) as conn:
+                migrate.refuse_nothing_to_rehearse(conn)
             take_backup(address(config), backup_file)
         else:
             config = invocation(ctx).config()

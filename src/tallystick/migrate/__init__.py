@@ -10,7 +10,15 @@ from tallystick.migrate.checks.plan import (
     plan,
     sql,
 )
-from tallystick.migrate.checks.rehearsal import Lived, Rehearsal, Traced, refuse_same_database, rehearse, report
+from tallystick.migrate.checks.rehearsal import (
+    Lived,
+    Rehearsal,
+    Traced,
+    refuse_nothing_to_rehearse,
+    refuse_same_database,
+    rehearse,
+    report,
+)
 from tallystick.migrate.checks.status import Applied, Drift, Status, functions_sql, status
 from tallystick.migrate.host.candidates import Candidate
 from tallystick.migrate.host.own_credits import Difference, OwnCredits, OwnHistory
@@ -19,7 +27,7 @@ from tallystick.migrate.host.proposal import has_balances, other_than_primary, p
 from tallystick.migrate.host.tables import HostColumn, HostTable
 from tallystick.migrate.host_tools.alembic_bridge import downgrade_revision, upgrade_revision
 from tallystick.migrate.host_tools.snippets import TOOLS, snippet
-from tallystick.migrate.host_tools.trackers import Entry, Tracker, concerns, trackers
+from tallystick.migrate.host_tools.trackers import Entry, HostTool, Tracker, concerns, tools, trackers
 from tallystick.migrate.revisions import Revision, revisions
 from tallystick.migrate.runner.adopt import Adopted, adopt, cut_over, look_at_own_credits
 from tallystick.migrate.runner.blockers import Blocker
@@ -41,6 +49,7 @@ __all__ = [
     "Host",
     "HostColumn",
     "HostTable",
+    "HostTool",
     "Lived",
     "OnlineStep",
     "OwnCredits",
@@ -72,6 +81,7 @@ __all__ = [
     "people",
     "plan",
     "propose",
+    "refuse_nothing_to_rehearse",
     "refuse_same_database",
     "rehearse",
     "report",
@@ -79,6 +89,7 @@ __all__ = [
     "snippet",
     "sql",
     "status",
+    "tools",
     "trackers",
     "undo",
     "upgrade_revision",

@@ -24,7 +24,8 @@ from tallystick.errors import Key, MigrationError, TallystickError
 from tallystick.ledger import Ledger
 from tallystick.migrate.checks.plan import Phase, PlannedStatement, plan
 from tallystick.migrate.checks.status import status
-from tallystick.migrate.host.preflight import Host, examine
+from tallystick.migrate.host.preflight import Host, current_revision, examine
+from tallystick.migrate.revisions import after
 from tallystick.migrate.runner.run import undo
 from tallystick.migrate.runner.session import driver, engine_of, session
 from tallystick.schema import LEDGER, user_columns, workshop_columns
@@ -91,6 +92,13 @@ class Rehearsal:
         return (*self.surprises, *faults, *self.drift, *self.broken, *self.left_behind)
 
 
+def refuse_nothing_to_rehearse(conn: sa.Connection) -> None:
+    """Raises MigrationError where no revision is to come. It is asked of the original, before a copy is made."""
+    revision = current_revision(conn)
+    if not after(revision):
+        raise MigrationError(f"there is nothing to rehearse: the database is at revision {revision} already")
+
+
 def rehearse(
     database: sa.Engine | str,
     config: Config,
@@ -114,8 +122,7 @@ def rehearse(
     with session(engine) as conn:
         host = examine(conn, config)
         planned = plan(conn, config)
-        if not planned.revisions:
-            raise MigrationError(f"there is nothing to rehearse: the database is at revision {host.revision} already")
+        refuse_nothing_to_rehearse(conn)
         before = _catalogue(conn)
         own_triggers = {table.shown for table in host.tables if conn.scalar(_TRIGGERS, {"table": table.oid})}
         there = _contents(conn, host)

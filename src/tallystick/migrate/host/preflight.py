@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import sqlalchemy as sa
@@ -69,7 +69,8 @@ class Host:
     """The result of the preflight. ``adopted`` are columns of ours that the host had before their revision came.
 
     ``prepared`` is the revision after ``revision`` where its new objects are committed and nothing uses them yet.
-    ``missing_privileges`` and ``breaks`` (what of the app's would fail with further columns) stop a run.
+    ``columns`` are the names that each mapped table has now. ``missing_privileges`` and ``breaks`` (what of the app's
+    would fail with further columns) stop a run.
     """
 
     server_version: int
@@ -84,6 +85,7 @@ class Host:
     ledger_schema: str = "public"
     balance: str = "credit_balance"
     follows: bool = False
+    columns: Mapping[Word, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def by_word(self) -> dict[Word, HostTable]:
@@ -169,6 +171,7 @@ def examine(conn: sa.Connection, config: Config, *, strict: bool = True) -> Host
         ledger_schema=mapping.schema_of_ledger,
         balance=mapping.users.balance,
         follows=revision is not None and ("users", "credit_balance") in adopted and not was_cut_over(conn),
+        columns={"users": tuple(users_columns), "workshops": tuple(workshops_columns)},
     )
 
 

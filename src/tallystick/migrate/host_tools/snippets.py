@@ -8,8 +8,15 @@ from collections.abc import Collection, Mapping
 
 from tallystick.config import Config, HostMapping
 from tallystick.errors import ConfigError, shown
+from tallystick.migrate.revisions import Word
 from tallystick.schema import LEDGER, CreditTransactionStatus, CreditTransactionType
 
+_SQLALCHEMY_IMPORTS = """\
+# --- at the top of your models
+from datetime import datetime
+from sqlalchemy import Boolean, DateTime, Index, Integer, String, Text, text
+from sqlalchemy.orm import Mapped, mapped_column
+"""
 _SQLALCHEMY_USERS = """\
 # --- in the model of {users}
     credit_balance: Mapped[int] = mapped_column(Integer, server_default=text("0"))
@@ -108,6 +115,11 @@ _PRISMA_CONFIG = """\
   enums: {{ external: ["{schema}.credit_transaction_type", "{schema}.credit_transaction_status"] }},
 """
 
+_DJANGO_IMPORTS = """\
+# --- at the top of your models
+from django.db import models
+from django.db.models.functions import Now
+"""
 _DJANGO = """\
 # --- in the model of {users}
     credit_balance = models.IntegerField(db_default=0)
@@ -132,37 +144,52 @@ _DJANGO_STATE = """\
     ])]
 """
 
-_TOOLS: Mapping[str, tuple[str, str, str, str]] = {
-    "sqlalchemy": (_SQLALCHEMY_USERS, _SQLALCHEMY_INDEX, _SQLALCHEMY_WORKSHOPS, _SQLALCHEMY_ENV),
-    "drizzle": (_DRIZZLE, _DRIZZLE_INDEX, _DRIZZLE_WORKSHOPS, _DRIZZLE_CONFIG),
-    "prisma": (_PRISMA, "", _PRISMA_WORKSHOPS, _PRISMA_CONFIG),
-    "django": (_DJANGO, "", _DJANGO_WORKSHOPS, _DJANGO_STATE),
+_TOOLS: Mapping[str, tuple[str, str, str, str, str]] = {
+    "sqlalchemy": (_SQLALCHEMY_IMPORTS, _SQLALCHEMY_USERS, _SQLALCHEMY_INDEX, _SQLALCHEMY_WORKSHOPS, _SQLALCHEMY_ENV),
+    "drizzle": ("", _DRIZZLE, _DRIZZLE_INDEX, _DRIZZLE_WORKSHOPS, _DRIZZLE_CONFIG),
+    "prisma": ("", _PRISMA, "", _PRISMA_WORKSHOPS, _PRISMA_CONFIG),
+    "django": (_DJANGO_IMPORTS, _DJANGO, "", _DJANGO_WORKSHOPS, _DJANGO_STATE),
 }
 _NOT_READ = "{comment} leave out the columns that your models name already, and keep your own lines for them\n"
 
 TOOLS = tuple(_TOOLS)
 
 
-def snippet(tool: str, config: Config, adopted: Collection[str] | None = None) -> str:
+def snippet(
+    tool: str,
+    config: Config,
+    adopted: Collection[str] | None = None,
+    *,
+    there: Mapping[Word, Collection[str]] | None = None,
+) -> str:
     """The lines for one of ``TOOLS``.
 
     ``adopted``: columns that the app had before and its models name already, as ``Host.adopted_names``. They are left
-    out; where they are not known (None), a comment says to do so.
+    out; where they are not known (None), a comment says to do so. ``there``: the names of all columns of the app's
+    tables, as ``Host.columns``. A field of ours that would be called like one of them gets a name of its own.
 
     Raises:
         ConfigError: there is none for this tool.
     """
     if tool not in _TOOLS:
         raise ConfigError(f"there is no snippet for {shown(tool)}. There is one for: {', '.join(TOOLS)}", key=tool)
-    users, index, workshops, rest = _TOOLS[tool]
-    parts = [
-        _without(users, "users", adopted or ()),
-        index,
-        _without(workshops, "workshops", adopted or ()) if config.host.workshops else "",
-        rest,
-    ]
+    imports, users, index, workshops, rest = _TOOLS[tool]
+    of_users, of_workshops = (there or {}).get("users", ()), (there or {}).get("workshops", ())
+    users, index = _renamed(_without(users, "users", adopted or ()), of_users), _renamed(index, of_users)
+    workshops = _renamed(_without(workshops, "workshops", adopted or ()), of_workshops)
+    parts = [imports, users, index, workshops if config.host.workshops else "", rest]
     text = "\n".join(part for part in parts if part).format(**_names(config.host))
     return _NOT_READ.format(comment=rest.split()[0]) + text if adopted is None else text
+
+
+def _renamed(part: str, there: Collection[str]) -> str:
+    """Fields in camel case that Prisma's and Drizzle's models have for columns of that very name."""
+    for name in there:
+        if name != name.lower():
+            field = f"tallystick{name[0].upper()}{name[1:]}"
+            part = re.sub(rf"^  {re.escape(name)}(:|\s)", rf"  {field}\1", part, flags=re.MULTILINE)
+            part = re.sub(rf"\btable\.{re.escape(name)}\b", f"table.{field}", part)
+    return part
 
 
 def _without(part: str, word: str, adopted: Collection[str]) -> str:

@@ -60,6 +60,44 @@ _FOUND = sa.text("""
 """)
 
 
+@dataclass(frozen=True)
+class HostTool:
+    """A tool that the app keeps its schema with: how it is known, what it does to columns that it does not know.
+
+    ``snippet`` is its name for ``snippet``.
+    """
+
+    name: str
+    snippet: str
+    sign: str
+    otherwise: str
+
+
+_DROPS = "would drop columns and tables of the ledger that its schema does not name"
+_TOOLS: Sequence[tuple[str, str, str, Sequence[str], str]] = (
+    ("Drizzle", "drizzle", "__drizzle_migrations", ("drizzle.config.ts", "drizzle.config.js"), _DROPS),
+    ("Prisma", "prisma", "_prisma_migrations", ("prisma/schema.prisma", "schema.prisma", "prisma.config.ts"), _DROPS),
+    ("Django", "django", "django_migrations", ("manage.py",), "cannot read the ledger's columns until its models do"),
+    ("Alembic", "sqlalchemy", "alembic_version", ("alembic.ini",), _DROPS),
+)
+_THERE = sa.text("""
+    SELECT DISTINCT c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE c.relkind = 'r' AND c.relname = ANY (:names) AND n.nspname <> :ours
+""")
+
+
+def tools(conn: sa.Connection, folder: Path) -> tuple[HostTool, ...]:
+    """The tools that have a table in this database or a file in the app's ``folder``."""
+    names = [table for _, _, table, _, _ in _TOOLS]
+    tables = set(conn.scalars(_THERE, {"names": names, "ours": BOOKKEEPING_SCHEMA}))
+    found = []
+    for name, snippet, table, files, otherwise in _TOOLS:
+        signs = [f"its table {table}"] if table in tables else [file for file in files if (folder / file).is_file()]
+        if signs:
+            found.append(HostTool(name, snippet, signs[0], otherwise))
+    return tuple(found)
+
+
 def trackers(conn: sa.Connection, *, drizzle: Path | None = None) -> tuple[Tracker, ...]:
     """The trackers of other tools in this database.
 
