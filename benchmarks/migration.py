@@ -64,7 +64,7 @@ Candidate = Callable[[str, Config], int]
 
 
 def ours(url: str, config: Config) -> int:
-    return migrate.apply(url, config).steps[0].attempts
+    return migrate.apply(url, config).attempts
 
 
 def retried(lock_timeout: str | None) -> Candidate:

@@ -96,7 +96,7 @@ def test_it_is_warned_of_and_felt_as_documented(pair: tuple[App, str]) -> None:
         receipt = migrate.apply(app.url, app.config, give_up_after_s=30)
 
         # where it was migrated nobody had to wait for the report
-        assert receipt.steps[0].waited_for == ()
+        assert receipt.waited_for == ()
         assert app.value("SELECT sum(credit_balance) FROM users") == 0
         # there everyone who comes later waits for it, and the plan tells how far it is behind
         until(lambda: not readable(there))

@@ -24,20 +24,18 @@ from tallystick.schema import HEAD
 EVERY = [revision.revision for revision in revisions()]
 
 
-def run_until_prepared(url: str, config: Config, revision: str) -> None:
-    """Kills its own process where the new objects of ``revision`` are committed and nothing else of it."""
+def run_until_prepared(url: str, config: Config) -> None:
+    """Kills its own process where the new objects are committed and nothing else."""
 
     def progress(now: migrate.Progress) -> None:
-        if now.phase == "prepared" and now.revision == revision:
+        if now.phase == "prepared":
             os.kill(os.getpid(), signal.SIGKILL)
 
     migrate.apply(url, config, two_transactions=True, progress=progress)
 
 
-def prepare(app: App, revision: str) -> None:
-    process = multiprocessing.get_context("forkserver").Process(
-        target=run_until_prepared, args=(app.url, app.config, revision)
-    )
+def prepare(app: App) -> None:
+    process = multiprocessing.get_context("forkserver").Process(target=run_until_prepared, args=(app.url, app.config))
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
@@ -107,8 +105,8 @@ def test_it_ends_as_the_usual_run(name: str, make_app: Callable[..., App]) -> No
     receipt = migrate.apply(app.url, app.config, two_transactions=True)
 
     assert app.shape() == usual
-    assert [step.two_transactions for step in receipt.steps] == [True] * len(EVERY)
-    assert all(step.locked_ms > 0 for step in receipt.steps)
+    assert receipt.two_transactions
+    assert receipt.locked_ms > 0
     assert app.rows("SELECT revision, direction FROM tallystick.migration_log ORDER BY id") == [
         (revision, "apply") for revision in EVERY
     ]
@@ -122,57 +120,65 @@ def test_the_usual_run_is_one_transaction(app: App) -> None:
     seen = []
     receipt = migrate.apply(app.url, app.config, progress=lambda now: seen.append(now.phase))
     assert "prepared" not in seen
-    assert not any(step.two_transactions for step in receipt.steps)
+    assert not receipt.two_transactions
+    assert len(app.rows("SELECT DISTINCT applied_at FROM tallystick.migration_log")) == 1
 
 
-@pytest.mark.parametrize("revision", EVERY)
+@pytest.fixture(params=[None, *EVERY[:-1]])
+def before(app: App, request: pytest.FixtureRequest) -> str | None:
+    """The revision that the database is at before the run."""
+    if request.param:
+        migrate.apply(app.url, app.config)
+        migrate.undo(app.url, app.config, to=request.param)
+    return request.param
+
+
 class TestKilledBetween:
-    def test_what_is_there_is_named(self, app: App, revision: str) -> None:
-        before = [None, *EVERY][EVERY.index(revision)]
-        prepare(app, revision)
+    def test_what_is_there_is_named(self, app: App, before: str | None) -> None:
+        prepare(app)
         found = status(app)
-        assert (found.revision, found.prepared, found.healthy) == (before, revision, False)
+        assert (found.revision, found.prepared, found.healthy) == (before, HEAD, False)
         planned = plan(app)
         [note] = [finding.text for finding in planned.findings if "interrupted" in finding.text]
-        assert f"revision {revision}" in note
-        assert not [one for one in planned.revisions[0].statements if one.sql.startswith("CREATE TABLE")]
+        assert f"revision {HEAD}" in note
+        assert not [one for one in planned.statements if one.sql.startswith("CREATE TABLE")]
         if before is None:
             assert columns(app) == COLUMNS
 
     @pytest.mark.parametrize("two_transactions", [False, True])
-    def test_the_next_run_goes_on(self, app: App, revision: str, two_transactions: bool) -> None:
+    def test_the_next_run_goes_on(self, app: App, before: str | None, two_transactions: bool) -> None:
         migrate.apply(app.url, app.config)
         usual = app.shape()
-        migrate.undo(app.url, app.config)
-        prepare(app, revision)
+        migrate.undo(app.url, app.config, to=before)
+        prepare(app)
 
         receipt = migrate.apply(app.url, app.config, two_transactions=two_transactions)
 
-        assert [step.revision for step in receipt.steps] == EVERY[EVERY.index(revision) :]
-        assert receipt.steps[0].two_transactions
+        assert list(receipt.revisions) == EVERY[[None, *EVERY].index(before) :]
+        assert receipt.two_transactions
         assert app.shape() == usual
         assert status(app).healthy
 
-    def test_undo_brings_back_exactly_what_was(self, app: App, revision: str) -> None:
-        before = app.dump("--schema-only")
-        prepare(app, revision)
+    @pytest.mark.usefixtures("before")
+    def test_undo_brings_back_exactly_what_was(self, make_app: Callable[..., App], app: App) -> None:
+        prepare(app)
         receipt = migrate.undo(app.url, app.config)
-        assert [step.revision for step in receipt.steps] == list(reversed(EVERY[: EVERY.index(revision) + 1]))
-        assert app.dump("--schema-only") == before
+        assert list(receipt.revisions) == list(reversed(EVERY))
+        assert app.dump("--schema-only") == make_app().dump("--schema-only")
         assert not migrate.undo(app.url, app.config).changed
 
 
 def test_a_column_of_ours_that_the_app_adds_in_between_is_adopted(app: App) -> None:
-    prepare(app, EVERY[0])
+    prepare(app)
     app.run("ALTER TABLE users ADD deleted_at timestamptz")
-    assert migrate.apply(app.url, app.config).steps[0].adopted == ("users.deleted_at",)
+    assert migrate.apply(app.url, app.config).adopted == ("users.deleted_at",)
     assert status(app).healthy
     migrate.undo(app.url, app.config)
     assert app.value("SELECT count(*) FROM pg_attribute WHERE attname = 'deleted_at'") == 1
 
 
 def test_undo_in_between_leaves_the_apps_columns_and_locks_none_of_its_tables(app: App) -> None:
-    prepare(app, EVERY[0])
+    prepare(app)
     app.run("ALTER TABLE users ADD deleted_at timestamptz")
     with app.engine.connect() as reader:
         reader.exec_driver_sql("SELECT FROM users, workshops LIMIT 1")
@@ -181,7 +187,7 @@ def test_undo_in_between_leaves_the_apps_columns_and_locks_none_of_its_tables(ap
 
 
 def test_rows_that_somebody_put_there_are_not_thrown_away_unasked(app: App) -> None:
-    prepare(app, EVERY[0])
+    prepare(app)
     app.run(
         "INSERT INTO credit_transactions (id, user_id, type, status, amount, description)"
         " SELECT gen_random_uuid(), id, 'purchase', 'pending', 1, 'by hand' FROM users LIMIT 1"
@@ -192,7 +198,7 @@ def test_rows_that_somebody_put_there_are_not_thrown_away_unasked(app: App) -> N
 
 
 def test_another_mapping_in_between_is_refused(app: App) -> None:
-    prepare(app, EVERY[0])
+    prepare(app)
     app.run("CREATE SCHEMA other", "CREATE TABLE other.users (id uuid PRIMARY KEY)")
     elsewhere = Config(database_url=app.url, host=HostMapping(users=UsersTable(schema="other"), workshops=None))
     with pytest.raises(HostMismatch, match=r"host\.users\.schema is 'other', in the database 'public'"):
@@ -225,9 +231,9 @@ def test_a_saturated_database_is_told_of_it(app: App) -> None:
 
         with pytest.raises(MigrationBlocked) as caught:
             migrate.apply(app.url, app.config, stall_budget_ms=20, give_up_after_s=1, two_transactions=True)
-        assert "The new objects of revision 0001 are there and nothing uses them" in str(caught.value)
+        assert f"The new objects of revision {HEAD} are there and nothing uses them" in str(caught.value)
         assert "--two-transactions" not in str(caught.value)
-        assert status(app).prepared == "0001"
+        assert status(app).prepared == HEAD
 
     assert migrate.apply(app.url, app.config).after == HEAD
     migrate.undo(app.url, app.config)

@@ -146,7 +146,7 @@ def test_an_apps_role_keeps_its_rights_and_gets_those_on_what_is_new(old: App, r
 def test_a_column_of_the_apps_own_is_adopted_where_it_fits_and_stays(old: App) -> None:
     old.run("ALTER TABLE users ADD COLUMN credit_due_at timestamptz")
     receipt = migrate.apply(old.url, old.config)
-    assert receipt.steps[0].adopted == ("users.credit_due_at",)
+    assert receipt.adopted == ("users.credit_due_at",)
     with old.engine.connect() as conn:
         assert migrate.status(conn, old.config).adopted == ("users.credit_due_at",)
     migrate.undo(old.url, old.config)

@@ -132,10 +132,9 @@ class _Demo:
             usual, before, began = traffic.median_ms(), traffic.worst_ms(), time.perf_counter()
             receipt = migrate.apply(self.url, self.config)
             time.sleep(SOME_TRAFFIC_S)
-        locked = sum(step.locked_ms for step in receipt.steps)
         worst, errors = traffic.worst_ms(since=began), sum(traffic.errors.values())
         self.say(
-            f"Tables locked for {locked:.1f} ms. Live traffic went on before, meanwhile and after: "
+            f"Tables locked for {receipt.locked_ms:.1f} ms. Live traffic went on before, meanwhile and after: "
             f"{len(traffic.latencies_ms):,} statements, median {usual:.1f} ms, {errors} failed. The slowest took "
             f"{before:.0f} ms before the migration, and {worst:.0f} ms since it began."
         )
@@ -143,7 +142,7 @@ class _Demo:
             self.say(f"{times} times {error}")
         self.kept.add(
             "The migration is all or nothing, and live traffic does not feel it",
-            f"tables locked for {locked:.1f} ms, slowest statement {worst:.0f} ms ({before:.0f} ms before), "
+            f"tables locked for {receipt.locked_ms:.1f} ms, slowest statement {worst:.0f} ms ({before:.0f} ms before), "
             f"{errors} errors",
             errors == 0 and worst <= max(FELT_MS, 4 * before),
         )

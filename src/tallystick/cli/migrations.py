@@ -67,9 +67,7 @@ StallBudget = Annotated[
         "--stall-budget-ms", help="How long one attempt may let live traffic wait for a lock.", min=1, metavar="MS"
     ),
 ]
-GiveUpAfter = Annotated[
-    float, typer.Option("--give-up-after", help="For how long to try, per revision.", min=1, metavar="SECONDS")
-]
+GiveUpAfter = Annotated[float, typer.Option("--give-up-after", help="For how long to try.", min=1, metavar="SECONDS")]
 
 
 class Credits(StrEnum):
@@ -230,8 +228,7 @@ def plan(
         if planned.adopted:
             out.print(f"There already, and adopted as they are: {', '.join(planned.adopted)}.", markup=False)
         show_plan(out, planned)
-        for revision in planned.revisions:
-            out.print(f"{revision.revision} will hold its locks for about {revision.estimated_hold_ms:.0f} ms.")
+        out.print(f"The tables will be locked for about {planned.estimated_hold_ms:.0f} ms.")
         for blocker in planned.blockers:
             out.print(f"In the way now: {blocker}.", markup=False)
         for pid, age_s in planned.long_transactions:
@@ -239,7 +236,7 @@ def plan(
         for finding in planned.findings:
             out.print(f"{finding.severity.capitalize()}: {finding.text}.", markup=False)
         if not stopped:
-            out.print("All of a revision happens, or nothing. Next: tallystick migrate apply")
+            out.print("All of it happens, or nothing. Next: tallystick migrate apply")
 
     emit(planned, show, as_json=as_json)
     if stopped:
@@ -268,21 +265,22 @@ def show_plan(console: Console, planned: migrate.Plan, *, brief: bool = False) -
         console.print(f"   {text}", style=style, markup=False, no_wrap=True, overflow="ellipsis", soft_wrap=False)
 
     for revision in planned.revisions:
-        for phase, title in _PHASES.items():
-            of_phase = [statement for statement in revision.statements if statement.phase == phase]
-            felt = [statement for statement in of_phase if statement.locks or not brief]
-            if of_phase:
-                line(f"{revision.revision}. {title}", "bold")
-            for statement in felt:
-                line("  " + " ".join(statement.sql.split()))
-                costs = [word for word, true in (("scans", statement.scans), ("rewrites", statement.rewrites)) if true]
-                if statement.locks or costs:
-                    line("      " + ", ".join([_locks(statement), *costs]), "dim")
-            if others := len(of_phase) - len(felt):
-                line(
-                    f"  and {others} {'more that locks' if others == 1 else 'more that lock'} nothing which is there",
-                    "dim",
-                )
+        line(f"{revision.revision}. {revision.title}")
+    for phase, title in _PHASES.items():
+        of_phase = [statement for statement in planned.statements if statement.phase == phase]
+        felt = [statement for statement in of_phase if statement.locks or not brief]
+        if of_phase:
+            line(title, "bold")
+        for statement in felt:
+            line("  " + " ".join(statement.sql.split()))
+            costs = [word for word, true in (("scans", statement.scans), ("rewrites", statement.rewrites)) if true]
+            if statement.locks or costs:
+                line("      " + ", ".join([_locks(statement), *costs]), "dim")
+        if others := len(of_phase) - len(felt):
+            line(
+                f"  and {others} {'more that locks' if others == 1 else 'more that lock'} nothing which is there",
+                "dim",
+            )
 
 
 def _locks(statement: migrate.PlannedStatement) -> str:
@@ -607,8 +605,8 @@ def rehearse(
         for one in done.statements:
             if one.locks:
                 held = "; ".join(f"{lock} on {name}" for name, lock in one.locks)
-                out.print(f"{one.revision} {one.took_ms:7.1f} ms  {' '.join(one.sql.split())[:60]}", markup=False)
-                out.print(f"                  {held}", style="dim", markup=False)
+                out.print(f"{one.took_ms:7.1f} ms  {' '.join(one.sql.split())[:65]}", markup=False)
+                out.print(f"             {held}", style="dim", markup=False)
         out.print(f"Tables locked for {done.locked_ms:.1f} ms, statement by statement; a run sends them as one.")
         if done.lived:
             did = ", ".join(f"{one.what} {one.took_ms:.1f} ms" for one in done.lived)
@@ -763,16 +761,16 @@ def _show_receipt(receipt: migrate.Receipt) -> None:
         where = f"at revision {receipt.after}" if receipt.after else "without Tallystick"
         out.print(f"Nothing to do: the database is {where} already.")
         return
-    for step in receipt.steps:
+    if receipt.revisions:
         verb = "Applied" if receipt.action == "apply" else "Undid"
-        tries = "1 attempt" if step.attempts == 1 else f"{step.attempts} attempts"
+        tries = "1 attempt" if receipt.attempts == 1 else f"{receipt.attempts} attempts"
         out.print(
-            f"{verb} {step.revision}: tables locked for {step.locked_ms:.1f} ms, {tries}, "
-            f"{step.duration_ms / 1000:.1f} s in all{', in two transactions' if step.two_transactions else ''}."
+            f"{verb} {', '.join(receipt.revisions)}: tables locked for {receipt.locked_ms:.1f} ms, {tries}, "
+            f"{receipt.duration_ms / 1000:.1f} s in all{', in two transactions' if receipt.two_transactions else ''}."
         )
-        if step.adopted:
-            out.print(f"  Adopted as they were: {', '.join(step.adopted)}.", markup=False)
-        for blocker in step.waited_for:
+        if receipt.adopted:
+            out.print(f"  Adopted as they were: {', '.join(receipt.adopted)}.", markup=False)
+        for blocker in receipt.waited_for:
             out.print(f"  Waited for {blocker}.", markup=False)
     for built in receipt.online:
         out.print(f"{built.outcome.capitalize()} {built.name} beside the traffic in {built.duration_ms / 1000:.1f} s.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,8 +17,8 @@ from psycopg.sql import Composable, Identifier
 from tallystick.config import Config, HostMapping
 from tallystick.migrate.host.preflight import Host, examine
 from tallystick.migrate.host.tables import HostTable, columns_of, looking
-from tallystick.migrate.revisions import HostNames, Revision, adopted_by, after, revisions
-from tallystick.migrate.runner.blockers import Blocker, Watch
+from tallystick.migrate.revisions import HostNames, Revision, after, revisions
+from tallystick.migrate.runner.blockers import Blocker, Watch, oids_of
 from tallystick.migrate.runner.messages import STALL_BUDGET_MS, Messages, text, upward
 from tallystick.migrate.runner.session import USE_UNPOOLED, pooler_sign
 from tallystick.schema import LEDGER
@@ -43,17 +43,11 @@ class PlannedStatement:
 
 @dataclass(frozen=True)
 class PlannedRevision:
-    """One transaction, and the online steps after it.
-
-    ``estimated_hold_ms`` is for how long the tables will be locked, reckoned from what each operation cost when it
-    was measured; the receipt tells how long it was.
-    """
+    """A revision to come."""
 
     revision: str
     title: str
     kind: Literal["expand", "contract"]
-    statements: tuple[PlannedStatement, ...]
-    estimated_hold_ms: float
 
 
 @dataclass(frozen=True)
@@ -94,13 +88,17 @@ class Replica:
 class Plan:
     """``before`` is the revision now; ``revisions`` are those to come, none where there is nothing to do.
 
-    ``blockers`` hold tables now that the first of these locks. ``long_transactions`` are process ids and ages in
+    ``statements`` are one transaction for all of them, and the online steps after it. ``estimated_hold_ms`` is for how
+    long the tables will be locked, reckoned from what each operation cost when it was measured; the receipt tells how
+    long it was. ``blockers`` hold tables now that would be locked. ``long_transactions`` are process ids and ages in
     seconds of the transactions anywhere in the database that an index built concurrently would wait for.
     """
 
     before: str | None
     after: str
     revisions: tuple[PlannedRevision, ...]
+    statements: tuple[PlannedStatement, ...]
+    estimated_hold_ms: float
     tables: tuple[TableSize, ...]
     adopted: tuple[str, ...]
     server: str
@@ -120,7 +118,8 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
     """
     with looking(conn):
         host = examine(conn, config, strict=False)
-        ways = tuple(_messages(config, host, STALL_BUDGET_MS))
+        pending, messages = _messages(config, host, STALL_BUDGET_MS)
+        statements = tuple(_statements(pending, host, config, messages)) if messages else ()
         replicas = tuple(Replica(*row) for row in conn.execute(_REPLICAS))
         long = tuple((row.pid, round(float(row.age_s), 1)) for row in conn.execute(_LONG_TRANSACTIONS))
         database_bytes = conn.scalar(_DATABASE_BYTES) or 0
@@ -133,34 +132,26 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
             *_about_collations(conn, host, config.host),
             *_about_event_triggers(conn),
             *_about_replicas(replicas),
-            *_about_publications(conn, host, ways),
+            *_about_publications(conn, host, statements),
             *_about_rights(conn, host),
             *_about_room(database_bytes, backup_folder),
         )
     return Plan(
         before=host.revision,
         after=revisions()[-1].revision,
-        revisions=tuple(_planned(config, revision, messages, host) for revision, messages in ways),
+        revisions=tuple(PlannedRevision(one.revision, one.title, one.kind) for one in pending),
+        statements=statements,
+        estimated_hold_ms=_estimated_hold_ms(statements),
         tables=tuple(TableSize(table.shown, table.rows, table.bytes) for table in host.tables),
         adopted=host.adopted_names,
         server=host.server,
-        blockers=tuple(Watch(conn, _locked_first(conn, config, host)).in_the_way()),
+        blockers=tuple(Watch(conn, oids_of(conn, messages.locks if messages else ())).in_the_way()),
         long_transactions=long,
         replicas=replicas,
         database_bytes=database_bytes,
         findings=findings,
     )
 
-
-def _locked_first(conn: sa.Connection, config: Config, host: Host) -> list[int]:
-    """The tables that the next revision locks, none where there is none."""
-    names = HostNames.of(config.host, host.adopted)
-    tables = [table.as_string(None) for revision in after(host.revision)[:1] for table in revision.locks(names)]
-    oids = (conn.scalar(_RELATION, {"name": table}) for table in tables)
-    return [oid for oid in oids if oid is not None]
-
-
-_RELATION = sa.text("SELECT to_regclass(:name)::oid::bigint")
 
 _REPLICAS = sa.text("""
     SELECT coalesce(nullif(r.application_name, ''), r.client_addr::text, 'standby') AS name,
@@ -242,11 +233,11 @@ def _about_the_connection(conn: sa.Connection, host: Host) -> Iterator[PlanNote]
 
 
 def _about_an_interrupted_run(host: Host) -> Iterator[PlanNote]:
-    if host.prepared is not None:
+    if host.prepared:
         yield PlanNote(
             "note",
-            f"The new objects of revision {host.prepared} are there already, from a run in two transactions that was "
-            "interrupted; nothing uses them. apply goes on from there, undo takes them away",
+            f"The new objects of revision {host.prepared[-1]} are there already, from a run in two transactions that "
+            "was interrupted; nothing uses them. apply goes on from there, undo takes them away",
         )
 
 
@@ -376,12 +367,10 @@ def _about_replicas(replicas: Sequence[Replica]) -> Iterator[PlanNote]:
             )
 
 
-def _about_publications(
-    conn: sa.Connection, host: Host, ways: Sequence[tuple[Revision, Messages]]
-) -> Iterator[PlanNote]:
+def _about_publications(conn: sa.Connection, host: Host, planned: Sequence[PlannedStatement]) -> Iterator[PlanNote]:
     """A subscriber is sent columns and tables that are new, and stops at the first that it does not have."""
     shown = {table.oid: table.shown for table in host.tables}
-    statements = [text([part]) for _, messages in ways for part in (*messages.opening, *messages.locked)]
+    statements = [one.sql for one in planned if one.phase != "online"]
     made = [found[1].replace('"', "") for found in map(_NEW_TABLE.match, statements) if found]
     added: dict[str, list[str]] = {}
     for table in host.tables:
@@ -464,12 +453,9 @@ def _about_room(database_bytes: int, folder: Path | None) -> Iterator[PlanNote]:
 _DDL_MS = 1.5  # what an operation that reads no rows was measured to take
 
 
-def _planned(config: Config, revision: Revision, messages: Messages, host: Host) -> PlannedRevision:
-    names = HostNames.of(config.host, host.adopted)
-    statements = tuple(_statements(revision, host, names, messages))
+def _estimated_hold_ms(statements: Sequence[PlannedStatement]) -> float:
     changes = [one.sql for one in statements if one.phase == "locked" and one.sql.startswith(("ALTER", "CREATE"))]
-    hold_ms = _DDL_MS * sum(1 + change.count(", ADD ") for change in changes)
-    return PlannedRevision(revision.revision, revision.title, revision.kind, statements, round(hold_ms, 1))
+    return round(_DDL_MS * sum(1 + change.count(", ADD ") for change in changes), 1)
 
 
 def sql(conn: sa.Connection | None, config: Config, *, stall_budget_ms: int = STALL_BUDGET_MS) -> str:
@@ -483,15 +469,18 @@ def sql(conn: sa.Connection | None, config: Config, *, stall_budget_ms: int = ST
     if conn is not None:
         with looking(conn):
             host = examine(conn, config)
+    pending, messages = _messages(config, host, stall_budget_ms)
     parts = [
-        "-- Tallystick: " + (", ".join(r.revision for r in after(host.revision if host else None)) or "nothing to do"),
+        "-- Tallystick: " + (", ".join(revision.revision for revision in pending) or "nothing to do"),
         "-- psql sends what is joined by \\; as one message: the network is not allowed between two statements",
         "-- while a table is locked. When a lock cannot be had in time it fails and changes nothing: run it again.",
         "\\set ON_ERROR_STOP on",
     ]
-    for revision, messages in _messages(config, host, stall_budget_ms):
+    if messages:
         parts += [
-            f"\n-- {revision.revision}: {revision.title}\n-- new objects",
+            "",
+            *(f"-- {revision.revision}: {revision.title}" for revision in pending),
+            "-- new objects",
             text(messages.opening) + ";",
             "\n-- the tables, locked",
             text(messages.at_once, " \\;\n") + ";",
@@ -505,30 +494,31 @@ def sql(conn: sa.Connection | None, config: Config, *, stall_budget_ms: int = ST
     return "\n".join(parts) + "\n"
 
 
-def _messages(config: Config, host: Host | None, stall_budget_ms: int) -> Iterable[tuple[Revision, Messages]]:
-    names = HostNames.of(config.host, host.adopted if host else frozenset())
-    reached = host.revision if host else None
-    for revision in after(reached):
-        yield (
-            revision,
-            upward(
-                revision,
-                names,
-                expected=reached,
-                adopted=adopted_by(revision, host.adopted_names) if host else (),
-                stall_budget_ms=stall_budget_ms,
-                prepared=host is not None and host.prepared == revision.revision,
-            ),
-        )
-        reached = revision.revision
+def _messages(config: Config, host: Host | None, stall_budget_ms: int) -> tuple[tuple[Revision, ...], Messages | None]:
+    """The revisions to come, and the messages of their run; None where there are none."""
+    pending = after(host.revision if host else None)
+    if not pending:
+        return (), None
+    messages = upward(
+        pending,
+        HostNames.of(config.host, host.adopted if host else frozenset()),
+        expected=host.revision if host else None,
+        adopted=host.adopted_names if host else (),
+        stall_budget_ms=stall_budget_ms,
+        prepared=host.prepared if host else (),
+    )
+    return pending, messages
 
 
-def _statements(revision: Revision, host: Host, names: HostNames, messages: Messages) -> Iterator[PlannedStatement]:
+def _statements(
+    pending: Sequence[Revision], host: Host, config: Config, messages: Messages
+) -> Iterator[PlannedStatement]:
     """Each statement with the locks that it adds to those that are held; a rehearsal compares them with ``pg_locks``.
 
     They follow from the two messages of a run: the fence, then one lock of all tables that is stronger than whatever
     comes after it. By the contract of a revision nothing but an online step reads a table.
     """
+    names = HostNames.of(config.host, host.adopted)
     there = {_table(table): table.shown for table in host.tables}
     ledger = Identifier(host.ledger_schema, LEDGER).as_string(None)
     if host.revision is not None:
@@ -540,8 +530,9 @@ def _statements(revision: Revision, host: Host, names: HostNames, messages: Mess
     for number, statement in enumerate(map(_shown, messages.locked)):
         locks = () if number else tuple((table, "ACCESS EXCLUSIVE") for table in tables)
         yield PlannedStatement("locked", statement, locks, False, False)
+    indexes = {name for revision in pending for name in revision.indexes(names)}
     for name, step in messages.online.items():
-        table = there.get(_table(host.users) if name in revision.indexes(names) else ledger)
+        table = there.get(_table(host.users) if name in indexes else ledger)
         locks = ((table, "SHARE UPDATE EXCLUSIVE"),) if table else ()
         yield PlannedStatement("online", _shown(step), locks, table is not None, False)
 

@@ -33,12 +33,11 @@ from tallystick.schema import LEDGER, user_columns, workshop_columns
 
 @dataclass(frozen=True)
 class Traced:
-    """One statement as it ran: when (milliseconds from the revision's start), and what it did to the host's tables.
+    """One statement as it ran: when (milliseconds from the start), and what it did to the host's tables.
 
     ``locks`` are those held after it, (table, lock); ``surprises`` is where that is not what the plan had said.
     """
 
-    revision: str
     phase: Phase
     sql: str
     started_ms: float
@@ -128,9 +127,7 @@ def rehearse(
         there = _contents(conn, host)
         works = [statement for statement in app_statements if _works(conn, statement) is None]
         tell("migrating, statement by statement")
-        traced = tuple(
-            one for revision in planned.revisions for one in _trace(conn, host, revision.revision, revision.statements)
-        )
+        traced = tuple(_trace(conn, host, planned.statements))
         broken = tuple(_broken(conn, works, "after the migration"))
         rows = tuple((table.shown, _rows(conn, table.oid)) for table in host.tables)
         migrated = _contents(conn, host)
@@ -280,7 +277,7 @@ def _changed(
             yield f"{table}: {by} changed its rows"
 
 
-def _trace(conn: sa.Connection, host: Host, revision: str, statements: Sequence[PlannedStatement]) -> Iterator[Traced]:
+def _trace(conn: sa.Connection, host: Host, statements: Sequence[PlannedStatement]) -> Iterator[Traced]:
     raw = driver(conn)
     tables = {table.oid: table.shown for table in host.tables}
     if host.revision is not None:  # else it is new, and the plan says nothing of it
@@ -309,7 +306,6 @@ def _trace(conn: sa.Connection, host: Host, revision: str, statements: Sequence[
         if rewrites != statement.rewrites:
             surprises.append(f"{_short(statement.sql)}: {'it' if rewrites else 'nothing'} was written anew")
         yield Traced(
-            revision,
             statement.phase,
             statement.sql,
             round((started - begun) * 1000, 3),
@@ -322,16 +318,12 @@ def _trace(conn: sa.Connection, host: Host, revision: str, statements: Sequence[
 
 
 def _locked_ms(traced: Sequence[Traced]) -> float:
-    """The longest time for which a revision kept a table from its readers."""
-    longest = 0.0
-    for revision in dict.fromkeys(one.revision for one in traced):
-        of_it = [one for one in traced if one.revision == revision]
-        exclusive = [one for one in of_it if any(lock == "ACCESS EXCLUSIVE" for _, lock in one.locks)]
-        commit = next((one for one in of_it if one.sql == "COMMIT"), None)
-        if exclusive and commit:
-            first = exclusive[0]
-            longest = max(longest, commit.started_ms + commit.took_ms - first.started_ms - first.took_ms)
-    return longest
+    """For how long a table was kept from its readers."""
+    exclusive = [one for one in traced if any(lock == "ACCESS EXCLUSIVE" for _, lock in one.locks)]
+    commit = next((one for one in traced if one.sql == "COMMIT"), None)
+    if not exclusive or commit is None:
+        return 0.0
+    return commit.started_ms + commit.took_ms - exclusive[0].started_ms - exclusive[0].took_ms
 
 
 _COLUMNS = sa.text("""
@@ -451,10 +443,10 @@ def report(rehearsal: Rehearsal) -> str:
         f"<p>Tables were locked for {rehearsal.locked_ms:.1f} ms, statement by statement; a run sends them as one.</p>",
         "<p>" + ", ".join(f"{escape(table)}: about {rows:,} rows" for table, rows in rehearsal.tables) + "</p>",
         "<ul>" + "".join(f"<li>{escape(problem)}</li>" for problem in problems) + "</ul>" if problems else "",
-        *(_picture(rehearsal, revision) for revision in dict.fromkeys(one.revision for one in rehearsal.statements)),
-        "<table><tr><th>revision<th>phase<th>ms<th>locks on your tables<th>rows read<th>statement</tr>",
+        _picture(rehearsal),
+        "<table><tr><th>phase<th>ms<th>locks on your tables<th>rows read<th>statement</tr>",
         *(
-            f"<tr><td>{escape(one.revision)}<td>{one.phase}<td class=n>{one.took_ms:.1f}"
+            f"<tr><td>{one.phase}<td class=n>{one.took_ms:.1f}"
             f"<td>{escape('; '.join(f'{lock} on {table}' for table, lock in one.locks))}<td class=n>{one.rows_read:,}"
             f"<td><code>{escape(_short(one.sql))}</code></tr>"
             for one in rehearsal.statements
@@ -480,9 +472,9 @@ _STYLE = (
 _COLOURS = {"ACCESS EXCLUSIVE": "#c0392b", "SHARE UPDATE EXCLUSIVE": "#d9c27a"}
 
 
-def _picture(rehearsal: Rehearsal, revision: str) -> str:
+def _picture(rehearsal: Rehearsal) -> str:
     """One line for each table: from when to when which lock was held."""
-    of_it = [one for one in rehearsal.statements if one.revision == revision and one.phase != "online"]
+    of_it = [one for one in rehearsal.statements if one.phase != "online"]
     end = max((one.started_ms + one.took_ms for one in of_it), default=0) or 1
     scale = 900 / end
     rows = []
@@ -501,7 +493,7 @@ def _picture(rehearsal: Rehearsal, revision: str) -> str:
                 )
     height = 40 + 34 * len(rehearsal.tables)
     return (
-        f'<svg viewBox="0 0 1110 {height}" role="img" aria-label="locks of {escape(revision)} over time">'
-        f'<text x="0" y="16" font-size="13" font-weight="bold">{escape(revision)}: {end:.0f} ms; red keeps readers '
+        f'<svg viewBox="0 0 1110 {height}" role="img" aria-label="locks over time">'
+        f'<text x="0" y="16" font-size="13" font-weight="bold">{end:.0f} ms; red keeps readers '
         f"out, sand vacuum and migrations only</text>{''.join(rows)}</svg>"
     )

@@ -198,7 +198,7 @@ class Applied:
 class Status:
     """``revision`` is None before the first migration; ``drift`` is empty where all is as declared.
 
-    ``prepared`` is the next revision where its new objects are there and nothing uses them: a run in two transactions
+    ``prepared`` is the revision to come whose new objects are there and nothing uses them: a run in two transactions
     was interrupted between them. ``warnings`` are sentences about what others may read, and who the functions run as.
     """
 
@@ -264,7 +264,9 @@ def _status(conn: sa.Connection, config: Config) -> Status:
         warnings = (*open_policies(conn, host, config.host.users.key), *superuser)
         if host.follows:
             warnings = (*warnings, _FOLLOWS.format(f"{host.users.shown}.{host.balance}"))
-    return Status(host.revision, HEAD, host.adopted_names, drift, history, host.prepared, warnings)
+    return Status(
+        host.revision, HEAD, host.adopted_names, drift, history, host.prepared[-1] if host.prepared else None, warnings
+    )
 
 
 _FOLLOWS = (

@@ -68,7 +68,7 @@ _ROLE = sa.text("""
 class Host:
     """The result of the preflight. ``adopted`` are columns of ours that the host had before their revision came.
 
-    ``prepared`` is the revision after ``revision`` where its new objects are committed and nothing uses them yet.
+    ``prepared`` are the revisions after ``revision`` whose new objects are committed and that nothing uses yet.
     ``columns`` are the names that each mapped table has now. ``missing_privileges`` and ``breaks`` (what of the app's
     would fail with further columns) stop a run.
     """
@@ -80,7 +80,7 @@ class Host:
     workshops: HostTable | None
     adopted: Adopted
     missing_privileges: tuple[str, ...] = ()
-    prepared: str | None = None
+    prepared: tuple[str, ...] = ()
     breaks: tuple[str, ...] = ()
     ledger_schema: str = "public"
     balance: str = "credit_balance"
@@ -127,12 +127,12 @@ def examine(conn: sa.Connection, config: Config, *, strict: bool = True) -> Host
         raise SchemaError("this server is a standby and cannot be written to. Use the primary's address")
 
     revision = current_revision(conn)
-    prepared = prepared_revision(conn)
-    if revision is not None or prepared is not None:
+    prepared = prepared_revisions(conn)
+    if revision is not None or prepared:
         refuse_other(mapping_of(conn), mapping)
     users, users_columns = _mapped_users(conn, mapping)
     workshops, workshops_columns = _mapped_workshops(conn, mapping)
-    if revision is None and prepared is None and role.has_schema:
+    if revision is None and not prepared and role.has_schema:
         raise HostMismatch(
             'this database has a schema "tallystick" that is not ours. Rename it: '
             "ALTER SCHEMA tallystick RENAME TO tallystick_before",
@@ -145,13 +145,13 @@ def examine(conn: sa.Connection, config: Config, *, strict: bool = True) -> Host
             conn, "workshops", workshops, workshops_columns, mapping=mapping, revision=revision
         )
         adopted, faults = adopted | of_workshops, [*faults, *others]
-    _refuse_unadoptable(faults, [] if prepared is not None else taken(conn, mapping, revision), mapping)
+    _refuse_unadoptable(faults, [] if prepared else taken(conn, mapping, revision), mapping)
     if revision is not None:
         adopted |= adopted_columns(conn)
         _check_same_host(conn, mapping.schema_of_ledger, users, workshops)
 
     tables = [table for table in (users, workshops) if table]
-    missing = tuple(_missing_privileges(role, mapping, tables, migrated=revision is not None or prepared is not None))
+    missing = tuple(_missing_privileges(role, mapping, tables, migrated=revision is not None or bool(prepared)))
     shaped = [(table.oid, table.schema, table.table) for table in tables]
     breaks = tuple(breaks_with_more_columns(conn, shaped)) if revision is None else ()
     if strict and missing:
@@ -204,20 +204,22 @@ def current_revision(conn: sa.Connection) -> str | None:
     """The database's revision, None before 0001. Raises SchemaTooNew."""
     if conn.scalar(sa.text("SELECT to_regclass('tallystick.alembic_version')")) is None:
         return None
-    return _known(conn.scalar(sa.select(alembic_version.c.version_num)), "at")
+    found = conn.scalar(sa.select(alembic_version.c.version_num))
+    return None if found is None else _known(found, "at")
 
 
-def prepared_revision(conn: sa.Connection) -> str | None:
-    """The revision of which only the new objects are there, if any. Raises SchemaTooNew."""
+def prepared_revisions(conn: sa.Connection) -> tuple[str, ...]:
+    """The revisions of which only the new objects are there, oldest first. Raises SchemaTooNew."""
     if conn.scalar(sa.text("SELECT to_regclass('tallystick.migration_log')")) is None:
-        return None
-    rows = sa.select(migration_log.c.revision).where(migration_log.c.direction == "prepare")
-    return _known(conn.scalar(rows), "on the way to")
+        return ()
+    log = migration_log.c
+    found = conn.scalars(sa.select(log.revision).where(log.direction == "prepare").order_by(log.id))
+    return tuple(_known(revision, "on the way to") for revision in found)
 
 
-def _known(found: str | None, where: str) -> str | None:
+def _known(found: str, where: str) -> str:
     known = [revision.revision for revision in revisions()]
-    if found is not None and found not in known:
+    if found not in known:
         raise SchemaTooNew(
             f"this database is {where} revision {found}, this package knows {known[-1]}. "
             "Run: pip install -U tallystick",

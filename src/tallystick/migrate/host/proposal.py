@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from tallystick.config import HostMapping, UsersTable, WorkshopsTable
 from tallystick.errors import HostMismatch
 from tallystick.migrate.host.candidates import Candidate, candidates, likeliest, platforms_own
-from tallystick.migrate.host.preflight import current_revision, mapped_table, prepared_revision, taken
+from tallystick.migrate.host.preflight import current_revision, mapped_table, prepared_revisions, taken
 from tallystick.migrate.host.tables import (
     KEY_WORDS,
     MOMENTS,
@@ -83,7 +83,7 @@ def propose(
             migrated for another mapping than the one that is asked for.
     """
     with looking(conn):
-        stored = mapping_of(conn) if current_revision(conn) or prepared_revision(conn) else None
+        stored = mapping_of(conn) if current_revision(conn) or prepared_revisions(conn) else None
         if stored is not None and users is workshops is users_key is balance is credits is None:
             return stored
         found = _propose(conn, users, workshops, users_key, balance)
@@ -149,7 +149,7 @@ def _propose(
         workshops=found,
         credits="bigint" if held_in and held_in.type == "int8" else "integer",
     )
-    ours = None if current_revision(conn) or prepared_revision(conn) else taken(conn, mapping)
+    ours = None if current_revision(conn) or prepared_revisions(conn) else taken(conn, mapping)
     return replace(mapping, ledger_schema="tallystick") if ours else mapping
 
 

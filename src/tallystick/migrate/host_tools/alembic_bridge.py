@@ -12,7 +12,7 @@ from psycopg.sql import Composable
 from tallystick.config import Config
 from tallystick.errors import MigrationError
 from tallystick.migrate.host.preflight import current_revision, examine, refuse_rows
-from tallystick.migrate.revisions import HostNames, Revision, adopted_by, revisions, up_to
+from tallystick.migrate.revisions import HostNames, Revision, revisions, up_to
 from tallystick.migrate.runner.messages import STALL_BUDGET_MS, Messages, downward, text, upward
 from tallystick.migrate.runner.online import online
 from tallystick.migrate.runner.session import autocommits, put_back, refuse_pooler
@@ -105,9 +105,8 @@ def downgrade_revision(
     _needs_transaction(conn, "downgrade_revision", "undoing a revision")
     host = examine(conn, config)
     gone = [revision for revision in up_to(host.revision) if revision not in up_to(to)]
-    ahead = _known(host.prepared) if host.prepared is not None else None
-    prepared = None if ahead in up_to(to) else ahead
-    if not gone and prepared is None:
+    prepared = [one for one in map(_known, reversed(host.prepared)) if one not in up_to(to)]
+    if not gone and not prepared:
         return  # undone in another way
     if len(gone) > 1:
         raise MigrationError(
@@ -161,12 +160,12 @@ def _change(conn: sa.Connection, revision: Revision, config: Config, stall_budge
             f"{host.revision or 'nothing'}. Call upgrade_revision for the ones between, in order"
         )
     messages = upward(
-        revision,
+        [revision],
         HostNames.of(config.host, host.adopted),
         expected=host.revision,
-        adopted=adopted_by(revision, host.adopted_names),
+        adopted=host.adopted_names,
         stall_budget_ms=stall_budget_ms,
-        prepared=host.prepared == revision.revision,
+        prepared=[one for one in host.prepared if one == revision.revision],
     )
     _run_inside(conn, messages)
 
@@ -187,7 +186,7 @@ def _build(conn: sa.Connection, revision: Revision, config: Config) -> None:
 
 def _write_out(op: Operations, revision: Revision, config: Config, part: str, stall_budget_ms: int) -> None:
     names = HostNames.of(config.host)
-    messages = upward(revision, names, expected=revision.down_revision, adopted=(), stall_budget_ms=stall_budget_ms)
+    messages = upward([revision], names, expected=revision.down_revision, adopted=(), stall_budget_ms=stall_budget_ms)
     chosen = messages.online.values() if part == "online" else (*messages.opening, *messages.locked)
     for statement in _inside(list(chosen)):
         op.execute(statement)

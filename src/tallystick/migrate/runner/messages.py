@@ -1,4 +1,4 @@
-"""The messages of a run: two for each revision, and the statements that come after the commit.
+"""The messages of a run: two for all revisions to come, and the statements that come after the commit.
 
 The first message makes everything that nobody can wait for. The second takes the locks, changes the host's tables
 and commits, as one string: with the locks held, the network is not allowed between two statements.
@@ -11,7 +11,7 @@ nothing. Between the two, ``tallystick.migration_log`` has a row of direction ``
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from psycopg.sql import SQL, Composable, Composed, Identifier
@@ -20,7 +20,7 @@ from psycopg.sql import Literal as SqlLiteral
 from tallystick.migrate.host.dependents import refuse_dependents
 from tallystick.migrate.host.privileges import close_new_objects, remember_objects
 from tallystick.migrate.host.role import whole_again
-from tallystick.migrate.revisions import HostNames, Revision, TableNames
+from tallystick.migrate.revisions import HostNames, Revision, TableNames, adopted_by
 from tallystick.migrate.runner.trial_writes import try_them_again, try_writes
 from tallystick.schema import HISTORY, LEDGER, user_columns, workshop_columns
 
@@ -64,38 +64,63 @@ class Messages:
 
 
 def upward(
-    revision: Revision,
+    pending: Sequence[Revision],
     names: HostNames,
     *,
     expected: str | None,
-    adopted: Sequence[str],
+    adopted: Iterable[str],
     stall_budget_ms: int,
-    prepared: bool = False,
+    prepared: Collection[str] = (),
 ) -> Messages:
-    """To ``revision``, from ``expected``; ``prepared`` where its ``preparation`` was committed before."""
+    """To the last of ``pending``, from ``expected``; ``prepared`` are those whose ``preparation`` was committed before.
+
+    ``adopted`` are the columns of ours that the host had, as ``users.updated_at``.
+    """
+    locks = _each_once(table for revision in pending for table in revision.locks(names))
+    # a function that two revisions change is changed by the later one last
+    replaces = [one for revision in pending for one in revision.replaces(names)] if not prepared else []
+    changes = (
+        one
+        for revision in pending
+        for one in (*(revision.replaces(names) if prepared else ()), *revision.locked(names))
+    )
+    online: dict[str, Composable] = {}
+    for revision in pending:
+        online |= {**revision.indexes(names), **revision.validates(names)}
     return Messages(
-        locks=revision.locks(names),
-        opening=tuple(_opening(names, revision, expected=expected, adopted=adopted, prepared=prepared)),
-        locked=tuple(
-            _locked(
-                revision.locks(names),
-                _proven(_changes(revision, names, prepared=prepared), revision.locks(names), names),
-                stall_budget_ms,
-            )
+        locks=locks,
+        opening=(
+            *_begin(expected=expected),
+            *_prepared([revision for revision in pending if revision.revision not in prepared], names),
+            *_fence(locks),
+            _step_up(pending[-1], expected),
+            *(_noted(revision, tuple(adopted), prepared=revision.revision in prepared) for revision in pending),
+            *_tries(locks, names, inserts=True),
+            *replaces,
         ),
-        online={**revision.indexes(names), **revision.validates(names)},
+        locked=tuple(_locked(locks, _proven(changes, locks, names), stall_budget_ms)),
+        online=online,
         stall_budget_ms=stall_budget_ms,
     )
 
 
+def _each_once(tables: Iterable[Identifier]) -> tuple[Identifier, ...]:
+    """In the order in which they come first, which is the order in which they are locked."""
+    found: list[Identifier] = []
+    for table in tables:
+        if table not in found:
+            found.append(table)
+    return tuple(found)
+
+
 def preparation(
-    revision: Revision, names: HostNames, *, expected: str | None, adopted: Sequence[str]
+    pending: Sequence[Revision], names: HostNames, *, expected: str | None, adopted: Iterable[str]
 ) -> tuple[Composable, ...]:
-    """One message, a transaction of its own: the new objects of ``revision``, which nothing uses yet."""
+    """One message, a transaction of its own: the new objects of ``pending``, which nothing uses yet."""
     return (
         *_begin(expected=expected),
-        *_prepared(revision, names),
-        _logged(revision, "prepare", adopted),
+        *_prepared(pending, names),
+        *(_logged(revision, "prepare", tuple(adopted)) for revision in pending),
         SQL("COMMIT"),
     )
 
@@ -106,28 +131,31 @@ def downward(
     *,
     discard_ledger: bool,
     stall_budget_ms: int,
-    prepared: Revision | None = None,
+    prepared: Sequence[Revision] = (),
 ) -> Messages:
     """From the first of ``gone``, newest first, to what was before the last: all in one transaction.
 
-    ``prepared`` is the revision after the first of them, where its ``preparation`` was committed: it goes too.
+    ``prepared`` are those after it, newest first, whose ``preparation`` was committed: they go too.
     """
     names = replace(names, ledger_goes=bool(gone) and gone[-1].down_revision is None)
     # the oldest revision's first: the host's tables, then ours
-    locks: list[Identifier] = []
-    for revision in reversed(gone):
-        locks += [table for table in revision.undo_locks(names) if table not in locks]
-    if prepared:
-        locks += prepared.unprepare_locks(names)
+    locks = _each_once(
+        table
+        for of_one in (
+            *(revision.undo_locks(names) for revision in reversed(gone)),
+            *(revision.unprepare_locks(names) for revision in prepared),
+        )
+        for table in of_one
+    )
     changes = [
         *([] if discard_ledger else [_refuse_if_rows(names)]),
         *([refuse_dependents(_added(names)), whole_again(names)] if gone and gone[-1].down_revision is None else []),
-        *(prepared.unprepare(names) if prepared else ()),
+        *(one for revision in prepared for one in revision.unprepare(names)),
         *_proven((one for revision in gone for one in revision.undo(names)), locks, names),
         *(_step_down(gone[-1]) if gone else ()),
     ]
     return Messages(
-        locks=tuple(locks),
+        locks=locks,
         opening=(
             *_begin(expected=gone[0].revision if gone else None),
             *_fence(locks),
@@ -150,12 +178,6 @@ def _added(names: HostNames) -> Iterator[tuple[TableNames, list[str]]]:
 def text(statements: Iterable[Composable], separator: str = ";\n") -> str:
     """As one string."""
     return separator.join(statement.as_string(None) for statement in statements)
-
-
-def _changes(revision: Revision, names: HostNames, *, prepared: bool) -> Iterator[Composable]:
-    if prepared:
-        yield from revision.replaces(names)
-    yield from revision.locked(names)
 
 
 def _proven(changes: Iterable[Composable], locks: Sequence[Identifier], names: HostNames) -> Iterator[Composable]:
@@ -181,51 +203,46 @@ def _locked(locks: Sequence[Identifier], changes: Iterable[Composable], stall_bu
     yield SQL("COMMIT")
 
 
-def _opening(
-    names: HostNames, revision: Revision, *, expected: str | None, adopted: Sequence[str], prepared: bool
-) -> list[Composable]:
-    """The first message: everything that nobody can wait for."""
-    if revision.down_revision is None:
-        version = SQL("INSERT INTO tallystick.alembic_version (version_num) VALUES ({})")
-    else:
-        version = SQL("UPDATE tallystick.alembic_version SET version_num = {}")
-    return [
-        *_begin(expected=expected),
-        *_fence(revision.locks(names)),
-        *([] if prepared else _prepared(revision, names)),
-        version.format(SqlLiteral(revision.revision)),
-        _completed(revision, adopted) if prepared else _logged(revision, "apply", adopted),
-        *_tries(revision.locks(names), names, inserts=True),
-        *(() if prepared else revision.replaces(names)),
-    ]
-
-
 def _tries(locks: Sequence[Identifier], names: HostNames, *, inserts: bool) -> list[Composable]:
     tables = _apps(locks, names)
     ours = [column.name for column in (*user_columns(), *workshop_columns())]
     return [try_writes(tables, without=ours, inserts=inserts)] if tables else []
 
 
-def _prepared(revision: Revision, names: HostNames) -> Iterator[Composable]:
+def _prepared(pending: Sequence[Revision], names: HostNames) -> Iterator[Composable]:
     """The new objects, which nobody but their owner may use."""
-    yield remember_objects(names)
-    yield from revision.prepare(names)
-    yield close_new_objects(names)
+    if pending:
+        yield remember_objects(names)
+        for revision in pending:
+            yield from revision.prepare(names)
+        yield close_new_objects(names)
+
+
+def _step_up(to: Revision, expected: str | None) -> Composed:
+    if expected is None:
+        version = SQL("INSERT INTO tallystick.alembic_version (version_num) VALUES ({})")
+    else:
+        version = SQL("UPDATE tallystick.alembic_version SET version_num = {}")
+    return version.format(SqlLiteral(to.revision))
+
+
+def _noted(revision: Revision, adopted: Sequence[str], *, prepared: bool) -> Composed:
+    if not prepared:
+        return _logged(revision, "apply", adopted)
+    return SQL(
+        "UPDATE tallystick.migration_log SET direction = 'apply', applied_at = now(), adopted = {}"
+        " WHERE revision = {} AND direction = 'prepare'"
+    ).format(_own(revision, adopted), SqlLiteral(revision.revision))
 
 
 def _logged(revision: Revision, direction: str, adopted: Sequence[str]) -> Composed:
     return SQL(
         "INSERT INTO tallystick.migration_log (revision, direction, adopted, kind) VALUES ({}, {}, {}, {})"
-    ).format(
-        SqlLiteral(revision.revision), SqlLiteral(direction), SqlLiteral(json.dumps(adopted)), SqlLiteral(revision.kind)
-    )
+    ).format(SqlLiteral(revision.revision), SqlLiteral(direction), _own(revision, adopted), SqlLiteral(revision.kind))
 
 
-def _completed(revision: Revision, adopted: Sequence[str]) -> Composed:
-    return SQL(
-        "UPDATE tallystick.migration_log SET direction = 'apply', applied_at = now(), adopted = {}"
-        " WHERE revision = {} AND direction = 'prepare'"
-    ).format(SqlLiteral(json.dumps(adopted)), SqlLiteral(revision.revision))
+def _own(revision: Revision, adopted: Sequence[str]) -> SqlLiteral:
+    return SqlLiteral(json.dumps(adopted_by(revision, adopted)))
 
 
 def _begin(*, expected: str | None) -> Iterator[Composable]:

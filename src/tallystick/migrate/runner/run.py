@@ -1,4 +1,4 @@
-"""The run: one transaction for each revision, its locked part and COMMIT in one message, retried as a whole.
+"""The run: one transaction for all revisions to come, its locked part and COMMIT in one message, retried as a whole.
 
 Where a database is so busy that this never gets through, it can be asked to commit the new objects first, in a
 transaction of their own (``two_transactions``). Then a try is one message of the locked part alone.
@@ -61,7 +61,6 @@ _SLOW = (
     "slows it down (an event trigger does), an open transaction has changed their privileges or definition"
 )
 _NOTHING = "Nothing was changed"
-_REACHED = "Revision {} is in place, and nothing else was changed"
 _PREPARED = (
     "The new objects of revision {} are there and nothing uses them; nothing of yours was changed. "
     "To take them away again: tallystick migrate undo"
@@ -70,7 +69,7 @@ _PREPARED = (
 
 @dataclass(frozen=True)
 class Progress:
-    """The present step of a run.
+    """The present step of a run; ``revision`` is the one that it leads to, or on the way back the one it comes from.
 
     ``connecting`` is told while the server is starting up, with what it says as ``detail``; ``prepared`` between the
     two transactions of a run that was asked for two.
@@ -90,37 +89,30 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One revision that was applied or undone.
-
-    ``two_transactions`` is True where its new objects were committed before, by this run or an earlier one.
-    ``locked_ms`` is measured on the server, from the moment the first lock was asked for, in the try that got them
-    all, until after the commit: nobody can have waited longer for it.
-    """
-
-    revision: str
-    attempts: int
-    locked_ms: float
-    duration_ms: float
-    waited_for: tuple[Blocker, ...]
-    adopted: tuple[str, ...] = ()
-    two_transactions: bool = False
-
-
-@dataclass(frozen=True)
 class Receipt:
-    """The result of a run. ``changed`` is False where there was nothing to do."""
+    """The result of a run: ``revisions`` applied or undone, all in one transaction, and the online steps after it.
+
+    ``locked_ms`` is measured on the server, from the moment the first lock was asked for, in the try that got them
+    all, until after the commit: nobody can have waited longer for it. ``two_transactions`` is True where new objects
+    were committed before, by this run or an earlier one. ``changed`` is False where there was nothing to do.
+    """
 
     action: Literal["apply", "undo"]
     before: str | None
     after: str | None
-    steps: tuple[Step, ...] = ()
+    revisions: tuple[str, ...] = ()
+    attempts: int = 0
+    locked_ms: float = 0
+    duration_ms: float = 0
+    waited_for: tuple[Blocker, ...] = ()
+    adopted: tuple[str, ...] = ()
+    two_transactions: bool = False
     online: tuple[OnlineStep, ...] = ()
 
     @property
     def changed(self) -> bool:
         """True where anything was done."""
-        return bool(self.steps or self.online)
+        return bool(self.revisions or self.online)
 
 
 def apply(
@@ -134,8 +126,8 @@ def apply(
 ) -> Receipt:
     """Bring the database to this package's revision, while its traffic goes on.
 
-    Each revision is one transaction: killed at any point, the database is before it or after it. A second run
-    changes nothing, and finishes what an interrupted one left of the online steps.
+    All revisions to come are one transaction: killed at any point, the database is before it or after it. A second
+    run changes nothing, and finishes what an interrupted one left of the online steps.
 
     With ``two_transactions`` the new objects are committed first, and what is tried again is the locked part alone.
     Killed between the two, the database has objects that nothing uses: ``status`` names them, the next run goes
@@ -146,7 +138,7 @@ def apply(
         config: whose mapping says what the host's tables are called.
         stall_budget_ms: how long one attempt may let live traffic wait: its wait for the locks, and all that it does
             under them.
-        give_up_after_s: for how long attempts are made, for each revision.
+        give_up_after_s: for how long attempts are made.
         two_transactions: for a database too busy for one; never chosen by itself.
         progress: called with each ``Progress``.
 
@@ -213,40 +205,44 @@ class _Run:
 
     def apply(self, *, two_transactions: bool) -> Receipt:
         host = self._examine()
+        receipt = Receipt("apply", host.revision, revisions()[-1].revision)
+        if pending := after(host.revision):
+            receipt = self._upward(host, pending, receipt, two_transactions=two_transactions)
+            self._log(receipt)
         names = HostNames.of(self.config.host, host.adopted)
-        steps = []
-        reached = host.revision
-        for revision in after(host.revision):
-            adopted = adopted_by(revision, host.adopted_names)
-            prepared = host.prepared == revision.revision
-            if two_transactions and not prepared:
-                self._prepare(revision, preparation(revision, names, expected=reached, adopted=adopted))
-                prepared = True
-            messages = upward(
-                revision,
-                names,
-                expected=reached,
-                adopted=adopted,
-                stall_budget_ms=self.stall_budget_ms,
-                prepared=prepared,
-            )
-            left = _NOTHING if reached == host.revision else _REACHED.format(reached)
-            if prepared:
-                left = _PREPARED.format(revision.revision)
-            steps.append(
-                self._transaction(revision, "apply", messages, left=left, adopted=adopted, two_transactions=prepared)
-            )
-            reached = revision.revision
-            self._log(steps[-1])
         try:
             built = [step for revision in revisions() for step in self._online(revision, names)]
         except KeyboardInterrupt as stopped:
             stopped.add_note(
-                f"Revision {reached} is in place, and the app may use it; its indexes or checks are not finished. "
-                "To finish them: tallystick migrate apply"
+                f"Revision {receipt.after} is in place, and the app may use it; its indexes or checks are not "
+                "finished. To finish them: tallystick migrate apply"
             )
             raise
-        return Receipt("apply", host.revision, reached, tuple(steps), tuple(built))
+        return replace(receipt, online=tuple(built))
+
+    def _upward(self, host: Host, pending: Sequence[Revision], receipt: Receipt, *, two_transactions: bool) -> Receipt:
+        names = HostNames.of(self.config.host, host.adopted)
+        prepared = host.prepared
+        if two_transactions and (others := [one for one in pending if one.revision not in prepared]):
+            message = preparation(others, names, expected=host.revision, adopted=host.adopted_names)
+            self._prepare(others[-1], message)
+            prepared += tuple(one.revision for one in others)
+        messages = upward(
+            pending,
+            names,
+            expected=host.revision,
+            adopted=host.adopted_names,
+            stall_budget_ms=self.stall_budget_ms,
+            prepared=prepared,
+        )
+        receipt = replace(
+            receipt,
+            revisions=tuple(one.revision for one in pending),
+            adopted=tuple(name for one in pending for name in adopted_by(one, host.adopted_names)),
+            two_transactions=bool(prepared),
+        )
+        left = _PREPARED.format(prepared[-1]) if prepared else _NOTHING
+        return self._transaction(messages, receipt, shown=pending[-1].revision, left=left)
 
     def undo(self, *, to: str | None, discard_ledger: bool) -> Receipt:
         host = self._examine()
@@ -254,10 +250,10 @@ class _Run:
             refuse_rows(self.conn, host, "run: tallystick migrate undo --discard-ledger")
         names = HostNames.of(self.config.host, host.adopted)
         gone = tuple(reversed([revision for revision in up_to(host.revision) if revision not in up_to(to)]))
-        prepared = next((revision for revision in after(host.revision) if revision.revision == host.prepared), None)
-        all_of_them = (*([prepared] if prepared else []), *gone)
-        if not all_of_them:
-            return Receipt("undo", host.revision, host.revision)
+        prepared = [revision for revision in reversed(after(host.revision)) if revision.revision in host.prepared]
+        receipt = Receipt("undo", host.revision, to if gone else host.revision)
+        if not gone and not prepared:
+            return receipt
         # all of them in one transaction, since half of an undo is nobody's wish
         messages = downward(
             gone,
@@ -266,8 +262,8 @@ class _Run:
             stall_budget_ms=self.stall_budget_ms,
             prepared=prepared,
         )
-        step = self._transaction(all_of_them[0], "undo", messages)
-        return Receipt("undo", host.revision, to, tuple(replace(step, revision=one.revision) for one in all_of_them))
+        receipt = replace(receipt, revisions=tuple(one.revision for one in (*prepared, *gone)))
+        return self._transaction(messages, receipt, shown=receipt.revisions[0])
 
     def _examine(self) -> Host:
         """Even to look at a table means to wait for whoever holds it exclusively; they are named as any other."""
@@ -293,21 +289,13 @@ class _Run:
             raise self._explained(error, "apply") from error
         self.progress(Progress("prepared", revision.revision))
 
-    def _transaction(
-        self,
-        revision: Revision,
-        action: Literal["apply", "undo"],
-        messages: Messages,
-        *,
-        left: str = _NOTHING,
-        adopted: tuple[str, ...] = (),
-        two_transactions: bool = False,
-    ) -> Step:
+    def _transaction(self, messages: Messages, receipt: Receipt, *, shown: str, left: str = _NOTHING) -> Receipt:
         """Run both messages until they go through, from the start each time; ``left`` says how a failure leaves things.
 
         After the first of two transactions they are one: a round trip in between would hold the fence for longer than
-        the rest takes.
+        the rest takes. ``shown`` is the revision that progress names.
         """
+        action, two_transactions = receipt.action, receipt.two_transactions
         watch = Watch(self.conn, oids_of(self.conn, messages.locks))
         started = time.monotonic()
         deadline = started + self.give_up_after_s
@@ -315,9 +303,9 @@ class _Run:
         pause_s = 0.1
         attempts = 0
         while True:
-            self._wait_for_old_transactions(watch, revision, attempts, deadline, waited_for, left=left)
+            self._wait_for_old_transactions(watch, shown, attempts, deadline, waited_for, left=left)
             attempts += 1
-            self.progress(Progress("locking", revision.revision, attempts))
+            self.progress(Progress("locking", shown, attempts))
             try:
                 if two_transactions:
                     locked_ms = _send(self.conn, (*messages.opening, *messages.at_once, MEASURE))
@@ -335,19 +323,17 @@ class _Run:
                     saturated = busy and action == "apply" and not two_transactions and not _old(blockers)
                     cause = _SHORT if busy else _SLOW
                     raise self._blocked(attempts, blockers, left, cause=cause, saturated=saturated) from error
-                self.progress(Progress("waiting", revision.revision, attempts, tuple(blockers)))
+                self.progress(Progress("waiting", shown, attempts, tuple(blockers)))
                 time.sleep(pause_s * random.uniform(0.5, 1))  # noqa: S311  # jitter, not a secret
                 pause_s = min(pause_s * 2, 2)
                 continue
-            self.progress(Progress("applied" if action == "apply" else "undone", revision.revision, attempts))
-            return Step(
-                revision=revision.revision,
+            self.progress(Progress("applied" if action == "apply" else "undone", shown, attempts))
+            return replace(
+                receipt,
                 attempts=attempts,
                 locked_ms=round(locked_ms or 0, 3),
                 duration_ms=round((time.monotonic() - started) * 1000, 3),
                 waited_for=tuple(waited_for.values()),
-                adopted=adopted,
-                two_transactions=two_transactions,
             )
 
     def _explained(self, error: psycopg.Error, action: str, left: str = _NOTHING) -> TallystickError:
@@ -358,7 +344,7 @@ class _Run:
     def _wait_for_old_transactions(
         self,
         watch: Watch,
-        revision: Revision,
+        shown: str,
         attempts: int,
         deadline: float,
         waited_for: dict[tuple[int, str | None], Blocker],
@@ -369,7 +355,7 @@ class _Run:
             waited_for |= {(b.pid, b.gid): b for b in blockers}
             if time.monotonic() > deadline:
                 raise self._blocked(attempts, blockers, left)
-            self.progress(Progress("waiting", revision.revision, attempts, tuple(blockers)))
+            self.progress(Progress("waiting", shown, attempts, tuple(blockers)))
             time.sleep(_PROBE_EVERY_S)
 
     def _blocked(
@@ -392,23 +378,24 @@ class _Run:
             blockers=list(blockers),
         )
 
-    def _log(self, step: Step) -> None:
-        newest = sa.select(sa.func.max(migration_log.c.id)).where(migration_log.c.revision == step.revision)
+    def _log(self, receipt: Receipt) -> None:
+        """In the row of the newest revision, since it is one transaction."""
+        newest = sa.select(sa.func.max(migration_log.c.id))
         try:
             self.conn.execute(
                 migration_log.update()
                 .where(migration_log.c.id == newest.scalar_subquery())
                 .values(
-                    attempts=step.attempts,
-                    locked_ms=step.locked_ms,
-                    duration_ms=step.duration_ms,
-                    waited_for=[json.loads(json.dumps(asdict(blocker), default=str)) for blocker in step.waited_for],
+                    attempts=receipt.attempts,
+                    locked_ms=receipt.locked_ms,
+                    duration_ms=receipt.duration_ms,
+                    waited_for=[json.loads(json.dumps(asdict(blocker), default=str)) for blocker in receipt.waited_for],
                 )
             )
         except sa.exc.DBAPIError:
             if lost(self.conn):
                 raise
-            # the revision is in place all the same, and its receipt is returned
+            # the revisions are in place all the same, and the receipt is returned
 
     def _online(self, revision: Revision, names: HostNames) -> Iterator[OnlineStep]:
         def tell(step: str, building: Building | None) -> None:

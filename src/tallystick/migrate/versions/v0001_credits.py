@@ -368,7 +368,8 @@ def locked(host: Any) -> Iterator[Composable]:
             yield SQL("ALTER TABLE {} ").format(table.name) + SQL(", ").join(missing)
     keys = [
         SQL(
-            "ADD CONSTRAINT credit_transactions_user_fk FOREIGN KEY (user_id) REFERENCES {} ({}) ON DELETE RESTRICT"
+            "ADD CONSTRAINT credit_transactions_user_fk"
+            " FOREIGN KEY (user_id) REFERENCES {} ({}) ON UPDATE CASCADE ON DELETE RESTRICT"
         ).format(host.users.name, host.users.key)
     ]
     if host.workshops:

@@ -19,11 +19,6 @@ down_revision = "0003"
 kind = "expand"
 
 LOW_BALANCES = Identifier("tallystick", "low_balances")
-USER_KEY = "credit_transactions_user_fk"
-REFERENCES = (
-    "ALTER TABLE {ledger} DROP CONSTRAINT {name}, ADD CONSTRAINT {name}"
-    " FOREIGN KEY (user_id) REFERENCES {users} ({key})"
-)
 # Triggers AFTER a row fire in the order of their names, and the foreign key's is called RI_ConstraintTrigger_a_…: this
 # one must come before it. BEFORE the row it would also refuse what the app's own trigger turns into a soft delete.
 DELETION = "A_tallystick_buyer_stays"
@@ -132,12 +127,11 @@ def replaces(host: Any) -> Iterator[Composable]:
 
 def locks(host: Any) -> tuple[Identifier, ...]:
     """The tables that ``locked`` changes, in the order in which they are locked."""
-    return (host.users.name, _ledger(host), LOW_BALANCES)
+    return (host.users.name, LOW_BALANCES)
 
 
 def locked(host: Any) -> Iterator[Composable]:
-    """The rows of a user follow a change of its key; deleting a buyer is refused with the way out."""
-    yield _user_key(host, " ON UPDATE CASCADE ON DELETE RESTRICT NOT VALID")
+    """A user's threshold follows a change of its key; deleting a buyer is refused with the way out."""
     # as many rows as users with a threshold of their own: the one check that is not put off
     yield SQL(
         "ALTER TABLE {} ADD CONSTRAINT low_balances_user_fk"
@@ -153,9 +147,9 @@ def indexes(_host: Any) -> dict[str, Composable]:
     return {}
 
 
-def validates(host: Any) -> dict[str, Composable]:
-    """The foreign key, which held for the old rows all the time."""
-    return {USER_KEY: SQL("ALTER TABLE {} VALIDATE CONSTRAINT {}").format(_ledger(host), Identifier(USER_KEY))}
+def validates(_host: Any) -> dict[str, Composable]:
+    """Nothing."""
+    return {}
 
 
 def undo_locks(host: Any) -> tuple[Identifier, ...]:
@@ -183,16 +177,5 @@ def undo(host: Any) -> Iterator[Composable]:
     """Back to revision 0003."""
     yield SQL("DROP TRIGGER IF EXISTS {} ON {}").format(Identifier(DELETION), host.users.name)
     yield SQL("DROP FUNCTION tallystick.buyer_stays()")
-    yield _user_key(host, " ON DELETE RESTRICT")
     yield SQL("ALTER TABLE {} DROP CONSTRAINT low_balances_user_fk").format(LOW_BALANCES)
     yield from unprepare(host)
-
-
-def _user_key(host: Any, rule: str) -> Composable:
-    return SQL(REFERENCES + rule).format(
-        ledger=_ledger(host), name=Identifier(USER_KEY), users=host.users.name, key=host.users.key
-    )
-
-
-def _ledger(host: Any) -> Identifier:
-    return Identifier(host.ledger_schema, "credit_transactions")
