@@ -265,6 +265,7 @@ TRICKY = st.sampled_from(
 
 @settings(QUIET, max_examples=12)
 @given(names=st.lists(TRICKY | NAMES, min_size=7, max_size=7, unique_by=str.casefold))
+@example(names=["u", "k", "w", "i", "o", "t", 'a, (b) RETURNS "c" DEFAULT d'])
 @example(names=['u"', "%s", "w'", ":p_user", "%(p_workshop)s", "{0}", 's"; --'])
 def test_a_name_is_a_name(fresh_database: Callable[..., str], names: list[str]) -> None:
     """Tables and columns of any name that PostgreSQL takes: migrated, sold from, spent from, audited."""

@@ -136,11 +136,15 @@ PERFORM tallystick.open_balance(u.{user_key}) FROM {users} AS u
     WHERE u.{user_key} = ANY (user_ids) AND u.credit_sequence = 0 AND {balance} <> 0;"""
 
 _TYPE = "CREATE TYPE tallystick."
+_QUOTED = r'"(?:[^"]|"")*"'  # a name of the host's, which may hold anything
 _SIGNATURE = re.compile(
-    r'CREATE OR REPLACE FUNCTION tallystick\."?(?P<name>\w+)"?\((?P<parameters>.*?)\) RETURNS (?P<returns>.*?)\n'
+    rf'CREATE OR REPLACE FUNCTION tallystick\."?(?P<name>\w+)"?\((?P<parameters>(?:{_QUOTED}|[^"])*?)\)'
+    r" RETURNS (?P<returns>.*?)\n"
     r"LANGUAGE (?P<language>\w+)(?P<options>[^$]*)\$\$",
     re.DOTALL,
 )
+_PART = rf'(?:{_QUOTED}|\([^()]*\)|[^",()])+?'
+_PARAMETER = re.compile(rf"\s*(?P<name>\w+) (?P<kind>{_PART})(?: DEFAULT (?P<default>{_PART}))?\s*(?:,|$)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -274,10 +278,8 @@ def _functions_of(text: str) -> Iterator[Function]:
 
 
 def _parameters(text: str) -> Iterator[tuple[str, str, str | None]]:
-    for one in filter(None, (part.strip() for part in re.split(r",(?![^()]*\))", text))):
-        declaration, _, default = one.partition(" DEFAULT ")
-        name, kind = declaration.split(maxsplit=1)
-        yield name, kind, default or None
+    for found in _PARAMETER.finditer(text):
+        yield found["name"], found["kind"], found["default"]
 
 
 def _strict(function: Function, host: Any) -> Composable:
