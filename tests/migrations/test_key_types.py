@@ -9,9 +9,10 @@ import sqlalchemy as sa
 from hosts import App
 
 from tallystick import Config, Ledger, migrate
+from tallystick.accounts import Accounts
 from tallystick.audit import audit
 from tallystick.config import to_toml
-from tallystick.errors import HostMismatch, InvalidArgument, Key
+from tallystick.errors import HostMismatch, InvalidArgument, Key, UnknownUser, UserDeleted
 
 HOST = """
     {before}
@@ -89,8 +90,27 @@ def test_a_host_with_such_keys(name: str, needs_icu: Callable[[], None], make_ap
         assert audit(conn, config).clean
     with app.engine.begin() as conn, pytest.raises(InvalidArgument, match=r"is no .* key"):
         ledger.balance(conn, 2**70 if isinstance(keys[0], int) else 7)
+    people_change(app, config, duplicate=keys[1], user=keys[0], renamed=3 if isinstance(keys[0], int) else "Zoe")
     migrate.undo(app.url, config, discard_ledger=True)
     assert app.shape() == shape
+
+
+def people_change(app: App, config: Config, *, duplicate: Key, user: Key, renamed: Key) -> None:
+    """An account is merged into another, whose key then changes, and whose person is erased."""
+    ledger, accounts = Ledger(config), Accounts(config)
+    with app.engine.begin() as conn:
+        assert ledger.merge(conn, duplicate, into=user, key="ticket 7").balance == 1
+        with pytest.raises(UserDeleted):
+            ledger.consume(conn, duplicate, key="too late")
+        conn.execute(sa.text("UPDATE users SET id = :renamed WHERE id = :user"), {"renamed": renamed, "user": user})
+        with pytest.raises(UnknownUser):
+            ledger.balance(conn, user)
+        [moved] = ledger.history(conn, renamed)
+        assert (str(moved.user_id).rstrip(), moved.type, moved.balance_after) == (str(renamed), "transfer", 1)
+        assert ledger.consume(conn, renamed, key="after").balance_after == 0
+        assert accounts.erase(conn, renamed).deleted_at is not None
+        assert {row.description for row in ledger.history(conn, renamed)} == {"Erased"}
+        assert audit(conn, config).clean
 
 
 @pytest.mark.parametrize("name", KEYS)

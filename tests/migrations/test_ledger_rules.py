@@ -82,6 +82,9 @@ FORBIDDEN_ROWS = [
     ("type", {"type": "'correction'", "amount": "-1", "sequence": "2"}),
     ("type", {"type": "'reversal'", "amount": "1", "sequence": "2"}),
     ("type", {**PENDING, "type": "'expiry'", "amount": "-1", "refund_of": PURCHASE_ID}),
+    ("type", {"type": "'transfer'", "sequence": "2"}),
+    ("type", {"type": "'transfer'", "amount": "0", "sequence": "2", "refund_of": PURCHASE_ID}),
+    ("type", {**PENDING, "type": "'transfer'", "refund_of": PURCHASE_ID}),
     ("held", {"sequence": "2", "held": "3", "expires_at": "now()"}),
     ("held", {**CONSUMPTION, **PENDING, "held": "1"}),
     ("held", {**CONSUMPTION, **PENDING, "held": "0", "expires_at": "now()"}),
@@ -116,6 +119,7 @@ def test_a_key_serves_once_for_each_user(ledger: App) -> None:
 
 def test_a_refund_may_leave_a_debt(ledger: App) -> None:
     ledger.run(insert(type="'refund'", amount="-3", balance_after="-1", sequence="2", refund_of=PURCHASE_ID))
+    assert ledger.value("SELECT balance_after FROM credit_transactions WHERE type = 'refund'") == -1
 
 
 def test_every_identity_of_a_stripe_customer_is_unique(ledger: App) -> None:

@@ -57,7 +57,7 @@ def test_it_tells_sizes_columns_and_the_way(app: App) -> None:
 
 
 def test_it_is_json(app: App) -> None:
-    json.dumps(dataclasses.asdict(plan(app)), default=str)
+    assert json.loads(json.dumps(dataclasses.asdict(plan(app)), default=str))["after"] == HEAD
 
 
 def test_a_role_without_privileges_sees_the_plan_and_what_is_missing(app: App) -> None:

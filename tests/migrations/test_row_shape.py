@@ -112,10 +112,12 @@ HARMLESS = [
 @pytest.mark.parametrize("ddl", HARMLESS)
 def test_what_would_not_fail_is_left_alone(ddl: str, app: App) -> None:
     app.psql(ddl)
+    before = app.shape()
     migrate.apply(app.url, app.config)
     if "frozen" not in ddl:
         app.run("UPDATE users SET email = email", "DELETE FROM workshops", "DELETE FROM users")
     migrate.undo(app.url, app.config)
+    assert app.shape() == before
 
 
 COPY = "EXECUTE concat('INSERT ', 'INTO users_audit ', 'SELECT $1, now(), $1, $2.*') USING 'U', NEW;"
@@ -222,3 +224,5 @@ def test_a_slow_trigger_takes_part_in_the_stall_budget(app: App) -> None:
     app.psql(AUDIT.format(body="PERFORM pg_sleep(0.2);"))
     config: Config = app.config
     migrate.apply(app.url, config, stall_budget_ms=2000)
+    with app.engine.connect() as conn:
+        assert migrate.status(conn, config).healthy
