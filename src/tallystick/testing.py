@@ -350,7 +350,7 @@ def _key() -> str:
 
 # --- the clock ---
 
-_CLOCK = """
+CLOCK = """
 CREATE SCHEMA tallystick_testing;
 CREATE TABLE tallystick_testing.clock (ahead interval NOT NULL);
 INSERT INTO tallystick_testing.clock VALUES ('0');
@@ -368,6 +368,7 @@ BEGIN
   END LOOP;
 END $$
 """
+"""The SQL that makes the clock of a database movable, for tests in another language; a superuser runs it."""
 
 # in seconds: the length of a day depends on a session's time zone
 _ADVANCE = "UPDATE tallystick_testing.clock SET ahead = ahead + make_interval(secs => :seconds)"
@@ -376,7 +377,7 @@ _ADVANCE = "UPDATE tallystick_testing.clock SET ahead = ahead + make_interval(se
 def _make_clock_movable(conn: psycopg.Connection[Any]) -> None:
     """Put functions in the place of PostgreSQL's own, in this database alone; ``Clock`` says where the role may not."""
     with suppress(psycopg.errors.InsufficientPrivilege), conn.transaction():
-        conn.execute(_CLOCK)
+        conn.execute(CLOCK)
 
 
 # --- connections ---

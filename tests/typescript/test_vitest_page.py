@@ -26,5 +26,5 @@ def test_the_vitest_example(tmp_path: Path, scratch: Path):
     app.run("tsc", "--project", ".")
     environ = {"TALLYSTICK_HOME": str(scratch / "home"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     said = app.run("vitest", "run", env=environ)
-    assert re.search(r"Tests +2 passed", said), said
+    assert re.search(r"Tests +3 passed", said), said
     assert not Server(scratch / "home").running
