@@ -11,6 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import yaml
 
 import tallystick
 
@@ -110,3 +111,54 @@ def test_every_public_name_is_there():
     assert set(tallystick.__all__) <= set(dir(tallystick))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         tallystick.nothing  # noqa: B018
+
+
+# --- the tests and the workflows ---
+
+ASSERTING = {
+    "tests/stripe_sales/test_machine.py": "the state machine that it runs does",
+    "tests/test_docs.py": "the blocks of a page do",
+    "tests/test_mapping.py": "verify raises what is wrong",
+    "tests/typescript/test_typescript_client.py": "the program of Node does",
+    "tests/web/browser/test_buyer.py": "Playwright's expect does",
+}
+"""Files with a test that leaves it to something else to fail."""
+
+
+def checks(function: ast.AST, helpers: set[str]) -> bool:
+    """True where a function asserts, expects an error, or calls a function beside it that does."""
+    return any(
+        isinstance(node, ast.Assert)
+        or (isinstance(node, ast.Attribute) and node.attr in ("raises", "fail", "warns"))
+        or (isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", None)) in helpers)
+        for node in ast.walk(function)
+    )
+
+
+def test_every_test_can_fail():
+    silent = set()
+    for file in sorted((ROOT / "tests").rglob("test_*.py")):
+        functions = [
+            node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, FUNCTIONS)
+        ]
+        helpers = {one.name for one in functions if checks(one, set())}
+        if any(one.name.startswith("test_") and not checks(one, helpers) for one in functions):
+            silent.add(str(file.relative_to(ROOT)))
+    assert silent == set(ASSERTING)
+
+
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+@pytest.mark.parametrize("name", ["ci.yml", "release.yml"])
+def test_a_workflow_runs_what_is_there(name: str):
+    """Every make target that it runs is one, and every job has a runner and steps that do something."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text(encoding="utf-8"))
+    targets = set(re.findall(r"^([\w-]+):(?!=)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert {"name", True, "jobs"} <= workflow.keys()  # YAML reads the key `on` as true
+    for job in workflow["jobs"].values():
+        assert job["runs-on"]
+        for step in job["steps"]:
+            assert ("run" in step) != ("uses" in step), step
+            assert set(re.findall(r"\bmake ([\w-]+)", step.get("run", ""))) <= targets, step
+            assert re.fullmatch(r"[\w.-]+/[\w./-]+@[\w./-]+", step.get("uses", "a/b@v1")), step

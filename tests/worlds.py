@@ -93,8 +93,8 @@ class World:
 
     def key(self, key_type: str) -> Key:
         number = next(_numbers)
-        texts = dict.fromkeys(("text", "char", "citext"), f"Key_{number}")
-        return {"uuid": uuid.uuid4(), **texts}.get(key_type, number)
+        keys: dict[str, Key] = {"uuid": uuid.uuid4(), **dict.fromkeys(("text", "char", "citext"), f"Key_{number}")}
+        return keys.get(key_type, number)
 
     def user(self, *, credits: int = 0) -> Key:
         """A new user, funded if asked."""
