@@ -656,6 +656,7 @@ def test_what_has_expired_without_a_row_is_not_shown_as_there(world, open_consol
     assert "Credits that expire" not in page
     assert "2 entries, balance 6, no gaps" in page
     assert "held" not in words(visitor.get("/users"))
+    assert visitor.get("/days.json").json()["holdings"] == {"outstanding": 2, "holders": 1, "debt": 0, "debtors": 0}
     with world.engine.begin() as conn:
         ledger.sweep(conn)
     page = words(visitor.get(at("/user", key=user)))

@@ -79,3 +79,25 @@ def test_it_needs_leave_to_act_and_a_key(shop, open_console):
     shop.world.config = shop.config
     assert asking not in open_console(shop.world).get("/pending").text
     assert asking in open_console(shop.world, allow_actions=True).get("/pending").text
+
+
+def test_a_delivery_that_failed_is_listed_with_its_reason_and_run_again(shop, visitor, open_console):
+    user = shop.world.user()
+    bought = shop.checkout(user)
+    shop.dev.pay(bought.session)
+    shop.deliver_all()
+    shop.dev.refund(shop.intent(bought))
+    shop.dev.fault("GET", "/v1/refunds", 500, times=3)
+    shop.deliver(*shop.events("charge.refunded"))
+    [event] = shop.events("charge.refunded")
+    page = visitor.get("/pending").text
+    assert "charge.refunded" in page
+    assert "Stripe answered 500" in page
+    assert f'name="event" value="{event}"' in page
+    reader = open_console(shop.world).get("/pending").text
+    assert "tallystick stripe reconcile" in reader
+    assert "Run again" not in reader
+
+    assert "The delivery had its effect now." in ask(visitor, event=event)
+    assert shop.balance(user) == 0
+    assert "Deliveries that failed" not in ask(visitor, event=event)  # twice changes nothing

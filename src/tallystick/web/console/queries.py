@@ -21,7 +21,7 @@ from tallystick.config import TEXT_KEYS, Config
 from tallystick.database import transaction
 from tallystick.errors import InvalidArgument, Key, UnknownUser, shown
 from tallystick.ledger import Ledger, Lot, Standing
-from tallystick.schema import CreditTransactionStatus, Schema, migration_log
+from tallystick.schema import CreditTransactionStatus, Schema, migration_log, stripe_failed_deliveries
 
 PAGE_ROWS = 50
 TALLY_ROWS = 30
@@ -144,6 +144,19 @@ class PendingRow:
     description: str
     stripe_session_id: str | None
     created_at: dt.datetime
+
+
+@dataclass(frozen=True, slots=True)
+class LostDelivery:
+    """A delivery of Stripe's that had no effect, and the reason of the last attempt."""
+
+    event_id: str
+    type: str
+    object_id: str
+    reason: str
+    attempts: int
+    first_at: dt.datetime
+    last_at: dt.datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -478,6 +491,14 @@ class Queries:
             total, young, middle, old, first = conn.execute(statement).one()
         return Waiting(min(total, COUNT_UP_TO), young, middle, old, first, total <= COUNT_UP_TO)
 
+    def lost_deliveries(self) -> list[LostDelivery]:
+        """Deliveries of Stripe's that had no effect so far, the oldest first: those that a page can show."""
+        row = stripe_failed_deliveries.c
+        columns = [row[name] for name in LostDelivery.__dataclass_fields__]
+        statement = sa.select(*columns).where(row.resolved_at.is_(None)).order_by(row.first_at, row.event_id)
+        with self.reading() as conn:
+            return [LostDelivery(*found) for found in conn.execute(statement.limit(PAGE_ROWS))]
+
     # --- migrations ---
 
     def receipts(self) -> list[MigrationRun]:
@@ -514,7 +535,11 @@ class Queries:
         )
 
     def _holdings(self) -> sa.Select[Any]:
-        balance = self._users.credit_balance
+        now = sa.func.tallystick.balance(self._users.key).table_valued(sa.column("balance", sa.BigInteger)).alias("now")
+        settled = sa.select(now.c.balance).correlate(self.schema.users).scalar_subquery()
+        # the column holds credits that have expired until a row says so
+        is_due = self._users.credit_due_at <= sa.func.now()
+        balance = sa.case((is_due, settled), else_=self._users.credit_balance)
         total, count = sa.func.sum(balance), sa.func.count()
         return sa.select(
             sa.func.coalesce(total.filter(balance > 0), 0),

@@ -97,6 +97,7 @@ class _Console:
 
             self.stripe = Background("stripe", lambda _: stripe.reconcile(engine, config))
             self.confirm = partial(stripe.confirm, engine, config)
+            self.redeliver = partial(stripe.redeliver, engine, config)
         self.templates = environment(jinja2.PackageLoader("tallystick.web.console"))
         self.templates.filters.update(
             ago=ago,
@@ -263,15 +264,22 @@ class _Console:
             "pending.html",
             page=page,
             waiting=self.queries.waiting(),
+            lost=self.queries.lost_deliveries(),
             asked=asked,
             told=request.query_params.get("told", "") if self.stripe else "",
             refresh=asked is not None and asked.running,
         )
 
     def ask_stripe(self, request: Request) -> Response:
-        """Ask about one purchase, whose user and session the form names, or about all."""
+        """Ask about one purchase, whose user and session the form names; about one failed delivery; or about all."""
         assert self.stripe  # noqa: S101 - there is no route without it
         form: Mapping[str, str] = request.state.form
+        event = form.get("event", "")
+        if event:
+            outcomes = self.redeliver([event])  # none, if somebody else was faster
+            log.info("action=redeliver operator=%r event=%r outcomes=%s", _operator(request), event, outcomes)
+            told = "" if not outcomes else "kept" if outcomes[0][1] == "refused" else "ran"
+            return RedirectResponse(self.at(request, "/pending", told=told), 303)
         session = form.get("session", "")
         if session:
             user = self._parsed_key(form.get("key", ""))
