@@ -186,6 +186,19 @@ def test_cancelled(shop: Shop) -> None:
     assert "Back to Pricing" in page
 
 
+def test_a_field_that_we_do_not_know_is_named_and_nothing_is_written(shop: Shop) -> None:
+    user = shop.world.user()
+    for path, send in (("checkout", shop.client.post), ("onboarding", shop.client.put)):
+        body = {"pack": "Flight Crew", "complete": True, "amount": 1}
+        refused = send(f"/billing/api/{path}", json=body, headers=shop.as_(user))
+        assert refused.status_code == 422
+        assert "body.amount: Extra inputs are not permitted" in refused.json()["detail"]
+    assert shop.get(user, "/billing/api/history").json()["rows"] == []
+    assert shop.get(user, "/billing/api/onboarding").json() == {"complete": False}
+    form = {"pack": "Flight Crew", "amount": "1"}  # of a form it is left unread: the pack's own price holds
+    assert shop.post(user, "/billing/checkout", data=form, headers=HTML).status_code == 303
+
+
 def test_stripe_is_away_before_buying(shop: Shop) -> None:
     user = shop.world.user()
     shop.double.fault("POST", "/v1/checkout/sessions", 503, times=3)
