@@ -726,6 +726,43 @@ def test_keys_that_the_host_generates_always(host_app: Callable[..., World]) -> 
     assert {one.outcome for one in uproot(world).scenarios} == {ScenarioOutcome.REMOVED}
 
 
+PARENTS = """
+CREATE SCHEMA auth;
+CREATE TABLE auth.users (id uuid PRIMARY KEY, email text UNIQUE NOT NULL);
+CREATE TABLE wallets (id integer PRIMARY KEY, currency text NOT NULL);
+CREATE TABLE profiles (
+  id uuid PRIMARY KEY REFERENCES auth.users ON DELETE CASCADE, full_name text,
+  wallet integer {wallet} UNIQUE REFERENCES wallets, code text UNIQUE DEFAULT 'none');
+{trigger}
+"""
+MAKES_PROFILES = """
+CREATE FUNCTION profile() RETURNS trigger LANGUAGE plpgsql AS
+  $$ BEGIN INSERT INTO public.profiles (id, code) VALUES (NEW.id, NEW.id::text); RETURN NEW; END $$;
+CREATE TRIGGER profile AFTER INSERT ON auth.users FOR EACH ROW EXECUTE FUNCTION profile();
+"""
+
+
+@pytest.mark.parametrize(("wallet", "trigger"), [("NOT NULL", ""), ("", MAKES_PROFILES)])
+def test_rows_that_a_user_has_alone_are_made_and_removed_with_it(
+    host_app: Callable[..., World], wallet: str, trigger: str
+) -> None:
+    """A key that refers to another table, as Supabase's; a column that refers to a row of its own; one default."""
+    world = host_app(
+        PARENTS.format(wallet=wallet, trigger=trigger), HostMapping(users=UsersTable(table="profiles"), workshops=None)
+    )
+    only = ("funded", "granted", "merged_user")
+    assert {one.balance for one in plant(world, only=only).scenarios} == {BALANCES[name] for name in only}
+    assert not plant(world, only=only).changed
+    with world.engine.connect() as conn:
+        assert conn.exec_driver_sql("SELECT count(*), count(DISTINCT code) FROM profiles").one() == (4, 4)
+        assert conn.exec_driver_sql("SELECT count(*) FROM auth.users").scalar() == 4
+        assert conn.exec_driver_sql("SELECT count(*) FROM wallets").scalar() == (4 if wallet else 0)
+    assert uproot(world, only=only).changed
+    with world.engine.connect() as conn:
+        for table in ("profiles", "auth.users", "wallets"):
+            assert conn.exec_driver_sql(f"SELECT count(*) FROM {table}").scalar() == 0, table
+
+
 def test_columns_that_must_be_given_are_given(host_app: Callable[..., World]) -> None:
     world = host_app(DEMANDING + "INSERT INTO orgs VALUES (7, 'eu'), (9, 'us')", DEMANDING_HOST)
     report = plant(world)

@@ -10,7 +10,7 @@ import hashlib
 import ipaddress
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -108,7 +108,7 @@ class HostTables:
     def __init__(self, conn: sa.Connection, schema: Schema) -> None:
         self.schema = schema
         users, workshops = schema.host.users, schema.host.workshops
-        self.users = _HostTable(conn, users, {users.key, users.email or users.key}, None)
+        self.users = _HostTable(conn, users, {users.key, users.email or users.key}, None, with_parents=True)
         self.workshops: _HostTable | None = None
         if workshops is not None:
             given = {workshops.key, workshops.owner, workshops.title, workshops.created_at}
@@ -120,7 +120,23 @@ class HostTables:
         values = self._keyed(self.users, row.key(names.key_type, "user"), key)
         if names.email:
             values[names.email] = self.users.fitted(names.email, f"{row.label}@example.com")
+        for parent in self.users.parents:
+            if parent.column == self.users.key:
+                values.setdefault(parent.column, row.key(names.key_type, "user"))
+            values.setdefault(parent.column, parent.value(row))
+            parent.rows.insert(conn, parent.rows.row(conn, row, {parent.rows.key: values[parent.column]}, None))
+        # a trigger of the host's may have made it with the row that it refers to, as Supabase's guide does
+        made = self.users.table.c[self.users.key]
+        there: Key | None = values.get(self.users.key)
+        if there is not None and self.users.parents and conn.scalar(sa.select(made).where(made == there)) is not None:
+            return there
         return self.users.insert(conn, self.users.row(conn, row, values, None))
+
+    def forget_parents(self, conn: sa.Connection, rows: Sequence[tuple[HostRow, Key]]) -> None:
+        """Remove what was made for users to refer to; they are gone already."""
+        for parent in self.users.parents:
+            values = [key if parent.column == self.users.key else parent.value(row) for row, key in rows]
+            conn.execute(sa.delete(parent.rows.table).where(parent.rows.table.c[parent.rows.key].in_(values)))
 
     def insert_workshop(
         self, conn: sa.Connection, row: HostRow, *, owner: Key, key: Key | None, created_at: dt.datetime | None
@@ -168,7 +184,13 @@ class _HostTable:
     """
 
     def __init__(
-        self, conn: sa.Connection, names: UsersTable | WorkshopsTable, given: set[str], owner: sa.Table | None
+        self,
+        conn: sa.Connection,
+        names: UsersTable | WorkshopsTable,
+        given: set[str],
+        owner: sa.Table | None,
+        *,
+        with_parents: bool = False,
     ) -> None:
         inspector = sa.inspect(conn)
         self.shown = f"{names.schema}.{names.table}"
@@ -183,13 +205,26 @@ class _HostTable:
         self.table = sa.table(
             names.table, *(sa.column(name, kind) for name, kind in self.types.items()), schema=names.schema
         )
-        self.unique = _unique_columns(inspector, where)
-        required = {column["name"] for column in columns if _must_be_given(column)} - given
-        self.references: list[Any] = [
+        uniques = _unique_columns(inspector, where)
+        self.unique = {name for unique in uniques for name in unique}
+        alone = {unique[0] for unique in uniques if len(unique) == 1}
+        required = {column["name"] for column in columns if _must_be_given(column)}
+        # a default that is one value serves one row
+        required |= {c["name"] for c in columns if c["name"] in alone and c["default"] and "(" not in c["default"]}
+        keys: list[Any] = [
             {**key, "referred_schema": key["referred_schema"] or inspector.default_schema_name}
             for key in inspector.get_foreign_keys(**where)
-            if required & set(key["constrained_columns"])
         ]
+        # rows that belong to one user alone are made with it
+        self.parents = [
+            _Parent.of(conn, key)
+            for key in (keys if with_parents else ())
+            if len(key["constrained_columns"]) == 1
+            and alone.intersection(key["constrained_columns"])
+            and (key["constrained_columns"][0] == names.key or required.intersection(key["constrained_columns"]))
+        ]
+        required -= given | {parent.column for parent in self.parents}
+        self.references = [key for key in keys if required & set(key["constrained_columns"])]
         for key in self.references:
             required -= set(key["constrained_columns"])
         self.required = sorted(required)
@@ -257,6 +292,25 @@ class _HostTable:
         return dict(zip(key["constrained_columns"], row, strict=True))
 
 
+@dataclass(frozen=True, slots=True)
+class _Parent:
+    """A table of which each user has a row alone: ``column`` of the users, unique, refers to ``rows``' key."""
+
+    column: str
+    rows: _HostTable
+
+    @staticmethod
+    def of(conn: sa.Connection, key: Any) -> _Parent:
+        """That which a foreign key of one column refers to."""
+        referred = key["referred_columns"][0]
+        names = UsersTable(schema=key["referred_schema"], table=key["referred_table"], key=referred)
+        return _Parent(key["constrained_columns"][0], _HostTable(conn, names, {referred}, None))
+
+    def value(self, row: HostRow) -> Any:
+        """The key of the parent's row, always the same for the same row."""
+        return row.value(self.rows.types[self.rows.key], self.rows.shown, unique=True)
+
+
 def _must_be_given(column: Any) -> bool:
     kind = column["type"]
     not_null, default = not column["nullable"], column["default"]
@@ -265,12 +319,13 @@ def _must_be_given(column: Any) -> bool:
     return not_null and default is None and not column.get("computed") and not column.get("identity")
 
 
-def _unique_columns(inspector: sa.Inspector, where: Mapping[str, Any]) -> set[str]:
+def _unique_columns(inspector: sa.Inspector, where: Mapping[str, Any]) -> list[list[str]]:
+    """The columns of each unique index that is on columns alone."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SAWarning)  # of index features that do not matter here
         indexes = [index["column_names"] for index in inspector.get_indexes(**where) if index["unique"]]
     indexes.append([*inspector.get_pk_constraint(**where)["constrained_columns"]])
-    return {name for names in indexes for name in names if name is not None}
+    return [[name for name in names if name is not None] for names in indexes]
 
 
 _CONSTANTS: tuple[tuple[type[sa.types.TypeEngine[Any]], Any], ...] = (

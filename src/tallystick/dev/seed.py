@@ -228,6 +228,9 @@ def reset(
             if table is not None:
                 gone = conn.scalars(sa.delete(table).where(table.c.key.in_(made)).returning(table.c.key))
                 removed |= {made[key].name for key in gone}
+        if removed:
+            rows = [(one.row(number), key) for one in chosen for number, key in enumerate(one.user_keys(schema))]
+            HostTables(conn, schema).forget_parents(conn, rows)
     return SeedReport(
         scenarios=tuple(
             Seeded(
