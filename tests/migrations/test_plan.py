@@ -219,6 +219,19 @@ def test_triggers_that_could_change_a_balance_are_named(app: App) -> None:
     assert found.severity == "note"
 
 
+def test_columns_that_mean_the_same_in_camel_case_are_named(app: App) -> None:
+    app.run('ALTER TABLE users ADD "updatedAt" timestamp(3), ADD "emailVerified" timestamp(3)')
+    app.run('ALTER TABLE workshops ADD "deletedAt" timestamp(3)')
+    found = [finding for finding in plan(app).findings if "beside it" in finding.text]
+    assert [finding.text.partition(",")[0] for finding in found] == [
+        'public.users has "updatedAt"',
+        'public.workshops has "deletedAt"',
+    ]
+    assert {finding.severity for finding in found} == {"warning"}
+    migrate.apply(app.url, app.config)
+    assert not [finding for finding in plan(app).findings if "beside it" in finding.text]
+
+
 @pytest.mark.parametrize("does", ["DO ALSO", "DO INSTEAD"])
 def test_rules_that_rewrite_what_the_ledger_writes_are_named(app: App, does: str) -> None:
     app.run(f"CREATE RULE keep AS ON UPDATE TO users {does} SELECT 1")

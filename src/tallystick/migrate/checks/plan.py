@@ -128,6 +128,7 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
             *_about_an_interrupted_run(host),
             *_about_cached_plans(conn, host),
             *_about_triggers(conn, host),
+            *_about_twins(host),
             *_about_rules(conn, host),
             *_about_collations(conn, host, config.host),
             *_about_event_triggers(conn),
@@ -291,6 +292,21 @@ _BEFORE_UPDATE = sa.text("""
     WHERE t.tgrelid = ANY (CAST(:tables AS oid[])) AND NOT t.tgisinternal AND t.tgenabled <> 'D'
       AND t.tgtype & 19 = 19 AND t.tgname NOT LIKE 'tallystick\\_%' ORDER BY 2, 1
 """)  # for each row, before, of an update
+
+
+def _about_twins(host: Host) -> Iterator[PlanNote]:
+    """Columns of the app's that seem to mean what one of ours does, in another spelling."""
+    for word, table in host.by_word.items():
+        coming = {name for revision in after(host.revision) for name in revision.columns.get(word, ())}
+        there = host.columns.get(word, ())
+        for ours in sorted(coming - set(there)):
+            for twin in there:
+                if twin.replace("_", "").lower() == ours.replace("_", "") and twin != host.balance:
+                    yield PlanNote(
+                        "warning",
+                        f'{table.shown} has "{twin}", and gets a column {ours} beside it: the ledger reads and writes '
+                        f'only its own. Have the app\'s code write both where it writes "{twin}"',
+                    )
 
 
 def _about_rules(conn: sa.Connection, host: Host) -> Iterator[PlanNote]:
