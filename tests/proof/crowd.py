@@ -152,9 +152,9 @@ def functions_called(engine: sa.Engine) -> set[str]:
 def declared_functions() -> set[str]:
     """The functions of the ledger about one user, without those of the accounts.
 
-    A merge is of two users, and events are a feed of all: tests/test_people.py and tests/test_events.py have them.
+    Events are a feed of all: tests/test_events.py has them.
     """
     of_accounts = {"account", "complete_onboarding", "reset_onboarding", "set_plan_tier", "set_stripe_customer"}
-    of_accounts |= {"erase", "set_low_balance", "merge", "events"}
+    of_accounts |= {"erase", "set_low_balance", "events"}
     of_accounts |= {f"{verb}_{what}" for verb in ("delete", "restore") for what in ("user", "workshop")}
     return {function.name for function in declared()} - of_accounts

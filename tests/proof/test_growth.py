@@ -129,6 +129,10 @@ def operations(history: History, conn: sa.Connection) -> dict[str, Call]:
     by_hand, _, lost, _, unattached = waiting
     for n, purchase in enumerate(waiting[:4]):
         ledger.attach_session(conn, FIRST, purchase, stripe_session_id=f"{key} {n}")
+    others = [uuid.uuid4() for _ in range(2)]
+    for other in others:
+        conn.execute(sa.insert(world.schema.users).values(key=other, email=f"{other}@example.com"))
+        ledger.grant(conn, other, credits=3, key="given", description="x")
     many = [
         Consume(FIRST, key=f"{key} many"),
         Consume(FIRST, workshop=fresh[1], key=f"{key} many 2"),
@@ -173,6 +177,8 @@ def operations(history: History, conn: sa.Connection) -> dict[str, Call]:
             description="x",
             expires_at=dt.datetime.now(dt.UTC) + dt.timedelta(days=1),
         ),
+        "merge into it": lambda c: ledger.merge(c, others[0], into=FIRST, key=f"{key} m"),
+        "merge of it": lambda c: ledger.merge(c, FIRST, into=others[1], key=f"{key} f"),
         "lots": lambda c: ledger.lots(c, FIRST),
         "sweep": ledger.sweep,
         "lock": lambda c: ledger.lock(c, FIRST),
@@ -286,7 +292,8 @@ NAMES = [
     "complete_purchase by session", "complete_purchase, again", "fail_purchase by id", "fail_purchase by session",
     "consume", "consume, again", "consume, refused", "consume for a workshop", "consume for an unlocked workshop",
     "consume_many", "refund", "refund, refused", "reinstate", "grant", "hold", "hold and capture", "hold and release",
-    "reverse", "grant and correct", "grant that expires", "lots", "sweep", "lock", "balance",
+    "reverse", "grant and correct", "grant that expires", "merge into it",
+    "merge of it", "lots", "sweep", "lock", "balance",
     "balance_at, now", "balance_at, long ago", "history, first page", "history, far back", "history, last page",
     "history with failed, first page", "history with failed, further", "access",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ import pytest
 import sqlalchemy as sa
 
 from crowd import books_balance, declared_functions, functions_called
-from tallystick import Consume, CreditTransaction
+from tallystick import Consume, CreditTransaction, Merged
 from tallystick.errors import DatabaseError, Key, OutcomeUnknown
 from tallystick.ledger.combiner import Combiner
 from wire import Fault, Harm, Proxy
@@ -34,7 +34,7 @@ class Case:
 
 def prepared(world: World, operation: str) -> Case:
     """The same operation for a new user each time, so that nothing of the last fault is left."""
-    ledger, user = world.ledger, world.user(credits=10)
+    ledger, user, duplicate = world.ledger, world.user(credits=10), world.user(credits=3)
     workshop = world.workshop(user)
     with world.engine.begin() as conn:
         bought, refunded = world.buy(conn, user, 5), world.buy(conn, user, 4)
@@ -69,6 +69,7 @@ def prepared(world: World, operation: str) -> Case:
         "release": (lambda c: ledger.release(c, user, held.id), 0),
         "reverse": (lambda c: ledger.reverse(c, user, spent.id, key="v"), +1),
         "correct": (lambda c: ledger.correct(c, user, given.id, credits=2, key="k"), -2),
+        "merge": (lambda c: ledger.merge(c, duplicate, into=user, key="m"), +3),
     }
     call, change = calls[operation]
     return Case(call, user, change)
@@ -108,6 +109,7 @@ OPERATIONS = [
     "release",
     "reverse",
     "correct",
+    "merge",
 ]
 # a sweep does for many users what each call does for its own
 WRITING_NOTHING = {"lock", "balance", "balance_at", "history", "access", "lots", "sweep"}
@@ -159,7 +161,7 @@ def test_cut_at_each_message(world: World, proxy: Proxy, operation: str) -> None
 
 def replays(result: Any) -> list[bool]:
     rows = result if isinstance(result, list) else [result]
-    return [row.replayed for row in rows if isinstance(row, CreditTransaction)]
+    return [row.replayed for row in rows if isinstance(row, CreditTransaction | Merged)]
 
 
 def settled(world: World) -> None:

@@ -87,11 +87,14 @@ BEGIN
     answer.required := account.balance;
     answer.detail := jsonb_build_object('argument', 'into_user_id');
   ELSE
-    SELECT CASE WHEN t.user_id = other.key THEN 'into_user_id' END AS argument, t.sequence - 1 AS sequence
-      INTO part FROM {ledger} AS t
-      WHERE t.user_id = account.key AND t.sequence = account.sequence + 1
-        OR t.user_id = other.key AND t.sequence = other.sequence + 1
-      LIMIT 1;
+    -- in the order of the one index that finds it at once, whatever the age of the statistics
+    SELECT found.argument, found.sequence INTO part FROM (
+      (SELECT NULL AS argument, account.sequence AS sequence FROM {ledger} AS t
+        WHERE t.user_id = account.key AND t.sequence > account.sequence ORDER BY t.sequence LIMIT 1)
+      UNION ALL
+      (SELECT 'into_user_id', other.sequence FROM {ledger} AS t
+        WHERE t.user_id = other.key AND t.sequence > other.sequence ORDER BY t.sequence LIMIT 1)
+    ) AS found LIMIT 1;
     IF FOUND THEN
       answer.outcome := 'ledger_inconsistent';
       answer.detail := jsonb_strip_nulls(to_jsonb(part));
