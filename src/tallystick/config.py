@@ -360,9 +360,12 @@ def _aware(value: dt.datetime) -> dt.datetime:
 
 
 # Settings that other tools keep in the environment under these names already.
+_BESIDE = ("database_url_unpooled", "database_url_replica")
+"""Further addresses of the same database."""
+
 _USUAL_VARIABLES = (
     "database_url",
-    "database_url_unpooled",
+    *_BESIDE,
     "stripe_secret_key",
     "stripe_webhook_secret",
     "stripe_api_base",
@@ -384,7 +387,8 @@ class Config(BaseModel):
     """All settings. Made by hand, or read with ``load``.
 
     ``database_url`` is where the app lives; ``database_url_unpooled``, if the first is a pooler's, is the direct
-    address that migrations need. With ``paywall`` off every workshop is open. Workshops created before
+    address that migrations need; ``database_url_replica`` is a hot standby's, from which the console and the commands
+    that only read do so. With ``paywall`` off every workshop is open. Workshops created before
     ``grandfathered_before`` are open; None stands for the moment at which revision 0001 was applied.
 
     ``refund_rounding`` says how many credits a refund of a part of the money takes, when that is no whole number.
@@ -400,6 +404,7 @@ class Config(BaseModel):
 
     database_url: Address | None = Field(default=None, repr=False)
     database_url_unpooled: Address | None = Field(default=None, repr=False)
+    database_url_replica: Address | None = Field(default=None, repr=False)
     host: HostMapping = Field(default_factory=HostMapping)
     packs: Annotated[tuple[Pack, ...], AfterValidator(_names_once)] = ()
     allowances: Annotated[tuple[Allowance, ...], AfterValidator(_plans_once)] = ()
@@ -431,7 +436,8 @@ class Config(BaseModel):
         """The same settings for another database, whose address is a direct one. Raises ConfigError."""
         try:
             given = {name: getattr(self, name) for name in self.model_fields_set}
-            return self.model_validate(given | {"database_url": database_url, "database_url_unpooled": None})
+            others = dict.fromkeys(_BESIDE)
+            return self.model_validate(given | others | {"database_url": database_url})
         except ValidationError as error:
             raise _explain(error, None, {"database_url": "--database-url"}) from None
 
@@ -441,9 +447,10 @@ class Config(BaseModel):
 
         One file is read, the first of these: ``path``, ``tallystick.toml``, ``[tool.tallystick]`` in ``pyproject.toml``
         (here or in a folder above). Environment variables (``TALLYSTICK_PAYWALL``, …) override single settings.
-        ``DATABASE_URL``, ``DATABASE_URL_UNPOOLED``, ``STRIPE_SECRET_KEY``, ``STRIPE_WEBHOOK_SECRET`` and
-        ``STRIPE_API_BASE`` fill in what is set nowhere else. The unpooled address is taken from where the other one
-        comes from: a file's own, that of ``TALLYSTICK_DATABASE_URL``, or that of ``DATABASE_URL``.
+        ``DATABASE_URL``, ``DATABASE_URL_UNPOOLED``, ``DATABASE_URL_REPLICA``, ``STRIPE_SECRET_KEY``,
+        ``STRIPE_WEBHOOK_SECRET`` and ``STRIPE_API_BASE`` fill in what is set nowhere else. The unpooled address and
+        the replica's are taken from where the first one comes from: a file's own, that of
+        ``TALLYSTICK_DATABASE_URL``, or that of ``DATABASE_URL``.
 
         Raises:
             ConfigError: names the file, the line and the key.
@@ -482,11 +489,12 @@ def _gathered(
             variables[name] = name.upper()
     if values.get("database_url") is not None:
         # from elsewhere it may be that of another database, which would then be migrated
-        direct: Any = (source.values or {}).get("database_url_unpooled") if source else None
-        if beside := variables.get("database_url"):
-            variables["database_url_unpooled"] = f"{beside}_UNPOOLED"
-            direct = _from_environment(environ.get(f"{beside}_UNPOOLED", "")) or None
-        values = {**values, "database_url_unpooled": direct}
+        for name in _BESIDE:
+            other: Any = (source.values or {}).get(name) if source else None
+            if first := variables.get("database_url"):
+                variables[name] = first + name.removeprefix("database_url").upper()
+                other = _from_environment(environ.get(variables[name], "")) or None
+            values = {**values, name: other}
     return values, variables, source
 
 

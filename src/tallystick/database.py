@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import random
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Union
 
 import sqlalchemy as sa
@@ -228,19 +230,67 @@ _SET_KNOWN = "; ".join(
 )
 
 
-def with_known_settings(pool: sa.Engine) -> sa.Engine:
+def with_known_settings(pool: sa.Engine, *, read_only: bool = False) -> sa.Engine:
     """``pool``, whose every transaction begins by setting ``KNOWN_SETTINGS``; the original is not touched.
 
     They end with the transaction: behind a transaction pooler the session is somebody else's afterwards. Hence they
-    hold for nothing in autocommit.
+    hold for nothing in autocommit. With ``read_only`` PostgreSQL itself refuses a write in these transactions.
     """
     derived = pool.execution_options()
-    sa.event.listen(derived, "begin", _set_known)
+    sa.event.listen(derived, "begin", _set_read_only if read_only else _set_known)
     return derived
 
 
 def _set_known(conn: sa.Connection) -> None:
     conn.exec_driver_sql(_SET_KNOWN)  # SET is no query, so an isolation level may still be chosen after it
+
+
+def _set_read_only(conn: sa.Connection) -> None:
+    # Not by SQLAlchemy's postgresql_readonly: that sets an attribute of the driver's connection, and sets it back when
+    # the connection returns to its pool. Every later transaction is then begun as READ WRITE, which a standby refuses.
+    conn.exec_driver_sql(f"{_SET_KNOWN}; SET TRANSACTION READ ONLY")
+
+
+@dataclass(frozen=True, slots=True)
+class Standby:
+    """A server that repeats what another has committed. ``as_of`` is a moment up to which it has all, None if unknown.
+
+    Where it has repeated all that it was sent, that is when its primary was last heard of: a role without
+    ``pg_read_all_stats`` is not told when, and takes the time of asking.
+    """
+
+    as_of: dt.datetime | None
+    seconds: float | None
+
+    def __str__(self) -> str:
+        if self.as_of is None or self.seconds is None:
+            return "Read from a standby of unknown age."
+        return f"Read from a standby as of {self.as_of:%Y-%m-%d %H:%M:%S} UTC, {max(self.seconds, 0):.1f} s ago."
+
+
+_STANDBY = sa.text("""
+    SELECT s.as_of AT TIME ZONE 'UTC', extract(epoch FROM clock_timestamp() - s.as_of)::float8
+    FROM (
+      SELECT CASE
+        WHEN pg_last_wal_replay_lsn() >= pg_last_wal_receive_lsn() AND r.pid IS NOT NULL
+        THEN greatest(coalesce(r.last_msg_receipt_time, clock_timestamp()), pg_last_xact_replay_timestamp())
+        ELSE pg_last_xact_replay_timestamp() END AS as_of
+      FROM (SELECT) AS one LEFT JOIN pg_stat_wal_receiver AS r ON true
+    ) AS s
+    WHERE pg_is_in_recovery()
+""")
+
+
+def standby(conn: DbConnection) -> Standby | None:
+    """The age of what ``conn`` reads where its server is a hot standby; None where it is none.
+
+    Ask before you read: what is read afterwards is at least as young.
+    """
+    row = run(conn, _STANDBY, {}).one_or_none()
+    if row is None:
+        return None
+    at, seconds = row
+    return Standby(None if at is None else at.replace(tzinfo=dt.UTC), seconds)
 
 
 PATIENCE_S = 15.0
@@ -323,14 +373,11 @@ def connect(
 
 
 @contextmanager
-def transaction(
-    pool: sa.Engine, *, keep: bool = True, isolation: str = "READ COMMITTED", **options: Any
-) -> Iterator[sa.Connection]:
+def transaction(pool: sa.Engine, *, keep: bool = True, isolation: str = "READ COMMITTED") -> Iterator[sa.Connection]:
     """One transaction on a connection of ``pool``: committed at the end, rolled back on an error or without ``keep``.
 
     The isolation level is ours, whatever the host's engine has: the ledger's functions read what others committed
-    meanwhile. With ``"AUTOCOMMIT"`` each statement is a transaction of its own. ``options`` are SQLAlchemy's execution
-    options, such as ``postgresql_readonly=True``.
+    meanwhile. With ``"AUTOCOMMIT"`` each statement is a transaction of its own.
 
     Raises:
         DatabaseUnavailable: no connection could be had.
@@ -339,7 +386,7 @@ def transaction(
     with translated(connecting=True):
         conn = pool.connect()
     with conn, translated():
-        conn = conn.execution_options(isolation_level=isolation, **options)
+        conn = conn.execution_options(isolation_level=isolation)
         with conn.begin() as begun:
             yield conn
             if not keep:

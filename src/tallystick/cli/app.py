@@ -21,7 +21,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from tallystick.config import Config, origins
-from tallystick.database import connect
+from tallystick.database import connect, standby
 from tallystick.dev import postgres
 from tallystick.errors import DatabaseUnavailable, NotMigrated
 from tallystick.migrate.runner.session import driver
@@ -126,10 +126,17 @@ class Invocation:
             yield config
 
     @contextmanager
-    def connection(self) -> Iterator[tuple[sa.Connection, Config]]:
-        """A connection of its own, in a transaction that is committed at the end."""
-        with self.database() as config, connect(address(config)) as conn:
-            yield conn, config
+    def connection(self, *, only_reads: bool = False) -> Iterator[tuple[sa.Connection, Config]]:
+        """A connection of its own, in a transaction that is committed at the end.
+
+        One that ``only_reads`` goes to the replica, where there is one, and says how old its view is.
+        """
+        with self.database() as config:
+            replica = config.database_url_replica if only_reads else None
+            with connect(replica or address(config)) as conn:
+                if replica and (age := standby(conn)):
+                    note(str(age))
+                yield conn, config
 
 
 def with_mapping(conn: sa.Connection, config: Config) -> Config:

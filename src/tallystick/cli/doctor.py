@@ -6,19 +6,26 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import sqlalchemy as sa
 import typer
 
 from tallystick import migrate
 from tallystick.cli.app import Invocation, Json, app, emit, invocation, out, place, plain, table
 from tallystick.config import Config, origins
-from tallystick.database import connect
+from tallystick.database import connect, standby
 from tallystick.errors import ConfigError, TallystickError
 from tallystick.migrate.runner.session import pooler_sign
 
 settings = typer.Typer(no_args_is_help=True, help="Show the settings.")
 app.add_typer(settings, name="config", rich_help_panel="Begin here")
 
-_SECRET = ("database_url", "database_url_unpooled", "stripe_secret_key", "stripe_webhook_secret")
+_SECRET = (
+    "database_url",
+    "database_url_unpooled",
+    "database_url_replica",
+    "stripe_secret_key",
+    "stripe_webhook_secret",
+)
 
 _EXTRAS = {
     "stripe": "stripe",
@@ -104,6 +111,8 @@ def _diagnoses(asked: Invocation) -> Iterator[Diagnosis]:
                 None if sign is None else "Set DATABASE_URL_UNPOOLED to the server's own address",
             )
             yield _of_the_schema(migrate.status(conn, at))
+            if config.database_url_replica:
+                yield _of_the_replica(conn, config.database_url_replica)
     except TallystickError as error:
         yield Diagnosis("Database", error.message.rstrip("."), "Nothing further was looked at")
         return
@@ -122,6 +131,18 @@ def _of_the_schema(found: migrate.Status) -> Diagnosis:
         f"{found.revision}, with {len(found.drift)} differences from what this package declares",
         "Run: tallystick migrate status",
     )
+
+
+def _of_the_replica(conn: sa.Connection, url: str) -> Diagnosis:
+    """The replica by its age, unless it is a copy of something else than ``conn``."""
+    same = sa.text("SELECT (SELECT system_identifier FROM pg_control_system()), current_database()")
+    with connect(url) as there:
+        if there.execute(same).one() != conn.execute(same).one():
+            return Diagnosis("Replica", f"{place(there)} is no copy of this database", "Correct database_url_replica")
+        age = standby(there)
+        if age is None:
+            return Diagnosis("Replica", f"{place(there)} takes writes", "Correct database_url_replica, or leave it out")
+        return Diagnosis("Replica", f"{age}".rstrip("."))
 
 
 def _of_stripe(config: Config) -> Diagnosis:

@@ -76,10 +76,15 @@ def user_key(conn: sa.Connection, config: Config, text: str) -> Key:
 
 
 @contextmanager
-def mapped(ctx: typer.Context, *, changes: bool = False) -> Iterator[tuple[sa.Connection, Config]]:
-    """A connection to a migrated database, on which a wrong mapping is told as one; said aloud where it ``changes``."""
+def mapped(
+    ctx: typer.Context, *, changes: bool = False, only_reads: bool = False
+) -> Iterator[tuple[sa.Connection, Config]]:
+    """A connection to a migrated database, on which a wrong mapping is told as one; said aloud where it ``changes``.
+
+    One that ``only_reads`` is the replica's, where there is one.
+    """
     asked = invocation(ctx)
-    with asked.connection() as (conn, config):
+    with asked.connection(only_reads=only_reads) as (conn, config):
         if changes:
             note(place(conn))
         verify(conn)
@@ -115,7 +120,7 @@ def credits_of(number: int) -> str:
 @app.command(cls=OfUser, rich_help_panel="Credits")
 def balance(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> None:
     """Show how many credits a user has."""
-    with mapped(ctx) as (conn, config):
+    with mapped(ctx, only_reads=True) as (conn, config):
         now = Ledger(config).standing(conn, user_key(conn, config, user))
 
     def show() -> None:
@@ -129,7 +134,7 @@ def balance(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> No
 @app.command(cls=OfUser, rich_help_panel="Credits")
 def lots(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> None:
     """Show a user's credits that expire, those first that are spent first."""
-    with mapped(ctx) as (conn, config):
+    with mapped(ctx, only_reads=True) as (conn, config):
         ledger, key = Ledger(config), user_key(conn, config, user)
         ledger.balance(conn, key)  # an unknown user is an error here, not an empty list
         found = ledger.lots(conn, key)
@@ -188,7 +193,7 @@ def history(
     as_json: Json = False,
 ) -> None:
     """Show a user's ledger, newest first."""
-    with mapped(ctx) as (conn, config):
+    with mapped(ctx, only_reads=True) as (conn, config):
         ledger = Ledger(config)
         key = user_key(conn, config, user)
         ledger.balance(conn, key)  # an unknown user is an error here, not an empty list
@@ -525,7 +530,7 @@ def onboarding(
     as_json: Json = False,
 ) -> None:
     """Show whether a user's onboarding is complete, or change it."""
-    with mapped(ctx, changes=complete is not None) as (conn, config):
+    with mapped(ctx, changes=complete is not None, only_reads=complete is None) as (conn, config):
         accounts, key = Accounts(config), user_key(conn, config, user)
         if complete is None:
             account = accounts.get(conn, key)
@@ -568,7 +573,7 @@ def audit(
         emit(listing, lambda: out.print(shown), as_json=as_json)
         return
     parts: list[auditing.AuditReport] = []
-    with mapped(ctx) as (conn, config):
+    with mapped(ctx, only_reads=True) as (conn, config):
         try:
             with progress_bar("Auditing") as progress:
                 report = auditing.audit(

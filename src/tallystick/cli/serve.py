@@ -56,15 +56,26 @@ def serve(
 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     with invocation(ctx).database() as config, _listen(host, port) as listening:
-        where, port = listening.getsockname()[:2]
-        local = ipaddress.ip_address(where).is_loopback  # whatever name it was given by
+        ip, port = listening.getsockname()[:2]
+        local = ipaddress.ip_address(ip).is_loopback  # whatever name it was given by
         sign_in, address = _sign_in(config.console, host, port, local=local)
-        pool = engine(database_address(config), pool_size=5, pool_pre_ping=True)
+        where = database_address(config)
+        pools = {
+            url: engine(url, pool_size=5, pool_pre_ping=True) for url in (where, config.database_url_replica or where)
+        }
         try:
-            with connect(database_address(config)) as conn:
+            # without actions the primary is not needed
+            with connect(where if allow_actions else [*pools][-1]) as conn:
                 verify(conn)
                 config = agreed(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
-            pages = console.console(config, engine=pool, sign_in=sign_in, address=address, allow_actions=allow_actions)
+            pages = console.console(
+                config,
+                engine=pools[where],
+                replica=pools[config.database_url_replica] if config.database_url_replica else None,
+                sign_in=sign_in,
+                address=address,
+                allow_actions=allow_actions,
+            )
             if isinstance(sign_in, console.LocalLink):
                 out.print(f"The console is at {address}/enter?token={sign_in.token}", markup=False)
                 out.print("The link works once, within 15 minutes. Stop with Ctrl-C.")
@@ -83,7 +94,8 @@ def serve(
             )
             uvicorn.Server(settings).run(sockets=[listening])
         finally:
-            pool.dispose()
+            for pool in pools.values():
+                pool.dispose()
 
 
 def _listen(host: str, port: int) -> socket.socket:

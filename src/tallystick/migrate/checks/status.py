@@ -14,6 +14,7 @@ from psycopg.sql import Identifier
 from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.config import Config
+from tallystick.database import standby
 from tallystick.errors import MigrationError
 from tallystick.migrate.host.preflight import Host, examine
 from tallystick.migrate.host.privileges import open_policies, writers
@@ -221,7 +222,8 @@ def status(conn: sa.Connection, config: Config) -> Status:
 
     What should be there is what this package's declarations make on this very server, as temporary tables under a
     savepoint that is rolled back: so both sides are in the server's own words. ``conn`` must be in a transaction
-    of the caller's, not in autocommit; nothing of it is left.
+    of the caller's, not in autocommit; nothing of it is left. On a standby no table can be made: there the revision and
+    its history are told, and a warning that nothing was compared.
 
     Raises what ``examine`` does, but asks for no privileges, and MigrationError on a connection in autocommit.
     """
@@ -235,7 +237,7 @@ def status(conn: sa.Connection, config: Config) -> Status:
 
 
 def _status(conn: sa.Connection, config: Config) -> Status:
-    host = examine(conn, config, strict=False)
+    host = examine(conn, config, strict=False, changes=False)
     drift: tuple[Drift, ...] = ()
     history: tuple[Applied, ...] = ()
     if host.revision is not None:
@@ -248,7 +250,8 @@ def _status(conn: sa.Connection, config: Config) -> Status:
                 ).order_by(log.id)
             )
         )
-    if host.revision == HEAD:
+    here = standby(conn)
+    if host.revision == HEAD and here is None:
         savepoint = conn.begin_nested()
         try:
             remedies = _Remedies(config, host)
@@ -262,6 +265,8 @@ def _status(conn: sa.Connection, config: Config) -> Status:
     if host.revision is not None:
         superuser = conn.scalars(_SUPERUSER, {"schema": host.ledger_schema})
         warnings = (*open_policies(conn, host, config.host.users.key), *superuser)
+        if here is not None:
+            warnings = (*warnings, _ON_A_STANDBY)
         if host.follows:
             warnings = (*warnings, _FOLLOWS.format(f"{host.users.shown}.{host.balance}"))
     return Status(
@@ -269,6 +274,10 @@ def _status(conn: sa.Connection, config: Config) -> Status:
     )
 
 
+_ON_A_STANDBY = (
+    "this server is a standby, where no table can be made to compare with, so no table and no function was compared. "
+    "Its catalogue is a copy of its primary's: run tallystick migrate status there too"
+)
 _FOLLOWS = (
     "code of the app's own may still write {}, and what it writes is taken into the ledger. When none does any more: "
     "tallystick adopt --cut-over"

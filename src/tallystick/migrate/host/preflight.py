@@ -106,13 +106,14 @@ class Host:
         return tuple(sorted(f"{word}.{column}" for word, column in self.adopted))
 
 
-def examine(conn: sa.Connection, config: Config, *, strict: bool = True) -> Host:
+def examine(conn: sa.Connection, config: Config, *, strict: bool = True, changes: bool = True) -> Host:
     """Check that this database can be migrated (or is already), before anything is changed.
 
-    With ``strict`` off, missing privileges and what of the app's would break are told in the result, not raised.
+    With ``strict`` off, missing privileges and what of the app's would break are told in the result, not raised. With
+    ``changes`` off nothing is to be changed, and a standby serves.
 
     Raises:
-        SchemaError: the server is too old, or is a standby.
+        SchemaError: the server is too old, or is a standby and cannot be changed.
         HostMismatch: the mapping names what is not there or cannot serve, a name of ours is taken, or something of the
             app's would fail once its tables have further columns.
         IncompatibleColumn: the host has a column of ours that cannot be adopted.
@@ -123,7 +124,7 @@ def examine(conn: sa.Connection, config: Config, *, strict: bool = True) -> Host
     role = conn.execute(_ROLE, {"schema": mapping.users.schema}).one()
     if role.version < OLDEST_SERVER:
         raise SchemaError(f"PostgreSQL {role.version_text} is too old. Tallystick needs 14 or later")
-    if role.standby:
+    if role.standby and changes:
         raise SchemaError("this server is a standby and cannot be written to. Use the primary's address")
 
     revision = current_revision(conn)

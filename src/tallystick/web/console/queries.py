@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.config import TEXT_KEYS, Config
-from tallystick.database import transaction
+from tallystick.database import Standby, standby, transaction, with_known_settings
 from tallystick.errors import InvalidArgument, Key, UnknownUser, shown
 from tallystick.ledger import Ledger, Lot, Standing
 from tallystick.schema import CreditTransactionStatus, Schema, migration_log, stripe_failed_deliveries
@@ -245,7 +245,7 @@ class Queries:
 
     def __init__(self, config: Config, engine: sa.Engine) -> None:
         self.config = config
-        self.engine = engine
+        self.engine = with_known_settings(engine, read_only=True)
         self.schema = Schema.of(config.host)
         self._balances = Ledger(config)
         self._users = self.schema.users.c
@@ -254,9 +254,14 @@ class Queries:
     @contextmanager
     def reading(self, *, timeout_ms: int = PAGE_TIMEOUT_MS) -> Iterator[sa.Connection]:
         """A read-only transaction, so that PostgreSQL itself refuses a write, with a limit to each statement."""
-        with transaction(self.engine, postgresql_readonly=True) as reader:
+        with transaction(self.engine) as reader:
             reader.execute(sa.select(sa.func.set_config("statement_timeout", str(timeout_ms), sa.true())))
             yield reader
+
+    def age(self) -> Standby | None:
+        """The age of what is read, where that is a standby."""
+        with self.reading() as conn:
+            return standby(conn)
 
     # --- users ---
 

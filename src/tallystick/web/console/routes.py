@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import importlib.util
 import logging
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -24,7 +25,7 @@ from starlette.types import ASGIApp
 
 from tallystick import audit
 from tallystick.config import Config
-from tallystick.database import translated, with_known_settings
+from tallystick.database import Standby, translated, with_known_settings
 from tallystick.errors import (
     Conflict,
     DatabaseError,
@@ -68,24 +69,36 @@ def console(
     sign_in: SignIn,
     address: str = "http://127.0.0.1:8420",
     allow_actions: bool = False,
+    replica: sa.Engine | None = None,
 ) -> ASGIApp:
     """The console as an ASGI application, to be served by itself or mounted in another.
 
     ``address`` is where people open it, scheme and host as in their browser: requests under another name are refused,
     and with https the session's cookie is sent over nothing else. Without ``allow_actions`` no page changes anything,
-    and all reading is done in read-only transactions.
+    and all reading is done in read-only transactions. ``replica`` is an engine of a hot standby, which is then read
+    instead, and each page says how old its view is. Where actions are allowed, the pages of one user and of pending
+    purchases are read where the actions are written, so that what was done is seen.
     """
-    return _Console(config, with_known_settings(engine), sign_in, address, allow_actions=allow_actions).app
+    return _Console(config, engine, sign_in, address, allow_actions=allow_actions, replica=replica).app
 
 
 class _Console:
     def __init__(
-        self, config: Config, engine: sa.Engine, sign_in: SignIn, address: str, *, allow_actions: bool
+        self,
+        config: Config,
+        engine: sa.Engine,
+        sign_in: SignIn,
+        address: str,
+        *,
+        allow_actions: bool,
+        replica: sa.Engine | None,
     ) -> None:
         self.config = config
-        self.queries = Queries(config, engine)
+        self.queries = Queries(config, replica or engine)
+        self.live = Queries(config, engine) if allow_actions and replica else self.queries
+        self.has_replica = replica is not None
+        engine = with_known_settings(engine)
         self.actions = Actions(config, engine) if allow_actions else None
-        self.engine = engine
         self.files = StaticFiles("tallystick.web.console", "tallystick.web.shared")
         self.audit: Background[audit.AuditReport] = Background("audit", self._audit)
         self.figures: Background[Figures] = Background(
@@ -158,21 +171,22 @@ class _Console:
     # --- pages ---
 
     def overview(self, request: Request) -> Response:
+        queries = self.reading(request)
         state = self.audit.state
-        _, rows = self.queries.sizes()
+        _, rows = queries.sizes()
         if state.at is None and not state.running and rows.number <= AUDIT_UNASKED_ROWS:
             self.audit.start()
             self.audit.wait(FIRST_FIGURES_S)
         figures = self.figures.fresh(wait_s=FIRST_FIGURES_S)
-        receipts = self.queries.receipts()
+        receipts = queries.receipts()
         return self.show(
             request,
             "overview.html",
             audit=self.audit.state,
             figures=figures,
             size=rows,
-            waiting=self.queries.waiting(),
-            oldest=self.queries.pending(limit=5).rows,
+            waiting=queries.waiting(),
+            oldest=queries.pending(limit=5).rows,
             receipt=receipts[0] if receipts else None,
             refresh=figures.result is None or self.audit.state.running,
         )
@@ -193,11 +207,12 @@ class _Console:
         )
 
     def users(self, request: Request, form: str) -> Response:
+        queries = self.reading(request)
         search = request.query_params.get("q", "").strip()[:SEARCH_MAX]
         if form == "csv":
-            return export.csv("users", self.queries.every_user(search=search), operator=_operator(request))
+            return export.csv("users", queries.every_user(search=search), operator=_operator(request))
         try:
-            page = self.queries.users(search=search, **_place(request))
+            page = queries.users(search=search, **_place(request))
         except Conflict as error:
             if error.sqlstate != _TIMED_OUT or form == "json":
                 raise
@@ -215,22 +230,23 @@ class _Console:
             return self._list(request, page, q=search)
         if search and len(page.rows) == 1 and page.before is None and page.after is None:
             return RedirectResponse(self.at(request, "/user", key=page.rows[0].key), 303)
-        size = None if search else self.queries.sizes()[0]
-        tallies = self.queries.tallies([row.key for row in page.rows])
+        size = None if search else queries.sizes()[0]
+        tallies = queries.tallies([row.key for row in page.rows])
         return self.show(request, "users.html", q=search, page=page, tallies=tallies, size=size, too_slow=False)
 
     def user(self, request: Request, form: str) -> Response:
+        queries = self.reading(request)
         key = self._key(request)
-        user = self.queries.user(key)
+        user = queries.user(key)
         if form == "csv":
-            return export.csv(f"ledger-{key}", self.queries.every_row(key), operator=_operator(request))
-        page = self.queries.ledger(key, **_place(request))
+            return export.csv(f"ledger-{key}", queries.every_row(key), operator=_operator(request))
+        page = queries.ledger(key, **_place(request))
         newest = page.before is None
-        unfinished = self.queries.unfinished(key) if newest else []
+        unfinished = queries.unfinished(key) if newest else []
         if form == "json":
             return self._list(request, page, key=key, user=user, unfinished=unfinished)
         notches = (
-            [*self.queries.ledger(key, limit=100).rows, *self.queries.unfinished(key)]
+            [*queries.ledger(key, limit=100).rows, *queries.unfinished(key)]
             if not newest
             else [*page.rows, *unfinished]
         )
@@ -244,18 +260,20 @@ class _Console:
             unfinished=unfinished,
             notches=notches,
             total=None if newest and page.after is None else user.credit_sequence,
-            done=self.queries.transaction(key, UUID(done)) if _is_uuid(done) else None,
+            done=queries.transaction(key, UUID(done)) if _is_uuid(done) else None,
         )
 
     def steps(self, request: Request) -> Response:
+        queries = self.reading(request)
         key = self._key(request)
-        steps = self.queries.steps(key)
+        steps = queries.steps(key)
         return export.json({"at": [int(at.timestamp()) for at, _ in steps], "balance": [after for _, after in steps]})
 
     def pending(self, request: Request, form: str) -> Response:
+        queries = self.reading(request)
         if form == "csv":
-            return export.csv("pending", self.queries.every_pending(), operator=_operator(request))
-        page = self.queries.pending(**_place(request))
+            return export.csv("pending", queries.every_pending(), operator=_operator(request))
+        page = queries.pending(**_place(request))
         if form == "json":
             return self._list(request, page)
         asked = self.stripe.state if self.stripe else None
@@ -263,8 +281,8 @@ class _Console:
             request,
             "pending.html",
             page=page,
-            waiting=self.queries.waiting(),
-            lost=self.queries.lost_deliveries(),
+            waiting=queries.waiting(),
+            lost=queries.lost_deliveries(),
             asked=asked,
             told=request.query_params.get("told", "") if self.stripe else "",
             refresh=asked is not None and asked.running,
@@ -324,7 +342,8 @@ class _Console:
         return JSONResponse({"running": state.running, "percent": state.percent, "done": state.done})
 
     def migrations(self, request: Request, form: str) -> Response:
-        receipts = self.queries.receipts()
+        queries = self.reading(request)
+        receipts = queries.receipts()
         if form == "csv":
             return export.csv("migrations", receipts, operator=_operator(request))
         if form == "json":
@@ -353,21 +372,30 @@ class _Console:
 
     def _review(self, request: Request, fields: Mapping[str, str]) -> Review:
         assert self.actions  # noqa: S101
+        queries = self.reading(request)
         name = request.path_params["action"]
         if name not in self.actions.names:
             raise HTTPException(404)
         key = self._parsed_key(fields.get("key", ""))
-        user = self.queries.user(key)
+        user = queries.user(key)
         purchase, refunded = None, 0
         if name == "refund":
             wanted = fields.get("purchase", "")
-            purchase = self.queries.transaction(key, UUID(wanted)) if _is_uuid(wanted) else None
+            purchase = queries.transaction(key, UUID(wanted)) if _is_uuid(wanted) else None
             if purchase is None:
                 raise HTTPException(404)
-            refunded = self.queries.refunded(key, purchase.id)
+            refunded = queries.refunded(key, purchase.id)
         return self.actions.review(name, user, fields, purchase=purchase, refunded=refunded)
 
     # --- what all pages share ---
+
+    def reading(self, request: Request) -> Queries:
+        """The queries that answer a request; the age of what they read is kept with the request."""
+        page = request.url.path.removeprefix(request.scope.get("root_path", "")).lstrip("/")
+        queries = self.live if re.match(r"(user|pending)\b", page) else self.queries
+        if self.has_replica:
+            request.state.age = queries.age()
+        return queries
 
     def show(self, request: Request, template: str, *, status: int = 200, **values: Any) -> Response:
         session = request.state.session
@@ -379,6 +407,7 @@ class _Console:
             once=request.query_params.get("once") or secrets.token_urlsafe(16),
             here={name: request.query_params.get(name) for name in ("q", "key", "before", "after")},
             path=request.url.path.removeprefix(request.scope.get("root_path", "")) if session else "",
+            age=_age(request),
             **{"refresh": False, **values},
         )
         return HTMLResponse(page, status)
@@ -440,7 +469,8 @@ class _Console:
             name: None if cursor is None else self.at(request, path, **query, **{name: cursor})
             for name, cursor in (("before", page.before), ("after", page.after))
         }
-        return export.json({**values, "rows": page.rows, **links})
+        age = {"standby": standby} if (standby := _age(request)) else {}
+        return export.json({**values, "rows": page.rows, **links, **age})
 
     def _key(self, request: Request) -> Key:
         return self._parsed_key(request.query_params.get("key", ""))
@@ -460,9 +490,9 @@ class _Console:
 
     def _audit(self, progress: Callable[[int, int], None]) -> audit.AuditReport:
         with translated(connecting=True):
-            conn = self.engine.connect()
+            conn = self.queries.engine.connect()
         with conn:  # without a transaction: each range of the audit is one of its own, read-only as all unasked reading
-            reader = conn.execution_options(isolation_level="READ COMMITTED", postgresql_readonly=True)
+            reader = conn.execution_options(isolation_level="READ COMMITTED")
             return audit.audit(reader, self.config, progress=progress)
 
 
@@ -537,6 +567,11 @@ class _Place(TypedDict):
 def _place(request: Request) -> _Place:
     before, after = (request.query_params.get(name) or None for name in ("before", "after"))
     return {"before": before, "after": None if before else after}
+
+
+def _age(request: Request) -> Standby | None:
+    """The age of what was read for a request from a standby."""
+    return getattr(request.state, "age", None)
 
 
 def _operator(request: Request) -> str:

@@ -1,0 +1,210 @@
+"""The journey of an app on a whole cluster: migration, selling, races, killed sessions, audits beside them, and back.
+
+``TALLYSTICK_TEST_URL`` names a database of the cluster, as that of a Citus coordinator, in which nothing of Tallystick
+is; it is left as it was found. Without it the suite runs in a database of the tests' own server.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from servers import pg_bin
+from tallystick import Consume, HostMapping, UsersTable, WorkshopsTable, audit, backup, migrate
+from tallystick.config import Config
+from tallystick.database import engine
+from tallystick.errors import (
+    Conflict,
+    DatabaseUnavailable,
+    IdempotencyKeyReused,
+    InsufficientCredits,
+    OutcomeUnknown,
+)
+from worlds import World
+
+SCHEMA = "tallystick_journey"
+HOST = HostMapping(users=UsersTable(schema=SCHEMA, email="email"), workshops=WorkshopsTable(schema=SCHEMA))
+DDL = f"""
+CREATE SCHEMA {SCHEMA};
+CREATE TABLE {SCHEMA}.users (id uuid PRIMARY KEY, email text NOT NULL UNIQUE);
+CREATE TABLE {SCHEMA}.workshops (
+  id uuid PRIMARY KEY, user_id uuid NOT NULL REFERENCES {SCHEMA}.users (id), title text,
+  created_at timestamptz NOT NULL DEFAULT now());
+CREATE TABLE {SCHEMA}.visits (user_id uuid NOT NULL, number bigint NOT NULL, PRIMARY KEY (user_id, number));
+"""
+CLIENTS = 16
+DISTRIBUTED = "SELECT logicalrelid::regclass::text FROM pg_dist_partition WHERE partmethod = 'h'"
+
+
+@pytest.fixture(scope="module")
+def cluster(server: Any) -> Iterator[str]:
+    """The address of an empty database."""
+    named = os.environ.get("TALLYSTICK_TEST_URL")
+    if named is None:
+        yield server.create_database("journey")
+        server.drop_database("journey")
+    else:
+        yield str(Config(database_url=named).database_url)
+
+
+@pytest.fixture(scope="module")
+def app(cluster: str) -> Iterator[World]:
+    """A host app on it, with a table that is distributed where the cluster can do that; gone afterwards."""
+    world = World(cluster, HOST)
+    with world.engine.begin() as conn:
+        conn.exec_driver_sql(DDL)
+        world.citus = conn.scalar(sa.text("SELECT true FROM pg_extension WHERE extname = 'citus'"))  # type: ignore[attr-defined]
+        if world.citus:  # type: ignore[attr-defined]
+            conn.exec_driver_sql(f"SELECT create_distributed_table('{SCHEMA}.visits', 'user_id')")
+    try:
+        with world.engine.connect() as conn:
+            assert [note.text for note in migrate.plan(conn, world.config).findings if note.severity == "stop"] == []
+        migrate.apply(world.url, world.config)
+        yield world
+        migrate.undo(world.url, world.config, discard_ledger=True)
+        with world.engine.connect() as conn:
+            assert conn.scalar(sa.text("SELECT to_regnamespace('tallystick') IS NULL"))
+    finally:
+        with world.engine.begin() as conn:
+            conn.exec_driver_sql(f"DROP SCHEMA {SCHEMA} CASCADE")
+
+
+def clean(world: World) -> audit.AuditReport:
+    with world.engine.connect() as conn:
+        report = audit.audit(conn, world.config)
+    assert report.findings == ()
+    return report
+
+
+def insisting(world: World, call: Callable[[sa.Connection], Any]) -> Any:
+    """The answer to ``call``, asked again as the errors say while its connection is taken away."""
+    while True:
+        try:
+            with world.engine.begin() as conn:
+                return call(conn)
+        except (OutcomeUnknown, DatabaseUnavailable, Conflict):
+            continue
+        except sa.exc.DBAPIError as error:
+            if not error.connection_invalidated:  # the COMMIT, which is SQLAlchemy's own
+                raise
+
+
+def test_the_journey(app: World, tmp_path: Any) -> None:
+    with app.engine.connect() as conn:
+        assert migrate.status(conn, app.config).healthy
+        if app.citus:  # type: ignore[attr-defined]
+            assert conn.scalars(sa.text(DISTRIBUTED)).all() == [f"{SCHEMA}.visits"]
+    ledger, user, other = app.ledger, app.user(credits=10), app.user()
+    workshop = app.workshop(user)
+    with app.engine.begin() as conn:
+        conn.execute(sa.text(f"INSERT INTO {SCHEMA}.visits VALUES (:user, 1)"), {"user": user})
+        unlocked = ledger.consume(conn, user, workshop=workshop, key="unlock")
+        assert ledger.access(conn, workshop).open
+    with app.engine.begin() as conn:
+        conn.execute(sa.text(f"INSERT INTO {SCHEMA}.visits VALUES (:user, 2)"), {"user": user})
+        assert ledger.consume(conn, user, workshop=workshop, key="unlock").replayed
+        ledger.reverse(conn, user, unlocked.id, key="undo")
+        hold = ledger.hold(conn, user, credits=4, key="hold", expires_in=dt.timedelta(hours=1))
+        assert ledger.standing(conn, user).available == 6
+        ledger.capture(conn, user, hold.id, credits=3)
+        ledger.grant(conn, user, credits=5, key="gift", description="Gift", expires_at=_in(1))
+        [lot] = ledger.lots(conn, user)
+        assert lot.remaining == 5
+    app.pass_time(hours=2)
+    with app.engine.begin() as conn:
+        assert ledger.balance(conn, user) == 7
+        assert ledger.sweep(conn) == 1
+        purchase = next(row for row in ledger.history(conn, user) if row.type == "purchase")
+        ledger.refund(conn, user, purchase.id, credits=2, key="back")
+        many = ledger.consume_many(conn, [Consume(user, key="a"), Consume(user, key="b"), Consume(other, key="c")])
+        assert [getattr(one, "amount", None) for one in many] == [-1, -1, None]
+        ledger.merge(conn, user, into=other, key="one person")
+    with app.engine.begin() as conn:
+        assert (ledger.balance(conn, user), ledger.balance(conn, other)) == (0, 3)
+    assert clean(app).rows >= 10
+    assert backup.backup(app.url, tmp_path / "app.dump", bin_dir=pg_bin()).path.exists()
+
+
+def _in(hours: float) -> dt.datetime:
+    return dt.datetime.now(dt.UTC) + dt.timedelta(hours=hours)
+
+
+def test_sixteen_clients_race_for_the_last_credits(app: World) -> None:
+    users, gate = [app.user(credits=10) for _ in range(3)], threading.Barrier(CLIENTS)
+
+    def client(number: int) -> list[bool]:
+        gate.wait()
+        spent = []
+        for turn in range(4):
+            for user in users:
+                try:
+                    insisting(app, lambda conn: app.ledger.consume(conn, user, key=f"{number} {turn}"))  # noqa: B023
+                    spent.append(True)
+                except InsufficientCredits:
+                    spent.append(False)
+        return spent
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        answers = [one for some in pool.map(client, range(CLIENTS)) for one in some]
+    assert answers.count(True) == 30
+    with app.engine.begin() as conn:
+        assert [app.ledger.balance(conn, user) for user in users] == [0, 0, 0]
+
+    user = app.user(credits=10)
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        rows = [*pool.map(lambda _: insisting(app, lambda c: app.ledger.consume(c, user, key="one")), range(CLIENTS))]
+    assert len({row.id for row in rows}) == 1
+    assert [row.replayed for row in rows].count(False) == 1
+    with pytest.raises(IdempotencyKeyReused), app.engine.begin() as conn:
+        app.ledger.consume(conn, user, credits=2, key="one")
+    clean(app)
+
+
+def test_sessions_are_killed_and_audits_run_beside_the_traffic(app: World) -> None:
+    users, over, killed = [app.user(credits=1000) for _ in range(4)], threading.Event(), 0
+    wanted = 40
+
+    def client(number: int) -> None:
+        for turn in range(wanted):
+            user = users[(number + turn) % len(users)]
+            row = insisting(app, lambda conn: app.ledger.consume(conn, user, key=f"{number} {turn}"))  # noqa: B023
+            assert row.amount == -1
+
+    def auditor() -> int:
+        count = 0
+        while not over.is_set() or not count:
+            insisting(app, lambda conn: audit_of(conn, app))
+            count += 1
+        return count
+
+    def audit_of(conn: sa.Connection, world: World) -> None:
+        assert audit.audit(conn, world.config).findings == ()
+
+    kill = sa.text(
+        "SELECT count(pg_terminate_backend(pid)) FROM (SELECT pid FROM pg_stat_activity WHERE datname = "
+        "current_database() AND pid <> pg_backend_pid() AND query LIKE '%tallystick.consume%' LIMIT 2) AS some"
+    )
+    pool_of_one = engine(app.url, pool_size=1)
+    with ThreadPoolExecutor(8) as pool:
+        auditing = pool.submit(auditor)
+        clients = [pool.submit(client, number) for number in range(6)]
+        while not all(one.done() for one in clients):
+            with pool_of_one.begin() as conn:
+                killed += conn.scalar(kill) or 0
+            threading.Event().wait(0.05)
+        over.set()
+        for one in clients:
+            one.result()
+        assert auditing.result() >= 1
+    pool_of_one.dispose()
+    assert killed > 0
+    with app.engine.begin() as conn:
+        assert sum(app.ledger.balance(conn, user) for user in users) == 4000 - 6 * wanted
+    clean(app)
