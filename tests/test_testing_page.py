@@ -18,6 +18,8 @@ from doors import bare
 from tallystick.dev.postgres import Server
 from worlds import SHAPES, World
 
+pytestmark = pytest.mark.one_server  # it is about the host's test runner
+
 APPS = Path(__file__).parent / "apps"
 SLOW_TO_IMPORT = [part for name in ("schemathesis", "hypothesispytest", "anyio") for part in ("-p", f"no:{name}")]
 INI = "[pytest]\nfilterwarnings = error\n"

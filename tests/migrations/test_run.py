@@ -479,7 +479,7 @@ def without_online(shape: set[tuple[str, str]]) -> set[tuple[str, str]]:
 class TestKilled:
     """At any moment: what is there afterwards is the old or the new, and the next run ends as if nothing was."""
 
-    MOMENTS = 50
+    MOMENTS = 30
     SERVER_MOMENTS = 10
 
     @pytest.fixture

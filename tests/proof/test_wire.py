@@ -19,6 +19,8 @@ from tallystick.ledger.combiner import Combiner
 from wire import Fault, Harm, Proxy
 from worlds import World
 
+pytestmark = pytest.mark.one_server  # it is about the client, whose messages are those of any server
+
 Call = Callable[[sa.Connection], Any]
 PATIENCE_S = 30
 

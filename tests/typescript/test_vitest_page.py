@@ -8,11 +8,15 @@ import shutil
 import sys
 from pathlib import Path
 
+import pytest
+
 import node_packages
 import pages
 from tallystick.dev.postgres import Server
 from tallystick.ledger.typescript import typescript
 from worlds import SHAPES
+
+pytestmark = pytest.mark.one_server  # it is about the host's test runner
 
 HERE = Path(__file__).parent / "vitest"
 

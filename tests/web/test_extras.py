@@ -9,6 +9,8 @@ import pytest
 
 from worlds import World
 
+pytestmark = pytest.mark.one_server  # it is about what is imported
+
 PAYWALL = """
 from uuid import UUID
 import sqlalchemy as sa

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -31,6 +32,13 @@ class Visitor(TestClient):
         found = re.search(r'name="token" value="([0-9a-f]+)"', page.text)
         assert found, (path, page.status_code, page.text)
         return found[1]
+
+    def overview(self) -> Any:
+        """The overview once its figures are there, however busy the machine is."""
+        deadline = time.monotonic() + 60
+        while re.search("Adding up|Checking every", (answer := self.get("/")).text) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return answer
 
     def submit(self, path: str, **fields: Any) -> Any:
         return self.post(path, data={"token": self.token(), **{name: str(value) for name, value in fields.items()}})

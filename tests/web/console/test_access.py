@@ -10,6 +10,8 @@ from tallystick.web.console import Passwords, TrustedProxy, hash_password
 from tallystick.web.console import access as doors
 from tallystick.web.console.access import COOKIE, LocalLink, TooMany
 
+pytestmark = pytest.mark.one_server  # it is about who gets in
+
 PATHS = [
     "/", "/users", "/users?q=a", "/users.json", "/users.csv", "/user?key=x", "/user.json?key=x", "/user.csv?key=x",
     "/user/steps.json?key=x", "/pending", "/pending.json", "/pending.csv", "/audit", "/audit.json", "/audit.csv",

@@ -82,7 +82,7 @@ def test_every_page_and_list_on_every_host(any_world, open_console):
         assert visitor.get(f"{path}.json").headers["content-type"] == "application/json"
         assert visitor.get(f"{path}.csv").headers["content-type"] == "text/csv; charset=utf-8"
 
-    text = words(visitor.get("/"))
+    text = words(visitor.overview())
     assert "All 1 balances agree with their ledgers" in text
     assert "1 pending purchase :" in text
     assert f"Revision {HEAD} , applied" in text
@@ -107,7 +107,7 @@ def test_every_page_and_list_on_every_host(any_world, open_console):
 
 def test_an_empty_host_says_what_would_be_here(any_world, open_console):
     visitor = open_console(any_world)
-    assert "No payment in the last 60 days" in words(visitor.get("/"))
+    assert "No payment in the last 60 days" in words(visitor.overview())
     assert "No users yet" in words(visitor.get("/users"))
     assert "No purchase is waiting" in words(visitor.get("/pending"))
     for path in LISTS:
@@ -210,7 +210,7 @@ def test_a_gap_and_a_debt_are_seen(world, open_console):
     assert "finding" in text
     assert "What to do" in text
     assert at("/user", key=user) in html.unescape(answer.text)
-    assert "finding" in words(visitor.get("/"))
+    assert "finding" in words(visitor.overview())
     found = table(visitor.get("/audit.csv"))
     assert {row["user"] for row in found} == {str(user)}
     assert visitor.get("/audit.json").json()["report"]["findings"][0]["user"] == str(user)
@@ -533,7 +533,7 @@ def test_it_can_be_mounted_below_a_path(world):
 
 def test_an_unmigrated_database_says_what_to_run(fresh_database, open_console):
     visitor = open_console(World(fresh_database(), SHAPES["uuid"].host))
-    answer = visitor.get("/")
+    answer = visitor.overview()
     assert answer.status_code == 503
     assert "tallystick migrate apply" in answer.text
 
@@ -559,7 +559,7 @@ def test_a_migration_on_its_way_is_not_called_applied(world, open_console):
     with world.engine.begin() as conn:
         conn.exec_driver_sql("INSERT INTO tallystick.migration_log (revision, direction) VALUES ('0999', 'prepare')")
     visitor = open_console(world)
-    assert "Revision 0999 , prepared" in words(visitor.get("/"))
+    assert "Revision 0999 , prepared" in words(visitor.overview())
     assert "0999 prepared" in words(visitor.get("/migrations"))
 
 
@@ -586,7 +586,7 @@ def test_the_figures_count_what_was_taken_back(world, open_console):
     assert {k: v for k, v in visitor.get("/days.json").json()["days"][-1].items() if k != "date"} == {
         "sold": 16, "granted": 10, "consumed": 1, "refunded": 3, "expired": 7,
     }  # fmt: skip
-    page = words(visitor.get("/"))
+    page = words(visitor.overview())
     assert "Expired: 7, and 0 in the 30 days before." in page
     assert "No purchase is waiting" in page
 
