@@ -104,7 +104,7 @@ def test_from_an_apps_database_to_audited_credits(tally, old_host):
     assert (refused.code, "--discard-ledger" in refused.err) == (1, True)
     assert tally("seed", "--reset").code == 0
     undone = tally("migrate", "undo")
-    assert ("Undid 0001" in undone.out, f"{HEAD}: undone" in undone.err) == (True, True)
+    assert (f"Undid {HEAD}, " in undone.out, f"{HEAD}: undone" in undone.err) == (True, True)
     with psycopg.connect(old_host) as conn:
         columns = conn.execute("SELECT attname FROM pg_attribute WHERE attrelid = 'users'::regclass AND attnum > 0")
         assert "credit_balance" not in [row[0] for row in columns]

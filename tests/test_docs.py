@@ -17,7 +17,7 @@ from standardwebhooks import Webhook
 import tallystick
 from pages import blocks
 from tallystick import Config, HostMapping, Pack, UsersTable, WorkshopsTable, events
-from tallystick.cli import app
+from tallystick.cli import commands
 from tallystick.config import Allowance, ConsoleAccess
 from tallystick.schema import CreditTransactionType
 from worlds import World
@@ -29,15 +29,15 @@ RECORD_EVENT = (ROOT / "src" / "tallystick" / "ledger" / "sql" / "record_event.s
 NO_KINDS = {"accounts.set_low_balance", "tallystick.set_low_balance"}
 
 
-def commands(group, path=("tallystick",)):
+def subcommands(group, path=("tallystick",)):
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
-            yield from commands(command, (*path, name))
+            yield from subcommands(command, (*path, name))
         else:
             yield " ".join((*path, name)), command
 
 
-COMMANDS = dict(commands(typer.main.get_command(app)))
+COMMANDS = dict(subcommands(typer.main.get_command(commands())))
 
 
 @pytest.mark.parametrize("command", COMMANDS)

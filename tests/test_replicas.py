@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from servers import standby_of
 from tallystick import audit, migrate
-from tallystick.cli import app
+from tallystick.cli import commands
 from tallystick.database import engine, standby, with_known_settings
 from tallystick.dev.postgres import Server
 from tallystick.dev.throwaway import FAST, FOLDER_PREFIX, scratch_root
@@ -87,7 +87,7 @@ def shop(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def tallystick(*arguments: str) -> Any:
-    return CliRunner().invoke(app, arguments)
+    return CliRunner().invoke(commands(), arguments)
 
 
 def test_every_operation_that_reads_does_so_there(pair: Pair) -> None:

@@ -93,7 +93,8 @@ def test_every_room_stands_in_the_order_of_imports():
     [
         ("import tallystick", {"sqlalchemy", "pydantic", "alembic", "psycopg", "typer"}),
         ("from tallystick import Ledger, Config, Accounts", {"alembic", "typer", "fastapi", "stripe"}),
-        ("import tallystick.cli", {"alembic", "fastapi", "stripe"}),
+        ("import tallystick.cli", {"alembic", "fastapi", "stripe", "tallystick.migrate", "tallystick.dev"}),
+        ("import tallystick.cli.ledger", {"alembic", "stripe", "tallystick.migrate", "tallystick.audit"}),
         ("import tallystick.pytest_plugin", {"sqlalchemy", "pydantic", "alembic", "psycopg", "typer"}),
         ("import tallystick.testing", {"pytest", "typer", "fastapi", "stripe"}),
     ],

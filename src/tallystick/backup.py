@@ -29,9 +29,8 @@ import sqlalchemy as sa
 import zstandard
 from psycopg.sql import SQL, Identifier
 
-from tallystick.database import connect, said
+from tallystick.database import connect, driver, said
 from tallystick.errors import BackupError
-from tallystick.migrate.runner.session import driver
 from tallystick.signals import ended_by_signals
 
 LEVEL = 3

@@ -20,6 +20,7 @@ from tallystick.errors import (
     DatabaseUnavailable,
     HostInterfered,
     InvalidArgument,
+    MigrationError,
     NotMigrated,
     OutcomeUnknown,
     PermissionDenied,
@@ -28,6 +29,7 @@ from tallystick.errors import (
 )
 
 if TYPE_CHECKING:  # the ORM takes longer to import than all the rest, and most hosts of a Connection never do
+    import psycopg
     from sqlalchemy.orm import Session
 
 DbConnection = Union[sa.Connection, "Session"]
@@ -50,6 +52,18 @@ def run(conn: DbConnection, statement: sa.Executable, values: Mapping[str, Any])
         session.flush()
     with translated():
         return conn.execute(statement, values)
+
+
+def driver(conn: sa.Connection) -> psycopg.Connection[tuple[object, ...]]:
+    """The psycopg connection under ``conn``: a whole message is sent to it as text. Raises MigrationError."""
+    import psycopg  # noqa: PLC0415 - loaded, where the engine is one of it
+
+    found = conn.connection.dbapi_connection
+    if not isinstance(found, psycopg.Connection):
+        raise MigrationError(
+            f"migrations need psycopg 3, this engine uses {conn.dialect.driver}. Use postgresql+psycopg://…"
+        )
+    return found
 
 
 @contextmanager

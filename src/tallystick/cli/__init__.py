@@ -4,30 +4,57 @@ from __future__ import annotations
 
 import errno
 import sys
+from collections.abc import Iterable
+from importlib import import_module
 from typing import NoReturn
 
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+import typer
 
-from tallystick.cli import (  # noqa: F401 - each adds its commands to the app
-    backups,
-    clients,
-    develop,
-    doctor,
-    events,
-    ledger,
-    migrations,
-    people,
-    selling,
-    serve,
-)
 from tallystick.cli.app import app, complain
-from tallystick.database import said
 from tallystick.errors import TallystickError
 from tallystick.signals import ended_by_signals
 
-__all__ = ["app", "main"]
+__all__ = ["commands", "main"]
+
+MODULES = {
+    "backups": ("backup", "restore"),
+    "clients": ("client",),
+    "develop": ("db", "demo", "seed"),
+    "doctor": ("config", "doctor"),
+    "events": ("events", "low-balance"),
+    "ledger": (
+        "allowances",
+        "audit",
+        "balance",
+        "consume",
+        "correct",
+        "grant",
+        "history",
+        "hold",
+        "lots",
+        "onboarding",
+        "purchase",
+        "refund",
+        "reverse",
+        "sweep",
+    ),
+    "migrations": ("adopt", "init", "migrate"),
+    "people": ("users",),
+    "selling": ("stripe",),
+    "serve": ("serve",),
+}
+"""The commands of each module. An import takes longer than most commands, so only the one that is asked for is made."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def commands(words: Iterable[str] = ()) -> typer.Typer:
+    """The commands that are among ``words``; all of them where there is none."""
+    asked = set(words)
+    found = [module for module, names in MODULES.items() if asked.intersection(names)]
+    for module in found or MODULES:
+        import_module(f"{__name__}.{module}")
+    return app
 
 
 def main() -> NoReturn:
@@ -37,7 +64,9 @@ def main() -> NoReturn:
     """
     try:
         with ended_by_signals():  # so that nothing is left of what a command had started
-            app()
+            commands(sys.argv[1:])()
+    except SystemExit:
+        raise  # before SQLAlchemy is imported for nothing
     except TallystickError as error:
         complain(error.message)
     except BrokenPipeError:
@@ -49,8 +78,22 @@ def main() -> NoReturn:
             complain(f"The result could not be written: {error.strerror}. Check where the output goes")
         else:
             raise
-    except DBAPIError as error:
-        complain(f"The database refused: {said(error)}")
-    except SQLAlchemyError as error:
-        complain(f"The database could not be used: {error}")
+    except _sqlalchemys_own() as error:
+        complain(_explained(error))
     sys.exit(1)
+
+
+def _sqlalchemys_own() -> type[Exception]:
+    from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415 - asked for once something was raised
+
+    return SQLAlchemyError
+
+
+def _explained(error: Exception) -> str:
+    from sqlalchemy.exc import DBAPIError  # noqa: PLC0415
+
+    from tallystick.database import said  # noqa: PLC0415
+
+    if isinstance(error, DBAPIError):
+        return f"The database refused: {said(error)}"
+    return f"The database could not be used: {error}"

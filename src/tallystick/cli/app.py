@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import sqlalchemy as sa
 import typer
@@ -21,11 +21,12 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from tallystick.config import Config, origins
-from tallystick.database import connect, standby
-from tallystick.dev import postgres
+from tallystick.database import connect, driver, standby
 from tallystick.errors import DatabaseUnavailable, NotMigrated
-from tallystick.migrate.runner.session import driver
 from tallystick.schema import agreed
+
+if TYPE_CHECKING:
+    from tallystick.dev import postgres
 
 EMBEDDED_DATABASE = "app"
 
@@ -117,6 +118,8 @@ class Invocation:
             note("DATABASE_URL_UNPOOLED is left alone: it belongs to DATABASE_URL, and the address is from elsewhere.")
         with ExitStack() as stack:
             if config.database_url is None:
+                from tallystick.dev import postgres  # noqa: PLC0415 - few commands need a server of their own
+
                 server = postgres.Server(postgres.default_folder())
                 if not (server.made or os.environ.get("TALLYSTICK_HOME")):
                     raise DatabaseUnavailable(_NO_ADDRESS, sqlstate=None)

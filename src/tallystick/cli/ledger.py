@@ -7,7 +7,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID, uuid4
 
 import sqlalchemy as sa
@@ -17,7 +17,6 @@ from rich.table import Table
 from sqlalchemy.exc import DBAPIError
 from typer.core import TyperCommand
 
-from tallystick import audit as auditing
 from tallystick.accounts import Accounts
 from tallystick.allowances import Allowances
 from tallystick.cli.app import (
@@ -38,6 +37,9 @@ from tallystick.database import said, translated
 from tallystick.errors import ConfigError, InvalidArgument, Key, NotMigrated, shown
 from tallystick.ledger import CreditTransaction, Ledger
 from tallystick.schema import Schema, agreed, verify
+
+if TYPE_CHECKING:
+    from tallystick.audit import AuditReport
 
 KeyOption = Annotated[
     str | None,
@@ -565,6 +567,8 @@ def audit(
 
     It shares no code with what wrote the ledger.
     """
+    from tallystick import audit as auditing  # noqa: PLC0415 - no other command waits for its import
+
     if checks:
         listing = {name: check.purpose for name, check in auditing.CHECKS.items()}
         shown = table("check", "what must hold")
@@ -572,7 +576,7 @@ def audit(
             shown.add_row(name, purpose)
         emit(listing, lambda: out.print(shown), as_json=as_json)
         return
-    parts: list[auditing.AuditReport] = []
+    parts: list[AuditReport] = []
     with mapped(ctx, only_reads=True) as (conn, config):
         try:
             with progress_bar("Auditing") as progress:
@@ -599,7 +603,7 @@ def audit(
         raise typer.Exit(1)
 
 
-def show_audit(report: auditing.AuditReport) -> None:
+def show_audit(report: AuditReport) -> None:
     """A report as an operator reads it: the verdict first."""
     size = f"{report.users:,} users and {report.rows:,} credit transactions in {report.seconds:.1f} s"
     faults = sum(finding.fault for finding in report.findings)
@@ -613,7 +617,7 @@ def show_audit(report: auditing.AuditReport) -> None:
     show_findings(report)
 
 
-def show_findings(report: auditing.AuditReport) -> None:
+def show_findings(report: AuditReport) -> None:
     """Each with where it is and what to do about it."""
     for finding in report.findings:
         out.print()

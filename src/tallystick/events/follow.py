@@ -10,10 +10,9 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from tallystick.config import Config
-from tallystick.database import dial, engine, translated
+from tallystick.database import dial, driver, engine, translated
 from tallystick.errors import DatabaseUnavailable, OutcomeUnknown
 from tallystick.ledger import Event, Ledger
-from tallystick.migrate.runner.session import driver
 from tallystick.schema import agreed, verify
 
 PAGE = 500

@@ -20,6 +20,7 @@ import psycopg
 import sqlalchemy as sa
 
 from tallystick.config import Config
+from tallystick.database import driver
 from tallystick.errors import Key, MigrationError, TallystickError
 from tallystick.ledger import Ledger
 from tallystick.migrate.checks.plan import Phase, PlannedStatement, plan
@@ -27,7 +28,7 @@ from tallystick.migrate.checks.status import status
 from tallystick.migrate.host.preflight import Host, current_revision, examine
 from tallystick.migrate.revisions import after
 from tallystick.migrate.runner.run import undo
-from tallystick.migrate.runner.session import driver, engine_of, session
+from tallystick.migrate.runner.session import engine_of, session
 from tallystick.schema import LEDGER, user_columns, workshop_columns
 
 

@@ -13,13 +13,14 @@ import sqlalchemy as sa
 from psycopg.sql import SQL, Composable, Identifier, Literal
 
 from tallystick.config import Config
+from tallystick.database import driver
 from tallystick.errors import MigrationError
 from tallystick.migrate.host.own_credits import HistoryTable, OwnCredits, find_history, own_credits
 from tallystick.migrate.host.preflight import Host, adopted_columns, examine
 from tallystick.migrate.host.tables import columns_of, looking
 from tallystick.migrate.revisions import HostNames, revisions
 from tallystick.migrate.runner.opening import open_balances, sent
-from tallystick.migrate.runner.session import driver, engine_of, send_when_free, session
+from tallystick.migrate.runner.session import engine_of, send_when_free, session
 from tallystick.schema import FOLLOWING, LEDGER, OPENING_KEY, migration_log
 
 _BATCH = 50

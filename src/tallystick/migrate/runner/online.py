@@ -17,11 +17,11 @@ import psycopg
 import sqlalchemy as sa
 from psycopg.sql import SQL, Composable, Identifier
 
-from tallystick.database import with_known_settings
+from tallystick.database import driver, with_known_settings
 from tallystick.errors import MigrationError
 from tallystick.migrate.revisions import HostNames, Revision
 from tallystick.migrate.runner.opening import open_balances
-from tallystick.migrate.runner.session import NEVER_CUT, driver, lost, put, put_back, translate
+from tallystick.migrate.runner.session import NEVER_CUT, lost, put, put_back, translate
 from tallystick.schema import LEDGER
 
 _LOOK_EVERY_S = 0.25

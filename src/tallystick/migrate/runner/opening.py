@@ -15,8 +15,9 @@ import psycopg
 import sqlalchemy as sa
 from psycopg.sql import SQL, Composable, Literal
 
+from tallystick.database import driver
 from tallystick.migrate.revisions import HostNames
-from tallystick.migrate.runner.session import driver, lost, put, translate
+from tallystick.migrate.runner.session import lost, put, translate
 
 BATCH_MS = 10.0
 """The time that a batch may hold the rows of its users, about."""

@@ -24,6 +24,7 @@ import sqlalchemy as sa
 from psycopg.sql import Composable
 
 from tallystick.config import Config
+from tallystick.database import driver
 from tallystick.errors import (
     ConfigError,
     MigrationBlocked,
@@ -45,7 +46,7 @@ from tallystick.migrate.runner.messages import (
     upward,
 )
 from tallystick.migrate.runner.online import Building, OnlineStep, online
-from tallystick.migrate.runner.session import driver, engine_of, forbidden_by, lost, session, translate
+from tallystick.migrate.runner.session import engine_of, forbidden_by, lost, session, translate
 from tallystick.schema import migration_log
 
 GIVE_UP_AFTER_S = 120.0

@@ -12,7 +12,7 @@ import psycopg
 import sqlalchemy as sa
 from psycopg.sql import SQL, Composable, Literal
 
-from tallystick.database import KNOWN_SETTINGS, dial, engine, said, with_known_settings
+from tallystick.database import KNOWN_SETTINGS, dial, driver, engine, said, with_known_settings
 from tallystick.errors import (
     DatabaseUnavailable,
     LedgerNotEmpty,
@@ -121,16 +121,6 @@ def put_back(conn: sa.Connection, *, local: bool) -> Iterator[None]:
 _NOW = sa.text("""
     SELECT name, current_setting(name) AS value FROM pg_settings WHERE name = ANY (CAST(:names AS text[]))
 """)
-
-
-def driver(conn: sa.Connection) -> psycopg.Connection[tuple[object, ...]]:
-    """The psycopg connection under ``conn``: a whole message is sent to it as text."""
-    found = conn.connection.dbapi_connection
-    if not isinstance(found, psycopg.Connection):
-        raise MigrationError(
-            f"migrations need psycopg 3, this engine uses {conn.dialect.driver}. Use postgresql+psycopg://…"
-        )
-    return found
 
 
 def autocommits(conn: sa.Connection) -> bool:
