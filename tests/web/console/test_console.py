@@ -21,7 +21,7 @@ from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 from tallystick.errors import DatabaseUnavailable
-from tallystick.schema import HEAD
+from tallystick.schema import HEAD, stripe_reversals
 from tallystick.web.console import LocalLink, console
 from tallystick.web.console.queries import Queries
 from tallystick.web.shared.numbers import MINUS
@@ -231,15 +231,31 @@ def test_the_figures_are_the_ledgers(world, open_console):
     debtor = world.user(credits=2)
     spend(world, debtor, times=2)
 
-    days = open_console(world).get("/days.json").json()
+    with world.engine.begin() as conn:
+        for id, amount, applied, days_ago in (
+            ("re_1", 250, "share", 1),
+            ("re_2", 70, "none", 1),
+            ("dp", 100, "marked", 40),
+        ):
+            seen = dt.datetime.now(dt.UTC) - dt.timedelta(days=days_ago)
+            conn.execute(
+                sa.insert(stripe_reversals).values(
+                    id=id, kind="refund", stripe_payment_intent_id="pi", amount=amount, currency="usd",
+                    status="succeeded", status_rank=1, applied=applied, seen_at=seen,
+                )
+            )  # fmt: skip
+
+    visitor = open_console(world)
+    days = visitor.get("/days.json").json()
+    assert f"USD $13 $2.50 $10.50 {MINUS}$1 $1" in words(visitor.overview())
     assert len(days["days"]) == 60
     assert sum(day["sold"] for day in days["days"][:59]) == 0
     assert {k: v for k, v in days["days"][-1].items() if k != "date"} == {
         "sold": 14, "granted": 3, "consumed": 6, "refunded": 3, "expired": 0,
     }  # fmt: skip
     assert days["money"] == [
-        {"currency": "jpy", "now": 500, "before": 0, "credits": 1},
-        {"currency": "usd", "now": 1300, "before": 0, "credits": 13},
+        {"currency": "jpy", "now": 500, "before": 0, "credits": 1, "back": 0, "back_before": 0},
+        {"currency": "usd", "now": 1300, "before": 0, "credits": 13, "back": 250, "back_before": 100},
     ]
     assert days["holdings"] == {"outstanding": 8, "holders": 1, "debt": 0, "debtors": 0}
 

@@ -8,9 +8,11 @@ overview) are not made in a request; see ``background``.
 from __future__ import annotations
 
 import datetime as dt
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from typing import Any, Generic, TypeVar
 from uuid import UUID
 
@@ -21,7 +23,7 @@ from tallystick.config import TEXT_KEYS, Config
 from tallystick.database import Standby, standby, transaction, with_known_settings
 from tallystick.errors import InvalidArgument, Key, UnknownUser, shown
 from tallystick.ledger import Ledger, Lot, Standing
-from tallystick.schema import CreditTransactionStatus, Schema, migration_log, stripe_failed_deliveries
+from tallystick.schema import CreditTransactionStatus, Schema, migration_log, stripe_failed_deliveries, stripe_reversals
 
 PAGE_ROWS = 50
 TALLY_ROWS = 30
@@ -214,12 +216,22 @@ class Holdings:
 
 @dataclass(frozen=True, slots=True)
 class Money:
-    """Money in: minor units of ``currency`` in the last 30 days and in the 30 before, and the credits sold for them."""
+    """Money in: minor units of ``currency`` in the last 30 days and in the 30 before, and the credits sold for them.
+
+    ``back`` and ``back_before`` went back to buyers in these times, in refunds and disputes that the ledger follows.
+    """
 
     currency: str
-    now: int
-    before: int
-    credits: int
+    now: int = 0
+    before: int = 0
+    credits: int = 0
+    back: int = 0
+    back_before: int = 0
+
+    @property
+    def average(self) -> Fraction | None:
+        """Minor units for a credit, None where none was sold."""
+        return Fraction(self.now + self.before, self.credits) if self.credits else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -521,8 +533,9 @@ class Queries:
         first = today - dt.timedelta(days=2 * DAYS - 1)
         with self.reading(timeout_ms=SUM_TIMEOUT_MS) as conn:
             moved = conn.execute(self._by_day(first)).all()
+            back = conn.execute(self._money_back(first)).all()
             holdings = Holdings(*conn.execute(self._holdings()).one())
-        return _figures(moved, holdings, first)
+        return _figures(moved, back, holdings, first)
 
     def _by_day(self, first: dt.date) -> sa.Select[Any]:
         ledger = self._ledger
@@ -537,6 +550,16 @@ class Queries:
                 ledger.completed_at >= since,
             )
             .group_by(day, kind, linked, ledger.currency)
+        )
+
+    def _money_back(self, first: dt.date) -> sa.Select[Any]:
+        row = stripe_reversals.c
+        since, middle = (dt.datetime.combine(first + dt.timedelta(days=n), dt.time(), dt.UTC) for n in (0, DAYS))
+        is_late = row.seen_at >= middle
+        return (
+            sa.select(row.currency, is_late, sa.func.sum(row.amount))
+            .where(row.seen_at >= since, row.applied != "none")
+            .group_by(row.currency, is_late)
         )
 
     def _holdings(self) -> sa.Select[Any]:
@@ -768,9 +791,11 @@ _FIGURE_OF = {
 _CREDITS_OUT = {kind for kind, figure in _FIGURE_OF.items() if figure in ("consumed", "refunded", "expired")}
 
 
-def _figures(moved: Sequence[Sequence[Any]], holdings: Holdings, first: dt.date) -> Figures:
+def _figures(
+    moved: Sequence[Sequence[Any]], back: Sequence[Sequence[Any]], holdings: Holdings, first: dt.date
+) -> Figures:
     days = {first + dt.timedelta(days=n): dict.fromkeys(_FIGURE_OF.values(), 0) for n in range(2 * DAYS)}
-    money: dict[str, dict[str, int]] = {}
+    money: defaultdict[str, Counter[str]] = defaultdict(Counter)
     middle = first + dt.timedelta(days=DAYS)
     for date, type_, linked, currency, credits, paid in moved:
         if date not in days:
@@ -779,9 +804,10 @@ def _figures(moved: Sequence[Sequence[Any]], holdings: Holdings, first: dt.date)
         if kind in _FIGURE_OF:
             days[date][_FIGURE_OF[kind]] += -credits if kind in _CREDITS_OUT else credits
         if currency is not None and paid is not None:
-            sums = money.setdefault(currency, {"now": 0, "before": 0, "credits": 0})
-            sums["now" if date >= middle else "before"] += int(paid)
-            sums["credits"] += credits
+            money[currency]["now" if date >= middle else "before"] += int(paid)
+            money[currency]["credits"] += credits
+    for currency, is_late, amount in back:
+        money[currency]["back" if is_late else "back_before"] += int(amount)
     return Figures(
         days=[Day(date, **sums) for date, sums in days.items()],
         money=[Money(currency, **sums) for currency, sums in sorted(money.items())],
