@@ -631,7 +631,7 @@ def test_client_typescript_leaves_what_is_not_its_own(tally: Callable[..., Said]
     (tmp_path / "credits.ts").write_text("export {};\n")
     said = tally("--database-url", world.url, "client", "typescript", "--output", "credits.ts")
     assert (said.code, said.out) == (1, "")
-    assert "credits.ts is there, and not of this command" in said.err
+    assert "credits.ts exists, and this command did not write it" in said.err
     assert (tmp_path / "credits.ts").read_text() == "export {};\n"
 
 

@@ -100,7 +100,7 @@ class Allowances:
     def give_paid(self, conn: DbConnection, user: Key, paid: Paid) -> CreditTransaction | None:
         """The grant for a line of a paid invoice, until the end of its period; None where it was given already.
 
-        What is left of the item's last period is carried over, up to the allowance's ``rollover``. A price or quantity
+        Credits left of the item's last period are carried over, up to the allowance's ``rollover``. A price or quantity
         that is changed within a period gives the difference, where the new one gives more; nothing is taken back.
 
         Raises:

@@ -39,7 +39,7 @@ DbConnection = Union[sa.Connection, "Session"]
 def run(conn: DbConnection, statement: sa.Executable, values: Mapping[str, Any]) -> sa.CursorResult[*tuple[Any, ...]]:
     """Execute one statement on the caller's connection.
 
-    What a Session holds back is flushed before, so that a workshop created in it can be paid for in the same
+    Pending changes of a Session are flushed first, so that a workshop created in it can be paid for in the same
     transaction.
 
     Raises:

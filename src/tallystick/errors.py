@@ -21,15 +21,15 @@
     │   ├── MigrationRunning         another run holds the lock
     │   ├── MigrationBlocked         the tables could not be locked within the budget
     │   ├── PoolerRefused            the address is a pooler's
-    │   └── LedgerNotEmpty           undo would throw away history
+    │   └── LedgerNotEmpty           undo would delete history
     ├── BackupError                  a backup or a restore did not happen; nothing is left of it
-    ├── RequestRefused               the web pages turned a request down; nothing was changed
-    │   ├── NotSignedIn              no user stands behind it
+    ├── RequestRefused               the web pages refused a request; nothing was changed
+    │   ├── NotSignedIn              no user is signed in
     │   ├── CrossSiteRequest         another site's page made it
     │   ├── RequestTooLarge          its body is over the limit
     │   ├── RequestTooSlow           its body did not arrive in time
     │   └── WorkshopLocked           a credit opens this workshop
-    ├── StripeError                  Stripe, or what it was to be asked
+    ├── StripeError                  Stripe, or a request to it
     │   ├── StripeNotConfigured      a key, secret or pack is missing, or of the wrong mode
     │   ├── UnknownPack              nothing of this name is on sale
     │   ├── PackMismatch             Stripe's price is not what the pack says
@@ -38,7 +38,7 @@
     │   ├── StripeRefused            Stripe answered no
     │   └── StripeUnavailable        Stripe did not answer, or asked to wait     (retryable)
     ├── SeedRefused                  this database does not look like development
-    ├── SeedImpossible               the host's tables do not take the seed's rows, or hold on to them
+    ├── SeedImpossible               the host's tables refuse the seed's rows, or their removal
     └── LedgerError                  a ledger call was refused; nothing was written
         ├── InvalidArgument          (also a ValueError)
         ├── UnknownUser
@@ -46,12 +46,12 @@
         ├── UnknownWorkshop
         ├── WorkshopDeleted
         ├── WorkshopNotOwned
-        ├── WorkshopUnaccounted      marked as unlocked, with no consumption behind it
+        ├── WorkshopUnaccounted      marked as unlocked, and no consumption paid for it
         ├── UnknownPurchase
         ├── PurchaseNotPending       the state machine has no such step
-        ├── PurchaseNotCompleted     only what was paid for can be refunded
-        ├── SessionConflict          a Stripe session and a purchase that are not each other's
-        ├── StripeCustomerConflict   a Stripe customer and a user that are not each other's
+        ├── PurchaseNotCompleted     only a completed purchase can be refunded
+        ├── SessionConflict          the session has another purchase, or the purchase another session
+        ├── StripeCustomerConflict   the customer has another user, or the user another customer
         ├── InsufficientCredits
         ├── RefundExceedsPurchase
         ├── ReinstatementExceedsRefunds
@@ -83,7 +83,7 @@ SHOWN_MAX = 80
 
 
 def shown(value: object) -> str:
-    """``value`` for a message: enough of it to recognise, since what comes in may be a megabyte."""
+    """``value`` for a message: its beginning, since a value may be a megabyte."""
     try:
         text = repr(value[: SHOWN_MAX + 1] if isinstance(value, str | bytes) else value)
     except ValueError:  # an integer of more digits than Python is willing to write
@@ -231,7 +231,7 @@ class PoolerRefused(MigrationError):
 
 
 class LedgerNotEmpty(MigrationError):
-    """Undo would throw away credit transactions."""
+    """Undo would delete credit transactions."""
 
     rows: int
 
@@ -298,7 +298,7 @@ class SeedRefused(TallystickError):
 
 
 class RequestRefused(TallystickError):
-    """A request to the web pages was turned down. Nothing was changed."""
+    """The web pages refused a request. Nothing was changed."""
 
 
 class NotSignedIn(RequestRefused):
@@ -324,7 +324,7 @@ class RequestTooSlow(RequestRefused):
 
 
 class WorkshopLocked(RequestRefused):
-    """The workshop is behind a credit that was not spent yet."""
+    """The workshop needs a credit that was not spent yet."""
 
     workshop: Key
     title: str | None
@@ -433,7 +433,7 @@ class StripeCustomerConflict(LedgerError):
 
 
 class InsufficientCredits(LedgerError):
-    """The balance, less what holds have set aside of it, does not cover the amount."""
+    """The balance, less the credits that holds have set aside, does not cover the amount."""
 
     user: Key
     balance: int
@@ -443,7 +443,7 @@ class InsufficientCredits(LedgerError):
 
 
 class RefundExceedsPurchase(LedgerError):
-    """More than what is left of the purchase was asked back."""
+    """The call asked to refund more credits than are left of the purchase."""
 
     purchase: UUID
     left: int
@@ -451,7 +451,7 @@ class RefundExceedsPurchase(LedgerError):
 
 
 class ReinstatementExceedsRefunds(LedgerError):
-    """More than what refunds took of the purchase was to be given back."""
+    """The call asked to give back more credits than refunds took of the purchase."""
 
     purchase: UUID
     taken: int
@@ -466,7 +466,7 @@ class UnknownConsumption(LedgerError):
 
 
 class ReversalExceedsConsumption(LedgerError):
-    """More than what is left of the consumption was to be given back."""
+    """The call asked to give back more credits than are left of the consumption."""
 
     consumption: UUID
     left: int
@@ -481,7 +481,7 @@ class UnknownGrant(LedgerError):
 
 
 class CorrectionExceedsGrant(LedgerError):
-    """More than what is left of the grant was to be taken back."""
+    """The call asked to take back more credits than are left of the grant."""
 
     grant: UUID
     left: int
@@ -503,7 +503,7 @@ class HoldClosed(LedgerError):
 
 
 class CaptureExceedsHold(LedgerError):
-    """More than the hold allows was to be charged."""
+    """The call asked to charge more credits than the hold allows."""
 
     hold: UUID
     limit: int
@@ -511,7 +511,7 @@ class CaptureExceedsHold(LedgerError):
 
 
 class HoldsPending(LedgerError):
-    """Holds of the user set credits aside for work under way; they end before the account does."""
+    """The user has holds that are not closed. Capture or release them before the merge."""
 
     user: Key
     held: int

@@ -332,7 +332,7 @@ def test_an_unpooled_address_from_elsewhere_is_left_alone(
     else:
         monkeypatch.setenv(named, app.url)
     code, _, err = tally("migrate", "apply")
-    assert (code, "DATABASE_URL_UNPOOLED is left alone" in err) == (0, True)
+    assert (code, "DATABASE_URL_UNPOOLED is not used" in err) == (0, True)
     assert app.value("SELECT to_regclass('credit_transactions') IS NOT NULL")
     assert not production.value("SELECT to_regclass('credit_transactions') IS NOT NULL")
 
@@ -352,7 +352,7 @@ def test_a_plan_that_would_be_stopped_has_no_next_step(tally: Tally, app: App, m
 def test_init_says_what_it_means_that_workshops_have_no_date(
     tally: Tally, app: App, make_app: Callable[..., App], tmp_path: Path
 ) -> None:
-    said = "workshops from before then need a credit too"
+    said = "older workshops need a credit too"
     assert said not in tally("init", "--force")[1]
     dateless = make_app(HOSTS["integer"].ddl)
     code, out, _ = tally("--database-url", dateless.url, "init", "--force")
@@ -382,7 +382,7 @@ def test_two_transactions_and_what_is_between_them(tally: Tally, app: App) -> No
         migrate.apply(app.url, app.config, two_transactions=True, progress=stop)
     code, out, _ = tally("migrate", "status")
     assert code == 1
-    assert f"On the way to revision {HEAD}: its new objects are there and nothing uses them yet." in out
+    assert f"On the way to revision {HEAD}: its new objects exist, and nothing uses them yet." in out
     assert "Not migrated yet" not in out
     assert as_json(tally("migrate", "status", "--json"))["prepared"] == HEAD
     assert "from a run in two transactions that was interrupted" in tally("migrate", "plan")[1]

@@ -65,7 +65,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Prepaid credits inside your app's own PostgreSQL, kept honest.\n\n"
+    help="Prepaid credits inside your app's own PostgreSQL, and an audit of every balance.\n\n"
     "Begin with [bold]tallystick init[/], then [bold]tallystick migrate plan[/] and "
     "[bold]tallystick migrate apply[/]. To see it all at work on a throw-away database: [bold]tallystick demo[/].",
     epilog="The database: --database-url, else database_url in tallystick.toml, else DATABASE_URL "
@@ -85,14 +85,14 @@ _SAID_MAX = 2_000  # what was typed may be 100,000 characters, and a message nam
 
 
 def complain(message: str) -> None:
-    """One message to a person, on stderr, whatever characters it holds; without the middle of what is too long."""
+    """Print one message on stderr, of any characters; a long one without its middle."""
     if len(message) > _SAID_MAX:
         message = f"{message[: _SAID_MAX // 2]} … {message[-_SAID_MAX // 2 :]}"
     err.print(message, style="red", markup=False)
 
 
 def note(message: str) -> None:
-    """Something worth knowing that is no result, on stderr."""
+    """Print a note on stderr: it is not a part of the result."""
     err.print(message, style="dim", markup=False)
 
 
@@ -115,7 +115,7 @@ class Invocation:
         if migrating and config.database_url_unpooled:
             config = config.model_copy(update={"database_url": config.database_url_unpooled})
         elif migrating and config.database_url and os.environ.get("DATABASE_URL_UNPOOLED"):
-            note("DATABASE_URL_UNPOOLED is left alone: it belongs to DATABASE_URL, and the address is from elsewhere.")
+            note("DATABASE_URL_UNPOOLED is not used: the database's address does not come from DATABASE_URL.")
         with ExitStack() as stack:
             if config.database_url is None:
                 from tallystick.dev import postgres  # noqa: PLC0415 - few commands need a server of their own

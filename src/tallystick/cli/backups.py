@@ -17,7 +17,7 @@ from tallystick.errors import BackupError, DevServerError
 
 
 def backups() -> ModuleType:
-    """The module, which needs what only the extra brings."""
+    """The module, which needs packages of an extra."""
     try:
         from tallystick import backup  # noqa: PLC0415
     except ModuleNotFoundError as missing:
@@ -54,10 +54,10 @@ def take_backup(url: str, target: Path) -> None:
 def backup(
     ctx: typer.Context,
     file: Annotated[Path, typer.Argument(help="The file to write; it must not exist.", metavar="FILE")],
-    check: Annotated[bool, typer.Option("--check", help="Only verify a backup that is there.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only verify an existing backup.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Take a backup of the whole database, verified by reading every row back. Whole, or not there.
+    """Take a backup of the whole database, and verify it by reading every row back. The file is complete or absent.
 
     pg_dump through zstd; without Tallystick: zstd -dc FILE | pg_restore.
     """

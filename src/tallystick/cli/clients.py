@@ -39,7 +39,7 @@ def write_typescript(
         return
     if output.exists() and SIGNED not in output.read_text("utf-8", errors="replace"):
         raise ConfigError(
-            f"{output} is there, and not of this command. Move it away, or name another file with --output",
+            f"{output} exists, and this command did not write it. Move it away, or name another file with --output",
             path=str(output),
             line=None,
             key=None,

@@ -39,7 +39,7 @@ def run(console: Console, *, users: int = 200_000, workshops: int = 300_000, sec
     """Play the whole story on a database of its own, which is gone afterwards.
 
     Returns:
-        Whether every promise held.
+        True if every promise held.
 
     Raises:
         DevServerError: there is no embedded PostgreSQL to play on.

@@ -29,9 +29,7 @@ from tallystick.dev import seed as seeding
 from tallystick.dev.demo_app import build_host_app
 from tallystick.errors import DevServerError
 
-Only = Annotated[
-    list[str] | None, typer.Option("--only", help="Only this scenario; may be said again.", metavar="NAME")
-]
+Only = Annotated[list[str] | None, typer.Option("--only", help="Only this scenario; may be repeated.", metavar="NAME")]
 
 
 @app.command(rich_help_panel="Development")
@@ -76,7 +74,9 @@ def seed(
         out.print(rows)
         if not report.changed:
             out.print(
-                "Nothing changed: it was all there." if not reset else "Nothing changed: there was nothing of it."
+                "Nothing changed: all of it existed already."
+                if not reset
+                else "Nothing changed: there were no seeded rows."
             )
 
     emit(report, show, as_json=as_json)
@@ -101,7 +101,7 @@ def demo(
 db = typer.Typer(
     no_args_is_help=True,
     help="An embedded PostgreSQL to develop against, in ./.tallystick (TALLYSTICK_HOME moves it). "
-    "It listens on no network, and only you get in.",
+    "It listens on no network, and lets only your own account in.",
 )
 app.add_typer(db, name="db", rich_help_panel="Development")
 
@@ -130,7 +130,7 @@ def stop() -> None:
         out.print("Stopped.")
         return
     pids = ", ".join(str(pid) for pid in server.users())
-    out.print(f"Still in use by process {pids}; it stops when they leave.")
+    out.print(f"Still in use by process {pids}; it stops when they have ended.")
     raise typer.Exit(1)
 
 
@@ -161,7 +161,7 @@ def example(
     users: Annotated[int, typer.Option("--users", help="How many users.", min=1)] = 100,
     workshops: Annotated[int, typer.Option("--workshops", help="How many workshops.", min=1)] = 150,
 ) -> None:
-    """Make an example app in the embedded database: tables of users and workshops that know nothing of credits."""
+    """Make an example app in the embedded database: tables of users and workshops, without credits."""
     with _server() as server:
         try:
             build_host_app(embedded_address(server), users=users, workshops=workshops)

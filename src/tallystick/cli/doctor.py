@@ -65,7 +65,7 @@ def show(ctx: typer.Context, as_json: Json = False) -> None:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One thing that was looked at; ``remedy`` is None where it is well."""
+    """One result of a check; ``remedy`` is None if nothing is wrong."""
 
     about: str
     found: str
@@ -74,7 +74,7 @@ class Diagnosis:
 
 @app.command(rich_help_panel="Begin here")
 def doctor(ctx: typer.Context, as_json: Json = False) -> None:
-    """Look at address, pooler, revision, privileges, extras and Stripe, and say what is wrong. Changes nothing.
+    """Check address, pooler, revision, privileges, extras and Stripe, and say what is wrong. Changes nothing.
 
     Exit code 1 if anything is.
     """
@@ -114,7 +114,7 @@ def _diagnoses(asked: Invocation) -> Iterator[Diagnosis]:
             if config.database_url_replica:
                 yield _of_the_replica(conn, config.database_url_replica)
     except TallystickError as error:
-        yield Diagnosis("Database", error.message.rstrip("."), "Nothing further was looked at")
+        yield Diagnosis("Database", error.message.rstrip("."), "Nothing further was checked")
         return
     missing = [extra for extra, module in _EXTRAS.items() if importlib.util.find_spec(module) is None]
     yield Diagnosis("Extras", f"not installed: {', '.join(missing)}" if missing else "all are installed")

@@ -20,7 +20,7 @@ from tallystick.database import connect
 from tallystick.errors import ConfigError
 from tallystick.schema import verify
 
-group = typer.Typer(name="events", no_args_is_help=True, help="What the ledger did, as a feed for others to react to.")
+group = typer.Typer(name="events", no_args_is_help=True, help="A feed of the ledger's changes, for other programs.")
 app.add_typer(group, rich_help_panel="Credits")
 
 endpoint_group = typer.Typer(name="endpoint", no_args_is_help=True, help="Webhooks that events are delivered to.")
@@ -34,13 +34,13 @@ def enable(
     ctx: typer.Context,
     low_balance: Annotated[
         int | None,
-        typer.Option("--low-balance", help="The balance below which a user's is low; 0 for none.", min=0),
+        typer.Option("--low-balance", help="The threshold: a balance below it is low; 0 for none.", min=0),
     ] = None,
     notify: Annotated[
         bool | None, typer.Option("--notify/--no-notify", help="Wake readers with NOTIFY tallystick_events.")
     ] = None,
 ) -> None:
-    """Write events from now on: a trigger on the ledger. Again it changes the settings that are given."""
+    """Write events from now on, by a trigger on the ledger. A second run changes the settings that are given."""
     with invocation(ctx).database(migrating=True) as config:
         _say_where(address(config))
         events.enable(address(config), config, low_balance=low_balance, notify=notify)
@@ -58,7 +58,7 @@ def disable(ctx: typer.Context) -> None:
 
 @group.command()
 def status(ctx: typer.Context, as_json: Json = False) -> None:
-    """Tell if events are on, and where the feed is."""
+    """Show if events are on, and the newest cursor of the feed."""
     with mapped(ctx) as (conn, _):
         found = events.status(conn)
 
@@ -98,7 +98,7 @@ def prune(
     ctx: typer.Context,
     older_than: Annotated[str, typer.Option("--older-than", help="As in 30d, 12h.", metavar="AGE")],
 ) -> None:
-    """Remove old events, but for those that a webhook has not been given yet."""
+    """Remove old events, except those that a webhook has not received yet."""
     found = re.fullmatch(r"(\d{1,6})([smhdw])", older_than)
     if found is None:
         raise typer.BadParameter(f"{older_than!r} is no age. Write a number and s, m, h, d or w, as in 30d")
@@ -109,7 +109,7 @@ def prune(
 
 
 def delivery() -> ModuleType:
-    """The module, which needs what only the extra brings."""
+    """The module, which needs packages of an extra."""
     try:
         from tallystick.events import deliver as module  # noqa: PLC0415
     except ModuleNotFoundError as missing:
@@ -127,13 +127,16 @@ def add_endpoint(
         typer.Option("--secret-variable", help="The environment variable that holds the secret.", metavar="VARIABLE"),
     ],
     kind: Annotated[
-        list[str] | None, typer.Option("--kind", help="Send these only, as balance.low; may be repeated.")
+        list[str] | None,
+        typer.Option("--kind", help="Send only events of this kind, such as balance.low; may be repeated."),
     ] = None,
     after: Annotated[str | None, typer.Option("--after", help="Begin behind this cursor.", metavar="CURSOR")] = None,
-    from_oldest: Annotated[bool, typer.Option("--from-oldest", help="Begin with the oldest that is kept.")] = False,
+    from_oldest: Annotated[
+        bool, typer.Option("--from-oldest", help="Begin with the oldest event that is kept.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Deliver events to an address, from now on. Again it changes what is given."""
+    """Deliver events to an address, from now on. A second run changes the options that are given."""
     with mapped(ctx, changes=True) as (conn, _):
         added = delivery().add_endpoint(
             conn,
@@ -144,12 +147,12 @@ def add_endpoint(
             after=after,
             from_oldest=from_oldest,
         )
-    emit(added, lambda: out.print(f"{name} is delivered to by: tallystick events deliver"), as_json=as_json)
+    emit(added, lambda: out.print(f"To deliver to {name}: tallystick events deliver"), as_json=as_json)
 
 
 @endpoint_group.command("list")
 def list_endpoints(ctx: typer.Context, as_json: Json = False) -> None:
-    """Show each endpoint, and what keeps it."""
+    """Show each endpoint, its cursor and its last error."""
     with mapped(ctx) as (conn, _):
         found = delivery().endpoints(conn)
 
@@ -166,7 +169,7 @@ def list_endpoints(ctx: typer.Context, as_json: Json = False) -> None:
 
 @endpoint_group.command("remove")
 def remove_endpoint(ctx: typer.Context, name: Annotated[str, typer.Argument(help="Its name.", metavar="NAME")]) -> None:
-    """Deliver no more to an endpoint."""
+    """Stop delivering to an endpoint."""
     with mapped(ctx, changes=True) as (conn, _):
         delivery().remove_endpoint(conn, name)
     out.print("Removed.")
@@ -175,13 +178,15 @@ def remove_endpoint(ctx: typer.Context, name: Annotated[str, typer.Argument(help
 @group.command()
 def deliver(
     ctx: typer.Context,
-    once: Annotated[bool, typer.Option("--once", help="Deliver all that can be delivered now, and end.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Deliver the events that are due now, and end.")] = False,
     attempts: Annotated[
-        int, typer.Option("--attempts", help="After so many an event is a dead letter.", min=1, max=10)
+        int, typer.Option("--attempts", help="Attempts after which an event is a dead letter.", min=1, max=10)
     ] = 10,
-    timeout: Annotated[float, typer.Option("--timeout", help="Seconds for an endpoint to answer.", min=0.1)] = 15.0,
+    timeout: Annotated[
+        float, typer.Option("--timeout", help="Seconds in which an endpoint must answer.", min=0.1)
+    ] = 15.0,
 ) -> None:
-    """POST each event to each endpoint, in order, until it is taken. Ctrl-C ends it."""
+    """POST each event to each endpoint, in order, until it is accepted. Ctrl-C ends it."""
     module = delivery()
     with invocation(ctx).database(migrating=True) as config:
         url = address(config)
@@ -201,7 +206,7 @@ def deliver(
 
 @group.command("dead-letters")
 def dead_letters(ctx: typer.Context, as_json: Json = False) -> None:
-    """List the events that an endpoint did not take in all attempts."""
+    """List the events that an endpoint did not accept in all attempts."""
     with mapped(ctx) as (conn, _):
         found = delivery().dead_letters(conn)
 
@@ -224,7 +229,7 @@ def replay(
     ctx: typer.Context,
     endpoint: Annotated[str, typer.Argument(help="The endpoint's name.", metavar="ENDPOINT")],
     event: Annotated[
-        list[int] | None, typer.Argument(help="Events, as dead-letters lists them; all if left out.", metavar="EVENT")
+        list[int] | None, typer.Argument(help="Events, as dead-letters lists them; all by default.", metavar="EVENT")
     ] = None,
 ) -> None:
     """Send dead letters of an endpoint once more."""
@@ -246,7 +251,7 @@ def low_balance(
     ctx: typer.Context,
     user: UserArgument,
     threshold: Annotated[
-        int | None, typer.Option("--below", help="Credits; 0 for never. The default if left out.", min=0)
+        int | None, typer.Option("--below", help="Credits; 0 for never. Left out, the default applies.", min=0)
     ] = None,
 ) -> None:
     """Set the balance below which the event balance.low is written for a user."""

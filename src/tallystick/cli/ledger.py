@@ -96,8 +96,7 @@ def mapped(
         except NotMigrated as error:  # it is, so what is missing is not what we added
             what = said(error.__cause__) if isinstance(error.__cause__, DBAPIError) else error.message
             raise NotMigrated(
-                f"{what}. The database is migrated: {_where(asked)}. What of ours is missing is told by: "
-                "tallystick migrate status",
+                f"{what}. The database is migrated: {_where(asked)}. To see what is missing: tallystick migrate status",
                 revision=error.revision,
             ) from error
         except InvalidArgument as error:
@@ -246,7 +245,7 @@ def consume(
     ] = None,
     amount: Annotated[int, typer.Option("--amount", help="Credits to spend.")] = 1,
     key: KeyOption = None,
-    description: Annotated[str | None, typer.Option("--description", help="What the user's history says.")] = None,
+    description: Annotated[str | None, typer.Option("--description", help="The text in the user's history.")] = None,
     as_json: Json = False,
 ) -> None:
     """Spend a user's credits, and unlock a workshop with them."""
@@ -270,7 +269,7 @@ def grant(
     ctx: typer.Context,
     user: UserArgument,
     credits: Annotated[int, typer.Argument(help="How many.", metavar="CREDITS")],
-    description: Annotated[str, typer.Option("--description", help="What the user's history says.")] = "Granted",
+    description: Annotated[str, typer.Option("--description", help="The text in the user's history.")] = "Granted",
     expires_in: Annotated[
         float | None, typer.Option("--expires-in", help="They expire in so many days.", metavar="DAYS", min=0.001)
     ] = None,
@@ -318,7 +317,7 @@ def _takes_back(
 
 RowArgument = Annotated[UUID, typer.Argument(help="The id of the row, as `tallystick history` shows it.", metavar="ID")]
 AllOption = Annotated[int | None, typer.Option("--credits", help="How many; all that is left of it if left out.")]
-DescriptionOption = Annotated[str | None, typer.Option("--description", help="What the user's history says.")]
+DescriptionOption = Annotated[str | None, typer.Option("--description", help="The text in the user's history.")]
 
 
 @app.command(cls=OfUser, rich_help_panel="Credits")
@@ -355,9 +354,9 @@ def sweep(
     limit: Annotated[int, typer.Option("--limit", help="Users in one transaction.", min=1, max=100_000)] = 1000,
     as_json: Json = False,
 ) -> None:
-    """Write what has expired, holds and credits, of users whom nothing has touched since.
+    """Write the rows for holds and credits that have expired, of users without a write since then.
 
-    No balance that Tallystick gives depends on it: run it once a day, for what reads the tables directly.
+    Balances that Tallystick gives are right without it: run it once a day, for code that reads the tables directly.
     """
     swept = 0
     while True:
@@ -366,7 +365,7 @@ def sweep(
         swept += found
         if found < limit:
             break
-    told = f"{swept} {'user' if swept == 1 else 'users'} of whom something had expired."
+    told = f"{swept} {'user' if swept == 1 else 'users'} had holds or credits that expired."
     emit({"users": swept}, lambda: out.print(told), as_json=as_json)
 
 
@@ -376,7 +375,7 @@ app.add_typer(allowances, name="allowances", rich_help_panel="Credits")
 
 @allowances.command("run")
 def allowances_run(ctx: typer.Context, as_json: Json = False) -> None:
-    """Give every user what the plan gives in this period and was not given yet.
+    """Give every user the credits that the plan gives in this period, if the user has not got them yet.
 
     It may be run at any time, and again after it was interrupted: nothing is given twice.
     """
@@ -387,7 +386,7 @@ def allowances_run(ctx: typer.Context, as_json: Json = False) -> None:
     # without a transaction around those of the users
     with progress_bar("Giving") as progress:
         got = Allowances(config).run(pool, progress=lambda done: progress(done, done))
-    told = f"{got} {'user' if got == 1 else 'users'} got theirs."
+    told = f"{got} {'user' if got == 1 else 'users'} got credits."
     emit({"users": got}, lambda: out.print(told), as_json=as_json)
 
 
@@ -460,7 +459,7 @@ def refund(
         int | None, typer.Option("--credits", help="Credits to take back; all that is left of it if left out.")
     ] = None,
     key: KeyOption = None,
-    description: Annotated[str | None, typer.Option("--description", help="What the user's history says.")] = None,
+    description: Annotated[str | None, typer.Option("--description", help="The text in the user's history.")] = None,
     as_json: Json = False,
 ) -> None:
     """Take back credits of a purchase. This moves credits only; the money is Stripe's to return."""
@@ -509,7 +508,7 @@ def fail(
     ctx: typer.Context,
     user: UserArgument,
     purchase: PurchaseArgument,
-    reason: Annotated[str, typer.Option("--reason", help="What the user's history says.")] = "not paid",
+    reason: Annotated[str, typer.Option("--reason", help="The text in the user's history.")] = "not paid",
     as_json: Json = False,
 ) -> None:
     """Mark a pending purchase as failed. A second run changes nothing."""

@@ -30,13 +30,13 @@ from tallystick.migrate.host import role as roles
 
 migrations = typer.Typer(
     no_args_is_help=True,
-    help="Bring a live database to this package's shape, and back, without its traffic noticing.",
+    help="Migrate a live database for this package, and back, without stalling its traffic.",
 )
 app.add_typer(migrations, name="migrate", rich_help_panel="Begin here")
 
 
 def awake(config: Config) -> AbstractContextManager[sa.Connection]:
-    """A connection, waited for where the server is still starting up, as one that sleeps when idle does."""
+    """A connection. While the server is still starting up, as one that sleeps when idle, it tries again."""
     told: list[str] = []
 
     def waiting(said: str) -> None:
@@ -64,7 +64,10 @@ def _say_where(ctx: typer.Context, config: Config) -> Config:
 StallBudget = Annotated[
     int,
     typer.Option(
-        "--stall-budget-ms", help="How long one attempt may let live traffic wait for a lock.", min=1, metavar="MS"
+        "--stall-budget-ms",
+        help="The longest that one attempt may let live traffic wait for a lock.",
+        min=1,
+        metavar="MS",
     ),
 ]
 GiveUpAfter = Annotated[float, typer.Option("--give-up-after", help="For how long to try.", min=1, metavar="SECONDS")]
@@ -92,7 +95,9 @@ def init(
     workshops: Annotated[
         str | None,
         typer.Option(
-            "--workshops", help="The table of what one credit unlocks; 'none' if there is none.", metavar="TABLE"
+            "--workshops",
+            help="The table of the things that one credit unlocks; 'none' if there is none.",
+            metavar="TABLE",
         ),
     ] = None,
     users_key: Annotated[
@@ -177,8 +182,9 @@ def init(
             )
         if host.workshops is not None and host.workshops.created_at is None:
             out.print(
-                f"No column of {host.workshops.schema}.{host.workshops.table} seems to say when it was made. With the "
-                "paywall on, workshops from before then need a credit too. If one does, set created_at to it.",
+                f"No column of {host.workshops.schema}.{host.workshops.table} seems to hold the time at which a "
+                "workshop was made. With the paywall on, older workshops need a credit too. If there is such a column, set "
+                "created_at to it.",
                 markup=False,
             )
         if adopts:
@@ -195,7 +201,7 @@ def init(
                 markup=False,
             )
         file = f"--config {shlex.quote(str(output))} " if given["--output"] else ""
-        out.print(f"Written to {output}. Look it over, then: tallystick {file}migrate plan", markup=False)
+        out.print(f"Written to {output}. Check it, then: tallystick {file}migrate plan", markup=False)
 
     emit(host, show, as_json=as_json)
 
@@ -205,7 +211,9 @@ def plan(
     ctx: typer.Context,
     backup: Annotated[
         Path | None,
-        typer.Option("--backup", help="Where a backup would go: look whether there is room.", metavar="FILE"),
+        typer.Option(
+            "--backup", help="A backup that you plan to write: check if there is room for it.", metavar="FILE"
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -259,7 +267,7 @@ _PHASES = {
 
 
 def show_plan(console: Console, planned: migrate.Plan, *, brief: bool = False) -> None:
-    """The statements of a plan with their locks; ``brief`` counts those that touch nothing which was there."""
+    """The statements of a plan with their locks; ``brief`` counts those that touch no existing table."""
 
     def line(text: str, style: str = "") -> None:
         console.print(f"   {text}", style=style, markup=False, no_wrap=True, overflow="ellipsis", soft_wrap=False)
@@ -294,25 +302,28 @@ def _locks(statement: migrate.PlannedStatement) -> str:
 def sql(
     ctx: typer.Context,
     offline: Annotated[
-        bool, typer.Option("--offline", help="Without looking at a database: as if none of our columns were there.")
+        bool, typer.Option("--offline", help="Print it without a database, as for one without any of our columns.")
     ] = False,
     role: Annotated[
         str | None,
         typer.Option(
             "--role",
-            help="Print instead what lets this role run the ledger's functions and write no balance: for an app that "
+            help="Print instead the grants that let this role run the ledger's functions and write no "
+            "balance: for an app that "
             "does not own its tables.",
             metavar="ROLE",
         ),
     ] = None,
-    revoke: Annotated[bool, typer.Option("--revoke", help="With --role: print what takes it back again.")] = False,
+    revoke: Annotated[
+        bool, typer.Option("--revoke", help="With --role: print the statements that take the grants back.")
+    ] = False,
     functions: Annotated[
         bool, typer.Option("--functions", help="Print the ledger's functions alone, to put them back as they were.")
     ] = False,
 ) -> None:
     """Print what apply would run as one script, for review or for another tool to run."""
     if revoke and role is None:
-        raise typer.BadParameter("--revoke takes back what a role was given; say whose: --role ROLE")
+        raise typer.BadParameter("--revoke takes back the grants of a role. Name it: --role ROLE")
     if role is not None:
         script = (roles.revoke if revoke else roles.grant)(invocation(ctx).config().host, role)
         out.print(script, markup=False)
@@ -328,10 +339,10 @@ def sql(
 
 
 _NOT_MIGRATED = "Not migrated yet. Run: tallystick migrate plan, then: tallystick migrate apply"
-_NO_REMEDY = "tallystick migrate apply does not mend it: make it what is expected, once you know who changed it"
+_NO_REMEDY = "tallystick migrate apply does not mend it: find out who changed it, then restore what is expected"
 _PREPARED = (
-    "On the way to revision {}: its new objects are there and nothing uses them yet. "
-    "To go on: tallystick migrate apply. To take them away: tallystick migrate undo"
+    "On the way to revision {}: its new objects exist, and nothing uses them yet. "
+    "To continue: tallystick migrate apply. To remove them: tallystick migrate undo"
 )
 
 
@@ -465,7 +476,7 @@ def adopt(
     ] = False,
     cut_over: Annotated[
         bool,
-        typer.Option("--cut-over", help="No code of the app's own writes balances any more: take nothing from it."),
+        typer.Option("--cut-over", help="The app's own code writes balances no more: stop recording its changes."),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -500,8 +511,8 @@ def _show_own_credits(found: migrate.OwnCredits) -> None:
     out.print(f"{found.column}: {found.users:,} users have {found.credits:,} credits.", markup=False)
     if found.migrated:
         out.print(
-            f"In the ledger: the opening balances of {found.opened:,} users, and {found.changed_by_app:,} changes that "
-            f"code of the app's own made since. {found.waiting:,} users wait for theirs."
+            f"In the ledger: the opening balances of {found.opened:,} users, and {found.changed_by_app:,} changes "
+            f"by the app's own code since then. {found.waiting:,} users have no opening balance yet."
         )
     if (history := found.history) is None:
         out.print("No table looks like a history of credits. If there is one: tallystick adopt --history TABLE")
@@ -509,11 +520,11 @@ def _show_own_credits(found: migrate.OwnCredits) -> None:
     signs = ", each amount with the sign that its type tells" if history.signs_from_type else ""
     out.print(f"{history.table}: {history.rows:,} rows{signs}.", markup=False)
     if history.wrong_balances:
-        out.print(f"  {history.wrong_balances:,} rows note another balance than the rows up to them add up to.")
+        out.print(f"  {history.wrong_balances:,} rows note a balance that is not the sum of the rows up to them.")
     if not history.differing:
-        out.print("  It adds up to what each user has.")
+        out.print("  Its sum is the balance of each user.")
         return
-    out.print(f"  It adds up to another number than the balance for {history.differing:,} users:")
+    out.print(f"  Its sum differs from the balance for {history.differing:,} users:")
     for one in history.differences:
         out.print(f"    {one.user}: has {one.balance:,}, the history gives {one.history:,} ({one.by:+,})", markup=False)
     if history.differing > len(history.differences):
@@ -529,8 +540,8 @@ def _next_of(found: migrate.OwnCredits) -> str:
     if found.waiting:
         return "Next: tallystick adopt, once the transactions that hold these users have ended"
     return (
-        "Next: deploy code that spends and grants through the ledger. The old code may run beside it. When none of it "
-        "does any more: tallystick adopt --cut-over"
+        "Next: deploy code that spends and grants through the ledger. The old code may run beside it. When no "
+        "old code runs any more: tallystick adopt --cut-over"
     )
 
 
@@ -585,7 +596,7 @@ def rehearse(
 ) -> None:
     """Migrate a copy in an embedded server that is thrown away, watch it, use the ledger, audit, and go back.
 
-    Exit code 1 where something stands against doing it to the original. The original is only read.
+    Exit code 1 if it found a reason not to migrate the original. The original is only read.
     """
     if on is not None and backup_file is not None:
         raise typer.BadParameter("--on names a copy that has the data already; leave --from out")
@@ -607,7 +618,9 @@ def rehearse(
                 held = "; ".join(f"{lock} on {name}" for name, lock in one.locks)
                 out.print(f"{one.took_ms:7.1f} ms  {' '.join(one.sql.split())[:65]}", markup=False)
                 out.print(f"             {held}", style="dim", markup=False)
-        out.print(f"Tables locked for {done.locked_ms:.1f} ms, statement by statement; a run sends them as one.")
+        out.print(
+            f"Tables locked for {done.locked_ms:.1f} ms, statement by statement; a run sends them in one message."
+        )
         if done.lived:
             did = ", ".join(f"{one.what} {one.took_ms:.1f} ms" for one in done.lived)
             out.print(f"The ledger was used on the copy: {did}.")
@@ -616,7 +629,9 @@ def rehearse(
         for problem in done.problems:
             out.print(f"  {problem}", style="red", markup=False)
         if done.passed:
-            out.print("Passed: as planned, as declared, and back without a trace. Next: tallystick migrate apply")
+            out.print(
+                "Passed: locks as planned, result as declared, nothing left after undo. Next: tallystick migrate apply"
+            )
 
     emit(done, show, as_json=as_json)
     if html is not None:
@@ -630,7 +645,7 @@ _NO_EXTENSION = re.compile(r"extension \"([^\"]+)\" is not available|extension/(
 
 @contextmanager
 def _restored(ctx: typer.Context, backup_file: Path | None) -> Iterator[tuple[Config, str]]:
-    """A copy in a server that is thrown away: of a backup, or of one that is taken now."""
+    """A copy in a temporary server: of the given backup, or of one that is taken now."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="tallystick-rehearsal-")))
         folder.chmod(0o711)  # root's embedded server runs as another account, which must get through

@@ -13,7 +13,7 @@ from tallystick.cli.app import Json, UserArgument, app, emit, note, out
 from tallystick.cli.ledger import KeyOption, OfUser, credits_of, mapped, user_key
 from tallystick.ledger import Ledger
 
-people = typer.Typer(no_args_is_help=True, help="Make two accounts one, or forget a person.")
+people = typer.Typer(no_args_is_help=True, help="Merge two accounts, or erase a person's data.")
 app.add_typer(people, name="users", rich_help_panel="Credits")
 
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask first.")]
@@ -29,15 +29,15 @@ def _ask(question: str, *, yes: bool, as_json: bool) -> None:
 def merge(
     ctx: typer.Context,
     user: UserArgument,
-    into: Annotated[str, typer.Argument(help="The user that gets the credits, likewise.", metavar="INTO")],
+    into: Annotated[str, typer.Argument(help="The user that gets the credits: key or e-mail address.", metavar="INTO")],
     key: KeyOption = None,
     description: Annotated[
-        str | None, typer.Option("--description", help="What the history of both users says.")
+        str | None, typer.Option("--description", help="The text in the history of both users.")
     ] = None,
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
-    """Move all credits of USER to INTO, debts too, and soft-delete USER. It says what will happen, and asks."""
+    """Move all credits of USER to INTO, debts too, and soft-delete USER. Shows the effect and asks first."""
     with mapped(ctx, changes=True) as (conn, config):
         accounts = Accounts(config)
         gone, stays = (accounts.get(conn, user_key(conn, config, text)) for text in (user, into))
@@ -58,19 +58,19 @@ def merge(
 
 @people.command(cls=OfUser)
 def erase(ctx: typer.Context, user: UserArgument, yes: Yes = False, as_json: Json = False) -> None:
-    """Remove what the ledger keeps of a person, and soft-delete the user. It cannot be undone, and asks."""
+    """Remove a person's data from the ledger, and soft-delete the user. Asks first; it cannot be undone."""
     with mapped(ctx, changes=True) as (conn, config):
         found = Accounts(config).get(conn, user_key(conn, config, user))
     note(
         f"This removes the descriptions, metadata and keys of user {found.user}'s credit transactions for good, and "
-        f"soft-deletes the user, who has {credits_of(found.credit_balance)}. Your own columns of the user are yours to "
-        f"empty, and the customer ({found.stripe_customer_id or 'none'}) is to be deleted at Stripe."
+        f"soft-deletes the user, who has {credits_of(found.credit_balance)}. Empty your own columns of the user "
+        f"yourself, and delete the customer ({found.stripe_customer_id or 'none'}) at Stripe."
     )
     _ask("Erase it?", yes=yes, as_json=as_json)
     with mapped(ctx) as (conn, config):
         done = Accounts(config).erase(conn, found.user)
     emit(
         done,
-        lambda: out.print(f"Done: nothing of user {done.user} is left but numbers.", markup=False),
+        lambda: out.print(f"Done: only the numbers of user {done.user} are left.", markup=False),
         as_json=as_json,
     )

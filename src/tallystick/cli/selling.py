@@ -58,7 +58,7 @@ def check(ctx: typer.Context, as_json: Json = False) -> None:
 
     def show() -> None:
         if not packs:
-            out.print("No packs. Name what is on sale in tallystick.toml, under [[packs]].", markup=False)
+            out.print("No packs. Write the packs on sale into tallystick.toml, under [[packs]].", markup=False)
         for one in packs:
             verdict = f"[red]{escape(one.problem)}[/]" if one.problem else "[green]as the pack says[/]"
             out.print(f"{escape(one.pack)}  {one.price or ''}  {verdict}")
@@ -74,11 +74,12 @@ def check(ctx: typer.Context, as_json: Json = False) -> None:
 def setup(
     ctx: typer.Context,
     endpoint: Annotated[
-        str | None, typer.Option("--endpoint", help="Where your app receives webhooks: https://…", metavar="URL")
+        str | None,
+        typer.Option("--endpoint", help="The address at which your app receives webhooks: https://…", metavar="URL"),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make what is missing at Stripe: a product and a price for each pack, and the webhook endpoint."""
+    """Make the missing products, prices and the webhook endpoint at Stripe."""
     done = stripe().setup(invocation(ctx).config(), endpoint_url=endpoint)
 
     def show() -> None:
@@ -104,15 +105,15 @@ def reconcile(
     since: Annotated[
         dt.datetime | None,
         typer.Option(
-            "--since", help="How far to look back at Stripe (UTC); three days before the last run if left out."
+            "--since", help="The time from which to look at Stripe (UTC); three days before the last run by default."
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report the changes without making them.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Find at Stripe what no webhook told: complete, fail, take back, give back, and report the rest.
+    """Find changes at Stripe that no webhook reported, apply them to purchases, and report the rest.
 
-    Run it daily. It may be stopped and started again; exit code 1 when something waits for a person.
+    Run it daily. It may be stopped and started again. Exit code 1 if a person has to decide something.
     """
     with pool(ctx) as (made, config), err.status("Asking Stripe") as status:
         report = stripe().reconcile(
@@ -172,7 +173,7 @@ def dismiss(
 
 @selling.command()
 def deliveries(ctx: typer.Context, as_json: Json = False) -> None:
-    """List the webhook deliveries that failed or were refused, with why; exit code 1 if there is one."""
+    """List the webhook deliveries that failed or were refused, with the reason; exit code 1 if there is one."""
     with pool(ctx) as (made, config):
         failed = stripe().failed_deliveries(made, config)
 
@@ -201,7 +202,7 @@ def redeliver(
     every: Annotated[bool, typer.Option("--all", help="All that failed.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run failed deliveries again, with what they are about as it is at Stripe now; exit code 1 if one fails again."""
+    """Run failed deliveries again, with their objects as they are at Stripe now; exit code 1 if one fails again."""
     if bool(events) == every:
         raise typer.BadParameter("name events, or --all")
     with pool(ctx) as (made, config):
@@ -237,7 +238,7 @@ def send_back(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask first.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Send money back through Stripe, and take the credits that it bought. It says what will happen, and asks."""
+    """Send money back through Stripe, and take the credits that it bought. Shows the effect and asks first."""
     wanted: dict[str, Any] = {"credits": credits, "amount": amount, "keep_credits": keep_credits}
     wanted["key"] = key or f"cli-{uuid4()}"
     with pool(ctx) as (made, config):

@@ -115,7 +115,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _sign_in(access: ConsoleAccess, host: str, port: int, *, local: bool) -> tuple[SignIn, str]:
-    """The way operators sign in, and the address they see. Raises ConfigError where that would be nobody's choice."""
+    """The way operators sign in, and the address they see. Raises ConfigError if the settings do not choose them."""
     from tallystick.web.console import LocalLink, Passwords, TrustedProxy  # noqa: PLC0415 - as above
 
     here = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -131,7 +131,7 @@ def _sign_in(access: ConsoleAccess, host: str, port: int, *, local: bool) -> tup
         return LocalLink(), here
     if access.address is None and not local:
         raise ConfigError(
-            f"listening on {host}, but not said under which address people open the console. "
+            f"listening on {host} needs the address at which people open the console. "
             'Set address = "https://…" under [console] in the settings',
             path=None,
             line=None,

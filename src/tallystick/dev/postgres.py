@@ -63,7 +63,7 @@ _FORK_GRACE_S = 2  # a process that is being spawned shares its parent's locks f
 _POLL_S = 0.05
 _LOG_LINES_SHOWN = 12
 
-# Who can reach the server is not a setting: authentication is "trust", the folder around the socket is the gate.
+# Access is not a setting: authentication is "trust", so only the permissions of the socket's folder protect it.
 _FIXED = {"listen_addresses": "", "unix_socket_permissions": "0700", "port": _PORT}
 _FIXED_NAMES = {*_FIXED, "unix_socket_directories", "data_directory", "hba_file", "config_file"}
 
@@ -186,7 +186,7 @@ class Server:
         """Use the server no longer; the last to do so stops it, unless it is kept.
 
         Returns:
-            Whether the server is stopped.
+            True if the server is stopped.
         """
         return self._part(even_if_kept=False)
 

@@ -106,7 +106,7 @@ class Scenario:
     users: int = 1
 
     def unmet(self, schema: Schema) -> str | None:
-        """Why this host cannot have the scenario, or None."""
+        """The reason why this host cannot have the scenario, or None."""
         if self.needs is None:
             return None
         if schema.workshops is None:

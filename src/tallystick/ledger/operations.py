@@ -148,7 +148,7 @@ class Merged:
 
 
 class AccessReason(StrEnum):
-    """Why a workshop is open, or is not."""
+    """The reason why a workshop is open or closed."""
 
     UNLOCKED = "unlocked"
     GRANDFATHERED = "grandfathered"

@@ -170,7 +170,7 @@ def _paid(invoice: Object, line: Object) -> Paid:
 
 
 def failure_of(session: Object) -> str | None:
-    """Why a session will not be paid any more, as far as its expanded payment intent says; None if it may be."""
+    """The reason why a session cannot be paid any more, by its expanded payment intent; None if it still can."""
     intent = session.get("payment_intent")
     if session["status"] == "expired":
         return "the session expired"

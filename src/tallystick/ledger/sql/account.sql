@@ -1,5 +1,6 @@
--- The billing side of a user. For one who has holds, or credits that expire, the detail tells ``credit_held`` and
--- ``credit_due_at``, when the next of them expires; the balance is right after that too, as that of balance.
+-- Gives plan, onboarding, Stripe customer and balance of a user. For a user with holds, or with credits that expire,
+-- the detail has ``credit_held`` and ``credit_due_at``, the time at which the next of them expires. Expired credits
+-- are not counted in the balance.
 CREATE OR REPLACE FUNCTION tallystick.account(user_id {user_key_type}) RETURNS tallystick.account_answer
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = {search_path} AS $$
 #variable_conflict use_column

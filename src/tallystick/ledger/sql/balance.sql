@@ -1,6 +1,6 @@
--- The credits of a user, negative when in debt, and those of them that holds have set aside. Right after something has
--- expired too, though no row says so before the next write or sweep. ``expires_at`` is when the next of the user's
--- holds and lots expires.
+-- Gives the credits of a user, negative when in debt, and how many of them holds have set aside. Expired credits are
+-- not counted, also before the next write or sweep writes a row for them. ``expires_at`` is the time at which the
+-- next of the user's holds and lots expires.
 CREATE OR REPLACE FUNCTION tallystick.balance(user_id {user_key_type}) RETURNS tallystick.answer
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = {search_path} AS $$
 #variable_conflict use_column

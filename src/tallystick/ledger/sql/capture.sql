@@ -1,7 +1,7 @@
--- Charges a hold, once: all that it set aside, or less, or up to its limit more. Where the credits are there it charges a
--- hold that has expired too, and says so (``late`` in the answer's detail). With ``allow_debt`` work that turned out
--- dearer than what is there leaves a debt. A workshop that was paid for meanwhile is not charged again: the hold is
--- released, and the answer is what unlocked it.
+-- Charges a hold, once: all that it set aside, or less, or more up to its limit. It charges a hold that has expired
+-- too, if the credits are there, and says so (``late`` in the answer's detail). With ``allow_debt`` a price above the
+-- balance leaves a debt. A workshop that was unlocked meanwhile is not charged again: the hold is released, and the
+-- answer is the consumption that unlocked it.
 CREATE OR REPLACE FUNCTION tallystick.capture(
   user_id {user_key_type},
   hold_id uuid,

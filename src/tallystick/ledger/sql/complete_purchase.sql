@@ -1,6 +1,6 @@
--- Grants what was bought: the purchase is completed, and the balance grows by the row's own amount, or by ``amount`` where
--- the buyer chose how many. A failed purchase that was paid after all completes too, and a deleted user gets it as well:
--- the money is real.
+-- Grants what was bought: the purchase is completed, and the balance grows by the row's own amount, or by ``amount``
+-- where the buyer chose how many. A failed purchase that was paid after all completes too. A deleted user gets the
+-- credits as well, since the money was paid.
 CREATE OR REPLACE FUNCTION tallystick.complete_purchase(
   user_id {user_key_type},
   purchase_id uuid DEFAULT NULL,

@@ -1,8 +1,8 @@
--- Spends credits of a user, and unlocks a workshop with them if one is named. A workshop is paid for once: asked for
--- again, the consumption that unlocked it comes back as a replay.
+-- Spends credits of a user, and unlocks a workshop with them if one is named. A workshop is charged once: a second
+-- call gives the consumption that unlocked it, as a replay.
 --
--- The statement that moves the balance stands in here and not in settle, which is a tenth of the whole. It sets off the
--- host's triggers, hence {host_path}: operators and functions are such that no other schema can shadow them.
+-- The statement that moves the balance stands in here and not in settle, which is a tenth of the whole. It sets off
+-- the host's triggers, hence {host_path}: operators and functions are such that no other schema can shadow them.
 CREATE OR REPLACE FUNCTION tallystick.consume(
   user_id {user_key_type},
   key text,

@@ -1,6 +1,6 @@
--- Many consumptions, as one consume after the other: an item that is refused does not touch the others. Each answer's
--- ``item`` says which it belongs to. Users are locked in the order of their keys, then workshops in the order of theirs,
--- so that two of these, or one and single calls, never wait for each other in a circle.
+-- Makes many consumptions, one after the other: an item that is refused does not affect the others. Each answer's
+-- ``item`` says which it belongs to. Users are locked in the order of their keys, then workshops in the order of
+-- theirs, so that two of these, or one and single calls, never wait for each other in a circle.
 CREATE OR REPLACE FUNCTION tallystick.consume_many(
   user_ids {user_key_type}[],
   keys text[],

@@ -1,6 +1,6 @@
--- Removes what the ledger keeps of a person, and soft-deletes the user: descriptions, metadata, the addresses of
--- checkouts, the Stripe customer, and the idempotency keys of calls that a deleted user is refused. Credits, moments and
--- what Stripe said of a payment stay. Afterwards no key of those brings an earlier answer back.
+-- Removes a person's data from the ledger, and soft-deletes the user. It removes descriptions, metadata, the
+-- addresses of checkouts, the Stripe customer, and the idempotency keys of calls that a deleted user is refused.
+-- Credits, times and Stripe's data about payments stay. A removed key does not bring an earlier answer back.
 CREATE OR REPLACE FUNCTION tallystick.erase(user_id {user_key_type}) RETURNS tallystick.account_answer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = {search_path} AS $$
 #variable_conflict use_column

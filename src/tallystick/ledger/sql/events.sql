@@ -1,6 +1,7 @@
--- The events of all users, oldest first. The cursor ``after`` is that of the last event that was read; left out, the feed
--- begins with the oldest that is kept. An event is given when every transaction that began to write before its own has
--- ended: then none can come before it any more, and a reader that goes on after the last cursor misses nothing.
+-- Gives the events of all users, oldest first. ``after`` is the cursor of the last event that was read; left out, the
+-- feed begins with the oldest event that is kept. An event is given when every transaction that began to write before
+-- its own has ended. Then no earlier event can appear any more, so a reader that goes on after its last cursor misses
+-- no event.
 CREATE OR REPLACE FUNCTION tallystick.events(
   after text DEFAULT NULL,
   row_limit integer DEFAULT 100

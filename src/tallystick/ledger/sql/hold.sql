@@ -1,6 +1,6 @@
--- Sets credits aside for work under way, and a workshop if one is named: a pending consumption, which capture charges and
--- release gives up. ``capture_limit`` is the most that may be captured, where the work may turn out dearer. When
--- ``expires_in``, 15 minutes if NULL, has passed the hold counts as released.
+-- Sets credits aside for work under way, and a workshop if one is named: a pending consumption, which capture charges
+-- and release gives up. ``capture_limit`` is the most that may be captured, if the work may cost more. After
+-- ``expires_in``, 15 minutes if NULL, the hold counts as released.
 CREATE OR REPLACE FUNCTION tallystick.hold(
   user_id {user_key_type},
   amount {credits},

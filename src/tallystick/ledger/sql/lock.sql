@@ -1,5 +1,5 @@
--- Keeps the ledger of a user still until the caller's transaction ends, and gives the balance. Operations of the same
--- transaction go on, those of others wait for its end.
+-- Locks the ledger of a user until the caller's transaction ends, and gives the balance. Operations of the same
+-- transaction go on; those of other transactions wait for its end.
 CREATE OR REPLACE FUNCTION tallystick.lock(user_id {user_key_type}) RETURNS tallystick.answer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = {search_path} AS $$
 #variable_conflict use_column

@@ -1,4 +1,4 @@
--- The credits of a user that expire, those first that are spent first: each row that gave them, and what is left of it.
+-- Gives the credits of a user that expire, in the order of spending: each row that gave them, and what is left of it.
 CREATE OR REPLACE FUNCTION tallystick.lots(user_id {user_key_type}) RETURNS SETOF tallystick.answer
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = {search_path} AS $$
 #variable_conflict use_column

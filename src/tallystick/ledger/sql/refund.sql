@@ -1,5 +1,5 @@
--- Takes back credits of a completed purchase, or all that is left of it. The balance may fall below zero: the debt is
--- on record, the next purchase pays it first, and nothing can be consumed meanwhile.
+-- Takes back credits of a completed purchase, or all that is left of it. The balance may fall below zero. Then the
+-- next purchase pays this debt first, and nothing can be consumed meanwhile.
 CREATE OR REPLACE FUNCTION tallystick.refund(
   user_id {user_key_type},
   purchase_id uuid,

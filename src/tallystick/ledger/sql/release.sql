@@ -1,5 +1,5 @@
--- Gives up a hold: its credits are available again, and it can no longer be captured. One that has expired is given up
--- already.
+-- Gives up a hold: its credits are available again, and it can no longer be captured. A hold that has expired counts
+-- as given up.
 CREATE OR REPLACE FUNCTION tallystick.release(user_id {user_key_type}, hold_id uuid) RETURNS tallystick.answer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = {search_path} AS $$
 #variable_conflict use_column

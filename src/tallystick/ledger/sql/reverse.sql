@@ -1,6 +1,6 @@
--- Gives back credits of a consumption, or all that is left of it: the job failed, the workshop was unlocked by mistake.
--- All of it locks the workshop again, so that unlocking it later charges again. Credits of a lot go back to it, and where
--- it has expired they expire at once.
+-- Gives back credits of a consumption, or all that is left of it: the job failed, the workshop was unlocked by
+-- mistake. If all of it is given back, the workshop is locked again, and unlocking it later charges again. Credits of
+-- a lot go back to the lot; if it has expired, they expire at once.
 CREATE OR REPLACE FUNCTION tallystick.reverse(
   user_id {user_key_type},
   consumption_id uuid,

@@ -1,5 +1,5 @@
--- Sets the balance below which the user's is low: the event ``balance.low`` is written when it falls from there or more to
--- less. NULL is the default, which ``tallystick events enable`` sets, and 0 is never.
+-- Sets a user's threshold: the event ``balance.low`` is written when the balance falls from the threshold or more to
+-- less. NULL stands for the default, which ``tallystick events enable`` sets; 0 stands for never.
 CREATE OR REPLACE FUNCTION tallystick.set_low_balance(
   user_id {user_key_type},
   threshold {credits} DEFAULT NULL

@@ -1,5 +1,5 @@
--- Records that a user is about to buy credits; the balance does not move. Comes before Stripe is asked for a session.
--- Credits with ``expires_after`` last so long from the moment at which they are paid.
+-- Records that a user is about to buy credits; the balance does not move. Call it before Stripe is asked for a
+-- session. Credits with ``expires_after`` expire that long after they are paid.
 CREATE OR REPLACE FUNCTION tallystick.start_purchase(
   user_id {user_key_type},
   amount {credits},

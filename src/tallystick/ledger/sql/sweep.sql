@@ -1,6 +1,6 @@
--- Writes what has expired of users whom nobody has touched since: at most ``row_limit`` of them, those first who have
--- waited longest, each as an answer. Users whom somebody else is writing are left to the next call. Nothing depends on
--- it but what reads the tables directly.
+-- Writes the rows for expired holds and credits of at most ``row_limit`` users who had no write since then, those who
+-- have waited longest first, and gives an answer for each. Users who are locked by another transaction are left to
+-- the next call. Only code that reads the tables directly depends on it.
 CREATE OR REPLACE FUNCTION tallystick.sweep(row_limit integer DEFAULT 1000) RETURNS SETOF tallystick.answer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = {search_path} AS $$
 #variable_conflict use_column

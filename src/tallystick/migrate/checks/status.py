@@ -220,7 +220,7 @@ class Status:
 def status(conn: sa.Connection, config: Config) -> Status:
     """The revision, and each column, constraint, index, trigger, function and enum against its declaration.
 
-    What should be there is what this package's declarations make on this very server, as temporary tables under a
+    The expected state is made by this package's declarations on this very server, as temporary tables under a
     savepoint that is rolled back: so both sides are in the server's own words. ``conn`` must be in a transaction
     of the caller's, not in autocommit; nothing of it is left. On a standby no table can be made: there the revision and
     its history are told, and a warning that nothing was compared.

@@ -111,7 +111,7 @@ def likeliest(found: Sequence[Candidate]) -> list[Candidate]:
 
 
 def platforms_own(table: HostTable) -> str | None:
-    """Why this role can never add a column to the table, where a platform keeps it for itself."""
+    """The reason why this role can never add a column to a table that belongs to the platform; else None."""
     if table.owned or not table.owner.startswith(_PLATFORM):
         return None
     make = f"CREATE TABLE public.profiles (id uuid PRIMARY KEY REFERENCES {table.shown})"

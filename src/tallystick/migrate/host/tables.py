@@ -152,7 +152,7 @@ def columns_of(conn: sa.Connection, table: HostTable) -> dict[str, HostColumn]:
 
 
 def unsuitable(table: HostTable) -> str | None:
-    """Why the ledger cannot reference this table, or None where it can."""
+    """The reason why the ledger cannot reference this table, or None if it can."""
     if table.kind in "vm":
         return "is a view; credits need the table behind it"
     if table.kind == "f":

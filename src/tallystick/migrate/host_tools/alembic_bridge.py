@@ -42,7 +42,7 @@ def upgrade_revision(
     ``transaction_per_migration=True``. Unlike ``tallystick migrate apply`` it neither waits for open transactions nor
     tries again as a whole; run ``alembic upgrade`` again when it could not lock the tables.
 
-    What is built concurrently cannot be in a transaction. It is a second revision's::
+    An index that is built concurrently cannot be in a transaction. Write a second revision for it::
 
         def upgrade():
             with op.get_context().autocommit_block():

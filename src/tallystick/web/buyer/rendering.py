@@ -81,7 +81,7 @@ class Renderer:
     def absolute(self, asked: Asked, path: str) -> str:
         """``path`` as Stripe needs it: on the origin of this request if that is ours, else on the first of ours.
 
-        What a client wrote into ``Host`` is thereby never believed.
+        So the client's ``Host`` header is never trusted.
         """
         ours = self._origins
         return (ours[0] if ours and asked.origin not in ours else asked.origin) + path

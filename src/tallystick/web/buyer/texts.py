@@ -115,7 +115,7 @@ class Texts:
         return f"{title} continues here" if title else "This workshop continues here"
 
     def paywall(self, required: int, balance: int) -> str:
-        """Why it is closed, and what opens it."""
+        """The reason for the lock, and what opens the workshop."""
         if balance < 0:
             return f"You owe {self.credits(-balance)}. The next purchase pays that first."
         needed = "One" if required == 1 else self.number(required)
@@ -292,7 +292,7 @@ class Texts:
         return f"Reference: {name}"
 
     def access(self, reason: AccessReason) -> str:
-        """Why a workshop is open or closed, in a word or two."""
+        """The reason why a workshop is open or closed, in one or two words."""
         return {
             AccessReason.UNLOCKED: "Unlocked",
             AccessReason.GRANDFATHERED: "Included",
