@@ -183,8 +183,8 @@ def init(
         if host.workshops is not None and host.workshops.created_at is None:
             out.print(
                 f"No column of {host.workshops.schema}.{host.workshops.table} seems to hold the time at which a "
-                "workshop was made. With the paywall on, older workshops need a credit too. If there is such a column, set "
-                "created_at to it.",
+                "workshop was made. With the paywall on, older workshops need a credit too. If there is such a column, "
+                "set created_at to it.",
                 markup=False,
             )
         if adopts:
