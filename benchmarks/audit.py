@@ -1,4 +1,4 @@
-"""How fast is the audit? Ledger rows a second, against the floor: one plain sum over the same table.
+"""Speed of the audit: ledger rows a second, beside one plain sum over the same table.
 
     python benchmarks/audit.py [--rows 1000000] [--rows-each 20] [--url postgresql://…]
 

@@ -1,4 +1,4 @@
-"""What do consumptions leave of the host's users table? HOT updates and growth, at several fillfactors.
+"""Effect of consumptions on the host's users table: HOT updates and growth, at several fillfactors.
 
     python benchmarks/bloat.py            ten minutes; the table of benchmarks/README.md
     python benchmarks/bloat.py --quick    seconds, to see that it runs

@@ -57,7 +57,7 @@ class Cpu(NamedTuple):
 
 
 def used_ms(pid: int, *, of_children: bool = False) -> float:
-    """What a process has used so far, or all of its children that have ended."""
+    """CPU milliseconds that a process has used so far, or all of its children that have ended."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     first = 13 if of_children else 11
     return (int(fields[first]) + int(fields[first + 1])) / TICKS * 1000

@@ -1,4 +1,4 @@
-"""What does a ledger of ten million rows cost beside one of ten thousand?
+"""Cost of a ledger of ten million rows, beside one of ten thousand.
 
     python benchmarks/growth.py                   five minutes and 6 GB of disk; the tables of benchmarks/README.md
     python benchmarks/growth.py --rows 100000     half a minute, to see that it runs
@@ -100,7 +100,7 @@ class Filled:
 
     @property
     def thousandth_page(self) -> str:
-        """Where the thousandth page of the first user begins, or the last one where there are not as many."""
+        """The cursor of the first user's thousandth page, or of the last one if there are fewer."""
         return str(max(PAGE + 1, self.heavy - 999 * PAGE))
 
 
@@ -243,7 +243,7 @@ def consumptions(apps: list[Filled], numbers: Iterator[int], *, count: int, turn
 
 @dataclass
 class Cost:
-    """What an audit took: seconds, the longest statement's, the memory of its server processes and of its client."""
+    """Cost of an audit: its seconds, the longest statement's, the memory of its server processes and of its client."""
 
     seconds: float = 0
     longest_s: float = 0

@@ -1,4 +1,4 @@
-"""How fast is a consumption, against the least that PostgreSQL itself takes for it?
+"""Speed of a consumption, beside the least that PostgreSQL itself needs for it.
 
     python benchmarks/ledger.py            minutes; the table of benchmarks/README.md
     python benchmarks/ledger.py --quick    half a minute, to see that it runs
@@ -51,7 +51,7 @@ SHARED = 16  # connections for all of them
 
 @dataclass(frozen=True)
 class Way:
-    """How the server is reached, if the statement is prepared or sent anew each time, and by what ours sends it."""
+    """The way to the server, if the statement is prepared or sent anew each time, and the sender that ours uses."""
 
     url: str
     prepared: bool = True

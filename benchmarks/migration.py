@@ -1,4 +1,4 @@
-"""What does live traffic feel of a migration? Worst stalls, ours beside what others do, in one run.
+"""Stalls of live traffic during a migration: the worst, of ours and of other ways, in one run.
 
     python benchmarks/migration.py [--rows 1000000] [--reader 10] [--rate 300] [--runs 5] [--warm 2] [--quick]
 
@@ -104,7 +104,7 @@ def statements(config: Config) -> Iterator[psycopg.sql.Composable]:
 
 
 def nothing(_url: str, _config: Config) -> int:
-    """What the machine alone does to latencies."""
+    """The latencies of the machine alone."""
     time.sleep(3)
     return 0
 

@@ -1,4 +1,4 @@
-"""What does live traffic feel while opening balances are written? Worst stall, beside the same traffic alone.
+"""Stalls of live traffic while opening balances are written: the worst, beside the same traffic alone.
 
     python benchmarks/opening.py [--rows 1000000] [--rate 200] [--quick]
 

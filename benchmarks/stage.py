@@ -125,7 +125,7 @@ def app(running: Server, database: str, *, users: int, rows_each: int) -> App:
 
 @dataclass(frozen=True)
 class Timing:
-    """What a run measured: each call's time, and how many were done in a second by all connections together."""
+    """The measurements of a run: each call's time, and the calls of all connections together in a second."""
 
     median_ms: float
     p99_ms: float

@@ -72,7 +72,7 @@ def serve(url: str, listening: socket.socket, *, asynchronous: bool) -> None:
 
 @dataclass(frozen=True)
 class Load:
-    """What to ask for, again and again: request ``n``, counted over the whole benchmark."""
+    """The request to repeat: request ``n``, counted over the whole benchmark."""
 
     name: str
     request: Callable[[int], bytes]

@@ -1,4 +1,4 @@
-"""How many webhook deliveries a second does ``stripe.receive`` take, and how long does one wait?
+"""Webhook deliveries a second that ``stripe.receive`` takes, and the time that one waits.
 
     python benchmarks/webhooks.py [--deliveries 1000] [--workers 4] [--url postgresql://…]
 

@@ -40,7 +40,7 @@ def pytest_make_collect_report(
 
 
 def _failed_if_skipped(config: pytest.Config, report: Any) -> Any:
-    """Where everything is installed, a skipped test is one that nobody notices any more."""
+    """A skipped test fails where everything is installed, since nobody would notice it."""
     if report.skipped and config.getoption("no_skips"):
         report.outcome, report.longrepr = "failed", f"skipped, with --no-skips: {report.longrepr}"
     return report

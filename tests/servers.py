@@ -1,4 +1,4 @@
-"""Which PostgreSQL the tests run on.
+"""The PostgreSQL that the tests run on.
 
 ``TALLYSTICK_TEST_PG`` chooses it: ``18`` (the default) is the embedded wheel, another number is the machine's
 own (``/usr/lib/postgresql/15/bin``, or the folder named by ``TALLYSTICK_TEST_PG_BIN``).

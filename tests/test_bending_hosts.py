@@ -44,7 +44,7 @@ class Case:
             self.accounts.delete_workshop(conn, self.closed)
 
     def moves(self) -> dict[str, Callable[[sa.Connection], Any]]:
-        """What moves a balance."""
+        """The operations that move a balance."""
         led, user = self.ledger, self.user
         return {
             "consume": lambda c: led.consume(c, user, key="k"),

@@ -363,7 +363,7 @@ def test_nothing_of_it_stays_with_a_connection(world: World) -> None:
 
 
 def end(name: str) -> None:
-    """What a profiler or a time limit of the host's may do: an exception in somebody else's thread."""
+    """An exception in another thread, as a profiler or a time limit of the host's may raise it."""
     (thread,) = (each for each in threading.enumerate() if each.name == name)
     assert ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit)) == 1
 

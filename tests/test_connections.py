@@ -30,7 +30,7 @@ KOLKATA = dt.timezone(dt.timedelta(hours=5, minutes=30))
 
 
 class Asked:
-    """What the table's lines are about: users, a workshop, and what came of the lines before."""
+    """The subjects of the table's lines: users, a workshop, and the results of the lines before."""
 
     def __init__(self, world: World, door: Door) -> None:
         self.ledger, self.accounts, self.door = world.ledger, world.accounts, door
@@ -238,7 +238,7 @@ def types(asked: Asked) -> None:
 
 
 def compare(world: World, asked: Asked) -> None:
-    """What another connection reads, of another driver's, is what was told."""
+    """Another connection, of another driver, reads the rows that the answers told."""
     with world.engine.connect() as conn:
         rows = {row.id: row for row in world.ledger.history(conn, asked.user)}
     many = [row for row in asked.told["many"] if isinstance(row, CreditTransaction) and row.user_id == asked.user]

@@ -482,7 +482,7 @@ class TestFollow:
 
 
 def test_the_audit_finds_a_row_without_its_event(world: World) -> None:
-    """What completed before events were on has none, and none is looked for that was removed with age."""
+    """Rows that completed before events were on have none; the audit looks for no event that was pruned."""
     user = world.user(credits=9)
     events.enable(world.url, world.config)
     with world.engine.begin() as conn:

@@ -1,4 +1,4 @@
-"""What can happen to a purchase, to a workshop, and to whoever gets a present: for each state and operation, a cell.
+"""Every operation on a purchase, a workshop and a user who gets a grant: one cell for each state and operation.
 
 Read a cell as: the state afterwards, then what the balance did; ``=`` is a replay (nothing changed, the result says
 so); ``!Name`` is that refusal (nothing changed, and the caller's transaction goes on). Every cell runs through every

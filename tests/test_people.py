@@ -414,7 +414,7 @@ def test_nothing_of_a_person_is_left_and_all_of_the_money(any_world: World) -> N
 
 @uuid_keys
 def test_calls_with_the_keys_of_before(any_world: World) -> None:
-    """What a deleted user is refused has no key any more; what may still move credits is a replay as ever."""
+    """Calls that a deleted user is refused have lost their keys; those that still move credits stay replays."""
     world, user = any_world, any_world.user()
     with world.engine.begin() as conn:
         fill(world, conn, user)

@@ -34,7 +34,7 @@ def run_script(world: World, script: str) -> list[str]:
 
 
 def host_grants(world: World, name: str) -> None:
-    """What an app's role has on the app's own tables, before the ledger's script; TRIGGER comes with GRANT ALL."""
+    """Privileges of an app's role on the app's own tables before the ledger's script; TRIGGER comes with GRANT ALL."""
     tables = [world.schema.users, *([world.schema.workshops] if world.schema.workshops is not None else [])]
     script = sql.SQL(
         "GRANT ALL ON {tables} TO {role}; GRANT USAGE ON ALL SEQUENCES IN SCHEMA {schema} TO {role}"
@@ -425,7 +425,7 @@ OF_THE_ROLE = {
     "the mapping",
     "what was seen of Stripe",
 }
-"""What the script takes back by itself."""
+"""The ways past the functions that the script closes by itself."""
 
 
 @one_shape

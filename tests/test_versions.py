@@ -29,7 +29,7 @@ ADDED = "more text"
 
 
 def newer(host: HostMapping) -> Iterator[Composable]:
-    """What a later revision would run, in one transaction."""
+    """The statements that a later revision would run, in one transaction."""
     yield SQL(f"ALTER TYPE tallystick.answer ADD ATTRIBUTE {ADDED} CASCADE")
     for statement in HostNames.of(host).functions(HEAD):
         text = statement.as_string()

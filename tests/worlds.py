@@ -131,7 +131,7 @@ class World:
                 conn.execute(sa.update(column.table).where(column.is_not(None)).values({column: column - gone}))
 
     def deadlocks(self) -> int:
-        """How many the server has ended in this database."""
+        """The number of deadlocks that the server has ended in this database."""
         with self.engine.connect() as conn:
             counted = sa.text("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()")
             return conn.scalar(counted) or 0

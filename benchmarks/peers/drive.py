@@ -25,7 +25,7 @@ WARM_UP = 20  # calls of each thread that are not timed
 
 
 class Adapter(Protocol):
-    """How a candidate is asked for the same thing. Accounts are 1, 2, …; its pool holds ``connections``."""
+    """The same calls for each candidate. Accounts are 1, 2, …; its pool holds ``connections``."""
 
     def __init__(self, url: str, connections: int) -> None: ...
     def create(self) -> None:

@@ -1,4 +1,4 @@
-"""How fast is a consumption, beside what others do, in one run on one server?
+"""Speed of a consumption, beside other ledgers, in one run on one server.
 
     python benchmarks/peers/run.py            seven minutes; tables and picture of benchmarks/README.md
     python benchmarks/peers/run.py --quick    a minute, to see that it runs
@@ -116,7 +116,7 @@ def python_of(candidate: Candidate) -> Path:
 
 
 def drive(candidate: Candidate, action: str, url: str, **options: Any) -> Any:
-    """What drive.py answers, run by the candidate's own Python."""
+    """The answer of drive.py, run by the candidate's own Python."""
     command = [python_of(candidate), HERE / "drive.py", candidate.adapter, action, url, json.dumps(options)]
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "DATABASE_URL")}
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=clean)
@@ -126,7 +126,7 @@ def drive(candidate: Candidate, action: str, url: str, **options: Any) -> Any:
 
 
 def round_trips(candidate: Candidate, url: str) -> float:
-    """How often one consumption waits for the server, counted on the wire."""
+    """The number of times that one consumption waits for the server, counted on the wire."""
     proxy = Proxy(url)
     try:
         seen = []
@@ -141,7 +141,7 @@ def round_trips(candidate: Candidate, url: str) -> float:
 
 @dataclass(frozen=True)
 class Books:
-    """What the database says after all: how many accounts are wrong, and how the two races ended."""
+    """The final state of the database: the number of wrong accounts, and the result of the two races."""
 
     wrong: int
     overdraft: str

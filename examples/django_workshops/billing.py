@@ -13,7 +13,7 @@ from workshops.steps import FREE, STEPS
 
 
 class Words(Texts):
-    """What this app says in words of its own."""
+    """Texts of this app's own."""
 
     pricing_lead = f"One credit unlocks all {len(STEPS)} steps of a workshop, for good."
     welcome = (
@@ -23,7 +23,7 @@ class Words(Texts):
 
 
 def preview(_request: HttpRequest, _workshop: object) -> SafeString:
-    """What shows blurred behind the lock: filler, since whatever is sent to a browser can be read there."""
+    """The text that is blurred behind the lock: filler, since a browser can show everything that it gets."""
     lines = ("Step by step from here", *("Every step ends with something you can show to somebody. " * 3,) * 4)
     return format_html('<div class="filler">{}</div>', format_html_join("", "<p>{}</p>", ((line,) for line in lines)))
 

@@ -28,7 +28,7 @@ WEEK_S = 7 * 24 * 3600
 
 
 class Words(Texts):
-    """What this app says in words of its own."""
+    """Texts of this app's own."""
 
     pricing_lead = f"One credit unlocks all {len(STEPS)} steps of a workshop, for good."
     welcome = (
@@ -68,7 +68,7 @@ Conn = Annotated[sa.Connection, Depends(connection)]
 
 
 def current_user(conn: Conn, session: Annotated[str | None, Cookie()] = None) -> UUID | None:
-    """Who is signed in, by a cookie that says nothing to anyone else."""
+    """The user who is signed in, by the token in a cookie."""
     return conn.scalar(sa.text("SELECT user_id FROM sessions WHERE token = :token"), {"token": session})
 
 
@@ -76,7 +76,7 @@ User = Annotated[UUID | None, Depends(current_user)]
 
 
 def preview(_request: Request, _workshop: object) -> Markup:
-    """What shows blurred behind the lock: filler, since whatever is sent to a browser can be read there."""
+    """The text that is blurred behind the lock: filler, since a browser can show everything that it gets."""
     lines = ("Step by step from here", *("Every step ends with something you can show to somebody. " * 3,) * 4)
     return Markup('<div class="filler">{}</div>').format(Markup().join(Markup("<p>{}</p>").format(x) for x in lines))
 

@@ -1,4 +1,4 @@
-"""What a workshop is made of: ten steps, the same for each."""
+"""The content of a workshop: ten steps, the same for each."""
 
 FREE = 6
 

@@ -32,7 +32,7 @@ def app(make_app: Callable[..., App]) -> App:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What live traffic felt, for a person to read."""
+    """The stalls of live traffic, for a person to read."""
     rows = [
         (report.nodeid.rpartition("::")[2], value)
         for report in terminalreporter.getreports("passed")

@@ -1,4 +1,4 @@
-"""What the database itself refuses, whoever asks: each constraint and each rule of the append-only trigger."""
+"""Writes that the database itself refuses to every role: each constraint, each rule of the append-only trigger."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``plan`` says before anything is changed."""
+"""The report of ``plan``, before anything is changed."""
 
 from __future__ import annotations
 

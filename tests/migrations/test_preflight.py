@@ -1,4 +1,4 @@
-"""What stops a migration before anything is changed, and what the message says to do about it."""
+"""Obstacles that stop a migration before anything is changed, and the remedy in each message."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ class TestPrivileges:
         assert migrate.apply(ours.url, ours.config).changed
 
     def test_policies_that_hide_rows_from_their_owner(self, make_app: Callable[..., App], role: str) -> None:
-        """What is not seen is not all 0."""
+        """Balances that the owner cannot see do not count as 0."""
         app = make_app(
             f"{UUID_USERS} ALTER TABLE users ADD credit_balance integer NOT NULL DEFAULT 0;"
             "INSERT INTO users (id, credit_balance) VALUES (gen_random_uuid(), 500);"

@@ -1,4 +1,4 @@
-"""What of an app depends on all columns of its tables: found before, or by the run itself before its commit."""
+"""Objects of an app that depend on all columns of its tables: found before, or by the run before its commit."""
 
 from __future__ import annotations
 

@@ -515,7 +515,7 @@ class TestKilled:
         assert seen == {"old", "new"}
 
     def standing(self, app: App, old: set[tuple[str, str]], new: set[tuple[str, str]]) -> str:
-        """Where a killed run left the database: at no revision or at the last."""
+        """The revision at which a killed run left the database: none or the last."""
         found = without_online(app.shape())
         if found == without_online(old):
             return "old"

@@ -174,7 +174,7 @@ def drizzle(request: pytest.FixtureRequest, make_app: Callable[..., App], tmp_pa
 
 
 def explained(node: Project, request: pytest.FixtureRequest) -> str:
-    """What ``push`` would do, done nothing of."""
+    """The changes that ``push`` would make, without making them."""
     # 0.x asks with --strict before it does anything, and there is nobody to answer
     how = ("--strict", "--verbose") if "drizzle_0" in request.node.name else ("--explain",)
     return node.run("drizzle-kit", "push", *how, ok=False)

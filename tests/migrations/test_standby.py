@@ -43,7 +43,7 @@ def until(true: Callable[[], object]) -> None:
 
 
 def answers(url: str) -> bool:
-    """Whether there is such a database by now."""
+    """True once such a database exists."""
     try:
         psycopg.connect(url).close()
     except psycopg.OperationalError:
@@ -64,7 +64,7 @@ def plan(app: App) -> migrate.Plan:
 
 
 def readable(url: str) -> bool:
-    """Whether a reader of the standby gets the table in time."""
+    """True if a reader of the standby gets the table in time."""
     with psycopg.connect(url, autocommit=True) as conn:
         conn.execute("SET statement_timeout = '500ms'")
         try:
@@ -113,7 +113,7 @@ def test_it_is_warned_of_and_felt_as_documented(pair: tuple[App, str]) -> None:
 
 
 def test_a_report_there_is_not_waited_for_with_the_tables_locked(pair: tuple[App, str]) -> None:
-    """Where every commit is confirmed by the standby, and the report keeps it from repeating ours."""
+    """Every commit waits for the standby, and a report on it holds up the replay of ours."""
     app, there = pair
     allow_delay(there, "-1")
     app.run(
@@ -209,7 +209,7 @@ def test_a_subscriber_that_has_the_columns_first(subscribed: Callable[[str], tup
 
 
 def test_a_subscriber_that_was_not_changed_stops(subscribed: Callable[[str], tuple[App, App]]) -> None:
-    """What the warning is about: should a server ever take it, there is nothing to warn of."""
+    """The behaviour that the warning is about; if a server ever accepts the change, the warning is not needed."""
     here, there = subscribed("TABLE users, workshops")
     migrate.apply(here.url, here.config)
     here.run("INSERT INTO users (email) VALUES ('afterwards')")

@@ -210,7 +210,7 @@ def test_what_is_the_apps_own_is_no_difference(app: App) -> None:
 
 
 def test_the_options_of_a_column_are_no_difference(app: App) -> None:
-    """What an app tells the planner, and ``pg_attver=N`` on every column from the minor releases of November 2026 on;
+    """An app's options for the planner, and ``pg_attver=N`` on all columns from the minor releases of November 2026 on;
     older ones are made to look so."""
     migrate.apply(app.url, app.config)
     app.run(

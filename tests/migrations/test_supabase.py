@@ -60,7 +60,7 @@ def status(app: App) -> migrate.Status:
 
 
 def as_role(app: App, role: str, *statements: str) -> str | None:
-    """What the server says against the last one, or None."""
+    """The server's error about the last statement, or None."""
     with app.engine.connect() as conn:
         conn.exec_driver_sql(ADA)
         conn.exec_driver_sql(f"SET ROLE {role}")

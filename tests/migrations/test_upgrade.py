@@ -33,7 +33,7 @@ CALLS = {
     "user_ids => ARRAY[%(user)s]::uuid[], keys => ARRAY[%(key)s])",
 }
 PASSING = ("40001", "40P01", "42804", "42846", "55P03", "0A000", "XX000")
-"""What a call may be told that was under way while the functions were replaced: made again, it goes through."""
+"""Errors of a call that runs while the functions are replaced; the same call made again succeeds."""
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def through(app: App, port: int) -> str:
 
 @contextmanager
 def saying(message: str) -> Iterator[int]:
-    """What Neon's proxy does while it cannot reach a compute: it takes the connection and answers XX000.
+    """A server as Neon's proxy is while it cannot reach a compute: it accepts the connection and answers XX000.
 
     Gives its port. With no message it hangs up instead.
     """

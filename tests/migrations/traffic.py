@@ -26,7 +26,7 @@ WRITE_BOTH = (
 
 @dataclass
 class Traffic:
-    """What the clients saw: latencies in milliseconds, and errors."""
+    """The results of the clients: latencies in milliseconds, and errors."""
 
     latencies_ms: list[tuple[float, float]] = field(default_factory=list)  # (due, latency)
     errors: list[psycopg.Error] = field(default_factory=list)

@@ -64,7 +64,7 @@ class Door(Protocol):
     """One way to ask."""
 
     def ask(self, level: str, calls: Sequence[Call]) -> list[Told]:
-        """What was told, for each wish: of calls that were one database transaction, or each its own."""
+        """The answers, one for each wish, of calls that were one database transaction, or each its own."""
         ...
 
     def close(self) -> None:
@@ -78,20 +78,20 @@ ROW = ("id", "user_id", "type", "amount", "balance_after", "sequence", "idempote
 
 
 def facts(row: Any) -> list[Any]:
-    """What a row says, as it is written into a log."""
+    """The values of a row, as they are written into a log."""
     values = (getattr(row, name) for name in ROW)
     return [value if value is None or type(value) is int else str(value) for value in values]
 
 
 def said(answer: Any) -> Told:
-    """What Python's ledger returned or raised."""
+    """The result or the refusal of Python's ledger."""
     if isinstance(answer, CreditTransaction):
         return ["row", answer.replayed, *facts(answer)]
     return ["balance", answer] if isinstance(answer, int) else [type(answer).__name__, answer.fields]
 
 
 def read(wish: Wish, answer: Mapping[str, Any]) -> Told:  # noqa: PLR0911 - one for each outcome
-    """What a function of the ledger answered, by the names of its columns."""
+    """The answer of a function of the ledger, by the names of its columns."""
     match answer["outcome"]:
         case "completed" if wish.what == "balance":
             return ["balance", answer["balance"]]

@@ -24,7 +24,7 @@ Job = Callable[..., Any]
 
 
 def outcome(call: Callable[[], Any]) -> Any:
-    """What a call returned, or the refusal it met; anything else is raised."""
+    """The result of a call, or its refusal; anything else is raised."""
     try:
         return call()
     except LedgerError as refusal:

@@ -45,7 +45,7 @@ DRAWN = """
 \\set n random(1, 1000000000)
 \\set workshop :user + 3 * random(0, 60)
 """
-"""What each of the mix begins with. A workshop belongs to ``user``: its number is the user's and a multiple of 3."""
+"""The first lines of each script. A workshop belongs to ``user``: its number is the user's and a multiple of 3."""
 
 SPEND = "SELECT outcome FROM tallystick.consume(user_id => :user, key => '{} :client_id :n');\n"
 REFER = "INSERT INTO workshops (id, user_id) VALUES (:workshop, :user) ON CONFLICT DO NOTHING;\n"
@@ -125,7 +125,7 @@ transaction that has referred to the user, which waits for the user's row that t
 
 @dataclass(frozen=True)
 class Told:
-    """What the clients did, and what the server counted."""
+    """The counts of the clients, and those of the server."""
 
     done: Mapping[str, int]
     failed: int

@@ -70,7 +70,7 @@ PEOPLE = "people.json"  # beside the logs: more than a pipe takes at once, so wh
 
 
 class Question(NamedTuple):
-    """What is asked in one go: by a door, calls that are one database transaction of a level, or each its own."""
+    """The calls of one request through a door: one database transaction of a level, or each its own."""
 
     door: str
     level: str
@@ -133,7 +133,7 @@ class Client:
             door.close()
 
     def ask(self, question: Question) -> bool:
-        """Whether there was an answer; if not, the same with the same keys may be asked again.
+        """True if there was an answer; if not, the same calls may be made again with the same keys.
 
         Nobody is told of what a transaction did before its commit is.
         """
@@ -244,7 +244,7 @@ def client(url: str, crew: Crew, logs: Path, program: Path | None, env: Mapping[
 
 @dataclass
 class Report:
-    """What was done and what was found; ``faults`` is empty, or each is a promise broken."""
+    """The counts and the faults of a run; each of ``faults`` is a broken promise."""
 
     asked: int = 0
     answered: int = 0
@@ -257,7 +257,7 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How hard, and until when: the earlier of ``seconds`` and ``questions``. The two ``…_every_s`` are averages."""
+    """The load, and its end: the earlier of ``seconds`` and ``questions``. The two ``…_every_s`` are averages."""
 
     processes: int
     seconds: float
@@ -372,7 +372,7 @@ def strike(plan: Plan, url: str, server: Server, logs: Path, report: Report) -> 
 
 
 class Asked(NamedTuple):
-    """When it was asked, and for what by all of its calls."""
+    """The moment of a question, and the wishes of all its calls."""
 
     at: float
     wishes: list[Wish]
@@ -380,7 +380,7 @@ class Asked(NamedTuple):
 
 
 class Told(NamedTuple):
-    """When it was told, and for each wish what ``said`` makes of its outcome."""
+    """The moment of an answer, and for each wish its outcome in the form of ``said``."""
 
     at: float
     answers: list[list[Any]]
@@ -391,7 +391,7 @@ Talk = Iterable[tuple[Asked, Told | None]]
 
 @dataclass(frozen=True)
 class Conversations:
-    """What the clients wrote down; a question without an answer stands beside None."""
+    """The logs of the clients; a question without an answer stands beside None."""
 
     folder: Path
 
@@ -433,7 +433,7 @@ def check(world: World, logs: Path, report: Report) -> None:
 
 
 def contradictions(rows: Iterable[Any], talk: Talk) -> list[str]:
-    """What the rows of the ledger cannot explain of all that was said; ``talk`` is gone through twice."""
+    """The answers that the rows of the ledger cannot explain; ``talk`` is read twice."""
     books = Books(rows)
     for question, _ in talk:
         books.ask(question)
@@ -450,7 +450,7 @@ def contradictions(rows: Iterable[Any], talk: Talk) -> list[str]:
 
 @dataclass
 class Event:
-    """When a row was first asked for, and when somebody was first told of it; in nanoseconds of one clock."""
+    """The moments at which a row was first asked for and first reported; in nanoseconds of one clock."""
 
     asked: float = math.inf
     told: float = math.inf
@@ -597,7 +597,7 @@ class Books:
         return twice or row.idempotency_key != wish.key
 
     def refused(self, wish: Wish, kind: str, why: Mapping[str, Any]) -> tuple[str | None, int] | None:
-        """What a refusal says of the user; None if these clients can give no reason for it."""
+        """The values about the user in a refusal; None if these clients cannot have caused it."""
         match wish.what, kind, why:
             case (
                 "consume" | "hold" | "capture",
@@ -612,7 +612,7 @@ class Books:
         return None
 
     def closed(self, wish: Wish, kind: str, why: Mapping[str, Any]) -> bool:
-        """Whether a refusal that says nothing of the balance is true: a hold is over, or the time of a loan is."""
+        """True if a refusal without a balance is right: the hold has ended, or the time of a loan has."""
         if wish.what == "lend":
             return kind == "InvalidArgument" and why["argument"] == "expires_at"
         row = self.holds.get(wish.of)
@@ -622,7 +622,7 @@ class Books:
 
 
 def unexplained(chain: list[Any], events: Mapping[str, Event], claims: list[Claim]) -> list[str]:
-    """What contradicts the order in which the ledger says that things happened to this user.
+    """The answers that contradict the order of this user's rows in the ledger.
 
     State n is the one that row n made. The rows of a database transaction stand side by side, since it keeps the
     user's row for itself, and come to be at its commit, which lies between its question and its answer: all bounds

@@ -123,7 +123,7 @@ class Client:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_client_killed_anywhere(world: World, seed: int) -> None:
-    """What it was told is there; at most the one it was about is there besides; doing all again adds nothing."""
+    """Every acknowledged call is there, and at most the interrupted one besides; repeating all adds nothing."""
     dice = random.Random(seed)
     user = world.user(credits=100_000)
     client = Client(world, user)
@@ -188,7 +188,7 @@ def backend_of_the_waiting(world: World, function: str) -> None:
 
 
 def interrupted(world: World, user: Key, function: str, call: Callable[[sa.Connection], Any]) -> BaseException | None:
-    """What a call raises whose backend gets a signal while it waits for the user's row."""
+    """The error of a call whose backend gets a signal while it waits for the user's row."""
 
     def attempt() -> Any:
         with world.autocommit.connect() as conn:

@@ -201,7 +201,7 @@ def operations(history: History, conn: sa.Connection) -> dict[str, Call]:
 
 @dataclass(frozen=True)
 class Read:
-    """What the statements of one operation touched; ``descents`` are the ways down an index, each as long as it is
+    """The reads of one operation's statements; ``descents`` are the ways down an index, each as long as it is
     high."""
 
     rows: int
@@ -283,7 +283,7 @@ def read(step: Mapping[str, Any]) -> int:
 
 
 def grows(short: Read, long: Read) -> bool:
-    """Whether more was read; a way down a higher index may cost a page or two more, and each row lie on its own."""
+    """True if more was read; a way down a higher index may cost a page or two more, and each row lie on its own."""
     return long.rows > short.rows + 4 or long.pages > short.pages + 2 * long.descents + long.rows
 
 
@@ -321,7 +321,7 @@ def test_every_function_of_the_ledger_is_among_them(histories: dict[str, History
 
 
 def without(index: str, *instead: str) -> list[str]:
-    """What puts another index, if any, in the place of one of the ledger's."""
+    """Statements that replace one of the ledger's indexes by another, if any."""
     made = [f"CREATE INDEX ON credit_transactions {definition}" for definition in instead]
     return [f"DROP INDEX credit_transactions_{index}", *made]
 

@@ -97,7 +97,7 @@ class Model:
         self.balance, self.rows = self.balance + amount, self.rows + 1
 
     def take(self, row: Any, amount: int, *, expired: bool = False) -> None:
-        """What expires soonest first."""
+        """Take ``amount`` from the lots, from those that expire soonest first."""
         for lot in sorted(self.lots, key=lambda lot: (lot.days, lot.number)):
             if lot.left and amount > 0 and (expired or lot.days > 0):
                 some = min(lot.left, amount)
@@ -266,7 +266,7 @@ class Machine(RuleBasedStateMachine):
     def agree(
         self, expected: str | None, call: Callable[[], CreditTransaction], *, held: int = 0
     ) -> CreditTransaction | None:
-        """What the ledger did is what the model expected; ``held`` is what the call sets aside."""
+        """The ledger did the same as the model; ``held`` is the number of credits that the call sets aside."""
         found = outcome(call)
         assert (None if isinstance(found, CreditTransaction) else type(found).__name__) == expected
         with self.world.autocommit.connect() as another:
@@ -460,7 +460,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(call=consumes(done))
     def again(self, call: Any) -> None:
-        """What was done comes back as it was; what was refused was not done, so its key is free: leave it.
+        """A call that was done is a replay, with the same answer. A refused call left its key free: skip it.
 
         So is the key of a workshop that was unlocked already: it is charged, once that was reversed.
         """

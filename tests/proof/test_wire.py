@@ -248,7 +248,7 @@ def test_cut_at_each_message_of_a_combiner(world: World, proxy: Proxy) -> None:
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_late_or_twice_at_each_message(world: World, proxy: Proxy, operation: str) -> None:
-    """What comes late is an answer. No network sends a message twice, but whatever does, nothing is done twice."""
+    """A late message gives an answer. No network sends a message twice; if one did, nothing would be done twice."""
     engine = sa.create_engine(proxy.url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
 
     def attempt(case: Case, fault: Fault | None = None) -> Any:

@@ -23,7 +23,7 @@ SOCKET = ".s.PGSQL.5432"
 
 @dataclass
 class Fault:
-    """What to do at the ``number``-th message of one side, counted from when it is set; ``done`` once it was done."""
+    """Harm at the ``number``-th message of one side, counted from when it is set; ``done`` once it was done."""
 
     side: Side
     number: int

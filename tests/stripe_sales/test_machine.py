@@ -44,7 +44,7 @@ class Machine(RuleBasedStateMachine):
     disputes = Bundle("disputes")
 
     def try_at_stripe(self, act: Callable[[], Any]) -> Any:
-        """What Stripe would not do does not happen."""
+        """The machine makes no step that Stripe would not make."""
         try:
             return act()
         except DevStripeError:

@@ -226,7 +226,7 @@ def test_every_order_ends_the_same(shop: Shop, history: History):
 
 
 def deliver_many(url: str, config: Config, deliveries: list[tuple[bytes, str]], crash_after: int | None) -> None:
-    """What one web server process does; told to, it dies once its effects are stored and not committed."""
+    """The work of one web server process; on demand it dies after its effects are stored and before the commit."""
     engine = sa.create_engine(url, pool_size=1)
     commits = itertools.count(1)
 

@@ -1,4 +1,4 @@
-"""What no webhook told us is found by asking; asking again changes nothing; a dry run never does."""
+"""Reconciliation finds changes that no webhook reported; a second run changes nothing; a dry run never does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the programs of these tests are told in their environment."""
+"""The environment variables of the programs of these tests."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class Site:
 
 
 def settings_for(double: DevStripe) -> dict[str, Any]:
-    """What a site needs to sell at the double."""
+    """The settings with which a site sells at the double."""
     return {
         "packs": PACKS,
         "checkout_origins": (ORIGIN,),

@@ -79,7 +79,7 @@ def price(client: stripe.StripeClient) -> stripe.Price:
 
 @pytest.fixture
 def order(price: stripe.Price) -> dict[str, Any]:
-    """What a Checkout Session is created with."""
+    """The parameters with which a Checkout Session is created."""
     return {
         "mode": "payment",
         "line_items": [{"price": price.id, "quantity": 2}],

@@ -1,4 +1,4 @@
-"""What Stripe's API does around its objects: keys, idempotency, faults, pages, expand."""
+"""Parts of Stripe's API that all objects share: keys, idempotency, faults, pages, expand."""
 
 from __future__ import annotations
 

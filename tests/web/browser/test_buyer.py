@@ -1,4 +1,4 @@
-"""What a buyer lives through, in a browser."""
+"""A buyer's way through the pages, in a browser."""
 
 from __future__ import annotations
 

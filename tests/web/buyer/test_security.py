@@ -1,4 +1,4 @@
-"""What a hostile browser, page or user can send."""
+"""Requests that a hostile browser, page or user can send."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Visitor(TestClient):
         super().__init__(app, base_url=address, client=(peer, 50_000), follow_redirects=False)
 
     def token(self, path: str = "/") -> str:
-        """What the forms of a page send along."""
+        """The token in the forms of a page."""
         page = self.get(path)
         found = re.search(r'name="token" value="([0-9a-f]+)"', page.text)
         assert found, (path, page.status_code, page.text)

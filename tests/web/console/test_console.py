@@ -571,7 +571,7 @@ def test_no_page_holds_script_or_style_of_its_own(world, open_console):
 
 
 def test_a_migration_on_its_way_is_not_called_applied(world, open_console):
-    """What a run in two transactions leaves between them, where a later package brings a further revision."""
+    """The state between the two transactions of a run, where a later package brings a further revision."""
     with world.engine.begin() as conn:
         conn.exec_driver_sql("INSERT INTO tallystick.migration_log (revision, direction) VALUES ('0999', 'prepare')")
     visitor = open_console(world)
