@@ -158,8 +158,8 @@ def status(as_json: Json = False) -> None:
 
 @db.command()
 def example(
-    users: Annotated[int, typer.Option("--users", help="How many users.", min=1)] = 100,
-    workshops: Annotated[int, typer.Option("--workshops", help="How many workshops.", min=1)] = 150,
+    users: Annotated[int, typer.Option("--users", help="The number of users.", min=1)] = 100,
+    workshops: Annotated[int, typer.Option("--workshops", help="The number of workshops.", min=1)] = 150,
 ) -> None:
     """Make an example app in the embedded database: tables of users and workshops, without credits."""
     with _server() as server:

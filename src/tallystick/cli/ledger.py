@@ -189,7 +189,7 @@ def history(
     ctx: typer.Context,
     user: UserArgument,
     limit: Annotated[int, typer.Option("--limit", help="Rows to show.", min=1, max=1000)] = 50,
-    before: Annotated[str | None, typer.Option("--before", help="Read on below this cursor.", metavar="CURSOR")] = None,
+    before: Annotated[str | None, typer.Option("--before", help="Read on after this cursor.", metavar="CURSOR")] = None,
     failed: Annotated[bool, typer.Option("--failed", help="Show failed purchases too.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -268,10 +268,11 @@ def consume(
 def grant(
     ctx: typer.Context,
     user: UserArgument,
-    credits: Annotated[int, typer.Argument(help="How many.", metavar="CREDITS")],
+    credits: Annotated[int, typer.Argument(help="The number of credits.", metavar="CREDITS")],
     description: Annotated[str, typer.Option("--description", help="The text in the user's history.")] = "Granted",
     expires_in: Annotated[
-        float | None, typer.Option("--expires-in", help="They expire in so many days.", metavar="DAYS", min=0.001)
+        float | None,
+        typer.Option("--expires-in", help="Let them expire after this number of days.", metavar="DAYS", min=0.001),
     ] = None,
     key: KeyOption = None,
     as_json: Json = False,
@@ -316,7 +317,9 @@ def _takes_back(
 
 
 RowArgument = Annotated[UUID, typer.Argument(help="The id of the row, as `tallystick history` shows it.", metavar="ID")]
-AllOption = Annotated[int | None, typer.Option("--credits", help="How many; all that is left of it if left out.")]
+AllOption = Annotated[
+    int | None, typer.Option("--credits", help="The number of credits; all that are left by default.")
+]
 DescriptionOption = Annotated[str | None, typer.Option("--description", help="The text in the user's history.")]
 
 
@@ -398,9 +401,9 @@ app.add_typer(holds, name="hold", rich_help_panel="Credits")
 def hold_place(
     ctx: typer.Context,
     user: UserArgument,
-    credits: Annotated[int, typer.Argument(help="How many.", metavar="CREDITS")],
+    credits: Annotated[int, typer.Argument(help="The number of credits.", metavar="CREDITS")],
     minutes: Annotated[
-        float, typer.Option("--minutes", help="How long it lasts, from 1 second to 366 days.", min=0.02)
+        float, typer.Option("--minutes", help="The time that it lasts, from 1 second to 366 days.", min=0.02)
     ] = 15,
     key: KeyOption = None,
     description: DescriptionOption = None,
@@ -426,8 +429,10 @@ def hold_capture(
     ctx: typer.Context,
     user: UserArgument,
     hold: RowArgument,
-    credits: Annotated[int | None, typer.Option("--credits", help="How many; all that is held if left out.")] = None,
-    debt: Annotated[bool, typer.Option("--debt", help="Charge also what the balance does not cover.")] = False,
+    credits: Annotated[
+        int | None, typer.Option("--credits", help="The number of credits; all that are held by default.")
+    ] = None,
+    debt: Annotated[bool, typer.Option("--debt", help="Also charge credits that the balance does not cover.")] = False,
     as_json: Json = False,
 ) -> None:
     """Charge a hold, once."""
@@ -487,7 +492,7 @@ def complete(
     user: UserArgument,
     purchase: PurchaseArgument,
     amount_paid: Annotated[
-        int | None, typer.Option("--amount-paid", help="What was paid, in minor units, as 7900 for $79.00.")
+        int | None, typer.Option("--amount-paid", help="The amount that was paid, in minor units: 7900 for $79.00.")
     ] = None,
     currency: Annotated[str | None, typer.Option("--currency", help="Its currency, as usd.")] = None,
     as_json: Json = False,
@@ -526,7 +531,7 @@ def onboarding(
     ctx: typer.Context,
     user: UserArgument,
     complete: Annotated[
-        bool | None, typer.Option("--complete/--reset", help="Mark it complete, or to be seen again.")
+        bool | None, typer.Option("--complete/--reset", help="Mark it as complete, or show it again.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -549,11 +554,11 @@ def audit(
     user: Annotated[str | None, typer.Option("--user", help="Only this user.", metavar="KEY")] = None,
     since: Annotated[
         dt.datetime | None,
-        typer.Option("--since", help="Only users whose ledger moved since then (UTC).", metavar="TIME"),
+        typer.Option("--since", help="Only users whose ledger changed since then (UTC).", metavar="TIME"),
     ] = None,
     after: Annotated[
         str | None,
-        typer.Option("--after", help="Only users behind this one: go on with an interrupted audit.", metavar="KEY"),
+        typer.Option("--after", help="Only users after this one: continue an interrupted audit.", metavar="KEY"),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Leave out completed_in_order, which takes longer than all others.")
