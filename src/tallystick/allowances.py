@@ -67,7 +67,7 @@ class Allowances:
     def give(self, conn: DbConnection, user: Key) -> CreditTransaction | None:
         """The grant of the user's plan for this period, by the server's clock; None where it was given already.
 
-        A plan with a ``stripe_price_id`` gives nothing here: its paid invoices do. What is left of the last period is
+        A plan with a ``stripe_price_id`` gives nothing here: its paid invoices do. The rest of the last period is
         carried over, up to the plan's ``rollover``. A plan that is changed within a period gives the difference, where
         the new one gives more; nothing is taken back.
 

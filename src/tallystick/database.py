@@ -43,7 +43,7 @@ def run(conn: DbConnection, statement: sa.Executable, values: Mapping[str, Any])
     transaction.
 
     Raises:
-        DatabaseError: of the kind that says what the caller may do. What a flush raises is the host's own, as it is.
+        DatabaseError: of the kind that says what the caller may do. An error of the host's flush is raised as it is.
     """
     if not isinstance(conn, sa.Connection):
         session = conn

@@ -269,7 +269,7 @@ class Clock:
         It is part of the connection's transaction, and other connections see it when that is committed.
 
         Raises:
-            InvalidArgument: backwards. What was written would be later than now.
+            InvalidArgument: backwards. Rows that are written already would be later than now.
             PermissionDenied: the database was not made by ``Databases`` with a superuser's address.
         """
         step = dt.timedelta(**by)

@@ -334,7 +334,7 @@ class Combiner:
         lane.in_flight = []
 
     def _serve_one(self, lane: _Lane) -> None:
-        """All calls of one user. What the user waited for others who are served apart counts."""
+        """All calls of one user. The time counts that the user has waited for others who are served apart."""
         with self._lock:
             user = lane.turns.popleft()
             self._take(lane, user, self._batch_max)

@@ -82,7 +82,7 @@ class DevStripe:
         self.close()
 
     def close(self) -> None:
-        """Stop serving and delivering. What the account held is gone."""
+        """Stop serving and delivering. The account's objects are gone."""
         self._server.stop()
         self._thread.join()
         self._webhooks.close()

@@ -19,7 +19,7 @@ Outcome = tuple[str, stripe.Confirmation | None]
 
 
 class Sales:
-    """The purchases of one configuration. What asks Stripe takes an engine, and transactions of its own."""
+    """The purchases of one configuration. Calls that ask Stripe take an engine, and transactions of their own."""
 
     def __init__(self, config: Config, pages: Pages, renderer: Renderer) -> None:
         self._config = config
