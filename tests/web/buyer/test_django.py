@@ -9,7 +9,9 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
+import jinja2
 import pytest
+import sqlalchemy as sa
 
 from pages import ROOT, blocks
 from sites import HTMX, DjangoShop
@@ -182,12 +184,112 @@ def test_the_admin_shows_the_ledger_and_changes_nothing(django_shop: DjangoShop)
     assert 'value="delete_selected"' not in client.get("/admin/auth/user/").content.decode()
 
 
+def test_a_page_of_the_admins_writes_no_old_balance_back(django_shop: DjangoShop) -> None:
+    from django.contrib import admin
+    from django.contrib.auth import get_user_model
+    from django.db import models
+    from django.test import RequestFactory
+
+    from django_workshops.billing import billing
+    from tallystick.web.django import LedgerAdmin
+
+    class Person(models.Model):  # noqa: DJ008 - nothing shows one
+        username = models.TextField()
+        credits = models.BigIntegerField(db_column="credit_balance", default=0)
+
+        class Meta:
+            app_label = "django_workshops"
+            db_table = "auth_user"
+            managed = False
+
+    class WithLedger(LedgerAdmin, admin.ModelAdmin):
+        pass
+
+    WithLedger.billing = billing
+    shown = WithLedger(Person, admin.site)
+    request = RequestFactory().get("/")
+    request.user = get_user_model()(is_superuser=True, is_active=True)
+    assert shown.get_readonly_fields(request) == ("credit_ledger", "credits")
+
+    user = django_shop.user(credits=3)
+    opened, listed = shown.get_object(request, str(user.pk)), shown.get_queryset(request).get(pk=user.pk)
+    loaded = Person.objects.get(pk=user.pk)
+    billing.ledger.consume(connection(), user.pk, credits=1, key="meanwhile")
+    opened.username = listed.username = loaded.username = "renamed"
+    opened.save()
+    listed.save()
+    shown.save_model(request, loaded, None, change=True)
+    assert Person.objects.get(pk=user.pk).username == "renamed"
+    assert django_shop.balance(user.email) == 2
+
+    with pytest.raises(TypeError, match=r"ModelAdmin before LedgerAdmin.*class Wrong\(LedgerAdmin, …\)"):
+        type("Wrong", (admin.ModelAdmin, LedgerAdmin), {})
+
+
+def test_a_fault_of_the_databases_is_a_page_without_the_apps_layout(django_shop: DjangoShop) -> None:
+    user = django_shop.user(credits=1)
+    client, address = django_shop.client(user), f"/billing/workshops/{django_shop.workshop(user)}/unlock"
+    with django_shop.engine.begin() as other, connection().cursor() as cursor:
+        other.execute(sa.text("SELECT FROM auth_user WHERE id = :id FOR UPDATE"), {"id": user.pk})
+        cursor.execute("SET lock_timeout = '50ms'")
+        refused = client.post(address)
+        cursor.execute("RESET lock_timeout")
+    assert refused.status_code == 503
+    page = refused.content.decode()
+    assert '<main class="ts ts-main">' in page
+    assert "Workshops</a>" not in page  # its layout shows the balance, and the transaction takes no query any more
+    assert client.post(address).status_code == 303
+
+
+def test_the_badge_of_a_user_the_ledger_does_not_know(django_shop: DjangoShop) -> None:
+    from django.contrib.auth.models import User
+    from django.test import RequestFactory
+
+    from django_workshops.billing import billing
+
+    request = RequestFactory().get("/")
+    request.user = User(pk=2**31 - 1)
+    assert billing.fragments(request).badge == ""
+
+
+def test_it_does_not_start_to_sell_without_an_address(django_shop: DjangoShop) -> None:
+    from django_workshops.billing import billing
+    from tallystick.errors import ConfigError
+    from tallystick.web.django import DjangoBilling, urls
+
+    nowhere = billing.config.model_copy(update={"database_url": None})
+    with pytest.raises(ConfigError, match=r"DATABASE_URL.*engine="):
+        urls(DjangoBilling(nowhere))
+    found, _ = urls(DjangoBilling(nowhere, engine=django_shop.engine))
+    assert {"checkout", "success"} <= {each.name for each in found}
+
+
+def test_an_app_extends_a_page_of_ours_in_its_own_layout(django_shop: DjangoShop) -> None:
+    from django.test import RequestFactory
+
+    from django_workshops.billing import billing
+    from tallystick.web.django import DjangoBilling
+
+    more = '{% extends "original/tallystick/welcome.html" %}{% block main %}<i>Hello</i>{{ super() }}{% endblock %}'
+    own = DjangoBilling(
+        billing.config, layout="billing.html", templates=jinja2.DictLoader({"tallystick/welcome.html": more})
+    )
+    request = RequestFactory().get("/", headers={"Accept": "text/html"})
+    request.user = django_shop.user()
+    page = own.response(request, own.pages.welcome(return_to=None)).content.decode()
+    assert '<main class="ts wide"><i>Hello</i>' in " ".join(page.split()).replace("> <", "><")
+    assert f"<title>{own.renderer.texts.welcome_title} · Workshops</title>" in page
+    assert '<a class="brand" href="/">Workshops</a>' in page
+
+
 def test_the_checks_before_a_view(django_shop: DjangoShop) -> None:
     from django.contrib.auth.models import AnonymousUser
     from django.http import HttpResponse
     from django.test import RequestFactory
+    from django.views import View
 
     from django_workshops.billing import billing
+    from tallystick.web.django import OpenWorkshopMixin
 
     def report(_request: Any) -> HttpResponse:
         return HttpResponse("the report")
@@ -203,9 +305,15 @@ def test_the_checks_before_a_view(django_shop: DjangoShop) -> None:
     ):
         request = RequestFactory().get("/report")
         request.user = user
-        assert guarded(request).status_code == status
+        answer = guarded(request)
+        assert answer.status_code == status
+    assert (answer["Cache-Control"], answer["Vary"]) == ("private", "Cookie")
     with pytest.raises(TypeError, match="later is async"):
         billing.requires_open_workshop(later)
+    with pytest.raises(TypeError, match=r"View before OpenWorkshopMixin.*class Wrong\(OpenWorkshopMixin, …\)"):
+        type("Wrong", (View, OpenWorkshopMixin), {})
+    with pytest.raises(TypeError, match="Later is async"):
+        type("Later", (OpenWorkshopMixin, View), {"get": later})
 
 
 def test_the_page_on_django(django_shop: DjangoShop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from sites import HTML, ORIGIN, Site
 from tallystick.config import Config
 from tallystick.errors import CrossSiteRequest, TallystickError
 from tallystick.web import Texts
+from tallystick.web.buyer.asked import redirect
 from tallystick.web.buyer.entrance import StarletteAsked
 from tallystick.web.buyer.refusals import MEANINGS
 from tallystick.web.shared.addresses import return_address
@@ -136,6 +137,10 @@ def test_no_open_redirect(address: str) -> None:
 @pytest.mark.parametrize("address", ["/", "/workshops/7/steps/7?x=1#y", "/a//b", f"{ORIGIN}/x", "/%2F%2Fevil.example"])
 def test_our_own_addresses_are_returned_to(address: str) -> None:
     assert return_address(address, "/home", [ORIGIN]) == address
+
+
+def test_a_redirect_quotes_what_no_header_can_hold() -> None:
+    assert redirect("/x/Ж 1?a=%2Fé&b=~1").headers == {"Location": "/x/%D0%96%201?a=%2F%C3%A9&b=~1"}
 
 
 @pytest.mark.parametrize("address", [a for a in ELSEWHERE if 0 < len(a) < 2000])

@@ -247,7 +247,9 @@ def test_the_figures_are_the_ledgers(world, open_console):
 
     visitor = open_console(world)
     days = visitor.get("/days.json").json()
-    assert f"USD $13 $2.50 $10.50 {MINUS}$1 $1" in words(visitor.overview())
+    page = words(visitor.overview())
+    assert f"USD $13 $2.50 $10.50 {MINUS}$1 $1" in page
+    assert "They were sold in more than one currency" in page
     assert len(days["days"]) == 60
     assert sum(day["sold"] for day in days["days"][:59]) == 0
     assert {k: v for k, v in days["days"][-1].items() if k != "date"} == {
@@ -258,6 +260,30 @@ def test_the_figures_are_the_ledgers(world, open_console):
         {"currency": "usd", "now": 1300, "before": 0, "credits": 13, "back": 250, "back_before": 100},
     ]
     assert days["holdings"] == {"outstanding": 8, "holders": 1, "debt": 0, "debtors": 0}
+
+
+def test_credits_sold_in_one_currency_have_a_price_whatever_money_went_back(world, open_console):
+    user = world.user()
+    buy(world, user, 2)
+    with world.engine.begin() as conn:
+        conn.execute(
+            sa.insert(stripe_reversals).values(
+                id="re_1", kind="refund", stripe_payment_intent_id="pi", amount=1, currency="eur",
+                status="succeeded", status_rank=1, applied="share", seen_at=dt.datetime.now(dt.UTC),
+            )
+        )  # fmt: skip
+    assert "2 credits , about $2 at the average price" in words(open_console(world).overview())
+
+
+def test_each_user_with_something_due_costs_one_call_of_balance(world):
+    queries = Queries(world.config, world.engine)
+    sums: list[tuple[str, object]] = []
+    sa.event.listen(world.engine, "before_cursor_execute", lambda *said: sums.append((said[2], said[3])))
+    queries.figures(dt.datetime.now(dt.UTC))
+    [(asked, values)] = [each for each in sums if "tallystick.balance" in each[0]]
+    with world.engine.connect() as conn:
+        plan = "\n".join(conn.exec_driver_sql("EXPLAIN " + asked, values).scalars())
+    assert plan.count("Function Scan on balance") == 1
 
 
 # --- what people typed elsewhere ---

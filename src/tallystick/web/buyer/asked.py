@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
+from urllib.parse import quote
 
 from markupsafe import Markup
 
 from tallystick.errors import Key
 
 SEE_OTHER: Final = 303
+SERVER_FAULT: Final = 500
 HTML: Final = "text/html"
+OF_ADDRESSES: Final = ":/%#?=&;,@[]!$'()*+~"
+"""The characters that mean something in an address, and the sign that begins a quoted one."""
 
 
 class Asked(Protocol):
@@ -68,5 +72,5 @@ class Reply:
 
 
 def redirect(to: str) -> Reply:
-    """An answer that sends a browser to ``to`` by GET."""
-    return Reply(SEE_OTHER, headers={"Location": to})
+    """An answer that sends a browser to ``to`` by GET. What is no ASCII in it is quoted, what is quoted stays."""
+    return Reply(SEE_OTHER, headers={"Location": quote(to, safe=OF_ADDRESSES)})

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from tallystick.accounts import Account
 from tallystick.config import Config
-from tallystick.errors import Key, NotSignedIn, TallystickError
+from tallystick.errors import Key, NotSignedIn, TallystickError, UnknownUser
 from tallystick.ledger import Access, CreditTransaction, Standing
 from tallystick.web.buyer.asked import BuyerPage, Reply
 from tallystick.web.buyer.core import Pages
@@ -90,7 +90,10 @@ class Billing(APIRouter):
         self.requires_open_workshop: Callable[..., Coroutine[Any, Any, Access]] = requires_open_workshop
 
         async def fragments(request: Request, user: Annotated[Key | None, Depends(current_user)]) -> Fragments:
-            account = None if user is None else await self.account(user)
+            try:
+                account = None if user is None else await self.account(user)
+            except UnknownUser:  # signed in, and without a row in the table of users that the ledger knows
+                account = None
             return self.fragments_of(request, account)
 
         self.fragments: Callable[..., Coroutine[Any, Any, Fragments]] = fragments

@@ -14,7 +14,7 @@ from tallystick import errors
 from tallystick.config import Pack
 from tallystick.errors import InsufficientCredits, InvalidArgument, NotSignedIn, TallystickError, WorkshopLocked
 from tallystick.ledger import Access, AccessReason, Standing
-from tallystick.web.buyer.asked import Asked, BuyerPage, Reply, redirect
+from tallystick.web.buyer.asked import SERVER_FAULT, Asked, BuyerPage, Reply, redirect
 from tallystick.web.buyer.paywall import Workshop
 from tallystick.web.buyer.rendering import Renderer, paywall
 
@@ -23,7 +23,6 @@ log = logging.getLogger("tallystick.web")
 MEDIA_TYPE: Final = "application/problem+json"
 TYPE_PREFIX: Final = "urn:tallystick:problem:"
 UNPROCESSABLE: Final = 422
-SERVER_FAULT: Final = 500
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from tallystick.config import Config, Pack
-from tallystick.web.buyer.asked import Asked, BuyerPage, Reply
+from tallystick.web.buyer.asked import SERVER_FAULT, Asked, BuyerPage, Reply
 from tallystick.web.buyer.paywall import UNLOCK_CREDITS, Workshop
 from tallystick.web.buyer.texts import Texts
 from tallystick.web.shared.addresses import return_address
@@ -59,18 +59,24 @@ class Renderer:
         )
 
     def render(self, asked: Asked, template: str, /, **context: Any) -> str:
-        """A template of ours or the host's."""
-        found = self._templates.get_template(f"tallystick/{template}")
-        given = self._given(asked, context)
-        if self._frame is None or asked.fragment or "main" not in found.blocks:
-            return found.render(given)
-        title, main = ("".join(found.blocks[name](found.new_context(given))) for name in ("title", "main"))
-        return self._frame(asked, str(Markup(title).unescape()), Markup(main))  # noqa: S704 - our templates
+        """A template of ours or the host's, in a layout that is a template of Jinja's as well."""
+        return self._templates.get_template(f"tallystick/{template}").render(self._given(asked, context))
 
     def answer(self, asked: Asked, page: BuyerPage, *, preview: Any = None) -> Reply:
         """A page, rendered; ``preview`` shows blurred behind the lock."""
-        more = {"preview": preview} if page.template == PAYWALL else {}
-        return Reply(page.status, self.render(asked, page.template, **page.context, **more), headers=page.headers)
+        given = {**page.context, **({"preview": preview} if page.template == PAYWALL else {})}
+        # A host's layout may query, which the transaction or the server may not allow after a fault
+        if self._frame is None or asked.fragment or page.status >= SERVER_FAULT:
+            body = self.render(asked, page.template, **given)
+        else:
+            body = self._framed(self._frame, asked, page.template, given)
+        return Reply(page.status, body, headers=page.headers)
+
+    def _framed(self, frame: Frame, asked: Asked, template: str, given: Mapping[str, Any]) -> str:
+        end_of_title = uuid4().hex
+        rendered = self.render(asked, template, **given, layout="tallystick/framed.html", end_of_title=end_of_title)
+        title, _, main = rendered.partition(end_of_title)
+        return frame(asked, str(Markup(title).unescape()), Markup(main))  # noqa: S704 - our templates
 
     def url(self, asked: Asked, name: str, /, *, query: Mapping[str, object] | None = None, **path: object) -> str:
         """The path of one of our routes under the host's prefix, with what is not None of ``query``."""

@@ -567,14 +567,16 @@ class Queries:
         settled = sa.select(now.c.balance).correlate(self.schema.users).scalar_subquery()
         # the column holds credits that have expired until a row says so
         is_due = self._users.credit_due_at <= sa.func.now()
-        balance = sa.case((is_due, settled), else_=self._users.credit_balance)
+        each = sa.select(sa.case((is_due, settled), else_=self._users.credit_balance).label("balance"))
+        # OFFSET keeps the planner from putting the CASE, and its call of the function, wherever balance is named
+        balance = each.select_from(self.schema.users).offset(sa.literal_column("0")).subquery().c.balance
         total, count = sa.func.sum(balance), sa.func.count()
         return sa.select(
             sa.func.coalesce(total.filter(balance > 0), 0),
             count.filter(balance > 0),
             sa.func.coalesce(-total.filter(balance < 0), 0),
             count.filter(balance < 0),
-        ).select_from(self.schema.users)
+        )
 
     # --- statements ---
 

@@ -58,6 +58,9 @@ AUDIT_UNASKED_ROWS = 2_000_000
 """A ledger up to this size (by estimate) is checked when the overview is opened: it takes a few seconds."""
 
 FIRST_FIGURES_S = 0.3
+DELIVERED = {**dict.fromkeys(("granted", "failed", "taken_back", "given_back"), "ran"), "refused": "kept"}
+"""The sentence about a delivery that was run again, by its outcome; after any other outcome it changed nothing."""
+
 SEARCH_MAX = 200
 _TIMED_OUT = "57014"
 
@@ -296,7 +299,7 @@ class _Console:
         if event:
             outcomes = self.redeliver([event])  # none, if somebody else was faster
             log.info("action=redeliver operator=%r event=%r outcomes=%s", _operator(request), event, outcomes)
-            told = "" if not outcomes else "kept" if outcomes[0][1] == "refused" else "ran"
+            told = DELIVERED.get(outcomes[0][1], "unchanged") if outcomes else ""
             return RedirectResponse(self.at(request, "/pending", told=told), 303)
         session = form.get("session", "")
         if session:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from django.contrib.admin import ModelAdmin
+from django.db.models import Model, QuerySet
 from django.http import HttpRequest
 from django.utils.html import format_html, format_html_join
 
-from tallystick.web.django.django_billing import DjangoBilling
+from tallystick.web.django.django_billing import DjangoBilling, stands_before
 from tallystick.web.shared import numbers
 
 ROWS = 50
@@ -19,9 +21,17 @@ class LedgerAdmin:
 
     ``billing`` is the app's, as a class attribute. Columns of ours that the model has are read-only. A user with
     rows in the ledger has no "delete": the database would refuse it.
+
+    Django saves every column that it has loaded. The credits of a user may change between the two, so an object of
+    this admin is saved without the columns that the ledger's functions write.
     """
 
     billing: ClassVar[DjangoBilling]
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        """Raise TypeError where the ``ModelAdmin`` stands first: none of these methods would be called."""
+        super().__init_subclass__(**given)
+        stands_before(LedgerAdmin, ModelAdmin, cls)
 
     def credit_ledger(self, user: Any) -> Any:
         """The balance and the newest rows, as a table."""
@@ -61,9 +71,21 @@ class LedgerAdmin:
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> tuple[Any, ...]:
         """Those of the app, the ledger, and the columns that its functions alone write."""
         theirs = super().get_readonly_fields(request, obj)  # type: ignore[misc]  # of the ModelAdmin beside it
-        model: Any = self.model  # type: ignore[attr-defined]
-        there = {field.name for field in model._meta.get_fields()}  # noqa: SLF001 - Django's documented name
-        return (*theirs, FIELD, *(name for name in OURS if name in there and name not in theirs))
+        return (*theirs, FIELD, *(field.name for field in self._ours() if field.name not in theirs))
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:
+        """That of the app, without the columns of ours that no list shows."""
+        found: QuerySet[Any] = super().get_queryset(request)  # type: ignore[misc]
+        shown = self.get_list_display(request)  # type: ignore[attr-defined]  # one statement a row would load them
+        return found.defer(*(field.name for field in self._ours() if field.name not in shown))
+
+    def get_object(self, request: HttpRequest, object_id: str, from_field: str | None = None) -> Any:
+        """The user of a page of the admin's, whom a form of it may save."""
+        return self._unloaded(super().get_object(request, object_id, from_field))  # type: ignore[misc]
+
+    def save_model(self, request: HttpRequest, obj: Any, form: Any, change: Any) -> None:
+        """As the app does it, without the columns of ours."""
+        super().save_model(request, self._unloaded(obj) if change else obj, form, change)  # type: ignore[misc]
 
     def get_fieldsets(self, request: HttpRequest, obj: Any = None) -> list[Any]:
         """Those of the app, and the ledger below them; of a user who is not there yet, none."""
@@ -86,6 +108,20 @@ class LedgerAdmin:
         """Without "delete selected", which asks for no user's permission."""
         theirs: dict[str, Any] = super().get_actions(request)  # type: ignore[misc]
         return {name: action for name, action in theirs.items() if name != "delete_selected"}
+
+    def _ours(self) -> list[Any]:
+        """The model's fields, by any name, for columns that the ledger's functions alone write."""
+        columns = self.billing.ledger.schema.users.c
+        written = {columns[key].name for key in OURS}
+        model: Any = self.model  # type: ignore[attr-defined]
+        return [field for field in model._meta.concrete_fields if field.column in written]  # noqa: SLF001 - documented
+
+    def _unloaded(self, user: Any) -> Any:
+        """``user`` with our columns as if they had not been loaded: Django saves those that are."""
+        if isinstance(user, Model):
+            for field in self._ours():
+                user.__dict__.pop(field.attname, None)
+        return user
 
 
 OURS = ("credit_balance", "credit_sequence", "credit_held", "credit_due_at", "stripe_customer_id")

@@ -7,13 +7,13 @@ asks Stripe runs in transactions of its own, through an engine of SQLAlchemy's.
 from __future__ import annotations
 
 import importlib.util
-import inspect
 from collections.abc import Callable, Mapping
 from functools import cached_property, wraps
 from typing import Any, ClassVar
 
 import jinja2
 import sqlalchemy as sa
+from asgiref.sync import iscoroutinefunction
 from django.conf import settings
 from django.contrib.auth import REDIRECT_FIELD_NAME
 from django.db import connections, transaction
@@ -22,17 +22,19 @@ from django.middleware.csrf import get_token
 from django.shortcuts import resolve_url
 from django.template.loader import render_to_string
 from django.urls import reverse
+from django.utils.cache import patch_cache_control, patch_vary_headers
 from django.utils.functional import SimpleLazyObject
+from django.views import View as DjangoView
 from markupsafe import Markup
 
 from tallystick.config import Config
 from tallystick.database import engine as engine_of
-from tallystick.errors import Key, NotSignedIn, TallystickError
+from tallystick.errors import ConfigError, Key, NotSignedIn, TallystickError, UnknownUser
 from tallystick.ledger import Access
-from tallystick.web.buyer.asked import HTML, BuyerPage, Reply
+from tallystick.web.buyer.asked import HTML, SERVER_FAULT, BuyerPage, Reply
 from tallystick.web.buyer.core import Pages
 from tallystick.web.buyer.fragments import Fragments
-from tallystick.web.buyer.refusals import SERVER_FAULT, Refusals
+from tallystick.web.buyer.refusals import Refusals
 from tallystick.web.buyer.rendering import Renderer
 from tallystick.web.buyer.texts import Texts
 from tallystick.web.shared.pages import buyer_headers
@@ -137,8 +139,18 @@ class DjangoBilling:
 
     @cached_property
     def engine(self) -> sa.Engine:
-        """The engine for what asks Stripe."""
-        return self._engine or engine_of(str(self.config.database_url), pool_size=2)
+        """The engine for what asks Stripe. Raises ConfigError where none was given and no address is known."""
+        if self._engine is not None:
+            return self._engine
+        if self.config.database_url is None:
+            raise ConfigError(
+                "what asks Stripe runs on connections beside Django's, and the address of the database is not known. "
+                "Set DATABASE_URL, or give DjangoBilling an engine=",
+                path=None,
+                line=None,
+                key="database_url",
+            )
+        return engine_of(self.config.database_url, pool_size=2, pool_pre_ping=True)
 
     @property
     def connection(self) -> Any:
@@ -180,7 +192,8 @@ class DjangoBilling:
     def refusal(self, request: HttpRequest, error: TallystickError) -> HttpResponse:
         """The answer to an error that a view of the app's own has caught.
 
-        After a fault of the database's or ours the transaction that Django has begun is rolled back.
+        After a fault of the database's or ours the transaction that Django has begun is rolled back, and the page comes
+        without the app's layout, which may ask the database.
         """
         found = self._refusals.answer(DjangoAsked(request), error)
         if found.status >= SERVER_FAULT and self.connection.in_atomic_block:
@@ -197,7 +210,10 @@ class DjangoBilling:
     def fragments(self, request: HttpRequest) -> Fragments:
         """Parts of pages for the app's own templates: one query for who is signed in."""
         user = self._user_key(request)
-        account = None if user is None else self.accounts.get(self.connection, user)
+        try:
+            account = None if user is None else self.accounts.get(self.connection, user)
+        except UnknownUser:  # signed in, and without a row in the table of users that the ledger knows
+            account = None
         return Fragments(self.renderer, DjangoAsked(request), account)
 
     # --- answers ---
@@ -219,11 +235,8 @@ class DjangoBilling:
         return made
 
     def _guarded(self, view: View, check: Callable[[HttpRequest, Mapping[str, Any]], object]) -> View:
-        if inspect.iscoroutinefunction(view):
-            raise TypeError(
-                f"{view.__qualname__} is async, and Django's connection works in no event loop. Make the view a plain "
-                "function, or call billing.require_open in sync_to_async"
-            )
+        if iscoroutinefunction(view):
+            raise _is_async(view.__qualname__)
 
         @wraps(view)
         def guarded(request: HttpRequest, *args: Any, **given: Any) -> Any:
@@ -231,7 +244,10 @@ class DjangoBilling:
                 check(request, given)
             except TallystickError as error:
                 return self.refusal(request, error)
-            return view(request, *args, **given)
+            answer = view(request, *args, **given)
+            patch_cache_control(answer, private=True)  # a cache between must not hand it to those without the credit
+            patch_vary_headers(answer, ("Cookie",))
+            return answer
 
         return guarded
 
@@ -248,10 +264,34 @@ class OpenWorkshopMixin:
 
     billing: ClassVar[DjangoBilling]
 
+    def __init_subclass__(cls, **given: Any) -> None:
+        """Raise TypeError where the view stands first, which would be open to all, or is async."""
+        super().__init_subclass__(**given)
+        stands_before(OpenWorkshopMixin, DjangoView, cls)
+        if getattr(cls, "view_is_async", False):  # of the view beside it
+            raise _is_async(cls.__qualname__)
+
     def dispatch(self, request: HttpRequest, *args: Any, **given: Any) -> Any:
         """As ``requires_open_workshop``."""
         dispatch: View = super().dispatch  # type: ignore[misc]  # of the view beside it
         return self.billing.requires_open_workshop(dispatch)(request, *args, **given)
+
+
+def stands_before(mixin: type, base: type, found: type) -> None:
+    """Raise TypeError where ``base`` comes before ``mixin`` in ``found``, so that its methods hide the mixin's."""
+    order = found.__mro__
+    if base in order and order.index(base) < order.index(mixin):
+        raise TypeError(
+            f"{found.__qualname__} has {base.__name__} before {mixin.__name__}, which does nothing there. Write it "
+            f"first: class {found.__name__}({mixin.__name__}, …)"
+        )
+
+
+def _is_async(name: str) -> TypeError:
+    return TypeError(
+        f"{name} is async, and Django's connection works in no event loop. Make the view a plain one, or call "
+        "billing.require_open in sync_to_async"
+    )
 
 
 def _sign_in(quoted: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-from django.db import transaction
+from django.db import connections, transaction
 from django.http import Http404, HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
 from django.urls import path
 from django.views.decorators.csrf import csrf_exempt, csrf_protect
@@ -26,13 +26,18 @@ Shown = Callable[..., BuyerPage | Reply | HttpResponse]
 
 
 def urls(billing: DjangoBilling) -> tuple[list[Any], str]:
-    """The routes, for ``path("billing/", include(urls(billing)))``; they are named ``tallystick:history`` and so on."""
+    """The routes, for ``path("billing/", include(urls(billing)))``; they are named ``tallystick:history`` and so on.
+
+    Raises:
+        ConfigError: it sells, and neither ``engine`` nor ``config.database_url`` is there.
+    """
     found = [*_reading(billing), *_welcome(billing)]
     if billing.config.host.workshops is not None:
         found += _unlocking(billing)
     if billing.sells:
         from tallystick.web.buyer.sales import Sales  # noqa: PLC0415 - an extra
 
+        _ = billing.engine  # so that what it lacks is said now and not to the first buyer
         found += _buying(billing, Sales(billing.config, billing.pages, billing.renderer))
     return found, NAMESPACE
 
@@ -142,7 +147,7 @@ def _buying(billing: DjangoBilling, sales: Sales) -> list[Any]:
             billing.pages.paywall.workshop(billing.connection, user, workshop)  # theirs, or nothing is sold for it
         asked = DjangoAsked(request)
         started = sales.start(
-            billing.engine, asked, user, pack=sent.get("pack", ""), key=sent.get("key"), return_to=back,
+            billing.engine, asked, user, pack=sent.get("pack", ""), key=sent.get("key") or None, return_to=back,
             workshop=workshop,
         )  # fmt: skip
         return redirect(sales.goes_to(asked, started, return_to=back))
@@ -167,12 +172,18 @@ def _buying(billing: DjangoBilling, sales: Sales) -> list[Any]:
         answer = stripe.receive(billing.engine, billing.config, request.body, signature)
         return JsonResponse({"outcome": answer.outcome, "detail": answer.detail}, status=answer.status)
 
-    delivered = transaction.non_atomic_requests(csrf_exempt(require_http_methods(["POST"])(webhook)))
+    delivered = _outside_transactions(csrf_exempt(require_http_methods(["POST"])(webhook)))
     return [
-        # Stripe is asked in transactions of their own: none of Django's is to be open meanwhile
-        path("checkout", transaction.non_atomic_requests(_view(billing, {"POST": checkout})), name="checkout"),
-        path("success", transaction.non_atomic_requests(_view(billing, {"GET": success})), name="success"),
+        path("checkout", _outside_transactions(_view(billing, {"POST": checkout})), name="checkout"),
+        path("success", _outside_transactions(_view(billing, {"GET": success})), name="success"),
         path("cancelled", _view(billing, {"GET": cancelled}), name="cancelled"),
         path("webhooks/stripe", delivered, name="stripe_webhook"),
         path("webhooks/stripe/", delivered),  # a redirect from one spelling to the other would be a failed delivery
     ]
+
+
+def _outside_transactions(view: Callable[..., Any]) -> Callable[..., Any]:
+    """Without ``ATOMIC_REQUESTS`` on any database: no transaction of Django's is to be open while Stripe is asked."""
+    for alias in connections:
+        view = transaction.non_atomic_requests(using=alias)(view)
+    return view
