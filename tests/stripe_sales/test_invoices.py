@@ -10,6 +10,7 @@ import pytest
 
 from stripe_sales.shop import Shop
 from tallystick import stripe
+from tallystick.allowances import Allowances
 from tallystick.audit import audit
 from tallystick.config import Allowance
 
@@ -108,6 +109,28 @@ def test_what_invoices_give(
         lots = shop.world.ledger.lots(conn, user)
         assert audit(conn, shop.config).findings == ()
     assert {lot.expires_at.timestamp() for lot in lots} == {subscribers.now + 30 * DAY_S}
+
+
+def test_a_change_that_is_billed_with_the_next_period_gives_that_period(subscribers: Subscribers) -> None:
+    """Stripe's default: the rest of the old period comes first in the renewal's invoice, and is over."""
+    user, customer = subscribers.user()
+    over = {"start": subscribers.now - 15 * DAY_S, "end": subscribers.now - 60, "proration": True}
+    outcome = subscribers.paid(
+        customer,
+        subscribers.line("pro", 4500, **over),
+        subscribers.line("basic", -450, **over),
+        subscribers.line("pro", 9000),
+    )
+    assert (outcome, subscribers.shop.rows(user)) == ("granted", [("grant", 100)])
+    assert Allowances(subscribers.shop.config).run(subscribers.shop.engine) == 0
+
+
+def test_a_line_that_is_refused_does_not_cost_the_others(subscribers: Subscribers) -> None:
+    user, customer = subscribers.user()
+    over = subscribers.line("basic", start=subscribers.now - 9 * DAY_S, end=subscribers.now - DAY_S, item="si_2")
+    subscribers.shop.dev.bill(customer, [over, subscribers.line("pro")])
+    assert subscribers.shop.outcomes("invoice.paid") == ["refused"]
+    assert (subscribers.shop.findings(), subscribers.shop.rows(user)) == (["refused"], [("grant", 100)])
 
 
 def test_one_that_no_webhook_told_is_found_by_reconciliation(subscribers: Subscribers) -> None:

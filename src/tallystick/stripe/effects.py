@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -16,7 +17,7 @@ import sqlalchemy as sa
 from tallystick.allowances import Allowances, Paid, Period
 from tallystick.config import Config
 from tallystick.database import run, transaction
-from tallystick.errors import Conflict, LedgerError
+from tallystick.errors import Conflict, Key, LedgerError
 from tallystick.stripe.client import Object, ask, client, every, found
 from tallystick.stripe.store import FindingKind, Outcome, Reversal, Store, id_of, store_of
 
@@ -95,13 +96,9 @@ class Effects:
         paid = [
             line
             for line in (self._lines_of(invoice) if allowances.prices else ())
-            if line["amount"] > 0 and _price_of(line) in allowances.prices
+            if line["amount"] > 0 and _price_of(line) in allowances.prices and not _is_over(invoice, line)
         ]
-        return (
-            (lambda conn: self._kept(conn, invoice["id"], lambda: self._give(conn, allowances, invoice, paid)))
-            if paid
-            else None
-        )
+        return partial(self._give, allowances=allowances, invoice=invoice, paid=paid) if paid else None
 
     def _lines_of(self, invoice: Object) -> list[Object]:
         lines: list[Object] = invoice["lines"]["data"]
@@ -110,16 +107,21 @@ class Effects:
         asked = every(lambda: self.client.v1.invoices.line_items.list(invoice["id"], {"limit": PAGE}))
         return [line.to_dict() for line in asked]
 
-    def _give(self, conn: sa.Connection, allowances: Allowances, invoice: Object, paid: list[Object]) -> Outcome:
-        customer = id_of(invoice["customer"])
+    def _give(self, conn: sa.Connection, *, allowances: Allowances, invoice: Object, paid: list[Object]) -> Outcome:
+        customer = id_of(invoice.get("customer"))
         users = self.store.schema.users.c
-        user = run(conn, sa.select(users.key).where(users.stripe_customer_id == customer), {}).scalar_one_or_none()
+        who = sa.select(users.key).where(users.stripe_customer_id == customer)
+        user = None if customer is None else run(conn, who, {}).scalar_one_or_none()
         if user is None:
             wanted = f"a user with the Stripe customer {customer}"
             self.store.note(conn, FindingKind.UNKNOWN_CUSTOMER, invoice["id"], expected=wanted, found="none")
             return Outcome.REFUSED
-        grants = [allowances.give_paid(conn, user, _paid(invoice, line)) for line in paid]
-        return Outcome.GRANTED if any(grants) else Outcome.UNCHANGED
+        # a line that is refused does not cost the user the others: each has a key of its own
+        outcomes = {
+            self._kept(conn, invoice["id"], partial(_give_line, conn, allowances, user, _paid(invoice, line)))
+            for line in paid
+        }
+        return next((one for one in (Outcome.REFUSED, Outcome.GRANTED) if one in outcomes), Outcome.UNCHANGED)
 
     def _charge_amount(self, reversal: Reversal) -> int | None:
         """The whole payment in the currency of the refund or dispute; None where Stripe does not say."""
@@ -151,9 +153,19 @@ class Effects:
             return Outcome.REFUSED
 
 
+def _give_line(conn: sa.Connection, allowances: Allowances, user: Key, paid: Paid) -> Outcome:
+    return Outcome.UNCHANGED if allowances.give_paid(conn, user, paid) is None else Outcome.GRANTED
+
+
 def _price_of(line: Object) -> str | None:
     pricing = line.get("pricing") or {}
     return id_of((pricing.get("price_details") or {}).get("price"))
+
+
+def _is_over(invoice: Object, line: Object) -> bool:
+    """True for the rest of a period that a later invoice bills, as a change in it does by Stripe's default."""
+    parent = (line.get("parent") or {}).get("subscription_item_details") or {}
+    return bool(parent.get("proration")) and line["period"]["end"] <= invoice["created"]
 
 
 def _paid(invoice: Object, line: Object) -> Paid:
