@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -97,6 +98,8 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="session")
 def django_shop(server: Server) -> Iterator[DjangoShop]:
     """The example in Django, whose settings are this process's. It listens for a browser, too."""
+    # Playwright's loop runs in this thread for as long as the browser is open, and Django would take it for a view's
+    os.environ["DJANGO_ALLOW_ASYNC_UNSAFE"] = "true"
     from django.core.handlers.wsgi import WSGIHandler
     from django.db import connections
 
