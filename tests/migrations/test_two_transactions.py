@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from hosts import HOSTS, App
 
 from tallystick import Config, HostMapping, UsersTable, migrate
-from tallystick.errors import HostMismatch, LedgerNotEmpty, MigrationBlocked, SchemaTooNew
+from tallystick.errors import HostMismatch, LedgerNotEmpty, MigrationBlocked, MigrationError, SchemaTooNew
 from tallystick.migrate.revisions import revisions
 from tallystick.schema import HEAD
 
@@ -166,6 +166,29 @@ class TestKilledBetween:
         assert list(receipt.revisions) == list(reversed(EVERY))
         assert app.dump("--schema-only") == make_app().dump("--schema-only")
         assert not migrate.undo(app.url, app.config).changed
+
+
+def test_what_was_prepared_goes_alone_and_leaves_no_mark(app: App) -> None:
+    """The revision stays, with what the ledger holds; and none is taken for prepared afterwards."""
+    migrate.apply(app.url, app.config)
+    usual = app.shape()
+    migrate.undo(app.url, app.config, to=EVERY[2])
+    app.run(
+        "INSERT INTO users (email) VALUES ('buyer')",
+        "SELECT tallystick.grant(user_id => id, amount => 1, key => 'a', description => 'b') FROM users"
+        " WHERE email = 'buyer'",
+    )
+    prepare(app)
+    receipt = migrate.undo(app.url, app.config, to=EVERY[2])
+    assert (receipt.before, receipt.after, receipt.revisions) == (EVERY[2], EVERY[2], (EVERY[3],))
+    assert status(app).prepared is None
+    prepare(app)
+    migrate.undo(app.url, app.config, to=EVERY[1], discard_ledger=True)
+    assert status(app).prepared is None
+    migrate.apply(app.url, app.config)
+    assert app.shape() == usual
+    with pytest.raises(MigrationError, match="there is no revision '9'"):
+        migrate.undo(app.url, app.config, to="9")
 
 
 def test_a_column_of_ours_that_the_app_adds_in_between_is_adopted(app: App) -> None:

@@ -342,7 +342,7 @@ _NOT_MIGRATED = "Not migrated yet. Run: tallystick migrate plan, then: tallystic
 _NO_REMEDY = "tallystick migrate apply does not mend it: find out who changed it, then restore what is expected"
 _PREPARED = (
     "On the way to revision {}: its new objects exist, and nothing uses them yet. "
-    "To continue: tallystick migrate apply. To remove them: tallystick migrate undo"
+    "To continue: tallystick migrate apply. To remove them: {}"
 )
 
 
@@ -371,7 +371,9 @@ def status(
 
 def _show_status(found: migrate.Status) -> None:
     if found.revision is None or found.prepared is not None:
-        out.print(_PREPARED.format(found.prepared) if found.prepared else _NOT_MIGRATED)
+        out.print(
+            _PREPARED.format(found.prepared, migrate.undo_command(found.revision)) if found.prepared else _NOT_MIGRATED
+        )
     if found.revision is None:
         return
     out.print(f"At revision {found.revision}; this package needs {found.head}.")
@@ -439,6 +441,8 @@ def apply(
         config = _say_where(ctx, config)  # noqa: PLW2901 - the same, with the database's mapping
         if backup is not None:
             take_backup(address(config), backup)
+        with awake(config) as conn:
+            tools = migrate.tools(conn, Path.cwd())
         with _Shown() as shown:
             receipt = migrate.apply(
                 address(config),
@@ -448,8 +452,6 @@ def apply(
                 two_transactions=two_transactions,
                 progress=shown,
             )
-        with awake(config) as conn:
-            tools = migrate.tools(conn, Path.cwd())
 
     def show() -> None:
         _show_receipt(receipt)
@@ -551,6 +553,12 @@ def undo(
     discard_ledger: Annotated[
         bool, typer.Option("--discard-ledger", help="Throw the ledger's rows away with it.")
     ] = False,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to", help="Go back to this revision alone, which the database was at before.", metavar="REVISION"
+        ),
+    ] = None,
     stall_budget_ms: StallBudget = migrate.STALL_BUDGET_MS,
     give_up_after: GiveUpAfter = migrate.GIVE_UP_AFTER_S,
     as_json: Json = False,
@@ -562,6 +570,7 @@ def undo(
             receipt = migrate.undo(
                 address(config),
                 config,
+                to=to,
                 discard_ledger=discard_ledger,
                 stall_budget_ms=stall_budget_ms,
                 give_up_after_s=give_up_after,

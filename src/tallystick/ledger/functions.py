@@ -30,7 +30,7 @@ revisions go on installing that one. ``REVISIONS`` says which files each revisio
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -168,15 +168,16 @@ def declared() -> tuple[Function, ...]:
 
 def statements(host: Any, revision: str = HEAD) -> Iterator[Composable]:
     """All types and functions for ``host``, a ``HostNames``, as of ``revision``, in the order of their making."""
+    names = names_of(host)
     for name in _names(revision):
         if name == "open_balance" and not host.adopts_balance:
             continue
         text = _text(name, revision)
         for statement in re.split(r";\n(?=--|CREATE)", text):
-            yield SQL(_without_head(statement)).format(**names_of(host))
+            yield SQL(_without_head(statement)).format(**names)
         for function in _functions_of(text):
             if function.public and function.writes:
-                yield _strict(function, host)
+                yield _strict(function, names)
 
 
 def changes(host: Any, before: str, after: str, *, by_name: bool) -> Iterator[Composable]:
@@ -207,12 +208,14 @@ def _types_of(host: Any, revision: str) -> dict[str, Composable]:
 
 def _by_signature(host: Any, revision: str) -> dict[tuple[str, str], tuple[str, Composable]]:
     """Name and parameters → text and statement."""
-    found = {}
-    for statement in statements(host, revision):
-        text = statement.as_string(None)
-        if made := _SIGNATURE.search(text):
-            found[made["name"], _types(made["parameters"])] = text, statement
-    return found
+    if revision not in host.rendered:
+        found = host.rendered[revision] = {}
+        for statement in statements(host, revision):
+            text = statement.as_string(None)
+            if made := _SIGNATURE.search(text):
+                found[made["name"], _types(made["parameters"])] = text, statement
+    made_of: dict[tuple[str, str], tuple[str, Composable]] = host.rendered[revision]
+    return made_of
 
 
 def drops(host: Any, revision: str = HEAD) -> Iterator[Composable]:
@@ -282,12 +285,11 @@ def _parameters(text: str) -> Iterator[tuple[str, str, str | None]]:
         yield found["name"], found["kind"], found["default"]
 
 
-def _strict(function: Function, host: Any) -> Composable:
+def _strict(function: Function, names: Mapping[str, Composable]) -> Composable:
     set_of = function.returns.startswith("SETOF ")
     parameters = ", ".join(
         f"{name} {kind}{f' DEFAULT {default}' if default else ''}" for name, kind, default in function.parameters
     )
-    names = names_of(host)
     return SQL(_without_head(_text("strict", HEAD))).format(
         **names,
         plain=Identifier(function.name),

@@ -33,7 +33,7 @@ from tallystick.migrate.runner.adopt import Adopted, adopt, cut_over, look_at_ow
 from tallystick.migrate.runner.blockers import Blocker
 from tallystick.migrate.runner.messages import STALL_BUDGET_MS
 from tallystick.migrate.runner.online import OnlineStep
-from tallystick.migrate.runner.run import GIVE_UP_AFTER_S, Progress, Receipt, apply, undo
+from tallystick.migrate.runner.run import GIVE_UP_AFTER_S, Progress, Receipt, apply, undo, undo_command
 
 __all__ = [
     "GIVE_UP_AFTER_S",
@@ -91,5 +91,6 @@ __all__ = [
     "tools",
     "trackers",
     "undo",
+    "undo_command",
     "upgrade_revision",
 ]

@@ -31,11 +31,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from psycopg.sql import SQL, Composable, Identifier
 
 from tallystick.config import HostMapping, KeyType, UsersTable, WorkshopsTable
+from tallystick.errors import MigrationError
 from tallystick.ledger import functions
 
 Word = Literal["users", "workshops"]
@@ -127,6 +128,8 @@ class HostNames:
     ledger_schema: str = "public"
     ledger_goes: bool = False
     """True on the way back behind the first revision: what is changed of the ledger would be thrown away."""
+    rendered: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """The functions of each revision that was asked for, since to write them out takes a while."""
 
     @property
     def adopts_balance(self) -> bool:
@@ -230,6 +233,14 @@ def revisions() -> tuple[Revision, ...]:
     return tuple(found)
 
 
+def known(name: str) -> Revision:
+    """The revision of that name. Raises MigrationError where there is none."""
+    found = next((each for each in revisions() if each.revision == name), None)
+    if found is None:
+        raise MigrationError(f"there is no revision {name!r}. Known: {', '.join(r.revision for r in revisions())}")
+    return found
+
+
 def after(revision: str | None) -> tuple[Revision, ...]:
     """Revisions still to come, oldest first."""
     return revisions()[len(up_to(revision)) :]
@@ -243,5 +254,5 @@ def adopted_by(revision: Revision, names: Iterable[str]) -> tuple[str, ...]:
 
 def up_to(revision: str | None) -> tuple[Revision, ...]:
     """Revisions already there, oldest first."""
-    known = revisions()
-    return known[: [r.revision for r in known].index(revision) + 1] if revision is not None else ()
+    all_of_them = revisions()
+    return all_of_them[: [r.revision for r in all_of_them].index(revision) + 1] if revision is not None else ()

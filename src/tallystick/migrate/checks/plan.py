@@ -20,6 +20,7 @@ from tallystick.migrate.host.tables import HostTable, columns_of, looking
 from tallystick.migrate.revisions import HostNames, Revision, after, revisions
 from tallystick.migrate.runner.blockers import Blocker, Watch, oids_of
 from tallystick.migrate.runner.messages import STALL_BUDGET_MS, Messages, text, upward
+from tallystick.migrate.runner.run import undo_command
 from tallystick.migrate.runner.session import USE_UNPOOLED, pooler_sign
 from tallystick.schema import LEDGER
 
@@ -238,7 +239,8 @@ def _about_an_interrupted_run(host: Host) -> Iterator[PlanNote]:
         yield PlanNote(
             "note",
             f"The new objects of revision {host.prepared[-1]} are there already, from a run in two transactions that "
-            "was interrupted; nothing uses them. apply goes on from there, undo takes them away",
+            "was interrupted; nothing uses them. apply goes on from there. To take them "
+            f"away: {undo_command(host.revision)}",
         )
 
 

@@ -12,7 +12,7 @@ from psycopg.sql import Composable
 from tallystick.config import Config
 from tallystick.errors import MigrationError
 from tallystick.migrate.host.preflight import current_revision, examine, refuse_rows
-from tallystick.migrate.revisions import HostNames, Revision, revisions, up_to
+from tallystick.migrate.revisions import HostNames, Revision, known, up_to
 from tallystick.migrate.runner.messages import STALL_BUDGET_MS, Messages, downward, text, upward
 from tallystick.migrate.runner.online import online
 from tallystick.migrate.runner.session import autocommits, put_back, refuse_pooler
@@ -56,7 +56,7 @@ def upgrade_revision(
         SchemaError: as for ``apply``.
     """
     config = config or Config.load()
-    revision = _known(to)
+    revision = known(to)
     if op.get_context().as_sql:
         _write_out(op, revision, config, part, stall_budget_ms)
         return
@@ -94,7 +94,7 @@ def downgrade_revision(
     """
     config = config or Config.load()
     if to is not None:
-        _known(to)
+        known(to)
     if op.get_context().as_sql:
         raise MigrationError(
             "downgrade_revision cannot be written out: which columns you had before is known to the database alone. "
@@ -105,7 +105,7 @@ def downgrade_revision(
     _needs_transaction(conn, "downgrade_revision", "undoing a revision")
     host = examine(conn, config)
     gone = [revision for revision in up_to(host.revision) if revision not in up_to(to)]
-    prepared = [one for one in map(_known, reversed(host.prepared)) if one not in up_to(to)]
+    prepared = [one for one in map(known, reversed(host.prepared)) if one not in up_to(to)]
     if not gone and not prepared:
         return  # undone in another way
     if len(gone) > 1:
@@ -113,25 +113,19 @@ def downgrade_revision(
             f"{to or 'nothing'} is not just before {host.revision}, where the database is. Call downgrade_revision for "
             f"the ones between, in order: {', '.join(str(one.down_revision) for one in reversed(gone[1:]))}"
         )
-    if host.revision is not None and not discard_ledger:
+    if gone and not discard_ledger:
         refuse_rows(conn, host, "call downgrade_revision(…, discard_ledger=True)")
     _run_inside(
         conn,
         downward(
             gone,
             HostNames.of(config.host, host.adopted),
+            expected=host.revision,
             discard_ledger=discard_ledger,
             stall_budget_ms=stall_budget_ms,
             prepared=prepared,
         ),
     )
-
-
-def _known(name: str) -> Revision:
-    found = next((known for known in revisions() if known.revision == name), None)
-    if found is None:
-        raise MigrationError(f"there is no revision {name!r}. Known: {', '.join(r.revision for r in revisions())}")
-    return found
 
 
 def _needs_transaction(conn: sa.Connection, function: str, what: str) -> None:

@@ -129,11 +129,12 @@ def downward(
     gone: Sequence[Revision],
     names: HostNames,
     *,
+    expected: str | None,
     discard_ledger: bool,
     stall_budget_ms: int,
     prepared: Sequence[Revision] = (),
 ) -> Messages:
-    """From the first of ``gone``, newest first, to what was before the last: all in one transaction.
+    """From ``expected``, the first of ``gone``, to what was before the last, newest first: all in one transaction.
 
     ``prepared`` are those after it, newest first, whose ``preparation`` was committed: they go too.
     """
@@ -147,17 +148,21 @@ def downward(
         )
         for table in of_one
     )
+    oldest = (*prepared, *gone)[-1]
+    loses = bool(gone) or oldest.down_revision is None
     changes = [
-        *([] if discard_ledger else [_refuse_if_rows(names)]),
+        *([_refuse_if_rows(names)] if loses and not discard_ledger else []),
         *([refuse_dependents(_added(names)), whole_again(names)] if gone and gone[-1].down_revision is None else []),
         *(one for revision in prepared for one in revision.unprepare(names)),
         *_proven((one for revision in gone for one in revision.undo(names)), locks, names),
         *(_step_down(gone[-1]) if gone else ()),
+        # where the log goes, so do its rows
+        *([SQL("DELETE FROM tallystick.migration_log WHERE direction = 'prepare'")] if oldest.down_revision else []),
     ]
     return Messages(
         locks=locks,
         opening=(
-            *_begin(expected=gone[0].revision if gone else None),
+            *_begin(expected=expected),
             *_fence(locks),
             *_tries(locks, names, inserts=False),
             *(one for revision in gone for one in revision.unreplaces(names)),

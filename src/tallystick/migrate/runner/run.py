@@ -33,7 +33,7 @@ from tallystick.errors import (
 )
 from tallystick.migrate.host.preflight import Host, examine, refuse_rows
 from tallystick.migrate.host.tables import mapped_oids
-from tallystick.migrate.revisions import HostNames, Revision, adopted_by, after, revisions, up_to
+from tallystick.migrate.revisions import HostNames, Revision, adopted_by, after, known, revisions, up_to
 from tallystick.migrate.runner.blockers import OLD_MS, Blocker, Watch, oids_of
 from tallystick.migrate.runner.messages import (
     ADVISORY_KEY,
@@ -64,7 +64,7 @@ _SLOW = (
 _NOTHING = "Nothing was changed"
 _PREPARED = (
     "The new objects of revision {} are there and nothing uses them; nothing of yours was changed. "
-    "To take them away again: tallystick migrate undo"
+    "To take them away again: {}"
 )
 
 
@@ -175,9 +175,15 @@ def undo(
 
     Raises:
         LedgerNotEmpty: the ledger has rows, and ``discard_ledger`` is False.
+        MigrationError: there is no revision ``to``.
     """
     with _alone(database, config, stall_budget_ms, give_up_after_s, progress) as run:
         return run.undo(to=to, discard_ledger=discard_ledger)
+
+
+def undo_command(revision: str | None) -> str:
+    """The command that takes away what was prepared and leaves the database at ``revision``."""
+    return "tallystick migrate undo" + ("" if revision is None else f" --to {revision}")
 
 
 def _waking(progress: Callable[[Progress], None] | None) -> Callable[[str], None] | None:
@@ -242,23 +248,26 @@ class _Run:
             adopted=tuple(name for one in pending for name in adopted_by(one, host.adopted_names)),
             two_transactions=bool(prepared),
         )
-        left = _PREPARED.format(prepared[-1]) if prepared else _NOTHING
+        left = _PREPARED.format(prepared[-1], undo_command(host.revision)) if prepared else _NOTHING
         return self._transaction(messages, receipt, shown=pending[-1].revision, left=left)
 
     def undo(self, *, to: str | None, discard_ledger: bool) -> Receipt:
+        if to is not None:
+            known(to)
         host = self._examine()
-        if host.revision is not None and not discard_ledger:
-            refuse_rows(self.conn, host, "run: tallystick migrate undo --discard-ledger")
         names = HostNames.of(self.config.host, host.adopted)
         gone = tuple(reversed([revision for revision in up_to(host.revision) if revision not in up_to(to)]))
         prepared = [revision for revision in reversed(after(host.revision)) if revision.revision in host.prepared]
         receipt = Receipt("undo", host.revision, to if gone else host.revision)
         if not gone and not prepared:
             return receipt
+        if gone and not discard_ledger:
+            refuse_rows(self.conn, host, "run: tallystick migrate undo --discard-ledger")
         # all of them in one transaction, since half of an undo is nobody's wish
         messages = downward(
             gone,
             names,
+            expected=host.revision,
             discard_ledger=discard_ledger,
             stall_budget_ms=self.stall_budget_ms,
             prepared=prepared,
