@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 
 import psycopg
 import pytest
@@ -12,6 +14,7 @@ from tallystick import Config, HostMapping, Pack, errors, migrate
 from tallystick.audit import audit
 from tallystick.ledger import Consume
 from tallystick.schema import INT64_MAX, INT64_MIN
+from tallystick.web.console.queries import Queries
 from worlds import SHAPES, World
 
 MILLION = 1_000_000
@@ -30,6 +33,23 @@ def big(fresh_database: Callable[..., str]) -> Iterator[World]:
     with world.engine.connect() as conn:
         assert audit(conn, world.config).clean
         assert migrate.status(conn, world.config).healthy
+
+
+def test_the_overview_and_the_snippets_count_beyond_an_integer(big: World) -> None:
+    user = big.user()
+    with big.engine.begin() as conn:
+        bought = big.ledger.start_purchase(conn, user, credits=MUCH, description="A pack", key="p")
+        big.ledger.complete_purchase(conn, user, purchase=bought.id, amount_paid=700, currency="usd")
+    figures = Queries(big.config, big.engine).figures(dt.datetime.now(dt.UTC))
+    assert (figures.holdings.outstanding, figures.total("sold")) == (MUCH, MUCH)
+    assert figures.money[0].average == Fraction(700, MUCH)
+    assert 'bigint("credit_balance", { mode: "number" })' in migrate.snippet("drizzle", big.config)
+    django = migrate.snippet("django", big.config)
+    assert "credit_held = models.BigIntegerField(" in django
+    assert "credit_sequence = models.IntegerField(" in django
+    assert "credit_balance: Mapped[int] = mapped_column(BigInteger," in migrate.snippet("sqlalchemy", big.config)
+    assert "BigInteger, Integer," in migrate.snippet("sqlalchemy", big.config)
+    assert "creditBalance      BigInt " in migrate.snippet("prisma", big.config)
 
 
 def test_every_operation_counts_beyond_an_integer(big: World) -> None:

@@ -125,7 +125,10 @@ class Invocation:
                     raise DatabaseUnavailable(_NO_ADDRESS, sqlstate=None)
                 stack.enter_context(server)
                 note(f"No database address is set: using the embedded PostgreSQL in {server.folder}.")
-                config = config.model_copy(update={"database_url": embedded_address(server)})
+                # of another database, if there is one in the environment
+                config = config.model_copy(
+                    update={"database_url": embedded_address(server), "database_url_replica": None}
+                )
             yield config
 
     @contextmanager
@@ -137,8 +140,8 @@ class Invocation:
         with self.database() as config:
             replica = config.database_url_replica if only_reads else None
             with connect(replica or address(config)) as conn:
-                if replica and (age := standby(conn)):
-                    note(str(age))
+                if replica:
+                    note(str(standby(conn) or f"{place(conn)}, which is no standby."))
                 yield conn, config
 
 

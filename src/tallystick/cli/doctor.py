@@ -136,13 +136,17 @@ def _of_the_schema(found: migrate.Status) -> Diagnosis:
 def _of_the_replica(conn: sa.Connection, url: str) -> Diagnosis:
     """The replica by its age, unless it is a copy of something else than ``conn``."""
     same = sa.text("SELECT (SELECT system_identifier FROM pg_control_system()), current_database()")
-    with connect(url) as there:
-        if there.execute(same).one() != conn.execute(same).one():
-            return Diagnosis("Replica", f"{place(there)} is no copy of this database", "Correct database_url_replica")
-        age = standby(there)
-        if age is None:
-            return Diagnosis("Replica", f"{place(there)} takes writes", "Correct database_url_replica, or leave it out")
-        return Diagnosis("Replica", f"{age}".rstrip("."))
+    try:
+        with connect(url) as there:
+            if there.execute(same).one() != conn.execute(same).one():
+                said = f"{place(there)} is no copy of this database"
+                return Diagnosis("Replica", said, "Correct database_url_replica")
+            age, where = standby(there), place(there)
+    except TallystickError as error:
+        return Diagnosis("Replica", error.message.rstrip("."), "Correct database_url_replica, or start its server")
+    if age is None:
+        return Diagnosis("Replica", f"{where} takes writes", "Correct database_url_replica, or leave it out")
+    return Diagnosis("Replica", f"{age}".rstrip("."))
 
 
 def _of_stripe(config: Config) -> Diagnosis:

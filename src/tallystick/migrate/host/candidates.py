@@ -84,7 +84,8 @@ def candidates(conn: sa.Connection, everything: Sequence[HostTable]) -> list[Can
     for row in conn.execute(_COLUMNS, oids):
         columns.setdefault(row.oid, {})[row.column] = row.is_unique
     references = conn.execute(_REFERENCES, oids).all()
-    links = {oid for oid, names in columns.items() if any(link <= names.keys() for link in _LINKS)}
+    people = {table.oid for table in everything if table.table.lower().endswith(("user", "users"))}
+    links = {oid for oid, names in columns.items() if any(link <= names.keys() for link in _LINKS)} - people
     found = []
     for table in everything:
         if table.oid in links:

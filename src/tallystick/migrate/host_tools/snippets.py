@@ -177,9 +177,30 @@ def snippet(
     of_users, of_workshops = (there or {}).get("users", ()), (there or {}).get("workshops", ())
     users, index = _renamed(_without(users, "users", adopted or ()), of_users), _renamed(index, of_users)
     workshops = _renamed(_without(workshops, "workshops", adopted or ()), of_workshops)
+    if config.host.credits == "bigint":
+        imports, users = _large(imports), "".join(map(_large, _MONEY.split(users)))
     parts = [imports, users, index, workshops if config.host.workshops else "", rest]
     text = "\n".join(part for part in parts if part).format(**_names(config.host))
     return _NOT_READ.format(comment=rest.split()[0]) + text if adopted is None else text
+
+
+_LARGE = {
+    "IntegerField(": "BigIntegerField(",
+    "(Integer,": "(BigInteger,",
+    " Integer,": " BigInteger, Integer,",
+    'integer("credit_balance")': 'bigint("credit_balance", {{ mode: "number" }})',
+    'integer("credit_held")': 'bigint("credit_held", {{ mode: "number" }})',
+    " Int  ": " BigInt",
+}
+_MONEY = re.compile(r"^(.*credit_(?:balance|held).*\n)", re.MULTILINE)
+"""The lines of the columns whose type follows ``HostMapping.credits``."""
+
+
+def _large(part: str) -> str:
+    """With a type of 64 bits in place of one of 32."""
+    for small, large in _LARGE.items():
+        part = part.replace(small, large)
+    return part
 
 
 def _renamed(part: str, there: Collection[str]) -> str:

@@ -534,7 +534,7 @@ class Queries:
         with self.reading(timeout_ms=SUM_TIMEOUT_MS) as conn:
             moved = conn.execute(self._by_day(first)).all()
             back = conn.execute(self._money_back(first)).all()
-            holdings = Holdings(*conn.execute(self._holdings()).one())
+            holdings = Holdings(*map(int, conn.execute(self._holdings()).one()))
         return _figures(moved, back, holdings, first)
 
     def _by_day(self, first: dt.date) -> sa.Select[Any]:
@@ -799,7 +799,8 @@ def _figures(
     days = {first + dt.timedelta(days=n): dict.fromkeys(_FIGURE_OF.values(), 0) for n in range(2 * DAYS)}
     money: defaultdict[str, Counter[str]] = defaultdict(Counter)
     middle = first + dt.timedelta(days=DAYS)
-    for date, type_, linked, currency, credits, paid in moved:
+    for date, type_, linked, currency, summed, paid in moved:
+        credits = int(summed)  # a sum of bigint is a numeric
         if date not in days:
             continue  # completed after the day that this was asked for
         kind = "reinstatement" if type_ == "grant" and linked else type_
