@@ -178,7 +178,7 @@ def snippet(
     users, index = _renamed(_without(users, "users", adopted or ()), of_users), _renamed(index, of_users)
     workshops = _renamed(_without(workshops, "workshops", adopted or ()), of_workshops)
     if config.host.credits == "bigint":
-        imports, users = _large(imports), "".join(map(_large, _MONEY.split(users)))
+        imports, users = _large(imports), _MONEY.sub(lambda line: _large(line[0]), users)
     parts = [imports, users, index, workshops if config.host.workshops else "", rest]
     text = "\n".join(part for part in parts if part).format(**_names(config.host))
     return _NOT_READ.format(comment=rest.split()[0]) + text if adopted is None else text
@@ -192,7 +192,7 @@ _LARGE = {
     'integer("credit_held")': 'bigint("credit_held", {{ mode: "number" }})',
     " Int  ": " BigInt",
 }
-_MONEY = re.compile(r"^(.*credit_(?:balance|held).*\n)", re.MULTILINE)
+_MONEY = re.compile(r"^.*credit_(?:balance|held).*\n", re.MULTILINE)
 """The lines of the columns whose type follows ``HostMapping.credits``."""
 
 
