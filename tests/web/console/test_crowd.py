@@ -91,7 +91,7 @@ def test_pages_read_big_tables_through_indexes_only(plans, read):
 
 
 def test_the_figures_read_young_rows_only(plans, crowd):
-    by_day, _ = plans(lambda books: books.figures(dt.datetime.now(dt.UTC)))
+    by_day, _money_back, _holdings = plans(lambda books: books.figures(dt.datetime.now(dt.UTC)))
     assert "GROUP BY" in by_day[0]
     statement = Queries(crowd.config, crowd.engine)._by_day(dt.date(2026, 1, 1))
     assert "credit_transactions.id >=" in str(statement)
