@@ -21,7 +21,10 @@ _BATCH = 10_000
 _SETTINGS = SQL("""
 WITH feed AS (
   SELECT last.id, CASE WHEN last.position >= s.xid_offset + pg_snapshot_xmax(now.snapshot)::text::bigint
-    THEN last.position + 1 - pg_snapshot_xmin(now.snapshot)::text::bigint - s.xid_offset ELSE 0 END AS shift
+    THEN last.position + 1 - least(
+      s.xid_offset + pg_snapshot_xmin(now.snapshot)::text::bigint,
+      (SELECT min(e.position) FROM tallystick.events AS e WHERE e.id > last.id)
+    ) ELSE 0 END AS shift
   FROM tallystick.event_settings AS s CROSS JOIN pg_current_snapshot() AS now (snapshot)
   LEFT JOIN LATERAL (SELECT * FROM tallystick.events ORDER BY position DESC, id DESC LIMIT 1) AS last ON true
 ), moved AS (
