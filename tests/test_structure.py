@@ -11,9 +11,11 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
 import tallystick
+from tallystick import cli
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "tallystick"
@@ -105,6 +107,20 @@ def test_an_import_brings_only_what_it_needs(statement: str, without: set[str]):
         subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     )
     assert loaded & without == set()
+
+
+def module_of(command):
+    while hasattr(command, "commands"):
+        command = next(iter(command.commands.values()))
+    return command.callback.__module__.removeprefix("tallystick.cli.")
+
+
+def test_each_command_is_looked_for_in_its_own_module():
+    """The command line imports that one alone."""
+    found = defaultdict(set)
+    for name, command in typer.main.get_command(cli.commands()).commands.items():
+        found[module_of(command)].add(name)
+    assert found == {module: set(names) for module, names in cli.MODULES.items()}
 
 
 def test_every_public_name_is_there():

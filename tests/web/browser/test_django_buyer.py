@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import expect
 
-from web_browser import Visitor
+from web_browser import Visitor, problems_of
 
 Visit = Callable[..., Visitor]
 
@@ -63,11 +63,7 @@ def test_every_page_is_accessible_and_fits(visit_django: Visit, axe: str, width:
     problems: list[Any] = []
 
     def check(what: str) -> None:
-        page.evaluate(axe)
-        found = page.evaluate("axe.run().then(done => done.violations)")
-        problems.extend((what, v["id"], [node["html"] for node in v["nodes"]]) for v in found)
-        if not page.evaluate("document.documentElement.scrollWidth <= innerWidth"):
-            problems.append((what, "wider than the screen", []))
+        problems.extend((what, *one) for one in problems_of(page, axe))
 
     check("welcome")
     buyer.start()

@@ -92,3 +92,13 @@ class Visitor:
     @property
     def balance(self) -> int:
         return self.example.balance(self.email)
+
+
+def problems_of(page: Page, axe: str) -> list[tuple[str, list[str]]]:
+    """The violations that axe finds on the page, each with its elements; and if the page is wider than the screen."""
+    page.evaluate(axe)
+    found = page.evaluate("axe.run().then(done => done.violations)")
+    problems = [(one["id"], [node["html"] for node in one["nodes"]]) for one in found]
+    if not page.evaluate("document.documentElement.scrollWidth <= innerWidth"):
+        problems.append(("wider than the screen", []))
+    return problems
