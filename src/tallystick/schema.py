@@ -295,6 +295,12 @@ class Schema:
         return Schema(host)
 
     @property
+    def balance(self) -> sa.ColumnElement[int]:
+        """The balance of a user's row. An adopted column may be of another type of number, and may hold nulls."""
+        column = self.users.c.credit_balance
+        return sa.func.coalesce(sa.cast(column, column.type), sa.literal_column("0"))
+
+    @property
     def credits_max(self) -> int:
         """The largest number of credits that a column holds."""
         return CREDITS_MAX[self.host.credits]

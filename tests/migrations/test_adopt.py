@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import multiprocessing
 import os
 import random
@@ -26,6 +27,8 @@ from tallystick.accounts import Accounts
 from tallystick.audit import audit
 from tallystick.errors import HostMismatch, IncompatibleColumn, InsufficientCredits, MigrationBlocked, MigrationError
 from tallystick.ledger import Consume
+from tallystick.web.buyer.paywall import Paywall
+from tallystick.web.console.queries import Queries
 
 BEFORE = """
     CREATE TABLE users (
@@ -276,6 +279,16 @@ def test_a_column_is_adopted_as_it_is(name: str, make_app: Callable[..., App]) -
         assert ledger.complete_purchase(conn, 3, purchase=purchase.id).balance == 17
         assert ledger.refund(conn, 3, purchase.id, key="r").balance == 7
         assert Accounts(conn).get(conn, 1).credit_balance == ledger.balance(conn, 1) == 3
+        shown = Paywall(app.config).workshop_and_standing(conn, 1, 1)[1].balance
+        assert (shown, type(shown)) == (3, int)
+    books = Queries(app.config, app.engine)
+    assert [(row.key, str(row.credit_balance)) for row in books.users().rows] == [
+        (1, "3"),
+        (2, "2"),
+        (3, "7"),
+        (4, "6"),
+    ]
+    assert books.figures(dt.datetime.now(dt.UTC)).holdings.outstanding == 18
     assert app.rows(f"SELECT id, {kept} FROM users ORDER BY id") == [(1, 3), (2, 2), (3, 7), (4, 6)]
     assert faults(app) == []
     migrate.undo(app.url, app.config, discard_ledger=True)

@@ -72,10 +72,9 @@ class Paywall:
         # compared by the database, which knows when two texts are one key (citext, char)
         is_theirs = w.owner == sa.bindparam("p_user", type_=w.owner.type)
         title = w.title if "title" in w else sa.null()
+        standing = self._schema.balance, u.credit_held, u.credit_due_at
         return (
-            sa.select(
-                is_theirs, title, access.c.open, access.c.reason, u.credit_balance, u.credit_held, u.credit_due_at
-            )
+            sa.select(is_theirs, title, access.c.open, access.c.reason, u.key.is_not(None), *standing)
             .select_from(workshops.outerjoin(self._schema.users, u.key == sa.bindparam("p_key", type_=u.key.type)))
             .join(access, sa.true())
             .where(w.key == key)
@@ -108,12 +107,10 @@ class Paywall:
                 row = cursor.fetchone()
         if row is None:
             raise UnknownWorkshop(f"no workshop {key!r}", workshop=key)
-        is_theirs, title, is_open, reason, *standing = row
+        is_theirs, title, is_open, reason, is_there, *standing = row
         if not is_theirs:
             raise WorkshopNotOwned(f"workshop {key} belongs to another user than {user}", workshop=key, user=user)
-        now = (
-            Standing(*standing) if standing[0] is not None else self.ledger.standing(conn, user)
-        )  # says who is not there
+        now = Standing(*standing) if is_there else self.ledger.standing(conn, user)  # which says who is not there
         return Workshop(key, title, Access(open=is_open, reason=AccessReason(reason))), now
 
     def require_open(self, conn: SyncConnection, user: Key, workshop: object) -> Access:

@@ -567,7 +567,7 @@ class Queries:
         settled = sa.select(now.c.balance).correlate(self.schema.users).scalar_subquery()
         # the column holds credits that have expired until a row says so
         is_due = self._users.credit_due_at <= sa.func.now()
-        each = sa.select(sa.case((is_due, settled), else_=self._users.credit_balance).label("balance"))
+        each = sa.select(sa.case((is_due, settled), else_=self.schema.balance).label("balance"))
         # OFFSET keeps the planner from putting the CASE, and its call of the function, wherever balance is named
         balance = each.select_from(self.schema.users).offset(sa.literal_column("0")).subquery().c.balance
         total, count = sa.func.sum(balance), sa.func.count()
@@ -585,7 +585,7 @@ class Queries:
         return sa.select(
             c.key,
             sa.cast(c.email, sa.Text) if "email" in c else sa.null(),
-            c.credit_balance,
+            self.schema.balance,
             c.credit_sequence,
             sa.func.coalesce(c.onboarding_complete, sa.false()),
             c.stripe_customer_id,
