@@ -62,10 +62,17 @@ QUICK_TESTS := tests/test_*.py tests/stripe_sales tests/migrations/test_there_an
 test-quick: install
 	$(BIN)/python -m pytest -n auto $(QUICK_TESTS) --ignore tests/test_benchmarks.py
 
+# A test that fails beside the others runs once more, alone: a busy machine must not hide a fault, nor pass for one.
+define PYTEST
+	$(1) $(BIN)/python -m pytest -n auto $(2) || { test $$? = 1 && echo "These failed beside the others; each runs again, alone:" && \
+	  $(1) $(BIN)/python -m pytest --last-failed --last-failed-no-failures none $(2); }
+endef
+
 test: install
-	$(BIN)/python -m pytest -n auto
+	@rm -f .pytest_cache/v/cache/lastfailed
+	$(call PYTEST,,)
 ifneq ($(OWN_PG),)
-	TALLYSTICK_TEST_PG=$(OWN_PG) $(BIN)/python -m pytest -n auto -m 'not one_server'
+	$(call PYTEST,TALLYSTICK_TEST_PG=$(OWN_PG),-m 'not one_server')
 endif
 
 # Small enough to run beside everything else, and through every room that an old dependency could break.

@@ -26,17 +26,12 @@ from tallystick.errors import InvalidArgument, MigrationBlocked, UnknownUser
 from tallystick.ledger import Consume
 from worlds import World
 
-ANALYZING = """
-    SELECT EXISTS (SELECT FROM pg_stat_activity WHERE backend_type = 'autovacuum worker' AND backend_xid IS NOT NULL)
-"""
-
 
 def feed(world: World, after: str | None = None) -> list[Event]:
     """All that there is behind a cursor, a few at a time."""
     found: list[Event] = []
+    world.wait_for_analyze()
     with world.engine.connect() as conn:
-        while conn.scalar(sa.text(ANALYZING)):  # as any open transaction, it keeps what is newer back for a moment
-            time.sleep(0.01)
         while page := world.ledger.events(conn, after=found[-1].cursor if found else after, limit=3):
             found += page
     return found

@@ -83,6 +83,7 @@ def shop(world: World, receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> W
 def run(world: World, **options: Any) -> list[Sent]:
     """All that can be delivered now, and what failed at once again."""
     told: list[Any] = []
+    world.wait_for_analyze()
     options = {"pauses_s": AT_ONCE, "timeout_s": 1.0, "poll_s": 0.1} | options
     deliver(world.url, world.config, once=True, told=told.append, **options)
     return told
@@ -287,6 +288,7 @@ class TestCommands:
     def run(self, world: World, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", "from tallystick.cli import main; main()", "events", *arguments]
         environ = {**os.environ, "DATABASE_URL": world.url}
+        world.wait_for_analyze()
         return subprocess.run(command, env=environ, text=True, capture_output=True, timeout=60, check=False)
 
     def test_from_the_first_event_to_a_replay(self, shop: World, receiver: Receiver) -> None:

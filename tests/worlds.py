@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import itertools
+import time
 import uuid
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,10 @@ SHAPES = {
     ),
 }
 
+ANALYZING = """
+    SELECT EXISTS (SELECT FROM pg_stat_activity WHERE backend_type = 'autovacuum worker' AND backend_xid IS NOT NULL)
+"""
+
 _numbers = itertools.count(1)
 
 
@@ -129,6 +134,12 @@ class World:
                 self.schema.users.c.credit_due_at,
             ):
                 conn.execute(sa.update(column.table).where(column.is_not(None)).values({column: column - gone}))
+
+    def wait_for_analyze(self) -> None:
+        """Until no analyze is under way: as any open transaction, it keeps the events behind it back for a moment."""
+        with self.autocommit.connect() as conn:
+            while conn.scalar(sa.text(ANALYZING)):
+                time.sleep(0.01)
 
     def deadlocks(self) -> int:
         """The number of deadlocks that the server has ended in this database."""
