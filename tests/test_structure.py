@@ -17,6 +17,8 @@ import yaml
 import tallystick
 from tallystick import cli
 
+pytestmark = pytest.mark.one_server  # it is about the sources
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "tallystick"
 MODULES = sorted(PACKAGE.rglob("*.py"))

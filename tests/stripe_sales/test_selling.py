@@ -14,6 +14,8 @@ from tallystick.config import CheckoutOptions
 from tallystick.schema import INT32_MAX
 from tallystick.stripe.client import _client
 
+pytestmark = pytest.mark.one_server  # it is about what is asked of Stripe; test_machine runs on both
+
 
 def nothing_sent(shop: Shop) -> bool:
     return not shop.api.checkout.sessions.list().data and shop.written()[0] == 0

@@ -13,6 +13,8 @@ from tallystick.dev.stripe import DevStripe
 
 from .conftest import client_of
 
+pytestmark = pytest.mark.one_server  # it is about the double, which has no database
+
 SESSIONS = "/v1/checkout/sessions"
 
 

@@ -10,6 +10,8 @@ import stripe
 from tallystick.dev.stripe import DevStripe
 from tallystick.errors import DevStripeError
 
+pytestmark = pytest.mark.one_server  # it is about the double, which has no database
+
 
 def event_types(client: stripe.StripeClient) -> list[str]:
     """Oldest first, without those of the catalogue."""

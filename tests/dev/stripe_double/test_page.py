@@ -11,6 +11,8 @@ import stripe
 
 from tallystick.dev.stripe import DevStripe
 
+pytestmark = pytest.mark.one_server  # it is about the double, which has no database
+
 
 class Stay(urllib.request.HTTPRedirectHandler):
     """The app behind success_url does not run here."""

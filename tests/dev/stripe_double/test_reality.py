@@ -21,6 +21,8 @@ from tallystick.dev.stripe.parameters import specification
 
 from .conftest import Schemas, client_of
 
+pytestmark = pytest.mark.one_server  # it is about the double, which has no database
+
 CLI = "@stripe/cli@1.52.0"
 CACHE = Path(__file__).parents[3] / ".tallystick" / CLI.replace("/", "-")  # ignored by git
 

@@ -16,6 +16,8 @@ from tallystick.errors import DevStripeError
 
 from .conftest import Receiver
 
+pytestmark = pytest.mark.one_server  # it is about the double, which has no database
+
 COMPLETED = "checkout.session.completed"
 
 

@@ -23,6 +23,8 @@ from tallystick.accounts import Account
 from tallystick.config import Pack
 from tallystick.web import Fragments, Texts
 
+pytestmark = pytest.mark.one_server  # it is about requests and answers
+
 
 def test_spending_asks_first_and_then_says_what_it_did(site: Site) -> None:
     user = site.world.user(credits=3)

@@ -24,6 +24,8 @@ from tallystick.web.buyer.refusals import MEANINGS
 from tallystick.web.shared.addresses import return_address
 from tallystick.web.shared.requests import check_same_site, limited
 
+pytestmark = pytest.mark.one_server  # it is about requests and answers
+
 EVIL = "https://evil.example"
 XSS = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{7*7}}"
 

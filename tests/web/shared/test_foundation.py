@@ -14,6 +14,8 @@ from tallystick.web.shared.numbers import money
 from tallystick.web.shared.pages import StaticFiles
 from tallystick.web.shared.spreadsheet import csv_line
 
+pytestmark = pytest.mark.one_server  # it is about requests and answers
+
 NBSP, MINUS = "\N{NO-BREAK SPACE}", "\N{MINUS SIGN}"
 
 

@@ -12,6 +12,8 @@ import pytest
 
 from tallystick.web.shared.tally import SMALL, tally
 
+pytestmark = pytest.mark.one_server  # it is about a picture
+
 SVG = "{http://www.w3.org/2000/svg}"
 
 
