@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 import uuid
 from collections.abc import Callable, Generator, Iterator
@@ -21,6 +22,12 @@ from worlds import SHAPES, World
 
 for inherited in ("TALLYSTICK_PG_BIN", "TALLYSTICK_HOME"):
     os.environ.pop(inherited, None)  # a developer's own choice is not what is tested
+
+# Children inherit what is ignored, as these are under nohup and in a script's background; commands are tried as a
+# terminal starts them.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

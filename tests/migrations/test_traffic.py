@@ -47,13 +47,13 @@ def check(app: App, seen: Traffic, receipt: migrate.Receipt, request: pytest.Fix
 
 
 @contextmanager
-def reader(app: App, seconds: float, statement: str = "SELECT count(*) FROM users") -> Iterator[None]:
+def reader(app: App, seconds: float) -> Iterator[None]:
     """A transaction that holds the table for a while; it has begun when the block does."""
     begun = threading.Event()
 
     def read() -> None:
         with psycopg.connect(libpq(app), application_name="a long report") as conn:
-            conn.execute(statement)
+            conn.execute("SELECT count(*) FROM users")
             begun.set()
             conn.execute("SELECT pg_sleep(%s)", (seconds,))
 
@@ -93,10 +93,16 @@ def test_a_reader_of_ten_seconds(busy: App, request: pytest.FixtureRequest) -> N
 
 def test_a_writer_that_idles_in_its_transaction(busy: App, request: pytest.FixtureRequest) -> None:
     forgotten = "UPDATE workshops SET title = 'x' WHERE title = 'of user 1'"
-    with traffic(libpq(busy), users=USERS) as seen, reader(busy, 2, forgotten):
-        receipt = migrate.apply(busy.url, busy.config)
+    with traffic(libpq(busy), users=USERS) as seen, psycopg.connect(libpq(busy), application_name="forgotten") as idle:
+        idle.execute(forgotten)
+
+        def commit_once_waited_for(now: migrate.Progress) -> None:
+            if any(blocker.application == "forgotten" for blocker in now.blockers):
+                idle.commit()
+
+        receipt = migrate.apply(busy.url, busy.config, progress=commit_once_waited_for)
     check(busy, seen, receipt, request)
-    assert "a long report" in {blocker.application for blocker in receipt.waited_for}
+    assert "forgotten" in {blocker.application for blocker in receipt.waited_for}
 
 
 def test_many_busy_clients(busy: App, request: pytest.FixtureRequest) -> None:

@@ -205,7 +205,7 @@ def test_undo_in_between_leaves_the_apps_columns_and_locks_none_of_its_tables(ap
     app.run("ALTER TABLE users ADD deleted_at timestamptz")
     with app.engine.connect() as reader:
         reader.exec_driver_sql("SELECT FROM users, workshops LIMIT 1")
-        migrate.undo(app.url, app.config, give_up_after_s=1)
+        migrate.undo(app.url, app.config, give_up_after_s=30)
     assert columns(app) == sorted([*COLUMNS, ("users", "deleted_at")], key=lambda column: column[0])
 
 
