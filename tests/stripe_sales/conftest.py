@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 import stripe as sdk
@@ -23,10 +24,10 @@ def dev() -> Iterator[DevStripe]:
 
 @pytest.fixture
 def make_shop(make_world: Callable[..., World], dev: DevStripe) -> Iterator[Callable[..., Shop]]:
-    """``make_shop(shape="uuid", dev=…, endpoint_url=…) -> Shop``"""
+    """``make_shop(shape="uuid", dev=…, endpoint_url=…, asynchronous=…) -> Shop``"""
     made: list[Shop] = []
 
-    def make(shape: str = "uuid", *, dev: DevStripe = dev, **options: str) -> Shop:
+    def make(shape: str = "uuid", *, dev: DevStripe = dev, **options: Any) -> Shop:
         made.append(Shop(make_world(shape), dev, **options))
         return made[-1]
 
@@ -38,6 +39,12 @@ def make_shop(make_world: Callable[..., World], dev: DevStripe) -> Iterator[Call
 @pytest.fixture
 def shop(make_shop: Callable[..., Shop]) -> Shop:
     return make_shop()
+
+
+@pytest.fixture(params=["sync", "async"])
+def either_shop(request: pytest.FixtureRequest, make_shop: Callable[..., Shop]) -> Shop:
+    """As ``shop``, on a sync and on an async engine."""
+    return make_shop(asynchronous=request.param == "async")
 
 
 class App:

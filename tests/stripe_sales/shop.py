@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from tallystick import Config, CreditTransaction, Pack, stripe
 from tallystick.dev.stripe import DevStripe
 from tallystick.errors import Key
 from tallystick.schema import stripe_events, stripe_findings
-from tallystick.stripe.client import client
+from tallystick.stripe.client import client, disconnect
 from worlds import World
 
 CREDITS, PRICE = 97, 1000  # no whole number of cents for a credit, so that rounding shows
@@ -18,12 +22,24 @@ PACK = "Serial Entrepreneur"
 ORIGIN = "https://app.example.com"
 ADDRESSES = {"success_url": f"{ORIGIN}/done", "cancel_url": f"{ORIGIN}/packs"}
 
+T = TypeVar("T")
+
 
 class Shop:
-    """A world with a Stripe account, one pack on sale, and the deliveries of its webhook endpoint on hold."""
+    """A world with a Stripe account, one pack on sale, and the deliveries of its webhook endpoint on hold.
 
-    def __init__(self, world: World, dev: DevStripe, *, endpoint_url: str = "http://127.0.0.1:1/webhook") -> None:
-        self.world, self.dev = world, dev
+    Where it is ``asynchronous``, checkouts and deliveries run as they do for an app with an async engine.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        dev: DevStripe,
+        *,
+        endpoint_url: str = "http://127.0.0.1:1/webhook",
+        asynchronous: bool = False,
+    ) -> None:
+        self.world, self.dev, self.asynchronous = world, dev, asynchronous
         self.engine = sa.create_engine(world.url)  # pooled, as a web server's
         self.config = world.config.model_copy(
             update={
@@ -48,7 +64,18 @@ class Shop:
         return self.config
 
     def checkout(self, user: Key, **options: Any) -> stripe.Checkout:
-        return stripe.checkout(self.engine, self.config, user, PACK, **(ADDRESSES | options))
+        return self.run(lambda engine: stripe.checkout(engine, self.config, user, PACK, **(ADDRESSES | options)))
+
+    def run(self, work: Callable[[sa.Engine], T]) -> T:
+        return asyncio.run(self._on_a_loop(work)) if self.asynchronous else work(self.engine)
+
+    async def _on_a_loop(self, work: Callable[[sa.Engine], T]) -> T:
+        engine = create_async_engine(self.world.url, poolclass=sa.NullPool)
+        try:
+            async with AsyncSession() as greenlet:
+                return await greenlet.run_sync(lambda _: work(engine.sync_engine))
+        finally:
+            await disconnect()
 
     def foreign(self, **fields: Any) -> str:
         """A paid session that something else than ``checkout`` made, such as a Payment Link."""
@@ -73,8 +100,11 @@ class Shop:
         received = []
         for event in events:
             body, signature = self.dev.signed(event, self.endpoint)
-            received.append(stripe.receive(self.engine, self.config, body.encode(), signature))
+            received.append(self.run(partial(self._receive, body.encode(), signature)))
         return received
+
+    def _receive(self, body: bytes, signature: str, engine: sa.Engine) -> stripe.Received:
+        return stripe.receive(engine, self.config, body, signature)
 
     def deliver_all(self) -> list[stripe.Received]:
         return self.deliver(*self.events())

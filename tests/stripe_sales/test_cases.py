@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import socket
 import threading
 import time
 import uuid
@@ -274,7 +275,8 @@ def test_webhook_before_the_session_id_is_stored(shop: Shop):
 
 
 @pytest.mark.parametrize("outcome", ["cut", 503])
-def test_a_crash_between_asking_stripe_and_storing_its_answer(shop: Shop, outcome):
+def test_a_crash_between_asking_stripe_and_storing_its_answer(either_shop: Shop, outcome):
+    shop = either_shop
     user = shop.world.user()
     lose_answer(shop, SESSIONS, outcome)
     with pytest.raises(e.StripeUnavailable) as lost:
@@ -297,7 +299,8 @@ def test_retry_after_a_day_when_the_key_is_forgotten(shop: Shop):
 
 
 @pytest.mark.parametrize("outcome", [500, 502, "cut", 429])
-def test_create_answers_5xx_timeout_or_429(shop: Shop, outcome):
+def test_create_answers_5xx_timeout_or_429(either_shop: Shop, outcome):
+    shop = either_shop
     user = shop.world.user()
     shop.dev.fault("POST", SESSIONS, outcome, times=3)
     with pytest.raises(e.StripeUnavailable):
@@ -310,9 +313,23 @@ def test_create_answers_5xx_timeout_or_429(shop: Shop, outcome):
 
 
 @pytest.mark.parametrize("outcome", [500, 502, "cut", 429])
-def test_a_passing_failure_is_not_even_noticed(shop: Shop, outcome):
+def test_a_passing_failure_is_not_even_noticed(either_shop: Shop, outcome):
+    shop = either_shop
     shop.dev.fault("POST", SESSIONS, outcome, times=2)
     assert shop.checkout(shop.world.user()).url
+
+
+def test_nobody_at_stripes_address(either_shop: Shop):
+    shop = either_shop
+    user = shop.world.user()
+    with socket.socket() as taken:  # a port that refuses: bound, and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        shop.configure(stripe_api_base=f"http://127.0.0.1:{taken.getsockname()[1]}")
+        with pytest.raises(e.StripeUnavailable, match="Stripe did not answer") as away:
+            shop.checkout(user)
+    assert (away.value.status, away.value.retryable) == (None, True)
+    with shop.engine.begin() as conn:
+        assert shop.world.ledger.history(conn, user) == []
 
 
 def test_a_session_that_is_unknown_here(shop: Shop, caplog):
@@ -1250,7 +1267,8 @@ def test_a_database_that_is_away_makes_stripe_send_it_again(shop: Shop):
     assert shop.outcomes(COMPLETED) == ["granted"]
 
 
-def test_stripe_that_is_away_makes_stripe_send_it_again(shop: Shop):
+def test_stripe_that_is_away_makes_stripe_send_it_again(either_shop: Shop):
+    shop = either_shop
     user = shop.world.user()
     started = shop.checkout(user)
     shop.dev.pay(started.session)

@@ -92,6 +92,24 @@ def test_selling_names_its_extra() -> None:
     assert said == "ImportError: tallystick.stripe needs Stripe's SDK. Run: pip install 'tallystick[stripe]'"
 
 
+def test_selling_on_an_async_engine_names_its_extra() -> None:
+    script = """
+from sqlalchemy.ext.asyncio import create_async_engine
+from tallystick import Config
+from tallystick.web import router
+router(Config(), engine=create_async_engine("postgresql+psycopg://"), current_user=lambda: None)
+"""
+    said = python(script, without=("httpx",)).stderr.strip().splitlines()[-1]
+    wanted = "selling on an async engine needs httpx. Run: pip install 'tallystick[stripe]'"
+    assert said == f"ModuleNotFoundError: {wanted}"
+    assert (
+        python(
+            script.replace("create_async_engine(", "__import__('sqlalchemy').create_engine("), without=("httpx",)
+        ).returncode
+        == 0
+    )
+
+
 def test_webhooks_of_events_name_their_extra(world: World) -> None:
     script = "from tallystick.cli import main; sys.argv = ['tallystick', 'events', 'deliver']; main()"
     done = python(script, without=("standardwebhooks",))

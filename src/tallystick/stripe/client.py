@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import random
+import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache, partial
-from typing import Any, TypeVar
+from functools import lru_cache
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import stripe as sdk
 from sqlalchemy.util.concurrency import await_only, in_greenlet
 
 from tallystick.config import Config
 from tallystick.errors import StripeNotConfigured, StripeRefused, StripeUnavailable
+
+if TYPE_CHECKING:
+    import httpx
 
 API_VERSION = "2026-10-28.endive"
 """The API version of every request and every webhook endpoint; objects are read in this shape."""
@@ -60,23 +65,87 @@ def _client(key: str, base: str | None) -> sdk.StripeClient:
         stripe_version=API_VERSION,
         base_addresses={"api": base} if base else {},
         max_network_retries=RETRIES,
-        http_client=_Transport(timeout=TIMEOUT_S),
+        http_client=_Transport(timeout=TIMEOUT_S, async_fallback_client=_OnTheLoop()),
     )
 
 
 class _Transport(sdk.RequestsClient):
-    """The SDK's HTTP client, which blocks; under an async engine of SQLAlchemy's it blocks a thread of its own.
+    """The SDK's HTTP client, which blocks; under an async engine of SQLAlchemy's it awaits.
 
-    There the caller runs in a greenlet on the event loop, which serves other requests meanwhile.
+    There the caller runs in a greenlet on the event loop. So one body of code asks Stripe in both ways, with the
+    SDK's own retries.
     """
 
     def request_with_retries(self, *args: Any, **kwargs: Any) -> tuple[str, int, Mapping[str, str]]:
         """As ever."""
-        return _off_the_loop(lambda: super(_Transport, self).request_with_retries(*args, **kwargs))
+        if in_greenlet():
+            return await_only(self.request_with_retries_async(*args, **kwargs))
+        return super().request_with_retries(*args, **kwargs)
 
 
-def _off_the_loop(blocking: Callable[[], T]) -> T:
-    return await_only(asyncio.to_thread(blocking)) if in_greenlet() else blocking()
+class _OnTheLoop(sdk.HTTPClient):
+    """An HTTP client for the SDK that awaits.
+
+    The SDK's own of this kind keeps its connections for the first event loop that it meets, and passes the body by an
+    argument that httpx gives up.
+    """
+
+    name = "httpx"
+
+    async def request_async(
+        self, method: str, url: str, headers: Mapping[str, str], post_data: str | None = None
+    ) -> tuple[bytes, int, Mapping[str, str]]:
+        """One request, on the connections of the running event loop."""
+        http = async_http()
+        try:
+            response = await _connections().request(method, url, headers=headers, content=post_data)
+        except (http.HTTPError, http.InvalidURL) as error:
+            said = f"{type(error).__name__}: {error}"
+            raise sdk.APIConnectionError(said, should_retry=True) from error  # type: ignore[no-untyped-call]
+        return response.content, response.status_code, response.headers
+
+    def sleep_async(self, secs: float) -> Any:
+        """The SDK's pause before it tries again."""
+        return asyncio.sleep(secs)
+
+
+_by_loop: dict[asyncio.AbstractEventLoop, httpx.AsyncClient] = {}
+"""Connections to Stripe, by the event loop that they belong to; a process has one as a rule."""
+
+
+def async_http() -> ModuleType:
+    """The library by which Stripe is asked on an event loop. Raises ModuleNotFoundError with the extra's name."""
+    try:
+        import httpx  # noqa: PLC0415 - needed under an async engine alone
+    except ModuleNotFoundError as missing:
+        raise ModuleNotFoundError(
+            "selling on an async engine needs httpx. Run: pip install 'tallystick[stripe]'", name=missing.name
+        ) from missing
+    return httpx
+
+
+def _connections() -> httpx.AsyncClient:
+    loop = asyncio.get_running_loop()
+    if loop not in _by_loop:
+        for closed in [one for one in tuple(_by_loop) if one.is_closed()]:
+            _by_loop.pop(closed, None)
+        trusted = ssl.create_default_context(cafile=sdk.ca_bundle_path)
+        _by_loop[loop] = async_http().AsyncClient(verify=trusted, timeout=TIMEOUT_S)
+    return _by_loop[loop]
+
+
+async def disconnect() -> None:
+    """Close the connections to Stripe of the running event loop, before it ends."""
+    connections = _by_loop.pop(asyncio.get_running_loop(), None)
+    if connections is not None:
+        await connections.aclose()
+
+
+def _pause(seconds: float) -> None:
+    if in_greenlet():
+        await_only(asyncio.sleep(seconds))
+    else:
+        time.sleep(seconds)
 
 
 def is_live(config: Config) -> bool:
@@ -97,8 +166,7 @@ def ask(call: Callable[[], T]) -> T:
         except sdk.RateLimitError as error:
             if pause_s is None:
                 raise _unavailable(error) from error
-            jittered_s = pause_s * random.uniform(0.5, 1)  # noqa: S311 - not a secret
-            _off_the_loop(partial(time.sleep, jittered_s))
+            _pause(pause_s * random.uniform(0.5, 1))  # noqa: S311 - not a secret
         except sdk.APIConnectionError as error:
             raise _unavailable(error) from error
         except sdk.StripeError as error:

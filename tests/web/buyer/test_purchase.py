@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import anyio.to_thread
 import psycopg
 import pytest
 import sqlalchemy as sa
@@ -149,6 +152,65 @@ def test_others_are_served_while_stripe_thinks(
     finished.append("balance")
     buying.join()
     assert finished == ["balance", "checkout"]
+
+
+class _NoThread(ThreadPoolExecutor):
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+        raise AssertionError(f"{fn} was to run in a thread")
+
+
+def test_nothing_of_a_buyers_request_leaves_the_event_loop(
+    make_world: Callable[..., World], make_shop: Callable[[str, AsyncEngine], Shop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = make_world().url
+    shop = make_shop(url, create_async_engine(url, poolclass=sa.NullPool))
+    user = shop.world.user()
+    workshop = shop.world.workshop(user)
+
+    async def no_threads() -> None:
+        asyncio.get_running_loop().set_default_executor(_NoThread())
+
+    async def none(fn: Any, *_args: Any, **_kwargs: Any) -> None:
+        raise AssertionError(f"{fn} was to run in a thread")
+
+    assert shop.client.portal is not None
+    shop.client.portal.call(no_threads)
+    monkeypatch.setattr(anyio.to_thread, "run_sync", none)
+    with pytest.raises(AssertionError, match="was to run in a thread"):  # so it is forbidden
+        shop.client.portal.call(asyncio.to_thread, print)
+
+    def deliver(kind: str) -> str:
+        event = client(shop.world.config).v1.events.list({"type": kind, "limit": 1}).data[0]
+        body, signature = shop.double.signed(event.id, shop.endpoint)
+        sent = shop.client.post("/billing/webhooks/stripe", content=body, headers={"stripe-signature": signature})
+        assert sent.status_code == 200, sent.text
+        return str(sent.json()["outcome"])
+
+    def read(*paths: str, headers: dict[str, str]) -> set[int]:
+        return {shop.get(user, f"/billing/{path}", headers=headers).status_code for path in paths}
+
+    shop.double.fault("POST", "/v1/checkout/sessions", 429)  # a pause, and again
+    session = shop.start(user, workshop=str(workshop))
+    assert "on its way" in shop.return_from_stripe(user, session).text
+    shop.double.pay(session)
+    assert shop.post(user, f"/billing/api/checkout/{session}/confirm").json()["status"] == "completed"
+    assert "3 credits added" in shop.return_from_stripe(user, session).text
+    assert deliver("checkout.session.completed") == "unchanged"
+    later = shop.post(user, "/billing/api/checkout", json={"pack": "Flight Crew"}).json()["session"]
+    shop.double.pay(later)
+    assert deliver("checkout.session.completed") == "granted"
+    intent = client(shop.world.config).v1.checkout.sessions.retrieve(later).payment_intent
+    shop.double.refund(str(intent))
+    assert deliver("charge.refunded") == "taken_back"  # asks for the charge's refunds
+    assert read("api/balance", "api/history", "api/packs", "api/onboarding", headers={}) == {200}
+    pages = ("badge", "pricing", "history", "history.csv", "welcome", "cancelled", f"workshops/{workshop}/unlock")
+    assert read(*pages, headers=HTML) == {200}
+    assert shop.post(user, f"/billing/workshops/{workshop}/unlock", headers=HTML).status_code == 303
+    assert shop.post(user, f"/billing/api/workshops/{workshop}/unlock").json()["replayed"]
+    assert read(f"workshops/{workshop}/unlocked", headers=HTML) == read(f"api/workshops/{workshop}/access", headers={})
+    assert shop.get(user, f"/paid/{workshop}").status_code == 200
+    assert shop.post(user, "/billing/welcome", headers=HTML).status_code == 303
+    assert shop.balance(user) == 2
 
 
 def test_another_users_session_grants_nothing(shop: Shop) -> None:

@@ -5,6 +5,7 @@ is made for one configuration.
 """
 
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import AbstractAsyncContextManager
 from typing import Annotated, Any
 
 import jinja2
@@ -58,6 +59,7 @@ class Billing(APIRouter):
         contact: str | None = None,
         preview: Preview | None = None,
         headers: Mapping[str, str] | None = None,
+        lifespan: Callable[[Any], AbstractAsyncContextManager[None]] | None = None,
     ) -> None:
         self.config = config
         self.packs = config.packs if sells else ()
@@ -97,7 +99,7 @@ class Billing(APIRouter):
             return self.fragments_of(request, account)
 
         self.fragments: Callable[..., Coroutine[Any, Any, Fragments]] = fragments
-        super().__init__(route_class=checked_route(self.answers, config.checkout_origins))
+        super().__init__(route_class=checked_route(self.answers, config.checkout_origins), lifespan=lifespan)
 
     # --- for the host's own routes ---
 

@@ -3,17 +3,22 @@
 No ``from __future__ import annotations`` here, as in ``billing``.
 """
 
-from typing import Annotated, Final
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Annotated, Any, Final
 from uuid import UUID
 
+import sqlalchemy as sa
 from fastapi import Depends, Form, Header, Path, Query
 from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from tallystick import stripe
 from tallystick.errors import Key
 from tallystick.schema import CreditTransactionStatus
+from tallystick.stripe.client import async_http, disconnect
 from tallystick.web.buyer.asked import redirect
 from tallystick.web.buyer.billing import Billing
 from tallystick.web.buyer.entrance import WEBHOOK, StarletteAsked
@@ -79,6 +84,24 @@ class PurchaseAnswer(BaseModel):
     status: CreditTransactionStatus
     credits: int
     balance: int
+
+
+def lifespan(engine: sa.Engine | AsyncEngine) -> Callable[[Any], AbstractAsyncContextManager[None]] | None:
+    """For an app on an async engine, which asks Stripe on its event loop: closes those connections at the end.
+
+    Raises:
+        ModuleNotFoundError: what this takes is not installed; the message names the extra.
+    """
+    if not isinstance(engine, AsyncEngine):
+        return None
+    async_http()
+
+    @asynccontextmanager
+    async def connected(_app: Any) -> AsyncIterator[None]:
+        yield
+        await disconnect()
+
+    return connected
 
 
 def add_to(billing: Billing) -> None:

@@ -50,6 +50,11 @@ def router(
             of the host's own.
     """
     sells = config.stripe_secret_key is not None or importlib.util.find_spec("stripe") is not None
+    lifespan = None
+    if sells:
+        from tallystick.web.buyer import purchase  # noqa: PLC0415 - an extra
+
+        lifespan = purchase.lifespan(engine)
     billing = Billing(
         config,
         sells=sells,
@@ -62,11 +67,10 @@ def router(
         contact=contact,
         preview=preview,
         headers=headers,
+        lifespan=lifespan,
     )
     json_api.add_to(billing)
     views.add_to(billing)
     if sells:
-        from tallystick.web.buyer import purchase  # noqa: PLC0415 - an extra
-
         purchase.add_to(billing)
     return billing
