@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 import threading
 from collections.abc import Callable
 from typing import Any
 
+import anyio
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from sites import HTML, Site
 from tallystick.errors import Key
+from tallystick.web.buyer.engine import Database
+from worlds import World
 
 PROBLEM = "application/problem+json"
 
@@ -47,6 +52,29 @@ def test_a_workshop_is_paid_for_once(make_site: Callable[..., Site], shape: str)
     assert site.get(user, "/billing/api/balance").json() == {
         "balance": 2, "held": 0, "available": 2, "expiring": [], "plan_tier": "free",
     }  # fmt: skip
+
+
+def test_a_cancelled_request_gives_its_connection_back(world: World) -> None:
+    user = world.user(credits=3)
+    asleep = (
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query = 'SELECT pg_sleep(120)'"
+    )
+
+    async def cancelled_then_asked() -> int:
+        engine = create_async_engine(world.url, pool_size=1, max_overflow=0)
+        database = Database(engine)
+        async with anyio.create_task_group() as group:
+            group.start_soon(database.run, lambda conn: conn.exec_driver_sql("SELECT pg_sleep(120)"))
+            with world.engine.connect() as conn:
+                while not conn.exec_driver_sql(asleep).scalar():
+                    await anyio.sleep(0.01)
+                    conn.rollback()  # the view is as of a transaction's first look
+            group.cancel_scope.cancel()
+        found = await database.run(lambda conn: world.ledger.balance(conn, user))
+        await engine.dispose()
+        return found
+
+    assert asyncio.run(cancelled_then_asked()) == 3
 
 
 def test_both_engines(either_site: Site) -> None:

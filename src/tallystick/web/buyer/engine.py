@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.util.concurrency import greenlet_spawn
 from starlette.concurrency import run_in_threadpool
 
-from tallystick.database import transaction, translated
+from tallystick.database import translated
 
 T = TypeVar("T")
 
@@ -24,7 +25,6 @@ class Database:
 
     def __init__(self, engine: sa.Engine | AsyncEngine) -> None:
         self._engine = engine
-        self._autocommit = engine.execution_options(isolation_level="AUTOCOMMIT")
 
     async def run(self, work: Callable[[sa.Connection], T]) -> T:
         """The result of ``work`` for a connection of its own, on which each statement is a transaction.
@@ -35,25 +35,20 @@ class Database:
         Raises:
             DatabaseUnavailable: no connection could be had; and what ``work`` raises.
         """
-        engine = self._autocommit
-        if not isinstance(engine, AsyncEngine):
-            return await run_in_threadpool(_run, engine, work)
-        with translated(connecting=True):
-            conn = await engine.connect()
-        try:
-            return await conn.run_sync(work)
-        finally:
-            await asyncio.shield(conn.close())  # a client that hangs up cancels us, not the connection's return
+        return await self.run_on_engine(partial(_run, work))
 
     async def run_on_engine(self, work: Callable[[sa.Engine], T]) -> T:
         """The result of ``work`` for the engine: it opens transactions of its own, around requests to Stripe."""
         engine = self._engine
-        if not isinstance(engine, AsyncEngine):
-            return await run_in_threadpool(work, engine)
-        async with AsyncSession() as greenlet:  # opens no connection: run_sync is what is wanted of it
-            return await greenlet.run_sync(lambda _: work(engine.sync_engine))
+        if isinstance(engine, AsyncEngine):
+            return await greenlet_spawn(work, engine.sync_engine)
+        return await run_in_threadpool(work, engine)
 
 
-def _run(engine: sa.Engine, work: Callable[[sa.Connection], T]) -> T:
-    with transaction(engine, isolation="AUTOCOMMIT") as conn:
+def _run(work: Callable[[sa.Connection], T], engine: sa.Engine) -> T:
+    with translated(connecting=True):
+        conn = engine.connect()
+    with conn:
+        with translated(connecting=True):
+            conn.execution_options(isolation_level="AUTOCOMMIT")
         return work(conn)
