@@ -192,6 +192,54 @@ def test_old_code_goes_on_writing(make_app: Callable[..., App]) -> None:
     assert drift(app) == []
 
 
+def before_credits(url: str, made: list[str], errors: list[psycopg.Error], stop: threading.Event) -> None:
+    """The founding app before it had credits: people sign up, change their address, and make workshops."""
+    with psycopg.connect(url) as conn:
+        while not stop.is_set():
+            user = f"new_{random.getrandbits(60)}"
+            try:
+                with conn.transaction():
+                    conn.execute("INSERT INTO users (clerk_user_id, email) VALUES (%s, %s)", (user, user))
+                    conn.execute("INSERT INTO workshops (clerk_user_id, title) VALUES (%s, %s)", (user, user))
+                    conn.execute("UPDATE users SET email = email || '.' WHERE clerk_user_id = %s", (user,))
+                made.append(user)
+            except psycopg.Error as error:
+                errors.append(error)
+            time.sleep(0.005)
+
+
+def test_an_app_without_credits_goes_on_writing(make_app: Callable[..., App]) -> None:
+    """Beside the migration and beside the first code that sells, and each of its rows is as it was written."""
+    app = make_app(BEFORE, FOUNDING)
+    made: list[str] = []
+    errors: list[psycopg.Error] = []
+    stop = threading.Event()
+    url = sa.make_url(app.url).set(drivername="postgresql").render_as_string(hide_password=False)
+    threads = [threading.Thread(target=before_credits, args=(url, made, errors, stop)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        migrate.apply(app.url, app.config)
+        with app.engine.begin() as conn:
+            ledger = Ledger(conn)
+            assert ledger.grant(conn, "user_5", credits=2, key="a", description="welcome").balance_after == 2
+            assert ledger.consume(conn, "user_5", key="b").balance_after == 1
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert errors == []
+    kept = app.rows(
+        "SELECT u.clerk_user_id, u.email, u.credit_balance, w.title FROM users u JOIN workshops w USING"
+        " (clerk_user_id) WHERE u.clerk_user_id LIKE 'new%%'"
+    )
+    assert sorted(kept) == sorted((user, f"{user}.", 0, user) for user in made)
+    with app.engine.begin() as conn:
+        assert Ledger(conn).grant(conn, made[0], credits=1, key="a", description="welcome").balance_after == 1
+    assert faults(app) == []
+    assert drift(app) == []
+
+
 def test_what_old_code_writes_is_in_the_ledger(make_app: Callable[..., App]) -> None:
     app = make_app(AFTER, KEPT_APART)
     migrate.apply(app.url, app.config)
