@@ -129,7 +129,7 @@ def test_an_engine_that_the_console_has_used_reads_on(pair: Pair) -> None:
         client=("127.0.0.1", 5000),
     )
     visitor.get("/enter", params={"token": link.token})
-    for path in ("/", "/users", f"/user?key={user}", "/pending", "/audit", "/migrations", "/days.json"):
+    for path in ("/", "/users", f"/user?key={user}", "/pending", "/events", "/audit", "/migrations", "/days.json"):
         assert visitor.get(path).status_code == 200, path
     with pair.pool.begin() as conn:
         assert pair.standby.ledger.balance(conn, user) == 3

@@ -545,6 +545,8 @@ events = Table(
     Column("threshold", sa.BigInteger),
     Column("created_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("clock_timestamp()")),
     sa.PrimaryKeyConstraint("position", "id", name="events_pkey"),
+    # what was told of a row of the ledger
+    Index("events_transaction", "transaction_id"),
 )
 """Events, in the order of ``position`` and ``id``: the number of the database transaction, shifted by
 ``event_settings.xid_offset``, and one that is given once. All else about an event is in the ledger's row."""

@@ -119,6 +119,7 @@ def add_endpoint(
     if there is None or there["removed_at"] is not None or after is not None or from_oldest:
         cursor = after if after is not None or from_oldest else status(conn).cursor
         values |= {"cursor": cursor, "attempts": 0, "next_attempt_at": None, "last_error": None}
+        values |= {"created_at": sa.func.now()} if there is not None and there["removed_at"] is not None else {}
     if there is None:
         run(conn, sa.insert(event_endpoints).values(name=name, **values), {})
     else:

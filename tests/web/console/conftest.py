@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import psycopg
@@ -12,6 +14,8 @@ import sqlalchemy as sa
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 
+from tallystick import events
+from tallystick.events.deliver import add_endpoint, deliver
 from tallystick.web.console import LocalLink, SignIn, console
 from worlds import SHAPES, World
 
@@ -60,6 +64,52 @@ def open_console() -> Iterator[Callable[..., Visitor]]:
             return visitor
 
         yield make
+
+
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+
+
+class Hook:
+    """A webhook that answers with ``status``, and keeps the ids of what it was sent."""
+
+    def __init__(self) -> None:
+        self.status = 500
+        self.ids: list[str] = []
+        hook = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                hook.ids.append(self.headers["webhook-id"])
+                self.send_response(hook.status)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                """Nothing."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/hook"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def add(self, world: World, name: str, **options: Any) -> None:
+        """An endpoint of this name, with events on."""
+        events.enable(world.url, world.config, low_balance=2)
+        with world.engine.begin() as conn:
+            add_endpoint(conn, name, self.url, secret_variable="HOOK_SECRET", **options)
+
+    def deliver(self, world: World, *, attempts: int = 1) -> None:
+        """All that is due."""
+        world.wait_for_analyze()
+        deliver(world.url, world.config, once=True, pauses_s=(3600.0,) * (attempts - 1), timeout_s=30)
+
+
+@pytest.fixture
+def hook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hook]:
+    monkeypatch.setenv("HOOK_SECRET", SECRET)
+    made = Hook()
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
 
 
 @pytest.fixture(scope="module")
@@ -129,12 +179,20 @@ FROM (
   FROM generate_series(0, %(users)s * %(each)s - 1) k) made
 """
 
+# One for each row, of one transaction: all of them before whatever is open.
+EVENTS = """
+INSERT INTO tallystick.events (position, kind, transaction_id, created_at)
+SELECT 1, type || '.completed', id, completed_at FROM credit_transactions ORDER BY completed_at
+"""
+
 
 def fill(url: str, *, users: int = CROWD_USERS, each: int = CROWD_ROWS_EACH) -> None:
     with psycopg.connect(url.replace("+psycopg", "", 1), autocommit=True) as conn:
         conn.execute("SET session_replication_role = replica")  # the foreign keys hold by construction
         conn.execute(USERS, {"users": users, "each": each})
         conn.execute(ROWS, {"users": users, "each": each})
+        conn.execute(EVENTS)
         conn.execute("RESET session_replication_role")
         conn.execute("VACUUM ANALYZE users")
         conn.execute("VACUUM ANALYZE credit_transactions")
+        conn.execute("VACUUM ANALYZE tallystick.events")

@@ -20,15 +20,17 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.testclient import TestClient
 
+from tallystick import migrate
 from tallystick.errors import DatabaseUnavailable
+from tallystick.events.deliver import remove_endpoint
 from tallystick.schema import HEAD, stripe_reversals
-from tallystick.web.console import LocalLink, console
+from tallystick.web.console import LocalLink, console, queries
 from tallystick.web.console.queries import Queries
 from tallystick.web.shared.numbers import MINUS
 from worlds import SHAPES, World
 
-PAGES = ["/", "/users", "/pending", "/audit", "/migrations"]
-LISTS = ["/users", "/pending", "/audit", "/migrations", "/days"]
+PAGES = ["/", "/users", "/pending", "/events", "/audit", "/migrations"]
+LISTS = ["/users", "/pending", "/events", "/audit", "/migrations", "/days"]
 
 
 def at(path, **query):
@@ -629,7 +631,8 @@ def test_the_figures_count_what_was_taken_back(world, open_console):
         "sold": 16, "granted": 10, "consumed": 1, "refunded": 3, "expired": 7,
     }  # fmt: skip
     page = words(visitor.overview())
-    assert "Expired: 7, and 0 in the 30 days before." in page
+    assert "Granted without payment 10 0 in the 30 days before" in page
+    assert "Expired 7 0 in the 30 days before" in page
     assert "No purchase is waiting" in page
 
 
@@ -660,11 +663,12 @@ def test_what_is_held_and_what_expires_is_shown(any_world, open_console):
     visitor = open_console(any_world)
     answer = visitor.get(at("/user", key=user))
     page = words(answer)
-    assert "12 credits 5 held, 7 can be spent" in page
-    assert f"hold, held until {held.expires_at:%Y-%m-%d %H:%M:%S} UTC" in page
-    assert "up to 8 Answer 18" in page
+    assert "12 credits 5 held , 7 can be spent" in page
+    assert re.search(rf"in 59 min {held.expires_at:%Y-%m-%d %H:%M} 5 8 Answer 18", page)
     assert "hold, released" in page
-    assert f"{soon:%Y-%m-%d %H:%M:%S} UTC 2 4 Spring promotion" in page
+    assert f"in 29 d {soon:%Y-%m-%d %H:%M} 2 4 grant Spring promotion" in page
+    assert "2 credits of 12 will expire: 0 bought, 2 granted. The other 10 do not expire." in page
+    assert "Bought 10 $10 paid Granted 4 without payment Consumed 2 Expired 0" in page
     assert "4 entries, balance 12, 1 linked to an earlier one, 1 held, no gaps" in page
     assert f'aria-label="of consumption {used.id}"' in answer.text
     assert "pending" not in page
@@ -672,11 +676,15 @@ def test_what_is_held_and_what_expires_is_shown(any_world, open_console):
     told = visitor.get(at("/user.json", key=user)).json()
     about = told["user"]
     assert (about["credit_balance"], about["credit_held"], about["credit_available"]) == (12, 5, 7)
-    assert [(lot["id"], lot["remaining"], lot["given"]) for lot in about["expiring"]] == [(str(spring.id), 2, 4)]
-    assert [(row["status"], row["held"], row["capture_limit"]) for row in told["unfinished"]] == [
-        ("pending", 5, 8),
-        ("failed", 1, 0),
+    assert [(lot["id"], lot["remaining"], lot["given"], lot["paid"]) for lot in told["lots"]] == [
+        (str(spring.id), 2, 4, False)
     ]
+    assert [(row["status"], row["held"], row["capture_limit"]) for row in told["holds"]] == [("pending", 5, 8)]
+    assert [(row["status"], row["held"], row["capture_limit"]) for row in told["unfinished"]] == [("failed", 1, 0)]
+    for path, shown in (("/user/holds", "Answer 18"), ("/user/lots", "Spring promotion")):
+        assert shown in words(visitor.get(at(path, key=user)))
+        assert [row["description"] for row in visitor.get(at(f"{path}.json", key=user)).json()["rows"]] == [shown]
+        assert [row["description"] for row in table(visitor.get(at(f"{path}.csv", key=user)))] == [shown]
     rows = table(visitor.get(at("/user.csv", key=user)))
     assert [row["held"] for row in rows if row["id"] == str(held.id)] == ["5"]
     assert visitor.get("/pending.json").json()["rows"] == []
@@ -717,7 +725,7 @@ def test_a_user_with_nothing_held_costs_no_further_statement(world):
     assert queries.user(plain).credit_available == 2
     alone = len(asked)
     assert queries.user(holder).credit_available == 1
-    assert len(asked) - alone == alone + 2
+    assert len(asked) - alone == alone + 1
 
 
 def test_failed_holds_push_nothing_that_waits_off_the_page(world, open_console):
@@ -730,3 +738,185 @@ def test_failed_holds_push_nothing_that_waits_off_the_page(world, open_console):
     assert (rows[0]["id"], rows[0]["status"]) == (str(waits.id), "pending")
     assert len(rows) == 51
     assert all(row["status"] == "failed" for row in rows[1:])
+
+
+def test_what_was_paid_for_is_told_apart_from_what_was_given(world, open_console):
+    ledger, user, other = world.ledger, world.user(), world.user(credits=3)
+    with world.engine.begin() as conn:
+        bought = world.buy(conn, user, 10)
+        ledger.refund(conn, user, bought.id, credits=4, key="f")
+        ledger.reinstate(conn, user, bought.id, credits=1, key="i")
+        given = ledger.grant(conn, user, credits=5, key="g", description="Imported")
+        ledger.correct(conn, user, given.id, credits=2, key="x")
+        year = ledger.start_purchase(
+            conn, user, credits=2, description="A year's", expires_after=dt.timedelta(days=365)
+        )
+        ledger.complete_purchase(conn, user, purchase=year.id, amount_paid=700, currency="eur")
+        ledger.consume(conn, user, credits=1, key="c")
+        ledger.merge(conn, other, into=user, key="m")
+    visitor = open_console(world)
+    page = words(visitor.get(at("/user", key=user)))
+    assert "Bought 9 €7, $10 paid; less 3 refunded Granted 3 without payment Consumed 1 Expired 0" in page
+    assert "3 credits came by a merge of two accounts." in page
+    assert "1 credit of 14 will expire: 1 bought, 0 granted." in page
+    assert "3 credits went by a merge" in words(visitor.get(at("/user", key=other)))
+    lots = visitor.get(at("/user/lots.json", key=user)).json()["rows"]
+    assert [(lot["paid"], lot["remaining"], lot["amount_paid"]) for lot in lots] == [(True, 1, 700)]
+
+
+def test_of_a_long_ledger_the_newest_rows_are_summed(world, open_console, monkeypatch):
+    monkeypatch.setattr(queries, "SUM_ROWS", 2)
+    user = world.user(credits=5)
+    spend(world, user, times=3)
+    page = words(open_console(world).get(at("/user", key=user)))
+    assert "How the credits came and went, in the last 2 entries Bought 0" in page
+
+
+def test_many_holds_and_lots_are_walked_there_and_back(world, open_console):
+    user = world.user(credits=60)
+    with world.engine.begin() as conn:
+        for number in range(51):
+            world.ledger.hold(conn, user, credits=1, key=f"h{number}", expires_in=dt.timedelta(days=2))
+            soon = dt.datetime.now(dt.UTC) + dt.timedelta(days=1 + number // 2)
+            world.ledger.grant(conn, user, credits=1, key=f"g{number}", description="A day", expires_at=soon)
+    visitor = open_console(world)
+    page = words(visitor.get(at("/user", key=user)))
+    assert "All holds" in page
+    assert "All 51 that expire" in page
+    for path in ("/user/holds.json", "/user/lots.json"):
+        rows, pages = walk(visitor, at(path, key=user))
+        assert (len({row["id"] for row in rows}), len(pages)) == (51, 2)
+        last = visitor.get(pages[-1]).json()
+        assert walk(visitor, last["before"], "before")[0] + last["rows"] == rows
+        assert len(table(visitor.get(at(path.replace(".json", ".csv"), key=user)))) == 51
+        assert visitor.get(at(path, key=user, after="x")).status_code == 400
+
+
+# --- events ---
+
+
+def dead_letters(visitor):
+    return [(row["endpoint"], row["event_id"]) for row in visitor.get("/events.json").json()["dead_letters"]]
+
+
+@pytest.mark.parametrize("shape", ["quoted", "alone"])
+def test_events_are_listed_with_where_they_were_delivered(make_world, shape, open_console, hook):
+    world = make_world(shape)
+    visitor = open_console(world)
+    user = world.user(credits=9)
+    assert "Events are off" in words(visitor.get("/events"))
+    assert "All events" not in words(visitor.get(at("/user", key=user)))
+    hook.add(world, "crm")
+    assert "No events of the entries above" in words(visitor.get(at("/user", key=user)))
+    with world.engine.begin() as conn:
+        held = world.ledger.hold(conn, user, credits=3, key="h", description="Answer 18", capture_limit=8)
+    hook.deliver(world)
+    hook.status = 200
+    with world.engine.begin() as conn:
+        world.ledger.capture(conn, user, held.id, credits=8)
+    hook.deliver(world)
+    hook.status = 500
+    spend(world, user)
+    hook.deliver(world, attempts=2)
+    other = world.user(credits=1)
+
+    told = visitor.get(at("/events.json", key=user)).json()["rows"]
+    assert [(row["kind"], row["amount"], [one["state"] for one in row["deliveries"]]) for row in told] == [
+        ("consumption.completed", -1, ["waits"]),
+        ("balance.low", -8, ["delivered"]),
+        ("consumption.completed", -8, ["delivered"]),
+        ("consumption.held", -3, ["dead letter"]),
+    ]
+    assert len(visitor.get("/events.json").json()["rows"]) == 1 + len(told)
+    assert len(table(visitor.get("/events.csv"))) == 1 + len(table(visitor.get(at("/events.csv", key=user)))) == 5
+    page = words(visitor.get(at("/user", key=user)))
+    assert "consumption.held" in page
+    assert "crm dead letter" in page
+    page = words(visitor.get("/events"))
+    assert re.search(r"crm http://\S+ \d+-\d+ 2 since .* all kinds it answered 500 .* 1 failed attempt; the next", page)
+    assert "1 dead letter, 1 endpoint of events failing" in words(visitor.overview())
+    assert str(other) in page
+
+    with world.engine.begin() as conn:
+        remove_endpoint(conn, "crm")
+    assert "crm removed" in words(visitor.get("/events"))
+    assert [row["deliveries"] for row in visitor.get(at("/events.json", key=user)).json()["rows"]] == [[]] * 4
+    hook.add(world, "crm")  # anew: of what was before nothing is known
+    assert {state["state"] for row in visitor.get("/events.json").json()["rows"] for state in row["deliveries"]} == {
+        "dead letter"
+    }
+
+
+def test_events_are_walked_there_and_back(world, open_console, hook):
+    hook.add(world, "crm", kinds=["balance.debt"])
+    user = world.user(credits=60)
+    spend(world, user, times=60)
+    visitor = open_console(world)
+    for path in ("/events.json", at("/events.json", key=user)):
+        rows, pages = walk(visitor, path)
+        assert len({row["id"] for row in rows}) == 62  # of each row one, and one of the balance
+        last = visitor.get(pages[-1]).json()
+        assert walk(visitor, last["before"], "before")[0] + last["rows"] == rows
+        assert len(table(visitor.get(path.replace(".json", ".csv")))) == 62
+    for cursor in ("x", "1", "1-x", "9" * 30 + "-1"):
+        assert visitor.get(at("/events.json", after=cursor)).status_code == 400
+
+
+def test_a_dead_letter_is_sent_again_by_whom_the_log_says(world, open_console, hook, caplog):
+    caplog.set_level(logging.INFO, "tallystick.console")
+    hook.add(world, "crm")
+    world.user(credits=1)
+    hook.deliver(world)
+    reader, visitor = open_console(world), open_console(world, allow_actions=True)
+    [(endpoint, event)] = dead_letters(visitor)
+    assert "tallystick events replay crm" in words(reader.get("/events"))
+    assert "Send again" not in words(reader.get("/events"))
+    assert reader.submit("/events/send", endpoint=endpoint, event=event).status_code == 404
+    assert visitor.post("/events/send", data={"endpoint": endpoint, "event": event}).status_code == 403
+    assert visitor.submit("/events/send", endpoint=endpoint, event="x").status_code == 404
+    assert len(hook.ids) == 1
+
+    def send():
+        answer = visitor.submit("/events/send", endpoint=endpoint, event=event)
+        assert answer.status_code == 303, answer.text
+        return words(visitor.get(answer.headers["location"]))
+
+    hook.status = 503
+    assert "not taken. The list has the new reason." in (page := send())
+    assert "2 it answered 503" in page
+    hook.status = 200
+    assert "Sent again, and taken" in send()
+    assert dead_letters(visitor) == []
+    assert "nothing was sent" in send()  # a double click
+    assert hook.ids == [f"evt_{event}"] * 3
+    said = [record.getMessage() for record in caplog.records if "action=send-again" in record.getMessage()]
+    assert said == [
+        f"action=send-again operator='local operator' endpoint='crm' event={event} outcome={outcome}"
+        for outcome in ("refused", "taken", "gone")
+    ]
+
+
+def test_without_the_endpoints_secret_it_says_so(world, open_console, hook, monkeypatch):
+    hook.add(world, "crm")
+    world.user(credits=1)
+    hook.deliver(world)
+    visitor = open_console(world, allow_actions=True)
+    [(endpoint, event)] = dead_letters(visitor)
+    monkeypatch.delenv("HOOK_SECRET")
+    answer = visitor.submit("/events/send", endpoint=endpoint, event=event)
+    assert answer.status_code == 409
+    assert "HOOK_SECRET, the secret of the endpoint crm, is not set" in html.unescape(answer.text)
+    assert len(hook.ids) == 1
+
+
+def test_a_database_of_a_revision_before_events(world, open_console):
+    user = world.user(credits=3)
+    with world.engine.begin() as conn:
+        world.ledger.hold(conn, user, credits=1, key="h")
+    migrate.undo(world.url, world.config, to="0002", discard_ledger=True)
+    visitor = open_console(world)
+    assert "3 credits 1 held , 2 can be spent" in words(visitor.get(at("/user", key=user)))
+    assert "balances" in words(visitor.get("/"))
+    answer = visitor.get("/events")
+    assert answer.status_code == 503
+    assert "tallystick migrate apply" in answer.text

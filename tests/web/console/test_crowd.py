@@ -14,12 +14,13 @@ import sqlalchemy as sa
 import uvicorn
 from playwright.sync_api import expect
 
-from tallystick.web.console import LocalLink, Passwords, console, hash_password
+from tallystick.web.console import LocalLink, Passwords, console, feed, hash_password
 from tallystick.web.console.queries import Queries
 
 AXE = Path(axe_playwright_python.__file__).with_name("axe.min.js")
 PATIENCE_MS = 30_000
 ALL = "100,000"
+BIG = {"users", "credit_transactions", "events", "lots"}
 
 
 # --- the database's side ---
@@ -41,7 +42,7 @@ def plans(crowd):
         books, made = Queries(crowd.config, crowd.engine), []
 
         def note(conn, cursor, statement, parameters, context, executemany):
-            if statement.startswith("SELECT") and "set_config" not in statement:
+            if statement.lstrip().startswith("SELECT") and "set_config" not in statement:
                 made.append((statement, parameters))
 
         sa.event.listen(crowd.engine, "before_cursor_execute", note)
@@ -54,7 +55,7 @@ def plans(crowd):
             found = []
             for statement, parameters in made:
                 plan = conn.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {statement}", parameters).scalar_one()
-                found.append((statement, set(scans(plan[0]["Plan"])) & {"users", "credit_transactions"}))
+                found.append((statement, set(scans(plan[0]["Plan"])) & BIG))
         return found
 
     return explain
@@ -82,6 +83,16 @@ def first_key(books):
         lambda books: books.steps(first_key(books)),
         lambda books: books.pending(),
         lambda books: books.waiting(),
+        lambda books: books.holds(first_key(books)),
+        lambda books: books.lots(first_key(books)),
+        lambda books: books.expiring(first_key(books)),
+        lambda books: books.origins(first_key(books)),
+        feed.latest,
+        lambda books: feed.latest(books, after="1-150000"),
+        lambda books: feed.of_user(books, first_key(books)),
+        feed.endpoints,
+        feed.dead_letters,
+        feed.trouble,
     ],
 )
 def test_pages_read_big_tables_through_indexes_only(plans, read):
@@ -234,6 +245,11 @@ def test_without_javascript_everything_is_there(again, visit):
     page.get_by_role("searchbox").fill("person1@example.com")
     page.get_by_role("button", name="Search").click()
     expect(page.get_by_role("img", name="3 entries, balance 3, no gaps")).to_be_visible()
+    page.get_by_role("link", name="All events of this user").click()
+    expect(page.get_by_role("row").filter(has_text="purchase.completed")).to_have_count(1)
+    page.get_by_role("link", name="Events").click()
+    page.get_by_role("link", name="Older").click()
+    expect(page.get_by_role("table").last.get_by_role("row")).to_have_count(51)
     page.get_by_role("link", name="Audit").click()
     page.get_by_role("button", name=re.compile("Check")).click()
     expect(page.get_by_role("heading", level=1)).to_contain_text("balances agree")
@@ -245,7 +261,7 @@ def test_on_a_phone_nothing_runs_off_the_side(again, visit, crowd):
     page = visit(again, viewport={"width": 360, "height": 740})
     with crowd.engine.connect() as conn:
         user = conn.scalar(sa.text("SELECT id FROM users LIMIT 1"))
-    for path in ("/", "/users", f"/user?key={user}", "/pending", "/audit", "/migrations"):
+    for path in ("/", "/users", f"/user?key={user}", "/pending", "/events", "/audit", "/migrations"):
         page.goto(again.address + path)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360, path
 
@@ -255,7 +271,7 @@ def test_on_a_phone_a_row_is_a_block_and_no_table_scrolls(shop, visit, width):
     world, user = shop
     with Served(world, allow_actions=True) as running:
         page = visit(running, viewport={"width": width, "height": 800})
-        for path in (f"/user?key={user}", "/users", "/pending"):
+        for path in (f"/user?key={user}", "/users", "/pending", *lists_of(user)):
             page.goto(running.address + path)
             for table in page.get_by_role("region").filter(has=page.get_by_role("table")).all():
                 wide, seen = table.evaluate("one => [one.scrollWidth, one.clientWidth]")
@@ -270,14 +286,24 @@ def test_on_a_phone_a_row_is_a_block_and_no_table_scrolls(shop, visit, width):
         expect(row).to_be_visible()
 
 
+def lists_of(user):
+    """The pages of what a user has of each kind, and of events."""
+    return ("/events", *(f"{path}?key={user}" for path in ("/user/holds", "/user/lots", "/events")))
+
+
 @pytest.fixture
-def shop(world):
-    """A person with some of everything."""
+def shop(world, hook):
+    """A person with some of everything, and events of which one is a dead letter and one waits."""
     user = world.user(credits=5)
+    hook.add(world, "crm", kinds=["purchase.completed"])
     with world.engine.begin() as conn:
         world.ledger.consume(conn, user, workshop=world_workshop(conn, world, user), key="1")
         bought = world.buy(conn, user, 3)
         world.ledger.refund(conn, user, bought.id, credits=1, key="2")
+        soon = dt.datetime.now(dt.UTC) + dt.timedelta(days=3)
+        world.ledger.grant(conn, user, credits=2, key="3", description="Spring promotion", expires_at=soon)
+        world.ledger.hold(conn, user, credits=1, key="4", description="Answer 18", capture_limit=3)
+        world.ledger.release(conn, user, world.ledger.hold(conn, user, credits=1, key="5").id)
         pending = world.ledger.start_purchase(conn, user, credits=5, description="Purchased Five Flights")
         world.ledger.attach_session(conn, user, pending.id, stripe_session_id="cs_test_1")
         failed = world.ledger.start_purchase(conn, user, credits=5, description="Purchased Five Flights")
@@ -285,6 +311,9 @@ def shop(world):
         conn.execute(sa.text("ALTER TABLE credit_transactions DISABLE TRIGGER tallystick_append_only"))
         conn.execute(sa.text("DELETE FROM credit_transactions WHERE sequence = 2"))
         conn.execute(sa.text("ALTER TABLE credit_transactions ENABLE TRIGGER tallystick_append_only"))
+    hook.deliver(world)
+    hook.add(world, "mail", kinds=["consumption.held"], from_oldest=True)
+    hook.deliver(world, attempts=2)  # the second is an hour away
     return world, user
 
 
@@ -304,6 +333,7 @@ def test_no_accessibility_violation(shop, visit, how):
         page = visit(running, **how)
         for path in (
             "/", "/users", "/users?q=nobody-here", f"/user?key={user}", "/pending", "/audit", "/migrations",
+            *lists_of(user),
             f"/user/grant?key={user}", f"/user/grant?key={user}&credits=x",
             f"/user/grant?key={user}&credits=2&reason=x",
         ):  # fmt: skip
@@ -337,6 +367,61 @@ def test_a_double_click_grants_once(shop, visit):
     with world.engine.connect() as conn:
         assert world.ledger.balance(conn, whole) == 4
         assert world.ledger.balance(conn, user) == before
+
+
+@pytest.mark.one_server  # it is about what a browser shows
+def test_a_hold_is_on_the_page_until_it_ends(world, visit):
+    user, ledger = world.user(credits=9), world.ledger
+    with world.engine.begin() as conn:
+        answer = ledger.hold(conn, user, credits=3, key="1", description="Answer 18", capture_limit=5)
+        ledger.hold(conn, user, credits=2, key="2", description="Answer 19")
+        ledger.hold(
+            conn, user, credits=1, key="3", workshop=world_workshop(conn, world, user), expires_in=dt.timedelta(days=3)
+        )
+    with Served(world) as running:
+        page = visit(running, viewport={"width": 390, "height": 800}, java_script_enabled=False)
+        page.goto(f"{running.address}/user?key={user}")
+        page.get_by_role("link", name="6 held").click()
+        rows = page.get_by_role("region", name="Holds").locator("tbody tr")
+        expect(rows).to_have_count(3)
+        expect(rows.nth(0)).to_contain_text("Workshop: Mobile App Discovery")
+        expect(rows.nth(2)).to_contain_text(re.compile(r"in 1\d min.*3.*5.*Answer 18", re.DOTALL))
+
+        with world.engine.begin() as conn:
+            ledger.capture(conn, user, answer.id, credits=4)
+        page.reload()
+        expect(rows).to_have_count(2)
+        expect(page.locator(".balance")).to_contain_text("3 held, 2 can be spent")
+
+        world.pass_time(days=1)
+        page.reload()
+        expect(rows).to_have_count(1)
+        expect(page.get_by_role("region", name="Not completed")).to_contain_text("expired")
+        with world.engine.begin() as conn:
+            ledger.release(conn, user, ledger.hold(conn, user, credits=1, key="4").id)
+        page.reload()
+        expect(page.get_by_role("region", name="Not completed")).to_contain_text("released")
+
+
+@pytest.mark.one_server  # it is about what a browser shows
+@pytest.mark.parametrize("how", [{}, {"java_script_enabled": False, "viewport": {"width": 390, "height": 800}}])
+def test_a_dead_letter_is_sent_again_from_the_page(shop, hook, visit, how):
+    world, _ = shop
+    with Served(world, allow_actions=True) as running:
+        page = visit(running, **how)
+        page.get_by_role("link", name="dead letter").click()
+        letters = page.get_by_role("region", name="Dead letters").locator("tbody tr")
+        first = letters.filter(has_text="purchase.completed").first
+        expect(first).to_contain_text("it answered 500")
+        number = letters.count()
+        hook.status = 503
+        first.get_by_role("button", name="Send event").click()
+        expect(page.get_by_role("alert")).to_contain_text("not taken")
+        expect(first).to_contain_text("it answered 503")
+        hook.status = 200
+        first.get_by_role("button", name="Send event").click()
+        expect(page.get_by_role("status")).to_contain_text("Sent again, and taken")
+        expect(letters).to_have_count(number - 1)
 
 
 def test_log_in_by_keyboard_and_out(world, visit):

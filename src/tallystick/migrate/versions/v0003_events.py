@@ -70,6 +70,7 @@ CREATE TABLE tallystick.event_dead_letters (
   CONSTRAINT event_dead_letters_pkey PRIMARY KEY (endpoint, event_id)
 )""",
 }
+INDEX = "CREATE INDEX events_transaction ON tallystick.events (transaction_id)"
 
 columns: dict[str, tuple[str, ...]] = {}
 creates = ()
@@ -106,6 +107,7 @@ def prepare(host: Any) -> Iterator[Composable]:
     """New objects: nothing here touches a table that was there."""
     for statement in TABLES.values():
         yield SQL(statement.strip()).format(user_key_type=host.users.key_column)
+    yield SQL(INDEX)
     yield SQL("INSERT INTO tallystick.event_settings DEFAULT VALUES")
     yield from host.other_functions("0002", "0003")
 

@@ -22,13 +22,15 @@ from sqlalchemy.dialects import postgresql as pg
 from tallystick.config import TEXT_KEYS, Config
 from tallystick.database import Standby, standby, transaction, with_known_settings
 from tallystick.errors import InvalidArgument, Key, UnknownUser, shown
-from tallystick.ledger import Ledger, Lot, Standing
+from tallystick.ledger import Ledger, Standing
 from tallystick.schema import CreditTransactionStatus, Schema, migration_log, stripe_failed_deliveries, stripe_reversals
 
 PAGE_ROWS = 50
 TALLY_ROWS = 30
 CHART_ROWS = 400
 COUNT_UP_TO = 1000
+SUM_ROWS = 5_000
+"""Of a user with more rows the newest of them are summed up."""
 ROWS_A_PAGE = 40
 """Taken for a table that was never analyzed."""
 PAGE_TIMEOUT_MS = 5_000
@@ -79,12 +81,55 @@ class OneUser(UserRow):
     """A user as her own page shows one: right also when something has expired and no row says so yet.
 
     ``credit_expired`` are the credits that expired without a row: the balance here is lower by them than in the table.
+    Nothing is held and nothing expires where ``credit_due_at`` is None.
     """
 
     credit_held: int
     credit_available: int
     credit_expired: int
-    expiring: list[Lot]
+    credit_due_at: dt.datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Origins:
+    """Credits that moved in a user's ledger: how they came, for money or without, and how they went.
+
+    ``bought`` is what was paid for, less what was refunded; ``granted``, ``consumed`` and ``expired`` are less what was
+    taken back of them; ``moved`` came by a merge of two accounts, below 0 where it went. Together they make the balance
+    if ``rows`` are all. ``paid`` is the money, in minor units, by currency.
+    """
+
+    bought: int
+    refunded: int
+    granted: int
+    consumed: int
+    expired: int
+    moved: int
+    paid: dict[str, int]
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class LotRow:
+    """Credits that expire: ``remaining`` of those that were ``given``, for money if ``paid``."""
+
+    id: UUID
+    expires_at: dt.datetime
+    remaining: int
+    given: int
+    paid: bool
+    description: str
+    amount_paid: int | None
+    currency: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Expiring:
+    """The sums of a user's lots: credits that expire, bought and granted, in how many lots."""
+
+    bought: int
+    granted: int
+    lots: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,14 +367,13 @@ class Queries:
             *shown_in_lists, held, due = row
             user = _user(shown_in_lists)
             now = Standing(user.credit_balance, held) if due is None else self._balances.standing(conn, user.key)
-            lots = [] if due is None else self._balances.lots(conn, user.key)
         listed = {field.name: getattr(user, field.name) for field in fields(user)} | {"credit_balance": now.balance}
         return OneUser(
             **listed,
             credit_held=now.held,
             credit_available=now.available,
             credit_expired=user.credit_balance - now.balance,
-            expiring=lots,
+            credit_due_at=due,
         )
 
     def users(
@@ -341,7 +385,7 @@ class Queries:
         session, payment intent, credit transaction), then as a whole e-mail address, then as part of one.
         """
         with self.reading() as conn:
-            return _page(
+            return page_of(
                 conn,
                 self._select_users().where(self._matches(conn, search)),
                 order=(self._users.key,),
@@ -381,8 +425,7 @@ class Queries:
                 ledger.user_id == asked.c.key,
                 ledger.sequence.is_(None),
                 ledger.status == PENDING,
-                # a hold whose time has passed counts as released, though no row says so yet
-                sa.or_(ledger.held.is_(None), ledger.expires_at > sa.func.now()),
+                sa.or_(ledger.held.is_(None), self._is_held()),
             )
             .limit(TALLY_ROWS)
         )
@@ -402,7 +445,7 @@ class Queries:
         sequence = self._ledger.sequence
         with self.reading() as conn:
             statement = self._select_ledger().where(self._owned(user), sequence.is_not(None))
-            return _page(
+            return page_of(
                 conn,
                 statement,
                 order=(sequence,),
@@ -416,13 +459,102 @@ class Queries:
             )
 
     def unfinished(self, user: Key, *, limit: int = PAGE_ROWS) -> list[LedgerRow]:
-        """The newest of what ``user`` has pending, purchases and holds; then of what failed, however much that is."""
+        """The newest of what ``user`` has pending, without holds; then of what failed, however much that is."""
         ledger = self._ledger
-        mine = self._select_ledger().where(self._owned(user), ledger.sequence.is_(None)).order_by(ledger.id.desc())
+        mine = self._select_ledger().where(self._owned(user), ledger.sequence.is_(None), sa.not_(self._is_held()))
+        mine = mine.order_by(ledger.id.desc())
         states = (mine.where(ledger.status == state).limit(limit).subquery() for state in (PENDING, FAILED))
         with self.reading() as conn:
             rows = [_ledger_row(row) for row in conn.execute(sa.union_all(*(sa.select(state) for state in states)))]
         return sorted(rows, key=lambda row: (row.status != PENDING, -row.id.int))
+
+    def holds(
+        self, user: Key, *, before: str | None = None, after: str | None = None, limit: int = PAGE_ROWS
+    ) -> Page[LedgerRow]:
+        """Credits of ``user`` set aside for work under way, the newest hold first."""
+        ledger = self._ledger
+        mine = self._select_ledger().where(self._owned(user), ledger.sequence.is_(None), self._is_held())
+        with self.reading() as conn:
+            return page_of(
+                conn,
+                mine,
+                order=(ledger.id,),
+                place=lambda row: (row.id,),
+                parse=_uuid_cursor,
+                before=before,
+                after=after,
+                limit=limit,
+                make=_ledger_row,
+                descending=True,
+            )
+
+    def lots(
+        self, user: Key, *, before: str | None = None, after: str | None = None, limit: int = PAGE_ROWS
+    ) -> Page[LotRow]:
+        """Credits of ``user`` that expire, in the order in which they are spent."""
+        lot = self.schema.lots.c
+        with self.reading() as conn:
+            return page_of(
+                conn,
+                self._select_lots(user),
+                order=(lot.expires_at, lot.id),
+                place=lambda row: (row.expires_at, row.id),
+                parse=_moment_cursor,
+                before=before,
+                after=after,
+                limit=limit,
+                make=_lot_row,
+                descending=False,
+            )
+
+    def expiring(self, user: Key) -> Expiring:
+        """The sums of ``lots``."""
+        left, is_bought = sa.func.sum(self.schema.lots.c.remaining), self._ledger.type == "purchase"
+        sums = (
+            sa.func.coalesce(left.filter(is_bought), 0),
+            sa.func.coalesce(left.filter(sa.not_(is_bought)), 0),
+            sa.func.count(),
+        )
+        with self.reading() as conn:
+            return Expiring(*map(int, conn.execute(self._select_lots(user).with_only_columns(*sums)).one()))
+
+    def origins(self, user: Key) -> Origins:
+        """The ways by which the credits of ``user`` came and went, in the newest rows of the ledger."""
+        ledger = self._ledger
+        newest = (
+            sa.select(
+                sa.cast(ledger.type, sa.Text).label("type"),
+                ledger.refund_of.is_not(None).label("linked"),
+                ledger.currency,
+                ledger.amount,
+                ledger.amount_paid,
+            )
+            .where(self._owned(user), ledger.sequence.is_not(None))
+            .order_by(ledger.sequence.desc())
+            .limit(SUM_ROWS)
+            .subquery()
+        )
+        c = newest.c
+        sums = (sa.func.sum(c.amount), sa.func.sum(c.amount_paid), sa.func.count())
+        statement = sa.select(c.type, c.linked, c.currency, *sums).group_by(c.type, c.linked, c.currency)
+        with self.reading() as conn:
+            return _origins(conn.execute(statement).all())
+
+    def every_hold(self, user: Key) -> Iterator[LedgerRow]:
+        """All of ``holds``, streamed."""
+        ledger = self._ledger
+        statement = self._select_ledger().where(self._owned(user), ledger.sequence.is_(None), self._is_held())
+        with self.reading(timeout_ms=SUM_TIMEOUT_MS) as conn:
+            for row in conn.execution_options(yield_per=1000).execute(statement.order_by(ledger.id.desc())):
+                yield _ledger_row(row)
+
+    def every_lot(self, user: Key) -> Iterator[LotRow]:
+        """All of ``lots``, streamed."""
+        lot = self.schema.lots.c
+        statement = self._select_lots(user).order_by(lot.expires_at, lot.id)
+        with self.reading(timeout_ms=SUM_TIMEOUT_MS) as conn:
+            for row in conn.execution_options(yield_per=1000).execute(statement):
+                yield _lot_row(row)
 
     def every_row(self, user: Key) -> Iterator[LedgerRow]:
         """The whole ledger of ``user``, newest first, streamed."""
@@ -468,7 +600,7 @@ class Queries:
         """Purchases that wait for their payment, oldest first."""
         ledger = self._ledger
         with self.reading() as conn:
-            return _page(
+            return page_of(
                 conn,
                 self._select_pending(),
                 order=(ledger.created_at, ledger.id),
@@ -584,7 +716,7 @@ class Queries:
         c = self._users
         return sa.select(
             c.key,
-            sa.cast(c.email, sa.Text) if "email" in c else sa.null(),
+            self.email(),
             self.schema.balance,
             c.credit_sequence,
             sa.func.coalesce(c.onboarding_complete, sa.false()),
@@ -592,6 +724,24 @@ class Queries:
             sa.func.coalesce(c.plan_tier, "free"),
             c.updated_at,
             c.deleted_at,
+        )
+
+    def email(self) -> sa.ColumnElement[Any]:
+        """A user's e-mail address, null where the app has none."""
+        return sa.cast(self._users.email, sa.Text) if "email" in self._users else sa.null()
+
+    def _select_lots(self, user: Key) -> sa.Select[Any]:
+        lot, row = self.schema.lots.c, self._ledger
+        is_bought = (row.type == "purchase").label("paid")
+        columns = (lot.id, lot.expires_at, lot.remaining, lot.amount, is_bought)
+        return (
+            sa.select(*columns, row.description, row.amount_paid, row.currency)
+            .join_from(self.schema.lots, self.schema.credit_transactions, self._ledger.id == lot.id)
+            .where(
+                lot.user_id == sa.literal(self.schema.user_key(user), lot.user_id.type),
+                lot.remaining > sa.literal_column("0"),  # as the partial index says it
+                lot.expires_at > sa.func.now(),
+            )
         )
 
     def _select_ledger(self) -> sa.Select[Any]:
@@ -613,9 +763,8 @@ class Queries:
 
     def _select_pending(self) -> sa.Select[Any]:
         c, users = self._ledger, self._users
-        email: sa.ColumnElement[Any] = sa.cast(users.email, sa.Text) if "email" in users else sa.null()
         return (
-            sa.select(c.id, c.user_id, email, c.amount, c.description, c.stripe_session_id, c.created_at)
+            sa.select(c.id, c.user_id, self.email(), c.amount, c.description, c.stripe_session_id, c.created_at)
             .join_from(self.schema.credit_transactions, self.schema.users, users.key == c.user_id, isouter=True)
             .where(self._is_pending())
         )
@@ -623,6 +772,12 @@ class Queries:
     def _is_pending(self) -> sa.ColumnElement[bool]:
         # a literal, not a parameter: the partial index serves only what its own predicate proves
         return sa.and_(self._ledger.status == sa.literal_column("'pending'"), self._ledger.held.is_(None))
+
+    def _is_held(self) -> sa.ColumnElement[bool]:
+        """True of a hold under way: one whose time has passed counts as released, though no row says so yet."""
+        ledger = self._ledger
+        waits = ledger.status == sa.literal_column("'pending'")
+        return sa.and_(waits, ledger.held.is_not(None), ledger.expires_at > sa.func.now())
 
     def _is_user(self, key: Key) -> sa.ColumnElement[bool]:
         return self._users.key == sa.literal(self.schema.user_key(key), self._users.key.type)
@@ -684,7 +839,7 @@ class Queries:
         return (key,)
 
 
-def _page(
+def page_of(
     conn: sa.Connection,
     statement: sa.Select[Any],
     *,
@@ -745,6 +900,12 @@ def _moment_cursor(text: str) -> tuple[dt.datetime, UUID]:
     raise _bad_cursor(text)
 
 
+def _uuid_cursor(text: str) -> tuple[UUID]:
+    if (id := _as_uuid(text)) is None:
+        raise _bad_cursor(text)
+    return (id,)
+
+
 def _bad_cursor(text: str) -> InvalidArgument:
     return InvalidArgument(
         f"cursor={shown(text)}: no place in this list. Begin at its first page", argument="cursor", value=text
@@ -779,6 +940,10 @@ def _ledger_row(row: Sequence[Any]) -> LedgerRow:
     return LedgerRow(*row)
 
 
+def _lot_row(row: Sequence[Any]) -> LotRow:
+    return LotRow(*row)
+
+
 _FIGURE_OF = {
     "purchase": "sold",
     "grant": "granted",
@@ -790,7 +955,30 @@ _FIGURE_OF = {
     "expiry": "expired",
 }
 """The figure of the overview that each type of row counts in; ``reinstatement`` is a grant that undoes a refund."""
-_CREDITS_OUT = {kind for kind, figure in _FIGURE_OF.items() if figure in ("consumed", "refunded", "expired")}
+_CREDITS_OUT = ("consumed", "refunded", "expired")
+
+
+def _figure(kind: str, *, linked: bool) -> str | None:
+    return _FIGURE_OF.get("reinstatement" if kind == "grant" and linked else kind)
+
+
+def _origins(summed: Sequence[Sequence[Any]]) -> Origins:
+    moved, paid, rows = Counter[str](), Counter[str](), 0
+    for kind, linked, currency, credits, money, number in summed:
+        moved[_figure(kind, linked=linked) or kind] += int(credits)
+        rows += number
+        if currency is not None and money is not None:
+            paid[currency] += int(money)
+    return Origins(
+        bought=moved["sold"] + moved["refunded"],
+        refunded=-moved["refunded"],
+        granted=moved["granted"],
+        consumed=-moved["consumed"],
+        expired=-moved["expired"],
+        moved=moved["transfer"],
+        paid=dict(sorted(paid.items())),
+        rows=rows,
+    )
 
 
 def _figures(
@@ -803,9 +991,8 @@ def _figures(
         credits = int(summed)  # a sum of bigint is a numeric
         if date not in days:
             continue  # completed after the day that this was asked for
-        kind = "reinstatement" if type_ == "grant" and linked else type_
-        if kind in _FIGURE_OF:
-            days[date][_FIGURE_OF[kind]] += -credits if kind in _CREDITS_OUT else credits
+        if (name := _figure(type_, linked=linked)) is not None:
+            days[date][name] += -credits if name in _CREDITS_OUT else credits
         if currency is not None and paid is not None:
             money[currency]["now" if date >= middle else "before"] += int(paid)
             money[currency]["credits"] += credits

@@ -25,8 +25,9 @@ from starlette.types import ASGIApp
 
 from tallystick import audit
 from tallystick.config import Config
-from tallystick.database import Standby, translated, with_known_settings
+from tallystick.database import Standby, transaction, translated, with_known_settings
 from tallystick.errors import (
+    ConfigError,
     Conflict,
     DatabaseError,
     InvalidArgument,
@@ -38,12 +39,12 @@ from tallystick.errors import (
     UnknownUser,
     shown,
 )
-from tallystick.web.console import export
+from tallystick.web.console import export, feed
 from tallystick.web.console.access import SignIn
 from tallystick.web.console.actions import Actions, Review, operator_of
 from tallystick.web.console.background import Background
 from tallystick.web.console.guard import Guard
-from tallystick.web.console.queries import Figures, Page, Queries
+from tallystick.web.console.queries import PAGE_ROWS, Figures, Page, Queries
 from tallystick.web.shared import numbers
 from tallystick.web.shared.pages import StaticFiles, environment
 from tallystick.web.shared.tally import SMALL, tally
@@ -60,6 +61,9 @@ AUDIT_UNASKED_ROWS = 2_000_000
 FIRST_FIGURES_S = 0.3
 DELIVERED = {**dict.fromkeys(("granted", "failed", "taken_back", "given_back"), "ran"), "refused": "kept"}
 """The sentence about a delivery that was run again, by its outcome; after any other outcome it changed nothing."""
+
+FIRST_ROWS = 10
+"""Of a user's holds, lots and events, so many are on the user's own page; each list has a page for all."""
 
 SEARCH_MAX = 200
 _TIMED_OUT = "57014"
@@ -79,8 +83,8 @@ def console(
     ``address`` is where people open it, scheme and host as in their browser: requests under another name are refused,
     and with https the session's cookie is sent over nothing else. Without ``allow_actions`` no page changes anything,
     and all reading is done in read-only transactions. ``replica`` is an engine of a hot standby, which is then read
-    instead, and each page says how old its view is. Where actions are allowed, the pages of one user and of pending
-    purchases are read where the actions are written, so that what was done is seen.
+    instead, and each page says how old its view is. Where actions are allowed, the pages of one user, of pending
+    purchases and of events are read where the actions are written, so that what was done is seen.
     """
     return _Console(config, engine, sign_in, address, allow_actions=allow_actions, replica=replica).app
 
@@ -114,10 +118,13 @@ class _Console:
             self.stripe = Background("stripe", lambda _: stripe.reconcile(engine, config))
             self.confirm = partial(stripe.confirm, engine, config)
             self.redeliver = partial(stripe.redeliver, engine, config)
+        self.engine = engine
+        self.can_send = allow_actions and importlib.util.find_spec("standardwebhooks") is not None
         self.templates = environment(jinja2.PackageLoader("tallystick.web.console"))
         self.templates.filters.update(
             ago=ago,
             when=when,
+            ahead=ahead,
             what=what,
             number=numbers.number,
             change=numbers.change,
@@ -134,11 +141,15 @@ class _Console:
             money=numbers.money,
             stripe=stripe_address,
             can_ask=self.stripe is not None,
+            can_send=self.can_send,
+            first_rows=FIRST_ROWS,
+            page_rows=PAGE_ROWS,
             database=_database_name(engine),
             host=config.host,
             actions=self.actions,
         )
         lists = {"/users": self.users, "/user": self.user, "/pending": self.pending, "/audit": self.audit_page}
+        lists |= {"/user/holds": self.holds, "/user/lots": self.lots, "/events": self.events}
         lists |= {"/migrations": self.migrations, "/days": self.days}
         routes = [
             Route("/", self.overview),
@@ -161,6 +172,8 @@ class _Console:
             ]
         if self.stripe:
             routes.append(Route("/pending/ask", self.ask_stripe, methods=["POST"]))
+        if self.can_send:
+            routes.append(Route("/events/send", self.send_again, methods=["POST"]))
         pages = Starlette(
             routes=routes,
             exception_handlers={
@@ -189,6 +202,7 @@ class _Console:
             figures=figures,
             size=rows,
             waiting=queries.waiting(),
+            trouble=feed.trouble(queries),
             oldest=queries.pending(limit=5).rows,
             receipt=receipts[0] if receipts else None,
             refresh=figures.result is None or self.audit.state.running,
@@ -246,25 +260,96 @@ class _Console:
         page = queries.ledger(key, **_place(request))
         newest = page.before is None
         unfinished = queries.unfinished(key) if newest else []
+        holds = queries.holds(key) if user.credit_held else Page([], None, None)
+        lots = queries.lots(key) if user.credit_due_at else Page([], None, None)
         if form == "json":
-            return self._list(request, page, key=key, user=user, unfinished=unfinished)
-        notches = (
-            [*queries.ledger(key, limit=100).rows, *queries.unfinished(key)]
-            if not newest
-            else [*page.rows, *unfinished]
-        )
+            values = {"user": user, "unfinished": unfinished, "holds": holds.rows, "lots": lots.rows}
+            return self._list(request, page, key=key, **values)
+        if newest:
+            notches = [*page.rows, *holds.rows, *unfinished]
+        else:
+            notches = [*queries.ledger(key, limit=100).rows, *holds.rows, *queries.unfinished(key)]
         notches = [row for row in notches if row.state != "expired"]  # a hold that no row calls failed yet
         done = request.query_params.get("done", "")
+        events = feed.state(queries)
+        shown = [row.id for row in (*page.rows, *holds.rows, *unfinished)]
         return self.show(
             request,
             "user.html",
             user=user,
             page=page,
             unfinished=unfinished,
+            holds=holds,
+            lots=lots,
+            expiring=queries.expiring(key) if lots.rows else None,
+            origins=queries.origins(key) if user.credit_sequence else None,
+            events=events,
+            told=feed.of_rows(queries, shown) if events else [],
             notches=notches,
             total=None if newest and page.after is None else user.credit_sequence,
             done=queries.transaction(key, UUID(done)) if _is_uuid(done) else None,
         )
+
+    def holds(self, request: Request, form: str) -> Response:
+        queries = self.reading(request)
+        key = self._key(request)
+        user = queries.user(key)
+        if form == "csv":
+            return export.csv(f"holds-{key}", queries.every_hold(key), operator=_operator(request))
+        page = queries.holds(key, **_place(request))
+        if form == "json":
+            return self._list(request, page, key=key)
+        return self.show(request, "holds.html", user=user, page=page)
+
+    def lots(self, request: Request, form: str) -> Response:
+        queries = self.reading(request)
+        key = self._key(request)
+        user = queries.user(key)
+        if form == "csv":
+            return export.csv(f"lots-{key}", queries.every_lot(key), operator=_operator(request))
+        page = queries.lots(key, **_place(request))
+        if form == "json":
+            return self._list(request, page, key=key)
+        return self.show(request, "lots.html", user=user, page=page, expiring=queries.expiring(key))
+
+    def events(self, request: Request, form: str) -> Response:
+        """The feed, or with a ``key`` what was told of one user."""
+        queries = self.reading(request)
+        user = queries.user(self._key(request)) if "key" in request.query_params else None
+        key = None if user is None else user.key
+        if form == "csv":
+            name = "events" if user is None else f"events-{key}"
+            return export.csv(name, feed.every(queries, key), operator=_operator(request), columns=feed.EventRow)
+        place = _place(request)
+        page = feed.latest(queries, **place) if user is None else feed.of_user(queries, user.key, **place)
+        if user is not None:
+            if form == "json":
+                return self._list(request, page, key=key)
+            return self.show(request, "events_of_user.html", user=user, page=page, events=feed.state(queries))
+        around: dict[str, Any] = {"endpoints": feed.endpoints(queries), "dead_letters": feed.dead_letters(queries)}
+        if form == "json":
+            return self._list(request, page, **around)
+        told = request.query_params.get("told", "") if self.can_send else ""
+        return self.show(request, "events.html", page=page, events=feed.state(queries), told=told, **around)
+
+    def send_again(self, request: Request) -> Response:
+        """Send the dead letter that the form names to its endpoint once more, and wait for the answer."""
+        from tallystick.events import deliver  # noqa: PLC0415 - an extra
+
+        form: Mapping[str, str] = request.state.form
+        endpoint, event = form.get("endpoint", ""), form.get("event", "")
+        if not (event.isascii() and event.isdigit() and len(event) < 19):  # noqa: PLR2004 - digits of a bigint
+            raise HTTPException(404)
+        try:
+            with transaction(self.engine) as conn:
+                [sent] = deliver.replay(conn, endpoint, [int(event)])
+            told = "taken" if sent.error is None else "refused"
+        except InvalidArgument:  # somebody else was faster, or has removed the endpoint
+            told = "gone"
+        log.info(
+            "action=send-again operator=%r endpoint=%r event=%s outcome=%s", _operator(request), endpoint, event, told
+        )
+        return RedirectResponse(self.at(request, "/events", told=told), 303)
 
     def steps(self, request: Request) -> Response:
         queries = self.reading(request)
@@ -395,7 +480,7 @@ class _Console:
     def reading(self, request: Request) -> Queries:
         """The queries that answer a request; the age of what they read is kept with the request."""
         page = request.url.path.removeprefix(request.scope.get("root_path", "")).lstrip("/")
-        queries = self.live if re.match(r"(user|pending)\b", page) else self.queries
+        queries = self.live if re.match(r"(user|pending|events)\b", page) else self.queries
         if self.has_replica:
             request.state.age = queries.age()
         return queries
@@ -430,6 +515,8 @@ class _Console:
                 status, title = 400, "That cannot be looked up"
             case SessionNotYours():
                 status, title = 404, "Stripe has no such session for this user"
+            case ConfigError():
+                status, title = 409, "The console does not have this endpoint's secret"
             case StripeError():
                 status, title = 502, "Stripe did not answer as it should"
             case Conflict() if error.sqlstate == _TIMED_OUT:
@@ -525,6 +612,21 @@ def ago(moment: dt.datetime | None) -> Markup:
 def when(moment: dt.datetime) -> Markup:
     """As ``ago``, with the time itself below it: a telephone has nothing to hover with."""
     return Markup('{}<span class="at">{:%Y-%m-%d %H:%M}</span>').format(ago(moment), moment.astimezone(dt.UTC))
+
+
+def ahead(moment: dt.datetime) -> Markup:
+    """The time until a moment, with the moment itself below it."""
+    seconds = (moment - dt.datetime.now(dt.UTC)).total_seconds()
+    return Markup('<time datetime="{0}" title="{1}">{2}</time><span class="at">{3:%Y-%m-%d %H:%M}</span>').format(
+        moment.astimezone(dt.UTC).isoformat(), utc(moment), _ahead(seconds), moment.astimezone(dt.UTC)
+    )
+
+
+def _ahead(seconds: float) -> str:
+    for unit, length, up_to in (("s", 1, 60), ("min", 60, 3600), ("h", 3600, 2 * 86400)):
+        if seconds < up_to:
+            return f"in {int(max(seconds, 0) // length)} {unit}"
+    return f"in {int(seconds // 86400):,} d"
 
 
 def _ago(seconds: float, moment: dt.datetime) -> str:
