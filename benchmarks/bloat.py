@@ -26,7 +26,7 @@ from uuid import UUID, uuid4
 import sqlalchemy as sa
 
 import stage
-from ledger import table
+from stage import table
 from tallystick import Config, Consume, Ledger, UsersTable, migrate
 from tallystick.config import HostMapping
 from tallystick.dev.postgres import Server

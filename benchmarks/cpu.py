@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -129,11 +129,12 @@ async def on_asyncpg(app: App, ledger: Ledger, calls: int) -> dict[str, Cpu]:
         raise AssertionError("it was not refused")
 
     found = {}
-    for name, call in {
+    each: dict[str, Callable[[], Awaitable[object]]] = {
         "consume": lambda: ledger.consume(conn, user(), key=uuid4().hex),
         "consume refused": refused,
         "consume replayed": lambda: ledger.consume(conn, 1, key=REPLAYED),
-    }.items():
+    }
+    for name, call in each.items():
         for _ in range(20):
             await call()
         server, client = used_ms(pid), time.thread_time()

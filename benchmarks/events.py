@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import tempfile
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
 
@@ -23,7 +24,7 @@ import psycopg
 
 import stage
 from cpu import measured, user
-from tallystick import events
+from tallystick import Ledger, events
 
 WAYS = {"off": None, "on": False, "on, with NOTIFY": True}
 CLIENTS = 8
@@ -43,6 +44,10 @@ def on_pgbench(app: stage.App, seconds: float) -> float:
     return float(found[1])
 
 
+def consumption(ledger: Ledger, conn: psycopg.Connection) -> Callable[[], object]:
+    return lambda: ledger.consume(conn, user(), key=uuid4().hex)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few calls, to see that it runs")
@@ -60,9 +65,7 @@ def main() -> None:
                 else:
                     events.enable(app.url, ledger.config, low_balance=10, notify=notify)
                 with psycopg.connect(app.libpq, autocommit=True, prepare_threshold=0) as conn:
-                    consume = measured(
-                        conn.info.backend_pid, lambda conn=conn: ledger.consume(conn, user(), key=uuid4().hex), calls
-                    )
+                    consume = measured(conn.info.backend_pid, consumption(ledger, conn), calls)
                 cpu[name].append(consume.server)
                 a_second[name].append(on_pgbench(app, seconds))
         print(f"PostgreSQL {server.version}, fsync on; medians of {rounds} rounds of {calls:,} calls and {seconds} s")

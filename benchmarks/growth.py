@@ -33,7 +33,7 @@ from uuid import UUID, uuid4
 import sqlalchemy as sa
 
 import stage
-from ledger import table
+from stage import table
 from tallystick import Config, Ledger, migrate
 from tallystick.audit import audit
 from tallystick.dev.postgres import Server
@@ -199,7 +199,9 @@ def consumptions(apps: list[Filled], numbers: Iterator[int], *, count: int, turn
 
     def take(kind: str, name: str, users: list[int]) -> None:
         """Call by call in turns: what else the machine does meets both apps."""
-        each = [(calls(app)[name], conn, [], []) for app, conn in zip(apps, conns, strict=True)]
+        each: list[tuple[Callable[..., Any], sa.Connection, list[float], list[int]]] = [
+            (calls(app)[name], conn, [], []) for app, conn in zip(apps, conns, strict=True)
+        ]
         for n in users:
             for call, conn, took, wal in each:
                 before, begun = written(), time.perf_counter()

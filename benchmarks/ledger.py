@@ -94,7 +94,8 @@ def _enter(gate: Any) -> None:
 def _spend(way: Way, users: int, seconds: float, seed: int) -> list[float]:
     """One connection that consumes for so long, once all others are ready as well; the time of each call."""
     ledger = Ledger(Config(database_url=way.url, host=stage.HOST))
-    dice, tag, took = random.Random(seed), uuid4().hex, []
+    dice, tag = random.Random(seed), uuid4().hex
+    took: list[float] = []
     with _connected(way) as conn:
         for _ in range(20):  # the statement is prepared and planned
             ledger.consume(conn, dice.randint(1, users), key=uuid4().hex)
@@ -142,7 +143,7 @@ def ours(way: Way, *, users: int, connections: int, seconds: float) -> Timing:
 
 def batches(app: App, *, size: int, seconds: float) -> float:
     """Consumptions a second of one hot account in lists of this size, from as many processes as cores."""
-    return sum(_in_processes(PROCESSES, [(_spend_lists, app.url, size, seconds)] * PROCESSES))
+    return float(sum(_in_processes(PROCESSES, [(_spend_lists, app.url, size, seconds)] * PROCESSES)))
 
 
 def _spend_lists(url: str, size: int, seconds: float) -> float:
@@ -249,9 +250,9 @@ def against_the_floor(
     for name, (way, connections, users) in ways.items():
         taken: list[tuple[Timing, Timing, Timing]] = []
         for _ in range(turns):
-            of = {"users": users, "connections": connections, "seconds": seconds}
-            sent = (pgbench(app, way, statement, **of) for statement in (stage.FLOOR, stage.CONSUME))
-            taken.append((*sent, ours(way, **of)))
+            of: dict[str, Any] = {"users": users, "connections": connections, "seconds": seconds}
+            bare, sent = (pgbench(app, way, statement, **of) for statement in (stage.FLOOR, stage.CONSUME))
+            taken.append((bare, sent, ours(way, **of)))
         floor, low, high = (stage.middle(side) for side in zip(*taken, strict=True))
         lines.append(
             [

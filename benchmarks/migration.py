@@ -80,13 +80,13 @@ def retried(lock_timeout: str | None) -> Candidate:
                         if lock_timeout:
                             conn.execute("SELECT set_config('lock_timeout', %s, true)", (lock_timeout,))
                         for statement in statements(config):
-                            conn.execute(statement)
+                            conn.execute(statement.as_bytes(conn))
                 except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
                     time.sleep(random.uniform(0.5, 1.5))
                 else:
                     break
             for index in revisions()[0].indexes(HostNames.of(config.host)).values():
-                conn.execute(index)
+                conn.execute(index.as_bytes(conn))
         return attempts
 
     return run

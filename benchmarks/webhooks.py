@@ -75,8 +75,10 @@ def paid(engine: sa.Engine, config: Config, dev: DevStripe, endpoint: str, count
         user = uuid4()
         with engine.begin() as conn:
             conn.execute(sa.insert(users).values(key=user))
-        addresses = {"success_url": f"{ORIGIN}/done", "cancel_url": ORIGIN}
-        dev.pay(stripe.checkout(engine, config, user, "Serial Entrepreneur", **addresses).session)
+        sale = stripe.checkout(
+            engine, config, user, "Serial Entrepreneur", success_url=f"{ORIGIN}/done", cancel_url=ORIGIN
+        )
+        dev.pay(sale.session)
     events = [one["event"] for one in dev.held() if one["type"] == "checkout.session.completed"]
     return [(body.encode(), header) for body, header in (dev.signed(event, endpoint) for event in events)]
 

@@ -255,7 +255,7 @@ def django(url: str, *, atomic: bool) -> Iterator[Door]:
         connection.close()
 
 
-AUTOCOMMIT = {"isolation_level": "AUTOCOMMIT"}
+AUTOCOMMIT: dict[str, Any] = {"isolation_level": "AUTOCOMMIT"}
 
 # psycopg and Django alone notice an encoding that is set by SQL
 ENCODED = (

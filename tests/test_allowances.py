@@ -15,7 +15,7 @@ from tallystick.allowances import Allowances, Paid, Period
 from tallystick.audit import audit
 from tallystick.config import Allowance
 from tallystick.dev.postgres import Server
-from tallystick.errors import ConfigError
+from tallystick.errors import ConfigError, Key
 from tallystick.testing import Databases, TestDatabase
 from worlds import SHAPES
 
@@ -51,14 +51,14 @@ def engine_of(db: TestDatabase) -> sa.Engine:
     return sa.create_engine(db.url, poolclass=sa.NullPool)
 
 
-def plan(db: TestDatabase, allowances: Allowances, tier: str, user: object = None) -> object:
+def plan(db: TestDatabase, allowances: Allowances, tier: str, user: Key | None = None) -> Key:
     user = user or db.user()
     with engine_of(db).begin() as conn:
         allowances.accounts.set_plan_tier(conn, user, tier)
     return user
 
 
-def give(db: TestDatabase, allowances: Allowances, user: object) -> int | None:
+def give(db: TestDatabase, allowances: Allowances, user: Key) -> int | None:
     with engine_of(db).begin() as conn:
         row = allowances.give(conn, user)
     return None if row is None else row.amount

@@ -22,7 +22,7 @@ import sqlalchemy as sa
 
 from tallystick import Event, events, migrate
 from tallystick.audit import audit
-from tallystick.errors import InvalidArgument, MigrationBlocked, UnknownUser
+from tallystick.errors import InvalidArgument, Key, MigrationBlocked, UnknownUser
 from tallystick.ledger import Consume
 from worlds import World
 
@@ -222,7 +222,7 @@ def test_what_is_rolled_back_is_no_event(world: World) -> None:
 
 
 class TestThresholds:
-    def move(self, world: World, user: object, *amounts: int) -> None:
+    def move(self, world: World, user: Key, *amounts: int) -> None:
         with world.engine.begin() as conn:
             for amount in amounts:
                 key = f"{random.random()}"
@@ -231,7 +231,7 @@ class TestThresholds:
                 else:
                     world.ledger.consume(conn, user, credits=-amount, key=key)
 
-    def crossings(self, world: World, user: object) -> list[tuple[str, int | None, int | None]]:
+    def crossings(self, world: World, user: Key) -> list[tuple[str, int | None, int | None]]:
         return [
             (event.kind, event.threshold, event.balance_after)
             for event in feed(world)

@@ -224,7 +224,7 @@ def test_what_is_no_hold_is_refused(world: World, wrong: dict[str, object], argu
     user = world.user(credits=5)
     with world.engine.begin() as conn:
         with pytest.raises(e.InvalidArgument) as refused:
-            world.ledger.hold(conn, user, **{"credits": 1, "key": "k"} | wrong)  # type: ignore[arg-type]
+            world.ledger.hold(conn, user, **{"credits": 1, "key": "k"} | wrong)
         assert refused.value.argument == argument
         assert standing(world, conn, user) == (5, 0, 5)
 
@@ -266,8 +266,7 @@ def test_sixteen_at_once_never_hold_more_than_there_is(world: World):
 
     with ThreadPoolExecutor(16) as pool:
         jobs: list[Callable[[], CreditTransaction | None]] = [
-            lambda n=n: one(n) if n % 2 else spend(n)  # type: ignore[misc]
-            for n in range(32)
+            lambda n=n: one(n) if n % 2 else spend(n) for n in range(32)
         ]
         done = [row for row in pool.map(lambda job: job(), jobs) if row is not None]
     assert len(done) == 10

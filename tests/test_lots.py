@@ -232,7 +232,7 @@ def test_a_refund_and_a_correction_take_from_their_own_lot_first(world: World):
 def test_a_moment_that_cannot_be_is_refused(world: World, when: object):
     user = world.user()
     with world.engine.begin() as conn, pytest.raises(e.InvalidArgument) as refused:
-        world.ledger.grant(conn, user, credits=1, key="k", description="d", expires_at=when)  # type: ignore[arg-type]
+        world.ledger.grant(conn, user, credits=1, key="k", description="d", expires_at=when)
     assert refused.value.argument == "expires_at"
 
 

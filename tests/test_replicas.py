@@ -49,7 +49,7 @@ class Pair:
 
     def replay(self, *, goes_on: bool) -> None:
         with psycopg.connect(self.standby.url.replace("+psycopg", ""), autocommit=True) as conn:
-            conn.execute(f"SELECT pg_wal_replay_{'resume' if goes_on else 'pause'}()")  # type: ignore[call-overload]
+            conn.execute(f"SELECT pg_wal_replay_{'resume' if goes_on else 'pause'}()")
             for _ in range(100):
                 if goes_on or conn.execute("SELECT pg_get_wal_replay_pause_state()").fetchone() == ("paused",):
                     return
@@ -64,7 +64,7 @@ def pair(server: Server) -> Iterator[Pair]:
     with Server(folder / "primary", settings=FAST, bin_dir=server.bin) as primary:
         url = primary.create_database("app")
         with psycopg.connect(url.replace("+psycopg", "", 1)) as conn:
-            conn.execute(SHAPES["uuid"].ddl)  # type: ignore[call-overload]
+            conn.execute(SHAPES["uuid"].ddl)
         here = World(url, SHAPES["uuid"].host)
         migrate.apply(url, here.config)
         with standby_of(primary, folder / "standby", name="reporting") as other:

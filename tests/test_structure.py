@@ -15,7 +15,8 @@ import typer
 import yaml
 
 import tallystick
-from tallystick import cli
+from tallystick import Accounts, Ledger, cli
+from tallystick.ledger.connections import Operation
 
 pytestmark = pytest.mark.one_server  # it is about the sources
 
@@ -142,6 +143,23 @@ ASSERTING = {
     "tests/web/browser/test_buyer.py": "Playwright's expect does",
 }
 """Files with a test that leaves it to something else to fail."""
+
+
+def test_every_operation_has_its_types_checked():
+    """On a connection of either kind, in ``typed_api.py``."""
+    called: dict[bool, set[str]] = {False: set(), True: set()}
+    for function in ast.parse((ROOT / "tests" / "typed_api.py").read_text(encoding="utf-8")).body:
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+            called[isinstance(function, ast.AsyncFunctionDef)] |= {
+                node.func.attr
+                for node in ast.walk(function)
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+            }
+    operations = {
+        name for kind in (Ledger, Accounts) for name, value in vars(kind).items() if isinstance(value, Operation)
+    }
+    assert len(operations) > 30
+    assert [operations - names for names in called.values()] == [set(), set()]
 
 
 def checks(function: ast.AST, helpers: set[str]) -> bool:

@@ -10,6 +10,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import psycopg
 import pytest
@@ -73,14 +74,14 @@ class NewerLedger(Ledger):
 
 
 @pytest.fixture(params=["psycopg", "SQLAlchemy"])
-def connect(request: pytest.FixtureRequest, world: World) -> Callable[[], object]:
+def connect(request: pytest.FixtureRequest, world: World) -> Callable[[], Any]:
     """A connection of a kind, in autocommit: its driver prepares what it sends five times."""
     if request.param == "psycopg":
         return lambda: psycopg.connect(world.url.replace("+psycopg", ""), autocommit=True)
     return world.autocommit.connect
 
 
-def test_an_old_client_works_with_newer_functions(world: World, connect: Callable[[], object]) -> None:
+def test_an_old_client_works_with_newer_functions(world: World, connect: Callable[[], Any]) -> None:
     """On a connection that was open before, with its statements prepared, and on a new one."""
     user = world.user(credits=20)
     with connect() as before:
@@ -101,7 +102,7 @@ def test_an_old_client_works_with_newer_functions(world: World, connect: Callabl
             assert Ledger(world.engine).config.host == world.config.host
 
 
-def test_a_newer_client_is_refused_by_older_functions(world: World, connect: Callable[[], object]) -> None:
+def test_a_newer_client_is_refused_by_older_functions(world: World, connect: Callable[[], Any]) -> None:
     """With the command to run, and nothing is written: it lacks a parameter, a function, or a part of the answer."""
     user = world.user(credits=5)
     ledger = NewerLedger(world.config)

@@ -109,7 +109,7 @@ def python_of(candidate: Candidate) -> Path:
     if not ready.exists() or ready.read_text() != wanted:
         print(f"installing {candidate.name}", file=sys.stderr, flush=True)
         venv.create(home, with_pip=True, clear=True)
-        command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted.splitlines()]
+        command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted.splitlines()]
         subprocess.run(command, check=True, timeout=600)
         ready.write_text(wanted)
     return python
@@ -117,7 +117,7 @@ def python_of(candidate: Candidate) -> Path:
 
 def drive(candidate: Candidate, action: str, url: str, **options: Any) -> Any:
     """The answer of drive.py, run by the candidate's own Python."""
-    command = [python_of(candidate), HERE / "drive.py", candidate.adapter, action, url, json.dumps(options)]
+    command = [str(python_of(candidate)), str(HERE / "drive.py"), candidate.adapter, action, url, json.dumps(options)]
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "DATABASE_URL")}
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, env=clean)
     if done.returncode:
@@ -222,7 +222,9 @@ def speeds(candidates: list[Candidate], runs: Runs) -> None:
 def settings(url: str) -> str:
     with psycopg.connect(libpq(url)) as conn:
         names = ("fsync", "synchronous_commit", "full_page_writes")
-        return ", ".join(f"{name} {conn.execute(f'SHOW {name}').fetchone()[0]}" for name in names)
+        return ", ".join(
+            f"{name} {conn.execute('SELECT current_setting(%s)', (name,)).fetchall()[0][0]}" for name in names
+        )
 
 
 def main() -> None:

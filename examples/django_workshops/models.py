@@ -20,4 +20,4 @@ class Workshop(models.Model):
         db_table = "workshops"
 
     def __str__(self) -> str:
-        return self.title
+        return str(self.title)

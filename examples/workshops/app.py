@@ -69,7 +69,8 @@ Conn = Annotated[sa.Connection, Depends(connection)]
 
 def current_user(conn: Conn, session: Annotated[str | None, Cookie()] = None) -> UUID | None:
     """The user who is signed in, by the token in a cookie."""
-    return conn.scalar(sa.text("SELECT user_id FROM sessions WHERE token = :token"), {"token": session})
+    user: UUID | None = conn.scalar(sa.text("SELECT user_id FROM sessions WHERE token = :token"), {"token": session})
+    return user
 
 
 User = Annotated[UUID | None, Depends(current_user)]

@@ -72,7 +72,7 @@ def snapshot(app: App) -> Iterator[psycopg.Connection[tuple[object, ...]]]:
 
 def vacuum_of(app: App, table: str = "users") -> int | None:
     found = app.rows(f"SELECT pid FROM pg_stat_progress_vacuum WHERE relid = '{table}'::regclass")
-    return found[0][0] if found else None  # type: ignore[no-any-return]
+    return found[0][0] if found else None
 
 
 def wait_for_vacuum(app: App, table: str = "users") -> int:

@@ -76,7 +76,7 @@ def readable(url: str) -> bool:
 
 def allow_delay(url: str, setting: str) -> None:
     with psycopg.connect(url, autocommit=True) as conn:
-        conn.execute(f"ALTER SYSTEM SET max_standby_streaming_delay = '{setting}'")  # type: ignore[call-overload]
+        conn.execute(f"ALTER SYSTEM SET max_standby_streaming_delay = '{setting}'")
         conn.execute("SELECT pg_reload_conf()")
 
 

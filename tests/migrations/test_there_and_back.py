@@ -56,7 +56,7 @@ def test_the_migrated_database_is_as_declared(case: HostCase, host: App, make_ap
     migrate.apply(host.url, host.config)
     # triggers, functions and a table without rows are the only parts that the declarations do not hold
     adopted = frozenset((word, name) for word, _, name in (each.partition(".") for each in case.adopted))
-    names = HostNames.of(host.config.host, adopted)  # type: ignore[arg-type]  # the words of the mapping
+    names = HostNames.of(host.config.host, adopted)  # the words of the mapping
     host.run(
         "DROP FUNCTION IF EXISTS tallystick.follow_balance CASCADE",
         *(statement.as_string(None) for statement in names.drop_functions(HEAD)),

@@ -47,7 +47,7 @@ def run(*arguments: str) -> Said:
         main()
     for stream in streams:
         stream.flush()
-    out, err = (stream.buffer.getvalue().decode() for stream in streams)  # type: ignore[attr-defined]
+    out, err = (stream.buffer.getvalue().decode() for stream in streams)
     return Said(int(ended.value.code or 0), out, err)
 
 

@@ -126,7 +126,7 @@ def test_amounts(pooled: World) -> None:
                     ledger.refund(conn, user, uuid.uuid4(), credits=amount, key=key)
                     if amount is not None
                     else ledger.consume(conn, user, credits=None, key=key)
-                ),  # type: ignore[arg-type]
+                ),
             ):
                 try:
                     call()

@@ -175,7 +175,7 @@ def test_a_refusal_says_the_truth() -> None:
 def test_a_hold_is_captured_once_for_what_was_asked() -> None:
     def held(sequence: int | None = None, amount: int = -4) -> Any:
         balance_after = None if sequence is None else 100 + amount
-        return row("H", sequence, amount, balance_after, held=4)  # type: ignore[arg-type]
+        return row("H", sequence, amount, balance_after, held=4)
 
     wants, charges, ends = (
         Wish("hold", "ann", "H", 4),

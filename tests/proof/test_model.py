@@ -128,7 +128,8 @@ class Model:
         if amount > self.balance - self.held:
             return "InsufficientCredits"
         self.unlocked |= {workshop} - {None}
-        return self.move(-amount)
+        self.move(-amount)
+        return None
 
     def spent(self, row: Any, amount: int, workshop: Key | None = None, *, expired: bool = False) -> None:
         """After a consumption, when the name of its row is known."""
@@ -144,7 +145,8 @@ class Model:
         if not self.left[row]:
             self.unlocked.discard(self.opened[row])
         self.move(asked)
-        return self.give_back(row, asked, most)
+        self.give_back(row, asked, most)
+        return None
 
     def grant(self, credits: int) -> None:
         self.touch()
@@ -167,7 +169,8 @@ class Model:
             return "CorrectionExceedsGrant"
         self.left[row] -= asked
         self.move(-asked)
-        return self.take_back(row, asked)
+        self.take_back(row, asked)
+        return None
 
     def hold(self, credits: int) -> str | None:
         self.touch()
@@ -185,7 +188,8 @@ class Model:
             return "CaptureExceedsHold"
         if hold.workshop in self.unlocked:
             hold.state = "released" if hold.state == "live" else hold.state
-            return self.touch()
+            self.touch()
+            return None
         own = hold.credits if hold.state == "live" else 0
         if charged > self.balance - (self.held - own) and not debt:
             return "InsufficientCredits"
@@ -193,7 +197,8 @@ class Model:
         self.unlocked |= {hold.workshop} - {None}
         self.move(-charged)
         self.spent(row, charged, hold.workshop, expired=True)
-        return self.touch()
+        self.touch()
+        return None
 
     def release(self, row: Any) -> str | None:
         self.touch()
@@ -201,7 +206,8 @@ class Model:
         if hold.state == "captured":
             return "HoldClosed"
         hold.state = "released" if hold.state == "live" else hold.state
-        return self.touch()
+        self.touch()
+        return None
 
     def complete(self, purchase: Any) -> None:
         self.touch()
@@ -225,7 +231,8 @@ class Model:
         self.left[purchase] -= asked
         self.taken[purchase] += asked
         self.move(-asked)
-        return self.take_back(purchase, asked)
+        self.take_back(purchase, asked)
+        return None
 
     def reinstate(self, purchase: Any, credits: int | None) -> str | None:
         self.touch()
@@ -236,7 +243,8 @@ class Model:
         self.left[purchase] += asked
         self.taken[purchase] -= asked
         self.move(asked)
-        return self.give_back(purchase, asked, most)
+        self.give_back(purchase, asked, most)
+        return None
 
 
 class Machine(RuleBasedStateMachine):

@@ -11,6 +11,7 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -32,7 +33,7 @@ SESSIONS = "/v1/checkout/sessions"
 REFUNDS = ("refund.created", "refund.updated", "refund.failed", "charge.refund.updated", "charge.refunded")
 
 
-def bought(shop: Shop, *, card: str = "4242424242424242") -> tuple[object, stripe.Checkout]:
+def bought(shop: Shop, *, card: str = "4242424242424242") -> tuple[e.Key, stripe.Checkout]:
     """A user whose purchase is paid, its event delivered and gone from the hold."""
     user = shop.world.user()
     started = shop.checkout(user)
@@ -395,7 +396,7 @@ def test_a_copy_of_the_database_is_told_apart_by_a_realm_of_its_own(shop: Shop):
 # --- fields that a buyer or an address sets prove nothing ---
 
 
-def started_without_a_session(shop: Shop, state: str) -> tuple[object, object]:
+def started_without_a_session(shop: Shop, state: str) -> tuple[e.Key, uuid.UUID]:
     """A user and the id of a purchase that has no stored session, as the user's own CSV shows it."""
     user = shop.world.user()
     with shop.engine.begin() as conn:
@@ -840,7 +841,7 @@ def test_a_mark_that_is_no_number_is_none(shop: Shop, mark: str):
     assert shop.balance(user) == 49
 
 
-def completed_by_the_host(shop: Shop, **paid: object) -> tuple[object, str]:
+def completed_by_the_host(shop: Shop, **paid: Any) -> tuple[e.Key, str]:
     """A user and the payment intent of a purchase that the host completed itself."""
     user = shop.world.user()
     with shop.engine.begin() as conn:

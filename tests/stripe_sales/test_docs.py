@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -33,7 +34,7 @@ def test_the_how_to_sells(shop: Shop, tmp_path, monkeypatch):
     config = Config.load(file, environ=environment)
     assert [one.problem for one in stripe.check(config)] == [None]
 
-    names: dict[str, object] = {"engine": shop.engine, "config": config}
+    names: dict[str, Any] = {"engine": shop.engine, "config": config}
     exec(compile(block("python"), "docs/stripe.md", "exec"), names)
     user = shop.world.user()
     url = names["buy"](user, "form 1")
@@ -51,7 +52,7 @@ def test_the_how_to_sells(shop: Shop, tmp_path, monkeypatch):
 
 def test_a_session_of_ones_own_as_the_page_shows_it(shop: Shop):
     product = {"product": shop.api.products.list().data[0].id, "currency": "usd", "unit_amount": 900}
-    names: dict[str, object] = {
+    names: dict[str, Any] = {
         "stripe": stripe,
         "engine": shop.engine,
         "config": shop.config,

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from stripe_sales.shop import CREDITS, PRICE, Shop
 from tallystick import stripe
 from tallystick.audit import audit
-from tallystick.errors import InvalidArgument, StripeRefused, StripeUnavailable
+from tallystick.errors import InvalidArgument, Key, StripeRefused, StripeUnavailable
 from tallystick.schema import stripe_reconciliations
 from tallystick.stripe import reconciliation
 
@@ -21,7 +21,7 @@ def reconcile(shop: Shop, **options) -> stripe.Reconciliation:
     return stripe.reconcile(shop.engine, shop.config, **options)
 
 
-def a_busy_month(shop: Shop) -> dict[object, int]:
+def a_busy_month(shop: Shop) -> dict[Key, int]:
     """Users and the balances that Stripe's money stands for; not one event was delivered."""
     users = [shop.world.user() for _ in range(8)]
     paid, refunded, disputed, won, expired, late, never, free = (shop.checkout(user) for user in users)

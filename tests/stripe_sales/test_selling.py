@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import stripe as sdk
@@ -149,7 +150,7 @@ def test_nothing_is_sold_to_who_is_not_there(shop: Shop, deleted):
     assert shop.api.customers.list().data == []
 
 
-def price(shop: Shop, **changes: object) -> str:
+def price(shop: Shop, **changes: Any) -> str:
     product = shop.api.products.create({"name": "Another"}).id
     given = {"product": product, "currency": "usd", "unit_amount": PRICE} | changes
     return shop.api.prices.create(given).id
@@ -350,7 +351,7 @@ def test_a_buyer_can_choose_no_more_than_the_balance_holds(shop: Shop):
 # --- a session of the host's own ---
 
 
-def own_session(shop: Shop, sale: stripe.Sale, *, amount: int = 900, **more: object) -> str:
+def own_session(shop: Shop, sale: stripe.Sale, *, amount: int = 900, **more: Any) -> str:
     price = {"currency": "usd", "unit_amount": amount, "product_data": {"name": "Ten credits"}}
     return shop.api.checkout.sessions.create(
         {
@@ -364,7 +365,7 @@ def own_session(shop: Shop, sale: stripe.Sale, *, amount: int = 900, **more: obj
     ).id
 
 
-def start_sale(shop: Shop, user: e.Key, **more: object) -> stripe.Sale:
+def start_sale(shop: Shop, user: e.Key, **more: Any) -> stripe.Sale:
     terms = {"credits": 10, "amount": 900, "currency": "usd", "description": "Ten credits"}
     return stripe.start_sale(shop.engine, shop.config, user, **(terms | more))
 

@@ -32,7 +32,8 @@ class Adapter:
     def known(self, account: int) -> UUID:
         """The id, as an app would store it beside its user; all are read once."""
         if not self.ids:
-            found, page = {}, self.ledger.accounts.list("bench", limit=100)
+            found: dict[int, UUID] = {}
+            page = self.ledger.accounts.list("bench", limit=100)
             while page.cursor:
                 found |= {int(each.scope_ref): each.id for each in page}
                 page = self.ledger.accounts.list("bench", limit=100, cursor=page.cursor)

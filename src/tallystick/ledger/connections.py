@@ -293,7 +293,7 @@ def _psycopg2(conn: Any, call: Call[R]) -> R:
 
 
 def _on_psycopg2(conn: Any, call: Call[Any]) -> Rows:
-    from psycopg2.extensions import cursor  # type: ignore[import-untyped] # noqa: PLC0415
+    from psycopg2.extensions import cursor  # noqa: PLC0415
 
     # not of the host's cursor_factory, whose rows may be dictionaries
     return _on_cursor(conn.cursor(cursor_factory=cursor), call)

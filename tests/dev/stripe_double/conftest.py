@@ -92,7 +92,7 @@ def order(price: stripe.Price) -> dict[str, Any]:
 
 
 @pytest.fixture
-def session(client: stripe.StripeClient, order: dict[str, Any]) -> stripe.checkout.Session:
+def session(client: stripe.StripeClient, order: Any) -> stripe.checkout.Session:
     return client.v1.checkout.sessions.create(order)
 
 
@@ -129,8 +129,9 @@ class Receiver:
         self._server.server_close()
         self._thread.join()
 
-    def received(self, secret: str) -> list[stripe.Event]:
+    def received(self, secret: str | None) -> list[stripe.Event]:
         """Everything that came, its signature checked by the SDK."""
+        assert secret is not None
         return [
             stripe.Webhook.construct_event(body, signature, secret)
             for body, signature in zip(self.bodies, self.signatures, strict=True)

@@ -107,14 +107,14 @@ def test_an_expired_session_cannot_be_paid(
         client.v1.checkout.sessions.expire(session.id)
 
 
-def test_a_customer_is_made_when_asked_for(dev: DevStripe, client: stripe.StripeClient, order: dict[str, Any]) -> None:
+def test_a_customer_is_made_when_asked_for(dev: DevStripe, client: stripe.StripeClient, order: Any) -> None:
     order |= {"customer_creation": "always", "customer_email": "ada@example.com"}
     session = client.v1.checkout.sessions.create(order)
     customer = dev.pay(session.id)["customer"]
     assert client.v1.customers.retrieve(customer).email == "ada@example.com"
 
 
-def test_an_unmodelled_parameter_is_refused_by_name(client: stripe.StripeClient, order: dict[str, Any]) -> None:
+def test_an_unmodelled_parameter_is_refused_by_name(client: stripe.StripeClient, order: Any) -> None:
     with pytest.raises(stripe.InvalidRequestError, match="does not model the parameter 'discounts'"):
         client.v1.checkout.sessions.create(order | {"discounts": [{"coupon": "half"}]})
 
@@ -140,7 +140,7 @@ def test_an_unmodelled_parameter_is_refused_by_name(client: stripe.StripeClient,
     ],
 )
 def test_a_bad_session_is_refused(
-    client: stripe.StripeClient, order: dict[str, Any], change: dict[str, Any], code: str, param: str
+    client: stripe.StripeClient, order: Any, change: dict[str, Any], code: str, param: str
 ) -> None:
     request = {name: value for name, value in (order | change).items() if value is not None}
     with pytest.raises(stripe.InvalidRequestError) as caught:
@@ -165,14 +165,14 @@ LONG = "http://127.0.0.1:1/" + "x" * 5000
     ],
 )
 def test_a_parameter_over_its_limit_is_refused(
-    client: stripe.StripeClient, order: dict[str, Any], change: Any, param: str
+    client: stripe.StripeClient, order: Any, change: Any, param: str
 ) -> None:
     with pytest.raises(stripe.InvalidRequestError) as caught:
         client.v1.checkout.sessions.create(order | change)
     assert caught.value.param == param
 
 
-def test_the_longest_address_is_taken(client: stripe.StripeClient, order: dict[str, Any]) -> None:
+def test_the_longest_address_is_taken(client: stripe.StripeClient, order: Any) -> None:
     longest = LONG[:5000]
     assert client.v1.checkout.sessions.create(order | {"success_url": longest}).success_url == longest
 
@@ -201,7 +201,7 @@ def test_an_amount_of_nine_digits_is_refused(client: stripe.StripeClient, price:
     assert caught.value.code == "amount_too_large"
 
 
-def test_an_inactive_price_is_refused(client: stripe.StripeClient, price: stripe.Price, order: dict[str, Any]) -> None:
+def test_an_inactive_price_is_refused(client: stripe.StripeClient, price: stripe.Price, order: Any) -> None:
     client.v1.prices.update(price.id, {"active": False})
     with pytest.raises(stripe.InvalidRequestError, match="inactive"):
         client.v1.checkout.sessions.create(order)
@@ -310,9 +310,7 @@ def test_money_of_disputes(dev: DevStripe, client: stripe.StripeClient, intent: 
     assert [one.amount for one in moved] == [-5000, 5000]
 
 
-def test_test_cards_bring_disputes_and_slow_refunds(
-    dev: DevStripe, client: stripe.StripeClient, order: dict[str, Any]
-) -> None:
+def test_test_cards_bring_disputes_and_slow_refunds(dev: DevStripe, client: stripe.StripeClient, order: Any) -> None:
     def pay_with(card: str) -> str:
         return str(dev.pay(client.v1.checkout.sessions.create(order).id, card=card)["payment_intent"])
 

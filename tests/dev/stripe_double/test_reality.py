@@ -28,7 +28,7 @@ CACHE = Path(__file__).parents[3] / ".tallystick" / CLI.replace("/", "-")  # ign
 
 
 @pytest.fixture
-def history(dev: DevStripe, client: stripe.StripeClient, order: dict[str, Any]) -> DevStripe:
+def history(dev: DevStripe, client: stripe.StripeClient, order: Any) -> DevStripe:
     """An account in which everything has happened that the double knows."""
     customer = client.v1.customers.create({"email": "ada@example.com", "name": "Ada"})
     sessions = client.v1.checkout.sessions

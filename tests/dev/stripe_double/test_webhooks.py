@@ -40,7 +40,7 @@ def test_only_wanted_types_are_delivered_and_only_to_enabled_endpoints(
     client: stripe.StripeClient,
     receiver: Receiver,
     endpoint: stripe.WebhookEndpoint,
-    order: dict[str, Any],
+    order: Any,
 ) -> None:
     sessions = client.v1.checkout.sessions
     dev.pay(sessions.create(order).id)

@@ -24,7 +24,7 @@ class Entry:
     balance_after: int | None
     status: str = "completed"
     refund_of: uuid.UUID | None = None
-    id: uuid.UUID = None  # type: ignore[assignment]
+    id: uuid.UUID = None
 
     def __post_init__(self):
         self.id = self.id or uuid.uuid4()
