@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo example example-django test test-quick test-lowest test-wheel check docs bench bench-peers bench-growth bench-migration hammer picture lock clean
+.PHONY: help install demo example example-django test test-quick coverage test-lowest test-wheel check docs bench bench-peers bench-growth bench-migration hammer picture lock clean
 
 help:
 	@echo "make demo    migrate a busy database, sell, spend, refund and audit credits (under a minute)"
 	@echo "make example an app that sells credits, with a double of Stripe, at http://127.0.0.1:8000"
 	@echo "make test    the whole test suite on the embedded PostgreSQL (and on 15, where it is installed)"
 	@echo "make test-quick   the parts of it that need no browser, no npm and no killed server"
+	@echo "make coverage   the same, with the lines that they run; fewer than the floor is a failure"
 	@echo "make test-lowest   the ledger, the migration and the commands with the oldest versions that are declared"
 	@echo "make test-wheel   the same with the built wheel in place of the sources"
 	@echo "make docs    the documentation as a site, in .site/html, its links checked"
@@ -62,6 +63,10 @@ QUICK_TESTS := tests/test_*.py tests/stripe_sales tests/migrations/test_there_an
 test-quick: install
 	$(BIN)/python -m pytest -n auto $(QUICK_TESTS) --ignore tests/test_benchmarks.py
 
+# Of the quick tests alone: the others add kills, browsers and hosts to lines that these run already.
+coverage: install
+	$(BIN)/python -m pytest -n auto $(QUICK_TESTS) --ignore tests/test_benchmarks.py --cov --cov-report term:skip-covered --cov-fail-under 50
+
 # A test that fails beside the others runs once more, alone: a busy machine must not hide a fault, nor pass for one.
 define PYTEST
 	$(1) $(BIN)/python -m pytest -n auto $(2) || { test $$? = 1 && echo "These failed beside the others; each runs again, alone:" && \
@@ -87,12 +92,14 @@ $(VENV)/lowest/ready: requirements/lowest.txt
 	@$(VENV)/lowest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
+# The packages of .venv, whose own .pth files Python does not read there: the sources are out of reach.
 test-wheel: install
 	@rm -rf dist
 	@$(BIN)/python -m hatchling build >/dev/null
 	@$(PYTHON) -m venv --clear $(VENV)/wheel
-	@$(VENV)/wheel/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
 	@$(VENV)/wheel/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dist/*.whl
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  "$$($(VENV)/wheel/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
 	@$(VENV)/wheel/bin/python -c 'import tallystick; assert "site-packages" in tallystick.__file__, tallystick.__file__'
 	$(VENV)/wheel/bin/python -m pytest -n auto $(SMOKE)
 

@@ -162,6 +162,17 @@ def test_every_operation_has_its_types_checked():
     assert [operations - names for names in called.values()] == [set(), set()]
 
 
+def test_each_licence_of_what_is_vendored_is_in_the_package_and_the_readme():
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["license-files"]
+    packed = {file for pattern in patterns for file in ROOT.glob(pattern)}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").lower()
+    licences = {file for file in PACKAGE.rglob("*LICENSE*") if file.is_file()}
+    assert len(licences) == 3
+    assert packed == licences | {ROOT / "LICENSE"}
+    for file in licences:
+        assert file.name.removeprefix("LICENSE-").partition("-")[0].lower() in readme
+
+
 def checks(function: ast.AST, helpers: set[str]) -> bool:
     """True where a function asserts, expects an error, or calls a function beside it that does."""
     return any(
