@@ -118,7 +118,7 @@ def _templates(server: Server) -> Callable[[str], str]:
             host = SHAPES[shape].host
             with psycopg.connect(url.replace("+psycopg", "", 1)) as conn:
                 conn.execute(SHAPES[shape].ddl)
-            migrate.apply(url, Config(database_url=url, host=host))
+            migrate.apply(url, Config(database_url=url, host=host), stall_budget_ms=10_000)  # nobody waits
             made[shape] = name
         return made[shape]
 
