@@ -19,7 +19,7 @@ from tallystick import Config
 from tallystick.audit import CHECKS, AuditReport, audit
 from tallystick.errors import InvalidArgument, NotMigrated, UnknownUser
 from tallystick.schema import CHECKS as CONSTRAINTS
-from tallystick.schema import LEDGER, event_settings, events, stripe_reversals
+from tallystick.schema import LEDGER, daily_sums, days, event_settings, events, stripe_reversals
 from worlds import SHAPES, World
 
 MONTH_AGO = dt.datetime.now(dt.UTC) - dt.timedelta(days=30)
@@ -427,6 +427,12 @@ def _lost_event(h: Healthy, conn: sa.Connection) -> None:
         conn.execute(sa.insert(events).values(position=1, kind=kind, transaction_id=h.rows[name]))
 
 
+def _sum_without_rows(_h: Healthy, conn: sa.Connection) -> None:
+    day = dt.date(2020, 1, 1)
+    conn.execute(sa.insert(days).values(day=day, writers_before=1, closed_at=sa.func.now()))
+    conn.execute(sa.insert(daily_sums).values(day=day, kind="grant", currency="", credits=5, paid=0))
+
+
 FAULTS = [
     Fault("gapless_sequence", "unlocked again", _deleted_middle, "sequence 4"),
     Fault("gapless_sequence", "second", _repeated_number, "sequence 3", "a number twice"),
@@ -508,6 +514,7 @@ FAULTS = [
     Fault("money_and_credits", "bob bought", _reversal(kind="dispute", status="lost"), "it has taken none"),
     Fault("merged_on_both_sides", "left", _one_sided_merge, "none behind refund_of"),
     Fault("event_recorded", "bob unlocked", _lost_event, "no event"),
+    Fault("daily_sums", "day 2020-01-01", _sum_without_rows, "+5 and 0 in"),
     Fault("tally", "all users", _without_amount, "sums that differ"),
 ]
 

@@ -23,6 +23,7 @@ SHORT = {
     "webhooks.py": ["--deliveries", "20"],
     "audit.py": ["--rows", "10000"],
     "events.py": ["--quick"],
+    "overview.py": ["--quick"],
 }
 PRINTED = {  # of each table the last line, and whatever may be left out
     "migration.py": ["| no migration at all |"],
@@ -43,6 +44,7 @@ PRINTED = {  # of each table the last line, and whatever may be left out
     ],
     "webhooks.py": ["\nreceive ", "\nratio of the totals: "],
     "events.py": ["| on, with NOTIFY |"],
+    "overview.py": ["| days closed ", "| closing sixty days, once "],
     "audit.py": ["  audit, healthy ", "  audit of one user "],
 }
 

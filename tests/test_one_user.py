@@ -19,6 +19,7 @@ OF_MANY_USERS = {
     "merge": "is about two users",
     "sweep": "is about whoever has something expired",
     "events": "is the feed of all users",
+    "close_days": "adds up the rows of all users",
 }
 BY_ANOTHER_KEY = {
     # reason → the functions with statements that name no user

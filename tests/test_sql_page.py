@@ -41,8 +41,9 @@ def installed(conn: psycopg.Connection) -> dict[str, tuple[list[tuple[str, str, 
         SELECT proname, proargnames[:pronargs], proargtypes::regtype[]::text[],
           ARRAY(SELECT pg_get_function_arg_default(p.oid, n) FROM generate_series(1, pronargs) AS n),
           pg_get_function_result(p.oid)
-        FROM pg_proc AS p
-        WHERE pronamespace = 'tallystick'::regnamespace AND prosecdef AND prorettype <> 'trigger'::regtype
+        FROM pg_proc AS p JOIN pg_type AS answer ON answer.oid = p.prorettype
+        -- close_days and triggers give no answer
+        WHERE pronamespace = 'tallystick'::regnamespace AND prosecdef AND typnamespace = pronamespace
     """)
     return {
         name: (

@@ -19,7 +19,8 @@ no snapshot is held for long: a few seconds each, or an eighth of a very large l
 table for its rows, so that more of them would take longer in all. An audit can go on ``after`` a range.
 
 No sum tells the order of two rows. That the moments of completion rise with the numbers is seen by reading an index in
-its order, which takes longer than all else together: a ``quick`` audit leaves it out.
+its order, which takes longer than all else together. The console's sums of closed days are held against the rows of
+these days, which is no matter of a user: an audit of everyone begins with it. A ``quick`` audit leaves out both.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ from tallystick.schema import (
     CreditTransactionStatus,
     CreditTransactionType,
     Schema,
+    daily_sums,
+    days,
     event_settings,
     events,
     stripe_reversals,
@@ -160,7 +163,8 @@ def audit(
     """Check everything, or one ``user``, or those users whose ledger got or completed a row at or after ``since``.
 
     A user's whole chain is checked even when only the end of it is younger than ``since``. ``quick`` leaves out
-    ``completed_in_order``, which reads the ledger in the order of its users. Each check reports at
+    ``completed_in_order``, which reads the ledger in the order of its users, and ``daily_sums``, which reads its young
+    rows once more; an audit of some users leaves out the latter as well. Each check reports at
     most ``limit`` findings, so that a common fault does not hide a rare one; the worst come first. ``progress`` is
     called with the ledger rows done and the rows in all (an estimate, never less than those done).
 
@@ -195,12 +199,7 @@ def audit(
         user = schema.user_key(user)
     with _transaction(conn):
         facts = _look(conn, schema)
-    left_out = {"completed_in_order"} if quick else set()
-    checks = [
-        check
-        for check in CHECKS.values()
-        if check.name not in left_out and (schema.workshops is not None or not check.needs_workshops)
-    ]
+    checks = _checks(schema, quick=quick, everyone=user is None and since is None and after is None)
     found: dict[str, list[Finding]] = {check.name: [] for check in checks}
     users = rows = 0
     low: Key | None = None if after is None else schema.user_key(after)
@@ -233,6 +232,15 @@ def audit(
             user=user,
         )
     return _report(found, found, limit, users=users, rows=rows, began=started)
+
+
+def _checks(schema: Schema, *, quick: bool, everyone: bool) -> list[Check]:
+    left_out = {*(["completed_in_order"] if quick else ()), *(["daily_sums"] if quick or not everyone else ())}
+    return [
+        check
+        for check in CHECKS.values()
+        if check.name not in left_out and (schema.workshops is not None or not check.needs_workshops)
+    ]
 
 
 @contextmanager
@@ -375,6 +383,7 @@ def _look(conn: DbConnection, schema: Schema) -> _Facts:
         )
         | ({"unsettled"} if unsettled else frozenset())
         | ({"lots"} if lots else frozenset())
+        | {"days"}
         | (frozenset() if recorded_since is None else {"events"}),
         recorded_since=recorded_since,
         collations={
@@ -1075,6 +1084,47 @@ def _unrecorded(part: _Part) -> sa.Select[Any]:
     return rows.where(row.status == _COMPLETED, row.completed_at >= part.facts.recorded_since, ~recorded)
 
 
+def _wrong_days(part: _Part) -> sa.Select[Any]:
+    """Sums of closed days that are not those of their rows, of all users: once, with the first part."""
+    row, closed = part.row, days.alias("closed").c
+    day = sa.cast(sa.func.timezone("UTC", row.completed_at), sa.Date)
+    undoes = sa.and_(row.type == _GRANT, row.refund_of.is_not(None))
+    kind = sa.case((undoes, "reinstatement"), else_=row.type.cast(sa.Text))
+    first = sa.func.timezone("UTC", sa.cast(sa.select(sa.func.min(closed.day)).scalar_subquery(), pg.TIMESTAMP))
+    each = (
+        sa.select(
+            day.label("day"),
+            kind.label("kind"),
+            sa.func.coalesce(row.currency.cast(sa.Text), "").label("currency"),
+            row.amount,
+            row.amount_paid,
+        )
+        .where(row.completed_at >= first, day.in_(sa.select(closed.day).where(closed.closed_at.is_not(None))))
+        .subquery("each")
+    )
+    key = each.c.day, each.c.kind, each.c.currency
+    paid = sa.func.coalesce(sa.func.sum(each.c.amount_paid), 0).label("paid")
+    added = sa.select(*key, sa.func.sum(each.c.amount).label("credits"), paid).group_by(*key).subquery("added")
+    kept, rows = daily_sums.c, added.c
+    of = {name: sa.func.coalesce(kept[name], rows[name]) for name in ("day", "kind", "currency")}
+    same = sa.and_(*(kept[name] == rows[name] for name in of))
+    sums = {
+        f"{whose}_{name}": sa.func.coalesce(side[name], 0)
+        for whose, side in (("kept", kept), ("rows", rows))
+        for name in ("credits", "paid")
+    }
+    differs = sa.or_(*(sums[f"kept_{name}"] != sums[f"rows_{name}"] for name in ("credits", "paid")))
+    shown = (sa.literal("day ") + of["day"].cast(sa.Text)).label("part")
+    columns = (expression.label(name) for name, expression in (of | sums).items())
+    selected: list[Expression] = [shown, *columns]
+    return (
+        sa.select(*selected)
+        .select_from(daily_sums.join(added, same, full=True))
+        .where(differs, sa.literal(part.low is None))
+        .order_by(*of.values())
+    )
+
+
 def _unexplained(part: _Part) -> sa.Select[Any]:
     sums = part.sums().subquery().c
     return sa.select(sa.literal(part.describe()).label("part")).where(sums.chain)
@@ -1532,6 +1582,18 @@ CHECKS: Mapping[str, Check] = {
             found="created_at {created_at}",
             likely_cause=f"the server's clock was set back, or a fail-over led to one that is behind; or {_BY_HAND}",
             what_to_do=_LOOK + "Of several users at one moment it is the clock. Of one alone, compare with your backup",
+        ),
+        Check(
+            name="daily_sums",
+            purpose="the console's sums of a closed day are those of its rows (reported, but no fault of the ledger)",
+            fault=False,
+            signs=frozenset({"days"}),
+            search=_wrong_days,
+            expected="{rows_credits:+} credits by {kind}, and {rows_paid} {currency} paid for them, as its rows say",
+            found="{kept_credits:+} and {kept_paid} in tallystick.daily_sums",
+            likely_cause=f"a row of that day was {_BY_HAND}; or the server's clock was set back by more than an hour",
+            what_to_do="If no other check has found a row of it, have it added up anew: "
+            "DELETE FROM tallystick.days WHERE day = '{day}'; then: tallystick sweep",
         ),
         Check(
             name="tally",

@@ -31,7 +31,7 @@ from tallystick.config import (
 from tallystick.database import DbConnection, translated
 from tallystick.errors import HostMismatch, InvalidArgument, Key, NotMigrated, SchemaTooNew, shown
 
-HEAD = "0004"
+HEAD = "0005"
 """The revision this package works with; the tests hold it against ``migrate/versions``."""
 
 BOOKKEEPING_SCHEMA = "tallystick"
@@ -269,6 +269,13 @@ class Schema:
                 row.completed_at,
                 row.sequence,
                 postgresql_where=row.completed_at.is_not(None),
+            ),
+            # the rows of a day, of all users: in pages that lie together
+            Index(
+                f"{LEDGER}_completed_at",
+                row.completed_at,
+                postgresql_using="brin",
+                postgresql_with={"autosummarize": "true"},
             ),
             # how much of a purchase is left to refund
             Index(f"{LEDGER}_refund_of", row.refund_of, postgresql_where=row.refund_of.is_not(None)),
@@ -595,6 +602,30 @@ event_dead_letters = Table(
     sa.PrimaryKeyConstraint("endpoint", "event_id", name="event_dead_letters_pkey"),
 )
 """Events that an endpoint did not take, as they were sent; ``replayed_at`` is when one was taken after all."""
+
+
+days = Table(
+    "days",
+    _bookkeeping,
+    Column("day", sa.Date, primary_key=True),
+    Column("writers_before", sa.BigInteger, nullable=False),
+    Column("closed_at", pg.TIMESTAMP(timezone=True)),
+)
+"""The last sixty UTC days that are over. One is closed when every transaction has ended whose number is below
+``writers_before``: then ``daily_sums`` has its sums. It is opened again by deleting its row."""
+
+daily_sums = Table(
+    "daily_sums",
+    _bookkeeping,
+    Column("day", sa.Date, ForeignKey(days.c.day, ondelete="CASCADE", name="daily_sums_day_fk"), nullable=False),
+    Column("kind", sa.Text, nullable=False),
+    Column("currency", sa.Text, nullable=False),
+    Column("credits", sa.Numeric, nullable=False),
+    Column("paid", sa.Numeric, nullable=False),
+    sa.PrimaryKeyConstraint("day", "kind", "currency", name="daily_sums_pkey"),
+)
+"""The sums of each closed day: credits by the type of row, a grant with a ``refund_of`` as ``reinstatement``; and
+what was paid for them in minor units of ``currency``, which is empty where nothing was."""
 
 
 def verify(conn: DbConnection, host: HostMapping | None = None) -> None:

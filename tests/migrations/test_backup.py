@@ -83,6 +83,8 @@ def test_there_and_back(app: App, make_app: Callable[..., App], tmp_path: Path) 
         "tallystick.mapping": 1,
         "tallystick.lots": 0,
         "tallystick.lot_moves": 0,
+        "tallystick.days": 0,
+        "tallystick.daily_sums": 0,
     }
     assert stat.S_IMODE(made.path.stat().st_mode) == 0o600
     assert [path.name for path in tmp_path.iterdir()] == ["app.backup"]

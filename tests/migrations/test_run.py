@@ -107,7 +107,11 @@ class TestWaiting:
         assert (blocker.state, blocker.tables) == ("idle in transaction", ("public.users",))
         phases = list(dict.fromkeys((step.phase, step.revision) for step in seen if step.phase != "waiting"))
         host = HostNames.of(app.config.host)
-        online = [each.revision for each in revisions() if {**each.indexes(host), **each.validates(host)}]
+        online = [
+            each.revision
+            for each in revisions()
+            if each.indexes(host) or each.ledger_indexes(host) or each.validates(host)
+        ]
         assert phases == [("locking", HEAD), ("applied", HEAD), *(("online", name) for name in online)]
         with app.engine.connect() as conn:
             newest = "SELECT waited_for -> 0 ->> 'application' FROM tallystick.migration_log ORDER BY id DESC LIMIT 1"
@@ -470,7 +474,7 @@ def tell_when(event: threading.Event, phase: str, now: migrate.Progress) -> None
 
 def without_online(shape: set[tuple[str, str]]) -> set[tuple[str, str]]:
     """Without what is done after the commit."""
-    online = (INDEX, "tallystick_users_credit_due_at")
+    online = (INDEX, "tallystick_users_credit_due_at", "credit_transactions_completed_at")
     return {
         (kind, text.removesuffix(" NOT VALID")) for kind, text in shape if not any(index in text for index in online)
     }

@@ -151,6 +151,7 @@ def test_the_log_tells_what_the_receipt_tells(app: App) -> None:
         ("tallystick_users_credit_due_at", "built"),
         ("credit_transactions_type", "validated"),
         ("credit_transactions_held", "validated"),
+        ("credit_transactions_completed_at", "built"),
     ]
     with app.engine.connect() as conn:
         log = migrate.status(conn, app.config).history

@@ -359,7 +359,8 @@ def sweep(
 ) -> None:
     """Write the rows for holds and credits that have expired, of users without a write since then.
 
-    Balances that Tallystick gives are right without it: run it once a day, for code that reads the tables directly.
+    Balances that Tallystick gives are right without it: run it once a day, for code that reads the tables directly. It
+    also adds up the days that are over, so that the console's overview need not read their rows.
     """
     swept = 0
     while True:
@@ -368,6 +369,8 @@ def sweep(
         swept += found
         if found < limit:
             break
+    with mapped(ctx, changes=False) as (conn, config):
+        Ledger(config).close_days(conn)
     told = f"{swept} {'user' if swept == 1 else 'users'} had holds or credits that expired."
     emit({"users": swept}, lambda: out.print(told), as_json=as_json)
 

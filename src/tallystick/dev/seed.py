@@ -34,7 +34,7 @@ from tallystick.database import translated
 from tallystick.dev.host_tables import HostFault, HostRow, HostTables
 from tallystick.errors import InvalidArgument, Key, PermissionDenied, SeedImpossible, SeedRefused, shown
 from tallystick.ledger import CreditTransaction, Ledger
-from tallystick.schema import LEDGER, TRIGGERS, Schema, migration_log, verify
+from tallystick.schema import LEDGER, TRIGGERS, Schema, days, migration_log, verify
 
 DEFAULT_PACKS = (
     Pack(name="Single Flight", credits=1, amount=7900),
@@ -220,6 +220,9 @@ def reset(
         removed = set()
         if _present(conn, schema, chosen):
             with _append_only_lifted(conn, ledger):
+                # first, so that no day of theirs is closed meanwhile; they are added up anew
+                on = sa.cast(sa.func.timezone("UTC", ledger.c.completed_at), sa.Date)
+                conn.execute(sa.delete(days).where(days.c.day.in_(sa.select(on).where(ledger.c.user_id.in_(users)))))
                 conn.execute(sa.delete(ledger).where(ledger.c.user_id.in_(users)))
                 gone_lots = sa.delete(schema.lots).where(schema.lots.c.user_id.in_(users)).returning(schema.lots.c.id)
                 lots = conn.scalars(gone_lots).all()

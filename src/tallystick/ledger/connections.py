@@ -166,6 +166,7 @@ _COLUMNS: Mapping[str, str] = {
     ),
     **dict.fromkeys(("access", "delete_workshop", "restore_workshop"), _WORKSHOP),
     "events": _EVENT,
+    "close_days": "close_days",
 }
 _ANSWER = (
     "outcome, id, user_id, type, status, amount, balance_after, sequence, description, workshop_id, refund_of, "

@@ -113,6 +113,7 @@ REVISIONS: dict[str, tuple[str, ...]] = {
         "merge",
         "erase",
     ),
+    "0005": ("close_days",),
 }
 """The files of ``sql/`` that each revision brought, in an order in which they can be made."""
 
@@ -157,7 +158,7 @@ class Function:
     returns: str
     comment: str
     public: bool
-    """Callers may be given EXECUTE on it; the rest is called by these alone."""
+    """A caller of the ledger's uses it, and gets an answer; the rest is called by these, or by an operator."""
     writes: bool
 
 
@@ -275,7 +276,7 @@ def _functions_of(text: str) -> Iterator[Function]:
             tuple(_parameters(found["parameters"])),
             found["returns"],
             comment,
-            public="SECURITY DEFINER" in found["options"],
+            public="SECURITY DEFINER" in found["options"] and "tallystick." in found["returns"],
             writes="STABLE" not in found["options"] and "IMMUTABLE" not in found["options"],
         )
 

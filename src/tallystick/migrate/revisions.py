@@ -12,6 +12,7 @@ word for the table), and has these functions of the ``HostNames``, each giving `
 ``locks``           the tables that ``locked`` changes and ``prepare`` has not made, in locking order
 ``locked``          their changes: no scan, no rewrite, at most one ALTER for each table
 ``indexes``         name → statement: built concurrently after the commit, on the users' table
+``ledger_indexes``  the same on the ledger, where it has any
 ``validates``       name → statement: constraints of the ledger that ``locked`` added NOT VALID, checked
                     after the commit, beside live traffic
 ``undo_locks``      the tables that ``undo`` changes, in locking order
@@ -188,6 +189,7 @@ class Revision:
     locks: Callable[[HostNames], tuple[Identifier, ...]]
     locked: Callable[[HostNames], Iterable[Composable]]
     indexes: Callable[[HostNames], Mapping[str, Composable]]
+    ledger_indexes: Callable[[HostNames], Mapping[str, Composable]]
     validates: Callable[[HostNames], Mapping[str, Composable]]
     undo_locks: Callable[[HostNames], tuple[Identifier, ...]]
     unreplaces: Callable[[HostNames], Iterable[Composable]]
@@ -198,6 +200,10 @@ class Revision:
 
 def _nothing(_names: HostNames) -> Iterable[Composable]:
     return ()
+
+
+def _no_indexes(_names: HostNames) -> Mapping[str, Composable]:
+    return {}
 
 
 @lru_cache(maxsize=1)
@@ -222,6 +228,7 @@ def revisions() -> tuple[Revision, ...]:
                 locks=module.locks,
                 locked=module.locked,
                 indexes=module.indexes,
+                ledger_indexes=getattr(module, "ledger_indexes", _no_indexes),
                 validates=module.validates,
                 undo_locks=module.undo_locks,
                 unreplaces=getattr(module, "unreplaces", _nothing),

@@ -101,11 +101,14 @@ def test_pages_read_big_tables_through_indexes_only(plans, read):
             assert not scanned, statement
 
 
-def test_the_figures_read_young_rows_only(plans, crowd):
-    by_day, _money_back, _holdings = plans(lambda books: books.figures(dt.datetime.now(dt.UTC)))
-    assert "GROUP BY" in by_day[0]
-    statement = Queries(crowd.config, crowd.engine)._by_day(dt.date(2026, 1, 1))
-    assert "credit_transactions.id >=" in str(statement)
+def test_the_rows_of_a_day_are_found_by_an_index(plans):
+    def read(books):
+        with books.reading() as conn:
+            conn.execute(books._by_day([dt.datetime.now(dt.UTC).date()])).all()
+
+    [(statement, scanned)] = plans(read)
+    assert "GROUP BY" in statement
+    assert not scanned
 
 
 def test_large_sizes_are_estimates_that_are_near(crowd):

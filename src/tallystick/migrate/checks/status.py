@@ -397,7 +397,11 @@ class _Remedies:
         dialect = pg.dialect(paramstyle="named")  # type: ignore[no-untyped-call]  # one that doubles no %
         ddl = dialect.ddl_compiler(dialect, None)  # type: ignore[arg-type]
         self.quote = dialect.identifier_preparer.quote
-        self.online = {name for each in revisions() for name in (*each.indexes(names), *each.validates(names))}
+        self.online = {
+            name
+            for each in revisions()
+            for name in (*each.indexes(names), *each.ledger_indexes(names), *each.validates(names))
+        }
         self.tables: dict[str, str] = {}  # as in a Drift's ``where``, and as in SQL
         self.made: dict[tuple[str, str], str] = {}
         for table in declared.metadata.tables.values():

@@ -86,7 +86,7 @@ def upward(
     )
     online: dict[str, Composable] = {}
     for revision in pending:
-        online |= {**revision.indexes(names), **revision.validates(names)}
+        online |= {**revision.indexes(names), **revision.ledger_indexes(names), **revision.validates(names)}
     return Messages(
         locks=locks,
         opening=(

@@ -56,9 +56,12 @@ def online(
     Raises:
         MigrationError: the data does not allow it.
     """
-    schema = names.users.schema
-    for name, statement in revision.indexes(names).items():
-        yield from build(conn, schema=schema, name=name, statement=statement, progress=partial(progress, name))
+    for schema, indexes in (
+        (names.users.schema, revision.indexes(names)),
+        (names.ledger_schema, revision.ledger_indexes(names)),
+    ):
+        for name, statement in indexes.items():
+            yield from build(conn, schema=schema, name=name, statement=statement, progress=partial(progress, name))
     for name, statement in revision.validates(names).items():
         ledger = Identifier(names.ledger_schema, LEDGER)
         yield from validate(conn, table=ledger, name=name, statement=statement, progress=partial(progress, name))

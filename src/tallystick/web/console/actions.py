@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from tallystick.config import CREDITS_MAX, Config
 from tallystick.database import transaction
-from tallystick.errors import LedgerError
+from tallystick.errors import LedgerError, TallystickError
 from tallystick.ledger import CreditTransaction, Ledger
 from tallystick.web.console.queries import LedgerRow, UserRow
 
@@ -122,6 +122,14 @@ class Actions:
             review.name, operator, review.user.key, credits, review.reason, row.id, row.replayed,
         )  # fmt: skip
         return row
+
+    def close_days(self) -> None:
+        """Add up the days that are over. The figures are right without it, so it may be refused."""
+        try:
+            with transaction(self._engine) as conn:
+                self._ledger.close_days(conn)
+        except TallystickError as error:
+            log.info("days are not closed, and their rows are read: %s", error.message)
 
     def refused(self, review: Review, error: LedgerError) -> Review:
         """The review again, with what the ledger said."""

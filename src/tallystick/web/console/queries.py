@@ -1,8 +1,8 @@
 """Everything the console reads: bounded statements in read-only transactions, whatever the size of the ledger.
 
 No statement of a page depends on how many users or rows there are: lists go by keyset on an index, totals of big
-tables are the planner's estimates. The two sums that must look at much (what users hold, and the days of the
-overview) are not made in a request; see ``background``.
+tables are the planner's estimates. The sums that must look at much (what users hold, and the rows of days that are not
+closed) are not made in a request; see ``background``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from fractions import Fraction
+from itertools import groupby
 from typing import Any, Generic, TypeVar
 from uuid import UUID
 
@@ -23,7 +24,15 @@ from tallystick.config import TEXT_KEYS, Config
 from tallystick.database import Standby, standby, transaction, with_known_settings
 from tallystick.errors import InvalidArgument, Key, UnknownUser, shown
 from tallystick.ledger import Ledger, Standing
-from tallystick.schema import CreditTransactionStatus, Schema, migration_log, stripe_failed_deliveries, stripe_reversals
+from tallystick.schema import (
+    CreditTransactionStatus,
+    Schema,
+    daily_sums,
+    migration_log,
+    stripe_failed_deliveries,
+    stripe_reversals,
+)
+from tallystick.schema import days as kept_days
 
 PAGE_ROWS = 50
 TALLY_ROWS = 30
@@ -36,8 +45,6 @@ ROWS_A_PAGE = 40
 PAGE_TIMEOUT_MS = 5_000
 SUM_TIMEOUT_MS = 300_000
 DAYS = 30
-LATE_DAYS = 30
-"""A purchase that has waited longer for its payment is not counted; Stripe's own limit is far below."""
 
 PENDING, FAILED = CreditTransactionStatus.PENDING, CreditTransactionStatus.FAILED
 
@@ -660,29 +667,38 @@ class Queries:
     # --- sums, too slow for a request ---
 
     def figures(self, now: dt.datetime) -> Figures:
-        """The sums of the overview as of ``now``. Looks at the rows of about 90 days and at every user."""
+        """The sums of the overview as of ``now``. Looks at the rows of days that are not closed, and at every user."""
         today = now.astimezone(dt.UTC).date()
         first = today - dt.timedelta(days=2 * DAYS - 1)
         with self.reading(timeout_ms=SUM_TIMEOUT_MS) as conn:
-            moved = conn.execute(self._by_day(first)).all()
+            # a day that is closed or opened again from here on is counted by what this says
+            kept = conn.execute(self._kept(first, today)).all()
+            closed = {row.day for row in kept}
+            days = [first + dt.timedelta(days=n) for n in range(2 * DAYS)]
+            moved = [*kept, *conn.execute(self._by_day([day for day in days if day not in closed]))]
             back = conn.execute(self._money_back(first)).all()
             holdings = Holdings(*map(int, conn.execute(self._holdings()).one()))
         return _figures(moved, back, holdings, first)
 
-    def _by_day(self, first: dt.date) -> sa.Select[Any]:
-        ledger = self._ledger
-        since = dt.datetime.combine(first, dt.time(), dt.UTC)
-        day = sa.cast(sa.func.timezone("UTC", ledger.completed_at), sa.Date)
-        kind, linked = sa.cast(ledger.type, sa.Text), ledger.refund_of.is_not(None)
+    def _kept(self, first: dt.date, last: dt.date) -> sa.Select[Any]:
+        """The sums of closed days; a closed day without any has a row as well."""
+        day, kept = kept_days.c, daily_sums.c
         return (
-            sa.select(day, kind, linked, ledger.currency, sa.func.sum(ledger.amount), sa.func.sum(ledger.amount_paid))
-            .where(
-                # ids are UUIDv7, so the primary key finds what is young without an index of its own on the time
-                ledger.id >= _first_id(since - dt.timedelta(days=LATE_DAYS)),
-                ledger.completed_at >= since,
-            )
-            .group_by(day, kind, linked, ledger.currency)
+            sa.select(day.day, kept.kind, kept.currency, kept.credits, kept.paid)
+            .select_from(kept_days.outerjoin(daily_sums, kept.day == day.day))
+            .where(day.day.between(first, last), day.closed_at.is_not(None))
         )
+
+    def _by_day(self, days: Sequence[dt.date]) -> sa.Select[Any]:
+        """The same of the rows of other ``days``, in their order."""
+        ledger = self._ledger
+        day = sa.cast(sa.func.timezone("UTC", ledger.completed_at), sa.Date).label("day")
+        undoes = sa.and_(sa.cast(ledger.type, sa.Text) == "grant", ledger.refund_of.is_not(None))
+        kind = sa.case((undoes, "reinstatement"), else_=sa.cast(ledger.type, sa.Text)).label("kind")
+        currency = sa.func.coalesce(sa.cast(ledger.currency, sa.Text), "").label("currency")
+        sums = sa.func.sum(ledger.amount).label("credits"), sa.func.coalesce(sa.func.sum(ledger.amount_paid), 0)
+        of_days = sa.or_(sa.false(), *(ledger.completed_at.between(*ends) for ends in _stretches(days)))
+        return sa.select(day, kind, currency, *sums).where(of_days).group_by(day, kind, currency)
 
     def _money_back(self, first: dt.date) -> sa.Select[Any]:
         row = stripe_reversals.c
@@ -919,11 +935,6 @@ def _as_uuid(text: str) -> UUID | None:
         return None
 
 
-def _first_id(moment: dt.datetime) -> UUID:
-    """The lowest UUIDv7 of this millisecond."""
-    return UUID(int=(int(moment.timestamp() * 1000) << 80) | (7 << 76) | (2 << 62))
-
-
 def _utc(moment: Any) -> Any:
     return moment.replace(tzinfo=dt.UTC) if isinstance(moment, dt.datetime) and moment.tzinfo is None else moment
 
@@ -981,19 +992,29 @@ def _origins(summed: Sequence[Sequence[Any]]) -> Origins:
     )
 
 
+def _stretches(days: Sequence[dt.date]) -> Iterator[tuple[dt.datetime, dt.datetime]]:
+    """The first and the last moment of each stretch of ``days`` that follow one another."""
+    for _, stretch in groupby(enumerate(days), key=lambda each: each[1] - dt.timedelta(days=each[0])):
+        dates = [day for _, day in stretch]
+        yield (
+            dt.datetime.combine(dates[0], dt.time.min, dt.UTC),
+            dt.datetime.combine(dates[-1], dt.time.max, dt.UTC),
+        )
+
+
 def _figures(
     moved: Sequence[Sequence[Any]], back: Sequence[Sequence[Any]], holdings: Holdings, first: dt.date
 ) -> Figures:
     days = {first + dt.timedelta(days=n): dict.fromkeys(_FIGURE_OF.values(), 0) for n in range(2 * DAYS)}
     money: defaultdict[str, Counter[str]] = defaultdict(Counter)
     middle = first + dt.timedelta(days=DAYS)
-    for date, type_, linked, currency, summed, paid in moved:
+    for date, kind, currency, summed, paid in moved:
+        if kind is None:
+            continue  # a closed day on which nothing moved
         credits = int(summed)  # a sum of bigint is a numeric
-        if date not in days:
-            continue  # completed after the day that this was asked for
-        if (name := _figure(type_, linked=linked)) is not None:
+        if (name := _FIGURE_OF.get(kind)) is not None:
             days[date][name] += -credits if name in _CREDITS_OUT else credits
-        if currency is not None and paid is not None:
+        if currency:
             money[currency]["now" if date >= middle else "before"] += int(paid)
             money[currency]["credits"] += credits
     for currency, is_late, amount in back:

@@ -108,9 +108,7 @@ class _Console:
         self.actions = Actions(config, engine) if allow_actions else None
         self.files = StaticFiles("tallystick.web.console", "tallystick.web.shared")
         self.audit: Background[audit.AuditReport] = Background("audit", self._audit)
-        self.figures: Background[Figures] = Background(
-            "figures", lambda _: self.queries.figures(dt.datetime.now(dt.UTC)), keep_s=60
-        )
+        self.figures: Background[Figures] = Background("figures", self._figures, keep_s=60)
         self.stripe: Background[stripe.Reconciliation] | None = None
         if allow_actions and config.stripe_secret_key and importlib.util.find_spec("stripe"):
             from tallystick import stripe  # noqa: PLC0415 - an extra
@@ -577,6 +575,11 @@ class _Console:
         if found is None:
             raise HTTPException(404)
         return Response(found[0], media_type=found[1], headers={"Cache-Control": "no-cache"})
+
+    def _figures(self, _progress: Callable[[int, int], None]) -> Figures:
+        if self.actions:
+            self.actions.close_days()
+        return self.queries.figures(dt.datetime.now(dt.UTC))
 
     def _audit(self, progress: Callable[[int, int], None]) -> audit.AuditReport:
         with translated(connecting=True):

@@ -1,0 +1,103 @@
+"""The figures of the console's overview: days added up once, beside reading the rows of sixty days each time.
+
+    python benchmarks/overview.py            minutes; the table of docs/scaling.md
+    python benchmarks/overview.py --quick    seconds, to see that it runs
+
+Two apps on one server, with as many users and with few and many rows, spread evenly over 90 days up to now. CPU of the
+server's process for the statements of one overview, so that what else the machine does counts for nothing. Parallel
+workers are off, since their CPU is not that process's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+from collections.abc import Iterator
+
+import sqlalchemy as sa
+
+import stage
+from cpu import used_ms
+from ledger import table
+from tallystick.web.console.queries import Queries
+
+USERS = 1_000
+FILL = """
+INSERT INTO credit_transactions
+  (id, user_id, type, status, amount, balance_after, sequence, description, idempotency_key, amount_paid, currency,
+   created_at, completed_at)
+SELECT gen_random_uuid(), 1 + mod(k, :users), (CASE WHEN buys THEN 'purchase' ELSE 'consumption' END)::{type},
+  'completed', CASE WHEN buys THEN 1000 ELSE -1 END, 1000000, 10 + k / :users, 'Filled', 'overview ' || k,
+  CASE WHEN buys THEN 7900 END, CASE WHEN buys THEN 'usd' END, at, at
+FROM generate_series(1, :rows) AS k,
+  LATERAL (SELECT mod(k, 10) = 0, now() - (:rows - k)::float / :rows * interval '90 days') AS row (buys, at)
+"""
+# what reads by user has no part in this, and takes most of the time to fill
+OTHER_INDEXES = """
+SELECT format('DROP INDEX %s', indexrelid::regclass) FROM pg_index
+WHERE indrelid = 'credit_transactions'::regclass AND NOT indisprimary
+  AND indexrelid <> 'credit_transactions_completed_at'::regclass
+"""
+
+
+def measured(app: stage.App, *, closed: bool, enough_ms: float) -> tuple[float, float]:
+    """CPU in ms of one overview, the mean of as many as take ``enough_ms``; and of the one closing before it."""
+    engine = sa.create_engine(app.url, pool_size=1, max_overflow=0)  # all of it in one process
+    with engine.connect() as conn:
+        pid = conn.scalar(sa.text("SELECT pg_backend_pid()"))
+    queries, begun = Queries(app.ledger.config, engine), used_ms(pid)
+    while closed:
+        with engine.begin() as conn:
+            if app.ledger.close_days(conn):
+                break
+    closing = used_ms(pid) - begun
+    queries.figures(dt.datetime.now(dt.UTC))
+    begun, times, spent = used_ms(pid), 0, 0.0
+    while spent < enough_ms:
+        queries.figures(dt.datetime.now(dt.UTC))
+        times, spent = times + 1, used_ms(pid) - begun
+    engine.dispose()
+    return spent / times, closing
+
+
+def lines(server: stage.Server, sizes: list[int], enough_ms: float) -> Iterator[list[str]]:
+    apps = []
+    for rows in sizes:
+        app = stage.app(server, f"overview_{rows}", users=USERS, rows_each=1)
+        with app.engine.execution_options(isolation_level="AUTOCOMMIT").connect() as conn:
+            for drop in conn.scalars(sa.text(OTHER_INDEXES)).all():
+                conn.execute(sa.text(drop))
+            conn.execute(sa.text("SET session_replication_role = replica"))
+            fill = FILL.format(type="credit_transaction_type")
+            conn.execute(sa.text(fill), {"users": USERS, "rows": rows})
+            conn.execute(sa.text("VACUUM ANALYZE credit_transactions"))
+        apps.append(app)
+    for closed in (False, True):
+        cpu, closing = zip(*(measured(app, closed=closed, enough_ms=enough_ms) for app in apps), strict=True)
+        name = "days closed" if closed else "each day read from its rows"
+        yield [name, *(f"{ms:.1f}" for ms in cpu), f"{cpu[1] / cpu[0]:.1f}"]
+        if closed:
+            yield [
+                "closing sixty days, once",
+                *(f"{ms:.0f}" for ms in closing),
+                f"{closing[1] / max(closing[0], 1):.1f}",
+            ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="1,000 rows against 10,000, few times")
+    parser.add_argument("--rows", type=int, nargs=2, default=[100_000, 3_000_000], help="of the two apps")
+    asked = parser.parse_args()
+    sizes, enough_ms = ([1_000, 10_000], 20) if asked.quick else (asked.rows, 2_000)
+    settings = stage.SETTINGS | {"autovacuum": "off", "fsync": "off", "max_parallel_workers_per_gather": "0"}
+    with stage.server(settings=settings) as server:
+        print(
+            f"CPU of the server in ms for one overview, PostgreSQL {server.version}, {USERS:,} users, 90 days of rows"
+        )
+        head = ["", *(f"{rows:,} rows" for rows in sizes), "ratio"]
+        print(table(head, lines(server, sizes, enough_ms)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Sums of the days that are over, for the console's overview.
+
+An expansion: old code keeps working.
+
+Frozen in time: literal DDL, nothing imported from today's code; ``host`` as in revision 0001.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from psycopg.sql import SQL, Composable, Identifier
+
+from tallystick.migrate.versions import v0002_holds_and_lots as before
+
+revision = "0005"
+down_revision = "0004"
+kind = "expand"
+
+DAYS, SUMS = Identifier("tallystick", "days"), Identifier("tallystick", "daily_sums")
+COMPLETED_AT = "credit_transactions_completed_at"
+
+columns: dict[str, tuple[str, ...]] = {}
+creates = (COMPLETED_AT,)
+
+TABLES = (
+    """
+CREATE TABLE tallystick.days (
+  day date NOT NULL,
+  writers_before bigint NOT NULL,
+  closed_at timestamptz,
+  CONSTRAINT days_pkey PRIMARY KEY (day)
+)""",
+    """
+CREATE TABLE tallystick.daily_sums (
+  day date NOT NULL,
+  kind text NOT NULL,
+  currency text NOT NULL,
+  credits numeric NOT NULL,
+  paid numeric NOT NULL,
+  CONSTRAINT daily_sums_pkey PRIMARY KEY (day, kind, currency),
+  CONSTRAINT daily_sums_day_fk FOREIGN KEY (day) REFERENCES tallystick.days (day) ON DELETE CASCADE
+)""",
+)
+
+SAME_READERS = """
+    UNION ALL
+    SELECT format('GRANT SELECT ON tallystick.days, tallystick.daily_sums TO %I', r.rolname)
+      FROM callers JOIN pg_roles r ON r.oid = callers.role"""
+
+
+def prepare(host: Any) -> Iterator[Composable]:
+    """New objects: nothing uses them yet."""
+    for statement in TABLES:
+        yield SQL(statement.strip())
+    yield from host.other_functions("0004", "0005")
+
+
+def locks(_host: Any) -> tuple[Identifier, ...]:
+    """None: nothing that was there is changed."""
+    return ()
+
+
+def locked(_host: Any) -> Iterator[Composable]:
+    """The privileges, after those that new objects may have got by default were taken away."""
+    yield SQL(before.SAME_CALLERS.strip()).format(others=SQL(SAME_READERS.strip()))
+
+
+def indexes(_host: Any) -> dict[str, Composable]:
+    """None on the app's table."""
+    return {}
+
+
+def ledger_indexes(host: Any) -> dict[str, Composable]:
+    """Built concurrently, after the commit: the rows of a day, as far as they lie together, for next to no writing."""
+    return {
+        COMPLETED_AT: SQL(
+            "CREATE INDEX CONCURRENTLY {} ON {} USING brin (completed_at) WITH (autosummarize = true)"
+        ).format(Identifier(COMPLETED_AT), _ledger(host))
+    }
+
+
+def validates(_host: Any) -> dict[str, Composable]:
+    """Nothing."""
+    return {}
+
+
+def undo_locks(host: Any) -> tuple[Identifier, ...]:
+    """The tables that ``undo`` changes, in the order in which they are locked."""
+    return (_ledger(host), DAYS, SUMS)
+
+
+def undo(host: Any) -> Iterator[Composable]:
+    """Back to revision 0004."""
+    yield SQL("DROP INDEX IF EXISTS {}").format(Identifier(host.ledger_schema, COMPLETED_AT))
+    yield from unprepare(host)
+
+
+def unprepare_locks(_host: Any) -> tuple[Identifier, ...]:
+    """None: nobody uses what is dropped."""
+    return ()
+
+
+def unprepare(host: Any) -> Iterator[Composable]:
+    """Back from ``prepare`` alone."""
+    yield from host.other_functions("0005", "0004")
+    yield SQL("DROP TABLE {}, {}").format(SUMS, DAYS)
+
+
+def _ledger(host: Any) -> Identifier:
+    return Identifier(host.ledger_schema, "credit_transactions")

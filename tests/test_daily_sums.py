@@ -1,0 +1,289 @@
+"""The sums of closed days: exactly what the rows say, whoever writes, and only of days that no row can come to."""
+
+from __future__ import annotations
+
+import datetime as dt
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+
+from tallystick.audit import Finding, audit
+from tallystick.cli import main
+from tallystick.dev.seed import reset, seed
+from tallystick.schema import days
+from tallystick.web.console.queries import Figures, Queries
+from worlds import World
+
+KEPT = "SELECT count(*) FROM tallystick.days WHERE closed_at IS NOT NULL"
+
+
+def figures(world: World, *, earlier: int = 0) -> Figures:
+    return Queries(world.config, world.engine).figures(dt.datetime.now(dt.UTC) - dt.timedelta(days=earlier))
+
+
+def once(world: World) -> int:
+    with world.engine.begin() as conn:
+        return world.ledger.close_days(conn)
+
+
+def close(world: World) -> int:
+    """All days; an analyze of the server's own may keep them open for a moment, as any transaction does."""
+    deadline, found = time.monotonic() + 60, once(world)
+    while ask(world, KEPT) < 60 and time.monotonic() < deadline:
+        found += once(world)
+    return found
+
+
+def ask(world: World, question: str) -> Any:
+    with world.engine.connect() as conn:
+        return conn.scalar(sa.text(question))
+
+
+def by_hand(world: World, *statements: str) -> None:
+    """Past the ledger's own trigger."""
+    with world.engine.begin() as conn:
+        conn.execute(sa.text("SET LOCAL session_replication_role = replica"))
+        for statement in statements:
+            conn.execute(sa.text(statement))
+
+
+def run(world: World, *statements: str) -> None:
+    with world.engine.begin() as conn:
+        for statement in statements:
+            conn.execute(sa.text(statement))
+
+
+AGED = (
+    # over three months and more, some at the very ends of a day
+    """
+    UPDATE credit_transactions AS t SET completed_at = completed_at - n * interval '31 hours' - interval '2 days'
+    FROM (SELECT id, row_number() OVER (ORDER BY id DESC) AS n FROM credit_transactions) AS r WHERE r.id = t.id
+    """,
+    "UPDATE credit_transactions SET completed_at = date_trunc('day', completed_at, 'UTC') WHERE mod(sequence, 5) = 1",
+    """
+    UPDATE credit_transactions SET completed_at = date_trunc('day', completed_at, 'UTC') - interval '1 microsecond'
+    WHERE mod(sequence, 5) = 2
+    """,
+)
+
+
+@pytest.fixture
+def used(world: World) -> World:
+    """A buyer with rows of most types over months, the youngest two days old; no day is closed yet."""
+    ledger, user = world.ledger, world.user(credits=5)
+    with world.engine.begin() as conn:
+        for number in range(8):
+            bought = world.buy(conn, user, 3 + number)
+            spent = ledger.consume(conn, user, credits=2, key=f"consume {number}")
+            ledger.reverse(conn, user, spent.id, credits=1, key=f"reverse {number}")
+            given = ledger.grant(conn, user, credits=4, key=f"grant {number}", description="Given")
+            ledger.correct(conn, user, given.id, credits=1, key=f"correct {number}")
+            ledger.refund(conn, user, bought.id, credits=2, key=f"refund {number}")
+            ledger.reinstate(conn, user, bought.id, credits=1, key=f"reinstate {number}")
+            other = ledger.start_purchase(conn, user, credits=1, description="In yen")
+            ledger.complete_purchase(conn, user, purchase=other.id, amount_paid=500, currency="jpy")
+            ledger.start_purchase(conn, user, credits=1, description="Waits")
+    by_hand(world, *AGED)
+    return world
+
+
+@pytest.fixture
+def writer(used: World) -> Iterator[psycopg.Connection[Any]]:
+    """A session whose transaction has a number and goes on."""
+    with psycopg.connect(used.url.replace("+psycopg", "", 1)) as conn:
+        conn.execute("SELECT pg_current_xact_id()")
+        yield conn
+
+
+def test_the_overview_says_the_same_of_closed_days_as_of_their_rows(used: World) -> None:
+    by_rows, before = figures(used), figures(used, earlier=1)
+    assert all(by_rows.total(name) for name in ("sold", "granted", "consumed", "refunded"))
+    assert [money.currency for money in by_rows.money] == ["jpy", "usd"]
+
+    assert close(used) == 60
+    assert figures(used) == by_rows
+    assert figures(used, earlier=1) == before
+    assert once(used) == 0
+
+    with used.engine.begin() as conn:
+        used.ledger.grant(conn, used.user(), credits=7, key="today", description="Today")
+    now = figures(used)
+    assert now.total("granted") == by_rows.total("granted") + 7
+    by_hand(used, "DELETE FROM credit_transactions WHERE idempotency_key IS DISTINCT FROM 'today'")
+    assert figures(used).days == now.days  # no row of a closed day is read
+
+
+def test_a_day_that_is_open_between_closed_ones_is_read_from_its_rows(used: World) -> None:
+    by_rows = figures(used)
+    close(used)
+    run(used, "DELETE FROM tallystick.days WHERE mod(day - date '2020-01-01', 3) = 0")
+    assert ask(used, KEPT) == 40
+    assert figures(used) == by_rows
+    assert close(used) == 20
+    assert figures(used) == by_rows
+
+
+def test_days_are_those_of_utc_whatever_the_session_has(used: World) -> None:
+    by_rows = figures(used)
+    with used.engine.begin() as conn:
+        conn.execute(sa.text("SET LOCAL TimeZone = 'Pacific/Kiritimati'"))
+        conn.execute(sa.text("SET LOCAL DateStyle = 'SQL, DMY'"))
+        used.ledger.close_days(conn)
+    close(used)
+    assert figures(used) == by_rows
+
+
+def test_a_day_stays_open_while_a_transaction_of_before_may_write(used: World, writer: psycopg.Connection[Any]) -> None:
+    assert once(used) == 0
+    with psycopg.connect(used.url.replace("+psycopg", "", 1)) as later:
+        later.execute("SELECT pg_current_xact_id()")  # of after the days were over: nothing waits for it
+        assert once(used) == 0
+        writer.rollback()
+        assert close(used) == 60
+
+
+def test_a_prepared_transaction_keeps_days_open(used: World, writer: psycopg.Connection[Any]) -> None:
+    [(most,)] = writer.execute("SELECT current_setting('max_prepared_transactions')::int").fetchall()
+    if not most:
+        with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState):
+            writer.execute("PREPARE TRANSACTION 'days'")
+        return
+    writer.execute("PREPARE TRANSACTION 'days'")
+    assert once(used) == 0
+    writer.autocommit = True
+    writer.execute("ROLLBACK PREPARED 'days'")
+    assert close(used) == 60
+
+
+def test_calls_beside_one_another_close_each_day_once(used: World) -> None:
+    by_rows = figures(used)
+    with ThreadPoolExecutor(4) as pool:
+        at_once = sum(pool.map(lambda _: once(used), range(8)))
+    assert at_once + close(used) == 60  # one that begins beside another may leave the days to the next
+    assert figures(used) == by_rows
+
+
+def test_a_transaction_that_wrote_before_closes_what_others_noted_and_notes_nothing(
+    used: World, writer: psycopg.Connection[Any]
+) -> None:
+    with used.engine.begin() as conn:
+        conn.execute(sa.text("SELECT pg_current_xact_id()"))
+        assert used.ledger.close_days(conn) == 0
+    assert ask(used, "SELECT count(*) FROM tallystick.days") == 0
+    assert once(used) == 0
+    writer.rollback()
+    with used.engine.begin() as conn:
+        conn.execute(sa.text("SELECT pg_current_xact_id()"))
+        used.ledger.close_days(conn)
+    assert ask(used, "SELECT count(DISTINCT writers_before) FROM tallystick.days") == 1
+    close(used)
+
+
+def test_a_number_from_another_server_is_replaced(used: World, writer: psycopg.Connection[Any]) -> None:
+    assert once(used) == 0
+    writer.rollback()
+    run(used, "UPDATE tallystick.days SET writers_before = 4611686018427387904")
+    assert close(used) == 60
+
+
+def test_days_are_kept_for_sixty_days(used: World) -> None:
+    by_rows = figures(used)
+    close(used)
+    by_hand(used, "UPDATE tallystick.daily_sums SET day = day - 100", "UPDATE tallystick.days SET day = day - 100")
+    assert close(used) == 60
+    assert (ask(used, "SELECT count(*) FROM tallystick.days"), figures(used)) == (60, by_rows)
+    assert ask(used, "SELECT min(d.day) <= min(s.day) FROM tallystick.days AS d, tallystick.daily_sums AS s")
+
+
+TAMPERED = (
+    "UPDATE credit_transactions SET completed_at = completed_at - interval '1 day' WHERE amount = 10",
+    "DELETE FROM credit_transactions WHERE amount = 9",
+    "UPDATE credit_transactions SET amount_paid = 1 WHERE amount = 8",
+    "UPDATE tallystick.daily_sums SET credits = 70 WHERE kind = 'purchase' AND credits = 7",
+    "DELETE FROM tallystick.daily_sums WHERE kind = 'purchase' AND credits = 6",
+)
+FOUND = {
+    ("+0 credits by purchase, and 0 usd", "+10 and 1000"),
+    ("+10 credits by purchase, and 1000 usd", "+0 and 0"),
+    ("+0 credits by purchase, and 0 usd", "+9 and 900"),
+    ("+8 credits by purchase, and 1 usd", "+8 and 800"),
+    ("+7 credits by purchase, and 700 usd", "+70 and 700"),
+    ("+6 credits by purchase, and 600 usd", "+0 and 0"),
+}
+
+
+def wrong_days(world: World, **how: Any) -> list[Finding]:
+    with world.engine.connect() as conn:
+        return [found for found in audit(conn, world.config, **how).findings if found.check == "daily_sums"]
+
+
+def test_sums_that_are_not_those_of_the_rows_are_found_and_mended(used: World) -> None:
+    close(used)
+    assert wrong_days(used) == []
+    by_hand(used, *TAMPERED)
+
+    found = wrong_days(used)
+    assert {(each.expected.partition(" paid")[0], each.found.partition(" in ")[0]) for each in found} == FOUND
+    assert all(not each.fault and each.where.startswith("day 20") for each in found)
+    assert wrong_days(used, quick=True) == []
+
+    run(used, *(each.what_to_do.partition("anew: ")[2].partition(";")[0] for each in found))
+    assert close(used) == len({each.where for each in found})
+    assert wrong_days(used) == []
+
+
+def test_the_audit_looks_at_the_days_once_and_only_for_everyone(used: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    close(used)
+    run(used, "UPDATE tallystick.daily_sums SET credits = 11 WHERE kind = 'purchase' AND credits = 10")
+    for _ in range(20):
+        used.user()
+    monkeypatch.setattr("tallystick.audit.PART_ROWS", 5)
+    parts: list[Any] = []
+    with used.engine.connect() as conn:
+        found = audit(conn, used.config, each=parts.append).findings
+        assert len(parts) > 1
+        assert [each.check for each in found].count("daily_sums") == 1
+        since = dt.datetime.now(dt.UTC)
+        assert "daily_sums" not in audit(conn, used.config, since=since).checked
+        assert "daily_sums" not in audit(conn, used.config, after=parts[0].last).checked
+
+
+def test_taking_the_seed_back_opens_its_days_again(world: World) -> None:
+    environ: dict[str, str] = {}
+    with world.engine.begin() as conn:
+        seed(conn, world.config, environ=environ)
+    by_hand(world, "UPDATE credit_transactions SET completed_at = completed_at - interval '5 days'")
+    close(world)
+    assert figures(world).total("sold") > 0
+    with world.engine.begin() as conn:
+        reset(conn, world.config, environ=environ)
+    assert ask(world, KEPT) == 59
+    assert figures(world).total("sold") == 0
+
+
+def test_sweep_closes_days(used: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATABASE_URL", used.url)
+    monkeypatch.setattr(sys, "argv", ["tallystick", "sweep"])
+    deadline = time.monotonic() + 60
+    while ask(used, KEPT) < 60 and time.monotonic() < deadline:
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+    assert ask(used, KEPT) == 60
+
+
+def test_in_a_transaction_of_its_own_snapshot_the_sums_are_of_that_snapshot(used: World) -> None:
+    by_rows = figures(used)
+    with used.engine.connect().execution_options(isolation_level="REPEATABLE READ") as conn, conn.begin():
+        conn.execute(sa.select(days))
+        used.ledger.close_days(conn)
+    close(used)
+    assert (ask(used, KEPT), figures(used)) == (60, by_rows)
