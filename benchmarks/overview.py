@@ -19,6 +19,7 @@ import sqlalchemy as sa
 import stage
 from cpu import used_ms
 from ledger import table
+from tallystick.dev.postgres import Server
 from tallystick.web.console.queries import Queries
 
 USERS = 1_000
@@ -60,7 +61,7 @@ def measured(app: stage.App, *, closed: bool, enough_ms: float) -> tuple[float, 
     return spent / times, closing
 
 
-def lines(server: stage.Server, sizes: list[int], enough_ms: float) -> Iterator[list[str]]:
+def lines(server: Server, sizes: list[int], enough_ms: float) -> Iterator[list[str]]:
     apps = []
     for rows in sizes:
         app = stage.app(server, f"overview_{rows}", users=USERS, rows_each=1)

@@ -24,6 +24,7 @@ SHORT = {
     "audit.py": ["--rows", "10000"],
     "events.py": ["--quick"],
     "overview.py": ["--quick"],
+    "partitions.py": ["--quick"],
 }
 PRINTED = {  # of each table the last line, and whatever may be left out
     "migration.py": ["| no migration at all |"],
@@ -45,6 +46,7 @@ PRINTED = {  # of each table the last line, and whatever may be left out
     "webhooks.py": ["\nreceive ", "\nratio of the totals: "],
     "events.py": ["| on, with NOTIFY |"],
     "overview.py": ["| days closed ", "| closing sixty days, once "],
+    "partitions.py": ["| four hash partitions |"],
     "audit.py": ["  audit, healthy ", "  audit of one user "],
 }
 

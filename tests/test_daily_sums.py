@@ -63,7 +63,7 @@ def run(world: World, *statements: str) -> None:
 AGED = (
     # over three months and more, some at the very ends of a day
     """
-    UPDATE credit_transactions AS t SET completed_at = completed_at - n * interval '31 hours' - interval '2 days'
+    UPDATE credit_transactions AS t SET completed_at = completed_at - n * interval '25 hours' - interval '2 days'
     FROM (SELECT id, row_number() OVER (ORDER BY id DESC) AS n FROM credit_transactions) AS r WHERE r.id = t.id
     """,
     "UPDATE credit_transactions SET completed_at = date_trunc('day', completed_at, 'UTC') WHERE mod(sequence, 5) = 1",

@@ -18,7 +18,6 @@ revision = "0005"
 down_revision = "0004"
 kind = "expand"
 
-DAYS, SUMS = Identifier("tallystick", "days"), Identifier("tallystick", "daily_sums")
 COMPLETED_AT = "credit_transactions_completed_at"
 
 columns: dict[str, tuple[str, ...]] = {}
@@ -87,14 +86,19 @@ def validates(_host: Any) -> dict[str, Composable]:
 
 
 def undo_locks(host: Any) -> tuple[Identifier, ...]:
-    """The tables that ``undo`` changes, in the order in which they are locked."""
-    return (_ledger(host), DAYS, SUMS)
+    """The ledger, for its index."""
+    return (_ledger(host),)
+
+
+def unreplaces(host: Any) -> Iterator[Composable]:
+    """Everything but the index, before the ledger is locked."""
+    yield from unprepare(host)
 
 
 def undo(host: Any) -> Iterator[Composable]:
     """Back to revision 0004."""
-    yield SQL("DROP INDEX IF EXISTS {}").format(Identifier(host.ledger_schema, COMPLETED_AT))
-    yield from unprepare(host)
+    if not host.ledger_goes:
+        yield SQL("DROP INDEX IF EXISTS {}").format(Identifier(host.ledger_schema, COMPLETED_AT))
 
 
 def unprepare_locks(_host: Any) -> tuple[Identifier, ...]:
@@ -105,7 +109,7 @@ def unprepare_locks(_host: Any) -> tuple[Identifier, ...]:
 def unprepare(host: Any) -> Iterator[Composable]:
     """Back from ``prepare`` alone."""
     yield from host.other_functions("0005", "0004")
-    yield SQL("DROP TABLE {}, {}").format(SUMS, DAYS)
+    yield SQL("DROP TABLE tallystick.daily_sums, tallystick.days")
 
 
 def _ledger(host: Any) -> Identifier:
