@@ -88,6 +88,7 @@ def ledger_operations(ledger: Ledger, conn: Sync, user: Key, purchase: UUID, now
     assert_type(ledger.events(conn), list[Event])
     assert_type(ledger.access(conn, user), Access)
     assert_type(ledger.lock(conn, user), int)
+    assert_type(ledger.close_days(conn), int)
 
 
 async def async_ledger_operations(ledger: Ledger, conn: Async, user: Key, purchase: UUID, now: dt.datetime) -> None:
@@ -115,6 +116,7 @@ async def async_ledger_operations(ledger: Ledger, conn: Async, user: Key, purcha
     assert_type(await ledger.events(conn), list[Event])
     assert_type(await ledger.access(conn, user), Access)
     assert_type(await ledger.lock(conn, user), int)
+    assert_type(await ledger.close_days(conn), int)
 
 
 def account_operations(accounts: Accounts, conn: Sync, user: Key) -> None:
