@@ -437,7 +437,7 @@ def test_read_only_unless_allowed(world, open_console):
     assert visitor.get(at("/user/grant", key=user)).status_code == 404
     assert visitor.submit("/user/grant", key=user, credits=1, reason="x", once="1").status_code == 404
     assert visitor.submit("/pending/ask").status_code == 404
-    assert "Grant" not in visitor.get(at("/user", key=user)).text
+    assert "Grant credits" not in visitor.get(at("/user", key=user)).text
     assert balance(world, user) == 2
 
 
