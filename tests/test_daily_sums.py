@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ import sqlalchemy as sa
 from tallystick.audit import Finding, audit
 from tallystick.cli import main
 from tallystick.dev.seed import reset, seed
+from tallystick.errors import Conflict
+from tallystick.ledger import close_all_days
 from tallystick.schema import days
 from tallystick.web.console.queries import Figures, Queries
 from worlds import World
@@ -35,10 +38,10 @@ def once(world: World) -> int:
 
 def close(world: World) -> int:
     """All days; an analyze of the server's own may keep them open for a moment, as any transaction does."""
-    deadline, found = time.monotonic() + 60, once(world)
-    while ask(world, KEPT) < 60 and time.monotonic() < deadline:
-        found += once(world)
-    return found
+    deadline, before = time.monotonic() + 60, ask(world, KEPT)
+    while close_all_days(world.engine, world.ledger) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return ask(world, KEPT) - before
 
 
 def ask(world: World, question: str) -> Any:
@@ -141,10 +144,10 @@ def test_days_are_those_of_utc_whatever_the_session_has(used: World) -> None:
 
 
 def test_a_day_stays_open_while_a_transaction_of_before_may_write(used: World, writer: psycopg.Connection[Any]) -> None:
-    assert once(used) == 0
+    assert close_all_days(used.engine, used.ledger) == 60
     with psycopg.connect(used.url.replace("+psycopg", "", 1)) as later:
         later.execute("SELECT pg_current_xact_id()")  # of after the days were over: nothing waits for it
-        assert once(used) == 0
+        assert once(used) == 60
         writer.rollback()
         assert close(used) == 60
 
@@ -156,7 +159,7 @@ def test_a_prepared_transaction_keeps_days_open(used: World, writer: psycopg.Con
             writer.execute("PREPARE TRANSACTION 'days'")
         return
     writer.execute("PREPARE TRANSACTION 'days'")
-    assert once(used) == 0
+    assert close_all_days(used.engine, used.ledger) == 60
     writer.autocommit = True
     writer.execute("ROLLBACK PREPARED 'days'")
     assert close(used) == 60
@@ -165,9 +168,9 @@ def test_a_prepared_transaction_keeps_days_open(used: World, writer: psycopg.Con
 def test_calls_beside_one_another_close_each_day_once(used: World) -> None:
     by_rows = figures(used)
     with ThreadPoolExecutor(4) as pool:
-        at_once = sum(pool.map(lambda _: once(used), range(8)))
-    assert at_once + close(used) == 60  # one that begins beside another may leave the days to the next
-    assert figures(used) == by_rows
+        list(pool.map(lambda _: close_all_days(used.engine, used.ledger), range(8)))
+    close(used)  # one that begins beside another may leave the days to the next
+    assert (ask(used, KEPT), figures(used)) == (60, by_rows)
 
 
 def test_a_transaction_that_wrote_before_closes_what_others_noted_and_notes_nothing(
@@ -175,9 +178,9 @@ def test_a_transaction_that_wrote_before_closes_what_others_noted_and_notes_noth
 ) -> None:
     with used.engine.begin() as conn:
         conn.execute(sa.text("SELECT pg_current_xact_id()"))
-        assert used.ledger.close_days(conn) == 0
+        assert used.ledger.close_days(conn) == 60
     assert ask(used, "SELECT count(*) FROM tallystick.days") == 0
-    assert once(used) == 0
+    assert once(used) == 60
     writer.rollback()
     with used.engine.begin() as conn:
         conn.execute(sa.text("SELECT pg_current_xact_id()"))
@@ -187,7 +190,7 @@ def test_a_transaction_that_wrote_before_closes_what_others_noted_and_notes_noth
 
 
 def test_a_number_from_another_server_is_replaced(used: World, writer: psycopg.Connection[Any]) -> None:
-    assert once(used) == 0
+    assert once(used) == 60
     writer.rollback()
     run(used, "UPDATE tallystick.days SET writers_before = 4611686018427387904")
     assert close(used) == 60
@@ -197,7 +200,7 @@ def test_days_are_kept_for_sixty_days(used: World) -> None:
     by_rows = figures(used)
     close(used)
     by_hand(used, "UPDATE tallystick.daily_sums SET day = day - 100", "UPDATE tallystick.days SET day = day - 100")
-    assert close(used) == 60
+    close(used)
     assert (ask(used, "SELECT count(*) FROM tallystick.days"), figures(used)) == (60, by_rows)
     assert ask(used, "SELECT min(d.day) <= min(s.day) FROM tallystick.days AS d, tallystick.daily_sums AS s")
 
@@ -280,10 +283,63 @@ def test_sweep_closes_days(used: World, tmp_path: Path, monkeypatch: pytest.Monk
     assert ask(used, KEPT) == 60
 
 
+def test_a_sweep_beside_an_open_writer_says_that_days_wait(
+    used: World, writer: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", used.url)
+    monkeypatch.setattr(sys, "argv", ["tallystick", "sweep", "--json"])
+    with pytest.raises(SystemExit):
+        main()
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {"users": 0}
+    assert "60 of the last 60 days wait for transactions that are open" in said.err
+
+
+def test_a_day_that_is_opened_again_at_the_moment_is_not_waited_for(used: World) -> None:
+    close(used)
+    with used.engine.begin() as conn:
+        conn.execute(sa.text("DELETE FROM tallystick.days WHERE day = (SELECT min(day) FROM tallystick.days)"))
+        assert close_all_days(used.engine, used.ledger) == 0  # as if it were closed
+        run(used, "DELETE FROM tallystick.days WHERE day = (SELECT max(day) FROM tallystick.days)")
+        assert close_all_days(used.engine, used.ledger) == 1
+    assert close(used) == 2
+
+
+def test_a_clock_that_was_ahead_leaves_no_day_closed_that_is_not_over(used: World) -> None:
+    by_rows = figures(used)
+    close(used)
+    run(
+        used,
+        "UPDATE tallystick.days SET day = day + 2 WHERE day >= (SELECT max(day) FROM tallystick.days) - 1",
+        "UPDATE tallystick.days SET closed_at = NULL WHERE day > (SELECT max(day) FROM tallystick.days) - 1",
+    )
+    close(used)
+    today = "(clock_timestamp() AT TIME ZONE 'UTC' - interval '1 hour')::date"
+    assert ask(used, f"SELECT count(*) FROM tallystick.days WHERE day >= {today}") == 0
+    assert (ask(used, KEPT), figures(used)) == (60, by_rows)
+
+
+def test_the_rows_of_a_day_are_read_by_their_index(used: World) -> None:
+    with used.engine.begin() as conn:
+        conn.execute(sa.text("SET LOCAL enable_seqscan = off"))
+        plan = conn.scalars(
+            sa.text(
+                "EXPLAIN SELECT sum(amount) FROM credit_transactions WHERE completed_at >= now() - interval '1 day'"
+            )
+        )
+        assert "credit_transactions_completed_at" in "\n".join(plan)
+
+
 def test_in_a_transaction_of_its_own_snapshot_the_sums_are_of_that_snapshot(used: World) -> None:
     by_rows = figures(used)
+    once(used)
     with used.engine.connect().execution_options(isolation_level="REPEATABLE READ") as conn, conn.begin():
         conn.execute(sa.select(days))
         used.ledger.close_days(conn)
-    close(used)
+    with used.engine.connect().execution_options(isolation_level="REPEATABLE READ") as conn, conn.begin():
+        conn.execute(sa.select(days))
+        close(used)
+        with pytest.raises(Conflict):
+            used.ledger.close_days(conn)
+        conn.rollback()
     assert (ask(used, KEPT), figures(used)) == (60, by_rows)

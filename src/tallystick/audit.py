@@ -215,6 +215,7 @@ def audit(
             users, rows = users + sums["users"], rows + sums["rows"]
             signs = facts.signs | {sign for sign, raised in sums.items() if raised is True}
             _search(conn, part, signs, found, most=limit + 1)  # one more tells whether it is all
+        _search_days(conn, part, found, most=limit + 1)
         if progress is not None:
             progress(rows, rows if high is None else max(rows, facts.rows))
         if each is not None:
@@ -301,6 +302,14 @@ def _search(
         findings.extend(_finding(check, part.schema, dict(row)) for row in selected)
 
 
+def _search_days(conn: DbConnection, part: _Part, found: dict[str, list[Finding]], *, most: int) -> None:
+    """Add to ``found`` the days whose sums are wrong, each in a transaction of its own, after the last part."""
+    of_days = {name: some for name, some in found.items() if name == "daily_sums"}
+    for day in part.facts.closed_days if of_days and part.high is None else ():
+        with _transaction(conn):
+            _search(conn, part.on(day), frozenset({"days"}), of_days, most=most)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Facts:
     """The catalogue's view of the ledger: estimated sizes, and the triggers and constraints that are in force."""
@@ -316,6 +325,8 @@ class _Facts:
     marked_before: dt.datetime | None = None
     """Until then the app marked workshops without a ledger, and until ``followed_until`` beside it."""
     followed_until: dt.datetime | None = None
+    closed_days: tuple[dt.date, ...] = ()
+    """Those whose rows the console has added up."""
     recorded_since: dt.datetime | None = None
     """From then on each completed row has its event; None while events are off."""
 
@@ -361,6 +372,7 @@ def _look(conn: DbConnection, schema: Schema) -> _Facts:
         indexes |= set(seen.unique_indexes) if seen and table is ledger else set()
     unsettled = run(conn, sa.select(sa.exists().where(_money_is_elsewhere())), {}).scalar_one()
     lots = run(conn, sa.select(sa.exists().select_from(schema.lots)), {}).scalar_one()
+    closed = sa.select(days.c.day).where(days.c.closed_at.is_not(None)).order_by(days.c.day)
     recorded_since = run(conn, sa.select(event_settings.c.recorded_since), {}).scalar_one_or_none()
     pairs = {"user_id": (ledger.c.user_id, users.c.key)}
     if workshops is not None:
@@ -383,8 +395,8 @@ def _look(conn: DbConnection, schema: Schema) -> _Facts:
         )
         | ({"unsettled"} if unsettled else frozenset())
         | ({"lots"} if lots else frozenset())
-        | {"days"}
         | (frozenset() if recorded_since is None else {"events"}),
+        closed_days=tuple(run(conn, closed, {}).scalars()),
         recorded_since=recorded_since,
         collations={
             name: collations[key]
@@ -418,6 +430,7 @@ class _Part:
         self.schema, self.facts = schema, facts
         self.low, self.high, self.user, self.since = low, high, user, since
         self.among: list[Key] | None = None
+        self.day = dt.date.min
         self.row = schema.credit_transactions.c
         self.user_id = self.comparable(self.row.user_id)
         self.workshop_id = self.comparable(self.row.workshop_id)
@@ -461,6 +474,12 @@ class _Part:
         covered = self.covers(self.comparable(owner))
         last_of_all = self.high is None and self.user is None and self.since is None
         return sa.or_(covered, owner.is_(None)) if last_of_all else covered
+
+    def on(self, day: dt.date) -> _Part:
+        """The same, for a check of one day."""
+        other = copy.copy(self)
+        other.day = day
+        return other
 
     def describe(self) -> str:
         """For people: which users this part holds."""
@@ -1085,42 +1104,36 @@ def _unrecorded(part: _Part) -> sa.Select[Any]:
 
 
 def _wrong_days(part: _Part) -> sa.Select[Any]:
-    """Sums of closed days that are not those of their rows, of all users: once, with the first part."""
-    row, closed = part.row, days.alias("closed").c
-    day = sa.cast(sa.func.timezone("UTC", row.completed_at), sa.Date)
+    """Sums of the part's day that are not those of its rows, of all users."""
+    row, kept = part.row, daily_sums.c
+    begin, end = (dt.datetime.combine(part.day + dt.timedelta(days=n), dt.time(), dt.UTC) for n in (0, 1))
     undoes = sa.and_(row.type == _GRANT, row.refund_of.is_not(None))
-    kind = sa.case((undoes, "reinstatement"), else_=row.type.cast(sa.Text))
-    first = sa.func.timezone("UTC", sa.cast(sa.select(sa.func.min(closed.day)).scalar_subquery(), pg.TIMESTAMP))
-    each = (
-        sa.select(
-            day.label("day"),
-            kind.label("kind"),
-            sa.func.coalesce(row.currency.cast(sa.Text), "").label("currency"),
-            row.amount,
-            row.amount_paid,
-        )
-        .where(row.completed_at >= first, day.in_(sa.select(closed.day).where(closed.closed_at.is_not(None))))
-        .subquery("each")
+    kind = sa.case((undoes, "reinstatement"), else_=row.type.cast(sa.Text)).label("kind")
+    currency = sa.func.coalesce(row.currency.cast(sa.Text), "").label("currency")
+    paid = sa.func.coalesce(sa.func.sum(row.amount_paid), 0).label("paid")
+    added = (
+        sa.select(kind, currency, sa.func.sum(row.amount).label("credits"), paid)
+        .where(row.completed_at >= begin, row.completed_at < end)
+        .group_by(kind, currency)
+        .subquery("added")
     )
-    key = each.c.day, each.c.kind, each.c.currency
-    paid = sa.func.coalesce(sa.func.sum(each.c.amount_paid), 0).label("paid")
-    added = sa.select(*key, sa.func.sum(each.c.amount).label("credits"), paid).group_by(*key).subquery("added")
-    kept, rows = daily_sums.c, added.c
-    of = {name: sa.func.coalesce(kept[name], rows[name]) for name in ("day", "kind", "currency")}
-    same = sa.and_(*(kept[name] == rows[name] for name in of))
-    sums = {
-        f"{whose}_{name}": sa.func.coalesce(side[name], 0)
-        for whose, side in (("kept", kept), ("rows", rows))
+    sums = sa.select(kept.kind, kept.currency, kept.credits, kept.paid).where(kept.day == part.day).subquery("kept")
+    of = {name: sa.func.coalesce(sums.c[name], added.c[name]) for name in ("kind", "currency")}
+    same = sa.and_(*(sums.c[name] == added.c[name] for name in of))
+    figures = {
+        f"{whose}_{name}": sa.func.coalesce(side.c[name], 0)
+        for whose, side in (("kept", sums), ("rows", added))
         for name in ("credits", "paid")
     }
-    differs = sa.or_(*(sums[f"kept_{name}"] != sums[f"rows_{name}"] for name in ("credits", "paid")))
-    shown = (sa.literal("day ") + of["day"].cast(sa.Text)).label("part")
-    columns = (expression.label(name) for name, expression in (of | sums).items())
-    selected: list[Expression] = [shown, *columns]
+    differs = sa.or_(*(figures[f"kept_{name}"] != figures[f"rows_{name}"] for name in ("credits", "paid")))
+    is_closed = sa.exists().where(days.c.day == part.day, days.c.closed_at.is_not(None))  # it may be opened meanwhile
+    shown = {"part": sa.literal(f"day {part.day}"), "day": sa.literal(str(part.day))}
+    columns = (expression.label(name) for name, expression in (shown | of | figures).items())
+    selected: list[Expression] = [*columns]
     return (
         sa.select(*selected)
-        .select_from(daily_sums.join(added, same, full=True))
-        .where(differs, sa.literal(part.low is None))
+        .select_from(sums.join(added, same, full=True))
+        .where(differs, is_closed)
         .order_by(*of.values())
     )
 
@@ -1591,7 +1604,7 @@ CHECKS: Mapping[str, Check] = {
             search=_wrong_days,
             expected="{rows_credits:+} credits by {kind}, and {rows_paid} {currency} paid for them, as its rows say",
             found="{kept_credits:+} and {kept_paid} in tallystick.daily_sums",
-            likely_cause=f"a row of that day was {_BY_HAND}; or the server's clock was set back by more than an hour",
+            likely_cause=f"a row of that day was {_BY_HAND}; or the server's clock was wrong by more than an hour",
             what_to_do="If no other check has found a row of it, have it added up anew: "
             "DELETE FROM tallystick.days WHERE day = '{day}'; then: tallystick sweep",
         ),

@@ -270,13 +270,8 @@ class Schema:
                 row.sequence,
                 postgresql_where=row.completed_at.is_not(None),
             ),
-            # the rows of a day, of all users: in pages that lie together
-            Index(
-                f"{LEDGER}_completed_at",
-                row.completed_at,
-                postgresql_using="brin",
-                postgresql_with={"autosummarize": "true"},
-            ),
+            # the rows of a day, of all users
+            Index(f"{LEDGER}_completed_at", row.completed_at, postgresql_where=row.completed_at.is_not(None)),
             # how much of a purchase is left to refund
             Index(f"{LEDGER}_refund_of", row.refund_of, postgresql_where=row.refund_of.is_not(None)),
             # purchases that wait, oldest first

@@ -137,7 +137,7 @@ def test_an_apps_role_keeps_its_rights_and_gets_those_on_what_is_new(old: App, r
         assert conn.scalar(sa.text("SELECT count(*) FROM tallystick.lots")) == 0
         assert ledger.events(conn) == []
         assert Accounts(old.config).set_low_balance(conn, user, 3).user == user
-        assert ledger.close_days(conn) == 0  # in a transaction that wrote before
+        assert ledger.close_days(conn) == 60  # in a transaction that wrote before
         of_events = ("events", "event_settings", "low_balances", "event_endpoints", "event_dead_letters")
         for table in (*of_events, "days", "daily_sums"):
             conn.execute(sa.text(f"SELECT FROM tallystick.{table}"))

@@ -330,7 +330,7 @@ def without(index: str, *instead: str) -> list[str]:
     ("name", "made", "spoil"),
     [
         ("history, first page", "long", without("sequence")),
-        ("balance_at, long ago", "long", without("completed")),
+        ("balance_at, long ago", "long", [*without("completed"), *without("completed_at")]),
         ("consume, refused", "long", without("idempotency_key")),
         ("refund", "long", without("refund_of")),
         ("history, first page", "abandoned", without("unfinished", "(user_id, id) WHERE sequence IS NULL")),

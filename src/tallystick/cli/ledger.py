@@ -34,8 +34,8 @@ from tallystick.cli.app import (
 )
 from tallystick.config import FILE_NAME, Config
 from tallystick.database import said, translated
-from tallystick.errors import ConfigError, InvalidArgument, Key, NotMigrated, shown
-from tallystick.ledger import CreditTransaction, Ledger
+from tallystick.errors import ConfigError, InvalidArgument, Key, NotMigrated, TallystickError, shown
+from tallystick.ledger import CreditTransaction, Ledger, close_all_days
 from tallystick.schema import Schema, agreed, verify
 
 if TYPE_CHECKING:
@@ -369,10 +369,17 @@ def sweep(
         swept += found
         if found < limit:
             break
-    with mapped(ctx, changes=False) as (conn, config):
-        Ledger(config).close_days(conn)
     told = f"{swept} {'user' if swept == 1 else 'users'} had holds or credits that expired."
     emit({"users": swept}, lambda: out.print(told), as_json=as_json)
+    try:
+        with mapped(ctx, changes=False) as (conn, config):
+            pool = conn.engine
+        left = close_all_days(pool, Ledger(config))
+    except TallystickError as refused:
+        note(f"No day was added up for the console's overview, which reads their rows instead: {refused.message}")
+    else:
+        if left:
+            note(f"{left} of the last 60 days wait for transactions that are open; the next sweep adds them up.")
 
 
 allowances = typer.Typer(no_args_is_help=True, help="Credits that a plan gives every week or month.")

@@ -1,5 +1,6 @@
 """The ledger: functions in the database (``sql/``), and their Python face."""
 
+from tallystick.ledger.days import close_all_days
 from tallystick.ledger.operations import (
     HISTORY_MAX,
     Access,
@@ -24,4 +25,5 @@ __all__ = [
     "Lot",
     "Merged",
     "Standing",
+    "close_all_days",
 ]

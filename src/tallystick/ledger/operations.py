@@ -574,9 +574,10 @@ class Ledger:
 
     @Operation
     def close_days(self) -> Call[int]:
-        """Add up the days that are over, for the console's overview; gives the number of days that it closed.
+        """Add up one day that is over, for the console's overview; gives the number of days that are still open.
 
-        Only the speed of the overview depends on it. Each day is closed once, when no row of it can come any more.
+        Only the speed of the overview depends on it. A day is closed when no row of it can come any more. Call it
+        again, in another transaction, while that number falls: ``close_all_days`` does.
         """
         return Call("close_days", {}, lambda rows: int(rows[0][0]))
 

@@ -16,13 +16,14 @@ import sqlalchemy as sa
 from tallystick.config import CREDITS_MAX, Config
 from tallystick.database import transaction
 from tallystick.errors import LedgerError, TallystickError
-from tallystick.ledger import CreditTransaction, Ledger
+from tallystick.ledger import CreditTransaction, Ledger, close_all_days
 from tallystick.web.console.queries import LedgerRow, UserRow
 
 log = logging.getLogger("tallystick.console")
 
 REASON_MAX = 500
 KEY_PREFIX = "console"
+CLOSING_S = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +125,9 @@ class Actions:
         return row
 
     def close_days(self) -> None:
-        """Add up the days that are over. The figures are right without it, so it may be refused."""
+        """Add up days that are over, for some seconds. The figures are right without it, so it may be refused."""
         try:
-            with transaction(self._engine) as conn:
-                self._ledger.close_days(conn)
+            close_all_days(self._engine, self._ledger, seconds=CLOSING_S)
         except TallystickError as error:
             log.info("days are not closed, and their rows are read: %s", error.message)
 

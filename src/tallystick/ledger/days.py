@@ -1,0 +1,25 @@
+"""The days that are over, added up for the console's overview, each in a transaction of its own."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import sqlalchemy as sa
+
+from tallystick.database import transaction
+from tallystick.ledger.operations import Ledger
+
+
+def close_all_days(engine: sa.Engine, ledger: Ledger, *, seconds: float = math.inf) -> int:
+    """Close every day that is over, or as many as ``seconds`` allow; gives the number that stay open.
+
+    A transaction that was open before keeps days open until it ends. The next call closes those.
+    """
+    until, before = time.monotonic() + seconds, math.inf
+    while True:
+        with transaction(engine) as conn:
+            left = ledger.close_days(conn)
+        if not 0 < left < before or time.monotonic() > until:
+            return left
+        before = left
