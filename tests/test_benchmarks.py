@@ -25,6 +25,7 @@ SHORT = {
     "events.py": ["--quick"],
     "overview.py": ["--quick"],
     "partitions.py": ["--quick"],
+    "widen.py": ["--quick"],
 }
 PRINTED = {  # of each table the last line, and whatever may be left out
     "migration.py": ["| no migration at all |"],
@@ -47,6 +48,7 @@ PRINTED = {  # of each table the last line, and whatever may be left out
     "events.py": ["| on, with NOTIFY |"],
     "overview.py": ["| days closed ", "| closing sixty days, once "],
     "partitions.py": ["| four hash partitions |"],
+    "widen.py": ["| 20,000 |"],
     "audit.py": ["  audit, healthy ", "  audit of one user "],
 }
 

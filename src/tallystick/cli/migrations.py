@@ -579,6 +579,49 @@ def undo(
     emit(receipt, lambda: _show_receipt(receipt), as_json=as_json)
 
 
+class Widenable(StrEnum):
+    """A table whose key may grow."""
+
+    users = "users"
+    workshops = "workshops"
+
+
+@migrations.command("widen-key")
+def widen_key(
+    ctx: typer.Context,
+    table: Annotated[Widenable, typer.Argument(help="The table whose key is to grow, by our word.", metavar="TABLE")],
+    give_up_after: GiveUpAfter = 60,
+    as_json: Json = False,
+) -> None:
+    """Give the ledger the larger type, before the app makes a key larger: bigint for integer.
+
+    The ledger is written anew, up to half a minute for each million rows, and whoever uses it waits for that long: it
+    is a step for a quiet time. Afterwards every connection of the app must be renewed. A run that was ended is finished
+    by the next.
+    """
+    with invocation(ctx).database(migrating=True) as config:
+        with awake(config) as conn:  # the mapping is the database's: the file may say the larger type, or not yet
+            note(f"{place(conn)}.")
+        widened = migrate.widen_key(address(config), table.value, give_up_after_s=give_up_after)
+
+    def show() -> None:
+        took = f" The ledger was locked for {widened.rewrite_ms:,.0f} ms." if widened.rewrite_ms else ""
+        out.print(f"Now bigint: {', '.join(widened.columns)}, and the ledger's functions.{took}", markup=False)
+        out.print(
+            "Next: Renew every connection of your app (restart it; RECONNECT in PgBouncer): what they have prepared "
+            'fails with "cached plan must not change result type".',
+            markup=False,
+        )
+        out.print(
+            f'Set key_type = "bigint" under [host.{table.value}] in tallystick.toml, or write it anew: tallystick init '
+            "--force. Then make your own columns bigint, the key and each that refers to it, and renew the connections "
+            "again.",
+            markup=False,
+        )
+
+    emit(widened, show, as_json=as_json)
+
+
 @migrations.command()
 def rehearse(
     ctx: typer.Context,

@@ -168,7 +168,7 @@ def _switch(
                 trigger_change.format(trigger=trigger, ledger=ledger),
             ],
             action="switch events",
-            table=ledger.as_string(None),
+            tables=[ledger],
             lock_timeout_ms=lock_timeout_ms,
             give_up_after_s=give_up_after_s,
         )

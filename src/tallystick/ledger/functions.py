@@ -225,6 +225,18 @@ def drops(host: Any, revision: str = HEAD) -> Iterator[Composable]:
         yield SQL("DROP FUNCTION tallystick.{}({})").format(Identifier(name), SQL(types))
 
 
+def retyped(before: Any, after: Any) -> tuple[list[Composable], list[Composable]]:
+    """Of two hosts that differ in the types of keys: the functions of the one that go, and those of the other to make.
+
+    Between the two the types of answers are changed.
+    """
+    old, new = _by_signature(before, HEAD), _by_signature(after, HEAD)
+    gone: list[Composable] = [
+        SQL("DROP FUNCTION tallystick.{}({})").format(Identifier(name), SQL(types)) for name, types in old.keys() - new
+    ]
+    return gone, [statement for key, (text, statement) in new.items() if key not in old or old[key][0] != text]
+
+
 def type_drops(host: Any, revision: str = HEAD) -> Iterator[Composable]:
     """The way back from the types of ``statements``, after that from the functions."""
     for name in reversed(_types_of(host, revision)):

@@ -34,6 +34,7 @@ from tallystick.migrate.runner.blockers import Blocker
 from tallystick.migrate.runner.messages import STALL_BUDGET_MS
 from tallystick.migrate.runner.online import OnlineStep
 from tallystick.migrate.runner.run import GIVE_UP_AFTER_S, Progress, Receipt, apply, undo, undo_command
+from tallystick.migrate.runner.widen import Widened, widen_key
 
 __all__ = [
     "GIVE_UP_AFTER_S",
@@ -67,6 +68,7 @@ __all__ = [
     "TableSize",
     "Traced",
     "Tracker",
+    "Widened",
     "adopt",
     "apply",
     "concerns",
@@ -93,4 +95,5 @@ __all__ = [
     "undo",
     "undo_command",
     "upgrade_revision",
+    "widen_key",
 ]

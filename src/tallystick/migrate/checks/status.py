@@ -23,6 +23,7 @@ from tallystick.migrate.host.tables import looking
 from tallystick.migrate.revisions import HostNames, revisions
 from tallystick.migrate.runner.messages import text
 from tallystick.migrate.runner.session import autocommits
+from tallystick.migrate.runner.widen import KEYS, STAND_INS
 from tallystick.schema import (
     EVENTS_TRIGGER,
     FOLLOWING,
@@ -401,7 +402,7 @@ class _Remedies:
             name
             for each in revisions()
             for name in (*each.indexes(names), *each.ledger_indexes(names), *each.validates(names))
-        }
+        } | KEYS
         self.tables: dict[str, str] = {}  # as in a Drift's ``where``, and as in SQL
         self.made: dict[tuple[str, str], str] = {}
         for table in declared.metadata.tables.values():
@@ -538,7 +539,9 @@ def _functions(conn: sa.Connection, names: HostNames, *, owner: str | None) -> I
         else:
             yield Drift("function", f"tallystick.{name}", "the function of its revision", None, FUNCTIONS)
     for name in found.keys() - declared.keys():
-        yield Drift("function", f"tallystick.{name}", "none but ours", "another", f"DROP FUNCTION tallystick.{name}")
+        word = next((word for word, stands_in in STAND_INS.items() if name == f"{stands_in}()"), None)
+        mend = f"tallystick migrate widen-key {word}" if word else f"DROP FUNCTION tallystick.{name}"
+        yield Drift("function", f"tallystick.{name}", "none but ours", "another", mend)
 
 
 def _of_function(where: str, wants: sa.Row[Any], has: sa.Row[Any], owner: str) -> Iterator[Drift]:

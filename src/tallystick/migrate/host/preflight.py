@@ -131,8 +131,9 @@ def examine(conn: sa.Connection, config: Config, *, strict: bool = True, changes
     prepared = prepared_revisions(conn)
     if revision is not None or prepared:
         refuse_other(mapping_of(conn), mapping)
-    users, users_columns = _mapped_users(conn, mapping)
-    workshops, workshops_columns = _mapped_workshops(conn, mapping)
+    migrated = revision is not None or bool(prepared)
+    users, users_columns = _mapped_users(conn, mapping, migrated=migrated)
+    workshops, workshops_columns = _mapped_workshops(conn, mapping, migrated=migrated)
     if revision is None and not prepared and role.has_schema:
         raise HostMismatch(
             'this database has a schema "tallystick" that is not ours. Rename it: '
@@ -152,7 +153,7 @@ def examine(conn: sa.Connection, config: Config, *, strict: bool = True, changes
         _check_same_host(conn, mapping.schema_of_ledger, users, workshops)
 
     tables = [table for table in (users, workshops) if table]
-    missing = tuple(_missing_privileges(role, mapping, tables, migrated=revision is not None or bool(prepared)))
+    missing = tuple(_missing_privileges(role, mapping, tables, migrated=migrated))
     shaped = [(table.oid, table.schema, table.table) for table in tables]
     breaks = tuple(breaks_with_more_columns(conn, shaped)) if revision is None else ()
     if strict and missing:
@@ -266,11 +267,13 @@ def _missing_privileges(
         )
 
 
-def _mapped_users(conn: sa.Connection, mapping: HostMapping) -> tuple[HostTable, Mapping[str, HostColumn]]:
+def _mapped_users(
+    conn: sa.Connection, mapping: HostMapping, *, migrated: bool
+) -> tuple[HostTable, Mapping[str, HostColumn]]:
     names = mapping.users
     table = mapped_table(conn, "users", names.schema, names.table)
     columns = columns_of(conn, table)
-    _check_key("users", table, columns, names)
+    _check_key("users", table, columns, names, migrated=migrated)
     if names.email:
         _column("users", "email", table, columns, names.email)
     return table, columns
@@ -317,8 +320,18 @@ def _column(word: Word, setting: str, table: HostTable, columns: Mapping[str, Ho
     )
 
 
+def _serves(given: str, there: str | None, *, migrated: bool) -> bool:
+    """True where a key of the type ``there`` fits one that is ``given``: the ledger goes before a key that grows."""
+    return there == given or (migrated and given == "bigint" and there in ("smallint", "integer"))
+
+
 def _check_key(
-    word: Word, table: HostTable, columns: Mapping[str, HostColumn], names: UsersTable | WorkshopsTable
+    word: Word,
+    table: HostTable,
+    columns: Mapping[str, HostColumn],
+    names: UsersTable | WorkshopsTable,
+    *,
+    migrated: bool,
 ) -> None:
     name = names.key
     column = _column(word, "key", table, columns, name)
@@ -338,7 +351,7 @@ def _check_key(
         )
     for setting, found in column.key_settings.items():
         given = getattr(names, setting)
-        if given != found:
+        if given != found and not (setting == "key_type" and _serves(given, found, migrated=migrated)):
             wanted = "false" if found is None else json.dumps(found, ensure_ascii=False)
             raise HostMismatch(
                 f"{table.shown}.{name} is {column.shown}{_collated(column)}, but the configuration says "
@@ -359,15 +372,17 @@ def _other_keys(word: Word, columns: Mapping[str, HostColumn]) -> str:
     return f"Give the table such a column and name it in host.{word}.key"
 
 
-def _mapped_workshops(conn: sa.Connection, mapping: HostMapping) -> tuple[HostTable | None, Mapping[str, HostColumn]]:
+def _mapped_workshops(
+    conn: sa.Connection, mapping: HostMapping, *, migrated: bool
+) -> tuple[HostTable | None, Mapping[str, HostColumn]]:
     names = mapping.workshops
     if names is None:
         return None, {}
     table = mapped_table(conn, "workshops", names.schema, names.table)
     columns = columns_of(conn, table)
-    _check_key("workshops", table, columns, names)
+    _check_key("workshops", table, columns, names, migrated=migrated)
     owner = _column("workshops", "owner", table, columns, names.owner)
-    if owner.key_type != mapping.users.key_type or (
+    if not _serves(mapping.users.key_type, owner.key_type, migrated=migrated) or (
         owner.collation is not None and mapping.users.key_collation not in (None, tuple(owner.collation))
     ):
         raise HostMismatch(

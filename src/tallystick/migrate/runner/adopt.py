@@ -102,7 +102,7 @@ def cut_over(
             conn,
             drops,
             action="adopt",
-            table=names.users.name.as_string(None),
+            tables=[names.users.name],
             lock_timeout_ms=lock_timeout_ms,
             give_up_after_s=give_up_after_s,
         )

@@ -28,7 +28,6 @@ from tallystick.database import driver
 from tallystick.errors import (
     ConfigError,
     MigrationBlocked,
-    MigrationRunning,
     TallystickError,
 )
 from tallystick.migrate.host.preflight import Host, examine, refuse_rows
@@ -36,7 +35,6 @@ from tallystick.migrate.host.tables import mapped_oids
 from tallystick.migrate.revisions import HostNames, Revision, adopted_by, after, known, revisions, up_to
 from tallystick.migrate.runner.blockers import OLD_MS, Blocker, Watch, oids_of
 from tallystick.migrate.runner.messages import (
-    ADVISORY_KEY,
     MEASURE,
     STALL_BUDGET_MS,
     Messages,
@@ -46,13 +44,13 @@ from tallystick.migrate.runner.messages import (
     upward,
 )
 from tallystick.migrate.runner.online import Building, OnlineStep, online
-from tallystick.migrate.runner.session import engine_of, forbidden_by, lost, session, translate
+from tallystick.migrate.runner.session import engine_of, forbidden_by, lost, session, the_only_run, translate
+from tallystick.migrate.runner.widen import refuse_interrupted, validate_keys
 from tallystick.schema import migration_log
 
 GIVE_UP_AFTER_S = 120.0
 
 _PROBE_EVERY_S = 0.1
-_GRACE_S = 3.0  # how long a killed run's server process may take to notice
 
 Phase = Literal["connecting", "waiting", "prepared", "locking", "applied", "undone", "online"]
 
@@ -212,6 +210,7 @@ class _Run:
 
     def apply(self, *, two_transactions: bool) -> Receipt:
         host = self._examine()
+        refuse_interrupted(self.conn)
         receipt = Receipt("apply", host.revision, revisions()[-1].revision)
         if pending := after(host.revision):
             receipt = self._upward(host, pending, receipt, two_transactions=two_transactions)
@@ -219,6 +218,7 @@ class _Run:
         names = HostNames.of(self.config.host, host.adopted)
         try:
             built = [step for revision in revisions() for step in self._online(revision, names)]
+            built += validate_keys(self.conn, names, self._told(None))
         except KeyboardInterrupt as stopped:
             stopped.add_note(
                 f"Revision {receipt.after} is in place, and the app may use it; its indexes or checks are not "
@@ -255,6 +255,7 @@ class _Run:
         if to is not None:
             known(to)
         host = self._examine()
+        refuse_interrupted(self.conn)
         names = HostNames.of(self.config.host, host.adopted)
         gone = tuple(reversed([revision for revision in up_to(host.revision) if revision not in up_to(to)]))
         prepared = [revision for revision in reversed(after(host.revision)) if revision.revision in host.prepared]
@@ -408,11 +409,14 @@ class _Run:
             # the revisions are in place all the same, and the receipt is returned
 
     def _online(self, revision: Revision, names: HostNames) -> Iterator[OnlineStep]:
+        return online(self.conn, revision, names, self._told(revision.revision))
+
+    def _told(self, revision: str | None) -> Callable[[str, Building | None], None]:
         def tell(step: str, building: Building | None) -> None:
             known = (building.phase, building.fraction, building.waits_for) if building else ()
-            self.progress(Progress("online", revision.revision, 0, (), step, *known))
+            self.progress(Progress("online", revision, 0, (), step, *known))
 
-        return online(self.conn, revision, names, tell)
+        return tell
 
 
 def _passing(error: psycopg.Error) -> bool:
@@ -435,37 +439,8 @@ def _alone(
     progress: Callable[[Progress], None] | None,
 ) -> Iterator[_Run]:
     """A run on a connection of its own, beside no other run."""
-    with session(engine_of(database), waiting=_waking(progress)) as conn, _the_only_run(conn):
+    with session(engine_of(database), waiting=_waking(progress)) as conn, the_only_run(conn):
         yield _Run(conn, config, stall_budget_ms=stall_budget_ms, give_up_after_s=give_up_after_s, progress=progress)
-
-
-@contextmanager
-def _the_only_run(conn: sa.Connection) -> Iterator[None]:
-    """Only one run looks at a time: what the catalogues say query by query must be of one state."""
-    deadline = time.monotonic() + _GRACE_S
-    while not conn.scalar(sa.select(sa.func.pg_try_advisory_lock(ADVISORY_KEY))):
-        if time.monotonic() > deadline:
-            holder = conn.scalar(_LOCK_HOLDER, {"key": ADVISORY_KEY})
-            raise MigrationRunning(
-                f"another migration of this database is running (pid {holder}). Wait for it, then look: "
-                "tallystick migrate status"
-            )
-        time.sleep(0.1)
-    try:
-        yield
-    finally:
-        # Not left to the end of the session, which the server notices a moment after we have returned.
-        with suppress(sa.exc.SQLAlchemyError):
-            conn.execute(sa.select(sa.func.pg_advisory_unlock(ADVISORY_KEY)))
-
-
-_LOCK_HOLDER = sa.text("""
-    SELECT pid FROM pg_locks
-    WHERE locktype = 'advisory' AND granted AND objsubid = 1
-      AND (classid::bigint << 32 | objid::bigint) = :key
-      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-    LIMIT 1
-""")
 
 
 def _send(conn: sa.Connection, statements: Sequence[Composable]) -> float | None:

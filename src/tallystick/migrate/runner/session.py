@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 
 import psycopg
 import sqlalchemy as sa
-from psycopg.sql import SQL, Composable, Literal
+from psycopg.sql import SQL, Composable, Identifier, Literal
 
 from tallystick.database import KNOWN_SETTINGS, dial, driver, engine, said, with_known_settings
 from tallystick.errors import (
@@ -25,12 +25,14 @@ from tallystick.errors import (
     TallystickError,
 )
 from tallystick.migrate.host.dependents import DEPENDED_ON
-from tallystick.migrate.runner.messages import MOVED, NOT_EMPTY, RUNNING
+from tallystick.migrate.runner.blockers import Watch, oids_of
+from tallystick.migrate.runner.messages import ADVISORY_KEY, MOVED, NOT_EMPTY, RUNNING
 from tallystick.migrate.runner.trial_writes import BROKEN
 
 APPLICATION_NAME = "tallystick migrate"
 
 _CHECKS_CLIENT = 140000
+_GRACE_S = 3.0  # how long a killed run's server process may take to notice
 
 NEVER_CUT: Mapping[str, str] = dict.fromkeys(
     (
@@ -230,8 +232,12 @@ def translate(
             f"something of yours depends on what undo removes: {detail or said}. {unchanged}. Drop or change it first"
         )
     else:
-        advice = _READ_ONLY if state == "25006" else ""
-        found = MigrationError(f"the database refused to {action}: {said} ({state}). {unchanged}{advice}")
+        # of a column whose type changes: what is made of it
+        dependent = f"; {detail}" if state == "0A000" and detail else ""
+        advice = (
+            _READ_ONLY if state == "25006" else ". Drop that first, and make it anew afterwards" if dependent else ""
+        )
+        found = MigrationError(f"the database refused to {action}: {said} ({state}{dependent}). {unchanged}{advice}")
     return found
 
 
@@ -240,39 +246,79 @@ def send_when_free(
     statements: Iterable[Composable],
     *,
     action: str,
-    table: str,
+    tables: Sequence[Identifier],
     lock_timeout_ms: int,
     give_up_after_s: float,
-) -> None:
-    """Run the statements as one transaction and one message, again and again while ``table`` is busy.
+    unchanged: str = "Nothing was changed",
+) -> float:
+    """Run the statements as one transaction and one message, again and again while ``tables`` are busy.
 
-    Traffic waits for at most ``lock_timeout_ms`` behind a try.
+    Traffic waits for at most ``lock_timeout_ms`` behind a try, for each table. Gives the milliseconds of the try that
+    went through.
 
     Raises:
-        MigrationBlocked: the table was never free.
+        MigrationBlocked: the tables were never free; names who was in the way.
         MigrationError, PermissionDenied, OutcomeUnknown: see ``translate``.
     """
-    raw, deadline = driver(conn), time.monotonic() + give_up_after_s
+    raw, deadline, attempts = driver(conn), time.monotonic() + give_up_after_s, 0
+    watch = Watch(conn, oids_of(conn, tables))
     timeout = SQL("SET LOCAL lock_timeout = {}").format(Literal(f"{lock_timeout_ms}ms"))
     message = SQL("; ").join([SQL("BEGIN"), timeout, *statements, SQL("COMMIT")])
     while True:
+        attempts, started = attempts + 1, time.monotonic()
         try:
             raw.execute(message.as_string(raw).encode(raw.info.encoding), prepare=False)
         except psycopg.errors.LockNotAvailable:
             raw.execute("ROLLBACK")
+            blockers = watch.holders()
             if time.monotonic() > deadline:
+                names = " and ".join(table.as_string(None) for table in tables)
+                who = "; ".join(str(blocker) for blocker in blockers) or "short transactions, one after the other"
                 raise MigrationBlocked(
-                    f"{table} was never free for {lock_timeout_ms} ms within {give_up_after_s:g} s. Nothing was "
-                    "changed. Run it again when it is less busy",
-                    attempts=0,
-                    blockers=[],
+                    f"{names} {'was' if len(tables) == 1 else 'were'} never free for {lock_timeout_ms} ms within "
+                    f"{give_up_after_s:g} s ({attempts} attempts). In the way: {who}. {unchanged}. Run it again "
+                    "when that has ended",
+                    attempts=attempts,
+                    blockers=list(blockers),
                 ) from None
             # those who queued behind us go first
             time.sleep(lock_timeout_ms / 1000 * random.uniform(2, 6))  # noqa: S311  # jitter, not a secret
         except psycopg.Error as error:
-            raise translate(error, action, lost=lost(conn), unchanged="Nothing was changed") from error
+            gone = lost(conn)
+            if not gone:
+                raw.execute("ROLLBACK")
+            raise translate(error, action, lost=gone, unchanged=unchanged) from error
         else:
-            return
+            return (time.monotonic() - started) * 1000
+
+
+@contextmanager
+def the_only_run(conn: sa.Connection) -> Iterator[None]:
+    """Only one run looks at a time: what the catalogues say query by query must be of one state."""
+    deadline = time.monotonic() + _GRACE_S
+    while not conn.scalar(sa.select(sa.func.pg_try_advisory_lock(ADVISORY_KEY))):
+        if time.monotonic() > deadline:
+            holder = conn.scalar(_LOCK_HOLDER, {"key": ADVISORY_KEY})
+            raise MigrationRunning(
+                f"another migration of this database is running (pid {holder}). Wait for it, then look: "
+                "tallystick migrate status"
+            )
+        time.sleep(0.1)
+    try:
+        yield
+    finally:
+        # Not left to the end of the session, which the server notices a moment after we have returned.
+        with suppress(sa.exc.SQLAlchemyError):
+            conn.execute(sa.select(sa.func.pg_advisory_unlock(ADVISORY_KEY)))
+
+
+_LOCK_HOLDER = sa.text("""
+    SELECT pid FROM pg_locks
+    WHERE locktype = 'advisory' AND granted AND objsubid = 1
+      AND (classid::bigint << 32 | objid::bigint) = :key
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    LIMIT 1
+""")
 
 
 def forbidden_by(conn: sa.Connection, error: psycopg.Error) -> list[str]:

@@ -1,0 +1,389 @@
+"""A key that the app is about to make larger, from integer to bigint, after the migration: the ledger goes first.
+
+The ledger's columns and functions have the type that the key had. A larger type serves the smaller key just as well,
+and not the other way round: so the ledger is changed before the app's own tables. These are the steps:
+
+1. short, all tables locked: triggers take the place of the foreign keys to the app's table. PostgreSQL would make a
+   foreign key anew with its column, and would lock the app's table against readers until the column is rewritten.
+2. the ledger alone locked: its columns are rewritten, its types and functions changed.
+3. short, all tables locked: the foreign keys are added NOT VALID, and the triggers go.
+4. beside live traffic: the foreign keys are validated.
+
+A run that could not do the second does the third and fourth all the same. One that was killed is continued by the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import sqlalchemy as sa
+from psycopg.sql import SQL, Composable, Composed, Identifier, Literal
+
+from tallystick.config import HostMapping, UsersTable
+from tallystick.errors import MigrationError, TallystickError
+from tallystick.ledger import functions
+from tallystick.migrate.host.preflight import adopted_columns, current_revision
+from tallystick.migrate.host.privileges import close_new_objects, remember_objects
+from tallystick.migrate.revisions import HostNames, Word, revisions
+from tallystick.migrate.runner.online import Building, OnlineStep, validate
+from tallystick.migrate.runner.session import engine_of, lost, send_when_free, session, the_only_run
+from tallystick.schema import LEDGER, mapping_of
+
+_SMALLER = ("smallint", "integer")
+_NAMED: dict[Word, list[str]] = {"users": ["user_id", "owner"], "workshops": ["workshop_id"]}
+STAND_INS: dict[Word, str] = {"users": "widening_users", "workshops": "widening_workshops"}
+"""The functions of the triggers that take the place of the foreign keys meanwhile."""
+KEYS = frozenset(("credit_transactions_user_fk", "low_balances_user_fk", "credit_transactions_workshop_fk"))
+"""The foreign keys to the app's tables, which ``apply`` validates where a run has left that undone."""
+_UPDATED, _DELETED = Identifier("A_tallystick_widening_update"), Identifier("A_tallystick_widening_delete")
+
+_BODIES: dict[Word, str] = {
+    "users": """
+BEGIN
+  IF TG_OP = 'UPDATE' THEN
+    UPDATE {ledger} AS t SET user_id = NEW.{user_key} WHERE t.user_id {is} OLD.{user_key};
+    UPDATE tallystick.low_balances AS l SET user_id = NEW.{user_key} WHERE l.user_id {is} OLD.{user_key};
+  ELSE
+    -- a user with credit transactions is refused by tallystick.buyer_stays
+    DELETE FROM tallystick.low_balances AS l WHERE l.user_id {is} OLD.{user_key};
+  END IF;
+  RETURN NULL;
+END""",
+    "workshops": """
+BEGIN
+  IF TG_OP = 'DELETE' THEN
+    UPDATE {ledger} AS t SET workshop_id = NULL WHERE t.workshop_id {is} OLD.{workshop_key};
+  ELSIF EXISTS (SELECT FROM {ledger} AS t WHERE t.workshop_id {is} OLD.{workshop_key}) THEN
+    RAISE EXCEPTION 'workshop % has credit transactions', OLD.{workshop_key} USING ERRCODE = 'foreign_key_violation';
+  END IF;
+  RETURN NULL;
+END""",
+}
+
+_COLUMNS = sa.text("""
+    SELECT n.nspname AS schema, c.relname AS table, a.attname AS column, c.relkind = 'c' AS of_type
+    FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE a.attname = ANY (:columns) AND a.atttypid = CAST(:type AS regtype) AND c.relkind IN ('r', 'c')
+      AND (n.nspname = 'tallystick' OR n.nspname = :schema AND c.relname = :ledger)
+    ORDER BY n.nspname = :schema AND c.relname = :ledger DESC, 1, 2, 3
+""")
+_INTERRUPTED = sa.text("""
+    SELECT proname::text FROM pg_proc
+    WHERE pronamespace = to_regnamespace('tallystick') AND proname = ANY (CAST(:names AS text[]))
+""")
+_OWNER = sa.text("SELECT pg_get_userbyid(relowner) FROM pg_class WHERE oid = to_regclass(:ledger)")
+_VALIDATED = sa.text("SELECT convalidated FROM pg_constraint WHERE conrelid = to_regclass(:table) AND conname = :name")
+
+_REMEMBER_GRANTS = SQL("""
+SELECT set_config('tallystick.grants', coalesce(
+    jsonb_agg(jsonb_build_object('name', p.proname, 'grantee', a.grantee, 'grantable', a.is_grantable)), '[]')::text,
+  true)
+FROM pg_proc p CROSS JOIN LATERAL aclexplode(p.proacl) a
+WHERE p.pronamespace = 'tallystick'::regnamespace AND a.grantee NOT IN (0, p.proowner)""")
+
+# No two functions of ours have one name. One that was replaced in place has its grants still.
+_GIVE_BACK = """
+DECLARE
+  command text;
+BEGIN
+  FOR command IN
+    SELECT format('ALTER FUNCTION %s OWNER TO %I', p.oid::regprocedure, {owner}) FROM pg_proc p
+    WHERE p.pronamespace = 'tallystick'::regnamespace AND pg_get_userbyid(p.proowner) <> {owner}
+      AND NOT current_setting('tallystick.objects')::jsonb @> jsonb_build_array(p.oid)
+    UNION ALL
+    SELECT format('GRANT EXECUTE ON FUNCTION %s TO %I', p.oid::regprocedure, r.rolname)
+      || CASE WHEN bool_or(g.grantable) THEN ' WITH GRANT OPTION' ELSE '' END
+    FROM jsonb_to_recordset(current_setting('tallystick.grants')::jsonb) AS g (name text, grantee oid, grantable bool)
+    JOIN pg_proc p ON p.pronamespace = 'tallystick'::regnamespace AND p.proname = g.name
+    JOIN pg_roles r ON r.oid = g.grantee
+    WHERE NOT current_setting('tallystick.objects')::jsonb @> jsonb_build_array(p.oid) GROUP BY p.oid, r.rolname
+  LOOP
+    EXECUTE command;
+  END LOOP;
+END"""
+
+# Sessions have plans of functions whose text does not change, as the triggers': for columns of the type before.
+_FORGET_PLANS = """
+DECLARE
+  command text;
+BEGIN
+  FOR command IN SELECT pg_get_functiondef(oid) FROM pg_proc
+    WHERE pronamespace = 'tallystick'::regnamespace AND prokind = 'f'
+  LOOP
+    EXECUTE command;
+  END LOOP;
+END"""
+
+
+@dataclass(frozen=True)
+class Widened:
+    """The mapping with the larger key, and the columns of Tallystick's that have its type now.
+
+    ``rewrite_ms`` is how long the ledger was locked for it, 0 where a run before this one had done it. ``online`` are
+    the foreign keys that were validated afterwards.
+    """
+
+    host: HostMapping
+    columns: tuple[str, ...]
+    rewrite_ms: float
+    online: tuple[OnlineStep, ...]
+
+
+@dataclass(frozen=True)
+class _ForeignKey:
+    name: str
+    table: Identifier
+    definition: Composable
+
+    def state(self, conn: sa.Connection) -> bool | None:
+        """True where it is validated; None where there is none."""
+        asked = {"table": self.table.as_string(None), "name": self.name}
+        validated: bool | None = conn.scalar(_VALIDATED, asked)
+        return validated
+
+
+def widen_key(
+    database: sa.Engine | str, word: Word, *, lock_timeout_ms: int = 50, give_up_after_s: float = 60
+) -> Widened:
+    """Give the ledger bigint for the key of ``word``, or finish what an interrupted run left of that.
+
+    The ledger is written anew, and whoever uses it waits for that long. Prepared statements of connections that were
+    open before fail afterwards, so connections are to be renewed.
+
+    Raises:
+        MigrationError: that key is no smaller number, or the database is not at this package's revision.
+        MigrationBlocked: the tables were never free; names who held them.
+        MigrationRunning: another run is at it.
+    """
+    with session(engine_of(database)) as conn, the_only_run(conn):
+        head = revisions()[-1].revision
+        if current_revision(conn) != head:
+            raise MigrationError(f"the database is not at revision {head}. Run: tallystick migrate apply")
+        if interrupted(conn) not in (None, word):
+            refuse_interrupted(conn)
+        before = mapping_of(conn)
+        table = before.users if word == "users" else before.workshops
+        if table is None:
+            raise MigrationError(f"the key of {word} is no integer that could grow: there is no such table")
+        adopted = adopted_columns(conn)
+        run = _Widening(conn, word, HostNames.of(before, adopted), lock_timeout_ms, give_up_after_s)
+        if table.key_type in _SMALLER:
+            larger = replace(table, key_type="bigint")
+            after = (
+                replace(before, users=larger) if isinstance(larger, UsersTable) else replace(before, workshops=larger)
+            )
+            try:
+                run.open()
+                rewrite_ms = run.rewrite(HostNames.of(after, adopted), table.key_type)
+            except TallystickError:
+                if not lost(conn):
+                    run.close()
+                raise
+        elif run.is_whole():
+            raise MigrationError(f"the key of {word} is no integer that could grow: its type is {table.key_type}")
+        else:
+            after, rewrite_ms = before, 0.0
+        validated = run.close()
+        columns = [f"{row.schema}.{row.table}.{row.column}" for row in run.columns("bigint") if not row.of_type]
+        return Widened(after, tuple(columns), round(rewrite_ms, 3), validated)
+
+
+def interrupted(conn: sa.Connection) -> Word | None:
+    """The table on which triggers stand in the place of foreign keys, since a run was ended."""
+    found = conn.scalar(_INTERRUPTED, {"names": list(STAND_INS.values())})
+    return next((word for word, name in STAND_INS.items() if name == found), None)
+
+
+def refuse_interrupted(conn: sa.Connection) -> None:
+    """Raises MigrationError where a run was ended that only another one can finish."""
+    if word := interrupted(conn):
+        raise MigrationError(
+            f"a run of widen-key was ended, and triggers stand in the place of foreign keys to the table of {word}. "
+            f"To finish it: tallystick migrate widen-key {word}"
+        )
+
+
+def validate_keys(
+    conn: sa.Connection, names: HostNames, progress: Callable[[str, Building | None], None]
+) -> Iterator[OnlineStep]:
+    """Validate each foreign key to the app's tables that was left NOT VALID."""
+    words: tuple[Word, ...] = ("users", "workshops")
+    for key in (key for word in words for key in _foreign_keys(names, word)):
+        statement = SQL("ALTER TABLE {} VALIDATE CONSTRAINT {}").format(key.table, Identifier(key.name))
+        yield from validate(
+            conn, table=key.table, name=key.name, statement=statement, progress=partial(progress, key.name)
+        )
+
+
+@dataclass(frozen=True)
+class _Widening:
+    """One widening: its steps, each of which does nothing where it was done."""
+
+    conn: sa.Connection
+    word: Word
+    names: HostNames
+    lock_timeout_ms: int
+    give_up_after_s: float
+
+    @property
+    def keys(self) -> list[_ForeignKey]:
+        return _foreign_keys(self.names, self.word)
+
+    @property
+    def of_app(self) -> Identifier:
+        table = self.names.users if self.word == "users" else self.names.workshops
+        assert table is not None  # noqa: S101 - widen_key has looked
+        return table.name
+
+    @property
+    def owner(self) -> str:
+        return str(self.conn.scalar(_OWNER, {"ledger": _ledger(self.names).as_string(None)}))
+
+    def is_whole(self) -> bool:
+        return interrupted(self.conn) is None and all(key.state(self.conn) for key in self.keys)
+
+    def columns(self, key_type: str) -> Sequence[Any]:
+        """The columns, of tables and types, that hold the key and are of that type."""
+        asked = {"columns": _NAMED[self.word], "schema": self.names.ledger_schema, "ledger": LEDGER}
+        return self.conn.execute(_COLUMNS, {**asked, "type": key_type}).all()
+
+    def open(self) -> None:
+        """Triggers in the place of the foreign keys."""
+        if interrupted(self.conn) == self.word:
+            return
+        function = Identifier("tallystick", STAND_INS[self.word])
+        values = self.names.placeholders()
+        key = self.names.placeholders()["user_key" if self.word == "users" else "workshop_key"]
+        created = SQL(
+            "CREATE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = {} AS {}"
+        ).format(function, values["host_path"], Literal(SQL(_BODIES[self.word]).format(**values).as_string(None)))
+        self._when_free(
+            [
+                remember_objects(self.names),
+                created,
+                SQL("ALTER FUNCTION {}() OWNER TO {}").format(function, Identifier(self.owner)),
+                SQL(
+                    "CREATE TRIGGER {} AFTER UPDATE ON {} FOR EACH ROW WHEN (OLD.{} IS DISTINCT FROM NEW.{})"
+                    " EXECUTE FUNCTION {}()"
+                ).format(_UPDATED, self.of_app, key, key, function),
+                SQL("CREATE TRIGGER {} AFTER DELETE ON {} FOR EACH ROW EXECUTE FUNCTION {}()").format(
+                    _DELETED, self.of_app, function
+                ),
+                *(
+                    SQL("ALTER TABLE {} DROP CONSTRAINT {}").format(key.table, Identifier(key.name))
+                    for key in self.keys
+                    if key.state(self.conn) is not None
+                ),
+                close_new_objects(self.names),
+            ],
+            tables=self._all(),
+        )
+
+    def rewrite(self, after: HostNames, key_type: str) -> float:
+        """The ledger's columns, types and functions; gives the milliseconds for which it was locked."""
+        rows = self.columns(key_type)
+        gone, made = functions.retyped(self.names, after)
+        types, columns = (
+            [
+                SQL(change).format(Identifier(row.schema, row.table), Identifier(row.column))
+                for row in rows
+                if row.of_type is of_type
+            ]
+            for of_type, change in (
+                (True, "ALTER TYPE {} ALTER ATTRIBUTE {} TYPE bigint"),
+                (False, "ALTER TABLE {} ALTER {} TYPE bigint"),
+            )
+        )
+        return self._when_free(
+            [
+                remember_objects(self.names),
+                _REMEMBER_GRANTS,
+                *gone,
+                *types,
+                *columns,
+                *made,
+                close_new_objects(self.names),
+                _do(SQL(_GIVE_BACK).format(owner=Literal(self.owner))),
+                _do(SQL(_FORGET_PLANS)),
+                SQL("UPDATE tallystick.mapping SET host = {}").format(Literal(after.mapping)),
+            ],
+            tables=[Identifier(row.schema, row.table) for row in rows if not row.of_type],
+        )
+
+    def close(self) -> tuple[OnlineStep, ...]:
+        """The foreign keys again, and none of the triggers; then the keys are validated."""
+        missing = [key for key in self.keys if key.state(self.conn) is None]
+        if missing or interrupted(self.conn) == self.word:
+            add = SQL("ALTER TABLE {} ADD CONSTRAINT {} {} NOT VALID")
+            self._when_free(
+                [
+                    *(add.format(key.table, Identifier(key.name), key.definition) for key in missing),
+                    *(
+                        SQL("DROP TRIGGER IF EXISTS {} ON {}").format(trigger, self.of_app)
+                        for trigger in (_UPDATED, _DELETED)
+                    ),
+                    SQL("DROP FUNCTION IF EXISTS tallystick.{}()").format(Identifier(STAND_INS[self.word])),
+                ],
+                tables=self._all(),
+                unchanged="Until then triggers stand in the place of foreign keys, and your app goes on",
+            )
+        return tuple(validate_keys(self.conn, self.names, lambda _name, _building: None))
+
+    def _all(self) -> list[Identifier]:
+        """In the order in which writers lock them."""
+        return [self.of_app, *(key.table for key in self.keys)]
+
+    def _when_free(
+        self, statements: Sequence[Composable], *, tables: Sequence[Identifier], unchanged: str = "Nothing was changed"
+    ) -> float:
+        lock = SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(SQL(", ").join(tables))
+        return send_when_free(
+            self.conn,
+            [lock, *statements],
+            action="widen the key",
+            tables=tables,
+            lock_timeout_ms=self.lock_timeout_ms,
+            give_up_after_s=self.give_up_after_s,
+            unchanged=unchanged,
+        )
+
+
+def _foreign_keys(names: HostNames, word: Word) -> list[_ForeignKey]:
+    """Those to the app's table, as the revisions made them."""
+    if word == "workshops":
+        rules = (
+            [("credit_transactions_workshop_fk", _ledger(names), "workshop_id", "ON DELETE SET NULL")]
+            if names.workshops
+            else []
+        )
+    else:
+        rules = [
+            ("credit_transactions_user_fk", _ledger(names), "user_id", "ON UPDATE CASCADE ON DELETE RESTRICT"),
+            (
+                "low_balances_user_fk",
+                Identifier("tallystick", "low_balances"),
+                "user_id",
+                "ON UPDATE CASCADE ON DELETE CASCADE",
+            ),
+        ]
+    table = names.users if word == "users" else names.workshops
+    return [
+        _ForeignKey(
+            name,
+            of,
+            SQL("FOREIGN KEY ({}) REFERENCES {} ({}) ").format(Identifier(column), table.name, table.key) + SQL(rule),
+        )
+        for name, of, column, rule in rules
+        if table is not None
+    ]
+
+
+def _ledger(names: HostNames) -> Identifier:
+    return Identifier(names.ledger_schema, LEDGER)
+
+
+def _do(body: Composable) -> Composed:
+    return Composed([SQL("DO "), Literal(body.as_string(None))])
