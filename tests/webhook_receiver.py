@@ -11,22 +11,25 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 FOLDER = Path(sys.argv[1])
+TURN = threading.Lock()
 
 
 class Receiver(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
         headers = {name.lower(): value for name, value in self.headers.items()}
-        answers = (FOLDER / "answers").read_text().split()
-        with (FOLDER / "received").open("a") as received:
-            received.write(json.dumps({"headers": headers, "body": body, "answer": answers[0]}) + "\n")
-        if len(answers) > 1:
-            (FOLDER / "answers").write_text("\n".join(answers[1:]))
+        with TURN:  # two endpoints may be sent to at the same moment
+            answers = (FOLDER / "answers").read_text().split()
+            with (FOLDER / "received").open("a") as received:
+                received.write(json.dumps({"headers": headers, "body": body, "answer": answers[0]}) + "\n")
+            if len(answers) > 1:
+                (FOLDER / "answers").write_text("\n".join(answers[1:]))
         if answers[0] == "hang":
             time.sleep(60)
         if answers[0] == "close":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
@@ -67,7 +68,10 @@ class Shop:
         return self.run(lambda engine: stripe.checkout(engine, self.config, user, PACK, **(ADDRESSES | options)))
 
     def run(self, work: Callable[[sa.Engine], T]) -> T:
-        return asyncio.run(self._on_a_loop(work)) if self.asynchronous else work(self.engine)
+        if not self.asynchronous:
+            return work(self.engine)
+        with ThreadPoolExecutor(1) as other:  # a browser that is open in this thread has its own event loop
+            return other.submit(asyncio.run, self._on_a_loop(work)).result()
 
     async def _on_a_loop(self, work: Callable[[sa.Engine], T]) -> T:
         engine = create_async_engine(self.world.url, poolclass=sa.NullPool)
