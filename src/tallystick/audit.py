@@ -20,7 +20,7 @@ table for its rows, so that more of them would take longer in all. An audit can 
 
 No sum tells the order of two rows. That the moments of completion rise with the numbers is seen by reading an index in
 its order, which takes longer than all else together. The console's sums of closed days are held against the rows of
-these days, which is no matter of a user: an audit of everyone begins with it. A ``quick`` audit leaves out both.
+these days, which is no matter of a user: an audit of everyone ends with it. A ``quick`` audit leaves out both.
 """
 
 from __future__ import annotations
