@@ -213,7 +213,7 @@ def test_the_script_and_alembics_way_prove_it_too(app: App) -> None:
     before = app.dump()
     with app.engine.connect() as conn:
         script = migrate.sql(conn, app.config)
-    with pytest.raises(Exception, match="returned non-zero exit status 3"):
+    with pytest.raises(Exception, match="an UPDATE of a row of users fails"):
         app.psql(script)
     with app.engine.connect() as conn, pytest.raises(sa.exc.DBAPIError, match="an UPDATE of a row of users fails"):
         migrate.upgrade_revision(Operations(MigrationContext.configure(conn)), to="0001", config=app.config)
