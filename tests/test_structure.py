@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
 import re
 import subprocess
 import sys
@@ -171,6 +173,20 @@ def test_each_licence_of_what_is_vendored_is_in_the_package_and_the_readme():
     assert packed == licences | {ROOT / "LICENSE"}
     for file in licences:
         assert file.name.removeprefix("LICENSE-").partition("-")[0].lower() in readme
+
+
+def test_the_readme_of_a_release_links_to_the_files_of_its_tag():
+    """An index shows the readme alone, where a relative link leads nowhere."""
+    address = {"GITHUB_SERVER_URL": "https://git.example", "GITHUB_REPOSITORY": "owner/name"}
+    command = [sys.executable, "-m", "hatchling", "metadata"]
+    shown = subprocess.run(command, cwd=ROOT, env=os.environ | address, check=True, capture_output=True, text=True)
+    package = json.loads(shown.stdout)
+    assert package["urls"]["Issues"] == "https://git.example/owner/name/issues"
+    links = re.findall(r"\]\((?!#)([^)]*)\)", package["readme"]["text"])
+    tag = rf"https://git\.example/owner/name/(?:blob|raw)/v{re.escape(package['version'])}/([^#]+)(#.+)?"
+    targets = [re.fullmatch(tag, link) for link in links]
+    assert len(targets) > 20
+    assert [target for target in targets if target is None or not (ROOT / target[1]).exists()] == []
 
 
 def checks(function: ast.AST, helpers: set[str]) -> bool:
