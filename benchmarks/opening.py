@@ -1,15 +1,18 @@
 """Stalls of live traffic while opening balances are written: the worst, beside the same traffic alone.
 
-    python benchmarks/opening.py [--rows 1000000] [--rate 200] [--quick]
+    python benchmarks/opening.py [--rows 1000000] [--rate 200] [--kills 20] [--quick]
 
 ``--rows`` users have credits. An app reads and writes users and workshops at a fixed rate, first alone, then beside
-``tallystick migrate apply``, which gives each user an opening balance. A transaction's latency counts from the moment
-it was due, so clients that wait cannot hide a stall. Afterwards the audit must find nothing.
+``tallystick migrate apply``, which gives each user an opening balance. It is killed at ``--kills`` random moments, and
+begun again each time. A transaction's latency counts from the moment it was due, so clients that wait cannot hide a
+stall. Afterwards the audit must find nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import random
 import sys
 import tempfile
 import time
@@ -42,15 +45,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--rate", type=float, default=200)
+    parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="5,000 users, to see that it runs")
     options = parser.parse_args()
     rows = 5_000 if options.quick else options.rows
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)  # root's embedded server runs as another account
-        measure(folder, rows, options.rate, 2 if options.quick else 20)
+        measure(folder, rows, options.rate, 2 if options.quick else 20, 2 if options.quick else options.kills)
 
 
-def measure(folder: str, rows: int, rate: float, alone_s: float) -> None:
+def measure(folder: str, rows: int, rate: float, alone_s: float, kills: int) -> None:
     """Both runs of the traffic, on one server."""
     with Server(Path(folder) / "server", settings={"max_wal_size": "4GB"}) as server:
         url = server.create_database("app")
@@ -64,17 +68,36 @@ def measure(folder: str, rows: int, rate: float, alone_s: float) -> None:
         with traffic(libpq, per_second=rate, users=rows) as alone:
             time.sleep(alone_s)
         with traffic(libpq, per_second=rate, users=rows) as beside:
-            receipt = migrate.apply(url, config)
+            began = time.perf_counter()
+            left = [killed(url, config, random.uniform(2, 4)) for _ in range(kills)]
+            migrate.apply(url, config)
+            taken_s = time.perf_counter() - began
         with engine.connect() as conn:
             report = audit(conn, config)
+            opened = conn.exec_driver_sql(OPENED).scalar_one()
         engine.dispose()
-    [opened] = [step for step in receipt.online if step.outcome == "opened"]
-    print(f"Opened {opened.name} in {opened.duration_ms / 1000:.1f} s; the audit looked at {report.rows:,} rows")
+    if opened != rows:
+        sys.exit(f"{opened:,} of {rows:,} users have an opening balance")
+    print(f"{opened:,} opening balances in {taken_s:.1f} s, killed {sum(left)} times; rows audited: {report.rows:,}")
     print("| traffic | worst stall | over 50 ms | transactions | errors |\n|---|---:|---:|---:|---:|")
     print(line("alone", alone))
     print(line("beside apply and the opening balances", beside))
     if not report.clean:
         sys.exit(f"the audit found {report.findings[0]}")
+
+
+OPENED = "SELECT count(*) FROM credit_transactions WHERE idempotency_key = 'tallystick:opening'"
+
+
+def killed(url: str, config: Config, after_s: float) -> bool:
+    """Run ``migrate.apply`` in a process of its own and kill it; false if it was done before that."""
+    process = multiprocessing.get_context("spawn").Process(target=migrate.apply, args=(url, config))
+    process.start()
+    process.join(after_s)
+    is_killed = process.is_alive()
+    process.kill()
+    process.join()
+    return is_killed
 
 
 def line(name: str, seen: Traffic) -> str:
