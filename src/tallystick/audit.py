@@ -1079,7 +1079,8 @@ def _late_beginnings(part: _Part) -> sa.Select[Any]:
 def _spent_after_deletion(part: _Part) -> sa.Select[Any]:
     row, users = part.row, part.schema.users
     late = _epoch(row.completed_at) - _epoch(users.c.deleted_at) > DELETION_TAKES.total_seconds()
-    rows = part.rows(row.amount, row.completed_at, users.c.deleted_at).join(users, users.c.key == part.user_id)
+    deleted_at = users.c.deleted_at.label("deleted_at")
+    rows = part.rows(row.amount, row.completed_at, deleted_at).join(users, users.c.key == part.user_id)
     return rows.where(row.type == _CONSUMPTION, row.held.is_(None), users.c.deleted_at.is_not(None), late)
 
 
@@ -1375,7 +1376,7 @@ CHECKS: Mapping[str, Check] = {
             expected="no consumption after deleted_at {deleted_at}",
             found="{amount} credits at {completed_at}",
             likely_cause="written without Tallystick, or deleted_at was set to an earlier moment afterwards",
-            what_to_do=_LOOK + "If the user was deleted later than it says, correct deleted_at",
+            what_to_do=_LOOK + "If the user was deleted later than it says, correct that moment",
         ),
         Check(
             name="refund_excess",

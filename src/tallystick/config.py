@@ -115,7 +115,8 @@ class UsersTable:
     ``clerk_user_id``. ``key_type`` is its type: of a domain its base type, varchar counts as text. Of citext,
     ``key_type_schema`` is the extension's schema. ``key_collation`` (schema and name) is the collation of a text key
     that has another than the database's. ``email``, if named, is shown to operators and never written. ``balance`` is
-    the column that holds the user's credits: one that the app has already is adopted under its name.
+    the column that holds the user's credits: one that the app has already is adopted under its name. So are
+    ``updated_at``, when the row last changed, and ``deleted_at``, null until the user is soft-deleted.
     """
 
     schema: Identifier = "public"
@@ -126,6 +127,18 @@ class UsersTable:
     key_collation: Collation = None
     email: OptionalColumn = None
     balance: Identifier = "credit_balance"
+    updated_at: Identifier = "updated_at"
+    deleted_at: Identifier = "deleted_at"
+
+    @property
+    def adoptable(self) -> Mapping[str, str]:
+        """The columns of ours that may have another name in this table, each with that name."""
+        return {"credit_balance": self.balance, "updated_at": self.updated_at, "deleted_at": self.deleted_at}
+
+    @model_validator(mode="after")
+    def _one_meaning(self) -> Self:
+        _refuse_shared(self, ("key", "balance", "updated_at", "deleted_at"))
+        return self
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
@@ -134,6 +147,8 @@ class WorkshopsTable:
 
     ``owner`` names the column that holds the owner's user key (as in ``UsersTable.key``). ``title`` is quoted in
     descriptions; ``created_at`` decides what is older than the paywall. Either may be None (false in TOML).
+    ``deleted_at`` is null until the workshop is soft-deleted: a column that the app has already is adopted under its
+    name.
     """
 
     schema: Identifier = "public"
@@ -145,6 +160,27 @@ class WorkshopsTable:
     owner: Identifier = "user_id"
     title: OptionalColumn = "title"
     created_at: OptionalColumn = "created_at"
+    deleted_at: Identifier = "deleted_at"
+
+    @property
+    def adoptable(self) -> Mapping[str, str]:
+        """As of ``UsersTable``."""
+        return {"deleted_at": self.deleted_at}
+
+    @model_validator(mode="after")
+    def _one_meaning(self) -> Self:
+        _refuse_shared(self, ("key", "owner", "title", "created_at", "deleted_at"))
+        return self
+
+
+def _refuse_shared(table: UsersTable | WorkshopsTable, settings: tuple[str, ...]) -> None:
+    """Two settings that name one column: what the ledger writes there would change the meaning of both."""
+    named: dict[str, str] = {}
+    for setting in settings:
+        column = getattr(table, setting)
+        if column in named and {setting, named[column]} & set(table.adoptable):
+            raise ValueError(f"{named[column]} and {setting} both name the column {column!r}. Name one for each")
+        named[column] = setting
 
 
 def _table_or_none(value: object) -> object:
@@ -653,7 +689,7 @@ def to_toml(host: HostMapping) -> str:
 
 
 _USUALLY_ABSENT = ("key_type_schema", "key_collation")
-_USUAL = {"balance": "credit_balance"}
+_USUAL = {"balance": "credit_balance", "updated_at": "updated_at", "deleted_at": "deleted_at"}
 
 _UNDATED = "  # none tells when it was made: with the paywall on, no old one is open without a credit"
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -130,7 +130,7 @@ class Schema:
                 if host.users.email not in (None, host.users.key)
                 else ()
             ),
-            *user_columns(host.credits, balance=host.users.balance),
+            *user_columns(host),
             schema=host.users.schema,
         )
         self.users_stripe_customer = Index(
@@ -158,7 +158,7 @@ class Schema:
                 Column(names.owner, user_key, key="owner"),
                 *([Column(names.title, sa.Text, key="title")] if names.title else ()),
                 *([Column(names.created_at, sa.DateTime, key="created_at")] if names.created_at else ()),
-                *workshop_columns(),
+                *workshop_columns(host),
                 schema=names.schema,
             )
             workshop_reference = (ForeignKey(self.workshops.c.key, ondelete="SET NULL", name=f"{LEDGER}_workshop_fk"),)
@@ -394,28 +394,37 @@ FOLLOWING = ("tallystick_new_balance", "tallystick_balance")
 _CREDITS: dict[str, type[sa.Integer]] = {"integer": sa.Integer, "bigint": sa.BigInteger}
 
 
-def user_columns(
-    credits: Literal["integer", "bigint"] = "integer", *, balance: str = "credit_balance"
-) -> tuple[Column[object], ...]:
-    """The columns that the users table gets, in this order; ``balance`` is the name of the first."""
+def user_columns(host: HostMapping | None = None) -> tuple[Column[object], ...]:
+    """The columns that the users table gets or has, in this order: by the names of ``host``, and ours as the key."""
+    host = host or HostMapping()
+    names = host.users
     return (
-        Column(balance, _CREDITS[credits], key="credit_balance", nullable=False, server_default=sa.text("0")),
+        Column(
+            names.balance, _CREDITS[host.credits], key="credit_balance", nullable=False, server_default=sa.text("0")
+        ),
         Column("credit_sequence", sa.Integer, nullable=False, server_default=sa.text("0")),
         Column("onboarding_complete", sa.Boolean, nullable=False, server_default=sa.text("false")),
         Column("stripe_customer_id", sa.Text),
         Column("plan_tier", sa.String(32), nullable=False, server_default=sa.text("'free'")),
-        Column("updated_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
-        Column("deleted_at", pg.TIMESTAMP(timezone=True)),
-        Column("credit_held", _CREDITS[credits], nullable=False, server_default=sa.text("0")),
+        Column(
+            names.updated_at,
+            pg.TIMESTAMP(timezone=True),
+            key="updated_at",
+            nullable=False,
+            server_default=sa.text("now()"),
+        ),
+        Column(names.deleted_at, pg.TIMESTAMP(timezone=True), key="deleted_at"),
+        Column("credit_held", _CREDITS[host.credits], nullable=False, server_default=sa.text("0")),
         Column("credit_due_at", pg.TIMESTAMP(timezone=True)),
     )
 
 
-def workshop_columns() -> tuple[Column[object], ...]:
-    """The columns that the workshops table gets, in this order."""
+def workshop_columns(host: HostMapping | None = None) -> tuple[Column[object], ...]:
+    """Those of the workshops table likewise."""
+    names = (host and host.workshops) or WorkshopsTable()
     return (
         Column("credit_consumed_at", pg.TIMESTAMP(timezone=True)),
-        Column("deleted_at", pg.TIMESTAMP(timezone=True)),
+        Column(names.deleted_at, pg.TIMESTAMP(timezone=True), key="deleted_at"),
     )
 
 

@@ -41,7 +41,8 @@ PLATFORMS = {
     "Amazon RDS and Aurora": Platform(TABLES.format(key="bigint")),
     "Prisma": Platform(
         """
-        CREATE TABLE "User" (id text PRIMARY KEY, email text NOT NULL UNIQUE, "updatedAt" timestamp(3) NOT NULL);
+        CREATE TABLE "User" (id text PRIMARY KEY, email text NOT NULL UNIQUE, "updatedAt" timestamp(3) NOT NULL,
+          "deletedAt" timestamp(3));
         CREATE TABLE "Workshop" (id text PRIMARY KEY, "userId" text NOT NULL REFERENCES "User", name text,
           "createdAt" timestamp(3) NOT NULL DEFAULT now());
         """,

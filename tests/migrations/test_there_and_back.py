@@ -81,8 +81,8 @@ def create_as_declared(app: App, case: HostCase) -> None:
             ("workshops", schema.workshops, workshop_columns()),
         ):
             for column in columns:
-                if table is not None and f"{word}.{column.name}" not in case.adopted:
-                    added = CreateColumn(table.c[column.name]).compile(conn)
+                if table is not None and f"{word}.{column.key}" not in case.adopted:
+                    added = CreateColumn(table.c[column.key]).compile(conn)
                     conn.exec_driver_sql(f"ALTER TABLE {quote(table)} ADD COLUMN {added}")
         for enum in (schema.credit_transactions.c.type.type, schema.credit_transactions.c.status.type):
             enum.create(conn)

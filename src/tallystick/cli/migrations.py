@@ -120,6 +120,13 @@ def init(
             "--credits", help="The type of a number of credits; bigint for one that counts in parts of a credit."
         ),
     ] = None,
+    own_columns: Annotated[
+        bool,
+        typer.Option(
+            "--own-columns",
+            help="Add updated_at and deleted_at even where the app has them in another spelling, as deletedAt.",
+        ),
+    ] = False,
     output: Annotated[Path, typer.Option("--output", help="The file to write.", metavar="FILE")] = Path(FILE_NAME),
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
     as_json: Json = False,
@@ -137,6 +144,7 @@ def init(
         "--output": None if output == Path(FILE_NAME) else str(output),
     }
     again = " ".join(["tallystick init --force", *(f"{name} {shlex.quote(to)}" for name, to in given.items() if to)])
+    again += " --own-columns" if own_columns else ""
     if output.exists() and not force:
         raise ConfigError(
             f"{output} is there already. To write it anew: {again}",
@@ -152,9 +160,11 @@ def init(
             users_key=users_key,
             balance=balance,
             credits=None if credits is None else _CREDITS[credits],
+            own_columns=own_columns,
         )
         primary = migrate.other_than_primary(conn, host)
         adopts = migrate.has_balances(conn, host)
+        in_place = migrate.in_place_of_ours(conn, host)
         found = migrate.people(conn)
     output.write_text(to_toml(host), encoding="utf-8")
 
@@ -192,6 +202,13 @@ def init(
             out.print(
                 f"balance    {column}, which the app has already: its credits are kept and taken into the ledger. To "
                 f"see them: tallystick adopt. If it means something else: {again} --balance none",
+                markup=False,
+            )
+        if in_place:
+            which = ", ".join(f"{column} is used for {ours}" for column, ours in in_place)
+            out.print(
+                f"columns    {which}. The app has {'it' if len(in_place) == 1 else 'them'} already, and no second one "
+                f"is added. If one means something else: {again} --own-columns",
                 markup=False,
             )
         if host.ledger_schema is not None:

@@ -23,7 +23,7 @@ from tallystick.migrate.checks.status import Applied, Drift, Status, functions_s
 from tallystick.migrate.host.candidates import Candidate
 from tallystick.migrate.host.own_credits import Difference, OwnCredits, OwnHistory
 from tallystick.migrate.host.preflight import Host, examine
-from tallystick.migrate.host.proposal import has_balances, other_than_primary, people, propose
+from tallystick.migrate.host.proposal import has_balances, in_place_of_ours, other_than_primary, people, propose
 from tallystick.migrate.host.tables import HostColumn, HostTable
 from tallystick.migrate.host_tools.alembic_bridge import downgrade_revision, upgrade_revision
 from tallystick.migrate.host_tools.snippets import TOOLS, snippet
@@ -77,6 +77,7 @@ __all__ = [
     "examine",
     "functions_sql",
     "has_balances",
+    "in_place_of_ours",
     "look_at_own_credits",
     "other_than_primary",
     "people",

@@ -46,7 +46,6 @@ Word = Literal["users", "workshops"]
 Adopted = frozenset[tuple[Word, str]]
 """Columns of ours that the host had before: (table, column)."""
 
-_BALANCE = Identifier("credit_balance")
 _KEY_TYPES: Mapping[KeyType, SQL] = {
     "uuid": SQL("uuid"),
     "text": SQL("text"),
@@ -70,12 +69,14 @@ class TableNames:
     table: str
     key: Identifier
     key_type: Composable
+    balance: Identifier
+    updated_at: Identifier
+    deleted_at: Identifier
     key_collation: Composable | None = None
     key_type_schema: Identifier | None = None
     owner: Identifier | None = None
     title: Identifier | None = None
     created_at: Identifier | None = None
-    balance: Identifier = field(default_factory=lambda: _BALANCE)
 
     @classmethod
     def of(cls, word: Word, table: UsersTable | WorkshopsTable) -> TableNames:
@@ -92,18 +93,23 @@ class TableNames:
                 (table.owner, table.title, table.created_at) if isinstance(table, WorkshopsTable) else (None,) * 3
             )
         )
+        balance, updated_at, deleted_at = (
+            Identifier(table.adoptable.get(ours, ours)) for ours in ("credit_balance", "updated_at", "deleted_at")
+        )
         return cls(
             word,
             table.schema,
             table.table,
             Identifier(table.key),
             key_type,
+            balance,
+            updated_at,
+            deleted_at,
             Identifier(*table.key_collation) if table.key_collation else None,
             Identifier(schema) if schema else None,
             owner,
             title,
             created_at,
-            Identifier(table.balance) if isinstance(table, UsersTable) else _BALANCE,
         )
 
     @property
@@ -137,6 +143,11 @@ class HostNames:
         """True where the column of balances is one that the host had before, perhaps with balances in it."""
         return ("users", "credit_balance") in self.adopted
 
+    @property
+    def adopted_names(self) -> tuple[str, ...]:
+        """As in ``migration_log``: ``users.updated_at``, by our words for the tables."""
+        return tuple(sorted(f"{word}.{column}" for word, column in self.adopted))
+
     def functions(self, revision: str) -> Iterator[Composable]:
         """The ledger's types and functions as of ``revision``, for this host."""
         return functions.statements(self, revision)
@@ -163,11 +174,18 @@ class HostNames:
 
     @classmethod
     def of(cls, host: HostMapping, adopted: Adopted = frozenset()) -> HostNames:
-        """The names of a mapping."""
+        """The names of a mapping. A column of ours that goes by another name there is adopted: we add none so."""
+        mapped: Mapping[Word, UsersTable | WorkshopsTable | None] = {"users": host.users, "workshops": host.workshops}
+        renamed: Adopted = frozenset(
+            (word, ours)
+            for word, table in mapped.items()
+            for ours, name in (table.adoptable.items() if table else ())
+            if name != ours
+        )
         return cls(
             users=TableNames.of("users", host.users),
             workshops=TableNames.of("workshops", host.workshops) if host.workshops else None,
-            adopted=adopted,
+            adopted=adopted | renamed,
             credits=host.credits,
             mapping=host.to_json(),
             ledger_schema=host.schema_of_ledger,

@@ -11,7 +11,8 @@ DECLARE
   answer tallystick.workshop_answer;
   workshop record;
 BEGIN
-  SELECT w.{workshop_key} AS key, {workshop_created_at} AS created_at, w.credit_consumed_at, w.deleted_at
+  SELECT w.{workshop_key} AS key, {workshop_created_at} AS created_at, w.credit_consumed_at,
+      w.{workshop_deleted_at} AS deleted_at
     INTO workshop FROM {workshops} AS w WHERE w.{workshop_key} = access.workshop_id;
   IF NOT FOUND THEN
     answer.outcome := 'unknown_workshop';

@@ -54,7 +54,7 @@ BEGIN
     RETURN answer;
   END IF;
   IF hold.workshop_id IS NOT NULL THEN
-    SELECT w.{owner} = account.key AS owned, w.deleted_at, w.credit_consumed_at
+    SELECT w.{owner} = account.key AS owned, w.{workshop_deleted_at} AS deleted_at, w.credit_consumed_at
       INTO workshop FROM {workshops} AS w WHERE w.{workshop_key} = hold.workshop_id FOR NO KEY UPDATE;
     IF workshop.credit_consumed_at IS NOT NULL THEN
       SELECT 'replayed', {row}, account.balance, NULL, NULL, NULL, NULL, account.held - set_aside

@@ -50,7 +50,7 @@ BEGIN
   WITH account AS MATERIALIZED (
     SELECT u.{user_key} AS key, {balance} AS balance, u.credit_sequence AS sequence
     FROM {users} AS u
-    WHERE u.{user_key} = ANY (users) AND u.deleted_at IS NULL AND u.credit_due_at IS NULL
+    WHERE u.{user_key} = ANY (users) AND u.{user_deleted_at} IS NULL AND u.credit_due_at IS NULL
       -- not of a user whose row is behind the ledger: the number given twice would fail the whole list
       AND NOT EXISTS (SELECT FROM {ledger} AS t WHERE t.user_id = u.{user_key} AND t.sequence = u.credit_sequence + 1)
   ), asked AS (
@@ -59,7 +59,8 @@ BEGIN
       coalesce(i.amount, 1) >= 1 AND char_length(i.key) BETWEEN 1 AND 255
         AND coalesce(char_length(i.description) BETWEEN 1 AND 10000, true)
         AND coalesce(jsonb_typeof(i.metadata) = 'object', true)
-        AND (i.workshop_id IS NULL OR w.credit_consumed_at IS NULL AND w.deleted_at IS NULL AND w.{owner} = a.key)
+        AND (i.workshop_id IS NULL
+          OR w.credit_consumed_at IS NULL AND w.{workshop_deleted_at} IS NULL AND w.{owner} = a.key)
         AND row_number() OVER (PARTITION BY a.key, i.key ORDER BY i.item) = 1
         AND (i.workshop_id IS NULL OR row_number() OVER (PARTITION BY a.key, w.{workshop_key} ORDER BY i.item) = 1)
         AND prior.used IS NULL AS plain

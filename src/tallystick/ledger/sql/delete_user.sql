@@ -5,7 +5,9 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = {host_path} AS $$
 DECLARE
   answer tallystick.account_answer;
 BEGIN
-  UPDATE {users} AS u SET deleted_at = coalesce(u.deleted_at, tallystick.kept_as(pg_catalog.now(), u.deleted_at))
+  UPDATE {users} AS u
+    SET {user_deleted_at} = coalesce(
+      u.{user_deleted_at}, tallystick.kept_as(pg_catalog.now(), u.{user_deleted_at}))
     WHERE u.{user_key} {is} delete_user.user_id
     RETURNING 'completed', {account}, NULL INTO answer;
   IF NOT FOUND AND NOT EXISTS (SELECT FROM {users} AS u WHERE u.{user_key} {is} delete_user.user_id) THEN

@@ -5,9 +5,11 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = {host_path} AS $$
 DECLARE
   answer tallystick.workshop_answer;
 BEGIN
-  UPDATE {workshops} AS w SET deleted_at = coalesce(w.deleted_at, tallystick.kept_as(pg_catalog.now(), w.deleted_at))
+  UPDATE {workshops} AS w
+    SET {workshop_deleted_at} = coalesce(
+      w.{workshop_deleted_at}, tallystick.kept_as(pg_catalog.now(), w.{workshop_deleted_at}))
     WHERE w.{workshop_key} {is} delete_workshop.workshop_id
-    RETURNING 'completed', w.{workshop_key}, NULL, NULL, tallystick.utc(w.deleted_at) INTO answer;
+    RETURNING 'completed', w.{workshop_key}, NULL, NULL, tallystick.utc(w.{workshop_deleted_at}) INTO answer;
   IF NOT FOUND AND NOT EXISTS (SELECT FROM {workshops} AS w WHERE w.{workshop_key} {is} delete_workshop.workshop_id) THEN
     answer.outcome := 'unknown_workshop';
   ELSIF answer.outcome IS NULL OR answer.deleted_at IS NULL THEN

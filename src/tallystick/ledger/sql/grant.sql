@@ -27,7 +27,7 @@ BEGIN
   END IF;
 
   SELECT u.{user_key} AS key, {balance} AS balance, u.credit_sequence AS sequence, u.credit_held AS held,
-      u.credit_due_at AS due, u.deleted_at
+      u.credit_due_at AS due, u.{user_deleted_at} AS deleted_at
     INTO account FROM {users} AS u WHERE u.{user_key} = "grant".user_id FOR NO KEY UPDATE;
   IF NOT FOUND THEN
     answer.outcome := 'unknown_user';

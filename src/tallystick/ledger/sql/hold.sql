@@ -35,7 +35,7 @@ BEGIN
   END IF;
 
   SELECT u.{user_key} AS key, {balance} AS balance, u.credit_sequence AS sequence, u.credit_held AS held,
-      u.credit_due_at AS due, u.deleted_at
+      u.credit_due_at AS due, u.{user_deleted_at} AS deleted_at
     INTO account FROM {users} AS u WHERE u.{user_key} = hold.user_id FOR NO KEY UPDATE;
   IF NOT FOUND THEN
     answer.outcome := 'unknown_user';
@@ -62,7 +62,7 @@ BEGIN
     RETURN answer;
   END IF;
   IF workshop_id IS NOT NULL THEN
-    SELECT w.{owner} = account.key AS owned, w.deleted_at, w.credit_consumed_at, {title} AS title
+    SELECT w.{owner} = account.key AS owned, w.{workshop_deleted_at} AS deleted_at, w.credit_consumed_at, {title} AS title
       INTO workshop FROM {workshops} AS w WHERE w.{workshop_key} = hold.workshop_id;
     answer.outcome := CASE WHEN NOT FOUND THEN 'unknown_workshop'
       WHEN workshop.owned IS NOT TRUE THEN 'workshop_not_owned'

@@ -39,7 +39,7 @@ BEGIN
   PERFORM FROM {users} AS u WHERE u.{user_key} IN (merge.user_id, merge.into_user_id)
     ORDER BY u.{user_key} FOR NO KEY UPDATE;
   SELECT u.{user_key} AS key, {balance} AS balance, u.credit_sequence AS sequence, u.credit_held AS held,
-      u.credit_due_at AS due, u.deleted_at
+      u.credit_due_at AS due, u.{user_deleted_at} AS deleted_at
     INTO account FROM {users} AS u WHERE u.{user_key} = merge.into_user_id;
   IF NOT FOUND THEN
     answer.outcome := 'unknown_user';
@@ -50,7 +50,7 @@ BEGIN
   {due}
   other := account;
   SELECT u.{user_key} AS key, {balance} AS balance, u.credit_sequence AS sequence, u.credit_held AS held,
-      u.credit_due_at AS due, u.deleted_at
+      u.credit_due_at AS due, u.{user_deleted_at} AS deleted_at
     INTO account FROM {users} AS u WHERE u.{user_key} = merge.user_id;
   IF NOT FOUND THEN
     answer.outcome := 'unknown_user';

@@ -5,7 +5,7 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = {host_path} AS $$
 DECLARE
   answer tallystick.account_answer;
 BEGIN
-  UPDATE {users} AS u SET deleted_at = NULL
+  UPDATE {users} AS u SET {user_deleted_at} = NULL
     WHERE u.{user_key} {is} restore_user.user_id
     RETURNING 'completed', {account}, NULL INTO answer;
   IF NOT FOUND AND NOT EXISTS (SELECT FROM {users} AS u WHERE u.{user_key} {is} restore_user.user_id) THEN

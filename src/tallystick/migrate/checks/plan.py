@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -15,7 +16,7 @@ import sqlalchemy as sa
 from psycopg.sql import Composable, Identifier
 
 from tallystick.config import Config, HostMapping
-from tallystick.migrate.host.preflight import Host, examine
+from tallystick.migrate.host.preflight import Host, adoptable, examine, setting_of, spelled_otherwise
 from tallystick.migrate.host.tables import HostTable, columns_of, looking
 from tallystick.migrate.revisions import HostNames, Revision, after, revisions
 from tallystick.migrate.runner.blockers import Blocker, Watch, oids_of
@@ -129,7 +130,7 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
             *_about_an_interrupted_run(host),
             *_about_cached_plans(conn, host),
             *_about_triggers(conn, host),
-            *_about_twins(host),
+            *_about_twins(host, config.host),
             *_about_rules(conn, host),
             *_about_collations(conn, host, config.host),
             *_about_event_triggers(conn),
@@ -296,19 +297,25 @@ _BEFORE_UPDATE = sa.text("""
 """)  # for each row, before, of an update
 
 
-def _about_twins(host: Host) -> Iterator[PlanNote]:
+def _about_twins(host: Host, mapping: HostMapping) -> Iterator[PlanNote]:
     """Columns of the app's that seem to mean what one of ours does, in another spelling."""
     for word, table in host.by_word.items():
         coming = {name for revision in after(host.revision) for name in revision.columns.get(word, ())}
         there = host.columns.get(word, ())
+        names = adoptable(mapping, word)
         for ours in sorted(coming - set(there)):
-            for twin in there:
-                if twin.replace("_", "").lower() == ours.replace("_", "") and twin != host.balance:
-                    yield PlanNote(
-                        "warning",
-                        f'{table.shown} has "{twin}", and gets a column {ours} beside it: the ledger reads and writes '
-                        f'only its own. Have the app\'s code write both where it writes "{twin}"',
-                    )
+            for twin in spelled_otherwise(ours, there) if names.get(ours, ours) == ours else ():
+                instead = (
+                    f"If it means the same, name it before the migration: set {setting_of(word, ours)} = "
+                    f"{json.dumps(twin, ensure_ascii=False)} in tallystick.toml. Else have"
+                    if ours in names
+                    else "Have"
+                )
+                yield PlanNote(
+                    "warning",
+                    f'{table.shown} has "{twin}", and gets a column {ours} beside it: the ledger reads and writes '
+                    f'only its own. {instead} the app\'s code write both where it writes "{twin}"',
+                )
 
 
 def _about_rules(conn: sa.Connection, host: Host) -> Iterator[PlanNote]:
@@ -479,7 +486,8 @@ def _estimated_hold_ms(statements: Sequence[PlannedStatement]) -> float:
 def sql(conn: sa.Connection | None, config: Config, *, stall_budget_ms: int = STALL_BUDGET_MS) -> str:
     """The same as a script for psql, for review or to be run by hand.
 
-    Without a connection it is the whole way from nothing, and takes no column for granted.
+    Without a connection it is the whole way from nothing, and takes no column for granted but those that the mapping
+    has under other names than ours.
 
     Raises what ``examine`` does.
     """
@@ -517,11 +525,12 @@ def _messages(config: Config, host: Host | None, stall_budget_ms: int) -> tuple[
     pending = after(host.revision if host else None)
     if not pending:
         return (), None
+    names = HostNames.of(config.host, host.adopted if host else frozenset())
     messages = upward(
         pending,
-        HostNames.of(config.host, host.adopted if host else frozenset()),
+        names,
         expected=host.revision if host else None,
-        adopted=host.adopted_names if host else (),
+        adopted=names.adopted_names,
         stall_budget_ms=stall_budget_ms,
         prepared=host.prepared if host else (),
     )

@@ -305,11 +305,12 @@ def _drift(conn: sa.Connection, config: Config, host: Host) -> Iterator[Drift]:
     shown[LEDGER] = f"{schema}.{LEDGER}"
 
     expected_shapes = _declared_shapes(conn, declared)
+    added = _added(declared)
     for word, expected in expected_shapes.items():
         for kind, name, there, wanted in _differences(expected, found[word]):
             # of the host's tables only what we added is ours to judge, and what it had before is as it was
-            ours = word == LEDGER or name in _added(declared)[word]
-            adopted = f"{word}.{name}" in host.adopted_names and there is not None
+            ours = word == LEDGER or name in added[word]
+            adopted = ours and f"{word}.{added[word].get(name)}" in host.adopted_names and there is not None
             if ours and not adopted:
                 yield Drift(kind, f"{shown[word]}.{name}", wanted, there)
     for word, name, there, wanted in _trigger_differences(host, found):
@@ -461,15 +462,13 @@ class _Remedies:
         return [f"{alter} {f'{drop}, ' if drop else ''}ADD {made} NOT VALID", validate]
 
 
-def _added(declared: Schema) -> dict[str, set[str]]:
-    """The columns and indexes that the host's tables got."""
+def _added(declared: Schema) -> dict[str, dict[str, str]]:
+    """The columns and indexes that the host's tables got: by their names there, ours."""
+    indexes = (str(declared.users_stripe_customer.name), str(declared.users_due.name))
     return {
-        "users": {
-            *(column.name for column in user_columns()),
-            str(declared.users_stripe_customer.name),
-            str(declared.users_due.name),
-        },
-        "workshops": {column.name for column in workshop_columns()},
+        "users": {column.name: column.key for column in user_columns(declared.host)} | {i: i for i in indexes},
+        "workshops": {column.name: column.key for column in workshop_columns(declared.host)},
+        LEDGER: {},
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -311,13 +311,17 @@ _OPTIONAL = ("email", "title", "created_at")
 def _column(word: Word, setting: str, table: HostTable, columns: Mapping[str, HostColumn], name: str) -> HostColumn:
     if name in columns:
         return columns[name]
-    near = difflib.get_close_matches(name, columns, n=1, cutoff=0.5)
     raise HostMismatch(
-        f"{table.shown} has no column {name!r}{f'; did you mean {near[0]!r}?' if near else '.'} "
+        f"{table.shown} has no column {name!r}{_near(name, columns)} "
         f"Set host.{word}.{setting} in tallystick.toml{', to false if there is none' if setting in _OPTIONAL else ''}",
         table=table.shown,
         column=name,
     )
+
+
+def _near(name: str, columns: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, columns, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else "."
 
 
 def _serves(given: str, there: str | None, *, migrated: bool) -> bool:
@@ -412,6 +416,7 @@ class _Rule:
 
     types: tuple[str, ...]
     expected: str
+    nullable: bool = False  # no value means something
     zero: bool = False  # integer NOT NULL DEFAULT 0, all rows 0: nobody has a row of the ledger
     empty: bool = False  # no value at all
     credits: bool = False  # whole numbers from 0 to what the ledger holds, or nulls
@@ -424,6 +429,8 @@ _BIGINT = {
     "credit_held": _Rule(("int8",), "bigint NOT NULL DEFAULT 0", zero=True),
 }
 
+_DELETED_AT = _Rule(MOMENTS, "timestamp or timestamptz that may be null", nullable=True)
+
 _ADOPTABLE: Mapping[Word, Mapping[str, _Rule]] = {
     "users": {
         "credit_balance": _Rule(
@@ -434,15 +441,37 @@ _ADOPTABLE: Mapping[Word, Mapping[str, _Rule]] = {
         "stripe_customer_id": _Rule(("text", "varchar"), "text or varchar, no value twice", distinct=True),
         "plan_tier": _Rule(("text", "varchar"), "text or varchar(32)", length=32),
         "updated_at": _Rule(MOMENTS, "timestamp or timestamptz"),
-        "deleted_at": _Rule(MOMENTS, "timestamp or timestamptz"),
+        "deleted_at": _DELETED_AT,
         "credit_held": _Rule(("int4",), "integer NOT NULL DEFAULT 0", zero=True),
         "credit_due_at": _Rule(("timestamptz",), "timestamptz without a value", empty=True),
     },
     "workshops": {
-        "credit_consumed_at": _Rule(MOMENTS, "timestamp or timestamptz"),
-        "deleted_at": _Rule(MOMENTS, "timestamp or timestamptz"),
+        "credit_consumed_at": _Rule(MOMENTS, "timestamp or timestamptz that may be null", nullable=True),
+        "deleted_at": _DELETED_AT,
     },
 }
+
+
+def setting_of(word: Word, ours: str) -> str:
+    """The setting that names a column of ours which may have another name."""
+    return f"host.{word}.{'balance' if ours == 'credit_balance' else ours}"
+
+
+def adoptable(mapping: HostMapping, word: Word) -> Mapping[str, str]:
+    """As ``UsersTable.adoptable``, of either table."""
+    table = mapping.users if word == "users" else mapping.workshops
+    return table.adoptable if table else {}
+
+
+def spelled_otherwise(ours: str, names: Iterable[str]) -> list[str]:
+    """The names that are ``ours`` but for capitals and underscores, as "deletedAt" is deleted_at."""
+    return [name for name in names if name != ours and name.replace("_", "").lower() == ours.replace("_", "")]
+
+
+def serves_as(word: Word, ours: str, column: HostColumn) -> bool:
+    """True where the column can be adopted in place of ``ours``, by its type."""
+    rule = _ADOPTABLE[word][ours]
+    return column.type in rule.types and not column.generated and not (rule.nullable and column.not_null)
 
 
 def _adoptable(
@@ -456,28 +485,48 @@ def _adoptable(
 ) -> tuple[Adopted, list[IncompatibleColumn]]:
     """Columns of later revisions that the table has, and what is wrong with those of them that cannot be adopted."""
     coming = {name for each in after(revision) for name in each.columns.get(word, ())}
+    names = adoptable(mapping, word)
     adopted: set[tuple[Word, str]] = set()
     faults = []
     for ours, usual in _ADOPTABLE[word].items():
         if ours not in coming:
             continue
-        is_balance = ours == "credit_balance"
         rule = _BIGINT.get(ours, usual) if mapping.credits == "bigint" else usual
-        name = mapping.users.balance if is_balance else ours
+        name = names.get(ours, ours)
         column = columns.get(name)
+        setting = setting_of(word, ours)
         if column is None:
             if name != ours:
-                _column(word, "balance", table, columns, name)
+                raise HostMismatch(
+                    f"{table.shown} has no column {name!r}, which {setting} names"
+                    f"{_near(name, columns)} Correct it, or take it out of tallystick.toml: the migration then adds a "
+                    f"column {ours}",
+                    table=table.shown,
+                    column=name,
+                )
             continue
         adopted.add((word, ours))
         found = _fault(conn, table, column, rule, mapping)
         if found is not None:
-            faults.append(_incompatible(table, name, found, rule))
+            faults.append(
+                _incompatible(table, name, found, rule, ours=ours, setting=setting if ours in names else None)
+            )
     return frozenset(adopted), faults
 
 
-def _incompatible(table: HostTable, name: str, found: str, rule: _Rule) -> IncompatibleColumn:
-    other = ", or name the column that holds credits in host.users.balance" if rule.credits else ""
+def _incompatible(
+    table: HostTable, name: str, found: str, rule: _Rule, *, ours: str, setting: str | None
+) -> IncompatibleColumn:
+    if name != ours:
+        return IncompatibleColumn(
+            f"{table.shown}.{name}, which {setting} names, is {found}; Tallystick needs {rule.expected}. Change that, "
+            f"name another column there, or take it out of tallystick.toml: the migration then adds a column {ours}",
+            table=table.shown,
+            column=name,
+            found=found,
+            expected=rule.expected,
+        )
+    other = f", or name the column that does in {setting}" if setting else ""
     return IncompatibleColumn(
         f"{table.shown} already has a column {name}: {found}; Tallystick needs {rule.expected}. If it means the same, "
         f"change it to that type and contents{other}. If it means something else, it needs another name: code that "
@@ -518,8 +567,8 @@ def _fault(conn: sa.Connection, table: HostTable, column: HostColumn, rule: _Rul
     too_short = rule.length and column.modifier != -1 and column.modifier - 4 < rule.length
     if column.type not in rule.types or too_short:
         return column.shown
-    if column.generated:
-        return f"{column.shown} GENERATED"
+    if column.generated or (rule.nullable and column.not_null):
+        return f"{column.shown} {'GENERATED' if column.generated else 'NOT NULL'}"
     if rule.zero and not column.not_null:
         return f"{column.shown}, nullable"
     if rule.zero and column.default != "0":

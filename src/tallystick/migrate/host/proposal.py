@@ -6,14 +6,21 @@ import difflib
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import sqlalchemy as sa
 
 from tallystick.config import HostMapping, UsersTable, WorkshopsTable
 from tallystick.errors import HostMismatch
 from tallystick.migrate.host.candidates import Candidate, candidates, likeliest, platforms_own
-from tallystick.migrate.host.preflight import current_revision, mapped_table, prepared_revisions, taken
+from tallystick.migrate.host.preflight import (
+    current_revision,
+    mapped_table,
+    prepared_revisions,
+    serves_as,
+    spelled_otherwise,
+    taken,
+)
 from tallystick.migrate.host.tables import (
     KEY_WORDS,
     MOMENTS,
@@ -64,6 +71,7 @@ def propose(
     *,
     balance: str | None = None,
     credits: Literal["integer", "bigint"] | None = None,
+    own_columns: bool = False,
 ) -> HostMapping:
     """A mapping for this database, from what its tables are called and how they refer to each other.
 
@@ -75,6 +83,8 @@ def propose(
         balance: which column of the users holds credits already; the default is one with a usual name. ``"none"`` is
             none, whatever there is.
         credits: the type of a number of credits; the default is ``bigint`` where the balances are, else ``integer``.
+        own_columns: add ``updated_at`` and ``deleted_at`` even where the app has such columns in another spelling, as
+            "deletedAt"; the default is to use those.
 
     A database that is migrated has its mapping, which is given back.
 
@@ -84,9 +94,10 @@ def propose(
     """
     with looking(conn):
         stored = mapping_of(conn) if current_revision(conn) or prepared_revisions(conn) else None
-        if stored is not None and users is workshops is users_key is balance is credits is None:
+        if stored is not None and users is workshops is users_key is balance is credits is None and not own_columns:
             return stored
         found = _propose(conn, users, workshops, users_key, balance)
+        found = found if own_columns else _with_the_apps(conn, found)
         found = found if credits is None else replace(found, credits=credits)
         if stored is not None:
             refuse_other(stored, found)
@@ -109,6 +120,38 @@ def has_balances(conn: sa.Connection, mapping: HostMapping) -> bool:
     """The column that the mapping names for balances is there before the migration: it is adopted."""
     table = mapped_table(conn, "users", mapping.users.schema, mapping.users.table)
     return current_revision(conn) is None and mapping.users.balance in columns_of(conn, table)
+
+
+def in_place_of_ours(conn: sa.Connection, mapping: HostMapping) -> list[tuple[str, str]]:
+    """The columns of the app's own that the mapping has for moments of ours, before the migration: both names."""
+    tables = [table for table in (mapping.users, mapping.workshops) if table]
+    return [
+        (f'{table.schema}.{table.table}."{name}"', ours)
+        for table in (tables if current_revision(conn) is None else ())
+        for ours, name in table.adoptable.items()
+        if ours not in (name, "credit_balance")
+    ]
+
+
+def _with_the_apps(conn: sa.Connection, mapping: HostMapping) -> HostMapping:
+    """The mapping with the columns that the app has for moments of ours, in another spelling than ours."""
+    users, workshops = mapping.users, mapping.workshops
+    return replace(
+        mapping,
+        users=replace(users, **_moments(conn, "users", users)),
+        workshops=workshops and replace(workshops, **_moments(conn, "workshops", workshops)),
+    )
+
+
+def _moments(conn: sa.Connection, word: Word, table: UsersTable | WorkshopsTable) -> dict[str, Any]:
+    columns = columns_of(conn, mapped_table(conn, word, table.schema, table.table))
+    found: dict[str, Any] = {}
+    for ours in ("updated_at", "deleted_at"):
+        if ours in table.adoptable and ours not in columns:
+            spelled = [name for name in spelled_otherwise(ours, columns) if serves_as(word, ours, columns[name])]
+            if len(spelled) == 1:
+                found[ours] = spelled[0]
+    return found
 
 
 def _propose(

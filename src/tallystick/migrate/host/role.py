@@ -196,7 +196,7 @@ def grant(host: HostMapping, role: str) -> str:
         ),
         sql.SQL("REVOKE ALL ON {} FROM PUBLIC, {}").format(ledger, to),
         sql.SQL("GRANT SELECT ON {} TO {}").format(ledger, to),
-        *_ours_to_read(names, to, "GRANT", "TO"),
+        *_ours_to_read(host, to, "GRANT", "TO"),
         # a trigger that the role made would run as the owner, inside the functions
         *(sql.SQL("REVOKE TRIGGER ON {} FROM {}").format(table.name, to) for table in _mapped(names)),
         _do(_BY_COLUMN.format(**limited)),
@@ -216,7 +216,7 @@ def revoke(host: HostMapping, role: str) -> str:
     return _script(
         _TAKEN_BACK,
         whole_again(names, sql.SQL("r.rolname = {}").format(sql.Literal(role))),
-        *_ours_to_read(names, to, "REVOKE", "FROM"),
+        *_ours_to_read(host, to, "REVOKE", "FROM"),
         sql.SQL("REVOKE ALL ON {} FROM {}").format(_ledger(names), to),
         sql.SQL("REVOKE ALL ON ALL TABLES {} FROM {}").format(everything, to),
         sql.SQL("REVOKE ALL ON ALL FUNCTIONS {} FROM {}").format(everything, to),
@@ -270,9 +270,9 @@ def _tables(names: HostNames) -> sql.Composable:
     return sql.SQL("(VALUES {})").format(sql.SQL(", ").join(rows))
 
 
-def _ours_to_read(names: HostNames, to: sql.Identifier, verb: str, preposition: str) -> Iterator[sql.Composable]:
-    columns = {"users": user_columns(balance=_bare(names.users.balance)), "workshops": workshop_columns()}
-    for table in _mapped(names):
+def _ours_to_read(host: HostMapping, to: sql.Identifier, verb: str, preposition: str) -> Iterator[sql.Composable]:
+    columns = {"users": user_columns(host), "workshops": workshop_columns(host)}
+    for table in _mapped(HostNames.of(host)):
         ours = sql.SQL(", ").join(sql.Identifier(column.name) for column in columns[table.word])
         yield sql.SQL(f"{verb} SELECT ({{}}) ON {{}} {preposition} {{}}").format(
             ours, table.name, to

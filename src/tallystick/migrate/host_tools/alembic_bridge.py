@@ -180,7 +180,13 @@ def _build(conn: sa.Connection, revision: Revision, config: Config) -> None:
 
 def _write_out(op: Operations, revision: Revision, config: Config, part: str, stall_budget_ms: int) -> None:
     names = HostNames.of(config.host)
-    messages = upward([revision], names, expected=revision.down_revision, adopted=(), stall_budget_ms=stall_budget_ms)
+    messages = upward(
+        [revision],
+        names,
+        expected=revision.down_revision,
+        adopted=names.adopted_names,
+        stall_budget_ms=stall_budget_ms,
+    )
     chosen = messages.online.values() if part == "online" else (*messages.opening, *messages.locked)
     for statement in _inside(list(chosen)):
         op.execute(statement)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 
 from tallystick.config import Config, HostMapping
 from tallystick.errors import ConfigError, shown
-from tallystick.migrate.revisions import Word
+from tallystick.migrate.revisions import HostNames, Word
 from tallystick.schema import LEDGER, CreditTransactionStatus, CreditTransactionType
 
 _SQLALCHEMY_IMPORTS = """\
@@ -175,8 +175,10 @@ def snippet(
         raise ConfigError(f"there is no snippet for {shown(tool)}. There is one for: {', '.join(TOOLS)}", key=tool)
     imports, users, index, workshops, rest = _TOOLS[tool]
     of_users, of_workshops = (there or {}).get("users", ()), (there or {}).get("workshops", ())
-    users, index = _renamed(_without(users, "users", adopted or ()), of_users), _renamed(index, of_users)
-    workshops = _renamed(_without(workshops, "workshops", adopted or ()), of_workshops)
+    # those that the mapping has under other names are known without the database
+    theirs = {*(adopted or ()), *HostNames.of(config.host).adopted_names}
+    users, index = _renamed(_without(users, "users", theirs), of_users), _renamed(index, of_users)
+    workshops = _renamed(_without(workshops, "workshops", theirs), of_workshops)
     if config.host.credits == "bigint":
         imports, users = _large(imports), _MONEY.sub(lambda line: _large(line[0]), users)
     parts = [imports, users, index, workshops if config.host.workshops else "", rest]

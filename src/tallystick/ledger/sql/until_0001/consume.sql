@@ -39,7 +39,8 @@ BEGIN
     IF attempt = 2 THEN
       PERFORM FROM {users} AS u WHERE u.{user_key} {is} consume.user_id FOR NO KEY UPDATE;
     END IF;
-    SELECT u.{user_key} AS key, {balance} AS balance, u.credit_sequence AS sequence, u.deleted_at, t.id AS prior
+    SELECT u.{user_key} AS key, {balance} AS balance, u.credit_sequence AS sequence,
+        u.{user_deleted_at} AS deleted_at, t.id AS prior
       INTO account
       FROM {users} AS u
       LEFT JOIN {ledger} AS t ON t.user_id {is} u.{user_key} AND t.idempotency_key = consume.key
@@ -52,7 +53,7 @@ BEGIN
     IF workshop_id IS NOT NULL THEN
       SELECT {title} INTO name FROM {workshops} AS w
         WHERE w.{workshop_key} {is} consume.workshop_id AND w.{owner} {is} account.key
-          AND w.credit_consumed_at IS NULL AND w.deleted_at IS NULL;
+          AND w.credit_consumed_at IS NULL AND w.{workshop_deleted_at} IS NULL;
       claimable := FOUND;
     END IF;
     EXIT WHEN account.prior IS NOT NULL OR account.deleted_at IS NOT NULL OR account.balance < amount OR NOT claimable;
@@ -61,7 +62,7 @@ BEGIN
     UPDATE {users} AS u
       SET {balance_column} = account.balance - consume.amount, credit_sequence = account.sequence + 1
       WHERE u.{user_key} {is} account.key
-        AND {balance} = account.balance AND u.credit_sequence = account.sequence AND u.deleted_at IS NULL
+        AND {balance} = account.balance AND u.credit_sequence = account.sequence AND u.{user_deleted_at} IS NULL
       RETURNING {balance}, u.credit_sequence INTO kept_balance, kept_sequence;
     IF FOUND THEN
       IF kept_balance <> account.balance - amount OR kept_sequence <> account.sequence + 1 THEN
@@ -70,7 +71,7 @@ BEGIN
       IF workshop_id IS NOT NULL THEN
         PERFORM FROM {workshops} AS w
           WHERE w.{workshop_key} {is} consume.workshop_id AND w.{owner} {is} account.key
-            AND w.credit_consumed_at IS NULL AND w.deleted_at IS NULL
+            AND w.credit_consumed_at IS NULL AND w.{workshop_deleted_at} IS NULL
           FOR NO KEY UPDATE;
         claimable := FOUND;
       END IF;
@@ -120,7 +121,7 @@ BEGIN
     RETURN answer;
   END IF;
   IF NOT claimable THEN
-    SELECT w.{owner} {is} account.key AS owned, w.deleted_at INTO workshop
+    SELECT w.{owner} {is} account.key AS owned, w.{workshop_deleted_at} AS deleted_at INTO workshop
       FROM {workshops} AS w WHERE w.{workshop_key} {is} consume.workshop_id;
     IF NOT FOUND THEN
       answer.outcome := 'unknown_workshop';

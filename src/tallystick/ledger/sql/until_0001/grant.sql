@@ -23,7 +23,7 @@ BEGIN
     RETURN tallystick.invalid_argument('metadata', 'a JSON object');
   END IF;
 
-  SELECT u.{user_key} AS key, {balance} AS balance, u.credit_sequence AS sequence, u.deleted_at
+  SELECT u.{user_key} AS key, {balance} AS balance, u.credit_sequence AS sequence, u.{user_deleted_at} AS deleted_at
     INTO account FROM {users} AS u WHERE u.{user_key} = "grant".user_id FOR NO KEY UPDATE;
   IF NOT FOUND THEN
     answer.outcome := 'unknown_user';
