@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from servers import pg_bin
 from tallystick import Consume, HostMapping, UsersTable, WorkshopsTable, audit, backup, migrate
 from tallystick.config import Config
+from tallystick.database import engine, transaction
 from tallystick.errors import (
     Conflict,
     DatabaseUnavailable,
@@ -88,17 +89,39 @@ def clean(world: World) -> audit.AuditReport:
     return report
 
 
-def insisting(world: World, call: Callable[[sa.Connection], Any]) -> Any:
+def insisting(pool: sa.Engine, call: Callable[[sa.Connection], Any]) -> Any:
     """The answer to ``call``, asked again as the errors say while its connection is taken away."""
     while True:
         try:
-            with world.engine.begin() as conn:
+            with transaction(pool) as conn:
                 return call(conn)
         except (OutcomeUnknown, DatabaseUnavailable, Conflict):
             continue
-        except sa.exc.DBAPIError as error:
-            if not error.connection_invalidated:  # the COMMIT, which is SQLAlchemy's own
-                raise
+
+
+def race(app: Site, pool: sa.Engine, *, between: Callable[[], None] | None = None) -> None:
+    """Sixteen clients spend more than three users have; one of them does what is to happen ``between`` its calls."""
+    users, gate = [app.user(credits=10) for _ in range(3)], threading.Barrier(CLIENTS)
+
+    def client(number: int) -> list[bool]:
+        gate.wait()
+        spent = []
+        for turn in range(4):
+            for user in users:
+                try:
+                    insisting(pool, lambda conn: app.ledger.consume(conn, user, key=f"{number} {turn}"))  # noqa: B023
+                    spent.append(True)
+                except InsufficientCredits:
+                    spent.append(False)
+                if between is not None and number == 0:
+                    between()
+        return spent
+
+    with ThreadPoolExecutor(CLIENTS) as threads:
+        answers = [one for some in threads.map(client, range(CLIENTS)) for one in some]
+    assert answers.count(True) == 30
+    with app.engine.begin() as conn:
+        assert [app.ledger.balance(conn, user) for user in users] == [0, 0, 0]
 
 
 def test_the_journey(app: Site, tmp_path: Any) -> None:
@@ -142,31 +165,38 @@ def _in(hours: float) -> dt.datetime:
 
 
 def test_sixteen_clients_race_for_the_last_credits(app: Site) -> None:
-    users, gate = [app.user(credits=10) for _ in range(3)], threading.Barrier(CLIENTS)
-
-    def client(number: int) -> list[bool]:
-        gate.wait()
-        spent = []
-        for turn in range(4):
-            for user in users:
-                try:
-                    insisting(app, lambda conn: app.ledger.consume(conn, user, key=f"{number} {turn}"))  # noqa: B023
-                    spent.append(True)
-                except InsufficientCredits:
-                    spent.append(False)
-        return spent
-
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        answers = [one for some in pool.map(client, range(CLIENTS)) for one in some]
-    assert answers.count(True) == 30
-    with app.engine.begin() as conn:
-        assert [app.ledger.balance(conn, user) for user in users] == [0, 0, 0]
+    race(app, app.engine)
 
     user = app.user(credits=10)
     with ThreadPoolExecutor(CLIENTS) as pool:
-        rows = [*pool.map(lambda _: insisting(app, lambda c: app.ledger.consume(c, user, key="one")), range(CLIENTS))]
+        rows = [
+            *pool.map(lambda _: insisting(app.engine, lambda c: app.ledger.consume(c, user, key="one")), range(CLIENTS))
+        ]
     assert len({row.id for row in rows}) == 1
     assert [row.replayed for row in rows].count(False) == 1
     with pytest.raises(IdempotencyKeyReused), app.engine.begin() as conn:
         app.ledger.consume(conn, user, credits=2, key="one")
+    clean(app)
+
+
+KILL = sa.text("""
+    SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+    WHERE datname = current_database() AND usename = current_user AND application_name = :name
+""")
+
+
+def test_sixteen_clients_race_while_their_sessions_are_killed(app: Site) -> None:
+    """Each call is made again with its key: what was written before the session died is not written twice."""
+    killed = []
+
+    def kill() -> None:
+        with app.engine.begin() as conn:
+            killed.append(conn.scalar(KILL, {"name": "race"}))
+
+    pool = engine(app.url, pool_size=CLIENTS, connect_args={"application_name": "race"})
+    try:
+        race(app, pool, between=kill)
+    finally:
+        pool.dispose()
+    assert killed[0]  # of the client's own session at least, which it had back
     clean(app)

@@ -14,6 +14,7 @@ from typing import Any
 import psycopg
 import pytest
 import sqlalchemy as sa
+from starlette.testclient import TestClient
 
 from tallystick.audit import Finding, audit
 from tallystick.cli import main
@@ -21,6 +22,7 @@ from tallystick.dev.seed import reset, seed
 from tallystick.errors import Conflict
 from tallystick.ledger import close_all_days
 from tallystick.schema import days
+from tallystick.web.console import LocalLink, console
 from tallystick.web.console.queries import Figures, Queries
 from worlds import World
 
@@ -281,6 +283,25 @@ def test_sweep_closes_days(used: World, tmp_path: Path, monkeypatch: pytest.Monk
             main()
         assert not ended.value.code
     assert ask(used, KEPT) == 60
+
+
+def test_a_console_with_actions_closes_days_before_it_shows_its_figures(used: World) -> None:
+    """As ``tallystick serve --allow-actions`` does; one without writes nothing."""
+    shown = json.loads(days_shown(used, allow_actions=False))
+    assert ask(used, "SELECT count(*) FROM tallystick.days") == 0
+    deadline = time.monotonic() + 60
+    while ask(used, KEPT) < 60 and time.monotonic() < deadline:  # each looks once, and keeps its figures for a minute
+        now = json.loads(days_shown(used, allow_actions=True))
+        assert now["days"] == shown["days"]
+    assert ask(used, KEPT) == 60
+
+
+def days_shown(world: World, *, allow_actions: bool) -> str:
+    link, address = LocalLink(), "http://127.0.0.1:8420"
+    pages = console(world.config, engine=world.engine, sign_in=link, address=address, allow_actions=allow_actions)
+    with TestClient(pages, base_url=address, client=("127.0.0.1", 5000)) as visitor:
+        visitor.get("/enter", params={"token": link.token})
+        return visitor.get("/days.json").text
 
 
 def test_a_sweep_beside_an_open_writer_says_that_days_wait(

@@ -25,7 +25,9 @@ from tallystick.database import engine, standby, with_known_settings
 from tallystick.dev.postgres import Server
 from tallystick.dev.throwaway import FAST, FOLDER_PREFIX, scratch_root
 from tallystick.errors import DatabaseUnavailable
+from tallystick.ledger import close_all_days
 from tallystick.web.console import LocalLink, console
+from tallystick.web.console.queries import Queries
 from worlds import SHAPES, World
 
 
@@ -248,3 +250,31 @@ def test_the_console_reads_there_and_acts_here(pair: Pair) -> None:
         assert 'id="age"' not in visitor.get("/user", params={"key": str(user)}).text
     finally:
         pair.replay(goes_on=True)
+
+
+THREE_DAYS_AGO = "UPDATE credit_transactions SET completed_at = completed_at - interval '3 days' WHERE user_id = :user"
+
+
+def test_the_overview_of_a_standby_reads_the_sums_of_closed_days(pair: Pair) -> None:
+    """The same figures as on the primary, and those of a closed day from its sums, not from its rows."""
+    user, now = pair.primary.user(credits=9), dt.datetime.now(dt.UTC)
+    with pair.primary.engine.begin() as conn:
+        pair.primary.ledger.consume(conn, user, credits=4, key="long ago")
+        conn.exec_driver_sql("SET LOCAL session_replication_role = replica")  # past the ledger's own trigger
+        conn.execute(sa.text(THREE_DAYS_AGO), {"user": user})
+    deadline = time.monotonic() + 60
+    while close_all_days(pair.primary.engine, pair.primary.ledger):  # an analyze of the server's keeps days open
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    pair.catch_up()
+    here = Queries(pair.primary.config, pair.primary.engine).figures(now)
+    reports = Queries(pair.standby.config, pair.pool)
+    assert here.total("consumed") >= 4
+    assert reports.figures(now) == here
+
+    mark = "UPDATE tallystick.daily_sums SET credits = credits - :more WHERE kind = 'consumption'"
+    for more, told in ((1000, here.total("consumed") + 1000), (-1000, here.total("consumed"))):
+        with pair.primary.engine.begin() as conn:
+            assert conn.execute(sa.text(mark), {"more": more}).rowcount == 1
+        pair.catch_up()
+        assert reports.figures(now).total("consumed") == told
