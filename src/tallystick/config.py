@@ -116,7 +116,8 @@ class UsersTable:
     ``key_type_schema`` is the extension's schema. ``key_collation`` (schema and name) is the collation of a text key
     that has another than the database's. ``email``, if named, is shown to operators and never written. ``balance`` is
     the column that holds the user's credits: one that the app has already is adopted under its name. So are
-    ``updated_at``, when the row last changed, and ``deleted_at``, null until the user is soft-deleted.
+    ``stripe_customer_id``, ``updated_at``, when the row last changed, and ``deleted_at``, null until the user is
+    soft-deleted.
     """
 
     schema: Identifier = "public"
@@ -127,17 +128,23 @@ class UsersTable:
     key_collation: Collation = None
     email: OptionalColumn = None
     balance: Identifier = "credit_balance"
+    stripe_customer_id: Identifier = "stripe_customer_id"
     updated_at: Identifier = "updated_at"
     deleted_at: Identifier = "deleted_at"
 
     @property
     def adoptable(self) -> Mapping[str, str]:
         """The columns of ours that may have another name in this table, each with that name."""
-        return {"credit_balance": self.balance, "updated_at": self.updated_at, "deleted_at": self.deleted_at}
+        return {
+            "credit_balance": self.balance,
+            "stripe_customer_id": self.stripe_customer_id,
+            "updated_at": self.updated_at,
+            "deleted_at": self.deleted_at,
+        }
 
     @model_validator(mode="after")
     def _one_meaning(self) -> Self:
-        _refuse_shared(self, ("key", "balance", "updated_at", "deleted_at"))
+        _refuse_shared(self, ("key", "balance", "stripe_customer_id", "updated_at", "deleted_at"))
         return self
 
 
@@ -689,7 +696,7 @@ def to_toml(host: HostMapping) -> str:
 
 
 _USUALLY_ABSENT = ("key_type_schema", "key_collation")
-_USUAL = {"balance": "credit_balance", "updated_at": "updated_at", "deleted_at": "deleted_at"}
+_USUAL = {"balance": "credit_balance"} | {name: name for name in ("stripe_customer_id", "updated_at", "deleted_at")}
 
 _UNDATED = "  # none tells when it was made: with the paywall on, no old one is open without a credit"
 

@@ -404,7 +404,7 @@ def user_columns(host: HostMapping | None = None) -> tuple[Column[object], ...]:
         ),
         Column("credit_sequence", sa.Integer, nullable=False, server_default=sa.text("0")),
         Column("onboarding_complete", sa.Boolean, nullable=False, server_default=sa.text("false")),
-        Column("stripe_customer_id", sa.Text),
+        Column(names.stripe_customer_id, sa.Text, key="stripe_customer_id"),
         Column("plan_tier", sa.String(32), nullable=False, server_default=sa.text("'free'")),
         Column(
             names.updated_at,

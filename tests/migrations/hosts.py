@@ -204,21 +204,26 @@ HOSTS = {
     "Prisma, with such columns in its own spelling": HostCase(
         """
         CREATE TABLE "User" (id text PRIMARY KEY, email text NOT NULL UNIQUE, "createdAt" timestamp(3) NOT NULL
-          DEFAULT now(), "updatedAt" timestamp(3) NOT NULL, "deletedAt" timestamp(3));
+          DEFAULT now(), "updatedAt" timestamp(3) NOT NULL, "deletedAt" timestamp(3), "stripeCustomerId" text);
         CREATE TABLE "Workshop" (
           id text PRIMARY KEY, "userId" text NOT NULL REFERENCES "User", title text,
           "createdAt" timestamp(3) NOT NULL DEFAULT now(), "deletedAt" timestamp(3));
-        INSERT INTO "User" VALUES ('u1', 'a@example.com', now(), '2026-01-02', '2026-01-03');
+        INSERT INTO "User" VALUES ('u1', 'a@example.com', now(), '2026-01-02', '2026-01-03', 'cus_1');
         """,
         HostMapping(
             users=UsersTable(
-                table="User", key_type="text", email="email", updated_at="updatedAt", deleted_at="deletedAt"
+                table="User",
+                key_type="text",
+                email="email",
+                stripe_customer_id="stripeCustomerId",
+                updated_at="updatedAt",
+                deleted_at="deletedAt",
             ),
             workshops=WorkshopsTable(
                 table="Workshop", key_type="text", owner="userId", created_at="createdAt", deleted_at="deletedAt"
             ),
         ),
-        adopted=("users.deleted_at", "users.updated_at", "workshops.deleted_at"),
+        adopted=("users.deleted_at", "users.stripe_customer_id", "users.updated_at", "workshops.deleted_at"),
     ),
     "with every column already": HostCase(
         """

@@ -19,6 +19,7 @@ from tallystick.config import to_toml
 from tallystick.errors import (
     HostMismatch,
     IncompatibleColumn,
+    StripeCustomerConflict,
     UserDeleted,
     WorkshopDeleted,
 )
@@ -99,7 +100,7 @@ def test_whom_the_app_deletes_spends_nothing(app: App) -> None:
     shown = {row.key: f"{row.updated_at} {row.deleted_at}" for row in Queries(app.config, app.engine).users().rows}
     assert shown["u1"] == "2026-01-02 00:00:00+00:00 2026-01-03 00:00:00+00:00"
 
-    kept = 'SELECT id, "updatedAt", "deletedAt" FROM "User" ORDER BY id'
+    kept = 'SELECT id, "updatedAt", "deletedAt", "stripeCustomerId" FROM "User" ORDER BY id'
     values = app.rows(kept)
     migrate.undo(app.url, app.config, discard_ledger=True)
     assert app.shape() == before
@@ -128,6 +129,27 @@ def test_a_workshop_that_the_app_deletes_is_closed(app: App) -> None:
         accounts.delete_workshop(conn, "w3")
         assert app_sees(conn, 'SELECT "deletedAt" FROM "Workshop" WHERE id = \'w3\'') is not None
     assert faults(app) == []
+
+
+def test_the_apps_stripe_customer_is_the_ledgers(app: App) -> None:
+    migrate.apply(app.url, app.config)
+    accounts = Accounts(app.engine)
+    with app.engine.begin() as conn:
+        assert accounts.get(conn, "u1").stripe_customer_id == "cus_1"
+        with pytest.raises(StripeCustomerConflict):
+            accounts.set_stripe_customer(conn, "u2", "cus_1")
+        accounts.set_stripe_customer(conn, "u2", "cus_2")
+        assert app_sees(conn, 'SELECT "stripeCustomerId" FROM "User" WHERE id = \'u2\'') == "cus_2"
+    with pytest.raises(sa.exc.IntegrityError, match="tallystick_users_stripe_customer_id"):
+        app.run("UPDATE \"User\" SET \"stripeCustomerId\" = 'cus_1' WHERE id = 'u2'")
+    assert faults(app) == []
+    with app.engine.connect() as conn:
+        host = migrate.examine(conn, app.config)
+    lines = migrate.snippet("drizzle", app.config, host.adopted_names, there=host.columns)
+    assert '.on(table.stripeCustomerId)\n    .where(sql`"stripeCustomerId" IS NOT NULL`)' in lines
+    assert "deletedAt" not in lines
+    lines = migrate.snippet("sqlalchemy", app.config, host.adopted_names, there=host.columns)
+    assert r'postgresql_where=text("\"stripeCustomerId\" IS NOT NULL")' in lines
 
 
 def test_what_was_spent_after_the_apps_deletion_is_found(app: App) -> None:
@@ -237,6 +259,7 @@ def test_init_offers_them_and_leaves_them(app: App) -> None:
     with app.engine.connect() as conn:
         proposed, own = migrate.propose(conn), migrate.propose(conn, own_columns=True)
         assert migrate.in_place_of_ours(conn, proposed) == [
+            ('public.User."stripeCustomerId"', "stripe_customer_id"),
             ('public.User."updatedAt"', "updated_at"),
             ('public.User."deletedAt"', "deleted_at"),
         ]
@@ -255,5 +278,5 @@ def test_a_mapping_of_before_is_read() -> None:
     stored = json.loads(mapped().to_json())
     for word in ("users", "workshops"):
         del stored[word]["deleted_at"]
-    del stored["users"]["updated_at"]
+    del stored["users"]["updated_at"], stored["users"]["stripe_customer_id"]
     assert HostMapping.from_json(json.dumps(stored)) == mapped()

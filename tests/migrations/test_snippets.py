@@ -386,6 +386,25 @@ def test_prisma_fields_that_the_app_has_keep_their_names(app: App, tmp_path: Pat
     assert app.shape() == before
 
 
+def test_prisma_fields_that_are_used_in_place_of_ours_are_left_out(
+    make_app: Callable[..., App], tmp_path: Path
+) -> None:
+    users = UsersTable(stripe_customer_id="stripeCustomerId", updated_at="updatedAt")
+    app = make_app(mapping=HostMapping(users=users, workshops=WorkshopsTable(deleted_at="deletedAt")))
+    app.run(
+        'ALTER TABLE users ADD "updatedAt" timestamp(3) NOT NULL DEFAULT now(), ADD "stripeCustomerId" text',
+        'ALTER TABLE users ALTER "updatedAt" DROP DEFAULT',
+        'ALTER TABLE workshops ADD "deletedAt" timestamp(3)',
+    )
+    migrate.apply(app.url, app.config)
+    before = app.shape()
+    lines = "".join(parts_of("prisma", app).values())
+    assert not re.search("updatedAt|UpdatedAt|tripeCustomerId", lines)
+    own = PRISMA_OWN.replace("{users}", "  stripeCustomerId String?\n{users}")
+    assert "already in sync" in prisma_push(project("prisma", tmp_path), app, columns=True, schema=own)
+    assert app.shape() == before
+
+
 PRISMA_ELSEWHERE = """
 generator client {{
   provider = "prisma-client"

@@ -124,7 +124,8 @@ def init(
         bool,
         typer.Option(
             "--own-columns",
-            help="Add updated_at and deleted_at even where the app has them in another spelling, as deletedAt.",
+            help="Add stripe_customer_id, updated_at and deleted_at even where the app has them in another spelling, "
+            "as deletedAt.",
         ),
     ] = False,
     output: Annotated[Path, typer.Option("--output", help="The file to write.", metavar="FILE")] = Path(FILE_NAME),

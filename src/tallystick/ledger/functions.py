@@ -8,6 +8,7 @@ Each file holds one function (or type) and reads as plain SQL but for its placeh
                            ``{workshop_key}``, ``{workshop_key_type}`` and ``{owner}`` likewise
 ``{title}``                an expression on the workshop ``w`` that names it for people
 ``{workshop_created_at}``  an expression on the workshop ``w``: when it was made, or NULL
+``{user_customer}``        the column that holds a user's Stripe customer
 ``{user_deleted_at}``      the column that says when a user was soft-deleted; ``{workshop_deleted_at}`` likewise
 ``{ledger}``               the table of credit transactions
 ``{row}``                  the columns of a credit transaction ``t``, in the order of ``tallystick.answer``
@@ -351,6 +352,7 @@ def names_of(host: Any) -> dict[str, Composable]:
         "owner": Identifier("owner") if workshops is None else workshops.owner,
         "title": title,
         "workshop_created_at": created_at,
+        "user_customer": users.stripe_customer_id,
         "user_deleted_at": users.deleted_at,
         "workshop_deleted_at": workshops.deleted_at if workshops else Identifier("deleted_at"),
         "ledger": ledger,
@@ -370,9 +372,9 @@ def names_of(host: Any) -> dict[str, Composable]:
         "amount_domain": SqlLiteral(f"a whole number from 1 to {high}"),
         "row": SQL(", ").join(SQL(f"t.{name}{cast.get(name, '')}") for name in ROW),
         "account": SQL(
-            "u.{}, {}, coalesce(u.onboarding_complete, false), u.stripe_customer_id::text, "
+            "u.{}, {}, coalesce(u.onboarding_complete, false), u.{}::text, "
             "coalesce(u.plan_tier::text, 'free'), tallystick.utc(u.{}), tallystick.utc(u.{})"
-        ).format(users.key, balance, users.updated_at, users.deleted_at),
+        ).format(users.key, balance, users.stripe_customer_id, users.updated_at, users.deleted_at),
         "search_path": SQL(", ").join([SQL("pg_catalog"), *of_types, SQL("pg_temp")]),
         "host_path": SQL(", ").join([SQL("pg_catalog"), *of_types, *map(Identifier, schemas), SQL("pg_temp")]),
         # an extension's type, as citext, brings its own operator

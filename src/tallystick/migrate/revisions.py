@@ -70,6 +70,7 @@ class TableNames:
     key: Identifier
     key_type: Composable
     balance: Identifier
+    stripe_customer_id: Identifier
     updated_at: Identifier
     deleted_at: Identifier
     key_collation: Composable | None = None
@@ -93,8 +94,9 @@ class TableNames:
                 (table.owner, table.title, table.created_at) if isinstance(table, WorkshopsTable) else (None,) * 3
             )
         )
-        balance, updated_at, deleted_at = (
-            Identifier(table.adoptable.get(ours, ours)) for ours in ("credit_balance", "updated_at", "deleted_at")
+        balance, customer, updated_at, deleted_at = (
+            Identifier(table.adoptable.get(ours, ours))
+            for ours in ("credit_balance", "stripe_customer_id", "updated_at", "deleted_at")
         )
         return cls(
             word,
@@ -103,6 +105,7 @@ class TableNames:
             Identifier(table.key),
             key_type,
             balance,
+            customer,
             updated_at,
             deleted_at,
             Identifier(*table.key_collation) if table.key_collation else None,

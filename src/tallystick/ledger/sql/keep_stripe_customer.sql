@@ -7,7 +7,7 @@ LANGUAGE plpgsql VOLATILE SET search_path = {host_path} AS $$
 DECLARE
   answer tallystick.account_answer;
 BEGIN
-  UPDATE {users} AS u SET stripe_customer_id = keep_stripe_customer.stripe_customer_id
+  UPDATE {users} AS u SET {user_customer} = keep_stripe_customer.stripe_customer_id
     WHERE u.{user_key} {is} keep_stripe_customer.user_id
     RETURNING 'completed', {account}, NULL INTO answer;
   IF answer.stripe_customer_id IS DISTINCT FROM stripe_customer_id THEN

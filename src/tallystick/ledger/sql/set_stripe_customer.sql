@@ -22,7 +22,7 @@ BEGIN
     answer.detail := jsonb_build_object('has', answer.stripe_customer_id);
   ELSIF EXISTS (
     SELECT FROM {users} AS u
-    WHERE u.stripe_customer_id = set_stripe_customer.stripe_customer_id AND u.{user_key} <> answer.user_id
+    WHERE u.{user_customer} = set_stripe_customer.stripe_customer_id AND u.{user_key} <> answer.user_id
   ) THEN
     answer.outcome := 'stripe_customer_conflict';
     answer.detail := jsonb_build_object('of_another_user', true);

@@ -83,8 +83,8 @@ def propose(
         balance: which column of the users holds credits already; the default is one with a usual name. ``"none"`` is
             none, whatever there is.
         credits: the type of a number of credits; the default is ``bigint`` where the balances are, else ``integer``.
-        own_columns: add ``updated_at`` and ``deleted_at`` even where the app has such columns in another spelling, as
-            "deletedAt"; the default is to use those.
+        own_columns: add ``stripe_customer_id``, ``updated_at`` and ``deleted_at`` even where the app has such columns
+            in another spelling, as "deletedAt"; the default is to use those.
 
     A database that is migrated has its mapping, which is given back.
 
@@ -123,7 +123,7 @@ def has_balances(conn: sa.Connection, mapping: HostMapping) -> bool:
 
 
 def in_place_of_ours(conn: sa.Connection, mapping: HostMapping) -> list[tuple[str, str]]:
-    """The columns of the app's own that the mapping has for moments of ours, before the migration: both names."""
+    """The columns of the app's own that the mapping has in place of ours, before the migration: both names."""
     tables = [table for table in (mapping.users, mapping.workshops) if table]
     return [
         (f'{table.schema}.{table.table}."{name}"', ours)
@@ -134,20 +134,21 @@ def in_place_of_ours(conn: sa.Connection, mapping: HostMapping) -> list[tuple[st
 
 
 def _with_the_apps(conn: sa.Connection, mapping: HostMapping) -> HostMapping:
-    """The mapping with the columns that the app has for moments of ours, in another spelling than ours."""
+    """The mapping with the columns that the app has in another spelling than ours."""
     users, workshops = mapping.users, mapping.workshops
     return replace(
         mapping,
-        users=replace(users, **_moments(conn, "users", users)),
-        workshops=workshops and replace(workshops, **_moments(conn, "workshops", workshops)),
+        users=replace(users, **_spelled(conn, "users", users)),
+        workshops=workshops and replace(workshops, **_spelled(conn, "workshops", workshops)),
     )
 
 
-def _moments(conn: sa.Connection, word: Word, table: UsersTable | WorkshopsTable) -> dict[str, Any]:
+def _spelled(conn: sa.Connection, word: Word, table: UsersTable | WorkshopsTable) -> dict[str, Any]:
     columns = columns_of(conn, mapped_table(conn, word, table.schema, table.table))
     found: dict[str, Any] = {}
-    for ours in ("updated_at", "deleted_at"):
-        if ours in table.adoptable and ours not in columns:
+    for ours in table.adoptable:
+        # a balance has many usual names, and is found by them
+        if ours != "credit_balance" and ours not in columns:
             spelled = [name for name in spelled_otherwise(ours, columns) if serves_as(word, ours, columns[name])]
             if len(spelled) == 1:
                 found[ours] = spelled[0]

@@ -6,6 +6,8 @@ import json
 import re
 from collections.abc import Collection, Mapping
 
+from psycopg.sql import Identifier
+
 from tallystick.config import Config, HostMapping
 from tallystick.errors import ConfigError, shown
 from tallystick.migrate.revisions import HostNames, Word
@@ -35,7 +37,7 @@ Index(
     "tallystick_users_stripe_customer_id",
     User.stripe_customer_id,
     unique=True,
-    postgresql_where=text("stripe_customer_id IS NOT NULL"),
+    postgresql_where=text({customer_there}),
 )
 Index(
     "tallystick_users_credit_due_at", User.credit_due_at, postgresql_where=text("credit_due_at IS NOT NULL")
@@ -70,7 +72,7 @@ _DRIZZLE = """\
 _DRIZZLE_INDEX = """\
 // --- and in its third argument
   uniqueIndex("tallystick_users_stripe_customer_id").on(table.stripeCustomerId)
-    .where(sql`stripe_customer_id IS NOT NULL`),
+    .where(sql`{customer} IS NOT NULL`),
   index("tallystick_users_credit_due_at").on(table.creditDueAt)
     .where(sql`credit_due_at IS NOT NULL`),
 """
@@ -174,7 +176,9 @@ def snippet(
     if tool not in _TOOLS:
         raise ConfigError(f"there is no snippet for {shown(tool)}. There is one for: {', '.join(TOOLS)}", key=tool)
     imports, users, index, workshops, rest = _TOOLS[tool]
-    of_users, of_workshops = (there or {}).get("users", ()), (there or {}).get("workshops", ())
+    # a field for a column that is used in place of ours is the app's
+    of_users = set((there or {}).get("users", ())) - set(config.host.users.adoptable.values())
+    of_workshops = (there or {}).get("workshops", ())
     # those that the mapping has under other names are known without the database
     theirs = {*(adopted or ()), *HostNames.of(config.host).adopted_names}
     users, index = _renamed(_without(users, "users", theirs), of_users), _renamed(index, of_users)
@@ -226,7 +230,9 @@ def _without(part: str, word: str, adopted: Collection[str]) -> str:
 
 
 def _names(host: HostMapping) -> dict[str, str]:
-    workshops = host.workshops
+    workshops, customer = host.workshops, host.users.stripe_customer_id
+    if not re.fullmatch("[a-z_][a-z0-9_]*", customer):
+        customer = Identifier(customer).as_string(None)
     schemas = dict.fromkeys(table.schema for table in (host.users, workshops) if table)
     return {
         "users": f"{host.users.schema}.{host.users.table}",
@@ -234,6 +240,8 @@ def _names(host: HostMapping) -> dict[str, str]:
         "schema": host.users.schema,
         "schemas": ", ".join(json.dumps(schema, ensure_ascii=False) for schema in schemas),
         "ledger": LEDGER,
+        "customer": customer,
+        "customer_there": json.dumps(f"{customer} IS NOT NULL", ensure_ascii=False),
         "enum": "pgEnum" if host.users.schema == "public" else f'pgSchema("{host.users.schema}").enum',
         "types": ", ".join(f'"{label}"' for label in CreditTransactionType),
         "statuses": ", ".join(f'"{label}"' for label in CreditTransactionStatus),

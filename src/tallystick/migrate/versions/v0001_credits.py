@@ -399,8 +399,8 @@ def indexes(host: Any) -> dict[str, Composable]:
     """Built concurrently, after the commit; each in the schema of its table."""
     return {
         CUSTOMER_INDEX: SQL(
-            "CREATE UNIQUE INDEX CONCURRENTLY {} ON {} (stripe_customer_id) WHERE stripe_customer_id IS NOT NULL"
-        ).format(Identifier(CUSTOMER_INDEX), host.users.name)
+            "CREATE UNIQUE INDEX CONCURRENTLY {name} ON {users} ({column}) WHERE {column} IS NOT NULL"
+        ).format(name=Identifier(CUSTOMER_INDEX), users=host.users.name, column=host.users.stripe_customer_id)
     }
 
 
