@@ -32,7 +32,7 @@ from tallystick.cli.app import (
     progress_bar,
     table,
 )
-from tallystick.config import FILE_NAME, Config
+from tallystick.config import FILE_NAME, INTEGER_KEYS, Config
 from tallystick.database import said, translated
 from tallystick.errors import ConfigError, InvalidArgument, Key, NotMigrated, TallystickError, shown
 from tallystick.ledger import CreditTransaction, Ledger, close_all_days
@@ -62,6 +62,13 @@ class OfUser(TyperCommand):
 def user_key(conn: sa.Connection, config: Config, text: str) -> Key:
     """The key of the user whose e-mail address or key was typed. Raises InvalidArgument."""
     schema = Schema.of(config.host)
+    if "@" in text and "email" not in schema.users.c and config.host.users.key_type in {"uuid", *INTEGER_KEYS}:
+        raise InvalidArgument(
+            f"user={shown(text)}: e-mail addresses are not known here, since no column with them is mapped "
+            "(host.users.email). Pass the user's key",
+            argument="user",
+            value=text,
+        )
     if "@" in text and "email" in schema.users.c:
         address = sa.func.lower(sa.cast(schema.users.c.email, sa.Text))
         with translated():

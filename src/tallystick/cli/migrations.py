@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -86,6 +86,11 @@ _CREDITS: dict[Credits, Literal["integer", "bigint"]] = {Credits.integer: "integ
 _OTHERS = 3
 
 
+def _init_again(options: Mapping[str, str | None], *, own_columns: bool) -> str:
+    given = [f"{name} {shlex.quote(to)}" for name, to in options.items() if to]
+    return " ".join(["tallystick init --force", *given, *(["--own-columns"] if own_columns else [])])
+
+
 @app.command(rich_help_panel="Begin here")
 def init(
     ctx: typer.Context,
@@ -144,8 +149,7 @@ def init(
         "--credits": credits and credits.value,
         "--output": None if output == Path(FILE_NAME) else str(output),
     }
-    again = " ".join(["tallystick init --force", *(f"{name} {shlex.quote(to)}" for name, to in given.items() if to)])
-    again += " --own-columns" if own_columns else ""
+    again = _init_again(given, own_columns=own_columns)
     if output.exists() and not force:
         raise ConfigError(
             f"{output} is there already. To write it anew: {again}",
@@ -167,6 +171,7 @@ def init(
         adopts = migrate.has_balances(conn, host)
         in_place = migrate.in_place_of_ours(conn, host)
         found = migrate.people(conn)
+        apart = [] if balance == "none" else migrate.balances_apart(conn, host)
     output.write_text(to_toml(host), encoding="utf-8")
 
     def show() -> None:
@@ -200,9 +205,10 @@ def init(
             )
         if adopts:
             column = f"{named.schema}.{named.table}.{named.balance}"
+            without = _init_again({**given, "--balance": "none"}, own_columns=own_columns)
             out.print(
                 f"balance    {column}, which the app has already: its credits are kept and taken into the ledger. To "
-                f"see them: tallystick adopt. If it means something else: {again} --balance none",
+                f"see them: tallystick adopt. If it means something else: {without}",
                 markup=False,
             )
         if in_place:
@@ -212,6 +218,10 @@ def init(
                 f"is added. If one means something else: {again} --own-columns",
                 markup=False,
             )
+        kept = {name: given[name] for name in ("--credits", "--output")}
+        for beside in apart:
+            told = beside.told(_init_again(kept, own_columns=own_columns))
+            out.print(f"balance    {told}", markup=False, soft_wrap=True)
         if host.ledger_schema is not None:
             out.print(
                 f"ledger     in schema {host.ledger_schema}, since the app has names like the ledger's already; they "

@@ -106,7 +106,10 @@ def _invalid_argument(r: Refusal) -> LedgerError:
 
 
 def _unknown_user(r: Refusal) -> LedgerError:
-    return UnknownUser(f"no user {shown(r.user)}. Is it the mapped key (host.users.key)?", user=r.user)
+    return UnknownUser(
+        f"no user {shown(r.user)}: the mapped table has no such row. Is it the mapped key (host.users.key)?",
+        user=r.user,
+    )
 
 
 def _user_deleted(r: Refusal) -> LedgerError:

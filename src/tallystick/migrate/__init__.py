@@ -23,7 +23,15 @@ from tallystick.migrate.checks.status import Applied, Drift, Status, functions_s
 from tallystick.migrate.host.candidates import Candidate
 from tallystick.migrate.host.own_credits import Difference, OwnCredits, OwnHistory
 from tallystick.migrate.host.preflight import Host, examine
-from tallystick.migrate.host.proposal import has_balances, in_place_of_ours, other_than_primary, people, propose
+from tallystick.migrate.host.proposal import (
+    BalancesApart,
+    balances_apart,
+    has_balances,
+    in_place_of_ours,
+    other_than_primary,
+    people,
+    propose,
+)
 from tallystick.migrate.host.tables import HostColumn, HostTable
 from tallystick.migrate.host_tools.alembic_bridge import downgrade_revision, upgrade_revision
 from tallystick.migrate.host_tools.snippets import TOOLS, snippet
@@ -42,6 +50,7 @@ __all__ = [
     "TOOLS",
     "Adopted",
     "Applied",
+    "BalancesApart",
     "Blocker",
     "Candidate",
     "Difference",
@@ -71,6 +80,7 @@ __all__ = [
     "Widened",
     "adopt",
     "apply",
+    "balances_apart",
     "concerns",
     "cut_over",
     "downgrade_revision",

@@ -17,6 +17,7 @@ from psycopg.sql import Composable, Identifier
 
 from tallystick.config import Config, HostMapping
 from tallystick.migrate.host.preflight import Host, adoptable, examine, setting_of, spelled_otherwise
+from tallystick.migrate.host.proposal import balances_apart
 from tallystick.migrate.host.tables import HostTable, columns_of, looking
 from tallystick.migrate.revisions import HostNames, Revision, after, revisions
 from tallystick.migrate.runner.blockers import Blocker, Watch, oids_of
@@ -129,6 +130,7 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
             *_about_the_connection(conn, host),
             *_about_an_interrupted_run(host),
             *_about_cached_plans(conn, host),
+            *_about_balances(conn, host, config.host),
             *_about_triggers(conn, host),
             *_about_twins(host, config.host),
             *_about_rules(conn, host),
@@ -278,6 +280,27 @@ def _about_cached_plans(conn: sa.Connection, host: Host) -> Iterator[PlanNote]:
             "RETURNING * of the app's own role is not found here. "
             f"Let an administrator run: GRANT pg_read_all_stats TO {role}",
         )
+
+
+def _about_balances(conn: sa.Connection, host: Host, mapping: HostMapping) -> Iterator[PlanNote]:
+    if host.revision is None:
+        for apart in balances_apart(conn, mapping):
+            yield PlanNote("warning", apart.told())
+    for row in conn.execute(_CHECKS, {"users": host.users.oid, "balance": host.balance}):
+        yield PlanNote(
+            "warning",
+            f"The rule {row.name} on {row.table}, {row.rule}, also holds for what the ledger writes. If it forbids a "
+            f"{host.balance} below 0, a refund of credits that are spent already fails, since it leaves a debt. The "
+            f"ledger itself spends no credit that is not there: ALTER TABLE {row.table} DROP CONSTRAINT {row.name}",
+        )
+
+
+_CHECKS = sa.text("""
+    SELECT quote_ident(c.conname) AS name, c.conrelid::regclass::text AS table,
+           pg_get_constraintdef(c.oid, true) AS rule
+    FROM pg_constraint c JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attnum = ANY (c.conkey)
+    WHERE c.contype = 'c' AND c.conrelid = :users AND a.attname = :balance ORDER BY 1
+""")
 
 
 def _about_triggers(conn: sa.Connection, host: Host) -> Iterator[PlanNote]:

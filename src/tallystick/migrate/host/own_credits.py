@@ -17,6 +17,7 @@ from psycopg.sql import SQL, Composable, Identifier, Literal
 from tallystick.config import HostMapping
 from tallystick.errors import HostMismatch
 from tallystick.migrate.host.preflight import mapped_table
+from tallystick.migrate.host.proposal import balances_apart
 from tallystick.migrate.host.tables import MOMENTS, HostColumn, HostTable, columns_of, host_tables
 from tallystick.migrate.revisions import HostNames
 from tallystick.schema import HISTORY, LEDGER, OPENING_KEY
@@ -119,9 +120,13 @@ def own_credits(
     users = mapped_table(conn, "users", mapping.users.schema, mapping.users.table)
     column = columns_of(conn, users).get(mapping.users.balance)
     if column is None:
+        apart = balances_apart(conn, mapping)
         raise HostMismatch(
-            f"{users.shown} has no column {mapping.users.balance}. Name the one that holds credits in "
-            "host.users.balance, or run: tallystick init",
+            f"{users.shown} has no column {mapping.users.balance}. "
+            + (
+                " ".join(one.told() for one in apart)
+                or "Name the one that holds credits in host.users.balance, or run: tallystick init"
+            ),
             table=users.shown,
             column=mapping.users.balance,
         )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import sqlalchemy as sa
@@ -14,6 +15,7 @@ from tallystick.config import HostMapping, UsersTable, WorkshopsTable
 from tallystick.errors import HostMismatch
 from tallystick.migrate.host.candidates import Candidate, candidates, likeliest, platforms_own
 from tallystick.migrate.host.preflight import (
+    adopted_columns,
     current_revision,
     mapped_table,
     prepared_revisions,
@@ -40,8 +42,18 @@ _REFERENCES = sa.text("""
     JOIN pg_attribute f ON f.attrelid = c.conrelid AND f.attnum = c.conkey[1]
     JOIN pg_attribute t ON t.attrelid = c.confrelid AND t.attnum = c.confkey[1]
     WHERE c.contype = 'f' AND c.conrelid = :from AND c.confrelid = :to AND array_length(c.conkey, 1) = 1
-    ORDER BY f.attnum
+    UNION
+    SELECT f.attname, k.attname
+    FROM pg_constraint c
+    JOIN pg_constraint u ON u.confrelid = c.confrelid AND u.confkey = c.confkey
+    JOIN pg_index i ON i.indrelid = u.conrelid AND i.indisunique AND i.indnkeyatts = 1 AND i.indkey[0] = u.conkey[1]
+    JOIN pg_attribute f ON f.attrelid = c.conrelid AND f.attnum = c.conkey[1]
+    JOIN pg_attribute k ON k.attrelid = u.conrelid AND k.attnum = u.conkey[1]
+    WHERE c.contype = 'f' AND u.contype = 'f' AND c.conrelid = :from AND u.conrelid = :to
+      AND array_length(c.conkey, 1) = 1
+    ORDER BY 1, 2
 """)
+"""Columns with a key of ``to``: by a foreign key to it, or to what its own key refers to."""
 
 _WORKSHOPS = ("workshops", "workshop")
 _OWNERS = ("user_id", "owner_id", "userid", "ownerid", "owner", "user", "created_by", "author_id", "clerk_user_id")
@@ -59,8 +71,37 @@ _BALANCES = (
     "remaining_credits",
     "available_credits",
 )
+_OF_BALANCES = (*_BALANCES, "balance", "wallet_balance", "walletbalance", "current_balance", "available_balance")
+_CALLED_BALANCES = re.compile(r"(wallet|balance|credit|credit_?account)s?$", re.IGNORECASE)
+_HOLDERS = sa.text("""
+    SELECT DISTINCT attrelid::bigint FROM pg_attribute
+    WHERE attrelid = ANY (CAST(:tables AS oid[])) AND NOT attisdropped AND lower(attname) = ANY (:names)
+""")
 _NUMBERS = ("int4", "int8", "numeric")
 _EMAILS = ("email", "email_address", "emailaddress", "mail")
+
+
+@dataclass(frozen=True)
+class BalancesApart:
+    """A column beside the users that seems to hold their credits, in a table with a user's key in ``key``.
+
+    ``options`` of ``tallystick init`` map that table in place of the users. ``obstacle`` is the reason why it cannot
+    serve as it is, or None.
+    """
+
+    column: str
+    key: str
+    options: Mapping[str, str]
+    obstacle: str | None
+
+    def told(self, init: str = "tallystick init --force") -> str:
+        """A sentence for a person, with the command that maps the table."""
+        command = " ".join([init, *(f"{name} {shlex.quote(to)}" for name, to in self.options.items())])
+        first = f"It cannot serve yet, since {self.obstacle}. Mend that, then run" if self.obstacle else "If so, run"
+        return (
+            f"{self.column} may hold the credits of each user ({self.key}) already, and with this mapping everybody "
+            f"begins with 0 in another column. {first}: {command}"
+        )
 
 
 def propose(
@@ -155,6 +196,55 @@ def _spelled(conn: sa.Connection, word: Word, table: UsersTable | WorkshopsTable
     return found
 
 
+def balances_apart(conn: sa.Connection, mapping: HostMapping) -> list[BalancesApart]:
+    """Columns of other tables that seem to hold the credits of the users; none where the mapped column is adopted."""
+    users = mapped_table(conn, "users", mapping.users.schema, mapping.users.table)
+    columns = columns_of(conn, users)
+    ours = current_revision(conn) is not None and ("users", "credit_balance") not in adopted_columns(conn)
+    if mapping.users.balance in columns and not ours:
+        return []
+    place = mapping.workshops
+    mapped = {(mapping.users.schema, mapping.users.table), *([(place.schema, place.table)] if place else [])}
+    tables = [t for t in host_tables(conn) if (t.schema, t.table) not in mapped and not unsuitable(t)]
+    names = {"tables": [table.oid for table in tables], "names": list(_OF_BALANCES)}
+    holders = set(conn.scalars(_HOLDERS, names))
+    return [one for table in tables if table.oid in holders for one in _balances_of(conn, table, users, mapping)]
+
+
+def _balances_of(
+    conn: sa.Connection, table: HostTable, users: HostTable, mapping: HostMapping
+) -> Iterator[BalancesApart]:
+    columns = columns_of(conn, table)
+    balance = _pick(columns.values(), _OF_BALANCES, _NUMBERS)
+    references = {row.column: row.key for row in conn.execute(_REFERENCES, {"from": table.oid, "to": users.oid})}
+    called = _CALLED_BALANCES.search(table.table)
+    usual = [name for name in columns if name.lower() in _OWNERS or name == mapping.users.key != "id"]
+    of_users = [name for name in (*references, *_ranked(usual, _OWNERS)) if columns[name].key_type]
+    key = next(iter(sorted(of_users, key=lambda name: references.get(name) != mapping.users.key)), None)
+    if balance is None or key is None or not (called or (key in references and columns[key].identifies)):
+        return
+    obstacle = None
+    if references.get(key, mapping.users.key) != mapping.users.key and mapping.workshops is not None:
+        obstacle = (
+            f"{key} refers to {users.shown}.{references[key]}, and the workshops name their owner by "
+            f"{mapping.users.key}: it needs a column of these too"
+        )
+    elif not columns[key].identifies:
+        obstacle = f"{key} is not both NOT NULL and UNIQUE: it has to hold one row for each user"
+    place = mapping.workshops
+    yield BalancesApart(
+        column=f"{table.shown}.{balance}",
+        key=key,
+        options={
+            "--users": table.shown,
+            "--users-key": key,
+            "--balance": balance,
+            "--workshops": f"{place.schema}.{place.table}" if place else "none",
+        },
+        obstacle=obstacle,
+    )
+
+
 def _propose(
     conn: sa.Connection, users: str | None, workshops: str | None, users_key: str | None, balance: str | None
 ) -> HostMapping:
@@ -207,7 +297,8 @@ def _balance(table: HostTable, columns: Mapping[str, HostColumn], asked: str | N
                 column=asked,
             )
         return columns[asked]
-    name = None if asked == "none" else _pick(columns.values(), _BALANCES, _NUMBERS)
+    usual = _OF_BALANCES if _CALLED_BALANCES.search(table.table) else _BALANCES
+    name = None if asked == "none" else _pick(columns.values(), usual, _NUMBERS)
     return columns[name] if name else None
 
 

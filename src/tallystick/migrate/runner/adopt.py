@@ -17,6 +17,7 @@ from tallystick.database import driver
 from tallystick.errors import MigrationError
 from tallystick.migrate.host.own_credits import HistoryTable, OwnCredits, find_history, own_credits
 from tallystick.migrate.host.preflight import Host, adopted_columns, examine
+from tallystick.migrate.host.proposal import balances_apart
 from tallystick.migrate.host.tables import columns_of, looking
 from tallystick.migrate.revisions import HostNames, revisions
 from tallystick.migrate.runner.opening import open_balances, sent
@@ -126,9 +127,13 @@ def _adopting(conn: sa.Connection, config: Config) -> tuple[Host, HostNames]:
         raise MigrationError("the database is not migrated yet. Run: tallystick migrate plan, then apply")
     names = HostNames.of(config.host, adopted_columns(conn))
     if not names.adopts_balance:
+        apart = " ".join(
+            one.told("tallystick migrate undo, and tallystick init --force")
+            for one in balances_apart(conn, config.host)
+        )
         raise MigrationError(
             f"{host.users.shown}.{host.balance} is Tallystick's own: the app had no balances there before. "
-            "Nothing is left to adopt"
+            f"{apart or 'Nothing is left to adopt'}"
         )
     return host, names
 

@@ -1,0 +1,282 @@
+"""Balances in a table of their own: it is named before anybody begins with 0, and takes the users' place."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import UUID
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+from hosts import App
+from test_adopt import drift, faults
+
+from tallystick import HostMapping, Ledger, UsersTable, WorkshopsTable, migrate
+from tallystick.errors import HostMismatch, MigrationError, TallystickError, UnknownUser
+
+USERS = """
+    CREATE TABLE users (id uuid PRIMARY KEY, email text NOT NULL UNIQUE);
+    CREATE TABLE app_workshop (
+      id serial PRIMARY KEY, member uuid NOT NULL REFERENCES users ON DELETE CASCADE, title text,
+      created_at timestamptz NOT NULL DEFAULT now());
+    INSERT INTO users SELECT lpad(to_hex(i), 32, '0')::uuid, i || '@example.com' FROM generate_series(1, 9) i;
+    INSERT INTO app_workshop (member) SELECT id FROM users WHERE email < '5';
+"""
+OF_KEY = f"""{USERS}
+    CREATE TABLE wallets (
+      user_id uuid PRIMARY KEY REFERENCES users ON DELETE CASCADE ON UPDATE CASCADE,
+      balance integer NOT NULL DEFAULT 0 CHECK (balance >= 0), updated_at timestamptz NOT NULL DEFAULT now());
+"""
+OF_ITS_OWN = f"""{USERS}
+    CREATE TABLE user_credits (
+      id serial PRIMARY KEY, user_id uuid NOT NULL UNIQUE REFERENCES users ON DELETE CASCADE ON UPDATE CASCADE,
+      currency text, balance numeric(12,2) NOT NULL DEFAULT 0, updated_at timestamp NOT NULL DEFAULT now());
+"""
+HOSTS = {"keyed by the user": (OF_KEY, "wallets"), "with a key of its own": (OF_ITS_OWN, "user_credits")}
+WORKSHOPS = WorkshopsTable(table="app_workshop", key_type="integer", owner="member")
+
+
+def user(number: int) -> UUID:
+    return UUID(int=number)
+
+
+def apart(app: App) -> list[migrate.BalancesApart]:
+    with app.engine.connect() as conn:
+        return migrate.balances_apart(conn, migrate.propose(conn))
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_what_is_told_maps_the_table(name: str, make_app: Callable[..., App]) -> None:
+    ddl, table = HOSTS[name]
+    app = make_app(ddl, HostMapping(users=UsersTable(email="email"), workshops=WORKSHOPS))
+    [found] = apart(app)
+    assert (found.column, found.key, found.obstacle) == (f"public.{table}.balance", "user_id", None)
+    asked = {option.removeprefix("--").replace("-", "_"): to for option, to in found.options.items()}
+    with app.engine.connect() as conn:
+        mapping = migrate.propose(conn, **asked)
+        told = [note.text for note in migrate.plan(conn, app.config).findings]
+        assert migrate.balances_apart(conn, mapping) == []
+    assert mapping == HostMapping(users=UsersTable(table=table, key="user_id", balance="balance"), workshops=WORKSHOPS)
+    assert found.told() in told
+
+
+FREE = "CREATE TABLE users (id uuid PRIMARY KEY, outside text UNIQUE NOT NULL);"
+OTHERS = {
+    "a key without a foreign key": ('CREATE TABLE "Wallet" ("userId" uuid UNIQUE NOT NULL, balance bigint)', None),
+    "any name, one for each user": ("CREATE TABLE plans (of uuid PRIMARY KEY REFERENCES users, credits integer)", None),
+    "a key that is not unique": (
+        "CREATE TABLE wallets (id serial PRIMARY KEY, user_id uuid REFERENCES users, balance integer)",
+        "user_id is not both NOT NULL and UNIQUE",
+    ),
+    "another key than the workshops'": (
+        """
+        CREATE TABLE workshops (id uuid PRIMARY KEY, user_id text REFERENCES users (outside), title text);
+        CREATE TABLE wallets (user_id uuid PRIMARY KEY REFERENCES users, balance integer)""",
+        "user_id refers to public.users.id, and the workshops name their owner by outside",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_shapes_are_named_with_what_is_in_the_way(name: str, make_app: Callable[..., App]) -> None:
+    ddl, obstacle = OTHERS[name]
+    [found] = apart(make_app(f"{FREE} {ddl}"))
+    assert (found.obstacle or "").startswith(obstacle or "")
+    assert bool(found.obstacle) == bool(obstacle)
+    assert ("It cannot serve yet" in found.told()) == bool(obstacle)
+
+
+NOBODYS = {
+    "rows of many kinds": "CREATE TABLE invoices (id serial, user_id uuid REFERENCES users, balance integer)",
+    "an account at a bank": "CREATE TABLE banks (id uuid PRIMARY KEY, balance integer)",
+    "words": "CREATE TABLE wallets (user_id uuid PRIMARY KEY REFERENCES users, balance text)",
+    "users with credits": """
+        ALTER TABLE users ADD credits integer;
+        CREATE TABLE wallets (user_id uuid PRIMARY KEY REFERENCES users, balance integer)""",
+}
+
+
+@pytest.mark.parametrize("name", NOBODYS)
+def test_what_holds_nobodys_credits_is_not_named(name: str, make_app: Callable[..., App]) -> None:
+    assert apart(make_app(f"{FREE} {NOBODYS[name]}")) == []
+
+
+@contextmanager
+def old_code(app: App, table: str) -> Iterator[list[tuple[int, int]]]:
+    """It sells and spends by itself, of users 1 to 8, until the end; the list has what it did."""
+    did: list[tuple[int, int]] = []
+    errors: list[psycopg.Error] = []
+    stop = threading.Event()
+    url = sa.make_url(app.url).set(drivername="postgresql").render_as_string(hide_password=False)
+
+    def write() -> None:
+        with psycopg.connect(url, autocommit=True) as conn:
+            while not stop.is_set():
+                number, change = len(did) % 8 + 1, (3, -1, -2)[len(did) % 3]
+                try:
+                    done = conn.execute(
+                        f"UPDATE {table} SET balance = balance + %s, updated_at = now()"  # type: ignore[arg-type]
+                        " WHERE user_id = %s AND balance + %s >= 0",
+                        (change, user(number), change),
+                    )
+                except psycopg.Error as error:
+                    errors.append(error)
+                    return
+                did.append((number, change if done.rowcount else 0))
+                time.sleep(0.002)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        yield did
+    finally:
+        stop.set()
+        thread.join()
+        assert errors == []
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_there_and_back_with_old_code_writing(name: str, make_app: Callable[..., App]) -> None:
+    ddl, table = HOSTS[name]
+    mapping = HostMapping(users=UsersTable(table=table, key="user_id", balance="balance"), workshops=WORKSHOPS)
+    app = make_app(
+        f"""{ddl}
+        INSERT INTO {table} (user_id, balance) SELECT id, left(email, 1)::integer FROM users WHERE email < '9';
+        CREATE TABLE credit_history (id serial PRIMARY KEY, user_id uuid, amount integer);
+        INSERT INTO credit_history (user_id, amount) SELECT user_id, balance FROM {table};
+        UPDATE credit_history SET amount = 1 WHERE user_id = '{user(2)}';
+        """,
+        mapping,
+    )
+    shape = app.shape()
+    expected = {number: number for number in range(1, 9)}
+    with app.engine.connect() as conn:
+        before = migrate.look_at_own_credits(conn, app.config)
+        rules = [note.text for note in migrate.plan(conn, app.config).findings if "leaves a debt" in note.text]
+    assert (before.column, before.users, before.credits) == (f"public.{table}.balance", 8, 36)
+    assert before.history is not None
+    assert [(one.user, one.by) for one in before.history.differences] == [(user(2), 1)]
+    assert len(rules) == ddl.count("CHECK")
+
+    with old_code(app, table) as did:
+        migrate.apply(app.url, app.config)
+        ledger = Ledger(app.engine)
+        seen = len(did)
+        with app.engine.begin() as conn:
+            ledger.grant(conn, user(1), credits=5, key="a", description="welcome")
+            ledger.consume(conn, user(1), key="b", workshop=1)
+            hold = ledger.hold(conn, user(1), credits=2, key="c")
+            ledger.capture(conn, user(1), hold.id, credits=1)
+            purchase = ledger.start_purchase(conn, user(1), credits=4, key="p", description="pack")
+            ledger.complete_purchase(conn, user(1), purchase=purchase.id)
+            ledger.refund(conn, user(1), purchase.id, key="r")
+            with pytest.raises(UnknownUser, match="the mapped table has no such row"):
+                ledger.balance(conn, user(9))
+        deadline = time.monotonic() + 60
+        while len(did) < seen + 8 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    expected[1] += 3
+    for number, change in did:
+        expected[number] += change
+    assert {row[0].int: int(row[1]) for row in app.rows(f"SELECT user_id, balance FROM {table}")} == expected
+    assert migrate.adopt(app.url, app.config).left == 0
+    assert drift(app) == faults(app) == []
+
+    with pytest.raises(sa.exc.DBAPIError, match=f"user {user(1)} has credit transactions, and history stays"):
+        app.run(f"DELETE FROM users WHERE id = '{user(1)}'")
+    app.run(  # a user who gets a row later, and one whose key changes
+        f"INSERT INTO {table} (user_id) SELECT id FROM users ON CONFLICT DO NOTHING",
+        f"UPDATE users SET id = '{user(80)}' WHERE id = '{user(8)}'",
+    )
+    with app.engine.begin() as conn:
+        assert ledger.grant(conn, user(9), credits=1, key="a", description="welcome").balance == 1
+        assert ledger.balance(conn, user(80)) == expected[8]
+    migrate.cut_over(app.url, app.config)
+    assert drift(app) == faults(app) == []
+    kept = app.rows(f"SELECT user_id, balance, updated_at FROM {table} ORDER BY 1")
+    migrate.undo(app.url, app.config, discard_ledger=True)
+    assert app.shape() == shape
+    assert app.rows(f"SELECT user_id, balance, updated_at FROM {table} ORDER BY 1") == kept
+
+
+def test_a_rule_of_the_apps_against_debts(make_app: Callable[..., App]) -> None:
+    """The plan says what it costs, and names what takes it away."""
+    mapping = HostMapping(users=UsersTable(table="wallets", key="user_id", balance="balance"), workshops=WORKSHOPS)
+    app = make_app(f"{OF_KEY} INSERT INTO wallets VALUES ('{user(1)}')", mapping)
+    with app.engine.connect() as conn:
+        [said] = [note.text for note in migrate.plan(conn, app.config).findings if "leaves a debt" in note.text]
+    assert "wallets_balance_check on public.wallets, CHECK (balance >= 0), also holds" in said
+    migrate.apply(app.url, app.config)
+    ledger = Ledger(app.engine)
+    with app.engine.begin() as conn:
+        purchase = ledger.start_purchase(conn, user(1), credits=4, key="p", description="pack")
+        ledger.complete_purchase(conn, user(1), purchase=purchase.id)
+        ledger.consume(conn, user(1), key="c", credits=3)
+    with app.engine.begin() as conn, pytest.raises((TallystickError, sa.exc.IntegrityError), match="balance_check"):
+        ledger.refund(conn, user(1), purchase.id, key="r")
+    app.run(said[said.index("ALTER TABLE") :])
+    with app.engine.begin() as conn:
+        assert ledger.refund(conn, user(1), purchase.id, key="r").balance == -3
+    assert faults(app) == []
+
+
+def test_nobody_begins_with_0_without_a_word(make_app: Callable[..., App]) -> None:
+    """Not before the migration, and not after it."""
+    app = make_app(OF_KEY, HostMapping(users=UsersTable(email="email"), workshops=WORKSHOPS))
+    command = "--users public.wallets --users-key user_id --balance balance --workshops public.app_workshop"
+    with (
+        app.engine.connect() as conn,
+        pytest.raises(HostMismatch, match=rf"has no column credit_balance\. public\.wallets\.balance .*{command}$"),
+    ):
+        migrate.look_at_own_credits(conn, app.config)
+    migrate.apply(app.url, app.config)
+    with pytest.raises(MigrationError, match=rf"begins with 0 .*run: tallystick migrate undo, and .*{command}$"):
+        migrate.adopt(app.url, app.config)
+    with app.engine.connect() as conn:
+        assert [note for note in migrate.plan(conn, app.config).findings if "begins with 0" in note.text] == []
+
+
+def test_the_section_of_the_page(make_app: Callable[..., App], tmp_path: Path) -> None:
+    """Its table, its commands and its statements, in their order."""
+    page = (Path(__file__).parents[2] / "docs" / "existing-credits.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Balances in a table of their own\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"^```(sh|sql)\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    assert [kind for kind, _ in blocks] == ["sql", "sh", "sql", "sql"]
+    (_, table), (_, commands), (_, fill), (_, mend) = blocks
+    app = make_app(
+        f"""{USERS.replace("app_workshop", "workshops").replace("member", "user_id")} {table}
+        INSERT INTO wallets (user_id, balance) SELECT id, 4 FROM users WHERE email < '9';"""
+    )
+    env = {**os.environ, "DATABASE_URL": app.url}
+
+    def tallystick(command: str) -> subprocess.CompletedProcess[str]:
+        program, *arguments = shlex.split(command)
+        line = [str(Path(sys.executable).with_name(program)), *arguments]
+        return subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+
+    said = {command: tallystick(command) for command in commands.splitlines()}
+    assert {command: done.stderr for command, done in said.items() if done.returncode} == {}
+    first, told, *_ = said
+    assert (first, told in said[first].stdout) == ("tallystick init", True)
+    assert "public.wallets.balance: 8 users have 32 credits" in said["tallystick adopt"].stdout
+    assert "Opened the balances of 8 users" in said["tallystick migrate apply"].stdout
+    assert app.value("SELECT count(*) FROM wallets") == 8
+    app.psql(fill)
+    assert app.value("SELECT count(*) FROM wallets") == 9
+    by_address = tallystick("tallystick balance 1@example.com")
+    assert (by_address.returncode, "no column with them is mapped" in by_address.stderr) == (1, True)
+    assert tallystick(f"tallystick balance {user(9)}").stdout == "0 credits\n"
+
+    loose = make_app(f"{USERS} CREATE TABLE wallets (user_id uuid REFERENCES users, balance integer)")
+    assert apart(loose)[0].obstacle is not None
+    loose.psql(mend)
+    assert apart(loose)[0].obstacle is None
