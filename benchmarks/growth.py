@@ -34,7 +34,7 @@ import sqlalchemy as sa
 
 import stage
 from stage import table
-from tallystick import Config, Ledger, migrate
+from tallystick import Config, Ledger, Progress, migrate
 from tallystick.audit import audit
 from tallystick.dev.postgres import Server
 
@@ -288,7 +288,7 @@ def private_mb(pid: int) -> float:
 def audited(app: Filled, *, user: UUID | None = None) -> Cost:
     cost, last = Cost(), time.perf_counter()
 
-    def progress(_done: int, _all: int) -> None:
+    def progress(_: Progress) -> None:
         nonlocal last
         now = time.perf_counter()
         cost.longest_s, last = max(cost.longest_s, now - last), now

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import sqlalchemy as sa
 
-from tallystick import Config
+from tallystick import Config, Progress
 from tallystick.allowances import Allowances, Paid, Period
 from tallystick.audit import audit
 from tallystick.config import Allowance
@@ -167,15 +167,15 @@ def test_a_run_goes_on_where_it_stopped(
     users = [db.user() for _ in range(5)]
     plan(db, allowances, "enterprise", users[0])
 
-    def stop(done: int) -> None:
-        if done == 3:
+    def stop(now: Progress) -> None:
+        if now.done == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         allowances.run(engine_of(db), progress=stop)
-    seen: list[int] = []
+    seen: list[Progress] = []
     assert allowances.run(engine_of(db), progress=seen.append) == 1
-    assert seen == [1]  # who has got theirs is not looked at again
+    assert seen == [Progress("allowances", 1)]  # who has got theirs is not looked at again
     assert allowances.run(engine_of(db)) == 0
     with engine_of(db).connect() as conn:
         users_table = allowances.schema.users.c

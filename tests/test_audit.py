@@ -15,7 +15,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from tallystick import Config
+from tallystick import Config, Progress
 from tallystick.audit import CHECKS, AuditReport, audit
 from tallystick.errors import InvalidArgument, NotMigrated, UnknownUser
 from tallystick.schema import CHECKS as CONSTRAINTS
@@ -805,13 +805,13 @@ def test_keys_of_another_collation(make_world: Callable[..., World], small_parts
 
 
 def test_progress_ends_at_all_rows(healthy: Healthy, small_parts: Callable[[], None]) -> None:
-    seen: list[tuple[int, int]] = []
+    seen: list[Progress] = []
     small_parts()
-    healthy.audit(progress=lambda done, total: seen.append((done, total)))
+    healthy.audit(progress=seen.append)
     assert len(seen) > 1
-    assert seen == sorted(seen, key=lambda pair: pair[0])
-    assert all(done <= total for done, total in seen)
-    assert seen[-1] == (9, 9)
+    assert seen == sorted(seen, key=lambda now: now.done)
+    assert all(now.total and now.done <= now.total for now in seen)
+    assert seen[-1] == Progress("ledger rows", 9, 9)
 
 
 def test_an_interrupted_audit_goes_on(healthy: Healthy, small_parts: Callable[[], None]) -> None:

@@ -110,7 +110,7 @@ def test_every_function_and_the_audit_run_on_partitions_unchanged(
 
 
 def test_what_needs_more_than_one_user_is_refused_or_found(parted: World) -> None:
-    """What a key that holds the user cannot do."""
+    """The limits of a key that holds the user."""
     one, other = parted.user(credits=3), parted.user(credits=3)
     # a row that moves to another partition is deleted in the first, which the append-only trigger refuses
     with pytest.raises(sa.exc.IntegrityError, match="append-only: delete is refused"), parted.engine.begin() as conn:

@@ -28,11 +28,13 @@ from tallystick import (
     Ledger,
     Lot,
     Merged,
+    Progress,
     Standing,
     errors,
     verify,
 )
 from tallystick.accounts import Account
+from tallystick.allowances import Allowances, Paid
 from tallystick.audit import AuditReport, audit
 from tallystick.errors import Key, LedgerError
 
@@ -145,6 +147,19 @@ async def async_account_operations(accounts: Accounts, conn: Async, user: Key) -
     assert_type(await accounts.erase(conn, user), Account)
     await accounts.delete_workshop(conn, user)
     await accounts.restore_workshop(conn, user)
+
+
+def allowance_operations(
+    allowances: Allowances, engine: sa.Engine, conn: sa.Connection | Session, user: Key, paid: Paid
+) -> None:
+    assert_type(allowances.give(conn, user), CreditTransaction | None)
+    assert_type(allowances.give_paid(conn, user, paid), CreditTransaction | None)
+
+    def progress(now: Progress) -> None:
+        assert_type((now.step, now.done, now.total), tuple[str, float, float | None])
+
+    assert_type(allowances.run(engine, progress=progress), int)
+    assert_type(audit(engine.connect(), allowances.config, progress=progress), AuditReport)
 
 
 def refused_by_a_type_checker(ledger: Ledger, connection: sa.Connection, user: Key) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tallystick.errors import InsufficientCredits, TallystickError
     from tallystick.ledger import Access, AccessReason, Consume, CreditTransaction, Event, Ledger, Lot, Merged, Standing
     from tallystick.ledger.combiner import Combiner
+    from tallystick.progress import Progress
     from tallystick.schema import verify
 
 _HOMES = {
@@ -32,6 +33,7 @@ _HOMES = {
         "Standing",
     ),
     "ledger.combiner": ("Combiner",),
+    "progress": ("Progress",),
     "schema": ("verify",),
 }
 
@@ -50,6 +52,7 @@ __all__ = [
     "Lot",
     "Merged",
     "Pack",
+    "Progress",
     "Standing",
     "TallystickError",
     "UsersTable",

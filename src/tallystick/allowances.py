@@ -8,7 +8,7 @@ comes, with ``give``; ``run`` gives everybody theirs, for those who do not come.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 from uuid import UUID
 
@@ -19,6 +19,7 @@ from tallystick.config import Allowance, Config, Every
 from tallystick.database import DbConnection, run
 from tallystick.errors import Key
 from tallystick.ledger import CreditTransaction, Ledger
+from tallystick.progress import OnProgress, Progress, unheard
 from tallystick.schema import CreditTransactionType, Schema
 
 PAGE = 500
@@ -126,10 +127,10 @@ class Allowances:
             expires_at=paid.period.end,
         )
 
-    def run(self, engine: sa.Engine, *, progress: Callable[[int], None] | None = None) -> int:
+    def run(self, engine: sa.Engine, *, progress: OnProgress = unheard) -> int:
         """Give everybody theirs, each in a transaction of its own; gives how many got one.
 
-        ``progress`` is called with the users done. A run that was interrupted is run again: who has got theirs is left
+        ``progress`` counts the users done. A run that was interrupted is run again: who has got theirs is left
         alone.
         """
         if not self.plans:
@@ -138,8 +139,7 @@ class Allowances:
         for done, user in enumerate(self._users(engine), 1):
             with engine.begin() as conn:
                 got += self.give(conn, user) is not None
-            if progress is not None:
-                progress(done)
+            progress(Progress("allowances", done))
         return got
 
     def _users(self, engine: sa.Engine) -> Iterator[Key]:

@@ -43,6 +43,7 @@ from sqlalchemy.dialects.postgresql.base import PGDialect
 from tallystick.config import Config, KeyType
 from tallystick.database import DbConnection, run
 from tallystick.errors import InvalidArgument, Key, UnknownUser, shown
+from tallystick.progress import OnProgress, Progress, unheard
 from tallystick.schema import (
     CreditTransactionStatus,
     CreditTransactionType,
@@ -157,7 +158,7 @@ def audit(
     after: Key | None = None,
     quick: bool = False,
     limit: int = 1000,
-    progress: Callable[[int, int], None] | None = None,
+    progress: OnProgress = unheard,
     each: Callable[[AuditReport], None] | None = None,
 ) -> AuditReport:
     """Check everything, or one ``user``, or those users whose ledger got or completed a row at or after ``since``.
@@ -216,8 +217,7 @@ def audit(
             signs = facts.signs | {sign for sign, raised in sums.items() if raised is True}
             _search(conn, part, signs, found, most=limit + 1)  # one more tells whether it is all
         _search_days(conn, part, found, most=limit + 1)
-        if progress is not None:
-            progress(rows, rows if high is None else max(rows, facts.rows))
+        progress(Progress("ledger rows", rows, rows if high is None else max(rows, facts.rows)))
         if each is not None:
             new = {name: some[before[name] :] for name, some in found.items()}
             each(_report(new, found, limit, users=sums["users"], rows=sums["rows"], began=begun, last=high))

@@ -31,15 +31,13 @@ from psycopg.sql import SQL, Identifier
 
 from tallystick.database import connect, driver, said
 from tallystick.errors import BackupError
+from tallystick.progress import OnProgress, Progress, unheard
 from tallystick.signals import ended_by_signals
 
 LEVEL = 3
 CHUNK = 1 << 20
 _SKIPPABLE = 0x184D2A50
 _MARK = b"TALLYSTK"
-
-Told = Callable[[str, float], None]
-"""Progress: what is being done, and how much of it (0 to 1)."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class Backup:
     manifest: Manifest
 
 
-def backup(database: str, target: Path, *, bin_dir: Path, progress: Told | None = None) -> Backup:
+def backup(database: str, target: Path, *, bin_dir: Path, progress: OnProgress = unheard) -> Backup:
     """Write a verified backup to ``target``, which must not exist yet.
 
     Ctrl-C, SIGTERM and SIGHUP leave nothing; what a killed run has left in the same folder is removed.
@@ -81,16 +79,15 @@ def backup(database: str, target: Path, *, bin_dir: Path, progress: Told | None 
     Raises:
         BackupError: it did not happen; nothing is left.
     """
-    tell = progress or (lambda _what, _part: None)
     if target.exists():
         raise BackupError(f"{target} is there already. Give another name; a backup is never overwritten")
     with ended_by_signals(), _unfinished(target) as (file, finish):
-        manifest = _dump(database, file, bin_dir, tell)
+        manifest = _dump(database, file, bin_dir, progress)
         file.write(_frame(manifest))
         file.flush()
         os.fsync(file.fileno())
         file.seek(0)
-        found = _read_back(file, bin_dir, manifest, tell)
+        found = _read_back(file, bin_dir, manifest, progress)
         if found != manifest.rows:
             raise BackupError(f"what was written does not hold what was read: {_difference(manifest.rows, found)}")
         finish()
@@ -113,17 +110,19 @@ def read_manifest(path: Path) -> Manifest:
         raise BackupError(f"{path} cannot be read as a backup: {error}") from error
 
 
-def verify_backup(path: Path, *, bin_dir: Path, progress: Told | None = None) -> Manifest:
+def verify_backup(path: Path, *, bin_dir: Path, progress: OnProgress = unheard) -> Manifest:
     """Read all of a backup and compare it with its manifest. Raises BackupError."""
     manifest = read_manifest(path)
     with path.open("rb") as file:
-        found = _read_back(file, bin_dir, manifest, progress or (lambda _what, _part: None))
+        found = _read_back(file, bin_dir, manifest, progress)
     if found != manifest.rows:
         raise BackupError(f"{path} is damaged: {_difference(manifest.rows, found)}")
     return manifest
 
 
-def restore(path: Path, database: str, *, bin_dir: Path, owners: bool = True, progress: Told | None = None) -> Manifest:
+def restore(
+    path: Path, database: str, *, bin_dir: Path, owners: bool = True, progress: OnProgress = unheard
+) -> Manifest:
     """Put a backup into an empty database, in one transaction, and count its rows.
 
     With ``owners`` off, everything belongs to the role that restores, and privileges and tablespaces are left out; a
@@ -133,7 +132,6 @@ def restore(path: Path, database: str, *, bin_dir: Path, owners: bool = True, pr
         BackupError: the file is damaged, the database not empty, or its server too old for the programs in
             ``bin_dir``; nothing was changed.
     """
-    tell = progress or (lambda _what, _part: None)
     read_manifest(path)  # what is no backup is told before anything else
     with _reading(database) as conn:
         taken = conn.scalars(_TABLES).all()
@@ -155,7 +153,7 @@ def restore(path: Path, database: str, *, bin_dir: Path, owners: bool = True, pr
         path.open("rb") as file,
         _Program(bin_dir, command, sa.make_url(database)) as program,
     ):
-        program.feed(_decompressed(file, manifest, "restoring", tell))
+        program.feed(_decompressed(file, manifest, "restoring", progress))
         program.end()
     with _reading(database) as conn:
         found = _count(conn)
@@ -174,7 +172,7 @@ def _define(path: Path, database: str, bin_dir: Path, manifest: Manifest, option
     command = ["pg_restore", "--section=pre-data", "--file=-", *options]
     with path.open("rb") as file, _Program(bin_dir, command) as program, ThreadPoolExecutor(1) as pool:
         try:
-            parts = _decompressed(file, manifest, "restoring", lambda _what, _part: None)
+            parts = _decompressed(file, manifest, "restoring", unheard)
             feeding = pool.submit(program.feed, parts)
             script = program.stdout.read()
         except BaseException:
@@ -305,7 +303,7 @@ def _reading(database: str) -> Iterator[sa.Connection]:
         ) from error
 
 
-def _dump(database: str, file: IO[bytes], bin_dir: Path, tell: Told) -> Manifest:
+def _dump(database: str, file: IO[bytes], bin_dir: Path, progress: OnProgress) -> Manifest:
     """One snapshot for pg_dump and for the counts."""
     hasher = hashlib.sha256()
     size = 0
@@ -323,9 +321,9 @@ def _dump(database: str, file: IO[bytes], bin_dir: Path, tell: Told) -> Manifest
                 hasher.update(part)
                 size += len(part)
                 writer.write(part)
-                tell("dumping", min(1.0, size / expected))
+                progress(Progress("dumping", min(1.0, size / expected), 1))
             program.end()
-        tell("counting rows", 0)
+        progress(Progress("counting rows"))
         rows = _count(conn)
         version = conn.scalar(sa.text("SELECT current_setting('server_version')")) or ""
         name = conn.scalar(sa.text("SELECT current_database()")) or ""
@@ -334,14 +332,14 @@ def _dump(database: str, file: IO[bytes], bin_dir: Path, tell: Told) -> Manifest
     return Manifest(name, version, taken_at, rows, size, hasher.hexdigest(), roles)
 
 
-def _read_back(file: IO[bytes], bin_dir: Path, manifest: Manifest, tell: Told) -> dict[str, int]:
+def _read_back(file: IO[bytes], bin_dir: Path, manifest: Manifest, progress: OnProgress) -> dict[str, int]:
     """The rows of the manifest's tables as pg_restore writes them out of the file, whose checksum is compared.
 
     There are more in the file where an extension has tables of its own, of which it keeps some rows.
     """
     with _Program(bin_dir, ["pg_restore", "--file=-", "--data-only"]) as program, ThreadPoolExecutor(1) as pool:
         try:
-            feeding = pool.submit(program.feed, _decompressed(file, manifest, "verifying", tell))
+            feeding = pool.submit(program.feed, _decompressed(file, manifest, "verifying", progress))
             rows = _rows_of(program.stdout)
         except BaseException:
             program.kill()  # or the pool would wait for ever for what nobody reads
@@ -351,7 +349,7 @@ def _read_back(file: IO[bytes], bin_dir: Path, manifest: Manifest, tell: Told) -
     return {table: rows.get(_unquoted(table), 0) for table in manifest.rows}
 
 
-def _decompressed(file: IO[bytes], manifest: Manifest, what: str, tell: Told) -> Iterator[bytes]:
+def _decompressed(file: IO[bytes], manifest: Manifest, what: str, progress: OnProgress) -> Iterator[bytes]:
     """The dump, piece by piece. Raises BackupError at the end where it is not the one that was written."""
     hasher = hashlib.sha256()
     size = 0
@@ -360,7 +358,7 @@ def _decompressed(file: IO[bytes], manifest: Manifest, what: str, tell: Told) ->
             while part := reader.read(CHUNK):
                 hasher.update(part)
                 size += len(part)
-                tell(what, min(1.0, size / max(1, manifest.dump_bytes)))
+                progress(Progress(what, min(1.0, size / max(1, manifest.dump_bytes)), 1))
                 yield part
     except zstandard.ZstdError as error:
         raise BackupError(f"the backup is damaged: {error}") from error

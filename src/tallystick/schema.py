@@ -650,11 +650,16 @@ def verify(conn: DbConnection, host: HostMapping | None = None) -> None:
         refuse_other(mapping_of(conn), host)
 
 
+def has_bookkeeping(conn: DbConnection, table: sa.Table) -> bool:
+    """True where the database has this table of ours: it is migrated, or was begun to be."""
+    return conn.scalar(sa.select(sa.func.to_regclass(f"{BOOKKEEPING_SCHEMA}.{table.name}"))) is not None
+
+
 def _verify_revision(conn: DbConnection) -> None:
     with translated(connecting=True):  # nothing is written, so a lost connection leaves nothing unknown
-        there = conn.scalar(sa.select(sa.func.to_regclass(f"{BOOKKEEPING_SCHEMA}.alembic_version")))
-        found = None if there is None else conn.scalar(sa.select(alembic_version.c.version_num))
-    if there is None:
+        is_there = has_bookkeeping(conn, alembic_version)
+        found = conn.scalar(sa.select(alembic_version.c.version_num)) if is_there else None
+    if not is_there:
         raise NotMigrated("this database has no Tallystick schema yet. Run: tallystick migrate apply", revision=None)
     if found == HEAD:
         return
@@ -697,8 +702,8 @@ def mapping_of(source: sa.Engine | DbConnection) -> HostMapping:
         with conn:
             return mapping_of(conn)
     with translated(connecting=True):
-        there = source.scalar(sa.select(sa.func.to_regclass(f"{BOOKKEEPING_SCHEMA}.mapping")))
-        stored = None if there is None else source.scalar(sa.select(sa.cast(mapping.c.host, sa.Text)))
+        is_there = has_bookkeeping(source, mapping)
+        stored = source.scalar(sa.select(sa.cast(mapping.c.host, sa.Text))) if is_there else None
     if stored is None:
         raise NotMigrated("this database has no Tallystick schema yet. Run: tallystick migrate apply", revision=None)
     try:

@@ -21,7 +21,7 @@ import pytest
 import sqlalchemy as sa
 from psycopg import sql
 
-from tallystick import Config, HostMapping, Pack, UsersTable, WorkshopsTable, migrate
+from tallystick import Config, HostMapping, Pack, Progress, UsersTable, WorkshopsTable, migrate
 from tallystick.audit import audit
 from tallystick.dev.host_tables import INTEGER_KEYS_FROM
 from tallystick.dev.seed import (
@@ -312,7 +312,7 @@ from tallystick import Config
 from tallystick.dev.seed import seed
 config = Config.model_validate_json(sys.argv[1])
 engine = sa.create_engine(config.database_url, poolclass=sa.NullPool)
-seed(engine, config, environ={}, progress=lambda done, _: print(done, flush=True))
+seed(engine, config, environ={}, progress=lambda now: print(now.done, flush=True))
 """
 
 
@@ -431,9 +431,9 @@ def test_an_unknown_scenario_is_named_with_its_neighbour(world: World) -> None:
 
 
 def test_progress_counts_scenarios(world: World) -> None:
-    seen: list[tuple[int, int]] = []
-    plant(world, only=["new", "funded", "names"], progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    seen: list[Progress] = []
+    plant(world, only=["new", "funded", "names"], progress=seen.append)
+    assert seen == [Progress("scenarios", done, 3) for done in (1, 2, 3)]
 
 
 def test_on_a_connection_the_transaction_is_the_callers(world: World) -> None:

@@ -19,7 +19,7 @@ import zstandard
 from hosts import HOSTS, App
 
 from servers import EMBEDDED
-from tallystick import migrate
+from tallystick import Progress, migrate
 from tallystick.backup import (
     Backup,
     backup,
@@ -64,8 +64,8 @@ def empty(folder: Path) -> bool:
 
 
 def test_there_and_back(app: App, make_app: Callable[..., App], tmp_path: Path) -> None:
-    told: list[tuple[str, float]] = []
-    made = take(app, tmp_path / "app.backup", progress=lambda what, part: told.append((what, part)))
+    told: list[Progress] = []
+    made = take(app, tmp_path / "app.backup", progress=told.append)
 
     others = (".stripe_", ".event", ".low_balances")
     rows = {table: count for table, count in made.manifest.rows.items() if not any(each in table for each in others)}
@@ -88,8 +88,8 @@ def test_there_and_back(app: App, make_app: Callable[..., App], tmp_path: Path) 
     }
     assert stat.S_IMODE(made.path.stat().st_mode) == 0o600
     assert [path.name for path in tmp_path.iterdir()] == ["app.backup"]
-    assert {what for what, _ in told} == {"dumping", "counting rows", "verifying"}
-    assert all(0 <= part <= 1 for _, part in told)
+    assert {now.step for now in told} == {"dumping", "counting rows", "verifying"}
+    assert all(0 <= now.done <= (now.total or 0) for now in told)
     assert verify_backup(made.path, bin_dir=app.server.bin) == made.manifest
 
     other = make_app("SELECT 1")
@@ -132,13 +132,13 @@ def test_no_timeout_of_the_database_ends_a_backup(app: App, make_app: Callable[.
     for each in (app, other):
         database = each.engine.url.database
         each.run(*(f"ALTER DATABASE {database} SET {name} = '{value}'" for name, value in timeouts.items()))
-    made = take(app, tmp_path / "app.backup", progress=lambda what, _: time.sleep(1.5 * (what == "counting rows")))
+    made = take(app, tmp_path / "app.backup", progress=lambda now: time.sleep(1.5 * (now.step == "counting rows")))
     assert restore(made.path, other.url, bin_dir=app.server.bin).rows["public.much"] == 500_000
 
 
 def test_a_connection_that_dies_is_told(app: App, tmp_path: Path) -> None:
-    def die(what: str, _: float) -> None:
-        if what == "counting rows":
+    def die(now: Progress) -> None:
+        if now.step == "counting rows":
             app.run(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
                 " WHERE datname = current_database() AND pid <> pg_backend_pid()"
@@ -177,7 +177,7 @@ def test_without_hard_links_nothing_is_dumped(app: App, tmp_path: Path, monkeypa
     monkeypatch.setattr(os, "link", refuse)
     told: list[str] = []
     with pytest.raises(BackupError, match=r"without hard links .*Name a folder on another"):
-        take(app, tmp_path / "app.backup", progress=lambda what, _: told.append(what))
+        take(app, tmp_path / "app.backup", progress=lambda now: told.append(now.step))
     assert told == []
     assert empty(tmp_path)
 
@@ -194,8 +194,8 @@ def test_nothing_is_overwritten(app: App, tmp_path: Path) -> None:
 def test_a_file_that_comes_meanwhile_is_kept(app: App, tmp_path: Path) -> None:
     target = tmp_path / "app.backup"
 
-    def come(what: str, _: float) -> None:
-        if what == "verifying":
+    def come(now: Progress) -> None:
+        if now.step == "verifying":
             target.write_text("mine")
 
     with pytest.raises(BackupError, match="come meanwhile"):
@@ -206,8 +206,8 @@ def test_a_file_that_comes_meanwhile_is_kept(app: App, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("moment", ["dumping", "counting rows", "verifying"])
 def test_ctrl_c_leaves_nothing(app: App, tmp_path: Path, moment: str) -> None:
-    def interrupt(what: str, _: float) -> None:
-        if what == moment:
+    def interrupt(now: Progress) -> None:
+        if now.step == moment:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -282,8 +282,8 @@ def test_a_file_that_is_no_backup(app: App, tmp_path: Path) -> None:
 def test_counts_and_dump_are_of_one_moment(app: App, tmp_path: Path) -> None:
     """Rows that come while pg_dump runs are in neither."""
 
-    def write(what: str, _: float) -> None:
-        if what == "dumping":
+    def write(now: Progress) -> None:
+        if now.step == "dumping":
             app.run("INSERT INTO users (email) SELECT 'new ' || gen_random_uuid()")
 
     made = take(app, tmp_path / "app.backup", progress=write)
@@ -294,7 +294,7 @@ def test_counts_and_dump_are_of_one_moment(app: App, tmp_path: Path) -> None:
 def test_the_password_is_on_no_command_line(app: App, tmp_path: Path) -> None:
     seen: list[str] = []
 
-    def look(what: str, _: float) -> None:
+    def look(_: Progress) -> None:
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 line = (process / "cmdline").read_text()
@@ -319,8 +319,8 @@ from tallystick.backup import backup, restore
 
 url, file, programs, moment, number = sys.argv[1:]
 
-def hit(what, part):
-    if what == moment:
+def hit(now):
+    if now.step == moment:
         os.kill(os.getpid(), int(number))
 
 if moment == "restoring":
@@ -374,8 +374,8 @@ def test_what_a_killed_run_left_goes_with_the_next(app: App, tmp_path: Path) -> 
 
 
 def test_two_at_once_leave_each_other_alone(app: App, tmp_path: Path) -> None:
-    def another(what: str, _: float) -> None:
-        if what == "counting rows":
+    def another(now: Progress) -> None:
+        if now.step == "counting rows":
             take(app, tmp_path / "b.backup")
 
     made = take(app, tmp_path / "a.backup", progress=another)

@@ -203,7 +203,9 @@ def test_rehearse(tally: Tally, app: App, tmp_path: Path) -> None:
     assert "The ledger was used on the copy: reading the balance" in " ".join(out.split())
     assert err.index("restoring the copy") < err.index("using the ledger") < err.index("going back")
     assert "Passed" in out
-    assert "<svg" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "SHARE UPDATE EXCLUSIVE on public.users" in page
+    assert ("href=" in page, "src=" in page) == (False, False)
     assert app.dump() == before
 
     tally("backup", "copy.backup")
@@ -374,7 +376,7 @@ def test_a_column_that_need_not_be_there_may_be_false(tally: Tally, make_app: Ca
 
 
 def test_two_transactions_and_what_is_between_them(tally: Tally, app: App) -> None:
-    def stop(now: migrate.Progress) -> None:
+    def stop(now: migrate.MigrationProgress) -> None:
         if now.phase == "prepared":
             raise KeyboardInterrupt
 

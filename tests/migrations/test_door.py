@@ -250,7 +250,7 @@ def test_what_an_interrupted_run_prepared_is_gone_on_with(
     class Stop(Exception):
         pass
 
-    def progress(now: migrate.Progress) -> None:
+    def progress(now: migrate.MigrationProgress) -> None:
         if now.phase == "prepared":
             raise Stop
 

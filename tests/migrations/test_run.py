@@ -85,12 +85,12 @@ def wait_for_vacuum(app: App, table: str = "users") -> int:
 
 class TestWaiting:
     def test_for_an_open_transaction_until_it_ends(self, app: App) -> None:
-        seen: list[migrate.Progress] = []
+        seen: list[migrate.MigrationProgress] = []
         with holding(app, "SELECT count(*) FROM users") as reader, ThreadPoolExecutor(1) as pool:
             reader_pid = reader.info.backend_pid
             waiting = threading.Event()
 
-            def progress(step: migrate.Progress) -> None:
+            def progress(step: migrate.MigrationProgress) -> None:
                 seen.append(step)
                 if step.phase == "waiting":
                     waiting.set()
@@ -270,7 +270,7 @@ class TestTheBudget:
     def test_the_time_in_which_others_queued_behind_it_counts(self, app: App) -> None:
         with psycopg.connect(libpq(app)) as reader, ThreadPoolExecutor(1) as pool:
 
-            def progress(now: migrate.Progress) -> None:
+            def progress(now: migrate.MigrationProgress) -> None:
                 if (now.phase, now.revision, now.attempt) == ("locking", HEAD, 1):
                     reader.execute("SELECT FROM users LIMIT 1")
 
@@ -450,7 +450,7 @@ class TestFaults:
     def test_a_connection_that_dies_under_the_run(self, app: App) -> None:
         before = app.shape()
 
-        def kill(step: migrate.Progress) -> None:
+        def kill(step: migrate.MigrationProgress) -> None:
             if step.phase == "locking":
                 app.run(
                     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
@@ -463,11 +463,11 @@ class TestFaults:
         assert migrate.apply(app.url, app.config).changed
 
 
-def tell(event: threading.Event, _: migrate.Progress) -> None:
+def tell(event: threading.Event, _: migrate.MigrationProgress) -> None:
     event.set()
 
 
-def tell_when(event: threading.Event, phase: str, now: migrate.Progress) -> None:
+def tell_when(event: threading.Event, phase: str, now: migrate.MigrationProgress) -> None:
     if now.phase == phase:
         event.set()
 
@@ -558,7 +558,7 @@ class TestKilled:
             # just before anything is locked, and just after all is committed; the others anywhere
             for phase in ("locking", "online", *[None] * (self.SERVER_MOMENTS - 2)):
 
-                def progress(now: migrate.Progress, phase: str | None = phase) -> None:
+                def progress(now: migrate.MigrationProgress, phase: str | None = phase) -> None:
                     if now.phase == phase:
                         crash()
                         time.sleep(0.5)  # until the process that serves us has noticed
@@ -624,7 +624,7 @@ def test_settings_of_the_database_do_not_end_a_build(app: App, setting: str) -> 
         app.run(f"ALTER DATABASE {app.engine.url.database} SET {setting} = '{SETTINGS[setting]}'")
         online = threading.Event()
 
-        def progress(now: migrate.Progress) -> None:
+        def progress(now: migrate.MigrationProgress) -> None:
             if now.phase == "online" and not online.is_set():
                 writer.execute("UPDATE users SET email = email")  # the build waits for it before it looks at anything
                 online.set()
@@ -681,10 +681,10 @@ def test_a_connection_that_dies_while_a_leftover_is_dropped(app: App) -> None:
 
 def test_a_build_that_waits_tells_for_whom(app: App) -> None:
     """CREATE INDEX CONCURRENTLY waits for every older snapshot of the database; traffic does not feel it."""
-    seen: list[migrate.Progress] = []
+    seen: list[migrate.MigrationProgress] = []
     waiting = threading.Event()
 
-    def progress(step: migrate.Progress) -> None:
+    def progress(step: migrate.MigrationProgress) -> None:
         seen.append(step)
         if step.waits_for:
             waiting.set()
@@ -704,7 +704,7 @@ def test_a_build_that_waits_tells_for_whom(app: App) -> None:
 
 
 def test_a_run_that_is_stopped_leaves_nothing_building(app: App) -> None:
-    def stop(step: migrate.Progress) -> None:
+    def stop(step: migrate.MigrationProgress) -> None:
         if step.waits_for:
             raise KeyboardInterrupt
 

@@ -124,7 +124,7 @@ def test_a_report_there_is_not_waited_for_with_the_tables_locked(pair: tuple[App
     until(lambda: app.rows("SELECT sync_state FROM pg_stat_replication") == [("sync",)])
     applied = threading.Event()
 
-    def progress(now: migrate.Progress) -> None:
+    def progress(now: migrate.MigrationProgress) -> None:
         if now.phase == "applied":
             applied.set()
 

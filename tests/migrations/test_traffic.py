@@ -96,7 +96,7 @@ def test_a_writer_that_idles_in_its_transaction(busy: App, request: pytest.Fixtu
     with traffic(libpq(busy), users=USERS) as seen, psycopg.connect(libpq(busy), application_name="forgotten") as idle:
         idle.execute(forgotten)
 
-        def commit_once_waited_for(now: migrate.Progress) -> None:
+        def commit_once_waited_for(now: migrate.MigrationProgress) -> None:
             if any(blocker.application == "forgotten" for blocker in now.blockers):
                 idle.commit()
 

@@ -27,7 +27,7 @@ EVERY = [revision.revision for revision in revisions()]
 def run_until_prepared(url: str, config: Config) -> None:
     """Kills its own process where the new objects are committed and nothing else."""
 
-    def progress(now: migrate.Progress) -> None:
+    def progress(now: migrate.MigrationProgress) -> None:
         if now.phase == "prepared":
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -69,17 +69,19 @@ def saying(message: str) -> Iterator[int]:
 
 
 @pytest.fixture
-def waking() -> Iterator[Callable[..., tuple[threading.Event, list[migrate.Progress], Callable[[], migrate.Receipt]]]]:
+def waking() -> Iterator[
+    Callable[..., tuple[threading.Event, list[migrate.MigrationProgress], Callable[[], migrate.Receipt]]]
+]:
     """``waking(url, config) -> (told, seen, result)``: a run in the background that is told to wait."""
     with ThreadPoolExecutor(1) as pool:
 
         def start(
             url: str, config: Config
-        ) -> tuple[threading.Event, list[migrate.Progress], Callable[[], migrate.Receipt]]:
+        ) -> tuple[threading.Event, list[migrate.MigrationProgress], Callable[[], migrate.Receipt]]:
             told = threading.Event()
-            seen: list[migrate.Progress] = []
+            seen: list[migrate.MigrationProgress] = []
 
-            def progress(now: migrate.Progress) -> None:
+            def progress(now: migrate.MigrationProgress) -> None:
                 seen.append(now)
                 if now.phase == "connecting":
                     told.set()
@@ -139,7 +141,7 @@ def test_a_proxy_whose_server_wakes(app: App, waking, message: str) -> None:
 
 
 def test_a_refusal_that_will_not_pass(app: App) -> None:
-    seen: list[migrate.Progress] = []
+    seen: list[migrate.MigrationProgress] = []
     with (
         saying("Control plane request failed: endpoint is disabled") as port,
         pytest.raises(DatabaseUnavailable, match="endpoint is disabled"),
@@ -160,7 +162,7 @@ def test_a_wrong_password_is_not_tried_again(scratch: Path, server: Server) -> N
             conn.execute("CREATE ROLE guarded LOGIN PASSWORD 'right'")
             conn.execute("SELECT pg_reload_conf()")
         wrong = sa.make_url(url).set(username="guarded", password="wrong").render_as_string(hide_password=False)
-        seen: list[migrate.Progress] = []
+        seen: list[migrate.MigrationProgress] = []
         deadline = time.monotonic() + 60
         while True:  # until the new rule counts
             try:

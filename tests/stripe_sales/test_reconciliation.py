@@ -47,7 +47,7 @@ def test_everything_is_found_however_late(shop: Shop, days_later):
     report = reconcile(shop, progress=progress.append)
     assert {user: shop.balance(user) for user in expected} == expected
     assert report.looked_at["pending"] == 8
-    assert {one.stage for one in progress} == {
+    assert {one.step for one in progress} == {
         "pending",
         "top_ups",
         "sessions",
@@ -103,8 +103,8 @@ def test_an_interrupted_run_goes_on_where_it_stood(shop: Shop, monkeypatch):
 
     def stop(progress: stripe.ReconciliationProgress) -> None:
         nonlocal retrieved
-        retrieved = progress.looked_at
-        if progress.looked_at == 4:
+        retrieved = progress.done
+        if progress.done == 4:
             shop.dev.fault("GET", f"{SESSIONS}/*", 500, times=3)
 
     with pytest.raises(StripeUnavailable):
@@ -231,7 +231,7 @@ def test_a_run_goes_on_though_the_object_where_it_stood_is_gone(shop: Shop, monk
     shop.dev.drop(shop.events())
 
     def stop(progress: stripe.ReconciliationProgress) -> None:
-        if (progress.stage, progress.looked_at) == ("refunds", 1):
+        if (progress.step, progress.done) == ("refunds", 1):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

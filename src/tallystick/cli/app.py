@@ -23,6 +23,7 @@ from typer.core import TyperGroup
 from tallystick.config import Config, origins
 from tallystick.database import connect, driver, standby
 from tallystick.errors import DatabaseUnavailable, NotMigrated
+from tallystick.progress import OnProgress
 from tallystick.schema import agreed
 
 if TYPE_CHECKING:
@@ -258,8 +259,8 @@ def table(*columns: str, right: tuple[str, ...] = (), title: str | None = None) 
 
 
 @contextmanager
-def progress_bar(description: str) -> Iterator[Callable[[float, float], None]]:
-    """A bar on stderr for what may take longer than a second, gone when done; call it with (done, total)."""
+def progress_bar(description: str) -> Iterator[OnProgress]:
+    """A bar on stderr for what may take longer than a second, gone when done; called with each ``Progress``."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -271,4 +272,4 @@ def progress_bar(description: str) -> Iterator[Callable[[float, float], None]]:
     )
     with bar:
         task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda now: bar.update(task, completed=now.done, total=now.total)

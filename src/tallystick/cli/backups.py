@@ -46,7 +46,7 @@ def take_backup(url: str, target: Path) -> None:
     """With a progress bar, and a line on stderr when it is verified."""
     programs = programs_for(url)
     with progress_bar("Backup") as bar:
-        made = backups().backup(url, target, bin_dir=programs, progress=lambda _, part: bar(part, 1))
+        made = backups().backup(url, target, bin_dir=programs, progress=bar)
     note(f"Backup {made.path}: {made.bytes:,} bytes, {sum(made.manifest.rows.values()):,} rows, verified.")
 
 
@@ -64,7 +64,7 @@ def backup(
     if check:
         programs = backups().newest_programs(_folders()).folder
         with progress_bar("Verifying") as bar:
-            manifest = backups().verify_backup(file, bin_dir=programs, progress=lambda _, part: bar(part, 1))
+            manifest = backups().verify_backup(file, bin_dir=programs, progress=bar)
     else:
         with invocation(ctx).database(migrating=True) as config:
             take_backup(address(config), file)
@@ -103,7 +103,7 @@ def restore(
                 address(config),
                 bin_dir=programs,
                 owners=not no_owners,
-                progress=lambda _, part: bar(part, 1),
+                progress=bar,
             )
     emit(
         manifest,

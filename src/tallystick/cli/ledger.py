@@ -405,7 +405,7 @@ def allowances_run(ctx: typer.Context, as_json: Json = False) -> None:
         pool = conn.engine
     # without a transaction around those of the users
     with progress_bar("Giving") as progress:
-        got = Allowances(config).run(pool, progress=lambda done: progress(done, done))
+        got = Allowances(config).run(pool, progress=progress)
     told = f"{got} {'user' if got == 1 else 'users'} got credits."
     emit({"users": got}, lambda: out.print(told), as_json=as_json)
 

@@ -27,6 +27,7 @@ from tallystick.dev import postgres
 from tallystick.errors import BackupError, ConfigError, TallystickError
 from tallystick.migrate.checks.rehearsal import split
 from tallystick.migrate.host import role as roles
+from tallystick.progress import Progress
 
 migrations = typer.Typer(
     no_args_is_help=True,
@@ -660,9 +661,7 @@ def rehearse(
         Path | None,
         typer.Option("--statements", help="A .sql file of the app's own statements, to be tried.", metavar="FILE"),
     ] = None,
-    html: Annotated[
-        Path | None, typer.Option("--html", help="Write a report with a picture of the locks.", metavar="FILE")
-    ] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write the report as a page.", metavar="FILE")] = None,
     on: Annotated[
         str | None,
         typer.Option(
@@ -692,30 +691,11 @@ def rehearse(
             progress=stack.enter_context(_Steps()),
         )
 
-    def show() -> None:
-        for one in done.statements:
-            if one.locks:
-                held = "; ".join(f"{lock} on {name}" for name, lock in one.locks)
-                out.print(f"{one.took_ms:7.1f} ms  {' '.join(one.sql.split())[:65]}", markup=False)
-                out.print(f"             {held}", style="dim", markup=False)
-        out.print(
-            f"Tables locked for {done.locked_ms:.1f} ms, statement by statement; a run sends them in one message."
-        )
-        if done.lived:
-            did = ", ".join(f"{one.what} {one.took_ms:.1f} ms" for one in done.lived)
-            out.print(f"The ledger was used on the copy: {did}.")
-        else:
-            out.print("The ledger was not tried: the copy has no user that is not deleted.")
-        for problem in done.problems:
-            out.print(f"  {problem}", style="red", markup=False)
-        if done.passed:
-            out.print(
-                "Passed: locks as planned, result as declared, nothing left after undo. Next: tallystick migrate apply"
-            )
+    from tallystick.cli.rehearsal_report import rehearsal_page, rehearsal_report  # noqa: PLC0415 - of this command alone
 
-    emit(done, show, as_json=as_json)
+    emit(done, lambda: out.print(rehearsal_report(done)), as_json=as_json)
     if html is not None:
-        html.write_text(migrate.report(done), encoding="utf-8")
+        html.write_text(rehearsal_page(done), encoding="utf-8")
     if not done.passed:
         raise typer.Exit(1)
 
@@ -740,10 +720,10 @@ def _restored(ctx: typer.Context, backup_file: Path | None) -> Iterator[tuple[Co
             config = invocation(ctx).config()
             note(f"A copy from {backup_file}, {mapping(ctx, config)}.")
         with _Steps() as steps:
-            steps("starting an embedded server")
+            steps(Progress("starting an embedded server"))
             server = stack.enter_context(postgres.Server(folder / "server"))
             copy = server.create_database("rehearsal")
-            steps("restoring the copy")
+            steps(Progress("restoring the copy"))
             backups().make_roles(backup_file, copy)
             try:
                 backups().restore(backup_file, copy, bin_dir=server.bin, owners=False)
@@ -782,18 +762,18 @@ class _Steps(ExitStack):
         self._step = ""
         self._since = time.monotonic()
         self._status = self.enter_context(err.status("")) if err.is_terminal else None
-        self.callback(self, "")
+        self.callback(self, Progress(""))
 
-    def __call__(self, step: str) -> None:
+    def __call__(self, begun: Progress) -> None:
         if self._status is None:
-            if step:
-                note(step)
+            if begun.step:
+                note(begun.step)
             return
         now = time.monotonic()
         if self._step:
             note(f"{now - self._since:6.1f} s  {self._step}")
-        self._step, self._since = step, now
-        self._status.update(step)
+        self._step, self._since = begun.step, now
+        self._status.update(begun.step)
 
 
 class _Shown(ExitStack):
@@ -806,7 +786,7 @@ class _Shown(ExitStack):
         super().__init__()
         self._told: set[tuple[object, ...]] = set()
         self._done: list[str] = []
-        self._now: migrate.Progress | None = None
+        self._now: migrate.MigrationProgress | None = None
         self._status = self.enter_context(err.status("Looking …")) if err.is_terminal else None
 
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> bool | None:  # noqa: PYI036  # as ExitStack has it
@@ -818,25 +798,25 @@ class _Shown(ExitStack):
     def _left(self) -> str:
         done = f"Committed: {', '.join(self._done)}." if self._done else "Nothing is committed."
         match self._now:
-            case migrate.Progress(phase="online", step=str(step)):
+            case migrate.MigrationProgress(phase="online", step=str(step)):
                 return f"{done} Not finished: {step}."
-            case migrate.Progress(phase="locking", revision=str(revision)):
+            case migrate.MigrationProgress(phase="locking", revision=str(revision)):
                 # the interruption may have come with the answer to the COMMIT
                 done = done if self._done else ""
                 return f"{done} {revision} is done or is not, as a whole.".strip()
         return done
 
-    def __call__(self, now: migrate.Progress) -> None:
+    def __call__(self, now: migrate.MigrationProgress) -> None:
         self._now = now
         if now.phase in ("prepared", "applied", "undone"):
             self._done.append(f"the new objects of {now.revision}" if now.phase == "prepared" else f"{now.revision}")
         line = f"{now.revision or 'the database'}: {now.phase}"
-        if now.step:
+        if now.step != now.phase:
             line += f" {now.step}"
         if now.detail:
             line += f", {now.detail}"
-        if now.fraction is not None:
-            line += f" {now.fraction:.0%}"
+        if now.total:
+            line += f" {now.done / now.total:.0%}"
         if now.waits_for:
             line += f", waits for pid {now.waits_for}"
         if now.blockers:

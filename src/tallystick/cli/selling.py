@@ -121,7 +121,7 @@ def reconcile(
             config,
             since=None if since is None else since.replace(tzinfo=since.tzinfo or dt.UTC),
             dry_run=dry_run,
-            progress=lambda at: status.update(f"{at.stage}: {at.looked_at:,} looked at, {at.changed:,} changed"),
+            progress=lambda at: status.update(f"{at.step}: {at.done:,} looked at, {at.changed:,} changed"),
         )
 
     def show() -> None:

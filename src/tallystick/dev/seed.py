@@ -34,6 +34,7 @@ from tallystick.database import translated
 from tallystick.dev.host_tables import HostFault, HostRow, HostTables
 from tallystick.errors import InvalidArgument, Key, PermissionDenied, SeedImpossible, SeedRefused, shown
 from tallystick.ledger import CreditTransaction, Ledger
+from tallystick.progress import OnProgress, Progress, unheard
 from tallystick.schema import LEDGER, TRIGGERS, Schema, days, migration_log, verify
 
 DEFAULT_PACKS = (
@@ -149,14 +150,14 @@ def seed(
     *,
     only: Sequence[str] = (),
     force_production: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: OnProgress = unheard,
     environ: Mapping[str, str] | None = None,
 ) -> SeedReport:
     """Make the scenarios that are not there yet, all or those named in ``only``.
 
     With an Engine each scenario is a transaction of its own, so that an interrupted run leaves whole ones. With a
-    Connection all of it happens in the caller's transaction. ``progress`` is called with the scenarios done and the
-    scenarios in all. ``environ`` stands for the process's environment.
+    Connection all of it happens in the caller's transaction. ``progress`` counts scenarios.
+    ``environ`` stands for the process's environment.
 
     Raises:
         InvalidArgument: ``only`` names no scenario.
@@ -178,8 +179,7 @@ def seed(
     done = []
     for scenario in chosen:
         done.append(_seed_one(bind, ledger, host, scenario))
-        if progress is not None:
-            progress(len(done), len(chosen))
+        progress(Progress("scenarios", len(done), len(chosen)))
     return SeedReport(scenarios=tuple(done))
 
 

@@ -17,7 +17,6 @@ from tallystick.migrate.checks.rehearsal import (
     refuse_nothing_to_rehearse,
     refuse_same_database,
     rehearse,
-    report,
 )
 from tallystick.migrate.checks.status import Applied, Drift, Status, functions_sql, status
 from tallystick.migrate.host.candidates import Candidate
@@ -41,7 +40,7 @@ from tallystick.migrate.runner.adopt import Adopted, adopt, cut_over, look_at_ow
 from tallystick.migrate.runner.blockers import Blocker
 from tallystick.migrate.runner.messages import STALL_BUDGET_MS
 from tallystick.migrate.runner.online import OnlineStep
-from tallystick.migrate.runner.run import GIVE_UP_AFTER_S, Progress, Receipt, apply, undo, undo_command
+from tallystick.migrate.runner.run import GIVE_UP_AFTER_S, MigrationProgress, Receipt, apply, undo, undo_command
 from tallystick.migrate.runner.widen import Widened, widen_key
 
 __all__ = [
@@ -61,6 +60,7 @@ __all__ = [
     "HostTable",
     "HostTool",
     "Lived",
+    "MigrationProgress",
     "OnlineStep",
     "OwnCredits",
     "OwnHistory",
@@ -68,7 +68,6 @@ __all__ = [
     "PlanNote",
     "PlannedRevision",
     "PlannedStatement",
-    "Progress",
     "Receipt",
     "Rehearsal",
     "Replica",
@@ -96,7 +95,6 @@ __all__ = [
     "refuse_nothing_to_rehearse",
     "refuse_same_database",
     "rehearse",
-    "report",
     "revisions",
     "snippet",
     "sql",

@@ -20,6 +20,7 @@ from tallystick.config import Config
 from tallystick.database import run, transaction
 from tallystick.errors import InvalidArgument, PurchaseNotPending, StripeRefused
 from tallystick.ledger import CreditTransaction
+from tallystick.progress import Progress, unheard
 from tallystick.schema import stripe_checkouts, stripe_events, stripe_reconciliations, stripe_reversals
 from tallystick.stripe.checkout import session_of_purchase
 from tallystick.stripe.client import Object, every
@@ -51,12 +52,10 @@ _CHANGES = {
 
 
 @dataclass(frozen=True, slots=True)
-class ReconciliationProgress:
-    """``looked_at`` objects of this stage so far, ``changed`` in all stages."""
+class ReconciliationProgress(Progress):
+    """Of each kind of object the number that was looked at; ``changed`` counts over all kinds."""
 
-    stage: str
-    looked_at: int
-    changed: int
+    changed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +85,7 @@ def reconcile(
     *,
     since: dt.datetime | None = None,
     dry_run: bool = False,
-    progress: Callable[[ReconciliationProgress], None] | None = None,
+    progress: Callable[[ReconciliationProgress], None] = unheard,
 ) -> Reconciliation:
     """Complete what was paid, fail what expired, follow refunds and disputes, and put the rest on record.
 
@@ -102,7 +101,7 @@ def reconcile(
     """
     if since is not None and since.tzinfo is None:
         raise InvalidArgument(f"since={since!r}: pass a time with a time zone", argument="since", value=since)
-    return _Reconciling(Effects(engine, config), since, dry_run=dry_run, progress=progress or (lambda _: None)).run()
+    return _Reconciling(Effects(engine, config), since, dry_run=dry_run, progress=progress).run()
 
 
 def dismiss(
@@ -368,7 +367,7 @@ class _Reconciling:
         return in_transaction(self.effects.engine, work)
 
     def _tell(self, stage: str) -> None:
-        self.progress(ReconciliationProgress(stage, self.looked_at[stage], len(self.changes)))
+        self.progress(ReconciliationProgress(stage, self.looked_at[stage], changed=len(self.changes)))
 
     def _finish(self) -> None:
         report = {"looked_at": dict(self.looked_at), "outcomes": dict(self.outcomes)}

@@ -12,7 +12,6 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 from uuid import uuid4
 
@@ -26,9 +25,11 @@ from tallystick.ledger import Ledger
 from tallystick.migrate.checks.plan import Phase, PlannedStatement, plan
 from tallystick.migrate.checks.status import status
 from tallystick.migrate.host.preflight import Host, current_revision, examine
+from tallystick.migrate.host.tables import oid_of
 from tallystick.migrate.revisions import after
 from tallystick.migrate.runner.run import undo
 from tallystick.migrate.runner.session import engine_of, session
+from tallystick.progress import OnProgress, Progress, unheard
 from tallystick.schema import LEDGER, user_columns, workshop_columns
 
 
@@ -105,7 +106,7 @@ def rehearse(
     *,
     app_statements: Sequence[str] = (),
     audit: Callable[[sa.Connection], Sequence[str]] | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: OnProgress = unheard,
 ) -> Rehearsal:
     """Migrate a copy, look, and go back. Never give it anything but a copy that can be thrown away.
 
@@ -116,9 +117,8 @@ def rehearse(
 
     Raises what ``plan``, ``apply`` and ``undo`` do, and MigrationError where no revision is to come.
     """
-    tell = progress or (lambda _step: None)
     engine = engine_of(database)
-    tell("planning")
+    progress(Progress("planning"))
     with session(engine) as conn:
         host = examine(conn, config)
         planned = plan(conn, config)
@@ -127,20 +127,20 @@ def rehearse(
         own_triggers = {table.shown for table in host.tables if conn.scalar(_TRIGGERS, {"table": table.oid})}
         there = _contents(conn, host)
         works = [statement for statement in app_statements if _works(conn, statement) is None]
-        tell("migrating, statement by statement")
+        progress(Progress("migrating, statement by statement"))
         traced = tuple(_trace(conn, host, planned.statements))
         broken = tuple(_broken(conn, works, "after the migration"))
         rows = tuple((table.shown, _rows(conn, table.oid)) for table in host.tables)
         migrated = _contents(conn, host)
-    tell("using the ledger")
+    progress(Progress("using the ledger"))
     lived = tuple(_live(engine, config))
-    tell("auditing")
+    progress(Progress("auditing"))
     with engine.connect() as conn:
         drift = tuple(str(each) for each in status(conn, config).drift) + tuple(audit(conn) if audit else ())
         used = _contents(conn, host)
-    tell("going back")
+    progress(Progress("going back"))
     undo(engine, config, to=host.revision, discard_ledger=True)
-    tell("comparing with what was there")
+    progress(Progress("comparing with what was there"))
     with session(engine) as conn:
         broken += tuple(_broken(conn, works, "after the way back"))
         left = tuple(sorted(before ^ _catalogue(conn)))
@@ -281,8 +281,9 @@ def _changed(
 def _trace(conn: sa.Connection, host: Host, statements: Sequence[PlannedStatement]) -> Iterator[Traced]:
     raw = driver(conn)
     tables = {table.oid: table.shown for table in host.tables}
-    if host.revision is not None:  # else it is new, and the plan says nothing of it
-        tables[conn.scalar(_LEDGER, {"schema": host.ledger_schema, "table": LEDGER})] = f"{host.ledger_schema}.{LEDGER}"
+    ledger = oid_of(conn, host.ledger_schema, LEDGER)
+    if ledger is not None:  # else it is new, and the plan says nothing of it
+        tables[ledger] = f"{host.ledger_schema}.{LEDGER}"
     begun = time.monotonic()
     expected: dict[str, str] = {}
     told: set[tuple[str, str, str]] = set()
@@ -331,7 +332,6 @@ _COLUMNS = sa.text("""
     SELECT attname FROM pg_attribute WHERE attrelid = CAST(:table AS oid) AND attnum > 0 AND NOT attisdropped
     ORDER BY attnum
 """)
-_LEDGER = sa.text("SELECT to_regclass(format('%I.%I', CAST(:schema AS text), CAST(:table AS text)))::oid::bigint")
 _TRIGGERS = sa.text("""
     SELECT count(*) FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
     WHERE t.tgrelid = CAST(:table AS oid) AND NOT t.tgisinternal AND p.proname NOT LIKE 'tallystick\\_%'
@@ -430,71 +430,3 @@ def _broken(conn: sa.Connection, statements: Sequence[str], when: str) -> Iterat
 def _short(statement: str) -> str:
     line = " ".join(statement.split())
     return line if len(line) <= 80 else f"{line[:79]}…"  # noqa: PLR2004 - what fits on a line
-
-
-# --- the report
-
-
-def report(rehearsal: Rehearsal) -> str:
-    """A page of HTML that needs nothing else, with a picture of the locks over time."""
-    verdict = "Passed" if rehearsal.passed else "Look at this before you migrate"
-    problems = rehearsal.problems
-    parts = [
-        f"<h1>{verdict}</h1>",
-        f"<p>Tables were locked for {rehearsal.locked_ms:.1f} ms, statement by statement; a run sends them as one.</p>",
-        "<p>" + ", ".join(f"{escape(table)}: about {rows:,} rows" for table, rows in rehearsal.tables) + "</p>",
-        "<ul>" + "".join(f"<li>{escape(problem)}</li>" for problem in problems) + "</ul>" if problems else "",
-        _picture(rehearsal),
-        "<table><tr><th>phase<th>ms<th>locks on your tables<th>rows read<th>statement</tr>",
-        *(
-            f"<tr><td>{one.phase}<td class=n>{one.took_ms:.1f}"
-            f"<td>{escape('; '.join(f'{lock} on {table}' for table, lock in one.locks))}<td class=n>{one.rows_read:,}"
-            f"<td><code>{escape(_short(one.sql))}</code></tr>"
-            for one in rehearsal.statements
-        ),
-        "</table>",
-        "<h2>The ledger, used on the copy</h2>",
-        "<ol>"
-        + "".join(f"<li>{one.what}: {escape(one.fault or 'done')}, {one.took_ms:.1f} ms" for one in rehearsal.lived)
-        + "</ol>"
-        if rehearsal.lived
-        else "<p>Not tried: the copy has no user that is not deleted.</p>",
-    ]
-    return (
-        f"<!doctype html><meta charset=utf-8><title>Rehearsal: {verdict}</title><style>{_STYLE}</style>{''.join(parts)}"
-    )
-
-
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:.2rem .6rem;border-bottom:1px solid #ddd;"
-    "vertical-align:top}.n{text-align:right}code{font-size:13px}svg{width:100%;height:auto;margin:1rem 0}"
-)
-_COLOURS = {"ACCESS EXCLUSIVE": "#c0392b", "SHARE UPDATE EXCLUSIVE": "#d9c27a"}
-
-
-def _picture(rehearsal: Rehearsal) -> str:
-    """One line for each table: from when to when which lock was held."""
-    of_it = [one for one in rehearsal.statements if one.phase != "online"]
-    end = max((one.started_ms + one.took_ms for one in of_it), default=0) or 1
-    scale = 900 / end
-    rows = []
-    for number, (table, _) in enumerate(rehearsal.tables):
-        y = 30 + number * 34
-        rows.append(f'<text x="0" y="{y + 15}" font-size="13">{escape(table)}</text>')
-        for one, following in zip(of_it, [*of_it[1:], None], strict=True):
-            lock = dict(one.locks).get(table)
-            if lock is not None:
-                start = one.started_ms + one.took_ms
-                until = following.started_ms + following.took_ms if following else start
-                x, width = 200 + start * scale, max(0.5, (until - start) * scale)
-                rows.append(
-                    f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="22" fill="{_COLOURS.get(lock, "#8aa")}">'
-                    f"<title>{lock}: {escape(_short(one.sql))}</title></rect>"
-                )
-    height = 40 + 34 * len(rehearsal.tables)
-    return (
-        f'<svg viewBox="0 0 1110 {height}" role="img" aria-label="locks over time">'
-        f'<text x="0" y="16" font-size="13" font-weight="bold">{end:.0f} ms; red keeps readers '
-        f"out, sand vacuum and migrations only</text>{''.join(rows)}</svg>"
-    )

@@ -19,7 +19,7 @@ from tallystick.errors import MigrationError
 from tallystick.migrate.host.preflight import Host, examine
 from tallystick.migrate.host.privileges import open_policies, writers
 from tallystick.migrate.host.role import ways_out
-from tallystick.migrate.host.tables import looking
+from tallystick.migrate.host.tables import looking, oid_of
 from tallystick.migrate.revisions import HostNames, revisions
 from tallystick.migrate.runner.messages import text
 from tallystick.migrate.runner.session import autocommits
@@ -141,8 +141,6 @@ _SUPERUSER = sa.text("""
     FROM pg_class c JOIN pg_roles r ON r.oid = c.relowner AND r.rolsuper
     WHERE c.oid = to_regclass(quote_ident(:schema) || '.credit_transactions')
 """)
-
-_LEDGER_OID = sa.text("SELECT to_regclass(quote_ident(:schema) || '.credit_transactions')::oid::bigint")
 
 # Row security that does not bind the owner is how Supabase wants tables closed, and leaves the functions as they are.
 _LEDGER_TABLE = sa.text("""
@@ -291,7 +289,7 @@ def _drift(conn: sa.Connection, config: Config, host: Host) -> Iterator[Drift]:
     declared = Schema.of(config.host)
     schema = host.ledger_schema
     conn.execute(sa.select(sa.func.set_config("search_path", "pg_catalog", sa.true())))  # every name with its schema
-    ledger_oid = conn.scalar(_LEDGER_OID, {"schema": schema})
+    ledger_oid = oid_of(conn, schema, LEDGER)
     oids = {word: table.oid for word, table in host.by_word.items()} | {LEDGER: ledger_oid}
     # the declared types are temporary ones, which the server names without a schema
     typed = f"{conn.dialect.identifier_preparer.quote(schema)}.{_TYPES}"
@@ -330,7 +328,7 @@ def _drift(conn: sa.Connection, config: Config, host: Host) -> Iterator[Drift]:
 def _privileges(conn: sa.Connection, host: Host) -> Iterator[Drift]:
     # code of the app's own writes balances, until it is no more
     followed = host.users.shown if host.follows else None
-    for writer in writers(conn, host, conn.scalar(_LEDGER_OID, {"schema": host.ledger_schema})):
+    for writer in writers(conn, host, oid_of(conn, host.ledger_schema, LEDGER)):
         if writer.table == followed:
             continue
         said = f"{writer.role} may {', '.join(writer.privileges)}"

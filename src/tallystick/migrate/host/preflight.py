@@ -24,15 +24,15 @@ from tallystick.migrate.host.dependents import breaks_with_more_columns
 from tallystick.migrate.host.tables import (
     KEY_WORDS,
     MOMENTS,
-    OID,
     HostColumn,
     HostTable,
     columns_of,
     host_tables,
+    oid_of,
     unsuitable,
 )
 from tallystick.migrate.revisions import Adopted, HostNames, Word, after, revisions
-from tallystick.schema import HISTORY, LEDGER, alembic_version, mapping_of, migration_log, refuse_other
+from tallystick.schema import HISTORY, LEDGER, alembic_version, has_bookkeeping, mapping_of, migration_log, refuse_other
 
 OLDEST_SERVER = 140000
 _MAX_COLUMNS = 1600
@@ -179,8 +179,9 @@ def examine(conn: sa.Connection, config: Config, *, strict: bool = True, changes
 
 def refuse_rows(conn: sa.Connection, host: Host, how: str) -> None:
     """Raises LedgerNotEmpty where there is history to lose; ``how`` says what loses it on purpose."""
-    names = {"schema": host.ledger_schema, "table": LEDGER}
-    _see_every_row(conn, conn.scalar(OID, names), f"{host.ledger_schema}.{LEDGER}", "whether it has rows")
+    _see_every_row(
+        conn, oid_of(conn, host.ledger_schema, LEDGER), f"{host.ledger_schema}.{LEDGER}", "whether it has rows"
+    )
     ledger = sa.table(LEDGER, schema=host.ledger_schema)
     rows = conn.scalar(sa.select(sa.func.count()).select_from(ledger).where(sa.text(HISTORY)))
     if rows:
@@ -204,7 +205,7 @@ def _see_every_row(conn: sa.Connection, oid: int | None, table: str, what: str) 
 
 def current_revision(conn: sa.Connection) -> str | None:
     """The database's revision, None before 0001. Raises SchemaTooNew."""
-    if conn.scalar(sa.text("SELECT to_regclass('tallystick.alembic_version')")) is None:
+    if not has_bookkeeping(conn, alembic_version):
         return None
     found = conn.scalar(sa.select(alembic_version.c.version_num))
     return None if found is None else _known(found, "at")
@@ -212,7 +213,7 @@ def current_revision(conn: sa.Connection) -> str | None:
 
 def prepared_revisions(conn: sa.Connection) -> tuple[str, ...]:
     """The revisions of which only the new objects are there, oldest first. Raises SchemaTooNew."""
-    if conn.scalar(sa.text("SELECT to_regclass('tallystick.migration_log')")) is None:
+    if not has_bookkeeping(conn, migration_log):
         return ()
     log = migration_log.c
     found = conn.scalars(sa.select(log.revision).where(log.direction == "prepare").order_by(log.id))

@@ -73,7 +73,7 @@ _COLUMNS = sa.text("""
     ORDER BY a.attnum
 """)
 
-OID = sa.text("SELECT to_regclass(quote_ident(:schema) || '.' || quote_ident(:table))::oid::bigint")
+_OID = sa.text("SELECT to_regclass(quote_ident(:schema) || '.' || quote_ident(:table))::oid::bigint")
 
 
 @dataclass(frozen=True)
@@ -164,10 +164,16 @@ def unsuitable(table: HostTable) -> str | None:
     return None
 
 
+def oid_of(conn: sa.Connection, schema: str, table: str) -> int | None:
+    """The oid of a table, None if it is not there."""
+    found: int | None = conn.scalar(_OID, {"schema": schema, "table": table})
+    return found
+
+
 def mapped_oids(conn: sa.Connection, mapping: HostMapping) -> list[int]:
     """Object ids of the mapped tables that exist; waits for nobody."""
     tables = [table for table in (mapping.users, mapping.workshops) if table]
-    found = (conn.scalar(OID, {"schema": table.schema, "table": table.table}) for table in tables)
+    found = (oid_of(conn, table.schema, table.table) for table in tables)
     return [oid for oid in found if oid is not None]
 
 

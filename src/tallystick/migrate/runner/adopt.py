@@ -5,7 +5,6 @@ Each of it may be killed and begun again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -22,7 +21,8 @@ from tallystick.migrate.host.tables import columns_of, looking
 from tallystick.migrate.revisions import HostNames, revisions
 from tallystick.migrate.runner.opening import open_balances, sent
 from tallystick.migrate.runner.session import engine_of, send_when_free, session
-from tallystick.schema import FOLLOWING, LEDGER, OPENING_KEY, migration_log
+from tallystick.progress import OnProgress, unheard
+from tallystick.schema import FOLLOWING, LEDGER, OPENING_KEY, alembic_version, has_bookkeeping, migration_log
 
 _BATCH = 50
 _NO_DEFAULTS = (None, "0", "(0)::numeric", "'0'::bigint", "(0)::bigint", "NULL")
@@ -40,7 +40,7 @@ class Adopted:
 def look_at_own_credits(conn: sa.Connection, config: Config, *, history: str | None = None) -> OwnCredits:
     """The app's own credits, before the migration or after. Raises what ``own_credits`` and ``examine`` do."""
     with looking(conn):
-        host = examine(conn, config, strict=False) if _is_migrated(conn) else None
+        host = examine(conn, config, strict=False) if has_bookkeeping(conn, alembic_version) else None
         names = HostNames.of(config.host, host.adopted if host else frozenset({("users", "credit_balance")}))
         return own_credits(
             conn,
@@ -58,7 +58,7 @@ def adopt(
     *,
     history: str | None = None,
     note_history: bool = False,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: OnProgress = unheard,
 ) -> Adopted:
     """Open the balances that wait, beside live traffic, and note the app's history in them where that is asked for.
 
@@ -117,12 +117,8 @@ def cut_over(
         return Adopted(opened, 0, 0)
 
 
-def _is_migrated(conn: sa.Connection) -> bool:
-    return conn.scalar(sa.text("SELECT to_regclass('tallystick.alembic_version')")) is not None
-
-
 def _adopting(conn: sa.Connection, config: Config) -> tuple[Host, HostNames]:
-    host = examine(conn, config) if _is_migrated(conn) else None
+    host = examine(conn, config) if has_bookkeeping(conn, alembic_version) else None
     if host is None or host.revision is None:
         raise MigrationError("the database is not migrated yet. Run: tallystick migrate plan, then apply")
     names = HostNames.of(config.host, adopted_columns(conn))

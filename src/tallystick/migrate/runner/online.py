@@ -74,7 +74,7 @@ def _openings(
 ) -> Iterator[OnlineStep]:
     started = time.monotonic()
     opened, _left = open_balances(
-        conn, names, lambda done: progress("opening balances", Building(f"{done:,} done", None, None))
+        conn, names, lambda now: progress(now.step, Building(f"{now.done:,} done", None, None))
     )
     if opened:
         duration_ms = round((time.monotonic() - started) * 1000, 3)
@@ -131,7 +131,7 @@ def validate(
         MigrationError: a row breaks it.
     """
     started = time.monotonic()
-    if conn.scalar(_IS_VALIDATED, {"table": table.as_string(None), "name": name}) is not False:
+    if is_validated(conn, table, name) is not False:
         return
     progress(None)
     try:
@@ -180,6 +180,12 @@ _BUILDING = sa.text("""
 def _leftovers(conn: sa.Connection, schema: str, name: str) -> Sequence[str]:
     """Remains of a killed REINDEX CONCURRENTLY."""
     return conn.scalars(_LEFTOVERS, {"schema": schema, "name": name}).all()
+
+
+def is_validated(conn: sa.Connection, table: Composable, name: str) -> bool | None:
+    """True where a constraint of ``table`` is validated; None where there is none."""
+    found: bool | None = conn.scalar(_IS_VALIDATED, {"table": table.as_string(None), "name": name})
+    return found
 
 
 def _alone(conn: sa.Connection, statement: Composable, progress: Callable[[Building | None], None]) -> None:

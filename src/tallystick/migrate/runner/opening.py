@@ -8,7 +8,7 @@ without an opening balance gets it at the first write to the ledger, so a run ma
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import psycopg
@@ -18,6 +18,7 @@ from psycopg.sql import SQL, Composable, Literal
 from tallystick.database import driver
 from tallystick.migrate.revisions import HostNames
 from tallystick.migrate.runner.session import lost, put, translate
+from tallystick.progress import OnProgress, Progress, unheard
 
 BATCH_MS = 10.0
 """The time that a batch may hold the rows of its users, about."""
@@ -27,12 +28,10 @@ _PASSES = 5
 _FIRST_BATCH = 10
 
 
-def open_balances(
-    conn: sa.Connection, names: HostNames, progress: Callable[[int], None] = lambda _: None
-) -> tuple[int, int]:
+def open_balances(conn: sa.Connection, names: HostNames, progress: OnProgress = unheard) -> tuple[int, int]:
     """The number that were opened, and of those left because somebody holds them. ``conn`` is in autocommit.
 
-    ``progress`` is told how many are done.
+    ``progress`` counts them.
     """
     raw = driver(conn)
     # what a crash of the server loses of it is opened by the next run
@@ -50,7 +49,7 @@ def open_balances(
                     took_ms = max((time.monotonic() - started) * 1000, 0.1)
                     size = min(max(1.0, size * min(BATCH_MS / took_ms, 2)), _PAGE)
                     opened, left, begin = opened + done, left + len(batch) - done, begin + len(batch)
-                    progress(opened)
+                    progress(Progress("opening balances", opened))
             if not left:
                 break
             time.sleep(0.1 * 2**attempt)

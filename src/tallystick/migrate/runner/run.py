@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import psycopg
 import sqlalchemy as sa
@@ -46,6 +46,7 @@ from tallystick.migrate.runner.messages import (
 from tallystick.migrate.runner.online import Building, OnlineStep, online
 from tallystick.migrate.runner.session import engine_of, forbidden_by, lost, session, the_only_run, translate
 from tallystick.migrate.runner.widen import refuse_interrupted, validate_keys
+from tallystick.progress import Progress
 from tallystick.schema import migration_log
 
 GIVE_UP_AFTER_S = 120.0
@@ -66,24 +67,21 @@ _PREPARED = (
 )
 
 
-@dataclass(frozen=True)
-class Progress:
-    """The present step of a run; ``revision`` is the one that it leads to, or on the way back the one it comes from.
+@dataclass(frozen=True, kw_only=True)
+class MigrationProgress(Progress):
+    """The present phase of a run, which is its ``step`` too, but for an online step, which has a name.
 
-    ``connecting`` is told while the server is starting up, with what it says as ``detail``; ``prepared`` between the
-    two transactions of a run that was asked for two.
-    ``blockers`` are in its way. An online step has a name, and once it takes longer how far it is: ``detail`` is the
-    server's name for its phase, ``fraction`` of that phase is done (0 to 1), ``waits_for`` is the process that it
-    waits for.
+    ``revision`` is the one that it leads to, or on the way back the one it comes from. ``connecting`` is told while the
+    server is starting up, with what it says as ``detail``; ``prepared`` between the two transactions of a run that was
+    asked for two. ``blockers`` are in its way. Of an online step that takes longer, ``detail`` is the server's name for
+    what it does, ``done`` of it the part that is done (``total`` is 1), ``waits_for`` the process that it waits for.
     """
 
     phase: Phase
-    revision: str | None
+    revision: str | None = None
     attempt: int = 0
     blockers: tuple[Blocker, ...] = ()
-    step: str | None = None
     detail: str | None = None
-    fraction: float | None = None
     waits_for: int | None = None
 
 
@@ -121,7 +119,7 @@ def apply(
     stall_budget_ms: int = STALL_BUDGET_MS,
     give_up_after_s: float = GIVE_UP_AFTER_S,
     two_transactions: bool = False,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[MigrationProgress], None] | None = None,
 ) -> Receipt:
     """Bring the database to this package's revision, while its traffic goes on.
 
@@ -139,7 +137,7 @@ def apply(
             under them.
         give_up_after_s: for how long attempts are made.
         two_transactions: for a database too busy for one; never chosen by itself.
-        progress: called with each ``Progress``.
+        progress: called with each ``MigrationProgress``.
 
     Raises:
         KeyboardInterrupt: with a note of how things stand, where it came while an online step was running, which is
@@ -164,7 +162,7 @@ def undo(
     discard_ledger: bool = False,
     stall_budget_ms: int = STALL_BUDGET_MS,
     give_up_after_s: float = GIVE_UP_AFTER_S,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[MigrationProgress], None] | None = None,
 ) -> Receipt:
     """Take Tallystick out of the database again: exactly what was there before remains.
 
@@ -184,8 +182,12 @@ def undo_command(revision: str | None) -> str:
     return "tallystick migrate undo" + ("" if revision is None else f" --to {revision}")
 
 
-def _waking(progress: Callable[[Progress], None] | None) -> Callable[[str], None] | None:
-    return None if progress is None else lambda said: progress(Progress("connecting", None, detail=said))
+def _now(phase: Phase, revision: str | None = None, **more: Any) -> MigrationProgress:
+    return MigrationProgress(phase, phase=phase, revision=revision, **more)
+
+
+def _waking(progress: Callable[[MigrationProgress], None] | None) -> Callable[[str], None] | None:
+    return None if progress is None else lambda said: progress(_now("connecting", detail=said))
 
 
 class _Run:
@@ -198,7 +200,7 @@ class _Run:
         *,
         stall_budget_ms: int,
         give_up_after_s: float,
-        progress: Callable[[Progress], None] | None,
+        progress: Callable[[MigrationProgress], None] | None,
     ) -> None:
         if stall_budget_ms < 1:
             raise ConfigError(f"a stall budget of {stall_budget_ms} ms is no time at all; give at least 1")
@@ -289,7 +291,7 @@ class _Run:
                 blockers = watch.holders()
                 if time.monotonic() > deadline:
                     raise self._blocked(0, blockers) from None
-                self.progress(Progress("waiting", None, blockers=tuple(blockers)))
+                self.progress(_now("waiting", blockers=tuple(blockers)))
 
     def _prepare(self, revision: Revision, message: Sequence[Composable]) -> None:
         """Commit the new objects. Nobody can be in their way, so there is no second try."""
@@ -298,7 +300,7 @@ class _Run:
         except psycopg.Error as error:
             _roll_back(self.conn)
             raise self._explained(error, "apply") from error
-        self.progress(Progress("prepared", revision.revision))
+        self.progress(_now("prepared", revision.revision))
 
     def _transaction(self, messages: Messages, receipt: Receipt, *, shown: str, left: str = _NOTHING) -> Receipt:
         """Run both messages until they go through, from the start each time; ``left`` says how a failure leaves things.
@@ -316,7 +318,7 @@ class _Run:
         while True:
             self._wait_for_old_transactions(watch, shown, attempts, deadline, waited_for, left=left)
             attempts += 1
-            self.progress(Progress("locking", shown, attempts))
+            self.progress(_now("locking", shown, attempt=attempts))
             try:
                 if two_transactions:
                     locked_ms = _send(self.conn, (*messages.opening, *messages.at_once, MEASURE))
@@ -334,11 +336,11 @@ class _Run:
                     saturated = busy and action == "apply" and not two_transactions and not _old(blockers)
                     cause = _SHORT if busy else _SLOW
                     raise self._blocked(attempts, blockers, left, cause=cause, saturated=saturated) from error
-                self.progress(Progress("waiting", shown, attempts, tuple(blockers)))
+                self.progress(_now("waiting", shown, attempt=attempts, blockers=tuple(blockers)))
                 time.sleep(pause_s * random.uniform(0.5, 1))  # noqa: S311  # jitter, not a secret
                 pause_s = min(pause_s * 2, 2)
                 continue
-            self.progress(Progress("applied" if action == "apply" else "undone", shown, attempts))
+            self.progress(_now("applied" if action == "apply" else "undone", shown, attempt=attempts))
             return replace(
                 receipt,
                 attempts=attempts,
@@ -366,7 +368,7 @@ class _Run:
             waited_for |= {(b.pid, b.gid): b for b in blockers}
             if time.monotonic() > deadline:
                 raise self._blocked(attempts, blockers, left)
-            self.progress(Progress("waiting", shown, attempts, tuple(blockers)))
+            self.progress(_now("waiting", shown, attempt=attempts, blockers=tuple(blockers)))
             time.sleep(_PROBE_EVERY_S)
 
     def _blocked(
@@ -413,8 +415,17 @@ class _Run:
 
     def _told(self, revision: str | None) -> Callable[[str, Building | None], None]:
         def tell(step: str, building: Building | None) -> None:
-            known = (building.phase, building.fraction, building.waits_for) if building else ()
-            self.progress(Progress("online", revision, 0, (), step, *known))
+            self.progress(
+                MigrationProgress(
+                    step,
+                    building.fraction or 0 if building else 0,
+                    1 if building and building.fraction is not None else None,
+                    phase="online",
+                    revision=revision,
+                    detail=building.phase if building else None,
+                    waits_for=building.waits_for if building else None,
+                )
+            )
 
         return tell
 
@@ -436,7 +447,7 @@ def _alone(
     config: Config,
     stall_budget_ms: int,
     give_up_after_s: float,
-    progress: Callable[[Progress], None] | None,
+    progress: Callable[[MigrationProgress], None] | None,
 ) -> Iterator[_Run]:
     """A run on a connection of its own, beside no other run."""
     with session(engine_of(database), waiting=_waking(progress)) as conn, the_only_run(conn):

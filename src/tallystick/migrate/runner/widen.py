@@ -28,7 +28,7 @@ from tallystick.ledger import functions
 from tallystick.migrate.host.preflight import adopted_columns, current_revision
 from tallystick.migrate.host.privileges import close_new_objects, remember_objects
 from tallystick.migrate.revisions import HostNames, Word, revisions
-from tallystick.migrate.runner.online import Building, OnlineStep, validate
+from tallystick.migrate.runner.online import Building, OnlineStep, is_validated, validate
 from tallystick.migrate.runner.session import engine_of, lost, send_when_free, session, the_only_run
 from tallystick.schema import LEDGER, mapping_of
 
@@ -75,7 +75,6 @@ _INTERRUPTED = sa.text("""
     WHERE pronamespace = to_regnamespace('tallystick') AND proname = ANY (CAST(:names AS text[]))
 """)
 _OWNER = sa.text("SELECT pg_get_userbyid(relowner) FROM pg_class WHERE oid = to_regclass(:ledger)")
-_VALIDATED = sa.text("SELECT convalidated FROM pg_constraint WHERE conrelid = to_regclass(:table) AND conname = :name")
 
 _REMEMBER_GRANTS = SQL("""
 SELECT set_config('tallystick.grants', coalesce(
@@ -137,12 +136,6 @@ class _ForeignKey:
     name: str
     table: Identifier
     definition: Composable
-
-    def state(self, conn: sa.Connection) -> bool | None:
-        """True where it is validated; None where there is none."""
-        asked = {"table": self.table.as_string(None), "name": self.name}
-        validated: bool | None = conn.scalar(_VALIDATED, asked)
-        return validated
 
 
 def widen_key(
@@ -243,7 +236,7 @@ class _Widening:
         return str(self.conn.scalar(_OWNER, {"ledger": _ledger(self.names).as_string(None)}))
 
     def is_whole(self) -> bool:
-        return interrupted(self.conn) is None and all(key.state(self.conn) for key in self.keys)
+        return interrupted(self.conn) is None and all(is_validated(self.conn, key.table, key.name) for key in self.keys)
 
     def columns(self, key_type: str) -> Sequence[Any]:
         """The columns, of tables and types, that hold the key and are of that type."""
@@ -275,7 +268,7 @@ class _Widening:
                 *(
                     SQL("ALTER TABLE {} DROP CONSTRAINT {}").format(key.table, Identifier(key.name))
                     for key in self.keys
-                    if key.state(self.conn) is not None
+                    if is_validated(self.conn, key.table, key.name) is not None
                 ),
                 close_new_objects(self.names),
             ],
@@ -315,7 +308,7 @@ class _Widening:
 
     def close(self) -> tuple[OnlineStep, ...]:
         """The foreign keys again, and none of the triggers; then the keys are validated."""
-        missing = [key for key in self.keys if key.state(self.conn) is None]
+        missing = [key for key in self.keys if is_validated(self.conn, key.table, key.name) is None]
         if missing or interrupted(self.conn) == self.word:
             add = SQL("ALTER TABLE {} ADD CONSTRAINT {} {} NOT VALID")
             self._when_free(

@@ -13,11 +13,11 @@ from typing import Generic, TypeVar
 from sqlalchemy.exc import SQLAlchemyError
 
 from tallystick.errors import TallystickError
+from tallystick.progress import OnProgress, Progress
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-OnProgress = Callable[[int, int], None]
 
 REST = 20
 """A result is kept at least this many times as long as it took, so that reading never busies the database."""
@@ -85,8 +85,8 @@ class Background(Generic[Result]):
         """Wait until nothing runs. Says whether that came true."""
         return self._idle.wait(seconds)
 
-    def _progress(self, done: int, total: int) -> None:
-        s = self._state
+    def _progress(self, now: Progress) -> None:
+        s, done, total = self._state, int(now.done), int(now.total or 0)
         self._state = State(s.result, s.at, s.seconds, running=True, done=done, total=total, error=None)
 
     def _run(self) -> None:

@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
 from urllib.parse import quote, urlencode
@@ -39,6 +39,7 @@ from tallystick.errors import (
     UnknownUser,
     shown,
 )
+from tallystick.progress import OnProgress
 from tallystick.web.console import export, feed
 from tallystick.web.console.access import SignIn
 from tallystick.web.console.actions import Actions, Review, operator_of
@@ -576,12 +577,12 @@ class _Console:
             raise HTTPException(404)
         return Response(found[0], media_type=found[1], headers={"Cache-Control": "no-cache"})
 
-    def _figures(self, _progress: Callable[[int, int], None]) -> Figures:
+    def _figures(self, _progress: OnProgress) -> Figures:
         if self.actions:
             self.actions.close_days()
         return self.queries.figures(dt.datetime.now(dt.UTC))
 
-    def _audit(self, progress: Callable[[int, int], None]) -> audit.AuditReport:
+    def _audit(self, progress: OnProgress) -> audit.AuditReport:
         with translated(connecting=True):
             conn = self.queries.engine.connect()
         with conn:  # without a transaction: each range of the audit is one of its own, read-only as all unasked reading
