@@ -169,6 +169,14 @@ def test_credits_by_hand(at, any_world: World):
     assert tally("audit", "--user", user).code == 0
 
 
+def test_a_text_with_the_name_of_an_emoji_is_printed_as_it_is(at, make_world: Callable[..., World]):
+    world = make_world("clerk")
+    tally, user = at(world), world.user(credits=1)
+    assert "a:on:b" in tally("grant", user, 1, "--description", "a:on:b").out
+    assert "a:on:b" in tally("history", user).out
+    assert "a:on:b" in tally("balance", "a:on:b").err
+
+
 def test_an_id_is_whole_where_history_is_piped(at, world: World):
     at(world)
     user = world.user(credits=3)

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,8 +17,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import sqlalchemy as sa
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from typer.core import TyperGroup
 
 from tallystick.config import Config, origins
@@ -27,6 +26,8 @@ from tallystick.progress import OnProgress
 from tallystick.schema import agreed
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from tallystick.dev import postgres
 
 EMBEDDED_DATABASE = "app"
@@ -73,9 +74,11 @@ app = typer.Typer(
     "(for migrations and backups the _UNPOOLED one beside it), else the embedded PostgreSQL of tallystick db start.",
 )
 
+# With emoji=True the user "a:on:b" would be printed as "a🔛b".
+_console = partial(Console, highlight=False, soft_wrap=True, emoji=False)
 # Without a terminal rich takes 80 columns, in which a table breaks the ids that the next command is to be given.
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = _console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
+err = _console(stderr=True)
 
 _NO_ADDRESS = (
     "DATABASE_URL is not set. Set it to the address of the app's database, or pass --database-url. To try Tallystick "
@@ -252,6 +255,8 @@ def plain(value: Any) -> Any:
 
 def table(*columns: str, right: tuple[str, ...] = (), title: str | None = None) -> Table:
     """A table in the house style; columns named in ``right`` hold numbers."""
+    from rich.table import Table  # noqa: PLC0415 - most commands print a line
+
     made = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", overflow="fold")
@@ -261,6 +266,14 @@ def table(*columns: str, right: tuple[str, ...] = (), title: str | None = None) 
 @contextmanager
 def progress_bar(description: str) -> Iterator[OnProgress]:
     """A bar on stderr for what may take longer than a second, gone when done; called with each ``Progress``."""
+    from rich.progress import (  # noqa: PLC0415 - few commands take so long
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -13,7 +13,6 @@ from uuid import UUID, uuid4
 import sqlalchemy as sa
 import typer
 from rich.markup import escape
-from rich.table import Table
 from sqlalchemy.exc import DBAPIError
 from typer.core import TyperCommand
 
@@ -39,6 +38,8 @@ from tallystick.ledger import CreditTransaction, Ledger, close_all_days
 from tallystick.schema import Schema, agreed, verify
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from tallystick.audit import AuditReport
 
 KeyOption = Annotated[
