@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from tallystick import Config, Consume, HostMapping, UsersTable, WorkshopsTable,
 from tallystick.audit import audit
 from tallystick.errors import ConfigError, InvalidArgument, LedgerError, TallystickError
 from tallystick.ledger.operations import KEY_MAX, TEXT_MAX
-from worlds import World
+from worlds import World, let_go
 
 QUIET = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
@@ -48,10 +48,11 @@ NUMBERS = st.integers() | st.floats() | st.booleans() | st.none() | st.text(max_
 
 
 @pytest.fixture
-def pooled(world: World) -> World:
+def pooled(world: World) -> Iterator[World]:
     world.engine = sa.create_engine(world.url)
     world.autocommit = world.engine.execution_options(isolation_level="AUTOCOMMIT")
-    return world
+    yield world
+    let_go(world.engine)
 
 
 def storable(text: object, longest: int) -> bool:
