@@ -1,13 +1,16 @@
 """The journey of an app on a whole cluster: migration, every kind of credit transaction, races, an audit, and back.
 
 ``TALLYSTICK_TEST_URL`` names a database of the cluster, as that of a Citus coordinator, in which nothing of Tallystick
-is; it is left as it was found. Without it the suite runs in a database of the tests' own server.
+is; it is left as it was found. ``TALLYSTICK_TEST_CRASH`` is a shell command that kills one of its machines, which then
+comes back by itself or by the end of the command. Without them the suite runs in a database of the tests' own server.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import os
+import signal
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +43,7 @@ CREATE TABLE {SCHEMA}.workshops (
 CREATE TABLE {SCHEMA}.visits (user_id uuid NOT NULL, number bigint NOT NULL, PRIMARY KEY (user_id, number));
 """
 CLIENTS = 16
+GONE = (OutcomeUnknown, DatabaseUnavailable, Conflict)  # the connection, or the server
 DISTRIBUTED = "SELECT logicalrelid::regclass::text FROM pg_dist_partition WHERE partmethod = 'h'"
 
 
@@ -54,7 +58,10 @@ def cluster(server: Any) -> Iterator[str]:
     """The address of an empty database."""
     named = os.environ.get("TALLYSTICK_TEST_URL")
     if named is None:
-        yield server.create_database("journey")
+        url = server.create_database("journey")
+        with sa.create_engine(url, poolclass=sa.NullPool).begin() as conn:  # which is off for speed, and loses commits
+            conn.exec_driver_sql("ALTER DATABASE journey SET synchronous_commit = on")
+        yield url
         server.drop_database("journey")
     else:
         yield str(Config(database_url=named).database_url)
@@ -95,12 +102,27 @@ def insisting(pool: sa.Engine, call: Callable[[sa.Connection], Any]) -> Any:
         try:
             with transaction(pool) as conn:
                 return call(conn)
-        except (OutcomeUnknown, DatabaseUnavailable, Conflict):
+        except GONE:
             continue
 
 
+def audited(app: Site, running: threading.Event) -> int:
+    """Audits again and again while clients run, and gives the number of audits that were finished."""
+    audits = 0
+    while running.is_set():
+        try:
+            clean(app)
+        except (*GONE, sa.exc.DBAPIError):
+            continue
+        audits += 1
+    return audits
+
+
 def race(app: Site, pool: sa.Engine, *, between: Callable[[], None] | None = None) -> None:
-    """Sixteen clients spend more than three users have; one of them does what is to happen ``between`` its calls."""
+    """Sixteen clients spend more than three users have; an audit runs beside them.
+
+    One client does what is to happen ``between`` its calls.
+    """
     users, gate = [app.user(credits=10) for _ in range(3)], threading.Barrier(CLIENTS)
 
     def client(number: int) -> list[bool]:
@@ -117,8 +139,15 @@ def race(app: Site, pool: sa.Engine, *, between: Callable[[], None] | None = Non
                     between()
         return spent
 
-    with ThreadPoolExecutor(CLIENTS) as threads:
-        answers = [one for some in threads.map(client, range(CLIENTS)) for one in some]
+    running = threading.Event()
+    running.set()
+    with ThreadPoolExecutor(CLIENTS + 1) as threads:
+        audits = threads.submit(audited, app, running)
+        try:
+            answers = [one for some in threads.map(client, range(CLIENTS)) for one in some]
+        finally:
+            running.clear()
+    assert audits.result()
     assert answers.count(True) == 30
     with app.engine.begin() as conn:
         assert [app.ledger.balance(conn, user) for user in users] == [0, 0, 0]
@@ -199,4 +228,30 @@ def test_sixteen_clients_race_while_their_sessions_are_killed(app: Site) -> None
     finally:
         pool.dispose()
     assert killed[0]  # of the client's own session at least, which it had back
+    clean(app)
+
+
+A_PROCESS = sa.text("SELECT pid FROM pg_stat_activity WHERE backend_type = 'checkpointer'")
+
+
+def test_sixteen_clients_race_while_a_machine_is_killed(app: Site) -> None:
+    command, crashes = os.environ.get("TALLYSTICK_TEST_CRASH"), 0
+    if command is None and "TALLYSTICK_TEST_URL" in os.environ:
+        pytest.skip("set TALLYSTICK_TEST_CRASH to a command that kills a machine of this cluster")
+
+    def crash() -> None:
+        nonlocal crashes
+        if crashes < 3:
+            if command is None:
+                os.kill(insisting(app.engine, lambda c: c.scalar(A_PROCESS)), signal.SIGKILL)  # all sessions end
+            else:
+                subprocess.run(command, shell=True, check=True)
+            crashes += 1
+
+    pool = engine(app.url, pool_size=CLIENTS)
+    try:
+        race(app, pool, between=crash)
+    finally:
+        pool.dispose()
+    assert crashes == 3
     clean(app)

@@ -89,10 +89,13 @@ def translated(*, connecting: bool = False) -> Iterator[None]:
         raise
 
 
+_SUPPOSED = re.compile(r"\n\t(Is the server running|This probably means|before or while processing)[^\n]*")
+
+
 def said(error: BaseException) -> str:
-    """The message of the server or the network, without the question that libpq adds to it."""
+    """The message of the server or the network, without what libpq supposes about its cause and its last full stop."""
     said_by: BaseException = getattr(error, "orig", None) or error
-    return re.sub(r"\n\tIs the server running [^\n]*", "", str(said_by).strip())
+    return _SUPPOSED.sub("", str(said_by).strip()).rstrip(".")
 
 
 def sqlstate(error: BaseException) -> str | None:
