@@ -343,11 +343,8 @@ def test_a_clock_that_was_ahead_leaves_no_day_closed_that_is_not_over(used: Worl
 def test_the_rows_of_a_day_are_read_by_their_index(used: World) -> None:
     with used.engine.begin() as conn:
         conn.execute(sa.text("SET LOCAL enable_seqscan = off"))
-        plan = conn.scalars(
-            sa.text(
-                "EXPLAIN SELECT sum(amount) FROM credit_transactions WHERE completed_at >= now() - interval '1 day'"
-            )
-        )
+        asked = Queries(used.config, used.engine)._by_day([dt.date(2026, 11, 1), dt.date(2026, 11, 5)])
+        plan = conn.exec_driver_sql(f"EXPLAIN {asked.compile(conn, compile_kwargs={'literal_binds': True})}").scalars()
         assert "credit_transactions_completed_at" in "\n".join(plan)
 
 

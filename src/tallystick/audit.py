@@ -1114,7 +1114,7 @@ def _wrong_days(part: _Part) -> sa.Select[Any]:
     paid = sa.func.coalesce(sa.func.sum(row.amount_paid), 0).label("paid")
     added = (
         sa.select(kind, currency, sa.func.sum(row.amount).label("credits"), paid)
-        .where(row.completed_at >= begin, row.completed_at < end)
+        .where(row.completed_at >= begin, row.completed_at < end, row.status == sa.literal_column("'completed'"))
         .group_by(kind, currency)
         .subquery("added")
     )

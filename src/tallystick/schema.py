@@ -271,7 +271,11 @@ class Schema:
                 postgresql_where=row.completed_at.is_not(None),
             ),
             # the rows of a day, of all users
-            Index(f"{LEDGER}_completed_at", row.completed_at, postgresql_where=row.completed_at.is_not(None)),
+            Index(
+                f"{LEDGER}_completed_at",
+                row.completed_at,
+                postgresql_where=row.status == sa.literal_column("'completed'"),
+            ),
             # how much of a purchase is left to refund
             Index(f"{LEDGER}_refund_of", row.refund_of, postgresql_where=row.refund_of.is_not(None)),
             # purchases that wait, oldest first

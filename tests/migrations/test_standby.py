@@ -243,9 +243,9 @@ def test_a_subscriber_to_new_tables_gets_balances_and_their_rows(
     grant("after it")
     until(lambda: there.rows("SELECT max(balance_after), count(*) FROM credit_transactions") == [(4, 2)])
     until(lambda: there.rows("SELECT credit_balance FROM users") == [(4,)])
+    until(lambda: not there.value("SELECT count(*) FROM pg_subscription_rel WHERE srsubstate <> 'r'"))
     with there.engine.connect() as conn:
         assert migrate.status(conn, there.config).healthy
-    until(lambda: not there.value("SELECT count(*) FROM pg_subscription_rel WHERE srsubstate <> 'r'"))
     assert "duplicate key" not in here.server.log.read_text()
 
 

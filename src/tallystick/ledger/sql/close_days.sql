@@ -42,6 +42,7 @@ BEGIN
         FROM {ledger} AS t
         WHERE t.completed_at >= closing::timestamp AT TIME ZONE 'UTC'
           AND t.completed_at < (closing + 1)::timestamp AT TIME ZONE 'UTC'
+          AND t.status = 'completed' -- the index's predicate
       ) AS r
       GROUP BY r.kind, r.currency
       ON CONFLICT DO NOTHING;
