@@ -54,4 +54,4 @@ def partition(engine: sa.Engine, config: Config) -> None:
             composite = made.replace("(stripe_session_id) WHERE", "(user_id, stripe_session_id) WHERE")
             conn.exec_driver_sql(composite.replace("%", "%%"))
     with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as conn:
-        conn.exec_driver_sql(functions_sql(config).replace("%", "%%"))
+        conn.exec_driver_sql(functions_sql(None, config).replace("%", "%%"))

@@ -140,8 +140,11 @@ def test_a_difference_is_told(app: App, kind: str, where: str, change: str) -> N
     assert drift(app) == ()
 
 
-def test_another_function_is_told_and_put_back(app: App) -> None:
+@pytest.mark.parametrize("balances", ["ours", "the app's own"])
+def test_another_function_is_told_and_put_back(app: App, balances: str) -> None:
     """Its body, its options, its owner, and who may call it; of all with one name, the one that differs."""
+    if balances != "ours":
+        app.run("ALTER TABLE users ADD credit_balance integer")
     migrate.apply(app.url, app.config)
     for name, change in FUNCTION_DRIFTS:
         body = app.value("SELECT prosrc FROM pg_proc WHERE oid = 'tallystick.balance(uuid)'::regprocedure")
@@ -149,8 +152,10 @@ def test_another_function_is_told_and_put_back(app: App) -> None:
         found = drift(app)
         assert {(each.kind, each.where) for each in found} == {("function", f"tallystick.{name}")}, change
         for remedy in [part for each in found for part in each.remedy.split("; then: ")]:
+            with app.engine.connect() as conn:
+                script = functions_sql(conn, app.config) if remedy == FUNCTIONS else remedy
             with psycopg.connect(app.url.replace("+psycopg", ""), autocommit=True) as owner:
-                owner.execute((functions_sql(app.config) if remedy == FUNCTIONS else remedy).encode())
+                owner.execute(script.encode())
         assert drift(app) == (), change
 
 

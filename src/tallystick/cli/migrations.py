@@ -357,14 +357,12 @@ def sql(
         script = (roles.revoke if revoke else roles.grant)(invocation(ctx).config().host, role)
         out.print(script, markup=False)
         return
-    if functions:
-        out.print(migrate.functions_sql(invocation(ctx).config()), markup=False)
-        return
+    write = migrate.functions_sql if functions else migrate.sql
     if offline:
-        out.print(migrate.sql(None, invocation(ctx).config()), markup=False)
+        out.print(write(None, invocation(ctx).config()), markup=False)
         return
     with migrating(ctx) as (conn, config):
-        out.print(migrate.sql(conn, config), markup=False)
+        out.print(write(conn, config), markup=False)
 
 
 _NOT_MIGRATED = "Not migrated yet. Run: tallystick migrate plan, then: tallystick migrate apply"

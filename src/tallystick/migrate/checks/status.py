@@ -16,7 +16,7 @@ from sqlalchemy.dialects import postgresql as pg
 from tallystick.config import Config
 from tallystick.database import standby
 from tallystick.errors import MigrationError
-from tallystick.migrate.host.preflight import Host, examine
+from tallystick.migrate.host.preflight import Host, adopted_columns, examine
 from tallystick.migrate.host.privileges import open_policies, writers
 from tallystick.migrate.host.role import ways_out
 from tallystick.migrate.host.tables import looking, oid_of
@@ -34,6 +34,7 @@ from tallystick.schema import (
     CreditTransactionType,
     Schema,
     event_settings,
+    has_bookkeeping,
     migration_log,
     user_columns,
     workshop_columns,
@@ -572,11 +573,17 @@ def _declared_functions(names: HostNames) -> list[str]:
     return [*(made for made in triggers.values() if made not in last), *last]
 
 
-def functions_sql(config: Config) -> str:
-    """A script that puts the functions of this package where a database has others, and shuts them to PUBLIC."""
+def functions_sql(conn: sa.Connection | None, config: Config) -> str:
+    """A script that puts the functions of this package where a database has others, and shuts them to PUBLIC.
+
+    They depend on the columns that the app had before, which the database knows. Without a connection, only columns
+    that the mapping has under other names than ours are taken for those.
+    """
+    known = conn is not None and has_bookkeeping(conn, migration_log)
+    adopted = adopted_columns(conn) if conn is not None and known else frozenset()
     made = [
         re.sub(_MADE, r"CREATE OR REPLACE \1 tallystick.", statement, count=1)
-        for statement in _declared_functions(HostNames.of(config.host))
+        for statement in _declared_functions(HostNames.of(config.host, adopted))
         if not statement.startswith("CREATE TYPE")
     ]
     shut = "REVOKE ALL ON ALL FUNCTIONS IN SCHEMA tallystick FROM PUBLIC"
