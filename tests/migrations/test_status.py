@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import psycopg
 import pytest
 from hosts import App
 
-from tallystick import migrate
+from tallystick import HostMapping, UsersTable, migrate
 from tallystick.migrate import Drift, functions_sql
 from tallystick.migrate.checks.status import APPLY, FUNCTIONS
+from tallystick.web.console.queries import Count, Queries
 
 LEDGER = "public.credit_transactions"
 
@@ -212,6 +215,17 @@ def test_what_is_the_apps_own_is_no_difference(app: App) -> None:
         "ANALYZE",
     )
     assert drift(app) == ()
+
+
+def test_a_name_with_a_percent_sign_is_no_difference(make_app: Callable[..., App]) -> None:
+    app = make_app(
+        'CREATE SCHEMA "50% off"; CREATE TABLE "50% off".users (id integer PRIMARY KEY);'
+        'INSERT INTO "50% off".users SELECT generate_series(1, 1500); ANALYZE',
+        HostMapping(users=UsersTable(schema="50% off", key_type="integer"), workshops=None),
+    )
+    migrate.apply(app.url, app.config)
+    assert drift(app) == ()
+    assert Queries(app.config, app.engine).sizes()[0] == Count(1500, "about ")
 
 
 def test_the_options_of_a_column_are_no_difference(app: App) -> None:

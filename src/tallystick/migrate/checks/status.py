@@ -293,7 +293,7 @@ def _drift(conn: sa.Connection, config: Config, host: Host) -> Iterator[Drift]:
     ledger_oid = oid_of(conn, schema, LEDGER)
     oids = {word: table.oid for word, table in host.by_word.items()} | {LEDGER: ledger_oid}
     # the declared types are temporary ones, which the server names without a schema
-    typed = f"{conn.dialect.identifier_preparer.quote(schema)}.{_TYPES}"
+    typed = f"{conn.scalar(sa.select(sa.func.quote_ident(schema)))}.{_TYPES}"
     found: dict[str, _Shape] = {
         word: {each: made.replace(typed, _TYPES) for each, made in _shape(conn, oid).items()}
         for word, oid in oids.items()
