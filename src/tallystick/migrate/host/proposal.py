@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -43,6 +43,14 @@ _REFERENCES = sa.text("""
     JOIN pg_attribute t ON t.attrelid = c.confrelid AND t.attnum = c.confkey[1]
     WHERE c.contype = 'f' AND c.conrelid = :from AND c.confrelid = :to AND array_length(c.conkey, 1) = 1
     UNION
+    SELECT f.attname, t.attname
+    FROM pg_constraint c
+    JOIN pg_constraint p ON p.conrelid = c.confrelid AND p.conkey = c.confkey
+    JOIN pg_attribute f ON f.attrelid = c.conrelid AND f.attnum = c.conkey[1]
+    JOIN pg_attribute t ON t.attrelid = p.confrelid AND t.attnum = p.confkey[1]
+    WHERE c.contype = 'f' AND p.contype = 'f' AND c.conrelid = :from AND p.confrelid = :to
+      AND array_length(c.conkey, 1) = 1
+    UNION
     SELECT f.attname, k.attname
     FROM pg_constraint c
     JOIN pg_constraint u ON u.confrelid = c.confrelid AND u.confkey = c.confkey
@@ -53,32 +61,35 @@ _REFERENCES = sa.text("""
       AND array_length(c.conkey, 1) = 1
     ORDER BY 1, 2
 """)
-"""Columns with a key of ``to``: by a foreign key to it, or to what its own key refers to."""
+"""Columns with a key of ``to``: by a foreign key to it, to what refers to it by its own key, or to what its own key
+refers to."""
+
+_TARGETS = sa.text("""
+    SELECT f.attname AS column, c.confrelid::bigint AS oid
+    FROM pg_constraint c JOIN pg_attribute f ON f.attrelid = c.conrelid AND f.attnum = c.conkey[1]
+    WHERE c.contype = 'f' AND c.conrelid = :from AND array_length(c.conkey, 1) = 1 ORDER BY c.conkey[1]
+""")
 
 _WORKSHOPS = ("workshops", "workshop")
-_OWNERS = ("user_id", "owner_id", "userid", "ownerid", "owner", "user", "created_by", "author_id", "clerk_user_id")
+_OWNERS = ("userid", "ownerid", "owner", "user", "createdby", "authorid", "clerkuserid")
 _TITLES = ("title", "name", "subject", "heading", "topic")
-_CREATED = ("created_at", "createdat", "created", "created_on", "inserted_at", "date_created")
+_CREATED = ("createdat", "created", "createdon", "insertedat", "datecreated")
 _BALANCES = (
-    "credit_balance",
-    "creditbalance",
-    "credits",
-    "credits_balance",
-    "credit",
-    "credits_left",
-    "creditsleft",
-    "credits_remaining",
-    "remaining_credits",
-    "available_credits",
+    *("creditbalance", "credits", "creditsbalance", "credit", "creditsleft", "creditsremaining"),
+    *("remainingcredits", "availablecredits"),
 )
-_OF_BALANCES = (*_BALANCES, "balance", "wallet_balance", "walletbalance", "current_balance", "available_balance")
+_OF_BALANCES = (*_BALANCES, "balance", "walletbalance", "currentbalance", "availablebalance")
+_EMAILS = ("email", "emailaddress", "mail")
+"""Usual names, the likeliest first, as ``_plain`` gives them."""
+
 _CALLED_BALANCES = re.compile(r"(wallet|balance|credit|credit_?account)s?$", re.IGNORECASE)
 _HOLDERS = sa.text("""
     SELECT DISTINCT attrelid::bigint FROM pg_attribute
-    WHERE attrelid = ANY (CAST(:tables AS oid[])) AND NOT attisdropped AND lower(attname) = ANY (:names)
+    WHERE attrelid = ANY (CAST(:tables AS oid[])) AND NOT attisdropped
+      AND replace(lower(attname), '_', '') = ANY (:names)
 """)
-_NUMBERS = ("int4", "int8", "numeric")
-_EMAILS = ("email", "email_address", "emailaddress", "mail")
+_NUMBERS = ("int2", "int4", "int8", "numeric", "float4", "float8", "money")
+"""Types, or what a domain is over, of a column that may hold credits; some of them must be changed first."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +208,7 @@ def _spelled(conn: sa.Connection, word: Word, table: UsersTable | WorkshopsTable
 
 
 def balances_apart(conn: sa.Connection, mapping: HostMapping) -> list[BalancesApart]:
-    """Columns of other tables that seem to hold the credits of the users; none where the mapped column is adopted."""
+    """Columns that seem to hold the credits of the users, beside the mapped one; none where that is adopted."""
     users = mapped_table(conn, "users", mapping.users.schema, mapping.users.table)
     columns = columns_of(conn, users)
     ours = current_revision(conn) is not None and ("users", "credit_balance") not in adopted_columns(conn)
@@ -205,43 +216,98 @@ def balances_apart(conn: sa.Connection, mapping: HostMapping) -> list[BalancesAp
         return []
     place = mapping.workshops
     mapped = {(mapping.users.schema, mapping.users.table), *([(place.schema, place.table)] if place else [])}
-    tables = [t for t in host_tables(conn) if (t.schema, t.table) not in mapped and not unsuitable(t)]
+    # a table that inherits is a partition, and its balances are those of the whole
+    tables = [t for t in host_tables(conn) if (t.schema, t.table) not in mapped and (t.kind != "r" or not t.inherits)]
     names = {"tables": [table.oid for table in tables], "names": list(_OF_BALANCES)}
     holders = set(conn.scalars(_HOLDERS, names))
-    return [one for table in tables if table.oid in holders for one in _balances_of(conn, table, users, mapping)]
+    found = [
+        (table, one) for table in tables if table.oid in holders for one in _balances_of(conn, table, users, mapping)
+    ]
+    # a view stands for the table behind it, which may be another of them
+    beside = [one for table, one in found if not unsuitable(table)] or [one for _, one in found]
+    others = [column for column in columns.values() if column.name != mapping.users.balance]
+    own = _pick_balance(others, _OF_BALANCES)
+    return [*([_apart(users, own, mapping.users.key, mapping, _unfit(own))] if own else []), *beside]
 
 
 def _balances_of(
     conn: sa.Connection, table: HostTable, users: HostTable, mapping: HostMapping
 ) -> Iterator[BalancesApart]:
     columns = columns_of(conn, table)
-    balance = _pick(columns.values(), _OF_BALANCES, _NUMBERS)
+    balance = _pick_balance(columns.values(), _OF_BALANCES)
     references = {row.column: row.key for row in conn.execute(_REFERENCES, {"from": table.oid, "to": users.oid})}
     called = _CALLED_BALANCES.search(table.table)
-    usual = [name for name in columns if name.lower() in _OWNERS or name == mapping.users.key != "id"]
+    usual = [name for name in columns if _plain(name) in _OWNERS or name == mapping.users.key != "id"]
     of_users = [name for name in (*references, *_ranked(usual, _OWNERS)) if columns[name].key_type]
     key = next(iter(sorted(of_users, key=lambda name: references.get(name) != mapping.users.key)), None)
-    if balance is None or key is None or not (called or (key in references and columns[key].identifies)):
+    if balance is None:
+        return
+    if key is None:
+        if called and any(row.oid == table.oid for row in conn.execute(_TARGETS, {"from": users.oid})):
+            lacking = f"{table.shown} has no column with the user's key: it needs one, NOT NULL and UNIQUE"
+            yield _apart(table, balance, "user_id", mapping, lacking)
+        return
+    if not (called or (key in references and columns[key].identifies)):
         return
     obstacle = None
-    if references.get(key, mapping.users.key) != mapping.users.key and mapping.workshops is not None:
+    if reason := unsuitable(table):
+        obstacle = f"{table.shown} {reason}"
+    elif references.get(key, mapping.users.key) != mapping.users.key and mapping.workshops is not None:
         obstacle = (
             f"{key} refers to {users.shown}.{references[key]}, and the workshops name their owner by "
             f"{mapping.users.key}: it needs a column of these too"
         )
     elif not columns[key].identifies:
         obstacle = f"{key} is not both NOT NULL and UNIQUE: it has to hold one row for each user"
+    else:
+        obstacle = _unfit(balance) or _of_another_type(conn, columns[key], mapping)
+    found = _apart(table, balance, key, mapping, obstacle)
+    if obstacle is None:
+        asked = found.options
+        try:
+            _propose(conn, asked["--users"], asked["--workshops"], asked["--users-key"], asked["--balance"])
+        except HostMismatch as error:
+            found = replace(found, obstacle=error.message)
+    yield found
+
+
+def _apart(
+    table: HostTable, balance: HostColumn, key: str, mapping: HostMapping, obstacle: str | None
+) -> BalancesApart:
     place = mapping.workshops
-    yield BalancesApart(
-        column=f"{table.shown}.{balance}",
+    return BalancesApart(
+        column=f"{table.shown}.{balance.name}",
         key=key,
         options={
             "--users": table.shown,
             "--users-key": key,
-            "--balance": balance,
+            "--balance": balance.name,
             "--workshops": f"{place.schema}.{place.table}" if place else "none",
         },
         obstacle=obstacle,
+    )
+
+
+def _unfit(balance: HostColumn) -> str | None:
+    """The reason why the ledger cannot use a column of balances as it is."""
+    if serves_as("users", "credit_balance", balance):
+        return None
+    if balance.generated:
+        return f"{balance.name} is generated: it has to be a column that can be written"
+    return f"{balance.name} is {balance.shown}: it has to be integer, bigint or numeric"
+
+
+def _of_another_type(conn: sa.Connection, key: HostColumn, mapping: HostMapping) -> str | None:
+    """The reason why the workshops cannot name their owner by that key."""
+    place = mapping.workshops
+    if place is None:
+        return None
+    owner = columns_of(conn, mapped_table(conn, "workshops", place.schema, place.table))[place.owner]
+    if owner.key_type == key.key_type:
+        return None
+    return (
+        f"{key.name} is {key.shown}, and the workshops name their owner by {owner.name}, which is {owner.shown}: "
+        "both have to be of one type"
     )
 
 
@@ -270,7 +336,8 @@ def _propose(
     found = None
     if workshops_table is not None:
         asked = [key] if users_key is not None else keys
-        key, found = _propose_workshops(conn, users_table, asked, key, workshops_table)
+        people = {one.table.oid for one in candidates(conn, everything)}
+        key, found = _propose_workshops(conn, users_table, asked, key, workshops_table, people=people)
     held_in = _balance(users_table, columns, balance)
     mapping = HostMapping(
         users=UsersTable(
@@ -297,9 +364,8 @@ def _balance(table: HostTable, columns: Mapping[str, HostColumn], asked: str | N
                 column=asked,
             )
         return columns[asked]
-    usual = _OF_BALANCES if _CALLED_BALANCES.search(table.table) else _BALANCES
-    name = None if asked == "none" else _pick(columns.values(), usual, _NUMBERS)
-    return columns[name] if name else None
+    found = _pick_balance(columns.values(), _OF_BALANCES if _CALLED_BALANCES.search(table.table) else _BALANCES)
+    return found if found and asked != "none" and not _unfit(found) else None
 
 
 def _users_key(
@@ -322,9 +388,18 @@ def _users_key(
 
 
 def _propose_workshops(
-    conn: sa.Connection, users: HostTable, keys: Sequence[HostColumn], primary: HostColumn, table: HostTable
+    conn: sa.Connection,
+    users: HostTable,
+    keys: Sequence[HostColumn],
+    primary: HostColumn,
+    table: HostTable,
+    *,
+    people: Collection[int],
 ) -> tuple[HostColumn, WorkshopsTable]:
-    """The workshops, and the users' key that they name their owner by."""
+    """The workshops, and the users' key that they name their owner by.
+
+    ``people`` are the tables that could be the users.
+    """
     columns = columns_of(conn, table)
     key = next(
         (c for c in sorted(columns.values(), key=lambda c: not c.is_primary) if c.identifies),
@@ -349,10 +424,11 @@ def _propose_workshops(
     else:
         # No foreign key: a column called like a users' key, or by a usual name with a key's type.
         like_a_key = [name for name in by_name if name in columns and name not in (key.name, primary.name)]
-        usual = [name for name in columns if name.lower() in _OWNERS]
+        usual = [name for name in columns if _plain(name) in _OWNERS]
+        of_others = [row.column for row in conn.execute(_TARGETS, {"from": table.oid}) if row.oid in people]
         matches = [
             (name, candidate)
-            for name in (*like_a_key, *_ranked(usual, _OWNERS))
+            for name in (*like_a_key, *_ranked(usual, _OWNERS), *of_others)
             for candidate in sorted(keys, key=lambda c: (c.name != name, not c.is_primary))
             if columns[name].key_type == candidate.key_type
         ]
@@ -441,10 +517,22 @@ def _asked(word: Word, everything: Sequence[HostTable], asked: str) -> HostTable
     return found[0]
 
 
+def _plain(name: str) -> str:
+    """Without capitals and underscores: "creditBalance" and credit_balance are one name."""
+    return name.replace("_", "").lower()
+
+
 def _ranked(names: Iterable[str], usual: Sequence[str]) -> list[str]:
-    return sorted(names, key=lambda n: usual.index(n.lower()) if n.lower() in usual else len(usual))
+    return sorted(names, key=lambda n: usual.index(_plain(n)) if _plain(n) in usual else len(usual))
 
 
 def _pick(columns: Iterable[HostColumn], usual: Sequence[str], types: Sequence[str]) -> str | None:
-    fitting = [c.name for c in columns if c.name.lower() in usual and c.type in types]
+    fitting = [c.name for c in columns if _plain(c.name) in usual and c.type in types]
     return _ranked(fitting, usual)[0] if fitting else None
+
+
+def _pick_balance(columns: Iterable[HostColumn], usual: Sequence[str]) -> HostColumn | None:
+    """The column with a number and a usual name; before all others one that the ledger can use as it is."""
+    fitting = {c.name: c for c in columns if _plain(c.name) in usual and c.base in _NUMBERS}
+    ranked = sorted(_ranked(fitting, usual), key=lambda name: _unfit(fitting[name]) is not None)
+    return fitting[ranked[0]] if ranked else None
