@@ -173,6 +173,27 @@ def test_a_column_that_the_app_drops_is_a_difference(app: App) -> None:
     assert faults(app) == []
 
 
+CHANGED = {
+    '"User" ALTER "deletedAt" TYPE date': ("User.deletedAt", "date"),
+    '"User" ALTER "deletedAt" SET DEFAULT now(), ALTER "deletedAt" SET NOT NULL': (
+        "User.deletedAt",
+        "timestamp(3) without time zone NOT NULL",
+    ),
+    '"User" ALTER "stripeCustomerId" TYPE char(30)': ("User.stripeCustomerId", "character(30)"),
+    '"Workshop" ALTER "deletedAt" TYPE boolean USING false': ("Workshop.deletedAt", "boolean"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_column_that_the_app_makes_unfit_is_a_difference(app: App, change: str) -> None:
+    migrate.apply(app.url, app.config)
+    app.run('UPDATE "User" SET "deletedAt" = now()', 'ALTER TABLE "User" ALTER "deletedAt" TYPE timestamptz(0)')
+    assert faults(app) == []  # one that could be adopted as well
+    app.run('ALTER TABLE "User" ALTER "deletedAt" TYPE timestamp(3)', f"ALTER TABLE {change}")
+    where, found = CHANGED[change]
+    assert faults(app) == [f"public.{where}: {found}"]
+
+
 def test_an_apps_role_reads_them(app: App) -> None:
     migrate.apply(app.url, app.config)
     role = f"shop_{uuid4().hex}"
@@ -199,6 +220,10 @@ def test_the_script_for_an_unread_database_adds_no_second_column(app: App) -> No
 
 
 MISTAKES = {
+    "a customer that is never null": (
+        {"users": {"stripe_customer_id": "email"}},
+        "email, which host.users.stripe_customer_id names, is text NOT NULL; Tallystick needs text or varchar that",
+    ),
     "no such column": (
         {"users": {"deleted_at": "deletedOn"}},
         (
@@ -269,7 +294,8 @@ def test_init_offers_them_and_leaves_them(app: App) -> None:
     assert proposed.workshops is not None
     assert proposed.workshops.deleted_at == "deleted_at"  # a yes or no is no moment
     assert own.users == mapped({"email": "email"}).users
-    assert 'set host.users.deleted_at = "deletedAt" in tallystick.toml' in told[0]
+    assert 'If it means the same, name it before the migration: set host.users.deleted_at = "deletedAt"' in told[0]
+    assert "make it timestamp or timestamptz that may be null (it is boolean) before the migration, and set" in told[-1]
     assert 'deleted_at = "deletedAt"' in to_toml(proposed)
     assert "updated" not in to_toml(own)
 

@@ -16,10 +16,10 @@ import sqlalchemy as sa
 from psycopg.sql import Composable, Identifier
 
 from tallystick.config import Config, HostMapping
-from tallystick.migrate.host.preflight import Host, adoptable, examine, setting_of, spelled_otherwise
+from tallystick.migrate.host.preflight import Host, adoptable, examine, setting_of, spelled_otherwise, unfit
 from tallystick.migrate.host.proposal import balances_apart
-from tallystick.migrate.host.tables import HostTable, columns_of, looking
-from tallystick.migrate.revisions import HostNames, Revision, after, revisions
+from tallystick.migrate.host.tables import HostColumn, HostTable, columns_of, looking
+from tallystick.migrate.revisions import HostNames, Revision, Word, after, revisions
 from tallystick.migrate.runner.blockers import Blocker, Watch, oids_of
 from tallystick.migrate.runner.messages import STALL_BUDGET_MS, Messages, text, upward
 from tallystick.migrate.runner.run import undo_command
@@ -132,7 +132,7 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
             *_about_cached_plans(conn, host),
             *_about_balances(conn, host, config.host),
             *_about_triggers(conn, host),
-            *_about_twins(host, config.host),
+            *_about_twins(conn, host, config.host),
             *_about_rules(conn, host),
             *_about_collations(conn, host, config.host),
             *_about_event_triggers(conn),
@@ -320,25 +320,33 @@ _BEFORE_UPDATE = sa.text("""
 """)  # for each row, before, of an update
 
 
-def _about_twins(host: Host, mapping: HostMapping) -> Iterator[PlanNote]:
+def _about_twins(conn: sa.Connection, host: Host, mapping: HostMapping) -> Iterator[PlanNote]:
     """Columns of the app's that seem to mean what one of ours does, in another spelling."""
     for word, table in host.by_word.items():
         coming = {name for revision in after(host.revision) for name in revision.columns.get(word, ())}
-        there = host.columns.get(word, ())
+        there = columns_of(conn, table)
         names = adoptable(mapping, word)
-        for ours in sorted(coming - set(there)):
+        for ours in sorted(coming - there.keys()):
             for twin in spelled_otherwise(ours, there) if names.get(ours, ours) == ours else ():
-                instead = (
-                    f"If it means the same, name it before the migration: set {setting_of(word, ours)} = "
-                    f"{json.dumps(twin, ensure_ascii=False)} in tallystick.toml. Else have"
-                    if ours in names
-                    else "Have"
-                )
                 yield PlanNote(
                     "warning",
                     f'{table.shown} has "{twin}", and gets a column {ours} beside it: the ledger reads and writes '
-                    f'only its own. {instead} the app\'s code write both where it writes "{twin}"',
+                    f"only its own. {_in_place(word, ours, there[twin], named=ours in names)} the app's code write "
+                    f'both where it writes "{twin}"',
                 )
+
+
+def _in_place(word: Word, ours: str, twin: HostColumn, *, named: bool) -> str:
+    """What to do so that the app's column serves, up to the word for the alternative."""
+    if not named:
+        return "Have"
+    name = f"set {setting_of(word, ours)} = {json.dumps(twin.name, ensure_ascii=False)} in tallystick.toml"
+    if wrong := unfit(word, ours, twin):
+        return (
+            f"If it means the same, make it {wrong.expected} (it is {wrong.found}) before the migration, and {name}. "
+            "Else have"
+        )
+    return f"If it means the same, name it before the migration: {name}. Else have"
 
 
 def _about_rules(conn: sa.Connection, host: Host) -> Iterator[PlanNote]:

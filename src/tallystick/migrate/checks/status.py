@@ -13,13 +13,13 @@ import sqlalchemy as sa
 from psycopg.sql import Identifier
 from sqlalchemy.dialects import postgresql as pg
 
-from tallystick.config import Config
+from tallystick.config import Config, HostMapping
 from tallystick.database import standby
 from tallystick.errors import MigrationError
-from tallystick.migrate.host.preflight import Host, adopted_columns, examine
+from tallystick.migrate.host.preflight import Host, adoptable, adopted_columns, examine, unfit
 from tallystick.migrate.host.privileges import open_policies, writers
 from tallystick.migrate.host.role import ways_out
-from tallystick.migrate.host.tables import looking, oid_of
+from tallystick.migrate.host.tables import columns_of, looking, oid_of
 from tallystick.migrate.revisions import HostNames, revisions
 from tallystick.migrate.runner.messages import text
 from tallystick.migrate.runner.session import autocommits
@@ -312,6 +312,7 @@ def _drift(conn: sa.Connection, config: Config, host: Host) -> Iterator[Drift]:
             adopted = ours and f"{word}.{added[word].get(name)}" in host.adopted_names and there is not None
             if ours and not adopted:
                 yield Drift(kind, f"{shown[word]}.{name}", wanted, there)
+    yield from _adopted(conn, config.host, host)
     for word, name, there, wanted in _trigger_differences(host, found):
         yield Drift("trigger", f"{shown[word]}.{name}", wanted, there)
     yield from _events_trigger(conn, found[LEDGER], shown[LEDGER])
@@ -334,6 +335,16 @@ def _privileges(conn: sa.Connection, host: Host) -> Iterator[Drift]:
             continue
         said = f"{writer.role} may {', '.join(writer.privileges)}"
         yield Drift("privilege", writer.table, _WRITES, said, writer.remedy)
+
+
+def _adopted(conn: sa.Connection, mapping: HostMapping, host: Host) -> Iterator[Drift]:
+    """Columns of the app's in place of ours that it has changed since into what could not be adopted."""
+    for word, table in host.by_word.items():
+        columns, names = columns_of(conn, table), adoptable(mapping, word)
+        for ours in sorted(name for of, name in host.adopted if of == word):
+            column = columns.get(names.get(ours, ours))
+            if column is not None and (wrong := unfit(word, ours, column, mapping.credits)):
+                yield Drift("column", f"{table.shown}.{column.name}", wrong.expected, wrong.found)
 
 
 def _differences(expected: _Shape, found: _Shape) -> Iterator[tuple[Kind, str, str | None, str]]:

@@ -439,7 +439,9 @@ _ADOPTABLE: Mapping[Word, Mapping[str, _Rule]] = {
         ),
         "credit_sequence": _Rule(("int4",), "integer NOT NULL DEFAULT 0", zero=True),
         "onboarding_complete": _Rule(("bool",), "boolean"),
-        "stripe_customer_id": _Rule(("text", "varchar"), "text or varchar, no value twice", distinct=True),
+        "stripe_customer_id": _Rule(
+            ("text", "varchar"), "text or varchar that may be null, no value twice", nullable=True, distinct=True
+        ),
         "plan_tier": _Rule(("text", "varchar"), "text or varchar(32)", length=32),
         "updated_at": _Rule(MOMENTS, "timestamp or timestamptz"),
         "deleted_at": _DELETED_AT,
@@ -469,10 +471,24 @@ def spelled_otherwise(ours: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name != ours and name.replace("_", "").lower() == ours.replace("_", "")]
 
 
-def serves_as(word: Word, ours: str, column: HostColumn) -> bool:
-    """True where the column can be adopted in place of ``ours``, by its type."""
-    rule = _ADOPTABLE[word][ours]
-    return column.type in rule.types and not column.generated and not (rule.nullable and column.not_null)
+@dataclass(frozen=True)
+class Unfit:
+    """A column that cannot be in the place of one of ours, as it is declared."""
+
+    found: str
+    expected: str
+
+
+def unfit(word: Word, ours: str, column: HostColumn, credits: str = "integer") -> Unfit | None:
+    """The reason why the column's declaration keeps it from being adopted in place of ``ours``, or None."""
+    rule = _rule(word, ours, credits)
+    found = _fault_of_declaration(column, rule)
+    return None if found is None else Unfit(found, rule.expected)
+
+
+def _rule(word: Word, ours: str, credits: str) -> _Rule:
+    usual = _ADOPTABLE[word][ours]
+    return _BIGINT.get(ours, usual) if credits == "bigint" else usual
 
 
 def _adoptable(
@@ -489,10 +505,10 @@ def _adoptable(
     names = adoptable(mapping, word)
     adopted: set[tuple[Word, str]] = set()
     faults = []
-    for ours, usual in _ADOPTABLE[word].items():
+    for ours in _ADOPTABLE[word]:
         if ours not in coming:
             continue
-        rule = _BIGINT.get(ours, usual) if mapping.credits == "bigint" else usual
+        rule = _rule(word, ours, mapping.credits)
         name = names.get(ours, ours)
         column = columns.get(name)
         setting = setting_of(word, ours)
@@ -565,6 +581,14 @@ def _refuse_unadoptable(faults: Sequence[IncompatibleColumn], names_taken: Seque
 
 
 def _fault(conn: sa.Connection, table: HostTable, column: HostColumn, rule: _Rule, mapping: HostMapping) -> str | None:
+    if found := _fault_of_declaration(column, rule):
+        return found
+    if rule.credits:
+        return _credits_fault(conn, table, column, CREDITS_MAX[mapping.credits])
+    return _content_fault(conn, table, column, rule)
+
+
+def _fault_of_declaration(column: HostColumn, rule: _Rule) -> str | None:
     too_short = rule.length and column.modifier != -1 and column.modifier - 4 < rule.length
     if column.type not in rule.types or too_short:
         return column.shown
@@ -574,9 +598,7 @@ def _fault(conn: sa.Connection, table: HostTable, column: HostColumn, rule: _Rul
         return f"{column.shown}, nullable"
     if rule.zero and column.default != "0":
         return f"{column.shown} DEFAULT {column.default or 'nothing'}"
-    if rule.credits:
-        return _credits_fault(conn, table, column, CREDITS_MAX[mapping.credits])
-    return _content_fault(conn, table, column, rule)
+    return None
 
 
 def _credits_fault(conn: sa.Connection, table: HostTable, column: HostColumn, most: int) -> str | None:

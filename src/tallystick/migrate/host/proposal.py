@@ -19,9 +19,9 @@ from tallystick.migrate.host.preflight import (
     current_revision,
     mapped_table,
     prepared_revisions,
-    serves_as,
     spelled_otherwise,
     taken,
+    unfit,
 )
 from tallystick.migrate.host.tables import (
     KEY_WORDS,
@@ -201,7 +201,7 @@ def _spelled(conn: sa.Connection, word: Word, table: UsersTable | WorkshopsTable
     for ours in table.adoptable:
         # a balance has many usual names, and is found by them
         if ours != "credit_balance" and ours not in columns:
-            spelled = [name for name in spelled_otherwise(ours, columns) if serves_as(word, ours, columns[name])]
+            spelled = [name for name in spelled_otherwise(ours, columns) if not unfit(word, ours, columns[name])]
             if len(spelled) == 1:
                 found[ours] = spelled[0]
     return found
@@ -290,7 +290,7 @@ def _apart(
 
 def _unfit(balance: HostColumn) -> str | None:
     """The reason why the ledger cannot use a column of balances as it is."""
-    if serves_as("users", "credit_balance", balance):
+    if not unfit("users", "credit_balance", balance):
         return None
     if balance.generated:
         return f"{balance.name} is generated: it has to be a column that can be written"
