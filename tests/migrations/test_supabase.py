@@ -133,6 +133,31 @@ def test_a_policy_that_shows_billing_to_others_is_warned_of(supabase: App) -> No
     assert as_role(supabase, "anon", "SELECT full_name FROM profiles") is None
 
 
+def test_remedies_keep_balances_of_the_apps_own_and_leave_its_other_columns(make_app: Callable[..., App]) -> None:
+    """Under whatever names the app had them."""
+    own = SUPABASE.replace("avatar_url text", 'credits integer, "deletedAt" timestamp, "stripeCustomerId" text')
+    users = UsersTable(
+        table="profiles", balance="credits", deleted_at="deletedAt", stripe_customer_id="stripeCustomerId"
+    )
+    app = make_app(own, HostMapping(users=users))
+    migrate.apply(app.url, app.config)
+    migrate.cut_over(app.url, app.config)
+    found = status(app)
+    assert "anon may read credits, stripeCustomerId and plan_tier of other people" in found.warnings[0]
+    policies = [one.partition("meant: ")[2] for one in found.warnings if "policy" in one]
+    app.run(*(part for one in (*policies, *(each.remedy for each in found.drift)) for part in one.split("; ")))
+    assert status(app).healthy
+    for refused in (
+        "SELECT credits FROM profiles",
+        'SELECT "stripeCustomerId" FROM profiles',
+        "UPDATE profiles SET credits = 9",
+        "INSERT INTO profiles (id, credits) VALUES (gen_random_uuid(), 9)",
+    ):
+        assert "permission denied" in (as_role(app, "authenticated", refused) or ""), refused
+    assert as_role(app, "authenticated", 'UPDATE profiles SET "deletedAt" = now()') is None
+    assert as_role(app, "anon", 'SELECT "deletedAt" FROM profiles') is None
+
+
 def test_undo_leaves_the_apps_privileges_as_they_were(supabase: App) -> None:
     before = supabase.dump()
     migrate.apply(supabase.url, supabase.config)

@@ -308,7 +308,7 @@ def _about_triggers(conn: sa.Connection, host: Host) -> Iterator[PlanNote]:
         yield PlanNote(
             "note",
             f"The trigger {row.name} on {row.table} runs {row.function} before each UPDATE, those of the ledger too. "
-            "If it changes or refuses what the ledger writes (credit_balance, credit_sequence), the operation fails",
+            f"If it changes or refuses what the ledger writes ({host.balance}, credit_sequence), the operation fails",
         )
 
 
@@ -467,7 +467,7 @@ def _about_rights(conn: sa.Connection, host: Host) -> Iterator[PlanNote]:
         script = f"tallystick migrate sql --role {shlex.quote(row.role)}"
         yield PlanNote(
             "warning",
-            f"{row.role} may {row.rights} every column of {users.shown}, credit_balance too: it can make itself "
+            f"{row.role} may {row.rights} every column of {users.shown}, {host.balance} too: it can make itself "
             "credits that no row of the ledger explains, and a policy tells rows apart, not columns. "
             + ("" if row.everyone else f"If it is your app's role, run after the migration what {script} prints. ")
             + f"If end users act as it, take it back: REVOKE {row.rights.replace(' and ', ', ')} ON {_table(users)} "

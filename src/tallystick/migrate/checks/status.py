@@ -257,14 +257,14 @@ def _status(conn: sa.Connection, config: Config) -> Status:
             remedies = _Remedies(config, host)
             drift = tuple(
                 replace(found, remedy=found.remedy or remedies.of(found))
-                for found in (*_drift(conn, config, host), *_privileges(conn, host))
+                for found in (*_drift(conn, config, host), *_privileges(conn, config.host, host))
             )
         finally:
             savepoint.rollback()
     warnings: tuple[str, ...] = ()
     if host.revision is not None:
         superuser = conn.scalars(_SUPERUSER, {"schema": host.ledger_schema})
-        warnings = (*open_policies(conn, host, config.host.users.key), *superuser)
+        warnings = (*open_policies(conn, host, config.host), *superuser)
         if here is not None:
             warnings = (*warnings, _ON_A_STANDBY)
         if host.follows:
@@ -327,10 +327,10 @@ def _drift(conn: sa.Connection, config: Config, host: Host) -> Iterator[Drift]:
         yield Drift("privilege", role, "nothing but what the functions let it do", way, remedy)
 
 
-def _privileges(conn: sa.Connection, host: Host) -> Iterator[Drift]:
+def _privileges(conn: sa.Connection, mapping: HostMapping, host: Host) -> Iterator[Drift]:
     # code of the app's own writes balances, until it is no more
     followed = host.users.shown if host.follows else None
-    for writer in writers(conn, host, oid_of(conn, host.ledger_schema, LEDGER)):
+    for writer in writers(conn, host, mapping, oid_of(conn, host.ledger_schema, LEDGER)):
         if writer.table == followed:
             continue
         said = f"{writer.role} may {', '.join(writer.privileges)}"

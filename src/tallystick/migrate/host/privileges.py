@@ -9,8 +9,8 @@ import sqlalchemy as sa
 from psycopg.sql import SQL, Composable, Composed, Identifier
 from psycopg.sql import Literal as SqlLiteral
 
+from tallystick.config import HostMapping
 from tallystick.migrate.host.preflight import Host
-from tallystick.migrate.host.tables import HostTable
 from tallystick.migrate.revisions import HostNames
 from tallystick.schema import LEDGER, user_columns
 
@@ -120,9 +120,9 @@ class Writer:
     remedy: str
 
 
-def writers(conn: sa.Connection, host: Host, ledger: int | None) -> Iterator[Writer]:
+def writers(conn: sa.Connection, host: Host, mapping: HostMapping, ledger: int | None) -> Iterator[Writer]:
     """Roles that could write the ledger, its bookkeeping or a balance past the functions."""
-    own = _own_columns(conn, host.users)
+    own = _own_columns(conn, host, mapping)
     values = {"users": host.users.oid, "ledger": ledger, "apps": _apps(conn), "balance": host.balance}
     for row in conn.execute(_WRITERS, values):
         table, role = _quoted(row.schema, row.name), "PUBLIC" if row.everyone else _quoted(row.role)
@@ -130,16 +130,17 @@ def writers(conn: sa.Connection, host: Host, ledger: int | None) -> Iterator[Wri
         yield Writer(f"{row.schema}.{row.name}", row.role, tuple(row.privileges), remedy)
 
 
-def open_policies(conn: sa.Connection, host: Host, key: str) -> Iterator[str]:
+def open_policies(conn: sa.Connection, host: Host, mapping: HostMapping) -> Iterator[str]:
     """Policies of the users that show other people's billing columns, one sentence each."""
-    own = _own_columns(conn, host.users)
+    own, key = _own_columns(conn, host, mapping), mapping.users.key
     table = _quoted(host.users.schema, host.users.table)
+    billing = f"{host.balance}, {mapping.users.stripe_customer_id} and plan_tier"
     for row in conn.execute(_READERS, {"users": host.users.oid, "key": key, "apps": _apps(conn)}):
         role = "PUBLIC" if row.everyone else _quoted(row.role)
         yield (
-            f"{row.role} may read credit_balance, stripe_customer_id and plan_tier of other people: the policy "
-            f"{' and '.join(row.policies)} of {host.users.shown} does not ask whose row it is ({key}). If that is not "
-            f"meant: {_narrower(['SELECT'], table, role, own)}"
+            f"{row.role} may read {billing} of other people: the policy {' and '.join(row.policies)} of "
+            f"{host.users.shown} does not ask whose row it is ({key}). If that is not meant: "
+            f"{_narrower(['SELECT'], table, role, own)}"
         )
 
 
@@ -154,10 +155,11 @@ def _narrower(privileges: Sequence[str], table: str, role: str, columns: str) ->
     return f"{taken}; GRANT {given} ON {table} TO {role}" if columns else taken
 
 
-def _own_columns(conn: sa.Connection, table: HostTable) -> str:
-    """The columns of the app's own, for a GRANT."""
-    ours = {column.name for column in user_columns()}
-    names = conn.scalars(_COLUMNS, {"table": table.oid})
+def _own_columns(conn: sa.Connection, host: Host, mapping: HostMapping) -> str:
+    """The columns of the app's own, for a GRANT: without its balances and what else is billing."""
+    theirs = {name for word, name in host.adopted if word == "users"} & {"updated_at", "deleted_at"}
+    ours = {column.name for column in user_columns(mapping) if column.key not in theirs}
+    names = conn.scalars(_COLUMNS, {"table": host.users.oid})
     return ", ".join(_quoted(name) for name in names if name not in ours)
 
 
