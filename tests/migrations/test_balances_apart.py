@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -307,6 +308,30 @@ def test_nobody_begins_with_0_without_a_word(make_app: Callable[..., App]) -> No
         migrate.adopt(app.url, app.config)
     with app.engine.connect() as conn:
         assert [note for note in migrate.plan(conn, app.config).findings if "begins with 0" in note.text] == []
+
+
+def test_each_command_names_the_real_column(make_app: Callable[..., App], tmp_path: Path) -> None:
+    app = make_app(f"{OF_KEY} INSERT INTO wallets VALUES ('{user(1)}', 4)")
+    env = {**os.environ, "DATABASE_URL": app.url, "COLUMNS": "200"}
+
+    def tallystick(command: str) -> subprocess.CompletedProcess[str]:
+        line = [str(Path(sys.executable).with_name("tallystick")), *shlex.split(command)]
+        return subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+
+    [beside] = json.loads(tallystick("init --json").stdout)["balances_apart"]
+    assert (beside["column"], beside["options"]["--balance"]) == ("public.wallets.balance", "balance")
+    said = " ".join(tallystick("migrate apply").stderr.split())
+    assert "Warning: public.wallets.balance may hold the credits" in said
+    assert "run: tallystick migrate undo, and tallystick init --force --users public.wallets --users-key" in said
+    assert tallystick("migrate apply").stderr.count("Warning") == 0
+    assert tallystick("migrate undo").returncode == 0
+    tallystick(f"init --force {shlex.join(part for pair in beside['options'].items() for part in pair)}")
+    named = ": public.wallets.balance (as credit_balance), public.wallets.updated_at."
+    for command in ("migrate plan", "migrate apply", "migrate status"):
+        said = tallystick(command).stdout
+        assert (command, named in said) == (command, True), said
+    app.run(f"UPDATE wallets SET balance = 9, credit_sequence = 2 WHERE user_id = '{user(1)}'")
+    assert "users.credit_balance" not in tallystick("audit").stdout
 
 
 def test_the_section_of_the_page(make_app: Callable[..., App], tmp_path: Path) -> None:

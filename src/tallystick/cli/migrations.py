@@ -21,7 +21,7 @@ from tallystick import migrate
 from tallystick.audit import audit
 from tallystick.cli.app import Json, address, app, emit, err, invocation, mapping, note, out, place, plain, with_mapping
 from tallystick.cli.backups import backups, take_backup
-from tallystick.config import FILE_NAME, Config, to_toml
+from tallystick.config import FILE_NAME, Config, HostMapping, to_toml
 from tallystick.database import PATIENCE_S, connect, translated
 from tallystick.dev import postgres
 from tallystick.errors import BackupError, ConfigError, TallystickError
@@ -232,7 +232,16 @@ def init(
         file = f"--config {shlex.quote(str(output))} " if given["--output"] else ""
         out.print(f"Written to {output}. Check it, then: tallystick {file}migrate plan", markup=False)
 
-    emit(host, show, as_json=as_json)
+    emit({**plain(host), "balances_apart": apart}, show, as_json=as_json)
+
+
+def _as_named(host: HostMapping, columns: Sequence[str]) -> str:
+    """Columns by our words, as ``users.credit_balance``, by the names that the app has for them."""
+    return ", ".join(
+        f"{table.schema}.{table.table}.{name}{'' if name == ours else f' (as {ours})'}"
+        for word, _, ours in (column.partition(".") for column in columns)
+        if (table := host.users if word == "users" else host.workshops) and (name := table.adoptable.get(ours, ours))
+    )
 
 
 @migrations.command()
@@ -263,7 +272,9 @@ def plan(
         sizes = ", ".join(f"{size.table} (about {size.rows:,} rows)" for size in planned.tables)
         out.print(f"PostgreSQL {planned.server}; {sizes}.", markup=False)
         if planned.adopted:
-            out.print(f"There already, and adopted as they are: {', '.join(planned.adopted)}.", markup=False)
+            out.print(
+                f"There already, and adopted as they are: {_as_named(config.host, planned.adopted)}.", markup=False
+            )
         show_plan(out, planned)
         out.print(f"The tables will be locked for about {planned.estimated_hold_ms:.0f} ms.")
         for blocker in planned.blockers:
@@ -389,14 +400,14 @@ def status(
 
     def show() -> None:
         _show_trackers(others)
-        _show_status(found)
+        _show_status(found, config.host)
 
     emit({**plain(found), "trackers": others}, show, as_json=as_json)
     if not found.healthy:
         raise typer.Exit(1)
 
 
-def _show_status(found: migrate.Status) -> None:
+def _show_status(found: migrate.Status, host: HostMapping) -> None:
     if found.revision is None or found.prepared is not None:
         out.print(
             _PREPARED.format(found.prepared, migrate.undo_command(found.revision)) if found.prepared else _NOT_MIGRATED
@@ -408,7 +419,7 @@ def _show_status(found: migrate.Status) -> None:
         locked = "" if row.locked_ms is None else f", tables locked for {row.locked_ms:.1f} ms"
         out.print(f"  {row.applied_at:%Y-%m-%d %H:%M} {row.direction} {row.revision}{locked}")
     if found.adopted:
-        out.print(f"Adopted as they were: {', '.join(found.adopted)}.", markup=False)
+        out.print(f"Adopted as they were: {_as_named(host, found.adopted)}.", markup=False)
     for warning in found.warnings:
         out.print(f"Warning: {warning}.", markup=False)
     if found.revision != found.head:
@@ -470,6 +481,7 @@ def apply(
             take_backup(address(config), backup)
         with awake(config) as conn:
             tools = migrate.tools(conn, Path.cwd())
+            apart = migrate.balances_apart(conn, config.host)
         with _Shown() as shown:
             receipt = migrate.apply(
                 address(config),
@@ -480,8 +492,11 @@ def apply(
                 progress=shown,
             )
 
+    for beside in apart if receipt.changed and receipt.before is None else ():
+        note(f"Warning: {beside.told('tallystick migrate undo, and tallystick init --force')}.")
+
     def show() -> None:
-        _show_receipt(receipt)
+        _show_receipt(receipt, config.host)
         for tool in tools if receipt.changed else ():
             out.print(
                 f"The app uses {tool.name} ({tool.sign}), which {tool.otherwise}. Next: tallystick migrate snippet "
@@ -603,7 +618,7 @@ def undo(
                 give_up_after_s=give_up_after,
                 progress=shown,
             )
-    emit(receipt, lambda: _show_receipt(receipt), as_json=as_json)
+    emit(receipt, lambda: _show_receipt(receipt, config.host), as_json=as_json)
 
 
 class Widenable(StrEnum):
@@ -829,7 +844,7 @@ class _Shown(ExitStack):
             self._told.add(what)
 
 
-def _show_receipt(receipt: migrate.Receipt) -> None:
+def _show_receipt(receipt: migrate.Receipt, host: HostMapping) -> None:
     if not receipt.changed:
         where = f"at revision {receipt.after}" if receipt.after else "without Tallystick"
         out.print(f"Nothing to do: the database is {where} already.")
@@ -842,7 +857,7 @@ def _show_receipt(receipt: migrate.Receipt) -> None:
             f"{receipt.duration_ms / 1000:.1f} s in all{', in two transactions' if receipt.two_transactions else ''}."
         )
         if receipt.adopted:
-            out.print(f"  Adopted as they were: {', '.join(receipt.adopted)}.", markup=False)
+            out.print(f"  Adopted as they were: {_as_named(host, receipt.adopted)}.", markup=False)
         for blocker in receipt.waited_for:
             out.print(f"  Waited for {blocker}.", markup=False)
     for built in receipt.online:

@@ -209,6 +209,11 @@ def _spelled(conn: sa.Connection, word: Word, table: UsersTable | WorkshopsTable
 
 def balances_apart(conn: sa.Connection, mapping: HostMapping) -> list[BalancesApart]:
     """Columns that seem to hold the credits of the users, beside the mapped one; none where that is adopted."""
+    with looking(conn):
+        return _balances_apart(conn, mapping)
+
+
+def _balances_apart(conn: sa.Connection, mapping: HostMapping) -> list[BalancesApart]:
     users = mapped_table(conn, "users", mapping.users.schema, mapping.users.table)
     columns = columns_of(conn, users)
     ours = current_revision(conn) is not None and ("users", "credit_balance") not in adopted_columns(conn)
