@@ -160,7 +160,7 @@ def test_what_was_spent_after_the_apps_deletion_is_found(app: App) -> None:
         ledger.consume(conn, "u2", key="a")
     app.run("UPDATE \"User\" SET \"deletedAt\" = now() - interval '2 days' WHERE id = 'u2'")
     [found] = faults(app)
-    assert found.startswith("spent_after_deletion: no consumption after deleted_at 2")
+    assert found.startswith("spent_after_deletion: no consumption after deletedAt 2")
 
 
 def test_a_column_that_the_app_drops_is_a_difference(app: App) -> None:
