@@ -225,6 +225,40 @@ HOSTS = {
         ),
         adopted=("users.deleted_at", "users.stripe_customer_id", "users.updated_at", "workshops.deleted_at"),
     ),
+    "balances in a table of their own": HostCase(
+        """
+        CREATE TABLE users (id serial PRIMARY KEY, email text NOT NULL UNIQUE);
+        CREATE TABLE workshops (
+          id serial PRIMARY KEY, user_id integer NOT NULL REFERENCES users, title text, created_at timestamptz,
+          "deletedAt" timestamp);
+        CREATE TABLE "Wallet" (
+          "userId" integer PRIMARY KEY REFERENCES users ON DELETE CASCADE, "creditsLeft" numeric(12,2) DEFAULT 0,
+          "updatedAt" timestamp(3) NOT NULL DEFAULT now(), "deletedAt" timestamp, "stripeCustomerId" varchar(60));
+        INSERT INTO users (email) VALUES ('a@example.com');
+        INSERT INTO workshops (user_id) VALUES (1);
+        INSERT INTO "Wallet" ("userId", "creditsLeft") VALUES (1, 4);
+        """,
+        HostMapping(
+            users=UsersTable(
+                table="Wallet",
+                key="userId",
+                key_type="integer",
+                balance="creditsLeft",
+                stripe_customer_id="stripeCustomerId",
+                updated_at="updatedAt",
+                deleted_at="deletedAt",
+            ),
+            workshops=WorkshopsTable(key_type="integer", deleted_at="deletedAt"),
+        ),
+        adopted=(
+            "users.credit_balance",
+            "users.deleted_at",
+            "users.stripe_customer_id",
+            "users.updated_at",
+            "workshops.deleted_at",
+        ),
+        asked={"users": "Wallet", "users_key": "userId"},
+    ),
     "with every column already": HostCase(
         """
         CREATE TABLE users (

@@ -18,7 +18,7 @@ from uuid import uuid4
 import psycopg
 import sqlalchemy as sa
 
-from tallystick.config import Config
+from tallystick.config import Config, HostMapping
 from tallystick.database import driver
 from tallystick.errors import Key, MigrationError, TallystickError
 from tallystick.ledger import Ledger
@@ -125,19 +125,19 @@ def rehearse(
         refuse_nothing_to_rehearse(conn)
         before = _catalogue(conn)
         own_triggers = {table.shown for table in host.tables if conn.scalar(_TRIGGERS, {"table": table.oid})}
-        there = _contents(conn, host)
+        there = _contents(conn, host, config.host)
         works = [statement for statement in app_statements if _works(conn, statement) is None]
         progress(Progress("migrating, statement by statement"))
         traced = tuple(_trace(conn, host, planned.statements))
         broken = tuple(_broken(conn, works, "after the migration"))
         rows = tuple((table.shown, _rows(conn, table.oid)) for table in host.tables)
-        migrated = _contents(conn, host)
+        migrated = _contents(conn, host, config.host)
     progress(Progress("using the ledger"))
     lived = tuple(_live(engine, config))
     progress(Progress("auditing"))
     with engine.connect() as conn:
         drift = tuple(str(each) for each in status(conn, config).drift) + tuple(audit(conn) if audit else ())
-        used = _contents(conn, host)
+        used = _contents(conn, host, config.host)
     progress(Progress("going back"))
     undo(engine, config, to=host.revision, discard_ledger=True)
     progress(Progress("comparing with what was there"))
@@ -147,7 +147,7 @@ def rehearse(
         left += tuple(_changed(there, migrated, "the migration"))
         # a trigger of the app's may write what it likes when the ledger is used
         left += tuple(_changed(migrated, used, "using the ledger", except_in=own_triggers))
-        left += tuple(_changed(used, _contents(conn, host), "the way back"))
+        left += tuple(_changed(used, _contents(conn, host, config.host), "the way back"))
     return Rehearsal(rows, traced, round(_locked_ms(traced), 3), drift, broken, left, lived)
 
 
@@ -250,9 +250,9 @@ def _someone(conn: sa.Connection, ledger: Ledger) -> tuple[Key | None, Key | Non
     return conn.scalar(living), None
 
 
-def _contents(conn: sa.Connection, host: Host) -> dict[str, tuple[int, int]]:
+def _contents(conn: sa.Connection, host: Host, mapping: HostMapping) -> dict[str, tuple[int, int]]:
     """A number for all that a table's rows hold, but for columns of ours, which the app may have had before."""
-    ours = {column.name for column in (*user_columns(), *workshop_columns())}
+    ours = {column.name for column in (*user_columns(mapping), *workshop_columns(mapping))}
     found = {}
     for table in host.tables:
         names = conn.scalars(_COLUMNS, {"table": table.oid}).all()
