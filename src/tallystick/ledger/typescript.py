@@ -104,7 +104,7 @@ _TOLD_BY = {
 _NOT_NULL = {
     *("id", "user_id", "type", "status", "amount", "description", "created_at", "balance"),
     *("cursor", "event_id", "kind", "transaction_id"),
-    *("credit_balance", "onboarding_complete", "plan_tier", "updated_at"),
+    *("credit_balance", "onboarding_complete", "plan_tier"),
 }
 _NOT_NULL_IN = {
     "Standing": {"credit_held"},

@@ -23,6 +23,7 @@ from starlette.testclient import TestClient
 from tallystick import migrate
 from tallystick.errors import DatabaseUnavailable
 from tallystick.events.deliver import remove_endpoint
+from tallystick.ledger.typescript import typescript
 from tallystick.schema import HEAD, stripe_reversals
 from tallystick.web.console import LocalLink, console, queries
 from tallystick.web.console.queries import Queries
@@ -105,6 +106,22 @@ def test_every_page_and_list_on_every_host(any_world, open_console):
     assert [row["user_id"] for row in visitor.get("/pending.json").json()["rows"]] == [
         user if isinstance(user, int) else str(user)
     ]
+
+
+def test_a_user_of_whom_the_app_notes_no_change_is_shown(make_world, open_console):
+    world = make_world("clerk")  # its updated_at is the app's own
+    user = world.user(credits=3)
+    with world.engine.begin() as conn:
+        conn.execute(sa.text("ALTER TABLE users ALTER updated_at DROP NOT NULL"))
+        conn.execute(sa.text("UPDATE users SET updated_at = NULL"))
+    visitor = open_console(world)
+    assert visitor.get("/users.json").json()["rows"][0]["updated_at"] is None
+    assert table(visitor.get("/users.csv"))[0]["updated_at"] == ""
+    assert str(user) in words(visitor.get("/users"))
+    assert "Changed not known" in words(visitor.get(at("/user", key=user)))
+    with world.engine.connect() as conn:
+        assert world.accounts.get(conn, user).updated_at is None
+    assert "updatedAt: Date | null;" in typescript(world.config.host)
 
 
 def test_an_empty_host_says_what_would_be_here(any_world, open_console):

@@ -79,7 +79,7 @@ class UserRow:
     onboarding_complete: bool
     stripe_customer_id: str | None
     plan_tier: str
-    updated_at: dt.datetime
+    updated_at: dt.datetime | None
     deleted_at: dt.datetime | None
 
 

@@ -613,8 +613,10 @@ def ago(moment: dt.datetime | None) -> Markup:
     )
 
 
-def when(moment: dt.datetime) -> Markup:
+def when(moment: dt.datetime | None) -> Markup:
     """As ``ago``, with the time itself below it: a telephone has nothing to hover with."""
+    if moment is None:
+        return Markup("")
     return Markup('{}<span class="at">{:%Y-%m-%d %H:%M}</span>').format(ago(moment), moment.astimezone(dt.UTC))
 
 
