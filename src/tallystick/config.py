@@ -144,7 +144,7 @@ class UsersTable:
 
     @model_validator(mode="after")
     def _one_meaning(self) -> Self:
-        _refuse_shared(self, ("key", "balance", "stripe_customer_id", "updated_at", "deleted_at"))
+        _refuse_shared(self, ("key", "email", "balance", "stripe_customer_id", "updated_at", "deleted_at"))
         return self
 
 

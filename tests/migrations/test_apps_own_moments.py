@@ -219,6 +219,18 @@ def test_the_script_for_an_unread_database_adds_no_second_column(app: App) -> No
     assert app.shape() == before
 
 
+def test_a_rule_of_the_apps_about_them_is_told(app: App) -> None:
+    app.run(
+        'ALTER TABLE "User" ADD gone boolean NOT NULL DEFAULT false',
+        """UPDATE "User" SET gone = "deletedAt" IS NOT NULL""",
+        """ALTER TABLE "User" ADD CONSTRAINT agree CHECK (("deletedAt" IS NOT NULL) = gone)""",
+    )
+    with app.engine.connect() as conn:
+        [told] = [one.text for one in migrate.plan(conn, app.config).findings if "The rule" in one.text]
+    assert told.startswith('The rule agree on public."User", CHECK (("deletedAt" IS NOT NULL) = gone), also holds')
+    assert told.endswith("writes to deletedAt: a call that breaks it fails")
+
+
 MISTAKES = {
     "a customer that is never null": (
         {"users": {"stripe_customer_id": "email"}},
@@ -265,7 +277,12 @@ def test_a_name_that_cannot_be_is_refused_before_anything_is_written(app: App, m
 
 @pytest.mark.parametrize(
     ("users", "workshops"),
-    [({"deleted_at": "updated_at"}, {}), ({"updated_at": "id"}, {}), ({}, {"deleted_at": "createdAt"})],
+    [
+        ({"deleted_at": "updated_at"}, {}),
+        ({"updated_at": "id"}, {}),
+        ({"email": "email", "stripe_customer_id": "email"}, {}),
+        ({}, {"deleted_at": "createdAt"}),
+    ],
 )
 def test_one_column_has_one_meaning(users: dict[str, Any], workshops: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="both name the column"):

@@ -131,6 +131,7 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
             *_about_an_interrupted_run(host),
             *_about_cached_plans(conn, host),
             *_about_balances(conn, host, config.host),
+            *_about_checks(conn, host, config.host),
             *_about_triggers(conn, host),
             *_about_twins(conn, host, config.host),
             *_about_rules(conn, host),
@@ -286,7 +287,7 @@ def _about_balances(conn: sa.Connection, host: Host, mapping: HostMapping) -> It
     if host.revision is None:
         for apart in balances_apart(conn, mapping):
             yield PlanNote("warning", apart.told())
-    for row in conn.execute(_CHECKS, {"users": host.users.oid, "balance": host.balance}):
+    for row in conn.execute(_CHECKS, {"table": host.users.oid, "column": host.balance}):
         yield PlanNote(
             "warning",
             f"The rule {row.name} on {row.table}, {row.rule}, also holds for what the ledger writes. If it forbids a "
@@ -295,11 +296,23 @@ def _about_balances(conn: sa.Connection, host: Host, mapping: HostMapping) -> It
         )
 
 
+def _about_checks(conn: sa.Connection, host: Host, mapping: HostMapping) -> Iterator[PlanNote]:
+    """Rules of the app's about columns of its own that the functions write."""
+    for word, ours in sorted(host.adopted - {("users", "credit_balance"), ("users", "updated_at")}):
+        column = adoptable(mapping, word).get(ours, ours)
+        for row in conn.execute(_CHECKS, {"table": host.by_word[word].oid, "column": column}):
+            yield PlanNote(
+                "note",
+                f"The rule {row.name} on {row.table}, {row.rule}, also holds for what the ledger writes to {column}: "
+                "a call that breaks it fails",
+            )
+
+
 _CHECKS = sa.text("""
     SELECT quote_ident(c.conname) AS name, c.conrelid::regclass::text AS table,
            pg_get_constraintdef(c.oid, true) AS rule
     FROM pg_constraint c JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attnum = ANY (c.conkey)
-    WHERE c.contype = 'c' AND c.conrelid = :users AND a.attname = :balance ORDER BY 1
+    WHERE c.contype = 'c' AND c.conrelid = :table AND a.attname = :column ORDER BY 1
 """)
 
 
