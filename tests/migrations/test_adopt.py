@@ -425,13 +425,14 @@ def test_balances_and_history_are_held_against_each_other(make_app: Callable[...
     assert [one.user for one in found.history.differences] == ["user_3"]
 
 
-def test_a_history_without_signs(make_app: Callable[..., App]) -> None:
+@pytest.mark.parametrize(("table", "user"), [("credit_logs", "userId"), ("CreditTransaction", "accountId")])
+def test_a_history_without_signs(make_app: Callable[..., App], table: str, user: str) -> None:
     app = make_app(
-        """
+        f"""
         CREATE TABLE users (id uuid PRIMARY KEY, credits integer NOT NULL DEFAULT 0);
-        CREATE TABLE credit_logs (id serial, "userId" uuid, kind text, amount integer, status text);
+        CREATE TABLE "{table}" (id serial, "{user}" uuid, kind text, amount integer, status text);
         INSERT INTO users VALUES ('00000000-0000-0000-0000-000000000001', 4);
-        INSERT INTO credit_logs ("userId", kind, amount, status) SELECT id, k, a, s FROM users, (VALUES
+        INSERT INTO "{table}" ("{user}", kind, amount, status) SELECT id, k, a, s FROM users, (VALUES
           ('purchase', 5, 'COMPLETED'), ('USAGE', 1, 'COMPLETED'), ('purchase', 9, 'PENDING')) v (k, a, s);
         """,
         HostMapping(users=UsersTable(balance="credits"), workshops=None),
@@ -441,7 +442,7 @@ def test_a_history_without_signs(make_app: Callable[..., App]) -> None:
         with pytest.raises(HostMismatch, match=r"public\.users is no history of credits"):
             migrate.look_at_own_credits(conn, app.config, history="users")
     assert found.history is not None
-    assert found.history.table == "public.credit_logs"
+    assert found.history.table == f"public.{table}"
     assert (found.history.signs_from_type, found.history.differing) == (True, 0)
 
 

@@ -94,7 +94,7 @@ OTHERS = {
     ),
     "a domain": (
         "CREATE DOMAIN amount AS integer; CREATE TABLE wallets (user_id uuid PRIMARY KEY, balance amount)",
-        "balance is amount: it has to be",
+        "balance is public.amount: it has to be",
     ),
     "no whole numbers": (
         "CREATE TABLE wallets (user_id uuid PRIMARY KEY, balance double precision)",

@@ -134,6 +134,19 @@ SHAPES = {
         mapped("people", "text", WorkshopsTable(owner="clerk_user_id"), key="clerk_user_id", email="email"),
         "its people are Clerk's (clerk_user_id, each once)",
     ),
+    "Prisma's names": Shape(
+        """
+        CREATE TABLE "AppUser" (id text PRIMARY KEY, "emailAddress" text);
+        CREATE TABLE "Workshop" (id text PRIMARY KEY, "authorId" text NOT NULL, title text, "insertedAt" timestamp(3));
+        """,
+        mapped(
+            "AppUser",
+            "text",
+            WorkshopsTable(table="Workshop", key_type="text", owner="authorId", created_at="insertedAt"),
+            email="emailAddress",
+        ),
+        "its name",
+    ),
 }
 
 

@@ -350,7 +350,7 @@ def _about_twins(conn: sa.Connection, host: Host, mapping: HostMapping) -> Itera
 
 
 def _in_place(word: Word, ours: str, twin: HostColumn, *, named: bool) -> str:
-    """What to do so that the app's column serves, up to the word for the alternative."""
+    """The way to use the column of the app, up to the word before the other way."""
     if not named:
         return "Have"
     name = f"set {setting_of(word, ours)} = {json.dumps(twin.name, ensure_ascii=False)} in tallystick.toml"

@@ -13,12 +13,14 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from tallystick.migrate.host.tables import HostTable
+from tallystick.migrate.host.tables import HostTable, plain
 
 USUAL_USERS = (
-    *("users", "user", "app_users", "app_user", "people", "user_accounts", "user_account", "accounts", "account"),
-    *("members", "customers", "profiles", "profile", "user_profiles", "user_profile"),
+    *("users", "user", "appusers", "appuser", "people", "useraccounts", "useraccount", "accounts", "account"),
+    *("members", "customers", "profiles", "profile", "userprofiles", "userprofile"),
 )
+"""As ``plain`` gives them."""
+
 SERVICES = ("auth", "neon_auth")
 """Schemas of services that keep the people of an app, and alter their tables themselves."""
 
@@ -91,7 +93,8 @@ def candidates(conn: sa.Connection, everything: Sequence[HostTable]) -> list[Can
         if table.oid in links:
             continue
         signs = [*_own_signs(columns.get(table.oid, {})), *_signs_of_others(table, columns, references, links)]
-        named = USUAL_USERS.index(table.table.lower()) if table.table.lower() in USUAL_USERS else None
+        name = plain(table.table)
+        named = USUAL_USERS.index(name) if name in USUAL_USERS else None
         if not signs and named is None:
             continue
         why = "; ".join(dict.fromkeys(signs)) or "its name"

@@ -18,24 +18,18 @@ from tallystick.config import HostMapping
 from tallystick.errors import HostMismatch
 from tallystick.migrate.host.preflight import mapped_table
 from tallystick.migrate.host.proposal import balances_apart
-from tallystick.migrate.host.tables import MOMENTS, HostColumn, HostTable, columns_of, host_tables
+from tallystick.migrate.host.tables import MOMENTS, HostColumn, HostTable, columns_of, host_tables, plain
 from tallystick.migrate.revisions import HostNames
 from tallystick.schema import HISTORY, LEDGER, OPENING_KEY
 
 _HISTORIES = (
-    LEDGER,
-    "credit_transaction",
-    "credit_history",
-    "credit_ledger",
-    "credit_log",
-    "credit_logs",
-    "credits_history",
-    "credits_log",
-    "credit_events",
-    "credit_entries",
+    *("credittransactions", "credittransaction", "credithistory", "creditledger", "creditlog", "creditlogs"),
+    *("creditshistory", "creditslog", "creditevents", "creditentries"),
 )
-_AMOUNTS = ("amount", "credits", "delta", "change", "credit_amount", "quantity")
-_USERS = ("user_id", "userid", "owner_id", "account_id", "customer_id", "member_id", "clerk_user_id", "user")
+_AMOUNTS = ("amount", "credits", "delta", "change", "creditamount", "quantity")
+_USERS = ("userid", "ownerid", "accountid", "customerid", "memberid", "clerkuserid", "user")
+"""Usual names, as ``plain`` gives them."""
+
 _NUMBERS = ("int2", "int4", "int8", "numeric")
 _FINISHED = ("completed", "complete", "succeeded", "success", "paid", "posted", "settled", "done")
 _TAKES = "consum|debit|spen[dt]|us(e|age)|deduct|charge|redeem|withdraw|refund"
@@ -174,7 +168,7 @@ def find_history(conn: sa.Connection, mapping: HostMapping, asked: str | None) -
     """The app's history, by its name or a usual one. Raises HostMismatch where the one that was asked for is none."""
     ours = (mapping.schema_of_ledger, LEDGER)
     for table in host_tables(conn):
-        named = asked in (table.table, table.shown) if asked else table.table.lower() in _HISTORIES
+        named = asked in (table.table, table.shown) if asked else plain(table.table) in _HISTORIES
         if not named or (table.schema, table.table) == ours or table.kind not in "rp":
             continue
         found = _as_history(table, columns_of(conn, table), mapping)
@@ -183,7 +177,7 @@ def find_history(conn: sa.Connection, mapping: HostMapping, asked: str | None) -
         if asked:
             raise HostMismatch(
                 f"{table.shown} is no history of credits: it needs a column with the user's key "
-                f"({mapping.users.key}, or one called like {', '.join(_USERS[:3])}) and one with a number "
+                f"({mapping.users.key}, or one called like user_id, owner_id, account_id) and one with a number "
                 f"({', '.join(_AMOUNTS[:4])})",
                 table=table.shown,
                 column=None,
@@ -195,11 +189,11 @@ def find_history(conn: sa.Connection, mapping: HostMapping, asked: str | None) -
 
 def _as_history(table: HostTable, columns: Mapping[str, HostColumn], mapping: HostMapping) -> HistoryTable | None:
     def pick(names: tuple[str, ...], types: tuple[str, ...] | None = None) -> str | None:
-        fitting = [c for c in columns.values() if c.name.lower() in names and (types is None or c.base in types)]
-        return min((c.name for c in fitting), key=lambda name: names.index(name.lower()), default=None)
+        fitting = [c for c in columns.values() if plain(c.name) in names and (types is None or c.base in types)]
+        return min((c.name for c in fitting), key=lambda name: names.index(plain(name)), default=None)
 
-    of_users = {c.name.lower(): c.name for c in columns.values() if c.key_type == mapping.users.key_type}
-    called = (mapping.users.key.lower(), *_USERS)
+    of_users = {plain(c.name): c.name for c in columns.values() if c.key_type == mapping.users.key_type}
+    called = (plain(mapping.users.key), *_USERS)
     user = next((of_users[name] for name in called if name != "id" and name in of_users), None)
     amount = pick(_AMOUNTS, _NUMBERS)
     if user is None or amount is None:
@@ -208,10 +202,10 @@ def _as_history(table: HostTable, columns: Mapping[str, HostColumn], mapping: Ho
         table=table,
         user=user,
         amount=amount,
-        type=pick(("type", "kind", "transaction_type", "reason", "action")),
+        type=pick(("type", "kind", "transactiontype", "reason", "action")),
         status=pick(("status", "state")),
-        balance_after=pick(("balance_after", "balanceafter", "balance", "new_balance"), _NUMBERS),
-        moment=pick(("created_at", "createdat", "created", "inserted_at", "timestamp"), MOMENTS),
+        balance_after=pick(("balanceafter", "balance", "newbalance"), _NUMBERS),
+        moment=pick(("createdat", "created", "insertedat", "timestamp"), MOMENTS),
         key=next((c.name for c in columns.values() if c.is_primary), None),
     )
 

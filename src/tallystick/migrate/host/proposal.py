@@ -31,6 +31,7 @@ from tallystick.migrate.host.tables import (
     columns_of,
     host_tables,
     looking,
+    plain,
     unsuitable,
 )
 from tallystick.migrate.revisions import Word
@@ -80,7 +81,7 @@ _BALANCES = (
 )
 _OF_BALANCES = (*_BALANCES, "balance", "walletbalance", "currentbalance", "availablebalance")
 _EMAILS = ("email", "emailaddress", "mail")
-"""Usual names, the likeliest first, as ``_plain`` gives them."""
+"""Usual names, the likeliest first, as ``plain`` gives them."""
 
 _CALLED_BALANCES = re.compile(r"(wallet|balance|credit|credit_?account)s?$", re.IGNORECASE)
 _HOLDERS = sa.text("""
@@ -242,7 +243,7 @@ def _balances_of(
     balance = _pick_balance(columns.values(), _OF_BALANCES)
     references = {row.column: row.key for row in conn.execute(_REFERENCES, {"from": table.oid, "to": users.oid})}
     called = _CALLED_BALANCES.search(table.table)
-    usual = [name for name in columns if _plain(name) in _OWNERS or name == mapping.users.key != "id"]
+    usual = [name for name in columns if plain(name) in _OWNERS or name == mapping.users.key != "id"]
     of_users = [name for name in (*references, *_ranked(usual, _OWNERS)) if columns[name].key_type]
     key = next(iter(sorted(of_users, key=lambda name: references.get(name) != mapping.users.key)), None)
     if balance is None:
@@ -429,7 +430,7 @@ def _propose_workshops(
     else:
         # No foreign key: a column called like a users' key, or by a usual name with a key's type.
         like_a_key = [name for name in by_name if name in columns and name not in (key.name, primary.name)]
-        usual = [name for name in columns if _plain(name) in _OWNERS]
+        usual = [name for name in columns if plain(name) in _OWNERS]
         of_others = [row.column for row in conn.execute(_TARGETS, {"from": table.oid}) if row.oid in people]
         matches = [
             (name, candidate)
@@ -522,22 +523,17 @@ def _asked(word: Word, everything: Sequence[HostTable], asked: str) -> HostTable
     return found[0]
 
 
-def _plain(name: str) -> str:
-    """Without capitals and underscores: "creditBalance" and credit_balance are one name."""
-    return name.replace("_", "").lower()
-
-
 def _ranked(names: Iterable[str], usual: Sequence[str]) -> list[str]:
-    return sorted(names, key=lambda n: usual.index(_plain(n)) if _plain(n) in usual else len(usual))
+    return sorted(names, key=lambda n: usual.index(plain(n)) if plain(n) in usual else len(usual))
 
 
 def _pick(columns: Iterable[HostColumn], usual: Sequence[str], types: Sequence[str]) -> str | None:
-    fitting = [c.name for c in columns if _plain(c.name) in usual and c.type in types]
+    fitting = [c.name for c in columns if plain(c.name) in usual and c.type in types]
     return _ranked(fitting, usual)[0] if fitting else None
 
 
 def _pick_balance(columns: Iterable[HostColumn], usual: Sequence[str]) -> HostColumn | None:
     """The column with a number and a usual name; before all others one that the ledger can use as it is."""
-    fitting = {c.name: c for c in columns if _plain(c.name) in usual and c.base in _NUMBERS}
+    fitting = {c.name: c for c in columns if plain(c.name) in usual and c.base in _NUMBERS}
     ranked = sorted(_ranked(fitting, usual), key=lambda name: _unfit(fitting[name]) is not None)
     return fitting[ranked[0]] if ranked else None

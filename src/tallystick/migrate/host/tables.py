@@ -140,6 +140,11 @@ class HostTable:
         return f"{self.schema}.{self.table}"
 
 
+def plain(name: str) -> str:
+    """Without capitals and underscores: "creditBalance" and credit_balance are one name, made by two tools."""
+    return name.replace("_", "").lower()
+
+
 def host_tables(conn: sa.Connection) -> list[HostTable]:
     """All tables and views but the system's and ours."""
     return [HostTable(**cast("Any", row)) for row in conn.execute(_RELATIONS).mappings()]
