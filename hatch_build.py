@@ -22,8 +22,9 @@ class RepositoryMetadata(MetadataHookInterface):
     def update(self, metadata: dict[str, Any]) -> None:
         """Set both in ``metadata``, the table ``project`` as hatchling has read it."""
         readme = Path(self.root, "README.md").read_text(encoding="utf-8")
-        if name := os.environ.get("GITHUB_REPOSITORY"):
-            address = f"{os.environ['GITHUB_SERVER_URL']}/{name}"
+        server, name = os.environ.get("GITHUB_SERVER_URL"), os.environ.get("GITHUB_REPOSITORY")
+        if server and name:
+            address = f"{server}/{name}"
             tag = f"v{metadata['version']}"
             metadata["urls"] = {
                 "Source": address,
