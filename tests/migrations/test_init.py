@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 from hosts import App
 
-from tallystick import HostMapping, UsersTable, WorkshopsTable, migrate
+from tallystick import Config, HostMapping, UsersTable, WorkshopsTable, migrate
 from tallystick.errors import HostMismatch, PermissionDenied
 
 AUTH = "CREATE SCHEMA auth; CREATE TABLE auth.users (id uuid PRIMARY KEY, email text, encrypted_password text);"
@@ -237,3 +237,23 @@ def test_supabases_own_table_is_refused_with_what_to_do(make_app: Callable[..., 
         found = migrate.propose(conn)
         assert (found.users.schema, found.users.table) == ("public", "profiles")
         assert conn.scalar(sa.text("SELECT count(*) FROM public.profiles")) == 1
+
+
+def test_the_same_options_after_the_migration_give_the_same_mapping(make_app: Callable[..., App]) -> None:
+    """The type of a credit and the ledger's schema are the database's by then."""
+    app = make_app(
+        """
+        CREATE TABLE users (id integer PRIMARY KEY);
+        CREATE TABLE wallets (user_id integer PRIMARY KEY REFERENCES users, balance integer, "deletedAt" timestamp);
+        CREATE TABLE credit_transactions (id integer PRIMARY KEY);
+        """
+    )
+    asked = {"users": "wallets", "users_key": "user_id", "balance": "none"}
+    with app.engine.connect() as conn:
+        mapping = migrate.propose(conn, credits="bigint", **asked)
+    assert (mapping.users.deleted_at, mapping.ledger_schema) == ("deletedAt", "tallystick")
+    migrate.apply(app.url, Config(host=mapping))
+    with app.engine.connect() as conn:
+        assert migrate.propose(conn, **asked) == migrate.propose(conn) == mapping
+        with pytest.raises(HostMismatch, match=r"host\.credits is 'integer', in the database 'bigint'"):
+            migrate.propose(conn, credits="integer", **asked)

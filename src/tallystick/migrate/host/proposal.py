@@ -153,6 +153,7 @@ def propose(
         found = found if own_columns else _with_the_apps(conn, found)
         found = found if credits is None else replace(found, credits=credits)
         if stored is not None:
+            found = replace(found, credits=credits or stored.credits, ledger_schema=stored.ledger_schema)
             refuse_other(stored, found)
         return found
 
