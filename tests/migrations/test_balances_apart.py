@@ -160,6 +160,13 @@ def test_other_shapes_are_named_with_what_is_in_the_way(name: str, make_app: Cal
         assert f"{mapping.users.schema}.{mapping.users.table}.{mapping.users.balance}" == found.column
 
 
+def test_a_mapping_that_is_wrong_is_for_others_to_refuse(make_app: Callable[..., App]) -> None:
+    mapping = HostMapping(users=UsersTable(), workshops=WorkshopsTable(owner="nobody"))
+    app = make_app(f"{FREE} {OWNED.format('user_id')} CREATE TABLE wallets (user_id uuid PRIMARY KEY, balance integer)")
+    with app.engine.connect() as conn:
+        assert [one.column for one in migrate.balances_apart(conn, mapping)] == ["public.wallets.balance"]
+
+
 NOBODYS = {
     "rows of many kinds": "CREATE TABLE invoices (id serial, user_id uuid REFERENCES users, balance integer)",
     "an account at a bank": "CREATE TABLE banks (id uuid PRIMARY KEY, balance integer)",

@@ -155,7 +155,15 @@ def test_offline_it_is_written_out(app: App, tmp_path: Path, monkeypatch: pytest
 
 
 class TestDowngrade:
-    @pytest.mark.parametrize("name", ["uuid", "quoted, reserved and in schemas", "with every column already"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "uuid",
+            "quoted, reserved and in schemas",
+            "balances in a table of their own",
+            "with every column already",
+        ],
+    )
     def test_exactly_what_was_there_remains(
         self, name: str, make_app: Callable[..., App], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

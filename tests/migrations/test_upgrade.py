@@ -165,7 +165,7 @@ def test_a_column_of_the_apps_own_that_does_not_fit_stops_the_run(old: App) -> N
     assert old.shape() == before
 
 
-@pytest.mark.parametrize("name", ["integer", "quoted, reserved and in schemas"])
+@pytest.mark.parametrize("name", ["integer", "quoted, reserved and in schemas", "balances in a table of their own"])
 def test_every_kind_of_host_goes_up_and_back(name: str, make_app: Callable[..., App]) -> None:
     app = make_app(HOSTS[name].ddl, HOSTS[name].mapping)
     before = app.shape()

@@ -309,8 +309,8 @@ def _of_another_type(conn: sa.Connection, key: HostColumn, mapping: HostMapping)
     place = mapping.workshops
     if place is None:
         return None
-    owner = columns_of(conn, mapped_table(conn, "workshops", place.schema, place.table))[place.owner]
-    if owner.key_type == key.key_type:
+    owner = columns_of(conn, mapped_table(conn, "workshops", place.schema, place.table)).get(place.owner)
+    if owner is None or owner.key_type == key.key_type:
         return None
     return (
         f"{key.name} is {key.shown}, and the workshops name their owner by {owner.name}, which is {owner.shown}: "
