@@ -188,6 +188,7 @@ def test_a_fault_of_an_address_is_named_without_its_password(folder, address, sa
             "packs",
             "two packs are called 'a', one in usd and one in eur",
         ),
+        ("[host.users]\ntable = 'workshops'", None, "host", "both name the table public.workshops"),
         ("[[packs]]\nname = 'a'\ncredits = 1.5", 3, "packs.0.credits", "integer"),
         ("[[packs]]\nname = 'a'\ncredits = 1\ncurrency = 'USD'", 4, "packs.0.currency", "pattern"),
         ("grandfathered_before = 2026-01-31T00:00:00", 1, "grandfathered_before", "time zone"),
@@ -197,7 +198,7 @@ def test_a_fault_of_an_address_is_named_without_its_password(folder, address, sa
         ("[console]\nproxy_peers = ['proxy.example.com']", 2, "console.proxy_peers.0", "no IP address"),
         ("[console]\noperators = {anna = 'secret'}", 2, "console.operators.anna", "--hash-password"),
         ("[console]\nproxy_peers = ['::1']\noperators = {a = 'scrypt:a:b'}", 1, "console", "choose one"),
-        ("database_url = 'localhost/app'", 1, "database_url", "expected postgresql://"),
+        ("database_url = 'localhost/app'", 1, "database_url", "begins with postgresql://"),
     ],
 )
 def test_a_mistake_is_named_with_its_line_and_key(folder, text, line, key, says):

@@ -100,7 +100,7 @@ def _address(value: object) -> object:
                 return parsed.difference_update_query(foreign).render_as_string(hide_password=False)
             return address
         begins = f"begins with {scheme!r}" if separator else "has no scheme"
-        raise ValueError(f"the address {begins}; expected postgresql://…")
+        raise ValueError(f"the address {begins}; expected one that begins with postgresql://")
     return value
 
 
@@ -207,6 +207,16 @@ class HostMapping:
     workshops: Annotated[WorkshopsTable | None, BeforeValidator(_table_or_none)] = Field(default_factory=WorkshopsTable)
     credits: Literal["integer", "bigint"] = "integer"
     ledger_schema: Literal["tallystick"] | None = None
+
+    @model_validator(mode="after")
+    def _two_tables(self) -> Self:
+        users, workshops = self.users, self.workshops
+        if workshops is not None and (workshops.schema, workshops.table) == (users.schema, users.table):
+            raise ValueError(
+                f"users and workshops both name the table {users.schema}.{users.table}. Name one for each, or set "
+                "workshops = false"
+            )
+        return self
 
     @property
     def schema_of_ledger(self) -> str:

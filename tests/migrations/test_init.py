@@ -167,7 +167,7 @@ REFUSED = {
         CREATE TABLE users (id uuid PRIMARY KEY) PARTITION BY HASH (id);
         CREATE TABLE users_0 PARTITION OF users FOR VALUES WITH (MODULUS 1, REMAINDER 0);
         CREATE TABLE customers (id uuid PRIMARY KEY)""",
-        r"public\.users is partitioned \(or inherits\); no index can be built on it concurrently\. Say another",
+        r"public\.users is partitioned \(or inherits\); no index can be built on it concurrently\. Name another",
     ),
     "inherited": (
         "CREATE TABLE users (id uuid PRIMARY KEY, encrypted_password text); CREATE TABLE vip () INHERITS (users)",
@@ -178,7 +178,7 @@ REFUSED = {
         """
         CREATE SCHEMA app; CREATE SCHEMA crm; CREATE TABLE app.users (id uuid PRIMARY KEY);
         CREATE TABLE crm.users (id int PRIMARY KEY)""",
-        r"could be users\. Say which:\n  tallystick init --users app\.users    its name\n.* crm\.users    its name$",
+        r"could be users\. Choose one:\n  tallystick init --users app\.users    its name\n.* crm\.users    its name$",
     ),
     "one by its name and one by what is done with it": (
         f"{FREE.format('users')} CREATE TABLE admins (id uuid PRIMARY KEY, password_digest text)",
@@ -189,9 +189,19 @@ REFUSED = {
         CREATE TABLE a_workshop (id uuid PRIMARY KEY, user_id uuid REFERENCES users);
         CREATE TABLE b_workshop (id uuid PRIMARY KEY, user_id uuid REFERENCES users);
         CREATE TABLE liked_workshops (user_id uuid REFERENCES users, workshop uuid, PRIMARY KEY (user_id, workshop))""",
-        r"could be workshops\. Say which:\n.*--workshops public\.a_workshop .*\n.*--workshops public\.b_workshop .*$",
+        r"could be workshops\. Choose one:\n.*--workshops public\.a_workshop .*\n.*--workshops public\.b_workshop .*$",
     ),
 }
+
+
+def test_one_table_is_not_users_and_workshops(make_app: Callable[..., App]) -> None:
+    app = make_app("""
+        CREATE TABLE users (id uuid PRIMARY KEY);
+        CREATE TABLE workshops (id uuid PRIMARY KEY, user_id uuid REFERENCES users)""")
+    with app.engine.connect() as conn:
+        with pytest.raises(HostMismatch, match="users and workshops would both be"):
+            migrate.propose(conn, users="workshops", workshops="workshops")
+        assert migrate.propose(conn, users="workshops").workshops is None
 
 
 @pytest.mark.parametrize("name", REFUSED)

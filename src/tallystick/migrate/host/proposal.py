@@ -330,7 +330,7 @@ def _propose(
     if not keys:
         raise HostMismatch(
             f"{users_table.shown} has no column that is NOT NULL, UNIQUE and of a type that can be a key "
-            f"({KEY_WORDS}). Give it one, or say another table: --users schema.table",
+            f"({KEY_WORDS}). Give it one, or name another table: --users schema.table",
             table=users_table.shown,
             column=None,
         )
@@ -340,6 +340,13 @@ def _propose(
         workshops_table = _workshops(conn, everything, users_table)
     elif workshops != "none":
         workshops_table = _asked("workshops", everything, workshops)
+        if workshops_table.oid == users_table.oid:
+            raise HostMismatch(
+                f"users and workshops would both be {users_table.shown}. Name another table with --users or with "
+                "--workshops, or use --workshops none",
+                table=users_table.shown,
+                column=None,
+            )
     found = None
     if workshops_table is not None:
         asked = [key] if users_key is not None else keys
@@ -366,7 +373,7 @@ def _balance(table: HostTable, columns: Mapping[str, HostColumn], asked: str | N
     if asked not in (None, "none"):
         if asked not in columns:
             raise HostMismatch(
-                f"{table.shown} has no column {asked}. Say which holds credits, or none: --balance none",
+                f"{table.shown} has no column {asked}. Name the column that holds credits, or use --balance none",
                 table=table.shown,
                 column=asked,
             )
@@ -382,12 +389,15 @@ def _users_key(
     found = [column for column in keys if (column.name == asked if asked is not None else column.is_primary)]
     primary = [f"{column.name} ({column.shown})" for column in columns.values() if column.is_primary]
     if not found and (asked is not None or primary or len(keys) > 1):
-        cause = f"{asked} is none of its keys" if asked is not None else "it has no primary key"
-        if asked is None and primary:
+        cause = "it has no primary key"
+        if asked is not None:
+            cause = f"{asked} is not NOT NULL, UNIQUE and of a type that can be a key ({KEY_WORDS})"
+            cause = cause if asked in columns else f"it has no column {asked}"
+        elif primary:
             cause = f"its primary key {', '.join(primary)} cannot be a key here ({KEY_WORDS} of one column can)"
         others = " or ".join(f"--users-key {shlex.quote(column.name)}" for column in keys)
         raise HostMismatch(
-            f"by which column of {table.shown} users are known cannot be told: {cause}. Say which: {others}",
+            f"no key could be chosen for {table.shown}: {cause}. Choose one: {others}",
             table=table.shown,
             column=asked,
         )
@@ -415,7 +425,7 @@ def _propose_workshops(
     if key is None:
         raise HostMismatch(
             f"{table.shown} has no column that is NOT NULL, UNIQUE and of a type that can be a key ({KEY_WORDS}). "
-            "Give it one, or say another table: --workshops schema.table",
+            "Give it one, or name another table: --workshops schema.table",
             table=table.shown,
             column=None,
         )
@@ -441,8 +451,8 @@ def _propose_workshops(
         ]
         if not matches:
             raise HostMismatch(
-                f"no column of {table.shown} refers to {users.shown}. Say which table holds what a credit unlocks "
-                "(--workshops schema.table), or write host.workshops.owner into tallystick.toml by hand",
+                f"no column of {table.shown} refers to {users.shown}. Name the table of the things that a credit "
+                "unlocks (--workshops schema.table), or write host.workshops.owner into tallystick.toml by hand",
                 table=table.shown,
                 column=None,
             )
@@ -466,11 +476,11 @@ def _users(conn: sa.Connection, everything: Sequence[HostTable]) -> HostTable:
     if barred and (not best or barred[0].rank < best[0].rank):
         table = barred[0].table
         raise HostMismatch(
-            f"{table.shown} {unsuitable(table)}. Say another: --users schema.table", table=table.shown, column=None
+            f"{table.shown} {unsuitable(table)}. Name another: --users schema.table", table=table.shown, column=None
         )
     if not best:
         tables = ", ".join(t.shown for t in everything if not unsuitable(t))
-        then = "Say which: --users schema.table" if tables else "Make the app's own first, or check the address"
+        then = "Name it: --users schema.table" if tables else "Create the app's tables first, or check the address"
         raise HostMismatch(
             f"no table looks like users (there are: {tables or 'none at all'}). {then}", table="users", column=None
         )
@@ -481,7 +491,7 @@ def _users(conn: sa.Connection, everything: Sequence[HostTable]) -> HostTable:
 
 def _workshops(conn: sa.Connection, everything: Sequence[HostTable], users: HostTable) -> HostTable | None:
     """The table that is called like workshops, with an app's prefix only where it refers to the users."""
-    suitable = [table for table in everything if not unsuitable(table)]
+    suitable = [table for table in everything if not unsuitable(table) and table.oid != users.oid]
     exactly = [[table for table in suitable if table.table.lower() == name] for name in _WORKSHOPS]
     prefixed = (
         table
@@ -500,7 +510,7 @@ def _workshops(conn: sa.Connection, everything: Sequence[HostTable], users: Host
 def _which(word: Word, found: Sequence[tuple[HostTable, str]]) -> HostMismatch:
     """The error that shows several tables, with why and one command each."""
     lines = "".join(f"\n  tallystick init --{word} {shlex.quote(table.shown)}    {why}" for table, why in found)
-    return HostMismatch(f"more than one table could be {word}. Say which:{lines}", table=word, column=None)
+    return HostMismatch(f"more than one table could be {word}. Choose one:{lines}", table=word, column=None)
 
 
 def _asked(word: Word, everything: Sequence[HostTable], asked: str) -> HostTable:
@@ -513,13 +523,13 @@ def _asked(word: Word, everything: Sequence[HostTable], asked: str) -> HostTable
             asked, [name for t in everything for name in (t.table, t.shown)], n=1, cutoff=0.5
         )
         raise HostMismatch(
-            f"there is no table {asked}{f'; did you mean {near[0]}?' if near else '.'} Say which: --{word} …",
+            f"there is no table {asked}{f'; did you mean {near[0]}?' if near else '.'} Name the table: --{word} TABLE",
             table=asked,
             column=None,
         )
     if fault := unsuitable(found[0]):
         raise HostMismatch(
-            f"{found[0].shown} {fault}. Say another: --{word} schema.table", table=found[0].shown, column=None
+            f"{found[0].shown} {fault}. Name another: --{word} schema.table", table=found[0].shown, column=None
         )
     return found[0]
 
