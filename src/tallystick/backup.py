@@ -101,11 +101,11 @@ def read_manifest(path: Path) -> Manifest:
             file.seek(-len(_MARK) - 4, os.SEEK_END)
             (size,) = struct.unpack("<I", file.read(4))
             if file.read() != _MARK:
-                raise BackupError(f"{path} is not a backup of tallystick's, or not all of it. Take another")
+                raise BackupError(f"{path} is not a backup of tallystick's, or not a complete one. Use another file")
             file.seek(-len(_MARK) - 4 - size, os.SEEK_END)
             return Manifest(**json.loads(file.read(size)))
     except FileNotFoundError:
-        raise BackupError(f"there is no {path}. Name a backup that is there") from None
+        raise BackupError(f"there is no file {path}. Name an existing backup") from None
     except (OSError, struct.error, ValueError, TypeError) as error:
         raise BackupError(f"{path} cannot be read as a backup: {error}") from error
 
@@ -139,7 +139,7 @@ def restore(
     if server < _TIMEOUT_SINCE <= (ours := _major(bin_dir)):
         raise _too_new(ours, server)
     if taken:
-        raise BackupError(f"the database is not empty: it has {taken[0]}. Restore into one made by createdb")
+        raise BackupError(f"the database is not empty: it has {taken[0]}. Restore into a new one, made by createdb")
     manifest = verify_backup(path, bin_dir=bin_dir, progress=progress)
     command = ["pg_restore", "--single-transaction", "--exit-on-error"]
     if not owners:

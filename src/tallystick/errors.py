@@ -84,6 +84,8 @@ SHOWN_MAX = 80
 
 def shown(value: object) -> str:
     """``value`` for a message: its beginning, since a value may be a megabyte."""
+    if isinstance(value, UUID):
+        return str(value)
     try:
         text = repr(value[: SHOWN_MAX + 1] if isinstance(value, str | bytes) else value)
     except ValueError:  # an integer of more digits than Python is willing to write

@@ -465,7 +465,7 @@ def test_the_cut_over(make_app: Callable[..., App]) -> None:
     migrate.apply(app.url, app.config)
     app.run("INSERT INTO users (clerk_user_id, email, credit_balance) VALUES ('new', '', 6)")
     app.run("ALTER TABLE users ALTER credit_balance SET DEFAULT 3")
-    with pytest.raises(MigrationError, match="new users get 3 credits by the default"):
+    with pytest.raises(MigrationError, match="gives new users 3 credits without a row"):
         migrate.cut_over(app.url, app.config)
     app.run("ALTER TABLE users ALTER credit_balance SET DEFAULT 0")
     with app.engine.connect() as conn:
@@ -553,7 +553,7 @@ def test_the_page_runs_from_top_to_bottom(make_app: Callable[..., App], tmp_path
         said = {command: tallystick(command) for command in commands if "--cut-over" not in command}
     assert seen.errors == []
     assert 'ledger_schema = "tallystick"' in (tmp_path / "tallystick.toml").read_text(encoding="utf-8")
-    assert "users have" in said["tallystick adopt"]
+    assert "credits of" in said["tallystick adopt"]
     assert re.search(r"Opened the balances of \d+ users", said["tallystick migrate apply"])
     for command in ("tallystick adopt --cut-over", "tallystick audit", "tallystick migrate status"):
         tallystick(command)

@@ -251,7 +251,7 @@ def test_there_and_back_with_old_code_writing(name: str, make_app: Callable[...,
             purchase = ledger.start_purchase(conn, user(1), credits=4, key="p", description="pack")
             ledger.complete_purchase(conn, user(1), purchase=purchase.id)
             ledger.refund(conn, user(1), purchase.id, key="r")
-            with pytest.raises(UnknownUser, match="the mapped table has no such row"):
+            with pytest.raises(UnknownUser, match="in the mapped table"):
                 ledger.balance(conn, user(9))
         deadline = time.monotonic() + 60
         while len(did) < seen + 8 and time.monotonic() < deadline:
@@ -364,13 +364,13 @@ def test_the_section_of_the_page(make_app: Callable[..., App], tmp_path: Path) -
     assert {command: done.stderr for command, done in said.items() if done.returncode} == {}
     first, told, *_ = said
     assert (first, told in said[first].stdout) == ("tallystick init", True)
-    assert "public.wallets.balance: 8 users have 32 credits" in said["tallystick adopt"].stdout
+    assert "public.wallets.balance: 32 credits of 8 users" in said["tallystick adopt"].stdout
     assert "Opened the balances of 8 users" in said["tallystick migrate apply"].stdout
     assert app.value("SELECT count(*) FROM wallets") == 8
     app.psql(fill)
     assert app.value("SELECT count(*) FROM wallets") == 9
     by_address = tallystick("tallystick balance 1@example.com")
-    assert (by_address.returncode, "no column with them is mapped" in by_address.stderr) == (1, True)
+    assert (by_address.returncode, "no column with e-mail addresses is mapped" in by_address.stderr) == (1, True)
     assert tallystick(f"tallystick balance {user(9)}").stdout == "0 credits\n"
 
     loose = make_app(f"{USERS} CREATE TABLE wallets (user_id uuid REFERENCES users, balance integer)")

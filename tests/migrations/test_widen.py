@@ -155,7 +155,7 @@ def test_the_ledger_goes_before_a_key_that_grows(app: App, tallystick: Callable[
         assert audit(conn, app.config).clean
 
     app.run("ALTER TABLE workshops ALTER user_id TYPE bigint", "ALTER TABLE users ALTER id TYPE bigint")
-    with pytest.raises(MigrationError, match="the key of users is no integer that could grow: its type is bigint"):
+    with pytest.raises(MigrationError, match="the key of users is of type bigint"):
         migrate.widen_key(app.url, "users")
     app.run(f"INSERT INTO users (id) VALUES ({LARGE})", f"INSERT INTO workshops (id, user_id) VALUES (99, {LARGE})")
     ledger = Ledger(app.engine)
@@ -169,7 +169,7 @@ def test_in_the_other_order_the_same_command_mends_it(app: App, tallystick: Call
     app.run("ALTER TABLE workshops ALTER id TYPE bigint", f"INSERT INTO workshops VALUES ({LARGE}, 1)")
     said = tallystick("migrate widen-key workshops")
     assert "bigint: public.credit_transactions.workshop_id" in said
-    assert "Renew every connection" in said
+    assert "renew every connection" in said
     app.config = with_keys(app.config, workshops="bigint")
     ledger = Ledger(app.engine)
     with app.engine.begin() as conn:
@@ -406,5 +406,5 @@ def test_an_app_without_workshops_that_had_balances(make_app: Callable[..., App]
         app.config = with_keys(app.config, users="bigint")
         assert migrate.status(conn, app.config).drift == ()
         assert audit(conn, app.config).clean
-        with pytest.raises(MigrationError, match="workshops is no integer that could grow: there is no such table"):
+        with pytest.raises(MigrationError, match="no table of workshops is mapped"):
             migrate.widen_key(app.url, "workshops")

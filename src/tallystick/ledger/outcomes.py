@@ -107,7 +107,7 @@ def _invalid_argument(r: Refusal) -> LedgerError:
 
 def _unknown_user(r: Refusal) -> LedgerError:
     return UnknownUser(
-        f"no user {shown(r.user)}: the mapped table has no such row. Is it the mapped key (host.users.key)?",
+        f"no user {shown(r.user)} in the mapped table. Pass the value of the mapped key column (host.users.key)",
         user=r.user,
     )
 
@@ -120,7 +120,9 @@ def _user_deleted(r: Refusal) -> LedgerError:
 
 def _unknown_workshop(r: Refusal) -> LedgerError:
     return UnknownWorkshop(
-        f"no workshop {shown(r.workshop)}. Is it the mapped key (host.workshops.key)?", workshop=r.workshop
+        f"no workshop {shown(r.workshop)} in the mapped table. "
+        "Pass the value of the mapped key column (host.workshops.key)",
+        workshop=r.workshop,
     )
 
 
@@ -320,7 +322,7 @@ def _idempotency_key_reused(r: Refusal) -> LedgerError:
     }
     said = ", ".join(f"{name} {before!s} (now {after!s})" for name, (before, after) in differs.items())
     return IdempotencyKeyReused(
-        f"{key!r} was used before, for {said}. Use a new key for a new intent", key=key, differs=differs
+        f"the key {key!r} was used before, for {said}. Use a new key for a new intent", key=key, differs=differs
     )
 
 

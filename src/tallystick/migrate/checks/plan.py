@@ -256,8 +256,9 @@ def _about_cached_plans(conn: sa.Connection, host: Host) -> Iterator[PlanNote]:
     if schema is None:
         yield PlanNote(
             "note",
-            "pg_stat_statements is not there, so prepared SELECT * and RETURNING * could not be looked for. "
-            'On connections opened before the migration they fail with "cached plan must not change result type"',
+            "the extension pg_stat_statements is not installed, so the plan could not search for prepared statements "
+            "with SELECT * or RETURNING *. On connections opened before the migration these fail with "
+            '"cached plan must not change result type"',
         )
         return
     table = sa.table("pg_stat_statements", sa.column("query"), sa.column("calls"), sa.column("dbid"), schema=schema)

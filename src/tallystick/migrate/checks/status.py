@@ -137,7 +137,7 @@ _TEMPORARY = sa.text("SELECT nspname FROM pg_namespace WHERE oid = pg_my_temp_sc
 
 # The functions run as it, and so does whatever the host's triggers call.
 _SUPERUSER = sa.text("""
-    SELECT 'the owner of the ledger is a superuser (' || r.rolname || '): whatever trigger is on the tables runs as it.'
+    SELECT 'the owner of the ledger is a superuser (' || r.rolname || '): every trigger on the tables runs as it.'
            ' Give the tables and the functions to a role of their own'
     FROM pg_class c JOIN pg_roles r ON r.oid = c.relowner AND r.rolsuper
     WHERE c.oid = to_regclass(quote_ident(:schema) || '.credit_transactions')

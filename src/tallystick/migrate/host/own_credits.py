@@ -183,7 +183,7 @@ def find_history(conn: sa.Connection, mapping: HostMapping, asked: str | None) -
                 column=None,
             )
     if asked:
-        raise HostMismatch(f"there is no table {asked}. Name it as schema.table", table=asked, column=None)
+        raise HostMismatch(f"there is no table {asked}. Name another: --history schema.table", table=asked, column=None)
     return None
 
 

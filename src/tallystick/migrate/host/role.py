@@ -154,7 +154,7 @@ BEGIN
   END IF;
   IF (SELECT r.rolsuper FROM pg_class AS c JOIN pg_roles AS r ON r.oid = c.relowner
       WHERE c.oid = {ledger}::regclass) THEN
-    RAISE WARNING 'the owner of the ledger is a superuser: whatever trigger is on the tables runs as it'
+    RAISE WARNING 'the owner of the ledger is a superuser: every trigger on the tables runs as it'
       USING HINT = 'Give the tables and the functions to a role of their own';
   END IF;
 END""")

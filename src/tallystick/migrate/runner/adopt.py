@@ -92,8 +92,8 @@ def cut_over(
         if default not in _NO_DEFAULTS:
             column = SQL("{}.{}").format(names.users.name, names.users.balance).as_string(None)
             raise MigrationError(
-                f"new users get {default} credits by the default of {column}, which the ledger would not know of. Give "
-                f"them by ledger.grant, and run: ALTER TABLE {names.users.name.as_string(None)} ALTER COLUMN "
+                f"the default of {column} gives new users {default} credits without a row in the ledger. Give them "
+                f"with ledger.grant, and run: ALTER TABLE {names.users.name.as_string(None)} ALTER COLUMN "
                 f"{names.users.balance.as_string(None)} SET DEFAULT 0"
             )
         drops = [
@@ -120,7 +120,9 @@ def cut_over(
 def _adopting(conn: sa.Connection, config: Config) -> tuple[Host, HostNames]:
     host = examine(conn, config) if has_bookkeeping(conn, alembic_version) else None
     if host is None or host.revision is None:
-        raise MigrationError("the database is not migrated yet. Run: tallystick migrate plan, then apply")
+        raise MigrationError(
+            "the database is not migrated yet. Run: tallystick migrate plan, then: tallystick migrate apply"
+        )
     names = HostNames.of(config.host, adopted_columns(conn))
     if not names.adopts_balance:
         apart = " ".join(

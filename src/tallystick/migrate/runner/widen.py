@@ -160,7 +160,7 @@ def widen_key(
         before = mapping_of(conn)
         table = before.users if word == "users" else before.workshops
         if table is None:
-            raise MigrationError(f"the key of {word} is no integer that could grow: there is no such table")
+            raise MigrationError(f"no table of {word} is mapped, so there is no key to widen")
         adopted = adopted_columns(conn)
         run = _Widening(conn, word, HostNames.of(before, adopted), lock_timeout_ms, give_up_after_s)
         if table.key_type in _SMALLER:
@@ -176,7 +176,9 @@ def widen_key(
                     run.close()
                 raise
         elif run.is_whole():
-            raise MigrationError(f"the key of {word} is no integer that could grow: its type is {table.key_type}")
+            raise MigrationError(
+                f"the key of {word} is of type {table.key_type}. Only a smallint or integer key can be widened"
+            )
         else:
             after, rewrite_ms = before, 0.0
         validated = run.close()
