@@ -113,14 +113,14 @@ def test_from_an_apps_database_to_audited_credits(tally, old_host):
 def test_init_echoes_what_it_was_told(tally, fresh_database):
     url = fresh_database()
     at = ("--database-url", url, "init", "--output", "my own.toml")
-    assert "(there are: none at all). Make the app's own first" in tally(*at).err
+    assert "(there are: none at all). Create the app's tables first" in tally(*at).err
     with psycopg.connect(url.replace("+psycopg", "", 1)) as conn:
         conn.execute('CREATE TABLE "App Users" (id uuid PRIMARY KEY)')
     written = tally(*at, "--users", "App Users").out
     assert "tallystick init --force --users 'App Users' --output 'my own.toml' --workshops TABLE" in written
     following = shlex.split(written.partition("then: tallystick ")[2])
     assert tally("--database-url", url, *following).code == 0
-    again = tally(*at, "--users", "App Users").err.partition("anew: tallystick ")[2]
+    again = tally(*at, "--users", "App Users").err.partition("To replace it: tallystick ")[2]
     assert shlex.split(again) == ["init", "--force", "--users", "App Users", "--output", "my own.toml"]
     assert not Path("tallystick.toml").exists()
 
@@ -278,15 +278,15 @@ def test_the_audit_finds_what_was_broken(at, world: World):
         (["seed", "--only", "x"], 1, "there is no scenario 'x'. List them with: tallystick seed --list"),
         (["init"], 1, "tallystick init --force"),
         (["init", "--output", "no/folder/x.toml"], 1, "no/folder/x.toml: No such file or directory. Check this path"),
-        (["restore", "no.backup"], 1, "there is no no.backup"),
+        (["restore", "no.backup"], 1, "there is no file no.backup"),
         (["migrate", "rehearse", "--statements", "no.sql"], 1, "no.sql: No such file or directory. Check this path"),
         (["migrate", "status", "--drizzle", "no"], 1, "no is no folder. Give the one that drizzle-kit writes to"),
-        (["serve", "--host", "0"], 1, "nobody is named who may see it"),
+        (["serve", "--host", "0"], 1, "no operator is named"),
         (["serve", "--host", "a..b"], 1, "cannot listen on a..b, port 8420"),
         (["nonsense"], 2, "No such command"),
         (["--config", "nowhere.toml", "balance", "x"], 1, "tallystick init"),
         (["--database-url", "mysql://x", "balance", "x"], 1, "postgresql://"),
-        (["--database-url", "nonsense", "balance", "x"], 1, "the address has no scheme; expected postgresql://"),
+        (["--database-url", "nonsense", "balance", "x"], 1, "the address has no scheme; expected one that begins"),
         (
             ["--database-url", "postgresql://nobody@127.0.0.1:1/x", "balance", "x"],
             1,
@@ -387,7 +387,7 @@ def test_a_role_without_privileges_is_told_so(at, world: World):
 def test_status_says_what_mends_a_difference(at, world: World):
     tally = at(world)
     for change, says in (
-        ("ALTER TABLE users ALTER plan_tier SET DEFAULT 'pro'", "tallystick migrate apply does not mend it"),
+        ("ALTER TABLE users ALTER plan_tier SET DEFAULT 'pro'", "tallystick migrate apply does not mend this"),
         ("ALTER TABLE credit_transactions DROP CONSTRAINT credit_transactions_user_fk", "FOREIGN KEY(user_id) REF"),
         ("DROP INDEX tallystick_users_stripe_customer_id", "Mend it: tallystick migrate apply"),
     ):
@@ -474,7 +474,7 @@ def test_a_user_is_found_by_the_e_mail_address(at, world: World):
     twice = tally("balance", f"{user}@example.com")
     assert (twice.code, "more than one user has this address" in twice.err) == (1, True)
     nobody = tally("balance", "nobody@example.com")
-    assert (nobody.code, "user='nobody@example.com'" in nobody.err) == (1, True)
+    assert (nobody.code, "no user has the e-mail address 'nobody@example.com'" in nobody.err) == (1, True)
 
 
 def test_what_changes_rows_says_where_and_a_replay_tells_the_balance_of_now(at, world: World):
@@ -499,7 +499,17 @@ def test_the_settings_are_shown_with_where_each_comes_from(at, world: World, mon
     assert shown["paywall"] == {"value": False, "from": "TALLYSTICK_PAYWALL"}
     assert shown["host"]["from"] == "tallystick.toml"
     assert shown["packs"]["from"] == "default"
-    assert "sk_test_secret" not in tally("config", "show").out
+    told = tally("config", "show").out
+    assert "sk_test_secret" not in told
+    assert re.search(r"^host\.users\.table +users +tallystick\.toml", told, re.MULTILINE)
+    assert re.search(r"^paywall +false +TALLYSTICK_PAYWALL", told, re.MULTILINE)
+
+
+def test_doctor_names_the_first_step(tally, old_host):
+    told = tally("doctor")
+    assert (told.code, "not migrated. Run: tallystick init" in told.out) == (1, True)
+    tally("init")
+    assert "not migrated. Run: tallystick migrate plan" in tally("doctor").out
 
 
 def test_doctor_says_what_is_wrong(at, world: World, tally, monkeypatch: pytest.MonkeyPatch):
@@ -519,7 +529,7 @@ def test_the_embedded_server_from_start_to_stop(tally, scratch: Path, monkeypatc
     assert tally("db", "status").code == 1
     started = tally("db", "start")
     try:
-        assert "DATABASE_URL=postgresql://" in started.out
+        assert "export DATABASE_URL='postgresql://" in started.out
         assert tally("db", "status", "--json").json["running"] is True
         assert tally("db", "url").out.strip() in started.out
         assert "100 users" in tally("db", "example").out
@@ -674,6 +684,8 @@ def test_two_accounts_are_merged_and_a_person_is_forgotten(at: Callable[..., Any
     assert tally("users", "merge", user, into, "--key", "ticket 7").out.startswith("Already done: 3 credits")
     assert tally("users", "merge", user, into, "--key", "ticket 8", "--json").json["credits"] == 0
     assert tally("users", "merge", user, into).out == f"Done: 0 credits moved. User {into} has 4 credits.\n"
+    oneself = tally("users", "merge", into, into)
+    assert (oneself.code, "are the same user" in oneself.err, "This moves" in oneself.err) == (1, True, False)
     refused = tally("users", "merge", into, user, "--yes")
     assert (refused.code, f"user {user} was deleted" in refused.err) == (1, True)
     erased = tally("users", "erase", into, "--json")

@@ -207,7 +207,7 @@ def test_the_doctor_knows_a_copy_from_another_database(
     monkeypatch.setenv("DATABASE_URL_REPLICA", pair.primary.url)
     assert said().endswith(" takes writes. Correct database_url_replica, or leave it out")
     monkeypatch.setenv("DATABASE_URL_REPLICA", world.url)
-    assert said().endswith(" is no copy of this database. Correct database_url_replica")
+    assert said().endswith(" is not a copy of this database. Correct database_url_replica")
 
 
 def test_status_of_a_standby(pair: Pair, shop: Path) -> None:

@@ -312,7 +312,7 @@ class TestCommands:
         ran = self.run(shop, "deliver", "--once", "--attempts", "1")
         assert ran.returncode == 0, ran.stderr
         assert "It is a dead letter" in ran.stderr
-        assert "purchase.completed was taken" in ran.stdout
+        assert "purchase.completed was accepted" in ran.stdout
         (letter,) = json.loads(self.run(shop, "dead-letters", "--json").stdout)
         assert str(letter["event_id"]) in self.run(shop, "dead-letters").stdout
         assert self.run(shop, "replay", "crm").returncode == 0

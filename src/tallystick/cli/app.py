@@ -70,8 +70,9 @@ app = typer.Typer(
     help="Prepaid credits inside your app's own PostgreSQL, and an audit of every balance.\n\n"
     "Begin with [bold]tallystick init[/], then [bold]tallystick migrate plan[/] and "
     "[bold]tallystick migrate apply[/]. To see it all at work on a throw-away database: [bold]tallystick demo[/].",
-    epilog="The database: --database-url, else database_url in tallystick.toml, else DATABASE_URL "
-    "(for migrations and backups the _UNPOOLED one beside it), else the embedded PostgreSQL of tallystick db start.",
+    epilog="The database's address is the first of these that is set: --database-url, database_url in "
+    "tallystick.toml, DATABASE_URL. Without one, a command uses the embedded PostgreSQL of tallystick db start. "
+    "Migrations and backups prefer DATABASE_URL_UNPOOLED.",
 )
 
 # With emoji=True the user "a:on:b" would be printed as "a🔛b".
@@ -198,13 +199,14 @@ def _version(wanted: bool) -> None:
 def _begin(
     ctx: typer.Context,
     config: Annotated[
-        Path | None, typer.Option("--config", help="Settings to read instead of tallystick.toml.", metavar="FILE")
+        Path | None,
+        typer.Option("--config", help="The settings file to read in place of tallystick.toml.", metavar="FILE"),
     ] = None,
     database_url: Annotated[
         str | None,
         typer.Option(
             "--database-url",
-            help="postgresql://… of the app's database. A password is better off in DATABASE_URL.",
+            help="The address of the app's database, postgresql://…. Put a password into DATABASE_URL instead.",
             metavar="URL",
         ),
     ] = None,
@@ -225,7 +227,8 @@ def invocation(ctx: typer.Context) -> Invocation:
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 UserArgument = Annotated[
-    str, typer.Argument(help="The user's key, as in the mapped key column, or e-mail address.", metavar="USER")
+    str,
+    typer.Argument(help="The user's key (the value in the mapped key column), or the e-mail address.", metavar="USER"),
 ]
 
 

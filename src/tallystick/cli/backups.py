@@ -28,7 +28,7 @@ def backups() -> ModuleType:
 def programs_for(url: str, *, restoring: bool = False) -> Path:
     """The folder of the programs to use, which is said on stderr."""
     found = backups().programs_for(url, _folders(), restoring=restoring)
-    note(f"With {found}.")
+    note(f"Using {found}.")
     return Path(found.folder)
 
 
@@ -53,13 +53,18 @@ def take_backup(url: str, target: Path) -> None:
 @app.command(rich_help_panel="Trust")
 def backup(
     ctx: typer.Context,
-    file: Annotated[Path, typer.Argument(help="The file to write; it must not exist.", metavar="FILE")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="The file to write, which must not exist; with --check, the file to verify.", metavar="FILE"
+        ),
+    ],
     check: Annotated[bool, typer.Option("--check", help="Only verify an existing backup.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Take a backup of the whole database, and verify it by reading every row back. The file is complete or absent.
+    """Take a backup of the whole database, and verify it by reading every row back.
 
-    pg_dump through zstd; without Tallystick: zstd -dc FILE | pg_restore.
+    After a failure there is no file. The format is pg_dump's, compressed with zstd: zstd -dc FILE | pg_restore.
     """
     if check:
         programs = backups().newest_programs(_folders()).folder
@@ -87,12 +92,12 @@ def restore(
     no_owners: Annotated[
         bool,
         typer.Option(
-            "--no-owners", help="Give everything to the role that restores, without privileges and tablespaces."
+            "--no-owners", help="Make the restoring role the owner, and leave out privileges and tablespaces."
         ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Put a backup into an empty database, in one transaction, and count its rows."""
+    """Restore a backup into an empty database, in one transaction, and count its rows."""
     with invocation(ctx).database(migrating=True) as config:
         with connect(address(config)) as conn:
             note(f"{place(conn)}.")

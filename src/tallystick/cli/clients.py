@@ -22,13 +22,13 @@ _STDOUT = Path("-")
 @client.command("typescript")
 def write_typescript(
     ctx: typer.Context,
-    output: Annotated[Path, typer.Option("--output", help="The file to write; - prints it.", metavar="FILE")] = Path(
+    output: Annotated[Path, typer.Option("--output", help="The file to write; - for stdout.", metavar="FILE")] = Path(
         "tallystick.ts"
     ),
 ) -> None:
     """Write one typed TypeScript file that calls the functions in the database, over any driver.
 
-    The types of keys and credits are those of the migrated database. A file that this command wrote is replaced.
+    The types of keys and credits are those of the migrated database. It replaces only a file that it wrote itself.
     """
     with invocation(ctx).connection() as (conn, _):
         verify(conn)

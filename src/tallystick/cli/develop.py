@@ -29,7 +29,9 @@ from tallystick.dev import seed as seeding
 from tallystick.dev.demo_app import build_host_app
 from tallystick.errors import DevServerError
 
-Only = Annotated[list[str] | None, typer.Option("--only", help="Only this scenario; may be repeated.", metavar="NAME")]
+Only = Annotated[
+    list[str] | None, typer.Option("--only", help="Only this scenario; repeat the option for more.", metavar="NAME")
+]
 
 
 @app.command(rich_help_panel="Development")
@@ -39,7 +41,7 @@ def seed(
     only: Only = None,
     reset: Annotated[bool, typer.Option("--reset", help="Remove what the seed made, and nothing else.")] = False,
     force_production: Annotated[
-        bool, typer.Option("--force-production", help="Do it to a database that does not look like development.")
+        bool, typer.Option("--force-production", help="Also work on a database that does not look like development.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -67,7 +69,7 @@ def seed(
             pool.dispose()
 
     def show() -> None:
-        rows = table("scenario", "user", "balance", "", right=("balance",))
+        rows = table("scenario", "user", "balance", "result", right=("balance",))
         for one in report.scenarios:
             balance = "" if one.balance is None else str(one.balance)
             rows.add_row(one.scenario, str(one.user), balance, one.reason or str(one.outcome))
@@ -76,7 +78,7 @@ def seed(
             out.print(
                 "Nothing changed: all of it existed already."
                 if not reset
-                else "Nothing changed: there were no seeded rows."
+                else "Nothing changed: there are no seeded rows."
             )
 
     emit(report, show, as_json=as_json)
@@ -84,15 +86,15 @@ def seed(
 
 @app.command(rich_help_panel="Development")
 def demo(
-    users: Annotated[int, typer.Option("--users", help="Users of the host app.", min=100)] = 200_000,
-    workshops: Annotated[int, typer.Option("--workshops", help="Workshops of the host app.", min=100)] = 300_000,
+    users: Annotated[int, typer.Option("--users", help="The number of users.", min=100)] = 200_000,
+    workshops: Annotated[int, typer.Option("--workshops", help="The number of workshops.", min=100)] = 300_000,
 ) -> None:
-    """Migrate a busy database, sell, spend, refund and audit, on a throw-away PostgreSQL. Under a minute."""
+    """Migrate a busy database, sell, spend, refund and audit, on a temporary PostgreSQL. Under a minute."""
     try:
         from tallystick.cli import demo as story  # noqa: PLC0415 - it needs extras, which other commands do not
-    except ImportError as error:
+    except ImportError:
         raise DevServerError(
-            f"the demo needs the extras devdb and stripe ({error}). Run: pip install 'tallystick[devdb,stripe]'"
+            "the demo needs the extras devdb and stripe. Run: pip install 'tallystick[devdb,stripe]'"
         ) from None
     if not story.run(out, users=users, workshops=workshops):
         raise typer.Exit(1)
@@ -100,8 +102,8 @@ def demo(
 
 db = typer.Typer(
     no_args_is_help=True,
-    help="An embedded PostgreSQL to develop against, in ./.tallystick (TALLYSTICK_HOME moves it). "
-    "It listens on no network, and lets only your own account in.",
+    help="An embedded PostgreSQL for development, in ./.tallystick or the folder that TALLYSTICK_HOME names. "
+    "It listens on no network, and only your own account can connect.",
 )
 app.add_typer(db, name="db", rich_help_panel="Development")
 
@@ -119,7 +121,8 @@ def start() -> None:
         url = embedded_address(server)
         server.release()
     out.print(f"PostgreSQL {server.version} runs in {server.folder}.")
-    out.print(f"DATABASE_URL={_libpq(url)}", markup=False)
+    out.print("tallystick uses it in this folder. For other programs:", markup=False)
+    out.print(f"export DATABASE_URL='{_libpq(url)}'", markup=False)
 
 
 @db.command()
@@ -130,13 +133,13 @@ def stop() -> None:
         out.print("Stopped.")
         return
     pids = ", ".join(str(pid) for pid in server.users())
-    out.print(f"Still in use by process {pids}; it stops when they have ended.")
+    out.print(f"Processes that use it: {pids}. It stops when they have ended.")
     raise typer.Exit(1)
 
 
 @db.command()
 def status(as_json: Json = False) -> None:
-    """Say whether the embedded server runs, where, and who uses it. Exit code 1 if it does not run."""
+    """Show if the embedded server runs, and its folder. Exit code 1 if it does not run."""
     server = _server()
     state = {
         "running": server.running,
@@ -169,11 +172,9 @@ def example(
             if not isinstance(error.orig, DuplicateTable):
                 raise
             raise DevServerError(
-                "the embedded database has such tables already. Look with: tallystick db psql"
+                "the embedded database has tables of these names already. To look at them: tallystick db psql"
             ) from None
-    out.print(
-        f"Made {users:,} users and {workshops:,} workshops. Next: tallystick init, then: tallystick migrate apply"
-    )
+    out.print(f"Made {users:,} users and {workshops:,} workshops. Next: tallystick init, then: tallystick migrate plan")
 
 
 @db.command()
@@ -184,9 +185,11 @@ def url() -> None:
 
 @db.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def psql(
-    arguments: Annotated[list[str] | None, typer.Argument(help="Passed on to psql.", metavar="[ARGS]…")] = None,
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="Options and arguments of psql.", metavar="ARGUMENT")
+    ] = None,
 ) -> None:
-    """Open psql on the embedded database; further arguments are psql's own."""
+    """Open psql on the embedded database."""
     server = _server()
     with server:
         embedded_address(server)

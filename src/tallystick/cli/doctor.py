@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 import typer
+from rich.markup import escape
 
 from tallystick import migrate
 from tallystick.cli.app import Invocation, Json, app, emit, invocation, out, place, plain, table
@@ -39,7 +41,7 @@ _EXTRAS = {
 
 @settings.command()
 def show(ctx: typer.Context, as_json: Json = False) -> None:
-    """Show each setting and the variable or file that it comes from. Secrets are not shown."""
+    """Show each setting, and the variable or file that it comes from. Secrets are not shown."""
     asked = invocation(ctx)
     config = asked.config()
     sources = origins(asked.config_path)
@@ -57,10 +59,25 @@ def show(ctx: typer.Context, as_json: Json = False) -> None:
     def tell() -> None:
         rows = table("setting", "value", "from")
         for name, found in values.items():
-            rows.add_row(name, "" if found["value"] is None else f"{found['value']}", f"{found['from']}")
+            for path, value in _leaves(name, found["value"]):
+                rows.add_row(path, escape(value), escape(f"{found['from']}"))
         out.print(rows)
 
     emit(values, tell, as_json=as_json)
+
+
+def _leaves(name: str, value: object) -> Iterator[tuple[str, str]]:
+    """Each single setting of a group with its path, as it is named in messages, and its value as JSON has it."""
+    if isinstance(value, dict) and value:
+        for part, inner in value.items():
+            yield from _leaves(f"{name}.{part}", inner)
+    elif isinstance(value, list) and value:
+        for number, inner in enumerate(value):
+            yield from _leaves(f"{name}.{number}", inner)
+    elif value in (None, [], {}):
+        yield name, ""
+    else:
+        yield name, value if isinstance(value, str) else json.dumps(value)
 
 
 @dataclass(frozen=True)
@@ -74,9 +91,9 @@ class Diagnosis:
 
 @app.command(rich_help_panel="Begin here")
 def doctor(ctx: typer.Context, as_json: Json = False) -> None:
-    """Check address, pooler, revision, privileges, extras and Stripe, and say what is wrong. Changes nothing.
+    """Check settings, address, pooler, revision, privileges, extras and Stripe, and name each remedy. Changes nothing.
 
-    Exit code 1 if anything is.
+    Exit code 1 if anything is wrong.
     """
     looked_at = list(_diagnoses(invocation(ctx)))
 
@@ -94,23 +111,23 @@ def _diagnoses(asked: Invocation) -> Iterator[Diagnosis]:
     try:
         config = asked.config()
     except ConfigError as error:
-        yield Diagnosis("Settings", error.message, "Correct it, and look again")
+        yield Diagnosis("Settings", error.message, "Correct it, then run: tallystick doctor")
         return
-    source = asked.database_url and "--database-url"
-    yield Diagnosis(
-        "Settings", f"the address is from {source or origins(asked.config_path).get('database_url', 'nowhere')}"
-    )
+    source = "--database-url" if asked.database_url else origins(asked.config_path).get("database_url")
+    yield Diagnosis("Settings", f"the address comes from {source}" if source else "no address is set")
     try:
         with asked.database(migrating=True) as at, connect(at.database_url or "") as conn:
             server = conn.dialect.server_version_info or ()
-            yield Diagnosis("Database", f"{place(conn)}, PostgreSQL {'.'.join(map(str, server))}")
+            yield Diagnosis(
+                "Database", f"{place(conn).removeprefix('Database ')}, PostgreSQL {'.'.join(map(str, server))}"
+            )
             sign = pooler_sign(conn)
             yield Diagnosis(
                 "Migrations",
-                "the address is a server's own" if sign is None else f"the address is a pooler's ({sign})",
-                None if sign is None else "Set DATABASE_URL_UNPOOLED to the server's own address",
+                "the address is direct, without a pooler" if sign is None else f"the address is a pooler's ({sign})",
+                None if sign is None else "Set DATABASE_URL_UNPOOLED to the server's direct address",
             )
-            yield _of_the_schema(migrate.status(conn, at))
+            yield _of_the_schema(migrate.status(conn, at), mapped="host" in config.model_fields_set)
             if config.database_url_replica:
                 yield _of_the_replica(conn, config.database_url_replica)
     except TallystickError as error:
@@ -121,9 +138,10 @@ def _diagnoses(asked: Invocation) -> Iterator[Diagnosis]:
     yield _of_stripe(config)
 
 
-def _of_the_schema(found: migrate.Status) -> Diagnosis:
+def _of_the_schema(found: migrate.Status, *, mapped: bool) -> Diagnosis:
     if found.revision is None:
-        return Diagnosis("Revision", "the database is not migrated", "Run: tallystick migrate plan")
+        step = "tallystick migrate plan" if mapped else "tallystick init"
+        return Diagnosis("Revision", "the database is not migrated", f"Run: {step}")
     if found.healthy:
         return Diagnosis("Revision", f"{found.revision}, as this package declares it")
     return Diagnosis(
@@ -139,7 +157,7 @@ def _of_the_replica(conn: sa.Connection, url: str) -> Diagnosis:
     try:
         with connect(url) as there:
             if there.execute(same).one() != conn.execute(same).one():
-                said = f"{place(there)} is no copy of this database"
+                said = f"{place(there)} is not a copy of this database"
                 return Diagnosis("Replica", said, "Correct database_url_replica")
             age, where = standby(there), place(there)
     except TallystickError as error:

@@ -20,10 +20,10 @@ from tallystick.database import connect
 from tallystick.errors import ConfigError
 from tallystick.schema import verify
 
-group = typer.Typer(name="events", no_args_is_help=True, help="A feed of the ledger's changes, for other programs.")
+group = typer.Typer(name="events", no_args_is_help=True, help="Read or deliver a feed of the ledger's changes.")
 app.add_typer(group, rich_help_panel="Credits")
 
-endpoint_group = typer.Typer(name="endpoint", no_args_is_help=True, help="Webhooks that events are delivered to.")
+endpoint_group = typer.Typer(name="endpoint", no_args_is_help=True, help="Add, list and remove webhooks.")
 group.add_typer(endpoint_group)
 
 _AGES = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -34,13 +34,13 @@ def enable(
     ctx: typer.Context,
     low_balance: Annotated[
         int | None,
-        typer.Option("--low-balance", help="The threshold: a balance below it is low; 0 for none.", min=0),
+        typer.Option("--low-balance", help="The default threshold: a balance below it is low; 0 for none.", min=0),
     ] = None,
     notify: Annotated[
         bool | None, typer.Option("--notify/--no-notify", help="Wake readers with NOTIFY tallystick_events.")
     ] = None,
 ) -> None:
-    """Write events from now on, by a trigger on the ledger. A second run changes the settings that are given."""
+    """Write events from now on, by a trigger on the ledger. A second run changes the given settings."""
     with invocation(ctx).database(migrating=True) as config:
         _say_where(address(config))
         events.enable(address(config), config, low_balance=low_balance, notify=notify)
@@ -49,7 +49,7 @@ def enable(
 
 @group.command()
 def disable(ctx: typer.Context) -> None:
-    """Write no more events. Those that were written stay."""
+    """Stop writing events. Existing events stay."""
     with invocation(ctx).database(migrating=True) as config:
         _say_where(address(config))
         events.disable(address(config), config)
@@ -67,12 +67,12 @@ def status(ctx: typer.Context, as_json: Json = False) -> None:
             out.print("Events are off. To write them: tallystick events enable")
         else:
             out.print(f"Events are on. Every row since {found.recorded_since:%Y-%m-%d %H:%M:%S} UTC has its events.")
-            low = "no threshold" if not found.low_balance else f"a balance below {found.low_balance} is low"
-            out.print(f"For users without one of their own, {low}. NOTIFY is {'on' if found.notifies else 'off'}.")
+            low = f"below {found.low_balance}" if found.low_balance else "none"
+            out.print(f"Default threshold of balance.low: {low}. NOTIFY is {'on' if found.notifies else 'off'}.")
         if found.cursor:
-            out.print(f"The newest event that readers are given is {found.cursor}.")
+            out.print(f"The newest event that readers can get: {found.cursor}.")
         if found.waiting:
-            out.print(f"{found.waiting} more wait for the end of a transaction that began to write before theirs.")
+            out.print(f"{found.waiting} more wait for the end of an older transaction.")
 
     emit(found, show, as_json=as_json)
 
@@ -80,10 +80,10 @@ def status(ctx: typer.Context, as_json: Json = False) -> None:
 @group.command()
 def follow(
     ctx: typer.Context,
-    after: Annotated[str | None, typer.Option("--after", help="Begin behind this cursor.", metavar="CURSOR")] = None,
-    poll: Annotated[float, typer.Option("--poll", help="Seconds between looks.", min=0.05)] = 1.0,
+    after: Annotated[str | None, typer.Option("--after", help="Begin after this cursor.", metavar="CURSOR")] = None,
+    poll: Annotated[float, typer.Option("--poll", help="The seconds between two queries.", min=0.05)] = 1.0,
 ) -> None:
-    """Print each event as a line of JSON, and wait for the next. Ctrl-C ends it."""
+    """Print each event as a line of JSON, and wait for the next. Stop with Ctrl-C."""
     with invocation(ctx).database(migrating=True) as config:
         try:
             for event in events.follow(address(config), config, after=after, poll_s=poll, lost=_tell_lost):
@@ -96,12 +96,12 @@ def follow(
 @group.command()
 def prune(
     ctx: typer.Context,
-    older_than: Annotated[str, typer.Option("--older-than", help="As in 30d, 12h.", metavar="AGE")],
+    older_than: Annotated[str, typer.Option("--older-than", help="The age, such as 30d or 12h.", metavar="AGE")],
 ) -> None:
-    """Remove old events, except those that a webhook has not received yet."""
+    """Remove old events, but none that a webhook has not received yet."""
     found = re.fullmatch(r"(\d{1,6})([smhdw])", older_than)
     if found is None:
-        raise typer.BadParameter(f"{older_than!r} is no age. Write a number and s, m, h, d or w, as in 30d")
+        raise typer.BadParameter(f"{older_than!r} is no age. Write a number and s, m, h, d or w, such as 30d")
     with invocation(ctx).database(migrating=True) as config:
         _say_where(address(config))
         removed = events.prune(address(config), older_than=dt.timedelta(**{_AGES[found[2]]: int(found[1])}))
@@ -120,23 +120,21 @@ def delivery() -> ModuleType:
 @endpoint_group.command("add")
 def add_endpoint(
     ctx: typer.Context,
-    name: Annotated[str, typer.Argument(help="A name of your choosing.", metavar="NAME")],
-    url: Annotated[str, typer.Argument(help="The address to POST to.", metavar="URL")],
+    name: Annotated[str, typer.Argument(help="A name that you choose.", metavar="NAME")],
+    url: Annotated[str, typer.Argument(help="The address of the webhook, https://….", metavar="URL")],
     secret_variable: Annotated[
         str,
         typer.Option("--secret-variable", help="The environment variable that holds the secret.", metavar="VARIABLE"),
     ],
     kind: Annotated[
         list[str] | None,
-        typer.Option("--kind", help="Send only events of this kind, such as balance.low; may be repeated."),
+        typer.Option("--kind", help="Send only this kind, such as balance.low; repeat the option for more."),
     ] = None,
-    after: Annotated[str | None, typer.Option("--after", help="Begin behind this cursor.", metavar="CURSOR")] = None,
-    from_oldest: Annotated[
-        bool, typer.Option("--from-oldest", help="Begin with the oldest event that is kept.")
-    ] = False,
+    after: Annotated[str | None, typer.Option("--after", help="Begin after this cursor.", metavar="CURSOR")] = None,
+    from_oldest: Annotated[bool, typer.Option("--from-oldest", help="Begin with the oldest stored event.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Deliver events to an address, from now on. A second run changes the options that are given."""
+    """Add a webhook that gets the events from now on. A second run changes the given options."""
     with mapped(ctx, changes=True) as (conn, _):
         added = delivery().add_endpoint(
             conn,
@@ -147,7 +145,7 @@ def add_endpoint(
             after=after,
             from_oldest=from_oldest,
         )
-    emit(added, lambda: out.print(f"To deliver to {name}: tallystick events deliver"), as_json=as_json)
+    emit(added, lambda: out.print(f"Added {name}. To deliver its events: tallystick events deliver"), as_json=as_json)
 
 
 @endpoint_group.command("list")
@@ -178,15 +176,16 @@ def remove_endpoint(ctx: typer.Context, name: Annotated[str, typer.Argument(help
 @group.command()
 def deliver(
     ctx: typer.Context,
-    once: Annotated[bool, typer.Option("--once", help="Deliver the events that are due now, and end.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Deliver the events that are due now, then stop.")] = False,
     attempts: Annotated[
-        int, typer.Option("--attempts", help="Attempts after which an event is a dead letter.", min=1, max=10)
+        int,
+        typer.Option("--attempts", help="The number of attempts after which an event is a dead letter.", min=1, max=10),
     ] = 10,
     timeout: Annotated[
-        float, typer.Option("--timeout", help="Seconds in which an endpoint must answer.", min=0.1)
+        float, typer.Option("--timeout", help="The seconds in which an endpoint must answer.", min=0.1)
     ] = 15.0,
 ) -> None:
-    """POST each event to each endpoint, in order, until it is accepted. Ctrl-C ends it."""
+    """POST each event to each endpoint, in order, until it is accepted. Stop with Ctrl-C."""
     module = delivery()
     with invocation(ctx).database(migrating=True) as config:
         url = address(config)
@@ -229,10 +228,11 @@ def replay(
     ctx: typer.Context,
     endpoint: Annotated[str, typer.Argument(help="The endpoint's name.", metavar="ENDPOINT")],
     event: Annotated[
-        list[int] | None, typer.Argument(help="Events, as dead-letters lists them; all by default.", metavar="EVENT")
+        list[int] | None,
+        typer.Argument(help="The numbers of events, as dead-letters lists them; by default all.", metavar="EVENT"),
     ] = None,
 ) -> None:
-    """Send dead letters of an endpoint once more."""
+    """Send the dead letters of an endpoint again."""
     module = delivery()
     with invocation(ctx).database() as config, connect(address(config)) as conn:
         note(place(conn))
@@ -251,13 +251,17 @@ def low_balance(
     ctx: typer.Context,
     user: UserArgument,
     threshold: Annotated[
-        int | None, typer.Option("--below", help="Credits; 0 for never. Left out, the default applies.", min=0)
+        int | None,
+        typer.Option("--below", help="The threshold in credits; 0 for never. Without it the default applies.", min=0),
     ] = None,
 ) -> None:
-    """Set the balance below which the event balance.low is written for a user."""
+    """Set a user's threshold: the event balance.low is written when the balance falls below it."""
     with mapped(ctx, changes=True) as (conn, config):
         Accounts(config).set_low_balance(conn, user_key(conn, config, user), threshold)
+        enabled = events.status(conn).enabled
     out.print("Done.")
+    if not enabled:
+        note("Events are off. To write them: tallystick events enable")
 
 
 def _say_where(url: str) -> None:
@@ -273,7 +277,7 @@ def _tell(told: Any) -> None:
     if isinstance(told, str):
         note(told)
     elif told.error is None:
-        out.print(f"{told.endpoint}: event {told.event_id} {told.kind} was taken.", markup=False)
+        out.print(f"{told.endpoint}: event {told.event_id} {told.kind} was accepted.", markup=False)
     else:
-        then = "It is a dead letter: tallystick events dead-letters" if told.dead else "It will be sent again"
+        then = "It is a dead letter now: tallystick events dead-letters" if told.dead else "It will be sent again"
         note(f"{told.endpoint}: event {told.event_id} {told.kind}: {told.error}. {then}.")

@@ -33,7 +33,7 @@ from tallystick.cli.app import (
 )
 from tallystick.config import FILE_NAME, INTEGER_KEYS, Config
 from tallystick.database import said, translated
-from tallystick.errors import ConfigError, InvalidArgument, Key, NotMigrated, TallystickError, shown
+from tallystick.errors import ConfigError, InvalidArgument, Key, NotMigrated, TallystickError, UnknownUser, shown
 from tallystick.ledger import CreditTransaction, Ledger, close_all_days
 from tallystick.schema import Schema, agreed, verify
 
@@ -44,7 +44,9 @@ if TYPE_CHECKING:
 
 KeyOption = Annotated[
     str | None,
-    typer.Option("--key", help="Name this intent, so that a second run changes nothing. One is made if left out."),
+    typer.Option(
+        "--key", help="A name of this intent: a second run with the same name changes nothing. By default a new one."
+    ),
 ]
 
 
@@ -61,12 +63,11 @@ class OfUser(TyperCommand):
 
 
 def user_key(conn: sa.Connection, config: Config, text: str) -> Key:
-    """The key of the user whose e-mail address or key was typed. Raises InvalidArgument."""
+    """The key of the user whose e-mail address or key was typed. Raises InvalidArgument, UnknownUser."""
     schema = Schema.of(config.host)
     if "@" in text and "email" not in schema.users.c and config.host.users.key_type in {"uuid", *INTEGER_KEYS}:
         raise InvalidArgument(
-            f"user={shown(text)}: e-mail addresses are not known here, since no column with them is mapped "
-            "(host.users.email). Pass the user's key",
+            f"user={shown(text)}: no column with e-mail addresses is mapped (host.users.email). Pass the user's key",
             argument="user",
             value=text,
         )
@@ -76,12 +77,16 @@ def user_key(conn: sa.Connection, config: Config, text: str) -> Key:
             found = conn.scalars(sa.select(schema.users.c.key).where(address == text.lower()).limit(2)).all()
         if len(found) > 1:
             raise InvalidArgument(
-                f"user={shown(text)}: more than one user has this address. Pass the key of the one",
+                f"user={shown(text)}: more than one user has this address. Pass the user's key",
                 argument="user",
                 value=text,
             )
         if found:
             return found[0]  # type: ignore[no-any-return]  # of the host's own type
+        if config.host.users.key_type in {"uuid", *INTEGER_KEYS}:
+            raise UnknownUser(
+                f"no user has the e-mail address {shown(text)}. Check its spelling, or pass the user's key", user=text
+            )
     return schema.user_key_of(text)
 
 
@@ -133,7 +138,7 @@ def balance(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> No
         now = Ledger(config).standing(conn, user_key(conn, config, user))
 
     def show() -> None:
-        kept = f", of which holds keep {now.held} and {now.available} can be spent" if now.held else ""
+        kept = f": {now.held} set aside by holds, {now.available} to spend" if now.held else ""
         out.print(f"{credits_of(now.balance)}{kept}")
 
     told = {"user": user, "balance": now.balance, "held": now.held, "available": now.available}
@@ -142,7 +147,7 @@ def balance(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> No
 
 @app.command(cls=OfUser, rich_help_panel="Credits")
 def lots(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> None:
-    """Show a user's credits that expire, those first that are spent first."""
+    """Show a user's credits that expire, in the order in which they are spent."""
     with mapped(ctx, only_reads=True) as (conn, config):
         ledger, key = Ledger(config), user_key(conn, config, user)
         ledger.balance(conn, key)  # an unknown user is an error here, not an empty list
@@ -197,7 +202,9 @@ def history(
     ctx: typer.Context,
     user: UserArgument,
     limit: Annotated[int, typer.Option("--limit", help="Rows to show.", min=1, max=1000)] = 50,
-    before: Annotated[str | None, typer.Option("--before", help="Read on after this cursor.", metavar="CURSOR")] = None,
+    before: Annotated[
+        str | None, typer.Option("--before", help="Show the rows after this cursor.", metavar="CURSOR")
+    ] = None,
     failed: Annotated[bool, typer.Option("--failed", help="Show failed purchases too.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -248,15 +255,13 @@ def _move(
 def consume(
     ctx: typer.Context,
     user: UserArgument,
-    workshop: Annotated[
-        str | None, typer.Option("--workshop", help="Unlock this workshop with it.", metavar="KEY")
-    ] = None,
-    amount: Annotated[int, typer.Option("--amount", help="Credits to spend.")] = 1,
+    workshop: Annotated[str | None, typer.Option("--workshop", help="The workshop to unlock.", metavar="KEY")] = None,
+    amount: Annotated[int, typer.Option("--amount", help="The number of credits.")] = 1,
     key: KeyOption = None,
     description: Annotated[str | None, typer.Option("--description", help="The text in the user's history.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Spend a user's credits, and unlock a workshop with them."""
+    """Spend a user's credits, for a workshop or for anything else."""
     _move(
         ctx,
         user,
@@ -280,7 +285,9 @@ def grant(
     description: Annotated[str, typer.Option("--description", help="The text in the user's history.")] = "Granted",
     expires_in: Annotated[
         float | None,
-        typer.Option("--expires-in", help="Let them expire after this number of days.", metavar="DAYS", min=0.001),
+        typer.Option(
+            "--expires-in", help="The number of days after which these credits expire.", metavar="DAYS", min=0.001
+        ),
     ] = None,
     key: KeyOption = None,
     as_json: Json = False,
@@ -326,7 +333,7 @@ def _takes_back(
 
 RowArgument = Annotated[UUID, typer.Argument(help="The id of the row, as `tallystick history` shows it.", metavar="ID")]
 AllOption = Annotated[
-    int | None, typer.Option("--credits", help="The number of credits; all that are left by default.")
+    int | None, typer.Option("--credits", help="The number of credits; by default all that are left.")
 ]
 DescriptionOption = Annotated[str | None, typer.Option("--description", help="The text in the user's history.")]
 
@@ -341,7 +348,7 @@ def reverse(
     description: DescriptionOption = None,
     as_json: Json = False,
 ) -> None:
-    """Give credits of a consumption back. All of it locks its workshop again."""
+    """Give a consumption's credits back. If all are given back, its workshop is locked again."""
     _takes_back(ctx, user, "reverse", consumption, credits=credits, key=key, description=description, as_json=as_json)
 
 
@@ -365,10 +372,10 @@ def sweep(
     limit: Annotated[int, typer.Option("--limit", help="Users in one transaction.", min=1, max=100_000)] = 1000,
     as_json: Json = False,
 ) -> None:
-    """Write the rows for holds and credits that have expired, of users without a write since then.
+    """Write the rows for expired holds and credits of users without a write since then.
 
-    Balances that Tallystick gives are right without it: run it once a day, for code that reads the tables directly. It
-    also adds up the days that are over, so that the console's overview need not read their rows.
+    Tallystick gives the right balances without it. Run it once a day for code that reads the tables directly. It also
+    adds up past days, so that the console's overview need not read their rows.
     """
     swept = 0
     while True:
@@ -384,25 +391,25 @@ def sweep(
             pool = conn.engine
         left = close_all_days(pool, Ledger(config))
     except TallystickError as refused:
-        note(f"No day was added up for the console's overview, which reads their rows instead: {refused.message}")
+        note(f"Past days were not added up for the console, which reads their rows instead: {refused.message}")
     else:
         if left:
-            note(f"{left} of the last 60 days wait for transactions that are open; the next sweep adds them up.")
+            note(f"{left} of the last 60 days wait for open transactions. The next sweep adds them up.")
 
 
-allowances = typer.Typer(no_args_is_help=True, help="Credits that a plan gives every week or month.")
+allowances = typer.Typer(no_args_is_help=True, help="Give the credits of a plan for this week or month.")
 app.add_typer(allowances, name="allowances", rich_help_panel="Credits")
 
 
 @allowances.command("run")
 def allowances_run(ctx: typer.Context, as_json: Json = False) -> None:
-    """Give every user the credits that the plan gives in this period, if the user has not got them yet.
+    """Give each user the plan's credits for this period, unless they are given already.
 
-    It may be run at any time, and again after it was interrupted: nothing is given twice.
+    You may run it at any time, also after an interruption: nothing is given twice.
     """
     with mapped(ctx, changes=True) as (conn, config):
         if not config.allowances:
-            raise ConfigError("no plan gives credits. Write [[allowances]] into tallystick.toml", key="allowances")
+            raise ConfigError("no plan has an allowance. Write [[allowances]] into tallystick.toml", key="allowances")
         pool = conn.engine
     # without a transaction around those of the users
     with progress_bar("Giving") as progress:
@@ -421,13 +428,13 @@ def hold_place(
     user: UserArgument,
     credits: Annotated[int, typer.Argument(help="The number of credits.", metavar="CREDITS")],
     minutes: Annotated[
-        float, typer.Option("--minutes", help="The time that it lasts, from 1 second to 366 days.", min=0.02)
+        float, typer.Option("--minutes", help="The time after which it ends, up to 366 days.", min=0.02)
     ] = 15,
     key: KeyOption = None,
     description: DescriptionOption = None,
     as_json: Json = False,
 ) -> None:
-    """Set credits aside."""
+    """Set credits aside for work under way."""
     with mapped(ctx, changes=True) as (conn, config):
         ledger = Ledger(config)
         held = ledger.hold(
@@ -438,7 +445,12 @@ def hold_place(
             expires_in=dt.timedelta(minutes=min(minutes, 1e6)),
             description=description,
         )
-    said = f"{'Held already' if held.replayed else 'Held'}: {credits_of(credits)}, {held.id}."
+    word = "Held already" if held.replayed else "Held"
+    until = f" until {held.expires_at.astimezone(dt.UTC):%Y-%m-%d %H:%M:%S} UTC" if held.expires_at else ""
+    said = (
+        f"{word}: {credits_of(credits)}{until}, {held.id}.\n"
+        f"To charge them: tallystick hold capture {shlex.quote(user)} {held.id}"
+    )
     emit(held, lambda: out.print(said, markup=False), as_json=as_json)
 
 
@@ -448,9 +460,9 @@ def hold_capture(
     user: UserArgument,
     hold: RowArgument,
     credits: Annotated[
-        int | None, typer.Option("--credits", help="The number of credits; all that are held by default.")
+        int | None, typer.Option("--credits", help="The number of credits; by default all that are held.")
     ] = None,
-    debt: Annotated[bool, typer.Option("--debt", help="Also charge credits that the balance does not cover.")] = False,
+    debt: Annotated[bool, typer.Option("--debt", help="Also charge credits beyond the balance, as a debt.")] = False,
     as_json: Json = False,
 ) -> None:
     """Charge a hold, once."""
@@ -464,7 +476,7 @@ def hold_capture(
 
 @holds.command("release", cls=OfUser)
 def hold_release(ctx: typer.Context, user: UserArgument, hold: RowArgument, as_json: Json = False) -> None:
-    """Give a hold up: its credits can be spent again."""
+    """End a hold without a charge: its credits can be spent again."""
     with mapped(ctx, changes=True) as (conn, config):
         done = Ledger(config).release(conn, user_key(conn, config, user), hold)
     said = f"{'Released already' if done.replayed else 'Released'}: {done.description}, {done.id}."
@@ -479,13 +491,13 @@ def refund(
         str, typer.Argument(help="The id of the purchase, as `tallystick history` shows it.", metavar="PURCHASE")
     ],
     credits: Annotated[
-        int | None, typer.Option("--credits", help="Credits to take back; all that is left of it if left out.")
+        int | None, typer.Option("--credits", help="The number of credits; by default all that are left.")
     ] = None,
     key: KeyOption = None,
     description: Annotated[str | None, typer.Option("--description", help="The text in the user's history.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Take back credits of a purchase. This moves credits only; the money is Stripe's to return."""
+    """Take back credits of a purchase. It moves no money; tallystick stripe refund moves both."""
     _move(
         ctx,
         user,
@@ -510,9 +522,9 @@ def complete(
     user: UserArgument,
     purchase: PurchaseArgument,
     amount_paid: Annotated[
-        int | None, typer.Option("--amount-paid", help="The amount that was paid, in minor units: 7900 for $79.00.")
+        int | None, typer.Option("--amount-paid", help="The amount paid, in minor units: 7900 for $79.00.")
     ] = None,
-    currency: Annotated[str | None, typer.Option("--currency", help="Its currency, as usd.")] = None,
+    currency: Annotated[str | None, typer.Option("--currency", help="The currency, such as usd.")] = None,
     as_json: Json = False,
 ) -> None:
     """Give the credits of a purchase that was paid. A second run changes nothing."""
@@ -549,11 +561,11 @@ def onboarding(
     ctx: typer.Context,
     user: UserArgument,
     complete: Annotated[
-        bool | None, typer.Option("--complete/--reset", help="Mark it as complete, or show it again.")
+        bool | None, typer.Option("--complete/--reset", help="Mark the onboarding as complete, or as not begun.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show whether a user's onboarding is complete, or change it."""
+    """Show or change a user's onboarding state."""
     with mapped(ctx, changes=complete is not None, only_reads=complete is None) as (conn, config):
         accounts, key = Accounts(config), user_key(conn, config, user)
         if complete is None:
@@ -572,22 +584,20 @@ def audit(
     user: Annotated[str | None, typer.Option("--user", help="Only this user.", metavar="KEY")] = None,
     since: Annotated[
         dt.datetime | None,
-        typer.Option("--since", help="Only users whose ledger changed since then (UTC).", metavar="TIME"),
+        typer.Option("--since", help="Only users whose ledger has changed since this time (UTC).", metavar="TIME"),
     ] = None,
     after: Annotated[
         str | None,
-        typer.Option("--after", help="Only users after this one: continue an interrupted audit.", metavar="KEY"),
+        typer.Option("--after", help="Continue an interrupted audit after this user.", metavar="KEY"),
     ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Leave out completed_in_order, which takes longer than all others.")
-    ] = False,
-    limit: Annotated[int, typer.Option("--limit", help="Findings to show at most.", min=1)] = 100,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out the slowest check, completed_in_order.")] = False,
+    limit: Annotated[int, typer.Option("--limit", help="The largest number of findings to show.", min=1)] = 100,
     checks: Annotated[bool, typer.Option("--checks", help="List what is checked, and exit.")] = False,
     as_json: Json = False,
 ) -> None:
     """Check every balance against its ledger. Changes nothing; exit code 1 if a fault is found.
 
-    It shares no code with what wrote the ledger.
+    The audit shares no code with the ledger's functions.
     """
     from tallystick import audit as auditing  # noqa: PLC0415 - no other command waits for its import
 
@@ -618,7 +628,7 @@ def audit(
                 for part in parts:
                     show_findings(part)
                 behind = shlex.quote(str(parts[-1].last))
-                note(f"Stopped. To go on with the users that were not looked at: tallystick audit --after {behind}")
+                note(f"Stopped. To check the other users: tallystick audit --after {behind}")
             raise
     emit(report, lambda: show_audit(report), as_json=as_json)
     if not report.clean:
@@ -635,7 +645,7 @@ def show_audit(report: AuditReport) -> None:
         more = " or more" if report.truncated else ""
         out.print(f"[red]{faults}{more} {'fault' if faults == 1 and not more else 'faults'}[/] in {size}.")
     if waiting := len(report.findings) - faults:
-        out.print(f"{waiting} more to look at, by which no balance is wrong.")
+        out.print(f"{waiting} more {'finding' if waiting == 1 else 'findings'}, by which no balance is wrong.")
     show_findings(report)
 
 

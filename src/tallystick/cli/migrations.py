@@ -31,7 +31,7 @@ from tallystick.progress import Progress
 
 migrations = typer.Typer(
     no_args_is_help=True,
-    help="Migrate a live database for this package, and back, without stalling its traffic.",
+    help="Migrate a live database, and back, without stalling its traffic.",
 )
 app.add_typer(migrations, name="migrate", rich_help_panel="Begin here")
 
@@ -66,12 +66,14 @@ StallBudget = Annotated[
     int,
     typer.Option(
         "--stall-budget-ms",
-        help="The longest that one attempt may let live traffic wait for a lock.",
+        help="The longest time for which one attempt may make traffic wait for a lock.",
         min=1,
         metavar="MS",
     ),
 ]
-GiveUpAfter = Annotated[float, typer.Option("--give-up-after", help="For how long to try.", min=1, metavar="SECONDS")]
+GiveUpAfter = Annotated[
+    float, typer.Option("--give-up-after", help="The time after which to stop trying.", min=1, metavar="SECONDS")
+]
 
 
 class Credits(StrEnum):
@@ -108,37 +110,33 @@ def init(
     ] = None,
     users_key: Annotated[
         str | None,
-        typer.Option(
-            "--users-key", help="The column that users are known by, if not their primary key.", metavar="COLUMN"
-        ),
+        typer.Option("--users-key", help="The key column of users, if it is not their primary key.", metavar="COLUMN"),
     ] = None,
     balance: Annotated[
         str | None,
         typer.Option(
             "--balance",
-            help="The column of users that holds credits already, to be adopted; 'none' if there is none.",
+            help="The column of users that holds credits already, and is adopted; 'none' if there is none.",
             metavar="COLUMN",
         ),
     ] = None,
     credits: Annotated[
         Credits | None,
-        typer.Option(
-            "--credits", help="The type of a number of credits; bigint for one that counts in parts of a credit."
-        ),
+        typer.Option("--credits", help="The type of amounts and balances: bigint if you count in parts of a credit."),
     ] = None,
     own_columns: Annotated[
         bool,
         typer.Option(
             "--own-columns",
-            help="Add stripe_customer_id, updated_at and deleted_at even where the app has them in another spelling, "
-            "as deletedAt.",
+            help="Add stripe_customer_id, updated_at and deleted_at also where the app has such a column in another "
+            "spelling, such as deletedAt.",
         ),
     ] = False,
     output: Annotated[Path, typer.Option("--output", help="The file to write.", metavar="FILE")] = Path(FILE_NAME),
-    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Read the app's database, propose which tables and columns are which, and write tallystick.toml.
+    """Read the app's database, propose the mapping to its tables and columns, and write it to tallystick.toml.
 
     Changes nothing in the database.
     """
@@ -153,7 +151,7 @@ def init(
     again = _init_again(given, own_columns=own_columns)
     if output.exists() and not force:
         raise ConfigError(
-            f"{output} is there already. To write it anew: {again}",
+            f"{output} exists already. To replace it: {again}",
             path=str(output),
             line=None,
             key=None,
@@ -199,24 +197,24 @@ def init(
             )
         if host.workshops is not None and host.workshops.created_at is None:
             out.print(
-                f"No column of {host.workshops.schema}.{host.workshops.table} seems to hold the time at which a "
-                "workshop was made. With the paywall on, older workshops need a credit too. If there is such a column, "
-                "set created_at to it.",
+                f"           {host.workshops.schema}.{host.workshops.table} seems to have no column with the time at "
+                "which a workshop was made, so old workshops will need a credit too. If there is one, set created_at "
+                "to it in the file.",
                 markup=False,
             )
         if adopts:
             column = f"{named.schema}.{named.table}.{named.balance}"
             without = _init_again({**given, "--balance": "none"}, own_columns=own_columns)
             out.print(
-                f"balance    {column}, which the app has already: its credits are kept and taken into the ledger. To "
-                f"see them: tallystick adopt. If it means something else: {without}",
+                f"balance    {column}: these credits are kept and taken into the ledger. To see them: tallystick "
+                f"adopt. If the column means something else: {without}",
                 markup=False,
             )
         if in_place:
             which = ", ".join(f"{column} is used for {ours}" for column, ours in in_place)
             out.print(
                 f"columns    {which}. The app has {'it' if len(in_place) == 1 else 'them'} already, and no second one "
-                f"is added. If one means something else: {again} --own-columns",
+                f"is added. If a column means something else: {again} --own-columns",
                 markup=False,
             )
         kept = {name: given[name] for name in ("--credits", "--output")}
@@ -249,15 +247,13 @@ def plan(
     ctx: typer.Context,
     backup: Annotated[
         Path | None,
-        typer.Option(
-            "--backup", help="A backup that you plan to write: check if there is room for it.", metavar="FILE"
-        ),
+        typer.Option("--backup", help="Also check that there is room for a backup at this path.", metavar="FILE"),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show each statement that apply would run, with its lock, and who is in the way now. Changes nothing.
+    """Show each statement that apply would run, its lock, and the sessions in its way now. Changes nothing.
 
-    Exit code 1 where something would stop it.
+    Exit code 1 if something would stop apply.
     """
     with migrating(ctx) as (conn, config):
         here = f"{place(conn)}, {mapping(ctx, config)}."
@@ -284,7 +280,7 @@ def plan(
         for finding in planned.findings:
             out.print(f"{finding.severity.capitalize()}: {finding.text}.", markup=False)
         if not stopped:
-            out.print("All of it happens, or nothing. Next: tallystick migrate apply")
+            out.print("Apply makes all of these changes, or none. Next: tallystick migrate apply")
 
     emit(planned, show, as_json=as_json)
     if stopped:
@@ -300,9 +296,9 @@ def _show_trackers(found: Sequence[migrate.Tracker]) -> None:
 
 
 _PHASES = {
-    "prepare": "First, what no traffic can feel",
-    "locked": "Then, as one message with its COMMIT, under the lock",
-    "online": "Afterwards, each alone, beside the traffic",
+    "prepare": "First, statements that no traffic waits for",
+    "locked": "Then, under the locks, sent with COMMIT as one message",
+    "online": "Afterwards, one by one, while traffic goes on",
 }
 
 
@@ -326,7 +322,7 @@ def show_plan(console: Console, planned: migrate.Plan, *, brief: bool = False) -
                 line("      " + ", ".join([_locks(statement), *costs]), "dim")
         if others := len(of_phase) - len(felt):
             line(
-                f"  and {others} {'more that locks' if others == 1 else 'more that lock'} nothing which is there",
+                f"  and {others} more {'statement' if others == 1 else 'statements'}, which lock no existing table",
                 "dim",
             )
 
@@ -342,15 +338,13 @@ def _locks(statement: migrate.PlannedStatement) -> str:
 def sql(
     ctx: typer.Context,
     offline: Annotated[
-        bool, typer.Option("--offline", help="Print it without a database, as for one without any of our columns.")
+        bool, typer.Option("--offline", help="Print it without a database, for tables that have none of our columns.")
     ] = False,
     role: Annotated[
         str | None,
         typer.Option(
             "--role",
-            help="Print instead the grants that let this role run the ledger's functions and write no "
-            "balance: for an app that "
-            "does not own its tables.",
+            help="Print instead the grants with which this role can run the ledger's functions and write no balance.",
             metavar="ROLE",
         ),
     ] = None,
@@ -358,12 +352,12 @@ def sql(
         bool, typer.Option("--revoke", help="With --role: print the statements that take the grants back.")
     ] = False,
     functions: Annotated[
-        bool, typer.Option("--functions", help="Print the ledger's functions alone, to put them back as they were.")
+        bool, typer.Option("--functions", help="Print the ledger's functions alone, to restore them.")
     ] = False,
 ) -> None:
-    """Print what apply would run as one script, for review or for another tool to run."""
+    """Print the migration as one SQL script, for review or for another tool."""
     if revoke and role is None:
-        raise typer.BadParameter("--revoke takes back the grants of a role. Name it: --role ROLE")
+        raise typer.BadParameter("--revoke takes back the grants of a role. Name the role: --role ROLE")
     if role is not None:
         script = (roles.revoke if revoke else roles.grant)(invocation(ctx).config().host, role)
         out.print(script, markup=False)
@@ -377,7 +371,7 @@ def sql(
 
 
 _NOT_MIGRATED = "Not migrated yet. Run: tallystick migrate plan, then: tallystick migrate apply"
-_NO_REMEDY = "tallystick migrate apply does not mend it: find out who changed it, then restore what is expected"
+_NO_REMEDY = "tallystick migrate apply does not mend this: find out who changed it, then restore the expected state"
 _PREPARED = (
     "On the way to revision {}: its new objects exist, and nothing uses them yet. "
     "To continue: tallystick migrate apply. To remove them: {}"
@@ -389,11 +383,11 @@ def status(
     ctx: typer.Context,
     drizzle: Annotated[
         Path | None,
-        typer.Option("--drizzle", help="The app's folder of Drizzle migrations, to compare.", metavar="FOLDER"),
+        typer.Option("--drizzle", help="Also compare the app's Drizzle migrations in this folder.", metavar="FOLDER"),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say at which revision the database is, and what differs from what it should be. Exit code 1 unless healthy."""
+    """Show the database's revision, and each difference from the expected schema. Exit code 1 if there is one."""
     with migrating(ctx) as (conn, config):
         found = migrate.status(conn, config)
         others = migrate.trackers(conn, drizzle=drizzle)
@@ -425,7 +419,8 @@ def _show_status(found: migrate.Status, host: HostMapping) -> None:
     if found.revision != found.head:
         out.print("Run: tallystick migrate apply")
     elif found.drift:
-        out.print(f"[red]{len(found.drift)} differences[/] from what this package declares:")
+        count = len(found.drift)
+        out.print(f"[red]{count} {'difference' if count == 1 else 'differences'}[/] from what this package declares:")
         for drift in found.drift:
             out.print(f"  {drift}", markup=False)
             out.print(f"    {f'Mend it: {drift.remedy}' if drift.remedy else _NO_REMEDY}", markup=False)
@@ -438,7 +433,7 @@ def snippet(
     ctx: typer.Context,
     tool: Annotated[str, typer.Argument(help=f"One of: {', '.join(migrate.TOOLS)}.", metavar="TOOL")],
 ) -> None:
-    """Print the lines for the app's own schema file, so that its tool does not take our columns for leftovers."""
+    """Print the lines for the app's own schema file, so that its tool does not drop our columns."""
     config, host = invocation(ctx).config(), None
     if config.database_url or postgres.default_folder().exists():  # it knows which columns the app had before
         try:
@@ -460,7 +455,7 @@ def apply(
     ctx: typer.Context,
     backup: Annotated[
         Path | None,
-        typer.Option("--backup", help="Take a verified backup into this file before.", metavar="FILE"),
+        typer.Option("--backup", help="Take a verified backup into this file first.", metavar="FILE"),
     ] = None,
     stall_budget_ms: StallBudget = migrate.STALL_BUDGET_MS,
     give_up_after: GiveUpAfter = migrate.GIVE_UP_AFTER_S,
@@ -468,8 +463,8 @@ def apply(
         bool,
         typer.Option(
             "--two-transactions",
-            help="For a database too busy to be locked otherwise: commit the new objects first, then try the locked "
-            "part alone. Interrupted between them, the next apply goes on, and undo takes them away.",
+            help="For a database that is too busy: commit the new objects first, then the locked part alone. After an "
+            "interruption between the two, the next apply goes on, and undo removes the objects.",
         ),
     ] = False,
     as_json: Json = False,
@@ -500,7 +495,7 @@ def apply(
         for tool in tools if receipt.changed else ():
             out.print(
                 f"The app uses {tool.name} ({tool.sign}), which {tool.otherwise}. Next: tallystick migrate snippet "
-                f"{tool.snippet}, and put its lines into the app's schema files",
+                f"{tool.snippet}. Put its lines into the app's schema files",
                 markup=False,
             )
 
@@ -520,13 +515,16 @@ def adopt(
     ] = False,
     cut_over: Annotated[
         bool,
-        typer.Option("--cut-over", help="The app's own code writes balances no more: stop recording its changes."),
+        typer.Option(
+            "--cut-over", help="Stop recording the app's own changes of balances, once none of its code makes any."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
     """For an app that has credits already: show its balances and its history, and take them into the ledger.
 
-    Before the migration it only looks. After it, balances that the ledger has not taken up are opened, beside traffic.
+    Before the migration it changes nothing. After it, it opens the balances that are not in the ledger yet, while
+    traffic goes on.
     """
     with invocation(ctx).database(migrating=True) as config:
         config = _say_where(ctx, config)  # noqa: PLW2901 - the same, with the database's mapping
@@ -551,29 +549,36 @@ def adopt(
     emit({"own_credits": found, "did": did}, show, as_json=as_json)
 
 
+def _users(number: int) -> str:
+    return f"{number:,} user" if number == 1 else f"{number:,} users"
+
+
 def _show_own_credits(found: migrate.OwnCredits) -> None:
-    out.print(f"{found.column}: {found.users:,} users have {found.credits:,} credits.", markup=False)
+    out.print(f"{found.column}: {found.credits:,} credits of {_users(found.users)}.", markup=False)
     if found.migrated:
+        waiting = f" Without an opening balance: {_users(found.waiting)}." if found.waiting else ""
         out.print(
-            f"In the ledger: the opening balances of {found.opened:,} users, and {found.changed_by_app:,} changes "
-            f"by the app's own code since then. {found.waiting:,} users have no opening balance yet."
+            f"In the ledger: opening balances of {_users(found.opened)}. Changes by the app's own code since then: "
+            f"{found.changed_by_app:,}.{waiting}"
         )
     if (history := found.history) is None:
-        out.print("No table looks like a history of credits. If there is one: tallystick adopt --history TABLE")
+        out.print("No table looks like a history of credits. If you have one: tallystick adopt --history TABLE")
         return
-    signs = ", each amount with the sign that its type tells" if history.signs_from_type else ""
+    signs = ", with the sign of each amount by its type" if history.signs_from_type else ""
     out.print(f"{history.table}: {history.rows:,} rows{signs}.", markup=False)
     if history.wrong_balances:
-        out.print(f"  {history.wrong_balances:,} rows note a balance that is not the sum of the rows up to them.")
+        out.print(f"  Rows whose stored balance is not the sum up to them: {history.wrong_balances:,}.")
     if not history.differing:
-        out.print("  Its sum is the balance of each user.")
+        out.print("  For each user the sum of these rows is the balance.")
         return
-    out.print(f"  Its sum differs from the balance for {history.differing:,} users:")
+    out.print(f"  The sum of these rows differs from the balance of {_users(history.differing)}:")
     for one in history.differences:
         out.print(f"    {one.user}: has {one.balance:,}, the history gives {one.history:,} ({one.by:+,})", markup=False)
     if history.differing > len(history.differences):
         out.print(f"    and {history.differing - len(history.differences):,} more")
-    out.print("  The balance counts: it is what users see. To correct one, change it in the app before it is opened.")
+    out.print("  The balance is kept, since users see it.")
+    if found.follows or not found.migrated:
+        out.print("  To correct a balance, change it in the app, before the cut-over.")
 
 
 def _next_of(found: migrate.OwnCredits) -> str:
@@ -582,24 +587,20 @@ def _next_of(found: migrate.OwnCredits) -> str:
     if not found.follows:
         return "Only the ledger writes balances. Next: tallystick audit"
     if found.waiting:
-        return "Next: tallystick adopt, once the transactions that hold these users have ended"
+        return "Next: run tallystick adopt again when the transactions that hold these users have ended"
     return (
-        "Next: deploy code that spends and grants through the ledger. The old code may run beside it. When no "
-        "old code runs any more: tallystick adopt --cut-over"
+        "Next: deploy code that spends and grants through the ledger; the old code may run beside it. When no old "
+        "code runs any more: tallystick adopt --cut-over"
     )
 
 
 @migrations.command()
 def undo(
     ctx: typer.Context,
-    discard_ledger: Annotated[
-        bool, typer.Option("--discard-ledger", help="Throw the ledger's rows away with it.")
-    ] = False,
+    discard_ledger: Annotated[bool, typer.Option("--discard-ledger", help="Delete the ledger's rows too.")] = False,
     to: Annotated[
         str | None,
-        typer.Option(
-            "--to", help="Go back to this revision alone, which the database was at before.", metavar="REVISION"
-        ),
+        typer.Option("--to", help="Only go back to this earlier revision.", metavar="REVISION"),
     ] = None,
     stall_budget_ms: StallBudget = migrate.STALL_BUDGET_MS,
     give_up_after: GiveUpAfter = migrate.GIVE_UP_AFTER_S,
@@ -631,15 +632,16 @@ class Widenable(StrEnum):
 @migrations.command("widen-key")
 def widen_key(
     ctx: typer.Context,
-    table: Annotated[Widenable, typer.Argument(help="The table whose key is to grow, by our word.", metavar="TABLE")],
+    table: Annotated[
+        Widenable, typer.Argument(help="users or workshops: the table whose key becomes larger.", metavar="TABLE")
+    ],
     give_up_after: GiveUpAfter = 60,
     as_json: Json = False,
 ) -> None:
-    """Give the ledger the larger type, before the app makes a key larger: bigint for integer.
+    """Give the ledger bigint keys, before the app changes a key from integer to bigint.
 
-    The ledger is written anew, up to half a minute for each million rows, and whoever uses it waits for that long: it
-    is a step for a quiet time. Afterwards every connection of the app must be renewed. A run that was ended is finished
-    by the next.
+    The ledger is rewritten, up to half a minute for each million rows, and its callers wait meanwhile: run it at a
+    quiet time. Afterwards renew every connection of the app. To finish an interrupted run, run the command again.
     """
     with invocation(ctx).database(migrating=True) as config:
         with awake(config) as conn:  # the mapping is the database's: the file may say the larger type, or not yet
@@ -650,8 +652,8 @@ def widen_key(
         took = f" The ledger was locked for {widened.rewrite_ms:,.0f} ms." if widened.rewrite_ms else ""
         out.print(f"Now bigint: {', '.join(widened.columns)}, and the ledger's functions.{took}", markup=False)
         out.print(
-            "Next: Renew every connection of your app (restart it; RECONNECT in PgBouncer): what they have prepared "
-            'fails with "cached plan must not change result type".',
+            "Next: renew every connection of your app (restart it; RECONNECT in PgBouncer). Statements that they have "
+            'prepared fail with "cached plan must not change result type".',
             markup=False,
         )
         out.print(
@@ -668,30 +670,33 @@ def widen_key(
 def rehearse(
     ctx: typer.Context,
     backup_file: Annotated[
-        Path | None, typer.Option("--from", help="A backup, instead of copying the database now.", metavar="FILE")
+        Path | None,
+        typer.Option("--from", help="Use this backup, in place of a new copy of the database.", metavar="FILE"),
     ] = None,
     statements: Annotated[
         Path | None,
-        typer.Option("--statements", help="A .sql file of the app's own statements, to be tried.", metavar="FILE"),
+        typer.Option("--statements", help="Also try the app's own statements in this .sql file.", metavar="FILE"),
     ] = None,
-    html: Annotated[Path | None, typer.Option("--html", help="Write the report as a page.", metavar="FILE")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Also write the report to this HTML file.", metavar="FILE")
+    ] = None,
     on: Annotated[
         str | None,
         typer.Option(
             "--on",
-            help="Rehearse on this copy that you made, a branch at Neon for example, instead of in an embedded server. "
-            "It is changed, and its ledger is emptied.",
+            help="Rehearse on a copy that you made, such as a branch at Neon. The copy is changed, and its ledger is "
+            "emptied.",
             metavar="ADDRESS",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Migrate a copy in an embedded server that is thrown away, watch it, use the ledger, audit, and go back.
+    """Migrate a temporary copy of the database, use the ledger there, audit it, and undo the migration.
 
-    Exit code 1 if it found a reason not to migrate the original. The original is only read.
+    Exit code 1 if the rehearsal found a reason not to migrate the original. The original is only read.
     """
     if on is not None and backup_file is not None:
-        raise typer.BadParameter("--on names a copy that has the data already; leave --from out")
+        raise typer.BadParameter("--on names a copy that has data already. Leave --from out")
     of_the_app = tuple(split(statements.read_text(encoding="utf-8"))) if statements else ()
     with ExitStack() as stack:
         source = _given(ctx, on) if on else _restored(ctx, backup_file)
@@ -730,6 +735,7 @@ def _restored(ctx: typer.Context, backup_file: Path | None) -> Iterator[tuple[Co
                 migrate.refuse_nothing_to_rehearse(conn)
             take_backup(address(config), backup_file)
         else:
+            backups().read_manifest(backup_file)  # before a server is started for it
             config = invocation(ctx).config()
             note(f"A copy from {backup_file}, {mapping(ctx, config)}.")
         with _Steps() as steps:
@@ -805,7 +811,7 @@ class _Shown(ExitStack):
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> bool | None:  # noqa: PYI036  # as ExitStack has it
         ended = super().__exit__(kind, *rest)
         if kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit):
-            note(f"Interrupted. {self._left()} Run the same command again: it goes on from whatever is there.")
+            note(f"Interrupted. {self._left()} To continue, run the same command again.")
         return ended
 
     def _left(self) -> str:

@@ -11,6 +11,7 @@ import typer
 from tallystick.accounts import Accounts
 from tallystick.cli.app import Json, UserArgument, app, emit, note, out
 from tallystick.cli.ledger import KeyOption, OfUser, credits_of, mapped, user_key
+from tallystick.errors import InvalidArgument
 from tallystick.ledger import Ledger
 
 people = typer.Typer(no_args_is_help=True, help="Merge two accounts, or erase a person's data.")
@@ -29,7 +30,9 @@ def _ask(question: str, *, yes: bool, as_json: bool) -> None:
 def merge(
     ctx: typer.Context,
     user: UserArgument,
-    into: Annotated[str, typer.Argument(help="The user that gets the credits: key or e-mail address.", metavar="INTO")],
+    into: Annotated[
+        str, typer.Argument(help="The key or e-mail address of the user who gets the credits.", metavar="INTO")
+    ],
     key: KeyOption = None,
     description: Annotated[
         str | None, typer.Option("--description", help="The text in the history of both users.")
@@ -37,10 +40,14 @@ def merge(
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
-    """Move all credits of USER to INTO, debts too, and soft-delete USER. Shows the effect and asks first."""
+    """Move all credits of USER to INTO, debts too, and soft-delete USER. Shows the effect, and asks at a terminal."""
     with mapped(ctx, changes=True) as (conn, config):
         accounts = Accounts(config)
         gone, stays = (accounts.get(conn, user_key(conn, config, text)) for text in (user, into))
+        if gone.user == stays.user:
+            raise InvalidArgument(
+                f"USER and INTO are the same user, {gone.user}. Name two users", argument="into", value=into
+            )
     after = gone.credit_balance + stays.credit_balance
     note(
         f"This moves {credits_of(gone.credit_balance)} of user {gone.user} to user {stays.user}, whose balance goes "
@@ -58,13 +65,15 @@ def merge(
 
 @people.command(cls=OfUser)
 def erase(ctx: typer.Context, user: UserArgument, yes: Yes = False, as_json: Json = False) -> None:
-    """Remove a person's data from the ledger, and soft-delete the user. Asks first; it cannot be undone."""
+    """Remove a person's data from the ledger, and soft-delete the user. It cannot be undone; asks at a terminal."""
     with mapped(ctx, changes=True) as (conn, config):
         found = Accounts(config).get(conn, user_key(conn, config, user))
+    customer = found.stripe_customer_id
+    at_stripe = f", and delete the customer {customer} at Stripe" if customer else ""
     note(
         f"This removes the descriptions, metadata and keys of user {found.user}'s credit transactions for good, and "
         f"soft-deletes the user, who has {credits_of(found.credit_balance)}. Empty your own columns of the user "
-        f"yourself, and delete the customer ({found.stripe_customer_id or 'none'}) at Stripe."
+        f"yourself{at_stripe}."
     )
     _ask("Erase it?", yes=yes, as_json=as_json)
     with mapped(ctx) as (conn, config):

@@ -51,11 +51,11 @@ def _locks(done: Rehearsal) -> Table:
 
 def _lines(done: Rehearsal) -> Iterator[str]:
     yield ", ".join(f"{table}: about {rows:,} rows" for table, rows in done.tables)
-    yield f"Tables locked for {done.locked_ms:.1f} ms, statement by statement; a run sends them in one message."
+    yield f"Tables locked for {done.locked_ms:.1f} ms with single statements; apply sends them in one message."
     if done.lived:
         did = ", ".join(f"{one.what} {one.fault or f'{one.took_ms:.1f} ms'}" for one in done.lived)
         yield f"The ledger was used on the copy: {did}."
     else:
         yield "The ledger was not tried: the copy has no user that is not deleted."
     if done.passed:
-        yield "Passed: locks as planned, result as declared, nothing left after undo. Next: tallystick migrate apply"
+        yield "Passed: locks as planned, schema as declared, nothing left after undo. Next: tallystick migrate apply"

@@ -48,7 +48,7 @@ def pool(ctx: typer.Context) -> Iterator[tuple[sa.Engine, Config]]:
 
 @selling.command()
 def check(ctx: typer.Context, as_json: Json = False) -> None:
-    """Compare every pack with its price at Stripe, and some users' customers; exit code 1 if something is wrong."""
+    """Compare every pack with its price at Stripe, and check some users' customers. Exit code 1 on a difference."""
     config = invocation(ctx).config()
     packs = stripe().check(config)
     customers: list[Any] = []
@@ -58,7 +58,7 @@ def check(ctx: typer.Context, as_json: Json = False) -> None:
 
     def show() -> None:
         if not packs:
-            out.print("No packs. Write the packs on sale into tallystick.toml, under [[packs]].", markup=False)
+            out.print("There are no packs. Write those on sale into tallystick.toml, under [[packs]].", markup=False)
         for one in packs:
             verdict = f"[red]{escape(one.problem)}[/]" if one.problem else "[green]as the pack says[/]"
             out.print(f"{escape(one.pack)}  {one.price or ''}  {verdict}")
@@ -79,22 +79,33 @@ def setup(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make the missing products, prices and the webhook endpoint at Stripe."""
+    """Create missing products and prices at Stripe, and with --endpoint the webhook endpoint."""
     done = stripe().setup(invocation(ctx).config(), endpoint_url=endpoint)
 
     def show() -> None:
         for one in done.packs:
-            out.print(f"{one.pack}: {'made' if one.made else 'there'}. In its [[packs]]:", markup=False)
+            out.print(
+                f"{one.pack}: {'created' if one.made else 'exists already'}. For its [[packs]] in tallystick.toml:",
+                markup=False,
+            )
             out.print(f'stripe_price_id = "{one.price}"', markup=False)
         if done.endpoint:
             what = (
-                "made" if done.endpoint.made else "subscribed to what was missing" if done.endpoint.changed else "there"
+                "created"
+                if done.endpoint.made
+                else "subscribed to the missing events"
+                if done.endpoint.changed
+                else "exists already"
             )
             out.print(f"Webhook endpoint {done.endpoint.id}: {what}.", markup=False)
             if done.endpoint.secret:
+                note("Stripe shows this secret once. Put it into the environment of your app:")
                 out.print(f"STRIPE_WEBHOOK_SECRET={done.endpoint.secret}", markup=False)
             for old in done.endpoint.outdated:
-                note(f"{old} sends another API version to the same address. Remove it when the new secret is in place.")
+                note(
+                    f"{old} sends another API version to the same address. Delete it at Stripe once "
+                    "the new secret is in place."
+                )
 
     emit(done, show, as_json=as_json)
 
@@ -105,7 +116,7 @@ def reconcile(
     since: Annotated[
         dt.datetime | None,
         typer.Option(
-            "--since", help="The time from which to look at Stripe (UTC); three days before the last run by default."
+            "--since", help="The time from which to compare (UTC); by default three days before the last run."
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report the changes without making them.")] = False,
@@ -113,7 +124,7 @@ def reconcile(
 ) -> None:
     """Find changes at Stripe that no webhook reported, apply them to purchases, and report the rest.
 
-    Run it daily. It may be stopped and started again. Exit code 1 if a person has to decide something.
+    Run it daily. You may interrupt it and run it again. Exit code 1 if a person has to decide something.
     """
     with pool(ctx) as (made, config), err.status("Asking Stripe") as status:
         report = stripe().reconcile(
@@ -135,7 +146,7 @@ def reconcile(
         else:
             out.print("Nothing to change.")
         if foreign := report.outcomes.get("foreign"):
-            out.print(f"{foreign:,} objects belong to other sales at this Stripe account.")
+            out.print(f"Objects of other sales at this Stripe account: {foreign:,}.")
         for finding in report.findings:
             out.print(f"Look at: {finding}", markup=False, style="red")
 
@@ -148,32 +159,36 @@ def reconcile(
 def dismiss(
     ctx: typer.Context,
     object_ids: Annotated[
-        list[str] | None, typer.Argument(help="Stripe's ids, as findings name them.", metavar="[ID]...")
+        list[str] | None, typer.Argument(help="Stripe's ids, as in the findings.", metavar="ID")
     ] = None,
     kind: Annotated[
         str | None, typer.Option("--kind", help="Only findings of this kind, such as unknown_session.", metavar="KIND")
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="Whatever they are about.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="All findings.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Take findings of reconciliation off the list, because you have dealt with them."""
+    """Remove findings that you have dealt with from the list."""
     if bool(object_ids) == (every or kind is not None) and not (object_ids and kind):
         raise typer.BadParameter("name Stripe's ids, --kind, or --all")
     kinds = [str(one) for one in stripe().FindingKind]
     if kind is not None and kind not in kinds:
-        raise typer.BadParameter(f"no kind {kind!r}; there are {', '.join(kinds)}")
+        raise typer.BadParameter(f"there is no kind {kind!r}. There are: {', '.join(kinds)}")
     with pool(ctx) as (made, config):
         wanted = None if kind is None else stripe().FindingKind(kind)
         count = stripe().dismiss(made, config, object_ids or None, kind=wanted)
     if not count:
         about = ", ".join(object_ids or ()) or kind or "anything"
         raise TallystickError(f"no open finding is about {about}. List them: tallystick stripe reconcile --dry-run")
-    emit({"dismissed": count}, lambda: out.print(f"{count} findings dismissed."), as_json=as_json)
+    emit(
+        {"dismissed": count},
+        lambda: out.print(f"{count} {'finding' if count == 1 else 'findings'} dismissed."),
+        as_json=as_json,
+    )
 
 
 @selling.command()
 def deliveries(ctx: typer.Context, as_json: Json = False) -> None:
-    """List the webhook deliveries that failed or were refused, with the reason; exit code 1 if there is one."""
+    """List the failed and refused webhook deliveries, with the reasons. Exit code 1 if there is one."""
     with pool(ctx) as (made, config):
         failed = stripe().failed_deliveries(made, config)
 
@@ -197,12 +212,13 @@ def deliveries(ctx: typer.Context, as_json: Json = False) -> None:
 def redeliver(
     ctx: typer.Context,
     events: Annotated[
-        list[str] | None, typer.Argument(help="Ids of events, as `stripe deliveries` shows them.", metavar="[EVENT]...")
+        list[str] | None,
+        typer.Argument(help="Ids of events, as `tallystick stripe deliveries` shows them.", metavar="EVENT"),
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="All that failed.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="All failed deliveries.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run failed deliveries again, with their objects as they are at Stripe now; exit code 1 if one fails again."""
+    """Process failed deliveries again, with the current objects from Stripe. Exit code 1 if one fails again."""
     if bool(events) == every:
         raise typer.BadParameter("name events, or --all")
     with pool(ctx) as (made, config):
@@ -212,7 +228,7 @@ def redeliver(
         for event, outcome in done:
             out.print(f"{event}  {outcome}", markup=False)
         if not done:
-            out.print("Nothing to run again.")
+            out.print("No delivery has failed.")
 
     emit([{"event": event, "outcome": outcome} for event, outcome in done], show, as_json=as_json)
     if any(outcome == "refused" for _, outcome in done):
@@ -226,19 +242,19 @@ def send_back(
         UUID, typer.Argument(help="The id of the purchase, as `tallystick history` shows it.", metavar="PURCHASE")
     ],
     credits: Annotated[
-        int | None, typer.Option("--credits", help="Credits to pay back; all that is left of it if left out.")
+        int | None, typer.Option("--credits", help="The number of credits; by default all that are left.")
     ] = None,
     amount: Annotated[
-        int | None, typer.Option("--amount", help="Money to send back, in minor units, instead of --credits.")
+        int | None, typer.Option("--amount", help="The money to send back, in minor units, in place of --credits.")
     ] = None,
     keep_credits: Annotated[
-        bool, typer.Option("--keep-credits", help="Send the money and take no credits: goodwill, or a tax.")
+        bool, typer.Option("--keep-credits", help="Take no credits: for goodwill, or a tax.")
     ] = False,
     key: KeyOption = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask first.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Send money back through Stripe, and take the credits that it bought. Shows the effect and asks first."""
+    """Send money back through Stripe, and take its credits. Shows the effect, and asks at a terminal."""
     wanted: dict[str, Any] = {"credits": credits, "amount": amount, "keep_credits": keep_credits}
     wanted["key"] = key or f"cli-{uuid4()}"
     with pool(ctx) as (made, config):
@@ -255,6 +271,6 @@ def send_back(
 def _foretold(preview: Any) -> str:
     return (
         f"This sends back {preview.amount} {preview.currency} (minor units) and takes {credits_of(preview.credits)}. "
-        f"Of the {credits_of(preview.left)} left of the purchase {preview.spent} are spent already; "
-        f"the balance goes from {preview.balance} to {preview.balance_after}."
+        f"The purchase has {credits_of(preview.left)} left, of which {preview.spent} are spent already. "
+        f"The balance goes from {preview.balance} to {preview.balance_after}."
     )

@@ -29,16 +29,19 @@ def serve(
     host: Annotated[str, typer.Option("--host", help="The address to listen on.", metavar="IP")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="The port; 0 takes a free one.")] = 8420,
     allow_actions: Annotated[
-        bool, typer.Option("--allow-actions", help="Let operators grant and refund credits; else it is read-only.")
+        bool,
+        typer.Option(
+            "--allow-actions", help="Let operators grant and refund credits; without it the console is read-only."
+        ),
     ] = False,
     hash_password: Annotated[
-        bool, typer.Option("--hash-password", help="Ask for a password, print its hash for the settings, and exit.")
+        bool, typer.Option("--hash-password", help="Ask for a password, print its hash for the settings, and stop.")
     ] = False,
 ) -> None:
     r"""Serve the operator's console: balances, ledgers, pending purchases, audits, migrations.
 
-    On this machine alone it prints a link that works once. For a network, name its operators or a reverse proxy
-    under \[console] in the settings.
+    By default only this machine can reach it, with a link that is printed and works once. For access from elsewhere,
+    name operators or a reverse proxy under \[console] in the settings.
     """
     try:
         import uvicorn  # noqa: PLC0415 - an extra, and half a second that no other command should wait for
@@ -122,8 +125,8 @@ def _sign_in(access: ConsoleAccess, host: str, port: int, *, local: bool) -> tup
     if not (access.operators or access.proxy_peers):
         if not local:
             raise ConfigError(
-                f"listening on {host} would show the console to a network, and nobody is named who may see it. "
-                "Name operators or proxy_peers under [console] in the settings, or leave out --host",
+                f"listening on {host} would open the console to a network, but no operator is named. Name operators or "
+                "proxy_peers under [console] in the settings, or leave out --host",
                 path=None,
                 line=None,
                 key="console",

@@ -69,7 +69,7 @@ def test_it_prints_a_link_that_works_once(world, tmp_path):
 
 
 def test_a_network_is_refused_until_somebody_is_named(world, tmp_path, refused):
-    assert "nobody is named who may see it" in refused(world.url, "--host", "0.0.0.0")
+    assert "no operator is named" in refused(world.url, "--host", "0.0.0.0")
     settings(tmp_path, 'proxy_peers = ["10.0.0.5"]')
     assert "needs the address at which people open the console" in refused(world.url, "--host", "0.0.0.0")
     settings(tmp_path, 'operators = { anna = "plain text" }')
