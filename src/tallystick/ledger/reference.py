@@ -32,7 +32,7 @@ class DocumentedRefusal:
 
 _MEANINGS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "invalid_argument": (
-        "An argument is missing or out of its domain. Pass what is expected.",
+        "An argument is missing or out of its domain. Pass the expected value.",
         {"detail.argument": "text", "detail.expected": "text"},
     ),
     "unknown_user": (
@@ -75,8 +75,8 @@ _MEANINGS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     ),
     "insufficient_credits": (
         (
-            "The balance, less what holds have set aside of it (credit_held), does not cover what was asked for. "
-            "Sell a pack first, or grant credits."
+            "The call needs more credits than the balance less the credits in holds (credit_held). Sell a pack first, "
+            "or grant credits."
         ),
         {"balance": "credits", "required": "credits", "credit_held": "credits?"},
     ),
@@ -91,8 +91,8 @@ _MEANINGS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "balance_out_of_range": ("The balance would leave the range of its type.", {"balance": "credits"}),
     "idempotency_key_reused": (
         (
-            "The key was used before, for something else: differs has, by column, what it was used for and what is "
-            "asked for now. Use a new key for a new intent."
+            "The key was used before, for something else: differs has, by column, the earlier value and the value of "
+            "this call. Use a new key for a new intent."
         ),
         {"id": "uuid", "detail.differs": "differences"},
     ),
@@ -102,14 +102,14 @@ _MEANINGS: Mapping[str, tuple[str, Mapping[str, str]]] = {
     ),
     "host_interfered": (
         (
-            "A trigger, rule or policy of the host changed or swallowed what was written. It is raised by the plain "
-            "functions too, and nothing of the transaction stays."
+            "A trigger, rule or policy of the host changed or suppressed a write. The plain functions raise it too, "
+            "and the whole transaction is rolled back."
         ),
         {},
     ),
     "unknown_consumption": ("The user has no such completed consumption. Look with: tallystick history.", {}),
     "unknown_grant": (
-        "The user has no such grant, or it gave back what a refund took: reinstate and refund move that.",
+        "The user has no such grant, or it gave refunded credits back: reinstate and refund move those.",
         {},
     ),
     "unknown_hold": ("The user has no such hold. Look with: tallystick history.", {}),
