@@ -506,8 +506,8 @@ FAULTS = [
         lambda h, c: h.row(c, "unlocked", created_at=MONTH_AGO + dt.timedelta(seconds=1)),
         "created_at ",
     ),
-    Fault("unique_idempotency_key", "second", _same_key, "an earlier one"),
-    Fault("unique_stripe_session", "second", _same_session, "an earlier one"),
+    Fault("unique_idempotency_key", "second", _same_key, "an earlier row"),
+    Fault("unique_stripe_session", "second", _same_session, "an earlier row"),
     Fault("settled_within_a_day", "waiting", lambda h, c: h.row(c, "waiting", created_at=MONTH_AGO), "cs_2"),
     Fault("money_and_credits", "bob bought", _reversal(), "it has taken none; the purchase has 7900 usd on record"),
     Fault("money_and_credits", "bob bought", _reversal(status="failed", applied="share"), "it has taken some"),
@@ -865,7 +865,7 @@ def test_it_changes_nothing_and_leaves_the_callers_transaction_alone(healthy: He
 def test_arguments_that_make_no_sense(healthy: Healthy) -> None:
     for arguments, words in (
         ({"limit": 0}, "limit=0"),
-        ({"user": uuid.uuid4(), "after": uuid.uuid4()}, "pass one of them"),
+        ({"user": uuid.uuid4(), "after": uuid.uuid4()}, "pass only one of them"),
         ({"since": dt.datetime(2026, 1, 1)}, "time zone"),  # noqa: DTZ001  the point of the case
         ({"user": "nobody"}, "no uuid key"),
     ):

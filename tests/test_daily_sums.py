@@ -239,7 +239,7 @@ def test_sums_that_are_not_those_of_the_rows_are_found_and_mended(used: World) -
     assert all(not each.fault and each.where.startswith("day 20") for each in found)
     assert wrong_days(used, quick=True) == []
 
-    run(used, *(each.what_to_do.partition("anew: ")[2].partition(";")[0] for each in found))
+    run(used, *(each.what_to_do.partition("again: ")[2].partition(";")[0] for each in found))
     assert close(used) == len({each.where for each in found})
     assert wrong_days(used) == []
 
@@ -313,7 +313,7 @@ def test_a_sweep_beside_an_open_writer_says_that_days_wait(
         main()
     said = capsys.readouterr()
     assert json.loads(said.out) == {"users": 0}
-    assert "60 of the last 60 days wait for transactions that are open" in said.err
+    assert "60 of the last 60 days wait for open transactions" in said.err
 
 
 def test_a_day_that_is_opened_again_at_the_moment_is_not_waited_for(used: World) -> None:

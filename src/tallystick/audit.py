@@ -191,7 +191,7 @@ def audit(
         )
     if user is not None and after is not None:
         raise InvalidArgument(
-            f"user={shown(user)}, after={shown(after)}: pass one of them, one user or those behind one",
+            f"user={shown(user)}, after={shown(after)}: pass only one of them",
             argument="after",
             value=after,
         )
@@ -228,8 +228,8 @@ def audit(
         low = high
     if user is not None and not users and not rows:
         raise UnknownUser(
-            f"user {user!r} is neither in {_name(schema.users)} nor in the ledger. "
-            "Check the key; tallystick audit without --user checks everyone",
+            f"user {shown(user)} is neither in {_name(schema.users)} nor in the ledger. "
+            "Check the key, or leave out --user to audit all users",
             user=user,
         )
     return _report(found, found, limit, users=users, rows=rows, began=started)
@@ -1249,7 +1249,7 @@ CHECKS: Mapping[str, Check] = {
         ),
         Check(
             name="chain_arithmetic",
-            purpose="each balance_after is the one before plus the amount",
+            purpose="each balance_after is the balance_after before it plus the amount",
             signs=frozenset({"chain"}),
             search=_wrong_sums,
             expected="balance_after {total}, which is {before} {amount:+}",
@@ -1265,7 +1265,7 @@ CHECKS: Mapping[str, Check] = {
             expected="credit_sequence {sequence} with balance {balance}, where the ledger ends",
             found="credit_sequence {credit_sequence} with balance {credit_balance}",
             likely_cause="if the user is ahead, the last rows were deleted; "
-            "if the ledger is, a row was written without Tallystick",
+            "if the ledger is ahead, a row was written without Tallystick",
             what_to_do=_LOOK + "Restore missing rows from your latest backup before this user's next purchase",
         ),
         Check(
@@ -1281,14 +1281,13 @@ CHECKS: Mapping[str, Check] = {
         ),
         Check(
             name="balance_opened",
-            purpose="a balance that the app had before Tallystick has its opening balance in the ledger",
+            purpose="each balance from before Tallystick has its opening balance in the ledger",
             signs=frozenset({"unopened"}),
             search=_unopened,
             expected="an opening balance for every user who has credits",
             found="{waiting} users without one",
-            likely_cause="the run that opens balances has not come to them, or code of the app's gave credits since",
-            what_to_do="Nothing has to be done: the first write to the ledger opens it. For all of them: "
-            "tallystick adopt",
+            likely_cause="the run that opens balances has not reached them, or the app's code has given credits since",
+            what_to_do="Nothing: the first write to the ledger opens each balance. To open all: tallystick adopt",
             fault=False,
         ),
         Check(
@@ -1303,13 +1302,13 @@ CHECKS: Mapping[str, Check] = {
         ),
         _rule(
             "no_overdraft",
-            "a consumption never leaves a balance below 0, but for the capture of a hold that was allowed to",
+            "a consumption never leaves a balance below 0, except for the capture of a hold with allow_debt",
             expected="balance_after of 0 or more",
             found="balance_after {balance_after} after a consumption of {amount}",
         ),
         _rule(
             "amount_sign",
-            "consumptions, refunds, corrections and expiries take, transfers do either, all else gives, and none is 0",
+            "consumptions, refunds, corrections and expiries take; transfers take or give; all others give; none is 0",
             expected="an amount with the sign of a {type}",
             found="amount {amount}",
         ),
@@ -1327,25 +1326,25 @@ CHECKS: Mapping[str, Check] = {
         ),
         _rule(
             "only_purchases_wait",
-            "only purchases and holds wait",
+            "only purchases and holds are pending",
             expected="status completed, since the row is a {type}",
             found="status {status}",
         ),
         _rule(
             "refund_of",
-            "each refund, reversal, correction, expiry and transfer names the row that it is about; a grant may",
+            "each refund, reversal, correction, expiry and transfer names another row in refund_of; a grant may",
             expected="a refund_of if it is one of these, none unless it is a grant; the row is a {type}",
             found="refund_of {refund_of}",
         ),
         _rule(
             "paid",
-            "what was paid is 0 or more, in a currency of three small letters",
+            "amount_paid is 0 or more, in a currency of three lower-case letters",
             expected="amount_paid and currency both or neither, such as 7900 and usd",
             found="amount_paid {amount_paid}, currency {currency}",
         ),
         _rule(
             "only_purchases_are_paid",
-            "money and what Stripe said belong to purchases alone",
+            "only purchases have money and Stripe's ids",
             expected="no amount_paid, currency, session, payment intent or price, since the row is a {type}",
             found="amount_paid {amount_paid}, stripe_session_id {stripe_session_id}, or another of them",
         ),
@@ -1382,8 +1381,8 @@ CHECKS: Mapping[str, Check] = {
         ),
         Check(
             name="refund_excess",
-            purpose="what rows take or give back of another one is no more than that moved: refunds and expiries of a "
-            "purchase, reversals of a consumption, corrections of a grant",
+            purpose="no more is taken or given back of a row than it moved: refunds and expiries of a purchase, "
+            "reversals of a consumption, corrections of a grant",
             signs=frozenset({"refunds"}),
             search=_excessive_refunds,
             expected="0 to {amount} credits taken or given back in all",
@@ -1394,8 +1393,8 @@ CHECKS: Mapping[str, Check] = {
         ),
         Check(
             name="refundable",
-            purpose="a refund is of a completed purchase of the same user, a reversal of a consumption, a correction "
-            "of a grant, an expiry of what gave the credits",
+            purpose="a refund names a completed purchase of the same user, a reversal a consumption, a correction a "
+            "grant, an expiry the row that gave the credits",
             signs=frozenset({"refunds"}),
             search=_not_refundable,
             expected="a completed row of user {user} that this one can be about, behind refund_of {refund_of}",
@@ -1405,7 +1404,7 @@ CHECKS: Mapping[str, Check] = {
         ),
         Check(
             name="unknown_purchase",
-            purpose="what a refund takes back is in the ledger",
+            purpose="the row that a refund names is in the ledger",
             signs=frozenset({"refunds"}),
             search=_unknown_purchases,
             expected="a credit transaction {refund_of}, which this one refunds",
@@ -1415,7 +1414,7 @@ CHECKS: Mapping[str, Check] = {
         ),
         Check(
             name="held",
-            purpose="a user's credit_held is the sum of the holds under way",
+            purpose="a user's credit_held is the sum of the open holds",
             signs=frozenset({"holds", "held"}),
             search=_wrongly_held,
             expected="credit_held {holds}, the sum of the pending holds",
@@ -1426,7 +1425,7 @@ CHECKS: Mapping[str, Check] = {
         ),
         Check(
             name="lot",
-            purpose="what is left of credits that expire is what was given less what rows took, and never below 0",
+            purpose="the rest of a lot is the credits given less the credits taken, and never below 0",
             signs=frozenset({"lots"}),
             search=_wrong_lots,
             expected="{amount} credits given, less {taken} taken",
@@ -1436,7 +1435,7 @@ CHECKS: Mapping[str, Check] = {
         ),
         Check(
             name="lot_kept",
-            purpose="credits that expire are kept as a lot",
+            purpose="credits that expire have a lot",
             signs=frozenset({"lots"}),
             search=_missing_lots,
             expected="a lot of {amount} credits that expires at {expires_at}",
@@ -1446,7 +1445,7 @@ CHECKS: Mapping[str, Check] = {
         ),
         Check(
             name="expiry_in_time",
-            purpose="credits expire no earlier than they were to",
+            purpose="credits do not expire before their time",
             signs=frozenset({"lots"}),
             search=_early_expiries,
             expected="an expiry at {expires_at} or later",
@@ -1468,7 +1467,7 @@ CHECKS: Mapping[str, Check] = {
         ),
         Check(
             name="merged_on_both_sides",
-            purpose="what a merge takes from one account it gives to another, in two rows that are linked",
+            purpose="a merge takes credits from one account and gives as many to another, in two linked rows",
             signs=frozenset({"transfers"}),
             search=_one_sided,
             expected="a transfer of {opposite:+} of another user, each of the two with the other as its refund_of",
@@ -1478,7 +1477,7 @@ CHECKS: Mapping[str, Check] = {
         ),
         Check(
             name="workshop_charged_once",
-            purpose="a workshop is paid for once",
+            purpose="each workshop is paid for once",
             signs=frozenset({"unlocks"}),
             search=_charged_twice,
             expected="one consumption for workshop {workshop}",
@@ -1490,7 +1489,7 @@ CHECKS: Mapping[str, Check] = {
         ),
         Check(
             name="workshop_marked",
-            purpose="a workshop that was paid for is marked as unlocked",
+            purpose="each workshop with a consumption is marked as unlocked",
             signs=frozenset({"unlocks"}),
             search=_unmarked_workshops,
             expected="workshop {workshop} with a credit_consumed_at: it was paid for at {completed_at}",
@@ -1502,7 +1501,7 @@ CHECKS: Mapping[str, Check] = {
         ),
         Check(
             name="workshop_paid",
-            purpose="a workshop that is marked as unlocked was paid for",
+            purpose="each workshop marked as unlocked has a consumption",
             signs=frozenset({"unlocks"}),
             search=_unpaid_workshops,
             expected="a completed consumption for the workshop",
@@ -1514,11 +1513,11 @@ CHECKS: Mapping[str, Check] = {
         ),
         Check(
             name="unknown_workshop",
-            purpose="a workshop that a row names is there",
+            purpose="the workshop that a row names exists",
             signs=frozenset({"unlocks", "other workshops"}),
             search=_unknown_workshops,
             expected="a row in {workshops} with key {workshop}, or an empty workshop_id",
-            found="workshop_id {workshop}, which is not there",
+            found="workshop_id {workshop}, which does not exist",
             likely_cause="the workshop was deleted, or its key changed, while foreign keys were off",
             what_to_do="Restore the workshop from your latest backup; to remove one, soft-delete it",
             needs_workshops=True,
@@ -1529,9 +1528,9 @@ CHECKS: Mapping[str, Check] = {
             signs=frozenset({"keys may repeat"}),
             search=_repeated_keys,
             expected="one row of user {user} with idempotency key {idempotency_key}",
-            found="an earlier one has it too",
+            found="an earlier row has it too",
             likely_cause="a call was repeated while the index credit_transactions_idempotency_key was missing",
-            what_to_do=_LOOK + "Undo what was counted twice, then bring the index back: tallystick migrate status",
+            what_to_do=_LOOK + "Undo the double row, then restore the index: tallystick migrate status",
         ),
         Check(
             name="unique_stripe_session",
@@ -1539,9 +1538,9 @@ CHECKS: Mapping[str, Check] = {
             signs=frozenset({"sessions may repeat"}),
             search=_repeated_sessions,
             expected="one row with the Stripe session {stripe_session_id}",
-            found="an earlier one has it too",
+            found="an earlier row has it too",
             likely_cause="a webhook was repeated while the index credit_transactions_stripe_session was missing",
-            what_to_do=_LOOK + "Undo what was counted twice, then bring the index back: tallystick migrate status",
+            what_to_do=_LOOK + "Undo the double row, then restore the index: tallystick migrate status",
         ),
         Check(
             name="settled_within_a_day",
@@ -1563,19 +1562,19 @@ CHECKS: Mapping[str, Check] = {
             search=_unsettled,
             expected="credits that follow the money: the {kind} {id} of {money} {currency} is {status}",
             found="it has taken {took}; the purchase has {paid} on record",
-            likely_cause="nothing says for which part of the payment it stands, or the balance could not hold it",
-            what_to_do="Ask Stripe with: tallystick stripe reconcile. If that changes nothing, say at Stripe how many "
-            "credits it takes: its metadata tallystick_credits, as 0 or 5",
+            likely_cause="Stripe does not state its part of the payment, or the balance could not hold it",
+            what_to_do="Ask Stripe with: tallystick stripe reconcile. If that changes nothing, set its metadata "
+            "tallystick_credits at Stripe to the number of credits that it takes, such as 0 or 5",
         ),
         Check(
             name="event_recorded",
-            purpose="each row that completed while events are on has its event",
+            purpose="each row completed while events were on has its event",
             signs=frozenset({"events"}),
             search=_unrecorded,
             expected="an event {kind}, as events were on at {completed_at}",
             found="no event",
             likely_cause=f"the trigger tallystick_events was disabled; or {_BY_HAND}",
-            what_to_do="Look with: tallystick migrate status. Tell by hand whoever reacts to events about this row",
+            what_to_do="Look with: tallystick migrate status. Report this row by hand to the readers of events",
         ),
         Check(
             name="completed_in_order",
@@ -1585,8 +1584,9 @@ CHECKS: Mapping[str, Check] = {
             search=_out_of_order,
             expected="a completed_at of {before} or later, as the row before has",
             found="completed_at {completed_at} of row {sequence}",
-            likely_cause=f"the server's clock was set back, or a fail-over led to one that is behind; or {_BY_HAND}",
-            what_to_do=_LOOK + "Of several users at one moment it is the clock. Of one alone, compare with your backup",
+            likely_cause=f"the server's clock was set back, or a fail-over led to a slower clock; or {_BY_HAND}",
+            what_to_do=_LOOK
+            + "For several users at one time the clock is the cause. For one user, compare with your backup",
         ),
         Check(
             name="created_before_completed",
@@ -1596,8 +1596,9 @@ CHECKS: Mapping[str, Check] = {
             search=_late_beginnings,
             expected="a created_at of {completed_at} or earlier, when it was completed",
             found="created_at {created_at}",
-            likely_cause=f"the server's clock was set back, or a fail-over led to one that is behind; or {_BY_HAND}",
-            what_to_do=_LOOK + "Of several users at one moment it is the clock. Of one alone, compare with your backup",
+            likely_cause=f"the server's clock was set back, or a fail-over led to a slower clock; or {_BY_HAND}",
+            what_to_do=_LOOK
+            + "For several users at one time the clock is the cause. For one user, compare with your backup",
         ),
         Check(
             name="daily_sums",
@@ -1608,17 +1609,17 @@ CHECKS: Mapping[str, Check] = {
             expected="{rows_credits:+} credits by {kind}, and {rows_paid} {currency} paid for them, as its rows say",
             found="{kept_credits:+} and {kept_paid} in tallystick.daily_sums",
             likely_cause=f"a row of that day was {_BY_HAND}; or the server's clock was wrong by more than an hour",
-            what_to_do="If no other check has found a row of it, have it added up anew: "
+            what_to_do="If no other check has found a row of that day, add it up again: "
             "DELETE FROM tallystick.days WHERE day = '{day}'; then: tallystick sweep",
         ),
         Check(
             name="tally",
-            purpose="the sums come out wherever nothing else was found",
+            purpose="the sums are right wherever no other check has found a fault",
             signs=frozenset({"chain"}),
             search=_unexplained,
             expected="rows that begin and end where the users do",
-            found="sums that differ, though no other check says where",
-            likely_cause="a value is missing that must not be, such as an amount",
+            found="sums that differ, although no other check has found the place",
+            likely_cause="a required value is missing, such as an amount",
             what_to_do="Run: tallystick migrate status",
         ),
     )
