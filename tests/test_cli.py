@@ -499,8 +499,14 @@ def test_the_settings_are_shown_with_where_each_comes_from(at, world: World, mon
     assert shown["paywall"] == {"value": False, "from": "TALLYSTICK_PAYWALL"}
     assert shown["host"]["from"] == "tallystick.toml"
     assert shown["packs"]["from"] == "default"
+    with Path("tallystick.toml").open("a", encoding="utf-8") as file:
+        file.write(
+            '[console]\naddress = "https://ops.example.com"\noperators = { anna = "scrypt:c2FsdA==:aGFzaA==" }\n'
+        )
+    assert tally("config", "show", "--json").json["console"]["value"]["operators"] == {"anna": "set"}
     told = tally("config", "show").out
     assert "sk_test_secret" not in told
+    assert "scrypt" not in told
     assert re.search(r"^host\.users\.table +users +tallystick\.toml", told, re.MULTILINE)
     assert re.search(r"^paywall +false +TALLYSTICK_PAYWALL", told, re.MULTILINE)
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from tallystick import migrate
 from tallystick.cli.app import Invocation, Json, app, emit, invocation, out, place, plain, table
-from tallystick.config import Config, origins
+from tallystick.config import Config, ConsoleAccess, origins
 from tallystick.database import connect, standby
 from tallystick.errors import ConfigError, TallystickError
 from tallystick.migrate.runner.session import pooler_sign
@@ -49,7 +49,7 @@ def show(ctx: typer.Context, as_json: Json = False) -> None:
         sources["database_url"] = "--database-url"
     values = {
         name: {
-            "value": ("set" if value is not None else None) if name in _SECRET else plain(value),
+            "value": _without_secrets(name, value),
             "from": sources.get(name, "default"),
         }
         for name in Config.model_fields
@@ -64,6 +64,15 @@ def show(ctx: typer.Context, as_json: Json = False) -> None:
         out.print(rows)
 
     emit(values, tell, as_json=as_json)
+
+
+def _without_secrets(name: str, value: object) -> object:
+    """A value as JSON has it, and "set" in place of a secret; an operator's password hash is one."""
+    if name in _SECRET:
+        return None if value is None else "set"
+    if isinstance(value, ConsoleAccess):
+        return plain(value) | {"operators": dict.fromkeys(value.operators, "set")}
+    return plain(value)
 
 
 def _leaves(name: str, value: object) -> Iterator[tuple[str, str]]:
