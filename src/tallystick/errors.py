@@ -6,16 +6,16 @@
     ├── ConfigError                  tallystick.toml, pyproject.toml or the environment
     ├── DevServerError               the embedded PostgreSQL
     ├── DevStripeError               the Stripe test double refused, as Stripe does
-    ├── DatabaseError                the server answered, or did not
+    ├── DatabaseError                the database or the connection to it
     │   ├── DatabaseUnavailable      no connection could be made
     │   ├── OutcomeUnknown           the connection died under a call        (outcome_unknown)
     │   ├── Conflict                 serialization failure, deadlock, timeout (retryable)
     │   ├── PermissionDenied         the role may not do this
-    │   └── HostInterfered           a trigger of the host's changed or swallowed what was written
+    │   └── HostInterfered           a trigger of the host changed or suppressed a write
     ├── SchemaError                  the database is not in the shape this package needs
     │   ├── NotMigrated              run: tallystick migrate apply
     │   ├── SchemaTooNew             the database is ahead of this package
-    │   ├── HostMismatch             the mapping names what is not there
+    │   ├── HostMismatch             the mapping names a table or column that does not exist or does not fit
     │   └── IncompatibleColumn       the host has a column of ours with another type
     ├── MigrationError               a migration did not happen; nothing was changed
     │   ├── MigrationRunning         another run holds the lock
@@ -32,10 +32,10 @@
     ├── StripeError                  Stripe, or a request to it
     │   ├── StripeNotConfigured      a key, secret or pack is missing, or of the wrong mode
     │   ├── UnknownPack              nothing of this name is on sale
-    │   ├── PackMismatch             Stripe's price is not what the pack says
+    │   ├── PackMismatch             Stripe's price differs from the pack
     │   ├── ReturnAddressRefused     the address is on no allowed origin
-    │   ├── SessionNotYours          the session is not this user's, or not known here
-    │   ├── StripeRefused            Stripe answered no
+    │   ├── SessionNotYours          the session is another user's, or unknown here
+    │   ├── StripeRefused            Stripe refused the request
     │   └── StripeUnavailable        Stripe did not answer, or asked to wait     (retryable)
     ├── SeedRefused                  this database does not look like development
     ├── SeedImpossible               the host's tables refuse the seed's rows, or their removal
@@ -62,14 +62,14 @@
         ├── UnknownHold
         ├── HoldClosed               released, or captured already
         ├── CaptureExceedsHold
-        ├── HoldsPending             holds are to be captured or released before the account is merged
-        ├── BalanceOutOfRange        a balance is a 32-bit integer
+        ├── HoldsPending             the account has open holds and cannot be merged yet
+        ├── BalanceOutOfRange        the balance would leave the range of its type
         ├── IdempotencyKeyReused     same key, other payload
         └── LedgerInconsistent       the ledger contradicts itself; run the audit
 
-Each type carries its values as attributes, and its message ends with what to do or type next. Two flags
-say what a caller may do about it: ``retryable`` (nothing was written, the same call may be made at once)
-and ``outcome_unknown`` (it may or may not have been written; the same call with the same key is safe).
+Each type has its values as attributes, and its message ends with the next step. Two flags are for the caller:
+``retryable`` (nothing was written, and the same call may be made at once) and ``outcome_unknown`` (the call may or may
+not have written; the same call with the same key is safe).
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def shown(value: object) -> str:
 
 
 class TallystickError(Exception):
-    """Root of the tree. Keyword arguments become attributes; the message is what a person reads."""
+    """Root of the tree. Keyword arguments become attributes; the message is for a person."""
 
     retryable: ClassVar[bool] = False
     outcome_unknown: ClassVar[bool] = False
@@ -139,7 +139,7 @@ class DevStripeError(TallystickError):
 
 
 class DatabaseError(TallystickError):
-    """The database could not do what was asked."""
+    """The database could not execute a call."""
 
     sqlstate: str | None
 
@@ -174,7 +174,7 @@ class PermissionDenied(DatabaseError):
 
 
 class HostInterfered(DatabaseError):
-    """A trigger, rule or policy of the host's changed or swallowed what the ledger wrote (TS119). Nothing stays."""
+    """A trigger, rule or policy of the host changed or suppressed a write of the ledger (TS119). All is rolled back."""
 
 
 class SchemaError(TallystickError):
@@ -194,7 +194,7 @@ class SchemaTooNew(SchemaError):
 
 
 class HostMismatch(SchemaError):
-    """The mapping names a table or column that is not there or cannot serve."""
+    """The mapping names a table or column that does not exist or does not fit."""
 
     table: str
     column: str | None
@@ -259,7 +259,7 @@ class UnknownPack(StripeError):
 
 
 class PackMismatch(StripeError):
-    """The price at Stripe is gone, inactive, or not what the pack says. Nothing was sold."""
+    """The price at Stripe is missing, inactive, or differs from the pack. Nothing was sold."""
 
     pack: str
     problem: str
@@ -278,7 +278,7 @@ class SessionNotYours(StripeError):
 
 
 class StripeRefused(StripeError):
-    """Stripe answered that it will not do this (a 4xx other than 409 and 429)."""
+    """Stripe refused the request (a 4xx other than 409 and 429)."""
 
     status: int | None
     code: str | None
@@ -338,9 +338,9 @@ class WorkshopLocked(RequestRefused):
 
 
 class SeedImpossible(TallystickError):
-    """The host's own columns, constraints or triggers do not take the seed's rows, or do not let them go.
+    """The host's own columns, constraints or triggers refuse the seed's rows, or their removal.
 
-    Nothing was written by the call that was refused. ``column`` and ``constraint`` are None where neither is to blame.
+    The refused call wrote nothing. ``column`` and ``constraint`` are None if neither is the cause.
     """
 
     table: str
@@ -520,7 +520,7 @@ class HoldsPending(LedgerError):
 
 
 class BalanceOutOfRange(LedgerError):
-    """The balance would leave the range of a 32-bit integer."""
+    """The balance would leave the range of its type, integer or bigint."""
 
     user: Key
     balance: int
