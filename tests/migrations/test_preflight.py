@@ -88,6 +88,11 @@ def test_a_column_of_ours_with_other_contents(make_app: Callable[..., App], ddl:
             ALONE,
             r"did you mean public.userz\? Set it under \[host.users\]",
         ),
+        (
+            "CREATE TABLE projects (id uuid PRIMARY KEY)",
+            ALONE,
+            r"no table public.users; name it under \[host.users\] in tallystick.toml",
+        ),
         ("CREATE VIEW users AS SELECT 1 AS id", ALONE, "is a view"),
         ("CREATE MATERIALIZED VIEW users AS SELECT 1 AS id", ALONE, "is a view"),
         ("CREATE TABLE users (id uuid PRIMARY KEY) PARTITION BY HASH (id)", ALONE, "is partitioned"),

@@ -286,8 +286,9 @@ def mapped_table(conn: sa.Connection, word: Word, schema: str, name: str) -> Hos
     table = next((t for t in everything if (t.schema, t.table) == (schema, name)), None)
     where = f"host.{word}"
     if table is None:
-        near = difflib.get_close_matches(f"{schema}.{name}", [t.shown for t in everything], n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}? Set it under [{where}]" if near else "name it"
+        named = {t.table: t.shown for t in everything}  # alike without the schema, which most tables share
+        near = [named[other] for other in difflib.get_close_matches(name, named, n=1, cutoff=0.5)]
+        hint = f"did you mean {near[0]}? Set it under [{where}]" if near else f"name it under [{where}]"
         raise HostMismatch(
             f"there is no table {schema}.{name}; {hint} in tallystick.toml, or run: tallystick init",
             table=f"{schema}.{name}",
