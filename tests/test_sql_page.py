@@ -166,7 +166,7 @@ def test_a_refusal_tells_what_the_page_says_and_is_raised_with_its_code(outcome:
         assert answer["outcome"] == outcome
         assert outcome in outcomes_of(function)
         said = {**answer, **{f"detail.{name}": value for name, value in (answer["detail"] or {}).items()}}
-        assert not [name for name, kind in refusal.tells.items() if not kind.endswith("?") and said[name] is None]
+        assert not [name for name, kind in refusal.fields.items() if not kind.endswith("?") and said[name] is None]
         with pytest.raises(psycopg.Error) as raised:
             conn.execute(f"SELECT * FROM tallystick.{function}_strict({arguments}", given)
     assert (raised.value.sqlstate, raised.value.diag.message_primary) == (refusal.sqlstate, outcome)

@@ -78,7 +78,7 @@ def _refusals() -> Iterator[str]:
     yield "| outcome | SQLSTATE | tells | |"
     yield "|---|---|---|---|"
     for refusal in refusals():
-        told = ", ".join(f"`{name}`" for name in refusal.tells)
+        told = ", ".join(f"`{name}`" for name in refusal.fields)
         yield f"| `{refusal.name}` | `{refusal.sqlstate}` | {told} | {refusal.meaning} |"
 
 

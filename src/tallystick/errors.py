@@ -83,10 +83,10 @@ SHOWN_MAX = 80
 
 
 def shown(value: object) -> str:
-    """``value`` for a message: its beginning, since a value may be a megabyte."""
+    """The beginning of ``value``, for a message: a value may be a megabyte."""
     try:
         text = repr(value[: SHOWN_MAX + 1] if isinstance(value, str | bytes) else value)
-    except ValueError:  # an integer of more digits than Python is willing to write
+    except ValueError:  # an integer of more digits than Python writes
         return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
     return text if len(text) <= SHOWN_MAX else f"{text[:SHOWN_MAX]}…"
 
@@ -104,7 +104,7 @@ class TallystickError(Exception):
         self.__dict__.update(fields)
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Errors cross process boundaries (worker pools, task queues); the default loses keyword arguments.
+        # Errors are pickled between processes (worker pools, task queues); the default loses keyword arguments.
         return _rebuild, (type(self), self.message, self.fields)
 
 
@@ -172,7 +172,7 @@ class PermissionDenied(DatabaseError):
 
 
 class HostInterfered(DatabaseError):
-    """A trigger, rule or policy of the host's changed or swallowed what the ledger wrote (TS119). Nothing stays."""
+    """A trigger, rule or policy of the host's changed or dropped a write of the ledger (TS119). Nothing was written."""
 
 
 class SchemaError(TallystickError):
@@ -186,13 +186,13 @@ class NotMigrated(SchemaError):
 
 
 class SchemaTooNew(SchemaError):
-    """A later version of Tallystick migrated this database; ``revision`` is None where only an answer shows it."""
+    """A later version of Tallystick migrated this database. ``revision`` is None if an unknown answer showed it."""
 
     revision: str | None
 
 
 class HostMismatch(SchemaError):
-    """The mapping names a table or column that is not there or cannot serve."""
+    """The mapping names a table or column that does not exist or is unsuitable."""
 
     table: str
     column: str | None
@@ -257,7 +257,7 @@ class UnknownPack(StripeError):
 
 
 class PackMismatch(StripeError):
-    """The price at Stripe is gone, inactive, or not what the pack says. Nothing was sold."""
+    """The price at Stripe is gone, inactive, or differs from the pack. Nothing was sold."""
 
     pack: str
     problem: str
@@ -276,7 +276,7 @@ class SessionNotYours(StripeError):
 
 
 class StripeRefused(StripeError):
-    """Stripe answered that it will not do this (a 4xx other than 409 and 429)."""
+    """Stripe refused the request (a 4xx other than 409 and 429)."""
 
     status: int | None
     code: str | None
@@ -302,7 +302,7 @@ class RequestRefused(TallystickError):
 
 
 class NotSignedIn(RequestRefused):
-    """The app's ``current_user`` found nobody behind this request."""
+    """The app's ``current_user`` found no user for this request."""
 
 
 class CrossSiteRequest(RequestRefused):
@@ -336,9 +336,9 @@ class WorkshopLocked(RequestRefused):
 
 
 class SeedImpossible(TallystickError):
-    """The host's own columns, constraints or triggers do not take the seed's rows, or do not let them go.
+    """The host's own columns, constraints or triggers refuse the seed's rows, or their removal.
 
-    Nothing was written by the call that was refused. ``column`` and ``constraint`` are None where neither is to blame.
+    The refused call wrote nothing. ``column`` and ``constraint`` are None where neither is the cause.
     """
 
     table: str

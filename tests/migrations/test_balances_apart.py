@@ -66,7 +66,7 @@ def test_what_is_told_maps_the_table(name: str, make_app: Callable[..., App]) ->
         told = [note.text for note in migrate.plan(conn, app.config).findings]
         assert migrate.balances_apart(conn, mapping) == []
     assert mapping == HostMapping(users=UsersTable(table=table, key="user_id", balance="balance"), workshops=WORKSHOPS)
-    assert found.told() in told
+    assert found.sentence() in told
 
 
 FREE = "CREATE TABLE users (id uuid PRIMARY KEY, outside text UNIQUE NOT NULL);"
@@ -92,7 +92,7 @@ def test_other_shapes_are_named_with_what_is_in_the_way(name: str, make_app: Cal
     [found] = apart(make_app(f"{FREE} {ddl}"))
     assert (found.obstacle or "").startswith(obstacle or "")
     assert bool(found.obstacle) == bool(obstacle)
-    assert ("It cannot serve yet" in found.told()) == bool(obstacle)
+    assert ("It cannot serve yet" in found.sentence()) == bool(obstacle)
 
 
 NOBODYS = {

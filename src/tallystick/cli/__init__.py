@@ -92,8 +92,8 @@ def _sqlalchemys_own() -> type[Exception]:
 def _explained(error: Exception) -> str:
     from sqlalchemy.exc import DBAPIError  # noqa: PLC0415
 
-    from tallystick.database import said  # noqa: PLC0415
+    from tallystick.database import server_message  # noqa: PLC0415
 
     if isinstance(error, DBAPIError):
-        return f"The database refused: {said(error)}"
+        return f"The database refused: {server_message(error)}"
     return f"The database could not be used: {error}"

@@ -23,7 +23,7 @@ from tallystick.config import Config, origins
 from tallystick.database import connect, driver, standby
 from tallystick.errors import DatabaseUnavailable, NotMigrated
 from tallystick.progress import OnProgress
-from tallystick.schema import agreed
+from tallystick.schema import with_stored_mapping
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -152,10 +152,10 @@ class Invocation:
 def with_mapping(conn: sa.Connection, config: Config) -> Config:
     """The settings; where they name no tables of the app, with those that the database was migrated for, if it was.
 
-    Raises HostMismatch, see ``schema.agreed``.
+    Raises HostMismatch, see ``schema.with_stored_mapping``.
     """
     try:
-        return agreed(conn, config)
+        return with_stored_mapping(conn, config)
     except NotMigrated:
         return config
 

@@ -32,10 +32,10 @@ from tallystick.cli.app import (
     table,
 )
 from tallystick.config import FILE_NAME, INTEGER_KEYS, Config
-from tallystick.database import said, translated
+from tallystick.database import server_message, translated
 from tallystick.errors import ConfigError, InvalidArgument, Key, NotMigrated, TallystickError, shown
 from tallystick.ledger import CreditTransaction, Ledger, close_all_days
-from tallystick.schema import Schema, agreed, verify
+from tallystick.schema import Schema, verify, with_stored_mapping
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -98,11 +98,11 @@ def mapped(
         if changes:
             note(place(conn))
         verify(conn)
-        config = agreed(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
+        config = with_stored_mapping(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
         try:
             yield conn, config
         except NotMigrated as error:  # it is, so what is missing is not what we added
-            what = said(error.__cause__) if isinstance(error.__cause__, DBAPIError) else error.message
+            what = server_message(error.__cause__) if isinstance(error.__cause__, DBAPIError) else error.message
             raise NotMigrated(
                 f"{what}. The database is migrated: {_where(asked)}. To see what is missing: tallystick migrate status",
                 revision=error.revision,

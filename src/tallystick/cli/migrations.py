@@ -221,7 +221,7 @@ def init(
             )
         kept = {name: given[name] for name in ("--credits", "--output")}
         for beside in apart:
-            told = beside.told(_init_again(kept, own_columns=own_columns))
+            told = beside.sentence(_init_again(kept, own_columns=own_columns))
             out.print(f"balance    {told}", markup=False, soft_wrap=True)
         if host.ledger_schema is not None:
             out.print(

@@ -18,7 +18,7 @@ from tallystick.cli.ledger import KeyOption, credits_of
 from tallystick.config import Config
 from tallystick.database import engine, transaction
 from tallystick.errors import StripeNotConfigured, TallystickError
-from tallystick.schema import agreed, verify
+from tallystick.schema import verify, with_stored_mapping
 
 selling = typer.Typer(
     no_args_is_help=True, help="Sell credits through Stripe Checkout: prices, webhooks, refunds, reconciliation."
@@ -42,7 +42,7 @@ def pool(ctx: typer.Context) -> Iterator[tuple[sa.Engine, Config]]:
         made = engine(address(config), poolclass=sa.NullPool)
         with transaction(made) as conn:
             verify(conn)
-            config = agreed(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
+            config = with_stored_mapping(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
         yield made, config
 
 

@@ -15,7 +15,7 @@ from tallystick.cli.app import app, invocation, out
 from tallystick.config import ConsoleAccess
 from tallystick.database import connect, engine
 from tallystick.errors import ConfigError
-from tallystick.schema import agreed, verify
+from tallystick.schema import verify, with_stored_mapping
 
 if TYPE_CHECKING:
     from tallystick.web.console import SignIn
@@ -67,7 +67,7 @@ def serve(
             # without actions the primary is not needed
             with connect(where if allow_actions else [*pools][-1]) as conn:
                 verify(conn)
-                config = agreed(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
+                config = with_stored_mapping(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
             pages = console.console(
                 config,
                 engine=pools[where],

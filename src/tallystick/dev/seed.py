@@ -34,7 +34,7 @@ from tallystick.database import translated
 from tallystick.dev.host_tables import HostFault, HostRow, HostTables
 from tallystick.errors import InvalidArgument, Key, PermissionDenied, SeedImpossible, SeedRefused, shown
 from tallystick.ledger import CreditTransaction, Ledger
-from tallystick.progress import OnProgress, Progress, unheard
+from tallystick.progress import OnProgress, Progress, ignore_progress
 from tallystick.schema import LEDGER, TRIGGERS, Schema, days, migration_log, verify
 
 DEFAULT_PACKS = (
@@ -150,7 +150,7 @@ def seed(
     *,
     only: Sequence[str] = (),
     force_production: bool = False,
-    progress: OnProgress = unheard,
+    progress: OnProgress = ignore_progress,
     environ: Mapping[str, str] | None = None,
 ) -> SeedReport:
     """Make the scenarios that are not there yet, all or those named in ``only``.

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from tallystick.config import Config
-from tallystick.database import dial, driver, engine, translated
+from tallystick.database import connect_with_retries, driver, engine, translated
 from tallystick.errors import DatabaseUnavailable, OutcomeUnknown
 from tallystick.ledger import Event, Ledger
-from tallystick.schema import agreed, verify
+from tallystick.schema import verify, with_stored_mapping
 
 PAGE = 500
 LONGEST_PAUSE_S = 30.0
@@ -47,10 +47,10 @@ def listening(url: str | sa.URL, config: Config) -> Iterator[Feed]:
     """
     pool = engine(url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
     with translated(connecting=True):
-        conn = dial(pool)
+        conn = connect_with_retries(pool)
     try:
         verify(conn)
-        found = Feed(conn, Ledger(agreed(conn, config)))
+        found = Feed(conn, Ledger(with_stored_mapping(conn, config)))
         with translated():
             conn.exec_driver_sql("LISTEN tallystick_events")
         yield found

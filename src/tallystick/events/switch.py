@@ -12,7 +12,7 @@ from tallystick.config import Config
 from tallystick.database import DbConnection, run
 from tallystick.errors import InvalidArgument
 from tallystick.migrate.runner.session import engine_of, send_when_free, session
-from tallystick.schema import EVENTS_TRIGGER, LEDGER, agreed, event_settings, verify
+from tallystick.schema import EVENTS_TRIGGER, LEDGER, event_settings, verify, with_stored_mapping
 
 _BATCH = 10_000
 
@@ -158,7 +158,7 @@ def _switch(
     """Lock the ledger, so that nobody is writing to it, then change the settings and the trigger."""
     with session(engine_of(database)) as conn:
         verify(conn)
-        host = agreed(conn, config).host
+        host = with_stored_mapping(conn, config).host
         ledger, trigger = Identifier(host.schema_of_ledger, LEDGER), Identifier(EVENTS_TRIGGER)
         send_when_free(
             conn,

@@ -47,7 +47,7 @@ DONE, REPLAYED = "completed", "replayed"
 
 
 class Refusal(NamedTuple):
-    """A refusal: the call's arguments, and what the answer says of it."""
+    """A refusal: the call's arguments, and the details in the answer."""
 
     arguments: Mapping[str, Any]
     id: Any = None
@@ -62,7 +62,7 @@ class Refusal(NamedTuple):
 
     @property
     def user(self) -> Any:
-        """The key of the user that it is about, as the caller gave it."""
+        """The user's key, as the caller gave it."""
         return self.arguments.get("into_user_id" if self.detail.get("argument") == "into_user_id" else "user_id")
 
     @property
@@ -318,9 +318,9 @@ def _idempotency_key_reused(r: Refusal) -> LedgerError:
     differs = {
         name: (_typed(name, before), _typed(name, now)) for name, (before, now) in r.detail.get("differs", {}).items()
     }
-    said = ", ".join(f"{name} {before!s} (now {after!s})" for name, (before, after) in differs.items())
+    listed = ", ".join(f"{name} {before!s} (now {after!s})" for name, (before, after) in differs.items())
     return IdempotencyKeyReused(
-        f"{key!r} was used before, for {said}. Use a new key for a new intent", key=key, differs=differs
+        f"{key!r} was used before, for {listed}. Use a new key for a new intent", key=key, differs=differs
     )
 
 
