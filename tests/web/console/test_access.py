@@ -318,7 +318,7 @@ def test_what_comes_in_cannot_add_a_header(world, open_console):
     for path in (
         "/users?q=a%0d%0aSet-Cookie:%20x=1",
         "/user.csv?key=%0d%0aSet-Cookie:%20x=1",
-        "/pending?told=%0d%0aX:%201",
+        "/pending?outcome=%0d%0aX:%201",
     ):
         answer = visitor.get(path)
         assert "set-cookie" not in answer.headers

@@ -442,9 +442,9 @@ def test_read_only_unless_allowed(world, open_console):
 
 
 def test_reading_is_read_only_in_the_database(world):
-    books = Queries(world.config, world.engine)
+    queries = Queries(world.config, world.engine)
     user = world.user()
-    with pytest.raises(DatabaseUnavailable, match="read-only transaction"), books.reading() as conn:
+    with pytest.raises(DatabaseUnavailable, match="read-only transaction"), queries.reading() as conn:
         conn.execute(sa.update(world.schema.users).values(credit_balance=9).where(world.schema.users.c.key == user))
 
 

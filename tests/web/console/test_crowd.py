@@ -40,7 +40,7 @@ def plans(crowd):
     """``plans(read)``: the statements that ``read(books)`` makes on the crowd's database, each with its scans."""
 
     def explain(read):
-        books, made = Queries(crowd.config, crowd.engine), []
+        queries, made = Queries(crowd.config, crowd.engine), []
 
         def note(conn, cursor, statement, parameters, context, executemany):
             if statement.lstrip().startswith("SELECT") and "set_config" not in statement:
@@ -48,7 +48,7 @@ def plans(crowd):
 
         sa.event.listen(crowd.engine, "before_cursor_execute", note)
         try:
-            read(books)
+            read(queries)
         finally:
             sa.event.remove(crowd.engine, "before_cursor_execute", note)
         assert made
@@ -62,38 +62,38 @@ def plans(crowd):
     return explain
 
 
-def first_key(books):
-    return books.users(limit=1).rows[0].key
+def first_key(queries):
+    return queries.users(limit=1).rows[0].key
 
 
 @pytest.mark.parametrize(
     "read",
     [
-        lambda books: books.sizes(),
-        lambda books: books.users(),
-        lambda books: books.users(after=str(first_key(books))),
-        lambda books: books.users(before="ff000000-0000-0000-0000-000000000000"),
-        lambda books: books.tallies([row.key for row in books.users().rows]),
-        lambda books: books.users(search=str(first_key(books))),
-        lambda books: books.users(search="person77777@example.com"),
-        lambda books: books.users(search="cs_test_1 cus_1"),
-        lambda books: books.user(first_key(books)),
-        lambda books: books.ledger(first_key(books)),
-        lambda books: books.ledger(first_key(books), after="2"),
-        lambda books: books.unfinished(first_key(books)),
-        lambda books: books.steps(first_key(books)),
-        lambda books: books.pending(),
-        lambda books: books.waiting(),
-        lambda books: books.holds(first_key(books)),
-        lambda books: books.lots(first_key(books)),
-        lambda books: books.expiring(first_key(books)),
-        lambda books: books.origins(first_key(books)),
+        lambda queries: queries.sizes(),
+        lambda queries: queries.users(),
+        lambda queries: queries.users(after=str(first_key(queries))),
+        lambda queries: queries.users(before="ff000000-0000-0000-0000-000000000000"),
+        lambda queries: queries.tallies([row.key for row in queries.users().rows]),
+        lambda queries: queries.users(search=str(first_key(queries))),
+        lambda queries: queries.users(search="person77777@example.com"),
+        lambda queries: queries.users(search="cs_test_1 cus_1"),
+        lambda queries: queries.user(first_key(queries)),
+        lambda queries: queries.ledger(first_key(queries)),
+        lambda queries: queries.ledger(first_key(queries), after="2"),
+        lambda queries: queries.unfinished(first_key(queries)),
+        lambda queries: queries.steps(first_key(queries)),
+        lambda queries: queries.pending(),
+        lambda queries: queries.waiting(),
+        lambda queries: queries.holds(first_key(queries)),
+        lambda queries: queries.lots(first_key(queries)),
+        lambda queries: queries.expiring(first_key(queries)),
+        lambda queries: queries.origins(first_key(queries)),
         feed.latest,
-        lambda books: feed.latest(books, after="1-150000"),
-        lambda books: feed.of_user(books, first_key(books)),
+        lambda queries: feed.latest(queries, after="1-150000"),
+        lambda queries: feed.of_user(queries, first_key(queries)),
         feed.endpoints,
         feed.dead_letters,
-        feed.trouble,
+        feed.delivery_problems,
     ],
 )
 def test_pages_read_big_tables_through_indexes_only(plans, read):
@@ -103,9 +103,9 @@ def test_pages_read_big_tables_through_indexes_only(plans, read):
 
 
 def test_the_rows_of_a_day_are_found_by_an_index(plans):
-    def read(books):
-        with books.reading() as conn:
-            conn.execute(books._by_day([dt.datetime.now(dt.UTC).date()])).all()
+    def read(queries):
+        with queries.reading() as conn:
+            conn.execute(queries._by_day([dt.datetime.now(dt.UTC).date()])).all()
 
     [(statement, scanned)] = plans(read)
     assert "GROUP BY" in statement
