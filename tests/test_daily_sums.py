@@ -311,9 +311,9 @@ def test_a_sweep_beside_an_open_writer_says_that_days_wait(
     monkeypatch.setattr(sys, "argv", ["tallystick", "sweep", "--json"])
     with pytest.raises(SystemExit):
         main()
-    said = capsys.readouterr()
-    assert json.loads(said.out) == {"users": 0}
-    assert "60 of the last 60 days wait for transactions that are open" in said.err
+    output = capsys.readouterr()
+    assert json.loads(output.out) == {"users": 0}
+    assert "60 of the last 60 days wait for transactions that are open" in output.err
 
 
 def test_a_day_that_is_opened_again_at_the_moment_is_not_waited_for(used: World) -> None:

@@ -130,15 +130,15 @@ def test_no_command_runs_the_code_of_a_role_that_may_create_in_public(
         ("migrate", "sql"),
         ("backup", str(tmp_path / "a.backup")),
     ):
-        said = tally(*command)
-        assert said.code == 0, (command, said)
-        assert CAUGHT not in said.out + said.err
+        output = tally(*command)
+        assert output.code == 0, (command, output)
+        assert CAUGHT not in output.out + output.err
     # a fault, so that the precise checks run as well
     with world.engine.begin() as conn:
         conn.execute(sa.update(world.schema.users).where(world.schema.users.c.key == user).values(credit_balance=99))
         conn.execute(sa.update(world.schema.workshops).values(credit_consumed_at=None))
-    said = tally("audit", "--json")
-    assert {finding["check"] for finding in said.json["findings"] if finding["fault"]} == {
+    output = tally("audit", "--json")
+    assert {finding["check"] for finding in output.json["findings"] if finding["fault"]} == {
         "user_balance",
         "workshop_marked",
     }

@@ -79,7 +79,7 @@ def cells(table: str) -> list[Any]:
     ]
 
 
-# --- the doors that a caller may come by ---
+# --- the connections of callers ---
 
 
 class Door:

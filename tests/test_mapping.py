@@ -57,9 +57,9 @@ def test_settings_that_disagree_are_refused_and_both_are_shown(world: World) -> 
     with world.engine.connect() as conn, Session(world.engine) as session:
         for usable in (conn, session):
             verify(usable, world.config.host)
-            for said, host in OTHERS.items():
+            for message, host in OTHERS.items():
                 for refused in refusals(usable, host):
-                    assert said in refused.message
+                    assert message in refused.message
                     assert refused.table == "public.users"
         assert with_stored_mapping(conn, Config(paywall=False)).host == world.config.host
         assert not with_stored_mapping(conn, Config(paywall=False)).paywall

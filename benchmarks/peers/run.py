@@ -6,7 +6,7 @@
 
 Each candidate has a virtual environment of its own (made with pip below this one's folder, with the same SQLAlchemy
 and psycopg as ours) and a database of its own on one server with fsync on. All are driven by the same code
-(drive.py) through an adapter, in turns of a few seconds, and their books are checked afterwards with plain SQL.
+(drive.py) through an adapter, in turns of a few seconds; the accounts are checked afterwards with plain SQL.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ CROWD = 16
 
 @dataclass(frozen=True)
 class Candidate:
-    """``books`` gives account, balance, sum of its rows, number of consumptions; ``packages`` are what pip installs."""
+    """``accounts_sql`` selects account, balance, sum of its rows, number of consumptions; pip installs ``packages``."""
 
     name: str
     adapter: str
-    books: str
+    accounts_sql: str
     packages: tuple[str, ...] = ()
 
 
@@ -140,7 +140,7 @@ def round_trips(candidate: Candidate, url: str) -> float:
 
 
 @dataclass(frozen=True)
-class Books:
+class FinalState:
     """The final state of the database: the number of wrong accounts, and the result of the two races."""
 
     wrong: int
@@ -149,20 +149,20 @@ class Books:
     rows: int
 
 
-def check(candidate: Candidate, url: str) -> Books:
+def check(candidate: Candidate, url: str) -> FinalState:
     """Two races on new accounts, then every account's balance against its rows."""
     last, same = ACCOUNTS + 1, ACCOUNTS + 2
     granted = drive(candidate, "race", url, account=last, credits=LAST, threads=CROWD, tries=4, key=None)
     drive(candidate, "race", url, account=same, credits=LAST, threads=CROWD, tries=4, key="the same")
     with psycopg.connect(libpq(url)) as conn:
-        books = {row[0]: row[1:] for row in conn.execute(candidate.books)}
-    balance, _, spent = books[last]
+        accounts = {row[0]: row[1:] for row in conn.execute(candidate.accounts_sql)}
+    balance, _, spent = accounts[last]
     refused = granted == spent == LAST and balance == 0
-    return Books(
-        wrong=sum(balance != total for balance, total, _ in books.values()),
+    return FinalState(
+        wrong=sum(balance != total for balance, total, _ in accounts.values()),
         overdraft="refused" if refused else f"{spent} of {LAST} spent, balance {balance}",
-        once="one row" if books[same][2] == 1 else f"{books[same][2]} rows",
-        rows=sum(spent for _, _, spent in books.values()),
+        once="one row" if accounts[same][2] == 1 else f"{accounts[same][2]} rows",
+        rows=sum(spent for _, _, spent in accounts.values()),
     )
 
 
@@ -248,14 +248,14 @@ def main() -> None:
             drive(each, "setup", url, accounts=ACCOUNTS, credits=CREDITS)
             trips[each] = round_trips(each, url)
         runs = turns_of(candidates, urls, turns=turns, seconds=seconds)
-        books = {each: check(each, url) for each, url in urls.items()}
+        final_states = {each: check(each, url) for each, url in urls.items()}
         about = f"PostgreSQL {server.version}, Python {platform.python_version()}, {settings(urls[candidates[0]])}"
 
     print(f"{about}; medians of {turns} turns of {seconds:g} s each\n")
     speeds(candidates, runs)
     print("| | round trips | 16 spend the last 10 credits | one key, 64 times | accounts wrong | consumptions |")
     print("| --- | ---: | --- | --- | ---: | ---: |")
-    for each, found in books.items():
+    for each, found in final_states.items():
         wrong = f"{found.wrong} of {ACCOUNTS + 2:,}"
         print(f"| {each.name} | {trips[each]:.1f} | {found.overdraft} | {found.once} | {wrong} | {found.rows:,} |")
     if asked.picture:

@@ -632,8 +632,8 @@ class _Part:
     def _sum_of_users(self) -> Expression:
         """The sum of the users' ends, less that of their starts."""
         user, key_type = self.schema.users.c, self.schema.host.users.key_type
-        stands = self._place(sa.func.greatest(user.credit_sequence, -1), self.balance())
-        started = self._place(sa.literal(0, sa.Integer), sa.literal(0, sa.BigInteger))
+        stands = self._point(sa.func.greatest(user.credit_sequence, -1), self.balance())
+        started = self._point(sa.literal(0, sa.Integer), sa.literal(0, sa.BigInteger))
         return _sum(_hash(user.key, key_type, stands)) - _sum(_hash(user.key, key_type, started))
 
     def balance(self) -> Expression:
@@ -659,12 +659,12 @@ class _Part:
     def _sum_of_steps(self) -> Expression:
         """The sum of the points where steps begin, less that of the points where they end."""
         row, key_type = self.row, self.schema.host.users.key_type
-        begins = self._place(row.sequence - 1, row.balance_after.cast(_SUMS[self.schema.host.credits]) - row.amount)
-        ends = self._place(row.sequence, row.balance_after)
+        begins = self._point(row.sequence - 1, row.balance_after.cast(_SUMS[self.schema.host.credits]) - row.amount)
+        ends = self._point(row.sequence, row.balance_after)
         numbered = row.sequence > 0
         return _sum(_hash(row.user_id, key_type, begins), numbered) - _sum(_hash(row.user_id, key_type, ends), numbered)
 
-    def _place(self, sequence: Expression, balance: Expression) -> Expression:
+    def _point(self, sequence: Expression, balance: Expression) -> Expression:
         """A point as the 64-bit seed for the hash of a key: 32 bits each, or a hash where credits are bigint."""
         if self.schema.host.credits == "integer":
             return sequence.cast(sa.BigInteger) * 2**32 + balance
@@ -1048,8 +1048,16 @@ def _unsettled(part: _Part) -> sa.Select[Any]:
     reversal = stripe_reversals.c
     took = sa.case((reversal.applied == "none", "none"), else_="some").label("took")
     paid = sa.func.coalesce(part.row.amount_paid.cast(sa.Text) + " " + part.row.currency, "no amount").label("paid")
-    told = (reversal.id, reversal.kind, reversal.amount.label("money"), reversal.currency, reversal.status, took, paid)
-    rows = part.rows(*told).join(
+    columns = (
+        reversal.id,
+        reversal.kind,
+        reversal.amount.label("money"),
+        reversal.currency,
+        reversal.status,
+        took,
+        paid,
+    )
+    rows = part.rows(*columns).join(
         stripe_reversals, reversal.stripe_payment_intent_id == part.row.stripe_payment_intent_id
     )
     return rows.where(part.row.type == _PURCHASE, part.row.status == _COMPLETED, _money_and_credits_disagree())

@@ -118,7 +118,7 @@ def test_lots_go_with_their_user(world: World) -> None:
 def every_fact(world: World) -> list[list[tuple[object, ...]]]:
     """All rows but for what rightly differs from one run to another: random ids, and times beyond set or not set."""
 
-    def told(name: str, value: object, ids: dict[object, int]) -> object:
+    def comparable(name: str, value: object, ids: dict[object, int]) -> object:
         if name in ("id", "refund_of"):
             return ids.get(value)
         if name == "idempotency_key" and str(value).startswith("tallystick:"):
@@ -134,7 +134,7 @@ def every_fact(world: World) -> list[list[tuple[object, ...]]]:
             )
             ids = {row["id"]: number for number, row in enumerate(in_order)}
             found.append(
-                sorted((tuple(told(name, value, ids) for name, value in row.items()) for row in rows), key=str)
+                sorted((tuple(comparable(name, value, ids) for name, value in row.items()) for row in rows), key=str)
             )
     return found
 
@@ -251,13 +251,13 @@ def test_names_are_stored_faithfully(any_world: World) -> None:
     user = SCENARIOS["names"].user_key(any_world.schema)
     with any_world.engine.connect() as conn:
         spent = [row for row in any_world.ledger.history(conn, user) if row.type == "consumption"]
-        told = [row.description.removeprefix("Credit consumed for Workshop: ") for row in reversed(spent)]
+        titles = [row.description.removeprefix("Credit consumed for Workshop: ") for row in reversed(spent)]
         longest = 200 if any_world.config.host.users.key == "clerk_user_id" else 500  # title varchar(200)
-        assert told == [name[:longest] for name in NAMES]
+        assert titles == [name[:longest] for name in NAMES]
         workshops = any_world.schema.workshops
         if workshops is not None:
-            titles = conn.scalars(sa.select(workshops.c.title).where(workshops.c.owner == user))
-            assert sorted(titles) == sorted(told)
+            stored = conn.scalars(sa.select(workshops.c.title).where(workshops.c.owner == user))
+            assert sorted(stored) == sorted(titles)
 
 
 def test_packs_of_the_configuration_are_sold(make_world: Callable[..., World]) -> None:
@@ -786,7 +786,7 @@ def test_columns_that_must_be_given_are_given(host_app: Callable[..., World]) ->
 
 
 @pytest.mark.parametrize(
-    ("column", "said"),
+    ("column", "message"),
     [
         ("place point NOT NULL", r"public\.users\.place is NOT NULL without a default.*SET DEFAULT"),
         ("org integer NOT NULL REFERENCES orgs", r"public\.users\.org must refer to a row of public\.orgs"),
@@ -795,7 +795,7 @@ def test_columns_that_must_be_given_are_given(host_app: Callable[..., World]) ->
     ],
 )
 def test_a_column_that_cannot_be_given_is_named_before_anything_is_written(
-    host_app: Callable[..., World], column: str, said: str
+    host_app: Callable[..., World], column: str, message: str
 ) -> None:
     world = host_app(
         f"""
@@ -806,7 +806,7 @@ def test_a_column_that_cannot_be_given_is_named_before_anything_is_written(
         """,
         HostMapping(),
     )
-    with pytest.raises(SeedImpossible, match=said):
+    with pytest.raises(SeedImpossible, match=message):
         plant(world)
     assert every_row(world) == [[], [], []]
 
@@ -885,9 +885,9 @@ def test_npm_says_what_to_install(tmp_path: Path) -> None:
 
 
 def test_the_documentation_names_every_scenario_and_every_sign() -> None:
-    said = (ROOT / "docs" / "seed.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "seed.md").read_text(encoding="utf-8")
     for scenario in SCENARIOS.values():
-        assert f"| `{scenario.name}` | {scenario.description} |" in said
+        assert f"| `{scenario.name}` | {scenario.description} |" in page
     for name in ENVIRONMENT_VARIABLES:
-        assert f"`{name}`" in said
-    assert f"{MANY_USERS:,}" in said
+        assert f"`{name}`" in page
+    assert f"{MANY_USERS:,}" in page

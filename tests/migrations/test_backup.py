@@ -64,8 +64,8 @@ def empty(folder: Path) -> bool:
 
 
 def test_there_and_back(app: App, make_app: Callable[..., App], tmp_path: Path) -> None:
-    told: list[Progress] = []
-    made = take(app, tmp_path / "app.backup", progress=told.append)
+    reported: list[Progress] = []
+    made = take(app, tmp_path / "app.backup", progress=reported.append)
 
     others = (".stripe_", ".event", ".low_balances")
     rows = {table: count for table, count in made.manifest.rows.items() if not any(each in table for each in others)}
@@ -88,8 +88,8 @@ def test_there_and_back(app: App, make_app: Callable[..., App], tmp_path: Path) 
     }
     assert stat.S_IMODE(made.path.stat().st_mode) == 0o600
     assert [path.name for path in tmp_path.iterdir()] == ["app.backup"]
-    assert {now.step for now in told} == {"dumping", "counting rows", "verifying"}
-    assert all(0 <= now.done <= (now.total or 0) for now in told)
+    assert {now.step for now in reported} == {"dumping", "counting rows", "verifying"}
+    assert all(0 <= now.done <= (now.total or 0) for now in reported)
     assert verify_backup(made.path, bin_dir=app.server.bin) == made.manifest
 
     other = make_app("SELECT 1")
@@ -175,10 +175,10 @@ def test_without_hard_links_nothing_is_dumped(app: App, tmp_path: Path, monkeypa
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
     monkeypatch.setattr(os, "link", refuse)
-    told: list[str] = []
+    reported: list[str] = []
     with pytest.raises(BackupError, match=r"without hard links .*Name a folder on another"):
-        take(app, tmp_path / "app.backup", progress=lambda now: told.append(now.step))
-    assert told == []
+        take(app, tmp_path / "app.backup", progress=lambda now: reported.append(now.step))
+    assert reported == []
     assert empty(tmp_path)
 
 

@@ -78,16 +78,16 @@ def waking() -> Iterator[
         def start(
             url: str, config: Config
         ) -> tuple[threading.Event, list[migrate.MigrationProgress], Callable[[], migrate.Receipt]]:
-            told = threading.Event()
+            reported = threading.Event()
             seen: list[migrate.MigrationProgress] = []
 
             def progress(now: migrate.MigrationProgress) -> None:
                 seen.append(now)
                 if now.phase == "connecting":
-                    told.set()
+                    reported.set()
 
             run = pool.submit(migrate.apply, url, config, progress=progress)
-            return told, seen, lambda: run.result(120)
+            return reported, seen, lambda: run.result(120)
 
         yield start
 
@@ -108,8 +108,8 @@ def test_a_server_that_is_starting_up(scratch: Path, server: Server, waking) -> 
             while pq.PGconn.ping(conninfo) != pq.Ping.REJECT:
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
-            told, seen, result = waking(app.url, app.config)
-            assert told.wait(60)
+            reported, seen, result = waking(app.url, app.config)
+            assert reported.wait(60)
         finally:
             own._run("pg_ctl", "-D", "data", "promote")
             starting.result(120)
@@ -123,8 +123,8 @@ def test_a_server_that_is_starting_up(scratch: Path, server: Server, waking) -> 
 def test_a_server_that_is_not_there_yet(app: App, waking) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as found:
         port = found.getsockname()[1]
-    told, seen, result = waking(through(app, port), app.config)
-    assert told.wait(60)
+    reported, seen, result = waking(through(app, port), app.config)
+    assert reported.wait(60)
     with far_away(socket_of(app), one_way_s=0, port=port):
         assert result().changed
     assert "refused" in str(seen[0].detail)
@@ -133,8 +133,8 @@ def test_a_server_that_is_not_there_yet(app: App, waking) -> None:
 @pytest.mark.parametrize("message", ["Couldn't connect to compute node", "Control plane request failed", ""])
 def test_a_proxy_whose_server_wakes(app: App, waking, message: str) -> None:
     with saying(message) as port:
-        told, seen, result = waking(through(app, port), app.config)
-        assert told.wait(60)
+        reported, seen, result = waking(through(app, port), app.config)
+        assert reported.wait(60)
     with far_away(socket_of(app), one_way_s=0, port=port):
         assert result().changed
     assert message in str(seen[0].detail)
@@ -176,21 +176,21 @@ def test_a_wrong_password_is_not_tried_again(scratch: Path, server: Server) -> N
 
 
 def test_patience_ends(app: App) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     with closing(socket.create_server(("127.0.0.1", 0))) as found:
         port = found.getsockname()[1]
     with (
         pytest.raises(DatabaseUnavailable, match="cannot connect"),
-        connect(through(app, port), patience_s=1, waiting=said.append),
+        connect(through(app, port), patience_s=1, waiting=messages.append),
     ):
         pass
-    assert said
+    assert messages
 
 
 def test_without_patience_it_is_said_at_once(app: App) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     with closing(socket.create_server(("127.0.0.1", 0))) as found:
         port = found.getsockname()[1]
-    with pytest.raises(DatabaseUnavailable), connect(through(app, port), waiting=said.append):
+    with pytest.raises(DatabaseUnavailable), connect(through(app, port), waiting=messages.append):
         pass
-    assert said == []
+    assert messages == []

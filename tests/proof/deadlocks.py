@@ -192,20 +192,20 @@ def main() -> None:
     home = Path(tempfile.mkdtemp(prefix="tallystick-test-deadlocks-"))
     try:
         with Server(home, settings=FAST, bin_dir=asked.bin) as server:
-            told = run(server, ready(server.create_database("app")), MIX, seconds=asked.seconds)
-            for name, count in told.done.items():
+            report = run(server, ready(server.create_database("app")), MIX, seconds=asked.seconds)
+            for name, count in report.done.items():
                 print(f"{count:>10,}  {name}")
             print(
-                f"{sum(told.done.values()):>10,}  transactions in {asked.seconds} s on PostgreSQL {server.version}, "
-                f"{CLIENTS} clients: {told.deadlocks} deadlocks, {told.failed} failures\n"
-                f"{sum(told.rows.values()):>10,}  rows in the ledger: {told.rows}",
-                *told.findings,
-                f"{len(told.findings)} findings of the audit",
+                f"{sum(report.done.values()):>10,}  transactions in {asked.seconds} s on PostgreSQL {server.version}, "
+                f"{CLIENTS} clients: {report.deadlocks} deadlocks, {report.failed} failures\n"
+                f"{sum(report.rows.values()):>10,}  rows in the ledger: {report.rows}",
+                *report.findings,
+                f"{len(report.findings)} findings of the audit",
                 sep="\n",
             )
     finally:
         shutil.rmtree(home)
-    sys.exit(bool(told.deadlocks or told.failed or told.findings))
+    sys.exit(bool(report.deadlocks or report.failed or report.findings))
 
 
 if __name__ == "__main__":

@@ -139,18 +139,18 @@ def test_any_command_line_is_done_or_refused_with_a_message(typed: World) -> Non
     @given(line=lines)
     def check(line: list[str]) -> None:
         before = everything(typed)
-        said = run(*(word.replace(LONG, "x" * LETTERS) for word in line))
-        assert said.code in (0, 1, 2)
-        assert "Traceback" not in said.out + said.err
-        if said.code:
+        result = run(*(word.replace(LONG, "x" * LETTERS) for word in line))
+        assert result.code in (0, 1, 2)
+        assert "Traceback" not in result.out + result.err
+        if result.code:
             assert everything(typed) == before
-            assert said.err.strip() or not line  # nothing typed: the help
-            if said.code == 1:  # wrong usage repeats what was typed
-                assert len(said.err) < SAID_MAX
+            assert result.err.strip() or not line  # nothing typed: the help
+            if result.code == 1:  # wrong usage repeats what was typed
+                assert len(result.err) < SAID_MAX
         elif line[:1] and line[0] not in WRITES:
             assert everything(typed) == before
-        if said.code == 0 and "--json" in line and "sql" not in line:
-            json.loads(said.out)
+        if result.code == 0 and "--json" in line and "sql" not in line:
+            json.loads(result.out)
 
     check()
     with typed.engine.connect() as conn:
@@ -185,7 +185,7 @@ def test_any_command_line_is_done_or_refused_with_a_message(typed: World) -> Non
 def test_a_message_names_what_is_wrong(typed: World, line: list[str], code: int, named: str) -> None:
     user = typed.user(credits=5)
     before = everything(typed)
-    said = run(*(word.format(user=user) if word == "{user}" else word for word in line))
-    assert said.code == code, said.err
-    assert named in (said.out if code == 0 else said.err)
+    result = run(*(word.format(user=user) if word == "{user}" else word for word in line))
+    assert result.code == code, result.err
+    assert named in (result.out if code == 0 else result.err)
     assert everything(typed) == before

@@ -22,7 +22,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import exc
 
-from crowd import PATIENCE_S, books_balance, waiting_for_a_lock
+from parallel import PATIENCE_S, assert_ledger_consistent, waiting_for_a_lock
 from servers import pg_bin
 from tallystick import Consume, CreditTransaction, migrate
 from tallystick.database import connect, transaction
@@ -33,11 +33,11 @@ from worlds import SHAPES, World
 
 
 @pytest.fixture(autouse=True)
-def _books_balance(request: pytest.FixtureRequest) -> Iterator[None]:
+def _ledger_is_consistent(request: pytest.FixtureRequest) -> Iterator[None]:
     own = [name for name in ("durable", "cramped") if name in request.fixturenames]
     world = request.getfixturevalue(own[0] if own else "world")
     yield
-    books_balance(world)
+    assert_ledger_consistent(world)
 
 
 def surely(world: World, call: Callable[[sa.Connection], Any]) -> Any:
@@ -100,7 +100,7 @@ class Client:
 
     def __init__(self, world: World, user: Key) -> None:
         context = multiprocessing.get_context("spawn")
-        self.told, end = context.Pipe(duplex=False)
+        self.pipe, end = context.Pipe(duplex=False)
         self.process = context.Process(target=spend_on_and_on, args=(world.url, world.config.host, user, end))
         self.process.start()
         end.close()
@@ -108,17 +108,17 @@ class Client:
 
     def listen(self, count: int) -> None:
         for _ in range(count):
-            assert self.told.poll(PATIENCE_S)
-            self.acknowledged.append(self.told.recv())
+            assert self.pipe.poll(PATIENCE_S)
+            self.acknowledged.append(self.pipe.recv())
 
     def kill(self) -> None:
         self.process.kill()
         self.process.join(PATIENCE_S)
         try:
             while True:  # what it still said before it died
-                self.acknowledged.append(self.told.recv())
+                self.acknowledged.append(self.pipe.recv())
         except EOFError:
-            self.told.close()
+            self.pipe.close()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -131,10 +131,10 @@ def test_a_client_killed_anywhere(world: World, seed: int) -> None:
     time.sleep(dice.random() * 0.02)
     client.kill()
     settled = keys_of_settled(world, user)
-    told = client.acknowledged
-    assert settled[: len(told)] == told
-    assert len(settled) - len(told) in (0, 1)
-    for key in told:
+    acknowledged = client.acknowledged
+    assert settled[: len(acknowledged)] == acknowledged
+    assert len(settled) - len(acknowledged) in (0, 1)
+    for key in acknowledged:
         if key.startswith("alone"):
             assert surely(world, lambda conn, key=key: world.ledger.consume(conn, user, key=key)).replayed
     assert keys_of(world, user) == settled
@@ -165,13 +165,13 @@ def test_a_client_killed_inside_of_its_statement(world: World) -> None:
         waiting_for_a_lock(world, 1)
         client.kill()
     settled = keys_of_settled(world, user)
-    told = client.acknowledged
+    acknowledged = client.acknowledged
     # Its statement goes on without it and commits only in autocommit; here the transaction died with the client.
-    assert settled == told
-    key = f"alone {len(told)}"
+    assert settled == acknowledged
+    key = f"alone {len(acknowledged)}"
     again = [surely(world, lambda conn: world.ledger.consume(conn, user, key=key)) for _ in range(2)]
     assert [row.replayed for row in again] == [False, True]
-    assert again[0].balance_after == 100_000 - len(told) - 1
+    assert again[0].balance_after == 100_000 - len(acknowledged) - 1
 
 
 # --- the connection dies ---
@@ -323,20 +323,20 @@ def cramped(small_disk: Path) -> Iterator[World]:
 def test_a_full_disk_loses_nothing_that_was_acknowledged(small_disk: Path, cramped: World) -> None:
     """A table that cannot grow fails its statement; a log that cannot stops the server. Neither takes a row back."""
     ledger, ballast = cramped.ledger, small_disk / "ballast"
-    user, told, refused = cramped.user(credits=1_000_000), {}, []
+    user, acknowledged, refused = cramped.user(credits=1_000_000), {}, []
     with ballast.open("wb") as file:
         file.write(bytes(shutil.disk_usage(small_disk).free - 2_000_000))
     for turn in range(2_000):
         items = [Consume(user, key=f"{turn} {n}") for n in range(200)]
         try:
             with transaction(cramped.engine, isolation="AUTOCOMMIT") as conn:
-                told |= {row.idempotency_key: row.balance_after for row in ledger.consume_many(conn, items)}
+                acknowledged |= {row.idempotency_key: row.balance_after for row in ledger.consume_many(conn, items)}
         except DatabaseError as error:
             assert error.retryable or error.outcome_unknown
             refused.append(error.sqlstate)
             if len(refused) == 20:
                 break
-    assert told
+    assert acknowledged
     assert "53100" in refused
 
     ballast.unlink()
@@ -346,7 +346,7 @@ def test_a_full_disk_loses_nothing_that_was_acknowledged(small_disk: Path, cramp
     with transaction(cramped.engine, isolation="AUTOCOMMIT") as conn:
         assert not ledger.consume(conn, user, key="after").replayed
         there = dict(conn.execute(sa.select(row.idempotency_key, row.balance_after)).all())
-    assert told.items() <= there.items()
+    assert acknowledged.items() <= there.items()
 
 
 def kill_server(server: Server, how: signal.Signals) -> None:
@@ -390,12 +390,12 @@ def test_a_killed_server_lost_nothing_that_it_acknowledged(durable: World, how: 
             world.server.start()
         time.sleep(0.1)
         over.set()
-        told = [entry for future in clients for entry in future.result(PATIENCE_S)]
+        acknowledged = [entry for future in clients for entry in future.result(PATIENCE_S)]
 
     assert {type(trouble) for trouble in troubles} <= {OutcomeUnknown, DatabaseUnavailable}
     assert OutcomeUnknown in {type(trouble) for trouble in troubles}
     for user in users:
-        mine = sorted((row.sequence, key) for whose, key, row in told if whose == user)
+        mine = sorted((row.sequence, key) for whose, key, row in acknowledged if whose == user)
         assert keys_of(world, user) == [key for _, key in mine]  # each once, in the order that each was told
         assert [sequence for sequence, _ in mine] == list(range(2, len(mine) + 2))
 

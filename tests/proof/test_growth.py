@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from crowd import declared_functions, functions_called
+from parallel import declared_functions, functions_called
 from tallystick import Consume, CreditTransaction, Ledger
 from tallystick.dev.postgres import Server
 from tallystick.errors import TallystickError

@@ -472,7 +472,7 @@ def apply(
             take_backup(address(config), backup)
         with connect_when_ready(config) as conn:
             tools = migrate.tools(conn, Path.cwd())
-        with _Shown() as shown:
+        with _MigrationProgress() as shown:
             receipt = migrate.apply(
                 address(config),
                 config,
@@ -595,7 +595,7 @@ def undo(
     """Take Tallystick out of the database again. Refused while the ledger has rows."""
     with invocation(ctx).database(migrating=True) as config:
         config = _show_target(ctx, config)  # noqa: PLW2901 - the same, with the database's mapping
-        with _Shown() as shown:
+        with _MigrationProgress() as shown:
             receipt = migrate.undo(
                 address(config),
                 config,
@@ -688,7 +688,7 @@ def rehearse(
             config,
             app_statements=of_the_app,
             audit=lambda conn: _audited(conn, config),
-            progress=stack.enter_context(_Steps()),
+            progress=stack.enter_context(_RehearsalProgress()),
         )
 
     from tallystick.cli.rehearsal_report import rehearsal_page, rehearsal_report  # noqa: PLC0415 - of this command alone
@@ -719,7 +719,7 @@ def _restored(ctx: typer.Context, backup_file: Path | None) -> Iterator[tuple[Co
         else:
             config = invocation(ctx).config()
             note(f"A copy from {backup_file}, {mapping(ctx, config)}.")
-        with _Steps() as steps:
+        with _RehearsalProgress() as steps:
             steps(Progress("starting an embedded server"))
             server = stack.enter_context(postgres.Server(folder / "server"))
             copy = server.create_database("rehearsal")
@@ -754,7 +754,7 @@ def _audited(conn: sa.Connection, config: Config) -> list[str]:
     return [str(finding) for finding in audit(conn, config).findings if finding.fault]
 
 
-class _Steps(ExitStack):
+class _RehearsalProgress(ExitStack):
     """The steps of a rehearsal on stderr, on a terminal in one line, with the duration of each finished step."""
 
     def __init__(self) -> None:
@@ -776,7 +776,7 @@ class _Steps(ExitStack):
         self._status.update(begun.step)
 
 
-class _Shown(ExitStack):
+class _MigrationProgress(ExitStack):
     """The progress of a migration and its blockers on stderr, on a terminal in one line.
 
     After an interruption it prints what is done already.

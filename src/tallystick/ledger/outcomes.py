@@ -209,7 +209,7 @@ def _insufficient_credits(r: Refusal) -> LedgerError:
     )
 
 
-def _asked(r: Refusal) -> int:
+def _asked_credits(r: Refusal) -> int:
     return int(r.remaining if r.required is None else r.required)
 
 
@@ -219,7 +219,7 @@ def _refund_exceeds_purchase(r: Refusal) -> LedgerError:
         f"asked: {'all' if r.required is None else r.required}",
         purchase=r.id,
         left=r.remaining,
-        asked=_asked(r),
+        asked=_asked_credits(r),
     )
 
 
@@ -229,7 +229,7 @@ def _reinstatement_exceeds_refunds(r: Refusal) -> LedgerError:
         f"asked to give back: {'all' if r.required is None else r.required}. To give more: ledger.grant",
         purchase=r.id,
         taken=r.remaining,
-        asked=_asked(r),
+        asked=_asked_credits(r),
     )
 
 
@@ -248,7 +248,7 @@ def _reversal_exceeds_consumption(r: Refusal) -> LedgerError:
         f"asked: {'all' if r.required is None else r.required}. To give more: ledger.grant",
         consumption=r.id,
         left=r.remaining,
-        asked=_asked(r),
+        asked=_asked_credits(r),
     )
 
 
@@ -267,7 +267,7 @@ def _correction_exceeds_grant(r: Refusal) -> LedgerError:
         f"asked: {'all' if r.required is None else r.required}",
         grant=r.id,
         left=r.remaining,
-        asked=_asked(r),
+        asked=_asked_credits(r),
     )
 
 

@@ -100,8 +100,8 @@ class _OnTheLoop(sdk.HTTPClient):
         try:
             response = await _connections().request(method, url, headers=headers, content=post_data)
         except (http.HTTPError, http.InvalidURL) as error:
-            said = f"{type(error).__name__}: {error}"
-            raise sdk.APIConnectionError(said, should_retry=True) from error  # type: ignore[no-untyped-call]
+            message = f"{type(error).__name__}: {error}"
+            raise sdk.APIConnectionError(message, should_retry=True) from error  # type: ignore[no-untyped-call]
         return response.content, response.status_code, response.headers
 
     def sleep_async(self, secs: float) -> Any:
@@ -197,9 +197,9 @@ def list_all(call: Callable[[], sdk.ListObject[One]]) -> Iterator[One]:
 
 
 def _unavailable(error: sdk.StripeError) -> StripeUnavailable:
-    said = f"answered {error.http_status}" if error.http_status else "did not answer"
+    reason = f"answered {error.http_status}" if error.http_status else "did not answer"
     return StripeUnavailable(
-        f"Stripe {said}. Nothing is lost: make the same call again, with the same key if it takes one",
+        f"Stripe {reason}. Nothing is lost: make the same call again, with the same key if it takes one",
         status=error.http_status,
     )
 

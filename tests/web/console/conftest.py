@@ -138,12 +138,12 @@ def empty_world(server: Any, _templates: Callable[[str], str]) -> Iterator[World
 
 
 @pytest.fixture(scope="session")
-def crowd(server: Any, _templates: Callable[[str], str]) -> Iterator[World]:
+def large_world(server: Any, _templates: Callable[[str], str]) -> Iterator[World]:
     """100,000 users with three rows each, 90 days of them, made set-wise; only read from."""
-    url = server.create_database("crowd", template=_templates("uuid"))
+    url = server.create_database("large_world", template=_templates("uuid"))
     fill(url)
     yield World(url, SHAPES["uuid"].host)
-    server.drop_database("crowd")
+    server.drop_database("large_world")
 
 
 USERS = """

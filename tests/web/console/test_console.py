@@ -280,7 +280,9 @@ def test_credits_sold_in_one_currency_have_a_price_whatever_money_went_back(worl
 def test_each_user_with_something_due_costs_one_call_of_balance(world):
     queries = Queries(world.config, world.engine)
     sums: list[tuple[str, object]] = []
-    sa.event.listen(world.engine, "before_cursor_execute", lambda *said: sums.append((said[2], said[3])))
+    sa.event.listen(
+        world.engine, "before_cursor_execute", lambda *event_args: sums.append((event_args[2], event_args[3]))
+    )
     queries.figures(dt.datetime.now(dt.UTC))
     [(asked, values)] = [each for each in sums if "tallystick.balance" in each[0]]
     with world.engine.connect() as conn:
@@ -584,9 +586,9 @@ def test_an_unmigrated_database_says_what_to_run(fresh_database, open_console):
 
 def test_vendored_files_are_what_they_say():
     folder = resources.files("tallystick.web.console").joinpath("static")
-    said = re.findall(r"([0-9a-f]{64})  (\S+)", folder.joinpath("README.md").read_text())
-    assert {name for _, name in said} == {"uPlot.iife.min.js", "uPlot.min.css"}
-    for digest, name in said:
+    listed = re.findall(r"([0-9a-f]{64})  (\S+)", folder.joinpath("README.md").read_text())
+    assert {name for _, name in listed} == {"uPlot.iife.min.js", "uPlot.min.css"}
+    for digest, name in listed:
         assert hashlib.sha256(folder.joinpath(name).read_bytes()).hexdigest() == digest
 
 
@@ -673,14 +675,14 @@ def test_what_is_held_and_what_expires_is_shown(any_world, open_console):
     assert f'aria-label="of consumption {used.id}"' in answer.text
     assert "pending" not in page
 
-    told = visitor.get(at("/user.json", key=user)).json()
-    about = told["user"]
+    data = visitor.get(at("/user.json", key=user)).json()
+    about = data["user"]
     assert (about["credit_balance"], about["credit_held"], about["credit_available"]) == (12, 5, 7)
-    assert [(lot["id"], lot["remaining"], lot["given"], lot["paid"]) for lot in told["lots"]] == [
+    assert [(lot["id"], lot["remaining"], lot["given"], lot["paid"]) for lot in data["lots"]] == [
         (str(spring.id), 2, 4, False)
     ]
-    assert [(row["status"], row["held"], row["capture_limit"]) for row in told["holds"]] == [("pending", 5, 8)]
-    assert [(row["status"], row["held"], row["capture_limit"]) for row in told["unfinished"]] == [("failed", 1, 0)]
+    assert [(row["status"], row["held"], row["capture_limit"]) for row in data["holds"]] == [("pending", 5, 8)]
+    assert [(row["status"], row["held"], row["capture_limit"]) for row in data["unfinished"]] == [("failed", 1, 0)]
     for path, shown in (("/user/holds", "Answer 18"), ("/user/lots", "Spring promotion")):
         assert shown in words(visitor.get(at(path, key=user)))
         assert [row["description"] for row in visitor.get(at(f"{path}.json", key=user)).json()["rows"]] == [shown]
@@ -721,7 +723,7 @@ def test_a_user_with_nothing_held_costs_no_further_statement(world):
         world.ledger.hold(conn, holder, credits=1, key="h")
     queries = Queries(world.config, world.engine)
     asked: list[str] = []
-    sa.event.listen(world.engine, "before_cursor_execute", lambda *said: asked.append(said[2]))
+    sa.event.listen(world.engine, "before_cursor_execute", lambda *event_args: asked.append(event_args[2]))
     assert queries.user(plain).credit_available == 2
     alone = len(asked)
     assert queries.user(holder).credit_available == 1
@@ -820,14 +822,14 @@ def test_events_are_listed_with_where_they_were_delivered(make_world, shape, ope
     hook.deliver(world, attempts=2)
     other = world.user(credits=1)
 
-    told = visitor.get(at("/events.json", key=user)).json()["rows"]
-    assert [(row["kind"], row["amount"], [one["state"] for one in row["deliveries"]]) for row in told] == [
+    events = visitor.get(at("/events.json", key=user)).json()["rows"]
+    assert [(row["kind"], row["amount"], [one["state"] for one in row["deliveries"]]) for row in events] == [
         ("consumption.completed", -1, ["waits"]),
         ("balance.low", -8, ["delivered"]),
         ("consumption.completed", -8, ["delivered"]),
         ("consumption.held", -3, ["dead letter"]),
     ]
-    assert len(visitor.get("/events.json").json()["rows"]) == 1 + len(told)
+    assert len(visitor.get("/events.json").json()["rows"]) == 1 + len(events)
     assert len(table(visitor.get("/events.csv"))) == 1 + len(table(visitor.get(at("/events.csv", key=user)))) == 5
     page = words(visitor.get(at("/user", key=user)))
     assert "consumption.held" in page
@@ -889,8 +891,8 @@ def test_a_dead_letter_is_sent_again_by_whom_the_log_says(world, open_console, h
     assert dead_letters(visitor) == []
     assert "nothing was sent" in send()  # a double click
     assert hook.ids == [f"evt_{event}"] * 3
-    said = [record.getMessage() for record in caplog.records if "action=send-again" in record.getMessage()]
-    assert said == [
+    logged = [record.getMessage() for record in caplog.records if "action=send-again" in record.getMessage()]
+    assert logged == [
         f"action=send-again operator='local operator' endpoint='crm' event={event} outcome={outcome}"
         for outcome in ("refused", "taken", "gone")
     ]

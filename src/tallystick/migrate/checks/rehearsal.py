@@ -124,7 +124,7 @@ def rehearse(
         before = _catalogue(conn)
         own_triggers = {table.shown for table in host.tables if conn.scalar(_TRIGGERS, {"table": table.oid})}
         there = _contents(conn, host)
-        works = [statement for statement in app_statements if _works(conn, statement) is None]
+        works = [statement for statement in app_statements if _error_of(conn, statement) is None]
         progress(Progress("migrating, statement by statement"))
         traced = tuple(_trace(conn, host, planned.statements))
         broken = tuple(_broken(conn, works, "after the migration"))
@@ -405,7 +405,7 @@ def _rows(conn: sa.Connection, oid: int) -> int:
     return conn.scalar(_ROWS, {"oid": oid}) or 0
 
 
-def _works(conn: sa.Connection, statement: str) -> str | None:
+def _error_of(conn: sa.Connection, statement: str) -> str | None:
     """Try a statement and roll it back; returns the server's error, or None."""
     raw = driver(conn)
     raw.execute("BEGIN; SET LOCAL search_path TO DEFAULT")  # the app's, not ours
@@ -420,7 +420,7 @@ def _works(conn: sa.Connection, statement: str) -> str | None:
 
 def _broken(conn: sa.Connection, statements: Sequence[str], when: str) -> Iterator[str]:
     for statement in statements:
-        error = _works(conn, statement)
+        error = _error_of(conn, statement)
         if error is not None:
             yield f"{when}, {_short(statement)}: {error}"
 

@@ -249,7 +249,7 @@ def _propose(
     conn: sa.Connection, users: str | None, workshops: str | None, users_key: str | None, balance: str | None
 ) -> HostMapping:
     everything = host_tables(conn)
-    users_table = _asked("users", everything, users) if users is not None else _users(conn, everything)
+    users_table = _named_table("users", everything, users) if users is not None else _users(conn, everything)
     if refusal := platform_refusal(users_table):
         raise HostMismatch(f"{users_table.shown} {refusal}", table=users_table.shown, column=None)
     columns = columns_of(conn, users_table)
@@ -266,7 +266,7 @@ def _propose(
     if workshops is None:
         workshops_table = _workshops(conn, everything, users_table)
     elif workshops != "none":
-        workshops_table = _asked("workshops", everything, workshops)
+        workshops_table = _named_table("workshops", everything, workshops)
     found = None
     if workshops_table is not None:
         asked = [key] if users_key is not None else keys
@@ -392,7 +392,7 @@ def _users(conn: sa.Connection, everything: Sequence[HostTable]) -> HostTable:
             f"no table looks like users (there are: {tables or 'none at all'}). {then}", table="users", column=None
         )
     if len(best) > 1:
-        raise _which("users", [(one.table, one.why) for one in best])
+        raise _ambiguous("users", [(one.table, one.why) for one in best])
     return best[0].table
 
 
@@ -410,21 +410,21 @@ def _workshops(conn: sa.Connection, everything: Sequence[HostTable], users: Host
     found = next((tables for tables in exactly if tables), None) or list(prefixed)
     best = [table for table in found if table.schema == "public"] or found
     if len(best) > 1:
-        raise _which("workshops", [(table, "its name") for table in best])
+        raise _ambiguous("workshops", [(table, "its name") for table in best])
     return best[0] if best else None
 
 
-def _which(word: Word, found: Sequence[tuple[HostTable, str]]) -> HostMismatch:
+def _ambiguous(word: Word, found: Sequence[tuple[HostTable, str]]) -> HostMismatch:
     """The error for several candidates, with the signs and a command for each."""
     lines = "".join(f"\n  tallystick init --{word} {shlex.quote(table.shown)}    {why}" for table, why in found)
     return HostMismatch(f"more than one table could be {word}. Say which:{lines}", table=word, column=None)
 
 
-def _asked(word: Word, everything: Sequence[HostTable], asked: str) -> HostTable:
+def _named_table(word: Word, everything: Sequence[HostTable], asked: str) -> HostTable:
     found = [t for t in everything if asked in (t.table, t.shown, f'{t.schema}."{t.table}"', f'"{t.table}"')]
     found = [t for t in found if t.schema == "public"] or found if len(found) > 1 else found
     if len(found) > 1:
-        raise _which(word, [(table, "called so") for table in found])
+        raise _ambiguous(word, [(table, "called so") for table in found])
     if not found:
         near = difflib.get_close_matches(
             asked, [name for t in everything for name in (t.table, t.shown)], n=1, cutoff=0.5

@@ -110,7 +110,7 @@ def trackers(conn: sa.Connection, *, drizzle: Path | None = None) -> tuple[Track
         raise ConfigError(f"{drizzle} is no folder. Give the one that drizzle-kit writes to", path=str(drizzle))
     found = [_tracker(conn, row, drizzle) for row in conn.execute(_FOUND, {"ours": BOOKKEEPING_SCHEMA})]
     if drizzle is not None and all(tracker.tool == "alembic" for tracker in found):
-        found.append(_nowhere(drizzle))
+        found.append(_unused(drizzle))
     return tuple(found)
 
 
@@ -123,7 +123,7 @@ def _tracker(conn: sa.Connection, row: sa.Row[Any], drizzle: Path | None) -> Tra
     return (_drizzle_1 if row.named else _drizzle_0)(conn, row.schema, drizzle)
 
 
-def _nowhere(folder: Path) -> Tracker:
+def _unused(folder: Path) -> Tracker:
     """A tracker without a table: nothing was applied, or the app's drizzle.config.ts gives the table another name."""
     first: Tool = "drizzle 0.x" if (folder / "meta" / "_journal.json").exists() else "drizzle 1.0"
     entries = _entries_0(folder, {}, None) if first == "drizzle 0.x" else _entries_1(folder, {})

@@ -192,7 +192,7 @@ def latest(
             _select_events(queries),
             order=order,
             place=lambda row: (f"{row.position}-{row.id}",),
-            parse=_place,
+            parse=_position,
             before=before,
             after=after,
             limit=limit,
@@ -278,7 +278,7 @@ def _with_deliveries(conn: sa.Connection, found: Sequence[Sequence[Any]]) -> lis
                 deliveries.append(DeliveryState(name, DELIVERED if letters[name, id] else DEAD))
             elif kinds is not None and kind not in kinds:
                 continue
-            elif (position, id) > (_place(cursor) if cursor else (-1, 0)):
+            elif (position, id) > (_position(cursor) if cursor else (-1, 0)):
                 deliveries.append(DeliveryState(name, WAITS))
             elif created_at >= since:
                 deliveries.append(DeliveryState(name, DELIVERED))
@@ -286,7 +286,7 @@ def _with_deliveries(conn: sa.Connection, found: Sequence[Sequence[Any]]) -> lis
     return made
 
 
-def _place(cursor: str) -> tuple[int, int]:
+def _position(cursor: str) -> tuple[int, int]:
     position, dash, id = cursor.partition("-")
     if dash and all(part.isascii() and part.isdigit() and len(part) < 19 for part in (position, id)):  # noqa: PLR2004
         return int(position), int(id)

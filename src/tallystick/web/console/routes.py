@@ -228,7 +228,7 @@ class _Console:
         if form == "csv":
             return export.csv("users", queries.every_user(search=search), operator=_operator(request))
         try:
-            page = queries.users(search=search, **_place(request))
+            page = queries.users(search=search, **_cursors(request))
         except Conflict as error:
             if error.sqlstate != _TIMED_OUT or form == "json":
                 raise
@@ -256,7 +256,7 @@ class _Console:
         user = queries.user(key)
         if form == "csv":
             return export.csv(f"ledger-{key}", queries.every_row(key), operator=_operator(request))
-        page = queries.ledger(key, **_place(request))
+        page = queries.ledger(key, **_cursors(request))
         newest = page.before is None
         unfinished = queries.unfinished(key) if newest else []
         holds = queries.holds(key) if user.credit_held else Page([], None, None)
@@ -295,7 +295,7 @@ class _Console:
         user = queries.user(key)
         if form == "csv":
             return export.csv(f"holds-{key}", queries.every_hold(key), operator=_operator(request))
-        page = queries.holds(key, **_place(request))
+        page = queries.holds(key, **_cursors(request))
         if form == "json":
             return self._list(request, page, key=key)
         return self.show(request, "holds.html", user=user, page=page)
@@ -306,7 +306,7 @@ class _Console:
         user = queries.user(key)
         if form == "csv":
             return export.csv(f"lots-{key}", queries.every_lot(key), operator=_operator(request))
-        page = queries.lots(key, **_place(request))
+        page = queries.lots(key, **_cursors(request))
         if form == "json":
             return self._list(request, page, key=key)
         return self.show(request, "lots.html", user=user, page=page, expiring=queries.expiring(key))
@@ -319,7 +319,7 @@ class _Console:
         if form == "csv":
             name = "events" if user is None else f"events-{key}"
             return export.csv(name, feed.every(queries, key), operator=_operator(request), columns=feed.EventRow)
-        place = _place(request)
+        place = _cursors(request)
         page = feed.latest(queries, **place) if user is None else feed.of_user(queries, user.key, **place)
         if user is not None:
             if form == "json":
@@ -364,7 +364,7 @@ class _Console:
         queries = self.reading(request)
         if form == "csv":
             return export.csv("pending", queries.every_pending(), operator=_operator(request))
-        page = queries.pending(**_place(request))
+        page = queries.pending(**_cursors(request))
         if form == "json":
             return self._list(request, page)
         stripe_run = self.stripe.state if self.stripe else None
@@ -676,12 +676,12 @@ def stripe_address(id: str) -> str:
     return "https://dashboard.stripe.com/search?" + urlencode({"query": id})
 
 
-class _Place(TypedDict):
+class _Cursors(TypedDict):
     before: str | None
     after: str | None
 
 
-def _place(request: Request) -> _Place:
+def _cursors(request: Request) -> _Cursors:
     before, after = (request.query_params.get(name) or None for name in ("before", "after"))
     return {"before": before, "after": None if before else after}
 

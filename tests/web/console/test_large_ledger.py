@@ -36,23 +36,23 @@ def scans(node):
 
 
 @pytest.fixture
-def plans(crowd):
-    """``plans(read)``: the statements that ``read(books)`` makes on the crowd's database, each with its scans."""
+def plans(large_world):
+    """``plans(read)``: the statements that ``read(queries)`` makes on the large database, each with its scans."""
 
     def explain(read):
-        queries, made = Queries(crowd.config, crowd.engine), []
+        queries, made = Queries(large_world.config, large_world.engine), []
 
         def note(conn, cursor, statement, parameters, context, executemany):
             if statement.lstrip().startswith("SELECT") and "set_config" not in statement:
                 made.append((statement, parameters))
 
-        sa.event.listen(crowd.engine, "before_cursor_execute", note)
+        sa.event.listen(large_world.engine, "before_cursor_execute", note)
         try:
             read(queries)
         finally:
-            sa.event.remove(crowd.engine, "before_cursor_execute", note)
+            sa.event.remove(large_world.engine, "before_cursor_execute", note)
         assert made
-        with crowd.engine.connect() as conn:
+        with large_world.engine.connect() as conn:
             found = []
             for statement, parameters in made:
                 plan = conn.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {statement}", parameters).scalar_one()
@@ -112,8 +112,8 @@ def test_the_rows_of_a_day_are_found_by_an_index(plans):
     assert not scanned
 
 
-def test_large_sizes_are_estimates_that_are_near(crowd):
-    users, rows = Queries(crowd.config, crowd.engine).sizes()
+def test_large_sizes_are_estimates_that_are_near(large_world):
+    users, rows = Queries(large_world.config, large_world.engine).sizes()
     assert (users.about, users.number) == ("about ", pytest.approx(100_000, rel=0.05))
     assert (rows.about, rows.number) == ("about ", pytest.approx(300_000, rel=0.05))
 
@@ -157,9 +157,9 @@ class Served:
         return f"{self.address}/enter?token={self.link.token}"
 
 
-def is_fault(said):
+def is_fault(message):
     """Refused by the Content-Security-Policy, an uncaught error, …; a refusal's status is the test's own matter."""
-    return said.type == "error" and not said.text.startswith("Failed to load resource")
+    return message.type == "error" and not message.text.startswith("Failed to load resource")
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def visit(browser):
         page = contexts[-1].new_page()
         page.set_default_timeout(PATIENCE_MS)
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda said: complaints.append(said.text) if is_fault(said) else None)
+        page.on("console", lambda message: complaints.append(message.text) if is_fault(message) else None)
         page.goto(at.sign_in)
         return page
 
@@ -186,15 +186,15 @@ expect.set_options(timeout=PATIENCE_MS)
 
 
 @pytest.fixture(scope="module")
-def big(crowd):
-    with Served(crowd) as running:
+def big(large_world):
+    with Served(large_world) as running:
         yield running
     running.link._used = False
 
 
 @pytest.fixture
 def again(big):
-    """The crowd's console with its link good for one more visit."""
+    """The large database's console, with its link good for one more visit."""
     big.link._used = False
     return big
 
@@ -261,9 +261,9 @@ def test_without_javascript_everything_is_there(again, visit):
     expect(page.get_by_role("heading", level=1)).to_have_text("Not logged in")
 
 
-def test_on_a_phone_nothing_runs_off_the_side(again, visit, crowd):
+def test_on_a_phone_nothing_runs_off_the_side(again, visit, large_world):
     page = visit(again, viewport={"width": 360, "height": 740})
-    with crowd.engine.connect() as conn:
+    with large_world.engine.connect() as conn:
         user = conn.scalar(sa.text("SELECT id FROM users LIMIT 1"))
     for path in ("/", "/users", f"/user?key={user}", "/pending", "/events", "/audit", "/migrations"):
         page.goto(again.address + path)
