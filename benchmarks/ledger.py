@@ -253,7 +253,7 @@ def against_the_floor(
             of: dict[str, Any] = {"users": users, "connections": connections, "seconds": seconds}
             bare, sent = (pgbench(app, way, statement, **of) for statement in (stage.FLOOR, stage.CONSUME))
             taken.append((bare, sent, ours(way, **of)))
-        floor, low, high = (stage.middle(side) for side in zip(*taken, strict=True))
+        floor, low, high = (stage.median_run(side) for side in zip(*taken, strict=True))
         lines.append(
             [
                 name,
@@ -317,7 +317,7 @@ def main() -> None:
         taken = [concurrent_clients(app, seconds=seconds) for _ in range(turns)]
         lines = []
         for name in taken[0]:
-            low, high = (stage.middle(side) for side in zip(*(turn[name] for turn in taken), strict=True))
+            low, high = (stage.median_run(side) for side in zip(*(turn[name] for turn in taken), strict=True))
             lines.append(
                 [
                     name,

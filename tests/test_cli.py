@@ -28,7 +28,7 @@ from worlds import SHAPES, World
 
 
 @dataclass
-class Said:
+class Output:
     code: int
     out: str
     err: str
@@ -39,20 +39,20 @@ class Said:
 
 
 @pytest.fixture
-def tally(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
-    """``tally("balance", "x") -> Said``: the command line in an empty folder, with an empty environment."""
+def tally(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Output]:
+    """``tally("balance", "x") -> Output``: the command line in an empty folder, with an empty environment."""
     monkeypatch.chdir(tmp_path)
     for name in ("DATABASE_URL", "DATABASE_URL_UNPOOLED", "TALLYSTICK_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "200")
 
-    def run(*arguments: object) -> Said:
+    def run(*arguments: object) -> Output:
         monkeypatch.setattr(sys, "argv", ["tallystick", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             main()
         out, err = capfd.readouterr()
         assert "Traceback" not in out + err
-        return Said(int(ended.value.code or 0), out, err)
+        return Output(int(ended.value.code or 0), out, err)
 
     return run
 
@@ -69,10 +69,10 @@ def old_host(fresh_database: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture
-def at(tally: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> Callable[[World], Callable[..., Said]]:
+def at(tally: Callable[..., Output], monkeypatch: pytest.MonkeyPatch) -> Callable[[World], Callable[..., Output]]:
     """``at(world)``: the command line, with its settings and address at a migrated host app."""
 
-    def place(world: World) -> Callable[..., Said]:
+    def place(world: World) -> Callable[..., Output]:
         Path("tallystick.toml").write_text(to_toml(world.config.host), encoding="utf-8")
         monkeypatch.setenv("DATABASE_URL", world.url)
         return tally
@@ -622,7 +622,9 @@ def test_a_host_that_counts_in_parts_of_a_credit(tally, old_host):
     assert "bigint" in tally("init", "--credits", "many").err
 
 
-def test_client_typescript_writes_the_migrated_databases_types(tally: Callable[..., Said], make_world, tmp_path: Path):
+def test_client_typescript_writes_the_migrated_databases_types(
+    tally: Callable[..., Output], make_world, tmp_path: Path
+):
     quoted = make_world("quoted")
     result = tally("--database-url", quoted.url, "client", "typescript")
     assert result.out == "Wrote tallystick.ts: users by bigint, workshops by integer; credits are integer.\n"
@@ -635,7 +637,7 @@ def test_client_typescript_writes_the_migrated_databases_types(tally: Callable[.
     assert "workshopId" not in (tmp_path / "tallystick.ts").read_text()
 
 
-def test_client_typescript_leaves_what_is_not_its_own(tally: Callable[..., Said], world: World, tmp_path: Path):
+def test_client_typescript_leaves_what_is_not_its_own(tally: Callable[..., Output], world: World, tmp_path: Path):
     (tmp_path / "credits.ts").write_text("export {};\n")
     result = tally("--database-url", world.url, "client", "typescript", "--output", "credits.ts")
     assert (result.code, result.out) == (1, "")
@@ -643,7 +645,7 @@ def test_client_typescript_leaves_what_is_not_its_own(tally: Callable[..., Said]
     assert (tmp_path / "credits.ts").read_text() == "export {};\n"
 
 
-def test_client_typescript_needs_the_migration(tally: Callable[..., Said], old_host: str, tmp_path: Path):
+def test_client_typescript_needs_the_migration(tally: Callable[..., Output], old_host: str, tmp_path: Path):
     result = tally("--database-url", old_host, "client", "typescript")
     assert result.code == 1
     assert "Run: tallystick migrate apply" in result.err

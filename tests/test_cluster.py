@@ -89,7 +89,7 @@ def clean(world: World) -> audit.AuditReport:
     return report
 
 
-def insisting(pool: sa.Engine, call: Callable[[sa.Connection], Any]) -> Any:
+def until_answered(pool: sa.Engine, call: Callable[[sa.Connection], Any]) -> Any:
     """The answer to ``call``, asked again as the errors say while its connection is taken away."""
     while True:
         try:
@@ -99,7 +99,7 @@ def insisting(pool: sa.Engine, call: Callable[[sa.Connection], Any]) -> Any:
             continue
 
 
-def race(app: Site, pool: sa.Engine, *, between: Callable[[], None] | None = None) -> None:
+def overspend(app: Site, pool: sa.Engine, *, between: Callable[[], None] | None = None) -> None:
     """Sixteen clients spend more than three users have; one of them does what is to happen ``between`` its calls."""
     users, gate = [app.user(credits=10) for _ in range(3)], threading.Barrier(CLIENTS)
 
@@ -109,7 +109,7 @@ def race(app: Site, pool: sa.Engine, *, between: Callable[[], None] | None = Non
         for turn in range(4):
             for user in users:
                 try:
-                    insisting(pool, lambda conn: app.ledger.consume(conn, user, key=f"{number} {turn}"))  # noqa: B023
+                    until_answered(pool, lambda conn: app.ledger.consume(conn, user, key=f"{number} {turn}"))  # noqa: B023
                     spent.append(True)
                 except InsufficientCredits:
                     spent.append(False)
@@ -165,12 +165,14 @@ def _in(hours: float) -> dt.datetime:
 
 
 def test_sixteen_clients_race_for_the_last_credits(app: Site) -> None:
-    race(app, app.engine)
+    overspend(app, app.engine)
 
     user = app.user(credits=10)
     with ThreadPoolExecutor(CLIENTS) as pool:
         rows = [
-            *pool.map(lambda _: insisting(app.engine, lambda c: app.ledger.consume(c, user, key="one")), range(CLIENTS))
+            *pool.map(
+                lambda _: until_answered(app.engine, lambda c: app.ledger.consume(c, user, key="one")), range(CLIENTS)
+            )
         ]
     assert len({row.id for row in rows}) == 1
     assert [row.replayed for row in rows].count(False) == 1
@@ -195,7 +197,7 @@ def test_sixteen_clients_race_while_their_sessions_are_killed(app: Site) -> None
 
     pool = engine(app.url, pool_size=CLIENTS, connect_args={"application_name": "race"})
     try:
-        race(app, pool, between=kill)
+        overspend(app, pool, between=kill)
     finally:
         pool.dispose()
     assert killed[0]  # of the client's own session at least, which it had back

@@ -28,7 +28,7 @@ from tallystick.errors import DatabaseUnavailable
 from tallystick.ledger import close_all_days
 from tallystick.web.console import LocalLink, console
 from tallystick.web.console.queries import Queries
-from worlds import SHAPES, World, let_go
+from worlds import SHAPES, World, dispose_when_idle
 
 
 @dataclass
@@ -73,7 +73,7 @@ def pair(server: Server) -> Iterator[Pair]:
             there = World(other.url("app"), SHAPES["uuid"].host)
             pool = engine(there.url, pool_size=1, max_overflow=0)
             yield Pair(here, there, pool)
-            let_go(pool)
+            dispose_when_idle(pool)
     shutil.rmtree(folder)
 
 

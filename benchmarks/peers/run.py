@@ -175,7 +175,7 @@ def libpq(url: str) -> str:
 Runs = dict[tuple[Candidate, str], list[tuple[Timing, dict[str, int]]]]
 
 
-def turns_of(candidates: list[Candidate], urls: dict[Candidate, str], *, turns: int, seconds: float) -> Runs:
+def measure_in_turns(candidates: list[Candidate], urls: dict[Candidate, str], *, turns: int, seconds: float) -> Runs:
     """Every candidate in every workload, in turns, each time another one first."""
     runs: Runs = {}
     for turn in range(turns):
@@ -192,7 +192,7 @@ def turns_of(candidates: list[Candidate], urls: dict[Candidate, str], *, turns: 
     return runs
 
 
-def middle(runs: list[tuple[Timing, dict[str, int]]]) -> Timing:
+def medians(runs: list[tuple[Timing, dict[str, int]]]) -> Timing:
     """Each figure's median over the turns."""
     figures = ("median_ms", "p99_ms", "per_second")
     return Timing(**{name: statistics.median(getattr(run, name) for run, _ in runs) for name in figures})
@@ -204,11 +204,11 @@ def speeds(candidates: list[Candidate], runs: Runs) -> None:
         of = "1 connection" if connections == 1 else f"{connections} threads"
         print(f"| {workload}, {of} | a second | p50 ms | p99 ms | {ours.name} is | errors |")
         print("| --- | ---: | ---: | ---: | ---: | --- |")
-        best = middle(runs[ours, workload]).per_second
+        best = medians(runs[ours, workload]).per_second
         for each in candidates:
             if (each, workload) not in runs:
                 continue
-            timing, errors = middle(runs[each, workload]), Counter[str]()
+            timing, errors = medians(runs[each, workload]), Counter[str]()
             for _, some in runs[each, workload]:
                 errors.update(some)
             shown = ", ".join(f"{count} {error}" for error, count in errors.items())
@@ -247,7 +247,7 @@ def main() -> None:
             print(f"preparing {each.name}", file=sys.stderr, flush=True)
             drive(each, "setup", url, accounts=ACCOUNTS, credits=CREDITS)
             trips[each] = round_trips(each, url)
-        runs = turns_of(candidates, urls, turns=turns, seconds=seconds)
+        runs = measure_in_turns(candidates, urls, turns=turns, seconds=seconds)
         final_states = {each: check(each, url) for each, url in urls.items()}
         about = f"PostgreSQL {server.version}, Python {platform.python_version()}, {settings(urls[candidates[0]])}"
 
@@ -261,7 +261,7 @@ def main() -> None:
     if asked.picture:
         speed = {
             workload: [
-                (each.name, middle(runs[each, workload]).per_second) for each in candidates if (each, workload) in runs
+                (each.name, medians(runs[each, workload]).per_second) for each in candidates if (each, workload) in runs
             ]
             for workload in WORKLOADS
         }

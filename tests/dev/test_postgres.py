@@ -467,12 +467,12 @@ class TestNobodyElseGetsIn:
         with Server(scratch / name, settings=QUICK) as server:
             door = str(server._socket_folder / ".s.PGSQL.5432")
 
-            def knocks(uid: int) -> subprocess.CompletedProcess[str]:
+            def connect_as(uid: int) -> subprocess.CompletedProcess[str]:
                 command = [sys.executable, "-c", script, door, str(uid)]
                 return subprocess.run(command, check=False, capture_output=True, text=True)
 
-            assert knocks((scratch / name / "server").stat().st_uid).returncode == 0
-            assert "PermissionError" in knocks(ORDINARY_UID).stderr
+            assert connect_as((scratch / name / "server").stat().st_uid).returncode == 0
+            assert "PermissionError" in connect_as(ORDINARY_UID).stderr
 
 
 @as_root

@@ -170,7 +170,7 @@ class TestWaiting:
 
             waiting = threading.Event()
             with ThreadPoolExecutor(1) as pool:
-                run = pool.submit(migrate.apply, app.url, app.config, progress=partial(tell, waiting))
+                run = pool.submit(migrate.apply, app.url, app.config, progress=partial(set_event, waiting))
                 assert waiting.wait(60)
                 assert not app.value("SELECT count(*) FROM pg_locks WHERE NOT granted")
                 app.run("UPDATE users SET email = email WHERE email = 'user 1'")  # nobody waits for us
@@ -463,11 +463,11 @@ class TestFaults:
         assert migrate.apply(app.url, app.config).changed
 
 
-def tell(event: threading.Event, _: migrate.MigrationProgress) -> None:
+def set_event(event: threading.Event, _: migrate.MigrationProgress) -> None:
     event.set()
 
 
-def tell_when(event: threading.Event, phase: str, now: migrate.MigrationProgress) -> None:
+def set_event_in(event: threading.Event, phase: str, now: migrate.MigrationProgress) -> None:
     if now.phase == phase:
         event.set()
 
@@ -652,7 +652,7 @@ def test_a_build_that_cannot_be_looked_at_goes_on(app: App) -> None:
     online = threading.Event()
     try:
         with ThreadPoolExecutor(1) as pool, snapshot(app) as reader:
-            run = pool.submit(migrate.apply, url, app.config, progress=partial(tell_when, online, "online"))
+            run = pool.submit(migrate.apply, url, app.config, progress=partial(set_event_in, online, "online"))
             assert online.wait(60)
             time.sleep(1)
             reader.rollback()

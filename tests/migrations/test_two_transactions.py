@@ -67,7 +67,7 @@ def plan(app: App) -> migrate.Plan:
 
 
 @contextmanager
-def saturated(app: App) -> Iterator[None]:
+def contended_table(app: App) -> Iterator[None]:
     """Two clients that hand the table to each other: nobody holds it for long, and it is never free."""
     url = sa.make_url(app.url).set(drivername="postgresql").render_as_string(hide_password=False)
     stop, begun = threading.Event(), threading.Event()
@@ -242,7 +242,7 @@ def test_a_saturated_database_is_told_of_it(app: App) -> None:
     before = app.shape()
     message = ""
     deadline = time.monotonic() + 120
-    with saturated(app):
+    with contended_table(app):
         # a starved machine makes the short transactions look long, which is another cause with other advice
         while "--two-transactions" not in message:
             assert time.monotonic() < deadline, message

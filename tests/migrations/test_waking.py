@@ -30,12 +30,12 @@ def socket_of(app: App) -> Path:
     return Path(app.server.env["PGHOST"]) / f".s.PGSQL.{app.server.env['PGPORT']}"
 
 
-def through(app: App, port: int) -> str:
+def url_through(app: App, port: int) -> str:
     return sa.make_url(app.url).set(host="127.0.0.1", port=port, query={}).render_as_string(hide_password=False)
 
 
 @contextmanager
-def saying(message: str) -> Iterator[int]:
+def proxy_refusing(message: str) -> Iterator[int]:
     """A server as Neon's proxy is while it cannot reach a compute: it accepts the connection and answers XX000.
 
     Gives its port. With no message it hangs up instead.
@@ -123,7 +123,7 @@ def test_a_server_that_is_starting_up(scratch: Path, server: Server, waking) -> 
 def test_a_server_that_is_not_there_yet(app: App, waking) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as found:
         port = found.getsockname()[1]
-    reported, seen, result = waking(through(app, port), app.config)
+    reported, seen, result = waking(url_through(app, port), app.config)
     assert reported.wait(60)
     with far_away(socket_of(app), one_way_s=0, port=port):
         assert result().changed
@@ -132,8 +132,8 @@ def test_a_server_that_is_not_there_yet(app: App, waking) -> None:
 
 @pytest.mark.parametrize("message", ["Couldn't connect to compute node", "Control plane request failed", ""])
 def test_a_proxy_whose_server_wakes(app: App, waking, message: str) -> None:
-    with saying(message) as port:
-        reported, seen, result = waking(through(app, port), app.config)
+    with proxy_refusing(message) as port:
+        reported, seen, result = waking(url_through(app, port), app.config)
         assert reported.wait(60)
     with far_away(socket_of(app), one_way_s=0, port=port):
         assert result().changed
@@ -143,10 +143,10 @@ def test_a_proxy_whose_server_wakes(app: App, waking, message: str) -> None:
 def test_a_refusal_that_will_not_pass(app: App) -> None:
     seen: list[migrate.MigrationProgress] = []
     with (
-        saying("Control plane request failed: endpoint is disabled") as port,
+        proxy_refusing("Control plane request failed: endpoint is disabled") as port,
         pytest.raises(DatabaseUnavailable, match="endpoint is disabled"),
     ):
-        migrate.apply(through(app, port), app.config, progress=seen.append)
+        migrate.apply(url_through(app, port), app.config, progress=seen.append)
     assert seen == []
 
 
@@ -181,7 +181,7 @@ def test_patience_ends(app: App) -> None:
         port = found.getsockname()[1]
     with (
         pytest.raises(DatabaseUnavailable, match="cannot connect"),
-        connect(through(app, port), patience_s=1, waiting=messages.append),
+        connect(url_through(app, port), patience_s=1, waiting=messages.append),
     ):
         pass
     assert messages
@@ -191,6 +191,6 @@ def test_without_patience_it_is_said_at_once(app: App) -> None:
     messages: list[str] = []
     with closing(socket.create_server(("127.0.0.1", 0))) as found:
         port = found.getsockname()[1]
-    with pytest.raises(DatabaseUnavailable), connect(through(app, port), waiting=messages.append):
+    with pytest.raises(DatabaseUnavailable), connect(url_through(app, port), waiting=messages.append):
         pass
     assert messages == []

@@ -29,13 +29,13 @@ SAID_MAX = 3_000  # characters of a refusal, however long what was typed
 
 
 @dataclass(frozen=True)
-class Said:
+class Output:
     code: int
     out: str
     err: str
 
 
-def run(*arguments: str) -> Said:
+def run(*arguments: str) -> Output:
     """The command line as a shell would run it, without a terminal. What it raises is a traceback there."""
     streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", errors) for errors in ("strict", "backslashreplace")]
     with (
@@ -48,7 +48,7 @@ def run(*arguments: str) -> Said:
     for stream in streams:
         stream.flush()
     out, err = (stream.buffer.getvalue().decode() for stream in streams)
-    return Said(int(ended.value.code or 0), out, err)
+    return Output(int(ended.value.code or 0), out, err)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def test_nothing_that_an_app_does_beside_the_ledger_deadlocks(server: Server, fr
 # --- what locks a user harder, after the same transaction has spent ---
 
 
-class Twice:
+class RetriedTransaction:
     """A host's transaction, run again as a whole when it was in the way of another, as ``retryable`` says."""
 
     def __init__(self, world: World, work: Callable[[sa.Connection], object]) -> None:
@@ -84,7 +84,7 @@ def test_a_user_is_locked_harder_before_it_spends_and_otherwise_at_the_price_of_
         spend(conn)
 
     other = {"spend": spend_then_lock, "lock": lock_then_spend}[first]
-    members = [Twice(world, work) for work in (refer_then_spend, other)]
+    members = [RetriedTransaction(world, work) for work in (refer_then_spend, other)]
     with ThreadPoolExecutor(2) as pool:
         for each in [pool.submit(member) for member in members]:
             each.result(PATIENCE_S)

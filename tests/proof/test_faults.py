@@ -40,7 +40,7 @@ def _ledger_is_consistent(request: pytest.FixtureRequest) -> Iterator[None]:
     assert_ledger_consistent(world)
 
 
-def surely(world: World, call: Callable[[sa.Connection], Any]) -> Any:
+def until_answered(world: World, call: Callable[[sa.Connection], Any]) -> Any:
     """As an app does it: the same call with the same key, until there is an answer."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
@@ -78,7 +78,7 @@ def held(world: World, user: Key) -> Iterator[None]:
 # --- the client dies ---
 
 
-def spend_on_and_on(url: str, host: Any, user: Key, acknowledged: Any) -> None:
+def spend_until_killed(url: str, host: Any, user: Key, acknowledged: Any) -> None:
     """A client that unlocks workshops it creates, each pair in a transaction, and says what it was told is done."""
     world = World(url, host)
     workshops = world.schema.workshops
@@ -101,7 +101,7 @@ class Client:
     def __init__(self, world: World, user: Key) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, end = context.Pipe(duplex=False)
-        self.process = context.Process(target=spend_on_and_on, args=(world.url, world.config.host, user, end))
+        self.process = context.Process(target=spend_until_killed, args=(world.url, world.config.host, user, end))
         self.process.start()
         end.close()
         self.acknowledged: list[str] = []
@@ -136,7 +136,7 @@ def test_a_client_killed_anywhere(world: World, seed: int) -> None:
     assert len(settled) - len(acknowledged) in (0, 1)
     for key in acknowledged:
         if key.startswith("alone"):
-            assert surely(world, lambda conn, key=key: world.ledger.consume(conn, user, key=key)).replayed
+            assert until_answered(world, lambda conn, key=key: world.ledger.consume(conn, user, key=key)).replayed
     assert keys_of(world, user) == settled
     assert world.schema.workshops is not None
     with world.engine.connect() as conn:  # no workshop without its payment
@@ -169,7 +169,7 @@ def test_a_client_killed_inside_of_its_statement(world: World) -> None:
     # Its statement goes on without it and commits only in autocommit; here the transaction died with the client.
     assert settled == acknowledged
     key = f"alone {len(acknowledged)}"
-    again = [surely(world, lambda conn: world.ledger.consume(conn, user, key=key)) for _ in range(2)]
+    again = [until_answered(world, lambda conn: world.ledger.consume(conn, user, key=key)) for _ in range(2)]
     assert [row.replayed for row in again] == [False, True]
     assert again[0].balance_after == 100_000 - len(acknowledged) - 1
 
@@ -187,7 +187,9 @@ def backend_of_the_waiting(world: World, function: str) -> None:
         )
 
 
-def interrupted(world: World, user: Key, function: str, call: Callable[[sa.Connection], Any]) -> BaseException | None:
+def error_of_signalled(
+    world: World, user: Key, function: str, call: Callable[[sa.Connection], Any]
+) -> BaseException | None:
     """The error of a call whose backend gets a signal while it waits for the user's row."""
 
     def attempt() -> Any:
@@ -204,12 +206,12 @@ def interrupted(world: World, user: Key, function: str, call: Callable[[sa.Conne
 def test_a_backend_terminated_under_a_call_leaves_its_outcome_unknown(world: World) -> None:
     user = world.user(credits=1)
     spend = lambda conn: world.ledger.consume(conn, user, key="once")  # noqa: E731
-    error = interrupted(world, user, "pg_terminate_backend", spend)
+    error = error_of_signalled(world, user, "pg_terminate_backend", spend)
     assert isinstance(error, OutcomeUnknown)
     assert error.outcome_unknown
     assert not error.retryable
     assert error.sqlstate == "57P01"
-    assert [surely(world, spend).replayed for _ in range(2)] == [False, True]
+    assert [until_answered(world, spend).replayed for _ in range(2)] == [False, True]
 
 
 def test_every_operation_says_so_when_its_backend_is_terminated(world: World) -> None:
@@ -227,8 +229,8 @@ def test_every_operation_says_so_when_its_backend_is_terminated(world: World) ->
     ):
         with world.engine.connect() as conn:
             before = ledger.balance(conn, user)
-        assert isinstance(interrupted(world, user, "pg_terminate_backend", call), OutcomeUnknown)
-        assert [surely(world, call).replayed for _ in range(2)] == [False, True]
+        assert isinstance(error_of_signalled(world, user, "pg_terminate_backend", call), OutcomeUnknown)
+        assert [until_answered(world, call).replayed for _ in range(2)] == [False, True]
         with world.engine.connect() as conn:
             assert ledger.balance(conn, user) == before + change
 
@@ -242,18 +244,18 @@ def test_a_connection_terminated_while_idle(world: World) -> None:
             another.execute(sa.text("SELECT pg_terminate_backend(:pid, 10000)"), {"pid": pid})
         with pytest.raises(OutcomeUnknown):
             world.ledger.consume(conn, user, key="once")
-    assert not surely(world, lambda conn: world.ledger.consume(conn, user, key="once")).replayed
+    assert not until_answered(world, lambda conn: world.ledger.consume(conn, user, key="once")).replayed
 
 
 def test_a_cancelled_statement_was_not_written(world: World) -> None:
     user = world.user(credits=1)
     spend = lambda conn: world.ledger.consume(conn, user, key="once")  # noqa: E731
-    error = interrupted(world, user, "pg_cancel_backend", spend)
+    error = error_of_signalled(world, user, "pg_cancel_backend", spend)
     assert isinstance(error, Conflict)
     assert error.retryable
     assert not error.outcome_unknown
     assert error.sqlstate == "57014"
-    assert not surely(world, spend).replayed
+    assert not until_answered(world, spend).replayed
 
 
 @pytest.mark.parametrize(("setting", "state"), [("lock_timeout", "55P03"), ("statement_timeout", "57014")])
@@ -314,22 +316,22 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def cramped(small_disk: Path) -> Iterator[World]:
+def small_disk_world(small_disk: Path) -> Iterator[World]:
     with disk_server(small_disk, {"max_wal_size": "32MB", "min_wal_size": "32MB"}) as world:
         yield world
 
 
 @pytest.mark.one_server
-def test_a_full_disk_loses_nothing_that_was_acknowledged(small_disk: Path, cramped: World) -> None:
+def test_a_full_disk_loses_nothing_that_was_acknowledged(small_disk: Path, small_disk_world: World) -> None:
     """A table that cannot grow fails its statement; a log that cannot stops the server. Neither takes a row back."""
-    ledger, ballast = cramped.ledger, small_disk / "ballast"
-    user, acknowledged, refused = cramped.user(credits=1_000_000), {}, []
+    ledger, ballast = small_disk_world.ledger, small_disk / "ballast"
+    user, acknowledged, refused = small_disk_world.user(credits=1_000_000), {}, []
     with ballast.open("wb") as file:
         file.write(bytes(shutil.disk_usage(small_disk).free - 2_000_000))
     for turn in range(2_000):
         items = [Consume(user, key=f"{turn} {n}") for n in range(200)]
         try:
-            with transaction(cramped.engine, isolation="AUTOCOMMIT") as conn:
+            with transaction(small_disk_world.engine, isolation="AUTOCOMMIT") as conn:
                 acknowledged |= {row.idempotency_key: row.balance_after for row in ledger.consume_many(conn, items)}
         except DatabaseError as error:
             assert error.retryable or error.outcome_unknown
@@ -340,10 +342,10 @@ def test_a_full_disk_loses_nothing_that_was_acknowledged(small_disk: Path, cramp
     assert "53100" in refused
 
     ballast.unlink()
-    if not cramped.server.running:
-        cramped.server.start()
-    row = cramped.schema.credit_transactions.c
-    with transaction(cramped.engine, isolation="AUTOCOMMIT") as conn:
+    if not small_disk_world.server.running:
+        small_disk_world.server.start()
+    row = small_disk_world.schema.credit_transactions.c
+    with transaction(small_disk_world.engine, isolation="AUTOCOMMIT") as conn:
         assert not ledger.consume(conn, user, key="after").replayed
         there = dict(conn.execute(sa.select(row.idempotency_key, row.balance_after)).all())
     assert acknowledged.items() <= there.items()
@@ -376,7 +378,7 @@ def test_a_killed_server_lost_nothing_that_it_acknowledged(durable: World, how: 
                     row = spend(conn)
             except DatabaseError as error:
                 troubles.append(error)
-                row = surely(world, spend)
+                row = until_answered(world, spend)
             done.append((user, key, row))
         return done
 
@@ -424,7 +426,7 @@ def test_a_storm_of_connections_beyond_what_the_server_takes(durable: World) -> 
                 time.sleep(0.2)  # so that all of them want to be there at once
         except DatabaseUnavailable as error:
             turned_away.append(error)
-        return surely(world, lambda conn: world.ledger.consume(conn, user, key=f"{number}")).sequence
+        return until_answered(world, lambda conn: world.ledger.consume(conn, user, key=f"{number}")).sequence
 
     with ThreadPoolExecutor(80) as pool:
         sequences = list(pool.map(spend, range(80)))

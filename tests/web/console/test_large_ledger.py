@@ -16,7 +16,7 @@ from playwright.sync_api import expect
 
 from tallystick.web.console import LocalLink, Passwords, console, feed, hash_password
 from tallystick.web.console.queries import Queries
-from worlds import let_go
+from worlds import dispose_when_idle
 
 AXE = Path(axe_playwright_python.__file__).with_name("axe.min.js")
 PATIENCE_MS = 30_000
@@ -150,7 +150,7 @@ class Served:
         self.server.should_exit = self.server.force_exit = True
         self.thread.join(timeout=20)
         self.listening.close()
-        let_go(self.engine)
+        dispose_when_idle(self.engine)
 
     @property
     def sign_in(self):
