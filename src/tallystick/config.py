@@ -142,7 +142,7 @@ class UsersTable:
         }
 
     @model_validator(mode="after")
-    def _one_meaning(self) -> Self:
+    def _require_distinct_columns(self) -> Self:
         _refuse_shared(self, ("key", "balance", "stripe_customer_id", "updated_at", "deleted_at"))
         return self
 
@@ -173,7 +173,7 @@ class WorkshopsTable:
         return {"deleted_at": self.deleted_at}
 
     @model_validator(mode="after")
-    def _one_meaning(self) -> Self:
+    def _require_distinct_columns(self) -> Self:
         _refuse_shared(self, ("key", "owner", "title", "created_at", "deleted_at"))
         return self
 

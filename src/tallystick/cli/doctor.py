@@ -54,13 +54,13 @@ def show(ctx: typer.Context, as_json: Json = False) -> None:
         for value in [getattr(config, name)]
     }
 
-    def tell() -> None:
+    def show() -> None:
         rows = table("setting", "value", "from")
         for name, found in values.items():
             rows.add_row(name, "" if found["value"] is None else f"{found['value']}", f"{found['from']}")
         out.print(rows)
 
-    emit(values, tell, as_json=as_json)
+    emit(values, show, as_json=as_json)
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,12 @@ def doctor(ctx: typer.Context, as_json: Json = False) -> None:
     """
     looked_at = list(_diagnoses(invocation(ctx)))
 
-    def tell() -> None:
+    def show() -> None:
         for one in looked_at:
             out.print(f"[{'green' if one.remedy is None else 'red'}]{one.about}[/]  ", end="")
             out.print(one.found if one.remedy is None else f"{one.found}. {one.remedy}", markup=False)
 
-    emit(looked_at, tell, as_json=as_json)
+    emit(looked_at, show, as_json=as_json)
     if any(one.remedy for one in looked_at):
         raise typer.Exit(1)
 

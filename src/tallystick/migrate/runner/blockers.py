@@ -117,7 +117,7 @@ class Watch:
         self._first_seen = seen
         return found
 
-    def in_the_way(self) -> list[Blocker]:
+    def blockers(self) -> list[Blocker]:
         """The transactions to wait for: not autovacuums, which yield to the fence, nor young ones, which end soon."""
         return [
             holder

@@ -364,7 +364,7 @@ class _Run:
         *,
         left: str,
     ) -> None:
-        while blockers := watch.in_the_way():
+        while blockers := watch.blockers():
             waited_for |= {(b.pid, b.gid): b for b in blockers}
             if time.monotonic() > deadline:
                 raise self._blocked(attempts, blockers, left)

@@ -14,7 +14,7 @@ from tallystick.errors import InsufficientCredits, TallystickError, WorkshopLock
 from tallystick.ledger import AccessReason, CreditTransaction, Lot, Standing
 from tallystick.schema import CreditTransactionStatus, CreditTransactionType
 from tallystick.web.shared import numbers
-from tallystick.web.shared.wording import what
+from tallystick.web.shared.wording import description_of
 
 
 class Texts:
@@ -186,7 +186,7 @@ class Texts:
 
         If the row has a ``tag``, the ledger's own word for its effect is left out.
         """
-        return what(row.description, done=row.status is CreditTransactionStatus.COMPLETED, kind=row.type)
+        return description_of(row.description, done=row.status is CreditTransactionStatus.COMPLETED, kind=row.type)
 
     def tag(self, row: CreditTransaction) -> str:
         """A word or two beside the description, for rows other than a paid purchase or a consumption."""

@@ -49,7 +49,7 @@ from tallystick.web.console.queries import PAGE_ROWS, Figures, Page, Queries
 from tallystick.web.shared import numbers
 from tallystick.web.shared.pages import StaticFiles, environment
 from tallystick.web.shared.tally import SMALL, tally
-from tallystick.web.shared.wording import what
+from tallystick.web.shared.wording import description_of
 
 if TYPE_CHECKING:
     from tallystick import stripe
@@ -124,7 +124,7 @@ class _Console:
             ago=ago,
             when=when,
             ahead=ahead,
-            what=what,
+            described=description_of,
             number=numbers.number,
             change=numbers.change,
             count=count,

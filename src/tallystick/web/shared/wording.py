@@ -7,7 +7,7 @@ _SPENT = "Credit consumed"
 _UNDONE = {"reversal": "Reversed: ", "correction": "Corrected: ", "expiry": "Expired: "}
 
 
-def what(description: str, *, done: bool, kind: str = "") -> str:
+def description_of(description: str, *, done: bool, kind: str = "") -> str:
     """A row's description, without the word for bought or consumed until the row is ``done``.
 
     A pending row is written with its final description, which is never changed. With ``kind``, the type of a row that
