@@ -25,7 +25,7 @@ const queries: Record<string, Query> = {
     client.query({ name: createHash("md5").update(text).digest("hex"), text, values }),
 };
 
-const told: Record<string, { server: number; client: number }> = {};
+const results: Record<string, { server: number; client: number }> = {};
 for (const [way, query] of Object.entries(queries)) {
   const ledger = tallystick(query);
   const user = () => String(1 + Math.floor(Math.random() * users));
@@ -45,8 +45,8 @@ for (const [way, query] of Object.entries(queries)) {
       if (answer.outcome !== outcome) throw new Error(`${kind} was answered with ${answer.outcome}`);
     }
     const { user: inUser, system } = process.cpuUsage(own);
-    told[`${kind}, ${way}`] = { server: (serverMs() - server) / calls, client: (inUser + system) / 1000 / calls };
+    results[`${kind}, ${way}`] = { server: (serverMs() - server) / calls, client: (inUser + system) / 1000 / calls };
   }
 }
 await client.end();
-console.log(JSON.stringify(told));
+console.log(JSON.stringify(results));

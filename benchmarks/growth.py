@@ -125,18 +125,18 @@ def fill(server: Server, database: str, rows: int) -> Filled:
         values = {"users": made.users, "heavy": heavy, "each": EACH, "latest": LATEST}
         conn.exec_driver_sql(USERS.format(**values))
         for batch in range(1, EACH + 1):
-            say(f"{database}: batch {batch} of {EACH}")
+            log(f"{database}: batch {batch} of {EACH}")
             conn.exec_driver_sql(BATCH.format(batch=batch, **values).replace("%", "%%"))
         conn.exec_driver_sql(WORKSHOPS)
         for index in later:
-            say(f"{database}: {index.name}")
+            log(f"{database}: {index.name}")
             conn.exec_driver_sql(index.made)
         conn.exec_driver_sql("VACUUM ANALYZE")
         conn.exec_driver_sql("CHECKPOINT")
     return made
 
 
-def say(words: str) -> None:
+def log(words: str) -> None:
     print(words, file=sys.stderr, flush=True)
 
 
@@ -335,7 +335,7 @@ def main() -> None:
     with stage.server(asked.folder, SETTINGS) as server:
         begun = time.perf_counter()
         apps = [fill(server, "small", small), fill(server, "large", rows)]
-        say(f"filled in {time.perf_counter() - begun:.0f} s")
+        log(f"filled in {time.perf_counter() - begun:.0f} s")
         few, many = (f"{app.rows:,} rows" for app in apps)
         print(f"PostgreSQL {server.version}, Python {platform.python_version()}, fsync on; medians of {turns} turns\n")
         numbers = itertools.count(1)

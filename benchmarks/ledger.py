@@ -163,10 +163,10 @@ def _spend_lists(url: str, size: int, seconds: float) -> float:
         return done / (time.perf_counter() - begun)  # the last list ends after the time
 
 
-# --- a crowd ---
+# --- concurrent clients ---
 
 
-def crowds(app: App, *, seconds: float) -> dict[str, tuple[Timing, Timing]]:
+def concurrent_clients(app: App, *, seconds: float) -> dict[str, tuple[Timing, Timing]]:
     """``CALLERS`` in one process, as in a busy web server: through a pool that they share, and through a Combiner.
 
     Each waits for its own call before the next. The first moment, in which connections are made and statements
@@ -253,7 +253,7 @@ def against_the_floor(
             of: dict[str, Any] = {"users": users, "connections": connections, "seconds": seconds}
             bare, sent = (pgbench(app, way, statement, **of) for statement in (stage.FLOOR, stage.CONSUME))
             taken.append((bare, sent, ours(way, **of)))
-        floor, low, high = (stage.middle(side) for side in zip(*taken, strict=True))
+        floor, low, high = (stage.median_run(side) for side in zip(*taken, strict=True))
         lines.append(
             [
                 name,
@@ -314,10 +314,10 @@ def main() -> None:
         print(table(["", "a second", "times consume at 16 connections"], lines))
 
         print(f"\n{CALLERS} callers at once in one process, one account: a pool of {SHARED} against one Combiner")
-        taken = [crowds(app, seconds=seconds) for _ in range(turns)]
+        taken = [concurrent_clients(app, seconds=seconds) for _ in range(turns)]
         lines = []
         for name in taken[0]:
-            low, high = (stage.middle(side) for side in zip(*(turn[name] for turn in taken), strict=True))
+            low, high = (stage.median_run(side) for side in zip(*(turn[name] for turn in taken), strict=True))
             lines.append(
                 [
                     name,

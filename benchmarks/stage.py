@@ -141,7 +141,7 @@ class Timing:
         )
 
 
-def middle(runs: Sequence[Timing]) -> Timing:
+def median_run(runs: Sequence[Timing]) -> Timing:
     """The run with the middle median: one number from several runs without mixing them."""
     return sorted(runs, key=lambda run: run.median_ms)[len(runs) // 2]
 
@@ -151,8 +151,8 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     widths = [max(len(line[n]) for line in lines) for n in range(len(lines[0]))]
     lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
 
-    def shown(line: list[str]) -> str:
+    def row_of(line: list[str]) -> str:
         cells = [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]
         return f"| {' | '.join(cells)} |"
 
-    return "\n".join(map(shown, lines))
+    return "\n".join(map(row_of, lines))

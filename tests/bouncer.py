@@ -37,9 +37,9 @@ logfile = {folder}/log
 
 def version() -> tuple[int, ...]:
     """Of the machine's PgBouncer, (1, 18, 0) for one; ``PROGRAM`` must be there."""
-    said = subprocess.run([str(PROGRAM), "--version"], check=True, capture_output=True, text=True).stdout
-    found = re.search(r"PgBouncer (\d+)\.(\d+)\.(\d+)", said)
-    assert found, said
+    output = subprocess.run([str(PROGRAM), "--version"], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"PgBouncer (\d+)\.(\d+)\.(\d+)", output)
+    assert found, output
     return tuple(map(int, found.groups()))
 
 

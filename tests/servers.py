@@ -29,8 +29,8 @@ def pg_bin() -> Path:
 @cache
 def major() -> int:
     """Of the PostgreSQL that the tests run on."""
-    said = subprocess.run([pg_bin() / "postgres", "--version"], capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"\d+", said)[0])  # type: ignore[index]  # it says its version
+    output = subprocess.run([pg_bin() / "postgres", "--version"], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"\d+", output)[0])  # type: ignore[index]  # it says its version
 
 
 @contextmanager

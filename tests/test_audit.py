@@ -400,12 +400,12 @@ def _same_session(h: Healthy, conn: sa.Connection) -> None:
 
 def _reversal(**values: Any) -> Callable[[Healthy, sa.Connection], None]:
     """A refund at Stripe of what Bob bought, with these values."""
-    told = {"kind": "refund", "amount": 3950, "currency": "usd", "status": "succeeded", "status_rank": 1}
+    defaults = {"kind": "refund", "amount": 3950, "currency": "usd", "status": "succeeded", "status_rank": 1}
 
     def do(h: Healthy, conn: sa.Connection) -> None:
         h.row(conn, "bob bought", stripe_payment_intent_id="pi_1")
         of = {"id": "re_1", "stripe_payment_intent_id": "pi_1"}
-        conn.execute(sa.insert(stripe_reversals).values(**told | of | values))
+        conn.execute(sa.insert(stripe_reversals).values(**defaults | of | values))
 
     return do
 

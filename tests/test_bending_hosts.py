@@ -83,12 +83,12 @@ class Case:
             with self.world.engine.connect() as conn:
                 conn.exec_driver_sql(PATIENCE)
                 try:
-                    told = call(conn)
+                    results = call(conn)
                 except errors.TallystickError as error:
-                    told = [error]
+                    results = [error]
                 conn.commit()
-            assert isinstance(told, list), (name, told)
-            assert {type(each) for each in told} <= set(kinds), (name, told)
+            assert isinstance(results, list), (name, results)
+            assert {type(each) for each in results} <= set(kinds), (name, results)
         assert everything(self.world) == before
 
 
@@ -207,8 +207,8 @@ def test_two_spellings_of_one_key_are_charged_once(
             Consume("Ada", key="a"), Consume("ADA", key="a"), Consume("ada", key="b"),
             Consume("aDa", workshop="Maths", key="c"), Consume("Ada", workshop="MATHS", key="d"),
         ]  # fmt: skip
-        told = world.ledger.consume_many(conn, items)
-        assert [row.replayed for row in told] == [False, True, False, False, True]
+        results = world.ledger.consume_many(conn, items)
+        assert [row.replayed for row in results] == [False, True, False, False, True]
         assert world.ledger.balance(conn, "adA") == 6
         assert world.ledger.consume(conn, "ADA", workshop="maths", key="e").replayed
     with world.engine.connect() as conn:

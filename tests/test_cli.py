@@ -28,7 +28,7 @@ from worlds import SHAPES, World
 
 
 @dataclass
-class Said:
+class Output:
     code: int
     out: str
     err: str
@@ -39,20 +39,20 @@ class Said:
 
 
 @pytest.fixture
-def tally(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
-    """``tally("balance", "x") -> Said``: the command line in an empty folder, with an empty environment."""
+def tally(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Output]:
+    """``tally("balance", "x") -> Output``: the command line in an empty folder, with an empty environment."""
     monkeypatch.chdir(tmp_path)
     for name in ("DATABASE_URL", "DATABASE_URL_UNPOOLED", "TALLYSTICK_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "200")
 
-    def run(*arguments: object) -> Said:
+    def run(*arguments: object) -> Output:
         monkeypatch.setattr(sys, "argv", ["tallystick", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             main()
         out, err = capfd.readouterr()
         assert "Traceback" not in out + err
-        return Said(int(ended.value.code or 0), out, err)
+        return Output(int(ended.value.code or 0), out, err)
 
     return run
 
@@ -69,10 +69,10 @@ def old_host(fresh_database: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture
-def at(tally: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> Callable[[World], Callable[..., Said]]:
+def at(tally: Callable[..., Output], monkeypatch: pytest.MonkeyPatch) -> Callable[[World], Callable[..., Output]]:
     """``at(world)``: the command line, with its settings and address at a migrated host app."""
 
-    def place(world: World) -> Callable[..., Said]:
+    def place(world: World) -> Callable[..., Output]:
         Path("tallystick.toml").write_text(to_toml(world.config.host), encoding="utf-8")
         monkeypatch.setenv("DATABASE_URL", world.url)
         return tally
@@ -81,8 +81,8 @@ def at(tally: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> Callable[
 
 
 def test_help_begins_where_somebody_new_begins(tally):
-    said = tally("--help").out
-    places = [said.index(word) for word in ("Begin here ─", "│ init", "│ migrate", "Credits ─", "Trust ─", "│ db")]
+    result = tally("--help").out
+    places = [result.index(word) for word in ("Begin here ─", "│ init", "│ migrate", "Credits ─", "Trust ─", "│ db")]
     assert places == sorted(places)
 
 
@@ -182,10 +182,10 @@ def test_an_id_is_whole_where_history_is_piped(at, world: World):
     user = world.user(credits=3)
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     command = [sys.executable, "-c", "from tallystick.cli import main; main()", "history", str(user)]
-    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     with world.engine.begin() as conn:
         [row] = world.ledger.history(conn, user)
-    assert str(row.id) in said
+    assert str(row.id) in result
 
 
 def test_keys_that_begin_with_a_minus_are_no_options(at, make_world: Callable[..., World]):
@@ -242,11 +242,11 @@ def test_an_audit_that_is_interrupted_says_how_to_go_on(at, world: World, monkey
     try:
         assert tally("audit").code == 0
         last, statements = statements, 0  # in the last of the parts
-        said = tally("audit")
+        result = tally("audit")
     finally:
         sa.event.remove(sa.Engine, "before_cursor_execute", count)
-    assert said.code == 130
-    behind = re.search(r"tallystick audit --after (\S+)", said.err)
+    assert result.code == 130
+    behind = re.search(r"tallystick audit --after (\S+)", result.err)
     assert behind
     assert uuid.UUID(behind[1]) in people
     assert tally("audit", "--after", behind[1]).code == 0
@@ -257,8 +257,8 @@ def test_the_audit_finds_what_was_broken(at, world: World):
     user = world.user(credits=3)
     with world.engine.begin() as conn:
         conn.execute(sa.update(world.schema.users).values(credit_balance=4))
-    said = tally("audit")
-    assert (said.code, str(user) in said.out, "what to do" in said.out) == (1, True, True)
+    result = tally("audit")
+    assert (result.code, str(user) in result.out, "what to do" in result.out) == (1, True, True)
     assert tally("audit", "--json").json["findings"][0]["user"] == str(user)
     assert "credit_balance" in tally("audit", "--checks").out
     assert tally("audit", "--after", user).code == 0  # nobody is behind the only user
@@ -295,15 +295,15 @@ def test_the_audit_finds_what_was_broken(at, world: World):
     ],
 )
 def test_mistakes_get_one_message_and_an_exit_code(at, world: World, arguments, code, says):
-    said = at(world)(*arguments)
-    assert (said.code, said.out) == (code, "")
-    assert says in said.err
+    result = at(world)(*arguments)
+    assert (result.code, result.out) == (code, "")
+    assert says in result.err
 
 
 def test_a_database_that_is_not_migrated_says_what_to_run(tally, old_host):
     for command in ("balance", "history", "consume", "onboarding"):
-        said = tally(command, uuid.uuid4())
-        assert (said.code, "tallystick migrate apply" in said.err) == (1, True)
+        result = tally(command, uuid.uuid4())
+        assert (result.code, "tallystick migrate apply" in result.err) == (1, True)
     assert tally("seed").code == 1
     assert tally("audit").code == 1
     assert "tallystick migrate apply" in tally("serve", "--host", "127.1", "--port", 0).err  # by whatever name
@@ -327,7 +327,7 @@ def test_a_wrong_mapping_is_told_with_the_right_one(tally, make_world: Callable[
     world = make_world("alone")
     user = world.user()
     settings = Path("mine.toml")
-    for wrong, right, said in (
+    for wrong, right, result in (
         ('table = "users"', 'table = "usres"', "host.users.table is 'usres', in the database 'users'"),
         ('key = "id"', 'key = "key"', "host.users.key is 'key', in the database 'id'"),
         ('"integer"', '"uuid"', "host.users.key_type is 'uuid', in the database 'integer'"),
@@ -347,7 +347,7 @@ def test_a_wrong_mapping_is_told_with_the_right_one(tally, make_world: Callable[
             ("serve", "--port", 0),
         ):
             refused = tally("--config", settings, "--database-url", world.url, *command)
-            assert (refused.code, said in refused.err) == (1, True), refused.err
+            assert (refused.code, result in refused.err) == (1, True), refused.err
             assert "Correct [host] in tallystick.toml" in refused.err
 
 
@@ -359,8 +359,8 @@ def test_a_database_of_a_later_package_says_so(at, world: World):
                 "INSERT INTO tallystick.migration_log (revision, direction, kind) VALUES ('9999', 'apply', 'contract')"
             )
         )
-    said = at(world)("balance", uuid.uuid4())
-    assert (said.code, "pip install -U tallystick" in said.err) == (1, True)
+    result = at(world)("balance", uuid.uuid4())
+    assert (result.code, "pip install -U tallystick" in result.err) == (1, True)
 
 
 def test_a_role_without_privileges_is_told_so(at, world: World):
@@ -370,14 +370,14 @@ def test_a_role_without_privileges_is_told_so(at, world: World):
     try:
         url = world.url.replace("postgres@", "tallystick_stranger@", 1)
         for command in (["balance", uuid.uuid4()], ["audit"], ["serve", "--port", "0"]):
-            said = at(world)("--database-url", url, *command)
-            assert said.code == 1
-            assert "permission denied for schema tallystick. What lets a role run the ledger" in said.err
+            result = at(world)("--database-url", url, *command)
+            assert result.code == 1
+            assert "permission denied for schema tallystick. What lets a role run the ledger" in result.err
         with world.autocommit.connect() as conn:
             conn.execute(sa.text("GRANT USAGE ON SCHEMA tallystick TO tallystick_stranger"))
             conn.execute(sa.text("GRANT SELECT ON tallystick.alembic_version TO tallystick_stranger"))
-        said = at(world)("--database-url", url, "balance", uuid.uuid4())
-        assert (said.code, "permission denied" in said.err, "migrate sql --role" in said.err) == (1, True, True)
+        result = at(world)("--database-url", url, "balance", uuid.uuid4())
+        assert (result.code, "permission denied" in result.err, "migrate sql --role" in result.err) == (1, True, True)
     finally:
         with world.autocommit.connect() as conn:
             conn.execute(sa.text("DROP OWNED BY tallystick_stranger"))
@@ -393,8 +393,8 @@ def test_status_says_what_mends_a_difference(at, world: World):
     ):
         with world.engine.begin() as conn:
             conn.exec_driver_sql(change)
-        said = tally("migrate", "status")
-        assert (said.code, says in said.out) == (1, True)
+        result = tally("migrate", "status")
+        assert (result.code, says in result.out) == (1, True)
     assert "Built tallystick_users_stripe_customer_id" in tally("migrate", "apply").out
 
 
@@ -403,10 +403,10 @@ def test_status_names_who_may_write_the_ledger(at, world: World):
     assert tally("migrate", "status").code == 0
     with world.engine.begin() as conn:
         conn.exec_driver_sql("GRANT INSERT, SELECT ON credit_transactions TO PUBLIC")
-    said = tally("migrate", "status")
-    assert said.code == 1
-    assert "privilege public.credit_transactions: PUBLIC may INSERT;" in said.out
-    assert 'Mend it: REVOKE INSERT ON "public"."credit_transactions" FROM PUBLIC' in said.out
+    result = tally("migrate", "status")
+    assert result.code == 1
+    assert "privilege public.credit_transactions: PUBLIC may INSERT;" in result.out
+    assert 'Mend it: REVOKE INSERT ON "public"."credit_transactions" FROM PUBLIC' in result.out
 
 
 def test_the_script_can_be_run_by_another_tool(tally, old_host, server: Server):
@@ -443,16 +443,16 @@ def test_a_snippet_leaves_out_the_columns_that_the_app_had(tally, old_host, tmp_
 
 def test_without_an_address_nothing_is_started(tally, tmp_path: Path):
     for command in (["init"], ["balance", "x"], ["migrate", "plan"], ["seed"]):
-        said = tally(*command)
-        assert said.code == 1
-        assert said.err.startswith("DATABASE_URL is not set. Set it to the address of the app's database")
+        result = tally(*command)
+        assert result.code == 1
+        assert result.err.startswith("DATABASE_URL is not set. Set it to the address of the app's database")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_mistyped_variable_is_not_ignored(tally, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TALLYSTICK_DATABSE_URL", "postgresql://localhost/x")
-    said = tally("balance", "x")
-    assert (said.code, said.err) == (
+    result = tally("balance", "x")
+    assert (result.code, result.err) == (
         1,
         "TALLYSTICK_DATABSE_URL: no such setting; did you mean TALLYSTICK_DATABASE_URL?\n",
     )
@@ -541,8 +541,8 @@ def test_the_embedded_server_from_start_to_stop(tally, scratch: Path, monkeypatc
         assert "100 users" in tally("db", "example").out
         assert "already" in tally("db", "example").err
         assert tally("db", "psql", "-Atc", "SELECT count(*) FROM users").out == "100\n"
-        said = tally("init")
-        assert "using the embedded PostgreSQL" in said.err
+        result = tally("init")
+        assert "using the embedded PostgreSQL" in result.err
         assert tally("migrate", "apply").code == 0
     finally:
         assert tally("db", "stop").code == 0
@@ -551,8 +551,8 @@ def test_the_embedded_server_from_start_to_stop(tally, scratch: Path, monkeypatc
 
 def test_every_help_text_teaches(tally):
     for arguments in ([], ["migrate"], ["db"], ["audit"], ["consume"], ["migrate", "apply"]):
-        said = tally(*arguments, "--help")
-        assert (said.code, "Usage" in said.out) == (0, True)
+        result = tally(*arguments, "--help")
+        assert (result.code, "Usage" in result.out) == (0, True)
     assert tally("--version").out.startswith("tallystick ")
 
 
@@ -618,9 +618,9 @@ def test_interrupting_is_quiet(at, world: World):
 
 
 def test_the_demo_tells_the_whole_story(tally):
-    said = tally("demo", "--users", 2000, "--workshops", 3000)
-    assert said.code == 0, said.out
-    verdicts = re.findall(r"^(yes|NO) ", said.out, re.MULTILINE)
+    result = tally("demo", "--users", 2000, "--workshops", 3000)
+    assert result.code == 0, result.out
+    verdicts = re.findall(r"^(yes|NO) ", result.out, re.MULTILINE)
     assert verdicts == ["yes"] * 6
 
 
@@ -638,10 +638,12 @@ def test_a_host_that_counts_in_parts_of_a_credit(tally, old_host):
     assert "bigint" in tally("init", "--credits", "many").err
 
 
-def test_client_typescript_writes_the_migrated_databases_types(tally: Callable[..., Said], make_world, tmp_path: Path):
+def test_client_typescript_writes_the_migrated_databases_types(
+    tally: Callable[..., Output], make_world, tmp_path: Path
+):
     quoted = make_world("quoted")
-    said = tally("--database-url", quoted.url, "client", "typescript")
-    assert said.out == "Wrote tallystick.ts: users by bigint, workshops by integer; credits are integer.\n"
+    result = tally("--database-url", quoted.url, "client", "typescript")
+    assert result.out == "Wrote tallystick.ts: users by bigint, workshops by integer; credits are integer.\n"
     text = (tmp_path / "tallystick.ts").read_text()
     assert "export type UserKey = string;" in text
     assert "export type WorkshopKey = number;" in text
@@ -651,18 +653,18 @@ def test_client_typescript_writes_the_migrated_databases_types(tally: Callable[.
     assert "workshopId" not in (tmp_path / "tallystick.ts").read_text()
 
 
-def test_client_typescript_leaves_what_is_not_its_own(tally: Callable[..., Said], world: World, tmp_path: Path):
+def test_client_typescript_leaves_what_is_not_its_own(tally: Callable[..., Output], world: World, tmp_path: Path):
     (tmp_path / "credits.ts").write_text("export {};\n")
-    said = tally("--database-url", world.url, "client", "typescript", "--output", "credits.ts")
-    assert (said.code, said.out) == (1, "")
-    assert "credits.ts exists, and this command did not write it" in said.err
+    result = tally("--database-url", world.url, "client", "typescript", "--output", "credits.ts")
+    assert (result.code, result.out) == (1, "")
+    assert "credits.ts exists, and this command did not write it" in result.err
     assert (tmp_path / "credits.ts").read_text() == "export {};\n"
 
 
-def test_client_typescript_needs_the_migration(tally: Callable[..., Said], old_host: str, tmp_path: Path):
-    said = tally("--database-url", old_host, "client", "typescript")
-    assert said.code == 1
-    assert "Run: tallystick migrate apply" in said.err
+def test_client_typescript_needs_the_migration(tally: Callable[..., Output], old_host: str, tmp_path: Path):
+    result = tally("--database-url", old_host, "client", "typescript")
+    assert result.code == 1
+    assert "Run: tallystick migrate apply" in result.err
     assert not (tmp_path / "tallystick.ts").exists()
 
 
@@ -673,8 +675,8 @@ def test_a_purchase_that_was_sold_without_stripe_is_settled_by_hand(world: World
             world.ledger.start_purchase(conn, user, credits=3, description="Three by invoice").id for _ in range(2)
         )
     for word in ("Done:", "Already done:"):
-        said = tally("purchase", "complete", user, paid, "--amount-paid", 7900, "--currency", "usd")
-        assert (said.code, said.out.split(" Three")[0]) == (0, word)
+        result = tally("purchase", "complete", user, paid, "--amount-paid", 7900, "--currency", "usd")
+        assert (result.code, result.out.split(" Three")[0]) == (0, word)
     for word in ("Failed", "Already failed"):
         assert tally("purchase", "fail", user, not_paid, "--reason", "never paid").out.startswith(f"{word}: Three")
     assert tally("balance", user, "--json").json["balance"] == 3
@@ -684,9 +686,9 @@ def test_a_purchase_that_was_sold_without_stripe_is_settled_by_hand(world: World
 
 def test_two_accounts_are_merged_and_a_person_is_forgotten(at: Callable[..., Any], any_world: World) -> None:
     tally, user, into = at(any_world), any_world.user(credits=3), any_world.user(credits=1)
-    said = tally("users", "merge", user, into, "--key", "ticket 7", "--description", "One person")
-    assert said.out == f"Done: 3 credits moved. User {into} has 4 credits.\n"
-    assert f"moves 3 credits of user {user} to user {into}, whose balance goes from 1 to 4" in said.err
+    result = tally("users", "merge", user, into, "--key", "ticket 7", "--description", "One person")
+    assert result.out == f"Done: 3 credits moved. User {into} has 4 credits.\n"
+    assert f"moves 3 credits of user {user} to user {into}, whose balance goes from 1 to 4" in result.err
     assert tally("users", "merge", user, into, "--key", "ticket 7").out.startswith("Already done: 3 credits")
     assert tally("users", "merge", user, into, "--key", "ticket 8", "--json").json["credits"] == 0
     assert tally("users", "merge", user, into).out == f"Done: 0 credits moved. User {into} has 4 credits.\n"

@@ -96,7 +96,7 @@ def clean(world: World) -> audit.AuditReport:
     return report
 
 
-def insisting(pool: sa.Engine, call: Callable[[sa.Connection], Any]) -> Any:
+def until_answered(pool: sa.Engine, call: Callable[[sa.Connection], Any]) -> Any:
     """The answer to ``call``, asked again as the errors say while its connection is taken away."""
     while True:
         try:
@@ -118,7 +118,7 @@ def audited(app: Site, running: threading.Event) -> int:
     return audits
 
 
-def race(app: Site, pool: sa.Engine, *, between: Callable[[], None] | None = None) -> None:
+def overspend(app: Site, pool: sa.Engine, *, between: Callable[[], None] | None = None) -> None:
     """Sixteen clients spend more than three users have; an audit runs beside them.
 
     One client does what is to happen ``between`` its calls.
@@ -131,7 +131,7 @@ def race(app: Site, pool: sa.Engine, *, between: Callable[[], None] | None = Non
         for turn in range(4):
             for user in users:
                 try:
-                    insisting(pool, lambda conn: app.ledger.consume(conn, user, key=f"{number} {turn}"))  # noqa: B023
+                    until_answered(pool, lambda conn: app.ledger.consume(conn, user, key=f"{number} {turn}"))  # noqa: B023
                     spent.append(True)
                 except InsufficientCredits:
                     spent.append(False)
@@ -194,12 +194,14 @@ def _in(hours: float) -> dt.datetime:
 
 
 def test_sixteen_clients_race_for_the_last_credits(app: Site) -> None:
-    race(app, app.engine)
+    overspend(app, app.engine)
 
     user = app.user(credits=10)
     with ThreadPoolExecutor(CLIENTS) as pool:
         rows = [
-            *pool.map(lambda _: insisting(app.engine, lambda c: app.ledger.consume(c, user, key="one")), range(CLIENTS))
+            *pool.map(
+                lambda _: until_answered(app.engine, lambda c: app.ledger.consume(c, user, key="one")), range(CLIENTS)
+            )
         ]
     assert len({row.id for row in rows}) == 1
     assert [row.replayed for row in rows].count(False) == 1
@@ -224,7 +226,7 @@ def test_sixteen_clients_race_while_their_sessions_are_killed(app: Site) -> None
 
     pool = engine(app.url, pool_size=CLIENTS, connect_args={"application_name": "race"})
     try:
-        race(app, pool, between=kill)
+        overspend(app, pool, between=kill)
     finally:
         pool.dispose()
     assert killed[0]  # of the client's own session at least, which it had back
@@ -243,14 +245,14 @@ def test_sixteen_clients_race_while_a_machine_is_killed(app: Site) -> None:
         nonlocal crashes
         if crashes < 3:
             if command is None:
-                os.kill(insisting(app.engine, lambda c: c.scalar(A_PROCESS)), signal.SIGKILL)  # all sessions end
+                os.kill(until_answered(app.engine, lambda c: c.scalar(A_PROCESS)), signal.SIGKILL)  # all sessions end
             else:
                 subprocess.run(command, shell=True, check=True)
             crashes += 1
 
     pool = engine(app.url, pool_size=CLIENTS)
     try:
-        race(app, pool, between=crash)
+        overspend(app, pool, between=crash)
     finally:
         pool.dispose()
     assert crashes == 3

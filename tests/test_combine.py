@@ -447,7 +447,7 @@ if how == "exception":
 
 
 @pytest.mark.parametrize(
-    ("how", "told", "code"),
+    ("how", "reported", "code"),
     [
         ("end", "CreditTransaction", 0),
         ("exception", "CreditTransaction", 1),
@@ -455,18 +455,20 @@ if how == "exception":
         ("unreachable", "DatabaseUnavailable", 0),
     ],
 )
-def test_what_waits_when_the_interpreter_exits_is_written_or_told(world: World, how: str, told: str, code: int) -> None:
+def test_what_waits_when_the_interpreter_exits_is_written_or_told(
+    world: World, how: str, expected: str, code: int
+) -> None:
     user = world.user(credits=100)
     ran = subprocess.run(
         [sys.executable, "-c", PROGRAM, how, world.url, str(user)],
         capture_output=True, text=True, timeout=PATIENCE_S, check=False,
     )  # fmt: skip
     assert ran.returncode == code, ran.stderr
-    assert ran.stdout.splitlines()[0] == f"['{told}']", ran.stderr
+    assert ran.stdout.splitlines()[0] == f"['{expected}']", ran.stderr
     assert "this Combiner is closed; make another one" in ran.stdout
     assert ("Traceback" in ran.stderr) == (how == "exception")
     with world.engine.connect() as conn:
-        assert world.ledger.balance(conn, user) == (60 if told == "CreditTransaction" else 100)
+        assert world.ledger.balance(conn, user) == (60 if expected == "CreditTransaction" else 100)
 
 
 def test_a_pool_that_has_no_connection_to_give(world: World) -> None:

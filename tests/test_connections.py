@@ -15,7 +15,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from doors import DOORS, ENCODED, Door
+from caller_connections import CALLER_CONNECTIONS, ENCODED, CallerConnection
 from tallystick import AccessReason, Consume, CreditTransaction, errors, events
 from tallystick.accounts import Account
 from tallystick.audit import audit
@@ -29,26 +29,26 @@ METADATA = {"seats": [1, None, 2.5], "who": "é \"\\ '", "deep": {"": True}}
 KOLKATA = dt.timezone(dt.timedelta(hours=5, minutes=30))
 
 
-class Asked:
+class CallContext:
     """The subjects of the table's lines: users, a workshop, and the results of the lines before."""
 
-    def __init__(self, world: World, door: Door) -> None:
-        self.ledger, self.accounts, self.door = world.ledger, world.accounts, door
+    def __init__(self, world: World, caller: CallerConnection) -> None:
+        self.ledger, self.accounts, self.caller = world.ledger, world.accounts, caller
         self.user, self.debtor, self.nobody = world.user(), world.user(credits=7), uuid4()
         self.workshop, self.second = (world.workshop(self.user, title=title) for title in ("Café Ü", ODD))
-        self.told: dict[str, Any] = {}
+        self.results: dict[str, Any] = {}
 
     @property
     def purchase(self) -> UUID:
-        found: UUID = self.told["start"].id
+        found: UUID = self.results["start"].id
         return found
 
 
 # A line: its name, the operation with its arguments, and what it tells: attributes of a result or an error, or a value.
-TABLE: list[tuple[str, Callable[[Asked], Any], Any]] = [
+TABLE: list[tuple[str, Callable[[CallContext], Any], Any]] = [
     (
         "start",
-        lambda a: a.door.do(
+        lambda a: a.caller.do(
             a.ledger.start_purchase, a.user, credits=5, description=ODD, key="p", stripe_price_id="price_1",
             metadata=METADATA,
         ),
@@ -60,34 +60,34 @@ TABLE: list[tuple[str, Callable[[Asked], Any], Any]] = [
     ),
     (
         "start again",
-        lambda a: a.door.do(a.ledger.start_purchase, a.user, credits=5, description="x", key="p"),
+        lambda a: a.caller.do(a.ledger.start_purchase, a.user, credits=5, description="x", key="p"),
         {"replayed": True, "description": ODD, "metadata": METADATA},
     ),
     (
         "attach",
-        lambda a: a.door.do(a.ledger.attach_session, a.user, a.purchase, stripe_session_id=f"cs_{a.user}"),
+        lambda a: a.caller.do(a.ledger.attach_session, a.user, a.purchase, stripe_session_id=f"cs_{a.user}"),
         {"status": "pending", "replayed": False},
     ),
     (
         "fail",
-        lambda a: a.door.do(a.ledger.fail_purchase, a.user, purchase=a.purchase, reason="too late"),
+        lambda a: a.caller.do(a.ledger.fail_purchase, a.user, purchase=a.purchase, reason="too late"),
         {"status": "failed", "description": f"{ODD} (failed: too late)"},
     ),
     (
         "complete",
-        lambda a: a.door.do(
+        lambda a: a.caller.do(
             a.ledger.complete_purchase, a.user, stripe_session_id=f"cs_{a.user}", amount_paid=INT64_MAX, currency="EUR"
         ),
         {"status": "completed", "amount_paid": INT64_MAX, "currency": "eur", "balance": 5, "sequence": 1},
     ),
     (
         "fail what is paid",
-        lambda a: a.door.do(a.ledger.fail_purchase, a.user, purchase=str(a.purchase), reason="x"),
+        lambda a: a.caller.do(a.ledger.fail_purchase, a.user, purchase=str(a.purchase), reason="x"),
         (errors.PurchaseNotPending, lambda a: {"purchase": a.purchase, "status": "completed"}),
     ),
     (
         "unlock",
-        lambda a: a.door.do(a.ledger.consume, a.user, workshop=a.workshop, key="k", metadata=METADATA),
+        lambda a: a.caller.do(a.ledger.consume, a.user, workshop=a.workshop, key="k", metadata=METADATA),
         {
             "type": "consumption", "amount": -1, "balance_after": 4, "sequence": 2, "metadata": METADATA,
             "description": "Credit consumed for Workshop: Café Ü", "replayed": False, "balance": 4,
@@ -95,24 +95,24 @@ TABLE: list[tuple[str, Callable[[Asked], Any], Any]] = [
     ),
     (
         "unlock again",
-        lambda a: a.door.do(a.ledger.consume, a.user, workshop=a.workshop, key="other"),
+        lambda a: a.caller.do(a.ledger.consume, a.user, workshop=a.workshop, key="other"),
         {"idempotency_key": "k", "replayed": True, "sequence": 2, "balance": 4},
     ),
     (
         "too dear",
-        lambda a: a.door.do(a.ledger.consume, a.user, credits=99, key="dear"),
+        lambda a: a.caller.do(a.ledger.consume, a.user, credits=99, key="dear"),
         (errors.InsufficientCredits, lambda a: {"user": a.user, "balance": 4, "required": 99}),
     ),
     (
         "reused",
-        lambda a: a.door.do(a.ledger.consume, a.user, credits=2, key="k"),
+        lambda a: a.caller.do(a.ledger.consume, a.user, credits=2, key="k"),
         (errors.IdempotencyKeyReused, lambda a: {"differs": {
             "amount": (-1, -2), "workshop_id": (str(a.workshop), None),
         }}),
     ),
     (
         "many",
-        lambda a: a.door.do(a.ledger.consume_many, [
+        lambda a: a.caller.do(a.ledger.consume_many, [
             Consume(a.user, key=ODD, description=ODD, metadata=METADATA), Consume(a.user, key="m", credits=50),
             Consume(a.debtor, key="m"), Consume(a.user, key=ODD), Consume("nobody", key="m"),
             Consume(a.user, workshop=a.second, key="s"), Consume(a.nobody, key="m"),
@@ -121,130 +121,132 @@ TABLE: list[tuple[str, Callable[[Asked], Any], Any]] = [
     ),
     (
         "refund",
-        lambda a: a.door.do(a.ledger.refund, a.user, a.purchase, key="r", description=ODD),
+        lambda a: a.caller.do(a.ledger.refund, a.user, a.purchase, key="r", description=ODD),
         lambda a: {"type": "refund", "amount": -5, "balance_after": -3, "refund_of": a.purchase, "description": ODD},
     ),
     (
         "refund too much",
-        lambda a: a.door.do(a.ledger.refund, a.user, a.purchase, credits=1, key="r2"),
+        lambda a: a.caller.do(a.ledger.refund, a.user, a.purchase, credits=1, key="r2"),
         (errors.RefundExceedsPurchase, lambda a: {"left": 0, "asked": 1}),
     ),
     (
         "reinstate",
-        lambda a: a.door.do(a.ledger.reinstate, a.user, a.purchase, credits=4, key="i"),
+        lambda a: a.caller.do(a.ledger.reinstate, a.user, a.purchase, credits=4, key="i"),
         lambda a: {"type": "grant", "amount": 4, "balance_after": 1, "refund_of": a.purchase},
     ),
     (
         "grant",
-        lambda a: a.door.do(a.ledger.grant, a.user, credits=10, key="g", description="A gift", metadata={}),
+        lambda a: a.caller.do(a.ledger.grant, a.user, credits=10, key="g", description="A gift", metadata={}),
         {"type": "grant", "amount": 10, "balance_after": 11, "metadata": {}, "description": "A gift"},
     ),
     (
         "unknown purchase",
-        lambda a: a.door.do(a.ledger.refund, a.user, a.nobody, key="u"),
+        lambda a: a.caller.do(a.ledger.refund, a.user, a.nobody, key="u"),
         (errors.UnknownPurchase, lambda a: {"purchase": a.nobody}),
     ),
-    ("balance", lambda a: a.door.do(a.ledger.balance, a.user), 11),
-    ("lock", lambda a: a.door.do(a.ledger.lock, a.user), 11),
-    ("balance of nobody", lambda a: a.door.do(a.ledger.balance, a.nobody), (errors.UnknownUser, lambda a: {})),
+    ("balance", lambda a: a.caller.do(a.ledger.balance, a.user), 11),
+    ("lock", lambda a: a.caller.do(a.ledger.lock, a.user), 11),
+    ("balance of nobody", lambda a: a.caller.do(a.ledger.balance, a.nobody), (errors.UnknownUser, lambda a: {})),
     (
         "balance then",
-        lambda a: a.door.do(a.ledger.balance_at, a.user, a.told["unlock"].completed_at.astimezone(KOLKATA)),
+        lambda a: a.caller.do(a.ledger.balance_at, a.user, a.results["unlock"].completed_at.astimezone(KOLKATA)),
         4,
     ),
-    ("balance before", lambda a: a.door.do(a.ledger.balance_at, a.user, dt.datetime(1999, 2, 1, tzinfo=KOLKATA)), 0),
+    ("balance before", lambda a: a.caller.do(a.ledger.balance_at, a.user, dt.datetime(1999, 2, 1, tzinfo=KOLKATA)), 0),
     (
         "history",
-        lambda a: [row.sequence for row in a.door.do(a.ledger.history, a.user, include_failed=True)],
+        lambda a: [row.sequence for row in a.caller.do(a.ledger.history, a.user, include_failed=True)],
         [7, 6, 5, 4, 3, 2, 1],
     ),
     (
         "history, a page",
-        lambda a: [row.sequence for row in a.door.do(a.ledger.history, a.user, limit=2, before="4")],
+        lambda a: [row.sequence for row in a.caller.do(a.ledger.history, a.user, limit=2, before="4")],
         [3, 2],
     ),
-    ("no history", lambda a: a.door.do(a.ledger.history, a.nobody), []),
-    ("access", lambda a: a.door.do(a.ledger.access, a.workshop), Access(open=True, reason=AccessReason.UNLOCKED)),
+    ("no history", lambda a: a.caller.do(a.ledger.history, a.nobody), []),
+    ("access", lambda a: a.caller.do(a.ledger.access, a.workshop), Access(open=True, reason=AccessReason.UNLOCKED)),
     (
         "account",
-        lambda a: a.door.do(a.accounts.get, a.user),
+        lambda a: a.caller.do(a.accounts.get, a.user),
         lambda a: {"user": a.user, "credit_balance": 11, "plan_tier": "free", "deleted_at": None},
     ),
-    ("onboarded", lambda a: a.door.do(a.accounts.complete_onboarding, a.user), {"onboarding_complete": True}),
-    ("not onboarded", lambda a: a.door.do(a.accounts.reset_onboarding, a.user), {"onboarding_complete": False}),
-    ("tier", lambda a: a.door.do(a.accounts.set_plan_tier, a.user, "prø"), {"plan_tier": "prø"}),
+    ("onboarded", lambda a: a.caller.do(a.accounts.complete_onboarding, a.user), {"onboarding_complete": True}),
+    ("not onboarded", lambda a: a.caller.do(a.accounts.reset_onboarding, a.user), {"onboarding_complete": False}),
+    ("tier", lambda a: a.caller.do(a.accounts.set_plan_tier, a.user, "prø"), {"plan_tier": "prø"}),
     (
         "customer",
-        lambda a: a.door.do(a.accounts.set_stripe_customer, a.user, f"cus_{a.user}"),
+        lambda a: a.caller.do(a.accounts.set_stripe_customer, a.user, f"cus_{a.user}"),
         lambda a: {"stripe_customer_id": f"cus_{a.user}"},
     ),
     (
         "customer of somebody else",
-        lambda a: a.door.do(a.accounts.set_stripe_customer, a.debtor, f"cus_{a.user}"),
+        lambda a: a.caller.do(a.accounts.set_stripe_customer, a.debtor, f"cus_{a.user}"),
         (errors.StripeCustomerConflict, lambda a: {"user": a.debtor}),
     ),
-    ("deleted workshop", lambda a: a.door.do(a.accounts.delete_workshop, a.workshop), None),
-    ("no access", lambda a: a.door.do(a.ledger.access, a.workshop), Access(open=False, reason=AccessReason.DELETED)),
-    ("workshop again", lambda a: a.door.do(a.accounts.restore_workshop, a.workshop), None),
-    ("deleted", lambda a: a.door.do(a.accounts.delete_user, a.user).deleted_at.tzinfo, dt.UTC),
+    ("deleted workshop", lambda a: a.caller.do(a.accounts.delete_workshop, a.workshop), None),
+    ("no access", lambda a: a.caller.do(a.ledger.access, a.workshop), Access(open=False, reason=AccessReason.DELETED)),
+    ("workshop again", lambda a: a.caller.do(a.accounts.restore_workshop, a.workshop), None),
+    ("deleted", lambda a: a.caller.do(a.accounts.delete_user, a.user).deleted_at.tzinfo, dt.UTC),
     (
         "spend of a deleted user",
-        lambda a: a.door.do(a.ledger.consume, a.user, key="d"),
+        lambda a: a.caller.do(a.ledger.consume, a.user, key="d"),
         (errors.UserDeleted, lambda a: {"user": a.user}),
     ),
-    ("restored", lambda a: a.door.do(a.accounts.restore_user, a.user), {"deleted_at": None}),
+    ("restored", lambda a: a.caller.do(a.accounts.restore_user, a.user), {"deleted_at": None}),
 ]  # fmt: skip
 
 
-def run_table(world: World, door: Door) -> Asked:
-    asked = Asked(world, door)
+def run_table(world: World, caller: CallerConnection) -> CallContext:
+    context = CallContext(world, caller)
     for name, operation, expected in TABLE:
         if isinstance(expected, tuple):
             kind, fields = expected
             with pytest.raises(errors.TallystickError) as caught:
-                operation(asked)
+                operation(context)
             assert type(caught.value) is kind, name
-            for field, value in fields(asked).items():
+            for field, value in fields(context).items():
                 assert getattr(caught.value, field) == value, name
             continue
-        told = asked.told[name] = operation(asked)
+        results = context.results[name] = operation(context)
         if callable(expected):
-            expected = expected(asked)  # noqa: PLW2901
+            expected = expected(context)  # noqa: PLW2901
         if name == "many":
-            told = [type(row).__name__ if isinstance(row, Exception) else row.status for row in told]
-            replayed = [getattr(row, "replayed", False) for row in asked.told[name]]
-            told = ["replayed" if again else each for each, again in zip(told, replayed, strict=True)]
+            results = [type(row).__name__ if isinstance(row, Exception) else row.status for row in results]
+            replayed = [getattr(row, "replayed", False) for row in context.results[name]]
+            results = ["replayed" if again else each for each, again in zip(results, replayed, strict=True)]
         if isinstance(expected, dict):
-            assert {field: getattr(told, field) for field in expected} == expected, name
+            assert {field: getattr(results, field) for field in expected} == expected, name
         else:
-            assert told == expected, name
-    types(asked)
-    return asked
+            assert results == expected, name
+    types(context)
+    return context
 
 
-def types(asked: Asked) -> None:
+def types(context: CallContext) -> None:
     """Values are of the types that are promised, and not of those that a driver would have."""
-    row = asked.told["unlock"]
-    for each in (row.id, row.user_id, row.workshop_id, asked.told["refund"].refund_of):
+    row = context.results["unlock"]
+    for each in (row.id, row.user_id, row.workshop_id, context.results["refund"].refund_of):
         assert isinstance(each, UUID)  # asyncpg has one of its own, made from it
     assert row.type is CreditTransactionType.CONSUMPTION
-    for moment in (row.created_at, row.completed_at, asked.told["account"].updated_at):
+    for moment in (row.created_at, row.completed_at, context.results["account"].updated_at):
         assert (type(moment), moment.tzinfo) == (dt.datetime, dt.UTC)
         assert abs(dt.datetime.now(dt.UTC) - moment) < dt.timedelta(minutes=10)
-    assert type(asked.told["balance"]) is int
-    account = asked.told["account"]
+    assert type(context.results["balance"]) is int
+    account = context.results["account"]
     assert type(account) is Account
     assert (type(account.credit_balance), type(account.onboarding_complete)) == (int, bool)
 
 
-def compare(world: World, asked: Asked) -> None:
-    """Another connection, of another driver, reads the rows that the answers told."""
+def compare(world: World, context: CallContext) -> None:
+    """Another connection, of another driver, reads the rows of the results."""
     with world.engine.connect() as conn:
-        rows = {row.id: row for row in world.ledger.history(conn, asked.user)}
-    many = [row for row in asked.told["many"] if isinstance(row, CreditTransaction) and row.user_id == asked.user]
-    told = [asked.told[name] for name in ("complete", "unlock", "refund", "reinstate", "grant")] + many
-    assert {row.id for row in told} == set(rows)
-    for row in told:
+        rows = {row.id: row for row in world.ledger.history(conn, context.user)}
+    many = [
+        row for row in context.results["many"] if isinstance(row, CreditTransaction) and row.user_id == context.user
+    ]
+    results = [context.results[name] for name in ("complete", "unlock", "refund", "reinstate", "grant")] + many
+    assert {row.id for row in results} == set(rows)
+    for row in results:
         assert row == rows[row.id] if not row.replayed else row.sequence == rows[row.id].sequence
 
 
@@ -259,80 +261,82 @@ def shared(server: Server, _templates: Callable[[str], str]) -> Iterator[World]:
     server.drop_database(name)
 
 
-@pytest.fixture(params=DOORS)
-def door(request: pytest.FixtureRequest, shared: World) -> Iterator[Door]:
-    with DOORS[request.param](shared.url) as opened:
+@pytest.fixture(params=CALLER_CONNECTIONS)
+def caller(request: pytest.FixtureRequest, shared: World) -> Iterator[CallerConnection]:
+    with CALLER_CONNECTIONS[request.param](shared.url) as opened:
         yield opened
 
 
-def test_every_operation(shared: World, door: Door) -> None:
-    asked = run_table(shared, door)
-    if door.commit:
-        door.commit()
-    compare(shared, asked)
+def test_every_operation(shared: World, caller: CallerConnection) -> None:
+    context = run_table(shared, caller)
+    if caller.commit:
+        caller.commit()
+    compare(shared, context)
 
 
-def test_events(shared: World, door: Door) -> None:
+def test_events(shared: World, caller: CallerConnection) -> None:
     """As another connection reads them."""
     events.enable(shared.url, shared.config)
     with shared.engine.connect() as conn:
         cursor = events.status(conn).cursor
     user, threshold = shared.user(credits=5), 4
-    assert door.do(shared.accounts.set_low_balance, user, threshold).user == user
-    if door.commit:
-        door.commit()
+    assert caller.do(shared.accounts.set_low_balance, user, threshold).user == user
+    if caller.commit:
+        caller.commit()
     with shared.engine.begin() as conn:
         shared.ledger.consume(conn, user, credits=2, key="a", metadata=METADATA)
     with shared.engine.connect() as conn:
         expected = shared.ledger.events(conn, after=cursor)
     assert [event.kind for event in expected] == ["purchase.completed", "consumption.completed", "balance.low"]
-    assert door.do(shared.ledger.events, after=cursor, limit=9) == expected
+    assert caller.do(shared.ledger.events, after=cursor, limit=9) == expected
     with pytest.raises(errors.InvalidArgument, match="after"):
-        door.do(shared.ledger.events, after="1-a")
+        caller.do(shared.ledger.events, after="1-a")
 
 
-def test_settings_of_a_connection_change_no_result(shared: World, door: Door, request: pytest.FixtureRequest) -> None:
+def test_settings_of_a_connection_change_no_result(
+    shared: World, caller: CallerConnection, request: pytest.FixtureRequest
+) -> None:
     of = request.node.callspec.id
-    settings(door, encoding=of.startswith(ENCODED) and "psycopg2" not in of)
-    asked = run_table(shared, door)
-    if door.commit:
-        door.commit()
-    compare(shared, asked)
+    settings(caller, encoding=of.startswith(ENCODED) and "psycopg2" not in of)
+    context = run_table(shared, caller)
+    if caller.commit:
+        caller.commit()
+    compare(shared, context)
 
 
-def settings(door: Door, *, encoding: bool) -> None:
+def settings(caller: CallerConnection, *, encoding: bool) -> None:
     """Of the session, or of the transaction that is open from now on: a Session's next one is another connection's."""
     for setting in (
         "DateStyle = 'SQL, DMY'", "IntervalStyle = 'sql_standard'", "TimeZone = 'America/St_Johns'",
         "bytea_output = 'escape'", "extra_float_digits = -10", "search_path = nowhere",
         *(["client_encoding = 'LATIN1'"] if encoding else []),
     ):  # fmt: skip
-        door.sql(f"SET {setting}")
+        caller.sql(f"SET {setting}")
 
 
-def test_what_is_written_is_the_connections_own_transaction(shared: World, door: Door) -> None:
-    transaction(shared, door)
+def test_what_is_written_is_the_connections_own_transaction(shared: World, caller: CallerConnection) -> None:
+    transaction(shared, caller)
 
 
-def transaction(world: World, door: Door) -> None:
+def transaction(world: World, caller: CallerConnection) -> None:
     user = world.user(credits=9)
 
     def seen() -> int:
         with world.engine.connect() as conn:
             return world.ledger.balance(conn, user)
 
-    door.do(world.ledger.consume, user, key="a")
-    if door.autocommit:
+    caller.do(world.ledger.consume, user, key="a")
+    if caller.autocommit:
         assert seen() == 8
         return
-    assert (door.do(world.ledger.balance, user), seen()) == (8, 9)
-    door.sql(f"UPDATE public.users SET email = 'spent@example.com' WHERE id = '{user}' AND credit_balance = 8")
+    assert (caller.do(world.ledger.balance, user), seen()) == (8, 9)
+    caller.sql(f"UPDATE public.users SET email = 'spent@example.com' WHERE id = '{user}' AND credit_balance = 8")
     with pytest.raises(errors.InsufficientCredits):  # a refusal leaves it as it is
-        door.do(world.ledger.consume, user, credits=99, key="b")
-    door.rollback()
-    assert (door.do(world.ledger.balance, user), seen()) == (9, 9)
-    assert not door.do(world.ledger.consume, user, key="a").replayed
-    door.commit()
+        caller.do(world.ledger.consume, user, credits=99, key="b")
+    caller.rollback()
+    assert (caller.do(world.ledger.balance, user), seen()) == (9, 9)
+    assert not caller.do(world.ledger.consume, user, key="a").replayed
+    caller.commit()
     assert seen() == 8
     with world.engine.connect() as conn:
         email = conn.scalar(sa.select(world.schema.users.c.email).where(world.schema.users.c.key == user))
@@ -342,44 +346,44 @@ def transaction(world: World, door: Door) -> None:
 # --- what the database says ---
 
 
-def errors_told(world: World, open_door: Callable[[], Any]) -> None:
+def check_errors(world: World, open_door: Callable[[], Any]) -> None:
     """The same error through each connection, by the SQLSTATE and not by what the driver calls it."""
     user, ledger = world.user(credits=3), world.ledger
-    with open_door() as door, world.engine.connect() as other:
+    with open_door() as caller, world.engine.connect() as other:
         ledger.lock(other, user)
-        door.sql("SET lock_timeout = '20ms'")
+        caller.sql("SET lock_timeout = '20ms'")
         with pytest.raises(errors.Conflict) as caught:
-            door.do(ledger.consume, user, key="a")
+            caller.do(ledger.consume, user, key="a")
         assert (caught.value.sqlstate, caught.value.retryable) == ("55P03", True)
-    with open_door() as door:
-        door.sql("SET default_transaction_read_only = on")
-        door.sql("SET transaction_read_only = on")
+    with open_door() as caller:
+        caller.sql("SET default_transaction_read_only = on")
+        caller.sql("SET transaction_read_only = on")
         with pytest.raises(errors.DatabaseUnavailable, match="new primary"):
-            door.do(ledger.consume, user, key="a")
-    with open_door() as door:
-        door.sql("SET ROLE pg_monitor")
+            caller.do(ledger.consume, user, key="a")
+    with open_door() as caller:
+        caller.sql("SET ROLE pg_monitor")
         with pytest.raises(errors.PermissionDenied, match="migrate sql --role"):
-            door.do(ledger.consume, user, key="a")
-    with open_door() as door:
-        door.do(ledger.balance, user)
+            caller.do(ledger.consume, user, key="a")
+    with open_door() as caller:
+        caller.do(ledger.balance, user)
         with world.autocommit.connect() as other:
             other.exec_driver_sql(
                 "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
                 " WHERE datname = current_database() AND pid <> pg_backend_pid()"
             )
         with pytest.raises(errors.TallystickError) as caught:
-            door.do(ledger.consume, user, key="a")
+            caller.do(ledger.consume, user, key="a")
         assert isinstance(caught.value, errors.OutcomeUnknown), repr(caught.value)
         with pytest.raises(Exception) as again:
-            door.do(ledger.consume, user, key="a")
+            caller.do(ledger.consume, user, key="a")
         assert not isinstance(again.value, AttributeError | TypeError)
     with world.engine.connect() as conn:
         assert ledger.balance(conn, user) == 3
 
 
-@pytest.mark.parametrize("name", [name for name in DOORS if "_row" not in name or "tuple" in name])
+@pytest.mark.parametrize("name", [name for name in CALLER_CONNECTIONS if "_row" not in name or "tuple" in name])
 def test_errors_of_the_database_are_told_alike(world: World, name: str) -> None:
-    errors_told(world, lambda: DOORS[name](world.url))
+    check_errors(world, lambda: CALLER_CONNECTIONS[name](world.url))
 
 
 # --- Django, whose driver is the process's ---
@@ -391,29 +395,29 @@ if sys.argv[1] == "psycopg2":
     sys.modules["psycopg"] = None  # Django takes psycopg2 where there is no psycopg
     import django.db.backends.postgresql.base
     del sys.modules["psycopg"]
-import doors, test_connections as t
+import caller_connections, test_connections as t
 from worlds import SHAPES, World
 
 world = World(sys.argv[2], SHAPES["uuid"].host)
 for atomic in (False, True):
-    with doors.django(world.url, atomic=atomic) as door:
-        assert t.driver_of(door) == sys.argv[1]
-        asked = t.run_table(world, door)
-        if door.commit:
-            door.commit()
-        t.compare(world, asked)
-        t.transaction(world, door)
-    with doors.django(world.url, atomic=atomic) as door:
-        t.settings(door, encoding=sys.argv[1] == "psycopg")
-        t.run_table(world, door)
-t.errors_told(world, partial(doors.django, world.url, atomic=False))
-print("all told")
+    with caller_connections.django(world.url, atomic=atomic) as caller:
+        assert t.driver_of(caller) == sys.argv[1]
+        context = t.run_table(world, caller)
+        if caller.commit:
+            caller.commit()
+        t.compare(world, context)
+        t.transaction(world, caller)
+    with caller_connections.django(world.url, atomic=atomic) as caller:
+        t.settings(caller, encoding=sys.argv[1] == "psycopg")
+        t.run_table(world, caller)
+t.check_errors(world, partial(caller_connections.django, world.url, atomic=False))
+print("done")
 """
 
 
-def driver_of(door: Door) -> str:
-    door.conn.ensure_connection()
-    module: str = type(door.conn.connection).__module__
+def driver_of(caller: CallerConnection) -> str:
+    caller.conn.ensure_connection()
+    module: str = type(caller.conn.connection).__module__
     return module.partition(".")[0]
 
 
@@ -423,7 +427,7 @@ def test_django(world: World, driver: str) -> None:
         [sys.executable, "-c", DJANGO, driver, world.url],
         cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
-    assert (ran.returncode, ran.stdout) == (0, "all told\n"), ran.stderr
+    assert (ran.returncode, ran.stdout) == (0, "done\n"), ran.stderr
     with world.engine.connect() as conn:
         assert audit(conn, world.config).findings == ()
 
@@ -438,10 +442,10 @@ def test_what_is_no_connection_is_refused_with_a_sentence(world: World) -> None:
         lite.connect(): "SQLAlchemy to sqlite, through pysqlite", Session(lite): "SQLAlchemy to sqlite",
         world.engine.raw_connection(): "_ConnectionFairy", world.ledger: "Ledger",
     }  # fmt: skip
-    for each, said in refused.items():
+    for each, message in refused.items():
         with pytest.raises(errors.InvalidArgument) as caught:
             world.ledger.balance(each, uuid4())
-        assert said in str(caught.value)
+        assert message in str(caught.value)
         assert "psycopg's Connection or AsyncConnection" in str(caught.value)
         if hasattr(each, "close"):
             each.close()

@@ -28,7 +28,7 @@ from tallystick.ledger import Consume
 from worlds import SHAPES, World
 
 
-def said(result: CreditTransaction | LedgerError) -> tuple[Any, ...]:
+def outcome_of(result: CreditTransaction | LedgerError) -> tuple[Any, ...]:
     if isinstance(result, InsufficientCredits):
         return (InsufficientCredits, result.balance, result.required)
     if isinstance(result, LedgerError):
@@ -37,8 +37,8 @@ def said(result: CreditTransaction | LedgerError) -> tuple[Any, ...]:
 
 
 def decided(result: CreditTransaction | LedgerError) -> tuple[Any, ...]:
-    """As ``said``, without the balance that a refusal names: a smaller item may or may not be settled by then."""
-    return (type(result),) if isinstance(result, LedgerError) else said(result)
+    """As ``outcome_of``, without the balance that a refusal names: a smaller item may or may not be settled by then."""
+    return (type(result),) if isinstance(result, LedgerError) else outcome_of(result)
 
 
 def test_each_item_is_settled_by_itself(any_world: World) -> None:
@@ -58,7 +58,7 @@ def test_each_item_is_settled_by_itself(any_world: World) -> None:
     ]
     with world.engine.begin() as conn:
         results = ledger.consume_many(conn, items)
-        assert [said(result) for result in results] == [
+        assert [outcome_of(result) for result in results] == [
             (False, -1, 4, 2),
             (True, -1, 4, 2),
             (IdempotencyKeyReused,),
@@ -74,7 +74,7 @@ def test_each_item_is_settled_by_itself(any_world: World) -> None:
         assert results[0] == replace(results[1], replayed=False) == ledger.history(conn, rich, limit=2)[1]
         # all of it again is a replay
         again = ledger.consume_many(conn, items)
-    assert [said(result)[0] for result in again] == [
+    assert [outcome_of(result)[0] for result in again] == [
         True, True, IdempotencyKeyReused, InsufficientCredits, True, UnknownUser, InvalidArgument, True,
         InsufficientCredits,
     ]  # fmt: skip
@@ -95,7 +95,7 @@ def test_workshops(world: World) -> None:
                 Consume(other, workshop=theirs, key="e"),
             ],
         )
-        assert [said(result) for result in results] == [
+        assert [outcome_of(result) for result in results] == [
             (False, -1, 2, 2),
             (True, -1, 2, 2),
             (WorkshopNotOwned,),
@@ -128,10 +128,10 @@ def test_what_repeats_itself_takes_no_statement_for_each(world: World) -> None:
         results = world.ledger.consume_many(conn, items)
         assert len(sent) <= 4
         assert [world.ledger.balance(conn, user) for user in (rich, poor, busy)] == [3, 0, 4]
-    assert {said(result) for result in results[0::5]} == {(False, -1, 4, 2), (True, -1, 4, 2)}
-    assert {said(result)[:1] for result in results[1::5]} == {(False,), (True,)}
-    assert {said(result) for result in results[2::5] + results[3::5]} == {(InsufficientCredits, 0, 1)}
-    assert [said(result)[0] for result in results[4::5]] == [False, IdempotencyKeyReused] + [
+    assert {outcome_of(result) for result in results[0::5]} == {(False, -1, 4, 2), (True, -1, 4, 2)}
+    assert {outcome_of(result)[:1] for result in results[1::5]} == {(False,), (True,)}
+    assert {outcome_of(result) for result in results[2::5] + results[3::5]} == {(InsufficientCredits, 0, 1)}
+    assert [outcome_of(result)[0] for result in results[4::5]] == [False, IdempotencyKeyReused] + [
         True,
         IdempotencyKeyReused,
     ] * 499
@@ -155,19 +155,19 @@ ITEMS = st.lists(
 
 
 def test_as_one_after_the_other(world: World) -> None:
-    """Two towns of the same people get the same items, one in lists and one singly, and cannot be told apart."""
+    """Two sets of the same users get the same items, one in lists and one singly, and cannot be told apart."""
     world.engine = sa.create_engine(world.url)
     autocommit = world.engine.execution_options(isolation_level="AUTOCOMMIT")
 
-    def town() -> tuple[list[Any], list[Any]]:
+    def create() -> tuple[list[Any], list[Any]]:
         users = [world.user(credits=credits) for credits in (6, 2)] + [world.user()]
         workshops = [world.workshop(users[n]) for n in (0, 0, 1, 0)]
         with world.engine.begin() as conn:
             world.accounts.delete_workshop(conn, workshops[3])
         return users, workshops
 
-    def items(town: tuple[list[Any], list[Any]], asked: list[Any]) -> list[Consume]:
-        users, workshops = town
+    def items(created: tuple[list[Any], list[Any]], asked: list[Any]) -> list[Consume]:
+        users, workshops = created
         return [
             Consume(users[whose], workshop=None if which is None else workshops[which], credits=amount, key=key)
             for whose, which, amount, key in asked
@@ -176,7 +176,7 @@ def test_as_one_after_the_other(world: World) -> None:
     @settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(lists=st.lists(ITEMS, min_size=1, max_size=3))
     def indistinguishable(lists: list[Any]) -> None:
-        one, other = town(), town()
+        one, other = create(), create()
         with autocommit.connect() as conn:
             for asked in lists:
                 many = [decided(result) for result in world.ledger.consume_many(conn, items(one, asked))]

@@ -33,7 +33,7 @@ def figures(world: World, *, earlier: int = 0) -> Figures:
     return Queries(world.config, world.engine).figures(dt.datetime.now(dt.UTC) - dt.timedelta(days=earlier))
 
 
-def once(world: World) -> int:
+def close_days_once(world: World) -> int:
     with world.engine.begin() as conn:
         return world.ledger.close_days(conn)
 
@@ -51,7 +51,7 @@ def ask(world: World, question: str) -> Any:
         return conn.scalar(sa.text(question))
 
 
-def by_hand(world: World, *statements: str) -> None:
+def without_trigger(world: World, *statements: str) -> None:
     """Past the ledger's own trigger."""
     with world.engine.begin() as conn:
         conn.execute(sa.text("SET LOCAL session_replication_role = replica"))
@@ -80,7 +80,7 @@ AGED = (
 
 
 @pytest.fixture
-def used(world: World) -> World:
+def filled(world: World) -> World:
     """A buyer with rows of most types over months, the youngest two days old; no day is closed yet."""
     ledger, user = world.ledger, world.user(credits=5)
     with world.engine.begin() as conn:
@@ -95,116 +95,120 @@ def used(world: World) -> World:
             other = ledger.start_purchase(conn, user, credits=1, description="In yen")
             ledger.complete_purchase(conn, user, purchase=other.id, amount_paid=500, currency="jpy")
             ledger.start_purchase(conn, user, credits=1, description="Waits")
-    by_hand(world, *AGED)
+    without_trigger(world, *AGED)
     return world
 
 
 @pytest.fixture
-def writer(used: World) -> Iterator[psycopg.Connection[Any]]:
+def writer(filled: World) -> Iterator[psycopg.Connection[Any]]:
     """A session whose transaction has a number and goes on."""
-    with psycopg.connect(used.url.replace("+psycopg", "", 1)) as conn:
+    with psycopg.connect(filled.url.replace("+psycopg", "", 1)) as conn:
         conn.execute("SELECT pg_current_xact_id()")
         yield conn
 
 
-def test_the_overview_says_the_same_of_closed_days_as_of_their_rows(used: World) -> None:
-    by_rows, before = figures(used), figures(used, earlier=1)
+def test_the_overview_says_the_same_of_closed_days_as_of_their_rows(filled: World) -> None:
+    by_rows, before = figures(filled), figures(filled, earlier=1)
     assert all(by_rows.total(name) for name in ("sold", "granted", "consumed", "refunded"))
     assert [money.currency for money in by_rows.money] == ["jpy", "usd"]
 
-    assert close(used) == 60
-    assert figures(used) == by_rows
-    assert figures(used, earlier=1) == before
-    assert once(used) == 0
+    assert close(filled) == 60
+    assert figures(filled) == by_rows
+    assert figures(filled, earlier=1) == before
+    assert close_days_once(filled) == 0
 
-    with used.engine.begin() as conn:
-        used.ledger.grant(conn, used.user(), credits=7, key="today", description="Today")
-    now = figures(used)
+    with filled.engine.begin() as conn:
+        filled.ledger.grant(conn, filled.user(), credits=7, key="today", description="Today")
+    now = figures(filled)
     assert now.total("granted") == by_rows.total("granted") + 7
-    by_hand(used, "DELETE FROM credit_transactions WHERE idempotency_key IS DISTINCT FROM 'today'")
-    assert figures(used).days == now.days  # no row of a closed day is read
+    without_trigger(filled, "DELETE FROM credit_transactions WHERE idempotency_key IS DISTINCT FROM 'today'")
+    assert figures(filled).days == now.days  # no row of a closed day is read
 
 
-def test_a_day_that_is_open_between_closed_ones_is_read_from_its_rows(used: World) -> None:
-    by_rows = figures(used)
-    close(used)
-    run(used, "DELETE FROM tallystick.days WHERE mod(day - date '2020-01-01', 3) = 0")
-    assert ask(used, KEPT) == 40
-    assert figures(used) == by_rows
-    assert close(used) == 20
-    assert figures(used) == by_rows
+def test_a_day_that_is_open_between_closed_ones_is_read_from_its_rows(filled: World) -> None:
+    by_rows = figures(filled)
+    close(filled)
+    run(filled, "DELETE FROM tallystick.days WHERE mod(day - date '2020-01-01', 3) = 0")
+    assert ask(filled, KEPT) == 40
+    assert figures(filled) == by_rows
+    assert close(filled) == 20
+    assert figures(filled) == by_rows
 
 
-def test_days_are_those_of_utc_whatever_the_session_has(used: World) -> None:
-    by_rows = figures(used)
-    with used.engine.begin() as conn:
+def test_days_are_those_of_utc_whatever_the_session_has(filled: World) -> None:
+    by_rows = figures(filled)
+    with filled.engine.begin() as conn:
         conn.execute(sa.text("SET LOCAL TimeZone = 'Pacific/Kiritimati'"))
         conn.execute(sa.text("SET LOCAL DateStyle = 'SQL, DMY'"))
-        used.ledger.close_days(conn)
-    close(used)
-    assert figures(used) == by_rows
+        filled.ledger.close_days(conn)
+    close(filled)
+    assert figures(filled) == by_rows
 
 
-def test_a_day_stays_open_while_a_transaction_of_before_may_write(used: World, writer: psycopg.Connection[Any]) -> None:
-    assert close_all_days(used.engine, used.ledger) == 60
-    with psycopg.connect(used.url.replace("+psycopg", "", 1)) as later:
+def test_a_day_stays_open_while_a_transaction_of_before_may_write(
+    filled: World, writer: psycopg.Connection[Any]
+) -> None:
+    assert close_all_days(filled.engine, filled.ledger) == 60
+    with psycopg.connect(filled.url.replace("+psycopg", "", 1)) as later:
         later.execute("SELECT pg_current_xact_id()")  # of after the days were over: nothing waits for it
-        assert once(used) == 60
+        assert close_days_once(filled) == 60
         writer.rollback()
-        assert close(used) == 60
+        assert close(filled) == 60
 
 
-def test_a_prepared_transaction_keeps_days_open(used: World, writer: psycopg.Connection[Any]) -> None:
+def test_a_prepared_transaction_keeps_days_open(filled: World, writer: psycopg.Connection[Any]) -> None:
     [(most,)] = writer.execute("SELECT current_setting('max_prepared_transactions')::int").fetchall()
     if not most:
         with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState):
             writer.execute("PREPARE TRANSACTION 'days'")
         return
     writer.execute("PREPARE TRANSACTION 'days'")
-    assert close_all_days(used.engine, used.ledger) == 60
+    assert close_all_days(filled.engine, filled.ledger) == 60
     writer.autocommit = True
     writer.execute("ROLLBACK PREPARED 'days'")
-    assert close(used) == 60
+    assert close(filled) == 60
 
 
-def test_calls_beside_one_another_close_each_day_once(used: World) -> None:
-    by_rows = figures(used)
+def test_calls_beside_one_another_close_each_day_once(filled: World) -> None:
+    by_rows = figures(filled)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: close_all_days(used.engine, used.ledger), range(8)))
-    close(used)  # one that begins beside another may leave the days to the next
-    assert (ask(used, KEPT), figures(used)) == (60, by_rows)
+        list(pool.map(lambda _: close_all_days(filled.engine, filled.ledger), range(8)))
+    close(filled)  # one that begins beside another may leave the days to the next
+    assert (ask(filled, KEPT), figures(filled)) == (60, by_rows)
 
 
 def test_a_transaction_that_wrote_before_closes_what_others_noted_and_notes_nothing(
-    used: World, writer: psycopg.Connection[Any]
+    filled: World, writer: psycopg.Connection[Any]
 ) -> None:
-    with used.engine.begin() as conn:
+    with filled.engine.begin() as conn:
         conn.execute(sa.text("SELECT pg_current_xact_id()"))
-        assert used.ledger.close_days(conn) == 60
-    assert ask(used, "SELECT count(*) FROM tallystick.days") == 0
-    assert once(used) == 60
+        assert filled.ledger.close_days(conn) == 60
+    assert ask(filled, "SELECT count(*) FROM tallystick.days") == 0
+    assert close_days_once(filled) == 60
     writer.rollback()
-    with used.engine.begin() as conn:
+    with filled.engine.begin() as conn:
         conn.execute(sa.text("SELECT pg_current_xact_id()"))
-        used.ledger.close_days(conn)
-    assert ask(used, "SELECT count(DISTINCT writers_before) FROM tallystick.days") == 1
-    close(used)
+        filled.ledger.close_days(conn)
+    assert ask(filled, "SELECT count(DISTINCT writers_before) FROM tallystick.days") == 1
+    close(filled)
 
 
-def test_a_number_from_another_server_is_replaced(used: World, writer: psycopg.Connection[Any]) -> None:
-    assert once(used) == 60
+def test_a_number_from_another_server_is_replaced(filled: World, writer: psycopg.Connection[Any]) -> None:
+    assert close_days_once(filled) == 60
     writer.rollback()
-    run(used, "UPDATE tallystick.days SET writers_before = 4611686018427387904")
-    assert close(used) == 60
+    run(filled, "UPDATE tallystick.days SET writers_before = 4611686018427387904")
+    assert close(filled) == 60
 
 
-def test_days_are_kept_for_sixty_days(used: World) -> None:
-    by_rows = figures(used)
-    close(used)
-    by_hand(used, "UPDATE tallystick.daily_sums SET day = day - 100", "UPDATE tallystick.days SET day = day - 100")
-    close(used)
-    assert (ask(used, "SELECT count(*) FROM tallystick.days"), figures(used)) == (60, by_rows)
-    assert ask(used, "SELECT min(d.day) <= min(s.day) FROM tallystick.days AS d, tallystick.daily_sums AS s")
+def test_days_are_kept_for_sixty_days(filled: World) -> None:
+    by_rows = figures(filled)
+    close(filled)
+    without_trigger(
+        filled, "UPDATE tallystick.daily_sums SET day = day - 100", "UPDATE tallystick.days SET day = day - 100"
+    )
+    close(filled)
+    assert (ask(filled, "SELECT count(*) FROM tallystick.days"), figures(filled)) == (60, by_rows)
+    assert ask(filled, "SELECT min(d.day) <= min(s.day) FROM tallystick.days AS d, tallystick.daily_sums AS s")
 
 
 TAMPERED = (
@@ -229,42 +233,42 @@ def wrong_days(world: World, **how: Any) -> list[Finding]:
         return [found for found in audit(conn, world.config, **how).findings if found.check == "daily_sums"]
 
 
-def test_sums_that_are_not_those_of_the_rows_are_found_and_mended(used: World) -> None:
-    close(used)
-    assert wrong_days(used) == []
-    by_hand(used, *TAMPERED)
+def test_sums_that_are_not_those_of_the_rows_are_found_and_mended(filled: World) -> None:
+    close(filled)
+    assert wrong_days(filled) == []
+    without_trigger(filled, *TAMPERED)
 
-    found = wrong_days(used)
+    found = wrong_days(filled)
     assert {(each.expected.partition(" paid")[0], each.found.partition(" in ")[0]) for each in found} == FOUND
     assert all(not each.fault and each.where.startswith("day 20") for each in found)
-    assert wrong_days(used, quick=True) == []
+    assert wrong_days(filled, quick=True) == []
 
-    run(used, *(each.what_to_do.partition("again: ")[2].partition(";")[0] for each in found))
-    assert close(used) == len({each.where for each in found})
-    assert wrong_days(used) == []
+    run(filled, *(each.what_to_do.partition("again: ")[2].partition(";")[0] for each in found))
+    assert close(filled) == len({each.where for each in found})
+    assert wrong_days(filled) == []
 
 
-def test_the_audit_looks_at_the_days_once_and_only_for_everyone(used: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    close(used)
-    run(used, "UPDATE tallystick.daily_sums SET credits = 11 WHERE kind = 'purchase' AND credits = 10")
+def test_the_audit_looks_at_the_days_once_and_only_for_everyone(filled: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    close(filled)
+    run(filled, "UPDATE tallystick.daily_sums SET credits = 11 WHERE kind = 'purchase' AND credits = 10")
     for _ in range(20):
-        used.user()
+        filled.user()
     monkeypatch.setattr("tallystick.audit.PART_ROWS", 5)
     parts: list[Any] = []
-    with used.engine.connect() as conn:
-        found = audit(conn, used.config, each=parts.append).findings
+    with filled.engine.connect() as conn:
+        found = audit(conn, filled.config, each=parts.append).findings
         assert len(parts) > 1
         assert [each.check for each in found].count("daily_sums") == 1
         since = dt.datetime.now(dt.UTC)
-        assert "daily_sums" not in audit(conn, used.config, since=since).checked
-        assert "daily_sums" not in audit(conn, used.config, after=parts[0].last).checked
+        assert "daily_sums" not in audit(conn, filled.config, since=since).checked
+        assert "daily_sums" not in audit(conn, filled.config, after=parts[0].last).checked
 
 
 def test_taking_the_seed_back_opens_its_days_again(world: World) -> None:
     environ: dict[str, str] = {}
     with world.engine.begin() as conn:
         seed(conn, world.config, environ=environ)
-    by_hand(world, "UPDATE credit_transactions SET completed_at = completed_at - interval '5 days'")
+    without_trigger(world, "UPDATE credit_transactions SET completed_at = completed_at - interval '5 days'")
     close(world)
     assert figures(world).total("sold") > 0
     with world.engine.begin() as conn:
@@ -273,27 +277,27 @@ def test_taking_the_seed_back_opens_its_days_again(world: World) -> None:
     assert figures(world).total("sold") == 0
 
 
-def test_sweep_closes_days(used: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_closes_days(filled: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DATABASE_URL", used.url)
+    monkeypatch.setenv("DATABASE_URL", filled.url)
     monkeypatch.setattr(sys, "argv", ["tallystick", "sweep"])
     deadline = time.monotonic() + 60
-    while ask(used, KEPT) < 60 and time.monotonic() < deadline:
+    while ask(filled, KEPT) < 60 and time.monotonic() < deadline:
         with pytest.raises(SystemExit) as ended:
             main()
         assert not ended.value.code
-    assert ask(used, KEPT) == 60
+    assert ask(filled, KEPT) == 60
 
 
-def test_a_console_with_actions_closes_days_before_it_shows_its_figures(used: World) -> None:
+def test_a_console_with_actions_closes_days_before_it_shows_its_figures(filled: World) -> None:
     """As ``tallystick serve --allow-actions`` does; one without writes nothing."""
-    shown = json.loads(days_shown(used, allow_actions=False))
-    assert ask(used, "SELECT count(*) FROM tallystick.days") == 0
+    shown = json.loads(days_shown(filled, allow_actions=False))
+    assert ask(filled, "SELECT count(*) FROM tallystick.days") == 0
     deadline = time.monotonic() + 60
-    while ask(used, KEPT) < 60 and time.monotonic() < deadline:  # each looks once, and keeps its figures for a minute
-        now = json.loads(days_shown(used, allow_actions=True))
+    while ask(filled, KEPT) < 60 and time.monotonic() < deadline:  # each looks once, and keeps its figures for a minute
+        now = json.loads(days_shown(filled, allow_actions=True))
         assert now["days"] == shown["days"]
-    assert ask(used, KEPT) == 60
+    assert ask(filled, KEPT) == 60
 
 
 def days_shown(world: World, *, allow_actions: bool) -> str:
@@ -305,59 +309,59 @@ def days_shown(world: World, *, allow_actions: bool) -> str:
 
 
 def test_a_sweep_beside_an_open_writer_says_that_days_wait(
-    used: World, writer: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    filled: World, writer: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("DATABASE_URL", used.url)
+    monkeypatch.setenv("DATABASE_URL", filled.url)
     monkeypatch.setattr(sys, "argv", ["tallystick", "sweep", "--json"])
     with pytest.raises(SystemExit):
         main()
-    said = capsys.readouterr()
-    assert json.loads(said.out) == {"users": 0}
-    assert "60 of the last 60 days wait for open transactions" in said.err
+    output = capsys.readouterr()
+    assert json.loads(output.out) == {"users": 0}
+    assert "60 of the last 60 days wait for open transactions" in output.err
 
 
-def test_a_day_that_is_opened_again_at_the_moment_is_not_waited_for(used: World) -> None:
-    close(used)
-    with used.engine.begin() as conn:
+def test_a_day_that_is_opened_again_at_the_moment_is_not_waited_for(filled: World) -> None:
+    close(filled)
+    with filled.engine.begin() as conn:
         conn.execute(sa.text("DELETE FROM tallystick.days WHERE day = (SELECT min(day) FROM tallystick.days)"))
-        assert close_all_days(used.engine, used.ledger) == 0  # as if it were closed
-        run(used, "DELETE FROM tallystick.days WHERE day = (SELECT max(day) FROM tallystick.days)")
-        assert close_all_days(used.engine, used.ledger) == 1
-    assert close(used) == 2
+        assert close_all_days(filled.engine, filled.ledger) == 0  # as if it were closed
+        run(filled, "DELETE FROM tallystick.days WHERE day = (SELECT max(day) FROM tallystick.days)")
+        assert close_all_days(filled.engine, filled.ledger) == 1
+    assert close(filled) == 2
 
 
-def test_a_clock_that_was_ahead_leaves_no_day_closed_that_is_not_over(used: World) -> None:
-    by_rows = figures(used)
-    close(used)
+def test_a_clock_that_was_ahead_leaves_no_day_closed_that_is_not_over(filled: World) -> None:
+    by_rows = figures(filled)
+    close(filled)
     run(
-        used,
+        filled,
         "UPDATE tallystick.days SET day = day + 2 WHERE day >= (SELECT max(day) FROM tallystick.days) - 1",
         "UPDATE tallystick.days SET closed_at = NULL WHERE day > (SELECT max(day) FROM tallystick.days) - 1",
     )
-    close(used)
+    close(filled)
     today = "(clock_timestamp() AT TIME ZONE 'UTC' - interval '1 hour')::date"
-    assert ask(used, f"SELECT count(*) FROM tallystick.days WHERE day >= {today}") == 0
-    assert (ask(used, KEPT), figures(used)) == (60, by_rows)
+    assert ask(filled, f"SELECT count(*) FROM tallystick.days WHERE day >= {today}") == 0
+    assert (ask(filled, KEPT), figures(filled)) == (60, by_rows)
 
 
-def test_the_rows_of_a_day_are_read_by_their_index(used: World) -> None:
-    with used.engine.begin() as conn:
+def test_the_rows_of_a_day_are_read_by_their_index(filled: World) -> None:
+    with filled.engine.begin() as conn:
         conn.execute(sa.text("SET LOCAL enable_seqscan = off"))
-        asked = Queries(used.config, used.engine)._by_day([dt.date(2026, 11, 1), dt.date(2026, 11, 5)])
+        asked = Queries(filled.config, filled.engine)._by_day([dt.date(2026, 11, 1), dt.date(2026, 11, 5)])
         plan = conn.exec_driver_sql(f"EXPLAIN {asked.compile(conn, compile_kwargs={'literal_binds': True})}").scalars()
         assert "credit_transactions_completed_at" in "\n".join(plan)
 
 
-def test_in_a_transaction_of_its_own_snapshot_the_sums_are_of_that_snapshot(used: World) -> None:
-    by_rows = figures(used)
-    once(used)
-    with used.engine.connect().execution_options(isolation_level="REPEATABLE READ") as conn, conn.begin():
+def test_in_a_transaction_of_its_own_snapshot_the_sums_are_of_that_snapshot(filled: World) -> None:
+    by_rows = figures(filled)
+    close_days_once(filled)
+    with filled.engine.connect().execution_options(isolation_level="REPEATABLE READ") as conn, conn.begin():
         conn.execute(sa.select(days))
-        used.ledger.close_days(conn)
-    with used.engine.connect().execution_options(isolation_level="REPEATABLE READ") as conn, conn.begin():
+        filled.ledger.close_days(conn)
+    with filled.engine.connect().execution_options(isolation_level="REPEATABLE READ") as conn, conn.begin():
         conn.execute(sa.select(days))
-        close(used)
+        close(filled)
         with pytest.raises(Conflict):
-            used.ledger.close_days(conn)
+            filled.ledger.close_days(conn)
         conn.rollback()
-    assert (ask(used, KEPT), figures(used)) == (60, by_rows)
+    assert (ask(filled, KEPT), figures(filled)) == (60, by_rows)

@@ -52,9 +52,9 @@ def test_every_command_is_documented_with_its_options(command):
 
 def test_no_command_is_documented_that_is_not_there():
     groups = {command.rsplit(" ", 1)[0] for command in COMMANDS}
-    said = set(re.findall(r"`tallystick ([a-z][a-z-]*(?: [a-z][a-z-]*)?)", TEXT))
+    named = set(re.findall(r"`tallystick ([a-z][a-z-]*(?: [a-z][a-z-]*)?)", TEXT))
     known = {command.removeprefix("tallystick ") for command in COMMANDS}
-    for words in said:
+    for words in named:
         first = words.split()[0]
         assert words in known or first in known or f"tallystick {words}" in groups, words
 

@@ -23,7 +23,7 @@ WITH_WORKSHOPS = [name for name, shape in SHAPES.items() if shape.host.workshops
 
 
 @pytest.fixture(autouse=True)
-def _books_balance(request: pytest.FixtureRequest) -> Iterator[None]:
+def _ledger_is_consistent(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every test ends with a clean audit."""
     world: World = request.getfixturevalue("any_world" if "any_world" in request.fixturenames else "world")
     yield

@@ -19,7 +19,7 @@ from tallystick.config import Config, to_toml
 from tallystick.database import KNOWN_SETTINGS, connect, engine, with_known_settings
 from tallystick.dev.postgres import Server
 from tallystick.web.console import LocalLink, console
-from test_cli import Said, tally  # noqa: F401 - a fixture
+from test_cli import Output, tally  # noqa: F401 - a fixture
 from worlds import SHAPES, World
 
 CAUGHT = "code of a stranger ran"
@@ -100,7 +100,7 @@ def planted(plant: Callable[[str], None], make_world: Callable[..., World], requ
 @pytest.mark.parametrize("planted", ["uuid", "clerk"], indirect=True)
 def test_no_command_runs_the_code_of_a_role_that_may_create_in_public(
     planted: World,
-    tally: Callable[..., Said],  # noqa: F811
+    tally: Callable[..., Output],  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -130,15 +130,15 @@ def test_no_command_runs_the_code_of_a_role_that_may_create_in_public(
         ("migrate", "sql"),
         ("backup", str(tmp_path / "a.backup")),
     ):
-        said = tally(*command)
-        assert said.code == 0, (command, said)
-        assert CAUGHT not in said.out + said.err
+        output = tally(*command)
+        assert output.code == 0, (command, output)
+        assert CAUGHT not in output.out + output.err
     # a fault, so that the precise checks run as well
     with world.engine.begin() as conn:
         conn.execute(sa.update(world.schema.users).where(world.schema.users.c.key == user).values(credit_balance=99))
         conn.execute(sa.update(world.schema.workshops).values(credit_consumed_at=None))
-    said = tally("audit", "--json")
-    assert {finding["check"] for finding in said.json["findings"] if finding["fault"]} == {
+    output = tally("audit", "--json")
+    assert {finding["check"] for finding in output.json["findings"] if finding["fault"]} == {
         "user_balance",
         "workshop_marked",
     }
@@ -180,7 +180,7 @@ def test_no_migration_does(plant: Callable[[str], None], fresh_database: Callabl
 def test_settings_of_the_database_change_no_result(
     encoding: str,
     server: Server,
-    tally: Callable[..., Said],  # noqa: F811
+    tally: Callable[..., Output],  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     name = f"odd_{uuid.uuid4().hex}"

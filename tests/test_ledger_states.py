@@ -79,23 +79,23 @@ def cells(table: str) -> list[Any]:
     ]
 
 
-# --- the doors that a caller may come by ---
+# --- the connections of callers ---
 
 
-class Door:
-    """``through(work)`` runs ``work(conn)`` in a database transaction of its own, or each statement in its own."""
+class Connector:
+    """``run(work)`` runs ``work(conn)`` in a database transaction of its own, or each statement in its own."""
 
-    def __init__(self, through: Callable[[World, Callable[[Any], None]], None]) -> None:
-        self.through = through
+    def __init__(self, run: Callable[[World, Callable[[Any], None]], None]) -> None:
+        self.run = run
 
 
-def _connection(isolation: str) -> Door:
-    def through(world: World, work: Callable[[Any], None]) -> None:
+def _connection(isolation: str) -> Connector:
+    def run(world: World, work: Callable[[Any], None]) -> None:
         engine = world.engine.execution_options(isolation_level=isolation)
         with engine.connect() as conn, conn.begin():
             work(conn)
 
-    return Door(through)
+    return Connector(run)
 
 
 def _session(world: World, work: Callable[[Any], None]) -> None:
@@ -112,19 +112,19 @@ def _asyncio(world: World, work: Callable[[Any], None]) -> None:
     asyncio.run(main())
 
 
-DOORS = {
+CONNECTORS = {
     "autocommit": _connection("AUTOCOMMIT"),
     "read committed": _connection("READ COMMITTED"),
     "repeatable read": _connection("REPEATABLE READ"),
     "serializable": _connection("SERIALIZABLE"),
-    "session": Door(_session),
-    "asyncio": Door(_asyncio),
+    "session": Connector(_session),
+    "asyncio": Connector(_asyncio),
 }
 
 
-@pytest.fixture(params=DOORS)
-def door(request: pytest.FixtureRequest) -> Door:
-    return DOORS[request.param]
+@pytest.fixture(params=CONNECTORS)
+def connector(request: pytest.FixtureRequest) -> Connector:
+    return CONNECTORS[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def refusal(name: str) -> Iterator[None]:
     assert not caught.value.outcome_unknown
 
 
-def check(case: Purchase | Unlocking | Gift, door: Door, operation: str, cell: str) -> None:
+def check(case: Purchase | Unlocking | Gift, connector: Connector, operation: str, cell: str) -> None:
     """Run one operation through a door and hold what it did against the table's cell."""
     world = case.world
     before, state = everything(world, case.user), case.state()
@@ -182,7 +182,7 @@ def check(case: Purchase | Unlocking | Gift, door: Door, operation: str, cell: s
         # the caller goes on in the same transaction, whatever happened
         conn.execute(sa.insert(users).values(key=marker, email=str(marker)))
 
-    door.through(world, work)
+    connector.run(world, work)
 
     after = everything(world, case.user)
     with world.engine.connect() as conn:
@@ -278,8 +278,8 @@ class Purchase:
 
 
 @pytest.mark.parametrize(("state", "operation", "cell"), cells(PURCHASES))
-def test_a_purchase(world: World, door: Door, state: str, operation: str, cell: str) -> None:
-    check(Purchase(world, state), door, operation, cell)
+def test_a_purchase(world: World, connector: Connector, state: str, operation: str, cell: str) -> None:
+    check(Purchase(world, state), connector, operation, cell)
 
 
 # --- a workshop ---
@@ -336,8 +336,8 @@ class Unlocking:
 
 
 @pytest.mark.parametrize(("state", "operation", "cell"), cells(WORKSHOPS))
-def test_a_workshop(world: World, door: Door, state: str, operation: str, cell: str) -> None:
-    check(Unlocking(world, state), door, operation, cell)
+def test_a_workshop(world: World, connector: Connector, state: str, operation: str, cell: str) -> None:
+    check(Unlocking(world, state), connector, operation, cell)
 
 
 # --- a present ---
@@ -377,5 +377,5 @@ class Gift:
 
 
 @pytest.mark.parametrize(("state", "operation", "cell"), cells(GIFTS))
-def test_a_present(world: World, door: Door, state: str, operation: str, cell: str) -> None:
-    check(Gift(world, state), door, operation, cell)
+def test_a_present(world: World, connector: Connector, state: str, operation: str, cell: str) -> None:
+    check(Gift(world, state), connector, operation, cell)

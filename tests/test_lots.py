@@ -17,7 +17,7 @@ from worlds import World
 
 
 @pytest.fixture(autouse=True)
-def _books_balance(request: pytest.FixtureRequest) -> Iterator[None]:
+def _ledger_is_consistent(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every test ends with a clean audit."""
     world: World = request.getfixturevalue("any_world" if "any_world" in request.fixturenames else "world")
     yield

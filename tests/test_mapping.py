@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 from tallystick import Config, HostMapping, Ledger, UsersTable, WorkshopsTable
 from tallystick.accounts import Accounts
 from tallystick.errors import HostMismatch, NotMigrated
-from tallystick.schema import agreed, mapping_of, verify
+from tallystick.schema import mapping_of, verify, with_stored_mapping
 from worlds import World
 
 
@@ -49,7 +49,7 @@ def refusals(conn: sa.Connection | Session, host: HostMapping) -> list[HostMisma
     with pytest.raises(HostMismatch) as at_start:
         verify(conn, host)
     with pytest.raises(HostMismatch) as settled:
-        agreed(conn, Config(host=host))
+        with_stored_mapping(conn, Config(host=host))
     return [at_start.value, settled.value]
 
 
@@ -57,12 +57,12 @@ def test_settings_that_disagree_are_refused_and_both_are_shown(world: World) -> 
     with world.engine.connect() as conn, Session(world.engine) as session:
         for usable in (conn, session):
             verify(usable, world.config.host)
-            for said, host in OTHERS.items():
+            for message, host in OTHERS.items():
                 for refused in refusals(usable, host):
-                    assert said in refused.message
+                    assert message in refused.message
                     assert refused.table == "public.users"
-        assert agreed(conn, Config(paywall=False)).host == world.config.host
-        assert not agreed(conn, Config(paywall=False)).paywall
+        assert with_stored_mapping(conn, Config(paywall=False)).host == world.config.host
+        assert not with_stored_mapping(conn, Config(paywall=False)).paywall
 
 
 def test_where_addresses_are_kept_no_function_knows(world: World) -> None:

@@ -23,12 +23,12 @@ USERS = 8
 
 
 @pytest.fixture
-def parted(world: World) -> World:
+def partitioned(world: World) -> World:
     partition(world.engine, world.config)
     return world
 
 
-def journey(world: World, conn: sa.Connection) -> list[Any]:
+def call_every_function(world: World, conn: sa.Connection) -> list[Any]:
     """Each function once and more, each doing what it says; gives the users."""
     ledger, accounts = world.ledger, world.accounts
     now = dt.datetime.now(dt.UTC)
@@ -77,52 +77,57 @@ def journey(world: World, conn: sa.Connection) -> list[Any]:
 
 
 def test_every_function_and_the_audit_run_on_partitions_unchanged(
-    parted: World, monkeypatch: pytest.MonkeyPatch
+    partitioned: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    events.enable(parted.engine, parted.config)
+    events.enable(partitioned.engine, partitioned.config)
     called: set[str] = set()
-    with parted.engine.begin() as conn:
+    with partitioned.engine.begin() as conn:
 
-        def note(_conn: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        def record_calls(_conn: Any, _cursor: Any, statement: str, *_: Any) -> None:
             called.update(re.findall(r"tallystick\.(\w+)\(", statement))
 
-        sa.event.listen(conn, "before_cursor_execute", note)
-        users = journey(parted, conn)
-    parted.pass_time(days=2)
-    with parted.engine.begin() as conn:
-        sa.event.listen(conn, "before_cursor_execute", note)
-        assert parted.ledger.sweep(conn) == USERS
-        assert parted.ledger.balance(conn, users[0]) == 7
+        sa.event.listen(conn, "before_cursor_execute", record_calls)
+        users = call_every_function(partitioned, conn)
+    partitioned.pass_time(days=2)
+    with partitioned.engine.begin() as conn:
+        sa.event.listen(conn, "before_cursor_execute", record_calls)
+        assert partitioned.ledger.sweep(conn) == USERS
+        assert partitioned.ledger.balance(conn, users[0]) == 7
         for user, other in zip(users[0::2], users[1::2], strict=True):
-            parted.ledger.merge(conn, user, into=other, key="one person")
-        parted.accounts.delete_user(conn, users[1])
-        parted.accounts.restore_user(conn, users[1])
-        parted.accounts.erase(conn, users[3])
-    parted.wait_for_analyze()
-    with parted.engine.begin() as conn:
-        sa.event.listen(conn, "before_cursor_execute", note)
-        assert len(parted.ledger.events(conn, limit=1000)) > 10 * USERS
-        parted.ledger.close_days(conn)
+            partitioned.ledger.merge(conn, user, into=other, key="one person")
+        partitioned.accounts.delete_user(conn, users[1])
+        partitioned.accounts.restore_user(conn, users[1])
+        partitioned.accounts.erase(conn, users[3])
+    partitioned.wait_for_analyze()
+    with partitioned.engine.begin() as conn:
+        sa.event.listen(conn, "before_cursor_execute", record_calls)
+        assert len(partitioned.ledger.events(conn, limit=1000)) > 10 * USERS
+        partitioned.ledger.close_days(conn)
     assert called - {"close_days"} == {function.name for function in declared()}
-    with parted.engine.connect() as conn:
-        assert audit(conn, parted.config).findings == ()
+    with partitioned.engine.connect() as conn:
+        assert audit(conn, partitioned.config).findings == ()
         assert conn.scalar(sa.text("SELECT count(DISTINCT tableoid) > 1 FROM credit_transactions"))
 
 
-def test_what_needs_more_than_one_user_is_refused_or_found(parted: World) -> None:
+def test_what_needs_more_than_one_user_is_refused_or_found(partitioned: World) -> None:
     """The limits of a key that holds the user."""
-    one, other = parted.user(credits=3), parted.user(credits=3)
+    one, other = partitioned.user(credits=3), partitioned.user(credits=3)
     # a row that moves to another partition is deleted in the first, which the append-only trigger refuses
-    with pytest.raises(sa.exc.IntegrityError, match="append-only: delete is refused"), parted.engine.begin() as conn:
+    with (
+        pytest.raises(sa.exc.IntegrityError, match="append-only: delete is refused"),
+        partitioned.engine.begin() as conn,
+    ):
         key = one
         for _ in range(64):
-            old, key = key, parted.key("uuid")
-            conn.execute(sa.update(parted.schema.users).where(parted.schema.users.c.key == old).values(key=key))
+            old, key = key, partitioned.key("uuid")
+            conn.execute(
+                sa.update(partitioned.schema.users).where(partitioned.schema.users.c.key == old).values(key=key)
+            )
     # a session of two purchases is no longer refused by a unique index, so that the audit looks for it
     for user in (one, other):
-        with psycopg.connect(parted.url.replace("+psycopg", "", 1)) as conn:
+        with psycopg.connect(partitioned.url.replace("+psycopg", "", 1)) as conn:
             conn.execute("SET session_replication_role = replica")
             conn.execute("UPDATE credit_transactions SET stripe_session_id = 'cs_same' WHERE user_id = %s", (user,))
-    with parted.engine.connect() as conn:
-        found = {finding.check for finding in audit(conn, parted.config).findings}
+    with partitioned.engine.connect() as conn:
+        found = {finding.check for finding in audit(conn, partitioned.config).findings}
     assert "unique_stripe_session" in found

@@ -311,10 +311,10 @@ REFUSED: dict[str, tuple[Callable[[World, sa.Connection, Key, Key], Any], type[E
 @uuid_keys
 def test_a_merge_that_is_refused_writes_nothing(any_world: World, case: str) -> None:
     world, user, into = any_world, any_world.user(credits=5), any_world.user()
-    call, kind, said = REFUSED[case]
+    call, kind, message = REFUSED[case]
     transfers = sa.select(sa.func.count()).where(world.schema.credit_transactions.c.type == "transfer")
     with world.engine.begin() as conn:
-        with pytest.raises(kind, match=said) as caught:
+        with pytest.raises(kind, match=message) as caught:
             call(world, conn, user, into)
         assert conn.scalar(transfers) == 0
         assert world.accounts.get(conn, user).deleted_at is None
@@ -556,6 +556,6 @@ def test_the_page_is_true(world: World, monkeypatch: pytest.MonkeyPatch, tmp_pat
         exec(compile(block, "docs/people.md", "exec"), names)
     with world.engine.begin() as conn, pytest.raises(sa.exc.IntegrityError) as caught:
         conn.execute(sa.delete(world.schema.users).where(world.schema.users.c.key == names["new_key"]))
-    said = f"{caught.value.orig.diag.message_primary}\nHINT:  {caught.value.orig.diag.message_hint}"
-    assert said.replace(str(names["new_key"]), "42") in page
+    message = f"{caught.value.orig.diag.message_primary}\nHINT:  {caught.value.orig.diag.message_hint}"
+    assert message.replace(str(names["new_key"]), "42") in page
     clean(world)

@@ -28,7 +28,7 @@ from tallystick.errors import DatabaseUnavailable
 from tallystick.ledger import close_all_days
 from tallystick.web.console import LocalLink, console
 from tallystick.web.console.queries import Queries
-from worlds import SHAPES, World, let_go
+from worlds import SHAPES, World, dispose_when_idle
 
 
 @dataclass
@@ -73,7 +73,7 @@ def pair(server: Server) -> Iterator[Pair]:
             there = World(other.url("app"), SHAPES["uuid"].host)
             pool = engine(there.url, pool_size=1, max_overflow=0)
             yield Pair(here, there, pool)
-            let_go(pool)
+            dispose_when_idle(pool)
     shutil.rmtree(folder)
 
 
@@ -196,18 +196,18 @@ def test_commands_that_only_read_go_there_and_say_so(pair: Pair, shop: Path) -> 
 def test_the_doctor_knows_a_copy_from_another_database(
     pair: Pair, shop: Path, monkeypatch: pytest.MonkeyPatch, world: World
 ) -> None:
-    def said() -> str:
+    def message() -> str:
         [found] = [one for one in json.loads(tallystick("doctor", "--json").stdout) if one["about"] == "Replica"]
         return f"{found['found']}. {found['remedy']}"
 
     pair.primary.user()  # until it has replayed a transaction, its age is unknown
     pair.catch_up()
-    assert said().startswith("Read from a standby as of ")
-    assert said().endswith(" ago. None")
+    assert message().startswith("Read from a standby as of ")
+    assert message().endswith(" ago. None")
     monkeypatch.setenv("DATABASE_URL_REPLICA", pair.primary.url)
-    assert said().endswith(" takes writes. Correct database_url_replica, or leave it out")
+    assert message().endswith(" takes writes. Correct database_url_replica, or leave it out")
     monkeypatch.setenv("DATABASE_URL_REPLICA", world.url)
-    assert said().endswith(" is not a copy of this database. Correct database_url_replica")
+    assert message().endswith(" is not a copy of this database. Correct database_url_replica")
 
 
 def test_status_of_a_standby(pair: Pair, shop: Path) -> None:
@@ -216,8 +216,8 @@ def test_status_of_a_standby(pair: Pair, shop: Path) -> None:
     there = tallystick("--database-url", pair.standby.url, "migrate", "status", "--json")
     assert (here.exit_code, there.exit_code) == (0, 0), there.stderr
     one, other = json.loads(here.stdout), json.loads(there.stdout)
-    [said] = set(other.pop("warnings")) - set(one.pop("warnings"))
-    assert said.startswith("this server is a standby")
+    [message] = set(other.pop("warnings")) - set(one.pop("warnings"))
+    assert message.startswith("this server is a standby")
     assert other == one
 
 
@@ -274,8 +274,8 @@ def test_the_overview_of_a_standby_reads_the_sums_of_closed_days(pair: Pair) -> 
     assert reports.figures(now) == here
 
     mark = "UPDATE tallystick.daily_sums SET credits = credits - :more WHERE kind = 'consumption'"
-    for more, told in ((1000, here.total("consumed") + 1000), (-1000, here.total("consumed"))):
+    for more, expected in ((1000, here.total("consumed") + 1000), (-1000, here.total("consumed"))):
         with pair.primary.engine.begin() as conn:
             assert conn.execute(sa.text(mark), {"more": more}).rowcount == 1
         pair.catch_up()
-        assert reports.figures(now).total("consumed") == told
+        assert reports.figures(now).total("consumed") == expected

@@ -26,11 +26,11 @@ ODD_NAME = "app$$; DROP TABLE users; -- \"quoted'"
 
 def run_script(world: World, script: str) -> list[str]:
     """As the owner; gives the notices."""
-    said: list[str] = []
+    notices: list[str] = []
     with psycopg.connect(world.url.replace("+psycopg", ""), autocommit=True) as conn:
-        conn.add_notice_handler(lambda notice: said.append(f"{notice.severity}: {notice.message_primary}"))
+        conn.add_notice_handler(lambda notice: notices.append(f"{notice.severity}: {notice.message_primary}"))
         conn.execute(script.encode())
-    return said
+    return notices
 
 
 def host_grants(world: World, name: str) -> None:
@@ -281,12 +281,12 @@ def test_the_apps_own_columns_stay_its_own(any_world: World, make_role: Callable
     world, name = any_world, make_role()
     host_grants(world, name)
     quoted = sql.Identifier(name).as_string()
-    said = run_script(world, role.grant(world.config.host, name))
+    output = run_script(world, role.grant(world.config.host, name))
     assert (
         "NOTICE: UPDATE on public.users is now for these columns: email, created_at, onboarding_complete, "
-        "stripe_customer_id, plan_tier, updated_at, deleted_at" in said
+        "stripe_customer_id, plan_tier, updated_at, deleted_at" in output
     )
-    assert sum(line.startswith("NOTICE") for line in said) == 4  # two rights, two tables
+    assert sum(line.startswith("NOTICE") for line in output) == 4  # two rights, two tables
     assert not [line for line in run_script(world, role.grant(world.config.host, name)) if line.startswith("NOTICE")]
     engine = sa.create_engine(sa.make_url(world.url).set(username=name), poolclass=sa.NullPool)
     user = another_key(world)

@@ -70,10 +70,10 @@ def test_the_reference_is_that_of_the_installed_functions(conn: psycopg.Connecti
             array = "[]" if kind.endswith("[]") else ""
             kind = KINDS.get(kind.removesuffix("[]"), kind.removesuffix("[]")) + array
             listed.append((parameter, kind.replace("timestamptz", "timestamp with time zone"), *(default or [None])))
-        told = returns.replace("a set of", "SETOF")
-        documented[name] = (listed, told)
+        result = returns.replace("a set of", "SETOF")
+        documented[name] = (listed, result)
         if strict:
-            documented[strict] = (listed, told)
+            documented[strict] = (listed, result)
         assert tuple(re.findall(r"`(\w+)`", outcomes)) == outcomes_of(name)
     assert documented == installed(conn)
 
@@ -165,8 +165,8 @@ def test_a_refusal_tells_what_the_page_says_and_is_raised_with_its_code(outcome:
         assert answer is not None
         assert answer["outcome"] == outcome
         assert outcome in outcomes_of(function)
-        said = {**answer, **{f"detail.{name}": value for name, value in (answer["detail"] or {}).items()}}
-        assert not [name for name, kind in refusal.tells.items() if not kind.endswith("?") and said[name] is None]
+        fields = {**answer, **{f"detail.{name}": value for name, value in (answer["detail"] or {}).items()}}
+        assert not [name for name, kind in refusal.fields.items() if not kind.endswith("?") and fields[name] is None]
         with pytest.raises(psycopg.Error) as raised:
             conn.execute(f"SELECT * FROM tallystick.{function}_strict({arguments}", given)
     assert (raised.value.sqlstate, raised.value.diag.message_primary) == (refusal.sqlstate, outcome)
@@ -201,14 +201,14 @@ import django
 from django.conf import settings
 from types import SimpleNamespace
 
-told = json.load(sys.stdin)
+data = json.load(sys.stdin)
 settings.configure(
-    DATABASES={"default": {"ENGINE": "django.db.backends.postgresql", **told["database"]}},
+    DATABASES={"default": {"ENGINE": "django.db.backends.postgresql", **data["database"]}},
     INSTALLED_APPS=["django.contrib.contenttypes", "django.contrib.auth"],
     DEFAULT_AUTO_FIELD="django.db.models.BigAutoField",
 )
 django.setup()
-exec(told["view"])
+exec(data["view"])
 
 from uuid import UUID
 from django.db import transaction
@@ -216,20 +216,20 @@ from django.test import RequestFactory
 
 def ask(workshop):
     request = RequestFactory().post("/")
-    request.user = SimpleNamespace(pk=UUID(told["user"]), is_authenticated=True)
+    request.user = SimpleNamespace(pk=UUID(data["user"]), is_authenticated=True)
     response = unlock(request, UUID(workshop))
     return [response.status_code, json.loads(response.content)]
 
-answers = [ask(told["workshop"]), ask(told["nobody"])]
+answers = [ask(data["workshop"]), ask(data["nobody"])]
 with connection.cursor() as cursor:
-    cursor.execute("SELECT tallystick.grant(%s, 2, 'welcome', 'Welcome')", [UUID(told["user"])])
+    cursor.execute("SELECT tallystick.grant(%s, 2, 'welcome', 'Welcome')", [UUID(data["user"])])
 try:
     with transaction.atomic():
-        answers.append(ask(told["workshop"]))
+        answers.append(ask(data["workshop"]))
         raise KeyError
 except KeyError:
     pass  # rolled back, and so the same is done again
-print(json.dumps([*answers, ask(told["workshop"]), ask(told["workshop"])]))
+print(json.dumps([*answers, ask(data["workshop"]), ask(data["workshop"])]))
 """
 
 
@@ -240,7 +240,7 @@ def test_the_django_view(world: World, page: str):
     view = "\n".join(block for block in blocks if not re.match(r"# \S+\.py\n", block))  # files of an app of its own
     at = psycopg.conninfo.conninfo_to_dict(world.url.replace("+psycopg", "", 1))
     user = world.user()
-    told = {
+    request_data = {
         "view": view,
         "database": {"NAME": at["dbname"], "HOST": at["host"], "PORT": at["port"], "USER": at["user"]},
         "user": str(user),
@@ -249,7 +249,7 @@ def test_the_django_view(world: World, page: str):
     }
     done = subprocess.run(
         [sys.executable, "-c", VIEW],
-        input=json.dumps(told),
+        input=json.dumps(request_data),
         env=os.environ | {"DATABASE_URL": world.url},
         capture_output=True,
         text=True,

@@ -32,7 +32,7 @@ OPENINGS = ("What", "Who", "Whose", "Whom", "Whether", "Where", "How", "Which", 
 """A sentence that opens with one of these tells its subject last."""
 
 
-def twice(names: dict[str, list[str]]) -> dict[str, list[str]]:
+def duplicates(names: dict[str, list[str]]) -> dict[str, list[str]]:
     return {name: where for name, where in names.items() if len(where) > 1}
 
 
@@ -41,7 +41,7 @@ def test_no_file_name_stands_for_two_things():
     for module in MODULES:
         if module.name != "__init__.py":
             names[module.name].append(str(module.relative_to(PACKAGE)))
-    assert twice(names) == {}
+    assert duplicates(names) == {}
 
 
 def test_no_class_name_stands_for_two_things():
@@ -50,7 +50,7 @@ def test_no_class_name_stands_for_two_things():
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):
                 names[node.name].append(str(module.relative_to(PACKAGE)))
-    assert twice(names) == {}
+    assert duplicates(names) == {}
 
 
 def docstrings(tree: ast.Module) -> list[str]:

@@ -17,7 +17,7 @@ import psycopg.rows
 import pytest
 import sqlalchemy as sa
 
-from doors import asyncpg_bare, bare, psycopg2_bare, psycopg3, session, sqlalchemy
+from caller_connections import asyncpg_bare, bare, psycopg2_bare, psycopg3, session, sqlalchemy
 from tallystick import Config
 from tallystick.audit import audit
 from tallystick.dev.postgres import Server
@@ -213,8 +213,8 @@ BORROWED = {
 
 @pytest.mark.parametrize("kind", BORROWED)
 def test_what_is_done_is_part_of_the_callers_transaction(db: TestDatabase, kind: str):
-    with BORROWED[kind](db.url) as door:
-        mine = TestDatabase(door.conn, db.config)
+    with BORROWED[kind](db.url) as caller:
+        mine = TestDatabase(caller.conn, db.config)
         user = mine.indebted(2, user=mine.funded(credits=3))
         mine.workshop(user)
         mine.clock.advance(days=3)
@@ -222,14 +222,14 @@ def test_what_is_done_is_part_of_the_callers_transaction(db: TestDatabase, kind:
         assert mine.balance(user) == -2
         assert mine.clock.now() - db.clock.now() > dt.timedelta(days=2)
         assert db.conn.scalar(sa.text("SELECT count(*) FROM users")) == 0
-        door.rollback()
+        caller.rollback()
     assert db.conn.scalar(sa.text("SELECT count(*) FROM users")) == 0
     assert abs(db.clock.now() - dt.datetime.now(dt.UTC)) < dt.timedelta(minutes=1)
 
 
 def test_a_connection_that_is_none_of_these_is_refused(db: TestDatabase):
-    with asyncpg_bare(db.url) as door, pytest.raises(InvalidArgument, match=r"asyncpg.*synchronous"):
-        TestDatabase(door.conn, db.config).user()
+    with asyncpg_bare(db.url) as caller, pytest.raises(InvalidArgument, match=r"asyncpg.*synchronous"):
+        TestDatabase(caller.conn, db.config).user()
 
 
 # --- servers ---

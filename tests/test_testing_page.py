@@ -14,7 +14,7 @@ import psycopg
 import pytest
 
 import pages
-from doors import bare
+from caller_connections import bare
 from tallystick.dev.postgres import Server
 from worlds import SHAPES, World
 
@@ -145,15 +145,15 @@ def test_a_project_without_a_schema_is_told_how_to_write_one(tmp_path: Path, ser
 
 
 @pytest.mark.parametrize(
-    ("address", "said"),
+    ("address", "message"),
     [("", "TALLYSTICK_PG_BIN is"), ("mysql://db/app", "'mysql'"), ("postgresql:///app?host=/nowhere", "/nowhere")],
 )
-def test_a_server_that_cannot_be_had_is_told_with_the_ways_to_another(tmp_path: Path, address: str, said: str):
+def test_a_server_that_cannot_be_had_is_told_with_the_ways_to_another(tmp_path: Path, address: str, message: str):
     files = {"conftest.py": SCHEMA, "test_it.py": "def test_it(tallystick_db): pass"}
     environ = {"TALLYSTICK_TEST_DATABASE_URL": address, "TALLYSTICK_PG_BIN": str(tmp_path)}
     done = run_pytest(pages.write(tmp_path, files), **environ)
     assert outcomes(done) == {"error": 1}
-    assert said in done.stdout
+    assert message in done.stdout
     assert "pytest --tallystick-url ADDRESS" in done.stdout
     assert "Traceback" not in done.stdout
 

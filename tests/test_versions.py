@@ -125,7 +125,7 @@ def test_a_rolling_deployment_of_two_versions(world: World) -> None:
     """The database first, under traffic of the old version; then clients of both; each key is spent once."""
     users = [world.user(credits=10_000) for _ in range(3)]
     migrated, done = threading.Event(), threading.Event()
-    told: list[str] = []
+    reported: list[str] = []
 
     def old(number: int) -> int:
         spent = 0
@@ -149,7 +149,7 @@ def test_a_rolling_deployment_of_two_versions(world: World) -> None:
             try:
                 return call()
             except (OutcomeUnknown, Conflict) as error:  # whose cure is the same call with the same key
-                told.append(str(error))
+                reported.append(str(error))
 
     with ThreadPoolExecutor(6) as pool:
         olds, news = [pool.submit(old, n) for n in range(3)], [pool.submit(new, n) for n in range(3)]
@@ -168,7 +168,7 @@ def test_a_rolling_deployment_of_two_versions(world: World) -> None:
     with world.engine.connect() as conn:
         assert [world.ledger.balance(conn, user) for user in users] == [10_000 - each for each in spent]
         assert audit(conn, world.config).clean
-    assert len(told) <= 6, told  # at most what was on its way when the functions changed
+    assert len(reported) <= 6, reported  # at most what was on its way when the functions changed
 
 
 def test_a_contraction_tells_the_old_package_to_upgrade(world: World) -> None:

@@ -82,23 +82,23 @@ def shop(world: World, receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> W
 
 def run(world: World, **options: Any) -> list[Sent]:
     """All that can be delivered now, and what failed at once again."""
-    told: list[Any] = []
+    reported: list[Any] = []
     world.wait_for_analyze()
     options = {"pauses_s": AT_ONCE, "timeout_s": 1.0, "poll_s": 0.1} | options
-    deliver(world.url, world.config, once=True, told=told.append, **options)
-    return told
+    deliver(world.url, world.config, once=True, report=reported.append, **options)
+    return reported
 
 
 def test_an_event_is_signed_and_sent_once(shop: World, receiver: Receiver) -> None:
     user = shop.user(credits=7)
     assert [(done.kind, done.error) for done in run(shop)] == [("purchase.completed", None)]
     (sent,) = receiver.received
-    said = Webhook(SECRET).verify(sent["body"], sent["headers"])
+    payload = Webhook(SECRET).verify(sent["body"], sent["headers"])
     with shop.engine.connect() as conn:
         (event,) = shop.ledger.events(conn)
     assert sent["headers"]["webhook-id"] == f"evt_{event.id}"
-    assert (said["type"], said["timestamp"]) == ("purchase.completed", event.created_at.isoformat())
-    assert said["data"] == {
+    assert (payload["type"], payload["timestamp"]) == ("purchase.completed", event.created_at.isoformat())
+    assert payload["data"] == {
         "id": event.id,
         "cursor": event.cursor,
         "user_id": str(user),
@@ -128,8 +128,8 @@ def test_what_is_not_taken_is_sent_again_and_the_next_waits(shop: World, receive
     receiver.answers(answer, answer, 200)
     for credits in (1, 2):
         shop.user(credits=credits)
-    told = run(shop)
-    assert [done.error is None for done in told] == [False, False, True, True]
+    reported = run(shop)
+    assert [done.error is None for done in reported] == [False, False, True, True]
     assert receiver.taken == [1, 2]
     ids = [sent["headers"]["webhook-id"] for sent in receiver.received]
     assert ids == [ids[0], ids[0], ids[0], ids[3]]
@@ -158,8 +158,8 @@ def test_after_the_last_attempt_it_is_a_dead_letter_and_can_be_replayed(shop: Wo
     receiver.answers(500, 500, 500, 500, 200)
     for credits in (1, 2):
         shop.user(credits=credits)
-    told = run(shop)
-    assert [(done.error is None, done.dead) for done in told] == [
+    reported = run(shop)
+    assert [(done.error is None, done.dead) for done in reported] == [
         *[(False, False)] * 3,
         (False, True),
         (True, False),
@@ -221,10 +221,10 @@ def test_an_address_that_others_could_read(shop: World, url: str) -> None:
         add_endpoint(conn, "app", url, secret_variable="HOOK_SECRET")
 
 
-@pytest.mark.parametrize(("secret", "said"), [("", "is not set"), ("whsec_", "holds no"), ("whsec_a", "holds no")])
-def test_a_secret_that_is_none(shop: World, monkeypatch: pytest.MonkeyPatch, secret: str, said: str) -> None:
+@pytest.mark.parametrize(("secret", "message"), [("", "is not set"), ("whsec_", "holds no"), ("whsec_a", "holds no")])
+def test_a_secret_that_is_none(shop: World, monkeypatch: pytest.MonkeyPatch, secret: str, message: str) -> None:
     monkeypatch.setenv("HOOK_SECRET", secret)
-    with pytest.raises(ConfigError, match=f"HOOK_SECRET, .* {said}"):
+    with pytest.raises(ConfigError, match=f"HOOK_SECRET, .* {message}"):
         run(shop)
 
 

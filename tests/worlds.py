@@ -84,7 +84,7 @@ ANALYZING = """
 _numbers = itertools.count(1)
 
 
-def let_go(pooled: sa.Engine) -> None:
+def dispose_when_idle(pooled: sa.Engine) -> None:
     """Closes a pool once nobody reads through it: a thread would leave its connection open, for the next test."""
     assert isinstance(pooled.pool, sa.QueuePool)
     deadline = time.monotonic() + 60

@@ -78,8 +78,8 @@ def _refusals() -> Iterator[str]:
     yield "| outcome | SQLSTATE | tells | |"
     yield "|---|---|---|---|"
     for refusal in refusals():
-        told = ", ".join(f"`{name}`" for name in refusal.tells)
-        yield f"| `{refusal.name}` | `{refusal.sqlstate}` | {told} | {refusal.meaning} |"
+        fields = ", ".join(f"`{name}`" for name in refusal.fields)
+        yield f"| `{refusal.name}` | `{refusal.sqlstate}` | {fields} | {refusal.meaning} |"
 
 
 def _kind(kind: str) -> str:

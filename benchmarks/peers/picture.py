@@ -39,9 +39,9 @@ def picture(bars: Mapping[str, Sequence[tuple[str, float]]]) -> str:
             ]
             y += BAR + GAP
         y += 14
-    said = "; ".join(
+    description = "; ".join(
         f"{TITLES[name]}: {', '.join(f'{who} {n:,.0f}' for who, n in rows)}" for name, rows in bars.items()
     )
     size = f'viewBox="0 0 {WIDTH} {y}" width="{WIDTH}" height="{y}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" role="img" {size}><title>{escape(said)}</title>'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" role="img" {size}><title>{escape(description)}</title>'
     return f"{head}<style>{STYLE}</style>{''.join(parts)}</svg>\n"

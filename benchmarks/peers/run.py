@@ -6,7 +6,7 @@
 
 Each candidate has a virtual environment of its own (made with pip below this one's folder, with the same SQLAlchemy
 and psycopg as ours) and a database of its own on one server with fsync on. All are driven by the same code
-(drive.py) through an adapter, in turns of a few seconds, and their books are checked afterwards with plain SQL.
+(drive.py) through an adapter, in turns of a few seconds; the accounts are checked afterwards with plain SQL.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ CROWD = 16
 
 @dataclass(frozen=True)
 class Candidate:
-    """``books`` gives account, balance, sum of its rows, number of consumptions; ``packages`` are what pip installs."""
+    """``accounts_sql`` selects account, balance, sum of its rows, number of consumptions; pip installs ``packages``."""
 
     name: str
     adapter: str
-    books: str
+    accounts_sql: str
     packages: tuple[str, ...] = ()
 
 
@@ -140,7 +140,7 @@ def round_trips(candidate: Candidate, url: str) -> float:
 
 
 @dataclass(frozen=True)
-class Books:
+class FinalState:
     """The final state of the database: the number of wrong accounts, and the result of the two races."""
 
     wrong: int
@@ -149,20 +149,20 @@ class Books:
     rows: int
 
 
-def check(candidate: Candidate, url: str) -> Books:
+def check(candidate: Candidate, url: str) -> FinalState:
     """Two races on new accounts, then every account's balance against its rows."""
     last, same = ACCOUNTS + 1, ACCOUNTS + 2
     granted = drive(candidate, "race", url, account=last, credits=LAST, threads=CROWD, tries=4, key=None)
     drive(candidate, "race", url, account=same, credits=LAST, threads=CROWD, tries=4, key="the same")
     with psycopg.connect(libpq(url)) as conn:
-        books = {row[0]: row[1:] for row in conn.execute(candidate.books)}
-    balance, _, spent = books[last]
+        accounts = {row[0]: row[1:] for row in conn.execute(candidate.accounts_sql)}
+    balance, _, spent = accounts[last]
     refused = granted == spent == LAST and balance == 0
-    return Books(
-        wrong=sum(balance != total for balance, total, _ in books.values()),
+    return FinalState(
+        wrong=sum(balance != total for balance, total, _ in accounts.values()),
         overdraft="refused" if refused else f"{spent} of {LAST} spent, balance {balance}",
-        once="one row" if books[same][2] == 1 else f"{books[same][2]} rows",
-        rows=sum(spent for _, _, spent in books.values()),
+        once="one row" if accounts[same][2] == 1 else f"{accounts[same][2]} rows",
+        rows=sum(spent for _, _, spent in accounts.values()),
     )
 
 
@@ -175,7 +175,7 @@ def libpq(url: str) -> str:
 Runs = dict[tuple[Candidate, str], list[tuple[Timing, dict[str, int]]]]
 
 
-def turns_of(candidates: list[Candidate], urls: dict[Candidate, str], *, turns: int, seconds: float) -> Runs:
+def measure_in_turns(candidates: list[Candidate], urls: dict[Candidate, str], *, turns: int, seconds: float) -> Runs:
     """Every candidate in every workload, in turns, each time another one first."""
     runs: Runs = {}
     for turn in range(turns):
@@ -192,7 +192,7 @@ def turns_of(candidates: list[Candidate], urls: dict[Candidate, str], *, turns: 
     return runs
 
 
-def middle(runs: list[tuple[Timing, dict[str, int]]]) -> Timing:
+def medians(runs: list[tuple[Timing, dict[str, int]]]) -> Timing:
     """Each figure's median over the turns."""
     figures = ("median_ms", "p99_ms", "per_second")
     return Timing(**{name: statistics.median(getattr(run, name) for run, _ in runs) for name in figures})
@@ -204,11 +204,11 @@ def speeds(candidates: list[Candidate], runs: Runs) -> None:
         of = "1 connection" if connections == 1 else f"{connections} threads"
         print(f"| {workload}, {of} | a second | p50 ms | p99 ms | {ours.name} is | errors |")
         print("| --- | ---: | ---: | ---: | ---: | --- |")
-        best = middle(runs[ours, workload]).per_second
+        best = medians(runs[ours, workload]).per_second
         for each in candidates:
             if (each, workload) not in runs:
                 continue
-            timing, errors = middle(runs[each, workload]), Counter[str]()
+            timing, errors = medians(runs[each, workload]), Counter[str]()
             for _, some in runs[each, workload]:
                 errors.update(some)
             shown = ", ".join(f"{count} {error}" for error, count in errors.items())
@@ -247,21 +247,21 @@ def main() -> None:
             print(f"preparing {each.name}", file=sys.stderr, flush=True)
             drive(each, "setup", url, accounts=ACCOUNTS, credits=CREDITS)
             trips[each] = round_trips(each, url)
-        runs = turns_of(candidates, urls, turns=turns, seconds=seconds)
-        books = {each: check(each, url) for each, url in urls.items()}
+        runs = measure_in_turns(candidates, urls, turns=turns, seconds=seconds)
+        final_states = {each: check(each, url) for each, url in urls.items()}
         about = f"PostgreSQL {server.version}, Python {platform.python_version()}, {settings(urls[candidates[0]])}"
 
     print(f"{about}; medians of {turns} turns of {seconds:g} s each\n")
     speeds(candidates, runs)
     print("| | round trips | 16 spend the last 10 credits | one key, 64 times | accounts wrong | consumptions |")
     print("| --- | ---: | --- | --- | ---: | ---: |")
-    for each, found in books.items():
+    for each, found in final_states.items():
         wrong = f"{found.wrong} of {ACCOUNTS + 2:,}"
         print(f"| {each.name} | {trips[each]:.1f} | {found.overdraft} | {found.once} | {wrong} | {found.rows:,} |")
     if asked.picture:
         speed = {
             workload: [
-                (each.name, middle(runs[each, workload]).per_second) for each in candidates if (each, workload) in runs
+                (each.name, medians(runs[each, workload]).per_second) for each in candidates if (each, workload) in runs
             ]
             for workload in WORKLOADS
         }

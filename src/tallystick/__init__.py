@@ -1,6 +1,6 @@
 """Prepaid credits, billing state and onboarding state inside an app's own PostgreSQL, kept honest.
 
-Each name is imported when it is first asked for: an app that only keeps a connection waits for nothing else.
+Each name is imported when it is first used: an app that needs few of them starts faster.
 """
 
 from __future__ import annotations

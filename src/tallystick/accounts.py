@@ -27,8 +27,8 @@ STRIPE_ID_MAX = 255
 class Account:
     """Tallystick's side of a user. Moments are in UTC.
 
-    ``credit_held`` and ``credit_due_at`` are those of ``get``, or of the row that an app has read by itself; the
-    operations that change an account do not tell them.
+    ``credit_held`` and ``credit_due_at`` are set by ``get``, or by an app that reads the row itself; the operations
+    that change an account leave them at their defaults.
     """
 
     user: Key
@@ -66,12 +66,12 @@ class Accounts:
 
     @Operation
     def complete_onboarding(self, user: Key) -> Call[Account]:
-        """The user has seen it through. Raises UnknownUser."""
+        """Mark the user's onboarding as complete. Raises UnknownUser."""
         return self._of_user("complete_onboarding", user)
 
     @Operation
     def reset_onboarding(self, user: Key) -> Call[Account]:
-        """The user is to see it again. Raises UnknownUser."""
+        """Mark the user's onboarding as not complete. Raises UnknownUser."""
         return self._of_user("reset_onboarding", user)
 
     @Operation
@@ -85,7 +85,7 @@ class Accounts:
 
     @Operation
     def set_stripe_customer(self, user: Key, stripe_customer_id: str, *, replace: bool = False) -> Call[Account]:
-        """Tie the user to a Stripe customer; an existing tie to another one stays unless ``replace``.
+        """Link the user to a Stripe customer; an existing link to another one stays unless ``replace``.
 
         Raises:
             InvalidArgument, UnknownUser, StripeCustomerConflict: the user has another customer, or the customer
@@ -96,7 +96,7 @@ class Accounts:
 
     @Operation
     def set_low_balance(self, user: Key, threshold: int | None) -> Call[Account]:
-        """Set the balance below which the user's is low: falling there from above writes the event ``balance.low``.
+        """Set the threshold of the user's event ``balance.low``, written when the balance falls below it.
 
         None is the default, which ``tallystick events enable`` sets, and 0 is never.
 
@@ -116,7 +116,7 @@ class Accounts:
 
     @Operation
     def delete_user(self, user: Key) -> Call[Account]:
-        """Soft-delete: the row and its ledger stay, and nothing can be bought or spent. Keeps the first time.
+        """Soft-delete a user: the row and its ledger stay, and nothing can be bought or spent. Keeps the first time.
 
         Raises:
             UnknownUser: nothing was written.
@@ -130,11 +130,11 @@ class Accounts:
 
     @Operation
     def erase(self, user: Key) -> Call[Account]:
-        """Remove what the ledger keeps of a person, and soft-delete the user; credits and the audit stay as they are.
+        """Remove the ledger's personal data of a user, and soft-delete the user; credits and the audit stay the same.
 
-        Gone are descriptions and metadata of the user's rows, the addresses in the requests of checkouts, the tie to
-        the Stripe customer, and the idempotency keys of purchases, consumptions and grants: what these asked for is
-        refused to a deleted user anyway, and asked again with an old key it is no replay.
+        It removes the descriptions and metadata of the user's rows, the addresses in the requests of checkouts, the
+        link to the Stripe customer, and the idempotency keys of purchases, consumptions and grants: an old key is then
+        no replay, and a deleted user is refused in any case.
 
         Raises:
             UnknownUser: nothing was written.
@@ -143,7 +143,7 @@ class Accounts:
 
     @Operation
     def delete_workshop(self, workshop: Key) -> Call[None]:
-        """Soft-delete a workshop; what unlocked it stays on record. Keeps the first time.
+        """Soft-delete a workshop; the row that unlocked it stays. Keeps the first time.
 
         Raises:
             InvalidArgument, UnknownWorkshop: nothing was written.
@@ -166,8 +166,8 @@ class Accounts:
             row = rows[0]
             if row[0] != DONE:
                 raise error_of(row[0], Refusal(arguments, detail=document(row[8]) or {}))
-            told = document(row[8]) or {}
-            due = told.get("credit_due_at")
+            detail = document(row[8]) or {}
+            due = detail.get("credit_due_at")
             return Account(
                 self._user(row[1]),
                 row[2],
@@ -176,7 +176,7 @@ class Accounts:
                 row[5],
                 moment(row[6]),
                 moment(row[7]),
-                told.get("credit_held", 0),
+                detail.get("credit_held", 0),
                 None if due is None else moment(dt.datetime.fromisoformat(due)),
             )
 

@@ -1,8 +1,7 @@
 """Allowances: credits that a plan gives every week or month, once for each user and period.
 
-Each is a grant under a key that names the period and the plan, and expires when the period ends, so that nothing is
-given twice, whoever asks and however often, and an interrupted run goes on where it stopped. Give one when a user
-comes, with ``give``; ``run`` gives everybody theirs, for those who do not come.
+Each is a grant that expires when its period ends. Its key names the period and the plan, so nothing is given twice,
+and an interrupted run goes on where it stopped. ``give`` serves a user who visits the app; ``run`` serves all users.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from tallystick.config import Allowance, Config, Every
 from tallystick.database import DbConnection, run
 from tallystick.errors import Key
 from tallystick.ledger import CreditTransaction, Ledger
-from tallystick.progress import OnProgress, Progress, unheard
+from tallystick.progress import OnProgress, Progress, ignore_progress
 from tallystick.schema import CreditTransactionType, Schema
 
 PAGE = 500
@@ -66,7 +65,7 @@ class Allowances:
         self.prices = {each.stripe_price_id: each for each in config.allowances if each.stripe_price_id is not None}
 
     def give(self, conn: DbConnection, user: Key) -> CreditTransaction | None:
-        """The grant of the user's plan for this period, by the server's clock; None where it was given already.
+        """Grant the allowance of the user's plan for this period, by the server's clock; None if it was given already.
 
         A plan with a ``stripe_price_id`` gives nothing here: its paid invoices do. The rest of the last period is
         carried over, up to the plan's ``rollover``. A plan that is changed within a period gives the difference, where
@@ -79,7 +78,7 @@ class Allowances:
         allowance = self.plans.get(account.plan_tier)
         if allowance is None or account.deleted_at is not None:
             return None
-        self.ledger.lock(conn, user)  # nobody else gives it meanwhile, and what has expired is written
+        self.ledger.lock(conn, user)  # no other caller gives it meanwhile, and expiries are written
         period = Period.of(_now(conn), allowance.every)
         key = _key(period, allowance)
         given = self._given(conn, user, period, allowance.every)
@@ -99,7 +98,7 @@ class Allowances:
         )
 
     def give_paid(self, conn: DbConnection, user: Key, paid: Paid) -> CreditTransaction | None:
-        """The grant for a line of a paid invoice, until the end of its period; None where it was given already.
+        """Grant the credits of a line of a paid invoice, until the end of its period; None if they were given already.
 
         Credits left of the item's last period are carried over, up to the allowance's ``rollover``. A price or quantity
         that is changed within a period gives the difference, where the new one gives more; nothing is taken back.
@@ -127,11 +126,10 @@ class Allowances:
             expires_at=paid.period.end,
         )
 
-    def run(self, engine: sa.Engine, *, progress: OnProgress = unheard) -> int:
-        """Give everybody theirs, each in a transaction of its own; gives how many got one.
+    def run(self, engine: sa.Engine, *, progress: OnProgress = ignore_progress) -> int:
+        """Give all users their allowances, each in a transaction of its own; returns how many got one.
 
-        ``progress`` counts the users done. A run that was interrupted is run again: who has got theirs is left
-        alone.
+        ``progress`` counts the users done. Run it again after an interruption: it skips the users who have theirs.
         """
         if not self.plans:
             return 0  # paid invoices give all of them
@@ -143,7 +141,7 @@ class Allowances:
         return got
 
     def _users(self, engine: sa.Engine) -> Iterator[Key]:
-        """The users of a plan that has not given them this period's yet, in the order of their keys."""
+        """The users without this period's allowance of their plan, in the order of their keys."""
         users, row = self.schema.users.c, self.schema.credit_transactions.c
         last: Key | None = None
         while True:
@@ -164,13 +162,13 @@ class Allowances:
             last = keys[-1]
 
     def _given(self, conn: DbConnection, user: Key, period: Period, every: Every) -> dict[str, int]:
-        """The credits that a period has given, by the key of the plan, without those that were carried over."""
+        """The credits given in a period, by the plan's key, without those that were carried over."""
         row = self.schema.credit_transactions.c
         given = sa.select(row.idempotency_key, row.metadata["allowance"].as_integer())
         return dict(run(conn, given.where(*self._rows(user, period, every)), {}).all())
 
     def _left(self, conn: DbConnection, user: Key, period: Period, every: Every) -> int:
-        """The credits that expired of the allowance of the period before."""
+        """The credits of the last period's allowance that expired."""
         row = self.schema.credit_transactions.c
         before = Period.of(period.start - dt.timedelta(days=1), every)
         gave = sa.select(row.id).where(*self._rows(user, before, every))
@@ -204,7 +202,7 @@ class Allowances:
 
 
 def _now(conn: DbConnection) -> dt.datetime:
-    """By the server's clock."""
+    """The present moment, by the server's clock."""
     now: dt.datetime = run(conn, sa.select(sa.func.clock_timestamp()), {}).scalar_one()
     return now
 

@@ -1,26 +1,24 @@
 """The audit: does every balance follow from the ledger? It reads, and changes nothing.
 
-First a sum, then a search. Each completed row is a step of its user from ``(sequence - 1, balance_after - amount)``
-to ``(sequence, balance_after)``. A user starts at ``(0, 0)`` and stands at ``(credit_sequence, credit_balance)``.
-If the steps form one unbroken chain, then all places that steps begin at, and where the users stand, are exactly
-the places that steps end at, and where the users started. So each place is hashed to 64 bits with its user's key
-and both sides are added up, which takes one scan of the tables in whatever order they lie, no sort and no memory.
-The converse holds too: sequences only grow, so places can balance only where each user's steps are one chain from
-the start to where the user stands. (Unless two hashes collide: one chance in 2^64 for a wrong ledger to pass.)
-Marked workshops and the consumptions that paid for them are held against each other in the same way. Which user they
-belong to is left out of it: a workshop that was paid for may be handed to another owner.
-
-Only where a sum does not come out is it taken again for each user by itself, and for those users the precise,
-slower checks are run, which say what is wrong and where.
+1. Sums. Each completed row is a step of its user from ``(sequence - 1, balance_after - amount)`` to
+   ``(sequence, balance_after)``. A user starts at ``(0, 0)`` and ends at ``(credit_sequence, credit_balance)``. If the
+   steps form one unbroken chain, the points where steps begin, plus the users' ends, are exactly the points where
+   steps end, plus the users' starts. Each point is hashed to 64 bits with its user's key, and both sides are added up:
+   one scan of the tables in any order, without a sort. The converse holds too: sequences only grow, so the sums are
+   equal only where each user's steps are one chain from start to end (or where hashes collide, one chance in 2^64).
+   Marked workshops are compared with the consumptions that paid for them in the same way, whichever user they belong
+   to: a workshop that was paid for may get another owner.
+2. Users. Where a sum is wrong it is taken again for each user.
+3. Searches. For the users whose sum is wrong the precise, slower checks say what is wrong and where.
 
 Users, ledger and workshops are compared within one statement, hence in one snapshot: live traffic never looks like
-a fault. Large databases are taken in ranges of user keys, so that outside a transaction of REPEATABLE READ or above
+a fault. A large database is audited in ranges of user keys, so that outside a transaction of REPEATABLE READ or above
 no snapshot is held for long: a few seconds each, or an eighth of a very large ledger. Each range may scan the whole
-table for its rows, so that more of them would take longer in all. An audit can go on ``after`` a range.
+table for its rows, so more ranges would take longer in all. An audit can continue ``after`` a range.
 
-No sum tells the order of two rows. That the moments of completion rise with the numbers is seen by reading an index in
-its order, which takes longer than all else together. The console's sums of closed days are held against the rows of
-these days, which is no matter of a user: an audit of everyone ends with it. A ``quick`` audit leaves out both.
+A sum does not show the order of two rows. An index is read in its order to see that rows completed in the order of
+their numbers, which takes longer than all else together. An audit of everyone ends by comparing the console's sums of
+closed days with the rows of these days. A ``quick`` audit leaves out both.
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ from sqlalchemy.dialects.postgresql.base import PGDialect
 from tallystick.config import Config, KeyType
 from tallystick.database import DbConnection, run
 from tallystick.errors import InvalidArgument, Key, UnknownUser, shown
-from tallystick.progress import OnProgress, Progress, unheard
+from tallystick.progress import OnProgress, Progress, ignore_progress
 from tallystick.schema import (
     CreditTransactionStatus,
     CreditTransactionType,
@@ -59,22 +57,22 @@ PART_ROWS = 5_000_000
 """About how many rows of users and ledger one statement looks at."""
 
 PARTS = 8
-"""Into about so many parts a ledger is divided at most: they are larger then."""
+"""A large ledger is divided into about so many parts, of more rows each."""
 
 SUSPECTS = 10_000
-"""With more users than these under suspicion, the precise checks look at everyone in the part."""
+"""The most users with a wrong sum in a part; above that the precise checks run on all users of the part."""
 
 DELETION_TAKES = dt.timedelta(minutes=5)
-"""A deletion dates from the beginning of its transaction, and the user may spend until that has come to the row."""
+"""A deletion is dated from the beginning of its transaction; the user may spend until it locks the user's row."""
 
 KEPT_WITHIN_S = 1
-"""The precision of a moment in a host's column: its type may know no fractions of a second."""
+"""The precision of a moment in a host's column: its type may have no fractions of a second."""
 
 _PURCHASE, _CONSUMPTION, _REFUND, _GRANT, _REVERSAL, _CORRECTION, _EXPIRY, _TRANSFER = CreditTransactionType
 _TAKE = [_CONSUMPTION, _REFUND, _CORRECTION, _EXPIRY]
 _LINKED = [_REFUND, _REVERSAL, _CORRECTION, _EXPIRY, _TRANSFER]
 _PENDING, _COMPLETED = CreditTransactionStatus.PENDING, CreditTransactionStatus.COMPLETED
-# spells names and statements for people, so a % in a name stays one
+# writes names and statements for people, so a % in a name is not doubled
 _SPELLING = PGDialect(paramstyle="named")  # type: ignore[no-untyped-call]  # SQLAlchemy leaves it untyped
 
 Expression = sa.ColumnElement[Any]
@@ -82,9 +80,9 @@ Expression = sa.ColumnElement[Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing found: by which check, where, and what to do. All texts are for people.
+    """A finding: the check, the place, and what to do. All texts are for people.
 
-    With ``fault`` False the balances are right, and there is something to look at.
+    With ``fault`` False the balances are right, and a person should look at it.
     """
 
     check: str
@@ -111,7 +109,7 @@ class AuditReport:
     """The result of an audit: the numbers of ``users`` and ledger ``rows`` read, the checks run, and their findings.
 
     ``truncated`` says that a check reached its limit: there may be more of its findings. ``last`` is the last user's
-    key of a range, where there are more users behind it.
+    key of a range, where more users follow it.
     """
 
     findings: tuple[Finding, ...]
@@ -124,16 +122,17 @@ class AuditReport:
 
     @property
     def clean(self) -> bool:
-        """True if no fault was found; there may be something to look at."""
+        """True if no fault was found; there may be findings that are none."""
         return not any(finding.fault for finding in self.findings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """A rule, named after what it demands. ``search`` selects what breaks it, wherever the sums raise a sign of it.
+    """A rule, named after its demand. ``search`` selects the rows that break it; it runs where the sums raise a sign.
 
-    A search selects ``user``, ``transaction`` or ``workshop``, several of them, and what the texts mention. ``fix``
-    makes a statement from such a row, shown as ``{fix}``. What it finds is a ``fault`` unless it says otherwise.
+    A search selects one or more of ``user``, ``transaction`` and ``workshop``, and the columns that the texts mention.
+    ``fix`` makes a statement from such a row, shown as ``{fix}``. A finding is a ``fault`` unless the check says
+    otherwise.
     """
 
     name: str
@@ -158,22 +157,22 @@ def audit(
     after: Key | None = None,
     quick: bool = False,
     limit: int = 1000,
-    progress: OnProgress = unheard,
+    progress: OnProgress = ignore_progress,
     each: Callable[[AuditReport], None] | None = None,
 ) -> AuditReport:
     """Check everything, or one ``user``, or those users whose ledger got or completed a row at or after ``since``.
 
     A user's whole chain is checked even when only the end of it is younger than ``since``. ``quick`` leaves out
     ``completed_in_order``, which reads the ledger in the order of its users, and ``daily_sums``, which reads its young
-    rows once more; an audit of some users leaves out the latter as well. Each check reports at
-    most ``limit`` findings, so that a common fault does not hide a rare one; the worst come first. ``progress`` is
-    called with the ledger rows done and the rows in all (an estimate, never less than those done).
+    rows once more; an audit of some users leaves out the latter as well. Each check reports at most ``limit`` findings,
+    so that a common fault does not hide a rare one; the worst come first. ``progress`` is called with the ledger rows
+    done and the rows in all (an estimate, never less than those done).
 
-    ``each`` is called with a report of each range of users when it is done. Keep what it finds, and its ``last``: an
-    audit with that as ``after`` begins where one that was interrupted stopped, and looks at the users behind it only.
+    ``each`` is called with the report of each range of users. Keep its findings, and its ``last``: after an
+    interruption, an audit with that as ``after`` continues with the users that follow.
 
-    On a connection without a transaction each range is one of its own, so that no lock is held for longer. A
-    transaction of the caller's is used as it is: neither committed nor rolled back.
+    On a connection without a transaction each range has one of its own, so that no lock is held for longer. A
+    transaction of the caller's is neither committed nor rolled back.
 
     Raises:
         InvalidArgument: ``user`` or ``after`` is no key of the mapped type or both are given, ``since`` has no time
@@ -199,7 +198,7 @@ def audit(
     if user is not None:
         user = schema.user_key(user)
     with _transaction(conn):
-        facts = _look(conn, schema)
+        facts = _read_facts(conn, schema)
     checks = _checks(schema, quick=quick, everyone=user is None and since is None and after is None)
     found: dict[str, list[Finding]] = {check.name: [] for check in checks}
     users = rows = 0
@@ -223,7 +222,7 @@ def audit(
             each(_report(new, found, limit, users=sums["users"], rows=sums["rows"], began=begun, last=high))
         if high is None:
             break
-        # follow how many rows users really have, but not far on the word of one neighbourhood
+        # adapt to the rows that users really have, at most fourfold, since neighbouring users may be alike
         step = max(1, min(step * part_rows // max(sums["users"] + sums["rows"], 1), step * 4))
         low = high
     if user is not None and not users and not rows:
@@ -262,7 +261,7 @@ def _report(
     began: float,
     last: Key | None = None,
 ) -> AuditReport:
-    """Of ``new`` findings, the last among those ``found`` so far, of which each check shows no more than ``limit``."""
+    """A report of ``new`` findings, the last of those ``found`` so far; each check shows at most ``limit`` of all."""
     shown = {name: some[: max(0, limit - (len(found[name]) - len(some)))] for name, some in new.items()}
     return AuditReport(
         findings=tuple(finding for some in shown.values() for finding in some),
@@ -283,7 +282,7 @@ def _search(
     *,
     most: int,
 ) -> None:
-    """Add to ``found`` what the checks with one of ``signs`` find in a part, up to ``most`` of each."""
+    """Run the checks with one of ``signs`` on a part, and add to ``found`` up to ``most`` findings of each."""
     suspects: dict[str, _Part] = {sign: part.suspects(conn, sign) for sign in ("chain", "unlocks") if sign in signs}
     if "completed_in_order" in found:
         suspects["order"] = part.narrowed(conn, part.out_of_order())
@@ -317,18 +316,18 @@ class _Facts:
     users: int
     rows: int
     signs: frozenset[str]
-    """Raised where no valid unique index rules repetition out, and where a refund of money took no credits."""
+    """Signs of possible faults: a missing unique index, a refund of money that took no credits, and the like."""
     collations: Mapping[str, str]
     """Columns that must be compared in the collation of the host's key, since theirs is another."""
     follows: bool = False
-    """The app had balances before, and code of its own may still write them: a trigger takes that into the ledger."""
+    """True where the app had balances before and its own code may still write them; a trigger records those writes."""
     marked_before: dt.datetime | None = None
-    """Until then the app marked workshops without a ledger, and until ``followed_until`` beside it."""
+    """Until then the app marked workshops without a ledger; until ``followed_until`` its code may still do so."""
     followed_until: dt.datetime | None = None
     closed_days: tuple[dt.date, ...] = ()
-    """Those whose rows the console has added up."""
+    """The days whose rows the console has added up."""
     recorded_since: dt.datetime | None = None
-    """From then on each completed row has its event; None while events are off."""
+    """The time since when each completed row has its event; None while events are off."""
 
 
 _CATALOG = sa.text(
@@ -359,18 +358,18 @@ _ADOPTION = sa.text(
 )
 
 
-def _look(conn: DbConnection, schema: Schema) -> _Facts:
+def _read_facts(conn: DbConnection, schema: Schema) -> _Facts:
     sizes: list[int] = []
     collations: dict[sa.Column[Any], str] = {}
     indexes: set[str] = set()
     ledger, users, workshops = schema.credit_transactions, schema.users, schema.workshops
     for table in (ledger, users, *([] if workshops is None else [workshops])):
         seen = run(conn, _CATALOG, {"table": _name(table)}).one_or_none()
-        sizes.append(seen.rows if seen else 0)  # if it is not there, the first sum says so
+        sizes.append(seen.rows if seen else 0)  # the first sum reports a missing table
         collated = dict(seen.collations) if seen else {}
         collations |= {column: collated[column.name] for column in table.c if column.name in collated}
         indexes |= set(seen.unique_indexes) if seen and table is ledger else set()
-    unsettled = run(conn, sa.select(sa.exists().where(_money_is_elsewhere())), {}).scalar_one()
+    unsettled = run(conn, sa.select(sa.exists().where(_money_and_credits_disagree())), {}).scalar_one()
     lots = run(conn, sa.select(sa.exists().select_from(schema.lots)), {}).scalar_one()
     closed = sa.select(days.c.day).where(days.c.closed_at.is_not(None)).order_by(days.c.day)
     recorded_since = run(conn, sa.select(event_settings.c.recorded_since), {}).scalar_one_or_none()
@@ -437,13 +436,13 @@ class _Part:
 
     @property
     def workshop(self) -> sa.Table:
-        """The host's workshops; asked for only where there are some."""
+        """The host's workshops; used only where the host has a table of them."""
         if self.schema.workshops is None:
             raise AssertionError("a check of workshops ran on a host that has none")
         return self.schema.workshops
 
     def comparable(self, column: Expression) -> Expression:
-        """``column``, in the collation of the host's key that it is compared with."""
+        """``column`` in the collation of the host's key, for a comparison with it."""
         collation = self.facts.collations.get(column.key or "")
         return column if collation is None else sa.collate(column, collation)
 
@@ -469,20 +468,20 @@ class _Part:
         return sa.and_(sa.true(), *terms)
 
     def covers_owner(self) -> Expression:
-        """As ``covers``, for workshops; those that nobody owns belong to the last part."""
+        """As ``covers``, for workshops; those without an owner belong to the last part."""
         owner = self.workshop.c.owner
         covered = self.covers(self.comparable(owner))
         last_of_all = self.high is None and self.user is None and self.since is None
         return sa.or_(covered, owner.is_(None)) if last_of_all else covered
 
     def on(self, day: dt.date) -> _Part:
-        """The same, for a check of one day."""
+        """This part, for a check of one day."""
         other = copy.copy(self)
         other.day = day
         return other
 
     def describe(self) -> str:
-        """For people: which users this part holds."""
+        """The users of this part, in words."""
         if self.user is not None:
             return f"user {self.user}"
         if self.low is None and self.high is None:
@@ -495,7 +494,7 @@ class _Part:
         return selected.where(self.covers(self.user_id))
 
     def steps(self) -> sa.Subquery:
-        """The numbered rows, each with the one before it: where this one should begin."""
+        """The numbered rows, each with the one before it, where it should begin."""
         row = self.row
         window: dict[str, Any] = {"partition_by": row.user_id, "order_by": (row.sequence, row.id)}
         previous = sa.func.lag(row.sequence).over(**window)
@@ -520,10 +519,10 @@ class _Part:
         return sa.select(each).where(each.c.place == 1).subquery("ends")
 
     def unlocks(self) -> sa.Subquery:
-        """Workshops that users of this part paid for: how many times in all (``net``), by whom, and by which row last.
+        """Workshops that users of this part paid for: how often in all (``net``), by whom, and by which row last.
 
-        Several users may have paid for one. Then it is the last of those who do not own it, for whom the sum does not
-        come out, whichever part the owner is in; so each workshop is one finding, of one part.
+        Where several users paid for one, it is given to the last of them who does not own it: that user's sum is wrong,
+        whichever part the owner is in. So each workshop is one finding, of one part.
         """
         row, shop, exact = self.row, self.workshop, _SUMS[self.schema.host.credits]
         owns = sa.func.coalesce(self.comparable(shop.c.owner) == self.user_id, sa.false())
@@ -552,7 +551,7 @@ class _Part:
         return sa.select(each).where(self.covers(each.c.user)).subquery("unlocks")
 
     def net(self) -> Expression:
-        """The number of consumptions that remain of a group of completed rows."""
+        """The number of consumptions less that of reversals, of a group of completed rows."""
         return sa.func.count().filter(self.spends()) - sa.func.count().filter(self.gives_back())
 
     def spends(self) -> Expression:
@@ -560,26 +559,26 @@ class _Part:
         return self.row.type == _CONSUMPTION
 
     def gives_back(self) -> Expression:
-        """True where a row takes an unlocking back."""
+        """True where a row undoes an unlocking."""
         return self.row.type == _REVERSAL
 
     def sums(self) -> sa.Select[Any]:
-        """One row: how many users and ledger rows, and each sign that something is wrong, as a boolean."""
+        """One row: the numbers of users and ledger rows, and each sign of a fault, as a boolean."""
         key, deleted_at = self.schema.users.c.key, self.schema.users.c.deleted_at
         users = sa.select(
             sa.func.count().label("users"),
-            self._users().label("chain"),
+            self._sum_of_users().label("chain"),
             sa.func.count(deleted_at).label("deleted"),
             sa.func.count().filter(self.unopened()).label("unopened"),
             sa.func.count().filter(self.schema.users.c.credit_held != 0).label("held"),
         ).where(self.covers(key))
         ledger = sa.select(
             sa.func.count().label("rows"),
-            self._steps().label("chain"),
+            self._sum_of_steps().label("chain"),
             *((sa.func.count().filter(sign(self)) > 0).label(name) for name, sign in _COUNTED.items()),
         ).where(self.covers(self.user_id))
         if self.schema.workshops is not None:
-            ledger = ledger.add_columns(self._unlocks().label("unlocks"))
+            ledger = ledger.add_columns(self._sum_of_unlocks().label("unlocks"))
         u, r = users.subquery("of_users"), ledger.subquery("of_ledger")
         sums = sa.select(
             u.c.users,
@@ -592,16 +591,16 @@ class _Part:
         ).join_from(u, r, sa.true())
         if self.schema.workshops is None:
             return sums
-        w = sa.select(self._marks().label("unlocks")).where(self.covers_owner()).subquery("of_workshops")
+        w = sa.select(self._sum_of_marks().label("unlocks")).where(self.covers_owner()).subquery("of_workshops")
         return sums.add_columns((r.c.unlocks + w.c.unlocks != 0).label("unlocks")).join(w, sa.true())
 
     def suspects(self, conn: DbConnection, sign: str) -> _Part:
-        """This part, narrowed to the users for whom by themselves the sum does not come out."""
+        """This part, narrowed to the users whose own sum is wrong."""
         key: Expression = self.schema.users.c.key
-        covered, sum_of_users, sum_of_ledger = self.covers(key), self._users, self._steps
+        covered, sum_of_users, sum_of_ledger = self.covers(key), self._sum_of_users, self._sum_of_steps
         if sign == "unlocks":
             key = self.comparable(self.workshop.c.owner)
-            covered, sum_of_users, sum_of_ledger = self.covers_owner(), self._marks, self._unlocks
+            covered, sum_of_users, sum_of_ledger = self.covers_owner(), self._sum_of_marks, self._sum_of_unlocks
         each = sa.union_all(
             sa.select(key.label("user"), sum_of_users().label("off")).where(covered).group_by(key),
             sa.select(self.user_id.label("user"), sum_of_ledger().label("off"))
@@ -611,7 +610,7 @@ class _Part:
         return self.narrowed(conn, sa.select(each.c.user).group_by(each.c.user).having(sa.func.sum(each.c.off) != 0))
 
     def out_of_order(self) -> sa.Select[Any]:
-        """Users with a row that completed before one of a lower number; by an index alone, where there is that one."""
+        """Users with a row that completed before one of a lower number, by an index-only scan where possible."""
         row = self.row
         before = sa.func.lag(row.sequence).over(partition_by=row.user_id, order_by=(row.completed_at, row.sequence))
         each = (
@@ -622,7 +621,7 @@ class _Part:
         return sa.select(each.c.user).where(each.c.sequence < each.c.before).distinct()
 
     def narrowed(self, conn: DbConnection, of: sa.Select[Any]) -> _Part:
-        """This part with those users only, unless they are too many."""
+        """This part with the users of ``of`` only, unless they are too many."""
         users = run(conn, of.limit(SUSPECTS + 1), {}).scalars().all()
         if len(users) > SUSPECTS:
             return self
@@ -630,15 +629,15 @@ class _Part:
         narrowed.among = [user for user in users if user is not None]  # a workshop may have no owner
         return narrowed
 
-    def _users(self) -> Expression:
-        """The balances of users, less their opening ones."""
+    def _sum_of_users(self) -> Expression:
+        """The sum of the users' ends, less that of their starts."""
         user, key_type = self.schema.users.c, self.schema.host.users.key_type
-        stands = self._place(sa.func.greatest(user.credit_sequence, -1), self.balance())
-        started = self._place(sa.literal(0, sa.Integer), sa.literal(0, sa.BigInteger))
+        stands = self._point(sa.func.greatest(user.credit_sequence, -1), self.balance())
+        started = self._point(sa.literal(0, sa.Integer), sa.literal(0, sa.BigInteger))
         return _sum(_hash(user.key, key_type, stands)) - _sum(_hash(user.key, key_type, started))
 
     def balance(self) -> Expression:
-        """The balance of a user, as far as the ledger should know it: not one that waits to be opened.
+        """The balance that the ledger should have of a user: 0 while it has not recorded the opening balance.
 
         A column that the app had before may hold nulls, and may be of another type of number.
         """
@@ -647,42 +646,42 @@ class _Part:
         return sa.case((self.unopened(), 0), else_=kept) if self.facts.follows else kept
 
     def unopened(self) -> Expression:
-        """A user's balance from before that the ledger has not taken up yet."""
+        """True where the ledger has not recorded the opening balance of a user yet."""
         user = self.schema.users.c
         return sa.and_(user.credit_sequence == 0, user.credit_balance > 0) if self.facts.follows else sa.false()
 
     def marked(self, before: dt.datetime | None) -> Expression:
-        """A mark on a workshop that the app itself did not make ``before``."""
+        """True for a marked workshop, unless the mark is older than ``before`` and so the app's own."""
         mark = self.workshop.c.credit_consumed_at
         moment = sa.literal(before, pg.TIMESTAMP(timezone=True))
         return mark.is_not(None) if before is None else _epoch(mark) >= _epoch(moment)
 
-    def _steps(self) -> Expression:
-        """The balance before each row, less the balance after it."""
+    def _sum_of_steps(self) -> Expression:
+        """The sum of the points where steps begin, less that of the points where they end."""
         row, key_type = self.row, self.schema.host.users.key_type
-        begins = self._place(row.sequence - 1, row.balance_after.cast(_SUMS[self.schema.host.credits]) - row.amount)
-        ends = self._place(row.sequence, row.balance_after)
+        begins = self._point(row.sequence - 1, row.balance_after.cast(_SUMS[self.schema.host.credits]) - row.amount)
+        ends = self._point(row.sequence, row.balance_after)
         numbered = row.sequence > 0
         return _sum(_hash(row.user_id, key_type, begins), numbered) - _sum(_hash(row.user_id, key_type, ends), numbered)
 
-    def _place(self, sequence: Expression, balance: Expression) -> Expression:
-        """The 64-bit seed for the hash of a key: 32 bits each, or of a bigint's 64 a hash."""
+    def _point(self, sequence: Expression, balance: Expression) -> Expression:
+        """A point as the 64-bit seed for the hash of a key: 32 bits each, or a hash where credits are bigint."""
         if self.schema.host.credits == "integer":
             return sequence.cast(sa.BigInteger) * 2**32 + balance
         return sa.func.hash_numeric_extended(balance.cast(sa.Numeric), sequence.cast(sa.BigInteger))
 
-    def _unlocks(self) -> Expression:
-        """Workshops paid for, less those given back."""
-        row, workshop = self.row, self._workshop(self.row.workshop_id)
+    def _sum_of_unlocks(self) -> Expression:
+        """The sum of workshops paid for, less those given back."""
+        row, workshop = self.row, self._hash_of_workshop(self.row.workshop_id)
         completed = row.status == _COMPLETED
         return _sum(workshop, completed & self.spends()) - _sum(workshop, completed & self.gives_back())
 
-    def _marks(self) -> Expression:
-        """Less: workshops marked as unlocked."""
+    def _sum_of_marks(self) -> Expression:
+        """Less the sum of workshops marked as unlocked."""
         shop = self.workshop.c
-        return -_sum(self._workshop(shop.key), self.marked(self.facts.marked_before))
+        return -_sum(self._hash_of_workshop(shop.key), self.marked(self.facts.marked_before))
 
-    def _workshop(self, key: Expression) -> Expression:
+    def _hash_of_workshop(self, key: Expression) -> Expression:
         host = self.schema.host
         key_type = host.workshops.key_type if host.workshops is not None else "uuid"
         return _hash(key, key_type, sa.literal(0, sa.BigInteger))
@@ -691,16 +690,16 @@ class _Part:
 def _hash(key: Expression, key_type: KeyType, seed: Expression) -> Expression:
     if key_type == "uuid":
         return sa.func.uuid_hash_extended(key, seed)
-    # PostgreSQL's hash of a bigint knows only 32 bits of it
+    # PostgreSQL's hash of a bigint depends on only 32 bits
     return sa.func.hashtextextended(key if key_type == "text" else key.cast(sa.Text), seed)
 
 
 _SUMS: Mapping[str, type[sa.types.TypeEngine[Any]]] = {"integer": sa.BigInteger, "bigint": sa.Numeric}
-"""A type that holds the sum of two numbers of credits, also of a ledger that is wrong."""
+"""A type that holds the sum of two numbers of credits, even in a faulty ledger."""
 
 
 def _epoch(moment: Expression) -> Expression:
-    """In seconds, of a column with a time zone or of one without, which holds UTC."""
+    """A moment in seconds since 1970, of a column with a time zone or of one without, which holds UTC."""
     return sa.extract("epoch", moment)
 
 
@@ -709,7 +708,7 @@ def _sum(hashes: Expression, where: Expression | None = None) -> Expression:
     return sa.func.coalesce(added if where is None else added.filter(where), 0)
 
 
-# --- what a row may look like, in the auditor's own words ---
+# --- the rules about one row ---
 
 Row = sa.sql.base.ReadOnlyColumnCollection[str, sa.Column[Any]]
 
@@ -724,7 +723,7 @@ def _paid(row: Row) -> Expression:
     return sa.or_(halves, row.amount_paid < 0, ~row.currency.regexp_match("^[a-z]{3}$"))
 
 
-def _misshaped_key(row: Row) -> Expression:
+def _malformed_key(row: Row) -> Expression:
     length = sa.func.coalesce(sa.func.char_length(row.idempotency_key), sa.case((row.type == _PURCHASE, 1), else_=0))
     return ~length.between(1, 255)
 
@@ -751,7 +750,7 @@ _BROKEN: dict[str, Callable[[Row], Expression]] = {
         > 0,
     ),
     "workshop_link": lambda row: sa.and_(row.workshop_id.is_not(None), row.type.not_in([_CONSUMPTION, _REVERSAL])),
-    "key_shape": _misshaped_key,
+    "key_shape": _malformed_key,
     "hold_shape": lambda row: sa.case(
         (row.held.is_(None), row.capture_limit.is_not(None)),
         else_=sa.or_(row.type != _CONSUMPTION, row.held < 1, row.expires_at.is_(None)),
@@ -786,7 +785,7 @@ def _began_late(row: Row) -> Expression:
 # --- the searches ---
 
 
-def _breaks(name: str) -> Callable[[_Part], sa.Select[Any]]:
+def _rows_that_break(name: str) -> Callable[[_Part], sa.Select[Any]]:
     def search(part: _Part) -> sa.Select[Any]:
         row = part.row
         shown = (
@@ -813,7 +812,7 @@ def _gaps(part: _Part) -> sa.Select[Any]:
 def _wrong_sums(part: _Part) -> sa.Select[Any]:
     step = part.steps().c
     total = (step.before + step.amount).label("total")
-    # where a row is missing the arithmetic cannot hold: that is the gap's finding
+    # a missing row breaks the arithmetic too, and is the other check's finding
     return sa.select(*step, total).where(step.sequence == step.previous + 1, step.balance_after != total)
 
 
@@ -841,7 +840,7 @@ def _wrong_sequences(part: _Part) -> sa.Select[Any]:
 
 def _wrong_balances(part: _Part) -> sa.Select[Any]:
     each = _standings(part).subquery().c
-    # where the number of rows is in question, so is the last of them: that is the other check's finding
+    # a wrong number of rows means a wrong last row, and is the other check's finding
     return sa.select(*each).where(each.credit_sequence == each.sequence, each.credit_balance != each.balance)
 
 
@@ -877,7 +876,7 @@ def _not_refundable(part: _Part) -> sa.Select[Any]:
 
 
 def _may_link(row: Row, of: Any) -> Expression:
-    """True where a row of its type can be about one of the other's."""
+    """True where a row's type may refer to a row of the other's type."""
     return sa.case(
         (row.type.in_([_REFUND, _GRANT]), of.type == _PURCHASE),
         (row.type == _REVERSAL, of.type == _CONSUMPTION),
@@ -898,7 +897,7 @@ def _excessive_refunds(part: _Part) -> sa.Select[Any]:
             back.label("refunded"),
             sa.func.count().label("refunds"),
         )
-        # what cannot be refunded at all is another check's finding
+        # a row that cannot be refunded at all is another check's finding
         .where(part.row.status == _COMPLETED, of.status == _COMPLETED, _may_link(part.row, of))
         .where(part.comparable(of.user_id) == part.user_id)
         .group_by(part.user_id, of.id, of.amount)
@@ -907,7 +906,7 @@ def _excessive_refunds(part: _Part) -> sa.Select[Any]:
 
 
 def _wrongly_held(part: _Part) -> sa.Select[Any]:
-    """Users whose holds under way are not what their row says."""
+    """Users whose open holds do not add up to ``credit_held``."""
     row, users = part.row, part.schema.users.c
     holds = (
         part.rows(row.held)
@@ -936,7 +935,7 @@ def _lots(part: _Part, *columns: Expression) -> sa.Select[Any]:
 
 
 def _wrong_lots(part: _Part) -> sa.Select[Any]:
-    """Lots whose moves do not add up to what is left of them, or that no row gave."""
+    """Lots whose moves do not add up to their rest, or that no row gave."""
     lot, move, row = part.schema.lots.c, part.schema.lot_moves.c, part.row
     taken = sa.func.coalesce(
         sa.select(sa.func.sum(move.amount)).where(move.lot_id == lot.id).scalar_subquery(), sa.literal(0)
@@ -964,8 +963,8 @@ def _early_expiries(part: _Part) -> sa.Select[Any]:
     return rows.where(row.type == _EXPIRY, row.completed_at < lot.expires_at)
 
 
-def _overlooked(part: _Part) -> sa.Select[Any]:
-    """Users of whom something expires before their row says so: a balance would be read without it."""
+def _due_too_late(part: _Part) -> sa.Select[Any]:
+    """Users with a hold or lot that expires before ``credit_due_at``: a balance would be read without it."""
     row, users, lot = part.row, part.schema.users.c, part.schema.lots.c
     waiting = sa.union_all(
         part.rows()
@@ -974,7 +973,7 @@ def _overlooked(part: _Part) -> sa.Select[Any]:
         sa.select(lot.user_id, lot.expires_at)
         .join(part.schema.users, users.key == lot.user_id)
         .where(part.covers(lot.user_id), lot.remaining > 0)
-        # what is left of a lot that has expired is kept alive by holds, and waits for their end
+        # holds keep the rest of an expired lot until they end
         .where(sa.or_(users.credit_held == 0, lot.expires_at > sa.func.now())),
     ).subquery("waiting")
     first = sa.func.min(waiting.c.first)
@@ -988,7 +987,7 @@ def _overlooked(part: _Part) -> sa.Select[Any]:
 
 
 def _one_sided(part: _Part) -> sa.Select[Any]:
-    """Rows of a merge without the row of the other account that fits, whichever part that is in."""
+    """Rows of a merge without a matching row of the other account, whichever part that is in."""
     row, other = part.row, part.schema.credit_transactions.alias("other").c
     fits = sa.and_(
         other.id == row.refund_of,
@@ -1014,7 +1013,7 @@ def _charged_twice(part: _Part) -> sa.Select[Any]:
 def _unpaid_workshops(part: _Part) -> sa.Select[Any]:
     row, shop = part.row, part.workshop.c
     before = part.facts.followed_until or part.facts.marked_before
-    # code of the app's from before may go on marking, as long as its balances are followed
+    # the app's old code may go on marking workshops as long as its balances are followed
     marked = sa.and_(part.covers_owner(), part.marked(before), sa.literal(not part.facts.follows))
     paid = (
         sa.select(part.workshop_id.label("workshop"))
@@ -1023,16 +1022,16 @@ def _unpaid_workshops(part: _Part) -> sa.Select[Any]:
         .having(part.net() > 0)
         .subquery("paid")
     )
-    # Deleting a workshop empties workshop_id. One that the host puts back keeps the mark of its consumption's moment.
+    # Deleting a workshop empties workshop_id. A host that inserts it again keeps the mark of the consumption's moment.
     unlinked = part.schema.credit_transactions.alias("unlinked").c
-    put_back = sa.exists().where(
+    reinserted = sa.exists().where(
         part.comparable(unlinked.user_id) == part.comparable(shop.owner),
         unlinked.type == _CONSUMPTION,
         unlinked.workshop_id.is_(None),
         sa.func.abs(_epoch(unlinked.completed_at) - _epoch(shop.credit_consumed_at)) < KEPT_WITHIN_S,
     )
     workshops = sa.select(shop.owner.label("user"), shop.key.label("workshop"), shop.credit_consumed_at)
-    return workshops.where(marked, ~sa.exists().where(paid.c.workshop == shop.key), ~put_back)
+    return workshops.where(marked, ~sa.exists().where(paid.c.workshop == shop.key), ~reinserted)
 
 
 def _unknown_workshops(part: _Part) -> sa.Select[Any]:
@@ -1049,15 +1048,23 @@ def _unsettled(part: _Part) -> sa.Select[Any]:
     reversal = stripe_reversals.c
     took = sa.case((reversal.applied == "none", "none"), else_="some").label("took")
     paid = sa.func.coalesce(part.row.amount_paid.cast(sa.Text) + " " + part.row.currency, "no amount").label("paid")
-    told = (reversal.id, reversal.kind, reversal.amount.label("money"), reversal.currency, reversal.status, took, paid)
-    rows = part.rows(*told).join(
+    columns = (
+        reversal.id,
+        reversal.kind,
+        reversal.amount.label("money"),
+        reversal.currency,
+        reversal.status,
+        took,
+        paid,
+    )
+    rows = part.rows(*columns).join(
         stripe_reversals, reversal.stripe_payment_intent_id == part.row.stripe_payment_intent_id
     )
-    return rows.where(part.row.type == _PURCHASE, part.row.status == _COMPLETED, _money_is_elsewhere())
+    return rows.where(part.row.type == _PURCHASE, part.row.status == _COMPLETED, _money_and_credits_disagree())
 
 
-def _money_is_elsewhere() -> Expression:
-    """A refund or dispute whose money is gone and that took no credits, or whose money is back and that did."""
+def _money_and_credits_disagree() -> Expression:
+    """True for a refund or dispute that moved money but no credits, or credits but no money."""
     reversal = stripe_reversals.c
     ours = ("failed", "canceled", "won", "prevented", "warning_needs_response", "warning_under_review")
     return reversal.status.not_in([*ours, "warning_closed"]) == (reversal.applied == "none")
@@ -1105,7 +1112,7 @@ def _unrecorded(part: _Part) -> sa.Select[Any]:
 
 
 def _wrong_days(part: _Part) -> sa.Select[Any]:
-    """Sums of the part's day that are not those of its rows, of all users."""
+    """Sums of the part's day that differ from those of its rows, of all users."""
     row, kept = part.row, daily_sums.c
     begin, end = (dt.datetime.combine(part.day + dt.timedelta(days=n), dt.time(), dt.UTC) for n in (0, 1))
     undoes = sa.and_(row.type == _GRANT, row.refund_of.is_not(None))
@@ -1144,7 +1151,7 @@ def _unexplained(part: _Part) -> sa.Select[Any]:
     return sa.select(sa.literal(part.describe()).label("part")).where(sums.chain)
 
 
-# --- what to type ---
+# --- statements that fix a finding ---
 
 
 def _set_balance(schema: Schema, row: Mapping[str, Any]) -> sa.Update:
@@ -1163,7 +1170,7 @@ def _set_due(schema: Schema, row: Mapping[str, Any]) -> sa.Update:
 
 
 def _set_mark(schema: Schema, row: Mapping[str, Any]) -> sa.Update:
-    """To the moment of the consumption, or to none if there is no consumption."""
+    """Set the mark to the moment of the consumption, or to null without one."""
     if schema.workshops is None:
         raise AssertionError("a check of workshops ran on a host that has none")
     mark = {"credit_consumed_at": row.get("completed_at")}
@@ -1218,12 +1225,12 @@ _CONSTRAINT = _LOOK + "Correct or restore the row, then find out which constrain
 def _rule(
     name: str, purpose: str, *, expected: str, found: str, constrained: bool = True, needs_workshops: bool = False
 ) -> Check:
-    """A rule about one row by itself, which a constraint keeps as well where it is ``constrained``."""
+    """A rule about one row, which a constraint keeps as well where it is ``constrained``."""
     return Check(
         name=name,
         purpose=purpose,
         signs=frozenset({"rules"}),
-        search=_breaks(name),
+        search=_rows_that_break(name),
         expected=expected,
         found=found,
         likely_cause=f"written or {_BY_HAND}, while a constraint of the ledger's was missing"
@@ -1458,7 +1465,7 @@ CHECKS: Mapping[str, Check] = {
             name="due",
             purpose="a user's credit_due_at is no later than the first of the user's holds and lots expires",
             signs=frozenset({"holds", "lots"}),
-            search=_overlooked,
+            search=_due_too_late,
             expected="credit_due_at {first} or earlier",
             found="credit_due_at {credit_due_at}",
             likely_cause="the column was set by hand or by the app",

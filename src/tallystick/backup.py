@@ -1,7 +1,7 @@
 """A backup is one file that is whole or is not there: pg_dump through zstd, verified by reading it back.
 
-The file is a zstd stream of pg_dump's custom format, so ``zstd -dc FILE | pg_restore`` reads it without us. Behind it,
-in a frame that zstd skips, stands the manifest: the rows of each table and the dump's SHA-256.
+The file is a zstd stream of pg_dump's custom format, so ``zstd -dc FILE | pg_restore`` reads it without Tallystick.
+The manifest follows in a frame that zstd skips: the rows of each table and the dump's SHA-256.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ import sqlalchemy as sa
 import zstandard
 from psycopg.sql import SQL, Identifier
 
-from tallystick.database import connect, driver, said
+from tallystick.database import connect, driver, server_message
 from tallystick.errors import BackupError
-from tallystick.progress import OnProgress, Progress, unheard
+from tallystick.progress import OnProgress, Progress, ignore_progress
 from tallystick.signals import ended_by_signals
 
 LEVEL = 3
@@ -44,7 +44,7 @@ _MARK = b"TALLYSTK"
 class Manifest:
     """The contents of a backup. ``rows`` is by table, as ``schema.table``; ``sha256`` is of the uncompressed dump.
 
-    ``roles`` are those that something in it belongs to, is granted to, or is a policy for.
+    ``roles`` are all that own an object in it, have a privilege on one, or are named by a policy.
     """
 
     database: str
@@ -65,19 +65,19 @@ class Backup:
     manifest: Manifest
 
 
-def backup(database: str, target: Path, *, bin_dir: Path, progress: OnProgress = unheard) -> Backup:
+def backup(database: str, target: Path, *, bin_dir: Path, progress: OnProgress = ignore_progress) -> Backup:
     """Write a verified backup to ``target``, which must not exist yet.
 
-    Ctrl-C, SIGTERM and SIGHUP leave nothing; what a killed run has left in the same folder is removed.
+    Ctrl-C, SIGTERM and SIGHUP leave nothing; files that a killed run left in the same folder are removed.
 
     Args:
         database: its address; the password reaches pg_dump through the environment, never a command line.
-        target: readable only by its owner. Until all is verified nothing stands under this name.
+        target: readable only by its owner. There is no file of this name until all is verified.
         bin_dir: where pg_dump and pg_restore are; their version must not be older than the server's.
-        progress: told how far it is.
+        progress: called with the progress.
 
     Raises:
-        BackupError: it did not happen; nothing is left.
+        BackupError: there is no backup; nothing is left.
     """
     if target.exists():
         raise BackupError(f"{target} is there already. Give another name; a backup is never overwritten")
@@ -95,7 +95,7 @@ def backup(database: str, target: Path, *, bin_dir: Path, progress: OnProgress =
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The summary that a backup carries. Raises BackupError where it is none, or cut off."""
+    """The manifest of a backup. Raises BackupError where the file is none, or cut off."""
     try:
         with path.open("rb") as file:
             file.seek(-len(_MARK) - 4, os.SEEK_END)
@@ -110,7 +110,7 @@ def read_manifest(path: Path) -> Manifest:
         raise BackupError(f"{path} cannot be read as a backup: {error}") from error
 
 
-def verify_backup(path: Path, *, bin_dir: Path, progress: OnProgress = unheard) -> Manifest:
+def verify_backup(path: Path, *, bin_dir: Path, progress: OnProgress = ignore_progress) -> Manifest:
     """Read all of a backup and compare it with its manifest. Raises BackupError."""
     manifest = read_manifest(path)
     with path.open("rb") as file:
@@ -121,7 +121,7 @@ def verify_backup(path: Path, *, bin_dir: Path, progress: OnProgress = unheard) 
 
 
 def restore(
-    path: Path, database: str, *, bin_dir: Path, owners: bool = True, progress: OnProgress = unheard
+    path: Path, database: str, *, bin_dir: Path, owners: bool = True, progress: OnProgress = ignore_progress
 ) -> Manifest:
     """Put a backup into an empty database, in one transaction, and count its rows.
 
@@ -132,7 +132,7 @@ def restore(
         BackupError: the file is damaged, the database not empty, or its server too old for the programs in
             ``bin_dir``; nothing was changed.
     """
-    read_manifest(path)  # what is no backup is told before anything else
+    read_manifest(path)  # a file that is no backup is refused before anything else
     with _reading(database) as conn:
         taken = conn.scalars(_TABLES).all()
         server = _server_major(conn)
@@ -162,17 +162,17 @@ def restore(
     return manifest
 
 
-# Minor releases from November 2026 on note this of every column, and older ones do not know it.
+# pg_dump of minor releases from November 2026 on writes this for every column, and older servers refuse it.
 _NOTED = re.compile(rb"^ALTER TABLE ONLY .* SET \(pg_attver=\d+\);\n", re.MULTILINE)
 _RESTRICTED = re.compile(rb"^\\(?:un)?restrict \w+\n", re.MULTILINE)
 
 
 def _define(path: Path, database: str, bin_dir: Path, manifest: Manifest, options: Sequence[str]) -> None:
-    """Make what rows are put into, without what only a newer minor release of the server knows."""
+    """Create the tables and all else that comes before rows, without options that this server does not know."""
     command = ["pg_restore", "--section=pre-data", "--file=-", *options]
     with path.open("rb") as file, _Program(bin_dir, command) as program, ThreadPoolExecutor(1) as pool:
         try:
-            parts = _decompressed(file, manifest, "restoring", unheard)
+            parts = _decompressed(file, manifest, "restoring", ignore_progress)
             feeding = pool.submit(program.feed, parts)
             script = program.stdout.read()
         except BaseException:
@@ -190,11 +190,11 @@ def _define(path: Path, database: str, bin_dir: Path, manifest: Manifest, option
 
 
 def make_roles(path: Path, database: str) -> None:
-    """Make the roles that a backup names and this server does not know: without login, and allowed nothing."""
+    """Create the roles of a backup that this server does not have, without login and privileges."""
     with connect(database) as conn:
         there = set(conn.scalars(sa.text("SELECT rolname FROM pg_roles")))
         for name in read_manifest(path).roles:
-            if name not in there and not name.startswith("pg_"):  # PostgreSQL's own, of a later version
+            if name not in there and not name.startswith("pg_"):  # pg_* are PostgreSQL's own
                 conn.exec_driver_sql(SQL("CREATE ROLE {} NOLOGIN").format(Identifier(name)).as_string())
 
 
@@ -220,7 +220,7 @@ class Programs:
 
 
 def programs_for(database: str, folders: Iterable[Path], *, restoring: bool = False) -> Programs:
-    """The programs to use for this server, of those in ``folders``, which come in the order of preference.
+    """The programs to use for this server, of those in ``folders``, in the order of preference.
 
     To back up: the lowest version that is not older than the server, so that an equally old server can read the file
     again. To restore: the newest that the server understands, since it reads the most files.
@@ -247,7 +247,7 @@ def programs_for(database: str, folders: Iterable[Path], *, restoring: bool = Fa
 
 
 def newest_programs(folders: Iterable[Path]) -> Programs:
-    """Those that read the most files, where no server is asked. Raises BackupError where there are none."""
+    """The newest programs, which read the most files. Raises BackupError where there are none."""
     found = [Programs(folder, _major(folder)) for folder in dict.fromkeys(folders)]
     if not found:
         raise BackupError(
@@ -260,9 +260,9 @@ def newest_programs(folders: Iterable[Path]) -> Programs:
 def installed() -> list[Path]:
     """Folders with pg_dump and pg_restore: Debian's folders, Red Hat's, pg_config's, and on PATH."""
     folders = [*Path("/usr/lib/postgresql").glob("*/bin"), *Path("/usr").glob("pgsql-*/bin")]
-    if asked := shutil.which("pg_config"):
-        said = subprocess.run([asked, "--bindir"], capture_output=True, text=True, check=False)  # noqa: S603 - from PATH
-        folders += [Path(said.stdout.strip())] if said.returncode == 0 else []
+    if pg_config := shutil.which("pg_config"):
+        output = subprocess.run([pg_config, "--bindir"], capture_output=True, text=True, check=False)  # noqa: S603 - from PATH
+        folders += [Path(output.stdout.strip())] if output.returncode == 0 else []
     if on_path := shutil.which("pg_dump"):
         folders.append(Path(on_path).resolve().parent)  # Debian's own is a link to a script that chooses by cluster
     return [folder for folder in folders if all((folder / name).is_file() for name in ("pg_dump", "pg_restore"))]
@@ -276,12 +276,12 @@ def _major(bin_dir: Path) -> int:
     """The major version of the programs in a folder."""
     try:
         command = [str(bin_dir / "pg_restore"), "--version"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: S603 - as named
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: S603 - as named
     except (OSError, subprocess.CalledProcessError) as error:
         raise BackupError(f"{bin_dir / 'pg_restore'} cannot be run: {error}. Set TALLYSTICK_PG_BIN") from error
-    found = re.search(r"\d+", said)
+    found = re.search(r"\d+", output)
     if found is None:
-        raise BackupError(f"{bin_dir / 'pg_restore'} --version said {said!r}. Set TALLYSTICK_PG_BIN")
+        raise BackupError(f"{bin_dir / 'pg_restore'} --version said {output!r}. Set TALLYSTICK_PG_BIN")
     return int(found[0])
 
 
@@ -292,19 +292,21 @@ def _reading(database: str) -> Iterator[sa.Connection]:
         with connect(database) as conn:
             timeouts = ["statement_timeout", "idle_in_transaction_session_timeout"]
             timeouts += ["transaction_timeout"] if _server_major(conn) >= _TIMEOUT_SINCE else []
-            for name in timeouts:  # as no query, before which the isolation level would have to be set
+            for name in timeouts:  # by SET: after a query the isolation level could not be set any more
                 conn.exec_driver_sql(SQL("SET LOCAL {} = 0").format(Identifier(name)).as_string())
             yield conn
     except sa.exc.DBAPIError as error:
         if error.connection_invalidated:
-            raise BackupError(f"the database stopped answering: {said(error)}. Run the same command again") from error
+            raise BackupError(
+                f"the database stopped answering: {server_message(error)}. Run the same command again"
+            ) from error
         raise BackupError(
-            f"the database refused: {said(error)}. Mend that, or connect as who owns all of it"
+            f"the database refused: {server_message(error)}. Mend that, or connect as who owns all of it"
         ) from error
 
 
 def _dump(database: str, file: IO[bytes], bin_dir: Path, progress: OnProgress) -> Manifest:
-    """One snapshot for pg_dump and for the counts."""
+    """Write the dump and count the rows, in one snapshot."""
     hasher = hashlib.sha256()
     size = 0
     with _reading(database) as conn:
@@ -333,16 +335,16 @@ def _dump(database: str, file: IO[bytes], bin_dir: Path, progress: OnProgress) -
 
 
 def _read_back(file: IO[bytes], bin_dir: Path, manifest: Manifest, progress: OnProgress) -> dict[str, int]:
-    """The rows of the manifest's tables as pg_restore writes them out of the file, whose checksum is compared.
+    """Count the rows that pg_restore reads from the file, and compare its checksum.
 
-    There are more in the file where an extension has tables of its own, of which it keeps some rows.
+    Only tables of the manifest count: the file also has rows of tables that belong to extensions.
     """
     with _Program(bin_dir, ["pg_restore", "--file=-", "--data-only"]) as program, ThreadPoolExecutor(1) as pool:
         try:
             feeding = pool.submit(program.feed, _decompressed(file, manifest, "verifying", progress))
             rows = _rows_of(program.stdout)
         except BaseException:
-            program.kill()  # or the pool would wait for ever for what nobody reads
+            program.kill()  # or the pool would wait for ever for output that nobody reads
             raise
         feeding.result()
         program.end()
@@ -350,7 +352,7 @@ def _read_back(file: IO[bytes], bin_dir: Path, manifest: Manifest, progress: OnP
 
 
 def _decompressed(file: IO[bytes], manifest: Manifest, what: str, progress: OnProgress) -> Iterator[bytes]:
-    """The dump, piece by piece. Raises BackupError at the end where it is not the one that was written."""
+    """The dump, piece by piece. Raises BackupError at the end where its checksum differs."""
     hasher = hashlib.sha256()
     size = 0
     try:
@@ -367,21 +369,21 @@ def _decompressed(file: IO[bytes], manifest: Manifest, what: str, progress: OnPr
 
 
 class _Program:
-    """One of PostgreSQL's programs between two pipes; ended whatever happens, and heard when it complains."""
+    """One of PostgreSQL's programs between two pipes. It never outlives the block, and its errors are raised."""
 
     def __init__(self, bin_dir: Path, command: Sequence[str], url: sa.URL | None = None) -> None:
         self.name = command[0]
-        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  # closed by __exit__
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  # closed by __exit__
         try:
-            self._process = subprocess.Popen(  # noqa: S603  # our own words, and no shell
+            self._process = subprocess.Popen(  # noqa: S603  # our own arguments, and no shell
                 [str(bin_dir / self.name), *command[1:]],
                 env=os.environ | (_environment(url) if url else {}),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=self._complaints,
+                stderr=self._stderr,
             )
         except OSError as error:
-            self._complaints.close()
+            self._stderr.close()
             raise BackupError(f"{bin_dir / self.name} cannot be run: {error.strerror}") from error
         assert self._process.stdin is not None  # noqa: S101
         assert self._process.stdout is not None  # noqa: S101
@@ -396,7 +398,7 @@ class _Program:
             self.stdin.close()
         self.stdout.close()
         self._process.wait()
-        self._complaints.close()
+        self._stderr.close()
 
     def kill(self) -> None:
         """End it, unless it has ended."""
@@ -412,26 +414,26 @@ class _Program:
         except BrokenPipeError:
             pass
         except BaseException:
-            self._process.kill()  # it must not take a truncated input for all there is
+            self._process.kill()  # it must not take a truncated input for the whole
             raise
 
     def end(self) -> None:
-        """Wait for it. Raises BackupError with its complaint where it failed."""
+        """Wait for it. Raises BackupError with its error output where it failed."""
         if not self.stdin.closed:
             with suppress(BrokenPipeError):
                 self.stdin.close()
         while self.stdout.read(CHUNK):
             pass
         if self._process.wait() != 0:
-            self._complaints.seek(0)
-            said = self._complaints.read().decode(errors="replace").strip()
-            raise BackupError(f"{self.name} failed: {said or f'exit code {self._process.returncode}'}")
+            self._stderr.seek(0)
+            output = self._stderr.read().decode(errors="replace").strip()
+            raise BackupError(f"{self.name} failed: {output or f'exit code {self._process.returncode}'}")
 
 
 def _environment(url: sa.URL) -> dict[str, str]:
-    """The address as libpq's variables: a command line is for everyone on the machine to read."""
+    """The address as libpq's variables: a command line can be read by everyone on the machine."""
     known = {option.keyword: option.envvar for option in psycopg.pq.Conninfo.get_defaults()}
-    _, given = url.get_dialect()().create_connect_args(url)  # it knows how several hosts are written
+    _, given = url.get_dialect()().create_connect_args(url)  # it also handles several hosts
     return {
         envvar.decode(): str(value)
         for name, value in given.items()
@@ -456,12 +458,12 @@ def _codec(encoding: str) -> str:
 
 
 def _unquoted(table: str) -> tuple[str, ...]:
-    """Schema and table; which names have to be quoted is a matter of version."""
+    """Schema and table, without quotes: versions differ in the names that they quote."""
     return tuple(name[1:-1].replace('""', '"') if name.startswith('"') else name for name in re.findall(_NAME, table))
 
 
 def _rows_of(script: IO[bytes]) -> dict[tuple[str, ...], int]:
-    """Rows by table, from the COPY blocks of a script: a row is a line, whatever is in it."""
+    """Rows by table, from the COPY blocks of a script, in which each row is one line."""
     rows: dict[tuple[str, ...], int] = {}
     table: tuple[str, ...] | None = None
     codec = "utf-8"
@@ -472,7 +474,7 @@ def _rows_of(script: IO[bytes]) -> dict[tuple[str, ...], int]:
             if not line.startswith(b"COPY "):
                 continue
             statement = line
-            while statement.count(b'"') % 2:  # a name may hold the end of a line
+            while statement.count(b'"') % 2:  # a name may contain a newline
                 statement += next(script)
             if found := _COPY.fullmatch(statement.decode(codec, "replace")):
                 table = _unquoted(found[1])
@@ -531,7 +533,7 @@ _PARTIAL = ".tallystick-partial"
 
 
 def _new_partial(target: Path) -> tuple[int, Path]:
-    """A file beside the target, 0600, locked for as long as it is open: that tells its owner lives."""
+    """A file beside the target, 0600, locked while it is open, so that other runs do not remove it."""
     while True:
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent)
         try:
@@ -545,11 +547,11 @@ def _new_partial(target: Path) -> tuple[int, Path]:
             os.close(handle)
             Path(name).unlink(missing_ok=True)
             raise
-        os.close(handle)  # another backup took it for a leftover before it was locked
+        os.close(handle)  # another run removed it before it was locked
 
 
 def _try_a_link(partial: Path) -> None:
-    """Give the finished file its name and never overwrite one, also on a file system without hard links."""
+    """Give the finished file its name without ever overwriting one, also on a file system without hard links."""
     probe = partial.with_name(f"{partial.name.removesuffix(_PARTIAL)}.link{_PARTIAL}")
     try:
         os.link(partial, probe)
@@ -571,7 +573,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 @contextmanager
 def _unfinished(target: Path) -> Iterator[tuple[IO[bytes], Callable[[], None]]]:
-    """A new file beside the target, 0600; it takes the target's name when finished, and is gone otherwise."""
+    """A new file beside the target, 0600; it takes the target's name when finished, and is removed otherwise."""
     try:
         _remove_leftovers(target.parent)
         handle, partial = _new_partial(target)
@@ -580,7 +582,7 @@ def _unfinished(target: Path) -> Iterator[tuple[IO[bytes], Callable[[], None]]]:
 
     def finish() -> None:
         try:
-            os.link(partial, target)  # unlike a rename, never over something that has come meanwhile
+            os.link(partial, target)  # unlike a rename, it never overwrites
         except FileExistsError:
             raise BackupError(f"{target} has come meanwhile. Give another name") from None
         folder = os.open(target.parent, os.O_RDONLY)
@@ -590,10 +592,10 @@ def _unfinished(target: Path) -> Iterator[tuple[IO[bytes], Callable[[], None]]]:
             os.close(folder)
 
     try:
-        # around the closing too: it writes what is still buffered
+        # close() inside the try: it writes the rest of the buffer
         with os.fdopen(handle, "w+b") as file:
             yield file, finish
     except OSError as error:
         raise BackupError(f"{target}: {error.strerror or error}. Nothing was left there") from error
     finally:
-        partial.unlink(missing_ok=True)  # closed, it may have been taken for a leftover already
+        partial.unlink(missing_ok=True)  # another run may have removed it already

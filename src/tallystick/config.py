@@ -1,4 +1,4 @@
-"""Configuration: which database, which tables are the host's, what is sold. Frozen, passed in, never global."""
+"""Configuration: the database, the host's tables, the packs on sale. Frozen, passed in, never global."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from sqlalchemy.exc import ArgumentError
 from tallystick.errors import ConfigError
 
 KeyType = Literal["uuid", "text", "char", "citext", "smallint", "integer", "bigint"]
-"""The type of a key in PostgreSQL: of a domain its base type; varchar counts as text, and char is ``char(n)``."""
+"""The type of a key in PostgreSQL: a domain counts as its base type, varchar as text; char is ``char(n)``."""
 
 INTEGER_KEYS: frozenset[KeyType] = frozenset({"smallint", "integer", "bigint"})
 TEXT_KEYS: frozenset[KeyType] = frozenset({"text", "char", "citext"})
@@ -42,7 +42,7 @@ CREDITS_MAX = {"integer": 2**31 - 1, "bigint": 2**63 - 1}
 
 _STRICT = ConfigDict(extra="forbid")
 
-# PostgreSQL cuts longer names silently (NAMEDATALEN - 1 bytes), which would make two names one.
+# PostgreSQL truncates longer names silently (to NAMEDATALEN - 1 bytes), so that two names could become one.
 _MAX_IDENTIFIER_BYTES = 63
 
 
@@ -73,14 +73,14 @@ Collation = Annotated[tuple[Identifier, Identifier] | None, BeforeValidator(_col
 _PRISMAS = frozenset(
     ("connection_limit", "pgbouncer", "pool_timeout", "schema", "socket_timeout", "statement_cache_size")
 )
-"""Parameters of an address that Prisma reads itself, and PostgreSQL's own library refuses."""
+"""Parameters of an address that Prisma reads, and libpq refuses."""
 
 
 def _address(value: object) -> object:
-    """Any PostgreSQL address that people have in their environment, for SQLAlchemy with psycopg 3."""
+    """A PostgreSQL address in any usual form, as one for SQLAlchemy with psycopg 3."""
     if isinstance(value, str):
         scheme, separator, rest = value.strip().partition("://")
-        # The value may hold a password, and anywhere, so only its scheme is repeated.
+        # The value may contain a password anywhere, so only its scheme is repeated.
         if scheme in ("postgres", "postgresql", "postgresql+psycopg") and separator:
             address = f"postgresql+psycopg://{rest}"
             if re.split("[/?]", rest, maxsplit=1)[0].count("@") > 1:
@@ -112,12 +112,11 @@ class UsersTable:
     """The host's table of users.
 
     ``key`` names any column that is NOT NULL and UNIQUE, the primary key or an external identity such as
-    ``clerk_user_id``. ``key_type`` is its type: of a domain its base type, varchar counts as text. Of citext,
-    ``key_type_schema`` is the extension's schema. ``key_collation`` (schema and name) is the collation of a text key
-    that has another than the database's. ``email``, if named, is shown to operators and never written. ``balance`` is
-    the column that holds the user's credits: one that the app has already is adopted under its name. So are
-    ``stripe_customer_id``, ``updated_at``, when the row last changed, and ``deleted_at``, null until the user is
-    soft-deleted.
+    ``clerk_user_id``. ``key_type`` is its type: a domain counts as its base type, varchar as text. For citext,
+    ``key_type_schema`` is the extension's schema. ``key_collation`` (schema and name) is the collation of a text key,
+    if it is not the database's. ``email``, if named, is shown to operators and never written. ``balance`` is the column
+    of the user's credits: one that the app has already is adopted under its name. So are ``stripe_customer_id``,
+    ``updated_at``, the time of the row's last change, and ``deleted_at``, null until the user is soft-deleted.
     """
 
     schema: Identifier = "public"
@@ -134,7 +133,7 @@ class UsersTable:
 
     @property
     def adoptable(self) -> Mapping[str, str]:
-        """The columns of ours that may have another name in this table, each with that name."""
+        """Tallystick's columns that may have another name in this table, each with that name."""
         return {
             "credit_balance": self.balance,
             "stripe_customer_id": self.stripe_customer_id,
@@ -143,7 +142,7 @@ class UsersTable:
         }
 
     @model_validator(mode="after")
-    def _one_meaning(self) -> Self:
+    def _require_distinct_columns(self) -> Self:
         _refuse_shared(self, ("key", "email", "balance", "stripe_customer_id", "updated_at", "deleted_at"))
         return self
 
@@ -153,9 +152,8 @@ class WorkshopsTable:
     """The host's table of the thing that one credit unlocks.
 
     ``owner`` names the column that holds the owner's user key (as in ``UsersTable.key``). ``title`` is quoted in
-    descriptions; ``created_at`` decides what is older than the paywall. Either may be None (false in TOML).
-    ``deleted_at`` is null until the workshop is soft-deleted: a column that the app has already is adopted under its
-    name.
+    descriptions; ``created_at`` decides if a workshop is older than the paywall. Either may be None (false in TOML).
+    ``deleted_at`` is null until the workshop is soft-deleted; an existing column is adopted under its name.
     """
 
     schema: Identifier = "public"
@@ -171,17 +169,17 @@ class WorkshopsTable:
 
     @property
     def adoptable(self) -> Mapping[str, str]:
-        """As of ``UsersTable``."""
+        """As ``UsersTable.adoptable``."""
         return {"deleted_at": self.deleted_at}
 
     @model_validator(mode="after")
-    def _one_meaning(self) -> Self:
+    def _require_distinct_columns(self) -> Self:
         _refuse_shared(self, ("key", "owner", "title", "created_at", "deleted_at"))
         return self
 
 
 def _refuse_shared(table: UsersTable | WorkshopsTable, settings: tuple[str, ...]) -> None:
-    """Two settings that name one column: what the ledger writes there would change the meaning of both."""
+    """Refuse two settings that name one column: a write of the ledger would change the meaning of both."""
     named: dict[str, str] = {}
     for setting in settings:
         column = getattr(table, setting)
@@ -191,7 +189,7 @@ def _refuse_shared(table: UsersTable | WorkshopsTable, settings: tuple[str, ...]
 
 
 def _table_or_none(value: object) -> object:
-    return None if value is False else value  # TOML has no null: `workshops = false` says there is no such table
+    return None if value is False else value  # TOML has no null: `workshops = false` means that there is no such table
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
@@ -220,7 +218,7 @@ class HostMapping:
 
     @property
     def schema_of_ledger(self) -> str:
-        """The schema that the ledger is in."""
+        """The ledger's schema."""
         return self.ledger_schema or self.users.schema
 
     def to_json(self) -> str:
@@ -229,7 +227,7 @@ class HostMapping:
 
     @staticmethod
     def from_json(text: str) -> HostMapping:
-        """The way back from ``to_json``; what a later version of this package added is left out."""
+        """The mapping that ``to_json`` wrote, without settings that a later version of this package added."""
         found = _known(json.loads(text), HostMapping)
         for name, kind in (("users", UsersTable), ("workshops", WorkshopsTable)):
             found[name] = found.get(name) and _known(found[name], kind)
@@ -244,15 +242,15 @@ _MAPPING = TypeAdapter(HostMapping)
 
 
 Rounding = Literal["down", "nearest", "up"]
-"""Rounding of a part of a credit's price: to no credit, the nearest whole number (halves up), or a whole one."""
+"""Rounding of a fraction of a credit: down, to the nearest whole number (halves up), or up."""
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
 class Pack:
     """Something on sale: ``credits`` for ``amount`` minor units of ``currency`` (7900 and "usd" are $79.00).
 
-    ``refund_rounding`` is the pack's own; None stands for the setting of this name. Its credits last for
-    ``expires_after_days``, from the moment at which they are paid; None stands for ever.
+    ``refund_rounding`` is the pack's own; None stands for the setting of this name. Its credits expire
+    ``expires_after_days`` after the payment; None stands for never.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=200)]
@@ -265,7 +263,7 @@ class Pack:
 
     @property
     def expires_after(self) -> dt.timedelta | None:
-        """As a time."""
+        """``expires_after_days`` as a timedelta."""
         return None if self.expires_after_days is None else dt.timedelta(days=self.expires_after_days)
 
 
@@ -276,8 +274,8 @@ Every = Literal["week", "month"]
 class Allowance:
     """Credits that the users of a plan get every week or month, and lose at its end.
 
-    ``rollover`` is how many of those that are left are carried over into the next. With ``stripe_price_id``, the price
-    of a subscription, each paid invoice for it gives them, for the period that it bills; ``every`` has no part in it.
+    Up to ``rollover`` of the credits that are left are carried over into the next period. With ``stripe_price_id``, the
+    price of a subscription, each paid invoice for it gives the credits, for the period that it bills, not ``every``.
     """
 
     plan_tier: Annotated[str, Field(min_length=1, max_length=32)]
@@ -330,12 +328,12 @@ def _for_credits(value: object) -> object:
 class CheckoutOptions:
     """Options of a Stripe Checkout Session that make sense for credits.
 
-    ``promotion_codes`` lets the buyer enter one: the credits stay the pack's, less is paid. ``automatic_tax`` has
-    Stripe Tax compute the tax and add it, unless the price includes it. ``invoice`` makes an invoice of what was paid,
+    ``promotion_codes`` lets the buyer enter one: the buyer pays less for the same credits. ``automatic_tax`` lets
+    Stripe Tax compute the tax and add it, unless the price includes it. ``invoice`` makes an invoice of the payment,
     and ``tax_ids`` lets a business enter its tax id for it. ``quantity_max`` lets the buyer change the number of packs
-    on Stripe's page, from 1 to this: the credits are those of the number that is paid. ``save_payment_method``
-    keeps what the buyer paid with for automatic top-ups. ``locale`` is the page's language, as in "de".
-    ``submit_text`` stands beside the button.
+    on Stripe's page, from 1 to this, and grants the credits of the paid number. ``save_payment_method`` saves the
+    buyer's payment method for automatic top-ups. ``locale`` is the page's language, as in "de". ``submit_text`` is
+    shown beside the button.
     """
 
     promotion_codes: bool = False
@@ -390,13 +388,13 @@ def _network(value: str) -> str:
 class ConsoleAccess:
     """Access to the operator's console (``tallystick serve``) from elsewhere than this machine.
 
-    ``address`` is where people open it, as in their browser. Either ``operators`` names them, each with a hash made
-    by ``tallystick serve --hash-password``; or ``proxy_peers`` are the addresses of a reverse proxy that has
-    authenticated them and says who it is in ``proxy_header``.
+    ``address`` is the console's address in the operators' browsers. Either ``operators`` names them, each with a hash
+    made by ``tallystick serve --hash-password``; or ``proxy_peers`` are the addresses of a reverse proxy that
+    authenticates them and passes the name in ``proxy_header``.
     """
 
     address: Annotated[str, AfterValidator(_console_address)] | None = None
-    # a mapping has no hash, and settings are kept by theirs
+    # a dict has no hash, and settings are hashed
     operators: dict[OperatorName, PasswordHash] = field(default_factory=dict, repr=False, hash=False)
     proxy_peers: tuple[Annotated[str, AfterValidator(_network)], ...] = ()
     proxy_header: Annotated[str, Field(pattern="^[A-Za-z0-9-]+$")] = "X-Forwarded-User"
@@ -412,7 +410,7 @@ def _aware(value: dt.datetime) -> dt.datetime:
     return value
 
 
-# Settings that other tools keep in the environment under these names already.
+# Settings that other tools also read from variables of these names.
 _BESIDE = ("database_url_unpooled", "database_url_replica")
 """Further addresses of the same database."""
 
@@ -437,17 +435,17 @@ Origin = Annotated[str, AfterValidator(_origin)]
 
 
 class Config(BaseModel):
-    """All settings. Made by hand, or read with ``load``.
+    """All settings. Construct it, or read it with ``load``.
 
-    ``database_url`` is where the app lives; ``database_url_unpooled``, if the first is a pooler's, is the direct
-    address that migrations need; ``database_url_replica`` is a hot standby's, from which the console and the commands
-    that only read do so. With ``paywall`` off every workshop is open. Workshops created before
+    ``database_url`` is the app's database; ``database_url_unpooled``, if the first is a pooler's, is the direct
+    address that migrations need; ``database_url_replica`` is a hot standby's, for the console and the commands that
+    only read. With ``paywall`` off every workshop is open. Workshops created before
     ``grandfathered_before`` are open; None stands for the moment at which revision 0001 was applied.
 
-    ``refund_rounding`` says how many credits a refund of a part of the money takes, when that is no whole number.
+    ``refund_rounding`` rounds the credits that a partial refund takes.
 
     ``checkout_origins`` are the origins (``https://app.example.com``) to which a buyer may be sent back from Stripe.
-    ``checkout_options`` are asked of every session; a call may pass its own.
+    ``checkout_options`` apply to every session; a call may pass its own.
     ``stripe_webhook_secret`` may hold several secrets separated by commas, while one is being replaced.
     ``stripe_api_base`` points to another address than Stripe's, such as the test double's. ``stripe_realm`` names this
     installation at Stripe; None stands for a name of the database's own, which a copy of it shares.
@@ -486,7 +484,7 @@ class Config(BaseModel):
         return self
 
     def at(self, database_url: str) -> Self:
-        """The same settings for another database, whose address is a direct one. Raises ConfigError."""
+        """The same settings for another database, by its direct address. Raises ConfigError."""
         try:
             given = {name: getattr(self, name) for name in self.model_fields_set}
             others = dict.fromkeys(_BESIDE)
@@ -541,7 +539,7 @@ def _gathered(
             values = {**values, name: environ[name.upper()]}
             variables[name] = name.upper()
     if values.get("database_url") is not None:
-        # from elsewhere it may be that of another database, which would then be migrated
+        # an address from another source may be another database's, which would then be migrated
         for name in _BESIDE:
             other: Any = (source.values or {}).get(name) if source else None
             if first := variables.get("database_url"):
@@ -556,7 +554,7 @@ _OTHER_VARIABLES = ("TALLYSTICK_ENV", "TALLYSTICK_HOME", "TALLYSTICK_PG_BIN")
 
 
 def _refuse_unknown(environ: Mapping[str, str]) -> None:
-    """Refuse a variable of ours that nothing reads: it is a mistyped one."""
+    """Refuse a TALLYSTICK_* variable that nothing reads: its name is mistyped."""
     known = [*(f"TALLYSTICK_{name.upper()}" for name in Config.model_fields), *_OTHER_VARIABLES]
     for name in environ:
         if name.startswith("TALLYSTICK_") and name not in known and not name.startswith("TALLYSTICK_TEST_"):
@@ -570,7 +568,7 @@ def _refuse_unknown(environ: Mapping[str, str]) -> None:
 
 
 def _from_environment(text: str) -> Any:
-    """Scalars as in TOML where they parse as such (true, 3, a date), JSON-like tables included; else the text."""
+    """A variable's value: as a TOML value where it parses as one (true, 3, a date, an inline table), else the text."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -578,7 +576,7 @@ def _from_environment(text: str) -> Any:
 
 
 class _Source:
-    """One TOML file: its values, and on which line a key stands."""
+    """One TOML file: its values, and the line of each key."""
 
     def __init__(self, path: Path, table: tuple[str, ...]) -> None:
         self.path = path
@@ -606,7 +604,7 @@ class _Source:
             )
 
     def line_of(self, location: tuple[str | int, ...]) -> int | None:
-        """The line of a key, or of the nearest table around it that has one (1-based)."""
+        """The line (from 1) of a key, or of the innermost table around it that has one."""
         wanted = [*self.table, *(str(part) for part in location)]
         here: list[str] = []
         seen: dict[str, int] = {}
@@ -648,7 +646,7 @@ def _find(path: Path | None) -> _Source | None:
 def _explain(error: ValidationError, source: _Source | None, origins: Mapping[str, str]) -> ConfigError:
     """The first fault as one sentence with file, line and key, and the nearest name for a misspelt one."""
     fault = error.errors(include_url=False, include_input=False)[0]
-    # pydantic adds names of its own (a union's branch) to a location; the file has none of them
+    # pydantic adds names to a location, such as a union's branch, that are not in the file
     location = tuple(part for part in fault["loc"] if not str(part).startswith(("function-", "constrained-")))
     key = ".".join(str(part) for part in location)
     message = fault["msg"].removeprefix("Value error, ")

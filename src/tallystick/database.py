@@ -28,7 +28,7 @@ from tallystick.errors import (
     shown,
 )
 
-if TYPE_CHECKING:  # the ORM takes longer to import than all the rest, and most hosts of a Connection never do
+if TYPE_CHECKING:  # the ORM takes longer to import than all the rest, and most hosts do not need it
     import psycopg
     from sqlalchemy.orm import Session
 
@@ -43,7 +43,7 @@ def run(conn: DbConnection, statement: sa.Executable, values: Mapping[str, Any])
     transaction.
 
     Raises:
-        DatabaseError: of the kind that says what the caller may do. An error of the host's flush is raised as it is.
+        DatabaseError: as ``translated``. An error of the host's flush is raised as it is.
     """
     if not isinstance(conn, sa.Connection):
         session = conn
@@ -55,23 +55,23 @@ def run(conn: DbConnection, statement: sa.Executable, values: Mapping[str, Any])
 
 
 def driver(conn: sa.Connection) -> psycopg.Connection[tuple[object, ...]]:
-    """The psycopg connection under ``conn``: a whole message is sent to it as text. Raises MigrationError."""
-    import psycopg  # noqa: PLC0415 - loaded, where the engine is one of it
+    """The psycopg connection under ``conn``, which sends several statements as one message. Raises MigrationError."""
+    import psycopg  # noqa: PLC0415 - it is loaded where the engine uses it
 
-    found = conn.connection.dbapi_connection
-    if not isinstance(found, psycopg.Connection):
+    dbapi_connection = conn.connection.dbapi_connection
+    if not isinstance(dbapi_connection, psycopg.Connection):
         raise MigrationError(
             f"migrations need psycopg 3, this engine uses {conn.dialect.driver}. Use postgresql+psycopg://…"
         )
-    return found
+    return dbapi_connection
 
 
 @contextmanager
 def translated(*, connecting: bool = False) -> Iterator[None]:
-    """Raise the driver's errors as ours where they mean something to a caller; let the others through.
+    """Raise the driver's errors as ours where a caller can act on them; let the others through.
 
-    The errors of SQLAlchemy, psycopg, psycopg2, asyncpg and Django are read alike, by their SQLSTATE. ``connecting``
-    says that nothing was sent yet, so a lost connection has no unknown outcome.
+    The errors of SQLAlchemy, psycopg, psycopg2, asyncpg and Django are all told apart by their SQLSTATE. With
+    ``connecting`` nothing was sent yet, so a lost connection has no unknown outcome.
     """
     try:
         yield
@@ -83,7 +83,7 @@ def translated(*, connecting: bool = False) -> Iterator[None]:
             argument="text",
             value=error.object,
         ) from error
-    except Exception as error:  # whatever is no driver's goes on as it is
+    except Exception as error:  # an error that is no driver's is raised as it is
         if meaning := _meaning(error, connecting=connecting):
             raise meaning from error
         raise
@@ -92,14 +92,14 @@ def translated(*, connecting: bool = False) -> Iterator[None]:
 _SUPPOSED = re.compile(r"\n\t(Is the server running|This probably means|before or while processing)[^\n]*")
 
 
-def said(error: BaseException) -> str:
+def server_message(error: BaseException) -> str:
     """The message of the server or the network, without what libpq supposes about its cause and its last full stop."""
-    said_by: BaseException = getattr(error, "orig", None) or error
-    return _SUPPOSED.sub("", str(said_by).strip()).rstrip(".")
+    original: BaseException = getattr(error, "orig", None) or error
+    return _SUPPOSED.sub("", str(original).strip()).rstrip(".")
 
 
 def sqlstate(error: BaseException) -> str | None:
-    """The SQLSTATE of a driver's error, by whatever name the driver has it; None where there was no answer."""
+    """The SQLSTATE of a driver's error; None where the server did not answer."""
     for found in _causes(error):
         if state := getattr(found, "sqlstate", None) or getattr(found, "pgcode", None):
             return str(state)
@@ -123,11 +123,11 @@ _MEANINGS: Mapping[str, tuple[type[DatabaseError], str]] = {
     "TS119": (HostInterfered, "{}. Nothing was written. Exempt Tallystick's columns from it"),
 }
 _NAMES = ("42P01", "42703", "3F000", "42704")
-"""No such table, column, schema or type."""
+"""SQLSTATEs of an undefined table, column, schema or type."""
 _FUNCTION = "42883"
 
 _LOST = {
-    # what drivers raise, without an SQLSTATE, when a connection ends or is closed already
+    # drivers' errors without an SQLSTATE, for a connection that ends or is closed already
     "psycopg": ("OperationalError",),
     "psycopg2": ("OperationalError", "InterfaceError"),
     "asyncpg": ("InterfaceError", "ConnectionDoesNotExistError"),
@@ -135,7 +135,7 @@ _LOST = {
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, then what it stands for: SQLAlchemy's ``orig``, Django's ``__cause__``."""
+    """The error, then those it wraps: SQLAlchemy's ``orig``, Django's ``__cause__``."""
     found: BaseException | None = error
     while found is not None:
         yield found
@@ -151,17 +151,17 @@ def _is_drivers(error: BaseException) -> bool:
 def _meaning(  # noqa: C901, PLR0911 - a table of meanings
     error: Exception, *, connecting: bool
 ) -> DatabaseError | NotMigrated | None:
-    """The error of ours that this one stands for; None where it is the host's own, or no driver's."""
+    """The error of ours for this one; None where it is the host's own, or no driver's."""
     kind = f"{type(error).__module__}.{type(error).__qualname__}"
     if kind == "sqlalchemy.exc.TimeoutError":
         return DatabaseUnavailable(f"no connection became free: {error}. Give the engine a larger pool", sqlstate=None)
     state = sqlstate(error)
     if not (_is_drivers(error) or (connecting and isinstance(error, OSError))):
         return None
-    text = said(error)
+    text = server_message(error)
     lost = getattr(error, "connection_invalidated", False) or (state is None and _has_no_answer(error))
     if state in ("23503", "23505") and not _is_ours(error):
-        return None  # of a trigger of the host's
+        return None  # the host's own, such as a trigger's
     if (state == "42804" and "return row" in text) or (state == "42846" and "to tallystick.answer" in text):
         return Conflict(f"the functions were replaced under this call: {text}. Make it again", sqlstate=state)
     if found := _MEANINGS.get(state or ""):
@@ -206,7 +206,7 @@ def _has_no_answer(error: BaseException) -> bool:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Tells if a constraint of the ledger's was broken: by what somebody else wrote, or took away, at that moment."""
+    """True if the error names a constraint of the ledger's, which a concurrent write or delete has broken."""
     for found in _causes(error):
         name = getattr(getattr(found, "diag", None), "constraint_name", None) or getattr(found, "constraint_name", None)
         if name:
@@ -215,16 +215,16 @@ def _is_ours(error: BaseException) -> bool:
 
 
 def engine(url: str | sa.URL, **options: Any) -> sa.Engine:
-    """An engine for ``url`` that names itself ``tallystick`` to the server, where operators look for who is who.
+    """An engine for ``url`` with the application name ``tallystick``, which operators see in ``pg_stat_activity``.
 
-    Its transactions are those of ``with_known_settings``.
+    Its transactions begin as those of ``with_known_settings``.
     """
     address = sa.make_url(url)
     connect_args = {"application_name": "tallystick", "connect_timeout": 10} | options.pop("connect_args", {})
     for name in address.query:
-        connect_args.pop(name, None)  # what the address says wins
-    connect_args["client_encoding"] = "utf8"  # psycopg hands out bytes where a database in SQL_ASCII decides
-    # without hstore, which SQLAlchemy looks up before the first transaction, under the search_path of the database
+        connect_args.pop(name, None)  # the address wins
+    connect_args["client_encoding"] = "utf8"  # with that of a database in SQL_ASCII, psycopg returns bytes
+    # without hstore, which SQLAlchemy looks up before the first transaction, in the database's own search_path
     made = sa.create_engine(address, connect_args=connect_args, use_native_hstore=False, **options)
     sa.event.listen(made, "begin", _set_known)
     return made
@@ -236,10 +236,10 @@ KNOWN_SETTINGS: Mapping[str, str] = {
     "intervalstyle": "postgres",
     "timezone": "UTC",
 }
-"""Settings that no connection of ours takes from the database, the role or the address.
+"""Settings that our connections never take from the database, the role or the address.
 
-With another schema in ``search_path``, an operator in it that fits a pair of types better than PostgreSQL's own, such
-as ``public.=(varchar, text)``, is the one that a query runs: with our role's rights, whoever made it.
+With another schema in ``search_path``, a query may run an operator in it that fits the types better than PostgreSQL's
+own, such as ``public.=(varchar, text)``: code that anybody may have made, with our role's rights.
 """
 
 _SET_KNOWN = "; ".join(
@@ -248,10 +248,10 @@ _SET_KNOWN = "; ".join(
 
 
 def with_known_settings(pool: sa.Engine, *, read_only: bool = False) -> sa.Engine:
-    """``pool``, whose every transaction begins by setting ``KNOWN_SETTINGS``; the original is not touched.
+    """A copy of ``pool`` whose transactions begin by setting ``KNOWN_SETTINGS``.
 
-    They end with the transaction: behind a transaction pooler the session is somebody else's afterwards. Hence they
-    hold for nothing in autocommit. With ``read_only`` PostgreSQL itself refuses a write in these transactions.
+    They end with the transaction: behind a transaction pooler another client has the session afterwards. Hence they do
+    not apply in autocommit. With ``read_only`` PostgreSQL refuses writes in these transactions.
     """
     derived = pool.execution_options()
     sa.event.listen(derived, "begin", _set_read_only if read_only else _set_known)
@@ -259,21 +259,21 @@ def with_known_settings(pool: sa.Engine, *, read_only: bool = False) -> sa.Engin
 
 
 def _set_known(conn: sa.Connection) -> None:
-    conn.exec_driver_sql(_SET_KNOWN)  # SET is no query, so an isolation level may still be chosen after it
+    conn.exec_driver_sql(_SET_KNOWN)  # SET is no query, so the isolation level may still be set after it
 
 
 def _set_read_only(conn: sa.Connection) -> None:
-    # Not by SQLAlchemy's postgresql_readonly: that sets an attribute of the driver's connection, and sets it back when
-    # the connection returns to its pool. Every later transaction is then begun as READ WRITE, which a standby refuses.
+    # Not SQLAlchemy's postgresql_readonly: it sets an attribute of the driver's connection, and resets it when the
+    # connection returns to its pool. Every later transaction then begins as READ WRITE, which a standby refuses.
     conn.exec_driver_sql(f"{_SET_KNOWN}; SET TRANSACTION READ ONLY")
 
 
 @dataclass(frozen=True, slots=True)
 class Standby:
-    """A server that repeats what another has committed. ``as_of`` is a moment up to which it has all, None if unknown.
+    """A standby server. It has replayed all commits up to ``as_of``, None if unknown.
 
-    Where it has repeated all that it was sent, that is when its primary was last heard of: a role without
-    ``pg_read_all_stats`` is not told when, and takes the time of asking.
+    Where it has replayed all that it received, ``as_of`` is when it last heard from its primary. A role without
+    ``pg_read_all_stats`` cannot see that, and gets the present time.
     """
 
     as_of: dt.datetime | None
@@ -299,9 +299,9 @@ _STANDBY = sa.text("""
 
 
 def standby(conn: DbConnection) -> Standby | None:
-    """The age of what ``conn`` reads where its server is a hot standby; None where it is none.
+    """The standby that ``conn`` reads from, with its age; None where the server is no standby.
 
-    Ask before you read: what is read afterwards is at least as young.
+    Call it before reading: data that is read afterwards is at least as young.
     """
     row = run(conn, _STANDBY, {}).one_or_none()
     if row is None:
@@ -311,24 +311,24 @@ def standby(conn: DbConnection) -> Standby | None:
 
 
 PATIENCE_S = 15.0
-"""For how long a server may be starting up: one that sleeps when idle, as Neon's, takes seconds to wake."""
+"""The time that a server may take to start: one that sleeps when idle, as Neon's, takes seconds to wake."""
 
 _WAKING = re.compile(r"Couldn't connect to compute node|Control plane request failed(?!:)")
-"""Messages of Neon's proxy about it, always as XX000; with a colon it goes on with a reason that will not pass."""
+"""Messages of Neon's proxy for a server that is waking, always as XX000; after a colon it names a lasting failure."""
 
-_NOBODY = re.compile(
+_NO_ANSWER = re.compile(
     "Connection refused|Connection reset|Connection timed out|closed the connection unexpectedly|SSL SYSCALL error"
     "|SSL connection has been closed unexpectedly|timeout expired"
 )
-"""Messages of libpq, in English in every locale, where there was no answer at all."""
+"""Messages of libpq where the server did not answer, in English in every locale."""
 
 
-def dial(
+def connect_with_retries(
     pool: sa.Engine, *, patience_s: float = PATIENCE_S, waiting: Callable[[str], None] | None = None
 ) -> sa.Connection:
     """A connection from ``pool``, tried again for ``patience_s`` while the server is starting up or not there yet.
 
-    A wrong password, name or database is not tried again. ``waiting`` is told, each time, what the server said.
+    A wrong password, name or database is not tried again. ``waiting`` is called each time with the server's message.
 
     Raises:
         sqlalchemy.exc.OperationalError: as ``pool.connect()``.
@@ -342,13 +342,13 @@ def dial(
             if time.monotonic() + pause_s > deadline or not _starting_up(error.orig):
                 raise
             if waiting is not None:
-                waiting(said(error))
+                waiting(server_message(error))
         time.sleep(pause_s * random.uniform(0.5, 1))  # noqa: S311  # jitter, not a secret
         pause_s = min(pause_s * 2, 2)
 
 
 def _starting_up(error: BaseException | None) -> bool:
-    import psycopg  # noqa: PLC0415 - by now it is loaded; on top it would make every import of the package slower
+    import psycopg  # noqa: PLC0415 - it is loaded by now; at the top it would slow down every import of the package
 
     if not isinstance(error, psycopg.OperationalError):
         return False
@@ -357,10 +357,10 @@ def _starting_up(error: BaseException | None) -> bool:
     if error.pgconn is None:
         return False
     options = {option.keyword.decode(): option.val.decode() for option in error.pgconn.info if option.val}
-    if _NOBODY.search(str(error)):
-        return not options.get("host", "/").startswith(("/", "@"))  # a socket is there before its server is ready
-    # Somebody answered, so asking again is quick. libpq keeps the SQLSTATE of a refused connection to itself, and the
-    # message is in the server's language; but its ping knows 57P03, cannot_connect_now, from any other.
+    if _NO_ANSWER.search(str(error)):
+        return not options.get("host", "/").startswith(("/", "@"))  # a starting server has its socket already
+    # The server answered, so a ping is quick. libpq does not give the SQLSTATE of a refused connection, and the message
+    # is in the server's language; but its ping tells 57P03, cannot_connect_now, from all others.
     conninfo = psycopg.conninfo.make_conninfo("", **options | {"connect_timeout": "2"})
     return psycopg.pq.PGconn.ping(conninfo.encode()) == psycopg.pq.Ping.REJECT
 
@@ -374,14 +374,14 @@ def connect(
 ) -> Iterator[sa.Connection]:
     """One transaction on a connection of its own, for a command; committed at the end.
 
-    ``patience_s`` and ``waiting`` are those of ``dial``.
+    ``patience_s`` and ``waiting`` are those of ``connect_with_retries``.
 
     Raises:
-        DatabaseUnavailable: names what the server or the network said.
+        DatabaseUnavailable: with the message of the server or the network.
     """
     pool = engine(url, poolclass=sa.NullPool)
     with translated(connecting=True):
-        conn = dial(pool, patience_s=patience_s, waiting=waiting)
+        conn = connect_with_retries(pool, patience_s=patience_s, waiting=waiting)
     with conn:
         with translated(connecting=True):
             begun = conn.begin()
@@ -393,12 +393,12 @@ def connect(
 def transaction(pool: sa.Engine, *, keep: bool = True, isolation: str = "READ COMMITTED") -> Iterator[sa.Connection]:
     """One transaction on a connection of ``pool``: committed at the end, rolled back on an error or without ``keep``.
 
-    The isolation level is ours, whatever the host's engine has: the ledger's functions read what others committed
+    The isolation level is ours, not that of the host's engine: the ledger's functions read rows that others committed
     meanwhile. With ``"AUTOCOMMIT"`` each statement is a transaction of its own.
 
     Raises:
-        DatabaseUnavailable: no connection could be had.
-        DatabaseError: as ``translated``, of whatever is run in it.
+        DatabaseUnavailable: no connection could be made.
+        DatabaseError: as ``translated``, for all statements in it.
     """
     with translated(connecting=True):
         conn = pool.connect()

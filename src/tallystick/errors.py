@@ -83,12 +83,12 @@ SHOWN_MAX = 80
 
 
 def shown(value: object) -> str:
-    """``value`` for a message: its beginning, since a value may be a megabyte."""
+    """The beginning of ``value``, for a message: a value may be a megabyte."""
     if isinstance(value, UUID):
         return str(value)
     try:
         text = repr(value[: SHOWN_MAX + 1] if isinstance(value, str | bytes) else value)
-    except ValueError:  # an integer of more digits than Python is willing to write
+    except ValueError:  # an integer of more digits than Python writes
         return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
     return text if len(text) <= SHOWN_MAX else f"{text[:SHOWN_MAX]}…"
 
@@ -106,7 +106,7 @@ class TallystickError(Exception):
         self.__dict__.update(fields)
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Errors cross process boundaries (worker pools, task queues); the default loses keyword arguments.
+        # Errors are pickled between processes (worker pools, task queues); the default loses keyword arguments.
         return _rebuild, (type(self), self.message, self.fields)
 
 
@@ -188,7 +188,7 @@ class NotMigrated(SchemaError):
 
 
 class SchemaTooNew(SchemaError):
-    """A later version of Tallystick migrated this database; ``revision`` is None where only an answer shows it."""
+    """A later version of Tallystick migrated this database. ``revision`` is None if an unknown answer showed it."""
 
     revision: str | None
 
@@ -304,7 +304,7 @@ class RequestRefused(TallystickError):
 
 
 class NotSignedIn(RequestRefused):
-    """The app's ``current_user`` found nobody behind this request."""
+    """The app's ``current_user`` found no user for this request."""
 
 
 class CrossSiteRequest(RequestRefused):

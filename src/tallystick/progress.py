@@ -1,4 +1,4 @@
-"""The progress of a long run: what each ``progress`` argument is called with."""
+"""The progress of a long run, the argument of each ``progress`` callback."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A run is ``done`` with so much of ``total`` of its present ``step``; ``total`` is None while nobody knows it."""
+    """The progress of a run: ``done`` of ``total`` in its present ``step``; ``total`` is None while it is unknown."""
 
     step: str
     done: float = 0
@@ -18,5 +18,5 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 
 
-def unheard(_: Progress) -> None:
-    """The ``progress`` of a run that nobody watches."""
+def ignore_progress(_: Progress) -> None:
+    """Ignore the progress, as the default of ``progress`` arguments."""

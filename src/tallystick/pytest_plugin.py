@@ -1,4 +1,4 @@
-"""The fixtures of ``tallystick.testing``, which pytest finds by itself. Each imports what it needs when it is used."""
+"""The fixtures of ``tallystick.testing``, which pytest finds by itself. Each imports its modules when it is used."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-if TYPE_CHECKING:  # pytest loads this file in every project that this package is installed beside
+if TYPE_CHECKING:  # pytest loads this file in every project where this package is installed
     from tallystick.config import Config
     from tallystick.testing import AppSchema, Databases, TestDatabase
 
@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def tallystick_config() -> Config:
-    """The settings, ``tallystick.toml``'s by default. The address of a database in them is not used."""
+    """The settings, ``tallystick.toml``'s by default. Their database address is not used."""
     from tallystick.config import Config  # noqa: PLC0415
 
     return Config.load()
@@ -37,7 +37,7 @@ def tallystick_config() -> Config:
 
 @pytest.fixture(scope="session")
 def tallystick_schema() -> AppSchema:
-    """The app's own tables, as they are before Tallystick. Every project has its own."""
+    """The app's own tables, as they are before Tallystick. Each project overrides this."""
     pytest.fail(
         "the fixture tallystick_schema is not there: say in conftest.py how the app's own tables are made, as\n\n"
         '    @pytest.fixture(scope="session")\n'
@@ -52,7 +52,7 @@ def tallystick_schema() -> AppSchema:
 def tallystick_databases(
     pytestconfig: pytest.Config, tallystick_config: Config, tallystick_schema: AppSchema
 ) -> Iterator[Databases]:
-    """Makes migrated databases: ``create()`` gives the address of a new one."""
+    """A maker of migrated databases: ``create()`` returns the address of a new one."""
     from tallystick import TallystickError  # noqa: PLC0415
     from tallystick.dev.throwaway import throwaway_server  # noqa: PLC0415
     from tallystick.testing import Databases  # noqa: PLC0415
@@ -70,6 +70,6 @@ def tallystick_databases(
 
 @pytest.fixture
 def tallystick_db(tallystick_databases: Databases) -> Iterator[TestDatabase]:
-    """A migrated database of this test's own."""
+    """A migrated database for this test alone."""
     with tallystick_databases.open() as db:
         yield db

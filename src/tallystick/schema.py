@@ -1,7 +1,7 @@
 """The tables, for one host mapping: the ledger, the host columns that Tallystick adds, its bookkeeping.
 
-This is the declared shape. ``migrate/versions`` brings a database there in frozen, literal DDL, and the tests hold
-a migrated database against these declarations. Column order and names are those of the documentation's data model.
+This is the declared shape. ``migrate/versions`` creates it by frozen, literal DDL, and the tests compare a migrated
+database with these declarations. Column order and names are those of the documentation's data model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tallystick.database import DbConnection, translated
 from tallystick.errors import HostMismatch, InvalidArgument, Key, NotMigrated, SchemaTooNew, shown
 
 HEAD = "0005"
-"""The revision this package works with; the tests hold it against ``migrate/versions``."""
+"""The revision that this package works with; a test compares it with ``migrate/versions``."""
 
 BOOKKEEPING_SCHEMA = "tallystick"
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
@@ -41,7 +41,7 @@ _BYTES = {"smallint": 2, "integer": 4, "bigint": 8}
 
 
 class CreditTransactionType(StrEnum):
-    """The kinds of a credit transaction. Later revisions add further labels."""
+    """The types of a credit transaction. Later revisions may add some."""
 
     PURCHASE = "purchase"
     CONSUMPTION = "consumption"
@@ -54,7 +54,7 @@ class CreditTransactionType(StrEnum):
 
     @classmethod
     def _missing_(cls, value: object) -> CreditTransactionType | None:
-        """A label of a later revision, which packages from before it meet in a rolling deployment."""
+        """A member for a label of a later revision, which an older package reads during a rolling deployment."""
         if not isinstance(value, str):
             return None
         later = str.__new__(cls, value)
@@ -80,7 +80,7 @@ _KEY_TYPES: dict[KeyType, sa.types.TypeEngine[Any]] = {
 
 
 class _TextKey(sa.types.UserDefinedType[str]):
-    """A text key of another type or collation than ``text`` has; a value is sent as it is, for the server to read."""
+    """A text key whose type or collation is not that of ``text``; the server converts the values."""
 
     cache_ok = True
 
@@ -91,7 +91,7 @@ class _TextKey(sa.types.UserDefinedType[str]):
         return self.declared
 
     def literal_processor(self, dialect: sa.Dialect) -> Callable[[str], str] | None:
-        """As of a text: the audit spells out the statements that mend what it found."""
+        """As that of a text: the audit prints statements with their values."""
         return sa.Text().literal_processor(dialect)  # type: ignore[no-any-return, no-untyped-call]  # of SQLAlchemy
 
 
@@ -107,13 +107,13 @@ def _key_type(table: UsersTable | WorkshopsTable) -> sa.types.TypeEngine[Any]:
 
 
 class Schema:
-    """SQLAlchemy tables for one mapping; host columns go by our words (``users.c.key``, ``workshops.c.owner``).
+    """SQLAlchemy tables for one mapping; host columns have our names (``users.c.key``, ``workshops.c.owner``).
 
-    ``lots`` are granted or bought credits that expire, by the row that gave them; ``lot_moves`` says which row took how
-    many of a lot, below 0 where it gave them back. ``row`` are the columns of a ``CreditTransaction``.
+    ``lots`` are granted or bought credits that expire, by the row that gave them; ``lot_moves`` are the credits that
+    each row took of a lot, below 0 where it gave them back. ``row`` are the columns of a ``CreditTransaction``.
 
-    ``users`` and ``workshops`` hold only the columns that Tallystick reads or writes; ``workshops`` is None for a
-    host that has none. Use ``of``, which makes each mapping's once.
+    ``users`` and ``workshops`` have only the columns that Tallystick reads or writes; ``workshops`` is None for a
+    host without such a table. Use ``of``, which makes one object for each mapping.
     """
 
     def __init__(self, host: HostMapping) -> None:
@@ -190,10 +190,10 @@ class Schema:
             Column("metadata", pg.JSONB),
             Column("created_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
             Column("completed_at", pg.TIMESTAMP(timezone=True)),
-            # of a hold, or of the credits that the row gave; bought ones last for expires_after
+            # of a hold, or of the credits that the row gave; bought ones expire expires_after the payment
             Column("expires_at", pg.TIMESTAMP(timezone=True)),
             Column("expires_after", pg.INTERVAL),
-            # credits that a hold has set aside, and the most that may be captured of it: 0 once it is released
+            # the credits that a hold has set aside (0 once it is released), and the most that may be captured
             Column("held", _CREDITS[host.credits]),
             Column("capture_limit", _CREDITS[host.credits]),
             sa.PrimaryKeyConstraint("id", name=f"{LEDGER}_pkey"),
@@ -243,9 +243,9 @@ class Schema:
         self.row = tuple(self.credit_transactions.c[name] for name in ROW)
         row = self.credit_transactions.c
         self.indexes = (
-            # the ledger's own idempotency; the foreign key's check, when a user is deleted
+            # idempotency; the foreign key's check, when a user is deleted
             Index(f"{LEDGER}_idempotency_key", row.user_id, row.idempotency_key, unique=True),
-            # a user's history newest first, the audit, and no number given twice
+            # a user's history newest first; the audit; unique numbers
             Index(
                 f"{LEDGER}_sequence",
                 row.user_id,
@@ -253,16 +253,16 @@ class Schema:
                 unique=True,
                 postgresql_where=row.sequence.is_not(None),
             ),
-            # what of a user's history has not completed, each state newest first
+            # a user's rows that have not completed, each state newest first
             Index(f"{LEDGER}_unfinished", row.user_id, row.status, row.id, postgresql_where=row.sequence.is_(None)),
-            # a Stripe session is one purchase; consumptions, the most rows by far, stay out of the index
+            # one purchase a Stripe session; consumptions, the most rows by far, are not in the index
             Index(
                 f"{LEDGER}_stripe_session",
                 row.stripe_session_id,
                 unique=True,
                 postgresql_where=row.stripe_session_id.is_not(None),
             ),
-            # balance_at, the last of the rows of one moment too
+            # balance_at, which needs the last of the rows of one moment
             Index(
                 f"{LEDGER}_completed",
                 row.user_id,
@@ -276,15 +276,15 @@ class Schema:
                 row.completed_at,
                 postgresql_where=row.status == sa.literal_column("'completed'"),
             ),
-            # how much of a purchase is left to refund
+            # the rest of a purchase that can be refunded
             Index(f"{LEDGER}_refund_of", row.refund_of, postgresql_where=row.refund_of.is_not(None)),
-            # purchases that wait, oldest first
+            # pending purchases, oldest first
             Index(
                 f"{LEDGER}_pending",
                 row.created_at,
                 postgresql_where=row.status == sa.literal_column("'pending'"),
             ),
-            # what unlocked a workshop
+            # the rows that unlocked a workshop
             Index(f"{LEDGER}_workshop", row.workshop_id, postgresql_where=row.workshop_id.is_not(None)),
             # refunds and disputes name the payment intent
             Index(
@@ -365,7 +365,7 @@ OPENING_KEY = "tallystick:opening"
 """The idempotency key of an opening balance."""
 
 HISTORY = f"coalesce(idempotency_key, '') !~ '^({OPENING_KEY}$|tallystick:app:)'"
-"""Of the ledger's rows those that are history of its own: not what it took up of the balances that the app has."""
+"""True for rows of the ledger's own history, not for the opening balances of an app that had balances before."""
 
 CHECKS: dict[str, str] = {
     "type": "CASE type"
@@ -374,7 +374,7 @@ CHECKS: dict[str, str] = {
     " WHEN 'purchase' THEN amount > 0 AND refund_of IS NULL"
     " WHEN 'refund' THEN amount < 0 AND refund_of IS NOT NULL AND status = 'completed'"
     " WHEN 'grant' THEN amount > 0 AND status = 'completed'"
-    # the types that were added later give or take, each linked to the row that it is about
+    # types that were added later give or take, and refer to another row
     " ELSE amount <> 0 AND refund_of IS NOT NULL AND status = 'completed' END",
     "status": "CASE status WHEN 'completed' THEN num_nulls(balance_after, sequence, completed_at) = 0 AND sequence > 0"
     " ELSE num_nonnulls(balance_after, sequence, completed_at) = 0 END",
@@ -392,14 +392,14 @@ TRIGGERS: dict[str, tuple[str, ...]] = {
 }
 
 FOLLOWING = ("tallystick_new_balance", "tallystick_balance")
-"""The users' triggers that take into the ledger what code of the app's own writes to a balance that it had before."""
+"""Triggers on users that record in the ledger what the app's own code writes to a balance that it had before."""
 
 
 _CREDITS: dict[str, type[sa.Integer]] = {"integer": sa.Integer, "bigint": sa.BigInteger}
 
 
 def user_columns(host: HostMapping | None = None) -> tuple[Column[object], ...]:
-    """The columns that the users table gets or has, in this order: by the names of ``host``, and ours as the key."""
+    """Tallystick's columns of the users table, in this order: with the names of ``host``, and ours as the key."""
     host = host or HostMapping()
     names = host.users
     return (
@@ -424,7 +424,7 @@ def user_columns(host: HostMapping | None = None) -> tuple[Column[object], ...]:
 
 
 def workshop_columns(host: HostMapping | None = None) -> tuple[Column[object], ...]:
-    """Those of the workshops table likewise."""
+    """Tallystick's columns of the workshops table, as ``user_columns``."""
     names = (host and host.workshops) or WorkshopsTable()
     return (
         Column("credit_consumed_at", pg.TIMESTAMP(timezone=True)),
@@ -453,7 +453,7 @@ migration_log = Table(
     Column("locked_ms", sa.Double),
     Column("duration_ms", sa.Double),
     Column("waited_for", pg.JSONB, nullable=False, server_default=sa.text("'[]'")),
-    # after a revision that is an expansion, packages from before it go on working
+    # after an expansion, older packages go on working
     Column("kind", sa.Text, nullable=False, server_default=sa.text("'expand'")),
 )
 
@@ -465,7 +465,7 @@ stripe_events = Table(
     Column("object_id", sa.Text, nullable=False),
     Column("received_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
 )
-"""Events whose effect is in the database: each id once, in the transaction of its effect."""
+"""Stripe's events that had their effect: each id once, written in the transaction of the effect."""
 
 stripe_checkouts = Table(
     "stripe_checkouts",
@@ -479,8 +479,8 @@ stripe_checkouts = Table(
     Column("created_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
     CheckConstraint("rounding IN ('down', 'nearest', 'up')", name="stripe_checkouts_rounding"),
 )
-"""The terms of a purchase: its price before discounts and tax, how refunds round, and the request that made the
-session, so that it can be repeated word for word. ``pack`` and ``request`` are null for a session of the host's."""
+"""The terms of a purchase: its price before discounts and tax, how refunds round, and the request for the session,
+which can so be repeated exactly. ``pack`` and ``request`` are null for a session of the host's."""
 
 stripe_reversals = Table(
     "stripe_reversals",
@@ -498,12 +498,12 @@ stripe_reversals = Table(
     Column("seen_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
     CheckConstraint("kind IN ('refund', 'dispute')", name="stripe_reversals_kind"),
     CheckConstraint("applied IN ('none', 'share', 'marked')", name="stripe_reversals_applied"),
-    # what is to be taken from or given back to a purchase
+    # the reversals of a purchase
     Index("stripe_reversals_payment_intent", "stripe_payment_intent_id"),
 )
 """Stripe's refunds and disputes by id. ``status_rank`` orders the status and only grows. ``charge_amount`` is the whole
-of which ``amount`` is a part, where the purchase's own amount cannot serve. ``credits`` are the credits that a mark on
-the object says it takes. ``applied`` is what the ledger has taken for it: nothing, its share, or the marked credits."""
+of which ``amount`` is a part, where that is not the purchase's amount. ``credits`` are those in the object's metadata.
+``applied`` is what the ledger has taken for it: nothing, its share, or these credits."""
 
 stripe_failed_deliveries = Table(
     "stripe_failed_deliveries",
@@ -518,7 +518,7 @@ stripe_failed_deliveries = Table(
     Column("last_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
     Column("resolved_at", pg.TIMESTAMP(timezone=True)),
 )
-"""Deliveries that had no effect, with the reason; ``resolved_at`` is when a later one succeeded."""
+"""Deliveries without effect, with the reason; ``resolved_at`` is when a later one succeeded."""
 
 stripe_findings = Table(
     "stripe_findings",
@@ -532,7 +532,7 @@ stripe_findings = Table(
     Column("dismissed_at", pg.TIMESTAMP(timezone=True)),
     sa.PrimaryKeyConstraint("kind", "object_id", name="stripe_findings_pkey"),
 )
-"""Findings for a person: sessions unknown here, amounts that differ, and the like."""
+"""Findings that a person must look at: unknown sessions, different amounts, and the like."""
 
 stripe_reconciliations = Table(
     "stripe_reconciliations",
@@ -545,7 +545,7 @@ stripe_reconciliations = Table(
     Column("started_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
     Column("finished_at", pg.TIMESTAMP(timezone=True)),
 )
-"""Reconciliations, each with the position of an interrupted one."""
+"""Reconciliations, each with its position, for one that is interrupted."""
 
 EVENTS_TRIGGER = "tallystick_events"
 """On the ledger while events are on."""
@@ -560,11 +560,11 @@ events = Table(
     Column("threshold", sa.BigInteger),
     Column("created_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("clock_timestamp()")),
     sa.PrimaryKeyConstraint("position", "id", name="events_pkey"),
-    # what was told of a row of the ledger
+    # the events of a row of the ledger
     Index("events_transaction", "transaction_id"),
 )
-"""Events, in the order of ``position`` and ``id``: the number of the database transaction, shifted by
-``event_settings.xid_offset``, and one that is given once. All else about an event is in the ledger's row."""
+"""Events, in the order of ``position`` and ``id``. ``position`` is the number of the database transaction plus
+``event_settings.xid_offset``. All else about an event is in the ledger's row."""
 
 event_settings = Table(
     "event_settings",
@@ -576,8 +576,8 @@ event_settings = Table(
     Column("the_only_row", sa.Boolean, primary_key=True, server_default=sa.true()),
     CheckConstraint("the_only_row", name="event_settings_the_only_row"),
 )
-"""``low_balance`` is for users without a threshold of their own; ``notifies`` tells if a NOTIFY goes with each event;
-each row that completed since ``recorded_since`` has its events, and while events are off it is null."""
+"""The settings of events. ``low_balance`` is for users without a threshold of their own; with ``notifies`` each event
+sends a NOTIFY; each row that completed since ``recorded_since`` has its events, null while events are off."""
 
 event_endpoints = Table(
     "event_endpoints",
@@ -593,8 +593,8 @@ event_endpoints = Table(
     Column("created_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
     Column("removed_at", pg.TIMESTAMP(timezone=True)),
 )
-"""Webhooks: ``secret_variable`` is the environment variable that holds the secret, ``cursor`` the last event that was
-delivered or given up, ``attempts`` how often the next one has failed."""
+"""Webhooks: ``secret_variable`` is the environment variable of the secret, ``cursor`` the last event that was delivered
+or given up, ``attempts`` the failed attempts of the next one."""
 
 event_dead_letters = Table(
     "event_dead_letters",
@@ -609,7 +609,7 @@ event_dead_letters = Table(
     Column("replayed_at", pg.TIMESTAMP(timezone=True)),
     sa.PrimaryKeyConstraint("endpoint", "event_id", name="event_dead_letters_pkey"),
 )
-"""Events that an endpoint did not take, as they were sent; ``replayed_at`` is when one was taken after all."""
+"""Events that an endpoint did not accept, as they were sent; ``replayed_at`` is when it accepted one later."""
 
 
 days = Table(
@@ -619,8 +619,8 @@ days = Table(
     Column("writers_before", sa.BigInteger, nullable=False),
     Column("closed_at", pg.TIMESTAMP(timezone=True)),
 )
-"""The last sixty UTC days that are over. One is closed when every transaction has ended whose number is below
-``writers_before``: then ``daily_sums`` has its sums. It is opened again by deleting its row."""
+"""The last sixty UTC days that are over. A day is closed once every transaction with a number below ``writers_before``
+has ended; ``daily_sums`` then has its sums. Deleting its row opens it again."""
 
 daily_sums = Table(
     "daily_sums",
@@ -632,35 +632,35 @@ daily_sums = Table(
     Column("paid", sa.Numeric, nullable=False),
     sa.PrimaryKeyConstraint("day", "kind", "currency", name="daily_sums_pkey"),
 )
-"""The sums of each closed day: credits by the type of row, a grant with a ``refund_of`` as ``reinstatement``; and
-what was paid for them in minor units of ``currency``, which is empty where nothing was."""
+"""The sums of each closed day: credits by the type of row (a grant with a ``refund_of`` is a ``reinstatement``), and
+the payments in minor units of ``currency``, which is empty where nothing was paid."""
 
 
 def verify(conn: DbConnection, host: HostMapping | None = None) -> None:
-    """Check that the database is one that this package works with, and that ``host``, if given, is its mapping.
+    """Check that this package works with the database, and that ``host``, if given, is its mapping.
 
-    A database that is ahead of the package by expansions only works: in a rolling deployment it is migrated first.
+    A database that is ahead of the package by expansions only is accepted: a rolling deployment migrates it first.
 
-    Call it when the app starts: a clear refusal then beats a missing column later.
+    Call it when the app starts, to refuse early instead of failing on a missing column.
 
     Raises:
         HostMismatch: the database was migrated for another mapping.
         NotMigrated: run ``tallystick migrate apply``.
-        PermissionDenied: this role may not look.
+        PermissionDenied: this role may not read the revision.
         SchemaTooNew: upgrade the package.
     """
     _verify_revision(conn)
     if host is not None:
-        refuse_other(mapping_of(conn), host)
+        refuse_other_mapping(mapping_of(conn), host)
 
 
 def has_bookkeeping(conn: DbConnection, table: sa.Table) -> bool:
-    """True where the database has this table of ours: it is migrated, or was begun to be."""
+    """True where the database has this table of ours: it is migrated, or its migration has begun."""
     return conn.scalar(sa.select(sa.func.to_regclass(f"{BOOKKEEPING_SCHEMA}.{table.name}"))) is not None
 
 
 def _verify_revision(conn: DbConnection) -> None:
-    with translated(connecting=True):  # nothing is written, so a lost connection leaves nothing unknown
+    with translated(connecting=True):  # nothing is written, so no outcome is unknown
         is_there = has_bookkeeping(conn, alembic_version)
         found = conn.scalar(sa.select(alembic_version.c.version_num)) if is_there else None
     if not is_there:
@@ -720,8 +720,8 @@ def mapping_of(source: sa.Engine | DbConnection) -> HostMapping:
         ) from error
 
 
-def agreed(conn: DbConnection, config: Config) -> Config:
-    """``config`` with the mapping that the database stores, which must be its own where it has one.
+def with_stored_mapping(conn: DbConnection, config: Config) -> Config:
+    """``config`` with the mapping that the database stores. A mapping in ``config`` must be the same.
 
     Raises:
         HostMismatch: shows both.
@@ -730,12 +730,12 @@ def agreed(conn: DbConnection, config: Config) -> Config:
     stored = mapping_of(conn)
     if "host" not in config.model_fields_set:
         return config.model_copy(update={"host": stored})
-    refuse_other(stored, config.host)
+    refuse_other_mapping(stored, config.host)
     return config
 
 
-def refuse_other(stored: HostMapping, given: HostMapping) -> None:
-    """Refuse a mapping that is not the one that the functions were made for. Where e-mail is kept they do not know.
+def refuse_other_mapping(stored: HostMapping, given: HostMapping) -> None:
+    """Refuse a mapping that is not the stored one. The e-mail column may differ: the functions do not use it.
 
     Raises:
         HostMismatch: shows both.
@@ -753,7 +753,7 @@ def refuse_other(stored: HostMapping, given: HostMapping) -> None:
 
 
 def _differences(stored: HostMapping, given: HostMapping) -> Iterator[tuple[str, str | None, str | None]]:
-    """Settings, as in tallystick.toml, with what the first and the second says."""
+    """The settings that differ, as in tallystick.toml, with both values."""
     for name in ("credits", "ledger_schema"):
         if getattr(given, name) != getattr(stored, name):
             yield f"host.{name}", getattr(given, name), getattr(stored, name)
@@ -777,14 +777,14 @@ def _enum(labels: type[StrEnum], name: str, host: HostMapping) -> pg.ENUM:
 
 
 def _number_of(text: str) -> int | str:
-    """The whole number that ``text`` is; else ``text``, which is no key then. Of more digits Python makes no number."""
+    """``text`` as a whole number; else ``text`` itself, which is no key then, as with too many digits for Python."""
     return int(text) if re.fullmatch(r"-?[0-9]{1,19}", text, re.ASCII) else text
 
 
 def _as_key(argument: str, value: object, key_type: KeyType) -> Key:
-    """A key in the one form that the driver sends as ``key_type``, so that its index serves.
+    """A key in the form that the driver sends as ``key_type``, so that its index is used.
 
-    Of an enum's member that is a text or a number, the text or number: written out it would be the member's name.
+    An enum member becomes its text or number: written out it would be the member's name.
     """
     match key_type, value:
         case "uuid", UUID():

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP leave through the same doors as Ctrl-C, where nobody handles them otherwise.
+    """Let SIGTERM and SIGHUP end the process as Ctrl-C does, by an exception, where they have no handler.
 
     Raises:
-        SystemExit: 128 + the signal's number, as shells count. In the main thread only, where Python has signals.
+        SystemExit: 128 + the signal's number, as in a shell; only in the main thread, where Python handles signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""For the tests of an app that has credits: migrated databases, users in every state, a clock to move, an audit.
+"""Tools for an app's own tests: migrated databases, users in every state, a movable clock, an audit.
 
 pytest has these as fixtures wherever this package is installed (``tallystick.pytest_plugin``). Without pytest::
 
@@ -8,7 +8,7 @@ pytest has these as fixtures wherever this package is installed (``tallystick.py
             ...
             db.assert_balanced()
 
-No column of Tallystick's is set in here: users come to their state by the ledger's own operations.
+Users get their state by the ledger's own operations, never by writing Tallystick's columns.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tallystick.ledger import CreditTransaction, Ledger
 from tallystick.schema import Schema
 
 AppSchema = str | Callable[[str], object]
-"""The app's own tables: SQL, or a function that makes them in the empty database whose address it is given."""
+"""The app's own tables: SQL, or a function that gets the address of an empty database and makes them there."""
 
 _PREFIX = "tallystick_test_"
 _LEFT_OVER = """
@@ -44,7 +44,7 @@ SELECT d.datname FROM pg_database AS d
 WHERE starts_with(d.datname, %(prefix)s) AND pg_get_userbyid(d.datdba) = current_user
   AND NOT EXISTS (SELECT FROM pg_stat_activity WHERE application_name = left(d.datname, length(%(run)s)))
 """
-_ROWS_FROM = 10_000_000  # behind those of the seed
+_ROWS_FROM = 10_000_000  # after those of the seed
 
 _numbers = itertools.count(1)
 
@@ -52,8 +52,8 @@ _numbers = itertools.count(1)
 class Databases:
     """The databases of one run of tests: a migrated template, made when first needed, and copies of it.
 
-    They are made beside the database of the given address, which is not touched, and their names begin with
-    ``tallystick_test_``. Those of a run that was killed are dropped by the next run on the same server.
+    They are made on the server of the given address, whose own database is not touched; their names begin with
+    ``tallystick_test_``. After a run that was killed the next run on the server drops them.
     """
 
     def __init__(self, conn: psycopg.Connection[Any], run: str, config: Config, schema: AppSchema) -> None:
@@ -71,7 +71,7 @@ class Databases:
             DatabaseUnavailable: the server cannot be reached.
         """
         config = config.at(address)
-        run = f"{_PREFIX}{uuid.uuid4().hex[:12]}"  # the server shows it for as long as the connection lives
+        run = f"{_PREFIX}{uuid.uuid4().hex[:12]}"  # pg_stat_activity shows it as long as the connection is open
         with translated(connecting=True):
             conn = psycopg.connect(_libpq(config), autocommit=True, application_name=run)
         with conn:
@@ -94,7 +94,7 @@ class Databases:
     def open(self) -> Iterator[TestDatabase]:
         """A new database, connected to, and dropped at the end."""
         config = self.config.at(self.create())
-        # each act is a transaction of its own, which the app under test sees at once
+        # each statement is a transaction of its own, so the app under test sees it at once
         pool = sa.create_engine(_url(config), poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
         try:
             with pool.connect() as conn:
@@ -114,7 +114,7 @@ class Databases:
         if not isinstance(self._schema, str):
             self._schema(address)
         migrate.apply(_url(config), config)
-        # a connection that somebody left open would keep it from being copied
+        # a database with an open connection cannot be copied
         name = _database(config)
         self._administer("ALTER DATABASE {} ALLOW_CONNECTIONS false", name)
         left = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s"
@@ -139,7 +139,7 @@ class Databases:
 
     @cached_property
     def _strategy(self) -> str:
-        """Copying files takes half the time where nothing is synced to disk."""
+        """The strategy of CREATE DATABASE: copying files takes half the time where nothing is synced to disk."""
         asked = "SELECT current_setting('fsync') = 'off' AND current_setting('server_version_num')::int >= 150000"
         return "STRATEGY file_copy" if self._conn.execute(asked).fetchone() == (True,) else ""
 
@@ -154,11 +154,11 @@ class Databases:
 class TestDatabase:
     """A migrated database in a test: users in every state, its clock, its audit.
 
-    ``conn`` is a synchronous connection of SQLAlchemy, psycopg, psycopg2 or Django. What is done goes into its
-    transaction, which is neither committed nor rolled back.
+    ``conn`` is a synchronous connection of SQLAlchemy, psycopg, psycopg2 or Django. All happens in its transaction,
+    which is neither committed nor rolled back.
     """
 
-    __test__ = False  # no test of pytest's, for all its name
+    __test__ = False  # pytest must not collect it
 
     def __init__(
         self, conn: Any, config: Config, *, tables: Callable[[sa.Connection], HostTables] | None = None
@@ -180,7 +180,7 @@ class TestDatabase:
             return tables.insert_user(conn, _row("Test user"), key=None)
 
     def workshop(self, owner: Key, *, title: str = "Test workshop", created_at: dt.datetime | None = None) -> Key:
-        """A new workshop of ``owner``, locked; the key. It was created now, unless ``created_at`` says otherwise."""
+        """A new locked workshop of ``owner``; returns its key. ``created_at`` is now, if not given."""
         with self._host() as (conn, tables):
             return tables.insert_workshop(conn, _row(title), owner=owner, key=None, created_at=created_at)
 
@@ -191,7 +191,7 @@ class TestDatabase:
         return user
 
     def indebted(self, credits: int = 1, *, user: Key | None = None) -> Key:
-        """A user ``credits`` below zero, whose purchase was refunded when all was spent: a new one, or ``user``."""
+        """A user ``credits`` below zero, who has spent a purchase that was refunded: a new one, or ``user``."""
         user = self.user() if user is None else user
         bought = self._buy(user, credits)
         with _as_sqlalchemy(self.conn) as conn:
@@ -232,7 +232,7 @@ class TestDatabase:
             return self.ledger.balance(conn, user)
 
     def assert_balanced(self) -> None:
-        """Fail with what the audit finds, if it finds a fault."""
+        """Fail with the audit's findings if there is a fault."""
         __tracebackhide__ = True
         assert_balanced(self.conn, self.config)
 
@@ -247,17 +247,17 @@ class TestDatabase:
     def _host(self) -> Iterator[tuple[sa.Connection, HostTables]]:
         with _as_sqlalchemy(self.conn) as conn:
             tables = self._tables(conn)
-            with tables.obeyed():
+            with tables.raising_seed_impossible():
                 yield conn, tables
 
 
 class Clock:
     """The clock of a test's database.
 
-    ``now()``, ``transaction_timestamp()``, ``statement_timestamp()`` and ``clock_timestamp()`` of the database are
-    ahead of the server's clock by what was advanced, for every connection: for Tallystick's functions, for the app's
-    SQL and for the defaults of its columns. CURRENT_TIMESTAMP and its kin are the server's clock still, and the app's
-    own process has its own.
+    ``advance`` moves ``now()``, ``transaction_timestamp()``, ``statement_timestamp()`` and ``clock_timestamp()`` of the
+    database ahead of the server's clock, for every connection: in Tallystick's functions, the app's SQL and the
+    defaults of its columns. CURRENT_TIMESTAMP and the like still give the server's clock, and the app's process has its
+    own.
     """
 
     def __init__(self, conn: Any) -> None:
@@ -269,7 +269,7 @@ class Clock:
         It is part of the connection's transaction, and other connections see it when that is committed.
 
         Raises:
-            InvalidArgument: backwards. Rows that are written already would be later than now.
+            InvalidArgument: the clock would go backwards, before rows that are written already.
             PermissionDenied: the database was not made by ``Databases`` with a superuser's address.
         """
         step = dt.timedelta(**by)
@@ -285,14 +285,14 @@ class Clock:
             conn.execute(sa.text(_ADVANCE), {"seconds": step.total_seconds()})
 
     def now(self) -> dt.datetime:
-        """The moment that the database takes for now, in UTC."""
+        """The database's present time, in UTC."""
         with _as_sqlalchemy(self._conn) as conn:
             found: dt.datetime = conn.execute(sa.text("SELECT clock_timestamp()")).scalar_one()
         return found.astimezone(dt.UTC)
 
 
 def assert_balanced(conn: Any, config: Config | None = None) -> None:
-    """Fail with what the audit finds, if it finds a fault. Without ``config`` the mapping is read from the database.
+    """Fail with the audit's findings if there is a fault. Without ``config`` the mapping is read from the database.
 
     Raises:
         AssertionError: names every fault, with its likely cause.
@@ -319,7 +319,7 @@ def _database(config: Config) -> str:
 
 
 def _libpq(config: Config, *, database: str | None = None) -> str:
-    """The address in ``config`` without SQLAlchemy's driver in it, or that of another database beside it."""
+    """The address in ``config`` without SQLAlchemy's driver name, or that of another database on the server."""
     url = sa.make_url(_url(config)).set(drivername="postgresql")
     return (url if database is None else url.set(database=database)).render_as_string(hide_password=False)
 
@@ -328,7 +328,7 @@ def _libpq(config: Config, *, database: str | None = None) -> str:
 
 
 def _looked_at_once(config: Config) -> Callable[[sa.Connection], HostTables]:
-    """The app's tables as they were when first asked for: to look takes longer than all else that a test does."""
+    """The app's tables, examined once: that takes longer than all else in a test."""
     found: list[HostTables] = []
 
     def tables(conn: sa.Connection) -> HostTables:
@@ -370,12 +370,12 @@ END $$
 """
 """The SQL that makes the clock of a database movable, for tests in another language; a superuser runs it."""
 
-# in seconds: the length of a day depends on a session's time zone
+# in seconds: the length of a day depends on the session's time zone
 _ADVANCE = "UPDATE tallystick_testing.clock SET ahead = ahead + make_interval(secs => :seconds)"
 
 
 def _make_clock_movable(conn: psycopg.Connection[Any]) -> None:
-    """Put functions in the place of PostgreSQL's own, in this database alone; ``Clock`` says where the role may not."""
+    """Replace PostgreSQL's own functions, in this database alone. ``Clock`` raises where the role may not."""
     with suppress(psycopg.errors.InsufficientPrivilege), conn.transaction():
         conn.execute(CLOCK)
 
@@ -388,7 +388,7 @@ _DRIVERS = {"psycopg.Connection": "psycopg", "psycopg2.extensions.connection": "
 
 @contextmanager
 def _as_sqlalchemy(conn: Any) -> Iterator[sa.Connection]:
-    """The caller's connection as one of SQLAlchemy's, in the caller's transaction, which it cannot end."""
+    """The caller's connection as one of SQLAlchemy's, inside the caller's transaction, which it cannot end."""
     names = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(conn).__mro__]
     if isinstance(conn, sa.Connection):
         yield conn
@@ -421,7 +421,7 @@ def _as_sqlalchemy(conn: Any) -> Iterator[sa.Connection]:
 
 @contextmanager
 def _rows_as_tuples(conn: Any) -> Iterator[None]:
-    """SQLAlchemy reads such rows, and the owner of a connection may have chosen others."""
+    """Let a connection return tuples, which SQLAlchemy needs; its owner may have set another row type."""
     if not isinstance(conn, psycopg.Connection):
         yield
         return

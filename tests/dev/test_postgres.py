@@ -106,15 +106,15 @@ def postmaster(folder: Path) -> int:
 
 
 def postmaster_of(user: subprocess.Popen[str]) -> int:
-    said = user.stdout.readline()
-    assert said, user.stderr.read()
-    return int(said)
+    output = user.stdout.readline()
+    assert output, user.stderr.read()
+    return int(output)
 
 
 def leave(user: subprocess.Popen[str]) -> str:
-    said, problem = user.communicate(timeout=PATIENCE_S)
+    output, problem = user.communicate(timeout=PATIENCE_S)
     assert user.returncode == 0, problem
-    return said.strip()
+    return output.strip()
 
 
 def kill(user: subprocess.Popen[str]) -> None:
@@ -220,8 +220,8 @@ class TestSharing:
         assert len({postmaster_of(user) for user in users}) == 1
         assert sorted(Server(home).users()) == sorted(user.pid for user in users)
         with ThreadPoolExecutor() as pool:
-            said = list(pool.map(leave, users))
-        assert sorted(said) == ["still used"] * 3 + ["stopped"]
+            output = list(pool.map(leave, users))
+        assert sorted(output) == ["still used"] * 3 + ["stopped"]
         assert not Server(home).running
 
     def test_threads_share_it_too(self, home):
@@ -267,8 +267,8 @@ with Server(sys.argv[1], settings={"fsync": "off"}) as server:
     print(code, server.running, Server(sys.argv[1]).release(), server.running)
 print(server.running)
 """
-        said = subprocess.check_output([sys.executable, "-c", script, str(home)], text=True)
-        assert said.split() == ["0", "True", "False", "True", "False"]
+        output = subprocess.check_output([sys.executable, "-c", script, str(home)], text=True)
+        assert output.split() == ["0", "True", "False", "True", "False"]
 
     def test_the_end_of_a_process_that_forgot_to_release_stops_it(self, home):
         script = "import sys; from tallystick.dev.postgres import Server; Server(sys.argv[1]).start()"
@@ -467,12 +467,12 @@ class TestNobodyElseGetsIn:
         with Server(scratch / name, settings=QUICK) as server:
             door = str(server._socket_folder / ".s.PGSQL.5432")
 
-            def knocks(uid: int) -> subprocess.CompletedProcess[str]:
+            def connect_as(uid: int) -> subprocess.CompletedProcess[str]:
                 command = [sys.executable, "-c", script, door, str(uid)]
                 return subprocess.run(command, check=False, capture_output=True, text=True)
 
-            assert knocks((scratch / name / "server").stat().st_uid).returncode == 0
-            assert "PermissionError" in knocks(ORDINARY_UID).stderr
+            assert connect_as((scratch / name / "server").stat().st_uid).returncode == 0
+            assert "PermissionError" in connect_as(ORDINARY_UID).stderr
 
 
 @as_root
@@ -498,17 +498,19 @@ class TestAccounts:
     def test_an_ordinary_user_cannot_use_roots(self, home, spawn):
         with Server(home, settings=QUICK):
             user = spawn(uid=ORDINARY_UID)
-            _, said = user.communicate(timeout=PATIENCE_S)
+            _, output = user.communicate(timeout=PATIENCE_S)
         assert user.returncode == 1
-        assert said.startswith("The embedded server cannot use"), said
-        assert f"{pwd.getpwuid(ORDINARY_UID).pw_name} may write to, with TALLYSTICK_HOME" in said
+        assert output.startswith("The embedded server cannot use"), output
+        assert f"{pwd.getpwuid(ORDINARY_UID).pw_name} may write to, with TALLYSTICK_HOME" in output
 
     def test_an_account_that_postgresql_would_not_run_as_is_told_so(self, scratch, spawn):
         os.chown(scratch, UNKNOWN_UID, UNKNOWN_UID)
         user = spawn(uid=UNKNOWN_UID)
-        _, said = user.communicate(timeout=PATIENCE_S)
+        _, output = user.communicate(timeout=PATIENCE_S)
         assert user.returncode == 1
-        assert said.startswith(f"PostgreSQL does not run as user {UNKNOWN_UID}, who has no entry in /etc/passwd"), said
+        assert output.startswith(f"PostgreSQL does not run as user {UNKNOWN_UID}, who has no entry in /etc/passwd"), (
+            output
+        )
 
     def test_a_private_folder_on_the_way_is_named_and_not_opened(self, scratch):
         scratch.chmod(0o700)

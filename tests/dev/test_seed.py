@@ -79,11 +79,11 @@ BALANCES = {
 }
 
 
-def plant(world: World, **options: Any) -> SeedReport:
+def seed_world(world: World, **options: Any) -> SeedReport:
     return seed(world.engine, world.config, environ=NOWHERE, **options)
 
 
-def uproot(world: World, **options: Any) -> SeedReport:
+def reset_world(world: World, **options: Any) -> SeedReport:
     return reset(world.engine, world.config, environ=NOWHERE, **options)
 
 
@@ -106,19 +106,19 @@ def every_row(world: World) -> list[list[str]]:
 
 
 def test_lots_go_with_their_user(world: World) -> None:
-    plant(world, only=["expiring"])
+    seed_world(world, only=["expiring"])
     with world.engine.connect() as conn:
         lots, moves = world.schema.lots, world.schema.lot_moves
         counts = [sa.select(sa.func.count()).select_from(table) for table in (lots, moves)]
         assert [conn.scalar(count) for count in counts] == [2, 1]
-        uproot(world)
+        reset_world(world)
         assert [conn.scalar(count) for count in counts] == [0, 0]
 
 
 def every_fact(world: World) -> list[list[tuple[object, ...]]]:
     """All rows but for what rightly differs from one run to another: random ids, and times beyond set or not set."""
 
-    def told(name: str, value: object, ids: dict[object, int]) -> object:
+    def comparable(name: str, value: object, ids: dict[object, int]) -> object:
         if name in ("id", "refund_of"):
             return ids.get(value)
         if name == "idempotency_key" and str(value).startswith("tallystick:"):
@@ -134,7 +134,7 @@ def every_fact(world: World) -> list[list[tuple[object, ...]]]:
             )
             ids = {row["id"]: number for number, row in enumerate(in_order)}
             found.append(
-                sorted((tuple(told(name, value, ids) for name, value in row.items()) for row in rows), key=str)
+                sorted((tuple(comparable(name, value, ids) for name, value in row.items()) for row in rows), key=str)
             )
     return found
 
@@ -143,7 +143,7 @@ def every_fact(world: World) -> list[list[tuple[object, ...]]]:
 
 
 def test_every_scenario_is_made_where_the_host_has_what_it_needs(any_world: World) -> None:
-    report = plant(any_world)
+    report = seed_world(any_world)
     host = any_world.config.host
     lacking = set()
     if host.workshops is None:
@@ -194,7 +194,7 @@ def states(world: World, scenario: str) -> list[tuple[str, str, int]]:
 
 
 def test_states_of_purchases(any_world: World) -> None:
-    plant(any_world)
+    seed_world(any_world)
     assert states(any_world, "new") == []
     assert states(any_world, "pending") == [("purchase", "pending", 1)]
     assert states(any_world, "failed") == [("purchase", "failed", 1)]
@@ -214,7 +214,7 @@ def test_states_of_purchases(any_world: World) -> None:
 
 
 def test_accounts(any_world: World) -> None:
-    plant(any_world, only=["new", "mid_onboarding", "funded", "deleted_user"])
+    seed_world(any_world, only=["new", "mid_onboarding", "funded", "deleted_user"])
     with any_world.engine.connect() as conn:
 
         def account(scenario: str) -> Any:
@@ -236,7 +236,7 @@ def access(world: World, scenario: str) -> list[AccessReason]:
 @pytest.mark.parametrize("shape", ["uuid", "clerk", "quoted"])
 def test_workshops(make_world: Callable[..., World], shape: str) -> None:
     world = make_world(shape)
-    plant(world)
+    seed_world(world)
     assert access(world, "funded") == [AccessReason.LOCKED]
     many = access(world, "many_workshops")
     assert (len(many), many.count(AccessReason.UNLOCKED), many.count(AccessReason.LOCKED)) == (250, 100, 150)
@@ -246,18 +246,18 @@ def test_workshops(make_world: Callable[..., World], shape: str) -> None:
 
 
 def test_names_are_stored_faithfully(any_world: World) -> None:
-    plant(any_world, only=["names"])
+    seed_world(any_world, only=["names"])
     assert len(NAMES[-1]) == 500
     user = SCENARIOS["names"].user_key(any_world.schema)
     with any_world.engine.connect() as conn:
         spent = [row for row in any_world.ledger.history(conn, user) if row.type == "consumption"]
-        told = [row.description.removeprefix("Credit consumed for Workshop: ") for row in reversed(spent)]
+        titles = [row.description.removeprefix("Credit consumed for Workshop: ") for row in reversed(spent)]
         longest = 200 if any_world.config.host.users.key == "clerk_user_id" else 500  # title varchar(200)
-        assert told == [name[:longest] for name in NAMES]
+        assert titles == [name[:longest] for name in NAMES]
         workshops = any_world.schema.workshops
         if workshops is not None:
-            titles = conn.scalars(sa.select(workshops.c.title).where(workshops.c.owner == user))
-            assert sorted(titles) == sorted(told)
+            stored = conn.scalars(sa.select(workshops.c.title).where(workshops.c.owner == user))
+            assert sorted(stored) == sorted(titles)
 
 
 def test_packs_of_the_configuration_are_sold(make_world: Callable[..., World]) -> None:
@@ -266,7 +266,7 @@ def test_packs_of_the_configuration_are_sold(make_world: Callable[..., World]) -
         Pack(name="Two", credits=2),
     )
     world = make_world("uuid", packs=packs)
-    balances = {one.scenario: one.balance for one in plant(world).scenarios}
+    balances = {one.scenario: one.balance for one in seed_world(world).scenarios}
     assert (balances["funded"], balances["failed_then_paid"], balances["in_debt"]) == (10, 2, -10)
     with world.engine.connect() as conn:
         (ten,) = world.ledger.history(conn, SCENARIOS["funded"].user_key(world.schema))
@@ -278,29 +278,29 @@ def test_packs_of_the_configuration_are_sold(make_world: Callable[..., World]) -
 
 def test_packs_too_small_for_a_story_give_way_to_ours(make_world: Callable[..., World]) -> None:
     world = make_world("uuid", packs=(Pack(name="One", credits=1, amount=100),))
-    assert {one.scenario: one.balance for one in plant(world).scenarios} == BALANCES
+    assert {one.scenario: one.balance for one in seed_world(world).scenarios} == BALANCES
 
 
 # --- again, and after an interruption ---
 
 
 def test_a_second_run_changes_nothing(any_world: World) -> None:
-    first = plant(any_world)
+    first = seed_world(any_world)
     before = every_row(any_world)
-    again = plant(any_world)
+    again = seed_world(any_world)
     assert every_row(any_world) == before
     assert not again.changed
     assert [(one.user, one.balance) for one in again.scenarios] == [(one.user, one.balance) for one in first.scenarios]
 
 
 def test_what_a_developer_did_to_a_seeded_user_stays(world: World) -> None:
-    plant(world)
+    seed_world(world)
     funded = SCENARIOS["funded"].user_key(world.schema)
     with world.engine.begin() as conn:
         world.ledger.consume(conn, funded, credits=3, key="mine")
         world.accounts.set_plan_tier(conn, funded, "pro")
     before = every_row(world)
-    report = plant(world)
+    report = seed_world(world)
     assert every_row(world) == before
     assert next(one.balance for one in report.scenarios if one.scenario == "funded") == 0
 
@@ -358,7 +358,7 @@ def test_killed_in_the_middle_of_a_scenario(any_world: World, make_world: Callab
             wait_until_done(child, 1)
             wait_until_stuck(any_world)
     wait_until_gone(any_world)
-    made = outcomes(plant(any_world))
+    made = outcomes(seed_world(any_world))
     assert (made["new"], made["mid_onboarding"]) == ("unchanged", "created")
     assert every_fact(any_world) == uninterrupted(any_world, make_world)
 
@@ -369,13 +369,13 @@ def test_killed_at_a_random_moment(world: World, make_world: Callable[..., World
         wait_until_done(child, scenarios)
         time.sleep(random.uniform(0, 0.05))
     wait_until_gone(world)
-    assert outcomes(plant(world))["new"] == "unchanged"
+    assert outcomes(seed_world(world))["new"] == "unchanged"
     assert every_fact(world) == uninterrupted(world, make_world)
 
 
 def test_two_at_once_make_one(world: World, make_world: Callable[..., World]) -> None:
     reports: list[SeedReport] = []
-    threads = [threading.Thread(target=lambda: reports.append(plant(world))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: reports.append(seed_world(world))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -390,7 +390,7 @@ def test_two_at_once_make_one(world: World, make_world: Callable[..., World]) ->
 def uninterrupted(world: World, make_world: Callable[..., World]) -> list[list[tuple[object, ...]]]:
     shape = next(name for name, known in SHAPES.items() if known.host == world.config.host)
     other = make_world(shape)
-    plant(other)
+    seed_world(other)
     return every_fact(other)
 
 
@@ -414,15 +414,15 @@ def wait_until_stuck(world: World) -> None:
 
 
 def test_only_the_scenarios_that_are_named(world: World) -> None:
-    assert outcomes(plant(world, only=["in_debt", "new"])) == {"new": "created", "in_debt": "created"}
-    assert outcomes(plant(world, only=["new", "names"])) == {"new": "unchanged", "names": "created"}
-    assert outcomes(uproot(world, only=["in_debt", "funded"])) == {"funded": "absent", "in_debt": "removed"}
-    assert outcomes(plant(world))["in_debt"] == "created"
+    assert outcomes(seed_world(world, only=["in_debt", "new"])) == {"new": "created", "in_debt": "created"}
+    assert outcomes(seed_world(world, only=["new", "names"])) == {"new": "unchanged", "names": "created"}
+    assert outcomes(reset_world(world, only=["in_debt", "funded"])) == {"funded": "absent", "in_debt": "removed"}
+    assert outcomes(seed_world(world))["in_debt"] == "created"
 
 
 def test_an_unknown_scenario_is_named_with_its_neighbour(world: World) -> None:
     before = every_row(world)
-    for call in (plant, uproot):
+    for call in (seed_world, reset_world):
         with pytest.raises(InvalidArgument, match="no scenario 'indebt'; did you mean in_debt"):
             call(world, only=["new", "indebt"])
         with pytest.raises(InvalidArgument, match="tallystick seed --list"):
@@ -432,7 +432,7 @@ def test_an_unknown_scenario_is_named_with_its_neighbour(world: World) -> None:
 
 def test_progress_counts_scenarios(world: World) -> None:
     seen: list[Progress] = []
-    plant(world, only=["new", "funded", "names"], progress=seen.append)
+    seed_world(world, only=["new", "funded", "names"], progress=seen.append)
     assert seen == [Progress("scenarios", done, 3) for done in (1, 2, 3)]
 
 
@@ -449,7 +449,7 @@ def test_an_engine_in_autocommit_gets_whole_scenarios_too(world: World) -> None:
         conn.exec_driver_sql("ALTER TABLE workshops ADD CONSTRAINT taste CHECK (title <> 'Second Thoughts')")
     with pytest.raises(SeedImpossible, match="taste"):
         seed(world.autocommit, world.config, environ=NOWHERE)
-    assert outcomes(uproot(world)) == {name: "removed" if name == "new" else "absent" for name in SCENARIOS}
+    assert outcomes(reset_world(world)) == {name: "removed" if name == "new" else "absent" for name in SCENARIOS}
 
 
 def test_a_database_that_is_not_migrated(fresh_database: Callable[..., str]) -> None:
@@ -469,20 +469,20 @@ def test_reset_removes_what_the_seed_made_and_nothing_else(any_world: World) -> 
         with any_world.engine.begin() as conn:
             any_world.ledger.consume(conn, user, workshop=any_world.workshop(user), key="mine")
     before = every_row(any_world)
-    plant(any_world)
+    seed_world(any_world)
     assert every_row(any_world) != before
-    report = uproot(any_world)
+    report = reset_world(any_world)
     assert every_row(any_world) == before
     assert report.changed
-    assert not uproot(any_world).changed
-    plant(any_world)
-    assert not plant(any_world).changed
+    assert not reset_world(any_world).changed
+    seed_world(any_world)
+    assert not seed_world(any_world).changed
 
 
 def test_the_ledger_refuses_delete_again_after_a_reset(world: World) -> None:
     user = world.user(credits=2)
-    plant(world, only=["funded"])
-    uproot(world)
+    seed_world(world, only=["funded"])
+    reset_world(world)
     row = world.schema.credit_transactions
     with pytest.raises(sa.exc.DBAPIError, match="append-only"), world.engine.begin() as conn:
         conn.execute(sa.delete(row).where(row.c.user_id == user))
@@ -490,10 +490,10 @@ def test_the_ledger_refuses_delete_again_after_a_reset(world: World) -> None:
 
 def test_reset_takes_the_whole_ledger_of_a_seeded_user(world: World) -> None:
     before = every_row(world)
-    plant(world, only=["new", "funded"])
+    seed_world(world, only=["new", "funded"])
     with world.engine.begin() as conn:
         world.ledger.consume(conn, SCENARIOS["funded"].user_key(world.schema), key="by hand")
-    uproot(world)
+    reset_world(world)
     assert every_row(world) == before
 
 
@@ -502,17 +502,17 @@ def test_reset_leaves_all_when_a_seeded_user_owns_what_it_did_not_make(
     make_world: Callable[..., World], shape: str
 ) -> None:
     world = make_world(shape)
-    plant(world, only=["new", "funded"])
+    seed_world(world, only=["new", "funded"])
     mine = world.workshop(SCENARIOS["new"].user_key(world.schema))
     before = every_row(world)
     with pytest.raises(SeedImpossible, match=f"workshop {mine} in .* nothing was removed"):
-        uproot(world)
+        reset_world(world)
     assert every_row(world) == before
-    assert outcomes(uproot(world, only=["funded"])) == {"funded": "removed"}
+    assert outcomes(reset_world(world, only=["funded"])) == {"funded": "removed"}
 
 
 def test_reset_leaves_all_when_a_seeded_workshop_went_to_someone_else(world: World) -> None:
-    plant(world, only=["funded"])
+    seed_world(world, only=["funded"])
     (workshop,) = SCENARIOS["funded"].workshop_keys(world.schema)
     workshops = world.schema.workshops
     assert workshops is not None
@@ -520,26 +520,26 @@ def test_reset_leaves_all_when_a_seeded_workshop_went_to_someone_else(world: Wor
         conn.execute(sa.update(workshops).where(workshops.c.key == workshop).values(owner=world.user()))
     before = every_row(world)
     with pytest.raises(SeedImpossible, match=str(workshop)):
-        uproot(world)
+        reset_world(world)
     assert every_row(world) == before
 
 
 @pytest.mark.parametrize("deferred", ["", "DEFERRABLE INITIALLY DEFERRED"])
 def test_reset_leaves_all_when_other_tables_hold_on(world: World, deferred: str) -> None:
-    plant(world, only=["names"])
+    seed_world(world, only=["names"])
     with world.engine.begin() as conn:
         conn.exec_driver_sql(f"CREATE TABLE comments (author uuid NOT NULL REFERENCES users (id) {deferred})")
         author = SCENARIOS["names"].user_key(world.schema)
         conn.execute(sa.text("INSERT INTO comments VALUES (:author)"), {"author": author})
     before = every_row(world)
     with pytest.raises(SeedImpossible, match=r"Delete what depends on them in public\.comments first") as refused:
-        uproot(world)
+        reset_world(world)
     assert refused.value.table == "public.comments"
     assert every_row(world) == before
 
 
 def test_reset_wants_the_owner_of_the_ledger(world: World) -> None:
-    plant(world, only=["names"])
+    seed_world(world, only=["names"])
     before = every_row(world)
     with world.engine.connect() as conn, conn.begin() as transaction:
         conn.exec_driver_sql("CREATE ROLE seed_test_app")  # gone with the rollback
@@ -554,12 +554,12 @@ def test_reset_wants_the_owner_of_the_ledger(world: World) -> None:
 
 
 def test_reset_does_not_wait_forever(world: World) -> None:
-    plant(world, only=["new"])
+    seed_world(world, only=["new"])
     before = every_row(world)
     with world.engine.begin() as busy:
         lock(busy, world.schema.credit_transactions)
         with pytest.raises(Conflict):
-            uproot(world)
+            reset_world(world)
     assert every_row(world) == before
 
 
@@ -586,13 +586,13 @@ def test_refuses_where_live_purchases_are(world: World) -> None:
         world.ledger.attach_session(conn, user, bought.id, stripe_session_id="cs_live_a1b2")
     before = every_row(world)
     with pytest.raises(SeedRefused, match="live Stripe sessions"):
-        plant(world)
+        seed_world(world)
     assert every_row(world) == before
 
 
 def test_refuses_where_many_users_are(world: World) -> None:
     users = world.schema.users
-    plant(world, only=["new", "funded"])
+    seed_world(world, only=["new", "funded"])
 
     def add(count: int) -> None:
         with world.engine.begin() as conn:
@@ -600,11 +600,11 @@ def test_refuses_where_many_users_are(world: World) -> None:
             conn.execute(sa.insert(users), [{"key": key, "email": f"{key}@example.com"} for key in keys])
 
     add(MANY_USERS)
-    assert not plant(world, only=["new"]).changed
+    assert not seed_world(world, only=["new"]).changed
     add(1)
     with pytest.raises(SeedRefused, match=f"more than {MANY_USERS} users"):
-        plant(world)
-    assert uproot(world, force_production=True).changed
+        seed_world(world)
+    assert reset_world(world, force_production=True).changed
 
 
 def test_every_sign_is_named_at_once_and_force_overrules_them(world: World) -> None:
@@ -717,13 +717,13 @@ CREATE TABLE workshops (
 def test_keys_that_the_host_generates_always(host_app: Callable[..., World]) -> None:
     big = HostMapping(users=UsersTable(key_type="bigint"), workshops=WorkshopsTable(key_type="bigint"))
     world = host_app(IDENTITY, big)
-    report = plant(world)
+    report = seed_world(world)
     assert {one.outcome for one in report.scenarios} == {ScenarioOutcome.CREATED}
     assert {one.scenario: one.balance for one in report.scenarios} == BALANCES
     with world.engine.begin() as conn:
         assert conn.exec_driver_sql("INSERT INTO users DEFAULT VALUES RETURNING id").scalar() == 1
         assert conn.exec_driver_sql("SELECT min(number) FROM workshops").scalar() > 0
-    assert {one.outcome for one in uproot(world).scenarios} == {ScenarioOutcome.REMOVED}
+    assert {one.outcome for one in reset_world(world).scenarios} == {ScenarioOutcome.REMOVED}
 
 
 PARENTS = """
@@ -751,13 +751,13 @@ def test_rows_that_a_user_has_alone_are_made_and_removed_with_it(
         PARENTS.format(wallet=wallet, trigger=trigger), HostMapping(users=UsersTable(table="profiles"), workshops=None)
     )
     only = ("funded", "granted", "merged_user")
-    assert {one.balance for one in plant(world, only=only).scenarios} == {BALANCES[name] for name in only}
-    assert not plant(world, only=only).changed
+    assert {one.balance for one in seed_world(world, only=only).scenarios} == {BALANCES[name] for name in only}
+    assert not seed_world(world, only=only).changed
     with world.engine.connect() as conn:
         assert conn.exec_driver_sql("SELECT count(*), count(DISTINCT code) FROM profiles").one() == (4, 4)
         assert conn.exec_driver_sql("SELECT count(*) FROM auth.users").scalar() == 4
         assert conn.exec_driver_sql("SELECT count(*) FROM wallets").scalar() == (4 if wallet else 0)
-    assert uproot(world, only=only).changed
+    assert reset_world(world, only=only).changed
     with world.engine.connect() as conn:
         for table in ("profiles", "auth.users", "wallets"):
             assert conn.exec_driver_sql(f"SELECT count(*) FROM {table}").scalar() == 0, table
@@ -765,10 +765,10 @@ def test_rows_that_a_user_has_alone_are_made_and_removed_with_it(
 
 def test_columns_that_must_be_given_are_given(host_app: Callable[..., World]) -> None:
     world = host_app(DEMANDING + "INSERT INTO orgs VALUES (7, 'eu'), (9, 'us')", DEMANDING_HOST)
-    report = plant(world)
+    report = seed_world(world)
     assert {one.scenario: one.balance for one in report.scenarios} == BALANCES
     before = every_row(world)
-    assert not plant(world).changed
+    assert not seed_world(world).changed
     assert every_row(world) == before
     with world.engine.connect() as conn:
         found = conn.execute(sa.text("SELECT * FROM users WHERE id = 'seed_refunded_in_part'")).mappings().one()
@@ -781,12 +781,12 @@ def test_columns_that_must_be_given_are_given(host_app: Callable[..., World]) ->
     assert (found["language"], found["tags"], found["settings"], found["admin"]) == ("en", [], {}, False)
     assert (found["first_name"], found["optional"], len(found["email_address"])) == ("Refunded", None, 20)
     assert strangers == 0
-    assert uproot(world).changed
+    assert reset_world(world).changed
     assert every_row(world) == [[], [], []]
 
 
 @pytest.mark.parametrize(
-    ("column", "said"),
+    ("column", "message"),
     [
         ("place point NOT NULL", r"public\.users\.place is NOT NULL without a default.*SET DEFAULT"),
         ("org integer NOT NULL REFERENCES orgs", r"public\.users\.org must refer to a row of public\.orgs"),
@@ -795,7 +795,7 @@ def test_columns_that_must_be_given_are_given(host_app: Callable[..., World]) ->
     ],
 )
 def test_a_column_that_cannot_be_given_is_named_before_anything_is_written(
-    host_app: Callable[..., World], column: str, said: str
+    host_app: Callable[..., World], column: str, message: str
 ) -> None:
     world = host_app(
         f"""
@@ -806,8 +806,8 @@ def test_a_column_that_cannot_be_given_is_named_before_anything_is_written(
         """,
         HostMapping(),
     )
-    with pytest.raises(SeedImpossible, match=said):
-        plant(world)
+    with pytest.raises(SeedImpossible, match=message):
+        seed_world(world)
     assert every_row(world) == [[], [], []]
 
 
@@ -827,7 +827,7 @@ def test_a_workshop_that_the_host_refuses_is_known_before_the_first_user_is_writ
         HostMapping(),
     )
     with pytest.raises(SeedImpossible, match="no workshops on Sundays"):
-        plant(world)
+        seed_world(world)
     assert every_row(world) == [[], [], []]
 
 
@@ -835,16 +835,16 @@ def test_an_address_that_is_taken_is_named(world: World) -> None:
     with world.engine.begin() as conn:
         conn.execute(sa.insert(world.schema.users).values(key=world.key("uuid"), email="seed_funded@example.com"))
     with pytest.raises(SeedImpossible, match="users_email_key") as refused:
-        plant(world)
+        seed_world(world)
     assert (refused.value.table, refused.value.constraint) == ("public.users", "users_email_key")
-    assert outcomes(uproot(world))["funded"] == "absent"
+    assert outcomes(reset_world(world))["funded"] == "absent"
 
 
 # --- told elsewhere ---
 
 
 def test_the_audit_is_clean_and_names_who_waits(any_world: World) -> None:
-    plant(any_world)
+    seed_world(any_world)
     with any_world.autocommit.connect() as conn:
         report = audit(conn, any_world.config)
     assert report.clean
@@ -865,7 +865,7 @@ def test_npm_run_db_seed(world: World, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "funded" in done.stdout
-    assert outcomes(plant(world, only=["funded"])) == {"funded": "unchanged"}
+    assert outcomes(seed_world(world, only=["funded"])) == {"funded": "unchanged"}
 
 
 @pytest.mark.skipif(shutil.which("npm") is None, reason="`npm run db:seed` needs npm (install Node.js)")
@@ -885,9 +885,9 @@ def test_npm_says_what_to_install(tmp_path: Path) -> None:
 
 
 def test_the_documentation_names_every_scenario_and_every_sign() -> None:
-    said = (ROOT / "docs" / "seed.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "seed.md").read_text(encoding="utf-8")
     for scenario in SCENARIOS.values():
-        assert f"| `{scenario.name}` | {scenario.description} |" in said
+        assert f"| `{scenario.name}` | {scenario.description} |" in page
     for name in ENVIRONMENT_VARIABLES:
-        assert f"`{name}`" in said
-    assert f"{MANY_USERS:,}" in said
+        assert f"`{name}`" in page
+    assert f"{MANY_USERS:,}" in page

@@ -266,7 +266,7 @@ def test_what_old_code_writes_is_in_the_ledger(make_app: Callable[..., App]) -> 
 
 
 @pytest.mark.parametrize(
-    ("statement", "said"),
+    ("statement", "message"),
     [
         ("UPDATE users SET credit_balance = -1 WHERE clerk_user_id = 'user_5'", "balance of user user_5 would be -1"),
         ("UPDATE users SET credit_balance = -1 WHERE clerk_user_id = 'user_7'", "balance of user user_7 would be -1"),
@@ -276,10 +276,10 @@ def test_what_old_code_writes_is_in_the_ledger(make_app: Callable[..., App]) -> 
         ),
     ],
 )
-def test_old_code_spends_nothing_that_is_not_there(make_app: Callable[..., App], statement: str, said: str) -> None:
+def test_old_code_spends_nothing_that_is_not_there(make_app: Callable[..., App], statement: str, message: str) -> None:
     app = make_app(AFTER, KEPT_APART)
     migrate.apply(app.url, app.config)
-    with pytest.raises(sa.exc.IntegrityError, match=said):
+    with pytest.raises(sa.exc.IntegrityError, match=message):
         app.run(statement)
     assert faults(app) == []
 
@@ -329,14 +329,14 @@ def test_a_column_is_adopted_as_it_is(name: str, make_app: Callable[..., App]) -
         assert Accounts(conn).get(conn, 1).credit_balance == ledger.balance(conn, 1) == 3
         shown = Paywall(app.config).workshop_and_standing(conn, 1, 1)[1].balance
         assert (shown, type(shown)) == (3, int)
-    books = Queries(app.config, app.engine)
-    assert [(row.key, str(row.credit_balance)) for row in books.users().rows] == [
+    queries = Queries(app.config, app.engine)
+    assert [(row.key, str(row.credit_balance)) for row in queries.users().rows] == [
         (1, "3"),
         (2, "2"),
         (3, "7"),
         (4, "6"),
     ]
-    assert books.figures(dt.datetime.now(dt.UTC)).holdings.outstanding == 18
+    assert queries.figures(dt.datetime.now(dt.UTC)).holdings.outstanding == 18
     assert app.rows(f"SELECT id, {kept} FROM users ORDER BY id") == [(1, 3), (2, 2), (3, 7), (4, 6)]
     assert faults(app) == []
     migrate.undo(app.url, app.config, discard_ledger=True)
@@ -363,12 +363,12 @@ def test_all_that_is_in_the_way_is_told_at_once(make_app: Callable[..., App]) ->
     )
     with pytest.raises(IncompatibleColumn) as caught:
         migrate.apply(app.url, app.config)
-    said = str(caught.value)
-    assert "credit_balance: integer with balances that no ledger begins with (of 2 users below 0)" in said
-    assert "plan_tier: character varying(8)" in said
-    assert 'has "public"."credit_transactions", "public"."credit_transactions_pkey", which Tallystick' in said
-    assert 'set ledger_schema = "tallystick" under [host]' in said
-    assert said.count("code that uses it breaks with ALTER TABLE … RENAME COLUMN") == said.count("RENAME") == 2
+    message = str(caught.value)
+    assert "credit_balance: integer with balances that no ledger begins with (of 2 users below 0)" in message
+    assert "plan_tier: character varying(8)" in message
+    assert 'has "public"."credit_transactions", "public"."credit_transactions_pkey", which Tallystick' in message
+    assert 'set ledger_schema = "tallystick" under [host]' in message
+    assert message.count("code that uses it breaks with ALTER TABLE … RENAME COLUMN") == message.count("RENAME") == 2
 
 
 def test_killed_while_balances_are_opened(make_app: Callable[..., App]) -> None:
@@ -550,11 +550,11 @@ def test_the_page_runs_from_top_to_bottom(make_app: Callable[..., App], tmp_path
         return done.stdout
 
     with running(app, clients=1) as seen:
-        said = {command: tallystick(command) for command in commands if "--cut-over" not in command}
+        output = {command: tallystick(command) for command in commands if "--cut-over" not in command}
     assert seen.errors == []
     assert 'ledger_schema = "tallystick"' in (tmp_path / "tallystick.toml").read_text(encoding="utf-8")
-    assert "credits of" in said["tallystick adopt"]
-    assert re.search(r"Opened the balances of \d+ users", said["tallystick migrate apply"])
+    assert "credits of" in output["tallystick adopt"]
+    assert re.search(r"Opened the balances of \d+ users", output["tallystick migrate apply"])
     for command in ("tallystick adopt --cut-over", "tallystick audit", "tallystick migrate status"):
         tallystick(command)
     assert faults(app) == []

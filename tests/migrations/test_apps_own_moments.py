@@ -266,12 +266,12 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_name_that_cannot_be_is_refused_before_anything_is_written(app: App, mistake: str) -> None:
-    given, said = MISTAKES[mistake]
+    given, message = MISTAKES[mistake]
     before = app.shape()
     config = app.config.model_copy(update={"host": mapped(**given)})
     with pytest.raises((HostMismatch, IncompatibleColumn)) as refused:
         migrate.apply(app.url, config)
-    assert said in str(refused.value)
+    assert message in str(refused.value)
     assert app.shape() == before
 
 
@@ -306,13 +306,16 @@ def test_init_offers_them_and_leaves_them(app: App) -> None:
             ('public.User."deletedAt"', "deleted_at"),
         ]
         assert migrate.in_place_of_ours(conn, own) == []
-        told = [one.text for one in migrate.plan(conn, Config(host=own)).findings if "beside it" in one.text]
+        reported = [one.text for one in migrate.plan(conn, Config(host=own)).findings if "beside it" in one.text]
     assert (proposed.users.updated_at, proposed.users.deleted_at) == ("updatedAt", "deletedAt")
     assert proposed.workshops is not None
     assert proposed.workshops.deleted_at == "deleted_at"  # a yes or no is no moment
     assert own.users == mapped({"email": "email"}).users
-    assert 'If it means the same, name it before the migration: set host.users.deleted_at = "deletedAt"' in told[0]
-    assert "make it timestamp or timestamptz that may be null (it is boolean) before the migration, and set" in told[-1]
+    assert 'If it means the same, name it before the migration: set host.users.deleted_at = "deletedAt"' in reported[0]
+    assert (
+        "make it timestamp or timestamptz that may be null (it is boolean) before the migration, and set"
+        in reported[-1]
+    )
     assert 'deleted_at = "deletedAt"' in to_toml(proposed)
     assert "updated" not in to_toml(own)
 

@@ -55,17 +55,17 @@ def app(make_app: Callable[..., App]) -> App:
     return app
 
 
-def take(app: App, target: Path, **options: object) -> Backup:
+def take_backup(app: App, target: Path, **options: object) -> Backup:
     return backup(app.url, target, bin_dir=app.server.bin, **options)
 
 
-def empty(folder: Path) -> bool:
+def is_empty(folder: Path) -> bool:
     return not list(folder.iterdir())
 
 
 def test_there_and_back(app: App, make_app: Callable[..., App], tmp_path: Path) -> None:
-    told: list[Progress] = []
-    made = take(app, tmp_path / "app.backup", progress=told.append)
+    reported: list[Progress] = []
+    made = take_backup(app, tmp_path / "app.backup", progress=reported.append)
 
     others = (".stripe_", ".event", ".low_balances")
     rows = {table: count for table, count in made.manifest.rows.items() if not any(each in table for each in others)}
@@ -88,8 +88,8 @@ def test_there_and_back(app: App, make_app: Callable[..., App], tmp_path: Path) 
     }
     assert stat.S_IMODE(made.path.stat().st_mode) == 0o600
     assert [path.name for path in tmp_path.iterdir()] == ["app.backup"]
-    assert {now.step for now in told} == {"dumping", "counting rows", "verifying"}
-    assert all(0 <= now.done <= (now.total or 0) for now in told)
+    assert {now.step for now in reported} == {"dumping", "counting rows", "verifying"}
+    assert all(0 <= now.done <= (now.total or 0) for now in reported)
     assert verify_backup(made.path, bin_dir=app.server.bin) == made.manifest
 
     other = make_app("SELECT 1")
@@ -100,7 +100,7 @@ def test_there_and_back(app: App, make_app: Callable[..., App], tmp_path: Path) 
 
 
 def test_it_can_be_read_without_us(app: App, tmp_path: Path) -> None:
-    made = take(app, tmp_path / "app.backup")
+    made = take_backup(app, tmp_path / "app.backup")
     with made.path.open("rb") as file:
         dump = zstandard.ZstdDecompressor().stream_reader(file).read()
     listed = subprocess.run(app.server.command("pg_restore", "--list"), input=dump, capture_output=True, check=True)
@@ -118,7 +118,7 @@ def test_tables_of_an_extension_are_its_own(app: App, tmp_path: Path) -> None:
         UPDATE pg_extension SET extconfig = ARRAY['settings'::regclass::oid], extcondition = ARRAY['WHERE n > 100']
         WHERE extname = 'citext';
     """)
-    made = take(app, tmp_path / "app.backup")
+    made = take_backup(app, tmp_path / "app.backup")
     assert "public.settings" not in made.manifest.rows
     assert verify_backup(made.path, bin_dir=app.server.bin) == made.manifest
 
@@ -132,7 +132,9 @@ def test_no_timeout_of_the_database_ends_a_backup(app: App, make_app: Callable[.
     for each in (app, other):
         database = each.engine.url.database
         each.run(*(f"ALTER DATABASE {database} SET {name} = '{value}'" for name, value in timeouts.items()))
-    made = take(app, tmp_path / "app.backup", progress=lambda now: time.sleep(1.5 * (now.step == "counting rows")))
+    made = take_backup(
+        app, tmp_path / "app.backup", progress=lambda now: time.sleep(1.5 * (now.step == "counting rows"))
+    )
     assert restore(made.path, other.url, bin_dir=app.server.bin).rows["public.much"] == 500_000
 
 
@@ -145,8 +147,8 @@ def test_a_connection_that_dies_is_told(app: App, tmp_path: Path) -> None:
             )
 
     with pytest.raises(BackupError, match=r"the database stopped answering: .*Run the same command again"):
-        take(app, tmp_path / "app.backup", progress=die)
-    assert empty(tmp_path)
+        take_backup(app, tmp_path / "app.backup", progress=die)
+    assert is_empty(tmp_path)
 
 
 @pytest.mark.parametrize("encoding", ["LATIN1", "WIN1252"])
@@ -156,7 +158,7 @@ def test_a_database_in_another_encoding(app: App, tmp_path: Path, encoding: str)
     other = App(app.engine.url.set(database=name).render_as_string(hide_password=False), app.config, app.server)
     try:
         other.run('CREATE TABLE "größe" ("ü" text)', "INSERT INTO \"größe\" VALUES ('é')")
-        assert take(other, tmp_path / "app.backup").manifest.rows == {'public."größe"': 1}
+        assert take_backup(other, tmp_path / "app.backup").manifest.rows == {'public."größe"': 1}
     finally:
         app.server.drop_database(name)
 
@@ -175,18 +177,18 @@ def test_without_hard_links_nothing_is_dumped(app: App, tmp_path: Path, monkeypa
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
     monkeypatch.setattr(os, "link", refuse)
-    told: list[str] = []
+    reported: list[str] = []
     with pytest.raises(BackupError, match=r"without hard links .*Name a folder on another"):
-        take(app, tmp_path / "app.backup", progress=lambda now: told.append(now.step))
-    assert told == []
-    assert empty(tmp_path)
+        take_backup(app, tmp_path / "app.backup", progress=lambda now: reported.append(now.step))
+    assert reported == []
+    assert is_empty(tmp_path)
 
 
 def test_nothing_is_overwritten(app: App, tmp_path: Path) -> None:
     target = tmp_path / "precious"
     target.write_text("mine")
     with pytest.raises(BackupError, match="never overwritten"):
-        take(app, target)
+        take_backup(app, target)
     assert target.read_text() == "mine"
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -199,7 +201,7 @@ def test_a_file_that_comes_meanwhile_is_kept(app: App, tmp_path: Path) -> None:
             target.write_text("mine")
 
     with pytest.raises(BackupError, match="come meanwhile"):
-        take(app, target, progress=come)
+        take_backup(app, target, progress=come)
     assert target.read_text() == "mine"
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -211,8 +213,8 @@ def test_ctrl_c_leaves_nothing(app: App, tmp_path: Path, moment: str) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        take(app, tmp_path / "app.backup", progress=interrupt)
-    assert empty(tmp_path)
+        take_backup(app, tmp_path / "app.backup", progress=interrupt)
+    assert is_empty(tmp_path)
 
 
 def test_a_full_disk_leaves_nothing(app: App, tmp_path: Path) -> None:
@@ -220,10 +222,10 @@ def test_a_full_disk_leaves_nothing(app: App, tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
     try:
         with pytest.raises(BackupError, match="Nothing was left there"):
-            take(app, tmp_path / "app.backup")
+            take_backup(app, tmp_path / "app.backup")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert empty(tmp_path)
+    assert is_empty(tmp_path)
 
 
 def test_a_table_that_cannot_be_dumped_is_told(app: App, tmp_path: Path) -> None:
@@ -231,10 +233,10 @@ def test_a_table_that_cannot_be_dumped_is_told(app: App, tmp_path: Path) -> None
     url = sa.make_url(app.url).set(username="reader_of_little")
     try:
         with pytest.raises(BackupError, match=r"pg_dump failed: .*permission denied"):
-            take(App(url.render_as_string(hide_password=False), app.config, app.server), tmp_path / "app.backup")
+            take_backup(App(url.render_as_string(hide_password=False), app.config, app.server), tmp_path / "app.backup")
     finally:
         app.run("DROP ROLE reader_of_little")
-    assert empty(tmp_path)
+    assert is_empty(tmp_path)
 
 
 def test_no_database_and_no_folder_and_no_program(app: App, tmp_path: Path) -> None:
@@ -242,14 +244,14 @@ def test_no_database_and_no_folder_and_no_program(app: App, tmp_path: Path) -> N
     with pytest.raises(DatabaseUnavailable):
         backup(nowhere, tmp_path / "b", bin_dir=app.server.bin)
     with pytest.raises(BackupError, match="Name a folder"):
-        take(app, tmp_path / "missing" / "b")
+        take_backup(app, tmp_path / "missing" / "b")
     with pytest.raises(BackupError, match="pg_dump cannot be run"):
         backup(app.url, tmp_path / "b", bin_dir=tmp_path)
-    assert empty(tmp_path)
+    assert is_empty(tmp_path)
 
 
 def test_damage_is_found_wherever_it_is(app: App, make_app: Callable[..., App], tmp_path: Path) -> None:
-    whole = take(app, tmp_path / "app.backup").path.read_bytes()
+    whole = take_backup(app, tmp_path / "app.backup").path.read_bytes()
     other = make_app("SELECT 1")
     damaged = tmp_path / "damaged"
     for at in (4, 100, len(whole) // 2, len(whole) - 200, len(whole) - 6):
@@ -264,7 +266,7 @@ def test_damage_is_found_wherever_it_is(app: App, make_app: Callable[..., App], 
 
 
 def test_only_an_empty_database_is_restored_into(app: App, tmp_path: Path) -> None:
-    made = take(app, tmp_path / "app.backup")
+    made = take_backup(app, tmp_path / "app.backup")
     before = app.dump()
     with pytest.raises(BackupError, match="not empty"):
         restore(made.path, app.url, bin_dir=app.server.bin)
@@ -286,7 +288,7 @@ def test_counts_and_dump_are_of_one_moment(app: App, tmp_path: Path) -> None:
         if now.step == "dumping":
             app.run("INSERT INTO users (email) SELECT 'new ' || gen_random_uuid()")
 
-    made = take(app, tmp_path / "app.backup", progress=write)
+    made = take_backup(app, tmp_path / "app.backup", progress=write)
     assert made.manifest.rows["public.users"] == 500
     assert app.value("SELECT count(*) FROM users") > 500
 
@@ -330,7 +332,7 @@ else:
 """
 
 
-def hit(app: App, file: Path, moment: str, number: signal.Signals) -> int:
+def run_and_signal(app: App, file: Path, moment: str, number: signal.Signals) -> int:
     """A backup, or a restore, in a process of its own, which gets a signal at a moment; its exit code."""
     arguments = [sys.executable, "-c", ALONE, app.url, file, app.server.bin, moment, str(int(number))]
     return subprocess.run(arguments, timeout=120, capture_output=True, check=False).returncode
@@ -341,9 +343,9 @@ def hit(app: App, file: Path, moment: str, number: signal.Signals) -> int:
 def test_a_signal_leaves_nothing(app: App, tmp_path: Path, number: signal.Signals, moment: str) -> None:
     # more than the pipes hold, so that whoever is not read from waits
     app.run("CREATE TABLE much AS SELECT i, repeat(md5(i::text), 30) FROM generate_series(1, 3000) i")
-    code = hit(app, tmp_path / "app.backup", moment, number)
+    code = run_and_signal(app, tmp_path / "app.backup", moment, number)
     assert code == (-number if number is signal.SIGINT else 128 + number)
-    assert empty(tmp_path)
+    assert is_empty(tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
@@ -351,8 +353,8 @@ def test_a_restore_that_a_signal_ends_leaves_the_database_empty(
     app: App, make_app: Callable[..., App], tmp_path: Path, number: signal.Signals
 ) -> None:
     app.run("CREATE TABLE much AS SELECT i, repeat(md5(i::text), 30) FROM generate_series(1, 3000) i")
-    made, empty_one = take(app, tmp_path / "app.backup"), make_app("")
-    code = hit(empty_one, made.path, "restoring", number)
+    made, empty_one = take_backup(app, tmp_path / "app.backup"), make_app("")
+    code = run_and_signal(empty_one, made.path, "restoring", number)
     assert code == (128 + number if number in {signal.SIGTERM, signal.SIGHUP} else -number)
     # a killed program's session ends when the server notices
     others = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
@@ -365,20 +367,20 @@ def test_a_restore_that_a_signal_ends_leaves_the_database_empty(
 
 
 def test_what_a_killed_run_left_goes_with_the_next(app: App, tmp_path: Path) -> None:
-    assert hit(app, tmp_path / "first.backup", "dumping", signal.SIGKILL) == -signal.SIGKILL
+    assert run_and_signal(app, tmp_path / "first.backup", "dumping", signal.SIGKILL) == -signal.SIGKILL
     [left] = tmp_path.iterdir()
     assert left.name.startswith(".first.backup.")
     (tmp_path / ".other.partial").write_text("not ours")
-    take(app, tmp_path / "second.backup")
+    take_backup(app, tmp_path / "second.backup")
     assert {path.name for path in tmp_path.iterdir()} == {"second.backup", ".other.partial"}
 
 
 def test_two_at_once_leave_each_other_alone(app: App, tmp_path: Path) -> None:
     def another(now: Progress) -> None:
         if now.step == "counting rows":
-            take(app, tmp_path / "b.backup")
+            take_backup(app, tmp_path / "b.backup")
 
-    made = take(app, tmp_path / "a.backup", progress=another)
+    made = take_backup(app, tmp_path / "a.backup", progress=another)
     assert {path.name for path in tmp_path.iterdir()} == {"a.backup", "b.backup"}
     assert verify_backup(made.path, bin_dir=app.server.bin) == made.manifest
 

@@ -64,10 +64,10 @@ def test_what_is_told_maps_the_table(name: str, make_app: Callable[..., App]) ->
     asked = {option.removeprefix("--").replace("-", "_"): to for option, to in found.options.items()}
     with app.engine.connect() as conn:
         mapping = migrate.propose(conn, **asked)
-        told = [note.text for note in migrate.plan(conn, app.config).findings]
+        reported = [note.text for note in migrate.plan(conn, app.config).findings]
         assert migrate.balances_apart(conn, mapping) == []
     assert mapping == HostMapping(users=UsersTable(table=table, key="user_id", balance="balance"), workshops=WORKSHOPS)
-    assert found.told() in told
+    assert found.sentence() in reported
 
 
 FREE = "CREATE TABLE users (id uuid PRIMARY KEY, outside text UNIQUE NOT NULL);"
@@ -151,7 +151,7 @@ def test_other_shapes_are_named_with_what_is_in_the_way(name: str, make_app: Cal
     [found] = apart(app)
     assert (found.obstacle or "").startswith(obstacle or "")
     assert bool(found.obstacle) == bool(obstacle)
-    assert ("It cannot serve yet" in found.told()) == bool(obstacle)
+    assert ("It cannot serve yet" in found.sentence()) == bool(obstacle)
     if obstacle is None:
         asked = {option.removeprefix("--").replace("-", "_"): to for option, to in found.options.items()}
         with app.engine.connect() as conn:
@@ -285,8 +285,8 @@ def test_a_rule_of_the_apps_against_debts(make_app: Callable[..., App]) -> None:
     mapping = HostMapping(users=UsersTable(table="wallets", key="user_id", balance="balance"), workshops=WORKSHOPS)
     app = make_app(f"{OF_KEY} INSERT INTO wallets VALUES ('{user(1)}')", mapping)
     with app.engine.connect() as conn:
-        [said] = [note.text for note in migrate.plan(conn, app.config).findings if "leaves a debt" in note.text]
-    assert "wallets_balance_check on public.wallets, CHECK (balance >= 0), also holds" in said
+        [output] = [note.text for note in migrate.plan(conn, app.config).findings if "leaves a debt" in note.text]
+    assert "wallets_balance_check on public.wallets, CHECK (balance >= 0), also holds" in output
     migrate.apply(app.url, app.config)
     ledger = Ledger(app.engine)
     with app.engine.begin() as conn:
@@ -295,7 +295,7 @@ def test_a_rule_of_the_apps_against_debts(make_app: Callable[..., App]) -> None:
         ledger.consume(conn, user(1), key="c", credits=3)
     with app.engine.begin() as conn, pytest.raises((TallystickError, sa.exc.IntegrityError), match="balance_check"):
         ledger.refund(conn, user(1), purchase.id, key="r")
-    app.run(said[said.index("ALTER TABLE") :])
+    app.run(output[output.index("ALTER TABLE") :])
     with app.engine.begin() as conn:
         assert ledger.refund(conn, user(1), purchase.id, key="r").balance == -3
     assert faults(app) == []
@@ -360,12 +360,12 @@ def test_the_section_of_the_page(make_app: Callable[..., App], tmp_path: Path) -
         line = [str(Path(sys.executable).with_name(program)), *arguments]
         return subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
 
-    said = {command: tallystick(command) for command in commands.splitlines()}
-    assert {command: done.stderr for command, done in said.items() if done.returncode} == {}
-    first, told, *_ = said
-    assert (first, told in said[first].stdout) == ("tallystick init", True)
-    assert "public.wallets.balance: 32 credits of 8 users" in said["tallystick adopt"].stdout
-    assert "Opened the balances of 8 users" in said["tallystick migrate apply"].stdout
+    output = {command: tallystick(command) for command in commands.splitlines()}
+    assert {command: done.stderr for command, done in output.items() if done.returncode} == {}
+    first, reported, *_ = output
+    assert (first, reported in output[first].stdout) == ("tallystick init", True)
+    assert "public.wallets.balance: 32 credits of 8 users" in output["tallystick adopt"].stdout
+    assert "Opened the balances of 8 users" in output["tallystick migrate apply"].stdout
     assert app.value("SELECT count(*) FROM wallets") == 8
     app.psql(fill)
     assert app.value("SELECT count(*) FROM wallets") == 9

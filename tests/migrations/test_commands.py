@@ -52,8 +52,8 @@ def tally(
 Tally = Callable[..., tuple[int, str, str]]
 
 
-def as_json(said: tuple[int, str, str]) -> Any:
-    return json.loads(said[1])
+def as_json(result: tuple[int, str, str]) -> Any:
+    return json.loads(result[1])
 
 
 def test_snippet(tally: Tally) -> None:
@@ -153,10 +153,10 @@ def test_an_interrupted_run_says_what_is_done_and_what_to_do(app: App, number: s
         reader.exec_driver_sql("SELECT 1")  # the index waits for everyone who could need what it does not hold
         with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as running:
             assert running.stderr is not None
-            said = iter(running.stderr)
-            assert any("waits for pid" in line for line in said)  # a cancel that comes before the statement is lost
+            output = iter(running.stderr)
+            assert any("waits for pid" in line for line in output)  # a cancel that comes before the statement is lost
             running.send_signal(number)
-            rest = "".join(said)
+            rest = "".join(output)
             code = running.wait(60)
     assert code == 128 + number, rest
     assert f"Interrupted. Committed: {HEAD}. Not finished: " in rest
@@ -185,10 +185,10 @@ def test_a_rehearsal_that_a_signal_ends_leaves_no_server(number: signal.Signals,
         text=True,
     ) as running:
         assert running.stderr is not None
-        said = iter(running.stderr)
-        assert any("restoring the copy" in line for line in said)
+        output = iter(running.stderr)
+        assert any("restoring the copy" in line for line in output)
         running.send_signal(number)
-        rest = list(said)
+        rest = list(output)
         code = running.wait(60)
     assert code == 128 + number, rest
     assert not [line for line in rest if "Traceback" in line]
@@ -210,10 +210,10 @@ def test_rehearse(tally: Tally, app: App, tmp_path: Path) -> None:
 
     tally("backup", "copy.backup")
     (tmp_path / "app.sql").write_text("SELECT u.* FROM users u UNION SELECT gen_random_uuid(), 'two columns'")
-    said = tally("migrate", "rehearse", "--from", "copy.backup", "--statements", "app.sql", "--json")
-    assert said[0] == 1
-    assert "after the migration" in as_json(said)["broken"][0]
-    assert [one["fault"] for one in as_json(said)["lived"]] == [None] * 7
+    result = tally("migrate", "rehearse", "--from", "copy.backup", "--statements", "app.sql", "--json")
+    assert result[0] == 1
+    assert "after the migration" in as_json(result)["broken"][0]
+    assert [one["fault"] for one in as_json(result)["lived"]] == [None] * 7
 
 
 def test_nothing_to_rehearse_is_said_before_a_copy_is_made(tally: Tally, app: App) -> None:
@@ -227,14 +227,14 @@ def test_nothing_to_rehearse_is_said_before_a_copy_is_made(tally: Tally, app: Ap
 def test_apply_ends_with_the_snippet_of_the_apps_tool(tally: Tally, app: App, tmp_path: Path) -> None:
     app.run("CREATE TABLE django_migrations (id serial)", "CREATE TABLE _prisma_migrations (id serial)")
     (tmp_path / "drizzle.config.ts").touch()
-    said = tally("migrate", "apply")[1]
+    output = tally("migrate", "apply")[1]
     for tool, sign in (
         ("drizzle", "drizzle.config.ts"),
         ("prisma", "its table _prisma_migrations"),
         ("django", "its table django_migrations"),
     ):
-        assert f"({sign}), which" in said
-        assert f"tallystick migrate snippet {tool}. " in said
+        assert f"({sign}), which" in output
+        assert f"tallystick migrate snippet {tool}. " in output
     assert "snippet" not in tally("migrate", "apply")[1]
 
 
@@ -354,11 +354,11 @@ def test_a_plan_that_would_be_stopped_has_no_next_step(tally: Tally, app: App, m
 def test_init_says_what_it_means_that_workshops_have_no_date(
     tally: Tally, app: App, make_app: Callable[..., App], tmp_path: Path
 ) -> None:
-    said = "old workshops will need a credit too"
-    assert said not in tally("init", "--force")[1]
+    message = "old workshops will need a credit too"
+    assert message not in tally("init", "--force")[1]
     dateless = make_app(HOSTS["integer"].ddl)
     code, out, _ = tally("--database-url", dateless.url, "init", "--force")
-    assert (code, said in out) == (0, True)
+    assert (code, message in out) == (0, True)
     assert "\ncreated_at = false  # " in (tmp_path / "tallystick.toml").read_text()
     assert Config.load(tmp_path / "tallystick.toml").host == HOSTS["integer"].mapping
     assert tally("--database-url", dateless.url, "migrate", "apply")[0] == 0
@@ -400,6 +400,6 @@ def test_a_log_gets_a_line_for_what_is_new(tally: Tally, app: App) -> None:
     """Without a terminal a run that waits does not write a line for each look at what is in its way."""
     with app.engine.connect() as conn:
         conn.exec_driver_sql("SELECT FROM users")
-        code, _, said = tally("migrate", "apply", "--give-up-after", "3")
+        code, _, output = tally("migrate", "apply", "--give-up-after", "3")
     assert code == 1
-    assert said.count(f"{HEAD}: waiting") == 1
+    assert output.count(f"{HEAD}: waiting") == 1

@@ -217,7 +217,7 @@ class TestDowngrade:
         assert self.revision(app) is None
 
     @pytest.mark.parametrize(
-        ("back", "said"),
+        ("back", "message"),
         [
             ("downgrade_revision(op, to='9999')", r"no revision '9999'\. Known: 0001"),
             (
@@ -227,12 +227,12 @@ class TestDowngrade:
         ],
     )
     def test_what_is_refused(
-        self, app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back: str, said: str
+        self, app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, back: str, message: str
     ) -> None:
         alembic = history(app, tmp_path, monkeypatch, *ALL[:1], backs=[back])
         command.upgrade(alembic, "head")
         after = app.shape()
-        with pytest.raises(MigrationError, match=said):
+        with pytest.raises(MigrationError, match=message):
             command.downgrade(alembic, "base")
         assert without_its_own(app.shape()) == without_its_own(after)
 

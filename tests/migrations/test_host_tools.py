@@ -23,25 +23,25 @@ DRIZZLE_1 = (
 )
 
 
-def sha(text: bytes) -> str:
+def sha256(text: bytes) -> str:
     return hashlib.sha256(text).hexdigest()
 
 
-def look(app: App, **options: object) -> tuple[Tracker, ...]:
+def trackers_of(app: App, **options: object) -> tuple[Tracker, ...]:
     with app.engine.connect() as conn:
         return trackers(conn, **options)
 
 
 def test_our_own_is_none_of_the_hosts(app: App) -> None:
     migrate.apply(app.url, app.config)
-    assert look(app) == ()
+    assert trackers_of(app) == ()
 
 
 def test_alembic(app: App) -> None:
     app.run(
         "CREATE TABLE alembic_version (version_num varchar(32))", "INSERT INTO alembic_version VALUES ('abc'), ('b')"
     )
-    assert look(app) == (Tracker("alembic", "public.alembic_version", "abc, b"),)
+    assert trackers_of(app) == (Tracker("alembic", "public.alembic_version", "abc, b"),)
 
 
 def test_drizzle_before_1(app: App, tmp_path: Path) -> None:
@@ -63,11 +63,11 @@ def test_drizzle_before_1(app: App, tmp_path: Path) -> None:
     app.run(
         *DRIZZLE_0.split(";"),
         "INSERT INTO drizzle.__drizzle_migrations (hash, created_at) VALUES "
-        f"('{sha(b'a' + bytes([10]))}', 1), ('{sha(b'a' + bytes([13, 10]) + b'b' + bytes([13, 10]))}', 2),"
-        f" ('{sha(b'c' + bytes([10]))}', 3), ('{sha(b'before')}', 4), ('{sha(b'gone')}', 6)",
+        f"('{sha256(b'a' + bytes([10]))}', 1), ('{sha256(b'a' + bytes([13, 10]) + b'b' + bytes([13, 10]))}', 2),"
+        f" ('{sha256(b'c' + bytes([10]))}', 3), ('{sha256(b'before')}', 4), ('{sha256(b'gone')}', 6)",
     )
 
-    [found] = look(app, drizzle=tmp_path)
+    [found] = trackers_of(app, drizzle=tmp_path)
 
     assert (found.tool, found.table, found.newest) == ("drizzle 0.x", "drizzle.__drizzle_migrations", "6")
     assert found.entries == (
@@ -79,7 +79,7 @@ def test_drizzle_before_1(app: App, tmp_path: Path) -> None:
         Entry("6", "unknown"),
     )
     assert any("4_masked is not applied and never will be" in line for line in concerns([found]))
-    assert look(app)[0].entries == ()
+    assert trackers_of(app)[0].entries == ()
 
 
 def test_drizzle_1(app: App, tmp_path: Path) -> None:
@@ -89,9 +89,9 @@ def test_drizzle_1(app: App, tmp_path: Path) -> None:
     app.run(
         *DRIZZLE_1.split(";"),
         "INSERT INTO drizzle.__drizzle_migrations (hash, name) VALUES "
-        f"('{sha(b'a')}', '20260101_a'), ('{sha(b'other')}', '20260103_c'), ('{sha(b'x')}', '20260104_gone')",
+        f"('{sha256(b'a')}', '20260101_a'), ('{sha256(b'other')}', '20260103_c'), ('{sha256(b'x')}', '20260104_gone')",
     )
-    [found] = look(app, drizzle=tmp_path)
+    [found] = trackers_of(app, drizzle=tmp_path)
     assert (found.tool, found.newest) == ("drizzle 1.0", "20260104_gone")
     assert found.entries == (
         Entry("20260102_b", "pending"),
@@ -103,13 +103,13 @@ def test_drizzle_1(app: App, tmp_path: Path) -> None:
 def test_a_folder_of_which_nothing_was_applied(app: App, tmp_path: Path) -> None:
     (tmp_path / "20260101_a").mkdir()
     (tmp_path / "20260101_a" / "migration.sql").touch()
-    [found] = look(app, drizzle=tmp_path)
+    [found] = trackers_of(app, drizzle=tmp_path)
     assert (found.tool, found.entries) == ("drizzle 1.0", (Entry("20260101_a", "pending"),))
     assert "__drizzle_migrations" in found.table
     app.run("CREATE TABLE alembic_version (version_num varchar(32))")
     (tmp_path / "meta").mkdir()
     (tmp_path / "meta" / "_journal.json").write_text('{"entries": [{"tag": "0_a", "when": 1}]}')
-    _, found = look(app, drizzle=tmp_path)
+    _, found = trackers_of(app, drizzle=tmp_path)
     assert (found.tool, found.entries) == ("drizzle 0.x", (Entry("0_a", "pending"),))
 
 
@@ -118,7 +118,7 @@ def test_a_row_without_a_time(app: App) -> None:
         *DRIZZLE_0.split(";"),
         "INSERT INTO drizzle.__drizzle_migrations (hash, created_at) VALUES ('x', NULL), ('y', 1), ('z', 1)",
     )
-    [found] = look(app)
+    [found] = trackers_of(app)
     assert (found.newest, found.entries) == ("1", (Entry("the row x", "undated"),))
     assert "every migration again" in concerns([found])[0]
 
@@ -141,7 +141,7 @@ def test_a_table_that_this_role_may_not_read(app: App, ddl: str) -> None:
 def test_a_folder_that_is_none_of_drizzles(app: App, tmp_path: Path, ddl: str) -> None:
     app.run(*ddl.split(";"))
     with pytest.raises(ConfigError, match="drizzle-kit"):
-        look(app, drizzle=tmp_path)
+        trackers_of(app, drizzle=tmp_path)
 
 
 @pytest.fixture(params=DRIZZLE)
@@ -156,15 +156,15 @@ def drizzle(request: pytest.FixtureRequest, make_app: Callable[..., App], tmp_pa
     return app, node, "drizzle 0.x" if request.param == "drizzle_0" else "drizzle 1.0"
 
 
-def believed(app: App, node: Project) -> Tracker:
-    [found] = look(app, drizzle=node.folder / "drizzle")
+def tracker_of(app: App, node: Project) -> Tracker:
+    [found] = trackers_of(app, drizzle=node.folder / "drizzle")
     return found
 
 
 @pytest.mark.one_server
 def test_what_drizzle_kit_wrote_and_applied(drizzle: tuple[App, Project, str]) -> None:
     app, node, tool = drizzle
-    found = believed(app, node)
+    found = tracker_of(app, node)
     assert (found.tool, found.table, found.entries) == (tool, "drizzle.__drizzle_migrations", ())
     assert found.newest
 
@@ -173,9 +173,9 @@ def test_what_drizzle_kit_wrote_and_applied(drizzle: tuple[App, Project, str]) -
     applied = file.read_bytes()
     assert b"\n" in applied
     file.write_bytes(applied.replace(b"\n", b"\r\n"))
-    assert believed(app, node).entries == (Entry(name, "line endings"),)
+    assert tracker_of(app, node).entries == (Entry(name, "line endings"),)
     file.write_bytes(applied + b"-- edited\n")
-    assert believed(app, node).entries == (Entry(name, "changed"),)
+    assert tracker_of(app, node).entries == (Entry(name, "changed"),)
 
 
 @pytest.mark.one_server
@@ -192,9 +192,9 @@ def test_what_drizzle_kit_applied_from_a_windows_checkout(
     forms = {"LF": file.read_bytes(), "CRLF": file.read_bytes().replace(b"\n", b"\r\n")}
     file.write_bytes(forms.pop(ends))
     node.run("drizzle-kit", "migrate")
-    assert believed(app, node).entries == ()
+    assert tracker_of(app, node).entries == ()
     file.write_bytes(forms.popitem()[1])
-    assert believed(app, node).entries == (Entry(file.stem, "line endings"),)
+    assert tracker_of(app, node).entries == (Entry(file.stem, "line endings"),)
 
 
 @pytest.mark.one_server
@@ -206,7 +206,7 @@ def test_what_drizzle_kit_will_apply_and_what_it_never_will(drizzle: tuple[App, 
     node.run("drizzle-kit", "generate", "--name", "second")
     [second] = {*(node.folder / "drizzle").rglob("*.sql")} - {first}
     name = second.stem if tool == "drizzle 0.x" else second.parent.name
-    assert believed(app, node).entries == (Entry(name, "pending"),)
+    assert tracker_of(app, node).entries == (Entry(name, "pending"),)
 
     there = "SELECT count(*) FROM pg_attribute WHERE attrelid = 'users'::regclass AND attname = 'nickname'"
     if tool == "drizzle 0.x":
@@ -214,9 +214,9 @@ def test_what_drizzle_kit_will_apply_and_what_it_never_will(drizzle: tuple[App, 
         known = json.loads(journal.read_text())
         known["entries"][1]["when"] = known["entries"][0]["when"] - 1
         journal.write_text(json.dumps(known))
-        assert believed(app, node).entries == (Entry(name, "masked"),)
+        assert tracker_of(app, node).entries == (Entry(name, "masked"),)
         assert "migrations applied successfully" in node.run("drizzle-kit", "migrate")
-        assert believed(app, node).entries == (Entry(name, "masked"),)
+        assert tracker_of(app, node).entries == (Entry(name, "masked"),)
         assert app.value(there) == 0
     else:  # which goes by the names, in whatever order they come
         second.parent.rename(node.folder / "elsewhere")
@@ -224,10 +224,10 @@ def test_what_drizzle_kit_will_apply_and_what_it_never_will(drizzle: tuple[App, 
         node.run("drizzle-kit", "generate", "--name", "third")
         node.run("drizzle-kit", "migrate")
         (node.folder / "elsewhere").rename(second.parent)
-        found = believed(app, node)
+        found = tracker_of(app, node)
         assert found.newest is not None
         assert name < found.newest
         assert found.entries == (Entry(name, "pending"),)
         node.run("drizzle-kit", "migrate")
-        assert believed(app, node).entries == ()
+        assert tracker_of(app, node).entries == ()
         assert app.value(there) == 1

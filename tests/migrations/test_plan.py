@@ -211,7 +211,7 @@ def test_triggers_that_could_change_a_balance_are_named(app: App) -> None:
     app.psql("""
         CREATE FUNCTION stamp() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
         CREATE TRIGGER stamp BEFORE INSERT OR UPDATE ON users FOR EACH ROW EXECUTE FUNCTION stamp();
-        CREATE TRIGGER told AFTER UPDATE ON users FOR EACH ROW EXECUTE FUNCTION stamp();
+        CREATE TRIGGER stamped AFTER UPDATE ON users FOR EACH ROW EXECUTE FUNCTION stamp();
         CREATE TRIGGER made BEFORE INSERT ON users FOR EACH ROW EXECUTE FUNCTION stamp();
     """)
     [found] = [finding for finding in plan(app).findings if "before each UPDATE" in finding.text]

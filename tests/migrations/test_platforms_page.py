@@ -96,21 +96,21 @@ def test_a_section_runs_from_top_to_bottom(
         assert ended.value.code in (None, 0), f"{line}: {out}{err}"
         return out
 
-    said: dict[str, str] = {}
+    output: dict[str, str] = {}
     for kind, block in re.findall(r"^```(sh|sql)\n(.*?)^```", section, re.MULTILINE | re.DOTALL):
         if kind == "sql":
             with psycopg.connect(url.set(drivername="postgresql").render_as_string(hide_password=False)) as conn:
                 conn.execute(block)
             continue
-        said |= {line: tallystick(line) for line in block.splitlines()}
+        output |= {line: tallystick(line) for line in block.splitlines()}
     [proposed] = blocks(section, "text")
     for line in proposed.splitlines():
-        assert line in said["tallystick init"]
+        assert line in output["tallystick init"]
     if platform.file:
         tool = name.lower()
-        assert f"tallystick migrate snippet {tool}" in said["tallystick migrate apply"]
-        assert "credit_balance" in said[f"tallystick migrate snippet {tool}"]
-    assert "As declared" in said["tallystick migrate status"]
+        assert f"tallystick migrate snippet {tool}" in output["tallystick migrate apply"]
+        assert "credit_balance" in output[f"tallystick migrate snippet {tool}"]
+    assert "As declared" in output["tallystick migrate status"]
     engine = sa.create_engine(url, poolclass=sa.NullPool)
     with engine.connect() as conn:
         assert audit(conn, Config.load().at(url.render_as_string(hide_password=False))).clean

@@ -74,12 +74,12 @@ FALSE_PLANS: dict[str, Callable[[PlannedStatement], tuple[tuple[str, str], ...]]
 
 @pytest.mark.parametrize("how", FALSE_PLANS)
 def test_a_plan_with_other_locks_is_found_out(how: str, app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lied(*arguments: Any) -> migrate.Plan:
+    def false_plan(*arguments: Any) -> migrate.Plan:
         planned = migrate.plan(*arguments)
         false = tuple(replace(one, locks=FALSE_PLANS[how](one)) for one in planned.statements)
         return replace(planned, statements=false)
 
-    monkeypatch.setattr(sys.modules["tallystick.migrate.checks.rehearsal"], "plan", lied)
+    monkeypatch.setattr(sys.modules["tallystick.migrate.checks.rehearsal"], "plan", false_plan)
     done = rehearse(app.url, app.config)
     assert any("the plan said" in surprise for surprise in done.surprises)
     assert len(done.surprises) < 12, "each is told once"
@@ -179,11 +179,11 @@ def test_a_ledger_that_does_not_work_there_is_told(app: App) -> None:
 def test_rows_that_did_not_come_back_are_told(app: App) -> None:
     """Somebody else changes the copy meanwhile."""
 
-    def meddle(now: Progress) -> None:
+    def change_rows(now: Progress) -> None:
         if now.step == "auditing":
             app.run("UPDATE workshops SET title = 'other' WHERE id = (SELECT id FROM workshops LIMIT 1)")
 
-    done = rehearse(app.url, app.config, progress=meddle)
+    done = rehearse(app.url, app.config, progress=change_rows)
     assert done.left_behind == ("public.workshops: using the ledger changed its rows",)
 
 
@@ -199,11 +199,11 @@ def test_a_table_with_a_trigger_of_the_apps_is_compared_as_well(app: App) -> Non
     assert done.passed, done.problems
     assert app.value("SELECT sum(visits) FROM users") > 0
 
-    def meddle(now: Progress) -> None:
+    def change_rows(now: Progress) -> None:
         if now.step == "going back":
             app.run("UPDATE users SET email = upper(email)")
 
-    assert rehearse(app.url, app.config, progress=meddle).left_behind == (
+    assert rehearse(app.url, app.config, progress=change_rows).left_behind == (
         "public.users: the way back changed its rows",
     )
 

@@ -170,7 +170,7 @@ class TestWaiting:
 
             waiting = threading.Event()
             with ThreadPoolExecutor(1) as pool:
-                run = pool.submit(migrate.apply, app.url, app.config, progress=partial(tell, waiting))
+                run = pool.submit(migrate.apply, app.url, app.config, progress=partial(set_event, waiting))
                 assert waiting.wait(60)
                 assert not app.value("SELECT count(*) FROM pg_locks WHERE NOT granted")
                 app.run("UPDATE users SET email = email WHERE email = 'user 1'")  # nobody waits for us
@@ -346,12 +346,12 @@ class TestOnline:
         """Whatever a build that was killed in one of its phases has left, and what it does with a duplicate."""
         migrate.apply(app.url, app.config)
         duplicate = "UPDATE users SET stripe_customer_id = 'cus_1' WHERE email IN ('user 1', 'user 2')"
-        for ready, told in ((True, "invalid, enforcing"), (False, "invalid")):
+        for ready, state in ((True, "invalid, enforcing"), (False, "invalid")):
             app.run(
                 f"UPDATE pg_index SET indisvalid = false, indisready = {ready} WHERE indexrelid = '{INDEX}'::regclass"
             )
             with app.engine.connect() as conn:
-                assert index_state(conn, "public", INDEX) == told
+                assert index_state(conn, "public", INDEX) == state
                 [drift] = migrate.status(conn, app.config).drift
             assert ("but still enforcing" in str(drift.found), "enforcing nothing" in str(drift.found)) == (
                 ready,
@@ -361,7 +361,7 @@ class TestOnline:
                 with pytest.raises(sa.exc.IntegrityError, match=INDEX):
                     app.run(duplicate)
                 with app.engine.connect() as conn:
-                    assert index_state(conn, "public", INDEX) == told
+                    assert index_state(conn, "public", INDEX) == state
         app.run(duplicate)
         with pytest.raises(MigrationError, match="duplicated"):
             migrate.apply(app.url, app.config)
@@ -427,8 +427,8 @@ class TestFaults:
         with psycopg.connect(libpq(app)) as granting, ThreadPoolExecutor(1) as pool:
             granting.execute("GRANT SELECT ON users TO PUBLIC")
             named = app.value("SELECT count(*) FROM pg_locks WHERE relation = 'users'::regclass")
-            said = f"pid {granting.info.backend_pid}" if named else "has changed their privileges"
-            with pytest.raises(MigrationBlocked, match=said):
+            message = f"pid {granting.info.backend_pid}" if named else "has changed their privileges"
+            with pytest.raises(MigrationBlocked, match=message):
                 migrate.apply(app.url, app.config, give_up_after_s=0.3)
             run = pool.submit(migrate.apply, app.url, app.config, stall_budget_ms=20_000)
             if not named:
@@ -463,11 +463,11 @@ class TestFaults:
         assert migrate.apply(app.url, app.config).changed
 
 
-def tell(event: threading.Event, _: migrate.MigrationProgress) -> None:
+def set_event(event: threading.Event, _: migrate.MigrationProgress) -> None:
     event.set()
 
 
-def tell_when(event: threading.Event, phase: str, now: migrate.MigrationProgress) -> None:
+def set_event_in(event: threading.Event, phase: str, now: migrate.MigrationProgress) -> None:
     if now.phase == phase:
         event.set()
 
@@ -652,7 +652,7 @@ def test_a_build_that_cannot_be_looked_at_goes_on(app: App) -> None:
     online = threading.Event()
     try:
         with ThreadPoolExecutor(1) as pool, snapshot(app) as reader:
-            run = pool.submit(migrate.apply, url, app.config, progress=partial(tell_when, online, "online"))
+            run = pool.submit(migrate.apply, url, app.config, progress=partial(set_event_in, online, "online"))
             assert online.wait(60)
             time.sleep(1)
             reader.rollback()
@@ -697,9 +697,9 @@ def test_a_build_that_waits_tells_for_whom(app: App) -> None:
         reader.commit()
         run.result(60)
 
-    told = next(step for step in seen if step.waits_for)
-    assert (told.phase, told.step, told.waits_for) == ("online", INDEX, pid)
-    assert "waiting for" in str(told.detail)
+    waited = next(step for step in seen if step.waits_for)
+    assert (waited.phase, waited.step, waited.waits_for) == ("online", INDEX, pid)
+    assert "waiting for" in str(waited.detail)
     assert app.value("SELECT indisvalid FROM pg_index WHERE indexrelid::regclass::text = '" + INDEX + "'")
 
 

@@ -185,10 +185,10 @@ def test_drizzle_push_would_drop_what_it_does_not_know(
 ) -> None:
     app, node = drizzle
     write_drizzle(node, app.engine.url, **drizzle_lines(app, columns=False))
-    said = explained(node, request)
+    output = explained(node, request)
     for column in user_columns():
-        assert column.name in said, said
-    assert "credit_transactions" not in said
+        assert column.name in output, output
+    assert "credit_transactions" not in output
 
     write_drizzle(node, app.engine.url, **{**drizzle_lines(app, columns=True), "types": ""})
     assert re.search(r'DROP TYPE .*"credit_transaction_type"', explained(node, request))
@@ -357,9 +357,9 @@ def test_prisma_push_leaves_alone_what_the_snippet_names(app: App, tmp_path: Pat
     migrate.apply(app.url, app.config)
     before = app.shape()
 
-    said = prisma_push(node, app, columns=False)
+    output = prisma_push(node, app, columns=False)
     for column in ("credit_balance", "onboarding_complete", "plan_tier"):
-        assert f"drop the column `{column}` on the `users` table" in said, said
+        assert f"drop the column `{column}` on the `users` table" in output, output
     assert "cannot drop type" in prisma_push(node, app, columns=True, without="enums:")
 
     assert "already in sync" in prisma_push(node, app, columns=True)

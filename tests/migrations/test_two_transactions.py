@@ -67,7 +67,7 @@ def plan(app: App) -> migrate.Plan:
 
 
 @contextmanager
-def saturated(app: App) -> Iterator[None]:
+def contended_table(app: App) -> Iterator[None]:
     """Two clients that hand the table to each other: nobody holds it for long, and it is never free."""
     url = sa.make_url(app.url).set(drivername="postgresql").render_as_string(hide_password=False)
     stop, begun = threading.Event(), threading.Event()
@@ -240,16 +240,16 @@ def test_the_objects_of_a_later_package_are_refused(app: App) -> None:
 def test_a_saturated_database_is_told_of_it(app: App) -> None:
     """The advice, what asking for it leaves behind where it does not help either, and the way out."""
     before = app.shape()
-    said = ""
+    message = ""
     deadline = time.monotonic() + 120
-    with saturated(app):
+    with contended_table(app):
         # a starved machine makes the short transactions look long, which is another cause with other advice
-        while "--two-transactions" not in said:
-            assert time.monotonic() < deadline, said
+        while "--two-transactions" not in message:
+            assert time.monotonic() < deadline, message
             with pytest.raises(MigrationBlocked) as caught:
                 migrate.apply(app.url, app.config, stall_budget_ms=20, give_up_after_s=1)
-            said = str(caught.value)
-        assert "Nothing was changed" in said
+            message = str(caught.value)
+        assert "Nothing was changed" in message
         assert app.shape() == before
 
         with pytest.raises(MigrationBlocked) as caught:

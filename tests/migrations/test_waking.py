@@ -30,12 +30,12 @@ def socket_of(app: App) -> Path:
     return Path(app.server.env["PGHOST"]) / f".s.PGSQL.{app.server.env['PGPORT']}"
 
 
-def through(app: App, port: int) -> str:
+def url_through(app: App, port: int) -> str:
     return sa.make_url(app.url).set(host="127.0.0.1", port=port, query={}).render_as_string(hide_password=False)
 
 
 @contextmanager
-def saying(message: str) -> Iterator[int]:
+def proxy_refusing(message: str) -> Iterator[int]:
     """A server as Neon's proxy is while it cannot reach a compute: it accepts the connection and answers XX000.
 
     Gives its port. With no message it hangs up instead.
@@ -78,16 +78,16 @@ def waking() -> Iterator[
         def start(
             url: str, config: Config
         ) -> tuple[threading.Event, list[migrate.MigrationProgress], Callable[[], migrate.Receipt]]:
-            told = threading.Event()
+            reported = threading.Event()
             seen: list[migrate.MigrationProgress] = []
 
             def progress(now: migrate.MigrationProgress) -> None:
                 seen.append(now)
                 if now.phase == "connecting":
-                    told.set()
+                    reported.set()
 
             run = pool.submit(migrate.apply, url, config, progress=progress)
-            return told, seen, lambda: run.result(120)
+            return reported, seen, lambda: run.result(120)
 
         yield start
 
@@ -108,8 +108,8 @@ def test_a_server_that_is_starting_up(scratch: Path, server: Server, waking) -> 
             while pq.PGconn.ping(conninfo) != pq.Ping.REJECT:
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
-            told, seen, result = waking(app.url, app.config)
-            assert told.wait(60)
+            reported, seen, result = waking(app.url, app.config)
+            assert reported.wait(60)
         finally:
             own._run("pg_ctl", "-D", "data", "promote")
             starting.result(120)
@@ -123,8 +123,8 @@ def test_a_server_that_is_starting_up(scratch: Path, server: Server, waking) -> 
 def test_a_server_that_is_not_there_yet(app: App, waking) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as found:
         port = found.getsockname()[1]
-    told, seen, result = waking(through(app, port), app.config)
-    assert told.wait(60)
+    reported, seen, result = waking(url_through(app, port), app.config)
+    assert reported.wait(60)
     with far_away(socket_of(app), one_way_s=0, port=port):
         assert result().changed
     assert "refused" in str(seen[0].detail)
@@ -132,9 +132,9 @@ def test_a_server_that_is_not_there_yet(app: App, waking) -> None:
 
 @pytest.mark.parametrize("message", ["Couldn't connect to compute node", "Control plane request failed", ""])
 def test_a_proxy_whose_server_wakes(app: App, waking, message: str) -> None:
-    with saying(message) as port:
-        told, seen, result = waking(through(app, port), app.config)
-        assert told.wait(60)
+    with proxy_refusing(message) as port:
+        reported, seen, result = waking(url_through(app, port), app.config)
+        assert reported.wait(60)
     with far_away(socket_of(app), one_way_s=0, port=port):
         assert result().changed
     assert message in str(seen[0].detail)
@@ -143,10 +143,10 @@ def test_a_proxy_whose_server_wakes(app: App, waking, message: str) -> None:
 def test_a_refusal_that_will_not_pass(app: App) -> None:
     seen: list[migrate.MigrationProgress] = []
     with (
-        saying("Control plane request failed: endpoint is disabled") as port,
+        proxy_refusing("Control plane request failed: endpoint is disabled") as port,
         pytest.raises(DatabaseUnavailable, match="endpoint is disabled"),
     ):
-        migrate.apply(through(app, port), app.config, progress=seen.append)
+        migrate.apply(url_through(app, port), app.config, progress=seen.append)
     assert seen == []
 
 
@@ -176,21 +176,21 @@ def test_a_wrong_password_is_not_tried_again(scratch: Path, server: Server) -> N
 
 
 def test_patience_ends(app: App) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     with closing(socket.create_server(("127.0.0.1", 0))) as found:
         port = found.getsockname()[1]
     with (
         pytest.raises(DatabaseUnavailable, match="cannot connect"),
-        connect(through(app, port), patience_s=1, waiting=said.append),
+        connect(url_through(app, port), patience_s=1, waiting=messages.append),
     ):
         pass
-    assert said
+    assert messages
 
 
 def test_without_patience_it_is_said_at_once(app: App) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     with closing(socket.create_server(("127.0.0.1", 0))) as found:
         port = found.getsockname()[1]
-    with pytest.raises(DatabaseUnavailable), connect(through(app, port), waiting=said.append):
+    with pytest.raises(DatabaseUnavailable), connect(url_through(app, port), waiting=messages.append):
         pass
-    assert said == []
+    assert messages == []

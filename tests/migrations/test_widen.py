@@ -167,9 +167,9 @@ def test_the_ledger_goes_before_a_key_that_grows(app: App, tallystick: Callable[
 
 def test_in_the_other_order_the_same_command_mends_it(app: App, tallystick: Callable[[str], str]) -> None:
     app.run("ALTER TABLE workshops ALTER id TYPE bigint", f"INSERT INTO workshops VALUES ({LARGE}, 1)")
-    said = tallystick("migrate widen-key workshops")
-    assert "bigint: public.credit_transactions.workshop_id" in said
-    assert "renew every connection" in said
+    output = tallystick("migrate widen-key workshops")
+    assert "bigint: public.credit_transactions.workshop_id" in output
+    assert "renew every connection" in output
     app.config = with_keys(app.config, workshops="bigint")
     ledger = Ledger(app.engine)
     with app.engine.begin() as conn:
@@ -253,13 +253,13 @@ def test_the_app_goes_on_while_the_ledger_is_rewritten(app: App) -> None:
     outcomes: list[object] = []
 
     def run(action: Callable[[], object]) -> threading.Thread:
-        def told() -> None:
+        def record() -> None:
             try:
                 outcomes.append(action())
             except Exception as error:  # noqa: BLE001 - looked at below
                 outcomes.append(error)
 
-        thread = threading.Thread(target=told)
+        thread = threading.Thread(target=record)
         thread.start()
         return thread
 

@@ -1,8 +1,8 @@
-"""The doors by which the hammer's clients come to the ledger: two drivers of Python, the Combiner, two of Node, psql.
+"""The drivers of the hammer's clients: two of Python, the Combiner, two of Node, psql.
 
-Each asks what is wished for in its own language, and gives for each wish what it was told: ``["row", replayed, …]``
-with the facts of the ledger's row, ``["balance", credits]``, or the name of a refusal and its fields. Where nothing was
-told it raises ``NoAnswer``, and the same may be asked again.
+Each sends requests in its own language, and returns for each an answer: ``["row", replayed, …]`` with the facts of the
+ledger's row, ``["balance", credits]``, or the name of a refusal and its fields. Without an answer it raises
+``NoAnswer``, and the same requests may be sent again.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ AUTOCOMMIT = "AUTOCOMMIT"
 LEVELS = ("READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
 
 
-class Wish(NamedTuple):
-    """One thing that is wanted of one user.
+class Request(NamedTuple):
+    """One request for one user.
 
-    ``of`` is the workshop, the purchase or the hold that it is about, or the moment at which a loan expires.
+    ``of`` is its workshop, purchase or hold, or the moment at which a loan expires.
     """
 
     what: str
@@ -46,10 +46,10 @@ class Wish(NamedTuple):
     of: str | None = None
 
 
-Call = Sequence[Wish]
-"""One call of the ledger; of more than one wish, of ``consume_many``."""
+Call = Sequence[Request]
+"""One call of the ledger; with several requests, of ``consume_many``."""
 
-Told = list[Any]
+Answer = list[Any]
 
 
 class NoAnswer(Exception):
@@ -60,18 +60,18 @@ class NoAnswer(Exception):
         self.connecting = connecting
 
 
-class Door(Protocol):
-    """One way to ask."""
+class Driver(Protocol):
+    """A way to call the ledger."""
 
-    def ask(self, level: str, calls: Sequence[Call]) -> list[Told]:
-        """The answers, one for each wish, of calls that were one database transaction, or each its own."""
+    def ask(self, level: str, calls: Sequence[Call]) -> list[Answer]:
+        """The answers, one for each request, of calls in one database transaction, or in one each."""
         ...
 
     def close(self) -> None:
-        """Give the connection up; the next question makes another."""
+        """Close the connection; the next question opens another."""
 
 
-# --- what is told ---
+# --- answers ---
 
 
 ROW = ("id", "user_id", "type", "amount", "balance_after", "sequence", "idempotency_key", "workshop_id", "refund_of")
@@ -83,23 +83,23 @@ def facts(row: Any) -> list[Any]:
     return [value if value is None or type(value) is int else str(value) for value in values]
 
 
-def said(answer: Any) -> Told:
+def answer_of(answer: Any) -> Answer:
     """The result or the refusal of Python's ledger."""
     if isinstance(answer, CreditTransaction):
         return ["row", answer.replayed, *facts(answer)]
     return ["balance", answer] if isinstance(answer, int) else [type(answer).__name__, answer.fields]
 
 
-def read(wish: Wish, answer: Mapping[str, Any]) -> Told:  # noqa: PLR0911 - one for each outcome
+def read(request: Request, answer: Mapping[str, Any]) -> Answer:  # noqa: PLR0911 - one for each outcome
     """The answer of a function of the ledger, by the names of its columns."""
     match answer["outcome"]:
-        case "completed" if wish.what == "balance":
+        case "completed" if request.what == "balance":
             return ["balance", answer["balance"]]
         case "completed" | "replayed" as outcome:
             return ["row", outcome == "replayed", *(answer[name] for name in ROW)]
         case "insufficient_credits":
             fields = {name: answer[name] for name in ("balance", "required")}
-            fields |= {"user": wish.user, "held": answer["credit_held"]}
+            fields |= {"user": request.user, "held": answer["credit_held"]}
             return ["InsufficientCredits", fields]
         case "refund_exceeds_purchase":
             fields = {"purchase": answer["id"], "left": answer["remaining"], "asked": answer["required"]}
@@ -109,7 +109,7 @@ def read(wish: Wish, answer: Mapping[str, Any]) -> Told:  # noqa: PLR0911 - one 
             return ["ReinstatementExceedsRefunds", fields]
         case "hold_closed":
             return ["HoldClosed", {"hold": answer["id"]}]
-        case "invalid_argument" if wish.what == "lend":
+        case "invalid_argument" if request.what == "lend":
             return ["InvalidArgument", {"argument": "expires_at"}]
         case other:
             return [other, dict(answer)]
@@ -128,21 +128,23 @@ def _answering() -> Iterator[None]:
         raise
 
 
-def _made(ledger: Ledger, conn: Any, call: Call) -> list[Any]:
+def _results(ledger: Ledger, conn: Any, call: Call) -> list[Any]:
     if len(call) > 1:
-        items = [Consume(wish.user, workshop=wish.of, credits=wish.amount, key=str(wish.key)) for wish in call]
+        items = [
+            Consume(request.user, workshop=request.of, credits=request.amount, key=str(request.key)) for request in call
+        ]
         return list(ledger.consume_many(conn, items))
     try:
-        return [_granted(ledger, conn, *call[0])]
+        return [_perform(ledger, conn, *call[0])]
     except LedgerError as refusal:
         return [refusal]
 
 
-def _granted(ledger: Ledger, conn: Any, what: str, user: str, key: Any, amount: int, of: Any) -> Any:  # noqa: PLR0911 - one for each wish
+def _perform(ledger: Ledger, conn: Any, what: str, user: str, key: Any, amount: int, of: Any) -> Any:  # noqa: PLR0911 - one for each request
     match what:
         case "consume":
             return ledger.consume(conn, user, workshop=of, credits=amount, key=key)
-        case "buy":  # asked again it is the same purchase, complete or not
+        case "buy":  # with the same key it is the same purchase, complete or not
             started = ledger.start_purchase(conn, user, credits=amount, description="A pack", key=key)
             return ledger.complete_purchase(conn, user, purchase=started.id)
         case "refund":
@@ -165,18 +167,18 @@ def _granted(ledger: Ledger, conn: Any, what: str, user: str, key: Any, amount: 
 
 
 class SqlAlchemy:
-    """A connection of a pool for each question."""
+    """A connection from a pool for each question."""
 
     def __init__(self, ledger: Ledger, pool: sa.Engine) -> None:
         self.ledger, self.pool = ledger, pool
 
-    def ask(self, level: str, calls: Sequence[Call]) -> list[Told]:
+    def ask(self, level: str, calls: Sequence[Call]) -> list[Answer]:
         with _answering():
             with translated(connecting=True):
                 conn = self.pool.connect()
             with conn, translated(), conn.execution_options(isolation_level=level).begin():
-                answers = [answer for call in calls for answer in _made(self.ledger, conn, call)]
-        return [said(answer) for answer in answers]
+                answers = [answer for call in calls for answer in _results(self.ledger, conn, call)]
+        return [answer_of(answer) for answer in answers]
 
     def close(self) -> None:
         self.pool.dispose()
@@ -189,7 +191,7 @@ class Psycopg:
         self.ledger, self.url = ledger, url.replace("+psycopg", "", 1)
         self.conn: psycopg.Connection | None = None
 
-    def ask(self, level: str, calls: Sequence[Call]) -> list[Told]:
+    def ask(self, level: str, calls: Sequence[Call]) -> list[Answer]:
         try:
             with _answering():
                 if self.conn is None:
@@ -200,14 +202,14 @@ class Psycopg:
         except NoAnswer:
             self.close()
             raise
-        return [said(answer) for answer in answers]
+        return [answer_of(answer) for answer in answers]
 
     def _answers(self, conn: psycopg.Connection, level: str, calls: Sequence[Call]) -> list[Any]:
         if level == AUTOCOMMIT:
-            return [answer for call in calls for answer in _made(self.ledger, conn, call)]
+            return [answer for call in calls for answer in _results(self.ledger, conn, call)]
         conn.isolation_level = psycopg.IsolationLevel[level.replace(" ", "_")]
         with conn.transaction():
-            return [answer for call in calls for answer in _made(self.ledger, conn, call)]
+            return [answer for call in calls for answer in _results(self.ledger, conn, call)]
 
     def close(self) -> None:
         if self.conn is not None:
@@ -216,24 +218,24 @@ class Psycopg:
 
 
 class Combined:
-    """Calls of several at once, which one Combiner sends together."""
+    """Concurrent calls, which one Combiner sends together."""
 
     def __init__(self, combiner: Combiner) -> None:
         self.combiner = combiner
 
-    def ask(self, level: str, calls: Sequence[Call]) -> list[Told]:
+    def ask(self, level: str, calls: Sequence[Call]) -> list[Answer]:
         assert level == AUTOCOMMIT
         with _answering():
-            return [said(_spent(future)) for future in [self._sent(wish) for (wish,) in calls]]
+            return [answer_of(_result(future)) for future in [self._submit(request) for (request,) in calls]]
 
-    def _sent(self, wish: Wish) -> Future[CreditTransaction]:
-        return self.combiner.consume(wish.user, workshop=wish.of, credits=wish.amount, key=str(wish.key))
+    def _submit(self, request: Request) -> Future[CreditTransaction]:
+        return self.combiner.consume(request.user, workshop=request.of, credits=request.amount, key=str(request.key))
 
     def close(self) -> None:
-        """It is shared, and connects as it needs."""
+        """Do nothing: it is shared, and reconnects by itself."""
 
 
-def _spent(future: Future[CreditTransaction]) -> CreditTransaction | LedgerError:
+def _result(future: Future[CreditTransaction]) -> CreditTransaction | LedgerError:
     try:
         return future.result(PATIENCE_S)
     except LedgerError as refusal:
@@ -248,7 +250,7 @@ _UNANSWERED = re.compile(r"\b(40001|40P01|08\w{3})\b|ECONNRESET|EPIPE|onnection 
 
 
 def _no_answer(reason: str) -> Exception:
-    """The error to raise for one of another language: anything but a conflict or a lost server is a fault."""
+    """The error for one of another language: all but a conflict or a lost server are faults."""
     connecting = _CONNECTING.search(reason) is not None
     if connecting or _UNANSWERED.search(reason):
         return NoAnswer(reason, connecting=connecting)
@@ -256,7 +258,7 @@ def _no_answer(reason: str) -> Exception:
 
 
 class NodeProcess:
-    """A program of Node, ``tests/typescript/src/hammer.ts``, that several threads give their questions to."""
+    """A Node program, ``tests/typescript/src/hammer.ts``, to which several threads send their questions."""
 
     def __init__(self, program: Path | None, env: Mapping[str, str]) -> None:
         self.program, self.env = program, env
@@ -298,16 +300,16 @@ class Node:
     def __init__(self, process: NodeProcess, driver: str) -> None:
         self.process, self.driver = process, driver
 
-    def ask(self, level: str, calls: Sequence[Call]) -> list[Told]:
-        told = self.process.ask({"driver": self.driver, "level": level, "calls": calls})
-        if "error" in told:
-            raise _no_answer(told["error"])
-        wishes = [wish for call in calls for wish in call]
-        answers = [{_snake(name): value for name, value in answer.items()} for answer in told["answers"]]
-        return [read(wish, answer) for wish, answer in zip(wishes, answers, strict=True)]
+    def ask(self, level: str, calls: Sequence[Call]) -> list[Answer]:
+        reply = self.process.ask({"driver": self.driver, "level": level, "calls": calls})
+        if "error" in reply:
+            raise _no_answer(reply["error"])
+        requests = [request for call in calls for request in call]
+        answers = [{_snake(name): value for name, value in answer.items()} for answer in reply["answers"]]
+        return [read(request, answer) for request, answer in zip(requests, answers, strict=True)]
 
     def close(self) -> None:
-        """Its pool is shared."""
+        """Do nothing: its pool is shared."""
 
 
 def _snake(name: str) -> str:
@@ -315,19 +317,19 @@ def _snake(name: str) -> str:
 
 
 class Psql:
-    """A psql that is told what to do line by line; it ends when its connection does."""
+    """A psql that gets its commands line by line; it ends with its connection."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
         self.env = env
         self.process: subprocess.Popen[str] | None = None
 
-    def ask(self, level: str, calls: Sequence[Call]) -> list[Told]:
+    def ask(self, level: str, calls: Sequence[Call]) -> list[Answer]:
         script = "".join(_script(call) for call in calls)
         if level != AUTOCOMMIT:
             script = f"BEGIN ISOLATION LEVEL {level};\n{script}COMMIT;\n"
         answers = [json.loads(line) for line in self._lines(script)]
-        wishes = [wish for call in calls for wish in call]
-        return [read(wish, answer) for wish, answer in zip(wishes, answers, strict=True)]
+        requests = [request for call in calls for request in call]
+        return [read(request, answer) for request, answer in zip(requests, answers, strict=True)]
 
     def _lines(self, script: str) -> list[str]:
         if self.process is None:
@@ -342,7 +344,7 @@ class Psql:
             )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        with suppress(BrokenPipeError):  # it ended, and says why
+        with suppress(BrokenPipeError):  # it ended, and its output has the reason
             self.process.stdin.write(f"{script}\\echo .\n")
             self.process.stdin.flush()
         lines = []
@@ -361,7 +363,7 @@ class Psql:
         if self.process is not None:
             assert self.process.stdin is not None
             assert self.process.stdout is not None
-            with suppress(BrokenPipeError):  # it ended before it had read all
+            with suppress(BrokenPipeError):  # it ended before reading all
                 self.process.stdin.close()
             self.process.stdout.close()
             self.process.wait(PATIENCE_S)

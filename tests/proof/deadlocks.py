@@ -53,7 +53,7 @@ NAME = "UPDATE users SET name = 'name :n' WHERE id = :user;\n"
 EMAIL = "UPDATE users SET email = 'email :client_id :n' WHERE id = :user;\n"
 
 
-def together(*statements: str) -> str:
+def transaction(*statements: str) -> str:
     """One database transaction."""
     return f"BEGIN;\n{''.join(statements)}COMMIT;\n"
 
@@ -84,7 +84,7 @@ MIX: Mapping[str, str] = {
         SELECT outcome FROM tallystick.reinstate(
           user_id => :user, purchase_id => ':purchase', key => 'back :client_id :n');
         """,
-    "buy and spend in one transaction": together(
+    "buy and spend in one transaction": transaction(
         """
         SELECT id AS purchase FROM tallystick.start_purchase(
           user_id => :user, amount => 20, description => 'A pack', key => 'one :client_id :n') \\gset
@@ -96,7 +96,7 @@ MIX: Mapping[str, str] = {
         SELECT outcome FROM tallystick.grant(
           user_id => :user, amount => 2, key => 'grant :client_id :n', description => 'A gift');
         """,
-    "ledger.lock, then spend": together(
+    "ledger.lock, then spend": transaction(
         "SELECT outcome FROM tallystick.lock(user_id => :user);\n", SPEND.format("locked")
     ),
     "delete a workshop": "SELECT outcome FROM tallystick.delete_workshop(workshop_id => :workshop);\n",
@@ -106,25 +106,25 @@ MIX: Mapping[str, str] = {
     "delete a workshop's row": "DELETE FROM workshops WHERE id = :workshop;\n",
     "change a unique column": EMAIL,
     # both in one transaction
-    "refer, then spend twice": together(REFER, SPEND.format("first"), SPEND.format("second")),
-    "change, then spend": together(NAME, SPEND.format("changed")),
-    "spend, then change": together(SPEND.format("changing"), NAME),
-    "FOR UPDATE, then spend": together(
+    "refer, then spend twice": transaction(REFER, SPEND.format("first"), SPEND.format("second")),
+    "change, then spend": transaction(NAME, SPEND.format("changed")),
+    "spend, then change": transaction(SPEND.format("changing"), NAME),
+    "FOR UPDATE, then spend": transaction(
         "SELECT FROM users WHERE id = :user FOR UPDATE;\n", SPEND.format("for update")
     ),
-    "spend, then FOR NO KEY UPDATE": together(
+    "spend, then FOR NO KEY UPDATE": transaction(
         SPEND.format("no key"), "SELECT FROM users WHERE id = :user FOR NO KEY UPDATE;\n"
     ),
-    "change a unique column, then spend": together(EMAIL, SPEND.format("renamed")),
+    "change a unique column, then spend": transaction(EMAIL, SPEND.format("renamed")),
 }  # fmt: skip
 
-AFTER_SPENDING = together(SPEND.format("before"), EMAIL)
+AFTER_SPENDING = transaction(SPEND.format("before"), EMAIL)
 """It can deadlock beside "refer, then spend twice". The change of a unique column, or FOR UPDATE, waits for the
 transaction that has referred to the user, which waits for the user's row that this one has changed by spending."""
 
 
 @dataclass(frozen=True)
-class Told:
+class RunResult:
     """The counts of the clients, and those of the server."""
 
     done: Mapping[str, int]
@@ -147,7 +147,7 @@ def ready(url: str) -> World:
     return world
 
 
-def run(server: Server, world: World, mix: Mapping[str, str], *, seconds: int, tries: int = 1) -> Told:
+def run(server: Server, world: World, mix: Mapping[str, str], *, seconds: int, tries: int = 1) -> RunResult:
     """Let pgbench run the mix; anything that goes wrong but a deadlock or a serialization failure is an error.
 
     What failed so is rolled back and run again until it was tried so often; 0 is without end.
@@ -175,7 +175,7 @@ def run(server: Server, world: World, mix: Mapping[str, str], *, seconds: int, t
     row = world.schema.credit_transactions.c
     with world.autocommit.connect() as conn:
         counted = sa.select(row.type, sa.func.count()).where(row.status == "completed").group_by(row.type)
-        return Told(
+        return RunResult(
             done=dict(zip(mix, done, strict=True)),
             failed=int(failed[1]),
             deadlocks=world.deadlocks(),
@@ -192,20 +192,20 @@ def main() -> None:
     home = Path(tempfile.mkdtemp(prefix="tallystick-test-deadlocks-"))
     try:
         with Server(home, settings=FAST, bin_dir=asked.bin) as server:
-            told = run(server, ready(server.create_database("app")), MIX, seconds=asked.seconds)
-            for name, count in told.done.items():
+            report = run(server, ready(server.create_database("app")), MIX, seconds=asked.seconds)
+            for name, count in report.done.items():
                 print(f"{count:>10,}  {name}")
             print(
-                f"{sum(told.done.values()):>10,}  transactions in {asked.seconds} s on PostgreSQL {server.version}, "
-                f"{CLIENTS} clients: {told.deadlocks} deadlocks, {told.failed} failures\n"
-                f"{sum(told.rows.values()):>10,}  rows in the ledger: {told.rows}",
-                *told.findings,
-                f"{len(told.findings)} findings of the audit",
+                f"{sum(report.done.values()):>10,}  transactions in {asked.seconds} s on PostgreSQL {server.version}, "
+                f"{CLIENTS} clients: {report.deadlocks} deadlocks, {report.failed} failures\n"
+                f"{sum(report.rows.values()):>10,}  rows in the ledger: {report.rows}",
+                *report.findings,
+                f"{len(report.findings)} findings of the audit",
                 sep="\n",
             )
     finally:
         shutil.rmtree(home)
-    sys.exit(bool(told.deadlocks or told.failed or told.findings))
+    sys.exit(bool(report.deadlocks or report.failed or report.findings))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Many processes do anything to a few users while they and their server are killed; then every word is checked.
+"""Many processes send random calls for a few users while they and their server are killed; then all is checked.
 
     make hammer                                       a minute
     python tests/proof/hammer.py --processes 32 --seconds 3600
 
-Each client writes down what it is about to ask, and then what it was told. Afterwards the database has to explain all
-of it: what was acknowledged is there once and is what was asked for, what was not is there at most once, nothing was
-refused without a reason, the audit finds nothing, and for each user there is one order of events, the ledger's own, in
-which every answer was true at some moment between its question and its arrival (linearizability).
+Each client logs each question before it sends it, and each answer. Afterwards the database must explain the logs:
+
+1. An acknowledged write is there once, as it was asked for; any other is there at most once.
+2. Nothing was refused without a reason, and the audit finds nothing.
+3. For each user there is one order of events, the ledger's own, in which every answer was true at some moment between
+   its question and its arrival (linearizability).
 """
 
 from __future__ import annotations
@@ -45,14 +47,14 @@ from clients import (
     PATIENCE_S,
     ROW,
     Combined,
-    Door,
+    Driver,
     NoAnswer,
     Node,
     NodeProcess,
     Psql,
     Psycopg,
+    Request,
     SqlAlchemy,
-    Wish,
     facts,
 )
 from tallystick import Config, Ledger, migrate
@@ -66,32 +68,32 @@ from worlds import SHAPES, World
 HOST = SHAPES["uuid"].host
 BEGINS_WITH = 200  # credits of each user
 WORKSHOPS = 1_000  # of each user
-PEOPLE = "people.json"  # beside the logs: more than a pipe takes at once, so whoever starts a client would wait for it
+USERS = "people.json"  # in a file, since it is larger than a pipe's buffer
 
 
 class Question(NamedTuple):
-    """The calls of one request through a door: one database transaction of a level, or each its own."""
+    """Calls through a driver: one database transaction of an isolation level, or a transaction each."""
 
-    door: str
+    driver: str
     level: str
-    calls: list[list[Wish]]
+    calls: list[list[Request]]
 
 
-class Crew(NamedTuple):
-    """A process of clients, as an app: its threads, and by which doors at which level each of them asks."""
+class App(NamedTuple):
+    """A process of clients, as an app: the number of threads, and the drivers and levels that they use."""
 
     threads: int
-    doors: Sequence[tuple[str, str]]
+    drivers: Sequence[tuple[str, str]]
 
 
-SINGLE = Crew(1, [("SQLAlchemy", AUTOCOMMIT)])
-CREWS = (
+SINGLE = App(1, [("SQLAlchemy", AUTOCOMMIT)])
+APPS = (
     SINGLE,
-    Crew(4, [("SQLAlchemy", level) for level in LEVELS]),
-    Crew(4, [("Combiner", AUTOCOMMIT), ("Combiner", AUTOCOMMIT), ("SQLAlchemy", AUTOCOMMIT)]),
-    Crew(2, [*3 * [("psycopg", AUTOCOMMIT)], *[("psycopg", level) for level in LEVELS]]),
-    Crew(4, [*3 * [("pg", AUTOCOMMIT), ("neon-http", AUTOCOMMIT)], *itertools.product(("pg", "neon-http"), LEVELS)]),
-    Crew(2, [*3 * [("psql", AUTOCOMMIT)], *[("psql", level) for level in LEVELS]]),
+    App(4, [("SQLAlchemy", level) for level in LEVELS]),
+    App(4, [("Combiner", AUTOCOMMIT), ("Combiner", AUTOCOMMIT), ("SQLAlchemy", AUTOCOMMIT)]),
+    App(2, [*3 * [("psycopg", AUTOCOMMIT)], *[("psycopg", level) for level in LEVELS]]),
+    App(4, [*3 * [("pg", AUTOCOMMIT), ("neon-http", AUTOCOMMIT)], *itertools.product(("pg", "neon-http"), LEVELS)]),
+    App(2, [*3 * [("psql", AUTOCOMMIT)], *[("psql", level) for level in LEVELS]]),
 )
 """The first, seventh and so on of the processes is the first of these."""
 
@@ -102,128 +104,132 @@ IN_NODE = {"pg", "neon-http"}
 
 
 class Client:
-    """One random life, written to a file line by line: a kill loses nothing that was said before it."""
+    """A client that sends random calls, and logs line by line, so that a kill loses nothing logged before."""
 
     def __init__(
         self,
-        doors: Mapping[str, Door],
-        crew: Crew,
-        people: Mapping[str, Sequence[str]],
+        drivers: Mapping[str, Driver],
+        app: App,
+        users: Mapping[str, Sequence[str]],
         logs: Path,
         name: str,
     ) -> None:
-        self.doors, self.crew, self.people, self.name = doors, crew, people, name
-        self.dice, self.numbers = random.Random(name), itertools.count(1)
+        self.drivers, self.app, self.users, self.name = drivers, app, users, name
+        self.rng, self.numbers = random.Random(name), itertools.count(1)
         self.log = (logs / f"client-{name}.jsonl").open("a", buffering=1)
         self.questions, self.over = (logs / "questions").open("ab", buffering=0), logs / "over"
         self.purchases: list[tuple[str, str]] = []
         self.held: list[tuple[str, str, int]] = []
         self.old: list[Question] = []
 
-    def live(self) -> None:
+    def run(self) -> None:
         while not self.over.exists():
-            question = self.wanted()
+            question = self.next_question()
             self.old = [*self.old[-20:], question]
             self.questions.write(b".")
             while not self.ask(question) and not self.over.exists():
                 pass
-            if self.dice.random() < 1 / 300:
-                self.doors[question.door].close()  # and it connects anew
-        for door in self.doors.values():
-            door.close()
+            if self.rng.random() < 1 / 300:
+                self.drivers[question.driver].close()  # it connects again
+        for driver in self.drivers.values():
+            driver.close()
 
     def ask(self, question: Question) -> bool:
         """True if there was an answer; if not, the same calls may be made again with the same keys.
 
-        Nobody is told of what a transaction did before its commit is.
+        The answers of a transaction are returned after its commit.
         """
-        door, level, calls = question
-        self.write({"at": time.monotonic_ns(), "door": f"{door}, {level}", "ask": calls})
+        driver, level, calls = question
+        self.write({"at": time.monotonic_ns(), "driver": f"{driver}, {level}", "calls": calls})
         try:
-            answers = self.doors[door].ask(level, calls)
+            answers = self.drivers[driver].ask(level, calls)
         except NoAnswer as reason:
-            time.sleep(self.dice.random() * (0.3 if reason.connecting else 0.03))
+            time.sleep(self.rng.random() * (0.3 if reason.connecting else 0.03))
             return False
-        now = time.monotonic_ns()  # before anything else takes time: this is when we were told
-        self.write({"at": now, "told": answers})
-        bought = [(told[3], told[2]) for told in answers if told[0] == "row" and told[4] == "purchase"]
+        now = time.monotonic_ns()  # at once: the time of the answer
+        self.write({"at": now, "answers": answers})
+        bought = [(answer[3], answer[2]) for answer in answers if answer[0] == "row" and answer[4] == "purchase"]
         self.purchases += bought
-        self.held += [(told[3], told[2], -told[5]) for told in answers if told[0] == "row" and told[7] is None]
+        self.held += [
+            (answer[3], answer[2], -answer[5]) for answer in answers if answer[0] == "row" and answer[7] is None
+        ]
         return True
 
     def write(self, entry: dict[str, Any]) -> None:
         self.log.write(json.dumps(entry, default=str) + "\n")
 
-    # --- what comes into its mind ---
+    # --- random questions ---
 
-    def wanted(self) -> Question:
-        if self.old and self.dice.random() < 0.15:
-            return self.dice.choice(self.old)
-        door, level = self.dice.choice(self.crew.doors)
-        alone = level == AUTOCOMMIT and door != "Combiner"
+    def next_question(self) -> Question:
+        if self.old and self.rng.random() < 0.15:
+            return self.rng.choice(self.old)
+        driver, level = self.rng.choice(self.app.drivers)
+        alone = level == AUTOCOMMIT and driver != "Combiner"
         return Question(
-            door, level, [self.call(door, level) for _ in range(1 if alone else self.dice.choice((1, 2, 3)))]
+            driver, level, [self.call(driver, level) for _ in range(1 if alone else self.rng.choice((1, 2, 3)))]
         )
 
-    def call(self, door: str, level: str) -> list[Wish]:  # noqa: PLR0911 - as above
-        dice, user = self.dice, self.dice.choice(list(self.people))
+    def call(self, driver: str, level: str) -> list[Request]:  # noqa: PLR0911 - as above
+        rng, user = self.rng, self.rng.choice(list(self.users))
         whats = {"spend": 12, "many": 3, "buy": 5, "refund": 3, "reinstate": 2, "grant": 1, "balance": 2}
         whats |= {"lend": 1, "hold": 4, "capture": 3, "release": 1}
-        if door == "neon-http" and level != AUTOCOMMIT:
+        if driver == "neon-http" and level != AUTOCOMMIT:
             del whats["buy"]  # two calls, of which the second needs what the first gives: no batch
-        match "spend" if door == "Combiner" else dice.choices(list(whats), list(whats.values()))[0]:
+        match "spend" if driver == "Combiner" else rng.choices(list(whats), list(whats.values()))[0]:
             case "spend":
-                return [self.spending(dice.choice((1, 1, 1, 2, 10)))]
+                return [self.spending(rng.choice((1, 1, 1, 2, 10)))]
             case "many":
-                count = dice.choice((2, 6, 40 if level == AUTOCOMMIT else 10))
-                return [self.spending(dice.choice((1, 2))) for _ in range(count)]
+                count = rng.choice((2, 6, 40 if level == AUTOCOMMIT else 10))
+                return [self.spending(rng.choice((1, 2))) for _ in range(count)]
             case "buy":
-                return [Wish("buy", user, dice.choice((self.key(), f"common pack {moment()}")), 20)]
+                return [Request("buy", user, rng.choice((self.key(), f"common pack {moment()}")), 20)]
             case "grant":
-                return [Wish("grant", user, self.key(), dice.choice((1, 5)))]
+                return [Request("grant", user, self.key(), rng.choice((1, 5)))]
             case "lend":
-                until = dt.datetime.now(dt.UTC) + dt.timedelta(seconds=dice.choice((0.2, 2)))
-                return [Wish("lend", next(iter(self.people)), self.key(), 5, until.isoformat(timespec="milliseconds"))]
+                until = dt.datetime.now(dt.UTC) + dt.timedelta(seconds=rng.choice((0.2, 2)))
+                return [
+                    Request("lend", next(iter(self.users)), self.key(), 5, until.isoformat(timespec="milliseconds"))
+                ]
             case "hold":
-                return [Wish("hold", user, dice.choice((self.key(), f"common hold {moment()}")), 4)]
+                return [Request("hold", user, rng.choice((self.key(), f"common hold {moment()}")), 4)]
             case "capture" | "release" as what if self.held:
-                whose, hold, held = dice.choice(self.held[-6:])
+                whose, hold, held = rng.choice(self.held[-6:])
                 part = 1 if int(hold[-1], 16) % 2 else held  # the same for all who ask
-                return [Wish(what, whose, None, part if what == "capture" else 0, hold)]
+                return [Request(what, whose, None, part if what == "capture" else 0, hold)]
             case "refund" | "reinstate" as what if self.purchases:
-                whose, purchase = dice.choice(self.purchases[-6:])
-                return [Wish(what, whose, self.key(), dice.choice((1, 1, 5, 20)), purchase)]
+                whose, purchase = rng.choice(self.purchases[-6:])
+                return [Request(what, whose, self.key(), rng.choice((1, 1, 5, 20)), purchase)]
             case _:
-                return [Wish("balance", user)]
+                return [Request("balance", user)]
 
-    def spending(self, amount: int) -> Wish:
-        """Some of them for a workshop, and some under a key, that others are after at the same moment."""
-        user, workshops = self.dice.choice(list(self.people.items()))
-        match self.dice.choices(["own key", "common key", "workshop"], [6, 1, 3])[0]:
+    def spending(self, amount: int) -> Request:
+        """A consumption; some are for a workshop, or under a key, that other clients use at the same moment."""
+        user, workshops = self.rng.choice(list(self.users.items()))
+        match self.rng.choices(["own key", "common key", "workshop"], [6, 1, 3])[0]:
             case "own key":
-                return Wish("consume", user, self.key(), amount)
+                return Request("consume", user, self.key(), amount)
             case "common key":
-                return Wish("consume", user, f"common {moment()}", 1)
+                return Request("consume", user, f"common {moment()}", 1)
             case _:
-                workshop = workshops[(moment() + self.dice.randrange(3)) % len(workshops)]
-                return Wish("consume", user, self.key(), 1, workshop)
+                workshop = workshops[(moment() + self.rng.randrange(3)) % len(workshops)]
+                return Request("consume", user, self.key(), 1, workshop)
 
     def key(self) -> str:
         return f"{self.name}-{next(self.numbers)}"
 
 
 def moment() -> int:
-    """The same for all who ask at about the same time."""
+    """A number that is the same for all clients at about the same time."""
     return time.monotonic_ns() // 50_000_000
 
 
-def client(url: str, crew: Crew, logs: Path, program: Path | None, env: Mapping[str, str], seed: int) -> None:
-    os.setpgrp()  # what it starts is killed with it
-    logging.getLogger("psycopg").disabled = True  # that connections die is what is tried here
-    people = json.loads((logs / PEOPLE).read_text())
+def client(url: str, app: App, logs: Path, program: Path | None, env: Mapping[str, str], seed: int) -> None:
+    os.setpgrp()  # its child processes are killed with it
+    logging.getLogger("psycopg").disabled = True  # connections die on purpose here
+    users = json.loads((logs / USERS).read_text())
     pool, ledger, node = engine(url), Ledger(Config(database_url=url, host=HOST)), NodeProcess(program, env)
 
-    def doors() -> dict[str, Door]:
+    def drivers() -> dict[str, Driver]:
         return {
             "SQLAlchemy": SqlAlchemy(ledger, pool),
             "Combiner": Combined(combiner),
@@ -233,10 +239,10 @@ def client(url: str, crew: Crew, logs: Path, program: Path | None, env: Mapping[
             "psql": Psql(env),
         }
 
-    with closing(node), Combiner(ledger, pool) as combiner, ThreadPoolExecutor(crew.threads) as crowd:
-        lives = [Client(doors(), crew, people, logs, f"{seed}-{n}").live for n in range(crew.threads)]
-        for life in [crowd.submit(life) for life in lives]:
-            life.result()
+    with closing(node), Combiner(ledger, pool) as combiner, ThreadPoolExecutor(app.threads) as threads:
+        runs = [Client(drivers(), app, users, logs, f"{seed}-{n}").run for n in range(app.threads)]
+        for run in [threads.submit(run) for run in runs]:
+            run.result()
 
 
 # --- the hammer ---
@@ -265,7 +271,7 @@ class Plan:
     server_kill_every_s: float
     client_kill_every_s: float
     seed: int
-    crews: Sequence[Crew] = field(default=CREWS, repr=False)
+    apps: Sequence[App] = field(default=APPS, repr=False)
 
 
 def hammer(plan: Plan, *, bin_dir: Path | None = None) -> Report:
@@ -287,23 +293,23 @@ def hammer(plan: Plan, *, bin_dir: Path | None = None) -> Report:
             with world.engine.begin() as conn:
                 conn.exec_driver_sql(SHAPES["uuid"].ddl)
             migrate.apply(world.url, world.config)
-            (Path(logs) / PEOPLE).write_text(json.dumps(settled_in(world, max(3, plan.processes // 4))))
-            strike(plan, world.url, server, Path(logs), report)
+            (Path(logs) / USERS).write_text(json.dumps(create_users(world, max(3, plan.processes // 4))))
+            run_and_kill(plan, world.url, server, Path(logs), report)
             check(world, Path(logs), report)
     finally:
         shutil.rmtree(home)
     return report
 
 
-def settled_in(world: World, count: int) -> dict[str, list[str]]:
+def create_users(world: World, count: int) -> dict[str, list[str]]:
     """So many users, with credits, and their workshops."""
     users, workshops = [world.user(credits=BEGINS_WITH) for _ in range(count)], world.schema.workshops
     assert workshops is not None
-    theirs = {user: [world.key("uuid") for _ in range(WORKSHOPS)] for user in users}
+    by_user = {user: [world.key("uuid") for _ in range(WORKSHOPS)] for user in users}
     with world.engine.begin() as conn:
-        for user, some in theirs.items():
+        for user, some in by_user.items():
             conn.execute(sa.insert(workshops), [{"key": one, "owner": user, "title": "A workshop"} for one in some])
-    return {str(user): [str(one) for one in some] for user, some in theirs.items()}
+    return {str(user): [str(one) for one in some] for user, some in by_user.items()}
 
 
 def node_program(folder: Path) -> Path:
@@ -318,49 +324,49 @@ def node_program(folder: Path) -> Path:
     return folder / "hammer.mjs"
 
 
-def strike(plan: Plan, url: str, server: Server, logs: Path, report: Report) -> None:
-    context, dice = multiprocessing.get_context("spawn"), random.Random(plan.seed)
+def run_and_kill(plan: Plan, url: str, server: Server, logs: Path, report: Report) -> None:
+    context, rng = multiprocessing.get_context("spawn"), random.Random(plan.seed)
     seeds = itertools.count(plan.seed * 10_000)
-    in_node = any(door in IN_NODE for crew in plan.crews[: plan.processes] for door, _ in crew.doors)
+    in_node = any(driver in IN_NODE for app in plan.apps[: plan.processes] for driver, _ in app.drivers)
     program = node_program(logs) if in_node else None
     path = f"{server.bin}{os.pathsep}{server.env['PATH']}"  # its own psql
     env = server.env | {"PATH": path, "PGDATABASE": str(sa.make_url(url).database)}
 
     def start(number: int) -> Any:
-        crew = plan.crews[number % len(plan.crews)]
-        process = context.Process(target=client, args=(url, crew, logs, program, env, next(seeds)), daemon=True)
+        app = plan.apps[number % len(plan.apps)]
+        process = context.Process(target=client, args=(url, app, logs, program, env, next(seeds)), daemon=True)
         process.start()
         return process
 
-    crowd = [start(number) for number in range(plan.processes)]
-    while len(list(logs.glob("client-*-0.jsonl"))) < plan.processes:  # the clock starts once they all live
+    running = [start(number) for number in range(plan.processes)]
+    while len(list(logs.glob("client-*-0.jsonl"))) < plan.processes:  # the clock starts once all are running
         time.sleep(0.02)
     until, questions = time.time() + plan.seconds, logs / "questions"
     next_server, next_client = (time.time() + s for s in (plan.server_kill_every_s, plan.client_kill_every_s))
     while time.time() < until and questions.stat().st_size < plan.questions:
         time.sleep(0.02)
         if time.time() > next_client:
-            victim = dice.randrange(plan.processes)
-            if crowd[victim].exitcode is not None:
-                report.faults.append(f"a client ended with {crowd[victim].exitcode} by itself")
-            with suppress(ProcessLookupError):  # it has not come that far
-                os.killpg(crowd[victim].pid, signal.SIGKILL)
-            crowd[victim].kill()
-            crowd[victim].join()
-            crowd[victim] = start(victim)
+            victim = rng.randrange(plan.processes)
+            if running[victim].exitcode is not None:
+                report.faults.append(f"a client ended with {running[victim].exitcode} by itself")
+            with suppress(ProcessLookupError):  # it has not started yet
+                os.killpg(running[victim].pid, signal.SIGKILL)
+            running[victim].kill()
+            running[victim].join()
+            running[victim] = start(victim)
             report.client_kills += 1
-            next_client = time.time() + plan.client_kill_every_s * (0.5 + dice.random())
+            next_client = time.time() + plan.client_kill_every_s * (0.5 + rng.random())
         if time.time() > next_server:
             pid = int((server.folder / "server" / "data" / "postmaster.pid").read_text().split()[0])
-            os.kill(pid, dice.choice((signal.SIGKILL, signal.SIGQUIT)))
+            os.kill(pid, rng.choice((signal.SIGKILL, signal.SIGQUIT)))
             while server.running:
                 time.sleep(0.005)
             server.start()
             report.server_kills += 1
-            next_server = time.time() + plan.server_kill_every_s * (0.5 + dice.random())
+            next_server = time.time() + plan.server_kill_every_s * (0.5 + rng.random())
     (logs / "over").touch()
     patience = time.monotonic() + PATIENCE_S
-    for process in crowd:
+    for process in running:
         process.join(max(0.0, patience - time.monotonic()))
         if process.exitcode != 0:  # None: it hangs
             report.faults.append(f"a client ended with {process.exitcode}")
@@ -371,46 +377,46 @@ def strike(plan: Plan, url: str, server: Server, logs: Path, report: Report) -> 
 # --- the check ---
 
 
-class Asked(NamedTuple):
-    """The moment of a question, and the wishes of all its calls."""
+class LoggedQuestion(NamedTuple):
+    """The moment of a question, and the requests of all its calls."""
 
     at: float
-    wishes: list[Wish]
-    door: str = AUTOCOMMIT
+    requests: list[Request]
+    driver: str = AUTOCOMMIT
 
 
-class Told(NamedTuple):
-    """The moment of an answer, and for each wish its outcome in the form of ``said``."""
+class LoggedAnswer(NamedTuple):
+    """The moment of an answer, and for each request its outcome, as ``clients.answer_of``."""
 
     at: float
     answers: list[list[Any]]
 
 
-Talk = Iterable[tuple[Asked, Told | None]]
+Exchanges = Iterable[tuple[LoggedQuestion, LoggedAnswer | None]]
 
 
 @dataclass(frozen=True)
-class Conversations:
-    """The logs of the clients; a question without an answer stands beside None."""
+class Logs:
+    """The logs of the clients as pairs of question and answer, None for a missing answer."""
 
     folder: Path
 
-    def __iter__(self) -> Iterator[tuple[Asked, Told | None]]:
+    def __iter__(self) -> Iterator[tuple[LoggedQuestion, LoggedAnswer | None]]:
         for log in sorted(self.folder.glob("client-*.jsonl")):
-            question: Asked | None = None
+            question: LoggedQuestion | None = None
             with log.open() as lines:
                 for line in lines:
                     try:
                         entry = json.loads(line)
                     except json.JSONDecodeError:
                         continue  # the client was killed while it wrote
-                    if "ask" in entry:
+                    if "calls" in entry:
                         if question:
                             yield question, None
-                        wishes = [Wish(*wish) for call in entry["ask"] for wish in call]
-                        question = Asked(entry["at"], wishes, entry["door"])
+                        requests = [Request(*request) for call in entry["calls"] for request in call]
+                        question = LoggedQuestion(entry["at"], requests, entry["driver"])
                     elif question:
-                        yield question, Told(entry["at"], entry["told"])
+                        yield question, LoggedAnswer(entry["at"], entry["answers"])
                         question = None
             if question:
                 yield question, None
@@ -423,43 +429,43 @@ def check(world: World, logs: Path, report: Report) -> None:
         asked_for = sa.or_(row.status == "completed", row.held.is_not(None))
         rows = conn.execute(sa.select(*(row[name] for name in (*ROW, "held"))).where(asked_for)).all()
     report.rows = len(rows)
-    talk = Conversations(logs)
-    for question, answer in talk:
-        report.kinds[question.door if answer else "not answered"] += 1
-        for wish, told in zip(question.wishes, answer.answers if answer else (), strict=False):
+    exchanges = Logs(logs)
+    for question, answer in exchanges:
+        report.kinds[question.driver if answer else "not answered"] += 1
+        for request, outcome in zip(question.requests, answer.answers if answer else (), strict=False):
             report.answered += 1
-            report.kinds[wish.what if told[0] in ("row", "balance") else told[0]] += 1
-    report.faults += contradictions(rows, talk)
+            report.kinds[request.what if outcome[0] in ("row", "balance") else outcome[0]] += 1
+    report.faults += contradictions(rows, exchanges)
 
 
-def contradictions(rows: Iterable[Any], talk: Talk) -> list[str]:
-    """The answers that the rows of the ledger cannot explain; ``talk`` is read twice."""
-    books = Books(rows)
-    for question, _ in talk:
-        books.ask(question)
-    for question, answer in talk:
+def contradictions(rows: Iterable[Any], exchanges: Exchanges) -> list[str]:
+    """The answers that the rows of the ledger cannot explain; ``exchanges`` is read twice."""
+    evidence = Evidence(rows)
+    for question, _ in exchanges:
+        evidence.record_question(question)
+    for question, answer in exchanges:
         if answer is not None:
-            books.tell(question, answer)
-    for user, chain in books.chains.items():
+            evidence.record_answer(question, answer)
+    for user, chain in evidence.chains.items():
         chain.sort(key=lambda row: row.sequence)
-        # The clock alone changes what a borrower has, between two rows.
-        claims = [claim for claim in books.claims[user] if claim.of is not None or user not in books.borrowers]
-        books.faults += unexplained(chain, books.events, claims)
-    return books.faults
+        # a borrower's balance also changes by time, between two rows
+        claims = [claim for claim in evidence.claims[user] if claim.of is not None or user not in evidence.borrowers]
+        evidence.faults += unexplained(chain, evidence.events, claims)
+    return evidence.faults
 
 
 @dataclass
 class Event:
     """The moments at which a row was first asked for and first reported; in nanoseconds of one clock."""
 
-    asked: float = math.inf
-    told: float = math.inf
+    asked_at: float = math.inf
+    answered_at: float = math.inf
 
 
 class Claim(NamedTuple):
-    """That something of a user was ``value`` at some moment: the balance, or what refunds took ``of`` a purchase.
+    """A value of a user at some moment: the balance, or the credits that refunds took ``of`` a purchase.
 
-    Whoever was refused was so before the row that they asked for, should there be one: ``ahead_of`` is its number.
+    A refusal came before the row that it asked for, if there is one: ``ahead_of`` is its number.
     """
 
     of: str | None
@@ -473,15 +479,15 @@ WRITES = {
     "consume": ("consumption", -1), "buy": ("purchase", 1), "refund": ("refund", -1), "grant": ("grant", 1),
     "reinstate": ("grant", 1), "lend": ("grant", 1),
 }  # fmt: skip
-"""For each wish the type and the sign of the row that grants it."""
+"""For each request the type and the sign of its row."""
 
 
 HOLDING = {"hold", "capture", "release"}
-"""The wishes about a hold: a row that one of them makes, and another may complete."""
+"""The requests about a hold: one makes a row that another may complete."""
 
 
-class Books:
-    """The ledger's rows, when each was asked for and told of, and what else was said about their users."""
+class Evidence:
+    """The ledger's rows, the moments of their questions and answers, and all other answers about their users."""
 
     def __init__(self, rows: Iterable[Any]) -> None:
         self.faults: list[str] = []
@@ -507,161 +513,171 @@ class Books:
                 if self.by_name.setdefault((user, str(name)), row) is not row:
                     self.faults.append(f"{name} of {user} is there more than once")
 
-    def found(self, wish: Wish) -> Any:
-        """The row that grants a wish: that of its key, or the one that had unlocked its workshop before."""
-        own = self.by_name.get((wish.user, wish.key))
-        return self.by_name.get((wish.user, wish.of)) if own is None and wish.what == "consume" else own
+    def found(self, request: Request) -> Any:
+        """The row of a request: that of its key, or the one that had unlocked its workshop before."""
+        own = self.by_name.get((request.user, request.key))
+        return self.by_name.get((request.user, request.of)) if own is None and request.what == "consume" else own
 
-    def ask(self, question: Asked) -> None:
-        for wish in question.wishes:
-            if wish.what in HOLDING:
-                self.ask_of_hold(wish, question.at)
+    def record_question(self, question: LoggedQuestion) -> None:
+        for request in question.requests:
+            if request.what in HOLDING:
+                self.record_hold_question(request, question.at)
                 continue
-            if wish.what == "lend":
-                self.borrowers.add(wish.user)
-            row = self.by_name.get((wish.user, wish.key))
+            if request.what == "lend":
+                self.borrowers.add(request.user)
+            row = self.by_name.get((request.user, request.key))
             if row is not None:
                 event = self.events[str(row.id)]
-                event.asked = min(event.asked, question.at)
-                kind, sign = WRITES[wish.what]
+                event.asked_at = min(event.asked_at, question.at)
+                kind, sign = WRITES[request.what]
                 of = row.workshop_id or row.refund_of
-                wanted = None if wish.what == "lend" else wish.of
-                if (row.type, row.amount, of and str(of)) != (kind, sign * wish.amount, wanted):
-                    self.faults.append(f"{wish} was asked for, and written was {row}")
+                expected = None if request.what == "lend" else request.of
+                if (row.type, row.amount, of and str(of)) != (kind, sign * request.amount, expected):
+                    self.faults.append(f"{request} was asked for, and written was {row}")
 
-    def ask_of_hold(self, wish: Wish, at: float) -> None:
-        if wish.what == "hold":
-            row = self.holds.get((wish.user, wish.key))
-            if row is not None and row.held != wish.amount:
-                self.faults.append(f"{wish} was asked for, and written was {row}")
-        elif wish.what == "capture":
-            event = self.events[str(wish.of)]
-            event.asked = min(event.asked, at)
-            self.charges[str(wish.of)].add(wish.amount)
+    def record_hold_question(self, request: Request, at: float) -> None:
+        if request.what == "hold":
+            row = self.holds.get((request.user, request.key))
+            if row is not None and row.held != request.amount:
+                self.faults.append(f"{request} was asked for, and written was {row}")
+        elif request.what == "capture":
+            event = self.events[str(request.of)]
+            event.asked_at = min(event.asked_at, at)
+            self.charges[str(request.of)].add(request.amount)
 
-    def tell_of_hold(self, wish: Wish, told: list[Any], since: float, until: float) -> bool:
-        """Take down that somebody was told of a hold's row; whether it is not what was asked for."""
-        replayed, *now = told
-        row = self.holds.get((wish.user, wish.key) if wish.what == "hold" else wish.of)
+    def record_hold_answer(self, request: Request, values: list[Any], since: float, until: float) -> bool:
+        """Record an answer with a hold's row; True if it is wrong."""
+        replayed, *now = values
+        row = self.holds.get((request.user, request.key) if request.what == "hold" else request.of)
         if row is None or now[0] != str(row.id):
             return True
-        if now[ROW.index("sequence")] is None:  # it waits, or is given up
-            made_twice = not replayed and wish.what == "hold" and now[0] in self.made
-            self.made |= {now[0]} if not replayed and wish.what == "hold" else set()
-            return made_twice or wish.what == "capture" or now[ROW.index("amount")] != -row.held
+        if now[ROW.index("sequence")] is None:  # it is pending, or released
+            made_twice = not replayed and request.what == "hold" and now[0] in self.made
+            self.made |= {now[0]} if not replayed and request.what == "hold" else set()
+            return made_twice or request.what == "capture" or now[ROW.index("amount")] != -row.held
         event = self.events[now[0]]
-        event.told = min(event.told, until)
+        event.answered_at = min(event.answered_at, until)
         captured_twice = False
-        if not replayed and wish.what == "capture":
-            event.asked = since
+        if not replayed and request.what == "capture":
+            event.asked_at = since
             captured_twice = f"{now[0]} captured" in self.made
             self.made.add(f"{now[0]} captured")
         return captured_twice or facts(row) != now or -row.amount not in self.charges[now[0]]
 
-    def tell(self, question: Asked, answer: Told) -> None:
-        since, wishes, _ = question
+    def record_answer(self, question: LoggedQuestion, answer: LoggedAnswer) -> None:
+        since, requests, _ = question
         until, answers = answer
-        if len(wishes) != len(answers):
-            self.faults.append(f"{len(wishes)} things were asked for and {len(answers)} answered: {wishes}")
-        for wish, (kind, *told) in zip(wishes, answers, strict=False):
-            row = self.found(wish)
-            if kind == "row" and wish.what in HOLDING:
-                fault = self.tell_of_hold(wish, told, since, until)
+        if len(requests) != len(answers):
+            self.faults.append(f"{len(requests)} things were asked for and {len(answers)} answered: {requests}")
+        for request, (kind, *values) in zip(requests, answers, strict=False):
+            row = self.found(request)
+            if kind == "row" and request.what in HOLDING:
+                fault = self.record_hold_answer(request, values, since, until)
             elif kind == "row":
-                fault = self.granted(wish, row, told[0], told[1:], since, until)
+                fault = self.granted(request, row, values[0], values[1:], since, until)
             elif kind == "balance":
-                fault = wish.what != "balance"
-                self.claims[wish.user].append(Claim(None, told[0], since, until))
+                fault = request.what != "balance"
+                self.claims[request.user].append(Claim(None, values[0], since, until))
             else:
-                claim = self.refused(wish, kind, told[0])
-                fault = claim is None and not self.closed(wish, kind, told[0])
+                claim = self.refused(request, kind, values[0])
+                fault = claim is None and not self.closed(request, kind, values[0])
                 if claim is not None:
                     of, value = claim
                     ahead_of = math.inf if row is None else row.sequence
-                    self.claims[wish.user].append(Claim(of, value, since, until, ahead_of))
+                    self.claims[request.user].append(Claim(of, value, since, until, ahead_of))
             if fault:
-                self.faults.append(f"{wish} was answered with {kind} {told}; the ledger has {row}")
+                self.faults.append(f"{request} was answered with {kind} {values}; the ledger has {row}")
 
-    def granted(self, wish: Wish, row: Any, replayed: bool, told: list[Any], since: float, until: float) -> bool:
-        """Take down that somebody was told of a row; whether it is not theirs."""
-        if row is None or facts(row) != told:
+    def granted(
+        self, request: Request, row: Any, replayed: bool, values: list[Any], since: float, until: float
+    ) -> bool:
+        """Record an answer with a row; True if it is wrong."""
+        if row is None or facts(row) != values:
             return True
         event = self.events[str(row.id)]
-        event.told = min(event.told, until)
+        event.answered_at = min(event.answered_at, until)
         if replayed:
             return False
-        # It was made by this very call, so nobody's earlier attempt made it; and nobody else's call did.
-        event.asked = since
+        # this call made it, so no earlier attempt and no other call did
+        event.asked_at = since
         twice = str(row.id) in self.made
         self.made.add(str(row.id))
-        return twice or row.idempotency_key != wish.key
+        return twice or row.idempotency_key != request.key
 
-    def refused(self, wish: Wish, kind: str, why: Mapping[str, Any]) -> tuple[str | None, int] | None:
+    def refused(self, request: Request, kind: str, why: Mapping[str, Any]) -> tuple[str | None, int] | None:
         """The values about the user in a refusal; None if these clients cannot have caused it."""
-        match wish.what, kind, why:
+        match request.what, kind, why:
             case (
                 "consume" | "hold" | "capture",
                 "InsufficientCredits",
-                {"user": wish.user, "balance": balance, "required": wish.amount},
+                {"user": request.user, "balance": balance, "required": request.amount},
             ):
-                return (None, balance) if balance - why.get("held", 0) < wish.amount else None
-            case "refund", "RefundExceedsPurchase", {"purchase": wish.of, "left": had, "asked": wish.amount}:
-                return (wish.of, self.bought[wish.of] - had) if had < wish.amount else None
-            case "reinstate", "ReinstatementExceedsRefunds", {"purchase": wish.of, "taken": had, "asked": wish.amount}:
-                return (wish.of, had) if had < wish.amount else None
+                return (None, balance) if balance - why.get("held", 0) < request.amount else None
+            case "refund", "RefundExceedsPurchase", {"purchase": request.of, "left": had, "asked": request.amount}:
+                return (request.of, self.bought[request.of] - had) if had < request.amount else None
+            case "reinstate", "ReinstatementExceedsRefunds", {
+                "purchase": request.of,
+                "taken": had,
+                "asked": request.amount,
+            }:
+                return (request.of, had) if had < request.amount else None
         return None
 
-    def closed(self, wish: Wish, kind: str, why: Mapping[str, Any]) -> bool:
-        """True if a refusal without a balance is right: the hold has ended, or the time of a loan has."""
-        if wish.what == "lend":
+    def closed(self, request: Request, kind: str, why: Mapping[str, Any]) -> bool:
+        """True if a refusal without a balance is right: the hold, or the time of a loan, has ended."""
+        if request.what == "lend":
             return kind == "InvalidArgument" and why["argument"] == "expires_at"
-        row = self.holds.get(wish.of)
-        if kind != "HoldClosed" or wish.what not in {"capture", "release"} or row is None:
+        row = self.holds.get(request.of)
+        if kind != "HoldClosed" or request.what not in {"capture", "release"} or row is None:
             return False
-        return (row.sequence is None) == (wish.what == "capture")  # given up, so never charged; or the other way
+        return (row.sequence is None) == (
+            request.what == "capture"
+        )  # released, so never charged; or the other way round
 
 
 def unexplained(chain: list[Any], events: Mapping[str, Event], claims: list[Claim]) -> list[str]:
     """The answers that contradict the order of this user's rows in the ledger.
 
-    State n is the one that row n made. The rows of a database transaction stand side by side, since it keeps the
-    user's row for itself, and come to be at its commit, which lies between its question and its answer: all bounds
-    here are those of commits. What it was told of its own rows before that commit, or of others as of its snapshot, is
-    no exception. The first is a state that came, and perhaps went, with the commit; the second was read in between.
+    State n is the one that row n made. All bounds here are those of commits:
+
+    1. A database transaction locks the user, so its rows are consecutive.
+    2. They appear at its commit, which lies between its question and its answer.
+    3. Its answers about its own rows, before the commit, are about states that begin with the commit.
+    4. Its answers about others' rows, as of its snapshot, are about states between question and answer.
     """
     faults = []
-    # the setting-up came before all questions, and nobody asks for an expiry
+    # the setup came before all questions, and expiries have none
     unasked = [one.sequence == 1 or one.type == "expiry" for one in chain]
-    asked = [0.0 if it else events[str(one.id)].asked for it, one in zip(unasked, chain, strict=True)]
-    told = [0.0 if one.sequence == 1 else events[str(one.id)].told for one in chain]
+    asked = [0.0 if it else events[str(one.id)].asked_at for it, one in zip(unasked, chain, strict=True)]
+    answered = [0.0 if one.sequence == 1 else events[str(one.id)].answered_at for one in chain]
     latest = 0.0
-    for one, question, answer in zip(chain, asked, told, strict=True):
+    for one, question, answer in zip(chain, asked, answered, strict=True):
         if question == math.inf:
-            faults.append(f"{one} is there though nobody asked for it")
-        # whoever was told of this row, was told after all earlier rows were asked for
+            faults.append(f"{one} is there without a question")
+        # the answer with this row came after the questions of all earlier rows
         latest = max(latest, question)
         if answer < latest:
-            faults.append(f"{one} was told of before a row that stands ahead of it was asked for")
-    # State n holds from some moment after asked[n] until some moment before told[n + 1]: an answer of its balance is
-    # right if that span meets the answer's own. Both bounds are made monotone, as the order itself is.
+            faults.append(f"{one} was answered before the question of an earlier row")
+    # State n lasts from some moment after asked[n] until some moment before answered[n + 1]: an answer with its balance
+    # is right if that span overlaps the answer's own. Both bounds are made monotone, as the order itself is.
     begins = _running_max(asked)
-    ends = _running_min_from_right([*told[1:], math.inf])
+    ends = _running_min_from_right([*answered[1:], math.inf])
     held = _held(chain)
     for claim in claims:
-        first = bisect.bisect_left(ends, claim.since)  # the first state that may still have held when it was asked
-        last = bisect.bisect_right(begins, claim.until) - 1  # the last one that may have held when it was told
+        first = bisect.bisect_left(ends, claim.since)  # the first state that may have lasted until the question
+        last = bisect.bisect_right(begins, claim.until) - 1  # the last one that may have begun before the answer
         last = min(last, claim.ahead_of - 2)  # sequences count from 1: row n made state n - 1
         spans = held.get((claim.of, claim.value), [])
         n = bisect.bisect_left(spans, first, key=lambda span: span[1])
         if n == len(spans) or spans[n][0] > last:
-            faults.append(f"{chain[0].user_id} was told of {claim}, which was so at no moment between")
+            faults.append(f"{chain[0].user_id} got {claim}, which was true at no moment between")
     return faults
 
 
 def _held(chain: list[Any]) -> dict[tuple[str | None, int], list[tuple[int, int]]]:
-    """In which states, from the first to the last of them, a balance or what was taken of a purchase had a value."""
+    """The spans of states in which a balance, or the credits taken of a purchase, had a value."""
     spans: dict[tuple[str | None, int], list[tuple[int, int]]] = defaultdict(list)
-    taken: dict[str, tuple[int, int]] = {}  # of each purchase, and since which state
+    taken: dict[str, tuple[int, int]] = {}  # by purchase: the credits, and the first state with them
     for n, row in enumerate(chain):
         spans[None, row.balance_after].append((n, n))
         if row.type == "purchase":
@@ -705,13 +721,13 @@ def main() -> None:
         server_kill_every_s=asked.server_kill_every,
         client_kill_every_s=asked.client_kill_every,
         seed=asked.seed,
-        crews=[SINGLE] if asked.autocommit else CREWS,
+        apps=[SINGLE] if asked.autocommit else APPS,
     )
     report = hammer(plan)
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in report.kinds.most_common())
     print(
         f"{plan}\n"
-        f"{report.asked:,} questions asked, {report.answered:,} answers told; {report.rows:,} rows in the ledger\n"
+        f"{report.asked:,} questions, {report.answered:,} answers; {report.rows:,} rows in the ledger\n"
         f"server killed {report.server_kills} times, clients {report.client_kills} times\n{kinds}",
         *report.faults[:50],
         f"{len(report.faults)} faults",

@@ -29,13 +29,13 @@ SAID_MAX = 3_000  # characters of a refusal, however long what was typed
 
 
 @dataclass(frozen=True)
-class Said:
+class Output:
     code: int
     out: str
     err: str
 
 
-def run(*arguments: str) -> Said:
+def run(*arguments: str) -> Output:
     """The command line as a shell would run it, without a terminal. What it raises is a traceback there."""
     streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", errors) for errors in ("strict", "backslashreplace")]
     with (
@@ -48,7 +48,7 @@ def run(*arguments: str) -> Said:
     for stream in streams:
         stream.flush()
     out, err = (stream.buffer.getvalue().decode() for stream in streams)
-    return Said(int(ended.value.code or 0), out, err)
+    return Output(int(ended.value.code or 0), out, err)
 
 
 @pytest.fixture
@@ -139,18 +139,18 @@ def test_any_command_line_is_done_or_refused_with_a_message(typed: World) -> Non
     @given(line=lines)
     def check(line: list[str]) -> None:
         before = everything(typed)
-        said = run(*(word.replace(LONG, "x" * LETTERS) for word in line))
-        assert said.code in (0, 1, 2)
-        assert "Traceback" not in said.out + said.err
-        if said.code:
+        result = run(*(word.replace(LONG, "x" * LETTERS) for word in line))
+        assert result.code in (0, 1, 2)
+        assert "Traceback" not in result.out + result.err
+        if result.code:
             assert everything(typed) == before
-            assert said.err.strip() or not line  # nothing typed: the help
-            if said.code == 1:  # wrong usage repeats what was typed
-                assert len(said.err) < SAID_MAX
+            assert result.err.strip() or not line  # nothing typed: the help
+            if result.code == 1:  # wrong usage repeats what was typed
+                assert len(result.err) < SAID_MAX
         elif line[:1] and line[0] not in WRITES:
             assert everything(typed) == before
-        if said.code == 0 and "--json" in line and "sql" not in line:
-            json.loads(said.out)
+        if result.code == 0 and "--json" in line and "sql" not in line:
+            json.loads(result.out)
 
     check()
     with typed.engine.connect() as conn:
@@ -185,7 +185,7 @@ def test_any_command_line_is_done_or_refused_with_a_message(typed: World) -> Non
 def test_a_message_names_what_is_wrong(typed: World, line: list[str], code: int, named: str) -> None:
     user = typed.user(credits=5)
     before = everything(typed)
-    said = run(*(word.format(user=user) if word == "{user}" else word for word in line))
-    assert said.code == code, said.err
-    assert named in (said.out if code == 0 else said.err)
+    result = run(*(word.format(user=user) if word == "{user}" else word for word in line))
+    assert result.code == code, result.err
+    assert named in (result.out if code == 0 else result.err)
     assert everything(typed) == before

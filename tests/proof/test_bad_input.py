@@ -17,7 +17,7 @@ from tallystick import Config, Consume, HostMapping, UsersTable, WorkshopsTable,
 from tallystick.audit import audit
 from tallystick.errors import ConfigError, InvalidArgument, LedgerError, TallystickError
 from tallystick.ledger.operations import KEY_MAX, TEXT_MAX
-from worlds import World, let_go
+from worlds import World, dispose_when_idle
 
 QUIET = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
@@ -52,7 +52,7 @@ def pooled(world: World) -> Iterator[World]:
     world.engine = sa.create_engine(world.url)
     world.autocommit = world.engine.execution_options(isolation_level="AUTOCOMMIT")
     yield world
-    let_go(world.engine)
+    dispose_when_idle(world.engine)
 
 
 def storable(text: object, longest: int) -> bool:

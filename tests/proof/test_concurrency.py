@@ -16,21 +16,21 @@ from uuid import UUID, uuid4
 import pytest
 import sqlalchemy as sa
 
-from crowd import PATIENCE_S, books_balance, outcome, processes, threads, waiting_for_a_lock
+from parallel import PATIENCE_S, assert_ledger_consistent, outcome, processes, threads, waiting_for_a_lock
 from tallystick import CreditTransaction, InsufficientCredits, Merged, errors
 from tallystick.database import translated
 from tallystick.errors import Conflict, Key, PurchaseNotPending, RefundExceedsPurchase, WorkshopNotOwned
 from tallystick.ledger import Consume
 from worlds import World
 
-CROWDS: dict[str, Callable[..., list[Any]]] = {"threads": threads, "processes": processes}
-CROWD = 16
+RUNNERS: dict[str, Callable[..., list[Any]]] = {"threads": threads, "processes": processes}
+CALLERS = 16
 
 
 @pytest.fixture(autouse=True)
-def _books_balance(world: World) -> Iterator[None]:
+def _ledger_is_consistent(world: World) -> Iterator[None]:
     yield
-    books_balance(world)
+    assert_ledger_consistent(world)
 
 
 def new(results: list[Any]) -> list[CreditTransaction]:
@@ -41,11 +41,11 @@ def spend_ten(world: World, conn: sa.Connection, number: int, user: Key) -> list
     return [outcome(lambda n=n: world.ledger.consume(conn, user, key=f"{number}-{n}")) for n in range(10)]
 
 
-@pytest.mark.parametrize(("crowd", "count"), [("threads", CROWD), ("processes", 3)])
-def test_a_hot_account_is_spent_to_the_last_credit_and_not_beyond(world: World, crowd: str, count: int) -> None:
+@pytest.mark.parametrize(("runner", "count"), [("threads", CALLERS), ("processes", 3)])
+def test_a_hot_account_is_spent_to_the_last_credit_and_not_beyond(world: World, runner: str, count: int) -> None:
     credits = 10 * count - 7
     user = world.user(credits=credits)
-    results = list(chain.from_iterable(CROWDS[crowd](world, count, spend_ten, user)))
+    results = list(chain.from_iterable(RUNNERS[runner](world, count, spend_ten, user)))
     assert sorted(row.balance_after for row in new(results)) == list(range(credits))
     refused = [result for result in results if isinstance(result, InsufficientCredits)]
     assert [(refusal.balance, refusal.required) for refusal in refused] == [(0, 1)] * 7
@@ -55,10 +55,10 @@ def spend_with_one_key(world: World, conn: sa.Connection, number: int, user: Key
     return world.ledger.consume(conn, user, key="the same")
 
 
-@pytest.mark.parametrize(("crowd", "count"), [("threads", CROWD), ("processes", 3)])
-def test_one_key_at_once_is_one_row(world: World, crowd: str, count: int) -> None:
+@pytest.mark.parametrize(("runner", "count"), [("threads", CALLERS), ("processes", 3)])
+def test_one_key_at_once_is_one_row(world: World, runner: str, count: int) -> None:
     user = world.user(credits=3)
-    results = CROWDS[crowd](world, count, spend_with_one_key, user)
+    results = RUNNERS[runner](world, count, spend_with_one_key, user)
     assert len({row.id for row in results}) == 1
     assert len(new(results)) == 1
 
@@ -68,8 +68,8 @@ def unlock(world: World, conn: sa.Connection, number: int, user: Key, workshop: 
 
 
 def test_a_workshop_is_paid_for_once(world: World) -> None:
-    user = world.user(credits=CROWD)
-    results = threads(world, CROWD, unlock, user, world.workshop(user))
+    user = world.user(credits=CALLERS)
+    results = threads(world, CALLERS, unlock, user, world.workshop(user))
     assert len({row.id for row in results}) == 1
     assert len(new(results)) == 1
 
@@ -82,7 +82,7 @@ def test_a_purchase_is_granted_once(world: World) -> None:
     user = world.user()
     with world.engine.begin() as conn:
         purchase = world.ledger.start_purchase(conn, user, credits=5, description="A pack")
-    results = threads(world, CROWD, complete, user, purchase.id)
+    results = threads(world, CALLERS, complete, user, purchase.id)
     assert len(new(results)) == 1
     assert {row.balance_after for row in results} == {5}
 
@@ -128,9 +128,9 @@ def refunds_that_waited_together(world: World, job: Callable[..., Any]) -> tuple
         purchase = world.buy(conn, user, 5)
     with ThreadPoolExecutor(1) as background:
         with held(world, user):
-            crowd = background.submit(threads, world, CROWD, job, user, purchase.id)
-            waiting_for_a_lock(world, CROWD)
-        results = crowd.result(PATIENCE_S)
+            callers = background.submit(threads, world, CALLERS, job, user, purchase.id)
+            waiting_for_a_lock(world, CALLERS)
+        results = callers.result(PATIENCE_S)
     with world.engine.connect() as conn:
         return results, 105 - world.ledger.balance(conn, user)
 
@@ -194,17 +194,19 @@ def test_who_refers_to_a_user_does_not_make_those_who_spend_for_it_wait_in_a_cir
     with ThreadPoolExecutor(2) as background:
         holding = [background.submit(refer) for _ in range(2)]
         try:
-            results = list(chain.from_iterable(threads(world, CROWD, spend_ten, user)))
-            results += chain.from_iterable(threads(world, CROWD, spend_behind_a_change, user))
+            results = list(chain.from_iterable(threads(world, CALLERS, spend_ten, user)))
+            results += chain.from_iterable(threads(world, CALLERS, spend_behind_a_change, user))
             results += chain.from_iterable(
-                threads(world, CROWD, spend_behind_a_change, user, isolation="READ COMMITTED")
+                threads(world, CALLERS, spend_behind_a_change, user, isolation="READ COMMITTED")
             )
-            results += chain.from_iterable(threads(world, CROWD, spend_behind_a_lock, user, isolation="READ COMMITTED"))
+            results += chain.from_iterable(
+                threads(world, CALLERS, spend_behind_a_lock, user, isolation="READ COMMITTED")
+            )
         finally:
             done.set()
         for each in holding:
             each.result(PATIENCE_S)
-    assert len(new(results)) == 40 * CROWD
+    assert len(new(results)) == 40 * CALLERS
     assert world.deadlocks() == 0
 
 
@@ -301,11 +303,11 @@ def live(world: World, conn: sa.Connection, number: int, users: list[Key], works
     return seen
 
 
-@pytest.mark.parametrize(("crowd", "count"), [("threads", 8), ("processes", 3)])
-def test_all_operations_mixed(world: World, crowd: str, count: int) -> None:
+@pytest.mark.parametrize(("runner", "count"), [("threads", 8), ("processes", 3)])
+def test_all_operations_mixed(world: World, runner: str, count: int) -> None:
     users = [world.user(credits=5) for _ in range(3)]
     workshops = {user: [world.workshop(user) for _ in range(4)] for user in users}
-    seen = sum(CROWDS[crowd](world, count, live, users, workshops), Counter[str]())
+    seen = sum(RUNNERS[runner](world, count, live, users, workshops), Counter[str]())
     assert seen["CreditTransaction"] > 10 * count
     assert set(seen) <= {"CreditTransaction"} | {
         kind.__name__
@@ -392,8 +394,8 @@ def test_lists_in_transactions_of_each_isolation(world: World, isolation: str) -
             for _ in range(1000):
                 try:
                     with conn.begin():
-                        told = world.ledger.consume_many(conn, items)
-                    results += told
+                        rows = world.ledger.consume_many(conn, items)
+                    results += rows
                     break
                 except Conflict as conflict:
                     assert conflict.retryable

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import sqlalchemy as sa
 
-from crowd import PATIENCE_S, books_balance, waiting_for_a_lock
 from deadlocks import AFTER_SPENDING, MIX, ready, run
+from parallel import PATIENCE_S, assert_ledger_consistent, waiting_for_a_lock
 from tallystick.database import translated
 from tallystick.dev.postgres import Server
 from tallystick.errors import Conflict
@@ -18,16 +18,16 @@ from worlds import World
 
 
 def test_nothing_that_an_app_does_beside_the_ledger_deadlocks(server: Server, fresh_database: Callable[[], str]):
-    told = run(server, ready(fresh_database()), MIX, seconds=8)
-    assert (told.deadlocks, told.failed, told.findings) == (0, 0, ())
-    assert min(told.done.values()) > 0
-    assert set(told.rows) == {"purchase", "consumption", "refund", "grant"}
+    report = run(server, ready(fresh_database()), MIX, seconds=8)
+    assert (report.deadlocks, report.failed, report.findings) == (0, 0, ())
+    assert min(report.done.values()) > 0
+    assert set(report.rows) == {"purchase", "consumption", "refund", "grant"}
 
 
 # --- what locks a user harder, after the same transaction has spent ---
 
 
-class Twice:
+class RetriedTransaction:
     """A host's transaction, run again as a whole when it was in the way of another, as ``retryable`` says."""
 
     def __init__(self, world: World, work: Callable[[sa.Connection], object]) -> None:
@@ -84,7 +84,7 @@ def test_a_user_is_locked_harder_before_it_spends_and_otherwise_at_the_price_of_
         spend(conn)
 
     other = {"spend": spend_then_lock, "lock": lock_then_spend}[first]
-    members = [Twice(world, work) for work in (refer_then_spend, other)]
+    members = [RetriedTransaction(world, work) for work in (refer_then_spend, other)]
     with ThreadPoolExecutor(2) as pool:
         for each in [pool.submit(member) for member in members]:
             each.result(PATIENCE_S)
@@ -94,12 +94,12 @@ def test_a_user_is_locked_harder_before_it_spends_and_otherwise_at_the_price_of_
         assert ledger.balance(conn, user) == 8
         assert {row.idempotency_key for row in ledger.history(conn, user)} > {"of the locked", "of the new workshop"}
         assert conn.scalar(sa.select(users.c.email).where(users.c.key == user)) == "new@example.com"
-    books_balance(world)
+    assert_ledger_consistent(world)
 
 
 def test_what_is_retried_after_such_deadlocks_is_done_once(server: Server, fresh_database: Callable[[], str]):
     world = ready(fresh_database())
     twice = "refer, then spend twice"
-    told = run(server, world, {twice: MIX[twice], "change after": AFTER_SPENDING}, seconds=5, tries=0)
-    assert told.rows["consumption"] == 2 * told.done[twice] + told.done["change after"] > 0
-    assert told.findings == ()
+    report = run(server, world, {twice: MIX[twice], "change after": AFTER_SPENDING}, seconds=5, tries=0)
+    assert report.rows["consumption"] == 2 * report.done[twice] + report.done["change after"] > 0
+    assert report.findings == ()

@@ -22,7 +22,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import exc
 
-from crowd import PATIENCE_S, books_balance, waiting_for_a_lock
+from parallel import PATIENCE_S, assert_ledger_consistent, waiting_for_a_lock
 from servers import pg_bin
 from tallystick import Consume, CreditTransaction, migrate
 from tallystick.database import connect, transaction
@@ -33,14 +33,14 @@ from worlds import SHAPES, World
 
 
 @pytest.fixture(autouse=True)
-def _books_balance(request: pytest.FixtureRequest) -> Iterator[None]:
+def _ledger_is_consistent(request: pytest.FixtureRequest) -> Iterator[None]:
     own = [name for name in ("durable", "cramped") if name in request.fixturenames]
     world = request.getfixturevalue(own[0] if own else "world")
     yield
-    books_balance(world)
+    assert_ledger_consistent(world)
 
 
-def surely(world: World, call: Callable[[sa.Connection], Any]) -> Any:
+def until_answered(world: World, call: Callable[[sa.Connection], Any]) -> Any:
     """As an app does it: the same call with the same key, until there is an answer."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
@@ -78,7 +78,7 @@ def held(world: World, user: Key) -> Iterator[None]:
 # --- the client dies ---
 
 
-def spend_on_and_on(url: str, host: Any, user: Key, acknowledged: Any) -> None:
+def spend_until_killed(url: str, host: Any, user: Key, acknowledged: Any) -> None:
     """A client that unlocks workshops it creates, each pair in a transaction, and says what it was told is done."""
     world = World(url, host)
     workshops = world.schema.workshops
@@ -100,25 +100,25 @@ class Client:
 
     def __init__(self, world: World, user: Key) -> None:
         context = multiprocessing.get_context("spawn")
-        self.told, end = context.Pipe(duplex=False)
-        self.process = context.Process(target=spend_on_and_on, args=(world.url, world.config.host, user, end))
+        self.pipe, end = context.Pipe(duplex=False)
+        self.process = context.Process(target=spend_until_killed, args=(world.url, world.config.host, user, end))
         self.process.start()
         end.close()
         self.acknowledged: list[str] = []
 
     def listen(self, count: int) -> None:
         for _ in range(count):
-            assert self.told.poll(PATIENCE_S)
-            self.acknowledged.append(self.told.recv())
+            assert self.pipe.poll(PATIENCE_S)
+            self.acknowledged.append(self.pipe.recv())
 
     def kill(self) -> None:
         self.process.kill()
         self.process.join(PATIENCE_S)
         try:
             while True:  # what it still said before it died
-                self.acknowledged.append(self.told.recv())
+                self.acknowledged.append(self.pipe.recv())
         except EOFError:
-            self.told.close()
+            self.pipe.close()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -131,12 +131,12 @@ def test_a_client_killed_anywhere(world: World, seed: int) -> None:
     time.sleep(dice.random() * 0.02)
     client.kill()
     settled = keys_of_settled(world, user)
-    told = client.acknowledged
-    assert settled[: len(told)] == told
-    assert len(settled) - len(told) in (0, 1)
-    for key in told:
+    acknowledged = client.acknowledged
+    assert settled[: len(acknowledged)] == acknowledged
+    assert len(settled) - len(acknowledged) in (0, 1)
+    for key in acknowledged:
         if key.startswith("alone"):
-            assert surely(world, lambda conn, key=key: world.ledger.consume(conn, user, key=key)).replayed
+            assert until_answered(world, lambda conn, key=key: world.ledger.consume(conn, user, key=key)).replayed
     assert keys_of(world, user) == settled
     assert world.schema.workshops is not None
     with world.engine.connect() as conn:  # no workshop without its payment
@@ -165,13 +165,13 @@ def test_a_client_killed_inside_of_its_statement(world: World) -> None:
         waiting_for_a_lock(world, 1)
         client.kill()
     settled = keys_of_settled(world, user)
-    told = client.acknowledged
+    acknowledged = client.acknowledged
     # Its statement goes on without it and commits only in autocommit; here the transaction died with the client.
-    assert settled == told
-    key = f"alone {len(told)}"
-    again = [surely(world, lambda conn: world.ledger.consume(conn, user, key=key)) for _ in range(2)]
+    assert settled == acknowledged
+    key = f"alone {len(acknowledged)}"
+    again = [until_answered(world, lambda conn: world.ledger.consume(conn, user, key=key)) for _ in range(2)]
     assert [row.replayed for row in again] == [False, True]
-    assert again[0].balance_after == 100_000 - len(told) - 1
+    assert again[0].balance_after == 100_000 - len(acknowledged) - 1
 
 
 # --- the connection dies ---
@@ -187,7 +187,9 @@ def backend_of_the_waiting(world: World, function: str) -> None:
         )
 
 
-def interrupted(world: World, user: Key, function: str, call: Callable[[sa.Connection], Any]) -> BaseException | None:
+def error_of_signalled(
+    world: World, user: Key, function: str, call: Callable[[sa.Connection], Any]
+) -> BaseException | None:
     """The error of a call whose backend gets a signal while it waits for the user's row."""
 
     def attempt() -> Any:
@@ -204,12 +206,12 @@ def interrupted(world: World, user: Key, function: str, call: Callable[[sa.Conne
 def test_a_backend_terminated_under_a_call_leaves_its_outcome_unknown(world: World) -> None:
     user = world.user(credits=1)
     spend = lambda conn: world.ledger.consume(conn, user, key="once")  # noqa: E731
-    error = interrupted(world, user, "pg_terminate_backend", spend)
+    error = error_of_signalled(world, user, "pg_terminate_backend", spend)
     assert isinstance(error, OutcomeUnknown)
     assert error.outcome_unknown
     assert not error.retryable
     assert error.sqlstate == "57P01"
-    assert [surely(world, spend).replayed for _ in range(2)] == [False, True]
+    assert [until_answered(world, spend).replayed for _ in range(2)] == [False, True]
 
 
 def test_every_operation_says_so_when_its_backend_is_terminated(world: World) -> None:
@@ -227,8 +229,8 @@ def test_every_operation_says_so_when_its_backend_is_terminated(world: World) ->
     ):
         with world.engine.connect() as conn:
             before = ledger.balance(conn, user)
-        assert isinstance(interrupted(world, user, "pg_terminate_backend", call), OutcomeUnknown)
-        assert [surely(world, call).replayed for _ in range(2)] == [False, True]
+        assert isinstance(error_of_signalled(world, user, "pg_terminate_backend", call), OutcomeUnknown)
+        assert [until_answered(world, call).replayed for _ in range(2)] == [False, True]
         with world.engine.connect() as conn:
             assert ledger.balance(conn, user) == before + change
 
@@ -242,18 +244,18 @@ def test_a_connection_terminated_while_idle(world: World) -> None:
             another.execute(sa.text("SELECT pg_terminate_backend(:pid, 10000)"), {"pid": pid})
         with pytest.raises(OutcomeUnknown):
             world.ledger.consume(conn, user, key="once")
-    assert not surely(world, lambda conn: world.ledger.consume(conn, user, key="once")).replayed
+    assert not until_answered(world, lambda conn: world.ledger.consume(conn, user, key="once")).replayed
 
 
 def test_a_cancelled_statement_was_not_written(world: World) -> None:
     user = world.user(credits=1)
     spend = lambda conn: world.ledger.consume(conn, user, key="once")  # noqa: E731
-    error = interrupted(world, user, "pg_cancel_backend", spend)
+    error = error_of_signalled(world, user, "pg_cancel_backend", spend)
     assert isinstance(error, Conflict)
     assert error.retryable
     assert not error.outcome_unknown
     assert error.sqlstate == "57014"
-    assert not surely(world, spend).replayed
+    assert not until_answered(world, spend).replayed
 
 
 @pytest.mark.parametrize(("setting", "state"), [("lock_timeout", "55P03"), ("statement_timeout", "57014")])
@@ -314,39 +316,39 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def cramped(small_disk: Path) -> Iterator[World]:
+def small_disk_world(small_disk: Path) -> Iterator[World]:
     with disk_server(small_disk, {"max_wal_size": "32MB", "min_wal_size": "32MB"}) as world:
         yield world
 
 
 @pytest.mark.one_server
-def test_a_full_disk_loses_nothing_that_was_acknowledged(small_disk: Path, cramped: World) -> None:
+def test_a_full_disk_loses_nothing_that_was_acknowledged(small_disk: Path, small_disk_world: World) -> None:
     """A table that cannot grow fails its statement; a log that cannot stops the server. Neither takes a row back."""
-    ledger, ballast = cramped.ledger, small_disk / "ballast"
-    user, told, refused = cramped.user(credits=1_000_000), {}, []
+    ledger, ballast = small_disk_world.ledger, small_disk / "ballast"
+    user, acknowledged, refused = small_disk_world.user(credits=1_000_000), {}, []
     with ballast.open("wb") as file:
         file.write(bytes(shutil.disk_usage(small_disk).free - 2_000_000))
     for turn in range(2_000):
         items = [Consume(user, key=f"{turn} {n}") for n in range(200)]
         try:
-            with transaction(cramped.engine, isolation="AUTOCOMMIT") as conn:
-                told |= {row.idempotency_key: row.balance_after for row in ledger.consume_many(conn, items)}
+            with transaction(small_disk_world.engine, isolation="AUTOCOMMIT") as conn:
+                acknowledged |= {row.idempotency_key: row.balance_after for row in ledger.consume_many(conn, items)}
         except DatabaseError as error:
             assert error.retryable or error.outcome_unknown
             refused.append(error.sqlstate)
             if len(refused) == 20:
                 break
-    assert told
+    assert acknowledged
     assert "53100" in refused
 
     ballast.unlink()
-    if not cramped.server.running:
-        cramped.server.start()
-    row = cramped.schema.credit_transactions.c
-    with transaction(cramped.engine, isolation="AUTOCOMMIT") as conn:
+    if not small_disk_world.server.running:
+        small_disk_world.server.start()
+    row = small_disk_world.schema.credit_transactions.c
+    with transaction(small_disk_world.engine, isolation="AUTOCOMMIT") as conn:
         assert not ledger.consume(conn, user, key="after").replayed
         there = dict(conn.execute(sa.select(row.idempotency_key, row.balance_after)).all())
-    assert told.items() <= there.items()
+    assert acknowledged.items() <= there.items()
 
 
 def kill_server(server: Server, how: signal.Signals) -> None:
@@ -376,7 +378,7 @@ def test_a_killed_server_lost_nothing_that_it_acknowledged(durable: World, how: 
                     row = spend(conn)
             except DatabaseError as error:
                 troubles.append(error)
-                row = surely(world, spend)
+                row = until_answered(world, spend)
             done.append((user, key, row))
         return done
 
@@ -390,13 +392,13 @@ def test_a_killed_server_lost_nothing_that_it_acknowledged(durable: World, how: 
             world.server.start()
         time.sleep(0.1)
         over.set()
-        told = [entry for future in clients for entry in future.result(PATIENCE_S)]
+        acknowledged = [entry for future in clients for entry in future.result(PATIENCE_S)]
 
     assert {type(trouble) for trouble in troubles} <= {OutcomeUnknown, DatabaseUnavailable}
     assert OutcomeUnknown in {type(trouble) for trouble in troubles}
     assert not [told for told in map(str, troubles) if "probably" in told or ".." in told]
     for user in users:
-        mine = sorted((row.sequence, key) for whose, key, row in told if whose == user)
+        mine = sorted((row.sequence, key) for whose, key, row in acknowledged if whose == user)
         assert keys_of(world, user) == [key for _, key in mine]  # each once, in the order that each was told
         assert [sequence for sequence, _ in mine] == list(range(2, len(mine) + 2))
 
@@ -425,7 +427,7 @@ def test_a_storm_of_connections_beyond_what_the_server_takes(durable: World) -> 
                 time.sleep(0.2)  # so that all of them want to be there at once
         except DatabaseUnavailable as error:
             turned_away.append(error)
-        return surely(world, lambda conn: world.ledger.consume(conn, user, key=f"{number}")).sequence
+        return until_answered(world, lambda conn: world.ledger.consume(conn, user, key=f"{number}")).sequence
 
     with ThreadPoolExecutor(80) as pool:
         sequences = list(pool.map(spend, range(80)))

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from crowd import declared_functions, functions_called
+from parallel import declared_functions, functions_called
 from tallystick import Consume, CreditTransaction, Ledger
 from tallystick.dev.postgres import Server
 from tallystick.errors import TallystickError
@@ -320,7 +320,7 @@ def test_every_function_of_the_ledger_is_among_them(histories: dict[str, History
     assert seen == declared_functions()
 
 
-def without(index: str, *instead: str) -> list[str]:
+def replace_index(index: str, *instead: str) -> list[str]:
     """Statements that replace one of the ledger's indexes by another, if any."""
     made = [f"CREATE INDEX ON credit_transactions {definition}" for definition in instead]
     return [f"DROP INDEX credit_transactions_{index}", *made]
@@ -329,11 +329,11 @@ def without(index: str, *instead: str) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "made", "spoil"),
     [
-        ("history, first page", "long", without("sequence")),
-        ("balance_at, long ago", "long", [*without("completed"), *without("completed_at")]),
-        ("consume, refused", "long", without("idempotency_key")),
-        ("refund", "long", without("refund_of")),
-        ("history, first page", "abandoned", without("unfinished", "(user_id, id) WHERE sequence IS NULL")),
+        ("history, first page", "long", replace_index("sequence")),
+        ("balance_at, long ago", "long", [*replace_index("completed"), *replace_index("completed_at")]),
+        ("consume, refused", "long", replace_index("idempotency_key")),
+        ("refund", "long", replace_index("refund_of")),
+        ("history, first page", "abandoned", replace_index("unfinished", "(user_id, id) WHERE sequence IS NULL")),
     ],
 )
 def test_growth_would_be_noticed(histories: dict[str, History], name: str, made: str, spoil: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from crowd import books_balance, declared_functions, functions_called, outcome
+from parallel import assert_ledger_consistent, declared_functions, functions_called, outcome
 from tallystick import Consume, CreditTransaction
 from tallystick.errors import Key
 from worlds import World
@@ -497,7 +497,7 @@ def test_no_sequence_of_calls_tells_the_ledger_from_its_model(world: World) -> N
             suppress_health_check=list(HealthCheck),
         ),
     )
-    books_balance(world)
+    assert_ledger_consistent(world)
     # sessions are Stripe's names for a purchase and move nothing; a merge is of two users, in tests/test_people.py; the
     # others only read
     assert seen == declared_functions() - {"attach_session", "merge", "lock", "balance_at", "history", "access"}

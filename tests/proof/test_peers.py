@@ -26,9 +26,9 @@ def test_our_adapters(candidate: run.Candidate, fresh_database: Callable[..., st
     spent = run.drive(candidate, "spend", url, accounts=3, connections=4, seconds=0.2)
     assert spent["took"]
     assert spent["errors"] == {}
-    books = run.check(candidate, url)
-    assert (books.wrong, books.overdraft, books.once) == (0, "refused", "one row")
-    assert books.rows > len(spent["took"])
+    state = run.check(candidate, url)
+    assert (state.wrong, state.overdraft, state.once) == (0, "refused", "one row")
+    assert state.rows > len(spent["took"])
 
 
 def test_an_error_is_counted_and_shown(fresh_database: Callable[..., str]) -> None:

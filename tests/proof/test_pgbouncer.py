@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 import bouncer
-from crowd import books_balance, outcome, threads
+from parallel import assert_ledger_consistent, outcome, threads
 from tallystick import Consume, CreditTransaction, InsufficientCredits
 from tallystick.errors import Key, PoolerRefused
 from tallystick.migrate import apply
@@ -24,7 +24,7 @@ def pooled(world: World) -> Iterator[World]:
     """The same host app, reached through a pool of four server connections."""
     with bouncer.bouncing(world.url) as url:
         yield World(url, world.config.host)
-    books_balance(world)
+    assert_ledger_consistent(world)
 
 
 def through(pooled: World) -> World:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from crowd import books_balance, declared_functions, functions_called
+from parallel import assert_ledger_consistent, declared_functions, functions_called
 from tallystick import Consume, CreditTransaction, Merged
 from tallystick.errors import DatabaseError, Key, OutcomeUnknown
 from tallystick.ledger.combiner import Combiner
@@ -158,7 +158,7 @@ def test_cut_at_each_message(world: World, proxy: Proxy, operation: str) -> None
     # both kinds of loss were met, or the faults do not reach where they should
     assert committed > 0
     assert lost > 0
-    books_balance(world)
+    assert_ledger_consistent(world)
 
 
 def replays(result: Any) -> list[bool]:
@@ -209,7 +209,7 @@ def test_cut_at_each_message_of_a_transaction(world: World, proxy: Proxy) -> Non
         both, neither = both + bool(mark), neither + (not mark)
     assert both > 0
     assert neither > 0
-    books_balance(world)
+    assert_ledger_consistent(world)
 
 
 def test_cut_at_each_message_of_a_combiner(world: World, proxy: Proxy) -> None:
@@ -224,10 +224,10 @@ def test_cut_at_each_message_of_a_combiner(world: World, proxy: Proxy) -> None:
 
             def rows(*names: str) -> list[CreditTransaction]:
                 calls = [combiner.consume(user, key=name) for name in names]
-                told = [call.exception(PATIENCE_S) or call.result() for call in calls]
-                unknown = [error for error in told if isinstance(error, OutcomeUnknown)]
+                answers = [call.exception(PATIENCE_S) or call.result() for call in calls]
+                unknown = [error for error in answers if isinstance(error, OutcomeUnknown)]
                 lost.extend(unknown)
-                return rows(*names) if unknown else told
+                return rows(*names) if unknown else answers
 
             rows(str(next(keys)))  # it is connected
             proxy.watch(fault)
@@ -243,7 +243,7 @@ def test_cut_at_each_message_of_a_combiner(world: World, proxy: Proxy) -> None:
     assert len({id(error) for error in lost}) == len(lost)  # each has its own
     with world.autocommit.connect() as conn:
         assert world.ledger.balance(conn, user) == 1_000 - next(keys)
-    books_balance(world)
+    assert_ledger_consistent(world)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -261,12 +261,12 @@ def test_late_or_twice_at_each_message(world: World, proxy: Proxy, operation: st
     for fault in faults(proxy, lambda: attempt(prepared(world, operation)), "twice", "delay"):
         case = prepared(world, operation)
         try:
-            told = replays(attempt(case, fault))
+            answers = replays(attempt(case, fault))
         except (DatabaseError, sa.exc.SQLAlchemyError, ValueError):  # more rows than were asked for
             assert fault.harm == "twice"
             confused += 1
         else:
-            assert not any(told) or operation == "attach_session"
+            assert not any(answers) or operation == "attach_session"
         assert fault.done.wait(PATIENCE_S)
         settled(world)
         with world.autocommit.connect() as conn:
@@ -275,4 +275,4 @@ def test_late_or_twice_at_each_message(world: World, proxy: Proxy, operation: st
             assert world.ledger.balance(conn, case.user) == 17 + case.change
         assert replays(again) == [True] * len(replays(again))
     assert confused > 0, "no message was sent twice where it matters"
-    books_balance(world)
+    assert_ledger_consistent(world)

@@ -549,9 +549,9 @@ def test_another_currency_is_granted_and_reported(shop: Shop):
     shop.dev.pay(started.session)
     [event] = shop.events(COMPLETED)
     body, _ = shop.dev.signed(event, shop.endpoint)
-    said = json.loads(body)
-    said["data"]["object"]["currency"] = "eur"  # adaptive pricing, which the double does not model
-    changed = json.dumps(said)
+    payload = json.loads(body)
+    payload["data"]["object"]["currency"] = "eur"  # adaptive pricing, which the double does not model
+    changed = json.dumps(payload)
     signature = sdk.WebhookSignature.generate_signature_header(changed, shop.config.stripe_webhook_secret)
     assert stripe.receive(shop.engine, shop.config, changed.encode(), signature).outcome == "granted"
     assert shop.findings() == ["currency_differs"]
@@ -561,10 +561,10 @@ def test_another_currency_is_granted_and_reported(shop: Shop):
 def changed_session(shop: Shop, **changes: object) -> stripe.Received:
     """Deliver the held completion with some fields of its session changed, signed as Stripe would."""
     [event] = shop.events(COMPLETED)
-    said = json.loads(shop.dev.signed(event, shop.endpoint)[0])
-    said["data"]["object"] |= changes
-    said["id"] = f"evt_{len(changes)}_{next(iter(changes))}"
-    return stripe.receive(shop.engine, shop.config, *_signed(shop, json.dumps(said)))
+    payload = json.loads(shop.dev.signed(event, shop.endpoint)[0])
+    payload["data"]["object"] |= changes
+    payload["id"] = f"evt_{len(changes)}_{next(iter(changes))}"
+    return stripe.receive(shop.engine, shop.config, *_signed(shop, json.dumps(payload)))
 
 
 def test_another_customer_is_granted_and_reported(shop: Shop):
@@ -902,9 +902,9 @@ def test_a_share_that_nobody_tells_is_a_finding_that_comes_back(shop: Shop):
         stripe.dismiss(shop.engine, shop.config, refund)
     assert shop.balance(user) == 97
     with shop.engine.begin() as conn:
-        [told] = audit(conn, shop.config).findings
-    assert (told.check, told.fault, told.transaction) == ("money_and_credits", False, started.purchase.id)
-    assert f"the refund {refund} of 460 eur is succeeded" in told.expected
+        [record] = audit(conn, shop.config).findings
+    assert (record.check, record.fault, record.transaction) == ("money_and_credits", False, started.purchase.id)
+    assert f"the refund {refund} of 460 eur is succeeded" in record.expected
     shop.dev.account.objects["charge"][charge["id"]] = charge
     stripe.reconcile(shop.engine, shop.config)
     assert shop.balance(user) == 49
@@ -1239,10 +1239,10 @@ def test_another_api_version_is_asked_for_again(shop: Shop):
     user = shop.world.user()
     shop.dev.pay(shop.checkout(user).session)
     [event] = shop.events(COMPLETED)
-    said = json.loads(shop.dev.signed(event, shop.endpoint)[0]) | {"api_version": "2019-12-03"}
-    session = said["data"]["object"]
-    said["data"]["object"] = {"id": session["id"], "object": "checkout.session"}  # whatever its shape was then
-    received = stripe.receive(shop.engine, shop.config, *_signed(shop, json.dumps(said)))
+    payload = json.loads(shop.dev.signed(event, shop.endpoint)[0]) | {"api_version": "2019-12-03"}
+    session = payload["data"]["object"]
+    payload["data"]["object"] = {"id": session["id"], "object": "checkout.session"}  # whatever its shape was then
+    received = stripe.receive(shop.engine, shop.config, *_signed(shop, json.dumps(payload)))
     assert (received.status, received.outcome) == (200, "granted")
 
 

@@ -122,7 +122,7 @@ def test_a_purchase_that_never_reached_stripe_fails_only_when_it_is_old(shop: Sh
     with pytest.raises(StripeUnavailable):
         shop.checkout(user, key="form 1")
     assert not reconcile(shop).changed
-    monkeypatch.setattr(reconciliation, "NEVER_ASKED", dt.timedelta(0))
+    monkeypatch.setattr(reconciliation, "SESSIONLESS_MAX", dt.timedelta(0))
     assert [str(outcome) for _, outcome in reconcile(shop).changes] == ["failed"]
     with shop.engine.begin() as conn:
         [row] = shop.world.ledger.history(conn, user, include_failed=True)
@@ -181,7 +181,7 @@ def test_a_purchase_whose_customer_stripe_does_not_know_is_found_or_failed(shop:
         shop.api.customers.delete(customer.id)
     shop.dev.pay(session.id)
     shop.dev.drop(shop.events())
-    monkeypatch.setattr(reconciliation, "NEVER_ASKED", dt.timedelta(0))
+    monkeypatch.setattr(reconciliation, "SESSIONLESS_MAX", dt.timedelta(0))
     report = reconcile(shop)
     assert [str(outcome) for _, outcome in report.changes] == ["granted", "failed"]
     assert ([shop.balance(user) for user in users], report.findings) == ([CREDITS, 0], ())

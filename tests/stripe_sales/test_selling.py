@@ -89,7 +89,7 @@ def test_a_user_without_an_email_buys_too(make_shop):
 
 
 @pytest.mark.parametrize(
-    ("settings", "options", "error", "said"),
+    ("settings", "options", "error", "payload"),
     [
         ({"stripe_secret_key": None}, {}, e.StripeNotConfigured, "STRIPE_SECRET_KEY"),
         ({"stripe_secret_key": "pk_test_1"}, {}, e.StripeNotConfigured, "no secret key"),
@@ -107,10 +107,10 @@ def test_a_user_without_an_email_buys_too(make_shop):
         ({}, {"key": ""}, e.InvalidArgument, "key"),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_is_sold(shop: Shop, settings, options, error, said):
+def test_what_is_wrong_is_said_before_anything_is_sold(shop: Shop, settings, options, error, payload):
     user = shop.world.user()
     config = shop.config.model_copy(update=settings)
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=payload):
         stripe.checkout(shop.engine, config, user, PACK, **(ADDRESSES | options))
     assert nothing_sent(shop)
 
@@ -157,7 +157,7 @@ def price(shop: Shop, **changes: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "payload"),
     [
         ({"unit_amount": 7900}, "Stripe would charge 7900 usd, the pack says 1000 usd"),
         ({"currency": "eur"}, "1000 eur"),
@@ -165,14 +165,14 @@ def price(shop: Shop, **changes: Any) -> str:
         (None, "has no price price_nowhere"),
     ],
 )
-def test_a_price_that_is_not_the_packs(shop: Shop, changes, said):
+def test_a_price_that_is_not_the_packs(shop: Shop, changes, payload):
     there = "price_nowhere" if changes is None else price(shop, **changes)
     shop.configure(packs=(Pack(name=PACK, credits=CREDITS, amount=PRICE, stripe_price_id=there),))
-    with pytest.raises(e.PackMismatch, match=said):
+    with pytest.raises(e.PackMismatch, match=payload):
         shop.checkout(shop.world.user())
     assert nothing_sent(shop)
     [checked] = stripe.check(shop.config)
-    assert said in (checked.problem or "")
+    assert payload in (checked.problem or "")
     with pytest.raises(e.PackMismatch):
         stripe.setup(shop.config)
 
@@ -278,8 +278,8 @@ def test_tax_that_was_asked_for_is_no_finding(shop: Shop, inclusive: bool):
 def test_tax_that_nobody_asked_for_is_a_finding(shop: Shop):
     user = shop.world.user()
     started = shop.checkout(user)
-    said = shop.dev.account.objects["checkout.session"][started.session]
-    said["automatic_tax"]["enabled"] = True  # a default of the account
+    payload = shop.dev.account.objects["checkout.session"][started.session]
+    payload["automatic_tax"]["enabled"] = True  # a default of the account
     shop.dev.pay(started.session, tax=190)
     shop.deliver_all()
     assert (shop.balance(user), shop.findings()) == (CREDITS, ["amount_differs"])

@@ -123,7 +123,7 @@ def test_a_charge_that_never_reached_stripe_is_given_up_after_a_day(shop: Shop, 
     with pytest.raises(e.StripeUnavailable):
         top_up(shop, user)
     assert not stripe.reconcile(shop.engine, shop.config).changed
-    monkeypatch.setattr(reconciliation, "NEVER_ASKED", reconciliation.NEVER_ASKED * 0)
+    monkeypatch.setattr(reconciliation, "SESSIONLESS_MAX", reconciliation.SESSIONLESS_MAX * 0)
     assert [str(outcome) for _, outcome in stripe.reconcile(shop.engine, shop.config).changes] == ["failed"]
     assert top_up(shop, user).outcome is TopUpOutcome.CHARGED  # the same purchase, paid after all
     assert (shop.balance(user), charges(shop)) == (CREDITS + 1, 2)

@@ -12,8 +12,8 @@ from typing import Any
 import psycopg
 import pytest
 import sqlalchemy as sa
-from told import told
 
+from node_environment import environment
 from node_packages import Project
 from tallystick import Config, HostMapping, UsersTable, WorkshopsTable, events, migrate
 from tallystick.audit import audit
@@ -91,7 +91,7 @@ def app(packages: Project) -> Project:
 
 
 def run(app: Project, program: str, world: World, *args: str, **given: Any) -> None:
-    app.run("node", f"out/{program}.js", *args, env=told(world, **given))
+    app.run("node", f"out/{program}.js", *args, env=environment(world, **given))
 
 
 def given(world: World) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from told import address, told
 
 import pages
+from node_environment import address, environment
 from node_packages import Project
 from tallystick.audit import audit
 from tallystick.dev.stripe import DevStripe
@@ -40,7 +40,7 @@ def page(packages: Project) -> Project:
 def test_the_pages_flow(page: Project, world: World):
     user = world.user()
     before = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
-    given = told(
+    given = environment(
         world,
         user=user,
         workshop=world.workshop(user, created_at=dt.datetime(2026, 11, 2, tzinfo=dt.UTC)),

@@ -29,6 +29,6 @@ def test_the_vitest_example(tmp_path: Path, scratch: Path):
     app = node_packages.project(HERE, tmp_path)
     app.run("tsc", "--project", ".")
     environ = {"TALLYSTICK_HOME": str(scratch / "home"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    said = app.run("vitest", "run", env=environ)
-    assert re.search(r"Tests +3 passed", said), said
+    output = app.run("vitest", "run", env=environ)
+    assert re.search(r"Tests +3 passed", output), output
     assert not Server(scratch / "home").running

@@ -72,14 +72,16 @@ def test_a_paywall_needs_no_stripe(world: World) -> None:
 @pytest.mark.parametrize("wanted", ["from tallystick.web import router", "import tallystick.web.console"])
 @pytest.mark.parametrize("missing", ["fastapi", "jinja2", "itsdangerous", "python_multipart"])
 def test_the_web_names_its_extra(wanted: str, missing: str) -> None:
-    said = python(wanted, without=(missing,)).stderr.strip().splitlines()[-1]
-    assert said == f"ModuleNotFoundError: tallystick.web needs {missing}. Run: pip install 'tallystick[web]'"
+    message = python(wanted, without=(missing,)).stderr.strip().splitlines()[-1]
+    assert message == f"ModuleNotFoundError: tallystick.web needs {missing}. Run: pip install 'tallystick[web]'"
 
 
 @pytest.mark.parametrize("missing", ["django", "jinja2"])
 def test_django_names_its_extra(missing: str) -> None:
-    said = python("import tallystick.web.django", without=(missing,)).stderr.strip().splitlines()[-1]
-    assert said == f"ModuleNotFoundError: tallystick.web.django needs {missing}. Run: pip install 'tallystick[django]'"
+    message = python("import tallystick.web.django", without=(missing,)).stderr.strip().splitlines()[-1]
+    assert (
+        message == f"ModuleNotFoundError: tallystick.web.django needs {missing}. Run: pip install 'tallystick[django]'"
+    )
 
 
 def test_django_needs_no_fastapi() -> None:
@@ -88,8 +90,8 @@ def test_django_needs_no_fastapi() -> None:
 
 
 def test_selling_names_its_extra() -> None:
-    said = python("import tallystick.stripe", without=("stripe",)).stderr.strip().splitlines()[-1]
-    assert said == "ImportError: tallystick.stripe needs Stripe's SDK. Run: pip install 'tallystick[stripe]'"
+    message = python("import tallystick.stripe", without=("stripe",)).stderr.strip().splitlines()[-1]
+    assert message == "ImportError: tallystick.stripe needs Stripe's SDK. Run: pip install 'tallystick[stripe]'"
 
 
 def test_selling_on_an_async_engine_names_its_extra() -> None:
@@ -99,9 +101,9 @@ from tallystick import Config
 from tallystick.web import router
 router(Config(), engine=create_async_engine("postgresql+psycopg://"), current_user=lambda: None)
 """
-    said = python(script, without=("httpx",)).stderr.strip().splitlines()[-1]
+    message = python(script, without=("httpx",)).stderr.strip().splitlines()[-1]
     wanted = "selling on an async engine needs httpx. Run: pip install 'tallystick[stripe]'"
-    assert said == f"ModuleNotFoundError: {wanted}"
+    assert message == f"ModuleNotFoundError: {wanted}"
     assert (
         python(
             script.replace("create_async_engine(", "__import__('sqlalchemy').create_engine("), without=("httpx",)

@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. Everything it does is a public function that a program can call as well."""
+"""The command line: parse, call, print. Each command calls public functions that a program can call as well."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import typer
 
-from tallystick.cli.app import app, complain
+from tallystick.cli.app import app, print_error
 from tallystick.errors import TallystickError
 from tallystick.signals import ended_by_signals
 
@@ -43,15 +43,15 @@ MODULES = {
     "selling": ("stripe",),
     "serve": ("serve",),
 }
-"""The commands of each module. An import takes longer than most commands, so only the one that is asked for is made."""
+"""The commands of each module. Imports take longer than most commands, so only the requested module is imported."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def commands(words: Iterable[str] = ()) -> typer.Typer:
-    """The commands that are among ``words``; all of them where there is none."""
-    asked = set(words)
-    found = [module for module, names in MODULES.items() if asked.intersection(names)]
+    """The commands named in ``words``; all of them if it names none."""
+    requested = set(words)
+    found = [module for module, names in MODULES.items() if requested.intersection(names)]
     for module in found or MODULES:
         import_module(f"{__name__}.{module}")
     return app
@@ -60,31 +60,31 @@ def commands(words: Iterable[str] = ()) -> typer.Typer:
 def main() -> NoReturn:
     """Run the command line and exit.
 
-    0 done, 1 refused or something was found, 2 wrong usage, 128 + its number where a signal ended it.
+    The exit code is 0 for done, 1 for refused or findings, 2 for wrong usage, 128 + the number of a signal.
     """
     try:
-        with ended_by_signals():  # so that nothing is left of what a command had started
+        with ended_by_signals():  # so that a command cleans up
             commands(sys.argv[1:])()
     except SystemExit:
-        raise  # before SQLAlchemy is imported for nothing
+        raise  # without importing SQLAlchemy
     except TallystickError as error:
-        complain(error.message)
+        print_error(error.message)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader, as in `| head`, has what it wanted
+        sys.stderr.close()  # the reader, as in `| head`, has ended
     except OSError as error:
         if error.filename is not None:
-            complain(f"{error.filename}: {error.strerror}. Check this path, and who may read and write it")
+            print_error(f"{error.filename}: {error.strerror}. Check this path, and who may read and write it")
         elif error.errno in _FULL:
-            complain(f"The result could not be written: {error.strerror}. Check where the output goes")
+            print_error(f"The result could not be written: {error.strerror}. Check where the output goes")
         else:
             raise
     except _sqlalchemys_own() as error:
-        complain(_explained(error))
+        print_error(_explained(error))
     sys.exit(1)
 
 
 def _sqlalchemys_own() -> type[Exception]:
-    from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415 - asked for once something was raised
+    from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415 - only needed after an error
 
     return SQLAlchemyError
 
@@ -92,8 +92,8 @@ def _sqlalchemys_own() -> type[Exception]:
 def _explained(error: Exception) -> str:
     from sqlalchemy.exc import DBAPIError  # noqa: PLC0415
 
-    from tallystick.database import said  # noqa: PLC0415
+    from tallystick.database import server_message  # noqa: PLC0415
 
     if isinstance(error, DBAPIError):
-        return f"The database refused: {said(error)}"
+        return f"The database refused: {server_message(error)}"
     return f"The database could not be used: {error}"

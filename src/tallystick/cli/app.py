@@ -1,4 +1,4 @@
-"""The parts that all commands share: the database's address, and the form of results and refusals."""
+"""The parts that all commands share: the database's address, and the output of results and errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tallystick.config import Config, origins
 from tallystick.database import connect, driver, standby
 from tallystick.errors import DatabaseUnavailable, NotMigrated
 from tallystick.progress import OnProgress
-from tallystick.schema import agreed
+from tallystick.schema import with_stored_mapping
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,7 +37,7 @@ _EVERYWHERE = ("--config", "--database-url")
 
 
 class _Commands(TyperGroup):
-    """The commands in the order in which somebody new needs them."""
+    """The commands in the order in which a new user needs them."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         panels = ("Begin here", "Credits", "Trust", "Development")
@@ -48,7 +48,7 @@ class _Commands(TyperGroup):
         return sorted(super().list_commands(ctx), key=panel)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """The options of all commands may stand behind a command too."""
+        """Parse the global options also after a command."""
         ours, others = [], []
         rest = iter(args)
         for arg in rest:
@@ -77,7 +77,7 @@ app = typer.Typer(
 
 # With emoji=True the user "a:on:b" would be printed as "a🔛b".
 _console = partial(Console, highlight=False, soft_wrap=True, emoji=False)
-# Without a terminal rich takes 80 columns, in which a table breaks the ids that the next command is to be given.
+# Without a terminal rich takes 80 columns, in which a table breaks ids that the next command needs.
 out = _console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
 err = _console(stderr=True)
 
@@ -86,36 +86,36 @@ _NO_ADDRESS = (
     "on a PostgreSQL of its own, in this folder: tallystick db start"
 )
 
-_SAID_MAX = 2_000  # what was typed may be 100,000 characters, and a message names it
+_MESSAGE_MAX = 2_000  # a message may repeat an argument of 100,000 characters
 
 
-def complain(message: str) -> None:
-    """Print one message on stderr, of any characters; a long one without its middle."""
-    if len(message) > _SAID_MAX:
-        message = f"{message[: _SAID_MAX // 2]} … {message[-_SAID_MAX // 2 :]}"
+def print_error(message: str) -> None:
+    """Print an error on stderr, with any characters; a long one without its middle."""
+    if len(message) > _MESSAGE_MAX:
+        message = f"{message[: _MESSAGE_MAX // 2]} … {message[-_MESSAGE_MAX // 2 :]}"
     err.print(message, style="red", markup=False)
 
 
 def note(message: str) -> None:
-    """Print a note on stderr: it is not a part of the result."""
+    """Print a note on stderr, since it is not part of the result."""
     err.print(message, style="dim", markup=False)
 
 
 @dataclasses.dataclass
 class Invocation:
-    """The options that stand before the command."""
+    """The global options."""
 
     config_path: Path | None
     database_url: str | None
 
     def config(self) -> Config:
-        """The settings, with the address given on the command line put first."""
+        """The settings; an address on the command line has priority."""
         config = Config.load(self.config_path)
         return config if self.database_url is None else config.at(self.database_url)
 
     @contextmanager
     def database(self, *, migrating: bool = False) -> Iterator[Config]:
-        """The settings with an address in them: the configured one, or the embedded server's while it is used."""
+        """The settings with an address: the configured one, or the embedded server's, which runs meanwhile."""
         config = self.config()
         if migrating and config.database_url_unpooled:
             config = config.model_copy(update={"database_url": config.database_url_unpooled})
@@ -130,7 +130,7 @@ class Invocation:
                     raise DatabaseUnavailable(_NO_ADDRESS, sqlstate=None)
                 stack.enter_context(server)
                 note(f"No database address is set: using the embedded PostgreSQL in {server.folder}.")
-                # of another database, if there is one in the environment
+                # one in the environment would be another database's
                 config = config.model_copy(
                     update={"database_url": embedded_address(server), "database_url_replica": None}
                 )
@@ -140,7 +140,7 @@ class Invocation:
     def connection(self, *, only_reads: bool = False) -> Iterator[tuple[sa.Connection, Config]]:
         """A connection of its own, in a transaction that is committed at the end.
 
-        One that ``only_reads`` goes to the replica, where there is one, and says how old its view is.
+        With ``only_reads`` it goes to the replica, if there is one, and a note gives its age.
         """
         with self.database() as config:
             replica = config.database_url_replica if only_reads else None
@@ -151,31 +151,31 @@ class Invocation:
 
 
 def with_mapping(conn: sa.Connection, config: Config) -> Config:
-    """The settings; where they name no tables of the app, with those that the database was migrated for, if it was.
+    """The settings, if they have no mapping with that of the database, if it is migrated.
 
-    Raises HostMismatch, see ``schema.agreed``.
+    Raises HostMismatch, see ``schema.with_stored_mapping``.
     """
     try:
-        return agreed(conn, config)
+        return with_stored_mapping(conn, config)
     except NotMigrated:
         return config
 
 
 def address(config: Config) -> str:
-    """The address that ``Invocation.database`` made sure of."""
+    """The address, which ``Invocation.database`` has set."""
     if config.database_url is None:
         raise DatabaseUnavailable(_NO_ADDRESS, sqlstate=None)
     return config.database_url
 
 
 def place(conn: sa.Connection) -> str:
-    """The database's name, host and role, for a person to see before it is changed; without a password."""
+    """The database's name, host and role, to be shown before a change; without a password."""
     info = driver(conn).info
     return f"Database {info.dbname} on {info.host or 'this machine'}:{info.port} as role {info.user}"
 
 
 def mapping(ctx: typer.Context, config: Config) -> str:
-    """The column that users are known by, and the setting that names it."""
+    """The users' key column, and the setting that names it."""
     users = config.host.users
     stored = "the database" if "host" in config.model_fields_set else "defaults"
     origin = origins(invocation(ctx).config_path).get("host", stored)
@@ -183,7 +183,7 @@ def mapping(ctx: typer.Context, config: Config) -> str:
 
 
 def embedded_address(server: postgres.Server) -> str:
-    """The address of the embedded server's database ``app``, which is made when it is missing."""
+    """The address of the embedded server's database ``app``, which is created if missing."""
     with connect(server.url()) as conn:
         found = conn.scalar(sa.text("SELECT true FROM pg_database WHERE datname = :name"), {"name": EMBEDDED_DATABASE})
     return server.url(EMBEDDED_DATABASE) if found else server.create_database(EMBEDDED_DATABASE)
@@ -218,7 +218,7 @@ def _begin(
 
 
 def invocation(ctx: typer.Context) -> Invocation:
-    """The options before the command, typed."""
+    """The global options, with their type."""
     found = ctx.find_object(Invocation)
     if found is None:
         raise typer.BadParameter("commands are run through the tallystick app")
@@ -241,7 +241,7 @@ def emit(result: Any, show: Callable[[], None], *, as_json: bool) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, moments, UUIDs and enums as what JSON knows."""
+    """Dataclasses, moments, UUIDs and enums as types of JSON."""
     match value:
         case None | bool() | int() | float():
             return value
@@ -257,7 +257,7 @@ def plain(value: Any) -> Any:
 
 
 def table(*columns: str, right: tuple[str, ...] = (), title: str | None = None) -> Table:
-    """A table in the house style; columns named in ``right`` hold numbers."""
+    """A table in our style; columns named in ``right`` are right-aligned numbers."""
     from rich.table import Table  # noqa: PLC0415 - most commands print a line
 
     made = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
@@ -268,7 +268,7 @@ def table(*columns: str, right: tuple[str, ...] = (), title: str | None = None) 
 
 @contextmanager
 def progress_bar(description: str) -> Iterator[OnProgress]:
-    """A bar on stderr for what may take longer than a second, gone when done; called with each ``Progress``."""
+    """A progress bar on stderr, removed at the end; called with each ``Progress``."""
     from rich.progress import (  # noqa: PLC0415 - few commands take so long
         BarColumn,
         Progress,

@@ -26,14 +26,14 @@ def backups() -> ModuleType:
 
 
 def programs_for(url: str, *, restoring: bool = False) -> Path:
-    """The folder of the programs to use, which is said on stderr."""
+    """The folder of the programs to use, which a note on stderr names."""
     found = backups().programs_for(url, _folders(), restoring=restoring)
     note(f"Using {found}.")
     return Path(found.folder)
 
 
 def _folders() -> list[Path]:
-    """The folders of pg_dump and pg_restore: the named one, which needs no server, else any there is."""
+    """The folders of pg_dump and pg_restore: the configured one, which needs no server, else all found."""
     if named := os.environ.get("TALLYSTICK_PG_BIN"):
         return [Path(named).expanduser().absolute()]
     folders: list[Path] = backups().installed()
@@ -43,7 +43,7 @@ def _folders() -> list[Path]:
 
 
 def take_backup(url: str, target: Path) -> None:
-    """With a progress bar, and a line on stderr when it is verified."""
+    """Take a backup with a progress bar, and a note on stderr when it is verified."""
     programs = programs_for(url)
     with progress_bar("Backup") as bar:
         made = backups().backup(url, target, bin_dir=programs, progress=bar)

@@ -1,4 +1,4 @@
-"""The whole story on a throw-away database: adopt, migrate under traffic, seed, sell, spend, refund, audit."""
+"""The demo, on a throw-away database: adopt, migrate under traffic, seed, sell, spend, refund, audit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tallystick.cli.migrations import show_plan
 from tallystick.config import Config
 from tallystick.database import connect, engine
 from tallystick.dev import seed
-from tallystick.dev.demo_app import PACKS, Traffic, build_host_app, crowd
+from tallystick.dev.demo_app import PACKS, Traffic, build_host_app, trade_concurrently
 from tallystick.dev.postgres import Server
 from tallystick.dev.stripe import DevStripe
 from tallystick.errors import DevStripeError
@@ -27,7 +27,7 @@ from tallystick.ledger import Ledger
 
 SOME_TRAFFIC_S = 1.5
 FELT_MS = 250
-"""A statement that takes longer is felt by a person, unless the machine was as slow before the migration."""
+"""A longer latency is noticeable, unless the machine was as slow before the migration."""
 
 _ACKNOWLEDGED = """
 SELECT type::text, count(*) FROM public.credit_transactions
@@ -36,32 +36,32 @@ WHERE idempotency_key LIKE 'demo-%%' AND status = 'completed' GROUP BY 1
 
 
 def run(console: Console, *, users: int = 200_000, workshops: int = 300_000, seconds: float = 3.0) -> bool:
-    """Play the whole story on a database of its own, which is gone afterwards.
+    """Run the demo on a database of its own, which is removed afterwards.
 
     Returns:
         True if every promise held.
 
     Raises:
-        DevServerError: there is no embedded PostgreSQL to play on.
+        DevServerError: there is no embedded PostgreSQL.
     """
     began = time.perf_counter()
-    kept = _Promises(console)
+    promises = _Promises(console)
     with tempfile.TemporaryDirectory(prefix="tallystick-demo-") as folder:
-        Path(folder).chmod(0o755)  # root's server runs as another account, which must get in
+        Path(folder).chmod(0o755)  # root's server runs as another account, which must be able to enter
         with Server(Path(folder, "server")) as server:
-            story = _Demo(console, server, kept)
-            story.adopt(users, workshops)
-            story.migrate()
-            story.sell(seconds)
-            story.checkout()
-            story.audit()
-    console.print(kept.table(f"Tallystick's promises, in {time.perf_counter() - began:.0f} seconds"))
-    return kept.all
+            demo = _Demo(console, server, promises)
+            demo.adopt(users, workshops)
+            demo.migrate()
+            demo.sell(seconds)
+            demo.checkout()
+            demo.audit()
+    console.print(promises.table(f"Tallystick's promises, in {time.perf_counter() - began:.0f} seconds"))
+    return promises.all
 
 
 @contextmanager
 def closing_pool(url: str) -> Iterator[sa.Engine]:
-    """An engine with room for the crowd, closed afterwards."""
+    """An engine with a connection for each thread, closed afterwards."""
     pool = engine(url, pool_size=16)
     try:
         yield pool
@@ -70,7 +70,7 @@ def closing_pool(url: str) -> Iterator[sa.Engine]:
 
 
 class _Promises:
-    """A promise, the measurement, and the verdict on both."""
+    """The promises, each with its measurement and verdict."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -93,12 +93,12 @@ class _Promises:
 
 
 class _Demo:
-    """One telling; each method is a chapter."""
+    """One run of the demo; each method is a chapter."""
 
-    def __init__(self, console: Console, server: Server, kept: _Promises) -> None:
+    def __init__(self, console: Console, server: Server, promises: _Promises) -> None:
         self.console = console
         self.server = server
-        self.kept = kept
+        self.promises = promises
         self.url = server.create_database("app")
         self.config = Config(database_url=self.url, packs=PACKS)
         self.chapters = 0
@@ -127,7 +127,7 @@ class _Demo:
     def migrate(self) -> None:
         self.chapter("The migration, while the old app goes on working")
         traffic = Traffic.of(self.url)
-        with traffic.flowing():
+        with traffic.running():
             time.sleep(SOME_TRAFFIC_S)
             usual, before, began = traffic.median_ms(), traffic.worst_ms(), time.perf_counter()
             receipt = migrate.apply(self.url, self.config)
@@ -140,7 +140,7 @@ class _Demo:
         )
         for error, times in traffic.errors.items():
             self.say(f"{times} times {error}")
-        self.kept.add(
+        self.promises.add(
             "The migration is all or nothing, and live traffic does not feel it",
             f"tables locked for {receipt.locked_ms:.1f} ms, slowest statement {worst:.0f} ms ({before:.0f} ms before), "
             f"{errors} errors",
@@ -152,7 +152,7 @@ class _Demo:
         workshops = self.count("SELECT count(credit_consumed_at) FROM public.workshops")
         with connect(self.url) as conn:
             status = migrate.status(conn, self.config)
-        self.kept.add(
+        self.promises.add(
             "Every existing user has 0 credits and incomplete onboarding, every workshop is unconsumed",
             f"{users} users and {workshops} workshops differ; {len(status.drift)} differences from the schema",
             not users and not workshops and status.healthy,
@@ -161,11 +161,11 @@ class _Demo:
     def sell(self, seconds: float) -> None:
         with closing_pool(self.url) as pool:
             self.chapter("Seed data to develop against")
-            # 200,000 users do not look like development, which is what this database is
+            # with 200,000 users it does not look like a development database, which it is
             seeded = seed.seed(pool, self.config, force_production=True)
             self.say(f"{len(seeded.scenarios)} scenarios, from a funded user to one in debt.")
             self.chapter(f"16 threads buy, unlock, retry and overdraw for {seconds:.0f} seconds")
-            done = crowd(pool, self.config, seconds=seconds)
+            done = trade_concurrently(pool, self.config, seconds=seconds)
         self.say(
             f"{done.bought:,} purchases, {done.unlocked:,} credits spent, {done.refunded:,} refunds, "
             f"{done.refused:,} refusals for want of credits, {done.replayed:,} repeated calls that changed nothing."
@@ -176,20 +176,20 @@ class _Demo:
         overdrawn = self.count(
             "SELECT count(*) FROM public.credit_transactions WHERE type = 'consumption' AND balance_after < 0"
         )
-        self.kept.add(
+        self.promises.add(
             "Nothing is counted twice and nothing is lost",
             f"acknowledged {done.bought:,} purchases and {done.unlocked:,} credits spent; "
             f"in the ledger {granted:,} and {spent:,}",
             (done.bought, done.unlocked) == (granted, spent),
         )
-        self.kept.add(
+        self.promises.add(
             "A credit that isn't there is never spent",
             f"{done.refused:,} times refused, {overdrawn} times overdrawn",
             overdrawn == 0 and done.refused > 0,
         )
 
     def checkout(self) -> None:
-        """A buyer, a card, a webhook twice, and half of the money back: with the real SDK, against a double."""
+        """A purchase, its webhook twice, and a partial refund: with the real SDK, against the test double."""
         self.chapter("A sale through Stripe Checkout, with a double on this machine in Stripe's place")
         origin = "http://127.0.0.1:8000"
         with DevStripe() as double, closing_pool(self.url) as pool:
@@ -201,7 +201,7 @@ class _Demo:
             prices = {one.pack: one.price for one in made.packs}
             packs = tuple(dataclasses.replace(pack, stripe_price_id=prices[pack.name]) for pack in shop.packs)
             shop = shop.model_copy(update={"packs": packs, "stripe_webhook_secret": made.endpoint.secret})
-            double.hold()  # deliveries are made below, by hand
+            double.hold()  # the deliveries are made below
             pack = packs[-1]
             with connect(self.url) as conn:
                 buyer = conn.scalar(sa.text("SELECT id FROM public.users WHERE email = 'user9@example.com'"))
@@ -212,14 +212,14 @@ class _Demo:
             )  # fmt: skip
             self.say(f"A pending purchase of {pack.credits} credits, then a Checkout Session at Stripe.")
             double.pay(bought.session)
-            heard: Counter[str] = Counter()
+            deliveries: Counter[str] = Counter()
 
             def deliver() -> None:
                 for delivery in double.held():
                     body, signature = double.signed(delivery["event"], delivery["endpoint"])
                     for _ in range(2):
                         outcome = stripe.receive(pool, shop, body.encode(), signature).outcome
-                        heard[f"{delivery['type']}: {outcome}"] += 1
+                        deliveries[f"{delivery['type']}: {outcome}"] += 1
 
             deliver()
             with connect(self.url) as conn:
@@ -231,9 +231,9 @@ class _Demo:
             with connect(self.url) as conn:
                 after = Ledger(shop).balance(conn, buyer)
             self.say(f"A third of the money goes back from Stripe's dashboard: balance {paid} → {after}.")
-        self.kept.add(
+        self.promises.add(
             "Stripe is heard once, however often it speaks",
-            f"{sum(heard.values())} deliveries, balance {before} → {paid} → {after}",
+            f"{sum(deliveries.values())} deliveries, balance {before} → {paid} → {after}",
             (paid - before, after - paid) == (pack.credits, -1),
         )
 
@@ -242,7 +242,7 @@ class _Demo:
         with connect(self.url) as conn:
             report = audit.audit(conn, self.config)
         self.say(f"{report.users:,} users and {report.rows:,} rows checked in {report.seconds:.1f} s.")
-        self.kept.add(
+        self.promises.add(
             "A balance never lies", f"{sum(f.fault for f in report.findings)} faults found by the audit", report.clean
         )
         self.console.print()

@@ -91,12 +91,12 @@ def demo(
 ) -> None:
     """Migrate a busy database, sell, spend, refund and audit, on a temporary PostgreSQL. Under a minute."""
     try:
-        from tallystick.cli import demo as story  # noqa: PLC0415 - it needs extras, which other commands do not
+        from tallystick.cli import demo as module  # noqa: PLC0415 - it needs extras, which other commands do not
     except ImportError:
         raise DevServerError(
             "the demo needs the extras devdb and stripe. Run: pip install 'tallystick[devdb,stripe]'"
         ) from None
-    if not story.run(out, users=users, workshops=workshops):
+    if not module.run(out, users=users, workshops=workshops):
         raise typer.Exit(1)
 
 
@@ -195,10 +195,10 @@ def psql(
         embedded_address(server)
         command = server.command("psql", *(arguments or ()))
         environment = server.env | {"PGDATABASE": EMBEDDED_DATABASE}
-        code = os.spawnve(os.P_WAIT, command[0], command, environment)  # noqa: S606 - psql takes over the terminal
+        code = os.spawnve(os.P_WAIT, command[0], command, environment)  # noqa: S606 - psql gets the terminal
     raise typer.Exit(code)
 
 
 def _libpq(url: str) -> str:
-    """Without SQLAlchemy's driver in the scheme, as psql and an app's own tools want it."""
+    """The address without SQLAlchemy's driver in the scheme, for psql and an app's own tools."""
     return url.replace("postgresql+psycopg://", "postgresql://", 1)

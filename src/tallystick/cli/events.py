@@ -42,7 +42,7 @@ def enable(
 ) -> None:
     """Write events from now on, by a trigger on the ledger. A second run changes the given settings."""
     with invocation(ctx).database(migrating=True) as config:
-        _say_where(address(config))
+        _show_target(address(config))
         events.enable(address(config), config, low_balance=low_balance, notify=notify)
     out.print("Events are on.")
 
@@ -51,7 +51,7 @@ def enable(
 def disable(ctx: typer.Context) -> None:
     """Stop writing events. Existing events stay."""
     with invocation(ctx).database(migrating=True) as config:
-        _say_where(address(config))
+        _show_target(address(config))
         events.disable(address(config), config)
     out.print("Events are off.")
 
@@ -86,7 +86,7 @@ def follow(
     """Print each event as a line of JSON, and wait for the next. Stop with Ctrl-C."""
     with invocation(ctx).database(migrating=True) as config:
         try:
-            for event in events.follow(address(config), config, after=after, poll_s=poll, lost=_tell_lost):
+            for event in events.follow(address(config), config, after=after, poll_s=poll, lost=_show_lost):
                 sys.stdout.write(json.dumps(plain(event), ensure_ascii=False) + "\n")
                 sys.stdout.flush()
         except KeyboardInterrupt:
@@ -103,7 +103,7 @@ def prune(
     if found is None:
         raise typer.BadParameter(f"{older_than!r} is no age. Write a number and s, m, h, d or w, such as 30d")
     with invocation(ctx).database(migrating=True) as config:
-        _say_where(address(config))
+        _show_target(address(config))
         removed = events.prune(address(config), older_than=dt.timedelta(**{_AGES[found[2]]: int(found[1])}))
     out.print(f"{removed} events removed.")
 
@@ -189,7 +189,7 @@ def deliver(
     module = delivery()
     with invocation(ctx).database(migrating=True) as config:
         url = address(config)
-        _say_where(url)
+        _show_target(url)
         try:
             module.deliver(
                 url,
@@ -197,7 +197,7 @@ def deliver(
                 once=once,
                 pauses_s=module.PAUSES_S[: attempts - 1],
                 timeout_s=timeout,
-                told=_tell,
+                report=_show_attempt,
             )
         except KeyboardInterrupt:
             raise typer.Exit from None
@@ -239,7 +239,7 @@ def replay(
         verify(conn)
         done = module.replay(conn, endpoint, event or None)
     for each in done:
-        _tell(each)
+        _show_attempt(each)
     if any(each.error for each in done):
         raise typer.Exit(1)
     if not done:
@@ -264,20 +264,20 @@ def low_balance(
         note("Events are off. To write them: tallystick events enable")
 
 
-def _say_where(url: str) -> None:
+def _show_target(url: str) -> None:
     with connect(url) as conn:
         note(place(conn))
 
 
-def _tell_lost(why: str) -> None:
+def _show_lost(why: str) -> None:
     note(f"The connection ended: {why}. Connecting again.")
 
 
-def _tell(told: Any) -> None:
-    if isinstance(told, str):
-        note(told)
-    elif told.error is None:
-        out.print(f"{told.endpoint}: event {told.event_id} {told.kind} was accepted.", markup=False)
+def _show_attempt(sent: Any) -> None:
+    if isinstance(sent, str):
+        note(sent)
+    elif sent.error is None:
+        out.print(f"{sent.endpoint}: event {sent.event_id} {sent.kind} was accepted.", markup=False)
     else:
-        then = "It is a dead letter now: tallystick events dead-letters" if told.dead else "It will be sent again"
-        note(f"{told.endpoint}: event {told.event_id} {told.kind}: {told.error}. {then}.")
+        then = "It is a dead letter now: tallystick events dead-letters" if sent.dead else "It will be sent again"
+        note(f"{sent.endpoint}: event {sent.event_id} {sent.kind}: {sent.error}. {then}.")

@@ -32,10 +32,10 @@ from tallystick.cli.app import (
     table,
 )
 from tallystick.config import FILE_NAME, INTEGER_KEYS, Config
-from tallystick.database import said, translated
+from tallystick.database import server_message, translated
 from tallystick.errors import ConfigError, InvalidArgument, Key, NotMigrated, TallystickError, UnknownUser, shown
 from tallystick.ledger import CreditTransaction, Ledger, close_all_days
-from tallystick.schema import Schema, agreed, verify
+from tallystick.schema import Schema, verify, with_stored_mapping
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,20 +50,20 @@ KeyOption = Annotated[
 ]
 
 
-NARROW = 120  # a terminal in which the ids of a table would be broken
+NARROW = 120  # columns of a terminal in which a table would break ids
 
 
 class OfUser(TyperCommand):
-    """A command about a user, whose key may be a number below zero and is no option then."""
+    """A command about a user, whose key may be a negative number and must not be parsed as an option."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As ever, but for such a number."""
+        """Parse the arguments, with a negative number as the key."""
         ctx.ignore_unknown_options = any(re.fullmatch(r"-\d+", arg) for arg in args)
         return super().parse_args(ctx, args)
 
 
 def user_key(conn: sa.Connection, config: Config, text: str) -> Key:
-    """The key of the user whose e-mail address or key was typed. Raises InvalidArgument, UnknownUser."""
+    """The key of the user with this e-mail address or key. Raises InvalidArgument, UnknownUser."""
     schema = Schema.of(config.host)
     if "@" in text and "email" not in schema.users.c and config.host.users.key_type in {"uuid", *INTEGER_KEYS}:
         raise InvalidArgument(
@@ -94,40 +94,41 @@ def user_key(conn: sa.Connection, config: Config, text: str) -> Key:
 def mapped(
     ctx: typer.Context, *, changes: bool = False, only_reads: bool = False
 ) -> Iterator[tuple[sa.Connection, Config]]:
-    """A connection to a migrated database, on which a wrong mapping is told as one; said aloud where it ``changes``.
+    """A connection to a migrated database, with clear errors for a wrong mapping; with ``changes`` a note names it.
 
-    One that ``only_reads`` is the replica's, where there is one.
+    With ``only_reads`` it is the replica's, if there is one.
     """
-    asked = invocation(ctx)
-    with asked.connection(only_reads=only_reads) as (conn, config):
+    given = invocation(ctx)
+    with given.connection(only_reads=only_reads) as (conn, config):
         if changes:
             note(place(conn))
         verify(conn)
-        config = agreed(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
+        config = with_stored_mapping(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
         try:
             yield conn, config
-        except NotMigrated as error:  # it is, so what is missing is not what we added
-            what = said(error.__cause__) if isinstance(error.__cause__, DBAPIError) else error.message
+        except NotMigrated as error:  # the database is migrated, so the missing column is the app's
+            what = server_message(error.__cause__) if isinstance(error.__cause__, DBAPIError) else error.message
             raise NotMigrated(
-                f"{what}. The database is migrated: {_where(asked)}. To see what is missing: tallystick migrate status",
+                f"{what}. The database is migrated: {_mapping_source(given)}. To see what is missing: "
+                "tallystick migrate status",
                 revision=error.revision,
             ) from error
         except InvalidArgument as error:
             if error.argument != "user":
                 raise
-            told = f"{error.message}: {_where(asked)}"
-            raise InvalidArgument(told, argument=error.argument, value=error.value) from error
+            message = f"{error.message}: {_mapping_source(given)}"
+            raise InvalidArgument(message, argument=error.argument, value=error.value) from error
 
 
-def _where(asked: Invocation) -> str:
-    """The source of the mapping, for a person who looks for a fault in it."""
-    if "host" in Config.load(asked.config_path).model_fields_set:
-        return f"check [host.users] in {asked.config_path or FILE_NAME}"
+def _mapping_source(given: Invocation) -> str:
+    """The source of the mapping, for a message about a fault in it."""
+    if "host" in Config.load(given.config_path).model_fields_set:
+        return f"check [host.users] in {given.config_path or FILE_NAME}"
     return "which tables and columns are the app's was stored when it was migrated"
 
 
 def credits_of(number: int) -> str:
-    """As in "1 credit", "0 credits"."""
+    """A number of credits, as "1 credit" or "0 credits"."""
     return f"{number} credit" if number in (1, -1) else f"{number} credits"
 
 
@@ -141,8 +142,8 @@ def balance(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> No
         kept = f": {now.held} set aside by holds, {now.available} to spend" if now.held else ""
         out.print(f"{credits_of(now.balance)}{kept}")
 
-    told = {"user": user, "balance": now.balance, "held": now.held, "available": now.available}
-    emit(told, show, as_json=as_json)
+    result = {"user": user, "balance": now.balance, "held": now.held, "available": now.available}
+    emit(result, show, as_json=as_json)
 
 
 @app.command(cls=OfUser, rich_help_panel="Credits")
@@ -168,7 +169,7 @@ def lots(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> None:
 
 
 def ledger_table(rows: Sequence[CreditTransaction]) -> Table:
-    """Rows of a ledger, as a person reads them."""
+    """Rows of a ledger as a table."""
     shown = table("#", "when (UTC)", "type", "amount", "balance", "description", "id", right=("#", "amount", "balance"))
     for row in rows:
         moment = (row.completed_at or row.created_at).astimezone(dt.UTC)
@@ -186,7 +187,7 @@ def ledger_table(rows: Sequence[CreditTransaction]) -> Table:
 
 
 def show_ledger(rows: Sequence[CreditTransaction]) -> None:
-    """As a table, or in lines where that would be too wide."""
+    """Print rows as a table, or as lines if that is too wide."""
     if out.width >= NARROW:
         out.print(ledger_table(rows))
         return
@@ -233,7 +234,7 @@ def _move(
     *,
     as_json: bool,
 ) -> None:
-    """Make one credit transaction of ``user``, and say what it is."""
+    """Make one credit transaction of ``user``, and print it."""
     with mapped(ctx, changes=True) as (conn, config):
         ledger, key = Ledger(config), user_key(conn, config, user)
         done = move(ledger, conn, key)
@@ -320,7 +321,7 @@ def _takes_back(
     description: str | None,
     as_json: bool,
 ) -> None:
-    """Make the row that is linked to ``row`` and bounded by it."""
+    """Make a row that refers to ``row`` and is limited by it."""
     _move(
         ctx,
         user,
@@ -384,8 +385,8 @@ def sweep(
         swept += found
         if found < limit:
             break
-    told = f"{swept} {'user' if swept == 1 else 'users'} had holds or credits that expired."
-    emit({"users": swept}, lambda: out.print(told), as_json=as_json)
+    message = f"{swept} {'user' if swept == 1 else 'users'} had holds or credits that expired."
+    emit({"users": swept}, lambda: out.print(message), as_json=as_json)
     try:
         with mapped(ctx, changes=False) as (conn, config):
             pool = conn.engine
@@ -411,11 +412,11 @@ def allowances_run(ctx: typer.Context, as_json: Json = False) -> None:
         if not config.allowances:
             raise ConfigError("no plan has an allowance. Write [[allowances]] into tallystick.toml", key="allowances")
         pool = conn.engine
-    # without a transaction around those of the users
+    # each user's grant is a transaction of its own
     with progress_bar("Giving") as progress:
         got = Allowances(config).run(pool, progress=progress)
-    told = f"{got} {'user' if got == 1 else 'users'} got credits."
-    emit({"users": got}, lambda: out.print(told), as_json=as_json)
+    message = f"{got} {'user' if got == 1 else 'users'} got credits."
+    emit({"users": got}, lambda: out.print(message), as_json=as_json)
 
 
 holds = typer.Typer(no_args_is_help=True, help="Set credits aside for work under way, then charge or release them.")
@@ -447,11 +448,11 @@ def hold_place(
         )
     word = "Held already" if held.replayed else "Held"
     until = f" until {held.expires_at.astimezone(dt.UTC):%Y-%m-%d %H:%M:%S} UTC" if held.expires_at else ""
-    said = (
+    message = (
         f"{word}: {credits_of(credits)}{until}, {held.id}.\n"
         f"To charge them: tallystick hold capture {shlex.quote(user)} {held.id}"
     )
-    emit(held, lambda: out.print(said, markup=False), as_json=as_json)
+    emit(held, lambda: out.print(message, markup=False), as_json=as_json)
 
 
 @holds.command("capture", cls=OfUser)
@@ -479,8 +480,8 @@ def hold_release(ctx: typer.Context, user: UserArgument, hold: RowArgument, as_j
     """End a hold without a charge: its credits can be spent again."""
     with mapped(ctx, changes=True) as (conn, config):
         done = Ledger(config).release(conn, user_key(conn, config, user), hold)
-    said = f"{'Released already' if done.replayed else 'Released'}: {done.description}, {done.id}."
-    emit(done, lambda: out.print(said, markup=False), as_json=as_json)
+    message = f"{'Released already' if done.replayed else 'Released'}: {done.description}, {done.id}."
+    emit(done, lambda: out.print(message, markup=False), as_json=as_json)
 
 
 @app.command(cls=OfUser, rich_help_panel="Credits")
@@ -599,7 +600,7 @@ def audit(
 
     The audit shares no code with the ledger's functions.
     """
-    from tallystick import audit as auditing  # noqa: PLC0415 - no other command waits for its import
+    from tallystick import audit as auditing  # noqa: PLC0415 - only this command needs it
 
     if checks:
         listing = {name: check.purpose for name, check in auditing.CHECKS.items()}
@@ -636,7 +637,7 @@ def audit(
 
 
 def show_audit(report: AuditReport) -> None:
-    """A report as an operator reads it: the verdict first."""
+    """Print a report, the verdict first."""
     size = f"{report.users:,} users and {report.rows:,} credit transactions in {report.seconds:.1f} s"
     faults = sum(finding.fault for finding in report.findings)
     if report.clean:
@@ -650,7 +651,7 @@ def show_audit(report: AuditReport) -> None:
 
 
 def show_findings(report: AuditReport) -> None:
-    """Each with where it is and what to do about it."""
+    """Print the findings, each with its place and remedy."""
     for finding in report.findings:
         out.print()
         out.print(f"[bold]{finding.check}[/]{escape(str(finding).removeprefix(finding.check))}")

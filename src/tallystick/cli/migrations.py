@@ -36,14 +36,14 @@ migrations = typer.Typer(
 app.add_typer(migrations, name="migrate", rich_help_panel="Begin here")
 
 
-def awake(config: Config) -> AbstractContextManager[sa.Connection]:
-    """A connection. While the server is still starting up, as one that sleeps when idle, it tries again."""
-    told: list[str] = []
+def connect_when_ready(config: Config) -> AbstractContextManager[sa.Connection]:
+    """A connection, with retries while the server is starting up, as one that sleeps when idle."""
+    messages: list[str] = []
 
-    def waiting(said: str) -> None:
-        if not told:
-            note(f"The database is not ready yet, trying again for up to {PATIENCE_S:g} s: {said}")
-        told.append(said)
+    def waiting(message: str) -> None:
+        if not messages:
+            note(f"The database is not ready yet, trying again for up to {PATIENCE_S:g} s: {message}")
+        messages.append(message)
 
     return connect(address(config), patience_s=PATIENCE_S, waiting=waiting)
 
@@ -51,12 +51,12 @@ def awake(config: Config) -> AbstractContextManager[sa.Connection]:
 @contextmanager
 def migrating(ctx: typer.Context) -> Iterator[tuple[sa.Connection, Config]]:
     """A connection that migrations can use, and the settings."""
-    with invocation(ctx).database(migrating=True) as config, awake(config) as conn:
+    with invocation(ctx).database(migrating=True) as config, connect_when_ready(config) as conn:
         yield conn, with_mapping(conn, config)
 
 
-def _say_where(ctx: typer.Context, config: Config) -> Config:
-    with awake(config) as conn:
+def _show_target(ctx: typer.Context, config: Config) -> Config:
+    with connect_when_ready(config) as conn:
         found = with_mapping(conn, config)
         note(f"{place(conn)}, {mapping(ctx, found)}.")
         return found
@@ -156,7 +156,7 @@ def init(
             line=None,
             key=None,
         )
-    with invocation(ctx).database() as config, awake(config) as conn:
+    with invocation(ctx).database() as config, connect_when_ready(config) as conn:
         host = migrate.propose(
             conn,
             users=users,
@@ -186,8 +186,8 @@ def init(
             instead_of_it = f"{again} --users {shlex.quote(one.table.shown)}"
             out.print(f"           or {one.table.shown} ({one.why}): {instead_of_it}", markup=False, soft_wrap=True)
         if host.workshops is None:
-            said = "" if workshops else f". If a credit unlocks something: {again} --workshops TABLE"
-            out.print(f"workshops  none{said}")
+            advice = "" if workshops else f". If a credit unlocks something: {again} --workshops TABLE"
+            out.print(f"workshops  none{advice}")
         else:
             place = host.workshops
             out.print(
@@ -217,10 +217,10 @@ def init(
                 f"is added. If a column means something else: {again} --own-columns",
                 markup=False,
             )
-        kept = {name: given[name] for name in ("--credits", "--output")}
+        options = {name: given[name] for name in ("--credits", "--output")}
         for beside in apart:
-            told = beside.told(_init_again(kept, own_columns=own_columns))
-            out.print(f"balance    {told}", markup=False, soft_wrap=True)
+            advice = beside.sentence(_init_again(options, own_columns=own_columns))
+            out.print(f"balance    {advice}", markup=False, soft_wrap=True)
         if host.ledger_schema is not None:
             out.print(
                 f"ledger     in schema {host.ledger_schema}, since the app has names like the ledger's already; they "
@@ -435,7 +435,7 @@ def snippet(
 ) -> None:
     """Print the lines for the app's own schema file, so that its tool does not drop our columns."""
     config, host = invocation(ctx).config(), None
-    if config.database_url or postgres.default_folder().exists():  # it knows which columns the app had before
+    if config.database_url or postgres.default_folder().exists():  # it has the columns that the app had before
         try:
             with translated(), invocation(ctx).database(migrating=True) as config, connect(address(config)) as conn:
                 config = with_mapping(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
@@ -471,13 +471,13 @@ def apply(
 ) -> None:
     """Migrate the database while its traffic goes on. All or nothing; a second run changes nothing."""
     with invocation(ctx).database(migrating=True) as config:
-        config = _say_where(ctx, config)  # noqa: PLW2901 - the same, with the database's mapping
+        config = _show_target(ctx, config)  # noqa: PLW2901 - the same, with the database's mapping
         if backup is not None:
             take_backup(address(config), backup)
-        with awake(config) as conn:
+        with connect_when_ready(config) as conn:
             tools = migrate.tools(conn, Path.cwd())
             apart = migrate.balances_apart(conn, config.host)
-        with _Shown() as shown:
+        with _MigrationProgress() as shown:
             receipt = migrate.apply(
                 address(config),
                 config,
@@ -488,7 +488,7 @@ def apply(
             )
 
     for beside in apart if receipt.changed and receipt.before is None else ():
-        note(f"Warning: {beside.told('tallystick migrate undo, and tallystick init --force')}.")
+        note(f"Warning: {beside.sentence('tallystick migrate undo, and tallystick init --force')}.")
 
     def show() -> None:
         _show_receipt(receipt, config.host)
@@ -527,15 +527,15 @@ def adopt(
     traffic goes on.
     """
     with invocation(ctx).database(migrating=True) as config:
-        config = _say_where(ctx, config)  # noqa: PLW2901 - the same, with the database's mapping
-        with awake(config) as conn:
+        config = _show_target(ctx, config)  # noqa: PLW2901 - the same, with the database's mapping
+        with connect_when_ready(config) as conn:
             before = migrate.look_at_own_credits(conn, config, history=history)
         did = None
         if cut_over:
             did = migrate.cut_over(address(config), config)
         elif before.migrated:
             did = migrate.adopt(address(config), config, history=history, note_history=note_history)
-        with awake(config) as conn:
+        with connect_when_ready(config) as conn:
             found = migrate.look_at_own_credits(conn, config, history=history)
 
     def show() -> None:
@@ -608,8 +608,8 @@ def undo(
 ) -> None:
     """Take Tallystick out of the database again. Refused while the ledger has rows."""
     with invocation(ctx).database(migrating=True) as config:
-        config = _say_where(ctx, config)  # noqa: PLW2901 - the same, with the database's mapping
-        with _Shown() as shown:
+        config = _show_target(ctx, config)  # noqa: PLW2901 - the same, with the database's mapping
+        with _MigrationProgress() as shown:
             receipt = migrate.undo(
                 address(config),
                 config,
@@ -623,7 +623,7 @@ def undo(
 
 
 class Widenable(StrEnum):
-    """A table whose key may grow."""
+    """A table whose key may be widened."""
 
     users = "users"
     workshops = "workshops"
@@ -644,7 +644,7 @@ def widen_key(
     quiet time. Afterwards renew every connection of the app. To finish an interrupted run, run the command again.
     """
     with invocation(ctx).database(migrating=True) as config:
-        with awake(config) as conn:  # the mapping is the database's: the file may say the larger type, or not yet
+        with connect_when_ready(config) as conn:
             note(f"{place(conn)}.")
         widened = migrate.widen_key(address(config), table.value, give_up_after_s=give_up_after)
 
@@ -706,7 +706,7 @@ def rehearse(
             config,
             app_statements=of_the_app,
             audit=lambda conn: _audited(conn, config),
-            progress=stack.enter_context(_Steps()),
+            progress=stack.enter_context(_RehearsalProgress()),
         )
 
     from tallystick.cli.rehearsal_report import rehearsal_page, rehearsal_report  # noqa: PLC0415 - of this command alone
@@ -723,22 +723,22 @@ _NO_EXTENSION = re.compile(r"extension \"([^\"]+)\" is not available|extension/(
 
 @contextmanager
 def _restored(ctx: typer.Context, backup_file: Path | None) -> Iterator[tuple[Config, str]]:
-    """A copy in a temporary server: of the given backup, or of one that is taken now."""
+    """A copy in a temporary server, from the given backup or from one that is taken now."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="tallystick-rehearsal-")))
-        folder.chmod(0o711)  # root's embedded server runs as another account, which must get through
+        folder.chmod(0o711)  # root's embedded server runs as another account, which must be able to pass
         if backup_file is None:
             config = stack.enter_context(invocation(ctx).database(migrating=True))
             backup_file = folder / "copy.backup"
-            config = _say_where(ctx, config)
-            with awake(config) as conn:
+            config = _show_target(ctx, config)
+            with connect_when_ready(config) as conn:
                 migrate.refuse_nothing_to_rehearse(conn)
             take_backup(address(config), backup_file)
         else:
             backups().read_manifest(backup_file)  # before a server is started for it
             config = invocation(ctx).config()
             note(f"A copy from {backup_file}, {mapping(ctx, config)}.")
-        with _Steps() as steps:
+        with _RehearsalProgress() as steps:
             steps(Progress("starting an embedded server"))
             server = stack.enter_context(postgres.Server(folder / "server"))
             copy = server.create_database("rehearsal")
@@ -759,12 +759,12 @@ def _restored(ctx: typer.Context, backup_file: Path | None) -> Iterator[tuple[Co
 
 @contextmanager
 def _given(ctx: typer.Context, copy: str) -> Iterator[tuple[Config, str]]:
-    """A copy that the user made, once it is known not to be the original."""
+    """A copy that the user made, after a check that it is not the original."""
     config = invocation(ctx).config().at(copy)
-    with awake(config) as conn:
+    with connect_when_ready(config) as conn:
         note(f"{place(conn)}, {mapping(ctx, config)}.")
         if invocation(ctx).config().database_url:
-            with invocation(ctx).database(migrating=True) as original, awake(original) as source:
+            with invocation(ctx).database(migrating=True) as original, connect_when_ready(original) as source:
                 migrate.refuse_same_database(conn, source)
     yield config, address(config)
 
@@ -773,8 +773,8 @@ def _audited(conn: sa.Connection, config: Config) -> list[str]:
     return [str(finding) for finding in audit(conn, config).findings if finding.fault]
 
 
-class _Steps(ExitStack):
-    """Says on stderr what is being done; on a terminal in one line, and how long each step took once it is over."""
+class _RehearsalProgress(ExitStack):
+    """The steps of a rehearsal on stderr, on a terminal in one line, with the duration of each finished step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -795,10 +795,10 @@ class _Steps(ExitStack):
         self._status.update(begun.step)
 
 
-class _Shown(ExitStack):
-    """Says on stderr what a migration is doing, and who is in its way; on a terminal in one line.
+class _MigrationProgress(ExitStack):
+    """The progress of a migration and its blockers on stderr, on a terminal in one line.
 
-    Where it is interrupted, it says what is done already.
+    After an interruption it prints what is done already.
     """
 
     def __init__(self) -> None:
@@ -820,7 +820,7 @@ class _Shown(ExitStack):
             case migrate.MigrationProgress(phase="online", step=str(step)):
                 return f"{done} Not finished: {step}."
             case migrate.MigrationProgress(phase="locking", revision=str(revision)):
-                # the interruption may have come with the answer to the COMMIT
+                # the interruption may have come while COMMIT was answered
                 done = done if self._done else ""
                 return f"{done} {revision} is done or is not, as a whole.".strip()
         return done
@@ -843,7 +843,7 @@ class _Shown(ExitStack):
         if self._status is not None:
             self._status.update(escape(line))
         else:
-            # a log gets a line for what is new, not for each look at it
+            # a log gets a line for each change, not for each poll
             what = (now.phase, now.revision, now.step, now.waits_for, tuple(blocker.pid for blocker in now.blockers))
             if what not in self._told:
                 note(line)

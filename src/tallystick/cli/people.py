@@ -1,4 +1,4 @@
-"""People change: two accounts made one, and a person forgotten."""
+"""Merging two accounts of one person, and erasing a person: tallystick merge, erase."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Yes = Annotated[bool, typer.Option("--yes", help="Do not ask first.")]
 
 
 def _ask(question: str, *, yes: bool, as_json: bool) -> None:
-    """Ask a person at a terminal; scripts are not asked. The database is not kept waiting for the answer."""
+    """Ask for confirmation at a terminal, but not in scripts. No transaction is open meanwhile."""
     if not yes and sys.stdin.isatty() and not as_json:
         typer.confirm(question, abort=True, err=True)
 
@@ -59,8 +59,8 @@ def merge(
         ledger = Ledger(config)
         done = ledger.merge(conn, gone.user, into=stays.user, key=key or f"cli-{uuid4()}", description=description)
     word = "Already done" if done.replayed else "Done"
-    said = f"{word}: {credits_of(done.credits)} moved. User {done.into} has {credits_of(done.balance)}."
-    emit(done, lambda: out.print(said, markup=False), as_json=as_json)
+    message = f"{word}: {credits_of(done.credits)} moved. User {done.into} has {credits_of(done.balance)}."
+    emit(done, lambda: out.print(message, markup=False), as_json=as_json)
 
 
 @people.command(cls=OfUser)

@@ -1,4 +1,4 @@
-"""The report of a rehearsal, for a terminal or as a page of HTML."""
+"""The report of a rehearsal, for a terminal or as an HTML page."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _COLOURS = {"ACCESS EXCLUSIVE": "red", "SHARE UPDATE EXCLUSIVE": "yellow"}
 
 
 def rehearsal_report(done: Rehearsal) -> RenderableType:
-    """The statements that locked the app's tables, the use of the ledger, and what is against the migration."""
+    """The statements that locked the app's tables, the use of the ledger, and the problems found."""
     return Group(_locks(done), *map(Text, _lines(done)), *(Text(problem, style="red") for problem in done.problems))
 
 
 def rehearsal_page(done: Rehearsal) -> str:
-    """The same as a page that needs nothing else."""
+    """The report as a self-contained HTML page."""
     console = Console(record=True, file=io.StringIO(), width=_WIDTH, highlight=False, emoji=False)
     console.print(rehearsal_report(done))
     return console.export_html()
 
 
 def _locks(done: Rehearsal) -> Table:
-    """A line for each lock: it is held from its statement to the end, drawn over the time of the transaction."""
+    """A row for each lock, held from its statement to the end, with a bar over the time of the transaction."""
     end = max((one.started_ms + one.took_ms for one in done.statements if one.phase != "online"), default=0) or 1
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("ms", justify="right", min_width=_MS)

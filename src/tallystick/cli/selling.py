@@ -18,7 +18,7 @@ from tallystick.cli.ledger import KeyOption, credits_of
 from tallystick.config import Config
 from tallystick.database import engine, transaction
 from tallystick.errors import StripeNotConfigured, TallystickError
-from tallystick.schema import agreed, verify
+from tallystick.schema import verify, with_stored_mapping
 
 selling = typer.Typer(
     no_args_is_help=True, help="Sell credits through Stripe Checkout: prices, webhooks, refunds, reconciliation."
@@ -27,9 +27,9 @@ app.add_typer(selling, name="stripe", rich_help_panel="Credits")
 
 
 def stripe() -> Any:
-    """The module, when it is needed: it is an extra, and Stripe's SDK takes its time to load."""
+    """The module, imported when needed: it is an extra, and Stripe's SDK is slow to load."""
     try:
-        from tallystick import stripe as module  # noqa: PLC0415 - as said
+        from tallystick import stripe as module  # noqa: PLC0415 - see above
     except ImportError as error:
         raise StripeNotConfigured(str(error), setting="stripe") from error
     return module
@@ -42,7 +42,7 @@ def pool(ctx: typer.Context) -> Iterator[tuple[sa.Engine, Config]]:
         made = engine(address(config), poolclass=sa.NullPool)
         with transaction(made) as conn:
             verify(conn)
-            config = agreed(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
+            config = with_stored_mapping(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
         yield made, config
 
 
@@ -259,7 +259,7 @@ def send_back(
     wanted["key"] = key or f"cli-{uuid4()}"
     with pool(ctx) as (made, config):
         preview = stripe().preview_refund(made, config, purchase, **wanted)
-        note(_foretold(preview))
+        note(_preview_text(preview))
         if not yes and sys.stdin.isatty() and not as_json:
             typer.confirm("Send it?", abort=True, err=True)
         done = stripe().refund(made, config, purchase, **wanted)
@@ -268,7 +268,7 @@ def send_back(
     emit(done, lambda: out.print(f"Done. The purchase has {credits_of(left)} left."), as_json=as_json)
 
 
-def _foretold(preview: Any) -> str:
+def _preview_text(preview: Any) -> str:
     return (
         f"This sends back {preview.amount} {preview.currency} (minor units) and takes {credits_of(preview.credits)}. "
         f"The purchase has {credits_of(preview.left)} left, of which {preview.spent} are spent already. "

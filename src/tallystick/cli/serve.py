@@ -15,12 +15,12 @@ from tallystick.cli.app import app, invocation, out
 from tallystick.config import ConsoleAccess
 from tallystick.database import connect, engine
 from tallystick.errors import ConfigError
-from tallystick.schema import agreed, verify
+from tallystick.schema import verify, with_stored_mapping
 
 if TYPE_CHECKING:
     from tallystick.web.console import SignIn
 
-SHUTDOWN_S = 5  # Ctrl-C waits no longer for browsers that keep a connection open
+SHUTDOWN_S = 5  # the longest wait for open connections after Ctrl-C
 
 
 @app.command(rich_help_panel="Trust")
@@ -44,7 +44,7 @@ def serve(
     name operators or a reverse proxy under \[console] in the settings.
     """
     try:
-        import uvicorn  # noqa: PLC0415 - an extra, and half a second that no other command should wait for
+        import uvicorn  # noqa: PLC0415 - an extra, which takes half a second to import
 
         from tallystick.web import console  # noqa: PLC0415
     except ModuleNotFoundError as error:
@@ -60,7 +60,7 @@ def serve(
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     with invocation(ctx).database() as config, _listen(host, port) as listening:
         ip, port = listening.getsockname()[:2]
-        local = ipaddress.ip_address(ip).is_loopback  # whatever name it was given by
+        local = ipaddress.ip_address(ip).is_loopback  # also for a host name
         sign_in, address = _sign_in(config.console, host, port, local=local)
         where = database_address(config)
         pools = {
@@ -70,7 +70,7 @@ def serve(
             # without actions the primary is not needed
             with connect(where if allow_actions else [*pools][-1]) as conn:
                 verify(conn)
-                config = agreed(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
+                config = with_stored_mapping(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
             pages = console.console(
                 config,
                 engine=pools[where],
@@ -84,8 +84,8 @@ def serve(
                 out.print("The link works once, within 15 minutes. Stop with Ctrl-C.")
             else:
                 out.print(f"The console is at {address}/. Stop with Ctrl-C.", markup=False)
-            # Who is at the other end decides who gets in, so no header may change what uvicorn says of it; and its
-            # own log of requests would hold the link's token.
+            # The peer's address decides on access, so uvicorn must not take it from a header; and its access log would
+            # contain the link's token.
             settings = uvicorn.Config(
                 pages,
                 proxy_headers=False,
@@ -105,20 +105,20 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, port), family=family)
-    except (OSError, UnicodeError) as error:  # the latter of names that are none
+    except (OSError, UnicodeError) as error:  # UnicodeError for an invalid host name
         raise ConfigError(
             f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', error)}. Choose another with: --port",
             path=None,
             line=None,
             key=None,
         ) from None
-    # Its connections inherit it. An answer is two writes; without this the second waits 40 ms for the first's receipt.
+    # Connections inherit it. A response is two writes; without it the second waits 40 ms for the first's ACK.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening
 
 
 def _sign_in(access: ConsoleAccess, host: str, port: int, *, local: bool) -> tuple[SignIn, str]:
-    """The way operators sign in, and the address they see. Raises ConfigError if the settings do not choose them."""
+    """The way operators sign in, and the console's address. Raises ConfigError if the settings do not choose them."""
     from tallystick.web.console import LocalLink, Passwords, TrustedProxy  # noqa: PLC0415 - as above
 
     here = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,1 +1,1 @@
-"""To develop against: a PostgreSQL of the app's own, seed data, a demonstration, and a double of Stripe."""
+"""Development tools: an embedded PostgreSQL, seed data, a demonstration, and a test double of Stripe."""

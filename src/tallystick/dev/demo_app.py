@@ -1,4 +1,4 @@
-"""The parts of the demo: an app that knows nothing of credits, its live traffic, and a crowd of customers."""
+"""The parts of the demo: an app without credits, its live traffic, and concurrent customers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CREATE TABLE public.workshops (
 );
 CREATE INDEX workshops_user_id ON public.workshops (user_id);
 """
-"""An app that knows nothing of credits, as the first user's was."""
+"""The tables of an app without credits."""
 
 _FILL_USERS = """
 INSERT INTO public.users (email, name, created_at)
@@ -57,7 +57,7 @@ SELECT owner.id, 'Workshop ' || w, now() - w * interval '1 minute'
 FROM generate_series(1, %s) w, size, owner WHERE owner.n = 1 + w %% size.users
 """
 
-LEAST_STEPS = 20  # of each customer, however slow the machine
+LEAST_STEPS = 20  # of each customer, even on a slow machine
 
 OLD_APP = (
     "SELECT id, email, name FROM users WHERE id = %(user)s",
@@ -86,10 +86,10 @@ def build_host_app(url: str, *, users: int, workshops: int) -> None:
 
 @dataclass
 class Traffic:
-    """Threads that use the tables in the old app's way. Latencies in milliseconds, from when a statement was due.
+    """Threads that use the tables as the old app does. Latencies are in milliseconds from a statement's due time.
 
-    Statements are due at fixed moments, whether or not the one before has come back: a stall is then counted for
-    everybody who would have met it.
+    Statements are due at fixed times, even if the one before has not returned: so a stall counts for all statements
+    that it would have delayed.
     """
 
     url: str
@@ -102,15 +102,15 @@ class Traffic:
 
     @classmethod
     def of(cls, url: str) -> Self:
-        """Traffic over some of the rows that are there."""
+        """Traffic on some of the existing rows."""
         with connect(url) as conn:
             users = [row[0] for row in conn.exec_driver_sql("SELECT id FROM public.users LIMIT 1000")]
             workshops = [row[0] for row in conn.exec_driver_sql("SELECT id FROM public.workshops LIMIT 1000")]
         return cls(url, users, workshops)
 
     @contextmanager
-    def flowing(self) -> Iterator[None]:
-        """Traffic goes on inside of the block."""
+    def running(self) -> Iterator[None]:
+        """Run the traffic during the block."""
         stop = threading.Event()
         pool = [threading.Thread(target=self._work, args=(stop, number), daemon=True) for number in range(self.threads)]
         for thread in pool:
@@ -139,17 +139,17 @@ class Traffic:
                 due += pause
 
     def worst_ms(self, since: float = 0.0) -> float:
-        """The longest that anybody waited, from the moment ``since`` (of time.perf_counter) on."""
+        """The longest latency from the moment ``since`` (of time.perf_counter) on."""
         return max((ms for moment, ms in self.latencies_ms if moment >= since), default=0.0)
 
     def median_ms(self) -> float:
-        """The median wait."""
+        """The median latency."""
         return statistics.median(ms for _, ms in self.latencies_ms)
 
 
 @dataclass(frozen=True)
-class Crowd:
-    """The outcome of many concurrent purchases, unlocks, retries and overdrafts."""
+class TradeCounts:
+    """The counts of many concurrent purchases, unlocks, retries and overdrafts."""
 
     seconds: float
     bought: int
@@ -159,8 +159,8 @@ class Crowd:
     refunded: int
 
 
-def crowd(pool: sa.Engine, config: Config, *, threads: int = 16, seconds: float = 3.0) -> Crowd:
-    """Let ``threads`` threads work on a few accounts for a while, as customers with two tabs and bad networks do."""
+def trade_concurrently(pool: sa.Engine, config: Config, *, threads: int = 16, seconds: float = 3.0) -> TradeCounts:
+    """Buy and spend on a few accounts from ``threads`` threads, as customers with two tabs and bad networks do."""
     with pool.connect() as conn:
         users = list(conn.scalars(sa.text("SELECT id FROM public.users WHERE email LIKE 'user%' LIMIT 8")))
         of_user = "SELECT id FROM public.workshops WHERE user_id = %s"
@@ -173,11 +173,11 @@ def crowd(pool: sa.Engine, config: Config, *, threads: int = 16, seconds: float 
             outcome.result()
     counts = sum((customer.counts for customer in customers), Counter[str]())
     names = ("bought", "unlocked", "replayed", "refused", "refunded")
-    return Crowd(seconds=time.perf_counter() - started, **{name: counts[name] for name in names})
+    return TradeCounts(seconds=time.perf_counter() - started, **{name: counts[name] for name in names})
 
 
 class _Customer:
-    """Buys, unlocks and spends at random, and says most things twice."""
+    """A customer who buys, unlocks and spends at random, and repeats most requests."""
 
     def __init__(self, number: int, ledger: Ledger, workshops: dict[UUID, list[UUID]]) -> None:
         self.number = number
@@ -187,7 +187,7 @@ class _Customer:
         self.choose = random.Random(number)  # noqa: S311 - a demo, not secrets
 
     def work(self, pool: sa.Engine, all_there: threading.Barrier, seconds: float) -> None:
-        """Go on for ``seconds`` once everybody is connected, and for so many steps at least."""
+        """Work for ``seconds`` once all are connected, and at least for ``LEAST_STEPS``."""
         with pool.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
             all_there.wait()
             until = time.perf_counter() + seconds
@@ -213,7 +213,7 @@ class _Customer:
                 conn, user, stripe_session_id=session, amount_paid=pack.amount, currency=pack.currency
             )
             self.count(paid, "bought")
-        if self.choose.randrange(10) == 0:  # one buyer in ten thinks better of it
+        if self.choose.randrange(10) == 0:  # one buyer in ten gets a refund
             self.count(self.ledger.refund(conn, user, started.id, key=f"refund-{key}"), "refunded")
 
     def unlock(self, conn: sa.Connection, user: UUID, key: str) -> None:

@@ -1,7 +1,4 @@
-"""Rows of users and workshops in an app's own tables, whose other columns are the app's business.
-
-A column that must be given is given a plausible value of its type, so that nobody has to say one.
-"""
+"""Rows of users and workshops in an app's own tables, with plausible values for all other required columns."""
 
 from __future__ import annotations
 
@@ -36,23 +33,27 @@ class HostFault:
     table: str
     column: str | None
     constraint: str | None
-    said: str
+    message: str
 
     @staticmethod
     def of(error: DBAPIError) -> HostFault | None:
-        """None when it is not about the values."""
+        """Read a driver's error; None if it is not about the values."""
         state = getattr(error.orig, "sqlstate", None) or ""
         if state[:2] not in ("22", "23") and state != "P0001":
             return None
-        said = getattr(error.orig, "diag")  # noqa: B009 - psycopg's, where there is an sqlstate
-        table = ".".join(part for part in (said.schema_name, said.table_name) if part)
-        text = f"{said.message_primary} ({said.message_detail})" if said.message_detail else said.message_primary
-        return HostFault(table or "the host's tables", said.column_name, said.constraint_name, text)
+        diagnostics = getattr(error.orig, "diag")  # noqa: B009 - psycopg's, since it has an sqlstate
+        table = ".".join(part for part in (diagnostics.schema_name, diagnostics.table_name) if part)
+        text = (
+            f"{diagnostics.message_primary} ({diagnostics.message_detail})"
+            if diagnostics.message_detail
+            else diagnostics.message_primary
+        )
+        return HostFault(table or "the host's tables", diagnostics.column_name, diagnostics.constraint_name, text)
 
 
 @dataclass(frozen=True, slots=True)
 class HostRow:
-    """A row to be made: ``label`` and ``number`` are its alone, ``text`` is for people."""
+    """A row to be made. ``label`` and ``number`` are unique; ``text`` is for people."""
 
     label: str
     number: int
@@ -92,7 +93,7 @@ class HostRow:
         if unique:
             return -INTEGER_KEYS_FROM + self.number
         fraction = isinstance(kind, sa.Numeric) and kind.precision is not None and kind.precision == kind.scale
-        return 0 if fraction else 1  # numeric(3, 3) holds no 1
+        return 0 if fraction else 1  # 1 is too large for numeric(3, 3)
 
     def _words(self, kind: sa.String, column: str, *, unique: bool) -> str:
         if "email" in column:
@@ -103,7 +104,7 @@ class HostRow:
 
 
 class HostTables:
-    """Adds users and workshops to the tables of an app, over any connection to a database like that of ``conn``."""
+    """An app's tables, to which it adds users and workshops on any connection to a database like that of ``conn``."""
 
     def __init__(self, conn: sa.Connection, schema: Schema) -> None:
         self.schema = schema
@@ -115,7 +116,7 @@ class HostTables:
             self.workshops = _HostTable(conn, workshops, {name for name in given if name}, schema.users)
 
     def insert_user(self, conn: sa.Connection, row: HostRow, *, key: Key | None) -> Key:
-        """Add a user, under ``key`` or, with None, under the one that the column's default gives, else the row's."""
+        """Add a user with ``key``; with None, the column's default, or else the row's own key."""
         names = self.schema.host.users
         values = self._keyed(self.users, row.key(names.key_type, "user"), key)
         if names.email:
@@ -125,7 +126,7 @@ class HostTables:
                 values.setdefault(parent.column, row.key(names.key_type, "user"))
             values.setdefault(parent.column, parent.value(row))
             parent.rows.insert(conn, parent.rows.row(conn, row, {parent.rows.key: values[parent.column]}, None))
-        # a trigger of the host's may have made it with the row that it refers to, as Supabase's guide does
+        # a trigger on the row that it references may have made it, as in Supabase's guide
         made = self.users.table.c[self.users.key]
         there: Key | None = values.get(self.users.key)
         if there is not None and self.users.parents and conn.scalar(sa.select(made).where(made == there)) is not None:
@@ -133,7 +134,7 @@ class HostTables:
         return self.users.insert(conn, self.users.row(conn, row, values, None))
 
     def forget_parents(self, conn: sa.Connection, rows: Sequence[tuple[HostRow, Key]]) -> None:
-        """Remove what was made for users to refer to; they are gone already."""
+        """Remove the rows that were made for users to reference; the users are gone already."""
         for parent in self.users.parents:
             values = [key if parent.column == self.users.key else parent.value(row) for row, key in rows]
             conn.execute(sa.delete(parent.rows.table).where(parent.rows.table.c[parent.rows.key].in_(values)))
@@ -159,8 +160,8 @@ class HostTables:
         return {table.key: made if key is None else key}
 
     @contextmanager
-    def obeyed(self) -> Iterator[None]:
-        """Raise what the host's rules refuse as SeedImpossible."""
+    def raising_seed_impossible(self) -> Iterator[None]:
+        """Raise SeedImpossible for a refusal by the host's rules."""
         try:
             yield
         except DBAPIError as error:
@@ -168,7 +169,7 @@ class HostTables:
             if fault is None:
                 raise
             raise SeedImpossible(
-                f"{fault.table} does not take the row made for it: {fault.said}. Nothing was written of it. "
+                f"{fault.table} does not take the row made for it: {fault.message}. Nothing was written of it. "
                 "Give the column a DEFAULT that the rule accepts, and it is left alone; if the row is left "
                 "over from an earlier seed, run: tallystick seed --reset",
                 table=fault.table,
@@ -178,9 +179,9 @@ class HostTables:
 
 
 class _HostTable:
-    """One table: the columns that must be given, each with a way to make a value for it.
+    """One table: its required columns, each with a way to make a value.
 
-    ``given`` are the mapped columns; ``owner`` is the table of users, where each row belongs to one.
+    ``given`` are the mapped columns; ``owner`` is the table of users, if each row belongs to one.
     """
 
     def __init__(
@@ -197,7 +198,7 @@ class _HostTable:
         self.owner = owner
         where: Mapping[str, Any] = {"table_name": names.table, "schema": names.schema}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SAWarning)  # of types it does not know; where it matters, we say so
+            warnings.simplefilter("ignore", SAWarning)  # on unknown types; required ones raise an error below
             columns = inspector.get_columns(**where)
         self.key = names.key
         self.key_has_default = not any(c["name"] == names.key and _must_be_given(c) for c in columns)
@@ -209,13 +210,13 @@ class _HostTable:
         self.unique = {name for unique in uniques for name in unique}
         alone = {unique[0] for unique in uniques if len(unique) == 1}
         required = {column["name"] for column in columns if _must_be_given(column)}
-        # a default that is one value serves one row
+        # a constant default of a unique column is good for one row only
         required |= {c["name"] for c in columns if c["name"] in alone and c["default"] and "(" not in c["default"]}
         keys: list[Any] = [
             {**key, "referred_schema": key["referred_schema"] or inspector.default_schema_name}
             for key in inspector.get_foreign_keys(**where)
         ]
-        # rows that belong to one user alone are made with it
+        # rows that only one user references are made with it
         self.parents = [
             _Parent.of(conn, key)
             for key in (keys if with_parents else ())
@@ -240,7 +241,7 @@ class _HostTable:
                 )
 
     def row(self, conn: sa.Connection, row: HostRow, values: Mapping[str, Any], user: Key | None) -> dict[str, Any]:
-        """A whole row around ``values``; ``user`` owns it, where rows have an owner."""
+        """A whole row with ``values``; ``user`` owns it, if rows have an owner."""
         made: dict[str, Any] = {}
         for key in self.references:
             made |= self._referred(conn, key, user if self._refers_to_owner(key) else None)
@@ -255,7 +256,7 @@ class _HostTable:
             alone: Key = conn.execute(sa.insert(self.table).returning(key), {}).scalar_one()
             return alone
         names = {f"given_{number}": name for number, name in enumerate(row)}
-        # for keys that are GENERATED ALWAYS AS IDENTITY; to others it is nothing
+        # for keys that are GENERATED ALWAYS AS IDENTITY; no effect on others
         places = ", ".join(f":{given}" for given in names)
         values = sa.text("OVERRIDING SYSTEM VALUE VALUES (" + places + ")").bindparams(
             *(sa.bindparam(given, type_=self.types[name]) for given, name in names.items())
@@ -273,7 +274,7 @@ class _HostTable:
         return owner is not None and (key["referred_schema"], key["referred_table"]) == (owner.schema, owner.name)
 
     def _referred(self, conn: sa.Connection, key: Any, user: Key | None) -> dict[str, Any]:
-        """Values for a foreign key: those of the owner's row, or of the first row that there is."""
+        """Values for a foreign key: those of the owner's row, or of the first existing row."""
         there = sa.table(key["referred_table"], *map(sa.column, key["referred_columns"]), schema=key["referred_schema"])
         found = sa.select(*there.c).order_by(*there.c).limit(1)
         if user is not None and self.owner is not None:
@@ -294,14 +295,14 @@ class _HostTable:
 
 @dataclass(frozen=True, slots=True)
 class _Parent:
-    """A table of which each user has a row alone: ``column`` of the users, unique, refers to ``rows``' key."""
+    """A table with a row for each user: the users' unique ``column`` references the key of ``rows``."""
 
     column: str
     rows: _HostTable
 
     @staticmethod
     def of(conn: sa.Connection, key: Any) -> _Parent:
-        """That which a foreign key of one column refers to."""
+        """The parent that a foreign key of one column references."""
         referred = key["referred_columns"][0]
         names = UsersTable(schema=key["referred_schema"], table=key["referred_table"], key=referred)
         return _Parent(key["constrained_columns"][0], _HostTable(conn, names, {referred}, None))
@@ -320,7 +321,7 @@ def _must_be_given(column: Any) -> bool:
 
 
 def _unique_columns(inspector: sa.Inspector, where: Mapping[str, Any]) -> list[list[str]]:
-    """The columns of each unique index that is on columns alone."""
+    """The columns of each unique index without expressions."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SAWarning)  # of index features that do not matter here
         indexes = [index["column_names"] for index in inspector.get_indexes(**where) if index["unique"]]
@@ -340,7 +341,7 @@ _CONSTANTS: tuple[tuple[type[sa.types.TypeEngine[Any]], Any], ...] = (
 
 
 def _moment(kind: sa.types.TypeEngine[Any], moment: dt.datetime) -> Any:
-    """``moment`` (UTC) for a column; one without a time zone holds UTC, by custom."""
+    """``moment`` (UTC) for a column; one without a time zone is taken to hold UTC."""
     match kind:
         case sa.Date():
             return moment.date()
@@ -352,7 +353,7 @@ def _moment(kind: sa.types.TypeEngine[Any], moment: dt.datetime) -> Any:
 
 
 def _fit(kind: sa.types.TypeEngine[Any], text: str, *, cut: bool = False) -> str:
-    """``text`` in the length of its type; what must stay unlike all others becomes a digest of itself."""
+    """``text`` in the length of its type: cut off, or if it must stay unique, as a digest."""
     longest = kind.length if isinstance(kind, sa.String) else None
     if longest is None or len(text) <= longest:
         return text

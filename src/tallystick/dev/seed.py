@@ -1,13 +1,13 @@
-"""Named scenarios to develop against, from a new user to one in debt, made by the ledger's own operations.
+"""Named scenarios for development, from a new user to one in debt, made by the ledger's own operations.
 
-Each scenario is one user under a fixed key with a fixed story, made in one transaction. A user who is there already
-is left as it is, whatever was done to it since, so a second run changes nothing, and a run after a killed one makes
-what is missing. ``reset`` takes a scenario away, so that the next run makes it anew.
+Each scenario is one user with a fixed key and history, made in one transaction. An existing user is left as it is, so
+a second run changes nothing, and a run after a killed one makes the missing users. ``reset`` removes a scenario, so
+that the next run makes it again.
 
-Time. Workshops may be older than today, since ``created_at`` is the host's own column. The ledger's times are the
-server's clock; the seed does not forge them, so a long history is long and not old. The one exception is a purchase
-that has been pending for days: no operation writes a row of the past, so that row is inserted here. It moves no
-balance, and giving ``Ledger.start_purchase`` a date would let every caller lie about time.
+Workshops may be older than today, since ``created_at`` is the host's own column. The ledger's times are the server's
+clock, and the seed does not forge them, so a long history is not old. The only exception is a purchase that has been
+pending for days: no operation writes a past row, so the seed inserts it. It moves no balance; a date in
+``Ledger.start_purchase`` would let every caller forge times.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from tallystick.database import translated
 from tallystick.dev.host_tables import HostFault, HostRow, HostTables
 from tallystick.errors import InvalidArgument, Key, PermissionDenied, SeedImpossible, SeedRefused, shown
 from tallystick.ledger import CreditTransaction, Ledger
-from tallystick.progress import OnProgress, Progress, unheard
+from tallystick.progress import OnProgress, Progress, ignore_progress
 from tallystick.schema import LEDGER, TRIGGERS, Schema, days, migration_log, verify
 
 DEFAULT_PACKS = (
     Pack(name="Single Flight", credits=1, amount=7900),
     Pack(name="Serial Entrepreneur", credits=3, amount=14900),
 )
-"""On sale where the configuration names no packs."""
+"""The packs if the configuration has none."""
 
 ENVIRONMENT_VARIABLES = ("TALLYSTICK_ENV", "APP_ENV", "NODE_ENV", "RAILS_ENV", "VERCEL_ENV", "ENVIRONMENT")
 MANY_USERS = 1_000
@@ -66,9 +66,9 @@ class ScenarioOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seeded:
-    """One scenario of a run: its user's key, and the credits, None where there is no such user now.
+    """One scenario of a run: its user's key, and the credits, None if there is no such user now.
 
-    ``reason`` says why a scenario was skipped.
+    ``reason`` is why a scenario was skipped.
     """
 
     scenario: str
@@ -86,16 +86,16 @@ class SeedReport:
 
     @property
     def changed(self) -> bool:
-        """True where anything was made or removed."""
+        """True if anything was made or removed."""
         return any(one.outcome in (ScenarioOutcome.CREATED, ScenarioOutcome.REMOVED) for one in self.scenarios)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """A story about one user. ``number`` is its place among the fixed keys and never changes; nor does ``name``.
+    """A scenario for one user. ``number`` determines its keys and never changes; nor does ``name``.
 
-    ``workshops`` is how many it may make; ``needs`` what a host must have for it; ``users`` how many it
-    makes, the user that it is about being the first.
+    ``workshops`` is the most that it makes; ``needs`` is a table or column that the host must have; ``users`` is the
+    number of users that it makes, of which the first is its own.
     """
 
     name: str
@@ -103,7 +103,7 @@ class Scenario:
     number: int
     workshops: int
     needs: Needs | None
-    tell: Callable[[_Story], None]
+    make: Callable[[_ScenarioRun], None]
     users: int = 1
 
     def unmet(self, schema: Schema) -> str | None:
@@ -127,7 +127,7 @@ class Scenario:
         return self.user_keys(schema)[0]
 
     def user_keys(self, schema: Schema) -> list[Key]:
-        """The keys of all users that the scenario makes, its own first."""
+        """The keys of all users of the scenario, its own first."""
         return [self.row(number).key(schema.host.users.key_type, "user") for number in range(self.users)]
 
     def workshop_key(self, schema: Schema, number: int) -> Key:
@@ -150,14 +150,14 @@ def seed(
     *,
     only: Sequence[str] = (),
     force_production: bool = False,
-    progress: OnProgress = unheard,
+    progress: OnProgress = ignore_progress,
     environ: Mapping[str, str] | None = None,
 ) -> SeedReport:
-    """Make the scenarios that are not there yet, all or those named in ``only``.
+    """Make the missing scenarios, all or those named in ``only``.
 
     With an Engine each scenario is a transaction of its own, so that an interrupted run leaves whole ones. With a
-    Connection all of it happens in the caller's transaction. ``progress`` counts scenarios.
-    ``environ`` stands for the process's environment.
+    Connection all happens in the caller's transaction. ``progress`` counts scenarios. ``environ`` replaces the
+    process's environment.
 
     Raises:
         InvalidArgument: ``only`` names no scenario.
@@ -192,12 +192,12 @@ def reset(
     force_production: bool = False,
     environ: Mapping[str, str] | None = None,
 ) -> SeedReport:
-    """Remove what ``seed`` made, all scenarios or those named in ``only``, and nothing else; in one transaction.
+    """Remove the rows of ``seed``, all scenarios or those named in ``only``, and nothing else; in one transaction.
 
-    A seeded user goes with all of its ledger, whoever wrote it. The ledger refuses DELETE, so the trigger that does
-    is off for the length of this transaction, which only the table's owner can do and which keeps other writers out
-    meanwhile. Rows of the host that hang on to a seeded user or workshop, and were not made by the seed, are a reason
-    to remove nothing (those that the host itself deletes in cascade go along).
+    A seeded user is removed with all of its ledger rows, also those of other writers. The trigger that refuses DELETE
+    is off during this transaction, which only the table's owner can do and which locks out other writers. If rows of
+    the host reference a seeded user or workshop, and were not made by the seed, nothing is removed (except rows that
+    the host itself deletes in cascade, which are removed too).
 
     Raises:
         InvalidArgument, SeedRefused: as ``seed``.
@@ -220,7 +220,7 @@ def reset(
         removed = set()
         if _present(conn, schema, chosen):
             with _append_only_lifted(conn, ledger):
-                # first, so that no day of theirs is closed meanwhile; they are added up anew
+                # first, so that no day of their rows is closed meanwhile; the days are added up again
                 on = sa.cast(sa.func.timezone("UTC", ledger.c.completed_at), sa.Date)
                 conn.execute(sa.delete(days).where(days.c.day.in_(sa.select(on).where(ledger.c.user_id.in_(users)))))
                 conn.execute(sa.delete(ledger).where(ledger.c.user_id.in_(users)))
@@ -258,21 +258,21 @@ def _chosen(only: Sequence[str]) -> list[Scenario]:
 
 @contextmanager
 def _transaction(bind: Bind) -> Iterator[sa.Connection]:
-    """Whole scenarios, one run's at a time."""
+    """A transaction for scenarios, of one run at a time."""
     if isinstance(bind, sa.Connection):
         _take_turn(bind)
         yield bind
         return
     with translated(connecting=True):
         conn = bind.connect()
-    # an engine in autocommit would leave half a scenario behind when it is killed
+    # an engine in autocommit would leave a partial scenario when it is killed
     with conn.execution_options(isolation_level="READ COMMITTED") as conn, conn.begin():
         _take_turn(conn)
         yield conn
 
 
 def _take_turn(conn: sa.Connection) -> None:
-    # ON CONFLICT would not do: two INSERTs of one row deadlock where the table has a second unique index
+    # not ON CONFLICT: two INSERTs of one row deadlock if the table has a second unique index
     conn.execute(sa.select(sa.func.pg_advisory_xact_lock(_TURN)))
 
 
@@ -288,19 +288,19 @@ def _seed_one(bind: Bind, ledger: Ledger, host: HostTables, scenario: Scenario) 
     unmet = scenario.unmet(schema)
     if unmet is not None:
         return Seeded(scenario=scenario.name, user=user, balance=None, outcome=ScenarioOutcome.SKIPPED, reason=unmet)
-    with host.obeyed(), _transaction(bind) as conn:
+    with host.raising_seed_impossible(), _transaction(bind) as conn:
         outcome = ScenarioOutcome.UNCHANGED
         if not _present(conn, schema, [scenario]):
             host.insert_user(conn, scenario.row(), key=user)
-            scenario.tell(_Story(conn, ledger, host, scenario))
+            scenario.make(_ScenarioRun(conn, ledger, host, scenario))
             outcome = ScenarioOutcome.CREATED
         balance = ledger.balance(conn, user)
     return Seeded(scenario=scenario.name, user=user, balance=balance, outcome=outcome)
 
 
 def _rehearse(conn: sa.Connection, host: HostTables) -> None:
-    """Add one row to each table and take it back: what the host refuses is known before anything is written."""
-    with host.obeyed(), conn.begin_nested() as savepoint:
+    """Add one row to each table and roll it back, so that a refusal by the host comes before anything is written."""
+    with host.raising_seed_impossible(), conn.begin_nested() as savepoint:
         row = HostRow("seed_rehearsal", 0, "Rehearsal")
         user = host.insert_user(conn, row, key=row.key(host.schema.host.users.key_type, "user"))
         if host.schema.host.workshops is not None:
@@ -314,7 +314,7 @@ def _rehearse(conn: sa.Connection, host: HostTables) -> None:
 
 
 def _refuse_production(conn: sa.Connection, schema: Schema, environ: Mapping[str, str] | None, remedy: str) -> None:
-    """Raise SeedRefused with every sign that people depend on this database."""
+    """Raise SeedRefused if there are signs that this is no development database."""
     environ = os.environ if environ is None else environ
     ledger, users = schema.credit_transactions.c, schema.users.c
     signs = [
@@ -342,7 +342,7 @@ def _refuse_production(conn: sa.Connection, schema: Schema, environ: Mapping[str
 
 
 def _is_local(server: str) -> bool:
-    """A socket, this machine, or a container's name; by what was connected to, not by what a URL says."""
+    """True for a socket, this machine, or a container's name, by the connection and not the URL."""
     if not server or server.startswith(("/", "@")) or server == "host.docker.internal":
         return True
     try:
@@ -356,7 +356,7 @@ def _is_local(server: str) -> bool:
 
 @contextmanager
 def _append_only_lifted(conn: sa.Connection, ledger: sa.Table) -> Iterator[None]:
-    """DELETE is allowed in here; the lock that this takes lasts until the transaction ends."""
+    """Allow DELETE during the block; its lock lasts until the transaction ends."""
     owner = conn.execute(_OWNER, {"schema": ledger.schema, "table": ledger.name}).one()
     if not owner.owned:
         raise PermissionDenied(
@@ -385,7 +385,7 @@ def _alter_trigger(conn: sa.Connection, ledger: sa.Table, action: Literal["ENABL
 
 
 def _refuse_entangled(conn: sa.Connection, workshops: sa.Table, users: list[Key], ours: list[Key]) -> None:
-    """A workshop that someone gave to a seeded user, or took from one, is not the seed's to remove or to orphan."""
+    """Raise SeedImpossible if a workshop was given to a seeded user, or by one: it must not be removed or orphaned."""
     names = workshops.c
     owned = sa.func.coalesce(names.owner.in_(users), sa.false())
     found = conn.execute(sa.select(names.key, names.owner).where(names.key.in_(ours) != owned).limit(1)).one_or_none()
@@ -409,7 +409,7 @@ def _removing() -> Iterator[None]:
         if fault is None:
             raise
         raise SeedImpossible(
-            f"the seeded rows cannot be removed: {fault.said}. Delete what depends on them in {fault.table} first; "
+            f"the seeded rows cannot be removed: {fault.message}. Delete what depends on them in {fault.table} first; "
             "nothing was removed",
             table=fault.table,
             column=fault.column,
@@ -417,13 +417,13 @@ def _removing() -> Iterator[None]:
         ) from error
 
 
-# --- telling a story ---
+# --- the steps of a scenario ---
 
 
-class _Story:
-    """One scenario while it is made: its user, and what happens to it.
+class _ScenarioRun:
+    """One scenario while it is made: its user, and the steps.
 
-    Each act's idempotency key, and each purchase's Stripe names, are the scenario's name and a count.
+    Idempotency keys, and a purchase's Stripe ids, consist of the scenario's name and a count.
     """
 
     def __init__(self, conn: sa.Connection, ledger: Ledger, host: HostTables, scenario: Scenario) -> None:
@@ -442,18 +442,18 @@ class _Story:
         self.ledger.merge(self.conn, duplicate, into=self.user, key=self._key())
 
     def onboard(self) -> None:
-        """Through onboarding, and known to Stripe."""
+        """Complete the onboarding, and set a Stripe customer."""
         self.accounts.complete_onboarding(self.conn, self.user)
         self.accounts.set_stripe_customer(self.conn, self.user, f"cus_seed_{self.scenario.name}")
 
     def pack(self, credits: int) -> Pack:
-        """The smallest pack on sale that has at least so many credits, else one of our own."""
+        """The smallest pack on sale with at least so many credits, else one of our own."""
         fitting = [pack for pack in self.config.packs if pack.credits >= credits]
         fitting = fitting or [pack for pack in DEFAULT_PACKS if pack.credits >= credits]
         return min(fitting, key=lambda pack: pack.credits)
 
     def start(self, credits: int = 1) -> CreditTransaction:
-        """Begin to buy a pack of at least ``credits``, as far as Stripe's page."""
+        """Start the purchase of a pack of at least ``credits``, up to Stripe's page."""
         pack = self.pack(credits)
         started = self.ledger.start_purchase(
             self.conn,
@@ -468,7 +468,7 @@ class _Story:
         )
 
     def start_days_ago(self, days: int) -> None:
-        """Begin to buy, and never come back. See the module on why this row does not come from the ledger."""
+        """Start a purchase in the past; the module's docstring says why this row does not come from the ledger."""
         pack, past = self.pack(1), dt.timedelta(days=days)
         self.conn.execute(
             sa.insert(self.schema.credit_transactions).values(
@@ -486,7 +486,7 @@ class _Story:
         )
 
     def pay(self, started: CreditTransaction) -> CreditTransaction:
-        """Stripe says that it was paid."""
+        """Complete a purchase, as after Stripe's event."""
         pack = self.pack(started.amount)
         return self.ledger.complete_purchase(
             self.conn,
@@ -502,7 +502,7 @@ class _Story:
         return self.pay(self.start(credits))
 
     def fail(self, started: CreditTransaction) -> None:
-        """Stripe says that the session expired."""
+        """Fail a purchase, as after Stripe's event for an expired session."""
         self.ledger.fail_purchase(self.conn, self.user, purchase=started.id, reason="expired")
 
     def refund(self, bought: CreditTransaction, credits: int | None = None) -> None:
@@ -525,7 +525,7 @@ class _Story:
         self.ledger.correct(self.conn, self.user, given.id, key=self._key())
 
     def hold(self, credits: int, *, description: str) -> CreditTransaction:
-        """Set credits aside, for longer than anybody develops."""
+        """Set credits aside, for the longest time allowed."""
         year = dt.timedelta(days=365)
         return self.ledger.hold(
             self.conn, self.user, credits=credits, key=self._key(), expires_in=year, description=description
@@ -544,11 +544,11 @@ class _Story:
         self.ledger.reverse(self.conn, self.user, spent.id, key=self._key())
 
     def spend(self, amount: int = 1, *, description: str | None = None) -> CreditTransaction:
-        """Spend credits on no workshop."""
+        """Spend credits without a workshop."""
         return self.ledger.consume(self.conn, self.user, credits=amount, key=self._key(), description=description)
 
     def draft(self, *titles: str, created_at: dt.datetime | None = None) -> list[Key]:
-        """Make workshops, locked ones; none where the host has no such thing."""
+        """Make locked workshops; none if the host has no workshops."""
         if self.schema.workshops is None:
             return []
         first, self._workshops = self._workshops + 1, self._workshops + len(titles)
@@ -582,150 +582,150 @@ _scenarios: dict[str, Scenario] = {}
 
 def _scenario(
     number: int, *, workshops: int = 0, needs: Needs | None = None, users: int = 1
-) -> Callable[[Callable[[_Story], None]], Callable[[_Story], None]]:
-    """Register a story under its function's name; its docstring is what ``--list`` shows."""
+) -> Callable[[Callable[[_ScenarioRun], None]], Callable[[_ScenarioRun], None]]:
+    """Register a scenario under its function's name; ``--list`` shows its docstring."""
 
-    def register(tell: Callable[[_Story], None]) -> Callable[[_Story], None]:
-        name = tell.__name__.strip("_")
-        description = (tell.__doc__ or "").rstrip(".")
+    def register(make: Callable[[_ScenarioRun], None]) -> Callable[[_ScenarioRun], None]:
+        name = make.__name__.strip("_")
+        description = (make.__doc__ or "").rstrip(".")
         _scenarios[name] = Scenario(
             name=name,
             description=description,
             number=number,
             workshops=workshops,
             needs=needs,
-            tell=tell,
+            make=make,
             users=users,
         )
-        return tell
+        return make
 
     return register
 
 
 @_scenario(1)
-def _new(_story: _Story) -> None:
+def _new(_run: _ScenarioRun) -> None:
     """A new user: 0 credits, onboarding not begun."""
 
 
 @_scenario(2, workshops=2)
-def _mid_onboarding(story: _Story) -> None:
+def _mid_onboarding(run: _ScenarioRun) -> None:
     """Half-way through onboarding: a credit bought, workshops drafted, nothing unlocked."""
-    story.buy()
-    story.draft("First Idea", "Second Thoughts")
+    run.buy()
+    run.draft("First Idea", "Second Thoughts")
 
 
 @_scenario(3, workshops=1)
-def _funded(story: _Story) -> None:
+def _funded(run: _ScenarioRun) -> None:
     """Onboarded, with credits to spend and a workshop to spend one on."""
-    story.onboard()
-    story.buy(3)
-    story.draft("Mobile App Discovery")
+    run.onboard()
+    run.buy(3)
+    run.draft("Mobile App Discovery")
 
 
 @_scenario(4)
-def _long_history(story: _Story) -> None:
+def _long_history(run: _ScenarioRun) -> None:
     """Sixty packs bought and mostly spent, some of it refunded: pages of history."""
-    story.onboard()
+    run.onboard()
     for number in range(1, 61):
-        bought = story.buy(3 if number % 3 == 0 else 1)
-        story.spend(bought.amount if number % 6 else 1, description=f"Credits consumed for session {number}")
+        bought = run.buy(3 if number % 3 == 0 else 1)
+        run.spend(bought.amount if number % 6 else 1, description=f"Credits consumed for session {number}")
         if number % 15 == 0:
-            story.refund(bought, 1)
+            run.refund(bought, 1)
 
 
 @_scenario(5)
-def _refunded_in_full(story: _Story) -> None:
+def _refunded_in_full(run: _ScenarioRun) -> None:
     """A purchase given back whole: 0 credits again."""
-    story.onboard()
-    story.refund(story.buy())
+    run.onboard()
+    run.refund(run.buy())
 
 
 @_scenario(6)
-def _refunded_in_part(story: _Story) -> None:
+def _refunded_in_part(run: _ScenarioRun) -> None:
     """A purchase of several credits, one of them given back."""
-    story.onboard()
-    story.refund(story.buy(3), 1)
+    run.onboard()
+    run.refund(run.buy(3), 1)
 
 
 @_scenario(7)
-def _in_debt(story: _Story) -> None:
+def _in_debt(run: _ScenarioRun) -> None:
     """Spent first, refunded afterwards: the balance is below zero."""
-    story.onboard()
-    bought = story.buy(3)
-    story.spend(bought.amount)
-    story.refund(bought)
+    run.onboard()
+    bought = run.buy(3)
+    run.spend(bought.amount)
+    run.refund(bought)
 
 
 @_scenario(8, workshops=250, needs="workshops")
-def _many_workshops(story: _Story) -> None:
+def _many_workshops(run: _ScenarioRun) -> None:
     """250 workshops, 100 of them unlocked."""
-    story.onboard()
-    workshops = story.draft(*(f"Workshop {number:03}" for number in range(1, 251)))
+    run.onboard()
+    workshops = run.draft(*(f"Workshop {number:03}" for number in range(1, 251)))
     credits = 0
     while credits < 100:  # noqa: PLR2004 - as the description says
-        credits += story.buy(3).amount
+        credits += run.buy(3).amount
     for workshop in workshops[::5] + workshops[1::5]:
-        story.unlock(workshop)
+        run.unlock(workshop)
 
 
 @_scenario(9, workshops=4, needs="created_at")
-def _grandfathered(story: _Story) -> None:
+def _grandfathered(run: _ScenarioRun) -> None:
     """Three workshops from before the paywall, open without a credit, and a locked one from after."""
-    story.onboard()
-    paywalled_since = story.config.grandfathered_before or story.conn.scalar(
+    run.onboard()
+    paywalled_since = run.config.grandfathered_before or run.conn.scalar(
         sa.select(sa.func.min(migration_log.c.applied_at)).where(migration_log.c.revision == "0001")
     )
     before = (paywalled_since or dt.datetime.now(dt.UTC)) - dt.timedelta(days=30)
-    story.draft("From the Early Days", "Before Credits", "Free Forever", created_at=before.astimezone(dt.UTC))
-    story.draft("From After the Paywall")
+    run.draft("From the Early Days", "Before Credits", "Free Forever", created_at=before.astimezone(dt.UTC))
+    run.draft("From After the Paywall")
 
 
 @_scenario(10)
-def _pending(story: _Story) -> None:
+def _pending(run: _ScenarioRun) -> None:
     """At Stripe's checkout right now: a pending purchase."""
-    story.onboard()
-    story.start()
+    run.onboard()
+    run.start()
 
 
 @_scenario(11)
-def _pending_for_days(story: _Story) -> None:
+def _pending_for_days(run: _ScenarioRun) -> None:
     """A purchase pending for three days: what a lost webhook leaves, and the audit reports."""
-    story.onboard()
-    story.start_days_ago(3)
+    run.onboard()
+    run.start_days_ago(3)
 
 
 @_scenario(12)
-def _failed(story: _Story) -> None:
+def _failed(run: _ScenarioRun) -> None:
     """A purchase that failed: the session expired."""
-    story.onboard()
-    story.fail(story.start())
+    run.onboard()
+    run.fail(run.start())
 
 
 @_scenario(13)
-def _failed_then_paid(story: _Story) -> None:
+def _failed_then_paid(run: _ScenarioRun) -> None:
     """A purchase that failed, and was paid after all."""
-    story.onboard()
-    started = story.start()
-    story.fail(started)
-    story.pay(started)
+    run.onboard()
+    started = run.start()
+    run.fail(started)
+    run.pay(started)
 
 
 @_scenario(14)
-def _deleted_user(story: _Story) -> None:
+def _deleted_user(run: _ScenarioRun) -> None:
     """A soft-deleted user who still has credits."""
-    story.onboard()
-    story.buy(3)
-    story.accounts.delete_user(story.conn, story.user)
+    run.onboard()
+    run.buy(3)
+    run.accounts.delete_user(run.conn, run.user)
 
 
 @_scenario(15, workshops=2, needs="workshops")
-def _deleted_workshop(story: _Story) -> None:
+def _deleted_workshop(run: _ScenarioRun) -> None:
     """An unlocked workshop that was soft-deleted, beside an unlocked one that was not."""
-    story.onboard()
-    story.buy(3)
-    for workshop in (deleted := story.draft("Deleted After Use", "Still There")):
-        story.unlock(workshop)
-    story.accounts.delete_workshop(story.conn, deleted[0])
+    run.onboard()
+    run.buy(3)
+    for workshop in (deleted := run.draft("Deleted After Use", "Still There")):
+        run.unlock(workshop)
+    run.accounts.delete_workshop(run.conn, deleted[0])
 
 
 NAMES = (
@@ -738,97 +738,97 @@ NAMES = (
 
 
 @_scenario(16, workshops=len(NAMES))
-def _names(story: _Story) -> None:
+def _names(run: _ScenarioRun) -> None:
     """Names with emoji, right-to-left text and 500 characters."""
-    story.onboard()
+    run.onboard()
     credits = 0
     while credits < len(NAMES):
-        credits += story.buy(3).amount
-    for workshop in (workshops := story.draft(*NAMES)):
-        story.unlock(workshop)
+        credits += run.buy(3).amount
+    for workshop in (workshops := run.draft(*NAMES)):
+        run.unlock(workshop)
     for name in () if workshops else NAMES:
-        story.spend(description=name)
+        run.spend(description=name)
 
 
 @_scenario(17)
-def _granted(story: _Story) -> None:
+def _granted(run: _ScenarioRun) -> None:
     """Welcome credits, never bought any."""
-    story.onboard()
-    story.grant(2, description="Welcome to the beta")
+    run.onboard()
+    run.grant(2, description="Welcome to the beta")
 
 
 @_scenario(18)
-def _dispute_won(story: _Story) -> None:
+def _dispute_won(run: _ScenarioRun) -> None:
     """A purchase that was disputed and taken back, and given back when the dispute was won."""
-    story.onboard()
-    bought = story.buy(3)
-    story.refund(bought)
-    story.reinstate(bought)
+    run.onboard()
+    bought = run.buy(3)
+    run.refund(bought)
+    run.reinstate(bought)
 
 
 @_scenario(19)
-def _holding(story: _Story) -> None:
+def _holding(run: _ScenarioRun) -> None:
     """Credits set aside for a job under way, beside one that was charged and one that was given up."""
-    story.onboard()
-    story.buy(3)
-    story.capture(story.hold(2, description="An answer"), 1)
-    story.release(story.hold(1, description="A render that was cancelled"))
-    story.hold(1, description="A render under way")
+    run.onboard()
+    run.buy(3)
+    run.capture(run.hold(2, description="An answer"), 1)
+    run.release(run.hold(1, description="A render that was cancelled"))
+    run.hold(1, description="A render under way")
 
 
 @_scenario(20, workshops=2)
-def _reversed(story: _Story) -> None:
+def _reversed(run: _ScenarioRun) -> None:
     """A workshop that was unlocked by mistake: reversed, and so locked again, beside one that was not."""
-    story.onboard()
-    story.buy(3)
-    spent = [story.unlock(workshop) for workshop in story.draft("Unlocked By Mistake", "Meant To Be")]
-    spent = spent or [story.spend(), story.spend()]
-    story.reverse(spent[0])
+    run.onboard()
+    run.buy(3)
+    spent = [run.unlock(workshop) for workshop in run.draft("Unlocked By Mistake", "Meant To Be")]
+    spent = spent or [run.spend(), run.spend()]
+    run.reverse(spent[0])
 
 
 @_scenario(21)
-def _expiring(story: _Story) -> None:
+def _expiring(run: _ScenarioRun) -> None:
     """Credits that expire, some of them spent, beside bought ones that do not."""
-    story.onboard()
-    story.buy(1)
-    story.grant(5, description="Spring promotion", days=30)
-    story.grant(2, description="Thank you for your patience", days=365)
-    story.spend(3)
+    run.onboard()
+    run.buy(1)
+    run.grant(5, description="Spring promotion", days=30)
+    run.grant(2, description="Thank you for your patience", days=365)
+    run.spend(3)
 
 
 @_scenario(22)
-def _corrected(story: _Story) -> None:
+def _corrected(run: _ScenarioRun) -> None:
     """A grant by mistake, partly spent before it was taken back: in debt."""
-    story.onboard()
-    mistake = story.grant(50, description="Imported twice")
-    story.spend(1)
-    story.correct(mistake)
+    run.onboard()
+    mistake = run.grant(50, description="Imported twice")
+    run.spend(1)
+    run.correct(mistake)
 
 
 @_scenario(23, users=2)
-def _merged_user(story: _Story) -> None:
+def _merged_user(run: _ScenarioRun) -> None:
     """A user who had a second account, which was merged into this one."""
-    story.onboard()
-    story.buy(3)
-    story.merge_duplicate()
+    run.onboard()
+    run.buy(3)
+    run.merge_duplicate()
 
 
 @_scenario(24)
-def _erased_user(story: _Story) -> None:
+def _erased_user(run: _ScenarioRun) -> None:
     """A person who was forgotten: the numbers are there, and no text."""
-    story.onboard()
-    story.buy(3)
-    story.grant(2, description="Welcome to the beta")
-    story.accounts.erase(story.conn, story.user)
+    run.onboard()
+    run.buy(3)
+    run.grant(2, description="Welcome to the beta")
+    run.accounts.erase(run.conn, run.user)
 
 
 @_scenario(25)
-def _low_balance(story: _Story) -> None:
+def _low_balance(run: _ScenarioRun) -> None:
     """A threshold of the user's own, and a balance that has fallen below it: with events on, one of them says so."""
-    story.onboard()
-    story.buy(3)
-    story.accounts.set_low_balance(story.conn, story.user, 2)
-    story.spend(2)
+    run.onboard()
+    run.buy(3)
+    run.accounts.set_low_balance(run.conn, run.user, 2)
+    run.spend(2)
 
 
 SCENARIOS: Mapping[str, Scenario] = MappingProxyType(_scenarios)

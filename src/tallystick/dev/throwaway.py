@@ -1,4 +1,4 @@
-"""A PostgreSQL of a test run's own: without durability, in memory where there is room, and gone with its process."""
+"""A PostgreSQL for one test run: without durability, in memory if there is room, removed with its process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FAST = {
     "max_connections": "200",
     "max_wal_size": "256MB",
 }
-"""Settings for data that nobody misses after a crash."""
+"""Settings for data that need not survive a crash."""
 
 FOLDER_PREFIX = "tallystick-test-"
 
@@ -29,7 +29,7 @@ _LEFT_OVER_AFTER_S = 3600
 
 
 def scratch_root() -> Path:
-    """Memory where there is enough of it, else the temporary folder; open to the account that root's server needs."""
+    """A folder in memory if there is enough, else the temporary folder; the account of root's server can enter it."""
     memory = Path("/dev/shm")  # noqa: S108 - the folders in it are made by mkdtemp
     if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > _ROOM_BYTES:
         return memory
@@ -38,7 +38,7 @@ def scratch_root() -> Path:
 
 @contextmanager
 def throwaway_server(*, bin_dir: Path | None = None) -> Iterator[Server]:
-    """A server of this process alone, with ``FAST``; its folder is removed at the end. ``bin_dir`` as for ``Server``.
+    """A server for this process alone, with ``FAST``; its folder is removed at the end. ``bin_dir`` as for ``Server``.
 
     Folders that killed runs left are removed as well.
 
@@ -56,9 +56,9 @@ def throwaway_server(*, bin_dir: Path | None = None) -> Iterator[Server]:
 
 
 def _remove_leftovers(root: Path, bin_dir: Path | None) -> None:
-    """Servers of runs that were killed: nobody uses them, so each can be stopped."""
+    """Stop the servers of killed runs, which nobody uses, and remove their folders."""
     for folder in root.glob(f"{FOLDER_PREFIX}*"):
-        with suppress(FileNotFoundError, DevServerError):  # another run is as tidy
+        with suppress(FileNotFoundError, DevServerError):  # another run may do the same
             found = folder.stat()
             old = time.time() - found.st_mtime > _LEFT_OVER_AFTER_S
             if old and found.st_uid == os.geteuid() and Server(folder, bin_dir=bin_dir).stop():

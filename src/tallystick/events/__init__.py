@@ -1,4 +1,4 @@
-"""Events: switched on and off, and followed by a program.
+"""Events: switching them on and off, and following them.
 
 ``tallystick.events.deliver`` sends them to webhooks, which needs the extra ``events``. The feed itself is
 ``Ledger.events``.

@@ -1,7 +1,7 @@
-"""Webhooks: each event POSTed to each endpoint, in order and at least once, signed after the Standard Webhooks.
+"""Webhooks: each event is POSTed to each endpoint, in order and at least once, signed by Standard Webhooks.
 
-An endpoint's cursor moves when it has answered with 2xx. Killed in between, the same event is sent again, with the same
-``webhook-id``. One deliverer at a time has an endpoint, by an advisory lock of its session.
+An endpoint's cursor moves after a 2xx answer. A deliverer killed before that sends the same event again, with the same
+``webhook-id``. Only one deliverer at a time serves an endpoint, by an advisory lock of its session.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from tallystick.ledger import Event
 from tallystick.schema import event_dead_letters, event_endpoints, verify
 
 PAUSES_S = (5.0, 300.0, 1_800.0, 7_200.0, 18_000.0, 36_000.0, 50_400.0, 72_000.0, 86_400.0)
-"""After each attempt that failed, as the specification proposes. After one more, the event is a dead letter."""
+"""The pauses after failed attempts, from the specification. After one more failure the event is a dead letter."""
 
 TIMEOUT_S = 15.0
 _LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -50,7 +50,7 @@ _ERROR_MAX = 500
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A webhook and how far it is. ``attempts`` of the event behind ``cursor`` have failed."""
+    """A webhook and its position. ``attempts`` is the number of failed ones of the event after ``cursor``."""
 
     name: str
     url: str
@@ -64,7 +64,7 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """An event that an endpoint did not take in all its attempts."""
+    """An event that an endpoint did not accept in any attempt."""
 
     endpoint: str
     event_id: int
@@ -76,7 +76,7 @@ class DeadLetter:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """One attempt: ``error`` is None where it was taken, ``dead`` where it was the last."""
+    """One attempt: ``error`` is None if it was accepted; ``dead`` is true after the last failed one."""
 
     endpoint: str
     event_id: int
@@ -95,14 +95,13 @@ def add_endpoint(
     after: str | None = None,
     from_oldest: bool = False,
 ) -> Endpoint:
-    """Deliver to ``url`` from now on: events that come, or those behind ``after``, or all that are kept.
+    """Deliver events to ``url`` from now on: new ones, those after the cursor ``after``, or with ``from_oldest`` all.
 
-    ``secret_variable`` names the environment variable of the deliverer that holds the secret. ``kinds`` are those that
-    are sent, all if left out. An endpoint of that name is changed, and stays where it is but for ``after`` and
-    ``from_oldest``.
+    ``secret_variable`` names the deliverer's environment variable with the secret. ``kinds`` are those to send, all if
+    left out. An existing endpoint of that name is changed; only ``after`` and ``from_oldest`` change its position.
 
     Raises:
-        InvalidArgument: ``url`` is no address of https, or of http on this machine.
+        InvalidArgument: ``url`` is neither https nor http on this machine.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -128,7 +127,7 @@ def add_endpoint(
 
 
 def remove_endpoint(conn: DbConnection, name: str) -> None:
-    """Deliver no more to it. Raises InvalidArgument."""
+    """Stop delivering to an endpoint. Raises InvalidArgument."""
     columns = event_endpoints.c
     gone = sa.update(event_endpoints).where(columns.name == name, columns.removed_at.is_(None))
     if not run(conn, gone.values(removed_at=sa.func.now()), {}).rowcount:
@@ -136,14 +135,14 @@ def remove_endpoint(conn: DbConnection, name: str) -> None:
 
 
 def endpoints(conn: DbConnection) -> list[Endpoint]:
-    """Those that are delivered to, by name."""
+    """All endpoints, by name."""
     columns = [event_endpoints.c[name] for name in Endpoint.__dataclass_fields__]
     selected = sa.select(*columns).where(event_endpoints.c.removed_at.is_(None)).order_by(event_endpoints.c.name)
     return [Endpoint(*row) for row in run(conn, selected, {})]
 
 
 def dead_letters(conn: DbConnection, endpoint: str | None = None) -> list[DeadLetter]:
-    """Those that were not replayed since, oldest first."""
+    """Dead letters that were not replayed, oldest first."""
     columns = [event_dead_letters.c[name] for name in DeadLetter.__dataclass_fields__]
     selected = sa.select(*columns).where(event_dead_letters.c.replayed_at.is_(None))
     if endpoint is not None:
@@ -154,11 +153,11 @@ def dead_letters(conn: DbConnection, endpoint: str | None = None) -> list[DeadLe
 def replay(
     conn: DbConnection, endpoint: str, event_ids: Sequence[int] | None = None, *, timeout_s: float = TIMEOUT_S
 ) -> list[Sent]:
-    """Send dead letters of an endpoint once more, all or some; those that are taken are none any more.
+    """Send dead letters of an endpoint again, all or some; those that it accepts are removed from the list.
 
     Raises:
         InvalidArgument: there is no such endpoint, or it has no such dead letter.
-        ConfigError: the endpoint's secret is not there.
+        ConfigError: the endpoint's secret is missing.
     """
     found = next((each for each in endpoints(conn) if each.name == endpoint), None)
     if found is None:
@@ -196,22 +195,22 @@ def deliver(
     pauses_s: Sequence[float] = PAUSES_S,
     timeout_s: float = TIMEOUT_S,
     poll_s: float = 1.0,
-    told: Callable[[Sent | str], None] = lambda _: None,
+    report: Callable[[Sent | str], None] = lambda _: None,
 ) -> None:
     """Deliver to all endpoints until interrupted, or with ``once`` all that can be delivered now.
 
-    After the attempts that ``pauses_s`` leaves room for, an event is a dead letter, and the next one follows. ``told``
-    is called with each ``Sent``, and with a sentence when a connection ended, from more than one thread.
+    An event that fails once more after all ``pauses_s`` is a dead letter, and the next one follows. ``report`` is
+    called with each ``Sent``, and with a sentence when a connection ends, from several threads.
 
     Raises:
         ConfigError: the secret of an endpoint is not in the environment.
         DatabaseUnavailable, NotMigrated, HostMismatch, PermissionDenied: see the message.
     """
-    _Deliverer(url, config, once=once, pauses_s=pauses_s, timeout_s=timeout_s, poll_s=poll_s, told=told).run()
+    _Deliverer(url, config, once=once, pauses_s=pauses_s, timeout_s=timeout_s, poll_s=poll_s, report=report).run()
 
 
 class _Deliverer:
-    """One thread for each endpoint, so that none waits for another."""
+    """The threads of a delivery, one for each endpoint, so that none waits for another."""
 
     def __init__(
         self,
@@ -222,15 +221,15 @@ class _Deliverer:
         pauses_s: Sequence[float],
         timeout_s: float,
         poll_s: float,
-        told: Callable[[Sent | str], None],
+        report: Callable[[Sent | str], None],
     ) -> None:
-        self.url, self.config, self.once, self.told = url, config, once, told
+        self.url, self.config, self.once, self.report = url, config, once, report
         self.pauses_s, self.timeout_s, self.poll_s = pauses_s, timeout_s, poll_s
         self.stopped = threading.Event()
         self.failed: list[TallystickError] = []
 
     def run(self) -> None:
-        """Start a thread for each endpoint, and for those that are added later."""
+        """Start a thread for each endpoint, also for those that are added later."""
         threads: dict[str, threading.Thread] = {}
         try:
             while not self.failed:
@@ -239,7 +238,7 @@ class _Deliverer:
                     there = endpoints(conn)
                 for endpoint in there:
                     if endpoint.name not in threads or not threads[endpoint.name].is_alive():
-                        _signers(endpoint)  # a secret that is missing is told before anything is sent
+                        _signers(endpoint)  # a missing secret is an error before anything is sent
                         threads[endpoint.name] = threading.Thread(
                             target=self._keep_delivering, args=(endpoint.name,), daemon=True
                         )
@@ -261,18 +260,18 @@ class _Deliverer:
         while not self.stopped.is_set():
             try:
                 with listening(self.url, self.config) as feed:
-                    if feed.conn.scalar(_TAKE, {"name": name}):
+                    if feed.conn.scalar(_LOCK_ENDPOINT, {"name": name}):
                         pause_s = self.poll_s
                         self._deliver(feed, name)
                         return
                 if self.once:
-                    self.told(f"{name} is delivered by another process.")
+                    self.report(f"{name} is delivered by another process.")
                     return
             except (DatabaseUnavailable, OutcomeUnknown) as error:
                 if self.once:
                     self.failed.append(error)
                     return
-                self.told(f"{name}: {error.message}")
+                self.report(f"{name}: {error.message}")
             except TallystickError as error:
                 self.failed.append(error)
                 self.stopped.set()
@@ -281,10 +280,10 @@ class _Deliverer:
             pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
 
     def _deliver(self, feed: Feed, name: str) -> None:
-        """Until the endpoint is removed, or with ``once`` until there is nothing to do now."""
+        """Deliver until the endpoint is removed, or with ``once`` until nothing is due."""
         while not self.stopped.is_set():
             with translated():
-                row = feed.conn.execute(_LOOK, {"name": name}).one_or_none()
+                row = feed.conn.execute(_READ_ENDPOINT, {"name": name}).one_or_none()
             if row is None:
                 return
             *values, wait_s = row
@@ -302,7 +301,7 @@ class _Deliverer:
                 feed.wait(0 if self.once else self.poll_s)
 
     def _deliver_page(self, feed: Feed, endpoint: Endpoint, page: Sequence[Event]) -> None:
-        """Up to the first event that is not taken."""
+        """Deliver a page of events, up to the first that is not accepted."""
         signers, passed = _signers(endpoint), endpoint.cursor
         for event in page:
             if self.stopped.is_set():
@@ -313,12 +312,15 @@ class _Deliverer:
                 dead = error is not None and endpoint.attempts >= len(self.pauses_s)
                 if error is not None and not dead:
                     pause_s = self.pauses_s[endpoint.attempts] * random.uniform(1, 1.2)  # noqa: S311  # jitter
-                    _run(feed, _put_off(endpoint, error, pause_s))
-                    self.told(Sent(endpoint.name, event.id, event.kind, error))
+                    _run(feed, _postpone(endpoint, error, pause_s))
+                    self.report(Sent(endpoint.name, event.id, event.kind, error))
                     return
-                moved = _run(feed, _bury(endpoint, event, body, error) if error else _move(endpoint, event.cursor))
-                self.told(Sent(endpoint.name, event.id, event.kind, error, dead))
-                if not moved:  # somebody has set the cursor meanwhile, or removed the endpoint
+                moved = _run(
+                    feed,
+                    _move_past_dead_letter(endpoint, event, body, error) if error else _move(endpoint, event.cursor),
+                )
+                self.report(Sent(endpoint.name, event.id, event.kind, error, dead))
+                if not moved:  # the cursor was set meanwhile, or the endpoint removed
                     return
                 endpoint = replace(endpoint, cursor=event.cursor, attempts=0)
             passed = event.cursor
@@ -332,7 +334,7 @@ def _run(feed: Feed, statement: sa.Executable) -> bool:
 
 
 def _moving(endpoint: Endpoint) -> sa.Update:
-    """A change of the endpoint, if it is still where it was read."""
+    """A change of the endpoint, if its cursor has not changed since it was read."""
     columns = event_endpoints.c
     return sa.update(event_endpoints).where(
         columns.name == endpoint.name,
@@ -345,13 +347,13 @@ def _move(endpoint: Endpoint, cursor: str) -> sa.Update:
     return _moving(endpoint).values(cursor=cursor, attempts=0, next_attempt_at=None, last_error=None)
 
 
-def _put_off(endpoint: Endpoint, error: str, pause_s: float) -> sa.Update:
+def _postpone(endpoint: Endpoint, error: str, pause_s: float) -> sa.Update:
     at = sa.func.clock_timestamp() + dt.timedelta(seconds=pause_s)
     return _moving(endpoint).values(attempts=event_endpoints.c.attempts + 1, next_attempt_at=at, last_error=error)
 
 
-def _bury(endpoint: Endpoint, event: Event, body: str, error: str) -> pg.Insert:
-    """Past the event, which becomes a dead letter."""
+def _move_past_dead_letter(endpoint: Endpoint, event: Event, body: str, error: str) -> pg.Insert:
+    """Store the event as a dead letter, and move the cursor past it."""
     moved = _move(endpoint, event.cursor).returning(event_endpoints.c.name).cte("moved")
     letter = {"event_id": event.id, "kind": event.kind, "body": body, "attempts": endpoint.attempts + 1}
     columns = {name: sa.literal(value, event_dead_letters.c[name].type) for name, value in letter.items()}
@@ -371,9 +373,9 @@ def _bury(endpoint: Endpoint, event: Event, body: str, error: str) -> pg.Insert:
     )
 
 
-_TAKE = sa.text("SELECT pg_try_advisory_lock(hashtextextended('tallystick.event_endpoints ' || :name, 0))")
+_LOCK_ENDPOINT = sa.text("SELECT pg_try_advisory_lock(hashtextextended('tallystick.event_endpoints ' || :name, 0))")
 
-_LOOK = sa.text("""
+_READ_ENDPOINT = sa.text("""
 SELECT name, url, secret_variable, kinds, cursor, attempts, next_attempt_at, last_error,
   coalesce(extract(epoch FROM next_attempt_at - clock_timestamp()), 0)::float8 AS wait_s
 FROM tallystick.event_endpoints WHERE name = :name AND removed_at IS NULL
@@ -382,12 +384,12 @@ FROM tallystick.event_endpoints WHERE name = :name AND removed_at IS NULL
 
 def _body(event: Event) -> str:
     data = {name: getattr(event, name) for name in Event.__dataclass_fields__ if name not in ("kind", "created_at")}
-    said = {"type": event.kind, "timestamp": event.created_at.isoformat(), "data": data}
-    return json.dumps(said, default=str, ensure_ascii=False, separators=(",", ":"))
+    payload = {"type": event.kind, "timestamp": event.created_at.isoformat(), "data": data}
+    return json.dumps(payload, default=str, ensure_ascii=False, separators=(",", ":"))
 
 
 def _signers(endpoint: Endpoint) -> list[Webhook]:
-    """One for each secret: while one is replaced by another the variable holds both, and receivers accept either."""
+    """A signer for each secret: during a replacement the variable has both, and receivers accept either."""
     secrets = os.environ.get(endpoint.secret_variable, "").split()
     try:
         if secrets:
@@ -402,7 +404,7 @@ def _signers(endpoint: Endpoint) -> list[Webhook]:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A POST that is sent elsewhere would arrive as a GET."""
+    """A handler that follows no redirects, since a redirected POST would become a GET."""
 
     def redirect_request(self, *_: Any) -> None:
         """None: the answer is an error like any other."""
@@ -412,7 +414,7 @@ _OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 def _post(url: str, signers: Sequence[Webhook], event_id: int, body: str, timeout_s: float) -> str | None:
-    """Send it; None where it was taken, else what was wrong."""
+    """Send a request; None if it was accepted, else the error."""
     name, now = f"evt_{event_id}", dt.datetime.now(dt.UTC)
     request = urllib.request.Request(  # noqa: S310  # checked by add_endpoint
         url,

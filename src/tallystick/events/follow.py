@@ -1,4 +1,4 @@
-"""Events one after the other, for a program that waits for them."""
+"""The feed of events, for a program that waits for them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from tallystick.config import Config
-from tallystick.database import dial, driver, engine, translated
+from tallystick.database import connect_with_retries, driver, engine, translated
 from tallystick.errors import DatabaseUnavailable, OutcomeUnknown
 from tallystick.ledger import Event, Ledger
-from tallystick.schema import agreed, verify
+from tallystick.schema import verify, with_stored_mapping
 
 PAGE = 500
 LONGEST_PAUSE_S = 30.0
@@ -21,17 +21,17 @@ LONGEST_PAUSE_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Feed:
-    """A connection of its own in autocommit, which is woken by ``NOTIFY tallystick_events``."""
+    """The feed on a connection of its own in autocommit, woken by ``NOTIFY tallystick_events``."""
 
     conn: sa.Connection
     ledger: Ledger
 
     def page(self, after: str | None) -> list[Event]:
-        """The next events, at most ``PAGE`` of them."""
+        """The next events, at most ``PAGE``."""
         return self.ledger.events(self.conn, after=after, limit=PAGE)
 
     def wait(self, seconds: float) -> None:
-        """Until the first notification, or for that long. What an open transaction held back is notified of before."""
+        """Wait for a notification, at most so long; events behind an open transaction were notified before it ends."""
         with translated():
             for _ in driver(self.conn).notifies(timeout=seconds, stop_after=1):
                 pass
@@ -39,7 +39,7 @@ class Feed:
 
 @contextmanager
 def listening(url: str | sa.URL, config: Config) -> Iterator[Feed]:
-    """A feed, on a direct connection: a transaction pooler passes no notification on.
+    """A feed, on a direct connection: a transaction pooler passes on no notifications.
 
     Raises:
         DatabaseUnavailable: there is no connection, or it ended.
@@ -47,15 +47,15 @@ def listening(url: str | sa.URL, config: Config) -> Iterator[Feed]:
     """
     pool = engine(url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
     with translated(connecting=True):
-        conn = dial(pool)
+        conn = connect_with_retries(pool)
     try:
         verify(conn)
-        found = Feed(conn, Ledger(agreed(conn, config)))
+        found = Feed(conn, Ledger(with_stored_mapping(conn, config)))
         with translated():
             conn.exec_driver_sql("LISTEN tallystick_events")
         yield found
     finally:
-        with suppress(sa.exc.DBAPIError):  # it may have died
+        with suppress(sa.exc.DBAPIError):  # the connection may be dead
             conn.close()
 
 
@@ -67,12 +67,13 @@ def follow(
     poll_s: float = 1.0,
     lost: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Event]:
-    """Every event behind the cursor ``after``, then each new one, for ever; over a lost connection too.
+    """All events after the cursor ``after``, then each new one, for ever; it reconnects after a lost connection.
 
-    It looks every ``poll_s`` seconds, and at once when it is notified. ``lost`` is told why a connection ended.
+    It polls every ``poll_s`` seconds, and at once after a notification. ``lost`` is called with the reason for which a
+    connection ended.
 
     Raises:
-        DatabaseUnavailable: there was no connection to begin with.
+        DatabaseUnavailable: the first connection failed.
         InvalidArgument: ``after`` is no cursor.
         NotMigrated, HostMismatch, PermissionDenied: see the message.
     """
@@ -88,7 +89,7 @@ def follow(
                         yield event
                     if len(page) < PAGE:
                         feed.wait(poll_s)
-        except (DatabaseUnavailable, OutcomeUnknown) as error:  # it only reads, so nothing is unknown
+        except (DatabaseUnavailable, OutcomeUnknown) as error:  # it only reads, so no outcome is unknown
             if not begun:
                 raise
             lost(error.message)

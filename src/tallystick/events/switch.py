@@ -1,4 +1,4 @@
-"""Events on and off: a trigger on the ledger, which costs nothing while it is not there; and their removal with age."""
+"""Switching events on and off, by a trigger on the ledger that exists only while they are on; and removing old ones."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tallystick.config import Config
 from tallystick.database import DbConnection, run
 from tallystick.errors import InvalidArgument
 from tallystick.migrate.runner.session import engine_of, send_when_free, session
-from tallystick.schema import EVENTS_TRIGGER, LEDGER, agreed, event_settings, verify
+from tallystick.schema import EVENTS_TRIGGER, LEDGER, event_settings, verify, with_stored_mapping
 
 _BATCH = 10_000
 
-# Positions follow the transactions' numbers. A restored database goes on where another server's numbers were higher:
-# then the new ones are shifted behind them, with what was written between the restoration and now.
+# Positions are transaction numbers. In a database restored from another server existing positions may be higher than
+# this server's numbers: then positions since the restoration are shifted to follow the existing ones.
 _SETTINGS = SQL("""
 WITH feed AS (
   SELECT last.id, CASE WHEN last.position >= s.xid_offset + pg_snapshot_xmax(now.snapshot)::text::bigint
@@ -55,9 +55,9 @@ CROSS JOIN LATERAL (SELECT s.xid_offset + pg_snapshot_xmin(pg_current_snapshot()
 
 @dataclass(frozen=True, slots=True)
 class EventsStatus:
-    """If events are written, and since when; ``cursor`` is that of the newest that is given to readers.
+    """The state of the feed: since when events are written, and the ``cursor`` of the newest one that readers get.
 
-    ``waiting`` events are written and not given yet: a transaction that began to write before them is open.
+    ``waiting`` events are written, but readers do not get them before an older writing transaction ends.
     """
 
     recorded_since: dt.datetime | None
@@ -84,13 +84,13 @@ def enable(
 ) -> None:
     """Write events from now on, as the owner of the ledger; traffic waits for at most ``lock_timeout_ms``.
 
-    Again it changes the settings that are given: ``low_balance`` is the threshold of users without one of their own, 0
-    for none, and ``notify`` sends ``NOTIFY tallystick_events`` with each event. On a database that was restored on
-    another server it lets the feed go on.
+    A further call changes the settings that are given: ``low_balance`` is the threshold of users without one of their
+    own, 0 for none, and ``notify`` sends ``NOTIFY tallystick_events`` with each event. On a database that was restored
+    on another server it lets the feed continue.
 
     Raises:
         InvalidArgument: ``low_balance`` is below 0.
-        MigrationBlocked: the ledger was never free.
+        MigrationBlocked: the ledger was never free to be locked.
         NotMigrated, PermissionDenied, MigrationError: nothing was changed.
     """
     if low_balance is not None and low_balance < 0:
@@ -106,18 +106,18 @@ def enable(
 def disable(
     database: sa.Engine | str, config: Config, *, lock_timeout_ms: int = 50, give_up_after_s: float = 60
 ) -> None:
-    """Write no more events; those that there are stay, until ``prune``. Raises what ``enable`` does."""
+    """Write no more events; existing ones stay until ``prune``. Raises what ``enable`` does."""
     settings = SQL("UPDATE tallystick.event_settings SET recorded_since = NULL")
     _switch(database, config, settings, _OFF, lock_timeout_ms=lock_timeout_ms, give_up_after_s=give_up_after_s)
 
 
 def status(conn: DbConnection) -> EventsStatus:
-    """The feed's state, by any role that may read the ledger."""
+    """The feed's state, for any role that may read the ledger."""
     return EventsStatus(*run(conn, _STATUS, {}).one())
 
 
 def prune(database: sa.Engine | str, *, older_than: dt.timedelta) -> int:
-    """Remove events that are older, but for those that an endpoint still waits for; gives their number.
+    """Remove events of that age, except those that an endpoint has not received; returns their number.
 
     Raises:
         InvalidArgument: ``older_than`` is below 0.
@@ -129,7 +129,7 @@ def prune(database: sa.Engine | str, *, older_than: dt.timedelta) -> int:
         verify(conn)
         before = conn.scalar(sa.select(sa.func.clock_timestamp() - older_than))
         raised = sa.case((event_settings.c.recorded_since < before, before), else_=event_settings.c.recorded_since)
-        # first, so that no audit looks for what is gone
+        # first, so that no audit searches for removed events
         conn.execute(event_settings.update().values(recorded_since=raised))
         while done := conn.execute(_PRUNE, {"before": before, "batch": _BATCH}).rowcount:
             removed += done
@@ -155,10 +155,10 @@ def _switch(
     lock_timeout_ms: int,
     give_up_after_s: float,
 ) -> None:
-    """Lock the ledger, so that nobody is writing to it, then change the settings and the trigger."""
+    """Lock the ledger against writers, then change the settings and the trigger."""
     with session(engine_of(database)) as conn:
         verify(conn)
-        host = agreed(conn, config).host
+        host = with_stored_mapping(conn, config).host
         ledger, trigger = Identifier(host.schema_of_ledger, LEDGER), Identifier(EVENTS_TRIGGER)
         send_when_free(
             conn,

@@ -1,7 +1,7 @@
 """The connections that an operation takes, and how each sends its call.
 
 An operation is written once, as a ``Call``: a function of the database, its arguments, and how its rows are read.
-What the caller's connection is decides how that is sent, and if the caller gets a result or an awaitable::
+The type of the caller's connection decides how it is sent, and if the caller gets a result or an awaitable::
 
     SQLAlchemy   Connection, Session, scoped_session     AsyncConnection, AsyncSession, async_scoped_session
     psycopg      Connection                              AsyncConnection
@@ -10,8 +10,8 @@ What the caller's connection is decides how that is sent, and if the caller gets
     Django       connection
 
 Through SQLAlchemy a call goes to the driver's own cursor, inside the transaction that SQLAlchemy has begun: that takes
-a third of the time of a compiled statement. Where somebody listens to statements (``echo=True``, an event, a tracer),
-or ``execution_options(tallystick_events=True)`` asks for it, it goes through ``exec_driver_sql``, which they see.
+a third of the time of a compiled statement. With listeners to statements (``echo=True``, an event, a tracer), or with
+``execution_options(tallystick_events=True)``, it goes through ``exec_driver_sql``, which the listeners see.
 
 Nothing here opens, commits, rolls back or retries a database transaction.
 """
@@ -73,7 +73,7 @@ LOCK_TIMEOUT = "lock_timeout"
 class Call(Generic[R]):
     """One call of a function in schema ``tallystick``. ``arguments`` that are None keep the function's default.
 
-    ``lock_timeout_ms`` is of a call that is a transaction of its own, for which it replaces the connection's.
+    ``lock_timeout_ms`` replaces the connection's lock timeout, for a call that is a transaction of its own.
     """
 
     function: str
@@ -90,18 +90,18 @@ class Call(Generic[R]):
 
 
 class Operation(Generic[Owner, P, R]):
-    """An operation: called with a connection first, it sends what its method makes of the other arguments."""
+    """An operation: its method makes a call of the arguments, which is sent on the connection before them."""
 
     def __init__(self, make: Callable[Concatenate[Owner, P], Call[R]]) -> None:
         self.make = make
-        update_wrapper(self, make)  # type: ignore[arg-type]  # its signature and its words
+        update_wrapper(self, make)  # type: ignore[arg-type]  # its signature and docstring
 
     def __get__(self, owner: Owner, kind: type[Owner] | None = None) -> BoundOperation[Owner, P, R]:
         return BoundOperation(self.make, owner)
 
 
 class BoundOperation(Generic[Owner, P, R]):
-    """An operation of one ledger: gives the result, or with an async connection an awaitable of it."""
+    """An operation of one ledger: returns the result, or with an async connection an awaitable of it."""
 
     __slots__ = ("__wrapped__", "owner")
 
@@ -125,14 +125,14 @@ class BoundOperation(Generic[Owner, P, R]):
 
     def __call__(self, conn: Any, /, *args: P.args, **kwargs: P.kwargs) -> Any:
         """Send it on the caller's connection."""
-        # the kind of connection first: a wrong object is told before anything is asked of the arguments
+        # the connection first: a wrong object is refused before the arguments are checked
         kind: Any = type(conn)
         sender = _sender(kind)
         return sender(conn, self.__wrapped__(self.owner, *args, **kwargs))
 
 
 def send(conn: SyncConnection, call: Call[R]) -> R:
-    """Send a call that was made before."""
+    """Send a call."""
     kind: Any = type(conn)
     result: R = _sender(kind)(conn, call)
     return result
@@ -175,7 +175,7 @@ _ANSWER = (
     "item, credit_held, {expires_at}"
 )
 _MOMENTS = {
-    # an operator of this name in the caller's search_path may be anybody's
+    # the caller's search_path may have an operator of this name that is not PostgreSQL's
     name: f"(extract(epoch FROM {name}) OPERATOR(pg_catalog.*) 1000000)::bigint"
     for name in ("created_at", "completed_at", "expires_at", "updated_at", "deleted_at")
 }
@@ -190,8 +190,8 @@ def _text(function: str, names: tuple[str, ...], *, mark: str = "%s", plain: boo
     marks = ["%s" if mark == "%s" else f"${number}" for number in range(1, len(names) + 1)]
     source = ""
     if names[:1] == (LOCK_TIMEOUT,):
-        # Until the statement's own transaction ends, also behind a transaction pooler. It is set before the function is
-        # called, since an argument of the call depends on it.
+        # It holds until the statement's transaction ends, also behind a transaction pooler. An argument of the call
+        # depends on it, so it is set before the function is called.
         source = f"pg_catalog.set_config('lock_timeout', {marks[0]}, true) AS waits, LATERAL "
         names, marks = names[1:], marks[1:]
         types = {"key": "text", "keys": "text[]"}
@@ -200,17 +200,17 @@ def _text(function: str, names: tuple[str, ...], *, mark: str = "%s", plain: boo
             for name, mark in zip(names, marks, strict=True)
         ]
     if "metadata" in names:
-        # as a text, since a driver, or a codec that its owner has given it, would make JSON of the JSON
+        # as a text: a driver, or a codec that its owner has registered, would encode the JSON again
         at, many = names.index("metadata"), "[]" * (function == "consume_many")
         marks[at] += f"::pg_catalog.text{many}::pg_catalog.jsonb{many}"
     arguments = ", ".join(f"{name} => {mark}" for name, mark in zip(names, marks, strict=True))
-    # by name, and not *: a prepared statement survives that a later revision adds to what a function answers
+    # by name, and not *: a prepared statement still works when a later revision adds attributes to the answer
     columns = _COLUMNS.get(function, _ANSWER).format(**(_MOMENTS if plain else {name: name for name in _MOMENTS}))
     return f"SELECT {columns} FROM {source}tallystick.{function}({arguments})"  # noqa: S608 - see above
 
 
 def as_text(value: Any) -> str:
-    """A value as PostgreSQL reads it for a parameter of any type, so that a call is parsed once for all values."""
+    """A value as a text that PostgreSQL reads for a parameter of any type, so that a call is parsed only once."""
     match value:
         case str():
             text = str.__str__(value)
@@ -230,7 +230,7 @@ def as_text(value: Any) -> str:
 
 
 def array(items: Iterable[object]) -> str:
-    """A list as PostgreSQL writes an array. The driver would ask for each item how it is to be sent."""
+    """A list as PostgreSQL writes an array. The driver would look up an adapter for each item."""
     return "{" + ",".join(["NULL" if item is None else _quoted(as_text(item)) for item in items]) + "}"
 
 
@@ -272,7 +272,7 @@ async def _on_psycopg_async(conn: psycopg.AsyncConnection[Any], call: Call[Any])
 
 
 def _for_psycopg(kind: type, call: Call[Any]) -> tuple[str, list[str], bool]:
-    """The statement, its values, and if the answer comes in binary: the text of a moment depends on DateStyle."""
+    """The statement, its values, and if the answer is binary: the text of a moment depends on DateStyle."""
     names, values = call.given()
     mark, binary = _style(kind)
     return _text(call.function, names, mark=mark, plain=not binary), [as_text(value) for value in values], binary
@@ -280,7 +280,7 @@ def _for_psycopg(kind: type, call: Call[Any]) -> tuple[str, list[str], bool]:
 
 @lru_cache(maxsize=100)
 def _style(kind: type) -> tuple[str, bool]:
-    """The host's ``cursor_factory`` may be one that has no binary answers, or other marks."""
+    """The parameter mark of a cursor class, and if it reads binary answers: the host may have its own class."""
     from psycopg import AsyncClientCursor, AsyncRawCursor, ClientCursor, RawCursor  # noqa: PLC0415
 
     mark = "$" if issubclass(kind, (RawCursor, AsyncRawCursor)) else "%s"
@@ -296,12 +296,12 @@ def _psycopg2(conn: Any, call: Call[R]) -> R:
 def _on_psycopg2(conn: Any, call: Call[Any]) -> Rows:
     from psycopg2.extensions import cursor  # noqa: PLC0415
 
-    # not of the host's cursor_factory, whose rows may be dictionaries
+    # not the host's cursor_factory, whose rows may be dictionaries
     return _on_cursor(conn.cursor(cursor_factory=cursor), call)
 
 
 def _django(conn: DjangoConnection, call: Call[R]) -> R:
-    """Through Django's cursor, which keeps Django's own bookkeeping, inside Django's transaction."""
+    """Send a call through Django's cursor, which keeps Django's own bookkeeping, inside Django's transaction."""
     if conn.vendor != "postgresql":
         raise _refused(f"a {conn.vendor} connection of Django")
     with translated():
@@ -320,19 +320,19 @@ def _on_cursor(cursor: Any, call: Call[Any]) -> Rows:
 async def _asyncpg(conn: AsyncpgConnection, call: Call[R]) -> R:
     names, values = call.given()
     with translated():
-        rows: Rows = await conn.fetch(_text(call.function, names, mark="$"), *map(_as_asyncpg_wants, values))
+        rows: Rows = await conn.fetch(_text(call.function, names, mark="$"), *map(_asyncpg_value, values))
     return call.read(rows)
 
 
-def _as_asyncpg_wants(value: Any) -> Any:
-    """The server tells asyncpg each parameter's type, and it wants a value of that type; JSON as its text."""
+def _asyncpg_value(value: Any) -> Any:
+    """A value for asyncpg, which wants one of the parameter's own type, and JSON as its text."""
     match value:
         case dt.timedelta():
             return f"{value // dt.timedelta(microseconds=1)} microseconds"
         case Mapping():
             return json.dumps(value)
         case list():
-            return [_as_asyncpg_wants(item) for item in value]
+            return [_asyncpg_value(item) for item in value]
     return value
 
 
@@ -349,23 +349,23 @@ def _on_sqlalchemy(conn: sa.Connection, call: Call[Any]) -> Rows:
     if not conn.in_transaction():
         conn.begin()  # as SQLAlchemy itself does at the first statement
     driver: Any = conn.connection.dbapi_connection
-    on = _CURSORS.get(f"{type(driver).__module__}.{type(driver).__qualname__}")
-    if on is None or _is_listened_to(conn):
+    send_on = _CURSORS.get(f"{type(driver).__module__}.{type(driver).__qualname__}")
+    if send_on is None or _is_listened_to(conn):
         names, values = call.given()
         if conn.dialect.paramstyle == "numeric_dollar":
-            sent = tuple(map(_as_asyncpg_wants, values))
+            sent = tuple(map(_asyncpg_value, values))
             return conn.exec_driver_sql(_text(call.function, names, mark="$"), sent).fetchall()
         return conn.exec_driver_sql(
             _text(call.function, names, plain=True), tuple(as_text(value) for value in values)
         ).fetchall()
     try:
-        return on(driver, call)
+        return send_on(driver, call)
     except conn.dialect.loaded_dbapi.Error as error:
-        raise _as_sqlalchemy_says(conn, call, error) from error
+        raise _sqlalchemy_error(conn, call, error) from error
 
 
-def _as_sqlalchemy_says(conn: sa.Connection, call: Call[Any], error: Exception) -> Exception:
-    """The driver's error as SQLAlchemy raises it, with a dead connection given up as SQLAlchemy does it."""
+def _sqlalchemy_error(conn: sa.Connection, call: Call[Any], error: Exception) -> Exception:
+    """The driver's error as SQLAlchemy raises it. A dead connection is invalidated, as SQLAlchemy does it."""
     from sqlalchemy.exc import DBAPIError  # noqa: PLC0415
 
     lost = conn.dialect.is_disconnect(error, conn.connection.dbapi_connection, None)  # type: ignore[arg-type]
@@ -382,7 +382,7 @@ def _as_sqlalchemy_says(conn: sa.Connection, call: Call[Any], error: Exception) 
 
 
 def _on_adapted_psycopg(conn: Any, call: Call[Any]) -> Rows:
-    """SQLAlchemy's synchronous face of an asynchronous connection, inside ``run_sync``."""
+    """Send a call on SQLAlchemy's synchronous adapter of an asynchronous connection, inside ``run_sync``."""
     from sqlalchemy.util import await_only  # noqa: PLC0415
 
     return await_only(_on_psycopg_async(conn.driver_connection, call))
@@ -398,8 +398,8 @@ _CURSORS: Mapping[str, Callable[[Any, Call[Any]], Rows]] = {
 
 
 def _is_listened_to(conn: sa.Connection) -> bool:
-    """Tells if somebody would miss a statement that SQLAlchemy does not send."""
-    if conn._echo or conn.get_execution_options().get("tallystick_events"):  # noqa: SLF001 - no public name tells it
+    """True where a listener expects to see each statement."""
+    if conn._echo or conn.get_execution_options().get("tallystick_events"):  # noqa: SLF001 - it has no public name
         return True
     # an engine of another isolation level has events too, which are not about statements
     places: tuple[Any, ...] = (conn, conn.engine, conn.dialect)
@@ -417,8 +417,8 @@ _STATEMENT_EVENTS = ("before_cursor_execute", "after_cursor_execute", "do_execut
 def _session(session: Session | scoped_session[Any], call: Call[R]) -> R:
     with translated(connecting=True):
         conn = session.connection()
-    # What the session holds back goes first: a workshop made in it can be paid for in the same transaction. What a
-    # flush raises is the host's own, as it is.
+    # Pending changes are flushed first: a workshop made in the session can be paid for in the same transaction. An
+    # error of the flush is the host's own, and is raised as it is.
     session.flush()
     return _sqlalchemy(conn, call)
 
@@ -474,7 +474,7 @@ def _refused(found: str) -> InvalidArgument:
 
 
 def moment(value: Any) -> dt.datetime | None:
-    """A moment in UTC, whatever time zone the connection has; also from its microseconds since 1970."""
+    """A moment in UTC, from one in any time zone or from microseconds since 1970."""
     if isinstance(value, int):
         return _EPOCH + dt.timedelta(microseconds=value)
     return None if value is None else value.astimezone(dt.UTC)
@@ -484,12 +484,12 @@ _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 
 def reader_of(key_type: str | None) -> Callable[[Any], Any]:
-    """A host's keys, of the type that the mapping names, whatever the connection makes of them."""
+    """A function that reads the host's keys as the type that the mapping names, whatever the connection returns."""
     return uuid if key_type == "uuid" else _text_of
 
 
 def _text_of(value: Any) -> Any:
-    """A type that the driver does not know, as citext, comes as bytes."""
+    """A text, also of a type such as citext that the driver does not know and returns as bytes."""
     return value.decode() if isinstance(value, bytes) else value
 
 

@@ -1,4 +1,4 @@
-"""The days that are over, added up for the console's overview, each in a transaction of its own."""
+"""Closed days: the ledger's past days, added up for the console's overview, each in a transaction of its own."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tallystick.ledger.operations import Ledger
 
 
 def close_all_days(engine: sa.Engine, ledger: Ledger, *, seconds: float = math.inf) -> int:
-    """Close every day that is over, or as many as ``seconds`` allow; gives the number that stay open.
+    """Close every day that is over, or as many as ``seconds`` allow; returns the number that stay open.
 
-    A transaction that was open before keeps days open until it ends. The next call closes those.
+    A transaction that began before a day's end keeps that day open until it ends. The next call closes it.
     """
     until, before = time.monotonic() + seconds, math.inf
     while True:

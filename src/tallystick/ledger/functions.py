@@ -16,17 +16,17 @@ Each file holds one function (or type) and reads as plain SQL but for its placeh
 ``{credits}``              the type of credits, and ``{credits_max}``, ``{credits_min}`` its range
 ``{balance}``              the balance of a user ``u``, and ``{balance_column}`` the column that holds it
 ``{opened}``               where the app had balances before: gives ``account`` its opening balance first, if it has
-                           none (``open_balance``); ``{opened_many}`` all of ``user_ids`` theirs
-``{due}``                  writes what has expired of ``account``, who is locked, and reads it again (``settle_due``)
+                           none (``open_balance``); ``{opened_many}`` does so for all of ``user_ids``
+``{due}``                  writes the expiries of ``account``, who is locked, and reads it again (``settle_due``)
 ``{…_name}``               the same name as a text, for messages
-``{search_path}``          where a function looks for names: nowhere that another role could put one
-``{host_path}``            the same for a statement that sets off the host's triggers, which may look for the host's
-                           tables by their bare names; such a function holds that one statement, and compares keys
-                           by ``{is}``, which no other schema can shadow
+``{search_path}``          the schemas in which a function looks up names: none where another role could make one
+``{host_path}``            the same for a statement that fires the host's triggers, which may name the host's tables
+                           without a schema; such a function holds that one statement, and compares keys by ``{is}``,
+                           which no other schema can shadow
 =========================  ================================================================================
 
-A revision that changes a function moves the file that it replaces to ``sql/until_<the revision before>/``: earlier
-revisions go on installing that one. ``REVISIONS`` says which files each revision brought.
+A revision that changes a function moves the old file to ``sql/until_<the revision before>/``: earlier revisions go on
+installing that one. ``REVISIONS`` lists the files of each revision.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from psycopg.sql import Literal as SqlLiteral
 from tallystick.schema import ROW
 
 REVISIONS: dict[str, tuple[str, ...]] = {
-    # types first, then what the others call
+    # types first, then functions that the others call
     "0001": (
         "answer",
         "account_answer",
@@ -117,7 +117,7 @@ REVISIONS: dict[str, tuple[str, ...]] = {
     ),
     "0005": ("close_days",),
 }
-"""The files of ``sql/`` that each revision brought, in an order in which they can be made."""
+"""The files of ``sql/`` that each revision added or changed, in an order in which they can be created."""
 
 HEAD = max(REVISIONS)
 
@@ -152,7 +152,7 @@ _PARAMETER = re.compile(rf"\s*(?P<name>\w+) (?P<kind>{_PART})(?: DEFAULT (?P<def
 
 @dataclass(frozen=True)
 class Function:
-    """One function, as its file declares it; types are placeholders still."""
+    """One function, as its file declares it; types are still placeholders."""
 
     name: str
     parameters: tuple[tuple[str, str, str | None], ...]
@@ -160,7 +160,7 @@ class Function:
     returns: str
     comment: str
     public: bool
-    """A caller of the ledger's uses it, and gets an answer; the rest is called by these, or by an operator."""
+    """Callers of the ledger use it, and get an answer; the others are called by these, or by an operator."""
     writes: bool
 
 
@@ -170,7 +170,7 @@ def declared() -> tuple[Function, ...]:
 
 
 def statements(host: Any, revision: str = HEAD) -> Iterator[Composable]:
-    """All types and functions for ``host``, a ``HostNames``, as of ``revision``, in the order of their making."""
+    """All types and functions for ``host``, a ``HostNames``, as of ``revision``, in the order of creation."""
     names = names_of(host)
     for name in _names(revision):
         if name == "open_balance" and not host.adopts_balance:
@@ -186,9 +186,9 @@ def statements(host: Any, revision: str = HEAD) -> Iterator[Composable]:
 def changes(host: Any, before: str, after: str, *, by_name: bool) -> Iterator[Composable]:
     """From the functions of one revision to those of another, in either direction.
 
-    ``by_name`` are those whose name only one of the two has, with such types; otherwise those that both have and that
-    differ. One whose parameters changed is dropped first: it would stand beside the new one, and a call would fit both.
-    A type that both have is the revision's to change.
+    With ``by_name``, the functions and types whose name only one of the two has; without it, the functions that both
+    have and that differ. A function whose parameters changed is dropped first: beside the new one, a call would match
+    both. The revision itself changes a type that both have.
     """
     old, new = _by_signature(host, before), _by_signature(host, after)
     names = {name for name, _ in old} ^ {name for name, _ in new}
@@ -212,23 +212,23 @@ def _types_of(host: Any, revision: str) -> dict[str, Composable]:
 def _by_signature(host: Any, revision: str) -> dict[tuple[str, str], tuple[str, Composable]]:
     """Name and parameters → text and statement."""
     if revision not in host.rendered:
-        found = host.rendered[revision] = {}
+        by_signature = host.rendered[revision] = {}
         for statement in statements(host, revision):
             text = statement.as_string(None)
-            if made := _SIGNATURE.search(text):
-                found[made["name"], _types(made["parameters"])] = text, statement
-    made_of: dict[tuple[str, str], tuple[str, Composable]] = host.rendered[revision]
-    return made_of
+            if match := _SIGNATURE.search(text):
+                by_signature[match["name"], _types(match["parameters"])] = text, statement
+    functions: dict[tuple[str, str], tuple[str, Composable]] = host.rendered[revision]
+    return functions
 
 
 def drops(host: Any, revision: str = HEAD) -> Iterator[Composable]:
-    """The way back from the functions of ``statements``."""
+    """The statements that drop the functions of ``statements``."""
     for name, types in reversed(_by_signature(host, revision)):
         yield SQL("DROP FUNCTION tallystick.{}({})").format(Identifier(name), SQL(types))
 
 
-def retyped(before: Any, after: Any) -> tuple[list[Composable], list[Composable]]:
-    """Of two hosts that differ in the types of keys: the functions of the one that go, and those of the other to make.
+def key_type_changes(before: Any, after: Any) -> tuple[list[Composable], list[Composable]]:
+    """For two hosts that differ in key types: statements that drop the first's functions, and create the second's.
 
     Between the two the types of answers are changed.
     """
@@ -240,7 +240,7 @@ def retyped(before: Any, after: Any) -> tuple[list[Composable], list[Composable]
 
 
 def type_drops(host: Any, revision: str = HEAD) -> Iterator[Composable]:
-    """The way back from the types of ``statements``, after that from the functions."""
+    """The statements that drop the types of ``statements``, after ``drops``."""
     for name in reversed(_types_of(host, revision)):
         yield SQL("DROP TYPE tallystick.{}").format(Identifier(name))
 
@@ -260,7 +260,7 @@ def _names(revision: str) -> Iterator[str]:
 
 @cache
 def _text(name: str, revision: str) -> str:
-    """The file as of ``revision``: of those that it was replaced by later, the first."""
+    """The file as of ``revision``: the first that a later revision replaced, or the present one."""
     folder = files(__package__) / "sql"
     replaced = (folder / f"until_{each}" / f"{name}.sql" for each in REVISIONS if each >= revision)
     found = next((file for file in replaced if file.is_file()), folder / f"{name}.sql")
@@ -272,7 +272,7 @@ def _types(parameters: str) -> str:
 
 
 def _without_head(text: str) -> str:
-    """Without the comment on top, which is for readers of the file and would cost placeholders their meaning."""
+    """The text without the comment at its top, which is for readers of the file and may mention placeholders."""
     lines = text.splitlines()
     while lines and lines[0].startswith("--"):
         lines.pop(0)

@@ -1,6 +1,6 @@
 """The ledger: buy, spend, give back, and read. Each operation is one call of a function in the database.
 
-The rules are in ``sql/``, one file a function; what is here says what to send, and how the answer is read. Each
+The rules are in ``sql/``, one file a function; this module makes the arguments and reads the answers. Each
 operation's first argument is the caller's connection, of any kind that ``tallystick.ledger.connections`` lists;
 nothing opens, commits, rolls back or retries a database transaction, so a host can create a workshop and spend the
 credit for it in one. With an async connection the result is awaited: ``await ledger.consume(aconn, user, …)``.
@@ -35,9 +35,9 @@ class CreditTransaction:
     """One row of the ledger, as the columns of ``credit_transactions``.
 
     ``replayed`` is true when the call changed nothing because its effect was there already: the same key again,
-    a redelivered completion, a workshop that is already unlocked. ``balance`` is what the user has after the call,
-    which for a replay may be another than the row's ``balance_after``; rows of a history have none. ``expires_at`` is
-    that of a hold, or of the credits that the row gave.
+    a redelivered completion, a workshop that is already unlocked. ``balance`` is the user's after the call, which for
+    a replay may differ from the row's ``balance_after``; rows of a history have none. ``expires_at`` is that of a hold,
+    or of the credits that the row gave.
     """
 
     id: UUID
@@ -65,7 +65,7 @@ class CreditTransaction:
 
     @property
     def cursor(self) -> str:
-        """This row's place in its user's history; pass it as ``before`` to read on from here."""
+        """This row's position in its user's history; pass it as ``before`` to read on from here."""
         return str(self.id if self.sequence is None else self.sequence)
 
 
@@ -84,7 +84,7 @@ class Lot:
 class Standing:
     """The credits of a user: all of them, and those that holds have set aside.
 
-    ``due_at`` is when the next of the user's holds and lots expires, None for whom nothing does.
+    ``due_at`` is when the next of the user's holds and lots expires, None if none does.
     """
 
     balance: int
@@ -98,7 +98,7 @@ class Standing:
 
     @property
     def spendable(self) -> int:
-        """As people are told: what can be spent, 0 where holds keep more than there is, and a debt below 0."""
+        """The credits as pages show them: those that can be spent, at least 0, or a debt below 0."""
         return min(self.balance, max(self.available, 0))
 
 
@@ -139,7 +139,7 @@ class Consume:
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """The result of a merge: the user who has the ``credits`` of the other now, below 0 for a debt, and the balance."""
+    """The result of a merge: the user who got the other's ``credits``, below 0 for a debt, and the new balance."""
 
     into: Key
     credits: int
@@ -199,7 +199,7 @@ class Ledger:
         """Record that ``user`` is about to buy ``credits``; the balance does not move.
 
         Call it before asking Stripe for a session: the row's ``id`` is then Stripe's idempotency key and
-        ``client_reference_id``, and what will be granted is this row's own amount, whatever the catalogue says later.
+        ``client_reference_id``, and completion grants this row's own amount, whatever the catalogue says later.
         Credits with ``expires_after`` last so long from the moment at which they are paid.
 
         Raises:
@@ -252,9 +252,9 @@ class Ledger:
         stripe_payment_intent_id: str | None = None,
         credits: int | None = None,
     ) -> Call[CreditTransaction]:
-        """Grant what was bought: pending → completed, and the balance grows by the row's own amount.
+        """Grant a purchase: pending → completed, and the balance grows by the row's own amount.
 
-        Find the purchase by its id, by ``stripe_session_id``, or by its id and attach the session in the same call.
+        Name the purchase by its id, by ``stripe_session_id``, or by both to attach the session in the same call.
         ``amount_paid`` is in minor units of ``currency`` (a three-letter code), both or neither. A failed purchase
         that was paid after all completes too, and its description says so. A soft-deleted user is granted it as well:
         the money is real. ``credits`` is the number that the buyer chose at the payment, and becomes the row's amount.
@@ -341,10 +341,10 @@ class Ledger:
 
     @Operation
     def consume_many(self, items: Sequence[Consume]) -> Call[list[CreditTransaction | LedgerError]]:
-        """As one ``consume`` after the other, in one call: for each item its row, or the refusal as a value.
+        """Consume for each item, in one call; returns for each its row, or the refusal as a value.
 
-        An item that is refused, even for its arguments, does not touch the others: a smaller one after it may still
-        be covered. Results come in the order of ``items``.
+        A refused item, even one with wrong arguments, does not affect the others: a smaller one after it may still be
+        covered. Results come in the order of ``items``.
         """
         calls: list[Call[CreditTransaction]] = []
         refused: dict[int, LedgerError] = {}
@@ -427,8 +427,8 @@ class Ledger:
     ) -> Call[CreditTransaction]:
         """Give ``credits`` that nobody paid for: goodwill, a promotion, an opening balance.
 
-        Those with ``expires_at`` are spent before all others, those that expire soonest first; what is left of them
-        then is taken back by a row of type ``expiry``.
+        Credits with ``expires_at`` are spent before all others, those that expire soonest first. A row of type
+        ``expiry`` takes back those that are left then.
 
         Raises:
             InvalidArgument, UnknownUser, UserDeleted, BalanceOutOfRange, IdempotencyKeyReused: nothing was written.
@@ -443,7 +443,7 @@ class Ledger:
             expires_at=None if expires_at is None else _moment("expires_at", expires_at),
         )
 
-    # --- taking back what was a mistake ---
+    # --- undoing mistakes ---
 
     @Operation
     def reverse(
@@ -458,8 +458,8 @@ class Ledger:
     ) -> Call[CreditTransaction]:
         """Give back ``credits`` of a consumption, or all that is left of it: the job failed, or it was a mistake.
 
-        All of it locks the workshop again, so that unlocking it later charges again. Credits go back to the lot that
-        they came from; if it has expired they expire at once.
+        When all of it is given back, the workshop is locked again and can be charged again. Credits go back to the lot
+        that they came from; if it has expired they expire at once.
 
         Raises:
             InvalidArgument, UnknownUser, UnknownConsumption, ReversalExceedsConsumption: nothing was written.
@@ -506,8 +506,8 @@ class Ledger:
         """Set ``credits`` aside for work under way; the row is a pending consumption.
 
         ``capture`` charges them and ``release`` gives them up. After ``expires_in`` (15 minutes, if not given) the
-        hold counts as released, whether or not anything has run since. ``capture_limit`` is the most that may be
-        captured, where the work may turn out dearer. A ``workshop`` is unlocked when the hold is captured.
+        hold counts as released, even if nothing has run since. ``capture_limit`` is the most that may be captured,
+        where the work may cost more than the hold. A ``workshop`` is unlocked when the hold is captured.
 
         Raises:
             InvalidArgument, UnknownUser, UserDeleted, UnknownWorkshop, WorkshopDeleted: nothing was written.
@@ -532,8 +532,8 @@ class Ledger:
         """Charge a hold, once: all that it set aside, or ``credits``, up to its limit.
 
         A hold that has expired is charged where the credits are there, and the description says so. With
-        ``allow_debt`` it is charged in any case, and the balance may fall below zero. Captured again for the same
-        number of credits, the row comes back marked ``replayed``.
+        ``allow_debt`` it is charged in any case, and the balance may fall below zero. Capturing it again for the same
+        number of credits returns the row marked ``replayed``.
 
         Raises:
             InvalidArgument, UnknownUser, UnknownHold, HoldClosed, CaptureExceedsHold: nothing was written.
@@ -558,9 +558,9 @@ class Ledger:
 
     @Operation
     def sweep(self, *, limit: int = 1000) -> Call[int]:
-        """Write what has expired of at most ``limit`` users whom nothing has touched since; gives their number.
+        """Write the expiries of at most ``limit`` users that no operation has written yet; returns their number.
 
-        Nothing depends on it but what reads the tables directly: each operation does it for its own user.
+        Each operation does it for its own user, so only readers of the tables themselves depend on it.
         """
         arguments = {"row_limit": _whole("limit", limit, 1, SWEEP_MAX)}
 
@@ -574,9 +574,9 @@ class Ledger:
 
     @Operation
     def close_days(self) -> Call[int]:
-        """Add up one day that is over, for the console's overview; gives the number of days that are still open.
+        """Add up one day that is over, for the console's overview; returns the number of days that are still open.
 
-        Only the speed of the overview depends on it. A day is closed when no row of it can come any more. Call it
+        Only the speed of the overview depends on it. A day is closed when no more rows of it can appear. Call it
         again, in another transaction, while that number falls: ``close_all_days`` does.
         """
         return Call("close_days", {}, lambda rows: int(rows[0][0]))
@@ -596,9 +596,9 @@ class Ledger:
         """Move all credits of ``user`` to another, debts too, and soft-delete ``user``: two accounts become one.
 
         Rows of type ``transfer`` keep both chains whole, one that takes and one that gives, each with the other as its
-        ``refund_of``; credits that expire go on to expire at the same moment. All else stays with the user that it
-        belongs to: earlier rows, workshops, plan tier, Stripe customer. A purchase of ``user`` that completes later
-        gives its credits to ``user``; merge again, with another ``key``.
+        ``refund_of``; credits that expire still expire at the same moment. Earlier rows, workshops, plan tier and
+        Stripe customer stay with their user. A purchase of ``user`` that completes later gives its credits to
+        ``user``; merge again, with another ``key``.
 
         Raises:
             InvalidArgument, UnknownUser, UserDeleted, HoldsPending: nothing was written.
@@ -624,7 +624,7 @@ class Ledger:
 
     @Operation
     def standing(self, user: Key) -> Call[Standing]:
-        """The credits of ``user``, and those of them that holds have set aside. Raises UnknownUser."""
+        """The credits of ``user``, and those that holds have set aside. Raises UnknownUser."""
         arguments = {"user_id": self.schema.user_key(user)}
 
         def read(rows: Rows) -> Standing:
@@ -666,7 +666,7 @@ class Ledger:
         before: str | None = None,
         include_failed: bool = False,
     ) -> Call[list[CreditTransaction]]:
-        """The rows of ``user``, newest first: what is pending, then what completed, by ``sequence``.
+        """The rows of ``user``, newest first: pending ones, then completed ones by ``sequence``.
 
         Read on with ``before=rows[-1].cursor``; each page costs the same, however long the history. An unknown user
         has none. ``include_failed`` shows failed purchases among the pending ones.
@@ -690,10 +690,10 @@ class Ledger:
 
     @Operation
     def events(self, *, after: str | None = None, limit: int = 100) -> Call[list[Event]]:
-        """The events of all users, oldest first, from behind the cursor ``after``, or from the oldest that is kept.
+        """The events of all users, oldest first, those after the cursor ``after``, or from the oldest that is kept.
 
-        Read on with ``after=events[-1].cursor``: nothing is missed, since an event is given when all transactions that
-        began to write before its own have ended. There are none until ``tallystick events enable``.
+        Read on with ``after=events[-1].cursor``: nothing is missed, since an event is returned once all transactions
+        that began to write before its own have ended. There are none until ``tallystick events enable``.
 
         Raises:
             InvalidArgument: nothing was read.
@@ -731,9 +731,9 @@ class Ledger:
 
     @Operation
     def lock(self, user: Key) -> Call[int]:
-        """Keep the ledger of ``user`` still until the caller's transaction ends; gives the balance.
+        """Lock the ledger of ``user`` until the caller's transaction ends; returns the balance.
 
-        For what is decided in several steps, as "who has 10 credits gets a present". Operations of the same
+        For a decision in several steps, such as a present for a user with 10 credits. Operations of the same
         transaction go on, those of others wait for its end.
 
         Raises:
@@ -775,11 +775,11 @@ class Ledger:
         return Call("consume_many", arguments, read)
 
     def _answered(self, row: Sequence[Any], arguments: Mapping[str, Any]) -> CreditTransaction:
-        """The row of a ``tallystick.answer`` that is none of a refusal. Raises the refusal."""
+        """The row of a ``tallystick.answer``. Raises the error of a refusal."""
         outcome = row[0]
         if outcome != DONE and outcome != REPLAYED:  # noqa: PLR1714 - on the path of every call
             raise _refusal(row, arguments)
-        # By place, as attributes come from the server: names would take a third of the time of making it.
+        # By position, in the server's order of attributes: names would take a third of the time.
         return CreditTransaction(
             uuid(row[1]),
             self._user(row[2]),
@@ -857,7 +857,7 @@ _TYPES = {str(each): each for each in CreditTransactionType}
 _STATUSES = {str(each): each for each in CreditTransactionStatus}
 _ITEM = 24
 _HELD, _EXPIRES_AT = 25, 26
-"""Places in an answer. Later versions add attributes behind them."""
+"""Positions in an answer. Later versions add attributes after them."""
 
 
 def _balance(function: str, **arguments: Any) -> Call[int]:
@@ -893,7 +893,7 @@ def _refusal(row: Sequence[Any], arguments: Mapping[str, Any]) -> Exception:
 
 def _whole(argument: str, value: object, low: int, high: int) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
-        return int(value)  # an enum's member can be one
+        return int(value)  # also of an enum's member
     raise InvalidArgument(
         f"{argument}={shown(value)}: pass a whole number from {low} to {high}", argument=argument, value=value
     )
@@ -907,7 +907,7 @@ def _text(argument: str, value: object, longest: int = TEXT_MAX) -> str:
             pass
         else:
             if "\0" not in value:
-                return str.__str__(value)  # of an enum's member its text, where str() gives its name
+                return str.__str__(value)  # an enum member's text, where str() returns its name
         problem = "holds a NUL or a lone surrogate, which PostgreSQL cannot store"
     else:
         problem = f"pass a text of 1 to {longest} characters"

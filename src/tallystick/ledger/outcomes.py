@@ -47,7 +47,7 @@ DONE, REPLAYED = "completed", "replayed"
 
 
 class Refusal(NamedTuple):
-    """A refusal: the call's arguments, and what the answer says of it."""
+    """A refusal: the call's arguments, and the details in the answer."""
 
     arguments: Mapping[str, Any]
     id: Any = None
@@ -62,7 +62,7 @@ class Refusal(NamedTuple):
 
     @property
     def user(self) -> Any:
-        """The key of the user that it is about, as the caller gave it."""
+        """The user's key, as the caller gave it."""
         return self.arguments.get("into_user_id" if self.detail.get("argument") == "into_user_id" else "user_id")
 
     @property
@@ -211,7 +211,7 @@ def _insufficient_credits(r: Refusal) -> LedgerError:
     )
 
 
-def _asked(r: Refusal) -> int:
+def _asked_credits(r: Refusal) -> int:
     return int(r.remaining if r.required is None else r.required)
 
 
@@ -221,7 +221,7 @@ def _refund_exceeds_purchase(r: Refusal) -> LedgerError:
         f"asked: {'all' if r.required is None else r.required}",
         purchase=r.id,
         left=r.remaining,
-        asked=_asked(r),
+        asked=_asked_credits(r),
     )
 
 
@@ -231,7 +231,7 @@ def _reinstatement_exceeds_refunds(r: Refusal) -> LedgerError:
         f"asked to give back: {'all' if r.required is None else r.required}. To give more: ledger.grant",
         purchase=r.id,
         taken=r.remaining,
-        asked=_asked(r),
+        asked=_asked_credits(r),
     )
 
 
@@ -250,7 +250,7 @@ def _reversal_exceeds_consumption(r: Refusal) -> LedgerError:
         f"asked: {'all' if r.required is None else r.required}. To give more: ledger.grant",
         consumption=r.id,
         left=r.remaining,
-        asked=_asked(r),
+        asked=_asked_credits(r),
     )
 
 
@@ -269,7 +269,7 @@ def _correction_exceeds_grant(r: Refusal) -> LedgerError:
         f"asked: {'all' if r.required is None else r.required}",
         grant=r.id,
         left=r.remaining,
-        asked=_asked(r),
+        asked=_asked_credits(r),
     )
 
 
@@ -320,9 +320,9 @@ def _idempotency_key_reused(r: Refusal) -> LedgerError:
     differs = {
         name: (_typed(name, before), _typed(name, now)) for name, (before, now) in r.detail.get("differs", {}).items()
     }
-    said = ", ".join(f"{name} {before!s} (now {after!s})" for name, (before, after) in differs.items())
+    listed = ", ".join(f"{name} {before!s} (now {after!s})" for name, (before, after) in differs.items())
     return IdempotencyKeyReused(
-        f"the key {key!r} was used before, for {said}. Use a new key for a new intent", key=key, differs=differs
+        f"the key {key!r} was used before, for {listed}. Use a new key for a new intent", key=key, differs=differs
     )
 
 

@@ -18,16 +18,16 @@ from tallystick.ledger.outcomes import DONE, REPLAYED
 
 @dataclass(frozen=True)
 class DocumentedRefusal:
-    """A refusal: its name, the SQLSTATE of the strict functions, the sentence, and what an answer tells with it.
+    """A refusal: its name, the SQLSTATE of the strict functions, its meaning, and the fields of an answer with it.
 
-    ``tells`` maps attributes of the answer to their types; those of ``detail`` are written ``detail.NAME``. A type that
-    ends in ``?`` may be missing.
+    ``fields`` maps attributes of the answer to their types; those of ``detail`` are written ``detail.NAME``. A field
+    whose type ends in ``?`` may be missing.
     """
 
     name: str
     sqlstate: str
     meaning: str
-    tells: Mapping[str, str]
+    fields: Mapping[str, str]
 
 
 _MEANINGS: Mapping[str, tuple[str, Mapping[str, str]]] = {
@@ -245,7 +245,7 @@ _LINKED = frozenset(
 )
 
 _NEVER: Mapping[str, frozenset[str]] = {
-    # what the body that they share gives the others alone
+    # refusals in the shared body that only the other functions give
     function: _LINKED - own
     for function, own in {
         "refund": {"unknown_purchase", "refund_exceeds_purchase", "purchase_not_completed"},
@@ -258,7 +258,7 @@ _NEVER: Mapping[str, frozenset[str]] = {
 
 @cache
 def outcomes_of(function: str) -> tuple[str, ...]:
-    """The outcomes that a function may answer with, what it calls included: ``completed`` first, refusals by code."""
+    """All outcomes of a function, those of functions that it calls included: ``completed`` first, refusals by code."""
     named = _named_in(function) - _NEVER.get(function, frozenset())
     rest = [REPLAYED, *(refusal.name for refusal in refusals())]
     return (DONE, *(name for name in rest if name in named))
@@ -266,7 +266,7 @@ def outcomes_of(function: str) -> tuple[str, ...]:
 
 def sentence(function: Function, name: Callable[[str], str]) -> str:
     """A function as its file introduces it; ``name`` writes the names in it, such as those of parameters."""
-    for_callers = function.comment.split(" -- ")[0]  # what follows is for readers of the SQL
+    for_callers = function.comment.split(" -- ")[0]  # the rest is for readers of the SQL
     return re.sub(r"``(\w+)``", lambda found: f"`{name(found[1])}`", for_callers)
 
 

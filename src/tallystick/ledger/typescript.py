@@ -1,6 +1,6 @@
 """The TypeScript client: one file for one host, written from the functions' own declarations.
 
-``typescript.ts`` beside this is what all clients have in common; the lines ``//# name`` in it are filled in here.
+``typescript.ts`` in this folder is the part that all clients share; its lines ``//# name`` are filled in here.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ _EVENT = _Shape(
     "tallystick.event_answer",
 )
 _SHAPES = (_ROW, _WRITTEN, _BALANCE, _STANDING, _LOT, _MERGED, _ACCESS, _WORKSHOP, _ACCOUNT, _EVENT)
-_TOLD_BY = {
+_SHAPE_OF = {
     "balance": _STANDING,
     "balance_at": _BALANCE,
     "lock": _STANDING,
@@ -160,8 +160,10 @@ class _Client:
 
     @cached_property
     def _functions(self) -> tuple[Function, ...]:
-        """Without those about workshops, where there are none."""
-        return tuple(f for f in declared() if self.host.workshops or _told(f).answer != "tallystick.workshop_answer")
+        """The functions for callers; without those about workshops, where there are none."""
+        return tuple(
+            f for f in declared() if self.host.workshops or _shape_of(f).answer != "tallystick.workshop_answer"
+        )
 
     def _parameters(self, function: Function) -> Iterator[tuple[str, str, str | None]]:
         for name, kind, default in function.parameters:
@@ -264,13 +266,13 @@ class _Client:
         yield "/** Each refusal, and what it tells. */"
         yield "export interface Refusals {"
         for refusal in self._answered:
-            told = []
-            for attribute, kind in refusal.tells.items():
+            fields = []
+            for attribute, kind in refusal.fields.items():
                 name = _camel(attribute.removeprefix("detail."))
                 optional = "?" if kind.endswith("?") else ""
-                told.append(f"{name}{optional}: {self._given_back(name, kind.removesuffix('?'))}")
+                fields.append(f"{name}{optional}: {self._given_back(name, kind.removesuffix('?'))}")
             yield _comment(refusal.meaning, "  ")
-            yield f"  {refusal.name}: {{ {'; '.join(told)} }};" if told else f"  {refusal.name}: object;"
+            yield f"  {refusal.name}: {{ {'; '.join(fields)} }};" if fields else f"  {refusal.name}: object;"
         yield "}"
 
     def _options(self, function: Function) -> Iterator[str]:
@@ -291,7 +293,7 @@ class _Client:
         done = " | ".join(json.dumps(each) for each in self._outcomes(function) if each in (DONE, REPLAYED))
         refused = " | ".join(json.dumps(each) for each in self._outcomes(function) if each not in (DONE, REPLAYED))
         yield f"export type {name}Answer ="
-        yield f"  | ({{ outcome: {done} }} & {_told(function).name})"
+        yield f"  | ({{ outcome: {done} }} & {_shape_of(function).name})"
         yield from _wrapped("  | Refused<", refused, ">;")
 
     def _face(self) -> Iterator[str]:
@@ -300,12 +302,12 @@ class _Client:
         yield "export interface Tallystick {"
         for function in self._functions:
             given = _given(function)
-            said = sentence(function, _camel)
+            comment = sentence(function, _camel)
             if _is_list(function):
-                said = said.replace(
+                comment = comment.replace(
                     "Each answer's `item` says which it belongs to.", "Answers are in the items' order."
                 )
-            yield _comment(said, "  ")
+            yield _comment(comment, "  ")
             yield f"  {_camel(function.name)}({given}): Promise<{_answer(function)}>;"
         yield "}"
 
@@ -320,7 +322,7 @@ class _Client:
         for function in self._functions:
             kind = "WritingCall" if function.writes else "Call"
             yield f"  {_camel(function.name)}: ({_given(function)}): {kind}<{_answer(function)}> =>"
-            shape, many = json.dumps(_told(function).name), json.dumps(_is_set(function))
+            shape, many = json.dumps(_shape_of(function).name), json.dumps(_is_set(function))
             yield f'    new FunctionCall("{function.name}", {shape}, {many}, ['
             for parameter, kind, default in self._parameters(function):
                 sent_as = json.dumps(self._sql_type(kind), ensure_ascii=False)
@@ -373,8 +375,8 @@ def _key(table: UsersTable | WorkshopsTable) -> str:
     return "number" if table.key_type in _NUMBERS else "string"
 
 
-def _told(function: Function) -> _Shape:
-    return _TOLD_BY.get(function.name) or _TOLD_BY[function.returns.removeprefix("SETOF ")]
+def _shape_of(function: Function) -> _Shape:
+    return _SHAPE_OF.get(function.name) or _SHAPE_OF[function.returns.removeprefix("SETOF ")]
 
 
 def _is_set(function: Function) -> bool:
@@ -382,7 +384,7 @@ def _is_set(function: Function) -> bool:
 
 
 def _is_list(function: Function) -> bool:
-    """It takes a list for each parameter: one item has one value of each."""
+    """True where each parameter is a list, of one value an item."""
     return all(kind.endswith("[]") for _, kind, _ in function.parameters)
 
 
@@ -408,7 +410,7 @@ def _value(function: Function, parameter: str, default: str | None) -> str:
 
 
 def _phrase(parameter: str) -> str:
-    """A sentence on an option. The names of others in it are as they are here."""
+    """A sentence on an option, with names of other options as the client spells them."""
     text = PARAMETERS[parameter].replace("NULL", "null")
     return re.sub(r"\b[a-z]+(_[a-z]+)+\b", lambda found: _camel(found[0]), text[0].upper() + text[1:]) + "."
 
@@ -421,7 +423,7 @@ def _comment(text: str, indent: str = "") -> str:
 
 
 def _wrapped(start: str, text: str, end: str) -> Iterator[str]:
-    """On one line where it fits, else with the text on lines of its own. A space that must stay is a no-break one."""
+    """The text on one line where it fits, else on lines of its own. It is never broken at a no-break space."""
     if len(start + text + end) > _WIDTH:
         indent = re.match(" *", start)[0]  # type: ignore[index]  # it always matches
         text = textwrap.fill(

@@ -3,7 +3,7 @@
 // For revision __REVISION__; users are keyed by __USER_KEY__, __WORKSHOP_KEY__, credits are __CREDITS__.
 // No rule is in here: it sends calls and reads answers. Run the command again after a migration; do not edit.
 
-/** A value as it is sent: a text, so that no driver's own idea of a type matters. */
+/** A value as it is sent: a text, so that no driver converts it by its own types. */
 export type Parameter = string | null;
 
 /**
@@ -60,8 +60,8 @@ export class TallystickRefusal extends Error {
   readonly answer: Refused<RefusalName>;
 
   constructor(answer: Refused<RefusalName>) {
-    const { outcome, ...told } = answer;
-    const values = JSON.stringify(told, (_, value: unknown) => (typeof value === "bigint" ? String(value) : value));
+    const { outcome, ...details } = answer;
+    const values = JSON.stringify(details, (_, value: unknown) => (typeof value === "bigint" ? String(value) : value));
     super(`${outcome}: ${MEANINGS[outcome]} ${values}`);
     this.name = "TallystickRefusal";
     this.outcome = outcome;
@@ -169,7 +169,7 @@ async function sent<Answer>(query: Query, call: Call<Answer>): Promise<Answer> {
   try {
     params = call.params;
   } catch (error) {
-    // told as the database tells it, as a result
+    // the database's own refusal, as a result
     if (!(error instanceof TallystickRefusal)) throw error;
     return (call instanceof FunctionCall && call.many ? [error.answer] : error.answer) as Answer;
   }
@@ -235,7 +235,7 @@ function answered(
   const place = Number(item ?? 0);
   const outcome = String(row["outcome"]);
   if (isDone(outcome)) {
-    // what is left is a refusal's to tell, but of a lot it is what was asked for
+    // `remaining` belongs to refusals, except in a lot, whose columns have no `required`
     const left = remaining === undefined || "required" in columns ? {} : { remaining };
     return { answer: { ...rest, ...left, outcome }, place };
   }
@@ -244,9 +244,9 @@ function answered(
       `this client does not know the answer ${JSON.stringify(outcome)}. Run: tallystick client typescript`,
     );
   }
-  const told = { ...rest, required, remaining, ...(detail as object | null) };
-  const said = Object.entries(told).filter(([, value]) => value !== null && value !== undefined);
-  return { answer: { ...Object.fromEntries(said.map(([name, value]) => [camel(name), value])), outcome }, place };
+  const fields = { ...rest, required, remaining, ...(detail as object | null) };
+  const present = Object.entries(fields).filter(([, value]) => value !== null && value !== undefined);
+  return { answer: { ...Object.fromEntries(present.map(([name, value]) => [camel(name), value])), outcome }, place };
 }
 
 function camel(name: string): string {
@@ -272,7 +272,7 @@ function decoded(type: string, value: unknown): unknown {
   }
 }
 
-/** A list of which no item says anything is left out. */
+/** A list whose items are all empty is left out. */
 function listed(values: readonly unknown[]): readonly unknown[] | undefined {
   return values.some((value) => value !== null && value !== undefined) ? values : undefined;
 }
@@ -340,7 +340,7 @@ function document(value: unknown): string | undefined {
     }) as string | undefined;
     return storable ? text : undefined;
   } catch {
-    return undefined; // it goes round in circles, or holds a bigint
+    return undefined; // it is circular, or holds a bigint
   }
 }
 

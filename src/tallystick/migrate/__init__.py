@@ -1,4 +1,4 @@
-"""Bringing a live database to this package's shape, and back, without its traffic noticing."""
+"""Migrations of a live database to this package's schema, and back, without stalling its traffic."""
 
 from tallystick.migrate.checks.plan import (
     Plan,
@@ -11,7 +11,7 @@ from tallystick.migrate.checks.plan import (
     sql,
 )
 from tallystick.migrate.checks.rehearsal import (
-    Lived,
+    LedgerCheck,
     Rehearsal,
     Traced,
     refuse_nothing_to_rehearse,
@@ -59,7 +59,7 @@ __all__ = [
     "HostColumn",
     "HostTable",
     "HostTool",
-    "Lived",
+    "LedgerCheck",
     "MigrationProgress",
     "OnlineStep",
     "OwnCredits",

@@ -1,29 +1,29 @@
-"""The revisions and what they are handed: names, never today's code.
+"""The revisions, and the names of a host that they get.
 
-A revision is a module in ``versions/``, found and ordered by Alembic's ``ScriptDirectory``. It says ``revision``,
-``down_revision``, ``kind`` (``"expand"``: old code keeps working, or ``"contract"``) and ``creates`` (names of
-relations and types that must be free in the users' schema before) and ``columns`` (that the app's tables get, by our
-word for the table), and has these functions of the ``HostNames``, each giving ``psycopg.sql`` statements:
+A revision is a module in ``versions/``, found and ordered by Alembic's ``ScriptDirectory``. It has ``revision``,
+``down_revision``, ``kind`` (``"expand"``: old code keeps working, or ``"contract"``), ``creates`` (names of relations
+and types that must be free in the users' schema before) and ``columns`` (new columns of the app's tables, by our name
+for the table), and these functions of the ``HostNames``, each returning ``psycopg.sql`` statements:
 
 ==================  ==================================================================================
-``prepare``         new objects, made before any table that was there is locked
-``replaces``        functions that it changes, where it has any: before the tables are locked, since nobody sees
+``prepare``         new objects, made before any existing table is locked
+``replaces``        functions that it changes, if any: before the tables are locked, since nobody sees
                     them before the commit; in the second of two transactions under the lock
-``locks``           the tables that ``locked`` changes and ``prepare`` has not made, in locking order
+``locks``           the existing tables that ``locked`` changes, in locking order
 ``locked``          their changes: no scan, no rewrite, at most one ALTER for each table
 ``indexes``         name → statement: built concurrently after the commit, on the users' table
-``ledger_indexes``  the same on the ledger, where it has any
+``ledger_indexes``  the same on the ledger, if any
 ``validates``       name → statement: constraints of the ledger that ``locked`` added NOT VALID, checked
                     after the commit, beside live traffic
 ``undo_locks``      the tables that ``undo`` changes, in locking order
-``unreplaces``      the way back from ``replaces``, before the tables are locked
-``undo``            the way back from the rest, under lock
+``unreplaces``      the undo of ``replaces``, before the tables are locked
+``undo``            the undo of the rest, under lock
 ``unprepare_locks`` the tables that ``unprepare`` drops, all of them ours
-``unprepare``       the way back from ``prepare`` where ``locked`` has not run
+``unprepare``       the undo of ``prepare`` if ``locked`` has not run
 ==================  ==================================================================================
 
-There is no ``env.py``: it would only wrap the one connection that the runner has anyway, and Alembic's own
-transaction handling is what must not happen here (one transaction for all revisions, a statement at a time).
+There is no ``env.py``: it would only wrap the runner's connection, and Alembic's own transaction handling (one
+transaction for all revisions, a statement at a time) must not happen here.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from tallystick.errors import MigrationError
 from tallystick.ledger import functions
 
 Word = Literal["users", "workshops"]
-"""A host table by our name for it."""
+"""Our name for a host table."""
 
 Adopted = frozenset[tuple[Word, str]]
 """Columns of ours that the host had before: (table, column)."""
@@ -58,10 +58,10 @@ _KEY_TYPES: Mapping[KeyType, SQL] = {
 
 @dataclass(frozen=True)
 class TableNames:
-    """One table of the host, as a revision sees it.
+    """The names of one table of the host, for a revision.
 
-    ``key_type`` is the type of the key, as a function's parameter has it; a column that refers to the key is declared
-    as ``key_column``. ``key_type_schema`` is that of an extension's type, for a function's search_path.
+    ``key_type`` is the type of the key as a function's parameter; ``key_column`` is that of a column that references
+    the key. ``key_type_schema`` is the schema of an extension's type, for a function's search_path.
     """
 
     word: Word
@@ -117,7 +117,7 @@ class TableNames:
 
     @property
     def key_column(self) -> Composable:
-        """The type of a column that refers to the key, with its collation."""
+        """The type of a column that references the key, with its collation."""
         return self.key_type if self.key_collation is None else self.key_type + SQL(" COLLATE ") + self.key_collation
 
     @property
@@ -128,7 +128,7 @@ class TableNames:
 
 @dataclass(frozen=True)
 class HostNames:
-    """All that a revision is told about a host. Fields are only ever added."""
+    """The names of a host, for a revision. Fields are only ever added."""
 
     users: TableNames
     workshops: TableNames | None
@@ -137,18 +137,18 @@ class HostNames:
     mapping: str = "{}"
     ledger_schema: str = "public"
     ledger_goes: bool = False
-    """True on the way back behind the first revision: what is changed of the ledger would be thrown away."""
+    """True for an undo of all revisions: the ledger need not be changed, since it is dropped."""
     rendered: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
-    """The functions of each revision that was asked for, since to write them out takes a while."""
+    """A cache of each revision's functions, which take a while to render."""
 
     @property
     def adopts_balance(self) -> bool:
-        """True where the column of balances is one that the host had before, perhaps with balances in it."""
+        """True if the host had the balance column before, perhaps with balances in it."""
         return ("users", "credit_balance") in self.adopted
 
     @property
     def adopted_names(self) -> tuple[str, ...]:
-        """As in ``migration_log``: ``users.updated_at``, by our words for the tables."""
+        """As in ``migration_log``: ``users.updated_at``, by our names for the tables."""
         return tuple(sorted(f"{word}.{column}" for word, column in self.adopted))
 
     def functions(self, revision: str) -> Iterator[Composable]:
@@ -156,28 +156,28 @@ class HostNames:
         return functions.statements(self, revision)
 
     def other_functions(self, before: str, after: str) -> Iterator[Composable]:
-        """Of the functions of two revisions those whose name only one of them has, in either direction."""
+        """The changes from one revision to another, either way, of functions whose name only one of them has."""
         return functions.changes(self, before, after, by_name=True)
 
     def changed_functions(self, before: str, after: str) -> Iterator[Composable]:
-        """Of the functions of two revisions those that both have and that differ, in either direction."""
+        """The changes from one revision to another, either way, of functions that both have and that differ."""
         return functions.changes(self, before, after, by_name=False)
 
     def placeholders(self) -> dict[str, Composable]:
-        """The names and types that stand in the text of the functions, for a revision's own."""
+        """The values of the functions' placeholders, for a revision's own SQL."""
         return functions.names_of(self)
 
     def drop_functions(self, revision: str) -> Iterator[Composable]:
-        """The way back from ``functions``, but for their types."""
+        """The statements that drop ``functions``, without their types."""
         return functions.drops(self, revision)
 
     def drop_types(self, revision: str) -> Iterator[Composable]:
-        """And from the types: a session that has not used one yet would wait for who drops it."""
+        """The statements that drop the types: a session's first use of one waits for the transaction that drops it."""
         return functions.type_drops(self, revision)
 
     @classmethod
     def of(cls, host: HostMapping, adopted: Adopted = frozenset()) -> HostNames:
-        """The names of a mapping. A column of ours that goes by another name there is adopted: we add none so."""
+        """The names of a mapping. A column of ours with another name there is an adopted one."""
         mapped: Mapping[Word, UsersTable | WorkshopsTable | None] = {"users": host.users, "workshops": host.workshops}
         renamed: Adopted = frozenset(
             (word, ours)
@@ -230,7 +230,7 @@ def _no_indexes(_names: HostNames) -> Mapping[str, Composable]:
 @lru_cache(maxsize=1)
 def revisions() -> tuple[Revision, ...]:
     """Every revision, oldest first."""
-    from alembic.script import ScriptDirectory  # noqa: PLC0415 - only what migrates waits for its import
+    from alembic.script import ScriptDirectory  # noqa: PLC0415 - slow to import, and only migrations need it
 
     scripts = ScriptDirectory(str(Path(__file__).parent))
     found = []
@@ -261,8 +261,8 @@ def revisions() -> tuple[Revision, ...]:
     return tuple(found)
 
 
-def known(name: str) -> Revision:
-    """The revision of that name. Raises MigrationError where there is none."""
+def revision_named(name: str) -> Revision:
+    """The revision of that name. Raises MigrationError if there is none."""
     found = next((each for each in revisions() if each.revision == name), None)
     if found is None:
         raise MigrationError(f"there is no revision {name!r}. Known: {', '.join(r.revision for r in revisions())}")
@@ -270,17 +270,17 @@ def known(name: str) -> Revision:
 
 
 def after(revision: str | None) -> tuple[Revision, ...]:
-    """Revisions still to come, oldest first."""
+    """The pending revisions, oldest first."""
     return revisions()[len(up_to(revision)) :]
 
 
 def adopted_by(revision: Revision, names: Iterable[str]) -> tuple[str, ...]:
-    """Of adopted columns, as ``users.updated_at``, those that ``revision`` would have added."""
+    """The adopted columns, as ``users.updated_at``, that ``revision`` would have added."""
     own = {f"{word}.{column}" for word, columns in revision.columns.items() for column in columns}
     return tuple(name for name in names if name in own)
 
 
 def up_to(revision: str | None) -> tuple[Revision, ...]:
-    """Revisions already there, oldest first."""
+    """The applied revisions, oldest first."""
     all_of_them = revisions()
     return all_of_them[: [r.revision for r in all_of_them].index(revision) + 1] if revision is not None else ()

@@ -1,4 +1,4 @@
-"""Selling credits through Stripe Checkout, and staying right about it whatever Stripe sends, in whatever order.
+"""Selling credits through Stripe Checkout, correct whatever Stripe sends and in whatever order.
 
 ::
 
@@ -10,8 +10,8 @@
     stripe.receive(engine, config, request.body, request.headers.get("Stripe-Signature"))  # the webhook
     stripe.confirm(engine, config, user, request.query["session_id"])                      # the success page
 
-Unlike the ledger's, these take an engine: a request to Stripe must never wait inside a database transaction, so
-they open and commit their own short ones around it. ``docs/stripe.md`` has the states and the table of cases.
+Unlike the ledger's operations these take an engine: a request to Stripe must never wait inside a database transaction,
+so they open and commit their own short ones around it. ``docs/stripe.md`` has the states and the table of cases.
 """
 
 try:

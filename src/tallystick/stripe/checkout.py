@@ -1,4 +1,4 @@
-"""Selling: a pending purchase first, then the Stripe session that pays for it; and the page a buyer returns to."""
+"""Selling: the pending purchase, the Stripe session that pays for it, and the confirmation for the success page."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from tallystick.errors import (
 )
 from tallystick.ledger import CreditTransaction
 from tallystick.schema import INT64_MAX, stripe_checkouts
-from tallystick.stripe.client import MISSING, Object, ask, every, found, is_live
-from tallystick.stripe.customers import customer_of, replaced
+from tallystick.stripe.client import MISSING, Object, ask, ask_or_none, is_live, list_all
+from tallystick.stripe.customers import customer_of, replace_customer
 from tallystick.stripe.effects import PAGE, Effects, failure_of, in_transaction
 from tallystick.stripe.store import METADATA_KEY, REALM_KEY, Outcome, Store, store_of
 
@@ -41,14 +41,14 @@ SESSION_PLACEHOLDER = "{CHECKOUT_SESSION_ID}"
 ADDRESS_MAX = 5000  # characters: Stripe's limit for success_url and cancel_url
 SESSION_ID_MAX = 255
 IDEMPOTENCY_KEY_MAX = 255
-CUSTOMERS_MAX = 3  # to try, should one be deleted after the other
-KEPT_S = 86_400  # for how long Stripe keeps an idempotency key at least, so that a session may be made this late
-CLOCKS_APART_S = 3600  # between the database's clock and Stripe's; only makes a list longer
+CUSTOMERS_MAX = 3  # customers to try, each of which may be deleted meanwhile
+IDEMPOTENCY_KEY_KEPT_S = 86_400  # Stripe keeps a key at least so long, so a session may be made this late
+CLOCK_SKEW_MAX_S = 3600  # between the database's clock and Stripe's; a large value only makes a list longer
 
 
 @dataclass(frozen=True, slots=True)
 class Checkout:
-    """A purchase and its Stripe session. Send the buyer to ``url``; None when there is nothing left to pay."""
+    """A purchase and its Stripe session. Send the buyer to ``url``; it is None if nothing is left to pay."""
 
     purchase: CreditTransaction
     session: str
@@ -59,7 +59,7 @@ class Checkout:
 class Sale:
     """A purchase that is paid through a session of the host's own.
 
-    ``metadata`` belongs to the session and to its ``payment_intent_data``: it proves which purchase is paid.
+    Put ``metadata`` into the session and its ``payment_intent_data``: it proves which purchase is paid.
     """
 
     purchase: CreditTransaction
@@ -75,7 +75,7 @@ class Confirmation:
 
     @property
     def granted(self) -> bool:
-        """True once the credits are there; if not, a delayed payment is still under way, or nothing was paid."""
+        """True once the credits are there; False if a delayed payment is still under way, or nothing was paid."""
         return self.purchase.status == "completed"
 
 
@@ -93,45 +93,47 @@ def checkout(
 ) -> Checkout:
     """Start the purchase of a pack and open a Stripe session for it.
 
-    Everything that can be wrong is said before anything is written or sold. The pending row comes first, and its id
-    is Stripe's idempotency key and ``client_reference_id``. With ``key`` (the caller's name for this one intent) a
-    second call, after a lost answer or from another tab, gives the same purchase and the same session. Both
-    addresses must be on one of ``config.checkout_origins``; ``session_id`` is added to the first one unless it
-    places ``{CHECKOUT_SESSION_ID}`` itself. ``quantity`` packs make one purchase of as many times the credits.
-    ``options`` stand in place of ``config.checkout_options``.
+    All arguments are checked before anything is written or sold. The pending row is written first, and its id is
+    Stripe's idempotency key and ``client_reference_id``. With ``key`` (the caller's name for this one intent) a
+    second call, after a lost answer or from another tab, returns the same purchase and session. Both addresses must
+    be on one of ``config.checkout_origins``; ``session_id`` is added to the first one unless it contains
+    ``{CHECKOUT_SESSION_ID}``. ``quantity`` packs make one purchase of that many times the credits. ``options`` replace
+    ``config.checkout_options``.
 
     Raises:
         StripeNotConfigured, UnknownPack, PackMismatch, ReturnAddressRefused, UnknownUser, UserDeleted,
         BalanceOutOfRange, InvalidArgument, IdempotencyKeyReused: nothing was sold.
         StripeUnavailable: the purchase is pending; call again with the same ``key``.
-        StripeRefused: the purchase failed, and says why.
+        StripeRefused: the purchase failed; its description gives the reason.
     """
     effects = Effects(engine, config)
     addresses = {
-        "success_url": _allowed(config, _with_session(success_url)),
-        "cancel_url": _allowed(config, cancel_url),
+        "success_url": _require_allowed_origin(config, _with_session_id(success_url)),
+        "cancel_url": _require_allowed_origin(config, cancel_url),
     }
     accounts = Accounts(config)
     account = in_transaction(engine, lambda conn: accounts.get(conn, user))
-    started = None if key is None else in_transaction(engine, lambda conn: _started(effects, conn, user, key))
+    started = None if key is None else in_transaction(engine, lambda conn: _started_before(effects, conn, user, key))
     if started is None:
         if account.deleted_at is not None:
             raise UserDeleted(f"user {user} was deleted. To bring the user back: Accounts.restore_user", user=user)
-        chosen, wished = pack_named(config, pack), options or config.checkout_options
-        room = require_room(effects.store, account, chosen.credits * _times(quantity, wished.quantity_max), pack)
+        chosen, wanted_options = pack_named(config, pack), options or config.checkout_options
+        room = require_room(
+            effects.store, account, chosen.credits * _valid_quantity(quantity, wanted_options.quantity_max), pack
+        )
         require_price(chosen, price_of(effects.client, chosen), live=is_live(config))
         request = {
             "customer": customer_of(effects, account),
             **addresses,
-            **_asked(wished),
-            "line_items": [_item(chosen, quantity, wished.quantity_max, most=room // chosen.credits)],
+            **_parameters_of_options(wanted_options),
+            "line_items": [_item(chosen, quantity, wanted_options.quantity_max, most=room // chosen.credits)],
         }
         started = in_transaction(
             engine, lambda conn: _start(effects, conn, user, chosen, more=request, key=key, quantity=quantity)
         )
     purchase, request = started
     session = _session(effects, purchase, request)
-    return in_transaction(engine, lambda conn: _attached(effects, conn, purchase, session))
+    return in_transaction(engine, lambda conn: _store_session(effects, conn, purchase, session))
 
 
 def start_sale(
@@ -146,10 +148,10 @@ def start_sale(
     key: str | None = None,
     refund_rounding: Rounding | None = None,
 ) -> Sale:
-    """Start the purchase for a session that you make yourself: the pending row, and the price that it expects.
+    """Start the purchase for a session that you make yourself: write the pending row and the expected price.
 
     ``amount`` is the session's price before discounts and tax, in minor units of ``currency``. Put ``metadata`` into
-    the session; store the session with ``ledger.attach_session``. Nothing is asked of Stripe here.
+    the session; store the session with ``ledger.attach_session``. No request is sent to Stripe here.
 
     Raises:
         InvalidArgument, UnknownUser, UserDeleted, BalanceOutOfRange, IdempotencyKeyReused: nothing was written.
@@ -167,7 +169,7 @@ def start_sale(
             rounding=refund_rounding or config.refund_rounding,
         )
         run(conn, terms.on_conflict_do_nothing(), {})
-        return Sale(purchase, mark_of(store, conn, purchase))
+        return Sale(purchase, metadata_of(store, conn, purchase))
 
     if isinstance(amount, bool) or not isinstance(amount, int) or not 0 <= amount <= INT64_MAX:
         raise InvalidArgument(
@@ -181,13 +183,13 @@ def start_sale(
 
 
 def confirm(engine: sa.Engine, config: Config, user: Key, session: str) -> Confirmation:
-    """For the success page: grant at once what the webhook would grant, if this user's session is paid.
+    """Grant the credits of a paid session at once, as its webhook would; for the success page.
 
-    The session is asked for at Stripe; nothing that the browser brought is believed. Doing it twice, or beside the
-    webhook, grants once.
+    The session is read from Stripe, and nothing else from the browser is trusted. Calling it twice, or at the same time
+    as the webhook, grants once.
 
     Raises:
-        SessionNotYours: another user's session, or none of ours.
+        SessionNotYours: it is another user's session, or none of ours.
         StripeNotConfigured, StripeUnavailable, StripeRefused: nothing was sold.
     """
     effects = Effects(engine, config)
@@ -197,18 +199,18 @@ def confirm(engine: sa.Engine, config: Config, user: Key, session: str) -> Confi
     )
     if len(session) > SESSION_ID_MAX or not re.fullmatch("cs_[A-Za-z0-9_]+", session):
         raise refusal
-    said = effects.session_now(session)
-    if said is None:
+    found = effects.session_now(session)
+    if found is None:
         raise refusal
     owner = effects.store.schema.user_key(user)
-    mine = in_transaction(engine, lambda conn: effects.store.claim(conn, said).purchase)
-    if mine is None or mine.user_id != owner:
+    purchase = in_transaction(engine, lambda conn: effects.store.claim(conn, found).purchase)
+    if purchase is None or purchase.user_id != owner:
         raise refusal
-    effect = effects.session(said, failed=failure_of(said))
+    effect = effects.session(found, failed=failure_of(found))
 
     def work(conn: sa.Connection) -> Confirmation:
         outcome = effect(conn)
-        return Confirmation(effects.store.purchase(conn, id=mine.id) or mine, outcome)
+        return Confirmation(effects.store.purchase(conn, id=purchase.id) or purchase, outcome)
 
     return in_transaction(engine, work)
 
@@ -230,12 +232,12 @@ def pack_named(config: Config, name: str) -> Pack:
 
 def price_of(stripe: sdk.StripeClient, pack: Pack) -> Object | None:
     """The pack's price at Stripe, with its product; None if Stripe has none of this id."""
-    price = found(lambda: stripe.v1.prices.retrieve(pack.stripe_price_id or "", {"expand": ["product"]}))
+    price = ask_or_none(lambda: stripe.v1.prices.retrieve(pack.stripe_price_id or "", {"expand": ["product"]}))
     return None if price is None else price.to_dict()
 
 
 def require_price(pack: Pack, price: Object | None, *, live: bool) -> None:
-    """The price is what the pack says: nobody is shown one price and charged another. Raises PackMismatch."""
+    """Check that the price equals the pack's, so that buyers pay the price they see. Raises PackMismatch."""
     problem = None
     if price is None:
         problem = f"Stripe has no price {pack.stripe_price_id} in {'live' if live else 'test'} mode"
@@ -259,7 +261,7 @@ def require_price(pack: Pack, price: Object | None, *, live: bool) -> None:
 # --- the steps of a checkout ---
 
 
-def _times(quantity: int, most: int | None) -> int:
+def _valid_quantity(quantity: int, most: int | None) -> int:
     most = QUANTITY_MAX if most is None else most
     if isinstance(quantity, bool) or not isinstance(quantity, int) or not 1 <= quantity <= most:
         raise InvalidArgument(
@@ -271,35 +273,35 @@ def _times(quantity: int, most: int | None) -> int:
 
 
 def _item(pack: Pack, quantity: int, quantity_max: int | None, *, most: int) -> dict[str, Any]:
-    """The pack as a line item; a buyer may choose no more of them than ``most``, which the balance can hold."""
+    """The pack as a line item; a buyer may choose at most ``most``, as many as the balance can hold."""
     item: dict[str, Any] = {"price": pack.stripe_price_id, "quantity": quantity}
     if quantity_max is not None:
         item["adjustable_quantity"] = {"enabled": True, "minimum": 1, "maximum": min(quantity_max, most)}
     return item
 
 
-def _asked(options: CheckoutOptions) -> dict[str, Any]:
-    """The options as parameters of the session; they are stored with the request, so that it can be repeated."""
-    asked: dict[str, Any] = {}
+def _parameters_of_options(options: CheckoutOptions) -> dict[str, Any]:
+    """The options as parameters of the session, which are stored with the request so that it can be repeated."""
+    parameters: dict[str, Any] = {}
     if options.promotion_codes:
-        asked["allow_promotion_codes"] = True
+        parameters["allow_promotion_codes"] = True
     if options.automatic_tax:
-        asked["automatic_tax"] = {"enabled": True}
+        parameters["automatic_tax"] = {"enabled": True}
     if options.save_payment_method:
-        asked["payment_intent_data"] = {"setup_future_usage": "off_session"}
+        parameters["payment_intent_data"] = {"setup_future_usage": "off_session"}
     if options.invoice:
-        asked["invoice_creation"] = {"enabled": True}
+        parameters["invoice_creation"] = {"enabled": True}
     if options.tax_ids:
-        asked["tax_id_collection"] = {"enabled": True}
-    # Stripe asks for leave to store what the buyer enters with the customer
+        parameters["tax_id_collection"] = {"enabled": True}
+    # Stripe needs permission to store the buyer's entries with the customer
     update = {"address": options.automatic_tax, "name": options.tax_ids}
     if any(update.values()):
-        asked["customer_update"] = {name: "auto" for name, wanted in update.items() if wanted}
+        parameters["customer_update"] = {name: "auto" for name, wanted in update.items() if wanted}
     if options.locale is not None:
-        asked["locale"] = options.locale
+        parameters["locale"] = options.locale
     if options.submit_text is not None:
-        asked["custom_text"] = {"submit": {"message": options.submit_text}}
-    return asked
+        parameters["custom_text"] = {"submit": {"message": options.submit_text}}
+    return parameters
 
 
 def require_room(store: Store, account: Account, credits: int, what: str) -> int:
@@ -316,15 +318,15 @@ def require_room(store: Store, account: Account, credits: int, what: str) -> int
     return most - account.credit_balance
 
 
-def mark_of(store: Store, conn: sa.Connection, purchase: CreditTransaction) -> dict[str, str]:
-    """The metadata of what pays for a purchase."""
+def metadata_of(store: Store, conn: sa.Connection, purchase: CreditTransaction) -> dict[str, str]:
+    """The metadata for a session and payment of a purchase."""
     return {METADATA_KEY: str(purchase.id), REALM_KEY: store.realm(conn)}
 
 
-def _started(
+def _started_before(
     effects: Effects, conn: sa.Connection, user: Key, key: str
 ) -> tuple[CreditTransaction, dict[str, Any]] | None:
-    """The purchase that this key started before, and what Stripe was to be asked for it."""
+    """The purchase that this key started before, and its stored request."""
     row = effects.store.schema.credit_transactions.c
     prior = sa.select(row.id).where(row.user_id == effects.store.schema.user_key(user), row.idempotency_key == key)
     id = run(conn, prior, {}).scalar_one_or_none()
@@ -343,7 +345,7 @@ def _start(
     key: str | None,
     quantity: int,
 ) -> tuple[CreditTransaction, dict[str, Any]]:
-    """Write the row, and word for word what Stripe will be asked, so that it can be asked the same again."""
+    """Write the purchase and the request for its session, which can so be repeated exactly."""
     purchase = effects.store.ledger.start_purchase(
         conn,
         user,
@@ -353,13 +355,13 @@ def _start(
         stripe_price_id=pack.stripe_price_id,
         expires_after=pack.expires_after,
     )
-    about = mark_of(effects.store, conn, purchase)
+    metadata = metadata_of(effects.store, conn, purchase)
     request = {
         "mode": "payment",
         "client_reference_id": str(purchase.id),
-        "metadata": about,
+        "metadata": metadata,
         **more,
-        "payment_intent_data": {"metadata": about, **more.get("payment_intent_data", {})},
+        "payment_intent_data": {"metadata": metadata, **more.get("payment_intent_data", {})},
     }
     new = sa.insert(stripe_checkouts).values(
         purchase_id=purchase.id,
@@ -401,13 +403,13 @@ def _session(effects: Effects, purchase: CreditTransaction, request: dict[str, A
             return missed
     for attempt in range(1, CUSTOMERS_MAX + 1):
         try:
-            return _opened(effects, purchase, request)
+            return _create_session(effects, purchase, request)
         except StripeRefused as refusal:
             if refusal.code == MISSING and refusal.param == "customer" and attempt < CUSTOMERS_MAX:
                 request = _with_another_customer(effects, purchase, request)
                 continue
             if refusal.status not in (400, 404) or isinstance(refusal.__cause__, sdk.IdempotencyError):
-                raise  # a wrong key or the like says nothing about this purchase
+                raise  # an error such as a wrong key is not about this purchase
             reason = f"Stripe refused: {refusal.code or refusal.status}"
             in_transaction(
                 effects.engine,
@@ -422,18 +424,18 @@ def _session(effects: Effects, purchase: CreditTransaction, request: dict[str, A
     raise AssertionError
 
 
-def _opened(effects: Effects, purchase: CreditTransaction, request: dict[str, Any]) -> Object:
-    """Ask Stripe for the session. A request with another customer is another request, with a key of its own."""
-    asked: Any = request
+def _create_session(effects: Effects, purchase: CreditTransaction, request: dict[str, Any]) -> Object:
+    """Create the session at Stripe. The idempotency key names the customer: with another one the request differs."""
+    parameters: Any = request
     once: Any = {"idempotency_key": f"{purchase.id} {request['customer']}"[:IDEMPOTENCY_KEY_MAX]}
-    session: Object = ask(lambda: effects.client.v1.checkout.sessions.create(asked, once)).to_dict()
+    session: Object = ask(lambda: effects.client.v1.checkout.sessions.create(parameters, once)).to_dict()
     return session
 
 
 def _with_another_customer(effects: Effects, purchase: CreditTransaction, request: dict[str, Any]) -> dict[str, Any]:
-    """The stored request with a customer that Stripe has; once, however many calls find the old one gone."""
+    """The stored request with a new customer; it changes once, even if several calls find the old customer gone."""
     gone = request["customer"]
-    customer = replaced(effects, purchase.user_id, gone)
+    customer = replace_customer(effects, purchase.user_id, gone)
     sold = stripe_checkouts.c
 
     def store(conn: sa.Connection) -> dict[str, Any]:
@@ -448,36 +450,41 @@ def _with_another_customer(effects: Effects, purchase: CreditTransaction, reques
 
 
 def session_of_purchase(effects: Effects, purchase: CreditTransaction, customer: str) -> Object | None:
-    """The session of a purchase whose answer was lost, looked up: Stripe may have forgotten the idempotency key."""
-    since = int(purchase.created_at.timestamp()) - CLOCKS_APART_S
+    """Search for the session of a purchase whose answer was lost: Stripe may have dropped the idempotency key."""
+    since = int(purchase.created_at.timestamp()) - CLOCK_SKEW_MAX_S
     of_customer: Any = {"customer": customer, "created": {"gte": since}, "limit": PAGE}
-    # the customer may be gone, and the session there
-    of_that_day: Any = {"created": {"gte": since, "lte": since + 2 * CLOCKS_APART_S + KEPT_S}, "limit": PAGE}
+    # for a customer that is gone
+    of_that_day: Any = {
+        "created": {"gte": since, "lte": since + 2 * CLOCK_SKEW_MAX_S + IDEMPOTENCY_KEY_KEPT_S},
+        "limit": PAGE,
+    }
     sessions = effects.client.v1.checkout.sessions
-    page = found(lambda: sessions.list(of_customer))
-    theirs = every(lambda: page or sessions.list(of_that_day))
+    page = ask_or_none(lambda: sessions.list(of_customer))
+    candidates = list_all(lambda: page or sessions.list(of_that_day))
     mark = str(purchase.id)
-    session = next((one for one in map(sdk.StripeObject.to_dict, theirs) if _mark(one) == mark), None)
+    session = next(
+        (one for one in map(sdk.StripeObject.to_dict, candidates) if _purchase_in_metadata(one) == mark), None
+    )
     return None if session is None else effects.session_now(session["id"])
 
 
-def _mark(session: Object) -> str | None:
+def _purchase_in_metadata(session: Object) -> str | None:
     """The purchase that a session's metadata names."""
-    mark: str | None = (session["metadata"] or {}).get(METADATA_KEY)
-    return mark
+    purchase: str | None = (session["metadata"] or {}).get(METADATA_KEY)
+    return purchase
 
 
-def _attached(effects: Effects, conn: sa.Connection, purchase: CreditTransaction, session: Object) -> Checkout:
-    """Store the session; for one that is over already, what came of it."""
+def _store_session(effects: Effects, conn: sa.Connection, purchase: CreditTransaction, session: Object) -> Checkout:
+    """Store the session, and its result if it is over already."""
     effects.session(session, failed=failure_of(session))(conn)
     now = effects.store.purchase(conn, id=purchase.id) or purchase
     return Checkout(now, session["id"], session["url"] if session["status"] == "open" else None)
 
 
-# --- where a buyer may be sent ---
+# --- return addresses ---
 
 
-def _allowed(config: Config, address: str) -> str:
+def _require_allowed_origin(config: Config, address: str) -> str:
     if len(address) > ADDRESS_MAX:
         raise ReturnAddressRefused(
             f"the address {shown(address)} has {len(address)} characters; Stripe takes {ADDRESS_MAX}. Nothing was "
@@ -497,7 +504,7 @@ def _allowed(config: Config, address: str) -> str:
     )
 
 
-def _with_session(address: str) -> str:
+def _with_session_id(address: str) -> str:
     if SESSION_PLACEHOLDER in address:
         return address
     whole, mark, fragment = address.partition("#")

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     import httpx
 
 API_VERSION = "2026-10-28.endive"
-"""The API version of every request and every webhook endpoint; objects are read in this shape."""
+"""The API version of every request and every webhook endpoint."""
 
 MISSING = "resource_missing"
 """Stripe's code for an object that it does not have, in this account and mode."""
 
 TIMEOUT_S = 20
 RETRIES = 2
-_PAUSES_S = (0.5, 1.0)  # before each further try after a 429, which the SDK never makes
+_PAUSES_S = (0.5, 1.0)  # before each retry after a 429, which the SDK does not retry
 _TOO_MANY, _CONFLICT, _SERVER = 429, 409, 500
 
 Object = dict[str, Any]
@@ -42,7 +42,7 @@ def client(config: Config) -> sdk.StripeClient:
     """The SDK's client, made once for each key and address.
 
     Raises:
-        StripeNotConfigured: no secret key, or something that is none.
+        StripeNotConfigured: the secret key is missing or malformed.
     """
     key = config.stripe_secret_key
     if not key:
@@ -70,24 +70,24 @@ def _client(key: str, base: str | None) -> sdk.StripeClient:
 
 
 class _Transport(sdk.RequestsClient):
-    """The SDK's HTTP client, which blocks; under an async engine of SQLAlchemy's it awaits.
+    """The SDK's blocking HTTP client; under an async engine of SQLAlchemy it awaits.
 
-    There the caller runs in a greenlet on the event loop. So one body of code asks Stripe in both ways, with the
-    SDK's own retries.
+    There the caller runs in a greenlet on the event loop. So the same code serves both ways, with the SDK's own
+    retries.
     """
 
     def request_with_retries(self, *args: Any, **kwargs: Any) -> tuple[str, int, Mapping[str, str]]:
-        """As ever."""
+        """As the SDK's, or awaiting in a greenlet."""
         if in_greenlet():
             return await_only(self.request_with_retries_async(*args, **kwargs))
         return super().request_with_retries(*args, **kwargs)
 
 
 class _OnTheLoop(sdk.HTTPClient):
-    """An HTTP client for the SDK that awaits.
+    """An asynchronous HTTP client for the SDK.
 
-    The SDK's own of this kind keeps its connections for the first event loop that it meets, and passes the body by an
-    argument that httpx gives up.
+    The SDK's own one keeps its connections for the first event loop that uses it, and passes the body by an argument
+    that httpx deprecates.
     """
 
     name = "httpx"
@@ -100,21 +100,21 @@ class _OnTheLoop(sdk.HTTPClient):
         try:
             response = await _connections().request(method, url, headers=headers, content=post_data)
         except (http.HTTPError, http.InvalidURL) as error:
-            said = f"{type(error).__name__}: {error}"
-            raise sdk.APIConnectionError(said, should_retry=True) from error  # type: ignore[no-untyped-call]
+            message = f"{type(error).__name__}: {error}"
+            raise sdk.APIConnectionError(message, should_retry=True) from error  # type: ignore[no-untyped-call]
         return response.content, response.status_code, response.headers
 
     def sleep_async(self, secs: float) -> Any:
-        """The SDK's pause before it tries again."""
+        """The SDK's pause before a retry."""
         return asyncio.sleep(secs)
 
 
 _by_loop: dict[asyncio.AbstractEventLoop, httpx.AsyncClient] = {}
-"""Connections to Stripe, by the event loop that they belong to; a process has one as a rule."""
+"""Connections to Stripe, by their event loop; a process usually has one."""
 
 
 def async_http() -> ModuleType:
-    """The library by which Stripe is asked on an event loop. Raises ModuleNotFoundError with the extra's name."""
+    """The HTTP library for requests on an event loop. Raises ModuleNotFoundError with the extra's name."""
     try:
         import httpx  # noqa: PLC0415 - needed under an async engine alone
     except ModuleNotFoundError as missing:
@@ -149,16 +149,16 @@ def _pause(seconds: float) -> None:
 
 
 def is_live(config: Config) -> bool:
-    """True where the key is for real money."""
+    """True if the key is a live one."""
     return (config.stripe_secret_key or "")[3:].startswith("live_")
 
 
 def ask(call: Callable[[], T]) -> T:
-    """Make a request; again after a 429, as the SDK does after a 5xx or a lost connection.
+    """Make a request, with retries after a 429; the SDK itself retries after a 5xx or a lost connection.
 
     Raises:
-        StripeUnavailable: what to do is to try later.
-        StripeRefused: what to do is in the message.
+        StripeUnavailable: try again later.
+        StripeRefused: the message says what to do.
     """
     for pause_s in (*_PAUSES_S, None):
         try:
@@ -176,8 +176,8 @@ def ask(call: Callable[[], T]) -> T:
     raise AssertionError
 
 
-def found(call: Callable[[], T]) -> T | None:
-    """As ``ask``, with None for what Stripe does not have."""
+def ask_or_none(call: Callable[[], T]) -> T | None:
+    """As ``ask``; None if Stripe does not have the object."""
     try:
         return ask(call)
     except StripeRefused as error:
@@ -186,8 +186,8 @@ def found(call: Callable[[], T]) -> T | None:
         raise
 
 
-def every(call: Callable[[], sdk.ListObject[One]]) -> Iterator[One]:
-    """All of a list, page by page, each asked for as in ``ask``."""
+def list_all(call: Callable[[], sdk.ListObject[One]]) -> Iterator[One]:
+    """All objects of a list; each page is a request by ``ask``."""
     page = ask(call)
     while True:
         yield from page.data
@@ -197,9 +197,9 @@ def every(call: Callable[[], sdk.ListObject[One]]) -> Iterator[One]:
 
 
 def _unavailable(error: sdk.StripeError) -> StripeUnavailable:
-    said = f"answered {error.http_status}" if error.http_status else "did not answer"
+    reason = f"answered {error.http_status}" if error.http_status else "did not answer"
     return StripeUnavailable(
-        f"Stripe {said}. Nothing is lost: make the same call again, with the same key if it takes one",
+        f"Stripe {reason}. Nothing is lost: make the same call again, with the same key if it takes one",
         status=error.http_status,
     )
 

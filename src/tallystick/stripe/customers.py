@@ -1,4 +1,4 @@
-"""The Stripe customer of a user: made once, replaced when Stripe no longer has it, its e-mail kept as the host's."""
+"""A user's Stripe customer: made once, replaced if Stripe no longer has it, updated when the host's e-mail changes."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from tallystick.accounts import Account, Accounts
 from tallystick.config import Config
 from tallystick.database import run
 from tallystick.errors import Key, StripeRefused
-from tallystick.stripe.client import MISSING, Object, ask, found, is_live
+from tallystick.stripe.client import MISSING, Object, ask, ask_or_none, is_live
 from tallystick.stripe.effects import Effects, in_transaction
 
 USER_KEY = "tallystick_user"
 EMAIL_KEY = "tallystick_email"
 METADATA_MAX = 500  # characters: Stripe's limit for a value of metadata
-CHECKED = 20
+SAMPLE_MAX = 20
 REPLAYS_MAX = 10
 
 
 @dataclass(frozen=True, slots=True)
 class CustomerCheck:
-    """A user's stored customer that Stripe cannot charge, and why."""
+    """A user's stored customer that Stripe cannot charge, and the reason."""
 
     user: Key
     customer: str
@@ -33,30 +33,29 @@ class CustomerCheck:
 
 
 def customer_of(effects: Effects, account: Account) -> str:
-    """The user's customer, ready for a session; made, or made anew, if Stripe has none of the stored id.
+    """The user's customer for a session. A missing customer, or one that Stripe does not have, is made.
 
-    Callers that ask at the same time ask with the same idempotency key, so they get the same customer.
+    Concurrent calls use the same idempotency key, so they get the same customer.
     """
     stored = account.stripe_customer_id
     if stored is None:
-        return _made(effects, account.user, after=None)
+        return _make_customer(effects, account.user, after=None)
     customer = _existing(effects, stored)
     if customer is None:
-        return _made(effects, account.user, after=stored)
-    _bring_email(effects, account.user, customer)
+        return _make_customer(effects, account.user, after=stored)
+    _update_email(effects, account.user, customer)
     return stored
 
 
-def replaced(effects: Effects, user: Key, gone: str) -> str:
-    """Another customer for the user, after Stripe refused ``gone``."""
-    return _made(effects, user, after=gone)
+def replace_customer(effects: Effects, user: Key, gone: str) -> str:
+    """Make another customer for the user, after Stripe refused ``gone``."""
+    return _make_customer(effects, user, after=gone)
 
 
-def check_customers(engine: sa.Engine, config: Config, *, most: int = CHECKED) -> list[CustomerCheck]:
+def check_customers(engine: sa.Engine, config: Config, *, most: int = SAMPLE_MAX) -> list[CustomerCheck]:
     """Ask Stripe about some of the stored customers, and return those that it does not have.
 
-    Customers of test keys in a live account, of another account, and deleted ones are found here. A sale repairs its
-    own buyer's.
+    It finds deleted customers, those of the other mode and those of another account. A sale replaces its own buyer's.
 
     Raises:
         StripeNotConfigured, StripeUnavailable, StripeRefused, DatabaseError: nothing was written.
@@ -80,12 +79,12 @@ def check_customers(engine: sa.Engine, config: Config, *, most: int = CHECKED) -
 
 
 def _existing(effects: Effects, customer: str) -> Object | None:
-    now = found(lambda: effects.client.v1.customers.retrieve(customer))
+    now = ask_or_none(lambda: effects.client.v1.customers.retrieve(customer))
     seen: Object | None = None if now is None else now.to_dict()
     return None if seen is None or seen.get("deleted") else seen
 
 
-def _made(effects: Effects, user: Key, *, after: str | None) -> str:
+def _make_customer(effects: Effects, user: Key, *, after: str | None) -> str:
     """Make a customer and store it, unless another call has stored one other than ``after`` meanwhile."""
     accounts, engine = Accounts(effects.config), effects.engine
     now = in_transaction(engine, lambda conn: accounts.get(conn, user)).stripe_customer_id
@@ -97,7 +96,7 @@ def _made(effects: Effects, user: Key, *, after: str | None) -> str:
         made, replayed = _create(effects, user, email, identity=f"{realm} {user} {email} {gone}")
         if not replayed or _existing(effects, made) is not None:
             break
-        gone = made  # Stripe answers with a deleted customer for as long as it keeps the key
+        gone = made  # Stripe returns a deleted customer as long as it keeps the idempotency key
 
     def store(conn: sa.Connection) -> str:
         effects.store.ledger.lock(conn, user)
@@ -110,36 +109,36 @@ def _made(effects: Effects, user: Key, *, after: str | None) -> str:
 
 
 def _create(effects: Effects, user: Key, email: str | None, *, identity: str) -> tuple[str, bool]:
-    """Ask Stripe for a customer; without the e-mail if Stripe refuses that. One identity makes one customer.
+    """Create a customer at Stripe, without the e-mail if Stripe refuses that; one for each identity.
 
-    Returns its id, and whether this is the answer to an earlier request.
+    Returns its id, and True if this is the answer to an earlier request.
     """
-    about = {USER_KEY: str(user)[:METADATA_MAX]} | ({EMAIL_KEY: _digest(email)} if email else {})
-    params: Any = {"metadata": about}
+    metadata = {USER_KEY: str(user)[:METADATA_MAX]} | ({EMAIL_KEY: _digest(email)} if email else {})
+    params: Any = {"metadata": metadata}
     if email:
         once: Any = {"idempotency_key": f"customer {_digest(identity)}"}
         try:
-            return _answered(ask(lambda: effects.client.v1.customers.create(params | {"email": email}, once)))
+            return _id_and_replayed(ask(lambda: effects.client.v1.customers.create(params | {"email": email}, once)))
         except StripeRefused as refusal:
             if refusal.param != "email":
                 raise
     without: Any = {"idempotency_key": f"customer without e-mail {_digest(identity)}"}
-    return _answered(ask(lambda: effects.client.v1.customers.create(params, without)))
+    return _id_and_replayed(ask(lambda: effects.client.v1.customers.create(params, without)))
 
 
-def _answered(customer: sdk.Customer) -> tuple[str, bool]:
+def _id_and_replayed(customer: sdk.Customer) -> tuple[str, bool]:
     answer = customer.last_response
     return customer.id, answer is not None and "Idempotent-Replayed" in answer.headers
 
 
-def _bring_email(effects: Effects, user: Key, customer: Object) -> None:
-    """Give a customer of ours the host's e-mail, if the host's has changed since it was last given.
+def _update_email(effects: Effects, user: Key, customer: Object) -> None:
+    """Update the e-mail of a customer of ours if the host's has changed since the last update.
 
-    The digest of the last one is in the customer's metadata: an address that somebody set at Stripe is kept.
+    The digest of the last one is in the customer's metadata, so an address that was set at Stripe is kept.
     """
-    about = customer["metadata"] or {}
+    metadata = customer["metadata"] or {}
     email = in_transaction(effects.engine, lambda conn: _email(effects, conn, user))
-    if not email or USER_KEY not in about or about.get(EMAIL_KEY) == _digest(email):
+    if not email or USER_KEY not in metadata or metadata.get(EMAIL_KEY) == _digest(email):
         return
     mark: Any = {"metadata": {EMAIL_KEY: _digest(email)}}
     id = customer["id"]
@@ -147,7 +146,7 @@ def _bring_email(effects: Effects, user: Key, customer: Object) -> None:
         ask(lambda: effects.client.v1.customers.update(id, mark | {"email": email}))
     except StripeRefused as refusal:
         if refusal.param == "email":
-            ask(lambda: effects.client.v1.customers.update(id, mark))  # so that it is not tried at every sale
+            ask(lambda: effects.client.v1.customers.update(id, mark))  # or every sale would try it again
         elif refusal.code != MISSING:
             raise
 

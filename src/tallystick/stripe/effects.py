@@ -1,4 +1,4 @@
-"""Effects of Stripe's objects: Stripe is asked first, then one database transaction writes the effect.
+"""Effects of Stripe's objects: first the requests to Stripe, then one database transaction that writes the effect.
 
 No request is made inside a transaction: a slow answer would keep a user's row locked, and a lost answer would leave
 it unknown what was written.
@@ -18,7 +18,7 @@ from tallystick.allowances import Allowances, Paid, Period
 from tallystick.config import Config
 from tallystick.database import run, transaction
 from tallystick.errors import Conflict, Key, LedgerError
-from tallystick.stripe.client import Object, ask, client, every, found
+from tallystick.stripe.client import Object, ask, ask_or_none, client, list_all
 from tallystick.stripe.store import FindingKind, Outcome, Reversal, Store, id_of, store_of
 
 PAGE = 100
@@ -26,11 +26,11 @@ _TRIES = 3
 
 T = TypeVar("T")
 Effect = Callable[[sa.Connection], Outcome]
-"""The part that writes, for one transaction, after Stripe was asked."""
+"""A function that writes an effect in one transaction, after the requests to Stripe."""
 
 
 def in_transaction(engine: sa.Engine, work: Callable[[sa.Connection], T]) -> T:
-    """Run ``work`` in a transaction, again if another one was in the way."""
+    """Run ``work`` in a transaction, and retry it after a Conflict."""
     for attempt in range(1, _TRIES + 1):
         try:
             with transaction(engine) as conn:
@@ -42,7 +42,7 @@ def in_transaction(engine: sa.Engine, work: Callable[[sa.Connection], T]) -> T:
 
 
 class Effects:
-    """Turns Stripe's objects into effects. Holds no connection."""
+    """A maker of effects from Stripe's objects. Holds no connection."""
 
     def __init__(self, engine: sa.Engine, config: Config) -> None:
         self.engine = engine
@@ -50,8 +50,8 @@ class Effects:
         self.store: Store = store_of(config)
         self.client = client(config)
 
-    def again(self, said: Object) -> Object | None:
-        """The object as it is now, in the shape of our API version; None where Stripe does not have it any more."""
+    def retrieve(self, stated: Object) -> Object | None:
+        """The object as it is at Stripe now, in our API version; None if Stripe no longer has it."""
         v1 = self.client.v1
         kinds: dict[str, Callable[[str], Any]] = {
             "checkout.session": v1.checkout.sessions.retrieve,
@@ -60,16 +60,18 @@ class Effects:
             "charge": v1.charges.retrieve,
             "invoice": v1.invoices.retrieve,
         }
-        retrieve = kinds[said["object"]]
-        now = found(lambda: retrieve(said["id"]))
-        return None if now is None else now.to_dict()
+        fetch = kinds[stated["object"]]
+        found = ask_or_none(lambda: fetch(stated["id"]))
+        return None if found is None else found.to_dict()
 
     def session(self, session: Object, *, failed: str | None = None) -> Effect:
         """The effect of a Checkout Session."""
-        return lambda conn: self._kept(conn, session["id"], lambda: self.store.fulfil(conn, session, failed=failed))
+        return lambda conn: self._recording_refusal(
+            conn, session["id"], lambda: self.store.fulfil(conn, session, failed=failed)
+        )
 
     def reversal(self, stated: Object) -> Effect | None:
-        """The effect of a refund or dispute, its purchase completed first if that was missed; None if not ours."""
+        """The effect of a refund or dispute, after completing a purchase that was missed; None if it is not ours."""
         reversal = Reversal.of(stated)
         if reversal is None:
             return None
@@ -88,7 +90,7 @@ class Effects:
                 self.store.fulfil(conn, session)
             return self.store.reverse(conn, reversal)
 
-        return lambda conn: self._kept(conn, reversal.id, lambda: effect(conn))
+        return lambda conn: self._recording_refusal(conn, reversal.id, lambda: effect(conn))
 
     def invoice(self, invoice: Object) -> Effect | None:
         """The effect of a paid invoice: the allowances of the prices that it bills; None if none has one."""
@@ -104,8 +106,8 @@ class Effects:
         lines: list[Object] = invoice["lines"]["data"]
         if not invoice["lines"]["has_more"]:
             return lines
-        asked = every(lambda: self.client.v1.invoices.line_items.list(invoice["id"], {"limit": PAGE}))
-        return [line.to_dict() for line in asked]
+        items = list_all(lambda: self.client.v1.invoices.line_items.list(invoice["id"], {"limit": PAGE}))
+        return [line.to_dict() for line in items]
 
     def _give(self, conn: sa.Connection, *, allowances: Allowances, invoice: Object, paid: list[Object]) -> Outcome:
         customer = id_of(invoice.get("customer"))
@@ -114,42 +116,44 @@ class Effects:
         user = None if customer is None else run(conn, who, {}).scalar_one_or_none()
         if user is None:
             wanted = f"a user with the Stripe customer {customer}"
-            self.store.note(conn, FindingKind.UNKNOWN_CUSTOMER, invoice["id"], expected=wanted, found="none")
+            self.store.record_finding(conn, FindingKind.UNKNOWN_CUSTOMER, invoice["id"], expected=wanted, found="none")
             return Outcome.REFUSED
-        # a line that is refused does not cost the user the others: each has a key of its own
+        # the user gets the other lines if one is refused: each has an idempotency key of its own
         outcomes = {
-            self._kept(conn, invoice["id"], partial(_give_line, conn, allowances, user, _paid(invoice, line)))
+            self._recording_refusal(
+                conn, invoice["id"], partial(_give_line, conn, allowances, user, _paid(invoice, line))
+            )
             for line in paid
         }
         return next((one for one in (Outcome.REFUSED, Outcome.GRANTED) if one in outcomes), Outcome.UNCHANGED)
 
     def _charge_amount(self, reversal: Reversal) -> int | None:
-        """The whole payment in the currency of the refund or dispute; None where Stripe does not say."""
+        """The charge's amount, if it is in the currency of the refund or dispute."""
         charge = reversal.charge
-        now = None if charge is None else found(lambda: self.client.v1.charges.retrieve(charge))
+        now = None if charge is None else ask_or_none(lambda: self.client.v1.charges.retrieve(charge))
         return now.amount if now is not None and now.currency == reversal.currency else None
 
     def session_of(self, payment_intent: str) -> Object | None:
-        """The Checkout Session that a payment belongs to, if it came from one."""
+        """The Checkout Session of a payment; None if it has none."""
         page = ask(lambda: self.client.v1.checkout.sessions.list({"payment_intent": payment_intent, "limit": 1}))
         return page.data[0].to_dict() if page.data else None
 
     def refunds_of(self, charge: Object) -> list[Object]:
-        """Every refund of a charge."""
-        refunds = every(lambda: self.client.v1.refunds.list({"charge": charge["id"], "limit": PAGE}))
+        """All refunds of a charge."""
+        refunds = list_all(lambda: self.client.v1.refunds.list({"charge": charge["id"], "limit": PAGE}))
         return [refund.to_dict() for refund in refunds]
 
     def session_now(self, id: str) -> Object | None:
-        """A session with its payment intent, or None where Stripe has none of this id."""
-        got = found(lambda: self.client.v1.checkout.sessions.retrieve(id, {"expand": ["payment_intent"]}))
+        """A session with its payment intent; None if Stripe has no session of this id."""
+        got = ask_or_none(lambda: self.client.v1.checkout.sessions.retrieve(id, {"expand": ["payment_intent"]}))
         return None if got is None else got.to_dict()
 
-    def _kept(self, conn: sa.Connection, object_id: str, effect: Callable[[], Outcome]) -> Outcome:
-        """Run an effect; a refusal of the ledger, such as a balance out of range, is put on record."""
+    def _recording_refusal(self, conn: sa.Connection, object_id: str, effect: Callable[[], Outcome]) -> Outcome:
+        """Run an effect, and record a refusal of the ledger, such as a balance out of range, as a finding."""
         try:
             return effect()
         except LedgerError as refusal:
-            self.store.note(conn, FindingKind.REFUSED, object_id, found=refusal.message)
+            self.store.record_finding(conn, FindingKind.REFUSED, object_id, found=refusal.message)
             return Outcome.REFUSED
 
 
@@ -163,13 +167,13 @@ def _price_of(line: Object) -> str | None:
 
 
 def _is_over(invoice: Object, line: Object) -> bool:
-    """True for the rest of a period that a later invoice bills, as a change in it does by Stripe's default."""
+    """True for a line whose period a later invoice bills, as Stripe does by default after a change in the period."""
     parent = (line.get("parent") or {}).get("subscription_item_details") or {}
     return bool(parent.get("proration")) and line["period"]["end"] <= invoice["created"]
 
 
 def _paid(invoice: Object, line: Object) -> Paid:
-    """A line of an invoice as the allowances read it."""
+    """A line of an invoice, for ``Allowances.give_paid``."""
     start, end = (dt.datetime.fromtimestamp(line["period"][edge], dt.UTC) for edge in ("start", "end"))
     parent = (line.get("parent") or {}).get("subscription_item_details") or {}
     return Paid(
@@ -182,7 +186,7 @@ def _paid(invoice: Object, line: Object) -> Paid:
 
 
 def failure_of(session: Object) -> str | None:
-    """The reason why a session cannot be paid any more, by its expanded payment intent; None if it still can."""
+    """The reason why a session can no longer be paid, from its expanded payment intent; None if it still can."""
     intent = session.get("payment_intent")
     if session["status"] == "expired":
         return "the session expired"

@@ -1,7 +1,8 @@
-"""Comparing with Stripe: what no webhook told us is found by asking.
+"""Reconciliation: finds at Stripe the objects that no webhook delivered, and writes their effects.
 
-Eight walks, each in pages and each object in a transaction of its own, through the same effects as the webhooks': so
-it may run beside them, twice, or be stopped anywhere. Where it stood is stored after each page.
+It goes through eight lists in pages. Each object has the same effect as through a webhook, in a transaction of its
+own, so a run may be stopped anywhere and may run beside webhooks or another run. Its position is stored after each
+page.
 """
 
 from __future__ import annotations
@@ -20,24 +21,24 @@ from tallystick.config import Config
 from tallystick.database import run, transaction
 from tallystick.errors import InvalidArgument, PurchaseNotPending, StripeRefused
 from tallystick.ledger import CreditTransaction
-from tallystick.progress import Progress, unheard
+from tallystick.progress import Progress, ignore_progress
 from tallystick.schema import stripe_checkouts, stripe_events, stripe_reconciliations, stripe_reversals
 from tallystick.stripe.checkout import session_of_purchase
-from tallystick.stripe.client import Object, every
+from tallystick.stripe.client import Object, list_all
 from tallystick.stripe.effects import PAGE, Effect, Effects, failure_of, in_transaction
-from tallystick.stripe.store import DISPUTE_RANK, NOT_GONE, FindingKind, Outcome, StripeFinding, store_of
+from tallystick.stripe.store import DISPUTE_RANK, MONEY_WITH_SHOP, FindingKind, Outcome, StripeFinding, store_of
 from tallystick.stripe.top_ups import MODE as TOP_UP
 from tallystick.stripe.top_ups import attempts_of, effect_of
-from tallystick.stripe.webhooks import HANDLERS, prepared, prepared_again
+from tallystick.stripe.webhooks import HANDLERS, effect_of_event, effect_of_failed
 
 OVERLAP = dt.timedelta(days=3)
-"""The time that a run reaches back before the last one: for as long as Stripe goes on delivering by itself."""
+"""The time by which a run overlaps the last one: as long as Stripe retries its deliveries."""
 
-NEVER_ASKED = dt.timedelta(days=1)
-"""A pending purchase without a session at Stripe fails after this long: no session lives longer."""
+SESSIONLESS_MAX = dt.timedelta(days=1)
+"""The age at which a pending purchase without a session at Stripe fails: no session lives longer."""
 
 RESUMED_WITHIN = dt.timedelta(days=1)
-"""An interrupted run that is older is left: a new one looks at everything that it would have."""
+"""The age up to which an interrupted run is resumed; a new run covers all that an older one would have."""
 
 EVENTS_KEPT = dt.timedelta(days=30)
 
@@ -53,16 +54,16 @@ _CHANGES = {
 
 @dataclass(frozen=True, slots=True)
 class ReconciliationProgress(Progress):
-    """Of each kind of object the number that was looked at; ``changed`` counts over all kinds."""
+    """The number of objects examined of one kind; ``changed`` counts over all kinds."""
 
     changed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Reconciliation:
-    """The result of a run. In a dry run ``changes`` is what would have been done.
+    """The result of a run. In a dry run ``changes`` are those that a run would make.
 
-    ``changes`` are (Stripe's id, what became of it); ``findings`` are all that is on record for a person.
+    ``changes`` are pairs of Stripe's id and the outcome; ``findings`` are all that a person has not dismissed.
     """
 
     since: dt.datetime | None
@@ -75,7 +76,7 @@ class Reconciliation:
 
     @property
     def changed(self) -> bool:
-        """True where anything was (or, in a dry run, would be) done."""
+        """True if anything was changed, or in a dry run would be."""
         return bool(self.changes)
 
 
@@ -85,19 +86,18 @@ def reconcile(
     *,
     since: dt.datetime | None = None,
     dry_run: bool = False,
-    progress: Callable[[ReconciliationProgress], None] = unheard,
+    progress: Callable[[ReconciliationProgress], None] = ignore_progress,
 ) -> Reconciliation:
-    """Complete what was paid, fail what expired, follow refunds and disputes, and put the rest on record.
+    """Complete paid purchases, fail expired ones, apply refunds and disputes, and record all else as findings.
 
-    Looks at every pending purchase here, and at Stripe's sessions, refunds, disputes and events created since
-    ``since``: by default three days before the last finished run, or everything. A run that was interrupted goes on
-    where it stood when called with the same ``since`` within a day. ``dry_run`` rolls each transaction back and
-    reports it.
+    It examines every pending purchase, and Stripe's sessions, refunds, disputes and events created since ``since``:
+    by default three days before the last finished run, or everything. Called with the same ``since`` within a day, it
+    resumes an interrupted run. ``dry_run`` rolls each transaction back and reports it.
 
     Raises:
         InvalidArgument: ``since`` has no time zone.
-        StripeNotConfigured, StripeRefused: Stripe refuses the key. A refusal that is about one object is a finding.
-        StripeUnavailable, DatabaseError: run it again; it goes on from there.
+        StripeNotConfigured, StripeRefused: Stripe refuses the key. A refusal of one object is a finding.
+        StripeUnavailable, DatabaseError: run it again; it resumes.
     """
     if since is not None and since.tzinfo is None:
         raise InvalidArgument(f"since={since!r}: pass a time with a time zone", argument="since", value=since)
@@ -107,18 +107,18 @@ def reconcile(
 def dismiss(
     engine: sa.Engine, config: Config, objects: str | Collection[str] | None = None, *, kind: FindingKind | None = None
 ) -> int:
-    """Take findings off the list, because a person has dealt with them: about ``objects``, of one ``kind``, or all.
+    """Mark findings as dealt with: about ``objects``, of one ``kind``, or all.
 
-    ``objects`` are Stripe's ids. Returns how many there were; they stay in the table and are not reported again.
+    ``objects`` are Stripe's ids. Returns the number of findings; they stay in the table and are not reported again.
     """
     about = [objects] if isinstance(objects, str) else objects
     return in_transaction(engine, lambda conn: store_of(config).dismiss(conn, about, kind))
 
 
 _Step = tuple[str, Callable[[], Effect | None]]
-"""An object's id, which is also the position of the walk, and the request to Stripe that gives its effect."""
+"""An object's id, which is also the position in its list, and a function that requests it and returns its effect."""
 
-_EVERY_OBJECT = (401, 403)  # a refusal of the key, which every object would meet
+_EVERY_OBJECT = (401, 403)  # statuses that refuse the key, and so every object
 
 
 class _Reconciling:
@@ -131,13 +131,13 @@ class _Reconciling:
         progress: Callable[[ReconciliationProgress], None],
     ) -> None:
         self.effects = effects
-        self.asked_since = since
+        self.given_since = since
         self.dry_run = dry_run
         self.progress = progress
         self.looked_at: Counter[str] = Counter()
         self.outcomes: Counter[str] = Counter()
         self.changes: list[tuple[str, Outcome]] = []
-        self.would_note: list[StripeFinding] = []
+        self.dry_run_findings: list[StripeFinding] = []
         self.id: int | None = None
 
     def run(self) -> Reconciliation:
@@ -163,12 +163,12 @@ class _Reconciling:
                     raise
                 self._walk(name, stages[name](since, None))  # the object at the position is gone
             position = None
-            self._tell(name)
+            self._report_progress(name)
         self._finish()
         with transaction(self.effects.engine) as conn:
             findings = self.effects.store.findings(conn)
         known = {(one.kind, one.object_id) for one in findings}
-        findings += [one for one in self.would_note if (one.kind, one.object_id) not in known]
+        findings += [one for one in self.dry_run_findings if (one.kind, one.object_id) not in known]
         return Reconciliation(
             since=since,
             dry_run=self.dry_run,
@@ -192,24 +192,24 @@ class _Reconciling:
             self.looked_at[stage] += 1
             if number % PAGE == 0:
                 self._update(position=id)
-                self._tell(stage)
+                self._report_progress(stage)
 
     def _refused(self, id: str, refusal: StripeRefused) -> Effect:
-        """Put on record that Stripe refused to tell about one object; the others are looked at all the same."""
+        """Record as a finding that Stripe refused one object; the others are examined nevertheless."""
 
         def effect(conn: sa.Connection) -> Outcome:
-            self.effects.store.note(conn, FindingKind.REFUSED, id, found=refusal.message)
+            self.effects.store.record_finding(conn, FindingKind.REFUSED, id, found=refusal.message)
             return Outcome.REFUSED
 
         return effect
 
-    # --- the walks ---
+    # --- the lists ---
 
     def _pending(self, _since: dt.datetime | None, position: str | None) -> Iterator[_Step]:
-        """Every purchase that waits here, oldest first, whatever its age."""
+        """All pending purchases of this database, oldest first."""
         row, sold = self.effects.store.schema.credit_transactions.c, stripe_checkouts.c
         purchases = self.effects.store.schema.credit_transactions
-        old = sa.func.now() - NEVER_ASKED
+        old = sa.func.now() - SESSIONLESS_MAX
         after = UUID(position) if position else UUID(int=0)
         while True:
             statement = (
@@ -227,14 +227,14 @@ class _Reconciling:
             page = self._read(statement)
             for customer, mode, is_old, *columns in page:
                 purchase = CreditTransaction(*columns)
-                asked = self._unpaid_top_up if mode == TOP_UP else self._waiting
-                yield str(purchase.id), partial(asked, purchase, customer, is_old=is_old)
+                effect_of = self._unpaid_top_up if mode == TOP_UP else self._pending_purchase
+                yield str(purchase.id), partial(effect_of, purchase, customer, is_old=is_old)
                 after = purchase.id
             if len(page) < PAGE:
                 return
 
-    def _waiting(self, purchase: CreditTransaction, customer: str | None, *, is_old: bool) -> Effect | None:
-        """The session of a pending purchase as Stripe has it now; asked for before anything is failed."""
+    def _pending_purchase(self, purchase: CreditTransaction, customer: str | None, *, is_old: bool) -> Effect | None:
+        """The effect of a pending purchase's session at Stripe; a purchase fails only after this request."""
         store = self.effects.store
         known = purchase.stripe_session_id
         if known is not None:
@@ -242,20 +242,22 @@ class _Reconciling:
         elif customer is not None:
             session = session_of_purchase(self.effects, purchase, customer)
         else:
-            return None  # not sold by checkout: the host's own to follow
+            return None  # not sold by checkout: left to the host
         if session is not None:
             return self.effects.session(session, failed=failure_of(session))
 
         def missing(conn: sa.Connection) -> Outcome:
             if known is not None:
-                store.note(conn, FindingKind.SESSION_MISSING, known, purchase=purchase.id, found="not at Stripe")
+                store.record_finding(
+                    conn, FindingKind.SESSION_MISSING, known, purchase=purchase.id, found="not at Stripe"
+                )
                 return Outcome.UNKNOWN
-            return self._given_up(conn, purchase, "Stripe has no session for it")
+            return self._give_up(conn, purchase, "Stripe has no session for it")
 
         return missing if is_old or known is not None else None
 
     def _declined_top_ups(self, _since: dt.datetime | None, _position: str | None) -> Iterator[_Step]:
-        """Top-ups that failed: a later attempt may have been paid, and its answer lost."""
+        """Failed top-ups: a later attempt may have been paid, and its answer lost."""
         purchases, sold = self.effects.store.schema.credit_transactions, stripe_checkouts.c
         statement = (
             sa.select(sold.request["customer"].astext, *self.effects.store.schema.row)
@@ -271,10 +273,10 @@ class _Reconciling:
         """The effect of a top-up whose answer was lost."""
         attempts = attempts_of(self.effects, purchase, customer)
         under_way = any(one["status"] == "processing" for one in attempts)
-        given_up = partial(self._given_up, purchase=purchase, reason="Stripe has no payment for it")
+        given_up = partial(self._give_up, purchase=purchase, reason="Stripe has no payment for it")
         return effect_of(self.effects, purchase, attempts) or (given_up if is_old and not under_way else None)
 
-    def _given_up(self, conn: sa.Connection, purchase: CreditTransaction, reason: str) -> Outcome:
+    def _give_up(self, conn: sa.Connection, purchase: CreditTransaction, reason: str) -> Outcome:
         try:
             ledger, user = self.effects.store.ledger, purchase.user_id
             failed = ledger.fail_purchase(conn, user, purchase=purchase.id, reason=reason)
@@ -283,76 +285,76 @@ class _Reconciling:
         return Outcome.UNCHANGED if failed.replayed else Outcome.FAILED
 
     def _sessions(self, since: dt.datetime | None, position: str | None) -> Iterator[_Step]:
-        asked: Any = {**_window(since, position), "status": "complete", "expand": ["data.payment_intent"]}
-        for one in every(lambda: self.effects.client.v1.checkout.sessions.list(asked)):
+        query: Any = {**_window(since, position), "status": "complete", "expand": ["data.payment_intent"]}
+        for one in list_all(lambda: self.effects.client.v1.checkout.sessions.list(query)):
             session = one.to_dict()
             yield session["id"], partial(self.effects.session, session, failed=failure_of(session))
 
     def _listed(self, kind: str, since: dt.datetime | None, position: str | None) -> Iterator[_Step]:
-        asked: Any = _window(since, position)
+        query: Any = _window(since, position)
         service: Any = getattr(self.effects.client.v1, kind)
-        for one in every(lambda: service.list(asked)):
+        for one in list_all(lambda: service.list(query)):
             yield one.id, partial(self.effects.reversal, one.to_dict())
 
     def _open(self, _since: dt.datetime | None, position: str | None) -> Iterator[_Step]:
-        """Refunds and disputes, however old, that were not decided yet, or whose credits could not be told."""
+        """Refunds and disputes of any age that are not decided yet, or whose credits could not be computed."""
         row, ledger = stripe_reversals.c, self.effects.store.schema.credit_transactions.c
         over = sa.case((row.kind == "dispute", _DISPUTE_IS_OVER), else_=1)
         of_purchase = sa.exists().where(ledger.stripe_payment_intent_id == row.stripe_payment_intent_id)
-        unsettled = sa.and_(row.applied == "none", row.status.not_in(NOT_GONE), of_purchase)
+        unsettled = sa.and_(row.applied == "none", row.status.not_in(MONEY_WITH_SHOP), of_purchase)
         statement = sa.select(row.id, row.kind).where(sa.or_(row.status_rank < over, unsettled))
         statement = statement.where(row.id > (position or "")).order_by(row.id)
         for id, kind in self._read(statement):
-            yield id, partial(self._asked_again, kind, id)
+            yield id, partial(self._reversal_now, kind, id)
 
-    def _asked_again(self, kind: str, id: str) -> Effect | None:
-        now = self.effects.again({"object": kind, "id": id})
-        return None if now is None else self.effects.reversal(now)
+    def _reversal_now(self, kind: str, id: str) -> Effect | None:
+        found = self.effects.retrieve({"object": kind, "id": id})
+        return None if found is None else self.effects.reversal(found)
 
     def _events(self, since: dt.datetime | None, position: str | None) -> Iterator[_Step]:
-        """Events that were never received; Stripe keeps them for thirty days, the walks above need none."""
+        """Events that were never received; Stripe keeps them for thirty days, and the lists above need none."""
         oldest = dt.datetime.now(dt.UTC) - EVENTS_KEPT
-        asked: Any = {**_window(max(since or oldest, oldest), position), "types": sorted(HANDLERS)}
-        for event in every(lambda: self.effects.client.v1.events.list(asked)):
-            yield event.id, partial(self._missed, event.to_dict())
+        query: Any = {**_window(max(since or oldest, oldest), position), "types": sorted(HANDLERS)}
+        for event in list_all(lambda: self.effects.client.v1.events.list(query)):
+            yield event.id, partial(self._missed_event, event.to_dict())
 
-    def _missed(self, event: Object) -> Effect | None:
+    def _missed_event(self, event: Object) -> Effect | None:
         seen = sa.select(stripe_events.c.id).where(stripe_events.c.id == event["id"])
-        return None if self._read(seen) else prepared(self.effects, event)
+        return None if self._read(seen) else effect_of_event(self.effects, event)
 
     def _failed(self, _since: dt.datetime | None, _position: str | None) -> Iterator[_Step]:
-        """Deliveries that had no effect when they came."""
+        """Failed deliveries."""
         for one in in_transaction(self.effects.engine, self.effects.store.failures):
-            yield one.event_id, partial(prepared_again, self.effects, one)
+            yield one.event_id, partial(effect_of_failed, self.effects, one)
 
     def _read(self, statement: sa.Select[Any]) -> Sequence[Any]:
         return in_transaction(self.effects.engine, lambda conn: run(conn, statement, {}).all())
 
-    # --- one step, and where we stand ---
+    # --- one step, and the stored position ---
 
     def _apply(self, stage: str, id: str, effect: Effect) -> None:
-        outcome = self._rehearsed(id, effect) if self.dry_run else in_transaction(self.effects.engine, effect)
+        outcome = self._dry_run(id, effect) if self.dry_run else in_transaction(self.effects.engine, effect)
         if outcome is Outcome.FOREIGN and stage == "events":
             return  # counted with its session, refund or dispute
         self.outcomes[str(outcome)] += 1
         if outcome in _CHANGES:
             self.changes.append((id, outcome))
 
-    def _rehearsed(self, id: str, effect: Effect) -> Outcome:
+    def _dry_run(self, id: str, effect: Effect) -> Outcome:
         with transaction(self.effects.engine, keep=False) as conn:
             outcome = effect(conn)
-            self.would_note += [one for one in self.effects.store.findings(conn) if one.object_id == id]
+            self.dry_run_findings += [one for one in self.effects.store.findings(conn) if one.object_id == id]
         return outcome
 
     def _begin(self) -> tuple[dt.datetime | None, str | None, str | None]:
-        """Go on with a run that was interrupted, or start one."""
+        """Resume an interrupted run, or start one."""
         row = stripe_reconciliations.c
 
         def work(conn: sa.Connection) -> tuple[dt.datetime | None, str | None, str | None]:
             interrupted = sa.and_(row.finished_at.is_(None), row.started_at > sa.func.now() - RESUMED_WITHIN)
             newest = sa.select(row.id, row.since, row.stage, row.position, interrupted.label("interrupted"))
             last = run(conn, newest.order_by(row.id.desc()).limit(1), {}).one_or_none()
-            wanted = self.asked_since
+            wanted = self.given_since
             if last is not None and last.interrupted and wanted in (None, last.since) and not self.dry_run:
                 self.id = last.id
                 return last.since, last.stage, last.position
@@ -366,7 +368,7 @@ class _Reconciling:
 
         return in_transaction(self.effects.engine, work)
 
-    def _tell(self, stage: str) -> None:
+    def _report_progress(self, stage: str) -> None:
         self.progress(ReconciliationProgress(stage, self.looked_at[stage], changed=len(self.changes)))
 
     def _finish(self) -> None:

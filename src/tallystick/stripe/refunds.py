@@ -1,4 +1,4 @@
-"""Sending money back: what a refund will do, and doing it."""
+"""Refunds of money: the preview of a refund, and the refund itself."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from tallystick.errors import (
     shown,
 )
 from tallystick.ledger import CreditTransaction
-from tallystick.stripe.client import Object, ask, every
+from tallystick.stripe.client import Object, ask, list_all
 from tallystick.stripe.customers import METADATA_MAX
 from tallystick.stripe.effects import PAGE, Effects, in_transaction
-from tallystick.stripe.shares import STEPS, Gone, kept, price
+from tallystick.stripe.shares import STEPS, ReversedShare, credits_kept, price
 from tallystick.stripe.store import CREDITS_KEY, METADATA_KEY, Reversal
 
 REFUND_KEY = "tallystick_refund"
@@ -34,8 +34,8 @@ KEY_MAX = METADATA_MAX  # it is a value of metadata
 class RefundPreview:
     """The effect of a refund before it is sent. ``amount`` is in minor units of ``currency``.
 
-    ``left`` are the credits of the purchase that were not taken back before; ``spent`` of them are spent already,
-    because the user's ``balance`` does not hold them. ``credits`` will be taken, which leaves ``balance_after``.
+    ``left`` are the purchase's credits that were not taken back before. ``spent`` of them are spent already: the
+    user's ``balance`` is that much lower. ``credits`` will be taken, which leaves ``balance_after``.
     """
 
     purchase: UUID
@@ -50,7 +50,7 @@ class RefundPreview:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """A refund, ready to be sent. ``mark`` are the credits that it says it takes."""
+    """A refund, ready to be sent. ``mark`` is the number of credits in its metadata."""
 
     bought: CreditTransaction
     currency: str
@@ -72,10 +72,10 @@ def refund(
 ) -> CreditTransaction:
     """Send money back through Stripe, and take the credits that it bought.
 
-    Either the money for ``credits``, rounded down to what Stripe takes, which takes exactly these; or ``amount`` minor
-    units, which take the credits that the purchase's rounding says; or all that is left. With ``keep_credits`` no
-    credits are taken: goodwill, or a tax. ``key`` is the caller's name for this refund: the same call again sends
-    nothing more. Returns the purchase; the refund is a row of its own that names it.
+    Pass ``credits`` to take exactly these and send their money, rounded down to an amount that Stripe accepts; or
+    ``amount`` minor units to take the credits that follow from the purchase's rounding; or neither for all that is
+    left. With ``keep_credits`` no credits are taken, as for goodwill or a tax. ``key`` is the caller's name for this
+    refund: the same call again sends nothing more. Returns the purchase; the refund is a row of its own that names it.
 
     Raises:
         InvalidArgument, UnknownPurchase, PurchaseNotCompleted, RefundExceedsPurchase: nothing was sent.
@@ -118,9 +118,9 @@ def preview_refund(
     keep_credits: bool = False,
     key: str | None = None,
 ) -> RefundPreview:
-    """Tell what ``refund`` with the same arguments would do; sends and writes nothing.
+    """The effect of ``refund`` with the same arguments; sends and writes nothing.
 
-    One whose ``key`` was sent already would do nothing more: it has no amount and takes no credits.
+    If ``key`` was sent already, ``amount`` and ``credits`` are 0.
 
     Raises:
         As ``refund``.
@@ -147,7 +147,7 @@ def preview_refund(
 
 
 def _facts(effects: Effects, purchase: UUID) -> tuple[CreditTransaction, Object, list[Object]]:
-    """The purchase, its charge at Stripe, and the refunds that were made of it."""
+    """The purchase, its charge at Stripe, and its refunds."""
     bought = in_transaction(effects.engine, lambda conn: effects.store.purchase(conn, id=purchase))
     if bought is None:
         raise UnknownPurchase(
@@ -169,7 +169,7 @@ def _facts(effects: Effects, purchase: UUID) -> tuple[CreditTransaction, Object,
             purchase=purchase,
             status=str(bought.status),
         )
-    sent = [one.to_dict() for one in every(lambda: v1.refunds.list({"payment_intent": intent, "limit": PAGE}))]
+    sent = [one.to_dict() for one in list_all(lambda: v1.refunds.list({"payment_intent": intent, "limit": PAGE}))]
     return bought, charge, sent
 
 
@@ -183,18 +183,21 @@ def _plan(
     amount: int | None,
     keep_credits: bool,
 ) -> _Plan:
-    """Decide on money and credits. Raises InvalidArgument, RefundExceedsPurchase."""
+    """Compute the money and credits of a refund. Raises InvalidArgument, RefundExceedsPurchase."""
     if credits is not None and amount is not None:
         raise InvalidArgument("credits and amount: pass one of them, or neither", argument="amount", value=amount)
     currency, paid = charge["currency"], charge["amount"]
     reversals = [one for one in map(Reversal.of, sent) if one is not None and one.is_gone]
-    gone = [Gone(Fraction(one.amount, paid), one.credits) for one in reversals]
+    reversed_shares = [ReversedShare(Fraction(one.amount, paid), one.credits) for one in reversals]
 
     def facts(conn: sa.Connection) -> tuple[Any, int]:
         return effects.store.rounding(conn, bought), effects.store.left(conn, bought)
 
     rounding, left = in_transaction(effects.engine, facts)
-    worth, left_money = kept(bought.amount, gone, rounding), paid - sum(one.amount for one in reversals)
+    worth, left_money = (
+        credits_kept(bought.amount, reversed_shares, rounding),
+        paid - sum(one.amount for one in reversals),
+    )
     if amount is not None:
         money = _whole_amount(bought, amount, left_money, currency)
     else:
@@ -211,13 +214,13 @@ def _plan(
                 asked=wanted,
             )
     mark = 0 if keep_credits else credits if credits is not None and credits < worth else None
-    after = kept(bought.amount, [*gone, Gone(Fraction(money, paid), mark)], rounding)
+    after = credits_kept(bought.amount, [*reversed_shares, ReversedShare(Fraction(money, paid), mark)], rounding)
     takes = max(0, left - after) if after < worth else 0
     return _Plan(bought, currency, money, mark, takes, left)
 
 
 def _whole_amount(bought: CreditTransaction, amount: int, left: int, currency: str) -> int:
-    """An amount that Stripe takes, or the error that says why it takes none."""
+    """``amount``, if Stripe accepts it. Raises InvalidArgument, RefundExceedsPurchase."""
     step = STEPS.get(currency, 1)
     if amount < 1 or amount % step:
         raise InvalidArgument(

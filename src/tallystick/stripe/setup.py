@@ -1,4 +1,4 @@
-"""The packs and the webhook endpoint at Stripe: compared with the configuration, and made where missing."""
+"""The packs and the webhook endpoint at Stripe: compared with the configuration, and created if missing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import stripe as sdk
 from tallystick.config import Config, Pack
 from tallystick.errors import PackMismatch, StripeNotConfigured
 from tallystick.stripe.checkout import price_of, require_price
-from tallystick.stripe.client import API_VERSION, ask, client, every, found, is_live
+from tallystick.stripe.client import API_VERSION, ask, ask_or_none, client, is_live, list_all
 from tallystick.stripe.webhooks import HANDLERS
 
 _PAGE = 100
@@ -40,10 +40,10 @@ class PackSetup:
 
 @dataclass(frozen=True, slots=True)
 class EndpointSetup:
-    """The webhook endpoint. ``secret`` is shown by Stripe once, when it was made: put it into STRIPE_WEBHOOK_SECRET.
+    """The webhook endpoint. Stripe shows ``secret`` only at its creation: put it into STRIPE_WEBHOOK_SECRET.
 
     ``outdated`` are endpoints of the same address with another API version, which Stripe cannot change: remove them
-    when the new secret is in place.
+    when the new secret is in use.
     """
 
     id: str
@@ -63,25 +63,25 @@ class Setup:
 
 
 def check(config: Config) -> list[PackCheck]:
-    """Compare every pack with its price at Stripe: it exists, is active, and costs what the configuration says.
+    """Compare every pack with its price at Stripe: it exists, is active, and has the configured amount.
 
     Raises:
-        StripeNotConfigured, StripeUnavailable, StripeRefused: what was made before stays.
+        StripeNotConfigured, StripeUnavailable, StripeRefused: nothing was changed.
     """
     stripe = client(config)
     return [PackCheck(pack.name, pack.stripe_price_id, _problem(stripe, config, pack)) for pack in config.packs]
 
 
 def setup(config: Config, *, endpoint_url: str | None = None) -> Setup:
-    """Make what is missing at Stripe: a product and a price for each pack, and the webhook endpoint.
+    """Create the missing objects at Stripe: a product and a price for each pack, and the webhook endpoint.
 
-    Doing it again makes nothing more: prices are found by a lookup key, the endpoint by its address. What is there
-    and differs is an error, never changed: a price may be on sale elsewhere.
+    Doing it again creates nothing more: prices are found by a lookup key, the endpoint by its address. An object that
+    differs is an error and never changed: its price may be in use elsewhere.
 
     Raises:
-        PackMismatch: a pack names a price that is not what the pack says.
+        PackMismatch: a pack names a price that differs from it.
         StripeNotConfigured: a pack has no amount, or the address is not https in live mode.
-        StripeUnavailable, StripeRefused: what was made before stays.
+        StripeUnavailable, StripeRefused: objects created before stay.
     """
     stripe = client(config)
     for pack in config.packs:
@@ -119,7 +119,7 @@ def _price(stripe: sdk.StripeClient, config: Config, pack: Pack) -> PackSetup:
         there = replace(pack, stripe_price_id=known.data[0].id)
         require_price(there, price_of(stripe, there), live=is_live(config))
         return PackSetup(pack.name, known.data[0].id, made=False)
-    if found(lambda: stripe.v1.products.retrieve(name)) is None:
+    if ask_or_none(lambda: stripe.v1.products.retrieve(name)) is None:
         product: Any = {"id": name, "name": pack.name, "metadata": {"tallystick_pack": pack.name}}
         ask(lambda: stripe.v1.products.create(product, {"idempotency_key": f"product {name}"}))
     price: Any = {
@@ -134,7 +134,7 @@ def _price(stripe: sdk.StripeClient, config: Config, pack: Pack) -> PackSetup:
 
 
 def _endpoint(stripe: sdk.StripeClient, url: str) -> EndpointSetup:
-    there = every(lambda: stripe.v1.webhook_endpoints.list({"limit": _PAGE}))
+    there = list_all(lambda: stripe.v1.webhook_endpoints.list({"limit": _PAGE}))
     same = [one for one in there if one.url == url and one.status == "enabled"]
     outdated = tuple(one.id for one in same if one.api_version != API_VERSION)
     for one in same:
@@ -159,6 +159,6 @@ def _subscribe(stripe: sdk.StripeClient, endpoint: sdk.WebhookEndpoint) -> None:
 
 
 def _slug(name: str) -> str:
-    """A product's id: readable, and another one for another name, whatever letters it has."""
+    """A product's id: readable, and unique for a name in any script."""
     readable = re.sub("[^a-z0-9]+", "_", name.lower()).strip("_")[:_SLUG_MAX]
     return f"tallystick_{readable}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"

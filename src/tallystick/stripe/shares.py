@@ -1,4 +1,4 @@
-"""The arithmetic of refunds: the credits that a purchase keeps, and the money that stands for credits."""
+"""The arithmetic of refunds: the credits that a purchase keeps, and the price of credits."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ STEPS = {"isk": 100, "ugx": 100} | dict.fromkeys(("bhd", "jod", "kwd", "omr", "t
 
 
 @dataclass(frozen=True, slots=True)
-class Gone:
-    """Money that is no longer the shop's: its share of what was paid, and the credits that a mark says it takes."""
+class ReversedShare:
+    """A refund or dispute: its share of the payment, and the number of credits in its metadata."""
 
     share: Fraction
     credits: int | None = None
 
 
-def kept(granted: int, gone: Iterable[Gone], rounding: Rounding) -> int:
+def credits_kept(granted: int, reversed_shares: Iterable[ReversedShare], rounding: Rounding) -> int:
     """The credits that a purchase of ``granted`` keeps.
 
-    Marked refunds take the credits of their marks. The rest of the credits stands for the rest of the money, and the
-    unmarked refunds take their part of it: rounded once, over all of them, so that rounding never adds up. When all of
-    that money is gone, nothing is kept.
+    1. A refund with a number of credits takes these.
+    2. The other refunds take the same share of the remaining credits as of the remaining money, rounded once over all
+       of them, so that rounding errors do not add up.
+    3. If they take all of the remaining money, no credits are kept.
     """
-    gone = list(gone)
-    credits = max(0, granted - sum(one.credits for one in gone if one.credits is not None))
-    share = sum((one.share for one in gone if one.credits is None), Fraction())
-    rest = 1 - sum((one.share for one in gone if one.credits is not None), Fraction())
+    reversed_shares = list(reversed_shares)
+    credits = max(0, granted - sum(one.credits for one in reversed_shares if one.credits is not None))
+    share = sum((one.share for one in reversed_shares if one.credits is None), Fraction())
+    rest = 1 - sum((one.share for one in reversed_shares if one.credits is not None), Fraction())
     if not share:
         return credits
     if share >= rest:
@@ -49,9 +50,9 @@ def _rounded(credits: Fraction, rounding: Rounding) -> int:
 
 
 def price(credits: int, *, left_credits: int, left_money: int, currency: str) -> int:
-    """The money for ``credits`` of ``left_credits``, for which ``left_money`` minor units stand.
+    """The money for ``credits`` of ``left_credits``, which are worth ``left_money`` minor units.
 
-    Rounded down to an amount that Stripe takes; all of the credits are worth all of the money.
+    It is rounded down to an amount that Stripe accepts; all of the credits are worth all of the money.
     """
     if credits == left_credits:
         return left_money

@@ -1,13 +1,13 @@
-"""Stripe's objects written into the ledger, inside the caller's database transaction; nothing here asks Stripe.
+"""Stripe's objects written into the ledger, inside the caller's database transaction; no requests to Stripe.
 
 Objects come as Stripe's JSON, from an event, from the success page or from reconciliation, in any order and any
-number of times. The end state is the same, because every step is one of three:
+number of times. The end state is the same, because of three rules:
 
 - a purchase moves forward only (paid beats failed, and nothing beats paid);
-- a refund or dispute is remembered by its id, with a status that moves forward only;
-- the credits that a purchase should have left follow from both, and the difference to the ledger is appended.
+- a refund or dispute is stored by its id, with a status that moves forward only;
+- both determine the credits that a purchase keeps, and the difference to the ledger is appended.
 
-Locks are taken in one order: the payment intent, then the user. Under both, what was read stays true.
+Locks are taken in one order: the payment intent, then the user. While both are held, rows that were read stay the same.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from tallystick.schema import (
     stripe_reversals,
 )
 from tallystick.stripe.client import Object
-from tallystick.stripe.shares import Gone, kept
+from tallystick.stripe.shares import ReversedShare, credits_kept
 
 PENDING, COMPLETED, FAILED = CreditTransactionStatus
 
 PAID = ("paid", "no_payment_required")
 
-# A status outranks those with a lower number; of two with the same number the first one stays.
+# A status replaces those with a lower number; of two with the same number the first one stays.
 REFUND_RANK = {"pending": 0, "requires_action": 0, "succeeded": 1, "failed": 2, "canceled": 2}
 DISPUTE_RANK = {
     "warning_needs_response": 0,
@@ -61,8 +61,9 @@ DISPUTE_RANK = {
     "won": 4,
     "lost": 4,
 }
-# The money is with us in these: the customer never got it, or we have it back. An inquiry moves none.
-NOT_GONE = {
+# Statuses in which the shop has the money: the customer never got it, or the shop has it back, or (an inquiry) it never
+# moved.
+MONEY_WITH_SHOP = {
     "failed",
     "canceled",
     "warning_needs_response",
@@ -78,10 +79,10 @@ METADATA_KEY = "tallystick_purchase"
 """The metadata of our sessions and payments that names the purchase."""
 
 CREDITS_KEY = "tallystick_credits"
-"""The metadata of a refund or dispute that says how many credits it takes; 0 keeps all of them."""
+"""The metadata of a refund or dispute with the number of credits that it takes; 0 keeps all of them."""
 
 REALM_KEY = "tallystick_realm"
-"""The metadata that names the installation, so that several may sell at one Stripe account."""
+"""The metadata that names the installation, so that several can share one Stripe account."""
 
 REALM_DIGITS = 16
 
@@ -96,9 +97,9 @@ class Outcome(StrEnum):
     GIVEN_BACK = "given_back"
     REMEMBERED = "remembered"  # a refund or dispute whose purchase is not completed here
     UNCHANGED = "unchanged"
-    UNKNOWN = "unknown"  # it names a purchase, and there is none or no proof; a paid one is on record as a finding
+    UNKNOWN = "unknown"  # the purchase that it names is missing or not proven; a finding if it is paid
     FOREIGN = "foreign"  # a sale of something else at the same Stripe account
-    REFUSED = "refused"  # the ledger cannot hold it; on record as a finding
+    REFUSED = "refused"  # the ledger refused it; there is a finding
     DUPLICATE = "duplicate"
     IGNORED = "ignored"
 
@@ -107,22 +108,22 @@ class FindingKind(StrEnum):
     """A difference that a person should look at."""
 
     UNKNOWN_SESSION = "unknown_session"
-    UNKNOWN_CUSTOMER = "unknown_customer"  # a paid invoice of a price with an allowance, of a customer that no user has
-    UNPROVEN_SESSION = "unproven_session"  # it names a purchase, and nothing that only the merchant writes proves it
+    UNKNOWN_CUSTOMER = "unknown_customer"  # a paid invoice for an allowance, of a customer without a user
+    UNPROVEN_SESSION = "unproven_session"  # it names a purchase without the merchant's proof
     SECOND_SESSION = "second_session"
     AMOUNT_DIFFERS = "amount_differs"
     CURRENCY_DIFFERS = "currency_differs"
     CUSTOMER_DIFFERS = "customer_differs"
     DELETED_USER = "deleted_user"
-    UNMEASURED = "unmeasured"  # a refund whose part of the payment is unknown; it comes back until it is known
-    SESSION_MISSING = "session_missing"  # we know it, Stripe does not: another account or mode
+    UNMEASURED = "unmeasured"  # a refund whose share of the payment is unknown; it reopens until it is known
+    SESSION_MISSING = "session_missing"  # a stored session that Stripe does not have: another account or mode
     REFUSED = "refused"
-    TOP_UP_CEILING = "top_up_ceiling"  # a user's automatic top-ups have reached the month's money
+    TOP_UP_CEILING = "top_up_ceiling"  # a user's automatic top-ups have reached the monthly maximum
 
 
 @dataclass(frozen=True, slots=True)
 class StripeFinding:
-    """One thing to look at; ``object_id`` is Stripe's."""
+    """A finding for a person; ``object_id`` is Stripe's."""
 
     kind: FindingKind
     object_id: str
@@ -138,7 +139,7 @@ class StripeFinding:
 
 @dataclass(frozen=True, slots=True)
 class FailedDelivery:
-    """A signed delivery that had no effect, and why. ``object_id`` is Stripe's."""
+    """A signed delivery without effect, and the reason. ``object_id`` is Stripe's."""
 
     event_id: str
     type: str
@@ -154,8 +155,8 @@ class FailedDelivery:
 class Reversal:
     """The fields of a refund or dispute that the ledger needs. ``amount`` is in minor units.
 
-    ``credits`` is the mark in its metadata: the credits that it takes, whatever its amount. ``charge_amount`` is the
-    whole payment in the reversal's own currency, where the purchase does not say it.
+    ``credits`` is the number in its metadata: the credits that it takes, whatever its amount. ``charge_amount`` is the
+    whole payment in the reversal's own currency, if the purchase's amount is not in it.
     """
 
     id: str
@@ -170,7 +171,7 @@ class Reversal:
 
     @classmethod
     def of(cls, stated: Object) -> Reversal | None:
-        """From Stripe's refund or dispute; None for one of a payment without a payment intent, so never ours."""
+        """Read Stripe's refund or dispute; None for one without a payment intent, which is never ours."""
         intent = id_of(stated.get("payment_intent"))
         if intent is None:
             return None
@@ -189,12 +190,12 @@ class Reversal:
 
     @property
     def is_gone(self) -> bool:
-        """True where the money is no longer with the shop."""
-        return self.status not in NOT_GONE
+        """True if the shop no longer has the money."""
+        return self.status not in MONEY_WITH_SHOP
 
     @property
     def status_rank(self) -> int:
-        """The rank of the status; one that is not known yet counts as the beginning."""
+        """The rank of the status; an unknown status has the lowest."""
         return (REFUND_RANK if self.kind == "refund" else DISPUTE_RANK).get(self.status, 0)
 
 
@@ -217,7 +218,7 @@ class Terms:
         return int(self._item.get("quantity", 1))
 
     def paid_quantity(self, session: Object) -> int | None:
-        """The number of packs that a session is about, as its price says; None for a price that is not on record."""
+        """The number of packs in a session, from its price; None if the price does not fit."""
         price = session["amount_subtotal"]
         most = self._item.get("adjustable_quantity", {}).get("maximum")
         if price is None or session["currency"] != self.currency:
@@ -228,7 +229,7 @@ class Terms:
         return number if rest == 0 and 1 <= number <= most else None
 
     def expected_amount(self, session: Object) -> int | None:
-        """The price of a session less the discount and plus the tax that were asked for; None for another price."""
+        """The price of a session less the discount and plus the tax that the terms allow; None for another price."""
         if self.paid_quantity(session) is None:
             return None
         details = session.get("total_details") or {}
@@ -243,8 +244,8 @@ class Terms:
 class Claim:
     """The purchase that a session pays for, or None.
 
-    ``named`` is a purchase of ours that it names without the ``expected`` proof. ``is_foreign`` says that it names
-    none of ours: something else was sold. ``terms`` are those on record.
+    ``named`` is a purchase of ours that it names without the ``expected`` proof. ``is_foreign`` is true if it names
+    none of ours: something else was sold. ``terms`` are the stored ones.
     """
 
     purchase: CreditTransaction | None
@@ -255,7 +256,7 @@ class Claim:
 
 
 def id_of(expandable: object) -> str | None:
-    """The id of what Stripe gives as an id, as the object itself when expanded, or as null."""
+    """The id of an expandable field, which is an id, the object itself, or null."""
     if isinstance(expandable, dict):
         return str(expandable["id"])
     return None if expandable is None else str(expandable)
@@ -274,17 +275,17 @@ class Store:
         self.config = config
         self.ledger = Ledger(config)
         self.schema = Schema.of(config.host)
-        # made once, since a delivery takes less time than making them
-        self._due = _due()
+        # made once: making them takes longer than a delivery
+        self._record_event_query = _record_event_query()
         self._claimed = _claimed(self.schema)
         self._reversals = _reversals(self.schema)
 
-    # --- what is there ---
+    # --- records ---
 
     def purchase(
         self, conn: DbConnection, *, id: UUID | None = None, session: str | None = None, intent: str | None = None
     ) -> CreditTransaction | None:
-        """The purchase with this id, or else of this session, or else of this payment intent."""
+        """The purchase with this id, of this session, or of this payment intent."""
         row = self.schema.credit_transactions.c
         for column, value in (
             (row.id, id),
@@ -303,16 +304,16 @@ class Store:
                 return CreditTransaction(*found)
         return None
 
-    def is_due(self, conn: DbConnection, event: str, event_type: str, object_id: str) -> bool:
-        """Store the id of an event; False if its effect is there already. Waits for another transaction's storing it.
+    def record_event(self, conn: DbConnection, event: str, event_type: str, object_id: str) -> bool:
+        """Store the id of an event; False if it had its effect already. Waits for a transaction that stores the same.
 
-        An event that is on record as failed is due again, and is off that record.
+        An event that has failed is due again, and its failure is marked as resolved.
         """
         values = {"p_event": event, "p_type": event_type, "p_object": object_id}
-        return bool(run(conn, self._due, values).scalar_one())
+        return bool(run(conn, self._record_event_query, values).scalar_one())
 
-    def note_failure(self, conn: DbConnection, event: Object, reason: str) -> None:
-        """Put a delivery on record that had no effect, with the reason."""
+    def record_failed_delivery(self, conn: DbConnection, event: Object, reason: str) -> None:
+        """Record a delivery without effect, with the reason."""
         row = stripe_failed_deliveries.c
         about = event["data"]["object"]
         new = pg.insert(stripe_failed_deliveries).values(
@@ -327,7 +328,7 @@ class Store:
         run(conn, update, {})
 
     def failures(self, conn: DbConnection, events: Collection[str] | None = None) -> list[FailedDelivery]:
-        """The deliveries on record that are not resolved, oldest first; of ``events`` alone if given."""
+        """The failed deliveries that are not resolved, oldest first; only those of ``events`` if given."""
         row = stripe_failed_deliveries.c
         columns = [row[name] for name in FailedDelivery.__dataclass_fields__]
         statement = sa.select(*columns).where(row.resolved_at.is_(None)).order_by(row.first_at, row.event_id)
@@ -335,7 +336,7 @@ class Store:
             statement = statement.where(row.event_id.in_(list(events)))
         return [FailedDelivery(*values) for values in run(conn, statement, {})]
 
-    def note(
+    def record_finding(
         self,
         conn: DbConnection,
         kind: FindingKind,
@@ -344,9 +345,9 @@ class Store:
         purchase: UUID | None = None,
         expected: object = None,
         found: object = None,
-        comes_back: bool = False,
+        reopen: bool = False,
     ) -> None:
-        """Put something on record for a person, once: what was dismissed stays so, unless it ``comes_back``."""
+        """Record a finding for a person, once: one that was dismissed stays so, unless ``reopen``."""
         values = {
             "kind": str(kind),
             "object_id": object_id,
@@ -356,10 +357,10 @@ class Store:
         }
         new = pg.insert(stripe_findings).values(**values)
         again = new.on_conflict_do_update(index_elements=["kind", "object_id"], set_={"dismissed_at": None})
-        run(conn, again if comes_back else new.on_conflict_do_nothing(), {})
+        run(conn, again if reopen else new.on_conflict_do_nothing(), {})
 
     def findings(self, conn: DbConnection) -> list[StripeFinding]:
-        """All that is on record and not dismissed, oldest first."""
+        """All findings that are not dismissed, oldest first."""
         row = stripe_findings.c
         statement = sa.select(row.kind, row.object_id, row.purchase_id, row.expected, row.found)
         statement = statement.where(row.dismissed_at.is_(None))
@@ -369,7 +370,7 @@ class Store:
         ]
 
     def dismiss(self, conn: DbConnection, objects: Collection[str] | None, kind: FindingKind | None) -> int:
-        """A person has dealt with these findings; returns how many there were."""
+        """Mark findings as dealt with; returns their number."""
         row = stripe_findings.c
         seen = sa.update(stripe_findings).where(row.dismissed_at.is_(None))
         if objects is not None:
@@ -381,12 +382,12 @@ class Store:
     # --- Stripe's objects ---
 
     def claim(self, conn: DbConnection, session: Object, *, lock: str | None = None) -> Claim:
-        """The purchase that a session pays for, if something that only the merchant can write proves it.
+        """The purchase that a session pays for, if data that only the merchant can write proves it.
 
         The proof is that the session is the stored one, or that its metadata names the purchase and its price before
-        discounts and tax is the one on record. ``client_reference_id`` proves nothing: on a Payment Link or a buy
-        button it is a parameter of the address, which the buyer may change. So are all other fields that a buyer fills
-        in: e-mail, name, custom fields. With ``lock``, a payment intent, others wait as in ``_lock``.
+        discounts and tax is the stored one. ``client_reference_id`` proves nothing: on a Payment Link or a buy button
+        it is a parameter of the address, which the buyer may change. Nor do the fields that a buyer fills in: e-mail,
+        name, custom fields. ``lock``, a payment intent, is locked as in ``_lock``.
         """
         metadata = session.get("metadata") or {}
         marked = as_uuid(metadata.get(METADATA_KEY))
@@ -399,7 +400,7 @@ class Store:
         ]
         stored = next((it for it in found if it[0].stripe_session_id == session["id"]), None)
         named = stored or next((it for it in found if it[0].id == marked), None)
-        # A database may have been renamed since, and knows its purchases; one that was given a name may be a copy.
+        # A renamed database still knows its purchases. One with a configured name may be a copy, so the name decides.
         asks_realm = marked is not None and (named is None or (stored is None and self.config.stripe_realm is not None))
         if asks_realm and metadata.get(REALM_KEY) not in (None, self.realm(conn)):
             return Claim(None, is_foreign=True)
@@ -416,16 +417,16 @@ class Store:
         return Claim(purchase, terms=terms)
 
     def realm(self, conn: DbConnection) -> str:
-        """The name of this installation in the metadata of what it sells: the configured one, or the database's own."""
+        """The name of this installation in metadata: the configured one, or the database's own."""
         if self.config.stripe_realm is not None:
             return self.config.stripe_realm
         first = sa.select(sa.func.min(migration_log.c.applied_at), sa.func.current_database())
         return hashlib.sha256(repr(tuple(run(conn, first, {}).one())).encode()).hexdigest()[:REALM_DIGITS]
 
     def fulfil(self, conn: DbConnection, session: Object, *, failed: str | None = None) -> Outcome:
-        """Bring the purchase of a Checkout Session to where the session is.
+        """Bring the purchase of a Checkout Session to the state of the session.
 
-        ``failed`` says why an unpaid, complete session will not be paid any more; an expired one says so itself.
+        ``failed`` is the reason why an unpaid, complete session will not be paid any more; an expired one needs none.
         """
         intent = id_of(session.get("payment_intent"))
         claim = self.claim(conn, session, lock=intent)
@@ -434,13 +435,13 @@ class Store:
         if purchase is None:
             return self._without_purchase(conn, session, claim)
         if paid and purchase.status is not COMPLETED and purchase.stripe_session_id in (None, session["id"]):
-            # completing locks the user, and refuses where this is not how the purchase is any more
+            # completing locks the user, and refuses if the purchase has changed meanwhile
             with suppress(IdempotencyKeyReused, SessionConflict):
                 return self._paid(conn, purchase, session, intent, claim.terms)
         self.ledger.lock(conn, purchase.user_id)
         purchase = self.purchase(conn, id=purchase.id) or purchase  # as of now, under the lock
         if purchase.stripe_session_id not in (None, session["id"]):
-            self.note(
+            self.record_finding(
                 conn,
                 FindingKind.SECOND_SESSION,
                 session["id"],
@@ -454,12 +455,12 @@ class Store:
         return self._unpaid(conn, purchase, session, intent, failed)
 
     def reverse(self, conn: DbConnection, reversal: Reversal) -> Outcome:
-        """Remember a refund or dispute, and bring the credits of its purchase to what is left of the money."""
+        """Store a refund or dispute, and adapt the credits of its purchase to the money that is left."""
         run(conn, sa.select(_lock()), {"p_lock": reversal.payment_intent})
-        self._remember(conn, reversal)
+        self._store_reversal(conn, reversal)
         purchase = self.purchase(conn, intent=reversal.payment_intent)
         if purchase is None or purchase.status is not COMPLETED:
-            return Outcome.REMEMBERED  # completing it settles this
+            return Outcome.REMEMBERED  # completing the purchase applies it
         self.ledger.lock(conn, purchase.user_id)
         return self._settle(conn, purchase, self._known(conn, purchase))
 
@@ -467,7 +468,7 @@ class Store:
         if claim.is_foreign:
             return Outcome.FOREIGN
         if session["status"] == "complete":
-            self.note(
+            self.record_finding(
                 conn,
                 FindingKind.UNKNOWN_SESSION if claim.named is None else FindingKind.UNPROVEN_SESSION,
                 session["id"],
@@ -482,8 +483,8 @@ class Store:
     ) -> Outcome:
         if purchase.status is not PENDING:
             return Outcome.UNCHANGED
-        user, mine = purchase.user_id, {"stripe_session_id": session["id"], "stripe_payment_intent_id": intent}
-        attached = self.ledger.attach_session(conn, user, purchase.id, **mine)
+        user, stripe_ids = purchase.user_id, {"stripe_session_id": session["id"], "stripe_payment_intent_id": intent}
+        attached = self.ledger.attach_session(conn, user, purchase.id, **stripe_ids)
         reason = failed or ("the session expired" if session["status"] == "expired" else None)
         if reason:
             self.ledger.fail_purchase(conn, user, purchase=purchase.id, reason=reason)
@@ -503,7 +504,7 @@ class Store:
                 amount_paid=session["amount_total"],
                 currency=session["currency"],
                 stripe_payment_intent_id=intent,
-                credits=_chosen(purchase, session, terms),
+                credits=_chosen_credits(purchase, session, terms),
             )
             outcome = Outcome.UNCHANGED if purchase.replayed else Outcome.GRANTED
         elif intent is not None and purchase.stripe_payment_intent_id is None:  # completed by the host itself
@@ -515,15 +516,19 @@ class Store:
                 stripe_payment_intent_id=intent,
             )
         if terms is not None:
-            self._compare(conn, purchase, session, terms)
+            self._record_differences(conn, purchase, session, terms)
         known = self._known(conn, purchase)
         if known[0].is_deleted:
-            self.note(conn, FindingKind.DELETED_USER, session["id"], purchase=purchase.id, found="paid, and granted")
+            self.record_finding(
+                conn, FindingKind.DELETED_USER, session["id"], purchase=purchase.id, found="paid, and granted"
+            )
         settled = self._settle(conn, purchase, known)
         return outcome if settled is Outcome.UNCHANGED else settled
 
-    def _compare(self, conn: DbConnection, purchase: CreditTransaction, session: Object, terms: Terms) -> None:
-        """The row's own number is granted; where the money is another than was on sale, a person should know."""
+    def _record_differences(
+        self, conn: DbConnection, purchase: CreditTransaction, session: Object, terms: Terms
+    ) -> None:
+        """Record findings where the payment differs from the terms; the row's own credits are granted."""
         expected = terms.expected_amount(session)
         compared = (
             (FindingKind.AMOUNT_DIFFERS, terms.amount if expected is None else expected, session["amount_total"]),
@@ -532,10 +537,10 @@ class Store:
         )
         for kind, wanted, found in compared:
             if wanted is not None and wanted != found:
-                self.note(conn, kind, session["id"], purchase=purchase.id, expected=wanted, found=found)
+                self.record_finding(conn, kind, session["id"], purchase=purchase.id, expected=wanted, found=found)
 
-    def _remember(self, conn: DbConnection, reversal: Reversal) -> None:
-        """Store it by id, with a status that moves forward only. A mark and the charge's amount stay once known."""
+    def _store_reversal(self, conn: DbConnection, reversal: Reversal) -> None:
+        """Store it by id. Its status moves forward only; its credits and the charge's amount stay once known."""
         row = stripe_reversals.c
         new = pg.insert(stripe_reversals).values(
             id=reversal.id,
@@ -557,82 +562,86 @@ class Store:
         run(conn, new.on_conflict_do_update(index_elements=["id"], set_=forward | known), {})
 
     def _known(self, conn: DbConnection, purchase: CreditTransaction) -> Sequence[Any]:
-        """The refunds and disputes of a purchase, each with whether its user is deleted; one without an id for none."""
+        """The refunds and disputes of a purchase, each with the user's ``is_deleted``; a row without an id for none."""
         values = {"p_intent": purchase.stripe_payment_intent_id, "p_user": purchase.user_id}
         return run(conn, self._reversals, values).all()
 
     def _settle(self, conn: DbConnection, purchase: CreditTransaction, known: Sequence[Any]) -> Outcome:
-        """Append the difference that each refund and dispute makes, if the ledger has not followed it yet."""
+        """Append the difference of each refund and dispute that the ledger has not applied yet."""
         outcome = Outcome.UNCHANGED
         if known[0].id is None:
             return outcome
         row = stripe_reversals.c
         rounding = self.rounding(conn, purchase)
-        gone: dict[str, Gone] = {}
+        reversed_shares: dict[str, ReversedShare] = {}
         for one in known:
             share = _share(purchase, one)
             if one.applied != "none":
-                gone[one.id] = Gone(share or Fraction(), one.credits if one.applied == "marked" else None)
+                reversed_shares[one.id] = ReversedShare(
+                    share or Fraction(), one.credits if one.applied == "marked" else None
+                )
         for one in known:
-            wanted = "none" if one.status in NOT_GONE else "share" if one.credits is None else "marked"
+            wanted = "none" if one.status in MONEY_WITH_SHOP else "share" if one.credits is None else "marked"
             share = _share(purchase, one)
             if wanted == one.applied:
-                continue  # the ledger is where the money is
+                continue  # the ledger has applied it
             if wanted == "share" and share is None:
-                self._note_unmeasured(conn, purchase, one)
+                self._record_unmeasured(conn, purchase, one)
                 continue
-            before = kept(purchase.amount, gone.values(), rounding)
-            gone.pop(one.id, None)
+            before = credits_kept(purchase.amount, reversed_shares.values(), rounding)
+            reversed_shares.pop(one.id, None)
             if wanted != "none":
-                gone[one.id] = Gone(share or Fraction(), one.credits)
-            after = kept(purchase.amount, gone.values(), rounding)
-            outcome = self._move(conn, purchase, before, after, key=f"stripe:{one.id}:{_STEPS[wanted]}") or outcome
+                reversed_shares[one.id] = ReversedShare(share or Fraction(), one.credits)
+            after = credits_kept(purchase.amount, reversed_shares.values(), rounding)
+            outcome = self._move_to(conn, purchase, before, after, key=f"stripe:{one.id}:{_STEPS[wanted]}") or outcome
             run(conn, sa.update(stripe_reversals).where(row.id == one.id).values(applied=wanted), {})
         return outcome
 
-    def _move(
+    def _move_to(
         self, conn: DbConnection, purchase: CreditTransaction, before: int, after: int, *, key: str
     ) -> Outcome | None:
-        """Bring the purchase to ``after`` credits, in the direction that the step has; None if it is there."""
+        """Bring the purchase to ``after`` credits, if that is the step's direction; None if nothing is to do."""
         left = self.left(conn, purchase)
         if after < before and after < left:
             self.ledger.refund(conn, purchase.user_id, purchase.id, credits=left - after, key=key)
             return Outcome.TAKEN_BACK
         if after > before and after > left:
-            back = min(after - left, self._taken(conn, purchase))  # what has expired since stays expired
+            back = min(after - left, self._taken(conn, purchase))  # credits that expired meanwhile stay expired
             if back:
                 self.ledger.reinstate(conn, purchase.user_id, purchase.id, credits=back, key=key)
                 return Outcome.GIVEN_BACK
         return None
 
-    def _note_unmeasured(self, conn: DbConnection, purchase: CreditTransaction, one: Any) -> None:
-        """Its share cannot be told: another currency, or no amount on record, and Stripe did not say the charge's."""
+    def _record_unmeasured(self, conn: DbConnection, purchase: CreditTransaction, one: Any) -> None:
+        """Record that a share is unknown: the amount is missing or in another currency, and so is the charge's."""
         paid = "no amount" if purchase.amount_paid is None else f"{purchase.amount_paid} {purchase.currency}"
-        self.note(
+        self.record_finding(
             conn,
             FindingKind.UNMEASURED,
             one.id,
             purchase=purchase.id,
             expected=f"a part of {paid}",
             found=f"{one.amount} {one.currency}",
-            comes_back=True,
+            reopen=True,
         )
 
     def rounding(self, conn: DbConnection, purchase: CreditTransaction) -> Rounding:
-        """The rounding that the purchase was sold with; today's setting for one that was not sold by checkout."""
+        """The rounding in the purchase's terms; the present setting if it was not sold by checkout."""
         terms = stripe_checkouts.c
         sold = sa.select(terms.rounding).where(terms.purchase_id == purchase.id)
         return run(conn, sold, {}).scalar_one_or_none() or self.config.refund_rounding
 
     def left(self, conn: DbConnection, purchase: CreditTransaction) -> int:
         """The credits of a purchase that were not taken back, and have not expired."""
-        return int(purchase.amount - sum(self._moved(conn, purchase).values()))
+        return int(purchase.amount - sum(self._credits_taken(conn, purchase).values()))
 
     def _taken(self, conn: DbConnection, purchase: CreditTransaction) -> int:
-        """The credits of a purchase that refunds took and nobody gave back."""
-        return sum(taken for kind, taken in self._moved(conn, purchase).items() if kind != CreditTransactionType.EXPIRY)
+        """The credits of a purchase that refunds took and that were not given back."""
+        return sum(
+            taken for kind, taken in self._credits_taken(conn, purchase).items() if kind != CreditTransactionType.EXPIRY
+        )
 
-    def _moved(self, conn: DbConnection, purchase: CreditTransaction) -> Mapping[str, int]:
+    def _credits_taken(self, conn: DbConnection, purchase: CreditTransaction) -> Mapping[str, int]:
         row = self.schema.credit_transactions.c
         moved = sa.select(row.type, -sa.func.sum(row.amount)).where(row.refund_of == purchase.id).group_by(row.type)
         return {kind: int(taken) for kind, taken in run(conn, moved, {})}
@@ -642,12 +651,12 @@ class Store:
 
 
 def _lock() -> sa.ColumnElement[Any]:
-    """Two transactions about one payment follow each other, even where no row of it can be locked yet."""
+    """A lock on a payment, by which transactions about it run one after the other even before it has a row."""
     name = sa.literal("tallystick ") + sa.bindparam("p_lock", type_=sa.Text())
     return sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(name, 0)).label("locked")
 
 
-def _due() -> sa.Select[Any]:
+def _record_event_query() -> sa.Select[Any]:
     failed, events = stripe_failed_deliveries, stripe_events
     event = sa.bindparam("p_event", type_=sa.Text())
     resolved = (
@@ -663,7 +672,7 @@ def _due() -> sa.Select[Any]:
 
 
 def _claimed(schema: Schema) -> sa.Select[Any]:
-    """The purchases that a session may be about, each with its terms; a row of nulls for none. Takes the lock."""
+    """Lock, and select the purchases that a session may be about, with their terms; a row of nulls for none."""
     purchases, sold = schema.credit_transactions, stripe_checkouts.c
     row = purchases.c
     which = [row.stripe_session_id == sa.bindparam("p_session")]
@@ -694,10 +703,10 @@ def _reversals(schema: Schema) -> sa.Select[Any]:
 
 
 _STEPS = {"none": "given back", "share": "taken back", "marked": "marked"}
-"""The name of a step of ``stripe_reversals.applied`` in the ledger's keys; each is taken once at most."""
+"""The name of a value of ``stripe_reversals.applied`` in the ledger's keys; each step is taken at most once."""
 
 
-def _chosen(purchase: CreditTransaction, session: Object, terms: Terms | None) -> int | None:
+def _chosen_credits(purchase: CreditTransaction, session: Object, terms: Terms | None) -> int | None:
     """The credits of the number of packs that the buyer chose; None for the row's own."""
     number = None if terms is None else terms.paid_quantity(session)
     if terms is None or number in (None, terms.quantity):
@@ -706,7 +715,7 @@ def _chosen(purchase: CreditTransaction, session: Object, terms: Terms | None) -
 
 
 def _share(purchase: CreditTransaction, reversal: Any) -> Fraction | None:
-    """The part of the payment that a reversal is about; None where nothing says how much the whole was."""
+    """A reversal's share of the payment; None where the whole amount is unknown."""
     whole = reversal.charge_amount
     if purchase.amount_paid and purchase.currency == reversal.currency:
         whole = purchase.amount_paid
@@ -721,7 +730,7 @@ def _money(session: Object) -> str:
 
 
 def as_uuid(value: object) -> UUID | None:
-    """A ``client_reference_id`` as the id of a purchase; other software may have put anything there."""
+    """A ``client_reference_id`` as the id of a purchase; None for anything else that other software has put there."""
     try:
         return UUID(value) if isinstance(value, str) else None
     except ValueError:

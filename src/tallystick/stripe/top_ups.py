@@ -1,8 +1,8 @@
 """Automatic top-up: a saved payment method is charged for a pack when the user's balance is low.
 
-The app decides when to look, and keeps the user's consent, threshold and ceiling; each call states them. A gap is the
-time from one completed top-up to the next, and has one purchase: however many calls find the balance low, they charge
-for this purchase, and each attempt to pay it is on record at Stripe.
+The app decides when to call, and keeps the user's consent, threshold and ceiling, which each call states. A gap is the
+time from one completed top-up to the next, and has one purchase: all calls in it charge for this purchase, and each
+attempt to pay it is recorded at Stripe.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from tallystick.database import run
 from tallystick.errors import InvalidArgument, Key, StripeRefused, UserDeleted, shown
 from tallystick.ledger import CreditTransaction
 from tallystick.schema import CreditTransactionStatus, CreditTransactionType, stripe_checkouts
-from tallystick.stripe.checkout import CLOCKS_APART_S, mark_of, pack_named, price_of, require_price, require_room
-from tallystick.stripe.client import MISSING, Object, ask, every, found, is_live
+from tallystick.stripe.checkout import CLOCK_SKEW_MAX_S, metadata_of, pack_named, price_of, require_price, require_room
+from tallystick.stripe.client import MISSING, Object, ask, ask_or_none, is_live, list_all
 from tallystick.stripe.effects import PAGE, Effect, Effects, in_transaction
 from tallystick.stripe.store import METADATA_KEY, FindingKind, Outcome, id_of
 
 MODE = "top_up"
-"""The mode in the stored request of a top-up, where that of a session has Stripe's ``payment``."""
+"""The mode in the stored request of a top-up; that of a session has Stripe's ``payment``."""
 
 BACK_OFF = (dt.timedelta(hours=1), dt.timedelta(hours=12), dt.timedelta(days=2))
-"""The time after each declined attempt before the next one. After the last of them the user is asked."""
+"""The time from each declined attempt to the next one. After the last of them the user is asked."""
 
-LOOKED_AT = 5  # of the user's newest paid purchases, for one whose payment method was saved
+PURCHASES_EXAMINED = 5  # of the user's newest paid purchases, for one whose payment method was saved
 
 _DECLINED = 402
 _AUTHENTICATION = "authentication_required"
@@ -44,9 +44,9 @@ class TopUpOutcome(StrEnum):
 
     ENOUGH = "enough"  # the balance is not below the threshold
     CHARGED = "charged"  # the credits are there
-    UNDER_WAY = "under_way"  # the payment takes its time; call again
+    UNDER_WAY = "under_way"  # the payment is not finished; call again
     WAITING = "waiting"  # a charge was declined; the next attempt is at ``retry_at``
-    CEILING = "ceiling"  # the month's money is spent; a finding tells an operator
+    CEILING = "ceiling"  # the monthly maximum is reached; there is a finding for an operator
     ASK = "ask"  # the user has to pay: no payment method is saved, or the bank asks for authentication
 
 
@@ -64,13 +64,13 @@ def top_up(engine: sa.Engine, config: Config, user: Key, pack: str, *, below: in
 
     Call it after a consumption, or from time to time, for users who agreed to it. At most ``monthly_max`` minor units
     are charged in a calendar month (UTC). The payment method is the one that was saved with a purchase, by the option
-    ``save_payment_method``. Calls beside each other, and calls after a lost answer, charge once.
+    ``save_payment_method``. Concurrent calls, and calls after a lost answer, charge once.
 
     Raises:
         StripeNotConfigured, UnknownPack, PackMismatch, UnknownUser, UserDeleted, BalanceOutOfRange, InvalidArgument:
             nothing was charged.
         StripeUnavailable: it may have been charged; call again, or reconcile.
-        StripeRefused: nothing was charged, and it says why.
+        StripeRefused: nothing was charged; the message gives the reason.
     """
     for argument, value in (("below", below), ("monthly_max", monthly_max)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -81,25 +81,25 @@ def top_up(engine: sa.Engine, config: Config, user: Key, pack: str, *, below: in
         raise UserDeleted(f"user {user} was deleted. To bring the user back: Accounts.restore_user", user=user)
     if account.standing.available >= below:
         return TopUp(TopUpOutcome.ENOUGH)
-    gap = in_transaction(engine, lambda conn: _gap(effects, conn, user))
+    gap = in_transaction(engine, lambda conn: _find_gap(effects, conn, user))
     attempts = [] if gap.purchase is None else attempts_of(effects, gap.purchase, gap.customer)
     if gap.purchase is not None and any(one["status"] in ("succeeded", "processing") for one in attempts):
-        return _settled(effects, gap.purchase, attempts)
+        return _settle(effects, gap.purchase, attempts)
     return _next_attempt(effects, account, chosen, gap, attempts, monthly_max)
 
 
 def attempts_of(effects: Effects, purchase: CreditTransaction, customer: str) -> list[Object]:
-    """The payment intents that were made for a top-up, newest first; of any customer if this one is gone."""
-    since: Any = {"created": {"gte": int(purchase.created_at.timestamp()) - CLOCKS_APART_S}, "limit": PAGE}
+    """The payment intents of a top-up, newest first; of any customer if this one is gone."""
+    since: Any = {"created": {"gte": int(purchase.created_at.timestamp()) - CLOCK_SKEW_MAX_S}, "limit": PAGE}
     intents = effects.client.v1.payment_intents
     of_customer: Any = {"customer": customer, **since}
-    page = found(lambda: intents.list(of_customer))
-    made = [one.to_dict() for one in every(lambda: page or intents.list(since))]
+    page = ask_or_none(lambda: intents.list(of_customer))
+    made = [one.to_dict() for one in list_all(lambda: page or intents.list(since))]
     return [one for one in made if (one["metadata"] or {}).get(METADATA_KEY) == str(purchase.id)]
 
 
 def effect_of(effects: Effects, purchase: CreditTransaction, attempts: list[Object]) -> Effect | None:
-    """The effect of a top-up that was paid; None for one that was not."""
+    """The effect of a paid top-up; None for one that is not paid."""
     paid = next((one for one in attempts if one["status"] == "succeeded"), None)
     if paid is None:
         return None
@@ -120,43 +120,45 @@ def effect_of(effects: Effects, purchase: CreditTransaction, attempts: list[Obje
 
 @dataclass(frozen=True, slots=True)
 class _Gap:
-    """The gap that a user is in. ``purchase`` is None before its first attempt; ``last`` is the top-up before it."""
+    """A user's present gap. ``purchase`` is None before its first attempt; ``last`` is the top-up before it."""
 
     purchase: CreditTransaction | None
     customer: str = ""
     last: UUID | None = None
 
 
-def _next_attempt(  # noqa: PLR0917 - what top_up has found out, by place
+def _next_attempt(  # noqa: PLR0917 - the findings of top_up, by position
     effects: Effects, account: Account, pack: Pack, gap: _Gap, attempts: list[Object], monthly_max: int
 ) -> TopUp:
     customer = account.stripe_customer_id
     method = None if customer is None else _saved_method(effects, account.user, customer)
     if customer is None or method is None:
         return TopUp(TopUpOutcome.ASK, gap.purchase)
-    if stopped := _stopped(gap.purchase, [one for one in attempts if _method_of(one) == method]):
+    if stopped := _stopped_by_declines(gap.purchase, [one for one in attempts if _method_of(one) == method]):
         return stopped
-    if _is_runaway(effects, account.user, pack, monthly_max):
+    if _exceeds_ceiling(effects, account.user, pack, monthly_max):
         return TopUp(TopUpOutcome.CEILING, gap.purchase)
     if gap.purchase is None:
         require_room(effects.store, account, pack.credits, pack.name)
         require_price(pack, price_of(effects.client, pack), live=is_live(effects.config))
-    started = in_transaction(effects.engine, lambda conn: _started(effects, conn, account.user, pack, gap, customer))
-    if started.purchase.status is CreditTransactionStatus.COMPLETED:  # by a call beside this one
+    started = in_transaction(
+        effects.engine, lambda conn: _purchase_of_gap(effects, conn, account.user, pack, gap, customer)
+    )
+    if started.purchase.status is CreditTransactionStatus.COMPLETED:  # by a concurrent call
         return TopUp(TopUpOutcome.CHARGED, started.purchase)
-    return _charged(effects, started, customer, method, attempt=len(attempts) + 1)
+    return _charge(effects, started, customer, method, attempt=len(attempts) + 1)
 
 
 @dataclass(frozen=True, slots=True)
-class _Started:
-    """The purchase of a gap, and the price on record for it."""
+class _PricedPurchase:
+    """The purchase of a gap, and its stored price."""
 
     purchase: CreditTransaction
     amount: int
     currency: str
 
 
-def _gap(effects: Effects, conn: sa.Connection, user: Key) -> _Gap:
+def _find_gap(effects: Effects, conn: sa.Connection, user: Key) -> _Gap:
     purchases, sold = effects.store.schema.credit_transactions, stripe_checkouts.c
     newest = (
         sa.select(sold.request["customer"].astext, *effects.store.schema.row)
@@ -184,12 +186,12 @@ def _top_ups_of(effects: Effects, user: Key) -> tuple[sa.ColumnElement[bool], ..
     )
 
 
-def _started(  # noqa: PLR0917 - as above
+def _purchase_of_gap(  # noqa: PLR0917 - as above
     effects: Effects, conn: sa.Connection, user: Key, pack: Pack, gap: _Gap, customer: str
-) -> _Started:
-    """The purchase of the gap, written if there is none; calls beside each other write the same.
+) -> _PricedPurchase:
+    """The purchase of the gap, written if there is none; concurrent calls write the same.
 
-    The customer on record is the one whose payments are looked at later.
+    The stored customer is the one whose payments are examined later.
     """
     purchase, sold = gap.purchase, stripe_checkouts.c
     request = {"mode": MODE, "customer": customer}
@@ -215,11 +217,11 @@ def _started(  # noqa: PLR0917 - as above
     elif customer != gap.customer:
         run(conn, sa.update(stripe_checkouts).where(sold.purchase_id == purchase.id).values(request=request), {})
     price = sa.select(sold.amount, sold.currency).where(sold.purchase_id == purchase.id)
-    return _Started(purchase, *run(conn, price, {}).one())
+    return _PricedPurchase(purchase, *run(conn, price, {}).one())
 
 
-def _stopped(purchase: CreditTransaction | None, declined: list[Object]) -> TopUp | None:
-    """True where the declined attempts with this payment method forbid another one now."""
+def _stopped_by_declines(purchase: CreditTransaction | None, declined: list[Object]) -> TopUp | None:
+    """The result, if the declined attempts with this payment method forbid another one now."""
     if not declined:
         return None
     code = (declined[0]["last_payment_error"] or {}).get("code")
@@ -230,13 +232,13 @@ def _stopped(purchase: CreditTransaction | None, declined: list[Object]) -> TopU
 
 
 def _method_of(attempt: Object) -> str | None:
-    """The payment method of an attempt; after a decline it is with the error alone."""
+    """The payment method of an attempt; after a decline only the error has it."""
     error = attempt["last_payment_error"] or {}
     return id_of(error.get("payment_method")) or id_of(attempt["payment_method"])
 
 
-def _is_runaway(effects: Effects, user: Key, pack: Pack, monthly_max: int) -> bool:
-    """True where a charge would exceed the month's money; then an operator is told."""
+def _exceeds_ceiling(effects: Effects, user: Key, pack: Pack, monthly_max: int) -> bool:
+    """True if a charge would exceed the monthly maximum, which is recorded as a finding."""
     row, sold = effects.store.schema.credit_transactions.c, stripe_checkouts.c
     month = sa.func.date_trunc("month", sa.func.now(), "UTC")
     spent = (
@@ -249,9 +251,9 @@ def _is_runaway(effects: Effects, user: Key, pack: Pack, monthly_max: int) -> bo
         so_far, of_month = run(conn, spent, {}).one()
         if so_far + (pack.amount or 0) <= monthly_max:
             return False
-        about, said = f"top-up of {user} in {of_month}", f"{so_far} {pack.currency} charged, and the balance is low"
-        effects.store.note(
-            conn, FindingKind.TOP_UP_CEILING, about, expected=f"at most {monthly_max} {pack.currency}", found=said
+        about, state = f"top-up of {user} in {of_month}", f"{so_far} {pack.currency} charged, and the balance is low"
+        effects.store.record_finding(
+            conn, FindingKind.TOP_UP_CEILING, about, expected=f"at most {monthly_max} {pack.currency}", found=state
         )
         return True
 
@@ -259,7 +261,7 @@ def _is_runaway(effects: Effects, user: Key, pack: Pack, monthly_max: int) -> bo
 
 
 def _saved_method(effects: Effects, user: Key, customer: str) -> str | None:
-    """The payment method that the user's newest purchase with a saved one was paid by."""
+    """The payment method of the user's newest purchase that saved one."""
     row = effects.store.schema.credit_transactions.c
     newest = (
         sa.select(row.stripe_payment_intent_id)
@@ -271,18 +273,18 @@ def _saved_method(effects: Effects, user: Key, customer: str) -> str | None:
             row.sequence.is_not(None),
         )
         .order_by(row.sequence.desc())
-        .limit(LOOKED_AT)
+        .limit(PURCHASES_EXAMINED)
     )
     intents = in_transaction(effects.engine, lambda conn: run(conn, newest, {}).scalars().all())
     for id in intents:
-        intent = found(lambda id=id: effects.client.v1.payment_intents.retrieve(id))  # type: ignore[misc]
+        intent = ask_or_none(lambda id=id: effects.client.v1.payment_intents.retrieve(id))  # type: ignore[misc]
         if intent is not None and intent.setup_future_usage == "off_session" and id_of(intent.customer) == customer:
             return id_of(intent.payment_method)
     return None
 
 
-def _charged(effects: Effects, started: _Started, customer: str, method: str, *, attempt: int) -> TopUp:
-    """Charge once. The number of the attempt is in Stripe's idempotency key, so calls beside each other agree."""
+def _charge(effects: Effects, started: _PricedPurchase, customer: str, method: str, *, attempt: int) -> TopUp:
+    """Charge once: concurrent calls have the same attempt number, and so the same idempotency key at Stripe."""
     purchase = started.purchase
     request: Any = {
         "amount": started.amount,
@@ -291,7 +293,7 @@ def _charged(effects: Effects, started: _Started, customer: str, method: str, *,
         "payment_method": method,
         "off_session": True,
         "confirm": True,
-        "metadata": in_transaction(effects.engine, lambda conn: mark_of(effects.store, conn, purchase)),
+        "metadata": in_transaction(effects.engine, lambda conn: metadata_of(effects.store, conn, purchase)),
     }
     once: Any = {"idempotency_key": f"{purchase.id} attempt {attempt}"}
     try:
@@ -301,7 +303,7 @@ def _charged(effects: Effects, started: _Started, customer: str, method: str, *,
             raise
         code = refusal.code
     else:
-        return _settled(effects, purchase, [intent])
+        return _settle(effects, purchase, [intent])
 
     def fail(conn: sa.Connection) -> CreditTransaction:
         now = effects.store.purchase(conn, id=purchase.id) or purchase
@@ -315,10 +317,10 @@ def _charged(effects: Effects, started: _Started, customer: str, method: str, *,
     if code in (_AUTHENTICATION, MISSING):  # the payment method may have been removed
         return TopUp(TopUpOutcome.ASK, failed)
     declined = [one for one in attempts_of(effects, failed, customer) if _method_of(one) == method]
-    return _stopped(failed, declined) or TopUp(TopUpOutcome.WAITING, failed)
+    return _stopped_by_declines(failed, declined) or TopUp(TopUpOutcome.WAITING, failed)
 
 
-def _settled(effects: Effects, purchase: CreditTransaction, attempts: list[Object]) -> TopUp:
+def _settle(effects: Effects, purchase: CreditTransaction, attempts: list[Object]) -> TopUp:
     effect = effect_of(effects, purchase, attempts)
     if effect is None:
         return TopUp(TopUpOutcome.UNDER_WAY, purchase)

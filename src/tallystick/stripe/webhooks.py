@@ -1,4 +1,4 @@
-"""Receiving events. A framework hands over the raw body and one header, and answers with a status."""
+"""Receiving events. A framework passes the raw body and one header, and answers with the status."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _log = logging.getLogger("tallystick.stripe")
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """The answer to a delivery: ``status`` is HTTP's. 2xx stands for what is stored, or needs no storing."""
+    """The answer to a delivery. ``status`` is HTTP's: 2xx if it is stored, or need not be."""
 
     status: int
     outcome: Outcome
@@ -36,10 +36,10 @@ class Received:
 def receive(engine: sa.Engine, config: Config, raw_body: bytes, signature: str | None) -> Received:
     """Take one delivery: verify it, and store the event's id and its effect in one database transaction.
 
-    ``raw_body`` is the body byte for byte, ``signature`` the header ``Stripe-Signature``. Nothing is written for
-    what is not signed with one of the configuration's secrets within the last five minutes. Statuses: 200 stored,
-    seen before, or nothing of ours; 400 no event that Stripe signed; 413 too large; 503 not configured, or the
-    database or Stripe did not answer, so that Stripe sends it again.
+    ``raw_body`` is the body byte for byte, ``signature`` the header ``Stripe-Signature``. Nothing is written unless
+    one of the configured secrets signed the body within the last five minutes. Statuses: 200 stored, a duplicate, or
+    not ours; 400 no event that Stripe signed; 413 too large; 503 not configured, or the database or Stripe did not
+    answer, so that Stripe sends it again.
     """
     event = _verified(config, raw_body, signature)
     if isinstance(event, Received):
@@ -53,51 +53,51 @@ def receive(engine: sa.Engine, config: Config, raw_body: bytes, signature: str |
         _log.warning("event %s (%s) is of the connected account %s: ignored", id, event_type, event["account"])
         return Received(200, Outcome.IGNORED, id, "a connected account's")
     try:
-        effect = prepared(Effects(engine, config), event)
+        effect = effect_of_event(Effects(engine, config), event)
         outcome = Outcome.IGNORED if effect is None else in_transaction(engine, effect)
     except (DatabaseError, SchemaError, StripeError) as error:
         _log.error("event %s (%s) was not stored: %s", id, event_type, error)
-        _keep(engine, config, event, f"{type(error).__name__}: {error}")
+        _record_failure(engine, config, event, f"{type(error).__name__}: {error}")
         return Received(503, Outcome.REFUSED, id, "not stored; send it again")
     level = logging.WARNING if outcome in (Outcome.UNKNOWN, Outcome.REFUSED) else logging.INFO
     _log.log(level, "event %s (%s) about %s: %s", id, event_type, event["data"]["object"].get("id"), outcome)
     return Received(200, outcome, id)
 
 
-def prepared(effects: Effects, event: Object) -> Effect | None:
-    """The effect of an event, with its id stored beside it, so that it comes once; None for no event of ours."""
+def effect_of_event(effects: Effects, event: Object) -> Effect | None:
+    """The effect of an event, which also stores the event's id so that it happens once; None for no event of ours."""
     handler = HANDLERS.get(event["type"])
-    said: Object | None = event["data"]["object"]
-    if handler is not None and said is not None and event["api_version"] != API_VERSION:
-        said = effects.again(said)
-    if handler is None or said is None:
+    stated: Object | None = event["data"]["object"]
+    if handler is not None and stated is not None and event["api_version"] != API_VERSION:
+        stated = effects.retrieve(stated)
+    if handler is None or stated is None:
         return None
-    about, effect = said["id"], handler(effects, said)
+    object_id, effect = stated["id"], handler(effects, stated)
 
     def once(conn: sa.Connection) -> Outcome:
-        if not effects.store.is_due(conn, event["id"], event["type"], about):
+        if not effects.store.record_event(conn, event["id"], event["type"], object_id):
             return Outcome.DUPLICATE
         outcome = Outcome.IGNORED if effect is None else effect(conn)
         if outcome is Outcome.REFUSED:
-            effects.store.note_failure(conn, event, f"refused; the finding about {about} says why")
+            effects.store.record_failed_delivery(conn, event, f"refused; the finding about {object_id} says why")
         return outcome
 
     return once
 
 
 def failed_deliveries(engine: sa.Engine, config: Config) -> list[FailedDelivery]:
-    """The deliveries that had no effect, oldest first: refused by the ledger, or cut short by Stripe or the database.
+    """The deliveries without effect, oldest first: the ledger refused them, or Stripe or the database failed.
 
-    One that a later delivery or ``redeliver`` settled is not among them. An unsigned delivery is logged and never
+    Those that a later delivery or ``redeliver`` resolved are not among them. An unsigned delivery is logged and never
     stored: anybody could fill the table.
     """
     return in_transaction(engine, lambda conn: store_of(config).failures(conn))
 
 
 def redeliver(engine: sa.Engine, config: Config, events: Collection[str] | None = None) -> list[tuple[str, Outcome]]:
-    """Run failed deliveries again, of ``events`` alone if given, with their objects as they are at Stripe now.
+    """Run failed deliveries again, only those of ``events`` if given, with their objects as they are at Stripe now.
 
-    Returns each event's id and outcome; one that fails again stays on record with the new reason.
+    Returns each event's id and outcome; one that fails again stays failed, with the new reason.
 
     Raises:
         StripeNotConfigured, StripeUnavailable, DatabaseError: the rest was not run.
@@ -108,33 +108,33 @@ def redeliver(engine: sa.Engine, config: Config, events: Collection[str] | None 
 
 
 def _run_again(effects: Effects, failed: FailedDelivery) -> Outcome:
-    return in_transaction(effects.engine, prepared_again(effects, failed))
+    return in_transaction(effects.engine, effect_of_failed(effects, failed))
 
 
-def prepared_again(effects: Effects, failed: FailedDelivery) -> Effect:
+def effect_of_failed(effects: Effects, failed: FailedDelivery) -> Effect:
     """The effect of a failed delivery, with its object as it is at Stripe now."""
-    named: Object = {"object": failed.object_type, "id": failed.object_id}
-    event: Object = {"id": failed.event_id, "type": failed.type, "api_version": API_VERSION, "data": {"object": named}}
+    stub: Object = {"object": failed.object_type, "id": failed.object_id}
+    event: Object = {"id": failed.event_id, "type": failed.type, "api_version": API_VERSION, "data": {"object": stub}}
     reason = f"Stripe no longer has {failed.object_id}"
     try:
-        now = effects.again(named)
-        effect = prepared(effects, event | {"data": {"object": now}})
+        found = effects.retrieve(stub)
+        effect = effect_of_event(effects, event | {"data": {"object": found}})
     except StripeRefused as refusal:
         effect, reason = None, refusal.message
 
     def failing(conn: sa.Connection) -> Outcome:
-        effects.store.note_failure(conn, event, reason)
+        effects.store.record_failed_delivery(conn, event, reason)
         return Outcome.REFUSED
 
     return failing if effect is None else effect
 
 
-def _keep(engine: sa.Engine, config: Config, event: Object, reason: str) -> None:
-    """Put a failed delivery on record, if the database takes it; Stripe sends it again either way."""
+def _record_failure(engine: sa.Engine, config: Config, event: Object, reason: str) -> None:
+    """Record a failed delivery if possible; Stripe sends it again in any case."""
     if event["type"] not in HANDLERS:
         return
     try:
-        in_transaction(engine, lambda conn: store_of(config).note_failure(conn, event, reason))
+        in_transaction(engine, lambda conn: store_of(config).record_failed_delivery(conn, event, reason))
     except (DatabaseError, SchemaError) as error:
         _log.error("that event %s failed could not be stored: %s", event["id"], error)
 
@@ -147,8 +147,8 @@ def _payment_failed(effects: Effects, session: Object) -> Effect:
     return effects.session(session, failed="the payment failed")
 
 
-def _reversal(effects: Effects, said: Object) -> Effect | None:
-    return effects.reversal(said)
+def _reversal(effects: Effects, stated: Object) -> Effect | None:
+    return effects.reversal(stated)
 
 
 def _invoice(effects: Effects, invoice: Object) -> Effect | None:
@@ -156,14 +156,14 @@ def _invoice(effects: Effects, invoice: Object) -> Effect | None:
 
 
 def _charge_refunded(effects: Effects, charge: Object) -> Effect | None:
-    """A charge says only how much was refunded in all; its refunds say which."""
+    """The effect of all refunds of a charge, which itself has only their sum."""
     reversals = [effect for refund in effects.refunds_of(charge) if (effect := effects.reversal(refund))]
 
-    def all_of_them(conn: sa.Connection) -> Outcome:
+    def reverse_each(conn: sa.Connection) -> Outcome:
         outcomes = [effect(conn) for effect in reversals]
         return next((one for one in outcomes if one is not Outcome.UNCHANGED), Outcome.UNCHANGED)
 
-    return all_of_them if reversals else None
+    return reverse_each if reversals else None
 
 
 HANDLERS: dict[str, Callable[[Effects, Object], Effect | None]] = {
@@ -183,11 +183,11 @@ HANDLERS: dict[str, Callable[[Effects, Object], Effect | None]] = {
     "charge.dispute.funds_reinstated": _reversal,
     "invoice.paid": _invoice,
 }
-"""Event type → what it does. ``stripe setup`` subscribes to exactly these."""
+"""Event type → its handler. ``stripe setup`` subscribes to exactly these."""
 
 
 def _verified(config: Config, raw_body: bytes, signature: str | None) -> Object | Received:
-    """The event that Stripe signed, or the answer to anything else."""
+    """The event if Stripe signed it, else the answer."""
     secrets = [one.strip() for one in (config.stripe_webhook_secret or "").split(",") if one.strip()]
     if not secrets or not config.stripe_secret_key:
         return Received(503, Outcome.REFUSED, detail="STRIPE_WEBHOOK_SECRET or STRIPE_SECRET_KEY is not set")
@@ -216,21 +216,21 @@ def _is_signed(raw_body: bytes, signature: str | None, secrets: list[str]) -> bo
 
 
 def _event(raw_body: bytes) -> dict[str, Any] | None:
-    """A snapshot event with what we read of it; None for anything else, such as a thin event."""
+    """A snapshot event that has all fields we read; None for anything else, such as a thin event."""
     try:
-        said = json.loads(raw_body)
+        event = json.loads(raw_body)
     except ValueError:
         return None
-    if not isinstance(said, dict) or said.get("object") != "event":
+    if not isinstance(event, dict) or event.get("object") != "event":
         return None
-    data = said.get("data")
-    about = data.get("object") if isinstance(data, dict) else None
-    whole = (
-        isinstance(said.get("id"), str)
-        and isinstance(said.get("type"), str)
-        and isinstance(said.get("livemode"), bool)
-        and "api_version" in said
-        and isinstance(about, dict)
-        and isinstance(about.get("object"), str)
+    data = event.get("data")
+    stated = data.get("object") if isinstance(data, dict) else None
+    valid = (
+        isinstance(event.get("id"), str)
+        and isinstance(event.get("type"), str)
+        and isinstance(event.get("livemode"), bool)
+        and "api_version" in event
+        and isinstance(stated, dict)
+        and isinstance(stated.get("object"), str)
     )
-    return said if whole else None
+    return event if valid else None

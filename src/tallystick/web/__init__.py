@@ -1,4 +1,4 @@
-"""Pages and JSON for an app of FastAPI's or Django's: paywall, purchase, onboarding; and the operator's console.
+"""Pages and JSON for a FastAPI or Django app: paywall, purchase, onboarding; and the operator's console.
 
 For FastAPI::
 
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tallystick.web.extras import require_fastapi
 
-if TYPE_CHECKING:  # an app of Django's has no FastAPI
+if TYPE_CHECKING:  # a Django app has no FastAPI
     from tallystick.web.buyer.billing import Billing
     from tallystick.web.buyer.fragments import Fragments
     from tallystick.web.buyer.paywall import Workshop

@@ -1,4 +1,4 @@
-"""The extras of the web, asked for by name before a module of theirs is missed."""
+"""Checks for the extras of the web, with a clear error before an import fails."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 
 
 def require_fastapi() -> None:
-    """Raises ModuleNotFoundError with the extra's name; also what Starlette would need only later is looked for."""
+    """Raise ModuleNotFoundError with the extra's name; modules that Starlette imports only later are checked too."""
     _require("tallystick.web", "web", "python_multipart", "fastapi", "itsdangerous", "jinja2")
 
 

@@ -342,10 +342,10 @@ def test_a_crowd_is_answered(dev: DevStripe, order: Any) -> None:
             failures.append(error)
             raise
 
-    crowd = [threading.Thread(target=buy) for _ in range(20)]
-    for one in crowd:
+    threads = [threading.Thread(target=buy) for _ in range(20)]
+    for one in threads:
         one.start()
-    for one in crowd:
+    for one in threads:
         one.join()
     assert failures == []
     assert sessions_made(dev) == 100

@@ -1,7 +1,7 @@
-// The hammer's client in Node (tests/proof/hammer.py): a question a line in, and what was told a line out.
+// The hammer's client in Node (tests/proof/hammer.py): it reads a question a line, and writes an answer a line.
 //
-// A question is one or more calls for a driver: each by itself, or all in one transaction of a level, which with Neon's
-// driver is a batch. Questions are put as they come, many at a time.
+// A question is one or more calls for a driver: each by itself, or all in one transaction of an isolation level, which
+// with Neon's driver is a batch. Several questions are answered at the same time.
 
 import { createInterface } from "node:readline";
 import { neon, neonConfig, type NeonQueryPromise } from "@neondatabase/serverless";
@@ -9,25 +9,25 @@ import pg from "pg";
 import { neonDouble } from "./neon_double.ts";
 import { tallystick, type Query, type Tallystick } from "./tallystick.ts";
 
-type Wish = [what: string, user: string, key: string | null, amount: number, of: string | null];
+type LedgerRequest = [what: string, user: string, key: string | null, amount: number, of: string | null];
 
 interface Question {
   n: number;
   driver: "pg" | "neon-http";
   level: string;
-  calls: Wish[][];
+  calls: LedgerRequest[][];
 }
 
 const { PGHOST = "", PGPORT = "", PGUSER = "", PGDATABASE = "" } = process.env;
 const address = { host: PGHOST, port: Number(PGPORT), user: PGUSER, database: PGDATABASE };
 const pool = new pg.Pool(address);
-// a connection that dies between two statements tells it as an event; the next statement is refused
+// a connection that dies between two statements emits an event; the next statement fails
 pool.on("error", () => undefined);
 pool.on("connect", (client) => client.on("error", () => undefined));
 neonConfig.fetchEndpoint = (await neonDouble(address)).endpoint;
 const sql = neon(`postgresql://${address.user}:secret@neon.invalid/${address.database}`);
 
-async function asked({ driver, level, calls }: Question): Promise<unknown[]> {
+async function answer({ driver, level, calls }: Question): Promise<unknown[]> {
   if (level === "AUTOCOMMIT") {
     const query: Query =
       driver === "pg" ? (text, params) => pool.query(text, params) : (text, params) => sql.query(text, params);
@@ -36,7 +36,7 @@ async function asked({ driver, level, calls }: Question): Promise<unknown[]> {
   return driver === "pg" ? transaction(level, calls) : batch(level, calls);
 }
 
-async function transaction(level: string, calls: Wish[][]): Promise<unknown[]> {
+async function transaction(level: string, calls: LedgerRequest[][]): Promise<unknown[]> {
   const client = await pool.connect();
   try {
     await client.query(`BEGIN ISOLATION LEVEL ${level}`);
@@ -50,30 +50,30 @@ async function transaction(level: string, calls: Wish[][]): Promise<unknown[]> {
   }
 }
 
-/** Each call's statement is kept until all are there, and goes with them. */
-async function batch(level: string, calls: Wish[][]): Promise<unknown[]> {
+/** Collects the statements of all calls, and sends them as one batch. */
+async function batch(level: string, calls: LedgerRequest[][]): Promise<unknown[]> {
   const statements: NeonQueryPromise<false, false>[] = [];
-  const told: ((rows: unknown) => void)[] = [];
+  const resolvers: ((rows: unknown) => void)[] = [];
   const query: Query = (text, params) => {
     statements.push(sql.query(text, params) as NeonQueryPromise<false, false>);
-    return new Promise((resolve) => told.push(resolve));
+    return new Promise((resolve) => resolvers.push(resolve));
   };
-  const answers = calls.map((call) => put(tallystick(query), call));
+  const answers = calls.map((call) => send(tallystick(query), call));
   const isolationLevel = { "READ COMMITTED": "ReadCommitted", "REPEATABLE READ": "RepeatableRead" }[level];
   const results = await sql.transaction(statements, {
     isolationLevel: (isolationLevel ?? "Serializable") as "ReadCommitted" | "RepeatableRead" | "Serializable",
   });
-  results.forEach((rows, n) => told[n]!(rows));
+  results.forEach((rows, n) => resolvers[n]!(rows));
   return (await Promise.all(answers)).flat();
 }
 
-async function inTurn(query: Query, calls: Wish[][]): Promise<unknown[]> {
+async function inTurn(query: Query, calls: LedgerRequest[][]): Promise<unknown[]> {
   const answers = [];
-  for (const call of calls) answers.push(...(await put(tallystick(query), call)));
+  for (const call of calls) answers.push(...(await send(tallystick(query), call)));
   return answers;
 }
 
-async function put(ledger: Tallystick, call: Wish[]): Promise<unknown[]> {
+async function send(ledger: Tallystick, call: LedgerRequest[]): Promise<unknown[]> {
   if (call.length > 1) return ledger.consumeMany(call.map(spending));
   const [what, userId, name, amount, of] = call[0]!;
   const key = String(name);
@@ -105,11 +105,11 @@ async function put(ledger: Tallystick, call: Wish[]): Promise<unknown[]> {
   }
 }
 
-function spending([, userId, key, amount, workshopId]: Wish) {
+function spending([, userId, key, amount, workshopId]: LedgerRequest) {
   return { userId, key: String(key), amount, ...(workshopId === null ? {} : { workshopId }) };
 }
 
-/** An error with all that it stands for. */
+/** An error with its causes. */
 function wholly(error: unknown): string {
   if (error instanceof AggregateError) return error.errors.map(wholly).join("; ");
   if (!(error instanceof Error)) return String(error);
@@ -120,7 +120,7 @@ function wholly(error: unknown): string {
 const lines = createInterface({ input: process.stdin });
 lines.on("line", (line) => {
   const question = JSON.parse(line) as Question;
-  asked(question).then(
+  answer(question).then(
     (answers) => console.log(JSON.stringify({ n: question.n, answers })),
     (error: unknown) => console.log(JSON.stringify({ n: question.n, error: wholly(error) })),
   );

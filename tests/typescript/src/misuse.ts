@@ -35,7 +35,7 @@ export async function misuse(query: Query): Promise<void> {
 }
 
 /** Every outcome has a branch: one that is added later is an error here. */
-export function said(answer: ConsumeAnswer): string {
+export function messageOf(answer: ConsumeAnswer): string {
   switch (answer.outcome) {
     case "completed":
     case "replayed":

@@ -70,9 +70,9 @@ async function answer(pool: pg.Pool, request: IncomingMessage, response: ServerR
   const asked = JSON.parse(text) as Statement | { queries: Statement[] };
   const client = await pool.connect();
   try {
-    const told =
+    const body =
       "queries" in asked ? { results: await batch(client, request, asked.queries) } : await one(client, asked);
-    response.writeHead(200, { "content-type": "application/json" }).end(JSON.stringify(told));
+    response.writeHead(200, { "content-type": "application/json" }).end(JSON.stringify(body));
   } catch (error) {
     if (!(error instanceof pg.DatabaseError)) throw error;
     const fields = Object.fromEntries(ERROR_FIELDS.map((name) => [name, error[name] ?? null]));

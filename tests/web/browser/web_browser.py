@@ -51,11 +51,11 @@ class Visitor:
         self.email = email
         self.complaints: list[str] = []
         context.set_default_timeout(WAIT_MS)
-        context.on("console", lambda message: self._heard(message.text))
-        context.on("weberror", lambda error: self._heard(f"uncaught: {error.error}"))
+        context.on("console", lambda message: self._note_console_error(message.text))
+        context.on("weberror", lambda error: self._note_console_error(f"uncaught: {error.error}"))
         self.page: Page = context.new_page()
 
-    def _heard(self, text: str) -> None:
+    def _note_console_error(self, text: str) -> None:
         if "Content Security Policy" in text or text.startswith("uncaught"):
             self.complaints.append(text)
 

@@ -263,9 +263,9 @@ def test_what_is_held_and_what_expires(either_site: Site) -> None:
     with world.engine.begin() as conn:
         spring = world.ledger.grant(conn, user, credits=3, key="g", description="Spring promotion", expires_at=soon)
         held = world.ledger.hold(conn, user, credits=4, key="h")
-    told = site.get(user, "/billing/api/balance").json()
-    assert (told["balance"], told["held"], told["available"]) == (5, 4, 1)
-    (lot,) = told["expiring"]
+    answer = site.get(user, "/billing/api/balance").json()
+    assert (answer["balance"], answer["held"], answer["available"]) == (5, 4, 1)
+    (lot,) = answer["expiring"]
     assert (lot["id"], lot["credits"], lot["description"]) == (str(spring.id), 3, "Spring promotion")
     assert dt.datetime.fromisoformat(lot["expires_at"]) == soon
     workshop = world.workshop(user)
@@ -281,5 +281,5 @@ def test_what_is_held_and_what_expires(either_site: Site) -> None:
     assert all(row["expires_at"] for row in rows[:2])
 
     world.pass_time(days=31)
-    told = site.get(user, "/billing/api/balance").json()
-    assert (told["balance"], told["held"], told["available"], told["expiring"]) == (2, 0, 2, [])
+    answer = site.get(user, "/billing/api/balance").json()
+    assert (answer["balance"], answer["held"], answer["available"], answer["expiring"]) == (2, 0, 2, [])

@@ -40,10 +40,10 @@ def test_a_program_gets_a_problem(django_shop: DjangoShop) -> None:
     workshop = django_shop.workshop(user)
     refused = django_shop.client(user).get(f"/workshops/{workshop}/steps/7", headers={"Accept": "application/json"})
     assert (refused.status_code, refused["Content-Type"]) == (402, "application/problem+json; charset=utf-8")
-    told = refused.json()
-    assert (told["type"], told["balance"], told["required"]) == ("urn:tallystick:problem:workshop-locked", 0, 1)
-    assert (told["workshop"], told["checkout"]) == (str(workshop), None)
-    assert [pack["credits"] for pack in told["packs"]] == [1, 3, 10]
+    answer = refused.json()
+    assert (answer["type"], answer["balance"], answer["required"]) == ("urn:tallystick:problem:workshop-locked", 0, 1)
+    assert (answer["workshop"], answer["checkout"]) == (str(workshop), None)
+    assert [pack["credits"] for pack in answer["packs"]] == [1, 3, 10]
 
 
 def test_spending_asks_first_and_then_says_what_it_did(django_shop: DjangoShop) -> None:

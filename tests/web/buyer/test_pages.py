@@ -214,7 +214,7 @@ def test_the_badge_can_be_had_without_a_query_of_ours(make_site: Callable[..., S
         return HTMLResponse(parts.badge + parts.welcome)
 
     asked: list[str] = []
-    sa.event.listen(site.world.engine, "before_cursor_execute", lambda *said: asked.append(said[2]))
+    sa.event.listen(site.world.engine, "before_cursor_execute", lambda *event_args: asked.append(event_args[2]))
     assert "Balance: 2 credits" in site.client.get("/own", params={"user": str(user)}).text
     assert "Welcome" in site.client.get("/own", params={"user": str(new)}).text
     assert len(asked) == 2
@@ -353,7 +353,7 @@ def test_an_expired_hold_and_expired_credits_are_not_counted_by_the_badge(make_s
     assert "Answer 17 not used" in history
 
     asked: list[str] = []
-    sa.event.listen(site.world.engine, "before_cursor_execute", lambda *said: asked.append(said[2]))
+    sa.event.listen(site.world.engine, "before_cursor_execute", lambda *event_args: asked.append(event_args[2]))
     for path, queries in (("/page", 1), ("/billing/badge", 1), ("/billing/history", 2), ("/billing/api/balance", 1)):
         asked.clear()
         assert site.get(plain, path, headers=HTML).status_code == 200

@@ -18,8 +18,8 @@ from sites import HTML, ORIGIN, Site
 from tallystick.config import Config
 from tallystick.errors import CrossSiteRequest, TallystickError
 from tallystick.web import Texts
-from tallystick.web.buyer.asked import redirect
-from tallystick.web.buyer.entrance import StarletteAsked
+from tallystick.web.buyer.buyer_request import redirect
+from tallystick.web.buyer.entrance import StarletteRequest
 from tallystick.web.buyer.refusals import MEANINGS
 from tallystick.web.shared.addresses import return_address
 from tallystick.web.shared.requests import check_same_site, limited
@@ -295,7 +295,7 @@ def test_a_host_header_does_not_decide_where_stripe_sends_people(site: Site) -> 
     forged = Request(
         {"type": "http", "method": "GET", "path": "/", "scheme": "https", "headers": [(b"host", b"evil.example")]}
     )
-    assert site.billing.renderer.absolute(StarletteAsked(forged), "/billing/success") == f"{ORIGIN}/billing/success"
+    assert site.billing.renderer.absolute(StarletteRequest(forged), "/billing/success") == f"{ORIGIN}/billing/success"
 
 
 def test_no_secret_of_stripes_in_any_answer(site: Site) -> None:

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 from tallystick import events
 from tallystick.events.deliver import add_endpoint, deliver
 from tallystick.web.console import LocalLink, SignIn, console
-from worlds import SHAPES, World, let_go
+from worlds import SHAPES, World, dispose_when_idle
 
 ADDRESS = "http://127.0.0.1:8420"
 CROWD_USERS = 100_000
@@ -56,7 +56,7 @@ def open_console() -> Iterator[Callable[..., Visitor]]:
         def make(world: World, *, address: str = ADDRESS, sign_in: SignIn | None = None, **options: Any) -> Visitor:
             link = LocalLink()
             engine = sa.create_engine(world.url)
-            stack.callback(let_go, engine)
+            stack.callback(dispose_when_idle, engine)
             app = console(world.config, engine=engine, sign_in=sign_in or link, address=address, **options)
             visitor = Visitor(app, address=address)
             if sign_in is None:
@@ -138,12 +138,12 @@ def empty_world(server: Any, _templates: Callable[[str], str]) -> Iterator[World
 
 
 @pytest.fixture(scope="session")
-def crowd(server: Any, _templates: Callable[[str], str]) -> Iterator[World]:
+def large_world(server: Any, _templates: Callable[[str], str]) -> Iterator[World]:
     """100,000 users with three rows each, 90 days of them, made set-wise; only read from."""
-    url = server.create_database("crowd", template=_templates("uuid"))
+    url = server.create_database("large_world", template=_templates("uuid"))
     fill(url)
     yield World(url, SHAPES["uuid"].host)
-    server.drop_database("crowd")
+    server.drop_database("large_world")
 
 
 USERS = """

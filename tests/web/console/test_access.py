@@ -6,8 +6,7 @@ import logging
 
 import pytest
 
-from tallystick.web.console import Passwords, TrustedProxy, hash_password
-from tallystick.web.console import access as doors
+from tallystick.web.console import Passwords, TrustedProxy, access, hash_password
 from tallystick.web.console.access import COOKIE, LocalLink, TooMany
 
 pytestmark = pytest.mark.one_server  # it is about who gets in
@@ -70,8 +69,8 @@ def test_the_link_works_once(world, open_console):
 def test_the_link_ages(world, open_console, monkeypatch):
     link = LocalLink()
     visitor = open_console(world, sign_in=link)
-    now = doors.time.monotonic()
-    monkeypatch.setattr(doors.time, "monotonic", lambda: now + doors.LINK_S + 1)
+    now = access.time.monotonic()
+    monkeypatch.setattr(access.time, "monotonic", lambda: now + access.LINK_S + 1)
     assert visitor.get("/enter", params={"token": link.token}).status_code == 401
 
 
@@ -153,7 +152,7 @@ def test_a_password_lets_its_operator_in(world, open_console, hashed):
 def test_guessing_is_slowed_down(monkeypatch, hashed):
     sign_in = Passwords({"anna": hashed, "bo": hashed})
     clock = [1000.0]
-    monkeypatch.setattr(doors.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(access.time, "monotonic", lambda: clock[0])
     for _ in range(Passwords.PER_NAME):
         assert sign_in.check("anna", "guess") is None
     with pytest.raises(TooMany) as refusal:
@@ -166,7 +165,7 @@ def test_guessing_is_slowed_down(monkeypatch, hashed):
 
 def test_guessing_many_names_is_slowed_down(monkeypatch, hashed):
     sign_in = Passwords({"anna": hashed})
-    monkeypatch.setattr(doors, "_verify", lambda stored, password: False)  # thirty hashes take long; counting does not
+    monkeypatch.setattr(access, "_verify", lambda stored, password: False)  # thirty hashes take long; counting does not
     for number in range(Passwords.IN_ALL):
         assert sign_in.check(f"name {number}", "guess") is None
     with pytest.raises(TooMany):
@@ -318,7 +317,7 @@ def test_what_comes_in_cannot_add_a_header(world, open_console):
     for path in (
         "/users?q=a%0d%0aSet-Cookie:%20x=1",
         "/user.csv?key=%0d%0aSet-Cookie:%20x=1",
-        "/pending?told=%0d%0aX:%201",
+        "/pending?outcome=%0d%0aX:%201",
     ):
         answer = visitor.get(path)
         assert "set-cookie" not in answer.headers

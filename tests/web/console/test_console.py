@@ -34,11 +34,11 @@ PAGES = ["/", "/users", "/pending", "/events", "/audit", "/migrations"]
 LISTS = ["/users", "/pending", "/events", "/audit", "/migrations", "/days"]
 
 
-def at(path, **query):
+def url_of(path, **query):
     return f"{path}?{urlencode(query)}"
 
 
-def words(answer):
+def text_of(answer):
     """The text of a page, as read."""
     assert answer.status_code == 200, answer.text
     return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", " ", answer.text)))
@@ -85,24 +85,24 @@ def test_every_page_and_list_on_every_host(any_world, open_console):
         assert visitor.get(f"{path}.json").headers["content-type"] == "application/json"
         assert visitor.get(f"{path}.csv").headers["content-type"] == "text/csv; charset=utf-8"
 
-    text = words(visitor.overview())
+    text = text_of(visitor.overview())
     assert "All 1 balances agree with their ledgers" in text
     assert "1 pending purchase :" in text
     assert f"Revision {HEAD} , applied" in text
     assert "$3" in text
 
-    page = words(visitor.get(at("/user", key=user)))
+    page = text_of(visitor.get(url_of("/user", key=user)))
     assert "2 entries, balance 2, 1 pending, no gaps" in page
     assert str(user) in page
-    ledger = visitor.get(at("/user.json", key=user)).json()
+    ledger = visitor.get(url_of("/user.json", key=user)).json()
     assert [(row["sequence"], row["type"], row["amount"], row["balance_after"]) for row in ledger["rows"]] == [
         (2, "consumption", -1, 2),
         (1, "purchase", 3, 3),
     ]
     assert [row["status"] for row in ledger["unfinished"]] == ["pending"]
     assert ledger["user"]["credit_balance"] == 2
-    assert [row["amount"] for row in table(visitor.get(at("/user.csv", key=user)))] == ["5", "-1", "3"]
-    assert visitor.get(at("/user/steps.json", key=user)).json()["balance"] == [3, 2]
+    assert [row["amount"] for row in table(visitor.get(url_of("/user.csv", key=user)))] == ["5", "-1", "3"]
+    assert visitor.get(url_of("/user/steps.json", key=user)).json()["balance"] == [3, 2]
     assert [row["user_id"] for row in visitor.get("/pending.json").json()["rows"]] == [
         user if isinstance(user, int) else str(user)
     ]
@@ -117,8 +117,8 @@ def test_a_user_of_whom_the_app_notes_no_change_is_shown(make_world, open_consol
     visitor = open_console(world)
     assert visitor.get("/users.json").json()["rows"][0]["updated_at"] is None
     assert table(visitor.get("/users.csv"))[0]["updated_at"] == ""
-    assert str(user) in words(visitor.get("/users"))
-    assert "Changed not known" in words(visitor.get(at("/user", key=user)))
+    assert str(user) in text_of(visitor.get("/users"))
+    assert "Changed not known" in text_of(visitor.get(url_of("/user", key=user)))
     with world.engine.connect() as conn:
         assert world.accounts.get(conn, user).updated_at is None
     assert "updatedAt: Date | null;" in typescript(world.config.host)
@@ -126,13 +126,13 @@ def test_a_user_of_whom_the_app_notes_no_change_is_shown(make_world, open_consol
 
 def test_an_empty_host_says_what_would_be_here(any_world, open_console):
     visitor = open_console(any_world)
-    assert "No payment in the last 60 days" in words(visitor.overview())
-    assert "No users yet" in words(visitor.get("/users"))
-    assert "No purchase is waiting" in words(visitor.get("/pending"))
+    assert "No payment in the last 60 days" in text_of(visitor.overview())
+    assert "No users yet" in text_of(visitor.get("/users"))
+    assert "No purchase is waiting" in text_of(visitor.get("/pending"))
     for path in LISTS:
         assert visitor.get(f"{path}.csv").status_code == 200
     user = any_world.user()
-    assert "No entries yet" in words(visitor.get(at("/user", key=user)))
+    assert "No entries yet" in text_of(visitor.get(url_of("/user", key=user)))
 
 
 def test_users_are_found_by_key_mail_and_what_stripe_calls_them(any_world, open_console):
@@ -149,11 +149,11 @@ def test_users_are_found_by_key_mail_and_what_stripe_calls_them(any_world, open_
     if "email" in any_world.schema.users.c:
         searches += [f"{user}@example.com", f"{str(user).upper()}@EXAMPLE"]
     for search in searches:
-        answer = visitor.get(at("/users", q=search))
+        answer = visitor.get(url_of("/users", q=search))
         assert answer.status_code == 303, search
-        assert answer.headers["location"] == at("/user", key=user)
+        assert answer.headers["location"] == url_of("/user", key=user)
     if "email" in any_world.schema.users.c:
-        assert len(visitor.get(at("/users.json", q="@example.com")).json()["rows"]) == 1 + len(others)
+        assert len(visitor.get(url_of("/users.json", q="@example.com")).json()["rows"]) == 1 + len(others)
     for search in (
         "nobody",
         "%",
@@ -166,7 +166,7 @@ def test_users_are_found_by_key_mail_and_what_stripe_calls_them(any_world, open_
         "é",
         "a" * 900,
     ):
-        assert visitor.get(at("/users.json", q=search)).json()["rows"] == [], search
+        assert visitor.get(url_of("/users.json", q=search)).json()["rows"] == [], search
 
 
 def walk(visitor, path, direction="after"):
@@ -190,7 +190,7 @@ def test_lists_are_walked_there_and_back(any_world, open_console):
     visitor = open_console(any_world)
     for path, length, name in (
         ("/users.json", 101, "key"),
-        (at("/user.json", key=user), 121, "sequence"),
+        (url_of("/user.json", key=user), 121, "sequence"),
         ("/pending.json", 51, "id"),
     ):
         rows, pages = walk(visitor, path)
@@ -201,7 +201,7 @@ def test_lists_are_walked_there_and_back(any_world, open_console):
         back, _ = walk(visitor, last["before"], "before")
         assert back + last["rows"] == rows
         assert len(table(visitor.get(path.replace(".json", ".csv")))) == length + (51 if "user.json" in path else 0)
-    sequences = [row["sequence"] for row in walk(visitor, at("/user.json", key=user))[0]]
+    sequences = [row["sequence"] for row in walk(visitor, url_of("/user.json", key=user))[0]]
     assert sequences == list(range(121, 0, -1))
 
 
@@ -215,7 +215,7 @@ def test_a_gap_and_a_debt_are_seen(world, open_console):
         conn.execute(sa.text("DELETE FROM credit_transactions WHERE sequence = 3"))
         conn.execute(sa.text("ALTER TABLE credit_transactions ENABLE TRIGGER tallystick_append_only"))
     visitor = open_console(world)
-    page = words(visitor.get(at("/user", key=user)))
+    page = text_of(visitor.get(url_of("/user", key=user)))
     assert "4 entries, balance -3 (debt), 1 linked to an earlier one, 1 missing" in page
     assert "1 missing: the ledger has a gap here" in page
     assert f"{MINUS}3 debt" in page
@@ -225,11 +225,11 @@ def test_a_gap_and_a_debt_are_seen(world, open_console):
     while "data-watch" in answer.text:
         threading.Event().wait(0.1)
         answer = visitor.get("/audit")
-    text = words(answer)
+    text = text_of(answer)
     assert "finding" in text
     assert "What to do" in text
-    assert at("/user", key=user) in html.unescape(answer.text)
-    assert "finding" in words(visitor.overview())
+    assert url_of("/user", key=user) in html.unescape(answer.text)
+    assert "finding" in text_of(visitor.overview())
     found = table(visitor.get("/audit.csv"))
     assert {row["user"] for row in found} == {str(user)}
     assert visitor.get("/audit.json").json()["report"]["findings"][0]["user"] == str(user)
@@ -266,7 +266,7 @@ def test_the_figures_are_the_ledgers(world, open_console):
 
     visitor = open_console(world)
     days = visitor.get("/days.json").json()
-    page = words(visitor.overview())
+    page = text_of(visitor.overview())
     assert f"USD $13 $2.50 $10.50 {MINUS}$1 $1" in page
     assert "They were sold in more than one currency" in page
     assert len(days["days"]) == 60
@@ -291,13 +291,15 @@ def test_credits_sold_in_one_currency_have_a_price_whatever_money_went_back(worl
                 status="succeeded", status_rank=1, applied="share", seen_at=dt.datetime.now(dt.UTC),
             )
         )  # fmt: skip
-    assert "2 credits , about $2 at the average price" in words(open_console(world).overview())
+    assert "2 credits , about $2 at the average price" in text_of(open_console(world).overview())
 
 
 def test_each_user_with_something_due_costs_one_call_of_balance(world):
     queries = Queries(world.config, world.engine)
     sums: list[tuple[str, object]] = []
-    sa.event.listen(world.engine, "before_cursor_execute", lambda *said: sums.append((said[2], said[3])))
+    sa.event.listen(
+        world.engine, "before_cursor_execute", lambda *event_args: sums.append((event_args[2], event_args[3]))
+    )
     queries.figures(dt.datetime.now(dt.UTC))
     [(asked, values)] = [each for each in sums if "tallystick.balance" in each[0]]
     with world.engine.connect() as conn:
@@ -319,15 +321,15 @@ def test_sizes_are_counted_where_that_is_cheap(world, open_console):
     for _ in range(18):
         world.user()
     visitor = open_console(world)
-    assert "Users 20 " in words(visitor.get("/users"))
+    assert "Users 20 " in text_of(visitor.get("/users"))
     with world.engine.begin() as conn:
         conn.exec_driver_sql(
             "INSERT INTO users (id, email) SELECT gen_random_uuid(), n FROM generate_series(1, 3000) n"
         )
-    assert "Users more than 1,000 " in words(visitor.get("/users"))
+    assert "Users more than 1,000 " in text_of(visitor.get("/users"))
     with world.engine.begin() as conn:
         conn.exec_driver_sql("ANALYZE users")
-    assert "Users about 3,020 " in words(visitor.get("/users"))
+    assert "Users about 3,020 " in text_of(visitor.get("/users"))
 
 
 def test_what_is_not_paid_is_not_called_purchased(world, open_console):
@@ -337,17 +339,17 @@ def test_what_is_not_paid_is_not_called_purchased(world, open_console):
     with world.engine.begin() as conn:
         world.ledger.fail_purchase(conn, user, purchase=failed.id, reason="expired")
     visitor = open_console(world)
-    page = words(visitor.get(at("/user", key=user)))
+    page = text_of(visitor.get(url_of("/user", key=user)))
     assert "Five Flights" in page
     assert "Purchased Five Flights" not in page
     assert "Purchased 1" in page
     for path in ("/pending", "/"):
-        assert "Purchased" not in words(visitor.get(path))
+        assert "Purchased" not in text_of(visitor.get(path))
 
 
 def test_times_are_there_in_full_and_actions_before_the_ledger(world, open_console):
     user = world.user(credits=1)
-    page = words(open_console(world, allow_actions=True).get(at("/user", key=user)))
+    page = text_of(open_console(world, allow_actions=True).get(url_of("/user", key=user)))
     assert re.search(r"just now \d{4}-\d\d-\d\d \d\d:\d\d purchase", page)
     assert page.index("Grant credits") < page.index("Account") < page.index("Tally ") < page.index("Ledger #")
 
@@ -363,21 +365,29 @@ def test_text_of_others_is_text(make_world, open_console):
         pending = world.ledger.start_purchase(conn, user, credits=1, description=NASTY)
         world.ledger.attach_session(conn, user, pending.id, stripe_session_id='cs_"><script>')
     visitor = open_console(world, allow_actions=True)
-    addresses = [*PAGES, at("/user", key=user), at("/users", q=NASTY + "x"), at("/user", key=NASTY), "/" + NASTY]
+    addresses = [
+        *PAGES,
+        url_of("/user", key=user),
+        url_of("/users", q=NASTY + "x"),
+        url_of("/user", key=NASTY),
+        "/" + NASTY,
+    ]
     addresses += [
-        at("/user/grant", key=user, credits=NASTY, reason=NASTY),
-        at("/user/grant", key=user, credits=1, reason=NASTY),
+        url_of("/user/grant", key=user, credits=NASTY, reason=NASTY),
+        url_of("/user/grant", key=user, credits=1, reason=NASTY),
     ]
     for address in addresses:
         text = visitor.get(address).text
         assert "<script>alert" not in text, address
         assert "<b>" not in text
         assert "1337" not in text
-    assert NASTY in html.unescape(visitor.get(at("/user", key=user)).text)
+    assert NASTY in html.unescape(visitor.get(url_of("/user", key=user)).text)
     mail = table(visitor.get("/users.csv"))[0]["email"]
     assert mail == f"'=1+1 {NASTY}"  # no formula for a spreadsheet
-    assert any(row["description"].startswith("'=HYPERLINK") for row in table(visitor.get(at("/user.csv", key=user))))
-    assert {row["amount"] for row in table(visitor.get(at("/user.csv", key=user)))} >= {"-1", "5"}
+    assert any(
+        row["description"].startswith("'=HYPERLINK") for row in table(visitor.get(url_of("/user.csv", key=user)))
+    )
+    assert {row["amount"] for row in table(visitor.get(url_of("/user.csv", key=user)))} >= {"-1", "5"}
 
 
 def test_keys_of_any_spelling(make_world, open_console):
@@ -386,10 +396,10 @@ def test_keys_of_any_spelling(make_world, open_console):
     for key in ("a/b", "..", "a?b=c&d", "a b", "ü", "%2e", "a.json", "#", "x" * 150):
         with world.engine.begin() as conn:
             conn.execute(sa.insert(world.schema.users).values(key=key, email=None))
-        assert words(visitor.get(at("/user", key=key))).count(key) >= 1
-        assert visitor.get(at("/user.json", key=key)).json()["user"]["key"] == key
-        assert visitor.get(at("/user.csv", key=key)).status_code == 200
-        assert html.escape(at("/user", key=key)) in visitor.get(at("/users", q="")).text
+        assert text_of(visitor.get(url_of("/user", key=key))).count(key) >= 1
+        assert visitor.get(url_of("/user.json", key=key)).json()["user"]["key"] == key
+        assert visitor.get(url_of("/user.csv", key=key)).status_code == 200
+        assert html.escape(url_of("/user", key=key)) in visitor.get(url_of("/users", q="")).text
 
 
 @pytest.mark.parametrize(
@@ -442,7 +452,7 @@ def test_cursors_out_of_range_are_no_server_errors(world, open_console):
     visitor = open_console(world)
     user = world.user(credits=1)
     for after in ("0", "9" * 10, "9" * 30, "-1", "x", "1e5"):
-        assert visitor.get(at("/user.json", key=user, after=after)).status_code in (200, 400)
+        assert visitor.get(url_of("/user.json", key=user, after=after)).status_code in (200, 400)
 
 
 # --- actions ---
@@ -451,17 +461,17 @@ def test_cursors_out_of_range_are_no_server_errors(world, open_console):
 def test_read_only_unless_allowed(world, open_console):
     user = world.user(credits=2)
     visitor = open_console(world)
-    assert visitor.get(at("/user/grant", key=user)).status_code == 404
+    assert visitor.get(url_of("/user/grant", key=user)).status_code == 404
     assert visitor.submit("/user/grant", key=user, credits=1, reason="x", once="1").status_code == 404
     assert visitor.submit("/pending/ask").status_code == 404
-    assert "Grant credits" not in visitor.get(at("/user", key=user)).text
+    assert "Grant credits" not in visitor.get(url_of("/user", key=user)).text
     assert balance(world, user) == 2
 
 
 def test_reading_is_read_only_in_the_database(world):
-    books = Queries(world.config, world.engine)
+    queries = Queries(world.config, world.engine)
     user = world.user()
-    with pytest.raises(DatabaseUnavailable, match="read-only transaction"), books.reading() as conn:
+    with pytest.raises(DatabaseUnavailable, match="read-only transaction"), queries.reading() as conn:
         conn.execute(sa.update(world.schema.users).values(credit_balance=9).where(world.schema.users.c.key == user))
 
 
@@ -470,9 +480,9 @@ def test_a_grant_is_shown_done_once_and_recorded(any_world, open_console, caplog
     user = any_world.user(credits=2)
     visitor = open_console(any_world, allow_actions=True)
 
-    review = visitor.get(at("/user/grant", key=user, credits=3, reason="The demo failed"))
-    assert "This will grant 3 credits to" in words(review)
-    assert "Balance: 2 → 5" in words(review)
+    review = visitor.get(url_of("/user/grant", key=user, credits=3, reason="The demo failed"))
+    assert "This will grant 3 credits to" in text_of(review)
+    assert "Balance: 2 → 5" in text_of(review)
     fields = dict(
         re.findall(r'<input type="hidden" name="(\w+)" value="([^"]*)"', review.text.partition('class="confirm"')[2])
     )
@@ -483,7 +493,7 @@ def test_a_grant_is_shown_done_once_and_recorded(any_world, open_console, caplog
     assert {answer.status_code for answer in answers} == {303}
     assert len({answer.headers["location"] for answer in answers}) == 1
     assert balance(any_world, user) == 5
-    page = words(visitor.get(answers[0].headers["location"]))
+    page = text_of(visitor.get(answers[0].headers["location"]))
     assert "3 credits granted. Balance after: 5." in page
     assert "The demo failed" in page
     assert "by local operator, from the console" in page
@@ -503,11 +513,11 @@ def test_a_refund_of_all_that_is_left_replays_too(world, open_console):
     visitor = open_console(world, allow_actions=True)
     asked = {"key": user, "purchase": bought.id, "credits": 5, "reason": "Refunded by bank transfer"}
 
-    review = words(visitor.get(at("/user/refund", **asked)))
+    review = text_of(visitor.get(url_of("/user/refund", **asked)))
     assert f"Balance: 1 → {MINUS}4 (debt)" in review
     assert "5 left to refund, of which 4 are spent already. The balance is 1." in review
     assert "moves no money" in review
-    before = words(visitor.get(at("/user/refund", key=user, purchase=bought.id)))
+    before = text_of(visitor.get(url_of("/user/refund", key=user, purchase=bought.id)))
     assert "5 left to refund, of which 4 are spent already. The balance is 1." in before
     first = visitor.submit("/user/refund", **asked, once="abc")
     again = visitor.submit("/user/refund", **asked, once="abc")
@@ -518,7 +528,7 @@ def test_a_refund_of_all_that_is_left_replays_too(world, open_console):
     other = visitor.submit("/user/refund", **asked, once="another")
     assert other.status_code == 409
     assert "0 credits left to refund" in other.text
-    assert "Nothing of this purchase is left" in visitor.get(at("/user/refund", **asked)).text
+    assert "Nothing of this purchase is left" in visitor.get(url_of("/user/refund", **asked)).text
 
 
 @pytest.mark.parametrize(
@@ -538,7 +548,7 @@ def test_a_refund_of_all_that_is_left_replays_too(world, open_console):
 def test_what_is_missing_is_asked_for(world, open_console, fields, fault):
     user = world.user(credits=1)
     visitor = open_console(world, allow_actions=True)
-    answer = visitor.get(at("/user/grant", key=user, **fields))
+    answer = visitor.get(url_of("/user/grant", key=user, **fields))
     assert answer.status_code == 422
     assert fault in answer.text
     assert visitor.submit("/user/grant", key=user, once="1", **fields).status_code == 422
@@ -567,7 +577,7 @@ def test_another_users_purchase_cannot_be_refunded_here(world, open_console):
     bought = buy(world, other, 5)
     visitor = open_console(world, allow_actions=True)
     fields = {"key": user, "purchase": bought.id, "credits": 1, "reason": "x"}
-    assert visitor.get(at("/user/refund", **fields)).status_code == 404
+    assert visitor.get(url_of("/user/refund", **fields)).status_code == 404
     assert visitor.submit("/user/refund", **fields, once="1").status_code == 404
     assert balance(world, other) == 5
 
@@ -601,16 +611,16 @@ def test_an_unmigrated_database_says_what_to_run(fresh_database, open_console):
 
 def test_vendored_files_are_what_they_say():
     folder = resources.files("tallystick.web.console").joinpath("static")
-    said = re.findall(r"([0-9a-f]{64})  (\S+)", folder.joinpath("README.md").read_text())
-    assert {name for _, name in said} == {"uPlot.iife.min.js", "uPlot.min.css"}
-    for digest, name in said:
+    listed = re.findall(r"([0-9a-f]{64})  (\S+)", folder.joinpath("README.md").read_text())
+    assert {name for _, name in listed} == {"uPlot.iife.min.js", "uPlot.min.css"}
+    for digest, name in listed:
         assert hashlib.sha256(folder.joinpath(name).read_bytes()).hexdigest() == digest
 
 
 def test_no_page_holds_script_or_style_of_its_own(world, open_console):
     user = world.user(credits=1)
     visitor = open_console(world, allow_actions=True)
-    for path in (*PAGES, at("/user", key=user), at("/user/grant", key=user)):
+    for path in (*PAGES, url_of("/user", key=user), url_of("/user/grant", key=user)):
         page = visitor.get(path).text
         assert not re.search(r"<style|<script(?![^>]* src=)|\sstyle=|\son\w+=|javascript:", page), path
 
@@ -620,8 +630,8 @@ def test_a_migration_on_its_way_is_not_called_applied(world, open_console):
     with world.engine.begin() as conn:
         conn.exec_driver_sql("INSERT INTO tallystick.migration_log (revision, direction) VALUES ('0999', 'prepare')")
     visitor = open_console(world)
-    assert "Revision 0999 , prepared" in words(visitor.overview())
-    assert "0999 prepared" in words(visitor.get("/migrations"))
+    assert "Revision 0999 , prepared" in text_of(visitor.overview())
+    assert "0999 prepared" in text_of(visitor.get("/migrations"))
 
 
 # --- holds, reversals, corrections, and credits that expire ---
@@ -647,7 +657,7 @@ def test_the_figures_count_what_was_taken_back(world, open_console):
     assert {k: v for k, v in visitor.get("/days.json").json()["days"][-1].items() if k != "date"} == {
         "sold": 16, "granted": 10, "consumed": 1, "refunded": 3, "expired": 7,
     }  # fmt: skip
-    page = words(visitor.overview())
+    page = text_of(visitor.overview())
     assert "Granted without payment 10 0 in the 30 days before" in page
     assert "Expired 7 0 in the 30 days before" in page
     assert "No purchase is waiting" in page
@@ -678,8 +688,8 @@ def test_what_is_held_and_what_expires_is_shown(any_world, open_console):
             conn, user, credits=5, key="h2", description="Answer 18", capture_limit=8, expires_in=dt.timedelta(hours=1)
         )
     visitor = open_console(any_world)
-    answer = visitor.get(at("/user", key=user))
-    page = words(answer)
+    answer = visitor.get(url_of("/user", key=user))
+    page = text_of(answer)
     assert "12 credits 5 held , 7 can be spent" in page
     assert re.search(rf"in 59 min {held.expires_at:%Y-%m-%d %H:%M} 5 8 Answer 18", page)
     assert "hold, released" in page
@@ -690,22 +700,22 @@ def test_what_is_held_and_what_expires_is_shown(any_world, open_console):
     assert f'aria-label="of consumption {used.id}"' in answer.text
     assert "pending" not in page
 
-    told = visitor.get(at("/user.json", key=user)).json()
-    about = told["user"]
+    data = visitor.get(url_of("/user.json", key=user)).json()
+    about = data["user"]
     assert (about["credit_balance"], about["credit_held"], about["credit_available"]) == (12, 5, 7)
-    assert [(lot["id"], lot["remaining"], lot["given"], lot["paid"]) for lot in told["lots"]] == [
+    assert [(lot["id"], lot["remaining"], lot["given"], lot["paid"]) for lot in data["lots"]] == [
         (str(spring.id), 2, 4, False)
     ]
-    assert [(row["status"], row["held"], row["capture_limit"]) for row in told["holds"]] == [("pending", 5, 8)]
-    assert [(row["status"], row["held"], row["capture_limit"]) for row in told["unfinished"]] == [("failed", 1, 0)]
+    assert [(row["status"], row["held"], row["capture_limit"]) for row in data["holds"]] == [("pending", 5, 8)]
+    assert [(row["status"], row["held"], row["capture_limit"]) for row in data["unfinished"]] == [("failed", 1, 0)]
     for path, shown in (("/user/holds", "Answer 18"), ("/user/lots", "Spring promotion")):
-        assert shown in words(visitor.get(at(path, key=user)))
-        assert [row["description"] for row in visitor.get(at(f"{path}.json", key=user)).json()["rows"]] == [shown]
-        assert [row["description"] for row in table(visitor.get(at(f"{path}.csv", key=user)))] == [shown]
-    rows = table(visitor.get(at("/user.csv", key=user)))
+        assert shown in text_of(visitor.get(url_of(path, key=user)))
+        assert [row["description"] for row in visitor.get(url_of(f"{path}.json", key=user)).json()["rows"]] == [shown]
+        assert [row["description"] for row in table(visitor.get(url_of(f"{path}.csv", key=user)))] == [shown]
+    rows = table(visitor.get(url_of("/user.csv", key=user)))
     assert [row["held"] for row in rows if row["id"] == str(held.id)] == ["5"]
     assert visitor.get("/pending.json").json()["rows"] == []
-    assert "1 held" in words(visitor.get("/users"))
+    assert "1 held" in text_of(visitor.get("/users"))
 
 
 def test_what_has_expired_without_a_row_is_not_shown_as_there(world, open_console):
@@ -716,17 +726,17 @@ def test_what_has_expired_without_a_row_is_not_shown_as_there(world, open_consol
         ledger.hold(conn, user, credits=2, key="h", description="Answer 18")
     world.pass_time(days=2)
     visitor = open_console(world)
-    page = words(visitor.get(at("/user", key=user)))
+    page = text_of(visitor.get(url_of("/user", key=user)))
     assert "2 credits 4 expired; the row follows" in page
     assert "can be spent" not in page
     assert "hold, expired" in page
     assert "Credits that expire" not in page
     assert "2 entries, balance 6, no gaps" in page
-    assert "held" not in words(visitor.get("/users"))
+    assert "held" not in text_of(visitor.get("/users"))
     assert visitor.get("/days.json").json()["holdings"] == {"outstanding": 2, "holders": 1, "debt": 0, "debtors": 0}
     with world.engine.begin() as conn:
         ledger.sweep(conn)
-    page = words(visitor.get(at("/user", key=user)))
+    page = text_of(visitor.get(url_of("/user", key=user)))
     assert "the row follows" not in page
     assert "hold, expired" in page
     assert "3 entries, balance 2, 1 linked to an earlier one, no gaps" in page
@@ -738,7 +748,7 @@ def test_a_user_with_nothing_held_costs_no_further_statement(world):
         world.ledger.hold(conn, holder, credits=1, key="h")
     queries = Queries(world.config, world.engine)
     asked: list[str] = []
-    sa.event.listen(world.engine, "before_cursor_execute", lambda *said: asked.append(said[2]))
+    sa.event.listen(world.engine, "before_cursor_execute", lambda *event_args: asked.append(event_args[2]))
     assert queries.user(plain).credit_available == 2
     alone = len(asked)
     assert queries.user(holder).credit_available == 1
@@ -751,7 +761,7 @@ def test_failed_holds_push_nothing_that_waits_off_the_page(world, open_console):
     with world.engine.begin() as conn:
         for number in range(60):
             world.ledger.release(conn, user, world.ledger.hold(conn, user, credits=1, key=str(number)).id)
-    rows = open_console(world).get(at("/user.json", key=user)).json()["unfinished"]
+    rows = open_console(world).get(url_of("/user.json", key=user)).json()["unfinished"]
     assert (rows[0]["id"], rows[0]["status"]) == (str(waits.id), "pending")
     assert len(rows) == 51
     assert all(row["status"] == "failed" for row in rows[1:])
@@ -772,12 +782,12 @@ def test_what_was_paid_for_is_told_apart_from_what_was_given(world, open_console
         ledger.consume(conn, user, credits=1, key="c")
         ledger.merge(conn, other, into=user, key="m")
     visitor = open_console(world)
-    page = words(visitor.get(at("/user", key=user)))
+    page = text_of(visitor.get(url_of("/user", key=user)))
     assert "Bought 9 €7, $10 paid; less 3 refunded Granted 3 without payment Consumed 1 Expired 0" in page
     assert "3 credits came by a merge of two accounts." in page
     assert "1 credit of 14 will expire: 1 bought, 0 granted." in page
-    assert "3 credits went by a merge" in words(visitor.get(at("/user", key=other)))
-    lots = visitor.get(at("/user/lots.json", key=user)).json()["rows"]
+    assert "3 credits went by a merge" in text_of(visitor.get(url_of("/user", key=other)))
+    lots = visitor.get(url_of("/user/lots.json", key=user)).json()["rows"]
     assert [(lot["paid"], lot["remaining"], lot["amount_paid"]) for lot in lots] == [(True, 1, 700)]
 
 
@@ -785,7 +795,7 @@ def test_of_a_long_ledger_the_newest_rows_are_summed(world, open_console, monkey
     monkeypatch.setattr(queries, "SUM_ROWS", 2)
     user = world.user(credits=5)
     spend(world, user, times=3)
-    page = words(open_console(world).get(at("/user", key=user)))
+    page = text_of(open_console(world).get(url_of("/user", key=user)))
     assert "How the credits came and went, in the last 2 entries Bought 0" in page
 
 
@@ -797,16 +807,16 @@ def test_many_holds_and_lots_are_walked_there_and_back(world, open_console):
             soon = dt.datetime.now(dt.UTC) + dt.timedelta(days=1 + number // 2)
             world.ledger.grant(conn, user, credits=1, key=f"g{number}", description="A day", expires_at=soon)
     visitor = open_console(world)
-    page = words(visitor.get(at("/user", key=user)))
+    page = text_of(visitor.get(url_of("/user", key=user)))
     assert "All holds" in page
     assert "All 51 that expire" in page
     for path in ("/user/holds.json", "/user/lots.json"):
-        rows, pages = walk(visitor, at(path, key=user))
+        rows, pages = walk(visitor, url_of(path, key=user))
         assert (len({row["id"] for row in rows}), len(pages)) == (51, 2)
         last = visitor.get(pages[-1]).json()
         assert walk(visitor, last["before"], "before")[0] + last["rows"] == rows
-        assert len(table(visitor.get(at(path.replace(".json", ".csv"), key=user)))) == 51
-        assert visitor.get(at(path, key=user, after="x")).status_code == 400
+        assert len(table(visitor.get(url_of(path.replace(".json", ".csv"), key=user)))) == 51
+        assert visitor.get(url_of(path, key=user, after="x")).status_code == 400
 
 
 # --- events ---
@@ -821,10 +831,10 @@ def test_events_are_listed_with_where_they_were_delivered(make_world, shape, ope
     world = make_world(shape)
     visitor = open_console(world)
     user = world.user(credits=9)
-    assert "Events are off" in words(visitor.get("/events"))
-    assert "All events" not in words(visitor.get(at("/user", key=user)))
+    assert "Events are off" in text_of(visitor.get("/events"))
+    assert "All events" not in text_of(visitor.get(url_of("/user", key=user)))
     hook.add(world, "crm")
-    assert "No events of the entries above" in words(visitor.get(at("/user", key=user)))
+    assert "No events of the entries above" in text_of(visitor.get(url_of("/user", key=user)))
     with world.engine.begin() as conn:
         held = world.ledger.hold(conn, user, credits=3, key="h", description="Answer 18", capture_limit=8)
     hook.deliver(world)
@@ -837,27 +847,27 @@ def test_events_are_listed_with_where_they_were_delivered(make_world, shape, ope
     hook.deliver(world, attempts=2)
     other = world.user(credits=1)
 
-    told = visitor.get(at("/events.json", key=user)).json()["rows"]
-    assert [(row["kind"], row["amount"], [one["state"] for one in row["deliveries"]]) for row in told] == [
+    events = visitor.get(url_of("/events.json", key=user)).json()["rows"]
+    assert [(row["kind"], row["amount"], [one["state"] for one in row["deliveries"]]) for row in events] == [
         ("consumption.completed", -1, ["waits"]),
         ("balance.low", -8, ["delivered"]),
         ("consumption.completed", -8, ["delivered"]),
         ("consumption.held", -3, ["dead letter"]),
     ]
-    assert len(visitor.get("/events.json").json()["rows"]) == 1 + len(told)
-    assert len(table(visitor.get("/events.csv"))) == 1 + len(table(visitor.get(at("/events.csv", key=user)))) == 5
-    page = words(visitor.get(at("/user", key=user)))
+    assert len(visitor.get("/events.json").json()["rows"]) == 1 + len(events)
+    assert len(table(visitor.get("/events.csv"))) == 1 + len(table(visitor.get(url_of("/events.csv", key=user)))) == 5
+    page = text_of(visitor.get(url_of("/user", key=user)))
     assert "consumption.held" in page
     assert "crm dead letter" in page
-    page = words(visitor.get("/events"))
+    page = text_of(visitor.get("/events"))
     assert re.search(r"crm http://\S+ \d+-\d+ 2 since .* all kinds it answered 500 .* 1 failed attempt; the next", page)
-    assert "1 dead letter, 1 endpoint of events failing" in words(visitor.overview())
+    assert "1 dead letter, 1 endpoint of events failing" in text_of(visitor.overview())
     assert str(other) in page
 
     with world.engine.begin() as conn:
         remove_endpoint(conn, "crm")
-    assert "crm removed" in words(visitor.get("/events"))
-    assert [row["deliveries"] for row in visitor.get(at("/events.json", key=user)).json()["rows"]] == [[]] * 4
+    assert "crm removed" in text_of(visitor.get("/events"))
+    assert [row["deliveries"] for row in visitor.get(url_of("/events.json", key=user)).json()["rows"]] == [[]] * 4
     hook.add(world, "crm")  # anew: of what was before nothing is known
     assert {state["state"] for row in visitor.get("/events.json").json()["rows"] for state in row["deliveries"]} == {
         "dead letter"
@@ -869,14 +879,14 @@ def test_events_are_walked_there_and_back(world, open_console, hook):
     user = world.user(credits=60)
     spend(world, user, times=60)
     visitor = open_console(world)
-    for path in ("/events.json", at("/events.json", key=user)):
+    for path in ("/events.json", url_of("/events.json", key=user)):
         rows, pages = walk(visitor, path)
         assert len({row["id"] for row in rows}) == 62  # of each row one, and one of the balance
         last = visitor.get(pages[-1]).json()
         assert walk(visitor, last["before"], "before")[0] + last["rows"] == rows
         assert len(table(visitor.get(path.replace(".json", ".csv")))) == 62
     for cursor in ("x", "1", "1-x", "9" * 30 + "-1"):
-        assert visitor.get(at("/events.json", after=cursor)).status_code == 400
+        assert visitor.get(url_of("/events.json", after=cursor)).status_code == 400
 
 
 def test_a_dead_letter_is_sent_again_by_whom_the_log_says(world, open_console, hook, caplog):
@@ -886,8 +896,8 @@ def test_a_dead_letter_is_sent_again_by_whom_the_log_says(world, open_console, h
     hook.deliver(world)
     reader, visitor = open_console(world), open_console(world, allow_actions=True)
     [(endpoint, event)] = dead_letters(visitor)
-    assert "tallystick events replay crm" in words(reader.get("/events"))
-    assert "Send again" not in words(reader.get("/events"))
+    assert "tallystick events replay crm" in text_of(reader.get("/events"))
+    assert "Send again" not in text_of(reader.get("/events"))
     assert reader.submit("/events/send", endpoint=endpoint, event=event).status_code == 404
     assert visitor.post("/events/send", data={"endpoint": endpoint, "event": event}).status_code == 403
     assert visitor.submit("/events/send", endpoint=endpoint, event="x").status_code == 404
@@ -896,7 +906,7 @@ def test_a_dead_letter_is_sent_again_by_whom_the_log_says(world, open_console, h
     def send():
         answer = visitor.submit("/events/send", endpoint=endpoint, event=event)
         assert answer.status_code == 303, answer.text
-        return words(visitor.get(answer.headers["location"]))
+        return text_of(visitor.get(answer.headers["location"]))
 
     hook.status = 503
     assert "not taken. The list has the new reason." in (page := send())
@@ -906,8 +916,8 @@ def test_a_dead_letter_is_sent_again_by_whom_the_log_says(world, open_console, h
     assert dead_letters(visitor) == []
     assert "nothing was sent" in send()  # a double click
     assert hook.ids == [f"evt_{event}"] * 3
-    said = [record.getMessage() for record in caplog.records if "action=send-again" in record.getMessage()]
-    assert said == [
+    logged = [record.getMessage() for record in caplog.records if "action=send-again" in record.getMessage()]
+    assert logged == [
         f"action=send-again operator='local operator' endpoint='crm' event={event} outcome={outcome}"
         for outcome in ("refused", "taken", "gone")
     ]
@@ -932,8 +942,8 @@ def test_a_database_of_a_revision_before_events(world, open_console):
         world.ledger.hold(conn, user, credits=1, key="h")
     migrate.undo(world.url, world.config, to="0002", discard_ledger=True)
     visitor = open_console(world)
-    assert "3 credits 1 held , 2 can be spent" in words(visitor.get(at("/user", key=user)))
-    assert "balances" in words(visitor.get("/"))
+    assert "3 credits 1 held , 2 can be spent" in text_of(visitor.get(url_of("/user", key=user)))
+    assert "balances" in text_of(visitor.get("/"))
     answer = visitor.get("/events")
     assert answer.status_code == 503
     assert "tallystick migrate apply" in answer.text

@@ -31,9 +31,9 @@ def refused(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as end:
             main()
         assert end.value.code == 1
-        said = capsys.readouterr()
-        assert said.out == ""
-        return " ".join(said.err.split())
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        return " ".join(printed.err.split())
 
     return run
 

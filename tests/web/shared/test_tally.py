@@ -43,7 +43,7 @@ def pending(amount=5):
     return Entry(amount, None, None, status="pending")
 
 
-def drawn(rows, **how):
+def parts_of(rows, **how):
     svg = ET.fromstring(tally(rows, standalone=True, **how))
     rects = [dict(rect.attrib) for rect in svg.iter(f"{SVG}rect")]
     return svg.find(f"{SVG}title").text, rects, [dict(path.attrib) for path in svg.iter(f"{SVG}path")]
@@ -72,11 +72,11 @@ def drawn(rows, **how):
     ],
 )
 def test_the_text_alternative(rows, total, words):
-    assert drawn(rows, total=total)[0] == words
+    assert parts_of(rows, total=total)[0] == words
 
 
 def test_credits_in_stand_up_and_credits_out_hang_down_as_long_as_the_root_of_their_amount():
-    _, rects, _ = drawn(chain(16, -4))
+    _, rects, _ = parts_of(chain(16, -4))
     wood = next(rect for rect in rects if rect["fill"] == "var(--ts-hazel)")
     up = next(rect for rect in rects if rect["fill"] == "var(--ts-in)")
     down = next(rect for rect in rects if rect["fill"] == "var(--ts-out)")
@@ -87,7 +87,7 @@ def test_credits_in_stand_up_and_credits_out_hang_down_as_long_as_the_root_of_th
 
 
 def test_pending_purchases_stand_hollow_after_the_end():
-    _, rects, _ = drawn([pending(), *chain(5, -1)])
+    _, rects, _ = parts_of([pending(), *chain(5, -1)])
     hollow = [rect for rect in rects if rect["fill"] == "none"]
     solid = [rect for rect in rects if rect["fill"] in ("var(--ts-in)", "var(--ts-out)")]
     wood = next(rect for rect in rects if rect["fill"] == "var(--ts-hazel)")
@@ -97,7 +97,7 @@ def test_pending_purchases_stand_hollow_after_the_end():
 
 
 def test_a_hold_stands_hollow_after_the_end_as_credits_out():
-    _, rects, _ = drawn([*chain(5, -1), pending(-2)])
+    _, rects, _ = parts_of([*chain(5, -1), pending(-2)])
     (hollow,) = [rect for rect in rects if rect["fill"] == "none"]
     wood = next(rect for rect in rects if rect["fill"] == "var(--ts-hazel)")
     assert hollow["stroke"] == "var(--ts-out)"
@@ -107,7 +107,7 @@ def test_a_hold_stands_hollow_after_the_end_as_credits_out():
 
 @pytest.mark.parametrize(("skip", "sticks"), [(set(), 1), ({3}, 2), ({2, 4}, 3), ({1}, 1), ({3, 4, 5, 6}, 2)])
 def test_a_missing_row_breaks_the_stick(skip, sticks):
-    _, rects, paths = drawn(chain(9, -1, -1, -1, -1, -1, -1, skip=skip))
+    _, rects, paths = parts_of(chain(9, -1, -1, -1, -1, -1, -1, skip=skip))
     wood = sorted((float(r["x"]), float(r["x"]) + float(r["width"])) for r in rects if r["fill"] == "var(--ts-hazel)")
     assert len(wood) == sticks
     assert all(left[1] < right[0] for left, right in pairwise(wood))
@@ -118,8 +118,8 @@ def test_a_missing_row_breaks_the_stick(skip, sticks):
 
 def test_a_refund_is_tied_to_its_purchase():
     rows = chain(5, -1)
-    _, _, before = drawn(rows)
-    _, rects, after = drawn([*rows, Entry(-3, 3, 1, refund_of=rows[0].id)])
+    _, _, before = parts_of(rows)
+    _, rects, after = parts_of([*rows, Entry(-3, 3, 1, refund_of=rows[0].id)])
     threads = [path for path in after if path["stroke"] == "var(--ts-muted)"]
     assert not [path for path in before if path["stroke"] == "var(--ts-muted)"]
     assert len(threads) == 1
@@ -129,8 +129,8 @@ def test_a_refund_is_tied_to_its_purchase():
 
 
 def test_the_balance_is_a_step_line_in_the_large_one_only():
-    _, _, large = drawn(chain(5, -1))
-    _, _, small = drawn(chain(5, -1), size=SMALL)
+    _, _, large = parts_of(chain(5, -1))
+    _, _, small = parts_of(chain(5, -1), size=SMALL)
     assert [path for path in large if path["stroke"] == "var(--ts-ink)"]
     assert not small
 
@@ -160,13 +160,13 @@ def test_inline_it_needs_no_style_of_its_own():
 
 def test_the_readmes_picture_is_this_drawing():
     """After a change of the drawing: python tests/web/test_tally.py."""
-    assert PICTURE.read_text(encoding="utf-8") == tally(story(), standalone=True)
+    assert PICTURE.read_text(encoding="utf-8") == tally(every_kind_of_row(), standalone=True)
 
 
 PICTURE = Path(__file__).parents[3] / "docs" / "tally.svg"
 
 
-def story():
+def every_kind_of_row():
     """A ledger with one of everything."""
     rows = chain(1, -1, 3, -1, -1, 10, -1, -1, -1, -1, -1, -1, -1, -1, -1, 5, -5, -1, 2, skip={12})
     for number, row in enumerate(rows, 1):
@@ -179,4 +179,4 @@ def story():
 
 
 if __name__ == "__main__":
-    PICTURE.write_text(tally(story(), standalone=True), encoding="utf-8")
+    PICTURE.write_text(tally(every_kind_of_row(), standalone=True), encoding="utf-8")

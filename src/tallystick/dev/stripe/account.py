@@ -35,7 +35,7 @@ ID_PREFIXES: Final = {
 
 
 class StripeAccount:
-    """Everything the double remembers. Callers hold ``lock`` for as long as they read or write."""
+    """The state of the double. Callers hold ``lock`` while they read or write."""
 
     def __init__(self, api_version: str | None = None) -> None:
         self.lock = threading.RLock()
@@ -43,7 +43,7 @@ class StripeAccount:
         self.api_version: str = api_version or specification()["api_version"]
         self.clock_offset_s = 0
         self.objects: dict[str, dict[str, Object]] = {kind: {} for kind in ID_PREFIXES}
-        self.deleted: set[str] = set()  # ids of customers, which Stripe goes on answering
+        self.deleted: set[str] = set()  # ids of customers, which Stripe still returns
         self.line_items: dict[str, list[Object]] = {}  # by session
         self.intent_data: dict[str, Params] = {}  # by session, until its payment intent exists
         self.cards: dict[str, str] = {}  # by payment method: a card number, or "async" for a bank debit
@@ -57,7 +57,7 @@ class StripeAccount:
         return int(time.time()) + self.clock_offset_s
 
     def new(self, kind: str, **fields: Any) -> Object:
-        """Make and keep an object that has every field Stripe always sends, null unless given."""
+        """Make and store an object with every field that Stripe always sends, null unless given."""
         entropy = secrets.token_hex(28 if kind == "checkout.session" else 12)
         made = empty(kind) | {"id": f"{ID_PREFIXES[kind]}_{entropy}", "object": kind}
         always = {"created": self.now(), "livemode": False, "metadata": {}}
@@ -75,11 +75,11 @@ class StripeAccount:
         return found
 
     def forgotten(self, event: Object) -> bool:
-        """Say whether Stripe would no longer have this event."""
+        """True if Stripe would no longer have this event."""
         return bool(event["created"] <= self.now() - EVENTS_KEPT_S)
 
     def update(self, kind: str, key: str, params: Params) -> Object:
-        """Set plain fields and merge metadata; announced for the kinds that Stripe announces."""
+        """Set plain fields and merge metadata; with an event for the kinds that Stripe has one for."""
         subject = self.get(kind, key)
         changes = {**params}
         if "metadata" in params:
@@ -91,7 +91,7 @@ class StripeAccount:
         return subject
 
     def delete(self, kind: str, key: str) -> Object:
-        """Forget an object."""
+        """Delete an object."""
         subject = self.get(kind, key)
         del self.objects[kind][key]
         if kind == "customer":
@@ -100,7 +100,7 @@ class StripeAccount:
         return {"id": key, "object": kind, "deleted": True}
 
     def emit(self, event_type: str, subject: Object, previous: Object | None = None) -> None:
-        """Record an event with a copy of its object, and hand it on to be delivered."""
+        """Record an event with a copy of its object, and queue it for delivery."""
         data = {"object": copy.deepcopy(subject)}
         if previous is not None:
             data["previous_attributes"] = previous

@@ -56,7 +56,7 @@ def _list(kind: str, filters: str) -> Route:
     return Route(partial(_listing, kind, names - {"created"}), names | PAGING)
 
 
-# Lists filter by the field of the filter's name, unless it is here.
+# Filters that are not the field of the same name.
 _FILTERS: Final[dict[str, Callable[[Object, Any], bool]]] = {
     "delivery_success": lambda event, wanted: (event["pending_webhooks"] == 0) == wanted,
     "ids": lambda one, wanted: one["id"] in wanted,
@@ -87,7 +87,7 @@ def _listing(kind: str, filters: frozenset[str], account: StripeAccount, params:
 
 
 def _read_customer(account: StripeAccount, _params: Params, key: str) -> Object:
-    """Answer a deleted customer as such."""
+    """Return a customer, or the stub of a deleted one."""
     if key in account.deleted:
         return {"id": key, "object": "customer", "deleted": True}
     return account.get("customer", key)
@@ -224,7 +224,7 @@ ROUTES: Final[dict[str, Route]] = {
         _update_endpoint, frozenset({"description", "disabled", "enabled_events", "metadata", "url"})
     ),
     "DELETE /v1/webhook_endpoints/{webhook_endpoint}": _delete("webhook_endpoint"),
-    # Not in Stripe's documents: what the official command line calls to complete a session.
+    # undocumented: the official command line calls it to complete a session
     "GET /v1/payment_pages/{session}": Route(_read_payment_page, frozenset()),
     "POST /v1/payment_pages/{session}/confirm": Route(_confirm_payment_page, frozenset()),
 }
@@ -232,7 +232,7 @@ _PATTERNS: Final = [(re.compile(re.sub(r"\{\w+\}", "([^/]+)", operation)), opera
 
 
 class LostAnswer(Exception):
-    """The connection ends without one, after ``wait_s`` seconds."""
+    """The connection is to end without an answer, after ``wait_s`` seconds."""
 
     def __init__(self, wait_s: float) -> None:
         super().__init__()
@@ -251,7 +251,7 @@ class Fault:
     wait_s: float
 
     def answer(self) -> Answer:
-        """Return the wrong answer, or raise LostAnswer."""
+        """Return the faulty answer, or raise LostAnswer."""
         if isinstance(self.outcome, str):
             raise LostAnswer(self.wait_s if self.outcome == "timeout" else 0)
         limited = self.outcome == 429  # noqa: PLR2004 - HTTP's own number
@@ -264,7 +264,7 @@ class Fault:
 
 @dataclass
 class Answer:
-    """A status, a body, and the headers besides the usual ones."""
+    """A status, a body, and additional headers."""
 
     status: int
     body: Object
@@ -280,7 +280,7 @@ class _Remembered(NamedTuple):
 
 
 class Api:
-    """Answers requests to an account, one at a time."""
+    """The API of an account, which answers one request at a time."""
 
     def __init__(self, account: StripeAccount, secret_key: str) -> None:
         self.account = account
@@ -290,7 +290,7 @@ class Api:
         self._remembered: dict[str, _Remembered] = {}
 
     def answer(self, method: str, path: str, form: str, headers: Mapping[str, str]) -> Answer:
-        """Answer one request; ``headers`` have lower-case names. Raises LostAnswer when told to."""
+        """Answer one request; ``headers`` have lower-case names. Raises LostAnswer for such a fault."""
         request_id = "req_" + secrets.token_hex(7)
         with self.account.lock:
             self.requests.append((method, path))
@@ -308,7 +308,7 @@ class Api:
         return answer
 
     def forget_idempotency_keys(self) -> int:
-        """Do what Stripe may do after a day; return how many keys there were."""
+        """Drop all idempotency keys, as Stripe may do after a day; return their number."""
         with self.account.lock:
             count = len(self._remembered)
             self._remembered.clear()
@@ -331,11 +331,11 @@ class Api:
             if before and before.created > self.account.now() - DAY_S:
                 return _replay(before, f"{method} {path}", raw, idempotency_key)
         params, expand = _checked(operation, raw)
-        # From here on Stripe calls it executed, and remembers whatever it answers.
+        # From here on the request counts as executed, and Stripe stores any answer.
         self.account.cause = {"id": request_id, "idempotency_key": idempotency_key}
         answer = self._execute(operation, params, key, expand, path)
         after = fault.outcome if fault else None
-        if after == 500:  # noqa: PLR2004 - Stripe's own failure; other numbers come from what is in between
+        if after == 500:  # noqa: PLR2004 - Stripe's own failure; other statuses come from proxies
             answer = fault.answer() if fault else answer
         if idempotency_key:
             answer.headers["Idempotency-Key"] = idempotency_key
@@ -349,7 +349,7 @@ class Api:
             made = ROUTES[operation].handler(self.account, params, key)
             if made["object"] == "list":
                 made["url"] = path
-            # A copy: the account goes on changing its objects, and expanding must not touch them.
+            # a copy: the account changes its objects later, and expanding must not change them
             body = copy.deepcopy(made)
             for wish in expand:
                 _expand(self.account, body, wish.split("."), wish)

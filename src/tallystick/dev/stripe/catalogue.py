@@ -15,7 +15,7 @@ AMOUNT_MAX: Final = 99_999_999  # minor units of a price, a payment or a refund
 
 
 def check_amount(amount: int, currency: str, param: str) -> None:
-    """Refuse an amount that is no multiple of what the currency's amounts are multiples of."""
+    """Refuse an amount that is not a multiple of the currency's step."""
     step = STEPS.get(currency, 1)
     if amount % step:
         raise refused(

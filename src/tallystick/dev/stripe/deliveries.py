@@ -1,4 +1,4 @@
-"""Deliveries: events sent, signed, to the account's webhook endpoints, again when they fail."""
+"""Deliveries: signed events to the account's webhook endpoints, with retries."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ USER_AGENT: Final = "Stripe/1.0 (+https://stripe.com/docs/webhooks)"
 
 @dataclass(frozen=True)
 class Delivery:
-    """One event on its way to one endpoint."""
+    """One event to be delivered to one endpoint."""
 
     event: str
     type: str
@@ -34,7 +34,7 @@ class Delivery:
 
 @dataclass(frozen=True)
 class Attempt:
-    """The result of a delivery: the endpoint's status, or the error that left none."""
+    """The result of a delivery: the endpoint's status, or the error."""
 
     event: str
     type: str
@@ -45,7 +45,7 @@ class Attempt:
 
     @property
     def succeeded(self) -> bool:
-        """Stripe counts 2xx alone: a redirect is a failure, and is not followed."""
+        """True for 2xx only: at Stripe a redirect is a failure, and is not followed."""
         return self.status is not None and 200 <= self.status < 300  # noqa: PLR2004 - HTTP's own numbers
 
 
@@ -62,10 +62,10 @@ def sign(body: bytes, keys: Iterable[str], at: int) -> str:
 
 
 class Webhooks:
-    """Sends each event to the endpoints that asked for it, from threads of its own.
+    """Threads that send each event to the endpoints that subscribe to it.
 
-    ``retry_delays_s`` stands for the days over which Stripe tries again. While ``hold`` is on, deliveries
-    wait for ``release``, retries included.
+    ``retry_delays_s`` stands for the days over which Stripe retries. While ``hold`` is on, deliveries and retries wait
+    for ``release``.
     """
 
     def __init__(
@@ -86,10 +86,10 @@ class Webhooks:
         for thread in self._threads:
             thread.start()
 
-    # -- what happens by itself
+    # -- automatic deliveries
 
     def announce(self, event: Object) -> None:
-        """Queue an event for each endpoint that asked for its type. The account's lock is held."""
+        """Queue an event for each endpoint that subscribes to its type. The account's lock is held."""
         deliveries = [
             Delivery(event["id"], event["type"], endpoint["id"])
             for endpoint in self.account.objects["webhook_endpoint"].values()
@@ -127,7 +127,7 @@ class Webhooks:
             return None
 
     def send(self, delivery: Delivery) -> Attempt | None:
-        """Send one delivery now, log it, and queue its retry if it failed; None if it lost its endpoint."""
+        """Send one delivery now, log it, and queue its retry if it failed; None if its endpoint was removed."""
         with self.account.lock:
             event = self.account.objects["event"][delivery.event]
             endpoint = self.account.objects["webhook_endpoint"].get(delivery.endpoint)
@@ -151,7 +151,7 @@ class Webhooks:
         return attempt
 
     def signed(self, event: Object, endpoint: Object, *, at: int | None = None) -> tuple[bytes, str]:
-        """Return the body and the signature header. Signed by the real clock, as receivers check the age."""
+        """Return the body and the signature header, signed by the real clock, since receivers check the age."""
         now = time.time()
         shown = event | {"api_version": endpoint["api_version"] or event["api_version"]}
         body = json.dumps(shown, indent=2).encode()
@@ -174,10 +174,10 @@ class Webhooks:
         finally:
             connection.close()
 
-    # -- what a test makes happen
+    # -- controls for tests
 
     def hold(self) -> None:
-        """Keep everything that is queued from now on, and what waits for a retry, until ``release``."""
+        """Hold all deliveries, also those that wait for a retry, until ``release``."""
         with self._changed:
             self._holding = True
             self.held += [delivery for _due, _order, delivery in sorted(self._queue)]
@@ -185,10 +185,10 @@ class Webhooks:
             self._changed.notify_all()
 
     def release(self, events: Sequence[str] | None = None) -> list[Attempt]:
-        """Send held deliveries one after the other, in this thread, and return what came of each.
+        """Send held deliveries one after the other, in this thread, and return the result of each.
 
-        None sends all and ends the hold. A list of event ids sends those, in its order and as often as it
-        names them; the hold goes on.
+        None sends all and ends the hold. A list of event ids sends those, in its order and as often as it names them;
+        the others stay held.
         """
         with self._changed:
             if events is None:
@@ -200,7 +200,7 @@ class Webhooks:
         return [attempt for attempt in attempts if attempt is not None]
 
     def drop(self, events: Sequence[str]) -> int:
-        """Lose the held deliveries of these events for good, and return how many they were."""
+        """Drop the held deliveries of these events for good, and return their number."""
         with self._changed:
             lost = {one for event in events for one in self._held_of(event)}
             self.held = [one for one in self.held if one not in lost]
@@ -213,7 +213,7 @@ class Webhooks:
         return found
 
     def roll_secret(self, endpoint: Object, keep_old_s: float) -> str:
-        """Give an endpoint a new secret; the others go on signing until ``keep_old_s`` from now."""
+        """Give an endpoint a new secret; the old ones also sign until ``keep_old_s`` from now."""
         secret = new_secret()
         until = time.time() + keep_old_s
         old = self.account.secrets[endpoint["id"]]
@@ -224,7 +224,7 @@ class Webhooks:
         return secret
 
     def resend(self, event: str) -> int:
-        """Queue an event again for every enabled endpoint, delivered before or not; return how many."""
+        """Queue an event again for every enabled endpoint; return their number."""
         with self.account.lock:
             found = self.account.get("event", event)
             endpoints = [
@@ -237,7 +237,7 @@ class Webhooks:
         return len(endpoints)
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait until nothing is queued, waiting for a retry or under way; say whether that came."""
+        """Wait until nothing is queued, waiting for a retry or under way. False after ``timeout_s``."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._queue and not self._under_way, timeout_s)
 
@@ -251,5 +251,5 @@ class Webhooks:
 
 
 def as_json(attempts: Iterable[Attempt | Delivery]) -> list[dict[str, Any]]:
-    """Return plain objects for the control endpoints."""
+    """Return them as plain objects for the control endpoints."""
     return [asdict(attempt) for attempt in attempts]

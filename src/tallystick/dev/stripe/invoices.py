@@ -1,4 +1,4 @@
-"""Invoices of subscriptions, as they are once they were paid."""
+"""Paid invoices of subscriptions."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from tallystick.dev.stripe.account import Object, StripeAccount
 from tallystick.dev.stripe.parameters import empty, refused
 
 LINES_SHOWN: Final = 10
-"""The lines that an invoice itself shows; the others are asked for."""
+"""The number of lines in an invoice itself; the others have a list of their own."""
 
 
 def bill(account: StripeAccount, customer: Object, lines: Sequence[Mapping[str, Any]]) -> Object:
-    """Make a paid invoice with these lines, and announce it."""
+    """Make a paid invoice with these lines, and its event."""
     if not lines:
         raise refused("An invoice has one line or more.", "parameter_missing", "lines")
     now, subscription = account.now(), f"sub_{customer['id'].removeprefix('cus_')}"

@@ -24,7 +24,7 @@ button.pay { background: #5469d4; border-color: #5469d4; color: #fff }
 $body
 </main></html>
 """)
-# What a button posts, what it says, and the class that draws it.
+# The action, text and CSS class of each button.
 _OPEN: Final = (
     ("pay", "Pay", "pay"),
     ("pay_later", "Pay later (bank debit: the outcome comes afterwards)", ""),
@@ -35,7 +35,7 @@ _WAITING: Final = (("succeed", "The bank debit arrives", "pay"), ("bounce", "The
 
 
 def render(account: StripeAccount, session: Object, problem: str = "") -> str:
-    """Return the page for the state that the session is in."""
+    """Return the page for the session's state."""
     rows = "".join(
         f"<li>{item['quantity']} &times; {escape(item['description'])}</li>"
         for item in account.line_items[session["id"]]
@@ -64,9 +64,9 @@ def _buttons(buttons: tuple[tuple[str, str, str], ...]) -> str:
 
 
 def act(account: StripeAccount, session: Object, action: str) -> str | None:
-    """Do what a button says; return where the browser goes next, or None to stay.
+    """Perform a button's action; return the address for a redirect, or None to stay.
 
-    Raises DevStripeError when the card is declined or the session is not in a state for it.
+    Raises DevStripeError if the card is declined or the session's state does not allow it.
     """
     back = str(session["success_url"]).replace("{CHECKOUT_SESSION_ID}", session["id"])
     if action == "pay":

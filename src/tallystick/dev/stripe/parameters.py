@@ -50,12 +50,12 @@ def empty(kind: str) -> dict[str, Any]:
 
 
 def has_field(kind: str, name: str) -> bool:
-    """Say whether Stripe's objects of this kind have a field of this name."""
+    """True if Stripe's objects of this kind have a field of this name."""
     return name in specification()["$defs"][kind]["properties"]
 
 
 def is_expandable(kind: str, name: str) -> bool:
-    """Say whether the field holds an id that ``expand`` replaces by the object."""
+    """True if the field has an id that ``expand`` replaces by the object."""
     schema: Schema = specification()["$defs"].get(kind, {}).get("properties", {}).get(name, {})
     return bool(schema.get("x-expandable"))
 
@@ -75,10 +75,10 @@ def parse_form(text: str) -> Params:
 
 
 def check(operation: str, form: Params, modelled: Iterable[str]) -> Params:
-    """Return the form with Stripe's types, or raise the error that Stripe answers to such parameters.
+    """Return the form with Stripe's types, or raise Stripe's error for such parameters.
 
-    Parameters that Stripe has and the double does not act on are refused too, in the double's own words:
-    ignoring one silently would let a test pass that proves nothing.
+    Parameters of Stripe's that the double does not implement are refused too, with its own message: ignoring one could
+    let a test pass that proves nothing.
     """
     schema = specification()["requests"][operation]
     params: Params = _value(schema, form, "")
@@ -113,7 +113,7 @@ def _first_that_fits(alternatives: list[Schema], value: Any, path: str) -> Any:
         try:
             return _value(alternative, value, path)
         except DevStripeError as refusal:
-            # The alternative of the value's own shape has the error that helps.
+            # the alternative of the value's own shape has the best error
             if error is None or (alternative.get("type") == "object") is isinstance(value, Mapping):
                 error = refusal
     raise error or refused("Invalid value", param=path)

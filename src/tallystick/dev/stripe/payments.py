@@ -1,4 +1,4 @@
-"""Checkout Sessions, payments, refunds and disputes: the states they go through, and the events of each.
+"""Checkout Sessions, payments, refunds and disputes: their states, and the events of each.
 
 Objects named ``session``, ``charge`` and so on are the account's own; functions change them in place.
 """
@@ -13,13 +13,13 @@ from tallystick.dev.stripe.account import DAY_S, Object, StripeAccount, merged_m
 from tallystick.dev.stripe.parameters import Params, empty, has_field, refused
 from tallystick.errors import DevStripeError
 
-# Stripe's test cards, and the tokens that stand for them.
+# Stripe's test cards, and their tokens.
 GOOD_CARD: Final = "4242424242424242"
 DECLINED_CARD: Final = "4000000000000002"
 DISPUTED_CARD: Final = "4000000000000259"
 INQUIRED_CARD: Final = "4000000000001976"
-LATER_DECLINED_CARD: Final = "4000000000000341"  # it can be saved, and then not charged
-AUTHENTICATED_CARD: Final = "4000002760003184"  # each payment needs the customer
+LATER_DECLINED_CARD: Final = "4000000000000341"  # it can be saved, but later charges are declined
+AUTHENTICATED_CARD: Final = "4000002760003184"  # each payment needs the customer's authentication
 SLOW_REFUND_CARD: Final = "4000000000007726"
 TOKENS: Final = {
     "visa": GOOD_CARD,
@@ -27,14 +27,14 @@ TOKENS: Final = {
     "createDispute": DISPUTED_CARD,
     "createDisputeInquiry": INQUIRED_CARD,
 }
-ASYNC: Final = "async"  # in the place of a card number: a bank debit, whose outcome comes later
+ASYNC: Final = "async"  # instead of a card number: a bank debit, whose outcome comes later
 
 LINE_ITEMS_MAX: Final = 100
 QUANTITY_MAX: Final = 999_999  # of a line item that the customer may adjust
 QUANTITY_MAX_DEFAULT: Final = 99
 MINIMUM_TOTAL: Final = {"usd": 50, "eur": 50, "gbp": 30}  # minor units
 
-# Which state leads to which; every other step is refused.
+# The allowed steps from each state; all others are refused.
 REFUND_STEPS: Final[dict[str, set[str]]] = {
     "pending": {"succeeded", "failed", "canceled"},
     "succeeded": {"failed", "canceled"},  # a bank may send a refund back days later
@@ -96,7 +96,7 @@ def create_session(account: StripeAccount, params: Params) -> Object:
             "total_details": {"amount_discount": 0, "amount_shipping": 0, "amount_tax": 0},
         },
     )
-    session.pop("line_items")  # only there when expanded
+    session.pop("line_items")  # only present if expanded
     session["url"] = f"{account.url}/c/pay/{session['id']}"
     if customer is not None:
         session["customer_creation"] = None
@@ -143,7 +143,7 @@ def _invoice_creation(params: Params) -> Object:
 
 
 def _check_customer_update(params: Params) -> None:
-    """Refuse what would change a given customer without leave, as Stripe does."""
+    """Refuse options that would change a given customer without permission, as Stripe does."""
     update = params.get("customer_update", {})
     if "customer" not in params:
         if update:
@@ -212,7 +212,7 @@ def expire_session(account: StripeAccount, session: Object) -> Object:
 
 
 def expire_due(account: StripeAccount) -> None:
-    """Expire the open sessions whose time has come. Called before anything else looks at them."""
+    """Expire the open sessions that are due. Called before anything reads them."""
     now = account.now()
     for session in account.objects["checkout.session"].values():
         if session["status"] == "open" and now >= session["expires_at"]:
@@ -229,7 +229,7 @@ def pay_session(
     quantity: int | None = None,
     email: str | None = None,
 ) -> Object:
-    """Do what the customer does on the hosted page. ``discount`` stands for a promotion code."""
+    """Pay a session, as the customer does on the hosted page. ``discount`` stands for a promotion code."""
     if session["status"] != "open":
         message = f"This Checkout Session is no longer open: its status is `{session['status']}`."
         raise refused(message, "checkout_session_not_open")
@@ -310,13 +310,13 @@ def _customer_details(email: str | None, name: str | None) -> Object:
 
 
 def is_settling(account: StripeAccount, session: Object) -> bool:
-    """Say whether a delayed payment of the session is under way."""
+    """True if a delayed payment of the session is under way."""
     intent = account.objects["payment_intent"].get(session["payment_intent"])
     return intent is not None and intent["status"] == "processing"
 
 
 def settle_session(account: StripeAccount, session: Object, *, succeeded: bool) -> Object:
-    """Bring the outcome of a delayed payment."""
+    """Set the outcome of a delayed payment."""
     if not is_settling(account, session):
         raise refused(f"No delayed payment of {session['id']} is under way.")
     intent = account.get("payment_intent", session["payment_intent"])
@@ -335,7 +335,7 @@ def settle_session(account: StripeAccount, session: Object, *, succeeded: bool) 
 
 
 def create_payment_method(account: StripeAccount, params: Params) -> Object:
-    """Make a payment method from a test token or number; only its type and which card it is are kept."""
+    """Make a payment method from a test token or number; only its type and card are stored."""
     token = params.get("card", {}).get("token") or params.get("card", {}).get("number") or GOOD_CARD
     card = TOKENS.get(token.removeprefix("tok_"), token) if params["type"] == "card" else ASYNC
     return _new_payment_method(account, params["type"], card, params.get("billing_details", {}))
@@ -353,7 +353,7 @@ def _new_payment_method(
 
 
 def create_intent(account: StripeAccount, params: Params) -> Object:
-    """Pay without Checkout, in one step: what the official command line does to trigger events."""
+    """Pay without Checkout, in one step, as the official command line does to trigger events."""
     token = params.get("payment_method", "")
     card = TOKENS.get(token.removeprefix("pm_card_")) or account.cards.get(token)
     if card is None or not params.get("confirm"):
@@ -372,7 +372,7 @@ def create_intent(account: StripeAccount, params: Params) -> Object:
 
 
 def _charge_off_session(account: StripeAccount, method: Object, about: Object) -> Object:
-    """Charge a payment method that was saved for its customer; a decline leaves the intent behind."""
+    """Charge a payment method that was saved for its customer; a declined intent is stored too."""
     if method["customer"] is None or method["customer"] != about["customer"]:
         raise refused(f"{method['id']} is not saved for this customer.", param="payment_method")
     card = account.cards[method["id"]]
@@ -527,7 +527,7 @@ def _is_charged_back(account: StripeAccount, charge: Object) -> bool:
 
 
 def settle_refund(account: StripeAccount, refund: Object, status: Literal["succeeded", "failed", "canceled"]) -> Object:
-    """Bring the outcome of a refund, which may come even after it succeeded."""
+    """Set the outcome of a refund, even after it succeeded."""
     _step(refund, status, REFUND_STEPS)
     previous = {"status": refund["status"]}
     refund["status"] = status
@@ -599,7 +599,7 @@ def _withdraw(account: StripeAccount, dispute: Object) -> None:
 
 
 def move_dispute(account: StripeAccount, dispute: Object, status: str) -> Object:
-    """Bring a dispute to its next state: reviewed, escalated from an inquiry, won, lost or closed."""
+    """Move a dispute to its next state: reviewed, escalated from an inquiry, won, lost or closed."""
     _step(dispute, status, DISPUTE_STEPS)
     previous = {"status": dispute["status"]}
     dispute["status"] = status

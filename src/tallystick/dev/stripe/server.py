@@ -21,7 +21,7 @@ from tallystick.dev.stripe.deliveries import Webhooks, as_json
 from tallystick.dev.stripe.parameters import refused
 from tallystick.errors import DevStripeError
 
-HOST: Final = "127.0.0.1"  # and nothing else: whoever reaches the double can pay with no money
+HOST: Final = "127.0.0.1"  # only: anybody who reaches the double can pay without money
 # The methods that other processes may call, as POST /_control/<name> with a JSON object of arguments.
 CONTROLS: Final = frozenset({
     "advance", "bill", "deliveries", "dispute", "drop", "fault", "forget_idempotency_keys", "held", "hold",
@@ -44,7 +44,7 @@ class DevStripe:
         retry_delays_s: how long after each failed delivery the next one follows.
         delivery_timeout_s: how long an endpoint may take to answer.
         senders: threads that deliver; with more than one, events overtake each other as they do at Stripe.
-        check: called with every object that is answered or put in an event; for tests.
+        check: called with every object in an answer or event; for tests.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class DevStripe:
         self._thread.join()
         self._webhooks.close()
 
-    # -- what customers and banks do
+    # -- actions of customers and banks
 
     def pay(
         self,
@@ -100,11 +100,10 @@ class DevStripe:
     ) -> Object:
         """Pay an open session, as its hosted page does.
 
-        ``card`` is one of Stripe's test cards, or ``"async"`` for a bank debit, whose outcome ``settle``
-        brings. ``discount`` (minor units) stands for a promotion code; the whole amount leaves
-        ``no_payment_required``. ``tax`` (minor units) is what Stripe Tax computes, for a session that asked for it;
-        it is added unless the price includes it. ``quantity`` is the number that the buyer chooses, where it may be
-        adjusted.
+        ``card`` is one of Stripe's test cards, or ``"async"`` for a bank debit, whose outcome ``settle`` sets.
+        ``discount`` (minor units) stands for a promotion code; the whole amount gives ``no_payment_required``. ``tax``
+        (minor units) is computed by Stripe Tax, for a session with it; it is added unless the price includes it.
+        ``quantity`` is the buyer's number, if it is adjustable.
         """
         with self.account.lock:
             found = self._get("checkout.session", session)
@@ -112,13 +111,13 @@ class DevStripe:
             return {**paid}
 
     def settle(self, session: str, *, succeeded: bool) -> Object:
-        """Bring the outcome of a bank debit."""
+        """Set the outcome of a bank debit."""
         with self.account.lock:
             found = self._get("checkout.session", session)
             return {**payments.settle_session(self.account, found, succeeded=succeeded)}
 
     def refund(self, payment_intent: str, *, amount: int | None = None, pending: bool = False) -> Object:
-        """Refund from the dashboard, without metadata; None refunds what is left."""
+        """Refund as from the dashboard, without metadata; None refunds all that is left."""
         with self.account.lock:
             params: dict[str, Any] = {"payment_intent": payment_intent}
             if amount is not None:
@@ -126,7 +125,7 @@ class DevStripe:
             return {**payments.create_refund(self.account, params, pending=pending)}
 
     def settle_refund(self, refund: str, status: Literal["succeeded", "failed", "canceled"]) -> Object:
-        """Bring the outcome of a refund, which may fail even after it succeeded."""
+        """Set the outcome of a refund, which may fail even after it succeeded."""
         with self.account.lock:
             return {**payments.settle_refund(self.account, self._get("refund", refund), status)}
 
@@ -137,16 +136,16 @@ class DevStripe:
             return {**payments.open_dispute(self.account, charge, amount=amount, inquiry=inquiry)}
 
     def move_dispute(self, dispute: str, status: str) -> Object:
-        """Bring a dispute to ``under_review``, ``won``, ``lost``, ``warning_closed`` or the like."""
+        """Move a dispute to ``under_review``, ``won``, ``lost``, ``warning_closed`` or the like."""
         with self.account.lock:
             return {**payments.move_dispute(self.account, self._get("dispute", dispute), status)}
 
     def bill(self, customer: str, lines: Sequence[Mapping[str, Any]]) -> Object:
         """Make and pay an invoice of a subscription, as Stripe does at the beginning of each period.
 
-        A line is ``{"price": …, "amount": …, "start": …, "end": …}``, amounts in minor units and times in Unix seconds,
-        with ``quantity``, ``item`` (the subscription item) and ``proration`` where they are not 1, one for each price,
-        and False.
+        A line is ``{"price": …, "amount": …, "start": …, "end": …}``, with amounts in minor units and times in Unix
+        seconds, and optionally ``quantity`` (1), ``item`` (the subscription item, one for each price) and ``proration``
+        (False).
         """
         with self.account.lock:
             return {**invoices.bill(self.account, self._get("customer", customer), lines)}
@@ -161,36 +160,36 @@ class DevStripe:
     # -- deliveries
 
     def hold(self) -> None:
-        """Keep deliveries back from now on."""
+        """Hold deliveries from now on."""
         self._webhooks.hold()
 
     def held(self) -> list[dict[str, Any]]:
-        """Return what is held, oldest first: event, type, endpoint, attempt."""
+        """Return the held deliveries, oldest first: event, type, endpoint, attempt."""
         return as_json(self._webhooks.held)
 
     def release(self, events: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """Send held deliveries one by one, and return what came of each when all were answered.
+        """Send held deliveries one by one, and return the result of each when all were answered.
 
-        None sends all, and the hold ends. A list of event ids sends those in its order, and one named twice
-        twice: that is how deliveries are reordered and duplicated. The hold then goes on.
+        None sends all, and ends the hold. A list of event ids sends those, in its order and as often as it names them,
+        to reorder and duplicate deliveries; the others stay held.
         """
         return as_json(self._webhooks.release(events))
 
     def drop(self, events: Sequence[str]) -> int:
-        """Lose held deliveries; their events can still be listed. Return how many were lost."""
+        """Drop held deliveries; their events can still be listed. Return their number."""
         return self._webhooks.drop(events)
 
     def resend(self, event: str) -> int:
-        """Deliver an event again; return to how many endpoints."""
+        """Deliver an event again; return the number of endpoints."""
         return self._webhooks.resend(event)
 
     def deliveries(self) -> list[dict[str, Any]]:
-        """Return every attempt so far: event, type, endpoint, attempt, status or error."""
+        """Return all attempts so far: event, type, endpoint, attempt, status or error."""
         with self.account.lock:
             return as_json(self._webhooks.log)
 
     def wait_delivered(self, timeout_s: float = 30) -> bool:
-        """Wait until no delivery is queued, under way or due to be retried; say whether that came."""
+        """Wait until no delivery is queued, under way or due to be retried. False after ``timeout_s``."""
         return self._webhooks.wait(timeout_s)
 
     def signed(self, event: str, endpoint: str, *, at: int | None = None) -> tuple[str, str]:
@@ -201,11 +200,11 @@ class DevStripe:
             return body.decode(), signature
 
     def roll_secret(self, endpoint: str, *, keep_old_s: float = DAY_S) -> str:
-        """Give an endpoint a new signing secret; the old one signs too for a while, by the real clock."""
+        """Give an endpoint a new signing secret; the old one also signs for a while, by the real clock."""
         with self.account.lock:
             return self._webhooks.roll_secret(self._get("webhook_endpoint", endpoint), keep_old_s)
 
-    # -- what goes wrong with requests
+    # -- faults
 
     def fault(
         self,
@@ -217,13 +216,12 @@ class DevStripe:
         times: int = 1,
         wait_s: float = 120,
     ) -> None:
-        """Spoil the next ``times`` requests that match, before or after they had their effect.
+        """Let the next ``times`` matching requests fail, before or after their effect.
 
-        ``path`` is as in ``/v1/checkout/sessions`` and may hold ``*``. ``outcome`` is a status to answer
-        with, ``"cut"`` (the connection ends without an answer) or ``"timeout"`` (it does so after
-        ``wait_s``). As Stripe says it does, a 500 after the effect is remembered under the request's
-        idempotency key and answered again; a 502, 503 or a lost answer is not, as something in between
-        made it.
+        ``path`` is as in ``/v1/checkout/sessions`` and may contain ``*``. ``outcome`` is a status to answer with,
+        ``"cut"`` (the connection ends without an answer) or ``"timeout"`` (it does so after ``wait_s``). As Stripe
+        documents, a 500 after the effect is stored under the request's idempotency key and answered again; a 502, 503
+        or a lost answer is not, since a proxy made it.
         """
         if when not in ("before", "after") or (isinstance(outcome, str) and outcome not in ("cut", "timeout")):
             raise refused(f"A fault is a status, cut or timeout, before or after; not {outcome!r}, {when!r}.")
@@ -233,7 +231,7 @@ class DevStripe:
             self.api.faults.append(Fault(method, path, outcome, when, times, wait_s))
 
     def forget_idempotency_keys(self) -> int:
-        """Do what Stripe may do when a key is a day old; return how many were forgotten."""
+        """Drop all idempotency keys, as Stripe may do after a day; return their number."""
         return self.api.forget_idempotency_keys()
 
     def _get(self, kind: str, key: str) -> Object:
@@ -260,14 +258,14 @@ class _Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), ConnectionError):  # a client that left is no news
+        if not isinstance(sys.exception(), ConnectionError):  # not for a client that disconnected
             super().handle_error(request, client_address)
 
     def stop(self) -> None:
         self.stopping.set()
         self.shutdown()
         self.server_close()
-        for connection in list(self._open):  # idle clients keep theirs open
+        for connection in list(self._open):  # idle clients keep their connections open
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 

@@ -1,5 +1,5 @@
--- The purchase of a user by its id, by its Stripe session, or by its id with a session to tie to it. The answer's
--- outcome is NULL where it was found and the session is its own or free, else the refusal.
+-- The purchase of a user by its id, by its Stripe session, or by its id with a session to attach to it. The answer's
+-- outcome is NULL if it was found and the session is its own or free, else the refusal.
 CREATE OR REPLACE FUNCTION tallystick.find_purchase(
   user_id {user_key_type}, purchase_id uuid, stripe_session_id text, balance {credits}
 ) RETURNS tallystick.answer

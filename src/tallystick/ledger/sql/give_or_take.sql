@@ -1,4 +1,4 @@
--- The one body of refund, reinstate, reverse and correct: a completed row that is linked to another and bounded by it.
+-- The shared body of refund, reinstate, reverse and correct: a completed row, linked to another and limited by it.
 --   refund     takes at most what is left of a purchase, and may leave a debt: the money is back with the customer
 --   reinstate  gives back at most what refunds took from a purchase
 --   reverse    gives back at most what is left of a consumption; all of it locks the workshop again

@@ -1,6 +1,6 @@
--- Gives credits back to the lots that ``target``, or what took it back, had taken them from; those that do not expire
--- first, then the lot that expires last. Says if any lot got some. A lot that has expired takes them too, to expire at
--- once. None gets what was taken back of the row that gave it: these credits are no longer the lot's.
+-- Gives credits back to the lots from which ``target``, or the row that took it back, had taken them: credits that do
+-- not expire first, then the lot that expires last. True if any lot got some. An expired lot gets them too, and they
+-- expire at once. A lot never gets credits that were taken back from the row that gave it.
 CREATE OR REPLACE FUNCTION tallystick.give_to_lots(
   user_id {user_key_type}, transaction_id uuid, target uuid, amount {credits}, most {credits}
 ) RETURNS boolean

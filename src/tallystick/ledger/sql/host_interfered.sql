@@ -1,4 +1,4 @@
--- Refuses to go on where the host's own trigger, rule or policy swallowed or changed what the ledger wrote. Nothing of
+-- Raises the error for a trigger, rule or policy of the host's that dropped or changed a write of the ledger. Nothing of
 -- the call stays.
 CREATE OR REPLACE FUNCTION tallystick.host_interfered(relation text) RETURNS void
 LANGUAGE plpgsql AS $$

@@ -1,4 +1,4 @@
--- The write of set_stripe_customer, which sets off the host's triggers.
+-- The write of set_stripe_customer, which fires the host's triggers.
 CREATE OR REPLACE FUNCTION tallystick.keep_stripe_customer(
   user_id {user_key_type}, stripe_customer_id text
 ) RETURNS tallystick.account_answer

@@ -1,4 +1,4 @@
--- Marks a workshop as unlocked, and sees that the mark is there, as settle does for the user's row.
+-- Marks a workshop as unlocked, and checks the result, as settle does for the user's row.
 CREATE OR REPLACE FUNCTION tallystick.mark_workshop(workshop_id {workshop_key_type}, moment timestamptz) RETURNS void
 LANGUAGE plpgsql VOLATILE SET search_path = {host_path} AS $$
 #variable_conflict use_column

@@ -1,5 +1,5 @@
--- When the next hold or lot of a user expires; NULL where there is none. What is left of a lot that has expired is kept
--- alive by holds, and waits for their end.
+-- The time at which the next hold or lot of a user expires; NULL if there is none. Holds keep the rest of an expired lot
+-- until they end.
 CREATE OR REPLACE FUNCTION tallystick.next_due(user_id {user_key_type}, held {credits}) RETURNS timestamptz
 LANGUAGE plpgsql AS $$
 #variable_conflict use_column

@@ -1,4 +1,4 @@
--- Makes a lot of what a row has given. A debt that it paid is spent already.
+-- Makes a lot of the credits that a row has given, less the debt that they paid.
 CREATE OR REPLACE FUNCTION tallystick.open_lot(given tallystick.answer) RETURNS void
 LANGUAGE plpgsql AS $$
 #variable_conflict use_column

@@ -1,5 +1,5 @@
--- Writes the events of a row of the ledger: a trigger that hangs there while events are on. The row carries the balance
--- on both sides of it, and the rows of a user come one after the other, so that a threshold is crossed by one row alone.
+-- Writes the events of a row of the ledger, as a trigger on it while events are on. The row has the balances before and
+-- after it, and the rows of a user come one after the other, so that exactly one row crosses a threshold.
 CREATE OR REPLACE FUNCTION tallystick.record_event() RETURNS trigger
 LANGUAGE plpgsql SET search_path = {search_path} AS $$
 DECLARE

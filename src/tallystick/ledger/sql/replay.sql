@@ -1,5 +1,5 @@
--- The answer to a key that was used before: a replay if the call asks for the same, else a refusal that names what
--- differs. ``asked`` holds what the call asks for, by column; the description, being for people, is not compared.
+-- The answer to a key that was used before: a replay if the call is the same, else a refusal that names the differences.
+-- ``asked`` has the call's values by column; the description, being for people, is not compared.
 CREATE OR REPLACE FUNCTION tallystick.replay(t {ledger}, asked jsonb, balance {credits}) RETURNS tallystick.answer
 LANGUAGE plpgsql STABLE AS $$
 DECLARE

@@ -1,5 +1,5 @@
--- Moves a user's row from one balance and sequence to the next, and sees that it is there: whatever the host hung on its
--- table runs inside this statement, and may have swallowed or changed it. False if the row was not where it should be.
+-- Moves a user's row from one balance and sequence to the next, and checks the result: the host's triggers and rules on
+-- the table run inside this statement, and may drop or change it. False if the row was not at the expected balance.
 CREATE OR REPLACE FUNCTION tallystick.settle(
   user_id {user_key_type}, balance {credits}, sequence integer, new_balance {credits}, new_sequence integer
 ) RETURNS boolean

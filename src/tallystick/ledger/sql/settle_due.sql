@@ -1,6 +1,6 @@
--- Writes what has expired of a user, who is locked: holds fail, and a row takes back what is left of a lot. What a hold
--- has set aside does not expire before the hold ends. The answer has the balance, the sequence, the credits held, and as
--- ``expires_at`` the next such moment.
+-- Writes the expiries of a user, who is locked: holds fail, and a row takes back the rest of a lot. Credits that a hold
+-- has set aside do not expire before the hold ends. The answer has the balance, the sequence, the credits held, and the
+-- next expiry as ``expires_at``.
 CREATE OR REPLACE FUNCTION tallystick.settle_due(user_id {user_key_type}) RETURNS tallystick.answer
 LANGUAGE plpgsql AS $$
 #variable_conflict use_column

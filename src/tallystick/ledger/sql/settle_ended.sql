@@ -1,5 +1,5 @@
--- After a hold has ended: what of an expired lot it alone had kept alive expires now. Gives the balance then, and NULL
--- where there is no such lot.
+-- After a hold has ended, expires the credits of an expired lot that only this hold had kept. Gives the balance then, or
+-- NULL if there is no such lot.
 CREATE OR REPLACE FUNCTION tallystick.settle_ended(user_id {user_key_type}) RETURNS {credits}
 LANGUAGE plpgsql AS $$
 #variable_conflict use_column

@@ -1,5 +1,5 @@
--- As settle, for a user who is locked: also the credits that holds have set aside, and when the next of them, or of the
--- lots, expires.
+-- As settle, for a user who is locked: also writes the credits that holds have set aside, and the next expiry of holds
+-- and lots.
 CREATE OR REPLACE FUNCTION tallystick.settle_held(
   user_id {user_key_type}, balance {credits}, sequence integer, held {credits}, due timestamptz
 ) RETURNS void

@@ -1,5 +1,5 @@
--- After credits were taken back: first from the lot that they had been, then from others no more than the balance no
--- longer covers.
+-- After credits were taken back, takes them from lots: first from their own lot, then from others only what the balance
+-- no longer covers.
 CREATE OR REPLACE FUNCTION tallystick.take_back_from_lots(
   user_id {user_key_type}, transaction_id uuid, lot_id uuid, amount {credits}, balance_after {credits}
 ) RETURNS void

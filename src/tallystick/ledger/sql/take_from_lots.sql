@@ -1,6 +1,6 @@
--- Takes credits from the lots of a user, from those that expire soonest first, as far as they have any; the rest comes
--- from the credits that do not expire. ``own`` is the lot to take from before all others. What of an expired lot a hold
--- keeps alive is for that hold alone: ``expired`` says that it may be taken.
+-- Takes credits from the lots of a user, those that expire soonest first; the rest comes from the credits that do not
+-- expire. ``own`` is the lot to take from before all others. Credits of an expired lot that a hold has kept are for that
+-- hold alone: with ``expired`` they may be taken.
 CREATE OR REPLACE FUNCTION tallystick.take_from_lots(
   user_id {user_key_type}, transaction_id uuid, amount {credits}, own uuid DEFAULT NULL,
   expired boolean DEFAULT false

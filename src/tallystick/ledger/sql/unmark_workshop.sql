@@ -1,4 +1,4 @@
--- Locks a workshop again, and sees that it is, as mark_workshop does.
+-- Locks a workshop again, and checks the result, as mark_workshop does.
 CREATE OR REPLACE FUNCTION tallystick.unmark_workshop(workshop_id {workshop_key_type}) RETURNS void
 LANGUAGE plpgsql VOLATILE SET search_path = {host_path} AS $$
 #variable_conflict use_column

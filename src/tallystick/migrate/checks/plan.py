@@ -1,4 +1,4 @@
-"""The plan of a run: its statements and locks, and the obstacles of this moment. Changes nothing."""
+"""The plan of a run: its statements and locks, and the present obstacles. Changes nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from psycopg.sql import Composable, Identifier
 from tallystick.config import Config, HostMapping
 from tallystick.migrate.host.preflight import Host, adoptable, examine, setting_of, spelled_otherwise, unfit
 from tallystick.migrate.host.proposal import balances_apart
-from tallystick.migrate.host.tables import HostColumn, HostTable, columns_of, looking
+from tallystick.migrate.host.tables import HostColumn, HostTable, columns_of, reading_catalogues
 from tallystick.migrate.revisions import HostNames, Revision, Word, after, revisions
 from tallystick.migrate.runner.blockers import Blocker, Watch, oids_of
 from tallystick.migrate.runner.messages import STALL_BUDGET_MS, Messages, text, upward
@@ -33,8 +33,8 @@ Phase = Literal["prepare", "locked", "online"]
 class PlannedStatement:
     """One statement; ``locks`` are those on tables that exist already: (table, lock).
 
-    ``prepare`` statements run before any lock that traffic could feel, ``locked`` ones as one message with their
-    commit, ``online`` ones afterwards, each alone.
+    ``prepare`` statements run before any lock that blocks traffic, ``locked`` ones as one message with their commit,
+    ``online`` ones afterwards, each alone.
     """
 
     phase: Phase
@@ -46,7 +46,7 @@ class PlannedStatement:
 
 @dataclass(frozen=True)
 class PlannedRevision:
-    """A revision to come."""
+    """A pending revision."""
 
     revision: str
     title: str
@@ -55,7 +55,7 @@ class PlannedRevision:
 
 @dataclass(frozen=True)
 class TableSize:
-    """A table of the host: rows as estimated by the server, bytes without indexes."""
+    """A table of the host, with the server's estimate of its rows, and its bytes without indexes."""
 
     table: str
     rows: int
@@ -64,7 +64,7 @@ class TableSize:
 
 @dataclass(frozen=True)
 class PlanNote:
-    """Something to know before the run. A ``stop`` would end it before anything is changed."""
+    """A note to read before the run. A ``stop`` ends the run before anything is changed."""
 
     severity: Literal["stop", "warning", "note"]
     text: str
@@ -72,11 +72,11 @@ class PlanNote:
 
 @dataclass(frozen=True)
 class Replica:
-    """A standby that follows this server, or with ``logical`` one that is sent rows of this database.
+    """A standby of this server, or with ``logical`` a subscriber to rows of this database.
 
-    Commits here wait for it where ``sync_state`` is ``sync`` or ``quorum``. ``lag_s`` is by how much the last change
-    was late there, None where it is idle; ``behind_bytes`` of the log are not repeated there yet, as far as it has
-    told (every wal_receiver_status_interval). All three are None to a role that may not see them (GRANT pg_monitor).
+    Commits wait for it where ``sync_state`` is ``sync`` or ``quorum``. ``lag_s`` is its delay at the last change, None
+    if idle; ``behind_bytes`` of the log are not replayed there yet, by its last report (every
+    wal_receiver_status_interval). All three are None for a role that may not see them (GRANT pg_monitor).
     """
 
     name: str
@@ -89,12 +89,12 @@ class Replica:
 
 @dataclass(frozen=True)
 class Plan:
-    """``before`` is the revision now; ``revisions`` are those to come, none where there is nothing to do.
+    """The plan of a run. ``before`` is the present revision; ``revisions`` are the pending ones, perhaps none.
 
-    ``statements`` are one transaction for all of them, and the online steps after it. ``estimated_hold_ms`` is for how
-    long the tables will be locked, reckoned from what each operation cost when it was measured; the receipt tells how
-    long it was. ``blockers`` hold tables now that would be locked. ``long_transactions`` are process ids and ages in
-    seconds of the transactions anywhere in the database that an index built concurrently would wait for.
+    ``statements`` are one transaction for all of them, and the online steps after it. ``estimated_hold_ms`` is how long
+    the tables will be locked, from the measured cost of each operation; the receipt has the real time. ``blockers`` are
+    transactions that hold these tables now. ``long_transactions`` are the process ids and ages in seconds of
+    transactions in the database for which a concurrent index build would wait.
     """
 
     before: str | None
@@ -115,11 +115,11 @@ class Plan:
 def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = None) -> Plan:
     """The effect of ``apply`` on this database, and notes to read before.
 
-    ``backup_folder``: where a backup would go, to compare the room there with the database's size.
+    ``backup_folder``: the folder for a backup, to compare its free space with the database's size.
 
-    Raises what ``examine`` does, but for missing privileges and what of the app's would break, which are findings.
+    Raises what ``examine`` does; missing privileges and objects of the app that would break are notes.
     """
-    with looking(conn):
+    with reading_catalogues(conn):
         host = examine(conn, config, strict=False)
         pending, messages = _messages(config, host, STALL_BUDGET_MS)
         statements = tuple(_statements(pending, host, config, messages)) if messages else ()
@@ -151,7 +151,7 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
         tables=tuple(TableSize(table.shown, table.rows, table.bytes) for table in host.tables),
         adopted=host.adopted_names,
         server=host.server,
-        blockers=tuple(Watch(conn, oids_of(conn, messages.locks if messages else ())).in_the_way()),
+        blockers=tuple(Watch(conn, oids_of(conn, messages.locks if messages else ())).blockers()),
         long_transactions=long,
         replicas=replicas,
         database_bytes=database_bytes,
@@ -169,7 +169,7 @@ _REPLICAS = sa.text("""
     ORDER BY 1
 """)
 
-# Those without a list of columns; a table is not named where all of its schema or of the database is published.
+# Publications without a column list; a table is not named where its whole schema or the database is published.
 _PUBLICATIONS = sa.text("""
     SELECT p.pubname AS name, p.puballtables AS everything, c.oid::bigint AS oid, r.oid IS NOT NULL AS named
     FROM pg_publication p JOIN pg_publication_tables t ON t.pubname = p.pubname
@@ -180,7 +180,7 @@ _PUBLICATIONS = sa.text("""
     ORDER BY p.pubname, t.schemaname, t.tablename
 """)
 
-# Rights on single columns do not grow with the table.
+# Privileges on single columns do not extend to new columns.
 _WRITERS = sa.text("""
     SELECT coalesce(r.rolname, 'PUBLIC') AS role, r.oid IS NULL AS everyone,
            string_agg(a.privilege_type, ' and ' ORDER BY a.privilege_type DESC) AS rights
@@ -223,9 +223,9 @@ _STATEMENTS_SCHEMA = sa.text("""
 
 _HERE = "(SELECT oid FROM pg_database WHERE datname = current_database())"
 
-_HIDDEN = "<insufficient privilege>"  # what pg_stat_statements shows of another role's
+_HIDDEN = "<insufficient privilege>"  # pg_stat_statements shows this for another role's statement
 
-_NEW_TABLE = re.compile(r"CREATE TABLE ((?:\"[^\"]*\"|[\w.])+) \(")  # as a revision of ours writes it
+_NEW_TABLE = re.compile(r"CREATE TABLE ((?:\"[^\"]*\"|[\w.])+) \(")  # as in our revisions
 
 _STAR = re.compile(r"\b(?:select(?:\s+distinct)?|returning|,)\s+(?:[\w\"$.]+\.)?\*(?!\s*\d)", re.IGNORECASE)
 
@@ -249,7 +249,7 @@ def _about_an_interrupted_run(host: Host) -> Iterator[PlanNote]:
 
 
 def _about_cached_plans(conn: sa.Connection, host: Host) -> Iterator[PlanNote]:
-    """A prepared ``SELECT *`` fails on old connections once its table has a further column."""
+    """Notes on prepared ``SELECT *`` statements, which fail on old connections once their table has a new column."""
     if host.revision is not None:
         return
     schema = conn.scalar(_STATEMENTS_SCHEMA)
@@ -287,7 +287,7 @@ def _about_cached_plans(conn: sa.Connection, host: Host) -> Iterator[PlanNote]:
 def _about_balances(conn: sa.Connection, host: Host, mapping: HostMapping) -> Iterator[PlanNote]:
     if host.revision is None:
         for apart in balances_apart(conn, mapping):
-            yield PlanNote("warning", apart.told())
+            yield PlanNote("warning", apart.sentence())
     for row in conn.execute(_CHECKS, {"table": host.users.oid, "column": host.balance}):
         yield PlanNote(
             "warning",
@@ -335,7 +335,7 @@ _BEFORE_UPDATE = sa.text("""
 
 
 def _about_twins(conn: sa.Connection, host: Host, mapping: HostMapping) -> Iterator[PlanNote]:
-    """Columns of the app's that seem to mean what one of ours does, in another spelling."""
+    """Notes on columns of the app with the same meaning as one of ours, in another spelling."""
     for word, table in host.by_word.items():
         coming = {name for revision in after(host.revision) for name in revision.columns.get(word, ())}
         there = columns_of(conn, table)
@@ -438,7 +438,7 @@ def _about_replicas(replicas: Sequence[Replica]) -> Iterator[PlanNote]:
 
 
 def _about_publications(conn: sa.Connection, host: Host, planned: Sequence[PlannedStatement]) -> Iterator[PlanNote]:
-    """A subscriber is sent columns and tables that are new, and stops at the first that it does not have."""
+    """Notes on publications: a subscriber gets new columns and tables too, and stops at the first that it lacks."""
     shown = {table.oid: table.shown for table in host.tables}
     statements = [one.sql for one in planned if one.phase != "online"]
     made = [found[1].replace('"', "") for found in map(_NEW_TABLE.match, statements) if found]
@@ -474,7 +474,7 @@ def _about_publications(conn: sa.Connection, host: Host, planned: Sequence[Plann
 
 
 def _about_rights(conn: sa.Connection, host: Host) -> Iterator[PlanNote]:
-    """Rights that were given on a whole table are rights on its new columns, and default ones are on new tables."""
+    """Notes on privileges: those on a whole table include its new columns, and default ones apply to new tables."""
     users = host.users
     for row in conn.execute(_WRITERS, {"users": users.oid}):
         named = "PUBLIC" if row.everyone else _quoted(row.role)
@@ -520,7 +520,7 @@ def _about_room(database_bytes: int, folder: Path | None) -> Iterator[PlanNote]:
             )
 
 
-_DDL_MS = 1.5  # what an operation that reads no rows was measured to take
+_DDL_MS = 1.5  # measured for an operation that reads no rows
 
 
 def _estimated_hold_ms(statements: Sequence[PlannedStatement]) -> float:
@@ -529,16 +529,15 @@ def _estimated_hold_ms(statements: Sequence[PlannedStatement]) -> float:
 
 
 def sql(conn: sa.Connection | None, config: Config, *, stall_budget_ms: int = STALL_BUDGET_MS) -> str:
-    """The same as a script for psql, for review or to be run by hand.
+    """The plan as a script for psql, for review or to be run by hand.
 
-    Without a connection it is the whole way from nothing, and takes no column for granted but those that the mapping
-    has under other names than ours.
+    Without a connection it contains all revisions, and adds all columns but those that the mapping names differently.
 
     Raises what ``examine`` does.
     """
     host = None
     if conn is not None:
-        with looking(conn):
+        with reading_catalogues(conn):
             host = examine(conn, config)
     pending, messages = _messages(config, host, stall_budget_ms)
     parts = [
@@ -566,7 +565,7 @@ def sql(conn: sa.Connection | None, config: Config, *, stall_budget_ms: int = ST
 
 
 def _messages(config: Config, host: Host | None, stall_budget_ms: int) -> tuple[tuple[Revision, ...], Messages | None]:
-    """The revisions to come, and the messages of their run; None where there are none."""
+    """The pending revisions, and the messages of their run; None where there are none."""
     pending = after(host.revision if host else None)
     if not pending:
         return (), None
@@ -585,10 +584,10 @@ def _messages(config: Config, host: Host | None, stall_budget_ms: int) -> tuple[
 def _statements(
     pending: Sequence[Revision], host: Host, config: Config, messages: Messages
 ) -> Iterator[PlannedStatement]:
-    """Each statement with the locks that it adds to those that are held; a rehearsal compares them with ``pg_locks``.
+    """Each statement with the locks that it adds; a rehearsal compares them with ``pg_locks``.
 
-    They follow from the two messages of a run: the fence, then one lock of all tables that is stronger than whatever
-    comes after it. By the contract of a revision nothing but an online step reads a table.
+    They follow from the two messages of a run: the fence, then one lock of all tables that is stronger than any lock
+    after it. By the contract of a revision only an online step reads a table.
     """
     names = HostNames.of(config.host, host.adopted)
     there = {_table(table): table.shown for table in host.tables}

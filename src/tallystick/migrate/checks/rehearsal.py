@@ -1,9 +1,8 @@
-"""A migration tried on a copy first, and watched: which locks, scans and rewrites there really were, and back again.
+"""Rehearsal: a migration on a copy, with its real locks, scans and rewrites, and the way back.
 
-It runs each statement by itself and looks, in the same transaction, at what it holds (``pg_locks``), has read
-(``pg_stat_xact_user_tables``) and has written anew (``relfilenode``). So the hold of a real run, which sends all of it
-as one message, is shorter than the one measured here. Then the ledger is used as an app would use it, and all of it is
-taken back.
+It runs each statement by itself and checks, in the same transaction, its locks (``pg_locks``), rows read
+(``pg_stat_xact_user_tables``) and rewrites (``relfilenode``). A real run sends all as one message, so it holds the
+locks for a shorter time than measured here. Then the ledger is used as an app would use it, and all is undone.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ from tallystick.migrate.host.tables import oid_of
 from tallystick.migrate.revisions import after
 from tallystick.migrate.runner.run import undo
 from tallystick.migrate.runner.session import engine_of, session
-from tallystick.progress import OnProgress, Progress, unheard
+from tallystick.progress import OnProgress, Progress, ignore_progress
 from tallystick.schema import LEDGER, user_columns, workshop_columns
 
 
 @dataclass(frozen=True)
 class Traced:
-    """One statement as it ran: when (milliseconds from the start), and what it did to the host's tables.
+    """One statement as it ran: its time (milliseconds from the start), and its effect on the host's tables.
 
-    ``locks`` are those held after it, (table, lock); ``surprises`` is where that is not what the plan had said.
+    ``locks`` are those held after it, (table, lock); ``surprises`` are the differences from the plan.
     """
 
     phase: Phase
@@ -51,8 +50,8 @@ class Traced:
 
 
 @dataclass(frozen=True)
-class Lived:
-    """One thing that the ledger was asked to do on the migrated copy; ``fault`` is what went wrong, or None."""
+class LedgerCheck:
+    """One operation of the ledger on the migrated copy; ``fault`` is the error, or None."""
 
     what: str
     took_ms: float
@@ -63,9 +62,9 @@ class Lived:
 class Rehearsal:
     """The record of a rehearsal.
 
-    ``drift`` is of the migrated copy, what the audit found included; ``broken`` names statements of the app that then
-    failed, ``left_behind`` what differed after the way back, and rows of the app's that changed at any step.
-    ``lived`` is empty where the copy has no user that is not deleted.
+    ``drift`` is that of the migrated copy, with the audit's findings. ``broken`` are statements of the app that failed
+    there. ``left_behind`` are differences after the way back, and rows of the app that changed at any step. ``lived``
+    are the operations tried; it is empty where the copy has no user that is not deleted.
     """
 
     tables: tuple[tuple[str, int], ...]
@@ -74,7 +73,7 @@ class Rehearsal:
     drift: tuple[str, ...]
     broken: tuple[str, ...]
     left_behind: tuple[str, ...]
-    lived: tuple[Lived, ...] = ()
+    lived: tuple[LedgerCheck, ...] = ()
 
     @property
     def surprises(self) -> tuple[str, ...]:
@@ -83,18 +82,18 @@ class Rehearsal:
 
     @property
     def passed(self) -> bool:
-        """Nothing stands against doing the same to the original."""
+        """True if the original can be migrated the same way."""
         return not self.problems
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """All that stands against it, one sentence each."""
+        """All problems, one sentence each."""
         faults = (f"the ledger, {one.what}: {one.fault}" for one in self.lived if one.fault)
         return (*self.surprises, *faults, *self.drift, *self.broken, *self.left_behind)
 
 
 def refuse_nothing_to_rehearse(conn: sa.Connection) -> None:
-    """Raises MigrationError where no revision is to come. It is asked of the original, before a copy is made."""
+    """Raise MigrationError if no revision is pending. Call it with the original, before a copy is made."""
     revision = current_revision(conn)
     if not after(revision):
         raise MigrationError(f"there is nothing to rehearse: the database is at revision {revision} already")
@@ -106,16 +105,15 @@ def rehearse(
     *,
     app_statements: Sequence[str] = (),
     audit: Callable[[sa.Connection], Sequence[str]] | None = None,
-    progress: OnProgress = unheard,
+    progress: OnProgress = ignore_progress,
 ) -> Rehearsal:
-    """Migrate a copy, look, and go back. Never give it anything but a copy that can be thrown away.
+    """Migrate a copy, check it, and undo. Pass it only a copy that can be thrown away.
 
-    ``app_statements`` are the app's own, each tried before, after, and after the way back, and rolled back each time.
-    ``audit`` is asked for faults while the copy is migrated and the ledger has been used: for a user of the copy, with
-    a workshop where there is one, credits are granted, bought, spent, refunded and read. ``progress`` is told each step
-    when it begins.
+    ``app_statements`` are the app's own. Each is tried before the migration, after it and after the undo, and rolled
+    back each time. For a user of the copy, with a workshop if there is one, credits are granted, bought, spent,
+    refunded and read; then ``audit`` returns faults. ``progress`` is called when a step begins.
 
-    Raises what ``plan``, ``apply`` and ``undo`` do, and MigrationError where no revision is to come.
+    Raises what ``plan``, ``apply`` and ``undo`` do, and MigrationError if no revision is pending.
     """
     engine = engine_of(database)
     progress(Progress("planning"))
@@ -126,14 +124,14 @@ def rehearse(
         before = _catalogue(conn)
         own_triggers = {table.shown for table in host.tables if conn.scalar(_TRIGGERS, {"table": table.oid})}
         there = _contents(conn, host, config.host)
-        works = [statement for statement in app_statements if _works(conn, statement) is None]
+        works = [statement for statement in app_statements if _error_of(conn, statement) is None]
         progress(Progress("migrating, statement by statement"))
         traced = tuple(_trace(conn, host, planned.statements))
         broken = tuple(_broken(conn, works, "after the migration"))
         rows = tuple((table.shown, _rows(conn, table.oid)) for table in host.tables)
         migrated = _contents(conn, host, config.host)
     progress(Progress("using the ledger"))
-    lived = tuple(_live(engine, config))
+    lived = tuple(_use_ledger(engine, config))
     progress(Progress("auditing"))
     with engine.connect() as conn:
         drift = tuple(str(each) for each in status(conn, config).drift) + tuple(audit(conn) if audit else ())
@@ -145,14 +143,14 @@ def rehearse(
         broken += tuple(_broken(conn, works, "after the way back"))
         left = tuple(sorted(before ^ _catalogue(conn)))
         left += tuple(_changed(there, migrated, "the migration"))
-        # a trigger of the app's may write what it likes when the ledger is used
+        # a trigger of the app's may write to its tables when the ledger is used
         left += tuple(_changed(migrated, used, "using the ledger", except_in=own_triggers))
         left += tuple(_changed(used, _contents(conn, host, config.host), "the way back"))
     return Rehearsal(rows, traced, round(_locked_ms(traced), 3), drift, broken, left, lived)
 
 
 def refuse_same_database(copy: sa.Connection, original: sa.Connection) -> None:
-    """Raises MigrationError where both connections lead to one database, by whatever addresses."""
+    """Raise MigrationError if both connections lead to the same database, whatever their addresses."""
     if copy.execute(_IDENTITY).one() == original.execute(_IDENTITY).one():
         raise MigrationError(
             "this is the app's own database, not a copy of it. A rehearsal changes its database and empties the "
@@ -172,7 +170,7 @@ _PARTS = re.compile(
 
 
 def split(script: str) -> Iterator[str]:
-    """The statements of an SQL script. A semicolon in a string, a comment or a dollar-quoted body ends none."""
+    """The statements of an SQL script. A semicolon in a string, a comment or a dollar-quoted body does not end one."""
     statement = ""
     for part in _PARTS.finditer(script):
         if part[0] == ";":
@@ -185,12 +183,12 @@ def split(script: str) -> Iterator[str]:
         yield statement.strip()
 
 
-def _live(engine: sa.Engine, config: Config) -> Iterator[Lived]:
-    """An app's use of its ledger, each step in a transaction of its own; it ends where one of them fails."""
+def _use_ledger(engine: sa.Engine, config: Config) -> Iterator[LedgerCheck]:
+    """Use the ledger as an app would, each step in a transaction of its own, up to the first failure."""
     ledger = Ledger(config)
     mark = f"rehearsal {uuid4()}"
     with engine.connect() as conn:
-        user, workshop = _someone(conn, ledger)
+        user, workshop = _pick_user(conn, ledger)
     if user is None:
         return
     spending = "spending a credit" if workshop is None else "unlocking a workshop"
@@ -226,11 +224,11 @@ def _live(engine: sa.Engine, config: Config) -> Iterator[Lived]:
         started = time.monotonic()
         try:
             with engine.begin() as conn:
-                said = step(conn)
-            fault = said if isinstance(said, str) else None
+                result = step(conn)
+            fault = result if isinstance(result, str) else None
         except (TallystickError, sa.exc.DBAPIError) as error:
             fault = str(error).partition("\n")[0]
-        yield Lived(what, round((time.monotonic() - started) * 1000, 3), fault)
+        yield LedgerCheck(what, round((time.monotonic() - started) * 1000, 3), fault)
         if fault:
             return
 
@@ -238,8 +236,8 @@ def _live(engine: sa.Engine, config: Config) -> Iterator[Lived]:
 _HISTORY = ["refund", "consumption", "purchase", "grant"]
 
 
-def _someone(conn: sa.Connection, ledger: Ledger) -> tuple[Key | None, Key | None]:
-    """A user, with a workshop of theirs that is not paid for yet where there is one."""
+def _pick_user(conn: sa.Connection, ledger: Ledger) -> tuple[Key | None, Key | None]:
+    """A user, with a workshop of the user that is not paid for yet, if there is one."""
     users, workshops = ledger.schema.users.c, ledger.schema.workshops
     living = sa.select(users.key).where(users.key.is_not(None), users.deleted_at.is_(None)).limit(1)
     if workshops is not None:
@@ -251,7 +249,7 @@ def _someone(conn: sa.Connection, ledger: Ledger) -> tuple[Key | None, Key | Non
 
 
 def _contents(conn: sa.Connection, host: Host, mapping: HostMapping) -> dict[str, tuple[int, int]]:
-    """A number for all that a table's rows hold, but for columns of ours, which the app may have had before."""
+    """By table, the number of rows and a hash of them, without the columns that Tallystick writes."""
     ours = {column.name for column in (*user_columns(mapping), *workshop_columns(mapping))}
     found = {}
     for table in host.tables:
@@ -282,11 +280,11 @@ def _trace(conn: sa.Connection, host: Host, statements: Sequence[PlannedStatemen
     raw = driver(conn)
     tables = {table.oid: table.shown for table in host.tables}
     ledger = oid_of(conn, host.ledger_schema, LEDGER)
-    if ledger is not None:  # else it is new, and the plan says nothing of it
+    if ledger is not None:  # a new ledger is not in the plan's locks
         tables[ledger] = f"{host.ledger_schema}.{LEDGER}"
-    begun = time.monotonic()
+    first_started = time.monotonic()
     expected: dict[str, str] = {}
-    told: set[tuple[str, str, str]] = set()
+    reported: set[tuple[str, str, str]] = set()
     for statement in statements:
         files, read_before = _files(conn, tables), _read(conn, tables)
         started = time.monotonic()
@@ -300,8 +298,8 @@ def _trace(conn: sa.Connection, host: Host, statements: Sequence[PlannedStatemen
         expected = {} if over else _stronger(expected, statement.locks)
         for table in () if over else tables.values():
             pair = table, expected.get(table, "no lock"), locks.get(table, "none")
-            if pair[1:] != ("no lock", "none") and pair[1] != pair[2] and pair not in told:
-                told.add(pair)  # it is held, or missed, until the commit
+            if pair[1:] != ("no lock", "none") and pair[1] != pair[2] and pair not in reported:
+                reported.add(pair)  # the difference lasts until the commit: report it once
                 surprises.append(f"{_short(statement.sql)}: the plan said {pair[1]} on {table}; there was {pair[2]}")
         if read and not statement.scans:
             surprises.append(f"{_short(statement.sql)}: it read {read} rows, the plan said none")
@@ -310,7 +308,7 @@ def _trace(conn: sa.Connection, host: Host, statements: Sequence[PlannedStatemen
         yield Traced(
             statement.phase,
             statement.sql,
-            round((started - begun) * 1000, 3),
+            round((started - first_started) * 1000, 3),
             round((ended - started) * 1000, 3),
             tuple(locks.items()),
             read,
@@ -320,7 +318,7 @@ def _trace(conn: sa.Connection, host: Host, statements: Sequence[PlannedStatemen
 
 
 def _locked_ms(traced: Sequence[Traced]) -> float:
-    """For how long a table was kept from its readers."""
+    """The time for which readers were blocked."""
     exclusive = [one for one in traced if any(lock == "ACCESS EXCLUSIVE" for _, lock in one.locks)]
     commit = next((one for one in traced if one.sql == "COMMIT"), None)
     if not exclusive or commit is None:
@@ -362,7 +360,7 @@ _CATALOGUE = sa.text("""
     UNION ALL SELECT concat('schema ', nspname) FROM pg_namespace WHERE oid IN (SELECT oid FROM ours)
 """)
 _ROWS = sa.text("SELECT n_live_tup FROM pg_stat_user_tables WHERE relid = :oid")
-# pg_locks writes RowShareLock where everyone else writes ROW SHARE; weakest first
+# pg_locks's RowShareLock is ROW SHARE elsewhere; weakest first
 _MODES = {
     "AccessShareLock": "ACCESS SHARE",
     "RowShareLock": "ROW SHARE",
@@ -376,7 +374,7 @@ _MODES = {
 
 
 def _stronger(held: Mapping[str, str], more: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """The strongest lock on each table, of two times."""
+    """The stronger lock on each table, of two sets."""
     rank = ["", *_MODES.values()]
     strongest = dict(held)
     for table, lock in more:
@@ -395,7 +393,7 @@ def _files(conn: sa.Connection, tables: Mapping[int, str]) -> set[tuple[int, int
 
 
 def _read(conn: sa.Connection, tables: Mapping[int, str]) -> int:
-    """Rows read by scans; the counter of a session, of which only a difference means something."""
+    """The number of rows that scans of this session have read; only a difference is meaningful."""
     return conn.scalar(_READ, {"tables": list(tables)}) or 0
 
 
@@ -407,8 +405,8 @@ def _rows(conn: sa.Connection, oid: int) -> int:
     return conn.scalar(_ROWS, {"oid": oid}) or 0
 
 
-def _works(conn: sa.Connection, statement: str) -> str | None:
-    """Try a statement and take it back; what the server says against it, or None."""
+def _error_of(conn: sa.Connection, statement: str) -> str | None:
+    """Try a statement and roll it back; returns the server's error, or None."""
     raw = driver(conn)
     raw.execute("BEGIN; SET LOCAL search_path TO DEFAULT")  # the app's, not ours
     try:
@@ -422,9 +420,9 @@ def _works(conn: sa.Connection, statement: str) -> str | None:
 
 def _broken(conn: sa.Connection, statements: Sequence[str], when: str) -> Iterator[str]:
     for statement in statements:
-        said = _works(conn, statement)
-        if said is not None:
-            yield f"{when}, {_short(statement)}: {said}"
+        error = _error_of(conn, statement)
+        if error is not None:
+            yield f"{when}, {_short(statement)}: {error}"
 
 
 def _short(statement: str) -> str:

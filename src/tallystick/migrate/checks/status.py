@@ -19,7 +19,7 @@ from tallystick.errors import MigrationError
 from tallystick.migrate.host.preflight import Host, adoptable, adopted_columns, examine, unfit
 from tallystick.migrate.host.privileges import open_policies, writers
 from tallystick.migrate.host.role import ways_out
-from tallystick.migrate.host.tables import columns_of, looking, oid_of
+from tallystick.migrate.host.tables import columns_of, oid_of, reading_catalogues
 from tallystick.migrate.revisions import HostNames, revisions
 from tallystick.migrate.runner.messages import text
 from tallystick.migrate.runner.session import autocommits
@@ -45,7 +45,7 @@ FUNCTIONS = 'tallystick migrate sql --functions | psql "$DATABASE_URL"'
 
 Kind = Literal["table", "column", "constraint", "index", "trigger", "rule", "enum", "type", "function", "privilege"]
 
-# Not a column's options (attoptions): they are the app's advice to the planner, or notes of the server's minor release.
+# Without a column's options (attoptions), which the app sets for the planner, or a minor release of the server adds.
 _COLUMNS = sa.text("""
     SELECT a.attname AS name,
            format_type(a.atttypid, a.atttypmod) || CASE WHEN a.attnotnull THEN ' NOT NULL' ELSE '' END
@@ -54,7 +54,7 @@ _COLUMNS = sa.text("""
     WHERE a.attrelid = :oid AND a.attnum > 0 AND NOT a.attisdropped
 """)
 
-# Of a foreign key, what it references is compared by columns and rule; the tables' names differ by schema.
+# A foreign key is compared by columns and rule, since the tables' names differ by schema.
 _CONSTRAINTS = sa.text("""
     SELECT c.conname AS name,
            CASE WHEN c.contype <> 'f' THEN pg_get_constraintdef(c.oid)
@@ -135,7 +135,7 @@ _OWNER = sa.text("SELECT pg_get_userbyid(relowner) FROM pg_class WHERE oid = :oi
 
 _TEMPORARY = sa.text("SELECT nspname FROM pg_namespace WHERE oid = pg_my_temp_schema()")
 
-# The functions run as it, and so does whatever the host's triggers call.
+# The functions run as it, and so do the host's triggers that they fire.
 _SUPERUSER = sa.text("""
     SELECT 'the owner of the ledger is a superuser (' || r.rolname || '): every trigger on the tables runs as it.'
            ' Give the tables and the functions to a role of their own'
@@ -143,7 +143,7 @@ _SUPERUSER = sa.text("""
     WHERE c.oid = to_regclass(quote_ident(:schema) || '.credit_transactions')
 """)
 
-# Row security that does not bind the owner is how Supabase wants tables closed, and leaves the functions as they are.
+# Row security that does not bind the owner is Supabase's way to close tables, and does not affect the functions.
 _LEDGER_TABLE = sa.text("""
     SELECT c.relpersistence <> 'p' AS unlogged,
            c.relrowsecurity AND c.relforcerowsecurity AS rows_hidden,
@@ -167,10 +167,10 @@ _EXPECTED_TRIGGERS = {
 
 @dataclass(frozen=True)
 class Drift:
-    """One difference. ``found`` is None for what is missing, ``remedy`` what mends it, empty where that is not known.
+    """One difference. ``found`` is None for a missing object; ``remedy`` fixes it, and is empty where none is known.
 
-    The remedy is SQL, or a command: ``APPLY`` where a run that was interrupted has left the rest to do, ``FUNCTIONS``
-    where a function is another.
+    The remedy is SQL, or a command: ``APPLY`` for the rest of an interrupted run, ``FUNCTIONS`` for a function that
+    differs.
     """
 
     kind: Kind
@@ -197,10 +197,10 @@ class Applied:
 
 @dataclass(frozen=True)
 class Status:
-    """``revision`` is None before the first migration; ``drift`` is empty where all is as declared.
+    """The state. ``revision`` is None before the first migration; ``drift`` is empty where all is as declared.
 
-    ``prepared`` is the revision to come whose new objects are there and nothing uses them: a run in two transactions
-    was interrupted between them. ``warnings`` are sentences about what others may read, and who the functions run as.
+    ``prepared`` is a pending revision whose new objects exist unused: a run in two transactions was interrupted between
+    them. ``warnings`` are sentences about data that others may read, and the role that functions run as.
     """
 
     revision: str | None
@@ -213,26 +213,25 @@ class Status:
 
     @property
     def healthy(self) -> bool:
-        """At this package's revision, and as declared."""
+        """True at this package's revision, without drift."""
         return self.revision == self.head and not self.drift
 
 
 def status(conn: sa.Connection, config: Config) -> Status:
-    """The revision, and each column, constraint, index, trigger, function and enum against its declaration.
+    """The revision, and each difference of a column, constraint, index, trigger, function or enum from its declaration.
 
-    The expected state is made by this package's declarations on this very server, as temporary tables under a
-    savepoint that is rolled back: so both sides are in the server's own words. ``conn`` must be in a transaction
-    of the caller's, not in autocommit; nothing of it is left. On a standby no table can be made: there the revision and
-    its history are told, and a warning that nothing was compared.
+    The declared objects are made on this server as temporary ones, under a savepoint that is rolled back, so the server
+    describes both sides. ``conn`` must be in a transaction of the caller's, not in autocommit. On a standby no table
+    can be made: the result has the revision, its history, and a warning that nothing was compared.
 
-    Raises what ``examine`` does, but asks for no privileges, and MigrationError on a connection in autocommit.
+    Raises what ``examine`` does, but requires no privileges, and MigrationError on a connection in autocommit.
     """
     if autocommits(conn):
         raise MigrationError(
             "status makes temporary tables to compare with and takes them back, which needs a transaction. Call it on "
             "a connection that is not in autocommit"
         )
-    with looking(conn):
+    with reading_catalogues(conn):
         return _status(conn, config)
 
 
@@ -283,7 +282,7 @@ _FOLLOWS = (
     "tallystick adopt --cut-over"
 )
 _Shape = Mapping[tuple[Kind, str], str]  # (kind, name) → definition
-_TYPES = "credit_transaction_"  # how the names of our types begin
+_TYPES = "credit_transaction_"  # the prefix of our types
 
 
 def _drift(conn: sa.Connection, config: Config, host: Host) -> Iterator[Drift]:
@@ -292,7 +291,7 @@ def _drift(conn: sa.Connection, config: Config, host: Host) -> Iterator[Drift]:
     conn.execute(sa.select(sa.func.set_config("search_path", "pg_catalog", sa.true())))  # every name with its schema
     ledger_oid = oid_of(conn, schema, LEDGER)
     oids = {word: table.oid for word, table in host.by_word.items()} | {LEDGER: ledger_oid}
-    # the declared types are temporary ones, which the server names without a schema
+    # the declared types are temporary, and the server names those without a schema
     typed = f"{conn.scalar(sa.select(sa.func.quote_ident(schema)))}.{_TYPES}"
     found: dict[str, _Shape] = {
         word: {each: made.replace(typed, _TYPES) for each, made in _shape(conn, oid).items()}
@@ -307,7 +306,7 @@ def _drift(conn: sa.Connection, config: Config, host: Host) -> Iterator[Drift]:
     added = _added(declared)
     for word, expected in expected_shapes.items():
         for kind, name, there, wanted in _differences(expected, found[word]):
-            # of the host's tables only what we added is ours to judge, and what it had before is as it was
+            # in the host's tables only our additions count
             ours = word == LEDGER or name in added[word]
             adopted = ours and f"{word}.{added[word].get(name)}" in host.adopted_names and there is not None
             if ours and not adopted:
@@ -328,13 +327,13 @@ def _drift(conn: sa.Connection, config: Config, host: Host) -> Iterator[Drift]:
 
 
 def _privileges(conn: sa.Connection, mapping: HostMapping, host: Host) -> Iterator[Drift]:
-    # code of the app's own writes balances, until it is no more
+    # before the cut-over the app's own code writes balances
     followed = host.users.shown if host.follows else None
     for writer in writers(conn, host, mapping, oid_of(conn, host.ledger_schema, LEDGER)):
         if writer.table == followed:
             continue
-        said = f"{writer.role} may {', '.join(writer.privileges)}"
-        yield Drift("privilege", writer.table, _WRITES, said, writer.remedy)
+        found = f"{writer.role} may {', '.join(writer.privileges)}"
+        yield Drift("privilege", writer.table, _WRITES, found, writer.remedy)
 
 
 def _adopted(conn: sa.Connection, mapping: HostMapping, host: Host) -> Iterator[Drift]:
@@ -368,7 +367,7 @@ def _trigger_differences(host: Host, found: Mapping[str, _Shape]) -> Iterator[tu
 
 
 def _events_trigger(conn: sa.Connection, found: _Shape, shown: str) -> Iterator[Drift]:
-    """The ledger's trigger, where events are on, and none where they are off."""
+    """Drift of the ledger's event trigger, which must be there exactly while events are on."""
     enabled = conn.scalar(sa.select(event_settings.c.recorded_since)) is not None
     there, wanted = found.get(("trigger", EVENTS_TRIGGER)), _RECORDS if enabled else None
     if there != wanted:
@@ -377,7 +376,7 @@ def _events_trigger(conn: sa.Connection, found: _Shape, shown: str) -> Iterator[
 
 
 def _not_ours(found: _Shape, expected: _Shape) -> Iterator[tuple[Kind, str]]:
-    """Host objects that can change, drop or refuse the ledger's rows; a host may add all others."""
+    """Host objects on the ledger that can change, drop or refuse its rows; a host may add all others."""
     for (kind, name), there in found.items():
         if kind == "trigger":
             meddles = name not in TRIGGERS[LEDGER] and there.startswith("BEFORE")
@@ -402,11 +401,11 @@ def _ledger_table(conn: sa.Connection, oid: int | None, shown: str) -> Iterator[
 
 
 class _Remedies:
-    """The statements that mend a difference, by the declarations, and let no traffic wait for a scan."""
+    """The statements that fix a difference by the declarations, without blocking traffic during a scan."""
 
     def __init__(self, config: Config, host: Host) -> None:
         declared, names = Schema.of(config.host), HostNames.of(config.host, host.adopted)
-        dialect = pg.dialect(paramstyle="named")  # type: ignore[no-untyped-call]  # one that doubles no %
+        dialect = pg.dialect(paramstyle="named")  # type: ignore[no-untyped-call]  # it does not double a %
         ddl = dialect.ddl_compiler(dialect, None)  # type: ignore[arg-type]
         self.quote = dialect.identifier_preparer.quote
         self.online = {
@@ -414,7 +413,7 @@ class _Remedies:
             for each in revisions()
             for name in (*each.indexes(names), *each.ledger_indexes(names), *each.validates(names))
         } | KEYS
-        self.tables: dict[str, str] = {}  # as in a Drift's ``where``, and as in SQL
+        self.tables: dict[str, str] = {}  # a Drift's ``where`` → the name in SQL
         self.made: dict[tuple[str, str], str] = {}
         for table in declared.metadata.tables.values():
             shown = dialect.identifier_preparer.format_table(table)
@@ -438,7 +437,7 @@ class _Remedies:
         name, made, alter = self.quote(bare), self.made.get((drift.kind, bare), ""), f"ALTER TABLE {table}"
         match drift.kind:
             case "table":
-                # policies and privileges stay as they are: they are what closes the table to others
+                # policies and privileges stay as they are: they close the table to others
                 what = "SET LOGGED" if there.startswith("UNLOGGED") else "NO FORCE ROW LEVEL SECURITY"
                 parts = [f"{alter} {what}"]
             case "rule":
@@ -473,7 +472,7 @@ class _Remedies:
 
 
 def _added(declared: Schema) -> dict[str, dict[str, str]]:
-    """The columns and indexes that the host's tables got: by their names there, ours."""
+    """The columns and indexes that we added to the host's tables: the name there → our name."""
     indexes = (str(declared.users_stripe_customer.name), str(declared.users_due.name))
     return {
         "users": {column.name: column.key for column in user_columns(declared.host)} | {i: i for i in indexes},
@@ -532,9 +531,9 @@ def _declared_shapes(conn: sa.Connection, declared: Schema) -> dict[str, _Shape]
 
 
 def _functions(conn: sa.Connection, names: HostNames, *, owner: str | None) -> Iterator[Drift]:
-    """Functions and their types against those of this package, which are made as temporary ones and read back."""
+    """Differences of functions and types from this package's, which are made as temporary ones and read back."""
     made = [re.sub(_MADE, r"CREATE \1 pg_temp.", statement, count=1) for statement in _declared_functions(names)]
-    with closing(conn.connection.cursor()) as cursor:  # the driver's own: a % in a body is a %
+    with closing(conn.connection.cursor()) as cursor:  # the driver's own, which leaves a % in a body as it is
         cursor.execute("; ".join(made))
     places = (conn.scalar(_TEMPORARY), "tallystick")
     wanted, there = (_pairs(conn, _COMPOSITES, schema=schema) for schema in places)
@@ -585,7 +584,7 @@ def _declared_functions(names: HostNames) -> list[str]:
 
 
 def functions_sql(conn: sa.Connection | None, config: Config) -> str:
-    """A script that puts the functions of this package where a database has others, and shuts them to PUBLIC.
+    """A script that replaces functions that differ by this package's, and revokes them from PUBLIC.
 
     They depend on the columns that the app had before, which the database knows. Without a connection, only columns
     that the mapping has under other names than ours are taken for those.

@@ -1,8 +1,8 @@
-"""Tables that could hold an app's users, with the signs that say so. Only reads.
+"""Tables that could hold an app's users, with the signs for it. Only reads.
 
-A name alone says little: Auth.js has ``accounts`` beside ``users`` for sign-ins with Google, Supabase has a table
-``auth.users`` that no app can add a column to. So the marks that a framework leaves count more: columns that it
-signs people in by, and foreign keys of its own tables.
+A name alone is a weak sign: Auth.js has ``accounts`` beside ``users`` for sign-ins with Google, Supabase has a table
+``auth.users`` that no app can add a column to. So signs of a framework count more: its columns for sign-in, and foreign
+keys of its own tables.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ USUAL_USERS = (
 """As ``plain`` gives them."""
 
 SERVICES = ("auth", "neon_auth")
-"""Schemas of services that keep the people of an app, and alter their tables themselves."""
+"""Schemas of services that store an app's people, and alter their tables themselves."""
 
 _COLUMNS = sa.text("""
     SELECT a.attrelid::bigint AS oid, lower(a.attname) AS column,
@@ -47,7 +47,7 @@ _SIGNS_IN_BY: Mapping[str, tuple[str, ...]] = {
     "Rails signs people in by it": ("password_digest",),
 }
 _CLERK = ("clerk_user_id", "clerkuserid", "clerk_id", "clerkid")
-# Auth.js and Better Auth: a sign-in with another service, of a person in another table
+# Auth.js and Better Auth: tables of sign-ins with other services, of people in another table
 _LINKS = (
     {"provider", "provideraccountid"},
     {"provider", "provider_account_id"},
@@ -59,7 +59,7 @@ _PLATFORM = "supabase_"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A table that could hold the users: why, and how much that says (less is more)."""
+    """A table that could hold the users: the signs, and their rank (lower is stronger)."""
 
     table: HostTable
     why: str
@@ -67,19 +67,19 @@ class Candidate:
 
     @property
     def signed(self) -> bool:
-        """True where a framework's own marks say so, and not the name alone."""
+        """True if a framework's own signs say so, not the name alone."""
         return self.rank[0] == 0
 
     @property
     def named(self) -> bool:
-        """True where it has a usual name."""
+        """True if it has a usual name."""
         return self.rank[1] < len(USUAL_USERS)
 
 
 def candidates(conn: sa.Connection, everything: Sequence[HostTable]) -> list[Candidate]:
-    """All tables that could be the users, the likeliest first; those that cannot serve, too.
+    """All tables that could be the users, the likeliest first, unsuitable ones included.
 
-    A service's table is among them only where the app has none of its own.
+    A service's table is among them only if the app has none of its own.
     """
     oids = {"tables": [table.oid for table in everything]}
     columns: dict[int, dict[str, bool]] = {}
@@ -104,7 +104,7 @@ def candidates(conn: sa.Connection, everything: Sequence[HostTable]) -> list[Can
 
 
 def likeliest(found: Sequence[Candidate]) -> list[Candidate]:
-    """Of candidates those that nothing tells apart: one is the answer, more are a question."""
+    """The candidates with the strongest signs: one is the answer, more are a question for a person."""
     named = [one for one in found if one.named]
     signed = [one for one in found if one.signed]
     both = [one for one in named if one.signed]
@@ -114,8 +114,8 @@ def likeliest(found: Sequence[Candidate]) -> list[Candidate]:
     return [one for one in pool if one.table.schema == "public"] or pool
 
 
-def platforms_own(table: HostTable) -> str | None:
-    """The reason why this role can never add a column to a table that belongs to the platform; else None."""
+def platform_refusal(table: HostTable) -> str | None:
+    """The reason why no column can be added to a table that belongs to the platform; else None."""
     if table.owned or not table.owner.startswith(_PLATFORM):
         return None
     make = f"CREATE TABLE public.profiles (id uuid PRIMARY KEY REFERENCES {table.shown})"
@@ -127,9 +127,9 @@ def platforms_own(table: HostTable) -> str | None:
 
 
 def _own_signs(columns: Mapping[str, bool]) -> Iterator[str]:
-    for said, names in _SIGNS_IN_BY.items():
+    for sign, names in _SIGNS_IN_BY.items():
         if columns.keys() >= set(names):
-            yield f"{said} ({', '.join(names)})"
+            yield f"{sign} ({', '.join(names)})"
     for name in _CLERK:
         if columns.get(name):
             yield f"its people are Clerk's ({name}, each once)"

@@ -1,7 +1,7 @@
 """The app's own objects that depend on its tables' columns: on all of them as a row, or on those that undo drops.
 
-A function's body is text to the catalogue. It is searched for the known ways to copy a whole row, as a person would
-search it; what this does not see, the run itself finds by writing to the tables before its commit.
+A function's body is only text in the catalogue. It is searched for the known ways to copy a whole row; the run itself
+finds others by writing to the tables before its commit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from psycopg.sql import Literal as SqlLiteral
 
 from tallystick.migrate.revisions import TableNames
 
-# Tables with a column of the row type, of an array or domain of it, or of a composite type that has one.
+# Tables with a column of the row type, an array or domain of it, or a composite type that contains one.
 _ROW_COLUMNS = sa.text("""
     WITH RECURSIVE shaped AS (
       SELECT t.oid, c.oid AS source FROM pg_class c JOIN pg_type t ON t.oid = c.reltype
@@ -47,7 +47,7 @@ _FUNCTIONS = sa.text("""
     ORDER BY 1
 """)
 
-# DROP COLUMN takes indexes, checks and statistics along without a word; the rest it would refuse, one at a time.
+# DROP COLUMN silently drops indexes, checks and statistics too, and refuses all else, one at a time.
 _ON_COLUMNS = SQL("""
 DECLARE
   found text;
@@ -68,11 +68,11 @@ BEGIN
 END""")
 
 DEPENDED_ON = "TS005"
-"""SQLSTATE of a way back that would take something of the app's own along."""
+"""SQLSTATE of an undo that would drop objects of the app."""
 
 
 def refuse_dependents(columns: Iterable[tuple[TableNames, list[str]]]) -> Composable:
-    """A block that fails, and names them, where objects of the app's depend on columns that are about to go."""
+    """A block that fails if objects of the app depend on columns that are to be dropped, and names them."""
     rows = (
         SQL("({}, {})").format(SqlLiteral(table.name.as_string(None)), SqlLiteral(names)) for table, names in columns
     )
@@ -91,7 +91,7 @@ _STAR = r"(?:[^;]*?,)?\s*(?:[\w\"$]+\.)?\*"
 
 
 def breaks_with_more_columns(conn: sa.Connection, tables: Sequence[tuple[int, str, str]]) -> Iterator[str]:
-    """Objects that would fail once the tables have further columns, each as a sentence that ends with the remedy.
+    """Objects that would fail once the tables have more columns, each as a sentence that ends with the remedy.
 
     ``tables`` are (oid, schema, name).
     """
@@ -163,4 +163,4 @@ def _lists_columns(query: str) -> bool:
 
 def _line(passage: str) -> str:
     line = " ".join(passage.split())
-    return line if len(line) <= 120 else f"{line[:119]}…"  # noqa: PLR2004  # what fits in a sentence
+    return line if len(line) <= 120 else f"{line[:119]}…"  # noqa: PLR2004  # to fit in a sentence

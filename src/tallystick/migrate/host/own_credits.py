@@ -1,8 +1,8 @@
-"""The credits that an app had before Tallystick: its balances, and a history of its own held against them. Only reads.
+"""The credits that an app had before Tallystick: its balances, compared with a history of its own. Only reads.
 
-A history is any table with a row for each change: a user, an amount, and perhaps a type and a status. It is never
-taken into the ledger as rows, since its balances may be wrong and its order unknown: the balance that users see is what
-they are owed. What differs is shown, by user and amount, for a person to decide.
+A history is any table with a row for each change: a user, an amount, and perhaps a type and a status. Its rows never
+become rows of the ledger, since its balances may be wrong and its order unknown: users are owed the balance that they
+see. Differences are shown by user and amount, for a person to decide.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DIFFERENCES = 20
 
 @dataclass(frozen=True)
 class Difference:
-    """A user whose balance is not what the history adds up to."""
+    """A user whose balance differs from the sum of the history."""
 
     user: Any
     balance: int
@@ -46,16 +46,16 @@ class Difference:
 
     @property
     def by(self) -> int:
-        """The credits that the user has beyond those of the history."""
+        """The balance less the sum of the history."""
         return self.balance - self.history
 
 
 @dataclass(frozen=True)
 class OwnHistory:
-    """The app's history, held against its balances.
+    """The app's history, compared with its balances.
 
-    ``differences`` are the largest of those of ``differing`` users. ``wrong_balances`` counts rows that note another
-    balance than the rows up to them add up to. Where no amount is negative, its sign is taken from the type.
+    ``differences`` are the largest ones, of ``differing`` users in all. ``wrong_balances`` counts rows whose balance
+    differs from the sum of the rows up to them. If no amount is negative, the type determines its sign.
     """
 
     table: str
@@ -68,9 +68,9 @@ class OwnHistory:
 
 @dataclass(frozen=True)
 class OwnCredits:
-    """The balances of the app's own: ``waiting`` users have none of it in the ledger yet, ``opened`` have.
+    """The app's own balances: those of ``opened`` users are in the ledger, those of ``waiting`` users not yet.
 
-    ``changed_by_app`` counts what code of the app's own wrote since; ``follows`` tells that it still may.
+    ``changed_by_app`` counts later writes by the app's own code; with ``follows`` it may still write.
     """
 
     migrated: bool
@@ -86,7 +86,7 @@ class OwnCredits:
 
 @dataclass(frozen=True)
 class HistoryTable:
-    """A table of the app's, as a history: its columns by what they mean."""
+    """A table of the app as a history, with its columns by their meaning."""
 
     table: HostTable
     user: str
@@ -106,7 +106,7 @@ class HistoryTable:
 def own_credits(
     conn: sa.Connection, mapping: HostMapping, names: HostNames, *, migrated: bool, follows: bool, history: str | None
 ) -> OwnCredits:
-    """The credits that the app has already. ``history`` names its table, or is None for one with a usual name.
+    """The app's own credits. ``history`` names its history, or is None for a table with a usual name.
 
     Raises:
         HostMismatch: there is no such column or table, or the table is no history.
@@ -118,7 +118,7 @@ def own_credits(
         raise HostMismatch(
             f"{users.shown} has no column {mapping.users.balance}. "
             + (
-                " ".join(one.told() for one in apart)
+                " ".join(one.sentence() for one in apart)
                 or "Name the one that holds credits in host.users.balance, or run: tallystick init"
             ),
             table=users.shown,
@@ -165,7 +165,7 @@ def own_credits(
 
 
 def find_history(conn: sa.Connection, mapping: HostMapping, asked: str | None) -> HistoryTable | None:
-    """The app's history, by its name or a usual one. Raises HostMismatch where the one that was asked for is none."""
+    """The app's history, by its name or a usual one. Raises HostMismatch if the named table is no history."""
     ours = (mapping.schema_of_ledger, LEDGER)
     for table in host_tables(conn):
         named = asked in (table.table, table.shown) if asked else plain(table.table) in _HISTORIES
@@ -228,11 +228,11 @@ def _compared(
     counts: Composable = SQL("true")
     if found.status is not None:
         status = SQL("lower(h.{}::text)").format(Identifier(found.status))
-        # where no row has a word of ours, the column means something else
+        # without any known word the column means something else
         counts = SQL(
             "({s} IS NULL OR {s} = ANY ({words}) OR NOT EXISTS (SELECT FROM {h} AS h WHERE {s} = ANY ({words})))"
         ).format(s=status, words=Literal(list(_FINISHED)), h=found.name)
-    # what the ledger did of itself is in no history of the app's
+    # the ledger's own changes are not in the app's history
     since: Composable = SQL("0")
     if migrated:
         since = SQL(
@@ -273,7 +273,7 @@ def _compared(
 
 
 def _wrong_balances(conn: sa.Connection, found: HistoryTable, amount: Composable, counts: Composable) -> int | None:
-    """Rows whose balance is not that of the rows up to them; None where the table tells no balance or no order."""
+    """The number of rows whose balance differs from the sum so far; None if the table has no balance or no order."""
     if found.balance_after is None or found.moment is None or found.key is None:
         return None
     return int(
@@ -296,7 +296,7 @@ def _wrong_balances(conn: sa.Connection, found: HistoryTable, amount: Composable
 
 
 def _all(conn: sa.Connection, query: SQL, **parts: Composable) -> list[Any]:
-    # the driver's own text: a % or a colon in a name is just that
+    # sent as the driver's own text: a % or a colon in a name stays as it is
     text = query.format(**parts).as_string(None).replace("%", "%%")
     return list(conn.exec_driver_sql(text).all())
 

@@ -1,4 +1,4 @@
-"""The preflight of a migration: the mapping held against the live tables, before anything is changed. Only reads."""
+"""The preflight of a migration: the mapping compared with the live tables, before any change. Only reads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tallystick.errors import (
     SchemaError,
     SchemaTooNew,
 )
-from tallystick.migrate.host.candidates import platforms_own
+from tallystick.migrate.host.candidates import platform_refusal
 from tallystick.migrate.host.dependents import breaks_with_more_columns
 from tallystick.migrate.host.tables import (
     KEY_WORDS,
@@ -32,7 +32,15 @@ from tallystick.migrate.host.tables import (
     unsuitable,
 )
 from tallystick.migrate.revisions import Adopted, HostNames, Word, after, revisions
-from tallystick.schema import HISTORY, LEDGER, alembic_version, has_bookkeeping, mapping_of, migration_log, refuse_other
+from tallystick.schema import (
+    HISTORY,
+    LEDGER,
+    alembic_version,
+    has_bookkeeping,
+    mapping_of,
+    migration_log,
+    refuse_other_mapping,
+)
 
 OLDEST_SERVER = 140000
 _MAX_COLUMNS = 1600
@@ -66,11 +74,11 @@ _ROLE = sa.text("""
 
 @dataclass(frozen=True)
 class Host:
-    """The result of the preflight. ``adopted`` are columns of ours that the host had before their revision came.
+    """The result of the preflight. ``adopted`` are columns of ours that the host had before their revision.
 
-    ``prepared`` are the revisions after ``revision`` whose new objects are committed and that nothing uses yet.
-    ``columns`` are the names that each mapped table has now. ``missing_privileges`` and ``breaks`` (what of the app's
-    would fail with further columns) stop a run.
+    ``prepared`` are the revisions after ``revision`` whose new objects are committed but not used yet. ``columns`` are
+    the present names in each mapped table. ``missing_privileges`` and ``breaks`` (objects of the app that would fail
+    with more columns) stop a run.
     """
 
     server_version: int
@@ -89,7 +97,7 @@ class Host:
 
     @property
     def by_word(self) -> dict[Word, HostTable]:
-        """The mapped tables, by our words for them."""
+        """The mapped tables, by our names for them."""
         found: dict[Word, HostTable] = {"users": self.users}
         if self.workshops:
             found["workshops"] = self.workshops
@@ -102,23 +110,23 @@ class Host:
 
     @property
     def adopted_names(self) -> tuple[str, ...]:
-        """As in ``migration_log``: ``users.updated_at``, by our words for the tables."""
+        """As in ``migration_log``: ``users.updated_at``, by our names for the tables."""
         return tuple(sorted(f"{word}.{column}" for word, column in self.adopted))
 
 
 def examine(conn: sa.Connection, config: Config, *, strict: bool = True, changes: bool = True) -> Host:
     """Check that this database can be migrated (or is already), before anything is changed.
 
-    With ``strict`` off, missing privileges and what of the app's would break are told in the result, not raised. With
-    ``changes`` off nothing is to be changed, and a standby serves.
+    With ``strict`` off, missing privileges and objects that would break are in the result, not raised. With
+    ``changes`` off nothing is to be changed, and a standby is accepted.
 
     Raises:
         SchemaError: the server is too old, or is a standby and cannot be changed.
-        HostMismatch: the mapping names what is not there or cannot serve, a name of ours is taken, or something of the
-            app's would fail once its tables have further columns.
+        HostMismatch: the mapping names missing or unsuitable tables or columns, a name of ours is taken, or an object
+            of the app would fail once its tables have more columns.
         IncompatibleColumn: the host has a column of ours that cannot be adopted.
-        PermissionDenied: names what to GRANT.
-        SchemaTooNew: a later version of Tallystick was here.
+        PermissionDenied: with the GRANT to run.
+        SchemaTooNew: a later version of Tallystick migrated the database.
     """
     mapping = config.host
     role = conn.execute(_ROLE, {"schema": mapping.users.schema}).one()
@@ -130,7 +138,7 @@ def examine(conn: sa.Connection, config: Config, *, strict: bool = True, changes
     revision = current_revision(conn)
     prepared = prepared_revisions(conn)
     if revision is not None or prepared:
-        refuse_other(mapping_of(conn), mapping)
+        refuse_other_mapping(mapping_of(conn), mapping)
     migrated = revision is not None or bool(prepared)
     users, users_columns = _mapped_users(conn, mapping, migrated=migrated)
     workshops, workshops_columns = _mapped_workshops(conn, mapping, migrated=migrated)
@@ -178,7 +186,7 @@ def examine(conn: sa.Connection, config: Config, *, strict: bool = True, changes
 
 
 def refuse_rows(conn: sa.Connection, host: Host, how: str) -> None:
-    """Raises LedgerNotEmpty where there is history to lose; ``how`` says what loses it on purpose."""
+    """Raise LedgerNotEmpty if the ledger has history; ``how`` is the way to delete it on purpose."""
     _see_every_row(
         conn, oid_of(conn, host.ledger_schema, LEDGER), f"{host.ledger_schema}.{LEDGER}", "whether it has rows"
     )
@@ -192,7 +200,7 @@ def refuse_rows(conn: sa.Connection, host: Host, how: str) -> None:
 
 
 def _see_every_row(conn: sa.Connection, oid: int | None, table: str, what: str) -> None:
-    """Raises PermissionDenied where policies would hide rows from a question about all of them."""
+    """Raise PermissionDenied if policies hide rows of the table from this role."""
     if conn.scalar(sa.text("SELECT row_security_active(CAST(:oid AS oid))"), {"oid": oid}):
         role = conn.scalar(sa.text("SELECT current_user"))
         raise PermissionDenied(
@@ -212,7 +220,7 @@ def current_revision(conn: sa.Connection) -> str | None:
 
 
 def prepared_revisions(conn: sa.Connection) -> tuple[str, ...]:
-    """The revisions of which only the new objects are there, oldest first. Raises SchemaTooNew."""
+    """The revisions of which only the new objects exist, oldest first. Raises SchemaTooNew."""
     if not has_bookkeeping(conn, migration_log):
         return ()
     log = migration_log.c
@@ -232,13 +240,13 @@ def _known(found: str, where: str) -> str:
 
 
 def was_cut_over(conn: sa.Connection) -> bool:
-    """Nothing but the ledger writes balances any more, as was said."""
+    """True after the cut-over: only the ledger writes balances."""
     log = migration_log.c
     return bool(conn.scalar(sa.select(sa.exists().where(log.direction == "adopt"))))
 
 
 def adopted_columns(conn: sa.Connection) -> Adopted:
-    """The columns that the revisions found and left as they were."""
+    """The columns that the revisions adopted."""
     rows = conn.scalars(sa.select(migration_log.c.adopted).where(migration_log.c.direction == "apply"))
     pairs = (name.split(".", 1) for row in rows for name in row)
     return frozenset((cast("Word", word), column) for word, column in pairs)
@@ -247,9 +255,9 @@ def adopted_columns(conn: sa.Connection) -> Adopted:
 def _missing_privileges(
     role: sa.Row[Any], mapping: HostMapping, tables: Sequence[HostTable], *, migrated: bool
 ) -> Iterator[str]:
-    """Each as a sentence that ends with what to GRANT."""
+    """Each missing privilege, as a sentence that ends with the GRANT to run."""
     for table in tables:
-        if refusal := platforms_own(table):
+        if refusal := platform_refusal(table):
             yield f"{table.shown} {refusal}"
         elif not table.owned:
             yield (
@@ -281,7 +289,7 @@ def _mapped_users(
 
 
 def mapped_table(conn: sa.Connection, word: Word, schema: str, name: str) -> HostTable:
-    """The mapped table; raises HostMismatch where there is none that can serve, with one that is named alike."""
+    """The mapped table. Raises HostMismatch if it is missing or unsuitable, with a similar name."""
     everything = host_tables(conn)
     table = next((t for t in everything if (t.schema, t.table) == (schema, name)), None)
     where = f"host.{word}"
@@ -327,7 +335,7 @@ def _near(name: str, columns: Iterable[str]) -> str:
 
 
 def _serves(given: str, there: str | None, *, migrated: bool) -> bool:
-    """True where a key of the type ``there`` fits one that is ``given``: the ledger goes before a key that grows."""
+    """True if a key of type ``there`` fits the mapped type ``given``; the ledger may be widened before the key."""
     return there == given or (migrated and given == "bigint" and there in ("smallint", "integer"))
 
 
@@ -414,15 +422,15 @@ def _mapped_workshops(
 
 @dataclass(frozen=True)
 class _Rule:
-    """The condition under which a column of ours that the host already has is used as it is."""
+    """The condition for adopting a column of ours that the host already has."""
 
     types: tuple[str, ...]
     expected: str
-    nullable: bool = False  # no value means something
-    zero: bool = False  # integer NOT NULL DEFAULT 0, all rows 0: nobody has a row of the ledger
-    empty: bool = False  # no value at all
-    credits: bool = False  # whole numbers from 0 to what the ledger holds, or nulls
-    distinct: bool = False  # no value twice: a unique index follows
+    nullable: bool = False  # null has a meaning
+    zero: bool = False  # integer NOT NULL DEFAULT 0, 0 in all rows: no user has a row of the ledger
+    empty: bool = False  # null in all rows
+    credits: bool = False  # whole numbers from 0 to the ledger's maximum, or nulls
+    distinct: bool = False  # no value twice: it gets a unique index
     length: int = 0
 
 
@@ -457,18 +465,18 @@ _ADOPTABLE: Mapping[Word, Mapping[str, _Rule]] = {
 
 
 def setting_of(word: Word, ours: str) -> str:
-    """The setting that names a column of ours which may have another name."""
+    """The mapping's setting for a column of ours that may have another name."""
     return f"host.{word}.{'balance' if ours == 'credit_balance' else ours}"
 
 
 def adoptable(mapping: HostMapping, word: Word) -> Mapping[str, str]:
-    """As ``UsersTable.adoptable``, of either table."""
+    """As ``UsersTable.adoptable``, for either table."""
     table = mapping.users if word == "users" else mapping.workshops
     return table.adoptable if table else {}
 
 
 def spelled_otherwise(ours: str, names: Iterable[str]) -> list[str]:
-    """The names that are ``ours`` but for capitals and underscores, as "deletedAt" is deleted_at."""
+    """The names that differ from ``ours`` only in capitals and underscores, as "deletedAt" from deleted_at."""
     return [name for name in names if name != ours and name.replace("_", "").lower() == ours.replace("_", "")]
 
 
@@ -501,7 +509,7 @@ def _adoptable(
     mapping: HostMapping,
     revision: str | None,
 ) -> tuple[Adopted, list[IncompatibleColumn]]:
-    """Columns of later revisions that the table has, and what is wrong with those of them that cannot be adopted."""
+    """Columns of pending revisions that the table has already, and the errors of those that cannot be adopted."""
     coming = {name for each in after(revision) for name in each.columns.get(word, ())}
     names = adoptable(mapping, word)
     adopted: set[tuple[Word, str]] = set()
@@ -558,21 +566,21 @@ def _incompatible(
 
 
 def _refuse_unadoptable(faults: Sequence[IncompatibleColumn], names_taken: Sequence[str], mapping: HostMapping) -> None:
-    """Raises one error with all that is in the way, so that it is not found one by one."""
-    said = [fault.message for fault in faults]
+    """Raise one error for all obstacles."""
+    faults_found = [fault.message for fault in faults]
     schema = mapping.users.schema
     if names_taken:
         names = ", ".join(f'"{schema}"."{name}"' for name in names_taken)
-        said.append(
+        faults_found.append(
             f"the database already has {names}, which Tallystick would make. Let its ledger have a schema of its own: "
             'set ledger_schema = "tallystick" under [host]. Nothing of the app\'s has to be renamed then'
             if mapping.ledger_schema is None
             else f"the database already has {names}, a name that Tallystick needs. No code names an index: rename it, "
             f'as in ALTER INDEX "{schema}"."{names_taken[0]}" RENAME TO "{names_taken[0]}_before"'
         )
-    if not said:
+    if not faults_found:
         return
-    message = ". ".join([*said, "Nothing was changed"])
+    message = ". ".join([*faults_found, "Nothing was changed"])
     if faults:
         first = faults[0]
         raise IncompatibleColumn(
@@ -603,7 +611,7 @@ def _fault_of_declaration(column: HostColumn, rule: _Rule) -> str | None:
 
 
 def _credits_fault(conn: sa.Connection, table: HostTable, column: HostColumn, most: int) -> str | None:
-    """Balances that no ledger can begin with, and how many users have one."""
+    """The balances that the ledger cannot open, with the number of their users."""
     _see_every_row(conn, table.oid, table.shown, f"what is in its column {column.name}")
     live: sa.ColumnClause[Any] = sa.column(column.name, sa.Numeric)
     wrong = {
@@ -639,16 +647,16 @@ def _content_fault(conn: sa.Connection, table: HostTable, column: HostColumn, ru
 
 
 def taken(conn: sa.Connection, mapping: HostMapping, revision: str | None = None) -> Sequence[str]:
-    """Names in the users' schema that revisions after ``revision`` need and that something of the app's has."""
+    """Names in the users' schema that revisions after ``revision`` need and that objects of the app have."""
     names = HostNames.of(mapping)
-    # in a schema of our own the ledger meets nothing of the app's; an index is beside its table
+    # in a schema of its own the ledger's names are free; indexes are in their table's schema
     alone = mapping.ledger_schema is not None
     wanted = [name for each in after(revision) for name in (each.indexes(names) if alone else each.creates)]
     return conn.scalars(_TAKEN, {"schema": mapping.users.schema, "names": wanted}).all()
 
 
 def _check_same_host(conn: sa.Connection, schema: str, users: HostTable, workshops: HostTable | None) -> None:
-    """The ledger's foreign keys say which tables were migrated; another one with such a name is a mistake."""
+    """Check that the mapped tables are those that the ledger's foreign keys reference."""
     mapped = {table.oid: table.shown for table in (users, workshops) if table}
     for key in conn.execute(_KEYS, {"schema": schema}):
         if key.oid not in mapped:

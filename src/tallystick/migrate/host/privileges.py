@@ -1,4 +1,4 @@
-"""Privileges: what default privileges gave on new objects is taken back; who could write credits is found."""
+"""Privileges: revokes default privileges on new objects, and finds roles that could write credits."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _OBJECTS = SQL("""
 
 
 def remember_objects(names: HostNames) -> Composable:
-    """Run before new objects are made, for ``close_new_objects``."""
+    """Record the existing objects, for ``close_new_objects``."""
     return SQL(
         "SELECT set_config('tallystick.objects', coalesce(jsonb_agg(o.oid), '[]')::text, true) FROM ({objects}) o"
     ).format(objects=_objects(names))
 
 
 def close_new_objects(names: HostNames) -> Composable:
-    """Takes every privilege on what was made since ``remember_objects`` from everybody but its owner.
+    """Revoke all privileges on objects made since ``remember_objects`` from all roles but the owner.
 
-    Default privileges, such as Supabase's for ``anon`` and ``authenticated``, may have given them to anybody. What
-    somebody was given on older objects stays.
+    Default privileges, such as Supabase's for ``anon`` and ``authenticated``, may have granted them. Privileges on
+    older objects stay.
     """
     body = SQL("""
 DECLARE
@@ -62,14 +62,14 @@ def _objects(names: HostNames) -> Composable:
     return _OBJECTS.format(ledger=SqlLiteral(ledger))
 
 
-# The app's own roles are those that were given the ledger, by name.
+# The app's own roles are those with an explicit grant on the ledger.
 _APPS = sa.text("""
     SELECT DISTINCT a.grantee::bigint FROM pg_proc p CROSS JOIN LATERAL aclexplode(p.proacl) a
     JOIN pg_roles r ON r.oid = a.grantee AND r.rolname NOT IN ('anon', 'authenticated')
     WHERE p.pronamespace = to_regnamespace('tallystick') AND a.grantee <> p.proowner
 """)
 
-# A grant on a table is one on each of its columns, and one on a column is enough to set a balance.
+# A privilege on a table is one on each of its columns, and one on a column is enough to set a balance.
 _WRITERS = sa.text("""
     WITH given AS (
       SELECT c.oid AS table, c.relowner AS owner, a.grantee, a.privilege_type AS privilege
@@ -112,7 +112,7 @@ _READERS = sa.text("""
 
 @dataclass(frozen=True)
 class Writer:
-    """A role besides the owner and the app's that may write ``table``; ``remedy`` is the SQL that takes it back."""
+    """A role other than the owner and the app's that may write ``table``; ``remedy`` is the SQL that revokes it."""
 
     table: str
     role: str
@@ -121,7 +121,7 @@ class Writer:
 
 
 def writers(conn: sa.Connection, host: Host, mapping: HostMapping, ledger: int | None) -> Iterator[Writer]:
-    """Roles that could write the ledger, its bookkeeping or a balance past the functions."""
+    """Roles that could write the ledger, its bookkeeping or a balance without the functions."""
     own = _own_columns(conn, host, mapping)
     values = {"users": host.users.oid, "ledger": ledger, "apps": _apps(conn), "balance": host.balance}
     for row in conn.execute(_WRITERS, values):
@@ -131,7 +131,7 @@ def writers(conn: sa.Connection, host: Host, mapping: HostMapping, ledger: int |
 
 
 def open_policies(conn: sa.Connection, host: Host, mapping: HostMapping) -> Iterator[str]:
-    """Policies of the users that show other people's billing columns, one sentence each."""
+    """Policies on the users that show other users' billing columns, one sentence each."""
     own, key = _own_columns(conn, host, mapping), mapping.users.key
     table = _quoted(host.users.schema, host.users.table)
     billing = f"{host.balance}, {mapping.users.stripe_customer_id} and plan_tier"
@@ -149,14 +149,14 @@ def _apps(conn: sa.Connection) -> list[int]:
 
 
 def _narrower(privileges: Sequence[str], table: str, role: str, columns: str) -> str:
-    """Takes privileges on a table, and gives them back on some columns."""
+    """SQL that revokes privileges on a table, and grants them on some columns."""
     taken = f"REVOKE {', '.join(privileges)} ON {table} FROM {role}"
     given = ", ".join(f"{privilege} ({columns})" for privilege in privileges)
     return f"{taken}; GRANT {given} ON {table} TO {role}" if columns else taken
 
 
 def _own_columns(conn: sa.Connection, host: Host, mapping: HostMapping) -> str:
-    """The columns of the app's own, for a GRANT: without its balances and what else is billing."""
+    """The app's own columns, for a GRANT, without its balances and other billing columns."""
     theirs = {name for word, name in host.adopted if word == "users"} & {"updated_at", "deleted_at"}
     ours = {column.name for column in user_columns(mapping) if column.key not in theirs}
     names = conn.scalars(_COLUMNS, {"table": host.users.oid})

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from tallystick.config import HostMapping, UsersTable, WorkshopsTable
 from tallystick.errors import HostMismatch
-from tallystick.migrate.host.candidates import Candidate, candidates, likeliest, platforms_own
+from tallystick.migrate.host.candidates import Candidate, candidates, likeliest, platform_refusal
 from tallystick.migrate.host.preflight import (
     adopted_columns,
     current_revision,
@@ -30,12 +30,12 @@ from tallystick.migrate.host.tables import (
     HostTable,
     columns_of,
     host_tables,
-    looking,
     plain,
+    reading_catalogues,
     unsuitable,
 )
 from tallystick.migrate.revisions import Word
-from tallystick.schema import mapping_of, refuse_other
+from tallystick.schema import mapping_of, refuse_other_mapping
 
 _REFERENCES = sa.text("""
     SELECT f.attname AS column, t.attname AS key
@@ -95,10 +95,10 @@ _NUMBERS = ("int2", "int4", "int8", "numeric", "float4", "float8", "money")
 
 @dataclass(frozen=True)
 class BalancesApart:
-    """A column beside the users that seems to hold their credits, in a table with a user's key in ``key``.
+    """A column that seems to hold the users' credits in another table, whose column ``key`` has a user's key.
 
-    ``options`` of ``tallystick init`` map that table in place of the users. ``obstacle`` is the reason why it cannot
-    serve as it is, or None.
+    With ``options`` ``tallystick init`` maps that table in place of the users. ``obstacle`` is the reason why it is
+    unsuitable as it is, or None.
     """
 
     column: str
@@ -106,8 +106,8 @@ class BalancesApart:
     options: Mapping[str, str]
     obstacle: str | None
 
-    def told(self, init: str = "tallystick init --force") -> str:
-        """A sentence for a person, with the command that maps the table."""
+    def sentence(self, init: str = "tallystick init --force") -> str:
+        """A sentence with the command that maps the table."""
         command = " ".join([init, *(f"{name} {shlex.quote(to)}" for name, to in self.options.items())])
         first = f"It cannot serve yet, since {self.obstacle}. Mend that, then run" if self.obstacle else "If so, run"
         return (
@@ -126,58 +126,58 @@ def propose(
     credits: Literal["integer", "bigint"] | None = None,
     own_columns: bool = False,
 ) -> HostMapping:
-    """A mapping for this database, from what its tables are called and how they refer to each other.
+    """A mapping for this database, from the names of its tables and the references between them.
 
     Args:
         conn: only read from.
-        users: which table, as ``table`` or ``schema.table``, where the guess would be wrong.
-        workshops: likewise; the default is a table named workshop(s), or none. ``"none"`` is none, whatever there is.
-        users_key: which column of the users is their key, where it is not the primary one.
-        balance: which column of the users holds credits already; the default is one with a usual name. ``"none"`` is
-            none, whatever there is.
-        credits: the type of a number of credits; the default is ``bigint`` where the balances are, else ``integer``.
-        own_columns: add ``stripe_customer_id``, ``updated_at`` and ``deleted_at`` even where the app has such columns
-            in another spelling, as "deletedAt"; the default is to use those.
+        users: the users' table, as ``table`` or ``schema.table``, if the guess is wrong.
+        workshops: likewise; the default is a table named workshop(s), or none. ``"none"`` is none in any case.
+        users_key: the users' key column, if it is not the primary key.
+        balance: the users' column that holds credits already; the default is one with a usual name. ``"none"`` is
+            none in any case.
+        credits: the type of a number of credits; the default is ``bigint`` if the balances are, else ``integer``.
+        own_columns: add ``stripe_customer_id``, ``updated_at`` and ``deleted_at`` even if the app has such columns in
+            another spelling, as "deletedAt"; the default is to use those.
 
-    A database that is migrated has its mapping, which is given back.
+    A migrated database has its stored mapping, which is returned.
 
     Raises:
-        HostMismatch: no table, or more than one, could be meant; the message says what to type. Or the database was
-            migrated for another mapping than the one that is asked for.
+        HostMismatch: no table, or more than one, fits; the message says what to type. Or the database was migrated for
+            another mapping than the arguments ask for.
     """
-    with looking(conn):
+    with reading_catalogues(conn):
         stored = mapping_of(conn) if current_revision(conn) or prepared_revisions(conn) else None
         if stored is not None and users is workshops is users_key is balance is credits is None and not own_columns:
             return stored
         found = _propose(conn, users, workshops, users_key, balance)
-        found = found if own_columns else _with_the_apps(conn, found)
+        found = found if own_columns else _with_app_columns(conn, found)
         found = found if credits is None else replace(found, credits=credits)
         if stored is not None:
             found = replace(found, credits=credits or stored.credits, ledger_schema=stored.ledger_schema)
-            refuse_other(stored, found)
+            refuse_other_mapping(stored, found)
         return found
 
 
 def people(conn: sa.Connection) -> list[Candidate]:
-    """The tables that could be the users, the likeliest first, but for those that cannot serve."""
+    """The suitable tables that could be the users, the likeliest first."""
     return [one for one in candidates(conn, host_tables(conn)) if not unsuitable(one.table)]
 
 
 def other_than_primary(conn: sa.Connection, mapping: HostMapping) -> str | None:
-    """The primary key of the users, where the mapping names another column as their key."""
+    """The primary key of the users, if the mapping names another column as their key."""
     table = mapped_table(conn, "users", mapping.users.schema, mapping.users.table)
     primary = [column.name for column in columns_of(conn, table).values() if column.is_primary]
     return None if not primary or primary == [mapping.users.key] else ", ".join(primary)
 
 
 def has_balances(conn: sa.Connection, mapping: HostMapping) -> bool:
-    """The column that the mapping names for balances is there before the migration: it is adopted."""
+    """True if the mapped balance column exists before the migration, and so is adopted."""
     table = mapped_table(conn, "users", mapping.users.schema, mapping.users.table)
     return current_revision(conn) is None and mapping.users.balance in columns_of(conn, table)
 
 
 def in_place_of_ours(conn: sa.Connection, mapping: HostMapping) -> list[tuple[str, str]]:
-    """The columns of the app's own that the mapping has in place of ours, before the migration: both names."""
+    """The app's columns that the mapping uses in place of ours, before the migration: both names."""
     tables = [table for table in (mapping.users, mapping.workshops) if table]
     return [
         (f'{table.schema}.{table.table}."{name}"', ours)
@@ -187,21 +187,21 @@ def in_place_of_ours(conn: sa.Connection, mapping: HostMapping) -> list[tuple[st
     ]
 
 
-def _with_the_apps(conn: sa.Connection, mapping: HostMapping) -> HostMapping:
-    """The mapping with the columns that the app has in another spelling than ours."""
+def _with_app_columns(conn: sa.Connection, mapping: HostMapping) -> HostMapping:
+    """The mapping with the app's columns whose names are ours in another spelling."""
     users, workshops = mapping.users, mapping.workshops
     return replace(
         mapping,
-        users=replace(users, **_spelled(conn, "users", users)),
-        workshops=workshops and replace(workshops, **_spelled(conn, "workshops", workshops)),
+        users=replace(users, **_columns_spelled_otherwise(conn, "users", users)),
+        workshops=workshops and replace(workshops, **_columns_spelled_otherwise(conn, "workshops", workshops)),
     )
 
 
-def _spelled(conn: sa.Connection, word: Word, table: UsersTable | WorkshopsTable) -> dict[str, Any]:
+def _columns_spelled_otherwise(conn: sa.Connection, word: Word, table: UsersTable | WorkshopsTable) -> dict[str, Any]:
     columns = columns_of(conn, mapped_table(conn, word, table.schema, table.table))
     found: dict[str, Any] = {}
     for ours in table.adoptable:
-        # a balance has many usual names, and is found by them
+        # a balance is found by its usual names
         if ours != "credit_balance" and ours not in columns:
             spelled = [name for name in spelled_otherwise(ours, columns) if not unfit(word, ours, columns[name])]
             if len(spelled) == 1:
@@ -211,7 +211,7 @@ def _spelled(conn: sa.Connection, word: Word, table: UsersTable | WorkshopsTable
 
 def balances_apart(conn: sa.Connection, mapping: HostMapping) -> list[BalancesApart]:
     """Columns that seem to hold the credits of the users, beside the mapped one; none where that is adopted."""
-    with looking(conn):
+    with reading_catalogues(conn):
         return _balances_apart(conn, mapping)
 
 
@@ -322,8 +322,8 @@ def _propose(
     conn: sa.Connection, users: str | None, workshops: str | None, users_key: str | None, balance: str | None
 ) -> HostMapping:
     everything = host_tables(conn)
-    users_table = _asked("users", everything, users) if users is not None else _users(conn, everything)
-    if refusal := platforms_own(users_table):
+    users_table = _named_table("users", everything, users) if users is not None else _users(conn, everything)
+    if refusal := platform_refusal(users_table):
         raise HostMismatch(f"{users_table.shown} {refusal}", table=users_table.shown, column=None)
     columns = columns_of(conn, users_table)
     keys = [column for column in columns.values() if column.identifies]
@@ -339,7 +339,7 @@ def _propose(
     if workshops is None:
         workshops_table = _workshops(conn, everything, users_table)
     elif workshops != "none":
-        workshops_table = _asked("workshops", everything, workshops)
+        workshops_table = _named_table("workshops", everything, workshops)
         if workshops_table.oid == users_table.oid:
             raise HostMismatch(
                 f"users and workshops would both be {users_table.shown}. Name another table with --users or with "
@@ -369,7 +369,7 @@ def _propose(
 
 
 def _balance(table: HostTable, columns: Mapping[str, HostColumn], asked: str | None) -> HostColumn | None:
-    """The column that holds credits already."""
+    """The app's own column of credits."""
     if asked not in (None, "none"):
         if asked not in columns:
             raise HostMismatch(
@@ -385,7 +385,7 @@ def _balance(table: HostTable, columns: Mapping[str, HostColumn], asked: str | N
 def _users_key(
     table: HostTable, columns: Mapping[str, HostColumn], keys: Sequence[HostColumn], asked: str | None
 ) -> HostColumn:
-    """The primary key, or what was asked for; never another column in its place without a word."""
+    """The column that was asked for, or else the primary key; never another one silently."""
     found = [column for column in keys if (column.name == asked if asked is not None else column.is_primary)]
     primary = [f"{column.name} ({column.shown})" for column in columns.values() if column.is_primary]
     if not found and (asked is not None or primary or len(keys) > 1):
@@ -413,7 +413,7 @@ def _propose_workshops(
     *,
     people: Collection[int],
 ) -> tuple[HostColumn, WorkshopsTable]:
-    """The workshops, and the users' key that they name their owner by.
+    """The workshops, and the users' key that their owner column contains.
 
     ``people`` are the tables that could be the users.
     """
@@ -439,7 +439,7 @@ def _propose_workshops(
     if owner is not None:
         users_key = references[owner]
     else:
-        # No foreign key: a column called like a users' key, or by a usual name with a key's type.
+        # Without a foreign key: a column with the name of a users' key, or with a usual name and a key's type.
         like_a_key = [name for name in by_name if name in columns and name not in (key.name, primary.name)]
         usual = [name for name in columns if plain(name) in _OWNERS]
         of_others = [row.column for row in conn.execute(_TARGETS, {"from": table.oid}) if row.oid in people]
@@ -468,10 +468,10 @@ def _propose_workshops(
 
 
 def _users(conn: sa.Connection, everything: Sequence[HostTable]) -> HostTable:
-    """The table that is the users by name and signs."""
+    """The users' table, by its name and signs."""
     found = candidates(conn, everything)
     best = likeliest([one for one in found if not unsuitable(one.table)])
-    # a view stands for the table behind it, which may be another candidate; a partitioned table for nothing else
+    # the table of a view may be another candidate; a partitioned table has none behind it
     barred = [one for one in found if unsuitable(one.table) and (not best or one.table.kind not in "vm")]
     if barred and (not best or barred[0].rank < best[0].rank):
         table = barred[0].table
@@ -485,12 +485,12 @@ def _users(conn: sa.Connection, everything: Sequence[HostTable]) -> HostTable:
             f"no table looks like users (there are: {tables or 'none at all'}). {then}", table="users", column=None
         )
     if len(best) > 1:
-        raise _which("users", [(one.table, one.why) for one in best])
+        raise _ambiguous("users", [(one.table, one.why) for one in best])
     return best[0].table
 
 
 def _workshops(conn: sa.Connection, everything: Sequence[HostTable], users: HostTable) -> HostTable | None:
-    """The table that is called like workshops, with an app's prefix only where it refers to the users."""
+    """The table named like workshops; one with an app's prefix only if it references the users."""
     suitable = [table for table in everything if not unsuitable(table) and table.oid != users.oid]
     exactly = [[table for table in suitable if table.table.lower() == name] for name in _WORKSHOPS]
     prefixed = (
@@ -503,21 +503,21 @@ def _workshops(conn: sa.Connection, everything: Sequence[HostTable], users: Host
     found = next((tables for tables in exactly if tables), None) or list(prefixed)
     best = [table for table in found if table.schema == "public"] or found
     if len(best) > 1:
-        raise _which("workshops", [(table, "its name") for table in best])
+        raise _ambiguous("workshops", [(table, "its name") for table in best])
     return best[0] if best else None
 
 
-def _which(word: Word, found: Sequence[tuple[HostTable, str]]) -> HostMismatch:
-    """The error that shows several tables, with why and one command each."""
+def _ambiguous(word: Word, found: Sequence[tuple[HostTable, str]]) -> HostMismatch:
+    """The error for several candidates, with the signs and a command for each."""
     lines = "".join(f"\n  tallystick init --{word} {shlex.quote(table.shown)}    {why}" for table, why in found)
     return HostMismatch(f"more than one table could be {word}. Choose one:{lines}", table=word, column=None)
 
 
-def _asked(word: Word, everything: Sequence[HostTable], asked: str) -> HostTable:
+def _named_table(word: Word, everything: Sequence[HostTable], asked: str) -> HostTable:
     found = [t for t in everything if asked in (t.table, t.shown, f'{t.schema}."{t.table}"', f'"{t.table}"')]
     found = [t for t in found if t.schema == "public"] or found if len(found) > 1 else found
     if len(found) > 1:
-        raise _which(word, [(table, "called so") for table in found])
+        raise _ambiguous(word, [(table, "called so") for table in found])
     if not found:
         near = difflib.get_close_matches(
             asked, [name for t in everything for name in (t.table, t.shown)], n=1, cutoff=0.5

@@ -1,11 +1,10 @@
 """SQL for an app's role that runs the ledger and cannot write a balance: for an app that does not own its tables.
 
-The role gets EXECUTE on the functions of the ledger and SELECT on its rows. What the functions alone write is
+The role gets EXECUTE on the functions of the ledger and SELECT on its rows. Only the functions write
 ``credit_balance``, ``credit_sequence``, ``credit_held`` and ``credit_due_at`` of users and ``credit_consumed_at`` of
-workshops; and the keys of both tables stay as they are. INSERT and UPDATE on a whole table cover these columns too, so
-the script turns them into INSERT and UPDATE of all the other columns that the table has when it runs. A right that
-reaches the role in another way (``ways_out.sql``) is refused with the statement that takes it back, since others may
-need it.
+workshops; and the role cannot update the keys of both tables. INSERT and UPDATE on a whole table include these columns,
+so the script replaces them by INSERT and UPDATE of all other columns that the table has when it runs. A privilege that
+the role has in another way (``ways_out.sql``) is an error with the statement that revokes it, since others may need it.
 
 Privileges belong to a role, not to its name, so a role that is renamed keeps them.
 """
@@ -58,9 +57,9 @@ _BESIDE = (
     stripe_failed_deliveries,
     stripe_reconciliations,
 )
-"""Tables that delivering events and selling through Stripe keep beside the ledger; nothing is ever deleted there."""
+"""Tables of event delivery and of sales through Stripe; no row of them is ever deleted."""
 
-_NAME_MAX = 63  # PostgreSQL cuts a longer identifier off
+_NAME_MAX = 63  # PostgreSQL truncates a longer identifier
 
 _PATH = sql.SQL("SET LOCAL search_path = pg_catalog, pg_temp")
 
@@ -119,8 +118,8 @@ BEGIN
   END LOOP;
 END""")
 
-# The reverse. Whoever may write each column but the guarded ones has had the whole table before.
-_WHOLE_AGAIN = sql.SQL("""
+# The reverse: a role that may write all columns but the guarded ones had the whole table before.
+_RESTORE_TABLE_PRIVILEGES = sql.SQL("""
 DECLARE
   item record;
 BEGIN
@@ -162,14 +161,14 @@ END""")
 _IS_GRANTED = sql.SQL("""r.oid IN (
     SELECT a.grantee FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace, aclexplode(p.proacl) AS a
     WHERE n.nspname = 'tallystick' AND a.grantee NOT IN (0, p.proowner))""")
-"""A role that was given the ledger, by whatever name it goes now."""
+"""True for a role that was granted the ledger, under whatever present name."""
 
 
 def grant(host: HostMapping, role: str) -> str:
-    """A script that gives ``role`` the functions of the ledger, and takes from it what could write past them.
+    """A script that grants ``role`` the functions of the ledger, and revokes privileges to write without them.
 
-    ``role`` must exist and neither own the tables nor be a superuser. Where it can get past the functions, the script
-    changes nothing and says in which ways, with the statements that mend it.
+    ``role`` must exist and neither own the tables nor be a superuser. If it has other ways to write, the script changes
+    nothing, and lists them with the statements that close them.
 
     Raises:
         InvalidArgument: no role can have that name.
@@ -197,7 +196,7 @@ def grant(host: HostMapping, role: str) -> str:
         sql.SQL("REVOKE ALL ON {} FROM PUBLIC, {}").format(ledger, to),
         sql.SQL("GRANT SELECT ON {} TO {}").format(ledger, to),
         *_ours_to_read(host, to, "GRANT", "TO"),
-        # a trigger that the role made would run as the owner, inside the functions
+        # a trigger made by the role would run as the owner, inside the functions
         *(sql.SQL("REVOKE TRIGGER ON {} FROM {}").format(table.name, to) for table in _mapped(names)),
         _do(_BY_COLUMN.format(**limited)),
         sql.SQL("REVOKE ALL ON ALL FUNCTIONS {} FROM PUBLIC, {}").format(everything, to),
@@ -207,7 +206,7 @@ def grant(host: HostMapping, role: str) -> str:
 
 
 def revoke(host: HostMapping, role: str) -> str:
-    """A script that takes back what ``grant`` gave, and gives back INSERT and UPDATE on whole tables.
+    """A script that revokes the privileges of ``grant``, and restores INSERT and UPDATE on whole tables.
 
     ``tallystick migrate undo`` does not need it.
     """
@@ -215,7 +214,7 @@ def revoke(host: HostMapping, role: str) -> str:
     everything = sql.SQL("IN SCHEMA {}").format(sql.Identifier(BOOKKEEPING_SCHEMA))
     return _script(
         _TAKEN_BACK,
-        whole_again(names, sql.SQL("r.rolname = {}").format(sql.Literal(role))),
+        restore_table_privileges(names, sql.SQL("r.rolname = {}").format(sql.Literal(role))),
         *_ours_to_read(host, to, "REVOKE", "FROM"),
         sql.SQL("REVOKE ALL ON {} FROM {}").format(_ledger(names), to),
         sql.SQL("REVOKE ALL ON ALL TABLES {} FROM {}").format(everything, to),
@@ -224,15 +223,15 @@ def revoke(host: HostMapping, role: str) -> str:
     )
 
 
-def whole_again(names: HostNames, is_app: sql.Composable = _IS_GRANTED) -> sql.Composable:
-    """Gives INSERT and UPDATE on whole tables back to the roles that were given the ledger; before it goes."""
-    return _do(_WHOLE_AGAIN.format(tables=_tables(names), is_app=is_app))
+def restore_table_privileges(names: HostNames, is_app: sql.Composable = _IS_GRANTED) -> sql.Composable:
+    """Restore INSERT and UPDATE on whole tables for the roles that were granted the ledger, before it is dropped."""
+    return _do(_RESTORE_TABLE_PRIVILEGES.format(tables=_tables(names), is_app=is_app))
 
 
 def ways_out(conn: sa.Connection, host: HostMapping) -> Iterator[tuple[str, str, str]]:
-    """Each way past the functions that a role has which was given the ledger: (role, way, remedy)."""
+    """The ways of granted roles to write without the functions: (role, way, remedy)."""
     query = _ways_out(HostNames.of(host), _IS_GRANTED).as_string()
-    # a colon before a word would be a parameter
+    # SQLAlchemy takes a colon before a word for a parameter
     for row in conn.execute(sa.text(re.sub(r"(?<!:):(?=\w)", r"\\:", query))):
         yield row.role, row.way, row.remedy
 
@@ -249,7 +248,7 @@ def _ways_out(names: HostNames, is_app: sql.Composable) -> sql.Composable:
 
 
 def _guarded(table: TableNames) -> list[str]:
-    """The columns that the functions alone write."""
+    """The columns that only the functions write."""
     return (
         [_bare(table.balance), "credit_sequence", "credit_held", "credit_due_at"]
         if table.word == "users"
@@ -258,7 +257,7 @@ def _guarded(table: TableNames) -> list[str]:
 
 
 def _tables(names: HostNames) -> sql.Composable:
-    """The mapped tables as rows (oid, columns kept from INSERT, columns kept from UPDATE)."""
+    """The mapped tables as rows (oid, columns without INSERT, columns without UPDATE)."""
     rows = [
         sql.SQL("({}::regclass::oid, {}::text[], {}::text[])").format(
             sql.Literal(table.name.as_string()),
@@ -276,7 +275,7 @@ def _ours_to_read(host: HostMapping, to: sql.Identifier, verb: str, preposition:
         ours = sql.SQL(", ").join(sql.Identifier(column.name) for column in columns[table.word])
         yield sql.SQL(f"{verb} SELECT ({{}}) ON {{}} {preposition} {{}}").format(
             ours, table.name, to
-        )  # of our own words
+        )  # all of it is our own text
 
 
 def _mapped(names: HostNames) -> list[TableNames]:
@@ -303,7 +302,7 @@ def _role(name: str) -> sql.Identifier:
 
 
 def _do(body: sql.Composable) -> sql.Composable:
-    """Between dollars that no name in it contains, so that none can end it."""
+    """A DO block, quoted by a dollar tag that no name in it contains, so that none can end it."""
     text, tag = body.as_string(), "$$"
     while tag in text:
         tag = f"${tag.strip('$')}q$"
@@ -311,5 +310,5 @@ def _do(body: sql.Composable) -> sql.Composable:
 
 
 def _script(head: str, *steps: sql.Composable) -> str:
-    """One transaction, in which no name is looked for where another role could have put one."""
+    """One transaction, with a search_path in which no other role can create objects."""
     return f"{head}\nBEGIN;\n" + "".join(f"{step.as_string()};\n" for step in (_PATH, *steps)) + "COMMIT;\n"

@@ -1,4 +1,4 @@
-"""Tables and columns as the server's catalogues know them. Only reads."""
+"""Tables and columns, from the server's catalogues. Only reads."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ _OID = sa.text("SELECT to_regclass(quote_ident(:schema) || '.' || quote_ident(:t
 
 @dataclass(frozen=True)
 class HostColumn:
-    """A live column: ``type`` as in pg_type, ``shown`` as a person writes it, ``base`` what a domain is over.
+    """A live column: ``type`` as in pg_type, ``shown`` as a person writes it, ``base`` the base type of a domain.
 
-    ``collation`` (schema and name) is None where it is the database's.
+    ``collation`` (schema and name) is None if it is the database's.
     """
 
     name: str
@@ -99,12 +99,12 @@ class HostColumn:
 
     @property
     def key_type(self) -> KeyType | None:
-        """The mapping's word for the type, or None where it cannot be a key."""
+        """The mapping's name of the type, or None if it cannot be a key."""
         return _KEY_FAMILIES.get(self.base)
 
     @property
     def key_settings(self) -> dict[str, Any]:
-        """The settings of a mapping whose key this column is; it can be one."""
+        """The settings of a mapping with this column as its key."""
         return {
             "key": self.name,
             "key_type": self.key_type,
@@ -114,13 +114,13 @@ class HostColumn:
 
     @property
     def identifies(self) -> bool:
-        """True where it can be a key of the mapping."""
+        """True if it can be a key of the mapping."""
         return self.not_null and self.is_unique and not self.generated and self.key_type is not None
 
 
 @dataclass(frozen=True)
 class HostTable:
-    """A live table: rows and bytes as the server last estimated them."""
+    """A live table, with the server's last estimate of its rows and bytes."""
 
     oid: int
     schema: str
@@ -146,7 +146,7 @@ def plain(name: str) -> str:
 
 
 def host_tables(conn: sa.Connection) -> list[HostTable]:
-    """All tables and views but the system's and ours."""
+    """All tables and views except the system's and ours."""
     return [HostTable(**cast("Any", row)) for row in conn.execute(_RELATIONS).mappings()]
 
 
@@ -170,24 +170,23 @@ def unsuitable(table: HostTable) -> str | None:
 
 
 def oid_of(conn: sa.Connection, schema: str, table: str) -> int | None:
-    """The oid of a table, None if it is not there."""
+    """The oid of a table, None if it does not exist."""
     found: int | None = conn.scalar(_OID, {"schema": schema, "table": table})
     return found
 
 
 def mapped_oids(conn: sa.Connection, mapping: HostMapping) -> list[int]:
-    """Object ids of the mapped tables that exist; waits for nobody."""
+    """Object ids of the mapped tables that exist; takes no lock."""
     tables = [table for table in (mapping.users, mapping.workshops) if table]
     found = (oid_of(conn, table.schema, table.table) for table in tables)
     return [oid for oid in found if oid is not None]
 
 
 @contextmanager
-def looking(conn: sa.Connection) -> Iterator[None]:
-    """Reading the catalogues of a table waits for whoever holds it exclusively: not for long, and then say so.
+def reading_catalogues(conn: sa.Connection) -> Iterator[None]:
+    """Set a short lock timeout for reading a table's catalogues, which waits for an exclusive lock on it.
 
-    No operator is looked for but PostgreSQL's own, see ``KNOWN_SETTINGS``. Raises Conflict (see
-    ``tallystick.database``).
+    Only PostgreSQL's own operators are used, see ``KNOWN_SETTINGS``. Raises Conflict (see ``tallystick.database``).
     """
     with translated():
         before = {name: conn.scalar(sa.select(sa.func.current_setting(name))) for name in _LOOKING}

@@ -1,10 +1,10 @@
--- Every way in which a role that was given the ledger could change a balance or a credit transaction past the functions:
--- (role, way, remedy). The functions run as the owner of the tables, and so does the host's code that they set off:
--- whoever can put code there can do what the owner can.
+-- The ways in which a role that was granted the ledger could change a balance or a credit transaction without the
+-- functions: (role, way, remedy). The functions run as the owner of the tables, and so does the host's code that they
+-- fire: a role that can change this code can do all that the owner can.
 WITH app AS (
   SELECT r.oid, r.rolname AS name, r.rolsuper AS super FROM pg_roles AS r WHERE {is_app}
 ),
--- What the role is and what it can become by SET ROLE, with the memberships that lead there.
+-- The role, and the roles that it can become by SET ROLE, with the memberships that lead there.
 reach AS (
   SELECT app.oid AS app, app.name AS role, app.super, r.oid, r.rolname, r.rolsuper, r.rolcreaterole,
     CASE WHEN r.oid = app.oid THEN '' ELSE ' as ' || quote_ident(r.rolname) END AS via,
@@ -19,12 +19,12 @@ grantee AS (
   UNION ALL
   SELECT oid, name, 0, 'PUBLIC', ' as everybody may' FROM app
 ),
--- The schemas in which the functions, or the host's code that they set off, look for names.
+-- The schemas in which the functions, or the host's code that they fire, look up names.
 place AS (
   SELECT n.oid, n.nspname, n.nspowner, n.nspacl FROM pg_namespace AS n
   WHERE n.nspname = 'tallystick' OR n.nspname::text = ANY ({schemas}::text[])
 ),
--- The tables, with the rights that nobody but the owner needs, and the columns that the functions alone write.
+-- The tables, with the privileges that only the owner needs, and the columns that only the functions write.
 held AS (
   SELECT c.oid, c.relowner, c.relacl, ARRAY['TRIGGER', 'INSERT', 'UPDATE'] AS rights, h.inserts, h.updates
   FROM {tables} AS h (oid, inserts, updates) JOIN pg_class AS c ON c.oid = h.oid
@@ -64,7 +64,7 @@ owned AS (
   SELECT 'TYPE ' || format_type(t.oid, NULL), t.typowner FROM pg_type AS t
   WHERE t.oid IN (SELECT a.atttypid FROM pg_attribute AS a JOIN held ON a.attrelid = held.oid WHERE a.attnum > 0)
 ),
--- Each privilege on what is ours or mapped, by object.
+-- Each privilege on our or mapped objects, by object.
 granted AS (
   SELECT 'SCHEMA ' || quote_ident(place.nspname) AS what, NULL::text AS column, a.*, place.nspowner AS owner,
     a.privilege_type = 'CREATE' AS opens, false AS whole

@@ -1,1 +1,1 @@
-"""The migration tools of the app: a bridge into its Alembic history, what its tool believes, lines for its schema."""
+"""The app's own migration tools: a bridge into its Alembic history, its tool's records, lines for its schema file."""

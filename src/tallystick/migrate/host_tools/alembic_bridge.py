@@ -12,12 +12,12 @@ from psycopg.sql import Composable
 from tallystick.config import Config
 from tallystick.errors import MigrationError
 from tallystick.migrate.host.preflight import current_revision, examine, refuse_rows
-from tallystick.migrate.revisions import HostNames, Revision, known, up_to
+from tallystick.migrate.revisions import HostNames, Revision, revision_named, up_to
 from tallystick.migrate.runner.messages import STALL_BUDGET_MS, Messages, downward, text, upward
 from tallystick.migrate.runner.online import online
-from tallystick.migrate.runner.session import autocommits, put_back, refuse_pooler
+from tallystick.migrate.runner.session import autocommits, refuse_pooler, restoring_settings
 
-if TYPE_CHECKING:  # the host passes what it has imported
+if TYPE_CHECKING:  # the host has imported it
     from alembic.operations import Operations
 
 
@@ -48,15 +48,15 @@ def upgrade_revision(
             with op.get_context().autocommit_block():
                 upgrade_revision(op, to="0001", part="online")
 
-    Offline (``alembic upgrade --sql``) it writes the statements out and takes no column for granted.
+    Offline (``alembic upgrade --sql``) it prints the statements, and adds all columns.
 
     Raises:
-        MigrationError: in a transaction where there must be none, or the other way round, or not the next revision.
+        MigrationError: inside a transaction where none is allowed, or outside one, or not the next revision.
         PoolerRefused: the address is a pooler's.
         SchemaError: as for ``apply``.
     """
     config = config or Config.load()
-    revision = known(to)
+    revision = revision_named(to)
     if op.get_context().as_sql:
         _write_out(op, revision, config, part, stall_budget_ms)
         return
@@ -78,23 +78,23 @@ def downgrade_revision(
 ) -> None:
     """Undo one revision from within ``downgrade()`` of the host's own Alembic history.
 
-    ``to`` is where that leads: the revision before, or None for the database as it was before the first. ::
+    ``to`` is the revision before, or None for the database as it was before the first. ::
 
         def downgrade():
             downgrade_revision(op, to=None)
 
-    It joins Alembic's transaction, with the same conditions as ``upgrade_revision``. The indexes that
-    ``part="online"`` has built go with their columns: that revision's ``downgrade()`` has nothing to do.
+    It joins Alembic's transaction, with the same conditions as ``upgrade_revision``. The indexes of ``part="online"``
+    are dropped with their columns: that revision's ``downgrade()`` has nothing to do.
 
     Raises:
         LedgerNotEmpty: the ledger has rows, and ``discard_ledger`` is False.
-        MigrationError: outside of a transaction, or not the revision before, or offline: which columns were the
-            host's own is written in the database alone.
+        MigrationError: outside of a transaction, or not the revision before, or offline: only the database knows which
+            columns were the host's own.
         SchemaError: as for ``apply``.
     """
     config = config or Config.load()
     if to is not None:
-        known(to)
+        revision_named(to)
     if op.get_context().as_sql:
         raise MigrationError(
             "downgrade_revision cannot be written out: which columns you had before is known to the database alone. "
@@ -105,7 +105,7 @@ def downgrade_revision(
     _needs_transaction(conn, "downgrade_revision", "undoing a revision")
     host = examine(conn, config)
     gone = [revision for revision in up_to(host.revision) if revision not in up_to(to)]
-    prepared = [one for one in map(known, reversed(host.prepared)) if one not in up_to(to)]
+    prepared = [one for one in map(revision_named, reversed(host.prepared)) if one not in up_to(to)]
     if not gone and not prepared:
         return  # undone in another way
     if len(gone) > 1:
@@ -136,9 +136,9 @@ def _needs_transaction(conn: sa.Connection, function: str, what: str) -> None:
 
 
 def _run_inside(conn: sa.Connection, messages: Messages) -> None:
-    # what follows in this transaction is the host's; only the wait for a standby at its end stays away, since it
-    # would come with the tables locked
-    with put_back(conn, local=True):
+    # the rest of this transaction is the host's and gets its settings back, except the wait for a standby at its end,
+    # during which the tables would be locked
+    with restoring_settings(conn, local=True):
         for statement in _inside((*messages.opening, *messages.locked)):
             conn.execute(statement)
 
@@ -193,12 +193,12 @@ def _write_out(op: Operations, revision: Revision, config: Config, part: str, st
 
 
 def _inside(statements: Sequence[Composable]) -> Iterator[sa.TextClause]:
-    """Without BEGIN and COMMIT, which are Alembic's here."""
+    """The statements without BEGIN and COMMIT, which are Alembic's here."""
     for statement in statements:
         if text([statement]) not in ("BEGIN", "COMMIT"):
             yield _text(statement)
 
 
 def _text(statement: Composable) -> sa.TextClause:
-    # what SQLAlchemy takes for a parameter, and nothing else: it would leave any other backslash where it is
+    # escapes only what SQLAlchemy takes for a parameter: it would leave any other backslash where it is
     return sa.text(re.sub(r"(?<![:\w\\]):([\w$]+)(?![:\w$])", r"\\:\1", text([statement])))

@@ -1,4 +1,4 @@
-"""The lines that the host's own schema file needs, so that its tool does not take our columns for leftovers."""
+"""The lines for the host's own schema file, so that its tool does not drop our columns."""
 
 from __future__ import annotations
 
@@ -167,19 +167,19 @@ def snippet(
     """The lines for one of ``TOOLS``.
 
     ``adopted``: columns that the app had before and its models name already, as ``Host.adopted_names``. They are left
-    out; where they are not known (None), a comment says to do so. ``there``: the names of all columns of the app's
-    tables, as ``Host.columns``. A field of ours that would be called like one of them gets a name of its own.
+    out; if they are not known (None), a comment says to do so. ``there``: the names of all columns of the app's tables,
+    as ``Host.columns``. A field of ours with the name of one of them gets another name.
 
     Raises:
-        ConfigError: there is none for this tool.
+        ConfigError: there are none for this tool.
     """
     if tool not in _TOOLS:
         raise ConfigError(f"there is no snippet for {shown(tool)}. There is one for: {', '.join(TOOLS)}", key=tool)
     imports, users, index, workshops, rest = _TOOLS[tool]
-    # a field for a column that is used in place of ours is the app's
+    # a column that is used in place of ours has a field of the app's
     of_users = set((there or {}).get("users", ())) - set(config.host.users.adoptable.values())
     of_workshops = (there or {}).get("workshops", ())
-    # those that the mapping has under other names are known without the database
+    # columns with other names in the mapping are known without the database
     theirs = {*(adopted or ()), *HostNames.of(config.host).adopted_names}
     users, index = _renamed(_without(users, "users", theirs), of_users), _renamed(index, of_users)
     workshops = _renamed(_without(workshops, "workshops", theirs), of_workshops)
@@ -203,14 +203,14 @@ _MONEY = re.compile(r"^.*credit_(?:balance|held).*\n", re.MULTILINE)
 
 
 def _large(part: str) -> str:
-    """With a type of 64 bits in place of one of 32."""
+    """The lines with 64-bit types in place of 32-bit ones."""
     for small, large in _LARGE.items():
         part = part.replace(small, large)
     return part
 
 
 def _renamed(part: str, there: Collection[str]) -> str:
-    """Fields in camel case that Prisma's and Drizzle's models have for columns of that very name."""
+    """Rename our camel-case fields of Prisma's and Drizzle's models that are names of the app's columns."""
     for name in there:
         if name != name.lower():
             field = f"tallystick{name[0].upper()}{name[1:]}"
@@ -220,12 +220,12 @@ def _renamed(part: str, there: Collection[str]) -> str:
 
 
 def _without(part: str, word: str, adopted: Collection[str]) -> str:
-    """The lines but for those of adopted columns; nothing where no column is left."""
+    """The lines without those of adopted columns; empty if no column is left."""
     names = [re.escape(name.partition(".")[2]) for name in adopted if name.startswith(f"{word}.")]
     if not names:
         return part
-    mine = re.compile(rf"\b({'|'.join(names)})\b")
-    head, *lines = [line for line in part.splitlines(keepends=True) if not mine.search(line)]
+    names_column = re.compile(rf"\b({'|'.join(names)})\b")
+    head, *lines = [line for line in part.splitlines(keepends=True) if not names_column.search(line)]
     return head + "".join(lines) if lines else ""
 
 

@@ -1,7 +1,7 @@
-"""Reads the records of the host's own migration tool: Alembic's version table, Drizzle's of 0.x and 1.0. Only read.
+"""The records of the host's own migration tool: Alembic's version table, Drizzle's of 0.x and 1.0. Only reads.
 
-Drizzle 0.x applies an entry only if it is newer than the newest row of its table. One that comes out of order (two
-branches, merged the other way round) is skipped for ever, and reported as success: here it is called masked.
+Drizzle 0.x applies an entry only if it is newer than the newest row of its table. An entry out of order (two branches,
+merged the other way round) is skipped for ever, and reported as success: here it is called masked.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Tool = Literal["alembic", "drizzle 0.x", "drizzle 1.0"]
 
 @dataclass(frozen=True)
 class Entry:
-    """One migration of the host's, where something is to be said about it.
+    """One migration of the host's that needs attention.
 
-    ``pending`` will be applied by its tool, ``masked`` never will although it is not there, ``changed`` was applied
-    from a file with other contents, ``line endings`` from one with CRLF instead of LF or the reverse, and ``unknown``
-    was applied and has no file. ``undated`` is a row without a time.
+    Its tool will apply a ``pending`` one, but never a ``masked`` one, though it is missing. ``changed`` was applied
+    from a file with other contents, ``line endings`` from one with CRLF instead of LF or the reverse. ``unknown`` was
+    applied and has no file; ``undated`` is a row without a time.
     """
 
     name: str
@@ -36,9 +36,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Tracker:
-    """A migration tool's table in this database, and what it holds; ``newest`` is the last applied, as it names it.
+    """A migration tool's table in this database, and its contents; ``newest`` is the last applied migration.
 
-    ``grant`` is what this role needs to read it, where it may not.
+    ``grant`` is the GRANT that this role needs to read it, or None.
     """
 
     tool: Tool
@@ -62,7 +62,7 @@ _FOUND = sa.text("""
 
 @dataclass(frozen=True)
 class HostTool:
-    """A tool that the app keeps its schema with: how it is known, what it does to columns that it does not know.
+    """A tool for the app's schema: the sign of it, and its effect on columns that it does not know.
 
     ``snippet`` is its name for ``snippet``.
     """
@@ -101,16 +101,16 @@ def tools(conn: sa.Connection, folder: Path) -> tuple[HostTool, ...]:
 def trackers(conn: sa.Connection, *, drizzle: Path | None = None) -> tuple[Tracker, ...]:
     """The trackers of other tools in this database.
 
-    ``drizzle``: the app's folder of Drizzle migrations; without it only what the table says is told.
+    ``drizzle``: the app's folder of Drizzle migrations; without it only the table is read.
 
     Raises:
-        ConfigError: the folder is none of Drizzle's.
+        ConfigError: the folder is not one of Drizzle's.
     """
     if drizzle is not None and not drizzle.is_dir():
         raise ConfigError(f"{drizzle} is no folder. Give the one that drizzle-kit writes to", path=str(drizzle))
     found = [_tracker(conn, row, drizzle) for row in conn.execute(_FOUND, {"ours": BOOKKEEPING_SCHEMA})]
     if drizzle is not None and all(tracker.tool == "alembic" for tracker in found):
-        found.append(_nowhere(drizzle))
+        found.append(_unused(drizzle))
     return tuple(found)
 
 
@@ -123,8 +123,8 @@ def _tracker(conn: sa.Connection, row: sa.Row[Any], drizzle: Path | None) -> Tra
     return (_drizzle_1 if row.named else _drizzle_0)(conn, row.schema, drizzle)
 
 
-def _nowhere(folder: Path) -> Tracker:
-    """Nothing was applied to this database, or it is kept under a name that only the app's drizzle.config.ts knows."""
+def _unused(folder: Path) -> Tracker:
+    """A tracker without a table: nothing was applied, or the app's drizzle.config.ts gives the table another name."""
     first: Tool = "drizzle 0.x" if (folder / "meta" / "_journal.json").exists() else "drizzle 1.0"
     entries = _entries_0(folder, {}, None) if first == "drizzle 0.x" else _entries_1(folder, {})
     return Tracker(first, "no table __drizzle_migrations in any schema", None, tuple(entries))
@@ -190,7 +190,7 @@ def _entries_1(folder: Path, applied: dict[str, str]) -> Iterator[Entry]:
 
 
 def _compared(name: str, file: Path, applied: str) -> Iterator[Entry]:
-    """Drizzle stores the SHA-256 of a file, and never compares it."""
+    """Compare a file with the SHA-256 that Drizzle stored, and itself never compares."""
     try:
         text = file.read_bytes()
     except OSError:
@@ -218,5 +218,5 @@ def concerns(found: Sequence[Tracker]) -> list[str]:
         for tracker in found
         if tracker.grant
     ]
-    told = [f"{tracker.tool}: {entry.name} {advice[entry.state]}" for tracker in found for entry in tracker.entries]
-    return unread + told
+    advised = [f"{tracker.tool}: {entry.name} {advice[entry.state]}" for tracker in found for entry in tracker.entries]
+    return unread + advised

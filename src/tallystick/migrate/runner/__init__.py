@@ -1,1 +1,1 @@
-"""The run of a migration: its messages, its connection, the wait for a quiet moment, and what follows the commit."""
+"""The run of a migration: its messages, its connection, its wait for locks, and the steps after the commit."""

@@ -1,6 +1,6 @@
-"""The app's own credits after the migration: the rest is opened, history is noted, the app cuts over.
+"""The app's own credits after the migration: opening the remaining balances, noting its history, the cut-over.
 
-Each of it may be killed and begun again.
+Each of these may be killed and run again.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from tallystick.errors import MigrationError
 from tallystick.migrate.host.own_credits import HistoryTable, OwnCredits, find_history, own_credits
 from tallystick.migrate.host.preflight import Host, adopted_columns, examine
 from tallystick.migrate.host.proposal import balances_apart
-from tallystick.migrate.host.tables import columns_of, looking
+from tallystick.migrate.host.tables import columns_of, reading_catalogues
 from tallystick.migrate.revisions import HostNames, revisions
-from tallystick.migrate.runner.opening import open_balances, sent
+from tallystick.migrate.runner.opening import fetch_all, open_balances
 from tallystick.migrate.runner.session import engine_of, send_when_free, session
-from tallystick.progress import OnProgress, unheard
+from tallystick.progress import OnProgress, ignore_progress
 from tallystick.schema import FOLLOWING, LEDGER, OPENING_KEY, alembic_version, has_bookkeeping, migration_log
 
 _BATCH = 50
@@ -30,7 +30,7 @@ _NO_DEFAULTS = (None, "0", "(0)::numeric", "'0'::bigint", "(0)::bigint", "NULL")
 
 @dataclass(frozen=True)
 class Adopted:
-    """The result of a run: users whose balance it opened, users that were held by somebody, openings with history."""
+    """The result of a run: users whose balance it opened, users that others had locked, openings with history."""
 
     opened: int
     left: int
@@ -38,8 +38,8 @@ class Adopted:
 
 
 def look_at_own_credits(conn: sa.Connection, config: Config, *, history: str | None = None) -> OwnCredits:
-    """The app's own credits, before the migration or after. Raises what ``own_credits`` and ``examine`` do."""
-    with looking(conn):
+    """The app's own credits, before or after the migration. Raises what ``own_credits`` and ``examine`` do."""
+    with reading_catalogues(conn):
         host = examine(conn, config, strict=False) if has_bookkeeping(conn, alembic_version) else None
         names = HostNames.of(config.host, host.adopted if host else frozenset({("users", "credit_balance")}))
         return own_credits(
@@ -58,13 +58,13 @@ def adopt(
     *,
     history: str | None = None,
     note_history: bool = False,
-    progress: OnProgress = unheard,
+    progress: OnProgress = ignore_progress,
 ) -> Adopted:
-    """Open the balances that wait, beside live traffic, and note the app's history in them where that is asked for.
+    """Open the remaining balances beside live traffic, and with ``note_history`` note the app's history in them.
 
     Raises:
         MigrationError: the database is not migrated, or had no balances before.
-        HostMismatch: there is no such history.
+        HostMismatch: the named history does not exist.
     """
     with session(engine_of(database)) as conn:
         host, names = _adopting(conn, config)
@@ -78,10 +78,10 @@ def adopt(
 def cut_over(
     database: sa.Engine | str, config: Config, *, lock_timeout_ms: int = 50, give_up_after_s: float = 60
 ) -> Adopted:
-    """From now on nothing but the ledger writes balances: what others write is no longer taken into it.
+    """Stop recording what the app's own code writes to balances: from now on only the ledger writes them.
 
     Raises:
-        MigrationError: the column's default gives credits, or somebody holds users whose balance is not opened.
+        MigrationError: the column's default gives credits, or others have locked users whose balance is not opened.
         MigrationBlocked: the table was never free.
     """
     with session(engine_of(database)) as conn:
@@ -126,7 +126,7 @@ def _adopting(conn: sa.Connection, config: Config) -> tuple[Host, HostNames]:
     names = HostNames.of(config.host, adopted_columns(conn))
     if not names.adopts_balance:
         apart = " ".join(
-            one.told("tallystick migrate undo, and tallystick init --force")
+            one.sentence("tallystick migrate undo, and tallystick init --force")
             for one in balances_apart(conn, config.host)
         )
         raise MigrationError(
@@ -137,7 +137,7 @@ def _adopting(conn: sa.Connection, config: Config) -> tuple[Host, HostNames]:
 
 
 def _note(conn: sa.Connection, names: HostNames, found: HistoryTable) -> int:
-    """Put the rows of the app's history up to it into each opening balance that has none, a few at a time."""
+    """Store the app's history up to an opening balance in each one that has none, a few at a time."""
     moment = Identifier(found.moment) if found.moment else None
     order: list[Composable] = [SQL("h.{}").format(moment)] if moment else []
     if found.key:
@@ -159,6 +159,6 @@ def _note(conn: sa.Connection, names: HostNames, found: HistoryTable) -> int:
         " '[]')) FROM some_of AS s WHERE t.id = s.id RETURNING t.id"
     )
     raw, noted, last = driver(conn), 0, UUID(int=0)
-    while ids := [row[0] for row in sent(raw, query.format(**words, last=Literal(last)))]:
+    while ids := [row[0] for row in fetch_all(raw, query.format(**words, last=Literal(last)))]:
         noted, last = noted + len(ids), max(ids)
     return noted

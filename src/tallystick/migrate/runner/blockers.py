@@ -1,4 +1,4 @@
-"""Sessions that hold the tables, read before the lock is tried, so that live traffic never queues behind a wait."""
+"""Sessions that hold the tables, checked before the lock is tried, so that live traffic never queues behind a wait."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from psycopg.sql import Identifier
 
 OLD_MS = 250
-"""A transaction younger than this is ordinary traffic and will be gone in a moment."""
+"""A transaction younger than this is ordinary traffic and will end soon."""
 
 _HOLDERS = sa.text("""
     SELECT coalesce(l.pid, 0) AS pid, l.virtualtransaction AS transaction,
@@ -38,9 +38,9 @@ _HOLDERS = sa.text("""
 class Blocker:
     """A transaction that holds one of the tables.
 
-    ``pid`` is 0 and ``gid`` set for a prepared transaction. ``age_ms`` is how long the transaction has been open,
-    or how long we have watched it where the role may not see more (GRANT pg_read_all_stats). Such a role cannot tell
-    a vacuum against wraparound from another: the run then finds out by the fence, which the one does not yield to.
+    ``pid`` is 0 and ``gid`` set for a prepared transaction. ``age_ms`` is how long the transaction has been open, or
+    how long we have watched it if the role may not see more (GRANT pg_read_all_stats). Such a role cannot tell a vacuum
+    against wraparound from another one: the run notices when it does not yield to the fence.
     """
 
     kind: Literal["client", "autovacuum", "wraparound vacuum", "prepared transaction"]
@@ -64,7 +64,7 @@ class Blocker:
 
 
 def oids_of(conn: sa.Connection, tables: Iterable[Identifier]) -> list[int]:
-    """Object ids of the tables that exist already; waits for nobody."""
+    """Object ids of the tables that exist already; takes no lock."""
     names = [table.as_string(None) for table in tables]
     return list(conn.scalars(_OIDS, {"names": names}))
 
@@ -75,7 +75,7 @@ _OIDS = sa.text("""
 
 
 class Watch:
-    """Looks repeatedly at who holds some tables, and remembers since when it has seen each."""
+    """A repeated check of the sessions that hold some tables, with the time since when each was seen."""
 
     def __init__(self, conn: sa.Connection, oids: Sequence[int]) -> None:
         self._conn = conn
@@ -83,7 +83,7 @@ class Watch:
         self._first_seen: dict[tuple[int, str], float] = {}
 
     def holders(self) -> list[Blocker]:
-        """Everyone who holds a table now, oldest first."""
+        """All transactions that hold a table now, oldest first."""
         now = time.monotonic()
         seen: dict[tuple[int, str], float] = {}
         found = []
@@ -117,8 +117,8 @@ class Watch:
         self._first_seen = seen
         return found
 
-    def in_the_way(self) -> list[Blocker]:
-        """Sessions worth waiting for: an autovacuum yields to the fence, a young transaction ends by itself."""
+    def blockers(self) -> list[Blocker]:
+        """The transactions to wait for: not autovacuums, which yield to the fence, nor young ones, which end soon."""
         return [
             holder
             for holder in self.holders()

@@ -1,11 +1,12 @@
-"""The messages of a run: two for all revisions to come, and the statements that come after the commit.
+"""The messages of a run: two for all pending revisions, and the statements after the commit.
 
-The first message makes everything that nobody can wait for. The second takes the locks, changes the host's tables
-and commits, as one string: with the locks held, the network is not allowed between two statements.
+1. The first message makes all objects that nobody can wait for.
+2. The second takes the locks, changes the host's tables and commits. It is one string, so that no network round trip
+   happens while the locks are held.
 
-Asked to, a run makes two transactions of them: ``preparation`` commits the new objects, and then ``opening`` and
-``locked`` are one message that holds nothing but the locked section, so that each try of a busy table costs next to
-nothing. Between the two, ``tallystick.migration_log`` has a row of direction ``prepare``.
+With ``two_transactions``, ``preparation`` commits the new objects. ``opening`` and ``locked`` are then one message with
+the locked section only, so a try on a busy table is cheap. Between the two, ``tallystick.migration_log`` has a row of
+direction ``prepare``.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from psycopg.sql import Literal as SqlLiteral
 
 from tallystick.migrate.host.dependents import refuse_dependents
 from tallystick.migrate.host.privileges import close_new_objects, remember_objects
-from tallystick.migrate.host.role import whole_again
+from tallystick.migrate.host.role import restore_table_privileges
 from tallystick.migrate.revisions import HostNames, Revision, TableNames, adopted_by
-from tallystick.migrate.runner.trial_writes import try_them_again, try_writes
+from tallystick.migrate.runner.trial_writes import try_writes, try_writes_again
 from tallystick.schema import HISTORY, LEDGER, user_columns, workshop_columns
 
 ADVISORY_KEY = 8_386_103_206_419_437_683  # "tallystk" as eight bytes; advisory locks are per database
@@ -31,19 +32,21 @@ STALL_BUDGET_MS = 100
 # SQLSTATEs of our own
 RUNNING, MOVED, NOT_EMPTY = "TS001", "TS002", "TS003"
 
-_NOW_MS = "extract(epoch FROM clock_timestamp()) * 1000"  # a number: times as text are as the session's settings say
+_NOW_MS = (
+    "extract(epoch FROM clock_timestamp()) * 1000"  # a number: the text of a time depends on the session's settings
+)
 _HELD_MS = f"{_NOW_MS} - current_setting('tallystick.locked_at')::numeric"
 
 MEASURE = SQL(f"SELECT {_HELD_MS}")
-"""After the commit, on the server's clock: for how many milliseconds others may have waited for us."""
+"""The milliseconds for which others may have waited for us, read after the commit, by the server's clock."""
 
 
 @dataclass(frozen=True)
 class Messages:
-    """``opening`` and ``locked`` are sent as one string each; ``online`` one by one, each alone.
+    """The messages: ``opening`` and ``locked`` are sent as one string each; ``online`` statements one by one.
 
-    ``locks`` are the tables that they lock. In ``locked``, each statement may take all of the stall budget; with
-    ``at_once`` they share it, which needs that they are sent as one.
+    ``locks`` are the tables that they lock. In ``locked`` each statement may take all of the stall budget; in
+    ``at_once``, which must be sent as one string, they share it.
     """
 
     locks: tuple[Identifier, ...]
@@ -54,7 +57,7 @@ class Messages:
 
     @property
     def at_once(self) -> tuple[Composable, ...]:
-        """``locked`` as it is sent: before each statement under the lock, its limit is what is left of the budget."""
+        """``locked`` as it is sent: the limit of each statement under the lock is the rest of the budget."""
         if not self.locks:
             return self.locked
         left_ms = f"greatest(1, ceil({self.stall_budget_ms} - ({_HELD_MS})))"
@@ -72,12 +75,12 @@ def upward(
     stall_budget_ms: int,
     prepared: Collection[str] = (),
 ) -> Messages:
-    """To the last of ``pending``, from ``expected``; ``prepared`` are those whose ``preparation`` was committed before.
+    """The messages from ``expected`` to the last of ``pending``; the preparation of ``prepared`` is committed already.
 
     ``adopted`` are the columns of ours that the host had, as ``users.updated_at``.
     """
-    locks = _each_once(table for revision in pending for table in revision.locks(names))
-    # a function that two revisions change is changed by the later one last
+    locks = _without_duplicates(table for revision in pending for table in revision.locks(names))
+    # in order, so that a function that two revisions change ends as in the later one
     replaces = [one for revision in pending for one in revision.replaces(names)] if not prepared else []
     changes = (
         one
@@ -94,18 +97,18 @@ def upward(
             *_prepared([revision for revision in pending if revision.revision not in prepared], names),
             *_fence(locks),
             _step_up(pending[-1], expected),
-            *(_noted(revision, tuple(adopted), prepared=revision.revision in prepared) for revision in pending),
-            *_tries(locks, names, inserts=True),
+            *(_log_prepared(revision, tuple(adopted), prepared=revision.revision in prepared) for revision in pending),
+            *_trial_writes(locks, names, inserts=True),
             *replaces,
         ),
-        locked=tuple(_locked(locks, _proven(changes, locks, names), stall_budget_ms)),
+        locked=tuple(_locked(locks, _with_trial_writes(changes, locks, names), stall_budget_ms)),
         online=online,
         stall_budget_ms=stall_budget_ms,
     )
 
 
-def _each_once(tables: Iterable[Identifier]) -> tuple[Identifier, ...]:
-    """In the order in which they come first, which is the order in which they are locked."""
+def _without_duplicates(tables: Iterable[Identifier]) -> tuple[Identifier, ...]:
+    """The tables once each, in the order of their first mention, which is the locking order."""
     found: list[Identifier] = []
     for table in tables:
         if table not in found:
@@ -116,11 +119,11 @@ def _each_once(tables: Iterable[Identifier]) -> tuple[Identifier, ...]:
 def preparation(
     pending: Sequence[Revision], names: HostNames, *, expected: str | None, adopted: Iterable[str]
 ) -> tuple[Composable, ...]:
-    """One message, a transaction of its own: the new objects of ``pending``, which nothing uses yet."""
+    """The message that commits the new objects of ``pending``, which nothing uses yet."""
     return (
         *_begin(expected=expected),
         *_prepared(pending, names),
-        *(_logged(revision, "prepare", tuple(adopted)) for revision in pending),
+        *(_log_revision(revision, "prepare", tuple(adopted)) for revision in pending),
         SQL("COMMIT"),
     )
 
@@ -134,13 +137,13 @@ def downward(
     stall_budget_ms: int,
     prepared: Sequence[Revision] = (),
 ) -> Messages:
-    """From ``expected``, the first of ``gone``, to what was before the last, newest first: all in one transaction.
+    """The messages that undo ``gone``, newest first, of which the first is ``expected``: all in one transaction.
 
-    ``prepared`` are those after it, newest first, whose ``preparation`` was committed: they go too.
+    ``prepared`` are later revisions, newest first, whose ``preparation`` was committed: it is undone too.
     """
     names = replace(names, ledger_goes=bool(gone) and gone[-1].down_revision is None)
-    # the oldest revision's first: the host's tables, then ours
-    locks = _each_once(
+    # the oldest revision's locks first: the host's tables, then ours
+    locks = _without_duplicates(
         table
         for of_one in (
             *(revision.undo_locks(names) for revision in reversed(gone)),
@@ -152,11 +155,15 @@ def downward(
     loses = bool(gone) or oldest.down_revision is None
     changes = [
         *([_refuse_if_rows(names)] if loses and not discard_ledger else []),
-        *([refuse_dependents(_added(names)), whole_again(names)] if gone and gone[-1].down_revision is None else []),
+        *(
+            [refuse_dependents(_added(names)), restore_table_privileges(names)]
+            if gone and gone[-1].down_revision is None
+            else []
+        ),
         *(one for revision in prepared for one in revision.unprepare(names)),
-        *_proven((one for revision in gone for one in revision.undo(names)), locks, names),
+        *_with_trial_writes((one for revision in gone for one in revision.undo(names)), locks, names),
         *(_step_down(gone[-1]) if gone else ()),
-        # where the log goes, so do its rows
+        # unless the log itself is dropped
         *([SQL("DELETE FROM tallystick.migration_log WHERE direction = 'prepare'")] if oldest.down_revision else []),
     ]
     return Messages(
@@ -164,7 +171,7 @@ def downward(
         opening=(
             *_begin(expected=expected),
             *_fence(locks),
-            *_tries(locks, names, inserts=False),
+            *_trial_writes(locks, names, inserts=False),
             *(one for revision in gone for one in revision.unreplaces(names)),
         ),
         locked=tuple(_locked(locks, changes, stall_budget_ms)),
@@ -174,48 +181,50 @@ def downward(
 
 
 def _added(names: HostNames) -> Iterator[tuple[TableNames, list[str]]]:
-    """The columns that the first revision brought to each of the app's tables."""
+    """The columns that the first revision added to each of the app's tables."""
     for table, ours in ((names.users, user_columns()), (names.workshops, workshop_columns())):
         if table:
             yield table, [column.name for column in ours if (table.word, column.name) not in names.adopted]
 
 
 def text(statements: Iterable[Composable], separator: str = ";\n") -> str:
-    """As one string."""
+    """The statements as one string."""
     return separator.join(statement.as_string(None) for statement in statements)
 
 
-def _proven(changes: Iterable[Composable], locks: Sequence[Identifier], names: HostNames) -> Iterator[Composable]:
-    """The changes, and after them the writes that were tried in the first message."""
+def _with_trial_writes(
+    changes: Iterable[Composable], locks: Sequence[Identifier], names: HostNames
+) -> Iterator[Composable]:
+    """The changes, followed by the trial writes of the first message."""
     yield from changes
-    if _apps(locks, names):
-        # a function that ran before the changes would run on as it was planned then; the app's next session would not
+    if _locked_app_tables(locks, names):
+        # a function that ran before the changes would keep its old plan, unlike in the app's next session
         yield SQL("DISCARD PLANS")
-        yield try_them_again()
+        yield try_writes_again()
 
 
-def _apps(locks: Sequence[Identifier], names: HostNames) -> list[TableNames]:
-    """The app's tables that are locked."""
+def _locked_app_tables(locks: Sequence[Identifier], names: HostNames) -> list[TableNames]:
+    """The locked tables of the app."""
     return [table for table in (names.users, names.workshops) if table and table.name in locks]
 
 
 def _locked(locks: Sequence[Identifier], changes: Iterable[Composable], stall_budget_ms: int) -> Iterator[Composable]:
     yield _lock_all(locks, stall_budget_ms)
     if locks:
-        # no statement under the lock may take longer than a wait for it
+        # no statement under the lock may take longer than the stall budget
         yield SQL("SET LOCAL statement_timeout = {}").format(SqlLiteral(f"{stall_budget_ms}ms"))
     yield from changes
     yield SQL("COMMIT")
 
 
-def _tries(locks: Sequence[Identifier], names: HostNames, *, inserts: bool) -> list[Composable]:
-    tables = _apps(locks, names)
+def _trial_writes(locks: Sequence[Identifier], names: HostNames, *, inserts: bool) -> list[Composable]:
+    tables = _locked_app_tables(locks, names)
     ours = [column.name for column in (*user_columns(), *workshop_columns())]
     return [try_writes(tables, without=ours, inserts=inserts)] if tables else []
 
 
 def _prepared(pending: Sequence[Revision], names: HostNames) -> Iterator[Composable]:
-    """The new objects, which nobody but their owner may use."""
+    """The new objects, which only their owner may use."""
     if pending:
         yield remember_objects(names)
         for revision in pending:
@@ -231,16 +240,16 @@ def _step_up(to: Revision, expected: str | None) -> Composed:
     return version.format(SqlLiteral(to.revision))
 
 
-def _noted(revision: Revision, adopted: Sequence[str], *, prepared: bool) -> Composed:
+def _log_prepared(revision: Revision, adopted: Sequence[str], *, prepared: bool) -> Composed:
     if not prepared:
-        return _logged(revision, "apply", adopted)
+        return _log_revision(revision, "apply", adopted)
     return SQL(
         "UPDATE tallystick.migration_log SET direction = 'apply', applied_at = now(), adopted = {}"
         " WHERE revision = {} AND direction = 'prepare'"
     ).format(_own(revision, adopted), SqlLiteral(revision.revision))
 
 
-def _logged(revision: Revision, direction: str, adopted: Sequence[str]) -> Composed:
+def _log_revision(revision: Revision, direction: str, adopted: Sequence[str]) -> Composed:
     return SQL(
         "INSERT INTO tallystick.migration_log (revision, direction, adopted, kind) VALUES ({}, {}, {}, {})"
     ).format(SqlLiteral(revision.revision), SqlLiteral(direction), _own(revision, adopted), SqlLiteral(revision.kind))
@@ -254,9 +263,9 @@ def _begin(*, expected: str | None) -> Iterator[Composable]:
     yield SQL("BEGIN")
     yield SQL("SET LOCAL lock_timeout = '3s'")
     yield SQL("SET LOCAL statement_timeout = '30s'")
-    # a frozen client must not keep even the fence
+    # a frozen client must not even keep the fence
     yield SQL("SET LOCAL idle_in_transaction_session_timeout = '60s'")
-    # with the tables locked, COMMIT must not wait for a standby, where a report may keep the lock from being repeated
+    # with the tables locked, COMMIT must not wait for a standby, where a query may delay the replay of the lock
     yield SQL(
         "SELECT set_config('synchronous_commit', 'local', true) WHERE current_setting('synchronous_commit') <> 'off'"
     )
@@ -284,7 +293,7 @@ END""").format(
 
 
 def _fence(locks: Sequence[Identifier]) -> Iterator[Composable]:
-    """Makes a running autovacuum yield; blocks neither reads nor writes."""
+    """A lock that makes a running autovacuum yield; it blocks neither reads nor writes."""
     if locks:
         yield SQL("LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE").format(SQL(", ").join(locks))
 
@@ -292,12 +301,12 @@ def _fence(locks: Sequence[Identifier]) -> Iterator[Composable]:
 def _lock_all(locks: Sequence[Identifier], stall_budget_ms: int) -> Composed:
     """Take every lock: first without waiting, then with short waits that together stay within the budget.
 
-    Each refused try costs a transaction id, hence their number. A revision may have nothing to lock.
+    Each refused try costs a transaction id, which limits their number. A revision may have nothing to lock.
     """
     if not locks:
         return SQL("SELECT set_config('tallystick.locked_at', ({})::text, false)").format(SQL(_NOW_MS))
     nowait = SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE NOWAIT;").format(SQL(", ").join(locks))
-    # one wait's time is shared by all its tables, since lock_timeout is per table
+    # lock_timeout is per table, so all tables of one wait share its time
     waiting = SQL("\n        ").join(
         SQL("""PERFORM set_config('lock_timeout', greatest(1, ceil(until - {}))::text, true);
         LOCK TABLE {} IN ACCESS EXCLUSIVE MODE;""").format(SQL(_NOW_MS), table)
@@ -359,7 +368,7 @@ END""").format(ledger=Identifier(names.ledger_schema, LEDGER), lost=SQL(HISTORY)
 
 def _step_down(revision: Revision) -> list[Composable]:
     if revision.down_revision is None:
-        return []  # its bookkeeping went with it
+        return []  # the log was dropped with it
     return [
         SQL("UPDATE tallystick.alembic_version SET version_num = {}").format(SqlLiteral(revision.down_revision)),
         SQL("INSERT INTO tallystick.migration_log (revision, direction) VALUES ({}, 'undo')").format(

@@ -1,6 +1,6 @@
-"""After the commit: indexes built, and constraints validated, while traffic goes on.
+"""Online steps after the commit: indexes are built and constraints validated while traffic goes on.
 
-Each step is looked at before and after, so any run may continue what another one began.
+The state is checked before and after each step, so any run may continue another one.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from tallystick.database import driver, with_known_settings
 from tallystick.errors import MigrationError
 from tallystick.migrate.revisions import HostNames, Revision
 from tallystick.migrate.runner.opening import open_balances
-from tallystick.migrate.runner.session import NEVER_CUT, lost, put, put_back, translate
+from tallystick.migrate.runner.session import NEVER_CUT, lost, restoring_settings, set_settings, translate
 from tallystick.schema import LEDGER
 
 _LOOK_EVERY_S = 0.25
 
 State = Literal["missing", "valid", "invalid, enforcing", "invalid"]
-"""An index that a killed build left may already refuse duplicates (and slow every write) without being of use."""
+"""States of an index. A killed build may leave one that refuses duplicates, and slows writes, but serves no query."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class OnlineStep:
 
 @dataclass(frozen=True)
 class Building:
-    """The progress of a build: its ``phase`` in the server's words, its ``fraction``, the sessions it waits for."""
+    """The progress of a build: the server's name of its ``phase``, its ``fraction``, the process that it waits for."""
 
     phase: str
     fraction: float | None
@@ -51,7 +51,7 @@ class Building:
 def online(
     conn: sa.Connection, revision: Revision, names: HostNames, progress: Callable[[str, Building | None], None]
 ) -> Iterator[OnlineStep]:
-    """All such steps of a revision; ``progress`` is told the name of each.
+    """Run the online steps of a revision; ``progress`` is called with the name of each.
 
     Raises:
         MigrationError: the data does not allow it.
@@ -89,23 +89,23 @@ def build(
     statement: Composable,
     progress: Callable[[Building | None], None],
 ) -> Iterator[OnlineStep]:
-    """Bring one index about, or back to use; nothing where it is there and valid.
+    """Build an index, or rebuild an invalid one; nothing if it is valid.
 
     Raises:
-        MigrationError: the data does not allow it (duplicates); what is left of it is repaired by the next run.
+        MigrationError: the data does not allow it (duplicates); the next run repairs what is left.
     """
     started = time.monotonic()
     try:
         for leftover in _leftovers(conn, schema, name):
-            _alone(conn, SQL("DROP INDEX CONCURRENTLY {}").format(Identifier(schema, leftover)), progress)
+            _run_in_autocommit(conn, SQL("DROP INDEX CONCURRENTLY {}").format(Identifier(schema, leftover)), progress)
         state = index_state(conn, schema, name)
         if state == "valid":
             return
         progress(None)
         if state != "missing":
-            # keeps whatever uniqueness the broken one still enforces until the new one takes over
+            # the invalid index may still enforce uniqueness until the new one replaces it
             statement = SQL("REINDEX INDEX CONCURRENTLY {}").format(Identifier(schema, name))
-        _alone(conn, statement, progress)
+        _run_in_autocommit(conn, statement, progress)
     except psycopg.Error as error:
         raise translate(error, "apply", lost=lost(conn), online=name) from error
     if index_state(conn, schema, name) != "valid":
@@ -125,17 +125,17 @@ def validate(
     statement: Composable,
     progress: Callable[[Building | None], None],
 ) -> Iterator[OnlineStep]:
-    """Check the old rows against a constraint that was added NOT VALID; nothing where that was done.
+    """Validate a constraint that was added NOT VALID; nothing if it is valid.
 
     Raises:
-        MigrationError: a row breaks it.
+        MigrationError: a row violates it.
     """
     started = time.monotonic()
     if is_validated(conn, table, name) is not False:
         return
     progress(None)
     try:
-        _alone(conn, statement, progress)
+        _run_in_autocommit(conn, statement, progress)
     except psycopg.Error as error:
         raise translate(error, "apply", lost=lost(conn), online=name) from error
     yield OnlineStep(name, "validated", round((time.monotonic() - started) * 1000, 3))
@@ -178,28 +178,28 @@ _BUILDING = sa.text("""
 
 
 def _leftovers(conn: sa.Connection, schema: str, name: str) -> Sequence[str]:
-    """Remains of a killed REINDEX CONCURRENTLY."""
+    """Indexes that a killed REINDEX CONCURRENTLY left."""
     return conn.scalars(_LEFTOVERS, {"schema": schema, "name": name}).all()
 
 
 def is_validated(conn: sa.Connection, table: Composable, name: str) -> bool | None:
-    """True where a constraint of ``table`` is validated; None where there is none."""
+    """True if a constraint of ``table`` is validated; None if there is none."""
     found: bool | None = conn.scalar(_IS_VALIDATED, {"table": table.as_string(None), "name": name})
     return found
 
 
-def _alone(conn: sa.Connection, statement: Composable, progress: Callable[[Building | None], None]) -> None:
-    """Run a statement that allows no transaction around it; it may wait for as long as it needs."""
+def _run_in_autocommit(conn: sa.Connection, statement: Composable, progress: Callable[[Building | None], None]) -> None:
+    """Run a statement that cannot be in a transaction, without a timeout."""
     raw = driver(conn)
-    with put_back(conn, local=False), ThreadPoolExecutor(1) as pool:
-        put(conn, NEVER_CUT, local=False)
+    with restoring_settings(conn, local=False), ThreadPoolExecutor(1) as pool:
+        set_settings(conn, NEVER_CUT, local=False)
         task = pool.submit(raw.execute, statement.as_string(raw).encode(raw.info.encoding), prepare=False)
         try:
-            _look(task, conn.engine, raw.info.backend_pid, progress)
+            _report_progress(task, conn.engine, raw.info.backend_pid, progress)
             task.result()
         except BaseException:
-            # Ctrl-C, or a progress bar that failed: nothing of ours may go on building. A request that comes before
-            # the statement has begun is lost, hence more than one.
+            # After Ctrl-C, or a failed progress bar, the build must not go on. A cancel request that arrives before the
+            # statement has begun is lost, so it is repeated.
             while not task.done():
                 with suppress(psycopg.Error):
                     raw.cancel_safe()
@@ -207,11 +207,13 @@ def _alone(conn: sa.Connection, statement: Composable, progress: Callable[[Build
             raise
 
 
-def _look(task: Future[Any], engine: sa.Engine, pid: int, progress: Callable[[Building | None], None]) -> None:
-    """Until the statement is done, tell how far it is; a short one is not looked at.
+def _report_progress(
+    task: Future[Any], engine: sa.Engine, pid: int, progress: Callable[[Building | None], None]
+) -> None:
+    """Report the progress of a statement until it is done, unless it is short.
 
-    On a second connection, since the first is busy; in a transaction each time, or the build would wait for it. Where
-    there is no connection to be had, nothing is told.
+    It uses a second connection, since the first is busy, with a short transaction for each look, or the build would
+    wait for it. Without a connection nothing is reported.
     """
     if wait([task], timeout=_LOOK_EVERY_S).done:
         return

@@ -1,8 +1,8 @@
 """Opening balances: each user whose balance the app had before gets a first row in the ledger, beside live traffic.
 
-A batch is a transaction of its own and is as large as about 10 ms allow, since for so long whoever writes to one of
-its users waits. It leaves out users that somebody else has locked; they are tried again. Nothing depends on it: a user
-without an opening balance gets it at the first write to the ledger, so a run may be killed and begun again anywhere.
+A batch is a transaction of its own and takes about 10 ms, for which writers to its users wait. It leaves out users that
+others have locked; they are tried again. A run may be killed and begun again anywhere, since a user without an opening
+balance gets it at the first write to the ledger.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from psycopg.sql import SQL, Composable, Literal
 
 from tallystick.database import driver
 from tallystick.migrate.revisions import HostNames
-from tallystick.migrate.runner.session import lost, put, translate
-from tallystick.progress import OnProgress, Progress, unheard
+from tallystick.migrate.runner.session import lost, set_settings, translate
+from tallystick.progress import OnProgress, Progress, ignore_progress
 
 BATCH_MS = 10.0
-"""The time that a batch may hold the rows of its users, about."""
+"""About the time for which a batch may lock its users."""
 
 _PAGE = 2000
 _PASSES = 5
 _FIRST_BATCH = 10
 
 
-def open_balances(conn: sa.Connection, names: HostNames, progress: OnProgress = unheard) -> tuple[int, int]:
-    """The number that were opened, and of those left because somebody holds them. ``conn`` is in autocommit.
+def open_balances(conn: sa.Connection, names: HostNames, progress: OnProgress = ignore_progress) -> tuple[int, int]:
+    """Open balances; returns how many, and how many are left because others hold the users.
 
-    ``progress`` counts them.
+    ``conn`` is in autocommit. ``progress`` counts the balances.
     """
     raw = driver(conn)
-    # what a crash of the server loses of it is opened by the next run
-    put(conn, {"synchronous_commit": "off", "lock_timeout": "0", "statement_timeout": "0"}, local=False)
+    # openings that are lost by a crash of the server are repeated by the next run
+    set_settings(conn, {"synchronous_commit": "off", "lock_timeout": "0", "statement_timeout": "0"}, local=False)
     opened, size = 0, float(_FIRST_BATCH)
     try:
         for attempt in range(_PASSES):
@@ -59,11 +59,11 @@ def open_balances(conn: sa.Connection, names: HostNames, progress: OnProgress = 
 
 
 def _pages(raw: psycopg.Connection[Any], names: HostNames) -> Iterator[list[Any]]:
-    """Keys of users that wait, in their order, read without a lock."""
+    """Keys of users without an opening balance, in order, read without a lock."""
     further: Composable = SQL("")
     while True:
         query = SQL("SELECT u.{key} FROM {users} AS u WHERE {waiting} {further} ORDER BY u.{key} LIMIT {page}")
-        page = [row[0] for row in sent(raw, query.format(**_words(names), further=further, page=Literal(_PAGE)))]
+        page = [row[0] for row in fetch_all(raw, query.format(**_words(names), further=further, page=Literal(_PAGE)))]
         if page:
             yield page
         if len(page) < _PAGE:
@@ -77,11 +77,11 @@ def _open(raw: psycopg.Connection[Any], names: HostNames, keys: list[Any]) -> in
         "SELECT u.{key} AS key FROM {users} AS u WHERE u.{key} = ANY ({keys}::{key_type}[]) AND {waiting}"
         " ORDER BY u.{key} FOR NO KEY UPDATE SKIP LOCKED) AS held"
     )
-    return int(sent(raw, query.format(**_words(names), keys=Literal(keys)))[0][0])
+    return int(fetch_all(raw, query.format(**_words(names), keys=Literal(keys)))[0][0])
 
 
-def sent(raw: psycopg.Connection[Any], query: Composable) -> list[Any]:
-    """The rows of a query without parameters, in which a % is a %."""
+def fetch_all(raw: psycopg.Connection[Any], query: Composable) -> list[Any]:
+    """The rows of a query without parameters, in which a % stands for itself."""
     return raw.execute(query.as_string(raw).encode(raw.info.encoding), prepare=False).fetchall()
 
 

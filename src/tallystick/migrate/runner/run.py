@@ -1,12 +1,15 @@
-"""The run: one transaction for all revisions to come, its locked part and COMMIT in one message, retried as a whole.
+"""The run: one transaction for all pending revisions, its locked part and COMMIT in one message, retried as a whole.
 
-Where a database is so busy that this never gets through, it can be asked to commit the new objects first, in a
-transaction of their own (``two_transactions``). Then a try is one message of the locked part alone.
+If a database is so busy that this never succeeds, ``two_transactions`` commits the new objects first, in a transaction
+of their own. A try is then one message of the locked part alone.
 
-What was measured, and why each line is where it is, stands in docs/migration.md. In short: nobody may wait for us
-longer than the stall budget. A lock that is asked for and not given makes every later query queue behind it, so we
-first look who is there, then ask without waiting, and only then wait, briefly; and once we have it, the network is
-not allowed between two statements.
+docs/migration.md has the measurements and reasons. In short, no query may wait for us longer than the stall budget. A
+lock that is requested and not granted makes all later queries queue behind it. So a run takes these steps:
+
+1. It checks which sessions hold the tables.
+2. It requests the locks without waiting (NOWAIT).
+3. Only then it waits for them, briefly.
+4. While it holds them, no network round trip happens.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from tallystick.errors import (
 )
 from tallystick.migrate.host.preflight import Host, examine, refuse_rows
 from tallystick.migrate.host.tables import mapped_oids
-from tallystick.migrate.revisions import HostNames, Revision, adopted_by, after, known, revisions, up_to
+from tallystick.migrate.revisions import HostNames, Revision, adopted_by, after, revision_named, revisions, up_to
 from tallystick.migrate.runner.blockers import OLD_MS, Blocker, Watch, oids_of
 from tallystick.migrate.runner.messages import (
     MEASURE,
@@ -44,7 +47,7 @@ from tallystick.migrate.runner.messages import (
     upward,
 )
 from tallystick.migrate.runner.online import Building, OnlineStep, online
-from tallystick.migrate.runner.session import engine_of, forbidden_by, lost, session, the_only_run, translate
+from tallystick.migrate.runner.session import engine_of, forbidden_by, lost, session, single_run, translate
 from tallystick.migrate.runner.widen import refuse_interrupted, validate_keys
 from tallystick.progress import Progress
 from tallystick.schema import migration_log
@@ -69,12 +72,12 @@ _PREPARED = (
 
 @dataclass(frozen=True, kw_only=True)
 class MigrationProgress(Progress):
-    """The present phase of a run, which is its ``step`` too, but for an online step, which has a name.
+    """The present phase of a run. ``step`` is the phase too, or the name of an online step.
 
-    ``revision`` is the one that it leads to, or on the way back the one it comes from. ``connecting`` is told while the
-    server is starting up, with what it says as ``detail``; ``prepared`` between the two transactions of a run that was
-    asked for two. ``blockers`` are in its way. Of an online step that takes longer, ``detail`` is the server's name for
-    what it does, ``done`` of it the part that is done (``total`` is 1), ``waits_for`` the process that it waits for.
+    ``revision`` is the target, or for an undo the revision that is undone. The phase ``connecting`` comes while the
+    server is starting up, with its message as ``detail``; ``prepared`` between the two transactions of a run with two.
+    ``blockers`` hold the tables. For a long online step, ``detail`` is the server's name of its present work, ``done``
+    the fraction of it (``total`` is 1), ``waits_for`` the process that it waits for.
     """
 
     phase: Phase
@@ -89,9 +92,9 @@ class MigrationProgress(Progress):
 class Receipt:
     """The result of a run: ``revisions`` applied or undone, all in one transaction, and the online steps after it.
 
-    ``locked_ms`` is measured on the server, from the moment the first lock was asked for, in the try that got them
-    all, until after the commit: nobody can have waited longer for it. ``two_transactions`` is True where new objects
-    were committed before, by this run or an earlier one. ``changed`` is False where there was nothing to do.
+    ``locked_ms`` is measured on the server, from the request of the first lock, in the successful try, until after the
+    commit: no query waited longer for it. ``two_transactions`` is True if new objects were committed before, by this
+    run or an earlier one. ``changed`` is False if there was nothing to do.
     """
 
     action: Literal["apply", "undo"]
@@ -108,7 +111,7 @@ class Receipt:
 
     @property
     def changed(self) -> bool:
-        """True where anything was done."""
+        """True if anything was done."""
         return bool(self.revisions or self.online)
 
 
@@ -123,34 +126,31 @@ def apply(
 ) -> Receipt:
     """Bring the database to this package's revision, while its traffic goes on.
 
-    All revisions to come are one transaction: killed at any point, the database is before it or after it. A second
-    run changes nothing, and finishes what an interrupted one left of the online steps.
+    All pending revisions are one transaction: a run that is killed leaves the database as before it or after it. A
+    second run changes nothing, and finishes the online steps of an interrupted one.
 
-    With ``two_transactions`` the new objects are committed first, and what is tried again is the locked part alone.
-    Killed between the two, the database has objects that nothing uses: ``status`` names them, the next run goes
-    on from there, ``undo`` takes them away.
+    With ``two_transactions`` the new objects are committed first, and only the locked part is retried. A run killed
+    between the two leaves unused objects: ``status`` names them, the next run continues, ``undo`` removes them.
 
     Args:
         database: an engine, or an address; a direct one, not a pooler's.
-        config: whose mapping says what the host's tables are called.
-        stall_budget_ms: how long one attempt may let live traffic wait: its wait for the locks, and all that it does
-            under them.
+        config: with the mapping of the host's tables.
+        stall_budget_ms: how long one attempt may make live traffic wait, for its locks and for its work under them.
         give_up_after_s: for how long attempts are made.
-        two_transactions: for a database too busy for one; never chosen by itself.
+        two_transactions: for a database too busy for one; never chosen automatically.
         progress: called with each ``MigrationProgress``.
 
     Raises:
-        KeyboardInterrupt: with a note of how things stand, where it came while an online step was running, which is
-            cancelled.
-        MigrationBlocked: the tables could not be locked in time; names who was in the way.
-        MigrationRunning: another run is at it.
+        KeyboardInterrupt: during an online step, which is cancelled, with a note of the state.
+        MigrationBlocked: the tables could not be locked in time; names the sessions that held them.
+        MigrationRunning: another run is active.
         PoolerRefused: the address is a pooler's.
         SchemaError: the database cannot be migrated as it is (see ``examine``).
-        OutcomeUnknown: the connection died at the commit. Run it again: it continues from whatever is there.
-        DatabaseUnavailable: also after 15 seconds in which the server was starting up or nobody answered.
+        OutcomeUnknown: the connection died at the commit. Run it again: it continues.
+        DatabaseUnavailable: also if the server was starting up or did not answer for 15 seconds.
         PermissionDenied, MigrationError: otherwise.
     """
-    with _alone(database, config, stall_budget_ms, give_up_after_s, progress) as run:
+    with _exclusive_run(database, config, stall_budget_ms, give_up_after_s, progress) as run:
         return run.apply(two_transactions=two_transactions)
 
 
@@ -164,30 +164,30 @@ def undo(
     give_up_after_s: float = GIVE_UP_AFTER_S,
     progress: Callable[[MigrationProgress], None] | None = None,
 ) -> Receipt:
-    """Take Tallystick out of the database again: exactly what was there before remains.
+    """Remove Tallystick from the database, which is then exactly as before.
 
-    ``to`` is the revision to stop at, for a database that was at it before. Other arguments and errors are those of
+    ``to`` is the revision to stop at, if the database was at it before. Other arguments and errors are those of
     ``apply``.
 
     Raises:
         LedgerNotEmpty: the ledger has rows, and ``discard_ledger`` is False.
         MigrationError: there is no revision ``to``.
     """
-    with _alone(database, config, stall_budget_ms, give_up_after_s, progress) as run:
+    with _exclusive_run(database, config, stall_budget_ms, give_up_after_s, progress) as run:
         return run.undo(to=to, discard_ledger=discard_ledger)
 
 
 def undo_command(revision: str | None) -> str:
-    """The command that takes away what was prepared and leaves the database at ``revision``."""
+    """The command that undoes a preparation and leaves the database at ``revision``."""
     return "tallystick migrate undo" + ("" if revision is None else f" --to {revision}")
 
 
-def _now(phase: Phase, revision: str | None = None, **more: Any) -> MigrationProgress:
+def _phase_progress(phase: Phase, revision: str | None = None, **more: Any) -> MigrationProgress:
     return MigrationProgress(phase, phase=phase, revision=revision, **more)
 
 
-def _waking(progress: Callable[[MigrationProgress], None] | None) -> Callable[[str], None] | None:
-    return None if progress is None else lambda said: progress(_now("connecting", detail=said))
+def _connecting_progress(progress: Callable[[MigrationProgress], None] | None) -> Callable[[str], None] | None:
+    return None if progress is None else lambda message: progress(_phase_progress("connecting", detail=message))
 
 
 class _Run:
@@ -220,7 +220,7 @@ class _Run:
         names = HostNames.of(self.config.host, host.adopted)
         try:
             built = [step for revision in revisions() for step in self._online(revision, names)]
-            built += validate_keys(self.conn, names, self._told(None))
+            built += validate_keys(self.conn, names, self._online_progress(None))
         except KeyboardInterrupt as stopped:
             stopped.add_note(
                 f"Revision {receipt.after} is in place, and the app may use it; its indexes or checks are not "
@@ -255,7 +255,7 @@ class _Run:
 
     def undo(self, *, to: str | None, discard_ledger: bool) -> Receipt:
         if to is not None:
-            known(to)
+            revision_named(to)
         host = self._examine()
         refuse_interrupted(self.conn)
         names = HostNames.of(self.config.host, host.adopted)
@@ -266,7 +266,7 @@ class _Run:
             return receipt
         if gone and not discard_ledger:
             refuse_rows(self.conn, host, "run: tallystick migrate undo --discard-ledger")
-        # all of them in one transaction, since half of an undo is nobody's wish
+        # all of them in one transaction, since nobody wants half an undo
         messages = downward(
             gone,
             names,
@@ -279,7 +279,7 @@ class _Run:
         return self._transaction(messages, receipt, shown=receipt.revisions[0])
 
     def _examine(self) -> Host:
-        """Even to look at a table means to wait for whoever holds it exclusively; they are named as any other."""
+        """Run the preflight. It waits for a session that holds a table exclusively, which is named as a blocker."""
         watch = Watch(self.conn, mapped_oids(self.conn, self.config.host))
         deadline = time.monotonic() + self.give_up_after_s
         while True:
@@ -291,22 +291,22 @@ class _Run:
                 blockers = watch.holders()
                 if time.monotonic() > deadline:
                     raise self._blocked(0, blockers) from None
-                self.progress(_now("waiting", blockers=tuple(blockers)))
+                self.progress(_phase_progress("waiting", blockers=tuple(blockers)))
 
     def _prepare(self, revision: Revision, message: Sequence[Composable]) -> None:
-        """Commit the new objects. Nobody can be in their way, so there is no second try."""
+        """Commit the new objects. Nothing can block them, so there is no second try."""
         try:
             _send(self.conn, message)
         except psycopg.Error as error:
             _roll_back(self.conn)
             raise self._explained(error, "apply") from error
-        self.progress(_now("prepared", revision.revision))
+        self.progress(_phase_progress("prepared", revision.revision))
 
     def _transaction(self, messages: Messages, receipt: Receipt, *, shown: str, left: str = _NOTHING) -> Receipt:
-        """Run both messages until they go through, from the start each time; ``left`` says how a failure leaves things.
+        """Run both messages until they succeed, from the start each time; ``left`` is the state after a failure.
 
-        After the first of two transactions they are one: a round trip in between would hold the fence for longer than
-        the rest takes. ``shown`` is the revision that progress names.
+        In the second of two transactions they are one message: a round trip between them would take longer than the
+        rest, with the fence held. ``shown`` is the revision for the progress.
         """
         action, two_transactions = receipt.action, receipt.two_transactions
         watch = Watch(self.conn, oids_of(self.conn, messages.locks))
@@ -318,7 +318,7 @@ class _Run:
         while True:
             self._wait_for_old_transactions(watch, shown, attempts, deadline, waited_for, left=left)
             attempts += 1
-            self.progress(_now("locking", shown, attempt=attempts))
+            self.progress(_phase_progress("locking", shown, attempt=attempts))
             try:
                 if two_transactions:
                     locked_ms = _send(self.conn, (*messages.opening, *messages.at_once, MEASURE))
@@ -327,7 +327,7 @@ class _Run:
                     locked_ms = _send(self.conn, (*messages.at_once, MEASURE))
             except psycopg.Error as error:
                 _roll_back(self.conn)
-                if not _passing(error):
+                if not _is_transient(error):
                     raise self._explained(error, action, left) from error
                 blockers = watch.holders()
                 waited_for |= {(b.pid, b.gid): b for b in _old(blockers)}
@@ -336,11 +336,11 @@ class _Run:
                     saturated = busy and action == "apply" and not two_transactions and not _old(blockers)
                     cause = _SHORT if busy else _SLOW
                     raise self._blocked(attempts, blockers, left, cause=cause, saturated=saturated) from error
-                self.progress(_now("waiting", shown, attempt=attempts, blockers=tuple(blockers)))
+                self.progress(_phase_progress("waiting", shown, attempt=attempts, blockers=tuple(blockers)))
                 time.sleep(pause_s * random.uniform(0.5, 1))  # noqa: S311  # jitter, not a secret
                 pause_s = min(pause_s * 2, 2)
                 continue
-            self.progress(_now("applied" if action == "apply" else "undone", shown, attempt=attempts))
+            self.progress(_phase_progress("applied" if action == "apply" else "undone", shown, attempt=attempts))
             return replace(
                 receipt,
                 attempts=attempts,
@@ -364,11 +364,11 @@ class _Run:
         *,
         left: str,
     ) -> None:
-        while blockers := watch.in_the_way():
+        while blockers := watch.blockers():
             waited_for |= {(b.pid, b.gid): b for b in blockers}
             if time.monotonic() > deadline:
                 raise self._blocked(attempts, blockers, left)
-            self.progress(_now("waiting", shown, attempt=attempts, blockers=tuple(blockers)))
+            self.progress(_phase_progress("waiting", shown, attempt=attempts, blockers=tuple(blockers)))
             time.sleep(_PROBE_EVERY_S)
 
     def _blocked(
@@ -380,7 +380,7 @@ class _Run:
         cause: str = _SHORT,
         saturated: bool = False,
     ) -> MigrationBlocked:
-        """``cause`` is said where nobody holds the tables, ``saturated`` where too many hold them for a moment."""
+        """The error. ``cause`` is named if no session holds the tables; ``saturated`` if too many hold them briefly."""
         who = "; ".join(str(blocker) for blocker in blockers) or cause
         other = ", or make each try cheaper (--two-transactions)" if saturated else ""
         return MigrationBlocked(
@@ -392,7 +392,7 @@ class _Run:
         )
 
     def _log(self, receipt: Receipt) -> None:
-        """In the row of the newest revision, since it is one transaction."""
+        """Store the receipt in the log row of the newest revision."""
         newest = sa.select(sa.func.max(migration_log.c.id))
         try:
             self.conn.execute(
@@ -408,13 +408,13 @@ class _Run:
         except sa.exc.DBAPIError:
             if lost(self.conn):
                 raise
-            # the revisions are in place all the same, and the receipt is returned
+            # the revisions are applied nevertheless, and the receipt is returned
 
     def _online(self, revision: Revision, names: HostNames) -> Iterator[OnlineStep]:
-        return online(self.conn, revision, names, self._told(revision.revision))
+        return online(self.conn, revision, names, self._online_progress(revision.revision))
 
-    def _told(self, revision: str | None) -> Callable[[str, Building | None], None]:
-        def tell(step: str, building: Building | None) -> None:
+    def _online_progress(self, revision: str | None) -> Callable[[str, Building | None], None]:
+        def report(step: str, building: Building | None) -> None:
             self.progress(
                 MigrationProgress(
                     step,
@@ -427,13 +427,13 @@ class _Run:
                 )
             )
 
-        return tell
+        return report
 
 
-def _passing(error: psycopg.Error) -> bool:
-    """True where the same thing may go through a moment later."""
+def _is_transient(error: psycopg.Error) -> bool:
+    """True if a retry may succeed."""
     busy = (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled, psycopg.errors.DeadlockDetected)
-    # the server translates no internal error; this one is a GRANT that was committed meanwhile, which takes no lock
+    # internal errors are always in English; this one comes from a concurrent GRANT, which takes no lock
     return isinstance(error, busy) or "tuple concurrently " in str(error)
 
 
@@ -442,23 +442,22 @@ def _old(blockers: Sequence[Blocker]) -> list[Blocker]:
 
 
 @contextmanager
-def _alone(
+def _exclusive_run(
     database: sa.Engine | str,
     config: Config,
     stall_budget_ms: int,
     give_up_after_s: float,
     progress: Callable[[MigrationProgress], None] | None,
 ) -> Iterator[_Run]:
-    """A run on a connection of its own, beside no other run."""
-    with session(engine_of(database), waiting=_waking(progress)) as conn, the_only_run(conn):
+    """A run on a connection of its own, with no other run at the same time."""
+    with session(engine_of(database), waiting=_connecting_progress(progress)) as conn, single_run(conn):
         yield _Run(conn, config, stall_budget_ms=stall_budget_ms, give_up_after_s=give_up_after_s, progress=progress)
 
 
 def _send(conn: sa.Connection, statements: Sequence[Composable]) -> float | None:
-    """Send everything as one message and give the last result, if any: the time held, in milliseconds.
+    """Send all statements as one message and return the last result, if any: the time held, in milliseconds.
 
-    Without parameters psycopg uses the simple protocol, which takes many statements; autocommit keeps it from
-    adding a BEGIN of its own.
+    Without parameters psycopg uses the simple protocol, which takes many statements; in autocommit it adds no BEGIN.
     """
     with driver(conn).cursor() as cursor:
         cursor.execute(text(statements).encode(driver(conn).info.encoding), prepare=False)
@@ -471,5 +470,5 @@ def _send(conn: sa.Connection, statements: Sequence[Composable]) -> float | None
 def _roll_back(conn: sa.Connection) -> None:
     raw = driver(conn)
     if not raw.closed:
-        with suppress(psycopg.OperationalError):  # it died; the caller tells what that means
+        with suppress(psycopg.OperationalError):  # the connection died; the caller reports it
             raw.execute("ROLLBACK")

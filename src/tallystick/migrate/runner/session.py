@@ -1,4 +1,4 @@
-"""The one connection of a run: direct, our own, in autocommit; and the meaning of its server's refusals."""
+"""The connection of a run: direct, our own, in autocommit; and its server's errors as ours."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ import psycopg
 import sqlalchemy as sa
 from psycopg.sql import SQL, Composable, Identifier, Literal
 
-from tallystick.database import KNOWN_SETTINGS, dial, driver, engine, said, with_known_settings
+from tallystick.database import (
+    KNOWN_SETTINGS,
+    connect_with_retries,
+    driver,
+    engine,
+    server_message,
+    with_known_settings,
+)
 from tallystick.errors import (
     DatabaseUnavailable,
     LedgerNotEmpty,
@@ -32,7 +39,7 @@ from tallystick.migrate.runner.trial_writes import BROKEN
 APPLICATION_NAME = "tallystick migrate"
 
 _CHECKS_CLIENT = 140000
-_GRACE_S = 3.0  # how long a killed run's server process may take to notice
+_GRACE_S = 3.0  # the time that a killed run's server process may take to notice
 
 NEVER_CUT: Mapping[str, str] = dict.fromkeys(
     (
@@ -44,13 +51,13 @@ NEVER_CUT: Mapping[str, str] = dict.fromkeys(
     ),
     "0",
 )
-"""Settings that may end a statement or a session of ours halfway, switched off."""
+"""Settings that could end a statement or session of ours halfway, switched off."""
 
 _OURS = {
     **NEVER_CUT,
     "application_name": APPLICATION_NAME,
-    "lock_timeout": "500ms",  # looking may wait
-    # a snapshot that lasts is one that an index built concurrently waits for
+    "lock_timeout": "500ms",  # for reading the catalogues
+    # a concurrent index build waits for a snapshot that lasts
     "default_transaction_isolation": "read committed",
     "client_encoding": "utf8",
     **KNOWN_SETTINGS,
@@ -59,57 +66,57 @@ _OURS = {
 
 
 def engine_of(database: sa.Engine | str) -> sa.Engine:
-    """An engine for the address, or the one that is given; either with settings of our own."""
+    """An engine for the address, or the given one, with our own settings."""
     return engine(database, poolclass=sa.NullPool) if isinstance(database, str) else with_known_settings(database)
 
 
 @contextmanager
 def session(source: sa.Engine, *, waiting: Callable[[str], None] | None = None) -> Iterator[sa.Connection]:
-    """A connection of our own in autocommit, closed afterwards and never given back to a pool.
+    """A connection of our own in autocommit, closed afterwards and never returned to a pool.
 
-    ``waiting`` is told what a server says that is still starting up.
+    ``waiting`` is called with the message of a server that is starting up.
     """
     try:
-        conn = dial(source, waiting=waiting).execution_options(isolation_level="AUTOCOMMIT")
+        conn = connect_with_retries(source, waiting=waiting).execution_options(isolation_level="AUTOCOMMIT")
     except sa.exc.OperationalError as error:
         raise DatabaseUnavailable(
-            f"cannot connect: {said(error)}. Check the address, and that the server runs", sqlstate=None
+            f"cannot connect: {server_message(error)}. Check the address, and that the server runs", sqlstate=None
         ) from error
     try:
-        conn.detach()  # its settings must not reach whoever would get it next
-        driver(conn)  # refuses any other
+        conn.detach()  # no other user of the pool must get its settings
+        driver(conn)  # refuses other drivers
         refuse_pooler(conn)
-        put(conn, _OURS, local=False)
-        # the server ends what a killed client was running, instead of holding our lock to the end
+        set_settings(conn, _OURS, local=False)
+        # the server cancels the statement of a killed client, which would keep our lock to its end
         if driver(conn).info.server_version >= _CHECKS_CLIENT:
-            with suppress(sa.exc.DBAPIError):  # not on every operating system
+            with suppress(sa.exc.DBAPIError):  # not supported on every operating system
                 conn.execute(sa.select(sa.func.set_config("client_connection_check_interval", "500ms", sa.false())))
         yield conn
     except sa.exc.DBAPIError as error:
         if isinstance(error.orig, psycopg.Error):
             raise translate(error.orig, "run", lost=lost(conn)) from error
         raise
-    except sa.exc.PendingRollbackError as error:  # it died before, where that did not matter yet
+    except sa.exc.PendingRollbackError as error:  # the connection died before, unnoticed
         raise _lost("it had ended", None) from error
     finally:
-        with suppress(sa.exc.DBAPIError):  # there is nothing to roll back on a connection that died
+        with suppress(sa.exc.DBAPIError):  # a dead connection has nothing to roll back
             conn.close()
 
 
-def put(conn: sa.Connection, settings: Mapping[str, str], *, local: bool) -> None:
-    """Set those that this server knows, for the session or the transaction."""
-    conn.execute(_PUT, {"settings": json.dumps(dict(settings)), "local": local})
+def set_settings(conn: sa.Connection, settings: Mapping[str, str], *, local: bool) -> None:
+    """Set the settings that this server knows, for the session or the transaction."""
+    conn.execute(_SET_SETTINGS, {"settings": json.dumps(dict(settings)), "local": local})
 
 
-_PUT = sa.text("""
+_SET_SETTINGS = sa.text("""
     SELECT set_config(known.name, wanted.value, :local)
     FROM json_each_text(CAST(:settings AS json)) wanted JOIN pg_settings known ON lower(known.name) = wanted.key
 """)
 
 
 @contextmanager
-def put_back(conn: sa.Connection, *, local: bool) -> Iterator[None]:
-    """Afterwards, ``NEVER_CUT`` are again what they were: on a connection of the host's they are the host's."""
+def restoring_settings(conn: sa.Connection, *, local: bool) -> Iterator[None]:
+    """Restore the settings ``NEVER_CUT`` afterwards, which on the host's connection are the host's."""
     before = {row.name: row.value for row in conn.execute(_NOW, {"names": list(NEVER_CUT)})}
     try:
         yield
@@ -117,7 +124,7 @@ def put_back(conn: sa.Connection, *, local: bool) -> Iterator[None]:
         with suppress(
             sa.exc.DBAPIError
         ):  # in a transaction that failed, or on a connection that died, there is nothing
-            put(conn, before, local=local)
+            set_settings(conn, before, local=local)
 
 
 _NOW = sa.text("""
@@ -126,17 +133,17 @@ _NOW = sa.text("""
 
 
 def autocommits(conn: sa.Connection) -> bool:
-    """True where each statement is its own transaction.
+    """True if each statement is its own transaction.
 
-    Asked of the driver: what SQLAlchemy calls the isolation level is the server's, which knows no such one.
+    The driver knows: SQLAlchemy's isolation level is the server's, which has no such level.
     """
     return bool(getattr(conn.connection.dbapi_connection, "autocommit", False))
 
 
 def pooler_sign(conn: sa.Connection) -> str | None:
-    """By what a transaction pooler between us and the server shows itself; None where there is none.
+    """The sign of a transaction pooler between us and the server; None if there is none.
 
-    Alembic may run on another driver, which does not tell who greeted it: there the name alone decides.
+    Alembic may run on another driver, which does not show the pooler's greeting: then only the host name decides.
     """
     raw = conn.connection.dbapi_connection
     host = raw.info.host if isinstance(raw, psycopg.Connection) else conn.engine.url.host
@@ -150,7 +157,7 @@ def pooler_sign(conn: sa.Connection) -> str | None:
 
 
 def refuse_pooler(conn: sa.Connection) -> None:
-    """Raise PoolerRefused where a transaction pooler stands between us and the server."""
+    """Raise PoolerRefused if a transaction pooler is between us and the server."""
     sign = pooler_sign(conn)
     if sign:
         raise PoolerRefused(
@@ -162,7 +169,7 @@ USE_UNPOOLED = "Put the direct address into DATABASE_URL_UNPOOLED (or database_u
 
 
 def lost(conn: sa.Connection) -> bool:
-    """True where the connection is gone."""
+    """True if the connection is lost."""
     return conn.invalidated or driver(conn).closed
 
 
@@ -181,64 +188,66 @@ def translate(
     unchanged: str = "Nothing was changed",
     event_triggers: Sequence[str] = (),
 ) -> TallystickError:
-    """The meaning of a refused statement for the person who ran the migration; ``unchanged`` says how it left things.
+    """The error for a refused statement of a migration; ``unchanged`` is a sentence on the resulting state.
 
     ``event_triggers`` are those that ``forbidden_by`` names.
     """
-    said = (error.diag.message_primary or str(error)).strip().rstrip(".")
+    reason = (error.diag.message_primary or str(error)).strip().rstrip(".")
     detail = error.diag.message_detail or ""
     state = error.sqlstate
-    found: TallystickError
+    meaning: TallystickError
     if event_triggers:
         triggers = [f"ALTER EVENT TRIGGER {name}" for name in event_triggers]
-        found = MigrationError(
-            f"the event trigger {' and '.join(event_triggers)} forbids it: {said}. {unchanged}. Let its owner run: "
+        meaning = MigrationError(
+            f"the event trigger {' and '.join(event_triggers)} forbids it: {reason}. {unchanged}. Let its owner run: "
             f"{'; '.join(f'{each} DISABLE' for each in triggers)}; then run this again, then: "
             f"{'; '.join(f'{each} ENABLE' for each in triggers)}"
         )
     elif state in (RUNNING, MOVED):
-        found = MigrationRunning(f"another run came first: {said}. Look: tallystick migrate status")
+        meaning = MigrationRunning(f"another run came first: {reason}. Look: tallystick migrate status")
     elif state == NOT_EMPTY:
-        found = LedgerNotEmpty(
+        meaning = LedgerNotEmpty(
             f"a credit transaction was written just now. {unchanged}. Take a backup, then run: "
             "tallystick migrate undo --discard-ledger",
             rows=1,
         )
     elif state == DEPENDED_ON:
-        found = MigrationError(
-            f"undo would drop what is yours with its columns: {said}. {unchanged}. Drop it yourself, or "
+        meaning = MigrationError(
+            f"undo would drop what is yours with its columns: {reason}. {unchanged}. Drop it yourself, or "
             "change it to do without them, then run this again"
         )
     elif state == BROKEN:
         shape = "more columns in the table" if action == "apply" else "the columns that the table had before"
-        found = MigrationError(
-            f"something of yours would fail after it: {said} ({detail or 'no function'}). {unchanged}. "
+        meaning = MigrationError(
+            f"something of yours would fail after it: {reason} ({detail or 'no function'}). {unchanged}. "
             f"Make it work with {shape}, then run this again"
         )
     elif state == "42501":
-        found = PermissionDenied(
-            f"the database refused: {said}. {unchanged}. Connect as the owner of the tables",
+        meaning = PermissionDenied(
+            f"the database refused: {reason}. {unchanged}. Connect as the owner of the tables",
             sqlstate=state,
         )
-    elif lost or (state or "").startswith(("08", "57P")):  # said, and then closed
-        found = _lost(said, state)
+    elif lost or (state or "").startswith(("08", "57P")):  # the server closed the connection after this error
+        meaning = _lost(reason, state)
     elif online is not None:
-        found = MigrationError(
-            f"{online} could not be built or validated: {said}. {detail} "
+        meaning = MigrationError(
+            f"{online} could not be built or validated: {reason}. {detail} "
             "The revision itself is in place. Mend the cause, then run: tallystick migrate apply"
         )
     elif state == "2BP01":
-        found = MigrationError(
-            f"something of yours depends on what undo removes: {detail or said}. {unchanged}. Drop or change it first"
+        meaning = MigrationError(
+            f"something of yours depends on what undo removes: {detail or reason}. {unchanged}. Drop or change it first"
         )
     else:
-        # of a column whose type changes: what is made of it
+        # the object that depends on a column whose type changes
         dependent = f"; {detail}" if state == "0A000" and detail else ""
         advice = (
             _READ_ONLY if state == "25006" else ". Drop that first, and make it anew afterwards" if dependent else ""
         )
-        found = MigrationError(f"the database refused to {action}: {said} ({state}{dependent}). {unchanged}{advice}")
-    return found
+        meaning = MigrationError(
+            f"the database refused to {action}: {reason} ({state}{dependent}). {unchanged}{advice}"
+        )
+    return meaning
 
 
 def send_when_free(
@@ -251,13 +260,13 @@ def send_when_free(
     give_up_after_s: float,
     unchanged: str = "Nothing was changed",
 ) -> float:
-    """Run the statements as one transaction and one message, again and again while ``tables`` are busy.
+    """Run the statements as one transaction and one message, and retry while ``tables`` are busy.
 
-    Traffic waits for at most ``lock_timeout_ms`` behind a try, for each table. Gives the milliseconds of the try that
-    went through.
+    Traffic waits for at most ``lock_timeout_ms`` behind a try, for each table. Returns the milliseconds of the
+    successful try.
 
     Raises:
-        MigrationBlocked: the tables were never free; names who was in the way.
+        MigrationBlocked: the tables were never free; names the sessions that held them.
         MigrationError, PermissionDenied, OutcomeUnknown: see ``translate``.
     """
     raw, deadline, attempts = driver(conn), time.monotonic() + give_up_after_s, 0
@@ -281,7 +290,7 @@ def send_when_free(
                     attempts=attempts,
                     blockers=list(blockers),
                 ) from None
-            # those who queued behind us go first
+            # let the queries that queued behind us run first
             time.sleep(lock_timeout_ms / 1000 * random.uniform(2, 6))  # noqa: S311  # jitter, not a secret
         except psycopg.Error as error:
             gone = lost(conn)
@@ -293,8 +302,8 @@ def send_when_free(
 
 
 @contextmanager
-def the_only_run(conn: sa.Connection) -> Iterator[None]:
-    """Only one run looks at a time: what the catalogues say query by query must be of one state."""
+def single_run(conn: sa.Connection) -> Iterator[None]:
+    """Lock out other runs: the catalogues must not change between two queries."""
     deadline = time.monotonic() + _GRACE_S
     while not conn.scalar(sa.select(sa.func.pg_try_advisory_lock(ADVISORY_KEY))):
         if time.monotonic() > deadline:
@@ -307,7 +316,7 @@ def the_only_run(conn: sa.Connection) -> Iterator[None]:
     try:
         yield
     finally:
-        # Not left to the end of the session, which the server notices a moment after we have returned.
+        # Unlocked here, since the server notices the end of the session only after we have returned.
         with suppress(sa.exc.SQLAlchemyError):
             conn.execute(sa.select(sa.func.pg_advisory_unlock(ADVISORY_KEY)))
 
@@ -333,9 +342,9 @@ _EVENT_TRIGGERS = sa.text("""
 """)
 
 
-def _lost(said: str, state: str | None) -> OutcomeUnknown:
+def _lost(reason: str, state: str | None) -> OutcomeUnknown:
     return OutcomeUnknown(
-        f"the connection was lost ({said}). The database is as before or as after, never between. "
+        f"the connection was lost ({reason}). The database is as before or as after, never between. "
         "Run the same command again: it continues from whatever is there",
         sqlstate=state,
     )

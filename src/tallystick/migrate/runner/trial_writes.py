@@ -1,9 +1,8 @@
-"""Writes to the app's tables within the transaction that changes them, each taken back at once.
+"""Trial writes to the app's tables within the transaction that changes them, each rolled back at once.
 
-What such a write runs is the app's own: triggers, rules, checks. It is tried before the tables are locked and again
-when they are changed. A write that went through before and fails afterwards ends the transaction, so nothing of the
-app's can break by a commit. One that fails both times is the app's own refusal. A try is a subtransaction, which keeps
-no lock when it is taken back.
+They run the app's own triggers, rules and checks, before the tables are locked and again after they are changed. A
+write that succeeds before and fails afterwards ends the transaction, so a commit cannot break the app's code. A write
+that fails both times is the app's own refusal. A try is a subtransaction, which keeps no lock when it is rolled back.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from tallystick.migrate.revisions import TableNames
 BROKEN = "TS004"
 """SQLSTATE of a write that fails because of the change."""
 
-# A copy of a row gets as far as the unique key, behind triggers BEFORE INSERT; a deletion is not tried, since it may go
-# on to any number of other tables. SQL functions are checked as if they were created now, without being run.
+# A copy of a row runs BEFORE INSERT triggers and fails at the unique key. A deletion is not tried, since it may cascade
+# to any number of other tables. SQL functions are checked as at their creation, without being run.
 _TRIES = """
     WITH mapped AS (
       SELECT t.name::regclass AS name, t.key FROM (VALUES {tables}) t (name, key)
@@ -57,8 +56,8 @@ DECLARE
   tried jsonb := '[]';
   one record;
   state text;
-  said text;
-  place text;
+  message text;
+  context text;
 BEGIN
   FOR one IN {source} LOOP
     BEGIN
@@ -70,25 +69,25 @@ BEGIN
       SET CONSTRAINTS ALL IMMEDIATE;
       RAISE EXCEPTION 'taken back';
     EXCEPTION WHEN OTHERS THEN
-      GET STACKED DIAGNOSTICS state = RETURNED_SQLSTATE, said = MESSAGE_TEXT, place = PG_EXCEPTION_CONTEXT;
+      GET STACKED DIAGNOSTICS state = RETURNED_SQLSTATE, message = MESSAGE_TEXT, context = PG_EXCEPTION_CONTEXT;
       IF state IN ('55P03', '40P01') THEN
         RAISE;
       END IF;
-      IF said = 'taken back' THEN
+      IF message = 'taken back' THEN
         state := '00000';
       END IF;
     END;
-    {told}
+    {each}
   END LOOP;
   {ended}
 END"""
 
-# A write got through, or to the unique key.
+# A write succeeded, or reached the unique key.
 _THROUGH = "state IN ('00000', '23505')"
 
 
 def try_writes(tables: Sequence[TableNames], *, without: Sequence[str], inserts: bool = True) -> Composable:
-    """A block that tries writes to ``tables``, but for the columns ``without``, and keeps in mind which go through."""
+    """A block that tries writes to ``tables``, except for the columns ``without``, and records those that succeed."""
     pairs = (SQL("({}, {})").format(*(SqlLiteral(each.as_string(None)) for each in (t.name, t.key))) for t in tables)
     return _block(
         SQL(_TRIES).format(tables=SQL(", ").join(pairs), inserts=SqlLiteral(inserts), ours=SqlLiteral(list(without))),
@@ -97,20 +96,20 @@ def try_writes(tables: Sequence[TableNames], *, without: Sequence[str], inserts:
     )
 
 
-def try_them_again() -> Composable:
-    """A block that fails where one of the writes that went through does so no more."""
+def try_writes_again() -> Composable:
+    """A block that fails if one of the recorded writes fails now."""
     return _block(
         SQL("SELECT * FROM jsonb_to_recordset(current_setting('tallystick.tried')::jsonb) AS t (what text, try text)"),
-        # what the ledger's own rules refuse is no fault of the app's
+        # a refusal by the ledger's own rules is not the app's fault
         SQL(
             f"IF NOT ({_THROUGH} OR state LIKE 'TS%') THEN"
-            " RAISE EXCEPTION '% fails with the columns changed: %', one.what, said"
-            f" USING ERRCODE = '{BROKEN}', DETAIL = split_part(place, E'\\n', 1); END IF;"
+            " RAISE EXCEPTION '% fails with the columns changed: %', one.what, message"
+            f" USING ERRCODE = '{BROKEN}', DETAIL = split_part(context, E'\\n', 1); END IF;"
         ),
         SQL(""),
     )
 
 
-def _block(source: Composable, told: Composable, ended: Composable) -> Composable:
-    body = SQL(_TRIED).format(source=source, told=told, ended=ended)
+def _block(source: Composable, each: Composable, ended: Composable) -> Composable:
+    body = SQL(_TRIED).format(source=source, each=each, ended=ended)
     return Composed([SQL("DO "), SqlLiteral(body.as_string(None))])

@@ -1,15 +1,15 @@
-"""A key that the app is about to make larger, from integer to bigint, after the migration: the ledger goes first.
+"""Widening a key from integer to bigint after the migration: first in the ledger, then in the app's own tables.
 
-The ledger's columns and functions have the type that the key had. A larger type serves the smaller key just as well,
-and not the other way round: so the ledger is changed before the app's own tables. These are the steps:
+The ledger's columns and functions have the type of the key. A larger type also holds the smaller key, but not the other
+way round, so the ledger is changed before the app's own tables. These are the steps:
 
-1. short, all tables locked: triggers take the place of the foreign keys to the app's table. PostgreSQL would make a
-   foreign key anew with its column, and would lock the app's table against readers until the column is rewritten.
-2. the ledger alone locked: its columns are rewritten, its types and functions changed.
-3. short, all tables locked: the foreign keys are added NOT VALID, and the triggers go.
-4. beside live traffic: the foreign keys are validated.
+1. All tables briefly locked: triggers replace the foreign keys to the app's table. Changing a column would also
+   recreate its foreign key, and lock the app's table against readers until the column is rewritten.
+2. The ledger alone locked: its columns are rewritten, its types and functions changed.
+3. All tables briefly locked: the foreign keys are added NOT VALID, and the triggers dropped.
+4. Beside live traffic: the foreign keys are validated.
 
-A run that could not do the second does the third and fourth all the same. One that was killed is continued by the next.
+If the second step fails, a run still takes the third and fourth. If a run is killed, the next one continues it.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from tallystick.migrate.host.preflight import adopted_columns, current_revision
 from tallystick.migrate.host.privileges import close_new_objects, remember_objects
 from tallystick.migrate.revisions import HostNames, Word, revisions
 from tallystick.migrate.runner.online import Building, OnlineStep, is_validated, validate
-from tallystick.migrate.runner.session import engine_of, lost, send_when_free, session, the_only_run
+from tallystick.migrate.runner.session import engine_of, lost, send_when_free, session, single_run
 from tallystick.schema import LEDGER, mapping_of
 
 _SMALLER = ("smallint", "integer")
 _NAMED: dict[Word, list[str]] = {"users": ["user_id", "owner"], "workshops": ["workshop_id"]}
 STAND_INS: dict[Word, str] = {"users": "widening_users", "workshops": "widening_workshops"}
-"""The functions of the triggers that take the place of the foreign keys meanwhile."""
+"""The functions of the triggers that replace the foreign keys meanwhile."""
 KEYS = frozenset(("credit_transactions_user_fk", "low_balances_user_fk", "credit_transactions_workshop_fk"))
-"""The foreign keys to the app's tables, which ``apply`` validates where a run has left that undone."""
+"""The foreign keys to the app's tables, which ``apply`` validates if a run has not."""
 _UPDATED, _DELETED = Identifier("A_tallystick_widening_update"), Identifier("A_tallystick_widening_delete")
 
 _BODIES: dict[Word, str] = {
@@ -83,7 +83,7 @@ SELECT set_config('tallystick.grants', coalesce(
 FROM pg_proc p CROSS JOIN LATERAL aclexplode(p.proacl) a
 WHERE p.pronamespace = 'tallystick'::regnamespace AND a.grantee NOT IN (0, p.proowner)""")
 
-# No two functions of ours have one name. One that was replaced in place has its grants still.
+# Our functions have different names. One that was replaced in place still has its grants.
 _GIVE_BACK = """
 DECLARE
   command text;
@@ -104,7 +104,7 @@ BEGIN
   END LOOP;
 END"""
 
-# Sessions have plans of functions whose text does not change, as the triggers': for columns of the type before.
+# Sessions keep plans of functions whose text does not change, such as the triggers', for columns of the old type.
 _FORGET_PLANS = """
 DECLARE
   command text;
@@ -119,10 +119,10 @@ END"""
 
 @dataclass(frozen=True)
 class Widened:
-    """The mapping with the larger key, and the columns of Tallystick's that have its type now.
+    """The mapping with the larger key, and Tallystick's columns that have its type now.
 
-    ``rewrite_ms`` is how long the ledger was locked for it, 0 where a run before this one had done it. ``online`` are
-    the foreign keys that were validated afterwards.
+    ``rewrite_ms`` is how long the ledger was locked for it, 0 if an earlier run had done it. ``online`` are the foreign
+    keys that were validated afterwards.
     """
 
     host: HostMapping
@@ -141,17 +141,17 @@ class _ForeignKey:
 def widen_key(
     database: sa.Engine | str, word: Word, *, lock_timeout_ms: int = 50, give_up_after_s: float = 60
 ) -> Widened:
-    """Give the ledger bigint for the key of ``word``, or finish what an interrupted run left of that.
+    """Change the ledger to bigint for the key of ``word``, or finish an interrupted run.
 
-    The ledger is written anew, and whoever uses it waits for that long. Prepared statements of connections that were
-    open before fail afterwards, so connections are to be renewed.
+    The ledger is rewritten, and its users wait meanwhile. Prepared statements of connections that were open before fail
+    afterwards, so the app must renew its connections.
 
     Raises:
-        MigrationError: that key is no smaller number, or the database is not at this package's revision.
-        MigrationBlocked: the tables were never free; names who held them.
-        MigrationRunning: another run is at it.
+        MigrationError: the key is no smaller integer, or the database is not at this package's revision.
+        MigrationBlocked: the tables were never free; names the sessions that held them.
+        MigrationRunning: another run is active.
     """
-    with session(engine_of(database)) as conn, the_only_run(conn):
+    with session(engine_of(database)) as conn, single_run(conn):
         head = revisions()[-1].revision
         if current_revision(conn) != head:
             raise MigrationError(f"the database is not at revision {head}. Run: tallystick migrate apply")
@@ -187,13 +187,13 @@ def widen_key(
 
 
 def interrupted(conn: sa.Connection) -> Word | None:
-    """The table on which triggers stand in the place of foreign keys, since a run was ended."""
+    """The table on which triggers still replace foreign keys, because a run was interrupted."""
     found = conn.scalar(_INTERRUPTED, {"names": list(STAND_INS.values())})
     return next((word for word, name in STAND_INS.items() if name == found), None)
 
 
 def refuse_interrupted(conn: sa.Connection) -> None:
-    """Raises MigrationError where a run was ended that only another one can finish."""
+    """Raise MigrationError if a run was interrupted, which only ``widen_key`` can finish."""
     if word := interrupted(conn):
         raise MigrationError(
             f"a run of widen-key was ended, and triggers stand in the place of foreign keys to the table of {word}. "
@@ -204,7 +204,7 @@ def refuse_interrupted(conn: sa.Connection) -> None:
 def validate_keys(
     conn: sa.Connection, names: HostNames, progress: Callable[[str, Building | None], None]
 ) -> Iterator[OnlineStep]:
-    """Validate each foreign key to the app's tables that was left NOT VALID."""
+    """Validate each foreign key to the app's tables that is NOT VALID."""
     words: tuple[Word, ...] = ("users", "workshops")
     for key in (key for word in words for key in _foreign_keys(names, word)):
         statement = SQL("ALTER TABLE {} VALIDATE CONSTRAINT {}").format(key.table, Identifier(key.name))
@@ -215,7 +215,7 @@ def validate_keys(
 
 @dataclass(frozen=True)
 class _Widening:
-    """One widening: its steps, each of which does nothing where it was done."""
+    """The steps of a widening, each of which does nothing if it was done already."""
 
     conn: sa.Connection
     word: Word
@@ -241,12 +241,12 @@ class _Widening:
         return interrupted(self.conn) is None and all(is_validated(self.conn, key.table, key.name) for key in self.keys)
 
     def columns(self, key_type: str) -> Sequence[Any]:
-        """The columns, of tables and types, that hold the key and are of that type."""
+        """The columns of tables and types that hold the key and have that type."""
         asked = {"columns": _NAMED[self.word], "schema": self.names.ledger_schema, "ledger": LEDGER}
         return self.conn.execute(_COLUMNS, {**asked, "type": key_type}).all()
 
     def open(self) -> None:
-        """Triggers in the place of the foreign keys."""
+        """Replace the foreign keys by triggers."""
         if interrupted(self.conn) == self.word:
             return
         function = Identifier("tallystick", STAND_INS[self.word])
@@ -278,9 +278,9 @@ class _Widening:
         )
 
     def rewrite(self, after: HostNames, key_type: str) -> float:
-        """The ledger's columns, types and functions; gives the milliseconds for which it was locked."""
+        """Change the ledger's columns, types and functions; returns the milliseconds for which it was locked."""
         rows = self.columns(key_type)
-        gone, made = functions.retyped(self.names, after)
+        gone, made = functions.key_type_changes(self.names, after)
         types, columns = (
             [
                 SQL(change).format(Identifier(row.schema, row.table), Identifier(row.column))
@@ -309,7 +309,7 @@ class _Widening:
         )
 
     def close(self) -> tuple[OnlineStep, ...]:
-        """The foreign keys again, and none of the triggers; then the keys are validated."""
+        """Replace the triggers by the foreign keys, and validate these."""
         missing = [key for key in self.keys if is_validated(self.conn, key.table, key.name) is None]
         if missing or interrupted(self.conn) == self.word:
             add = SQL("ALTER TABLE {} ADD CONSTRAINT {} {} NOT VALID")
@@ -328,7 +328,7 @@ class _Widening:
         return tuple(validate_keys(self.conn, self.names, lambda _name, _building: None))
 
     def _all(self) -> list[Identifier]:
-        """In the order in which writers lock them."""
+        """All tables, in the order in which writers lock them."""
         return [self.of_app, *(key.table for key in self.keys)]
 
     def _when_free(
@@ -347,7 +347,7 @@ class _Widening:
 
 
 def _foreign_keys(names: HostNames, word: Word) -> list[_ForeignKey]:
-    """Those to the app's table, as the revisions made them."""
+    """The foreign keys to the app's table, as the revisions made them."""
     if word == "workshops":
         rules = (
             [("credit_transactions_workshop_fk", _ledger(names), "workshop_id", "ON DELETE SET NULL")]

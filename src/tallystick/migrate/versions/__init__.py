@@ -1,1 +1,1 @@
-"""Revisions, each frozen in time. See ``tallystick.migrate.revisions`` for what one consists of."""
+"""Revisions, each frozen in time. ``tallystick.migrate.revisions`` describes their contents."""

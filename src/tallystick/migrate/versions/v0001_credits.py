@@ -2,9 +2,8 @@
 
 An expansion: old code keeps working.
 
-Frozen in time: literal DDL, nothing imported from today's code. ``host`` is handed in and says what the host's
-tables, columns and key types are called, and gives the ledger's functions as of this revision (see
-``tallystick.migrate.revisions.HostNames``).
+Frozen in time: literal DDL, nothing imported from today's code. ``host`` has the names of the host's tables, columns
+and key types, and the ledger's functions as of this revision (see ``tallystick.migrate.revisions.HostNames``).
 """
 
 from __future__ import annotations
@@ -265,7 +264,7 @@ CREATE TABLE tallystick.stripe_reconciliations (
 )""",
 }
 BOOKKEEPING_INDEXES = (
-    # what is to be taken from or given back to a purchase
+    # the reversals of a purchase
     "CREATE INDEX stripe_reversals_payment_intent ON tallystick.stripe_reversals (stripe_payment_intent_id)",
 )
 
@@ -386,7 +385,7 @@ def locked(host: Any) -> Iterator[Composable]:
             " FOR EACH ROW EXECUTE FUNCTION tallystick.touch_updated_at()"
         ).format(host.users.name)
     if host.adopts_balance:
-        # what code of the app's from before writes is written into the ledger too; the ledger's own writes move both
+        # writes of the app's old code are recorded in the ledger too; the ledger's own writes change both
         for name, when in FOLLOWING.items():
             yield (
                 SQL("CREATE TRIGGER {} ").format(Identifier(name))
@@ -396,7 +395,7 @@ def locked(host: Any) -> Iterator[Composable]:
 
 
 def indexes(host: Any) -> dict[str, Composable]:
-    """Built concurrently, after the commit; each in the schema of its table."""
+    """Indexes to build concurrently, after the commit; each in the schema of its table."""
     return {
         CUSTOMER_INDEX: SQL(
             "CREATE UNIQUE INDEX CONCURRENTLY {name} ON {users} ({column}) WHERE {column} IS NOT NULL"
@@ -420,7 +419,7 @@ def unprepare_locks(host: Any) -> tuple[Identifier, ...]:
 
 
 def unprepare(host: Any) -> Iterator[Composable]:
-    """Back from ``prepare`` alone, before ``locked``: nothing of the host is touched."""
+    """Undo ``prepare`` alone, before ``locked``: the host's objects are not touched."""
     yield from host.drop_functions("0001")
     yield from host.drop_types("0001")
     yield SQL("DROP TABLE {}").format(_ledger(host))
@@ -428,12 +427,12 @@ def unprepare(host: Any) -> Iterator[Composable]:
 
 
 def unreplaces(host: Any) -> Iterator[Composable]:
-    """Without the functions, which nobody misses before the commit."""
+    """Drop the functions: nobody sees that before the commit."""
     yield from host.drop_functions("0001")
 
 
 def undo(host: Any) -> Iterator[Composable]:
-    """Back to exactly what was there; adopted columns stay as they were."""
+    """Undo all: adopted columns stay as they were."""
     if ("users", "updated_at") not in host.adopted:
         yield SQL("DROP TRIGGER IF EXISTS tallystick_updated_at ON {}").format(host.users.name)
     if host.adopts_balance:

@@ -133,7 +133,7 @@ BEGIN
 END $$
 """
 
-# Whoever was given the ledger gets what is new of it, as ``tallystick migrate sql --role`` would give it.
+# Roles that were granted the ledger get its new objects, as by ``tallystick migrate sql --role``.
 SAME_CALLERS = """
 DO $body$
 DECLARE
@@ -185,7 +185,7 @@ def prepare(host: Any) -> Iterator[Composable]:
 
 
 def replaces(host: Any) -> Iterator[Composable]:
-    """The functions that read and write what ``locked`` adds."""
+    """The functions that read and write the columns of ``locked``."""
     yield SQL(APPEND_ONLY.strip())
     yield from host.changed_functions("0001", "0002")
     yield SQL("REVOKE ALL ON ALL FUNCTIONS IN SCHEMA tallystick FROM PUBLIC")
@@ -198,7 +198,7 @@ def locks(host: Any) -> tuple[Identifier, ...]:
 
 
 def locked(host: Any) -> Iterator[Composable]:
-    """The columns and the rules: no scan, no rewrite."""
+    """Add the columns and the rules: no scan, no rewrite."""
     users = [
         SQL("ADD COLUMN {} ").format(Identifier(name)) + SQL(definition).format(credits=SQL(host.credits))
         for name, definition in USERS_COLUMNS.items()
@@ -223,7 +223,7 @@ def locked(host: Any) -> Iterator[Composable]:
 
 
 def indexes(host: Any) -> dict[str, Composable]:
-    """Built concurrently, after the commit: whom ``sweep`` looks for."""
+    """Indexes to build concurrently, after the commit: the users whom ``sweep`` looks for."""
     return {
         DUE_INDEX: SQL("CREATE INDEX CONCURRENTLY {} ON {} (credit_due_at) WHERE credit_due_at IS NOT NULL").format(
             Identifier(DUE_INDEX), host.users.name
@@ -232,7 +232,7 @@ def indexes(host: Any) -> dict[str, Composable]:
 
 
 def validates(host: Any) -> dict[str, Composable]:
-    """The rules of the ledger, checked after the commit, beside live traffic."""
+    """The rules of the ledger, validated after the commit, beside live traffic."""
     return {
         name: SQL("ALTER TABLE {} VALIDATE CONSTRAINT {}").format(_ledger(host), Identifier(name))
         for name in ("credit_transactions_type", "credit_transactions_held")
@@ -250,13 +250,13 @@ def unprepare_locks(_host: Any) -> tuple[Identifier, ...]:
 
 
 def unprepare(host: Any) -> Iterator[Composable]:
-    """Back from ``prepare`` alone, before ``locked``: nothing of the host is touched."""
+    """Undo ``prepare`` alone, before ``locked``: the host's objects are not touched."""
     yield from host.other_functions("0002", "0001")
     yield _drop_lots()
 
 
 def unreplaces(host: Any) -> Iterator[Composable]:
-    """The functions of before."""
+    """The functions as of revision 0001."""
     yield from host.other_functions("0002", "0001")
     yield from host.changed_functions("0002", "0001")
     yield SQL("REVOKE ALL ON ALL FUNCTIONS IN SCHEMA tallystick FROM PUBLIC")
@@ -265,7 +265,7 @@ def unreplaces(host: Any) -> Iterator[Composable]:
 
 
 def undo(host: Any) -> Iterator[Composable]:
-    """Back to revision 0001. The types' labels go too, which rewrites the ledger: it is empty, or given up."""
+    """Undo to revision 0001. Removing the types' labels rewrites the ledger: it is empty, or discarded."""
     yield SQL("ALTER TYPE tallystick.answer DROP ATTRIBUTE credit_held, DROP ATTRIBUTE expires_at")
     yield SQL("DROP INDEX IF EXISTS {}").format(Identifier(host.users.schema, DUE_INDEX))
     added = [
@@ -292,7 +292,7 @@ def _drop_lots() -> Composable:
 
 def _ledger_before(host: Any) -> Iterator[Composable]:
     """The ledger's columns, rules and type as of revision 0001."""
-    # a rule holds the type that it was made with
+    # a rule keeps the type that it was made with
     rules = ("credit_transactions_type", "credit_transactions_paid", "credit_transactions_held")
     yield SQL("ALTER TABLE {} ").format(_ledger(host)) + SQL(", ").join(
         SQL("DROP CONSTRAINT {}").format(Identifier(name)) for name in rules

@@ -1,6 +1,6 @@
-"""Events: a feed of what the ledger did, off until somebody enables it.
+"""Events: a feed of the ledger's changes, off until it is enabled.
 
-An expansion: nothing of it is used until then, and no table that was there is touched.
+An expansion: nothing of it is used until then, and no existing table is touched.
 
 Frozen in time: literal DDL, nothing imported from today's code.
 """
@@ -76,7 +76,7 @@ columns: dict[str, tuple[str, ...]] = {}
 creates = ()
 
 
-# Whoever was given the ledger gets what is new of it, as ``tallystick migrate sql --role`` would give it.
+# Roles that were granted the ledger get its new objects, as by ``tallystick migrate sql --role``.
 SAME_CALLERS = """
 DO $body$
 DECLARE
@@ -104,7 +104,7 @@ END $body$
 
 
 def prepare(host: Any) -> Iterator[Composable]:
-    """New objects: nothing here touches a table that was there."""
+    """New objects: nothing here touches an existing table."""
     for statement in TABLES.values():
         yield SQL(statement.strip()).format(user_key_type=host.users.key_column)
     yield SQL(INDEX)
@@ -113,12 +113,12 @@ def prepare(host: Any) -> Iterator[Composable]:
 
 
 def locks(_host: Any) -> tuple[Identifier, ...]:
-    """None: nothing that was there is changed."""
+    """None: no existing table is changed."""
     return ()
 
 
 def locked(_host: Any) -> Iterator[Composable]:
-    """The privileges, after those that new objects may have got by default were taken away."""
+    """Grant the privileges, after the default ones of new objects were revoked."""
     yield SQL(SAME_CALLERS.strip())
 
 
@@ -133,23 +133,23 @@ def validates(_host: Any) -> dict[str, Composable]:
 
 
 def undo_locks(host: Any) -> tuple[Identifier, ...]:
-    """The ledger, on which the trigger hangs where events are on."""
+    """The ledger, which has the trigger if events are on."""
     return (_ledger(host),)
 
 
 def undo(host: Any) -> Iterator[Composable]:
-    """Back to a ledger without events, and without those that were written."""
+    """Undo to a ledger without events; those that were written are dropped."""
     yield SQL("DROP TRIGGER IF EXISTS tallystick_events ON {}").format(_ledger(host))
     yield from unprepare(host)
 
 
 def unprepare_locks(_host: Any) -> tuple[Identifier, ...]:
-    """None: nobody uses what is dropped."""
+    """None: nobody uses the dropped objects."""
     return ()
 
 
 def unprepare(host: Any) -> Iterator[Composable]:
-    """Back from ``prepare`` alone."""
+    """Undo ``prepare`` alone."""
     yield from host.other_functions("0003", "0002")
     yield SQL("DROP TABLE {}").format(SQL(", ").join(Identifier("tallystick", name) for name in TABLES))
 

@@ -19,8 +19,9 @@ down_revision = "0003"
 kind = "expand"
 
 LOW_BALANCES = Identifier("tallystick", "low_balances")
-# Triggers AFTER a row fire in the order of their names, and the foreign key's is called RI_ConstraintTrigger_a_…: this
-# one must come before it. BEFORE the row it would also refuse what the app's own trigger turns into a soft delete.
+# AFTER ROW triggers fire in the order of their names, and this one must fire before the foreign key's, which is named
+# RI_ConstraintTrigger_a_…. As a BEFORE trigger it would also refuse a delete that the app's own trigger makes a soft
+# one.
 DELETION = "A_tallystick_buyer_stays"
 
 columns: dict[str, tuple[str, ...]] = {}
@@ -117,7 +118,7 @@ def prepare(host: Any) -> Iterator[Composable]:
 
 
 def replaces(host: Any) -> Iterator[Composable]:
-    """The functions that know of a changed key."""
+    """The functions that take a changed key into account."""
     yield SQL(APPEND_ONLY.strip()).format(**host.placeholders())
     yield from host.changed_functions("0003", "0004")
     yield SQL(before.SAME_CALLERS.strip()).format(others=SQL(""))
@@ -131,8 +132,8 @@ def locks(host: Any) -> tuple[Identifier, ...]:
 
 
 def locked(host: Any) -> Iterator[Composable]:
-    """A user's threshold follows a change of its key; deleting a buyer is refused with the way out."""
-    # as many rows as users with a threshold of their own: the one check that is not put off
+    """Let a user's threshold follow a change of its key; refuse to delete a buyer, with the remedy."""
+    # validated at once: it has only a row for each user with a threshold of their own
     yield SQL(
         "ALTER TABLE {} ADD CONSTRAINT low_balances_user_fk"
         " FOREIGN KEY (user_id) REFERENCES {} ({}) ON UPDATE CASCADE ON DELETE CASCADE"
@@ -158,23 +159,23 @@ def undo_locks(host: Any) -> tuple[Identifier, ...]:
 
 
 def unprepare_locks(_host: Any) -> tuple[Identifier, ...]:
-    """None: ``unprepare`` takes functions away."""
+    """None: ``unprepare`` only drops functions."""
     return ()
 
 
 def unprepare(host: Any) -> Iterator[Composable]:
-    """Back from ``prepare`` alone, before ``locked``. The label stays: PostgreSQL takes none away from a type."""
+    """Undo ``prepare`` alone, before ``locked``. The label stays: PostgreSQL cannot remove one from a type."""
     yield from host.other_functions("0004", "0003")
 
 
 def unreplaces(host: Any) -> Iterator[Composable]:
-    """The functions of before."""
+    """The functions as of revision 0003."""
     yield SQL(before.APPEND_ONLY.strip())
     yield from host.changed_functions("0004", "0003")
 
 
 def undo(host: Any) -> Iterator[Composable]:
-    """Back to revision 0003."""
+    """Undo to revision 0003."""
     yield SQL("DROP TRIGGER IF EXISTS {} ON {}").format(Identifier(DELETION), host.users.name)
     yield SQL("DROP FUNCTION tallystick.buyer_stays()")
     yield SQL("ALTER TABLE {} DROP CONSTRAINT low_balances_user_fk").format(LOW_BALANCES)

@@ -57,12 +57,12 @@ def prepare(host: Any) -> Iterator[Composable]:
 
 
 def locks(_host: Any) -> tuple[Identifier, ...]:
-    """None: nothing that was there is changed."""
+    """None: no existing table is changed."""
     return ()
 
 
 def locked(_host: Any) -> Iterator[Composable]:
-    """The privileges, after those that new objects may have got by default were taken away."""
+    """Grant the privileges, after the default ones of new objects were revoked."""
     yield SQL(before.SAME_CALLERS.strip()).format(others=SQL(SAME_READERS.strip()))
 
 
@@ -72,13 +72,13 @@ def indexes(_host: Any) -> dict[str, Composable]:
 
 
 def ledger_indexes(host: Any) -> dict[str, Composable]:
-    """Built concurrently, after the commit: the rows of a day.
+    """Indexes to build concurrently, after the commit: the rows of a day.
 
-    Its predicate keeps it for who asks for that status. Without it, old statistics let the planner take it in
-    ``balance_at`` for the user's own index, and read the rows of all users.
+    Its predicate keeps it for statements that ask for that status. Without it, old statistics let the planner take
+    it in ``balance_at`` for the user's own index, and read the rows of all users.
 
-    No BRIN index: a purchase is completed in place, and once vacuum has freed the old place, a new row takes it. So the
-    days of one page lie ever further apart, and a day reads most of the table.
+    Not a BRIN index: a purchase is completed by an update, and new rows take the space that vacuum frees. So a page
+    gets rows of days further and further apart, and reading a day would read most of the table.
     """
     return {
         COMPLETED_AT: SQL("CREATE INDEX CONCURRENTLY {} ON {} (completed_at) WHERE status = 'completed'").format(
@@ -98,23 +98,23 @@ def undo_locks(host: Any) -> tuple[Identifier, ...]:
 
 
 def unreplaces(host: Any) -> Iterator[Composable]:
-    """Everything but the index, before the ledger is locked."""
+    """Undo all but the index, before the ledger is locked."""
     yield from unprepare(host)
 
 
 def undo(host: Any) -> Iterator[Composable]:
-    """Back to revision 0004."""
+    """Undo to revision 0004."""
     if not host.ledger_goes:
         yield SQL("DROP INDEX IF EXISTS {}").format(Identifier(host.ledger_schema, COMPLETED_AT))
 
 
 def unprepare_locks(_host: Any) -> tuple[Identifier, ...]:
-    """None: nobody uses what is dropped."""
+    """None: nobody uses the dropped objects."""
     return ()
 
 
 def unprepare(host: Any) -> Iterator[Composable]:
-    """Back from ``prepare`` alone."""
+    """Undo ``prepare`` alone."""
     yield from host.other_functions("0005", "0004")
     yield SQL("DROP TABLE tallystick.daily_sums, tallystick.days")
 

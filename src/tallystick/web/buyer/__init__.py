@@ -1,7 +1,7 @@
 """The buyer's side: paywall, purchase, history and welcome, as pages and as JSON.
 
-``paywall``, ``pages``, ``sales``, ``refusals`` and ``rendering`` know no framework: who, which workshop, what was
-asked; and the answer. ``tallystick.web.django`` is an adapter to them. The one for FastAPI is here: a request goes down
-through ``entrance`` (checks), a route (``json_api``, ``views`` or ``purchase``) and ``billing`` to the pages and the
-ledger. An error goes up to ``entrance``, and ``refusals`` says the answer to it.
+``paywall``, ``core``, ``sales``, ``refusals`` and ``rendering`` use no framework: they get a user, a workshop and a
+``BuyerRequest``, and return an answer. ``tallystick.web.django`` adapts them to Django. The adapter for FastAPI is
+here: a request goes through ``entrance`` (checks), a route (``json_api``, ``views`` or ``purchase``) and ``billing`` to
+the pages and the ledger. ``entrance`` catches an error, and ``refusals`` makes the answer to it.
 """

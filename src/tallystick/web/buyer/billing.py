@@ -1,7 +1,7 @@
 """The router that a host includes, and the dependencies for the host's own routes.
 
-No ``from __future__ import annotations`` here: FastAPI reads the signatures below at run time, and what they depend on
-is made for one configuration.
+No ``from __future__ import annotations`` here: FastAPI reads the signatures below at run time, and their dependencies
+are made for one configuration.
 """
 
 from collections.abc import Callable, Coroutine, Mapping
@@ -19,10 +19,10 @@ from tallystick.accounts import Account
 from tallystick.config import Config
 from tallystick.errors import Key, NotSignedIn, TallystickError, UnknownUser
 from tallystick.ledger import Access, CreditTransaction, Standing
-from tallystick.web.buyer.asked import BuyerPage, Reply
+from tallystick.web.buyer.buyer_request import BuyerPage, Reply
 from tallystick.web.buyer.core import Pages
 from tallystick.web.buyer.engine import Database
-from tallystick.web.buyer.entrance import Answers, Preview, StarletteAsked, checked_route
+from tallystick.web.buyer.entrance import Answers, Preview, StarletteRequest, checked_route
 from tallystick.web.buyer.fragments import Fragments
 from tallystick.web.buyer.paywall import Workshop
 from tallystick.web.buyer.refusals import Refusals
@@ -31,11 +31,11 @@ from tallystick.web.buyer.texts import Texts
 from tallystick.web.shared.pages import buyer_headers
 
 CurrentUser = Callable[..., Any]
-"""The host's own FastAPI dependency: the key of who is signed in, or None. It may be async and depend on more."""
+"""The host's FastAPI dependency: the key of the signed-in user, or None. It may be async and have dependencies."""
 
 
 class Billing(APIRouter):
-    """Everything a buyer meets: JSON under ``/api``, pages beside it, and what a host's own routes need of it.
+    """The buyer's routes: JSON under ``/api`` and pages; and dependencies for the host's own routes.
 
     Made by ``tallystick.web.router``, which explains the arguments.
 
@@ -94,7 +94,7 @@ class Billing(APIRouter):
         async def fragments(request: Request, user: Annotated[Key | None, Depends(current_user)]) -> Fragments:
             try:
                 account = None if user is None else await self.account(user)
-            except UnknownUser:  # signed in, and without a row in the table of users that the ledger knows
+            except UnknownUser:  # signed in, but without a row in the mapped table of users
                 account = None
             return self.fragments_of(request, account)
 
@@ -104,10 +104,10 @@ class Billing(APIRouter):
     # --- for the host's own routes ---
 
     def requires_credit(self, amount: int) -> Callable[..., Coroutine[Any, Any, int]]:
-        """A dependency that lets only those pass who have ``amount`` credits; it gives the balance.
+        """A dependency that requires ``amount`` credits, and returns the credits that can be spent.
 
-        It looks and does not spend. Spend in the route with ``ledger.consume``, which checks again: two requests may
-        pass here with one credit, and only one of them gets it.
+        It does not spend. Spend in the route with ``ledger.consume``, which checks again: two requests may pass here
+        with one credit, and only one of them gets it.
         """
 
         async def requires_credit(user: Annotated[Key, Depends(self.signed_in)]) -> int:
@@ -127,23 +127,23 @@ class Billing(APIRouter):
         """The answer to a TallystickError raised anywhere in the host's app, for ``app.add_exception_handler``."""
         if not isinstance(error, TallystickError):
             raise error
-        return self.answers.dressed(await self.answers.refuse(request, error))
+        return self.answers.with_headers(await self.answers.refuse(request, error))
 
     def fragments_of(self, request: Request, account: Account | None) -> Fragments:
-        """As ``fragments``, for an account that the app has read already: no query of ours.
+        """As ``fragments``, for an account that the app has read already; makes no query.
 
-        An app that loads its user with every request makes the account of that row's own columns.
+        An app that loads its user with every request can construct the account from that row.
         """
-        return Fragments(self.renderer, StarletteAsked(request), account)
+        return Fragments(self.renderer, StarletteRequest(request), account)
 
-    def returning(self, asked: str | None) -> str:
-        """The address to return to: ``asked`` where it is of this site or an allowed one, else home."""
-        return self.renderer.returning(asked)
+    def returning(self, wanted: str | None) -> str:
+        """The address to return to: ``wanted`` if it is on this site or an allowed one, else home."""
+        return self.renderer.returning(wanted)
 
     # --- operations, each on a connection of its own ---
 
     async def shown(self, request: Request, work: Callable[[sa.Connection], BuyerPage | Reply]) -> Response:
-        """The response to what ``work`` gives for a connection."""
+        """The response for the result of ``work``, which gets a connection."""
         return await self.answers.send(request, await self.database.run(work))
 
     async def account(self, user: Key) -> Account:
@@ -155,7 +155,7 @@ class Billing(APIRouter):
         return await self.database.run(lambda conn: self.ledger.standing(conn, user))
 
     async def workshop(self, user: Key, workshop: object) -> Workshop:
-        """A workshop of the user's, from its key or the text of it in an address.
+        """A workshop of the user's, by its key or the text of the key in an address.
 
         Raises:
             UnknownWorkshop, WorkshopNotOwned.

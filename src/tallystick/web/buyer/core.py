@@ -1,7 +1,7 @@
-"""The buyer's pages: who, which workshop, what was asked; and the page that answers. No framework is known here.
+"""The buyer's pages, for a user, a workshop and a request. No framework is used here.
 
-Each takes the connection that the ledger takes. An adapter, ``views`` for FastAPI and ``tallystick.web.django``, reads
-a request, calls one of these and sends what it gives; an error that is raised goes to ``refusals``.
+Each takes a connection as the ledger does. An adapter, ``views`` for FastAPI and ``tallystick.web.django``, reads a
+request, calls one of these and sends the result; ``refusals`` answers the errors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tallystick.config import Config
 from tallystick.errors import InsufficientCredits, Key
 from tallystick.ledger import HISTORY_MAX, CreditTransaction, Lot, Standing
 from tallystick.ledger.connections import SyncConnection
-from tallystick.web.buyer.asked import Asked, BuyerPage, Reply, redirect
+from tallystick.web.buyer.buyer_request import BuyerPage, BuyerRequest, Reply, redirect
 from tallystick.web.buyer.paywall import UNLOCK_CREDITS, Paywall, Workshop
 from tallystick.web.buyer.rendering import Renderer, paywall
 from tallystick.web.shared.spreadsheet import csv_line
@@ -40,7 +40,7 @@ class Pages:
         return BuyerPage("badge.html", {"balance": self.ledger.standing(conn, user).spendable})
 
     def pricing(self, conn: SyncConnection, user: Key, *, workshop: str | None, return_to: str | None) -> BuyerPage:
-        """The packs; ``workshop`` is what the credits are for."""
+        """The packs; the credits are for ``workshop``."""
         found = None if workshop is None else self.paywall.workshop_and_standing(conn, user, workshop)
         now = self.ledger.standing(conn, user) if found is None else found[1]
         back = self._returning(return_to)
@@ -66,11 +66,11 @@ class Pages:
         )
 
     def expiring(self, conn: SyncConnection, user: Key, now: Standing) -> list[Lot]:
-        """The user's credits that expire, the soonest first: no query where nothing does."""
+        """The user's credits that expire, the soonest first; without any it makes no query."""
         return [] if now.due_at is None else self.ledger.lots(conn, user)
 
     def rows(self, conn: SyncConnection, user: Key, *, before: CreditTransaction | None) -> list[CreditTransaction]:
-        """As many rows as can be had at once, for a file; on from ``before``."""
+        """The next rows for a file, as many as one call of ``history`` allows; from ``before`` on."""
         cursor = None if before is None else before.cursor
         return self.ledger.history(conn, user, limit=HISTORY_MAX, before=cursor, include_failed=True)
 
@@ -80,17 +80,17 @@ class Pages:
         """The welcome as a page of its own."""
         return BuyerPage("welcome.html", {"return_to": self._returning(return_to)})
 
-    def welcomed(self, conn: SyncConnection, asked: Asked, user: Key, *, return_to: str | None) -> Reply:
-        """Remember it; by htmx's header the script says that it needs no page."""
+    def welcomed(self, conn: SyncConnection, request: BuyerRequest, user: Key, *, return_to: str | None) -> Reply:
+        """Complete the onboarding; the page's script, with htmx's header, gets no page."""
         self.accounts.complete_onboarding(conn, user)
-        return Reply(204) if asked.fragment else redirect(self._returning(return_to))
+        return Reply(204) if request.fragment else redirect(self._returning(return_to))
 
     # --- unlocking ---
 
     def confirm(self, conn: SyncConnection, user: Key, workshop: str, *, return_to: str | None) -> BuyerPage:
         """Ask before spending."""
         found, now = self.paywall.workshop_and_standing(conn, user, workshop)
-        found.require_there()
+        found.require_not_deleted()
         back, balance = self._returning(return_to), now.spendable
         if found.access.open:
             return _unlocked(found, balance=balance, spent=0, return_to=back)
@@ -99,9 +99,9 @@ class Pages:
         return BuyerPage("confirm.html", {"workshop": found, "balance": balance, "return_to": back})
 
     def unlock(
-        self, conn: SyncConnection, asked: Asked, user: Key, workshop: str, *, return_to: str | None
+        self, conn: SyncConnection, request: BuyerRequest, user: Key, workshop: str, *, return_to: str | None
     ) -> BuyerPage | Reply:
-        """Spend, then show what was done at an address of its own, which may be reloaded and gone back to."""
+        """Spend, then redirect to a page with the result, which may be reloaded and gone back to."""
         back = self._returning(return_to)
         try:
             spent = self.paywall.unlock(conn, user, workshop)
@@ -109,9 +109,9 @@ class Pages:
             found = self.paywall.workshop(conn, user, workshop)
             return paywall(found, balance=Standing(refused.balance, refused.held).spendable, return_to=back)
         charged = 0 if spent.replayed else -spent.amount
-        if not asked.fragment:
+        if not request.fragment:
             query = {"return_to": back, "spent": charged}
-            return redirect(self._renderer.url(asked, "unlocked", workshop=workshop, query=query))
+            return redirect(self._renderer.url(request, "unlocked", workshop=workshop, query=query))
         found, now = self.paywall.workshop_and_standing(conn, user, workshop)
         return _unlocked(
             found, balance=now.spendable, spent=charged, return_to=back, headers={"HX-Trigger": "tallystick:balance"}
@@ -120,7 +120,7 @@ class Pages:
     def unlocked(
         self, conn: SyncConnection, user: Key, workshop: str, *, spent: int, return_to: str | None
     ) -> BuyerPage:
-        """The page after it; ``spent`` comes from its address, so it is believed of an open workshop alone."""
+        """The page after unlocking; ``spent`` is from the address, so it only counts for an open workshop."""
         found, now = self.paywall.workshop_and_standing(conn, user, workshop)
         paid = spent if found.access.open else 0
         return _unlocked(found, balance=now.spendable, spent=paid, return_to=self._returning(return_to))
@@ -138,7 +138,7 @@ class Pages:
         return csv_line(self._renderer.texts.csv_columns)
 
     def csv_headers(self) -> dict[str, str]:
-        """The headers that make a browser save it."""
+        """The headers that make a browser save the file."""
         return {"Content-Disposition": f'attachment; filename="{self._renderer.texts.csv_name}.csv"'}
 
 

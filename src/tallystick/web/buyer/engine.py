@@ -1,4 +1,4 @@
-"""The host's engine, sync or async, behind one way to run the ledger's functions."""
+"""The host's engine, sync or async, with one interface to run the ledger's functions."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ T = TypeVar("T")
 
 
 class Database:
-    """Runs functions of a connection or of an engine, so that the event loop goes on meanwhile.
+    """A runner of functions of a connection or an engine that does not block the event loop.
 
     A sync engine is used in a thread. An async one stays on the event loop: the function runs in a greenlet, and its
-    queries are awaited. It is the host's own engine either way, with its ``connect_args``, creators and event hooks.
+    queries are awaited. Either way it is the host's own engine, with its ``connect_args``, creators and event hooks.
     """
 
     def __init__(self, engine: sa.Engine | AsyncEngine) -> None:
         self._engine = engine
 
     async def run(self, work: Callable[[sa.Connection], T]) -> T:
-        """The result of ``work`` for a connection of its own, on which each statement is a transaction.
+        """The result of ``work``, which gets a connection on which each statement is a transaction.
 
-        Every call of the ledger that writes is one statement, so this saves the round trips of BEGIN and COMMIT and
-        holds no lock while Python thinks.
+        Every writing call of the ledger is one statement, so this saves the round trips of BEGIN and COMMIT, and no
+        lock is held while Python runs.
 
         Raises:
-            DatabaseUnavailable: no connection could be had; and what ``work`` raises.
+            DatabaseUnavailable: no connection could be made; and what ``work`` raises.
         """
         return await self.run_on_engine(partial(_run, work))
 
     async def run_on_engine(self, work: Callable[[sa.Engine], T]) -> T:
-        """The result of ``work`` for the engine: it opens transactions of its own, around requests to Stripe."""
+        """The result of ``work``, which gets the engine and opens transactions of its own around requests to Stripe."""
         engine = self._engine
         if isinstance(engine, AsyncEngine):
             return await greenlet_spawn(work, engine.sync_engine)

@@ -1,6 +1,7 @@
-"""The way into our own routes: checks before anything is done, and errors turned into answers.
+"""The common handling of requests to our own routes: checks before anything is done, and answers to errors.
 
-A host's own routes do not pass here; for them there is ``app.add_exception_handler(TallystickError, billing.refusal)``.
+It does not apply to the host's own routes; for them use
+``app.add_exception_handler(TallystickError, billing.refusal)``.
 """
 
 from __future__ import annotations
@@ -17,24 +18,24 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tallystick.errors import Key, RequestRefused, TallystickError
-from tallystick.web.buyer.asked import HTML, BuyerPage, Reply
+from tallystick.web.buyer.buyer_request import HTML, BuyerPage, Reply
 from tallystick.web.buyer.refusals import Refusals
 from tallystick.web.buyer.rendering import Renderer
 from tallystick.web.shared.requests import BODY_MAX_BYTES, SAFE_METHODS, WEBHOOK_MAX_BYTES, check_same_site, limited
 
 Headers = Sequence[tuple[bytes, bytes]]
-"""Headers as they are sent, their names in lower case."""
+"""Response headers, their names in lower case."""
 
 WEBHOOK: Final = "tallystick.stripe_webhook"
-"""The name of the one route that is posted to without a session."""
+"""The name of the only route for POST requests without a session."""
 
 Preview = Callable[[Request, Key], Any]
-"""The part of a workshop that the paywall shows blurred, as Markup. It reaches the browser, so it must hold nothing
-that a credit buys."""
+"""The part of a workshop that the paywall shows blurred, as Markup. It is sent to the browser, so it must not contain
+what a credit buys."""
 
 
-class StarletteAsked:
-    """A request of Starlette's as the pages see it."""
+class StarletteRequest:
+    """A request of Starlette's, for the pages."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
@@ -55,7 +56,7 @@ class StarletteAsked:
 
 
 class Answers:
-    """Sends what the pages give back, with the headers of ours."""
+    """The answers of the pages as Starlette's responses, with our headers."""
 
     def __init__(self, renderer: Renderer, refusals: Refusals, preview: Preview | None, headers: Headers) -> None:
         self._renderer = renderer
@@ -64,45 +65,47 @@ class Answers:
         self._headers = headers
 
     async def send(self, request: Request, found: BuyerPage | Reply) -> Response:
-        """The response of Starlette's."""
+        """The response for a page or an answer."""
         if isinstance(found, BuyerPage):
-            found = self._renderer.answer(StarletteAsked(request), found, preview=await self._previewed(request, found))
+            found = self._renderer.answer(
+                StarletteRequest(request), found, preview=await self._previewed(request, found)
+            )
         return Response(found.body, found.status, dict(found.headers), found.media_type if found.body else None)
 
     async def refuse(self, request: Request, error: TallystickError) -> Response:
-        """The answer to an error."""
-        return await self.send(request, self._refusals.answer(StarletteAsked(request), error))
+        """The response to an error."""
+        return await self.send(request, self._refusals.answer(StarletteRequest(request), error))
 
     async def invalid(self, request: Request, error: RequestValidationError) -> Response:
-        """The answer to values that FastAPI found not to be valid."""
+        """The response to values that FastAPI found invalid."""
         found = [{"where": ".".join(map(str, e["loc"])), "message": e["msg"]} for e in error.errors()]
-        return await self.send(request, self._refusals.invalid(StarletteAsked(request), found))
+        return await self.send(request, self._refusals.invalid(StarletteRequest(request), found))
 
-    def dressed(self, response: Response) -> Response:
-        """``response`` with our headers where it has none of its own."""
+    def with_headers(self, response: Response) -> Response:
+        """``response`` with our headers, except those that it has itself."""
         own = {name for name, _ in response.raw_headers}
         response.raw_headers.extend(header for header in self._headers if header[0] not in own)
         return response
 
     async def _previewed(self, request: Request, page: BuyerPage) -> Any:
-        if self._preview is None or page.preview_of is None or StarletteAsked(request).fragment:
+        if self._preview is None or page.preview_of is None or StarletteRequest(request).fragment:
             return None
         preview = self._preview(request, page.preview_of)
         return await preview if inspect.isawaitable(preview) else preview
 
 
 def checked_route(answers: Answers, origins: Collection[str]) -> type[APIRoute]:
-    """A class of routes: each request is checked, each error becomes an answer, and answers get our headers."""
+    """A route class that checks each request, answers each error, and adds our headers."""
 
     class CheckedRoute(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
             handle = super().get_route_handler()
-            signed = self.name == WEBHOOK  # a delivery of Stripe's, whose signature proves its origin
+            signed = self.name == WEBHOOK  # the signature of Stripe's delivery proves its origin
             body_max = WEBHOOK_MAX_BYTES if signed else BODY_MAX_BYTES
 
             async def checked(request: Request) -> Response:
                 try:
-                    if request.method not in SAFE_METHODS:  # of the others no body is read
+                    if request.method not in SAFE_METHODS:  # safe methods have no body
                         if not signed:
                             check_same_site(request.method, request.headers, origins)
                         request = Request(request.scope, limited(request, body_max))
@@ -115,7 +118,7 @@ def checked_route(answers: Answers, origins: Collection[str]) -> type[APIRoute]:
                     if not isinstance(error.__cause__, RequestRefused):  # FastAPI wraps errors of reading the body
                         raise
                     response = await answers.refuse(request, error.__cause__)
-                return answers.dressed(response)
+                return answers.with_headers(response)
 
             return checked
 

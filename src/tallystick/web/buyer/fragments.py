@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from tallystick.accounts import Account
-from tallystick.web.buyer.asked import Asked
+from tallystick.web.buyer.buyer_request import BuyerRequest
 from tallystick.web.buyer.paywall import UNLOCK_CREDITS, Workshop
 from tallystick.web.buyer.rendering import Renderer
 
@@ -16,18 +16,18 @@ from tallystick.web.buyer.rendering import Renderer
 class Fragments:
     """Parts of pages for the host's own templates, each as Markup.
 
-    Give one to the template as, say, ``billing`` and write ``{{ billing.badge }}``. Nothing is shown to whom is not
-    signed in.
+    Pass one to the template as, say, ``billing`` and write ``{{ billing.badge }}``. All are empty for a visitor who is
+    not signed in.
     """
 
-    def __init__(self, renderer: Renderer, asked: Asked, account: Account | None) -> None:
+    def __init__(self, renderer: Renderer, request: BuyerRequest, account: Account | None) -> None:
         self._renderer = renderer
-        self._asked = asked
+        self._request = request
         self.account = account
 
     @property
     def head(self) -> Markup:
-        """Style sheet and scripts, for ``<head>``. All of them are files of ours: no inline script or style."""
+        """Style sheet and scripts, for ``<head>``. All are our own files: no inline script or style."""
         return self._render("head.html")
 
     @property
@@ -37,7 +37,7 @@ class Fragments:
 
     @property
     def welcome(self) -> Markup:
-        """The welcome dialog, until this user has closed it once on any device."""
+        """The welcome dialog, until this user has closed it on any device."""
         if self.account is None or self.account.onboarding_complete:
             return Markup()
         return self._render("welcome_dialog.html", return_to=self._here)
@@ -48,7 +48,7 @@ class Fragments:
         return self._render("pricing_packs.html", return_to=self._here, workshop=None)
 
     def paywall(self, workshop: Workshop, *, caller: Callable[[], str] | None = None) -> Markup:
-        """The lock over a workshop. Inside ``{% call %}`` is what shows blurred behind it."""
+        """The lock over a workshop. The content of ``{% call %}`` is shown blurred behind it."""
         return self._render(
             "paywall_card.html", workshop=workshop, balance=self._spendable, required=UNLOCK_CREDITS,
             preview=Markup(caller()) if caller else None,  # noqa: S704 - rendered, so escaped, by the host's template
@@ -61,7 +61,7 @@ class Fragments:
 
     @property
     def _here(self) -> str:
-        return self._renderer.returning(self._asked.path)
+        return self._renderer.returning(self._request.path)
 
     def _render(self, template: str, **context: Any) -> Markup:
-        return Markup(self._renderer.render(self._asked, template, **context))  # noqa: S704 - from our own templates
+        return Markup(self._renderer.render(self._request, template, **context))  # noqa: S704 - from our own templates

@@ -1,4 +1,4 @@
-"""The JSON side of ``Billing``: what an app with a front end of its own calls.
+"""The JSON routes of ``Billing``, for an app with its own front end.
 
 No ``from __future__ import annotations`` here, as in ``billing``.
 """
@@ -183,7 +183,7 @@ class Problem(BaseModel):
 
 
 def answer(model: BaseModel, status: int = 200) -> Response:
-    """``model`` as JSON. A route that returned the model would have it built a second time, to be checked again."""
+    """``model`` as JSON. FastAPI would build and validate a returned model a second time."""
     return Response(model.model_dump_json(), status, media_type="application/json")
 
 
@@ -230,7 +230,7 @@ def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 WorkshopPath = Annotated[str, Path(max_length=200, description="The workshop's key.", examples=[_EXAMPLE_WORKSHOP])]
-# What `next` can be: a sequence, or the id of a purchase that is pending.
+# A value of `next`: a sequence, or the id of a pending purchase.
 _CURSOR = r"^([0-9]{1,9}|1[0-9]{9}|20[0-9]{8}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})$"
 
 Before = Annotated[
@@ -248,7 +248,7 @@ def add_to(billing: Billing) -> None:
         "/api/balance", name="tallystick.api.balance", response_model=BalanceAnswer, tags=TAGS, responses=refusals(403)
     )
     async def balance(user: User) -> Response:
-        """The credits of who is signed in."""
+        """The credits of the signed-in user."""
 
         def read(conn: sa.Connection) -> tuple[Account, list[Lot]]:
             account = billing.accounts.get(conn, user)
@@ -278,7 +278,7 @@ def add_to(billing: Billing) -> None:
         before: Before = None,
         limit: Annotated[int, Query(ge=1, le=PAGE_MAX, description="Rows on a page.")] = 50,
     ) -> Response:
-        """The credit transactions of who is signed in, newest first; every page costs the same."""
+        """The credit transactions of the signed-in user, newest first; every page costs the same."""
         rows = await run(lambda conn: ledger.history(conn, user, limit=limit, before=before))
         following = rows[-1].cursor if len(rows) == limit else None
         return answer(HistoryAnswer(rows=[history_row(row) for row in rows], next=following))
@@ -301,7 +301,7 @@ def add_to(billing: Billing) -> None:
 
     @billing.put("/api/onboarding", name="tallystick.api.set_onboarding", tags=TAGS, responses=refusals(403, 408, 413))
     async def set_onboarding(user: User, wanted: Onboarding) -> Onboarding:
-        """Remember that it was, or show it again."""
+        """Mark the welcome as finished, or show it again."""
         change = billing.accounts.complete_onboarding if wanted.complete else billing.accounts.reset_onboarding
         return Onboarding(complete=(await run(lambda conn: change(conn, user))).onboarding_complete)
 
@@ -344,7 +344,7 @@ def add_to(billing: Billing) -> None:
             str | None, Header(min_length=1, max_length=KEY_MAX, description="The client's name for this one intent.")
         ] = None,
     ) -> Response:
-        """Spend a credit on a workshop, once: doing it again charges nothing and gives the first result."""
+        """Spend a credit on a workshop, once: a repeated call charges nothing and returns the first result."""
         spent = await billing.unlock(user, workshop, key=idempotency_key)
         balance = (await billing.standing(user)).balance if spent.replayed else spent.balance_after or 0
         return answer(UnlockAnswer(transaction=history_row(spent), balance=balance, replayed=spent.replayed))

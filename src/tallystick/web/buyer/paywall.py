@@ -1,4 +1,4 @@
-"""A user's workshops and what opens them. Each operation takes a connection and knows no web framework."""
+"""A user's workshops: reading and unlocking them. Each operation takes a connection and uses no web framework."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ UNLOCK_CREDITS: Final = 1
 
 @dataclass(frozen=True, slots=True)
 class Workshop:
-    """A workshop as its owner sees it. ``title`` is None where the host maps none."""
+    """A workshop for its owner. ``title`` is None if the host maps none."""
 
     key: Key
     title: str | None
     access: Access
 
-    def require_there(self) -> None:
-        """Raises WorkshopDeleted: no credit opens it again."""
+    def require_not_deleted(self) -> None:
+        """Raise WorkshopDeleted if it is deleted: no credit opens it again."""
         if self.access.reason is AccessReason.DELETED:
             raise WorkshopDeleted(
                 f"workshop {self.key} was deleted. To bring it back: Accounts.restore_workshop", workshop=self.key
@@ -44,7 +44,7 @@ class Workshop:
 
 
 class Paywall:
-    """Reads and opens the workshops of one configuration. Holds no connection."""
+    """The paywall of one configuration: reads and unlocks workshops. Holds no connection."""
 
     def __init__(self, config: Config) -> None:
         self.ledger = Ledger(config)
@@ -57,7 +57,7 @@ class Paywall:
         self._paywall = {"p_paywall": config.paywall, "p_before": config.grandfathered_before}
 
     def _select(self, workshops: sa.Table) -> sa.Select[Any]:
-        """One statement for a workshop and a user; the ledger's function says if it is open."""
+        """The statement for a workshop and a user; the ledger's function decides if it is open."""
         w, u = workshops.c, self._schema.users.c
         key = sa.bindparam("p_workshop", type_=w.key.type)
         access = (
@@ -69,7 +69,7 @@ class Paywall:
             .table_valued(sa.column("open"), sa.column("reason"))
             .alias("access")
         )
-        # compared by the database, which knows when two texts are one key (citext, char)
+        # compared by the database, where different texts may be the same key (citext, char)
         is_theirs = w.owner == sa.bindparam("p_user", type_=w.owner.type)
         title = w.title if "title" in w else sa.null()
         standing = self._schema.balance, u.credit_held, u.credit_due_at
@@ -81,7 +81,7 @@ class Paywall:
         )
 
     def workshop(self, conn: SyncConnection, user: Key, workshop: object) -> Workshop:
-        """A workshop of the user's, from its key or the text of it in an address.
+        """A workshop of the user's, by its key or the text of the key in an address.
 
         Raises:
             UnknownWorkshop, WorkshopNotOwned.
@@ -89,7 +89,7 @@ class Paywall:
         return self._read(conn, user, workshop)[0]
 
     def workshop_and_standing(self, conn: SyncConnection, user: Key, workshop: object) -> tuple[Workshop, Standing]:
-        """As ``workshop``, and the user's credits: one statement, unless something of theirs may have expired."""
+        """As ``workshop``, and the user's credits: one statement, unless some of them may have expired."""
         found, now = self._read(conn, user, workshop)
         return found, now if now.due_at is None else self.ledger.standing(conn, user)
 
@@ -110,7 +110,7 @@ class Paywall:
         is_theirs, title, is_open, reason, is_there, *standing = row
         if not is_theirs:
             raise WorkshopNotOwned(f"workshop {key} belongs to another user than {user}", workshop=key, user=user)
-        now = Standing(*standing) if is_there else self.ledger.standing(conn, user)  # which says who is not there
+        now = Standing(*standing) if is_there else self.ledger.standing(conn, user)  # raises UnknownUser
         return Workshop(key, title, Access(open=is_open, reason=AccessReason(reason))), now
 
     def require_open(self, conn: SyncConnection, user: Key, workshop: object) -> Access:
@@ -120,7 +120,7 @@ class Paywall:
             WorkshopLocked, WorkshopDeleted, UnknownWorkshop, WorkshopNotOwned.
         """
         found, now = self.workshop_and_standing(conn, user, workshop)
-        found.require_there()
+        found.require_not_deleted()
         if not found.access.open:
             raise WorkshopLocked(
                 f"workshop {found.key} is {found.access.reason}. To open it: POST …/workshops/{found.key}/unlock",
@@ -147,8 +147,8 @@ class Paywall:
     def unlock(self, conn: SyncConnection, user: Key, workshop: object, *, key: str | None = None) -> CreditTransaction:
         """Spend a credit on a workshop; ``key`` is the client's name for this intent.
 
-        Without one the workshop itself names the intent, since it is paid for once. A client's keys are kept apart
-        from the host's and Stripe's, so that nobody can occupy one of those.
+        Without one the workshop itself is the intent, since it is paid for once. A client's keys get a prefix, so that
+        they cannot be keys of the host or of Stripe.
 
         Raises:
             InsufficientCredits, IdempotencyKeyReused, UnknownWorkshop, WorkshopNotOwned, WorkshopDeleted, …
@@ -158,7 +158,7 @@ class Paywall:
         return self.ledger.consume(conn, user, workshop=opened, credits=UNLOCK_CREDITS, key=name)
 
     def _key(self, text: object) -> Key:
-        """The key that ``text`` in an address stands for. Raises UnknownWorkshop where it can be none."""
+        """The key for ``text`` in an address. Raises UnknownWorkshop if it is no key."""
         schema = self._schema
         try:
             return schema.workshop_key_of(text) if isinstance(text, str) else schema.workshop_key(text)

@@ -1,4 +1,4 @@
-"""Buying: to Stripe's page and back, as a form and as JSON; and where Stripe delivers its events.
+"""The routes of a purchase: to Stripe's page and back, as a form and as JSON; and Stripe's webhook.
 
 No ``from __future__ import annotations`` here, as in ``billing``.
 """
@@ -19,9 +19,9 @@ from tallystick import stripe
 from tallystick.errors import Key
 from tallystick.schema import CreditTransactionStatus
 from tallystick.stripe.client import async_http, disconnect
-from tallystick.web.buyer.asked import redirect
 from tallystick.web.buyer.billing import Billing
-from tallystick.web.buyer.entrance import WEBHOOK, StarletteAsked
+from tallystick.web.buyer.buyer_request import redirect
+from tallystick.web.buyer.entrance import WEBHOOK, StarletteRequest
 from tallystick.web.buyer.json_api import EXAMPLE_ID, KEY_MAX, TAGS, refusals
 from tallystick.web.buyer.sales import Sales
 from tallystick.web.buyer.views import ReturnTo
@@ -31,7 +31,7 @@ SESSION_MAX: Final = 255
 
 
 class CheckoutRequest(BaseModel):
-    """The pack to buy, and the path that the buyer returns to. ``workshop`` is what the credits are for."""
+    """The pack to buy, and the path that the buyer returns to. The credits are for ``workshop``."""
 
     model_config = ConfigDict(
         extra="forbid", json_schema_extra={"examples": [{"pack": "Flight Crew", "return_to": "/workshops/7/steps/7"}]}
@@ -43,7 +43,7 @@ class CheckoutRequest(BaseModel):
 
 
 class CheckoutForm(BaseModel):
-    """The button of a pack. ``key`` was made with the form, so that a double click buys once."""
+    """The form of a pack's button. ``key`` was made with the form, so that a double click buys once."""
 
     pack: str = Field(max_length=200)
     key: str | None = Field(default=None, min_length=1, max_length=KEY_MAX)
@@ -52,7 +52,7 @@ class CheckoutForm(BaseModel):
 
 
 class CheckoutAnswer(BaseModel):
-    """A purchase that waits for payment at ``url``, Stripe's hosted page; null when it is paid or over already."""
+    """A purchase to be paid at ``url``, Stripe's hosted page; null if it is paid or over already."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -74,7 +74,7 @@ class CheckoutAnswer(BaseModel):
 
 
 class PurchaseAnswer(BaseModel):
-    """A purchase as it is now. ``pending`` after paying means that the bank has not confirmed it yet."""
+    """The present state of a purchase. ``pending`` after paying means that the bank has not confirmed it yet."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"purchase": EXAMPLE_ID, "status": "completed", "credits": 3, "balance": 3}]}
@@ -87,10 +87,10 @@ class PurchaseAnswer(BaseModel):
 
 
 def lifespan(engine: sa.Engine | AsyncEngine) -> Callable[[Any], AbstractAsyncContextManager[None]] | None:
-    """For an app on an async engine, which asks Stripe on its event loop: closes those connections at the end.
+    """A lifespan that closes the connections to Stripe of an app on an async engine; None for a sync one.
 
     Raises:
-        ModuleNotFoundError: what this takes is not installed; the message names the extra.
+        ModuleNotFoundError: the HTTP library is not installed; the message names the extra.
     """
     if not isinstance(engine, AsyncEngine):
         return None
@@ -121,11 +121,13 @@ async def _start(
     *,
     key: str | None,
 ) -> stripe.Checkout:
-    workshop, back, asked = wanted.workshop, wanted.return_to, StarletteAsked(request)
+    workshop, back, buyer_request = wanted.workshop, wanted.return_to, StarletteRequest(request)
     if workshop is not None:
-        await billing.workshop(user, workshop)  # theirs, or nothing is sold for it
+        await billing.workshop(user, workshop)  # it must be the user's
     return await billing.database.run_on_engine(
-        lambda engine: sales.start(engine, asked, user, pack=wanted.pack, key=key, return_to=back, workshop=workshop)
+        lambda engine: sales.start(
+            engine, buyer_request, user, pack=wanted.pack, key=key, return_to=back, workshop=workshop
+        )
     )
 
 
@@ -135,7 +137,7 @@ def _add_pages(billing: Billing, sales: Sales) -> None:
     @billing.post("/checkout", name="tallystick.checkout", include_in_schema=False)
     async def checkout(request: Request, user: User, wanted: Annotated[CheckoutForm, Form()]) -> Response:
         started = await _start(billing, sales, request, user, wanted, key=wanted.key)
-        to = sales.goes_to(StarletteAsked(request), started, return_to=wanted.return_to)
+        to = sales.address_after_start(StarletteRequest(request), started, return_to=wanted.return_to)
         return await billing.answers.send(request, redirect(to))
 
     @billing.get("/success", name="tallystick.success", include_in_schema=False)
@@ -146,9 +148,9 @@ def _add_pages(billing: Billing, sales: Sales) -> None:
         workshop: str | None = None,
         return_to: ReturnTo = None,
     ) -> Response:
-        """The page that Stripe sends the buyer to: grants at once what was paid, with or without the webhook."""
+        """The page that Stripe redirects the buyer to: grants the paid credits at once, even before the webhook."""
         outcome = await billing.database.run_on_engine(lambda engine: sales.outcome(engine, user, session_id))
-        here = billing.renderer.url(StarletteAsked(request), "success", query=dict(request.query_params))
+        here = billing.renderer.url(StarletteRequest(request), "success", query=dict(request.query_params))
         return await billing.shown(
             request,
             lambda conn: sales.finished(conn, user, outcome, workshop=workshop, return_to=return_to, here=here),
@@ -193,7 +195,7 @@ def _add_json(billing: Billing, sales: Sales) -> None:
     async def confirm(
         user: User, stripe_session: Annotated[str, Path(max_length=SESSION_MAX, examples=["cs_test_a1"])]
     ) -> PurchaseAnswer:
-        """Ask Stripe whether a session is paid, and grant it at once if so; safe to make again."""
+        """Read a session from Stripe, and grant its credits at once if it is paid; safe to repeat."""
         found = await billing.database.run_on_engine(lambda engine: sales.confirm(engine, user, stripe_session))
         return PurchaseAnswer(
             purchase=found.purchase.id,

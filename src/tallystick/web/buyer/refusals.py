@@ -1,4 +1,4 @@
-"""Every refusal as an HTTP answer: one table from error to status; problem+json of RFC 9457, or a page."""
+"""Refusals as HTTP answers: a table from error to status; problem+json of RFC 9457, or a page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tallystick import errors
 from tallystick.config import Pack
 from tallystick.errors import InsufficientCredits, InvalidArgument, NotSignedIn, TallystickError, WorkshopLocked
 from tallystick.ledger import Access, AccessReason, Standing
-from tallystick.web.buyer.asked import SERVER_FAULT, Asked, BuyerPage, Reply, redirect
+from tallystick.web.buyer.buyer_request import SERVER_FAULT, BuyerPage, BuyerRequest, Reply, redirect
 from tallystick.web.buyer.paywall import Workshop
 from tallystick.web.buyer.rendering import Renderer, paywall
 
@@ -29,7 +29,7 @@ UNPROCESSABLE: Final = 422
 class Meaning:
     """The public form of an error: an HTTP status and the name of the problem.
 
-    ``retry_after_s`` says that the same request may be made again, and when.
+    ``retry_after_s`` is set if the same request may be made again after that time.
     """
 
     status: int
@@ -37,8 +37,8 @@ class Meaning:
     retry_after_s: int | None = None
 
 
-# The nearest class above an error decides. What a stranger could learn nothing from is one and the same to them: a
-# workshop that is not there and another user's.
+# The nearest class above an error decides. A workshop that does not exist and another user's have the same answer, so
+# that it tells a stranger nothing.
 MEANINGS: Final[Mapping[type[TallystickError], Meaning]] = {
     errors.NotSignedIn: Meaning(401, "not-signed-in"),
     errors.InsufficientCredits: Meaning(402, "insufficient-credits"),
@@ -72,7 +72,7 @@ MEANINGS: Final[Mapping[type[TallystickError], Meaning]] = {
     errors.PackMismatch: Meaning(503, "not-on-sale"),
     TallystickError: Meaning(500, "server-error"),
 }
-"""The one table; ``docs/web.md`` shows it, and a test holds the two against each other."""
+"""The only table; ``docs/web.md`` shows it, and a test compares the two."""
 
 
 def meaning(error: TallystickError) -> Meaning:
@@ -81,10 +81,10 @@ def meaning(error: TallystickError) -> Meaning:
 
 
 class Refusals:
-    """Makes the answer to an error, from what the error carries: it reads nothing from the database.
+    """Answers to errors, made from an error's fields without the database.
 
-    ``sign_in`` gives the address a browser without a session is sent to, from the quoted one that it asked for.
-    ``checkout`` is the route that sells to programs, by name.
+    ``sign_in`` gets the quoted address that a browser without a session requested, and returns the one that it is
+    redirected to. ``checkout`` is the name of the JSON route for purchases.
     """
 
     def __init__(
@@ -101,14 +101,14 @@ class Refusals:
         self._texts = renderer.texts
         self._sign_in = sign_in
 
-    def answer(self, asked: Asked, error: TallystickError) -> BuyerPage | Reply:
-        """A page for a browser, problem+json for anything else."""
+    def answer(self, request: BuyerRequest, error: TallystickError) -> BuyerPage | Reply:
+        """A page for a browser, problem+json for all else."""
         if isinstance(error, InsufficientCredits | WorkshopLocked):
-            return self._for_credits(asked, error) if asked.html else self._credits_problem(asked, error)
-        if not asked.html:
+            return self._credits_page(request, error) if request.html else self._credits_problem(request, error)
+        if not request.html:
             return self._problem(error)
         if isinstance(error, NotSignedIn) and self._sign_in is not None:
-            return self._to_sign_in(asked, self._sign_in)
+            return self._redirect_to_sign_in(request, self._sign_in)
         found = meaning(error)
         shown = {
             "title": self._texts.problem_title(found.name),
@@ -117,10 +117,10 @@ class Refusals:
         }
         return BuyerPage("problem.html", shown, found.status, _retry(found))
 
-    def invalid(self, asked: Asked, found: Sequence[Mapping[str, str]]) -> BuyerPage | Reply:
-        """The answer to values that are not valid: of each, ``where`` it stood and the ``message``."""
+    def invalid(self, request: BuyerRequest, found: Sequence[Mapping[str, str]]) -> BuyerPage | Reply:
+        """The answer to invalid values, each with its place (``where``) and the ``message``."""
         summary = "; ".join(f"{each['where']}: {each['message']}" for each in found)
-        if not asked.html:
+        if not request.html:
             return self._problem(InvalidArgument(summary, argument=found[0]["where"], value=None), errors=found)
         title = self._texts.problem_title("invalid-argument")
         return BuyerPage("problem.html", {"title": title, "detail": summary, "reference": None}, UNPROCESSABLE)
@@ -129,7 +129,7 @@ class Refusals:
         """``error`` as RFC 9457 problem+json; ``more`` are its extension members.
 
         The detail is a sentence for people. Our own messages name tables and commands, so they go to the log, except
-        where they say which argument was wrong.
+        those about a wrong argument.
         """
         found = meaning(error)
         body = {
@@ -143,9 +143,9 @@ class Refusals:
             body["reference"] = name
         return Reply(found.status, json.dumps(body, ensure_ascii=False), MEDIA_TYPE, _retry(found))
 
-    # --- 402: all that is needed to go on ---
+    # --- 402: with all data for a purchase ---
 
-    def _credits_problem(self, asked: Asked, error: InsufficientCredits | WorkshopLocked) -> Reply:
+    def _credits_problem(self, request: BuyerRequest, error: InsufficientCredits | WorkshopLocked) -> Reply:
         return self._problem(
             error,
             balance=error.balance,
@@ -154,25 +154,25 @@ class Refusals:
             required=error.required,
             workshop=str(error.workshop) if isinstance(error, WorkshopLocked) else None,
             packs=[describe(pack) for pack in self._packs],
-            checkout=None if self._checkout is None else self._renderer.url(asked, self._checkout),
+            checkout=None if self._checkout is None else self._renderer.url(request, self._checkout),
         )
 
-    def _for_credits(self, asked: Asked, error: InsufficientCredits | WorkshopLocked) -> BuyerPage:
+    def _credits_page(self, request: BuyerRequest, error: InsufficientCredits | WorkshopLocked) -> BuyerPage:
         workshop = None
         if isinstance(error, WorkshopLocked):
             workshop = Workshop(error.workshop, error.title, Access(open=False, reason=AccessReason.LOCKED))
-        here = self._renderer.returning(asked.path if asked.method == "GET" else None)
+        here = self._renderer.returning(request.path if request.method == "GET" else None)
         spendable = Standing(error.balance, error.held).spendable
         return paywall(workshop, balance=spendable, required=error.required, return_to=here)
 
-    def _to_sign_in(self, asked: Asked, sign_in: Callable[[str], str]) -> Reply:
-        back = asked.path + (f"?{asked.query}" if asked.query else "")
-        target = sign_in(quote(back if asked.method == "GET" else self._renderer.home, safe=""))
-        return Reply(200, headers={"HX-Redirect": target}) if asked.fragment else redirect(target)
+    def _redirect_to_sign_in(self, request: BuyerRequest, sign_in: Callable[[str], str]) -> Reply:
+        back = request.path + (f"?{request.query}" if request.query else "")
+        target = sign_in(quote(back if request.method == "GET" else self._renderer.home, safe=""))
+        return Reply(200, headers={"HX-Redirect": target}) if request.fragment else redirect(target)
 
 
 def describe(pack: Pack) -> dict[str, Any]:
-    """A pack as JSON shows it; ``amount`` in minor units of ``currency``."""
+    """A pack as JSON; ``amount`` in minor units of ``currency``."""
     return {"name": pack.name, "credits": pack.credits, "amount": pack.amount, "currency": pack.currency}
 
 
@@ -181,7 +181,7 @@ def _retry(found: Meaning) -> dict[str, str]:
 
 
 def _reference(error: TallystickError) -> str | None:
-    """Log a fault of ours under a name that the person who met it can quote; None for an ordinary refusal."""
+    """Log a fault of ours under a reference that the user can quote; None for an ordinary refusal."""
     if meaning(error).status < SERVER_FAULT:
         return None
     name = secrets.token_hex(4)

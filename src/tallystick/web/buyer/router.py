@@ -1,4 +1,4 @@
-"""The buyer's side as a router of FastAPI's: the one thing that an app of it needs of us."""
+"""The buyer's side as a FastAPI router: all that an app needs."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ def router(
     preview: Preview | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> Billing:
-    """Everything a buyer meets, as a router to include, and the dependencies for the host's own routes.
+    """A router with all of the buyer's routes, and dependencies for the host's own routes.
 
     Without Stripe's SDK (``pip install 'tallystick[web]'`` alone) it is a paywall that sells nothing: credits come
     from elsewhere, by ``ledger.grant``.
 
     Args:
-        config: what is sold, and where the host keeps its users and workshops. Its ``checkout_origins`` are the
-            app's own addresses as browsers see them: Stripe sends buyers back to one, and their pages may post here.
+        config: the packs, and the mapping of users and workshops. Its ``checkout_origins`` are the app's own addresses
+            in browsers: Stripe sends buyers back to one, and their pages may post here.
         engine: the host's engine, sync or async, for psycopg 3.
-        current_user: the host's FastAPI dependency that gives the key of who is signed in, or None.
-        texts: every word a buyer reads; subclass ``Texts`` to translate.
-        templates: where to look for templates before ours, as ``jinja2.FileSystemLoader("templates")``; one that is
-            called ``tallystick/layout.html`` there replaces ours.
-        sign_in: where a browser without a session is sent; ``{return_to}`` in it becomes the page it asked for,
+        current_user: the host's FastAPI dependency that returns the key of the signed-in user, or None.
+        texts: all texts for the buyer; subclass ``Texts`` to translate.
+        templates: a loader of templates that replace ours, as ``jinja2.FileSystemLoader("templates")``, such as
+            ``tallystick/layout.html``.
+        sign_in: the address for a browser without a session; ``{return_to}`` in it becomes the requested page,
             quoted. Without it, such a browser gets a 401 page.
-        home: where a buyer goes who came from nowhere.
-        contact: an address (``mailto:…``) for those whom no pack fits; shown as the last of the packs.
-        preview: gives the Markup that the paywall shows blurred. It must hold nothing that a credit buys.
-        headers: to add to or change in the headers of our pages, such as a Content-Security-Policy for a layout
-            of the host's own.
+        home: the address for a buyer who has none to return to.
+        contact: an address (``mailto:…``) for buyers whom no pack fits; shown as the last of the packs.
+        preview: returns the Markup that the paywall shows blurred. It must not contain what a credit buys.
+        headers: to add to or change in the headers of our pages, such as a Content-Security-Policy for the host's own
+            layout.
     """
     sells = config.stripe_secret_key is not None or importlib.util.find_spec("stripe") is not None
     lifespan = None

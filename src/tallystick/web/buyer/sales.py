@@ -1,4 +1,4 @@
-"""Buying at Stripe, for every framework: the start of a purchase, and the page that shows what became of it."""
+"""Purchases at Stripe, for every framework: the start of a purchase, and the page with its result."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from tallystick.config import Config
 from tallystick.errors import Key, StripeUnavailable
 from tallystick.ledger.connections import SyncConnection
 from tallystick.schema import CreditTransactionStatus
-from tallystick.web.buyer.asked import Asked, BuyerPage
+from tallystick.web.buyer.buyer_request import BuyerPage, BuyerRequest
 from tallystick.web.buyer.core import Pages
 from tallystick.web.buyer.paywall import Workshop
 from tallystick.web.buyer.rendering import Renderer
 
 Outcome = tuple[str, stripe.Confirmation | None]
-"""The state of a purchase in the template's words, and what Stripe said of it."""
+"""The state of a purchase by the template's name, and Stripe's confirmation."""
 
 
 class Sales:
-    """The purchases of one configuration. Calls that ask Stripe take an engine, and transactions of their own."""
+    """The purchases of one configuration. Calls with requests to Stripe take an engine, for their own transactions."""
 
     def __init__(self, config: Config, pages: Pages, renderer: Renderer) -> None:
         self._config = config
@@ -29,7 +29,7 @@ class Sales:
     def start(
         self,
         engine: sa.Engine,
-        asked: Asked,
+        request: BuyerRequest,
         user: Key,
         *,
         pack: str,
@@ -39,23 +39,23 @@ class Sales:
     ) -> stripe.Checkout:
         """Start the purchase of a pack; ``key`` is the client's name for this intent.
 
-        The caller has read ``workshop``: it is the user's, or nothing is sold for it.
+        The caller has checked that ``workshop`` is the user's.
         """
         back = {"return_to": self._renderer.returning(return_to), "workshop": workshop}
         success, cancelled = (
-            self._renderer.absolute(asked, self._renderer.url(asked, page, query=back))
+            self._renderer.absolute(request, self._renderer.url(request, page, query=back))
             for page in ("success", "cancelled")
         )
-        name = None if key is None else f"web:buy:{key}"  # kept apart from the host's keys, as for unlocking
+        name = None if key is None else f"web:buy:{key}"  # a prefix, as for unlocking
         return stripe.checkout(engine, self._config, user, pack, success_url=success, cancel_url=cancelled, key=name)
 
-    def goes_to(self, asked: Asked, started: stripe.Checkout, *, return_to: str | None) -> str:
-        """The address for the buyer of a started purchase: Stripe's, or our page where it is over already."""
+    def address_after_start(self, request: BuyerRequest, started: stripe.Checkout, *, return_to: str | None) -> str:
+        """The address for the buyer of a started purchase: Stripe's, or our page if it is over already."""
         over = {"session_id": started.session, "return_to": self._renderer.returning(return_to)}
-        return started.url or self._renderer.url(asked, "success", query=over)
+        return started.url or self._renderer.url(request, "success", query=over)
 
     def confirm(self, engine: sa.Engine, user: Key, session: str) -> stripe.Confirmation:
-        """Ask Stripe if a session is paid, and grant it at once if so."""
+        """Read a session from Stripe, and grant its credits at once if it is paid."""
         return stripe.confirm(engine, self._config, user, session)
 
     def outcome(self, engine: sa.Engine, user: Key, session: str) -> Outcome:
@@ -78,7 +78,7 @@ class Sales:
         return_to: str | None,
         here: str,
     ) -> BuyerPage:
-        """The page that Stripe sends the buyer to; ``here`` is its address, to be asked again."""
+        """The page that Stripe redirects the buyer to; ``here`` is its address, for a reload."""
         texts = self._renderer.texts
         state, found = outcome
         about, balance = self._about(conn, user, workshop)
@@ -91,7 +91,7 @@ class Sales:
         return self._page(state, title, text, balance, about, return_to=return_to, here=here)
 
     def cancelled(self, conn: SyncConnection, user: Key, *, workshop: str | None, return_to: str | None) -> BuyerPage:
-        """The page after the buyer turned back."""
+        """The page after the buyer cancelled."""
         texts = self._renderer.texts
         about, balance = self._about(conn, user, workshop)
         return self._page(

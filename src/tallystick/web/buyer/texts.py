@@ -1,8 +1,7 @@
-"""Every word a buyer reads, in one place.
+"""All texts for the buyer, in one place.
 
-To translate, subclass ``Texts``, write the sentences anew and pass an instance as ``texts``. A sentence that
-holds a number or a name is a method, since languages differ in more than words. None of it is HTML: templates escape
-what they are given.
+To translate, subclass ``Texts``, override the sentences and pass an instance as ``texts``. A sentence with a number or
+a name is a method, since languages differ in grammar. None of it is HTML: templates escape all texts.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from tallystick.errors import InsufficientCredits, TallystickError, WorkshopLock
 from tallystick.ledger import AccessReason, CreditTransaction, Lot, Standing
 from tallystick.schema import CreditTransactionStatus, CreditTransactionType
 from tallystick.web.shared import numbers
-from tallystick.web.shared.wording import what
+from tallystick.web.shared.wording import description_of
 
 
 class Texts:
@@ -82,7 +81,7 @@ class Texts:
         return f"Buy {self.credits(pack.credits)} for {self.money(pack.amount, pack.currency)}"
 
     def per_credit(self, pack: Pack) -> str:
-        """The price of one credit of the pack, rounded up to a whole minor unit; empty where that says nothing new."""
+        """The price of one credit of the pack, rounded up to a whole minor unit; empty for a pack of one credit."""
         if pack.amount is None or pack.credits == 1:
             return ""
         return f"{self.money(-(-pack.amount // pack.credits), pack.currency)} a credit"
@@ -97,15 +96,15 @@ class Texts:
     already_unlocked = "This workshop is unlocked already. Nothing was charged."
 
     def confirm(self, amount: int, balance: int) -> str:
-        """The text before the act."""
+        """The text before unlocking."""
         return f"This will use {self.credits(amount)}. You have {self.number(balance)}."
 
     def confirm_button(self, amount: int) -> str:
-        """The button that does it."""
+        """The button that unlocks."""
         return f"Use {self.credits(amount)}"
 
     def unlocked(self, amount: int, balance: int) -> str:
-        """The text after the act."""
+        """The text after unlocking."""
         return f"{self.credits(amount)} used. {self.number(balance)} left."
 
     # --- paywall ---
@@ -115,7 +114,7 @@ class Texts:
         return f"{title} continues here" if title else "This workshop continues here"
 
     def paywall(self, required: int, balance: int) -> str:
-        """The reason for the lock, and what opens the workshop."""
+        """The reason for the lock, and the way to open the workshop."""
         if balance < 0:
             return f"You owe {self.credits(-balance)}. The next purchase pays that first."
         needed = "One" if required == 1 else self.number(required)
@@ -140,11 +139,11 @@ class Texts:
         return f"{self.credits(credits)} added. You have {self.number(balance)}."
 
     def back(self, title: str | None) -> str:
-        """The link to where the buyer came from."""
+        """The link to the page that the buyer came from."""
         return f"Back to {title}" if title else "Back"
 
     def use_and_back(self, amount: int, title: str | None) -> str:
-        """The button that unlocks what the buyer came for."""
+        """The button that unlocks the workshop that the buyer came for."""
         return f"Use {self.credits(amount)} to unlock {title or 'the workshop'}"
 
     # --- history ---
@@ -164,14 +163,14 @@ class Texts:
     set_aside = "set aside"
     not_used = "not used"
     kinds: Mapping[str, str] = {"reversal": "given back", "correction": "taken back", "expiry": "expired"}
-    """Types of rows that say in a word what they did to the row that they undo."""
+    """The tags of rows that undo another row, by type."""
 
     def history_balance(self, balance: int) -> str:
         """The sentence over the list."""
         return f"You owe {self.credits(-balance)}." if balance < 0 else f"You have {self.credits(balance)}."
 
     def history_held(self, now: Standing) -> str:
-        """The sentence about credits that holds have set aside; empty where that is none, or nothing can be spent."""
+        """The sentence about credits that holds have set aside; empty if there are none, or nothing can be spent."""
         if not now.held or now.balance < 0:
             return ""
         aside = f"{self.number(now.held)} of them {'is' if now.held == 1 else 'are'} set aside for work under way"
@@ -183,14 +182,14 @@ class Texts:
         return f"{self.credits(soonest.remaining)} {verb} on {self.day(soonest.expires_at)}."
 
     def description(self, row: CreditTransaction) -> str:
-        """The description of a row; of a purchase that is not paid it does not say that it was bought.
+        """The description of a row; for a purchase that is not paid without the word for bought.
 
-        Where ``tag`` says what the row did, the ledger's own word for it is left out.
+        If the row has a ``tag``, the ledger's own word for its effect is left out.
         """
-        return what(row.description, done=row.status is CreditTransactionStatus.COMPLETED, kind=row.type)
+        return description_of(row.description, done=row.status is CreditTransactionStatus.COMPLETED, kind=row.type)
 
     def tag(self, row: CreditTransaction) -> str:
-        """A word or two beside the description, for a row that is not just bought or used."""
+        """A word or two beside the description, for rows other than a paid purchase or a consumption."""
         if row.status is CreditTransactionStatus.COMPLETED:
             return self.kinds.get(row.type, "")
         if row.type is not CreditTransactionType.CONSUMPTION:
@@ -278,7 +277,7 @@ class Texts:
         return self.problem_titles.get(name, self.problem_titles["server-error"])
 
     def problem(self, error: TallystickError, name: str) -> str:
-        """One sentence for the person who met ``error``."""
+        """A sentence on ``error`` for the user."""
         match error:
             case InsufficientCredits():
                 spendable = Standing(error.balance, error.held).spendable
@@ -288,7 +287,7 @@ class Texts:
         return self.problems.get(name, self.problem_default)
 
     def reference(self, name: str) -> str:
-        """The reference of a fault, for a person who asks for help."""
+        """The reference of a fault, for a user who asks for help."""
         return f"Reference: {name}"
 
     def access(self, reason: AccessReason) -> str:

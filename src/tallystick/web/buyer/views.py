@@ -1,4 +1,4 @@
-"""The pages of ``Billing``: plain forms and links that htmx turns into dialogs where it runs.
+"""The pages of ``Billing``: plain forms and links, which htmx shows as dialogs.
 
 No ``from __future__ import annotations`` here, as in ``billing``.
 """
@@ -14,17 +14,17 @@ from tallystick.errors import Key
 from tallystick.ledger import HISTORY_MAX, CreditTransaction
 from tallystick.web.buyer.billing import Billing
 from tallystick.web.buyer.core import CSV, csv_lines
-from tallystick.web.buyer.entrance import StarletteAsked
+from tallystick.web.buyer.entrance import StarletteRequest
 from tallystick.web.buyer.json_api import Before, WorkshopPath
 from tallystick.web.buyer.paywall import UNLOCK_CREDITS
 
-# One that is too long or leads elsewhere is no fault of the person's: they go home afterwards.
+# An address that is too long or leads elsewhere is no error: the buyer then returns to home.
 ReturnTo = Annotated[str | None, Query(description="Where to go afterwards: a path of this site.")]
 PostedReturnTo = Annotated[str | None, Form()]
 
 
 def add_to(billing: Billing) -> None:
-    """Add the pages. They are not part of the OpenAPI document: people read them, programs use the JSON."""
+    """Add the pages. They are not part of the OpenAPI document: programs use the JSON."""
     _add_reading(billing)
     _add_welcome(billing)
     if billing.config.host.workshops is not None:
@@ -70,7 +70,7 @@ def _add_reading(billing: Billing) -> None:
                 yield "".join(csv_lines(rows))
                 rows = await after(rows[-1]) if len(rows) == HISTORY_MAX else []
 
-        first = await after(None)  # before the answer begins, so that a refusal can still be one
+        first = await after(None)  # before the response begins, so that an error can still be answered
         return StreamingResponse(lines(first), media_type=CSV, headers=pages.csv_headers())
 
 
@@ -85,8 +85,10 @@ def _add_welcome(billing: Billing) -> None:
 
     @billing.post("/welcome", name="tallystick.welcomed", include_in_schema=False)
     async def welcomed(request: Request, user: User, return_to: PostedReturnTo = None) -> Response:
-        asked = StarletteAsked(request)
-        return await billing.shown(request, lambda conn: billing.pages.welcomed(conn, asked, user, return_to=return_to))
+        buyer_request = StarletteRequest(request)
+        return await billing.shown(
+            request, lambda conn: billing.pages.welcomed(conn, buyer_request, user, return_to=return_to)
+        )
 
 
 def _add_unlocking(billing: Billing) -> None:
@@ -101,8 +103,10 @@ def _add_unlocking(billing: Billing) -> None:
     async def unlock(
         request: Request, user: User, workshop: WorkshopPath, return_to: PostedReturnTo = None
     ) -> Response:
-        asked = StarletteAsked(request)
-        return await billing.shown(request, lambda conn: pages.unlock(conn, asked, user, workshop, return_to=return_to))
+        buyer_request = StarletteRequest(request)
+        return await billing.shown(
+            request, lambda conn: pages.unlock(conn, buyer_request, user, workshop, return_to=return_to)
+        )
 
     @billing.get("/workshops/{workshop}/unlocked", name="tallystick.unlocked", include_in_schema=False)
     async def unlocked(

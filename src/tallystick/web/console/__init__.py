@@ -1,4 +1,4 @@
-"""The operator's console: is everything right, and what happened to this person?"""
+"""The operator's console: the state of the ledger, and the history of each user."""
 
 from tallystick.web.extras import require_fastapi
 

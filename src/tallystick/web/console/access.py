@@ -1,12 +1,12 @@
-"""Access to the console: three ways to sign in, one for each way it is run, each followed by a signed session.
+"""Access to the console: three ways to sign in, one for each way to run it, each followed by a signed session.
 
 - ``LocalLink``: on the operator's own machine, a link that works once.
 - ``Passwords``: named operators, each with a password whose hash is in the settings.
-- ``TrustedProxy``: a reverse proxy has authenticated the operator and says so in a header; believed only from
-  the addresses named.
+- ``TrustedProxy``: a reverse proxy authenticates the operator and passes the name in a header, which counts only from
+  the configured addresses.
 
-A session is a cookie, signed with a key that lives as long as the process, so it cannot be forged, and restarting
-the console ends all sessions. It is HttpOnly and SameSite=Strict; every form carries a token made from it.
+A session is a cookie, signed with a key of the process, so it cannot be forged, and restarting the console ends all
+sessions. It is HttpOnly and SameSite=Strict; every form has a token made from it.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ SESSION_S = 12 * 3600
 LINK_S = 15 * 60
 OPERATOR_MAX = 100
 
-# Interactive log-in as recommended for scrypt: 16 MiB and some 50 ms for each guess.
+# The recommendation for an interactive log-in by scrypt: 16 MiB and some 50 ms for each guess.
 _SCRYPT = {"n": 2**14, "r": 8, "p": 1}
 _SCRYPT_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """An operator who is in, and the session's own random name."""
+    """A signed-in operator, and the session's random name."""
 
     operator: str
     id: str
 
 
 class Sessions:
-    """Signs sessions and reads them back; remembers those that logged out until they would have ended anyway."""
+    """The sessions: signs and reads them, and keeps those that logged out until they would have expired."""
 
     def __init__(self) -> None:
         self._key = secrets.token_bytes(32)
@@ -59,7 +59,7 @@ class Sessions:
         return session, self._signer.dumps([session.operator, session.id])
 
     def read(self, cookie: str | None) -> Session | None:
-        """The session of a cookie, unless it is forged, too old or ended."""
+        """The session of a cookie; None if it is forged, too old or logged out."""
         try:
             operator, id = self._signer.loads(cookie or "", max_age=SESSION_S)
         except (BadData, ValueError, TypeError):
@@ -74,16 +74,16 @@ class Sessions:
             self._ended[session.id] = now + SESSION_S
 
     def token(self, session: Session) -> str:
-        """The token that a form of this session must send along."""
+        """The token that each form of this session must contain."""
         return hmac.new(self._key, f"form {session.id}".encode(), hashlib.sha256).hexdigest()
 
     def accepts(self, session: Session, token: str) -> bool:
-        """True where a form's token is this session's."""
+        """True if a form's token is this session's."""
         return hmac.compare_digest(self.token(session).encode(), token.encode("utf-8", "replace"))
 
 
 class LocalLink:
-    """A link for one use, good for a quarter of an hour; for a console that only this machine can reach."""
+    """A link that works once, within a quarter of an hour; for a console that only this machine can reach."""
 
     operator: ClassVar[str] = "local operator"
 
@@ -94,7 +94,7 @@ class LocalLink:
         self._lock = threading.Lock()
 
     def redeem(self, token: str) -> str | None:
-        """The operator whom this token lets in; the second time, nobody."""
+        """The operator for this token; None if it was used before."""
         with self._lock:
             good = hmac.compare_digest(self.token.encode(), token.encode("utf-8", "replace"))
             if self._used or not good or time.monotonic() > self._expires:
@@ -104,7 +104,7 @@ class LocalLink:
 
 
 class TooMany(Exception):
-    """Too many log-ins failed; the next is heard in ``seconds``."""
+    """Too many log-ins failed; the next is allowed in ``seconds``."""
 
     def __init__(self, seconds: int) -> None:
         super().__init__(seconds)
@@ -114,8 +114,8 @@ class TooMany(Exception):
 class Passwords:
     """Operators by name, each with a hash made by ``hash_password``.
 
-    After five wrong passwords for a name, or thirty for any, log-ins wait until a minute has passed: guessing at
-    that rate is hopeless, and nobody is shut out for long by somebody else's guesses.
+    After five wrong passwords for a name, or thirty in all, log-ins are refused until a minute has passed: guessing at
+    that rate is hopeless, and an attacker's guesses do not lock out an operator for long.
     """
 
     PER_NAME: ClassVar[int] = 5
@@ -124,9 +124,11 @@ class Passwords:
 
     def __init__(self, operators: Mapping[str, str]) -> None:
         self._operators = dict(operators)
-        self._nobody = hash_password(secrets.token_urlsafe(16))  # an unknown name takes as long as a wrong password
+        self._unknown_name_hash = hash_password(
+            secrets.token_urlsafe(16)
+        )  # an unknown name takes as long as a wrong password
         self._failures: list[tuple[float, str]] = []
-        self._lock = threading.Lock()  # one guess at a time: scrypt is meant to be dear, the host's memory is not
+        self._lock = threading.Lock()  # one guess at a time, since each needs much memory
 
     def check(self, name: str, password: str) -> str | None:
         """The operator if the password is right. Raises TooMany."""
@@ -134,13 +136,13 @@ class Passwords:
         with self._lock:
             now = time.monotonic()
             self._failures = [(at, who) for at, who in self._failures if at > now - self.WINDOW_S]
-            mine = [at for at, who in self._failures if who == name]
+            of_name = [at for at, who in self._failures if who == name]
             every = [at for at, _ in self._failures]
-            for failed, allowed in ((mine, self.PER_NAME), (every, self.IN_ALL)):
+            for failed, allowed in ((of_name, self.PER_NAME), (every, self.IN_ALL)):
                 if len(failed) >= allowed:
                     raise TooMany(math.ceil(failed[0] + self.WINDOW_S - now))
             known = self._operators.get(name)
-            if _verify(known or self._nobody, password) and known is not None:
+            if _verify(known or self._unknown_name_hash, password) and known is not None:
                 self._failures = [(at, who) for at, who in self._failures if who != name]
                 return name
             self._failures.append((now, name))
@@ -148,14 +150,14 @@ class Passwords:
 
 
 class TrustedProxy:
-    """The operator's name is in ``header`` of requests from ``peers``, addresses or networks; nobody else's counts."""
+    """A reverse proxy that passes the operator's name in ``header``, trusted only from ``peers``, its addresses."""
 
     def __init__(self, peers: Sequence[str], *, header: str = "X-Forwarded-User") -> None:
         self._networks = [ipaddress.ip_network(peer, strict=False) for peer in peers]
         self._header = header.lower().encode("ascii")
 
     def trusts(self, peer: str | None) -> bool:
-        """True where a connection from ``peer`` comes from the proxy."""
+        """True if ``peer`` is the proxy."""
         try:
             address = ipaddress.ip_address(peer or "")
         except ValueError:
@@ -164,7 +166,7 @@ class TrustedProxy:
         return any(mapped in network for network in self._networks)
 
     def operator(self, headers: Sequence[tuple[bytes, bytes]]) -> str | None:
-        """The one name the proxy gave. A header sent twice is somebody adding to what the proxy said: nobody."""
+        """The name that the proxy passed; None if the header comes twice, since a client may have added one."""
         found = [value for name, value in headers if name.lower() == self._header]
         if len(found) != 1:
             return None
@@ -176,7 +178,7 @@ SignIn = LocalLink | Passwords | TrustedProxy
 
 
 def hash_password(password: str) -> str:
-    """``password`` as it may stand in the settings: ``scrypt:salt:hash``, with a salt of its own."""
+    """The hash of ``password`` for the settings: ``scrypt:salt:hash``, with a random salt."""
     salt = secrets.token_bytes(16)
     return f"scrypt:{_encode(salt)}:{_encode(_derive(password, salt))}"
 

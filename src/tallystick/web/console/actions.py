@@ -1,8 +1,8 @@
-"""Acts of an operator, if the console was started to allow them: grant credits, refund a purchase's.
+"""Actions of an operator, if the console was started to allow them: grant credits, refund a purchase's.
 
-Each is looked at before it is done: the reason, the balance before and after. The deed carries a key made for the
-form, so a double click, a reload or the back button finds it done. The key names the operator and stays in the
-ledger's row; the log says the same with the reason.
+1. A review shows the reason, and the balance before and after.
+2. The action has a key that was made for the form, so a double click, a reload or the back button does not repeat it.
+3. The key in the ledger's row names the operator; the log also has the reason.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ CLOSING_S = 5
 
 @dataclass(frozen=True, slots=True)
 class Review:
-    """An action as filled in so far. ``fault`` says what is still wrong with it; without one it can be done.
+    """An action as filled in so far. ``fault`` is the error in it, if any.
 
-    ``complete`` says that nothing is missing. Whether it can be done is the ledger's to say when it is done: what
-    stands in the way now may be that it is done already.
+    ``complete`` is true if nothing is missing. Even then the ledger decides when the action is performed: the fault may
+    be that it was performed already.
     """
 
     name: str
     user: UserRow
     credits: int | None
     reason: str
-    asked: bool  # something was filled in
+    filled_in: bool  # something was filled in
     complete: bool
     fault: str | None
     purchase: LedgerRow | None
@@ -46,12 +46,12 @@ class Review:
 
     @property
     def change(self) -> int:
-        """By how much the balance will move."""
+        """The change of the balance."""
         return (self.credits or 0) * (-1 if self.name == "refund" else 1)
 
     @property
     def spent(self) -> int:
-        """The number of the purchase's credits that are spent already: the balance does not hold them."""
+        """The number of the purchase's credits that are spent already."""
         return max(0, (self.left or 0) - max(0, self.user.credit_balance))
 
     @property
@@ -61,7 +61,7 @@ class Review:
 
 
 class Actions:
-    """Performs actions through the ledger, each in a transaction of its own."""
+    """Actions through the ledger, each in a transaction of its own."""
 
     names = ("grant", "refund")
 
@@ -73,7 +73,7 @@ class Actions:
     def review(
         self, name: str, user: UserRow, fields: Mapping[str, str], *, purchase: LedgerRow | None, refunded: int
     ) -> Review:
-        """The act that ``fields`` (credits, reason) ask for, and the faults in it."""
+        """The action for ``fields`` (credits, reason), and its fault."""
         reason = fields.get("reason", "").strip()
         left = None if purchase is None else purchase.amount - refunded
         typed = fields.get("credits", "").strip()
@@ -92,11 +92,11 @@ class Actions:
             fault = f"Say how many credits: a whole number from 1{most}."
         elif not why:
             fault = f"Give a reason of 1 to {REASON_MAX} characters. The user reads it in their history."
-        asked = bool(typed or reason)
-        return Review(name, user, credits, reason, asked, enough and why, fault, purchase, left)
+        filled_in = bool(typed or reason)
+        return Review(name, user, credits, reason, filled_in, enough and why, fault, purchase, left)
 
     def perform(self, review: Review, *, operator: str, token: str) -> CreditTransaction:
-        """Do it. The same ``token`` again returns what was done the first time.
+        """Perform it. The same ``token`` again returns the first result.
 
         Raises:
             LedgerError: refused; nothing was written.

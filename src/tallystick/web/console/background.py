@@ -1,4 +1,4 @@
-"""Work that is too slow for a request: one run at a time, on a thread, with progress, its result kept with its age."""
+"""Work that is too slow for a request: one run at a time, on a thread, with progress; its last result is kept."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 REST = 20
-"""A result is kept at least this many times as long as it took, so that reading never busies the database."""
+"""A result is kept at least this many times as long as it took, to limit the load of the database."""
 
 
 @dataclass(frozen=True, slots=True)
 class State(Generic[Result]):
-    """The state of the work: the last result with its time, and the run that goes on, if one does."""
+    """The state of the work: the last result with its time, and the present run, if any."""
 
     result: Result | None
     at: dt.datetime | None
@@ -37,7 +37,7 @@ class State(Generic[Result]):
 
     @property
     def percent(self) -> int | None:
-        """The fraction of the run that is done, or None while that is unknown."""
+        """The percentage of the run that is done, or None while it is unknown."""
         return min(100 * self.done // self.total, 100) if self.total else None
 
 
@@ -56,11 +56,11 @@ class Background(Generic[Result]):
 
     @property
     def state(self) -> State[Result]:
-        """The state now."""
+        """The present state."""
         return self._state
 
     def start(self) -> bool:
-        """Run now, unless it runs already. Says whether this call started it."""
+        """Run now, unless it runs already. True if this call started it."""
         with self._lock:
             if self._state.running:
                 return False
@@ -71,9 +71,9 @@ class Background(Generic[Result]):
         return True
 
     def fresh(self, *, wait_s: float) -> State[Result]:
-        """The kept result; a new run begins when it is old. Waits for a first result no longer than ``wait_s``."""
+        """The last result; starts a new run if it is old. Waits at most ``wait_s`` for a first result."""
         state = self._state
-        # counted from the last try, so that a database in trouble is not asked again by every request
+        # from the last try, so that requests do not retry at once after a failure
         age = (dt.datetime.now(dt.UTC) - self._tried).total_seconds() if self._tried else float("inf")
         if age > max(self._keep_s, REST * state.seconds):
             self.start()
@@ -82,7 +82,7 @@ class Background(Generic[Result]):
         return self._state
 
     def wait(self, seconds: float) -> bool:
-        """Wait until nothing runs. Says whether that came true."""
+        """Wait until nothing runs. False after ``seconds``."""
         return self._idle.wait(seconds)
 
     def _progress(self, now: Progress) -> None:
@@ -92,7 +92,7 @@ class Background(Generic[Result]):
     def _run(self) -> None:
         started = time.perf_counter()
         old = self._state
-        error: str | None = "it broke; the console's log says where"  # until something better is known
+        error: str | None = "it broke; the console's log says where"
         result, at = old.result, old.at
         try:
             result = self._work(self._progress)
@@ -100,7 +100,7 @@ class Background(Generic[Result]):
         except (TallystickError, SQLAlchemyError) as caught:
             log.warning("%s failed: %s", self._name, caught)
             error = _message(caught)
-        finally:  # whatever happened, it runs no more; what was not foreseen goes on to the thread's own report
+        finally:  # an unexpected error is raised, and reported by the thread
             seconds = time.perf_counter() - started
             self._state = State(result, at, seconds, running=False, done=0, total=0, error=error)
             self._tried = dt.datetime.now(dt.UTC)

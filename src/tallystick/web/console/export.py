@@ -32,7 +32,7 @@ def csv(name: str, rows: Iterable[Any], *, operator: str, columns: type | None =
     """Dataclass instances as a CSV file, streamed. ``columns`` heads the file when there are no rows."""
     log.info("export=%r operator=%r", name, operator)
     found = iter(rows)
-    # The first row is read here, so that a refused query is an error page and not half a file.
+    # The first row is read here, so that a failing query gives an error page and not half a file.
     first = next(found, None)
     kind = type(first) if first is not None else columns
     header = [field.name for field in dataclasses.fields(kind)] if kind else []

@@ -1,6 +1,6 @@
-"""Events as the console reads them: the endpoints, their dead letters, and what was told of each row of the ledger.
+"""The console's queries on events: the endpoints, their dead letters, and the events of each row of the ledger.
 
-The endpoints are few. Lists of events go by keyset on the primary key, those of one user by the user's own rows.
+The endpoints are few. Lists of events use keyset pagination on the primary key; those of one user, the user's rows.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ DELIVERED, DEAD, WAITS = "delivered", "dead letter", "waits"
 
 @dataclass(frozen=True, slots=True)
 class EventsState:
-    """``recorded_since`` is None while events are off; ``low_balance`` is the threshold of all users."""
+    """The settings: ``recorded_since`` is None while events are off; ``low_balance`` is the default threshold."""
 
     recorded_since: dt.datetime | None
     low_balance: int | None
 
 
 @dataclass(frozen=True, slots=True)
-class Trouble:
+class DeliveryProblems:
     """Dead letters, counted up to a thousand, and endpoints whose last attempt failed."""
 
     dead_letters: int
@@ -42,10 +42,10 @@ class Trouble:
 
 @dataclass(frozen=True, slots=True)
 class EndpointRow:
-    """A webhook and how far it is.
+    """A webhook and its position.
 
-    ``waiting`` of its kinds are among the next thousand events behind ``cursor``, the oldest since ``waiting_since``;
-    ``counted_all`` is false where there are more events than those.
+    Of the next thousand events after ``cursor``, ``waiting`` are of its kinds, the oldest since ``waiting_since``;
+    ``counted_all`` is false if there are more events.
     """
 
     name: str
@@ -64,7 +64,7 @@ class EndpointRow:
 
 @dataclass(frozen=True, slots=True)
 class LetterRow:
-    """A dead letter, and whom it is about; ``has_endpoint`` is false once its endpoint was removed."""
+    """A dead letter, and its user; ``has_endpoint`` is false once its endpoint was removed."""
 
     endpoint: str
     event_id: int
@@ -87,9 +87,9 @@ class DeliveryState:
 
 @dataclass(frozen=True, slots=True)
 class EventRow:
-    """An event with the row that it is about, and where it is delivered.
+    """An event with its row of the ledger, and its deliveries.
 
-    ``deliveries`` leaves out the endpoints that do not get its kind, and those that were added after it.
+    ``deliveries`` has no endpoints that do not get its kind, or that were added after it.
     """
 
     cursor: str
@@ -105,18 +105,18 @@ class EventRow:
     deliveries: list[DeliveryState]
 
 
-def state(books: Queries) -> EventsState | None:
+def state(queries: Queries) -> EventsState | None:
     """The settings of the feed; None on a database of a revision before events."""
     try:
-        with books.reading() as conn:
+        with queries.reading() as conn:
             statement = sa.select(event_settings.c.recorded_since, event_settings.c.low_balance)
             return EventsState(*run(conn, statement, {}).one())
     except NotMigrated:
         return None
 
 
-def trouble(books: Queries) -> Trouble | None:
-    """The deliveries that need somebody; None on a database of a revision before events."""
+def delivery_problems(queries: Queries) -> DeliveryProblems | None:
+    """The deliveries that need attention; None on a database of a revision before events."""
     letters = sa.select(event_dead_letters.c.event_id).where(event_dead_letters.c.replayed_at.is_(None))
     some = letters.limit(COUNT_UP_TO).subquery()
     endpoint = event_endpoints.c
@@ -126,8 +126,8 @@ def trouble(books: Queries) -> Trouble | None:
         failing.select_from(event_endpoints).scalar_subquery(),
     )
     try:
-        with books.reading() as conn:
-            return Trouble(*run(conn, statement, {}).one())
+        with queries.reading() as conn:
+            return DeliveryProblems(*run(conn, statement, {}).one())
     except NotMigrated:
         return None
 
@@ -151,15 +151,15 @@ WHERE p.removed_at IS NULL ORDER BY p.name
 """)
 
 
-def endpoints(books: Queries) -> list[EndpointRow]:
-    """Those that are delivered to, by name."""
-    with books.reading() as conn:
+def endpoints(queries: Queries) -> list[EndpointRow]:
+    """All webhooks, by name."""
+    with queries.reading() as conn:
         return [EndpointRow(*row) for row in run(conn, _ENDPOINTS, {"most": COUNT_UP_TO})]
 
 
-def dead_letters(books: Queries, *, limit: int = PAGE_ROWS) -> list[LetterRow]:
-    """Those that were not sent since, by endpoint, the oldest first: as many as a page can show."""
-    letter, ledger, users = event_dead_letters.c, books.schema.credit_transactions.c, books.schema.users.c
+def dead_letters(queries: Queries, *, limit: int = PAGE_ROWS) -> list[LetterRow]:
+    """Dead letters that were not sent since, by endpoint, the oldest first: as many as a page can show."""
+    letter, ledger, users = event_dead_letters.c, queries.schema.credit_transactions.c, queries.schema.users.c
     about = sa.cast(letter.body, pg.JSONB)[("data", "transaction_id")].astext
     some = (
         sa.select(event_dead_letters, sa.cast(about, sa.Uuid).label("transaction_id"))
@@ -171,28 +171,28 @@ def dead_letters(books: Queries, *, limit: int = PAGE_ROWS) -> list[LetterRow]:
     there = sa.exists().where(event_endpoints.c.name == some.c.endpoint, event_endpoints.c.removed_at.is_(None))
     named = [some.c[name] for name in ("endpoint", "event_id", "kind", "attempts", "last_error", "failed_at")]
     statement = (
-        sa.select(*named, there, ledger.user_id, books.email())
+        sa.select(*named, there, ledger.user_id, queries.email())
         .select_from(some)
-        .outerjoin(books.schema.credit_transactions, ledger.id == some.c.transaction_id)
-        .outerjoin(books.schema.users, users.key == ledger.user_id)
+        .outerjoin(queries.schema.credit_transactions, ledger.id == some.c.transaction_id)
+        .outerjoin(queries.schema.users, users.key == ledger.user_id)
         .order_by(some.c.endpoint, some.c.event_id)
     )
-    with books.reading() as conn:
+    with queries.reading() as conn:
         return [LetterRow(*row) for row in run(conn, statement, {})]
 
 
 def latest(
-    books: Queries, *, before: str | None = None, after: str | None = None, limit: int = PAGE_ROWS
+    queries: Queries, *, before: str | None = None, after: str | None = None, limit: int = PAGE_ROWS
 ) -> Page[EventRow]:
-    """Events of all users, the newest first, also those that the feed does not give yet."""
+    """Events of all users, the newest first, also those that the feed does not return yet."""
     order = (events.c.position, events.c.id)
-    with books.reading() as conn:
+    with queries.reading() as conn:
         page = page_of(
             conn,
-            _select_events(books),
+            _select_events(queries),
             order=order,
             place=lambda row: (f"{row.position}-{row.id}",),
-            parse=_place,
+            parse=_position,
             before=before,
             after=after,
             limit=limit,
@@ -202,40 +202,40 @@ def latest(
         return Page(_with_deliveries(conn, page.rows), page.before, page.after)
 
 
-def of_user(books: Queries, user: Key, *, before: str | None = None, after: str | None = None) -> Page[EventRow]:
-    """Events of ``user``: those of one page of the ledger and, on the first, of what has not completed."""
-    page = books.ledger(user, before=before, after=after)
+def of_user(queries: Queries, user: Key, *, before: str | None = None, after: str | None = None) -> Page[EventRow]:
+    """Events of ``user``: those of one page of the ledger and, on the first, those of rows that have not completed."""
+    page = queries.ledger(user, before=before, after=after)
     rows = [row.id for row in page.rows]
     if page.before is None:
-        rows += [row.id for row in (*books.holds(user).rows, *books.unfinished(user))]
-    return Page(of_rows(books, rows), page.before, page.after)
+        rows += [row.id for row in (*queries.holds(user).rows, *queries.unfinished(user))]
+    return Page(of_rows(queries, rows), page.before, page.after)
 
 
-def of_rows(books: Queries, rows: Sequence[UUID]) -> list[EventRow]:
+def of_rows(queries: Queries, rows: Sequence[UUID]) -> list[EventRow]:
     """The events of these rows of the ledger, the newest first."""
     if not rows:
         return []
     event = events.c
-    statement = _select_events(books).where(event.transaction_id.in_(rows))
-    with books.reading() as conn:
+    statement = _select_events(queries).where(event.transaction_id.in_(rows))
+    with queries.reading() as conn:
         found = run(conn, statement.order_by(event.position.desc(), event.id.desc()), {}).all()
         return _with_deliveries(conn, found)
 
 
-def every(books: Queries, user: Key | None) -> Iterator[EventRow]:
-    """All of ``latest``, or of ``of_user``, a stretch at a time."""
+def every(queries: Queries, user: Key | None) -> Iterator[EventRow]:
+    """All of ``latest``, or of ``of_user``, page by page."""
     after = None
     while True:
-        page = latest(books, after=after, limit=_EXPORT_ROWS) if user is None else of_user(books, user, after=after)
+        page = latest(queries, after=after, limit=_EXPORT_ROWS) if user is None else of_user(queries, user, after=after)
         yield from page.rows
         after = page.after
         if after is None:
             return
 
 
-def _select_events(books: Queries) -> sa.Select[Any]:
-    event, ledger, users = events.c, books.schema.credit_transactions.c, books.schema.users.c
-    # what a hold had set aside is no longer its amount once it was captured
+def _select_events(queries: Queries) -> sa.Select[Any]:
+    event, ledger, users = events.c, queries.schema.credit_transactions.c, queries.schema.users.c
+    # once a hold is captured, its row no longer has the credits that it set aside
     is_of_hold = sa.and_(ledger.held.is_not(None), event.kind.in_(_OF_HOLDS))
     return (
         sa.select(
@@ -246,13 +246,13 @@ def _select_events(books: Queries) -> sa.Select[Any]:
             event.transaction_id,
             event.threshold,
             ledger.user_id,
-            books.email(),
+            queries.email(),
             sa.case((is_of_hold, -ledger.held), else_=ledger.amount),
             ledger.description,
         )
         .select_from(events)
-        .join(books.schema.credit_transactions, ledger.id == event.transaction_id)
-        .outerjoin(books.schema.users, users.key == ledger.user_id)
+        .join(queries.schema.credit_transactions, ledger.id == event.transaction_id)
+        .outerjoin(queries.schema.users, users.key == ledger.user_id)
     )
 
 
@@ -278,7 +278,7 @@ def _with_deliveries(conn: sa.Connection, found: Sequence[Sequence[Any]]) -> lis
                 deliveries.append(DeliveryState(name, DELIVERED if letters[name, id] else DEAD))
             elif kinds is not None and kind not in kinds:
                 continue
-            elif (position, id) > (_place(cursor) if cursor else (-1, 0)):
+            elif (position, id) > (_position(cursor) if cursor else (-1, 0)):
                 deliveries.append(DeliveryState(name, WAITS))
             elif created_at >= since:
                 deliveries.append(DeliveryState(name, DELIVERED))
@@ -286,7 +286,7 @@ def _with_deliveries(conn: sa.Connection, found: Sequence[Sequence[Any]]) -> lis
     return made
 
 
-def _place(cursor: str) -> tuple[int, int]:
+def _position(cursor: str) -> tuple[int, int]:
     position, dash, id = cursor.partition("-")
     if dash and all(part.isascii() and part.isdigit() and len(part) < 19 for part in (position, id)):  # noqa: PLR2004
         return int(position), int(id)

@@ -1,6 +1,6 @@
-"""The one way in. Every request passes here before any page: its host, sign_in, session and form token are checked.
+"""The guard of all pages: it checks each request's host, origin, session and form token.
 
-Refusing is the default: what is not a file of ours (``/static``) or the log-in needs a session.
+Refusing is the default: all but our own files (``/static``) and the log-in need a session.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 Show = Callable[..., Response]
 
 
-class Refused(Exception):  # an answer, not a fault of the database or the ledger: no part of their tree
-    """A request that goes no further."""
+class Refused(Exception):  # an answer, not an error of the database or the ledger, so not in their tree
+    """A refused request."""
 
     def __init__(self, status: int, title: str, text: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(title)
@@ -71,7 +71,7 @@ class Guard:
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request through, or answer it here."""
+        """Pass a request on, or answer it here."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
@@ -79,7 +79,7 @@ class Guard:
             return
         cookie: str | None = None
 
-        async def dressed(message: Message) -> None:
+        async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in self._headers.items():
@@ -99,7 +99,7 @@ class Guard:
             log.info("refused status=%d path=%r peer=%r", refusal.status, scope["path"], _peer(scope))
             answer = self._show(request, "refused.html", status=refusal.status, title=refusal.title, text=refusal.text)
             answer.headers.update(refusal.headers)
-        await answer(scope, receive, dressed)
+        await answer(scope, receive, with_headers)
 
     async def _admit(self, request: Request) -> tuple[ASGIApp, str | None]:
         """The app that answers this request, and the cookie to set. Raises Refused."""
@@ -108,7 +108,7 @@ class Guard:
             return self._app, None
         session, cookie = self._session(request)
         if session is None:
-            return await self._knock(request, path)
+            return await self._answer_signed_out(request, path)
         request.state.session, request.state.token = session, self._sessions.token(session)
         if request.method in ("GET", "HEAD"):
             return self._app, cookie
@@ -122,14 +122,14 @@ class Guard:
             return RedirectResponse(_home(request.scope), 303), self._cookie("", age=0)
         return self._app, cookie
 
-    # --- who is it ---
+    # --- sign-in ---
 
     def _session(self, request: Request) -> tuple[Session | None, str | None]:
         """The request's session, and the cookie to set if it is new."""
         session = self._sessions.read(_cookie(request.headers))
         if not isinstance(self._sign_in, TrustedProxy):
             return session, None
-        # The proxy's word counts on every request: a cookie alone opens nothing.
+        # The proxy's header is required on every request: a cookie alone is not enough.
         if not self._sign_in.trusts(_peer(request.scope)):
             raise Refused(403, "Not from here", "This console is reached through its proxy only.")
         operator = self._sign_in.operator(request.scope["headers"])
@@ -141,14 +141,14 @@ class Guard:
         log.info("log-in operator=%r by=proxy", operator)
         return session, self._cookie(value)
 
-    async def _knock(self, request: Request, path: str) -> tuple[Response, str | None]:
-        """Answer somebody who is not in: the log-in itself, or the way to it."""
+    async def _answer_signed_out(self, request: Request, path: str) -> tuple[Response, str | None]:
+        """Answer a request without a session: the log-in itself, or a redirect to it."""
         sign_in, scope = self._sign_in, request.scope
         if isinstance(sign_in, LocalLink):
             if path == "/enter" and request.method == "GET":
                 operator = sign_in.redeem(request.query_params.get("token", ""))
                 if operator is not None:
-                    return self._welcome(scope, operator, "link")
+                    return self._begin_session(scope, operator, "link")
                 log.warning("log-in refused by=link peer=%r", _peer(scope))
             raise Refused(
                 401,
@@ -183,9 +183,9 @@ class Guard:
             log.warning("log-in refused operator=%r peer=%r", name[:100], _peer(request.scope))
             fault = "Name and password do not match."
             return self._show(request, "login.html", status=401, error=fault, name=name), None
-        return self._welcome(request.scope, operator, "password")
+        return self._begin_session(request.scope, operator, "password")
 
-    def _welcome(self, scope: Scope, operator: str, by: str) -> tuple[Response, str]:
+    def _begin_session(self, scope: Scope, operator: str, by: str) -> tuple[Response, str]:
         _, value = self._sessions.begin(operator)
         log.info("log-in operator=%r by=%s peer=%r", operator, by, _peer(scope))
         return RedirectResponse(_home(scope), 303), self._cookie(value)
@@ -194,10 +194,10 @@ class Guard:
         secure = "; Secure" if self._secure else ""
         return f"{COOKIE}={value}; Max-Age={age}; Path=/; HttpOnly; SameSite=Strict{secure}"
 
-    # --- where does it come from ---
+    # --- origin ---
 
     def _check_host(self, headers: Headers) -> None:
-        # A page elsewhere can point its own name at 127.0.0.1 (DNS rebinding); the name it then sends is not ours.
+        # Another site can point its own name at 127.0.0.1 (DNS rebinding); the Host header then has that name.
         if headers.get("host", "").lower() not in self._hosts:
             raise Refused(421, "Another host's name", "This console is not served under the name in this address.")
 
@@ -210,7 +210,7 @@ class Guard:
 
 
 async def _form(request: Request) -> dict[str, str]:
-    """The fields of a plain form; of a repeated one the last."""
+    """The fields of a plain form; the last value of a repeated one."""
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/x-www-form-urlencoded":
         raise Refused(415, "Not a form", "Nothing was changed. Send application/x-www-form-urlencoded.")
     try:
@@ -234,7 +234,7 @@ def _cookie(headers: Headers) -> str | None:
 
 
 def _peer(scope: Scope) -> str | None:
-    """The address at the other end of the connection, whatever headers say."""
+    """The address at the other end of the connection, regardless of headers."""
     return scope["client"][0] if scope.get("client") else None
 
 

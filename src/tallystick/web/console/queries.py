@@ -1,8 +1,8 @@
-"""Everything the console reads: bounded statements in read-only transactions, whatever the size of the ledger.
+"""The console's queries: bounded statements in read-only transactions, whatever the size of the ledger.
 
-No statement of a page depends on how many users or rows there are: lists go by keyset on an index, totals of big
-tables are the planner's estimates. The sums that must look at much (what users hold, and the rows of days that are not
-closed) are not made in a request; see ``background``.
+No statement of a page depends on the number of users or rows: lists use keyset pagination on an index, totals of large
+tables are the planner's estimates. Slow sums (the credits of all users, and the rows of days that are not closed) are
+not made in a request; see ``background``.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ TALLY_ROWS = 30
 CHART_ROWS = 400
 COUNT_UP_TO = 1000
 SUM_ROWS = 5_000
-"""Of a user with more rows the newest of them are summed up."""
+"""The number of a user's newest rows that are summed up."""
 ROWS_A_PAGE = 40
-"""Taken for a table that was never analyzed."""
+"""The estimate of rows in a page of a table that was never analyzed."""
 PAGE_TIMEOUT_MS = 5_000
 SUM_TIMEOUT_MS = 300_000
 DAYS = 30
@@ -53,7 +53,7 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True, slots=True)
 class Page(Generic[Row]):
-    """A stretch of a list. ``before`` and ``after`` are cursors to what lies on either side, None at an end."""
+    """A page of a list. ``before`` and ``after`` are cursors to the pages on either side, None at an end."""
 
     rows: list[Row]
     before: str | None
@@ -62,7 +62,7 @@ class Page(Generic[Row]):
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """A number of rows: counted up to a thousand, above that an estimate, or as many as were counted ("more than")."""
+    """A number of rows: counted up to a thousand, above that an estimate, or "more than" the counted number."""
 
     number: int
     about: str = ""
@@ -70,7 +70,7 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class UserRow:
-    """A user as lists show one. Times without a zone in the host's columns are taken as UTC."""
+    """A user in a list. Times without a zone in the host's columns are taken as UTC."""
 
     key: Key
     email: str | None
@@ -85,10 +85,10 @@ class UserRow:
 
 @dataclass(frozen=True, slots=True)
 class OneUser(UserRow):
-    """A user as her own page shows one: right also when something has expired and no row says so yet.
+    """A user on the user's own page, correct also if credits have expired and no row for it is written yet.
 
-    ``credit_expired`` are the credits that expired without a row: the balance here is lower by them than in the table.
-    Nothing is held and nothing expires where ``credit_due_at`` is None.
+    ``credit_expired`` are these credits: the balance here is lower by them than in the table. Without ``credit_due_at``
+    no credits are held or expire.
     """
 
     credit_held: int
@@ -99,11 +99,11 @@ class OneUser(UserRow):
 
 @dataclass(frozen=True, slots=True)
 class Origins:
-    """Credits that moved in a user's ledger: how they came, for money or without, and how they went.
+    """The sums of a user's ledger, by origin.
 
-    ``bought`` is what was paid for, less what was refunded; ``granted``, ``consumed`` and ``expired`` are less what was
-    taken back of them; ``moved`` came by a merge of two accounts, below 0 where it went. Together they make the balance
-    if ``rows`` are all. ``paid`` is the money, in minor units, by currency.
+    ``bought`` are paid credits less refunded ones; ``granted``, ``consumed`` and ``expired`` are less their reversals
+    and corrections; ``moved`` came by a merge of two accounts, below 0 if they went. They add up to the balance if
+    ``rows`` are all rows. ``paid`` is the money, in minor units, by currency.
     """
 
     bought: int
@@ -141,7 +141,7 @@ class Expiring:
 
 @dataclass(frozen=True, slots=True)
 class Notch:
-    """The parts of a ledger row that the tally draws."""
+    """The fields of a ledger row for the tally."""
 
     id: UUID
     status: str
@@ -153,7 +153,7 @@ class Notch:
 
 @dataclass(frozen=True, slots=True)
 class LedgerRow:
-    """A ledger row as the user's page shows it."""
+    """A ledger row for the user's page."""
 
     id: UUID
     type: str
@@ -179,7 +179,7 @@ class LedgerRow:
 
     @property
     def state(self) -> str:
-        """The status; of a hold in words of its own: ``held``, ``captured``, ``released`` or ``expired``."""
+        """The status; for a hold ``held``, ``captured``, ``released`` or ``expired``."""
         if self.held is None:
             return self.status
         if self.status == PENDING:
@@ -189,7 +189,7 @@ class LedgerRow:
 
 @dataclass(frozen=True, slots=True)
 class PendingRow:
-    """A purchase that waits for its payment."""
+    """A pending purchase."""
 
     id: UUID
     user_id: Key
@@ -202,7 +202,7 @@ class PendingRow:
 
 @dataclass(frozen=True, slots=True)
 class LostDelivery:
-    """A delivery of Stripe's that had no effect, and the reason of the last attempt."""
+    """A failed delivery of Stripe's, and the reason of the last attempt."""
 
     event_id: str
     type: str
@@ -215,7 +215,7 @@ class LostDelivery:
 
 @dataclass(frozen=True, slots=True)
 class MigrationRun:
-    """A run of a migration, from ``migration_log``; times in milliseconds, None where none was taken."""
+    """A run of a migration, from ``migration_log``; times in milliseconds, None if not measured."""
 
     id: int
     revision: str
@@ -230,7 +230,7 @@ class MigrationRun:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """Purchases that wait, by age; ``counted_all`` is false when there are more than are counted."""
+    """Pending purchases by age; ``counted_all`` is false if there are more than were counted."""
 
     total: int
     under_an_hour: int
@@ -242,10 +242,10 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Day:
-    """Credits that moved on one UTC day, less what was taken back of them on that day.
+    """Credits that moved on one UTC day, less reversals and the like of that day.
 
-    A reversal lowers ``consumed``, a correction ``granted``, a reinstatement ``refunded``: a day on which more was
-    taken back than moved has a number below 0, and the sum of the days is right.
+    A reversal lowers ``consumed``, a correction ``granted``, a reinstatement ``refunded``. A day with more of these has
+    a number below 0, so that the sum of the days is right.
     """
 
     date: dt.date
@@ -258,7 +258,7 @@ class Day:
 
 @dataclass(frozen=True, slots=True)
 class Holdings:
-    """The credits of all users: credits not yet spent, and what those in debt owe, both as positive numbers."""
+    """The credits of all users: those not yet spent, and those that users in debt owe, both as positive numbers."""
 
     outstanding: int
     holders: int
@@ -268,9 +268,9 @@ class Holdings:
 
 @dataclass(frozen=True, slots=True)
 class Money:
-    """Money in: minor units of ``currency`` in the last 30 days and in the 30 before, and the credits sold for them.
+    """Payments: minor units of ``currency`` in the last 30 days and in the 30 before, and the credits sold for them.
 
-    ``back`` and ``back_before`` went back to buyers in these times, in refunds and disputes that the ledger follows.
+    ``back`` and ``back_before`` are the refunds and disputes in these times that the ledger applied.
     """
 
     currency: str
@@ -282,13 +282,13 @@ class Money:
 
     @property
     def average(self) -> Fraction | None:
-        """Minor units for a credit, None where none was sold."""
+        """Minor units for a credit, None if none was sold."""
         return Fraction(self.now + self.before, self.credits) if self.credits else None
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """The sums of the overview: 60 days, the oldest first, the money of them, and what users hold now."""
+    """The sums of the overview: 60 days, the oldest first, their payments, and the present credits of users."""
 
     days: list[Day]
     money: list[Money]
@@ -301,7 +301,7 @@ class Figures:
 
 
 class Queries:
-    """Reads one database through one mapping. Every method opens and ends a read-only transaction of its own.
+    """The queries on one database. Every method opens and ends a read-only transaction of its own.
 
     Raises:
         DatabaseError, NotMigrated: from every method.
@@ -317,22 +317,22 @@ class Queries:
 
     @contextmanager
     def reading(self, *, timeout_ms: int = PAGE_TIMEOUT_MS) -> Iterator[sa.Connection]:
-        """A read-only transaction, so that PostgreSQL itself refuses a write, with a limit to each statement."""
+        """A read-only transaction, in which PostgreSQL refuses writes, with a statement timeout."""
         with transaction(self.engine) as reader:
             reader.execute(sa.select(sa.func.set_config("statement_timeout", str(timeout_ms), sa.true())))
             yield reader
 
     def age(self) -> Standby | None:
-        """The age of what is read, where that is a standby."""
+        """The standby that is read from, with its age; None if it is none."""
         with self.reading() as conn:
             return standby(conn)
 
     # --- users ---
 
     def sizes(self) -> tuple[Count, Count]:
-        """The number of users and of ledger rows. Counting all of many would read them all.
+        """The numbers of users and of ledger rows, estimated for large tables.
 
-        An estimate is the planner's: rows a page when the table was last analyzed, times the pages it has now.
+        An estimate is the planner's: rows a page when the table was last analyzed, times its present pages.
         """
         relation = sa.table(
             "pg_class", sa.column("oid"), sa.column("reltuples"), sa.column("relpages"), schema="pg_catalog"
@@ -356,8 +356,8 @@ class Queries:
         def count(counted: int, estimated: int | None) -> Count:
             if counted <= COUNT_UP_TO:
                 return Count(counted)
-            believed = (estimated or 0) > counted  # statistics of a time when there were few say too little
-            return Count(estimated or 0, "about ") if believed else Count(COUNT_UP_TO, "more than ")
+            use_estimate = (estimated or 0) > counted  # old statistics may be too low
+            return Count(estimated or 0, "about ") if use_estimate else Count(COUNT_UP_TO, "more than ")
 
         users, ledger = self.schema.users, self.schema.credit_transactions
         with self.reading() as conn:
@@ -365,7 +365,7 @@ class Queries:
         return count(row[0], row[1]), count(row[2], row[3])
 
     def user(self, key: Key) -> OneUser:
-        """The user with this key, in one statement where nothing of theirs is held or expires. Raises UnknownUser."""
+        """The user with this key, in one statement unless credits are held or expire. Raises UnknownUser."""
         c = self._users
         with self.reading() as conn:
             statement = self._select_users().add_columns(c.credit_held, c.credit_due_at)
@@ -387,10 +387,10 @@ class Queries:
     def users(
         self, *, search: str = "", before: str | None = None, after: str | None = None, limit: int = PAGE_ROWS
     ) -> Page[UserRow]:
-        """Users by key, ascending; ``before`` and ``after`` are cursors of a page got earlier.
+        """Users by key, ascending; ``before`` and ``after`` are cursors of an earlier page.
 
-        ``search`` is tried as a user's key, then as what Stripe or the ledger call one thing of theirs (customer,
-        session, payment intent, credit transaction), then as a whole e-mail address, then as part of one.
+        ``search`` is tried as a user's key, then as an id of a user's object (customer, session, payment intent, credit
+        transaction), then as a whole e-mail address, then as a part of one.
         """
         with self.reading() as conn:
             return page_of(
@@ -414,23 +414,23 @@ class Queries:
                 yield _user(row)
 
     def tallies(self, keys: Sequence[Key]) -> dict[Key, list[Notch]]:
-        """The last completed rows of each of these users, and what they have pending."""
+        """The last completed rows of each of these users, and their pending ones."""
         if not keys:
             return {}
         ledger, users = self._ledger, self._users
-        asked = sa.select(users.key).where(users.key.in_(keys)).subquery()
+        wanted = sa.select(users.key).where(users.key.in_(keys)).subquery()
         status = sa.cast(ledger.status, sa.Text).label("status")
         columns = (ledger.id, status, ledger.amount, ledger.balance_after, ledger.sequence, ledger.refund_of)
         done = (
             sa.select(*columns)
-            .where(ledger.user_id == asked.c.key, ledger.sequence.is_not(None))
+            .where(ledger.user_id == wanted.c.key, ledger.sequence.is_not(None))
             .order_by(ledger.sequence.desc())
             .limit(TALLY_ROWS)
         )
         waiting = (
             sa.select(*columns)
             .where(
-                ledger.user_id == asked.c.key,
+                ledger.user_id == wanted.c.key,
                 ledger.sequence.is_(None),
                 ledger.status == PENDING,
                 sa.or_(ledger.held.is_(None), self._is_held()),
@@ -440,7 +440,7 @@ class Queries:
         last = sa.union_all(done, waiting).subquery().lateral()
         found: dict[Key, list[Notch]] = {key: [] for key in keys}
         with self.reading() as conn:
-            for key, *notch in conn.execute(sa.select(asked.c.key, last).join(last, sa.true())):
+            for key, *notch in conn.execute(sa.select(wanted.c.key, last).join(last, sa.true())):
                 found[key].append(Notch(*notch))
         return found
 
@@ -467,11 +467,11 @@ class Queries:
             )
 
     def unfinished(self, user: Key, *, limit: int = PAGE_ROWS) -> list[LedgerRow]:
-        """The newest of what ``user`` has pending, without holds; then of what failed, however much that is."""
+        """The newest pending rows of ``user``, without holds; then the newest failed ones."""
         ledger = self._ledger
-        mine = self._select_ledger().where(self._owned(user), ledger.sequence.is_(None), sa.not_(self._is_held()))
-        mine = mine.order_by(ledger.id.desc())
-        states = (mine.where(ledger.status == state).limit(limit).subquery() for state in (PENDING, FAILED))
+        query = self._select_ledger().where(self._owned(user), ledger.sequence.is_(None), sa.not_(self._is_held()))
+        query = query.order_by(ledger.id.desc())
+        states = (query.where(ledger.status == state).limit(limit).subquery() for state in (PENDING, FAILED))
         with self.reading() as conn:
             rows = [_ledger_row(row) for row in conn.execute(sa.union_all(*(sa.select(state) for state in states)))]
         return sorted(rows, key=lambda row: (row.status != PENDING, -row.id.int))
@@ -481,11 +481,11 @@ class Queries:
     ) -> Page[LedgerRow]:
         """Credits of ``user`` set aside for work under way, the newest hold first."""
         ledger = self._ledger
-        mine = self._select_ledger().where(self._owned(user), ledger.sequence.is_(None), self._is_held())
+        query = self._select_ledger().where(self._owned(user), ledger.sequence.is_(None), self._is_held())
         with self.reading() as conn:
             return page_of(
                 conn,
-                mine,
+                query,
                 order=(ledger.id,),
                 place=lambda row: (row.id,),
                 parse=_uuid_cursor,
@@ -527,7 +527,7 @@ class Queries:
             return Expiring(*map(int, conn.execute(self._select_lots(user).with_only_columns(*sums)).one()))
 
     def origins(self, user: Key) -> Origins:
-        """The ways by which the credits of ``user`` came and went, in the newest rows of the ledger."""
+        """The sums of the newest rows of ``user``, by origin."""
         ledger = self._ledger
         newest = (
             sa.select(
@@ -580,7 +580,7 @@ class Queries:
         return None if row is None else _ledger_row(row)
 
     def refunded(self, user: Key, purchase: UUID) -> int:
-        """Credits of ``purchase`` that were taken back so far."""
+        """The refunded credits of ``purchase``."""
         ledger = self._ledger
         statement = sa.select(sa.func.coalesce(-sa.func.sum(ledger.amount), 0)).where(
             ledger.refund_of == purchase, self._owned(user)
@@ -600,12 +600,12 @@ class Queries:
         with self.reading() as conn:
             return [(row[0], row[1]) for row in conn.execute(statement)][::-1]
 
-    # --- what waits ---
+    # --- pending purchases and failed deliveries ---
 
     def pending(
         self, *, before: str | None = None, after: str | None = None, limit: int = PAGE_ROWS
     ) -> Page[PendingRow]:
-        """Purchases that wait for their payment, oldest first."""
+        """Pending purchases, oldest first."""
         ledger = self._ledger
         with self.reading() as conn:
             return page_of(
@@ -629,7 +629,7 @@ class Queries:
                 yield _pending_row(row)
 
     def waiting(self) -> Waiting:
-        """The number of purchases that wait, by age; counted up to a thousand, the oldest first."""
+        """The numbers of pending purchases by age; up to a thousand are counted, the oldest first."""
         ledger = self._ledger
         oldest = (
             sa.select(ledger.created_at).where(self._is_pending()).order_by(ledger.created_at).limit(COUNT_UP_TO + 1)
@@ -649,7 +649,7 @@ class Queries:
         return Waiting(min(total, COUNT_UP_TO), young, middle, old, first, total <= COUNT_UP_TO)
 
     def lost_deliveries(self) -> list[LostDelivery]:
-        """Deliveries of Stripe's that had no effect so far, the oldest first: those that a page can show."""
+        """Failed deliveries of Stripe's, the oldest first: as many as a page can show."""
         row = stripe_failed_deliveries.c
         columns = [row[name] for name in LostDelivery.__dataclass_fields__]
         statement = sa.select(*columns).where(row.resolved_at.is_(None)).order_by(row.first_at, row.event_id)
@@ -668,21 +668,21 @@ class Queries:
     # --- sums, too slow for a request ---
 
     def figures(self, now: dt.datetime) -> Figures:
-        """The sums of the overview as of ``now``. Looks at the rows of days that are not closed, and at every user."""
+        """The sums of the overview as of ``now``. Reads the rows of days that are not closed, and all users."""
         today = now.astimezone(dt.UTC).date()
         first = today - dt.timedelta(days=2 * DAYS - 1)
         with self.reading(timeout_ms=SUM_TIMEOUT_MS) as conn:
-            # a day that is closed or opened again from here on is counted by what this says
-            kept = conn.execute(self._kept(first, today)).all()
-            closed = {row.day for row in kept}
+            # this result decides: a day that is closed or opened again from here on is counted by it
+            sums = conn.execute(self._closed_days(first, today)).all()
+            closed = {row.day for row in sums}
             days = [first + dt.timedelta(days=n) for n in range(2 * DAYS)]
-            moved = [*kept, *conn.execute(self._by_day([day for day in days if day not in closed]))]
+            moved = [*sums, *conn.execute(self._by_day([day for day in days if day not in closed]))]
             back = conn.execute(self._money_back(first)).all()
             holdings = Holdings(*map(int, conn.execute(self._holdings()).one()))
         return _figures(moved, back, holdings, first)
 
-    def _kept(self, first: dt.date, last: dt.date) -> sa.Select[Any]:
-        """The sums of closed days; a closed day without any has a row as well."""
+    def _closed_days(self, first: dt.date, last: dt.date) -> sa.Select[Any]:
+        """The sums of closed days; a closed day without sums has a row too."""
         day, kept = kept_days.c, daily_sums.c
         return (
             sa.select(day.day, kept.kind, kept.currency, kept.credits, kept.paid)
@@ -691,14 +691,14 @@ class Queries:
         )
 
     def _by_day(self, days: Sequence[dt.date]) -> sa.Select[Any]:
-        """The same of the rows of other ``days``, in their order."""
+        """The sums of the rows of other ``days``, in the same form."""
         ledger = self._ledger
         day = sa.cast(sa.func.timezone("UTC", ledger.completed_at), sa.Date).label("day")
         undoes = sa.and_(sa.cast(ledger.type, sa.Text) == "grant", ledger.refund_of.is_not(None))
         kind = sa.case((undoes, "reinstatement"), else_=sa.cast(ledger.type, sa.Text)).label("kind")
         currency = sa.func.coalesce(sa.cast(ledger.currency, sa.Text), "").label("currency")
         sums = sa.func.sum(ledger.amount).label("credits"), sa.func.coalesce(sa.func.sum(ledger.amount_paid), 0)
-        of_days = sa.or_(sa.false(), *(ledger.completed_at.between(*ends) for ends in _stretches(days)))
+        of_days = sa.or_(sa.false(), *(ledger.completed_at.between(*ends) for ends in _consecutive_days(days)))
         completed = ledger.status == sa.literal_column("'completed'")  # the index's predicate
         return sa.select(day, kind, currency, *sums).where(completed, of_days).group_by(day, kind, currency)
 
@@ -715,10 +715,10 @@ class Queries:
     def _holdings(self) -> sa.Select[Any]:
         now = sa.func.tallystick.balance(self._users.key).table_valued(sa.column("balance", sa.BigInteger)).alias("now")
         settled = sa.select(now.c.balance).correlate(self.schema.users).scalar_subquery()
-        # the column holds credits that have expired until a row says so
+        # the column includes expired credits until the row of their expiry is written
         is_due = self._users.credit_due_at <= sa.func.now()
         each = sa.select(sa.case((is_due, settled), else_=self.schema.balance).label("balance"))
-        # OFFSET keeps the planner from putting the CASE, and its call of the function, wherever balance is named
+        # OFFSET keeps the planner from evaluating the CASE, with its function call, for each mention of balance
         balance = each.select_from(self.schema.users).offset(sa.literal_column("0")).subquery().c.balance
         total, count = sa.func.sum(balance), sa.func.count()
         return sa.select(
@@ -745,7 +745,7 @@ class Queries:
         )
 
     def email(self) -> sa.ColumnElement[Any]:
-        """A user's e-mail address, null where the app has none."""
+        """A user's e-mail address, null if the app has none."""
         return sa.cast(self._users.email, sa.Text) if "email" in self._users else sa.null()
 
     def _select_lots(self, user: Key) -> sa.Select[Any]:
@@ -757,7 +757,7 @@ class Queries:
             .join_from(self.schema.lots, self.schema.credit_transactions, self._ledger.id == lot.id)
             .where(
                 lot.user_id == sa.literal(self.schema.user_key(user), lot.user_id.type),
-                lot.remaining > sa.literal_column("0"),  # as the partial index says it
+                lot.remaining > sa.literal_column("0"),  # as in the partial index
                 lot.expires_at > sa.func.now(),
             )
         )
@@ -773,7 +773,7 @@ class Queries:
         for name in LedgerRow.__dataclass_fields__:
             if name == "workshop_title":
                 columns.append(title.label(name))
-            elif name in ("type", "status"):  # a label that a later version added is shown as it is
+            elif name in ("type", "status"):  # a label of a later version is shown as it is
                 columns.append(sa.cast(c[name], sa.Text).label(name))
             else:
                 columns.append(c[name])
@@ -788,11 +788,11 @@ class Queries:
         )
 
     def _is_pending(self) -> sa.ColumnElement[bool]:
-        # a literal, not a parameter: the partial index serves only what its own predicate proves
+        # a literal, not a parameter: the planner must see that it implies the partial index's predicate
         return sa.and_(self._ledger.status == sa.literal_column("'pending'"), self._ledger.held.is_(None))
 
     def _is_held(self) -> sa.ColumnElement[bool]:
-        """True of a hold under way: one whose time has passed counts as released, though no row says so yet."""
+        """True for an open hold: one that has expired counts as released, even before that is written."""
         ledger = self._ledger
         waits = ledger.status == sa.literal_column("'pending'")
         return sa.and_(waits, ledger.held.is_not(None), ledger.expires_at > sa.func.now())
@@ -812,7 +812,7 @@ class Queries:
         return self._users.key.in_(exact) if exact else self._resembles(search)
 
     def _found(self, conn: sa.Connection, search: str) -> list[Key]:
-        """Users whom ``search`` names exactly, each way by an index of its own."""
+        """Users whom ``search`` identifies exactly; each kind of id has an index."""
         users, ledger = self._users, self._ledger
         if "\0" in search:
             return []
@@ -870,9 +870,9 @@ def page_of(
     make: Callable[[sa.Row[Any]], Row],
     descending: bool,
 ) -> Page[Row]:
-    """Rows next to a cursor, in the list's own order. ``before`` asks for what the list shows above it.
+    """The rows next to a cursor, in the list's order; with ``before`` those above it.
 
-    ``place`` says where a row stands in ``order``, and ``parse`` reads that back from a cursor.
+    ``place`` returns a row's position in ``order``, and ``parse`` reads a position from a cursor.
     """
     upwards = before is not None
     cursor = before if upwards else after
@@ -912,7 +912,7 @@ def _moment_cursor(text: str) -> tuple[dt.datetime, UUID]:
     try:
         parsed, row = dt.datetime.fromisoformat(moment), UUID(id)
         if parsed.tzinfo is not None:
-            return parsed.astimezone(dt.UTC), row  # PostgreSQL knows no offset of 16 hours and more
+            return parsed.astimezone(dt.UTC), row  # PostgreSQL has no offsets of 16 hours and more
     except (ValueError, OverflowError):
         pass
     raise _bad_cursor(text)
@@ -967,7 +967,7 @@ _FIGURE_OF = {
     "reinstatement": "refunded",
     "expiry": "expired",
 }
-"""The figure of the overview that each type of row counts in; ``reinstatement`` is a grant that undoes a refund."""
+"""The figure of the overview for each type of row; ``reinstatement`` is a grant that undoes a refund."""
 _CREDITS_OUT = ("consumed", "refunded", "expired")
 
 
@@ -994,8 +994,8 @@ def _origins(summed: Sequence[Sequence[Any]]) -> Origins:
     )
 
 
-def _stretches(days: Sequence[dt.date]) -> Iterator[tuple[dt.datetime, dt.datetime]]:
-    """The first and the last moment of each stretch of ``days`` that follow one another."""
+def _consecutive_days(days: Sequence[dt.date]) -> Iterator[tuple[dt.datetime, dt.datetime]]:
+    """The first and the last moment of each run of consecutive ``days``."""
     for _, stretch in groupby(enumerate(days), key=lambda each: each[1] - dt.timedelta(days=each[0])):
         dates = [day for _, day in stretch]
         yield (
@@ -1012,7 +1012,7 @@ def _figures(
     middle = first + dt.timedelta(days=DAYS)
     for date, kind, currency, summed, paid in moved:
         if kind is None:
-            continue  # a closed day on which nothing moved
+            continue  # a closed day without sums
         credits = int(summed)  # a sum of bigint is a numeric
         if (name := _FIGURE_OF.get(kind)) is not None:
             days[date][name] += -credits if name in _CREDITS_OUT else credits

@@ -1,4 +1,4 @@
-"""The console's pages: one address for every state of every list, as a page, as JSON and as CSV."""
+"""The console's pages. Each state of a list has an address, as a page, as JSON and as CSV."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from tallystick.web.console.queries import PAGE_ROWS, Figures, Page, Queries
 from tallystick.web.shared import numbers
 from tallystick.web.shared.pages import StaticFiles, environment
 from tallystick.web.shared.tally import SMALL, tally
-from tallystick.web.shared.wording import what
+from tallystick.web.shared.wording import description_of
 
 if TYPE_CHECKING:
     from tallystick import stripe
@@ -57,14 +57,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("tallystick.console")
 
 AUDIT_UNASKED_ROWS = 2_000_000
-"""A ledger up to this size (by estimate) is checked when the overview is opened: it takes a few seconds."""
+"""A ledger up to this size (by estimate) is audited when the overview is opened, which takes a few seconds."""
 
 FIRST_FIGURES_S = 0.3
 DELIVERED = {**dict.fromkeys(("granted", "failed", "taken_back", "given_back"), "ran"), "refused": "kept"}
-"""The sentence about a delivery that was run again, by its outcome; after any other outcome it changed nothing."""
+"""The name of the sentence on a delivery that was run again, by its outcome; any other outcome changed nothing."""
 
 FIRST_ROWS = 10
-"""Of a user's holds, lots and events, so many are on the user's own page; each list has a page for all."""
+"""The most holds, lots and events on the user's own page; each list also has a page of its own."""
 
 SEARCH_MAX = 200
 _TIMED_OUT = "57014"
@@ -81,11 +81,11 @@ def console(
 ) -> ASGIApp:
     """The console as an ASGI application, to be served by itself or mounted in another.
 
-    ``address`` is where people open it, scheme and host as in their browser: requests under another name are refused,
-    and with https the session's cookie is sent over nothing else. Without ``allow_actions`` no page changes anything,
-    and all reading is done in read-only transactions. ``replica`` is an engine of a hot standby, which is then read
-    instead, and each page says how old its view is. Where actions are allowed, the pages of one user, of pending
-    purchases and of events are read where the actions are written, so that what was done is seen.
+    ``address`` is its scheme and host in the operators' browsers: requests for another host are refused, and with https
+    the session's cookie is sent over nothing else. Without ``allow_actions`` no page changes anything, and all reading
+    is done in read-only transactions. ``replica`` is an engine of a hot standby, which is then read instead, and each
+    page shows its age. If actions are allowed, the pages of one user, of pending purchases and of events are read from
+    the primary, so that they show the actions.
     """
     return _Console(config, engine, sign_in, address, allow_actions=allow_actions, replica=replica).app
 
@@ -124,7 +124,7 @@ class _Console:
             ago=ago,
             when=when,
             ahead=ahead,
-            what=what,
+            described=description_of,
             number=numbers.number,
             change=numbers.change,
             count=count,
@@ -201,7 +201,7 @@ class _Console:
             figures=figures,
             size=rows,
             waiting=queries.waiting(),
-            trouble=feed.trouble(queries),
+            delivery_problems=feed.delivery_problems(queries),
             oldest=queries.pending(limit=5).rows,
             receipt=receipts[0] if receipts else None,
             refresh=figures.result is None or self.audit.state.running,
@@ -228,7 +228,7 @@ class _Console:
         if form == "csv":
             return export.csv("users", queries.every_user(search=search), operator=_operator(request))
         try:
-            page = queries.users(search=search, **_place(request))
+            page = queries.users(search=search, **_cursors(request))
         except Conflict as error:
             if error.sqlstate != _TIMED_OUT or form == "json":
                 raise
@@ -256,7 +256,7 @@ class _Console:
         user = queries.user(key)
         if form == "csv":
             return export.csv(f"ledger-{key}", queries.every_row(key), operator=_operator(request))
-        page = queries.ledger(key, **_place(request))
+        page = queries.ledger(key, **_cursors(request))
         newest = page.before is None
         unfinished = queries.unfinished(key) if newest else []
         holds = queries.holds(key) if user.credit_held else Page([], None, None)
@@ -268,7 +268,7 @@ class _Console:
             notches = [*page.rows, *holds.rows, *unfinished]
         else:
             notches = [*queries.ledger(key, limit=100).rows, *holds.rows, *queries.unfinished(key)]
-        notches = [row for row in notches if row.state != "expired"]  # a hold that no row calls failed yet
+        notches = [row for row in notches if row.state != "expired"]  # an expired hold whose row is still pending
         done = request.query_params.get("done", "")
         events = feed.state(queries)
         shown = [row.id for row in (*page.rows, *holds.rows, *unfinished)]
@@ -283,7 +283,7 @@ class _Console:
             expiring=queries.expiring(key) if lots.rows else None,
             origins=queries.origins(key) if user.credit_sequence else None,
             events=events,
-            told=feed.of_rows(queries, shown) if events else [],
+            user_events=feed.of_rows(queries, shown) if events else [],
             notches=notches,
             total=None if newest and page.after is None else user.credit_sequence,
             done=queries.transaction(key, UUID(done)) if _is_uuid(done) else None,
@@ -295,7 +295,7 @@ class _Console:
         user = queries.user(key)
         if form == "csv":
             return export.csv(f"holds-{key}", queries.every_hold(key), operator=_operator(request))
-        page = queries.holds(key, **_place(request))
+        page = queries.holds(key, **_cursors(request))
         if form == "json":
             return self._list(request, page, key=key)
         return self.show(request, "holds.html", user=user, page=page)
@@ -306,20 +306,20 @@ class _Console:
         user = queries.user(key)
         if form == "csv":
             return export.csv(f"lots-{key}", queries.every_lot(key), operator=_operator(request))
-        page = queries.lots(key, **_place(request))
+        page = queries.lots(key, **_cursors(request))
         if form == "json":
             return self._list(request, page, key=key)
         return self.show(request, "lots.html", user=user, page=page, expiring=queries.expiring(key))
 
     def events(self, request: Request, form: str) -> Response:
-        """The feed, or with a ``key`` what was told of one user."""
+        """The events of all users, or with a ``key`` those of one user."""
         queries = self.reading(request)
         user = queries.user(self._key(request)) if "key" in request.query_params else None
         key = None if user is None else user.key
         if form == "csv":
             name = "events" if user is None else f"events-{key}"
             return export.csv(name, feed.every(queries, key), operator=_operator(request), columns=feed.EventRow)
-        place = _place(request)
+        place = _cursors(request)
         page = feed.latest(queries, **place) if user is None else feed.of_user(queries, user.key, **place)
         if user is not None:
             if form == "json":
@@ -328,11 +328,11 @@ class _Console:
         around: dict[str, Any] = {"endpoints": feed.endpoints(queries), "dead_letters": feed.dead_letters(queries)}
         if form == "json":
             return self._list(request, page, **around)
-        told = request.query_params.get("told", "") if self.can_send else ""
-        return self.show(request, "events.html", page=page, events=feed.state(queries), told=told, **around)
+        outcome = request.query_params.get("outcome", "") if self.can_send else ""
+        return self.show(request, "events.html", page=page, events=feed.state(queries), outcome=outcome, **around)
 
     def send_again(self, request: Request) -> Response:
-        """Send the dead letter that the form names to its endpoint once more, and wait for the answer."""
+        """Send the dead letter in the form to its endpoint again, and wait for the answer."""
         from tallystick.events import deliver  # noqa: PLC0415 - an extra
 
         form: Mapping[str, str] = request.state.form
@@ -342,13 +342,17 @@ class _Console:
         try:
             with transaction(self.engine) as conn:
                 [sent] = deliver.replay(conn, endpoint, [int(event)])
-            told = "taken" if sent.error is None else "refused"
-        except InvalidArgument:  # somebody else was faster, or has removed the endpoint
-            told = "gone"
+            outcome = "taken" if sent.error is None else "refused"
+        except InvalidArgument:  # another operator has sent it, or removed the endpoint
+            outcome = "gone"
         log.info(
-            "action=send-again operator=%r endpoint=%r event=%s outcome=%s", _operator(request), endpoint, event, told
+            "action=send-again operator=%r endpoint=%r event=%s outcome=%s",
+            _operator(request),
+            endpoint,
+            event,
+            outcome,
         )
-        return RedirectResponse(self.at(request, "/events", told=told), 303)
+        return RedirectResponse(self.at(request, "/events", outcome=outcome), 303)
 
     def steps(self, request: Request) -> Response:
         queries = self.reading(request)
@@ -360,37 +364,39 @@ class _Console:
         queries = self.reading(request)
         if form == "csv":
             return export.csv("pending", queries.every_pending(), operator=_operator(request))
-        page = queries.pending(**_place(request))
+        page = queries.pending(**_cursors(request))
         if form == "json":
             return self._list(request, page)
-        asked = self.stripe.state if self.stripe else None
+        stripe_run = self.stripe.state if self.stripe else None
         return self.show(
             request,
             "pending.html",
             page=page,
             waiting=queries.waiting(),
             lost=queries.lost_deliveries(),
-            asked=asked,
-            told=request.query_params.get("told", "") if self.stripe else "",
-            refresh=asked is not None and asked.running,
+            stripe_run=stripe_run,
+            outcome=request.query_params.get("outcome", "") if self.stripe else "",
+            refresh=stripe_run is not None and stripe_run.running,
         )
 
     def ask_stripe(self, request: Request) -> Response:
-        """Ask about one purchase, whose user and session the form names; about one failed delivery; or about all."""
+        """Confirm the purchase in the form, run its failed delivery again, or reconcile all."""
         assert self.stripe  # noqa: S101 - there is no route without it
         form: Mapping[str, str] = request.state.form
         event = form.get("event", "")
         if event:
-            outcomes = self.redeliver([event])  # none, if somebody else was faster
+            outcomes = self.redeliver([event])  # none, if another operator was faster
             log.info("action=redeliver operator=%r event=%r outcomes=%s", _operator(request), event, outcomes)
-            told = DELIVERED.get(outcomes[0][1], "unchanged") if outcomes else ""
-            return RedirectResponse(self.at(request, "/pending", told=told), 303)
+            outcome = DELIVERED.get(outcomes[0][1], "unchanged") if outcomes else ""
+            return RedirectResponse(self.at(request, "/pending", outcome=outcome), 303)
         session = form.get("session", "")
         if session:
             user = self._parsed_key(form.get("key", ""))
-            said = self.confirm(user, session)
-            log.info("action=ask-stripe operator=%r session=%r outcome=%s", _operator(request), session, said.outcome)
-            return RedirectResponse(self.at(request, "/pending", told=said.purchase.status), 303)
+            confirmation = self.confirm(user, session)
+            log.info(
+                "action=ask-stripe operator=%r session=%r outcome=%s", _operator(request), session, confirmation.outcome
+            )
+            return RedirectResponse(self.at(request, "/pending", outcome=confirmation.purchase.status), 303)
         started = self.stripe.start()
         log.info("action=reconcile operator=%r started=%s", _operator(request), started)
         self.stripe.wait(FIRST_FIGURES_S)
@@ -437,11 +443,13 @@ class _Console:
             return export.json({"rows": receipts})
         return self.show(request, "migrations.html", receipts=receipts)
 
-    # --- actions: a look at what will happen, by GET; then the deed, by POST ---
+    # --- actions: the review by GET, then the action by POST ---
 
     def review(self, request: Request) -> Response:
         review = self._review(request, request.query_params)
-        return self.show(request, "action.html", status=422 if review.fault and review.asked else 200, review=review)
+        return self.show(
+            request, "action.html", status=422 if review.fault and review.filled_in else 200, review=review
+        )
 
     def act(self, request: Request) -> Response:
         assert self.actions  # noqa: S101 - there is no route without them
@@ -474,10 +482,10 @@ class _Console:
             refunded = queries.refunded(key, purchase.id)
         return self.actions.review(name, user, fields, purchase=purchase, refunded=refunded)
 
-    # --- what all pages share ---
+    # --- shared by all pages ---
 
     def reading(self, request: Request) -> Queries:
-        """The queries that answer a request; the age of what they read is kept with the request."""
+        """The queries for a request; the age of a standby is stored with the request."""
         page = request.url.path.removeprefix(request.scope.get("root_path", "")).lstrip("/")
         queries = self.live if re.match(r"(user|pending|events)\b", page) else self.queries
         if self.has_replica:
@@ -490,7 +498,7 @@ class _Console:
             at=partial(self.at, request),
             session=session,
             token=request.state.token,
-            # in the address of a review, so that going back to it is no second intent
+            # kept in the address of a review, so that the back button makes no second intent
             once=request.query_params.get("once") or secrets.token_urlsafe(16),
             here={name: request.query_params.get(name) for name in ("q", "key", "before", "after")},
             path=request.url.path.removeprefix(request.scope.get("root_path", "")) if session else "",
@@ -500,10 +508,10 @@ class _Console:
         return HTMLResponse(page, status)
 
     def at(self, request: Request, path: str, **query: object) -> str:
-        """An address of this console, below wherever it is mounted."""
-        asked = {name: str(value) for name, value in query.items() if value is not None and value != ""}
+        """An address of this console, with its mount path."""
+        parameters = {name: str(value) for name, value in query.items() if value is not None and value != ""}
         root = quote(str(request.scope.get("root_path", "")))
-        return f"{root}{path}" + (f"?{urlencode(asked)}" if asked else "")
+        return f"{root}{path}" + (f"?{urlencode(parameters)}" if parameters else "")
 
     def refused(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, TallystickError)  # noqa: S101 - as registered
@@ -551,7 +559,7 @@ class _Console:
         )
 
     def _list(self, request: Request, page: Page[Any], **values: Any) -> Response:
-        """A page of a list as JSON, with the addresses of its neighbours."""
+        """A page of a list as JSON, with the addresses of the next pages on either side."""
         path = request.url.path.removeprefix(request.scope.get("root_path", ""))
         query = {name: value for name, value in values.items() if name in ("q", "key")}
         links = {
@@ -571,7 +579,7 @@ class _Console:
         return key
 
     def static(self, request: Request) -> Response:
-        """A file of ours. Its address carries no version, so browsers ask again; they are small."""
+        """A file of ours. Its address has no version, so browsers revalidate it; the files are small."""
         found = self.files.get(request.path_params["name"])
         if found is None:
             raise HTTPException(404)
@@ -585,7 +593,7 @@ class _Console:
     def _audit(self, progress: OnProgress) -> audit.AuditReport:
         with translated(connecting=True):
             conn = self.queries.engine.connect()
-        with conn:  # without a transaction: each range of the audit is one of its own, read-only as all unasked reading
+        with conn:  # without a transaction: each range of the audit has one of its own, which is read-only
             reader = conn.execution_options(isolation_level="READ COMMITTED")
             return audit.audit(reader, self.config, progress=progress)
 
@@ -599,12 +607,12 @@ def count(number: int, noun: str) -> str:
 
 
 def utc(moment: dt.datetime) -> str:
-    """A moment as exactly as it is known."""
+    """A moment with its full precision."""
     return moment.astimezone(dt.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def ago(moment: dt.datetime | None) -> Markup:
-    """The age of a moment, with the exact time to hover and for machines."""
+    """The age of a moment, with the exact time as a tooltip and for machines."""
     if moment is None:
         return Markup("")
     seconds = (dt.datetime.now(dt.UTC) - moment).total_seconds()
@@ -614,7 +622,7 @@ def ago(moment: dt.datetime | None) -> Markup:
 
 
 def when(moment: dt.datetime | None) -> Markup:
-    """As ``ago``, with the time itself below it: a telephone has nothing to hover with."""
+    """As ``ago``, with the time below it, since a telephone has no tooltips."""
     if moment is None:
         return Markup("")
     return Markup('{}<span class="at">{:%Y-%m-%d %H:%M}</span>').format(ago(moment), moment.astimezone(dt.UTC))
@@ -646,7 +654,7 @@ def _ago(seconds: float, moment: dt.datetime) -> str:
 
 
 def linked(kind: str) -> str:
-    """The row that a row of this type is linked to, in a word or two."""
+    """The name of the row that a row of this type refers to."""
     undone = {"refund": "purchase", "grant": "purchase", "reversal": "consumption", "correction": "grant"}
     return undone.get(kind, "row")
 
@@ -659,29 +667,29 @@ def milliseconds(value: float | None) -> str:
 
 
 def blocker(one: object) -> str:
-    """The session that a migration waited for, in a line: the session's fields as the receipt has them."""
+    """The session that a migration waited for, in a line, from its fields in the receipt."""
     if not isinstance(one, Mapping):
         return str(one)
     return ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in one.items() if value not in (None, "", []))
 
 
 def stripe_address(id: str) -> str:
-    """The page of Stripe's dashboard on the object of this id, test or live."""
+    """The page of Stripe's dashboard for the object of this id, test or live."""
     return "https://dashboard.stripe.com/search?" + urlencode({"query": id})
 
 
-class _Place(TypedDict):
+class _Cursors(TypedDict):
     before: str | None
     after: str | None
 
 
-def _place(request: Request) -> _Place:
+def _cursors(request: Request) -> _Cursors:
     before, after = (request.query_params.get(name) or None for name in ("before", "after"))
     return {"before": before, "after": None if before else after}
 
 
 def _age(request: Request) -> Standby | None:
-    """The age of what was read for a request from a standby."""
+    """The standby that was read for a request, with its age."""
     return getattr(request.state, "age", None)
 
 

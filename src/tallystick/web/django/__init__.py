@@ -1,4 +1,4 @@
-"""The buyer's side of the web for an app of Django's: views behind a credit, pages, purchase, and the admin.
+"""The buyer's side of the web for a Django app: paywalled views, pages, purchase, and the admin.
 
 ::
 

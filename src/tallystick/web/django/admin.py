@@ -1,4 +1,4 @@
-"""A user's ledger in Django's admin, to be read and not to be changed."""
+"""A user's ledger in Django's admin, read-only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from django.db.models import Model, QuerySet
 from django.http import HttpRequest
 from django.utils.html import format_html, format_html_join
 
-from tallystick.web.django.django_billing import DjangoBilling, stands_before
+from tallystick.web.django.django_billing import DjangoBilling, refuse_base_before_mixin
 from tallystick.web.shared import numbers
 
 ROWS = 50
@@ -17,21 +17,21 @@ FIELD = "credit_ledger"
 
 
 class LedgerAdmin:
-    """For the ``ModelAdmin`` of the app's users: the newest of their ledger, and nothing of it to be edited.
+    """A mixin for the ``ModelAdmin`` of the app's users, with their newest ledger rows, read-only.
 
     ``billing`` is the app's, as a class attribute. Columns of ours that the model has are read-only. A user with
-    rows in the ledger has no "delete": the database would refuse it.
+    rows in the ledger cannot be deleted: the database would refuse it.
 
-    Django saves every column that it has loaded. The credits of a user may change between the two, so an object of
-    this admin is saved without the columns that the ledger's functions write.
+    Django saves every column that it has loaded, and a user's credits may have changed meanwhile. So this admin saves
+    an object without the columns that the ledger's functions write.
     """
 
     billing: ClassVar[DjangoBilling]
 
     def __init_subclass__(cls, **given: Any) -> None:
-        """Raise TypeError where the ``ModelAdmin`` stands first: none of these methods would be called."""
+        """Raise TypeError if the ``ModelAdmin`` comes first: none of these methods would be called."""
         super().__init_subclass__(**given)
-        stands_before(LedgerAdmin, ModelAdmin, cls)
+        refuse_base_before_mixin(LedgerAdmin, ModelAdmin, cls)
 
     def credit_ledger(self, user: Any) -> Any:
         """The balance and the newest rows, as a table."""
@@ -57,38 +57,38 @@ class LedgerAdmin:
                 for row in rows
             ),
         )
-        said = f"{texts.history_balance(now.balance)} {texts.history_held(now) or ''}".strip()
+        summary = f"{texts.history_balance(now.balance)} {texts.history_held(now) or ''}".strip()
         if len(rows) == ROWS:
-            said += f" The newest {ROWS} entries; all are in the console."
-        return format_html("<p>{}</p><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>", said, head, body)
+            summary += f" The newest {ROWS} entries; all are in the console."
+        return format_html("<p>{}</p><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table>", summary, head, body)
 
     credit_ledger.short_description = "Ledger"  # type: ignore[attr-defined]  # Django's own way
 
     def user_key(self, user: Any) -> Any:
-        """The key by which the ledger knows the user; override it where that is not the primary key."""
+        """The user's key in the ledger; override it if that is not the primary key."""
         return user.pk
 
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> tuple[Any, ...]:
-        """Those of the app, the ledger, and the columns that its functions alone write."""
+        """The app's read-only fields, the ledger, and the columns that only its functions write."""
         theirs = super().get_readonly_fields(request, obj)  # type: ignore[misc]  # of the ModelAdmin beside it
         return (*theirs, FIELD, *(field.name for field in self._ours() if field.name not in theirs))
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:
-        """That of the app, without the columns of ours that no list shows."""
+        """The app's queryset, without our columns that the list does not show."""
         found: QuerySet[Any] = super().get_queryset(request)  # type: ignore[misc]
         shown = self.get_list_display(request)  # type: ignore[attr-defined]  # one statement a row would load them
         return found.defer(*(field.name for field in self._ours() if field.name not in shown))
 
     def get_object(self, request: HttpRequest, object_id: str, from_field: str | None = None) -> Any:
-        """The user of a page of the admin's, whom a form of it may save."""
+        """The user of an admin page, whom its form may save."""
         return self._unloaded(super().get_object(request, object_id, from_field))  # type: ignore[misc]
 
     def save_model(self, request: HttpRequest, obj: Any, form: Any, change: Any) -> None:
-        """As the app does it, without the columns of ours."""
+        """Save as the app does, without our columns."""
         super().save_model(request, self._unloaded(obj) if change else obj, form, change)  # type: ignore[misc]
 
     def get_fieldsets(self, request: HttpRequest, obj: Any = None) -> list[Any]:
-        """Those of the app, and the ledger below them; of a user who is not there yet, none."""
+        """The app's fieldsets, and the ledger below them, except for a new user."""
         theirs = super().get_fieldsets(request, obj)  # type: ignore[misc]
         kept = [
             (title, {**options, "fields": tuple(name for name in options["fields"] if name != FIELD)})
@@ -97,7 +97,7 @@ class LedgerAdmin:
         return kept if obj is None else [*kept, ("Credits", {"fields": (FIELD,)})]
 
     def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
-        """None for a user whom the ledger knows."""
+        """False for a user with rows in the ledger."""
         allowed = bool(super().has_delete_permission(request, obj))  # type: ignore[misc]
         if not allowed or obj is None:
             return allowed
@@ -105,19 +105,19 @@ class LedgerAdmin:
         return not rows
 
     def get_actions(self, request: HttpRequest) -> dict[str, Any]:
-        """Without "delete selected", which asks for no user's permission."""
+        """The actions without "delete selected", which does not check single users."""
         theirs: dict[str, Any] = super().get_actions(request)  # type: ignore[misc]
         return {name: action for name, action in theirs.items() if name != "delete_selected"}
 
     def _ours(self) -> list[Any]:
-        """The model's fields, by any name, for columns that the ledger's functions alone write."""
+        """The model's fields for columns that only the ledger's functions write."""
         columns = self.billing.ledger.schema.users.c
         written = {columns[key].name for key in OURS}
         model: Any = self.model  # type: ignore[attr-defined]
         return [field for field in model._meta.concrete_fields if field.column in written]  # noqa: SLF001 - documented
 
     def _unloaded(self, user: Any) -> Any:
-        """``user`` with our columns as if they had not been loaded: Django saves those that are."""
+        """``user`` with our columns marked as not loaded, since Django saves those that are."""
         if isinstance(user, Model):
             for field in self._ours():
                 user.__dict__.pop(field.attname, None)

@@ -1,7 +1,7 @@
-"""The one object that an app of Django's makes: the pages, and the checks before its own views.
+"""The object that a Django app makes: the pages, and the checks before its own views.
 
-All that is read and spent goes through Django's own connection, inside the transaction that Django has there. What
-asks Stripe runs in transactions of its own, through an engine of SQLAlchemy's.
+All reading and spending uses Django's own connection, inside Django's transaction. Requests to Stripe have transactions
+of their own, through an engine of SQLAlchemy's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tallystick.config import Config
 from tallystick.database import engine as engine_of
 from tallystick.errors import ConfigError, Key, NotSignedIn, TallystickError, UnknownUser
 from tallystick.ledger import Access
-from tallystick.web.buyer.asked import HTML, SERVER_FAULT, BuyerPage, Reply
+from tallystick.web.buyer.buyer_request import HTML, SERVER_FAULT, BuyerPage, Reply
 from tallystick.web.buyer.core import Pages
 from tallystick.web.buyer.fragments import Fragments
 from tallystick.web.buyer.refusals import Refusals
@@ -41,13 +41,13 @@ from tallystick.web.shared.pages import buyer_headers
 
 View = Callable[..., Any]
 Preview = Callable[[HttpRequest, Key], Any]
-"""The part of a workshop that the paywall shows blurred, marked safe. It must hold nothing that a credit buys."""
+"""The part of a workshop that the paywall shows blurred, marked safe. It must not contain what a credit buys."""
 
 NAMESPACE = "tallystick"
 
 
-class DjangoAsked:
-    """A request of Django's as the pages see it."""
+class DjangoRequest:
+    """A request of Django's, for the pages."""
 
     def __init__(self, request: HttpRequest) -> None:
         self.request = request
@@ -63,22 +63,22 @@ class DjangoAsked:
         return f"{self.request.scheme}://{self.request.get_host()}"
 
     def url(self, name: str, /, **path: str) -> str:
-        """The path of one of our routes, where the app has included them."""
+        """The path of one of our routes, under the app's prefix."""
         return str(reverse(f"{NAMESPACE}:{name}", kwargs=path))
 
     def form_token(self) -> Markup:
-        """The field that Django's ``CsrfViewMiddleware`` looks for."""
+        """The field for Django's ``CsrfViewMiddleware``."""
         return Markup('<input type="hidden" name="csrfmiddlewaretoken" value="{}">').format(get_token(self.request))
 
 
 def signed_in_key(request: HttpRequest) -> Key | None:
-    """The primary key of whom Django's authentication has signed in."""
+    """The primary key of the user whom Django has authenticated, or None."""
     key: Key | None = request.user.pk if request.user.is_authenticated else None
     return key
 
 
 class DjangoBilling:
-    """Everything a buyer meets, and the checks before the app's own views.
+    """The buyer's pages, and the checks before the app's own views.
 
     Attributes:
         ledger, accounts: the operations, which take Django's ``connection``.
@@ -99,19 +99,19 @@ class DjangoBilling:
         preview: Preview | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """Read nothing yet: neither Django's settings nor the database.
+        """Store the settings; neither Django's settings nor the database are read yet.
 
         Args:
-            config: what is sold, and where the app keeps its users and workshops.
-            user_key: the key of who is signed in, or None; ``request.user.pk`` unless the mapping names another key.
+            config: the packs, and the mapping of users and workshops.
+            user_key: returns the key of the signed-in user, or None; by default ``request.user.pk``.
             using: the name of the database in ``DATABASES``.
-            engine: for what asks Stripe; one for ``config.database_url`` unless given.
-            layout: a template of Django's for our pages, which get ``title``, ``head`` and ``main`` in it.
-            texts: every word a buyer reads; subclass ``Texts`` to translate.
-            templates: a Jinja loader that is asked for our templates before ours.
-            home: where a buyer goes who came from nowhere.
-            contact: an address (``mailto:…``) for those whom no pack fits.
-            preview: what the paywall shows blurred.
+            engine: for requests to Stripe; one for ``config.database_url`` unless given.
+            layout: a Django template for our pages, with ``title``, ``head`` and ``main`` in its context.
+            texts: all texts for the buyer; subclass ``Texts`` to translate.
+            templates: a Jinja loader of templates that replace ours.
+            home: the address for a buyer who has none to return to.
+            contact: an address (``mailto:…``) for buyers whom no pack fits.
+            preview: returns the part that the paywall shows blurred.
             headers: to add to or change in the headers of our pages.
         """
         sells = config.stripe_secret_key is not None or importlib.util.find_spec("stripe") is not None
@@ -139,7 +139,7 @@ class DjangoBilling:
 
     @cached_property
     def engine(self) -> sa.Engine:
-        """The engine for what asks Stripe. Raises ConfigError where none was given and no address is known."""
+        """The engine for requests to Stripe. Raises ConfigError if neither it nor an address was given."""
         if self._engine is not None:
             return self._engine
         if self.config.database_url is None:
@@ -157,14 +157,14 @@ class DjangoBilling:
         """Django's connection of this thread."""
         return connections[self._using]
 
-    # --- before the app's own views ---
+    # --- checks before the app's own views ---
 
     def requires_open_workshop(self, view: View) -> View:
         """A decorator for views with a ``workshop`` in their path: it must be open and the user's, else 402 or 404."""
         return self._guarded(view, lambda request, given: self.require_open(self.signed_in(request), given["workshop"]))
 
     def requires_credit(self, amount: int) -> Callable[[View], View]:
-        """A decorator that lets only those pass who have ``amount`` credits. It looks and does not spend.
+        """A decorator that requires ``amount`` credits. It does not spend.
 
         Spend in the view with ``billing.ledger.consume``, which checks again.
         """
@@ -190,12 +190,12 @@ class DjangoBilling:
         return self.pages.paywall.require_open(self.connection, user, workshop)
 
     def refusal(self, request: HttpRequest, error: TallystickError) -> HttpResponse:
-        """The answer to an error that a view of the app's own has caught.
+        """The response to an error that a view of the app has caught.
 
-        After a fault of the database's or ours the transaction that Django has begun is rolled back, and the page comes
-        without the app's layout, which may ask the database.
+        After a fault of the database or ours Django's transaction is rolled back, and the page comes without the app's
+        layout, which may query the database.
         """
-        found = self._refusals.answer(DjangoAsked(request), error)
+        found = self._refusals.answer(DjangoRequest(request), error)
         if found.status >= SERVER_FAULT and self.connection.in_atomic_block:
             transaction.set_rollback(True, using=self._using)
         return self.response(request, found)
@@ -203,33 +203,33 @@ class DjangoBilling:
     def context(self, request: HttpRequest) -> dict[str, Any]:
         """A context processor: ``{{ billing.head }}``, ``{{ billing.badge }}`` and ``{{ billing.welcome }}``.
 
-        A template that uses none of them costs no query.
+        A template that uses none of them causes no query.
         """
         return {"billing": SimpleLazyObject(lambda: self.fragments(request))}
 
     def fragments(self, request: HttpRequest) -> Fragments:
-        """Parts of pages for the app's own templates: one query for who is signed in."""
+        """Parts of pages for the app's own templates, with one query for the signed-in user."""
         user = self._user_key(request)
         try:
             account = None if user is None else self.accounts.get(self.connection, user)
-        except UnknownUser:  # signed in, and without a row in the table of users that the ledger knows
+        except UnknownUser:  # signed in, but without a row in the mapped table of users
             account = None
-        return Fragments(self.renderer, DjangoAsked(request), account)
+        return Fragments(self.renderer, DjangoRequest(request), account)
 
     # --- answers ---
 
     def response(self, request: HttpRequest, found: BuyerPage | Reply) -> HttpResponse:
-        """The page or answer of the core, as Django sends it."""
+        """The page or answer of the core, as Django's response."""
         if isinstance(found, BuyerPage):
             preview = None
             if self._preview is not None and found.preview_of is not None:
                 preview = self._preview(request, found.preview_of)
-            found = self.renderer.answer(DjangoAsked(request), found, preview=preview)
+            found = self.renderer.answer(DjangoRequest(request), found, preview=preview)
         made = HttpResponse(found.body, status=found.status, content_type=f"{found.media_type}; charset=utf-8")
-        return self.dressed(made, found.headers)
+        return self.with_headers(made, found.headers)
 
-    def dressed(self, made: Any, own: Mapping[str, str]) -> Any:
-        """A response with headers of its own, and the others of ours."""
+    def with_headers(self, made: Any, own: Mapping[str, str]) -> Any:
+        """A response with its own headers, and the others of ours."""
         for name, value in {**self._headers, **own}.items():
             made.headers[name] = value
         return made
@@ -245,29 +245,29 @@ class DjangoBilling:
             except TallystickError as error:
                 return self.refusal(request, error)
             answer = view(request, *args, **given)
-            patch_cache_control(answer, private=True)  # a cache between must not hand it to those without the credit
+            patch_cache_control(answer, private=True)  # a shared cache must not give it to users without the credit
             patch_vary_headers(answer, ("Cookie",))
             return answer
 
         return guarded
 
-    def _framed(self, layout: str) -> Callable[[DjangoAsked, str, Markup], str]:
-        def framed(asked: DjangoAsked, title: str, main: Markup) -> str:
-            head = Markup(self.renderer.render(asked, "head.html"))  # noqa: S704 - of our own template
-            return str(render_to_string(layout, {"title": title, "head": head, "main": main}, asked.request))
+    def _framed(self, layout: str) -> Callable[[DjangoRequest, str, Markup], str]:
+        def framed(buyer_request: DjangoRequest, title: str, main: Markup) -> str:
+            head = Markup(self.renderer.render(buyer_request, "head.html"))  # noqa: S704 - of our own template
+            return str(render_to_string(layout, {"title": title, "head": head, "main": main}, buyer_request.request))
 
         return framed
 
 
 class OpenWorkshopMixin:
-    """For class-based views with a ``workshop`` in their path; ``billing`` is the app's, as a class attribute."""
+    """A mixin for class-based views with a ``workshop`` in their path; ``billing`` is the app's, a class attribute."""
 
     billing: ClassVar[DjangoBilling]
 
     def __init_subclass__(cls, **given: Any) -> None:
-        """Raise TypeError where the view stands first, which would be open to all, or is async."""
+        """Raise TypeError if the view comes first, which would be open to all, or is async."""
         super().__init_subclass__(**given)
-        stands_before(OpenWorkshopMixin, DjangoView, cls)
+        refuse_base_before_mixin(OpenWorkshopMixin, DjangoView, cls)
         if getattr(cls, "view_is_async", False):  # of the view beside it
             raise _is_async(cls.__qualname__)
 
@@ -277,8 +277,8 @@ class OpenWorkshopMixin:
         return self.billing.requires_open_workshop(dispatch)(request, *args, **given)
 
 
-def stands_before(mixin: type, base: type, found: type) -> None:
-    """Raise TypeError where ``base`` comes before ``mixin`` in ``found``, so that its methods hide the mixin's."""
+def refuse_base_before_mixin(mixin: type, base: type, found: type) -> None:
+    """Raise TypeError if ``base`` comes before ``mixin`` in ``found``, so that its methods hide the mixin's."""
     order = found.__mro__
     if base in order and order.index(base) < order.index(mixin):
         raise TypeError(

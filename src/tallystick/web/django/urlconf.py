@@ -1,4 +1,4 @@
-"""The pages as Django's URLs. Each view reads its request, asks the core, and sends the answer."""
+"""The pages as Django's URLs. Each view reads its request, calls the core, and sends the answer."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from django.views.decorators.http import require_http_methods
 
 from tallystick.errors import Key, TallystickError
 from tallystick.ledger import HISTORY_MAX, CreditTransaction
-from tallystick.web.buyer.asked import BuyerPage, Reply, redirect
+from tallystick.web.buyer.buyer_request import BuyerPage, Reply, redirect
 from tallystick.web.buyer.core import CSV, csv_lines
 from tallystick.web.buyer.paywall import UNLOCK_CREDITS
-from tallystick.web.django.django_billing import NAMESPACE, DjangoAsked, DjangoBilling
+from tallystick.web.django.django_billing import NAMESPACE, DjangoBilling, DjangoRequest
 
 if TYPE_CHECKING:
     from tallystick.web.buyer.sales import Sales
@@ -29,7 +29,7 @@ def urls(billing: DjangoBilling) -> tuple[list[Any], str]:
     """The routes, for ``path("billing/", include(urls(billing)))``; they are named ``tallystick:history`` and so on.
 
     Raises:
-        ConfigError: it sells, and neither ``engine`` nor ``config.database_url`` is there.
+        ConfigError: Stripe is configured, and neither ``engine`` nor ``config.database_url`` is set.
     """
     found = [*_reading(billing), *_welcome(billing)]
     if billing.config.host.workshops is not None:
@@ -37,13 +37,13 @@ def urls(billing: DjangoBilling) -> tuple[list[Any], str]:
     if billing.sells:
         from tallystick.web.buyer.sales import Sales  # noqa: PLC0415 - an extra
 
-        _ = billing.engine  # so that what it lacks is said now and not to the first buyer
+        _ = billing.engine  # raises its ConfigError now and not for the first buyer
         found += _buying(billing, Sales(billing.config, billing.pages, billing.renderer))
     return found, NAMESPACE
 
 
 def _view(billing: DjangoBilling, methods: Mapping[str, Shown]) -> Callable[..., Any]:
-    """A view of who is signed in, one function for each method. Its forms are protected without a middleware too."""
+    """A view for the signed-in user, with a function for each method. Forms are protected even without a middleware."""
 
     def shown(request: HttpRequest, **given: Any) -> Any:
         try:
@@ -67,7 +67,7 @@ def _reading(billing: DjangoBilling) -> list[Any]:
         if found is None:
             raise Http404
         content, media_type, kept = found
-        return billing.dressed(HttpResponse(content, content_type=media_type), {"Cache-Control": kept})
+        return billing.with_headers(HttpResponse(content, content_type=media_type), {"Cache-Control": kept})
 
     def badge(_: HttpRequest, user: Key) -> BuyerPage:
         return pages.badge(billing.connection, user)
@@ -90,8 +90,8 @@ def _reading(billing: DjangoBilling) -> list[Any]:
                 yield "".join(csv_lines(rows))
                 rows = after(rows[-1]) if len(rows) == HISTORY_MAX else []
 
-        first = after(None)  # before the answer begins, so that a refusal can still be one
-        return billing.dressed(StreamingHttpResponse(lines(first), content_type=CSV), pages.csv_headers())
+        first = after(None)  # before the response begins, so that an error can still be answered
+        return billing.with_headers(StreamingHttpResponse(lines(first), content_type=CSV), pages.csv_headers())
 
     return [
         path("static/<str:name>", static, name="static"),
@@ -108,7 +108,7 @@ def _welcome(billing: DjangoBilling) -> list[Any]:
 
     def welcomed(request: HttpRequest, user: Key) -> Reply:
         back = request.POST.get("return_to")
-        return billing.pages.welcomed(billing.connection, DjangoAsked(request), user, return_to=back)
+        return billing.pages.welcomed(billing.connection, DjangoRequest(request), user, return_to=back)
 
     view = _view(billing, {"GET": welcome, "POST": welcomed})
     return [path("welcome", view, name="welcome"), path("welcome", view, name="welcomed")]
@@ -122,7 +122,7 @@ def _unlocking(billing: DjangoBilling) -> list[Any]:
 
     def unlock(request: HttpRequest, user: Key, workshop: str) -> BuyerPage | Reply:
         back = request.POST.get("return_to")
-        return pages.unlock(billing.connection, DjangoAsked(request), user, workshop, return_to=back)
+        return pages.unlock(billing.connection, DjangoRequest(request), user, workshop, return_to=back)
 
     def unlocked(request: HttpRequest, user: Key, workshop: str) -> BuyerPage:
         spent = UNLOCK_CREDITS if request.GET.get("spent") == str(UNLOCK_CREDITS) else 0
@@ -144,13 +144,13 @@ def _buying(billing: DjangoBilling, sales: Sales) -> list[Any]:
         sent = request.POST
         workshop, back = sent.get("workshop"), sent.get("return_to")
         if workshop is not None:
-            billing.pages.paywall.workshop(billing.connection, user, workshop)  # theirs, or nothing is sold for it
-        asked = DjangoAsked(request)
+            billing.pages.paywall.workshop(billing.connection, user, workshop)  # it must be the user's
+        buyer_request = DjangoRequest(request)
         started = sales.start(
-            billing.engine, asked, user, pack=sent.get("pack", ""), key=sent.get("key") or None, return_to=back,
+            billing.engine, buyer_request, user, pack=sent.get("pack", ""), key=sent.get("key") or None, return_to=back,
             workshop=workshop,
         )  # fmt: skip
-        return redirect(sales.goes_to(asked, started, return_to=back))
+        return redirect(sales.address_after_start(buyer_request, started, return_to=back))
 
     def success(request: HttpRequest, user: Key) -> BuyerPage:
         query = request.GET
@@ -178,12 +178,12 @@ def _buying(billing: DjangoBilling, sales: Sales) -> list[Any]:
         path("success", _outside_transactions(_view(billing, {"GET": success})), name="success"),
         path("cancelled", _view(billing, {"GET": cancelled}), name="cancelled"),
         path("webhooks/stripe", delivered, name="stripe_webhook"),
-        path("webhooks/stripe/", delivered),  # a redirect from one spelling to the other would be a failed delivery
+        path("webhooks/stripe/", delivered),  # without the slash too: a redirect would be a failed delivery
     ]
 
 
 def _outside_transactions(view: Callable[..., Any]) -> Callable[..., Any]:
-    """Without ``ATOMIC_REQUESTS`` on any database: no transaction of Django's is to be open while Stripe is asked."""
+    """A view without ``ATOMIC_REQUESTS``: no transaction of Django's must be open during a request to Stripe."""
     for alias in connections:
         view = transaction.non_atomic_requests(using=alias)(view)
     return view

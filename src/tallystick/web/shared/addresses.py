@@ -1,4 +1,4 @@
-"""Addresses that a client asked to be sent to."""
+"""Return addresses from a client."""
 
 from __future__ import annotations
 
@@ -10,20 +10,25 @@ from urllib.parse import quote_plus, urlsplit
 RETURN_MAX: Final = 2_000  # characters, as encoded into an address for Stripe, which takes 5,000 in all
 
 
-def return_address(asked: str | None, default: str, allowed_origins: Collection[str] = ()) -> str:
-    """``asked`` if it leads to this site or an allowed one, else ``default``.
+def return_address(address: str | None, default: str, allowed_origins: Collection[str] = ()) -> str:
+    """``address`` if it leads to this site or an allowed one, else ``default``.
 
-    A path begins with one slash: browsers read two, or one and a backslash, as another site, and they drop tabs and
-    line ends before they look.
+    A path begins with one slash: browsers take two, or one and a backslash, for another site, and first remove tabs and
+    line ends.
     """
-    if asked is None or len(quote_plus(asked)) > RETURN_MAX or not re.fullmatch(r"[!-~]+", asked) or "\\" in asked:
+    if (
+        address is None
+        or len(quote_plus(address)) > RETURN_MAX
+        or not re.fullmatch(r"[!-~]+", address)
+        or "\\" in address
+    ):
         return default
-    if asked.startswith("/") and not asked.startswith("//"):
-        return asked
+    if address.startswith("/") and not address.startswith("//"):
+        return address
     try:
-        parts = urlsplit(asked)
+        parts = urlsplit(address)
     except ValueError:
         return default
     if parts.scheme in {"http", "https"} and f"{parts.scheme}://{parts.netloc}" in allowed_origins:
-        return asked
+        return address
     return default

@@ -1,4 +1,4 @@
-"""Numbers for people: credits and changes, and money from minor units, in whole numbers all the way."""
+"""Numbers for people: credits and changes, and money from minor units, with integer arithmetic only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Final
 
 MINUS: Final = "\N{MINUS SIGN}"
 
-# As Stripe counts them: https://docs.stripe.com/currencies#minor-units. All others have two decimals.
+# By Stripe: https://docs.stripe.com/currencies#minor-units. All others have two decimals.
 ZERO_DECIMAL: Final = frozenset(
     ["bif", "clp", "djf", "gnf", "jpy", "kmf", "krw", "mga", "pyg", "rwf", "vnd", "vuv", "xaf", "xof", "xpf"]
 )
@@ -40,8 +40,7 @@ def change(value: int) -> str:
 def money(amount: int, currency: str) -> str:
     """``amount`` minor units of ``currency`` for people: ``14900, "usd"`` is ``$149``, ``7950`` is ``$79.50``.
 
-    A currency without a sign of its own is named by its code (``CHF 79``). Cents that are zero are left out, as on a
-    price tag.
+    A currency without a symbol is named by its code (``CHF 79``). Zero cents are left out.
     """
     code = currency.lower()
     decimals = 0 if code in ZERO_DECIMAL else 3 if code in THREE_DECIMAL else 2

@@ -22,7 +22,7 @@ MEDIA_TYPES: Final = MappingProxyType(
 
 
 def environment(*loaders: jinja2.BaseLoader, **values: Any) -> jinja2.Environment:
-    """Templates from ``loaders``, first found wins; ``values`` are known to all of them.
+    """Templates from ``loaders``, of which the first that has one wins; all templates get ``values``.
 
     All output is escaped, and an undefined name is an error.
     """
@@ -38,10 +38,10 @@ def environment(*loaders: jinja2.BaseLoader, **values: Any) -> jinja2.Environmen
 
 
 def security_headers(*, form_targets: Iterable[str] = ()) -> Mapping[str, str]:
-    """The headers of every page: no script, style or frame but our own files, nothing kept in shared caches.
+    """The headers of every page: no script, style or frame except our own files, and no shared caches.
 
-    ``form_targets`` are origins that a form may end up at: browsers apply ``form-action`` also to where a form's
-    answer redirects, and buying redirects to Stripe.
+    ``form_targets`` are further origins for forms: browsers apply ``form-action`` to redirects too, and buying
+    redirects to Stripe.
     """
     return {
         "Content-Security-Policy": "; ".join(
@@ -62,13 +62,13 @@ def security_headers(*, form_targets: Iterable[str] = ()) -> Mapping[str, str]:
         "Cross-Origin-Opener-Policy": "same-origin",
         "Cross-Origin-Resource-Policy": "same-origin",
         "Cache-Control": "no-store",
-        # one address serves a page and, asked by htmx, its fragment
+        # one address has a page and, for htmx, its fragment
         "Vary": "Accept, HX-Request, Cookie",
     }
 
 
 def buyer_headers(stripe_api_base: str | None) -> Mapping[str, str]:
-    """As ``security_headers``, of pages that lead to Stripe's hosted one, or to the test double's."""
+    """As ``security_headers``, for pages that redirect to Stripe's hosted one, or to the test double's."""
     return security_headers(form_targets=[STRIPE_CHECKOUT, *([stripe_api_base] if stripe_api_base else [])])
 
 
@@ -85,9 +85,9 @@ class StaticFiles:
         self._versions = {name: hashlib.sha256(content).hexdigest()[:12] for name, (content, _) in self._files.items()}
 
     def get(self, name: str) -> tuple[bytes, str] | None:
-        """The content and media type of a file, or None where there is none of this name."""
+        """The content and media type of a file, or None if there is none of this name."""
         return self._files.get(name)
 
     def version(self, name: str) -> str | None:
-        """A digest of a file for its address, so that browsers may keep it for ever."""
+        """A digest of a file for its address, so that browsers may cache it for ever."""
         return self._versions.get(name)

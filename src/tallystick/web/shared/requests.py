@@ -1,10 +1,10 @@
 """The checks of every request before anything is done: its size, its pace and its origin.
 
-Cross-site requests. The host's session is a cookie, so a page of another site could post a form with it. Browsers say
-in ``Sec-Fetch-Site`` where a request comes from, and before that in ``Origin``; no page can forge either. A request
-that changes something is refused when they name another site; one that has neither comes from no browser of this
-decade, and carries no cookie that its sender did not put there. Tokens in forms would add nothing but state. The
-host's cookie should still be ``SameSite=Lax``.
+Cross-site requests: the host's session is a cookie, so a page of another site could post a form with it. Browsers send
+the origin of a request in ``Sec-Fetch-Site``, older ones in ``Origin``; no page can forge either. A request that
+changes something is refused if they name another site. A request with neither does not come from a browser of this
+decade, so its sender has set its cookies. Tokens in forms would only add state. The host's cookie should still be
+``SameSite=Lax``.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def check_same_site(
 ) -> None:
     """Refuse a request that changes something and was made by a page of another site.
 
-    ``allowed_origins`` are trusted besides the one that the request was sent to; or instead of it, where the server
-    knows all of its own (``and_no_other``).
+    ``allowed_origins`` are trusted besides the origin that the request was sent to, or with ``and_no_other`` instead of
+    it.
 
     Raises:
         CrossSiteRequest.
@@ -45,7 +45,7 @@ def check_same_site(
     other = and_no_other and origin is not None
     if not other and site in {"same-origin", "none"}:
         return
-    # A proxy that ends TLS changes the scheme that we see, so hosts are compared.
+    # Behind a proxy that ends TLS the scheme differs, so hosts are compared.
     if not other and site is None and (origin is None or origin.partition("://")[2] == headers.get("host")):
         return
     raise CrossSiteRequest(
@@ -58,8 +58,8 @@ def limited(request: Request, limit_bytes: int, *, limit_s: float = BODY_MAX_S) 
     """The request's ``receive``, for a body of at most ``limit_bytes`` that arrives within ``limit_s``.
 
     Raises:
-        RequestTooLarge: at once when the length is announced, else when it is exceeded.
-        RequestTooSlow: a client that sends a byte now and then would hold a place for hours.
+        RequestTooLarge: at once by the Content-Length, else when the body exceeds the limit.
+        RequestTooSlow: the body has not arrived in time.
     """
     announced = request.headers.get("content-length", "0")
     if announced.isdecimal() and int(announced) > limit_bytes:
@@ -69,7 +69,7 @@ def limited(request: Request, limit_bytes: int, *, limit_s: float = BODY_MAX_S) 
 
     async def counted() -> Message:
         nonlocal seen, whole, deadline
-        if whole:  # what comes now is that the client hangs up, whenever it does
+        if whole:  # the next message is the client's disconnection, at any time
             return await receive()
         if deadline is None:
             deadline = anyio.current_time() + limit_s

@@ -1,4 +1,4 @@
-"""Rows as CSV that a spreadsheet opens as what they are."""
+"""Rows as CSV that a spreadsheet opens without changing values."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
 def csv_line(cells: Iterable[object]) -> str:
-    """One row, with its line end: numbers as they are, moments in ISO 8601, None as nothing, all else as text.
+    """One row, with its line end: numbers as they are, moments in ISO 8601, None as an empty cell, all else as text.
 
-    A text that a spreadsheet would take for a formula gets a quote in front.
+    A text that a spreadsheet would take for a formula gets a leading quote.
     """
     out = io.StringIO()
     csv.writer(out).writerow([_cell(cell) for cell in cells])

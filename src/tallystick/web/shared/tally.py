@@ -1,10 +1,10 @@
 """The tally: a user's ledger drawn as the notched stick that the project is named after, as SVG.
 
-A pure function of ledger rows. One notch for each completed row in the order of ``sequence``: up for credits in, down
-for credits out, as long as the square root of its amount. What is pending stands hollow after the stick's end: a
-purchase up, a hold down. A refund, a reversal, a correction and an expiry are tied by a thin line to the row that they
-undo. Where a sequence number is missing the stick is broken: a row that was
-deleted shows. Over it, on the same axis, the balance as a step line.
+It is a pure function of ledger rows. Each completed row is a notch, in the order of ``sequence``: up for credits in,
+down for credits out, as long as the square root of its amount. Pending rows are hollow notches after the stick's end: a
+purchase up, a hold down. A thin line connects a refund, reversal, correction or expiry to the row that it undoes. The
+stick is broken at a missing sequence number, so that a deleted row is visible. Above it, on the same axis, a step line
+shows the balance.
 
 Colours come from the custom properties of the page (``--ts-in``, ``--ts-out``, ``--ts-debt``, …), so the drawing
 needs no style of its own and fits a strict Content-Security-Policy; ``standalone=True`` adds them for a file.
@@ -24,7 +24,7 @@ from tallystick.schema import CreditTransactionStatus
 
 
 class TallyEntry(Protocol):
-    """The parts of a ledger row that the drawing needs; a ``CreditTransaction`` is one."""
+    """The fields of a ledger row that the drawing needs, as a ``CreditTransaction`` has them."""
 
     @property
     def id(self) -> UUID: ...  # noqa: D102 - the ledger's columns
@@ -44,9 +44,9 @@ class TallyEntry(Protocol):
 class Size:
     """Measures of a drawing, in CSS pixels."""
 
-    pitch: float  # from notch to notch
+    pitch: float  # distance from notch to notch
     notch: float  # width of a notch
-    reach: float  # of the longest notch, from the stick's edge
+    reach: float  # length of the longest notch, from the stick's edge
     stick: float  # height of the stick
     balance: float  # height of the balance line's panel; 0 leaves it out
 
@@ -55,8 +55,8 @@ SMALL = Size(pitch=5, notch=2, reach=10, stick=4, balance=0)
 LARGE = Size(pitch=14, notch=5, reach=38, stick=11, balance=80)
 
 _MARGIN = 6.0
-_LONGEST_GAP = 3  # a thousand missing rows do not push the rest off the page
-_FEWEST = 12  # a stick with two notches is still a stick
+_LONGEST_GAP = 3  # columns for any number of missing rows
+_FEWEST = 12  # columns of the shortest stick
 
 _STANDALONE = """
 svg { --ts-ink: #1f1a14; --ts-muted: #6b6257; --ts-line: #e6dfd4; --ts-hazel: #8a5a2b; --ts-in: #2f6b3c;
@@ -71,8 +71,8 @@ def tally(
 ) -> str:
     """Draw ``entries``, rows of one user's ledger in any order; failed purchases are left out.
 
-    ``total`` is how many rows have completed, if ``entries`` holds only the last of them. The text alternative
-    (the SVG's title) says the same as the picture.
+    ``total`` is the number of completed rows, if ``entries`` has only the last of them. The text alternative (the SVG's
+    title) has the same content as the picture.
     """
     done, pending = _sorted(entries)
     places, gaps = _places([row.sequence or 0 for row in done], whole=total is None)
@@ -166,7 +166,7 @@ def _sorted(entries: Iterable[TallyEntry]) -> tuple[list[TallyEntry], list[Tally
 def _places(sequences: list[int], *, whole: bool) -> tuple[list[int], list[tuple[int, int]]]:
     """Columns for these sequence numbers, and the gaps between them as (first column, columns).
 
-    A ``whole`` ledger begins at 1, so one may be missing before its first row.
+    A ``whole`` ledger begins at 1, so rows may be missing before its first one.
     """
     places: list[int] = []
     gaps: list[tuple[int, int]] = []
@@ -183,23 +183,23 @@ def _places(sequences: list[int], *, whole: bool) -> tuple[list[int], list[tuple
 
 
 def _stick(end: float, gaps: list[tuple[int, int]], top: float, bottom: float, pitch: float) -> list[str]:
-    """The wood, broken where rows are missing."""
+    """The stick, broken where rows are missing."""
     parts = []
     start = _MARGIN / 2
     for first, columns in gaps:
         left, right = _MARGIN + first * pitch, _MARGIN + (first + columns) * pitch
         if first:
-            parts.append(_wood(start, left, top, bottom))
+            parts.append(_stick_segment(start, left, top, bottom))
         middle = (top + bottom) / 2
         parts.append(
             f'<path d="M{left:g} {middle:g} H{right:g}" stroke="var(--ts-debt)" stroke-width="2" '
             'stroke-dasharray="2 2" fill="none"/>'
         )
         start = right
-    return [*parts, _wood(start, end + _MARGIN / 2, top, bottom)]
+    return [*parts, _stick_segment(start, end + _MARGIN / 2, top, bottom)]
 
 
-def _wood(left: float, right: float, top: float, bottom: float) -> str:
+def _stick_segment(left: float, right: float, top: float, bottom: float) -> str:
     height = bottom - top
     return (
         f'<rect x="{left:g}" y="{top:g}" width="{max(right - left, 1):g}" height="{height:g}" '
@@ -208,7 +208,7 @@ def _wood(left: float, right: float, top: float, bottom: float) -> str:
 
 
 def _balance_line(done: list[TallyEntry], places: list[int], x: _Axis, pitch: float, height: float) -> list[str]:
-    """The balance after each row as a step line, with the line of zero and the last value."""
+    """The balance after each row as a step line, with a zero line and the last value."""
     first = done[0]
     before = (first.balance_after or 0) - first.amount
     balances = [row.balance_after or 0 for row in done]

@@ -1,4 +1,4 @@
-"""Words of the ledger's rows as people should read them."""
+"""Descriptions of the ledger's rows for people."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ _SPENT = "Credit consumed"
 _UNDONE = {"reversal": "Reversed: ", "correction": "Corrected: ", "expiry": "Expired: "}
 
 
-def what(description: str, *, done: bool, kind: str = "") -> str:
-    """A row's description; of a purchase that is not paid, or a hold, it does not say that it was bought, or consumed.
+def description_of(description: str, *, done: bool, kind: str = "") -> str:
+    """A row's description, without the word for bought or consumed until the row is ``done``.
 
-    With ``kind``, the type of a row that undoes another, it is the description of that other one.
-    Their rows are written before that, with the description that they will have then, which is not changed.
+    A pending row is written with its final description, which is never changed. With ``kind``, the type of a row that
+    undoes another, the result is the other row's description.
     """
     if kind in _UNDONE:
         return description.removeprefix(_UNDONE[kind])

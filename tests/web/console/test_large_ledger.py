@@ -16,7 +16,7 @@ from playwright.sync_api import expect
 
 from tallystick.web.console import LocalLink, Passwords, console, feed, hash_password
 from tallystick.web.console.queries import Queries
-from worlds import let_go
+from worlds import dispose_when_idle
 
 AXE = Path(axe_playwright_python.__file__).with_name("axe.min.js")
 PATIENCE_MS = 30_000
@@ -36,23 +36,23 @@ def scans(node):
 
 
 @pytest.fixture
-def plans(crowd):
-    """``plans(read)``: the statements that ``read(books)`` makes on the crowd's database, each with its scans."""
+def plans(large_world):
+    """``plans(read)``: the statements that ``read(queries)`` makes on the large database, each with its scans."""
 
     def explain(read):
-        books, made = Queries(crowd.config, crowd.engine), []
+        queries, made = Queries(large_world.config, large_world.engine), []
 
         def note(conn, cursor, statement, parameters, context, executemany):
             if statement.lstrip().startswith("SELECT") and "set_config" not in statement:
                 made.append((statement, parameters))
 
-        sa.event.listen(crowd.engine, "before_cursor_execute", note)
+        sa.event.listen(large_world.engine, "before_cursor_execute", note)
         try:
-            read(books)
+            read(queries)
         finally:
-            sa.event.remove(crowd.engine, "before_cursor_execute", note)
+            sa.event.remove(large_world.engine, "before_cursor_execute", note)
         assert made
-        with crowd.engine.connect() as conn:
+        with large_world.engine.connect() as conn:
             found = []
             for statement, parameters in made:
                 plan = conn.exec_driver_sql(f"EXPLAIN (FORMAT JSON) {statement}", parameters).scalar_one()
@@ -62,38 +62,38 @@ def plans(crowd):
     return explain
 
 
-def first_key(books):
-    return books.users(limit=1).rows[0].key
+def first_key(queries):
+    return queries.users(limit=1).rows[0].key
 
 
 @pytest.mark.parametrize(
     "read",
     [
-        lambda books: books.sizes(),
-        lambda books: books.users(),
-        lambda books: books.users(after=str(first_key(books))),
-        lambda books: books.users(before="ff000000-0000-0000-0000-000000000000"),
-        lambda books: books.tallies([row.key for row in books.users().rows]),
-        lambda books: books.users(search=str(first_key(books))),
-        lambda books: books.users(search="person77777@example.com"),
-        lambda books: books.users(search="cs_test_1 cus_1"),
-        lambda books: books.user(first_key(books)),
-        lambda books: books.ledger(first_key(books)),
-        lambda books: books.ledger(first_key(books), after="2"),
-        lambda books: books.unfinished(first_key(books)),
-        lambda books: books.steps(first_key(books)),
-        lambda books: books.pending(),
-        lambda books: books.waiting(),
-        lambda books: books.holds(first_key(books)),
-        lambda books: books.lots(first_key(books)),
-        lambda books: books.expiring(first_key(books)),
-        lambda books: books.origins(first_key(books)),
+        lambda queries: queries.sizes(),
+        lambda queries: queries.users(),
+        lambda queries: queries.users(after=str(first_key(queries))),
+        lambda queries: queries.users(before="ff000000-0000-0000-0000-000000000000"),
+        lambda queries: queries.tallies([row.key for row in queries.users().rows]),
+        lambda queries: queries.users(search=str(first_key(queries))),
+        lambda queries: queries.users(search="person77777@example.com"),
+        lambda queries: queries.users(search="cs_test_1 cus_1"),
+        lambda queries: queries.user(first_key(queries)),
+        lambda queries: queries.ledger(first_key(queries)),
+        lambda queries: queries.ledger(first_key(queries), after="2"),
+        lambda queries: queries.unfinished(first_key(queries)),
+        lambda queries: queries.steps(first_key(queries)),
+        lambda queries: queries.pending(),
+        lambda queries: queries.waiting(),
+        lambda queries: queries.holds(first_key(queries)),
+        lambda queries: queries.lots(first_key(queries)),
+        lambda queries: queries.expiring(first_key(queries)),
+        lambda queries: queries.origins(first_key(queries)),
         feed.latest,
-        lambda books: feed.latest(books, after="1-150000"),
-        lambda books: feed.of_user(books, first_key(books)),
+        lambda queries: feed.latest(queries, after="1-150000"),
+        lambda queries: feed.of_user(queries, first_key(queries)),
         feed.endpoints,
         feed.dead_letters,
-        feed.trouble,
+        feed.delivery_problems,
     ],
 )
 def test_pages_read_big_tables_through_indexes_only(plans, read):
@@ -103,17 +103,17 @@ def test_pages_read_big_tables_through_indexes_only(plans, read):
 
 
 def test_the_rows_of_a_day_are_found_by_an_index(plans):
-    def read(books):
-        with books.reading() as conn:
-            conn.execute(books._by_day([dt.datetime.now(dt.UTC).date()])).all()
+    def read(queries):
+        with queries.reading() as conn:
+            conn.execute(queries._by_day([dt.datetime.now(dt.UTC).date()])).all()
 
     [(statement, scanned)] = plans(read)
     assert "GROUP BY" in statement
     assert not scanned
 
 
-def test_large_sizes_are_estimates_that_are_near(crowd):
-    users, rows = Queries(crowd.config, crowd.engine).sizes()
+def test_large_sizes_are_estimates_that_are_near(large_world):
+    users, rows = Queries(large_world.config, large_world.engine).sizes()
     assert (users.about, users.number) == ("about ", pytest.approx(100_000, rel=0.05))
     assert (rows.about, rows.number) == ("about ", pytest.approx(300_000, rel=0.05))
 
@@ -150,16 +150,16 @@ class Served:
         self.server.should_exit = self.server.force_exit = True
         self.thread.join(timeout=20)
         self.listening.close()
-        let_go(self.engine)
+        dispose_when_idle(self.engine)
 
     @property
     def sign_in(self):
         return f"{self.address}/enter?token={self.link.token}"
 
 
-def is_fault(said):
+def is_fault(message):
     """Refused by the Content-Security-Policy, an uncaught error, …; a refusal's status is the test's own matter."""
-    return said.type == "error" and not said.text.startswith("Failed to load resource")
+    return message.type == "error" and not message.text.startswith("Failed to load resource")
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def visit(browser):
         page = contexts[-1].new_page()
         page.set_default_timeout(PATIENCE_MS)
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda said: complaints.append(said.text) if is_fault(said) else None)
+        page.on("console", lambda message: complaints.append(message.text) if is_fault(message) else None)
         page.goto(at.sign_in)
         return page
 
@@ -186,15 +186,15 @@ expect.set_options(timeout=PATIENCE_MS)
 
 
 @pytest.fixture(scope="module")
-def big(crowd):
-    with Served(crowd) as running:
+def big(large_world):
+    with Served(large_world) as running:
         yield running
     running.link._used = False
 
 
 @pytest.fixture
 def again(big):
-    """The crowd's console with its link good for one more visit."""
+    """The large database's console, with its link good for one more visit."""
     big.link._used = False
     return big
 
@@ -261,9 +261,9 @@ def test_without_javascript_everything_is_there(again, visit):
     expect(page.get_by_role("heading", level=1)).to_have_text("Not logged in")
 
 
-def test_on_a_phone_nothing_runs_off_the_side(again, visit, crowd):
+def test_on_a_phone_nothing_runs_off_the_side(again, visit, large_world):
     page = visit(again, viewport={"width": 360, "height": 740})
-    with crowd.engine.connect() as conn:
+    with large_world.engine.connect() as conn:
         user = conn.scalar(sa.text("SELECT id FROM users LIMIT 1"))
     for path in ("/", "/users", f"/user?key={user}", "/pending", "/events", "/audit", "/migrations"):
         page.goto(again.address + path)

@@ -1,4 +1,4 @@
-"""The environment variables of the programs of these tests."""
+"""The environment variables for the Node programs of these tests."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ def address(world: World) -> dict[str, Any]:
     }
 
 
-def told(world: World, **given: Any) -> dict[str, str]:
-    """The environment of a program: where the database is, and what was made in it."""
+def environment(world: World, **given: Any) -> dict[str, str]:
+    """The environment of a program: the database's address, and the test's values."""
     return {"ADDRESS": json.dumps(address(world)), "GIVEN": json.dumps(given, default=str)}

@@ -1,4 +1,4 @@
-"""Every kind of connection that an operation takes, each of a real driver, and opened the same way."""
+"""All kinds of connections that an operation takes, each of a real driver, with the same interface."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 
 @dataclass(frozen=True)
-class Door:
-    """A connection: ``do`` an operation on it, run ``sql`` as the host would, end its transaction."""
+class CallerConnection:
+    """A connection of a caller: ``do`` an operation on it, run ``sql`` as the host would, end its transaction."""
 
     conn: Any
     do: Callable[..., Any]
@@ -50,26 +50,28 @@ def _called(conn: Any) -> Callable[..., Any]:
 
 
 @contextmanager
-def sqlalchemy(url: str, *, driver: str = "psycopg", echo: bool = False, **options: Any) -> Iterator[Door]:
+def sqlalchemy(url: str, *, driver: str = "psycopg", echo: bool = False, **options: Any) -> Iterator[CallerConnection]:
     engine = sa.create_engine(with_driver(url, driver), poolclass=sa.NullPool, **options)
     if echo:
         sa.event.listen(engine, "before_cursor_execute", lambda *_: None)
     with engine.connect() as conn:
         ends = (None, None) if "isolation_level" in options else (conn.commit, conn.rollback)
-        yield Door(conn, _called(conn), conn.exec_driver_sql, *ends)
+        yield CallerConnection(conn, _called(conn), conn.exec_driver_sql, *ends)
 
 
 @contextmanager
-def session(url: str, *, driver: str = "psycopg", scoped: bool = False) -> Iterator[Door]:
+def session(url: str, *, driver: str = "psycopg", scoped: bool = False) -> Iterator[CallerConnection]:
     engine = sa.create_engine(with_driver(url, driver), poolclass=sa.NullPool)
     conn: Any = scoped_session(sessionmaker(engine)) if scoped else Session(engine)
     with closing(conn):
-        yield Door(conn, _called(conn), lambda text: conn.execute(sa.text(text)), conn.commit, conn.rollback)
+        yield CallerConnection(
+            conn, _called(conn), lambda text: conn.execute(sa.text(text)), conn.commit, conn.rollback
+        )
 
 
 @contextmanager
-def _async(runner: asyncio.Runner, conn: Any, execute: Any, *ends: Any) -> Iterator[Door]:
-    """Its calls are awaited, each in turn."""
+def _async(runner: asyncio.Runner, conn: Any, execute: Any, *ends: Any) -> Iterator[CallerConnection]:
+    """An asynchronous connection, whose calls are awaited one after the other."""
 
     def awaited(function: Any) -> Any:
         async def call(*args: Any, **options: Any) -> Any:
@@ -78,35 +80,35 @@ def _async(runner: asyncio.Runner, conn: Any, execute: Any, *ends: Any) -> Itera
         return lambda *args, **options: runner.run(call(*args, **options))
 
     try:
-        yield Door(conn, awaited(_called(conn)), awaited(execute), *map(awaited, ends))
+        yield CallerConnection(conn, awaited(_called(conn)), awaited(execute), *map(awaited, ends))
     finally:
         with suppress(sa.exc.DBAPIError, asyncpg.InterfaceError):  # the server may have ended it
             awaited(conn.close)()
 
 
 @contextmanager
-def sqlalchemy_async(url: str, *, driver: str, echo: bool = False, **options: Any) -> Iterator[Door]:
+def sqlalchemy_async(url: str, *, driver: str, echo: bool = False, **options: Any) -> Iterator[CallerConnection]:
     engine = create_async_engine(with_driver(url, driver), poolclass=sa.NullPool, **options)
     if echo:
         sa.event.listen(engine.sync_engine, "before_cursor_execute", lambda *_: None)
     with asyncio.Runner() as runner:
         conn = runner.run(engine.connect().start())
         ends = () if "isolation_level" in options else (conn.commit, conn.rollback)
-        with _async(runner, conn, conn.exec_driver_sql, *ends) as door:
-            yield door
+        with _async(runner, conn, conn.exec_driver_sql, *ends) as caller:
+            yield caller
 
 
 @contextmanager
-def session_async(url: str, *, driver: str, scoped: bool = False) -> Iterator[Door]:
+def session_async(url: str, *, driver: str, scoped: bool = False) -> Iterator[CallerConnection]:
     engine = create_async_engine(with_driver(url, driver), poolclass=sa.NullPool)
     conn: Any = AsyncSession(engine)
     if scoped:
         conn = async_scoped_session(async_sessionmaker(engine), scopefunc=lambda: 1)
     with (
         asyncio.Runner() as runner,
-        _async(runner, conn, lambda text: conn.execute(sa.text(text)), conn.commit, conn.rollback) as door,
+        _async(runner, conn, lambda text: conn.execute(sa.text(text)), conn.commit, conn.rollback) as caller,
     ):
-        yield door
+        yield caller
 
 
 # --- psycopg ---
@@ -114,7 +116,7 @@ def session_async(url: str, *, driver: str, scoped: bool = False) -> Iterator[Do
 
 @dataclass(frozen=True)
 class Made:
-    """For the row factories that make something of their own."""
+    """A row of a factory with its own type."""
 
     values: tuple[Any, ...]
 
@@ -135,34 +137,36 @@ ROW_FACTORIES: dict[str, Any] = {
 
 
 @contextmanager
-def psycopg3(url: str, **options: Any) -> Iterator[Door]:
+def psycopg3(url: str, **options: Any) -> Iterator[CallerConnection]:
     with closing(psycopg.connect(bare(url), **options)) as conn:
         ends = (None, None) if options.get("autocommit") else (conn.commit, conn.rollback)
-        yield Door(conn, _called(conn), conn.execute, *ends)
+        yield CallerConnection(conn, _called(conn), conn.execute, *ends)
 
 
 @contextmanager
-def psycopg3_async(url: str, **options: Any) -> Iterator[Door]:
+def psycopg3_async(url: str, **options: Any) -> Iterator[CallerConnection]:
     with asyncio.Runner() as runner:
         conn = runner.run(psycopg.AsyncConnection.connect(bare(url), **options))
         ends = () if options.get("autocommit") else (conn.commit, conn.rollback)
-        with _async(runner, conn, conn.execute, *ends) as door:
-            yield door
+        with _async(runner, conn, conn.execute, *ends) as caller:
+            yield caller
 
 
 @contextmanager
-def psycopg2_bare(url: str, *, autocommit: bool = False, **options: Any) -> Iterator[Door]:
+def psycopg2_bare(url: str, *, autocommit: bool = False, **options: Any) -> Iterator[CallerConnection]:
     with closing(psycopg2.connect(bare(url), **options)) as conn:
         conn.autocommit = autocommit
         ends = (None, None) if autocommit else (conn.commit, conn.rollback)
-        yield Door(conn, _called(conn), lambda text: conn.cursor().execute(text), *ends)
+        yield CallerConnection(conn, _called(conn), lambda text: conn.cursor().execute(text), *ends)
 
 
 # --- asyncpg ---
 
 
 @contextmanager
-def asyncpg_bare(url: str, *, pool: bool = False, transaction: bool = False, codecs: bool = False) -> Iterator[Door]:
+def asyncpg_bare(
+    url: str, *, pool: bool = False, transaction: bool = False, codecs: bool = False
+) -> Iterator[CallerConnection]:
     async def opened() -> Any:
         if not pool:
             return await asyncpg.connect(bare(url))
@@ -170,7 +174,7 @@ def asyncpg_bare(url: str, *, pool: bool = False, transaction: bool = False, cod
         return await made.acquire()
 
     async def with_codecs(conn: Any) -> None:
-        """As many apps do, since asyncpg hands out JSON as text; and the like for ids."""
+        """Register codecs, as many apps do, since asyncpg returns JSON as text."""
         import json
 
         await conn.set_type_codec("jsonb", encoder=json.dumps, decoder=json.loads, schema="pg_catalog")
@@ -196,15 +200,15 @@ def asyncpg_bare(url: str, *, pool: bool = False, transaction: bool = False, cod
 
         if transaction:
             runner.run(begin())
-        with _async(runner, conn, conn.execute, *((commit, rollback) if transaction else ())) as door:
-            yield door
+        with _async(runner, conn, conn.execute, *((commit, rollback) if transaction else ())) as caller:
+            yield caller
 
 
 # --- Django, with the driver that the process has ---
 
 
 @contextmanager
-def django(url: str, *, atomic: bool) -> Iterator[Door]:
+def django(url: str, *, atomic: bool) -> Iterator[CallerConnection]:
     from django import setup
     from django.conf import settings
     from django.db import connection, transaction
@@ -242,7 +246,7 @@ def django(url: str, *, atomic: bool) -> Iterator[Door]:
     if atomic:
         begin()
     try:
-        yield Door(
+        yield CallerConnection(
             connection,
             _called(connection),
             lambda text: connection.cursor().execute(text),
@@ -266,7 +270,7 @@ ENCODED = (
     "Session, psycopg",
 )
 
-DOORS: dict[str, Callable[[str], Any]] = {
+CALLER_CONNECTIONS: dict[str, Callable[[str], Any]] = {
     **{
         f"SQLAlchemy Connection, {driver}{how}": partial(sqlalchemy, driver=driver, **options)
         for driver in ("psycopg", "psycopg2")

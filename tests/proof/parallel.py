@@ -1,4 +1,4 @@
-"""Many at once: threads or processes that start together, and what the books must say afterwards."""
+"""Parallel jobs: threads or processes that start together, and the check of the ledger afterwards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from worlds import World
 PATIENCE_S = 120  # a loaded machine is slow; only a deadlock is slower
 
 Job = Callable[..., Any]
-"""``job(world, conn, number, *args)``, called again and again by one member of the crowd; its last words count."""
+"""``job(world, conn, number, *args)``, run by one thread or process; returns its results."""
 
 
 def outcome(call: Callable[[], Any]) -> Any:
@@ -32,7 +32,7 @@ def outcome(call: Callable[[], Any]) -> Any:
 
 
 def threads(world: World, count: int, job: Job, *args: Any, isolation: str = "AUTOCOMMIT") -> list[Any]:
-    """``job`` in ``count`` threads with a connection each, all let go at the same moment."""
+    """``job`` in ``count`` threads with a connection each, which start at the same moment."""
     gate = threading.Barrier(count)
     engine = world.engine.execution_options(isolation_level=isolation)
 
@@ -61,7 +61,7 @@ def _member(url: str, host: Any, job: Job, number: int, args: tuple[Any, ...]) -
 
 
 def processes(world: World, count: int, job: Job, *args: Any) -> list[Any]:
-    """``job`` in ``count`` processes of their own; it must be a module's function."""
+    """``job`` in ``count`` processes; it must be a module-level function."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, context, _enter, (context.Barrier(count),)) as pool:
         sent = [pool.submit(_member, world.url, world.config.host, job, number, args) for number in range(count)]
@@ -69,7 +69,7 @@ def processes(world: World, count: int, job: Job, *args: Any) -> list[Any]:
 
 
 def waiting_for_a_lock(world: World, count: int, which: str = "true") -> None:
-    """Come back once ``count`` connections of this database wait for a lock; ``which`` is a condition on pg_locks."""
+    """Return once ``count`` connections of this database wait for a lock; ``which`` is a condition on pg_locks."""
     waiting = sa.text(
         "SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid)"
         f" WHERE datname = current_database() AND NOT granted AND ({which})"
@@ -86,10 +86,10 @@ def waiting_for_a_lock(world: World, count: int, which: str = "true") -> None:
     raise AssertionError(f"fewer than {count} connections came to wait")
 
 
-def books_balance(world: World) -> None:
-    """Every user's chain is unbroken and ends in the balance; every mark of a workshop was paid for, once.
+def assert_ledger_consistent(world: World) -> None:
+    """Check that every user's chain is unbroken and ends in the balance, and every marked workshop was paid for once.
 
-    Counted here row by row, and then again by the audit, which must agree that there is nothing to find.
+    It counts row by row, and then runs the audit, which must find nothing.
     """
     users, row, workshops = world.schema.users.c, world.schema.credit_transactions.c, world.schema.workshops
     with world.engine.connect() as conn:
@@ -139,7 +139,7 @@ def books_balance(world: World) -> None:
 
 
 def functions_called(engine: sa.Engine) -> set[str]:
-    """Filled with the name of each function of the ledger that is called through ``engine`` from now on."""
+    """A set that gets the name of each function of the ledger that is called through ``engine`` from now on."""
     seen: set[str] = set()
 
     @sa.event.listens_for(engine, "before_cursor_execute")

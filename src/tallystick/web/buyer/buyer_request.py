@@ -1,4 +1,4 @@
-"""A request as the buyer's pages see it, and what they give back: the same for every framework."""
+"""A request to the buyer's pages, and their answers: the same for every framework."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ SEE_OTHER: Final = 303
 SERVER_FAULT: Final = 500
 HTML: Final = "text/html"
 OF_ADDRESSES: Final = ":/%#?=&;,@[]!$'()*+~"
-"""The characters that mean something in an address, and the sign that begins a quoted one."""
+"""The characters with a meaning in an address, and the percent sign."""
 
 
-class Asked(Protocol):
+class BuyerRequest(Protocol):
     """A request. Each framework's adapter makes one of its own.
 
     Attributes:
         method: in capitals.
         path: without the query.
-        query: what stands behind the question mark, or nothing.
+        query: the part after the question mark, or empty.
         origin: scheme and host, as the client wrote them.
-        fragment: True where htmx asks for a part of a page.
-        html: True where a browser asks, and not a program.
+        fragment: True if htmx requests a part of a page.
+        html: True if a browser requests it, not a program.
     """
 
     @property
@@ -47,12 +47,12 @@ class Asked(Protocol):
         """The path of one of our routes, under the host's prefix."""
 
     def form_token(self) -> Markup:
-        """The hidden field that the framework wants in each form, or nothing."""
+        """The hidden field that the framework requires in each form, or empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class BuyerPage:
-    """A page that is not rendered yet. ``preview_of`` is the workshop whose preview the host may show in it."""
+    """A page to be rendered. ``preview_of`` is the workshop whose preview the host may show in it."""
 
     template: str
     context: Mapping[str, Any]
@@ -63,7 +63,7 @@ class BuyerPage:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer as it is sent."""
+    """A complete answer."""
 
     status: int
     body: str = ""
@@ -72,5 +72,5 @@ class Reply:
 
 
 def redirect(to: str) -> Reply:
-    """An answer that sends a browser to ``to`` by GET. What is no ASCII in it is quoted, what is quoted stays."""
+    """An answer that redirects a browser to ``to`` by GET. Only characters that are not ASCII are quoted."""
     return Reply(SEE_OTHER, headers={"Location": quote(to, safe=OF_ADDRESSES)})
