@@ -277,7 +277,7 @@ def test_a_file_that_is_no_backup(app: App, tmp_path: Path) -> None:
     (tmp_path / "x").write_text("hello, this is no backup at all")
     with pytest.raises(BackupError, match="not a backup"):
         read_manifest(tmp_path / "x")
-    with pytest.raises(BackupError, match=r"there is no .*y\. Name a backup"):
+    with pytest.raises(BackupError, match=r"there is no file .*y\. Name an existing backup"):
         read_manifest(tmp_path / "y")
 
 
