@@ -69,7 +69,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Prepaid credits inside your app's own PostgreSQL, and an audit of every balance.\n\n"
     "Begin with [bold]tallystick init[/], then [bold]tallystick migrate plan[/] and "
-    "[bold]tallystick migrate apply[/]. To see it all at work on a throw-away database: [bold]tallystick demo[/].",
+    "[bold]tallystick migrate apply[/]. To see it all at work on a temporary database: [bold]tallystick demo[/].",
     epilog="The database's address is the first of these that is set: --database-url, database_url in "
     "tallystick.toml, DATABASE_URL. Without one, a command uses the embedded PostgreSQL of tallystick db start. "
     "Migrations and backups prefer DATABASE_URL_UNPOOLED.",
