@@ -240,8 +240,9 @@ def _names(host: HostMapping) -> dict[str, str]:
         "schema": host.users.schema,
         "schemas": ", ".join(json.dumps(schema, ensure_ascii=False) for schema in schemas),
         "ledger": LEDGER,
-        "customer": customer,
-        "customer_there": json.dumps(f"{customer} IS NOT NULL", ensure_ascii=False),
+        # what a template of JavaScript's, and SQLAlchemy's text(), would read as their own
+        "customer": re.sub(r"[\\`]|\$(?=\{)", r"\\\g<0>", customer),
+        "customer_there": json.dumps(re.sub(r":(?=\w)", r"\\:", customer) + " IS NOT NULL", ensure_ascii=False),
         "enum": "pgEnum" if host.users.schema == "public" else f'pgSchema("{host.users.schema}").enum',
         "types": ", ".join(f'"{label}"' for label in CreditTransactionType),
         "statuses": ", ".join(f'"{label}"' for label in CreditTransactionStatus),
