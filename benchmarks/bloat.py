@@ -115,14 +115,14 @@ def prepare(server: Server, variant: Variant, users: int) -> str:
 
 def spend(url: str, users: int, count: int, size: int) -> None:
     """``count`` consumptions of one connection each, in lists of ``size`` or, if that is 1, single calls."""
-    ledger, dice, tag = Ledger(CONFIG), random.Random(), uuid4().hex
+    ledger, rng, tag = Ledger(CONFIG), random.Random(), uuid4().hex
     engine = sa.create_engine(url, poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
     with engine.connect() as conn:
         for n in range(0, count, size):
             if size == 1:
-                ledger.consume(conn, user(dice.randint(1, users)), key=f"{tag} {n}")
+                ledger.consume(conn, user(rng.randint(1, users)), key=f"{tag} {n}")
             else:
-                chosen = [user(dice.randint(1, users)) for _ in range(size)]
+                chosen = [user(rng.randint(1, users)) for _ in range(size)]
                 ledger.consume_many(conn, [Consume(each, key=f"{tag} {n + i}") for i, each in enumerate(chosen)])
 
 

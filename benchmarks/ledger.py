@@ -94,15 +94,15 @@ def _enter(gate: Any) -> None:
 def _spend(way: Way, users: int, seconds: float, seed: int) -> list[float]:
     """One connection that consumes for so long, once all others are ready as well; the time of each call."""
     ledger = Ledger(Config(database_url=way.url, host=stage.HOST))
-    dice, tag = random.Random(seed), uuid4().hex
+    rng, tag = random.Random(seed), uuid4().hex
     took: list[float] = []
     with _connected(way) as conn:
         for _ in range(20):  # the statement is prepared and planned
-            ledger.consume(conn, dice.randint(1, users), key=uuid4().hex)
+            ledger.consume(conn, rng.randint(1, users), key=uuid4().hex)
         _gate.wait()
         until = time.perf_counter() + seconds
         while time.perf_counter() < until:
-            user, key = dice.randint(1, users), f"{tag} {len(took)}"
+            user, key = rng.randint(1, users), f"{tag} {len(took)}"
             begun = time.perf_counter()
             ledger.consume(conn, user, key=key)
             took.append(time.perf_counter() - begun)

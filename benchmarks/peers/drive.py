@@ -71,15 +71,15 @@ def _spend_in_threads(name: str, url: str, accounts: int, seconds: float, thread
     errors: Counter[str] = Counter()
 
     def one(seed: float) -> None:
-        dice, tag = random.Random(seed), uuid4().hex
+        rng, tag = random.Random(seed), uuid4().hex
         for n in range(WARM_UP):
-            made.consume(dice.randint(1, accounts), f"{tag} warm {n}")
+            made.consume(rng.randint(1, accounts), f"{tag} warm {n}")
         _gate.wait()
         until, n = time.perf_counter() + seconds, 0
         while (begun := time.perf_counter()) < until:
             n += 1
             try:
-                done = made.consume(dice.randint(1, accounts), f"{tag} {n}")
+                done = made.consume(rng.randint(1, accounts), f"{tag} {n}")
             except Exception as error:  # noqa: BLE001 - an error is a result here, counted and shown
                 errors[type(error).__name__] += 1
             else:

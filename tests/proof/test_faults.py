@@ -124,11 +124,11 @@ class Client:
 @pytest.mark.parametrize("seed", range(4))
 def test_a_client_killed_anywhere(world: World, seed: int) -> None:
     """Every acknowledged call is there, and at most the interrupted one besides; repeating all adds nothing."""
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     user = world.user(credits=100_000)
     client = Client(world, user)
-    client.listen(dice.randrange(1, 40))
-    time.sleep(dice.random() * 0.02)
+    client.listen(rng.randrange(1, 40))
+    time.sleep(rng.random() * 0.02)
     client.kill()
     settled = keys_of_settled(world, user)
     acknowledged = client.acknowledged
@@ -363,7 +363,7 @@ def kill_server(server: Server, how: signal.Signals) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGQUIT], ids=lambda s: s.name)
 def test_a_killed_server_lost_nothing_that_it_acknowledged(durable: World, how: signal.Signals) -> None:
-    world, dice = durable, random.Random(how)
+    world, rng = durable, random.Random(how)
     users = [world.user(credits=500) for _ in range(3)]
     over = threading.Event()
     troubles: list[DatabaseError] = []
@@ -387,7 +387,7 @@ def test_a_killed_server_lost_nothing_that_it_acknowledged(durable: World, how: 
         for kills in range(30):
             if kills >= 3 and any(isinstance(trouble, OutcomeUnknown) for trouble in troubles):
                 break  # also a statement was hit, not only clients that were about to connect
-            time.sleep(0.2 + dice.random() * 0.3)
+            time.sleep(0.2 + rng.random() * 0.3)
             kill_server(world.server, how)
             world.server.start()
         time.sleep(0.1)
