@@ -88,8 +88,8 @@ class Accounts:
         """Link the user to a Stripe customer; an existing link to another one stays unless ``replace``.
 
         Raises:
-            InvalidArgument, UnknownUser, StripeCustomerConflict: the user has another customer, or the customer
-            is another user's.
+            InvalidArgument, UnknownUser: nothing was written.
+            StripeCustomerConflict: the user has another customer, or the customer is another user's.
         """
         customer = _name("stripe_customer_id", stripe_customer_id, STRIPE_ID_MAX)
         return self._of_user("set_stripe_customer", user, stripe_customer_id=customer, replace=replace)

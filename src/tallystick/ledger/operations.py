@@ -261,8 +261,8 @@ class Ledger:
         Completing a completed purchase returns it, marked ``replayed``.
 
         Raises:
-            InvalidArgument, UnknownUser, UnknownPurchase, SessionConflict, BalanceOutOfRange, IdempotencyKeyReused: it
-            was completed before with another amount, currency, payment intent or number of credits.
+            InvalidArgument, UnknownUser, UnknownPurchase, SessionConflict, BalanceOutOfRange: nothing was written.
+            IdempotencyKeyReused: it was completed with another amount, currency, payment intent or number of credits.
         """
         _either("purchase", purchase, "stripe_session_id", stripe_session_id)
         if (amount_paid is None) != (currency is None):

@@ -122,8 +122,7 @@ def preview_refund(
 
     If ``key`` was sent already, ``amount`` and ``credits`` are 0.
 
-    Raises:
-        As ``refund``.
+    Raises what ``refund`` raises.
     """
     effects = Effects(engine, config)
     bought, charge, sent = _facts(effects, purchase)
