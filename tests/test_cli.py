@@ -146,9 +146,9 @@ def test_credits_by_hand(at, any_world: World):
     tally = at(any_world)
     user = any_world.user(credits=3)
     assert tally("balance", user).out == "3 credits\n"
-    spent = tally("consume", user, "--amount", 2, "--key", "k", "--description", "By hand [bold]", "--json").json
+    spent = tally("consume", user, "--credits", 2, "--key", "k", "--description", "By hand [bold]", "--json").json
     assert (spent["amount"], spent["balance_after"], spent["replayed"]) == (-2, 1, False)
-    assert tally("consume", user, "--amount", 2, "--key", "k").out.startswith("Already done: By hand [bold] (-2).")
+    assert tally("consume", user, "--credits", 2, "--key", "k").out.startswith("Already done: By hand [bold] (-2).")
     rows = tally("history", user, "--json").json
     assert [row["sequence"] for row in rows] == [2, 1]
     assert "By hand [bold]" in tally("history", user).out
@@ -605,7 +605,10 @@ def test_interrupting_is_quiet(at, world: World):
             text=True,
             env={**os.environ, "DATABASE_URL": world.url},
         )
-        waiting = sa.text("SELECT count(*) FROM pg_locks WHERE NOT granted")
+        waiting = sa.text("""
+            SELECT count(*) FROM pg_stat_activity
+            WHERE wait_event_type = 'Lock' AND backend_type = 'client backend' AND datname = current_database()
+        """)  # autovacuum may wait too
         with world.autocommit.connect() as other:
             for _ in range(600):
                 if other.scalar(waiting):

@@ -161,8 +161,8 @@ def test_any_command_line_is_done_or_refused_with_a_message(typed: World) -> Non
     ("line", "code", "named"),
     [
         (["balance", "nobody\ud800"], 1, "nobody"),
-        (["consume", "{user}", "--amount", "1.5"], 2, "--amount"),
-        (["consume", "{user}", "--amount", "99"], 1, "99"),
+        (["consume", "{user}", "--credits", "1.5"], 2, "--credits"),
+        (["consume", "{user}", "--credits", "99"], 1, "99"),
         (["consume", "{user}", "--key", "a\0b"], 1, "key='a\\x00b'"),
         (["grant", "{user}", str(2**31)], 1, str(2**31)),
         (["refund", "{user}", "'; DROP TABLE users; --"], 1, "DROP TABLE users"),
