@@ -239,10 +239,15 @@ def lines(middle: dict[str, Cpu]) -> Iterator[list[str]]:
         yield [
             name,
             *(f"{ms:.3f}" for ms in (*cpu, sum(cpu))),
-            f"{cpu.server / floor.server:.2f}",
-            f"{sum(cpu) / sum(floor):.2f}",
-            f"{sum(cpu) / sum(consume):.2f}" if consume else "",
+            ratio(cpu.server, floor.server),
+            ratio(sum(cpu), sum(floor)),
+            ratio(sum(cpu), sum(consume)) if consume else "",
         ]
+
+
+def ratio(part: float, whole: float) -> str:
+    """Empty where the kernel, which counts in ticks, has seen nothing of the whole: in a few calls it may."""
+    return f"{part / whole:.2f}" if whole else ""
 
 
 if __name__ == "__main__":

@@ -447,7 +447,7 @@ if how == "exception":
 
 
 @pytest.mark.parametrize(
-    ("how", "reported", "code"),
+    ("how", "expected", "code"),
     [
         ("end", "CreditTransaction", 0),
         ("exception", "CreditTransaction", 1),

@@ -18,7 +18,7 @@ assert.throws(
     error instanceof TallystickRefusal &&
     error.outcome === "insufficient_credits" &&
     error.answer === refused &&
-    error.message.startsWith("insufficient_credits: The balance, less what holds") &&
+    error.message.startsWith("insufficient_credits: The call needs more credits") &&
     error.message.includes('"balance":0,"creditHeld":0,"required":1'),
 );
 const several = await ledger.consumeMany([
