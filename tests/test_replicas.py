@@ -43,8 +43,13 @@ class Pair:
     def catch_up(self) -> None:
         """Until the standby has repeated all that was done before."""
         deadline = time.monotonic() + 60
-        with self.primary.engine.begin() as here, self.pool.connect() as there:
-            mark = here.scalar(sa.text("SELECT pg_logical_emit_message(false, 'test', 'so far')::text"))
+        with self.primary.engine.begin() as here:
+            here.exec_driver_sql(
+                "SET LOCAL synchronous_commit = on"
+            )  # else it is sent much later
+            here.exec_driver_sql("SELECT pg_logical_emit_message(true, 'test', 'so far')")
+        with self.primary.engine.connect() as here, self.pool.connect() as there:
+            mark = here.scalar(sa.text("SELECT pg_current_wal_flush_lsn()::text"))
             while not there.scalar(sa.text("SELECT pg_last_wal_replay_lsn() >= CAST(:mark AS pg_lsn)"), {"mark": mark}):
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
