@@ -14,6 +14,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -244,10 +245,12 @@ def test_sixteen_clients_race_while_a_machine_is_killed(app: Site) -> None:
     def crash() -> None:
         nonlocal crashes
         if crashes < 3:
-            if command is None:
-                os.kill(until_answered(app.engine, lambda c: c.scalar(A_PROCESS)), signal.SIGKILL)  # all sessions end
-            else:
+            if command is not None:
                 subprocess.run(command, shell=True, check=True)
+            while command is None:
+                with suppress(ProcessLookupError):  # it ended just now, with the crash before
+                    os.kill(until_answered(app.engine, lambda c: c.scalar(A_PROCESS)), signal.SIGKILL)
+                    break
             crashes += 1
 
     pool = engine(app.url, pool_size=CLIENTS)

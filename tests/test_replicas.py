@@ -44,11 +44,9 @@ class Pair:
         """Until the standby has repeated all that was done before."""
         deadline = time.monotonic() + 60
         with self.primary.engine.begin() as here:
-            here.exec_driver_sql(
-                "SET LOCAL synchronous_commit = on"
-            )  # else it is sent much later
+            here.exec_driver_sql("SET LOCAL synchronous_commit = on")  # else it is sent much later
             here.exec_driver_sql("SELECT pg_logical_emit_message(true, 'test', 'so far')")
-        with self.primary.engine.connect() as here, self.pool.connect() as there:
+        with self.primary.engine.connect() as here, self.standby.autocommit.connect() as there:
             mark = here.scalar(sa.text("SELECT pg_current_wal_flush_lsn()::text"))
             while not there.scalar(sa.text("SELECT pg_last_wal_replay_lsn() >= CAST(:mark AS pg_lsn)"), {"mark": mark}):
                 assert time.monotonic() < deadline
