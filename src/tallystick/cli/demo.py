@@ -1,4 +1,4 @@
-"""The demo, on a throw-away database: adopt, migrate under traffic, seed, sell, spend, refund, audit."""
+"""The demo, on a temporary database: adopt, migrate under traffic, seed, sell, spend, refund, audit."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class _Demo:
             return int(conn.exec_driver_sql(query).scalar_one())
 
     def adopt(self, users: int, workshops: int) -> None:
-        self.chapter("An app that knows nothing of credits")
+        self.chapter("An app without credits")
         build_host_app(self.url, users=users, workshops=workshops)
         with connect(self.url) as conn:
             self.config = self.config.model_copy(update={"host": migrate.propose(conn)})
@@ -232,7 +232,7 @@ class _Demo:
                 after = Ledger(shop).balance(conn, buyer)
             self.say(f"A third of the money goes back from Stripe's dashboard: balance {paid} → {after}.")
         self.promises.add(
-            "Stripe is heard once, however often it speaks",
+            "A webhook that arrives twice counts once",
             f"{sum(deliveries.values())} deliveries, balance {before} → {paid} → {after}",
             (paid - before, after - paid) == (pack.credits, -1),
         )
