@@ -57,12 +57,13 @@ class Cpu(NamedTuple):
 
 
 def used_ms(pid: int, *, of_children: bool = False) -> float:
-    """CPU milliseconds that a process has used so far, or in ticks all of its children that have ended."""
-    process = Path(f"/proc/{pid}")
-    if of_children:
-        fields = (process / "stat").read_text().rsplit(")", 1)[1].split()
-        return (int(fields[13]) + int(fields[14])) / TICKS * 1000
-    return int((process / "schedstat").read_text().split()[0]) / 1e6
+    """CPU milliseconds that a process has used so far, or all of its children that have ended."""
+    exact = Path(f"/proc/{pid}/schedstat")  # in nanoseconds; not every kernel has it
+    if exact.exists() and not of_children:
+        return int(exact.read_text().split()[0]) / 1e6
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    first = 13 if of_children else 11
+    return (int(fields[first]) + int(fields[first + 1])) / TICKS * 1000
 
 
 def user() -> int:
