@@ -79,6 +79,17 @@ def test_a_column_of_ours_with_other_contents(make_app: Callable[..., App], ddl:
     assert found in str(error)
 
 
+def test_customers_twice_in_the_apps_own_column(make_app: Callable[..., App]) -> None:
+    users = UsersTable(stripe_customer_id="stripeCustomerId")
+    app = make_app(
+        f"""{UUID_USERS} ALTER TABLE users ADD "stripeCustomerId" text;
+        INSERT INTO users (id, "stripeCustomerId") VALUES (gen_random_uuid(), 'cus_1'), (gen_random_uuid(), 'cus_1')""",
+        HostMapping(users=users, workshops=None),
+    )
+    error = stopped(app, IncompatibleColumn)
+    assert (error.column, "text with the same value twice" in str(error)) == ("stripeCustomerId", True)
+
+
 @pytest.mark.parametrize(
     ("ddl", "mapping", "message"),
     [
