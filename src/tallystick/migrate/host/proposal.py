@@ -151,9 +151,10 @@ def propose(
             return stored
         found = _propose(conn, users, workshops, users_key, balance)
         found = found if own_columns else _with_app_columns(conn, found)
+        if stored is not None:  # it alone knows these two
+            found = replace(found, credits=stored.credits, ledger_schema=stored.ledger_schema)
         found = found if credits is None else replace(found, credits=credits)
         if stored is not None:
-            found = replace(found, credits=credits or stored.credits, ledger_schema=stored.ledger_schema)
             refuse_other_mapping(stored, found)
         return found
 
@@ -234,7 +235,7 @@ def _balances_apart(conn: sa.Connection, mapping: HostMapping) -> list[BalancesA
     beside = [one for table, one in found if not unsuitable(table)] or [one for _, one in found]
     others = [column for column in columns.values() if column.name != mapping.users.balance]
     own = _pick_balance(others, _OF_BALANCES)
-    return [*([_apart(users, own, mapping.users.key, mapping, _unfit(own))] if own else []), *beside]
+    return [*([_apart(users, own, mapping.users.key, mapping, _balance_obstacle(own))] if own else []), *beside]
 
 
 def _balances_of(
@@ -267,7 +268,7 @@ def _balances_of(
     elif not columns[key].identifies:
         obstacle = f"{key} is not both NOT NULL and UNIQUE: it has to hold one row for each user"
     else:
-        obstacle = _unfit(balance) or _of_another_type(conn, columns[key], mapping)
+        obstacle = _balance_obstacle(balance) or _of_another_type(conn, columns[key], mapping)
     found = _apart(table, balance, key, mapping, obstacle)
     if obstacle is None:
         asked = found.options
@@ -295,7 +296,7 @@ def _apart(
     )
 
 
-def _unfit(balance: HostColumn) -> str | None:
+def _balance_obstacle(balance: HostColumn) -> str | None:
     """The reason why the ledger cannot use a column of balances as it is."""
     if not unfit("users", "credit_balance", balance):
         return None
@@ -379,7 +380,7 @@ def _balance(table: HostTable, columns: Mapping[str, HostColumn], asked: str | N
             )
         return columns[asked]
     found = _pick_balance(columns.values(), _OF_BALANCES if _CALLED_BALANCES.search(table.table) else _BALANCES)
-    return found if found and asked != "none" and not _unfit(found) else None
+    return found if found and asked != "none" and not _balance_obstacle(found) else None
 
 
 def _users_key(
@@ -546,5 +547,5 @@ def _pick(columns: Iterable[HostColumn], usual: Sequence[str], types: Sequence[s
 def _pick_balance(columns: Iterable[HostColumn], usual: Sequence[str]) -> HostColumn | None:
     """The column with a number and a usual name; before all others one that the ledger can use as it is."""
     fitting = {c.name: c for c in columns if plain(c.name) in usual and c.base in _NUMBERS}
-    ranked = sorted(_ranked(fitting, usual), key=lambda name: _unfit(fitting[name]) is not None)
+    ranked = sorted(_ranked(fitting, usual), key=lambda name: _balance_obstacle(fitting[name]) is not None)
     return fitting[ranked[0]] if ranked else None
