@@ -2,11 +2,13 @@
 
     python benchmarks/overview.py            minutes; a table of docs/scaling.md
     python benchmarks/overview.py --quick    seconds, to see that it runs
-    python benchmarks/overview.py --days 1095 --rows 1000000 100000000    the other table; 30 GB of disk, and an hour
+    python benchmarks/overview.py --rows 1000000 100000000 --days 1095 1095     the other tables; each takes 30 GB of
+    python benchmarks/overview.py --rows 1000000 100000000 --days 100 10000    disk and most of an hour
 
-Two apps on one server, with as many users and with few and many rows, spread evenly over some days up to now. CPU of
-the server's process for the statements of one overview, so that what else the machine does counts for nothing. Parallel
-workers are off, since their CPU is not that process's.
+Two apps on one server, with as many users and with few and many rows, spread evenly over some days up to now: a busier
+app, if over the same days, or an older one, if with as many rows a day. CPU of the server's process for the statements
+of one overview, so that what else the machine does counts for nothing. Parallel workers are off, since their CPU is not
+that process's.
 """
 
 from __future__ import annotations
@@ -96,17 +98,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="1,000 rows against 10,000, few times")
     parser.add_argument("--rows", type=int, nargs=2, default=[100_000, 3_000_000], help="of the two apps")
-    parser.add_argument("--days", type=int, default=90, help="over which they are spread")
+    parser.add_argument("--days", type=int, nargs=2, default=[90, 90], help="over which they are spread")
     asked = parser.parse_args()
     sizes, enough_ms = ([1_000, 10_000], 20) if asked.quick else (asked.rows, 2_000)
     settings = stage.SETTINGS | {"autovacuum": "off", "fsync": "off", "max_parallel_workers_per_gather": "0"}
     with stage.server(settings=settings) as server:
-        print(
-            f"CPU of the server in ms for one overview, PostgreSQL {server.version}, {USERS:,} users, "
-            f"{asked.days:,} days of rows"
-        )
-        head = ["", *(f"{rows:,} rows" for rows in sizes), "ratio"]
-        print(table(head, lines([filled(server, rows, asked.days) for rows in sizes], enough_ms)))
+        print(f"CPU of the server in ms for one overview, PostgreSQL {server.version}, {USERS:,} users")
+        spread = list(zip(sizes, asked.days, strict=True))
+        head = ["", *(f"{rows:,} rows in {days:,} days" for rows, days in spread), "ratio"]
+        print(table(head, lines([filled(server, *each) for each in spread], enough_ms)))
 
 
 if __name__ == "__main__":

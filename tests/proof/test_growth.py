@@ -18,6 +18,7 @@ import sqlalchemy as sa
 
 from parallel import declared_functions, functions_called
 from tallystick import Consume, CreditTransaction, Ledger
+from tallystick.database import driver
 from tallystick.dev.postgres import Server
 from tallystick.errors import TallystickError
 from worlds import SHAPES, World
@@ -339,3 +340,28 @@ def replace_index(index: str, *instead: str) -> list[str]:
 def test_growth_would_be_noticed(histories: dict[str, History], name: str, made: str, spoil: Sequence[str]) -> None:
     short, long = (measured(histories[each], name, "force_custom_plan", spoil=spoil) for each in ("short", made))
     assert grows(short, long), f"short: {short}\n{made}: {long}"
+
+
+def test_a_function_that_was_called_before_plans_nothing(world: World) -> None:
+    """Also where many rows share a key, as 'welcome': the plan of one call then looks cheaper than one for all."""
+    with world.engine.begin() as conn:
+        conn.exec_driver_sql("ALTER TABLE credit_transactions SET (autovacuum_enabled = off)")
+        conn.exec_driver_sql(fill(users=(1, 1_000), rows="10"))
+        conn.exec_driver_sql("ANALYZE users, workshops, credit_transactions")
+        conn.exec_driver_sql(fill(users=(1, 1_000), rows="100", since=11))
+    planned: dict[str, list[str]] = {}
+    history = History(world, 100, large=False)
+    for name in ("consume", "consume, again", "consume, refused", "grant", "hold", "refund, refused", "start_purchase"):
+        with world.engine.connect() as conn:
+            calls = [operations(history, conn)[name] for _ in range(12)]
+            for call in calls[:-1]:
+                outcome(call, conn)
+            conn.exec_driver_sql("SET client_min_messages = log")
+            conn.exec_driver_sql("SET debug_print_plan = on")
+            contexts = planned[name] = []
+            driver(conn).add_notice_handler(lambda notice, found=contexts: found.append(str(notice.context)))
+            outcome(calls[-1], conn)
+            conn.rollback()
+    # the call itself is planned here: the connection prepares no statement
+    inside = {name: [context for context in contexts if context != "None"] for name, contexts in planned.items()}
+    assert not {name: contexts for name, contexts in inside.items() if contexts}

@@ -9,7 +9,8 @@ CREATE OR REPLACE FUNCTION tallystick.reverse(
   description text DEFAULT NULL,
   metadata jsonb DEFAULT NULL
 ) RETURNS tallystick.answer
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = {search_path} AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = {search_path}
+  SET plan_cache_mode = force_generic_plan AS $$
 BEGIN
   RETURN tallystick.give_or_take('reverse', user_id, consumption_id, key, amount, description, metadata);
 END $$

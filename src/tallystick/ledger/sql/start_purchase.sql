@@ -9,7 +9,8 @@ CREATE OR REPLACE FUNCTION tallystick.start_purchase(
   metadata jsonb DEFAULT NULL,
   expires_after interval DEFAULT NULL
 ) RETURNS tallystick.answer
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = {search_path} AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = {search_path}
+  SET plan_cache_mode = force_generic_plan AS $$
 #variable_conflict use_column
 DECLARE
   answer tallystick.answer;
