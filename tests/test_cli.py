@@ -687,6 +687,30 @@ def test_a_purchase_that_was_sold_without_stripe_is_settled_by_hand(world: World
     assert tally("audit").code == 0
 
 
+def test_a_user_and_a_workshop_are_deleted_and_brought_back(at: Callable[..., Any], any_world: World) -> None:
+    world, tally, user = any_world, at(any_world), any_world.user(credits=3)
+    assert tally("users", "show", user, "--json").json["credit_balance"] == 3
+    assert "3 credits" in tally("users", "delete", user).out
+    assert re.search(r"Deleted +20\d\d-", tally("users", "show", user).out)
+    assert "tallystick users restore" in tally("consume", user).err
+    assert tally("users", "restore", user).out == f"User {user} is back, with 3 credits.\n"
+    assert tally("consume", user).code == 0
+    if world.config.host.workshops:
+        workshop = world.workshop(user)
+        assert "closed: no credit has unlocked it" in tally("workshops", "access", workshop).out
+        assert tally("consume", user, "--workshop", workshop).code == 0
+        assert tally("workshops", "access", workshop, "--json").json == {"open": True, "reason": "unlocked"}
+        assert tally("workshops", "delete", workshop).out == f"Workshop {workshop} is deleted.\n"
+        assert "closed: it was deleted" in tally("workshops", "access", workshop).out
+        another = world.workshop(user)
+        tally("workshops", "delete", another)
+        assert "tallystick workshops restore" in tally("consume", user, "--workshop", another).err
+        assert tally("workshops", "restore", workshop).out == f"Workshop {workshop} is back.\n"
+        assert "open: a credit unlocked it" in tally("workshops", "access", workshop).out
+    else:
+        assert tally("workshops", "access", user).code == 1
+
+
 def test_two_accounts_are_merged_and_a_person_is_forgotten(at: Callable[..., Any], any_world: World) -> None:
     tally, user, into = at(any_world), any_world.user(credits=3), any_world.user(credits=1)
     result = tally("users", "merge", user, into, "--key", "ticket 7", "--description", "One person")

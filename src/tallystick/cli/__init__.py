@@ -42,6 +42,7 @@ MODULES = {
     "people": ("users",),
     "selling": ("stripe",),
     "serve": ("serve",),
+    "workshops": ("workshops",),
 }
 """The commands of each module. Imports take longer than most commands, so only the requested module is imported."""
 

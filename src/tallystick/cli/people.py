@@ -1,4 +1,4 @@
-"""Merging two accounts of one person, and erasing a person: tallystick merge, erase."""
+"""A user's account: tallystick users show, delete, restore, merge, erase."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from uuid import uuid4
 
 import typer
 
-from tallystick.accounts import Accounts
+from tallystick.accounts import Account, Accounts
 from tallystick.cli.app import Json, UserArgument, app, emit, note, out
 from tallystick.cli.ledger import KeyOption, OfUser, credits_of, mapped, user_key
 from tallystick.errors import InvalidArgument
 from tallystick.ledger import Ledger
 
-people = typer.Typer(no_args_is_help=True, help="Merge two accounts, or erase a person's data.")
+people = typer.Typer(no_args_is_help=True, help="Show, delete or restore a user, merge two, or erase a person's data.")
 app.add_typer(people, name="users", rich_help_panel="Credits")
 
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask first.")]
@@ -24,6 +24,44 @@ def _ask(question: str, *, yes: bool, as_json: bool) -> None:
     """Ask for confirmation at a terminal, but not in scripts. No transaction is open meanwhile."""
     if not yes and sys.stdin.isatty() and not as_json:
         typer.confirm(question, abort=True, err=True)
+
+
+@people.command(cls=OfUser)
+def show(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> None:
+    """Show a user's account: credits, plan, onboarding, Stripe customer, deletion."""
+    with mapped(ctx, only_reads=True) as (conn, config):
+        account = Accounts(config).get(conn, user_key(conn, config, user))
+    emit(account, lambda: out.print(_lines(account), markup=False), as_json=as_json)
+
+
+def _lines(account: Account) -> str:
+    deleted = account.deleted_at and f"{account.deleted_at:%Y-%m-%d %H:%M} UTC"
+    facts = {
+        "Credits": f"{account.credit_balance}, {account.standing.held} of them held",
+        "Plan": account.plan_tier,
+        "Onboarding": "complete" if account.onboarding_complete else "not complete",
+        "Stripe customer": account.stripe_customer_id or "none",
+        "Deleted": deleted or "no",
+    }
+    return "\n".join([f"User {account.user}", *(f"  {name:<16}{value}" for name, value in facts.items())])
+
+
+@people.command(cls=OfUser)
+def delete(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> None:
+    """Soft-delete a user: the row and its ledger stay, and nothing can be bought or spent until users restore."""
+    with mapped(ctx, changes=True) as (conn, config):
+        account = Accounts(config).delete_user(conn, user_key(conn, config, user))
+    message = f"User {account.user} is deleted, with {credits_of(account.credit_balance)} on the account."
+    emit(account, lambda: out.print(message, markup=False), as_json=as_json)
+
+
+@people.command(cls=OfUser)
+def restore(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> None:
+    """Bring a soft-deleted user back. Credits are as they were."""
+    with mapped(ctx, changes=True) as (conn, config):
+        account = Accounts(config).restore_user(conn, user_key(conn, config, user))
+    message = f"User {account.user} is back, with {credits_of(account.credit_balance)}."
+    emit(account, lambda: out.print(message, markup=False), as_json=as_json)
 
 
 @people.command(cls=OfUser)

@@ -114,7 +114,9 @@ def _unknown_user(r: Refusal) -> LedgerError:
 
 def _user_deleted(r: Refusal) -> LedgerError:
     return UserDeleted(
-        f"user {r.user} was deleted at {_minute(r)}. To bring the user back: Accounts.restore_user", user=r.user
+        f"user {r.user} was deleted at {_minute(r)}. To bring the user back: tallystick users restore, or "
+        "Accounts.restore_user",
+        user=r.user,
     )
 
 
@@ -128,7 +130,8 @@ def _unknown_workshop(r: Refusal) -> LedgerError:
 
 def _workshop_deleted(r: Refusal) -> LedgerError:
     return WorkshopDeleted(
-        f"workshop {r.workshop} was deleted at {_minute(r)}. To bring it back: Accounts.restore_workshop",
+        f"workshop {r.workshop} was deleted at {_minute(r)}. To bring it back: tallystick workshops restore, or "
+        "Accounts.restore_workshop",
         workshop=r.workshop,
     )
 

@@ -116,7 +116,10 @@ def checkout(
     started = None if key is None else in_transaction(engine, lambda conn: _started_before(effects, conn, user, key))
     if started is None:
         if account.deleted_at is not None:
-            raise UserDeleted(f"user {user} was deleted. To bring the user back: Accounts.restore_user", user=user)
+            raise UserDeleted(
+                f"user {user} was deleted. To bring the user back: tallystick users restore, or Accounts.restore_user",
+                user=user,
+            )
         chosen, wanted_options = pack_named(config, pack), options or config.checkout_options
         room = require_room(
             effects.store, account, chosen.credits * _valid_quantity(quantity, wanted_options.quantity_max), pack

@@ -78,7 +78,10 @@ def top_up(engine: sa.Engine, config: Config, user: Key, pack: str, *, below: in
     effects, chosen = Effects(engine, config), pack_named(config, pack)
     account = in_transaction(engine, lambda conn: Accounts(config).get(conn, user))
     if account.deleted_at is not None:
-        raise UserDeleted(f"user {user} was deleted. To bring the user back: Accounts.restore_user", user=user)
+        raise UserDeleted(
+            f"user {user} was deleted. To bring the user back: tallystick users restore, or Accounts.restore_user",
+            user=user,
+        )
     if account.standing.available >= below:
         return TopUp(TopUpOutcome.ENOUGH)
     gap = in_transaction(engine, lambda conn: _find_gap(effects, conn, user))

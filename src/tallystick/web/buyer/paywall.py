@@ -39,7 +39,9 @@ class Workshop:
         """Raise WorkshopDeleted if it is deleted: no credit opens it again."""
         if self.access.reason is AccessReason.DELETED:
             raise WorkshopDeleted(
-                f"workshop {self.key} was deleted. To bring it back: Accounts.restore_workshop", workshop=self.key
+                f"workshop {self.key} was deleted. To bring it back: tallystick workshops restore, or "
+                "Accounts.restore_workshop",
+                workshop=self.key,
             )
 
 

@@ -1,0 +1,58 @@
+"""A workshop: tallystick workshops access, delete, restore."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tallystick.accounts import Accounts
+from tallystick.cli.app import Json, app, emit, out
+from tallystick.cli.ledger import OfUser, mapped
+from tallystick.ledger import AccessReason, Ledger
+
+workshops = typer.Typer(no_args_is_help=True, help="Ask if a workshop is open, delete or restore it.")
+app.add_typer(workshops, name="workshops", rich_help_panel="Credits")
+
+WorkshopArgument = Annotated[
+    str, typer.Argument(help="The workshop's key (the value in the mapped key column).", metavar="WORKSHOP")
+]
+
+_REASONS = {
+    AccessReason.UNLOCKED: "a credit unlocked it",
+    AccessReason.GRANDFATHERED: "it is older than the paywall",
+    AccessReason.PAYWALL_OFF: "the paywall is off",
+    AccessReason.LOCKED: "no credit has unlocked it",
+    AccessReason.DELETED: "it was deleted",
+}
+
+
+@workshops.command(cls=OfUser)
+def access(ctx: typer.Context, workshop: WorkshopArgument, as_json: Json = False) -> None:
+    """Show if a workshop is open, and why."""
+    with mapped(ctx, only_reads=True) as (conn, config):
+        ledger = Ledger(config)
+        found = ledger.access(conn, ledger.schema.workshop_key_of(workshop))
+    message = f"Workshop {workshop} is {'open' if found.open else 'closed'}: {_REASONS[found.reason]}."
+    emit(found, lambda: out.print(message, markup=False), as_json=as_json)
+
+
+@workshops.command(cls=OfUser)
+def delete(ctx: typer.Context, workshop: WorkshopArgument, as_json: Json = False) -> None:
+    """Soft-delete a workshop: the credit that unlocked it stays spent, and nothing can unlock it."""
+    _change(ctx, workshop, deleted=True, as_json=as_json)
+
+
+@workshops.command(cls=OfUser)
+def restore(ctx: typer.Context, workshop: WorkshopArgument, as_json: Json = False) -> None:
+    """Bring a soft-deleted workshop back, open if a credit had unlocked it."""
+    _change(ctx, workshop, deleted=False, as_json=as_json)
+
+
+def _change(ctx: typer.Context, workshop: str, *, deleted: bool, as_json: bool) -> None:
+    with mapped(ctx, changes=True) as (conn, config):
+        accounts = Accounts(config)
+        key = accounts.schema.workshop_key_of(workshop)
+        (accounts.delete_workshop if deleted else accounts.restore_workshop)(conn, key)
+    message = f"Workshop {workshop} is {'deleted' if deleted else 'back'}."
+    emit({"workshop": workshop, "deleted": deleted}, lambda: out.print(message, markup=False), as_json=as_json)
