@@ -90,7 +90,9 @@ def test_from_an_apps_database_to_audited_credits(tally, old_host):
     assert "public.users, by id (uuid)" in tally("init").out
     planned = tally("migrate", "plan", "--json").json
     assert next(revision["revision"] for revision in planned["revisions"]) == "0001"
-    assert "ACCESS EXCLUSIVE on public.users" in tally("migrate", "plan").out
+    shown, whole = tally("migrate", "plan").out, tally("migrate", "plan", "--all").out
+    assert "ACCESS EXCLUSIVE on public.users" in shown
+    assert ("CREATE SCHEMA tallystick" in shown, "CREATE SCHEMA tallystick" in whole) == (False, True)
     assert tally("migrate", "status").code == 1
     assert "tables locked for" in tally("migrate", "apply").out
     assert "Nothing to do" in tally("migrate", "apply").out

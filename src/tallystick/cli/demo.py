@@ -122,7 +122,7 @@ class _Demo:
         self.say(f"PostgreSQL {self.server.version} with {users:,} users and {workshops:,} workshops.")
         self.chapter("The plan")
         with connect(self.url) as conn:
-            show_plan(self.console, migrate.plan(conn, self.config), brief=True)
+            show_plan(self.console, migrate.plan(conn, self.config))
 
     def migrate(self) -> None:
         self.chapter("The migration, while the old app goes on working")

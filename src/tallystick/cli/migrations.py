@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -16,6 +16,7 @@ import sqlalchemy as sa
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer.core import TyperGroup
 
 from tallystick import migrate
 from tallystick.audit import audit
@@ -29,7 +30,17 @@ from tallystick.migrate.checks.rehearsal import split
 from tallystick.migrate.host import role as roles
 from tallystick.progress import Progress
 
+
+class _InOrder(TyperGroup):
+    """The commands in the order in which a migration needs them."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        order = ("plan", "rehearse", "apply", "status", "undo", "sql", "snippet", "widen-key")
+        return sorted(super().list_commands(ctx), key=order.index)
+
+
 migrations = typer.Typer(
+    cls=_InOrder,
     no_args_is_help=True,
     help="Migrate a live database, and back, without stalling its traffic.",
 )
@@ -249,9 +260,12 @@ def plan(
         Path | None,
         typer.Option("--backup", help="Also check that there is room for a backup at this path.", metavar="FILE"),
     ] = None,
+    whole: Annotated[
+        bool, typer.Option("--all", help="Also show the statements that lock no existing table, as of new objects.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show each statement that apply would run, its lock, and the sessions in its way now. Changes nothing.
+    """Show the statements that apply would run, their locks, and the sessions in its way now. Changes nothing.
 
     Exit code 1 if something would stop apply.
     """
@@ -271,7 +285,9 @@ def plan(
             out.print(
                 f"There already, and adopted as they are: {_as_named(config.host, planned.adopted)}.", markup=False
             )
-        show_plan(out, planned)
+        show_plan(out, planned, brief=() if whole else ("prepare",))
+        if not whole:
+            out.print("To see each statement: tallystick migrate plan --all", style="dim")
         out.print(f"The tables will be locked for about {planned.estimated_hold_ms:.0f} ms.")
         for blocker in planned.blockers:
             out.print(f"In the way now: {blocker}.", markup=False)
@@ -302,8 +318,8 @@ _PHASES = {
 }
 
 
-def show_plan(console: Console, planned: migrate.Plan, *, brief: bool = False) -> None:
-    """The statements of a plan with their locks; ``brief`` counts those that touch no existing table."""
+def show_plan(console: Console, planned: migrate.Plan, *, brief: Collection[str] = tuple(_PHASES)) -> None:
+    """The statements of a plan with their locks; those that lock no existing table are counted in ``brief`` phases."""
 
     def line(text: str, style: str = "") -> None:
         console.print(f"   {text}", style=style, markup=False, no_wrap=True, overflow="ellipsis", soft_wrap=False)
@@ -312,7 +328,7 @@ def show_plan(console: Console, planned: migrate.Plan, *, brief: bool = False) -
         line(f"{revision.revision}. {revision.title}")
     for phase, title in _PHASES.items():
         of_phase = [statement for statement in planned.statements if statement.phase == phase]
-        felt = [statement for statement in of_phase if statement.locks or not brief]
+        felt = [statement for statement in of_phase if statement.locks or phase not in brief]
         if of_phase:
             line(title, "bold")
         for statement in felt:
