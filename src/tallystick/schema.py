@@ -376,11 +376,11 @@ CHECKS: dict[str, str] = {
     " WHEN 'grant' THEN amount > 0 AND status = 'completed'"
     # types that were added later give or take, and refer to another row
     " ELSE amount <> 0 AND refund_of IS NOT NULL AND status = 'completed' END",
-    "status": "CASE status WHEN 'completed' THEN num_nulls(balance_after, sequence, completed_at) = 0 AND sequence > 0"
-    " ELSE num_nonnulls(balance_after, sequence, completed_at) = 0 END",
+    "status": "num_nonnulls(balance_after, sequence, completed_at) = CASE status WHEN 'completed' THEN 3 ELSE 0 END"
+    " AND sequence > 0",
     "paid": "num_nonnulls(stripe_session_id, stripe_payment_intent_id, stripe_price_id, amount_paid, currency) = 0"
     " OR type = 'purchase' AND (amount_paid IS NULL) = (currency IS NULL)"
-    " AND coalesce(amount_paid >= 0 AND currency ~ '^[a-z]{3}$', true)",
+    " AND amount_paid >= 0 AND currency ~ '^[a-z]{3}$'",
     "held": "CASE WHEN held IS NULL THEN capture_limit IS NULL"
     " ELSE type = 'consumption' AND held > 0 AND expires_at IS NOT NULL END",
 }

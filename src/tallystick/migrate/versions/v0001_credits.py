@@ -160,12 +160,12 @@ CREATE TABLE {ledger} (
       WHEN 'refund' THEN amount < 0 AND refund_of IS NOT NULL AND status = 'completed'
       ELSE amount > 0 AND status = 'completed' END),
   CONSTRAINT credit_transactions_status
-    CHECK (CASE status WHEN 'completed' THEN num_nulls(balance_after, sequence, completed_at) = 0 AND sequence > 0
-      ELSE num_nonnulls(balance_after, sequence, completed_at) = 0 END),
+    CHECK (num_nonnulls(balance_after, sequence, completed_at) = CASE status WHEN 'completed' THEN 3 ELSE 0 END
+      AND sequence > 0),
   CONSTRAINT credit_transactions_paid
     CHECK (num_nonnulls(stripe_session_id, stripe_payment_intent_id, stripe_price_id, amount_paid, currency) = 0
       OR type = 'purchase' AND (amount_paid IS NULL) = (currency IS NULL)
-        AND coalesce(amount_paid >= 0 AND currency ~ '^[a-z]{{3}}$', true))
+        AND amount_paid >= 0 AND currency ~ '^[a-z]{{3}}$')
 )
 """
 

@@ -75,7 +75,7 @@ TYPE_RULE_BEFORE = """CHECK (CASE type
 PAID_RULE = """CHECK (
       num_nonnulls(stripe_session_id, stripe_payment_intent_id, stripe_price_id, amount_paid, currency) = 0
       OR type = 'purchase' AND (amount_paid IS NULL) = (currency IS NULL)
-        AND coalesce(amount_paid >= 0 AND currency ~ '^[a-z]{{3}}$', true))"""
+        AND amount_paid >= 0 AND currency ~ '^[a-z]{{3}}$')"""
 
 APPEND_ONLY_BEFORE = before.APPEND_ONLY.replace("CREATE FUNCTION", "CREATE OR REPLACE FUNCTION", 1)
 
