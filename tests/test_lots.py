@@ -150,7 +150,7 @@ def test_a_replay_writes_what_has_expired_under_the_lock_alone(world: World):
         ledger.lock(conn, world.user())  # a transaction of its own, before the user's row
         conn.execute(sa.select(world.schema.users).where(world.schema.users.c.key == user).with_for_update())
         waits = pool.submit(replay)
-        waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+        waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND pg_backend_pid() = ANY (pg_blocking_pids(pid))"
         while not conn.scalar(sa.text(waiting)):
             time.sleep(0.01)
         assert ledger.sweep(conn) == 1

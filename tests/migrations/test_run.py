@@ -172,7 +172,7 @@ class TestWaiting:
             with ThreadPoolExecutor(1) as pool:
                 run = pool.submit(migrate.apply, app.url, app.config, progress=partial(set_event, waiting))
                 assert waiting.wait(60)
-                assert not app.value("SELECT count(*) FROM pg_locks WHERE NOT granted")
+                assert not app.value("SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'users'::regclass")
                 app.run("UPDATE users SET email = email WHERE email = 'user 1'")  # nobody waits for us
                 assert vacuum_of(app) == vacuum
                 # what an administrator may do: it comes back at once unless told not to
