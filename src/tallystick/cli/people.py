@@ -11,6 +11,7 @@ import typer
 from tallystick.accounts import Accounts
 from tallystick.cli.app import Json, UserArgument, app, emit, note, out
 from tallystick.cli.ledger import KeyOption, OfUser, credits_of, mapped, user_key
+from tallystick.database import connect_driver
 from tallystick.errors import InvalidArgument
 from tallystick.ledger import Ledger
 
@@ -41,7 +42,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Move all credits of USER to INTO, debts too, and soft-delete USER. Shows the effect, and asks at a terminal."""
-    with mapped(ctx, changes=True) as (conn, config):
+    with mapped(ctx, connect_driver, changes=True) as (conn, config):
         accounts = Accounts(config)
         gone, stays = (accounts.get(conn, user_key(conn, config, text)) for text in (user, into))
         if gone.user == stays.user:
@@ -55,7 +56,7 @@ def merge(
         f"Stripe customer ({gone.stripe_customer_id or 'none'}) of {gone.user} stay there."
     )
     _ask("Merge them?", yes=yes, as_json=as_json)
-    with mapped(ctx) as (conn, config):
+    with mapped(ctx, connect_driver) as (conn, config):
         ledger = Ledger(config)
         done = ledger.merge(conn, gone.user, into=stays.user, key=key or f"cli-{uuid4()}", description=description)
     word = "Already done" if done.replayed else "Done"
@@ -66,7 +67,7 @@ def merge(
 @people.command(cls=OfUser)
 def erase(ctx: typer.Context, user: UserArgument, yes: Yes = False, as_json: Json = False) -> None:
     """Remove a person's data from the ledger, and soft-delete the user. It cannot be undone; asks at a terminal."""
-    with mapped(ctx, changes=True) as (conn, config):
+    with mapped(ctx, connect_driver, changes=True) as (conn, config):
         found = Accounts(config).get(conn, user_key(conn, config, user))
     customer = found.stripe_customer_id
     at_stripe = f", and delete the customer {customer} at Stripe" if customer else ""
@@ -76,7 +77,7 @@ def erase(ctx: typer.Context, user: UserArgument, yes: Yes = False, as_json: Jso
         f"yourself{at_stripe}."
     )
     _ask("Erase it?", yes=yes, as_json=as_json)
-    with mapped(ctx) as (conn, config):
+    with mapped(ctx, connect_driver) as (conn, config):
         done = Accounts(config).erase(conn, found.user)
     emit(
         done,

@@ -10,6 +10,7 @@ from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.config import Config
 from tallystick.database import run, translated
+from tallystick.declared_tables import Schema
 from tallystick.errors import (
     InvalidArgument,
     Key,
@@ -48,7 +49,7 @@ class Paywall:
 
     def __init__(self, config: Config) -> None:
         self.ledger = Ledger(config)
-        self._schema = self.ledger.schema
+        self._schema = Schema.of(config.host)
         if self._schema.workshops is None:
             return
         self._statement = self._select(self._schema.workshops)
