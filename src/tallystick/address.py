@@ -55,6 +55,5 @@ class Address:
         if len(hosts) > 1 or (hosts and "port" not in self.query and re.fullmatch(r"[a-zA-Z0-9\-.]*:\d*", hosts[0])):
             each = [host.partition(":") for host in hosts]
             made["host"] = ",".join(name for name, _, _ in each)
-            if any(port for _, _, port in each):
-                made["port"] = ",".join(port for _, _, port in each)
+            made["port"] = ",".join(port for _, _, port in each)
         return made
