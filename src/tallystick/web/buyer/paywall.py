@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -54,7 +55,7 @@ class Paywall:
             return
         self._statement = self._select(self._schema.workshops)
         driver = pg.dialect(paramstyle="pyformat")  # type: ignore[no-untyped-call]
-        self._text = str(self._statement.compile(dialect=driver))  # for a connection of Django's
+        self._text = str(self._statement.compile(dialect=driver))  # for a cursor of the driver's or Django's
         self._paywall = {"p_paywall": config.paywall, "p_before": config.grandfathered_before}
 
     def _select(self, workshops: sa.Table) -> sa.Select[Any]:
@@ -103,7 +104,7 @@ class Paywall:
             row = run(conn, self._statement, values).one_or_none()
         else:
             connection: Any = conn
-            with translated(), connection.cursor() as cursor:
+            with translated(), closing(connection.cursor()) as cursor:
                 cursor.execute(self._text, values)
                 row = cursor.fetchone()
         if row is None:
