@@ -21,8 +21,8 @@ import sqlalchemy as sa
 
 from tallystick import Config
 from tallystick.audit import audit
+from tallystick.declared_tables import Schema, stripe_reversals
 from tallystick.dev.postgres import Server
-from tallystick.schema import Schema, stripe_reversals
 
 TURNS = 5
 

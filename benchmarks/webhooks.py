@@ -26,9 +26,9 @@ import stripe as sdk
 
 from tallystick import Config, Pack, migrate, stripe
 from tallystick.audit import audit
+from tallystick.declared_tables import Schema
 from tallystick.dev.postgres import Server
 from tallystick.dev.stripe import DevStripe
-from tallystick.schema import Schema
 
 CREDITS, PRICE, ORIGIN = 3, 14900, "https://app.example.com"
 HOST = """

@@ -17,9 +17,10 @@ from sqlalchemy.orm import Session
 
 from tallystick import Config, Progress
 from tallystick.audit import CHECKS, AuditReport, audit
+from tallystick.declared_tables import daily_sums, days, event_settings, events, stripe_reversals
 from tallystick.errors import InvalidArgument, NotMigrated, UnknownUser
 from tallystick.schema import CHECKS as CONSTRAINTS
-from tallystick.schema import LEDGER, daily_sums, days, event_settings, events, stripe_reversals
+from tallystick.schema import LEDGER
 from worlds import SHAPES, World
 
 MONTH_AGO = dt.datetime.now(dt.UTC) - dt.timedelta(days=30)

@@ -587,6 +587,28 @@ def test_without_extras_each_command_that_needs_one_names_it(tmp_path: Path, arg
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "without"),
+    [
+        (["balance"], {"sqlalchemy", "rich"}),
+        (["balance", "--json"], {"sqlalchemy", "rich"}),
+        (["history"], {"sqlalchemy"}),
+        (["lots"], {"sqlalchemy"}),
+        (["onboarding"], {"sqlalchemy", "rich"}),
+        (["consume"], {"sqlalchemy"}),
+    ],
+)
+def test_a_command_that_only_calls_the_ledger_loads_only_what_it_needs(at, world: World, arguments, without):
+    """The import of SQLAlchemy would take as long as all the rest of it."""
+    at(world)
+    user = world.user(credits=3)
+    script = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr));"
+    command = [sys.executable, "-c", f"{script} from tallystick.cli import main; main()", *arguments, str(user)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert set(done.stderr.split()) & without == set()
+    assert done.stdout
+
+
 def test_an_output_that_is_full_is_said(at, world: World):
     at(world)
     with Path("/dev/full").open("w") as full:

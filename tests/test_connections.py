@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 import gc
 import sqlite3
@@ -9,19 +10,24 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
+import psycopg
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
+from sqlalchemy.util.concurrency import greenlet_spawn
 
 from caller_connections import CALLER_CONNECTIONS, ENCODED, CallerConnection
 from tallystick import AccessReason, Consume, CreditTransaction, errors, events
 from tallystick.accounts import Account
 from tallystick.audit import audit
 from tallystick.dev.postgres import Server
+from tallystick.ledger.connections import autocommitting
 from tallystick.ledger.operations import Access
 from tallystick.schema import INT64_MAX, CreditTransactionType
 from worlds import SHAPES, World
@@ -540,3 +546,105 @@ def test_other_events_and_isolation_levels_leave_the_drivers_cursor(world: World
             conn.execution_options(tallystick_events=False)
             world.ledger.consume(conn, user, key="c")
         assert len(texts) == 1
+
+
+# --- a connection of an engine's pool, for calls that need no transaction ---
+
+
+@pytest.fixture
+def pool(world: World) -> Iterator[sa.Engine]:
+    engine = sa.create_engine(world.url, pool_size=1, max_overflow=0)
+    yield engine
+    engine.dispose()
+
+
+def test_a_plain_engine_gives_the_drivers_connection_for_a_while(world: World, pool: sa.Engine) -> None:
+    user = world.user(credits=2)
+    with autocommitting(pool) as conn:
+        assert isinstance(conn, psycopg.Connection)
+        world.ledger.consume(conn, user, key="a")
+        with world.engine.connect() as other:
+            assert world.ledger.balance(other, user) == 1
+    with pool.connect() as again:
+        assert again.connection.dbapi_connection is conn
+        assert not conn.autocommit
+
+
+def test_an_asynchronous_engine_gives_the_drivers_connection_too(world: World) -> None:
+    user = world.user(credits=2)
+
+    def work(engine: sa.Engine) -> list[Any]:
+        with autocommitting(engine) as conn:
+            return [type(conn).__name__, world.ledger.consume(conn, user, key="a").balance_after]
+
+    async def run() -> list[Any]:
+        engine = create_async_engine(world.url)
+        found = await greenlet_spawn(work, engine.sync_engine)
+        async with engine.connect() as conn:
+            found.append((await conn.get_raw_connection()).driver_connection.autocommit)
+        await engine.dispose()
+        return found
+
+    with ThreadPoolExecutor(1) as other:  # a browser that is open in this thread has its own event loop
+        assert other.submit(asyncio.run, run()).result(60) == ["AsyncAdapt_psycopg_connection", 1, False]
+
+
+class Wrapped(psycopg.Connection[Any]):
+    """A connection as a tracer would make it."""
+
+
+EXPECTING_SQLALCHEMYS: dict[str, Callable[[World], sa.Engine]] = {
+    "options": lambda world: world.engine.execution_options(logging_token="x"),
+    "echo": lambda world: sa.create_engine(world.url, poolclass=sa.NullPool, echo=True),
+    "psycopg2": lambda world: sa.create_engine(world.url.replace("+psycopg", "+psycopg2"), poolclass=sa.NullPool),
+    "a wrapped connection": lambda world: sa.create_engine(
+        world.url, poolclass=sa.NullPool, creator=lambda: Wrapped.connect(world.url.replace("+psycopg", ""))
+    ),
+}
+
+
+@pytest.mark.parametrize("what", EXPECTING_SQLALCHEMYS)
+def test_where_sqlalchemys_is_expected_it_is_given(world: World, what: str) -> None:
+    user = world.user(credits=2)
+    with autocommitting(EXPECTING_SQLALCHEMYS[what](world)) as conn:
+        assert isinstance(conn, sa.Connection)
+        world.ledger.consume(conn, user, key="a")
+        with world.engine.connect() as other:
+            assert world.ledger.balance(other, user) == 1
+
+
+@pytest.mark.parametrize("event", ["before_cursor_execute", "begin", "handle_error", "engine_connect"])
+def test_a_listener_is_given_sqlalchemys(world: World, pool: sa.Engine, event: str) -> None:
+    sa.event.listen(pool, event, lambda *_: None)
+    with autocommitting(pool) as conn:
+        assert isinstance(conn, sa.Connection)
+
+
+def test_events_of_the_pool_are_the_hosts(world: World, pool: sa.Engine) -> None:
+    seen: list[str] = []
+    for event in ("connect", "checkout", "checkin"):
+        sa.event.listen(pool, event, lambda *_, event=event: seen.append(event))
+    with autocommitting(pool) as conn:
+        assert isinstance(conn, psycopg.Connection)
+    assert seen == ["connect", "checkout", "checkin"]
+
+
+def test_a_connection_that_has_died_is_not_given_again(world: World, pool: sa.Engine) -> None:
+    user = world.user(credits=2)
+    with pytest.raises(errors.OutcomeUnknown), autocommitting(pool) as conn:
+        assert isinstance(conn, psycopg.Connection)
+        with world.autocommit.connect() as other:
+            other.exec_driver_sql(f"SELECT pg_terminate_backend({conn.info.backend_pid}, 10000)")
+        world.ledger.consume(conn, user, key="a")
+    with autocommitting(pool) as conn:
+        assert world.ledger.balance(conn, user) == 2
+
+
+def test_without_a_server_or_a_free_connection_it_is_unavailable(pool: sa.Engine) -> None:
+    nowhere = sa.create_engine("postgresql+psycopg://nobody@127.0.0.1:1/x", poolclass=sa.NullPool)
+    with pytest.raises(errors.DatabaseUnavailable, match="cannot connect"), autocommitting(nowhere):
+        pass
+    full = sa.create_engine(pool.url, pool_size=1, max_overflow=0, pool_timeout=0.01)
+    with autocommitting(full), pytest.raises(errors.DatabaseUnavailable, match="larger pool"), autocommitting(full):
+        pass
+    full.dispose()

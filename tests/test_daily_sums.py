@@ -18,10 +18,10 @@ from starlette.testclient import TestClient
 
 from tallystick.audit import Finding, audit
 from tallystick.cli import main
+from tallystick.declared_tables import days
 from tallystick.dev.seed import reset, seed
 from tallystick.errors import Conflict
 from tallystick.ledger import close_all_days
-from tallystick.schema import days
 from tallystick.web.console import LocalLink, console
 from tallystick.web.console.queries import Figures, Queries
 from worlds import World

@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tallystick.config import INTEGER_KEYS, TEXT_KEYS, HostMapping, KeyType, UsersTable, WorkshopsTable
+from tallystick.declared_tables import Schema
 from tallystick.errors import InvalidArgument
-from tallystick.schema import Schema
 
 BOUNDS = {"smallint": 2**15, "integer": 2**31, "bigint": 2**63}
 KINDS = {"uuid": UUID, **dict.fromkeys(TEXT_KEYS, str), **dict.fromkeys(INTEGER_KEYS, int)}

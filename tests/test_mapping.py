@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import psycopg
 import pytest
 import sqlalchemy as sa
+from psycopg.rows import dict_row
 from sqlalchemy.orm import Session
 
 from tallystick import Config, HostMapping, Ledger, UsersTable, WorkshopsTable
@@ -23,6 +25,12 @@ def test_a_ledger_is_made_from_an_engine_or_a_connection_alone(any_world: World)
             assert accounts.get(conn, user).credit_balance == 4
         if any_world.schema.workshops is not None:
             assert not Ledger(any_world.engine).access(conn, any_world.workshop(user)).open
+
+
+def test_a_connection_of_psycopgs_is_enough(world: World) -> None:
+    with psycopg.connect(world.url.replace("+psycopg", ""), row_factory=dict_row) as conn:
+        verify(conn, world.config.host)
+        assert mapping_of(conn) == world.config.host
 
 
 def test_a_connection_stays_usable_where_nothing_is_migrated(fresh_database) -> None:

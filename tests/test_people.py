@@ -16,8 +16,8 @@ import sqlalchemy as sa
 
 from tallystick import Merged, errors
 from tallystick.audit import audit
+from tallystick.declared_tables import event_dead_letters, stripe_checkouts
 from tallystick.errors import Key
-from tallystick.schema import event_dead_letters, stripe_checkouts
 from worlds import World
 
 uuid_keys = pytest.mark.parametrize("any_world", ["uuid"], indirect=True)

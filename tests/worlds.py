@@ -13,8 +13,8 @@ import sqlalchemy as sa
 
 from tallystick import Config, CreditTransaction, HostMapping, Ledger, UsersTable, WorkshopsTable
 from tallystick.accounts import Accounts
+from tallystick.declared_tables import Schema
 from tallystick.errors import Key
-from tallystick.schema import Schema
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import datetime as dt
 from dataclasses import dataclass
-from typing import Any
-
-import sqlalchemy as sa
+from typing import TYPE_CHECKING, Any
 
 from tallystick.config import Config, HostMapping
 from tallystick.errors import InvalidArgument, Key, shown
 from tallystick.ledger.connections import Call, Operation, Rows, document, moment, reader_of
 from tallystick.ledger.operations import Standing
 from tallystick.ledger.outcomes import DONE, Refusal, error_of
-from tallystick.schema import Schema, mapping_of
+from tallystick.schema import Keys, mapping_of
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
 
 PLAN_TIER_MAX = 32
 STRIPE_ID_MAX = 255
@@ -56,8 +57,8 @@ class Accounts:
     def __init__(self, source: Config | HostMapping | sa.Engine | sa.Connection) -> None:
         if isinstance(source, Config):
             source = source.host
-        self.schema = Schema.of(source if isinstance(source, HostMapping) else mapping_of(source))
-        self._user = reader_of(self.schema.host.users.key_type)
+        self.keys = Keys(source if isinstance(source, HostMapping) else mapping_of(source))
+        self._user = reader_of(self.keys.host.users.key_type)
 
     @Operation
     def get(self, user: Key) -> Call[Account]:
@@ -103,7 +104,7 @@ class Accounts:
         Raises:
             InvalidArgument, UnknownUser: nothing was written.
         """
-        most = self.schema.credits_max
+        most = self.keys.credits_max
         if threshold is not None and not (
             isinstance(threshold, int) and not isinstance(threshold, bool) and 0 <= threshold <= most
         ):
@@ -160,7 +161,7 @@ class Accounts:
         return self._of_workshop("restore_workshop", workshop)
 
     def _of_user(self, function: str, user: Key, **more: Any) -> Call[Account]:
-        arguments = {"user_id": self.schema.user_key(user), **more}
+        arguments = {"user_id": self.keys.user_key(user), **more}
 
         def read(rows: Rows) -> Account:
             row = rows[0]
@@ -183,7 +184,7 @@ class Accounts:
         return Call(function, arguments, read)
 
     def _of_workshop(self, function: str, workshop: Key) -> Call[None]:
-        arguments = {"workshop_id": self.schema.workshop_key(workshop)}
+        arguments = {"workshop_id": self.keys.workshop_key(workshop)}
 
         def read(rows: Rows) -> None:
             if rows[0][0] != DONE:

@@ -16,10 +16,11 @@ import sqlalchemy as sa
 from tallystick.accounts import Accounts
 from tallystick.config import Allowance, Config, Every
 from tallystick.database import DbConnection, run
+from tallystick.declared_tables import Schema
 from tallystick.errors import Key
 from tallystick.ledger import CreditTransaction, Ledger
 from tallystick.progress import OnProgress, Progress, ignore_progress
-from tallystick.schema import CreditTransactionType, Schema
+from tallystick.schema import CreditTransactionType
 
 PAGE = 500
 

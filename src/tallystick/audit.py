@@ -40,18 +40,10 @@ from sqlalchemy.dialects.postgresql.base import PGDialect
 
 from tallystick.config import Config, KeyType
 from tallystick.database import DbConnection, run
+from tallystick.declared_tables import Schema, daily_sums, days, event_settings, events, stripe_reversals
 from tallystick.errors import InvalidArgument, Key, UnknownUser, shown
 from tallystick.progress import OnProgress, Progress, ignore_progress
-from tallystick.schema import (
-    CreditTransactionStatus,
-    CreditTransactionType,
-    Schema,
-    daily_sums,
-    days,
-    event_settings,
-    events,
-    stripe_reversals,
-)
+from tallystick.schema import CreditTransactionStatus, CreditTransactionType
 
 PART_ROWS = 5_000_000
 """About how many rows of users and ledger one statement looks at."""

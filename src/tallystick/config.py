@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import unquote_plus, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -26,9 +26,8 @@ from pydantic import (
     model_validator,
 )
 from pydantic.dataclasses import dataclass
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
 
+from tallystick.address import Address as ParsedAddress
 from tallystick.errors import ConfigError
 
 KeyType = Literal["uuid", "text", "char", "citext", "smallint", "integer", "bigint"]
@@ -86,8 +85,8 @@ def _address(value: object) -> object:
             if re.split("[/?]", rest, maxsplit=1)[0].count("@") > 1:
                 raise ValueError("the address has more than one @; write one in the user or the password as %40")
             try:
-                parsed = make_url(address)
-            except (ValueError, ArgumentError):
+                parsed = ParsedAddress.of(address)
+            except ValueError:
                 if "," in rest.rpartition("@")[2]:
                     raise ValueError(
                         "several hosts are written as postgresql://user@/database?host=host1:5432&host=host2:5432"
@@ -96,12 +95,17 @@ def _address(value: object) -> object:
                     "the port is not a number; expected postgresql://user:password@host:5432/database, "
                     "with any @ in the password as %40"
                 ) from None
-            if foreign := _PRISMAS.intersection(parsed.query):
-                return parsed.difference_update_query(foreign).render_as_string(hide_password=False)
-            return address
+            return _without(_PRISMAS, address) if _PRISMAS.intersection(parsed.query) else address
         begins = f"begins with {scheme!r}" if separator else "has no scheme"
         raise ValueError(f"the address {begins}; expected one that begins with postgresql://")
     return value
+
+
+def _without(names: frozenset[str], address: str) -> str:
+    """The address without these parameters."""
+    bare, _, query = address.partition("?")
+    left = "&".join(each for each in query.split("&") if unquote_plus(each.partition("=")[0]) not in names)
+    return f"{bare}?{left}" if left else bare
 
 
 Address = Annotated[str, BeforeValidator(_address)]

@@ -6,14 +6,12 @@ import datetime as dt
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Union
 
-import sqlalchemy as sa
-from sqlalchemy.exc import OperationalError
-
+from tallystick.address import Address
 from tallystick.errors import (
     Conflict,
     DatabaseError,
@@ -28,12 +26,31 @@ from tallystick.errors import (
     shown,
 )
 
-if TYPE_CHECKING:  # the ORM takes longer to import than all the rest, and most hosts do not need it
+if TYPE_CHECKING:  # each takes longer to import than all the rest, and is loaded where a caller uses it
     import psycopg
+    import sqlalchemy as sa
     from sqlalchemy.orm import Session
 
-DbConnection = Union[sa.Connection, "Session"]
-"""The first argument of every operation: the caller's connection, in the caller's transaction."""
+DbConnection = Union["sa.Connection", "Session"]
+"""The first argument of what builds its statements with SQLAlchemy: the caller's connection, in the caller's
+transaction."""
+
+AnyConnection = Union[DbConnection, "psycopg.Connection[Any]"]
+"""The first argument of what sends a statement as it is."""
+
+
+def one_row(conn: AnyConnection, statement: str) -> Sequence[Any] | None:
+    """The first row of a statement of ours, which has no parameters; None without any."""
+    given: Any = conn
+    if hasattr(given, "get_bind"):  # a session's
+        given = given.connection()
+    if hasattr(given, "exec_driver_sql"):
+        row: Sequence[Any] | None = given.exec_driver_sql(statement).fetchone()
+        return row
+    from psycopg.rows import tuple_row  # noqa: PLC0415 - loaded, since the caller has a connection of it
+
+    with given.cursor(row_factory=tuple_row) as cursor:
+        return cursor.execute(statement).fetchone()  # type: ignore[no-any-return]
 
 
 def run(conn: DbConnection, statement: sa.Executable, values: Mapping[str, Any]) -> sa.CursorResult[*tuple[Any, ...]]:
@@ -45,6 +62,8 @@ def run(conn: DbConnection, statement: sa.Executable, values: Mapping[str, Any])
     Raises:
         DatabaseError: as ``translated``. An error of the host's flush is raised as it is.
     """
+    import sqlalchemy as sa  # noqa: PLC0415 - loaded, since the caller has a statement of it
+
     if not isinstance(conn, sa.Connection):
         session = conn
         with translated(connecting=True):
@@ -54,10 +73,12 @@ def run(conn: DbConnection, statement: sa.Executable, values: Mapping[str, Any])
         return conn.execute(statement, values)
 
 
-def driver(conn: sa.Connection) -> psycopg.Connection[tuple[object, ...]]:
+def driver(conn: sa.Connection | psycopg.Connection[Any]) -> psycopg.Connection[tuple[object, ...]]:
     """The psycopg connection under ``conn``, which sends several statements as one message. Raises MigrationError."""
     import psycopg  # noqa: PLC0415 - it is loaded where the engine uses it
 
+    if isinstance(conn, psycopg.Connection):
+        return conn
     dbapi_connection = conn.connection.dbapi_connection
     if not isinstance(dbapi_connection, psycopg.Connection):
         raise MigrationError(
@@ -219,16 +240,21 @@ def engine(url: str | sa.URL, **options: Any) -> sa.Engine:
 
     Its transactions begin as those of ``with_known_settings``.
     """
+    import sqlalchemy as sa  # noqa: PLC0415 - see the top
+
     address = sa.make_url(url)
-    connect_args = {"application_name": "tallystick", "connect_timeout": 10} | options.pop("connect_args", {})
+    connect_args = _OURS | options.pop("connect_args", {})
     for name in address.query:
         connect_args.pop(name, None)  # the address wins
-    connect_args["client_encoding"] = "utf8"  # with that of a database in SQL_ASCII, psycopg returns bytes
+    connect_args |= _ENCODING
     # without hstore, which SQLAlchemy looks up before the first transaction, in the database's own search_path
     made = sa.create_engine(address, connect_args=connect_args, use_native_hstore=False, **options)
     sa.event.listen(made, "begin", _set_known)
     return made
 
+
+_OURS = {"application_name": "tallystick", "connect_timeout": 10}
+_ENCODING = {"client_encoding": "utf8"}  # with that of a database in SQL_ASCII, psycopg returns bytes
 
 KNOWN_SETTINGS: Mapping[str, str] = {
     "search_path": "pg_catalog",
@@ -253,6 +279,8 @@ def with_known_settings(pool: sa.Engine, *, read_only: bool = False) -> sa.Engin
     They end with the transaction: behind a transaction pooler another client has the session afterwards. Hence they do
     not apply in autocommit. With ``read_only`` PostgreSQL refuses writes in these transactions.
     """
+    import sqlalchemy as sa  # noqa: PLC0415
+
     derived = pool.execution_options()
     sa.event.listen(derived, "begin", _set_read_only if read_only else _set_known)
     return derived
@@ -285,7 +313,7 @@ class Standby:
         return f"Read from a standby as of {self.as_of:%Y-%m-%d %H:%M:%S} UTC, {max(self.seconds, 0):.1f} s ago."
 
 
-_STANDBY = sa.text("""
+_STANDBY = """
     SELECT s.as_of AT TIME ZONE 'UTC', extract(epoch FROM clock_timestamp() - s.as_of)::float8
     FROM (
       SELECT CASE
@@ -295,15 +323,16 @@ _STANDBY = sa.text("""
       FROM (SELECT) AS one LEFT JOIN pg_stat_wal_receiver AS r ON true
     ) AS s
     WHERE pg_is_in_recovery()
-""")
+"""
 
 
-def standby(conn: DbConnection) -> Standby | None:
+def standby(conn: AnyConnection) -> Standby | None:
     """The standby that ``conn`` reads from, with its age; None where the server is no standby.
 
     Call it before reading: data that is read afterwards is at least as young.
     """
-    row = run(conn, _STANDBY, {}).one_or_none()
+    with translated():
+        row = one_row(conn, _STANDBY)
     if row is None:
         return None
     at, seconds = row
@@ -333,6 +362,8 @@ def connect_with_retries(
     Raises:
         sqlalchemy.exc.OperationalError: as ``pool.connect()``.
     """
+    from sqlalchemy.exc import OperationalError  # noqa: PLC0415
+
     deadline = time.monotonic() + patience_s
     pause_s = 0.2
     while True:
@@ -379,7 +410,9 @@ def connect(
     Raises:
         DatabaseUnavailable: with the message of the server or the network.
     """
-    pool = engine(url, poolclass=sa.NullPool)
+    from sqlalchemy import NullPool  # noqa: PLC0415
+
+    pool = engine(url, poolclass=NullPool)
     with translated(connecting=True):
         conn = connect_with_retries(pool, patience_s=patience_s, waiting=waiting)
     with conn:
@@ -387,6 +420,24 @@ def connect(
             begun = conn.begin()
         with begun:
             yield conn
+
+
+@contextmanager
+def connect_driver(url: str) -> Iterator[psycopg.Connection[tuple[Any, ...]]]:
+    """As ``connect``, with the driver's own connection, for a command that only calls the ledger.
+
+    Raises:
+        DatabaseUnavailable: with the message of the server or the network.
+    """
+    import psycopg  # noqa: PLC0415
+
+    arguments: dict[str, Any] = _OURS | Address.of(url).arguments | _ENCODING
+    with translated(connecting=True):
+        conn = psycopg.connect(**arguments)
+    with conn:
+        with translated(connecting=True):
+            conn.execute(_SET_KNOWN)  # it also begins the transaction
+        yield conn
 
 
 @contextmanager

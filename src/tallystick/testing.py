@@ -30,10 +30,10 @@ from tallystick import migrate
 from tallystick.audit import audit
 from tallystick.config import Config
 from tallystick.database import translated
+from tallystick.declared_tables import Schema
 from tallystick.dev.host_tables import HostRow, HostTables
 from tallystick.errors import InvalidArgument, Key, PermissionDenied, shown
 from tallystick.ledger import CreditTransaction, Ledger
-from tallystick.schema import Schema
 
 AppSchema = str | Callable[[str], object]
 """The app's own tables: SQL, or a function that gets the address of an empty database and makes them there."""

@@ -23,6 +23,7 @@ from psycopg import sql
 
 from tallystick import Config, HostMapping, Pack, Progress, UsersTable, WorkshopsTable, migrate
 from tallystick.audit import audit
+from tallystick.declared_tables import Schema
 from tallystick.dev.host_tables import INTEGER_KEYS_FROM
 from tallystick.dev.seed import (
     ENVIRONMENT_VARIABLES,
@@ -44,7 +45,6 @@ from tallystick.errors import (
     SeedRefused,
 )
 from tallystick.ledger import AccessReason
-from tallystick.schema import Schema
 from worlds import SHAPES, World
 
 ROOT = Path(__file__).parents[2]

@@ -14,10 +14,11 @@ from hosts import HOSTS, App
 from tallystick import Progress, migrate
 from tallystick.audit import audit
 from tallystick.cli.rehearsal_report import rehearsal_page
+from tallystick.declared_tables import Schema
 from tallystick.errors import MigrationError
 from tallystick.migrate import PlannedStatement, Rehearsal, Traced, rehearse
 from tallystick.migrate.checks.rehearsal import split
-from tallystick.schema import HEAD, Schema
+from tallystick.schema import HEAD
 
 NAMES = ("uuid", "keyed by an external identity", "quoted, reserved and in schemas", "with every column already")
 

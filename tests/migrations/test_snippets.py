@@ -22,9 +22,9 @@ from hosts import App
 from node_tools import DRIZZLE, Project, project, write_drizzle
 
 from tallystick import Config, HostMapping, UsersTable, WorkshopsTable, migrate
+from tallystick.declared_tables import user_columns, workshop_columns
 from tallystick.errors import ConfigError
 from tallystick.migrate.host_tools.snippets import TOOLS, snippet
-from tallystick.schema import user_columns, workshop_columns
 
 pytestmark = pytest.mark.one_server
 

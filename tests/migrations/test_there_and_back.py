@@ -10,9 +10,10 @@ from hosts import HOSTS, App, HostCase
 from sqlalchemy.schema import CreateColumn, CreateSchema
 
 from tallystick import migrate
+from tallystick.declared_tables import Schema, alembic_version, user_columns, workshop_columns
 from tallystick.errors import LedgerNotEmpty, MigrationError, NotMigrated
 from tallystick.migrate.revisions import HostNames
-from tallystick.schema import HEAD, Schema, alembic_version, user_columns, verify, workshop_columns
+from tallystick.schema import HEAD, verify
 
 
 @pytest.fixture(params=HOSTS)

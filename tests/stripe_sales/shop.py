@@ -12,9 +12,9 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from tallystick import Config, CreditTransaction, Pack, stripe
+from tallystick.declared_tables import stripe_events, stripe_findings
 from tallystick.dev.stripe import DevStripe
 from tallystick.errors import Key
-from tallystick.schema import stripe_events, stripe_findings
 from tallystick.stripe.client import client, disconnect
 from worlds import World
 

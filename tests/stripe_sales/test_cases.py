@@ -21,7 +21,8 @@ from stripe_sales.shop import CREDITS, ORIGIN, PACK, PRICE, Shop
 from tallystick import Pack, stripe
 from tallystick import errors as e
 from tallystick.audit import audit
-from tallystick.schema import INT32_MAX, stripe_events, stripe_reversals
+from tallystick.declared_tables import stripe_events, stripe_reversals
+from tallystick.schema import INT32_MAX
 
 pytestmark = pytest.mark.one_server  # it is about what Stripe sends; test_machine runs on both
 

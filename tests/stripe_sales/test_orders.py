@@ -18,8 +18,8 @@ from stripe_sales.shop import CREDITS, PRICE, Shop
 from tallystick import Config, stripe
 from tallystick.audit import audit
 from tallystick.config import CheckoutOptions, Rounding
+from tallystick.declared_tables import stripe_events
 from tallystick.dev.stripe import DevStripe
-from tallystick.schema import stripe_events
 
 pytestmark = pytest.mark.one_server  # it is about the order of events; test_machine runs on both
 

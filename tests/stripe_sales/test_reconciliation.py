@@ -10,8 +10,8 @@ import sqlalchemy as sa
 from stripe_sales.shop import CREDITS, PRICE, Shop
 from tallystick import stripe
 from tallystick.audit import audit
+from tallystick.declared_tables import stripe_reconciliations
 from tallystick.errors import InvalidArgument, Key, StripeRefused, StripeUnavailable
-from tallystick.schema import stripe_reconciliations
 from tallystick.stripe import reconciliation
 
 SESSIONS = "/v1/checkout/sessions"

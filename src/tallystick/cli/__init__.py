@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import sys
 from collections.abc import Iterable
+from copy import copy
 from importlib import import_module
 from typing import NoReturn
 
 import typer
+from typer.main import get_command_name
+from typer.models import CommandInfo
 
 from tallystick.cli.app import app, print_error
 from tallystick.errors import TallystickError
@@ -44,7 +47,8 @@ MODULES = {
     "serve": ("serve",),
     "workshops": ("workshops",),
 }
-"""The commands of each module. Imports take longer than most commands, so only the requested module is imported."""
+"""The commands of each module. To import a module and make its commands takes longer than most of them do, so only what
+is requested is imported and made."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -55,7 +59,16 @@ def commands(words: Iterable[str] = ()) -> typer.Typer:
     found = [module for module, names in MODULES.items() if requested.intersection(names)]
     for module in found or MODULES:
         import_module(f"{__name__}.{module}")
-    return app
+    if not found:
+        return app
+    made = copy(app)
+    made.registered_commands = [each for each in app.registered_commands if _name(each) in requested]
+    made.registered_groups = [each for each in app.registered_groups if each.name in requested]
+    return made
+
+
+def _name(command: CommandInfo) -> str | None:
+    return command.name or (command.callback and get_command_name(command.callback.__name__))
 
 
 def main() -> NoReturn:
@@ -79,22 +92,24 @@ def main() -> NoReturn:
             print_error(f"The result could not be written: {error.strerror}. Check where the output goes")
         else:
             raise
-    except _sqlalchemys_own() as error:
+    except _of_the_database() as error:
         print_error(_explained(error))
     sys.exit(1)
 
 
-def _sqlalchemys_own() -> type[Exception]:
-    from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415 - only needed after an error
+def _of_the_database() -> tuple[type[Exception], ...]:
+    from psycopg import Error  # noqa: PLC0415 - only needed after an error
+    from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415
 
-    return SQLAlchemyError
+    return Error, SQLAlchemyError
 
 
 def _explained(error: Exception) -> str:
+    from psycopg import Error  # noqa: PLC0415
     from sqlalchemy.exc import DBAPIError  # noqa: PLC0415
 
     from tallystick.database import server_message  # noqa: PLC0415
 
-    if isinstance(error, DBAPIError):
+    if isinstance(error, (DBAPIError, Error)):
         return f"The database refused: {server_message(error)}"
     return f"The database could not be used: {error}"

@@ -8,29 +8,34 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, cast
 
-import sqlalchemy as sa
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
 from tallystick.config import Config, origins
-from tallystick.database import connect, driver, standby
+from tallystick.database import connect_driver, driver, standby
 from tallystick.errors import DatabaseUnavailable, NotMigrated
 from tallystick.progress import OnProgress
 from tallystick.schema import with_stored_mapping
 
 if TYPE_CHECKING:
+    import psycopg
+    import sqlalchemy as sa
+    from rich.console import Console
     from rich.table import Table
 
     from tallystick.dev import postgres
 
 EMBEDDED_DATABASE = "app"
+
+C = TypeVar("C", bound=Union["sa.Connection", "psycopg.Connection[Any]"])
+Connect = Callable[[str], AbstractContextManager[C]]
+"""``database.connect`` or ``connect_driver``: one transaction on a connection of its own, committed at the end."""
 
 
 _EVERYWHERE = ("--config", "--database-url")
@@ -75,11 +80,35 @@ app = typer.Typer(
     "Migrations and backups prefer DATABASE_URL_UNPOOLED.",
 )
 
-# With emoji=True the user "a:on:b" would be printed as "a🔛b".
-_console = partial(Console, highlight=False, soft_wrap=True, emoji=False)
+
+class _Lazy:
+    """A console that is made when it is first used, since the import of rich takes as long as a short command."""
+
+    def __init__(self, **options: Any) -> None:
+        self._options = options
+
+    @cached_property
+    def _console(self) -> Console:
+        from rich.console import Console  # noqa: PLC0415
+
+        # With emoji=True the user "a:on:b" would be printed as "a🔛b".
+        return Console(highlight=False, soft_wrap=True, emoji=False, **self._options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._console, name)
+
+
 # Without a terminal rich takes 80 columns, in which a table breaks ids that the next command needs.
-out = _console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
-err = _console(stderr=True)
+out = cast("Console", _Lazy(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160))
+err = cast("Console", _Lazy(stderr=True))
+
+
+def escape(text: str) -> str:
+    """A text without markup of rich's."""
+    from rich.markup import escape  # noqa: PLC0415
+
+    return escape(text)
+
 
 _NO_ADDRESS = (
     "DATABASE_URL is not set. Set it to the address of the app's database, or pass --database-url. To try Tallystick "
@@ -137,10 +166,11 @@ class Invocation:
             yield config
 
     @contextmanager
-    def connection(self, *, only_reads: bool = False) -> Iterator[tuple[sa.Connection, Config]]:
+    def connection(self, connect: Connect[C], *, only_reads: bool = False) -> Iterator[tuple[C, Config]]:
         """A connection of its own, in a transaction that is committed at the end.
 
-        With ``only_reads`` it goes to the replica, if there is one, and a note gives its age.
+        A command that only calls the ledger connects by ``connect_driver`` and needs no SQLAlchemy. With ``only_reads``
+        it goes to the replica, if there is one, and a note gives its age.
         """
         with self.database() as config:
             replica = config.database_url_replica if only_reads else None
@@ -150,7 +180,7 @@ class Invocation:
                 yield conn, config
 
 
-def with_mapping(conn: sa.Connection, config: Config) -> Config:
+def with_mapping(conn: sa.Connection | psycopg.Connection[Any], config: Config) -> Config:
     """The settings, if they have no mapping with that of the database, if it is migrated.
 
     Raises HostMismatch, see ``schema.with_stored_mapping``.
@@ -168,7 +198,7 @@ def address(config: Config) -> str:
     return config.database_url
 
 
-def place(conn: sa.Connection) -> str:
+def place(conn: sa.Connection | psycopg.Connection[Any]) -> str:
     """The database's name, host and role, to be shown before a change; without a password."""
     info = driver(conn).info
     return f"Database {info.dbname} on {info.host or 'this machine'}:{info.port} as role {info.user}"
@@ -184,8 +214,8 @@ def mapping(ctx: typer.Context, config: Config) -> str:
 
 def embedded_address(server: postgres.Server) -> str:
     """The address of the embedded server's database ``app``, which is created if missing."""
-    with connect(server.url()) as conn:
-        found = conn.scalar(sa.text("SELECT true FROM pg_database WHERE datname = :name"), {"name": EMBEDDED_DATABASE})
+    with connect_driver(server.url()) as conn:
+        found = conn.execute("SELECT true FROM pg_database WHERE datname = %s", [EMBEDDED_DATABASE]).fetchone()
     return server.url(EMBEDDED_DATABASE) if found else server.create_database(EMBEDDED_DATABASE)
 
 

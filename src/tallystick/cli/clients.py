@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from tallystick.cli.app import app, invocation, out
+from tallystick.database import connect_driver
 from tallystick.errors import ConfigError
 from tallystick.ledger.typescript import SIGNED, typescript
 from tallystick.schema import mapping_of, verify
@@ -30,7 +31,7 @@ def write_typescript(
 
     The types of keys and credits are those of the migrated database. It replaces only a file that it wrote itself.
     """
-    with invocation(ctx).connection() as (conn, _):
+    with invocation(ctx).connection(connect_driver) as (conn, _):
         verify(conn)
         host = mapping_of(conn)
     text = typescript(host)

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 import typer
-from rich.markup import escape
 
 from tallystick import migrate
-from tallystick.cli.app import Invocation, Json, app, emit, invocation, out, place, plain, table
+from tallystick.cli.app import Invocation, Json, app, emit, escape, invocation, out, place, plain, table
 from tallystick.config import Config, ConsoleAccess, origins
 from tallystick.database import connect, standby
 from tallystick.errors import ConfigError, TallystickError

@@ -10,11 +10,23 @@ from types import ModuleType
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from tallystick import events
 from tallystick.accounts import Accounts
-from tallystick.cli.app import Json, UserArgument, address, app, emit, invocation, note, out, place, plain, table
+from tallystick.cli.app import (
+    Json,
+    UserArgument,
+    address,
+    app,
+    emit,
+    escape,
+    invocation,
+    note,
+    out,
+    place,
+    plain,
+    table,
+)
 from tallystick.cli.ledger import OfUser, mapped, user_key
 from tallystick.database import connect
 from tallystick.errors import ConfigError
@@ -59,7 +71,7 @@ def disable(ctx: typer.Context) -> None:
 @group.command()
 def status(ctx: typer.Context, as_json: Json = False) -> None:
     """Show if events are on, and the newest cursor of the feed."""
-    with mapped(ctx) as (conn, _):
+    with mapped(ctx, connect) as (conn, _):
         found = events.status(conn)
 
     def show() -> None:
@@ -135,7 +147,7 @@ def add_endpoint(
     as_json: Json = False,
 ) -> None:
     """Add a webhook that gets the events from now on. A second run changes the given options."""
-    with mapped(ctx, changes=True) as (conn, _):
+    with mapped(ctx, connect, changes=True) as (conn, _):
         added = delivery().add_endpoint(
             conn,
             name,
@@ -151,7 +163,7 @@ def add_endpoint(
 @endpoint_group.command("list")
 def list_endpoints(ctx: typer.Context, as_json: Json = False) -> None:
     """Show each endpoint, its cursor and its last error."""
-    with mapped(ctx) as (conn, _):
+    with mapped(ctx, connect) as (conn, _):
         found = delivery().endpoints(conn)
 
     def show() -> None:
@@ -168,7 +180,7 @@ def list_endpoints(ctx: typer.Context, as_json: Json = False) -> None:
 @endpoint_group.command("remove")
 def remove_endpoint(ctx: typer.Context, name: Annotated[str, typer.Argument(help="Its name.", metavar="NAME")]) -> None:
     """Stop delivering to an endpoint."""
-    with mapped(ctx, changes=True) as (conn, _):
+    with mapped(ctx, connect, changes=True) as (conn, _):
         delivery().remove_endpoint(conn, name)
     out.print("Removed.")
 
@@ -206,7 +218,7 @@ def deliver(
 @group.command("dead-letters")
 def dead_letters(ctx: typer.Context, as_json: Json = False) -> None:
     """List the events that an endpoint did not accept in all attempts."""
-    with mapped(ctx) as (conn, _):
+    with mapped(ctx, connect) as (conn, _):
         found = delivery().dead_letters(conn)
 
     def show() -> None:
@@ -256,7 +268,7 @@ def low_balance(
     ] = None,
 ) -> None:
     """Set a user's threshold: the event balance.low is written when the balance falls below it."""
-    with mapped(ctx, changes=True) as (conn, config):
+    with mapped(ctx, connect, changes=True) as (conn, config):
         Accounts(config).set_low_balance(conn, user_key(conn, config, user), threshold)
         enabled = events.status(conn).enabled
     out.print("Done.")

@@ -10,20 +10,20 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID, uuid4
 
-import sqlalchemy as sa
 import typer
-from rich.markup import escape
-from sqlalchemy.exc import DBAPIError
+from psycopg.sql import SQL, Identifier
 from typer.core import TyperCommand
 
 from tallystick.accounts import Accounts
-from tallystick.allowances import Allowances
 from tallystick.cli.app import (
+    C,
+    Connect,
     Invocation,
     Json,
     UserArgument,
     app,
     emit,
+    escape,
     invocation,
     note,
     out,
@@ -32,12 +32,15 @@ from tallystick.cli.app import (
     table,
 )
 from tallystick.config import FILE_NAME, INTEGER_KEYS, Config
-from tallystick.database import server_message, translated
+from tallystick.database import connect, connect_driver, driver, server_message, translated
 from tallystick.errors import ConfigError, InvalidArgument, Key, NotMigrated, TallystickError, UnknownUser, shown
 from tallystick.ledger import CreditTransaction, Ledger, close_all_days
-from tallystick.schema import Schema, verify, with_stored_mapping
+from tallystick.ledger.connections import reader_of
+from tallystick.schema import Keys, verify, with_stored_mapping
 
 if TYPE_CHECKING:
+    import psycopg
+    import sqlalchemy as sa
     from rich.table import Table
 
     from tallystick.audit import AuditReport
@@ -62,19 +65,23 @@ class OfUser(TyperCommand):
         return super().parse_args(ctx, args)
 
 
-def user_key(conn: sa.Connection, config: Config, text: str) -> Key:
+def user_key(conn: sa.Connection | psycopg.Connection[Any], config: Config, text: str) -> Key:
     """The key of the user with this e-mail address or key. Raises InvalidArgument, UnknownUser."""
-    schema = Schema.of(config.host)
-    if "@" in text and "email" not in schema.users.c and config.host.users.key_type in {"uuid", *INTEGER_KEYS}:
+    users = config.host.users
+    email = None if users.email == users.key else users.email
+    if "@" in text and email is None and users.key_type in {"uuid", *INTEGER_KEYS}:
         raise InvalidArgument(
             f"user={shown(text)}: no column with e-mail addresses is mapped (host.users.email). Pass the user's key",
             argument="user",
             value=text,
         )
-    if "@" in text and "email" in schema.users.c:
-        address = sa.func.lower(sa.cast(schema.users.c.email, sa.Text))
+    if "@" in text and email is not None:
+        statement = SQL("SELECT {} FROM {} WHERE lower({}::text) = %s LIMIT 2").format(
+            Identifier(users.key), Identifier(users.schema, users.table), Identifier(email)
+        )
         with translated():
-            found = conn.scalars(sa.select(schema.users.c.key).where(address == text.lower()).limit(2)).all()
+            rows = driver(conn).execute(statement, [text.lower()]).fetchall()
+        found: list[Key] = [reader_of(users.key_type)(key) for (key,) in rows]
         if len(found) > 1:
             raise InvalidArgument(
                 f"user={shown(text)}: more than one user has this address. Pass the user's key",
@@ -82,24 +89,24 @@ def user_key(conn: sa.Connection, config: Config, text: str) -> Key:
                 value=text,
             )
         if found:
-            return found[0]  # type: ignore[no-any-return]  # of the host's own type
-        if config.host.users.key_type in {"uuid", *INTEGER_KEYS}:
+            return found[0]
+        if users.key_type in {"uuid", *INTEGER_KEYS}:
             raise UnknownUser(
                 f"no user has the e-mail address {shown(text)}. Check its spelling, or pass the user's key", user=text
             )
-    return schema.user_key_of(text)
+    return Keys(config.host).user_key_of(text)
 
 
 @contextmanager
 def mapped(
-    ctx: typer.Context, *, changes: bool = False, only_reads: bool = False
-) -> Iterator[tuple[sa.Connection, Config]]:
+    ctx: typer.Context, connect: Connect[C], *, changes: bool = False, only_reads: bool = False
+) -> Iterator[tuple[C, Config]]:
     """A connection to a migrated database, with clear errors for a wrong mapping; with ``changes`` a note names it.
 
-    With ``only_reads`` it is the replica's, if there is one.
+    ``connect`` and ``only_reads`` are those of ``Invocation.connection``.
     """
     given = invocation(ctx)
-    with given.connection(only_reads=only_reads) as (conn, config):
+    with given.connection(connect, only_reads=only_reads) as (conn, config):
         if changes:
             note(place(conn))
         verify(conn)
@@ -107,7 +114,7 @@ def mapped(
         try:
             yield conn, config
         except NotMigrated as error:  # the database is migrated, so the missing column is the app's
-            what = server_message(error.__cause__) if isinstance(error.__cause__, DBAPIError) else error.message
+            what = server_message(error.__cause__) if error.__cause__ else error.message
             raise NotMigrated(
                 f"{what}. The database is migrated: {_mapping_source(given)}. To see what is missing: "
                 "tallystick migrate status",
@@ -135,12 +142,12 @@ def credits_of(number: int) -> str:
 @app.command(cls=OfUser, rich_help_panel="Credits")
 def balance(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> None:
     """Show how many credits a user has."""
-    with mapped(ctx, only_reads=True) as (conn, config):
+    with mapped(ctx, connect_driver, only_reads=True) as (conn, config):
         now = Ledger(config).standing(conn, user_key(conn, config, user))
 
     def show() -> None:
         kept = f": {now.held} set aside by holds, {now.available} to spend" if now.held else ""
-        out.print(f"{credits_of(now.balance)}{kept}")
+        typer.echo(f"{credits_of(now.balance)}{kept}")
 
     result = {"user": user, "balance": now.balance, "held": now.held, "available": now.available}
     emit(result, show, as_json=as_json)
@@ -149,7 +156,7 @@ def balance(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> No
 @app.command(cls=OfUser, rich_help_panel="Credits")
 def lots(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> None:
     """Show a user's credits that expire, in the order in which they are spent."""
-    with mapped(ctx, only_reads=True) as (conn, config):
+    with mapped(ctx, connect_driver, only_reads=True) as (conn, config):
         ledger, key = Ledger(config), user_key(conn, config, user)
         ledger.balance(conn, key)  # an unknown user is an error here, not an empty list
         found = ledger.lots(conn, key)
@@ -210,7 +217,7 @@ def history(
     as_json: Json = False,
 ) -> None:
     """Show a user's ledger, newest first."""
-    with mapped(ctx, only_reads=True) as (conn, config):
+    with mapped(ctx, connect_driver, only_reads=True) as (conn, config):
         ledger = Ledger(config)
         key = user_key(conn, config, user)
         ledger.balance(conn, key)  # an unknown user is an error here, not an empty list
@@ -230,12 +237,12 @@ def history(
 def _move(
     ctx: typer.Context,
     user: str,
-    move: Callable[[Ledger, sa.Connection, Key], CreditTransaction],
+    move: Callable[[Ledger, psycopg.Connection[Any], Key], CreditTransaction],
     *,
     as_json: bool,
 ) -> None:
     """Make one credit transaction of ``user``, and print it."""
-    with mapped(ctx, changes=True) as (conn, config):
+    with mapped(ctx, connect_driver, changes=True) as (conn, config):
         ledger, key = Ledger(config), user_key(conn, config, user)
         done = move(ledger, conn, key)
         now = ledger.balance(conn, key)
@@ -269,7 +276,7 @@ def consume(
         lambda ledger, conn, who: ledger.consume(
             conn,
             who,
-            workshop=None if workshop is None else ledger.schema.workshop_key_of(workshop),
+            workshop=None if workshop is None else ledger.keys.workshop_key_of(workshop),
             credits=credits,
             key=key or f"cli-{uuid4()}",
             description=description,
@@ -380,7 +387,7 @@ def sweep(
     """
     swept = 0
     while True:
-        with mapped(ctx, changes=swept == 0) as (conn, config):
+        with mapped(ctx, connect_driver, changes=swept == 0) as (conn, config):
             found = Ledger(config).sweep(conn, limit=limit)
         swept += found
         if found < limit:
@@ -388,7 +395,7 @@ def sweep(
     message = f"{swept} {'user' if swept == 1 else 'users'} had holds or credits that expired."
     emit({"users": swept}, lambda: out.print(message), as_json=as_json)
     try:
-        with mapped(ctx, changes=False) as (conn, config):
+        with mapped(ctx, connect, changes=False) as (conn, config):
             pool = conn.engine
         left = close_all_days(pool, Ledger(config))
     except TallystickError as refused:
@@ -408,7 +415,9 @@ def allowances_run(ctx: typer.Context, as_json: Json = False) -> None:
 
     You may run it at any time, also after an interruption: nothing is given twice.
     """
-    with mapped(ctx, changes=True) as (conn, config):
+    from tallystick.allowances import Allowances  # noqa: PLC0415 - only this command needs it
+
+    with mapped(ctx, connect, changes=True) as (conn, config):
         if not config.allowances:
             raise ConfigError("no plan has an allowance. Write [[allowances]] into tallystick.toml", key="allowances")
         pool = conn.engine
@@ -436,7 +445,7 @@ def hold_place(
     as_json: Json = False,
 ) -> None:
     """Set credits aside for work under way."""
-    with mapped(ctx, changes=True) as (conn, config):
+    with mapped(ctx, connect_driver, changes=True) as (conn, config):
         ledger = Ledger(config)
         held = ledger.hold(
             conn,
@@ -478,7 +487,7 @@ def hold_capture(
 @holds.command("release", cls=OfUser)
 def hold_release(ctx: typer.Context, user: UserArgument, hold: RowArgument, as_json: Json = False) -> None:
     """End a hold without a charge: its credits can be spent again."""
-    with mapped(ctx, changes=True) as (conn, config):
+    with mapped(ctx, connect_driver, changes=True) as (conn, config):
         done = Ledger(config).release(conn, user_key(conn, config, user), hold)
     message = f"{'Released already' if done.replayed else 'Released'}: {done.description}, {done.id}."
     emit(done, lambda: out.print(message, markup=False), as_json=as_json)
@@ -548,7 +557,7 @@ def fail(
     as_json: Json = False,
 ) -> None:
     """Mark a pending purchase as failed. A second run changes nothing."""
-    with mapped(ctx, changes=True) as (conn, config):
+    with mapped(ctx, connect_driver, changes=True) as (conn, config):
         done = Ledger(config).fail_purchase(conn, user_key(conn, config, user), purchase=purchase, reason=reason)
 
     def show() -> None:
@@ -567,7 +576,7 @@ def onboarding(
     as_json: Json = False,
 ) -> None:
     """Show or change a user's onboarding state."""
-    with mapped(ctx, changes=complete is not None, only_reads=complete is None) as (conn, config):
+    with mapped(ctx, connect_driver, changes=complete is not None, only_reads=complete is None) as (conn, config):
         accounts, key = Accounts(config), user_key(conn, config, user)
         if complete is None:
             account = accounts.get(conn, key)
@@ -576,7 +585,7 @@ def onboarding(
         else:
             account = accounts.reset_onboarding(conn, key)
     state = "complete" if account.onboarding_complete else "not complete"
-    emit(account, lambda: out.print(f"Onboarding is {state}."), as_json=as_json)
+    emit(account, lambda: typer.echo(f"Onboarding is {state}."), as_json=as_json)
 
 
 @app.command(rich_help_panel="Trust")
@@ -610,7 +619,7 @@ def audit(
         emit(listing, lambda: out.print(shown), as_json=as_json)
         return
     parts: list[AuditReport] = []
-    with mapped(ctx, only_reads=True) as (conn, config):
+    with mapped(ctx, connect, only_reads=True) as (conn, config):
         try:
             with progress_bar("Auditing") as progress:
                 report = auditing.audit(

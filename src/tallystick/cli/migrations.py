@@ -15,12 +15,25 @@ from typing import Annotated, Any, Literal
 import sqlalchemy as sa
 import typer
 from rich.console import Console
-from rich.markup import escape
 from typer.core import TyperGroup
 
 from tallystick import migrate
 from tallystick.audit import audit
-from tallystick.cli.app import Json, address, app, emit, err, invocation, mapping, note, out, place, plain, with_mapping
+from tallystick.cli.app import (
+    Json,
+    address,
+    app,
+    emit,
+    err,
+    escape,
+    invocation,
+    mapping,
+    note,
+    out,
+    place,
+    plain,
+    with_mapping,
+)
 from tallystick.cli.backups import backups, take_backup
 from tallystick.config import FILE_NAME, Config, HostMapping, to_toml
 from tallystick.database import PATIENCE_S, connect, translated

@@ -11,6 +11,7 @@ import typer
 from tallystick.accounts import Account, Accounts
 from tallystick.cli.app import Json, UserArgument, app, emit, note, out
 from tallystick.cli.ledger import KeyOption, OfUser, credits_of, mapped, user_key
+from tallystick.database import connect_driver
 from tallystick.errors import InvalidArgument
 from tallystick.ledger import Ledger
 
@@ -29,7 +30,7 @@ def _ask(question: str, *, yes: bool, as_json: bool) -> None:
 @people.command(cls=OfUser)
 def show(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> None:
     """Show a user's account: credits, plan, onboarding, Stripe customer, deletion."""
-    with mapped(ctx, only_reads=True) as (conn, config):
+    with mapped(ctx, connect_driver, only_reads=True) as (conn, config):
         account = Accounts(config).get(conn, user_key(conn, config, user))
     emit(account, lambda: out.print(_lines(account), markup=False), as_json=as_json)
 
@@ -49,7 +50,7 @@ def _lines(account: Account) -> str:
 @people.command(cls=OfUser)
 def delete(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> None:
     """Soft-delete a user: the row and its ledger stay, and nothing can be bought or spent until users restore."""
-    with mapped(ctx, changes=True) as (conn, config):
+    with mapped(ctx, connect_driver, changes=True) as (conn, config):
         account = Accounts(config).delete_user(conn, user_key(conn, config, user))
     message = f"User {account.user} is deleted, with {credits_of(account.credit_balance)} on the account."
     emit(account, lambda: out.print(message, markup=False), as_json=as_json)
@@ -58,7 +59,7 @@ def delete(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> Non
 @people.command(cls=OfUser)
 def restore(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> None:
     """Bring a soft-deleted user back. Credits are as they were."""
-    with mapped(ctx, changes=True) as (conn, config):
+    with mapped(ctx, connect_driver, changes=True) as (conn, config):
         account = Accounts(config).restore_user(conn, user_key(conn, config, user))
     message = f"User {account.user} is back, with {credits_of(account.credit_balance)}."
     emit(account, lambda: out.print(message, markup=False), as_json=as_json)
@@ -79,7 +80,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Move all credits of USER to INTO, debts too, and soft-delete USER. Shows the effect, and asks at a terminal."""
-    with mapped(ctx, changes=True) as (conn, config):
+    with mapped(ctx, connect_driver, changes=True) as (conn, config):
         accounts = Accounts(config)
         gone, stays = (accounts.get(conn, user_key(conn, config, text)) for text in (user, into))
         if gone.user == stays.user:
@@ -93,7 +94,7 @@ def merge(
         f"Stripe customer ({gone.stripe_customer_id or 'none'}) of {gone.user} stay there."
     )
     _ask("Merge them?", yes=yes, as_json=as_json)
-    with mapped(ctx) as (conn, config):
+    with mapped(ctx, connect_driver) as (conn, config):
         ledger = Ledger(config)
         done = ledger.merge(conn, gone.user, into=stays.user, key=key or f"cli-{uuid4()}", description=description)
     word = "Already done" if done.replayed else "Done"
@@ -104,7 +105,7 @@ def merge(
 @people.command(cls=OfUser)
 def erase(ctx: typer.Context, user: UserArgument, yes: Yes = False, as_json: Json = False) -> None:
     """Remove a person's data from the ledger, and soft-delete the user. It cannot be undone; asks at a terminal."""
-    with mapped(ctx, changes=True) as (conn, config):
+    with mapped(ctx, connect_driver, changes=True) as (conn, config):
         found = Accounts(config).get(conn, user_key(conn, config, user))
     customer = found.stripe_customer_id
     at_stripe = f", and delete the customer {customer} at Stripe" if customer else ""
@@ -114,7 +115,7 @@ def erase(ctx: typer.Context, user: UserArgument, yes: Yes = False, as_json: Jso
         f"yourself{at_stripe}."
     )
     _ask("Erase it?", yes=yes, as_json=as_json)
-    with mapped(ctx) as (conn, config):
+    with mapped(ctx, connect_driver) as (conn, config):
         done = Accounts(config).erase(conn, found.user)
     emit(
         done,

@@ -11,9 +11,8 @@ from uuid import UUID, uuid4
 
 import sqlalchemy as sa
 import typer
-from rich.markup import escape
 
-from tallystick.cli.app import Json, address, app, emit, err, invocation, note, out, table
+from tallystick.cli.app import Json, address, app, emit, err, escape, invocation, note, out, table
 from tallystick.cli.ledger import KeyOption, credits_of
 from tallystick.config import Config
 from tallystick.database import engine, transaction

@@ -9,6 +9,7 @@ import typer
 from tallystick.accounts import Accounts
 from tallystick.cli.app import Json, app, emit, out
 from tallystick.cli.ledger import OfUser, mapped
+from tallystick.database import connect_driver
 from tallystick.ledger import AccessReason, Ledger
 
 workshops = typer.Typer(no_args_is_help=True, help="Ask if a workshop is open, delete or restore it.")
@@ -30,9 +31,9 @@ _REASONS = {
 @workshops.command(cls=OfUser)
 def access(ctx: typer.Context, workshop: WorkshopArgument, as_json: Json = False) -> None:
     """Show if a workshop is open, and why."""
-    with mapped(ctx, only_reads=True) as (conn, config):
+    with mapped(ctx, connect_driver, only_reads=True) as (conn, config):
         ledger = Ledger(config)
-        found = ledger.access(conn, ledger.schema.workshop_key_of(workshop))
+        found = ledger.access(conn, ledger.keys.workshop_key_of(workshop))
     message = f"Workshop {workshop} is {'open' if found.open else 'closed'}: {_REASONS[found.reason]}."
     emit(found, lambda: out.print(message, markup=False), as_json=as_json)
 
@@ -50,9 +51,9 @@ def restore(ctx: typer.Context, workshop: WorkshopArgument, as_json: Json = Fals
 
 
 def _change(ctx: typer.Context, workshop: str, *, deleted: bool, as_json: bool) -> None:
-    with mapped(ctx, changes=True) as (conn, config):
+    with mapped(ctx, connect_driver, changes=True) as (conn, config):
         accounts = Accounts(config)
-        key = accounts.schema.workshop_key_of(workshop)
+        key = accounts.keys.workshop_key_of(workshop)
         (accounts.delete_workshop if deleted else accounts.restore_workshop)(conn, key)
     message = f"Workshop {workshop} is {'deleted' if deleted else 'back'}."
     emit({"workshop": workshop, "deleted": deleted}, lambda: out.print(message, markup=False), as_json=as_json)

@@ -17,8 +17,8 @@ from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.exc import DBAPIError, SAWarning
 
 from tallystick.config import UsersTable, WorkshopsTable
+from tallystick.declared_tables import Schema
 from tallystick.errors import Key, SeedImpossible
-from tallystick.schema import Schema
 
 INTEGER_KEYS_FROM = -2_000_000_000
 """Integer keys of users and workshops begin below this, far from any sequence."""

@@ -31,11 +31,12 @@ from uuid_utils.compat import uuid7
 from tallystick.accounts import Accounts
 from tallystick.config import Config, Pack
 from tallystick.database import translated
+from tallystick.declared_tables import Schema, days, migration_log
 from tallystick.dev.host_tables import HostFault, HostRow, HostTables
 from tallystick.errors import InvalidArgument, Key, PermissionDenied, SeedImpossible, SeedRefused, shown
 from tallystick.ledger import CreditTransaction, Ledger
 from tallystick.progress import OnProgress, Progress, ignore_progress
-from tallystick.schema import LEDGER, TRIGGERS, Schema, days, migration_log, verify
+from tallystick.schema import LEDGER, TRIGGERS, verify
 
 DEFAULT_PACKS = (
     Pack(name="Single Flight", credits=1, amount=7900),

@@ -27,6 +27,7 @@ from standardwebhooks.webhooks import EmptyWebhookSecretError
 
 from tallystick.config import Config
 from tallystick.database import DbConnection, connect, run, translated
+from tallystick.declared_tables import event_dead_letters, event_endpoints
 from tallystick.errors import (
     ConfigError,
     DatabaseUnavailable,
@@ -38,7 +39,7 @@ from tallystick.errors import (
 from tallystick.events.follow import LONGEST_PAUSE_S, PAGE, Feed, listening
 from tallystick.events.switch import status
 from tallystick.ledger import Event
-from tallystick.schema import event_dead_letters, event_endpoints, verify
+from tallystick.schema import verify
 
 PAUSES_S = (5.0, 300.0, 1_800.0, 7_200.0, 18_000.0, 36_000.0, 50_400.0, 72_000.0, 86_400.0)
 """The pauses after failed attempts, from the specification. After one more failure the event is a dead letter."""

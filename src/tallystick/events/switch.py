@@ -10,9 +10,10 @@ from psycopg.sql import SQL, Composable, Identifier, Literal
 
 from tallystick.config import Config
 from tallystick.database import DbConnection, run
+from tallystick.declared_tables import event_settings
 from tallystick.errors import InvalidArgument
 from tallystick.migrate.runner.session import engine_of, send_when_free, session
-from tallystick.schema import EVENTS_TRIGGER, LEDGER, event_settings, verify, with_stored_mapping
+from tallystick.schema import EVENTS_TRIGGER, LEDGER, verify, with_stored_mapping
 
 _BATCH = 10_000
 

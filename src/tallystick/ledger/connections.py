@@ -13,14 +13,16 @@ Through SQLAlchemy a call goes to the driver's own cursor, inside the transactio
 a third of the time of a compiled statement. With listeners to statements (``echo=True``, an event, a tracer), or with
 ``execution_options(tallystick_events=True)``, it goes through ``exec_driver_sql``, which the listeners see.
 
-Nothing here opens, commits, rolls back or retries a database transaction.
+Nothing here opens, commits, rolls back or retries a database transaction. ``autocommitting`` takes a connection from an
+engine's pool for calls that need none.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, update_wrapper
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, Union, overload
@@ -349,7 +351,7 @@ def _on_sqlalchemy(conn: sa.Connection, call: Call[Any]) -> Rows:
     if not conn.in_transaction():
         conn.begin()  # as SQLAlchemy itself does at the first statement
     driver: Any = conn.connection.dbapi_connection
-    send_on = _CURSORS.get(f"{type(driver).__module__}.{type(driver).__qualname__}")
+    send_on = _CURSORS.get(_name(driver))
     if send_on is None or _is_listened_to(conn):
         names, values = call.given()
         if conn.dialect.paramstyle == "numeric_dollar":
@@ -381,6 +383,12 @@ def _sqlalchemy_error(conn: sa.Connection, call: Call[Any], error: Exception) ->
     )
 
 
+def _adapted_psycopg(conn: Any, call: Call[R]) -> R:
+    with translated():
+        rows = _on_adapted_psycopg(conn, call)
+    return call.read(rows)
+
+
 def _on_adapted_psycopg(conn: Any, call: Call[Any]) -> Rows:
     """Send a call on SQLAlchemy's synchronous adapter of an asynchronous connection, inside ``run_sync``."""
     from sqlalchemy.util import await_only  # noqa: PLC0415
@@ -395,6 +403,10 @@ _CURSORS: Mapping[str, Callable[[Any, Call[Any]], Rows]] = {
     "psycopg2.extensions.connection": _on_psycopg2,
     "sqlalchemy.dialects.postgresql.psycopg.AsyncAdapt_psycopg_connection": _on_adapted_psycopg,
 }
+
+
+def _name(driver: object) -> str:
+    return f"{type(driver).__module__}.{type(driver).__qualname__}"
 
 
 def _is_listened_to(conn: sa.Connection) -> bool:
@@ -412,6 +424,60 @@ def _is_listened_to(conn: sa.Connection) -> bool:
 
 
 _STATEMENT_EVENTS = ("before_cursor_execute", "after_cursor_execute", "do_execute", "handle_error")
+
+
+@contextmanager
+def autocommitting(engine: sa.Engine) -> Iterator[SyncConnection]:
+    """A connection of ``engine``'s pool on which each statement is a transaction of its own.
+
+    It is the driver's, which takes half as long as SQLAlchemy's: pool, creator, ``connect_args`` and the pool's events
+    are the host's in both cases. SQLAlchemy's is for engines with options, ``echo`` or listeners, which expect it, and
+    for drivers other than psycopg. For an asynchronous engine call it in a greenlet, with its ``sync_engine``.
+
+    Raises:
+        DatabaseUnavailable: no connection could be made.
+    """
+    pooled = _pooled(engine)
+    if pooled is None:
+        with translated(connecting=True):
+            conn = engine.connect()
+        with conn:
+            with translated(connecting=True):
+                conn.execution_options(isolation_level="AUTOCOMMIT")
+            yield conn
+        return
+    driver: Any = pooled.dbapi_connection
+    before = driver.autocommit
+    try:
+        with translated(connecting=True):
+            driver.autocommit = True
+        yield driver
+    finally:
+        try:
+            driver.autocommit = before
+        except engine.dialect.loaded_dbapi.Error as error:  # it has died, or a cancelled statement still runs on it
+            pooled.invalidate(error)
+        else:
+            pooled.close()
+
+
+def _pooled(engine: sa.Engine) -> sa.PoolProxiedConnection | None:
+    """A connection of the pool; None where the host expects one of SQLAlchemy's, or where psycopg's is wrapped."""
+    dialect = engine.dialect
+    if (
+        (dialect.name, dialect.driver) not in (("postgresql", "psycopg"), ("postgresql", "psycopg_async"))
+        or engine._has_events  # noqa: SLF001 - they have no public name
+        or dialect._has_events  # noqa: SLF001
+        or engine._should_log_info()  # noqa: SLF001
+        or engine.get_execution_options()
+    ):
+        return None
+    with translated(connecting=True):
+        pooled = engine.raw_connection()
+    if _name(pooled.dbapi_connection) in _CURSORS:
+        return pooled
+    pooled.close()
+    return None
 
 
 def _session(session: Session | scoped_session[Any], call: Call[R]) -> R:
@@ -442,6 +508,7 @@ _SENDERS: Mapping[str, Callable[[Any, Call[Any]], Any]] = {
     "sqlalchemy.ext.asyncio.engine.AsyncConnection": _sqlalchemy_async,
     "sqlalchemy.ext.asyncio.session.AsyncSession": _session_async,
     "sqlalchemy.ext.asyncio.scoping.async_scoped_session": _scoped_session_async,
+    "sqlalchemy.dialects.postgresql.psycopg.AsyncAdapt_psycopg_connection": _adapted_psycopg,
     "psycopg.Connection": _psycopg,
     "psycopg.AsyncConnection": _psycopg_async,
     "psycopg2.extensions.connection": _psycopg2,

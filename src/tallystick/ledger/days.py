@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-
-import sqlalchemy as sa
+from typing import TYPE_CHECKING
 
 from tallystick.database import transaction
 from tallystick.ledger.operations import Ledger
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
 
 
 def close_all_days(engine: sa.Engine, ledger: Ledger, *, seconds: float = math.inf) -> int:

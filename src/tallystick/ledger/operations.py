@@ -13,16 +13,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
-
-import sqlalchemy as sa
 
 from tallystick.config import Config, HostMapping
 from tallystick.errors import InvalidArgument, Key, LedgerError, shown
 from tallystick.ledger.connections import Call, Operation, Rows, document, moment, reader_of, uuid
 from tallystick.ledger.outcomes import DONE, REPLAYED, Refusal, error_of
-from tallystick.schema import INT64_MAX, CreditTransactionStatus, CreditTransactionType, Schema, mapping_of
+from tallystick.schema import INT64_MAX, CreditTransactionStatus, CreditTransactionType, Keys, mapping_of
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
 
 TEXT_MAX = 10_000
 KEY_MAX = 255
@@ -177,8 +178,8 @@ class Ledger:
             self.config = source
         else:
             self.config = Config(host=source if isinstance(source, HostMapping) else mapping_of(source))
-        self.schema = Schema.of(self.config.host)
-        self._credits_max = self.schema.credits_max
+        self.keys = Keys(self.config.host)
+        self._credits_max = self.keys.credits_max
         self._user = reader_of(self.config.host.users.key_type)
         self._workshop = reader_of(self.config.host.workshops.key_type if self.config.host.workshops else None)
 
@@ -207,7 +208,7 @@ class Ledger:
         """
         return self._one(
             "start_purchase",
-            user_id=self.schema.user_key(user),
+            user_id=self.keys.user_key(user),
             amount=self._whole("credits", credits),
             description=_text("description", description),
             key=_optional("key", key, KEY_MAX),
@@ -234,7 +235,7 @@ class Ledger:
         """
         return self._one(
             "attach_session",
-            user_id=self.schema.user_key(user),
+            user_id=self.keys.user_key(user),
             purchase_id=_uuid("purchase", purchase),
             stripe_session_id=_text("stripe_session_id", stripe_session_id, KEY_MAX),
             stripe_payment_intent_id=_optional("stripe_payment_intent_id", stripe_payment_intent_id, KEY_MAX),
@@ -273,7 +274,7 @@ class Ledger:
             )
         return self._one(
             "complete_purchase",
-            user_id=self.schema.user_key(user),
+            user_id=self.keys.user_key(user),
             purchase_id=None if purchase is None else _uuid("purchase", purchase),
             stripe_session_id=_optional("stripe_session_id", stripe_session_id, KEY_MAX),
             amount_paid=None if amount_paid is None else _whole("amount_paid", amount_paid, 0, INT64_MAX),
@@ -301,7 +302,7 @@ class Ledger:
         _either("purchase", purchase, "stripe_session_id", stripe_session_id)
         return self._one(
             "fail_purchase",
-            user_id=self.schema.user_key(user),
+            user_id=self.keys.user_key(user),
             purchase_id=None if purchase is None else _uuid("purchase", purchase),
             stripe_session_id=_optional("stripe_session_id", stripe_session_id, KEY_MAX),
             reason=_text("reason", reason),
@@ -331,9 +332,9 @@ class Ledger:
         """
         return self._one(
             "consume",
-            user_id=self.schema.user_key(user),
+            user_id=self.keys.user_key(user),
             key=_text("key", key, KEY_MAX),
-            workshop_id=None if workshop is None else self.schema.workshop_key(workshop),
+            workshop_id=None if workshop is None else self.keys.workshop_key(workshop),
             amount=self._whole("credits", credits),
             description=_optional("description", description),
             metadata=_document(metadata),
@@ -435,7 +436,7 @@ class Ledger:
         """
         return self._one(
             "grant",
-            user_id=self.schema.user_key(user),
+            user_id=self.keys.user_key(user),
             amount=self._whole("credits", credits),
             key=_text("key", key, KEY_MAX),
             description=_text("description", description),
@@ -515,11 +516,11 @@ class Ledger:
         """
         return self._one(
             "hold",
-            user_id=self.schema.user_key(user),
+            user_id=self.keys.user_key(user),
             amount=self._whole("credits", credits),
             key=_text("key", key, KEY_MAX),
             expires_in=_interval("expires_in", expires_in),
-            workshop_id=None if workshop is None else self.schema.workshop_key(workshop),
+            workshop_id=None if workshop is None else self.keys.workshop_key(workshop),
             capture_limit=None if capture_limit is None else self._whole("capture_limit", capture_limit),
             description=_optional("description", description),
             metadata=_document(metadata),
@@ -541,7 +542,7 @@ class Ledger:
         """
         return self._one(
             "capture",
-            user_id=self.schema.user_key(user),
+            user_id=self.keys.user_key(user),
             hold_id=_uuid("hold", hold),
             amount=None if credits is None else self._whole("credits", credits),
             allow_debt=bool(allow_debt),
@@ -554,7 +555,7 @@ class Ledger:
         Raises:
             InvalidArgument, UnknownUser, UnknownHold, HoldClosed: it was captured; reverse it instead.
         """
-        return self._one("release", user_id=self.schema.user_key(user), hold_id=_uuid("hold", hold))
+        return self._one("release", user_id=self.keys.user_key(user), hold_id=_uuid("hold", hold))
 
     @Operation
     def sweep(self, *, limit: int = 1000) -> Call[int]:
@@ -605,8 +606,8 @@ class Ledger:
             BalanceOutOfRange, IdempotencyKeyReused: nothing was written.
         """
         arguments = {
-            "user_id": self.schema.user_key(user),
-            "into_user_id": self.schema.user_key(into),
+            "user_id": self.keys.user_key(user),
+            "into_user_id": self.keys.user_key(into),
             "key": _text("key", key, KEY_MAX),
             "description": _optional("description", description),
             "metadata": _document(metadata),
@@ -625,7 +626,7 @@ class Ledger:
     @Operation
     def standing(self, user: Key) -> Call[Standing]:
         """The credits of ``user``, and those that holds have set aside. Raises UnknownUser."""
-        arguments = {"user_id": self.schema.user_key(user)}
+        arguments = {"user_id": self.keys.user_key(user)}
 
         def read(rows: Rows) -> Standing:
             if rows[0][0] != DONE:
@@ -641,12 +642,12 @@ class Ledger:
         def read(rows: Rows) -> list[Lot]:
             return [Lot(uuid(row[1]), row[5], row[22], moment(row[_EXPIRES_AT]), row[8]) for row in rows]  # type: ignore[arg-type]  # every lot has both
 
-        return Call("lots", {"user_id": self.schema.user_key(user)}, read)
+        return Call("lots", {"user_id": self.keys.user_key(user)}, read)
 
     @Operation
     def balance(self, user: Key) -> Call[int]:
         """The credits of ``user``, negative when in debt. Raises UnknownUser."""
-        return _balance("balance", user_id=self.schema.user_key(user))
+        return _balance("balance", user_id=self.keys.user_key(user))
 
     @Operation
     def balance_at(self, user: Key, when: dt.datetime) -> Call[int]:
@@ -655,7 +656,7 @@ class Ledger:
         Raises:
             InvalidArgument, UnknownUser: nothing was read.
         """
-        return _balance("balance_at", user_id=self.schema.user_key(user), at=_moment("when", when))
+        return _balance("balance_at", user_id=self.keys.user_key(user), at=_moment("when", when))
 
     @Operation
     def history(
@@ -681,7 +682,7 @@ class Ledger:
                 value=before,
             )
         arguments = {
-            "user_id": self.schema.user_key(user),
+            "user_id": self.keys.user_key(user),
             "row_limit": _whole("limit", limit, 1, HISTORY_MAX),
             "before": _optional("before", before, KEY_MAX),
             "include_failed": include_failed,
@@ -716,7 +717,7 @@ class Ledger:
             InvalidArgument, UnknownWorkshop: nothing was read.
         """
         arguments = {
-            "workshop_id": self.schema.workshop_key(workshop),
+            "workshop_id": self.keys.workshop_key(workshop),
             "paywall": self.config.paywall,
             "grandfathered_before": self.config.grandfathered_before,
         }
@@ -739,7 +740,7 @@ class Ledger:
         Raises:
             InvalidArgument, UnknownUser: nothing was read.
         """
-        return _balance("lock", user_id=self.schema.user_key(user))
+        return _balance("lock", user_id=self.keys.user_key(user))
 
     # --- answers ---
 
@@ -842,7 +843,7 @@ class Ledger:
         about = {"reverse": "consumption", "correct": "grant"}.get(function, "purchase")
         return self._one(
             function,
-            user_id=self.schema.user_key(user),
+            user_id=self.keys.user_key(user),
             amount=None if credits is None else self._whole("credits", credits),
             key=_text("key", key, KEY_MAX),
             description=_optional("description", description),

@@ -16,6 +16,7 @@ from sqlalchemy.dialects import postgresql as pg
 from tallystick.accounts import Account, Accounts
 from tallystick.config import QUANTITY_MAX, CheckoutOptions, Config, Pack, Rounding
 from tallystick.database import run
+from tallystick.declared_tables import stripe_checkouts
 from tallystick.errors import (
     BalanceOutOfRange,
     InvalidArgument,
@@ -31,7 +32,7 @@ from tallystick.errors import (
     shown,
 )
 from tallystick.ledger import CreditTransaction
-from tallystick.schema import INT64_MAX, stripe_checkouts
+from tallystick.schema import INT64_MAX
 from tallystick.stripe.client import MISSING, Object, ask, ask_or_none, is_live, list_all
 from tallystick.stripe.customers import customer_of, replace_customer
 from tallystick.stripe.effects import PAGE, Effects, failure_of, in_transaction

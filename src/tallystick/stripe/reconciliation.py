@@ -19,10 +19,10 @@ import sqlalchemy as sa
 
 from tallystick.config import Config
 from tallystick.database import run, transaction
+from tallystick.declared_tables import stripe_checkouts, stripe_events, stripe_reconciliations, stripe_reversals
 from tallystick.errors import InvalidArgument, PurchaseNotPending, StripeRefused
 from tallystick.ledger import CreditTransaction
 from tallystick.progress import Progress, ignore_progress
-from tallystick.schema import stripe_checkouts, stripe_events, stripe_reconciliations, stripe_reversals
 from tallystick.stripe.checkout import session_of_purchase
 from tallystick.stripe.client import Object, list_all
 from tallystick.stripe.effects import PAGE, Effect, Effects, failure_of, in_transaction

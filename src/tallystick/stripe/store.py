@@ -29,11 +29,7 @@ from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.config import Config, Rounding
 from tallystick.database import DbConnection, run
-from tallystick.errors import IdempotencyKeyReused, SessionConflict
-from tallystick.ledger import CreditTransaction, Ledger
-from tallystick.schema import (
-    CreditTransactionStatus,
-    CreditTransactionType,
+from tallystick.declared_tables import (
     Schema,
     migration_log,
     stripe_checkouts,
@@ -42,6 +38,9 @@ from tallystick.schema import (
     stripe_findings,
     stripe_reversals,
 )
+from tallystick.errors import IdempotencyKeyReused, SessionConflict
+from tallystick.ledger import CreditTransaction, Ledger
+from tallystick.schema import CreditTransactionStatus, CreditTransactionType
 from tallystick.stripe.client import Object
 from tallystick.stripe.shares import ReversedShare, credits_kept
 

@@ -19,9 +19,10 @@ from sqlalchemy.dialects import postgresql as pg
 from tallystick.accounts import Account, Accounts
 from tallystick.config import Config, Pack
 from tallystick.database import run
+from tallystick.declared_tables import stripe_checkouts
 from tallystick.errors import InvalidArgument, Key, StripeRefused, UserDeleted, shown
 from tallystick.ledger import CreditTransaction
-from tallystick.schema import CreditTransactionStatus, CreditTransactionType, stripe_checkouts
+from tallystick.schema import CreditTransactionStatus, CreditTransactionType
 from tallystick.stripe.checkout import CLOCK_SKEW_MAX_S, metadata_of, pack_named, price_of, require_price, require_room
 from tallystick.stripe.client import MISSING, Object, ask, ask_or_none, is_live, list_all
 from tallystick.stripe.effects import PAGE, Effect, Effects, in_transaction

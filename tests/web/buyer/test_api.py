@@ -65,7 +65,7 @@ def test_a_cancelled_request_gives_its_connection_back(world: World) -> None:
         engine = create_async_engine(world.url, pool_size=1, max_overflow=0)
         database = Database(engine)
         async with anyio.create_task_group() as group:
-            group.start_soon(database.run, lambda conn: conn.exec_driver_sql("SELECT pg_sleep(120)"))
+            group.start_soon(database.run, lambda conn: conn.cursor().execute("SELECT pg_sleep(120)"))
             with world.engine.connect() as conn:
                 while not conn.exec_driver_sql(asleep).scalar():
                     await anyio.sleep(0.01)

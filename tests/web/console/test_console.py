@@ -21,10 +21,11 @@ from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 from tallystick import migrate
+from tallystick.declared_tables import stripe_reversals
 from tallystick.errors import DatabaseUnavailable
 from tallystick.events.deliver import remove_endpoint
 from tallystick.ledger.typescript import typescript
-from tallystick.schema import HEAD, stripe_reversals
+from tallystick.schema import HEAD
 from tallystick.web.console import LocalLink, console, queries
 from tallystick.web.console.queries import Queries
 from tallystick.web.shared.numbers import MINUS

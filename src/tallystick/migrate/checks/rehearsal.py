@@ -19,6 +19,7 @@ import sqlalchemy as sa
 
 from tallystick.config import Config, HostMapping
 from tallystick.database import driver
+from tallystick.declared_tables import Schema, user_columns, workshop_columns
 from tallystick.errors import Key, MigrationError, TallystickError
 from tallystick.ledger import Ledger
 from tallystick.migrate.checks.plan import Phase, PlannedStatement, plan
@@ -29,7 +30,7 @@ from tallystick.migrate.revisions import after
 from tallystick.migrate.runner.run import undo
 from tallystick.migrate.runner.session import engine_of, session
 from tallystick.progress import OnProgress, Progress, ignore_progress
-from tallystick.schema import LEDGER, user_columns, workshop_columns
+from tallystick.schema import LEDGER
 
 
 @dataclass(frozen=True)
@@ -238,11 +239,12 @@ _HISTORY = ["refund", "consumption", "purchase", "grant"]
 
 def _pick_user(conn: sa.Connection, ledger: Ledger) -> tuple[Key | None, Key | None]:
     """A user, with a workshop of the user that is not paid for yet, if there is one."""
-    users, workshops = ledger.schema.users.c, ledger.schema.workshops
+    schema = Schema.of(ledger.config.host)
+    users, workshops = schema.users.c, schema.workshops
     living = sa.select(users.key).where(users.key.is_not(None), users.deleted_at.is_(None)).limit(1)
     if workshops is not None:
         shop = workshops.c
-        free = living.add_columns(shop.key).join_from(ledger.schema.users, workshops, shop.owner == users.key)
+        free = living.add_columns(shop.key).join_from(schema.users, workshops, shop.owner == users.key)
         for user, workshop in conn.execute(free.where(shop.credit_consumed_at.is_(None), shop.deleted_at.is_(None))):
             return user, workshop
     return conn.scalar(living), None

@@ -15,6 +15,7 @@ from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.config import Config, HostMapping
 from tallystick.database import standby
+from tallystick.declared_tables import Schema, event_settings, migration_log, user_columns, workshop_columns
 from tallystick.errors import MigrationError
 from tallystick.migrate.host.preflight import Host, adoptable, adopted_columns, examine, unfit
 from tallystick.migrate.host.privileges import open_policies, writers
@@ -32,12 +33,7 @@ from tallystick.schema import (
     TRIGGERS,
     CreditTransactionStatus,
     CreditTransactionType,
-    Schema,
-    event_settings,
     has_bookkeeping,
-    migration_log,
-    user_columns,
-    workshop_columns,
 )
 
 APPLY = "tallystick migrate apply"
@@ -589,7 +585,7 @@ def functions_sql(conn: sa.Connection | None, config: Config) -> str:
     They depend on the columns that the app had before, which the database knows. Without a connection, only columns
     that the mapping has under other names than ours are taken for those.
     """
-    known = conn is not None and has_bookkeeping(conn, migration_log)
+    known = conn is not None and has_bookkeeping(conn, "migration_log")
     adopted = adopted_columns(conn) if conn is not None and known else frozenset()
     made = [
         re.sub(_MADE, r"CREATE OR REPLACE \1 tallystick.", statement, count=1)

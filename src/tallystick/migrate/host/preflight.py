@@ -11,6 +11,7 @@ from typing import Any, cast
 import sqlalchemy as sa
 
 from tallystick.config import CREDITS_MAX, Config, HostMapping, UsersTable, WorkshopsTable
+from tallystick.declared_tables import alembic_version, migration_log
 from tallystick.errors import (
     HostMismatch,
     IncompatibleColumn,
@@ -32,15 +33,7 @@ from tallystick.migrate.host.tables import (
     unsuitable,
 )
 from tallystick.migrate.revisions import Adopted, HostNames, Word, after, revisions
-from tallystick.schema import (
-    HISTORY,
-    LEDGER,
-    alembic_version,
-    has_bookkeeping,
-    mapping_of,
-    migration_log,
-    refuse_other_mapping,
-)
+from tallystick.schema import HISTORY, LEDGER, has_bookkeeping, mapping_of, refuse_other_mapping
 
 OLDEST_SERVER = 140000
 _MAX_COLUMNS = 1600
@@ -213,7 +206,7 @@ def _see_every_row(conn: sa.Connection, oid: int | None, table: str, what: str) 
 
 def current_revision(conn: sa.Connection) -> str | None:
     """The database's revision, None before 0001. Raises SchemaTooNew."""
-    if not has_bookkeeping(conn, alembic_version):
+    if not has_bookkeeping(conn, "alembic_version"):
         return None
     found = conn.scalar(sa.select(alembic_version.c.version_num))
     return None if found is None else _known(found, "at")
@@ -221,7 +214,7 @@ def current_revision(conn: sa.Connection) -> str | None:
 
 def prepared_revisions(conn: sa.Connection) -> tuple[str, ...]:
     """The revisions of which only the new objects exist, oldest first. Raises SchemaTooNew."""
-    if not has_bookkeeping(conn, migration_log):
+    if not has_bookkeeping(conn, "migration_log"):
         return ()
     log = migration_log.c
     found = conn.scalars(sa.select(log.revision).where(log.direction == "prepare").order_by(log.id))

@@ -10,9 +10,10 @@ from psycopg.sql import SQL, Composable, Composed, Identifier
 from psycopg.sql import Literal as SqlLiteral
 
 from tallystick.config import HostMapping
+from tallystick.declared_tables import user_columns
 from tallystick.migrate.host.preflight import Host
 from tallystick.migrate.revisions import HostNames
-from tallystick.schema import LEDGER, user_columns
+from tallystick.schema import LEDGER
 
 _OBJECTS = SQL("""
     SELECT c.oid, CASE c.relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END AS kind, c.oid::regclass::text AS name,

@@ -19,12 +19,7 @@ import sqlalchemy as sa
 from psycopg import sql
 
 from tallystick.config import HostMapping
-from tallystick.errors import InvalidArgument, shown
-from tallystick.ledger import functions
-from tallystick.migrate.revisions import HostNames, TableNames
-from tallystick.schema import (
-    BOOKKEEPING_SCHEMA,
-    LEDGER,
+from tallystick.declared_tables import (
     event_dead_letters,
     event_endpoints,
     stripe_checkouts,
@@ -36,6 +31,10 @@ from tallystick.schema import (
     user_columns,
     workshop_columns,
 )
+from tallystick.errors import InvalidArgument, shown
+from tallystick.ledger import functions
+from tallystick.migrate.revisions import HostNames, TableNames
+from tallystick.schema import BOOKKEEPING_SCHEMA, LEDGER
 
 _HEAD = """\
 -- A role for the app: it can run every function of the ledger, and writes no balance itself.

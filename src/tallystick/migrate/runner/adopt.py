@@ -13,6 +13,7 @@ from psycopg.sql import SQL, Composable, Identifier, Literal
 
 from tallystick.config import Config
 from tallystick.database import driver
+from tallystick.declared_tables import migration_log
 from tallystick.errors import MigrationError
 from tallystick.migrate.host.own_credits import HistoryTable, OwnCredits, find_history, own_credits
 from tallystick.migrate.host.preflight import Host, adopted_columns, examine
@@ -22,7 +23,7 @@ from tallystick.migrate.revisions import HostNames, revisions
 from tallystick.migrate.runner.opening import fetch_all, open_balances
 from tallystick.migrate.runner.session import engine_of, send_when_free, session
 from tallystick.progress import OnProgress, ignore_progress
-from tallystick.schema import FOLLOWING, LEDGER, OPENING_KEY, alembic_version, has_bookkeeping, migration_log
+from tallystick.schema import FOLLOWING, LEDGER, OPENING_KEY, has_bookkeeping
 
 _BATCH = 50
 _NO_DEFAULTS = (None, "0", "(0)::numeric", "'0'::bigint", "(0)::bigint", "NULL")
@@ -40,7 +41,7 @@ class Adopted:
 def look_at_own_credits(conn: sa.Connection, config: Config, *, history: str | None = None) -> OwnCredits:
     """The app's own credits, before or after the migration. Raises what ``own_credits`` and ``examine`` do."""
     with reading_catalogues(conn):
-        host = examine(conn, config, strict=False) if has_bookkeeping(conn, alembic_version) else None
+        host = examine(conn, config, strict=False) if has_bookkeeping(conn, "alembic_version") else None
         names = HostNames.of(config.host, host.adopted if host else frozenset({("users", "credit_balance")}))
         return own_credits(
             conn,
@@ -118,7 +119,7 @@ def cut_over(
 
 
 def _adopting(conn: sa.Connection, config: Config) -> tuple[Host, HostNames]:
-    host = examine(conn, config) if has_bookkeeping(conn, alembic_version) else None
+    host = examine(conn, config) if has_bookkeeping(conn, "alembic_version") else None
     if host is None or host.revision is None:
         raise MigrationError(
             "the database is not migrated yet. Run: tallystick migrate plan, then: tallystick migrate apply"

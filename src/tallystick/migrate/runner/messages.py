@@ -18,12 +18,13 @@ from dataclasses import dataclass, replace
 from psycopg.sql import SQL, Composable, Composed, Identifier
 from psycopg.sql import Literal as SqlLiteral
 
+from tallystick.declared_tables import user_columns, workshop_columns
 from tallystick.migrate.host.dependents import refuse_dependents
 from tallystick.migrate.host.privileges import close_new_objects, remember_objects
 from tallystick.migrate.host.role import restore_table_privileges
 from tallystick.migrate.revisions import HostNames, Revision, TableNames, adopted_by
 from tallystick.migrate.runner.trial_writes import try_writes, try_writes_again
-from tallystick.schema import HISTORY, LEDGER, user_columns, workshop_columns
+from tallystick.schema import HISTORY, LEDGER
 
 ADVISORY_KEY = 8_386_103_206_419_437_683  # "tallystk" as eight bytes; advisory locks are per database
 

@@ -28,6 +28,7 @@ from psycopg.sql import Composable
 
 from tallystick.config import Config
 from tallystick.database import driver
+from tallystick.declared_tables import migration_log
 from tallystick.errors import (
     ConfigError,
     MigrationBlocked,
@@ -50,7 +51,6 @@ from tallystick.migrate.runner.online import Building, OnlineStep, online
 from tallystick.migrate.runner.session import engine_of, forbidden_by, lost, session, single_run, translate
 from tallystick.migrate.runner.widen import refuse_interrupted, validate_keys
 from tallystick.progress import Progress
-from tallystick.schema import migration_log
 
 GIVE_UP_AFTER_S = 120.0
 

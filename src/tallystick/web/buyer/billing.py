@@ -19,6 +19,7 @@ from tallystick.accounts import Account
 from tallystick.config import Config
 from tallystick.errors import Key, NotSignedIn, TallystickError, UnknownUser
 from tallystick.ledger import Access, CreditTransaction, Standing
+from tallystick.ledger.connections import SyncConnection
 from tallystick.web.buyer.buyer_request import BuyerPage, Reply
 from tallystick.web.buyer.core import Pages
 from tallystick.web.buyer.engine import Database
@@ -142,7 +143,7 @@ class Billing(APIRouter):
 
     # --- operations, each on a connection of its own ---
 
-    async def shown(self, request: Request, work: Callable[[sa.Connection], BuyerPage | Reply]) -> Response:
+    async def shown(self, request: Request, work: Callable[[SyncConnection], BuyerPage | Reply]) -> Response:
         """The response for the result of ``work``, which gets a connection."""
         return await self.answers.send(request, await self.database.run(work))
 

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.util.concurrency import greenlet_spawn
 from starlette.concurrency import run_in_threadpool
 
-from tallystick.database import translated
+from tallystick.ledger.connections import SyncConnection, autocommitting
 
 T = TypeVar("T")
 
@@ -20,13 +20,13 @@ class Database:
     """A runner of functions of a connection or an engine that does not block the event loop.
 
     A sync engine is used in a thread. An async one stays on the event loop: the function runs in a greenlet, and its
-    queries are awaited. Either way it is the host's own engine, with its ``connect_args``, creators and event hooks.
+    queries are awaited. Either way it is the host's own engine and pool, as ``autocommitting`` uses them.
     """
 
     def __init__(self, engine: sa.Engine | AsyncEngine) -> None:
         self._engine = engine
 
-    async def run(self, work: Callable[[sa.Connection], T]) -> T:
+    async def run(self, work: Callable[[SyncConnection], T]) -> T:
         """The result of ``work``, which gets a connection on which each statement is a transaction.
 
         Every writing call of the ledger is one statement, so this saves the round trips of BEGIN and COMMIT, and no
@@ -45,10 +45,6 @@ class Database:
         return await run_in_threadpool(work, engine)
 
 
-def _run(work: Callable[[sa.Connection], T], engine: sa.Engine) -> T:
-    with translated(connecting=True):
-        conn = engine.connect()
-    with conn:
-        with translated(connecting=True):
-            conn.execution_options(isolation_level="AUTOCOMMIT")
+def _run(work: Callable[[SyncConnection], T], engine: sa.Engine) -> T:
+    with autocommitting(engine) as conn:
         return work(conn)

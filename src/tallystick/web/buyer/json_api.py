@@ -8,7 +8,6 @@ from enum import Enum
 from typing import Annotated, Any, Final
 from uuid import UUID
 
-import sqlalchemy as sa
 from fastapi import Depends, Header, Path, Query
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
@@ -16,6 +15,7 @@ from starlette.responses import Response
 from tallystick.accounts import Account
 from tallystick.errors import Key
 from tallystick.ledger import AccessReason, CreditTransaction, Lot
+from tallystick.ledger.connections import SyncConnection
 from tallystick.schema import CreditTransactionStatus, CreditTransactionType
 from tallystick.web.buyer.billing import Billing
 from tallystick.web.buyer.paywall import UNLOCK_CREDITS
@@ -250,7 +250,7 @@ def add_to(billing: Billing) -> None:
     async def balance(user: User) -> Response:
         """The credits of the signed-in user."""
 
-        def read(conn: sa.Connection) -> tuple[Account, list[Lot]]:
+        def read(conn: SyncConnection) -> tuple[Account, list[Lot]]:
             account = billing.accounts.get(conn, user)
             return account, billing.pages.expiring(conn, user, account.standing)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -10,6 +11,7 @@ from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.config import Config
 from tallystick.database import run, translated
+from tallystick.declared_tables import Schema
 from tallystick.errors import (
     InvalidArgument,
     Key,
@@ -50,12 +52,12 @@ class Paywall:
 
     def __init__(self, config: Config) -> None:
         self.ledger = Ledger(config)
-        self._schema = self.ledger.schema
+        self._schema = Schema.of(config.host)
         if self._schema.workshops is None:
             return
         self._statement = self._select(self._schema.workshops)
         driver = pg.dialect(paramstyle="pyformat")  # type: ignore[no-untyped-call]
-        self._text = str(self._statement.compile(dialect=driver))  # for a connection of Django's
+        self._text = str(self._statement.compile(dialect=driver))  # for a cursor of the driver's or Django's
         self._paywall = {"p_paywall": config.paywall, "p_before": config.grandfathered_before}
 
     def _select(self, workshops: sa.Table) -> sa.Select[Any]:
@@ -104,7 +106,7 @@ class Paywall:
             row = run(conn, self._statement, values).one_or_none()
         else:
             connection: Any = conn
-            with translated(), connection.cursor() as cursor:
+            with translated(), closing(connection.cursor()) as cursor:
                 cursor.execute(self._text, values)
                 row = cursor.fetchone()
         if row is None:

@@ -15,8 +15,8 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.database import run
+from tallystick.declared_tables import event_dead_letters, event_endpoints, event_settings, events
 from tallystick.errors import InvalidArgument, Key, NotMigrated, shown
-from tallystick.schema import event_dead_letters, event_endpoints, event_settings, events
 from tallystick.web.console.queries import COUNT_UP_TO, PAGE_ROWS, Page, Queries, page_of
 
 _EXPORT_ROWS = 1_000

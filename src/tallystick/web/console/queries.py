@@ -22,17 +22,11 @@ from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.config import TEXT_KEYS, Config
 from tallystick.database import Standby, standby, transaction, with_known_settings
+from tallystick.declared_tables import Schema, daily_sums, migration_log, stripe_failed_deliveries, stripe_reversals
+from tallystick.declared_tables import days as kept_days
 from tallystick.errors import InvalidArgument, Key, UnknownUser, shown
 from tallystick.ledger import Ledger, Standing
-from tallystick.schema import (
-    CreditTransactionStatus,
-    Schema,
-    daily_sums,
-    migration_log,
-    stripe_failed_deliveries,
-    stripe_reversals,
-)
-from tallystick.schema import days as kept_days
+from tallystick.schema import CreditTransactionStatus
 
 PAGE_ROWS = 50
 TALLY_ROWS = 30

@@ -9,6 +9,7 @@ from django.db.models import Model, QuerySet
 from django.http import HttpRequest
 from django.utils.html import format_html, format_html_join
 
+from tallystick.declared_tables import Schema
 from tallystick.web.django.django_billing import DjangoBilling, refuse_base_before_mixin
 from tallystick.web.shared import numbers
 
@@ -111,7 +112,7 @@ class LedgerAdmin:
 
     def _ours(self) -> list[Any]:
         """The model's fields for columns that only the ledger's functions write."""
-        columns = self.billing.ledger.schema.users.c
+        columns = Schema.of(self.billing.ledger.config.host).users.c
         written = {columns[key].name for key in OURS}
         model: Any = self.model  # type: ignore[attr-defined]
         return [field for field in model._meta.concrete_fields if field.column in written]  # noqa: SLF001 - documented

@@ -1,0 +1,49 @@
+"""An address becomes the same arguments of libpq as SQLAlchemy makes of it."""
+
+from __future__ import annotations
+
+import pytest
+import sqlalchemy as sa
+
+from tallystick.address import Address
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "",
+        "/app",
+        "host",
+        "host:5432/app",
+        "Host.Example:6543",
+        "user@host/app",
+        "user:pass@host:5432/app",
+        "us%40er:p%2Fa%23s%25s@host/my%20app",
+        "user:a#b?c@host/app",
+        "user:@host/app",
+        "user:p:q@host/app",
+        "[::1]:5432/app",
+        "user@[2001:db8::1]/app",
+        "one,two/app",
+        "user@/app?host=/var/run/postgresql&port=5433",
+        "postgres@/app?host=%2Ftmp%2Frun&port=5432",
+        "user@/app?host=one:5432&host=two:5433",
+        "user@/app?host=one&host=two",
+        "user@/app?host=one:5432",
+        "user@/app?host=one,two&port=5432,5433",
+        "user@host/app?sslmode=require&application_name=my+app&options=-c%20geqo%3Doff",
+        "user@host/app?sslmode=&connect_timeout=3",
+        "host?target_session_attrs=read-write",
+    ],
+)
+def test_the_arguments_are_those_of_sqlalchemy(rest: str):
+    address = f"postgresql+psycopg://{rest}"
+    engine = sa.create_engine(address)
+    (_, theirs) = engine.dialect.create_connect_args(engine.url)
+    assert Address.of(address).arguments == {name: str(value) for name, value in theirs.items() if name != "context"}
+
+
+@pytest.mark.parametrize("address", ["postgresql://host:one/app", "postgresql://one:1,two:2/app", "no address"])
+def test_a_faulty_address_is_refused(address: str):
+    with pytest.raises(ValueError, match=r"invalid literal|expected an address"):
+        Address.of(address)
