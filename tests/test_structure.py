@@ -132,6 +132,12 @@ def test_each_command_is_looked_for_in_its_own_module():
     assert found == {module: set(names) for module, names in cli.MODULES.items()}
 
 
+@pytest.mark.parametrize("name", sorted(name for names in cli.MODULES.values() for name in names))
+def test_a_command_is_made_where_it_is_requested(name: str):
+    """And of those that are imported by now, it alone."""
+    assert list(typer.main.get_command(cli.commands(["--config", "x", name, "show"])).commands) == [name]
+
+
 def test_every_public_name_is_there():
     assert {name: hasattr(tallystick, name) for name in tallystick.__all__} == dict.fromkeys(tallystick.__all__, True)
     assert set(tallystick.__all__) <= set(dir(tallystick))

@@ -33,7 +33,7 @@ from tallystick.errors import ConfigError
 from tallystick.schema import verify
 
 group = typer.Typer(name="events", no_args_is_help=True, help="Read or deliver a feed of the ledger's changes.")
-app.add_typer(group, rich_help_panel="Credits")
+app.add_typer(group, name="events", rich_help_panel="Credits")
 
 endpoint_group = typer.Typer(name="endpoint", no_args_is_help=True, help="Add, list and remove webhooks.")
 group.add_typer(endpoint_group)
