@@ -46,7 +46,7 @@ PRINTED = {  # of each table the last line, and whatever may be left out
     ],
     "webhooks.py": ["\nreceive ", "\nratio of the totals: "],
     "events.py": ["| on, with NOTIFY |"],
-    "overview.py": ["| days closed ", "| closing sixty days, once "],
+    "overview.py": ["| days closed, but for today ", "| closing sixty days, once "],
     "partitions.py": ["| four hash partitions |"],
     "widen.py": ["| 20,000 |"],
     "audit.py": ["  audit, healthy ", "  audit of one user "],

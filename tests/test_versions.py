@@ -70,7 +70,7 @@ class NewerLedger(Ledger):
         def read(rows: Rows) -> str:
             return f"{rows[0][0]} {rows[0][5]}"
 
-        return Call("consume", {"user_id": self.schema.user_key(user), "key": key, "more": more}, read)
+        return Call("consume", {"user_id": self.keys.user_key(user), "key": key, "more": more}, read)
 
 
 @pytest.fixture(params=["psycopg", "SQLAlchemy"])

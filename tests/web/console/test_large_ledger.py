@@ -7,6 +7,7 @@ import re
 import socket
 import threading
 from pathlib import Path
+from urllib.parse import urljoin
 
 import axe_playwright_python
 import pytest
@@ -413,7 +414,8 @@ def test_a_dead_letter_is_sent_again_from_the_page(shop, hook, visit, how):
     world, _ = shop
     with Served(world, allow_actions=True) as running:
         page = visit(running, **how)
-        page.get_by_role("link", name="dead letter").click()
+        # not by a click: the overview exchanges its figures for newer ones, and with them the link under the pointer
+        page.goto(urljoin(page.url, page.get_by_role("link", name="dead letter").get_attribute("href")))
         letters = page.get_by_role("region", name="Dead letters").locator("tbody tr")
         first = letters.filter(has_text="purchase.completed").first
         expect(first).to_contain_text("it answered 500")
