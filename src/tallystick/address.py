@@ -28,13 +28,23 @@ class Address:
 
     @classmethod
     def of(cls, text: str) -> Self:
-        """The parts of ``text``. Raises ValueError where the port is no number, or it is no address at all."""
+        """The parts of ``text``. Raises ValueError; its message repeats nothing of it, which may hold a password."""
         found = _ADDRESS.match(text)
         if found is None:
             raise ValueError("expected an address as postgresql://user:password@host:5432/database")
+        if "%00" in text or "\0" in text:
+            raise ValueError("the address holds a NUL character (%00), which PostgreSQL cannot read")
+        if found["port"] is not None and not re.fullmatch("[0-9]+", found["port"]):
+            if "," in text.partition("://")[2].rpartition("@")[2]:
+                raise ValueError(_SEVERAL_HOSTS)
+            raise ValueError(
+                "the port is not a number; expected postgresql://user:password@host:5432/database, "
+                "with any @ in the password as %40"
+            )
         query: dict[str, list[str]] = {}
         for name, value in parse_qsl(found["query"] or ""):
             query.setdefault(name, []).append(value)
+        _check(query)
         user, password, dbname = (found[part] and unquote(found[part]) for part in ("user", "password", "dbname"))
         port = int(found["port"]) if found["port"] else None
         return cls(user, password, found["host"] or found["ipv6"], port, dbname, query)
@@ -52,8 +62,33 @@ class Address:
         made = {name: part for name, part in parts.items() if part}
         made |= {name: ",".join(values) for name, values in self.query.items()}
         hosts = self.query.get("host", [])
-        if len(hosts) > 1 or (hosts and "port" not in self.query and re.fullmatch(r"[a-zA-Z0-9\-.]*:\d*", hosts[0])):
+        if len(hosts) > 1 or _has_ports(hosts):
             each = [host.partition(":") for host in hosts]
             made["host"] = ",".join(name for name, _, _ in each)
             made["port"] = ",".join(port for _, _, port in each)
         return made
+
+
+_SEVERAL_HOSTS = "several hosts are written as postgresql://user@/database?host=host1:5432&host=host2:5432"
+
+_OF_PSYCOPG = ("autocommit", "context", "cursor_factory", "prepare_threshold", "row_factory")
+"""Arguments of ``psycopg.connect`` that are no parameters of libpq."""
+
+
+def _has_ports(hosts: list[str]) -> bool:
+    return any(re.fullmatch(r"[a-zA-Z0-9\-.]*:\d*", host) for host in hosts)
+
+
+def _check(query: Mapping[str, list[str]]) -> None:
+    for name, values in query.items():
+        if name in _OF_PSYCOPG:
+            raise ValueError(f"{name} is no parameter of an address. Leave it out")
+        if len(values) > 1 and name == "port":
+            raise ValueError(_SEVERAL_HOSTS)
+        if len(values) > 1 and name != "host":
+            raise ValueError(f"the parameter {name} is given twice. Write it once")
+    hosts = query.get("host", [])
+    if any("[" in host for host in hosts):
+        raise ValueError("an IPv6 address in host= has no brackets, and its port is a parameter: host=::1&port=5432")
+    if "port" in query and (len(hosts) > 1 or _has_ports(hosts)):
+        raise ValueError(_SEVERAL_HOSTS)

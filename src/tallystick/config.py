@@ -84,17 +84,7 @@ def _address(value: object) -> object:
             address = f"postgresql+psycopg://{rest}"
             if re.split("[/?]", rest, maxsplit=1)[0].count("@") > 1:
                 raise ValueError("the address has more than one @; write one in the user or the password as %40")
-            try:
-                parsed = ParsedAddress.of(address)
-            except ValueError:
-                if "," in rest.rpartition("@")[2]:
-                    raise ValueError(
-                        "several hosts are written as postgresql://user@/database?host=host1:5432&host=host2:5432"
-                    ) from None
-                raise ValueError(
-                    "the port is not a number; expected postgresql://user:password@host:5432/database, "
-                    "with any @ in the password as %40"
-                ) from None
+            parsed = ParsedAddress.of(address)
             return _without(_PRISMAS, address) if _PRISMAS.intersection(parsed.query) else address
         begins = f"begins with {scheme!r}" if separator else "has no scheme"
         raise ValueError(f"the address {begins}; expected one that begins with postgresql://")
