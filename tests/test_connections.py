@@ -620,6 +620,40 @@ def test_a_listener_is_given_sqlalchemys(world: World, pool: sa.Engine, event: s
         assert isinstance(conn, sa.Connection)
 
 
+def test_a_listener_on_all_connections_is_given_sqlalchemys(
+    world: World, pool: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sa.Connection, "_has_events", True)  # listen sets it, and remove leaves it
+    seen: list[str] = []
+
+    def listen(*args: Any) -> None:
+        seen.append(args[2])
+
+    sa.event.listen(sa.Connection, "before_cursor_execute", listen)
+    try:
+        with autocommitting(pool) as conn:
+            world.ledger.balance(conn, world.user())
+    finally:
+        sa.event.remove(sa.Connection, "before_cursor_execute", listen)
+    assert any("tallystick.balance" in statement for statement in seen)
+
+
+@pytest.mark.parametrize("take", [autocommitting, sa.Engine.connect])
+def test_after_a_restart_one_call_fails_and_the_pool_is_new(world: World, take: Callable[[sa.Engine], Any]) -> None:
+    user, engine = world.user(credits=2), sa.create_engine(world.url, pool_size=3, max_overflow=0)
+    with engine.connect() as one, engine.connect() as two, engine.connect() as three:
+        pids = [conn.scalar(sa.text("SELECT pg_backend_pid()")) for conn in (one, two, three)]
+    with world.autocommit.connect() as other:
+        for pid in pids:
+            other.exec_driver_sql(f"SELECT pg_terminate_backend({pid}, 10000)")
+    with pytest.raises(errors.OutcomeUnknown), take(engine) as conn:
+        world.ledger.balance(conn, user)
+    for _ in range(3):
+        with take(engine) as conn:
+            assert world.ledger.balance(conn, user) == 2
+    engine.dispose()
+
+
 def test_events_of_the_pool_are_the_hosts(world: World, pool: sa.Engine) -> None:
     seen: list[str] = []
     for event in ("connect", "checkout", "checkin"):

@@ -138,6 +138,13 @@ def test_a_command_is_made_where_it_is_requested(name: str):
     assert list(typer.main.get_command(cli.commands(["--config", "x", name, "show"])).commands) == [name]
 
 
+def test_all_commands_are_there_where_none_is_requested():
+    """For the whole help, and to suggest one for a misspelt name beside a word that is another command's."""
+    every = cli.commands()
+    for words in ([], ["--help", "balance"], ["user", "restore", "2"], ["--database-url", "balance"]):
+        assert cli.commands(words) is every
+
+
 def test_every_public_name_is_there():
     assert {name: hasattr(tallystick, name) for name in tallystick.__all__} == dict.fromkeys(tallystick.__all__, True)
     assert set(tallystick.__all__) <= set(dir(tallystick))

@@ -7,7 +7,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Union
 
@@ -418,8 +418,10 @@ def connect(
     with conn:
         with translated(connecting=True):
             begun = conn.begin()
-        with begun:
-            yield conn
+        yield conn
+        if begun.is_active:
+            with translated():
+                begun.commit()
 
 
 @contextmanager
@@ -434,10 +436,12 @@ def connect_driver(url: str) -> Iterator[psycopg.Connection[tuple[Any, ...]]]:
     arguments: dict[str, Any] = _OURS | Address.of(url).arguments | _ENCODING
     with translated(connecting=True):
         conn = psycopg.connect(**arguments)
-    with conn:
+    with closing(conn):
         with translated(connecting=True):
             conn.execute(_SET_KNOWN)  # it also begins the transaction
         yield conn
+        with translated():
+            conn.commit()
 
 
 @contextmanager

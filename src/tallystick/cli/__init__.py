@@ -13,7 +13,7 @@ import typer
 from typer.main import get_command_name
 from typer.models import CommandInfo
 
-from tallystick.cli.app import app, print_error
+from tallystick.cli.app import GLOBAL_OPTIONS, app, print_error
 from tallystick.errors import TallystickError
 from tallystick.signals import ended_by_signals
 
@@ -54,17 +54,28 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def commands(words: Iterable[str] = ()) -> typer.Typer:
-    """The commands named in ``words``; all of them if it names none."""
-    requested = set(words)
-    found = [module for module, names in MODULES.items() if requested.intersection(names)]
+    """The command that a command line of these words requests; all commands if it requests none that there is."""
+    requested = _first_word(words)
+    found = [module for module, names in MODULES.items() if requested in names]
     for module in found or MODULES:
         import_module(f"{__name__}.{module}")
     if not found:
         return app
     made = copy(app)
-    made.registered_commands = [each for each in app.registered_commands if _name(each) in requested]
-    made.registered_groups = [each for each in app.registered_groups if each.name in requested]
+    made.registered_commands = [each for each in app.registered_commands if _name(each) == requested]
+    made.registered_groups = [each for each in app.registered_groups if each.name == requested]
     return made
+
+
+def _first_word(words: Iterable[str]) -> str | None:
+    """The first word that is no global option and no value of one."""
+    rest = iter(words)
+    for word in rest:
+        if word in GLOBAL_OPTIONS:
+            next(rest, None)
+        elif not word.startswith(tuple(f"{option}=" for option in GLOBAL_OPTIONS)):
+            return word
+    return None
 
 
 def _name(command: CommandInfo) -> str | None:

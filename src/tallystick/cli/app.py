@@ -38,7 +38,7 @@ Connect = Callable[[str], AbstractContextManager[C]]
 """``database.connect`` or ``connect_driver``: one transaction on a connection of its own, committed at the end."""
 
 
-_EVERYWHERE = ("--config", "--database-url")
+GLOBAL_OPTIONS = ("--config", "--database-url")
 
 
 class _Commands(TyperGroup):
@@ -59,10 +59,10 @@ class _Commands(TyperGroup):
         for arg in rest:
             if arg == "--":
                 others += [arg, *rest]
-            elif arg in _EVERYWHERE:
+            elif arg in GLOBAL_OPTIONS:
                 ours += [arg, *([value] if (value := next(rest, None)) is not None else [])]
             else:
-                (ours if arg.startswith(tuple(f"{option}=" for option in _EVERYWHERE)) else others).append(arg)
+                (ours if arg.startswith(tuple(f"{option}=" for option in GLOBAL_OPTIONS)) else others).append(arg)
         return super().parse_args(ctx, ours + others)
 
 

@@ -274,11 +274,11 @@ def plan(
         typer.Option("--backup", help="Also check that there is room for a backup at this path.", metavar="FILE"),
     ] = None,
     whole: Annotated[
-        bool, typer.Option("--all", help="Also show the statements that lock no existing table, as of new objects.")
+        bool, typer.Option("--all", help="Also show the statements before the locks, which make new objects alone.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show the statements that apply would run, their locks, and the sessions in its way now. Changes nothing.
+    """Show the statements of apply, their locks, and the sessions that hold the tables now. Changes nothing.
 
     Exit code 1 if something would stop apply.
     """

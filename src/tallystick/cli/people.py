@@ -38,7 +38,7 @@ def show(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> None:
 def _lines(account: Account) -> str:
     deleted = account.deleted_at and f"{account.deleted_at:%Y-%m-%d %H:%M} UTC"
     facts = {
-        "Credits": f"{account.credit_balance}, {account.standing.held} of them held",
+        "Credits": f"{account.credit_balance}" + (f", {held} of them held" if (held := account.standing.held) else ""),
         "Plan": account.plan_tier,
         "Onboarding": "complete" if account.onboarding_complete else "not complete",
         "Stripe customer": account.stripe_customer_id or "none",
@@ -49,10 +49,13 @@ def _lines(account: Account) -> str:
 
 @people.command(cls=OfUser)
 def delete(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> None:
-    """Soft-delete a user: the row and its ledger stay, and nothing can be bought or spent until users restore."""
+    """Soft-delete a user: the row and its ledger stay, and nothing can be bought or spent. Undo: users restore USER."""
     with mapped(ctx, connect_driver, changes=True) as (conn, config):
-        account = Accounts(config).delete_user(conn, user_key(conn, config, user))
-    message = f"User {account.user} is deleted, with {credits_of(account.credit_balance)} on the account."
+        accounts, key = Accounts(config), user_key(conn, config, user)
+        already = accounts.get(conn, key).deleted_at is not None
+        account = accounts.delete_user(conn, key)
+    state = "was deleted already" if already else "is deleted"
+    message = f"User {account.user} {state}, with {credits_of(account.credit_balance)} on the account."
     emit(account, lambda: out.print(message, markup=False), as_json=as_json)
 
 
@@ -60,8 +63,11 @@ def delete(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> Non
 def restore(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> None:
     """Bring a soft-deleted user back. Credits are as they were."""
     with mapped(ctx, connect_driver, changes=True) as (conn, config):
-        account = Accounts(config).restore_user(conn, user_key(conn, config, user))
-    message = f"User {account.user} is back, with {credits_of(account.credit_balance)}."
+        accounts, key = Accounts(config), user_key(conn, config, user)
+        deleted = accounts.get(conn, key).deleted_at is not None
+        account = accounts.restore_user(conn, key)
+    state = "is back" if deleted else "was not deleted"
+    message = f"User {account.user} {state}, with {credits_of(account.credit_balance)}."
     emit(account, lambda: out.print(message, markup=False), as_json=as_json)
 
 

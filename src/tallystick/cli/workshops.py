@@ -12,7 +12,7 @@ from tallystick.cli.ledger import OfUser, mapped
 from tallystick.database import connect_driver
 from tallystick.ledger import AccessReason, Ledger
 
-workshops = typer.Typer(no_args_is_help=True, help="Ask if a workshop is open, delete or restore it.")
+workshops = typer.Typer(no_args_is_help=True, help="Show a workshop's access, delete it, or restore it.")
 app.add_typer(workshops, name="workshops", rich_help_panel="Credits")
 
 WorkshopArgument = Annotated[
@@ -30,17 +30,19 @@ _REASONS = {
 
 @workshops.command(cls=OfUser)
 def access(ctx: typer.Context, workshop: WorkshopArgument, as_json: Json = False) -> None:
-    """Show if a workshop is open, and why."""
+    """Show a workshop's access: open or closed, and why."""
     with mapped(ctx, connect_driver, only_reads=True) as (conn, config):
         ledger = Ledger(config)
-        found = ledger.access(conn, ledger.keys.workshop_key_of(workshop))
-    message = f"Workshop {workshop} is {'open' if found.open else 'closed'}: {_REASONS[found.reason]}."
-    emit(found, lambda: out.print(message, markup=False), as_json=as_json)
+        key = ledger.keys.workshop_key_of(workshop)
+        found = ledger.access(conn, key)
+    message = f"Workshop {key} is {'open' if found.open else 'closed'}: {_REASONS[found.reason]}."
+    result = {"workshop": key, "open": found.open, "reason": found.reason}
+    emit(result, lambda: out.print(message, markup=False), as_json=as_json)
 
 
 @workshops.command(cls=OfUser)
 def delete(ctx: typer.Context, workshop: WorkshopArgument, as_json: Json = False) -> None:
-    """Soft-delete a workshop: the credit that unlocked it stays spent, and nothing can unlock it."""
+    """Soft-delete a workshop: the credit that unlocked it stays spent. Undo: workshops restore WORKSHOP."""
     _change(ctx, workshop, deleted=True, as_json=as_json)
 
 
@@ -54,6 +56,10 @@ def _change(ctx: typer.Context, workshop: str, *, deleted: bool, as_json: bool) 
     with mapped(ctx, connect_driver, changes=True) as (conn, config):
         accounts = Accounts(config)
         key = accounts.keys.workshop_key_of(workshop)
+        before = Ledger(config).access(conn, key).reason is AccessReason.DELETED
         (accounts.delete_workshop if deleted else accounts.restore_workshop)(conn, key)
-    message = f"Workshop {workshop} is {'deleted' if deleted else 'back'}."
-    emit({"workshop": workshop, "deleted": deleted}, lambda: out.print(message, markup=False), as_json=as_json)
+    state = (
+        ("was deleted already" if before else "is deleted") if deleted else ("is back" if before else "was not deleted")
+    )
+    message = f"Workshop {key} {state}."
+    emit({"workshop": key, "deleted": deleted}, lambda: out.print(message, markup=False), as_json=as_json)

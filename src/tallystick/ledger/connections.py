@@ -367,11 +367,12 @@ def _on_sqlalchemy(conn: sa.Connection, call: Call[Any]) -> Rows:
 
 
 def _sqlalchemy_error(conn: sa.Connection, call: Call[Any], error: Exception) -> Exception:
-    """The driver's error as SQLAlchemy raises it. A dead connection is invalidated, as SQLAlchemy does it."""
+    """The driver's error as SQLAlchemy raises it. A dead connection is invalidated, with those of its pool."""
     from sqlalchemy.exc import DBAPIError  # noqa: PLC0415
 
     lost = conn.dialect.is_disconnect(error, conn.connection.dbapi_connection, None)  # type: ignore[arg-type]
-    if lost:
+    if lost and not conn.invalidated:
+        _invalidate_pool(conn.engine, conn.connection, error)
         conn.invalidate(error)
     return DBAPIError.instance(
         f"tallystick.{call.function}",
@@ -449,16 +450,23 @@ def autocommitting(engine: sa.Engine) -> Iterator[SyncConnection]:
     driver: Any = pooled.dbapi_connection
     before = driver.autocommit
     try:
-        with translated(connecting=True):
-            driver.autocommit = True
+        driver.autocommit = True
         yield driver
     finally:
         try:
             driver.autocommit = before
-        except engine.dialect.loaded_dbapi.Error as error:  # it has died, or a cancelled statement still runs on it
-            pooled.invalidate(error)
+        except engine.dialect.loaded_dbapi.Error as error:
+            if engine.dialect.is_disconnect(error, driver, None):
+                _invalidate_pool(engine, pooled, error)
+            else:  # a cancelled statement still runs on it
+                pooled.invalidate(error)
         else:
             pooled.close()
+
+
+def _invalidate_pool(engine: sa.Engine, pooled: sa.PoolProxiedConnection, error: Exception) -> None:
+    """Let the pool replace its older connections too, as SQLAlchemy does after a disconnect: the server may be new."""
+    engine.pool._invalidate(pooled, error)  # noqa: SLF001 - it has no public name
 
 
 def _pooled(engine: sa.Engine) -> sa.PoolProxiedConnection | None:
@@ -468,6 +476,7 @@ def _pooled(engine: sa.Engine) -> sa.PoolProxiedConnection | None:
         (dialect.name, dialect.driver) not in (("postgresql", "psycopg"), ("postgresql", "psycopg_async"))
         or engine._has_events  # noqa: SLF001 - they have no public name
         or dialect._has_events  # noqa: SLF001
+        or engine._connection_cls._has_events  # noqa: SLF001
         or engine._should_log_info()  # noqa: SLF001
         or engine.get_execution_options()
     ):

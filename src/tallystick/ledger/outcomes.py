@@ -319,14 +319,17 @@ def _balance_out_of_range(r: Refusal) -> LedgerError:
 
 
 def _idempotency_key_reused(r: Refusal) -> LedgerError:
-    key = r.arguments.get("key") or str(r.purchase)
+    key = r.arguments.get("key")
+    one, remedy = f"key {key!r}", ". Use a new key for a new intent"
+    if key is None:  # an operation that is done once for a row, and has no key
+        kind = "hold" if "hold_id" in r.arguments else "purchase"
+        key, remedy = str(r.id), ""
+        one = f"{kind} {key}"
     differs = {
         name: (_typed(name, before), _typed(name, now)) for name, (before, now) in r.detail.get("differs", {}).items()
     }
     listed = ", ".join(f"{name} {before!s} (now {after!s})" for name, (before, after) in differs.items())
-    return IdempotencyKeyReused(
-        f"the key {key!r} was used before, for {listed}. Use a new key for a new intent", key=key, differs=differs
-    )
+    return IdempotencyKeyReused(f"the {one} was used before, for {listed}{remedy}", key=key, differs=differs)
 
 
 def _typed(name: str, value: Any) -> Any:

@@ -1,6 +1,6 @@
 -- The answer to a key that was used before: a replay if the call is the same, else a refusal that names the differences.
--- ``asked`` has the call's values by column, each a text, a number or null; the description, being for people, is not
--- compared.
+-- ``asked`` has the call's values by column, each a text, a number or null. They are those that decide what moves: not
+-- the description, the metadata, or when something expires.
 CREATE OR REPLACE FUNCTION tallystick.replay(t {ledger}, asked jsonb, balance {credits}) RETURNS tallystick.answer
 LANGUAGE plpgsql STABLE AS $$
 DECLARE
