@@ -13,7 +13,7 @@ import typer
 from typer.main import get_command_name
 from typer.models import CommandInfo
 
-from tallystick.cli.app import GLOBAL_OPTIONS, app, print_error
+from tallystick.cli.app import app, print_error, without_global_options
 from tallystick.errors import TallystickError
 from tallystick.signals import ended_by_signals
 
@@ -55,7 +55,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 def commands(words: Iterable[str] = ()) -> typer.Typer:
     """The command that a command line of these words requests; all commands if it requests none that there is."""
-    requested = _first_word(words)
+    _, others = without_global_options(words)
+    requested = next(iter(others), None)
     found = [module for module, names in MODULES.items() if requested in names]
     for module in found or MODULES:
         import_module(f"{__name__}.{module}")
@@ -65,17 +66,6 @@ def commands(words: Iterable[str] = ()) -> typer.Typer:
     made.registered_commands = [each for each in app.registered_commands if _name(each) == requested]
     made.registered_groups = [each for each in app.registered_groups if each.name == requested]
     return made
-
-
-def _first_word(words: Iterable[str]) -> str | None:
-    """The first word that is no global option and no value of one."""
-    rest = iter(words)
-    for word in rest:
-        if word in GLOBAL_OPTIONS:
-            next(rest, None)
-        elif not word.startswith(tuple(f"{option}=" for option in GLOBAL_OPTIONS)):
-            return word
-    return None
 
 
 def _name(command: CommandInfo) -> str | None:

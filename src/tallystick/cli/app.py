@@ -7,7 +7,7 @@ import datetime as dt
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from importlib.metadata import version
@@ -38,7 +38,21 @@ Connect = Callable[[str], AbstractContextManager[C]]
 """``database.connect`` or ``connect_driver``: one transaction on a connection of its own, committed at the end."""
 
 
-GLOBAL_OPTIONS = ("--config", "--database-url")
+_GLOBAL_OPTIONS = ("--config", "--database-url")
+
+
+def without_global_options(args: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The global options with their values, wherever they stand, and the other words."""
+    ours, others = [], []
+    rest = iter(args)
+    for arg in rest:
+        if arg == "--":
+            others += [arg, *rest]
+        elif arg in _GLOBAL_OPTIONS:
+            ours += [arg, *([value] if (value := next(rest, None)) is not None else [])]
+        else:
+            (ours if arg.startswith(tuple(f"{option}=" for option in _GLOBAL_OPTIONS)) else others).append(arg)
+    return ours, others
 
 
 class _Commands(TyperGroup):
@@ -54,15 +68,7 @@ class _Commands(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the global options also after a command."""
-        ours, others = [], []
-        rest = iter(args)
-        for arg in rest:
-            if arg == "--":
-                others += [arg, *rest]
-            elif arg in GLOBAL_OPTIONS:
-                ours += [arg, *([value] if (value := next(rest, None)) is not None else [])]
-            else:
-                (ours if arg.startswith(tuple(f"{option}=" for option in GLOBAL_OPTIONS)) else others).append(arg)
+        ours, others = without_global_options(args)
         return super().parse_args(ctx, ours + others)
 
 

@@ -139,6 +139,13 @@ def credits_of(number: int) -> str:
     return f"{number} credit" if number in (1, -1) else f"{number} credits"
 
 
+def deletion(*, before: bool, now: bool) -> str:
+    """The state of a user or a workshop after a soft delete or its undo, for a message."""
+    if now:
+        return "was deleted already" if before else "is deleted"
+    return "is back" if before else "was not deleted"
+
+
 @app.command(cls=OfUser, rich_help_panel="Credits")
 def balance(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> None:
     """Show how many credits a user has."""

@@ -10,7 +10,7 @@ import typer
 
 from tallystick.accounts import Account, Accounts
 from tallystick.cli.app import Json, UserArgument, app, emit, note, out
-from tallystick.cli.ledger import KeyOption, OfUser, credits_of, mapped, user_key
+from tallystick.cli.ledger import KeyOption, OfUser, credits_of, deletion, mapped, user_key
 from tallystick.database import connect_driver
 from tallystick.errors import InvalidArgument
 from tallystick.ledger import Ledger
@@ -50,23 +50,21 @@ def _lines(account: Account) -> str:
 @people.command(cls=OfUser)
 def delete(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> None:
     """Soft-delete a user: the row and its ledger stay, and nothing can be bought or spent. Undo: users restore USER."""
-    with mapped(ctx, connect_driver, changes=True) as (conn, config):
-        accounts, key = Accounts(config), user_key(conn, config, user)
-        already = accounts.get(conn, key).deleted_at is not None
-        account = accounts.delete_user(conn, key)
-    state = "was deleted already" if already else "is deleted"
-    message = f"User {account.user} {state}, with {credits_of(account.credit_balance)} on the account."
-    emit(account, lambda: out.print(message, markup=False), as_json=as_json)
+    _change(ctx, user, deleted=True, as_json=as_json)
 
 
 @people.command(cls=OfUser)
 def restore(ctx: typer.Context, user: UserArgument, as_json: Json = False) -> None:
     """Bring a soft-deleted user back. Credits are as they were."""
+    _change(ctx, user, deleted=False, as_json=as_json)
+
+
+def _change(ctx: typer.Context, user: str, *, deleted: bool, as_json: bool) -> None:
     with mapped(ctx, connect_driver, changes=True) as (conn, config):
         accounts, key = Accounts(config), user_key(conn, config, user)
-        deleted = accounts.get(conn, key).deleted_at is not None
-        account = accounts.restore_user(conn, key)
-    state = "is back" if deleted else "was not deleted"
+        before = accounts.get(conn, key).deleted_at is not None
+        account = (accounts.delete_user if deleted else accounts.restore_user)(conn, key)
+    state = deletion(before=before, now=deleted)
     message = f"User {account.user} {state}, with {credits_of(account.credit_balance)}."
     emit(account, lambda: out.print(message, markup=False), as_json=as_json)
 

@@ -8,7 +8,7 @@ import typer
 
 from tallystick.accounts import Accounts
 from tallystick.cli.app import Json, app, emit, out
-from tallystick.cli.ledger import OfUser, mapped
+from tallystick.cli.ledger import OfUser, deletion, mapped
 from tallystick.database import connect_driver
 from tallystick.ledger import AccessReason, Ledger
 
@@ -58,8 +58,5 @@ def _change(ctx: typer.Context, workshop: str, *, deleted: bool, as_json: bool) 
         key = accounts.keys.workshop_key_of(workshop)
         before = Ledger(config).access(conn, key).reason is AccessReason.DELETED
         (accounts.delete_workshop if deleted else accounts.restore_workshop)(conn, key)
-    state = (
-        ("was deleted already" if before else "is deleted") if deleted else ("is back" if before else "was not deleted")
-    )
-    message = f"Workshop {key} {state}."
+    message = f"Workshop {key} {deletion(before=before, now=deleted)}."
     emit({"workshop": key, "deleted": deleted}, lambda: out.print(message, markup=False), as_json=as_json)
