@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import sqlalchemy as sa
 
-from tallystick.address import Address
+from tallystick.address import Address, without
 
 
 @pytest.mark.parametrize(
@@ -63,3 +63,10 @@ def test_a_faulty_address_is_refused(address: str):
     with pytest.raises(ValueError, match=FAULTY[address]) as refused:
         Address.of(address)
     assert "SEC" not in str(refused.value)
+
+
+def test_a_parameter_is_left_out_and_the_rest_stays_as_it_was():
+    address = "postgresql://user:a?b%2Fc@host/app?pgbouncer=true&options=-c%20a&schema=public"
+    assert without({"pgbouncer", "schema"}, address) == "postgresql://user:a?b%2Fc@host/app?options=-c%20a"
+    assert without({"pgbouncer"}, "postgresql://host/app?pgbouncer=true") == "postgresql://host/app"
+    assert without({"pgbouncer"}, "postgresql://host/app") == "postgresql://host/app"

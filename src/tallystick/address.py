@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Self
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import parse_qsl, unquote, unquote_plus
 
 # SQLAlchemy's own pattern. That of urllib lowers a host's case, and takes a # in a password for a fragment.
 _ADDRESS = re.compile(
@@ -92,3 +92,12 @@ def _check(query: Mapping[str, list[str]]) -> None:
         raise ValueError("an IPv6 address in host= has no brackets, and its port is a parameter: host=::1&port=5432")
     if "port" in query and (len(hosts) > 1 or _has_ports(hosts)):
         raise ValueError(_SEVERAL_HOSTS)
+
+
+def without(names: Collection[str], text: str) -> str:
+    """The address without these parameters, and as it was otherwise."""
+    found = _ADDRESS.match(text)
+    if found is None or found["query"] is None:
+        return text
+    kept = [each for each in found["query"].split("&") if unquote_plus(each.partition("=")[0]) not in names]
+    return text[: found.start("query") - 1] + ("?" + "&".join(kept) if kept else "")

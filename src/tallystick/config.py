@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import unquote_plus, urlsplit
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -28,6 +28,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from tallystick.address import Address as ParsedAddress
+from tallystick.address import without
 from tallystick.errors import ConfigError
 
 KeyType = Literal["uuid", "text", "char", "citext", "smallint", "integer", "bigint"]
@@ -85,17 +86,10 @@ def _address(value: object) -> object:
             if re.split("[/?]", rest, maxsplit=1)[0].count("@") > 1:
                 raise ValueError("the address has more than one @; write one in the user or the password as %40")
             parsed = ParsedAddress.of(address)
-            return _without(_PRISMAS, address) if _PRISMAS.intersection(parsed.query) else address
+            return without(_PRISMAS, address) if _PRISMAS.intersection(parsed.query) else address
         begins = f"begins with {scheme!r}" if separator else "has no scheme"
         raise ValueError(f"the address {begins}; expected one that begins with postgresql://")
     return value
-
-
-def _without(names: frozenset[str], address: str) -> str:
-    """The address without these parameters."""
-    bare, _, query = address.partition("?")
-    left = "&".join(each for each in query.split("&") if unquote_plus(each.partition("=")[0]) not in names)
-    return f"{bare}?{left}" if left else bare
 
 
 Address = Annotated[str, BeforeValidator(_address)]
