@@ -87,12 +87,26 @@ def test_a_host_with_such_keys(name: str, needs_icu: Callable[[], None], make_ap
         spent = ledger.consume(conn, keys[1], workshop=keys[0], key="spend")
         assert ledger.balance(conn, keys[1]) == 1
         assert (spent.user_id, spent.workshop_id) == (keys[1], keys[0])
+        if expected["key_type"] == "citext":
+            again = ledger.consume(conn, keys[1], workshop=str(keys[0]).swapcase(), key="spend")
+            assert (again.replayed, again.workshop_id) == (True, keys[0])
+            assert a_hold_replays(app, config, conn, user=keys[1])
         assert audit(conn, config).clean
     with app.engine.begin() as conn, pytest.raises(InvalidArgument, match=r"is no .* key"):
         ledger.balance(conn, 2**70 if isinstance(keys[0], int) else 7)
     people_change(app, config, duplicate=keys[1], user=keys[0], renamed=3 if isinstance(keys[0], int) else "Zoe")
     migrate.undo(app.url, config, discard_ledger=True)
     assert app.shape() == shape
+
+
+def a_hold_replays(app: App, config: Config, conn: sa.Connection, *, user: Key) -> bool:
+    """True if a hold's key may be used again with the workshop's key in other letters."""
+    ledger = Ledger(config)
+    conn.execute(sa.text("INSERT INTO workshops VALUES ('Held', :user)"), {"user": user})
+    held = ledger.hold(conn, user, credits=1, workshop="Held", key="hold")
+    again = ledger.hold(conn, user, credits=1, workshop="hELD", key="hold")
+    ledger.release(conn, user, held.id)
+    return again.replayed
 
 
 def people_change(app: App, config: Config, *, duplicate: Key, user: Key, renamed: Key) -> None:

@@ -117,10 +117,12 @@ BEGIN
   -- Nothing was written: say why.
   SELECT * INTO prior FROM {ledger} AS t WHERE t.user_id {is} account.key AND t.idempotency_key = consume.key;
   IF FOUND THEN
-    -- when the host deletes a workshop its row stays, without it
-    IF workshop_id IS NOT NULL AND prior.workshop_id IS NULL
-        AND NOT EXISTS (SELECT FROM {workshops} AS w WHERE w.{workshop_key} {is} consume.workshop_id) THEN
-      workshop_id := NULL;
+    IF workshop_id IS NOT NULL THEN
+      -- equal keys may differ as texts (citext); and when the host deletes a workshop its row stays, without it
+      workshop_id := CASE WHEN prior.workshop_id {is} consume.workshop_id THEN prior.workshop_id
+        WHEN prior.workshop_id IS NOT NULL
+          OR EXISTS (SELECT FROM {workshops} AS w WHERE w.{workshop_key} {is} consume.workshop_id)
+        THEN consume.workshop_id END;
     END IF;
     RETURN tallystick.replay(
       prior,

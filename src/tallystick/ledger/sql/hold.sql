@@ -48,8 +48,12 @@ BEGIN
   IF FOUND THEN
     answer := tallystick.replay(
       prior,
-      jsonb_build_object('type', 'consumption', 'held', hold.amount, 'workshop_id', CASE WHEN prior.workshop_id IS NOT NULL
-        OR EXISTS (SELECT FROM {workshops} AS w WHERE w.{workshop_key} = hold.workshop_id) THEN hold.workshop_id END),
+      jsonb_build_object('type', 'consumption', 'held', hold.amount, 'workshop_id',
+        -- as in consume
+        CASE WHEN prior.workshop_id = hold.workshop_id THEN prior.workshop_id
+          WHEN prior.workshop_id IS NOT NULL
+            OR EXISTS (SELECT FROM {workshops} AS w WHERE w.{workshop_key} = hold.workshop_id)
+          THEN hold.workshop_id END),
       account.balance);
     answer.credit_held := account.held;
     RETURN answer;
