@@ -409,6 +409,34 @@ def test_a_hold_is_on_the_page_until_it_ends(world, visit):
 
 
 @pytest.mark.one_server  # it is about what a browser shows
+def test_a_page_that_adds_up_is_not_exchanged_under_a_pressed_link(shop, visit):
+    world, _ = shop
+    loads = []
+
+    def still_adding(route):
+        loads.append(route.request.url)
+        answer = route.fetch()
+        route.fulfill(
+            response=answer, body=answer.text().replace("</main>", "<progress data-reload></progress></main>")
+        )
+
+    with Served(world) as running:
+        page = visit(running)
+        page.route(f"{running.address}/", still_adding)
+        page.goto(f"{running.address}/")
+        with page.expect_request(f"{running.address}/"):
+            pass  # the page loads itself again
+        page.wait_for_load_state()
+        page.get_by_role("link", name="Users").hover()
+        page.mouse.down()
+        before = len(loads)
+        page.wait_for_timeout(2_000)
+        assert len(loads) == before
+        page.mouse.up()
+        page.wait_for_url("**/users")
+
+
+@pytest.mark.one_server  # it is about what a browser shows
 @pytest.mark.parametrize("how", [{}, {"java_script_enabled": False, "viewport": {"width": 390, "height": 800}}])
 def test_a_dead_letter_is_sent_again_from_the_page(shop, hook, visit, how):
     world, _ = shop

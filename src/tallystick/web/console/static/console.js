@@ -103,12 +103,23 @@ async function steps(figure) {
   );
 }
 
+// Until when the page stays as it is: its reader presses something, or has followed a link that is still loading.
+let stays = 0;
+addEventListener("pointerdown", () => { stays = Infinity; });
+for (const end of ["pointerup", "pointercancel"]) addEventListener(end, () => { stays = Date.now() + 300; });
+addEventListener("beforeunload", () => { stays = Date.now() + 10_000; });
+
+function reload() {
+  if (Date.now() < stays) setTimeout(reload, 100);
+  else location.replace(location.href);
+}
+
 async function watch(bar) {
   for (;;) {
     await new Promise((done) => setTimeout(done, 500));
     const state = await ask(bar.dataset.watch);
     if (state === undefined) continue;
-    if (!state?.running) return location.replace(location.href);
+    if (!state?.running) return reload();
     if (state.percent != null) {
       bar.value = state.percent;
       for (const text of document.querySelectorAll("[data-percent]")) text.textContent = `${state.percent} %`;
@@ -119,7 +130,7 @@ async function watch(bar) {
 document.querySelectorAll("[data-bars]").forEach(bars);
 document.querySelectorAll("[data-steps]").forEach(steps);
 document.querySelectorAll("progress[data-watch]").forEach(watch);
-if (document.querySelector("progress[data-reload]")) setTimeout(() => location.replace(location.href), 1000);
+if (document.querySelector("progress[data-reload]")) setTimeout(reload, 1000);
 
 let resizing;
 addEventListener("resize", () => {
