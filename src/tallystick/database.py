@@ -128,13 +128,18 @@ def sqlstate(error: BaseException) -> str | None:
 
 
 _IN_THE_WAY = "another transaction was in the way: {}. This statement wrote nothing; roll back and run it again"
+_CANCELED = (
+    "the server canceled this statement: {}. It wrote nothing; roll back and run it again. If statement_timeout ends "
+    "it each time, give the role or the connection a longer one"
+)
 _ENDED = "the server has ended the transaction: {}. Nothing of it was written; run all of it again"
 _READ_ONLY = (
     "the server takes no writes: {}. Where default_transaction_read_only is on, use a role or database without it; "
     "after a fail-over connect to the new primary"
 )
 _MEANINGS: Mapping[str, tuple[type[DatabaseError], str]] = {
-    **dict.fromkeys(("40001", "40P01", "23503", "23505", "55P03", "57014"), (Conflict, _IN_THE_WAY)),
+    **dict.fromkeys(("40001", "40P01", "23503", "23505", "55P03"), (Conflict, _IN_THE_WAY)),
+    "57014": (Conflict, _CANCELED),
     **dict.fromkeys(("25P03", "25P04"), (Conflict, _ENDED)),
     "25006": (DatabaseUnavailable, _READ_ONLY),
     "42501": (
@@ -211,8 +216,8 @@ def _meaning(  # noqa: C901, PLR0911 - a table of meanings
         )
     if lost or (state or "")[:2] in ("08", "57") or state in ("58030", "XX000"):
         return OutcomeUnknown(
-            f"the connection died under this call: {text}. Whether it was written is unknown; "
-            "make the same call again with the same key",
+            f"the connection died under this call: {text}. A call that writes may have written: make the same call "
+            "again, with the same key if it has one",
             sqlstate=state,
         )
     return None
