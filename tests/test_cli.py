@@ -381,6 +381,10 @@ def test_a_role_without_privileges_is_told_so(at, world: World):
             conn.execute(sa.text("GRANT SELECT ON tallystick.alembic_version TO tallystick_stranger"))
         result = at(world)("--database-url", url, "balance", uuid.uuid4())
         assert (result.code, "permission denied" in result.err, "migrate sql --role" in result.err) == (1, True, True)
+        with world.autocommit.connect() as conn:
+            conn.execute(sa.text("GRANT SELECT ON tallystick.mapping, tallystick.migration_log TO tallystick_stranger"))
+        result = at(world)("--database-url", url, "balance", "ada@example.com")
+        assert (result.code, "Pass the user's key, or connect as a role" in result.err) == (1, True)
     finally:
         with world.autocommit.connect() as conn:
             conn.execute(sa.text("DROP OWNED BY tallystick_stranger"))
@@ -467,6 +471,26 @@ def test_the_address_may_stand_behind_the_command(at, world: World, monkeypatch:
     assert tally("balance", user, "--database-url", world.url).out == "2 credits\n"
     assert tally("balance", user, f"--database-url={world.url}").out == "2 credits\n"
     assert "nobody" not in tally("--database-url", world.url, "balance", user).err
+    for option in ("--database-url", "--config"):
+        for command in (["balance", user, option], [option]):
+            refused = tally(*command)
+            assert (refused.code, f"Option '{option}' requires an argument" in refused.err) == (2, True)
+
+
+def test_a_terminal_without_a_character_shows_it_escaped(at, world: World, tmp_path: Path):
+    at(world)
+    user = world.user()
+    with world.engine.begin() as conn:
+        world.ledger.grant(conn, user, credits=1, key="a", description="Café ☕")
+    written = {}
+    for more in ((), ("--json",)):
+        written[more] = subprocess.run(
+            [sys.executable, "-c", "from tallystick.cli import main; main()", "history", str(user), *more],
+            env={"DATABASE_URL": world.url, "PYTHONIOENCODING": "ascii", "COLUMNS": "200"},
+            cwd=tmp_path, capture_output=True, check=True,
+        ).stdout.decode("ascii")  # fmt: skip
+    assert "Caf\\xe9 \\u2615" in written[()]
+    assert json.loads(written["--json",])[0]["description"] == "Café ☕"
 
 
 def test_a_user_is_found_by_the_e_mail_address(at, world: World):
@@ -752,7 +776,7 @@ def test_a_connection_that_dies_at_the_commit_leaves_an_unknown_outcome(at: Call
             "FOR EACH ROW EXECUTE FUNCTION die()"
         )
     result = tally("grant", user, 5, "--key", "a")
-    assert (result.code, "Whether it was written is unknown" in result.err) == (1, True)
+    assert (result.code, "with the same key if it has one" in result.err) == (1, True)
 
 
 def test_what_was_not_deleted_is_not_brought_back(at: Callable[..., Any], world: World) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import sys
 from collections.abc import Iterable
 from copy import copy
@@ -77,6 +78,9 @@ def main() -> NoReturn:
 
     The exit code is 0 for done, 1 for refused or findings, 2 for wrong usage, 128 + the number of a signal.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal's encoding may lack a character of a title
     try:
         with ended_by_signals():  # so that a command cleans up
             commands(sys.argv[1:])()

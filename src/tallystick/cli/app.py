@@ -43,13 +43,17 @@ _GLOBAL_OPTIONS = ("--config", "--database-url")
 
 def without_global_options(args: Iterable[str]) -> tuple[list[str], list[str]]:
     """The global options with their values, wherever they stand, and the other words."""
-    ours, others = [], []
+    ours: list[str] = []
+    others: list[str] = []
     rest = iter(args)
     for arg in rest:
         if arg == "--":
             others += [arg, *rest]
         elif arg in _GLOBAL_OPTIONS:
-            ours += [arg, *([value] if (value := next(rest, None)) is not None else [])]
+            value = next(rest, None)
+            if value is None:
+                return [*ours, arg], []  # the parser refuses it, unless another word follows
+            ours += [arg, value]
         else:
             (ours if arg.startswith(tuple(f"{option}=" for option in _GLOBAL_OPTIONS)) else others).append(arg)
     return ours, others
@@ -271,7 +275,8 @@ UserArgument = Annotated[
 def emit(result: Any, show: Callable[[], None], *, as_json: bool) -> None:
     """Print a result: as JSON for programs, or as ``show`` does for people."""
     if as_json:
-        sys.stdout.write(json.dumps(plain(result), indent=2, ensure_ascii=False) + "\n")
+        escaped = not (sys.stdout.encoding or "").lower().startswith("utf")
+        sys.stdout.write(json.dumps(plain(result), indent=2, ensure_ascii=escaped) + "\n")
     else:
         show()
 

@@ -33,7 +33,16 @@ from tallystick.cli.app import (
 )
 from tallystick.config import FILE_NAME, INTEGER_KEYS, Config
 from tallystick.database import connect, connect_driver, driver, server_message, translated
-from tallystick.errors import ConfigError, InvalidArgument, Key, NotMigrated, TallystickError, UnknownUser, shown
+from tallystick.errors import (
+    ConfigError,
+    InvalidArgument,
+    Key,
+    NotMigrated,
+    PermissionDenied,
+    TallystickError,
+    UnknownUser,
+    shown,
+)
 from tallystick.ledger import CreditTransaction, Ledger, close_all_days
 from tallystick.ledger.connections import reader_of
 from tallystick.schema import Keys, verify, with_stored_mapping
@@ -79,8 +88,15 @@ def user_key(conn: sa.Connection | psycopg.Connection[Any], config: Config, text
         statement = SQL("SELECT {} FROM {} WHERE lower({}::text) = %s LIMIT 2").format(
             Identifier(users.key), Identifier(users.schema, users.table), Identifier(email)
         )
-        with translated():
-            rows = driver(conn).execute(statement, [text.lower()]).fetchall()
+        try:
+            with translated():
+                rows = driver(conn).execute(statement, [text.lower()]).fetchall()
+        except PermissionDenied as error:
+            raise PermissionDenied(
+                f"{server_message(error.__cause__ or error)}: role {driver(conn).info.user} cannot look up an e-mail "
+                "address. Pass the user's key, or connect as a role that reads this table",
+                sqlstate=error.sqlstate,
+            ) from error
         found: list[Key] = [reader_of(users.key_type)(key) for (key,) in rows]
         if len(found) > 1:
             raise InvalidArgument(
