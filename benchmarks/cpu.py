@@ -3,8 +3,8 @@
     python benchmarks/cpu.py            minutes; the table of benchmarks/README.md
     python benchmarks/cpu.py --quick    seconds, to see that it runs
 
-The floor is a bare UPDATE and INSERT in one statement, without any rule. Both sides are what the kernel counts of
-their processes (``/proc/PID/stat``); each way takes its turn in each round, on a prepared connection in autocommit.
+The floor is a bare UPDATE and INSERT in one statement, without any rule; beside it stand the same as an app sends them,
+two statements in a transaction. Both sides are what the kernel counts of their processes (``/proc/PID/stat``); each way takes its turn in each round, on a prepared connection in autocommit.
 The server does not wait for its disk (fsync off), which would take time and no CPU.
 """
 
@@ -76,10 +76,18 @@ def user() -> int:
 def on_psycopg(app: App, ledger: Ledger) -> Iterator[tuple[str, int, Callable[[], object]]]:
     conn = psycopg.connect(app.libpq, autocommit=True, prepare_threshold=0)
     floor, function = (statement.format(user="%s", key="%s") for statement in (stage.FLOOR, stage.CONSUME))
+
+    def in_a_transaction() -> None:
+        spender = user()
+        with conn.transaction():
+            [balance, sequence] = conn.execute(stage.UPDATE, (spender,)).fetchall()[0]
+            conn.execute(stage.INSERT, (spender, balance, sequence, uuid4().hex)).fetchall()
+
     yield from (
         (f"{name}, psycopg", conn.info.backend_pid, call)
         for name, call in {
             "floor": lambda: conn.execute(floor, (user(), uuid4().hex)).fetchall(),
+            "the two in a transaction": in_a_transaction,
             "the function alone": lambda: conn.execute(function, (user(), uuid4().hex)).fetchall(),
             **operations(ledger, conn),
         }.items()

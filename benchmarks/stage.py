@@ -55,6 +55,19 @@ FROM moved RETURNING *
 """
 """The floor: a bare UPDATE and INSERT in one statement, without any rule but the table's own."""
 
+UPDATE = """
+UPDATE users SET credit_balance = credit_balance - 1, credit_sequence = credit_sequence + 1
+WHERE id = %s AND credit_balance >= 1 AND deleted_at IS NULL
+RETURNING credit_balance, credit_sequence
+"""
+INSERT = """
+INSERT INTO credit_transactions
+  (id, user_id, type, status, amount, balance_after, sequence, description, idempotency_key, completed_at)
+VALUES (gen_random_uuid(), %s, 'consumption', 'completed', -1, %s, %s, 'Credit consumed', %s, clock_timestamp())
+RETURNING *
+"""
+"""The same as an app sends them: each a statement of its own, in a transaction."""
+
 CONSUME = "SELECT * FROM tallystick.consume(user_id => {user}, key => {key}, amount => 1)"
 """The call that the ledger sends."""
 
