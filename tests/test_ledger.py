@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import datetime as dt
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session, registry
 
-from tallystick import AccessReason, InsufficientCredits
+from tallystick import AccessReason, InsufficientCredits, Ledger
 from tallystick import errors as e
 from tallystick.audit import audit
+from tallystick.ledger import Consume
 from tallystick.schema import INT32_MAX, CreditTransactionStatus, CreditTransactionType
 from worlds import World
 
@@ -309,6 +311,25 @@ def test_amounts_that_are_none(world: World, amount: object):
 def test_keys_that_are_none(world: World, key: object):
     user = world.user(credits=1)
     refuse(world, ValueError, lambda led, c: led.consume(c, user, key=key), argument="key")
+
+
+def test_no_caller_uses_a_key_of_the_ledgers_own(world: World):
+    user, other = world.user(credits=1), world.user()
+    with world.engine.connect() as conn:
+        bought = world.ledger.history(conn, user)[0].id
+    calls: list[Callable[[Ledger, Any], object]] = [
+        lambda led, c: led.consume(c, user, key="tallystick:expiry:1"),
+        lambda led, c: led.hold(c, user, credits=1, key="tallystick:expiry:1"),
+        lambda led, c: led.start_purchase(c, user, credits=1, description="d", key="tallystick:allowance:pro"),
+        lambda led, c: led.grant(c, user, credits=1, description="d", key="tallystick:opening"),
+        lambda led, c: led.refund(c, user, bought, key="tallystick:x"),
+        lambda led, c: led.merge(c, user, into=other, key="tallystick:merge:1"),
+    ]
+    for call in calls:
+        refuse(world, e.InvalidArgument, call, argument="key")
+    with world.engine.begin() as conn:
+        [answer] = world.ledger.consume_many(conn, [Consume(user, key="tallystick:x")])
+    assert isinstance(answer, e.InvalidArgument)
 
 
 @pytest.mark.parametrize(

@@ -369,6 +369,7 @@ def names_of(host: Any) -> dict[str, Composable]:
         ),
         "credits_max": SQL(str(high)),
         "credits_min": SQL(f"({low})" if host.credits == "integer" else "(-9223372036854775807 - 1)"),
+        "key_domain": SqlLiteral("a text of 1 to 255 characters that does not begin with tallystick:"),
         "amount_domain": SqlLiteral(f"a whole number from 1 to {high}"),
         "row": SQL(", ").join(SQL(f"t.{name}{cast.get(name, '')}") for name in ROW),
         "account": SQL(

@@ -139,7 +139,8 @@ _MEANINGS: Mapping[str, tuple[str, Mapping[str, str]]] = {
 PARAMETERS: Mapping[str, str] = {
     "user_id": "the user, by the mapped key column",
     "into_user_id": "the user that gets the credits",
-    "key": "your name for this one intent, 1 to 255 characters: the same key again gives the first result",
+    "key": "your name for this one intent, 1 to 255 characters, not beginning with `tallystick:`; the same key again gives "
+    "the first result",
     "amount": "a number of credits, 1 or more; if NULL is allowed, it means all that are left, or held",
     "description": "for people, 1 to 10,000 characters; not compared when a key is used again",
     "metadata": "a JSON object of your own, such as the member of a team or the request",

@@ -29,8 +29,8 @@ DECLARE
 BEGIN
   IF amount IS NULL OR amount < 1 THEN
     RETURN tallystick.invalid_argument('amount', {amount_domain});
-  ELSIF key IS NULL OR pg_catalog.char_length(key) NOT BETWEEN 1 AND 255 THEN
-    RETURN tallystick.invalid_argument('key', 'a text of 1 to 255 characters');
+  ELSIF key IS NULL OR pg_catalog.char_length(key) NOT BETWEEN 1 AND 255 OR pg_catalog.starts_with(key, 'tallystick:') THEN
+    RETURN tallystick.invalid_argument('key', {key_domain});
   ELSIF pg_catalog.char_length(description) NOT BETWEEN 1 AND 10000 THEN
     RETURN tallystick.invalid_argument('description', 'a text of 1 to 10000 characters');
   ELSIF pg_catalog.jsonb_typeof(metadata) <> 'object' THEN

@@ -56,7 +56,7 @@ BEGIN
   ), asked AS (
     SELECT i.item, a.key AS user_id, a.balance, a.sequence, i.key, i.workshop_id, coalesce(i.amount, 1) AS amount,
       i.description, i.metadata, {title} AS name,
-      coalesce(i.amount, 1) >= 1 AND char_length(i.key) BETWEEN 1 AND 255
+      coalesce(i.amount, 1) >= 1 AND char_length(i.key) BETWEEN 1 AND 255 AND NOT starts_with(i.key, 'tallystick:')
         AND coalesce(char_length(i.description) BETWEEN 1 AND 10000, true)
         AND coalesce(jsonb_typeof(i.metadata) = 'object', true)
         AND (i.workshop_id IS NULL

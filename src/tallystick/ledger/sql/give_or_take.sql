@@ -31,8 +31,8 @@ DECLARE
 BEGIN
   IF target_id IS NULL THEN
     RETURN tallystick.invalid_argument(target_type || '_id', 'the id of a ' || target_type);
-  ELSIF key IS NULL OR char_length(key) NOT BETWEEN 1 AND 255 THEN
-    RETURN tallystick.invalid_argument('key', 'a text of 1 to 255 characters');
+  ELSIF key IS NULL OR char_length(key) NOT BETWEEN 1 AND 255 OR starts_with(key, 'tallystick:') THEN
+    RETURN tallystick.invalid_argument('key', {key_domain});
   ELSIF amount < 1 THEN
     RETURN tallystick.invalid_argument('amount', {amount_domain} || ', or NULL for all');
   ELSIF char_length(description) NOT BETWEEN 1 AND 10000 THEN

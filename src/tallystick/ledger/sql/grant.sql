@@ -17,8 +17,9 @@ DECLARE
 BEGIN
   IF amount IS NULL OR amount < 1 THEN
     RETURN tallystick.invalid_argument('amount', {amount_domain});
-  ELSIF key IS NULL OR char_length(key) NOT BETWEEN 1 AND 255 THEN
-    RETURN tallystick.invalid_argument('key', 'a text of 1 to 255 characters');
+  ELSIF key IS NULL OR char_length(key) NOT BETWEEN 1 AND 255 OR starts_with(key, 'tallystick:')
+      AND NOT starts_with(key, 'tallystick:allowance:') THEN
+    RETURN tallystick.invalid_argument('key', {key_domain});
   ELSIF description IS NULL OR char_length(description) NOT BETWEEN 1 AND 10000 THEN
     RETURN tallystick.invalid_argument('description', 'a text of 1 to 10000 characters');
   ELSIF jsonb_typeof(metadata) <> 'object' THEN

@@ -23,8 +23,8 @@ DECLARE
 BEGIN
   IF amount IS NULL OR amount < 1 THEN
     RETURN tallystick.invalid_argument('amount', {amount_domain});
-  ELSIF key IS NULL OR char_length(key) NOT BETWEEN 1 AND 255 THEN
-    RETURN tallystick.invalid_argument('key', 'a text of 1 to 255 characters');
+  ELSIF key IS NULL OR char_length(key) NOT BETWEEN 1 AND 255 OR starts_with(key, 'tallystick:') THEN
+    RETURN tallystick.invalid_argument('key', {key_domain});
   ELSIF expires_in NOT BETWEEN interval '1 second' AND interval '366 days' THEN
     RETURN tallystick.invalid_argument('expires_in', 'an interval from 1 second to 366 days');
   ELSIF capture_limit < amount THEN

@@ -25,8 +25,8 @@ DECLARE
   closing_key text := merge.key;
   moment timestamptz;
 BEGIN
-  IF key IS NULL OR char_length(key) NOT BETWEEN 1 AND 255 THEN
-    RETURN tallystick.invalid_argument('key', 'a text of 1 to 255 characters');
+  IF key IS NULL OR char_length(key) NOT BETWEEN 1 AND 255 OR starts_with(key, 'tallystick:') THEN
+    RETURN tallystick.invalid_argument('key', {key_domain});
   ELSIF char_length(description) NOT BETWEEN 1 AND 10000 THEN
     RETURN tallystick.invalid_argument('description', 'a text of 1 to 10000 characters');
   ELSIF jsonb_typeof(metadata) <> 'object' THEN

@@ -21,8 +21,8 @@ BEGIN
     RETURN tallystick.invalid_argument('amount', {amount_domain});
   ELSIF description IS NULL OR char_length(description) NOT BETWEEN 1 AND 10000 THEN
     RETURN tallystick.invalid_argument('description', 'a text of 1 to 10000 characters');
-  ELSIF char_length(key) NOT BETWEEN 1 AND 255 THEN
-    RETURN tallystick.invalid_argument('key', 'a text of 1 to 255 characters');
+  ELSIF char_length(key) NOT BETWEEN 1 AND 255 OR starts_with(key, 'tallystick:') THEN
+    RETURN tallystick.invalid_argument('key', {key_domain});
   ELSIF char_length(stripe_price_id) NOT BETWEEN 1 AND 255 THEN
     RETURN tallystick.invalid_argument('stripe_price_id', 'a text of 1 to 255 characters');
   ELSIF jsonb_typeof(metadata) <> 'object' THEN
