@@ -120,7 +120,8 @@ BEGIN
   -- the lots that the credits came from, or had been
   IF taking AND account.due IS NOT NULL THEN
     PERFORM tallystick.take_back_from_lots(account.key, answer.id, target_id, moved, answer.balance_after);
-  ELSIF NOT taking AND tallystick.give_to_lots(account.key, answer.id, target_id, moved, most) THEN
+  ELSIF NOT taking
+      AND tallystick.give_to_lots(account.key, answer.id, target_id, moved, most, answer.balance_after) THEN
     answer.balance := (tallystick.settle_due(account.key)).balance;
   END IF;
   RETURN answer;

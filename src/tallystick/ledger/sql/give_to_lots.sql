@@ -1,8 +1,9 @@
 -- Gives credits back to the lots from which ``target``, or the row that took it back, had taken them: credits that do
 -- not expire first, then the lot that expires last. True if any lot got some. An expired lot gets them too, and they
--- expire at once. A lot never gets credits that were taken back from the row that gave it.
+-- expire at once. A lot never gets credits that were taken back from the row that gave it, nor credits that pay a debt:
+-- all lots together hold no more than the balance after it.
 CREATE OR REPLACE FUNCTION tallystick.give_to_lots(
-  user_id {user_key_type}, transaction_id uuid, target uuid, amount {credits}, most {credits}
+  user_id {user_key_type}, transaction_id uuid, target uuid, amount {credits}, most {credits}, balance_after {credits}
 ) RETURNS boolean
 LANGUAGE plpgsql AS $$
 #variable_conflict use_column
@@ -24,7 +25,10 @@ BEGIN
     ORDER BY l.expires_at DESC, m.lot_id DESC
   LOOP
     IF NOT found_lots THEN
-      amount := amount - greatest(most - lot.taken_in_all, 0);  -- what came from no lot goes to none
+      amount := least(
+        amount - greatest(most - lot.taken_in_all, 0),  -- what came from no lot goes to none
+        (SELECT greatest(give_to_lots.balance_after - coalesce(sum(l.remaining), 0), 0) FROM tallystick.lots AS l
+          WHERE l.user_id = give_to_lots.user_id AND l.remaining > 0));
     END IF;
     EXIT WHEN amount <= 0;
     found_lots := true;
