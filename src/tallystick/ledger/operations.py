@@ -29,6 +29,7 @@ TEXT_MAX = 10_000
 KEY_MAX = 255
 HISTORY_MAX = 1_000
 SWEEP_MAX = 100_000
+INTERVAL_MAX = dt.timedelta(days=360_000)  # PostgreSQL compares a year as 360 days
 
 
 @dataclass(frozen=True, slots=True)
@@ -930,10 +931,12 @@ def _moment(argument: str, value: object) -> dt.datetime:
 
 
 def _interval(argument: str, value: object) -> dt.timedelta | None:
-    if value is None or isinstance(value, dt.timedelta):
+    if value is None or (isinstance(value, dt.timedelta) and value <= INTERVAL_MAX):
         return value
     raise InvalidArgument(
-        f"{argument}={shown(value)}: pass a timedelta, as timedelta(days=90)", argument=argument, value=value
+        f"{argument}={shown(value)}: pass a timedelta of up to 1000 years, as timedelta(days=90)",
+        argument=argument,
+        value=value,
     )
 
 

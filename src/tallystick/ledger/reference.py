@@ -148,8 +148,9 @@ PARAMETERS: Mapping[str, str] = {
     "consumption_id": "the id of the consumption's row",
     "grant_id": "the id of the grant's row",
     "hold_id": "the id of the hold's row",
-    "expires_at": "the moment at which the rest of these credits expires, in the future; NULL for never",
-    "expires_after": "the time that bought credits last, from their payment; NULL for ever",
+    "expires_at": "the moment at which the rest of these credits expires, in the future and before the year 9999; NULL for "
+    "never",
+    "expires_after": "the time that bought credits last, from their payment, up to 1000 years; NULL for ever",
     "expires_in": "the time that the hold lasts, 1 second to 366 days; NULL is 15 minutes",
     "capture_limit": "the most that may be captured, the amount or more; NULL is the amount",
     "allow_debt": "true also charges credits that the balance does not cover",

@@ -27,8 +27,8 @@ BEGIN
     RETURN tallystick.invalid_argument('stripe_price_id', 'a text of 1 to 255 characters');
   ELSIF jsonb_typeof(metadata) <> 'object' THEN
     RETURN tallystick.invalid_argument('metadata', 'a JSON object');
-  ELSIF expires_after <= interval '0' THEN
-    RETURN tallystick.invalid_argument('expires_after', 'an interval above 0, as 90 days, or NULL');
+  ELSIF expires_after <= interval '0' OR expires_after > interval '1000 years' THEN
+    RETURN tallystick.invalid_argument('expires_after', 'an interval above 0 and up to 1000 years, as 90 days, or NULL');
   END IF;
 
   -- Without a lock but the foreign key's: two transactions may each start a purchase of one user, and complete it.
