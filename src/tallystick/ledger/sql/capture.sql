@@ -88,6 +88,10 @@ BEGIN
       status = 'completed',
       amount = - charged,
       balance_after = account.balance - charged,
+  ELSIF EXISTS (SELECT FROM {ledger} AS t WHERE t.user_id = account.key AND t.sequence = account.sequence + 1) THEN
+    answer.outcome := 'ledger_inconsistent';
+    answer.detail := jsonb_build_object('sequence', account.sequence);
+    RETURN answer;
       sequence = account.sequence + 1,
       completed_at = clock_timestamp(),
       description = t.description || CASE t.status WHEN 'failed' THEN ' (captured late)' ELSE '' END

@@ -37,7 +37,9 @@ BEGIN
           tallystick.uuid7(), answer.user_id, 'expiry', 'completed', - taken, answer.balance - taken,
           answer.sequence + 1, 'Expired: ' || lot.description, lot.id,
           'tallystick:expiry:' || lot.id || ':' || answer.sequence + 1, clock_timestamp())
+        ON CONFLICT DO NOTHING
         RETURNING t.id INTO row_id;
+      EXIT WHEN NOT FOUND;  -- the user's row is behind the ledger, as the caller will find by itself
       answer.balance := answer.balance - taken;
       answer.sequence := answer.sequence + 1;
       INSERT INTO tallystick.lot_moves (transaction_id, lot_id, amount) VALUES (row_id, lot.id, taken);

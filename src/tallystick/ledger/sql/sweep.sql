@@ -1,6 +1,7 @@
 -- Writes the rows for expired holds and credits of at most ``row_limit`` users who had no write since then, those who
 -- have waited longest first, and gives an answer for each. Users who are locked by another transaction are left to
--- the next call. Only code that reads the tables directly depends on it.
+-- the next call, and so is one for whom it fails: a warning says why. Only code that reads the tables directly depends
+-- on it.
 CREATE OR REPLACE FUNCTION tallystick.sweep(row_limit integer DEFAULT 1000) RETURNS SETOF tallystick.answer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = {search_path} AS $$
 #variable_conflict use_column
@@ -16,8 +17,12 @@ BEGIN
     SELECT u.{user_key} AS key, u.credit_due_at AS due FROM {users} AS u WHERE u.credit_due_at <= clock_timestamp()
     ORDER BY u.credit_due_at LIMIT row_limit FOR NO KEY UPDATE SKIP LOCKED
   LOOP
-    answer := tallystick.settle_due(account.key);
-    answer.outcome := 'completed';
-    RETURN NEXT answer;
+    BEGIN
+      answer := tallystick.settle_due(account.key);
+      answer.outcome := 'completed';
+      RETURN NEXT answer;
+    EXCEPTION WHEN OTHERS THEN
+      RAISE WARNING 'the expiries of user % were not written: %', account.key, SQLERRM USING ERRCODE = SQLSTATE;
+    END;
   END LOOP;
 END $$
