@@ -551,7 +551,7 @@ class Ledger:
 
     @Operation
     def release(self, user: Key, hold: UUID | str) -> Call[CreditTransaction]:
-        """Give up a hold: its credits can be spent again. A hold that has expired, or was given up, stays as it is.
+        """Give up a hold: its credits can be spent again. One that has expired can no longer be captured.
 
         Raises:
             InvalidArgument, UnknownUser, UnknownHold, HoldClosed: it was captured; reverse it instead.

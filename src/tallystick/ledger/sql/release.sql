@@ -1,5 +1,4 @@
--- Gives up a hold: its credits are available again, and it can no longer be captured. A hold that has expired counts
--- as given up.
+-- Gives up a hold: its credits are available again, and it can no longer be captured, also one that has expired.
 CREATE OR REPLACE FUNCTION tallystick.release(user_id {user_key_type}, hold_id uuid) RETURNS tallystick.answer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = {search_path} AS $$
 #variable_conflict use_column
@@ -23,6 +22,10 @@ BEGIN
   IF hold.user_id IS DISTINCT FROM account.key OR hold.held IS NULL THEN
     answer.outcome := 'unknown_hold';
     RETURN answer;
+  END IF;
+  IF hold.status = 'failed' AND hold.capture_limit IS DISTINCT FROM 0 THEN
+    -- expired: its credits are available already
+    UPDATE {ledger} AS t SET capture_limit = 0 WHERE t.id = hold_id;
   END IF;
   IF hold.status <> 'pending' THEN
     SELECT CASE hold.status WHEN 'failed' THEN 'replayed' ELSE 'hold_closed' END, {row}, account.balance, NULL, NULL,

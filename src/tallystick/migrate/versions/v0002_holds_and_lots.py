@@ -102,7 +102,7 @@ BEGIN
       AND (OLD.expires_at IS NOT NULL OR OLD.status = 'completed' OR NEW.status <> 'completed') THEN
     fault := 'a change of when it expires';
   ELSIF NEW.capture_limit IS DISTINCT FROM OLD.capture_limit
-      AND NOT (OLD.status = 'pending' AND NEW.status = 'failed' AND NEW.capture_limit = 0) THEN
+      AND NOT (OLD.status <> 'completed' AND NEW.status = 'failed' AND NEW.capture_limit = 0) THEN
     fault := 'a change of capture_limit but for releasing the hold';
   ELSIF NEW.workshop_id IS DISTINCT FROM OLD.workshop_id
       -- the foreign key's ON DELETE SET NULL runs inside a trigger of the workshops table
