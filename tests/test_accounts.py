@@ -49,6 +49,8 @@ def test_a_stripe_customer_and_a_user_are_each_others(any_world: World):
             accounts.set_stripe_customer(conn, other, "cus_1")
         with pytest.raises(e.StripeCustomerConflict, match="replace=True"):
             accounts.set_stripe_customer(conn, user, "cus_2")
+        asked = sa.text("SELECT outcome FROM tallystick.set_stripe_customer(:user, 'cus_2', NULL)")
+        assert conn.execute(asked, {"user": user}).scalar_one() == "stripe_customer_conflict"
         assert accounts.set_stripe_customer(conn, user, "cus_2", replace=True).stripe_customer_id == "cus_2"
         assert accounts.set_stripe_customer(conn, other, "cus_1").stripe_customer_id == "cus_1"
 

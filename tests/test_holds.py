@@ -147,7 +147,7 @@ def test_dearer_work_is_charged_up_to_the_limit_and_as_debt_if_allowed(world: Wo
         assert (refused.value.limit, refused.value.asked) == (8, 9)
         with pytest.raises(e.InsufficientCredits) as poor:
             ledger.capture(conn, user, held.id, credits=5)
-        assert (poor.value.balance, poor.value.held, poor.value.required) == (5, 4, 5)
+        assert (poor.value.balance, poor.value.held, poor.value.required) == (5, 1, 5)  # held by the other hold
         assert ledger.capture(conn, user, held.id, credits=8, allow_debt=True).balance_after == -3
         assert standing(world, conn, user) == (-3, 1, -4)
 
@@ -186,6 +186,51 @@ def test_a_workshop_that_the_app_opened_by_itself_leaves_the_hold(world: World):
         assert standing(world, conn, user) == (3, 1, 2)
         conn.execute(opened.values(credit_consumed_at=None))
         assert ledger.capture(conn, user, held.id).balance_after == 2
+
+
+def test_a_hold_that_was_released_after_its_time_is_never_charged(world: World):
+    ledger, user = world.ledger, world.user(credits=3)
+    with world.engine.begin() as conn:
+        held = ledger.hold(conn, user, credits=2, key="h")
+    world.pass_time(hours=1)
+    with world.engine.begin() as conn:
+        assert ledger.release(conn, user, held.id).replayed
+        with pytest.raises(e.HoldClosed):
+            ledger.capture(conn, user, held.id)
+        assert ledger.release(conn, user, held.id).replayed
+        assert ledger.balance(conn, user) == 3
+
+
+def test_a_workshop_is_unlocked_by_its_consumption_and_not_by_a_hold(world: World):
+    ledger, user = world.ledger, world.user(credits=5)
+    workshop, marked = world.workshop(user), world.workshop(user)
+    with world.engine.begin() as conn:
+        first = ledger.hold(conn, user, credits=2, key="h1", workshop=workshop)
+        ledger.release(conn, user, first.id)
+        second = ledger.hold(conn, user, credits=2, key="h2", workshop=workshop)
+        unlocked = ledger.consume(conn, user, workshop=workshop, key="c")
+        assert ledger.consume(conn, user, workshop=workshop, key="c2").id == unlocked.id
+        for _ in range(2):  # the first releases the hold, and a retry gets the same
+            captured = ledger.capture(conn, user, second.id)
+            assert (captured.id, captured.replayed) == (unlocked.id, True)
+        assert ledger.hold(conn, user, credits=1, key="h3", workshop=workshop).id == unlocked.id
+        other = ledger.hold(conn, user, credits=1, key="h4", workshop=marked)
+        ledger.release(conn, user, other.id)
+    with world.engine.connect() as conn:
+        conn.execute(sa.text("UPDATE workshops SET credit_consumed_at = now() WHERE id = :id"), {"id": marked})
+        with pytest.raises(e.WorkshopUnaccounted):
+            ledger.consume(conn, user, workshop=marked, key="c3")
+        conn.rollback()
+
+
+def test_a_refused_capture_counts_the_holds_own_credits(world: World):
+    ledger, user = world.ledger, world.user(credits=8)
+    with world.engine.begin() as conn:
+        held = ledger.hold(conn, user, credits=5, key="h", capture_limit=20)
+        with pytest.raises(e.InsufficientCredits) as refused:
+            ledger.capture(conn, user, held.id, credits=10)
+        assert (refused.value.balance, refused.value.held, refused.value.available) == (8, 0, 8)
+        assert ledger.capture(conn, user, held.id, credits=8).balance == 0
 
 
 def test_a_hold_is_one_intent(world: World):

@@ -228,12 +228,106 @@ def test_a_refund_and_a_correction_take_from_their_own_lot_first(world: World):
         assert ledger.balance(conn, user) == 3
 
 
-@pytest.mark.parametrize("when", [dt.datetime.now(), dt.datetime(2020, 1, 1, tzinfo=dt.UTC), "tomorrow", 5])  # noqa: DTZ005
+def test_credits_that_pay_a_debt_go_back_into_no_lot(world: World):
+    """A purchase after it is not taken away with the lot."""
+    ledger, reversed_, reinstated = world.ledger, world.user(), world.user()
+    with world.engine.begin() as conn:
+        give(world, conn, reversed_, 10, 30, "promotion")
+        spent = ledger.consume(conn, reversed_, credits=10, key="a")
+        bought = world.buy(conn, reversed_, 10)
+        ledger.consume(conn, reversed_, credits=10, key="b")
+        ledger.refund(conn, reversed_, bought.id, key="refund")
+        assert ledger.reverse(conn, reversed_, spent.id, key="r").balance == 0
+        assert left(world, conn, reversed_) == []
+        world.buy(conn, reversed_, 10)
+
+        started = ledger.start_purchase(
+            conn, reinstated, credits=10, description="A month", expires_after=dt.timedelta(days=30)
+        )
+        ledger.complete_purchase(conn, reinstated, purchase=started.id)
+        ledger.consume(conn, reinstated, credits=3, key="a")
+        ledger.refund(conn, reinstated, started.id, key="refund")
+        assert ledger.reinstate(conn, reinstated, started.id, key="won").balance == 7
+        assert left(world, conn, reinstated) == [("A month", 7)]
+    world.pass_time(days=31)
+    with world.engine.begin() as conn:
+        ledger.sweep(conn)
+        assert (ledger.balance(conn, reversed_), ledger.balance(conn, reinstated)) == (10, 0)
+
+
+def test_a_user_whose_expiries_cannot_be_written_stops_nobody_elses(world: World):
+    ledger, bad, good = world.ledger, world.user(), world.user()
+    with world.engine.begin() as conn:
+        give(world, conn, bad, 2, 1, "trial")
+        give(world, conn, good, 2, 1.5, "trial")
+        conn.execute(
+            sa.text(
+                "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
+                "$$BEGIN IF OLD.id = :bad THEN RAISE 'not this one'; END IF; RETURN NEW; END$$".replace(
+                    ":bad", f"'{bad}'"
+                )
+            )
+        )
+        conn.exec_driver_sql("CREATE TRIGGER refuse BEFORE UPDATE ON users FOR EACH ROW EXECUTE FUNCTION refuse()")
+    world.pass_time(days=2)
+    with world.engine.begin() as conn:
+        assert ledger.sweep(conn) == 1
+        assert ledger.history(conn, good)[0].type == "expiry"
+        conn.exec_driver_sql("DROP TRIGGER refuse ON users")
+        assert ledger.sweep(conn) == 1
+
+
+def test_a_user_behind_the_ledger_is_told_so_by_every_operation_that_writes(world: World):
+    ledger, user = world.ledger, world.user(credits=1)
+    with world.engine.begin() as conn:
+        give(world, conn, user, 2, 1, "trial")
+        held = ledger.hold(conn, user, credits=1, key="h", expires_in=dt.timedelta(days=9))
+        before = ledger.history(conn, user)
+    with world.engine.connect() as conn:
+        conn.execute(sa.text("UPDATE users SET credit_sequence = credit_sequence - 1 WHERE id = :user"), {"user": user})
+        for call in (
+            lambda: ledger.capture(conn, user, held.id),
+            lambda: ledger.consume(conn, user, key="c"),
+            lambda: ledger.grant(conn, user, credits=1, key="g", description="d"),
+        ):
+            with pytest.raises(e.LedgerInconsistent):
+                call()
+        conn.execute(sa.text("UPDATE tallystick.lots SET expires_at = now() - interval '1 hour'"))
+        conn.execute(sa.text("UPDATE users SET credit_due_at = now() - interval '1 hour' WHERE id = :user"), {"user": user})
+        with pytest.raises(e.LedgerInconsistent):
+            ledger.consume(conn, user, key="c")
+        ledger.sweep(conn)
+        assert ledger.history(conn, user) == before
+        conn.rollback()
+
+
+MOMENTS = [
+    dt.datetime.now(),  # noqa: DTZ005
+    dt.datetime(2020, 1, 1, tzinfo=dt.UTC),
+    dt.datetime(9999, 5, 1, tzinfo=dt.UTC),
+    "tomorrow",
+    5,
+]
+
+
+@pytest.mark.parametrize("when", MOMENTS)
 def test_a_moment_that_cannot_be_is_refused(world: World, when: object):
     user = world.user()
     with world.engine.begin() as conn, pytest.raises(e.InvalidArgument) as refused:
         world.ledger.grant(conn, user, credits=1, key="k", description="d", expires_at=when)
     assert refused.value.argument == "expires_at"
+
+
+@pytest.mark.parametrize("after", [dt.timedelta(days=365_000), dt.timedelta.max, dt.timedelta(0), "300000 years"])
+def test_a_time_that_credits_cannot_last_is_refused_when_the_purchase_starts(world: World, after: object):
+    user = world.user()
+    with world.engine.begin() as conn, pytest.raises(e.InvalidArgument) as refused:
+        world.ledger.start_purchase(conn, user, credits=1, description="d", expires_after=after)
+    assert refused.value.argument == "expires_after"
+    if isinstance(after, str):
+        with world.engine.begin() as conn:
+            asked = sa.text("SELECT outcome FROM tallystick.start_purchase(:user, 1, 'd', expires_after => :after)")
+            assert conn.execute(asked, {"user": user, "after": after}).scalar_one() == "invalid_argument"
 
 
 def test_users_without_lots_or_holds_have_nothing_due(world: World):

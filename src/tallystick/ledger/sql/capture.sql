@@ -45,6 +45,24 @@ BEGIN
   SELECT 'refused', {row}, account.balance, charged, NULL, NULL, NULL, account.held, t.expires_at
     INTO answer FROM {ledger} AS t WHERE t.id = hold_id;
   set_aside := CASE hold.status WHEN 'pending' THEN hold.held ELSE 0 END;
+  IF hold.workshop_id IS NOT NULL THEN
+    SELECT w.{owner} = account.key AS owned, w.{workshop_deleted_at} AS deleted_at, w.credit_consumed_at
+      INTO workshop FROM {workshops} AS w WHERE w.{workshop_key} = hold.workshop_id FOR NO KEY UPDATE;
+    -- before the hold's own state: a retry gets the same answer, after the first call has released the hold
+    IF workshop.credit_consumed_at IS NOT NULL THEN
+      SELECT 'replayed', {row}, account.balance, NULL, NULL, NULL, NULL, account.held - set_aside
+        INTO answer FROM {ledger} AS t
+        WHERE t.workshop_id = hold.workshop_id AND t.type = 'consumption' AND t.status = 'completed'
+        ORDER BY t.user_id = account.key DESC, t.completed_at DESC LIMIT 1;
+      IF NOT FOUND THEN
+        answer.outcome := 'workshop_unaccounted';
+        answer.workshop_id := hold.workshop_id;
+      ELSIF hold.status = 'pending' THEN
+        answer.balance := (tallystick.release(user_id, hold_id)).balance;
+      END IF;
+      RETURN answer;
+    END IF;
+  END IF;
   IF hold.capture_limit = 0 THEN
     answer.outcome := 'hold_closed';
     RETURN answer;
@@ -54,20 +72,7 @@ BEGIN
     RETURN answer;
   END IF;
   IF hold.workshop_id IS NOT NULL THEN
-    SELECT w.{owner} = account.key AS owned, w.{workshop_deleted_at} AS deleted_at, w.credit_consumed_at
-      INTO workshop FROM {workshops} AS w WHERE w.{workshop_key} = hold.workshop_id FOR NO KEY UPDATE;
-    IF workshop.credit_consumed_at IS NOT NULL THEN
-      SELECT 'replayed', {row}, account.balance, NULL, NULL, NULL, NULL, account.held - set_aside
-        INTO answer FROM {ledger} AS t
-        WHERE t.workshop_id = hold.workshop_id AND t.type = 'consumption' AND t.status = 'completed'
-        ORDER BY t.user_id = account.key DESC, t.completed_at DESC LIMIT 1;
-      IF NOT FOUND THEN
-        answer.outcome := 'workshop_unaccounted';
-      ELSIF hold.status = 'pending' THEN
-        answer.balance := (tallystick.release(user_id, hold_id)).balance;
-      END IF;
-      RETURN answer;
-    ELSIF workshop.owned IS NOT TRUE THEN
+    IF workshop.owned IS NOT TRUE THEN
       answer.outcome := 'workshop_not_owned';
       RETURN answer;
     ELSIF workshop.deleted_at IS NOT NULL THEN
@@ -78,9 +83,14 @@ BEGIN
   END IF;
   IF account.balance - (account.held - set_aside) < charged AND allow_debt IS NOT TRUE THEN
     answer.outcome := 'insufficient_credits';
+    answer.credit_held := account.held - set_aside;  -- this hold's own credits are there for it
     RETURN answer;
   ELSIF account.balance < 0 AND account.balance < {credits_min} + charged THEN
     answer.outcome := 'balance_out_of_range';
+    RETURN answer;
+  ELSIF EXISTS (SELECT FROM {ledger} AS t WHERE t.user_id = account.key AND t.sequence = account.sequence + 1) THEN
+    answer.outcome := 'ledger_inconsistent';
+    answer.detail := jsonb_build_object('sequence', account.sequence);
     RETURN answer;
   END IF;
 
@@ -88,10 +98,6 @@ BEGIN
       status = 'completed',
       amount = - charged,
       balance_after = account.balance - charged,
-  ELSIF EXISTS (SELECT FROM {ledger} AS t WHERE t.user_id = account.key AND t.sequence = account.sequence + 1) THEN
-    answer.outcome := 'ledger_inconsistent';
-    answer.detail := jsonb_build_object('sequence', account.sequence);
-    RETURN answer;
       sequence = account.sequence + 1,
       completed_at = clock_timestamp(),
       description = t.description || CASE t.status WHEN 'failed' THEN ' (captured late)' ELSE '' END

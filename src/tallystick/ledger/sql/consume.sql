@@ -150,7 +150,7 @@ BEGIN
     ELSE
       -- paid for already: by this user, or by an owner before
       SELECT 'replayed', {row}, account.balance, NULL, NULL, NULL, NULL INTO answer FROM {ledger} AS t
-        WHERE t.workshop_id {is} consume.workshop_id AND t.type {is} 'consumption'
+        WHERE t.workshop_id {is} consume.workshop_id AND t.type {is} 'consumption' AND t.status {is} 'completed'
         ORDER BY t.user_id {is} account.key DESC, t.completed_at DESC LIMIT 1;
       IF NOT FOUND THEN
         answer.outcome := 'workshop_unaccounted';

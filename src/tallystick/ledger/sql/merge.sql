@@ -1,6 +1,6 @@
 -- Moves all credits of a user to another, debts too, and soft-deletes the first: two accounts of one person become
 -- one. The answer's ``amount`` is the credits that moved; its ``balance`` is the new balance of ``into_user_id``.
--- Earlier rows, workshops, plan and Stripe customer stay with the user that they belong to. -- Two rows for each lot,
+-- Earlier rows, workshops, plan and Stripe customer stay with the user that they belong to. Two rows for each lot,
 -- and two for the credits that do not expire: one that takes, one that gives, each with the other as its refund_of.
 CREATE OR REPLACE FUNCTION tallystick.merge(
   user_id {user_key_type},

@@ -17,7 +17,7 @@ BEGIN
     FROM {users} AS u WHERE u.{user_key} = set_stripe_customer.user_id FOR NO KEY UPDATE;
   IF NOT FOUND THEN
     answer.outcome := 'unknown_user';
-  ELSIF answer.stripe_customer_id <> stripe_customer_id AND NOT replace THEN
+  ELSIF answer.stripe_customer_id <> stripe_customer_id AND replace IS NOT TRUE THEN
     answer.outcome := 'stripe_customer_conflict';
     answer.detail := jsonb_build_object('has', answer.stripe_customer_id);
   ELSIF EXISTS (

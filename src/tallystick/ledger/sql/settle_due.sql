@@ -1,5 +1,5 @@
--- Writes the expiries of a user, who is locked: holds fail, and a row takes back the rest of a lot. Credits that a hold
--- has set aside do not expire before the hold ends. The answer has the balance, the sequence, the credits held, and the
+-- Writes the expiries of a user, who is locked: holds fail, and a row takes back the rest of a lot. As many credits as
+-- holds have set aside stay until the holds end. The answer has the balance, the sequence, the credits held, and the
 -- next expiry as ``expires_at``.
 CREATE OR REPLACE FUNCTION tallystick.settle_due(user_id {user_key_type}) RETURNS tallystick.answer
 LANGUAGE plpgsql AS $$

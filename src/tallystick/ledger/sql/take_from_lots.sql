@@ -1,6 +1,6 @@
 -- Takes credits from the lots of a user, those that expire soonest first; the rest comes from the credits that do not
--- expire. ``own`` is the lot to take from before all others. Credits of an expired lot that a hold has kept are for that
--- hold alone: with ``expired`` they may be taken.
+-- expire. ``own`` is the lot to take from before all others. Credits of an expired lot that holds have kept are for
+-- holds alone: with ``expired`` they may be taken.
 CREATE OR REPLACE FUNCTION tallystick.take_from_lots(
   user_id {user_key_type}, transaction_id uuid, amount {credits}, own uuid DEFAULT NULL,
   expired boolean DEFAULT false
