@@ -293,7 +293,9 @@ def test_a_user_behind_the_ledger_is_told_so_by_every_operation_that_writes(worl
             with pytest.raises(e.LedgerInconsistent):
                 call()
         conn.execute(sa.text("UPDATE tallystick.lots SET expires_at = now() - interval '1 hour'"))
-        conn.execute(sa.text("UPDATE users SET credit_due_at = now() - interval '1 hour' WHERE id = :user"), {"user": user})
+        conn.execute(
+            sa.text("UPDATE users SET credit_due_at = now() - interval '1 hour' WHERE id = :user"), {"user": user}
+        )
         with pytest.raises(e.LedgerInconsistent):
             ledger.consume(conn, user, key="c")
         ledger.sweep(conn)

@@ -1,4 +1,4 @@
-"""Prepaid credits, billing state and onboarding state inside an app's own PostgreSQL, kept honest.
+"""Prepaid credits, billing state and onboarding state inside an app's own PostgreSQL, with an audit of every balance.
 
 Each name is imported when it is first used: an app that needs few of them starts faster.
 """

@@ -1455,7 +1455,7 @@ CHECKS: Mapping[str, Check] = {
         ),
         Check(
             name="due",
-            purpose="a user's credit_due_at is no later than the first of the user's holds and lots expires",
+            purpose="a user's credit_due_at is no later than the end of the user's first hold or lot",
             signs=frozenset({"holds", "lots"}),
             search=_due_too_late,
             expected="credit_due_at {first} or earlier",

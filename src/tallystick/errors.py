@@ -7,7 +7,7 @@
     ├── DevServerError               the embedded PostgreSQL
     ├── DevStripeError               the Stripe test double refused, as Stripe does
     ├── DatabaseError                the database or the connection to it
-    │   ├── DatabaseUnavailable      no connection could be made
+    │   ├── DatabaseUnavailable      no connection could be made            (retryable)
     │   ├── OutcomeUnknown           the connection died under a call        (outcome_unknown)
     │   ├── Conflict                 serialization failure, deadlock, timeout (retryable)
     │   ├── PermissionDenied         the role may not do this
@@ -68,7 +68,7 @@
         └── LedgerInconsistent       the ledger contradicts itself; run the audit
 
 Each type has its values as attributes, and its message ends with the next step. Two flags are for the caller:
-``retryable`` (nothing was written, and the same call may be made at once) and ``outcome_unknown`` (the call may or may
+``retryable`` (nothing was written, and the transaction may be run again) and ``outcome_unknown`` (the call may or may
 not have written; the same call with the same key is safe).
 """
 

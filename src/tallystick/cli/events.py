@@ -264,7 +264,11 @@ def low_balance(
     user: UserArgument,
     threshold: Annotated[
         int | None,
-        typer.Option("--below", help="The threshold in credits; 0 for never. Without it the default applies.", min=0),
+        typer.Option(
+            "--below",
+            help="The threshold in credits; 0 for never. Without this option the user has the default again.",
+            min=0,
+        ),
     ] = None,
 ) -> None:
     """Set a user's threshold: the event balance.low is written when the balance falls below it."""

@@ -234,7 +234,8 @@ def history(
     user: UserArgument,
     limit: Annotated[int, typer.Option("--limit", help="Rows to show.", min=1, max=1000)] = 50,
     before: Annotated[
-        str | None, typer.Option("--before", help="Show the rows after this cursor.", metavar="CURSOR")
+        str | None,
+        typer.Option("--before", help="Show older rows than this one: its number (#), or its id.", metavar="ROW"),
     ] = None,
     failed: Annotated[bool, typer.Option("--failed", help="Show failed purchases too.")] = False,
     as_json: Json = False,
@@ -461,7 +462,7 @@ def hold_place(
     user: UserArgument,
     credits: Annotated[int, typer.Argument(help="The number of credits.", metavar="CREDITS")],
     minutes: Annotated[
-        float, typer.Option("--minutes", help="The time after which it ends, up to 366 days.", min=0.02)
+        float, typer.Option("--minutes", help="The minutes after which the hold ends, up to 366 days.", min=0.02)
     ] = 15,
     key: KeyOption = None,
     description: DescriptionOption = None,

@@ -130,7 +130,7 @@ _MEANINGS: Mapping[str, tuple[str, Mapping[str, str]]] = {
         {"credit_held": "credits"},
     ),
     "capture_exceeds_hold": (
-        "The hold allows less to be charged. Give a hold a capture_limit where the work may turn out dearer.",
+        "The hold allows less to be charged. Give a hold a capture_limit if the work may cost more.",
         {"id": "uuid", "required": "credits", "remaining": "credits"},
     ),
 }

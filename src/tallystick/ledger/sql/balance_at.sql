@@ -1,4 +1,4 @@
--- The balance after all that had completed at a moment, that moment included, by the server's clock.
+-- Gives the balance at a moment, by the server's clock. Rows that completed at that moment are included.
 CREATE OR REPLACE FUNCTION tallystick.balance_at(user_id {user_key_type}, at timestamptz) RETURNS tallystick.answer
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = {search_path} AS $$
 #variable_conflict use_column

@@ -1,4 +1,4 @@
--- Records that the user has seen the onboarding through.
+-- Records that the user has completed the onboarding.
 CREATE OR REPLACE FUNCTION tallystick.complete_onboarding(user_id {user_key_type}) RETURNS tallystick.account_answer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = {host_path} AS $$
 #variable_conflict use_column

@@ -1,4 +1,4 @@
--- Puts the user on a plan, a name of the host's choosing.
+-- Sets the user's plan, a name that the host chooses.
 CREATE OR REPLACE FUNCTION tallystick.set_plan_tier(user_id {user_key_type}, plan_tier text) RETURNS tallystick.account_answer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = {host_path} AS $$
 #variable_conflict use_column

@@ -1,4 +1,4 @@
--- Ties the user to a Stripe customer. A tie to another one stays unless ``replace`` is true.
+-- Links the user to a Stripe customer. A link to another customer stays unless ``replace`` is true.
 CREATE OR REPLACE FUNCTION tallystick.set_stripe_customer(
   user_id {user_key_type}, stripe_customer_id text, replace boolean DEFAULT false
 ) RETURNS tallystick.account_answer
