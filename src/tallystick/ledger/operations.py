@@ -509,8 +509,8 @@ class Ledger:
 
         ``capture`` charges them and ``release`` gives them up. After ``expires_in`` (15 minutes, if not given) the
         hold counts as released, even if nothing has run since. ``capture_limit`` is the most that may be captured,
-        where the work may cost more than the hold. A ``workshop`` is unlocked when the hold is captured. For one that is
-        unlocked already nothing is set aside: the answer is the consumption that unlocked it, ``replayed``.
+        where the work may cost more than the hold. A ``workshop`` is unlocked when the hold is captured. For one that
+        is unlocked already nothing is set aside: the answer is the consumption that unlocked it, ``replayed``.
 
         Raises:
             InvalidArgument, UnknownUser, UserDeleted, UnknownWorkshop, WorkshopDeleted: nothing was written.

@@ -139,8 +139,8 @@ _MEANINGS: Mapping[str, tuple[str, Mapping[str, str]]] = {
 PARAMETERS: Mapping[str, str] = {
     "user_id": "the user, by the mapped key column",
     "into_user_id": "the user that gets the credits",
-    "key": "your name for this one intent, 1 to 255 characters, not beginning with `tallystick:`; the same key again gives "
-    "the first result",
+    "key": "your name for this one intent, 1 to 255 characters, not beginning with `tallystick:`; the same key again "
+    "gives the first result",
     "amount": "a number of credits, 1 or more; if NULL is allowed, it means all that are left, or held",
     "description": "for people, 1 to 10,000 characters; not compared when a key is used again",
     "metadata": "a JSON object of your own, such as the member of a team or the request",
@@ -148,8 +148,8 @@ PARAMETERS: Mapping[str, str] = {
     "consumption_id": "the id of the consumption's row",
     "grant_id": "the id of the grant's row",
     "hold_id": "the id of the hold's row",
-    "expires_at": "the moment at which the rest of these credits expires, in the future and before the year 9999; NULL for "
-    "never",
+    "expires_at": "the moment at which the rest of these credits expires, in the future and before the year 9999; NULL "
+    "for never",
     "expires_after": "the time that bought credits last, from their payment, up to 1000 years; NULL for ever",
     "expires_in": "the time that the hold lasts, 1 second to 366 days; NULL is 15 minutes",
     "capture_limit": "the most that may be captured, the amount or more; NULL is the amount",
