@@ -4,8 +4,9 @@
     python benchmarks/cpu.py --quick    seconds, to see that it runs
 
 The floor is a bare UPDATE and INSERT in one statement, without any rule; beside it stand the same as an app sends them,
-two statements in a transaction. Both sides are what the kernel counts of their processes (``/proc/PID/stat``); each way takes its turn in each round, on a prepared connection in autocommit.
-The server does not wait for its disk (fsync off), which would take time and no CPU.
+two statements in a transaction. Both sides are what the kernel counts of their processes (``/proc/PID/stat``); each way
+takes its turn in each round, on a prepared connection in autocommit. The server does not wait for its disk (fsync off),
+which would take time and no CPU.
 """
 
 from __future__ import annotations
