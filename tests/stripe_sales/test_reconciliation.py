@@ -150,6 +150,35 @@ def test_a_refusal_about_a_purchase_does_not_end_the_run(shop: Shop):
     assert report.outcomes["refused"] == 1
 
 
+def test_a_trigger_of_the_host_that_refuses_one_user_stops_nothing_for_the_others(shop: Shop):
+    users = sorted((shop.world.user() for _ in range(3)), key=str)
+    bought = [shop.checkout(user) for user in users]
+    for one in bought:
+        shop.dev.pay(one.session)
+    refused = users[1]
+    with shop.engine.begin() as conn:
+        conn.exec_driver_sql(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
+            f"$$BEGIN IF OLD.id = '{refused}' THEN RAISE 'not this one'; END IF; RETURN NEW; END$$"
+        )
+        conn.exec_driver_sql("CREATE TRIGGER refuse BEFORE UPDATE ON users FOR EACH ROW EXECUTE FUNCTION refuse()")
+
+    received = shop.deliver(*shop.events("checkout.session.completed"))
+    assert sorted(one.status for one in received) == [200, 200, 503]
+    [failed] = stripe.failed_deliveries(shop.engine, shop.config)
+    assert "not this one" in failed.reason
+    assert "UPDATE" not in failed.reason.splitlines()[0]  # the message, and not the statement
+    assert stripe.redeliver(shop.engine, shop.config) == [(failed.event_id, "refused")]
+    report = reconcile(shop)
+    assert [shop.balance(user) for user in users] == [CREDITS, 0, CREDITS]
+    assert {(str(one.kind), "not this one" in (one.found or "")) for one in report.findings} == {("refused", True)}
+
+    with shop.engine.begin() as conn:
+        conn.exec_driver_sql("DROP TRIGGER refuse ON users")
+    assert stripe.redeliver(shop.engine, shop.config) == [(failed.event_id, "granted")]
+    assert shop.balance(refused) == CREDITS
+
+
 def test_a_refusal_about_a_dispute_does_not_end_the_run(shop: Shop):
     users = [shop.world.user() for _ in range(2)]
     bought = [shop.checkout(user) for user in users]

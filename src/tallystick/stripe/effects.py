@@ -13,16 +13,20 @@ from functools import partial
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
 
 from tallystick.allowances import Allowances, Paid, Period
 from tallystick.config import Config
 from tallystick.database import run, transaction
-from tallystick.errors import Conflict, Key, LedgerError
+from tallystick.errors import Conflict, HostInterfered, Key, LedgerError
 from tallystick.stripe.client import Object, ask, ask_or_none, client, list_all
 from tallystick.stripe.store import FindingKind, Outcome, Reversal, Store, id_of, store_of
 
 PAGE = 100
 _TRIES = 3
+
+HOSTS_REFUSALS = (HostInterfered, DBAPIError)
+"""Errors of triggers and rules of the host's tables. They concern one user, and must not stop work for the others."""
 
 T = TypeVar("T")
 Effect = Callable[[sa.Connection], Outcome]

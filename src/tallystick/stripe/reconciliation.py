@@ -18,14 +18,14 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from tallystick.config import Config
-from tallystick.database import run, transaction
+from tallystick.database import run, server_message, transaction
 from tallystick.declared_tables import stripe_checkouts, stripe_events, stripe_reconciliations, stripe_reversals
 from tallystick.errors import InvalidArgument, PurchaseNotPending, StripeRefused
 from tallystick.ledger import CreditTransaction
 from tallystick.progress import Progress, ignore_progress
 from tallystick.stripe.checkout import session_of_purchase
 from tallystick.stripe.client import Object, list_all
-from tallystick.stripe.effects import PAGE, Effect, Effects, failure_of, in_transaction
+from tallystick.stripe.effects import HOSTS_REFUSALS, PAGE, Effect, Effects, failure_of, in_transaction
 from tallystick.stripe.store import DISPUTE_RANK, MONEY_WITH_SHOP, FindingKind, Outcome, StripeFinding, store_of
 from tallystick.stripe.top_ups import MODE as TOP_UP
 from tallystick.stripe.top_ups import attempts_of, effect_of
@@ -186,7 +186,7 @@ class _Reconciling:
             except StripeRefused as refusal:
                 if refusal.status in _EVERY_OBJECT:
                     raise
-                effect = self._refused(id, refusal)
+                effect = self._refused(id, refusal.message)
             if effect is not None:
                 self._apply(stage, id, effect)
             self.looked_at[stage] += 1
@@ -194,11 +194,11 @@ class _Reconciling:
                 self._update(position=id)
                 self._report_progress(stage)
 
-    def _refused(self, id: str, refusal: StripeRefused) -> Effect:
-        """Record as a finding that Stripe refused one object; the others are examined nevertheless."""
+    def _refused(self, id: str, message: str) -> Effect:
+        """Record as a finding that Stripe or the database refused one object; the others are examined nevertheless."""
 
         def effect(conn: sa.Connection) -> Outcome:
-            self.effects.store.record_finding(conn, FindingKind.REFUSED, id, found=refusal.message)
+            self.effects.store.record_finding(conn, FindingKind.REFUSED, id, found=message)
             return Outcome.REFUSED
 
         return effect
@@ -333,14 +333,19 @@ class _Reconciling:
     # --- one step, and the stored position ---
 
     def _apply(self, stage: str, id: str, effect: Effect) -> None:
-        outcome = self._dry_run(id, effect) if self.dry_run else in_transaction(self.effects.engine, effect)
+        try:
+            outcome = self._write(id, effect)
+        except HOSTS_REFUSALS as error:
+            outcome = self._write(id, self._refused(id, server_message(error)))
         if outcome is Outcome.FOREIGN and stage == "events":
             return  # counted with its session, refund or dispute
         self.outcomes[str(outcome)] += 1
         if outcome in _CHANGES:
             self.changes.append((id, outcome))
 
-    def _dry_run(self, id: str, effect: Effect) -> Outcome:
+    def _write(self, id: str, effect: Effect) -> Outcome:
+        if not self.dry_run:
+            return in_transaction(self.effects.engine, effect)
         with transaction(self.effects.engine, keep=False) as conn:
             outcome = effect(conn)
             self.dry_run_findings += [one for one in self.effects.store.findings(conn) if one.object_id == id]

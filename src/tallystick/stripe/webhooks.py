@@ -10,11 +10,13 @@ from typing import Any
 
 import sqlalchemy as sa
 import stripe as sdk
+from sqlalchemy.exc import DBAPIError
 
 from tallystick.config import Config
+from tallystick.database import server_message
 from tallystick.errors import DatabaseError, SchemaError, StripeError, StripeRefused
 from tallystick.stripe.client import API_VERSION, Object, is_live
-from tallystick.stripe.effects import Effect, Effects, in_transaction
+from tallystick.stripe.effects import HOSTS_REFUSALS, Effect, Effects, in_transaction
 from tallystick.stripe.store import FailedDelivery, Outcome, store_of
 
 BODY_MAX_BYTES = 1 << 20  # Stripe's own events stay far below
@@ -55,9 +57,10 @@ def receive(engine: sa.Engine, config: Config, raw_body: bytes, signature: str |
     try:
         effect = effect_of_event(Effects(engine, config), event)
         outcome = Outcome.IGNORED if effect is None else in_transaction(engine, effect)
-    except (DatabaseError, SchemaError, StripeError) as error:
-        _log.error("event %s (%s) was not stored: %s", id, event_type, error)
-        _record_failure(engine, config, event, f"{type(error).__name__}: {error}")
+    except (DatabaseError, SchemaError, StripeError, DBAPIError) as error:
+        reason = f"{type(error).__name__}: {server_message(error)}"
+        _log.error("event %s (%s) was not stored: %s", id, event_type, reason)
+        _record_failure(engine, config, event, reason)
         return Received(503, Outcome.REFUSED, id, "not stored; send it again")
     level = logging.WARNING if outcome in (Outcome.UNKNOWN, Outcome.REFUSED) else logging.INFO
     _log.log(level, "event %s (%s) about %s: %s", id, event_type, event["data"]["object"].get("id"), outcome)
@@ -108,25 +111,37 @@ def redeliver(engine: sa.Engine, config: Config, events: Collection[str] | None 
 
 
 def _run_again(effects: Effects, failed: FailedDelivery) -> Outcome:
-    return in_transaction(effects.engine, effect_of_failed(effects, failed))
+    try:
+        return in_transaction(effects.engine, effect_of_failed(effects, failed))
+    except HOSTS_REFUSALS as error:
+        reason = server_message(error)
+        return in_transaction(effects.engine, _failing(effects, _event_of(failed), reason))
 
 
 def effect_of_failed(effects: Effects, failed: FailedDelivery) -> Effect:
     """The effect of a failed delivery, with its object as it is at Stripe now."""
-    stub: Object = {"object": failed.object_type, "id": failed.object_id}
-    event: Object = {"id": failed.event_id, "type": failed.type, "api_version": API_VERSION, "data": {"object": stub}}
+    event = _event_of(failed)
     reason = f"Stripe no longer has {failed.object_id}"
     try:
-        found = effects.retrieve(stub)
+        found = effects.retrieve(event["data"]["object"])
         effect = effect_of_event(effects, event | {"data": {"object": found}})
     except StripeRefused as refusal:
         effect, reason = None, refusal.message
+    return _failing(effects, event, reason) if effect is None else effect
 
-    def failing(conn: sa.Connection) -> Outcome:
+
+def _event_of(failed: FailedDelivery) -> Object:
+    """The event of a failed delivery, with an object that has no more than its type and id."""
+    stub: Object = {"object": failed.object_type, "id": failed.object_id}
+    return {"id": failed.event_id, "type": failed.type, "api_version": API_VERSION, "data": {"object": stub}}
+
+
+def _failing(effects: Effects, event: Object, reason: str) -> Effect:
+    def effect(conn: sa.Connection) -> Outcome:
         effects.store.record_failed_delivery(conn, event, reason)
         return Outcome.REFUSED
 
-    return failing if effect is None else effect
+    return effect
 
 
 def _record_failure(engine: sa.Engine, config: Config, event: Object, reason: str) -> None:
