@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.util.concurrency import greenlet_spawn
-from starlette.concurrency import run_in_threadpool
 
 from tallystick.ledger.connections import SyncConnection, autocommitting
+
+THREADS_MAX = 40
+"""The most requests that use a sync engine at once, as many as Starlette lets use threads."""
 
 T = TypeVar("T")
 
@@ -19,12 +24,14 @@ T = TypeVar("T")
 class Database:
     """A runner of functions of a connection or an engine that does not block the event loop.
 
-    A sync engine is used in a thread. An async one stays on the event loop: the function runs in a greenlet, and its
-    queries are awaited. Either way it is the host's own engine and pool, as ``autocommitting`` uses them.
+    A sync engine is used in a thread of an executor, which takes less CPU than Starlette's threads. An async one stays
+    on the event loop: the function runs in a greenlet, and its queries are awaited. Either way it is the host's own
+    engine and pool, as ``autocommitting`` uses them.
     """
 
     def __init__(self, engine: sa.Engine | AsyncEngine) -> None:
         self._engine = engine
+        self._threads = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="tallystick")  # started as they are needed
 
     async def run(self, work: Callable[[SyncConnection], T]) -> T:
         """The result of ``work``, which gets a connection on which each statement is a transaction.
@@ -42,7 +49,8 @@ class Database:
         engine = self._engine
         if isinstance(engine, AsyncEngine):
             return await greenlet_spawn(work, engine.sync_engine)
-        return await run_in_threadpool(work, engine)
+        in_context = partial(contextvars.copy_context().run, work, engine)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, in_context)
 
 
 def _run(work: Callable[[SyncConnection], T], engine: sa.Engine) -> T:
