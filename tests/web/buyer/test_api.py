@@ -14,7 +14,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from sites import HTML, Site
+from sites import HTML, HTMX, Site
 from tallystick.errors import Key
 from tallystick.web.buyer.engine import Database
 from worlds import World
@@ -283,3 +283,46 @@ def test_what_is_held_and_what_expires(either_site: Site) -> None:
     world.pass_time(days=31)
     answer = site.get(user, "/billing/api/balance").json()
     assert (answer["balance"], answer["held"], answer["available"], answer["expiring"]) == (2, 0, 2, [])
+
+
+LONG_AGO = dt.datetime(2020, 1, 1, tzinfo=dt.UTC)
+
+
+@pytest.mark.parametrize(
+    ("settings", "made", "reason"),
+    [
+        ({"paywall": False}, {}, "paywall_off"),
+        ({}, {"created_at": LONG_AGO}, "grandfathered"),
+        ({"grandfathered_before": dt.datetime(2060, 1, 1, tzinfo=dt.UTC)}, {}, "grandfathered"),
+    ],
+)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_nothing_is_charged_for_a_workshop_that_is_open_already(
+    make_site: Callable[..., Site], settings: dict[str, Any], made: dict[str, Any], reason: str, asynchronous: bool
+) -> None:
+    site = make_site(settings=settings, asynchronous=asynchronous)
+    rich, poor = site.world.user(credits=2), site.world.user()
+    for user, other, balance in ((rich, poor, 2), (poor, rich, 0)):
+        workshop = site.world.workshop(user, **made)
+        page, about = f"/billing/workshops/{workshop}/unlock", f"/billing/api/workshops/{workshop}"
+        assert site.get(user, f"{about}/access").json()["reason"] == reason
+        for headers in ({}, {"idempotency-key": "from-the-phone"}):
+            answer = site.post(user, f"{about}/unlock", headers=headers)
+            assert answer.json() == {"transaction": None, "balance": balance, "replayed": True}
+        sent = site.post(user, page, headers=HTML)
+        assert (sent.status_code, "spent=0" in sent.headers["location"]) == (303, True)
+        for shown in (site.get(user, sent.headers["location"], headers=HTML), site.post(user, page, headers=HTMX)):
+            assert "unlocked already. Nothing was charged" in shown.text
+        assert site.balance(user) == balance
+        problem(site.post(other, f"{about}/unlock"), 404, "unknown-workshop")
+    assert len(site.get(rich, "/billing/api/history").json()["rows"]) == 1
+
+
+def test_unlocking_is_one_statement(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    user = site.world.user(credits=2)
+    workshop = site.world.workshop(user)
+    asked: list[str] = []
+    sa.event.listen(site.world.engine, "before_cursor_execute", lambda *event_args: asked.append(event_args[2]))
+    assert site.post(user, f"/billing/api/workshops/{workshop}/unlock").json()["balance"] == 1
+    assert len(asked) == 1, asked

@@ -86,6 +86,25 @@ def test_the_view_of_a_refusal_keeps_djangos_transaction(django_shop: DjangoShop
     assert "You have 0 credits." in refused.content.decode()
 
 
+def test_nothing_is_charged_for_a_workshop_that_is_open_already(django_shop: DjangoShop) -> None:
+    from django.test import RequestFactory
+
+    from django_workshops.billing import billing
+    from tallystick.web.buyer.buyer_request import Reply
+    from tallystick.web.django import DjangoBilling
+    from tallystick.web.django.django_billing import DjangoRequest
+
+    free = DjangoBilling(billing.config.model_copy(update={"paywall": False}))
+    request = DjangoRequest(RequestFactory().post("/", headers={"Accept": "text/html"}))
+    for credits in (0, 2):
+        user = django_shop.user(credits=credits)
+        workshop = str(django_shop.workshop(user))
+        sent = free.pages.unlock(connection(), request, user.pk, workshop, return_to=None)
+        assert isinstance(sent, Reply)
+        assert sent.headers["Location"].endswith("spent=0")
+        assert django_shop.balance(user.email) == credits
+
+
 def test_another_users_workshop_is_not_there(django_shop: DjangoShop) -> None:
     workshop = django_shop.workshop(django_shop.user())
     client = django_shop.client(django_shop.user(credits=1))

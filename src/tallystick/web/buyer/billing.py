@@ -167,8 +167,10 @@ class Billing(APIRouter):
         """As ``workshop``, and the user's credits."""
         return await self.database.run(lambda conn: self._paywall.workshop_and_standing(conn, user, workshop))
 
-    async def unlock(self, user: Key, workshop: object, *, key: str | None = None) -> CreditTransaction:
-        """Spend a credit on a workshop, once; ``key`` is the client's name for this intent.
+    async def unlock(self, user: Key, workshop: object, *, key: str | None = None) -> CreditTransaction | None:
+        """Spend a credit on a workshop, once; None, and nothing is spent, if it is open although nobody paid for it.
+
+        ``key`` is the client's name for this intent.
 
         Raises:
             InsufficientCredits, IdempotencyKeyReused, UnknownWorkshop, WorkshopNotOwned, WorkshopDeleted, …

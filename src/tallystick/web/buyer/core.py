@@ -108,7 +108,7 @@ class Pages:
         except InsufficientCredits as refused:
             found = self.paywall.workshop(conn, user, workshop)
             return paywall(found, balance=Standing(refused.balance, refused.held).spendable, return_to=back)
-        charged = 0 if spent.replayed else -spent.amount
+        charged = 0 if spent is None or spent.replayed else -spent.amount
         if not request.fragment:
             query = {"return_to": back, "spent": charged}
             return redirect(self._renderer.url(request, "unlocked", workshop=workshop, query=query))

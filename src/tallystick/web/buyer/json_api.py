@@ -127,7 +127,9 @@ class UnlockAnswer(BaseModel):
 
     model_config = _shown({"transaction": _EXAMPLE_ROW, "balance": 2, "replayed": False})
 
-    transaction: HistoryRow
+    transaction: HistoryRow | None = Field(
+        description="null if the workshop is open without a payment: it is older than the paywall, or there is none."
+    )
     balance: int
     replayed: bool
 
@@ -305,8 +307,12 @@ def add_to(billing: Billing) -> None:
         change = billing.accounts.complete_onboarding if wanted.complete else billing.accounts.reset_onboarding
         return Onboarding(complete=(await run(lambda conn: change(conn, user))).onboarding_complete)
 
-    if billing.config.host.workshops is None:
-        return
+    if billing.config.host.workshops is not None:
+        _add_workshops(billing)
+
+
+def _add_workshops(billing: Billing) -> None:
+    User = Annotated[Key, Depends(billing.signed_in)]  # noqa: N806 - a type
 
     @billing.get(
         "/api/workshops/{workshop}/access",
@@ -344,7 +350,13 @@ def add_to(billing: Billing) -> None:
             str | None, Header(min_length=1, max_length=KEY_MAX, description="The client's name for this one intent.")
         ] = None,
     ) -> Response:
-        """Spend a credit on a workshop, once: a repeated call charges nothing and returns the first result."""
+        """Spend a credit on a workshop, once: a repeated call charges nothing and returns the first result.
+
+        Nothing is charged for a workshop that is open without a payment.
+        """
         spent = await billing.unlock(user, workshop, key=idempotency_key)
-        balance = (await billing.standing(user)).balance if spent.replayed else spent.balance_after or 0
-        return answer(UnlockAnswer(transaction=history_row(spent), balance=balance, replayed=spent.replayed))
+        row = None if spent is None else history_row(spent)
+        if spent is None or spent.replayed:
+            balance = (await billing.standing(user)).balance
+            return answer(UnlockAnswer(transaction=row, balance=balance, replayed=True))
+        return answer(UnlockAnswer(transaction=row, balance=spent.balance_after or 0, replayed=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Final
@@ -22,11 +23,32 @@ from tallystick.errors import (
     shown,
 )
 from tallystick.ledger import Access, AccessReason, CreditTransaction, Ledger, Standing
-from tallystick.ledger.connections import SyncConnection
+from tallystick.ledger.connections import Rows, SyncConnection, as_text
 from tallystick.ledger.outcomes import Refusal, error_of
+from tallystick.schema import ROW
 
 UNLOCK_CREDITS: Final = 1
 """The credits that open a workshop."""
+
+_FREE: Final = (AccessReason.GRANDFATHERED, AccessReason.PAYWALL_OFF)
+"""The reasons for which a workshop is open although nobody paid for it."""
+
+# The attributes of an answer in the ledger's order; moments as numbers, since their text depends on DateStyle.
+_ANSWER: Final = ", ".join(
+    f"(extract(epoch FROM spent.{name}) OPERATOR(pg_catalog.*) 1000000)::bigint"
+    if name in {"created_at", "completed_at", "expires_at"}
+    else f"spent.{name}::pg_catalog.text"
+    if name in {"metadata", "detail"}
+    else f"spent.{name}"
+    for name in ("outcome", *ROW, "balance", "required", "remaining", "detail", "item", "credit_held", "expires_at")
+)
+
+# One statement, so that unlocking is one round trip. consume refuses an amount of 0 before it reads anything.
+_UNLOCK: Final = (
+    f"SELECT access.reason, {_ANSWER} FROM tallystick.access(%s, %s, %s) AS access, "  # noqa: S608 - names of ours
+    "LATERAL tallystick.consume(user_id => %s, key => %s, workshop_id => %s, amount => "
+    f"CASE WHEN access.reason IN ('{_FREE[0]}', '{_FREE[1]}') THEN 0 ELSE {UNLOCK_CREDITS} END) AS spent"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +127,7 @@ class Paywall:
         if isinstance(conn, sa.Connection):
             row = run(conn, self._statement, values).one_or_none()
         else:
-            connection: Any = conn
-            with translated(), closing(connection.cursor()) as cursor:
-                cursor.execute(self._text, values)
-                row = cursor.fetchone()
+            row = next(iter(_rows(conn, self._text, values)), None)
         if row is None:
             raise UnknownWorkshop(f"no workshop {key!r}", workshop=key)
         is_theirs, title, is_open, reason, is_there, *standing = row
@@ -148,18 +167,29 @@ class Paywall:
             )
         return now.available
 
-    def unlock(self, conn: SyncConnection, user: Key, workshop: object, *, key: str | None = None) -> CreditTransaction:
-        """Spend a credit on a workshop; ``key`` is the client's name for this intent.
+    def unlock(
+        self, conn: SyncConnection, user: Key, workshop: object, *, key: str | None = None
+    ) -> CreditTransaction | None:
+        """Spend a credit on a workshop; None, and nothing is spent, if it is open although nobody paid for it.
 
-        Without one the workshop itself is the intent, since it is paid for once. A client's keys get a prefix, so that
-        they cannot be keys of the host or of Stripe.
+        ``key`` is the client's name for this intent. Without one the workshop itself is the intent, since it is paid
+        for once. A client's keys get a prefix, so that they cannot be keys of the host or of Stripe.
 
         Raises:
             InsufficientCredits, IdempotencyKeyReused, UnknownWorkshop, WorkshopNotOwned, WorkshopDeleted, …
         """
         opened = self._key(workshop)
         name = f"web:key:{key}" if key is not None else f"web:unlock:{opened}"
-        return self.ledger.consume(conn, user, workshop=opened, credits=UNLOCK_CREDITS, key=name)
+        call = self.ledger.consume.call(user, workshop=opened, credits=UNLOCK_CREDITS, key=name)
+        sent = call.arguments
+        values = (opened, *self._paywall.values(), sent["user_id"], sent["key"], sent["workshop_id"])
+        ((reason, *answer),) = _rows(
+            conn, _UNLOCK, tuple(None if value is None else as_text(value) for value in values)
+        )
+        if reason in _FREE:
+            self.workshop(conn, user, opened)  # it must be the user's
+            return None
+        return call.read([answer])
 
     def _key(self, text: object) -> Key:
         """The key for ``text`` in an address. Raises UnknownWorkshop if it is no key."""
@@ -168,3 +198,15 @@ class Paywall:
             return schema.workshop_key_of(text) if isinstance(text, str) else schema.workshop_key(text)
         except InvalidArgument:
             raise UnknownWorkshop(f"no workshop {shown(text)}", workshop=shown(text)) from None
+
+
+def _rows(conn: SyncConnection, text: str, values: Mapping[str, Any] | Sequence[Any]) -> Rows:
+    """The rows of a statement, on the driver's connection, SQLAlchemy's or Django's."""
+    with translated():
+        if isinstance(conn, sa.Connection):
+            return conn.exec_driver_sql(text, values).fetchall()
+        connection: Any = conn
+        with closing(connection.cursor()) as cursor:
+            cursor.execute(text, values)
+            rows: Rows = cursor.fetchall()
+            return rows
