@@ -15,6 +15,7 @@ import sqlalchemy as sa
 
 from pages import ROOT, blocks
 from sites import HTMX, DjangoShop
+from tallystick.schema import INT32_MAX
 
 pytestmark = pytest.mark.one_server
 
@@ -177,6 +178,22 @@ def test_buying(django_shop: DjangoShop) -> None:
     assert stranger.get("/billing/success", {"session_id": session}).status_code == 404
     unknown = form | {"pack": "Nothing", "key": "l"}
     assert client.post("/billing/checkout", unknown).status_code == 404
+
+
+def test_a_payment_whose_credits_the_ledger_refuses(django_shop: DjangoShop) -> None:
+    from django_workshops.billing import billing
+
+    user = django_shop.user()
+    client = django_shop.client(user)
+    host = {"Host": django_shop.origin.partition("://")[2]}
+    started = client.post("/billing/checkout", {"pack": "Flight Crew"}, headers=host)
+    session = urlsplit(started["Location"]).path.rpartition("/")[2]
+    billing.ledger.grant(connection(), user.pk, credits=INT32_MAX - 1, key="k", description="A present")
+    django_shop.double.pay(session)
+    page = client.get("/billing/success", {"session_id": session}).content.decode()
+    assert f"the credits could not be added. Tell us: reference {session}" in page
+    billing.ledger.consume(connection(), user.pk, credits=5, key="l")
+    assert "3 credits added" in client.get("/billing/success", {"session_id": session}).content.decode()
 
 
 def test_a_delivery_needs_a_signature_and_no_token(django_shop: DjangoShop) -> None:

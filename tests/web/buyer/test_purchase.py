@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from sites import HTML, Shop
+from tallystick.schema import INT32_MAX
 from tallystick.stripe.client import client
 from worlds import World
 
@@ -237,6 +238,28 @@ def test_a_bank_debit_arrives_or_does_not(shop: Shop, *, succeeds: bool, says: s
     shop.double.settle(session, succeeded=succeeds)
     assert says in shop.return_from_stripe(user, session).text
     assert shop.balance(user) == balance
+
+
+def test_a_payment_whose_credits_the_ledger_refuses(shop: Shop) -> None:
+    user = shop.world.user(credits=1)
+    session = shop.start(user, return_to="/x")
+    with shop.world.engine.begin() as conn:
+        shop.world.ledger.grant(conn, user, credits=INT32_MAX - 2, key="k", description="A present")
+    confirm = f"/billing/api/checkout/{session}/confirm"
+    assert shop.post(user, confirm).json()["status"] == "pending"
+    shop.double.pay(session)
+    page = shop.return_from_stripe(user, session, return_to="/x").text
+    assert f"Your payment arrived, but the credits could not be added. Tell us: reference {session}" in page
+    assert "hx-get" not in page  # to ask again changes nothing
+    assert "Choose a pack" not in page
+    assert 'href="/x"' in page
+    answer = shop.post(user, confirm).json()
+    assert (answer["status"], answer["balance"]) == ("refused", INT32_MAX - 1)
+
+    with shop.world.engine.begin() as conn:
+        shop.world.ledger.consume(conn, user, credits=5, key="l")
+    assert "3 credits added" in shop.return_from_stripe(user, session).text
+    assert shop.post(user, confirm).json()["status"] == "completed"
 
 
 def test_cancelled(shop: Shop) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from stripe_sales.shop import CREDITS, Shop
 from tallystick.dev.stripe import DevStripe
+from tallystick.schema import INT32_MAX
 
 
 @pytest.fixture
@@ -41,6 +42,26 @@ def test_about_one_purchase(shop, visitor):
     assert shop.balance(user) == CREDITS
     ask(visitor, key=user, session=bought.session)  # twice changes nothing
     assert shop.balance(user) == CREDITS
+
+
+def test_about_a_purchase_that_the_ledger_refuses(shop, visitor):
+    user = shop.world.user()
+    bought = shop.checkout(user, key="1")
+    with shop.world.engine.begin() as conn:
+        shop.world.ledger.grant(conn, user, credits=INT32_MAX - 1, key="g", description="A present")
+    assert "Refused by the ledger" not in visitor.get("/pending").text
+    shop.dev.pay(bought.session)
+    page = ask(visitor, key=user, session=bought.session)
+    assert "Paid, and refused" in page
+    assert "Not paid yet" not in page
+    for shown in (page, visitor.get("/pending").text):
+        assert "Refused by the ledger" in shown
+        assert f"a change by {CREDITS} leaves the range of a balance" in shown
+        assert bought.session in shown
+
+    with shop.world.engine.begin() as conn:
+        shop.world.ledger.consume(conn, user, credits=CREDITS, key="c")
+    assert "the credits are granted" in ask(visitor, key=user, session=bought.session)
 
 
 def test_about_all(shop, visitor):

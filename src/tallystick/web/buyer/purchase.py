@@ -5,6 +5,7 @@ No ``from __future__ import annotations`` here, as in ``billing``.
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from enum import StrEnum
 from typing import Annotated, Any, Final
 from uuid import UUID
 
@@ -17,13 +18,12 @@ from starlette.responses import JSONResponse, Response
 
 from tallystick import stripe
 from tallystick.errors import Key
-from tallystick.schema import CreditTransactionStatus
 from tallystick.stripe.client import async_http, disconnect
 from tallystick.web.buyer.billing import Billing
 from tallystick.web.buyer.buyer_request import redirect
 from tallystick.web.buyer.entrance import WEBHOOK, StarletteRequest
 from tallystick.web.buyer.json_api import EXAMPLE_ID, KEY_MAX, TAGS, refusals
-from tallystick.web.buyer.sales import Sales
+from tallystick.web.buyer.sales import Sales, is_refused
 from tallystick.web.buyer.views import ReturnTo
 from tallystick.web.shared.addresses import RETURN_MAX
 
@@ -73,15 +73,28 @@ class CheckoutAnswer(BaseModel):
     credits: int
 
 
+class PurchaseStatus(StrEnum):
+    """The state of a purchase in the ledger; or ``refused``, if it is paid and the ledger refused the credits."""
+
+    PENDING = "pending"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    REFUSED = "refused"
+
+
 class PurchaseAnswer(BaseModel):
-    """The present state of a purchase. ``pending`` after paying means that the bank has not confirmed it yet."""
+    """The present state of a purchase.
+
+    ``pending`` after paying means that the bank has not confirmed it yet. ``refused`` means that it is paid and the
+    credits could not be added: the app's operator has a finding about it, and asking again does not help.
+    """
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"purchase": EXAMPLE_ID, "status": "completed", "credits": 3, "balance": 3}]}
     )
 
     purchase: UUID
-    status: CreditTransactionStatus
+    status: PurchaseStatus
     credits: int
     balance: int
 
@@ -153,7 +166,9 @@ def _add_pages(billing: Billing, sales: Sales) -> None:
         here = billing.renderer.url(StarletteRequest(request), "success", query=dict(request.query_params))
         return await billing.shown(
             request,
-            lambda conn: sales.finished(conn, user, outcome, workshop=workshop, return_to=return_to, here=here),
+            lambda conn: sales.finished(
+                conn, user, outcome, session=session_id, workshop=workshop, return_to=return_to, here=here
+            ),
         )
 
     @billing.get("/cancelled", name="tallystick.cancelled", include_in_schema=False)
@@ -199,7 +214,7 @@ def _add_json(billing: Billing, sales: Sales) -> None:
         found = await billing.database.run_on_engine(lambda engine: sales.confirm(engine, user, stripe_session))
         return PurchaseAnswer(
             purchase=found.purchase.id,
-            status=found.purchase.status,
+            status=PurchaseStatus.REFUSED if is_refused(found) else PurchaseStatus(found.purchase.status),
             credits=found.purchase.amount,
             balance=(await billing.standing(user)).balance,
         )

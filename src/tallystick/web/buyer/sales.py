@@ -18,6 +18,11 @@ Outcome = tuple[str, stripe.Confirmation | None]
 """The state of a purchase by the template's name, and Stripe's confirmation."""
 
 
+def is_refused(found: stripe.Confirmation) -> bool:
+    """True for a purchase that is paid, and whose credits the ledger refused; the reason is in a finding."""
+    return found.outcome is stripe.Outcome.REFUSED and not found.granted
+
+
 class Sales:
     """The purchases of one configuration. Calls with requests to Stripe take an engine, for their own transactions."""
 
@@ -66,6 +71,8 @@ class Sales:
             return "waiting", None  # the webhook will grant it
         if found.granted:
             return "granted", found
+        if is_refused(found):
+            return "refused", found
         return ("failed" if found.purchase.status is CreditTransactionStatus.FAILED else "waiting"), found
 
     def finished(
@@ -74,6 +81,7 @@ class Sales:
         user: Key,
         outcome: Outcome,
         *,
+        session: str,
         workshop: str | None,
         return_to: str | None,
         here: str,
@@ -87,6 +95,7 @@ class Sales:
             "granted": (texts.success_title, texts.success(bought, balance)),
             "waiting": (texts.waiting_title, texts.waiting),
             "failed": (texts.failed_title, texts.failed),
+            "refused": (texts.refused_title, texts.refused(session)),
         }[state]
         return self._page(state, title, text, balance, about, return_to=return_to, here=here)
 

@@ -130,6 +130,7 @@ class Texts:
     check_again = "Check again"
     failed_title = "The payment did not go through"
     failed = "Nothing was charged."
+    refused_title = "Your credits are not there yet"
     try_again = "Choose a pack"
     cancelled_title = "Purchase cancelled"
     cancelled = "Nothing was charged."
@@ -137,6 +138,10 @@ class Texts:
     def success(self, credits: int, balance: int) -> str:
         """The purchase, and the new balance."""
         return f"{self.credits(credits)} added. You have {self.number(balance)}."
+
+    def refused(self, session: str) -> str:
+        """The text for a purchase that is paid and could not be granted; ``session`` is Stripe's id of it."""
+        return f"Your payment arrived, but the credits could not be added. Tell us: reference {session}"
 
     def back(self, title: str | None) -> str:
         """The link to the page that the buyer came from."""

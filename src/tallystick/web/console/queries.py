@@ -22,7 +22,14 @@ from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.config import TEXT_KEYS, Config
 from tallystick.database import Standby, standby, transaction, with_known_settings
-from tallystick.declared_tables import Schema, daily_sums, migration_log, stripe_failed_deliveries, stripe_reversals
+from tallystick.declared_tables import (
+    Schema,
+    daily_sums,
+    migration_log,
+    stripe_failed_deliveries,
+    stripe_findings,
+    stripe_reversals,
+)
 from tallystick.declared_tables import days as kept_days
 from tallystick.errors import InvalidArgument, Key, UnknownUser, shown
 from tallystick.ledger import Ledger, Standing
@@ -32,6 +39,7 @@ PAGE_ROWS = 50
 TALLY_ROWS = 30
 CHART_ROWS = 400
 COUNT_UP_TO = 1000
+REFUSED_KINDS = ("refused", "second_session")  # of findings: what Outcome.REFUSED leaves, if Stripe's extra is there
 SUM_ROWS = 5_000
 """The number of a user's newest rows that are summed up."""
 ROWS_A_PAGE = 40
@@ -205,6 +213,15 @@ class LostDelivery:
     attempts: int
     first_at: dt.datetime
     last_at: dt.datetime
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedPayment:
+    """An open finding about an object of Stripe's whose effect the ledger refused, and the reason."""
+
+    object_id: str
+    reason: str
+    seen_at: dt.datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -649,6 +666,14 @@ class Queries:
         statement = sa.select(*columns).where(row.resolved_at.is_(None)).order_by(row.first_at, row.event_id)
         with self.reading() as conn:
             return [LostDelivery(*found) for found in conn.execute(statement.limit(PAGE_ROWS))]
+
+    def refused_payments(self) -> list[RefusedPayment]:
+        """Open findings about what the ledger refused, the oldest first: as many as a page can show."""
+        row = stripe_findings.c
+        statement = sa.select(row.object_id, row.found, row.seen_at).order_by(row.seen_at, row.object_id)
+        refused = statement.where(row.kind.in_(REFUSED_KINDS), row.dismissed_at.is_(None))
+        with self.reading() as conn:
+            return [RefusedPayment(*found) for found in conn.execute(refused.limit(PAGE_ROWS))]
 
     # --- migrations ---
 

@@ -374,6 +374,7 @@ class _Console:
             page=page,
             waiting=queries.waiting(),
             lost=queries.lost_deliveries(),
+            refused=queries.refused_payments(),
             stripe_run=stripe_run,
             outcome=request.query_params.get("outcome", "") if self.stripe else "",
             refresh=stripe_run is not None and stripe_run.running,
@@ -396,7 +397,9 @@ class _Console:
             log.info(
                 "action=ask-stripe operator=%r session=%r outcome=%s", _operator(request), session, confirmation.outcome
             )
-            return RedirectResponse(self.at(request, "/pending", outcome=confirmation.purchase.status), 303)
+            refused = confirmation.outcome == "refused" and not confirmation.granted
+            outcome = "refused" if refused else str(confirmation.purchase.status)
+            return RedirectResponse(self.at(request, "/pending", outcome=outcome), 303)
         started = self.stripe.start()
         log.info("action=reconcile operator=%r started=%s", _operator(request), started)
         self.stripe.wait(FIRST_FIGURES_S)

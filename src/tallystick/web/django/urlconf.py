@@ -154,10 +154,11 @@ def _buying(billing: DjangoBilling, sales: Sales) -> list[Any]:
 
     def success(request: HttpRequest, user: Key) -> BuyerPage:
         query = request.GET
-        outcome = sales.outcome(billing.engine, user, query.get("session_id", ""))
+        session = query.get("session_id", "")
+        outcome = sales.outcome(billing.engine, user, session)
         return sales.finished(
-            billing.connection, user, outcome, workshop=query.get("workshop"), return_to=query.get("return_to"),
-            here=request.get_full_path(),
+            billing.connection, user, outcome, session=session, workshop=query.get("workshop"),
+            return_to=query.get("return_to"), here=request.get_full_path(),
         )  # fmt: skip
 
     def cancelled(request: HttpRequest, user: Key) -> BuyerPage:
