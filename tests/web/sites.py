@@ -22,6 +22,22 @@ from worlds import SHAPES, World
 ORIGIN = "http://testserver"
 PACKS = (Pack(name="Single Flight", credits=1, amount=7900), Pack(name="Flight Crew", credits=3, amount=14900))
 HTML = {"accept": "text/html,application/xhtml+xml"}
+ODD_KEYS = (
+    "org/repo",
+    "a/unlock",
+    "/a//b/",
+    "a?b",
+    "a#b",
+    "50%",
+    "x%41",
+    "a%2Fb",
+    "größe 2",
+    "q\"'<&\\",
+    "../a",
+    "a;b=c+d",
+)
+"""Keys of workshops that an address holds only if they are quoted."""
+
 HTMX = {"accept": "text/html", "hx-request": "true"}
 
 

@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import jinja2
 import pytest
 import sqlalchemy as sa
 
 from pages import ROOT, blocks
-from sites import HTMX, DjangoShop
+from sites import HTMX, ODD_KEYS, DjangoShop
 from tallystick.schema import INT32_MAX
 
 pytestmark = pytest.mark.one_server
@@ -104,6 +104,21 @@ def test_nothing_is_charged_for_a_workshop_that_is_open_already(django_shop: Dja
         assert isinstance(sent, Reply)
         assert sent.headers["Location"].endswith("spent=0")
         assert django_shop.balance(user.email) == credits
+
+
+@pytest.mark.parametrize("key", ODD_KEYS)
+def test_the_key_of_a_workshop_may_hold_any_character(django_shop: DjangoShop, key: str) -> None:
+    from django.test import RequestFactory
+    from django.urls import resolve
+
+    from tallystick.web.django.django_billing import DjangoRequest
+
+    client = django_shop.client(django_shop.user())
+    for name in ("unlock", "unlock_now", "unlocked"):
+        address = DjangoRequest(RequestFactory().get("/")).url(name, workshop=key)
+        assert address == f"/billing/workshops/{quote(key, safe='')}/{name.removesuffix('_now')}"
+        assert resolve(unquote(address)).kwargs == {"workshop": key}
+        assert client.get(address).status_code == 404  # the example's keys are numbers
 
 
 def test_another_users_workshop_is_not_there(django_shop: DjangoShop) -> None:

@@ -6,8 +6,9 @@ import csv
 import datetime as dt
 import re
 from collections.abc import Callable
+from html import unescape
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 from uuid import UUID, uuid4
 
 import jinja2
@@ -18,10 +19,11 @@ from markupsafe import Markup
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
-from sites import HTML, HTMX, Site
+from sites import HTML, HTMX, ODD_KEYS, Site
 from tallystick.accounts import Account
 from tallystick.config import Pack
 from tallystick.web import Fragments, Texts
+from tallystick.web.buyer.entrance import StarletteRequest
 
 pytestmark = pytest.mark.one_server  # it is about requests and answers
 
@@ -45,6 +47,42 @@ def test_spending_asks_first_and_then_says_what_it_did(site: Site) -> None:
     assert "unlocked already. Nothing was charged" in again.text
     assert "unlocked already" in site.get(user, address, headers=HTML).text
     assert site.balance(user) == 2
+
+
+@pytest.mark.parametrize("key", ODD_KEYS)
+def test_a_key_is_one_segment_of_an_address(site: Site, key: str) -> None:
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "app": site.app}
+    for name in ("unlock", "unlock_now", "unlocked", "api.unlock", "api.access"):
+        address = StarletteRequest(Request(scope)).url(name, workshop=key)
+        assert address.split("/")[-2:-1] == [quote(key, safe="")], address
+
+
+# Starlette's test client decodes a path twice
+@pytest.mark.parametrize("key", [key for key in ODD_KEYS if unquote(key) == key])
+def test_the_key_of_a_workshop_may_hold_any_character(make_site: Callable[..., Site], key: str) -> None:
+    site = make_site("clerk")
+    user, other = site.world.user(credits=1), site.world.user(credits=1)
+    with site.world.engine.begin() as conn:
+        conn.execute(sa.insert(site.world.schema.workshops).values(key=key, owner=user, title="Pricing"))
+        for near in {key.partition("/")[0], key.partition("?")[0], key.partition("#")[0], unquote(key)} - {key}:
+            conn.execute(sa.insert(site.world.schema.workshops).values(key=near, owner=other, title="Another"))
+
+    @site.app.get("/open/{workshop:path}", dependencies=[Depends(site.billing.requires_open_workshop)])
+    async def opened() -> str:
+        return "ok"
+
+    locked = site.get(user, f"/open/{quote(key, safe='')}", headers=HTML)
+    assert locked.status_code == 402
+    (link,) = re.findall(r'href="([^"]+/unlock[^"]*)"', locked.text)
+    asked = site.get(user, unescape(link), headers=HTML)
+    assert "This will use 1 credit. You have 1." in asked.text
+    (form,) = re.findall(r'action="([^"]+)"', asked.text)
+    done = site.post(user, unescape(form), headers=HTML)
+    assert "1 credit used. 0 left." in site.get(user, done.headers["location"], headers=HTML).text
+    about = f"/billing/api/workshops/{quote(key, safe='')}"
+    assert site.get(user, f"{about}/access").json()["workshop"] == key
+    assert site.post(user, f"{about}/unlock").json()["transaction"]["workshop"] == key
+    assert site.get(user, f"/open/{quote(key, safe='')}").json() == "ok"
 
 
 def test_a_deleted_workshop_cannot_be_unlocked(site: Site) -> None:

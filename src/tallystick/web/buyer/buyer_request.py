@@ -71,6 +71,11 @@ class Reply:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
+def quoted(path: Mapping[str, str]) -> dict[str, str]:
+    """The parameters of a path, each quoted as one segment: a key of the host's may hold any character."""
+    return {name: quote(value, safe="") for name, value in path.items()}
+
+
 def redirect(to: str) -> Reply:
     """An answer that redirects a browser to ``to`` by GET. Only characters that are not ASCII are quoted."""
     return Reply(SEE_OTHER, headers={"Location": quote(to, safe=OF_ADDRESSES)})

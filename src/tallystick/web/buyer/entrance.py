@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tallystick.errors import Key, RequestRefused, TallystickError
-from tallystick.web.buyer.buyer_request import HTML, BuyerPage, Reply
+from tallystick.web.buyer.buyer_request import HTML, BuyerPage, Reply, quoted
 from tallystick.web.buyer.refusals import Refusals
 from tallystick.web.buyer.rendering import Renderer
 from tallystick.web.shared.requests import BODY_MAX_BYTES, SAFE_METHODS, WEBHOOK_MAX_BYTES, check_same_site, limited
@@ -48,7 +48,7 @@ class StarletteRequest:
 
     def url(self, name: str, /, **path: str) -> str:
         """The path of one of our routes, under the host's prefix."""
-        return self._request.url_for(f"tallystick.{name}", **path).path
+        return self._request.url_for(f"tallystick.{name}", **quoted(path)).path
 
     def form_token(self) -> Markup:
         """None: ``check_same_site`` needs no token."""

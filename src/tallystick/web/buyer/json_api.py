@@ -10,6 +10,7 @@ from uuid import UUID
 
 from fastapi import Depends, Header, Path, Query
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.responses import Response
 
 from tallystick.accounts import Account
@@ -231,6 +232,20 @@ def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
+class _Key(Convertor[str]):
+    """A workshop's key in a path. Servers decode %2F, so that a key with a slash arrives as several segments."""
+
+    regex = "(?s:.+)"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("tallystick_key", _Key())
+
 WorkshopPath = Annotated[str, Path(max_length=200, description="The workshop's key.", examples=[_EXAMPLE_WORKSHOP])]
 # A value of `next`: a sequence, or the id of a pending purchase.
 _CURSOR = r"^([0-9]{1,9}|1[0-9]{9}|20[0-9]{8}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12})$"
@@ -315,7 +330,7 @@ def _add_workshops(billing: Billing) -> None:
     User = Annotated[Key, Depends(billing.signed_in)]  # noqa: N806 - a type
 
     @billing.get(
-        "/api/workshops/{workshop}/access",
+        "/api/workshops/{workshop:tallystick_key}/access",
         name="tallystick.api.access",
         response_model=AccessAnswer,
         tags=TAGS,
@@ -337,7 +352,7 @@ def _add_workshops(billing: Billing) -> None:
         )
 
     @billing.post(
-        "/api/workshops/{workshop}/unlock",
+        "/api/workshops/{workshop:tallystick_key}/unlock",
         name="tallystick.api.unlock",
         response_model=UnlockAnswer,
         tags=TAGS,

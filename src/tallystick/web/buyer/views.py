@@ -95,11 +95,11 @@ def _add_unlocking(billing: Billing) -> None:
     User = Annotated[Key, Depends(billing.signed_in)]  # noqa: N806 - a type
     pages = billing.pages
 
-    @billing.get("/workshops/{workshop}/unlock", name="tallystick.unlock", include_in_schema=False)
+    @billing.get("/workshops/{workshop:tallystick_key}/unlock", name="tallystick.unlock", include_in_schema=False)
     async def confirm(request: Request, user: User, workshop: WorkshopPath, return_to: ReturnTo = None) -> Response:
         return await billing.shown(request, lambda conn: pages.confirm(conn, user, workshop, return_to=return_to))
 
-    @billing.post("/workshops/{workshop}/unlock", name="tallystick.unlock_now", include_in_schema=False)
+    @billing.post("/workshops/{workshop:tallystick_key}/unlock", name="tallystick.unlock_now", include_in_schema=False)
     async def unlock(
         request: Request, user: User, workshop: WorkshopPath, return_to: PostedReturnTo = None
     ) -> Response:
@@ -108,7 +108,7 @@ def _add_unlocking(billing: Billing) -> None:
             request, lambda conn: pages.unlock(conn, buyer_request, user, workshop, return_to=return_to)
         )
 
-    @billing.get("/workshops/{workshop}/unlocked", name="tallystick.unlocked", include_in_schema=False)
+    @billing.get("/workshops/{workshop:tallystick_key}/unlocked", name="tallystick.unlocked", include_in_schema=False)
     async def unlocked(
         request: Request,
         user: User,

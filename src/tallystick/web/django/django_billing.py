@@ -31,7 +31,7 @@ from tallystick.config import Config
 from tallystick.database import engine as engine_of
 from tallystick.errors import ConfigError, Key, NotSignedIn, TallystickError, UnknownUser
 from tallystick.ledger import Access
-from tallystick.web.buyer.buyer_request import HTML, SERVER_FAULT, BuyerPage, Reply
+from tallystick.web.buyer.buyer_request import HTML, SERVER_FAULT, BuyerPage, Reply, quoted
 from tallystick.web.buyer.core import Pages
 from tallystick.web.buyer.fragments import Fragments
 from tallystick.web.buyer.refusals import Refusals
@@ -64,7 +64,11 @@ class DjangoRequest:
 
     def url(self, name: str, /, **path: str) -> str:
         """The path of one of our routes, under the app's prefix."""
-        return str(reverse(f"{NAMESPACE}:{name}", kwargs=path))
+        places = {each: f"__{each}__" for each in path}  # Django would leave some characters of the values unquoted
+        address = str(reverse(f"{NAMESPACE}:{name}", kwargs=places))
+        for each, value in quoted(path).items():
+            address = address.replace(places[each], value)
+        return address
 
     def form_token(self) -> Markup:
         """The field for Django's ``CsrfViewMiddleware``."""

@@ -130,10 +130,11 @@ def _unlocking(billing: DjangoBilling) -> list[Any]:
         return pages.unlocked(billing.connection, user, workshop, spent=spent, return_to=back)
 
     asking = _view(billing, {"GET": confirm, "POST": unlock})
+    # a path: Django decodes %2F, so that a key with a slash arrives as several segments
     return [
-        path("workshops/<str:workshop>/unlock", asking, name="unlock"),
-        path("workshops/<str:workshop>/unlock", asking, name="unlock_now"),
-        path("workshops/<str:workshop>/unlocked", _view(billing, {"GET": unlocked}), name="unlocked"),
+        path("workshops/<path:workshop>/unlock", asking, name="unlock"),
+        path("workshops/<path:workshop>/unlock", asking, name="unlock_now"),
+        path("workshops/<path:workshop>/unlocked", _view(billing, {"GET": unlocked}), name="unlocked"),
     ]
 
 
