@@ -262,6 +262,33 @@ def test_a_payment_whose_credits_the_ledger_refuses(shop: Shop) -> None:
     assert shop.post(user, confirm).json()["status"] == "completed"
 
 
+@pytest.mark.parametrize("gone", ["deleted", "soft-deleted", "of another user"])
+def test_the_workshop_is_gone_when_the_buyer_returns(shop: Shop, gone: str) -> None:
+    world, user = shop.world, shop.world.user()
+    workshop = world.workshop(user, title="Pricing")
+    about = {"workshop": str(workshop), "return_to": "/x"}
+    session = shop.start(user, **about)
+    shop.double.pay(session)
+    workshops = world.schema.workshops
+    assert workshops is not None
+    with world.engine.begin() as conn:
+        if gone == "deleted":
+            conn.execute(sa.delete(workshops).where(workshops.c.key == workshop))
+        elif gone == "soft-deleted":
+            world.accounts.delete_workshop(conn, workshop)
+        else:
+            conn.execute(sa.update(workshops).where(workshops.c.key == workshop).values(owner=world.user()))
+    for page, says in (
+        (shop.return_from_stripe(user, session, **about), "3 credits added. You have 3."),
+        (shop.get(user, "/billing/cancelled", params=about, headers=HTML), "Nothing was charged."),
+    ):
+        assert page.status_code == 200
+        assert says in page.text
+        assert "Pricing" not in page.text
+        assert 'href="/x"' in page.text
+        assert "unlock" not in page.text
+
+
 def test_cancelled(shop: Shop) -> None:
     user = shop.world.user()
     workshop = shop.world.workshop(user, title="Pricing")

@@ -52,12 +52,12 @@ def test_another_users_workshop_is_as_one_that_is_not_there(site: Site, accept: 
         ("POST", "/billing/workshops/{}/unlock"),
         ("GET", "/billing/workshops/{}/unlocked"),
         ("GET", "/billing/pricing?workshop={}"),
-        ("GET", "/billing/cancelled?workshop={}"),
+        ("GET", "/billing/cancelled?workshop={}"),  # without the workshop, which may be gone after a payment
     ):
         answers = [
             site.client.request(method, path.format(key), headers=site.as_(other) | accept) for key in (theirs, nobodys)
         ]
-        assert [a.status_code for a in answers] == [404, 404], path
+        assert {a.status_code for a in answers} == {200 if "cancelled" in path else 404}, path
         assert answers[0].text.replace(str(theirs), "") == answers[1].text.replace(str(nobodys), "")
         assert "Secret plan" not in answers[0].text
     assert (site.balance(owner), site.balance(other)) == (1, 1)

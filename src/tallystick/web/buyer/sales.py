@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import sqlalchemy as sa
 
 from tallystick import stripe
 from tallystick.config import Config
-from tallystick.errors import Key, StripeUnavailable
+from tallystick.errors import Key, StripeUnavailable, UnknownWorkshop, WorkshopNotOwned
+from tallystick.ledger import AccessReason
 from tallystick.ledger.connections import SyncConnection
 from tallystick.schema import CreditTransactionStatus
 from tallystick.web.buyer.buyer_request import BuyerPage, BuyerRequest
@@ -108,10 +111,12 @@ class Sales:
         )
 
     def _about(self, conn: SyncConnection, user: Key, workshop: str | None) -> tuple[Workshop | None, int]:
-        if workshop is None:
-            return None, self._pages.ledger.standing(conn, user).spendable
-        found, now = self._pages.paywall.workshop_and_standing(conn, user, workshop)
-        return found, now.spendable
+        """The workshop that the credits were for, and the balance; None if it is gone: the buyer has paid anyway."""
+        if workshop is not None:
+            with suppress(UnknownWorkshop, WorkshopNotOwned):
+                found, now = self._pages.paywall.workshop_and_standing(conn, user, workshop)
+                return None if found.access.reason is AccessReason.DELETED else found, now.spendable
+        return None, self._pages.ledger.standing(conn, user).spendable
 
     def _page(
         self,
