@@ -197,6 +197,24 @@ def test_buying(django_shop: DjangoShop) -> None:
     assert client.post("/billing/checkout", unknown).status_code == 404
 
 
+def test_a_nul_or_a_long_key_is_refused(django_shop: DjangoShop) -> None:
+    client = django_shop.client(django_shop.user())
+    host = {"Host": django_shop.origin.partition("://")[2]}
+    for form, status in (
+        ({"key": "\0a"}, 422),
+        ({"key": "x" * 201}, 422),
+        ({"pack": "\0"}, 404),
+        ({"workshop": "\0"}, 404),
+        ({"return_to": "/\0"}, 303),
+    ):
+        answer = client.post("/billing/checkout", {"pack": "Flight Crew"} | form, headers=host)
+        assert answer.status_code == status, form
+        assert "web:" not in answer.content.decode()
+    for path in ("workshops/%00/unlock", "pricing?workshop=%00", "success?session_id=%00", "cancelled?workshop=%00",
+                 "history?before=%00", "welcome?return_to=%00"):  # fmt: skip
+        assert client.get(f"/billing/{path}").status_code in {200, 404, 422}, path
+
+
 def test_a_payment_whose_credits_the_ledger_refuses(django_shop: DjangoShop) -> None:
     from django_workshops.billing import billing
 

@@ -14,7 +14,7 @@ import pytest
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
-from sites import HTML, ORIGIN, Site
+from sites import HTML, ORIGIN, Shop, Site
 from tallystick.config import Config
 from tallystick.errors import CrossSiteRequest, TallystickError
 from tallystick.web import Texts
@@ -289,6 +289,29 @@ def test_fields_that_we_do_not_know(site: Site) -> None:
     assert refused.status_code == 422
     assert "compleat" in refused.json()["detail"]
     assert site.get(user, "/billing/api/onboarding").json() == {"complete": True}
+
+
+NUL_FORMS = ({"key": "\0a"}, {"pack": "\0"}, {"workshop": "\0"}, {"return_to": "/\0"})
+
+
+@pytest.mark.parametrize("form", NUL_FORMS)
+def test_a_nul_in_a_form(shop: Shop, form: dict[str, str]) -> None:
+    user = shop.world.user()
+    answer = shop.post(user, "/billing/checkout", data={"pack": "Flight Crew", "key": "k"} | form, headers=HTML)
+    assert answer.status_code == {"key": 422, "return_to": 303}.get(next(iter(form)), 404)
+    if "key" in form:
+        assert "A value is not valid" in answer.text
+    for text in (answer.text, str(answer.headers)):
+        assert "SELECT" not in text
+        assert "web:" not in text
+
+
+@pytest.mark.parametrize(
+    "path", ["workshops/%00/unlock", "pricing?workshop=%00", "success?session_id=%00", "cancelled?workshop=%00",
+             "history?before=%00", "welcome?return_to=%00"],
+)  # fmt: skip
+def test_a_nul_in_an_address(shop: Shop, path: str) -> None:
+    assert shop.get(shop.world.user(), f"/billing/{path}", headers=HTML).status_code in {200, 404, 422}
 
 
 def test_a_host_header_does_not_decide_where_stripe_sends_people(site: Site) -> None:

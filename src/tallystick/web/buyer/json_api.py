@@ -19,11 +19,11 @@ from tallystick.ledger import AccessReason, CreditTransaction, Lot
 from tallystick.ledger.connections import SyncConnection
 from tallystick.schema import CreditTransactionStatus, CreditTransactionType
 from tallystick.web.buyer.billing import Billing
+from tallystick.web.buyer.buyer_request import KEY_MAX
 from tallystick.web.buyer.paywall import UNLOCK_CREDITS
 from tallystick.web.buyer.refusals import MEDIA_TYPE, TYPE_PREFIX
 
 PAGE_MAX: Final = 200
-KEY_MAX: Final = 200
 
 TAGS: Final[list[str | Enum]] = ["credits"]
 EXAMPLE_ID: Final = "0198c1de-9f04-7a30-8f2b-53f2b7a7f0aa"

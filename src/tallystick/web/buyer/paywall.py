@@ -26,6 +26,7 @@ from tallystick.ledger import Access, AccessReason, CreditTransaction, Ledger, S
 from tallystick.ledger.connections import Rows, SyncConnection, as_text
 from tallystick.ledger.outcomes import Refusal, error_of
 from tallystick.schema import ROW
+from tallystick.web.buyer.buyer_request import ledger_key
 
 UNLOCK_CREDITS: Final = 1
 """The credits that open a workshop."""
@@ -173,13 +174,13 @@ class Paywall:
         """Spend a credit on a workshop; None, and nothing is spent, if it is open although nobody paid for it.
 
         ``key`` is the client's name for this intent. Without one the workshop itself is the intent, since it is paid
-        for once. A client's keys get a prefix, so that they cannot be keys of the host or of Stripe.
+        for once.
 
         Raises:
             InsufficientCredits, IdempotencyKeyReused, UnknownWorkshop, WorkshopNotOwned, WorkshopDeleted, …
         """
         opened = self._key(workshop)
-        name = f"web:key:{key}" if key is not None else f"web:unlock:{opened}"
+        name = ledger_key("key", key) if key is not None else f"web:unlock:{opened}"
         call = self.ledger.consume.call(user, workshop=opened, credits=UNLOCK_CREDITS, key=name)
         sent = call.arguments
         values = (opened, *self._paywall.values(), sent["user_id"], sent["key"], sent["workshop_id"])

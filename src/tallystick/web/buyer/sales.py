@@ -12,7 +12,7 @@ from tallystick.errors import Key, StripeUnavailable, UnknownWorkshop, WorkshopN
 from tallystick.ledger import AccessReason
 from tallystick.ledger.connections import SyncConnection
 from tallystick.schema import CreditTransactionStatus
-from tallystick.web.buyer.buyer_request import BuyerPage, BuyerRequest
+from tallystick.web.buyer.buyer_request import BuyerPage, BuyerRequest, ledger_key
 from tallystick.web.buyer.core import Pages
 from tallystick.web.buyer.paywall import Workshop
 from tallystick.web.buyer.rendering import Renderer
@@ -54,7 +54,7 @@ class Sales:
             self._renderer.absolute(request, self._renderer.url(request, page, query=back))
             for page in ("success", "cancelled")
         )
-        name = None if key is None else f"web:buy:{key}"  # a prefix, as for unlocking
+        name = None if key is None else ledger_key("buy", key)
         return stripe.checkout(engine, self._config, user, pack, success_url=success, cancel_url=cancelled, key=name)
 
     def address_after_start(self, request: BuyerRequest, started: stripe.Checkout, *, return_to: str | None) -> str:
