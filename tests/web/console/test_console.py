@@ -902,6 +902,7 @@ def test_a_dead_letter_is_sent_again_by_whom_the_log_says(world, open_console, h
     assert reader.submit("/events/send", endpoint=endpoint, event=event).status_code == 404
     assert visitor.post("/events/send", data={"endpoint": endpoint, "event": event}).status_code == 403
     assert visitor.submit("/events/send", endpoint=endpoint, event="x").status_code == 404
+    assert visitor.submit("/events/send", endpoint="\0", event=event).status_code == 404
     assert len(hook.ids) == 1
 
     def send():

@@ -85,6 +85,12 @@ def test_another_users_session_is_no_way_to_credits(shop, visitor):
     assert shop.balance(owner) == shop.balance(other) == 0
 
 
+def test_a_nul_in_a_form(shop, visitor):
+    user = shop.world.user()
+    for fields in ({"event": "\0"}, {"session": "\0", "key": user}, {"session": "cs_x", "key": "\0"}):
+        assert visitor.submit("/pending/ask", **fields).status_code == 404, fields
+
+
 def test_without_an_answer_it_says_so(shop, visitor):
     user = shop.world.user()
     bought = shop.checkout(user, key="1")

@@ -337,7 +337,7 @@ class _Console:
 
         form: Mapping[str, str] = request.state.form
         endpoint, event = form.get("endpoint", ""), form.get("event", "")
-        if not (event.isascii() and event.isdigit() and len(event) < 19):  # noqa: PLR2004 - digits of a bigint
+        if not (event.isascii() and event.isdigit() and len(event) < 19) or "\0" in endpoint:  # noqa: PLR2004 - a bigint
             raise HTTPException(404)
         try:
             with transaction(self.engine) as conn:
@@ -385,6 +385,8 @@ class _Console:
         assert self.stripe  # noqa: S101 - there is no route without it
         form: Mapping[str, str] = request.state.form
         event = form.get("event", "")
+        if "\0" in event:
+            raise HTTPException(404)
         if event:
             outcomes = self.redeliver([event])  # none, if another operator was faster
             log.info("action=redeliver operator=%r event=%r outcomes=%s", _operator(request), event, outcomes)
