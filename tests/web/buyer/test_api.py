@@ -114,8 +114,30 @@ def test_an_idempotency_key_names_one_intent(site: Site) -> None:
     keyed = {"idempotency-key": "from-the-phone"}
     assert site.post(user, f"/billing/api/workshops/{one}/unlock", headers=keyed).json()["balance"] == 2
     assert site.post(user, f"/billing/api/workshops/{one}/unlock", headers=keyed).json()["replayed"] is True
-    problem(site.post(user, f"/billing/api/workshops/{other}/unlock", headers=keyed), 422, "idempotency-key-reused")
+    again = site.post(user, f"/billing/api/workshops/{other}/unlock", headers=keyed)
+    body = problem(again, 422, "idempotency-key-reused")
+    assert body["detail"].startswith(
+        "The key from-the-phone was used before, for another request. Nothing was changed."
+    )
+    assert "web:" not in again.text
+    assert "workshop_id" not in again.text
     assert site.balance(user) == 2
+
+
+def test_a_key_of_the_hosts_is_not_named(site: Site) -> None:
+    user = site.world.user(credits=3)
+
+    @site.app.get("/spend/{credits}")
+    def spend(credits: int) -> None:
+        with site.world.engine.begin() as conn:
+            site.world.ledger.consume(conn, user, credits=credits, key="nightly-report")
+
+    site.get(user, "/spend/1")
+    for headers in ({}, HTML):
+        refused = site.get(user, "/spend/2", headers=headers)
+        assert refused.status_code == 422
+        assert "It was used before, for another request. Nothing was changed." in refused.text
+        assert "nightly" not in refused.text
 
 
 def test_a_client_cannot_occupy_a_key_of_the_hosts(site: Site) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 from urllib.parse import quote
 
 from markupsafe import Markup
@@ -73,7 +74,7 @@ class Reply:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-def ledger_key(purpose: str, key: str) -> str:
+def ledger_key(purpose: Literal["key", "buy"], key: str) -> str:
     """The idempotency key for the ``key`` of a client: with a prefix, so that it is none of the host's or Stripe's.
 
     Raises:
@@ -86,6 +87,12 @@ def ledger_key(purpose: str, key: str) -> str:
             value=key,
         )
     return f"web:{purpose}:{key}"
+
+
+def sent_key(key: str) -> str | None:
+    """The client's part of an idempotency key in the ledger; None if no client sent it."""
+    found = re.fullmatch("web:(?:key|buy):(.*)", key, re.DOTALL)
+    return None if found is None else found[1]
 
 
 def quoted(path: Mapping[str, str]) -> dict[str, str]:

@@ -136,7 +136,7 @@ class Refusals:
             "type": TYPE_PREFIX + found.name,
             "title": self._texts.problem_title(found.name),
             "status": found.status,
-            "detail": str(error) if found.status == UNPROCESSABLE else self._texts.problem(error, found.name),
+            "detail": str(error) if isinstance(error, InvalidArgument) else self._texts.problem(error, found.name),
             **more,
         }
         if (name := _reference(error)) is not None:

@@ -10,9 +10,10 @@ import datetime as dt
 from collections.abc import Mapping
 
 from tallystick.config import Pack
-from tallystick.errors import InsufficientCredits, TallystickError, WorkshopLocked
+from tallystick.errors import IdempotencyKeyReused, InsufficientCredits, TallystickError, WorkshopLocked
 from tallystick.ledger import AccessReason, CreditTransaction, Lot, Standing
 from tallystick.schema import CreditTransactionStatus, CreditTransactionType
+from tallystick.web.buyer.buyer_request import sent_key
 from tallystick.web.shared import numbers
 from tallystick.web.shared.wording import description_of
 
@@ -289,7 +290,17 @@ class Texts:
                 return f"You have {self.credits(spendable)}. This takes {self.number(error.required)}."
             case WorkshopLocked():
                 return f"{self.credits(error.required)} unlocks it."
+            case IdempotencyKeyReused():
+                return self.key_reused(sent_key(error.key))
         return self.problems.get(name, self.problem_default)
+
+    def key_reused(self, key: str | None) -> str:
+        """A sentence on an idempotency key of another request; None for a key that the client did not send."""
+        if key is None:
+            return "It was used before, for another request. Nothing was changed."
+        return (
+            f"The key {key} was used before, for another request. Nothing was changed. Use a new key for a new request."
+        )
 
     def reference(self, name: str) -> str:
         """The reference of a fault, for a user who asks for help."""
