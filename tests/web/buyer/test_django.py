@@ -379,6 +379,11 @@ def test_the_checks_before_a_view(django_shop: DjangoShop) -> None:
         answer = guarded(request)
         assert answer.status_code == status
     assert (answer["Cache-Control"], answer["Vary"]) == ("private", "Cookie")
+    request = RequestFactory().get("/report", headers={"Accept": "text/html"})
+    request.user = django_shop.user(credits=1)
+    page = guarded(request).content.decode()
+    assert "Not enough credits" in page
+    assert "You have 1 credit. This takes 2." in page
     with pytest.raises(TypeError, match="later is async"):
         billing.requires_open_workshop(later)
     with pytest.raises(TypeError, match=r"View before OpenWorkshopMixin.*class Wrong\(OpenWorkshopMixin, …\)"):

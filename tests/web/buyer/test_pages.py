@@ -120,6 +120,25 @@ def test_the_paywall_is_a_page_for_browsers(make_site: Callable[..., Site]) -> N
     assert f"/billing/pricing?return_to=%2Fpaid%2F{workshop}" in page.text
 
 
+def test_credits_for_something_else_than_a_workshop(site: Site) -> None:
+    for credits, has in ((0, "You have 0 credits."), (1, "You have 1 credit.")):
+        page = site.get(site.world.user(credits=credits), "/report", headers=HTML)
+        assert page.status_code == 402
+        assert "Not enough credits" in page.text
+        assert f"{has} This takes 2." in page.text
+        assert "workshop" not in text(page.text).lower()
+        assert "/billing/pricing?return_to=%2Freport" in page.text
+
+
+def test_an_app_without_workshops_sells_credits(make_site: Callable[..., Site]) -> None:
+    site = make_site("alone")
+    user = site.world.user()
+    for path in ("/billing/pricing", "/report"):
+        page = text(site.get(user, path, headers=HTML).text)
+        assert "You have 0 credits." in page
+        assert "workshop" not in page.lower()
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_preview_may_be_async(make_site: Callable[..., Site], asynchronous: bool) -> None:
     async def preview(_request: object, _workshop: object) -> Markup:

@@ -56,6 +56,7 @@ class Renderer:
             home=home,
             contact=contact,
             packs=packs,
+            has_workshops=config.host.workshops is not None,
             new_key=_new_key,
         )
 

@@ -121,6 +121,14 @@ class Texts:
         needed = "One" if required == 1 else self.number(required)
         return f"You have {self.credits(balance)}. {needed} {'unlocks' if required == 1 else 'unlock'} this workshop."
 
+    too_few_title = "Not enough credits"
+
+    def too_few(self, required: int, balance: int) -> str:
+        """The text where credits are missing for something else than a workshop."""
+        if balance < 0:
+            return f"You owe {self.credits(-balance)}. The next purchase pays that first."
+        return f"You have {self.credits(balance)}. This takes {self.number(required)}."
+
     paywall_buy = "Buy credits"
 
     # --- after Stripe ---
@@ -287,7 +295,7 @@ class Texts:
         match error:
             case InsufficientCredits():
                 spendable = Standing(error.balance, error.held).spendable
-                return f"You have {self.credits(spendable)}. This takes {self.number(error.required)}."
+                return self.too_few(error.required, spendable)
             case WorkshopLocked():
                 return f"{self.credits(error.required)} unlocks it."
             case IdempotencyKeyReused():
