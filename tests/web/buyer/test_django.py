@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
+from html import unescape
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import jinja2
 import pytest
@@ -135,6 +136,22 @@ def test_nobody_is_sent_to_djangos_sign_in_and_back(django_shop: DjangoShop) -> 
     assert (sent.status_code, sent["Location"]) == (303, "/sign-in?next=%2Fbilling%2Fhistory%3Fbefore%3D7")
     assert client.get("/billing/badge", headers=HTMX)["HX-Redirect"] == "/sign-in?next=%2Fbilling%2Fbadge"
     assert client.get("/billing/history", headers={"Accept": "*/*"}).status_code == 401
+
+
+def test_a_buyer_returns_to_the_whole_address(django_shop: DjangoShop) -> None:
+    from django.test import RequestFactory
+
+    from tallystick.web.django.django_billing import DjangoRequest
+
+    user = django_shop.user()
+    here = f"/workshops/{django_shop.workshop(user)}/steps/7?x=1&q=a%20b%26c&r=%C3%A9"
+    locked = django_shop.client(user).get(here).content.decode()
+    (buy,) = re.findall(r'href="([^"]+/pricing[^"]*)"', locked)
+    assert parse_qs(urlsplit(unescape(buy)).query)["return_to"] == [here]
+    history = "/billing/history?before=7&q=a%20b%26c"
+    assert django_shop.client().get(history)["Location"] == f"/sign-in?next={quote(history, safe='')}"
+    for path in ("/gr%C3%B6%C3%9Fe%202?a=1", "/a%23b", "/50%25"):
+        assert DjangoRequest(RequestFactory().get(path)).address == path
 
 
 def test_the_history_and_its_file(django_shop: DjangoShop) -> None:

@@ -287,6 +287,40 @@ def test_a_browser_without_a_session_is_sent_to_sign_in_and_back(make_site: Call
     assert "Sign in first" in without.text
 
 
+WAYS_BACK = ("step=10&x=1", "q=a%20b%26c&r=%C3%A9", "")
+
+
+@pytest.mark.parametrize("query", WAYS_BACK)
+@pytest.mark.parametrize("key", ["plain", "größe 2", "a#b", "50%"])
+def test_a_buyer_returns_to_the_whole_address(make_site: Callable[..., Site], key: str, query: str) -> None:
+    site = make_site("clerk", sign_in="/login?next={return_to}")
+    user = site.world.user()
+    with site.world.engine.begin() as conn:
+        conn.execute(sa.insert(site.world.schema.workshops).values(key=key, owner=user, title="Pricing"))
+
+    @site.app.get("/packs/{name}")
+    async def packs(request: Request) -> HTMLResponse:
+        return HTMLResponse(site.billing.fragments_of(request, None).pricing)
+
+    here = f"{quote(key)}?{query}".rstrip("?")
+    locked = site.get(user, f"/paid/{here}", headers=HTML)
+    (buy,) = re.findall(r'href="([^"]+/pricing[^"]*)"', locked.text)
+    assert parse_qs(urlsplit(unescape(buy)).query)["return_to"] == [f"/paid/{here}"]
+    sent = site.client.get(f"/paid/{here}", headers=HTML)
+    assert sent.headers["location"] == f"/login?next={quote(f'/paid/{here}', safe='')}"
+    shown = site.client.get(f"/packs/{here}", headers=HTML).text
+    assert {unescape(one) for one in re.findall(r'name="return_to" value="([^"]+)"', shown)} == {f"/packs/{here}"}
+
+
+@pytest.mark.parametrize("path", ["//evil.example/x", "/" + "a" * 2001, "/%2F/../evil\\x"])
+def test_a_refused_address_is_no_way_to_another_site(site: Site, path: str) -> None:
+    scope = {"type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "headers": []}
+    request = StarletteRequest(Request({**scope, "query_string": b"next=//evil.example"}))
+    assert site.billing.returning(request.address) == "/"
+    del scope["raw_path"]
+    assert StarletteRequest(Request({**scope, "path": "/größe"})).address == "/gr%C3%B6%C3%9Fe"
+
+
 def test_every_word_can_be_another(make_site: Callable[..., Site]) -> None:
     class Deutsch(Texts):
         language = "de"

@@ -26,8 +26,7 @@ class BuyerRequest(Protocol):
 
     Attributes:
         method: in capitals.
-        path: without the query.
-        query: the part after the question mark, or empty.
+        address: path and query as the client wrote them, so that it can return there.
         origin: scheme and host, as the client wrote them.
         fragment: True if htmx requests a part of a page.
         html: True if a browser requests it, not a program.
@@ -36,9 +35,7 @@ class BuyerRequest(Protocol):
     @property
     def method(self) -> str: ...  # noqa: D102 - see above
     @property
-    def path(self) -> str: ...  # noqa: D102
-    @property
-    def query(self) -> str: ...  # noqa: D102
+    def address(self) -> str: ...  # noqa: D102
     @property
     def origin(self) -> str: ...  # noqa: D102
     @property

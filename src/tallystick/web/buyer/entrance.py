@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import Any, Final
+from urllib.parse import quote
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
@@ -40,8 +41,7 @@ class StarletteRequest:
     def __init__(self, request: Request) -> None:
         self._request = request
         self.method = request.method
-        self.path = request.url.path
-        self.query = request.url.query
+        self.address = _address(request)
         self.origin = f"{request.url.scheme}://{request.url.netloc}"
         self.fragment = request.headers.get("hx-request") == "true"
         self.html = HTML in request.headers.get("accept", "")
@@ -53,6 +53,13 @@ class StarletteRequest:
     def form_token(self) -> Markup:
         """None: ``check_same_site`` needs no token."""
         return Markup()
+
+
+def _address(request: Request) -> str:
+    scope = request.scope
+    path: bytes = scope.get("raw_path") or quote(scope["path"]).encode()  # the raw one is optional in ASGI
+    query: bytes = scope.get("query_string", b"")
+    return (path + (b"?" + query if query else b"")).decode("latin-1")
 
 
 class Answers:

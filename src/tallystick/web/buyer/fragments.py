@@ -61,7 +61,7 @@ class Fragments:
 
     @property
     def _here(self) -> str:
-        return self._renderer.returning(self._request.path)
+        return self._renderer.returning(self._request.address)
 
     def _render(self, template: str, **context: Any) -> Markup:
         return Markup(self._renderer.render(self._request, template, **context))  # noqa: S704 - from our own templates

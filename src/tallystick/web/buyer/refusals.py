@@ -161,13 +161,15 @@ class Refusals:
         workshop = None
         if isinstance(error, WorkshopLocked):
             workshop = Workshop(error.workshop, error.title, Access(open=False, reason=AccessReason.LOCKED))
-        here = self._renderer.returning(request.path if request.method == "GET" else None)
         spendable = Standing(error.balance, error.held).spendable
-        return paywall(workshop, balance=spendable, required=error.required, return_to=here)
+        return paywall(workshop, balance=spendable, required=error.required, return_to=self._here(request))
+
+    def _here(self, request: BuyerRequest) -> str:
+        """The address to return to: the requested one, but not that of a form's POST."""
+        return self._renderer.returning(request.address if request.method == "GET" else None)
 
     def _redirect_to_sign_in(self, request: BuyerRequest, sign_in: Callable[[str], str]) -> Reply:
-        back = request.path + (f"?{request.query}" if request.query else "")
-        target = sign_in(quote(back if request.method == "GET" else self._renderer.home, safe=""))
+        target = sign_in(quote(self._here(request), safe=""))
         return Reply(200, headers={"HX-Redirect": target}) if request.fragment else redirect(target)
 
 

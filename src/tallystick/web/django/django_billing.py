@@ -52,8 +52,7 @@ class DjangoRequest:
     def __init__(self, request: HttpRequest) -> None:
         self.request = request
         self.method: str = request.method
-        self.path: str = request.path
-        self.query: str = request.META.get("QUERY_STRING", "")
+        self.address: str = request.get_full_path()
         self.fragment: bool = request.headers.get("HX-Request") == "true"
         self.html: bool = HTML in request.headers.get("Accept", "")
 
