@@ -168,10 +168,13 @@ def test_a_payment_that_arrives_while_the_page_is_open(visit: Visit) -> None:
     expect(page.get_by_role("heading", name="Your payment is on its way")).to_be_visible()
     session = re.search(r"session_id=(cs_\w+)", page.url)
     assert session
+    badge = page.get_by_role("link", name=re.compile("^Balance:"))
+    expect(badge).to_have_text("0 credits")
     page.evaluate("window.untouched = true")
     buyer.example.double.settle(session[1], succeeded=True)
     expect(page.get_by_role("heading", name="Payment received")).to_be_visible()
     expect(page.get_by_text("3 credits added. You have 3.")).to_be_visible()
+    expect(badge).to_have_text("3 credits")
     assert page.evaluate("window.untouched")  # it was not reloaded
     assert buyer.balance == 3
 

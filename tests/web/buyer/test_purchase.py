@@ -234,9 +234,12 @@ def test_a_bank_debit_arrives_or_does_not(shop: Shop, *, succeeds: bool, says: s
     page = shop.return_from_stripe(user, session)
     assert "Your payment is on its way" in page.text
     assert 'hx-trigger="every 3s"' in page.text
+    assert "hx-trigger" not in page.headers
     assert shop.balance(user) == 0
     shop.double.settle(session, succeeded=succeeds)
-    assert says in shop.return_from_stripe(user, session).text
+    page = shop.return_from_stripe(user, session)
+    assert says in page.text
+    assert page.headers.get("hx-trigger") == ("tallystick:balance" if succeeds else None)  # for the badge
     assert shop.balance(user) == balance
 
 

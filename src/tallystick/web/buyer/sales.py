@@ -131,4 +131,6 @@ class Sales:
     ) -> BuyerPage:
         back = self._renderer.returning(return_to)
         shown = {"state": state, "title": title, "text": text, "balance": balance, "workshop": about}
-        return BuyerPage("outcome.html", {**shown, "here": here, "return_to": back})
+        # the badge of the host's header has the balance from before
+        headers = {"HX-Trigger": "tallystick:balance"} if state == "granted" else {}
+        return BuyerPage("outcome.html", {**shown, "here": here, "return_to": back}, headers=headers)
