@@ -200,6 +200,14 @@ def test_buying(django_shop: DjangoShop) -> None:
     session = urlsplit(started["Location"]).path.rpartition("/")[2]
     waiting = client.get("/billing/success", {"session_id": session, "workshop": workshop})
     assert "Your payment is on its way" in waiting.content.decode()
+    assert 'hx-trigger="every 3s"' in waiting.content.decode()
+    assert "looked=1" in waiting.content.decode()
+    slower = client.get("/billing/success", {"session_id": session, "looked": 20}).content.decode()
+    assert 'hx-trigger="every 30s"' in slower
+    assert (
+        "hx-get"
+        not in client.get("/billing/success", {"session_id": session, "looked": 38}, headers=HTMX).content.decode()
+    )
     assert "Nothing was charged." in client.get("/billing/cancelled").content.decode()
 
     django_shop.double.pay(session)

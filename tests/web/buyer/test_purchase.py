@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from html import unescape
 from typing import Any
 
 import anyio.to_thread
@@ -15,7 +17,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from sites import HTML, Shop
+from sites import HTML, HTMX, Shop
 from tallystick.schema import INT32_MAX
 from tallystick.stripe.client import client
 from worlds import World
@@ -241,6 +243,28 @@ def test_a_bank_debit_arrives_or_does_not(shop: Shop, *, succeeds: bool, says: s
     assert says in page.text
     assert page.headers.get("hx-trigger") == ("tallystick:balance" if succeeds else None)  # for the badge
     assert shop.balance(user) == balance
+
+
+def test_the_waiting_page_looks_less_and_less_often(shop: Shop) -> None:
+    user = shop.world.user()
+    session = shop.start(user, return_to="/x")
+    page = shop.return_from_stripe(user, session, return_to="/x").text
+    delays = []
+    while found := re.search(r'hx-get="([^"]+)" hx-trigger="every (\d+)s"', page):
+        delays.append(int(found[2]))
+        page = shop.get(user, unescape(found[1]), headers=HTMX).text
+    assert sorted(delays) == delays
+    assert (delays.count(3), delays.count(30), len(delays)) == (20, 18, 38)  # ten minutes
+    again = re.search(r'href="(/billing/success[^"]+)">Check again', page)
+    assert again
+    assert "looked" not in again[1]
+    page = shop.get(user, unescape(again[1]), headers=HTML).text
+    assert 'hx-trigger="every 3s"' in page
+    assert 'href="/x"' in page
+    for odd in ("-1", "x", "9" * 30, "\0"):
+        assert shop.return_from_stripe(user, session, looked=odd).status_code == 200
+    shop.double.pay(session)
+    assert "3 credits added" in shop.return_from_stripe(user, session, looked="38").text
 
 
 def test_a_payment_whose_credits_the_ledger_refuses(shop: Shop) -> None:

@@ -155,20 +155,13 @@ def _add_pages(billing: Billing, sales: Sales) -> None:
 
     @billing.get("/success", name="tallystick.success", include_in_schema=False)
     async def success(
-        request: Request,
-        user: User,
-        session_id: Annotated[str, Query(max_length=SESSION_MAX)],
-        workshop: str | None = None,
-        return_to: ReturnTo = None,
+        request: Request, user: User, session_id: Annotated[str, Query(max_length=SESSION_MAX)]
     ) -> Response:
         """The page that Stripe redirects the buyer to: grants the paid credits at once, even before the webhook."""
         outcome = await billing.database.run_on_engine(lambda engine: sales.outcome(engine, user, session_id))
-        here = billing.renderer.url(StarletteRequest(request), "success", query=dict(request.query_params))
+        buyer_request = StarletteRequest(request)
         return await billing.shown(
-            request,
-            lambda conn: sales.finished(
-                conn, user, outcome, session=session_id, workshop=workshop, return_to=return_to, here=here
-            ),
+            request, lambda conn: sales.finished(conn, buyer_request, user, outcome, request.query_params)
         )
 
     @billing.get("/cancelled", name="tallystick.cancelled", include_in_schema=False)

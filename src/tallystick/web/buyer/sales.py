@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from contextlib import suppress
+from typing import Final
 
 import sqlalchemy as sa
 
@@ -16,6 +19,15 @@ from tallystick.web.buyer.buyer_request import BuyerPage, BuyerRequest, ledger_k
 from tallystick.web.buyer.core import Pages
 from tallystick.web.buyer.paywall import Workshop
 from tallystick.web.buyer.rendering import Renderer
+
+LOOKED: Final = "looked"
+"""The parameter of the waiting page's address that counts how often it has asked for itself again."""
+
+LOOKS: Final = ((20, 3), (38, 30))
+"""The seconds to the next look, by the number of looks: 3 s for a minute, then 30 s for nine, then none.
+
+Each is a request to Stripe, and the bank may take days.
+"""
 
 Outcome = tuple[str, stripe.Confirmation | None]
 """The state of a purchase by the template's name, and Stripe's confirmation."""
@@ -79,36 +91,37 @@ class Sales:
         return ("failed" if found.purchase.status is CreditTransactionStatus.FAILED else "waiting"), found
 
     def finished(
-        self,
-        conn: SyncConnection,
-        user: Key,
-        outcome: Outcome,
-        *,
-        session: str,
-        workshop: str | None,
-        return_to: str | None,
-        here: str,
+        self, conn: SyncConnection, request: BuyerRequest, user: Key, outcome: Outcome, query: Mapping[str, str]
     ) -> BuyerPage:
-        """The page that Stripe redirects the buyer to; ``here`` is its address, for a reload."""
+        """The page that Stripe redirects the buyer to; ``query`` is that of the request."""
         texts = self._renderer.texts
         state, found = outcome
-        about, balance = self._about(conn, user, workshop)
+        about, balance = self._about(conn, user, query.get("workshop"))
         bought = found.purchase.amount if found is not None else 0
         title, text = {
             "granted": (texts.success_title, texts.success(bought, balance)),
             "waiting": (texts.waiting_title, texts.waiting),
             "failed": (texts.failed_title, texts.failed),
-            "refused": (texts.refused_title, texts.refused(session)),
+            "refused": (texts.refused_title, texts.refused(query.get("session_id", ""))),
         }[state]
-        return self._page(state, title, text, balance, about, return_to=return_to, here=here)
+        more = self._next_look(request, query) if state == "waiting" else {}
+        return self._page(state, title, text, balance, about, return_to=query.get("return_to"), **more)
+
+    def _next_look(self, request: BuyerRequest, query: Mapping[str, str]) -> dict[str, object]:
+        """The addresses of a page that waits, for the buyer (``here``) and for the page itself, if it looks again."""
+        given = {name: value for name, value in query.items() if name != LOOKED}
+        looked = query.get(LOOKED, "")
+        count = int(looked) if re.fullmatch("[0-9]{1,3}", looked) else 0
+        wait_s = next((wait_s for up_to, wait_s in LOOKS if count < up_to), None)
+        here = self._renderer.url(request, "success", query=given)
+        again = self._renderer.url(request, "success", query={**given, LOOKED: count + 1})
+        return {"here": here, "again": again, "wait_s": wait_s}
 
     def cancelled(self, conn: SyncConnection, user: Key, *, workshop: str | None, return_to: str | None) -> BuyerPage:
         """The page after the buyer cancelled."""
         texts = self._renderer.texts
         about, balance = self._about(conn, user, workshop)
-        return self._page(
-            "cancelled", texts.cancelled_title, texts.cancelled, balance, about, return_to=return_to, here=""
-        )
+        return self._page("cancelled", texts.cancelled_title, texts.cancelled, balance, about, return_to=return_to)
 
     def _about(self, conn: SyncConnection, user: Key, workshop: str | None) -> tuple[Workshop | None, int]:
         """The workshop that the credits were for, and the balance; None if it is gone: the buyer has paid anyway."""
@@ -127,10 +140,10 @@ class Sales:
         about: Workshop | None,
         *,
         return_to: str | None,
-        here: str,
+        **more: object,
     ) -> BuyerPage:
         back = self._renderer.returning(return_to)
         shown = {"state": state, "title": title, "text": text, "balance": balance, "workshop": about}
         # the badge of the host's header has the balance from before
         headers = {"HX-Trigger": "tallystick:balance"} if state == "granted" else {}
-        return BuyerPage("outcome.html", {**shown, "here": here, "return_to": back}, headers=headers)
+        return BuyerPage("outcome.html", {**shown, "return_to": back, **more}, headers=headers)

@@ -155,12 +155,8 @@ def _buying(billing: DjangoBilling, sales: Sales) -> list[Any]:
 
     def success(request: HttpRequest, user: Key) -> BuyerPage:
         query = request.GET
-        session = query.get("session_id", "")
-        outcome = sales.outcome(billing.engine, user, session)
-        return sales.finished(
-            billing.connection, user, outcome, session=session, workshop=query.get("workshop"),
-            return_to=query.get("return_to"), here=request.get_full_path(),
-        )  # fmt: skip
+        outcome = sales.outcome(billing.engine, user, query.get("session_id", ""))
+        return sales.finished(billing.connection, DjangoRequest(request), user, outcome, query.dict())
 
     def cancelled(request: HttpRequest, user: Key) -> BuyerPage:
         query = request.GET
