@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
+from sites import HTML, Site
 from tallystick import Config, stripe
 from tallystick.dev.stripe import DevStripe
+from tallystick.web.shared.pages import STRIPE_CHECKOUT, buyer_headers
 from worlds import World
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -62,3 +64,19 @@ def test_a_paywall_in_ten_minutes(
         assert client.post("/reports/q4").json()["balance"] == 0
         assert "0 credits" in client.get("/home").text
     names["engine"].dispose()  # type: ignore[attr-defined]
+
+
+@pytest.mark.one_server
+def test_the_policy_for_a_checkout_domain_is_ours_but_for_the_domain(make_site: Callable[..., Site]) -> None:
+    (block,) = (block for block in blocks("web.md", "python") if "Content-Security-Policy" in block)
+    names: dict[str, dict[str, str]] = {}
+    exec(block, names)
+    headers = names["headers"]
+    assert headers == {
+        name: value.replace(STRIPE_CHECKOUT, "https://pay.example.com")
+        for name, value in buyer_headers(None).items()
+        if name in headers
+    }
+    site = make_site(headers=headers)
+    page = site.get(site.world.user(), "/billing/pricing", headers=HTML)
+    assert page.headers.get_list("content-security-policy") == list(headers.values())
