@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Protocol
 from urllib.parse import quote
 
 from markupsafe import Markup
 
-from tallystick.errors import InvalidArgument, Key
+from tallystick.errors import Key
 
-KEY_MAX: Final = 200
-"""The characters of a client's idempotency key."""
 SEE_OTHER: Final = 303
 SERVER_FAULT: Final = 500
 HTML: Final = "text/html"
@@ -69,27 +66,6 @@ class Reply:
     body: str = ""
     media_type: str = HTML
     headers: Mapping[str, str] = field(default_factory=dict)
-
-
-def ledger_key(purpose: Literal["key", "buy"], key: str) -> str:
-    """The idempotency key for the ``key`` of a client: with a prefix, so that it is none of the host's or Stripe's.
-
-    Raises:
-        InvalidArgument: it cannot be stored.
-    """
-    if not 0 < len(key) <= KEY_MAX or "\0" in key:
-        raise InvalidArgument(
-            f"the key is not a text of 1 to {KEY_MAX} characters without NUL. Use another key",
-            argument="key",
-            value=key,
-        )
-    return f"web:{purpose}:{key}"
-
-
-def sent_key(key: str) -> str | None:
-    """The client's part of an idempotency key in the ledger; None if no client sent it."""
-    found = re.fullmatch("web:(?:key|buy):(.*)", key, re.DOTALL)
-    return None if found is None else found[1]
 
 
 def quoted(path: Mapping[str, str]) -> dict[str, str]:

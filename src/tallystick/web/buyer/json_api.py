@@ -19,9 +19,9 @@ from tallystick.ledger import AccessReason, CreditTransaction, Lot
 from tallystick.ledger.connections import SyncConnection
 from tallystick.schema import CreditTransactionStatus, CreditTransactionType
 from tallystick.web.buyer.billing import Billing
-from tallystick.web.buyer.buyer_request import KEY_MAX
 from tallystick.web.buyer.paywall import UNLOCK_CREDITS
 from tallystick.web.buyer.refusals import MEDIA_TYPE, TYPE_PREFIX
+from tallystick.web.shared.client_keys import KEY_MAX
 
 PAGE_MAX: Final = 200
 

@@ -26,7 +26,7 @@ from tallystick.ledger import Access, AccessReason, CreditTransaction, Ledger, S
 from tallystick.ledger.connections import Rows, SyncConnection, as_text
 from tallystick.ledger.outcomes import Refusal, error_of
 from tallystick.schema import ROW
-from tallystick.web.buyer.buyer_request import ledger_key
+from tallystick.web.shared.client_keys import ledger_key
 
 UNLOCK_CREDITS: Final = 1
 """The credits that open a workshop."""

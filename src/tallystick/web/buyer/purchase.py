@@ -20,12 +20,13 @@ from tallystick import stripe
 from tallystick.errors import Key
 from tallystick.stripe.client import async_http, disconnect
 from tallystick.web.buyer.billing import Billing
-from tallystick.web.buyer.buyer_request import KEY_MAX, redirect
+from tallystick.web.buyer.buyer_request import redirect
 from tallystick.web.buyer.entrance import WEBHOOK, StarletteRequest
 from tallystick.web.buyer.json_api import EXAMPLE_ID, TAGS, refusals
 from tallystick.web.buyer.sales import Sales, is_refused
 from tallystick.web.buyer.views import ReturnTo
 from tallystick.web.shared.addresses import RETURN_MAX
+from tallystick.web.shared.client_keys import KEY_MAX
 
 SESSION_MAX: Final = 255
 

@@ -15,10 +15,11 @@ from tallystick.errors import Key, StripeUnavailable, UnknownWorkshop, WorkshopN
 from tallystick.ledger import AccessReason
 from tallystick.ledger.connections import SyncConnection
 from tallystick.schema import CreditTransactionStatus
-from tallystick.web.buyer.buyer_request import BuyerPage, BuyerRequest, ledger_key
+from tallystick.web.buyer.buyer_request import BuyerPage, BuyerRequest
 from tallystick.web.buyer.core import Pages
 from tallystick.web.buyer.paywall import Workshop
 from tallystick.web.buyer.rendering import Renderer
+from tallystick.web.shared.client_keys import ledger_key
 
 LOOKED: Final = "looked"
 """The parameter of the waiting page's address that counts how often it has asked for itself again."""

@@ -13,8 +13,8 @@ from tallystick.config import Pack
 from tallystick.errors import IdempotencyKeyReused, InsufficientCredits, TallystickError, WorkshopLocked
 from tallystick.ledger import AccessReason, CreditTransaction, Lot, Standing
 from tallystick.schema import CreditTransactionStatus, CreditTransactionType
-from tallystick.web.buyer.buyer_request import sent_key
 from tallystick.web.shared import numbers
+from tallystick.web.shared.client_keys import sent_key
 from tallystick.web.shared.wording import description_of
 
 
