@@ -11,13 +11,15 @@ import pytest
 import sqlalchemy as sa
 
 from tallystick import Config, Progress
-from tallystick.allowances import Allowances, Paid, Period
+from tallystick.allowances import AllowanceRun, Allowances, Paid, Period
 from tallystick.audit import audit
 from tallystick.config import Allowance
 from tallystick.dev.postgres import Server
 from tallystick.errors import ConfigError, Key
 from tallystick.testing import Databases, TestDatabase
 from worlds import SHAPES
+
+INT32_MAX = 2**31 - 1
 
 PLANS = (
     Allowance(plan_tier="free", credits=5),
@@ -174,13 +176,41 @@ def test_a_run_goes_on_where_it_stopped(
     with pytest.raises(KeyboardInterrupt):
         allowances.run(engine_of(db), progress=stop)
     seen: list[Progress] = []
-    assert allowances.run(engine_of(db), progress=seen.append) == 1
+    assert allowances.run(engine_of(db), progress=seen.append) == AllowanceRun(1, ())
     assert seen == [Progress("allowances", 1)]  # who has got theirs is not looked at again
-    assert allowances.run(engine_of(db)) == 0
+    assert allowances.run(engine_of(db)) == AllowanceRun(0, ())
     with engine_of(db).connect() as conn:
         users_table = allowances.schema.users.c
         balances = conn.scalars(sa.select(users_table.credit_balance).where(users_table.plan_tier == "free")).all()
     assert balances == [5] * 4
+
+
+def test_a_refused_user_does_not_stop_the_others(db: TestDatabase, allowances: Allowances) -> None:
+    full, deleted, locked, other = sorted((db.user() for _ in range(4)), key=str)
+    users_table = allowances.schema.users
+    with engine_of(db).begin() as conn:
+        allowances.ledger.grant(conn, full, credits=INT32_MAX, key="all", description="As many as fit")
+
+    def delete(now: Progress) -> None:
+        if now.done == 1:
+            with engine_of(db).begin() as conn:
+                conn.execute(sa.delete(users_table).where(users_table.c.key == deleted))
+
+    waits_little = engine_of(db).execution_options()
+    sa.event.listen(waits_little, "begin", lambda conn: conn.exec_driver_sql("SET LOCAL lock_timeout = '100ms'"))
+    with engine_of(db).begin() as conn:
+        allowances.ledger.lock(conn, locked)
+        result = allowances.run(waits_little, progress=delete)
+    assert result.users == 1
+    assert [(each.user, each.error) for each in result.refused] == [
+        (full, "BalanceOutOfRange"),
+        (deleted, "UnknownUser"),
+        (locked, "Conflict"),
+    ]
+    assert f"user {full} has {INT32_MAX} credits" in result.refused[0].message
+    again = allowances.run(engine_of(db))
+    assert (again.users, [each.user for each in again.refused]) == (1, [full])
+    assert [db.balance(user) for user in (full, locked, other)] == [INT32_MAX, 5, 5]
 
 
 def test_a_plan_with_two_allowances_or_too_many_credits_is_refused(tmp_path) -> None:

@@ -805,3 +805,32 @@ def test_two_accounts_are_merged_and_a_person_is_forgotten(at: Callable[..., Any
     assert (erased.json["credit_balance"], "who has 4 credits" in erased.err) == (4, True)
     assert {row["description"] for row in tally("history", into, "--json").json} == {"Erased"}
     assert tally("audit").code == 0
+
+
+def test_allowances_name_the_users_who_were_refused(at, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tallystick.cli.ledger.REFUSED_SHOWN", 1)
+    tally = at(world)
+    with Path("tallystick.toml").open("a", encoding="utf-8") as file:
+        file.write('\n[[allowances]]\nplan_tier = "free"\ncredits = 5\n')
+    rich = [world.user() for _ in range(2)]
+    world.user()
+    with world.engine.begin() as conn:
+        for user in rich:
+            world.ledger.grant(conn, user, credits=2**31 - 1, key="all", description="As many as fit")
+    given = tally("allowances", "run")
+    assert given.code == 1
+    said = given.out.splitlines()
+    assert said[1] == "2 users got none, since their grants were refused. Correct the cause, then run it again:"
+    assert re.match(
+        r"  User (.+): user \1 has 2147483647 credits; a change by 5 leaves the range of a balance", said[2]
+    )
+    assert said[3] == "  … and 1 more. To see all: tallystick allowances run --json"
+    again = tally("allowances", "run", "--json")
+    assert (again.code, again.json["users"]) == (1, 0)
+    assert {each["user"] for each in again.json["refused"]} == {str(user) for user in rich}
+    assert {each["error"] for each in again.json["refused"]} == {"BalanceOutOfRange"}
+    with world.engine.begin() as conn:
+        for user in rich:
+            world.ledger.consume(conn, user, credits=5, key="some")
+    done = tally("allowances", "run")
+    assert (done.code, done.out) == (0, "2 users got credits.\n")

@@ -34,7 +34,7 @@ from tallystick import (
     verify,
 )
 from tallystick.accounts import Account
-from tallystick.allowances import Allowances, Paid
+from tallystick.allowances import Allowances, Paid, RefusedAllowance
 from tallystick.audit import AuditReport, audit
 from tallystick.errors import Key, LedgerError
 
@@ -158,7 +158,8 @@ def allowance_operations(
     def progress(now: Progress) -> None:
         assert_type((now.step, now.done, now.total), tuple[str, float, float | None])
 
-    assert_type(allowances.run(engine, progress=progress), int)
+    result = allowances.run(engine, progress=progress)
+    assert_type((result.users, result.refused), tuple[int, tuple[RefusedAllowance, ...]])
     assert_type(audit(engine.connect(), allowances.config, progress=progress), AuditReport)
 
 

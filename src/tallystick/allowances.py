@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 from uuid import UUID
 
@@ -17,7 +18,7 @@ from tallystick.accounts import Accounts
 from tallystick.config import Allowance, Config, Every
 from tallystick.database import DbConnection, run
 from tallystick.declared_tables import Schema
-from tallystick.errors import Key
+from tallystick.errors import Conflict, HostInterfered, Key, LedgerError
 from tallystick.ledger import CreditTransaction, Ledger
 from tallystick.progress import OnProgress, Progress, ignore_progress
 from tallystick.schema import CreditTransactionType
@@ -53,6 +54,23 @@ class Paid(NamedTuple):
     item: str
     period: Period
     key: str
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedAllowance:
+    """A user who got no allowance, and the reason. ``error`` is the name of an error's type, ``message`` its text."""
+
+    user: Key
+    error: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class AllowanceRun:
+    """The result of a run: the number of ``users`` who got an allowance, and those for whom it was ``refused``."""
+
+    users: int
+    refused: tuple[RefusedAllowance, ...]
 
 
 class Allowances:
@@ -127,19 +145,27 @@ class Allowances:
             expires_at=paid.period.end,
         )
 
-    def run(self, engine: sa.Engine, *, progress: OnProgress = ignore_progress) -> int:
-        """Give all users their allowances, each in a transaction of its own; returns how many got one.
+    def run(self, engine: sa.Engine, *, progress: OnProgress = ignore_progress) -> AllowanceRun:
+        """Give all users their allowances, each in a transaction of its own.
 
-        ``progress`` counts the users done. Run it again after an interruption: it skips the users who have theirs.
+        A user whose allowance is refused, or whom another transaction has locked, does not stop the others; the result
+        has the reason. ``progress`` counts the users done. Run it again after an interruption: it skips the users who
+        have theirs.
+
+        Raises:
+            DatabaseError: the database did not answer. Users before this one have got theirs.
         """
-        if not self.plans:
-            return 0  # paid invoices give all of them
         got = 0
-        for done, user in enumerate(self._users(engine), 1):
-            with engine.begin() as conn:
-                got += self.give(conn, user) is not None
+        refused: list[RefusedAllowance] = []
+        # without plans, paid invoices give all of them
+        for done, user in enumerate(self._users(engine) if self.plans else (), 1):
+            try:
+                with engine.begin() as conn:
+                    got += self.give(conn, user) is not None
+            except (LedgerError, HostInterfered, Conflict) as error:
+                refused.append(RefusedAllowance(user, type(error).__name__, error.message))
             progress(Progress("allowances", done))
-        return got
+        return AllowanceRun(got, tuple(refused))
 
     def _users(self, engine: sa.Engine) -> Iterator[Key]:
         """The users without this period's allowance of their plan, in the order of their keys."""

@@ -10,7 +10,7 @@ import pytest
 
 from stripe_sales.shop import Shop
 from tallystick import stripe
-from tallystick.allowances import Allowances
+from tallystick.allowances import AllowanceRun, Allowances
 from tallystick.audit import audit
 from tallystick.config import Allowance
 
@@ -122,7 +122,7 @@ def test_a_change_that_is_billed_with_the_next_period_gives_that_period(subscrib
         subscribers.line("pro", 9000),
     )
     assert (outcome, subscribers.shop.rows(user)) == ("granted", [("grant", 100)])
-    assert Allowances(subscribers.shop.config).run(subscribers.shop.engine) == 0
+    assert Allowances(subscribers.shop.config).run(subscribers.shop.engine) == AllowanceRun(0, ())
 
 
 def test_a_line_that_is_refused_does_not_cost_the_others(subscribers: Subscribers) -> None:

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     import sqlalchemy as sa
     from rich.table import Table
 
+    from tallystick.allowances import AllowanceRun
     from tallystick.audit import AuditReport
 
 KeyOption = Annotated[
@@ -437,7 +438,8 @@ app.add_typer(allowances, name="allowances", rich_help_panel="Credits")
 def allowances_run(ctx: typer.Context, as_json: Json = False) -> None:
     """Give each user the plan's credits for this period, unless they are given already.
 
-    You may run it at any time, also after an interruption: nothing is given twice.
+    You may run it at any time, also after an interruption: nothing is given twice. A user who is refused does not stop
+    the others; exit code 1 if there are any.
     """
     from tallystick.allowances import Allowances  # noqa: PLC0415 - only this command needs it
 
@@ -447,9 +449,29 @@ def allowances_run(ctx: typer.Context, as_json: Json = False) -> None:
         pool = conn.engine
     # each user's grant is a transaction of its own
     with progress_bar("Giving") as progress:
-        got = Allowances(config).run(pool, progress=progress)
-    message = f"{got} {'user' if got == 1 else 'users'} got credits."
-    emit({"users": got}, lambda: out.print(message), as_json=as_json)
+        result = Allowances(config).run(pool, progress=progress)
+    emit(result, lambda: show_allowances(result), as_json=as_json)
+    if result.refused:
+        raise typer.Exit(1)
+
+
+REFUSED_SHOWN = 10
+
+
+def show_allowances(result: AllowanceRun) -> None:
+    """Print how many users got credits, then the first of those who were refused, with the reasons."""
+    out.print(f"{result.users} {'user' if result.users == 1 else 'users'} got credits.")
+    if not result.refused:
+        return
+    number, left = len(result.refused), len(result.refused) - REFUSED_SHOWN
+    whom = (
+        "1 user got none, since the grant was" if number == 1 else f"{number} users got none, since their grants were"
+    )
+    out.print(f"{whom} refused. Correct the cause, then run it again:", style="red", markup=False)
+    for each in result.refused[:REFUSED_SHOWN]:
+        out.print(f"  User {each.user}: {each.message}", style="red", markup=False)
+    if left > 0:
+        out.print(f"  … and {left} more. To see all: tallystick allowances run --json", style="red", markup=False)
 
 
 holds = typer.Typer(no_args_is_help=True, help="Set credits aside for work under way, then charge or release them.")
