@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import functools
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from tallystick.allowances import AllowanceRun, Allowances, Paid, Period
 from tallystick.audit import audit
 from tallystick.config import Allowance
 from tallystick.dev.postgres import Server
-from tallystick.errors import ConfigError, Key
+from tallystick.errors import ConfigError, IdempotencyKeyReused, Key
 from tallystick.testing import Databases, TestDatabase
 from worlds import SHAPES
 
@@ -211,6 +212,42 @@ def test_a_refused_user_does_not_stop_the_others(db: TestDatabase, allowances: A
     again = allowances.run(engine_of(db))
     assert (again.users, [each.user for each in again.refused]) == (1, [full])
     assert [db.balance(user) for user in (full, locked, other)] == [INT32_MAX, 5, 5]
+
+
+def test_an_erased_grant_counts_with_its_amount(db: TestDatabase, allowances: Allowances) -> None:
+    user = db.user()
+    assert give(db, allowances, user) == 5
+    with engine_of(db).begin() as conn:
+        allowances.accounts.erase(conn, user)
+        allowances.accounts.restore_user(conn, user)
+    assert give(db, allowances, user) is None
+    plan(db, allowances, "pro", user)
+    assert [give(db, allowances, user) for _ in range(2)] == [95, None]
+
+
+def test_only_a_grant_counts_as_an_allowance(db: TestDatabase, allowances: Allowances) -> None:
+    user, other = db.funded(3), plan(db, allowances, "pro", db.funded(3))
+    with engine_of(db).begin() as conn:
+        now = Period.of(db.clock.now(), "month")
+        for each in (user, other):
+            key = f"tallystick:allowance:month:{now.start:%Y-%m-%d}:free"
+            allowances.ledger.consume(conn, each, credits=2, key=key)
+    assert give(db, allowances, other) == 100
+    with pytest.raises(IdempotencyKeyReused, match="type consumption"):
+        give(db, allowances, user)
+    assert [each.user for each in allowances.run(engine_of(db)).refused] == [user]
+
+
+def test_a_large_allowance_in_bigint_credits(server: Server) -> None:
+    credits = 3_000_000_000
+    host = dataclasses.replace(SHAPES["uuid"].host, credits="bigint")
+    plans = (Allowance(plan_tier="free", credits=credits), Allowance(plan_tier="pro", credits=credits + 1))
+    large = Allowances(Config(host=host, allowances=plans))
+    with Databases.on(server.url(), large.config, schema=SHAPES["uuid"].ddl) as databases, databases.open() as db:
+        user = db.user()
+        assert [give(db, large, user) for _ in range(2)] == [credits, None]
+        plan(db, large, "pro", user)
+        assert give(db, large, user) == 1
 
 
 def test_a_plan_with_two_allowances_or_too_many_credits_is_refused(tmp_path) -> None:

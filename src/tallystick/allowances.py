@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import NamedTuple
 from uuid import UUID
 
@@ -176,7 +177,11 @@ class Allowances:
                 now = _now(conn)
                 keys_now = {plan.plan_tier: _key(Period.of(now, plan.every), plan) for plan in self.plans.values()}
                 key_now = sa.case(keys_now, value=users.plan_tier)
-                has = sa.exists().where(row.user_id == users.key, row.idempotency_key == key_now)
+                has = sa.exists().where(
+                    row.user_id == users.key,
+                    row.type == CreditTransactionType.GRANT,
+                    row.idempotency_key == key_now,
+                )
                 page = sa.select(users.key).where(
                     users.plan_tier.in_(list(self.plans)), users.deleted_at.is_(None), ~has
                 )
@@ -190,9 +195,8 @@ class Allowances:
 
     def _given(self, conn: DbConnection, user: Key, period: Period, every: Every) -> dict[str, int]:
         """The credits given in a period, by the plan's key, without those that were carried over."""
-        row = self.schema.credit_transactions.c
-        given = sa.select(row.idempotency_key, row.metadata["allowance"].as_integer())
-        return dict(run(conn, given.where(*self._rows(user, period, every)), {}).all())
+        given = sa.select(self.schema.credit_transactions.c.idempotency_key, self._credits())
+        return {key: int(credits) for key, credits in run(conn, given.where(*self._rows(user, period, every)), {})}
 
     def _left(self, conn: DbConnection, user: Key, period: Period, every: Every) -> int:
         """The credits of the last period's allowance that expired."""
@@ -213,19 +217,32 @@ class Allowances:
     ) -> list[tuple[UUID, str, int]]:
         """The grants for a subscription's item that expire then: id, key, and credits without those carried over."""
         row = self.schema.credit_transactions.c
-        given = sa.select(row.id, row.idempotency_key, row.metadata["allowance"].as_integer()).where(
+        given = sa.select(row.id, row.idempotency_key, self._credits()).where(
             row.user_id == self.schema.user_key(user),
             row.type == CreditTransactionType.GRANT,
             row.expires_at == until,
             row.metadata["subscription_item"].as_string() == item,
         )
-        return [(id, key, credits) for id, key, credits in run(conn, given, {})]
+        return [(id, key, int(credits)) for id, key, credits in run(conn, given, {})]
+
+    def _credits(self) -> sa.ColumnElement[Decimal]:
+        """The credits of a grant without those that were carried over; all of them where the row does not say.
+
+        ``Accounts.erase`` removes the metadata, and the app may have made a grant under a key of ours.
+        """
+        row = self.schema.credit_transactions.c
+        own = row.metadata["allowance"].as_string()
+        return sa.case((own.regexp_match("^[0-9]{1,19}$"), own.cast(sa.Numeric)), else_=row.amount.cast(sa.Numeric))
 
     def _rows(self, user: Key, period: Period, every: Every) -> tuple[sa.ColumnElement[bool], ...]:
         """The grants of a period, each found by its key."""
         row = self.schema.credit_transactions.c
         keys = [_key(period, plan) for plan in self.plans.values() if plan.every == every]
-        return row.user_id == self.schema.user_key(user), row.idempotency_key.in_(keys)
+        return (
+            row.user_id == self.schema.user_key(user),
+            row.type == CreditTransactionType.GRANT,
+            row.idempotency_key.in_(keys),
+        )
 
 
 def _now(conn: DbConnection) -> dt.datetime:
