@@ -205,6 +205,19 @@ def test_credits_that_expire_go_on_to_expire_at_their_moment(any_world: World) -
     clean(world)
 
 
+def test_credits_that_were_moved_expire_there(any_world: World) -> None:
+    world, user, into = any_world, any_world.user(), any_world.user(credits=2)
+    with world.engine.begin() as conn:
+        world.ledger.grant(conn, user, credits=5, key="g", description="x", expires_at=soon(1))
+        world.ledger.merge(conn, user, into=into, key="m")
+        world.ledger.consume(conn, into, key="c")
+    world.pass_time(days=2)
+    with world.engine.begin() as conn:
+        assert world.ledger.sweep(conn) == 1
+        assert chain(world, conn, into)[-2:] == [("consumption", -1, 6), ("expiry", -4, 2)]
+    clean(world)
+
+
 @uuid_keys
 def test_credits_that_have_expired_are_not_moved(any_world: World) -> None:
     world, user, into = any_world, any_world.user(credits=1), any_world.user()

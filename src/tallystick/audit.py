@@ -873,7 +873,8 @@ def _may_link(row: Row, of: Any) -> Expression:
         (row.type.in_([_REFUND, _GRANT]), of.type == _PURCHASE),
         (row.type == _REVERSAL, of.type == _CONSUMPTION),
         (row.type == _CORRECTION, of.type == _GRANT),
-        else_=of.type.in_([_PURCHASE, _GRANT]),
+        # an expiry: a merge moves credits that expire, by a transfer
+        else_=sa.or_(of.type.in_([_PURCHASE, _GRANT]), sa.and_(of.type == _TRANSFER, of.amount > 0)),
     )
 
 
