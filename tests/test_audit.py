@@ -317,6 +317,21 @@ def _lot(
     return plant
 
 
+def _lot_not_spent(h: Healthy, conn: sa.Connection) -> None:
+    _lot()(h, conn)
+    h.add(conn, "spent", h.ann, "consumption", -6, 6, 1)
+    h.user(conn, h.ann, credit_sequence=6, credit_balance=1)
+
+
+def _lot_in_debt(h: Healthy, conn: sa.Connection) -> None:
+    _lot()(h, conn)
+    h.add(conn, "taken back", h.ann, "refund", -6, 6, 1, refund_of="bought")
+    h.add(conn, "more", h.ann, "purchase", 5, 7, 6)
+    h.add(conn, "more taken back", h.ann, "refund", -5, 8, 1, refund_of="more")
+    h.add(conn, "lost", h.ann, "consumption", -2, 9, -1, held=1, expires_at=HOUR_AGO)
+    h.user(conn, h.ann, credit_sequence=9, credit_balance=-1)
+
+
 def _expired_early(h: Healthy, conn: sa.Connection) -> None:
     _lot(remaining=0)(h, conn)
     h.add(conn, "expired", h.ann, "expiry", -3, 6, 4, at=HOUR_AGO, refund_of="gift")
@@ -470,6 +485,8 @@ FAULTS = [
     Fault("lot", "gift", _lot(remaining=2), "2 left"),
     Fault("lot", "gift", _lot(amount=4, remaining=4), "4 left", "more than was given"),
     Fault("lot_kept", "gift", _lot(kept=False), "none"),
+    Fault("lots_covered", "ann", _lot_not_spent, "3 left"),
+    Fault("lots_covered", "ann", _lot_in_debt, "3 left", "in debt"),
     Fault("expiry_in_time", "expired", _expired_early, "completed_at"),
     Fault("due", "ann", _lot(due=None), "credit_due_at None"),
     Fault("workshop_charged_once", "twice", _charged_twice, "2; this is the last"),

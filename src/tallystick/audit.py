@@ -950,6 +950,27 @@ def _missing_lots(part: _Part) -> sa.Select[Any]:
     )
 
 
+def _uncovered_lots(part: _Part) -> sa.Select[Any]:
+    """Users with more credits left in lots than the balance has."""
+    row, users, lot = part.row, part.schema.users.c, part.schema.lots.c
+    lots = (
+        sa.select(lot.user_id.label("user"), sa.func.sum(lot.remaining).label("left"))
+        .where(part.covers(lot.user_id), lot.remaining > 0)
+        .group_by(lot.user_id)
+        .subquery("open_lots")
+    )
+    # An app with balances of its own takes credits from no lot. The rows of its writes stay after the cut-over.
+    taken_by_the_app = sa.exists().where(
+        part.user_id == users.key, row.amount < 0, row.idempotency_key.startswith("tallystick:app:")
+    )
+    return (
+        sa.select(users.key.label("user"), part.balance().label("credit_balance"), lots.c.left)
+        .select_from(part.schema.users)
+        .join(lots, lots.c.user == users.key)
+        .where(lots.c.left > sa.func.greatest(part.balance(), 0), ~taken_by_the_app)
+    )
+
+
 def _early_expiries(part: _Part) -> sa.Select[Any]:
     lot, row = part.schema.lots.c, part.row
     rows = part.rows(row.completed_at, lot.expires_at).join(part.schema.lots, lot.id == row.refund_of)
@@ -1442,6 +1463,19 @@ CHECKS: Mapping[str, Check] = {
             found="none",
             likely_cause="the lot was deleted by hand",
             what_to_do=_RESTORE,
+        ),
+        Check(
+            name="lots_covered",
+            purpose="the lots of a user have no more credits left than the balance, and none in debt",
+            signs=frozenset({"lots"}),
+            search=_uncovered_lots,
+            expected="at most the {balance_column} of {credit_balance} left in lots, and none below 0",
+            found="{left} left",
+            likely_cause="tallystick.lots was changed by hand; or a row that takes credits was written without "
+            "Tallystick",
+            what_to_do="Look with: {history}, and tallystick lots. When they expire, they take credits that do not "
+            "expire. Restore the user's rows in tallystick.lots and tallystick.lot_moves from your latest backup, or "
+            "give back what expired too many with: {grant} CREDITS --description 'Given back' --key audit-lots",
         ),
         Check(
             name="expiry_in_time",

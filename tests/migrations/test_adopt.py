@@ -265,6 +265,22 @@ def test_what_old_code_writes_is_in_the_ledger(make_app: Callable[..., App]) -> 
     assert (note.check, note.found) == ("balance_opened", "1 users without one")
 
 
+def test_what_old_code_spends_of_credits_that_expire_is_no_fault(make_app: Callable[..., App]) -> None:
+    app = make_app(AFTER, KEPT_APART)
+    migrate.apply(app.url, app.config)
+    expires_at = dt.datetime.now(dt.UTC) + dt.timedelta(days=1)
+    with app.engine.begin() as conn:
+        ledger = Ledger(conn)
+        for user in ("user_5", "user_6"):
+            ledger.grant(conn, user, credits=4, key="g", description="x", expires_at=expires_at)
+    app.run("UPDATE users SET credit_balance = 2 WHERE clerk_user_id = 'user_5'")  # old code knows of no lots
+    assert faults(app) == []
+    migrate.cut_over(app.url, app.config)
+    assert faults(app) == []
+    app.run("UPDATE tallystick.lots SET amount = 11, remaining = 11 WHERE user_id = 'user_6'")
+    assert [fault.split()[0] for fault in faults(app)] == ["lot", "lots_covered"]
+
+
 @pytest.mark.parametrize(
     ("statement", "message"),
     [
