@@ -190,6 +190,21 @@ def test_a_connection_that_is_cut_again_and_again_is_everybodys_error(world: Wor
     assert not combiner.consume(user, key="a").result(PATIENCE_S).replayed
 
 
+def test_a_lock_timeout_after_a_cut_leaves_the_outcome_unknown(world: World) -> None:
+    """The second attempt wrote nothing, which tells nothing of the first."""
+    user = world.user(credits=10)
+    with Combiner(world.ledger, world.engine, lock_timeout_s=0.5) as combiner:
+        with held(world, user) as conn:
+            conn.exec_driver_sql("SET application_name = 'holds'")
+            calls = [combiner.consume(user, key=key) for key in "ab"]
+            while not served_apart(world):
+                time.sleep(0.01)
+            end_all_sessions(world)
+            errors = [call.exception(PATIENCE_S) for call in calls]
+        assert isinstance(errors[0], OutcomeUnknown), errors
+        assert not combiner.consume(user, key="a").result(PATIENCE_S).replayed
+
+
 @pytest.mark.one_server  # it came with PostgreSQL 17
 def test_a_timeout_that_ends_the_session_is_a_conflict_and_the_next_call_connects_anew(world: World) -> None:
     user = world.user(credits=10)

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from parallel import assert_ledger_consistent, declared_functions, functions_called
 from tallystick import Consume, CreditTransaction, Merged
-from tallystick.errors import DatabaseError, Key, OutcomeUnknown
+from tallystick.errors import DatabaseError, DatabaseUnavailable, Key, OutcomeUnknown
 from tallystick.ledger.combiner import Combiner
 from wire import Fault, Harm, Proxy
 from worlds import World
@@ -243,6 +243,23 @@ def test_cut_at_each_message_of_a_combiner(world: World, proxy: Proxy) -> None:
     assert len({id(error) for error in lost}) == len(lost)  # each has its own
     with world.autocommit.connect() as conn:
         assert world.ledger.balance(conn, user) == 1_000 - next(keys)
+    assert_ledger_consistent(world)
+
+
+def test_cut_for_good_after_a_commit_of_a_combiner(world: World, proxy: Proxy) -> None:
+    """The second attempt cannot connect, which tells nothing of the first: its caller must not hear "not written"."""
+    engine = sa.create_engine(proxy.url, poolclass=sa.NullPool)
+    user = world.user(credits=10)
+    with Combiner(world.ledger, engine) as combiner:
+        combiner.consume(user, key="before").result(PATIENCE_S)  # it is connected
+        proxy.watch(fault := Fault("to the client", 0, "cut for good"))
+        error = combiner.consume(user, key="committed").exception(PATIENCE_S)
+        later = combiner.consume(user, key="later").exception(PATIENCE_S)
+    assert fault.done.is_set()
+    assert isinstance(error, OutcomeUnknown), error
+    assert isinstance(later, DatabaseUnavailable)  # this one was never sent
+    with world.autocommit.connect() as conn:
+        assert world.ledger.balance(conn, user) == 8
     assert_ledger_consistent(world)
 
 

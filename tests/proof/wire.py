@@ -17,13 +17,16 @@ from urllib.parse import quote
 import sqlalchemy as sa
 
 Side = Literal["to the server", "to the client"]
-Harm = Literal["cut", "cut in the middle", "twice", "delay"]
+Harm = Literal["cut", "cut for good", "cut in the middle", "twice", "delay"]
 SOCKET = ".s.PGSQL.5432"
 
 
 @dataclass
 class Fault:
-    """Harm at the ``number``-th message of one side, counted from when it is set; ``done`` once it was done."""
+    """Harm at the ``number``-th message of one side, counted from when it is set; ``done`` once it was done.
+
+    After ``cut for good`` the proxy takes no new connection.
+    """
 
     side: Side
     number: int
@@ -72,6 +75,9 @@ class Proxy:
             for message in _messages(source, begins_untyped=side == "to the server"):
                 leaving = side == "to the server" and message[:1] == b"X"  # nobody waits for an answer
                 harm = None if leaving else self._harm(side)
+                if harm == "cut for good":
+                    Path(self.folder, SOCKET).unlink()
+                    return
                 if harm in ("cut", "cut in the middle"):
                     target.sendall(b"" if harm == "cut" else message[: len(message) // 2])
                     return

@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from types import TracebackType
-from typing import Any, Required, Self, TypedDict, Unpack
+from typing import Any, Required, Self, TypedDict, TypeVar, Unpack
 
 import sqlalchemy as sa
 
@@ -64,15 +64,17 @@ class Options(TypedDict, total=False):
 
 
 Outcome = CreditTransaction | Exception
+E = TypeVar("E", bound=TallystickError)
 _Future = Future[CreditTransaction] | asyncio.Future[CreditTransaction]
 
 
 @dataclass(eq=False, slots=True)
 class _QueuedCall:
-    """A call of one caller, who waits for ``future``."""
+    """A call of one caller, who waits for ``future``. ``unknown`` is the error of an attempt that may have written."""
 
     call: Call[CreditTransaction]
     future: _Future
+    unknown: OutcomeUnknown | None = None
 
     @property
     def user(self) -> Key:
@@ -180,11 +182,13 @@ class Combiner:
         ``Ledger.consume``, OutcomeUnknown and DatabaseUnavailable go to all calls of a statement; the same call with
         the same key may be made again. The future can be cancelled until the call is sent.
 
-        A call whose connection was lost is made once more, so its row may be marked ``replayed``.
+        A call whose connection was lost is made once more, so its row may be marked ``replayed``. If that attempt gets
+        no answer either, the error is the first one's OutcomeUnknown.
 
         Raises:
             InvalidArgument: nothing was written.
             DatabaseUnavailable: there was no room for ``held_max_s``. The call is not made.
+            OutcomeUnknown: as before, but its connection was lost meanwhile.
             RuntimeError: the combiner is closed, or of another process.
         """
         future: Future[CreditTransaction] = Future()
@@ -260,6 +264,8 @@ class Combiner:
             lambda: self._waiting <= self._waiting_max or queued not in user.calls, self._held_max_s
         )
         if not there_is_room and self._withdraw(queued):
+            if queued.unknown is not None:
+                raise queued.unknown
             raise DatabaseUnavailable(
                 f"more than {self._waiting_max} calls have been waiting for {self._held_max_s:g} s to be sent by this "
                 "Combiner. This one was not made; make it again a little later",
@@ -353,6 +359,9 @@ class Combiner:
             outcomes = self._outcomes(worker, [each.call for each in calls], wait_s)
         except (OutcomeUnknown, DatabaseUnavailable) as error:
             worker.disconnect()
+            if isinstance(error, OutcomeUnknown):
+                for each in calls:
+                    each.unknown = each.unknown or _copy(error)
             if again and isinstance(error, OutcomeUnknown):
                 # most likely the connection was lost while it was idle; every call has a key
                 self._send(worker, calls, wait_s, again=False)
@@ -440,7 +449,7 @@ class Combiner:
         _resolve((queued, DatabaseUnavailable(unmade, sqlstate=None)) for queued in unsent)
 
 
-def _copy(error: TallystickError) -> TallystickError:
+def _copy(error: E) -> E:
     """A copy for another caller: an exception keeps the traceback of the place that raised it."""
     return type(error)(error.message, **error.fields)
 
@@ -450,7 +459,10 @@ def _resolve(results: Iterable[tuple[_QueuedCall, Outcome]]) -> None:
     waiting: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[CreditTransaction], Outcome]]] = defaultdict(
         list
     )
-    for queued, outcome in results:
+    for queued, last in results:
+        outcome = last
+        if queued.unknown is not None and not isinstance(last, CreditTransaction | LedgerError):
+            outcome = queued.unknown  # the last attempt tells nothing of the one before, which may have written
         if isinstance(queued.future, Future):
             try:
                 _answer(queued.future, outcome)
