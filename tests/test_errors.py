@@ -10,11 +10,28 @@ import pytest
 
 import tallystick
 from tallystick import errors
+from tallystick.accounts import Accounts
 from tallystick.errors import InsufficientCredits, TallystickError
+from tallystick.ledger import Ledger
+from tallystick.ledger.connections import Operation
+from tallystick.ledger.functions import declared
+from tallystick.ledger.outcomes import DONE, REPLAYED
+from tallystick.ledger.reference import outcomes_of
 
 pytestmark = pytest.mark.one_server
 
 TREE = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, TallystickError)]
+
+
+def outcomes_of_operations() -> dict[str, tuple[str, set[str]]]:
+    """Function → docstring of its operation, and its refusals."""
+    functions = {function.name for function in declared()}
+    return {
+        name: (inspect.getdoc(operation) or "", set(outcomes_of(name)) - {DONE, REPLAYED})
+        for owner in (Ledger, Accounts)
+        for name, operation in vars(owner).items()
+        if isinstance(operation, Operation) and name in functions
+    }
 
 
 def test_the_tree_in_the_docstring_is_the_tree_in_the_code():
@@ -43,6 +60,14 @@ def test_fields_are_attributes_and_survive_pickling():
 
 def test_a_bad_argument_is_a_value_error_too():
     assert issubclass(errors.InvalidArgument, ValueError)
+
+
+@pytest.mark.parametrize("function", sorted(set(outcomes_of_operations()) - {"consume_many"}))
+def test_an_operation_lists_its_refusals(function):
+    """``consume_many`` returns refusals as values; ``LedgerInconsistent`` is a fault, which any of them may find."""
+    doc, refused = outcomes_of_operations()[function]
+    named = {"".join(word.capitalize() for word in outcome.split("_")) for outcome in refused}
+    assert {name for name in named - {"LedgerInconsistent"} if not re.search(rf"\b{name}\b", doc)} == set()
 
 
 def test_public_names_are_there_and_documented():

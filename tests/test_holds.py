@@ -13,6 +13,7 @@ from tallystick import CreditTransaction
 from tallystick import errors as e
 from tallystick.audit import audit
 from tallystick.errors import Key
+from tallystick.ledger.outcomes import Refusal, error_of
 from tallystick.schema import INT32_MAX
 from worlds import SHAPES, World
 
@@ -170,6 +171,34 @@ def test_a_hold_carries_a_workshop_that_is_unlocked_at_capture(any_world: World)
         assert standing(any_world, conn, user) == (2, 0, 2)
         third = ledger.hold(conn, user, credits=1, key="h3", workshop=workshop)
         assert (third.id, third.replayed) == (first.id, True)
+
+
+@pytest.mark.parametrize("any_world", WITH_WORKSHOPS, indirect=True)
+def test_a_capture_that_is_refused_for_its_workshop_names_it(any_world: World):
+    world, user, other = any_world, any_world.user(credits=3), any_world.user()
+    workshop = world.workshop(user)
+    shop = world.schema.workshops
+    assert shop is not None
+    with world.engine.begin() as conn:
+        held = world.ledger.hold(conn, user, credits=1, key="h", workshop=workshop)
+        of_it = sa.update(shop).where(shop.c.key == workshop)
+        conn.execute(of_it.values(owner=other))
+        with pytest.raises(e.WorkshopNotOwned, match=f"workshop {workshop} belongs to another user") as not_owned:
+            world.ledger.capture(conn, user, held.id)
+        conn.execute(of_it.values(owner=user, deleted_at=sa.func.now()))
+        with pytest.raises(e.WorkshopDeleted, match=f"workshop {workshop} was deleted") as deleted:
+            world.ledger.capture(conn, user, held.id)
+        assert not_owned.value.workshop == deleted.value.workshop == workshop
+        conn.execute(of_it.values(deleted_at=None))
+
+
+def test_a_refusal_names_the_workshop_of_the_call_before_that_of_the_answer():
+    refused = error_of("workshop_unaccounted", Refusal({"user_id": 1}, workshop_id=7))
+    assert isinstance(refused, e.WorkshopUnaccounted)
+    assert (refused.workshop, "workshop 7 is marked" in refused.message) == (7, True)
+    asked = error_of("workshop_unaccounted", Refusal({"user_id": 1, "workshop_id": 0}, workshop_id=7))
+    assert isinstance(asked, e.WorkshopUnaccounted)
+    assert asked.workshop == 0
 
 
 def test_a_workshop_that_the_app_opened_by_itself_leaves_the_hold(world: World):

@@ -298,7 +298,8 @@ class Ledger:
         Failing a failed purchase returns it, marked ``replayed``, with its first reason.
 
         Raises:
-            InvalidArgument, UnknownUser, UnknownPurchase, PurchaseNotPending: it was paid; refund it instead.
+            InvalidArgument, UnknownUser, UnknownPurchase, SessionConflict: nothing was written.
+            PurchaseNotPending: it was paid; refund it instead.
         """
         _either("purchase", purchase, "stripe_session_id", stripe_session_id)
         return self._one(
@@ -540,7 +541,8 @@ class Ledger:
 
         Raises:
             InvalidArgument, UnknownUser, UnknownHold, HoldClosed, CaptureExceedsHold: nothing was written.
-            InsufficientCredits, WorkshopNotOwned, WorkshopDeleted, IdempotencyKeyReused: nothing was written.
+            InsufficientCredits, BalanceOutOfRange, IdempotencyKeyReused: nothing was written.
+            WorkshopNotOwned, WorkshopDeleted, WorkshopUnaccounted: nothing was written.
         """
         return self._one(
             "capture",
@@ -564,6 +566,9 @@ class Ledger:
         """Write the expiries of at most ``limit`` users that no operation has written yet; returns their number.
 
         Each operation does it for its own user, so only readers of the tables themselves depend on it.
+
+        Raises:
+            InvalidArgument: nothing was written.
         """
         arguments = {"row_limit": _whole("limit", limit, 1, SWEEP_MAX)}
 
@@ -781,7 +786,7 @@ class Ledger:
         """The row of a ``tallystick.answer``. Raises the error of a refusal."""
         outcome = row[0]
         if outcome != DONE and outcome != REPLAYED:  # noqa: PLR1714 - on the path of every call
-            raise _refusal(row, arguments)
+            raise _refusal(row, arguments, workshop_id=self._workshop(row[9]))
         # By position, in the server's order of attributes: names would take a third of the time.
         return CreditTransaction(
             uuid(row[1]),
@@ -873,7 +878,7 @@ def _balance(function: str, **arguments: Any) -> Call[int]:
     return Call(function, arguments, read)
 
 
-def _refusal(row: Sequence[Any], arguments: Mapping[str, Any]) -> Exception:
+def _refusal(row: Sequence[Any], arguments: Mapping[str, Any], *, workshop_id: Key | None = None) -> Exception:
     return error_of(
         row[0],
         Refusal(
@@ -886,6 +891,7 @@ def _refusal(row: Sequence[Any], arguments: Mapping[str, Any]) -> Exception:
             required=row[21],
             remaining=row[22],
             held=row[_HELD],
+            workshop_id=workshop_id,
             detail=document(row[23]) or {},
         ),
     )

@@ -58,6 +58,7 @@ class Refusal(NamedTuple):
     required: Any = None
     remaining: Any = None
     held: Any = None
+    workshop_id: Any = None
     detail: Mapping[str, Any] = {}
 
     @property
@@ -67,8 +68,9 @@ class Refusal(NamedTuple):
 
     @property
     def workshop(self) -> Any:
-        """The workshop's key, as the caller gave it."""
-        return self.arguments.get("workshop_id")
+        """The workshop's key, as the caller gave it, or without such an argument as the answer has it."""
+        asked = self.arguments.get("workshop_id")
+        return self.workshop_id if asked is None else asked
 
     @property
     def purchase(self) -> Any:
