@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -33,7 +34,13 @@ from tallystick.schema import INT64_MAX, CreditTransactionType
 from worlds import SHAPES, World
 
 ODD = 'ß "quoted" \\ back {1,NULL} %s %% $1 :name \' \t é'
-METADATA = {"seats": [1, None, 2.5], "who": "é \"\\ '", "deep": {"": True}}
+METADATA = {
+    "seats": [1, None, 2.5],
+    "who": "é \"\\ '",
+    "deep": {"": True},
+    "path": "C:\\u0000dir",  # a backslash and letters, no NUL
+    "frozen": MappingProxyType({"a": MappingProxyType({"b": 1})}),
+}
 KOLKATA = dt.timezone(dt.timedelta(hours=5, minutes=30))
 
 
@@ -95,7 +102,9 @@ TABLE: list[tuple[str, Callable[[CallContext], Any], Any]] = [
     ),
     (
         "unlock",
-        lambda a: a.caller.do(a.ledger.consume, a.user, workshop=a.workshop, key="k", metadata=METADATA),
+        lambda a: a.caller.do(
+            a.ledger.consume, a.user, workshop=a.workshop, key="k", metadata=MappingProxyType(METADATA)
+        ),
         {
             "type": "consumption", "amount": -1, "balance_after": 4, "sequence": 2, "metadata": METADATA,
             "description": "Credit consumed for Workshop: Café Ü", "replayed": False, "balance": 4,

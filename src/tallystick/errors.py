@@ -88,7 +88,7 @@ def shown(value: object) -> str:
         return str(value)
     try:
         text = repr(value[: SHOWN_MAX + 1] if isinstance(value, str | bytes) else value)
-    except ValueError:  # an integer of more digits than Python writes
+    except (ValueError, RecursionError):  # an integer of more digits than Python writes, or lists in lists
         return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
     return text if len(text) <= SHOWN_MAX else f"{text[:SHOWN_MAX]}…"
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import enum
 import uuid
+from collections import UserDict
 from collections.abc import Callable, Iterator
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -226,6 +228,48 @@ def healthy(world: World) -> None:
         tables = set(sa.inspect(conn).get_table_names())
     assert {"users", "workshops", "credit_transactions"} <= tables
     world.engine.dispose()
+
+
+def nested(depth: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for n in range(depth - 1):
+        value = {"a": [value]} if n % 2 else {"a": value}
+    return value
+
+
+@pytest.mark.parametrize(
+    ("metadata", "stored"),
+    [
+        (MappingProxyType({"a": MappingProxyType({"b": 1})}), {"a": {"b": 1}}),
+        (UserDict(a=UserDict()), {"a": {}}),
+        ({"path": "C:\\u0000dir", "\\\\u0000": "\\\\\\u0000"}, ...),
+        ({"a" * 200: ["{[" * 200] * 99}, ...),
+        ({"a": [{} for _ in range(500)]}, ...),
+        (nested(67), ...),
+        ({"a": "b\0c"}, None),
+        ({"a\0": 1}, None),
+        ({"a": "\\\0"}, None),
+        ({"a": "\ud800"}, None),
+        ({"a": float("nan")}, None),
+        ({"a": {1}}, None),
+        (nested(68), None),
+        (nested(3_000), None),
+        (nested(100_000), None),
+        ([1], None),
+    ],
+)
+def test_metadata_is_stored_as_it_is_or_refused(world: World, metadata: Any, stored: Any) -> None:
+    user = world.user(credits=2)
+    with world.engine.begin() as conn:
+        if stored is None:
+            with pytest.raises(InvalidArgument, match=r"metadata=.*: pass a mapping that is a JSON object") as refused:
+                world.ledger.consume(conn, user, key="a", metadata=metadata)
+            assert len(refused.value.message) < 400
+        else:
+            world.ledger.consume(conn, user, key="a", metadata=metadata)
+            world.ledger.consume_many(conn, [Consume(user, key="b", metadata=metadata)])
+            rows = world.ledger.history(conn, user, limit=2)
+            assert [row.metadata for row in rows] == [metadata if stored is ... else stored] * 2
 
 
 def test_a_megabyte(world: World) -> None:

@@ -223,12 +223,28 @@ def as_text(value: Any) -> str:
         case dt.timedelta():
             text = f"{value // dt.timedelta(microseconds=1)} microseconds"
         case Mapping():
-            text = json.dumps(value)
+            text = json_text(value)
         case list() | tuple():
             text = array(value)
         case _:
             text = str(value)
     return text
+
+
+def json_text(value: Mapping[str, Any], *, ascii_only: bool = True) -> str:
+    """A JSON document. Mappings in it may be of any type, as ``MappingProxyType``.
+
+    Raises:
+        TypeError, ValueError: it holds what JSON has no text for.
+        RecursionError: it is nested too deeply.
+    """
+    return json.dumps(value, allow_nan=False, ensure_ascii=ascii_only, default=_plain_mapping)
+
+
+def _plain_mapping(value: object) -> dict[Any, Any]:
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"JSON has no text for a {type(value).__name__}")
 
 
 def array(items: Iterable[object]) -> str:
@@ -332,7 +348,7 @@ def _asyncpg_value(value: Any) -> Any:
         case dt.timedelta():
             return f"{value // dt.timedelta(microseconds=1)} microseconds"
         case Mapping():
-            return json.dumps(value)
+            return json_text(value)
         case list():
             return [_asyncpg_value(item) for item in value]
     return value

@@ -9,7 +9,7 @@ credit for it in one. With an async connection the result is awaited: ``await le
 from __future__ import annotations
 
 import datetime as dt
-import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -18,7 +18,7 @@ from uuid import UUID
 
 from tallystick.config import Config, HostMapping
 from tallystick.errors import InvalidArgument, Key, LedgerError, shown
-from tallystick.ledger.connections import Call, Operation, Rows, document, moment, reader_of, uuid
+from tallystick.ledger.connections import Call, Operation, Rows, document, json_text, moment, reader_of, uuid
 from tallystick.ledger.outcomes import DONE, REPLAYED, Refusal, error_of
 from tallystick.schema import INT64_MAX, CreditTransactionStatus, CreditTransactionType, Keys, mapping_of
 
@@ -30,6 +30,8 @@ KEY_MAX = 255
 HISTORY_MAX = 1_000
 SWEEP_MAX = 100_000
 INTERVAL_MAX = dt.timedelta(days=360_000)  # PostgreSQL compares a year as 360 days
+DEPTH_MAX = 100
+"""How deeply metadata may be nested. Readers of the ledger, such as Python's json, have limits of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -928,13 +930,21 @@ def _optional(argument: str, value: object, longest: int = TEXT_MAX) -> str | No
 
 
 def _moment(argument: str, value: object) -> dt.datetime:
-    if isinstance(value, dt.datetime) and value.tzinfo is not None:
-        return value
-    raise InvalidArgument(
-        f"{argument}={shown(value)}: pass a datetime with a time zone, as datetime.now(UTC)",
-        argument=argument,
-        value=value,
-    )
+    if not isinstance(value, dt.datetime) or value.tzinfo is None:
+        raise InvalidArgument(
+            f"{argument}={shown(value)}: pass a datetime with a time zone, as datetime.now(UTC)",
+            argument=argument,
+            value=value,
+        )
+    try:
+        value.astimezone(dt.UTC)  # as it is read again
+    except OverflowError:
+        raise InvalidArgument(
+            f"{argument}={shown(value)}: pass a datetime that is in the years 1 to 9999 in UTC",
+            argument=argument,
+            value=value,
+        ) from None
+    return value
 
 
 def _interval(argument: str, value: object) -> dt.timedelta | None:
@@ -948,21 +958,40 @@ def _interval(argument: str, value: object) -> dt.timedelta | None:
 
 
 def _document(value: object) -> Mapping[str, Any] | None:
-    """A JSON object that PostgreSQL can store: no NaN, no NUL, no lone surrogate."""
+    """A JSON object that PostgreSQL can store and that can be read again: no NaN, no NUL, no lone surrogate."""
     if value is None:
         return None
     if isinstance(value, Mapping):
         try:
-            text = json.dumps(dict(value), allow_nan=False, ensure_ascii=False)
+            text = json_text(value, ascii_only=False)
             text.encode()
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RecursionError):
             pass
         else:
-            if "\\u0000" not in text:
+            # in JSON a NUL is written as \u0000, and a backslash before these letters as two
+            if not ("\\u0000" in text and _NUL.search(text)) and _depth(text) <= DEPTH_MAX:
                 return value
     raise InvalidArgument(
-        f"metadata={shown(value)}: pass a mapping that is a JSON object, without NUL", argument="metadata", value=value
+        f"metadata={shown(value)}: pass a mapping that is a JSON object, without NUL, nested at most {DEPTH_MAX} deep",
+        argument="metadata",
+        value=value,
     )
+
+
+_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+_BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]')
+
+
+def _depth(text: str) -> int:
+    """How deeply a JSON text is nested, or a larger number that is still allowed."""
+    most = text.count("{") + text.count("[")
+    if most <= DEPTH_MAX:
+        return most
+    depth = most = 0
+    for found in _BRACKETS.finditer(text):
+        depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(found[0], 0)
+        most = max(most, depth)
+    return most
 
 
 def _uuid(argument: str, value: object) -> UUID:

@@ -284,8 +284,8 @@ const EXPECTED: Readonly<Record<string, string>> = {
   integer: "a whole number from -2147483648 to 2147483647",
   bigint: "a whole number of 64 bits; beyond 2^53 a bigint",
   boolean: "true or false",
-  timestamptz: "a valid Date",
-  jsonb: "what JSON and PostgreSQL can hold",
+  timestamptz: "a valid Date, of the years 1 to 9999",
+  jsonb: "what JSON and PostgreSQL can hold, nested at most 100 deep",
 };
 
 function encoded(name: string, type: string, value: unknown): Parameter {
@@ -323,7 +323,7 @@ function written(type: string, value: unknown): string | undefined {
     case "boolean":
       return typeof value === "boolean" ? String(value) : undefined;
     case "timestamptz":
-      return value instanceof Date && !Number.isNaN(value.getTime()) ? value.toISOString() : undefined;
+      return value instanceof Date ? moment(value) : undefined;
     case "jsonb":
       return document(value);
     default:
@@ -338,10 +338,36 @@ function document(value: unknown): string | undefined {
       storable &&= isStorable(name) && !(typeof item === "string" && !isStorable(item));
       return item;
     }) as string | undefined;
-    return storable ? text : undefined;
+    return storable && text !== undefined && isShallow(text) ? text : undefined;
   } catch {
     return undefined; // it is circular, or holds a bigint
   }
+}
+
+/** The limit is that of all clients: what one of them has written, the others can read. */
+function isShallow(text: string): boolean {
+  let depth = 0;
+  let quoted = false;
+  for (let n = 0; n < text.length; n++) {
+    const letter = text[n];
+    if (quoted) {
+      if (letter === "\\") n++;
+      else if (letter === '"') quoted = false;
+    } else if (letter === '"') {
+      quoted = true;
+    } else if (letter === "{" || letter === "[") {
+      if (++depth > 100) return false;
+    } else if (letter === "}" || letter === "]") {
+      depth--;
+    }
+  }
+  return true;
+}
+
+/** PostgreSQL reads no year with a sign, as `toISOString` writes those of more than four digits and below 0. */
+function moment(value: Date): string | undefined {
+  const text = Number.isNaN(value.getTime()) ? "" : value.toISOString();
+  return /^(?!0000)\d{4}-/.test(text) ? text : undefined;
 }
 
 function isStorable(text: string): boolean {

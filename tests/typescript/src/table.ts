@@ -1,7 +1,7 @@
 // One table of operations and what each is to answer, for every driver. A row's call may use what earlier rows answered.
 
 import assert from "node:assert/strict";
-import type { Credits, Tallystick } from "./tallystick.ts";
+import type { Credits, Json, Tallystick } from "./tallystick.ts";
 
 /** What the test made in the database beforehand. */
 export interface Given<Key> {
@@ -20,6 +20,18 @@ export interface Row {
 }
 
 const NOBODYS_PURCHASE = "00000000-0000-7000-8000-000000000000";
+
+const ODD = { path: "C:\\u0000dir", brackets: '[{"\\'.repeat(200) };
+
+function nested(depth: number): { [name: string]: Json } {
+  let value: { [name: string]: Json } = {};
+  for (let n = 1; n < depth; n++) value = { a: value };
+  return value;
+}
+
+function says(words: string): (text: unknown) => boolean {
+  return (text) => String(text).includes(words);
+}
 
 export function isMoment(value: unknown): boolean {
   return value instanceof Date && Math.abs(value.getTime() - Date.now()) < 3_600_000;
@@ -315,6 +327,41 @@ export function table<Key>(ledger: Tallystick, given: Given<Key>): Row[] {
           expiresAt: new Date(Date.now() + 1_800_000),
         }),
       answers: { outcome: "completed", expiresAt: isMoment, balance: n(4), creditHeld: n(0) },
+    },
+    ...["+275760-09-13T00:00:00Z", "-000001-01-01T00:00:00Z", "0000-12-31T00:00:00Z", "no moment"].map((text) => ({
+      does: `credits that expire at ${text}`,
+      call: () =>
+        ledger.grant({ userId: user, amount: 1, key: "far", description: "Far", expiresAt: new Date(text) }),
+      answers: { outcome: "invalid_argument", argument: "expires_at", expected: says("years 1 to 9999") },
+    })),
+    {
+      does: "a balance long ago, and one in the last year that is read",
+      call: () =>
+        Promise.all(
+          ["0001-01-01T00:00:00Z", "9999-12-31T00:00:00Z"].map((text) =>
+            ledger.balanceAt({ userId: user, at: new Date(text) }),
+          ),
+        ),
+      answers: [
+        { outcome: "completed", balance: n(0) },
+        { outcome: "completed", balance: n(4) },
+      ],
+    },
+    ...[101, 100_000].map((depth) => ({
+      does: `metadata that is nested ${depth} deep`,
+      call: () => ledger.consume({ userId: user, key: "deep", metadata: nested(depth) }),
+      answers: { outcome: "invalid_argument", argument: "metadata", expected: says("at most 100 deep") },
+    })),
+    {
+      does: "metadata with a NUL",
+      call: () => ledger.consume({ userId: user, key: "NUL", metadata: { path: ["\0"] } }),
+      answers: { outcome: "invalid_argument", argument: "metadata" },
+    },
+    {
+      does: "metadata of the most depth, with letters that look like a NUL and like brackets",
+      call: () =>
+        ledger.grant({ userId: nobody, amount: 1, key: "path", description: "Path", metadata: { ...nested(100), ...ODD } }),
+      answers: { outcome: "unknown_user" },
     },
     {
       does: "the lots",
