@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from node_packages import Project
 from tallystick import Config, HostMapping, UsersTable, WorkshopsTable, events, migrate
 from tallystick.audit import audit
 from tallystick.ledger.functions import declared
+from tallystick.ledger.reference import outcomes_of, refusals
 from tallystick.ledger.typescript import typescript
 from worlds import SHAPES, Shape, World
 
@@ -186,3 +188,21 @@ def test_every_function_is_in_it():
         for parameter, _, _ in function.parameters:
             assert f'["{parameter}", "' in text
     assert "`item`" not in text  # answers are in order, and have none
+
+
+def test_each_field_that_the_types_promise_is_read():
+    text = typescript(SHAPES["uuid"].host)
+    fields = {refusal.name: refusal.fields for refusal in refusals()}
+    facts = text.partition("const COLUMNS = {")[2].partition("} as const;")[0]
+    shapes = re.findall(r"^  (\w+): \{([^}]*)\}", facts, re.MULTILINE)
+    columns = {kind: set(re.findall(r'(\w+): "', of)) for kind, of in shapes}
+    kinds = dict(re.findall(r'new FunctionCall\("(\w+)", "(\w+)"', text))
+    assert set(kinds) == {function.name for function in declared()}
+    unread = {
+        (function, outcome, field)
+        for function, kind in kinds.items()
+        for outcome in outcomes_of(function)
+        for field in fields.get(outcome, {})
+        if ("detail" if field.startswith("detail.") else field) not in columns[kind]
+    }
+    assert unread == set()

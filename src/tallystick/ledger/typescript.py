@@ -329,6 +329,18 @@ class _Client:
                 yield f'      ["{parameter}", {sent_as}, {_value(function, parameter, default)}],'
             yield "    ]),"
 
+    def _of_refusals(self, shape: _Shape) -> list[tuple[str, str]]:
+        """Attributes that refusals of the shape's functions have, and its results do not."""
+        promised = {
+            name
+            for function in self._functions
+            for refusal in self._answered
+            if _shape_of(function) is shape and refusal.name in outcomes_of(function.name)
+            for name in refusal.fields
+        }
+        own = {name for name, _ in shape.columns()}
+        return [(name, kind) for name, kind in attributes(shape.answer) if name in promised - own]
+
     def _facts(self) -> Iterator[str]:
         yield f'const REVISION = "{HEAD}";'
         yield ""
@@ -336,9 +348,17 @@ class _Client:
         yield "const COLUMNS = {"
         for shape in _SHAPES:
             if self.host.workshops or shape.answer != "tallystick.workshop_answer":
-                columns = ", ".join(f'{name}:\xa0"{self._read_as(name, kind)}"' for name, kind in shape.columns())
+                read = [*shape.columns(), *self._of_refusals(shape)]
+                columns = ", ".join(f'{name}:\xa0"{self._read_as(name, kind)}"' for name, kind in read)
                 yield from _wrapped(f"  {shape.name}: {{ ", columns, " },")
         yield "} as const;"
+        yield ""
+        yield "// those of them that only refusals have"
+        yield "const OF_REFUSALS: Readonly<Record<string, readonly string[]>> = {"
+        for shape in _SHAPES:
+            if names := [json.dumps(_camel(name)) for name, _ in self._of_refusals(shape)]:
+                yield f"  {shape.name}: [{', '.join(names)}],"
+        yield "};"
         yield ""
         yield "const MEANINGS: Readonly<Record<RefusalName, string>> = {"
         for refusal in self._answered:

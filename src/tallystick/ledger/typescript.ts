@@ -155,7 +155,7 @@ class FunctionCall<Answer> implements WritingCall<Answer> {
     if (!Array.isArray(rows)) throw new TypeError("query gave neither rows nor an object that has them as `rows`");
     const answers = rows.map((row: unknown) => {
       const values: unknown[] = Array.isArray(row) ? row : Object.values(row as object);
-      return answered(COLUMNS[this.#kind], values);
+      return answered(COLUMNS[this.#kind], OF_REFUSALS[this.#kind] ?? [], values);
     });
     if (this.many) {
       return answers.sort((one, other) => one.place - other.place).map(({ answer }) => answer) as Answer;
@@ -222,6 +222,7 @@ function selected([name, type]: [string, string]): string {
 
 function answered(
   columns: Readonly<Record<string, string>>,
+  ofRefusals: readonly string[],
   values: readonly unknown[],
 ): { answer: object; place: number } {
   const names = Object.entries(columns);
@@ -237,7 +238,8 @@ function answered(
   if (isDone(outcome)) {
     // `remaining` belongs to refusals, except in a lot, whose columns have no `required`
     const left = remaining === undefined || "required" in columns ? {} : { remaining };
-    return { answer: { ...rest, ...left, outcome }, place };
+    const kept = Object.entries(rest).filter(([name]) => !ofRefusals.includes(name));
+    return { answer: { ...Object.fromEntries(kept), ...left, outcome }, place };
   }
   if ((MEANINGS as Readonly<Record<string, string>>)[outcome] === undefined) {
     throw new TallystickOutOfDate(

@@ -9,6 +9,8 @@ export interface Given<Key> {
   /** Soft-deleted. */
   gone: Key;
   nobody: Key;
+  /** Another user, with credits. */
+  rich: Key;
   bigint: boolean;
 }
 
@@ -37,6 +39,10 @@ export function isMoment(value: unknown): boolean {
   return value instanceof Date && Math.abs(value.getTime() - Date.now()) < 3_600_000;
 }
 
+function isSomething(value: unknown): boolean {
+  return value instanceof Object;
+}
+
 export function isUuid(value: unknown): boolean {
   return typeof value === "string" && /^[0-9a-f-]{36}$/.test(value);
 }
@@ -47,6 +53,7 @@ export function table<Key>(ledger: Tallystick, given: Given<Key>): Row[] {
   const user = given.user as never;
   const gone = given.gone as never;
   const nobody = given.nobody as never;
+  const rich = given.rich as never;
   const session = `cs_${String(given.user)}`;
   let bought = "";
   let held = "";
@@ -390,6 +397,16 @@ export function table<Key>(ledger: Tallystick, given: Given<Key>): Row[] {
       answers: { outcome: "insufficient_credits", balance: n(4), creditHeld: n(3), required: n(2) },
     },
     {
+      does: "an account with a hold that is merged",
+      call: () => ledger.merge({ userId: user, intoUserId: rich, key: "merged" }),
+      answers: { outcome: "holds_pending", creditHeld: n(3) },
+    },
+    {
+      does: "an account that is merged under another call's key",
+      call: () => ledger.merge({ userId: user, intoUserId: rich, key: "spring" }),
+      answers: { outcome: "idempotency_key_reused", id: isUuid, differs: isSomething },
+    },
+    {
       does: "what can be spent",
       call: () => ledger.balance({ userId: user }),
       answers: { outcome: "completed", balance: n(4), creditHeld: n(3) },
@@ -583,6 +600,15 @@ export function table<Key>(ledger: Tallystick, given: Given<Key>): Row[] {
       does: "the user is back",
       call: () => ledger.restoreUser({ userId: user }),
       answers: { outcome: "completed", deletedAt: null },
+    },
+    {
+      does: "an account that is merged",
+      call: async () => {
+        const answer = await ledger.merge({ userId: user, intoUserId: rich, key: "merged" });
+        assert.deepEqual(Object.keys(answer).sort(), ["amount", "balance", "outcome", "userId"]);
+        return answer;
+      },
+      answers: { outcome: "completed", userId: rich },
     },
   ];
 }
