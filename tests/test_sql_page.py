@@ -16,7 +16,8 @@ import sqlalchemy as sa
 from psycopg.rows import dict_row
 
 from tallystick.dev.postgres import Server
-from tallystick.ledger.reference import outcomes_of, refusals
+from tallystick.ledger.functions import declared
+from tallystick.ledger.reference import PARAMETERS, outcomes_of, refusals
 from worlds import World
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +90,21 @@ def test_every_attribute_and_parameter_has_its_line(conn: psycopg.Connection):
     section = PAGE.split("## Parameters\n")[1].split("\n#")[0]
     parameters = {name for names, _ in installed(conn).values() for name, _, _ in names}
     assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == parameters
+
+
+@pytest.mark.parametrize(
+    "function", [each.name for each in declared() if "row_limit" in {name for name, *_ in each.parameters}]
+)
+def test_the_line_of_row_limit_has_each_functions_limits(world: World, function: str):
+    user = world.user()
+    name = "user_id => :user, " if function == "history" else ""
+    call = sa.text(f"SELECT outcome, detail FROM tallystick.{function}({name}row_limit => 0)")
+    with world.engine.connect() as conn:
+        outcome, detail = conn.execute(call, {"user": user} if name else {}).one()
+    assert outcome == "invalid_argument"
+    least, most = map(int, re.findall(r"\d+", detail["expected"]))
+    phrase = PARAMETERS["row_limit"]
+    assert f"{least} to {most:,}" in (phrase.partition(" of sweep ")[2] if function == "sweep" else phrase)
 
 
 def test_every_refusal_has_its_code(conn: psycopg.Connection):

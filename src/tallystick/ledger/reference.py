@@ -162,7 +162,7 @@ PARAMETERS: Mapping[str, str] = {
     "currency": "three letters, as usd",
     "reason": "the reason of the failure, 1 to 10,000 characters; required",
     "at": "a moment; rows that completed at it are included",
-    "row_limit": "the number of rows, 1 to 1,000",
+    "row_limit": "the number of rows, 1 to 1,000; of sweep the number of users, 1 to 100,000",
     "before": "the cursor of a row, to read on after it: its sequence, or its id if it has none",
     "include_failed": "failed purchases too",
     "after": "the cursor of an event, to read on after it; NULL begins with the oldest",
