@@ -25,6 +25,7 @@ from tallystick.errors import (
     DatabaseUnavailable,
     InsufficientCredits,
     InvalidArgument,
+    Key,
     PermissionDenied,
     SeedImpossible,
 )
@@ -82,6 +83,45 @@ def test_users_of_every_shape_come_to_their_state(server: Server, shape: str):
             db.ledger.consume(db.conn, mine, workshop=workshop, key="unlock")
             assert db.ledger.access(db.conn, workshop).open
         db.assert_balanced()
+
+
+def rows_of(db: TestDatabase, user: Key) -> int:
+    return len(db.ledger.history(db.conn, user, limit=1000, include_failed=True))
+
+
+def test_a_debt_is_as_large_as_it_says_whatever_the_user_had(db: TestDatabase):
+    user = db.user()
+    for credits in (1, 3, 3, 5):
+        assert db.indebted(credits, user=user) == user
+        assert db.balance(user) == -credits
+    before = rows_of(db, user)
+    with pytest.raises(InvalidArgument, match=f"credits=4: user {user} is 5 below zero already. Pass 5 or more"):
+        db.indebted(4, user=user)
+    with pytest.raises(InvalidArgument, match="credits=0"):
+        db.indebted(0, user=user)
+    assert (db.balance(user), rows_of(db, user)) == (-5, before)
+    holds = db.expiring(3, user=db.holding(credits=4, held=2))
+    assert db.indebted(6, user=holds) == holds
+    now = db.ledger.standing(db.conn, holds)
+    assert (now.balance, now.held) == (-6, 2)
+    db.assert_balanced()
+
+
+def test_a_hold_that_is_not_covered_is_refused_before_anything_is_written(db: TestDatabase):
+    user = db.indebted(3)
+    before = rows_of(db, user)
+    with pytest.raises(InvalidArgument, match=f"held=2: user {user} would have -1 to set aside"):
+        db.holding(credits=2, user=user)
+    with pytest.raises(InvalidArgument, match="credits=0"):
+        db.holding(credits=2, held=0, user=user)
+    with pytest.raises(InvalidArgument, match="credits='2'"):
+        db.holding(credits="2", held=2, user=user)  # type: ignore[arg-type]
+    assert rows_of(db, user) == before
+    with pytest.raises(InvalidArgument, match=r"held=3: user .* would have 2 to set aside"):
+        db.holding(credits=2, held=3)
+    db.holding(credits=5, held=2, user=user)
+    assert db.ledger.standing(db.conn, user).available == 0
+    db.assert_balanced()
 
 
 def test_a_user_who_cannot_be_made_up_is_the_apps_own(server: Server):

@@ -33,7 +33,8 @@ from tallystick.database import translated
 from tallystick.declared_tables import Schema
 from tallystick.dev.host_tables import HostRow, HostTables
 from tallystick.errors import InvalidArgument, Key, PermissionDenied, shown
-from tallystick.ledger import CreditTransaction, Ledger
+from tallystick.ledger import CreditTransaction, Ledger, Standing
+from tallystick.ledger.connections import send
 
 AppSchema = str | Callable[[str], object]
 """The app's own tables: SQL, or a function that gets the address of an empty database and makes them there."""
@@ -191,12 +192,30 @@ class TestDatabase:
         return user
 
     def indebted(self, credits: int = 1, *, user: Key | None = None) -> Key:
-        """A user ``credits`` below zero, who has spent a purchase that was refunded: a new one, or ``user``."""
+        """A user exactly ``credits`` below zero, who has spent a purchase that was refunded: a new one, or ``user``.
+
+        A ``user`` with credits spends them too; holds stay open. A user who is that far below zero already stays as it
+        is.
+
+        Raises:
+            InvalidArgument: ``user`` is further below zero; nothing was written to the ledger.
+        """
         user = self.user() if user is None else user
-        bought = self._buy(user, credits)
-        with _as_sqlalchemy(self.conn) as conn:
-            self.ledger.consume(conn, user, credits=self.ledger.balance(conn, user), key=_key())
-            self.ledger.refund(conn, user, bought.id, key=_key())
+        self._check(user, credits)
+        standing = self._standing(user)
+        spent = standing.balance + credits
+        if spent < 0:
+            raise InvalidArgument(
+                f"credits={credits}: user {user} is {-standing.balance} below zero already. Pass "
+                f"{-standing.balance} or more, or another user",
+                argument="credits",
+                value=credits,
+            )
+        if spent > 0:
+            bought = self._buy(user, credits + standing.held)  # holds keep their credits from being spent
+            with _as_sqlalchemy(self.conn) as conn:
+                self.ledger.consume(conn, user, credits=spent, key=_key())
+                self.ledger.refund(conn, user, bought.id, key=_key())
         return user
 
     def holding(
@@ -210,10 +229,25 @@ class TestDatabase:
         """A user who has bought ``credits``, with ``held`` of them (all, if not given) set aside by a hold.
 
         A new one, or ``user``. The hold is the first row of the user's history, and expires as ``Ledger.hold`` says.
+
+        Raises:
+            InvalidArgument: the purchase and the user's other credits do not cover the hold; nothing was written to the
+                ledger.
         """
-        user = self.funded(credits, user=user)
+        user = self.user() if user is None else user
+        self._check(user, credits)
+        held = credits if held is None else held
+        hold = self.ledger.hold.call(user, credits=held, key=_key(), expires_in=expires_in)
+        available = self._standing(user).available + credits
+        if available < held:
+            raise InvalidArgument(
+                f"held={held}: user {user} would have {available} to set aside. Pass more credits, or fewer held",
+                argument="held",
+                value=held,
+            )
+        self._buy(user, credits)
         with _as_sqlalchemy(self.conn) as conn:
-            self.ledger.hold(conn, user, credits=credits if held is None else held, key=_key(), expires_in=expires_in)
+            send(conn, hold)
         return user
 
     def expiring(
@@ -235,6 +269,14 @@ class TestDatabase:
         """Fail with the audit's findings if there is a fault."""
         __tracebackhide__ = True
         assert_balanced(self.conn, self.config)
+
+    def _check(self, user: Key, credits: int) -> None:
+        """Refuse a wrong number of credits before anything is written."""
+        self.ledger.start_purchase.call(user, credits=credits, description="-")
+
+    def _standing(self, user: Key) -> Standing:
+        with _as_sqlalchemy(self.conn) as conn:
+            return self.ledger.standing(conn, user)
 
     def _buy(self, user: Key, credits: int) -> CreditTransaction:
         with _as_sqlalchemy(self.conn) as conn:
