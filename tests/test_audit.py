@@ -883,6 +883,9 @@ def test_it_changes_nothing_and_leaves_the_callers_transaction_alone(healthy: He
 def test_arguments_that_make_no_sense(healthy: Healthy) -> None:
     for arguments, words in (
         ({"limit": 0}, "limit=0"),
+        ({"limit": "5"}, "limit='5': pass a whole number of 1 or more"),
+        ({"quick": "no"}, "quick='no': pass True or False"),
+        ({"since": "2026-01-01"}, "since='2026-01-01': pass a datetime with a time zone"),
         ({"user": uuid.uuid4(), "after": uuid.uuid4()}, "pass only one of them"),
         ({"since": dt.datetime(2026, 1, 1)}, "time zone"),  # noqa: DTZ001  the point of the case
         ({"user": "nobody"}, "no uuid key"),

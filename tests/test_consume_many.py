@@ -137,6 +137,20 @@ def test_what_repeats_itself_takes_no_statement_for_each(world: World) -> None:
     ] * 499
 
 
+def test_an_item_of_another_type_is_refused_in_its_place(world: World) -> None:
+    user = world.user(credits=3)
+    with world.engine.begin() as conn:
+        items = [Consume(user, key="a"), {"user": user, "key": "b"}, None, Consume(user, key="c")]
+        first, mapping, none, last = world.ledger.consume_many(conn, items)  # type: ignore[arg-type]
+        assert [outcome_of(first), outcome_of(last)] == [(False, -1, 2, 2), (False, -1, 1, 3)]
+        assert isinstance(mapping, InvalidArgument)
+        assert mapping.message.startswith("items[1]={'user': ")
+        assert mapping.message.endswith(": pass Consume(user, key=…), with the arguments of consume")
+        assert isinstance(none, InvalidArgument)
+        assert none.message.startswith("items[2]=None: pass Consume(")
+        assert world.ledger.balance(conn, user) == 1
+
+
 def test_nothing_to_do(world: World) -> None:
     with world.engine.begin() as conn:
         assert world.ledger.consume_many(conn, []) == []

@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session, registry
 from tallystick import AccessReason, InsufficientCredits, Ledger
 from tallystick import errors as e
 from tallystick.audit import audit
+from tallystick.errors import Key
 from tallystick.ledger import Consume
 from tallystick.schema import INT32_MAX, CreditTransactionStatus, CreditTransactionType
 from worlds import World
@@ -391,6 +392,48 @@ def test_history_pages_by_cursor_and_shows_what_is_pending_first(world: World):
 @pytest.mark.parametrize("arguments", [{"limit": 0}, {"limit": 1001}, {"before": "x"}, {"before": 3}, {"before": "-1"}])
 def test_pages_that_are_none(world: World, arguments: dict[str, Any]):
     refuse(world, e.InvalidArgument, lambda led, c: led.history(c, uuid.uuid4(), **arguments))
+
+
+TOO_LATE = dt.datetime.max.replace(tzinfo=dt.timezone(-dt.timedelta(hours=1)))  # in UTC it is the year 10000
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda w, c, u: w.ledger.history(c, u, include_failed="maybe"), "include_failed='maybe': pass True or False"),
+        (lambda w, c, u: w.ledger.history(c, u, include_failed=None), "include_failed=None: pass True or False"),
+        (
+            lambda w, c, u: w.ledger.capture(c, u, uuid.uuid4(), allow_debt="false"),
+            "allow_debt='false': pass True or False",
+        ),
+        (lambda w, c, u: w.accounts.set_stripe_customer(c, u, "cus_1", replace=1), "replace=1: pass True or False"),
+        (
+            lambda w, c, u: w.ledger.hold(c, u, credits=1, key="h", expires_in=dt.timedelta.max),
+            "expires_in=.*: pass a timedelta of at most 365000 days",
+        ),
+        (
+            lambda w, c, u: w.ledger.start_purchase(
+                c, u, credits=1, description="x", expires_after=dt.timedelta(days=10**8)
+            ),
+            "expires_after=.*: pass a timedelta of at most 365000 days",
+        ),
+        (
+            lambda w, c, u: w.ledger.grant(c, u, credits=1, key="g", description="x", expires_at=TOO_LATE),
+            "expires_at=.*: pass a datetime that is in the years 1 to 9999 in UTC",
+        ),
+        (lambda w, c, u: w.ledger.consume_many(c, (i for i in [])), r"items=.*: pass a list of Consume\("),
+        (lambda w, c, u: w.ledger.consume_many(c, Consume(u, key="k")), r"items=.*: pass a list of Consume\("),
+        (lambda w, c, u: w.ledger.consume_many(c, {"user": u, "key": "k"}), r"items=.*: pass a list of Consume\("),
+    ],
+)
+def test_arguments_of_another_type_leave_the_transaction_as_it_is(
+    world: World, call: Callable[[World, sa.Connection, Key], Any], message: str
+):
+    user = world.user(credits=1)
+    with world.engine.begin() as conn:
+        with pytest.raises(e.InvalidArgument, match=message):
+            call(world, conn, user)
+        assert world.ledger.balance(conn, user) == 1
 
 
 def test_the_balance_at_any_moment(any_world: World):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tallystick.config import Config, HostMapping
 from tallystick.errors import InvalidArgument, Key, shown
 from tallystick.ledger.connections import Call, Operation, Rows, document, moment, reader_of
-from tallystick.ledger.operations import Standing
+from tallystick.ledger.operations import Standing, boolean
 from tallystick.ledger.outcomes import DONE, Refusal, error_of
 from tallystick.schema import Keys, mapping_of
 
@@ -93,7 +93,9 @@ class Accounts:
             StripeCustomerConflict: the user has another customer, or the customer is another user's.
         """
         customer = _name("stripe_customer_id", stripe_customer_id, STRIPE_ID_MAX)
-        return self._of_user("set_stripe_customer", user, stripe_customer_id=customer, replace=replace)
+        return self._of_user(
+            "set_stripe_customer", user, stripe_customer_id=customer, replace=boolean("replace", replace)
+        )
 
     @Operation
     def set_low_balance(self, user: Key, threshold: int | None) -> Call[Account]:

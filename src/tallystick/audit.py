@@ -168,24 +168,13 @@ def audit(
 
     Raises:
         InvalidArgument: ``user`` or ``after`` is no key of the mapped type or both are given, ``since`` has no time
-            zone, ``limit`` is below 1.
+            zone, ``limit`` is below 1, ``quick`` is no boolean.
         UnknownUser: ``user`` is neither in the users table nor in the ledger.
         NotMigrated: a table or column is missing.
         DatabaseError: the database did not answer.
     """
     started = time.perf_counter()
-    if limit < 1:
-        raise InvalidArgument(f"limit={limit}: pass 1 or more", argument="limit", value=limit)
-    if since is not None and since.tzinfo is None:
-        raise InvalidArgument(
-            f"since={since}: add a time zone, as in {since.isoformat()}+00:00", argument="since", value=since
-        )
-    if user is not None and after is not None:
-        raise InvalidArgument(
-            f"user={shown(user)}, after={shown(after)}: pass only one of them",
-            argument="after",
-            value=after,
-        )
+    _check_arguments(user=user, since=since, after=after, quick=quick, limit=limit)
     schema = Schema.of(config.host)
     if user is not None:
         user = schema.user_key(user)
@@ -224,6 +213,26 @@ def audit(
             user=user,
         )
     return _report(found, found, limit, users=users, rows=rows, began=started)
+
+
+def _check_arguments(*, user: object, since: object, after: object, quick: object, limit: object) -> None:
+    """Refuse arguments that make no sense, before anything is read."""
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+        raise InvalidArgument(f"limit={shown(limit)}: pass a whole number of 1 or more", argument="limit", value=limit)
+    if not isinstance(quick, bool):
+        raise InvalidArgument(f"quick={shown(quick)}: pass True or False", argument="quick", value=quick)
+    if since is not None and not isinstance(since, dt.datetime):
+        raise InvalidArgument(f"since={shown(since)}: pass a datetime with a time zone", argument="since", value=since)
+    if since is not None and since.tzinfo is None:
+        raise InvalidArgument(
+            f"since={since}: add a time zone, as in {since.isoformat()}+00:00", argument="since", value=since
+        )
+    if user is not None and after is not None:
+        raise InvalidArgument(
+            f"user={shown(user)}, after={shown(after)}: pass only one of them",
+            argument="after",
+            value=after,
+        )
 
 
 def _checks(schema: Schema, *, quick: bool, everyone: bool) -> list[Check]:

@@ -348,25 +348,23 @@ class Ledger:
     def consume_many(self, items: Sequence[Consume]) -> Call[list[CreditTransaction | LedgerError]]:
         """Consume for each item, in one call; returns for each its row, or the refusal as a value.
 
-        A refused item, even one with wrong arguments, does not affect the others: a smaller one after it may still be
-        covered. Results come in the order of ``items``.
+        A refused item, even one with wrong arguments or of another type, does not affect the others: a smaller one
+        after it may still be covered. Results come in the order of ``items``.
+
+        Raises:
+            InvalidArgument: ``items`` is no list; nothing was written.
         """
+        if not isinstance(items, Sequence) or isinstance(items, str | bytes):
+            raise InvalidArgument(
+                f"items={shown(items)}: pass a list of Consume(user, key=…)", argument="items", value=items
+            )
         calls: list[Call[CreditTransaction]] = []
         refused: dict[int, LedgerError] = {}
         for n, item in enumerate(items):
             try:
-                call = self.consume.call(
-                    item.user,
-                    workshop=item.workshop,
-                    credits=item.credits,
-                    key=item.key,
-                    description=item.description,
-                    metadata=item.metadata,
-                )
+                calls.append(self._consumption(n, item))
             except LedgerError as refusal:
                 refused[n] = refusal
-            else:
-                calls.append(call)
         many = self.together(calls)
 
         def read(rows: Rows) -> list[CreditTransaction | LedgerError]:
@@ -551,7 +549,7 @@ class Ledger:
             user_id=self.keys.user_key(user),
             hold_id=_uuid("hold", hold),
             amount=None if credits is None else self._whole("credits", credits),
-            allow_debt=bool(allow_debt),
+            allow_debt=boolean("allow_debt", allow_debt),
         )
 
     @Operation
@@ -694,7 +692,7 @@ class Ledger:
             "user_id": self.keys.user_key(user),
             "row_limit": _whole("limit", limit, 1, HISTORY_MAX),
             "before": _optional("before", before, KEY_MAX),
-            "include_failed": include_failed,
+            "include_failed": boolean("include_failed", include_failed),
         }
         return Call("history", arguments, lambda rows: [self._answered(row, arguments) for row in rows])
 
@@ -755,6 +753,22 @@ class Ledger:
 
     def _one(self, function: str, **arguments: Any) -> Call[CreditTransaction]:
         return Call(function, arguments, lambda rows: self._answered(rows[0], arguments))
+
+    def _consumption(self, n: int, item: object) -> Call[CreditTransaction]:
+        if not isinstance(item, Consume):
+            raise InvalidArgument(
+                f"items[{n}]={shown(item)}: pass Consume(user, key=…), with the arguments of consume",
+                argument="items",
+                value=item,
+            )
+        return self.consume.call(
+            item.user,
+            workshop=item.workshop,
+            credits=item.credits,
+            key=item.key,
+            description=item.description,
+            metadata=item.metadata,
+        )
 
     def together(self, calls: Sequence[Call[CreditTransaction]]) -> Call[list[CreditTransaction | LedgerError]]:
         """Calls of ``consume`` as one of ``consume_many``, whose results come in the order of the calls."""
@@ -910,6 +924,13 @@ def _whole(argument: str, value: object, low: int, high: int) -> int:
     )
 
 
+def boolean(argument: str, value: object) -> bool:
+    """``value``, which must be True or False: in Python the text "false" counts as true. Raises InvalidArgument."""
+    if isinstance(value, bool):
+        return value
+    raise InvalidArgument(f"{argument}={shown(value)}: pass True or False", argument=argument, value=value)
+
+
 def _text(argument: str, value: object, longest: int = TEXT_MAX) -> str:
     if isinstance(value, str) and 0 < len(value) <= longest:
         try:
@@ -948,10 +969,10 @@ def _moment(argument: str, value: object) -> dt.datetime:
 
 
 def _interval(argument: str, value: object) -> dt.timedelta | None:
-    if value is None or (isinstance(value, dt.timedelta) and value <= INTERVAL_MAX):
+    if value is None or (isinstance(value, dt.timedelta) and abs(value) <= INTERVAL_MAX):
         return value
     raise InvalidArgument(
-        f"{argument}={shown(value)}: pass a timedelta of up to 1000 years, as timedelta(days=90)",
+        f"{argument}={shown(value)}: pass a timedelta of at most {INTERVAL_MAX.days} days, as timedelta(days=90)",
         argument=argument,
         value=value,
     )
