@@ -174,6 +174,19 @@ def test_an_empty_account_is_closed_without_a_row(any_world: World) -> None:
     clean(world)
 
 
+@uuid_keys
+def test_a_merge_that_moved_nothing_keeps_no_key(any_world: World) -> None:
+    world, user, into = any_world, any_world.user(), any_world.user(credits=1)
+    with world.engine.begin() as conn:
+        late = world.ledger.start_purchase(conn, user, credits=3, description="A pack")
+        assert world.ledger.merge(conn, user, into=into, key="m") == Merged(into, 0, 1)
+        world.ledger.complete_purchase(conn, user, purchase=late.id)
+        assert world.ledger.merge(conn, user, into=into, key="m") == Merged(into, 3, 4)
+        world.ledger.consume(conn, into, key="c")
+        assert world.ledger.merge(conn, user, into=into, key="m") == Merged(into, 3, 3, replayed=True)
+    clean(world)
+
+
 def soon(days: int) -> dt.datetime:
     return dt.datetime.now(dt.UTC).replace(microsecond=0) + dt.timedelta(days=days)
 
