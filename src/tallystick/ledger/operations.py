@@ -31,7 +31,7 @@ HISTORY_MAX = 1_000
 SWEEP_MAX = 100_000
 INTERVAL_MAX = dt.timedelta(days=360_000)  # PostgreSQL compares a year as 360 days
 DEPTH_MAX = 100
-"""How deeply metadata may be nested. Readers of the ledger, such as Python's json, have limits of their own."""
+"""The largest depth of metadata. Readers of the ledger, such as Python's json, have limits of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -1004,7 +1004,7 @@ _BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]')
 
 
 def _depth(text: str) -> int:
-    """How deeply a JSON text is nested, or a larger number that is still allowed."""
+    """The depth of a JSON text, or a larger number that is still allowed."""
     most = text.count("{") + text.count("[")
     if most <= DEPTH_MAX:
         return most
