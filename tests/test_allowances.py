@@ -16,7 +16,7 @@ from tallystick.allowances import AllowanceRun, Allowances, Paid, Period
 from tallystick.audit import audit
 from tallystick.config import Allowance
 from tallystick.dev.postgres import Server
-from tallystick.errors import ConfigError, IdempotencyKeyReused, Key
+from tallystick.errors import ConfigError, Key
 from tallystick.testing import Databases, TestDatabase
 from worlds import SHAPES
 
@@ -214,6 +214,21 @@ def test_a_refused_user_does_not_stop_the_others(db: TestDatabase, allowances: A
     assert [db.balance(user) for user in (full, locked, other)] == [INT32_MAX, 5, 5]
 
 
+def test_a_trigger_of_the_host_that_refuses_one_user_does_not_stop_the_others(
+    db: TestDatabase, allowances: Allowances
+) -> None:
+    refused, other = db.user(), db.user()
+    with engine_of(db).begin() as conn:
+        conn.exec_driver_sql(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
+            f"$$BEGIN IF OLD.id = '{refused}' THEN RAISE 'not this one'; END IF; RETURN NEW; END$$"
+        )
+        conn.exec_driver_sql("CREATE TRIGGER refuse BEFORE UPDATE ON users FOR EACH ROW EXECUTE FUNCTION refuse()")
+    result = allowances.run(engine_of(db))
+    assert (result.users, db.balance(other)) == (1, 5)
+    assert [(each.user, each.message.startswith("not this one")) for each in result.refused] == [(refused, True)]
+
+
 def test_an_erased_grant_counts_with_its_amount(db: TestDatabase, allowances: Allowances) -> None:
     user = db.user()
     assert give(db, allowances, user) == 5
@@ -223,19 +238,6 @@ def test_an_erased_grant_counts_with_its_amount(db: TestDatabase, allowances: Al
     assert give(db, allowances, user) is None
     plan(db, allowances, "pro", user)
     assert [give(db, allowances, user) for _ in range(2)] == [95, None]
-
-
-def test_only_a_grant_counts_as_an_allowance(db: TestDatabase, allowances: Allowances) -> None:
-    user, other = db.funded(3), plan(db, allowances, "pro", db.funded(3))
-    with engine_of(db).begin() as conn:
-        now = Period.of(db.clock.now(), "month")
-        for each in (user, other):
-            key = f"tallystick:allowance:month:{now.start:%Y-%m-%d}:free"
-            allowances.ledger.consume(conn, each, credits=2, key=key)
-    assert give(db, allowances, other) == 100
-    with pytest.raises(IdempotencyKeyReused, match="type consumption"):
-        give(db, allowances, user)
-    assert [each.user for each in allowances.run(engine_of(db)).refused] == [user]
 
 
 def test_a_large_allowance_in_bigint_credits(server: Server) -> None:

@@ -210,8 +210,9 @@ def test_a_workshop_that_the_app_opened_by_itself_leaves_the_hold(world: World):
         held = ledger.hold(conn, user, credits=1, key="h", workshop=workshop)
         opened = sa.update(world.schema.workshops).where(marked.key == workshop)
         conn.execute(opened.values(credit_consumed_at=sa.func.now()))
-        with pytest.raises(e.WorkshopUnaccounted):
+        with pytest.raises(e.WorkshopUnaccounted) as refused:
             ledger.capture(conn, user, held.id)
+        assert refused.value.workshop == workshop
         assert standing(world, conn, user) == (3, 1, 2)
         conn.execute(opened.values(credit_consumed_at=None))
         assert ledger.capture(conn, user, held.id).balance_after == 2

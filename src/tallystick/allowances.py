@@ -14,10 +14,11 @@ from typing import NamedTuple
 from uuid import UUID
 
 import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
 
 from tallystick.accounts import Accounts
 from tallystick.config import Allowance, Config, Every
-from tallystick.database import DbConnection, run
+from tallystick.database import DbConnection, run, server_message
 from tallystick.declared_tables import Schema
 from tallystick.errors import Conflict, HostInterfered, Key, LedgerError
 from tallystick.ledger import CreditTransaction, Ledger
@@ -163,8 +164,8 @@ class Allowances:
             try:
                 with engine.begin() as conn:
                     got += self.give(conn, user) is not None
-            except (LedgerError, HostInterfered, Conflict) as error:
-                refused.append(RefusedAllowance(user, type(error).__name__, error.message))
+            except (LedgerError, HostInterfered, Conflict, DBAPIError) as error:  # the last is a trigger's of the host
+                refused.append(RefusedAllowance(user, type(error).__name__, server_message(error)))
             progress(Progress("allowances", done))
         return AllowanceRun(got, tuple(refused))
 
@@ -177,11 +178,7 @@ class Allowances:
                 now = _now(conn)
                 keys_now = {plan.plan_tier: _key(Period.of(now, plan.every), plan) for plan in self.plans.values()}
                 key_now = sa.case(keys_now, value=users.plan_tier)
-                has = sa.exists().where(
-                    row.user_id == users.key,
-                    row.type == CreditTransactionType.GRANT,
-                    row.idempotency_key == key_now,
-                )
+                has = sa.exists().where(row.user_id == users.key, row.idempotency_key == key_now)
                 page = sa.select(users.key).where(
                     users.plan_tier.in_(list(self.plans)), users.deleted_at.is_(None), ~has
                 )
@@ -238,11 +235,7 @@ class Allowances:
         """The grants of a period, each found by its key."""
         row = self.schema.credit_transactions.c
         keys = [_key(period, plan) for plan in self.plans.values() if plan.every == every]
-        return (
-            row.user_id == self.schema.user_key(user),
-            row.type == CreditTransactionType.GRANT,
-            row.idempotency_key.in_(keys),
-        )
+        return row.user_id == self.schema.user_key(user), row.idempotency_key.in_(keys)
 
 
 def _now(conn: DbConnection) -> dt.datetime:
