@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+import sqlalchemy as sa
+import stripe as sdk
 
 from stripe_sales.shop import Shop
-from tallystick import Config, stripe
-from tallystick.stripe.client import client
+from tallystick import Config, Pack, stripe
 from tallystick.stripe.webhooks import HANDLERS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "stripe.md").read_text(encoding="utf-8")
@@ -24,17 +28,20 @@ def block(language: str, holding: str = "") -> str:
 
 
 def test_the_how_to_sells(shop: Shop, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sa, "create_engine", partial(sa.create_engine, poolclass=sa.NullPool))
     file = tmp_path / "tallystick.toml"
     file.write_text(block("toml"), encoding="utf-8")
     environment = {"STRIPE_SECRET_KEY": shop.dev.secret_key, "STRIPE_API_BASE": shop.dev.url}
     made = stripe.setup(Config.load(file, environ=environment), endpoint_url="http://127.0.0.1:2/webhook")
     file.write_text(block("toml") + f'stripe_price_id = "{made.packs[0].price}"\n', encoding="utf-8")
     assert made.endpoint is not None
-    environment["STRIPE_WEBHOOK_SECRET"] = made.endpoint.secret or ""
-    config = Config.load(file, environ=environment)
-    assert [one.problem for one in stripe.check(config)] == [None]
+    environment |= {"STRIPE_WEBHOOK_SECRET": made.endpoint.secret or "", "DATABASE_URL": shop.world.url}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert [one.problem for one in stripe.check(Config.load())] == [None]
 
-    names: dict[str, Any] = {"engine": shop.engine, "config": config}
+    names: dict[str, Any] = {}
     exec(compile(block("python"), "docs/stripe.md", "exec"), names)
     user = shop.world.user()
     url = names["buy"](user, "form 1")
@@ -50,17 +57,27 @@ def test_the_how_to_sells(shop: Shop, tmp_path, monkeypatch):
     assert shop.balance(user) == 3
 
 
-def test_a_session_of_ones_own_as_the_page_shows_it(shop: Shop):
+def test_the_double_of_stripe_runs_alone():
+    command = [sys.executable, "-m", "tallystick.dev.stripe", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as double:
+        try:
+            printed = [double.stdout.readline().removeprefix("export ").strip().split("=", 1) for _ in range(2)]
+            config = Config(packs=(Pack(name="One", credits=1, amount=900),), **{k.lower(): v for k, v in printed})
+            assert stripe.setup(config, endpoint_url="http://127.0.0.1:2/webhook").packs[0].made
+        finally:
+            double.terminate()
+
+
+def test_a_session_of_ones_own_as_the_page_shows_it(shop: Shop, monkeypatch):
+    monkeypatch.setattr(sdk, "StripeClient", partial(sdk.StripeClient, base_addresses={"api": shop.dev.url}))
     product = {"product": shop.api.products.list().data[0].id, "currency": "usd", "unit_amount": 900}
     names: dict[str, Any] = {
         "stripe": stripe,
         "engine": shop.engine,
         "config": shop.config,
-        "ledger": shop.world.ledger,
-        "client": client(shop.config),
-        "price_id": shop.api.prices.create(product).id,
     }
     exec(compile(block("python", "def sell"), "docs/stripe.md", "exec"), names)
+    names["price_id"] = shop.api.prices.create(product).id
     user = shop.world.user()
     session = names["sell"](user, "order 7").rsplit("/", 1)[1]
     assert names["sell"](user, "order 7").endswith(session)
