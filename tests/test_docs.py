@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import datetime as dt
 import functools
+import importlib
+import inspect
 import json
+import pkgutil
 import re
 from pathlib import Path
 from uuid import UUID
@@ -63,6 +66,19 @@ def test_no_command_is_documented_that_is_not_there():
 @pytest.mark.parametrize("name", tallystick.__all__)
 def test_every_public_name_is_documented(name):
     assert re.search(rf"\b{name}\b", TEXT)
+
+
+REFERENCE = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "python.md").read_text(encoding="utf-8"), re.MULTILINE)
+EXPORTING = ("tallystick", "tallystick.events", "tallystick.stripe", "tallystick.web", "tallystick.web.django")
+
+
+@pytest.mark.parametrize("module", [*EXPORTING, "tallystick.web.console"])
+def test_the_reference_of_python_has_every_exported_name(module):
+    shown = [pkgutil.resolve_name(name) for name in REFERENCE]
+    shown += [value for found in shown if inspect.ismodule(found) for value in vars(found).values()]
+    exporting = importlib.import_module(module)
+    missing = [name for name in exporting.__all__ if not any(getattr(exporting, name) is each for each in shown)]
+    assert module in REFERENCE or missing == []
 
 
 SETTINGS = {*Config.model_fields, *HostMapping.__dataclass_fields__}.union(

@@ -164,7 +164,7 @@ def seed(
         InvalidArgument: ``only`` names no scenario.
         SeedRefused: this does not look like a development database, and ``force_production`` is not set.
         SeedImpossible: the host's tables do not take such rows; names the column or the constraint.
-        NotMigrated, SchemaTooNew, DatabaseError.
+        NotMigrated, SchemaTooNew, DatabaseError: as any operation.
     """
     chosen = _chosen(only)
     schema = Schema.of(config.host)
@@ -205,7 +205,7 @@ def reset(
         SeedImpossible: other rows depend on the seeded ones; names the table.
         PermissionDenied: this role does not own the ledger.
         Conflict: other writers kept the ledger busy for five seconds.
-        NotMigrated, SchemaTooNew, DatabaseError.
+        NotMigrated, SchemaTooNew, DatabaseError: as any operation.
     """
     chosen = _chosen(only)
     schema = Schema.of(config.host)

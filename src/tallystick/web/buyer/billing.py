@@ -120,7 +120,7 @@ class Billing(APIRouter):
         """The access of a workshop that is open and the user's.
 
         Raises:
-            WorkshopLocked, WorkshopDeleted, UnknownWorkshop, WorkshopNotOwned.
+            WorkshopLocked, WorkshopDeleted, UnknownWorkshop, WorkshopNotOwned: it is not open to this user.
         """
         return await self.database.run(lambda conn: self._paywall.require_open(conn, user, workshop))
 
@@ -159,7 +159,7 @@ class Billing(APIRouter):
         """A workshop of the user's, by its key or the text of the key in an address.
 
         Raises:
-            UnknownWorkshop, WorkshopNotOwned.
+            UnknownWorkshop, WorkshopNotOwned: this user has no such workshop.
         """
         return await self.database.run(lambda conn: self._paywall.workshop(conn, user, workshop))
 
@@ -173,7 +173,7 @@ class Billing(APIRouter):
         ``key`` is the client's name for this intent.
 
         Raises:
-            InsufficientCredits, IdempotencyKeyReused, UnknownWorkshop, WorkshopNotOwned, WorkshopDeleted, …
+            LedgerError: as ``Ledger.consume``, such as InsufficientCredits or WorkshopDeleted.
         """
         return await self.database.run(lambda conn: self._paywall.unlock(conn, user, workshop, key=key))
 

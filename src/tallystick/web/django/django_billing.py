@@ -188,7 +188,7 @@ class DjangoBilling:
         """The access of a workshop that is open and the user's.
 
         Raises:
-            WorkshopLocked, WorkshopDeleted, UnknownWorkshop, WorkshopNotOwned.
+            WorkshopLocked, WorkshopDeleted, UnknownWorkshop, WorkshopNotOwned: it is not open to this user.
         """
         return self.pages.paywall.require_open(self.connection, user, workshop)
 
