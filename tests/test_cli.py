@@ -19,8 +19,11 @@ from typing import Any
 import psycopg
 import pytest
 import sqlalchemy as sa
+import typer
 
-from tallystick.cli import main
+from tallystick import events
+from tallystick.cli import commands, main
+from tallystick.cli.app import plain
 from tallystick.config import Config, to_toml
 from tallystick.dev.postgres import Server
 from tallystick.schema import HEAD
@@ -576,6 +579,35 @@ def test_the_embedded_server_from_start_to_stop(tally, scratch: Path, monkeypatc
     assert tally("db", "status").code == 1
 
 
+def test_a_flag_is_shown_alone_and_an_example_stands_at_the_end(tally):
+    lines = tally("consume", "--help").out.splitlines()
+    [flag] = [line for line in lines if "--json" in line]
+    assert re.fullmatch(r"│ --json +Print the result as JSON\. +│", flag)
+    assert " tallystick consume ada@example.com --workshop 42 --key unlock-42" in [line.rstrip() for line in lines]
+    assert "<bool>" not in tally("--help").out + tally("events", "endpoint", "add", "--help").out
+
+
+def every_command(group, path=()):
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from every_command(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+WITH_EXAMPLES = {path: each for path, each in every_command(typer.main.get_command(commands())) if each.epilog}
+
+
+@pytest.mark.parametrize("path", WITH_EXAMPLES, ids=" ".join)
+def test_an_example_of_the_help_is_a_command_line_of_its_command(path: tuple[str, ...]):
+    _, *examples = WITH_EXAMPLES[path].epilog.split("\n\n")
+    assert examples
+    for example in examples:
+        words = shlex.split(re.split(" [>|] ", example)[0].replace("PURCHASE", str(uuid.uuid4())))
+        assert words[: len(path) + 1] == ["tallystick", *path]
+        WITH_EXAMPLES[path].make_context(path[-1], words[len(path) + 1 :])  # refuses an unknown option or a wrong value
+
+
 def test_every_help_text_teaches(tally):
     for arguments in ([], ["migrate"], ["db"], ["audit"], ["consume"], ["migrate", "apply"]):
         result = tally(*arguments, "--help")
@@ -777,6 +809,26 @@ def test_a_connection_that_dies_at_the_commit_leaves_an_unknown_outcome(at: Call
         )
     result = tally("grant", user, 5, "--key", "a")
     assert (result.code, "with the same key if it has one" in result.err) == (1, True)
+
+
+def test_low_balance_shows_sets_and_removes_a_threshold(at: Callable[..., Any], any_world: World) -> None:
+    tally, user = at(any_world), any_world.user()
+    off = tally("low-balance", user)
+    assert off.out == "balance.low is never written: the default.\n"
+    assert off.err == "Events are off. To write them: tallystick events enable\n"
+    events.enable(any_world.url, any_world.config, low_balance=5)
+    default = "balance.low is written when the balance falls below 5 credits: the default.\n"
+    assert tally("low-balance", user).out == default
+    given = tally("low-balance", user, "--below", 1)
+    own = "balance.low is written when the balance falls below 1 credit: the user's own threshold.\n"
+    assert (given.out, given.err.startswith("Database ")) == (own, True)
+    assert tally("low-balance", user) == Output(0, own, "")
+    shown = tally("low-balance", user, "--below", 0, "--json").json
+    assert shown == {"user": plain(user), "threshold": 0, "own": True, "events_enabled": True}
+    assert tally("low-balance", user).out == "balance.low is never written: the user's own threshold.\n"
+    assert tally("low-balance", user, "--default", "--json").json["own"] is False
+    assert tally("low-balance", user, "--default", "--below", 3).code == 2
+    assert tally("low-balance", any_world.key(any_world.config.host.users.key_type)).code == 1
 
 
 def test_what_was_not_deleted_is_not_brought_back(at: Callable[..., Any], world: World) -> None:

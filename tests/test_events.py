@@ -465,6 +465,15 @@ class TestFollow:
             assert process.stdout is not None
             assert json.loads(process.stdout.readline()) == second
 
+    def test_while_events_are_off_a_note_says_so(self, world: World) -> None:
+        with self.running(world) as process:
+            assert process.stderr is not None
+            assert process.stderr.readline() == "Events are off. To write them: tallystick events enable\n"
+            events.enable(world.url, world.config)
+            world.user(credits=1)
+            assert process.stdout is not None
+            assert json.loads(process.stdout.readline())["kind"] == "purchase.completed"
+
     def test_it_goes_on_over_a_lost_connection(self, world: World) -> None:
         events.enable(world.url, world.config)
         lost: list[str] = []

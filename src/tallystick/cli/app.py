@@ -72,8 +72,23 @@ class _Commands(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the global options also after a command."""
+        _show_flags_alone(self, ctx)
         ours, others = without_global_options(args)
         return super().parse_args(ctx, ours + others)
+
+
+def _show_flags_alone(command: Any, ctx: Any) -> None:
+    """Let the help show ``--json`` in place of ``--json <bool>``, since a flag takes no value."""
+    for param in command.get_params(ctx):
+        if getattr(param, "is_flag", False):
+            param.metavar = ""
+    for each in getattr(command, "commands", {}).values():
+        _show_flags_alone(each, ctx)
+
+
+def examples(*lines: str) -> str:
+    """The end of a command's help: command lines to copy."""
+    return "\n\n".join((f"[bold]{'Example' if len(lines) == 1 else 'Examples'}:[/]", *lines))
 
 
 app = typer.Typer(

@@ -20,6 +20,7 @@ from tallystick.cli.app import (
     app,
     emit,
     escape,
+    examples,
     invocation,
     note,
     out,
@@ -27,9 +28,10 @@ from tallystick.cli.app import (
     plain,
     table,
 )
-from tallystick.cli.ledger import OfUser, mapped, user_key
+from tallystick.cli.ledger import OfUser, credits_of, mapped, user_key
 from tallystick.database import connect
 from tallystick.errors import ConfigError
+from tallystick.events.switch import low_balance_of
 from tallystick.schema import verify
 
 group = typer.Typer(name="events", no_args_is_help=True, help="Read or deliver a feed of the ledger's changes.")
@@ -97,6 +99,9 @@ def follow(
 ) -> None:
     """Print each event as a line of JSON, and wait for the next. Stop with Ctrl-C."""
     with invocation(ctx).database(migrating=True) as config:
+        with connect(address(config)) as conn:
+            verify(conn)
+            _note_if_off(events.status(conn))
         try:
             for event in events.follow(address(config), config, after=after, poll_s=poll, lost=_show_lost):
                 sys.stdout.write(json.dumps(plain(event), ensure_ascii=False) + "\n")
@@ -129,7 +134,14 @@ def delivery() -> ModuleType:
     return module
 
 
-@endpoint_group.command("add")
+@endpoint_group.command(
+    "add",
+    epilog=examples(
+        "tallystick events endpoint add crm https://crm.example.com/hooks --secret-variable CRM_SECRET",
+        "tallystick events endpoint add mail https://mail.example.com/low --secret-variable MAIL_SECRET "
+        "--kind balance.low",
+    ),
+)
 def add_endpoint(
     ctx: typer.Context,
     name: Annotated[str, typer.Argument(help="A name that you choose.", metavar="NAME")],
@@ -262,21 +274,41 @@ def replay(
 def low_balance(
     ctx: typer.Context,
     user: UserArgument,
-    threshold: Annotated[
+    below: Annotated[
         int | None,
-        typer.Option(
-            "--below",
-            help="The threshold in credits; 0 for never. Without this option the user has the default again.",
-            min=0,
-        ),
+        typer.Option("--below", help="Give the user this threshold, in credits; 0 for never.", min=0),
     ] = None,
+    default: Annotated[
+        bool, typer.Option("--default", help="Remove the user's own threshold: the default applies again.")
+    ] = False,
+    as_json: Json = False,
 ) -> None:
-    """Set a user's threshold: the event balance.low is written when the balance falls below it."""
-    with mapped(ctx, connect, changes=True) as (conn, config):
-        Accounts(config).set_low_balance(conn, user_key(conn, config, user), threshold)
-        enabled = events.status(conn).enabled
-    out.print("Done.")
-    if not enabled:
+    """Show or set a user's threshold: the event balance.low is written when the balance falls below it."""
+    if default and below is not None:
+        raise typer.BadParameter("--below sets the user's own threshold, and --default removes it. Pass one of them")
+    with mapped(ctx, connect, changes=default or below is not None) as (conn, config):
+        accounts, key = Accounts(config), user_key(conn, config, user)
+        if default or below is not None:
+            account = accounts.set_low_balance(conn, key, below)
+        else:
+            account = accounts.get(conn, key)
+        own = low_balance_of(conn, config, account.user)
+        settings = events.status(conn)
+
+    threshold = settings.low_balance if own is None else own
+    source = "the default" if own is None else "the user's own threshold"
+
+    def show() -> None:
+        when = f"written when the balance falls below {credits_of(threshold)}" if threshold else "never written"
+        out.print(f"balance.low is {when}: {source}.", markup=False)
+        _note_if_off(settings)
+
+    result = {"user": account.user, "threshold": threshold, "own": own is not None, "events_enabled": settings.enabled}
+    emit(result, show, as_json=as_json)
+
+
+def _note_if_off(settings: events.EventsStatus) -> None:
+    if not settings.enabled:
         note("Events are off. To write them: tallystick events enable")
 
 

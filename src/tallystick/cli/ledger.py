@@ -24,6 +24,7 @@ from tallystick.cli.app import (
     app,
     emit,
     escape,
+    examples,
     invocation,
     note,
     out,
@@ -284,7 +285,14 @@ def _move(
     emit(done, show, as_json=as_json)
 
 
-@app.command(cls=OfUser, rich_help_panel="Credits")
+@app.command(
+    cls=OfUser,
+    rich_help_panel="Credits",
+    epilog=examples(
+        "tallystick consume ada@example.com --workshop 42 --key unlock-42",
+        'tallystick consume 7 --credits 3 --key report-9 --description "Report of May"',
+    ),
+)
 def consume(
     ctx: typer.Context,
     user: UserArgument,
@@ -310,7 +318,14 @@ def consume(
     )
 
 
-@app.command(cls=OfUser, rich_help_panel="Credits")
+@app.command(
+    cls=OfUser,
+    rich_help_panel="Credits",
+    epilog=examples(
+        'tallystick grant ada@example.com 5 --key ticket-81 --description "Goodwill"',
+        "tallystick grant 7 10 --expires-in 30 --key spring",
+    ),
+)
 def grant(
     ctx: typer.Context,
     user: UserArgument,
@@ -478,7 +493,11 @@ holds = typer.Typer(no_args_is_help=True, help="Set credits aside for work under
 app.add_typer(holds, name="hold", rich_help_panel="Credits")
 
 
-@holds.command("place", cls=OfUser)
+@holds.command(
+    "place",
+    cls=OfUser,
+    epilog=examples("tallystick hold place ada@example.com 5 --minutes 30 --key answer-17"),
+)
 def hold_place(
     ctx: typer.Context,
     user: UserArgument,
@@ -634,13 +653,23 @@ def onboarding(
     emit(account, lambda: typer.echo(f"Onboarding is {state}."), as_json=as_json)
 
 
-@app.command(rich_help_panel="Trust")
+@app.command(
+    rich_help_panel="Trust",
+    epilog=examples(
+        "tallystick audit --user ada@example.com",
+        'tallystick audit --since "2026-11-01 09:30:00"',
+    ),
+)
 def audit(
     ctx: typer.Context,
     user: Annotated[str | None, typer.Option("--user", help="Only this user.", metavar="KEY")] = None,
     since: Annotated[
         dt.datetime | None,
-        typer.Option("--since", help="Only users whose ledger has changed since this time (UTC).", metavar="TIME"),
+        typer.Option(
+            "--since",
+            help="Only users whose ledger has changed since this time (UTC): 2026-11-01, or 2026-11-01T09:30:00.",
+            metavar="TIME",
+        ),
     ] = None,
     after: Annotated[
         str | None,

@@ -26,6 +26,7 @@ from tallystick.cli.app import (
     emit,
     err,
     escape,
+    examples,
     invocation,
     mapping,
     note,
@@ -363,7 +364,9 @@ def _locks(statement: migrate.PlannedStatement) -> str:
     return "; ".join(f"{lock} on {', '.join(names)}" for lock, names in tables.items())
 
 
-@migrations.command()
+@migrations.command(
+    epilog=examples("tallystick migrate sql > credits.sql", 'tallystick migrate sql --role app | psql "$DATABASE_URL"')
+)
 def sql(
     ctx: typer.Context,
     offline: Annotated[

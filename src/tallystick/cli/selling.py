@@ -12,7 +12,7 @@ from uuid import UUID, uuid4
 import sqlalchemy as sa
 import typer
 
-from tallystick.cli.app import Json, address, app, emit, err, escape, invocation, note, out, table
+from tallystick.cli.app import Json, address, app, emit, err, escape, examples, invocation, note, out, table
 from tallystick.cli.ledger import KeyOption, credits_of
 from tallystick.config import Config
 from tallystick.database import engine, transaction
@@ -234,7 +234,13 @@ def redeliver(
         raise typer.Exit(1)
 
 
-@selling.command("refund")
+@selling.command(
+    "refund",
+    epilog=examples(
+        "tallystick stripe refund PURCHASE --credits 1 --key ticket-7",
+        "tallystick stripe refund PURCHASE --amount 1261 --keep-credits",
+    ),
+)
 def send_back(
     ctx: typer.Context,
     purchase: Annotated[

@@ -10,8 +10,8 @@ from psycopg.sql import SQL, Composable, Identifier, Literal
 
 from tallystick.config import Config
 from tallystick.database import DbConnection, run
-from tallystick.declared_tables import event_settings
-from tallystick.errors import InvalidArgument
+from tallystick.declared_tables import Schema, event_settings
+from tallystick.errors import InvalidArgument, Key
 from tallystick.migrate.runner.session import engine_of, send_when_free, session
 from tallystick.schema import EVENTS_TRIGGER, LEDGER, verify, with_stored_mapping
 
@@ -115,6 +115,13 @@ def disable(
 def status(conn: DbConnection) -> EventsStatus:
     """The feed's state, for any role that may read the ledger."""
     return EventsStatus(*run(conn, _STATUS, {}).one())
+
+
+def low_balance_of(conn: DbConnection, config: Config, user: Key) -> int | None:
+    """The threshold of the user's own for ``balance.low``, 0 for never; None where the default applies."""
+    table = Schema.of(config.host).low_balances
+    own: int | None = run(conn, sa.select(table.c.threshold).where(table.c.user_id == user), {}).scalar()
+    return own
 
 
 def prune(database: sa.Engine | str, *, older_than: dt.timedelta) -> int:
