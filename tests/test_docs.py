@@ -9,6 +9,7 @@ import inspect
 import json
 import pkgutil
 import re
+import tomllib
 from pathlib import Path
 from uuid import UUID
 
@@ -18,11 +19,13 @@ import typer
 from standardwebhooks import Webhook
 
 import tallystick
+import tallystick.config as config_module
 from pages import blocks
-from tallystick import Config, HostMapping, Pack, UsersTable, WorkshopsTable, events, migrate
+from tallystick import Config, HostMapping, Pack, UsersTable, WorkshopsTable, events, migrate, pytest_plugin
 from tallystick.cli import commands
 from tallystick.config import Allowance, ConsoleAccess
 from tallystick.dev.demo_app import build_host_app
+from tallystick.dev.seed import ENVIRONMENT_VARIABLES
 from tallystick.schema import CreditTransactionType
 from worlds import World
 
@@ -89,6 +92,30 @@ SETTINGS = {*Config.model_fields, *HostMapping.__dataclass_fields__}.union(
 @pytest.mark.parametrize("name", sorted(SETTINGS - {"host"}))
 def test_every_setting_is_documented(name):
     assert f"`{name}`" in TEXT or f"`host.{name}`" in TEXT
+
+
+def test_every_environment_variable_is_documented():
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    variables = page.split("## Environment variables")[1].split("\n## ")[0]
+    names = {name.upper() for name in config_module._USUAL_VARIABLES} | {pytest_plugin.VARIABLE}
+    names |= {*config_module._OTHER_VARIABLES, *ENVIRONMENT_VARIABLES}
+    assert {name for name in names if f"`{name}`" not in variables} == set()
+
+
+def test_the_example_variables_load(tmp_path):
+    (tmp_path / "tallystick.toml").touch()
+    (script,) = blocks(ROOT / "docs" / "configuration.md", "sh")
+    environ = dict(line.removeprefix("export ").split("=", 1) for line in script.splitlines())
+    found = Config.load(tmp_path / "tallystick.toml", environ={k: v.strip("'") for k, v in environ.items()})
+    assert (found.paywall, len(found.checkout_origins), found.packs[0].amount) == (False, 2, 7900)
+
+
+def test_every_extra_is_in_the_readme():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \| ", readme.split("| extra |")[1].split("```")[0], re.MULTILINE) == [
+        *sorted(project["optional-dependencies"], key=["stripe", "web", "django", "events", "backup", "devdb"].index)
+    ]
 
 
 def test_the_example_settings_load(tmp_path):
