@@ -8,6 +8,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from stripe import StripeClient
 
 import pages
 from node_environment import address, environment
@@ -15,6 +16,7 @@ from node_packages import Project
 from tallystick.audit import audit
 from tallystick.dev.stripe import DevStripe
 from tallystick.ledger.typescript import typescript
+from tallystick.stripe.store import store_of
 from worlds import SHAPES, World
 
 HERE = Path(__file__).parent
@@ -53,5 +55,9 @@ def test_the_pages_flow(page: Project, world: World):
         neon = f"postgresql://{at['user']}:secret@neon.invalid/{at['database']}"
         of_stripe = {"STRIPE_API_BASE": dev.url, "STRIPE_SECRET_KEY": dev.secret_key, "APP_URL": "http://app.test"}
         page.run("node", "page/flow.mjs", env={**given, **libpq, **of_stripe, "DATABASE_URL": neon})
+        sessions = StripeClient(dev.secret_key, base_addresses={"api": dev.url}).v1.checkout.sessions.list().data
+    assert sessions
     with world.engine.connect() as conn:
+        for session in sessions:  # found also if the write of attachSession was lost
+            assert store_of(world.config).claim(conn, session.to_dict() | {"id": "cs_lost"}).purchase is not None
         assert audit(conn, world.config).findings == ()
