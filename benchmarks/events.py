@@ -73,7 +73,7 @@ def main() -> None:
     cpu_off, a_second_off = middle["off"]
     print(
         stage.table(
-            ["events", "server CPU ms", "to off", f"{CLIENTS} connections, a second", "to off"],
+            ["events", "server CPU ms", "CPU ÷ off", f"{CLIENTS} connections, a second", "per s ÷ off"],
             (
                 [name, f"{ms:.3f}", f"{ms / cpu_off:.2f}", f"{done:,.0f}", f"{done / a_second_off:.2f}"]
                 for name, (ms, done) in middle.items()

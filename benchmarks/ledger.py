@@ -243,8 +243,8 @@ def against_the_floor(
 ) -> list[Timing]:
     """Print a line for each way of so many connections to so many users; ours, to compare others with."""
     head = [
-        "", "floor ms", "pgbench ms", "ours ms", "÷ pgbench", "÷ floor", "p99 pgbench", "p99 ours",
-        "pgbench/s", "ours/s", "÷ pgbench",
+        "", "floor ms", "pgbench ms", "ours ms", "ms ÷ pgbench", "ms ÷ floor", "p99 pgbench", "p99 ours",
+        "pgbench/s", "ours/s", "per s ÷ pgbench",
     ]  # fmt: skip
     lines, found = [], []
     for name, (way, connections, users) in ways.items():
