@@ -1,4 +1,4 @@
-"""The cases that fulfilment must survive: one test for each row of the table of cases in docs/stripe.md."""
+"""The cases that fulfilment must survive: one test for each row of the table in docs/stripe-cases.md."""
 
 from __future__ import annotations
 
