@@ -5,12 +5,15 @@ from __future__ import annotations
 import datetime as dt
 import threading
 import uuid
+from dataclasses import replace
 
 import pytest
+import sqlalchemy as sa
 
 from stripe_sales.shop import CREDITS, PACK, PRICE, Shop
+from tallystick import Pack, stripe
 from tallystick import errors as e
-from tallystick import stripe
+from tallystick.accounts import Account, Accounts
 from tallystick.audit import audit
 from tallystick.config import CheckoutOptions
 from tallystick.errors import Key
@@ -161,6 +164,111 @@ def test_a_card_that_works_again_pays_the_same_purchase(shop: Shop, monkeypatch)
     assert declined.purchase is not None
     assert (done.outcome, done.purchase.id) == (TopUpOutcome.CHARGED, declined.purchase.id)
     assert (shop.balance(user), done.purchase.description.endswith("(paid after all)")) == (CREDITS + 1, True)
+
+
+def on_sale(shop: Shop, *packs: Pack) -> None:
+    """These packs are on sale from now on, at the prices that they have here."""
+    made = stripe.setup(shop.configure(packs=packs))
+    shop.configure(
+        packs=tuple(replace(pack, stripe_price_id=of.price) for pack, of in zip(packs, made.packs, strict=True))
+    )
+
+
+def with_small(shop: Shop) -> None:
+    on_sale(shop, *shop.config.packs, Pack(name="Small", credits=5, amount=100))
+
+
+def small(shop: Shop, user: Key, **options: int) -> stripe.TopUp:
+    return stripe.top_up(shop.engine, shop.config, user, "Small", **({"below": 10, "monthly_max": 500} | options))
+
+
+@pytest.mark.parametrize("changed", ["the pack", "the price", "the credits"])
+def test_after_a_decline_the_pack_and_price_of_the_next_call_are_charged(shop: Shop, monkeypatch, changed: str):
+    with_small(shop)
+    user = low(shop)
+    card_is(shop, DECLINED)
+    declined = top_up(shop, user) if changed == "the pack" else small(shop, user)
+    credits, amount = {"the pack": (5, 100), "the price": (5, 300), "the credits": (7, 100)}[changed]
+    on_sale(shop, shop.config.packs[0], Pack(name="Small", credits=credits, amount=amount))
+    card_is(shop, "4242424242424242")
+    later(monkeypatch)
+    assert small(shop, user, monthly_max=amount - 1).outcome is TopUpOutcome.CEILING
+    done = small(shop, user)
+    assert done.purchase is not None
+    assert declined.purchase is not None
+    assert (done.outcome, done.purchase.amount_paid, done.purchase.amount) == (TopUpOutcome.CHARGED, amount, credits)
+    assert (done.purchase.id != declined.purchase.id, shop.balance(user), charges(shop)) == (True, credits + 1, 2)
+    assert not stripe.reconcile(shop.engine, shop.config).changed
+
+
+def test_another_pack_does_not_shorten_the_pause_after_a_decline(shop: Shop, monkeypatch):
+    with_small(shop)
+    user = low(shop)
+    card_is(shop, DECLINED)
+    assert top_up(shop, user).outcome is TopUpOutcome.WAITING
+    assert small(shop, user).outcome is TopUpOutcome.WAITING
+    later(monkeypatch)
+    outcomes = [small(shop, user).outcome, top_up(shop, user).outcome, small(shop, user).outcome]
+    assert outcomes == [TopUpOutcome.WAITING, TopUpOutcome.WAITING, TopUpOutcome.ASK]
+    assert len(shop.api.payment_intents.list().data) == 5  # the purchase, and four attempts
+
+
+def test_a_top_up_that_may_be_under_way_is_not_joined_by_one_of_another_pack(shop: Shop, monkeypatch):
+    with_small(shop)
+    user = low(shop)
+    shop.dev.fault("POST", INTENTS, 503, times=3)
+    with pytest.raises(e.StripeUnavailable):
+        top_up(shop, user)
+    assert small(shop, user).outcome is TopUpOutcome.UNDER_WAY
+    assert (shop.balance(user), charges(shop)) == (1, 1)
+    monkeypatch.setattr(top_ups, "PENDING_MAX", dt.timedelta(0))
+    done = small(shop, user)
+    assert (done.outcome, shop.balance(user), charges(shop)) == (TopUpOutcome.CHARGED, 6, 2)
+
+
+def test_calls_beside_each_other_for_two_packs_charge_for_one(shop: Shop):
+    with_small(shop)
+    user = low(shop)
+    done: list[TopUpOutcome] = []
+    calls = [threading.Thread(target=lambda it=it: done.append(it(shop, user, below=2).outcome)) for it in TWO_PACKS]
+    for call in calls:
+        call.start()
+    for call in calls:
+        call.join()
+    assert len(done) == 6
+    assert TopUpOutcome.CHARGED in done
+    assert set(done) <= {TopUpOutcome.CHARGED, TopUpOutcome.UNDER_WAY, TopUpOutcome.ENOUGH}
+    assert (shop.balance(user) in (6, CREDITS + 1), charges(shop)) == (True, 2)
+
+
+TWO_PACKS = (small, top_up) * 3
+
+
+def test_a_balance_that_a_concurrent_call_has_raised_is_not_topped_up_again(shop: Shop, monkeypatch):
+    user = low(shop)
+
+    class Reader:
+        def __init__(self, _config: object) -> None:
+            pass
+
+        def get(self, conn: sa.Connection, key: Key) -> Account:
+            account = Accounts(shop.config).get(conn, key)
+            monkeypatch.setattr(top_ups, "Accounts", Accounts)
+            assert top_up(shop, user).outcome is TopUpOutcome.CHARGED
+            return account
+
+    monkeypatch.setattr(top_ups, "Accounts", Reader)
+    assert top_up(shop, user).outcome is TopUpOutcome.CHARGED
+    assert (shop.balance(user), charges(shop)) == (CREDITS + 1, 2)
+
+
+def test_the_ceiling_counts_money_of_the_packs_currency(shop: Shop):
+    user = low(shop)
+    assert top_up(shop, user).outcome is TopUpOutcome.CHARGED
+    spend(shop, user, CREDITS)
+    on_sale(shop, Pack(name="Small", credits=5, amount=100, currency="jpy"))
+    assert small(shop, user, monthly_max=100).outcome is TopUpOutcome.CHARGED
+    assert small(shop, user, monthly_max=100).outcome is TopUpOutcome.CEILING
 
 
 def test_a_bank_that_asks_for_authentication_asks_the_user(shop: Shop, monkeypatch):

@@ -1,8 +1,9 @@
 """Automatic top-up: a saved payment method is charged for a pack when the user's balance is low.
 
 The app decides when to call, and keeps the user's consent, threshold and ceiling, which each call states. A gap is the
-time from one completed top-up to the next, and has one purchase: all calls in it charge for this purchase, and each
-attempt to pay it is recorded at Stripe.
+time from one completed top-up to the next. All calls in it that name the same pack and price charge for one purchase,
+and each attempt to pay it is recorded at Stripe. A call that names another pack or price starts another purchase, once
+the one before has failed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tallystick.accounts import Account, Accounts
 from tallystick.config import Config, Pack
 from tallystick.database import run
 from tallystick.declared_tables import stripe_checkouts
-from tallystick.errors import InvalidArgument, Key, StripeRefused, UserDeleted, shown
+from tallystick.errors import IdempotencyKeyReused, InvalidArgument, Key, StripeRefused, UserDeleted, shown
 from tallystick.ledger import CreditTransaction
 from tallystick.schema import CreditTransactionStatus, CreditTransactionType
 from tallystick.stripe.checkout import CLOCK_SKEW_MAX_S, metadata_of, pack_named, price_of, require_price, require_room
@@ -34,7 +35,10 @@ MODE = "top_up"
 BACK_OFF = (dt.timedelta(hours=1), dt.timedelta(hours=12), dt.timedelta(days=2))
 """The time from each declined attempt to the next one. After the last of them the user is asked."""
 
-PURCHASES_EXAMINED = 5  # of the user's newest paid purchases, for one whose payment method was saved
+PURCHASES_EXAMINED = 5  # the newest paid ones for a saved payment method, and the newest top-ups for the gap
+
+PENDING_MAX = dt.timedelta(hours=1)
+"""The age up to which a pending top-up may have a payment under way that Stripe does not list yet."""
 
 _DECLINED = 402
 _AUTHENTICATION = "authentication_required"
@@ -45,7 +49,7 @@ class TopUpOutcome(StrEnum):
 
     ENOUGH = "enough"  # the balance is not below the threshold
     CHARGED = "charged"  # the credits are there
-    UNDER_WAY = "under_way"  # the payment is not finished; call again
+    UNDER_WAY = "under_way"  # a payment is not finished, perhaps of another pack or price; call again
     WAITING = "waiting"  # a charge was declined; the next attempt is at ``retry_at``
     CEILING = "ceiling"  # the monthly maximum is reached; there is a finding for an operator
     ASK = "ask"  # the user has to pay: no payment method is saved, or the bank asks for authentication
@@ -64,8 +68,9 @@ def top_up(engine: sa.Engine, config: Config, user: Key, pack: str, *, below: in
     """Charge the user's saved payment method for a pack if the credits that can be spent are ``below`` a number.
 
     Call it after a consumption, or from time to time, for users who agreed to it. At most ``monthly_max`` minor units
-    are charged in a calendar month (UTC). The payment method is the one that was saved with a purchase, by the option
-    ``save_payment_method``. Concurrent calls, and calls after a lost answer, charge once.
+    of the pack's currency are charged in a calendar month (UTC). The payment method is the one that was saved with a
+    purchase, by the option ``save_payment_method``. Concurrent calls, and calls after a lost answer, charge once.
+    Nothing else is charged than the pack that the call names, at its present price.
 
     Raises:
         StripeNotConfigured, UnknownPack, PackMismatch, UnknownUser, UserDeleted, BalanceOutOfRange, InvalidArgument:
@@ -77,6 +82,8 @@ def top_up(engine: sa.Engine, config: Config, user: Key, pack: str, *, below: in
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InvalidArgument(f"{argument}={shown(value)}: pass 1 or more", argument=argument, value=value)
     effects, chosen = Effects(engine, config), pack_named(config, pack)
+    # the gap first: a top-up that is completed after it was read either raises the balance, or has the same key
+    gap = in_transaction(engine, lambda conn: _find_gap(effects, conn, user))
     account = in_transaction(engine, lambda conn: Accounts(config).get(conn, user))
     if account.deleted_at is not None:
         raise UserDeleted(
@@ -85,10 +92,11 @@ def top_up(engine: sa.Engine, config: Config, user: Key, pack: str, *, below: in
         )
     if account.standing.available >= below:
         return TopUp(TopUpOutcome.ENOUGH)
-    gap = in_transaction(engine, lambda conn: _find_gap(effects, conn, user))
-    attempts = [] if gap.purchase is None else attempts_of(effects, gap.purchase, gap.customer)
-    if gap.purchase is not None and any(one["status"] in ("succeeded", "processing") for one in attempts):
-        return _settle(effects, gap.purchase, attempts)
+    attempts = _attempts_in(effects, gap)
+    for sold in gap.purchases:
+        made = [one for one in attempts if _pays(one, sold.purchase)]
+        if any(one["status"] in ("succeeded", "processing") for one in made):
+            return _settle(effects, sold.purchase, made)
     return _next_attempt(effects, account, chosen, gap, attempts, monthly_max)
 
 
@@ -99,7 +107,7 @@ def attempts_of(effects: Effects, purchase: CreditTransaction, customer: str) ->
     of_customer: Any = {"customer": customer, **since}
     page = ask_or_none(lambda: intents.list(of_customer))
     made = [one.to_dict() for one in list_all(lambda: page or intents.list(since))]
-    return [one for one in made if (one["metadata"] or {}).get(METADATA_KEY) == str(purchase.id)]
+    return [one for one in made if _pays(one, purchase)]
 
 
 def effect_of(effects: Effects, purchase: CreditTransaction, attempts: list[Object]) -> Effect | None:
@@ -123,62 +131,98 @@ def effect_of(effects: Effects, purchase: CreditTransaction, attempts: list[Obje
 
 
 @dataclass(frozen=True, slots=True)
-class _Gap:
-    """A user's present gap. ``purchase`` is None before its first attempt; ``last`` is the top-up before it."""
+class _Sold:
+    """A top-up's purchase with its stored terms. ``customer`` is the one whose payments are examined."""
 
-    purchase: CreditTransaction | None
-    customer: str = ""
+    purchase: CreditTransaction
+    customer: str
+    pack: str
+    amount: int
+    currency: str
+
+    def fits(self, pack: Pack) -> bool:
+        """True if the stored terms are those of the pack now."""
+        stored = (self.pack, self.purchase.amount, self.amount, self.currency, self.purchase.stripe_price_id)
+        return stored == (pack.name, pack.credits, pack.amount, pack.currency, pack.stripe_price_id)
+
+    @property
+    def may_be_under_way(self) -> bool:
+        """True if another call may be charging for it now."""
+        is_young = dt.datetime.now(dt.UTC) - self.purchase.created_at < PENDING_MAX
+        return self.purchase.status is CreditTransactionStatus.PENDING and is_young
+
+
+@dataclass(frozen=True, slots=True)
+class _Gap:
+    """A user's present gap: its purchases, newest first, and the completed top-up before it."""
+
+    purchases: tuple[_Sold, ...] = ()
     last: UUID | None = None
+
+
+def _attempts_in(effects: Effects, gap: _Gap) -> list[Object]:
+    """The attempts to pay the purchases of a gap, newest first."""
+    return [one for sold in gap.purchases for one in attempts_of(effects, sold.purchase, sold.customer)]
+
+
+def _pays(attempt: Object, purchase: CreditTransaction) -> bool:
+    """True if a payment intent names the purchase."""
+    return bool((attempt["metadata"] or {}).get(METADATA_KEY) == str(purchase.id))
 
 
 def _next_attempt(  # noqa: PLR0917 - the findings of top_up, by position
     effects: Effects, account: Account, pack: Pack, gap: _Gap, attempts: list[Object], monthly_max: int
 ) -> TopUp:
+    newest = gap.purchases[0] if gap.purchases else None
+    purchase = None if newest is None else newest.purchase
     customer = account.stripe_customer_id
     method = None if customer is None else _saved_method(effects, account.user, customer)
     if customer is None or method is None:
-        return TopUp(TopUpOutcome.ASK, gap.purchase)
-    if stopped := _stopped_by_declines(gap.purchase, [one for one in attempts if _method_of(one) == method]):
+        return TopUp(TopUpOutcome.ASK, purchase)
+    if stopped := _stopped_by_declines(purchase, [one for one in attempts if _method_of(one) == method]):
         return stopped
     if _exceeds_ceiling(effects, account.user, pack, monthly_max):
-        return TopUp(TopUpOutcome.CEILING, gap.purchase)
-    if gap.purchase is None:
-        require_room(effects.store, account, pack.credits, pack.name)
-        require_price(pack, price_of(effects.client, pack), live=is_live(effects.config))
-    started = in_transaction(
-        effects.engine, lambda conn: _purchase_of_gap(effects, conn, account.user, pack, gap, customer)
-    )
+        return TopUp(TopUpOutcome.CEILING, purchase)
+    require_room(effects.store, account, pack.credits, pack.name)
+    require_price(pack, price_of(effects.client, pack), live=is_live(effects.config))
+    try:
+        started = in_transaction(
+            effects.engine, lambda conn: _purchase_of_gap(effects, conn, account.user, pack, gap, customer)
+        )
+    except IdempotencyKeyReused:  # a concurrent call started another pack
+        started = None
+    if started is None or not started.fits(pack):
+        return TopUp(TopUpOutcome.UNDER_WAY, purchase if started is None else started.purchase)
     if started.purchase.status is CreditTransactionStatus.COMPLETED:  # by a concurrent call
         return TopUp(TopUpOutcome.CHARGED, started.purchase)
-    return _charge(effects, started, customer, method, attempt=len(attempts) + 1)
-
-
-@dataclass(frozen=True, slots=True)
-class _PricedPurchase:
-    """The purchase of a gap, and its stored price."""
-
-    purchase: CreditTransaction
-    amount: int
-    currency: str
+    attempt = 1 + sum(_pays(one, started.purchase) for one in attempts)
+    return _charge(effects, started, customer, method, attempt=attempt)
 
 
 def _find_gap(effects: Effects, conn: sa.Connection, user: Key) -> _Gap:
+    purchases = effects.store.schema.credit_transactions
+    newest = _sold(effects).where(*_top_ups_of(effects, user)).order_by(purchases.c.id.desc()).limit(PURCHASES_EXAMINED)
+    found: list[_Sold] = []
+    for row in run(conn, newest, {}):
+        sold = _sold_of(row)
+        if sold.purchase.status is CreditTransactionStatus.COMPLETED:
+            return _Gap(tuple(found), last=sold.purchase.id)
+        found.append(sold)
+    return _Gap(tuple(found))
+
+
+def _sold(effects: Effects) -> sa.Select[Any]:
+    """A query of purchases with their terms, for ``_sold_of``."""
     purchases, sold = effects.store.schema.credit_transactions, stripe_checkouts.c
-    newest = (
-        sa.select(sold.request["customer"].astext, *effects.store.schema.row)
-        .join_from(purchases, stripe_checkouts, sold.purchase_id == purchases.c.id)
-        .where(*_top_ups_of(effects, user))
-        .order_by(purchases.c.id.desc())
-        .limit(1)
+    terms = (sold.request["customer"].astext, sold.pack, sold.amount, sold.currency)
+    return sa.select(*terms, *effects.store.schema.row).join_from(
+        purchases, stripe_checkouts, sold.purchase_id == purchases.c.id
     )
-    row = run(conn, newest, {}).one_or_none()
-    if row is None:
-        return _Gap(None)
-    customer, *columns = row
-    purchase = CreditTransaction(*columns)
-    if purchase.status is CreditTransactionStatus.COMPLETED:
-        return _Gap(None, last=purchase.id)
-    return _Gap(purchase, customer)
+
+
+def _sold_of(row: Any) -> _Sold:
+    customer, pack, amount, currency, *columns = row
+    return _Sold(CreditTransaction(*columns), customer, pack, amount, currency)
 
 
 def _top_ups_of(effects: Effects, user: Key) -> tuple[sa.ColumnElement[bool], ...]:
@@ -192,25 +236,31 @@ def _top_ups_of(effects: Effects, user: Key) -> tuple[sa.ColumnElement[bool], ..
 
 def _purchase_of_gap(  # noqa: PLR0917 - as above
     effects: Effects, conn: sa.Connection, user: Key, pack: Pack, gap: _Gap, customer: str
-) -> _PricedPurchase:
-    """The purchase of the gap, written if there is none; concurrent calls write the same.
+) -> _Sold:
+    """The gap's purchase of this pack, written if there is none; concurrent calls write the same.
 
-    The stored customer is the one whose payments are examined later.
+    It is one of another pack or price if that may be under way.
     """
-    purchase, sold = gap.purchase, stripe_checkouts.c
+    newest = gap.purchases[0] if gap.purchases else None
     request = {"mode": MODE, "customer": customer}
-    if purchase is None:
-        purchase = effects.store.ledger.start_purchase(
+    if newest is not None and (newest.fits(pack) or newest.may_be_under_way):
+        id = newest.purchase.id
+        if newest.fits(pack) and customer != newest.customer:
+            stored = sa.update(stripe_checkouts).where(stripe_checkouts.c.purchase_id == id)
+            run(conn, stored.values(request=request), {})
+    else:
+        before = "" if newest is None else f" not {newest.purchase.id}"
+        id = effects.store.ledger.start_purchase(
             conn,
             user,
             credits=pack.credits,
             description=f"Purchased {pack.name} pack, automatically",
-            key=f"top-up after {gap.last or 'none'}",
+            key=f"top-up after {gap.last or 'none'}{before}",
             stripe_price_id=pack.stripe_price_id,
             expires_after=pack.expires_after,
-        )
+        ).id
         terms = pg.insert(stripe_checkouts).values(
-            purchase_id=purchase.id,
+            purchase_id=id,
             pack=pack.name,
             amount=pack.amount or 0,
             currency=pack.currency,
@@ -218,10 +268,8 @@ def _purchase_of_gap(  # noqa: PLR0917 - as above
             request=request,
         )
         run(conn, terms.on_conflict_do_nothing(), {})
-    elif customer != gap.customer:
-        run(conn, sa.update(stripe_checkouts).where(sold.purchase_id == purchase.id).values(request=request), {})
-    price = sa.select(sold.amount, sold.currency).where(sold.purchase_id == purchase.id)
-    return _PricedPurchase(purchase, *run(conn, price, {}).one())
+    this = _sold(effects).where(effects.store.schema.credit_transactions.c.id == id)
+    return _sold_of(run(conn, this, {}).one())
 
 
 def _stopped_by_declines(purchase: CreditTransaction | None, declined: list[Object]) -> TopUp | None:
@@ -248,7 +296,7 @@ def _exceeds_ceiling(effects: Effects, user: Key, pack: Pack, monthly_max: int) 
     spent = (
         sa.select(sa.func.coalesce(sa.func.sum(sold.amount), 0), sa.func.to_char(month, "YYYY-MM"))
         .join_from(effects.store.schema.credit_transactions, stripe_checkouts, sold.purchase_id == row.id)
-        .where(*_top_ups_of(effects, user), row.completed_at >= month)
+        .where(*_top_ups_of(effects, user), row.completed_at >= month, sold.currency == pack.currency)
     )
 
     def work(conn: sa.Connection) -> bool:
@@ -287,7 +335,7 @@ def _saved_method(effects: Effects, user: Key, customer: str) -> str | None:
     return None
 
 
-def _charge(effects: Effects, started: _PricedPurchase, customer: str, method: str, *, attempt: int) -> TopUp:
+def _charge(effects: Effects, started: _Sold, customer: str, method: str, *, attempt: int) -> TopUp:
     """Charge once: concurrent calls have the same attempt number, and so the same idempotency key at Stripe."""
     purchase = started.purchase
     request: Any = {
@@ -320,7 +368,8 @@ def _charge(effects: Effects, started: _PricedPurchase, customer: str, method: s
     failed = in_transaction(effects.engine, fail)
     if code in (_AUTHENTICATION, MISSING):  # the payment method may have been removed
         return TopUp(TopUpOutcome.ASK, failed)
-    declined = [one for one in attempts_of(effects, failed, customer) if _method_of(one) == method]
+    gap = in_transaction(effects.engine, lambda conn: _find_gap(effects, conn, purchase.user_id))
+    declined = [one for one in _attempts_in(effects, gap) if _method_of(one) == method]
     return _stopped_by_declines(failed, declined) or TopUp(TopUpOutcome.WAITING, failed)
 
 
