@@ -26,12 +26,17 @@ DECLINED, AUTHENTICATED = "4000000000000341", "4000002760003184"
 def low(shop: Shop, *, saved: bool = True) -> Key:
     """A user who bought a pack, saved the card, and has spent all but one of the credits."""
     user = shop.world.user()
+    buy_and_spend(shop, user, saved=saved)
+    return user
+
+
+def buy_and_spend(shop: Shop, user: Key, *, saved: bool = True) -> None:
+    """Buy a pack, save the card, and spend all but one of the credits."""
     started = shop.checkout(user, options=CheckoutOptions(save_payment_method=saved))
     shop.dev.pay(started.session)
     shop.deliver_all()
     shop.dev.drop(shop.events())
-    spend(shop, user, CREDITS - 1)
-    return user
+    spend(shop, user, shop.balance(user) - 1)
 
 
 def spend(shop: Shop, user: Key, credits: int) -> None:
@@ -164,6 +169,48 @@ def test_a_card_that_works_again_pays_the_same_purchase(shop: Shop, monkeypatch)
     assert declined.purchase is not None
     assert (done.outcome, done.purchase.id) == (TopUpOutcome.CHARGED, declined.purchase.id)
     assert (shop.balance(user), done.purchase.description.endswith("(paid after all)")) == (CREDITS + 1, True)
+
+
+@pytest.mark.parametrize("what", ["card", "customer"])
+def test_a_new_card_or_customer_pays_after_the_old_one_was_removed(shop: Shop, what: str):
+    user = low(shop)
+    if what == "card":
+        shop.dev.account.objects["payment_method"].clear()
+        assert top_up(shop, user).outcome is TopUpOutcome.ASK
+    else:
+        card_is(shop, DECLINED)
+        assert top_up(shop, user).outcome is TopUpOutcome.WAITING
+        card_is(shop, "4242424242424242")
+        shop.api.customers.delete(shop.api.customers.list().data[0].id)
+    buy_and_spend(shop, user)
+    done = top_up(shop, user)
+    assert (done.outcome, shop.balance(user), charges(shop)) == (TopUpOutcome.CHARGED, CREDITS + 1, 3)
+
+
+def test_a_new_customer_whose_card_is_declined_waits_like_any(shop: Shop, monkeypatch):
+    user = low(shop)
+    card_is(shop, DECLINED)
+    top_up(shop, user)
+    card_is(shop, "4242424242424242")
+    shop.api.customers.delete(shop.api.customers.list().data[0].id)
+    buy_and_spend(shop, user)
+    card_is(shop, DECLINED)
+    for _ in range(2):
+        waits = top_up(shop, user)
+        assert (waits.outcome, waits.retry_at is None) == (TopUpOutcome.WAITING, False)
+    card_is(shop, "4242424242424242")
+    later(monkeypatch)
+    assert top_up(shop, user).outcome is TopUpOutcome.CHARGED
+
+
+def test_a_decline_that_stripe_does_not_list_yet_has_a_time_to_try_again(shop: Shop, monkeypatch):
+    user = low(shop)
+    card_is(shop, DECLINED)
+    monkeypatch.setattr(top_ups, "attempts_of", lambda *_: [])
+    waits = top_up(shop, user)
+    assert waits.outcome is TopUpOutcome.WAITING
+    assert waits.retry_at is not None
+    assert waits.retry_at > dt.datetime.now(dt.UTC)
 
 
 def on_sale(shop: Shop, *packs: Pack) -> None:

@@ -9,6 +9,7 @@ the one before has failed.
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -39,6 +40,8 @@ PURCHASES_EXAMINED = 5  # the newest paid ones for a saved payment method, and t
 
 PENDING_MAX = dt.timedelta(hours=1)
 """The age up to which a pending top-up may have a payment under way that Stripe does not list yet."""
+
+DIGEST_DIGITS = 32  # hexadecimal; enough that two payers never have the same digest
 
 _DECLINED = 402
 _AUTHENTICATION = "authentication_required"
@@ -195,7 +198,7 @@ def _next_attempt(  # noqa: PLR0917 - the findings of top_up, by position
         return TopUp(TopUpOutcome.UNDER_WAY, purchase if started is None else started.purchase)
     if started.purchase.status is CreditTransactionStatus.COMPLETED:  # by a concurrent call
         return TopUp(TopUpOutcome.CHARGED, started.purchase)
-    attempt = 1 + sum(_pays(one, started.purchase) for one in attempts)
+    attempt = 1 + sum(_pays(one, started.purchase) and _method_of(one) == method for one in attempts)
     return _charge(effects, started, customer, method, attempt=attempt)
 
 
@@ -274,13 +277,18 @@ def _purchase_of_gap(  # noqa: PLR0917 - as above
 
 def _stopped_by_declines(purchase: CreditTransaction | None, declined: list[Object]) -> TopUp | None:
     """The result, if the declined attempts with this payment method forbid another one now."""
-    if not declined:
-        return None
-    code = (declined[0]["last_payment_error"] or {}).get("code")
+    result = _after_declines(purchase, declined) if declined else None
+    is_over = result is not None and result.retry_at is not None and result.retry_at <= dt.datetime.now(dt.UTC)
+    return None if is_over else result
+
+
+def _after_declines(purchase: CreditTransaction | None, declined: list[Object]) -> TopUp:
+    """The result after declined attempts with a payment method; Stripe may not list the newest one yet."""
+    code = (declined[0]["last_payment_error"] or {}).get("code") if declined else None
     if code == _AUTHENTICATION or len(declined) > len(BACK_OFF):
         return TopUp(TopUpOutcome.ASK, purchase)
-    retry_at = dt.datetime.fromtimestamp(declined[0]["created"], dt.UTC) + BACK_OFF[len(declined) - 1]
-    return TopUp(TopUpOutcome.WAITING, purchase, retry_at) if dt.datetime.now(dt.UTC) < retry_at else None
+    at = dt.datetime.fromtimestamp(declined[0]["created"], dt.UTC) if declined else dt.datetime.now(dt.UTC)
+    return TopUp(TopUpOutcome.WAITING, purchase, at + BACK_OFF[max(0, len(declined) - 1)])
 
 
 def _method_of(attempt: Object) -> str | None:
@@ -336,7 +344,10 @@ def _saved_method(effects: Effects, user: Key, customer: str) -> str | None:
 
 
 def _charge(effects: Effects, started: _Sold, customer: str, method: str, *, attempt: int) -> TopUp:
-    """Charge once: concurrent calls have the same attempt number, and so the same idempotency key at Stripe."""
+    """Charge once: concurrent calls have the same attempt number, and so the same idempotency key at Stripe.
+
+    The key names the customer and the payment method: with others the request differs.
+    """
     purchase = started.purchase
     request: Any = {
         "amount": started.amount,
@@ -347,7 +358,8 @@ def _charge(effects: Effects, started: _Sold, customer: str, method: str, *, att
         "confirm": True,
         "metadata": in_transaction(effects.engine, lambda conn: metadata_of(effects.store, conn, purchase)),
     }
-    once: Any = {"idempotency_key": f"{purchase.id} attempt {attempt}"}
+    payer = hashlib.sha256(f"{customer} {method}".encode()).hexdigest()[:DIGEST_DIGITS]
+    once: Any = {"idempotency_key": f"{purchase.id} {payer} attempt {attempt}"}
     try:
         intent = ask(lambda: effects.client.v1.payment_intents.create(request, once)).to_dict()
     except StripeRefused as refusal:
@@ -370,7 +382,7 @@ def _charge(effects: Effects, started: _Sold, customer: str, method: str, *, att
         return TopUp(TopUpOutcome.ASK, failed)
     gap = in_transaction(effects.engine, lambda conn: _find_gap(effects, conn, purchase.user_id))
     declined = [one for one in _attempts_in(effects, gap) if _method_of(one) == method]
-    return _stopped_by_declines(failed, declined) or TopUp(TopUpOutcome.WAITING, failed)
+    return _after_declines(failed, declined)
 
 
 def _settle(effects: Effects, purchase: CreditTransaction, attempts: list[Object]) -> TopUp:
