@@ -108,6 +108,38 @@ def test_a_charge_whose_answer_was_lost_is_found(shop: Shop, by: str):
     assert (shop.balance(user), charges(shop)) == (CREDITS + 1, 2)
 
 
+@pytest.mark.parametrize("by", ["the next call", "reconciliation"])
+def test_a_refund_before_the_answer_to_the_charge_is_applied(shop: Shop, by: str):
+    user = low(shop)
+    shop.dev.fault("POST", INTENTS, "cut", when="after")
+    shop.dev.fault("POST", INTENTS, "cut", times=2)
+    with pytest.raises(e.StripeUnavailable):
+        top_up(shop, user)
+    shop.dev.refund(shop.api.payment_intents.list().data[0].id)
+    assert set(shop.outcomes("refund.created", "charge.refunded")) == {"remembered"}
+    if by == "reconciliation":
+        stripe.reconcile(shop.engine, shop.config)
+    else:
+        top_up(shop, user)
+    assert shop.rows(user)[-2:] == [("purchase", CREDITS), ("refund", -CREDITS)]
+    assert (shop.balance(user), charges(shop)) == (1, 2)
+    assert not stripe.reconcile(shop.engine, shop.config).changed
+
+
+def test_a_top_up_of_a_user_who_was_deleted_meanwhile_is_granted_and_reported(shop: Shop):
+    user = low(shop)
+    shop.dev.fault("POST", INTENTS, "cut", when="after")
+    shop.dev.fault("POST", INTENTS, "cut", times=2)
+    with pytest.raises(e.StripeUnavailable):
+        top_up(shop, user)
+    with shop.engine.begin() as conn:
+        shop.world.accounts.delete_user(conn, user)
+    found = stripe.reconcile(shop.engine, shop.config).findings
+    paid = shop.api.payment_intents.list().data[0].id
+    assert (shop.balance(user), shop.rows(user)[-1]) == (CREDITS + 1, ("purchase", CREDITS))
+    assert str(next(one for one in found if one.object_id == paid).kind) == "deleted_user"
+
+
 def test_a_charge_after_a_decline_whose_answer_was_lost_is_found_by_reconciliation(shop: Shop, monkeypatch):
     user = low(shop)
     card_is(shop, DECLINED)

@@ -453,6 +453,23 @@ class Store:
             return self._paid(conn, purchase, session, intent, claim.terms)
         return self._unpaid(conn, purchase, session, intent, failed)
 
+    def complete_paid(
+        self, conn: DbConnection, purchase: CreditTransaction, *, intent: str, amount: int, currency: str
+    ) -> Outcome:
+        """Complete a purchase that was paid without a session, and apply the refunds and disputes that came before."""
+        run(conn, sa.select(_lock()), {"p_lock": intent})
+        done = self.ledger.complete_purchase(
+            conn,
+            purchase.user_id,
+            purchase=purchase.id,
+            stripe_payment_intent_id=intent,
+            amount_paid=amount,
+            currency=currency,
+        )
+        settled = self._settle_paid(conn, done, about=intent)
+        outcome = Outcome.UNCHANGED if done.replayed else Outcome.GRANTED
+        return outcome if settled is Outcome.UNCHANGED else settled
+
     def reverse(self, conn: DbConnection, reversal: Reversal) -> Outcome:
         """Store a refund or dispute, and adapt the credits of its purchase to the money that is left."""
         run(conn, sa.select(_lock()), {"p_lock": reversal.payment_intent})
@@ -516,12 +533,7 @@ class Store:
             )
         if terms is not None:
             self._record_differences(conn, purchase, session, terms)
-        known = self._known(conn, purchase)
-        if known[0].is_deleted:
-            self.record_finding(
-                conn, FindingKind.DELETED_USER, session["id"], purchase=purchase.id, found="paid, and granted"
-            )
-        settled = self._settle(conn, purchase, known)
+        settled = self._settle_paid(conn, purchase, about=session["id"])
         return outcome if settled is Outcome.UNCHANGED else settled
 
     def _record_differences(
@@ -564,6 +576,13 @@ class Store:
         """The refunds and disputes of a purchase, each with the user's ``is_deleted``; a row without an id for none."""
         values = {"p_intent": purchase.stripe_payment_intent_id, "p_user": purchase.user_id}
         return run(conn, self._reversals, values).all()
+
+    def _settle_paid(self, conn: DbConnection, purchase: CreditTransaction, *, about: str) -> Outcome:
+        """Apply the refunds and disputes of a paid purchase; record a finding if its user was deleted meanwhile."""
+        known = self._known(conn, purchase)
+        if known[0].is_deleted:
+            self.record_finding(conn, FindingKind.DELETED_USER, about, purchase=purchase.id, found="paid, and granted")
+        return self._settle(conn, purchase, known)
 
     def _settle(self, conn: DbConnection, purchase: CreditTransaction, known: Sequence[Any]) -> Outcome:
         """Append the difference of each refund and dispute that the ledger has not applied yet."""

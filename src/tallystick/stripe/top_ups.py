@@ -120,15 +120,9 @@ def effect_of(effects: Effects, purchase: CreditTransaction, attempts: list[Obje
         return None
 
     def effect(conn: sa.Connection) -> Outcome:
-        done = effects.store.ledger.complete_purchase(
-            conn,
-            purchase.user_id,
-            purchase=purchase.id,
-            stripe_payment_intent_id=paid["id"],
-            amount_paid=paid["amount_received"],
-            currency=paid["currency"],
+        return effects.store.complete_paid(
+            conn, purchase, intent=paid["id"], amount=paid["amount_received"], currency=paid["currency"]
         )
-        return Outcome.UNCHANGED if done.replayed else Outcome.GRANTED
 
     return effect
 
