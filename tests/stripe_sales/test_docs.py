@@ -52,6 +52,7 @@ def test_the_how_to_sells(shop: Shop, tmp_path, monkeypatch):
     assert parse_qs(urlsplit(address).query) == {"session_id": ["{CHECKOUT_SESSION_ID}"]}
     assert not names["done"](user, session)
     shop.dev.pay(session)
+    assert names["buy"](user, "form 1") == f"http://127.0.0.1:8000/done?session_id={session}"
     [event] = shop.events("checkout.session.completed")[:1]
     body, signature = shop.dev.signed(event, made.endpoint.id)
     assert names["webhook"](body.encode(), signature) == 200

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import runpy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
 
 import pages
-from stripe_sales.shop import CREDITS, ORIGIN, PACK, Shop
+from stripe_sales.shop import CREDITS, ORIGIN, PACK, PRICE, Shop
+from tallystick import Pack, stripe
 from tallystick.errors import Key
 
 
@@ -67,6 +69,7 @@ def test_a_user_buys_and_unlocks(app: Any, shop: Shop) -> None:
     assert browser.get(f"/done?session_id={session}")[1].startswith("Your payment is not complete")
 
     shop.dev.pay(session)
+    assert browser.post(button[1], form_id=form[1]) == (303, f"/done?session_id={session}")  # after Stripe, back
     [event] = shop.events("checkout.session.completed")[:1]
     body, signature = shop.dev.signed(event, shop.endpoint)
     for _ in range(2):
@@ -79,6 +82,21 @@ def test_a_user_buys_and_unlocks(app: Any, shop: Shop) -> None:
         assert browser.post(unlock[1]) == (303, step)
     assert browser.get(step) == (200, "<h1>Step 7</h1>")
     assert shop.balance(user) == CREDITS - 1
+
+
+def test_each_button_buys_its_own_pack(page: dict[str, dict[str, Any]], shop: Shop) -> None:
+    small = Pack(name="Small", credits=5, amount=100)
+    made = stripe.setup(shop.configure(packs=(*shop.config.packs, small)))
+    shop.configure(packs=(shop.config.packs[0], replace(small, stripe_price_id=made.packs[1].price)))
+    app = page["shop.py"]["create_app"](shop.config, shop.engine, "secret")
+    browser = Browser(app.test_client(), shop.world.user())
+    packs = browser.get("/packs")[1]
+    for id, button, amount in zip(*(re.findall(it, packs) for it in FORM), (PRICE, 100), strict=True):
+        address = browser.post(button, form_id=id)[1]
+        assert shop.api.checkout.sessions.retrieve(address.rpartition("/")[2]).amount_total == amount
+
+
+FORM = r'value="(\w+)"', r'action="(.*?)"'
 
 
 def test_refusals_have_their_status(app: Any, shop: Shop) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 import stripe as sdk
 
 from stripe_sales.shop import ADDRESSES, CREDITS, ORIGIN, PACK, PRICE, Shop
 from tallystick import Config, Pack, stripe
 from tallystick import errors as e
 from tallystick.config import CheckoutOptions
+from tallystick.declared_tables import stripe_checkouts
 from tallystick.schema import INT32_MAX
 from tallystick.stripe.client import _client
 
@@ -42,6 +46,55 @@ def test_the_same_key_is_the_same_purchase_and_another_key_another(shop: Shop):
     first, again, other = (shop.checkout(user, key=key) for key in ("form 1", "form 1", "form 2"))
     assert (first.purchase.id, first.session, first.url) == (again.purchase.id, again.session, again.url)
     assert other.session != first.session
+
+
+@pytest.mark.parametrize("wanted", [("Small", 1), (PACK, 2), ("nothing that is on sale", 1)])
+@pytest.mark.parametrize("paid", [False, True])
+def test_a_used_key_with_another_pack_or_quantity_is_refused(shop: Shop, wanted: tuple[str, int], paid: bool):
+    small = Pack(name="Small", credits=5, amount=100)
+    made = stripe.setup(shop.configure(packs=(*shop.config.packs, small)))
+    shop.configure(packs=(shop.config.packs[0], replace(small, stripe_price_id=made.packs[1].price)))
+    user = shop.world.user()
+    first = shop.checkout(user, key="form 1")
+    if paid:
+        shop.dev.pay(first.session)
+        shop.deliver_all()
+    pack, quantity = wanted
+    with pytest.raises(e.IdempotencyKeyReused, match=r"'form 1' was used before, for .*Use a new key") as refused:
+        stripe.checkout(shop.engine, shop.config, user, pack, key="form 1", quantity=quantity, **ADDRESSES)
+    assert refused.value.key == "form 1"
+    assert refused.value.differs == ({"quantity": (1, 2)} if pack == PACK else {"pack": (PACK, pack)})
+    assert shop.checkout(user, key="form 1").session == first.session
+
+
+def test_two_tabs_with_one_key_and_two_packs_sell_one_of_them(shop: Shop):
+    twin = replace(shop.config.packs[0], name="Twin")  # as many credits: the ledger sees no difference
+    shop.configure(packs=(*shop.config.packs, twin))
+    user = shop.world.user()
+    sold: list[str] = []
+
+    def buy(pack: str) -> None:
+        with suppress(e.IdempotencyKeyReused):
+            stripe.checkout(shop.engine, shop.config, user, pack, key="form 1", **ADDRESSES)
+            sold.append(pack)
+
+    tabs = [threading.Thread(target=buy, args=(pack,)) for pack in (PACK, "Twin") * 3]
+    for tab in tabs:
+        tab.start()
+    for tab in tabs:
+        tab.join()
+    assert sold in ([PACK] * 3, ["Twin"] * 3)
+
+
+def test_a_key_of_a_top_up_or_of_ones_own_sale_starts_no_checkout(shop: Shop):
+    user = shop.world.user()
+    start_sale(shop, user, key="order 7", credits=CREDITS)
+    with pytest.raises(e.UnknownPurchase, match="not through checkout"):
+        shop.checkout(user, key="order 7")
+    with shop.engine.begin() as conn:
+        conn.execute(sa.update(stripe_checkouts).values(request={"mode": "top_up", "customer": "cus_1"}, pack=PACK))
+    with pytest.raises(e.UnknownPurchase, match="not through checkout"):
+        shop.checkout(user, key="order 7")
 
 
 def test_two_tabs_with_one_key_open_one_session(shop: Shop):
@@ -307,7 +360,7 @@ def test_the_number_that_the_buyer_chose_is_granted_from_the_row(shop: Shop, sta
     purchase = shop.purchase(started)
     assert (purchase.amount, purchase.amount_paid, shop.findings()) == (chosen * CREDITS, chosen * PRICE, [])
     assert shop.rows(user) == [("purchase", chosen * CREDITS)]
-    assert shop.checkout(user, key="form 1").purchase.id == purchase.id
+    assert shop.checkout(user, key="form 1", quantity=started_with).purchase.id == purchase.id
     assert not stripe.reconcile(shop.engine, shop.config).changed
     shop.dev.refund(shop.intent(started), amount=PRICE)  # of one of them
     shop.deliver_all()
@@ -386,6 +439,18 @@ def test_a_session_of_ones_own_is_granted_compared_and_refunded(shop: Shop, stor
     shop.dev.refund(str(intent), amount=1)
     shop.deliver_all()
     assert shop.balance(user) == 9  # "up", as the sale says
+
+
+@pytest.mark.parametrize("other", [{"amount": 800}, {"currency": "eur"}])
+def test_a_used_key_of_a_sale_with_other_terms_is_refused(shop: Shop, other: dict[str, Any]):
+    user = shop.world.user()
+    start_sale(shop, user, key="order 7")
+    with pytest.raises(e.IdempotencyKeyReused, match="'order 7' was used before") as refused:
+        start_sale(shop, user, key="order 7", **other)
+    assert set(refused.value.differs) == set(other)
+    shop.checkout(user, key="form 1")
+    with pytest.raises(e.IdempotencyKeyReused, match=PACK):
+        start_sale(shop, user, key="form 1", credits=CREDITS, amount=PRICE)
 
 
 @pytest.mark.parametrize("path", ["webhook", "success page", "reconcile"])

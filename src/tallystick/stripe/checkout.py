@@ -19,6 +19,7 @@ from tallystick.database import run
 from tallystick.declared_tables import stripe_checkouts
 from tallystick.errors import (
     BalanceOutOfRange,
+    IdempotencyKeyReused,
     InvalidArgument,
     Key,
     PackMismatch,
@@ -49,7 +50,11 @@ CLOCK_SKEW_MAX_S = 3600  # between the database's clock and Stripe's; a large va
 
 @dataclass(frozen=True, slots=True)
 class Checkout:
-    """A purchase and its Stripe session. Send the buyer to ``url``; it is None if nothing is left to pay."""
+    """A purchase and its Stripe session. Send the buyer to ``url``.
+
+    ``url`` is None if the session is over: it was paid, or has expired. Send the buyer to the success page then, with
+    ``session``.
+    """
 
     purchase: CreditTransaction
     session: str
@@ -96,14 +101,16 @@ def checkout(
 
     All arguments are checked before anything is written or sold. The pending row is written first, and its id is
     Stripe's idempotency key and ``client_reference_id``. With ``key`` (the caller's name for this one intent) a
-    second call, after a lost answer or from another tab, returns the same purchase and session. Both addresses must
+    second call, after a lost answer or from another tab, returns the same purchase and session; with another ``pack``
+    or ``quantity`` it is refused. Both addresses must
     be on one of ``config.checkout_origins``; ``session_id`` is added to the first one unless it contains
     ``{CHECKOUT_SESSION_ID}``. ``quantity`` packs make one purchase of that many times the credits. ``options`` replace
     ``config.checkout_options``.
 
     Raises:
         StripeNotConfigured, UnknownPack, PackMismatch, ReturnAddressRefused, UnknownUser, UserDeleted,
-        BalanceOutOfRange, InvalidArgument, IdempotencyKeyReused: nothing was sold.
+        BalanceOutOfRange, InvalidArgument, IdempotencyKeyReused, UnknownPurchase (the key started one without
+        ``checkout``): nothing was sold.
         StripeUnavailable: the purchase is pending; call again with the same ``key``.
         StripeRefused: the purchase failed; its description gives the reason.
     """
@@ -114,7 +121,11 @@ def checkout(
     }
     accounts = Accounts(config)
     account = in_transaction(engine, lambda conn: accounts.get(conn, user))
-    started = None if key is None else in_transaction(engine, lambda conn: _started_before(effects, conn, user, key))
+    started = None
+    if key is not None:
+        started = in_transaction(
+            engine, lambda conn: _started_before(effects, conn, user, key, pack=pack, quantity=quantity)
+        )
     if started is None:
         if account.deleted_at is not None:
             raise UserDeleted(
@@ -173,6 +184,12 @@ def start_sale(
             rounding=refund_rounding or config.refund_rounding,
         )
         run(conn, terms.on_conflict_do_nothing(), {})
+        sold = stripe_checkouts.c
+        stored = run(conn, sa.select(sold.pack, sold.amount, sold.currency).where(sold.purchase_id == purchase.id), {})
+        before = stored.one()
+        _require_same(
+            key, pack=(before.pack, None), amount=(before.amount, amount), currency=(before.currency, currency)
+        )
         return Sale(purchase, metadata_of(store, conn, purchase))
 
     if isinstance(amount, bool) or not isinstance(amount, int) or not 0 <= amount <= INT64_MAX:
@@ -328,15 +345,48 @@ def metadata_of(store: Store, conn: sa.Connection, purchase: CreditTransaction) 
 
 
 def _started_before(
-    effects: Effects, conn: sa.Connection, user: Key, key: str
+    effects: Effects, conn: sa.Connection, user: Key, key: str, *, pack: str, quantity: int
 ) -> tuple[CreditTransaction, dict[str, Any]] | None:
-    """The purchase that this key started before, and its stored request."""
+    """The purchase that this key started before, and its stored request. Raises what ``_stored`` raises."""
     row = effects.store.schema.credit_transactions.c
     prior = sa.select(row.id).where(row.user_id == effects.store.schema.user_key(user), row.idempotency_key == key)
     id = run(conn, prior, {}).scalar_one_or_none()
     purchase = None if id is None else effects.store.purchase(conn, id=id)
-    request = None if purchase is None else _request(conn, purchase.id)
-    return (replace(purchase, replayed=True), request) if purchase is not None and request is not None else None
+    if purchase is None:
+        return None
+    return replace(purchase, replayed=True), _stored(conn, purchase, key, pack=pack, quantity=quantity)
+
+
+def _stored(
+    conn: sa.Connection, purchase: CreditTransaction, key: str | None, *, pack: str, quantity: int
+) -> dict[str, Any]:
+    """The stored request of a purchase that ``key`` started.
+
+    Raises:
+        IdempotencyKeyReused: it is one of another pack or quantity.
+        UnknownPurchase: it was not started by ``checkout``.
+    """
+    sold = stripe_checkouts.c
+    terms = run(conn, sa.select(sold.pack, sold.request).where(sold.purchase_id == purchase.id), {}).one_or_none()
+    request: dict[str, Any] = {} if terms is None else terms.request or {}
+    if terms is None or request.get("mode") != "payment":
+        raise UnknownPurchase(
+            f"the key {key!r} started purchase {purchase.id}, but not through checkout. Use a new key",
+            user=purchase.user_id,
+            purchase=purchase.id,
+        )
+    _require_same(key, pack=(terms.pack, pack), quantity=(request["line_items"][0]["quantity"], quantity))
+    return request
+
+
+def _require_same(key: str | None, **terms: tuple[object, object]) -> None:
+    """Check that the stored terms are those of the call. Raises IdempotencyKeyReused."""
+    differs = {name: (before, now) for name, (before, now) in terms.items() if before != now}
+    if differs:
+        listed = ", ".join(f"{name} {shown(before)} (now {shown(now)})" for name, (before, now) in differs.items())
+        raise IdempotencyKeyReused(
+            f"the key {key!r} was used before, for {listed}. Use a new key for a new intent", key=key, differs=differs
+        )
 
 
 def _start(
@@ -378,14 +428,7 @@ def _start(
     if not purchase.replayed:
         run(conn, new, {})
         return purchase, request
-    stored = _request(conn, purchase.id)  # another tab was faster
-    if stored is None:
-        raise UnknownPurchase(
-            f"the key {key!r} started purchase {purchase.id}, but not through checkout. Use a new key",
-            user=user,
-            purchase=purchase.id,
-        )
-    return purchase, stored
+    return purchase, _stored(conn, purchase, key, pack=pack.name, quantity=quantity)  # another tab was faster
 
 
 def _request(conn: sa.Connection, purchase: UUID) -> dict[str, Any] | None:
