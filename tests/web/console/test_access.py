@@ -97,6 +97,29 @@ def test_a_session_is_signed_and_ends(world, open_console):
     assert visitor.get("/users").status_code == 401
 
 
+OTHER_COOKIES = ('prefs={"a":1}', "x[y]=1", "name with space=1", 't="unterminated', "a=ü", "alone", "=", "")
+
+
+@pytest.mark.parametrize("other", OTHER_COOKIES)
+def test_cookies_of_another_app_on_this_host_change_nothing(world, open_console, other):
+    visitor = open_console(world)
+    own = f"{COOKIE}={visitor.cookies[COOKIE]}"
+    visitor.cookies.clear()
+    for header in (f"{other}; {own}", f"{own}; {other}", f"{other};{own};{other}"):
+        assert visitor.get("/users", headers={"cookie": header.encode()}).status_code == 200
+    strange = f"{COOKIE}=ü.{COOKIE}.\\000; {other}"
+    assert visitor.get("/users", headers={"cookie": strange.encode()}).status_code == 401
+
+
+def test_behind_a_proxy_a_cookie_of_another_app_stops_no_action(world, open_console):
+    visitor = open_console(world, sign_in=TrustedProxy(["127.0.0.1"]))
+    visitor.headers["X-Forwarded-User"] = "anna"
+    token = visitor.token()
+    header = f'prefs={{"a":1}}; {COOKIE}={visitor.cookies[COOKIE]}'
+    visitor.cookies.clear()
+    assert visitor.post("/audit/run", data={"token": token}, headers={"cookie": header}).status_code == 303
+
+
 def test_a_session_of_another_process_is_none(world, open_console):
     cookie = open_console(world).cookies[COOKIE]
     other = open_console(world)

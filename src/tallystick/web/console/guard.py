@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qsl, quote, urlsplit
 
 from starlette.concurrency import run_in_threadpool
@@ -126,7 +125,7 @@ class Guard:
 
     def _session(self, request: Request) -> tuple[Session | None, str | None]:
         """The request's session, and the cookie to set if it is new."""
-        session = self._sessions.read(_cookie(request.headers))
+        session = self._sessions.read(request.cookies.get(COOKIE))
         if not isinstance(self._sign_in, TrustedProxy):
             return session, None
         # The proxy's header is required on every request: a cookie alone is not enough.
@@ -222,15 +221,6 @@ async def _form(request: Request) -> dict[str, str]:
         raise Refused(408, "Too slow", "Nothing was changed. The form did not arrive whole: send it again.") from None
     except ValueError:
         raise Refused(400, "Not a form", "Nothing was changed. Its fields could not be read.") from None
-
-
-def _cookie(headers: Headers) -> str | None:
-    jar: SimpleCookie = SimpleCookie()
-    try:
-        jar.load(headers.get("cookie", ""))
-    except CookieError:
-        return None
-    return jar[COOKIE].value if COOKIE in jar else None
 
 
 def _peer(scope: Scope) -> str | None:
