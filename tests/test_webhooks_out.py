@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from standardwebhooks import Webhook
 from tallystick import events
 from tallystick.errors import ConfigError, InvalidArgument
 from tallystick.events.deliver import (
+    KINDS,
     Sent,
     add_endpoint,
     dead_letters,
@@ -219,6 +221,39 @@ def test_an_endpoint_begins_now_or_where_it_is_told(world: World, receiver: Rece
 def test_an_address_that_others_could_read(shop: World, url: str) -> None:
     with shop.engine.begin() as conn, pytest.raises(InvalidArgument, match="https://"):
         add_endpoint(conn, "app", url, secret_variable="HOOK_SECRET")
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "told"),
+    [
+        ("after", "abc", "after='abc': pass the cursor of an event; the newest: tallystick events status"),
+        ("after", "1-2\n", "after='1-2\\n': pass the cursor"),
+        ("after", "", "after='': pass the cursor"),
+        ("kinds", ["balance.low", "purchase.complete"], "kinds='purchase.complete': pass some of purchase.completed, "),
+        ("kinds", [], "kinds=[]: pass some of "),
+        ("kinds", "balance.low", "kinds='b': pass some of "),
+        ("url", "https://example.com/Käse?a=1", "as 'https://example.com/K%C3%A4se?a=1'"),
+        ("url", "https://example.com/a b", "as 'https://example.com/a%20b'"),
+        ("url", "https://[::1", "pass an address"),
+        ("url", "https://example.com/\0", "percent-encode"),
+        ("name", "a\0", "NUL"),
+        ("name", "", "pass a text"),
+        ("secret_variable", "whsec_a+b/c=", "pass the name of an environment variable"),
+    ],
+)
+def test_an_endpoint_that_could_get_no_event_is_refused(shop: World, argument: str, value: Any, told: str) -> None:
+    arguments = {"name": "crm", "url": "https://example.com", "secret_variable": "HOOK_SECRET", argument: value}
+    with shop.engine.begin() as conn:
+        with pytest.raises(InvalidArgument) as refused:
+            add_endpoint(conn, arguments.pop("name"), arguments.pop("url"), **arguments)
+        assert told in refused.value.message
+        assert (refused.value.argument, len(endpoints(conn))) == (argument, 1)
+
+
+def test_the_page_lists_all_kinds_of_events() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "events.md").read_text(encoding="utf-8")
+    table = page[page.index("| kind |") :].partition("\n\n")[0]
+    assert sorted(re.findall(r"`([a-z]+\.[a-z]+)`", table)) == sorted({*KINDS, "balance.low"})
 
 
 @pytest.mark.parametrize(("secret", "message"), [("", "is not set"), ("whsec_", "holds no"), ("whsec_a", "holds no")])

@@ -11,6 +11,7 @@ import datetime as dt
 import json
 import os
 import random
+import re
 import threading
 import urllib.error
 import urllib.request
@@ -18,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
@@ -39,10 +40,24 @@ from tallystick.errors import (
 from tallystick.events.follow import LONGEST_PAUSE_S, PAGE, Feed, listening
 from tallystick.events.switch import status
 from tallystick.ledger import Event
-from tallystick.schema import verify
+from tallystick.schema import CreditTransactionType, verify
 
 PAUSES_S = (5.0, 300.0, 1_800.0, 7_200.0, 18_000.0, 36_000.0, 50_400.0, 72_000.0, 86_400.0)
 """The pauses after failed attempts, from the specification. After one more failure the event is a dead letter."""
+
+KINDS = (
+    *(f"{each}.completed" for each in CreditTransactionType),
+    "purchase.failed",
+    "consumption.held",
+    "consumption.released",
+    "consumption.expired",
+    "balance.low",
+    "balance.debt",
+)
+"""All kinds of events."""
+
+_KINDS_EXPECTED = f"pass some of {', '.join(KINDS)}; leave it out for all"
+_IN_ADDRESSES = "%:/?#[]@!$&'()*+,;=~"  # characters that stay as they are
 
 TIMEOUT_S = 15.0
 _LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -102,17 +117,10 @@ def add_endpoint(
     left out. An existing endpoint of that name is changed; only ``after`` and ``from_oldest`` change its position.
 
     Raises:
-        InvalidArgument: ``url`` is neither https nor http on this machine.
+        InvalidArgument: ``url`` is neither https nor http on this machine, ``after`` is no cursor, or ``kinds`` has one
+            that is not in ``KINDS``.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        problem = "pass an address that begins with https://"
-    elif parts.scheme == "http" and parts.hostname not in _LOCAL:
-        problem = "what it says could be read on the way. Pass an address that begins with https://"
-    else:
-        problem = ""
-    if problem:
-        raise InvalidArgument(f"url={shown(url)}: {problem}", argument="url", value=url)
+    _check_endpoint(name, url, secret_variable=secret_variable, kinds=kinds, after=after)
     columns = event_endpoints.c
     there = run(conn, sa.select(event_endpoints).where(columns.name == name), {}).mappings().one_or_none()
     values: dict[str, Any] = {"url": url, "secret_variable": secret_variable, "kinds": kinds, "removed_at": None}
@@ -125,6 +133,39 @@ def add_endpoint(
     else:
         run(conn, sa.update(event_endpoints).where(columns.name == name).values(**values), {})
     return next(endpoint for endpoint in endpoints(conn) if endpoint.name == name)
+
+
+def _check_endpoint(
+    name: str, url: str, *, secret_variable: str, kinds: Sequence[str] | None, after: str | None
+) -> None:
+    """Refuse what no event could be delivered with. Raises InvalidArgument."""
+    unknown = next((kind for kind in kinds or () if kind not in KINDS), None)
+    is_cursor = after is None or re.fullmatch("[0-9]{1,18}-[0-9]{1,18}", after)
+    is_variable = re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", secret_variable)
+    problems = (
+        ("name", name, "pass a text without NUL characters" if not name or "\0" in name else None),
+        ("url", url, _problem_of_address(url)),
+        ("secret_variable", secret_variable, None if is_variable else "pass the name of an environment variable"),
+        ("kinds", kinds if unknown is None else unknown, _KINDS_EXPECTED if unknown or kinds == [] else None),
+        ("after", after, None if is_cursor else "pass the cursor of an event; the newest: tallystick events status"),
+    )
+    for argument, value, problem in problems:
+        if problem is not None:
+            raise InvalidArgument(f"{argument}={shown(value)}: {problem}", argument=argument, value=value)
+
+
+def _problem_of_address(url: str) -> str | None:
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # an address such as http://[::1
+        parts = urlsplit("")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return "pass an address that begins with https://"
+    if parts.scheme == "http" and parts.hostname not in _LOCAL:
+        return "what it says could be read on the way. Pass an address that begins with https://"
+    if not re.fullmatch("[!-~]+", url):
+        return f"percent-encode all but the printable characters of ASCII, as {shown(quote(url, safe=_IN_ADDRESSES))}"
+    return None
 
 
 def remove_endpoint(conn: DbConnection, name: str) -> None:
