@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from standardwebhooks import Webhook
 
 from tallystick import events
+from tallystick.declared_tables import event_endpoints
 from tallystick.errors import ConfigError, InvalidArgument
 from tallystick.events.deliver import (
     KINDS,
@@ -261,6 +263,75 @@ def test_a_secret_that_is_none(shop: World, monkeypatch: pytest.MonkeyPatch, sec
     monkeypatch.setenv("HOOK_SECRET", secret)
     with pytest.raises(ConfigError, match=f"HOOK_SECRET, .* {message}"):
         run(shop)
+
+
+def add_broken(world: World, name: str, column: str, value: str) -> None:
+    """An endpoint with a value that ``add_endpoint`` refuses, written by somebody else."""
+    with world.engine.begin() as conn:
+        add_endpoint(conn, name, "http://127.0.0.1:9/", secret_variable="HOOK_SECRET")
+        change = sa.update(event_endpoints).where(event_endpoints.c.name == name)
+        conn.execute(change.values({column: value}))
+
+
+BROKEN = [
+    ("cursor", "abc", "after='abc'", InvalidArgument),
+    ("secret_variable", "NO_SECRET", "NO_SECRET, the secret of the endpoint a, is not set", ConfigError),
+]
+
+
+@pytest.mark.parametrize(("column", "value", "told", "error"), BROKEN)
+def test_a_fault_of_one_endpoint_stops_no_other(
+    shop: World, receiver: Receiver, column: str, value: str, told: str, error: type[Exception]
+) -> None:
+    for name in ("a", "b"):
+        add_broken(shop, name, column, value)
+    shop.user(credits=1)
+    reported: list[Any] = []
+    with pytest.raises(error, match=told.partition(" ")[0]):
+        deliver(shop.url, shop.config, once=True, report=reported.append)
+    assert receiver.taken == [1]
+    sentences = sorted(each for each in reported if isinstance(each, str))
+    assert [each[:3] for each in sentences] == ["a: ", "b: "]
+    assert told in sentences[0]
+
+
+def test_a_fault_of_an_endpoint_is_reported_while_the_others_go_on(shop: World, receiver: Receiver) -> None:
+    shop.user(credits=1)
+    with process(shop) as running:
+        try:
+            eventually(lambda: receiver.taken == [1])
+            for number, (column, value, *_) in enumerate(BROKEN):
+                add_broken(shop, f"broken-{number}", column, value)
+            time.sleep(0.5)
+            shop.user(credits=2)
+            eventually(lambda: receiver.taken == [1, 2])
+            assert running.poll() is None
+        finally:
+            running.terminate()
+
+
+def test_an_unexpected_error_is_reported_and_raised(shop: World, receiver: Receiver, monkeypatch) -> None:
+    shop.user(credits=1)
+
+    def fail(*_: object) -> str:
+        raise RuntimeError("nobody expected this")
+
+    monkeypatch.setattr("tallystick.events.deliver._body", fail)
+    with pytest.raises(RuntimeError, match="nobody expected this"):
+        run(shop)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/ü", "http://127.0.0.1:port/", "nothing"])
+def test_an_address_that_no_request_can_be_sent_to_is_a_failed_attempt(
+    shop: World, receiver: Receiver, url: str
+) -> None:
+    add_broken(shop, "broken", "url", url)
+    shop.user(credits=1)
+    done = {each.endpoint: each.error for each in run(shop, pauses_s=(60.0,))}
+    assert done["app"] is None
+    assert str(done["broken"]).startswith("it did not answer: ")
+    with shop.engine.connect() as conn:
+        assert [each.attempts for each in endpoints(conn)] == [0, 1]
 
 
 def process(world: World) -> subprocess.Popen[str]:

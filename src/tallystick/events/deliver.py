@@ -6,13 +6,13 @@ An endpoint's cursor moves after a 2xx answer. A deliverer killed before that se
 
 from __future__ import annotations
 
-import binascii
 import datetime as dt
 import json
 import os
 import random
 import re
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -31,9 +31,7 @@ from tallystick.database import DbConnection, connect, run, translated
 from tallystick.declared_tables import event_dead_letters, event_endpoints
 from tallystick.errors import (
     ConfigError,
-    DatabaseUnavailable,
     InvalidArgument,
-    OutcomeUnknown,
     TallystickError,
     shown,
 )
@@ -242,10 +240,11 @@ def deliver(
     """Deliver to all endpoints until interrupted, or with ``once`` all that can be delivered now.
 
     An event that fails once more after all ``pauses_s`` is a dead letter, and the next one follows. ``report`` is
-    called with each ``Sent``, and with a sentence when a connection ends, from several threads.
+    called with each ``Sent``, and with a sentence when a connection ends or an endpoint has a fault, from several
+    threads. A fault of one endpoint stops no other; with ``once`` the first one is raised at the end.
 
     Raises:
-        ConfigError: the secret of an endpoint is not in the environment.
+        ConfigError: the secret of an endpoint is not in the environment; only with ``once``.
         DatabaseUnavailable, NotMigrated, HostMismatch, PermissionDenied: see the message.
     """
     _Deliverer(url, config, once=once, pauses_s=pauses_s, timeout_s=timeout_s, poll_s=poll_s, report=report).run()
@@ -268,19 +267,18 @@ class _Deliverer:
         self.url, self.config, self.once, self.report = url, config, once, report
         self.pauses_s, self.timeout_s, self.poll_s = pauses_s, timeout_s, poll_s
         self.stopped = threading.Event()
-        self.failed: list[TallystickError] = []
+        self.failed: list[Exception] = []
 
     def run(self) -> None:
         """Start a thread for each endpoint, also for those that are added later."""
         threads: dict[str, threading.Thread] = {}
         try:
-            while not self.failed:
+            while True:
                 with connect(self.url) as conn:
                     verify(conn)
                     there = endpoints(conn)
                 for endpoint in there:
                     if endpoint.name not in threads or not threads[endpoint.name].is_alive():
-                        _signers(endpoint)  # a missing secret is an error before anything is sent
                         threads[endpoint.name] = threading.Thread(
                             target=self._keep_delivering, args=(endpoint.name,), daemon=True
                         )
@@ -300,24 +298,22 @@ class _Deliverer:
     def _keep_delivering(self, name: str) -> None:
         pause_s = self.poll_s
         while not self.stopped.is_set():
+            began = time.monotonic()
             try:
                 with listening(self.url, self.config) as feed:
                     if feed.conn.scalar(_LOCK_ENDPOINT, {"name": name}):
-                        pause_s = self.poll_s
                         self._deliver(feed, name)
                         return
                 if self.once:
                     self.report(f"{name} is delivered by another process.")
                     return
-            except (DatabaseUnavailable, OutcomeUnknown) as error:
+            except Exception as error:  # noqa: BLE001 - it is reported or raised; the other endpoints go on
+                self.report(f"{name}: {_told(error)}")
                 if self.once:
                     self.failed.append(error)
                     return
-                self.report(f"{name}: {error.message}")
-            except TallystickError as error:
-                self.failed.append(error)
-                self.stopped.set()
-                return
+            if time.monotonic() - began > LONGEST_PAUSE_S:  # it has worked for a while
+                pause_s = self.poll_s
             self.stopped.wait(pause_s)
             pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
 
@@ -330,6 +326,7 @@ class _Deliverer:
                 return
             *values, wait_s = row
             endpoint = Endpoint(*values)
+            _signers(endpoint)  # a missing secret is an error before an event is due
             if wait_s > 0:
                 if self.once:
                     return
@@ -437,7 +434,7 @@ def _signers(endpoint: Endpoint) -> list[Webhook]:
         if secrets:
             return [Webhook(secret) for secret in secrets]
         problem = "is not set"
-    except (binascii.Error, EmptyWebhookSecretError):
+    except (ValueError, EmptyWebhookSecretError):
         problem = "holds no secret of the Standard Webhooks"
     raise ConfigError(
         f"{endpoint.secret_variable}, the secret of the endpoint {endpoint.name}, {problem}. It is whsec_ and 24 to 64 "
@@ -458,25 +455,27 @@ _OPENER = urllib.request.build_opener(_NoRedirect)
 def _post(url: str, signers: Sequence[Webhook], event_id: int, body: str, timeout_s: float) -> str | None:
     """Send a request; None if it was accepted, else the error."""
     name, now = f"evt_{event_id}", dt.datetime.now(dt.UTC)
-    request = urllib.request.Request(  # noqa: S310  # checked by add_endpoint
-        url,
-        data=body.encode(),
-        headers={
-            "Content-Type": "application/json",
-            "User-Agent": "tallystick",
-            "webhook-id": name,
-            "webhook-timestamp": str(int(now.timestamp())),
-            "webhook-signature": " ".join(signer.sign(name, now, body) for signer in signers),
-        },
-    )
+    headers = {
+        "Content-Type": "application/json",
+        "User-Agent": "tallystick",
+        "webhook-id": name,
+        "webhook-timestamp": str(int(now.timestamp())),
+        "webhook-signature": " ".join(signer.sign(name, now, body) for signer in signers),
+    }
     try:
+        request = urllib.request.Request(url, data=body.encode(), headers=headers)  # noqa: S310 - checked when added
         with _OPENER.open(request, timeout=timeout_s):
             return None
     except urllib.error.HTTPError as error:
         with error:
-            return f"it answered {error.code} {error.reason}"[:_ERROR_MAX]
-    except (OSError, HTTPException) as error:
-        return f"it did not answer: {getattr(error, 'reason', None) or error or type(error).__name__}"[:_ERROR_MAX]
+            problem = f"it answered {error.code} {error.reason}"
+    except (OSError, HTTPException, ValueError) as error:  # a ValueError is about the address
+        problem = f"it did not answer: {getattr(error, 'reason', None) or error or type(error).__name__}"
+    return problem[:_ERROR_MAX].replace("\0", "�")  # PostgreSQL stores no NUL
+
+
+def _told(error: Exception) -> str:
+    return error.message if isinstance(error, TallystickError) else f"{type(error).__name__}: {error}"
 
 
 def _unknown(name: str) -> InvalidArgument:
