@@ -579,6 +579,8 @@ def test_a_second_session_for_one_purchase_is_reported_not_granted(shop: Shop):
     user = shop.world.user()
     shop.dev.pay(shop.checkout(user).session)
     assert changed_session(shop, id="cs_test_second").outcome == "refused"
+    [kept] = stripe.failed_deliveries(shop.engine, shop.config)
+    assert kept.reason.startswith("refused: second_session cs_test_second (purchase ")
     assert (shop.balance(user), shop.findings()) == (0, ["second_session"])
     assert shop.outcomes(COMPLETED) == ["granted"]
 
@@ -1076,10 +1078,19 @@ def test_a_delivery_that_the_ledger_refused_is_kept_and_runs_again(shop: Shop):
     [event] = shop.events(COMPLETED)
     assert shop.outcomes(COMPLETED) == ["refused"]
     assert failed(shop) == [(COMPLETED, started.session, 1)]
+    [kept] = stripe.failed_deliveries(shop.engine, shop.config)
+    assert kept.reason.startswith("refused: ")
+    assert f"has {INT32_MAX} credits" in kept.reason
+    with shop.engine.begin() as conn:
+        shop.world.ledger.consume(conn, user, key="too little")
     assert stripe.redeliver(shop.engine, shop.config) == [(event, "refused")]
     assert failed(shop) == [(COMPLETED, started.session, 2)]
+    [kept] = stripe.failed_deliveries(shop.engine, shop.config)
+    assert f"has {INT32_MAX - 1} credits" in kept.reason
+    [found] = stripe.reconcile(shop.engine, shop.config).findings
+    assert kept.reason == f"refused: {found.found}"
     with shop.engine.begin() as conn:
-        shop.world.ledger.consume(conn, user, credits=CREDITS, key="room")
+        shop.world.ledger.consume(conn, user, credits=CREDITS - 1, key="room")
     assert stripe.redeliver(shop.engine, shop.config, ["evt_another"]) == []
     assert stripe.redeliver(shop.engine, shop.config, [event]) == [(event, "granted")]
     assert (failed(shop), shop.balance(user)) == ([], INT32_MAX)

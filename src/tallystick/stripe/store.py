@@ -346,7 +346,10 @@ class Store:
         found: object = None,
         reopen: bool = False,
     ) -> None:
-        """Record a finding for a person, once: one that was dismissed stays so, unless ``reopen``."""
+        """Record a finding for a person, once: one that was dismissed stays so, unless ``reopen``.
+
+        Recorded again, it says what was expected and found now.
+        """
         values = {
             "kind": str(kind),
             "object_id": object_id,
@@ -355,8 +358,8 @@ class Store:
             "found": None if found is None else str(found),
         }
         new = pg.insert(stripe_findings).values(**values)
-        again = new.on_conflict_do_update(index_elements=["kind", "object_id"], set_={"dismissed_at": None})
-        run(conn, again if reopen else new.on_conflict_do_nothing(), {})
+        now = {name: values[name] for name in ("expected", "found")} | ({"dismissed_at": None} if reopen else {})
+        run(conn, new.on_conflict_do_update(index_elements=["kind", "object_id"], set_=now), {})
 
     def findings(self, conn: DbConnection) -> list[StripeFinding]:
         """All findings that are not dismissed, oldest first."""
@@ -367,6 +370,19 @@ class Store:
             StripeFinding(FindingKind(kind), *rest)
             for kind, *rest in run(conn, statement.order_by(row.seen_at, row.kind, row.object_id), {})
         ]
+
+    def refusal(self, conn: DbConnection, object_id: str) -> str | None:
+        """The reason why an object was refused, in the ledger's words; None if no finding is about the object."""
+        row = stripe_findings.c
+        statement = sa.select(row.kind, row.object_id, row.purchase_id, row.expected, row.found)
+        kinds = (FindingKind.REFUSED, FindingKind.SECOND_SESSION, FindingKind.UNKNOWN_CUSTOMER)
+        statement = statement.where(row.object_id == object_id, row.kind.in_(map(str, kinds)))
+        found = run(conn, statement.order_by(row.seen_at.desc()).limit(1), {}).one_or_none()
+        if found is None:
+            return None
+        return str(
+            found.found if found.kind == FindingKind.REFUSED else StripeFinding(FindingKind(found.kind), *found[1:])
+        )
 
     def dismiss(self, conn: DbConnection, objects: Collection[str] | None, kind: FindingKind | None) -> int:
         """Mark findings as dealt with; returns their number."""

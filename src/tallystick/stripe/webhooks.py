@@ -82,7 +82,9 @@ def effect_of_event(effects: Effects, event: Object) -> Effect | None:
             return Outcome.DUPLICATE
         outcome = Outcome.IGNORED if effect is None else effect(conn)
         if outcome is Outcome.REFUSED:
-            effects.store.record_failed_delivery(conn, event, f"refused; the finding about {object_id} says why")
+            why = effects.store.refusal(conn, object_id)  # a charge has none: the findings are about its refunds
+            reason = f"refused; a finding about a refund of {object_id} says why" if why is None else f"refused: {why}"
+            effects.store.record_failed_delivery(conn, event, reason)
         return outcome
 
     return once
