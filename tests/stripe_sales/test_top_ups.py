@@ -17,6 +17,7 @@ from tallystick.accounts import Account, Accounts
 from tallystick.audit import audit
 from tallystick.config import CheckoutOptions
 from tallystick.errors import Key
+from tallystick.schema import INT32_MAX
 from tallystick.stripe import TopUpOutcome, reconciliation, top_ups
 
 INTENTS = "/v1/payment_intents"
@@ -138,6 +139,23 @@ def test_a_top_up_of_a_user_who_was_deleted_meanwhile_is_granted_and_reported(sh
     paid = shop.api.payment_intents.list().data[0].id
     assert (shop.balance(user), shop.rows(user)[-1]) == (CREDITS + 1, ("purchase", CREDITS))
     assert str(next(one for one in found if one.object_id == paid).kind) == "deleted_user"
+
+
+def test_a_paid_top_up_that_the_balance_cannot_hold_is_a_finding(shop: Shop):
+    user = low(shop)
+    shop.dev.fault("POST", INTENTS, "cut", when="after")
+    shop.dev.fault("POST", INTENTS, "cut", times=2)
+    with pytest.raises(e.StripeUnavailable):
+        top_up(shop, user)
+    with shop.engine.begin() as conn:
+        shop.world.ledger.grant(conn, user, credits=INT32_MAX - 1, key="all", description="All there is")
+    done = stripe.reconcile(shop.engine, shop.config)
+    assert [str(one.kind) for one in done.findings] == ["refused"]
+    waits = top_up(shop, user, below=INT32_MAX + 1)
+    assert (waits.outcome, waits.purchase.status) == (TopUpOutcome.UNDER_WAY, "pending")
+    spend(shop, user, CREDITS)
+    assert top_up(shop, user, below=INT32_MAX + 1).outcome is TopUpOutcome.CHARGED
+    assert (shop.balance(user), charges(shop)) == (INT32_MAX, 2)
 
 
 def test_a_charge_after_a_decline_whose_answer_was_lost_is_found_by_reconciliation(shop: Shop, monkeypatch):

@@ -70,7 +70,7 @@ class Effects:
 
     def session(self, session: Object, *, failed: str | None = None) -> Effect:
         """The effect of a Checkout Session."""
-        return lambda conn: self._recording_refusal(
+        return lambda conn: self.recording_refusal(
             conn, session["id"], lambda: self.store.fulfil(conn, session, failed=failed)
         )
 
@@ -94,7 +94,7 @@ class Effects:
                 self.store.fulfil(conn, session)
             return self.store.reverse(conn, reversal)
 
-        return lambda conn: self._recording_refusal(conn, reversal.id, lambda: effect(conn))
+        return lambda conn: self.recording_refusal(conn, reversal.id, lambda: effect(conn))
 
     def invoice(self, invoice: Object) -> Effect | None:
         """The effect of a paid invoice: the allowances of the prices that it bills; None if none has one."""
@@ -124,7 +124,7 @@ class Effects:
             return Outcome.REFUSED
         # the user gets the other lines if one is refused: each has an idempotency key of its own
         outcomes = {
-            self._recording_refusal(
+            self.recording_refusal(
                 conn, invoice["id"], partial(_give_line, conn, allowances, user, _paid(invoice, line))
             )
             for line in paid
@@ -152,7 +152,7 @@ class Effects:
         got = ask_or_none(lambda: self.client.v1.checkout.sessions.retrieve(id, {"expand": ["payment_intent"]}))
         return None if got is None else got.to_dict()
 
-    def _recording_refusal(self, conn: sa.Connection, object_id: str, effect: Callable[[], Outcome]) -> Outcome:
+    def recording_refusal(self, conn: sa.Connection, object_id: str, effect: Callable[[], Outcome]) -> Outcome:
         """Run an effect, and record a refusal of the ledger, such as a balance out of range, as a finding."""
         try:
             return effect()

@@ -119,12 +119,12 @@ def effect_of(effects: Effects, purchase: CreditTransaction, attempts: list[Obje
     if paid is None:
         return None
 
-    def effect(conn: sa.Connection) -> Outcome:
+    def complete(conn: sa.Connection) -> Outcome:
         return effects.store.complete_paid(
             conn, purchase, intent=paid["id"], amount=paid["amount_received"], currency=paid["currency"]
         )
 
-    return effect
+    return lambda conn: effects.recording_refusal(conn, paid["id"], lambda: complete(conn))
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,4 +388,6 @@ def _settle(effects: Effects, purchase: CreditTransaction, attempts: list[Object
         effect(conn)
         return effects.store.purchase(conn, id=purchase.id) or purchase
 
-    return TopUp(TopUpOutcome.CHARGED, in_transaction(effects.engine, work))
+    paid = in_transaction(effects.engine, work)
+    is_granted = paid.status is CreditTransactionStatus.COMPLETED  # else the ledger refused it: there is a finding
+    return TopUp(TopUpOutcome.CHARGED if is_granted else TopUpOutcome.UNDER_WAY, paid)
