@@ -229,6 +229,18 @@ def _known(values: dict[str, Any], kind: Any) -> dict[str, Any]:
 _MAPPING = TypeAdapter(HostMapping)
 
 
+# By Stripe: https://docs.stripe.com/currencies#minor-units. All others have two decimals.
+_ZERO_DECIMAL = frozenset(
+    ["bif", "clp", "djf", "gnf", "jpy", "kmf", "krw", "mga", "pyg", "rwf", "vnd", "vuv", "xaf", "xof", "xpf"]
+)
+_THREE_DECIMAL = frozenset(["bhd", "jod", "kwd", "omr", "tnd"])
+
+
+def decimals_of(currency: str) -> int:
+    """The decimals of a currency: 2 for ``usd``, whose minor unit is a cent; 0 for ``jpy``; 3 for ``kwd``."""
+    return 0 if currency in _ZERO_DECIMAL else 3 if currency in _THREE_DECIMAL else 2
+
+
 Rounding = Literal["down", "nearest", "up"]
 """Rounding of a fraction of a credit: down, to the nearest whole number (halves up), or up."""
 

@@ -43,6 +43,15 @@ def test_the_page_shows_what_is_bought(session: stripe.checkout.Session) -> None
     assert page.count("<button") == 4
 
 
+@pytest.mark.parametrize(("currency", "shown"), [("jpy", "100 JPY"), ("kwd", "0.100 KWD"), ("eur", "1.00 EUR")])
+def test_the_page_shows_money_with_the_decimals_of_its_currency(
+    client: stripe.StripeClient, order: Any, currency: str, shown: str
+) -> None:
+    price = {"currency": currency, "unit_amount": 100, "product_data": {"name": "Sticker"}}
+    made = client.v1.checkout.sessions.create({**order, "line_items": [{"price_data": price, "quantity": 1}]})
+    assert f"<h1>{shown}</h1>" in visit(made.url)[1]
+
+
 def test_pay(client: stripe.StripeClient, session: stripe.checkout.Session) -> None:
     status, _, target = visit(session.url, "pay")
     assert (status, target) == (303, f"http://127.0.0.1:1/done?session={session.id}")

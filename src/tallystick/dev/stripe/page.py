@@ -6,6 +6,7 @@ from html import escape
 from string import Template
 from typing import Final
 
+from tallystick.config import decimals_of
 from tallystick.dev.stripe import payments
 from tallystick.dev.stripe.account import Object, StripeAccount
 from tallystick.errors import DevStripeError
@@ -52,7 +53,10 @@ def render(account: StripeAccount, session: Object, problem: str = "") -> str:
 
 
 def _money(session: Object) -> str:
-    return f"{session['amount_total'] / 100:.2f} {escape(session['currency'].upper())}"
+    decimals = decimals_of(session["currency"])
+    whole, minor = divmod(session["amount_total"], 10**decimals)
+    amount = f"{whole}.{minor:0{decimals}}" if decimals else f"{whole}"
+    return f"{amount} {escape(session['currency'].upper())}"
 
 
 def _buttons(buttons: tuple[tuple[str, str, str], ...]) -> str:

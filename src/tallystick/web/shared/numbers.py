@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-MINUS: Final = "\N{MINUS SIGN}"
+from tallystick.config import decimals_of
 
-# By Stripe: https://docs.stripe.com/currencies#minor-units. All others have two decimals.
-ZERO_DECIMAL: Final = frozenset(
-    ["bif", "clp", "djf", "gnf", "jpy", "kmf", "krw", "mga", "pyg", "rwf", "vnd", "vuv", "xaf", "xof", "xpf"]
-)
-THREE_DECIMAL: Final = frozenset(["bhd", "jod", "kwd", "omr", "tnd"])
+MINUS: Final = "\N{MINUS SIGN}"
 
 _SYMBOLS: Final = {
     "usd": "$",
@@ -43,7 +39,7 @@ def money(amount: int, currency: str) -> str:
     A currency without a symbol is named by its code (``CHF 79``). Zero cents are left out.
     """
     code = currency.lower()
-    decimals = 0 if code in ZERO_DECIMAL else 3 if code in THREE_DECIMAL else 2
+    decimals = decimals_of(code)
     whole, minor = divmod(abs(amount), 10**decimals)
     digits = f"{whole:,}.{minor:0{decimals}}" if minor else f"{whole:,}"
     sign = MINUS if amount < 0 else ""
