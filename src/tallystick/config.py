@@ -343,7 +343,7 @@ class CheckoutOptions:
     save_payment_method: bool = False
     quantity_max: Annotated[int, Field(strict=True, ge=1, le=QUANTITY_MAX)] | None = None
     locale: Annotated[str, Field(pattern="^(auto|[a-z]{2,3}(-[A-Z]{2}|-419)?)$")] | None = None
-    submit_text: Annotated[str, Field(min_length=1, max_length=1200)] | None = None
+    submit_text: Annotated[str, Field(min_length=1, max_length=1200, pattern="^[^\\x00]*$")] | None = None
 
 
 def _names_once(packs: tuple[Pack, ...]) -> tuple[Pack, ...]:

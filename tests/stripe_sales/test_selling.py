@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import uuid
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -157,7 +158,9 @@ def test_a_user_without_an_email_buys_too(make_shop):
         ({}, {"success_url": f"{ORIGIN}/{'x' * 5000}"}, e.ReturnAddressRefused, "Stripe takes 5000"),
         ({}, {"cancel_url": f"{ORIGIN}/{'x' * 5000}"}, e.ReturnAddressRefused, "Stripe takes 5000"),
         ({"checkout_origins": ()}, {}, e.ReturnAddressRefused, "checkout_origins"),
-        ({}, {"key": ""}, e.InvalidArgument, "key"),
+        *(({}, {"key": key}, e.InvalidArgument, "key=") for key in ("", "a\0", "\ud800", "k" * 256)),
+        ({}, {"success_url": f"{ORIGIN}/\0"}, e.ReturnAddressRefused, "may not be sent"),
+        ({}, {"cancel_url": f"{ORIGIN}/#\x7f"}, e.ReturnAddressRefused, "may not be sent"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_sold(shop: Shop, settings, options, error, payload):
@@ -166,6 +169,24 @@ def test_what_is_wrong_is_said_before_anything_is_sold(shop: Shop, settings, opt
     with pytest.raises(error, match=payload):
         stripe.checkout(shop.engine, config, user, PACK, **(ADDRESSES | options))
     assert nothing_sent(shop)
+
+
+@pytest.mark.parametrize("text", ["\0", "evt_\0", "\ud800", "", "e" * 256])
+def test_a_text_that_postgresql_cannot_store_is_no_id_and_no_key(shop: Shop, text: str):
+    with pytest.raises(e.InvalidArgument, match="events="):
+        stripe.redeliver(shop.engine, shop.config, ["evt_1", text])
+    with pytest.raises(e.InvalidArgument, match="objects="):
+        stripe.dismiss(shop.engine, shop.config, text)
+    with pytest.raises(e.InvalidArgument, match="key="):
+        stripe.refund(shop.engine, shop.config, uuid.uuid4(), key=f"{text}\0")
+    with pytest.raises(e.InvalidArgument):
+        start_sale(shop, shop.world.user(), key=text)
+
+
+def test_a_text_beside_the_button_has_no_nul():
+    with pytest.raises(ValueError, match="submit_text"):
+        CheckoutOptions(submit_text="a\nb\0")
+    assert CheckoutOptions(submit_text="a\nb\n").submit_text == "a\nb\n"
 
 
 def test_the_longest_address_that_stripe_takes_is_taken(shop: Shop):

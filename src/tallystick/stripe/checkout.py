@@ -37,11 +37,10 @@ from tallystick.schema import INT64_MAX
 from tallystick.stripe.client import MISSING, Object, ask, ask_or_none, is_live, list_all
 from tallystick.stripe.customers import customer_of, replace_customer
 from tallystick.stripe.effects import PAGE, Effects, failure_of, in_transaction
-from tallystick.stripe.store import METADATA_KEY, REALM_KEY, Outcome, Store, store_of
+from tallystick.stripe.store import ID_MAX, METADATA_KEY, REALM_KEY, Outcome, Store, storable, store_of
 
 SESSION_PLACEHOLDER = "{CHECKOUT_SESSION_ID}"
 ADDRESS_MAX = 5000  # characters: Stripe's limit for success_url and cancel_url
-SESSION_ID_MAX = 255
 IDEMPOTENCY_KEY_MAX = 255
 CUSTOMERS_MAX = 3  # customers to try, each of which may be deleted meanwhile
 IDEMPOTENCY_KEY_KEPT_S = 86_400  # Stripe keeps a key at least so long, so a session may be made this late
@@ -123,8 +122,9 @@ def checkout(
     account = in_transaction(engine, lambda conn: accounts.get(conn, user))
     started = None
     if key is not None:
+        named = storable("key", key)
         started = in_transaction(
-            engine, lambda conn: _started_before(effects, conn, user, key, pack=pack, quantity=quantity)
+            engine, lambda conn: _started_before(effects, conn, user, named, pack=pack, quantity=quantity)
         )
     if started is None:
         if account.deleted_at is not None:
@@ -218,7 +218,7 @@ def confirm(engine: sa.Engine, config: Config, user: Key, session: str) -> Confi
         f"the session {shown(session)} pays for no purchase of user {user}. Nothing was granted",
         stripe_session_id=session,
     )
-    if len(session) > SESSION_ID_MAX or not re.fullmatch("cs_[A-Za-z0-9_]+", session):
+    if len(session) > ID_MAX or not re.fullmatch("cs_[A-Za-z0-9_]+", session):
         raise refusal
     found = effects.session_now(session)
     if found is None:
@@ -543,7 +543,7 @@ def _require_allowed_origin(config: Config, address: str) -> str:
     except ValueError:  # an address such as http://[::1
         parts = urlsplit("")
     origin = f"{parts.scheme}://{parts.netloc}".lower()
-    if origin in config.checkout_origins and not any(c.isspace() or c == "\\" for c in address):
+    if origin in config.checkout_origins and address.isprintable() and not any(c in " \\" for c in address):
         return address
     allowed = ", ".join(config.checkout_origins) or "none; set checkout_origins"
     raise ReturnAddressRefused(

@@ -110,6 +110,9 @@ def dismiss(
     """Mark findings as dealt with: about ``objects``, of one ``kind``, or all.
 
     ``objects`` are Stripe's ids. Returns the number of findings; they stay in the table and are not reported again.
+
+    Raises:
+        InvalidArgument: one of ``objects`` is no id.
     """
     about = [objects] if isinstance(objects, str) else objects
     return in_transaction(engine, lambda conn: store_of(config).dismiss(conn, about, kind))

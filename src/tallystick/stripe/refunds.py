@@ -17,14 +17,13 @@ from tallystick.errors import (
     PurchaseNotCompleted,
     RefundExceedsPurchase,
     UnknownPurchase,
-    shown,
 )
 from tallystick.ledger import CreditTransaction
 from tallystick.stripe.client import Object, ask, list_all
 from tallystick.stripe.customers import METADATA_MAX
 from tallystick.stripe.effects import PAGE, Effects, in_transaction
 from tallystick.stripe.shares import STEPS, ReversedShare, credits_kept, price
-from tallystick.stripe.store import CREDITS_KEY, METADATA_KEY, Reversal
+from tallystick.stripe.store import CREDITS_KEY, METADATA_KEY, Reversal, storable
 
 REFUND_KEY = "tallystick_refund"
 KEY_MAX = METADATA_MAX  # it is a value of metadata
@@ -82,8 +81,7 @@ def refund(
         StripeUnavailable: call again with the same ``key``.
         StripeNotConfigured, StripeRefused: nothing was sent.
     """
-    if not 0 < len(key) <= KEY_MAX:
-        raise InvalidArgument(f"key={shown(key)}: pass a text of 1 to {KEY_MAX} characters", argument="key", value=key)
+    storable("key", key, KEY_MAX)
     effects = Effects(engine, config)
     bought, charge, sent = _facts(effects, purchase)
     made = next((one for one in sent if one["metadata"].get(REFUND_KEY) == key), None)

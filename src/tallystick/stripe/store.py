@@ -38,7 +38,7 @@ from tallystick.declared_tables import (
     stripe_findings,
     stripe_reversals,
 )
-from tallystick.errors import IdempotencyKeyReused, SessionConflict
+from tallystick.errors import IdempotencyKeyReused, InvalidArgument, SessionConflict, shown
 from tallystick.ledger import CreditTransaction, Ledger
 from tallystick.schema import CreditTransactionStatus, CreditTransactionType
 from tallystick.stripe.client import Object
@@ -84,6 +84,8 @@ REALM_KEY = "tallystick_realm"
 """The metadata that names the installation, so that several can share one Stripe account."""
 
 REALM_DIGITS = 16
+
+ID_MAX = 255  # characters of Stripe's ids, and of the ledger's keys
 
 
 class Outcome(StrEnum):
@@ -332,7 +334,7 @@ class Store:
         columns = [row[name] for name in FailedDelivery.__dataclass_fields__]
         statement = sa.select(*columns).where(row.resolved_at.is_(None)).order_by(row.first_at, row.event_id)
         if events is not None:
-            statement = statement.where(row.event_id.in_(list(events)))
+            statement = statement.where(row.event_id.in_([storable("events", one) for one in events]))
         return [FailedDelivery(*values) for values in run(conn, statement, {})]
 
     def record_finding(
@@ -389,7 +391,7 @@ class Store:
         row = stripe_findings.c
         seen = sa.update(stripe_findings).where(row.dismissed_at.is_(None))
         if objects is not None:
-            seen = seen.where(row.object_id.in_(list(objects)))
+            seen = seen.where(row.object_id.in_([storable("objects", one) for one in objects]))
         if kind is not None:
             seen = seen.where(row.kind == str(kind))
         return len(run(conn, seen.values(dismissed_at=sa.func.now()).returning(row.kind), {}).all())
@@ -761,6 +763,14 @@ def _money(session: Object) -> str:
     total, before = session["amount_total"], session["amount_subtotal"]
     amounts = f"{total}" if total == before else f"{total} ({before} before discounts and tax)"
     return f"{session['mode']}, {amounts} {session['currency']}, {session['payment_status']}"
+
+
+def storable(argument: str, text: str, longest: int = ID_MAX) -> str:
+    """``text``, if it has 1 to ``longest`` characters that PostgreSQL can store. Raises InvalidArgument."""
+    if not 0 < len(text) <= longest or "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+        problem = f"pass a text of 1 to {longest} characters, without NUL and lone surrogates"
+        raise InvalidArgument(f"{argument}={shown(text)}: {problem}", argument=argument, value=text)
+    return text
 
 
 def as_uuid(value: object) -> UUID | None:

@@ -105,6 +105,7 @@ def redeliver(engine: sa.Engine, config: Config, events: Collection[str] | None 
     Returns each event's id and outcome; one that fails again stays failed, with the new reason.
 
     Raises:
+        InvalidArgument: one of ``events`` is no id; nothing was run.
         StripeNotConfigured, StripeUnavailable, DatabaseError: the rest was not run.
     """
     effects = Effects(engine, config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stripe_sales.shop import CREDITS, Shop
+from tallystick import events
 from tallystick.dev.stripe import DevStripe
 from tallystick.schema import INT32_MAX
 
@@ -74,6 +75,34 @@ def test_about_all(shop, visitor):
         page = visitor.get("/pending").text
     assert "Stripe was asked" in page
     assert [shop.balance(user) for user in users] == [CREDITS, CREDITS, 0]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "status"),
+    [
+        ("/pending/ask", {"event": "\0"}, 400),
+        ("/pending/ask", {"session": "\0"}, 404),
+        ("/pending/ask", {"session": "cs_1", "key": "\0"}, 404),
+        ("/user/grant", {"credits": "1", "reason": "a\0"}, 422),
+        ("/user/grant", {"credits": "1\0", "reason": "a"}, 422),
+        ("/user/grant", {"credits": "1", "reason": "a", "once": "\0"}, 409),
+        ("/user/grant", {"credits": "1", "reason": "a", "key": "\0"}, 404),
+        ("/user/refund", {"credits": "1", "reason": "a", "purchase": "\0"}, 404),
+    ],
+)
+def test_a_nul_in_a_form_is_refused(shop, visitor, path, fields, status):
+    answer = visitor.submit(path, **({"key": shop.world.user(), "once": "1"} | fields))
+    assert answer.status_code == status, answer.text
+
+
+@pytest.mark.parametrize("name", ["q", "key", "before", "after", "outcome", "done", "purchase", "credits", "once"])
+def test_a_nul_in_an_address_is_refused(shop, visitor, name):
+    events.enable(shop.world.url, shop.config)
+    user = shop.world.user(credits=1)
+    pages = ("users", "user", "user/holds", "user/lots", "events", "pending", "audit", "migrations", "user/grant")
+    for page in (*pages, *(f"{one}.{form}" for one in pages[:-1] for form in ("json", "csv")), "user/refund", "days"):
+        answer = visitor.get(f"/{page}", params={"key": user, name: "\0"})
+        assert answer.status_code < 500, (page, answer.text)
 
 
 def test_another_users_session_is_no_way_to_credits(shop, visitor):
