@@ -93,9 +93,20 @@ def up_and_down_and_up(subscribers: Subscribers, customer: str) -> None:
         (lambda them, customer: them.paid(customer, them.line("basic", item="si_2")), [10, 10]),
         (lambda them, customer: them.paid(customer, them.line("something else")), [10]),
         (lambda them, customer: them.paid(customer, them.line("pro", 0)), [10]),
+        (lambda them, customer: them.paid(customer, them.line("pro", 9000, discount=9000)), [10, 90]),
         (lambda them, customer: them.paid(customer, *[them.line("something else")] * 10, them.line("pro")), [10, 90]),
     ],
-    ids=["alone", "more seats", "upgrade", "to and fro", "another item", "something else", "trial", "many lines"],
+    ids=[
+        "alone",
+        "more seats",
+        "upgrade",
+        "to and fro",
+        "another item",
+        "something else",
+        "trial",
+        "coupon of 100 %",
+        "many lines",
+    ],
 )
 def test_what_invoices_give(
     subscribers: Subscribers, later: Callable[[Subscribers, str], object], granted: list[int]
@@ -139,6 +150,15 @@ def test_one_that_no_webhook_told_is_found_by_reconciliation(subscribers: Subscr
     for _ in range(2):
         assert stripe.reconcile(subscribers.shop.engine, subscribers.shop.config).findings == ()
     assert subscribers.shop.rows(user) == [("grant", 100)]
+
+
+def test_one_that_stripe_keeps_no_event_of_is_not_found(subscribers: Subscribers) -> None:
+    """The other lists need no events; a paid invoice is found by its event alone, which Stripe keeps for 30 days."""
+    user, customer = subscribers.user()
+    subscribers.shop.dev.bill(customer, [subscribers.line("pro")])
+    subscribers.shop.dev.account.objects["event"].clear()
+    assert stripe.reconcile(subscribers.shop.engine, subscribers.shop.config).findings == ()
+    assert subscribers.shop.rows(user) == []
 
 
 def test_one_of_a_customer_that_no_user_has_waits_for_its_user(subscribers: Subscribers) -> None:

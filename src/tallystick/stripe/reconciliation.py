@@ -315,7 +315,7 @@ class _Reconciling:
         return None if found is None else self.effects.reversal(found)
 
     def _events(self, since: dt.datetime | None, position: str | None) -> Iterator[_Step]:
-        """Events that were never received; Stripe keeps them for thirty days, and the lists above need none."""
+        """Events that were never received. Stripe keeps them for thirty days; only paid invoices need them."""
         oldest = dt.datetime.now(dt.UTC) - EVENTS_KEPT
         query: Any = {**_window(max(since or oldest, oldest), position), "types": sorted(HANDLERS)}
         for event in list_all(lambda: self.effects.client.v1.events.list(query)):

@@ -18,7 +18,8 @@ def bill(account: StripeAccount, customer: Object, lines: Sequence[Mapping[str, 
     if not lines:
         raise refused("An invoice has one line or more.", "parameter_missing", "lines")
     now, subscription = account.now(), f"sub_{customer['id'].removeprefix('cus_')}"
-    total = sum(line["amount"] for line in lines)
+    subtotal = sum(line["amount"] for line in lines)
+    total = subtotal - sum(line.get("discount", 0) for line in lines)
     paid = max(total, 0)
     invoice = account.new(
         "invoice",
@@ -52,7 +53,7 @@ def bill(account: StripeAccount, customer: Object, lines: Sequence[Mapping[str, 
         starting_balance=0,
         status="paid",
         status_transitions=empty("invoices_resource_status_transitions") | {"finalized_at": now, "paid_at": now},
-        subtotal=total,
+        subtotal=subtotal,
         total=total,
     )
     made = [_line(account, invoice["id"], subscription, line) for line in lines]
@@ -68,12 +69,14 @@ def bill(account: StripeAccount, customer: Object, lines: Sequence[Mapping[str, 
 
 def _line(account: StripeAccount, invoice: str, subscription: str, line: Mapping[str, Any]) -> Object:
     price = account.get("price", line["price"], param="lines[price]")
+    discount = f"di_{secrets.token_hex(12)}" if line.get("discount") else None
     return account.new(
         "line_item",
         amount=line["amount"],
         currency="usd",
         discountable=True,
-        discounts=[],
+        discount_amounts=[{"amount": line["discount"], "discount": discount}] if discount else [],
+        discounts=[discount] if discount else [],
         invoice=invoice,
         parent={
             "invoice_item_details": None,

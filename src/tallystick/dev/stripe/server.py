@@ -144,8 +144,8 @@ class DevStripe:
         """Make and pay an invoice of a subscription, as Stripe does at the beginning of each period.
 
         A line is ``{"price": …, "amount": …, "start": …, "end": …}``, with amounts in minor units and times in Unix
-        seconds, and optionally ``quantity`` (1), ``item`` (the subscription item, one for each price) and ``proration``
-        (False).
+        seconds, and optionally ``quantity`` (1), ``item`` (the subscription item, one for each price), ``proration``
+        (False) and ``discount`` (0), by which less than the ``amount`` is paid.
         """
         with self.account.lock:
             return {**invoices.bill(self.account, self._get("customer", customer), lines)}
