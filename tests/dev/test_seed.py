@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import itertools
 import os
 import random
@@ -724,6 +725,56 @@ def test_keys_that_the_host_generates_always(host_app: Callable[..., World]) -> 
         assert conn.exec_driver_sql("INSERT INTO users DEFAULT VALUES RETURNING id").scalar() == 1
         assert conn.exec_driver_sql("SELECT min(number) FROM workshops").scalar() > 0
     assert {one.outcome for one in reset_world(world).scenarios} == {ScenarioOutcome.REMOVED}
+
+
+OTHER_KEYS = {
+    "char(26)": ("char(26)", UsersTable(key_type="char"), "char"),
+    "smallint": ("smallint", UsersTable(key_type="smallint"), "smallint"),
+    "an e-mail address": ("text", UsersTable(key="email", key_type="text", email="email"), "text"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_KEYS)
+def test_keys_of_other_types(host_app: Callable[..., World], name: str) -> None:
+    """A char(26) comes back with spaces, a smallint is small, and an address may be the key itself."""
+    kind, users, key_type = OTHER_KEYS[name]
+    world = host_app(
+        f"""
+        CREATE TABLE users ({users.key} {kind} PRIMARY KEY);
+        CREATE TABLE workshops (id {kind} PRIMARY KEY, user_id {kind} NOT NULL REFERENCES users, title text,
+          created_at timestamptz);
+        """,
+        HostMapping(users=users, workshops=WorkshopsTable(key_type=key_type)),
+    )
+    assert {one.scenario: one.balance for one in seed_world(world).scenarios} == BALANCES
+    assert not seed_world(world).changed
+    assert outcomes(reset_world(world, only=["funded"])) == {"funded": "removed"}
+    assert outcomes(seed_world(world))["funded"] == "created"
+    assert {one.outcome for one in reset_world(world).scenarios} == {ScenarioOutcome.REMOVED}
+    assert every_row(world) == [[], [], []]
+
+
+@pytest.mark.parametrize("kind", ["serial", "positive"])
+def test_a_rule_of_the_key_that_no_seeded_key_keeps(host_app: Callable[..., World], kind: str) -> None:
+    check = "CHECK (id > 0)" if kind == "serial" else ""
+    world = host_app(
+        f"""
+        CREATE DOMAIN small AS integer CHECK (VALUE > 0); CREATE DOMAIN positive AS small;
+        CREATE TABLE users (id {kind} PRIMARY KEY {check});
+        """,
+        HostMapping(users=UsersTable(key_type="integer"), workshops=None),
+    )
+    with pytest.raises(SeedImpossible, match="The rule is for a key.*Leave the rule out") as refused:
+        seed_world(world)
+    assert refused.value.table == ("public.users" if check else "public.positive")
+    assert "DEFAULT" not in str(refused.value)
+
+
+def test_the_paywall_came_in_the_first_days_of_time(make_world: Callable[..., World]) -> None:
+    first = dt.datetime(1, 1, 5, tzinfo=dt.UTC)
+    world = make_world(grandfathered_before=first)
+    assert outcomes(seed_world(world, only=["grandfathered"])) == {"grandfathered": "created"}
+    assert access(world, "grandfathered") == [AccessReason.GRANDFATHERED] * 3 + [AccessReason.LOCKED]
 
 
 PARENTS = """

@@ -21,7 +21,20 @@ from tallystick.declared_tables import Schema
 from tallystick.errors import Key, SeedImpossible
 
 INTEGER_KEYS_FROM = -2_000_000_000
-"""Integer keys of users and workshops begin below this, far from any sequence."""
+"""Keys of users and workshops that are integer or bigint begin below this, far from any sequence."""
+
+_KEY_RULES = sa.text("""
+    WITH RECURSIVE key AS (
+      SELECT attrelid, attnum, atttypid FROM pg_attribute
+      WHERE attrelid = to_regclass(quote_ident(:schema) || '.' || quote_ident(:table)) AND attname = :key
+    ), types AS (
+      SELECT atttypid AS oid FROM key UNION SELECT t.typbasetype FROM types JOIN pg_type t USING (oid)
+    )
+    SELECT c.conname::text FROM pg_constraint c
+    WHERE c.contype = 'c' AND (c.contypid IN (SELECT oid FROM types WHERE oid <> 0)
+      OR EXISTS (SELECT FROM key WHERE attrelid = c.conrelid AND attnum = ANY (c.conkey)))
+""")
+"""Names of the CHECK constraints of a table's key, also of those of its domain."""
 
 _NAMESPACE = uuid.UUID("5eed7a11-0000-5000-8000-000000000000")
 
@@ -48,6 +61,8 @@ class HostFault:
             if diagnostics.message_detail
             else diagnostics.message_primary
         )
+        if diagnostics.table_name is None:  # a domain's rule
+            table = ".".join(part for part in (diagnostics.schema_name, diagnostics.datatype_name) if part)
         return HostFault(table or "the host's tables", diagnostics.column_name, diagnostics.constraint_name, text)
 
 
@@ -66,6 +81,8 @@ class HostRow:
                 return uuid.uuid5(_NAMESPACE, f"{kind}:{self.label}")
             case "text" | "char" | "citext":
                 return self.label
+            case "smallint":
+                return -1 - self.number % 2**15
             case _:
                 return INTEGER_KEYS_FROM - self.number
 
@@ -119,7 +136,7 @@ class HostTables:
         """Add a user with ``key``; with None, the column's default, or else the row's own key."""
         names = self.schema.host.users
         values = self._keyed(self.users, row.key(names.key_type, "user"), key)
-        if names.email:
+        if names.email and names.email != names.key:
             values[names.email] = self.users.fitted(names.email, f"{row.label}@example.com")
         for parent in self.users.parents:
             if parent.column == self.users.key:
@@ -168,10 +185,16 @@ class HostTables:
             fault = HostFault.of(error)
             if fault is None:
                 raise
+            of_keys = self.users.key_rules | (self.workshops.key_rules if self.workshops else set())
+            advice = (
+                "The rule is for a key, and those of these rows are fixed: negative numbers, which no sequence gives, "
+                "and texts that begin with seed_. Leave the rule out of the database that you develop with"
+                if fault.constraint in of_keys
+                else "Give the column a DEFAULT that the rule accepts, and it is left alone; if the row is left "
+                "over from an earlier seed, run: tallystick seed --reset"
+            )
             raise SeedImpossible(
-                f"{fault.table} does not take the row made for it: {fault.message}. Nothing was written of it. "
-                "Give the column a DEFAULT that the rule accepts, and it is left alone; if the row is left "
-                "over from an earlier seed, run: tallystick seed --reset",
+                f"{fault.table} does not take the row made for it: {fault.message}. Nothing was written of it. {advice}",
                 table=fault.table,
                 column=fault.column,
                 constraint=fault.constraint,
@@ -201,6 +224,8 @@ class _HostTable:
             warnings.simplefilter("ignore", SAWarning)  # on unknown types; required ones raise an error below
             columns = inspector.get_columns(**where)
         self.key = names.key
+        mapped = {"schema": names.schema, "table": names.table, "key": names.key}
+        self.key_rules = set(conn.scalars(_KEY_RULES, mapped))
         self.key_has_default = not any(c["name"] == names.key and _must_be_given(c) for c in columns)
         self.types: dict[str, sa.types.TypeEngine[Any]] = {column["name"]: column["type"] for column in columns}
         self.table = sa.table(

@@ -209,15 +209,15 @@ def reset(
     """
     chosen = _chosen(only)
     schema = Schema.of(config.host)
-    users = {key: scenario for scenario in chosen for key in scenario.user_keys(schema)}
-    workshops = {key: scenario for scenario in chosen for key in scenario.workshop_keys(schema)}
+    users = [key for scenario in chosen for key in scenario.user_keys(schema)]
+    workshops = [key for scenario in chosen for key in scenario.workshop_keys(schema)]
     ledger = schema.credit_transactions
     with _removing(), _transaction(bind) as conn:
         verify(conn, config.host)
         if not force_production:
             _refuse_production(conn, schema, environ, "tallystick seed --reset --force-production")
         if schema.workshops is not None:
-            _refuse_entangled(conn, schema.workshops, list(users), list(workshops))
+            _refuse_entangled(conn, schema.workshops, users, workshops)
         removed = set()
         if _present(conn, schema, chosen):
             with _append_only_lifted(conn, ledger):
@@ -228,10 +228,13 @@ def reset(
                 gone_lots = sa.delete(schema.lots).where(schema.lots.c.user_id.in_(users)).returning(schema.lots.c.id)
                 lots = conn.scalars(gone_lots).all()
                 conn.execute(sa.delete(schema.lot_moves).where(schema.lot_moves.c.lot_id.in_(lots)))
-        for table, made in ((schema.workshops, workshops), (schema.users, users)):
-            if table is not None:
-                gone = conn.scalars(sa.delete(table).where(table.c.key.in_(made)).returning(table.c.key))
-                removed |= {made[key].name for key in gone}
+        for table, made in ((schema.workshops, Scenario.workshop_keys), (schema.users, Scenario.user_keys)):
+            if table is None:
+                continue
+            for scenario in chosen:
+                # counted, since a key may come back in other letters, or with spaces behind it, as a char(26)
+                if conn.execute(sa.delete(table).where(table.c.key.in_(made(scenario, schema)))).rowcount:
+                    removed.add(scenario.name)
         if removed:
             rows = [(one.row(number), key) for one in chosen for number, key in enumerate(one.user_keys(schema))]
             HostTables(conn, schema).forget_parents(conn, rows)
@@ -278,9 +281,9 @@ def _take_turn(conn: sa.Connection) -> None:
 
 
 def _present(conn: sa.Connection, schema: Schema, chosen: Sequence[Scenario]) -> set[str]:
-    by_key = {scenario.user_key(schema): scenario.name for scenario in chosen}
-    key = schema.users.c.key
-    return {by_key[found] for found in conn.scalars(sa.select(key).where(key.in_(by_key)))}
+    # each alone, since the key that comes back may differ from the one asked for, as a char(26) with spaces behind it
+    there = {one.name: sa.exists().where(schema.users.c.key == one.user_key(schema)) for one in chosen}
+    return {name for name, exists in there.items() if conn.scalar(sa.select(exists))}
 
 
 def _seed_one(bind: Bind, ledger: Ledger, host: HostTables, scenario: Scenario) -> Seeded:
@@ -676,8 +679,11 @@ def _grandfathered(run: _ScenarioRun) -> None:
     paywalled_since = run.config.grandfathered_before or run.conn.scalar(
         sa.select(sa.func.min(migration_log.c.applied_at)).where(migration_log.c.revision == "0001")
     )
-    before = (paywalled_since or dt.datetime.now(dt.UTC)) - dt.timedelta(days=30)
-    run.draft("From the Early Days", "Before Credits", "Free Forever", created_at=before.astimezone(dt.UTC))
+    try:
+        before = ((paywalled_since or dt.datetime.now(dt.UTC)) - dt.timedelta(days=30)).astimezone(dt.UTC)
+    except OverflowError:  # 30 days before that is before the year 1
+        before = dt.datetime.min.replace(tzinfo=dt.UTC)
+    run.draft("From the Early Days", "Before Credits", "Free Forever", created_at=before)
     run.draft("From After the Paywall")
 
 
