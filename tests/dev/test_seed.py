@@ -764,7 +764,7 @@ def test_a_rule_of_the_key_that_no_seeded_key_keeps(host_app: Callable[..., Worl
         """,
         HostMapping(users=UsersTable(key_type="integer"), workshops=None),
     )
-    with pytest.raises(SeedImpossible, match="The rule is for a key.*Leave the rule out") as refused:
+    with pytest.raises(SeedImpossible, match=r"The rule is for a key.*Leave the rule out") as refused:
         seed_world(world)
     assert refused.value.table == ("public.users" if check else "public.positive")
     assert "DEFAULT" not in str(refused.value)

@@ -462,6 +462,25 @@ def test_a_history_without_signs(make_app: Callable[..., App], table: str, user:
     assert (found.history.signs_from_type, found.history.differing) == (True, 0)
 
 
+@pytest.mark.parametrize("value", ["NaN", "-Infinity"])
+def test_what_is_no_number_is_named_with_its_column(make_app: Callable[..., App], value: str) -> None:
+    app = make_app(
+        """
+        CREATE TABLE users (id integer PRIMARY KEY, credits numeric NOT NULL DEFAULT 0);
+        CREATE TABLE credit_logs (id serial, user_id integer, amount numeric);
+        INSERT INTO users VALUES (1, 5);
+        """,
+        HostMapping(users=UsersTable(key_type="integer", balance="credits"), workshops=None),
+    )
+    app.run(f"INSERT INTO credit_logs (user_id, amount) VALUES (1, '{value}'), (1, 5)")
+    with app.engine.connect() as conn, pytest.raises(HostMismatch, match=r"amount is NaN .* in 1 row, ") as refused:
+        migrate.look_at_own_credits(conn, app.config)
+    assert len(app.rows(refused.value.message.partition("first: ")[2])) == 1
+    app.run("UPDATE credit_logs SET amount = 0", f"UPDATE users SET credits = '{value}'")
+    with app.engine.connect() as conn, pytest.raises(HostMismatch, match=r"public\.users\.credits is NaN or infinite"):
+        migrate.look_at_own_credits(conn, app.config)
+
+
 def test_history_is_noted_in_the_opening_balance(make_app: Callable[..., App]) -> None:
     app = make_app(AFTER, KEPT_APART)
     migrate.apply(app.url, app.config)

@@ -216,6 +216,12 @@ def test_rehearse(tally: Tally, app: App, tmp_path: Path) -> None:
     assert [one["fault"] for one in as_json(result)["lived"]] == [None] * 7
 
 
+def test_statements_that_are_no_utf8_are_refused(tally: Tally, tmp_path: Path) -> None:
+    (tmp_path / "app.sql").write_bytes("SELECT 'Überblick'".encode("latin-1"))
+    code, _, err = tally("migrate", "rehearse", "--statements", "app.sql")
+    assert (code, err) == (1, "app.sql: not UTF-8. Save it as UTF-8\n")
+
+
 def test_nothing_to_rehearse_is_said_before_a_copy_is_made(tally: Tally, app: App) -> None:
     migrate.apply(app.url, app.config)
     code, _, err = tally("migrate", "rehearse")

@@ -191,6 +191,16 @@ REFUSED = {
         CREATE TABLE liked_workshops (user_id uuid REFERENCES users, workshop uuid, PRIMARY KEY (user_id, workshop))""",
         r"could be workshops\. Choose one:\n.*--workshops public\.a_workshop .*\n.*--workshops public\.b_workshop .*$",
     ),
+    "a key with the name of a column of ours": (
+        "CREATE TABLE customers (stripe_customer_id text PRIMARY KEY, email text)",
+        r"public\.customers: key and stripe_customer_id both name the column 'stripe_customer_id', and Tallystick needs "
+        r"a column for each\. Name another one: --users-key COLUMN",
+    ),
+    "an owner with the name of a column of ours": (
+        f"""{FREE.format("users")}
+        CREATE TABLE workshops (id uuid PRIMARY KEY, deleted_at uuid NOT NULL REFERENCES users)""",
+        r"public\.workshops: owner and deleted_at both name the column 'deleted_at'.*: --workshops schema\.table",
+    ),
 }
 
 
@@ -210,6 +220,13 @@ def test_what_it_cannot_take_or_tell(name: str, make_app: Callable[..., App]) ->
     app = make_app(ddl)
     with app.engine.connect() as conn, pytest.raises(HostMismatch, match=message):
         migrate.propose(conn)
+
+
+def test_a_balance_that_is_asked_for_and_means_something_else(make_app: Callable[..., App]) -> None:
+    app = make_app("CREATE TABLE users (id integer PRIMARY KEY, updated_at timestamptz)")
+    with app.engine.connect() as conn:
+        with pytest.raises(HostMismatch, match=r"public\.users: balance and updated_at both .* --balance COLUMN"):
+            migrate.propose(conn, balance="updated_at")
 
 
 def test_a_view_stands_for_the_table_behind_it(make_app: Callable[..., App]) -> None:

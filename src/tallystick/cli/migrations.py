@@ -729,7 +729,7 @@ def rehearse(
     """
     if on is not None and backup_file is not None:
         raise typer.BadParameter("--on names a copy that has data already. Leave --from out")
-    of_the_app = tuple(split(statements.read_text(encoding="utf-8"))) if statements else ()
+    of_the_app = tuple(split(_script(statements))) if statements else ()
     with ExitStack() as stack:
         source = _given(ctx, on) if on else _restored(ctx, backup_file)
         config, copy = stack.enter_context(source)
@@ -748,6 +748,14 @@ def rehearse(
         html.write_text(rehearsal_page(done), encoding="utf-8")
     if not done.passed:
         raise typer.Exit(1)
+
+
+def _script(path: Path) -> str:
+    """An .sql file of the app's."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8. Save it as UTF-8", path=str(path), line=None, key=None) from None
 
 
 _NO_EXTENSION = re.compile(r"extension \"([^\"]+)\" is not available|extension/([^/\"]+)\.control\"")

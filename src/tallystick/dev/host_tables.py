@@ -194,7 +194,8 @@ class HostTables:
                 "over from an earlier seed, run: tallystick seed --reset"
             )
             raise SeedImpossible(
-                f"{fault.table} does not take the row made for it: {fault.message}. Nothing was written of it. {advice}",
+                f"{fault.table} does not take the row made for it: {fault.message}. Nothing was written of it. "
+                f"{advice}",
                 table=fault.table,
                 column=fault.column,
                 constraint=fault.constraint,

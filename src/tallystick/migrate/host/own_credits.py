@@ -125,6 +125,7 @@ def own_credits(
             column=mapping.users.balance,
         )
     balance = SQL("coalesce(u.{}, 0)").format(names.users.balance)
+    _refuse_no_numbers(conn, users, names.users.name, column.name)
     row = _one(
         conn,
         SQL("SELECT count(*) FILTER (WHERE {b} <> 0) AS users, coalesce(sum({b}), 0) AS credits FROM {users} AS u"),
@@ -213,6 +214,7 @@ def _as_history(table: HostTable, columns: Mapping[str, HostColumn], mapping: Ho
 def _compared(
     conn: sa.Connection, names: HostNames, found: HistoryTable, balance: Composable, *, migrated: bool
 ) -> OwnHistory:
+    _refuse_no_numbers(conn, found.table, found.name, found.amount)
     amount = SQL("h.{}").format(Identifier(found.amount))
     signed = _one(
         conn,
@@ -270,6 +272,27 @@ def _compared(
         differences=tuple(Difference(row.user, int(row.balance), int(row.history)) for row in rows),
         wrong_balances=_wrong_balances(conn, found, amount, counts),
     )
+
+
+def _refuse_no_numbers(conn: sa.Connection, table: HostTable, name: Composable, column: str) -> None:
+    """Raise HostMismatch if the column has a NaN or an infinity, since no sum with one can be compared."""
+    wrong = _one(
+        conn,
+        SQL(
+            "SELECT count(*) AS rows FROM {t} AS t"
+            " WHERE t.{c}::numeric = ANY (ARRAY['NaN', 'Infinity', '-Infinity']::numeric[])"
+        ),
+        t=name,
+        c=Identifier(column),
+    ).rows
+    if wrong:
+        raise HostMismatch(
+            f"{table.shown}.{column} is NaN or infinite in {wrong} row{'' if wrong == 1 else 's'}, so nothing can be "
+            f"added up. Correct them first: SELECT * FROM {name.as_string(None)} WHERE "
+            f"{Identifier(column).as_string(None)} IN ('NaN', 'Infinity', '-Infinity')",
+            table=table.shown,
+            column=column,
+        )
 
 
 def _wrong_balances(conn: sa.Connection, found: HistoryTable, amount: Composable, counts: Composable) -> int | None:

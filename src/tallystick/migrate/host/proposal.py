@@ -6,10 +6,12 @@ import difflib
 import re
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import sqlalchemy as sa
+from pydantic import ValidationError
 
 from tallystick.config import HostMapping, UsersTable, WorkshopsTable
 from tallystick.errors import HostMismatch
@@ -354,14 +356,16 @@ def _propose(
         people = {one.table.oid for one in candidates(conn, everything)}
         key, found = _propose_workshops(conn, users_table, asked, key, workshops_table, people=people)
     held_in = _balance(users_table, columns, balance)
-    mapping = HostMapping(
-        users=UsersTable(
+    with _one_column_for_each(users_table, "Name another one: --users-key COLUMN, or --balance COLUMN"):
+        people_table = UsersTable(
             schema=users_table.schema,
             table=users_table.table,
             **key.key_settings,
             email=_pick(columns.values(), _EMAILS, ("text", "varchar", "citext")),
             balance=held_in.name if held_in else "credit_balance",
-        ),
+        )
+    mapping = HostMapping(
+        users=people_table,
         workshops=found,
         credits="bigint" if held_in and held_in.type == "int8" else "integer",
     )
@@ -458,14 +462,30 @@ def _propose_workshops(
                 column=None,
             )
         owner, users_key = matches[0]
-    return users_key, WorkshopsTable(
-        schema=table.schema,
-        table=table.table,
-        **key.key_settings,
-        owner=owner,
-        title=_pick(columns.values(), _TITLES, ("text", "varchar")),
-        created_at=_pick(columns.values(), _CREATED, MOMENTS),
-    )
+    with _one_column_for_each(table, "Name another table: --workshops schema.table, or --workshops none"):
+        return users_key, WorkshopsTable(
+            schema=table.schema,
+            table=table.table,
+            **key.key_settings,
+            owner=owner,
+            title=_pick(columns.values(), _TITLES, ("text", "varchar")),
+            created_at=_pick(columns.values(), _CREATED, MOMENTS),
+        )
+
+
+@contextmanager
+def _one_column_for_each(table: HostTable, instead: str) -> Iterator[None]:
+    """Raise HostMismatch where the mapping would use one column for two things, as a key stripe_customer_id."""
+    try:
+        yield
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ").partition(". ")[0]
+        raise HostMismatch(
+            f"{table.shown}: {fault}, and Tallystick needs a column for each. {instead}. If the app can do without the "
+            "name, rename its column",
+            table=table.shown,
+            column=None,
+        ) from error
 
 
 def _users(conn: sa.Connection, everything: Sequence[HostTable]) -> HostTable:

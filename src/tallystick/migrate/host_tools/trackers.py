@@ -150,7 +150,8 @@ def _drizzle_0(conn: sa.Connection, schema: str, folder: Path | None) -> Tracker
 def _entries_0(folder: Path, applied: dict[int, str], newest: int | None) -> Iterator[Entry]:
     journal = folder / "meta" / "_journal.json"
     try:
-        known = [(str(entry["tag"]), int(entry["when"])) for entry in json.loads(journal.read_text())["entries"]]
+        entries = json.loads(journal.read_text(encoding="utf-8"))["entries"]
+        known = [(str(entry["tag"]), int(entry["when"])) for entry in entries]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{journal} cannot be read ({error}). Give the folder that drizzle-kit writes to", path=str(journal)
