@@ -173,6 +173,19 @@ HOSTS = {
         ),
         asked={"workshops": "select"},
     ),
+    "with names that would end a quoted body": HostCase(
+        """
+        CREATE SCHEMA "$$app";
+        CREATE TABLE "$$app".users ("id$$" uuid PRIMARY KEY, email text);
+        CREATE TABLE "$$app".workshops (
+          "$q$" uuid PRIMARY KEY, user_id uuid NOT NULL REFERENCES "$$app".users, title text, "createdAt" timestamptz);
+        INSERT INTO "$$app".users VALUES (gen_random_uuid(), 'a');
+        """,
+        HostMapping(
+            users=UsersTable(schema="$$app", key="id$$", email="email"),
+            workshops=WorkshopsTable(schema="$$app", key="$q$", created_at="createdAt"),
+        ),
+    ),
     "keyed by a reserved word": HostCase(
         'CREATE TABLE "user" ("order" integer PRIMARY KEY); INSERT INTO "user" VALUES (1);',
         HostMapping(users=UsersTable(table="user", key="order", key_type="integer"), workshops=None),

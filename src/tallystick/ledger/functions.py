@@ -143,7 +143,7 @@ _QUOTED = r'"(?:[^"]|"")*"'  # a name of the host's, which may hold anything
 _SIGNATURE = re.compile(
     rf'CREATE OR REPLACE FUNCTION tallystick\."?(?P<name>\w+)"?\((?P<parameters>(?:{_QUOTED}|[^"])*?)\)'
     r" RETURNS (?P<returns>.*?)\n"
-    r"LANGUAGE (?P<language>\w+)(?P<options>[^$]*)\$\$",
+    rf'LANGUAGE (?P<language>\w+)(?P<options>(?:{_QUOTED}|[^$"])*)\$\w*\$',
     re.DOTALL,
 )
 _PART = rf'(?:{_QUOTED}|\([^()]*\)|[^",()])+?'
@@ -177,10 +177,19 @@ def statements(host: Any, revision: str = HEAD) -> Iterator[Composable]:
             continue
         text = _text(name, revision)
         for statement in re.split(r";\n(?=--|CREATE)", text):
-            yield SQL(_without_head(statement)).format(**names)
+            yield with_names(_without_head(statement), names)
         for function in _functions_of(text):
             if function.public and function.writes:
                 yield _strict(function, names)
+
+
+def with_names(text: str, names: Mapping[str, Composable]) -> Composable:
+    """``text`` with ``names``, its body quoted by a dollar tag that no name contains, so that none can end it."""
+    written = tag = quote[0] if (quote := re.search(r"\$\w*\$", text)) else "$$"
+    with_dollars = [name for value in names.values() if "$" in (name := value.as_string(None))]
+    while any(tag in name for name in with_dollars):
+        tag = f"${tag.strip('$')}q$"
+    return SQL(text.replace(written, tag)).format(**names)
 
 
 def changes(host: Any, before: str, after: str, *, by_name: bool) -> Iterator[Composable]:
@@ -305,17 +314,17 @@ def _strict(function: Function, names: Mapping[str, Composable]) -> Composable:
     parameters = ", ".join(
         f"{name} {kind}{f' DEFAULT {default}' if default else ''}" for name, kind, default in function.parameters
     )
-    return SQL(_without_head(_text("strict", HEAD))).format(
-        **names,
-        plain=Identifier(function.name),
-        strict=Identifier(f"{function.name}_strict"),
-        parameters=SQL(parameters).format(**names),
-        arguments=SQL(", ").join(SQL(f"{name} => {name}") for name, _, _ in function.parameters),
-        returns=SQL(function.returns),
-        answer=SQL(function.returns.removeprefix("SETOF ")),
-        give=SQL("RETURN NEXT answer;" if set_of else "RETURN answer;"),
-        done=SQL("RETURN;" if set_of else "RETURN NULL;"),
-    )
+    of_it = {
+        "plain": Identifier(function.name),
+        "strict": Identifier(f"{function.name}_strict"),
+        "parameters": SQL(parameters).format(**names),
+        "arguments": SQL(", ").join(SQL(f"{name} => {name}") for name, _, _ in function.parameters),
+        "returns": SQL(function.returns),
+        "answer": SQL(function.returns.removeprefix("SETOF ")),
+        "give": SQL("RETURN NEXT answer;" if set_of else "RETURN answer;"),
+        "done": SQL("RETURN;" if set_of else "RETURN NULL;"),
+    }
+    return with_names(_without_head(_text("strict", HEAD)), {**names, **of_it})
 
 
 def names_of(host: Any) -> dict[str, Composable]:

@@ -167,6 +167,10 @@ class HostNames:
         """The values of the functions' placeholders, for a revision's own SQL."""
         return functions.names_of(self)
 
+    def sql(self, text: str, **values: Composable) -> Composable:
+        """A revision's own SQL with ``values``, its body quoted by a dollar tag that none of them contains."""
+        return functions.with_names(text.strip(), values)
+
     def drop_functions(self, revision: str) -> Iterator[Composable]:
         """The statements that drop ``functions``, without their types."""
         return functions.drops(self, revision)

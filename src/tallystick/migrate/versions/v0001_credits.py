@@ -346,7 +346,7 @@ def prepare(host: Any) -> Iterator[Composable]:
     ).format(_ledger(host))
     yield from host.functions("0001")
     if host.adopts_balance:
-        yield SQL(FOLLOW_BALANCE.strip()).format(**host.placeholders())
+        yield host.sql(FOLLOW_BALANCE, **host.placeholders())
     yield SQL("REVOKE ALL ON ALL FUNCTIONS IN SCHEMA tallystick FROM PUBLIC")
 
 

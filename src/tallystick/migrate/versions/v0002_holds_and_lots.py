@@ -219,7 +219,7 @@ def locked(host: Any) -> Iterator[Composable]:
     yield SQL("ALTER TYPE tallystick.answer ADD ATTRIBUTE credit_held {}, ADD ATTRIBUTE expires_at timestamptz").format(
         SQL(host.credits)
     )
-    yield SQL(SAME_READERS.strip()).format(users=Literal(host.users.name.as_string(None)))
+    yield host.sql(SAME_READERS, users=Literal(host.users.name.as_string(None)))
 
 
 def indexes(host: Any) -> dict[str, Composable]:

@@ -119,10 +119,10 @@ def prepare(host: Any) -> Iterator[Composable]:
 
 def replaces(host: Any) -> Iterator[Composable]:
     """The functions that take a changed key into account."""
-    yield SQL(APPEND_ONLY.strip()).format(**host.placeholders())
+    yield host.sql(APPEND_ONLY, **host.placeholders())
     yield from host.changed_functions("0003", "0004")
     yield SQL(before.SAME_CALLERS.strip()).format(others=SQL(""))
-    yield SQL(BUYER_STAYS.strip()).format(**host.placeholders())
+    yield host.sql(BUYER_STAYS, **host.placeholders())
     yield SQL("REVOKE ALL ON FUNCTION tallystick.buyer_stays() FROM PUBLIC")
 
 
