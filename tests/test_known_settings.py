@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -18,8 +19,13 @@ from tallystick.audit import audit
 from tallystick.config import Config, to_toml
 from tallystick.database import KNOWN_SETTINGS, connect, engine, with_known_settings
 from tallystick.dev.postgres import Server
+from tallystick.errors import LedgerError
+from tallystick.events import enable
+from tallystick.ledger.functions import HEAD, REVISIONS, _text
+from tallystick.schema import ROW
 from tallystick.web.console import LocalLink, console
 from test_cli import Output, tally  # noqa: F401 - a fixture
+from test_partitions import call_every_function
 from worlds import SHAPES, World
 
 CAUGHT = "code of a stranger ran"
@@ -196,6 +202,7 @@ def test_settings_of_the_database_change_no_result(
             ("IntervalStyle", "sql_standard"),
             ("TimeZone", "Asia/Kolkata"),
             ("search_path", "nowhere"),
+            ("quote_all_identifiers", "on"),
         ):
             run(server.url(), f"ALTER DATABASE {name} SET {setting} = '{value}'")
         run(url, "SET search_path = public;" + SHAPES["uuid"].ddl)
@@ -214,6 +221,69 @@ def test_settings_of_the_database_change_no_result(
         assert tally("migrate", "status").code == 0
     finally:
         server.drop_database(name)
+
+
+@pytest.mark.parametrize("events", [False, True])
+def test_every_check_of_plpgsql_is_on(events: bool, fresh_database: Callable[..., str]) -> None:
+    """The app turned them on for its own functions: ours are created, and run, without a fault."""
+    url = fresh_database()
+    run(
+        url,
+        f'ALTER DATABASE "{sa.make_url(url).database}" SET plpgsql.extra_errors = "all"; {SHAPES["uuid"].ddl}',
+    )
+    migrate.apply(url, Config(database_url=url, host=SHAPES["uuid"].host))
+    world = World(url, SHAPES["uuid"].host)
+    if events:
+        enable(world.engine, world.config)
+    with world.engine.begin() as conn:
+        assert conn.scalar(sa.text("SHOW plpgsql.extra_errors")) == "all"
+        users = call_every_function(world, conn)
+        ledger, user = world.ledger, users[0]
+        for refused in (
+            lambda: ledger.refund(conn, user, ledger.history(conn, user)[-1].id, credits=99, key="beyond"),
+            lambda: ledger.consume(conn, user, workshop=world.key("uuid"), key="nobody's"),
+            lambda: ledger.complete_purchase(conn, user, stripe_session_id="cs_unknown", amount_paid=1, currency="usd"),
+            lambda: ledger.release(conn, user, world.key("uuid")),
+        ):
+            with pytest.raises(LedgerError):
+                refused()
+    user = world.user(credits=9)
+    shop, other = world.workshop(user), world.workshop(user)
+    with world.engine.begin() as conn:
+        held = ledger.hold(conn, user, credits=2, workshop=other, key="hold")
+        ledger.consume(conn, user, workshop=shop, key="once")
+        ledger.consume(conn, user, workshop=other, key="first")
+        # what is paid for already
+        assert ledger.consume(conn, user, workshop=shop, key="twice").replayed
+        assert ledger.hold(conn, user, credits=1, workshop=shop, key="held").replayed
+        assert ledger.capture(conn, user, held.id).replayed
+        assert audit(conn, world.config).findings == ()
+    world.pass_time(days=2)
+    with world.engine.begin() as conn:
+        assert ledger.sweep(conn) == len(users)
+        ledger.merge(conn, users[0], into=users[1], key="one person")
+        world.accounts.erase(conn, users[1])
+        assert len(ledger.events(conn, limit=1000)) > 0 or not events
+        ledger.close_days(conn)
+
+
+COUNTS = {"answer": 27, "account_answer": 9, "workshop_answer": 5}
+OF_NAMES = {"{row}": len(ROW), "{account}": 7}
+LISTS = re.compile(r"\b(?:SELECT|RETURNING)\s+((?:(?!\bSELECT\b|\bRETURNING\b|;).)*?)\s+INTO answer\b(?!\.)", re.DOTALL)
+
+
+@pytest.mark.parametrize("name", sorted(name for names in REVISIONS.values() for name in names))
+def test_an_answer_gets_a_value_for_each_of_its_attributes(name: str) -> None:
+    """As strict_multi_assignment asks of every branch, also of those that no test above comes to."""
+    text = _text(name, HEAD)
+    made = re.search(r"\n  answer tallystick\.(\w+);", text)
+    for found in LISTS.finditer(text):
+        listed = found[1]
+        while "(" in listed:
+            listed = re.sub(r"\([^()]*\)", "", listed)
+        counted = sum(OF_NAMES.get(item.strip(), 1) for item in listed.split(","))
+        assert made
+        assert counted == COUNTS[made[1]], found[0]
 
 
 def test_settings_end_with_the_transaction(world: World) -> None:

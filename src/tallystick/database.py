@@ -266,6 +266,7 @@ KNOWN_SETTINGS: Mapping[str, str] = {
     "datestyle": "ISO, MDY",
     "intervalstyle": "postgres",
     "timezone": "UTC",
+    "quote_all_identifiers": "off",
 }
 """Settings that our connections never take from the database, the role or the address.
 

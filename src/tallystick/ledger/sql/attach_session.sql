@@ -39,7 +39,7 @@ BEGIN
       stripe_session_id = attach_session.stripe_session_id,
       stripe_payment_intent_id = coalesce(t.stripe_payment_intent_id, attach_session.stripe_payment_intent_id)
     WHERE t.id = attach_session.purchase_id
-    RETURNING 'completed', {row}, account.balance, NULL, NULL, NULL, NULL INTO answer;
+    RETURNING 'completed', {row}, account.balance, NULL, NULL, NULL, NULL, NULL, NULL INTO answer;
   IF answer.stripe_session_id IS DISTINCT FROM stripe_session_id THEN
     PERFORM tallystick.host_interfered({ledger_name});
   END IF;

@@ -50,7 +50,7 @@ BEGIN
       INTO workshop FROM {workshops} AS w WHERE w.{workshop_key} = hold.workshop_id FOR NO KEY UPDATE;
     -- before the hold's own state: a retry gets the same answer, after the first call has released the hold
     IF workshop.credit_consumed_at IS NOT NULL THEN
-      SELECT 'replayed', {row}, account.balance, NULL, NULL, NULL, NULL, account.held - set_aside
+      SELECT 'replayed', {row}, account.balance, NULL, NULL, NULL, NULL, account.held - set_aside, NULL
         INTO answer FROM {ledger} AS t
         WHERE t.workshop_id = hold.workshop_id AND t.type = 'consumption' AND t.status = 'completed'
         ORDER BY t.user_id = account.key DESC, t.completed_at DESC LIMIT 1;

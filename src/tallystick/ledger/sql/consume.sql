@@ -95,7 +95,8 @@ BEGIN
             coalesce(consume.description, 'Credit consumed' || coalesce(' for Workshop: ' || name, '')),
             consume.workshop_id, consume.key, consume.metadata, clock_timestamp())
           ON CONFLICT DO NOTHING
-          RETURNING 'completed', {row}, t.balance_after, consume.amount, NULL, NULL, NULL, account.held INTO answer;
+          RETURNING 'completed', {row}, t.balance_after, consume.amount, NULL, NULL, NULL, account.held, NULL
+            INTO answer;
         IF FOUND THEN
           IF account.due IS NOT NULL THEN
             PERFORM tallystick.take_from_lots(account.key, answer.id, consume.amount);
@@ -149,7 +150,7 @@ BEGIN
       answer.detail := pg_catalog.jsonb_build_object('deleted_at', tallystick.utc(workshop.deleted_at));
     ELSE
       -- paid for already: by this user, or by an owner before
-      SELECT 'replayed', {row}, account.balance, NULL, NULL, NULL, NULL INTO answer FROM {ledger} AS t
+      SELECT 'replayed', {row}, account.balance, NULL, NULL, NULL, NULL, NULL, NULL INTO answer FROM {ledger} AS t
         WHERE t.workshop_id {is} consume.workshop_id AND t.type {is} 'consumption' AND t.status {is} 'completed'
         ORDER BY t.user_id {is} account.key DESC, t.completed_at DESC LIMIT 1;
       IF NOT FOUND THEN

@@ -36,7 +36,7 @@ BEGIN
 
   UPDATE {ledger} AS t SET status = 'failed', description = t.description || ' (failed: ' || fail_purchase.reason || ')'
     WHERE t.id = answer.id
-    RETURNING 'completed', {row}, account.balance, NULL, NULL, NULL, NULL INTO answer;
+    RETURNING 'completed', {row}, account.balance, NULL, NULL, NULL, NULL, NULL, NULL INTO answer;
   IF answer.status IS DISTINCT FROM 'failed' THEN
     PERFORM tallystick.host_interfered({ledger_name});
   END IF;

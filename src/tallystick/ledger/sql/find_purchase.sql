@@ -11,10 +11,10 @@ DECLARE
 BEGIN
   -- By one column each, so that its index serves whatever the plan.
   IF purchase_id IS NOT NULL THEN
-    SELECT NULL, {row}, find_purchase.balance, NULL, NULL, NULL, NULL INTO answer FROM {ledger} AS t
+    SELECT NULL, {row}, find_purchase.balance, NULL, NULL, NULL, NULL, NULL, NULL INTO answer FROM {ledger} AS t
       WHERE t.id = find_purchase.purchase_id;
   ELSE
-    SELECT NULL, {row}, find_purchase.balance, NULL, NULL, NULL, NULL INTO answer FROM {ledger} AS t
+    SELECT NULL, {row}, find_purchase.balance, NULL, NULL, NULL, NULL, NULL, NULL INTO answer FROM {ledger} AS t
       WHERE t.stripe_session_id = find_purchase.stripe_session_id;
   END IF;
   IF answer.type IS DISTINCT FROM 'purchase' OR answer.user_id IS DISTINCT FROM user_id THEN

@@ -68,10 +68,8 @@ BEGIN
       WHEN 'consumption' THEN 'unknown_consumption' ELSE 'unknown_grant' END;
     RETURN answer;
   END IF;
-  SELECT 'refused', {row} INTO answer FROM {ledger} AS t WHERE t.id = target_id;
-  answer.balance := account.balance;
-  answer.credit_held := account.held;
-  answer.required := amount;
+  SELECT 'refused', {row}, account.balance, give_or_take.amount, NULL, NULL, NULL, account.held, NULL
+    INTO answer FROM {ledger} AS t WHERE t.id = target_id;
   SELECT abs(coalesce(sum(t.amount), 0)) INTO taken FROM {ledger} AS t
     WHERE t.user_id = account.key AND t.refund_of = target_id AND (kind <> 'reinstate' OR t.type <> 'expiry');
   most := CASE WHEN kind = 'reinstate' THEN taken ELSE abs(target.amount) - taken END;
@@ -103,7 +101,7 @@ BEGIN
       CASE WHEN kind = 'reverse' AND moved = most THEN target.workshop_id END,
       target_id, give_or_take.key, give_or_take.metadata, clock_timestamp())
     ON CONFLICT DO NOTHING
-    RETURNING 'completed', {row}, t.balance_after, moved, most - moved, NULL, NULL, account.held INTO answer;
+    RETURNING 'completed', {row}, t.balance_after, moved, most - moved, NULL, NULL, account.held, NULL INTO answer;
   IF NOT FOUND THEN
     answer.outcome := 'ledger_inconsistent';
     answer.balance := account.balance;

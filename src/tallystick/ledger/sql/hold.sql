@@ -76,7 +76,8 @@ BEGIN
       answer.detail := jsonb_build_object('deleted_at', tallystick.utc(workshop.deleted_at));
     ELSIF answer.outcome IS NULL AND workshop.credit_consumed_at IS NOT NULL THEN
       -- paid for already
-      SELECT 'replayed', {row}, account.balance, NULL, NULL, NULL, NULL, account.held INTO answer FROM {ledger} AS t
+      SELECT 'replayed', {row}, account.balance, NULL, NULL, NULL, NULL, account.held, NULL
+        INTO answer FROM {ledger} AS t
         WHERE t.workshop_id = hold.workshop_id AND t.type = 'consumption' AND t.status = 'completed'
         ORDER BY t.user_id = account.key DESC, t.completed_at DESC LIMIT 1;
       answer.outcome := coalesce(answer.outcome, 'workshop_unaccounted');

@@ -55,7 +55,7 @@ BEGIN
       tallystick.uuid7(), account.key, 'purchase', 'pending', start_purchase.amount, start_purchase.description,
       start_purchase.stripe_price_id, start_purchase.key, start_purchase.metadata, start_purchase.expires_after)
     ON CONFLICT DO NOTHING
-    RETURNING 'completed', {row}, account.balance, NULL, NULL, NULL, NULL INTO answer;
+    RETURNING 'completed', {row}, account.balance, NULL, NULL, NULL, NULL, NULL, NULL INTO answer;
   IF NOT FOUND THEN
     -- the same key was being written by somebody else, who has committed by now
     SELECT * INTO prior FROM {ledger} AS t WHERE t.user_id = account.key AND t.idempotency_key = start_purchase.key;

@@ -186,7 +186,8 @@ def mapped_oids(conn: sa.Connection, mapping: HostMapping) -> list[int]:
 def reading_catalogues(conn: sa.Connection) -> Iterator[None]:
     """Set a short lock timeout for reading a table's catalogues, which waits for an exclusive lock on it.
 
-    Only PostgreSQL's own operators are used, see ``KNOWN_SETTINGS``. Raises Conflict (see ``tallystick.database``).
+    Names in a definition are quoted only where they need it. Only PostgreSQL's own operators are used, see
+    ``KNOWN_SETTINGS``. Raises Conflict (see ``tallystick.database``).
     """
     with translated():
         before = {name: conn.scalar(sa.select(sa.func.current_setting(name))) for name in _LOOKING}
@@ -200,4 +201,4 @@ def _set(conn: sa.Connection, settings: Mapping[str, str | None]) -> None:
         conn.execute(sa.select(sa.func.set_config(name, value, sa.true())))
 
 
-_LOOKING = {"lock_timeout": "3s", "search_path": "pg_catalog"}
+_LOOKING = {"lock_timeout": "3s", "search_path": "pg_catalog", "quote_all_identifiers": "off"}
