@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 
 import psycopg
 import pytest
+import sqlalchemy as sa
 from hosts import App
 
 from tallystick import HostMapping, UsersTable, migrate
+from tallystick.errors import MigrationError, PermissionDenied
 from tallystick.migrate import Drift, functions_sql
 from tallystick.migrate.checks.status import APPLY, FUNCTIONS
 from tallystick.web.console.queries import Count, Queries
@@ -255,3 +258,37 @@ def test_looking_waits_for_nobody_and_leaves_nothing(app: App) -> None:
         ).scalars()
         assert set(held) <= {"AccessShareLock"}
     assert app.shape() == shape
+
+
+def test_a_role_that_makes_no_temporary_tables_is_told_the_grant(app: App, request: pytest.FixtureRequest) -> None:
+    database, role = sa.make_url(app.url).database, f"no temp {uuid.uuid4().hex}"
+    app.run(
+        f'CREATE ROLE "{role}" LOGIN',
+        f'GRANT CREATE ON SCHEMA public TO "{role}"',
+        *(f'ALTER TABLE {table} OWNER TO "{role}"' for table in ("users", "workshops")),
+        f"REVOKE TEMPORARY ON DATABASE {database} FROM PUBLIC",
+    )
+    request.addfinalizer(lambda: app.run(f'DROP OWNED BY "{role}" CASCADE', f'DROP ROLE "{role}"'))
+    owner = sa.create_engine(sa.make_url(app.url).set(username=role), poolclass=sa.NullPool)
+    grant = f'GRANT TEMPORARY ON DATABASE "{database}" TO "{role}"'
+    with owner.connect() as conn:
+        assert any(grant in finding.text for finding in migrate.plan(conn, app.config).findings)
+    migrate.apply(app.url, app.config)
+    app.run(
+        f'GRANT USAGE ON SCHEMA tallystick TO "{role}"', f'GRANT SELECT ON ALL TABLES IN SCHEMA tallystick TO "{role}"'
+    )
+    with owner.connect() as conn, pytest.raises(PermissionDenied, match=f"run: {grant}"):
+        migrate.status(conn, app.config)
+    app.run(grant)
+    with owner.connect() as conn:
+        migrate.status(conn, app.config)
+
+
+def test_transactions_that_are_read_only_are_told_the_way(app: App) -> None:
+    migrate.apply(app.url, app.config)
+    app.run(f"ALTER DATABASE {sa.make_url(app.url).database} SET default_transaction_read_only = on")
+    with (
+        app.engine.connect() as conn,
+        pytest.raises(MigrationError, match="PGOPTIONS='-c default_transaction_read_onl"),
+    ):
+        migrate.status(conn, app.config)

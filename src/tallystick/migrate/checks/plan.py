@@ -192,12 +192,17 @@ _WRITERS = sa.text("""
     GROUP BY r.oid, r.rolname ORDER BY 1
 """)
 
+_NO_TEMPORARY = sa.text("""
+    SELECT current_user AS role, current_database() AS database
+    WHERE NOT has_database_privilege(current_database(), 'TEMPORARY')
+""")
+
 _DEFAULT_RIGHTS = sa.text("""
     SELECT coalesce(r.rolname, 'PUBLIC') AS role, d.defaclrole::regrole::text AS maker,
            d.defaclnamespace = 0 AS anywhere,
            string_agg(a.privilege_type, ', ' ORDER BY a.privilege_type) AS rights
     FROM pg_default_acl d CROSS JOIN aclexplode(d.defaclacl) a LEFT JOIN pg_roles r ON r.oid = a.grantee
-    WHERE d.defaclobjtype = 'r' AND d.defaclrole = CAST(current_user AS regrole) AND a.grantee <> d.defaclrole
+    WHERE d.defaclobjtype = 'r' AND d.defaclrole = CAST(quote_ident(current_user) AS regrole) AND a.grantee <> d.defaclrole
       AND d.defaclnamespace IN (0, to_regnamespace(quote_ident(:schema))::oid)
     GROUP BY r.rolname, d.defaclrole, d.defaclnamespace ORDER BY 1
 """)
@@ -486,6 +491,13 @@ def _about_rights(conn: sa.Connection, host: Host) -> Iterator[PlanNote]:
             + ("" if row.everyone else f"If it is your app's role, run after the migration what {script} prints. ")
             + f"If end users act as it, take it back: REVOKE {row.rights.replace(' and ', ', ')} ON {_table(users)} "
             f"FROM {named}, and GRANT UPDATE of the columns that are theirs",
+        )
+    lacking = conn.execute(_NO_TEMPORARY).one_or_none()
+    if lacking is not None:
+        yield PlanNote(
+            "note",
+            f"{lacking.role} may make no temporary tables, with which tallystick migrate status compares. Let an "
+            f"administrator run: GRANT TEMPORARY ON DATABASE {_quoted(lacking.database)} TO {_quoted(lacking.role)}",
         )
     if host.revision is not None:
         return

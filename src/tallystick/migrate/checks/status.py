@@ -16,7 +16,7 @@ from sqlalchemy.dialects import postgresql as pg
 from tallystick.config import Config, HostMapping
 from tallystick.database import standby
 from tallystick.declared_tables import Schema, event_settings, migration_log, user_columns, workshop_columns
-from tallystick.errors import MigrationError
+from tallystick.errors import MigrationError, PermissionDenied
 from tallystick.migrate.host.preflight import Host, adoptable, adopted_columns, examine, unfit
 from tallystick.migrate.host.privileges import open_policies, writers
 from tallystick.migrate.host.role import ways_out
@@ -220,7 +220,8 @@ def status(conn: sa.Connection, config: Config) -> Status:
     describes both sides. ``conn`` must be in a transaction of the caller's, not in autocommit. On a standby no table
     can be made: the result has the revision, its history, and a warning that nothing was compared.
 
-    Raises what ``examine`` does, but requires no privileges, and MigrationError on a connection in autocommit.
+    Raises what ``examine`` does, but requires no privilege other than TEMPORARY on the database, and MigrationError on
+    a connection in autocommit and in a transaction that is read only.
     """
     if autocommits(conn):
         raise MigrationError(
@@ -247,6 +248,7 @@ def _status(conn: sa.Connection, config: Config) -> Status:
         )
     here = standby(conn)
     if host.revision == HEAD and here is None:
+        _require_temporary_tables(conn)
         savepoint = conn.begin_nested()
         try:
             remedies = _Remedies(config, host)
@@ -267,6 +269,30 @@ def _status(conn: sa.Connection, config: Config) -> Status:
     return Status(
         host.revision, HEAD, host.adopted_names, drift, history, host.prepared[-1] if host.prepared else None, warnings
     )
+
+
+_MAY_MAKE_THEM = sa.text("""
+    SELECT current_user AS role, current_database() AS database, current_setting('transaction_read_only') AS read_only,
+           has_database_privilege(current_database(), 'TEMPORARY') AS allowed
+""")
+
+
+def _require_temporary_tables(conn: sa.Connection) -> None:
+    """Raise PermissionDenied or MigrationError where this role or transaction cannot make what status compares with."""
+    here = conn.execute(_MAY_MAKE_THEM).one()
+    if not here.allowed:
+        database, role = (Identifier(name).as_string(None) for name in (here.database, here.role))
+        raise PermissionDenied(
+            f"status makes temporary tables to compare with, and {here.role} may not make any in {here.database}. Let "
+            f"an administrator run: GRANT TEMPORARY ON DATABASE {database} TO {role}",
+            sqlstate="42501",
+        )
+    if here.read_only == "on":
+        raise MigrationError(
+            "status makes temporary tables to compare with, and takes them back, but transactions are read only here "
+            "(default_transaction_read_only). Allow it for this one command: "
+            "PGOPTIONS='-c default_transaction_read_only=off' tallystick migrate status"
+        )
 
 
 _ON_A_STANDBY = (
