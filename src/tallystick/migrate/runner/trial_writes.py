@@ -17,17 +17,17 @@ from tallystick.migrate.revisions import TableNames
 BROKEN = "TS004"
 """SQLSTATE of a write that fails because of the change."""
 
-# A copy of a row runs BEFORE INSERT triggers and fails at the unique key. A deletion is not tried, since it may cascade
+# A copy of a row runs BEFORE INSERT triggers and fails at the unique key. It has the row's identity too, which is given
+# and not taken from a sequence: that would go on, since nextval is never rolled back. A deletion is not tried, since it may cascade
 # to any number of other tables. SQL functions are checked as at their creation, without being run.
 _TRIES = """
     WITH mapped AS (
       SELECT t.name::regclass AS name, t.key FROM (VALUES {tables}) t (name, key)
     ), written AS (
       SELECT m.name, m.key, string_agg(quote_ident(a.attname), ', ') AS list,
-             string_agg(format('%1$I = %1$I', a.attname), ', ') AS same
+             string_agg(format('%1$I = %1$I', a.attname), ', ') FILTER (WHERE a.attidentity <> 'a') AS same
       FROM mapped m JOIN pg_attribute a ON a.attrelid = m.name
-      WHERE a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = '' AND a.attidentity <> 'a'
-        AND a.attname <> ALL ({ours})
+      WHERE a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = '' AND a.attname <> ALL ({ours})
       GROUP BY m.name, m.key
     ), one AS (
       SELECT *, format('ctid OPERATOR(pg_catalog.=) (SELECT ctid FROM %2$s ORDER BY %1$s LIMIT 1', key, name) AS row
@@ -35,10 +35,10 @@ _TRIES = """
     )
     SELECT format('an UPDATE of a row of %s', name) AS what,
            format('UPDATE %s SET %s WHERE %s FOR UPDATE SKIP LOCKED)', name, same, row) AS try
-    FROM one
+    FROM one WHERE same IS NOT NULL
     UNION ALL
     SELECT format('an INSERT into %s', name),
-           format('INSERT INTO %1$s (%2$s) SELECT %2$s FROM %1$s WHERE %3$s)', name, list, row)
+           format('INSERT INTO %1$s (%2$s) OVERRIDING SYSTEM VALUE SELECT %2$s FROM %1$s WHERE %3$s)', name, list, row)
     FROM one WHERE {inserts}
     UNION ALL
     SELECT format('the function %s', p.oid::regprocedure), format('SELECT fmgr_sql_validator(%s)', p.oid)
