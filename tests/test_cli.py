@@ -141,7 +141,15 @@ def test_a_role_is_made_and_taken_back_by_the_scripts_that_are_printed(tally, ol
         conn.execute(tally("migrate", "sql", "--role", name).out)
         conn.execute(tally("migrate", "sql", "--functions").out)
         assert "As declared" in tally("migrate", "status").out
-        assert "Undid" in tally("migrate", "undo").out
+        out = tally("migrate", "undo").out
+        assert "Undid" in out
+        told = f"The role {name} may write the whole tables again. It still has USAGE on their schema"
+        assert told in out
+        rights = "SELECT has_table_privilege(%(r)s, 'workshops', 'TRIGGER')::int - count(*) FROM pg_namespace n,"
+        rights += " aclexplode(nspacl) a JOIN pg_roles r ON r.oid = a.grantee AND rolname = %(r)s"
+        assert conn.execute(rights, {"r": name}).fetchone() == (-1,)
+        conn.execute(out.partition(told)[2].partition("To change that: ")[2])
+        assert conn.execute(rights, {"r": name}).fetchone() == (1,)
         conn.execute(f'DROP OWNED BY "{name}"')
         conn.execute(f'DROP ROLE "{name}"')
     assert tally("migrate", "sql", "--revoke").code == 2

@@ -908,5 +908,12 @@ def _show_receipt(receipt: migrate.Receipt, host: HostMapping) -> None:
             out.print(f"  Waited for {blocker}.", markup=False)
     for built in receipt.online:
         out.print(f"{built.outcome.capitalize()} {built.name} beside the traffic in {built.duration_ms / 1000:.1f} s.")
+    for name in receipt.roles:
+        out.print(
+            f"The role {name} may write the whole tables again. It still has USAGE on their schema, and no TRIGGER on "
+            "them, whatever it had before tallystick migrate sql --role. To change that: "
+            f"{roles.left_behind(host, name)}",
+            markup=False,
+        )
     if receipt.action == "apply":
         out.print("Next: tallystick migrate status, or tallystick audit")

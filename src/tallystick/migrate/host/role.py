@@ -42,7 +42,8 @@ _HEAD = """\
 """
 
 _TAKEN_BACK = """\
--- What the app's role got from the same script without --revoke is taken back.
+-- What the app's role got from the same script without --revoke is taken back. Two things stay as that script made
+-- them, since nobody wrote down how they were: USAGE on the schemas of the app's tables, and no TRIGGER on the tables.
 -- Run by the owner of the tables.
 """
 
@@ -207,6 +208,7 @@ def grant(host: HostMapping, role: str) -> str:
 def revoke(host: HostMapping, role: str) -> str:
     """A script that revokes the privileges of ``grant``, and restores INSERT and UPDATE on whole tables.
 
+    USAGE on the schemas of the app's tables stays, and TRIGGER on the tables is not given back: ``left_behind``.
     ``tallystick migrate undo`` does not need it.
     """
     names, to = HostNames.of(host), _role(role)
@@ -225,6 +227,26 @@ def revoke(host: HostMapping, role: str) -> str:
 def restore_table_privileges(names: HostNames, is_app: sql.Composable = _IS_GRANTED) -> sql.Composable:
     """Restore INSERT and UPDATE on whole tables for the roles that were granted the ledger, before it is dropped."""
     return _do(_RESTORE_TABLE_PRIVILEGES.format(tables=_tables(names), is_app=is_app))
+
+
+def granted_roles(conn: sa.Connection) -> tuple[str, ...]:
+    """The roles that were granted the ledger, by name."""
+    return tuple(
+        conn.scalars(sa.text(f"SELECT r.rolname FROM pg_roles AS r WHERE {_IS_GRANTED.as_string()} ORDER BY 1"))
+    )
+
+
+def left_behind(host: HostMapping, role: str) -> str:
+    """The statements that take back what ``grant`` gave a role and nothing else does, and give back what it took."""
+    tables = _mapped(HostNames.of(host))
+    return "; ".join(
+        sql.SQL(text).format(name, _role(role)).as_string()
+        for text, names in (
+            ("REVOKE USAGE ON SCHEMA {} FROM {}", [sql.Identifier(s) for s in dict.fromkeys(t.schema for t in tables)]),
+            ("GRANT TRIGGER ON {} TO {}", [sql.SQL(", ").join(table.name for table in tables)]),
+        )
+        for name in names
+    )
 
 
 def ways_out(conn: sa.Connection, host: HostMapping) -> Iterator[tuple[str, str, str]]:

@@ -35,6 +35,7 @@ from tallystick.errors import (
     TallystickError,
 )
 from tallystick.migrate.host.preflight import Host, examine, refuse_rows
+from tallystick.migrate.host.role import granted_roles
 from tallystick.migrate.host.tables import mapped_oids
 from tallystick.migrate.revisions import HostNames, Revision, adopted_by, after, revision_named, revisions, up_to
 from tallystick.migrate.runner.blockers import OLD_MS, Blocker, Watch, oids_of
@@ -94,7 +95,8 @@ class Receipt:
 
     ``locked_ms`` is measured on the server, from the request of the first lock, in the successful try, until after the
     commit: no query waited longer for it. ``two_transactions`` is True if new objects were committed before, by this
-    run or an earlier one. ``changed`` is False if there was nothing to do.
+    run or an earlier one. ``changed`` is False if there was nothing to do. ``roles`` had been granted the ledger until
+    an undo.
     """
 
     action: Literal["apply", "undo"]
@@ -108,6 +110,7 @@ class Receipt:
     adopted: tuple[str, ...] = ()
     two_transactions: bool = False
     online: tuple[OnlineStep, ...] = ()
+    roles: tuple[str, ...] = ()
 
     @property
     def changed(self) -> bool:
@@ -165,6 +168,9 @@ def undo(
     progress: Callable[[MigrationProgress], None] | None = None,
 ) -> Receipt:
     """Remove Tallystick from the database, which is then exactly as before.
+
+    Of a role that was made by ``tallystick migrate sql --role``, USAGE on the app's schemas stays, and TRIGGER on its
+    tables does not come back: nobody wrote down what it had.
 
     ``to`` is the revision to stop at, if the database was at it before. Other arguments and errors are those of
     ``apply``.
@@ -275,7 +281,8 @@ class _Run:
             stall_budget_ms=self.stall_budget_ms,
             prepared=prepared,
         )
-        receipt = replace(receipt, revisions=tuple(one.revision for one in (*prepared, *gone)))
+        roles = granted_roles(self.conn) if gone and to is None else ()
+        receipt = replace(receipt, revisions=tuple(one.revision for one in (*prepared, *gone)), roles=roles)
         return self._transaction(messages, receipt, shown=receipt.revisions[0])
 
     def _examine(self) -> Host:
