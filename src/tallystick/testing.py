@@ -132,8 +132,8 @@ class Databases:
         except psycopg.errors.InsufficientPrivilege as error:
             role = self._conn.info.user
             raise PermissionDenied(
-                f"{role} may not make the databases of the tests: {error}. Run: ALTER ROLE {role} CREATEDB, or leave "
-                "the address out, for the embedded server",
+                f"{role} may not make the databases of the tests: {error}. Run: ALTER ROLE "
+                f"{sql.Identifier(role).as_string()} CREATEDB, or leave the address out, for the embedded server",
                 sqlstate=error.sqlstate,
             ) from error
         return _libpq(self.config, database=name)

@@ -518,6 +518,31 @@ def test_the_cut_over(make_app: Callable[..., App]) -> None:
     assert wrong == {("user_balance", "user_5"), ("chain_arithmetic", "user_14")}
 
 
+@pytest.mark.parametrize(
+    ("kind", "default", "gives"),
+    [
+        ("numeric(10,2)", "0.00", False),
+        ("bigint", "'0'::text::bigint", False),
+        ("numeric(10,2)", "1.5 - 1.5", False),
+        ("numeric(10,2)", "10 % 4", True),
+    ],
+)
+def test_the_default_of_a_balance_is_worked_out(
+    make_app: Callable[..., App], kind: str, default: str, gives: bool
+) -> None:
+    app = make_app(
+        f"""CREATE TABLE users (id integer PRIMARY KEY, credits {kind} NOT NULL DEFAULT {default});
+        INSERT INTO users VALUES (1, 5)""",
+        HostMapping(users=UsersTable(key_type="integer", balance="credits"), workshops=None),
+    )
+    migrate.apply(app.url, app.config)
+    if gives:
+        with pytest.raises(MigrationError, match=r"gives new users .* credits without a row"):
+            migrate.cut_over(app.url, app.config)
+    else:
+        migrate.cut_over(app.url, app.config)
+
+
 def test_the_cut_over_waits_for_no_reader_at_the_apps_cost(make_app: Callable[..., App]) -> None:
     app = make_app(AFTER, KEPT_APART)
     migrate.apply(app.url, app.config)

@@ -46,6 +46,9 @@ def stopped(app: App, kind: type[TallystickError]) -> TallystickError:
         ("deleted_at boolean", "boolean"),
         ("deleted_at text GENERATED ALWAYS AS (email) STORED", "text"),
         ("plan_tier text GENERATED ALWAYS AS (email) STORED", "text GENERATED"),
+        ("credit_balance numeric(4,0) NOT NULL DEFAULT 0", "numeric(4,0)"),
+        ("credit_balance numeric(9,2) NOT NULL DEFAULT 0", "numeric(9,2)"),
+        ("stripe_customer_id varchar(8)", "character varying(8)"),
     ],
 )
 def test_a_column_of_ours_with_another_meaning(make_app: Callable[..., App], column: str, found: str) -> None:
@@ -54,7 +57,56 @@ def test_a_column_of_ours_with_another_meaning(make_app: Callable[..., App], col
     assert isinstance(error, IncompatibleColumn)
     assert (error.table, error.column, error.found) == ("public.users", column.split(maxsplit=1)[0], found)
     assert error.expected in str(error)
-    assert f"RENAME COLUMN {error.column} TO {error.column}_before" in str(error)
+    assert f"ALTER TABLE public.users RENAME COLUMN {error.column} TO {error.column}_before" in str(error)
+
+
+@pytest.mark.parametrize("kind", ["numeric", "numeric(10,2)", "numeric(8,0)", "integer"])
+def test_a_balance_that_holds_enough(make_app: Callable[..., App], kind: str) -> None:
+    app = make_app(f"{UUID_USERS} ALTER TABLE users ADD credit_balance {kind} NOT NULL DEFAULT 0", ALONE)
+    with app.engine.connect() as conn:
+        assert migrate.plan(conn, app.config).adopted == ("users.credit_balance",)
+
+
+@pytest.mark.since(15)
+def test_a_balance_of_thousands_holds_enough(make_app: Callable[..., App]) -> None:
+    app = make_app(f"{UUID_USERS} ALTER TABLE users ADD credit_balance numeric(5,-3) NOT NULL DEFAULT 0", ALONE)
+    with app.engine.connect() as conn:
+        assert migrate.plan(conn, app.config).adopted == ("users.credit_balance",)
+
+
+def test_names_in_the_sql_of_a_message_are_quoted(make_app: Callable[..., App]) -> None:
+    mapping = HostMapping(users=UsersTable(schema="My App", table="Users"), workshops=None)
+    app = make_app('CREATE SCHEMA "My App"; CREATE TABLE "My App"."Users" (id uuid PRIMARY KEY)', mapping)
+    app.run('ALTER TABLE "My App"."Users" ADD plan_tier integer')
+    rename = str(stopped(app, IncompatibleColumn)).partition("breaks with ")[2].partition(", so")[0]
+    app.run(rename, 'ALTER TABLE "My App"."Users" SET UNLOGGED')
+    app.run(str(stopped(app, HostMismatch)).partition("Run ")[2].partition(" first")[0])
+    assert migrate.apply(app.url, app.config).changed
+
+
+@pytest.mark.parametrize(
+    ("users", "owner", "remedy"),
+    [
+        ("bigint", "integer", "ALTER TABLE public.workshops ALTER COLUMN user_id TYPE bigint"),
+        ("smallint", "integer", "ALTER TABLE public.users ALTER COLUMN id TYPE integer"),
+    ],
+)
+def test_two_sizes_of_integer_get_the_statement(
+    make_app: Callable[..., App], users: str, owner: str, remedy: str
+) -> None:
+    app = make_app(
+        f"""
+        CREATE TABLE users (id {users} PRIMARY KEY);
+        CREATE TABLE workshops (
+          id bigint PRIMARY KEY, user_id {owner} REFERENCES users, title text, created_at timestamptz)""",
+        HostMapping(users=UsersTable(key_type=users), workshops=WorkshopsTable(key_type="bigint")),
+    )
+    assert remedy in str(stopped(app, HostMismatch))
+    with app.engine.connect() as conn, pytest.raises(HostMismatch, match=remedy):
+        migrate.propose(conn)
+    app.run(remedy)
+    with app.engine.connect() as conn:
+        assert migrate.propose(conn).workshops is not None
 
 
 @pytest.mark.parametrize(
@@ -113,6 +165,11 @@ def test_customers_twice_in_the_apps_own_column(make_app: Callable[..., App]) ->
             "is a foreign table; nothing can reference it",
         ),
         ("CREATE UNLOGGED TABLE users (id uuid PRIMARY KEY)", ALONE, "SET LOGGED"),
+        (
+            "CREATE TYPE ut AS (id uuid, email text); CREATE TABLE users OF ut (PRIMARY KEY (id))",
+            ALONE,
+            r"is a typed table; .* ALTER TABLE public\.users NOT OF first",
+        ),
         ("CREATE TABLE users (id uuid PRIMARY KEY); CREATE TABLE vip () INHERITS (users)", ALONE, "inherits"),
         ("CREATE TABLE users (uid uuid PRIMARY KEY)", ALONE, "has no column 'id'; did you mean 'uid'"),
         ("CREATE TABLE users (id uuid, uid uuid NOT NULL UNIQUE)", ALONE, "host.users.key to one of: uid"),
@@ -237,6 +294,25 @@ class TestPrivileges:
             assert missing in str(caught.value)
             app.run(*grants)
         assert migrate.apply(ours.url, ours.config).changed
+
+    @pytest.mark.parametrize("inherits", ["INHERIT", "NOINHERIT"])
+    def test_a_member_of_the_owner_that_inherits_nothing(self, app: App, role: str, inherits: str) -> None:
+        owner = f"{role[:50]} of"
+        app.run(f'CREATE ROLE "{owner}"')
+        try:
+            app.run(
+                *(f'ALTER TABLE {table} OWNER TO "{owner}"' for table in ("users", "workshops")),
+                f"GRANT CREATE ON DATABASE {app.engine.url.database} TO {role}",
+                f"GRANT CREATE ON SCHEMA public TO {role}",
+                f'ALTER ROLE {role} {inherits}; {f"""GRANT "{owner}" TO {role}""" if inherits == "NOINHERIT" else ""}',
+            )
+            ours = self.as_role(app, role)
+            with pytest.raises(PermissionDenied, match=r"does not own public\.users") as caught:
+                migrate.apply(ours.url, ours.config)
+            app.run(*caught.value.message.partition("run: ")[2].split("; "))
+            assert migrate.apply(ours.url, ours.config).changed
+        finally:
+            app.run(f'DROP OWNED BY "{owner}" CASCADE', f'DROP ROLE "{owner}"')
 
     def test_policies_that_hide_rows_from_their_owner(self, make_app: Callable[..., App], role: str) -> None:
         """Balances that the owner cannot see do not count as 0."""

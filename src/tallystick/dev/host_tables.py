@@ -255,12 +255,13 @@ class _HostTable:
         for key in self.references:
             required -= set(key["constrained_columns"])
         self.required = sorted(required)
+        quote = conn.dialect.identifier_preparer.quote
         for name in self.required:
             if HostRow("", 0, "").value(self.types[name], name, unique=False) is None:
                 raise SeedImpossible(
                     f"{self.shown}.{name} is NOT NULL without a default, and there is no value to give for its type "
-                    f"({self.types[name]!r}). Nothing was written. Give it one: ALTER TABLE {self.shown} "
-                    f"ALTER COLUMN {name} SET DEFAULT …",
+                    f"({self.types[name]!r}). Nothing was written. Give it one: ALTER TABLE {quote(names.schema)}."
+                    f"{quote(names.table)} ALTER COLUMN {quote(name)} SET DEFAULT …",
                     table=self.shown,
                     column=name,
                     constraint=None,

@@ -118,8 +118,8 @@ def platform_refusal(table: HostTable) -> str | None:
     """The reason why no column can be added to a table that belongs to the platform; else None."""
     if table.owned or not table.owner.startswith(_PLATFORM):
         return None
-    make = f"CREATE TABLE public.profiles (id uuid PRIMARY KEY REFERENCES {table.shown})"
-    fill = "INSERT INTO public.profiles SELECT id FROM " + table.shown  # noqa: S608 - for a person to read
+    make = f"CREATE TABLE public.profiles (id uuid PRIMARY KEY REFERENCES {table.quoted})"
+    fill = "INSERT INTO public.profiles SELECT id FROM " + table.quoted  # noqa: S608 - for a person to read
     return (
         f"belongs to {table.owner}, a role of Supabase's own, and Supabase lets nobody add columns to it. Make a table "
         f"for people of the app's own, fill it, and run tallystick init: {make}; {fill}"

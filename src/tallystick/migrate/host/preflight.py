@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import sqlalchemy as sa
+from psycopg.sql import Identifier
 
-from tallystick.config import CREDITS_MAX, Config, HostMapping, UsersTable, WorkshopsTable
+from tallystick.config import CREDITS_MAX, INTEGER_KEYS, Config, HostMapping, KeyType, UsersTable, WorkshopsTable
 from tallystick.declared_tables import alembic_version, migration_log
 from tallystick.errors import (
     HostMismatch,
@@ -30,6 +31,7 @@ from tallystick.migrate.host.tables import (
     columns_of,
     host_tables,
     oid_of,
+    quoted,
     unsuitable,
 )
 from tallystick.migrate.revisions import Adopted, HostNames, Word, after, revisions
@@ -60,6 +62,7 @@ _ROLE = sa.text("""
            current_setting('server_version_num')::int AS version,
            current_setting('server_version') AS version_text,
            pg_is_in_recovery() AS standby,
+           (SELECT rolinherit FROM pg_roles WHERE rolname = current_user) AS inherits,
            to_regnamespace('tallystick') IS NOT NULL AS has_schema,
            to_regclass('tallystick.alembic_version') IS NOT NULL AS has_version
 """)
@@ -180,9 +183,7 @@ def examine(conn: sa.Connection, config: Config, *, strict: bool = True, changes
 
 def refuse_rows(conn: sa.Connection, host: Host, how: str) -> None:
     """Raise LedgerNotEmpty if the ledger has history; ``how`` is the way to delete it on purpose."""
-    _see_every_row(
-        conn, oid_of(conn, host.ledger_schema, LEDGER), f"{host.ledger_schema}.{LEDGER}", "whether it has rows"
-    )
+    _see_every_row(conn, host.ledger_schema, LEDGER, "whether it has rows")
     ledger = sa.table(LEDGER, schema=host.ledger_schema)
     rows = conn.scalar(sa.select(sa.func.count()).select_from(ledger).where(sa.text(HISTORY)))
     if rows:
@@ -192,14 +193,14 @@ def refuse_rows(conn: sa.Connection, host: Host, how: str) -> None:
         )
 
 
-def _see_every_row(conn: sa.Connection, oid: int | None, table: str, what: str) -> None:
+def _see_every_row(conn: sa.Connection, schema: str, table: str, what: str) -> None:
     """Raise PermissionDenied if policies hide rows of the table from this role."""
-    if conn.scalar(sa.text("SELECT row_security_active(CAST(:oid AS oid))"), {"oid": oid}):
+    if conn.scalar(sa.text("SELECT row_security_active(CAST(:oid AS oid))"), {"oid": oid_of(conn, schema, table)}):
         role = conn.scalar(sa.text("SELECT current_user"))
         raise PermissionDenied(
-            f"row level security hides rows of {table} from {role}, so {what} cannot be told. Run this as a role with "
-            f"BYPASSRLS, or let the owner run: ALTER TABLE {table} NO FORCE ROW LEVEL SECURITY, and FORCE afterwards. "
-            "Nothing was changed",
+            f"row level security hides rows of {schema}.{table} from {role}, so {what} cannot be told. Run this as a "
+            f"role with BYPASSRLS, or let the owner run: ALTER TABLE {quoted(schema, table)} NO FORCE ROW LEVEL "
+            "SECURITY, and FORCE afterwards. Nothing was changed",
             sqlstate="42501",
         )
 
@@ -254,19 +255,35 @@ def _missing_privileges(
             yield f"{table.shown} {refusal}"
         elif not table.owned:
             yield (
-                f"{role.role} does not own {table.shown}. Connect as {table.owner}, "
-                f'or let an administrator run: GRANT "{table.owner}" TO "{role.role}"'
+                f"{role.role} does not own {table.shown}{', and does not inherit it' if table.member else ''}. "
+                f"Connect as {table.owner}, or let an administrator run: {_membership(role, table)}"
             )
     if not migrated and not role.database_create:
         yield (
             f"{role.role} may not create the schema tallystick. Let an administrator run: "
-            f'GRANT CREATE ON DATABASE "{role.database}" TO "{role.role}"'
+            f"GRANT CREATE ON DATABASE {_quoted(role.database)} TO {_quoted(role.role)}"
         )
     if not role.schema_create:
         yield (
             f"{role.role} may not create tables in schema {mapping.users.schema}. Let an administrator run: "
-            f'GRANT CREATE ON SCHEMA "{mapping.users.schema}" TO "{role.role}"'
+            f"GRANT CREATE ON SCHEMA {_quoted(mapping.users.schema)} TO {_quoted(role.role)}"
         )
+
+
+_INHERITS_BY_GRANT = 160000
+
+
+def _membership(role: sa.Row[Any], table: HostTable) -> str:
+    """The statement with which the role has the rights of the table's owner."""
+    grant = f"GRANT {_quoted(table.owner)} TO {_quoted(role.role)}"
+    if role.version >= _INHERITS_BY_GRANT:
+        return f"{grant} WITH INHERIT TRUE" if table.member or not role.inherits else grant
+    inherit = f"ALTER ROLE {_quoted(role.role)} INHERIT"
+    return "; ".join([*([] if table.member and not role.inherits else [grant]), *([] if role.inherits else [inherit])])
+
+
+def _quoted(name: str) -> str:
+    return Identifier(name).as_string(None)
 
 
 def _mapped_users(
@@ -389,6 +406,8 @@ def _mapped_workshops(
     columns = columns_of(conn, table)
     _check_key("workshops", table, columns, names, migrated=migrated)
     owner = _column("workshops", "owner", table, columns, names.owner)
+    users = (mapping.users.schema, mapping.users.table, mapping.users.key)
+    refuse_two_integers(users, mapping.users.key_type, table, owner, migrated=migrated)
     if not _serves(mapping.users.key_type, owner.key_type, migrated=migrated) or (
         owner.collation is not None and mapping.users.key_collation not in (None, tuple(owner.collation))
     ):
@@ -413,6 +432,28 @@ def _mapped_workshops(
     return table, columns
 
 
+_WIDER = ("smallint", "integer", "bigint")
+
+
+def refuse_two_integers(
+    users: tuple[str, str, str], key_type: KeyType, table: HostTable, owner: HostColumn, *, migrated: bool
+) -> None:
+    """Raise HostMismatch where the workshops hold the users' key (schema, table, column) in another size of integer."""
+    there = owner.key_type
+    if not {key_type, there} <= INTEGER_KEYS or there is None or _serves(key_type, there, migrated=migrated):
+        return
+    schema, of_users, key = users
+    wider = max(key_type, there, key=_WIDER.index)
+    narrow = (table.schema, table.table, owner.name) if wider == key_type else users
+    raise HostMismatch(
+        f"{table.shown}.{owner.name} is {owner.shown}, and {schema}.{of_users}.{key} is {key_type}: both have to be "
+        f"of one type. Run ALTER TABLE {quoted(*narrow[:2])} ALTER COLUMN {quoted(narrow[2])} TYPE {wider}, which rewrites "
+        "the table while nobody can use it, then try again",
+        table=table.shown,
+        column=owner.name,
+    )
+
+
 @dataclass(frozen=True)
 class _Rule:
     """The condition for adopting a column of ours that the host already has."""
@@ -427,8 +468,13 @@ class _Rule:
     length: int = 0
 
 
+_DIGITS = 8
+"""The least number of digits before the point of an adopted balance: numeric(10, 2) is usual."""
+
 _BIGINT = {
-    "credit_balance": _Rule(("int8", "numeric"), "bigint or numeric, whole numbers from 0", credits=True),
+    "credit_balance": _Rule(
+        ("int8", "numeric"), f"bigint or numeric of {_DIGITS} digits or more, whole numbers from 0", credits=True
+    ),
     "credit_held": _Rule(("int8",), "bigint NOT NULL DEFAULT 0", zero=True),
 }
 
@@ -437,12 +483,18 @@ _DELETED_AT = _Rule(MOMENTS, "timestamp or timestamptz that may be null", nullab
 _ADOPTABLE: Mapping[Word, Mapping[str, _Rule]] = {
     "users": {
         "credit_balance": _Rule(
-            ("int4", "int8", "numeric"), "integer, bigint or numeric, whole numbers from 0", credits=True
+            ("int4", "int8", "numeric"),
+            f"integer, bigint or numeric of {_DIGITS} digits or more, whole numbers from 0",
+            credits=True,
         ),
         "credit_sequence": _Rule(("int4",), "integer NOT NULL DEFAULT 0", zero=True),
         "onboarding_complete": _Rule(("bool",), "boolean"),
         "stripe_customer_id": _Rule(
-            ("text", "varchar"), "text or varchar that may be null, no value twice", nullable=True, distinct=True
+            ("text", "varchar"),
+            "text or varchar(32) that may be null, no value twice",
+            nullable=True,
+            distinct=True,
+            length=32,
         ),
         "plan_tier": _Rule(("text", "varchar"), "text or varchar(32)", length=32),
         "updated_at": _Rule(MOMENTS, "timestamp or timestamptz"),
@@ -549,8 +601,8 @@ def _incompatible(
     return IncompatibleColumn(
         f"{table.shown} already has a column {name}: {found}; Tallystick needs {rule.expected}. If it means the same, "
         f"change it to that type and contents{other}. If it means something else, it needs another name: code that "
-        f"uses it breaks with ALTER TABLE … RENAME COLUMN {name} TO {name}_before, so deploy code that knows both "
-        "names first",
+        f"uses it breaks with ALTER TABLE {table.quoted} RENAME COLUMN {quoted(name)} TO {quoted(f'{name}_before')}, "
+        "so deploy code that knows both names first",
         table=table.shown,
         column=name,
         found=found,
@@ -591,8 +643,10 @@ def _fault(conn: sa.Connection, table: HostTable, column: HostColumn, rule: _Rul
 
 
 def _fault_of_declaration(column: HostColumn, rule: _Rule) -> str | None:
-    too_short = rule.length and column.modifier != -1 and column.modifier - 4 < rule.length
-    if column.type not in rule.types or too_short:
+    limited = column.modifier != -1
+    too_short = limited and rule.length and column.modifier - _HEADER < rule.length
+    too_small = limited and rule.credits and column.type == "numeric" and _digits(column.modifier) < _DIGITS
+    if column.type not in rule.types or too_short or too_small:
         return column.shown
     if column.generated or (rule.nullable and column.not_null):
         return f"{column.shown} {'GENERATED' if column.generated else 'NOT NULL'}"
@@ -603,9 +657,18 @@ def _fault_of_declaration(column: HostColumn, rule: _Rule) -> str | None:
     return None
 
 
+_HEADER = 4  # what PostgreSQL adds to a length, or to precision and scale, in atttypmod
+
+
+def _digits(modifier: int) -> int:
+    """The digits before the point of a numeric."""
+    precision, scale = divmod(modifier - _HEADER, 2**16)
+    return precision - ((scale & 0x7FF) ^ 0x400) + 0x400  # the scale is a number of 11 bits with a sign
+
+
 def _credits_fault(conn: sa.Connection, table: HostTable, column: HostColumn, most: int) -> str | None:
     """The balances that the ledger cannot open, with the number of their users."""
-    _see_every_row(conn, table.oid, table.shown, f"what is in its column {column.name}")
+    _see_every_row(conn, table.schema, table.table, f"what is in its column {column.name}")
     live: sa.ColumnClause[Any] = sa.column(column.name, sa.Numeric)
     wrong = {
         "below 0": live < sa.literal_column("0"),
@@ -635,7 +698,7 @@ def _content_fault(conn: sa.Connection, table: HostTable, column: HostColumn, ru
         rows = rows.where(live.is_not(None)).group_by(live).having(sa.func.count() > sa.literal_column("1"))
     else:
         return None
-    _see_every_row(conn, table.oid, table.shown, f"what is in its column {column.name}")
+    _see_every_row(conn, table.schema, table.table, f"what is in its column {column.name}")
     return f"{column.shown} {fault}" if conn.scalar(sa.select(sa.exists(rows))) else None
 
 

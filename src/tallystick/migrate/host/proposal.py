@@ -21,6 +21,7 @@ from tallystick.migrate.host.preflight import (
     current_revision,
     mapped_table,
     prepared_revisions,
+    refuse_two_integers,
     spelled_otherwise,
     taken,
     unfit,
@@ -300,11 +301,12 @@ def _apart(
 
 def _balance_obstacle(balance: HostColumn) -> str | None:
     """The reason why the ledger cannot use a column of balances as it is."""
-    if not unfit("users", "credit_balance", balance):
+    found = unfit("users", "credit_balance", balance)
+    if not found:
         return None
     if balance.generated:
         return f"{balance.name} is generated: it has to be a column that can be written"
-    return f"{balance.name} is {balance.shown}: it has to be integer, bigint or numeric"
+    return f"{balance.name} is {balance.shown}: it has to be {found.expected.removesuffix(', whole numbers from 0')}"
 
 
 def _of_another_type(conn: sa.Connection, key: HostColumn, mapping: HostMapping) -> str | None:
@@ -462,6 +464,10 @@ def _propose_workshops(
                 column=None,
             )
         owner, users_key = matches[0]
+    if users_key.key_type is not None:
+        of_users = (users.schema, users.table, users_key.name)
+        migrated = current_revision(conn) is not None or bool(prepared_revisions(conn))
+        refuse_two_integers(of_users, users_key.key_type, table, columns[owner], migrated=migrated)
     with _one_column_for_each(table, "Name another table: --workshops schema.table, or --workshops none"):
         return users_key, WorkshopsTable(
             schema=table.schema,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.config import HostMapping, KeyType
 from tallystick.database import translated
@@ -33,7 +34,8 @@ _RELATIONS = sa.text("""
            greatest(c.reltuples, 0)::bigint AS rows,
            c.relpages * current_setting('block_size')::bigint AS bytes,
            EXISTS (SELECT FROM pg_inherits i WHERE c.oid IN (i.inhparent, i.inhrelid)) AS inherits,
-           (SELECT max(attnum) FROM pg_attribute a WHERE a.attrelid = c.oid) AS columns_ever
+           (SELECT max(attnum) FROM pg_attribute a WHERE a.attrelid = c.oid) AS columns_ever,
+           pg_has_role(current_user, c.relowner, 'MEMBER') AS member, c.reloftype <> 0 AS typed
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_roles r ON r.oid = c.relowner
     WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f')
       AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'pg_toast', 'tallystick')
@@ -120,7 +122,11 @@ class HostColumn:
 
 @dataclass(frozen=True)
 class HostTable:
-    """A live table, with the server's last estimate of its rows and bytes."""
+    """A live table, with the server's last estimate of its rows and bytes.
+
+    A role that is a ``member`` of the owner, and does not inherit, does not have it ``owned``. A ``typed`` one is OF a
+    composite type.
+    """
 
     oid: int
     schema: str
@@ -133,11 +139,23 @@ class HostTable:
     bytes: int
     inherits: bool
     columns_ever: int
+    member: bool
+    typed: bool
 
     @property
     def shown(self) -> str:
         """As a person types it."""
         return f"{self.schema}.{self.table}"
+
+    @property
+    def quoted(self) -> str:
+        """As SQL has it."""
+        return quoted(self.schema, self.table)
+
+
+def quoted(*names: str) -> str:
+    """A name as SQL has it, each part quoted where it needs it."""
+    return ".".join(map(_PREPARER.quote, names))
 
 
 def plain(name: str) -> str:
@@ -165,7 +183,9 @@ def unsuitable(table: HostTable) -> str | None:
     if table.kind == "p" or table.inherits:
         return "is partitioned (or inherits); no index can be built on it concurrently"
     if table.persistence != "p":
-        return "is unlogged; a ledger cannot reference it. Run ALTER TABLE … SET LOGGED first"
+        return f"is unlogged; a ledger cannot reference it. Run ALTER TABLE {table.quoted} SET LOGGED first"
+    if table.typed:
+        return f"is a typed table; it gets no column of its own. Run ALTER TABLE {table.quoted} NOT OF first"
     return None
 
 
@@ -201,4 +221,5 @@ def _set(conn: sa.Connection, settings: Mapping[str, str | None]) -> None:
         conn.execute(sa.select(sa.func.set_config(name, value, sa.true())))
 
 
+_PREPARER = pg.dialect().identifier_preparer  # type: ignore[no-untyped-call]
 _LOOKING = {"lock_timeout": "3s", "search_path": "pg_catalog", "quote_all_identifiers": "off"}

@@ -26,7 +26,6 @@ from tallystick.progress import OnProgress, ignore_progress
 from tallystick.schema import FOLLOWING, LEDGER, OPENING_KEY, has_bookkeeping
 
 _BATCH = 50
-_NO_DEFAULTS = (None, "0", "(0)::numeric", "'0'::bigint", "(0)::bigint", "NULL")
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def cut_over(
         if not host.follows:
             return Adopted(0, 0, 0)
         default = columns_of(conn, host.users)[host.balance].default
-        if default not in _NO_DEFAULTS:
+        if default is not None and _gives(conn, default):
             column = SQL("{}.{}").format(names.users.name, names.users.balance).as_string(None)
             raise MigrationError(
                 f"the default of {column} gives new users {default} credits without a row in the ledger. Give them "
@@ -116,6 +115,12 @@ def cut_over(
             )
         conn.execute(sa.insert(migration_log).values(revision=revisions()[0].revision, direction="adopt"))
         return Adopted(opened, 0, 0)
+
+
+def _gives(conn: sa.Connection, default: str) -> bool:
+    """True if a default, as the server shows it, is a number other than 0."""
+    text = f"SELECT coalesce(({default})::numeric, 0) <> 0".replace("%", "%%")
+    return bool(conn.exec_driver_sql(text).scalar())
 
 
 def _adopting(conn: sa.Connection, config: Config) -> tuple[Host, HostNames]:
