@@ -287,6 +287,12 @@ def test_the_audit_finds_what_was_broken(at, world: World):
         (["history", "x", "--limit", "0"], 2, "--limit"),
         (["consume"], 2, "USER"),
         (["refund", uuid.uuid4(), "not-a-uuid"], 1, "the id of a credit transaction"),
+        (["consume", "x", "--key", ""], 2, "it is empty. Name the intent"),
+        (["hold", "place", "x", "1", "--key", ""], 2, "it is empty. Name the intent"),
+        (["stripe", "refund", "x", uuid.uuid4(), "--key", ""], 2, "it is empty. Name the intent"),
+        (["onboarding", "x", "--complete", "--reset"], 2, "--complete and --reset exclude each other"),
+        (["migrate", "sql", "--role", "app", "--functions"], 2, "--role and --functions print two different scripts"),
+        (["migrate", "apply", "--stall-budget-ms", "99999999999"], 2, "--stall-budget-ms"),
         (["seed", "--only", "fundet"], 1, "did you mean funded?"),
         (["audit", "--since", "yesterday"], 2, "--since"),
         (["seed", "--only", "x"], 1, "there is no scenario 'x'. List them with: tallystick seed --list"),
@@ -363,6 +369,18 @@ def test_a_wrong_mapping_is_told_with_the_right_one(tally, make_world: Callable[
             refused = tally("--config", settings, "--database-url", world.url, *command)
             assert (refused.code, result in refused.err) == (1, True), refused.err
             assert "Correct [host] in tallystick.toml" in refused.err
+
+
+@pytest.mark.parametrize("empty", ["DELETE FROM {}", "DROP TABLE {} CASCADE"])
+@pytest.mark.parametrize("table", ["alembic_version", "mapping"])
+def test_bookkeeping_that_is_lost_is_to_be_restored(at, world: World, table: str, empty: str):
+    with psycopg.connect(world.url.replace("+psycopg", "", 1)) as conn:
+        conn.execute(empty.format(f"tallystick.{table}"))
+    tally = at(world)
+    for command in (["balance", uuid.uuid4()], ["migrate", "plan"], ["migrate", "apply"], ["migrate", "status"]):
+        result = tally(*command)
+        assert (result.code, result.out) == (1, ""), command
+        assert f"tallystick.{table} is missing or empty: its bookkeeping is lost. Restore" in result.err, command
 
 
 def test_a_database_of_a_later_package_says_so(at, world: World):

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tallystick import Config, HostMapping, Pack, UsersTable, WorkshopsTable
-from tallystick.config import to_toml
+from tallystick.config import _TEXTS, to_toml
 from tallystick.errors import ConfigError
 
 pytestmark = pytest.mark.one_server
@@ -143,6 +143,23 @@ def test_the_unpooled_address_is_from_where_the_other_one_is(folder, file, envir
 def test_the_environment_overrides_single_settings(folder):
     write(folder, "paywall = true")
     assert not Config.load(environ={"TALLYSTICK_PAYWALL": "false"}).paywall
+
+
+@pytest.mark.parametrize("text", ["2026", "true", "2026-01-31", "shop", '"shop"'])
+def test_a_text_in_the_environment_stays_one(folder, text):
+    assert Config.load(environ={"TALLYSTICK_STRIPE_REALM": text}).stripe_realm == text.strip('"')
+
+
+def test_every_setting_that_is_a_text_is_known_as_one():
+    texts = {name for name, field in Config.model_fields.items() if "str" in repr(field.annotation)}
+    assert texts - {"checkout_origins"} | {"refund_rounding"} == set(_TEXTS)
+
+
+@pytest.mark.parametrize("name", ["DATABASE_URL", "TALLYSTICK_DATABASE_URL", "TALLYSTICK_PAYWALL"])
+def test_an_empty_variable_is_not_set(folder, name):
+    write(folder, "database_url = 'postgres://f/a'\npaywall = false")
+    found = Config.load(environ={name: "", f"{name}_UNPOOLED": ""} if name.endswith("URL") else {name: ""})
+    assert (found.database_url, found.paywall) == ("postgresql+psycopg://f/a", False)
 
 
 def test_a_password_is_never_shown(folder):

@@ -531,8 +531,8 @@ def _gathered(
     variables = {}
     for name in Config.model_fields:
         variable = f"TALLYSTICK_{name.upper()}"
-        if variable in environ:
-            values = {**values, name: _from_environment(environ[variable])}
+        if environ.get(variable):  # an empty one, as of a compose file, is not set
+            values = {**values, name: _from_environment(environ[variable], text=name in _TEXTS)}
             variables[name] = variable
     for name in _USUAL_VARIABLES:
         if values.get(name) is None and environ.get(name.upper()):
@@ -544,10 +544,13 @@ def _gathered(
             other: Any = (source.values or {}).get(name) if source else None
             if first := variables.get("database_url"):
                 variables[name] = first + name.removeprefix("database_url").upper()
-                other = _from_environment(environ.get(variables[name], "")) or None
+                other = environ.get(variables[name]) and _from_environment(environ[variables[name]], text=True)
             values = {**values, name: other}
     return values, variables, source
 
+
+_TEXTS = (*_USUAL_VARIABLES, "refund_rounding", "stripe_realm")
+"""Settings whose value is a text."""
 
 _OTHER_VARIABLES = ("TALLYSTICK_ENV", "TALLYSTICK_HOME", "TALLYSTICK_PG_BIN")
 """Read elsewhere: by the seed, and by the embedded server."""
@@ -567,12 +570,16 @@ def _refuse_unknown(environ: Mapping[str, str]) -> None:
             )
 
 
-def _from_environment(text: str) -> Any:
-    """A variable's value: as a TOML value where it parses as one (true, 3, a date, an inline table), else the text."""
+def _from_environment(value: str, *, text: bool) -> Any:
+    """A variable's value: as a TOML value where it parses as one (true, 3, a date, an inline table), else the text.
+
+    For a setting that is a ``text`` only a TOML string is parsed: 2026 is a name of a realm, and no number.
+    """
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        return text
+        return value
+    return value if text and not isinstance(parsed, str) else parsed
 
 
 class _Source:

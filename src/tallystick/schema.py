@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from tallystick.config import CREDITS_MAX, INTEGER_KEYS, Config, HostMapping, KeyType
 from tallystick.database import AnyConnection, one_row, translated
-from tallystick.errors import HostMismatch, InvalidArgument, Key, NotMigrated, SchemaTooNew, shown
+from tallystick.errors import HostMismatch, InvalidArgument, Key, NotMigrated, SchemaError, SchemaTooNew, shown
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
@@ -168,6 +168,7 @@ def verify(conn: AnyConnection, host: HostMapping | None = None) -> None:
         HostMismatch: the database was migrated for another mapping.
         NotMigrated: run ``tallystick migrate apply``.
         PermissionDenied: this role may not read the revision.
+        SchemaError: the revision or the mapping of a migrated database is lost.
         SchemaTooNew: upgrade the package.
     """
     _verify_revision(conn)
@@ -181,11 +182,28 @@ def has_bookkeeping(conn: AnyConnection, table: str) -> bool:
     return row is not None and row[0] is not None
 
 
+def was_applied(conn: AnyConnection) -> bool:
+    """True where the log has a migration, whatever the other bookkeeping says."""
+    if not has_bookkeeping(conn, "migration_log"):
+        return False
+    return one_row(conn, "SELECT 1 FROM tallystick.migration_log WHERE direction = 'apply' LIMIT 1") is not None
+
+
+def bookkeeping_lost(table: str) -> SchemaError:
+    """The error for a database that was migrated and has lost a table of the bookkeeping, or its row."""
+    return SchemaError(
+        f"this database was migrated, but tallystick.{table} is missing or empty: its bookkeeping is lost. Restore that "
+        "table from a backup before anything else, and leave schema tallystick as it is"
+    )
+
+
 def _verify_revision(conn: AnyConnection) -> None:
     with translated(connecting=True):  # nothing is written, so no outcome is unknown
         is_there = has_bookkeeping(conn, "alembic_version")
         row = one_row(conn, "SELECT version_num FROM tallystick.alembic_version") if is_there else None
         found: str | None = row[0] if row else None
+        if found is None and was_applied(conn):
+            raise bookkeeping_lost("alembic_version")
     if not is_there:
         raise NotMigrated("this database has no Tallystick schema yet. Run: tallystick migrate apply", revision=None)
     if found == HEAD:
@@ -216,6 +234,7 @@ def mapping_of(source: sa.Engine | AnyConnection) -> HostMapping:
 
     Raises:
         NotMigrated: run ``tallystick migrate apply``.
+        SchemaError: the mapping of a migrated database is lost.
     """
     conn: Any = source
     if hasattr(conn, "raw_connection"):  # an engine
@@ -226,6 +245,8 @@ def mapping_of(source: sa.Engine | AnyConnection) -> HostMapping:
     with translated(connecting=True):
         is_there = has_bookkeeping(conn, "mapping")
         row = one_row(conn, "SELECT host::pg_catalog.text FROM tallystick.mapping") if is_there else None
+        if row is None and was_applied(conn):
+            raise bookkeeping_lost("mapping")
     if row is None:
         raise NotMigrated("this database has no Tallystick schema yet. Run: tallystick migrate apply", revision=None)
     try:

@@ -56,10 +56,20 @@ if TYPE_CHECKING:
     from tallystick.allowances import AllowanceRun
     from tallystick.audit import AuditReport
 
+
+def _no_empty_key(key: str | None) -> str | None:
+    """The key, unless it is empty, as an unset variable makes it: a new one in its place would do everything twice."""
+    if key == "":
+        raise typer.BadParameter("it is empty. Name the intent, or leave --key out for a new name")
+    return key
+
+
 KeyOption = Annotated[
     str | None,
     typer.Option(
-        "--key", help="A name of this intent: a second run with the same name changes nothing. By default a new one."
+        "--key",
+        callback=_no_empty_key,
+        help="A name of this intent: a second run with the same name changes nothing. By default a new one.",
     ),
 ]
 
@@ -635,20 +645,22 @@ def fail(
 def onboarding(
     ctx: typer.Context,
     user: UserArgument,
-    complete: Annotated[
-        bool | None, typer.Option("--complete/--reset", help="Mark the onboarding as complete, or as not begun.")
-    ] = None,
+    complete: Annotated[bool, typer.Option("--complete", help="Mark the onboarding as complete.")] = False,
+    reset: Annotated[bool, typer.Option("--reset", help="Mark the onboarding as not begun.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show or change a user's onboarding state."""
-    with mapped(ctx, connect_driver, changes=complete is not None, only_reads=complete is None) as (conn, config):
+    if complete and reset:
+        raise typer.BadParameter("--complete and --reset exclude each other. Leave one out")
+    changes = complete or reset
+    with mapped(ctx, connect_driver, changes=changes, only_reads=not changes) as (conn, config):
         accounts, key = Accounts(config), user_key(conn, config, user)
-        if complete is None:
-            account = accounts.get(conn, key)
-        elif complete:
+        if complete:
             account = accounts.complete_onboarding(conn, key)
-        else:
+        elif reset:
             account = accounts.reset_onboarding(conn, key)
+        else:
+            account = accounts.get(conn, key)
     state = "complete" if account.onboarding_complete else "not complete"
     emit(account, lambda: typer.echo(f"Onboarding is {state}."), as_json=as_json)
 

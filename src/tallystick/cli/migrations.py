@@ -93,6 +93,7 @@ StallBudget = Annotated[
         "--stall-budget-ms",
         help="The longest time for which one attempt may make traffic wait for a lock.",
         min=1,
+        max=migrate.STALL_BUDGET_MAX_MS,
         metavar="MS",
     ),
 ]
@@ -390,6 +391,8 @@ def sql(
     """Print the migration as one SQL script, for review or for another tool."""
     if revoke and role is None:
         raise typer.BadParameter("--revoke takes back the grants of a role. Name the role: --role ROLE")
+    if functions and role is not None:
+        raise typer.BadParameter("--role and --functions print two different scripts. Leave one out")
     if role is not None:
         script = (roles.revoke if revoke else roles.grant)(invocation(ctx).config().host, role)
         out.print(script, markup=False)

@@ -38,13 +38,14 @@ from tallystick.migrate.host_tools.trackers import Entry, HostTool, Tracker, con
 from tallystick.migrate.revisions import Revision, revisions
 from tallystick.migrate.runner.adopt import Adopted, adopt, cut_over, look_at_own_credits
 from tallystick.migrate.runner.blockers import Blocker
-from tallystick.migrate.runner.messages import STALL_BUDGET_MS
+from tallystick.migrate.runner.messages import STALL_BUDGET_MAX_MS, STALL_BUDGET_MS
 from tallystick.migrate.runner.online import OnlineStep
 from tallystick.migrate.runner.run import GIVE_UP_AFTER_S, MigrationProgress, Receipt, apply, undo, undo_command
 from tallystick.migrate.runner.widen import Widened, widen_key
 
 __all__ = [
     "GIVE_UP_AFTER_S",
+    "STALL_BUDGET_MAX_MS",
     "STALL_BUDGET_MS",
     "TOOLS",
     "Adopted",

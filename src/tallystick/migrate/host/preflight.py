@@ -35,7 +35,15 @@ from tallystick.migrate.host.tables import (
     unsuitable,
 )
 from tallystick.migrate.revisions import Adopted, HostNames, Word, after, revisions
-from tallystick.schema import HISTORY, LEDGER, has_bookkeeping, mapping_of, refuse_other_mapping
+from tallystick.schema import (
+    HISTORY,
+    LEDGER,
+    bookkeeping_lost,
+    has_bookkeeping,
+    mapping_of,
+    refuse_other_mapping,
+    was_applied,
+)
 
 OLDEST_SERVER = 140000
 _MAX_COLUMNS = 1600
@@ -117,7 +125,7 @@ def examine(conn: sa.Connection, config: Config, *, strict: bool = True, changes
     ``changes`` off nothing is to be changed, and a standby is accepted.
 
     Raises:
-        SchemaError: the server is too old, or is a standby and cannot be changed.
+        SchemaError: the server is too old, or is a standby and cannot be changed; or the bookkeeping is lost.
         HostMismatch: the mapping names missing or unsuitable tables or columns, a name of ours is taken, or an object
             of the app would fail once its tables have more columns.
         IncompatibleColumn: the host has a column of ours that cannot be adopted.
@@ -133,6 +141,8 @@ def examine(conn: sa.Connection, config: Config, *, strict: bool = True, changes
 
     revision = current_revision(conn)
     prepared = prepared_revisions(conn)
+    if revision is None and was_applied(conn):
+        raise bookkeeping_lost("alembic_version")
     if revision is not None or prepared:
         refuse_other_mapping(mapping_of(conn), mapping)
     migrated = revision is not None or bool(prepared)

@@ -29,6 +29,8 @@ from tallystick.schema import HISTORY, LEDGER
 ADVISORY_KEY = 8_386_103_206_419_437_683  # "tallystk" as eight bytes; advisory locks are per database
 
 STALL_BUDGET_MS = 100
+STALL_BUDGET_MAX_MS = 600_000
+"""Ten minutes: PostgreSQL's settings of timeouts take no number that is much larger."""
 
 # SQLSTATEs of our own
 RUNNING, MOVED, NOT_EMPTY = "TS001", "TS002", "TS003"

@@ -41,6 +41,7 @@ from tallystick.migrate.revisions import HostNames, Revision, adopted_by, after,
 from tallystick.migrate.runner.blockers import OLD_MS, Blocker, Watch, oids_of
 from tallystick.migrate.runner.messages import (
     MEASURE,
+    STALL_BUDGET_MAX_MS,
     STALL_BUDGET_MS,
     Messages,
     downward,
@@ -210,6 +211,8 @@ class _Run:
     ) -> None:
         if stall_budget_ms < 1:
             raise ConfigError(f"a stall budget of {stall_budget_ms} ms is no time at all; give at least 1")
+        if stall_budget_ms > STALL_BUDGET_MAX_MS:
+            raise ConfigError(f"a stall budget of {stall_budget_ms} ms is too long; give at most {STALL_BUDGET_MAX_MS}")
         self.conn = conn
         self.config = config
         self.stall_budget_ms = stall_budget_ms
