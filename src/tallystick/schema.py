@@ -192,8 +192,8 @@ def was_applied(conn: AnyConnection) -> bool:
 def bookkeeping_lost(table: str) -> SchemaError:
     """The error for a database that was migrated and has lost a table of the bookkeeping, or its row."""
     return SchemaError(
-        f"this database was migrated, but tallystick.{table} is missing or empty: its bookkeeping is lost. Restore that "
-        "table from a backup before anything else, and leave schema tallystick as it is"
+        f"this database was migrated, but tallystick.{table} is missing or empty: its bookkeeping is lost. Restore "
+        "that table from a backup before anything else, and leave schema tallystick as it is"
     )
 
 

@@ -202,7 +202,8 @@ _DEFAULT_RIGHTS = sa.text("""
            d.defaclnamespace = 0 AS anywhere,
            string_agg(a.privilege_type, ', ' ORDER BY a.privilege_type) AS rights
     FROM pg_default_acl d CROSS JOIN aclexplode(d.defaclacl) a LEFT JOIN pg_roles r ON r.oid = a.grantee
-    WHERE d.defaclobjtype = 'r' AND d.defaclrole = CAST(quote_ident(current_user) AS regrole) AND a.grantee <> d.defaclrole
+    WHERE d.defaclobjtype = 'r' AND d.defaclrole = CAST(quote_ident(current_user) AS regrole)
+      AND a.grantee <> d.defaclrole
       AND d.defaclnamespace IN (0, to_regnamespace(quote_ident(:schema))::oid)
     GROUP BY r.rolname, d.defaclrole, d.defaclnamespace ORDER BY 1
 """)
