@@ -290,6 +290,8 @@ def test_the_audit_finds_what_was_broken(at, world: World):
         (["consume", "x", "--key", ""], 2, "it is empty. Name the intent"),
         (["hold", "place", "x", "1", "--key", ""], 2, "it is empty. Name the intent"),
         (["stripe", "refund", "x", uuid.uuid4(), "--key", ""], 2, "it is empty. Name the intent"),
+        (["adopt", "--history", ""], 1, "Name another: --history schema.table"),
+        (["migrate", "rehearse", "--on", ""], 1, "the address has no scheme"),
         (["onboarding", "x", "--complete", "--reset"], 2, "--complete and --reset exclude each other"),
         (["migrate", "sql", "--role", "app", "--functions"], 2, "--role and --functions print two different scripts"),
         (["migrate", "apply", "--stall-budget-ms", "99999999999"], 2, "--stall-budget-ms"),

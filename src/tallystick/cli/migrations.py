@@ -734,7 +734,7 @@ def rehearse(
         raise typer.BadParameter("--on names a copy that has data already. Leave --from out")
     of_the_app = tuple(split(_script(statements))) if statements else ()
     with ExitStack() as stack:
-        source = _given(ctx, on) if on else _restored(ctx, backup_file)
+        source = _given(ctx, on) if on is not None else _restored(ctx, backup_file)
         config, copy = stack.enter_context(source)
         done = migrate.rehearse(
             copy,

@@ -169,13 +169,13 @@ def find_history(conn: sa.Connection, mapping: HostMapping, asked: str | None) -
     """The app's history, by its name or a usual one. Raises HostMismatch if the named table is no history."""
     ours = (mapping.schema_of_ledger, LEDGER)
     for table in host_tables(conn):
-        named = asked in (table.table, table.shown) if asked else plain(table.table) in _HISTORIES
+        named = plain(table.table) in _HISTORIES if asked is None else asked in (table.table, table.shown)
         if not named or (table.schema, table.table) == ours or table.kind not in "rp":
             continue
         found = _as_history(table, columns_of(conn, table), mapping)
         if found is not None:
             return found
-        if asked:
+        if asked is not None:
             raise HostMismatch(
                 f"{table.shown} is no history of credits: it needs a column with the user's key "
                 f"({mapping.users.key}, or one called like user_id, owner_id, account_id) and one with a number "
@@ -183,7 +183,7 @@ def find_history(conn: sa.Connection, mapping: HostMapping, asked: str | None) -
                 table=table.shown,
                 column=None,
             )
-    if asked:
+    if asked is not None:
         raise HostMismatch(f"there is no table {asked}. Name another: --history schema.table", table=asked, column=None)
     return None
 
