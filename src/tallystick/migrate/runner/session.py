@@ -32,7 +32,6 @@ from tallystick.errors import (
     TallystickError,
 )
 from tallystick.migrate.host.dependents import DEPENDED_ON
-from tallystick.migrate.host.tables import quoted
 from tallystick.migrate.runner.blockers import Watch, oids_of
 from tallystick.migrate.runner.messages import ADVISORY_KEY, MOVED, NOT_EMPTY, RUNNING
 from tallystick.migrate.runner.trial_writes import BROKEN
@@ -198,7 +197,7 @@ def translate(
     state = error.sqlstate
     meaning: TallystickError
     if event_triggers:
-        triggers = [f"ALTER EVENT TRIGGER {quoted(name)}" for name in event_triggers]
+        triggers = [f"ALTER EVENT TRIGGER {name}" for name in event_triggers]
         meaning = MigrationError(
             f"the event trigger {' and '.join(event_triggers)} forbids it: {reason}. {unchanged}. Let its owner run: "
             f"{'; '.join(f'{each} DISABLE' for each in triggers)}; then run this again, then: "
