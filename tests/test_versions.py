@@ -42,7 +42,9 @@ def newer(host: HostMapping) -> Iterator[Composable]:
             text = text.replace(
                 "metadata jsonb DEFAULT NULL\n)", f"metadata jsonb DEFAULT NULL, {ADDED} DEFAULT NULL\n)", 1
             )
-            text, count = re.subn(r"account.held INTO answer", "account.held, NULL, consume.more INTO answer", text)
+            text, count = re.subn(
+                r"account.held, NULL\s+INTO answer", "account.held, NULL, consume.more INTO answer", text
+            )
             assert count
         if re.match(r"CREATE OR REPLACE FUNCTION tallystick.(history|lots)\(", text):
             text, count = re.subn(r"([tl]\.expires_at)(?=\n    +FROM)", r"\1, NULL::text", text)
