@@ -125,9 +125,62 @@ def test_init_echoes_what_it_was_told(tally, fresh_database):
     assert "tallystick init --force --users 'App Users' --output 'my own.toml' --workshops TABLE" in written
     following = shlex.split(written.partition("then: tallystick ")[2])
     assert tally("--database-url", url, *following).code == 0
-    again = tally(*at, "--users", "App Users").err.partition("To replace it: tallystick ")[2]
+    again = tally(*at, "--users", "App Users").err.partition("To replace them: tallystick ")[2]
     assert shlex.split(again) == ["init", "--force", "--users", "App Users", "--output", "my own.toml"]
     assert not Path("tallystick.toml").exists()
+
+
+OTHER_SETTINGS = """\
+# Ours.
+paywall = false
+checkout_origins = ["https://app.example.com"]
+
+[host.users]
+key = "old"  # as it was
+
+# What we sell
+[[packs]]
+name = "[host] of ten"
+credits = 10
+stripe_price_id = "price_1"
+"""
+
+
+def test_init_replaces_the_tables_of_the_app_alone(tally, old_host):
+    """Messages and pages tell people to run it: packs, prices and comments stay, byte by byte."""
+    Path("tallystick.toml").write_text(OTHER_SETTINGS, encoding="utf-8")
+    assert "tallystick.toml has the tables of an app already, under [host]. To replace" in tally("init").err
+    assert tally("init", "--force").code == 0
+    found = Config.load(environ={})
+    assert (found.host.users.key, found.paywall, found.packs[0].stripe_price_id) == ("id", False, "price_1")
+    written = Path("tallystick.toml").read_text(encoding="utf-8")
+    before, _, after = OTHER_SETTINGS.partition('[host.users]\nkey = "old"  # as it was\n')
+    assert (written.startswith(before), written.endswith(after)) == (True, True)
+    assert tally("init", "--force").code == 0
+    assert Path("tallystick.toml").read_text(encoding="utf-8") == written
+
+
+def test_init_writes_where_the_settings_are(tally, old_host, monkeypatch):
+    """A new tallystick.toml would hide all that another file says."""
+    section = '[project]\nname = "shop"\n\n[tool.tallystick]\npaywall = false\n\n[tool.other]\nx = 1'
+    Path("pyproject.toml").write_text(section, encoding="utf-8")
+    assert "Written to pyproject.toml" in tally("init").out
+    assert Path("pyproject.toml").read_text(encoding="utf-8").startswith(section)
+    assert "To replace them: tallystick init --force" in tally("init").err
+    Path("below").mkdir()
+    monkeypatch.chdir("below")
+    assert "../pyproject.toml has the tables of an app already" in tally("init").err
+    found = Config.load(environ={})
+    assert (found.paywall, found.host.users.email, Path("tallystick.toml").exists()) == (False, "email", False)
+
+    Path("mine.toml").write_text("paywall = false\n", encoding="utf-8")
+    assert "then: tallystick --config mine.toml migrate plan" in tally("--config", "mine.toml", "init").out
+    again = tally("--config", "mine.toml", "init").err.partition("To replace them: ")[2].split()
+    assert again == ["tallystick", "init", "--force", "--config", "mine.toml"]
+    assert (found := Config.load("mine.toml", environ={})).paywall is False
+    assert found.host.users.email == "email"
+    missing = tally("--config", "none.toml", "init").err
+    assert "Write one with: tallystick init --output none.toml" in missing
 
 
 def test_a_role_is_made_and_taken_back_by_the_scripts_that_are_printed(tally, old_host):

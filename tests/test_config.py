@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tallystick import Config, HostMapping, Pack, UsersTable, WorkshopsTable
-from tallystick.config import _TEXTS, to_toml
+from tallystick.config import _TEXTS, to_toml, write_host
 from tallystick.errors import ConfigError
 
 pytestmark = pytest.mark.one_server
@@ -250,3 +250,85 @@ def test_what_init_writes_reads_back_whatever_the_names(folder, users, key, sche
     )
     path = write(folder, to_toml(host))
     assert Config.load(path, environ={}).host == host
+
+
+AROUND = {
+    "nothing": "",
+    "no last line end": "paywall = false",
+    "the tables in two places": """\
+paywall = false
+[host]
+workshops = false
+# of the packs
+[[packs]]
+name = 'a'
+credits = 1
+[host.users]
+key = 'x'
+
+[console]
+proxy_header = 'X'
+""",
+    "headers in texts and lists": """\
+[[packs]]
+credits = 1
+name = '''
+[host.users]
+key = "not a key"
+'''
+[ host . "users" ] # ours
+key = '''
+x'''
+
+[console]
+proxy_peers = [
+"::1",
+]
+# the end
+""",
+    "the line ends of Windows": "paywall = false\r\n\r\n[host.users]\r\nkey = 'x'\r\n# end\r\n",
+}
+
+
+@pytest.mark.parametrize("case", AROUND)
+@pytest.mark.parametrize("workshops", [None, WorkshopsTable(title=None)])
+def test_all_but_the_tables_of_the_app_stays_byte_by_byte(folder, case, workshops):
+    text = AROUND[case]
+    path = folder / "tallystick.toml"
+    path.write_bytes(text.encode())
+    before = Config.load(path, environ={})
+    host = HostMapping(users=UsersTable(key="k"), workshops=workshops, credits="bigint")
+    write_host(path, host)
+    written = path.read_bytes()
+    assert Config.load(path, environ={}) == before.model_copy(update={"host": host})
+    replaced = ("[host", '[ host . "users"', "key = 'x", "key = '''", "workshops = false", "x'''")
+    kept = [line for line in text.splitlines() if line and not line.startswith(replaced)]
+    left = iter(written.decode().splitlines())
+    assert all(line in left for line in kept), written.decode()
+    assert (b"\r\n" in written, b"\n" in written.replace(b"\r\n", b"")) == ("\r" in text, "\r" not in text)
+    write_host(path, host)
+    assert path.read_bytes() == written
+    write_host(path, HostMapping())
+    write_host(path, host)
+    assert path.read_bytes() == written
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("tallystick.toml", "paywall = true\nhost.users.key = 'x'\n"),
+        ("tallystick.toml", "host = {users = {key = 'x'}}\n"),
+        ("pyproject.toml", "[tool]\ntallystick = {paywall = false}\n"),
+    ],
+)
+def test_a_host_that_is_no_table_is_left_alone(folder, name, text):
+    path = write(folder, text, name)
+    with pytest.raises(ConfigError, match="or write it as a table, then run: tallystick init --force"):
+        write_host(path, HostMapping(workshops=None))
+    assert path.read_text(encoding="utf-8") == text
+
+
+def test_a_new_pyproject_has_the_settings_in_our_table(folder):
+    host = HostMapping(users=UsersTable(key="k"), workshops=None)
+    write_host(folder / "pyproject.toml", host)
+    assert Config.load(environ={}).host == host

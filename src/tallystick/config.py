@@ -8,8 +8,9 @@ import ipaddress
 import json
 import os
 import re
+import shlex
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -593,7 +594,7 @@ class _Source:
             self.values: Any = tomllib.loads(self.text)
         except OSError as error:
             raise ConfigError(
-                f"{path}: {error.strerror}. Write one with: tallystick init",
+                f"{path}: {error.strerror}. Write one with: tallystick init --output {shlex.quote(str(path))}",
                 path=str(path),
                 line=None,
                 key=None,
@@ -636,9 +637,18 @@ def _parts(dotted: str) -> list[str]:
     return [part.strip().strip("\"'") for part in dotted.split(".")]
 
 
+def _table_in(path: Path) -> tuple[str, ...]:
+    """The table that has the settings in the file at ``path``."""
+    return ("tool", "tallystick") if path.name == "pyproject.toml" else ()
+
+
+def _find_in(path: Path) -> _Source:
+    return _Source(path, _table_in(path))
+
+
 def _find(path: Path | None) -> _Source | None:
     if path is not None:
-        return _Source(path, ("tool", "tallystick") if path.name == "pyproject.toml" else ())
+        return _find_in(path)
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (file := folder / FILE_NAME).is_file():
@@ -690,24 +700,144 @@ def _settings(location: tuple[str | int, ...]) -> list[str]:
 
 def to_toml(host: HostMapping) -> str:
     """A settings file for ``host``, as ``tallystick init`` writes it, with the packs as an example to fill in."""
-    lines = ["# Settings of Tallystick. The database address comes from DATABASE_URL unless it is set here."]
+    first = "# Settings of Tallystick. The database address comes from DATABASE_URL unless it is set here."
+    return "\n".join([first, "", *_host_tables(host), "", _PACKS_EXAMPLE])
+
+
+def _host_tables(host: HostMapping, above: tuple[str, ...] = ()) -> list[str]:
+    """The lines of ``[host]`` and the tables below it, in a file that has the settings in the table ``above``."""
     tables = {"users": host.users, "workshops": host.workshops}
     of_all = ["workshops = false"] if host.workshops is None else []
     if host.credits != "integer":
         of_all.append(f"credits = {_toml(host.credits)}")
     if host.ledger_schema is not None:
         of_all.append(f"ledger_schema = {_toml(host.ledger_schema)}")
-    if of_all:
-        lines += ["", "[host]", *of_all]
+    lines = ["", f"[{'.'.join((*above, 'host'))}]", *of_all] if of_all else []
     for name, mapped in tables.items():
         if mapped is not None:
             values = {field: getattr(mapped, field) for field in type(mapped).__dataclass_fields__}
             values = {k: v for k, v in values.items() if v is not None or k not in _USUALLY_ABSENT}
             values = {k: v for k, v in values.items() if v != _USUAL.get(k, ...)}
-            lines += ["", f"[host.{name}]", *(f"{k} = {_toml(v)}" for k, v in values.items() if v is not None)]
+            lines += ["", f"[{'.'.join((*above, 'host', name))}]"]
+            lines += [f"{k} = {_toml(v)}" for k, v in values.items() if v is not None]
             absent = [k for k, v in values.items() if v is None]
             lines += [f"{k} = false{_UNDATED if k == 'created_at' else ''}" for k in absent]
-    return "\n".join([*lines, "", _PACKS_EXAMPLE])
+    return lines[1:]
+
+
+def settings_file(path: Path | None = None) -> Path:
+    """The file that ``Config.load(path)`` reads, or ``tallystick.toml`` in the working directory if it finds none."""
+    source = _find(path)
+    return Path(FILE_NAME) if source is None else Path(os.path.relpath(source.path))
+
+
+def has_host(path: Path) -> bool:
+    """True if there is a settings file at ``path`` that sets ``host``. Raises ConfigError."""
+    return path.is_file() and "host" in (_find_in(path).values or {})
+
+
+def write_host(path: Path, host: HostMapping) -> None:
+    """Write ``host`` to the settings file at ``path``, which is made if there is none.
+
+    In an existing file the tables ``[host]``, ``[host.users]`` and ``[host.workshops]`` are replaced, and everything
+    else stays as it is, byte by byte.
+
+    Raises:
+        ConfigError: the file cannot be read, or sets host other than by tables.
+    """
+    if not path.is_file():
+        table = _table_in(path)
+        path.write_text("\n".join([*_host_tables(host, table), ""]) if table else to_toml(host), encoding="utf-8")
+        return
+    source = _find_in(path)
+    before = (source.values or {}).get("host")
+    if before is not None and _mapping_or_none(before) == host:
+        return
+    text = path.read_bytes().decode()
+    wanted = _with_host(text, host, source.table)
+    if wanted is None:
+        line = source.line_of(("host",))
+        raise ConfigError(
+            f"{path}{f', line {line}' if line else ''}: host is written by tables ([host.users] and others), which "
+            "this file does not allow, since it has a key for host or for all settings. Take the key out, or write it "
+            "as a table, then run: tallystick init --force",
+            path=str(path),
+            line=line,
+            key="host",
+        )
+    path.write_bytes(wanted.encode())
+
+
+def _with_host(text: str, host: HostMapping, above: tuple[str, ...]) -> str | None:
+    """``text`` with other tables of the host, or None if these alone cannot be replaced."""
+    end = "\r\n" if "\r\n" in text else "\n"
+    ours = (*above, "host")
+    new = [f"{line}{end}" for line in _host_tables(host, above)]
+    parts: list[str] = []
+    sections = list(_sections(text))
+    for number, (path, lines) in enumerate(sections):
+        if path[: len(ours)] != ours:
+            parts += lines
+            continue
+        if new:
+            parts, new = [*parts, *new], []
+        # a comment after the last key is about what follows
+        kept = len(lines)
+        while kept > 1 and lines[kept - 1].lstrip()[:1] in ("", "#"):
+            kept -= 1
+        left = lines[kept:]
+        follows = sections[number + 1][0] if number + 1 < len(sections) else ()
+        if follows[: len(ours)] != ours or any(line.strip() for line in left):
+            parts += left
+    if new:
+        if parts and not parts[-1].endswith("\n"):
+            parts.append(end)
+        parts += [end, *new] if parts else new
+    written = "".join(parts)
+    try:
+        found, before = (_lifted(tomllib.loads(each), ours) for each in (written, text))
+    except tomllib.TOMLDecodeError:
+        return None
+    return written if _mapping_or_none(found[0]) == host and found[1] == before[1] else None
+
+
+def _sections(text: str) -> Iterator[tuple[tuple[str, ...], list[str]]]:
+    """The lines of a TOML file by table, each with the table's name; those before the first header have none."""
+    lines = re.findall(r"[^\n]*\n|[^\n]+", text)
+    name: tuple[str, ...] = ()
+    start = 0
+    for number, line in enumerate(lines):
+        if not line.lstrip().startswith("["):
+            continue
+        try:
+            header = tomllib.loads(line)
+            tomllib.loads("".join(lines[:number]))  # in the middle of a value this fails
+        except tomllib.TOMLDecodeError:
+            continue
+        yield name, lines[start:number]
+        name, start = (), number
+        while isinstance(header, dict) and header:
+            ((part, header),) = header.items()
+            name += (part,)
+    yield name, lines[start:]
+
+
+def _lifted(values: dict[str, Any], path: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
+    """The value at ``path``, None if there is none, and all other values; tables without a value are left out."""
+    first, *rest = path
+    others = {name: value for name, value in values.items() if name != first}
+    inner = values.get(first)
+    if not rest or not isinstance(inner, dict):
+        return inner, others
+    found, left = _lifted(inner, tuple(rest))
+    return found, others | ({first: left} if left else {})
+
+
+def _mapping_or_none(values: object) -> HostMapping | None:
+    try:
+        return _MAPPING.validate_python(values)
+    except ValidationError:
+        return None
 
 
 _USUALLY_ABSENT = ("key_type_schema", "key_collation")

@@ -36,7 +36,7 @@ from tallystick.cli.app import (
     with_mapping,
 )
 from tallystick.cli.backups import backups, take_backup
-from tallystick.config import FILE_NAME, Config, HostMapping, to_toml
+from tallystick.config import Config, HostMapping, has_host, settings_file, write_host
 from tallystick.database import PATIENCE_S, connect, translated
 from tallystick.dev import postgres
 from tallystick.errors import BackupError, ConfigError, TallystickError
@@ -158,29 +158,41 @@ def init(
             "spelling, such as deletedAt.",
         ),
     ] = False,
-    output: Annotated[Path, typer.Option("--output", help="The file to write.", metavar="FILE")] = Path(FILE_NAME),
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            help="The file to write. The default is the one that the settings come from, else tallystick.toml.",
+            metavar="FILE",
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace \\[host] in an existing file. Its other settings stay as they are.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Read the app's database, propose the mapping to its tables and columns, and write it to tallystick.toml.
 
-    Changes nothing in the database.
+    If the settings are in another file, such as pyproject.toml, it is written there. Changes nothing in the database.
     """
+    chosen_file = invocation(ctx).config_path
     given = {
         "--users": users,
         "--users-key": users_key,
         "--workshops": workshops,
         "--balance": balance,
         "--credits": credits and credits.value,
-        "--output": None if output == Path(FILE_NAME) else str(output),
+        "--output": None if output is None else str(output),
+        "--config": None if chosen_file is None else str(chosen_file),
     }
     again = _init_again(given, own_columns=own_columns)
-    if output.exists() and not force:
+    target = settings_file(chosen_file) if output is None else output
+    if not force and has_host(target):
         raise ConfigError(
-            f"{output} exists already. To replace it: {again}",
-            path=str(output),
+            f"{target} has the tables of an app already, under [host]. To replace them: {again}",
+            path=str(target),
             line=None,
-            key=None,
+            key="host",
         )
     with invocation(ctx).database() as config, connect_when_ready(config) as conn:
         host = migrate.propose(
@@ -197,7 +209,7 @@ def init(
         in_place = migrate.in_place_of_ours(conn, host)
         found = migrate.people(conn)
         apart = [] if balance == "none" else migrate.balances_apart(conn, host)
-    output.write_text(to_toml(host), encoding="utf-8")
+    write_host(target, host)
 
     def show() -> None:
         named = host.users
@@ -243,7 +255,7 @@ def init(
                 f"is added. If a column means something else: {again} --own-columns",
                 markup=False,
             )
-        options = {name: given[name] for name in ("--credits", "--output")}
+        options = {name: given[name] for name in ("--credits", "--output", "--config")}
         for beside in apart:
             advice = beside.sentence(_init_again(options, own_columns=own_columns))
             out.print(f"balance    {advice}", markup=False, soft_wrap=True)
@@ -253,8 +265,8 @@ def init(
                 "stay as they are",
                 markup=False,
             )
-        file = f"--config {shlex.quote(str(output))} " if given["--output"] else ""
-        out.print(f"Written to {output}. Check it, then: tallystick {file}migrate plan", markup=False)
+        file = f"--config {shlex.quote(str(target))} " if output or chosen_file else ""
+        out.print(f"Written to {target}. Check it, then: tallystick {file}migrate plan", markup=False)
 
     emit({**plain(host), "balances_apart": apart}, show, as_json=as_json)
 
