@@ -43,6 +43,8 @@ INSERT INTO parts VALUES (1), (2);
 CREATE TABLE "Sales (2024)" ("a (b)" int, "c
  FROM stdin;" int);
 INSERT INTO "Sales (2024)" SELECT i FROM generate_series(1, 3) i;
+CREATE TABLE heir (k int) INHERITS ("Sales (2024)", nothing);
+INSERT INTO heir VALUES (1, 2, 3), (4, 5, 6);
 CREATE TABLE "a
 b"();
 '''
@@ -74,6 +76,7 @@ def test_there_and_back(app: App, make_app: Callable[..., App], tmp_path: Path) 
         'public."Sales (2024)"': 3,
         'public."a\nb"': 0,
         "public.credit_transactions": 0,
+        "public.heir": 2,
         "public.nothing": 0,
         "public.part_1": 2,
         "public.users": 500,
