@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 
 from tallystick.accounts import Accounts
 from tallystick.config import Allowance, Config, Every
-from tallystick.database import DbConnection, run, server_message
+from tallystick.database import DbConnection, refuse_hidden_rows, run, server_message
 from tallystick.declared_tables import Schema
 from tallystick.errors import Conflict, HostInterfered, Key, LedgerError
 from tallystick.ledger import CreditTransaction, Ledger
@@ -155,12 +155,17 @@ class Allowances:
         have theirs.
 
         Raises:
+            PermissionDenied: row level security hides users or rows of the ledger from this role.
             DatabaseError: the database did not answer. Users before this one have got theirs.
         """
+        if not self.plans:
+            return AllowanceRun(0, ())  # paid invoices give all of them
+        read = [(table.schema or "", table.name) for table in (self.schema.users, self.schema.credit_transactions)]
+        with engine.connect() as conn:
+            refuse_hidden_rows(conn, read, "who has got an allowance")
         got = 0
         refused: list[RefusedAllowance] = []
-        # without plans, paid invoices give all of them
-        for done, user in enumerate(self._users(engine) if self.plans else (), 1):
+        for done, user in enumerate(self._users(engine), 1):
             try:
                 with engine.begin() as conn:
                     got += self.give(conn, user) is not None

@@ -39,7 +39,7 @@ from sqlalchemy.dialects.postgresql import aggregate_order_by
 from sqlalchemy.dialects.postgresql.base import PGDialect
 
 from tallystick.config import Config, KeyType
-from tallystick.database import DbConnection, run
+from tallystick.database import DbConnection, refuse_hidden_rows, run
 from tallystick.declared_tables import Schema, daily_sums, days, event_settings, events, stripe_reversals
 from tallystick.errors import InvalidArgument, Key, UnknownUser, shown
 from tallystick.progress import OnProgress, Progress, ignore_progress
@@ -170,6 +170,7 @@ def audit(
         InvalidArgument: ``user`` or ``after`` is no key of the mapped type or both are given, ``since`` has no time
             zone, ``limit`` is below 1, ``quick`` is no boolean.
         UnknownUser: ``user`` is neither in the users table nor in the ledger.
+        PermissionDenied: row level security hides rows from this role, or it may not read a table.
         NotMigrated: a table or column is missing.
         DatabaseError: the database did not answer.
     """
@@ -178,7 +179,11 @@ def audit(
     schema = Schema.of(config.host)
     if user is not None:
         user = schema.user_key(user)
+    read = [*schema.metadata.tables.values(), daily_sums, days, event_settings, events, stripe_reversals]
     with _transaction(conn):
+        refuse_hidden_rows(
+            conn, [(table.schema or "", table.name) for table in read], "whether the balances follow from the ledger"
+        )
         facts = _read_facts(conn, schema)
     checks = _checks(schema, quick=quick, everyone=user is None and since is None and after is None)
     found: dict[str, list[Finding]] = {check.name: [] for check in checks}

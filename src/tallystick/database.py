@@ -6,7 +6,7 @@ import datetime as dt
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Union
@@ -71,6 +71,42 @@ def run(conn: DbConnection, statement: sa.Executable, values: Mapping[str, Any])
         session.flush()
     with translated():
         return conn.execute(statement, values)
+
+
+def refuse_hidden_rows(conn: DbConnection, tables: Iterable[tuple[str, str]], what: str) -> None:
+    """Refuse to read tables (schema and name) whose policies may hide rows from this role, as if there were none.
+
+    ``what`` cannot be told then, as in "whether the balances are right".
+
+    Raises:
+        PermissionDenied: names a table, and the role to connect as.
+    """
+    import sqlalchemy as sa  # noqa: PLC0415 - loaded, since the caller has a connection of it
+
+    schemas, names = zip(*tables, strict=True)
+    row = run(conn, sa.text(_HIDING), {"schemas": list(schemas), "names": list(names)}).first()
+    if row is None:
+        return
+    how = f"Run this as {row.owner}, which owns it, or as a role with BYPASSRLS"
+    if row.forced:
+        how = (
+            f"Run this as a role with BYPASSRLS, or as {row.owner} after: ALTER TABLE {row.name} NO FORCE ROW LEVEL "
+            "SECURITY, and FORCE it again afterwards"
+        )
+    raise PermissionDenied(
+        f"row level security hides rows of {row.name} from {row.role}, so {what} cannot be told. {how}. "
+        "Nothing was changed",
+        sqlstate="42501",
+    )
+
+
+_HIDING = """
+    SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) AS name, pg_get_userbyid(c.relowner) AS owner,
+           c.relforcerowsecurity AS forced, current_user AS role
+    FROM unnest(CAST(:schemas AS text[]), CAST(:names AS text[])) AS read (schema, name)
+    JOIN pg_namespace n ON n.nspname = read.schema JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = read.name
+    WHERE row_security_active(c.oid) ORDER BY 1 LIMIT 1
+"""
 
 
 def driver(conn: sa.Connection | psycopg.Connection[Any]) -> psycopg.Connection[tuple[object, ...]]:

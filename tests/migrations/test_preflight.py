@@ -9,6 +9,10 @@ import sqlalchemy as sa
 from hosts import App
 
 from tallystick import HostMapping, UsersTable, WorkshopsTable, migrate
+from tallystick.allowances import Allowances
+from tallystick.audit import audit
+from tallystick.config import Allowance
+from tallystick.dev.seed import reset, seed
 from tallystick.errors import (
     HostMismatch,
     IncompatibleColumn,
@@ -337,6 +341,86 @@ class TestPrivileges:
             )
             with pytest.raises(PermissionDenied, match=r"public.credit_transactions .* whether it has rows"):
                 migrate.undo(ours.url, ours.config)
+        finally:
+            app.run(f"DROP OWNED BY {role} CASCADE")
+
+    def test_forced_policies_are_named_and_nothing_counts_what_they_hide(
+        self, make_app: Callable[..., App], role: str
+    ) -> None:
+        app = make_app(
+            f"{UUID_USERS} ALTER TABLE users OWNER TO {role}, ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;"
+            f"GRANT CREATE ON SCHEMA public TO {role}",
+            ALONE,
+        )
+        forced = (
+            f"ow level security is forced on public.users, so it binds {role}, which the ledger's functions run as: a "
+            "user or workshop that its policies hide is unknown to them. Let the owner run: ALTER TABLE public.users "
+            f"NO FORCE ROW LEVEL SECURITY, or an administrator: ALTER ROLE {role} BYPASSRLS"
+        )
+        try:
+            app.run(f"GRANT CREATE ON DATABASE {app.engine.url.database} TO {role}")
+            ours = self.as_role(app, role)
+            with ours.engine.connect() as conn:
+                assert ("warning", f"R{forced}") in [
+                    (one.severity, one.text) for one in migrate.plan(conn, ours.config).findings
+                ]
+            migrate.apply(ours.url, ours.config)
+            with ours.engine.connect() as conn:
+                assert migrate.status(conn, ours.config).warnings == (f"r{forced}",)
+            app.run(
+                "INSERT INTO users (id) SELECT gen_random_uuid() FROM generate_series(1, 100)",
+                "UPDATE users SET credit_balance = 99, plan_tier = 'pro'",
+            )
+            plans = ours.config.model_copy(update={"allowances": (Allowance(plan_tier="pro", credits=1),)})
+            with ours.engine.connect() as conn:
+                for read in (
+                    lambda: audit(conn, ours.config),
+                    lambda: seed(conn, ours.config),
+                    lambda: reset(conn, ours.config),
+                    lambda: migrate.look_at_own_credits(conn, ours.config),
+                    lambda: Allowances(plans).run(ours.engine),
+                ):
+                    with pytest.raises(
+                        PermissionDenied, match=f"hides rows of public.users from {role}, so .* NO FORCE"
+                    ):
+                        read()
+            app.run("ALTER TABLE users NO FORCE ROW LEVEL SECURITY")
+            with ours.engine.connect() as conn:
+                assert migrate.status(conn, ours.config).warnings == ()
+                assert not audit(conn, ours.config).clean
+        finally:
+            app.run(f"DROP OWNED BY {role} CASCADE")
+
+    def test_what_policies_hide_from_another_role_is_not_audited(self, app: App, role: str) -> None:
+        migrate.apply(app.url, app.config)
+        app.run(
+            f"GRANT USAGE ON SCHEMA tallystick TO {role}",
+            f"GRANT SELECT ON ALL TABLES IN SCHEMA public, tallystick TO {role}",
+        )
+        with self.as_role(app, role).engine.connect() as conn:
+            assert audit(conn, app.config).users == 500
+        for table in ("public.workshops", "public.credit_transactions", "tallystick.lots"):
+            app.run(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
+            with self.as_role(app, role).engine.connect() as conn, pytest.raises(PermissionDenied) as caught:
+                audit(conn, app.config)
+            assert f"hides rows of {table} from {role}, so whether the balances follow from" in str(caught.value)
+            assert "Run this as postgres, which owns it, or as a role with BYPASSRLS" in str(caught.value)
+            app.run(f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY")
+
+    def test_balances_that_policies_hide_are_not_cut_over(self, make_app: Callable[..., App], role: str) -> None:
+        app = make_app(
+            f"{UUID_USERS} ALTER TABLE users ADD credit_balance integer NOT NULL DEFAULT 0;"
+            f"ALTER TABLE users OWNER TO {role}; GRANT CREATE ON SCHEMA public TO {role}",
+            ALONE,
+        )
+        try:
+            app.run(f"GRANT CREATE ON DATABASE {app.engine.url.database} TO {role}")
+            ours = self.as_role(app, role)
+            migrate.apply(ours.url, ours.config)
+            app.run("ALTER TABLE users ENABLE ROW LEVEL SECURITY", "ALTER TABLE users FORCE ROW LEVEL SECURITY")
+            for adopting in (migrate.adopt, migrate.cut_over):
+                with pytest.raises(PermissionDenied, match="so whose balance waits to be opened cannot be told"):
+                    adopting(ours.url, ours.config)
         finally:
             app.run(f"DROP OWNED BY {role} CASCADE")
 

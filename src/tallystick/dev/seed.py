@@ -30,7 +30,7 @@ from uuid_utils.compat import uuid7
 
 from tallystick.accounts import Accounts
 from tallystick.config import Config, Pack
-from tallystick.database import translated
+from tallystick.database import refuse_hidden_rows, translated
 from tallystick.declared_tables import Schema, days, migration_log
 from tallystick.dev.host_tables import HostFault, HostRow, HostTables
 from tallystick.errors import InvalidArgument, Key, PermissionDenied, SeedImpossible, SeedRefused, shown
@@ -164,12 +164,14 @@ def seed(
         InvalidArgument: ``only`` names no scenario.
         SeedRefused: this does not look like a development database, and ``force_production`` is not set.
         SeedImpossible: the host's tables do not take such rows; names the column or the constraint.
+        PermissionDenied: row level security hides rows from this role.
         NotMigrated, SchemaTooNew, DatabaseError: as any operation.
     """
     chosen = _chosen(only)
     schema = Schema.of(config.host)
     with _transaction(bind) as conn:
         verify(conn, config.host)
+        _refuse_hidden_rows(conn, schema)
         if not force_production:
             _refuse_production(conn, schema, environ, "tallystick seed --force-production")
         host = HostTables(conn, schema)
@@ -203,7 +205,7 @@ def reset(
     Raises:
         InvalidArgument, SeedRefused: as ``seed``.
         SeedImpossible: other rows depend on the seeded ones; names the table.
-        PermissionDenied: this role does not own the ledger.
+        PermissionDenied: this role does not own the ledger, or row level security hides rows from it.
         Conflict: other writers kept the ledger busy for five seconds.
         NotMigrated, SchemaTooNew, DatabaseError: as any operation.
     """
@@ -214,6 +216,7 @@ def reset(
     ledger = schema.credit_transactions
     with _removing(), _transaction(bind) as conn:
         verify(conn, config.host)
+        _refuse_hidden_rows(conn, schema)
         if not force_production:
             _refuse_production(conn, schema, environ, "tallystick seed --reset --force-production")
         if schema.workshops is not None:
@@ -343,6 +346,12 @@ def _refuse_production(conn: sa.Connection, schema: Schema, environ: Mapping[str
             f"If it is one all the same, type: {remedy}",
             reason=reason,
         )
+
+
+def _refuse_hidden_rows(conn: sa.Connection, schema: Schema) -> None:
+    """Raise PermissionDenied if policies hide users, workshops or the ledger: a live database would look empty."""
+    read = [(table.schema or "", table.name) for table in schema.metadata.tables.values()]
+    refuse_hidden_rows(conn, read, "whether this is a development database, and what is seeded,")
 
 
 def _is_local(server: str) -> bool:

@@ -17,8 +17,9 @@ from psycopg.sql import Composable, Identifier
 
 from tallystick.config import Config, HostMapping
 from tallystick.migrate.host.preflight import Host, adoptable, examine, setting_of, spelled_otherwise, unfit
+from tallystick.migrate.host.privileges import forced_policies
 from tallystick.migrate.host.proposal import balances_apart
-from tallystick.migrate.host.tables import HostColumn, HostTable, columns_of, reading_catalogues
+from tallystick.migrate.host.tables import HostColumn, HostTable, columns_of, oid_of, reading_catalogues
 from tallystick.migrate.revisions import HostNames, Revision, Word, after, revisions
 from tallystick.migrate.runner.blockers import Blocker, Watch, oids_of
 from tallystick.migrate.runner.messages import STALL_BUDGET_MS, Messages, text, upward
@@ -480,7 +481,9 @@ def _about_publications(conn: sa.Connection, host: Host, planned: Sequence[Plann
 
 
 def _about_rights(conn: sa.Connection, host: Host) -> Iterator[PlanNote]:
-    """Notes on privileges: those on a whole table include its new columns, and default ones apply to new tables."""
+    """Notes on forced policies and on privileges: those on a table hold for new columns, default ones on new tables."""
+    for forced in forced_policies(conn, host, oid_of(conn, host.ledger_schema, LEDGER)):
+        yield PlanNote("warning", f"{forced[0].upper()}{forced[1:]}")
     users = host.users
     for row in conn.execute(_WRITERS, {"users": users.oid}):
         named = "PUBLIC" if row.everyone else _quoted(row.role)

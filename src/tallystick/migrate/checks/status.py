@@ -18,7 +18,7 @@ from tallystick.database import standby
 from tallystick.declared_tables import Schema, event_settings, migration_log, user_columns, workshop_columns
 from tallystick.errors import MigrationError, PermissionDenied
 from tallystick.migrate.host.preflight import Host, adoptable, adopted_columns, examine, unfit
-from tallystick.migrate.host.privileges import open_policies, writers
+from tallystick.migrate.host.privileges import forced_policies, open_policies, writers
 from tallystick.migrate.host.role import ways_out
 from tallystick.migrate.host.tables import columns_of, oid_of, reading_catalogues
 from tallystick.migrate.revisions import HostNames, revisions
@@ -261,7 +261,8 @@ def _status(conn: sa.Connection, config: Config) -> Status:
     warnings: tuple[str, ...] = ()
     if host.revision is not None:
         superuser = conn.scalars(_SUPERUSER, {"schema": host.ledger_schema})
-        warnings = (*open_policies(conn, host, config.host), *superuser)
+        forced = forced_policies(conn, host, oid_of(conn, host.ledger_schema, LEDGER))
+        warnings = (*open_policies(conn, host, config.host), *superuser, *forced)
         if here is not None:
             warnings = (*warnings, _ON_A_STANDBY)
         if host.follows:

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from psycopg.sql import SQL, Composable, Identifier, Literal
 
 from tallystick.config import HostMapping
+from tallystick.database import refuse_hidden_rows
 from tallystick.errors import HostMismatch
 from tallystick.migrate.host.preflight import mapped_table
 from tallystick.migrate.host.proposal import balances_apart
@@ -124,6 +125,8 @@ def own_credits(
             table=users.shown,
             column=mapping.users.balance,
         )
+    read = [(users.schema, users.table), *([(names.ledger_schema, LEDGER)] if migrated else [])]
+    refuse_hidden_rows(conn, read, "how many credits the users have")
     balance = SQL("coalesce(u.{}, 0)").format(names.users.balance)
     _refuse_no_numbers(conn, users, names.users.name, column.name)
     row = _one(

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from psycopg.sql import Identifier
 
 from tallystick.config import CREDITS_MAX, INTEGER_KEYS, Config, HostMapping, KeyType, UsersTable, WorkshopsTable
+from tallystick.database import refuse_hidden_rows
 from tallystick.declared_tables import alembic_version, migration_log
 from tallystick.errors import (
     HostMismatch,
@@ -30,7 +31,6 @@ from tallystick.migrate.host.tables import (
     HostTable,
     columns_of,
     host_tables,
-    oid_of,
     quoted,
     unsuitable,
 )
@@ -193,25 +193,13 @@ def examine(conn: sa.Connection, config: Config, *, strict: bool = True, changes
 
 def refuse_rows(conn: sa.Connection, host: Host, how: str) -> None:
     """Raise LedgerNotEmpty if the ledger has history; ``how`` is the way to delete it on purpose."""
-    _see_every_row(conn, host.ledger_schema, LEDGER, "whether it has rows")
+    refuse_hidden_rows(conn, [(host.ledger_schema, LEDGER)], "whether it has rows")
     ledger = sa.table(LEDGER, schema=host.ledger_schema)
     rows = conn.scalar(sa.select(sa.func.count()).select_from(ledger).where(sa.text(HISTORY)))
     if rows:
         raise LedgerNotEmpty(
             f"the ledger holds {rows} credit transactions, which undo would throw away. Take a backup, then {how}",
             rows=rows,
-        )
-
-
-def _see_every_row(conn: sa.Connection, schema: str, table: str, what: str) -> None:
-    """Raise PermissionDenied if policies hide rows of the table from this role."""
-    if conn.scalar(sa.text("SELECT row_security_active(CAST(:oid AS oid))"), {"oid": oid_of(conn, schema, table)}):
-        role = conn.scalar(sa.text("SELECT current_user"))
-        raise PermissionDenied(
-            f"row level security hides rows of {schema}.{table} from {role}, so {what} cannot be told. Run this as a "
-            f"role with BYPASSRLS, or let the owner run: ALTER TABLE {quoted(schema, table)} NO FORCE ROW LEVEL "
-            "SECURITY, and FORCE afterwards. Nothing was changed",
-            sqlstate="42501",
         )
 
 
@@ -678,7 +666,7 @@ def _digits(modifier: int) -> int:
 
 def _credits_fault(conn: sa.Connection, table: HostTable, column: HostColumn, most: int) -> str | None:
     """The balances that the ledger cannot open, with the number of their users."""
-    _see_every_row(conn, table.schema, table.table, f"what is in its column {column.name}")
+    refuse_hidden_rows(conn, [(table.schema, table.table)], f"what is in its column {column.name}")
     live: sa.ColumnClause[Any] = sa.column(column.name, sa.Numeric)
     wrong = {
         "below 0": live < sa.literal_column("0"),
@@ -708,7 +696,7 @@ def _content_fault(conn: sa.Connection, table: HostTable, column: HostColumn, ru
         rows = rows.where(live.is_not(None)).group_by(live).having(sa.func.count() > sa.literal_column("1"))
     else:
         return None
-    _see_every_row(conn, table.schema, table.table, f"what is in its column {column.name}")
+    refuse_hidden_rows(conn, [(table.schema, table.table)], f"what is in its column {column.name}")
     return f"{column.shown} {fault}" if conn.scalar(sa.select(sa.exists(rows))) else None
 
 

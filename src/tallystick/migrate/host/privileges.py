@@ -145,6 +145,30 @@ def open_policies(conn: sa.Connection, host: Host, mapping: HostMapping) -> Iter
         )
 
 
+_FORCED = sa.text("""
+    SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) AS name, quote_ident(r.rolname) AS role
+    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    LEFT JOIN pg_class l ON l.oid = CAST(:ledger AS oid)
+    JOIN pg_roles r ON r.oid = l.relowner OR (l.oid IS NULL AND r.rolname = current_user)
+    WHERE c.oid = ANY (CAST(:tables AS oid[])) AND c.relrowsecurity AND c.relforcerowsecurity
+      AND NOT r.rolsuper AND NOT r.rolbypassrls ORDER BY 1
+""")
+
+
+def forced_policies(conn: sa.Connection, host: Host, ledger: int | None) -> Iterator[str]:
+    """Mapped tables whose policies bind the role that the ledger's functions run as, one sentence each.
+
+    ``ledger`` is None before the migration: the functions will belong to the role that applies it.
+    """
+    tables = [table.oid for table in host.tables]
+    for row in conn.execute(_FORCED, {"tables": tables, "ledger": ledger}):
+        yield (
+            f"row level security is forced on {row.name}, so it binds {row.role}, which the ledger's functions run as: "
+            "a user or workshop that its policies hide is unknown to them. Let the owner run: "
+            f"ALTER TABLE {row.name} NO FORCE ROW LEVEL SECURITY, or an administrator: ALTER ROLE {row.role} BYPASSRLS"
+        )
+
+
 def _apps(conn: sa.Connection) -> list[int]:
     return list(conn.scalars(_APPS))
 

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from psycopg.sql import SQL, Composable, Identifier, Literal
 
 from tallystick.config import Config
-from tallystick.database import driver
+from tallystick.database import driver, refuse_hidden_rows
 from tallystick.declared_tables import migration_log
 from tallystick.errors import MigrationError
 from tallystick.migrate.host.own_credits import HistoryTable, OwnCredits, find_history, own_credits
@@ -129,6 +129,8 @@ def _adopting(conn: sa.Connection, config: Config) -> tuple[Host, HostNames]:
         raise MigrationError(
             "the database is not migrated yet. Run: tallystick migrate plan, then: tallystick migrate apply"
         )
+    read = [(host.users.schema, host.users.table), (host.ledger_schema, LEDGER)]
+    refuse_hidden_rows(conn, read, "whose balance waits to be opened")
     names = HostNames.of(config.host, adopted_columns(conn))
     if not names.adopts_balance:
         apart = " ".join(
