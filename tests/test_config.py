@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tallystick import Config, HostMapping, Pack, UsersTable, WorkshopsTable
-from tallystick.config import _TEXTS, to_toml, write_host
+from tallystick.config import _ADDED_TO_USERS, _ADDED_TO_WORKSHOPS, _TEXTS, to_toml, write_host
+from tallystick.declared_tables import user_columns, workshop_columns
 from tallystick.errors import ConfigError
 
 pytestmark = pytest.mark.one_server
@@ -236,6 +237,37 @@ def test_a_named_file_that_is_not_there_says_how_to_write_one(folder):
 def test_a_mistake_in_the_environment_names_the_variable(folder):
     with pytest.raises(ConfigError, match="TALLYSTICK_PAYWALL"):
         Config.load(environ={"TALLYSTICK_PAYWALL": "perhaps"})
+
+
+@pytest.mark.parametrize(
+    ("table", "roles"),
+    [
+        ("users", {"key": "id", "balance": "id"}),
+        ("users", {"key": "credit_balance"}),
+        ("users", {"email": "m", "balance": "m"}),
+        ("users", {"balance": "n", "updated_at": "n"}),
+        ("users", {"key": "deleted_at"}),
+        ("users", {"key": "credit_sequence"}),
+        ("users", {"balance": "credit_held"}),
+        ("workshops", {"created_at": "deleted_at"}),
+        ("workshops", {"created_at": "credit_consumed_at"}),
+    ],
+)
+def test_a_column_that_the_ledger_writes_has_one_role(folder, table, roles):
+    write(folder, f"[host.{table}]\n" + "".join(f'{role} = "{name}"\n' for role, name in roles.items()))
+    with pytest.raises(ConfigError, match=rf"host\.{table}.* name.* the column .*(Name one for each|Name another)"):
+        Config.load(environ={})
+
+
+def test_the_columns_of_one_name_are_those_that_no_setting_names():
+    users, workshops = HostMapping().users, HostMapping().workshops
+    assert {c.name for c in user_columns()} - set(users.adoptable.values()) == set(_ADDED_TO_USERS)
+    assert {c.name for c in workshop_columns()} - set(workshops.adoptable.values()) == set(_ADDED_TO_WORKSHOPS)
+
+
+def test_columns_that_the_ledger_only_reads_may_have_two_roles(folder):
+    write(folder, '[host.users]\nkey = "m"\nemail = "m"\n[host.workshops]\nkey = "k"\nowner = "k"\ntitle = "k"\n')
+    assert Config.load(environ={}).host.users.email == "m"
 
 
 names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=15)

@@ -167,12 +167,24 @@ class WorkshopsTable:
         return self
 
 
+_ADDED_TO_USERS = ("credit_sequence", "onboarding_complete", "plan_tier", "credit_held", "credit_due_at")
+_ADDED_TO_WORKSHOPS = ("credit_consumed_at",)
+"""Tallystick's columns that have one name in every app."""
+
+
 def _refuse_shared(table: UsersTable | WorkshopsTable, settings: tuple[str, ...]) -> None:
-    """Refuse two settings that name one column: a write of the ledger would change the meaning of both."""
+    """Refuse two settings that name one column that the ledger writes: it would change the meaning of both."""
+    added = _ADDED_TO_USERS if isinstance(table, UsersTable) else _ADDED_TO_WORKSHOPS
+    written = {*table.adoptable.values(), *added}
     named: dict[str, str] = {}
     for setting in settings:
+        if getattr(table, setting) in added:
+            raise ValueError(
+                f"{setting} names the column {getattr(table, setting)!r}, in which the ledger keeps something else. "
+                "Name another, or rename the app's column"
+            )
         column = getattr(table, setting)
-        if column in named and {setting, named[column]} & set(table.adoptable):
+        if column in named and column in written:
             raise ValueError(f"{named[column]} and {setting} both name the column {column!r}. Name one for each")
         named[column] = setting
 

@@ -193,8 +193,7 @@ REFUSED = {
     ),
     "a key with the name of a column of ours": (
         "CREATE TABLE customers (stripe_customer_id text PRIMARY KEY, email text)",
-        r"public\.customers: key and stripe_customer_id both name the column 'stripe_customer_id', and Tallystick needs "
-        r"a column for each\. Name another one: --users-key COLUMN",
+        r"public\.customers: key and stripe_customer_id both name the column 'stripe_customer_id'.* --users-key COLUMN",
     ),
     "an owner with the name of a column of ours": (
         f"""{FREE.format("users")}
@@ -222,11 +221,26 @@ def test_what_it_cannot_take_or_tell(name: str, make_app: Callable[..., App]) ->
         migrate.propose(conn)
 
 
-def test_a_balance_that_is_asked_for_and_means_something_else(make_app: Callable[..., App]) -> None:
-    app = make_app("CREATE TABLE users (id integer PRIMARY KEY, updated_at timestamptz)")
-    with app.engine.connect() as conn:
-        with pytest.raises(HostMismatch, match=r"public\.users: balance and updated_at both .* --balance COLUMN"):
-            migrate.propose(conn, balance="updated_at")
+@pytest.mark.parametrize(
+    ("ddl", "asked", "message"),
+    [
+        (FREE.format("users"), {"balance": "id"}, "id is the key of public.users, so it holds no credits. Name the"),
+        (
+            "CREATE TABLE users (plan_tier text PRIMARY KEY)",
+            {},
+            "key names the column 'plan_tier', in which",
+        ),
+        (
+            "CREATE TABLE users (id int PRIMARY KEY, n int, updated_at int)",
+            {"balance": "updated_at"},
+            "balance and updated_at both name the column 'updated_at'",
+        ),
+    ],
+)
+def test_a_column_of_two_roles(make_app: Callable[..., App], ddl: str, asked: dict[str, str], message: str) -> None:
+    app = make_app(ddl)
+    with app.engine.connect() as conn, pytest.raises(HostMismatch, match=message):
+        migrate.propose(conn, **asked)
 
 
 def test_a_view_stands_for_the_table_behind_it(make_app: Callable[..., App]) -> None:

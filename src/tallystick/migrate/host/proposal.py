@@ -357,7 +357,7 @@ def _propose(
         asked = [key] if users_key is not None else keys
         people = {one.table.oid for one in candidates(conn, everything)}
         key, found = _propose_workshops(conn, users_table, asked, key, workshops_table, people=people)
-    held_in = _balance(users_table, columns, balance)
+    held_in = _balance(users_table, columns, balance, key=key.name)
     with _one_column_for_each(users_table, "Name another one: --users-key COLUMN, or --balance COLUMN"):
         people_table = UsersTable(
             schema=users_table.schema,
@@ -375,9 +375,16 @@ def _propose(
     return replace(mapping, ledger_schema="tallystick") if ours else mapping
 
 
-def _balance(table: HostTable, columns: Mapping[str, HostColumn], asked: str | None) -> HostColumn | None:
+def _balance(table: HostTable, columns: Mapping[str, HostColumn], asked: str | None, *, key: str) -> HostColumn | None:
     """The app's own column of credits."""
     if asked not in (None, "none"):
+        if asked == key:
+            raise HostMismatch(
+                f"{asked} is the key of {table.shown}, so it holds no credits. Name the column that does, or use "
+                "--balance none",
+                table=table.shown,
+                column=asked,
+            )
         if asked not in columns:
             raise HostMismatch(
                 f"{table.shown} has no column {asked}. Name the column that holds credits, or use --balance none",
