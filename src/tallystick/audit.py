@@ -381,7 +381,7 @@ def _read_facts(conn: DbConnection, schema: Schema) -> _Facts:
     recorded_since = run(conn, sa.select(event_settings.c.recorded_since), {}).scalar_one_or_none()
     pairs = {"user_id": (ledger.c.user_id, users.c.key)}
     if workshops is not None:
-        pairs["owner"] = workshops.c.owner, users.c.key
+        pairs["owner"] = schema.owner, users.c.key
         pairs["workshop_id"] = ledger.c.workshop_id, workshops.c.key
     adoption = run(conn, _ADOPTION, {"users": _name(users)}).one()
     return _Facts(
@@ -447,9 +447,14 @@ class _Part:
             raise AssertionError("a check of workshops ran on a host that has none")
         return self.schema.workshops
 
-    def comparable(self, column: Expression) -> Expression:
+    @property
+    def owner(self) -> Expression:
+        """The owner of a workshop, as ``comparable``."""
+        return self.comparable(self.schema.owner, "owner")
+
+    def comparable(self, column: Expression, role: str | None = None) -> Expression:
         """``column`` in the collation of the host's key, for a comparison with it."""
-        collation = self.facts.collations.get(column.key or "")
+        collation = self.facts.collations.get(role or column.key or "")
         return column if collation is None else sa.collate(column, collation)
 
     def covers(self, key: Expression) -> Expression:
@@ -475,8 +480,8 @@ class _Part:
 
     def covers_owner(self) -> Expression:
         """As ``covers``, for workshops; those without an owner belong to the last part."""
-        owner = self.workshop.c.owner
-        covered = self.covers(self.comparable(owner))
+        owner = self.schema.owner
+        covered = self.covers(self.owner)
         last_of_all = self.high is None and self.user is None and self.since is None
         return sa.or_(covered, owner.is_(None)) if last_of_all else covered
 
@@ -531,7 +536,7 @@ class _Part:
         whichever part the owner is in. So each workshop is one finding, of one part.
         """
         row, shop, exact = self.row, self.workshop, _SUMS[self.schema.host.credits]
-        owns = sa.func.coalesce(self.comparable(shop.c.owner) == self.user_id, sa.false())
+        owns = sa.func.coalesce(self.owner == self.user_id, sa.false())
         order = (owns, row.completed_at.desc(), row.id.desc())
 
         def last(column: Expression, kind: sa.types.TypeEngine[Any]) -> Expression:
@@ -605,7 +610,7 @@ class _Part:
         key: Expression = self.schema.users.c.key
         covered, sum_of_users, sum_of_ledger = self.covers(key), self._sum_of_users, self._sum_of_steps
         if sign == "unlocks":
-            key = self.comparable(self.workshop.c.owner)
+            key = self.owner
             covered, sum_of_users, sum_of_ledger = self.covers_owner(), self._sum_of_marks, self._sum_of_unlocks
         each = sa.union_all(
             sa.select(key.label("user"), sum_of_users().label("off")).where(covered).group_by(key),
@@ -1053,12 +1058,12 @@ def _unpaid_workshops(part: _Part) -> sa.Select[Any]:
     # Deleting a workshop empties workshop_id. A host that inserts it again keeps the mark of the consumption's moment.
     unlinked = part.schema.credit_transactions.alias("unlinked").c
     reinserted = sa.exists().where(
-        part.comparable(unlinked.user_id) == part.comparable(shop.owner),
+        part.comparable(unlinked.user_id) == part.owner,
         unlinked.type == _CONSUMPTION,
         unlinked.workshop_id.is_(None),
         sa.func.abs(_epoch(unlinked.completed_at) - _epoch(shop.credit_consumed_at)) < KEPT_WITHIN_S,
     )
-    workshops = sa.select(shop.owner.label("user"), shop.key.label("workshop"), shop.credit_consumed_at)
+    workshops = sa.select(part.schema.owner.label("user"), shop.key.label("workshop"), shop.credit_consumed_at)
     return workshops.where(marked, ~sa.exists().where(paid.c.workshop == shop.key), ~reinserted)
 
 

@@ -69,7 +69,8 @@ class Schema(Keys):
     each row took of a lot, below 0 where it gave them back. ``row`` are the columns of a ``CreditTransaction``.
 
     ``users`` and ``workshops`` have only the columns that Tallystick reads or writes; ``workshops`` is None for a
-    host without such a table. Use ``of``, which makes one object for each mapping.
+    host without such a table. ``owner`` and ``title`` are columns of workshops that may be their key too: each column
+    is in ``workshops.c`` once, in the first of its roles. Use ``of``, which makes one object for each mapping.
     """
 
     def __init__(self, host: HostMapping) -> None:
@@ -102,21 +103,28 @@ class Schema(Keys):
         )
 
         self.workshops: Table | None = None
+        self.title: Column[Any] | None = None
         workshop_key: sa.types.TypeEngine[Any] = sa.Uuid()
         workshop_reference: tuple[ForeignKey, ...] = ()
         if host.workshops is not None:
             names = host.workshops
             workshop_key = _key_type(names)
-            self.workshops = Table(
-                names.table,
-                self.metadata,
+            read = [
                 Column(names.key, workshop_key, key="key", nullable=False, unique=True),
                 Column(names.owner, user_key, key="owner"),
                 *([Column(names.title, sa.Text, key="title")] if names.title else ()),
                 *([Column(names.created_at, sa.DateTime, key="created_at")] if names.created_at else ()),
+            ]
+            # one column may be the key and the owner, as where each user has one workshop, or the key and the title
+            once = {column.name: column for column in reversed(read)}
+            self.workshops = Table(
+                names.table,
+                self.metadata,
+                *reversed(once.values()),
                 *workshop_columns(host),
                 schema=names.schema,
             )
+            self.title = once[names.title] if names.title else None
             workshop_reference = (ForeignKey(self.workshops.c.key, ondelete="SET NULL", name=f"{LEDGER}_workshop_fk"),)
 
         self.credit_transactions = Table(
@@ -255,6 +263,13 @@ class Schema(Keys):
     def of(host: HostMapping) -> Schema:
         """The tables of ``host``, the same object each time."""
         return Schema(host)
+
+    @property
+    def owner(self) -> Column[Any]:
+        """The column of workshops that holds the owner's key, of a host that has workshops."""
+        if self.workshops is None or self.host.workshops is None:
+            raise AssertionError("this host has no workshops table")
+        return next(column for column in self.workshops.c if column.name == self.host.workshops.owner)
 
     @property
     def balance(self) -> sa.ColumnElement[int]:

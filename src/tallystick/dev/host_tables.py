@@ -164,7 +164,7 @@ class HostTables:
         if names is None or table is None:
             raise AssertionError("this host has no workshops table")
         values = self._keyed(table, row.key(names.key_type, "workshop"), key) | {names.owner: owner}
-        if names.title:
+        if names.title and names.title not in values:
             values[names.title] = table.fitted(names.title, row.text, cut=True)
         if names.created_at:
             values[names.created_at] = _moment(table.types[names.created_at], created_at or dt.datetime.now(dt.UTC))

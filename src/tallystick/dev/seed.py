@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import sqlalchemy as sa
 from psycopg import sql
@@ -111,9 +111,9 @@ class Scenario:
         """The reason why this host cannot have the scenario, or None."""
         if self.needs is None:
             return None
-        if schema.workshops is None:
-            return "this host has no workshops table"
-        if self.needs == "created_at" and "created_at" not in schema.workshops.c:
+        if (impossible := _without_workshops(schema)) is not None:
+            return impossible
+        if self.needs == "created_at" and (schema.host.workshops is None or schema.host.workshops.created_at is None):
             return "host.workshops.created_at is not mapped"
         return None
 
@@ -139,7 +139,7 @@ class Scenario:
 
     def workshop_keys(self, schema: Schema) -> list[Key]:
         """The keys of all workshops that the scenario may have made."""
-        if schema.workshops is None:
+        if _without_workshops(schema) is not None:
             return []
         return [self.workshop_key(schema, number) for number in range(1, self.workshops + 1)]
 
@@ -219,8 +219,8 @@ def reset(
         _refuse_hidden_rows(conn, schema)
         if not force_production:
             _refuse_production(conn, schema, environ, "tallystick seed --reset --force-production")
-        if schema.workshops is not None:
-            _refuse_entangled(conn, schema.workshops, users, workshops)
+        if schema.workshops is not None and _without_workshops(schema) is None:
+            _refuse_entangled(conn, schema.workshops, schema.owner, users, workshops)
         removed = set()
         if _present(conn, schema, chosen):
             with _append_only_lifted(conn, ledger):
@@ -252,6 +252,15 @@ def reset(
             for scenario in chosen
         )
     )
+
+
+def _without_workshops(schema: Schema) -> str | None:
+    """The reason why a scenario of this host has no workshops, or None where it has."""
+    if schema.workshops is None:
+        return "this host has no workshops table"
+    if schema.owner is schema.workshops.c.key:
+        return "host.workshops.key is the owner too, so a user has one workshop at most"
+    return None
 
 
 def _chosen(only: Sequence[str]) -> list[Scenario]:
@@ -310,7 +319,7 @@ def _rehearse(conn: sa.Connection, host: HostTables) -> None:
     with host.raising_seed_impossible(), conn.begin_nested() as savepoint:
         row = HostRow("seed_rehearsal", 0, "Rehearsal")
         user = host.insert_user(conn, row, key=row.key(host.schema.host.users.key_type, "user"))
-        if host.schema.host.workshops is not None:
+        if host.schema.host.workshops is not None and _without_workshops(host.schema) is None:
             key = row.key(host.schema.host.workshops.key_type, "workshop")
             host.insert_workshop(conn, row, owner=user, key=key, created_at=None)
         conn.execute(sa.text("SET CONSTRAINTS ALL IMMEDIATE"))
@@ -397,11 +406,14 @@ def _alter_trigger(conn: sa.Connection, ledger: sa.Table, action: Literal["ENABL
     conn.exec_driver_sql(statement.as_string(), execution_options={"no_parameters": True})
 
 
-def _refuse_entangled(conn: sa.Connection, workshops: sa.Table, users: list[Key], ours: list[Key]) -> None:
+def _refuse_entangled(
+    conn: sa.Connection, workshops: sa.Table, owner: sa.Column[Any], users: list[Key], ours: list[Key]
+) -> None:
     """Raise SeedImpossible if a workshop was given to a seeded user, or by one: it must not be removed or orphaned."""
-    names = workshops.c
-    owned = sa.func.coalesce(names.owner.in_(users), sa.false())
-    found = conn.execute(sa.select(names.key, names.owner).where(names.key.in_(ours) != owned).limit(1)).one_or_none()
+    owned = sa.func.coalesce(owner.in_(users), sa.false())
+    key = workshops.c.key
+    given = sa.select(key, owner.label("owner")).where(key.in_(ours) != owned)
+    found = conn.execute(given.limit(1)).one_or_none()
     if found is not None:
         table = f"{workshops.schema}.{workshops.name}"
         raise SeedImpossible(
@@ -561,8 +573,8 @@ class _ScenarioRun:
         return self.ledger.consume(self.conn, self.user, credits=amount, key=self._key(), description=description)
 
     def draft(self, *titles: str, created_at: dt.datetime | None = None) -> list[Key]:
-        """Make locked workshops; none if the host has no workshops."""
-        if self.schema.workshops is None:
+        """Make locked workshops; none if the host cannot have them."""
+        if _without_workshops(self.schema) is not None:
             return []
         first, self._workshops = self._workshops + 1, self._workshops + len(titles)
         return [

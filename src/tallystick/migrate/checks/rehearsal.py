@@ -244,7 +244,7 @@ def _pick_user(conn: sa.Connection, ledger: Ledger) -> tuple[Key | None, Key | N
     living = sa.select(users.key).where(users.key.is_not(None), users.deleted_at.is_(None)).limit(1)
     if workshops is not None:
         shop = workshops.c
-        free = living.add_columns(shop.key).join_from(schema.users, workshops, shop.owner == users.key)
+        free = living.add_columns(shop.key).join_from(schema.users, workshops, schema.owner == users.key)
         for user, workshop in conn.execute(free.where(shop.credit_consumed_at.is_(None), shop.deleted_at.is_(None))):
             return user, workshop
     return conn.scalar(living), None

@@ -97,8 +97,9 @@ class Paywall:
             .alias("access")
         )
         # compared by the database, where different texts may be the same key (citext, char)
-        is_theirs = w.owner == sa.bindparam("p_user", type_=w.owner.type)
-        title = w.title if "title" in w else sa.null()
+        owner = self._schema.owner
+        is_theirs = owner == sa.bindparam("p_user", type_=owner.type)
+        title = sa.null() if self._schema.title is None else self._schema.title
         standing = self._schema.balance, u.credit_held, u.credit_due_at
         return (
             sa.select(is_theirs, title, access.c.open, access.c.reason, u.key.is_not(None), *standing)

@@ -785,8 +785,8 @@ class Queries:
         c, workshops = self._ledger, self.schema.workshops
         title: sa.ColumnElement[Any] = sa.null()
         table: sa.FromClause = self.schema.credit_transactions
-        if workshops is not None and "title" in workshops.c:
-            title = sa.cast(workshops.c.title, sa.Text)
+        if workshops is not None and self.schema.title is not None:
+            title = sa.cast(self.schema.title, sa.Text)
             table = table.outerjoin(workshops, workshops.c.key == c.workshop_id)
         columns: list[Any] = []
         for name in LedgerRow.__dataclass_fields__:
