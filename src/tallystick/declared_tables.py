@@ -265,6 +265,11 @@ class Schema(Keys):
         return Schema(host)
 
     @property
+    def bookkeeping(self) -> tuple[Table, ...]:
+        """The tables in the schema ``tallystick``, each after those that it refers to."""
+        return self.lots, self.lot_moves, *_bookkeeping.sorted_tables, self.low_balances
+
+    @property
     def owner(self) -> Column[Any]:
         """The column of workshops that holds the owner's key, of a host that has workshops."""
         if self.workshops is None or self.host.workshops is None:

@@ -10,8 +10,9 @@ import pytest
 import sqlalchemy as sa
 from hosts import App
 
-from tallystick import HostMapping, UsersTable, migrate
-from tallystick.errors import MigrationError, PermissionDenied
+from tallystick import HostMapping, UsersTable, WorkshopsTable, migrate
+from tallystick.audit import audit
+from tallystick.errors import MigrationError, PermissionDenied, SchemaError
 from tallystick.migrate import Drift, functions_sql
 from tallystick.migrate.checks.status import APPLY, FUNCTIONS
 from tallystick.web.console.queries import Count, Queries
@@ -93,6 +94,31 @@ DRIFTS = [
     ("enum", "public.credit_transaction_status", "ALTER TYPE credit_transaction_status ADD VALUE 'lost'"),
 ]
 
+BOOKKEEPING_DRIFTS = [
+    ("table", "tallystick.lots", "DROP TABLE tallystick.lots CASCADE"),
+    ("table", "tallystick.events", "DROP TABLE tallystick.events"),
+    ("table", "tallystick.event_settings", "DROP TABLE tallystick.event_settings"),
+    ("table", "tallystick.low_balances", "DROP TABLE tallystick.low_balances"),
+    ("table", "tallystick.lot_moves", "ALTER TABLE tallystick.lot_moves SET UNLOGGED"),
+    ("column", "tallystick.lots.remaining", "ALTER TABLE tallystick.lots DROP remaining CASCADE"),
+    ("column", "tallystick.events.kind", "ALTER TABLE tallystick.events ALTER kind DROP NOT NULL"),
+    ("constraint", "tallystick.lots.lots_remaining", "ALTER TABLE tallystick.lots DROP CONSTRAINT lots_remaining"),
+    ("constraint", "tallystick.daily_sums.daily_sums_day_fk", "DROP TABLE tallystick.days CASCADE"),
+    (
+        "constraint",
+        "tallystick.stripe_events.stripe_events_pkey",
+        "ALTER TABLE tallystick.stripe_events DROP CONSTRAINT stripe_events_pkey",
+    ),
+    ("constraint", "tallystick.days.few", "ALTER TABLE tallystick.days ADD CONSTRAINT few CHECK (writers_before < 9)"),
+    ("index", "tallystick.lots.lots_user", "DROP INDEX tallystick.lots_user"),
+    ("rule", "tallystick.events.swallow", "CREATE RULE swallow AS ON INSERT TO tallystick.events DO INSTEAD NOTHING"),
+    (
+        "trigger",
+        "tallystick.lots.no",
+        "CREATE TRIGGER no BEFORE INSERT ON tallystick.lots EXECUTE FUNCTION tallystick.append_only()",
+    ),
+]
+
 FUNCTION_DRIFTS = [
     ("append_only()", f"CREATE OR REPLACE FUNCTION tallystick.append_only{BODY} {PINNED}"),
     ("append_only()", "ALTER FUNCTION tallystick.append_only() RESET search_path"),
@@ -128,6 +154,52 @@ FOR_A_PERSON = {change for kind, _, change in DRIFTS if kind == "enum" or " ALTE
 def drift(app: App) -> tuple[Drift, ...]:
     with app.engine.connect() as conn:
         return migrate.status(conn, app.config).drift
+
+
+@pytest.mark.parametrize(
+    ("kind", "where", "change"), BOOKKEEPING_DRIFTS, ids=[change[:60] for _, _, change in BOOKKEEPING_DRIFTS]
+)
+def test_a_change_in_our_own_schema_is_found_and_mended(kind: str, where: str, change: str, app: App) -> None:
+    migrate.apply(app.url, app.config)
+    assert drift(app) == ()
+    app.run(change)
+    found = drift(app)
+    assert (kind, where) in {(one.kind, one.where) for one in found}
+    for one in found:
+        if one.kind == "column":  # its values are lost, or nulls came in
+            assert one.remedy == ""
+            return
+        app.run(*one.remedy.split("; "))
+    assert drift(app) == ()
+    with app.engine.connect() as conn:
+        assert audit(conn, app.config).clean
+
+
+def test_names_of_ours_in_the_apps_schema(make_app: Callable[..., App]) -> None:
+    """The app's own events, days and lots are nothing of the ledger's."""
+    app = make_app(
+        """
+        CREATE TABLE lots (id integer PRIMARY KEY);
+        CREATE TABLE events (id integer PRIMARY KEY, user_id integer REFERENCES lots, title text, created_at timestamp);
+        """,
+        HostMapping(
+            users=UsersTable(table="lots", key_type="integer"),
+            workshops=WorkshopsTable(table="events", key_type="integer"),
+        ),
+    )
+    migrate.apply(app.url, app.config)
+    assert drift(app) == ()
+
+
+@pytest.mark.parametrize("table", ["alembic_version", "migration_log", "mapping"])
+def test_a_database_without_its_revision_or_mapping_is_not_taken_for_a_new_one(app: App, table: str) -> None:
+    migrate.apply(app.url, app.config)
+    app.run(f"DROP TABLE tallystick.{table}")
+    for run in (migrate.apply, migrate.undo):
+        with pytest.raises(SchemaError, match=rf"tallystick\.{table} is missing: .* Restore it from a backup"):
+            run(app.url, app.config)
+    with pytest.raises(SchemaError, match="Restore it from a backup"):
+        drift(app)
 
 
 @pytest.mark.parametrize(("kind", "where", "change"), DRIFTS, ids=[change[:60] for _, _, change in DRIFTS])

@@ -26,6 +26,7 @@ from tallystick.migrate.runner.messages import text
 from tallystick.migrate.runner.session import autocommits
 from tallystick.migrate.runner.widen import KEYS, STAND_INS
 from tallystick.schema import (
+    BOOKKEEPING_SCHEMA,
     EVENTS_TRIGGER,
     FOLLOWING,
     HEAD,
@@ -140,7 +141,7 @@ _SUPERUSER = sa.text("""
 """)
 
 # Row security that does not bind the owner is Supabase's way to close tables, and does not affect the functions.
-_LEDGER_TABLE = sa.text("""
+_OF_OURS = sa.text("""
     SELECT c.relpersistence <> 'p' AS unlogged,
            c.relrowsecurity AND c.relforcerowsecurity AS rows_hidden,
            ARRAY(SELECT w.rulename::text FROM pg_rewrite w WHERE w.ev_class = c.oid ORDER BY 1) AS rules
@@ -251,7 +252,8 @@ def _status(conn: sa.Connection, config: Config) -> Status:
         _require_temporary_tables(conn)
         savepoint = conn.begin_nested()
         try:
-            remedies = _Remedies(config, host)
+            ledger_oid = oid_of(conn, host.ledger_schema, LEDGER)
+            remedies = _Remedies(config, host, conn.scalar(_OWNER, {"oid": ledger_oid}))
             drift = tuple(
                 replace(found, remedy=found.remedy or remedies.of(found))
                 for found in (*_drift(conn, config, host), *_privileges(conn, config.host, host))
@@ -309,44 +311,57 @@ _TYPES = "credit_transaction_"  # the prefix of our types
 
 
 def _drift(conn: sa.Connection, config: Config, host: Host) -> Iterator[Drift]:
-    declared = Schema.of(config.host)
     schema = host.ledger_schema
     conn.execute(sa.select(sa.func.set_config("search_path", "pg_catalog", sa.true())))  # every name with its schema
     ledger_oid = oid_of(conn, schema, LEDGER)
-    oids = {word: table.oid for word, table in host.by_word.items()} | {LEDGER: ledger_oid}
-    # the declared types are temporary, and the server names those without a schema
-    typed = f"{conn.scalar(sa.select(sa.func.quote_ident(schema)))}.{_TYPES}"
-    found: dict[str, _Shape] = {
-        word: {each: made.replace(typed, _TYPES) for each, made in _shape(conn, oid).items()}
-        for word, oid in oids.items()
-    }
     labels = _pairs(conn, _LABELS, schema=schema)
-
-    shown: dict[str, str] = {word: table.shown for word, table in host.by_word.items()}
-    shown[LEDGER] = f"{schema}.{LEDGER}"
-
-    expected_shapes = _declared_shapes(conn, declared)
-    added = _added(declared)
-    for word, expected in expected_shapes.items():
-        for kind, name, there, wanted in _differences(expected, found[word]):
-            # in the host's tables only our additions count
-            ours = word == LEDGER or name in added[word]
-            adopted = ours and f"{word}.{added[word].get(name)}" in host.adopted_names and there is not None
-            if ours and not adopted:
-                yield Drift(kind, f"{shown[word]}.{name}", wanted, there)
+    yield from _of_tables(conn, host, Schema.of(config.host), ledger_oid)
     yield from _adopted(conn, config.host, host)
-    for word, name, there, wanted in _trigger_differences(host, found):
-        yield Drift("trigger", f"{shown[word]}.{name}", wanted, there)
-    yield from _events_trigger(conn, found[LEDGER], shown[LEDGER])
-    yield from _ledger_table(conn, ledger_oid, shown[LEDGER])
-    for kind, name in _not_ours(found[LEDGER], expected_shapes[LEDGER]):
-        yield Drift(kind, f"{shown[LEDGER]}.{name}", "none but ours", found[LEDGER][kind, name])
     for name, wanted in _declared_labels().items():
         if labels.get(name) != wanted:
             yield Drift("enum", f"{schema}.{name}", wanted, labels.get(name))
     yield from _functions(conn, HostNames.of(config.host, host.adopted), owner=conn.scalar(_OWNER, {"oid": ledger_oid}))
     for role, way, remedy in ways_out(conn, config.host):
         yield Drift("privilege", role, "nothing but what the functions let it do", way, remedy)
+
+
+def _of_tables(conn: sa.Connection, host: Host, declared: Schema, ledger_oid: int | None) -> Iterator[Drift]:
+    """Differences of the mapped tables, the ledger and the tables in schema tallystick, and of what is on them."""
+    shown = {LEDGER: f"{host.ledger_schema}.{LEDGER}"}
+    oids = {LEDGER: ledger_oid}
+    for table in declared.bookkeeping:
+        shown[table.fullname], oids[table.fullname] = table.fullname, oid_of(conn, BOOKKEEPING_SCHEMA, table.name)
+    for app_table, mapped in host.by_word.items():
+        shown[app_table], oids[app_table] = mapped.shown, mapped.oid
+    # the declared types are temporary, and the server names those without a schema
+    typed = f"{conn.scalar(sa.select(sa.func.quote_ident(host.ledger_schema)))}.{_TYPES}"
+    found: dict[str, _Shape] = {
+        word: {each: made.replace(typed, _TYPES) for each, made in _shape(conn, oid).items()}
+        for word, oid in oids.items()
+    }
+    added = _added(declared)
+    for word, expected in _declared_shapes(conn, declared).items():
+        if oids[word] is None:
+            yield Drift("table", shown[word], "the table of its revision, whose rows only a backup has now", None)
+        elif word in added:  # in the host's tables only our additions count
+            for kind, name, there, wanted in _differences(expected, found[word]):
+                if name in added[word] and not (there and f"{word}.{added[word][name]}" in host.adopted_names):
+                    yield Drift(kind, f"{shown[word]}.{name}", wanted, there)
+        else:
+            yield from _of_ours(conn, oids[word], shown[word], expected, found[word])
+    for of, bare, there, wanted in _trigger_differences(host, found):
+        yield Drift("trigger", f"{shown[of]}.{bare}", wanted, there)
+    if oids[event_settings.fullname] is not None:
+        yield from _events_trigger(conn, found[LEDGER], shown[LEDGER])
+
+
+def _of_ours(conn: sa.Connection, oid: int | None, shown: str, expected: _Shape, found: _Shape) -> Iterator[Drift]:
+    """Drift of the ledger or of a table in schema tallystick."""
+    for kind, name, there, wanted in _differences(expected, found):
+        yield Drift(kind, f"{shown}.{name}", wanted, there)
+    yield from _whole_table(conn, oid, shown)
+    for kind, name in _not_ours(found, expected):
+        yield Drift(kind, f"{shown}.{name}", "none but ours", found[kind, name])
 
 
 def _privileges(conn: sa.Connection, mapping: HostMapping, host: Host) -> Iterator[Drift]:
@@ -399,7 +414,7 @@ def _events_trigger(conn: sa.Connection, found: _Shape, shown: str) -> Iterator[
 
 
 def _not_ours(found: _Shape, expected: _Shape) -> Iterator[tuple[Kind, str]]:
-    """Host objects on the ledger that can change, drop or refuse its rows; a host may add all others."""
+    """Host objects on a table of ours that can change, drop or refuse its rows; a host may add all others."""
     for (kind, name), there in found.items():
         if kind == "trigger":
             meddles = name not in TRIGGERS[LEDGER] and there.startswith("BEFORE")
@@ -411,8 +426,9 @@ def _not_ours(found: _Shape, expected: _Shape) -> Iterator[tuple[Kind, str]]:
             yield kind, name
 
 
-def _ledger_table(conn: sa.Connection, oid: int | None, shown: str) -> Iterator[Drift]:
-    for row in conn.execute(_LEDGER_TABLE, {"oid": oid}):
+def _whole_table(conn: sa.Connection, oid: int | None, shown: str) -> Iterator[Drift]:
+    """Drift of a table of ours as a whole."""
+    for row in conn.execute(_OF_OURS, {"oid": oid}):
         if row.unlogged:
             yield Drift("table", shown, "a logged table", "UNLOGGED: a crash of the server empties it")
         if row.rows_hidden:
@@ -426,7 +442,7 @@ def _ledger_table(conn: sa.Connection, oid: int | None, shown: str) -> Iterator[
 class _Remedies:
     """The statements that fix a difference by the declarations, without blocking traffic during a scan."""
 
-    def __init__(self, config: Config, host: Host) -> None:
+    def __init__(self, config: Config, host: Host, owner: str | None) -> None:
         declared, names = Schema.of(config.host), HostNames.of(config.host, host.adopted)
         dialect = pg.dialect(paramstyle="named")  # type: ignore[no-untyped-call]  # it does not double a %
         ddl = dialect.ddl_compiler(dialect, None)  # type: ignore[arg-type]
@@ -438,18 +454,36 @@ class _Remedies:
         } | KEYS
         self.tables: dict[str, str] = {}  # a Drift's ``where`` → the name in SQL
         self.made: dict[tuple[str, str], str] = {}
-        for table in declared.metadata.tables.values():
+        for table in dict.fromkeys((*declared.metadata.tables.values(), *declared.bookkeeping)):
             shown = dialect.identifier_preparer.format_table(table)
             self.tables[f"{table.schema}.{table.name}"] = shown
             for index in table.indexes:
                 created = " ".join(str(sa.schema.CreateIndex(index).compile(dialect=dialect)).split())
                 self.made["index", str(index.name)] = created.replace("INDEX", "INDEX CONCURRENTLY", 1)
-        for constraint in declared.credit_transactions.constraints:
-            self.made["constraint", str(constraint.name)] = ddl.process(constraint)
+        for table in declared.bookkeeping:
+            self.made["table", table.fullname] = self._anew(table, dialect, owner)
+        tables = (declared.credit_transactions, *declared.bookkeeping)
+        for constraint in (each for table in tables for each in table.constraints):
+            # PostgreSQL's own name for one that has none
+            name = str(constraint.name or f"{constraint.table.name}_pkey")
+            self.made["constraint", name] = ddl.process(constraint)
+        self.of_the_app = {f"{table.schema}.{table.table}" for table in host.tables}
         for each in revisions():
             for statement in (text([made]) for made in (*each.prepare(names), *each.locked(names))):
                 if found := re.match(r'CREATE TRIGGER "?(\w+)"? ', statement):
                     self.made["trigger", found[1]] = statement.replace("CREATE", "CREATE OR REPLACE", 1)
+
+    def _anew(self, table: sa.Table, dialect: sa.Dialect, owner: str | None) -> str:
+        """The statements that make a table of ours again, for the ledger's owner."""
+        name = self.tables[table.fullname]
+        parts: list[sa.schema.ExecutableDDLElement] = [sa.schema.CreateTable(table)]
+        parts += map(sa.schema.CreateIndex, table.indexes)
+        made = [" ".join(str(part.compile(dialect=dialect)).split()) for part in parts]
+        if table is event_settings:  # it has one row
+            made.append(f"INSERT INTO {name} DEFAULT VALUES")
+        if owner is not None:
+            made.append(f"ALTER TABLE {name} OWNER TO {self.quote(owner)}")
+        return "; ".join(made)
 
     def of(self, drift: Drift) -> str:
         """As ``Drift.remedy``."""
@@ -462,10 +496,10 @@ class _Remedies:
             case "table":
                 # policies and privileges stay as they are: they close the table to others
                 what = "SET LOGGED" if there.startswith("UNLOGGED") else "NO FORCE ROW LEVEL SECURITY"
-                parts = [f"{alter} {what}"]
+                parts = [f"{alter} {what}" if there else self.made.get((drift.kind, where), "")]
             case "rule":
                 parts = [f"DROP RULE {name} ON {table}"]
-            case "column" if not there and not where.endswith(f".{LEDGER}"):
+            case "column" if not there and where in self.of_the_app:
                 parts = [f"{alter} ADD {name} {drift.expected}"]
             case "trigger" if there.startswith(f"{drift.expected} DISABLED"):
                 parts = [f"{alter} ENABLE TRIGGER {name}"]
@@ -500,7 +534,6 @@ def _added(declared: Schema) -> dict[str, dict[str, str]]:
     return {
         "users": {column.name: column.key for column in user_columns(declared.host)} | {i: i for i in indexes},
         "workshops": {column.name: column.key for column in workshop_columns(declared.host)},
-        LEDGER: {},
     }
 
 
@@ -538,19 +571,28 @@ def _declared_shapes(conn: sa.Connection, declared: Schema) -> dict[str, _Shape]
     """Make the declared tables as temporary ones and read them back."""
     before = conn.get_execution_options().get("schema_translate_map")
     conn.execution_options(
-        schema_translate_map={table.schema: "pg_temp" for table in declared.metadata.tables.values()}
+        schema_translate_map=dict.fromkeys(
+            (table.schema for table in (*declared.metadata.tables.values(), *declared.bookkeeping)), "pg_temp"
+        )
     )
+    # the app may have a table of the same name as one of ours, so these are made apart
+    ours = {table.fullname: table for table in declared.bookkeeping}
+    low = {declared.low_balances.fullname: ours.pop(declared.low_balances.fullname)}  # it refers to the users
+    apps = {"users": declared.users, "workshops": declared.workshops, LEDGER: declared.credit_transactions, **low}
+    oid = sa.text("SELECT (quote_ident('pg_temp') || '.' || quote_ident(:name))::regclass::oid::bigint")
+    shapes: dict[str, _Shape] = {}
     try:
-        declared.metadata.create_all(conn, checkfirst=False)
+        for named in (ours, {word: table for word, table in apps.items() if table is not None}):
+            with conn.begin_nested() as savepoint:
+                for metadata in {table.metadata: None for table in named.values()}:
+                    of_it = [table for table in named.values() if table.metadata is metadata]
+                    metadata.create_all(conn, tables=of_it, checkfirst=False)
+                for word, table in named.items():
+                    shapes[word] = _shape(conn, conn.scalar(oid, {"name": table.name}))
+                savepoint.rollback()
     finally:
         conn.execution_options(schema_translate_map=before)
-    tables = {"users": declared.users, "workshops": declared.workshops, LEDGER: declared.credit_transactions}
-    oid = sa.text("SELECT (quote_ident('pg_temp') || '.' || quote_ident(:name))::regclass::oid::bigint")
-    return {
-        word: _shape(conn, conn.scalar(oid, {"name": table.name}))
-        for word, table in tables.items()
-        if table is not None
-    }
+    return shapes
 
 
 def _functions(conn: sa.Connection, names: HostNames, *, owner: str | None) -> Iterator[Drift]:

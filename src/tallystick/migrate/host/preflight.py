@@ -14,6 +14,7 @@ from psycopg.sql import Identifier
 from tallystick.config import CREDITS_MAX, INTEGER_KEYS, Config, HostMapping, KeyType, UsersTable, WorkshopsTable
 from tallystick.database import refuse_hidden_rows
 from tallystick.declared_tables import alembic_version, migration_log
+from tallystick.declared_tables import mapping as stored_mapping
 from tallystick.errors import (
     HostMismatch,
     IncompatibleColumn,
@@ -139,6 +140,7 @@ def examine(conn: sa.Connection, config: Config, *, strict: bool = True, changes
     if role.standby and changes:
         raise SchemaError("this server is a standby and cannot be written to. Use the primary's address")
 
+    _refuse_part_of_ours(conn)
     revision = current_revision(conn)
     prepared = prepared_revisions(conn)
     if revision is None and was_applied(conn):
@@ -189,6 +191,20 @@ def examine(conn: sa.Connection, config: Config, *, strict: bool = True, changes
         follows=revision is not None and ("users", "credit_balance") in adopted and not was_cut_over(conn),
         columns={"users": tuple(users_columns), "workshops": tuple(workshops_columns)},
     )
+
+
+def _refuse_part_of_ours(conn: sa.Connection) -> None:
+    """Raise SchemaError if one of the tables that tell the revision and the mapping is missing, and another is there.
+
+    Without it the database would seem not to be migrated, and its columns would be taken for the app's.
+    """
+    tables = [alembic_version, migration_log, stored_mapping]
+    missing = [table.fullname for table in tables if not has_bookkeeping(conn, table.name)]
+    if missing and len(missing) < len(tables):
+        raise SchemaError(
+            f"the database is migrated, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: "
+            "somebody dropped it. Restore it from a backup, with pg_restore --table. Nothing was changed"
+        )
 
 
 def refuse_rows(conn: sa.Connection, host: Host, how: str) -> None:
