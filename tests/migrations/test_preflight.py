@@ -8,7 +8,7 @@ import pytest
 import sqlalchemy as sa
 from hosts import App
 
-from tallystick import HostMapping, UsersTable, WorkshopsTable, migrate
+from tallystick import Config, HostMapping, UsersTable, WorkshopsTable, migrate
 from tallystick.allowances import Allowances
 from tallystick.audit import audit
 from tallystick.config import Allowance
@@ -476,3 +476,114 @@ class TestPropose:
         assert self.propose(app, workshops="courses").workshops == WorkshopsTable(
             table="courses", title=None, created_at=None
         )
+
+
+RENAMED = "Give it its name back: ALTER TABLE "
+AFTERWARDS = {
+    "a renamed title": (
+        "ALTER TABLE workshops RENAME title TO titel",
+        f'{RENAMED}"public"."workshops" RENAME COLUMN "titel" TO "title". If it was dropped',
+        True,
+    ),
+    "a dropped time": (
+        "ALTER TABLE workshops DROP created_at",
+        'RENAME COLUMN … TO "created_at". If it was dropped, add it again: ALTER TABLE "public"."workshops" ADD COLUMN',
+        True,
+    ),
+    "a renamed owner": (
+        "ALTER TABLE workshops RENAME user_id TO owner_id",
+        f'{RENAMED}"public"."workshops" RENAME COLUMN "owner_id" TO "user_id"',
+        True,
+    ),
+    "a renamed key": (
+        "ALTER TABLE users RENAME id TO uid",
+        f'{RENAMED}"public"."users" RENAME COLUMN "uid" TO "id"',
+        False,
+    ),
+    "renamed workshops": (
+        "ALTER TABLE workshops RENAME TO events",
+        'Give it that name back: ALTER TABLE "public"."events" RENAME TO "workshops"',
+        False,
+    ),
+    "users elsewhere": (
+        "CREATE SCHEMA other; ALTER TABLE users SET SCHEMA other; ALTER TABLE other.users RENAME TO people",
+        'ALTER TABLE other.people SET SCHEMA "public"; ALTER TABLE "public"."people" RENAME TO "users"',
+        False,
+    ),
+    "dropped workshops": (
+        "DROP TABLE workshops CASCADE",
+        "make it again, empty: CREATE TABLE public.workshops (",
+        True,
+    ),
+    "a table that inherits": (
+        "CREATE TABLE vip () INHERITS (users)",
+        'Take them out: ALTER TABLE public.vip NO INHERIT "public"."users"',
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AFTERWARDS)
+def test_what_the_app_changes_afterwards_has_a_way_back(name: str, app: App) -> None:
+    """No settings file mends it: the functions have the names of the migration."""
+    change, way_back, removable = AFTERWARDS[name]
+    migrate.apply(app.url, app.config)
+    app.run(change)
+    with app.engine.connect() as conn:
+        for look in (migrate.status, migrate.plan):
+            with pytest.raises(HostMismatch) as caught:
+                look(conn, app.config)
+            assert way_back in str(caught.value)
+            assert "tallystick.toml" not in str(caught.value)
+    if removable:
+        assert migrate.undo(app.url, app.config).changed
+        with app.engine.connect() as conn:
+            assert conn.scalar(sa.text("SELECT to_regnamespace('tallystick')")) is None
+            columns = conn.scalars(sa.text("SELECT attname FROM pg_attribute WHERE attname ~ 'credit'")).all()
+            assert columns == []
+        return
+    with pytest.raises(HostMismatch) as caught:
+        migrate.undo(app.url, app.config)
+    app.run(*str(caught.value).partition(" back: ")[2].split("; "))
+    with app.engine.connect() as conn:
+        assert migrate.status(conn, app.config).healthy
+
+
+def test_the_table_of_workshops_is_made_again(app: App) -> None:
+    migrate.apply(app.url, app.config)
+    app.run("DROP TABLE workshops CASCADE")
+    with app.engine.connect() as conn, pytest.raises(HostMismatch) as caught:
+        migrate.status(conn, app.config)
+    app.run(str(caught.value).partition("empty: ")[2].partition(". To take")[0])
+    with app.engine.connect() as conn:
+        (missing,) = migrate.status(conn, app.config).drift
+    app.run(*missing.remedy.split("; "))
+    with app.engine.connect() as conn:
+        assert migrate.status(conn, app.config).healthy
+
+
+def test_the_column_of_addresses_may_go(make_app: Callable[..., App]) -> None:
+    """No function uses it, and the setting may differ from the stored one."""
+    app = make_app(UUID_USERS, HostMapping(users=UsersTable(email="email"), workshops=None))
+    migrate.apply(app.url, app.config)
+    app.run("ALTER TABLE users RENAME email TO mail")
+    with app.engine.connect() as conn:
+        found = migrate.status(conn, app.config)
+        assert (found.healthy, "Set host.users.email in tallystick.toml" in " ".join(found.warnings)) == (True, True)
+        again = migrate.propose(conn)
+        assert again.users.email == "mail"
+        assert "host.users.email" not in " ".join(migrate.status(conn, Config(host=again)).warnings)
+    assert migrate.undo(app.url, app.config).changed
+
+
+def test_an_adopted_column_that_is_gone_is_not_added(make_app: Callable[..., App]) -> None:
+    """The app's balances are in it, under another name."""
+    app = make_app(
+        f"{UUID_USERS} ALTER TABLE users ADD credits integer NOT NULL DEFAULT 0",
+        HostMapping(users=UsersTable(balance="credits"), workshops=None),
+    )
+    migrate.apply(app.url, app.config)
+    app.run("ALTER TABLE users RENAME credits TO points")
+    with app.engine.connect() as conn:
+        found = {one.where: one for one in migrate.status(conn, app.config).drift}
+    assert (found["public.users.credits"].found, found["public.users.credits"].remedy) == (None, "")

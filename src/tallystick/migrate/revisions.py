@@ -60,6 +60,7 @@ _KEY_TYPES: Mapping[KeyType, SQL] = {
 class TableNames:
     """The names of one table of the host, for a revision.
 
+    ``gone`` is True for a table that the app has dropped since: an undo leaves it out.
     ``key_type`` is the type of the key as a function's parameter; ``key_column`` is that of a column that references
     the key. ``key_type_schema`` is the schema of an extension's type, for a function's search_path.
     """
@@ -78,6 +79,7 @@ class TableNames:
     owner: Identifier | None = None
     title: Identifier | None = None
     created_at: Identifier | None = None
+    gone: bool = False
 
     @classmethod
     def of(cls, word: Word, table: UsersTable | WorkshopsTable) -> TableNames:

@@ -261,10 +261,13 @@ def _status(conn: sa.Connection, config: Config) -> Status:
         finally:
             savepoint.rollback()
     warnings: tuple[str, ...] = ()
+    email = config.host.users.email
+    if host.revision is not None and email is not None and email not in host.columns["users"]:
+        warnings = (_NO_EMAIL.format(host.users.shown, email),)
     if host.revision is not None:
         superuser = conn.scalars(_SUPERUSER, {"schema": host.ledger_schema})
         forced = forced_policies(conn, host, oid_of(conn, host.ledger_schema, LEDGER))
-        warnings = (*open_policies(conn, host, config.host), *superuser, *forced)
+        warnings = (*warnings, *open_policies(conn, host, config.host), *superuser, *forced)
         if here is not None:
             warnings = (*warnings, _ON_A_STANDBY)
         if host.follows:
@@ -296,6 +299,12 @@ def _require_temporary_tables(conn: sa.Connection) -> None:
             "(default_transaction_read_only). Allow it for this one command: "
             "PGOPTIONS='-c default_transaction_read_only=off' tallystick migrate status"
         )
+
+
+_NO_EMAIL = (
+    "{} has no column {!r} any more, by which people are found and shown. Set host.users.email in tallystick.toml to "
+    "another, or to false; without [host] in the file, run tallystick init first"
+)
 
 
 _ON_A_STANDBY = (
@@ -467,6 +476,9 @@ class _Remedies:
             # PostgreSQL's own name for one that has none
             name = str(constraint.name or f"{constraint.table.name}_pkey")
             self.made["constraint", name] = ddl.process(constraint)
+        # the app's balances are lost, or in a column of another name by now: an empty one would hide that
+        own = ("users", "credit_balance") in host.adopted
+        self.own_balance = f"{host.users.shown}.{host.balance}" if own else None
         self.of_the_app = {f"{table.schema}.{table.table}" for table in host.tables}
         for each in revisions():
             for statement in (text([made]) for made in (*each.prepare(names), *each.locked(names))):
@@ -499,7 +511,7 @@ class _Remedies:
                 parts = [f"{alter} {what}" if there else self.made.get((drift.kind, where), "")]
             case "rule":
                 parts = [f"DROP RULE {name} ON {table}"]
-            case "column" if not there and where in self.of_the_app:
+            case "column" if not there and where in self.of_the_app and drift.where != self.own_balance:
                 parts = [f"{alter} ADD {name} {drift.expected}"]
             case "trigger" if there.startswith(f"{drift.expected} DISABLED"):
                 parts = [f"{alter} ENABLE TRIGGER {name}"]

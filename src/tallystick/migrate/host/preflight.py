@@ -5,15 +5,15 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import sqlalchemy as sa
-from psycopg.sql import Identifier
+from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.config import CREDITS_MAX, INTEGER_KEYS, Config, HostMapping, KeyType, UsersTable, WorkshopsTable
 from tallystick.database import refuse_hidden_rows
-from tallystick.declared_tables import alembic_version, migration_log
+from tallystick.declared_tables import Schema, alembic_version, migration_log
 from tallystick.declared_tables import mapping as stored_mapping
 from tallystick.errors import (
     HostMismatch,
@@ -32,6 +32,7 @@ from tallystick.migrate.host.tables import (
     HostTable,
     columns_of,
     host_tables,
+    oid_of,
     quoted,
     unsuitable,
 )
@@ -58,7 +59,9 @@ _TAKEN = sa.text("""
 """)
 
 _KEYS = sa.text("""
-    SELECT conname AS name, confrelid::bigint AS oid, confrelid::regclass::text AS table FROM pg_constraint
+    SELECT conname AS name, confrelid::bigint AS oid, nspname AS schema, relname AS bare,
+           quote_ident(nspname) || '.' || quote_ident(relname) AS table
+    FROM pg_constraint JOIN pg_class c ON c.oid = confrelid JOIN pg_namespace n ON n.oid = relnamespace
     WHERE conrelid = to_regclass(quote_ident(:schema) || '.credit_transactions')
       AND conname IN ('credit_transactions_user_fk', 'credit_transactions_workshop_fk')
 """)
@@ -119,11 +122,14 @@ class Host:
         return tuple(sorted(f"{word}.{column}" for word, column in self.adopted))
 
 
-def examine(conn: sa.Connection, config: Config, *, strict: bool = True, changes: bool = True) -> Host:
+def examine(
+    conn: sa.Connection, config: Config, *, strict: bool = True, changes: bool = True, removes: bool = False
+) -> Host:
     """Check that this database can be migrated (or is already), before anything is changed.
 
     With ``strict`` off, missing privileges and objects that would break are in the result, not raised. With
-    ``changes`` off nothing is to be changed, and a standby is accepted.
+    ``changes`` off nothing is to be changed, and a standby is accepted. With ``removes`` all of Tallystick is to be
+    taken out, for which columns that are only read, and the table of workshops, may be missing.
 
     Raises:
         SchemaError: the server is too old, or is a standby and cannot be changed; or the bookkeeping is lost.
@@ -135,11 +141,7 @@ def examine(conn: sa.Connection, config: Config, *, strict: bool = True, changes
     """
     mapping = config.host
     role = conn.execute(_ROLE, {"schema": mapping.users.schema}).one()
-    if role.version < OLDEST_SERVER:
-        raise SchemaError(f"PostgreSQL {role.version_text} is too old. Tallystick needs 14 or later")
-    if role.standby and changes:
-        raise SchemaError("this server is a standby and cannot be written to. Use the primary's address")
-
+    _refuse_server(role, changes=changes)
     _refuse_part_of_ours(conn)
     revision = current_revision(conn)
     prepared = prepared_revisions(conn)
@@ -148,8 +150,10 @@ def examine(conn: sa.Connection, config: Config, *, strict: bool = True, changes
     if revision is not None or prepared:
         refuse_other_mapping(mapping_of(conn), mapping)
     migrated = revision is not None or bool(prepared)
-    users, users_columns = _mapped_users(conn, mapping, migrated=migrated)
-    workshops, workshops_columns = _mapped_workshops(conn, mapping, migrated=migrated)
+    users, users_columns = _mapped_users(conn, mapping, migrated=migrated, removes=removes)
+    if removes and migrated and mapping.workshops is not None and _is_gone(conn, mapping):
+        mapping = replace(mapping, workshops=None)
+    workshops, workshops_columns = _mapped_workshops(conn, mapping, migrated=migrated, removes=removes)
     if revision is None and not prepared and role.has_schema:
         raise HostMismatch(
             'this database has a schema "tallystick" that is not ours. Rename it: '
@@ -275,12 +279,12 @@ def _missing_privileges(
     if not migrated and not role.database_create:
         yield (
             f"{role.role} may not create the schema tallystick. Let an administrator run: "
-            f"GRANT CREATE ON DATABASE {_quoted(role.database)} TO {_quoted(role.role)}"
+            f"GRANT CREATE ON DATABASE {quoted(role.database)} TO {quoted(role.role)}"
         )
     if not role.schema_create:
         yield (
             f"{role.role} may not create tables in schema {mapping.users.schema}. Let an administrator run: "
-            f"GRANT CREATE ON SCHEMA {_quoted(mapping.users.schema)} TO {_quoted(role.role)}"
+            f"GRANT CREATE ON SCHEMA {quoted(mapping.users.schema)} TO {quoted(role.role)}"
         )
 
 
@@ -289,35 +293,82 @@ _INHERITS_BY_GRANT = 160000
 
 def _membership(role: sa.Row[Any], table: HostTable) -> str:
     """The statement with which the role has the rights of the table's owner."""
-    grant = f"GRANT {_quoted(table.owner)} TO {_quoted(role.role)}"
+    grant = f"GRANT {quoted(table.owner)} TO {quoted(role.role)}"
     if role.version >= _INHERITS_BY_GRANT:
         return f"{grant} WITH INHERIT TRUE" if table.member or not role.inherits else grant
-    inherit = f"ALTER ROLE {_quoted(role.role)} INHERIT"
+    inherit = f"ALTER ROLE {quoted(role.role)} INHERIT"
     return "; ".join([*([] if table.member and not role.inherits else [grant]), *([] if role.inherits else [inherit])])
 
 
-def _quoted(name: str) -> str:
-    return Identifier(name).as_string(None)
+def _refuse_server(role: sa.Row[Any], *, changes: bool) -> None:
+    if role.version < OLDEST_SERVER:
+        raise SchemaError(f"PostgreSQL {role.version_text} is too old. Tallystick needs 14 or later")
+    if role.standby and changes:
+        raise SchemaError("this server is a standby and cannot be written to. Use the primary's address")
 
 
 def _mapped_users(
-    conn: sa.Connection, mapping: HostMapping, *, migrated: bool
+    conn: sa.Connection, mapping: HostMapping, *, migrated: bool, removes: bool
 ) -> tuple[HostTable, Mapping[str, HostColumn]]:
     names = mapping.users
-    table = mapped_table(conn, "users", names.schema, names.table)
+    table = mapped_table(conn, "users", names.schema, names.table, migrated=migrated, removes=removes)
     columns = columns_of(conn, table)
     _check_key("users", table, columns, names, migrated=migrated)
-    if names.email:
+    if names.email and not migrated:  # no function uses it, and the setting may change at any time
         _column("users", "email", table, columns, names.email)
     return table, columns
 
 
-def mapped_table(conn: sa.Connection, word: Word, schema: str, name: str) -> HostTable:
-    """The mapped table. Raises HostMismatch if it is missing or unsuitable, with a similar name."""
+def _is_gone(conn: sa.Connection, mapping: HostMapping) -> bool:
+    """True if the table of workshops was dropped; one that has another name is still referenced by the ledger."""
+    names = mapping.workshops
+    referenced = {key.name for key in conn.execute(_KEYS, {"schema": mapping.schema_of_ledger})}
+    return (
+        names is not None
+        and oid_of(conn, names.schema, names.table) is None
+        and "credit_transactions_workshop_fk" not in referenced
+    )
+
+
+def _refuse_missing(conn: sa.Connection, word: Word, schema: str, name: str) -> None:
+    """Raise HostMismatch for a mapped table that has been renamed or dropped since the migration, with the way back."""
+    stored = mapping_of(conn)
+    shown = f"{schema}.{name}"
+    for key in conn.execute(_KEYS, {"schema": stored.schema_of_ledger}):
+        if key.name == f"credit_transactions_{word.removesuffix('s')}_fk":
+            moved = f"ALTER TABLE {key.table} SET SCHEMA {quoted(schema)}" if key.schema != schema else ""
+            renamed = f"ALTER TABLE {quoted(schema, key.bare)} RENAME TO {quoted(name)}" if key.bare != name else ""
+            raise HostMismatch(
+                f"{shown} is {key.table} now, and the ledger's functions call it by the name that it had at the "
+                f"migration. Give it that name back: {'; '.join(each for each in (moved, renamed) if each)}",
+                table=shown,
+                column=None,
+            )
+    made = Schema.of(stored).workshops if word == "workshops" else None
+    how = ""
+    if made is not None:
+        ddl = " ".join(str(sa.schema.CreateTable(made).compile(dialect=pg.dialect())).split())  # type: ignore[no-untyped-call]
+        how = f", or make it again, empty: {ddl}. To take Tallystick out of the database: tallystick migrate undo"
+    raise HostMismatch(
+        f"{shown} is gone, and the ledger's functions need it. Restore it from a backup{how}", table=shown, column=None
+    )
+
+
+def mapped_table(
+    conn: sa.Connection, word: Word, schema: str, name: str, *, migrated: bool | None = None, removes: bool = False
+) -> HostTable:
+    """The mapped table. Raises HostMismatch if it is missing or unsuitable, with a similar name.
+
+    ``migrated`` is None if the caller does not know. With ``removes`` other tables may inherit from it.
+    """
+    if migrated is None:
+        migrated = has_bookkeeping(conn, "mapping") and _is_mapped(mapping_of(conn), word, schema, name)
     everything = host_tables(conn)
     table = next((t for t in everything if (t.schema, t.table) == (schema, name)), None)
     where = f"host.{word}"
     if table is None:
+        if migrated:
+            _refuse_missing(conn, word, schema, name)
         named = {t.table: t.shown for t in everything}  # alike without the schema, which most tables share
         near = [named[other] for other in difflib.get_close_matches(name, named, n=1, cutoff=0.5)]
         hint = f"did you mean {near[0]}? Set it under [{where}]" if near else f"name it under [{where}]"
@@ -326,10 +377,19 @@ def mapped_table(conn: sa.Connection, word: Word, schema: str, name: str) -> Hos
             table=f"{schema}.{name}",
             column=None,
         )
-    fault = unsuitable(table)
+    heirs = conn.scalars(_HEIRS, {"oid": table.oid}).all() if migrated and table.inherits else []
+    if heirs and not removes:
+        raise HostMismatch(
+            f"other tables inherit from {table.shown}, whose rows the ledger does not find by its keys. Take them out: "
+            + "; ".join(f"ALTER TABLE {heir} NO INHERIT {quoted(schema, name)}" for heir in heirs),
+            table=table.shown,
+            column=None,
+        )
+    fault = None if heirs else unsuitable(table)
     if fault:
-        raise HostMismatch(f"{table.shown} {fault}. Name another table under [{where}]", table=table.shown, column=None)
-    if table.columns_ever + 10 > _MAX_COLUMNS:
+        other = "" if migrated else f". Name another table under [{where}]"
+        raise HostMismatch(f"{table.shown} {fault}{other}", table=table.shown, column=None)
+    if table.columns_ever + 10 > _MAX_COLUMNS and not migrated:
         raise HostMismatch(
             f"{table.shown} has had {table.columns_ever} columns, dropped ones included; "
             f"PostgreSQL allows {_MAX_COLUMNS} in a table's life. Copy it into a new table first",
@@ -339,12 +399,42 @@ def mapped_table(conn: sa.Connection, word: Word, schema: str, name: str) -> Hos
     return table
 
 
+_HEIRS = sa.text("SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = :oid ORDER BY 1")
+
+
+def _is_mapped(stored: HostMapping, word: Word, schema: str, name: str) -> bool:
+    table = stored.users if word == "users" else stored.workshops
+    return table is not None and (table.schema, table.table) == (schema, name)
+
+
 _OPTIONAL = ("email", "title", "created_at")
 
 
-def _column(word: Word, setting: str, table: HostTable, columns: Mapping[str, HostColumn], name: str) -> HostColumn:
+def _column(
+    word: Word,
+    setting: str,
+    table: HostTable,
+    columns: Mapping[str, HostColumn],
+    name: str,
+    *,
+    since: UsersTable | WorkshopsTable | None = None,
+) -> HostColumn:
+    """The column. ``since`` is the table's mapping, if the database was migrated for it."""
     if name in columns:
         return columns[name]
+    if since is not None:
+        used = {getattr(since, each) for each in type(since).__dataclass_fields__} | set(_ADOPTABLE[word])
+        near = difflib.get_close_matches(name, [each for each in columns if each not in used], n=1, cutoff=0.5)
+        alter, ours = f"ALTER TABLE {quoted(table.schema, table.table)}", quoted(name)
+        kind = {"title": "text", "created_at": "timestamptz"}.get(setting, "…")
+        again = "" if setting == "key" else f". If it was dropped, add it again: {alter} ADD COLUMN {ours} {kind}"
+        raise HostMismatch(
+            f"{table.shown} has no column {name!r} any more, and the ledger's functions use it "
+            f"(host.{word}.{setting}). Give it its name back: {alter} RENAME COLUMN "
+            f"{quoted(*near) if near else '…'} TO {ours}{again}",
+            table=table.shown,
+            column=name,
+        )
     raise HostMismatch(
         f"{table.shown} has no column {name!r}{_near(name, columns)} "
         f"Set host.{word}.{setting} in tallystick.toml{', to false if there is none' if setting in _OPTIONAL else ''}",
@@ -372,7 +462,7 @@ def _check_key(
     migrated: bool,
 ) -> None:
     name = names.key
-    column = _column(word, "key", table, columns, name)
+    column = _column(word, "key", table, columns, name, since=names if migrated else None)
     if column.key_type is None or column.generated:
         raise HostMismatch(
             f"{table.shown}.{name} is {column.shown}{' (generated)' if column.generated else ''}, which cannot be "
@@ -411,15 +501,30 @@ def _other_keys(word: Word, columns: Mapping[str, HostColumn]) -> str:
 
 
 def _mapped_workshops(
-    conn: sa.Connection, mapping: HostMapping, *, migrated: bool
+    conn: sa.Connection, mapping: HostMapping, *, migrated: bool, removes: bool
 ) -> tuple[HostTable | None, Mapping[str, HostColumn]]:
     names = mapping.workshops
     if names is None:
         return None, {}
-    table = mapped_table(conn, "workshops", names.schema, names.table)
+    table = mapped_table(conn, "workshops", names.schema, names.table, migrated=migrated, removes=removes)
     columns = columns_of(conn, table)
     _check_key("workshops", table, columns, names, migrated=migrated)
-    owner = _column("workshops", "owner", table, columns, names.owner)
+    if not removes:
+        _check_read_columns(table, columns, mapping, names, migrated=migrated)
+    return table, columns
+
+
+def _check_read_columns(
+    table: HostTable,
+    columns: Mapping[str, HostColumn],
+    mapping: HostMapping,
+    names: WorkshopsTable,
+    *,
+    migrated: bool,
+) -> None:
+    """Check the columns of workshops that the functions only read."""
+    since = names if migrated else None
+    owner = _column("workshops", "owner", table, columns, names.owner, since=since)
     users = (mapping.users.schema, mapping.users.table, mapping.users.key)
     refuse_two_integers(users, mapping.users.key_type, table, owner, migrated=migrated)
     if not _serves(mapping.users.key_type, owner.key_type, migrated=migrated) or (
@@ -433,9 +538,9 @@ def _mapped_workshops(
             column=names.owner,
         )
     if names.title:
-        _column("workshops", "title", table, columns, names.title)
+        _column("workshops", "title", table, columns, names.title, since=since)
     if names.created_at:
-        created = _column("workshops", "created_at", table, columns, names.created_at)
+        created = _column("workshops", "created_at", table, columns, names.created_at, since=since)
         if created.type not in MOMENTS:
             raise HostMismatch(
                 f"{table.shown}.{names.created_at} is {created.shown}, not a timestamp. "
@@ -443,7 +548,6 @@ def _mapped_workshops(
                 table=table.shown,
                 column=names.created_at,
             )
-    return table, columns
 
 
 _WIDER = ("smallint", "integer", "bigint")
@@ -461,8 +565,8 @@ def refuse_two_integers(
     narrow = (table.schema, table.table, owner.name) if wider == key_type else users
     raise HostMismatch(
         f"{table.shown}.{owner.name} is {owner.shown}, and {schema}.{of_users}.{key} is {key_type}: both have to be "
-        f"of one type. Run ALTER TABLE {quoted(*narrow[:2])} ALTER COLUMN {quoted(narrow[2])} TYPE {wider}, which rewrites "
-        "the table while nobody can use it, then try again",
+        f"of one type. Run ALTER TABLE {quoted(*narrow[:2])} ALTER COLUMN {quoted(narrow[2])} TYPE {wider}, which "
+        "rewrites the table while nobody can use it, then try again",
         table=table.shown,
         column=owner.name,
     )

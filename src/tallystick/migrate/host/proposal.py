@@ -151,7 +151,7 @@ def propose(
     with reading_catalogues(conn):
         stored = mapping_of(conn) if current_revision(conn) or prepared_revisions(conn) else None
         if stored is not None and users is workshops is users_key is balance is credits is None and not own_columns:
-            return stored
+            return _with_present_email(conn, stored)
         found = _propose(conn, users, workshops, users_key, balance)
         found = found if own_columns else _with_app_columns(conn, found)
         if stored is not None:  # it alone knows these two
@@ -160,6 +160,16 @@ def propose(
         if stored is not None:
             refuse_other_mapping(stored, found)
         return found
+
+
+def _with_present_email(conn: sa.Connection, stored: HostMapping) -> HostMapping:
+    """The stored mapping, with another column of e-mail addresses if the app has none of that name any more."""
+    table = mapped_table(conn, "users", stored.users.schema, stored.users.table)
+    columns = columns_of(conn, table)
+    if stored.users.email is None or stored.users.email in columns:
+        return stored
+    found = _pick(columns.values(), _EMAILS, ("text", "varchar", "citext"))
+    return replace(stored, users=replace(stored.users, email=found))
 
 
 def people(conn: sa.Connection) -> list[Candidate]:

@@ -300,7 +300,7 @@ def _ours_to_read(host: HostMapping, to: sql.Identifier, verb: str, preposition:
 
 
 def _mapped(names: HostNames) -> list[TableNames]:
-    return [table for table in (names.users, names.workshops) if table]
+    return [table for table in (names.users, names.workshops) if table and not table.gone]
 
 
 def _bare(name: sql.Identifier) -> str:

@@ -186,7 +186,7 @@ def downward(
 def _added(names: HostNames) -> Iterator[tuple[TableNames, list[str]]]:
     """The columns that the first revision added to each of the app's tables."""
     for table, ours in ((names.users, user_columns()), (names.workshops, workshop_columns())):
-        if table:
+        if table and not table.gone:
             yield table, [column.name for column in ours if (table.word, column.name) not in names.adopted]
 
 

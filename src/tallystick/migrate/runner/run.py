@@ -265,9 +265,11 @@ class _Run:
     def undo(self, *, to: str | None, discard_ledger: bool) -> Receipt:
         if to is not None:
             revision_named(to)
-        host = self._examine()
+        host = self._examine(removes=to is None)
         refuse_interrupted(self.conn)
         names = HostNames.of(self.config.host, host.adopted)
+        if names.workshops is not None and host.workshops is None:
+            names = replace(names, workshops=replace(names.workshops, gone=True))
         gone = tuple(reversed([revision for revision in up_to(host.revision) if revision not in up_to(to)]))
         prepared = [revision for revision in reversed(after(host.revision)) if revision.revision in host.prepared]
         receipt = Receipt("undo", host.revision, to if gone else host.revision)
@@ -288,13 +290,13 @@ class _Run:
         receipt = replace(receipt, revisions=tuple(one.revision for one in (*prepared, *gone)), roles=roles)
         return self._transaction(messages, receipt, shown=receipt.revisions[0])
 
-    def _examine(self) -> Host:
+    def _examine(self, *, removes: bool = False) -> Host:
         """Run the preflight. It waits for a session that holds a table exclusively, which is named as a blocker."""
         watch = Watch(self.conn, mapped_oids(self.conn, self.config.host))
         deadline = time.monotonic() + self.give_up_after_s
         while True:
             try:
-                return examine(self.conn, self.config)
+                return examine(self.conn, self.config, removes=removes)
             except sa.exc.OperationalError as error:
                 if not isinstance(error.orig, psycopg.errors.LockNotAvailable):
                     raise

@@ -352,7 +352,7 @@ def prepare(host: Any) -> Iterator[Composable]:
 
 def locks(host: Any) -> tuple[Identifier, ...]:
     """The tables that ``locked`` changes, in the order in which they are locked."""
-    return tuple(table.name for table in (host.users, host.workshops) if table)
+    return tuple(table.name for table, _ in _tables(host))
 
 
 def locked(host: Any) -> Iterator[Composable]:
@@ -466,7 +466,7 @@ def _drop_the_rest(host: Any) -> Iterator[Composable]:
 
 def _tables(host: Any) -> list[tuple[Any, dict[str, str]]]:
     pairs = ((host.users, USERS_COLUMNS), (host.workshops, WORKSHOPS_COLUMNS))
-    return [(table, columns) for table, columns in pairs if table]
+    return [(table, columns) for table, columns in pairs if table and not table.gone]
 
 
 def _ledger(host: Any) -> Identifier:
