@@ -243,6 +243,46 @@ def test_a_column_of_two_roles(make_app: Callable[..., App], ddl: str, asked: di
         migrate.propose(conn, **asked)
 
 
+@pytest.mark.parametrize(
+    ("column", "asked", "message"),
+    [
+        (
+            "credit_balance integer",
+            {"balance": "none"},
+            '"users" RENAME COLUMN credit_balance TO credit_balance_b',
+        ),
+        ("credit_balance integer GENERATED ALWAYS AS (3) STORED", {}, "is integer GENERATED, .* it needs another name"),
+        (
+            "credit_balance smallint",
+            {},
+            "balance is smallint, and a balance has to be integer, bigint or numeric",
+        ),
+        ("email text", {"balance": "email"}, "users.email is text, .*use --balance none"),
+        (
+            "credits integer",
+            {"credits": "bigint"},
+            "credits is integer, and a balance has to be bigint or numeric",
+        ),
+    ],
+)
+def test_a_balance_that_cannot_be_adopted(
+    make_app: Callable[..., App], column: str, asked: dict[str, str], message: str
+) -> None:
+    """The plan would refuse it, and the settings would name it as credits that are kept."""
+    app = make_app(f"CREATE TABLE users (id integer PRIMARY KEY, {column})")
+    with app.engine.connect() as conn, pytest.raises(HostMismatch, match=message):
+        migrate.propose(conn, **asked)
+
+
+def test_our_own_balance_is_none_of_the_apps(make_app: Callable[..., App]) -> None:
+    app = make_app("CREATE TABLE users (id integer PRIMARY KEY)")
+    with app.engine.connect() as conn:
+        mapping = migrate.propose(conn, balance="none")
+    migrate.apply(app.url, Config(host=mapping))
+    with app.engine.connect() as conn:
+        assert migrate.propose(conn, balance="none") == mapping
+
+
 def test_a_view_stands_for_the_table_behind_it(make_app: Callable[..., App]) -> None:
     app = make_app(f"{FREE.format('members')} CREATE VIEW users AS SELECT * FROM members")
     with app.engine.connect() as conn:

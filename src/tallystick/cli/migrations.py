@@ -120,6 +120,11 @@ def _init_again(options: Mapping[str, str | None], *, own_columns: bool) -> str:
     return " ".join(["tallystick init --force", *given, *(["--own-columns"] if own_columns else [])])
 
 
+def _without_balance(column: str, init_again: str) -> str:
+    ours = column == "credit_balance"
+    return ", rename it first: Tallystick's own column has this name" if ours else f": {init_again}"
+
+
 @app.command(rich_help_panel="Begin here")
 def init(
     ctx: typer.Context,
@@ -242,10 +247,12 @@ def init(
             )
         if adopts:
             column = f"{named.schema}.{named.table}.{named.balance}"
-            without = _init_again({**given, "--balance": "none"}, own_columns=own_columns)
+            without = _without_balance(
+                named.balance, _init_again({**given, "--balance": "none"}, own_columns=own_columns)
+            )
             out.print(
                 f"balance    {column}: these credits are kept and taken into the ledger. To see them: tallystick "
-                f"adopt. If the column means something else: {without}",
+                f"adopt. If the column means something else{without}",
                 markup=False,
             )
         if in_place:

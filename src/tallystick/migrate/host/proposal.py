@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import sqlalchemy as sa
+from psycopg.sql import Identifier
 from pydantic import ValidationError
 
 from tallystick.config import HostMapping, UsersTable, WorkshopsTable
@@ -152,11 +153,10 @@ def propose(
         stored = mapping_of(conn) if current_revision(conn) or prepared_revisions(conn) else None
         if stored is not None and users is workshops is users_key is balance is credits is None and not own_columns:
             return _with_present_email(conn, stored)
-        found = _propose(conn, users, workshops, users_key, balance)
+        found = _propose(conn, users, workshops, users_key, balance, credits=credits)
         found = found if own_columns else _with_app_columns(conn, found)
         if stored is not None:  # it alone knows these two
-            found = replace(found, credits=stored.credits, ledger_schema=stored.ledger_schema)
-        found = found if credits is None else replace(found, credits=credits)
+            found = replace(found, credits=credits or stored.credits, ledger_schema=stored.ledger_schema)
         if stored is not None:
             refuse_other_mapping(stored, found)
         return found
@@ -334,8 +334,15 @@ def _of_another_type(conn: sa.Connection, key: HostColumn, mapping: HostMapping)
 
 
 def _propose(
-    conn: sa.Connection, users: str | None, workshops: str | None, users_key: str | None, balance: str | None
+    conn: sa.Connection,
+    users: str | None,
+    workshops: str | None,
+    users_key: str | None,
+    balance: str | None,
+    *,
+    credits: Literal["integer", "bigint"] | None = None,
 ) -> HostMapping:
+    migrated = bool(current_revision(conn) or prepared_revisions(conn))
     everything = host_tables(conn)
     users_table = _named_table("users", everything, users) if users is not None else _users(conn, everything)
     if refusal := platform_refusal(users_table):
@@ -368,20 +375,24 @@ def _propose(
         people = {one.table.oid for one in candidates(conn, everything)}
         key, found = _propose_workshops(conn, users_table, asked, key, workshops_table, people=people)
     held_in = _balance(users_table, columns, balance, key=key.name)
+    name = held_in.name if held_in else "credit_balance"
+    credits = credits or ("bigint" if held_in and held_in.type == "int8" else "integer")
+    if not migrated and name in columns:
+        _refuse_unfit(users_table, columns[name], credits, balance)
     with _one_column_for_each(users_table, "Name another one: --users-key COLUMN, or --balance COLUMN"):
         people_table = UsersTable(
             schema=users_table.schema,
             table=users_table.table,
             **key.key_settings,
             email=_pick(columns.values(), _EMAILS, ("text", "varchar", "citext")),
-            balance=held_in.name if held_in else "credit_balance",
+            balance=name,
         )
     mapping = HostMapping(
         users=people_table,
         workshops=found,
-        credits="bigint" if held_in and held_in.type == "int8" else "integer",
+        credits=credits,
     )
-    ours = None if current_revision(conn) or prepared_revisions(conn) else taken(conn, mapping)
+    ours = None if migrated else taken(conn, mapping)
     return replace(mapping, ledger_schema="tallystick") if ours else mapping
 
 
@@ -404,6 +415,27 @@ def _balance(table: HostTable, columns: Mapping[str, HostColumn], asked: str | N
         return columns[asked]
     found = _pick_balance(columns.values(), _OF_BALANCES if _CALLED_BALANCES.search(table.table) else _BALANCES)
     return found if found and asked != "none" and not _balance_obstacle(found) else None
+
+
+def _refuse_unfit(table: HostTable, column: HostColumn, credits: str, asked: str | None) -> None:
+    """Raise HostMismatch if the column that would be the balance cannot be adopted, as the plan would."""
+    name = column.name
+    users, before = Identifier(table.schema, table.table).as_string(None), f"{name}_before"
+    rename = (
+        f"If it means something else, it needs another name, since Tallystick's own column is called {name}: code that "
+        f"uses it breaks with ALTER TABLE {users} RENAME COLUMN {name} TO {before}, so deploy code that knows both "
+        "names first"
+    )
+    if asked == "none":
+        raise HostMismatch(f"{table.shown} has a column {name} already. {rename}", table=table.shown, column=name)
+    if wrong := unfit("users", "credit_balance", column, credits):
+        other = rename if name == "credit_balance" else "If it holds no credits, use --balance none"
+        raise HostMismatch(
+            f"{table.shown}.{name} is {wrong.found}, and a balance has to be {wrong.expected}. If it holds credits, "
+            f"change that, or name another column with --balance. {other}",
+            table=table.shown,
+            column=name,
+        )
 
 
 def _users_key(
