@@ -210,7 +210,8 @@ def test_no_sequence_of_the_app_goes_on(make_app: Callable[..., App]) -> None:
     app = make_app(
         """
         CREATE TABLE users (
-          id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, number serial, other integer GENERATED ALWAYS AS IDENTITY);
+          id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, number serial,
+          other integer GENERATED ALWAYS AS IDENTITY);
         CREATE TABLE workshops (
           id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, user_id bigint REFERENCES users, title text,
           created_at timestamptz);

@@ -289,10 +289,11 @@ def _refuse_no_numbers(conn: sa.Connection, table: HostTable, name: Composable, 
         c=Identifier(column),
     ).rows
     if wrong:
+        where = f"WHERE {Identifier(column).as_string(None)} IN ('NaN', 'Infinity', '-Infinity')"
+        find = f"SELECT * FROM {name.as_string(None)} {where}"  # noqa: S608 - for a person to read
         raise HostMismatch(
             f"{table.shown}.{column} is NaN or infinite in {wrong} row{'' if wrong == 1 else 's'}, so nothing can be "
-            f"added up. Correct them first: SELECT * FROM {name.as_string(None)} WHERE "
-            f"{Identifier(column).as_string(None)} IN ('NaN', 'Infinity', '-Infinity')",
+            f"added up. Correct them first: {find}",
             table=table.shown,
             column=column,
         )

@@ -231,9 +231,8 @@ def restore_table_privileges(names: HostNames, is_app: sql.Composable = _IS_GRAN
 
 def granted_roles(conn: sa.Connection) -> tuple[str, ...]:
     """The roles that were granted the ledger, by name."""
-    return tuple(
-        conn.scalars(sa.text(f"SELECT r.rolname FROM pg_roles AS r WHERE {_IS_GRANTED.as_string()} ORDER BY 1"))
-    )
+    query = sql.SQL("SELECT r.rolname FROM pg_roles AS r WHERE {} ORDER BY 1").format(_IS_GRANTED)
+    return tuple(conn.scalars(sa.text(query.as_string())))
 
 
 def left_behind(host: HostMapping, role: str) -> str:

@@ -18,8 +18,8 @@ BROKEN = "TS004"
 """SQLSTATE of a write that fails because of the change."""
 
 # A copy of a row runs BEFORE INSERT triggers and fails at the unique key. It has the row's identity too, which is given
-# and not taken from a sequence: that would go on, since nextval is never rolled back. A deletion is not tried, since it may cascade
-# to any number of other tables. SQL functions are checked as at their creation, without being run.
+# and not taken from a sequence: that would go on, since nextval is never rolled back. A deletion is not tried, since it
+# may cascade to any number of other tables. SQL functions are checked as at their creation, without being run.
 _TRIES = """
     WITH mapped AS (
       SELECT t.name::regclass AS name, t.key FROM (VALUES {tables}) t (name, key)
