@@ -290,8 +290,8 @@ class TestPrivileges:
         for missing, grants in (
             ("does not own public.users. Connect as postgres", [f"ALTER TABLE users OWNER TO {role}"]),
             ("does not own public.workshops", [f"ALTER TABLE workshops OWNER TO {role}"]),
-            (f'GRANT CREATE ON DATABASE "{database}" TO "{role}"', [f"GRANT CREATE ON DATABASE {database} TO {role}"]),
-            (f'GRANT CREATE ON SCHEMA "public" TO "{role}"', [f"GRANT CREATE ON SCHEMA public TO {role}"]),
+            (f"GRANT CREATE ON DATABASE {database} TO {role}", [f"GRANT CREATE ON DATABASE {database} TO {role}"]),
+            (f"GRANT CREATE ON SCHEMA public TO {role}", [f"GRANT CREATE ON SCHEMA public TO {role}"]),
         ):
             with pytest.raises(PermissionDenied) as caught:
                 migrate.apply(ours.url, ours.config)
@@ -482,32 +482,32 @@ RENAMED = "Give it its name back: ALTER TABLE "
 AFTERWARDS = {
     "a renamed title": (
         "ALTER TABLE workshops RENAME title TO titel",
-        f'{RENAMED}"public"."workshops" RENAME COLUMN "titel" TO "title". If it was dropped',
+        f"{RENAMED}public.workshops RENAME COLUMN titel TO title. If it was dropped",
         True,
     ),
     "a dropped time": (
         "ALTER TABLE workshops DROP created_at",
-        'RENAME COLUMN … TO "created_at". If it was dropped, add it again: ALTER TABLE "public"."workshops" ADD COLUMN',
+        "RENAME COLUMN … TO created_at. If it was dropped, add it again: ALTER TABLE public.workshops ADD COLUMN",
         True,
     ),
     "a renamed owner": (
         "ALTER TABLE workshops RENAME user_id TO owner_id",
-        f'{RENAMED}"public"."workshops" RENAME COLUMN "owner_id" TO "user_id"',
+        f"{RENAMED}public.workshops RENAME COLUMN owner_id TO user_id",
         True,
     ),
     "a renamed key": (
         "ALTER TABLE users RENAME id TO uid",
-        f'{RENAMED}"public"."users" RENAME COLUMN "uid" TO "id"',
+        f"{RENAMED}public.users RENAME COLUMN uid TO id",
         False,
     ),
     "renamed workshops": (
         "ALTER TABLE workshops RENAME TO events",
-        'Give it that name back: ALTER TABLE "public"."events" RENAME TO "workshops"',
+        "Give it that name back: ALTER TABLE public.events RENAME TO workshops",
         False,
     ),
     "users elsewhere": (
         "CREATE SCHEMA other; ALTER TABLE users SET SCHEMA other; ALTER TABLE other.users RENAME TO people",
-        'ALTER TABLE other.people SET SCHEMA "public"; ALTER TABLE "public"."people" RENAME TO "users"',
+        "ALTER TABLE other.people SET SCHEMA public; ALTER TABLE public.people RENAME TO users",
         False,
     ),
     "dropped workshops": (
@@ -517,7 +517,7 @@ AFTERWARDS = {
     ),
     "a table that inherits": (
         "CREATE TABLE vip () INHERITS (users)",
-        'Take them out: ALTER TABLE public.vip NO INHERIT "public"."users"',
+        "Take them out: ALTER TABLE public.vip NO INHERIT public.users",
         True,
     ),
 }

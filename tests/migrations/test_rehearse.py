@@ -141,7 +141,8 @@ def test_the_ledger_is_used_and_leaves_nothing(name: str, make_app: Callable[...
     assert app.dump("--schema-only") == before
     opened = name == "balances in a table of their own"
     has_users = opened or name in {
-        *("uuid", "text", "integer", "keyed by an external identity", "keyed by a reserved word")
+        *("uuid", "text", "integer", "keyed by an external identity", "keyed by a reserved word"),
+        "with names that would end a quoted body",
     }
     assert [one.fault for one in done.lived] == ([None] * 7 if has_users else [])
     assert seen == [4 * has_users + opened]
