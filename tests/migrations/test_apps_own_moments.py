@@ -234,7 +234,7 @@ def test_a_rule_of_the_apps_about_them_is_told(app: App) -> None:
 MISTAKES = {
     "a customer that is never null": (
         {"users": {"stripe_customer_id": "email"}},
-        "email, which host.users.stripe_customer_id names, is text NOT NULL; Tallystick needs text or varchar that",
+        "email, which host.users.stripe_customer_id names, is text NOT NULL; Tallystick needs text or varchar(32) that",
     ),
     "no such column": (
         {"users": {"deleted_at": "deletedOn"}},

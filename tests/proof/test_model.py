@@ -182,14 +182,14 @@ class Model:
         charged = credits or (hold.charged if hold.state == "captured" else hold.credits)
         if hold.state == "captured":
             return None if charged == hold.charged else "IdempotencyKeyReused"
-        if hold.state == "released":
-            return "HoldClosed"
-        if charged > hold.limit:
-            return "CaptureExceedsHold"
         if hold.workshop in self.unlocked:
             hold.state = "released" if hold.state == "live" else hold.state
             self.touch()
             return None
+        if hold.state == "released":
+            return "HoldClosed"
+        if charged > hold.limit:
+            return "CaptureExceedsHold"
         own = hold.credits if hold.state == "live" else 0
         if charged > self.balance - (self.held - own) and not debt:
             return "InsufficientCredits"
@@ -205,7 +205,7 @@ class Model:
         hold = self.holds[row]
         if hold.state == "captured":
             return "HoldClosed"
-        hold.state = "released" if hold.state == "live" else hold.state
+        hold.state = "released"
         self.touch()
         return None
 

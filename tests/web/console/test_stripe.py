@@ -80,7 +80,7 @@ def test_about_all(shop, visitor):
 @pytest.mark.parametrize(
     ("path", "fields", "status"),
     [
-        ("/pending/ask", {"event": "\0"}, 400),
+        ("/pending/ask", {"event": "\0"}, 404),
         ("/pending/ask", {"session": "\0"}, 404),
         ("/pending/ask", {"session": "cs_1", "key": "\0"}, 404),
         ("/user/grant", {"credits": "1", "reason": "a\0"}, 422),

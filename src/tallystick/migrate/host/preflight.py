@@ -202,13 +202,10 @@ def _refuse_part_of_ours(conn: sa.Connection) -> None:
 
     Without it the database would seem not to be migrated, and its columns would be taken for the app's.
     """
-    tables = [alembic_version, migration_log, stored_mapping]
-    missing = [table.fullname for table in tables if not has_bookkeeping(conn, table.name)]
+    tables = [table.name for table in (alembic_version, migration_log, stored_mapping)]
+    missing = [name for name in tables if not has_bookkeeping(conn, name)]
     if missing and len(missing) < len(tables):
-        raise SchemaError(
-            f"the database is migrated, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: "
-            "somebody dropped it. Restore it from a backup, with pg_restore --table. Nothing was changed"
-        )
+        raise bookkeeping_lost(missing[0])
 
 
 def refuse_rows(conn: sa.Connection, host: Host, how: str) -> None:
