@@ -79,6 +79,28 @@ def test_a_cancelled_request_gives_its_connection_back(world: World) -> None:
         assert other.submit(asyncio.run, cancelled_then_asked()).result(60) == 3
 
 
+def test_a_cancelled_request_on_a_sync_engine_waits_for_its_thread(world: World) -> None:
+    engine = sa.create_engine(world.url, pool_size=1, max_overflow=0)
+    database = Database(engine)
+    begun = threading.Event()
+
+    def work(conn: Any) -> None:
+        begun.set()
+        conn.cursor().execute("SELECT pg_sleep(0.5)")
+
+    async def cancelled() -> int:
+        async with anyio.create_task_group() as group:
+            group.start_soon(database.run, work)
+            await anyio.to_thread.run_sync(begun.wait)
+            group.cancel_scope.cancel()
+        assert isinstance(engine.pool, sa.QueuePool)
+        return engine.pool.checkedout()
+
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(asyncio.run, cancelled()).result(60) == 0
+    engine.dispose()
+
+
 def test_both_engines(either_site: Site) -> None:
     site = either_site
     user = site.world.user(credits=1)

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TypeVar
 
 import sqlalchemy as sa
+from anyio import CancelScope
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.util.concurrency import greenlet_spawn
 
@@ -50,7 +51,10 @@ class Database:
         if isinstance(engine, AsyncEngine):
             return await greenlet_spawn(work, engine.sync_engine)
         in_context = partial(contextvars.copy_context().run, work, engine)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, in_context)
+        # a thread cannot be cancelled; after it, its connection is back in the pool
+        with CancelScope(shield=True):
+            found = await asyncio.get_running_loop().run_in_executor(self._threads, in_context)
+        return found  # noqa: RET504 - in the block, mypy would miss a return
 
 
 def _run(work: Callable[[SyncConnection], T], engine: sa.Engine) -> T:
