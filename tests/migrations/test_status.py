@@ -196,7 +196,7 @@ def test_a_database_without_its_revision_or_mapping_is_not_taken_for_a_new_one(a
     migrate.apply(app.url, app.config)
     app.run(f"DROP TABLE tallystick.{table}")
     for run in (migrate.apply, migrate.undo):
-        with pytest.raises(SchemaError, match=rf"tallystick\.{table} is missing or empty: .* Restore that table from a backup"):
+        with pytest.raises(SchemaError, match=rf"tallystick\.{table} is missing or empty: .* Restore that table"):
             run(app.url, app.config)
     with pytest.raises(SchemaError, match="Restore that table from a backup"):
         drift(app)

@@ -141,7 +141,7 @@ class _Demo:
         for error, times in traffic.errors.items():
             self.say(f"{times} times {error}")
         self.promises.add(
-            "The migration is all or nothing, and live traffic does not feel it",
+            "The migration is all or nothing, and live traffic goes on beside it",
             f"tables locked for {receipt.locked_ms:.1f} ms, slowest statement {worst:.0f} ms ({before:.0f} ms before), "
             f"{errors} errors",
             errors == 0 and worst <= max(FELT_MS, 4 * before),
@@ -243,6 +243,8 @@ class _Demo:
             report = audit.audit(conn, self.config)
         self.say(f"{report.users:,} users and {report.rows:,} rows checked in {report.seconds:.1f} s.")
         self.promises.add(
-            "A balance never lies", f"{sum(f.fault for f in report.findings)} faults found by the audit", report.clean
+            "Every balance follows from the ledger",
+            f"{sum(f.fault for f in report.findings)} faults found by the audit",
+            report.clean,
         )
         self.console.print()
