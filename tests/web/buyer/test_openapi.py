@@ -14,6 +14,7 @@ from sites import Shop, Site
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # its imports, not our calls
     import schemathesis
+    from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 pytestmark = pytest.mark.one_server  # it is about requests and answers
 
@@ -37,7 +38,10 @@ def drive(site: Site, user: object) -> int:
         def answered(case: schemathesis.Case) -> None:
             nonlocal calls
             calls += 1
-            case.call_and_validate(headers={"x-session": str(user)})
+            answer = case.call(headers={"x-session": str(user)})
+            # the one valid request that is refused for what an earlier one was: its key is used
+            reused = answer.status_code == 422 and "idempotency-key-reused" in answer.text
+            case.validate_response(answer, excluded_checks=[positive_data_acceptance] if reused else [])
 
         answered()
     return calls
