@@ -8,6 +8,7 @@ import functools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import psycopg
 import pytest
 import sqlalchemy as sa
 
@@ -16,7 +17,7 @@ from tallystick.allowances import AllowanceRun, Allowances, Paid, Period
 from tallystick.audit import audit
 from tallystick.config import Allowance
 from tallystick.dev.postgres import Server
-from tallystick.errors import ConfigError, Key
+from tallystick.errors import ConfigError, DatabaseUnavailable, Key
 from tallystick.testing import Databases, TestDatabase
 from worlds import SHAPES
 
@@ -212,6 +213,24 @@ def test_a_refused_user_does_not_stop_the_others(db: TestDatabase, allowances: A
     again = allowances.run(engine_of(db))
     assert (again.users, [each.user for each in again.refused]) == (1, [full])
     assert [db.balance(user) for user in (full, locked, other)] == [INT32_MAX, 5, 5]
+
+
+def test_a_database_that_does_not_answer_ends_the_run(db: TestDatabase, allowances: Allowances) -> None:
+    db.user()
+    connections = 0
+
+    def refuse(*_: object) -> None:
+        nonlocal connections
+        connections += 1
+        if connections > 2:  # those that find the users
+            raise psycopg.OperationalError("no room")
+
+    gone = sa.create_engine(engine_of(db).url, poolclass=sa.NullPool)
+    seen: list[Progress] = []
+    sa.event.listen(gone, "do_connect", refuse)
+    with pytest.raises(DatabaseUnavailable):
+        allowances.run(gone, progress=seen.append)
+    assert (connections, seen) == (3, [])
 
 
 def test_a_trigger_of_the_host_that_refuses_one_user_does_not_stop_the_others(

@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 
 from tallystick.accounts import Accounts
 from tallystick.config import Allowance, Config, Every
-from tallystick.database import DbConnection, refuse_hidden_rows, run, server_message
+from tallystick.database import DbConnection, refuse_hidden_rows, run, server_message, transaction
 from tallystick.declared_tables import Schema
 from tallystick.errors import Conflict, HostInterfered, Key, LedgerError
 from tallystick.ledger import CreditTransaction, Ledger
@@ -161,13 +161,13 @@ class Allowances:
         if not self.plans:
             return AllowanceRun(0, ())  # paid invoices give all of them
         read = [(table.schema or "", table.name) for table in (self.schema.users, self.schema.credit_transactions)]
-        with engine.connect() as conn:
+        with transaction(engine) as conn:
             refuse_hidden_rows(conn, read, "who has got an allowance")
         got = 0
         refused: list[RefusedAllowance] = []
         for done, user in enumerate(self._users(engine), 1):
             try:
-                with engine.begin() as conn:
+                with transaction(engine) as conn:
                     got += self.give(conn, user) is not None
             except (LedgerError, HostInterfered, Conflict, DBAPIError) as error:  # the last is a trigger's of the host
                 refused.append(RefusedAllowance(user, type(error).__name__, server_message(error)))

@@ -72,7 +72,8 @@ class _Commands(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the global options also after a command."""
-        _show_flags_alone(self, ctx)
+        if "--help" in args:
+            _show_flags_alone(self, ctx)
         ours, others = without_global_options(args)
         return super().parse_args(ctx, ours + others)
 
