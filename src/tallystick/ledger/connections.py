@@ -181,6 +181,8 @@ _MOMENTS = {
     name: f"(extract(epoch FROM {name}) OPERATOR(pg_catalog.*) 1000000)::bigint"
     for name in ("created_at", "completed_at", "expires_at", "updated_at", "deleted_at")
 }
+PLAIN_ANSWER = _ANSWER.format(**_MOMENTS)
+"""The columns of an answer as ``plain`` statements select them, for a statement with more than the call."""
 
 
 @lru_cache(maxsize=1_000)

@@ -23,9 +23,8 @@ from tallystick.errors import (
     shown,
 )
 from tallystick.ledger import Access, AccessReason, CreditTransaction, Ledger, Standing
-from tallystick.ledger.connections import Rows, SyncConnection, as_text
+from tallystick.ledger.connections import PLAIN_ANSWER, Rows, SyncConnection, as_text
 from tallystick.ledger.outcomes import Refusal, error_of
-from tallystick.schema import ROW
 from tallystick.web.shared.client_keys import ledger_key
 
 UNLOCK_CREDITS: Final = 1
@@ -34,21 +33,13 @@ UNLOCK_CREDITS: Final = 1
 _FREE: Final = (AccessReason.GRANDFATHERED, AccessReason.PAYWALL_OFF)
 """The reasons for which a workshop is open although nobody paid for it."""
 
-# The attributes of an answer in the ledger's order; moments as numbers, since their text depends on DateStyle.
-_ANSWER: Final = ", ".join(
-    f"(extract(epoch FROM spent.{name}) OPERATOR(pg_catalog.*) 1000000)::bigint"
-    if name in {"created_at", "completed_at", "expires_at"}
-    else f"spent.{name}::pg_catalog.text"
-    if name in {"metadata", "detail"}
-    else f"spent.{name}"
-    for name in ("outcome", *ROW, "balance", "required", "remaining", "detail", "item", "credit_held", "expires_at")
-)
-
 # One statement, so that unlocking is one round trip. consume refuses an amount of 0 before it reads anything.
+# Names for the columns of access keep those of consume unambiguous.
 _UNLOCK: Final = (
-    f"SELECT access.reason, {_ANSWER} FROM tallystick.access(%s, %s, %s) AS access, "  # noqa: S608 - names of ours
+    f"SELECT reason, {PLAIN_ANSWER} FROM "  # noqa: S608 - names of ours
+    "tallystick.access(%s, %s, %s) AS access (access_outcome, its_workshop, is_open, reason, its_deletion), "
     "LATERAL tallystick.consume(user_id => %s, key => %s, workshop_id => %s, amount => "
-    f"CASE WHEN access.reason IN ('{_FREE[0]}', '{_FREE[1]}') THEN 0 ELSE {UNLOCK_CREDITS} END) AS spent"
+    f"CASE WHEN reason IN ('{_FREE[0]}', '{_FREE[1]}') THEN 0 ELSE {UNLOCK_CREDITS} END)"
 )
 
 
