@@ -94,13 +94,18 @@ def test_calls_beside_each_other_charge_once(shop: Shop):
     assert (shop.balance(user), charges(shop)) == (CREDITS + 1, 2)
 
 
-@pytest.mark.parametrize("by", ["the next call", "reconciliation"])
-def test_a_charge_whose_answer_was_lost_is_found(shop: Shop, by: str):
-    user = low(shop)
+def lose_the_answer(shop: Shop, user: Key) -> None:
+    """A charge that Stripe makes, and whose answer does not arrive."""
     shop.dev.fault("POST", INTENTS, "cut", when="after")
     shop.dev.fault("POST", INTENTS, "cut", times=2)
     with pytest.raises(e.StripeUnavailable):
         top_up(shop, user)
+
+
+@pytest.mark.parametrize("by", ["the next call", "reconciliation"])
+def test_a_charge_whose_answer_was_lost_is_found(shop: Shop, by: str):
+    user = low(shop)
+    lose_the_answer(shop, user)
     shop.dev.forget_idempotency_keys()
     if by == "reconciliation":
         assert [str(outcome) for _, outcome in stripe.reconcile(shop.engine, shop.config).changes] == ["granted"]
@@ -112,10 +117,7 @@ def test_a_charge_whose_answer_was_lost_is_found(shop: Shop, by: str):
 @pytest.mark.parametrize("by", ["the next call", "reconciliation"])
 def test_a_refund_before_the_answer_to_the_charge_is_applied(shop: Shop, by: str):
     user = low(shop)
-    shop.dev.fault("POST", INTENTS, "cut", when="after")
-    shop.dev.fault("POST", INTENTS, "cut", times=2)
-    with pytest.raises(e.StripeUnavailable):
-        top_up(shop, user)
+    lose_the_answer(shop, user)
     shop.dev.refund(shop.api.payment_intents.list().data[0].id)
     assert set(shop.outcomes("refund.created", "charge.refunded")) == {"remembered"}
     if by == "reconciliation":
@@ -129,10 +131,7 @@ def test_a_refund_before_the_answer_to_the_charge_is_applied(shop: Shop, by: str
 
 def test_a_top_up_of_a_user_who_was_deleted_meanwhile_is_granted_and_reported(shop: Shop):
     user = low(shop)
-    shop.dev.fault("POST", INTENTS, "cut", when="after")
-    shop.dev.fault("POST", INTENTS, "cut", times=2)
-    with pytest.raises(e.StripeUnavailable):
-        top_up(shop, user)
+    lose_the_answer(shop, user)
     with shop.engine.begin() as conn:
         shop.world.accounts.delete_user(conn, user)
     found = stripe.reconcile(shop.engine, shop.config).findings
@@ -143,10 +142,7 @@ def test_a_top_up_of_a_user_who_was_deleted_meanwhile_is_granted_and_reported(sh
 
 def test_a_paid_top_up_that_the_balance_cannot_hold_is_a_finding(shop: Shop):
     user = low(shop)
-    shop.dev.fault("POST", INTENTS, "cut", when="after")
-    shop.dev.fault("POST", INTENTS, "cut", times=2)
-    with pytest.raises(e.StripeUnavailable):
-        top_up(shop, user)
+    lose_the_answer(shop, user)
     with shop.engine.begin() as conn:
         shop.world.ledger.grant(conn, user, credits=INT32_MAX - 1, key="all", description="All there is")
     done = stripe.reconcile(shop.engine, shop.config)
@@ -164,10 +160,7 @@ def test_a_charge_after_a_decline_whose_answer_was_lost_is_found_by_reconciliati
     declined = top_up(shop, user)
     card_is(shop, "4242424242424242")
     later(monkeypatch)
-    shop.dev.fault("POST", INTENTS, "cut", when="after")
-    shop.dev.fault("POST", INTENTS, "cut", times=2)
-    with pytest.raises(e.StripeUnavailable):
-        top_up(shop, user)
+    lose_the_answer(shop, user)
     assert declined.purchase is not None
     changes = stripe.reconcile(shop.engine, shop.config).changes
     assert changes == ((str(declined.purchase.id), stripe.Outcome.GRANTED),)
