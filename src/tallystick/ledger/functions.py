@@ -34,7 +34,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any
 
@@ -169,18 +169,9 @@ def declared() -> tuple[Function, ...]:
     return tuple(function for name in _names(HEAD) for function in _functions_of(_text(name, HEAD)) if function.public)
 
 
-def statements(host: Any, revision: str = HEAD) -> Iterator[Composable]:
+def statements(host: Any, revision: str = HEAD) -> tuple[Composable, ...]:
     """All types and functions for ``host``, a ``HostNames``, as of ``revision``, in the order of creation."""
-    names = names_of(host)
-    for name in _names(revision):
-        if name == "open_balance" and not host.adopts_balance:
-            continue
-        text = _text(name, revision)
-        for statement in re.split(r";\n(?=--|CREATE)", text):
-            yield with_names(_without_head(statement), names)
-        for function in _functions_of(text):
-            if function.public and function.writes:
-                yield _strict(function, names)
+    return _rendered(host, revision).statements
 
 
 def with_names(text: str, names: Mapping[str, Composable]) -> Composable:
@@ -199,9 +190,9 @@ def changes(host: Any, before: str, after: str, *, by_name: bool) -> Iterator[Co
     have and that differ. A function whose parameters changed is dropped first: beside the new one, a call would match
     both. The revision itself changes a type that both have.
     """
-    old, new = _by_signature(host, before), _by_signature(host, after)
+    old, new = (_rendered(host, each).functions for each in (before, after))
     names = {name for name, _ in old} ^ {name for name, _ in new}
-    old_types, new_types = (_types_of(host, each) if by_name else {} for each in (before, after))
+    old_types, new_types = (_rendered(host, each).types if by_name else {} for each in (before, after))
     yield from (statement for name, statement in new_types.items() if name not in old_types)
     for signature in reversed(old):
         if signature not in new and (signature[0] in names) is by_name:
@@ -212,27 +203,54 @@ def changes(host: Any, before: str, after: str, *, by_name: bool) -> Iterator[Co
     yield from (SQL("DROP TYPE tallystick.{}").format(Identifier(name)) for name in old_types if name not in new_types)
 
 
-def _types_of(host: Any, revision: str) -> dict[str, Composable]:
+@dataclass(frozen=True)
+class _Rendered:
+    """The statements of one revision for one host."""
+
+    statements: tuple[Composable, ...]
+    types: dict[str, Composable]
     """Name → statement."""
-    texts = ((statement.as_string(None), statement) for statement in statements(host, revision))
-    return {text.removeprefix(_TYPE).split()[0]: statement for text, statement in texts if text.startswith(_TYPE)}
-
-
-def _by_signature(host: Any, revision: str) -> dict[tuple[str, str], tuple[str, Composable]]:
+    functions: dict[tuple[str, str], tuple[str, Composable]]
     """Name and parameters → text and statement."""
-    if revision not in host.rendered:
-        by_signature = host.rendered[revision] = {}
-        for statement in statements(host, revision):
-            text = statement.as_string(None)
-            if match := _SIGNATURE.search(text):
-                by_signature[match["name"], _types(match["parameters"])] = text, statement
-    functions: dict[tuple[str, str], tuple[str, Composable]] = host.rendered[revision]
-    return functions
+    granted: tuple[tuple[str, str], ...]
+    """Name and parameters of each function that a caller may use."""
+
+
+def _rendered(host: Any, revision: str) -> _Rendered:
+    names = ((name, value.as_string(None)) for name, value in names_of(host).items())
+    return _render(tuple(names), revision, opens_balances=host.adopts_balance)
+
+
+@lru_cache(maxsize=16)  # a few hosts, each at a few revisions: status and a run ask for the same ones many times
+def _render(names: tuple[tuple[str, str], ...], revision: str, *, opens_balances: bool) -> _Rendered:
+    placeholders = {name: SQL(text) for name, text in names}
+    made: list[Composable] = []
+    for name in _names(revision):
+        if name == "open_balance" and not opens_balances:
+            continue
+        text = _text(name, revision)
+        made += (
+            with_names(_without_head(statement), placeholders) for statement in re.split(r";\n(?=--|CREATE)", text)
+        )
+        made += (_strict(each, placeholders) for each in _functions_of(text) if each.public and each.writes)
+    texts = [(statement.as_string(None), statement) for statement in made]
+    found = [(match, text, statement) for text, statement in texts if (match := _SIGNATURE.search(text))]
+    signatures = [(match["name"], _types(match["parameters"])) for match, _, _ in found]
+    return _Rendered(
+        tuple(made),
+        {text.removeprefix(_TYPE).split()[0]: statement for text, statement in texts if text.startswith(_TYPE)},
+        {signature: (text, statement) for signature, (_, text, statement) in zip(signatures, found, strict=True)},
+        tuple(
+            signature
+            for signature, (match, _, _) in zip(signatures, found, strict=True)
+            if "SECURITY DEFINER" in match["options"]
+        ),
+    )
 
 
 def drops(host: Any, revision: str = HEAD) -> Iterator[Composable]:
     """The statements that drop the functions of ``statements``."""
-    for name, types in reversed(_by_signature(host, revision)):
+    for name, types in reversed(_rendered(host, revision).functions):
         yield SQL("DROP FUNCTION tallystick.{}({})").format(Identifier(name), SQL(types))
 
 
@@ -241,7 +259,7 @@ def key_type_changes(before: Any, after: Any) -> tuple[list[Composable], list[Co
 
     Between the two the types of answers are changed.
     """
-    old, new = _by_signature(before, HEAD), _by_signature(after, HEAD)
+    old, new = (_rendered(host, HEAD).functions for host in (before, after))
     gone: list[Composable] = [
         SQL("DROP FUNCTION tallystick.{}({})").format(Identifier(name), SQL(types)) for name, types in old.keys() - new
     ]
@@ -250,17 +268,14 @@ def key_type_changes(before: Any, after: Any) -> tuple[list[Composable], list[Co
 
 def type_drops(host: Any, revision: str = HEAD) -> Iterator[Composable]:
     """The statements that drop the types of ``statements``, after ``drops``."""
-    for name in reversed(_types_of(host, revision)):
+    for name in reversed(_rendered(host, revision).types):
         yield SQL("DROP TYPE tallystick.{}").format(Identifier(name))
 
 
 def grants(host: Any, role: Composable) -> Iterator[Composable]:
     """EXECUTE on each function that a caller may use, for ``role``."""
-    for statement in statements(host):
-        if (found := _SIGNATURE.search(statement.as_string(None))) and "SECURITY DEFINER" in found["options"]:
-            yield SQL("GRANT EXECUTE ON FUNCTION tallystick.{}({}) TO {}").format(
-                Identifier(found["name"]), SQL(_types(found["parameters"])), role
-            )
+    for name, types in _rendered(host, HEAD).granted:
+        yield SQL("GRANT EXECUTE ON FUNCTION tallystick.{}({}) TO {}").format(Identifier(name), SQL(types), role)
 
 
 def _names(revision: str) -> Iterator[str]:

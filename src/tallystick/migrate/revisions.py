@@ -29,10 +29,10 @@ transaction for all revisions, a statement at a time) must not happen here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 from psycopg.sql import SQL, Composable, Identifier
 
@@ -140,8 +140,6 @@ class HostNames:
     ledger_schema: str = "public"
     ledger_goes: bool = False
     """True for an undo of all revisions: the ledger need not be changed, since it is dropped."""
-    rendered: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
-    """A cache of each revision's functions, which take a while to render."""
 
     @property
     def adopts_balance(self) -> bool:
@@ -153,7 +151,7 @@ class HostNames:
         """As in ``migration_log``: ``users.updated_at``, by our names for the tables."""
         return tuple(sorted(f"{word}.{column}" for word, column in self.adopted))
 
-    def functions(self, revision: str) -> Iterator[Composable]:
+    def functions(self, revision: str) -> Iterable[Composable]:
         """The ledger's types and functions as of ``revision``, for this host."""
         return functions.statements(self, revision)
 
