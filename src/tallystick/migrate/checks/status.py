@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime as dt
 import re
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from tallystick.errors import MigrationError, PermissionDenied
 from tallystick.migrate.host.preflight import Host, adoptable, adopted_columns, examine, unfit
 from tallystick.migrate.host.privileges import forced_policies, open_policies, writers
 from tallystick.migrate.host.role import ways_out
-from tallystick.migrate.host.tables import columns_of, oid_of, reading_catalogues
+from tallystick.migrate.host.tables import columns_of, oid_of, oids_of, reading_catalogues
 from tallystick.migrate.revisions import HostNames, revisions
 from tallystick.migrate.runner.messages import text
 from tallystick.migrate.runner.session import autocommits
@@ -44,16 +45,16 @@ Kind = Literal["table", "column", "constraint", "index", "trigger", "rule", "enu
 
 # Without a column's options (attoptions), which the app sets for the planner, or a minor release of the server adds.
 _COLUMNS = sa.text("""
-    SELECT a.attname AS name,
+    SELECT a.attrelid::bigint AS relation, a.attname AS name,
            format_type(a.atttypid, a.atttypmod) || CASE WHEN a.attnotnull THEN ' NOT NULL' ELSE '' END
              || coalesce(' DEFAULT ' || pg_get_expr(d.adbin, d.adrelid), '') AS definition
     FROM pg_attribute a LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
-    WHERE a.attrelid = :oid AND a.attnum > 0 AND NOT a.attisdropped
+    WHERE a.attrelid = ANY (CAST(:oids AS oid[])) AND a.attnum > 0 AND NOT a.attisdropped
 """)
 
 # A foreign key is compared by columns and rule, since the tables' names differ by schema.
 _CONSTRAINTS = sa.text("""
-    SELECT c.conname AS name,
+    SELECT c.conrelid::bigint AS relation, c.conname AS name,
            CASE WHEN c.contype <> 'f' THEN pg_get_constraintdef(c.oid)
            ELSE 'FOREIGN KEY (' || (SELECT string_agg(a.attname, ', ' ORDER BY k.n)
                   FROM unnest(c.conkey) WITH ORDINALITY k (num, n)
@@ -70,11 +71,11 @@ _CONSTRAINTS = sa.text("""
                                     AND t.tgenabled NOT IN ('O', 'A')) THEN ' DISABLED' ELSE '' END
            END AS definition
     FROM pg_constraint c LEFT JOIN pg_class r ON r.oid = c.confrelid
-    WHERE c.conrelid = :oid AND c.contype IN ('c', 'f', 'p', 'u', 'x')
+    WHERE c.conrelid = ANY (CAST(:oids AS oid[])) AND c.contype IN ('c', 'f', 'p', 'u', 'x')
 """)
 
 _INDEXES = sa.text("""
-    SELECT c.relname AS name,
+    SELECT i.indrelid::bigint AS relation, c.relname AS name,
            CASE WHEN i.indisunique THEN 'UNIQUE ' ELSE '' END || m.amname || ' ('
              || (SELECT string_agg(pg_get_indexdef(i.indexrelid, n, true), ', ' ORDER BY n)
                  FROM generate_series(1, i.indnatts) n)
@@ -83,16 +84,17 @@ _INDEXES = sa.text("""
                      WHEN NOT i.indisvalid THEN ' INVALID, but still enforcing'
                      ELSE '' END AS definition
     FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am m ON m.oid = c.relam
-    WHERE i.indrelid = :oid
+    WHERE i.indrelid = ANY (CAST(:oids AS oid[]))
 """)
 
 _TRIGGERS = sa.text("""
-    SELECT t.tgname AS name, t.tgtype AS bits, n.nspname || '.' || p.proname AS function,
+    SELECT t.tgrelid::bigint AS relation, t.tgname AS name, t.tgtype AS bits,
+           n.nspname || '.' || p.proname AS function,
            concat(CASE WHEN t.tgattr::text <> '' THEN ' of some columns' END,
                   CASE WHEN t.tgqual IS NOT NULL THEN ' on a condition' END,
                   CASE t.tgenabled WHEN 'D' THEN ' DISABLED' WHEN 'R' THEN ' DISABLED but on a replica' END) AS limits
     FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid JOIN pg_namespace n ON n.oid = p.pronamespace
-    WHERE t.tgrelid = :oid AND NOT t.tgisinternal
+    WHERE t.tgrelid = ANY (CAST(:oids AS oid[])) AND NOT t.tgisinternal
 """)
 
 _LABELS = sa.text("""
@@ -142,10 +144,10 @@ _SUPERUSER = sa.text("""
 
 # Row security that does not bind the owner is Supabase's way to close tables, and does not affect the functions.
 _OF_OURS = sa.text("""
-    SELECT c.relpersistence <> 'p' AS unlogged,
+    SELECT c.oid::bigint AS relation, c.relpersistence <> 'p' AS unlogged,
            c.relrowsecurity AND c.relforcerowsecurity AS rows_hidden,
            ARRAY(SELECT w.rulename::text FROM pg_rewrite w WHERE w.ev_class = c.oid ORDER BY 1) AS rules
-    FROM pg_class c WHERE c.oid = :oid
+    FROM pg_class c WHERE c.oid = ANY (CAST(:oids AS oid[]))
 """)
 
 _WRITES = "written by the owner's functions alone, and by an app's role made with: tallystick migrate sql --role ROLE"
@@ -315,6 +317,7 @@ _FOLLOWS = (
     "code of the app's own may still write {}, and what it writes is taken into the ledger. When none does any more: "
     "tallystick adopt --cut-over"
 )
+_DIALECT: sa.Dialect = pg.dialect(paramstyle="named")  # type: ignore[no-untyped-call]  # it does not double a %
 _Shape = Mapping[tuple[Kind, str], str]  # (kind, name) → definition
 _TYPES = "credit_transaction_"  # the prefix of our types
 
@@ -336,17 +339,17 @@ def _drift(conn: sa.Connection, config: Config, host: Host) -> Iterator[Drift]:
 
 def _of_tables(conn: sa.Connection, host: Host, declared: Schema, ledger_oid: int | None) -> Iterator[Drift]:
     """Differences of the mapped tables, the ledger and the tables in schema tallystick, and of what is on them."""
-    shown = {LEDGER: f"{host.ledger_schema}.{LEDGER}"}
-    oids = {LEDGER: ledger_oid}
-    for table in declared.bookkeeping:
-        shown[table.fullname], oids[table.fullname] = table.fullname, oid_of(conn, BOOKKEEPING_SCHEMA, table.name)
+    ours = oids_of(conn, BOOKKEEPING_SCHEMA, (table.name for table in declared.bookkeeping))
+    oids = {LEDGER: ledger_oid, **{table.fullname: ours.get(table.name) for table in declared.bookkeeping}}
+    wholes = {row.relation: row for row in conn.execute(_OF_OURS, {"oids": _there(oids.values())})}
+    shown = {word: word for word in oids} | {LEDGER: f"{host.ledger_schema}.{LEDGER}"}
     for app_table, mapped in host.by_word.items():
         shown[app_table], oids[app_table] = mapped.shown, mapped.oid
     # the declared types are temporary, and the server names those without a schema
     typed = f"{conn.scalar(sa.select(sa.func.quote_ident(host.ledger_schema)))}.{_TYPES}"
+    live = _shapes(conn, oids.values())
     found: dict[str, _Shape] = {
-        word: {each: made.replace(typed, _TYPES) for each, made in _shape(conn, oid).items()}
-        for word, oid in oids.items()
+        word: {each: made.replace(typed, _TYPES) for each, made in live[oid].items()} for word, oid in oids.items()
     }
     added = _added(declared)
     for word, expected in _declared_shapes(conn, declared).items():
@@ -357,18 +360,24 @@ def _of_tables(conn: sa.Connection, host: Host, declared: Schema, ledger_oid: in
                 if name in added[word] and not (there and f"{word}.{added[word][name]}" in host.adopted_names):
                     yield Drift(kind, f"{shown[word]}.{name}", wanted, there)
         else:
-            yield from _of_ours(conn, oids[word], shown[word], expected, found[word])
+            yield from _of_ours(wholes[oids[word]], shown[word], expected, found[word])
     for of, bare, there, wanted in _trigger_differences(host, found):
         yield Drift("trigger", f"{shown[of]}.{bare}", wanted, there)
     if oids[event_settings.fullname] is not None:
         yield from _events_trigger(conn, found[LEDGER], shown[LEDGER])
 
 
-def _of_ours(conn: sa.Connection, oid: int | None, shown: str, expected: _Shape, found: _Shape) -> Iterator[Drift]:
+def _of_ours(whole: sa.Row[Any], shown: str, expected: _Shape, found: _Shape) -> Iterator[Drift]:
     """Drift of the ledger or of a table in schema tallystick."""
     for kind, name, there, wanted in _differences(expected, found):
         yield Drift(kind, f"{shown}.{name}", wanted, there)
-    yield from _whole_table(conn, oid, shown)
+    if whole.unlogged:
+        yield Drift("table", shown, "a logged table", "UNLOGGED: a crash of the server empties it")
+    if whole.rows_hidden:
+        hidden = "row level security that binds its owner, and so hides rows from the ledger"
+        yield Drift("table", shown, "none", hidden)
+    for name in whole.rules:
+        yield Drift("rule", f"{shown}.{name}", "none", "a rule, which can rewrite what the ledger writes")
     for kind, name in _not_ours(found, expected):
         yield Drift(kind, f"{shown}.{name}", "none but ours", found[kind, name])
 
@@ -435,25 +444,12 @@ def _not_ours(found: _Shape, expected: _Shape) -> Iterator[tuple[Kind, str]]:
             yield kind, name
 
 
-def _whole_table(conn: sa.Connection, oid: int | None, shown: str) -> Iterator[Drift]:
-    """Drift of a table of ours as a whole."""
-    for row in conn.execute(_OF_OURS, {"oid": oid}):
-        if row.unlogged:
-            yield Drift("table", shown, "a logged table", "UNLOGGED: a crash of the server empties it")
-        if row.rows_hidden:
-            yield Drift(
-                "table", shown, "none", "row level security that binds its owner, and so hides rows from the ledger"
-            )
-        for name in row.rules:
-            yield Drift("rule", f"{shown}.{name}", "none", "a rule, which can rewrite what the ledger writes")
-
-
 class _Remedies:
     """The statements that fix a difference by the declarations, without blocking traffic during a scan."""
 
     def __init__(self, config: Config, host: Host, owner: str | None) -> None:
         declared, names = Schema.of(config.host), HostNames.of(config.host, host.adopted)
-        dialect = pg.dialect(paramstyle="named")  # type: ignore[no-untyped-call]  # it does not double a %
+        dialect = _DIALECT
         ddl = dialect.ddl_compiler(dialect, None)  # type: ignore[arg-type]
         self.quote = dialect.identifier_preparer.quote
         self.online = {
@@ -556,16 +552,25 @@ def _declared_labels() -> dict[str, str]:
     }
 
 
-def _shape(conn: sa.Connection, oid: int | None) -> _Shape:
+def _there(oids: Iterable[int | None]) -> list[int]:
+    return [oid for oid in oids if oid is not None]
+
+
+def _shapes(conn: sa.Connection, oids: Iterable[int | None]) -> Mapping[int | None, _Shape]:
+    """Oid → shape of the tables that exist; each of the others has an empty one."""
+    tables = {"oids": _there(oids)}
+    shapes: defaultdict[int | None, dict[tuple[Kind, str], str]] = defaultdict(dict)
     parts: tuple[tuple[Kind, sa.TextClause], ...] = (
         ("column", _COLUMNS),
         ("constraint", _CONSTRAINTS),
         ("index", _INDEXES),
     )
-    shape = {(kind, name): text for kind, query in parts for name, text in _pairs(conn, query, oid=oid).items()}
-    for row in conn.execute(_TRIGGERS, {"oid": oid}):
-        shape["trigger", row.name] = _trigger(row)
-    return shape
+    for kind, query in parts:
+        for row in conn.execute(query, tables):
+            shapes[row.relation][kind, row.name] = row.definition
+    for row in conn.execute(_TRIGGERS, tables):
+        shapes[row.relation]["trigger", row.name] = _trigger(row)
+    return shapes
 
 
 def _trigger(row: sa.Row[Any]) -> str:
@@ -581,37 +586,48 @@ def _pairs(conn: sa.Connection, query: sa.TextClause, **values: object) -> dict[
 
 def _declared_shapes(conn: sa.Connection, declared: Schema) -> dict[str, _Shape]:
     """Make the declared tables as temporary ones and read them back."""
-    before = conn.get_execution_options().get("schema_translate_map")
-    conn.execution_options(
-        schema_translate_map=dict.fromkeys(
-            (table.schema for table in (*declared.metadata.tables.values(), *declared.bookkeeping)), "pg_temp"
-        )
-    )
     # the app may have a table of the same name as one of ours, so these are made apart
     ours = {table.fullname: table for table in declared.bookkeeping}
     low = {declared.low_balances.fullname: ours.pop(declared.low_balances.fullname)}  # it refers to the users
     apps = {"users": declared.users, "workshops": declared.workshops, LEDGER: declared.credit_transactions, **low}
-    oid = sa.text("SELECT (quote_ident('pg_temp') || '.' || quote_ident(:name))::regclass::oid::bigint")
     shapes: dict[str, _Shape] = {}
-    try:
-        for named in (ours, {word: table for word, table in apps.items() if table is not None}):
-            with conn.begin_nested() as savepoint:
-                for metadata in {table.metadata: None for table in named.values()}:
-                    of_it = [table for table in named.values() if table.metadata is metadata]
-                    metadata.create_all(conn, tables=of_it, checkfirst=False)
-                for word, table in named.items():
-                    shapes[word] = _shape(conn, conn.scalar(oid, {"name": table.name}))
-                savepoint.rollback()
-    finally:
-        conn.execution_options(schema_translate_map=before)
+    for named in (ours, {word: table for word, table in apps.items() if table is not None}):
+        with conn.begin_nested() as savepoint:
+            _execute(conn, _making(named.values()))
+            oids = oids_of(conn, conn.scalars(_TEMPORARY).one(), (table.name for table in named.values()))
+            made = _shapes(conn, oids.values())
+            shapes |= {word: made[oids[table.name]] for word, table in named.items()}
+            savepoint.rollback()
     return shapes
+
+
+def _making(tables: Collection[sa.Table]) -> list[str]:
+    """The statements that make ``tables`` as temporary ones, with their types and indexes."""
+    of_all = {table.metadata: None for table in tables}
+    temporary = {table.schema: "pg_temp" for metadata in of_all for table in metadata.tables.values()}
+    made: list[str] = []
+
+    def keep(statement: Any, *_: Any, **__: Any) -> None:
+        named = statement.compile(dialect=_DIALECT, schema_translate_map=temporary, render_schema_translate=True)
+        made.append(str(named))
+
+    collecting = sa.create_mock_engine("postgresql+psycopg://", keep)
+    for metadata in of_all:
+        metadata.create_all(collecting, tables=[each for each in tables if each.metadata is metadata], checkfirst=False)
+    return made
+
+
+def _execute(conn: sa.Connection, statements: Iterable[str]) -> None:
+    """Execute all in one round trip, by the driver's own cursor, which leaves a % as it is."""
+    with closing(conn.connection.cursor()) as cursor:
+        cursor.execute("; ".join(statements))
 
 
 def _functions(conn: sa.Connection, names: HostNames, *, owner: str | None) -> Iterator[Drift]:
     """Differences of functions and types from this package's, which are made as temporary ones and read back."""
-    made = [re.sub(_MADE, r"CREATE \1 pg_temp.", statement, count=1) for statement in _declared_functions(names)]
-    with closing(conn.connection.cursor()) as cursor:  # the driver's own, which leaves a % in a body as it is
-        cursor.execute("; ".join(made))
+    _execute(
+        conn, (re.sub(_MADE, r"CREATE \1 pg_temp.", statement, count=1) for statement in _declared_functions(names))
+    )
     places = (conn.scalar(_TEMPORARY), "tallystick")
     wanted, there = (_pairs(conn, _COMPOSITES, schema=schema) for schema in places)
     for name, definition in wanted.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -75,7 +75,10 @@ _COLUMNS = sa.text("""
     ORDER BY a.attnum
 """)
 
-_OID = sa.text("SELECT to_regclass(quote_ident(:schema) || '.' || quote_ident(:table))::oid::bigint")
+_OIDS = sa.text("""
+    SELECT c.relname AS name, c.oid::bigint AS oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE n.nspname = :schema AND c.relname = ANY (CAST(:tables AS text[]))
+""")
 
 
 @dataclass(frozen=True)
@@ -191,8 +194,12 @@ def unsuitable(table: HostTable) -> str | None:
 
 def oid_of(conn: sa.Connection, schema: str, table: str) -> int | None:
     """The oid of a table, None if it does not exist."""
-    found: int | None = conn.scalar(_OID, {"schema": schema, "table": table})
-    return found
+    return oids_of(conn, schema, [table]).get(table)
+
+
+def oids_of(conn: sa.Connection, schema: str, tables: Iterable[str]) -> dict[str, int]:
+    """Name → oid of those of ``tables`` that exist."""
+    return {row.name: row.oid for row in conn.execute(_OIDS, {"schema": schema, "tables": list(tables)})}
 
 
 def mapped_oids(conn: sa.Connection, mapping: HostMapping) -> list[int]:
