@@ -24,7 +24,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util.concurrency import greenlet_spawn
 
 from caller_connections import CALLER_CONNECTIONS, ENCODED, CallerConnection
-from tallystick import AccessReason, Consume, CreditTransaction, errors, events
+from tallystick import AccessReason, Consume, CreditTransaction, Ledger, errors, events, migrate, verify
 from tallystick.accounts import Account
 from tallystick.audit import audit
 from tallystick.dev.postgres import Server
@@ -471,6 +471,28 @@ def test_what_is_no_connection_is_refused_with_a_sentence(world: World) -> None:
         assert "psycopg's Connection or AsyncConnection" in str(caught.value)
         if hasattr(each, "close"):
             each.close()
+
+
+@pytest.mark.parametrize(
+    ("call", "takes"),
+    [
+        (migrate.status, ()),
+        (migrate.plan, ()),
+        (audit, ()),
+        (lambda source, _: migrate.propose(source), ()),
+        (lambda source, _: verify(source), ()),
+        (lambda source, _: Ledger(source), (sa.Engine,)),
+        (migrate.apply, (sa.Engine, str)),
+    ],
+)
+def test_what_reads_the_schema_refuses_another_argument_with_a_sentence(
+    world: World, call: Callable[..., object], takes: tuple[type, ...]
+) -> None:
+    given = (None, world.url, world.engine, create_async_engine(world.url))
+    for each in given:
+        if not isinstance(each, takes):
+            with pytest.raises(errors.InvalidArgument, match=f"the first argument is a .*{type(each).__name__}$"):
+                call(each, world.config)
 
 
 def test_other_databases_of_django_are_refused() -> None:

@@ -37,9 +37,10 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 from sqlalchemy.dialects.postgresql import aggregate_order_by
 from sqlalchemy.dialects.postgresql.base import PGDialect
+from sqlalchemy.orm import Session, scoped_session
 
 from tallystick.config import Config, KeyType
-from tallystick.database import DbConnection, refuse_hidden_rows, run
+from tallystick.database import DbConnection, refuse_hidden_rows, refuse_other_than, run
 from tallystick.declared_tables import Schema, daily_sums, days, event_settings, events, stripe_reversals
 from tallystick.errors import InvalidArgument, Key, UnknownUser, shown
 from tallystick.progress import OnProgress, Progress, ignore_progress
@@ -175,6 +176,8 @@ def audit(
         DatabaseError: the database did not answer.
     """
     started = time.perf_counter()
+    takes = "audit takes SQLAlchemy's Connection or Session (of an async one, through run_sync)"
+    refuse_other_than(conn, (sa.Connection, Session, scoped_session), takes)
     _check_arguments(user=user, since=since, after=after, quick=quick, limit=limit)
     schema = Schema.of(config.host)
     if user is not None:

@@ -24,6 +24,7 @@ from tallystick.errors import (
     PermissionDenied,
     TallystickError,
     shown,
+    type_shown,
 )
 
 if TYPE_CHECKING:  # each takes longer to import than all the rest, and is loaded where a caller uses it
@@ -39,6 +40,16 @@ AnyConnection = Union[DbConnection, "psycopg.Connection[Any]"]
 """The first argument of what sends a statement as it is."""
 
 
+def refuse_other_than(given: object, kinds: tuple[type, ...], what: str) -> None:
+    """Refuse a first argument of another type before it is used. ``what`` names the call and those that it takes.
+
+    Raises:
+        InvalidArgument: names the type.
+    """
+    if not isinstance(given, kinds):
+        raise InvalidArgument(f"{what}; the first argument is {type_shown(type(given))}", argument="conn", value=given)
+
+
 def one_row(conn: AnyConnection, statement: str) -> Sequence[Any] | None:
     """The first row of a statement of ours, which has no parameters; None without any."""
     given: Any = conn
@@ -47,8 +58,13 @@ def one_row(conn: AnyConnection, statement: str) -> Sequence[Any] | None:
     if hasattr(given, "exec_driver_sql"):
         row: Sequence[Any] | None = given.exec_driver_sql(statement).fetchone()
         return row
-    from psycopg.rows import tuple_row  # noqa: PLC0415 - loaded, since the caller has a connection of it
+    import psycopg  # noqa: PLC0415 - loaded, if the caller has a connection of it
+    from psycopg.rows import tuple_row  # noqa: PLC0415
 
+    takes = (
+        "this takes a Connection or a Session of SQLAlchemy, or psycopg's Connection (async: await conn.run_sync(…))"
+    )
+    refuse_other_than(given, (psycopg.Connection,), takes)
     with given.cursor(row_factory=tuple_row) as cursor:
         return cursor.execute(statement).fetchone()  # type: ignore[no-any-return]
 

@@ -82,6 +82,11 @@ Key = UUID | str | int  # a host's user or workshop key
 SHOWN_MAX = 80
 
 
+def type_shown(kind: type) -> str:
+    """A type for a message about a value of it: "a str", "a psycopg.Connection"."""
+    return f"a {kind.__qualname__}" if kind.__module__ == "builtins" else f"a {kind.__module__}.{kind.__qualname__}"
+
+
 def shown(value: object) -> str:
     """The beginning of ``value``, for a message: a value may be a megabyte."""
     if isinstance(value, UUID):

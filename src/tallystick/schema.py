@@ -237,7 +237,7 @@ def mapping_of(source: sa.Engine | AnyConnection) -> HostMapping:
         SchemaError: the mapping of a migrated database is lost.
     """
     conn: Any = source
-    if hasattr(conn, "raw_connection"):  # an engine
+    if hasattr(conn, "raw_connection") and not hasattr(conn, "sync_engine"):  # an engine, and none of asyncio
         with translated(connecting=True):
             conn = conn.connect()
         with conn:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol
 from uuid import UUID
 
 from tallystick.database import translated
-from tallystick.errors import InvalidArgument
+from tallystick.errors import InvalidArgument, type_shown
 
 if TYPE_CHECKING:  # none of these is needed before a caller passes one
     import psycopg
@@ -551,7 +551,7 @@ def _sender(kind: type) -> Callable[[Any, Call[Any]], Any]:
     for each in kind.__mro__:
         if sender := _SENDERS.get(f"{each.__module__}.{each.__qualname__}"):
             return sender
-    raise _refused(f"a {kind.__module__}.{kind.__qualname__}")
+    raise _refused(type_shown(kind))
 
 
 def _refused(found: str) -> InvalidArgument:

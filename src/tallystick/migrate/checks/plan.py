@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from psycopg.sql import Composable, Identifier
 
 from tallystick.config import Config, HostMapping
+from tallystick.database import refuse_other_than
 from tallystick.migrate.host.preflight import Host, adoptable, examine, setting_of, spelled_otherwise, unfit
 from tallystick.migrate.host.privileges import forced_policies
 from tallystick.migrate.host.proposal import balances_apart
@@ -120,6 +121,7 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
 
     Raises what ``examine`` does; missing privileges and objects of the app that would break are notes.
     """
+    refuse_other_than(conn, (sa.Connection,), "plan takes a Connection of SQLAlchemy")
     with reading_catalogues(conn):
         host = examine(conn, config, strict=False)
         pending, messages = _messages(config, host, STALL_BUDGET_MS)

@@ -15,7 +15,7 @@ from psycopg.sql import Identifier
 from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.config import Config, HostMapping
-from tallystick.database import standby
+from tallystick.database import refuse_other_than, standby
 from tallystick.declared_tables import Schema, event_settings, migration_log, user_columns, workshop_columns
 from tallystick.errors import MigrationError, PermissionDenied
 from tallystick.migrate.host.preflight import Host, adoptable, adopted_columns, examine, unfit
@@ -226,6 +226,7 @@ def status(conn: sa.Connection, config: Config) -> Status:
     Raises what ``examine`` does, but requires no privilege other than TEMPORARY on the database, and MigrationError on
     a connection in autocommit and in a transaction that is read only.
     """
+    refuse_other_than(conn, (sa.Connection,), "status takes a Connection of SQLAlchemy")
     if autocommits(conn):
         raise MigrationError(
             "status makes temporary tables to compare with and takes them back, which needs a transaction. Call it on "

@@ -15,6 +15,7 @@ from psycopg.sql import Identifier
 from pydantic import ValidationError
 
 from tallystick.config import HostMapping, UsersTable, WorkshopsTable
+from tallystick.database import refuse_other_than
 from tallystick.errors import HostMismatch
 from tallystick.migrate.host.candidates import Candidate, candidates, likeliest, platform_refusal
 from tallystick.migrate.host.preflight import (
@@ -149,6 +150,7 @@ def propose(
         HostMismatch: no table, or more than one, fits; the message says what to type. Or the database was migrated for
             another mapping than the arguments ask for.
     """
+    refuse_other_than(conn, (sa.Connection,), "propose takes a Connection of SQLAlchemy")
     with reading_catalogues(conn):
         stored = mapping_of(conn) if current_revision(conn) or prepared_revisions(conn) else None
         if stored is not None and users is workshops is users_key is balance is credits is None and not own_columns:

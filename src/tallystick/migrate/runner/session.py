@@ -17,6 +17,7 @@ from tallystick.database import (
     connect_with_retries,
     driver,
     engine,
+    refuse_other_than,
     server_message,
     with_known_settings,
 )
@@ -67,7 +68,10 @@ _OURS = {
 
 def engine_of(database: sa.Engine | str) -> sa.Engine:
     """An engine for the address, or the given one, with our own settings."""
-    return engine(database, poolclass=sa.NullPool) if isinstance(database, str) else with_known_settings(database)
+    if isinstance(database, str):
+        return engine(database, poolclass=sa.NullPool)
+    refuse_other_than(database, (sa.Engine,), "a migration takes an address or an Engine of SQLAlchemy")
+    return with_known_settings(database)
 
 
 @contextmanager
