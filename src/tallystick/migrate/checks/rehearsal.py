@@ -287,15 +287,16 @@ def _trace(conn: sa.Connection, host: Host, statements: Sequence[PlannedStatemen
     first_started = time.monotonic()
     expected: dict[str, str] = {}
     reported: set[tuple[str, str, str]] = set()
+    after = _state_of(conn, tables)
     for statement in statements:
-        files, read_before = _files(conn, tables), _read(conn, tables)
-        started = time.monotonic()
+        before, started = after, time.monotonic()
         raw.execute(statement.sql.encode(raw.info.encoding), prepare=False)
         ended = time.monotonic()
+        after = _state_of(conn, tables)
         over = statement.phase == "online" or statement.sql == "COMMIT"
-        locks = {} if over else _locks(conn, tables)
-        read = 0 if over else max(0, _read(conn, tables) - read_before)
-        rewrites = _files(conn, tables) != files
+        locks = {} if over else after.locks
+        read = 0 if over else max(0, after.read - before.read)
+        rewrites = after.files != before.files
         surprises = []
         expected = {} if over else _stronger(expected, statement.locks)
         for table in () if over else tables.values():
@@ -336,14 +337,15 @@ _TRIGGERS = sa.text("""
     SELECT count(*) FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
     WHERE t.tgrelid = CAST(:table AS oid) AND NOT t.tgisinternal AND p.proname NOT LIKE 'tallystick\\_%'
 """)
-_LOCKS = sa.text("""
-    SELECT relation::bigint AS oid, mode FROM pg_locks
-    WHERE pid = pg_backend_pid() AND granted AND locktype = 'relation' AND relation = ANY (CAST(:tables AS oid[]))
+_STATE = sa.text("""
+    WITH asked AS (SELECT oid FROM unnest(CAST(:tables AS oid[])) AS oid)
+    SELECT (SELECT string_agg(concat_ws(' ', c.oid, c.relfilenode), ', ' ORDER BY c.oid)
+            FROM pg_class c JOIN asked USING (oid)) AS files,
+           (SELECT coalesce(sum(s.seq_tup_read), 0)::bigint
+            FROM pg_stat_xact_user_tables s JOIN asked ON oid = relid) AS read,
+           ARRAY(SELECT concat_ws(' ', oid, l.mode) FROM pg_locks l JOIN asked ON oid = l.relation
+                 WHERE l.pid = pg_backend_pid() AND l.granted AND l.locktype = 'relation') AS locks
 """)
-_READ = sa.text("""
-    SELECT sum(seq_tup_read)::bigint FROM pg_stat_xact_user_tables WHERE relid = ANY (CAST(:tables AS oid[]))
-""")
-_FILES = sa.text("SELECT oid::bigint, relfilenode::bigint FROM pg_class WHERE oid = ANY (CAST(:tables AS oid[]))")
 _CATALOGUE = sa.text("""
     WITH ours AS (SELECT oid FROM pg_namespace WHERE nspname <> 'information_schema' AND nspname !~ '^pg_')
     SELECT concat('column ', a.attrelid::regclass, '.', a.attname, ' ', format_type(a.atttypid, a.atttypmod),
@@ -384,19 +386,22 @@ def _stronger(held: Mapping[str, str], more: Sequence[tuple[str, str]]) -> dict[
     return strongest
 
 
-def _locks(conn: sa.Connection, tables: Mapping[int, str]) -> dict[str, str]:
-    """The strongest lock on each table."""
-    rows = conn.execute(_LOCKS, {"tables": list(tables)})
-    return _stronger({}, [(tables[row.oid], _MODES[row.mode]) for row in rows])
+@dataclass(frozen=True)
+class _TableState:
+    """The state of some tables after a statement, in this session."""
+
+    files: str
+    """Changes when a table is written anew."""
+    read: int
+    """The rows that scans have read; only a difference is meaningful."""
+    locks: Mapping[str, str]
+    """Table → the strongest lock."""
 
 
-def _files(conn: sa.Connection, tables: Mapping[int, str]) -> set[tuple[int, int]]:
-    return {(row.oid, row.relfilenode) for row in conn.execute(_FILES, {"tables": list(tables)})}
-
-
-def _read(conn: sa.Connection, tables: Mapping[int, str]) -> int:
-    """The number of rows that scans of this session have read; only a difference is meaningful."""
-    return conn.scalar(_READ, {"tables": list(tables)}) or 0
+def _state_of(conn: sa.Connection, tables: Mapping[int, str]) -> _TableState:
+    row = conn.execute(_STATE, {"tables": list(tables)}).one()
+    held = (each.split() for each in row.locks)
+    return _TableState(row.files, row.read, _stronger({}, [(tables[int(oid)], _MODES[mode]) for oid, mode in held]))
 
 
 def _catalogue(conn: sa.Connection) -> frozenset[str]:
