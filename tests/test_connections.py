@@ -19,18 +19,21 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.util.concurrency import greenlet_spawn
 
 from caller_connections import CALLER_CONNECTIONS, ENCODED, CallerConnection
-from tallystick import AccessReason, Consume, CreditTransaction, Ledger, errors, events, migrate, verify
+from tallystick import AccessReason, Combiner, Consume, CreditTransaction, Ledger, errors, events, migrate, verify
 from tallystick.accounts import Account
 from tallystick.audit import audit
 from tallystick.dev.postgres import Server
+from tallystick.dev.seed import seed
 from tallystick.ledger.connections import autocommitting
 from tallystick.ledger.operations import Access
 from tallystick.schema import INT64_MAX, CreditTransactionType
+from tallystick.web import router
+from tallystick.web.console.routes import console
 from worlds import SHAPES, World
 
 ODD = 'ß "quoted" \\ back {1,NULL} %s %% $1 :name \' \t é'
@@ -483,6 +486,11 @@ def test_what_is_no_connection_is_refused_with_a_sentence(world: World) -> None:
         (lambda source, _: verify(source), ()),
         (lambda source, _: Ledger(source), (sa.Engine,)),
         (migrate.apply, (sa.Engine, str)),
+        (seed, (sa.Engine,)),
+        (lambda source, config: Combiner(Ledger(config), source), (sa.Engine,)),
+        (lambda source, config: Combiner(source, sa.create_engine(config.database_url)), ()),
+        (lambda source, config: router(config, engine=source, current_user=lambda: None), (sa.Engine, AsyncEngine)),
+        (lambda source, config: console(config, engine=source, sign_in=lambda: None), (sa.Engine,)),
     ],
 )
 def test_what_reads_the_schema_refuses_another_argument_with_a_sentence(
@@ -491,7 +499,7 @@ def test_what_reads_the_schema_refuses_another_argument_with_a_sentence(
     given = (None, world.url, world.engine, create_async_engine(world.url))
     for each in given:
         if not isinstance(each, takes):
-            with pytest.raises(errors.InvalidArgument, match=f"the first argument is a .*{type(each).__name__}$"):
+            with pytest.raises(errors.InvalidArgument, match=f", not a .*{type(each).__name__}$"):
                 call(each, world.config)
 
 

@@ -40,14 +40,14 @@ AnyConnection = Union[DbConnection, "psycopg.Connection[Any]"]
 """The first argument of what sends a statement as it is."""
 
 
-def refuse_other_than(given: object, kinds: tuple[type, ...], what: str) -> None:
-    """Refuse a first argument of another type before it is used. ``what`` names the call and those that it takes.
+def refuse_other_than(given: object, kinds: tuple[type, ...], takes: str) -> None:
+    """Refuse an argument of another type before it is used. ``takes`` names the call and the types, for the message.
 
     Raises:
         InvalidArgument: names the type.
     """
     if not isinstance(given, kinds):
-        raise InvalidArgument(f"{what}; the first argument is {type_shown(type(given))}", argument="conn", value=given)
+        raise InvalidArgument(f"{takes}, not {type_shown(type(given))}", argument="conn", value=given)
 
 
 def one_row(conn: AnyConnection, statement: str) -> Sequence[Any] | None:
@@ -339,6 +339,7 @@ def with_known_settings(pool: sa.Engine, *, read_only: bool = False) -> sa.Engin
     """
     import sqlalchemy as sa  # noqa: PLC0415
 
+    refuse_other_than(pool, (sa.Engine,), "this takes an Engine of SQLAlchemy")
     derived = pool.execution_options()
     sa.event.listen(derived, "begin", _set_read_only if read_only else _set_known)
     return derived

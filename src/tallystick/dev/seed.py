@@ -30,7 +30,7 @@ from uuid_utils.compat import uuid7
 
 from tallystick.accounts import Accounts
 from tallystick.config import Config, Pack
-from tallystick.database import refuse_hidden_rows, translated
+from tallystick.database import refuse_hidden_rows, refuse_other_than, translated
 from tallystick.declared_tables import Schema, days, migration_log
 from tallystick.dev.host_tables import HostFault, HostRow, HostTables
 from tallystick.errors import InvalidArgument, Key, PermissionDenied, SeedImpossible, SeedRefused, shown
@@ -275,6 +275,7 @@ def _chosen(only: Sequence[str]) -> list[Scenario]:
 @contextmanager
 def _transaction(bind: Bind) -> Iterator[sa.Connection]:
     """A transaction for scenarios, of one run at a time."""
+    refuse_other_than(bind, (sa.Engine, sa.Connection), "the seed takes SQLAlchemy's Engine or Connection")
     if isinstance(bind, sa.Connection):
         _take_turn(bind)
         yield bind

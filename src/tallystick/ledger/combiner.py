@@ -28,7 +28,7 @@ from typing import Any, Required, Self, TypedDict, TypeVar, Unpack
 
 import sqlalchemy as sa
 
-from tallystick.database import translated
+from tallystick.database import refuse_other_than, translated
 from tallystick.errors import (
     Conflict,
     DatabaseUnavailable,
@@ -159,6 +159,8 @@ class Combiner:
         held_max_s: float = 30.0,
         lock_timeout_s: float = 5.0,
     ) -> None:
+        refuse_other_than(ledger, (Ledger,), "a Combiner takes a Ledger first")
+        refuse_other_than(engine, (sa.Engine,), "a Combiner takes an Engine of SQLAlchemy")
         self._ledger = ledger
         self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._batch_max = batch_max

@@ -14,6 +14,7 @@ from anyio import CancelScope
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.util.concurrency import greenlet_spawn
 
+from tallystick.database import refuse_other_than
 from tallystick.ledger.connections import SyncConnection, autocommitting
 
 THREADS_MAX = 40
@@ -31,6 +32,7 @@ class Database:
     """
 
     def __init__(self, engine: sa.Engine | AsyncEngine) -> None:
+        refuse_other_than(engine, (sa.Engine, AsyncEngine), "the pages take SQLAlchemy's Engine or AsyncEngine")
         self._engine = engine
         self._threads = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="tallystick")  # started as they are needed
 
