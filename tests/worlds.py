@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import itertools
+import threading
 import time
 import uuid
 from dataclasses import dataclass
@@ -88,6 +89,9 @@ def dispose_when_idle(pooled: sa.Engine) -> None:
     """Closes a pool once nobody reads through it: a thread would leave its connection open, for the next test."""
     assert isinstance(pooled.pool, sa.QueuePool)
     deadline = time.monotonic() + 60
+    for thread in threading.enumerate():
+        if thread.name in {"tallystick-audit", "tallystick-figures", "tallystick-stripe"}:  # of a console's page
+            thread.join(60)  # it may not have its connection yet
     while pooled.pool.checkedout() and time.monotonic() < deadline:
         time.sleep(0.01)
     pooled.dispose()
