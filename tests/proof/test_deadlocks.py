@@ -1,4 +1,4 @@
-"""Some seconds of ``deadlocks.py``, and the one kind of deadlock that an app can still cause."""
+"""Some seconds of ``deadlocks.py``, and the kinds of deadlock that an app can still cause."""
 
 from __future__ import annotations
 
@@ -94,6 +94,36 @@ def test_a_user_is_locked_harder_before_it_spends_and_otherwise_at_the_price_of_
         assert ledger.balance(conn, user) == 8
         assert {row.idempotency_key for row in ledger.history(conn, user)} > {"of the locked", "of the new workshop"}
         assert conn.scalar(sa.select(users.c.email).where(users.c.key == user)) == "new@example.com"
+    assert_ledger_consistent(world)
+
+
+@pytest.mark.parametrize("first", ["user", "workshop"])
+def test_a_workshop_is_locked_after_its_user_and_otherwise_at_the_price_of_a_retry(world: World, first: str):
+    user, workshops, ledger = world.user(credits=10), world.schema.workshops, world.ledger
+    workshop = world.workshop(user)
+    locked = threading.Event()
+
+    def lock_then_spend(conn: sa.Connection) -> None:
+        if first == "user":
+            ledger.lock(conn, user)
+        conn.execute(sa.select(workshops.c.key).where(workshops.c.key == workshop).with_for_update())
+        if not locked.is_set():
+            locked.set()
+            waiting_for_a_lock(world, 1)
+        ledger.consume(conn, user, key="beside it")
+
+    def unlock(conn: sa.Connection) -> None:
+        assert locked.wait(PATIENCE_S)
+        ledger.consume(conn, user, key="unlock", workshop=workshop)
+
+    members = [RetriedTransaction(world, work) for work in (lock_then_spend, unlock)]
+    with ThreadPoolExecutor(2) as pool:
+        for each in [pool.submit(member) for member in members]:
+            each.result(PATIENCE_S)
+    conflicts = {conflict.sqlstate for member in members for conflict in member.conflicts}
+    assert conflicts == ({"40P01"} if first == "workshop" else set())
+    with world.engine.connect() as conn:
+        assert ledger.balance(conn, user) == 8
     assert_ledger_consistent(world)
 
 
