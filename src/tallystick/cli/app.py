@@ -101,9 +101,9 @@ app = typer.Typer(
     help="Prepaid credits inside your app's own PostgreSQL, and an audit of every balance.\n\n"
     "Begin with [bold]tallystick init[/], then [bold]tallystick migrate plan[/] and "
     "[bold]tallystick migrate apply[/]. To see it all at work on a temporary database: [bold]tallystick demo[/].",
-    epilog="The database's address is the first of these that is set: --database-url, database_url in "
-    "tallystick.toml, DATABASE_URL. Without one, a command uses the embedded PostgreSQL of tallystick db start. "
-    "Migrations and backups prefer DATABASE_URL_UNPOOLED.",
+    epilog="The database's address is the first of these that is set: --database-url, TALLYSTICK_DATABASE_URL, "
+    "database_url in tallystick.toml, DATABASE_URL. Without one, a command uses the embedded PostgreSQL of tallystick "
+    "db start. Migrations and backups prefer DATABASE_URL_UNPOOLED.",
 )
 
 
