@@ -304,6 +304,8 @@ def engine(url: str | sa.URL, **options: Any) -> sa.Engine:
     for name in address.query:
         connect_args.pop(name, None)  # the address wins
     connect_args |= _ENCODING
+    if address.get_driver_name() == "psycopg":
+        connect_args = _UNPREPARED | connect_args
     # without hstore, which SQLAlchemy looks up before the first transaction, in the database's own search_path
     made = sa.create_engine(address, connect_args=connect_args, use_native_hstore=False, **options)
     sa.event.listen(made, "begin", _set_known)
@@ -312,6 +314,8 @@ def engine(url: str | sa.URL, **options: Any) -> sa.Engine:
 
 _OURS = {"application_name": "tallystick", "connect_timeout": 10}
 _ENCODING = {"client_encoding": "utf8"}  # with that of a database in SQL_ASCII, psycopg returns bytes
+# A transaction pooler may hand the session to another client, and psycopg gives its statements the same names there.
+_UNPREPARED = {"prepare_threshold": None}
 
 KNOWN_SETTINGS: Mapping[str, str] = {
     "search_path": "pg_catalog",
@@ -492,7 +496,7 @@ def connect_driver(url: str) -> Iterator[psycopg.Connection[tuple[Any, ...]]]:
     """
     import psycopg  # noqa: PLC0415
 
-    arguments: dict[str, Any] = _OURS | Address.of(url).arguments | _ENCODING
+    arguments: dict[str, Any] = _OURS | Address.of(url).arguments | _ENCODING | _UNPREPARED
     with translated(connecting=True):
         conn = psycopg.connect(**arguments)
     with closing(conn):

@@ -14,10 +14,12 @@ from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from delay import far_away
 from hosts import App
+from typer.testing import CliRunner
 
 import bouncer
 from tallystick import Ledger, migrate
 from tallystick.audit import audit
+from tallystick.cli import commands
 from tallystick.errors import InsufficientCredits, PoolerRefused
 from worlds import World
 
@@ -62,6 +64,24 @@ def test_the_hosts_own_alembic_is_refused_too(app: App, pooled: Callable[[str], 
         with pytest.raises(PoolerRefused, match="DATABASE_URL_UNPOOLED"):
             getattr(migrate, function)(op, to="0001", config=app.config, **options)
     assert app.shape() == before
+
+
+def test_commands_leave_no_prepared_statement_in_it(
+    app: App, pooled: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Psycopg names those of each client alike, so those of the next client would collide with them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATABASE_URL", pooled(app.url))
+    for _ in range(2):
+        for line in ("init --force", "doctor", "migrate plan", "migrate status"):
+            result = CliRunner().invoke(commands(), line.split())
+            refused = result.output + str(result.exception)
+            assert "already exists" not in refused, line
+            assert "pooler" in refused or line not in ("doctor", "migrate plan")
+    engine = sa.create_engine(pooled(app.url), poolclass=sa.NullPool, connect_args={"prepare_threshold": None})
+    with ExitStack() as held:  # every server connection of the pool
+        for conn in [held.enter_context(engine.connect()) for _ in range(3)]:
+            assert conn.scalars(sa.text("SELECT statement FROM pg_prepared_statements")).all() == []
 
 
 def test_a_host_name_says_it_too(app: App) -> None:
