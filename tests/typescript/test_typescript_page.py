@@ -11,6 +11,7 @@ import pytest
 from stripe import StripeClient
 
 import pages
+from delay import far_away
 from node_environment import address, environment
 from node_packages import Project
 from tallystick.audit import audit
@@ -50,11 +51,11 @@ def test_the_pages_flow(page: Project, world: World):
         nobody=uuid4(),
     )
     at = address(world)
-    libpq = {"PGHOST": at["host"], "PGPORT": str(at["port"]), "PGUSER": at["user"], "PGDATABASE": str(at["database"])}
-    with DevStripe(senders=1) as dev:
-        neon = f"postgresql://{at['user']}:secret@neon.invalid/{at['database']}"
+    socket = Path(at["host"]) / f".s.PGSQL.{at['port']}"  # which not every driver reads from an address
+    with DevStripe(senders=1) as dev, far_away(socket, one_way_s=0) as port:
+        url = f"postgresql://{at['user']}:secret@127.0.0.1:{port}/{at['database']}"
         of_stripe = {"STRIPE_API_BASE": dev.url, "STRIPE_SECRET_KEY": dev.secret_key, "APP_URL": "http://app.test"}
-        page.run("node", "page/flow.mjs", env={**given, **libpq, **of_stripe, "DATABASE_URL": neon})
+        page.run("node", "page/flow.mjs", env={**given, **of_stripe, "DATABASE_URL": url})
         sessions = StripeClient(dev.secret_key, base_addresses={"api": dev.url}).v1.checkout.sessions.list().data
     assert sessions
     with world.engine.connect() as conn:
