@@ -211,6 +211,12 @@ def test_a_fault_of_an_address_is_named_without_its_password(folder, address, sa
         ("[[packs]]\nname = 'a'\ncredits = 1\ncurrency = 'USD'", 4, "packs.0.currency", "pattern"),
         ("grandfathered_before = 2026-01-31T00:00:00", 1, "grandfathered_before", "time zone"),
         ("[console]\nadress = 'https://x'", 2, "console.adress", "did you mean address?"),
+        (
+            "[host.workshops]\ncheckout_origins = []",
+            2,
+            "host.workshops.checkout_origins",
+            "Move checkout_origins above the first [table]",
+        ),
         ("[console]\naddress = 'http://console.example.com'", 2, "console.address", "https://"),
         ("[console]\naddress = 'https://example.com/ops'", 2, "console.address", "scheme and host only"),
         ("[console]\nproxy_peers = ['proxy.example.com']", 2, "console.proxy_peers.0", "no IP address"),

@@ -681,9 +681,15 @@ def _explain(error: ValidationError, source: _Source | None, origins: Mapping[st
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         message = "no such setting"
-        near = difflib.get_close_matches(str(location[-1]), _settings(location[:-1]), n=1)
+        name = str(location[-1])
+        near = difflib.get_close_matches(name, _settings(location[:-1]), n=1)
         if near:
             message += f"; did you mean {near[0]}?"
+        elif len(location) > 1 and name in Config.model_fields:  # it was written below the last table
+            above = (
+                f"directly below [{'.'.join(source.table)}]" if source and source.table else "above the first [table]"
+            )
+            message += f" in this table. Move {name} {above}"
     variable = origins.get(str(location[0])) if location else None
     if variable or source is None:
         where, line = variable or "settings", None
@@ -712,8 +718,7 @@ def _settings(location: tuple[str | int, ...]) -> list[str]:
 
 def to_toml(host: HostMapping) -> str:
     """A settings file for ``host``, as ``tallystick init`` writes it, with the packs as an example to fill in."""
-    first = "# Settings of Tallystick. The database address comes from DATABASE_URL unless it is set here."
-    return "\n".join([first, "", *_host_tables(host), "", _PACKS_EXAMPLE])
+    return "\n".join([_BEGINNING, *_host_tables(host), "", _PACKS_EXAMPLE])
 
 
 def _host_tables(host: HostMapping, above: tuple[str, ...] = ()) -> list[str]:
@@ -856,6 +861,11 @@ _USUALLY_ABSENT = ("key_type_schema", "key_collation")
 _USUAL = {"balance": "credit_balance"} | {name: name for name in ("stripe_customer_id", "updated_at", "deleted_at")}
 
 _UNDATED = "  # none tells when it was made: with the paywall on, no old one is open without a credit"
+
+_BEGINNING = """\
+# Settings of Tallystick. The database address comes from DATABASE_URL unless it is set here.
+# What stands in no table, such as checkout_origins = ["https://app.example.com"], is written here, above the first.
+"""
 
 _PACKS_EXAMPLE = """\
 # What is on sale. amount is in minor units: 7900 is $79.00.

@@ -12,11 +12,11 @@ import pytest
 import sqlalchemy as sa
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
-from delay import far_away
 from hosts import App
 from typer.testing import CliRunner
 
 import bouncer
+from delay import far_away
 from tallystick import Ledger, migrate
 from tallystick.audit import audit
 from tallystick.cli import commands

@@ -12,10 +12,10 @@ from pathlib import Path
 import psycopg
 import pytest
 import sqlalchemy as sa
-from delay import far_away
 from hosts import HOSTS, App
 from traffic import Traffic, traffic
 
+from delay import far_away
 from tallystick import migrate
 
 USERS = 20_000

@@ -14,10 +14,10 @@ from pathlib import Path
 import psycopg
 import pytest
 import sqlalchemy as sa
-from delay import far_away
 from hosts import HOSTS, App
 from psycopg import pq
 
+from delay import far_away
 from tallystick import Config, migrate
 from tallystick.database import connect
 from tallystick.dev.postgres import Server

@@ -37,11 +37,10 @@ def test_a_paywall_in_ten_minutes(
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     (settings,) = blocks("paywall.md", "toml")
-    unpriced = re.sub(r'stripe_price_id = ".*"\n', "", settings)
-    (tmp_path / "tallystick.toml").write_text(unpriced, "utf-8")
-    made = stripe.setup(Config.load())
-    for pack, example in zip(made.packs, ("price_single", "price_crew"), strict=True):
-        settings = settings.replace(example, pack.price)
+    (tmp_path / "tallystick.toml").write_text(settings, "utf-8")
+    for pack in stripe.setup(Config.load()).packs:
+        named = f'name = "{pack.pack}"\n'
+        settings = settings.replace(named, f'{named}stripe_price_id = "{pack.price}"\n')
     (tmp_path / "tallystick.toml").write_text(settings, "utf-8")
 
     names: dict[str, object] = {}
