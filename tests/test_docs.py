@@ -9,6 +9,7 @@ import inspect
 import json
 import pkgutil
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 from uuid import UUID
@@ -22,9 +23,11 @@ import tallystick
 import tallystick.config as config_module
 from pages import blocks
 from tallystick import Config, HostMapping, Pack, UsersTable, WorkshopsTable, events, migrate, pytest_plugin
+from tallystick.audit import audit
 from tallystick.cli import commands
 from tallystick.config import Allowance, ConsoleAccess
 from tallystick.dev.demo_app import build_host_app
+from tallystick.dev.postgres import Server
 from tallystick.dev.seed import ENVIRONMENT_VARIABLES
 from tallystick.schema import CreditTransactionType
 from worlds import World
@@ -200,6 +203,32 @@ def test_every_message_that_is_explained_is_one_of_ours():
     explained = re.findall(r"^### `(.+)`$", page, re.MULTILINE)
     assert len(explained) > 15
     assert [message for message in explained if message not in source] == []
+
+
+@pytest.mark.parametrize("written", [40, 1])
+def test_the_row_that_is_missing_after_a_balance_was_written_is_added(
+    world: World, server: Server, tmp_path: Path, written: int
+):
+    user, ledger, users = world.user(credits=5), world.ledger, world.schema.users
+    with world.engine.begin() as conn:
+        conn.execute(sa.update(users).where(users.c.key == user).values(credit_balance=written))
+        for number in range(2):
+            ledger.grant(conn, user, credits=1, key=f"later {number}", description="Later")
+        [finding] = audit(conn, world.config).findings
+        conn.execute(sa.text("INSERT INTO tallystick.days SELECT (now() AT TIME ZONE 'UTC')::date, 0, now()"))  # closed
+    credits = int(finding.found.split()[1]) - int(finding.expected.split()[1].rstrip(","))
+    assert (finding.check, credits) == ("chain_arithmetic", written - 5)
+    (script,) = blocks(ROOT / "docs" / "troubleshooting.md", "sql")
+    (tmp_path / "missing_row.sql").write_text(script, encoding="utf-8")
+    given = {"ON_ERROR_STOP": 1, "user": user, "sequence": 2, "credits": credits}
+    options = [f"--set={name}={value}" for name, value in given.items()]
+    command = server.command("psql", *options, "-f", "missing_row.sql", str(world.engine.url.database))
+    subprocess.run(command, cwd=tmp_path, env=server.env, check=True, capture_output=True)
+    with world.engine.connect() as conn:
+        assert audit(conn, world.config).findings == ()
+        rows = ledger.history(conn, user)
+        assert [row.sequence for row in rows] == [4, 3, 2, 1]
+        assert (rows[2].amount, ledger.balance(conn, user)) == (written - 5, written + 2)
 
 
 def test_every_page_is_in_the_list_for_machines():

@@ -1297,8 +1297,10 @@ CHECKS: Mapping[str, Check] = {
             search=_wrong_sums,
             expected="balance_after {total}, which is {before} {amount:+}",
             found="balance_after {balance_after}",
-            likely_cause=f"its amount was {_BY_HAND}; or its balance_after was, if the next row is off by the opposite",
-            what_to_do=_RESTORE,
+            likely_cause="{balance_column} was set by hand or by the app before this row; or the row's amount was "
+            f"{_BY_HAND}; or its balance_after was, if the next row is off by the opposite",
+            what_to_do=_LOOK + "If your latest backup has another row, restore that. If not, write the row that is "
+            "missing before it: docs/troubleshooting.md has the statements",
         ),
         Check(
             name="user_sequence",
