@@ -142,7 +142,7 @@ def _signs_of_others(
         if reference.to == table.oid:
             if reference.of in links:
                 yield f"{reference.of_name} keeps its sign-ins with other services"
-            elif reference.of_name == "django_admin_log":
+            elif (reference.of_name, reference.column) == ("django_admin_log", "user_id"):
                 yield "Django's admin names its people by it"
         elif (
             reference.of == table.oid
