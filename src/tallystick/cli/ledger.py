@@ -159,7 +159,7 @@ def _mapping_source(given: Invocation) -> str:
     """The source of the mapping, for a message about a fault in it."""
     if "host" in Config.load(given.config_path).model_fields_set:
         return f"check [host.users] in {given.config_path or FILE_NAME}"
-    return "which tables and columns are the app's was stored when it was migrated"
+    return "the mapping is the one that the migration stored in the database"
 
 
 def credits_of(number: int) -> str:
