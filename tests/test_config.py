@@ -370,3 +370,9 @@ def test_a_new_pyproject_has_the_settings_in_our_table(folder):
     host = HostMapping(users=UsersTable(key="k"), workshops=None)
     write_host(folder / "pyproject.toml", host)
     assert Config.load(environ={}).host == host
+
+
+def test_a_setting_that_stands_below_a_table_of_pyproject_is_told_its_place(folder):
+    (folder / "pyproject.toml").write_text("[tool.tallystick.host.users]\npaywall = false\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"Move paywall directly below \[tool\.tallystick\]"):
+        Config.load(environ={})
