@@ -89,6 +89,12 @@ def test_help_begins_where_somebody_new_begins(tally):
     assert places == sorted(places)
 
 
+def test_it_runs_as_a_module_where_its_script_is_not_on_the_path():
+    command = [sys.executable, "-m", "tallystick", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Begin here" in done.stdout
+
+
 def test_from_an_apps_database_to_audited_credits(tally, old_host):
     assert "public.users, by id (uuid)" in tally("init").out
     planned = tally("migrate", "plan", "--json").json

@@ -164,7 +164,8 @@ def _unknown_purchase(r: Refusal) -> LedgerError:
 
 def _purchase_not_pending(r: Refusal) -> LedgerError:
     return PurchaseNotPending(
-        f"purchase {r.id} is {r.status} and cannot fail. To take its credits back: ledger.refund",
+        f"purchase {r.id} is {r.status} and cannot fail. To take its credits back: tallystick refund, or "
+        "ledger.refund in Python",
         purchase=r.id,
         status=r.status,
     )

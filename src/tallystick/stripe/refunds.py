@@ -162,7 +162,7 @@ def _facts(effects: Effects, purchase: UUID) -> tuple[CreditTransaction, Object,
     if intent is None or charge is None:
         raise PurchaseNotCompleted(
             f"purchase {purchase} is {bought.status} with {bought.amount_paid or 0} paid through Stripe; "
-            "there is no money to send back. To take credits alone: ledger.refund",
+            "there is no money to send back. To take credits alone: tallystick refund, or ledger.refund in Python",
             purchase=purchase,
             status=str(bought.status),
         )
