@@ -22,6 +22,7 @@ from tallystick.errors import (
     LedgerError,
     LedgerInconsistent,
     UnknownUser,
+    UnknownWorkshop,
     WorkshopNotOwned,
 )
 from tallystick.ledger import Consume
@@ -105,6 +106,26 @@ def test_workshops(world: World) -> None:
         assert results[0] == world.ledger.history(conn, user, limit=2)[1]
         assert results[3].description == f"Credit consumed for Workshop: {also_mine}"
         assert all(world.ledger.access(conn, workshop).open for workshop in (mine, also_mine, theirs))
+
+
+def test_a_faulty_item_behind_a_good_one_is_refused_as_it_is_alone(world: World) -> None:
+    user = world.user(credits=5)
+    nobodys, *locked = (world.workshop(user) for _ in range(3))
+    with world.engine.begin() as conn:
+        conn.exec_driver_sql("ALTER TABLE workshops ALTER user_id DROP NOT NULL")
+        conn.execute(sa.text("UPDATE workshops SET user_id = NULL WHERE id = :id"), {"id": nobodys})
+        faults = (uuid4(), UnknownWorkshop), (nobodys, WorkshopNotOwned)
+        for mine, (workshop, refusal) in zip(locked, faults, strict=True):
+            good = Consume(user, workshop=mine, key=f"good {mine}")
+            faulty = Consume(user, workshop=workshop, key=f"faulty {mine}")
+            done, refused = world.ledger.consume_many(conn, [good, faulty])
+            assert isinstance(done, CreditTransaction)
+            assert isinstance(refused, refusal)
+        asked = sa.text(
+            "SELECT outcome FROM tallystick.consume_many(ARRAY[:user, :user]::uuid[], ARRAY['with a key', NULL])"
+        )
+        assert conn.scalars(asked, {"user": str(user)}).all() == ["completed", "invalid_argument"]
+        assert world.ledger.balance(conn, user) == 2
 
 
 def test_what_repeats_itself_takes_no_statement_for_each(world: World) -> None:

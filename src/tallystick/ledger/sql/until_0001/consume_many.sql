@@ -75,7 +75,7 @@ BEGIN
         coalesce(description, 'Credit consumed' || coalesce(' for Workshop: ' || name, '')) AS description,
         balance - sum(amount) OVER listed AS balance_after,
         (sequence + row_number() OVER listed)::integer AS sequence,
-        bool_and(plain) OVER listed AS plain
+        bool_and(plain IS TRUE) OVER listed AS plain  -- NULL without a key, and of a workshop that nobody has
       FROM asked WINDOW listed AS (PARTITION BY user_id ORDER BY item ROWS UNBOUNDED PRECEDING)
     ) AS s WHERE s.plain AND s.balance_after >= 0
   ), written AS (
