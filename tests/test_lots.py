@@ -213,6 +213,28 @@ def test_bought_credits_last_from_the_moment_they_are_paid(world: World):
         assert (back.amount, back.balance) == (2, 0)  # one went back into the lot, and has expired with it
 
 
+def test_a_lot_that_expires_while_a_call_waits_for_its_workshop_is_spent_first(world: World):
+    ledger, user = world.ledger, world.user(credits=5)
+    workshop = world.workshop(user)
+    with world.engine.begin() as conn:
+        give(world, conn, user, 5, 1 / 86_400, "for a second")
+
+    def unlock() -> int | None:
+        with world.autocommit.connect() as another:
+            return ledger.consume(another, user, credits=5, workshop=workshop, key="a").balance
+
+    with ThreadPoolExecutor(1) as pool:
+        with world.engine.begin() as conn:
+            conn.execute(sa.text("SELECT FROM workshops WHERE id = :id FOR UPDATE"), {"id": workshop})
+            waits = pool.submit(unlock)
+            time.sleep(1.5)
+            assert not waits.done()
+        assert waits.result(30) == 5
+    with world.engine.begin() as conn:
+        ledger.sweep(conn)
+        assert ledger.balance(conn, user) == 5
+
+
 def test_a_refund_and_a_correction_take_from_their_own_lot_first(world: World):
     ledger, user = world.ledger, world.user(credits=1)
     with world.engine.begin() as conn:

@@ -108,7 +108,7 @@ BEGIN
   IF answer.status IS DISTINCT FROM 'completed' THEN
     PERFORM tallystick.host_interfered({ledger_name});
   END IF;
-  PERFORM tallystick.take_from_lots(account.key, hold_id, charged, NULL, true);
+  PERFORM tallystick.take_from_lots(account.key, hold_id, charged);
   PERFORM tallystick.settle_held(
     account.key, answer.balance_after, answer.sequence, answer.credit_held,
     CASE WHEN answer.credit_held = 0 THEN tallystick.next_due(account.key, 0) ELSE account.due END);

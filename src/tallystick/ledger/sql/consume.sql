@@ -99,7 +99,7 @@ BEGIN
             INTO answer;
         IF FOUND THEN
           IF account.due IS NOT NULL THEN
-            PERFORM tallystick.take_from_lots(account.key, answer.id, consume.amount);
+            PERFORM tallystick.take_from_lots(account.key, answer.id, consume.amount, due => account.due);
           END IF;
           IF workshop_id IS NOT NULL THEN
             PERFORM tallystick.mark_workshop(workshop_id, answer.completed_at);

@@ -128,7 +128,7 @@ BEGIN
           coalesce(merge.description, 'Merged from another account'), closing_id, 'tallystick:merge:' || closing_id,
           merge.metadata, part.expires_at, moment);
     IF part.id IS NOT NULL THEN
-      PERFORM tallystick.take_from_lots(account.key, closing_id, moved, part.id, true);
+      PERFORM tallystick.take_from_lots(account.key, closing_id, moved, part.id);
     END IF;
     IF NOT tallystick.settle(other.key, other.balance, other.sequence, other.balance + moved, other.sequence + 1) THEN
       PERFORM tallystick.host_interfered({users_name});

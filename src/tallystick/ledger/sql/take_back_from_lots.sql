@@ -12,11 +12,11 @@ BEGIN
   SELECT l.remaining INTO own FROM tallystick.lots AS l WHERE l.id = take_back_from_lots.lot_id;
   IF own > 0 THEN
     PERFORM tallystick.take_from_lots(
-      user_id, transaction_id, least(take_back_from_lots.amount, own), take_back_from_lots.lot_id, true);
+      user_id, transaction_id, least(take_back_from_lots.amount, own), take_back_from_lots.lot_id);
   END IF;
   SELECT sum(l.remaining) - greatest(balance_after, 0) INTO uncovered FROM tallystick.lots AS l
     WHERE l.user_id = take_back_from_lots.user_id AND l.remaining > 0;
   IF uncovered > 0 THEN
-    PERFORM tallystick.take_from_lots(user_id, transaction_id, uncovered::{credits}, NULL, true);
+    PERFORM tallystick.take_from_lots(user_id, transaction_id, uncovered::{credits});
   END IF;
 END $$
