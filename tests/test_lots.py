@@ -213,6 +213,34 @@ def test_bought_credits_last_from_the_moment_they_are_paid(world: World):
         assert (back.amount, back.balance) == (2, 0)  # one went back into the lot, and has expired with it
 
 
+def test_a_reinstatement_gives_to_a_lot_what_the_refund_took_from_it_and_no_more(world: World):
+    ledger, spent, debtor = world.ledger, world.user(credits=20), world.user(credits=4)
+    month = dt.timedelta(days=30)
+    with world.engine.begin() as conn:
+        first = ledger.start_purchase(conn, spent, credits=10, description="A month", expires_after=month)
+        ledger.complete_purchase(conn, spent, purchase=first.id)
+        ledger.consume(conn, spent, credits=8, key="a")
+
+        paid = ledger.history(conn, debtor)[0]
+        ledger.consume(conn, debtor, credits=4, key="a")
+        ledger.refund(conn, debtor, paid.id, key="debt")
+        second = ledger.start_purchase(conn, debtor, credits=10, description="A month", expires_after=month)
+        ledger.complete_purchase(conn, debtor, purchase=second.id)  # of which 4 pay the debt
+        give(world, conn, debtor, 4, None, "goodwill")
+        ledger.refund(conn, debtor, second.id, key="refund")
+        ledger.reinstate(conn, debtor, second.id, key="won")
+        assert left(world, conn, debtor) == [("A month", 6)]
+        assert ledger.balance(conn, debtor) == 10
+    world.pass_time(days=31)
+    with world.engine.begin() as conn:
+        ledger.sweep(conn)
+        assert ledger.balance(conn, debtor) == 4
+        assert ledger.balance(conn, spent) == 20
+        # the 2 that nobody spent have expired, so the refund takes 8 that do not expire
+        assert ledger.refund(conn, spent, first.id, key="refund").balance_after == 12
+        assert ledger.reinstate(conn, spent, first.id, key="won").balance == 20
+
+
 def test_a_lot_that_expires_while_a_call_waits_for_its_workshop_is_spent_first(world: World):
     ledger, user = world.ledger, world.user(credits=5)
     workshop = world.workshop(user)

@@ -20,7 +20,9 @@ BEGIN
     FROM tallystick.lot_moves AS m JOIN tallystick.lots AS l ON l.id = m.lot_id
     -- one list, so that the moves are found by their key and not by reading them all
     WHERE m.transaction_id = ANY (target || ARRAY(
-      SELECT t.id FROM {ledger} AS t WHERE t.refund_of = target AND t.user_id = give_to_lots.user_id))
+        SELECT t.id FROM {ledger} AS t
+        WHERE t.refund_of = target AND t.user_id = give_to_lots.user_id AND t.type <> 'expiry'))
+      AND m.transaction_id <> m.lot_id -- the debt that a lot paid when it came
     GROUP BY m.lot_id, l.expires_at, l.amount, l.remaining HAVING sum(m.amount) > 0
     ORDER BY l.expires_at DESC, m.lot_id DESC
   LOOP
