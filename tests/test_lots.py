@@ -263,6 +263,20 @@ def test_a_lot_that_expires_while_a_call_waits_for_its_workshop_is_spent_first(w
         assert ledger.balance(conn, user) == 5
 
 
+def test_a_grant_that_is_repeated_after_its_credits_have_expired_is_a_replay(world: World):
+    ledger, user = world.ledger, world.user()
+    soon = days(0.3 / 86_400)
+    with world.autocommit.connect() as conn:
+        first = ledger.grant(conn, user, credits=2, key="g", description="d", expires_at=soon)
+        time.sleep(0.4)
+        again = ledger.grant(conn, user, credits=2, key="g", description="d", expires_at=soon)
+        assert (again.id, again.replayed, again.balance) == (first.id, True, 0)
+        with pytest.raises(e.IdempotencyKeyReused):
+            ledger.grant(conn, user, credits=3, key="g", description="d", expires_at=soon)
+        with pytest.raises(e.InvalidArgument):
+            ledger.grant(conn, user, credits=2, key="another", description="d", expires_at=soon)
+
+
 def test_a_refund_and_a_correction_take_from_their_own_lot_first(world: World):
     ledger, user = world.ledger, world.user(credits=1)
     with world.engine.begin() as conn:

@@ -395,6 +395,7 @@ def names_of(host: Any) -> dict[str, Composable]:
         "credits_min": SQL(f"({low})" if host.credits == "integer" else "(-9223372036854775807 - 1)"),
         "key_domain": SqlLiteral("a text of 1 to 255 characters that does not begin with tallystick:"),
         "amount_domain": SqlLiteral(f"a whole number from 1 to {high}"),
+        "expiry_domain": SqlLiteral("a moment in the future and before the year 9999, or NULL"),
         "row": SQL(", ").join(SQL(f"t.{name}{cast.get(name, '')}") for name in ROW),
         "account": SQL(
             "u.{}, {}, coalesce(u.onboarding_complete, false), u.{}::text, "

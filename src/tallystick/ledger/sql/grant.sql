@@ -24,8 +24,8 @@ BEGIN
     RETURN tallystick.invalid_argument('description', 'a text of 1 to 10000 characters');
   ELSIF jsonb_typeof(metadata) <> 'object' THEN
     RETURN tallystick.invalid_argument('metadata', 'a JSON object');
-  ELSIF expires_at <= clock_timestamp() OR expires_at >= '9999-01-01' THEN
-    RETURN tallystick.invalid_argument('expires_at', 'a moment in the future and before the year 9999, or NULL');
+  ELSIF expires_at >= '9999-01-01' THEN
+    RETURN tallystick.invalid_argument('expires_at', {expiry_domain});
   END IF;
 
   SELECT u.{user_key} AS key, {balance} AS balance, u.credit_sequence AS sequence, u.credit_held AS held,
@@ -41,6 +41,10 @@ BEGIN
   IF FOUND THEN
     RETURN tallystick.replay(
       prior, jsonb_build_object('type', 'grant', 'amount', amount, 'refund_of', NULL), account.balance);
+  END IF;
+  -- not before: a call that is repeated after this moment is a replay all the same
+  IF expires_at <= clock_timestamp() THEN
+    RETURN tallystick.invalid_argument('expires_at', {expiry_domain});
   END IF;
   answer.balance := account.balance;
   answer.required := amount;
