@@ -277,6 +277,23 @@ def test_a_grant_that_is_repeated_after_its_credits_have_expired_is_a_replay(wor
             ledger.grant(conn, user, credits=2, key="another", description="d", expires_at=soon)
 
 
+def test_the_next_expiry_is_never_one_that_has_passed(world: World):
+    ledger, user = world.ledger, world.user()
+    with world.engine.begin() as conn:
+        give(world, conn, user, 1, 1, "soon")
+        give(world, conn, user, 1, 9, "late")
+    for gone, due in ((2, 7), (4, 3)):
+        world.pass_time(days=gone)
+        with world.engine.begin() as conn:
+            for at in (ledger.standing(conn, user).due_at, world.accounts.get(conn, user).credit_due_at):
+                assert at is not None
+                assert abs(at - days(due)) < dt.timedelta(minutes=5)
+    world.pass_time(days=4)
+    with world.engine.begin() as conn:
+        assert ledger.standing(conn, user).due_at is None
+        assert ledger.history(conn, user)[0].type == "grant"  # nothing was written
+
+
 def test_a_refund_and_a_correction_take_from_their_own_lot_first(world: World):
     ledger, user = world.ledger, world.user(credits=1)
     with world.engine.begin() as conn:

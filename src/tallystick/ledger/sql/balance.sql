@@ -6,19 +6,22 @@ LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = {search_path} AS $$
 #variable_conflict use_column
 DECLARE
   answer tallystick.answer;
+  moment timestamptz := clock_timestamp();
   expired {credits};
 BEGIN
   SELECT u.{user_key}, {balance}, u.credit_held, u.credit_due_at
     INTO answer.user_id, answer.balance, answer.credit_held, answer.expires_at
     FROM {users} AS u WHERE u.{user_key} = balance.user_id;
   answer.outcome := CASE WHEN FOUND THEN 'completed' ELSE 'unknown_user' END;
-  IF answer.expires_at <= clock_timestamp() THEN
-    SELECT coalesce(sum(t.held), 0) INTO answer.credit_held FROM {ledger} AS t
+  IF answer.expires_at <= moment THEN
+    SELECT coalesce(sum(t.held), 0), min(t.expires_at) INTO answer.credit_held, answer.expires_at FROM {ledger} AS t
       WHERE t.user_id = answer.user_id AND t.status = 'pending' AND t.sequence IS NULL
-        AND t.held IS NOT NULL AND t.expires_at > clock_timestamp();
-    SELECT coalesce(sum(l.remaining), 0) INTO expired FROM tallystick.lots AS l
-      WHERE l.user_id = answer.user_id AND l.remaining > 0 AND l.expires_at <= clock_timestamp();
-    answer.balance := answer.balance - least(expired, greatest(answer.balance - answer.credit_held, 0));
+        AND t.held IS NOT NULL AND t.expires_at > moment;
+    SELECT coalesce(sum(l.remaining) FILTER (WHERE l.expires_at <= moment), 0),
+        least(answer.expires_at, min(l.expires_at) FILTER (WHERE l.expires_at > moment))
+      INTO expired, answer.expires_at FROM tallystick.lots AS l
+      WHERE l.user_id = answer.user_id AND l.remaining > 0;
+    answer.balance := answer.balance - least(expired, greatest(answer.balance, answer.credit_held) - answer.credit_held);
   END IF;
   RETURN answer;
 END $$
