@@ -263,6 +263,31 @@ def test_a_refused_capture_counts_the_holds_own_credits(world: World):
         assert ledger.capture(conn, user, held.id, credits=8).balance == 0
 
 
+def test_the_largest_debt_beside_a_hold_is_refused_like_any_other(world: World):
+    """The balance less what is held is below the range of the type."""
+    ledger, user = world.ledger, world.user(credits=INT32_MAX)
+    with world.engine.begin() as conn:
+        large = ledger.history(conn, user)[0]
+        ledger.consume(conn, user, credits=INT32_MAX, key="all")
+        small = world.buy(conn, user, 20)
+        held = ledger.hold(conn, user, credits=20, key="h")
+        ledger.refund(conn, user, large.id, key="r1")
+        ledger.refund(conn, user, small.id, key="r2")
+        assert standing(world, conn, user) == (-INT32_MAX, 20, -INT32_MAX - 20)
+        for spend in (
+            lambda: ledger.consume(conn, user, key="c"),
+            lambda: ledger.hold(conn, user, credits=1, key="h2"),
+            lambda: ledger.capture(conn, user, held.id),
+        ):
+            with pytest.raises(e.InsufficientCredits):
+                spend()
+    world.pass_time(hours=1)
+    with world.engine.begin() as conn:
+        assert standing(world, conn, user) == (-INT32_MAX, 0, -INT32_MAX)
+        assert ledger.sweep(conn) == 1
+        assert standing(world, conn, user) == (-INT32_MAX, 0, -INT32_MAX)
+
+
 def test_a_hold_is_one_intent(world: World):
     ledger, user = world.ledger, world.user(credits=5)
     with world.engine.begin() as conn:

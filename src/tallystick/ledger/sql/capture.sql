@@ -81,7 +81,8 @@ BEGIN
       RETURN answer;
     END IF;
   END IF;
-  IF account.balance - (account.held - set_aside) < charged AND allow_debt IS NOT TRUE THEN
+  IF greatest(account.balance, account.held - set_aside) - (account.held - set_aside) < charged
+      AND allow_debt IS NOT TRUE THEN
     answer.outcome := 'insufficient_credits';
     answer.credit_held := account.held - set_aside;  -- this hold's own credits are there for it
     RETURN answer;

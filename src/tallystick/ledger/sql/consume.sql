@@ -64,8 +64,9 @@ BEGIN
           AND w.credit_consumed_at IS NULL AND w.{workshop_deleted_at} IS NULL;
       claimable := FOUND;
     END IF;
-    EXIT WHEN account.prior IS NOT NULL OR account.deleted_at IS NOT NULL OR account.balance - account.held < amount
-      OR NOT claimable;
+    EXIT WHEN account.prior IS NOT NULL OR account.deleted_at IS NOT NULL OR NOT claimable
+      -- no difference that is below the type's range, in a large debt
+      OR greatest(account.balance, account.held) - account.held < amount;
 
     -- Write: the balance, which locks the user; then the row; then the workshop's mark, locked before.
     UPDATE {users} AS u
@@ -158,7 +159,7 @@ BEGIN
         answer.balance := account.balance;
       END IF;
     END IF;
-  ELSIF account.balance - account.held < amount THEN
+  ELSIF greatest(account.balance, account.held) - account.held < amount THEN
     answer.outcome := 'insufficient_credits';
   ELSE
     answer.outcome := 'ledger_inconsistent';

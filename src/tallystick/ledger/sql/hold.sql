@@ -87,7 +87,7 @@ BEGIN
     END IF;
     name := workshop.title;
   END IF;
-  IF account.balance - account.held < hold.amount THEN
+  IF greatest(account.balance, account.held) - account.held < hold.amount THEN
     answer.outcome := 'insufficient_credits';
     RETURN answer;
   END IF;

@@ -9,7 +9,7 @@ DECLARE
 BEGIN
   SELECT coalesce(sum(l.remaining), 0) INTO others FROM tallystick.lots AS l
     WHERE l.user_id = given.user_id AND l.remaining > 0;
-  left_over := least(given.amount, greatest(given.balance_after - others, 0));
+  left_over := least(given.amount, greatest(given.balance_after, others) - others);
   INSERT INTO tallystick.lots (id, user_id, amount, remaining, expires_at)
     VALUES (given.id, given.user_id, given.amount, left_over, given.expires_at);
   IF left_over < given.amount THEN

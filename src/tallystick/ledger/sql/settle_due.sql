@@ -28,7 +28,7 @@ BEGIN
     SELECT l.id, l.remaining, t.description FROM tallystick.lots AS l JOIN {ledger} AS t ON t.id = l.id
     WHERE l.user_id = answer.user_id AND l.remaining > 0 AND l.expires_at <= moment ORDER BY l.expires_at, l.id
   LOOP
-    taken := least(lot.remaining, greatest(answer.balance - answer.credit_held, 0));
+    taken := least(lot.remaining, greatest(answer.balance, answer.credit_held) - answer.credit_held);
     IF taken > 0 THEN
       INSERT INTO {ledger} AS t (
           id, user_id, type, status, amount, balance_after, sequence, description, refund_of, idempotency_key,
