@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
 from tallystick import errors as e
 from tallystick.audit import audit
+from tallystick.cli import main
 from tallystick.errors import Key
 from worlds import World
 
@@ -355,6 +359,31 @@ def test_a_user_whose_expiries_cannot_be_written_stops_nobody_elses(world: World
         assert ledger.sweep(conn) == 1
         assert ledger.history(conn, good)[0].type == "expiry"
         conn.exec_driver_sql("DROP TRIGGER refuse ON users")
+        assert ledger.sweep(conn) == 1
+
+
+def test_every_user_is_swept_where_one_cannot_be(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """A user whose row is behind the ledger has no expiries written, and is not counted as if there were some."""
+    ledger, users = world.ledger, [world.user() for _ in range(5)]
+    with world.engine.begin() as conn:
+        for user in users:
+            give(world, conn, user, 2, 1, "trial")
+    world.pass_time(days=2)
+    behind = sa.update(world.schema.users).where(world.schema.users.c.key == users[0])
+    with world.engine.begin() as conn:
+        conn.execute(behind.values(credit_sequence=0))
+        assert [ledger.sweep(conn, limit=1) for _ in range(2)] == [0, 0]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATABASE_URL", world.url)
+    monkeypatch.setattr(sys, "argv", ["tallystick", "sweep", "--limit", "2", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    assert json.loads(capsys.readouterr().out) == {"users": 4}
+    with world.engine.begin() as conn:
+        conn.execute(behind.values(credit_sequence=1))
         assert ledger.sweep(conn) == 1
 
 

@@ -440,7 +440,7 @@ def sweep(
         with mapped(ctx, connect_driver, changes=swept == 0) as (conn, config):
             found = Ledger(config).sweep(conn, limit=limit)
         swept += found
-        if found < limit:
+        if not found:  # fewer than the limit may be all but one who fails
             break
     message = f"{swept} {'user' if swept == 1 else 'users'} had holds or credits that expired."
     emit({"users": swept}, lambda: out.print(message), as_json=as_json)

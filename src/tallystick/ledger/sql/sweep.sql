@@ -19,6 +19,9 @@ BEGIN
   LOOP
     BEGIN
       answer := tallystick.settle_due(account.key);
+      IF answer.expires_at = account.due THEN
+        RAISE EXCEPTION 'the ledger has more rows than the row of the user says' USING ERRCODE = 'TS118';
+      END IF;
       answer.outcome := 'completed';
       RETURN NEXT answer;
     EXCEPTION WHEN OTHERS THEN
