@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -903,6 +904,18 @@ def test_a_database_that_is_not_migrated(fresh_database: Callable[..., str]) -> 
             conn.exec_driver_sql(ddl)
         with engine.connect() as conn, pytest.raises(NotMigrated, match="tallystick migrate apply"):
             audit(conn, Config())
+
+
+def test_credits_that_a_hold_has_kept_since_the_callers_transaction_began_are_no_fault(world: World) -> None:
+    user, soon = world.user(), dt.datetime.now(dt.UTC) + dt.timedelta(seconds=0.5)
+    with world.autocommit.connect() as conn:
+        world.ledger.grant(conn, user, credits=5, key="g", description="d", expires_at=soon)
+        world.ledger.hold(conn, user, credits=5, key="h")
+    with world.engine.begin() as conn, world.autocommit.connect() as another:
+        assert conn.scalar(sa.func.now()) < soon
+        time.sleep(0.6)
+        world.ledger.grant(another, user, credits=1, key="later", description="d")  # which finds that they expired
+        assert audit(conn, world.config).findings == ()
 
 
 def test_live_traffic_never_looks_like_a_fault(world: World) -> None:

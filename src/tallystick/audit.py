@@ -1010,7 +1010,8 @@ def _due_too_late(part: _Part) -> sa.Select[Any]:
         .join(part.schema.users, users.key == lot.user_id)
         .where(part.covers(lot.user_id), lot.remaining > 0)
         # holds keep the rest of an expired lot until they end
-        .where(sa.or_(users.credit_held == 0, lot.expires_at > sa.func.now())),
+        # not now(): a writer beside this transaction may have found since it began that one has expired
+        .where(sa.or_(users.credit_held == 0, lot.expires_at > sa.func.clock_timestamp())),
     ).subquery("waiting")
     first = sa.func.min(waiting.c.first)
     return (
