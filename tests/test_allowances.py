@@ -110,6 +110,26 @@ def test_what_is_left_is_carried_over_up_to_the_cap(db: TestDatabase, allowances
     assert [give(db, allowances, user) for user in (rich, poor)] == [100, 100]
 
 
+def test_what_is_left_is_carried_over_where_the_period_ends_within_the_call(
+    db: TestDatabase, allowances: Allowances
+) -> None:
+    user = plan(db, allowances, "pro")
+    assert give(db, allowances, user) == 100
+    now = db.clock.now()
+    db.clock.advance(seconds=(Period.of(now, "month").end - now).total_seconds() - 60)
+    meanwhile = engine_of(db).execution_options()
+
+    def end_the_period(_conn: object, _cursor: object, statement: str, *_: object) -> None:
+        if statement.startswith("SELECT clock_timestamp()"):
+            db.clock.advance(seconds=120)
+
+    sa.event.listen(meanwhile, "before_cursor_execute", end_the_period)
+    with meanwhile.begin() as conn:
+        row = allowances.give(conn, user)
+    assert row is not None
+    assert row.amount == 120
+
+
 def test_a_change_of_plan_gives_the_difference_and_takes_nothing(db: TestDatabase, allowances: Allowances) -> None:
     user = db.user()
     assert give(db, allowances, user) == 5

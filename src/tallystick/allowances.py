@@ -99,12 +99,13 @@ class Allowances:
         allowance = self.plans.get(account.plan_tier)
         if allowance is None or account.deleted_at is not None:
             return None
-        self.ledger.lock(conn, user)  # no other caller gives it meanwhile, and expiries are written
+        self.ledger.lock(conn, user)  # no other caller gives it meanwhile
         period = Period.of(_now(conn), allowance.every)
         key = _key(period, allowance)
         given = self._given(conn, user, period, allowance.every)
         if key in given or sum(given.values()) >= allowance.credits:
             return None
+        self.ledger.lock(conn, user)  # writes what has expired if the last period has ended since the first lock
         carried = 0 if given else min(allowance.rollover, self._left(conn, user, period, allowance.every))
         credits = allowance.credits - sum(given.values())
         more = f", {carried} of them carried over" if carried else ""
