@@ -45,6 +45,7 @@ from tallystick.errors import (
     SeedImpossible,
     SeedRefused,
 )
+from tallystick.events import enable
 from tallystick.ledger import AccessReason
 from worlds import SHAPES, World
 
@@ -104,6 +105,17 @@ def every_row(world: World) -> list[list[str]]:
             sorted(conn.scalars(sa.select(whole_row).select_from(table.alias("host_row"))))
             for table in tables(world.schema)
         ]
+
+
+def test_events_go_with_their_rows_and_a_reader_gets_those_that_follow(world: World) -> None:
+    enable(world.engine, world.config)
+    seed_world(world)
+    reset_world(world)
+    user = world.user(credits=1)
+    world.wait_for_analyze()
+    with world.autocommit.connect() as conn:
+        found = world.ledger.events(conn, limit=1)
+        assert [(event.kind, event.user_id) for event in found] == [("purchase.completed", user)]
 
 
 def test_lots_go_with_their_user(world: World) -> None:

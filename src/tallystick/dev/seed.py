@@ -31,7 +31,7 @@ from uuid_utils.compat import uuid7
 from tallystick.accounts import Accounts
 from tallystick.config import Config, Pack
 from tallystick.database import refuse_hidden_rows, refuse_other_than, translated
-from tallystick.declared_tables import Schema, days, migration_log
+from tallystick.declared_tables import Schema, days, events, migration_log
 from tallystick.dev.host_tables import HostFault, HostRow, HostTables
 from tallystick.errors import InvalidArgument, Key, PermissionDenied, SeedImpossible, SeedRefused, shown
 from tallystick.ledger import CreditTransaction, Ledger
@@ -227,7 +227,9 @@ def reset(
                 # first, so that no day of their rows is closed meanwhile; the days are added up again
                 on = sa.cast(sa.func.timezone("UTC", ledger.c.completed_at), sa.Date)
                 conn.execute(sa.delete(days).where(days.c.day.in_(sa.select(on).where(ledger.c.user_id.in_(users)))))
-                conn.execute(sa.delete(ledger).where(ledger.c.user_id.in_(users)))
+                rows = conn.scalars(sa.delete(ledger).where(ledger.c.user_id.in_(users)).returning(ledger.c.id)).all()
+                # a reader gets no event without its row, and would stay behind a page of them
+                conn.execute(sa.delete(events).where(events.c.transaction_id.in_(rows)))
                 gone_lots = sa.delete(schema.lots).where(schema.lots.c.user_id.in_(users)).returning(schema.lots.c.id)
                 lots = conn.scalars(gone_lots).all()
                 conn.execute(sa.delete(schema.lot_moves).where(schema.lot_moves.c.lot_id.in_(lots)))
