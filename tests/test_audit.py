@@ -305,6 +305,21 @@ def _held_twice(h: Healthy, conn: sa.Connection) -> None:
 SOON = dt.datetime.now(dt.UTC) + dt.timedelta(days=1)
 
 
+def _hold(
+    amount: int, *, sequence: int | None = None, capture_limit: int | None = None
+) -> Callable[[Healthy, sa.Connection], None]:
+    def plant(h: Healthy, conn: sa.Connection) -> None:
+        hold = {"held": 2, "capture_limit": capture_limit, "expires_at": SOON}
+        if sequence is None:
+            h.add(conn, "hold", h.ann, "consumption", amount, status="pending", at=HOUR_AGO, **hold)
+            h.user(conn, h.ann, credit_held=2, credit_due_at=SOON)
+        else:
+            h.add(conn, "hold", h.ann, "consumption", amount, sequence, 4 + amount, **hold)
+            h.user(conn, h.ann, credit_sequence=sequence, credit_balance=4 + amount)
+
+    return plant
+
+
 def _lot(
     *, amount: int = 3, remaining: int = 3, kept: bool = True, due: dt.datetime | None = SOON
 ) -> Callable[[Healthy, sa.Connection], None]:
@@ -314,6 +329,20 @@ def _lot(
         if kept:
             lot = {"id": h.rows["gift"], "user_id": h.ann, "amount": amount, "remaining": remaining}
             conn.execute(sa.insert(h.schema.lots).values(**lot, expires_at=SOON))
+
+    return plant
+
+
+def _lot_without_end(h: Healthy, conn: sa.Connection) -> None:
+    _lot()(h, conn)
+    h.row(conn, "gift", expires_at=None)
+
+
+def _moved(*, by: str) -> Callable[[Healthy, sa.Connection], None]:
+    def plant(h: Healthy, conn: sa.Connection) -> None:
+        _lot(remaining=1)(h, conn)
+        move = {"transaction_id": h.rows.get(by, uuid.uuid4()), "lot_id": h.rows["gift"], "amount": 2}
+        conn.execute(sa.insert(h.schema.lot_moves).values(**move))
 
     return plant
 
@@ -329,7 +358,7 @@ def _lot_in_debt(h: Healthy, conn: sa.Connection) -> None:
     h.add(conn, "taken back", h.ann, "refund", -6, 6, 1, refund_of="bought")
     h.add(conn, "more", h.ann, "purchase", 5, 7, 6)
     h.add(conn, "more taken back", h.ann, "refund", -5, 8, 1, refund_of="more")
-    h.add(conn, "lost", h.ann, "consumption", -2, 9, -1, held=1, expires_at=HOUR_AGO)
+    h.add(conn, "lost", h.ann, "consumption", -2, 9, -1, held=2, expires_at=HOUR_AGO)
     h.user(conn, h.ann, credit_sequence=9, credit_balance=-1)
 
 
@@ -481,10 +510,18 @@ FAULTS = [
     Fault("refund_excess", "unlocked", _reversed_too_much, "2 credits in 1 rows that name it", "a reversal"),
     Fault("refundable", "wrong", _reversal_of_a_purchase, "a completed purchase of user", "a reversal of a purchase"),
     Fault("hold_shape", "waiting", _held_purchase, "held 1", "a purchase that holds"),
+    Fault("hold_amount", "hold", _hold(-1), "amount -1, held 2"),
+    Fault("hold_amount", "hold", _hold(-2, capture_limit=1), "capture_limit 1", "a limit below what it holds"),
+    Fault("hold_amount", "hold", _hold(-2, capture_limit=0), "capture_limit 0", "closed, and yet open"),
+    Fault("hold_amount", "hold", _hold(-4, sequence=5, capture_limit=3), "amount -4", "charged beyond its limit"),
     Fault("held", "ann", lambda h, c: h.user(c, h.ann, credit_held=2), "credit_held 2"),
     Fault("held", "ann", _held_twice, "credit_held 3", "a hold counted twice"),
     Fault("lot", "gift", _lot(remaining=2), "2 left"),
     Fault("lot", "gift", _lot(amount=4, remaining=4), "4 left", "more than was given"),
+    Fault("lot", "gift", _lot_without_end, "3 left of 3, until ", "the row without an end"),
+    Fault("lot_moves", "gift", _moved(by="unlocked"), "a move of 2 by", "more than the row took"),
+    Fault("lot_moves", "gift", _moved(by="bob refunded"), "a move of 2 by", "by another user's row"),
+    Fault("lot_moves", "gift", _moved(by="no row"), "a move of 2 by", "by a row that is gone"),
     Fault("lot_kept", "gift", _lot(kept=False), "none"),
     Fault("lots_covered", "ann", _lot_not_spent, "3 left"),
     Fault("lots_covered", "ann", _lot_in_debt, "3 left", "in debt"),

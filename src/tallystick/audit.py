@@ -742,6 +742,15 @@ def _malformed_key(row: Row) -> Expression:
     return ~length.between(1, 255)
 
 
+def _wrong_amount_of_hold(row: Row) -> Expression:
+    amount = row.amount.cast(sa.Numeric)  # whose opposite may be beyond the column's type
+    beyond_limit = -amount > sa.func.coalesce(row.capture_limit, row.held)
+    set_aside = sa.case((row.status == _COMPLETED, beyond_limit), else_=-amount != row.held)
+    closed = sa.and_(row.capture_limit == 0, row.status == CreditTransactionStatus.FAILED)
+    below = sa.and_(row.capture_limit < row.held, ~closed)
+    return sa.and_(row.type == _CONSUMPTION, row.held > 0, sa.or_(set_aside, below))
+
+
 _BROKEN: dict[str, Callable[[Row], Expression]] = {
     "amount_sign": lambda row: sa.or_(
         row.amount == 0, sa.and_(row.type != _TRANSFER, (row.amount < 0) != row.type.in_(_TAKE))
@@ -769,6 +778,7 @@ _BROKEN: dict[str, Callable[[Row], Expression]] = {
         (row.held.is_(None), row.capture_limit.is_not(None)),
         else_=sa.or_(row.type != _CONSUMPTION, row.held < 1, row.expires_at.is_(None)),
     ),
+    "hold_amount": _wrong_amount_of_hold,
 }
 
 _COUNTED: dict[str, Callable[[_Part], Expression]] = {
@@ -956,11 +966,30 @@ def _wrong_lots(part: _Part) -> sa.Select[Any]:
         sa.select(sa.func.sum(move.amount)).where(move.lot_id == lot.id).scalar_subquery(), sa.literal(0)
     )
     given = sa.case((row.status == _COMPLETED, row.amount), else_=0)
-    return _lots(part, lot.amount, lot.remaining, taken.label("taken")).where(
+    columns = (given.label("given"), taken.label("taken"), row.expires_at.label("until"))
+    return _lots(part, lot.amount, lot.remaining, lot.expires_at, *columns).where(
         sa.or_(
-            given.is_distinct_from(lot.amount), lot.remaining != lot.amount - taken, lot.expires_at != row.expires_at
+            given.is_distinct_from(lot.amount),
+            lot.remaining.is_distinct_from(lot.amount - taken),
+            lot.expires_at.is_distinct_from(row.expires_at),
         )
     )
+
+
+def _stray_moves(part: _Part) -> sa.Select[Any]:
+    """Moves of lots by a row that did not take, or give back, as many credits of the lot's user."""
+    lot, move = part.schema.lots.c, part.schema.lot_moves.c
+    by = part.schema.credit_transactions.alias("by").c
+    fits = sa.case(
+        (move.transaction_id == lot.id, move.amount > 0),  # it paid a debt
+        (by.amount < 0, move.amount.between(1, -by.amount.cast(sa.Numeric))),
+        else_=move.amount.between(-by.amount.cast(sa.Numeric), -1),
+    )
+    made = sa.exists().where(
+        by.id == move.transaction_id, part.comparable(by.user_id) == lot.user_id, by.status == _COMPLETED, fits
+    )
+    moves = _lots(part, move.amount.label("moved"), move.transaction_id.label("by"))
+    return moves.join(part.schema.lot_moves, move.lot_id == lot.id).where(~made)
 
 
 def _missing_lots(part: _Part) -> sa.Select[Any]:
@@ -1415,6 +1444,14 @@ CHECKS: Mapping[str, Check] = {
             expected="no credits held by a {type}, or 1 or more of a consumption that expires",
             found="held {held}, capture_limit {capture_limit}",
         ),
+        _rule(
+            "hold_amount",
+            "a hold takes what it has set aside, and once it is captured no more than its limit",
+            expected="an amount of as many credits as are held, or once completed of at most the capture_limit; "
+            "the row is {status}",
+            found="amount {amount}, held {held}, capture_limit {capture_limit}",
+            constrained=False,
+        ),
         Check(
             name="spent_after_deletion",
             purpose="a soft-deleted user spends nothing",
@@ -1474,10 +1511,21 @@ CHECKS: Mapping[str, Check] = {
             purpose="the rest of a lot is the credits given less the credits taken, and never below 0",
             signs=frozenset({"lots"}),
             search=_wrong_lots,
-            expected="{amount} credits given, less {taken} taken",
-            found="{remaining} left",
-            likely_cause="tallystick.lots or tallystick.lot_moves was changed by hand",
+            expected="{given} credits given, less {taken} taken, until {until}",
+            found="{remaining} left of {amount}, until {expires_at}",
+            likely_cause="tallystick.lots, tallystick.lot_moves or the row that gave the credits was changed by hand",
             what_to_do=_RESTORE,
+        ),
+        Check(
+            name="lot_moves",
+            purpose="credits leave a lot, or come back to it, by a row of its user that took, or gave, as many",
+            signs=frozenset({"lots"}),
+            search=_stray_moves,
+            expected="a completed row of user {user} behind each move of the lot, which took, or gave, as many credits",
+            found="a move of {moved} by credit transaction {by}",
+            likely_cause="tallystick.lot_moves was changed by hand; or that row was changed or deleted",
+            what_to_do=_LOOK + "Restore the user's rows in tallystick.lot_moves from your latest backup. Until then a "
+            "reversal of that row may give credits back with another end date than they had",
         ),
         Check(
             name="lot_kept",
