@@ -462,6 +462,12 @@ def _without_amount(h: Healthy, conn: sa.Connection) -> None:
     h.row(conn, "unlocked", amount=None)
 
 
+def _without_user(h: Healthy, conn: sa.Connection) -> None:
+    table = conn.dialect.identifier_preparer.format_table(h.ledger)
+    conn.exec_driver_sql(f"ALTER TABLE {table} ALTER user_id DROP NOT NULL")
+    h.row(conn, "waiting", user_id=None)
+
+
 def _lost_event(h: Healthy, conn: sa.Connection) -> None:
     since = HOUR_AGO - dt.timedelta(days=1)
     conn.execute(sa.update(event_settings).values(recorded_since=since))
@@ -572,6 +578,7 @@ FAULTS = [
     Fault("event_recorded", "bob unlocked", _lost_event, "no event"),
     Fault("daily_sums", "day 2020-01-01", _sum_without_rows, "+5 and 0 in"),
     Fault("tally", "all users", _without_amount, "sums that differ"),
+    Fault("unknown_user", "no user", _without_user, "credit transactions: 1", "a row without one"),
 ]
 
 

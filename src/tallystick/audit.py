@@ -1063,7 +1063,8 @@ def _one_sided(part: _Part) -> sa.Select[Any]:
         other.amount == -row.amount,
     )
     rows = part.rows((-row.amount).label("opposite"), row.refund_of)
-    return rows.where(row.type == _TRANSFER, ~sa.exists().where(fits))
+    # without an amount it is the tally's finding
+    return rows.where(row.type == _TRANSFER, row.amount.is_not(None), ~sa.exists().where(fits))
 
 
 def _unmarked_workshops(part: _Part) -> sa.Select[Any]:
@@ -1267,7 +1268,7 @@ def _finding(check: Check, schema: Schema, row: Mapping[str, Any]) -> Finding:
     elif workshop is not None:
         where = f"workshop {workshop}"
     else:
-        where = row["part"] if user is None else f"user {user}"
+        where = row.get("part", "no user") if user is None else f"user {user}"
     return Finding(
         check=check.name,
         fault=check.fault,
