@@ -18,6 +18,7 @@ from tallystick import Merged, errors
 from tallystick.audit import audit
 from tallystick.declared_tables import event_dead_letters, stripe_checkouts
 from tallystick.errors import Key
+from tallystick.schema import INT32_MAX, INT32_MIN
 from worlds import World
 
 uuid_keys = pytest.mark.parametrize("any_world", ["uuid"], indirect=True)
@@ -162,6 +163,20 @@ def test_a_debt_moves_too(any_world: World) -> None:
         assert world.ledger.merge(conn, user, into=into, key="m") == Merged(into, -3, 1)
         assert world.ledger.balance(conn, user) == 0
     clean(world)
+
+
+def test_the_largest_debt_has_no_row_that_takes_it(world: World) -> None:
+    user, other = world.user(credits=INT32_MAX), world.user()
+    with world.engine.begin() as conn:
+        bought = [world.ledger.history(conn, user)[0]]
+        world.ledger.consume(conn, user, credits=INT32_MAX, key="all")
+        bought.append(world.buy(conn, user, 1))
+        world.ledger.consume(conn, user, key="one more")
+        for each in bought:
+            world.ledger.refund(conn, user, each.id, key=str(each.id))
+        assert world.ledger.balance(conn, user) == INT32_MIN
+        with pytest.raises(errors.BalanceOutOfRange):
+            world.ledger.merge(conn, user, into=other, key="m")
 
 
 def test_an_empty_account_is_closed_without_a_row(any_world: World) -> None:

@@ -82,7 +82,8 @@ BEGIN
     answer.outcome := 'holds_pending';
     answer.credit_held := account.held;
   ELSIF account.balance > 0 AND other.balance > {credits_max} - account.balance
-      OR account.balance < 0 AND other.balance < {credits_min} - account.balance THEN
+      OR account.balance < 0 AND other.balance < {credits_min} - account.balance
+      OR account.balance = {credits_min} THEN  -- whose opposite, the row that takes it, is above the range
     answer.outcome := 'balance_out_of_range';
     answer.required := account.balance;
     answer.detail := jsonb_build_object('argument', 'into_user_id');
