@@ -425,3 +425,23 @@ class TestCommands:
         assert receiver.taken == [2, 1]
         assert self.run(shop, "replay", "nobody").returncode == 1
         assert "No dead letters" in self.run(shop, "dead-letters").stdout
+
+    def test_a_replay_that_waits_for_an_answer_holds_no_reader_back_and_keeps_what_it_did(
+        self, shop: World, receiver: Receiver
+    ) -> None:
+        receiver.answers(500, 500, 200, "hang")
+        for credits in (1, 2):
+            shop.user(credits=credits)
+        run(shop, pauses_s=())
+        command = [sys.executable, "-c", "from tallystick.cli import main; main()", "events", "replay", "app"]
+        with subprocess.Popen(command, env={**os.environ, "DATABASE_URL": shop.url}) as waiting:
+            try:
+                eventually(lambda: len(receiver.received) == 4)  # the second is under way
+                shop.user(credits=3)
+                with shop.engine.connect() as conn:
+                    assert [event.amount for event in shop.ledger.events(conn)] == [1, 2, 3]
+            finally:
+                waiting.kill()
+        with shop.engine.connect() as conn:
+            (left,) = dead_letters(conn)
+        assert json.loads(receiver.received[3]["body"])["data"]["id"] == left.event_id

@@ -9,6 +9,7 @@ import sys
 from types import ModuleType
 from typing import Annotated, Any
 
+import sqlalchemy as sa
 import typer
 
 from tallystick import events
@@ -29,7 +30,7 @@ from tallystick.cli.app import (
     table,
 )
 from tallystick.cli.ledger import OfUser, credits_of, mapped, user_key
-from tallystick.database import connect
+from tallystick.database import connect, engine, translated
 from tallystick.errors import ConfigError
 from tallystick.events.switch import low_balance_of
 from tallystick.schema import verify
@@ -258,10 +259,14 @@ def replay(
 ) -> None:
     """Send the dead letters of an endpoint again."""
     module = delivery()
-    with invocation(ctx).database() as config, connect(address(config)) as conn:
-        note(place(conn))
-        verify(conn)
-        done = module.replay(conn, endpoint, event or None)
+    with invocation(ctx).database() as config:
+        _show_target(address(config))
+        pool = engine(address(config), poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
+        with translated(connecting=True):
+            conn = pool.connect()
+        with conn:
+            verify(conn)
+            done = module.replay(conn, endpoint, event or None)
     for each in done:
         _show_attempt(each)
     if any(each.error for each in done):

@@ -195,6 +195,9 @@ def replay(
 ) -> list[Sent]:
     """Send dead letters of an endpoint again, all or some; those that it accepts are removed from the list.
 
+    Pass a connection in autocommit: each result then stays, whatever comes after it. In a transaction that has written
+    the first result, readers of the feed would get no new events before the last answer.
+
     Raises:
         InvalidArgument: there is no such endpoint, or it has no such dead letter.
         ConfigError: the endpoint's secret is missing.

@@ -70,10 +70,11 @@ SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
 
 class Hook:
-    """A webhook that answers with ``status``, and keeps the ids of what it was sent."""
+    """A webhook that answers with ``status``, and keeps the ids of what it was sent; ``seen`` is called before that."""
 
     def __init__(self) -> None:
         self.status = 500
+        self.seen: Callable[[], None] = lambda: None
         self.ids: list[str] = []
         hook = self
 
@@ -81,6 +82,7 @@ class Hook:
             def do_POST(self) -> None:
                 self.rfile.read(int(self.headers["Content-Length"]))
                 hook.ids.append(self.headers["webhook-id"])
+                hook.seen()
                 self.send_response(hook.status)
                 self.end_headers()
 

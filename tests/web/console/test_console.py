@@ -925,6 +925,27 @@ def test_a_dead_letter_is_sent_again_by_whom_the_log_says(world, open_console, h
     ]
 
 
+def test_no_transaction_is_open_while_an_endpoint_is_waited_for(world, open_console, hook):
+    hook.add(world, "crm")
+    world.user(credits=1)
+    hook.deliver(world)
+    visitor = open_console(world, allow_actions=True)
+    [(endpoint, event)] = dead_letters(visitor)
+    states = []
+
+    def look():
+        with world.engine.connect() as conn:
+            of_others = (
+                "SELECT state FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+            states.extend(conn.scalars(sa.text(of_others)))
+
+    hook.seen, hook.status = look, 200
+    assert visitor.submit("/events/send", endpoint=endpoint, event=event).status_code == 303
+    assert states
+    assert set(states) == {"idle"}
+
+
 def test_without_the_endpoints_secret_it_says_so(world, open_console, hook, monkeypatch):
     hook.add(world, "crm")
     world.user(credits=1)

@@ -25,7 +25,7 @@ from starlette.types import ASGIApp
 
 from tallystick import audit
 from tallystick.config import Config
-from tallystick.database import Standby, transaction, translated, with_known_settings
+from tallystick.database import Standby, translated, with_known_settings
 from tallystick.errors import (
     ConfigError,
     Conflict,
@@ -340,7 +340,9 @@ class _Console:
         if not (event.isascii() and event.isdigit() and len(event) < 19) or "\0" in endpoint:  # noqa: PLR2004 - a bigint
             raise HTTPException(404)
         try:
-            with transaction(self.engine) as conn:
+            with translated(connecting=True):
+                conn = self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+            with conn:  # without a transaction: the endpoint may answer late
                 [sent] = deliver.replay(conn, endpoint, [int(event)])
             outcome = "taken" if sent.error is None else "refused"
         except InvalidArgument:  # another operator has sent it, or removed the endpoint
