@@ -155,10 +155,13 @@ def _check_endpoint(
 def _problem_of_address(url: str) -> str | None:
     try:
         parts = urlsplit(url)
-    except ValueError:  # an address such as http://[::1
-        parts = urlsplit("")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        return "pass an address that begins with https://"
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # an address such as http://[::1, or a port that is none
+        is_address = False
+    if not is_address:
+        return "pass an address that begins with https://, and a port from 1 to 65535 if it names one"
+    if parts.username is not None:
+        return "the database would store its password, and no request would use it. Check the signature in its place"
     if parts.scheme == "http" and parts.hostname not in _LOCAL:
         return "what it says could be read on the way. Pass an address that begins with https://"
     if not re.fullmatch("[!-~]+", url):
