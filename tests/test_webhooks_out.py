@@ -127,7 +127,7 @@ def test_two_secrets_while_one_is_replaced(shop: World, receiver: Receiver, monk
         assert Webhook(secret).verify(sent["body"], sent["headers"])["data"]["amount"] == 1
 
 
-@pytest.mark.parametrize("answer", ["500", "302", "404", "hang", "close"])
+@pytest.mark.parametrize("answer", ["500", "302", "404", "hang", "drip", "close"])
 def test_what_is_not_taken_is_sent_again_and_the_next_waits(shop: World, receiver: Receiver, answer: str) -> None:
     receiver.answers(answer, answer, 200)
     for credits in (1, 2):

@@ -3,7 +3,8 @@
     python tests/webhook_receiver.py FOLDER
 
 ``FOLDER/answers`` holds what is answered, a status a line, the last one for ever: ``200``, ``500``, ``302``, ``hang``,
-or ``close`` for a connection that ends without an answer. ``FOLDER/received`` gets a line of JSON for each request. The
+``drip`` for a 200 whose headers come bit by bit for some seconds, or ``close`` for a connection that ends without an
+answer. ``FOLDER/received`` gets a line of JSON for each request. The
 port is written to stdout.
 """
 
@@ -13,6 +14,7 @@ import json
 import sys
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -32,6 +34,15 @@ class Receiver(BaseHTTPRequestHandler):
                 (FOLDER / "answers").write_text("\n".join(answers[1:]))
         if answers[0] == "hang":
             time.sleep(60)
+        if answers[0] == "drip":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+            with suppress(OSError):  # the sender has enough of it
+                for _ in range(50):
+                    self.wfile.write(b".")
+                    time.sleep(0.1)
+                self.wfile.write(b"\r\n\r\n")
+            self.close_connection = True
+            return
         if answers[0] == "close":
             self.close_connection = True
             return

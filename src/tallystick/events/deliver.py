@@ -11,13 +11,15 @@ import json
 import os
 import random
 import re
+import socket
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from http.client import HTTPException
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -448,6 +450,48 @@ def _signers(endpoint: Endpoint) -> list[Webhook]:
     )
 
 
+class _WithinTimeout(HTTPConnection):
+    """A connection whose timeout is for the whole attempt, since a socket's is for each of its packets."""
+
+    _is_late = False
+
+    def connect(self) -> None:
+        """Connect; from now on the time runs."""
+        self._timer = threading.Timer(self.timeout or TIMEOUT_S, self._cut)
+        self._timer.daemon = True
+        self._timer.start()
+        super().connect()
+
+    def getresponse(self) -> HTTPResponse:
+        """The answer. Raises TimeoutError: its end, or the connection's, would otherwise look like a short answer."""
+        try:
+            return super().getresponse()
+        finally:
+            self._timer.cancel()
+            if self._is_late:
+                raise TimeoutError("timed out")
+
+    def _cut(self) -> None:
+        self._is_late = True
+        if self.sock is not None:
+            with suppress(OSError):  # closed meanwhile
+                self.sock.shutdown(socket.SHUT_RDWR)
+
+
+class _WithinTimeoutByTls(_WithinTimeout, HTTPSConnection):
+    pass
+
+
+class _Http(urllib.request.HTTPHandler):
+    def http_open(self, req: urllib.request.Request) -> HTTPResponse:
+        return self.do_open(_WithinTimeout, req)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def https_open(self, req: urllib.request.Request) -> HTTPResponse:
+        return self.do_open(_WithinTimeoutByTls, req)
+
+
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     """A handler that follows no redirects, since a redirected POST would become a GET."""
 
@@ -455,7 +499,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         """None: the answer is an error like any other."""
 
 
-_OPENER = urllib.request.build_opener(_NoRedirect)
+_OPENER = urllib.request.build_opener(_NoRedirect, _Http, _Https)
 
 
 def _post(url: str, signers: Sequence[Webhook], event_id: int, body: str, timeout_s: float) -> str | None:
