@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import uuid
 from collections.abc import Callable
@@ -145,6 +146,22 @@ def test_refund_sends_the_money_back(shop: Shop, tally: Tally):
     assert "of which 0 are spent already. The balance goes from 57 to 57" in " ".join(err.split())
     code, _, err = tally("stripe", "refund", bought.purchase.id, "--credits", 60)
     assert (code, "57 of 97 credits left" in err) == (1, True)
+
+
+def test_a_refund_without_an_answer_is_repeated_by_the_key_that_was_told(shop: Shop, tally: Tally):
+    user = shop.world.user()
+    bought = shop.checkout(user)
+    shop.dev.pay(bought.session)
+    shop.deliver_all()
+    refund = ("stripe", "refund", bought.purchase.id, "--credits", 40)
+    shop.dev.fault("POST", "/v1/refunds", 500, when="after")
+    code, _, err = tally(*refund)
+    assert (code, "Stripe answered 500" in err) == (1, True)
+    (key,) = re.findall(r"--key (cli-[0-9a-f-]{36})", err)
+    code, out, err = tally(*refund, "--key", key)
+    assert (code, "57 credits left" in out, "--key" in err) == (0, True, False)
+    shop.deliver_all()
+    assert shop.balance(user) == 57
 
 
 def test_grant_gives_credits(shop: Shop, tally: Tally):

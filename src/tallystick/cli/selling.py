@@ -265,6 +265,8 @@ def send_back(
     with pool(ctx) as (made, config):
         preview = stripe().preview_refund(made, config, purchase, **wanted)
         note(_preview_text(preview))
+        if key is None:  # told before it is sent: an answer may be lost, and a new key would send the money again
+            note(f"If it ends without an answer, run it again with --key {wanted['key']}: that sends nothing twice.")
         if not yes and sys.stdin.isatty() and not as_json:
             typer.confirm("Send it?", abort=True, err=True)
         done = stripe().refund(made, config, purchase, **wanted)
