@@ -15,11 +15,12 @@ import jinja2
 import pytest
 import sqlalchemy as sa
 from fastapi import Depends
+from fastapi.testclient import TestClient
 from markupsafe import Markup
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
-from sites import HTML, HTMX, ODD_KEYS, Site
+from sites import HTML, HTMX, ODD_KEYS, ORIGIN, Site
 from tallystick.accounts import Account
 from tallystick.config import Pack
 from tallystick.web import Fragments, Texts
@@ -310,6 +311,15 @@ def test_a_buyer_returns_to_the_whole_address(make_site: Callable[..., Site], ke
     assert sent.headers["location"] == f"/login?next={quote(f'/paid/{here}', safe='')}"
     shown = site.client.get(f"/packs/{here}", headers=HTML).text
     assert {unescape(one) for one in re.findall(r'name="return_to" value="([^"]+)"', shown)} == {f"/packs/{here}"}
+
+
+@pytest.mark.parametrize("sent", ["/billing/pricing?x=1", "/tools/größe/billing/pricing?x=1"])
+def test_a_buyer_returns_below_the_path_that_a_proxy_removes(make_site: Callable[..., Site], sent: str) -> None:
+    site = make_site(sign_in="/login?next={return_to}")
+    proxied = TestClient(site.app, base_url=ORIGIN, root_path="/tools/größe", follow_redirects=False)
+    answer = proxied.get(sent, headers=HTML)
+    back = parse_qs(urlsplit(answer.headers["location"]).query)["next"]
+    assert back == ["/tools/gr%C3%B6%C3%9Fe/billing/pricing?x=1"]
 
 
 @pytest.mark.parametrize("path", ["//evil.example/x", "/" + "a" * 2001, "/%2F/../evil\\x"])

@@ -59,6 +59,9 @@ def _address(request: Request) -> str:
     scope = request.scope
     path: bytes = scope.get("raw_path") or quote(scope["path"]).encode()  # the raw one is optional in ASGI
     query: bytes = scope.get("query_string", b"")
+    root = str(scope.get("root_path", "")).rstrip("/")
+    if not f"{scope['path']}/".startswith(f"{root}/"):  # a proxy has removed it, as some servers expect
+        path = quote(root).encode() + path
     return (path + (b"?" + query if query else b"")).decode("latin-1")
 
 
