@@ -7,9 +7,11 @@ import logging
 import pytest
 
 from tallystick.web.console import Passwords, TrustedProxy, access, hash_password
-from tallystick.web.console.access import COOKIE, LocalLink, TooMany
+from tallystick.web.console.access import LocalLink, TooMany, cookie_name
 
 pytestmark = pytest.mark.one_server  # it is about who gets in
+
+COOKIE = cookie_name(8420)
 
 PATHS = [
     "/", "/users", "/users?q=a", "/users.json", "/users.csv", "/user?key=x", "/user.json?key=x", "/user.csv?key=x",
@@ -126,6 +128,14 @@ def test_a_session_of_another_process_is_none(world, open_console):
     other.cookies.clear()
     other.cookies.set(COOKIE, cookie)
     assert other.get("/users").status_code == 401
+
+
+def test_two_consoles_on_one_machine_leave_each_other_signed_in(world, open_console):
+    one, other = (open_console(world, address=f"http://127.0.0.1:{port}") for port in (8420, 8421))
+    kept = {**one.cookies, **other.cookies}  # by name: a browser sends a host's cookies to all of its ports
+    for visitor in (one, other):
+        visitor.cookies.update(kept)
+    assert [visitor.get("/users").status_code for visitor in (one, other)] == [200, 200]
 
 
 def test_the_cookie_is_kept_from_scripts_and_other_sites(world, open_console, hashed):

@@ -26,7 +26,6 @@ from typing import ClassVar
 
 from itsdangerous import BadData, URLSafeTimedSerializer
 
-COOKIE = "tallystick_console"
 SESSION_S = 12 * 3600
 LINK_S = 15 * 60
 OPERATOR_MAX = 100
@@ -34,6 +33,11 @@ OPERATOR_MAX = 100
 # The recommendation for an interactive log-in by scrypt: 16 MiB and some 50 ms for each guess.
 _SCRYPT = {"n": 2**14, "r": 8, "p": 1}
 _SCRYPT_BYTES = 64 * 2**20
+
+
+def cookie_name(port: int | None) -> str:
+    """The name of the session's cookie. Browsers send one to all ports of a host, where other consoles may be."""
+    return "tallystick_console" if port is None else f"tallystick_console_{port}"
 
 
 @dataclass(frozen=True, slots=True)

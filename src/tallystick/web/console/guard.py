@@ -17,7 +17,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tallystick.errors import CrossSiteRequest, RequestTooLarge, RequestTooSlow
 from tallystick.web.console.access import (
-    COOKIE,
     SESSION_S,
     LocalLink,
     Passwords,
@@ -26,6 +25,7 @@ from tallystick.web.console.access import (
     SignIn,
     TooMany,
     TrustedProxy,
+    cookie_name,
 )
 from tallystick.web.shared.pages import security_headers
 from tallystick.web.shared.requests import BODY_MAX_BYTES, check_same_site, limited
@@ -61,6 +61,7 @@ class Guard:
         self._hosts = names
         self._origins = {f"{parts.scheme}://{name}" for name in names}
         self._secure = parts.scheme == "https"
+        self._cookie_name = cookie_name(parts.port)
         self._headers = {
             **security_headers(),
             "Referrer-Policy": "same-origin",
@@ -125,7 +126,7 @@ class Guard:
 
     def _session(self, request: Request) -> tuple[Session | None, str | None]:
         """The request's session, and the cookie to set if it is new."""
-        session = self._sessions.read(request.cookies.get(COOKIE))
+        session = self._sessions.read(request.cookies.get(self._cookie_name))
         if not isinstance(self._sign_in, TrustedProxy):
             return session, None
         # The proxy's header is required on every request: a cookie alone is not enough.
@@ -191,7 +192,7 @@ class Guard:
 
     def _cookie(self, value: str, *, age: int = SESSION_S) -> str:
         secure = "; Secure" if self._secure else ""
-        return f"{COOKIE}={value}; Max-Age={age}; Path=/; HttpOnly; SameSite=Strict{secure}"
+        return f"{self._cookie_name}={value}; Max-Age={age}; Path=/; HttpOnly; SameSite=Strict{secure}"
 
     # --- origin ---
 
