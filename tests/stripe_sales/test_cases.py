@@ -1210,6 +1210,20 @@ def test_a_replayed_delivery_changes_nothing(shop: Shop):
     assert shop.written() == before
 
 
+def test_a_delivery_refused_for_its_age_says_so(shop: Shop):
+    user = shop.world.user()
+    shop.dev.pay(shop.checkout(user).session)
+    [event] = shop.events(COMPLETED)
+    body, signature = shop.dev.signed(event, shop.endpoint, at=int(time.time()) - 301)
+    before = shop.written()
+    answer = stripe.receive(shop.engine, shop.config, body.encode(), signature)
+    assert (answer.status, answer.detail.partition(":")[0]) == (
+        400,
+        "signed more than 300 s ago by this server's clock",
+    )
+    assert shop.written() == before
+
+
 def test_both_secrets_serve_while_one_is_replaced(shop: Shop):
     users = [shop.world.user() for _ in range(2)]
     shop.dev.pay(shop.checkout(users[0]).session)

@@ -211,13 +211,15 @@ def _verified(config: Config, raw_body: bytes, signature: str | None) -> Object 
         return Received(503, Outcome.REFUSED, detail="STRIPE_WEBHOOK_SECRET or STRIPE_SECRET_KEY is not set")
     if len(raw_body) > BODY_MAX_BYTES:
         return Received(413, Outcome.REFUSED, detail=f"the body is larger than {BODY_MAX_BYTES} bytes")
-    if not _is_signed(raw_body, signature, secrets):
-        return Received(400, Outcome.REFUSED, detail="no valid signature")
+    if not _is_signed(raw_body, signature, secrets, age_max_s=AGE_MAX_S):
+        is_old = _is_signed(raw_body, signature, secrets, age_max_s=None)
+        old = f"signed more than {AGE_MAX_S} s ago by this server's clock: set the clock, if the delivery is a new one"
+        return Received(400, Outcome.REFUSED, detail=old if is_old else "no valid signature")
     event = _event(raw_body)
     return Received(400, Outcome.REFUSED, detail="signed, but no event with an object") if event is None else event
 
 
-def _is_signed(raw_body: bytes, signature: str | None, secrets: list[str]) -> bool:
+def _is_signed(raw_body: bytes, signature: str | None, secrets: list[str], *, age_max_s: int | None) -> bool:
     if signature is None or not signature.isascii():
         return False
     try:
@@ -226,7 +228,7 @@ def _is_signed(raw_body: bytes, signature: str | None, secrets: list[str]) -> bo
         return False
     for secret in secrets:
         try:
-            sdk.WebhookSignature.verify_header(body, signature, secret, AGE_MAX_S)
+            sdk.WebhookSignature.verify_header(body, signature, secret, age_max_s)
         except sdk.SignatureVerificationError:
             continue
         return True
