@@ -214,6 +214,8 @@ def test_buying(django_shop: DjangoShop) -> None:
     page = client.get("/billing/success", {"session_id": session, "workshop": workshop}).content.decode()
     assert "3 credits added. You have 3." in page
     assert "Use 1 credit to unlock Mobile App Discovery" in page
+    over = client.get(client.post("/billing/checkout", form)["Location"])  # the form again, as by the back button
+    assert "Use 1 credit to unlock Mobile App Discovery" in over.content.decode()
     for address in (f"/billing/success?session_id={session}", "/billing/cancelled?"):
         assert client.get(f"{address}&workshop=0").status_code == 200  # one that was deleted meanwhile
     stranger = django_shop.client(django_shop.user())

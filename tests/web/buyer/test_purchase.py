@@ -85,6 +85,17 @@ def test_a_double_click_buys_once(shop: Shop) -> None:
     assert shop.balance(user) == 3
 
 
+def test_a_buyer_who_presses_a_button_of_a_paid_form_is_led_on_to_the_workshop(shop: Shop) -> None:
+    user = shop.world.user()
+    workshop = shop.world.workshop(user, title="Pricing")
+    form = {"pack": "Flight Crew", "key": "k", "workshop": str(workshop), "return_to": "/here"}
+    shop.double.pay(shop.start(user, **form))
+    over = shop.post(user, "/billing/checkout", data=form, headers=HTML)
+    page = shop.get(user, over.headers["location"], headers=HTML).text
+    assert "Use 1 credit to unlock Pricing" in page
+    assert 'href="/here"' in page
+
+
 ELSEWHERE = "postgresql+psycopg://nobody:wrong@192.0.2.1:9/nowhere?connect_timeout=1"
 
 

@@ -151,7 +151,9 @@ def _add_pages(billing: Billing, sales: Sales) -> None:
     @billing.post("/checkout", name="tallystick.checkout", include_in_schema=False)
     async def checkout(request: Request, user: User, wanted: Annotated[CheckoutForm, Form()]) -> Response:
         started = await _start(billing, sales, request, user, wanted, key=wanted.key)
-        to = sales.address_after_start(StarletteRequest(request), started, return_to=wanted.return_to)
+        to = sales.address_after_start(
+            StarletteRequest(request), started, return_to=wanted.return_to, workshop=wanted.workshop
+        )
         return await billing.answers.send(request, redirect(to))
 
     @billing.get("/success", name="tallystick.success", include_in_schema=False)

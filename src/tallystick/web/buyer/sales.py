@@ -70,9 +70,12 @@ class Sales:
         name = None if key is None else ledger_key("buy", key)
         return stripe.checkout(engine, self._config, user, pack, success_url=success, cancel_url=cancelled, key=name)
 
-    def address_after_start(self, request: BuyerRequest, started: stripe.Checkout, *, return_to: str | None) -> str:
+    def address_after_start(
+        self, request: BuyerRequest, started: stripe.Checkout, *, return_to: str | None, workshop: str | None
+    ) -> str:
         """The address for the buyer of a started purchase: Stripe's, or our page if it is over already."""
-        over = {"session_id": started.session, "return_to": self._renderer.returning(return_to)}
+        back = self._renderer.returning(return_to)
+        over = {"session_id": started.session, "return_to": back, "workshop": workshop}
         return started.url or self._renderer.url(request, "success", query=over)
 
     def confirm(self, engine: sa.Engine, user: Key, session: str) -> stripe.Confirmation:

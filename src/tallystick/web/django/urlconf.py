@@ -151,7 +151,7 @@ def _buying(billing: DjangoBilling, sales: Sales) -> list[Any]:
             billing.engine, buyer_request, user, pack=sent.get("pack", ""), key=sent.get("key") or None, return_to=back,
             workshop=workshop,
         )  # fmt: skip
-        return redirect(sales.address_after_start(buyer_request, started, return_to=back))
+        return redirect(sales.address_after_start(buyer_request, started, return_to=back, workshop=workshop))
 
     def success(request: HttpRequest, user: Key) -> BuyerPage:
         query = request.GET
