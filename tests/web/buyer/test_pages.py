@@ -158,7 +158,9 @@ def test_pricing(make_site: Callable[..., Site]) -> None:
         Pack(name="Unpriced", credits=4),
     )
     site = make_site(settings={"packs": packs}, contact="mailto:sales@example.com")
-    page = site.get(site.world.user(), "/billing/pricing", headers=HTML).text
+    user = site.world.user()
+    page = site.get(user, "/billing/pricing", headers=HTML).text
+    assert site.get(user, "/billing/pricing?workshop=", headers=HTML).status_code == 200  # a link without one
     buttons = re.findall(r"<button[^>]*>([^<]+)</button>", page)
     assert buttons == ["Buy 1 credit for $79", "Buy 3 credits for $100", "Buy 2 credits for ¥5,000", "Buy 4 credits"]
     assert "$33.34 a credit" in page  # rounded up, never down

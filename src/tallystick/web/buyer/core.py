@@ -41,7 +41,7 @@ class Pages:
 
     def pricing(self, conn: SyncConnection, user: Key, *, workshop: str | None, return_to: str | None) -> BuyerPage:
         """The packs; the credits are for ``workshop``."""
-        found = None if workshop is None else self.paywall.workshop_and_standing(conn, user, workshop)
+        found = self.paywall.workshop_and_standing(conn, user, workshop) if workshop else None
         now = self.ledger.standing(conn, user) if found is None else found[1]
         back = self._returning(return_to)
         return BuyerPage(

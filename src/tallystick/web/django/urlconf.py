@@ -143,7 +143,7 @@ def _buying(billing: DjangoBilling, sales: Sales) -> list[Any]:
 
     def checkout(request: HttpRequest, user: Key) -> Reply:
         sent = request.POST
-        workshop, back = sent.get("workshop"), sent.get("return_to")
+        workshop, back = sent.get("workshop") or None, sent.get("return_to")
         if workshop is not None:
             billing.pages.paywall.workshop(billing.connection, user, workshop)  # it must be the user's
         buyer_request = DjangoRequest(request)
