@@ -271,3 +271,15 @@ def test_every_page_is_accessible_and_fits(visit: Visit, axe: str, width: int, s
         buyer.go(f"/billing/{path}")
         check(path)
     assert problems == []
+
+
+def test_on_a_phone_an_amount_stands_apart_from_its_text(visit: Visit) -> None:
+    buyer = visit(viewport={"width": 360, "height": 740})
+    page = buyer.sign_in()
+    buyer.go("/billing/pricing")
+    buyer.buy()
+    buyer.go("/billing/history")
+    text, amount = (page.get_by_role("cell").filter(has_text=one).bounding_box() for one in ("$149", "+3"))
+    assert text is not None
+    assert amount is not None
+    assert text["x"] + text["width"] + 8 <= amount["x"]
