@@ -111,7 +111,7 @@ addEventListener("beforeunload", () => { stays = Date.now() + 10_000; });
 
 function reload() {
   if (Date.now() < stays) setTimeout(reload, 100);
-  else location.replace(location.href);
+  else location.reload(); // not replace: to an address with a fragment it only scrolls
 }
 
 async function watch(bar) {
@@ -127,6 +127,7 @@ async function watch(bar) {
   }
 }
 
+document.querySelector(".top nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "nearest" });
 document.querySelectorAll("[data-bars]").forEach(bars);
 document.querySelectorAll("[data-steps]").forEach(steps);
 document.querySelectorAll("progress[data-watch]").forEach(watch);
