@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tallystick import Config, HostMapping, Pack, UsersTable, WorkshopsTable
-from tallystick.config import _ADDED_TO_USERS, _ADDED_TO_WORKSHOPS, _TEXTS, to_toml, write_host
+from tallystick.config import _ADDED_TO_USERS, _ADDED_TO_WORKSHOPS, _TEXTS, ConsoleAccess, to_toml, write_host
 from tallystick.declared_tables import user_columns, workshop_columns
 from tallystick.errors import ConfigError
 
@@ -219,6 +219,8 @@ def test_a_fault_of_an_address_is_named_without_its_password(folder, address, sa
         ),
         ("[console]\naddress = 'http://console.example.com'", 2, "console.address", "https://"),
         ("[console]\naddress = 'https://example.com/ops'", 2, "console.address", "scheme and host only"),
+        ("[console]\naddress = 'https://example.com:99999'", 2, "console.address", "Port out of range"),
+        ("[console]\naddress = 'https://anna:secret@example.com'", 2, "console.address", "write an origin"),
         ("[console]\nproxy_peers = ['proxy.example.com']", 2, "console.proxy_peers.0", "no IP address"),
         ("[console]\noperators = {anna = 'secret'}", 2, "console.operators.anna", "--hash-password"),
         ("[console]\nproxy_peers = ['::1']\noperators = {a = 'scrypt:a:b'}", 1, "console", "choose one"),
@@ -288,6 +290,19 @@ def test_what_init_writes_reads_back_whatever_the_names(folder, users, key, sche
     )
     path = write(folder, to_toml(host))
     assert Config.load(path, environ={}).host == host
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("https://Console.Example.com:443/", "https://console.example.com"),
+        ("http://127.0.0.1:80", "http://127.0.0.1"),
+        ("https://example.com:8443", "https://example.com:8443"),
+        ("http://[::1]:80", "http://[::1]"),
+    ],
+)
+def test_the_consoles_address_is_as_browsers_send_it(written, meant):
+    assert ConsoleAccess(address=written).address == meant
 
 
 AROUND = {

@@ -377,7 +377,9 @@ def _console_address(value: str) -> str:
         raise ValueError(
             "write scheme and host only, as in https://console.example.com; http is for this machine alone"
         )
-    return f"{parts.scheme}://{parts.netloc.lower()}"
+    origin = _origin(f"{parts.scheme}://{parts.netloc}")
+    is_usual = parts.port == {"https": 443, "http": 80}[parts.scheme]  # raises ValueError for a port that is none
+    return origin.rpartition(":")[0] if is_usual else origin  # a browser's Host header has no usual port
 
 
 def _password_hash(value: str) -> str:
