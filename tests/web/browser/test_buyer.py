@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -283,3 +284,43 @@ def test_on_a_phone_an_amount_stands_apart_from_its_text(visit: Visit) -> None:
     assert text is not None
     assert amount is not None
     assert text["x"] + text["width"] + 8 <= amount["x"]
+
+
+def test_a_button_works_again_after_a_slow_request_was_stopped(visit: Visit) -> None:
+    buyer = visit()
+    page = buyer.sign_in()
+    buyer.go("/billing/pricing")
+    sent: list[str] = []
+    page.route("**/billing/checkout", lambda route: sent.append(route.request.url))  # no answer
+    # timers, since Playwright waits for a page that is on its way elsewhere
+    page.evaluate(
+        """() => {
+            const buy = document.querySelector(".ts-pack button");
+            for (const [when, what] of [[0, () => buy.click()], [100, () => buy.click()], [500, () => stop()],
+                [3500, () => buy.click()], [4000, () => stop()]]) setTimeout(what, when);
+        }"""
+    )
+    time.sleep(5)
+    page.wait_for_timeout(100)
+    assert len(sent) == 2
+
+
+def test_without_an_answer_the_browser_says_what_is_wrong(visit: Visit) -> None:
+    buyer = visit()
+    page = buyer.sign_in()
+    buyer.go("/billing/pricing")
+    buyer.buy()
+    last = buyer.begin() + "7"
+    buyer.go(last)
+    buyer.context.set_offline(True)
+    page.get_by_role("link", name="Use 1 credit").click()
+    page.wait_for_url("chrome-error://**")
+    buyer.context.set_offline(False)
+    buyer.go(last)
+    page.get_by_role("link", name="Use 1 credit").click()
+    expect(page.get_by_role("dialog")).to_be_visible()
+    buyer.context.set_offline(True)
+    page.get_by_role("button", name="Use 1 credit").click()
+    page.wait_for_url("chrome-error://**")
+    buyer.context.set_offline(False)
+    assert buyer.balance == 3

@@ -1,8 +1,10 @@
 // Everything works as plain links and forms without this file. With it, what arrives as a dialog is modal, closing
-// gives the focus back, the welcome is remembered however it is closed, and a form is sent once.
+// gives the focus back, the welcome is remembered however it is closed, and a form is not sent twice by a double click.
 "use strict";
 (() => {
+  const DOUBLE_CLICK_MS = 3000;
   let opener = null;
+  let leaving = false;
 
   const remember = (form) =>
     fetch(form.action, {
@@ -56,12 +58,26 @@
       event.preventDefault();
       dialog.close();
     } else if (form.closest(".ts") && !form.matches("[hx-post]")) {
-      if (form.dataset.tsSent) event.preventDefault();
-      form.dataset.tsSent = "yes";
+      // later, the buyer has stopped a slow request; the form's key makes both one purchase
+      if (Date.now() - form.dataset.tsSent < DOUBLE_CLICK_MS) event.preventDefault();
+      else form.dataset.tsSent = Date.now();
     }
   });
 
+  // without an answer, the link or form is used as without this file: then the browser says what is wrong
+  document.addEventListener("htmx:error", (event) => {
+    const from = event.target;
+    if (leaving || !event.detail.ctx || !from.isConnected) return;
+    if (from.matches("form[hx-post]")) from.submit();
+    else if (from.matches("a.ts-button[hx-get]")) location.assign(from.href);
+  });
+
+  addEventListener("beforeunload", () => {
+    leaving = true; // which ends requests
+  });
+
   addEventListener("pageshow", (event) => {
+    leaving = false;
     if (!event.persisted) return; // back from the next page: forms may be sent again, and the balance may have moved
     for (const form of document.querySelectorAll("form[data-ts-sent]")) delete form.dataset.tsSent;
     document.body.dispatchEvent(new CustomEvent("tallystick:balance"));
