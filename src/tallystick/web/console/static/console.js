@@ -140,10 +140,10 @@ addEventListener("resize", () => {
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawn.forEach(({ plot }) => plot.redraw()));
 
-// One submission for each form, however often its button is pressed; the server keeps to that by itself as well.
+// One submission for a double click, which the server performs once in any case; later, a slow one was stopped.
 addEventListener("submit", (event) => {
   if (event.target.method !== "post") return;
-  if (event.target.dataset.sent) event.preventDefault();
-  event.target.dataset.sent = "yes";
+  if (Date.now() - event.target.dataset.sent < 3000) event.preventDefault();
+  else event.target.dataset.sent = Date.now();
 });
 addEventListener("pageshow", () => document.querySelectorAll("form[data-sent]").forEach((form) => delete form.dataset.sent));
