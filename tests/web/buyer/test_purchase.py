@@ -18,6 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from sites import HTML, HTMX, Shop
+from tallystick.dev.stripe import DevStripe
 from tallystick.schema import INT32_MAX
 from tallystick.stripe.client import client
 from worlds import World
@@ -166,6 +167,27 @@ def test_others_are_served_while_stripe_thinks(
     finished.append("balance")
     buying.join()
     assert finished == ["balance", "checkout"]
+
+
+def test_the_threads_of_those_who_wait_for_stripe_are_not_those_of_others(
+    make_world: Callable[..., World], double: DevStripe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a sync engine many slow answers of Stripe's hold up nobody who only reads."""
+    monkeypatch.setattr("tallystick.web.buyer.engine.THREADS_MAX", 2)
+    with Shop(make_world().url, double) as shop:
+        users = [shop.world.user() for _ in range(2)]
+        for user in users:
+            shop.start(user)  # the customer is made, and all is loaded
+        double.fault("POST", "/v1/checkout/sessions", "timeout", times=2, wait_s=3)
+        buying = [threading.Thread(target=shop.start, args=[user]) for user in users]
+        for thread in buying:
+            thread.start()
+        while double.api.faults[-1].times:
+            time.sleep(0.01)
+        assert shop.get(users[0], "/billing/api/balance").json()["balance"] == 0
+        assert all(thread.is_alive() for thread in buying)
+        for thread in buying:
+            thread.join()
 
 
 class _NoThread(ThreadPoolExecutor):

@@ -18,7 +18,7 @@ from tallystick.database import refuse_other_than
 from tallystick.ledger.connections import SyncConnection, autocommitting
 
 THREADS_MAX = 40
-"""The most requests that use a sync engine at once, as many as Starlette lets use threads."""
+"""The most requests that use a sync engine at once, as many as Starlette lets use threads; and as many to Stripe."""
 
 T = TypeVar("T")
 
@@ -34,7 +34,10 @@ class Database:
     def __init__(self, engine: sa.Engine | AsyncEngine) -> None:
         refuse_other_than(engine, (sa.Engine, AsyncEngine), "the pages take SQLAlchemy's Engine or AsyncEngine")
         self._engine = engine
-        self._threads = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="tallystick")  # started as they are needed
+        # started as they are needed; two pools, so that none waits for its balance while Stripe is slow
+        self._threads, self._stripe_threads = (
+            ThreadPoolExecutor(THREADS_MAX, thread_name_prefix=name) for name in ("tallystick", "tallystick-stripe")
+        )
 
     async def run(self, work: Callable[[SyncConnection], T]) -> T:
         """The result of ``work``, which gets a connection on which each statement is a transaction.
@@ -45,17 +48,20 @@ class Database:
         Raises:
             DatabaseUnavailable: no connection could be made; and what ``work`` raises.
         """
-        return await self.run_on_engine(partial(_run, work))
+        return await self._run_in(self._threads, partial(_run, work))
 
     async def run_on_engine(self, work: Callable[[sa.Engine], T]) -> T:
         """The result of ``work``, which gets the engine and opens transactions of its own around requests to Stripe."""
+        return await self._run_in(self._stripe_threads, work)
+
+    async def _run_in(self, threads: ThreadPoolExecutor, work: Callable[[sa.Engine], T]) -> T:
         engine = self._engine
         if isinstance(engine, AsyncEngine):
             return await greenlet_spawn(work, engine.sync_engine)
         in_context = partial(contextvars.copy_context().run, work, engine)
         # a thread cannot be cancelled; after it, its connection is back in the pool
         with CancelScope(shield=True):
-            found = await asyncio.get_running_loop().run_in_executor(self._threads, in_context)
+            found = await asyncio.get_running_loop().run_in_executor(threads, in_context)
         return found  # noqa: RET504 - in the block, mypy would miss a return
 
 
