@@ -67,9 +67,14 @@ def connection(request: Request) -> Iterator[sa.Connection]:
 Conn = Annotated[sa.Connection, Depends(connection)]
 
 
-def current_user(conn: Conn, session: Annotated[str | None, Cookie()] = None) -> UUID | None:
-    """The user who is signed in, by the token in a cookie."""
-    user: UUID | None = conn.scalar(sa.text("SELECT user_id FROM sessions WHERE token = :token"), {"token": session})
+def current_user(request: Request, session: Annotated[str | None, Cookie()] = None) -> UUID | None:
+    """The user who is signed in, by the token in a cookie.
+
+    Its connection goes back to the pool at once: a purchase waits for Stripe, and others need the connection meanwhile.
+    """
+    with request.app.state.engine.connect() as conn:
+        asked = sa.text("SELECT user_id FROM sessions WHERE token = :token")
+        user: UUID | None = conn.scalar(asked, {"token": session})
     return user
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
+import sqlalchemy as sa
 from playwright.sync_api import Locator, Page, expect
 
-from web_browser import Visitor, problems_of
+from web_browser import Example, Visitor, problems_of
 
 Visit = Callable[..., Visitor]
 
@@ -324,3 +327,17 @@ def test_without_an_answer_the_browser_says_what_is_wrong(visit: Visit) -> None:
     page.wait_for_url("chrome-error://**")
     buyer.context.set_offline(False)
     assert buyer.balance == 3
+
+
+def test_a_purchase_that_waits_for_stripe_keeps_no_connection(example: Example) -> None:
+    with httpx.Client(base_url=example.origin, timeout=60) as buyer:
+        buyer.post("/sign-in", data={"email": "waits@example.com"})
+        example.double.fault("GET", "/v1/prices/*", "timeout", wait_s=3)
+        buying = threading.Thread(target=buyer.post, args=["/billing/checkout"], kwargs={"data": {"pack": "Squadron"}})
+        buying.start()
+        while example.double.api.faults[-1].times:
+            time.sleep(0.01)
+        pool = example.engine.pool
+        assert isinstance(pool, sa.QueuePool)
+        assert (pool.checkedout(), buying.is_alive()) == (0, True)
+        buying.join()
