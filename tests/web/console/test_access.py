@@ -130,6 +130,12 @@ def test_a_session_of_another_process_is_none(world, open_console):
     assert other.get("/users").status_code == 401
 
 
+@pytest.mark.parametrize("path", ["/login", "/enter?token=used"])
+def test_who_is_logged_in_is_led_from_the_log_in_to_the_overview(world, open_console, path):
+    answer = open_console(world).get(path)
+    assert (answer.status_code, answer.headers["location"]) == (303, "/")
+
+
 def test_two_consoles_on_one_machine_leave_each_other_signed_in(world, open_console):
     one, other = (open_console(world, address=f"http://127.0.0.1:{port}") for port in (8420, 8421))
     kept = {**one.cookies, **other.cookies}  # by name: a browser sends a host's cookies to all of its ports

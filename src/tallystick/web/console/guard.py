@@ -111,6 +111,8 @@ class Guard:
             return await self._answer_signed_out(request, path)
         request.state.session, request.state.token = session, self._sessions.token(session)
         if request.method in ("GET", "HEAD"):
+            if path in ("/login", "/enter"):  # a bookmark, or the link once more
+                return RedirectResponse(_home(request.scope), 303), cookie
             return self._app, cookie
         self._check_origin(request)
         request.state.form = await _form(request)
