@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,7 +12,14 @@ import sqlalchemy as sa
 
 from tallystick import stripe
 from tallystick.config import Config
-from tallystick.errors import Key, StripeUnavailable, UnknownWorkshop, WorkshopNotOwned
+from tallystick.errors import (
+    Key,
+    StripeNotConfigured,
+    StripeRefused,
+    StripeUnavailable,
+    UnknownWorkshop,
+    WorkshopNotOwned,
+)
 from tallystick.ledger import AccessReason
 from tallystick.ledger.connections import SyncConnection
 from tallystick.schema import CreditTransactionStatus
@@ -20,6 +28,8 @@ from tallystick.web.buyer.core import Pages
 from tallystick.web.buyer.paywall import Workshop
 from tallystick.web.buyer.rendering import Renderer
 from tallystick.web.shared.client_keys import ledger_key
+
+log = logging.getLogger("tallystick.web")
 
 LOOKED: Final = "looked"
 """The parameter of the waiting page's address that counts how often it has asked for itself again."""
@@ -83,11 +93,12 @@ class Sales:
         return stripe.confirm(engine, self._config, user, session)
 
     def outcome(self, engine: sa.Engine, user: Key, session: str) -> Outcome:
-        """As ``confirm``, for a page."""
+        """As ``confirm``, for a page. A buyer who may have paid is never told that nothing was charged."""
         try:
             found = self.confirm(engine, user, session)
-        except StripeUnavailable:
-            return "waiting", None  # the webhook will grant it
+        except (StripeUnavailable, StripeRefused, StripeNotConfigured) as error:
+            log.warning("session %r could not be read, its webhook will grant it: %s", session, error)
+            return "waiting", None
         if found.granted:
             return "granted", found
         if is_refused(found):

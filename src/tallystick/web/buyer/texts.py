@@ -280,7 +280,7 @@ class Texts:
         "busy": "Nothing was changed. Make the same request again.",
         "outcome-unknown": "Make the same request again: what was done is not done twice.",
         "unavailable": "Nothing was changed. Make the same request again in a moment.",
-        "payment-provider-unavailable": "Nothing was charged. Try again in a moment.",
+        "payment-provider-unavailable": "Try again in a moment. Nothing is charged twice.",
         "not-on-sale": "Nothing was charged. We have been told.",
     }
     problem_default = "Nothing was changed. Try again, or tell us what you wanted to do."
