@@ -198,6 +198,17 @@ def test_the_session_expired_meanwhile(visit: Visit) -> None:
     assert page.url.endswith(steps + "7")
 
 
+def test_a_badge_that_cannot_refresh_itself_moves_nobody(visit: Visit) -> None:
+    buyer, steps = funded(visit)
+    page = buyer.page
+    buyer.example.end_sessions(buyer.email)
+    with page.expect_response("**/billing/badge"):
+        page.evaluate("document.body.dispatchEvent(new CustomEvent('tallystick:balance'))")  # as after "back"
+    page.wait_for_timeout(500)
+    assert page.url.endswith(steps + "7")
+    expect(page.get_by_role("link", name=re.compile("^Balance:"))).to_have_text("3 credits")
+
+
 def test_without_javascript(visit: Visit) -> None:
     buyer = visit(java_script_enabled=False)
     page = buyer.sign_in(welcomed=False)

@@ -134,7 +134,8 @@ def test_nobody_is_sent_to_djangos_sign_in_and_back(django_shop: DjangoShop) -> 
     client = django_shop.client()
     sent = client.get("/billing/history?before=7")
     assert (sent.status_code, sent["Location"]) == (303, "/sign-in?next=%2Fbilling%2Fhistory%3Fbefore%3D7")
-    assert client.get("/billing/badge", headers=HTMX)["HX-Redirect"] == "/sign-in?next=%2Fbilling%2Fbadge"
+    assert client.get("/billing/pricing", headers=HTMX)["HX-Redirect"] == "/sign-in?next=%2Fbilling%2Fpricing"
+    assert client.get("/billing/badge", headers=HTMX).status_code == 204
     assert client.get("/billing/history", headers={"Accept": "*/*"}).status_code == 401
 
 

@@ -102,7 +102,10 @@ class Refusals:
         self._sign_in = sign_in
 
     def answer(self, request: BuyerRequest, error: TallystickError) -> BuyerPage | Reply:
-        """A page for a browser, problem+json for all else."""
+        """A page for a browser, problem+json for all else; nothing for a badge that refreshes itself, which stays."""
+        if request.fragment and request.address.partition("?")[0] == self._renderer.url(request, "badge"):
+            _reference(error)
+            return Reply(204)
         if isinstance(error, InsufficientCredits | WorkshopLocked):
             return self._credits_page(request, error) if request.html else self._credits_problem(request, error)
         if not request.html:
