@@ -343,6 +343,22 @@ def test_without_an_answer_the_browser_says_what_is_wrong(visit: Visit) -> None:
     assert buyer.balance == 3
 
 
+def test_the_page_of_a_proxy_is_shown_by_the_browser(visit: Visit) -> None:
+    buyer, steps = funded(visit)
+    page = buyer.page
+    page.route("**/unlock**", lambda route: route.fulfill(status=502, content_type="text/html", body="<h1>Gone</h1>"))
+    page.get_by_role("link", name="Use 1 credit").click()
+    expect(page.get_by_role("heading")).to_have_text("Gone")
+    page.unroute_all()
+    buyer.go(steps + "7")
+    page.get_by_role("link", name="Use 1 credit").click()
+    expect(page.get_by_role("dialog")).to_be_visible()
+    page.route("**/unlock**", lambda route: route.fulfill(status=502, content_type="text/html", body="<h1>Gone</h1>"))
+    button(page, "Use 1 credit").click()
+    expect(page.get_by_role("heading")).to_have_text("Gone")
+    assert buyer.balance == 3
+
+
 def test_a_purchase_that_waits_for_stripe_keeps_no_connection(example: Example) -> None:
     with httpx.Client(base_url=example.origin, timeout=60) as buyer:
         buyer.post("/sign-in", data={"email": "waits@example.com"})

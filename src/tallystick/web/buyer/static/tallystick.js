@@ -64,12 +64,20 @@
     }
   });
 
-  // without an answer, the link or form is used as without this file: then the browser says what is wrong
+  // without an answer of ours, a link or form is used as without this file: then the browser says what is wrong
+  const OURS = "form.ts-actions[hx-post], a.ts-button[hx-get]";
+  const plainly = (from) => {
+    if (leaving || !from.isConnected) return;
+    if (from.href) location.assign(from.href);
+    else from.submit();
+  };
   document.addEventListener("htmx:error", (event) => {
-    const from = event.target;
-    if (leaving || !event.detail.ctx || !from.isConnected) return;
-    if (from.matches("form[hx-post]")) from.submit();
-    else if (from.matches("a.ts-button[hx-get]")) location.assign(from.href);
+    if (event.detail.ctx && event.target.matches(OURS)) plainly(event.target);
+  });
+  document.addEventListener("htmx:before:swap", (event) => {
+    if (!event.target.matches?.(OURS) || event.detail.ctx.text.includes("<dialog")) return;
+    event.preventDefault(); // a proxy's page
+    plainly(event.target);
   });
 
   addEventListener("beforeunload", () => {
