@@ -241,6 +241,29 @@ def test_credits_by_hand(at, any_world: World):
     assert tally("audit", "--user", user).code == 0
 
 
+LOSES_ITS_CONNECTION = """
+    CREATE FUNCTION lose() RETURNS trigger LANGUAGE plpgsql AS
+      'BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NEW; END';
+    CREATE TRIGGER lose AFTER UPDATE ON users FOR EACH ROW EXECUTE FUNCTION lose();
+"""
+
+
+def test_a_lost_answer_tells_the_key_that_makes_a_second_run_harmless(at, world: World):
+    tally, user = at(world), world.user(credits=3)
+    with world.engine.begin() as conn:
+        conn.exec_driver_sql(LOSES_ITS_CONNECTION)
+    for command in ("grant", user, 1), ("consume", user), ("hold", "place", user, 1):
+        lost = tally(*command)
+        assert lost.code == 1
+        assert re.search(r"with the same key if it has one: --key cli-[0-9a-f-]{36}$", lost.err.strip())
+    assert tally("consume", user, "--key", "mine").err.strip().endswith("with the same key if it has one")
+    with world.engine.begin() as conn:
+        conn.exec_driver_sql("DROP TRIGGER lose ON users")
+    key = lost.err.split()[-1]
+    again = [tally("hold", "place", user, 1, "--key", key, "--json").json for _ in range(2)]
+    assert again[0]["id"] == again[1]["id"]
+
+
 def test_a_text_with_the_name_of_an_emoji_is_printed_as_it_is(at, make_world: Callable[..., World]):
     world = make_world("clerk")
     tally, user = at(world), world.user(credits=1)

@@ -39,6 +39,7 @@ from tallystick.errors import (
     InvalidArgument,
     Key,
     NotMigrated,
+    OutcomeUnknown,
     PermissionDenied,
     TallystickError,
     UnknownUser,
@@ -57,21 +58,32 @@ if TYPE_CHECKING:
     from tallystick.audit import AuditReport
 
 
-def _no_empty_key(key: str | None) -> str | None:
+_MADE_UP = "cli-"
+
+
+def is_made_up(key: str) -> bool:
+    """True for a key of ours, which nobody knows who has not been told."""
+    return key.startswith(_MADE_UP)
+
+
+def _no_empty_key(key: str) -> str:
     """The key, unless it is empty, as an unset variable makes it: a new one in its place would do everything twice."""
-    if key == "":
+    if not key:
         raise typer.BadParameter("it is empty. Name the intent, or leave --key out for a new name")
     return key
 
 
 KeyOption = Annotated[
-    str | None,
+    str,
     typer.Option(
         "--key",
+        default_factory=lambda: f"{_MADE_UP}{uuid4()}",
+        show_default=False,
         callback=_no_empty_key,
         help="A name of this intent: a second run with the same name changes nothing. By default a new one.",
     ),
 ]
+"""Keyword-only in a command: without a default of its own, since each call has a new one."""
 
 
 NARROW = 120  # columns of a terminal in which a table would break ids
@@ -134,7 +146,7 @@ def mapped(
     ``connect`` and ``only_reads`` are those of ``Invocation.connection``.
     """
     given = invocation(ctx)
-    with given.connection(connect, only_reads=only_reads) as (conn, config):
+    with _telling_key(ctx), given.connection(connect, only_reads=only_reads) as (conn, config):
         if changes:
             note(place(conn))
         verify(conn)
@@ -153,6 +165,18 @@ def mapped(
                 raise
             message = f"{error.message}: {_mapping_source(given)}"
             raise InvalidArgument(message, argument=error.argument, value=error.value) from error
+
+
+@contextmanager
+def _telling_key(ctx: typer.Context) -> Iterator[None]:
+    """Add the key that this command has made up to the message that says to use it again."""
+    try:
+        yield
+    except OutcomeUnknown as error:
+        key = ctx.params.get("key", "")
+        if not is_made_up(key):
+            raise
+        raise OutcomeUnknown(f"{error.message}: --key {key}", sqlstate=error.sqlstate) from error
 
 
 def _mapping_source(given: Invocation) -> str:
@@ -306,9 +330,10 @@ def _move(
 def consume(
     ctx: typer.Context,
     user: UserArgument,
+    *,
     workshop: Annotated[str | None, typer.Option("--workshop", help="The workshop to unlock.", metavar="KEY")] = None,
     credits: Annotated[int, typer.Option("--credits", help="The number of credits.")] = 1,
-    key: KeyOption = None,
+    key: KeyOption,
     description: Annotated[str | None, typer.Option("--description", help="The text in the user's history.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -321,7 +346,7 @@ def consume(
             who,
             workshop=None if workshop is None else ledger.keys.workshop_key_of(workshop),
             credits=credits,
-            key=key or f"cli-{uuid4()}",
+            key=key,
             description=description,
         ),
         as_json=as_json,
@@ -340,6 +365,7 @@ def grant(
     ctx: typer.Context,
     user: UserArgument,
     credits: Annotated[int, typer.Argument(help="The number of credits.", metavar="CREDITS")],
+    *,
     description: Annotated[str, typer.Option("--description", help="The text in the user's history.")] = "Granted",
     expires_in: Annotated[
         float | None,
@@ -347,7 +373,7 @@ def grant(
             "--expires-in", help="The number of days after which these credits expire.", metavar="DAYS", min=0.001
         ),
     ] = None,
-    key: KeyOption = None,
+    key: KeyOption,
     as_json: Json = False,
 ) -> None:
     """Give a user credits that nobody paid for: goodwill, a promotion, an opening balance."""
@@ -359,7 +385,7 @@ def grant(
             conn,
             who,
             credits=credits,
-            key=key or f"cli-{uuid4()}",
+            key=key,
             description=description,
             expires_at=expires_at,
         ),
@@ -374,7 +400,7 @@ def _takes_back(
     row: UUID,
     *,
     credits: int | None,
-    key: str | None,
+    key: str,
     description: str | None,
     as_json: bool,
 ) -> None:
@@ -383,7 +409,7 @@ def _takes_back(
         ctx,
         user,
         lambda ledger, conn, who: getattr(ledger, operation)(
-            conn, who, row, credits=credits, key=key or f"cli-{uuid4()}", description=description
+            conn, who, row, credits=credits, key=key, description=description
         ),
         as_json=as_json,
     )
@@ -401,8 +427,9 @@ def reverse(
     ctx: typer.Context,
     user: UserArgument,
     consumption: RowArgument,
+    *,
     credits: AllOption = None,
-    key: KeyOption = None,
+    key: KeyOption,
     description: DescriptionOption = None,
     as_json: Json = False,
 ) -> None:
@@ -415,8 +442,9 @@ def correct(
     ctx: typer.Context,
     user: UserArgument,
     grant: RowArgument,
+    *,
     credits: AllOption = None,
-    key: KeyOption = None,
+    key: KeyOption,
     description: DescriptionOption = None,
     as_json: Json = False,
 ) -> None:
@@ -512,10 +540,11 @@ def hold_place(
     ctx: typer.Context,
     user: UserArgument,
     credits: Annotated[int, typer.Argument(help="The number of credits.", metavar="CREDITS")],
+    *,
     minutes: Annotated[
         float, typer.Option("--minutes", help="The minutes after which the hold ends, up to 366 days.", min=0.02)
     ] = 15,
-    key: KeyOption = None,
+    key: KeyOption,
     description: DescriptionOption = None,
     as_json: Json = False,
 ) -> None:
@@ -526,7 +555,7 @@ def hold_place(
             conn,
             user_key(conn, config, user),
             credits=credits,
-            key=key or f"cli-{uuid4()}",
+            key=key,
             expires_in=dt.timedelta(minutes=min(minutes, 1e6)),
             description=description,
         )
@@ -575,10 +604,11 @@ def refund(
     purchase: Annotated[
         str, typer.Argument(help="The id of the purchase, as `tallystick history` shows it.", metavar="PURCHASE")
     ],
+    *,
     credits: Annotated[
         int | None, typer.Option("--credits", help="The number of credits; by default all that are left.")
     ] = None,
-    key: KeyOption = None,
+    key: KeyOption,
     description: Annotated[str | None, typer.Option("--description", help="The text in the user's history.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -586,9 +616,7 @@ def refund(
     _move(
         ctx,
         user,
-        lambda ledger, conn, who: ledger.refund(
-            conn, who, purchase, credits=credits, key=key or f"cli-{uuid4()}", description=description
-        ),
+        lambda ledger, conn, who: ledger.refund(conn, who, purchase, credits=credits, key=key, description=description),
         as_json=as_json,
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from typing import Annotated
-from uuid import uuid4
 
 import typer
 
@@ -76,7 +75,8 @@ def merge(
     into: Annotated[
         str, typer.Argument(help="The key or e-mail address of the user who gets the credits.", metavar="INTO")
     ],
-    key: KeyOption = None,
+    *,
+    key: KeyOption,
     description: Annotated[
         str | None, typer.Option("--description", help="The text in the history of both users.")
     ] = None,
@@ -100,7 +100,7 @@ def merge(
     _ask("Merge them?", yes=yes, as_json=as_json)
     with mapped(ctx, connect_driver) as (conn, config):
         ledger = Ledger(config)
-        done = ledger.merge(conn, gone.user, into=stays.user, key=key or f"cli-{uuid4()}", description=description)
+        done = ledger.merge(conn, gone.user, into=stays.user, key=key, description=description)
     word = "Already done" if done.replayed else "Done"
     message = f"{word}: {credits_of(done.credits)} moved. User {done.into} has {credits_of(done.balance)}."
     emit(done, lambda: out.print(message, markup=False), as_json=as_json)

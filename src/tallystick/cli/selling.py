@@ -7,13 +7,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import sqlalchemy as sa
 import typer
 
 from tallystick.cli.app import Json, address, app, emit, err, escape, examples, invocation, note, out, table
-from tallystick.cli.ledger import KeyOption, credits_of
+from tallystick.cli.ledger import KeyOption, credits_of, is_made_up
 from tallystick.config import Config
 from tallystick.database import engine, transaction
 from tallystick.errors import StripeNotConfigured, TallystickError
@@ -246,6 +246,7 @@ def send_back(
     purchase: Annotated[
         UUID, typer.Argument(help="The id of the purchase, as `tallystick history` shows it.", metavar="PURCHASE")
     ],
+    *,
     credits: Annotated[
         int | None, typer.Option("--credits", help="The number of credits; by default all that are left.")
     ] = None,
@@ -255,18 +256,17 @@ def send_back(
     keep_credits: Annotated[
         bool, typer.Option("--keep-credits", help="Take no credits: for goodwill, or a tax.")
     ] = False,
-    key: KeyOption = None,
+    key: KeyOption,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask first.")] = False,
     as_json: Json = False,
 ) -> None:
     """Send money back through Stripe, and take its credits. Shows the effect, and asks at a terminal."""
-    wanted: dict[str, Any] = {"credits": credits, "amount": amount, "keep_credits": keep_credits}
-    wanted["key"] = key or f"cli-{uuid4()}"
+    wanted: dict[str, Any] = {"credits": credits, "amount": amount, "keep_credits": keep_credits, "key": key}
     with pool(ctx) as (made, config):
         preview = stripe().preview_refund(made, config, purchase, **wanted)
         note(_preview_text(preview))
-        if key is None:  # told before it is sent: an answer may be lost, and a new key would send the money again
-            note(f"If it ends without an answer, run it again with --key {wanted['key']}: that sends nothing twice.")
+        if is_made_up(key):  # told before it is sent: an answer may be lost, and a new key would send the money again
+            note(f"If it ends without an answer, run it again with --key {key}: that sends nothing twice.")
         if not yes and sys.stdin.isatty() and not as_json:
             typer.confirm("Send it?", abort=True, err=True)
         done = stripe().refund(made, config, purchase, **wanted)
