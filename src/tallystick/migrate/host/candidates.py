@@ -85,14 +85,20 @@ def candidates(conn: sa.Connection, everything: Sequence[HostTable]) -> list[Can
     columns: dict[int, dict[str, bool]] = {}
     for row in conn.execute(_COLUMNS, oids):
         columns.setdefault(row.oid, {})[row.column] = row.is_unique
-    references = conn.execute(_REFERENCES, oids).all()
+    references: dict[int, list[Any]] = {}
+    for row in conn.execute(_REFERENCES, oids):
+        for oid in {row.of, row.to}:
+            references.setdefault(oid, []).append(row)
     people = {table.oid for table in everything if table.table.lower().endswith(("user", "users"))}
     links = {oid for oid, names in columns.items() if any(link <= names.keys() for link in _LINKS)} - people
     found = []
     for table in everything:
         if table.oid in links:
             continue
-        signs = [*_own_signs(columns.get(table.oid, {})), *_signs_of_others(table, columns, references, links)]
+        signs = [
+            *_own_signs(columns.get(table.oid, {})),
+            *_signs_of_others(table, columns, references.get(table.oid, ()), links),
+        ]
         name = plain(table.table)
         named = USUAL_USERS.index(name) if name in USUAL_USERS else None
         if not signs and named is None:
