@@ -37,10 +37,14 @@ _FUNCTIONS = sa.text("""
            coalesce(pg_get_function_sqlbody(p.oid), p.prosrc) AS body,
            p.prorettype IN (SELECT reltype FROM pg_class WHERE oid = ANY (CAST(:tables AS oid[]))) AS gives_rows,
            p.proargmodes && '{o,t,b}'::"char"[] AS gives_columns,
-           ARRAY(SELECT format('%s on %s', t.tgname, t.tgrelid::regclass) FROM pg_trigger t
-                 WHERE t.tgfoid = p.oid AND NOT t.tgisinternal AND t.tgenabled <> 'D'
-                   AND t.tgrelid = ANY (CAST(:tables AS oid[])) ORDER BY 1) AS triggers
+           coalesce(t.triggers, '{}') AS triggers
     FROM pg_proc p JOIN pg_language l ON l.oid = p.prolang JOIN pg_namespace n ON n.oid = p.pronamespace
+    -- once for all functions: pg_trigger has no index for one function's, and four rows for each foreign key
+    LEFT JOIN (
+      SELECT tgfoid, array_agg(format('%s on %s', tgname, tgrelid::regclass) ORDER BY tgname, tgrelid) AS triggers
+      FROM pg_trigger WHERE NOT tgisinternal AND tgenabled <> 'D' AND tgrelid = ANY (CAST(:tables AS oid[]))
+      GROUP BY tgfoid
+    ) t ON t.tgfoid = p.oid
     WHERE l.lanname IN ('sql', 'plpgsql') AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'tallystick')
       AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_proc'::regclass AND d.objid = p.oid
                       AND d.deptype = 'e')
