@@ -94,6 +94,17 @@ def test_all_of_it_is_told_at_once(app: App) -> None:
         migrate.apply(app.url, app.config)
 
 
+def test_the_remedy_for_a_body_that_is_no_text_works(app: App) -> None:
+    """In BEGIN ATOMIC the star that helps elsewhere is the columns of the day on which the function was made."""
+    app.psql("CREATE FUNCTION known() RETURNS SETOF users LANGUAGE sql BEGIN ATOMIC SELECT * FROM users; END")
+    with pytest.raises(HostMismatch, match=r"Select a whole row as one value there, as in SELECT u FROM users u \("):
+        migrate.apply(app.url, app.config)
+
+    app.psql("CREATE OR REPLACE FUNCTION known() RETURNS SETOF users BEGIN ATOMIC SELECT u FROM users u; END")
+    migrate.apply(app.url, app.config)
+    assert app.value("SELECT count(email) FROM known() WHERE credit_balance = 0") == 500
+
+
 HARMLESS = [
     AUDIT.format(body="INSERT INTO users_audit (id) SELECT NEW.id WHERE OLD.* IS DISTINCT FROM NEW.*;"),
     AUDIT.format(body="IF ROW(NEW.*) = ROW(OLD.*) THEN INSERT INTO users_audit (by) VALUES (to_jsonb(NEW)); END IF;"),

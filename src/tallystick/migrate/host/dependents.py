@@ -35,6 +35,7 @@ _ROW_COLUMNS = sa.text("""
 _FUNCTIONS = sa.text("""
     SELECT p.oid::regprocedure::text AS name, l.lanname AS language,
            coalesce(pg_get_function_sqlbody(p.oid), p.prosrc) AS body,
+           pg_get_function_sqlbody(p.oid) IS NOT NULL AS atomic,
            p.prorettype IN (SELECT reltype FROM pg_class WHERE oid = ANY (CAST(:tables AS oid[]))) AS gives_rows,
            p.proargmodes && '{o,t,b}'::"char"[] AS gives_columns,
            coalesce(t.triggers, '{}') AS triggers
@@ -145,7 +146,13 @@ def _fault(row: sa.Row[tuple[object, ...]], of_ours: str) -> tuple[str, str, str
         return (
             "lists the columns of rows that get further ones, and then fails",
             listed,
-            "Select * there, or let it return a TABLE of the columns",
+            # a parsed body keeps the columns that * had when it was made
+            (
+                "Select a whole row as one value there, as in SELECT u FROM users u (in BEGIN ATOMIC, * stays the "
+                "columns that the table has now), or let it return a TABLE of the columns"
+                if row.atomic
+                else "Select * there, or let it return a TABLE of the columns"
+            ),
         )
     return None
 
