@@ -33,6 +33,7 @@ from tallystick.errors import (
 from tallystick.migrate.revisions import HostNames, revisions
 from tallystick.migrate.runner.messages import ADVISORY_KEY
 from tallystick.migrate.runner.online import index_state
+from tallystick.migrate.runner.session import session
 from tallystick.schema import HEAD
 
 INDEX = "tallystick_users_stripe_customer_id"
@@ -393,6 +394,13 @@ def test_times_are_written_as_the_database_likes(app: App, style: str, zone: str
     script = migrate.sql(None, app.config)
     assert migrate.undo(app.url, app.config).changed
     app.psql(script)
+
+
+def test_nothing_is_compiled_under_the_lock(app: App) -> None:
+    """Compiling a query on the catalogues of a large database takes longer than the stall budget."""
+    app.run(f'ALTER DATABASE "{app.engine.url.database}" SET jit = on')
+    with session(app.engine) as conn:
+        assert conn.scalar(sa.text("SHOW jit")) == "off"
 
 
 class TestFaults:

@@ -60,6 +60,8 @@ _OURS = {
     "lock_timeout": "500ms",  # for reading the catalogues
     # a concurrent index build waits for a snapshot that lasts
     "default_transaction_isolation": "read committed",
+    # it may compile a query on the catalogues of a large database for longer than the stall budget, under the lock
+    "jit": "off",
     "client_encoding": "utf8",
     **KNOWN_SETTINGS,
 }
