@@ -8,6 +8,7 @@ import random
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -429,6 +430,50 @@ class TestFaults:
         with pytest.raises(MigrationError, match="the event trigger forbid forbids it: ask first"):
             migrate.apply(app.url, app.config)
         assert app.shape() == before
+
+    def test_an_event_trigger_that_hides_new_tables_from_their_owner(self, app: App) -> None:
+        """Whoever connects is the owner already; the remedy is the trigger's."""
+        owner = f"owner_{uuid.uuid4().hex}"
+        app.psql(
+            f"""
+            CREATE ROLE {owner} LOGIN;
+            ALTER TABLE users OWNER TO {owner};
+            ALTER TABLE workshops OWNER TO {owner};
+            GRANT CREATE ON SCHEMA public TO {owner};
+            GRANT CREATE ON DATABASE {app.engine.url.database} TO {owner};
+            """
+        )
+        app.psql(
+            """
+            CREATE FUNCTION bind() RETURNS event_trigger LANGUAGE plpgsql AS $$
+            DECLARE made record;
+            BEGIN
+              FOR made IN SELECT * FROM pg_event_trigger_ddl_commands() WHERE command_tag = 'CREATE TABLE' LOOP
+                EXECUTE format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY', made.object_identity);
+                EXECUTE format('ALTER TABLE %s FORCE ROW LEVEL SECURITY', made.object_identity);
+              END LOOP;
+            END $$;
+            CREATE FUNCTION look() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN END';
+            CREATE EVENT TRIGGER binds ON ddl_command_end WHEN TAG IN ('CREATE TABLE') EXECUTE FUNCTION bind();
+            CREATE EVENT TRIGGER looks ON ddl_command_end EXECUTE FUNCTION look();
+            """
+        )
+        before = app.dump()
+        url = sa.make_url(app.url).set(username=owner).render_as_string(hide_password=False)
+        try:
+            with pytest.raises(MigrationError, match="the event trigger binds hides new tables from") as caught:
+                migrate.apply(url, app.config)
+            assert "Nothing was changed. Let its owner run: ALTER EVENT TRIGGER binds DISABLE; then" in str(
+                caught.value
+            )
+            assert app.dump() == before
+
+            app.psql("ALTER EVENT TRIGGER binds DISABLE")
+            migrate.apply(url, app.config)
+            with app.engine.connect() as conn:
+                assert migrate.status(conn, app.config).healthy
+        finally:
+            app.psql(f"REASSIGN OWNED BY {owner} TO CURRENT_USER; DROP OWNED BY {owner}; DROP ROLE {owner}")
 
     def test_a_privilege_that_is_granted_meanwhile(self, app: App) -> None:
         """PostgreSQL 18 locks the table for it; before, ours finds a row of the catalogue changed under it."""

@@ -204,8 +204,9 @@ def translate(
     meaning: TallystickError
     if event_triggers:
         triggers = [f"ALTER EVENT TRIGGER {name}" for name in event_triggers]
+        what = "hides new tables from their owner" if _is_hidden(error) else "forbids it"
         meaning = MigrationError(
-            f"the event trigger {' and '.join(event_triggers)} forbids it: {reason}. {unchanged}. Let its owner run: "
+            f"the event trigger {' and '.join(event_triggers)} {what}: {reason}. {unchanged}. Let its owner run: "
             f"{'; '.join(f'{each} DISABLE' for each in triggers)}; then run this again, then: "
             f"{'; '.join(f'{each} ENABLE' for each in triggers)}"
         )
@@ -337,14 +338,22 @@ _LOCK_HOLDER = sa.text("""
 
 
 def forbidden_by(conn: sa.Connection, error: psycopg.Error) -> list[str]:
-    """The event triggers, quoted, whose function raised the error."""
-    context = error.diag.context
-    return list(conn.scalars(_EVENT_TRIGGERS, {"context": context})) if context else []
+    """The event triggers, quoted, whose function raised the error or forced row level security on our new tables."""
+    given = {"context": error.diag.context or "", "hidden": _is_hidden(error)}
+    return list(conn.scalars(_EVENT_TRIGGERS, given))
+
+
+def _is_hidden(error: psycopg.Error) -> bool:
+    """True if a policy refused the row. A run inserts into its own new tables only, and makes no policies."""
+    return error.diag.source_function == "ExecWithCheckOptions" and error.sqlstate == "42501"
 
 
 _EVENT_TRIGGERS = sa.text("""
-    SELECT quote_ident(e.evtname) FROM pg_event_trigger e
-    WHERE e.evtenabled <> 'D' AND position(' ' || e.evtfoid::regproc || '() ' IN :context) > 0 ORDER BY 1
+    SELECT quote_ident(e.evtname) FROM pg_event_trigger e JOIN pg_proc p ON p.oid = e.evtfoid
+    WHERE e.evtenabled <> 'D' AND (
+      position(' ' || e.evtfoid::regproc || '() ' IN :context) > 0
+      OR (:hidden AND e.evtevent = 'ddl_command_end' AND p.prosrc ~* 'row\\s+level\\s+security')
+    ) ORDER BY 1
 """)
 
 
