@@ -321,6 +321,17 @@ def test_ids_are_whole_in_a_narrow_terminal(at, world: World, monkeypatch: pytes
         assert row["id"] in tally("history", user).out
 
 
+def test_an_interruption_before_the_command_runs(tally, monkeypatch: pytest.MonkeyPatch):
+    """Importing takes half a second, in which people press Ctrl-C."""
+
+    def pressed(_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tallystick.cli.import_module", pressed)
+    result = tally("balance", "somebody")
+    assert (result.code, result.out, result.err) == (130, "", "")
+
+
 def test_an_audit_that_is_interrupted_says_how_to_go_on(at, world: World, monkeypatch: pytest.MonkeyPatch):
     tally, statements, last = at(world), 0, None
     people = [world.user(credits=2) for _ in range(4)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import signal
 import sys
 from collections.abc import Iterable
 from copy import copy
@@ -73,6 +74,13 @@ def _name(command: CommandInfo) -> str | None:
     return command.name or (command.callback and get_command_name(command.callback.__name__))
 
 
+def _requested() -> typer.Typer:
+    try:
+        return commands(sys.argv[1:])
+    except KeyboardInterrupt:  # while the modules are imported; a command that runs ends with the same code
+        sys.exit(128 + signal.SIGINT)
+
+
 def main() -> NoReturn:
     """Run the command line and exit.
 
@@ -83,7 +91,7 @@ def main() -> NoReturn:
             stream.reconfigure(errors="backslashreplace")  # a terminal's encoding may lack a character of a title
     try:
         with ended_by_signals():  # so that a command cleans up
-            commands(sys.argv[1:])()
+            _requested()()
     except SystemExit:
         raise  # without importing SQLAlchemy
     except TallystickError as error:
