@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 import sqlalchemy as sa
 from hosts import HOSTS, App
@@ -409,3 +410,15 @@ def test_a_log_gets_a_line_for_what_is_new(tally: Tally, app: App) -> None:
         code, _, output = tally("migrate", "apply", "--give-up-after", "3")
     assert code == 1
     assert output.count(f"{HEAD}: waiting") == 1
+
+
+def test_who_keeps_a_table_locked_is_named(tally: Tally, app: App) -> None:
+    """A definition cannot be read beside a VACUUM FULL; apply waits for its end, the others say whose it is."""
+    with psycopg.connect(app.url.replace("+psycopg", "", 1), application_name="vacuum full") as holder:
+        holder.execute("LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
+        who = f"In the way: pid {holder.info.backend_pid} (vacuum full), idle in transaction, holds public.users for"
+        code, _, message = tally("migrate", "plan")
+        assert (code, who in message, "run it again when that has ended" in message) == (1, True, True)
+        code, _, message = tally("migrate", "apply", "--give-up-after", "1")
+        assert (code, who in message, "Nothing was changed" in message) == (1, True, True)
+    assert tally("migrate", "apply")[0] == 0

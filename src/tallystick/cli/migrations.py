@@ -6,7 +6,7 @@ import re
 import shlex
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,7 +39,7 @@ from tallystick.cli.backups import backups, take_backup
 from tallystick.config import Config, HostMapping, has_host, settings_file, write_host
 from tallystick.database import PATIENCE_S, connect, translated
 from tallystick.dev import postgres
-from tallystick.errors import BackupError, ConfigError, TallystickError
+from tallystick.errors import BackupError, ConfigError, Conflict, TallystickError
 from tallystick.migrate.checks.rehearsal import split
 from tallystick.migrate.host import role as roles
 from tallystick.progress import Progress
@@ -530,7 +530,9 @@ def apply(
             take_backup(address(config), backup)
         with connect_when_ready(config) as conn:
             tools = migrate.tools(conn, Path.cwd())
-            apart = migrate.balances_apart(conn, config.host)
+            apart = []
+            with suppress(Conflict):  # a table is locked: the run waits for it, and names who holds it
+                apart = migrate.balances_apart(conn, config.host)
         with _MigrationProgress() as shown:
             receipt = migrate.apply(
                 address(config),

@@ -19,6 +19,7 @@ from tallystick.migrate.checks.rehearsal import (
     rehearse,
 )
 from tallystick.migrate.checks.status import Applied, Drift, Status, functions_sql, status
+from tallystick.migrate.host.blockers import Blocker
 from tallystick.migrate.host.candidates import Candidate
 from tallystick.migrate.host.own_credits import Difference, OwnCredits, OwnHistory
 from tallystick.migrate.host.preflight import Host, examine
@@ -37,7 +38,6 @@ from tallystick.migrate.host_tools.snippets import TOOLS, snippet
 from tallystick.migrate.host_tools.trackers import Entry, HostTool, Tracker, concerns, tools, trackers
 from tallystick.migrate.revisions import Revision, revisions
 from tallystick.migrate.runner.adopt import Adopted, adopt, cut_over, look_at_own_credits
-from tallystick.migrate.runner.blockers import Blocker
 from tallystick.migrate.runner.messages import STALL_BUDGET_MAX_MS, STALL_BUDGET_MS
 from tallystick.migrate.runner.online import OnlineStep
 from tallystick.migrate.runner.run import GIVE_UP_AFTER_S, MigrationProgress, Receipt, apply, undo, undo_command

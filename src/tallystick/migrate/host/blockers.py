@@ -5,11 +5,14 @@ from __future__ import annotations
 import datetime as dt
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
 import sqlalchemy as sa
 from psycopg.sql import Identifier
+
+from tallystick.database import with_known_settings
 
 OLD_MS = 250
 """A transaction younger than this is ordinary traffic and will end soon."""
@@ -72,6 +75,23 @@ def oids_of(conn: sa.Connection, tables: Iterable[Identifier]) -> list[int]:
 _OIDS = sa.text("""
     SELECT to_regclass(name)::oid FROM unnest(CAST(:names AS text[])) name WHERE to_regclass(name) IS NOT NULL
 """)
+
+_LOCKED = sa.text("""
+    SELECT DISTINCT relation FROM pg_locks
+    WHERE locktype = 'relation' AND granted AND mode = 'AccessExclusiveLock' AND pid IS DISTINCT FROM pg_backend_pid()
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+      AND relation IN (SELECT oid FROM pg_class WHERE relkind IN ('r', 'p', 'v', 'm'))
+""")
+
+
+def locked_by(conn: sa.Connection) -> str:
+    """The sessions that hold tables exclusively, for a message; empty if that cannot be told.
+
+    It uses a connection of its own: the transaction of ``conn`` has failed.
+    """
+    with suppress(sa.exc.SQLAlchemyError), with_known_settings(conn.engine).connect() as side:
+        return "; ".join(map(str, Watch(side, side.scalars(_LOCKED).all()).holders()))
+    return ""
 
 
 class Watch:

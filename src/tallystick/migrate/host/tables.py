@@ -12,6 +12,8 @@ from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.config import HostMapping, KeyType
 from tallystick.database import translated
+from tallystick.errors import Conflict
+from tallystick.migrate.host.blockers import locked_by
 
 _KEY_FAMILIES: Mapping[str, KeyType] = {
     "uuid": "uuid",
@@ -214,13 +216,22 @@ def reading_catalogues(conn: sa.Connection) -> Iterator[None]:
     """Set a short lock timeout for reading a table's catalogues, which waits for an exclusive lock on it.
 
     Names in a definition are quoted only where they need it. Only PostgreSQL's own operators are used, see
-    ``KNOWN_SETTINGS``. Raises Conflict (see ``tallystick.database``).
+    ``KNOWN_SETTINGS``. Raises Conflict, which names the sessions that hold such a lock (see ``tallystick.database``).
     """
-    with translated():
-        before = {name: conn.scalar(sa.select(sa.func.current_setting(name))) for name in _LOOKING}
-        _set(conn, _LOOKING)
-        yield
-        _set(conn, before)
+    try:
+        with translated():
+            before = {name: conn.scalar(sa.select(sa.func.current_setting(name))) for name in _LOOKING}
+            _set(conn, _LOOKING)
+            yield
+            _set(conn, before)
+    except Conflict as error:
+        if error.sqlstate == "55P03" and (who := locked_by(conn)):
+            raise Conflict(
+                f"another transaction keeps a table's definition from being read. In the way: {who}. This statement "
+                "wrote nothing; roll back, and run it again when that has ended",
+                sqlstate=error.sqlstate,
+            ) from error
+        raise
 
 
 def _set(conn: sa.Connection, settings: Mapping[str, str | None]) -> None:
