@@ -489,6 +489,19 @@ class TestFaults:
             granting.commit()
             assert run.result(60).attempts == (1 if named else 2)
 
+    def test_a_server_without_room(self, app: App) -> None:
+        """The search of functions sorts their bodies, in a file where they are large."""
+        app.psql(
+            "DO $$ BEGIN FOR i IN 1..200 LOOP EXECUTE format('CREATE FUNCTION large_%s() RETURNS text LANGUAGE plpgsql"
+            " AS %L', i, 'BEGIN END --' || repeat('x', 2000)); END LOOP; END $$"
+        )
+        name = app.engine.url.database
+        app.run(f"ALTER DATABASE {name} SET temp_file_limit = 0", f"ALTER DATABASE {name} SET work_mem = '64kB'")
+        with pytest.raises(MigrationError, match=r"temp_file_limit.* Give the server disk or memory, then"):
+            migrate.apply(app.url, app.config)
+        app.run(f"ALTER DATABASE {name} RESET ALL")
+        assert migrate.apply(app.url, app.config).changed
+
     def test_an_error_of_the_server_is_no_lost_connection(self, app: App) -> None:
         app.run(
             "CREATE FUNCTION fail() RETURNS event_trigger LANGUAGE plpgsql AS"

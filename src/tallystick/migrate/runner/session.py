@@ -249,7 +249,13 @@ def translate(
         # the object that depends on a column whose type changes
         dependent = f"; {detail}" if state == "0A000" and detail else ""
         advice = (
-            _READ_ONLY if state == "25006" else ". Drop that first, and make it anew afterwards" if dependent else ""
+            _READ_ONLY
+            if state == "25006"
+            else ". Drop that first, and make it anew afterwards"
+            if dependent
+            else ". Give the server disk or memory, then run this again"
+            if (state or "").startswith("53")
+            else ""
         )
         meaning = MigrationError(
             f"the database refused to {action}: {reason} ({state}{dependent}). {unchanged}{advice}"
