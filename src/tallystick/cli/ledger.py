@@ -58,12 +58,10 @@ if TYPE_CHECKING:
     from tallystick.audit import AuditReport
 
 
-_MADE_UP = "cli-"
-
-
-def is_made_up(key: str) -> bool:
-    """True for a key of ours, which nobody knows who has not been told."""
-    return key.startswith(_MADE_UP)
+def made_up_key(ctx: typer.Context) -> str | None:
+    """The key that this command has made up, which nobody knows who is not told; None if the caller named one."""
+    source, key = ctx.get_parameter_source("key"), ctx.params.get("key")
+    return key if source is not None and source.name == "DEFAULT" else None
 
 
 def _no_empty_key(key: str) -> str:
@@ -77,7 +75,7 @@ KeyOption = Annotated[
     str,
     typer.Option(
         "--key",
-        default_factory=lambda: f"{_MADE_UP}{uuid4()}",
+        default_factory=lambda: f"cli-{uuid4()}",
         show_default=False,
         callback=_no_empty_key,
         help="A name of this intent: a second run with the same name changes nothing. By default a new one.",
@@ -173,8 +171,7 @@ def _telling_key(ctx: typer.Context) -> Iterator[None]:
     try:
         yield
     except OutcomeUnknown as error:
-        key = ctx.params.get("key", "")
-        if not is_made_up(key):
+        if (key := made_up_key(ctx)) is None:
             raise
         raise OutcomeUnknown(f"{error.message}: --key {key}", sqlstate=error.sqlstate) from error
 

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 import typer
 
 from tallystick.cli.app import Json, address, app, emit, err, escape, examples, invocation, note, out, table
-from tallystick.cli.ledger import KeyOption, credits_of, is_made_up
+from tallystick.cli.ledger import KeyOption, credits_of, made_up_key
 from tallystick.config import Config
 from tallystick.database import engine, transaction
 from tallystick.errors import StripeNotConfigured, TallystickError
@@ -265,7 +265,7 @@ def send_back(
     with pool(ctx) as (made, config):
         preview = stripe().preview_refund(made, config, purchase, **wanted)
         note(_preview_text(preview))
-        if is_made_up(key):  # told before it is sent: an answer may be lost, and a new key would send the money again
+        if made_up_key(ctx):  # told before it is sent: an answer may be lost, and a new key would send the money again
             note(f"If it ends without an answer, run it again with --key {key}: that sends nothing twice.")
         if not yes and sys.stdin.isatty() and not as_json:
             typer.confirm("Send it?", abort=True, err=True)

@@ -17,11 +17,11 @@ from psycopg.sql import Composable, Identifier
 
 from tallystick.config import Config, HostMapping
 from tallystick.database import refuse_other_than
-from tallystick.migrate.host.blockers import Blocker, Watch, oids_of
+from tallystick.migrate.host.blockers import Blocker, Watch
 from tallystick.migrate.host.preflight import Host, adoptable, examine, setting_of, spelled_otherwise, unfit
 from tallystick.migrate.host.privileges import forced_policies
 from tallystick.migrate.host.proposal import balances_apart
-from tallystick.migrate.host.tables import HostColumn, HostTable, columns_of, oid_of, reading_catalogues
+from tallystick.migrate.host.tables import HostColumn, HostTable, columns_of, oid_of, oids_of, reading_catalogues
 from tallystick.migrate.revisions import HostNames, Revision, Word, after, revisions
 from tallystick.migrate.runner.messages import STALL_BUDGET_MS, Messages, text, upward
 from tallystick.migrate.runner.run import undo_command

@@ -21,7 +21,7 @@ from tallystick.errors import MigrationError, PermissionDenied
 from tallystick.migrate.host.preflight import Host, adoptable, adopted_columns, examine, unfit
 from tallystick.migrate.host.privileges import forced_policies, open_policies, writers
 from tallystick.migrate.host.role import ways_out
-from tallystick.migrate.host.tables import columns_of, oid_of, oids_of, reading_catalogues
+from tallystick.migrate.host.tables import columns_of, oid_of, oids_in, reading_catalogues
 from tallystick.migrate.revisions import HostNames, revisions
 from tallystick.migrate.runner.messages import text
 from tallystick.migrate.runner.session import autocommits
@@ -340,7 +340,7 @@ def _drift(conn: sa.Connection, config: Config, host: Host) -> Iterator[Drift]:
 
 def _of_tables(conn: sa.Connection, host: Host, declared: Schema, ledger_oid: int | None) -> Iterator[Drift]:
     """Differences of the mapped tables, the ledger and the tables in schema tallystick, and of what is on them."""
-    ours = oids_of(conn, BOOKKEEPING_SCHEMA, (table.name for table in declared.bookkeeping))
+    ours = oids_in(conn, BOOKKEEPING_SCHEMA, (table.name for table in declared.bookkeeping))
     oids = {LEDGER: ledger_oid, **{table.fullname: ours.get(table.name) for table in declared.bookkeeping}}
     wholes = {row.relation: row for row in conn.execute(_OF_OURS, {"oids": _there(oids.values())})}
     shown = {word: word for word in oids} | {LEDGER: f"{host.ledger_schema}.{LEDGER}"}
@@ -595,7 +595,7 @@ def _declared_shapes(conn: sa.Connection, declared: Schema) -> dict[str, _Shape]
     for named in (ours, {word: table for word, table in apps.items() if table is not None}):
         with conn.begin_nested() as savepoint:
             _execute(conn, _making(named.values()))
-            oids = oids_of(conn, conn.scalars(_TEMPORARY).one(), (table.name for table in named.values()))
+            oids = oids_in(conn, conn.scalars(_TEMPORARY).one(), (table.name for table in named.values()))
             made = _shapes(conn, oids.values())
             shapes |= {word: made[oids[table.name]] for word, table in named.items()}
             savepoint.rollback()

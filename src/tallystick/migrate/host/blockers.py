@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import datetime as dt
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
 import sqlalchemy as sa
-from psycopg.sql import Identifier
 
 from tallystick.database import with_known_settings
 
@@ -65,16 +64,6 @@ class Blocker:
         what = f", {self.state}" if self.state and self.kind == "client" else f", {self.kind}"
         return f"{who}{what}, holds {', '.join(self.tables)} for {self.age_ms / 1000:.1f} s"
 
-
-def oids_of(conn: sa.Connection, tables: Iterable[Identifier]) -> list[int]:
-    """Object ids of the tables that exist already; takes no lock."""
-    names = [table.as_string(None) for table in tables]
-    return list(conn.scalars(_OIDS, {"names": names}))
-
-
-_OIDS = sa.text("""
-    SELECT to_regclass(name)::oid FROM unnest(CAST(:names AS text[])) name WHERE to_regclass(name) IS NOT NULL
-""")
 
 _LOCKED = sa.text("""
     SELECT DISTINCT relation FROM pg_locks

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import sqlalchemy as sa
+from psycopg.sql import Identifier
 from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.config import HostMapping, KeyType
@@ -77,7 +78,10 @@ _COLUMNS = sa.text("""
     ORDER BY a.attnum
 """)
 
-_OIDS = sa.text("""
+_OIDS_OF = sa.text("""
+    SELECT to_regclass(name)::oid FROM unnest(CAST(:names AS text[])) name WHERE to_regclass(name) IS NOT NULL
+""")
+_OIDS_IN = sa.text("""
     SELECT c.relname AS name, c.oid::bigint AS oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE n.nspname = :schema AND c.relname = ANY (CAST(:tables AS text[]))
 """)
@@ -196,12 +200,18 @@ def unsuitable(table: HostTable) -> str | None:
 
 def oid_of(conn: sa.Connection, schema: str, table: str) -> int | None:
     """The oid of a table, None if it does not exist."""
-    return oids_of(conn, schema, [table]).get(table)
+    return oids_in(conn, schema, [table]).get(table)
 
 
-def oids_of(conn: sa.Connection, schema: str, tables: Iterable[str]) -> dict[str, int]:
+def oids_in(conn: sa.Connection, schema: str, tables: Iterable[str]) -> dict[str, int]:
     """Name → oid of those of ``tables`` that exist."""
-    return {row.name: row.oid for row in conn.execute(_OIDS, {"schema": schema, "tables": list(tables)})}
+    return {row.name: row.oid for row in conn.execute(_OIDS_IN, {"schema": schema, "tables": list(tables)})}
+
+
+def oids_of(conn: sa.Connection, tables: Iterable[Identifier]) -> list[int]:
+    """Object ids of the tables that exist already; takes no lock."""
+    names = [table.as_string(None) for table in tables]
+    return list(conn.scalars(_OIDS_OF, {"names": names}))
 
 
 def mapped_oids(conn: sa.Connection, mapping: HostMapping) -> list[int]:

@@ -34,10 +34,10 @@ from tallystick.errors import (
     MigrationBlocked,
     TallystickError,
 )
-from tallystick.migrate.host.blockers import OLD_MS, Blocker, Watch, oids_of
+from tallystick.migrate.host.blockers import OLD_MS, Blocker, Watch
 from tallystick.migrate.host.preflight import Host, examine, refuse_rows
 from tallystick.migrate.host.role import granted_roles
-from tallystick.migrate.host.tables import mapped_oids
+from tallystick.migrate.host.tables import mapped_oids, oids_of
 from tallystick.migrate.revisions import HostNames, Revision, adopted_by, after, revision_named, revisions, up_to
 from tallystick.migrate.runner.messages import (
     MEASURE,

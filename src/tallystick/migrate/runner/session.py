@@ -32,8 +32,9 @@ from tallystick.errors import (
     PoolerRefused,
     TallystickError,
 )
-from tallystick.migrate.host.blockers import Watch, oids_of
+from tallystick.migrate.host.blockers import Watch
 from tallystick.migrate.host.dependents import DEPENDED_ON
+from tallystick.migrate.host.tables import oids_of
 from tallystick.migrate.runner.messages import ADVISORY_KEY, MOVED, NOT_EMPTY, RUNNING
 from tallystick.migrate.runner.trial_writes import BROKEN
 
