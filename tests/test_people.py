@@ -246,6 +246,32 @@ def test_credits_that_were_moved_expire_there(any_world: World) -> None:
     clean(world)
 
 
+@pytest.mark.parametrize("swept", [True, False])
+def test_what_expired_after_a_merge_is_not_taken_back_again(any_world: World, swept: bool) -> None:
+    world, user, into, last = any_world, *(any_world.user() for _ in range(3))
+    ledger = world.ledger
+    with world.engine.begin() as conn:
+        month = dt.timedelta(days=30)
+        bought = ledger.start_purchase(conn, user, credits=10, description="A pack", expires_after=month)
+        ledger.complete_purchase(conn, user, purchase=bought.id)
+        given = ledger.grant(conn, user, credits=5, key="g", description="x", expires_at=soon(20))
+        ledger.refund(conn, user, bought.id, credits=1, key="r")
+        ledger.merge(conn, user, into=into, key="m")
+        ledger.consume(conn, into, credits=7, key="c")  # all that was given, and 2 of the pack
+        ledger.merge(conn, into, into=last, key="m")
+        ledger.consume(conn, last, credits=3, key="c")
+    world.pass_time(days=31)
+    with world.engine.begin() as conn:
+        if swept:
+            assert ledger.sweep(conn) == 1
+        with pytest.raises(errors.RefundExceedsPurchase):
+            ledger.refund(conn, user, bought.id, credits=6, key="all")
+        assert ledger.refund(conn, user, bought.id, key="all").amount == -5  # what was spent
+        assert ledger.correct(conn, user, given.id, key="correct").amount == -5
+        assert [ledger.balance(conn, each) for each in (user, into, last)] == [-10, 0, 0]
+    clean(world)
+
+
 @uuid_keys
 def test_credits_that_have_expired_are_not_moved(any_world: World) -> None:
     world, user, into = any_world, any_world.user(credits=1), any_world.user()

@@ -716,6 +716,28 @@ def test_refund_after_the_credits_are_spent(shop: Shop):
         shop.world.ledger.consume(conn, user, key="more")
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_refund_of_credits_that_have_expired_takes_none(shop: Shop, merged: bool):
+    shop.configure(packs=(replace(shop.config.packs[0], expires_after_days=30),))
+    user, started = bought(shop)
+    into = shop.world.user() if merged else user
+    with shop.engine.begin() as conn:
+        if merged:
+            shop.world.ledger.merge(conn, user, into=into, key="one person")
+        shop.world.ledger.consume(conn, into, credits=7, key="spent")
+    shop.world.pass_time(days=31)
+    assert stripe.preview_refund(shop.engine, shop.config, started.purchase.id).credits == 7
+    refund = shop.dev.refund(shop.intent(started))
+    shop.deliver_all()
+    assert shop.balance(user) == -7
+    with shop.engine.begin() as conn:
+        assert audit(conn, shop.config).findings == ()
+    shop.dev.settle_refund(refund["id"], "failed")
+    shop.deliver_all()
+    assert (shop.balance(user), shop.balance(into)) == (0, 0)
+    assert not stripe.reconcile(shop.engine, shop.config).changed
+
+
 # --- parts of a credit's price, marked refunds, other currencies ---
 
 

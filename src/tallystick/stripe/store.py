@@ -280,6 +280,7 @@ class Store:
         self._record_event_query = _record_event_query()
         self._claimed = _claimed(self.schema)
         self._reversals = _reversals(self.schema)
+        self._expired_unsettled = _expired_unsettled(self.schema)
 
     # --- records ---
 
@@ -669,7 +670,9 @@ class Store:
 
     def left(self, conn: DbConnection, purchase: CreditTransaction) -> int:
         """The credits of a purchase that were not taken back, and have not expired."""
-        return int(purchase.amount - sum(self._credits_taken(conn, purchase).values()))
+        taken = sum(self._credits_taken(conn, purchase).values())
+        expired = run(conn, self._expired_unsettled, {"p_lot": purchase.id}).scalar_one()
+        return int(purchase.amount - taken - expired)
 
     def _taken(self, conn: DbConnection, purchase: CreditTransaction) -> int:
         """The credits of a purchase that refunds took and that were not given back."""
@@ -736,6 +739,31 @@ def _reversals(schema: Schema) -> sa.Select[Any]:
         .select_from(buyer.outerjoin(stripe_reversals, of_payment))
         .order_by(row.seen_at, row.id)
     )
+
+
+def _expired_unsettled(schema: Schema) -> sa.Select[Any]:
+    """The credits of a lot that have expired without a row that names it.
+
+    Merges moved them to other accounts, where they expired; or the next call of their account writes the expiry.
+    """
+    row, move, lot, users = schema.credit_transactions.c, schema.lot_moves.c, schema.lots.c, schema.users.c
+    first, none = sa.bindparam("p_lot", type_=sa.Uuid()), sa.literal(0)
+    moved = sa.select(first.label("lot_id")).cte("moved", recursive=True)
+    moved = moved.union(
+        sa.select(row.refund_of)
+        .join_from(moved, schema.lot_moves, move.lot_id == moved.c.lot_id)
+        .join(schema.credit_transactions, row.id == move.transaction_id)
+        .where(row.type == CreditTransactionType.TRANSFER)
+    )
+    is_expiry = row.refund_of == moved.c.lot_id, row.type == CreditTransactionType.EXPIRY
+    expired = sa.select(-sa.func.sum(row.amount)).where(*is_expiry, moved.c.lot_id != first)
+    due = (
+        sa.select(sa.func.greatest(lot.remaining - users.credit_held, none))
+        .join_from(schema.lots, schema.users, users.key == lot.user_id)
+        .where(lot.id == moved.c.lot_id, lot.expires_at <= sa.func.clock_timestamp())
+    )
+    gone = sa.func.coalesce(expired.scalar_subquery(), none) + sa.func.coalesce(due.scalar_subquery(), none)
+    return sa.select(sa.func.coalesce(sa.func.sum(gone), none)).select_from(moved)
 
 
 _STEPS = {"none": "given back", "share": "taken back", "marked": "marked"}
