@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from stripe_sales.shop import Shop
+from stripe_sales.test_reconciliation import while_the_key_changes
 from tallystick import stripe
 from tallystick.allowances import AllowanceRun, Allowances
 from tallystick.audit import audit
@@ -180,3 +181,12 @@ def test_one_that_was_paid_when_its_period_was_over_is_a_finding(subscribers: Su
     subscribers.shop.dev.bill(customer, [over])
     assert subscribers.shop.outcomes("invoice.paid") == ["refused"]
     assert (subscribers.shop.findings(), subscribers.shop.rows(user)) == (["refused"], [])
+
+
+def test_a_key_that_changes_meanwhile_is_in_nobodys_way(subscribers: Subscribers) -> None:
+    user, customer = subscribers.user()
+    shop = subscribers.shop
+    shop.dev.bill(customer, [subscribers.line("basic")])
+    [event] = shop.events("invoice.paid")
+    user, [received] = while_the_key_changes(shop, user, lambda: shop.deliver(event))
+    assert (str(received.outcome), shop.balance(user), shop.findings()) == ("granted", 10, [])

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
@@ -15,6 +20,8 @@ from tallystick.errors import InvalidArgument, Key, StripeRefused, StripeUnavail
 from tallystick.stripe import reconciliation
 
 SESSIONS = "/v1/checkout/sessions"
+
+T = TypeVar("T")
 
 
 def reconcile(shop: Shop, **options) -> stripe.Reconciliation:
@@ -127,6 +134,44 @@ def test_a_purchase_that_never_reached_stripe_fails_only_when_it_is_old(shop: Sh
     with shop.engine.begin() as conn:
         [row] = shop.world.ledger.history(conn, user, include_failed=True)
     assert row.description.endswith("(failed: Stripe has no session for it)")
+
+
+def while_the_key_changes(shop: Shop, user: Key, work: Callable[[], T]) -> tuple[Key, T]:
+    """Do it until it waits for the user, whose key has changed then; give the new key too."""
+    users, new = shop.world.schema.users, uuid4()
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND pg_backend_pid() = ANY (pg_blocking_pids(pid))"
+    with ThreadPoolExecutor(1) as pool, shop.world.engine.begin() as conn:
+        conn.execute(sa.update(users).where(users.c.key == user).values(key=new))
+        waits = pool.submit(work)
+        while not conn.scalar(sa.text(waiting)):
+            assert not waits.done()
+            time.sleep(0.01)
+        conn.commit()
+        return new, waits.result(60)
+
+
+def test_a_key_that_changes_meanwhile_is_in_nobodys_way(shop: Shop):
+    user = shop.world.user()
+    started = shop.checkout(user)
+    shop.dev.pay(started.session)
+    [completed] = shop.events("checkout.session.completed")
+    user, [received] = while_the_key_changes(shop, user, lambda: shop.deliver(completed))
+    assert str(received.outcome) == "granted"
+    shop.dev.refund(shop.intent(started), amount=500)
+    [refunded] = shop.events("refund.created")
+    user, [received] = while_the_key_changes(shop, user, lambda: shop.deliver(refunded))
+    assert str(received.outcome) == "taken_back"
+    assert (shop.balance(user), shop.findings()) == (CREDITS - 48, [])
+
+
+def test_a_key_that_changes_while_a_purchase_is_given_up(shop: Shop, monkeypatch: pytest.MonkeyPatch):
+    user = shop.world.user()
+    shop.dev.fault("POST", SESSIONS, 500, times=3)
+    with pytest.raises(StripeUnavailable):
+        shop.checkout(user, key="form 1")
+    monkeypatch.setattr(reconciliation, "SESSIONLESS_MAX", dt.timedelta(0))
+    user, report = while_the_key_changes(shop, user, lambda: reconcile(shop))
+    assert ([str(outcome) for _, outcome in report.changes], report.findings) == (["failed"], ())
 
 
 def test_a_session_that_stripe_does_not_have_is_reported_not_failed(shop: Shop):

@@ -11,6 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from stripe_sales.shop import CREDITS, PACK, PRICE, Shop
+from stripe_sales.test_reconciliation import while_the_key_changes
 from tallystick import Pack, stripe
 from tallystick import errors as e
 from tallystick.accounts import Account, Accounts
@@ -112,6 +113,19 @@ def test_a_charge_whose_answer_was_lost_is_found(shop: Shop, by: str):
     else:
         assert top_up(shop, user).outcome is TopUpOutcome.CHARGED
     assert (shop.balance(user), charges(shop)) == (CREDITS + 1, 2)
+
+
+@pytest.mark.parametrize("by", ["the next call", "reconciliation"])
+def test_a_key_that_changes_before_a_charge_is_found(shop: Shop, by: str):
+    user = low(shop)
+    lose_the_answer(shop, user)
+    shop.dev.forget_idempotency_keys()
+    user, _ = while_the_key_changes(
+        shop,
+        user,
+        lambda: stripe.reconcile(shop.engine, shop.config) if by == "reconciliation" else top_up(shop, user),
+    )
+    assert (shop.balance(user), charges(shop), shop.findings()) == (CREDITS + 1, 2, [])
 
 
 @pytest.mark.parametrize("by", ["the next call", "reconciliation"])

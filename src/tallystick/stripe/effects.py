@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from tallystick.allowances import Allowances, Paid, Period
 from tallystick.config import Config
 from tallystick.database import run, transaction
-from tallystick.errors import Conflict, HostInterfered, Key, LedgerError
+from tallystick.errors import Conflict, HostInterfered, Key, LedgerError, UnknownUser
 from tallystick.stripe.client import Object, ask, ask_or_none, client, list_all
 from tallystick.stripe.store import FindingKind, Outcome, Reversal, Store, id_of, store_of
 
@@ -116,16 +116,19 @@ class Effects:
     def _give(self, conn: sa.Connection, *, allowances: Allowances, invoice: Object, paid: list[Object]) -> Outcome:
         customer = id_of(invoice.get("customer"))
         users = self.store.schema.users.c
-        who = sa.select(users.key).where(users.stripe_customer_id == customer)
-        user = None if customer is None else run(conn, who, {}).scalar_one_or_none()
-        if user is None:
+
+        def user_now() -> Key | None:
+            who = sa.select(users.key).where(users.stripe_customer_id == customer)
+            return None if customer is None else run(conn, who, {}).scalar_one_or_none()
+
+        if user_now() is None:
             wanted = f"a user with the Stripe customer {customer}"
             self.store.record_finding(conn, FindingKind.UNKNOWN_CUSTOMER, invoice["id"], expected=wanted, found="none")
             return Outcome.REFUSED
         # the user gets the other lines if one is refused: each has an idempotency key of its own
         outcomes = {
             self.recording_refusal(
-                conn, invoice["id"], partial(_give_line, conn, allowances, user, _paid(invoice, line))
+                conn, invoice["id"], partial(_give_line, conn, allowances, user_now, _paid(invoice, line))
             )
             for line in paid
         }
@@ -155,14 +158,19 @@ class Effects:
     def recording_refusal(self, conn: sa.Connection, object_id: str, effect: Callable[[], Outcome]) -> Outcome:
         """Run an effect, and record a refusal of the ledger, such as a balance out of range, as a finding."""
         try:
-            return effect()
+            try:
+                return effect()
+            except UnknownUser:  # the user's key changed after the effect had read it; it reads the new one now
+                return effect()
         except LedgerError as refusal:
             self.store.record_finding(conn, FindingKind.REFUSED, object_id, found=refusal.message)
             return Outcome.REFUSED
 
 
-def _give_line(conn: sa.Connection, allowances: Allowances, user: Key, paid: Paid) -> Outcome:
-    return Outcome.UNCHANGED if allowances.give_paid(conn, user, paid) is None else Outcome.GRANTED
+def _give_line(conn: sa.Connection, allowances: Allowances, user_now: Callable[[], Key | None], paid: Paid) -> Outcome:
+    user = user_now()
+    given = None if user is None else allowances.give_paid(conn, user, paid)
+    return Outcome.UNCHANGED if given is None else Outcome.GRANTED
 
 
 def _price_of(line: Object) -> str | None:

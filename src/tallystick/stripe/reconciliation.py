@@ -280,12 +280,17 @@ class _Reconciling:
         return effect_of(self.effects, purchase, attempts) or (given_up if is_old and not under_way else None)
 
     def _give_up(self, conn: sa.Connection, purchase: CreditTransaction, reason: str) -> Outcome:
-        try:
-            ledger, user = self.effects.store.ledger, purchase.user_id
-            failed = ledger.fail_purchase(conn, user, purchase=purchase.id, reason=reason)
-        except PurchaseNotPending:  # completed meanwhile
-            return Outcome.UNCHANGED
-        return Outcome.UNCHANGED if failed.replayed else Outcome.FAILED
+        store = self.effects.store
+
+        def fail() -> Outcome:
+            now = store.purchase(conn, id=purchase.id) or purchase  # the user's key may have changed
+            try:
+                failed = store.ledger.fail_purchase(conn, now.user_id, purchase=now.id, reason=reason)
+            except PurchaseNotPending:  # completed meanwhile
+                return Outcome.UNCHANGED
+            return Outcome.UNCHANGED if failed.replayed else Outcome.FAILED
+
+        return self.effects.recording_refusal(conn, str(purchase.id), fail)
 
     def _sessions(self, since: dt.datetime | None, position: str | None) -> Iterator[_Step]:
         query: Any = {**_window(since, position), "status": "complete", "expand": ["data.payment_intent"]}

@@ -477,6 +477,7 @@ class Store:
     ) -> Outcome:
         """Complete a purchase that was paid without a session, and apply the refunds and disputes that came before."""
         run(conn, sa.select(_lock()), {"p_lock": intent})
+        purchase = self.purchase(conn, id=purchase.id) or purchase  # the user's key may have changed
         done = self.ledger.complete_purchase(
             conn,
             purchase.user_id,

@@ -368,13 +368,13 @@ def _charge(effects: Effects, started: _Sold, customer: str, method: str, *, att
         if now.status is not CreditTransactionStatus.PENDING:
             return now
         return effects.store.ledger.fail_purchase(
-            conn, purchase.user_id, purchase=purchase.id, reason=f"not charged: {code}"
+            conn, now.user_id, purchase=purchase.id, reason=f"not charged: {code}"
         )
 
     failed = in_transaction(effects.engine, fail)
     if code in (_AUTHENTICATION, MISSING):  # the payment method may have been removed
         return TopUp(TopUpOutcome.ASK, failed)
-    gap = in_transaction(effects.engine, lambda conn: _find_gap(effects, conn, purchase.user_id))
+    gap = in_transaction(effects.engine, lambda conn: _find_gap(effects, conn, failed.user_id))
     declined = [one for one in _attempts_in(effects, gap) if _method_of(one) == method]
     return _after_declines(failed, declined)
 
