@@ -272,6 +272,36 @@ def test_what_expired_after_a_merge_is_not_taken_back_again(any_world: World, sw
     clean(world)
 
 
+@pytest.mark.parametrize("through", [False, True])
+def test_the_debt_of_a_refund_is_paid_by_the_credits_that_were_refunded(any_world: World, through: bool) -> None:
+    world, user, into = any_world, any_world.user(credits=4), any_world.user(credits=10)
+    ledger, between = world.ledger, any_world.user()
+    with world.engine.begin() as conn:
+        month = dt.timedelta(days=30)
+        started = [
+            ledger.start_purchase(conn, user, credits=credits, description="A pack", expires_after=month)
+            for credits in (6, 5)
+        ]
+        refunded, _ = (ledger.complete_purchase(conn, user, purchase=each.id) for each in started)
+        for first, then in [(user, between), (between, into)] if through else [(user, into)]:
+            ledger.merge(conn, first, into=then, key="m")
+        ledger.consume(conn, into, credits=1, key="c")
+        ledger.refund(conn, user, refunded.id, credits=4, key="half")
+        assert ledger.merge(conn, user, into=into, key="m2") == Merged(into, -4, 20)
+        assert [lot.remaining for lot in ledger.lots(conn, into)] == [1, 5]
+        other = next(row for row in ledger.history(conn, user) if row.type == "purchase" and row.amount == 4)
+        ledger.refund(conn, user, other.id, key="other")
+        assert ledger.merge(conn, user, into=into, key="m3") == Merged(into, -4, 16)
+        assert [lot.remaining for lot in ledger.lots(conn, into)] == [1, 5]
+        ledger.refund(conn, user, refunded.id, key="all")
+        assert ledger.merge(conn, user, into=into, key="m4") == Merged(into, -2, 14)
+        assert [lot.remaining for lot in ledger.lots(conn, into)] == [5]
+    world.pass_time(days=31)
+    with world.engine.begin() as conn:
+        assert ledger.balance(conn, into) == 9  # its own, less the one that was spent and then refunded
+    clean(world)
+
+
 @uuid_keys
 def test_credits_that_have_expired_are_not_moved(any_world: World) -> None:
     world, user, into = any_world, any_world.user(credits=1), any_world.user()

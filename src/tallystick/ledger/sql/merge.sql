@@ -18,6 +18,7 @@ DECLARE
   prior {ledger};
   given {ledger};
   part record;
+  own record;
   total {credits};
   moved {credits};
   closing_id uuid;
@@ -144,6 +145,34 @@ BEGIN
         INTO answer FROM {ledger} AS t WHERE t.id = opening_id;
       PERFORM tallystick.open_lot(answer);
     ELSIF moved < 0 THEN
+      -- first the lots that were merged into that account, for what was refunded of them since: a refund takes its own
+      FOR own IN
+        WITH RECURSIVE lot (id, origin) AS (
+          SELECT l.id, l.id FROM tallystick.lots AS l WHERE l.user_id = account.key
+          UNION
+          SELECT t.refund_of, lot.origin FROM lot JOIN tallystick.lot_moves AS m ON m.lot_id = lot.id
+            JOIN {ledger} AS t ON t.id = m.transaction_id AND t.type = 'transfer'
+        )
+        SELECT l.id, least(l.remaining, (
+            SELECT - coalesce(sum(t.amount), 0) FROM {ledger} AS t
+            WHERE t.refund_of = lot.origin AND t.user_id = account.key AND t.type <> 'expiry'
+          ) - (
+            SELECT coalesce(sum(m.amount), 0) FROM tallystick.lot_moves AS m JOIN {ledger} AS t ON t.id = m.transaction_id
+            WHERE m.lot_id = lot.origin AND t.refund_of = lot.origin AND t.type <> 'expiry'
+          ) - (
+            SELECT coalesce(sum(m.amount), 0) FROM tallystick.lot_moves AS m
+              JOIN {ledger} AS t ON t.id = m.transaction_id AND t.type = 'transfer'
+              JOIN {ledger} AS o ON o.id = t.refund_of AND o.user_id = account.key
+            WHERE m.lot_id = l.id
+          ))::{credits} AS owed
+        FROM lot JOIN tallystick.lots AS l ON l.id = lot.id AND l.user_id = other.key AND l.remaining > 0
+        ORDER BY l.expires_at, l.id
+      LOOP
+        IF own.owed > 0 THEN
+          PERFORM tallystick.take_from_lots(other.key, opening_id, least(own.owed, - moved), own.id);
+          moved := moved + least(own.owed, - moved);
+        END IF;
+      END LOOP;
       PERFORM tallystick.take_back_from_lots(other.key, opening_id, NULL, - moved, other.balance);
     END IF;
   END LOOP;
