@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
+import sqlalchemy as sa
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, multiple, rule, run_state_machine_as_test
@@ -18,14 +19,14 @@ from tallystick import InsufficientCredits, stripe
 from tallystick.audit import audit
 from tallystick.config import CheckoutOptions, Rounding
 from tallystick.dev.stripe import DevStripe
-from tallystick.errors import DevStripeError
+from tallystick.errors import DevStripeError, Key
 from worlds import World
 
 OPTIONS = [None, CheckoutOptions(promotion_codes=True), CheckoutOptions(quantity_max=3)]
 
 
 class Machine(RuleBasedStateMachine):
-    """One user of a shop. The model is Stripe's own account, read by other rules than the code's."""
+    """One person who buys, with one account or several. The model is Stripe's own account, read by its own rules."""
 
     world: World
 
@@ -33,10 +34,16 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.dev = DevStripe(retry_delays_s=(), senders=1)
         self.shop = Shop(self.world, self.dev)
-        self.user = self.shop.world.user()
+        self.accounts = [self.shop.world.user()]  # of one person; the last one is in use
+        self.buyers: dict[str, int] = {}  # by session, the place of its account
+        self.merges = 0
         self.spent = 0
         self.bought: list[stripe.Checkout] = []
         self.rounding: dict[str, Rounding] = {}  # by session, as it was sold
+
+    @property
+    def user(self) -> Key:
+        return self.accounts[-1]
 
     sessions = Bundle("sessions")
     payments = Bundle("payments")
@@ -55,6 +62,7 @@ class Machine(RuleBasedStateMachine):
         self.shop.configure(refund_rounding=rounding)
         self.bought.append(self.shop.checkout(self.user, options=options))
         self.rounding[self.bought[-1].session] = rounding
+        self.buyers[self.bought[-1].session] = len(self.accounts) - 1
         return self.bought[-1]
 
     @rule(
@@ -142,7 +150,8 @@ class Machine(RuleBasedStateMachine):
     def come_back(self, which):
         if self.bought:
             bought = self.bought[which % len(self.bought)]
-            stripe.confirm(self.shop.engine, self.shop.config, self.user, bought.session)
+            buyer = self.accounts[self.buyers[bought.session]]
+            stripe.confirm(self.shop.engine, self.shop.config, buyer, bought.session)
 
     @rule()
     def spend(self):
@@ -152,6 +161,31 @@ class Machine(RuleBasedStateMachine):
             except InsufficientCredits:
                 return
         self.spent += 7
+
+    @rule(which=st.integers(0, 99))
+    def two_accounts_become_one(self, which):
+        """The one in use goes into a new one, or what an old one has got since goes into the one in use."""
+        old = self.accounts[which % len(self.accounts)]
+        if old == self.user:
+            self.accounts.append(self.shop.world.user())
+        self.merges += 1
+        with self.shop.engine.begin() as conn:
+            self.shop.world.ledger.merge(conn, old, into=self.user, key=f"merge {self.merges}")
+
+    @rule(which=st.integers(0, 99))
+    def a_key_changes(self, which):
+        place, users = which % len(self.accounts), self.shop.world.schema.users
+        old, self.accounts[place] = self.accounts[place], uuid.uuid4()
+        with self.shop.engine.begin() as conn:
+            conn.execute(sa.update(users).where(users.c.key == old).values(key=self.accounts[place]))
+
+    @rule(which=st.integers(0, 99))
+    def an_account_is_erased(self, which):
+        erased = self.accounts[which % len(self.accounts)]
+        with self.shop.engine.begin() as conn:
+            self.shop.world.accounts.erase(conn, erased)
+        if erased == self.user:
+            self.accounts.append(self.shop.world.user())
 
     @rule(days=st.sampled_from([0, 1, 4]))
     def time_passes(self, days):
@@ -172,9 +206,10 @@ class Machine(RuleBasedStateMachine):
         self.dev.advance(86_400)  # what is still open expires
         self.shop.deliver_all()
         stripe.reconcile(self.shop.engine, self.shop.config)
-        assert self.shop.balance(self.user) == sum(map(self.worth, self.bought)) - self.spent
+        assert not stripe.reconcile(self.shop.engine, self.shop.config).changed
+        assert sum(map(self.shop.balance, self.accounts)) == sum(map(self.worth, self.bought)) - self.spent
         with self.shop.engine.begin() as conn:
-            assert audit(conn, self.shop.config, user=self.user).clean
+            assert all(audit(conn, self.shop.config, user=each).clean for each in self.accounts)
 
     def is_paid(self, bought: stripe.Checkout) -> bool:
         session = self.shop.api.checkout.sessions.retrieve(bought.session)
