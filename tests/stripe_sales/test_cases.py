@@ -717,7 +717,7 @@ def test_refund_after_the_credits_are_spent(shop: Shop):
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_a_refund_of_credits_that_have_expired_takes_none(shop: Shop, merged: bool):
+def test_a_refund_after_an_expiry_takes_what_was_spent(shop: Shop, merged: bool):
     shop.configure(packs=(replace(shop.config.packs[0], expires_after_days=30),))
     user, started = bought(shop)
     into = shop.world.user() if merged else user
