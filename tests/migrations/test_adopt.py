@@ -25,7 +25,14 @@ from hosts import App
 from tallystick import CreditTransaction, HostMapping, Ledger, UsersTable, WorkshopsTable, migrate
 from tallystick.accounts import Accounts
 from tallystick.audit import audit
-from tallystick.errors import HostMismatch, IncompatibleColumn, InsufficientCredits, MigrationBlocked, MigrationError
+from tallystick.errors import (
+    HostMismatch,
+    IncompatibleColumn,
+    InsufficientCredits,
+    MigrationBlocked,
+    MigrationError,
+    UnknownUser,
+)
 from tallystick.ledger import Consume
 from tallystick.web.buyer.paywall import Paywall
 from tallystick.web.console.queries import Queries
@@ -297,6 +304,35 @@ def test_old_code_spends_nothing_that_is_not_there(make_app: Callable[..., App],
     migrate.apply(app.url, app.config)
     with pytest.raises(sa.exc.IntegrityError, match=message):
         app.run(statement)
+    assert faults(app) == []
+
+
+@pytest.mark.parametrize("change", ["DELETE FROM users", "UPDATE users SET clerk_user_id = 'other'"])
+def test_a_user_who_goes_while_the_first_call_waits(make_app: Callable[..., App], change: str) -> None:
+    """A user without an opening balance may be deleted, or get another key."""
+    app = make_app(AFTER, KEPT_APART)
+    migrate.apply(app.url, app.config)
+    app.run("INSERT INTO users (clerk_user_id, email, credit_balance) VALUES ('new', '', 6)")
+    answers: list[object] = []
+
+    def call() -> None:
+        with app.engine.begin() as conn:
+            try:
+                answers.append(Ledger(conn).consume(conn, "new", key="k"))
+            except UnknownUser as unknown:
+                answers.append(unknown.user)
+
+    url = sa.make_url(app.url).set(drivername="postgresql").render_as_string(hide_password=False)
+    caller = threading.Thread(target=call)
+    with psycopg.connect(url) as goes:
+        goes.execute(f"{change} WHERE clerk_user_id = 'new'".encode())
+        caller.start()
+        deadline = time.monotonic() + 30
+        while not app.value("SELECT count(*) FROM pg_locks WHERE NOT granted"):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    caller.join()
+    assert answers == ["new"]
     assert faults(app) == []
 
 

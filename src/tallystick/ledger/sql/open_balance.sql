@@ -8,7 +8,8 @@ DECLARE
 BEGIN
   SELECT u.{user_key} AS key, {balance} AS balance, u.credit_sequence AS sequence
     INTO account FROM {users} AS u WHERE u.{user_key} = open_balance.user_id FOR NO KEY UPDATE;
-  IF account.sequence <> 0 OR account.balance <= 0
+  -- the app may have deleted the user, or changed the key, while this waited for the lock
+  IF NOT FOUND OR account.sequence <> 0 OR account.balance <= 0
       -- after the cut-over no balance is the app's any more
       OR EXISTS (SELECT FROM tallystick.migration_log AS l WHERE l.direction = 'adopt') THEN
     RETURN account.sequence;
