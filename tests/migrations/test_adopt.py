@@ -307,6 +307,25 @@ def test_old_code_spends_nothing_that_is_not_there(make_app: Callable[..., App],
     assert faults(app) == []
 
 
+@pytest.mark.parametrize("kind", ["bigint", "numeric", "numeric(12,2)"])
+def test_old_code_gives_no_more_than_the_ledger_can_hold(make_app: Callable[..., App], kind: str) -> None:
+    app = make_app(
+        f"CREATE TABLE users (id integer PRIMARY KEY, credits {kind}); INSERT INTO users VALUES (1, 5), (2, 0)",
+        HostMapping(users=UsersTable(key_type="integer", balance="credits"), workshops=None),
+    )
+    migrate.apply(app.url, app.config)
+    for statement in (
+        "INSERT INTO users VALUES (3, 2147483648)",
+        "UPDATE users SET credits = 2147483648 WHERE id = 2",
+        "UPDATE users SET credits = 2147483648 WHERE id = 1",
+    ):
+        with pytest.raises(sa.exc.IntegrityError, match=r"would be 2147483648.*\n.*The largest balance is 2147483647"):
+            app.run(statement)
+    app.run("UPDATE users SET credits = 2147483647 WHERE id = 2")
+    assert migrate.adopt(app.url, app.config).opened == 1
+    assert faults(app) == []
+
+
 @pytest.mark.parametrize("change", ["DELETE FROM users", "UPDATE users SET clerk_user_id = 'other'"])
 def test_a_user_who_goes_while_the_first_call_waits(make_app: Callable[..., App], change: str) -> None:
     """A user without an opening balance may be deleted, or get another key."""

@@ -32,7 +32,8 @@ WORKSHOPS_COLUMNS = {
 }
 CUSTOMER_INDEX = "tallystick_users_stripe_customer_id"
 FOLLOWING = {
-    "tallystick_new_balance": "AFTER INSERT ON {users} FOR EACH ROW WHEN (NEW.{balance} < 0 OR NEW.{balance} % 1 <> 0)",
+    "tallystick_new_balance": "AFTER INSERT ON {users} FOR EACH ROW WHEN (NEW.{balance} < 0 OR NEW.{balance} % 1 <> 0"
+    " OR NEW.{balance} > {credits_max})",
     "tallystick_balance": "AFTER UPDATE ON {users} FOR EACH ROW"
     " WHEN (NEW.{balance} IS DISTINCT FROM OLD.{balance} AND NEW.credit_sequence = OLD.credit_sequence)",
 }
@@ -104,6 +105,9 @@ BEGIN
       AND (TG_OP = 'INSERT' OR NEW.{balance_column} < OLD.{balance_column} OR OLD.{balance_column} IS NULL) THEN
     RAISE EXCEPTION 'the balance of user % would be %', NEW.{user_key}, NEW.{balance_column}
       USING ERRCODE = 'check_violation', HINT = 'Credits that are not there are not spent.';
+  ELSIF NEW.{balance_column} > {credits_max} THEN
+    RAISE EXCEPTION 'the balance of user % would be %', NEW.{user_key}, NEW.{balance_column}
+      USING ERRCODE = 'check_violation', HINT = 'The largest balance is {credits_max}.';
   ELSIF NEW.credit_sequence = 0 THEN
     RETURN NULL;  -- the opening balance will be what is there then
   END IF;
@@ -389,7 +393,7 @@ def locked(host: Any) -> Iterator[Composable]:
         for name, when in FOLLOWING.items():
             yield (
                 SQL("CREATE TRIGGER {} ").format(Identifier(name))
-                + SQL(when).format(users=host.users.name, balance=host.users.balance)
+                + SQL(when).format(**host.placeholders() | {"balance": host.users.balance})
                 + SQL(" EXECUTE FUNCTION tallystick.follow_balance()")
             )
 
