@@ -326,6 +326,37 @@ def test_old_code_gives_no_more_than_the_ledger_can_hold(make_app: Callable[...,
     assert faults(app) == []
 
 
+@pytest.mark.parametrize("value", ["-2", "0.5", "3000000000", "'NaN'"])
+def test_an_unfit_balance_that_is_written_while_the_migration_waits(make_app: Callable[..., App], value: str) -> None:
+    """After the preflight and before the triggers: it is named, and the balances of others are opened."""
+    app = make_app(
+        """CREATE TABLE "us{e}rs %%" (id integer PRIMARY KEY, credits numeric);
+        INSERT INTO "us{e}rs %%" VALUES (1, 5), (2, 5), (3, 5)""",
+        HostMapping(
+            users=UsersTable(table="us{e}rs %%", key_type="integer", balance="credits"),
+            workshops=None,
+            ledger_schema="tallystick",
+        ),
+    )
+    url = sa.make_url(app.url).set(drivername="postgresql").render_as_string(hide_password=False)
+    with psycopg.connect(url) as late:
+        late.execute(f'UPDATE "us{{e}}rs %%" SET credits = {value} WHERE id = 1'.encode())
+        with pytest.raises(MigrationError, match=r"^1 user has a balance that no ledger begins with") as refused:
+            migrate.apply(app.url, app.config, progress=lambda now: late.commit() if now.phase == "waiting" else None)
+        assert opened(app) == 2
+        with pytest.raises(MigrationError, match="no ledger begins with"):
+            migrate.cut_over(app.url, app.config)
+        with app.engine.connect() as conn:
+            assert [one for one in migrate.status(conn, app.config).drift if one.kind == "trigger"] == []
+        find = refused.value.message.partition("To find it: ")[2]
+        assert [row[0] for row in late.execute(find.encode())] == [1]
+        late.execute(b'UPDATE "us{e}rs %%" SET credits = 7 WHERE id = 1')
+    migrate.apply(app.url, app.config)
+    assert migrate.cut_over(app.url, app.config).left == 0
+    assert opened(app) == 3
+    assert faults(app) == []
+
+
 @pytest.mark.parametrize("change", ["DELETE FROM users", "UPDATE users SET clerk_user_id = 'other'"])
 def test_a_user_who_goes_while_the_first_call_waits(make_app: Callable[..., App], change: str) -> None:
     """A user without an opening balance may be deleted, or get another key."""

@@ -20,7 +20,7 @@ from tallystick.migrate.host.preflight import Host, adopted_columns, examine
 from tallystick.migrate.host.proposal import balances_apart
 from tallystick.migrate.host.tables import columns_of, reading_catalogues
 from tallystick.migrate.revisions import HostNames, revisions
-from tallystick.migrate.runner.opening import fetch_all, open_balances
+from tallystick.migrate.runner.opening import fetch_all, open_balances, refuse_unfit
 from tallystick.migrate.runner.session import engine_of, send_when_free, session
 from tallystick.progress import OnProgress, ignore_progress
 from tallystick.schema import FOLLOWING, LEDGER, OPENING_KEY, has_bookkeeping
@@ -63,7 +63,8 @@ def adopt(
     """Open the remaining balances beside live traffic, and with ``note_history`` note the app's history in them.
 
     Raises:
-        MigrationError: the database is not migrated, or had no balances before.
+        MigrationError: the database is not migrated, or had no balances before; or the app wrote a balance, just before
+            the migration, that no ledger begins with.
         HostMismatch: the named history does not exist.
     """
     with session(engine_of(database)) as conn:
@@ -81,7 +82,8 @@ def cut_over(
     """Stop recording what the app's own code writes to balances: from now on only the ledger writes them.
 
     Raises:
-        MigrationError: the column's default gives credits, or others have locked users whose balance is not opened.
+        MigrationError: the column's default gives credits, others have locked users whose balance is not opened, or
+            the app wrote a balance, just before the migration, that no ledger begins with.
         MigrationBlocked: the table was never free.
     """
     with session(engine_of(database)) as conn:
@@ -96,6 +98,7 @@ def cut_over(
                 f"with ledger.grant, and run: ALTER TABLE {names.users.name.as_string(None)} ALTER COLUMN "
                 f"{names.users.balance.as_string(None)} SET DEFAULT 0"
             )
+        refuse_unfit(conn, names)  # while the triggers let the app write no other
         drops = [
             SQL("DROP TRIGGER IF EXISTS {} ON {}").format(Identifier(name), names.users.name) for name in FOLLOWING
         ]

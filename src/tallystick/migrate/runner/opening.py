@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from psycopg.sql import SQL, Composable, Literal
 
 from tallystick.database import driver
+from tallystick.errors import MigrationError
 from tallystick.migrate.revisions import HostNames
 from tallystick.migrate.runner.session import lost, set_settings, translate
 from tallystick.progress import OnProgress, Progress, ignore_progress
@@ -32,6 +33,9 @@ def open_balances(conn: sa.Connection, names: HostNames, progress: OnProgress = 
     """Open balances; returns how many, and how many are left because others hold the users.
 
     ``conn`` is in autocommit. ``progress`` counts the balances.
+
+    Raises:
+        MigrationError: see ``refuse_unfit``; all other balances are opened.
     """
     raw = driver(conn)
     # openings that are lost by a crash of the server are repeated by the next run
@@ -55,7 +59,23 @@ def open_balances(conn: sa.Connection, names: HostNames, progress: OnProgress = 
             time.sleep(0.1 * 2**attempt)
     except psycopg.Error as error:
         raise translate(error, "apply", lost=lost(conn), online="opening balances") from error
+    refuse_unfit(conn, names)
     return opened, left
+
+
+def refuse_unfit(conn: sa.Connection, names: HostNames) -> None:
+    """Raise MigrationError if the ledger cannot begin with a balance.
+
+    The preflight refuses such balances, and after the migration a trigger does. Between the two the app may write one.
+    """
+    find = SQL("SELECT u.{key}, {column} FROM {users} AS u WHERE u.credit_sequence = 0 AND NOT ({fit})")
+    unfit = find.format(**_words(names))
+    if number := fetch_all(driver(conn), SQL("SELECT count(*) FROM ({}) AS unfit").format(unfit))[0][0]:
+        raise MigrationError(
+            f"{number} user{'' if number == 1 else 's'} {'has' if number == 1 else 'have'} a balance that no ledger "
+            "begins with: below 0, no whole number, or too large. The app wrote it while the migration waited for the "
+            f"tables. Correct it in the app's column, then run this again. To find it: {unfit.as_string(None)}"
+        )
 
 
 def _pages(raw: psycopg.Connection[Any], names: HostNames) -> Iterator[list[Any]]:
@@ -86,10 +106,15 @@ def fetch_all(raw: psycopg.Connection[Any], query: Composable) -> list[Any]:
 
 
 def _words(names: HostNames) -> dict[str, Composable]:
-    balance = names.placeholders()["balance"]
+    column = SQL("u.{}").format(names.users.balance)
+    fit = SQL("coalesce({c}, 0) BETWEEN 0 AND {most} AND coalesce({c}, 0) % 1 = 0").format(
+        c=column, most=names.placeholders()["credits_max"]
+    )
     return {
         "key": names.users.key,
         "key_type": names.users.key_type,
         "users": names.users.name,
-        "waiting": SQL("u.credit_sequence = 0 AND {} > 0").format(balance),
+        "column": column,
+        "fit": fit,
+        "waiting": SQL("u.credit_sequence = 0 AND {} > 0 AND {}").format(column, fit),
     }
