@@ -358,8 +358,10 @@ _CATALOG = sa.text(
 
 _ADOPTION = sa.text(
     """
-    SELECT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = to_regclass(:users) AND tgname = 'tallystick_balance')
-             AS follows,
+    -- by the log and not by the triggers: a cut-over that was interrupted has dropped them and not opened all balances
+    SELECT EXISTS (SELECT FROM tallystick.migration_log
+                   WHERE direction = 'apply' AND adopted @> '["users.credit_balance"]')
+             AND NOT EXISTS (SELECT FROM tallystick.migration_log WHERE direction = 'adopt') AS follows,
            (SELECT min(applied_at) FROM tallystick.migration_log
             WHERE direction = 'apply' AND adopted @> '["workshops.credit_consumed_at"]') AS marked_before,
            (SELECT max(applied_at) FROM tallystick.migration_log WHERE direction = 'adopt') AS followed_until
@@ -386,7 +388,7 @@ def _read_facts(conn: DbConnection, schema: Schema) -> _Facts:
     if workshops is not None:
         pairs["owner"] = schema.owner, users.c.key
         pairs["workshop_id"] = ledger.c.workshop_id, workshops.c.key
-    adoption = run(conn, _ADOPTION, {"users": _name(users)}).one()
+    adoption = run(conn, _ADOPTION, {}).one()
     return _Facts(
         follows=adoption.follows,
         marked_before=adoption.marked_before,

@@ -605,6 +605,29 @@ def test_the_cut_over(make_app: Callable[..., App]) -> None:
     assert wrong == {("user_balance", "user_5"), ("chain_arithmetic", "user_14")}
 
 
+def test_a_cut_over_that_is_interrupted_is_no_fault(make_app: Callable[..., App]) -> None:
+    """After it has dropped the triggers: a balance that it has not opened yet is still the app's."""
+    app = make_app(AFTER, KEPT_APART)
+    migrate.apply(app.url, app.config)
+    app.run(
+        "INSERT INTO users (clerk_user_id, email, credit_balance) VALUES ('new', '', 6)",
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not now'; END $$",
+        "CREATE TRIGGER refuse BEFORE UPDATE ON users FOR EACH ROW WHEN (OLD.clerk_user_id = 'new')"
+        " EXECUTE FUNCTION refuse()",
+    )
+    with pytest.raises(MigrationError, match="not now"):
+        migrate.cut_over(app.url, app.config)
+    assert app.value("SELECT count(*) FROM pg_trigger WHERE tgname = 'tallystick_balance'") == 0
+    assert faults(app) == []
+    with app.engine.connect() as conn:
+        [note] = audit(conn, app.config).findings
+    assert (note.check, note.found) == ("balance_opened", "1 users without one")
+    app.run("DROP TRIGGER refuse ON users")
+    assert migrate.cut_over(app.url, app.config).opened == 1
+    assert balances(app)["new"] == 6
+    assert faults(app) == []
+
+
 @pytest.mark.parametrize(
     ("kind", "default", "gives"),
     [
