@@ -628,6 +628,15 @@ def test_a_cut_over_that_is_interrupted_is_no_fault(make_app: Callable[..., App]
     assert faults(app) == []
 
 
+def test_the_history_of_an_erased_user_is_not_noted(make_app: Callable[..., App]) -> None:
+    app = make_app(AFTER, KEPT_APART)
+    migrate.apply(app.url, app.config)
+    with app.engine.begin() as conn:
+        Accounts(app.config).erase(conn, "user_3")
+    assert migrate.adopt(app.url, app.config, note_history=True).noted == 34
+    assert app.rows("SELECT metadata FROM tallystick.credit_transactions WHERE user_id = 'user_3'") == [(None,)]
+
+
 @pytest.mark.parametrize(
     ("kind", "default", "gives"),
     [

@@ -148,7 +148,10 @@ def _adopting(conn: sa.Connection, config: Config) -> tuple[Host, HostNames]:
 
 
 def _note(conn: sa.Connection, names: HostNames, found: HistoryTable) -> int:
-    """Store the app's history up to an opening balance in each one that has none, a few at a time."""
+    """Store the app's history up to an opening balance in each one that has none, a few at a time.
+
+    One that was erased stays as it is.
+    """
     moment = Identifier(found.moment) if found.moment else None
     order: list[Composable] = [SQL("h.{}").format(moment)] if moment else []
     if found.key:
@@ -164,6 +167,7 @@ def _note(conn: sa.Connection, names: HostNames, found: HistoryTable) -> int:
     }
     query = SQL(
         "WITH some_of AS (SELECT t.id, t.user_id, t.created_at FROM {ledger} AS t WHERE t.idempotency_key = {opening}"
+        " AND t.description <> 'Erased'"
         " AND NOT coalesce(t.metadata, '{{}}') ? 'history' AND t.id > {last} ORDER BY t.id LIMIT {batch})"
         " UPDATE {ledger} AS t SET metadata = coalesce(t.metadata, '{{}}') || jsonb_build_object('history',"
         " coalesce((SELECT jsonb_agg(to_jsonb(h) ORDER BY {order}) FROM {h} AS h WHERE h.{user} = s.user_id {before}),"
