@@ -637,6 +637,35 @@ def test_the_history_of_an_erased_user_is_not_noted(make_app: Callable[..., App]
     assert app.rows("SELECT metadata FROM tallystick.credit_transactions WHERE user_id = 'user_3'") == [(None,)]
 
 
+def test_the_cut_over_notes_the_history_if_asked(make_app: Callable[..., App], tmp_path: Path) -> None:
+    app = make_app(AFTER, KEPT_APART)
+    (tmp_path / "tallystick.toml").write_text(
+        '[host]\nledger_schema = "tallystick"\n[host.users]\nkey = "clerk_user_id"\nkey_type = "text"\n'
+        '[host.workshops]\nowner = "clerk_user_id"\n',
+        encoding="utf-8",
+    )
+
+    def adopt(*options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "tallystick", "adopt", *options],
+            cwd=tmp_path,
+            env={**os.environ, "DATABASE_URL": app.url},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    early = adopt("--note-history")
+    assert (early.returncode, "not migrated yet" in early.stderr) == (1, True)
+    migrate.apply(app.url, app.config)
+    app.run("INSERT INTO users (clerk_user_id, email, credit_balance) VALUES ('new', '', 6)")
+    done = adopt("--cut-over", "--note-history")
+    assert done.returncode == 0, done.stderr
+    assert "Opened the balances of 1 user.\n" in done.stdout
+    assert "Noted the history in the opening balances of 36 users." in done.stdout
+    assert "Only the ledger writes balances." in done.stdout
+
+
 @pytest.mark.parametrize(
     ("kind", "default", "gives"),
     [

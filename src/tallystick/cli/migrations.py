@@ -7,6 +7,7 @@ import shlex
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -586,20 +587,20 @@ def adopt(
         config = _show_target(ctx, config)  # noqa: PLW2901 - the same, with the database's mapping
         with connect_when_ready(config) as conn:
             before = migrate.look_at_own_credits(conn, config, history=history)
-        did = None
-        if cut_over:
-            did = migrate.cut_over(address(config), config)
-        elif before.migrated:
+        did = migrate.cut_over(address(config), config) if cut_over else None
+        if note_history or (before.migrated and not cut_over):
+            opened = did.opened if did else 0
             did = migrate.adopt(address(config), config, history=history, note_history=note_history)
+            did = replace(did, opened=did.opened + opened)
         with connect_when_ready(config) as conn:
             found = migrate.look_at_own_credits(conn, config, history=history)
 
     def show() -> None:
         _show_own_credits(found)
         if did is not None and did.opened:
-            out.print(f"Opened the balances of {did.opened:,} users.")
+            out.print(f"Opened the balances of {_users(did.opened)}.")
         if did is not None and did.noted:
-            out.print(f"Noted the history in {did.noted:,} opening balances.")
+            out.print(f"Noted the history in the opening balances of {_users(did.noted)}.")
         out.print(_next_of(found), markup=False)
 
     emit({"own_credits": found, "did": did}, show, as_json=as_json)
