@@ -307,6 +307,31 @@ def test_old_code_spends_nothing_that_is_not_there(make_app: Callable[..., App],
     assert faults(app) == []
 
 
+def test_the_apps_own_triggers_see_each_change_once(make_app: Callable[..., App]) -> None:
+    """And nothing that changes no balance: an opening, the ledger's row about a change, a hold."""
+    app = make_app(
+        """
+        CREATE TABLE users (id integer PRIMARY KEY, credits integer NOT NULL DEFAULT 0);
+        CREATE TABLE changes (id serial, amount integer NOT NULL CHECK (amount <> 0));
+        CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN INSERT INTO public.changes (amount) VALUES (NEW.credits - OLD.credits); RETURN NULL; END $$;
+        CREATE TRIGGER note AFTER UPDATE OF credits ON users FOR EACH ROW EXECUTE FUNCTION note();
+        INSERT INTO users VALUES (1, 9);
+        """,
+        HostMapping(users=UsersTable(key_type="integer", balance="credits"), workshops=None),
+    )
+    migrate.apply(app.url, app.config)
+    app.run("UPDATE users SET credits = credits - 1", "UPDATE users SET credits = credits + 2")
+    ledger = Ledger(app.config)
+    with app.engine.begin() as conn:
+        ledger.release(conn, 1, ledger.hold(conn, 1, credits=3, key="a").id)
+        ledger.capture(conn, 1, ledger.hold(conn, 1, credits=3, key="b").id)
+        ledger.consume(conn, 1, key="c")
+    assert [amount for (amount,) in app.rows("SELECT amount FROM changes ORDER BY id")] == [-1, 2, -3, -1]
+    assert app.value("SELECT credits FROM users") == 6
+    assert faults(app) == []
+
+
 @pytest.mark.parametrize("kind", ["bigint", "numeric", "numeric(12,2)"])
 def test_old_code_gives_no_more_than_the_ledger_can_hold(make_app: Callable[..., App], kind: str) -> None:
     app = make_app(

@@ -9,10 +9,18 @@ DECLARE
   kept_balance {credits};
   kept_sequence integer;
 BEGIN
-  UPDATE {users} AS u SET {balance_column} = settle.new_balance, credit_sequence = settle.new_sequence
-    WHERE u.{user_key} {is} settle.user_id
-      AND {balance} = settle.balance AND u.credit_sequence = settle.sequence
-    RETURNING {balance}, u.credit_sequence INTO kept_balance, kept_sequence;
+  IF new_balance = balance THEN
+    -- a row about what the app wrote: its triggers on UPDATE OF the balance have seen that
+    UPDATE {users} AS u SET credit_sequence = settle.new_sequence
+      WHERE u.{user_key} {is} settle.user_id
+        AND {balance} = settle.balance AND u.credit_sequence = settle.sequence
+      RETURNING {balance}, u.credit_sequence INTO kept_balance, kept_sequence;
+  ELSE
+    UPDATE {users} AS u SET {balance_column} = settle.new_balance, credit_sequence = settle.new_sequence
+      WHERE u.{user_key} {is} settle.user_id
+        AND {balance} = settle.balance AND u.credit_sequence = settle.sequence
+      RETURNING {balance}, u.credit_sequence INTO kept_balance, kept_sequence;
+  END IF;
   IF NOT FOUND THEN
     RETURN false;
   ELSIF kept_balance <> new_balance OR kept_sequence <> new_sequence THEN

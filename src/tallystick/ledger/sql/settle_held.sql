@@ -8,12 +8,20 @@ LANGUAGE plpgsql VOLATILE SET search_path = {host_path} AS $$
 DECLARE
   kept record;
 BEGIN
+  -- a hold leaves the balance: the app's triggers on UPDATE OF it have nothing to see
   UPDATE {users} AS u
-    SET {balance_column} = settle_held.balance, credit_sequence = settle_held.sequence,
-      credit_held = settle_held.held, credit_due_at = settle_held.due
-    WHERE u.{user_key} {is} settle_held.user_id
+    SET credit_sequence = settle_held.sequence, credit_held = settle_held.held, credit_due_at = settle_held.due
+    WHERE u.{user_key} {is} settle_held.user_id AND {balance} = settle_held.balance
     RETURNING {balance} AS balance, u.credit_sequence AS sequence, u.credit_held AS held, u.credit_due_at AS due
       INTO kept;
+  IF NOT FOUND THEN
+    UPDATE {users} AS u
+      SET {balance_column} = settle_held.balance, credit_sequence = settle_held.sequence,
+        credit_held = settle_held.held, credit_due_at = settle_held.due
+      WHERE u.{user_key} {is} settle_held.user_id
+      RETURNING {balance} AS balance, u.credit_sequence AS sequence, u.credit_held AS held, u.credit_due_at AS due
+        INTO kept;
+  END IF;
   IF NOT FOUND OR kept.balance <> settle_held.balance OR kept.sequence <> settle_held.sequence
       OR kept.held <> settle_held.held OR kept.due IS DISTINCT FROM settle_held.due THEN
     PERFORM tallystick.host_interfered({users_name});
