@@ -317,6 +317,16 @@ def test_nobody_begins_with_0_without_a_word(make_app: Callable[..., App]) -> No
         assert [note for note in migrate.plan(conn, app.config).findings if "begins with 0" in note.text] == []
 
 
+def test_before_init_no_workshops_are_named_that_are_not_there(make_app: Callable[..., App]) -> None:
+    app = make_app(OF_KEY, HostMapping())
+    command = "tallystick init --force --users public.wallets --users-key user_id --balance balance"
+    with app.engine.connect() as conn, pytest.raises(HostMismatch, match=rf"another column\. If so, run: {command}$"):
+        migrate.look_at_own_credits(conn, app.config)
+    with app.engine.connect() as conn:
+        found = migrate.propose(conn, "public.wallets", users_key="user_id", balance="balance")
+    assert (found.users.balance, found.workshops and found.workshops.table) == ("balance", "app_workshop")
+
+
 def test_each_command_names_the_real_column(make_app: Callable[..., App], tmp_path: Path) -> None:
     app = make_app(f"{OF_KEY} INSERT INTO wallets VALUES ('{user(1)}', 4)")
     env = {**os.environ, "DATABASE_URL": app.url, "COLUMNS": "200"}

@@ -35,6 +35,7 @@ from tallystick.migrate.host.tables import (
     HostTable,
     columns_of,
     host_tables,
+    oid_of,
     plain,
     reading_catalogues,
     unsuitable,
@@ -238,6 +239,10 @@ def _balances_apart(conn: sa.Connection, mapping: HostMapping) -> list[BalancesA
     if mapping.users.balance in columns and not ours:
         return []
     place = mapping.workshops
+    if place is not None and oid_of(conn, place.schema, place.table) is None:
+        # the defaults, before tallystick init: which looks for workshops by itself
+        beside = _balances_apart(conn, replace(mapping, workshops=None))
+        return [replace(one, options={k: v for k, v in one.options.items() if k != "--workshops"}) for one in beside]
     mapped = {(mapping.users.schema, mapping.users.table), *([(place.schema, place.table)] if place else [])}
     # a table that inherits is a partition, and its balances are those of the whole
     tables = [t for t in host_tables(conn) if (t.schema, t.table) not in mapped and (t.kind != "r" or not t.inherits)]
