@@ -27,6 +27,7 @@ from caller_connections import CALLER_CONNECTIONS, ENCODED, CallerConnection
 from tallystick import AccessReason, Combiner, Consume, CreditTransaction, Ledger, errors, events, migrate, verify
 from tallystick.accounts import Account
 from tallystick.audit import audit
+from tallystick.database import translated
 from tallystick.dev.postgres import Server
 from tallystick.dev.seed import seed
 from tallystick.ledger.connections import autocommitting
@@ -721,3 +722,15 @@ def test_without_a_server_or_a_free_connection_it_is_unavailable(pool: sa.Engine
     with autocommitting(full), pytest.raises(errors.DatabaseUnavailable, match="larger pool"), autocommitting(full):
         pass
     full.dispose()
+
+
+def test_a_call_under_which_the_functions_are_replaced_is_made_again(world: World) -> None:
+    """The server then does not find a function that it looked up before: nothing was written."""
+    refuse = "DO $$ BEGIN RAISE 'cache lookup failed for function 16625' USING ERRCODE = 'XX000'; END $$"
+    with (
+        pytest.raises(errors.Conflict, match="were replaced under this call") as caught,
+        translated(),
+        world.engine.begin() as conn,
+    ):
+        conn.exec_driver_sql(refuse)
+    assert caught.value.retryable

@@ -240,7 +240,11 @@ def _meaning(  # noqa: C901, PLR0911 - a table of meanings
     lost = getattr(error, "connection_invalidated", False) or (state is None and _has_no_answer(error))
     if state in ("23503", "23505") and not _is_ours(error):
         return None  # the host's own, such as a trigger's
-    if (state == "42804" and "return row" in text) or (state == "42846" and "to tallystick.answer" in text):
+    if (
+        (state == "42804" and "return row" in text)
+        or (state == "42846" and "to tallystick.answer" in text)
+        or (state == "XX000" and "cache lookup failed for function" in text)  # an internal message is always English
+    ):
         return Conflict(f"the functions were replaced under this call: {text}. Make it again", sqlstate=state)
     if found := _MEANINGS.get(state or ""):
         meaning, message = found
