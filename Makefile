@@ -66,7 +66,7 @@ test-quick: install
 
 # Of the quick tests alone: the others add kills, browsers and hosts to lines that these run already.
 coverage: install
-	$(BIN)/python -m pytest -n auto $(QUICK_TESTS) --ignore tests/test_benchmarks.py --cov --cov-report term:skip-covered --cov-fail-under 50
+	$(BIN)/python -m pytest -n auto $(QUICK_TESTS) --ignore tests/test_benchmarks.py --cov --cov-report term:skip-covered --cov-fail-under 80
 
 # A test that fails beside the others runs once more, alone: a busy machine must not hide a fault, nor pass for one.
 define PYTEST
