@@ -383,12 +383,13 @@ def end(name: str) -> None:
     assert ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit)) == 1
 
 
-traced_later = pytest.mark.skipif(
-    sys.gettrace() is not None, reason="a tracer, as make coverage has one, delays an exception from another thread"
+not_traced = pytest.mark.skipif(
+    sys.gettrace() is not None,
+    reason="beside a tracer (make coverage), Python stops all threads while an exception for a blocked one is pending",
 )
 
 
-@traced_later
+@not_traced
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_thread_that_was_ended_tells_everybody_and_the_next_call_starts_another(world: World, gate: Any) -> None:
     engine, release = gate
@@ -411,7 +412,7 @@ def test_a_thread_that_was_ended_tells_everybody_and_the_next_call_starts_anothe
         assert combiner.consume(user, key="on its way").result(PATIENCE_S).balance_after == 8
 
 
-@traced_later
+@not_traced
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_thread_that_was_ended_after_the_row_was_written(world: World, combiner: Combiner) -> None:
     """The server has committed, and the thread ends before it can tell: unknown, and the same call again tells it."""

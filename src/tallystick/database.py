@@ -61,9 +61,7 @@ def one_row(conn: AnyConnection, statement: str) -> Sequence[Any] | None:
     import psycopg  # noqa: PLC0415 - loaded, if the caller has a connection of it
     from psycopg.rows import tuple_row  # noqa: PLC0415
 
-    takes = (
-        "this takes a Connection or a Session of SQLAlchemy, or psycopg's Connection (async: await conn.run_sync(…))"
-    )
+    takes = "this takes SQLAlchemy's Connection or Session (of an async one, through run_sync) or psycopg's Connection"
     refuse_other_than(given, (psycopg.Connection,), takes)
     with given.cursor(row_factory=tuple_row) as cursor:
         return cursor.execute(statement).fetchone()  # type: ignore[no-any-return]
@@ -347,7 +345,6 @@ def with_known_settings(pool: sa.Engine, *, read_only: bool = False) -> sa.Engin
     """
     import sqlalchemy as sa  # noqa: PLC0415
 
-    refuse_other_than(pool, (sa.Engine,), "this takes an Engine of SQLAlchemy")
     derived = pool.execution_options()
     sa.event.listen(derived, "begin", _set_read_only if read_only else _set_known)
     return derived

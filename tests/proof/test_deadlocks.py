@@ -45,6 +45,15 @@ class RetriedTransaction:
                 return
 
 
+def conflicts_between(world: World, *works: Callable[[sa.Connection], None]) -> set[str | None]:
+    """The SQLSTATEs that made these transactions, which run at once, be repeated."""
+    members = [RetriedTransaction(world, work) for work in works]
+    with ThreadPoolExecutor(len(works)) as pool:
+        for each in [pool.submit(member) for member in members]:
+            each.result(PATIENCE_S)
+    return {conflict.sqlstate for member in members for conflict in member.conflicts}
+
+
 @pytest.mark.parametrize("lock", ["a unique column is changed", "FOR UPDATE"])
 @pytest.mark.parametrize("first", ["spend", "lock"])
 def test_a_user_is_locked_harder_before_it_spends_and_otherwise_at_the_price_of_a_retry(
@@ -84,12 +93,7 @@ def test_a_user_is_locked_harder_before_it_spends_and_otherwise_at_the_price_of_
         spend(conn)
 
     other = {"spend": spend_then_lock, "lock": lock_then_spend}[first]
-    members = [RetriedTransaction(world, work) for work in (refer_then_spend, other)]
-    with ThreadPoolExecutor(2) as pool:
-        for each in [pool.submit(member) for member in members]:
-            each.result(PATIENCE_S)
-    conflicts = {conflict.sqlstate for member in members for conflict in member.conflicts}
-    assert conflicts == ({"40P01"} if first == "spend" else set())
+    assert conflicts_between(world, refer_then_spend, other) == ({"40P01"} if first == "spend" else set())
     with world.engine.connect() as conn:
         assert ledger.balance(conn, user) == 8
         assert {row.idempotency_key for row in ledger.history(conn, user)} > {"of the locked", "of the new workshop"}
@@ -116,12 +120,7 @@ def test_a_workshop_is_locked_after_its_user_and_otherwise_at_the_price_of_a_ret
         assert locked.wait(PATIENCE_S)
         ledger.consume(conn, user, key="unlock", workshop=workshop)
 
-    members = [RetriedTransaction(world, work) for work in (lock_then_spend, unlock)]
-    with ThreadPoolExecutor(2) as pool:
-        for each in [pool.submit(member) for member in members]:
-            each.result(PATIENCE_S)
-    conflicts = {conflict.sqlstate for member in members for conflict in member.conflicts}
-    assert conflicts == ({"40P01"} if first == "workshop" else set())
+    assert conflicts_between(world, lock_then_spend, unlock) == ({"40P01"} if first == "workshop" else set())
     with world.engine.connect() as conn:
         assert ledger.balance(conn, user) == 8
     assert_ledger_consistent(world)

@@ -30,7 +30,7 @@ from tallystick.cli.app import (
     table,
 )
 from tallystick.cli.ledger import OfUser, credits_of, mapped, user_key
-from tallystick.database import connect, engine, translated
+from tallystick.database import connect, engine, transaction
 from tallystick.errors import ConfigError
 from tallystick.events.switch import low_balance_of
 from tallystick.schema import verify
@@ -261,10 +261,7 @@ def replay(
     module = delivery()
     with invocation(ctx).database() as config:
         _show_target(address(config))
-        pool = engine(address(config), poolclass=sa.NullPool, isolation_level="AUTOCOMMIT")
-        with translated(connecting=True):
-            conn = pool.connect()
-        with conn:
+        with transaction(engine(address(config), poolclass=sa.NullPool), isolation="AUTOCOMMIT") as conn:
             verify(conn)
             done = module.replay(conn, endpoint, event or None)
     for each in done:

@@ -25,7 +25,7 @@ from starlette.types import ASGIApp
 
 from tallystick import audit
 from tallystick.config import Config
-from tallystick.database import Standby, translated, with_known_settings
+from tallystick.database import Standby, refuse_other_than, transaction, translated, with_known_settings
 from tallystick.errors import (
     ConfigError,
     Conflict,
@@ -102,6 +102,7 @@ class _Console:
         replica: sa.Engine | None,
     ) -> None:
         self.config = config
+        refuse_other_than(engine, (sa.Engine,), "the console takes an Engine of SQLAlchemy")
         self.queries = Queries(config, replica or engine)
         self.live = Queries(config, engine) if allow_actions and replica else self.queries
         self.has_replica = replica is not None
@@ -340,9 +341,7 @@ class _Console:
         if not (event.isascii() and event.isdigit() and len(event) < 19) or "\0" in endpoint:  # noqa: PLR2004 - a bigint
             raise HTTPException(404)
         try:
-            with translated(connecting=True):
-                conn = self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-            with conn:  # without a transaction: the endpoint may answer late
+            with transaction(self.engine, isolation="AUTOCOMMIT") as conn:  # the endpoint may answer late
                 [sent] = deliver.replay(conn, endpoint, [int(event)])
             outcome = "taken" if sent.error is None else "refused"
         except InvalidArgument:  # another operator has sent it, or removed the endpoint
