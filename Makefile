@@ -70,7 +70,7 @@ coverage: install
 
 # A test that fails beside the others runs once more, alone: a busy machine must not hide a fault, nor pass for one.
 define PYTEST
-	$(1) $(BIN)/python -m pytest -n auto $(2) || { test $$? = 1 && echo "These failed beside the others; each runs again, alone:" && \
+	$(1) $(BIN)/python -m pytest -n auto --dist worksteal $(2) || { test $$? = 1 && echo "These failed beside the others; each runs again, alone:" && \
 	  $(1) $(BIN)/python -m pytest --last-failed --last-failed-no-failures none $(2); }
 endef
 
