@@ -316,7 +316,8 @@ class _Client:
     def _operations(self) -> Iterator[str]:
         for function in self._functions:
             name, argument = _camel(function.name), _argument(function)
-            yield f"    {name}: ({argument}) => sent(query, calls.{name}({argument})),"
+            sent = "sentEach(query, calls.{}, items)" if _is_list(function) else "sent(query, calls.{}(options))"
+            yield f"    {name}: ({argument}) => {sent.format(name)},"
 
     def _calls(self) -> Iterator[str]:
         for function in self._functions:

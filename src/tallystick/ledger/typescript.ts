@@ -170,8 +170,8 @@ async function sent<Answer>(query: Query, call: Call<Answer>): Promise<Answer> {
     params = call.params;
   } catch (error) {
     // the database's own refusal, as a result
-    if (!(error instanceof TallystickRefusal)) throw error;
-    return (call instanceof FunctionCall && call.many ? [error.answer] : error.answer) as Answer;
+    const refused = unsendable(error);
+    return (call instanceof FunctionCall && call.many ? [refused] : refused) as Answer;
   }
   let result: unknown;
   try {
@@ -188,6 +188,31 @@ async function sent<Answer>(query: Query, call: Call<Answer>): Promise<Answer> {
     );
   }
   return call.read(result);
+}
+
+/** Sends the items that can be sent. Each of the others is refused on its own, as the database refuses an item. */
+async function sentEach<Item, Answer>(
+  query: Query,
+  call: (items: readonly Item[]) => Call<Answer[]>,
+  items: readonly Item[],
+): Promise<Answer[]> {
+  const refusals = items.map((item) => {
+    try {
+      void call([item]).params;
+      return undefined;
+    } catch (error) {
+      return unsendable(error) as Answer;
+    }
+  });
+  const rest = items.filter((_, n) => refusals[n] === undefined);
+  const answers = rest.length > 0 ? (await sent(query, call(rest))).values() : [].values();
+  return refusals.map((refusal) => refusal ?? (answers.next().value as Answer));
+}
+
+/** The refusal of an argument that cannot be sent; any other error is thrown again. */
+function unsendable(error: unknown): Refused<RefusalName> {
+  if (!(error instanceof TallystickRefusal)) throw error;
+  return error.answer;
 }
 
 /** Looks for a SQLSTATE: in the driver's own error, or inside what an ORM has made of it. */
@@ -293,7 +318,8 @@ const EXPECTED: Readonly<Record<string, string>> = {
 function encoded(name: string, type: string, value: unknown): Parameter {
   if (value === null || value === undefined) return null;
   if (type.endsWith("[]")) {
-    const items = (value as unknown[]).map((item) => encoded(name, type.slice(0, -2), item));
+    // an item is refused under the name that a single call has for it
+    const items = (value as unknown[]).map((item) => encoded(name.replace(/s$/, ""), type.slice(0, -2), item));
     return `{${items.map((item) => (item === null ? "NULL" : `"${item.replace(/[\\"]/g, "\\$&")}"`)).join(",")}}`;
   }
   const text = written(type, value);
@@ -338,6 +364,7 @@ function document(value: unknown): string | undefined {
   try {
     const text = JSON.stringify(value, (name, item: unknown) => {
       storable &&= isStorable(name) && !(typeof item === "string" && !isStorable(item));
+      storable &&= typeof item !== "number" || Number.isFinite(item); // JSON would have null in its place
       return item;
     }) as string | undefined;
     return storable && text !== undefined && isShallow(text) ? text : undefined;

@@ -75,4 +75,8 @@ await holds("Prisma", async (userId, workshopId) => {
 await prisma.$disconnect();
 
 assert.throws(() => calls.balance({ userId: "no uuid" }).params, TallystickRefusal);
+assert.throws(
+  () => calls.consumeMany([{ userId: rich, key: "a" }, { userId: rich, key: "b", amount: 0.5 }]).params,
+  (error: unknown) => error instanceof TallystickRefusal && error.message.includes('"argument":"amount"'),
+);
 await pool.end();

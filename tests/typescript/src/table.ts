@@ -269,13 +269,32 @@ export function table<Key>(ledger: Tallystick, given: Given<Key>): Row[] {
     },
     { does: "none at all", call: () => ledger.consumeMany([]), answers: [] },
     {
-      does: "many, one of which cannot be sent",
+      does: "many, some of which cannot be sent",
       call: () =>
         ledger.consumeMany([
-          { userId: user, key: "many-4" },
-          { userId: user, key: "many-5", amount: 0.5 },
+          { userId: user, key: "many-4", amount: 0.5 },
+          { userId: user, key: "job-1" },
+          { userId: user, key: "many-5", metadata: { cost: NaN } },
+          { userId: user, key: "many-6\0" },
+          { userId: user, key: "many-2", amount: 50 },
         ]),
-      answers: [{ outcome: "invalid_argument", argument: "amounts" }],
+      answers: [
+        { outcome: "invalid_argument", argument: "amount" },
+        { outcome: "replayed", sequence: 2 },
+        { outcome: "invalid_argument", argument: "metadata" },
+        { outcome: "invalid_argument", argument: "key" },
+        { outcome: "insufficient_credits", required: n(50) },
+      ],
+    },
+    {
+      does: "many, none of which can be sent",
+      call: () => ledger.consumeMany([{ userId: user, key: "many-4", amount: 0.5 }]),
+      answers: [{ outcome: "invalid_argument", argument: "amount" }],
+    },
+    {
+      does: "metadata with a number that JSON does not have",
+      call: () => ledger.consume({ userId: user, key: "job-7", metadata: { cost: { usd: [Infinity] } } }),
+      answers: { outcome: "invalid_argument", argument: "metadata" },
     },
     {
       does: "a refund",
