@@ -191,7 +191,7 @@ def test_customers_twice_in_the_apps_own_column(make_app: Callable[..., App]) ->
             HostMapping(users=UsersTable(key_type="text"), workshops=None),
             r"text COLLATE pg_catalog.C, but the configuration says nothing. Set host.users.key_collation = ",
         ),
-        ("CREATE TABLE users (id text PRIMARY KEY)", ALONE, 'Set host.users.key_type = "text"'),
+        ("CREATE TABLE users (id text PRIMARY KEY)", ALONE, 'key_type = "text", or run: tallystick init'),
         (UUID_USERS, HostMapping(), "no table public.workshops"),
         (
             f"{UUID_USERS} CREATE TABLE workshops (id uuid PRIMARY KEY, user_id integer)",

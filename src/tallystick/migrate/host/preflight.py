@@ -434,7 +434,8 @@ def _column(
         )
     raise HostMismatch(
         f"{table.shown} has no column {name!r}{_near(name, columns)} "
-        f"Set host.{word}.{setting} in tallystick.toml{', to false if there is none' if setting in _OPTIONAL else ''}",
+        f"Set host.{word}.{setting} in tallystick.toml{', to false if there is none' if setting in _OPTIONAL else ''}, "
+        "or run: tallystick init",
         table=table.shown,
         column=name,
     )
@@ -478,9 +479,10 @@ def _check_key(
         given = getattr(names, setting)
         if given != found and not (setting == "key_type" and _serves(given, found, migrated=migrated)):
             wanted = "false" if found is None else json.dumps(found, ensure_ascii=False)
+            proposed = "" if migrated else ", or run: tallystick init"
             raise HostMismatch(
                 f"{table.shown}.{name} is {column.shown}{_collated(column)}, but the configuration says "
-                f"{given or 'nothing'}. Set host.{word}.{setting} = {wanted}",
+                f"{given or 'nothing'}. Set host.{word}.{setting} = {wanted}{proposed}",
                 table=table.shown,
                 column=name,
             )
