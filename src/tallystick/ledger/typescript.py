@@ -373,6 +373,8 @@ class _Client:
     def _read_as(self, name: str, kind: str) -> str:
         if name in ("amount_paid", "event_id"):
             return "number"
+        if name == "detail":
+            return "detail"
         if kind == "{credits}":
             return "bigint" if self.host.credits == "bigint" else "number"
         return {

@@ -288,6 +288,8 @@ function decoded(type: string, value: unknown): unknown {
       return new Date(Number(text));
     case "jsonb":
       return JSON.parse(text) as unknown;
+    case "detail":
+      return JSON.parse(text.replace(/"(?:[^"\\]|\\.)*"|-?\d[\d.]*/g, exact)) as unknown;
     case "boolean":
       return text === "true";
     case "number":
@@ -297,6 +299,11 @@ function decoded(type: string, value: unknown): unknown {
     default:
       return text;
   }
+}
+
+/** A whole number beyond 2^53, such as a key or credits, as a text: a number of JavaScript would be another. */
+function exact(token: string): string {
+  return /^-?\d+$/.test(token) && !Number.isSafeInteger(Number(token)) ? `"${token}"` : token;
 }
 
 /** A list whose items are all empty is left out. */

@@ -166,6 +166,24 @@ export function table<Key>(ledger: Tallystick, given: Given<Key>): Row[] {
       answers: { outcome: "replayed", balance: n(5) },
     },
     {
+      does: "another payment of it, beyond the numbers of JavaScript",
+      call: () =>
+        ledger.completePurchase({
+          userId: user,
+          purchaseId: bought,
+          amountPaid: 2n ** 53n + 1n,
+          currency: "usd",
+          stripePaymentIntentId: '\\"9007199254740993',
+        }),
+      answers: {
+        outcome: "idempotency_key_reused",
+        differs: {
+          amount_paid: [14_900, "9007199254740993"],
+          stripe_payment_intent_id: ["pi_1", '\\"9007199254740993'],
+        },
+      },
+    },
+    {
       does: "it cannot fail",
       call: () => ledger.failPurchase({ userId: user, purchaseId: bought, reason: "expired" }),
       answers: { outcome: "purchase_not_pending", status: "completed" },
