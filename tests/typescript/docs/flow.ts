@@ -8,6 +8,7 @@ import { giveCredits } from "./app/admin/actions";
 import { POST } from "./app/api/stripe/route";
 import { buy } from "./app/credits/actions";
 import { CreditsBadge } from "./app/credits/badge";
+import { historyPage } from "./app/credits/history";
 import { unlock } from "./app/workshops/actions";
 import { isOpen } from "./app/workshops/paywall";
 import { createWorkshop as createInTransaction } from "./lib/create_workshop";
@@ -50,6 +51,7 @@ assert.deepEqual(await unlock(workshop!), { open: false, balance: 0, required: 1
 assert.equal(await isOpen(workshop!), false);
 assert.equal(await isOpen(old!), true);
 assert.equal(await isOpen(nobody!), false);
+assert.equal(await isOpen("no uuid"), false);
 
 const url = await buy("form-1");
 assert.equal(await buy("form-1"), url, "a second click is the same purchase and the same session");
@@ -101,6 +103,21 @@ for (const [made, there] of [
 assert.equal(await giveCredits("form-3", user!, 1, "Sorry"), 1);
 assert.equal(await giveCredits("form-3", user!, 1, "Sorry"), 1);
 assert.equal(await badge(), "1 credit");
+for (let form = 1; form <= 21; form++) await buy(`many-${form}`); // pending: of these a page is asked by an id
+const pages = [];
+for (let before: string | undefined, more = true; more; more = before !== undefined) {
+  const page = await historyPage(before);
+  before = page.older;
+  pages.push(page.rows);
+}
+assert.deepEqual(
+  pages.map((rows) => rows.length),
+  [20, 6],
+);
+assert.deepEqual(
+  pages[1]?.map((row) => row.sequence),
+  [null, 5, 4, 3, 2, 1],
+);
 for (const over of [overPg, overPostgres, overDrizzle, overNeon]) {
   assert.equal(orThrow(await over.balance({ userId: user! })).balance, 1);
 }

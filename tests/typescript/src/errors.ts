@@ -2,6 +2,7 @@
 
 import assert from "node:assert/strict";
 import pg from "pg";
+import { adapters } from "./adapters.ts";
 import type { Address } from "./database.ts";
 import { orThrow, refusalOf, tallystick, TallystickRefusal } from "./tallystick.ts";
 
@@ -46,6 +47,25 @@ await assert.rejects(
   (error: unknown) => error instanceof pg.DatabaseError && error.code === "42883" && refusalOf(error) === undefined,
 );
 await pool.query("DROP TRIGGER broken ON users");
+
+// where each driver has the SQLSTATE
+interface Wrapped {
+  code?: string;
+  cause?: { code?: string };
+  meta?: { driverAdapterError?: { cause?: { originalCode?: string } } };
+}
+for (const [driver, open] of Object.entries(adapters)) {
+  const { query, close } = await open(address);
+  await assert.rejects(
+    async () => query("DO $$ BEGIN RAISE 'again' USING ERRCODE = '40001'; END $$", []),
+    ({ code, cause, meta }: Wrapped) => {
+      const ofPrisma = meta?.driverAdapterError?.cause?.originalCode;
+      assert.equal(driver === "prisma" ? ofPrisma : driver.startsWith("drizzle") ? cause?.code : code, "40001", driver);
+      return true;
+    },
+  );
+  await close();
+}
 
 await assert.rejects(tallystick(async () => undefined).balance({ userId: rich }), /gave neither rows/);
 await assert.rejects(
