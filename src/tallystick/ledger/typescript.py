@@ -308,7 +308,7 @@ class _Client:
                     "Each answer's `item` says which it belongs to.", "Answers are in the items' order."
                 )
             yield _comment(comment, "  ")
-            yield f"  {_camel(function.name)}({given}): Promise<{_answer(function)}>;"
+            yield f"  {_camel(function.name)}: ({given}) => Promise<{_answer(function)}>;"
         yield "}"
 
     # --- values ---
