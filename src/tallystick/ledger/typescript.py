@@ -258,6 +258,7 @@ class _Client:
             "bigint": "number | bigint",
             "boolean": "boolean",
             "timestamptz": "Date",
+            "interval": "Duration",
             "jsonb": "{ readonly [name: string]: Json | undefined }",
         }.get(sql, "string")
 

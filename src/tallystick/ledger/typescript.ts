@@ -22,6 +22,9 @@ export type Query = (text: string, params: Parameter[]) => PromiseLike<unknown>;
 /** A JSON value. */
 export type Json = string | number | boolean | null | readonly Json[] | { readonly [name: string]: Json | undefined };
 
+/** A length of time, such as "90 days". The number is whole. */
+export type Duration = `${number} ${"second" | "minute" | "hour" | "day" | "week" | "month" | "year"}${"s" | ""}`;
+
 //# types
 
 /** The outcomes that mean done: by this call, or by an earlier one with the same key. */
@@ -319,6 +322,7 @@ const EXPECTED: Readonly<Record<string, string>> = {
   bigint: "a whole number of 64 bits; beyond 2^53 a bigint",
   boolean: "true or false",
   timestamptz: "a valid Date, of the years 1 to 9999",
+  interval: 'a whole number of seconds, minutes, hours, days, weeks, months or years, such as "90 days"',
   jsonb: "what JSON and PostgreSQL can hold, nested at most 100 deep",
 };
 
@@ -359,6 +363,11 @@ function written(type: string, value: unknown): string | undefined {
       return typeof value === "boolean" ? String(value) : undefined;
     case "timestamptz":
       return value instanceof Date ? moment(value) : undefined;
+    case "interval":
+      // PostgreSQL takes a number without a unit for seconds
+      return typeof value === "string" && /^\d{1,8} (second|minute|hour|day|week|month|year)s?$/.test(value)
+        ? value
+        : undefined;
     case "jsonb":
       return document(value);
     default:

@@ -12,6 +12,9 @@ export async function misuse(query: Query): Promise<void> {
   await ledger.consume({ userId: "u", key: "k", workshop: "w" });
   // @ts-expect-error a moment is a Date
   await ledger.balanceAt({ userId: "u", at: "2026-01-01" });
+  // @ts-expect-error a length of time has a unit
+  await ledger.hold({ userId: "u", amount: 1, key: "k", expiresIn: "300" });
+  await ledger.hold({ userId: "u", amount: 1, key: "k", expiresIn: `${5 * 60} seconds` });
   // @ts-expect-error only what writes has a strict form
   void calls.balance({ userId: "u" }).strict;
 

@@ -428,6 +428,17 @@ export function table<Key>(ledger: Tallystick, given: Given<Key>): Row[] {
         expiresAt: isMoment,
       },
     },
+    ...["300", "soon", "", "1.5 hours", "-1 days", "99999999 years"].map((length) => ({
+      does: `a hold for ${JSON.stringify(length)}`,
+      call: () => ledger.hold({ userId: user, amount: 1, key: "work-0", expiresIn: length as never }),
+      answers: { outcome: "invalid_argument", argument: "expires_in" },
+    })),
+    ...["90", "99999999 weeks", "0 days"].map((length) => ({
+      does: `a purchase that lasts ${JSON.stringify(length)}`,
+      call: () =>
+        ledger.startPurchase({ userId: user, amount: 1, description: "Lasts", expiresAfter: length as never }),
+      answers: { outcome: "invalid_argument", argument: "expires_after" },
+    })),
     {
       does: "a hold that is not covered",
       call: () => ledger.hold({ userId: user, amount: 2, key: "work-2" }),
