@@ -85,6 +85,8 @@ assert.deepEqual(await unlock(workshop!), { open: true, balance: 2 });
 assert.equal(await isOpen(workshop!), true);
 assert.deepEqual(await unlock(nobody!), { open: false, balance: null, required: null });
 assert.deepEqual(await unlock("no uuid"), { open: false, balance: null, required: null });
+assert.deepEqual(await unlock(undefined as never), { open: false, balance: null, required: null });
+assert.equal(await badge(), "2 credits");
 
 const [first, second, third, fourth] = Array.from({ length: 4 }, () => crypto.randomUUID());
 await createInTransaction(user!, first!, "Pricing");
