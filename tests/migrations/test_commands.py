@@ -177,7 +177,18 @@ def scratch() -> Iterator[Path]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 @pytest.mark.usefixtures("tally")
 def test_a_rehearsal_that_a_signal_ends_leaves_no_server(number: signal.Signals, scratch: Path) -> None:
-    command = [sys.executable, "-c", "from tallystick.cli import main; main()", "migrate", "rehearse"]
+    """Also if the signal comes once more while the copy is removed: Ctrl-C is pressed twice."""
+    script = f"""
+import os, shutil
+from tallystick.cli import main
+remove = shutil.rmtree
+def interrupted(*arguments, **options):
+    os.kill(os.getpid(), {number.value})
+    remove(*arguments, **options)
+shutil.rmtree = interrupted
+main()
+"""
+    command = [sys.executable, "-c", script, "migrate", "rehearse"]
     with subprocess.Popen(
         command,
         env={**os.environ, "TMPDIR": str(scratch)},

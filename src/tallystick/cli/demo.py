@@ -24,6 +24,7 @@ from tallystick.dev.postgres import Server
 from tallystick.dev.stripe import DevStripe
 from tallystick.errors import DevStripeError
 from tallystick.ledger import Ledger
+from tallystick.signals import Cleanup
 
 SOME_TRAFFIC_S = 1.5
 FELT_MS = 250
@@ -46,15 +47,15 @@ def run(console: Console, *, users: int = 200_000, workshops: int = 300_000, sec
     """
     began = time.perf_counter()
     promises = _Promises(console)
-    with tempfile.TemporaryDirectory(prefix="tallystick-demo-") as folder:
-        Path(folder).chmod(0o755)  # root's server runs as another account, which must be able to enter
-        with Server(Path(folder, "server")) as server:
-            demo = _Demo(console, server, promises)
-            demo.adopt(users, workshops)
-            demo.migrate()
-            demo.sell(seconds)
-            demo.checkout()
-            demo.audit()
+    with Cleanup() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tallystick-demo-")))
+        folder.chmod(0o755)  # root's server runs as another account, which must be able to enter
+        demo = _Demo(console, stack.enter_context(Server(folder / "server")), promises)
+        demo.adopt(users, workshops)
+        demo.migrate()
+        demo.sell(seconds)
+        demo.checkout()
+        demo.audit()
     console.print(promises.table(f"Tallystick's promises, in {time.perf_counter() - began:.0f} seconds"))
     return promises.all
 

@@ -44,6 +44,7 @@ from tallystick.errors import BackupError, ConfigError, Conflict, TallystickErro
 from tallystick.migrate.checks.rehearsal import split
 from tallystick.migrate.host import role as roles
 from tallystick.progress import Progress
+from tallystick.signals import Cleanup
 
 
 class _InOrder(TyperGroup):
@@ -789,7 +790,7 @@ _NO_EXTENSION = re.compile(r"extension \"([^\"]+)\" is not available|extension/(
 @contextmanager
 def _restored(ctx: typer.Context, backup_file: Path | None) -> Iterator[tuple[Config, str]]:
     """A copy in a temporary server, from the given backup or from one that is taken now."""
-    with ExitStack() as stack:
+    with Cleanup() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="tallystick-rehearsal-")))
         folder.chmod(0o711)  # root's embedded server runs as another account, which must be able to pass
         if backup_file is None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tallystick.dev.postgres import Server
 from tallystick.errors import DevServerError
+from tallystick.signals import Cleanup
 
 FAST = {
     "fsync": "off",
@@ -47,12 +48,10 @@ def throwaway_server(*, bin_dir: Path | None = None) -> Iterator[Server]:
     """
     root = scratch_root()
     _remove_leftovers(root, bin_dir)
-    folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=root))
-    try:
-        with Server(folder, settings=FAST, bin_dir=bin_dir) as running:
-            yield running
-    finally:
-        shutil.rmtree(folder)
+    with Cleanup() as stack:
+        folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=root))
+        stack.callback(shutil.rmtree, folder)
+        yield stack.enter_context(Server(folder, settings=FAST, bin_dir=bin_dir))
 
 
 def _remove_leftovers(root: Path, bin_dir: Path | None) -> None:
