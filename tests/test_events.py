@@ -428,7 +428,7 @@ def test_a_notification_wakes_readers(world: World) -> None:
 
 class TestFollow:
     @contextmanager
-    def running(self, world: World, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    def running(self, world: World, *arguments: str, encoding: str = "utf-8") -> Iterator[subprocess.Popen[str]]:
         command = [
             sys.executable,
             "-c",
@@ -439,9 +439,9 @@ class TestFollow:
             "0.1",
             *arguments,
         ]
-        environ = {**os.environ, "DATABASE_URL": world.url}
+        environ = {**os.environ, "DATABASE_URL": world.url, "PYTHONIOENCODING": encoding}
         with subprocess.Popen(
-            command, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            command, env=environ, encoding=encoding, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         ) as process:
             try:
                 yield process
@@ -464,6 +464,14 @@ class TestFollow:
         with self.running(world, "--after", first["cursor"]) as process:
             assert process.stdout is not None
             assert json.loads(process.stdout.readline()) == second
+
+    def test_a_line_is_json_in_every_encoding(self, world: World) -> None:
+        events.enable(world.url, world.config)
+        with world.engine.begin() as conn:
+            world.ledger.grant(conn, world.user(), credits=1, description="Welcome", key="für 😀")
+        with self.running(world, encoding="latin-1") as process:
+            assert process.stdout is not None
+            assert json.loads(process.stdout.readline())["idempotency_key"] == "für 😀"
 
     def test_while_events_are_off_a_note_says_so(self, world: World) -> None:
         with self.running(world) as process:

@@ -125,7 +125,8 @@ class _Lazy:
 
 
 # Without a terminal rich takes 80 columns, in which a table breaks ids that the next command needs.
-out = cast("Console", _Lazy(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160))
+_wide = sys.stdout is not None and not sys.stdout.isatty() and "COLUMNS" not in os.environ
+out = cast("Console", _Lazy(width=160 if _wide else None))
 err = cast("Console", _Lazy(stderr=True))
 
 
@@ -291,10 +292,17 @@ UserArgument = Annotated[
 def emit(result: Any, show: Callable[[], None], *, as_json: bool) -> None:
     """Print a result: as JSON for programs, or as ``show`` does for people."""
     if as_json:
-        escaped = not (sys.stdout.encoding or "").lower().startswith("utf")
-        sys.stdout.write(json.dumps(plain(result), indent=2, ensure_ascii=escaped) + "\n")
+        write_json(result, indent=2)
     else:
         show()
+        sys.stdout.flush()
+
+
+def write_json(result: Any, *, indent: int | None = None) -> None:
+    """Write a result as JSON, valid in any encoding of stdout."""
+    escaped = not (sys.stdout.encoding or "").lower().startswith("utf")
+    sys.stdout.write(json.dumps(plain(result), indent=indent, ensure_ascii=escaped) + "\n")
+    sys.stdout.flush()
 
 
 def plain(value: Any) -> Any:

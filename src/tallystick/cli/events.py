@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-import json
 import re
-import sys
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -26,8 +24,8 @@ from tallystick.cli.app import (
     note,
     out,
     place,
-    plain,
     table,
+    write_json,
 )
 from tallystick.cli.ledger import OfUser, credits_of, mapped, user_key
 from tallystick.database import connect, engine, transaction
@@ -105,8 +103,7 @@ def follow(
             _note_if_off(events.status(conn))
         try:
             for event in events.follow(address(config), config, after=after, poll_s=poll, lost=_show_lost):
-                sys.stdout.write(json.dumps(plain(event), ensure_ascii=False) + "\n")
-                sys.stdout.flush()
+                write_json(event)
         except KeyboardInterrupt:
             raise typer.Exit from None
 
