@@ -796,6 +796,34 @@ def test_an_output_that_is_full_is_said(at, world: World):
     assert "The result could not be written: No space left on device" in done.stderr
 
 
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_change_whose_result_is_lost_is_not_made_twice(at, world: World, form: list[str]):
+    """The key was made up by the command: who does not learn it would give the credits again."""
+    tally = at(world)
+    user = world.user(credits=3)
+    script = [sys.executable, "-c", "from tallystick.cli import main; main()", "grant", str(user), "5", *form]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with Path("/dev/full").open("w") as full, os.fdopen(writing, "w") as broken:
+        for output in (full, broken):
+            done = subprocess.run(script, stdout=output, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+            key = re.search(r"run it again with --key (cli-[\w-]+): that changes nothing", done.stderr)
+            assert (done.returncode, key is not None) == (1, True), done.stderr
+            assert tally("grant", user, 5, "--key", key[1], *form).code == 0
+    assert tally("balance", user).out == "13 credits\n"
+
+
+def test_a_closed_stdout_changes_nothing(at, world: World):
+    tally = at(world)
+    user = world.user(credits=3)
+    command = [sys.executable, "-c", "from tallystick.cli import main; main()", "grant", str(user), "5"]
+    closed = ["sh", "-c", f"exec {shlex.join(command)} >&-"]
+    done = subprocess.run(closed, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "The result cannot be written, since stdout is closed. Send it to a file or to /dev/null\n"
+    assert tally("balance", user).out == "3 credits\n"
+
+
 def test_interrupting_is_quiet(at, world: World):
     at(world)
     with world.engine.begin() as conn:  # a lock that the command waits for

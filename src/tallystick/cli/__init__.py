@@ -75,6 +75,8 @@ def _name(command: CommandInfo) -> str | None:
 
 
 def _requested() -> typer.Typer:
+    if sys.stdout is None:
+        raise TallystickError("The result cannot be written, since stdout is closed. Send it to a file or to /dev/null")
     try:
         return commands(sys.argv[1:])
     except KeyboardInterrupt:  # while the modules are imported; a command that runs ends with the same code

@@ -176,6 +176,20 @@ def _telling_key(ctx: typer.Context) -> Iterator[None]:
         raise OutcomeUnknown(f"{error.message}: --key {key}", sqlstate=error.sqlstate) from error
 
 
+@contextmanager
+def telling_done(ctx: typer.Context) -> Iterator[None]:
+    """Say that the change is made if its result cannot be written, since a second run could make it again."""
+    try:
+        yield
+    except OSError as error:
+        key = made_up_key(ctx)
+        again = f"run it again with --key {key}" if key else "run it again"
+        raise TallystickError(
+            f"It is done, but the result could not be written: {error.strerror}. To see it, {again}: that changes "
+            "nothing"
+        ) from error
+
+
 def _mapping_source(given: Invocation) -> str:
     """The source of the mapping, for a message about a fault in it."""
     if "host" in Config.load(given.config_path).model_fields_set:
@@ -309,11 +323,10 @@ def _move(
         balance = f"Balance {done.balance_after}"
         if now != done.balance_after:
             balance = f"{balance} then, {now} now"
-        out.print(
-            f"{word} {done.description} ({done.amount:+}). {balance}. Row {done.sequence}, {done.id}.", markup=False
-        )
+        typer.echo(f"{word} {done.description} ({done.amount:+}). {balance}. Row {done.sequence}, {done.id}.")
 
-    emit(done, show, as_json=as_json)
+    with telling_done(ctx):
+        emit(done, show, as_json=as_json)
 
 
 @app.command(
@@ -562,7 +575,8 @@ def hold_place(
         f"{word}: {credits_of(credits)}{until}, {held.id}.\n"
         f"To charge them: tallystick hold capture {shlex.quote(user)} {held.id}"
     )
-    emit(held, lambda: out.print(message, markup=False), as_json=as_json)
+    with telling_done(ctx):
+        emit(held, lambda: typer.echo(message), as_json=as_json)
 
 
 @holds.command("capture", cls=OfUser)

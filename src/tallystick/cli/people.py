@@ -9,7 +9,7 @@ import typer
 
 from tallystick.accounts import Account, Accounts
 from tallystick.cli.app import Json, UserArgument, app, emit, note, out
-from tallystick.cli.ledger import KeyOption, OfUser, credits_of, deletion, mapped, user_key
+from tallystick.cli.ledger import KeyOption, OfUser, credits_of, deletion, mapped, telling_done, user_key
 from tallystick.database import connect_driver
 from tallystick.errors import InvalidArgument
 from tallystick.ledger import Ledger
@@ -103,7 +103,8 @@ def merge(
         done = ledger.merge(conn, gone.user, into=stays.user, key=key, description=description)
     word = "Already done" if done.replayed else "Done"
     message = f"{word}: {credits_of(done.credits)} moved. User {done.into} has {credits_of(done.balance)}."
-    emit(done, lambda: out.print(message, markup=False), as_json=as_json)
+    with telling_done(ctx):
+        emit(done, lambda: typer.echo(message), as_json=as_json)
 
 
 @people.command(cls=OfUser)
