@@ -242,6 +242,19 @@ def test_a_named_file_that_is_not_there_says_how_to_write_one(folder):
         Config.load(folder / "nowhere.toml", environ={})
 
 
+@pytest.mark.parametrize("name", ["tallystick.toml", "pyproject.toml"])
+def test_a_file_that_cannot_be_read_is_no_reason_for_defaults(folder, name):
+    """A container has a folder in place of a file that could not be mounted, or a link to nothing."""
+    path = folder / name
+    path.mkdir()
+    with pytest.raises(ConfigError, match="Is a directory"):
+        Config.load(environ={})
+    path.rmdir()
+    path.symlink_to("nowhere")
+    with pytest.raises(ConfigError, match="tallystick init --output"):
+        Config.load(environ={})
+
+
 def test_a_mistake_in_the_environment_names_the_variable(folder):
     with pytest.raises(ConfigError, match="TALLYSTICK_PAYWALL"):
         Config.load(environ={"TALLYSTICK_PAYWALL": "perhaps"})
@@ -339,6 +352,7 @@ proxy_peers = [
 ]
 # the end
 """,
+    "a byte order mark": "\ufeffpaywall = false\n[host.users]\nkey = 'x'\n",
     "the line ends of Windows": "paywall = false\r\n\r\n[host.users]\r\nkey = 'x'\r\n# end\r\n",
 }
 

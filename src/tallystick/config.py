@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import datetime as dt
 import difflib
 import ipaddress
@@ -604,11 +605,14 @@ class _Source:
         self.path = path
         self.table = table
         try:
-            self.text = path.read_text(encoding="utf-8")
+            self.text = path.read_text(encoding="utf-8-sig")  # programs of Windows write a byte order mark
             self.values: Any = tomllib.loads(self.text)
         except OSError as error:
+            remedy = "Check this path, and who may read it"
+            if isinstance(error, FileNotFoundError):
+                remedy = f"Write one with: tallystick init --output {shlex.quote(str(path))}"
             raise ConfigError(
-                f"{path}: {error.strerror}. Write one with: tallystick init --output {shlex.quote(str(path))}",
+                f"{path}: {error.strerror}. {remedy}",
                 path=str(path),
                 line=None,
                 key=None,
@@ -665,13 +669,18 @@ def _find(path: Path | None) -> _Source | None:
         return _find_in(path)
     here = Path.cwd()
     for folder in (here, *here.parents):
-        if (file := folder / FILE_NAME).is_file():
+        if _is_there(file := folder / FILE_NAME):
             return _Source(file, ())
-        if (file := folder / "pyproject.toml").is_file():
+        if _is_there(file := folder / "pyproject.toml"):
             source = _Source(file, ("tool", "tallystick"))
             if source.values is not None:
                 return source
     return None
+
+
+def _is_there(path: Path) -> bool:
+    """True also for a link to nothing and a folder, as a failed mount leaves it: they are errors, and no defaults."""
+    return path.is_symlink() or path.exists()
 
 
 def _explain(error: ValidationError, source: _Source | None, origins: Mapping[str, str]) -> ConfigError:
@@ -772,7 +781,9 @@ def write_host(path: Path, host: HostMapping) -> None:
     before = (source.values or {}).get("host")
     if before is not None and _mapping_or_none(before) == host:
         return
-    text = path.read_bytes().decode()
+    written = path.read_bytes()
+    mark = codecs.BOM_UTF8 if written.startswith(codecs.BOM_UTF8) else b""
+    text = written.removeprefix(mark).decode()
     wanted = _with_host(text, host, source.table)
     if wanted is None:
         line = source.line_of(("host",))
@@ -784,7 +795,7 @@ def write_host(path: Path, host: HostMapping) -> None:
             line=line,
             key="host",
         )
-    path.write_bytes(wanted.encode())
+    path.write_bytes(mark + wanted.encode())
 
 
 def _with_host(text: str, host: HostMapping, above: tuple[str, ...]) -> str | None:
