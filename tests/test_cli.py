@@ -824,6 +824,25 @@ def test_a_closed_stdout_changes_nothing(at, world: World):
     assert tally("balance", user).out == "3 credits\n"
 
 
+@pytest.mark.parametrize("command", ["init --force", "init --output new.toml", "client typescript"])
+def test_a_file_for_which_there_is_no_room_stays_as_it_was(at, world: World, command: str):
+    tally = at(world)
+    assert tally("client", "typescript").code == 0
+    with Path("tallystick.toml").open("a", encoding="utf-8") as settings:
+        settings.write('[[packs]]\nname = "Kept"\ncredits = 1\n')
+    changed = Path("tallystick.toml").read_text("utf-8").replace('title = "title"', "title = false")
+    Path("tallystick.toml").write_text(changed, encoding="utf-8")
+    before = {path.name: path.read_bytes() for path in Path().iterdir()}
+    script = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))"
+    full = [sys.executable, "-c", f"{script}; from tallystick.cli import main; main()", *command.split()]
+    done = subprocess.run(full, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert re.search(
+        r"^(tallystick.toml|new.toml|tallystick.ts): File too large. Check this path", done.stderr, re.MULTILINE
+    )
+    assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
+
+
 def test_interrupting_is_quiet(at, world: World):
     at(world)
     with world.engine.begin() as conn:  # a lock that the command waits for

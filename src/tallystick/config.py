@@ -32,6 +32,7 @@ from pydantic.dataclasses import dataclass
 from tallystick.address import Address as ParsedAddress
 from tallystick.address import without
 from tallystick.errors import ConfigError
+from tallystick.files import replace_file
 
 KeyType = Literal["uuid", "text", "char", "citext", "smallint", "integer", "bigint"]
 """The type of a key in PostgreSQL: a domain counts as its base type, varchar as text; char is ``char(n)``."""
@@ -775,7 +776,7 @@ def write_host(path: Path, host: HostMapping) -> None:
     """
     if not path.is_file():
         table = _table_in(path)
-        path.write_text("\n".join([*_host_tables(host, table), ""]) if table else to_toml(host), encoding="utf-8")
+        replace_file(path, ("\n".join([*_host_tables(host, table), ""]) if table else to_toml(host)).encode())
         return
     source = _find_in(path)
     before = (source.values or {}).get("host")
@@ -795,7 +796,7 @@ def write_host(path: Path, host: HostMapping) -> None:
             line=line,
             key="host",
         )
-    path.write_bytes(mark + wanted.encode())
+    replace_file(path, mark + wanted.encode())
 
 
 def _with_host(text: str, host: HostMapping, above: tuple[str, ...]) -> str | None:

@@ -11,6 +11,7 @@ import typer
 from tallystick.cli.app import app, invocation, out
 from tallystick.database import connect_driver
 from tallystick.errors import ConfigError
+from tallystick.files import replace_file
 from tallystick.ledger.typescript import SIGNED, typescript
 from tallystick.schema import mapping_of, verify
 
@@ -45,7 +46,7 @@ def write_typescript(
             line=None,
             key=None,
         )
-    output.write_text(text, encoding="utf-8")
+    replace_file(output, text.encode())
     users, workshops = host.users, host.workshops
     keys = f"users by {users.key_type}" + (f", workshops by {workshops.key_type}" if workshops else "")
     out.print(f"Wrote {output}: {keys}; credits are {host.credits}.", markup=False)

@@ -41,6 +41,7 @@ from tallystick.config import Config, HostMapping, has_host, settings_file, writ
 from tallystick.database import PATIENCE_S, connect, translated
 from tallystick.dev import postgres
 from tallystick.errors import BackupError, ConfigError, Conflict, TallystickError
+from tallystick.files import replace_file
 from tallystick.migrate.checks.rehearsal import split
 from tallystick.migrate.host import role as roles
 from tallystick.progress import Progress
@@ -771,7 +772,7 @@ def rehearse(
 
     emit(done, lambda: out.print(rehearsal_report(done)), as_json=as_json)
     if html is not None:
-        html.write_text(rehearsal_page(done), encoding="utf-8")
+        replace_file(html, rehearsal_page(done).encode())
     if not done.passed:
         raise typer.Exit(1)
 
