@@ -759,9 +759,9 @@ def audit(
                     progress=progress,
                     each=parts.append,
                 )
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # the latter by SIGTERM or SIGHUP
             if parts:
-                for part in parts:
+                for part in [] if as_json else parts:  # stdout stays empty, or it would be no JSON
                     show_findings(part)
                 behind = shlex.quote(str(parts[-1].last))
                 note(f"Stopped. To check the other users: tallystick audit --after {behind}")
