@@ -417,6 +417,11 @@ def test_the_audit_finds_what_was_broken(at, world: World):
             1,
             "Connection refused. Check the address, and that the server runs",
         ),
+        (
+            ["--database-url", "postgresql://nobody@127.0.0.1:1/x", "seed"],
+            1,
+            "Connection refused. Check the address, and that the server runs",
+        ),
     ],
 )
 def test_mistakes_get_one_message_and_an_exit_code(at, world: World, arguments, code, says):

@@ -23,7 +23,7 @@ from tallystick.cli.app import (
     table,
     with_mapping,
 )
-from tallystick.database import engine
+from tallystick.database import engine, transaction
 from tallystick.dev import postgres
 from tallystick.dev import seed as seeding
 from tallystick.dev.demo_app import build_host_app
@@ -56,7 +56,7 @@ def seed(
     with invocation(ctx).database() as config:
         pool = engine(address(config))
         try:
-            with pool.connect() as conn:
+            with transaction(pool) as conn:
                 config = with_mapping(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
             if reset:
                 report = seeding.reset(pool, config, only=only or (), force_production=force_production)
