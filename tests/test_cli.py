@@ -856,6 +856,15 @@ def test_a_file_for_which_there_is_no_room_stays_as_it_was(at, world: World, com
     assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
 
 
+def test_a_width_of_0_columns_hides_no_output(at, world: World):
+    at(world)
+    for arguments, code in ((["history", str(world.user(credits=1))], 0), (["balance", "x"], 1), (["--help"], 0)):
+        command = [sys.executable, "-c", "from tallystick.cli import main; main()", *arguments]
+        environment = {**os.environ, "COLUMNS": "0"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, len(done.stdout + done.stderr) > 50) == (code, True), arguments
+
+
 def test_interrupting_is_quiet(at, world: World):
     at(world)
     with world.engine.begin() as conn:  # a lock that the command waits for

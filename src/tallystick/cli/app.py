@@ -124,6 +124,8 @@ class _Lazy:
         return getattr(self._console, name)
 
 
+if os.environ.get("COLUMNS") == "0":  # as terminals of containers set it; rich would print nothing at all
+    del os.environ["COLUMNS"]
 # Without a terminal rich takes 80 columns, in which a table breaks ids that the next command needs.
 _wide = sys.stdout is not None and not sys.stdout.isatty() and "COLUMNS" not in os.environ
 out = cast("Console", _Lazy(width=160 if _wide else None))
