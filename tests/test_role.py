@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ import pytest
 import sqlalchemy as sa
 from psycopg import errors, sql
 
+from partitioned import partition
 from tallystick import CreditTransaction, HostMapping, Pack, migrate, stripe
 from tallystick.audit import audit
 from tallystick.dev.stripe import DevStripe
-from tallystick.errors import InsufficientCredits, InvalidArgument, Key, PermissionDenied
+from tallystick.errors import InsufficientCredits, InvalidArgument, Key, PermissionDenied, UnknownUser
 from tallystick.ledger import Consume
 from tallystick.migrate.host import role
 from tallystick.schema import CreditTransactionStatus, CreditTransactionType
@@ -410,6 +412,41 @@ WAYS: dict[str, tuple[str, str]] = {
         "CREATE DOMAIN public.nick AS text; ALTER TYPE public.nick OWNER TO {app}; ALTER TABLE users ADD n public.nick",
         "owns TYPE public.nick",
     ),
+    "a view": (
+        "CREATE VIEW public.active AS SELECT * FROM users; GRANT UPDATE ON public.active TO {app}",
+        "may UPDATE public.active",
+    ),
+    "a column of a view of a view, under another name": (
+        (
+            "CREATE VIEW public.some AS SELECT id, credit_balance AS credits FROM users;"
+            "CREATE VIEW public.fewer AS SELECT id, credits AS coins FROM public.some;"
+            "GRANT UPDATE (coins) ON public.fewer TO PUBLIC"
+        ),
+        "may UPDATE (coins) public.fewer as everybody may",
+    ),
+    "a rule of another table": (
+        (
+            "CREATE TABLE public.topped_up (id uuid); CREATE RULE more AS ON INSERT TO public.topped_up"
+            " DO ALSO UPDATE users SET credit_balance = 1000 WHERE users.id = NEW.id;"
+            "GRANT INSERT ON public.topped_up TO {app}"
+        ),
+        "may INSERT public.topped_up",
+    ),
+    "a key that the user's key follows": (
+        (
+            "CREATE TABLE public.people (id uuid PRIMARY KEY);"
+            "ALTER TABLE users ADD FOREIGN KEY (id) REFERENCES public.people ON UPDATE CASCADE;"
+            "GRANT UPDATE ON public.people TO {app}"
+        ),
+        "may UPDATE public.people",
+    ),
+    "the owner of a key that the user's key follows": (
+        (
+            "CREATE TABLE public.people (id uuid PRIMARY KEY); ALTER TABLE public.people OWNER TO {group};"
+            "ALTER TABLE users ADD FOREIGN KEY (id) REFERENCES public.people ON UPDATE CASCADE; GRANT {group} TO {app}"
+        ),
+        "owns TABLE public.people",
+    ),
     "the ledger, passed on": (
         "GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA tallystick TO {app} WITH GRANT OPTION",
         "may pass on EXECUTE on FUNCTION tallystick.",
@@ -458,6 +495,99 @@ def test_a_way_past_the_functions_is_told_and_mended(app: App, make_role: Callab
             run_script(app.world, remedy)
     assert app.ways() == []
     app.grant()
+
+
+ATTACKS: dict[str, tuple[str, str]] = {
+    # of a user with 5 credits: setup by the owner, and the statement by which the role changes the balance
+    "a view": (WAYS["a view"][0], "UPDATE public.active SET credit_balance = 1000"),
+    "a column of a view of a view": (
+        WAYS["a column of a view of a view, under another name"][0] + "; GRANT SELECT ON public.fewer TO {app}",
+        "UPDATE public.fewer SET coins = 1000",
+    ),
+    "a rule of another table": (
+        WAYS["a rule of another table"][0],
+        "INSERT INTO public.topped_up SELECT id FROM users",
+    ),
+    "a key that the user's key follows": (
+        (
+            "CREATE TABLE public.people (id uuid PRIMARY KEY); INSERT INTO public.people SELECT id FROM users;"
+            "ALTER TABLE users ADD FOREIGN KEY (id) REFERENCES public.people ON UPDATE CASCADE;"
+            "GRANT SELECT, UPDATE ON public.people TO {app}"
+        ),
+        "UPDATE public.people SET id = gen_random_uuid()",
+    ),
+}
+
+
+@one_shape
+@pytest.mark.parametrize("way", ATTACKS)
+def test_a_way_through_another_relation_works_until_it_is_closed(app: App, way: str) -> None:
+    """So what is told is a way, and the remedy closes it."""
+    setup, attack = ATTACKS[way]
+    user = app.world.user(credits=5)
+    app.owner_runs(setup)
+
+    def changed() -> bool:
+        with app.world.engine.connect() as conn:
+            try:
+                return app.world.ledger.balance(conn, user) != 5
+            except UnknownUser:
+                return True
+
+    with app.engine.connect() as conn:
+        conn.exec_driver_sql(attack)
+        conn.commit()
+    assert changed()
+    for drift in app.ways():
+        run_script(app.world, str(drift.remedy))
+    assert app.ways() == []
+    with app.engine.connect() as conn, pytest.raises(sa.exc.ProgrammingError, match="permission denied"):
+        conn.exec_driver_sql(attack)
+
+
+@one_shape
+def test_a_view_that_writes_no_balance_is_no_way(app: App) -> None:
+    user = app.world.user()
+    app.owner_runs("""
+        CREATE VIEW public.mails AS SELECT email, plan_tier FROM users; GRANT ALL ON public.mails TO {app};
+        CREATE VIEW public.active AS SELECT * FROM users WHERE deleted_at IS NULL;
+        GRANT SELECT, INSERT (id, email), UPDATE (email, plan_tier) ON public.active TO {app};
+        CREATE VIEW public.sums AS SELECT sum(credit_balance) FROM users; GRANT ALL ON public.sums TO {app};
+        CREATE VIEW public.titles AS SELECT title, credit_balance FROM workshops, users; GRANT ALL ON titles TO {app};
+        CREATE VIEW public.mine AS SELECT * FROM users; ALTER VIEW public.mine OWNER TO {app};
+        CREATE VIEW public.as_caller WITH (security_invoker = on) AS SELECT * FROM users;
+        GRANT ALL ON public.as_caller TO {app};
+        CREATE TABLE public.people (id uuid PRIMARY KEY); GRANT ALL ON public.people TO {app};
+        INSERT INTO public.people SELECT id FROM users;
+        ALTER TABLE users ADD FOREIGN KEY (id) REFERENCES public.people ON DELETE CASCADE
+    """)
+    assert app.ways() == []
+    app.grant()
+    for view in ("mine", "as_caller"):
+        with app.engine.connect() as conn, pytest.raises(sa.exc.ProgrammingError, match="permission denied"):
+            conn.exec_driver_sql(f"UPDATE public.{view} SET credit_balance = 1000")
+    with app.world.engine.connect() as conn:
+        assert app.world.ledger.balance(conn, user) == 0
+
+
+@one_shape
+def test_a_command_names_a_role_as_one_word_of_a_shell(app: App, make_role: Callable[..., str]) -> None:
+    """A name may hold what a shell would run, and quotes of both kinds."""
+    name = make_role("NOLOGIN", name="group$(touch here)`id`'\"\\")
+    app.owner_runs("GRANT UPDATE ON users TO {group}; GRANT {group} TO {app}", group=sql.Identifier(name).as_string())
+    (found,) = app.ways()
+    assert shlex.split(str(found.remedy))[:5] == ["tallystick", "migrate", "sql", "--role", name]
+
+
+@one_shape
+def test_a_partition_of_the_ledger_is_guarded_as_the_whole(app: App) -> None:
+    """Its privileges are its own."""
+    partition(app.world.engine, app.world.config)
+    app.grant()
+    app.owner_runs("GRANT UPDATE ON public.ledger_1 TO {app}")
+    assert [str(drift.found) for drift in app.ways()] == ["may UPDATE public.ledger_1"]
+    run_script(app.world, str(app.ways()[0].remedy))
+    assert app.ways() == []
 
 
 @one_shape

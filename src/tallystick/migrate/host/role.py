@@ -61,7 +61,10 @@ _BESIDE = (
 
 _NAME_MAX = 63  # PostgreSQL truncates a longer identifier
 
-_PATH = sql.SQL("SET LOCAL search_path = pg_catalog, pg_temp")
+_SETTINGS = (
+    sql.SQL("SET LOCAL search_path = pg_catalog, pg_temp"),
+    sql.SQL("SET LOCAL jit = off"),  # it compiles the search for ways past the functions for seconds
+)
 
 _LIMITABLE = sql.SQL("""
 DECLARE
@@ -331,4 +334,4 @@ def _do(body: sql.Composable) -> sql.Composable:
 
 def _script(head: str, *steps: sql.Composable) -> str:
     """One transaction, with a search_path in which no other role can create objects."""
-    return f"{head}\nBEGIN;\n" + "".join(f"{step.as_string()};\n" for step in (_PATH, *steps)) + "COMMIT;\n"
+    return f"{head}\nBEGIN;\n" + "".join(f"{step.as_string()};\n" for step in (*_SETTINGS, *steps)) + "COMMIT;\n"

@@ -1,7 +1,7 @@
 -- The ways in which a role that was granted the ledger could change a balance or a credit transaction without the
 -- functions: (role, way, remedy). The functions run as the owner of the tables, and so does the host's code that they
 -- fire: a role that can change this code can do all that the owner can.
-WITH app AS (
+WITH RECURSIVE app AS (
   SELECT r.oid, r.rolname AS name, r.rolsuper AS super FROM pg_roles AS r WHERE {is_app}
 ),
 -- The role, and the roles that it can become by SET ROLE, with the memberships that lead there.
@@ -15,16 +15,20 @@ reach AS (
   WHERE NOT app.super OR r.oid = app.oid
 ),
 grantee AS (
-  SELECT app, role, oid, quote_ident(rolname) AS name, via FROM reach
+  SELECT app, role, oid, quote_ident(rolname) AS name, via,
+    CASE WHEN rolname ~ '^[[:alnum:]_.-]+$' THEN rolname::text
+      ELSE '''' || replace(rolname::text, '''', '''"''"''') || '''' END AS shell_word
+  FROM reach
   UNION ALL
-  SELECT oid, name, 0, 'PUBLIC', ' as everybody may' FROM app
+  SELECT oid, name, 0, 'PUBLIC', ' as everybody may', NULL FROM app
 ),
 -- The schemas in which the functions, or the host's code that they fire, look up names.
 place AS (
   SELECT n.oid, n.nspname, n.nspowner, n.nspacl FROM pg_namespace AS n
   WHERE n.nspname = 'tallystick' OR n.nspname::text = ANY ({schemas}::text[])
 ),
--- The tables, with the privileges that only the owner needs, and the columns that only the functions write.
+-- The tables, with the privileges that only the owner needs, and the columns that only the functions write. A partition
+-- has privileges of its own.
 held AS (
   SELECT c.oid, c.relowner, c.relacl, ARRAY['TRIGGER', 'INSERT', 'UPDATE'] AS rights, h.inserts, h.updates
   FROM {tables} AS h (oid, inserts, updates) JOIN pg_class AS c ON c.oid = h.oid
@@ -36,7 +40,46 @@ held AS (
     NULL::text[], NULL::text[]
   FROM pg_class AS c
   WHERE c.oid = {ledger}::regclass
+    OR c.oid IN (SELECT p.relid FROM pg_partition_tree({ledger}::regclass) AS p)
     OR c.relkind IN ('r', 'p') AND c.relnamespace = (SELECT n.oid FROM pg_namespace AS n WHERE n.nspname = 'tallystick')
+),
+-- The columns that only the functions write, and those of other relations through which they can be written: of a view,
+-- or of a table with rules, with the rights of its owner; and a key that one of them follows (ON UPDATE CASCADE).
+-- A column of a view is passed over only if it has the name of another column that is not among them.
+guarded AS (
+  SELECT held.oid, a.attnum, a.attname, v.verb, false AS followed
+  FROM held JOIN pg_attribute AS a ON a.attrelid = held.oid AND a.attnum > 0 AND NOT a.attisdropped
+  CROSS JOIN (VALUES ('INSERT'), ('UPDATE'), ('DELETE')) AS v (verb)
+  WHERE v.verb = ANY (held.rights) AND coalesce(
+    a.attname::text = ANY (CASE v.verb WHEN 'INSERT' THEN held.inserts ELSE held.updates END), true)
+  UNION
+  SELECT l.* FROM guarded AS g, LATERAL (
+    SELECT w.ev_class, a.attnum, a.attname,
+      CASE w.ev_type WHEN '2' THEN 'UPDATE' WHEN '3' THEN 'INSERT' WHEN '4' THEN 'DELETE' ELSE g.verb END, false
+    FROM pg_depend AS d
+    JOIN pg_rewrite AS w ON w.oid = d.objid AND w.ev_class <> g.oid
+    JOIN pg_attribute AS a ON a.attrelid = w.ev_class AND a.attnum > 0 AND NOT a.attisdropped
+    WHERE d.classid = 'pg_rewrite'::regclass
+      AND d.refclassid = 'pg_class'::regclass AND d.refobjid = g.oid AND d.refobjsubid = g.attnum
+      AND (w.ev_type <> '1' OR a.attname = g.attname
+        OR NOT EXISTS (SELECT FROM pg_attribute AS b WHERE b.attrelid = g.oid AND b.attname = a.attname))
+    UNION ALL
+    SELECT f.confrelid, a.attnum, a.attname, g.verb, true
+    FROM pg_constraint AS f
+    JOIN pg_attribute AS a ON a.attrelid = f.confrelid AND a.attnum = f.confkey[array_position(f.conkey, g.attnum)]
+    WHERE f.contype = 'f' AND f.conrelid = g.oid AND f.confupdtype IN ('c', 'n', 'd') AND g.verb = 'UPDATE'
+  ) AS l
+),
+-- Those other relations. What a view or a rule of one of the examined roles can do is told of that role.
+beside AS (
+  SELECT DISTINCT c.oid, c.relowner, c.relacl, g.verb, g.followed
+  FROM guarded AS g JOIN pg_class AS c ON c.oid = g.oid
+  WHERE c.oid NOT IN (SELECT held.oid FROM held) AND (g.followed OR (
+    c.relowner NOT IN (SELECT reach.oid FROM reach)
+    AND c.relkind IN ('r', 'p', 'v')
+    AND pg_relation_is_updatable(c.oid, false) & CASE g.verb WHEN 'UPDATE' THEN 4 WHEN 'INSERT' THEN 8 ELSE 16 END <> 0
+    AND NOT EXISTS (SELECT FROM pg_options_to_table(c.reloptions) AS o
+      WHERE o.option_name = 'security_invoker' AND o.option_value::boolean)))
 ),
 -- Functions and types that run when a row of these tables is written.
 code AS (
@@ -57,6 +100,8 @@ owned AS (
   SELECT 'SCHEMA ' || quote_ident(place.nspname), place.nspowner FROM place
   UNION ALL
   SELECT 'TABLE ' || held.oid::regclass::text, held.relowner FROM held
+  UNION
+  SELECT 'TABLE ' || beside.oid::regclass::text, beside.relowner FROM beside WHERE beside.followed
   UNION ALL
   SELECT 'FUNCTION ' || p.oid::regprocedure::text, p.proowner FROM pg_proc AS p
   WHERE p.oid IN (SELECT code.oid FROM code) OR p.pronamespace IN (SELECT place.oid FROM place WHERE nspname = 'tallystick')
@@ -80,6 +125,14 @@ granted AS (
         true),
     false
   FROM held JOIN pg_attribute AS c ON c.attrelid = held.oid, aclexplode(c.attacl) AS a
+  UNION ALL
+  SELECT beside.oid::regclass::text, NULL, a.*, beside.relowner, true, false
+  FROM beside, aclexplode(beside.relacl) AS a WHERE a.privilege_type = beside.verb
+  UNION ALL
+  SELECT beside.oid::regclass::text, quote_ident(c.attname), a.*, beside.relowner, true, false
+  FROM beside JOIN guarded AS g ON g.oid = beside.oid AND g.verb = beside.verb
+  JOIN pg_attribute AS c ON c.attrelid = g.oid AND c.attnum = g.attnum, aclexplode(c.attacl) AS a
+  WHERE a.privilege_type = beside.verb
   UNION ALL
   SELECT 'FUNCTION ' || p.oid::regprocedure::text, NULL, a.*, p.proowner, false, false
   FROM pg_proc AS p JOIN place ON place.oid = p.pronamespace, aclexplode(p.proacl) AS a
@@ -107,12 +160,13 @@ ways AS (
     'may ' || string_agg(DISTINCT p.privilege_type || coalesce(' (' || p.column || ')', ''), ', ')
       || CASE WHEN starts_with(p.what, 'SCHEMA ') THEN ' in ' ELSE ' ' END || p.what || g.via,
     CASE WHEN p.whole AND g.oid <> 0 AND p.grantor = p.owner
-      THEN 'tallystick migrate sql --role ' || g.name || ' | psql "$DATABASE_URL"'
+      THEN 'tallystick migrate sql --role ' || g.shell_word || ' | psql "$DATABASE_URL"'
       ELSE CASE WHEN p.grantor = p.owner THEN '' ELSE 'SET ROLE ' || quote_ident(pg_get_userbyid(p.grantor)) || '; ' END
         || 'REVOKE ' || string_agg(DISTINCT p.privilege_type || coalesce(' (' || p.column || ')', ''), ', ')
         || ' ON ' || p.what || ' FROM ' || g.name END
   FROM granted AS p JOIN grantee AS g ON g.oid = p.grantee
-  WHERE p.opens AND p.grantee <> p.owner GROUP BY g.app, g.role, g.oid, g.name, g.via, p.what, p.whole, p.grantor, p.owner
+  WHERE p.opens AND p.grantee <> p.owner GROUP BY g.app, g.role, g.oid, g.name, g.shell_word, g.via, p.what, p.whole,
+    p.grantor, p.owner
   UNION ALL
   SELECT g.app, g.role, 6,
     'may pass on ' || string_agg(DISTINCT p.privilege_type || coalesce(' (' || p.column || ')', ''), ', ') || ' on '
