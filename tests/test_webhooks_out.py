@@ -325,15 +325,20 @@ def test_an_unexpected_error_is_reported_and_raised(shop: World, receiver: Recei
         run(shop)
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9/ü", "http://127.0.0.1:port/", "nothing"])
-def test_an_address_that_no_request_can_be_sent_to_is_a_failed_attempt(
-    shop: World, receiver: Receiver, url: str
-) -> None:
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("http://127.0.0.1:9/ü", "http://127.0.0.1:port/", "nothing"),
+        *("http://example.com/hook", "file:///dev/null", "data:text/plain,x"),
+    ],
+)
+def test_an_address_that_add_endpoint_refuses_is_a_failed_attempt(shop: World, receiver: Receiver, url: str) -> None:
+    """An app's role may write the table. A file would be read as if it had accepted the event."""
     add_broken(shop, "broken", "url", url)
     shop.user(credits=1)
     done = {each.endpoint: each.error for each in run(shop, pauses_s=(60.0,))}
     assert done["app"] is None
-    assert str(done["broken"]).startswith("it did not answer: ")
+    assert str(done["broken"]).startswith("its address is not used: ")
     with shop.engine.connect() as conn:
         assert [each.attempts for each in endpoints(conn)] == [0, 1]
 

@@ -503,7 +503,13 @@ _OPENER = urllib.request.build_opener(_NoRedirect, _Http, _Https)
 
 
 def _post(url: str, signers: Sequence[Webhook], event_id: int, body: str, timeout_s: float) -> str | None:
-    """Send a request; None if it was accepted, else the error."""
+    """Send a request; None if it was accepted, else the error.
+
+    The address is checked once more: an app's role may write the table of endpoints itself, and a file: address would
+    be read here as if it had accepted the event.
+    """
+    if problem := _problem_of_address(url):
+        return f"its address is not used: {problem}"[:_ERROR_MAX]
     name, now = f"evt_{event_id}", dt.datetime.now(dt.UTC)
     headers = {
         "Content-Type": "application/json",
@@ -513,7 +519,7 @@ def _post(url: str, signers: Sequence[Webhook], event_id: int, body: str, timeou
         "webhook-signature": " ".join(signer.sign(name, now, body) for signer in signers),
     }
     try:
-        request = urllib.request.Request(url, data=body.encode(), headers=headers)  # noqa: S310 - checked when added
+        request = urllib.request.Request(url, data=body.encode(), headers=headers)  # noqa: S310 - checked above
         with _OPENER.open(request, timeout=timeout_s):
             return None
     except urllib.error.HTTPError as error:
