@@ -45,9 +45,15 @@ def test_credits(count: int, shown: str) -> None:
     assert Texts().credits(count) == shown
 
 
-@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1"])
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t1", "\r1", "\n1"])
 def test_no_text_is_a_formula(text: str) -> None:
     assert next(csv.reader(io.StringIO(csv_line([text]), newline=""))) == [f"'{text}"]
+
+
+def test_no_part_of_a_text_is_a_formula_where_semicolons_divide() -> None:
+    """There a spreadsheet also takes the quotes around the whole text for letters, and its line ends for its own."""
+    (line,) = csv.reader(io.StringIO(csv_line(["a;=1+1", "b, c\n=2;-3", "\t@d", "e;f = g"]), newline=""))
+    assert line == ["a;'=1+1", "b, c\n'=2;'-3", "'\t'@d", "e;f = g"]
 
 
 def test_cells_are_what_they_are() -> None:
