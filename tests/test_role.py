@@ -247,6 +247,7 @@ FORBIDDEN: dict[str, Callable[[World], sa.Executable]] = {
     "call what the functions call": lambda _: sa.text("SELECT tallystick.uuid7()"),
     "switch triggers off": lambda _: sa.text("SET session_replication_role = replica"),
     "forget the migration": lambda _: sa.text("DELETE FROM tallystick.migration_log"),
+    "number the events again": lambda _: sa.text("SELECT setval('tallystick.events_id_seq', 1)"),
     "change the mapping": lambda _: sa.text("UPDATE tallystick.mapping SET host = '{}'"),
 }
 OF_WORKSHOPS: dict[str, Callable[[World], sa.Executable]] = {
@@ -383,6 +384,10 @@ WAYS: dict[str, tuple[str, str]] = {
         "may DELETE tallystick.stripe_events",
     ),
     "the mapping": ("GRANT UPDATE ON tallystick.mapping TO {app}", "may UPDATE tallystick.mapping"),
+    "the numbers of events": (
+        "GRANT UPDATE ON SEQUENCE tallystick.events_id_seq TO {group}; GRANT {group} TO {app}",
+        "may UPDATE tallystick.events_id_seq as {group}",
+    ),
     "all data": ("GRANT pg_write_all_data TO {app}", "is a member of pg_write_all_data"),
     "all data, by a group": ("GRANT pg_write_all_data TO {group}; GRANT {group} TO {app}", "is a member of pg_write"),
     "programs": ("GRANT pg_execute_server_program TO {app}", "is a member of pg_execute_server_program"),
@@ -628,6 +633,7 @@ def test_what_the_ledger_got_by_default_is_taken_back(any_world: World, make_rol
     run_script(
         any_world,
         f"ALTER DEFAULT PRIVILEGES GRANT ALL ON TABLES TO {quoted};"
+        f"ALTER DEFAULT PRIVILEGES GRANT ALL ON SEQUENCES TO {quoted};"
         f"ALTER DEFAULT PRIVILEGES GRANT EXECUTE ON FUNCTIONS TO {quoted}",
     )
     migrate.undo(any_world.url, any_world.config)
@@ -636,7 +642,8 @@ def test_what_the_ledger_got_by_default_is_taken_back(any_world: World, make_rol
     engine = sa.create_engine(sa.make_url(any_world.url).set(username=name), poolclass=sa.NullPool)
     user = any_world.user(credits=5)
     with engine.connect() as conn:
-        for forbidden in ("add a row", "delete a row", "call what the functions call", "change the mapping"):
+        kept = ("add a row", "delete a row", "call what the functions call", "change the mapping")
+        for forbidden in (*kept, "number the events again"):
             with pytest.raises(sa.exc.ProgrammingError, match="permission denied"), conn.begin():
                 conn.execute(FORBIDDEN[forbidden](any_world))
         with conn.begin():

@@ -192,6 +192,7 @@ def grant(host: HostMapping, role: str) -> str:
         *(sql.SQL("GRANT USAGE ON SCHEMA {} TO {}").format(sql.Identifier(schema), to) for schema in schemas),
         sql.SQL("GRANT USAGE ON SCHEMA {} TO {}").format(sql.Identifier(BOOKKEEPING_SCHEMA), to),
         sql.SQL("REVOKE ALL ON ALL TABLES {} FROM PUBLIC, {}").format(everything, to),
+        sql.SQL("REVOKE ALL ON ALL SEQUENCES {} FROM PUBLIC, {}").format(everything, to),
         sql.SQL("GRANT SELECT ON ALL TABLES {} TO {}").format(everything, to),
         sql.SQL("GRANT INSERT, UPDATE ON {} TO {}").format(
             sql.SQL(", ").join(sql.Identifier(BOOKKEEPING_SCHEMA, table.name) for table in _BESIDE), to

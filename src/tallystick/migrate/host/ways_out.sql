@@ -28,20 +28,21 @@ place AS (
   WHERE n.nspname = 'tallystick' OR n.nspname::text = ANY ({schemas}::text[])
 ),
 -- The tables, with the privileges that only the owner needs, and the columns that only the functions write. A partition
--- has privileges of its own.
+-- has privileges of its own; and who may set the sequence of the events' numbers can have them given twice.
 held AS (
   SELECT c.oid, c.relowner, c.relacl, ARRAY['TRIGGER', 'INSERT', 'UPDATE'] AS rights, h.inserts, h.updates
   FROM {tables} AS h (oid, inserts, updates) JOIN pg_class AS c ON c.oid = h.oid
   UNION ALL
   SELECT c.oid, c.relowner, c.relacl,
-    CASE WHEN starts_with(c.relname::text, 'stripe_') OR c.relname IN ('event_endpoints', 'event_dead_letters')
+    CASE WHEN c.relkind = 'S' THEN ARRAY['UPDATE']
+      WHEN starts_with(c.relname::text, 'stripe_') OR c.relname IN ('event_endpoints', 'event_dead_letters')
       THEN ARRAY['DELETE', 'TRUNCATE', 'TRIGGER']
       ELSE ARRAY['INSERT', 'UPDATE', 'DELETE', 'TRUNCATE', 'TRIGGER'] END,
     NULL::text[], NULL::text[]
   FROM pg_class AS c
   WHERE c.oid = {ledger}::regclass
     OR c.oid IN (SELECT p.relid FROM pg_partition_tree({ledger}::regclass) AS p)
-    OR c.relkind IN ('r', 'p') AND c.relnamespace = (SELECT n.oid FROM pg_namespace AS n WHERE n.nspname = 'tallystick')
+    OR c.relkind IN ('r', 'p', 'S') AND c.relnamespace = (SELECT n.oid FROM pg_namespace AS n WHERE n.nspname = 'tallystick')
 ),
 -- The columns that only the functions write, and those of other relations through which they can be written: of a view,
 -- or of a table with rules, with the rights of its owner; and a key that one of them follows (ON UPDATE CASCADE).
