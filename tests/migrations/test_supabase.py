@@ -121,6 +121,26 @@ def test_privileges_on_the_ledger_are_told(supabase: App) -> None:
     assert status(supabase).drift == ()
 
 
+def test_a_view_of_the_balance_is_told(supabase: App) -> None:
+    """Supabase grants all on each new view too, and row level security does not bind the view's owner."""
+    migrate.apply(supabase.url, supabase.config)
+    supabase.run(*(part for each in status(supabase).drift for part in each.remedy.split("; ")))
+    supabase.run(
+        "CREATE VIEW public.people AS SELECT * FROM profiles",
+        "CREATE VIEW public.names AS SELECT id, full_name FROM profiles",
+        "CREATE VIEW public.own WITH (security_invoker = on) AS SELECT * FROM profiles",
+    )
+    attack = "UPDATE people SET credit_balance = 99"
+    assert as_role(supabase, "anon", attack) is None
+    found = status(supabase)
+    assert {(each.where, str(each.found)) for each in found.drift} == {
+        ("public.people", f"{role} may INSERT, UPDATE") for role in ("anon", "authenticated", "service_role")
+    }
+    supabase.run(*(part for each in found.drift for part in each.remedy.split("; ")))
+    assert status(supabase).drift == ()
+    assert "permission denied" in (as_role(supabase, "anon", attack) or "")
+
+
 def test_a_policy_that_shows_billing_to_others_is_warned_of(supabase: App) -> None:
     migrate.apply(supabase.url, supabase.config)
     # the owner of these tables is a superuser, which is another warning

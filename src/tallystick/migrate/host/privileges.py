@@ -70,7 +70,8 @@ _APPS = sa.text("""
     WHERE p.pronamespace = to_regnamespace('tallystick') AND a.grantee <> p.proowner
 """)
 
-# A privilege on a table is one on each of its columns, and one on a column is enough to set a balance.
+# A privilege on a table is one on each of its columns, and one on a column is enough to set a balance. A view of these
+# columns is written with its owner's rights, past row level security too.
 _WRITERS = sa.text("""
     WITH given AS (
       SELECT c.oid AS table, c.relowner AS owner, a.grantee, a.privilege_type AS privilege
@@ -83,6 +84,19 @@ _WRITERS = sa.text("""
       CROSS JOIN LATERAL aclexplode(t.attacl) a
       WHERE c.oid = :ledger
          OR (c.oid = :users AND t.attname IN (:balance, 'credit_sequence', 'credit_held', 'credit_due_at'))
+      UNION
+      SELECT c.oid, c.relowner, a.grantee, a.privilege_type
+      FROM pg_class c CROSS JOIN LATERAL aclexplode(c.relacl) a
+      WHERE c.relkind = 'v' AND a.privilege_type IN ('INSERT', 'UPDATE')
+        AND pg_relation_is_updatable(c.oid, false) & CASE a.privilege_type WHEN 'UPDATE' THEN 4 ELSE 8 END <> 0
+        AND NOT EXISTS (SELECT FROM pg_options_to_table(c.reloptions) o
+                        WHERE o.option_name = 'security_invoker' AND o.option_value::boolean)
+        AND EXISTS (
+          SELECT FROM pg_rewrite w JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = w.oid
+          JOIN pg_attribute t ON t.attrelid = d.refobjid AND t.attnum = d.refobjsubid
+          WHERE w.ev_class = c.oid AND d.refclassid = 'pg_class'::regclass
+            AND (d.refobjid = :ledger OR (d.refobjid = :users
+              AND t.attname IN (:balance, 'credit_sequence', 'credit_held', 'credit_due_at'))))
     )
     SELECT g.table::bigint AS oid, n.nspname AS schema, c.relname AS name, coalesce(r.rolname, 'PUBLIC') AS role,
            r.oid IS NULL AS everyone, array_agg(g.privilege ORDER BY g.privilege) AS privileges
