@@ -267,6 +267,23 @@ def test_a_delivery_needs_a_signature_and_no_token(django_shop: DjangoShop) -> N
         assert client.get(address).status_code == 405
 
 
+def test_djangos_login_required_middleware_leaves_our_pages_to_themselves(django_shop: DjangoShop) -> None:
+    from django.conf import settings
+    from django.test import override_settings
+
+    everywhere = "django.contrib.auth.middleware.LoginRequiredMiddleware"
+    with override_settings(MIDDLEWARE=[*settings.MIDDLEWARE, everywhere]):
+        client = django_shop.client()
+        assert client.get("/").status_code == 302  # the app's own pages are behind it
+        for address in ("/billing/webhooks/stripe", "/billing/webhooks/stripe/"):
+            assert client.post(address, b"{}", content_type="application/json").status_code == 400
+        assert client.get("/billing/static/tallystick.css").status_code == 200
+        assert client.get("/billing/history", headers={"Accept": "application/json"}).status_code == 401
+        assert client.get("/billing/badge", headers=HTMX).status_code == 204
+        sent = client.get("/billing/history")
+        assert (sent.status_code, sent["Location"]) == (303, "/sign-in?next=%2Fbilling%2Fhistory")
+
+
 def test_the_admin_shows_the_ledger_and_changes_nothing(django_shop: DjangoShop) -> None:
     from django.contrib.auth import get_user_model
 
