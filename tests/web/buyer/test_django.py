@@ -369,6 +369,32 @@ def test_the_badge_of_a_user_the_ledger_does_not_know(django_shop: DjangoShop) -
     assert billing.fragments(request).badge == ""
 
 
+def test_the_key_of_a_user_is_the_one_that_the_mapping_names(django_shop: DjangoShop) -> None:
+    from django.contrib import admin
+    from django.contrib.auth.models import AnonymousUser, User
+    from django.test import RequestFactory
+
+    from django_workshops.billing import billing
+    from tallystick import HostMapping, UsersTable
+    from tallystick.errors import NotSignedIn
+    from tallystick.web.django import DjangoBilling, LedgerAdmin
+
+    class WithLedger(LedgerAdmin, admin.ModelAdmin):
+        pass
+
+    user, request = django_shop.user(), RequestFactory().get("/")
+    # a key beside the primary key, which as a number could be another user's; and a table that is not Django's
+    for key, expected in (("id", user.pk), ("email", user.email), ("person_id", user.pk)):
+        users = UsersTable(table="auth_user", key=key, key_type="text" if key == "email" else "integer")
+        mapped = DjangoBilling(billing.config.model_copy(update={"host": HostMapping(users=users, workshops=None)}))
+        WithLedger.billing = mapped
+        request.user = user
+        assert mapped.signed_in(request) == WithLedger(User, admin.site).user_key(user) == expected
+        request.user = AnonymousUser()
+        with pytest.raises(NotSignedIn):
+            mapped.signed_in(request)
+
+
 def test_it_does_not_start_to_sell_without_an_address(django_shop: DjangoShop) -> None:
     from django_workshops.billing import billing
     from tallystick.errors import ConfigError

@@ -66,8 +66,8 @@ class LedgerAdmin:
     credit_ledger.short_description = "Ledger"  # type: ignore[attr-defined]  # Django's own way
 
     def user_key(self, user: Any) -> Any:
-        """The user's key in the ledger; override it if that is not the primary key."""
-        return user.pk
+        """The user's key in the ledger, as ``DjangoBilling.key_of``."""
+        return self.billing.key_of(user)
 
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> tuple[Any, ...]:
         """The app's read-only fields, the ledger, and the columns that only its functions write."""

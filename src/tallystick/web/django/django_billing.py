@@ -74,12 +74,6 @@ class DjangoRequest:
         return Markup('<input type="hidden" name="csrfmiddlewaretoken" value="{}">').format(get_token(self.request))
 
 
-def signed_in_key(request: HttpRequest) -> Key | None:
-    """The primary key of the user whom Django has authenticated, or None."""
-    key: Key | None = request.user.pk if request.user.is_authenticated else None
-    return key
-
-
 class DjangoBilling:
     """The buyer's pages, and the checks before the app's own views.
 
@@ -91,7 +85,7 @@ class DjangoBilling:
         self,
         config: Config,
         *,
-        user_key: Callable[[HttpRequest], Key | None] = signed_in_key,
+        user_key: Callable[[HttpRequest], Key | None] | None = None,
         using: str = "default",
         engine: sa.Engine | None = None,
         layout: str | None = None,
@@ -106,7 +100,7 @@ class DjangoBilling:
 
         Args:
             config: the packs, and the mapping of users and workshops.
-            user_key: returns the key of the signed-in user, or None; by default ``request.user.pk``.
+            user_key: returns the key of the signed-in user, or None; by default ``key_of(request.user)``.
             using: the name of the database in ``DATABASES``.
             engine: for requests to Stripe; one for ``config.database_url`` unless given.
             layout: a Django template for our pages, with ``title``, ``head`` and ``main`` in its context.
@@ -134,7 +128,7 @@ class DjangoBilling:
         self.ledger = self.pages.ledger
         self.accounts = self.pages.accounts
         self._refusals = Refusals(packs, self.renderer, sign_in=_sign_in, checkout=None)
-        self._user_key = user_key
+        self._user_key = user_key or self._signed_in_key
         self._using = using
         self._engine = engine
         self._preview = preview
@@ -159,6 +153,16 @@ class DjangoBilling:
     def connection(self) -> Any:
         """Django's connection of this thread."""
         return connections[self._using]
+
+    def key_of(self, user: Any) -> Key:
+        """The key of a user of Django's: the field of the mapping's key column, else the primary key."""
+        column = self.config.host.users.key
+        fields = (field.attname for field in user._meta.concrete_fields if field.column == column)  # noqa: SLF001 - documented
+        key: Key = getattr(user, next(fields, "pk"))
+        return key
+
+    def _signed_in_key(self, request: HttpRequest) -> Key | None:
+        return self.key_of(request.user) if request.user.is_authenticated else None
 
     # --- checks before the app's own views ---
 
