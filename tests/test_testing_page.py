@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from uuid import uuid4
 
 import psycopg
 import pytest
@@ -122,6 +123,43 @@ def test_the_django_example(tmp_path: Path, server: Server):
     }
     done = run_pytest(pages.write(tmp_path, files), "--tallystick-url", server.url())
     assert outcomes(done) == {"passed": 6}, done.stdout
+
+
+@pytest.mark.parametrize("options", [[], ["--parallel=2"]], ids=["one", "parallel"])
+def test_the_runner_of_django(tmp_path: Path, server: Server, options: list[str]):
+    shutil.copytree(APPS / "django", tmp_path, dirs_exist_ok=True)
+    (view,) = (code for code in pages.blocks(pages.ROOT / "docs" / "django.md", "python") if "def unlock" in code)
+    at = psycopg.conninfo.conninfo_to_dict(bare(server.url()))
+    where = {"USER": at["user"], "HOST": at["host"], "PORT": at["port"], "NAME": f"of_{uuid4().hex}"}
+    settings = f"""
+from settings import *
+DATABASES["default"] |= {where}
+TEST_RUNNER = "shop.runner.Runner"
+"""
+    # and a column of the ledger's that the models have, as with the snippet
+    operation = "migrations.AddField('workshop', 'credit_consumed_at', models.DateTimeField(null=True))"
+    migration = f"""
+from django.db import migrations, models
+class Migration(migrations.Migration):
+    dependencies = [("shop", "0001_initial")]
+    operations = [migrations.SeparateDatabaseAndState(state_operations=[{operation}])]
+"""
+    model = (tmp_path / "shop/models.py").read_text() + "    credit_consumed_at = models.DateTimeField(null=True)\n"
+    files = pages.files_of("testing.md", "Django's test runner")
+    files["shop/test_more.py"] = files["shop/tests.py"].replace("class Unlock", "class Again")  # a process for each
+    added = {"shop/views.py": view, "for_tests.py": settings, "shop/models.py": model}
+    pages.write(tmp_path, files | added | {"shop/migrations/0002_ledger.py": migration})
+    done = subprocess.run(
+        [sys.executable, "-m", "django", "test", *options, "shop.tests", "shop.test_more"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "DJANGO_SETTINGS_MODULE": "for_tests"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Ran 2 tests" in done.stderr
 
 
 def test_without_pytest(tmp_path: Path, world: World, server: Server):
