@@ -45,8 +45,8 @@ def test_the_overview_and_the_snippets_count_beyond_an_integer(big: World) -> No
     assert figures.money[0].average == Fraction(700, MUCH)
     assert 'bigint("credit_balance", { mode: "number" })' in migrate.snippet("drizzle", big.config)
     django = migrate.snippet("django", big.config)
-    assert "credit_held = models.BigIntegerField(" in django
-    assert "credit_sequence = models.IntegerField(" in django
+    assert "credit_held = of_the_ledger(models.BigIntegerField(" in django
+    assert "credit_sequence = of_the_ledger(models.IntegerField(" in django
     assert "credit_balance: Mapped[int] = mapped_column(BigInteger," in migrate.snippet("sqlalchemy", big.config)
     assert "BigInteger, Integer," in migrate.snippet("sqlalchemy", big.config)
     assert "creditBalance      BigInt " in migrate.snippet("prisma", big.config)

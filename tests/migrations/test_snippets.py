@@ -22,6 +22,7 @@ from hosts import App
 from node_tools import DRIZZLE, Project, project, write_drizzle
 
 from tallystick import Config, HostMapping, UsersTable, WorkshopsTable, migrate
+from tallystick.audit import audit
 from tallystick.declared_tables import user_columns, workshop_columns
 from tallystick.errors import ConfigError
 from tallystick.migrate.host_tools.snippets import TOOLS, snippet
@@ -492,17 +493,40 @@ class Workshop(models.Model):
 DJANGO_ROWS = """
 import django
 django.setup()
-from django.db.models import F
+from django.core import serializers
+from django.db import connection
 from shop.models import User, Workshop
+from tallystick import Config, Ledger
 
 user = User.objects.create(email="new")
 user.refresh_from_db()
 assert (user.credit_balance, user.plan_tier, user.onboarding_complete) == (0, "free", False)
 User.objects.filter(pk=user.pk).update(onboarding_complete=True, plan_tier="pro")
+user.refresh_from_db()
 workshop = Workshop.objects.create(user=user)
 workshop.refresh_from_db()
 assert workshop.credit_consumed_at is None
 assert User.objects.filter(onboarding_complete=True, updated_at__isnull=False).count() == 1
+
+# a model that was read before the ledger wrote, as Django's views that change a password save it
+ledger = Ledger(Config())
+ledger.grant(connection, user.pk, credits=3, key="start", description="A present")
+ledger.consume(connection, user.pk, workshop=workshop.pk, key="unlock")
+user.email = workshop.title = "changed"
+user.save()
+workshop.save()
+read = User.objects.get(email="changed", credit_balance=2)
+assert (read.credit_sequence, read.credit_held, read.credit_due_at, read.stripe_customer_id) == (2, 0, None, None)
+assert Workshop.objects.filter(title="changed", credit_consumed_at__isnull=False).exists()
+
+# and as a file of Django's
+stored = serializers.serialize("json", [read])
+ledger.grant(connection, user.pk, credits=1, key="more", description="A present")
+for each in serializers.deserialize("json", stored):
+    each.save()
+assert User.objects.get().credit_balance == 3
+User.objects.bulk_create([User(email=f"{n}") for n in range(2)])
+assert list(User.objects.values_list("credit_balance", flat=True).order_by("credit_balance")) == [0, 0, 3]
 """
 
 
@@ -552,7 +576,9 @@ def test_django_goes_on_from_the_wrapped_migration(make_app: Callable[..., App],
 
     rows = python("-c", DJANGO_ROWS)
     assert rows.returncode == 0, rows.stderr
-    assert app.rows("SELECT plan_tier, onboarding_complete FROM users") == [("pro", True)]
+    assert app.rows("SELECT plan_tier, onboarding_complete FROM users WHERE credit_balance > 0") == [("pro", True)]
+    with app.engine.connect() as conn:
+        assert audit(conn, app.config).clean
 
 
 def test_a_column_of_any_name_is_written_as_each_language_reads_it() -> None:

@@ -121,22 +121,26 @@ _DJANGO_IMPORTS = """\
 # --- at the top of your models
 from django.db import models
 from django.db.models.functions import Now
+
+
+def of_the_ledger(field):  # Django reads a generated field, and no save() writes it
+    return models.GeneratedField(expression=models.Value(None, field), output_field=field, db_persist=True)
 """
 _DJANGO = """\
 # --- in the model of {users}
-    credit_balance = models.IntegerField(db_default=0)
-    credit_sequence = models.IntegerField(db_default=0)
+    credit_balance = of_the_ledger(models.IntegerField())
+    credit_sequence = of_the_ledger(models.IntegerField())
     onboarding_complete = models.BooleanField(db_default=False)
-    stripe_customer_id = models.TextField(null=True)
+    stripe_customer_id = of_the_ledger(models.TextField())
     plan_tier = models.CharField(max_length=32, db_default="free")
     updated_at = models.DateTimeField(db_default=Now())
     deleted_at = models.DateTimeField(null=True)
-    credit_held = models.IntegerField(db_default=0)
-    credit_due_at = models.DateTimeField(null=True)
+    credit_held = of_the_ledger(models.IntegerField())
+    credit_due_at = of_the_ledger(models.DateTimeField())
 """
 _DJANGO_WORKSHOPS = """\
 # --- in the model of {workshops}
-    credit_consumed_at = models.DateTimeField(null=True)
+    credit_consumed_at = of_the_ledger(models.DateTimeField())
     deleted_at = models.DateTimeField(null=True)
 """
 _DJANGO_STATE = """\
