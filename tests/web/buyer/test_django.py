@@ -343,6 +343,40 @@ def test_a_page_of_the_admins_writes_no_old_balance_back(django_shop: DjangoShop
         type("Wrong", (admin.ModelAdmin, LedgerAdmin), {})
 
 
+def test_a_list_of_users_takes_one_query(django_shop: DjangoShop) -> None:
+    from django.contrib import admin
+    from django.contrib.auth import get_user_model
+    from django.db import models
+    from django.test import RequestFactory
+    from django.test.utils import CaptureQueriesContext
+
+    from django_workshops.billing import billing
+    from tallystick.web.django import LedgerAdmin
+
+    class Listed(models.Model):  # noqa: DJ008 - nothing shows one
+        username = models.TextField()
+        credit_balance = models.GeneratedField(  # as the snippet has it
+            expression=models.Value(None, models.IntegerField()), output_field=models.IntegerField(), db_persist=True
+        )
+
+        class Meta:
+            app_label = "django_workshops"
+            db_table = "auth_user"
+            managed = False
+
+    class WithLedger(LedgerAdmin, admin.ModelAdmin):
+        pass
+
+    WithLedger.billing = billing
+    request = RequestFactory().get("/")
+    request.user = get_user_model()(is_superuser=True, is_active=True)
+    mine = [django_shop.user(credits=number).pk for number in (1, 2, 3)]
+    with CaptureQueriesContext(connection()) as sent:
+        found = WithLedger(Listed, admin.site).get_queryset(request).filter(pk__in=mine).order_by("pk")
+        assert [user.credit_balance for user in found] == [1, 2, 3]  # in a column of the app's own
+    assert len(sent) == 1
+
+
 def test_a_fault_of_the_databases_is_a_page_without_the_apps_layout(django_shop: DjangoShop) -> None:
     user = django_shop.user(credits=1)
     client, address = django_shop.client(user), f"/billing/workshops/{django_shop.workshop(user)}/unlock"

@@ -75,10 +75,10 @@ class LedgerAdmin:
         return (*theirs, FIELD, *(field.name for field in self._ours() if field.name not in theirs))
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:
-        """The app's queryset, without our columns that the list does not show."""
+        """The app's queryset, without those of our columns that Django would save and the list does not show."""
         found: QuerySet[Any] = super().get_queryset(request)  # type: ignore[misc]
         shown = self.get_list_display(request)  # type: ignore[attr-defined]  # one statement a row would load them
-        return found.defer(*(field.name for field in self._ours() if field.name not in shown))
+        return found.defer(*(field.name for field in self._ours() if not field.generated and field.name not in shown))
 
     def get_object(self, request: HttpRequest, object_id: str, from_field: str | None = None) -> Any:
         """The user of an admin page, whom its form may save."""
@@ -121,7 +121,8 @@ class LedgerAdmin:
         """``user`` with our columns marked as not loaded, since Django saves those that are."""
         if isinstance(user, Model):
             for field in self._ours():
-                user.__dict__.pop(field.attname, None)
+                if not field.generated:  # Django does not save it
+                    user.__dict__.pop(field.attname, None)
         return user
 
 
