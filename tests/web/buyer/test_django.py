@@ -392,6 +392,19 @@ def test_a_fault_of_the_databases_is_a_page_without_the_apps_layout(django_shop:
     assert client.post(address).status_code == 303
 
 
+def test_a_refused_purchase_leaves_the_transaction_of_a_testcase_as_it_is(django_shop: DjangoShop) -> None:
+    from django.db import transaction
+
+    user = django_shop.user(credits=1)
+    client = django_shop.client(user)
+    workshop = django_shop.workshop(user)
+    django_shop.double.fault("POST", "/v1/checkout/sessions", 503, times=3)
+    with transaction.atomic():
+        assert client.post("/billing/checkout", {"pack": "Flight Crew"}).status_code == 503
+        assert client.post(f"/billing/workshops/{workshop}/unlock").status_code == 303
+    assert django_shop.balance(user.email) == 0
+
+
 def test_the_badge_of_a_user_the_ledger_does_not_know(django_shop: DjangoShop) -> None:
     from django.contrib.auth.models import User
     from django.test import RequestFactory

@@ -196,14 +196,15 @@ class DjangoBilling:
         """
         return self.pages.paywall.require_open(self.connection, user, workshop)
 
-    def refusal(self, request: HttpRequest, error: TallystickError) -> HttpResponse:
+    def refusal(self, request: HttpRequest, error: TallystickError, *, roll_back: bool = True) -> HttpResponse:
         """The response to an error that a view of the app has caught.
 
         After a fault of the database or ours Django's transaction is rolled back, and the page comes without the app's
-        layout, which may query the database.
+        layout, which may query the database. With ``roll_back=False`` it is not: the error is of a call that asks
+        Stripe, which has transactions of its own.
         """
         found = self._refusals.answer(DjangoRequest(request), error)
-        if found.status >= SERVER_FAULT and self.connection.in_atomic_block:
+        if roll_back and found.status >= SERVER_FAULT and self.connection.in_atomic_block:
             transaction.set_rollback(True, using=self._using)
         return self.response(request, found)
 

@@ -45,8 +45,11 @@ def urls(billing: DjangoBilling) -> tuple[list[Any], str]:
     return found, NAMESPACE
 
 
-def _view(billing: DjangoBilling, methods: Mapping[str, Shown]) -> Callable[..., Any]:
-    """A view for the signed-in user, with a function for each method. Forms are protected even without a middleware."""
+def _view(billing: DjangoBilling, methods: Mapping[str, Shown], *, asks_stripe: bool = False) -> Callable[..., Any]:
+    """A view for the signed-in user, with a function for each method. Forms are protected even without a middleware.
+
+    With ``asks_stripe`` it is outside Django's transactions, and leaves that of a ``TestCase`` as it is.
+    """
 
     def shown(request: HttpRequest, **given: Any) -> Any:
         try:
@@ -54,12 +57,12 @@ def _view(billing: DjangoBilling, methods: Mapping[str, Shown]) -> Callable[...,
                 request, billing.signed_in(request), **given
             )
         except TallystickError as error:
-            return billing.refusal(request, error)
+            return billing.refusal(request, error, roll_back=not asks_stripe)
         return billing.response(request, found) if isinstance(found, BuyerPage | Reply) else found
 
     allowed = ["HEAD", *methods] if "GET" in methods else [*methods]
     made: Callable[..., Any] = require_http_methods(allowed)(csrf_protect(shown))
-    return made
+    return _outside_transactions(made) if asks_stripe else made
 
 
 def _reading(billing: DjangoBilling) -> list[Any]:
@@ -175,8 +178,8 @@ def _buying(billing: DjangoBilling, sales: Sales) -> list[Any]:
 
     delivered = _outside_transactions(csrf_exempt(require_http_methods(["POST"])(webhook)))
     return [
-        path("checkout", _outside_transactions(_view(billing, {"POST": checkout})), name="checkout"),
-        path("success", _outside_transactions(_view(billing, {"GET": success})), name="success"),
+        path("checkout", _view(billing, {"POST": checkout}, asks_stripe=True), name="checkout"),
+        path("success", _view(billing, {"GET": success}, asks_stripe=True), name="success"),
         path("cancelled", _view(billing, {"GET": cancelled}), name="cancelled"),
         path("webhooks/stripe", delivered, name="stripe_webhook"),
         path("webhooks/stripe/", delivered),  # without the slash too: a redirect would be a failed delivery
