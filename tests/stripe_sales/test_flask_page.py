@@ -6,6 +6,7 @@ import re
 import runpy
 from dataclasses import replace
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from flask.testing import FlaskClient
@@ -13,6 +14,7 @@ from flask.testing import FlaskClient
 import pages
 from stripe_sales.shop import CREDITS, ORIGIN, PACK, PRICE, Shop
 from tallystick import Pack, stripe
+from tallystick.accounts import Accounts
 from tallystick.errors import Key
 
 
@@ -109,6 +111,27 @@ def test_refusals_have_their_status(app: Any, shop: Shop) -> None:
     assert stranger.post("/packs/nothing", form_id="1")[0] == 404
     assert stranger.get("/done?session_id=cs_other")[0] == 404
     assert shop.balance(other) == 3
+
+
+def test_what_a_client_causes_is_no_fault_of_the_server(app: Any, shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+    user = shop.world.user(credits=3)
+    workshop = shop.world.workshop(user)
+    browser, step = Browser(app.test_client(), user), f"/workshops/{workshop}/steps/7"
+    for text in ("x" * 5000, "\0"):
+        assert browser.post(f"/packs/{PACK}", form_id=text)[0] == 422
+    accounts = Accounts(shop.config)
+    with shop.engine.begin() as conn:
+        accounts.delete_workshop(conn, workshop)
+    assert browser.get(step)[0] == 404  # not the paywall, which asks for a credit that cannot open it
+    assert browser.post(f"/workshops/{workshop}/unlock")[0] == 404
+    other = shop.world.workshop(user)
+    with shop.engine.begin() as conn:
+        accounts.delete_user(conn, user)
+    for visitor in (browser, Browser(app.test_client(), uuid4())):
+        assert visitor.post(f"/packs/{PACK}", form_id="1")[0] == 403
+    assert browser.post(f"/workshops/{other}/unlock")[0] == 403
+    assert shop.balance(user) == 3
+    assert not caplog.records
 
 
 def test_the_connection_of_psycopg(page: dict[str, dict[str, Any]], shop: Shop) -> None:
