@@ -545,6 +545,37 @@ def test_the_page_on_django(django_shop: DjangoShop, tmp_path: Path, monkeypatch
     assert "You have 1 credit." in shown.credit_ledger(user)
 
 
+def test_the_view_without_the_pages(django_shop: DjangoShop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from django.contrib.auth.models import User
+    from django.test import RequestFactory
+
+    from django_workshops.billing import billing
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tallystick.toml").write_text(
+        '[host.users]\ntable = "auth_user"\nkey_type = "integer"\n[host.workshops]\nkey_type = "bigint"\n'
+    )
+    (code,) = (code for code in blocks(ROOT / "docs" / "django.md", "python") if "def unlock" in code)
+    names: dict[str, Any] = {}
+    exec(compile(code, "docs/django.md", "exec", dont_inherit=True), names)
+
+    def status(user: Any, workshop: int) -> int:
+        request = RequestFactory().post("/")
+        request.user = user
+        return int(names["unlock"](request, workshop).status_code)
+
+    user, other = django_shop.user(credits=1), django_shop.user()
+    mine, gone = django_shop.workshop(user), django_shop.workshop(user)
+    billing.accounts.delete_workshop(connection(), gone)
+    assert (status(user, mine), status(user, mine)) == (200, 200)
+    assert status(user, django_shop.workshop(user)) == 402
+    for workshop in (gone, django_shop.workshop(other), 2**62):
+        assert status(user, workshop) == 404
+    billing.accounts.delete_user(connection(), other.pk)
+    for user in (other, User(pk=2**31 - 1)):
+        assert status(user, django_shop.workshop(other)) == 404
+
+
 def connection() -> Any:
     from django.db import connection
 
