@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from html import unescape
 from pathlib import Path
 from types import ModuleType
@@ -168,6 +170,28 @@ def test_the_history_and_its_file(django_shop: DjangoShop) -> None:
     assert len(lines) == 3
     assert client.get("/billing/history?before=no-cursor").status_code == 422
     assert client.post("/billing/history").status_code == 405
+
+
+@pytest.mark.filterwarnings("error:StreamingHttpResponse")
+def test_the_file_of_the_history_under_asgi(django_shop: DjangoShop) -> None:
+    from asgiref.sync import sync_to_async
+    from django.db import connections
+    from django.test import AsyncClient
+
+    user = django_shop.user(credits=3)
+
+    async def lines() -> list[str]:
+        client = AsyncClient()
+        await client.aforce_login(user)
+        answer = await client.get("/billing/history.csv")
+        assert (answer.status_code, answer.is_async) == (200, True)
+        found = b"".join([part async for part in answer]).decode().splitlines()
+        await sync_to_async(connections.close_all)()
+        return found
+
+    with ThreadPoolExecutor(1) as thread:  # the browser's loop may run in this one
+        head, row = thread.submit(asyncio.run, lines()).result()
+    assert ("grant" in row, "," in head) == (True, True)
 
 
 def test_the_headers_of_our_pages(django_shop: DjangoShop) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
+from asgiref.sync import sync_to_async
+from django.core.handlers.asgi import ASGIRequest
 from django.db import connections, transaction
 from django.http import Http404, HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
 from django.urls import path
@@ -86,7 +88,7 @@ def _reading(billing: DjangoBilling) -> list[Any]:
     def history(request: HttpRequest, user: Key) -> BuyerPage:
         return pages.history(billing.connection, user, before=request.GET.get("before"))
 
-    def history_csv(_: HttpRequest, user: Key) -> HttpResponse:
+    def history_csv(request: HttpRequest, user: Key) -> HttpResponse:
         def after(row: CreditTransaction | None) -> list[CreditTransaction]:
             return pages.rows(billing.connection, user, before=row)
 
@@ -97,7 +99,9 @@ def _reading(billing: DjangoBilling) -> list[Any]:
                 rows = after(rows[-1]) if len(rows) == HISTORY_MAX else []
 
         first = after(None)  # before the response begins, so that an error can still be answered
-        return billing.with_headers(StreamingHttpResponse(lines(first), content_type=CSV), pages.csv_headers())
+        sent = lines(first)
+        content = _asynchronous(sent) if isinstance(request, ASGIRequest) else sent
+        return billing.with_headers(StreamingHttpResponse(content, content_type=CSV), pages.csv_headers())
 
     return [
         path("static/<str:name>", static, name="static"),
@@ -106,6 +110,13 @@ def _reading(billing: DjangoBilling) -> list[Any]:
         path("history", _view(billing, {"GET": history}), name="history"),
         path("history.csv", _view(billing, {"GET": history_csv}), name="history_csv"),
     ]
+
+
+async def _asynchronous(lines: Iterator[str]) -> AsyncIterator[str]:
+    """The lines, read in Django's thread for the database; under ASGI it would else read them all before the first."""
+    following = sync_to_async(lambda: next(lines, None))
+    while (line := await following()) is not None:
+        yield line
 
 
 def _welcome(billing: DjangoBilling) -> list[Any]:
