@@ -496,6 +496,34 @@ def test_an_app_extends_a_page_of_ours_in_its_own_layout(django_shop: DjangoShop
     assert '<a class="brand" href="/">Workshops</a>' in page
 
 
+def test_the_texts_follow_the_language_of_the_request(django_shop: DjangoShop) -> None:
+    from django.test import RequestFactory
+    from django.utils.translation import get_language, gettext_lazy, override
+
+    from django_workshops.billing import billing
+    from tallystick.web.buyer.texts import Texts
+    from tallystick.web.django import DjangoBilling
+
+    class Translated(Texts):
+        welcome_title = gettext_lazy("Log in")
+        welcome = (gettext_lazy("Log out"),)
+
+        @property
+        def language(self) -> str:
+            return get_language()
+
+    for layout in (None, "billing.html"):
+        own = DjangoBilling(billing.config, texts=Translated(), layout=layout)
+        request = RequestFactory().get("/", headers={"Accept": "text/html"})
+        request.user = django_shop.user()
+        for language, title, text in (("de", "Anmelden", "Abmelden"), ("en", "Log in", "Log out")):
+            with override(language):
+                page = own.response(request, own.pages.welcome(return_to=None)).content.decode()
+            assert f"<title>{title}" in page
+            assert text in page
+            assert layout is not None or f'<html lang="{language}">' in page
+
+
 def test_the_checks_before_a_view(django_shop: DjangoShop) -> None:
     from django.contrib.auth.models import AnonymousUser
     from django.http import HttpResponse
