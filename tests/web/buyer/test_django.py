@@ -429,7 +429,8 @@ def test_a_refused_purchase_leaves_the_transaction_of_a_testcase_as_it_is(django
     assert django_shop.balance(user.email) == 0
 
 
-def test_the_badge_of_a_user_the_ledger_does_not_know(django_shop: DjangoShop) -> None:
+def test_a_user_whom_the_ledger_does_not_know(django_shop: DjangoShop) -> None:
+    from django.contrib import admin
     from django.contrib.auth.models import User
     from django.test import RequestFactory
 
@@ -438,6 +439,8 @@ def test_the_badge_of_a_user_the_ledger_does_not_know(django_shop: DjangoShop) -
     request = RequestFactory().get("/")
     request.user = User(pk=2**31 - 1)
     assert billing.fragments(request).badge == ""
+    shown = admin.site.get_model_admin(User)
+    assert shown.credit_ledger(request.user) == "No account: this user has no row in the mapped table."
 
 
 def test_the_key_of_a_user_is_the_one_that_the_mapping_names(django_shop: DjangoShop) -> None:

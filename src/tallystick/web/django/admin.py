@@ -10,6 +10,7 @@ from django.http import HttpRequest
 from django.utils.html import format_html, format_html_join
 
 from tallystick.declared_tables import Schema
+from tallystick.errors import UnknownUser
 from tallystick.web.django.django_billing import DjangoBilling, refuse_base_before_mixin
 from tallystick.web.shared import numbers
 
@@ -37,7 +38,10 @@ class LedgerAdmin:
     def credit_ledger(self, user: Any) -> Any:
         """The balance and the newest rows, as a table."""
         ledger, conn, key = self.billing.ledger, self.billing.connection, self.user_key(user)
-        now = ledger.standing(conn, key)
+        try:
+            now = ledger.standing(conn, key)
+        except UnknownUser:  # the mapped table may be another than that of the signed-in users
+            return "No account: this user has no row in the mapped table."
         rows = ledger.history(conn, key, limit=ROWS, include_failed=True)
         texts = self.billing.renderer.texts
         columns = ("#", "When (UTC)", "Type", "Status", "Amount", "Balance after", "Description")
