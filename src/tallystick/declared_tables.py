@@ -13,7 +13,9 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.schema import CheckConstraint, Column, ForeignKey, Index, Table
+from sqlalchemy.sql.compiler import TypeCompiler
 
 from tallystick.config import TEXT_KEYS, HostMapping, KeyType, UsersTable, WorkshopsTable
 from tallystick.schema import (
@@ -36,30 +38,35 @@ _KEY_TYPES: dict[KeyType, sa.types.TypeEngine[Any]] = {
 
 
 class _TextKey(sa.types.UserDefinedType[str]):
-    """A text key whose type or collation is not that of ``text``; the server converts the values."""
+    """A text key whose type or collation is not that of ``text``; the server converts the values.
+
+    ``name`` and ``collation`` are identifiers, with their schema before them unless it is ``pg_catalog``.
+    """
 
     cache_ok = True
 
-    def __init__(self, declared: str) -> None:
-        self.declared = declared
-
-    def get_col_spec(self, **_: Any) -> str:
-        return self.declared
+    def __init__(self, name: tuple[str, ...], collation: tuple[str, ...] | None) -> None:
+        self.name = name
+        self.collation = collation
 
     def literal_processor(self, dialect: sa.Dialect) -> Callable[[str], str] | None:
         """As that of a text: the audit prints statements with their values."""
         return sa.Text().literal_processor(dialect)  # type: ignore[no-any-return, no-untyped-call]  # of SQLAlchemy
 
 
+@compiles(_TextKey)
+def _declared(key: _TextKey, compiler: TypeCompiler, **_: Any) -> str:
+    quote = compiler.dialect.identifier_preparer.quote  # it doubles a % only where the driver halves it again
+    of_key = ".".join(map(quote, key.name))
+    return of_key if key.collation is None else f"{of_key} COLLATE {'.'.join(map(quote, key.collation))}"
+
+
 def _key_type(table: UsersTable | WorkshopsTable) -> sa.types.TypeEngine[Any]:
     if table.key_type not in TEXT_KEYS or (table.key_type == "text" and table.key_collation is None):
         return _KEY_TYPES[table.key_type]
-    quote = pg.dialect().identifier_preparer.quote  # type: ignore[no-untyped-call]  # SQLAlchemy's own
-    citext = f"{quote(table.key_type_schema or 'public')}.citext"
-    declared = {"char": "bpchar", "citext": citext}.get(table.key_type, "text")
-    if table.key_collation is not None:
-        declared += f" COLLATE {'.'.join(map(quote, table.key_collation))}"
-    return _TextKey(declared)
+    citext = table.key_type_schema or "public", "citext"
+    name = {"char": ("bpchar",), "citext": citext}.get(table.key_type, ("text",))
+    return _TextKey(name, table.key_collation)
 
 
 class Schema(Keys):

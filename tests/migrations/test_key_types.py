@@ -54,6 +54,12 @@ KEYS: dict[str, tuple[str, str, tuple[Key, Key], dict[str, object]]] = {
         ("a", "B"),
         {"key_type": "text", "key_collation": ("pg_catalog", "C")},
     ),
+    "a collation of the app's": (
+        """CREATE COLLATION "c %s" (locale = 'C');""",
+        'text COLLATE "c %s"',
+        ("a", "B"),
+        {"key_type": "text", "key_collation": ("public", "c %s")},
+    ),
     "a collation that is not deterministic": (
         CI.format('"ci %s"'),
         'varchar(9) COLLATE "ci %s"',

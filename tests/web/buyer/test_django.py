@@ -512,7 +512,7 @@ def test_the_texts_follow_the_language_of_the_request(django_shop: DjangoShop) -
         welcome = (gettext_lazy("Log out"),)
 
         @property
-        def language(self) -> str:
+        def language(self) -> str:  # type: ignore[override]
             return get_language()
 
     for layout in (None, "billing.html"):

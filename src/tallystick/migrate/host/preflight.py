@@ -344,7 +344,8 @@ def _refuse_missing(conn: sa.Connection, word: Word, schema: str, name: str) -> 
     made = Schema.of(stored).workshops if word == "workshops" else None
     how = ""
     if made is not None:
-        ddl = " ".join(str(sa.schema.CreateTable(made).compile(dialect=pg.dialect())).split())  # type: ignore[no-untyped-call]
+        dialect = pg.dialect(paramstyle="named")  # type: ignore[no-untyped-call]  # it does not double a %
+        ddl = " ".join(str(sa.schema.CreateTable(made).compile(dialect=dialect)).split())
         how = f", or make it again, empty: {ddl}. To take Tallystick out of the database: tallystick migrate undo"
     raise HostMismatch(
         f"{shown} is gone, and the ledger's functions need it. Restore it from a backup{how}", table=shown, column=None

@@ -249,5 +249,5 @@ def _set(conn: sa.Connection, settings: Mapping[str, str | None]) -> None:
         conn.execute(sa.select(sa.func.set_config(name, value, sa.true())))
 
 
-_PREPARER = pg.dialect().identifier_preparer  # type: ignore[no-untyped-call]
+_PREPARER = pg.dialect(paramstyle="named").identifier_preparer  # type: ignore[no-untyped-call]  # it does not double a %
 _LOOKING = {"lock_timeout": "3s", "search_path": "pg_catalog", "quote_all_identifiers": "off"}
