@@ -457,7 +457,7 @@ def test_a_column_is_adopted_as_it_is(name: str, make_app: Callable[..., App]) -
         shown = Paywall(app.config).workshop_and_standing(conn, 1, 1)[1].balance
         assert (shown, type(shown)) == (3, int)
     queries = Queries(app.config, app.engine)
-    assert [(row.key, str(row.credit_balance)) for row in queries.users().rows] == [
+    assert [(row.key, str(row.credit_balance)) for row in queries.users().page().rows] == [
         (1, "3"),
         (2, "2"),
         (3, "7"),

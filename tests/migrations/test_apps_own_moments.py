@@ -97,7 +97,9 @@ def test_whom_the_app_deletes_spends_nothing(app: App) -> None:
         assert deleted is not None
         assert app_sees(conn, 'SELECT "deletedAt" FROM "User" WHERE id = \'u2\'') == deleted.replace(tzinfo=None)
     assert faults(app) == []
-    shown = {row.key: f"{row.updated_at} {row.deleted_at}" for row in Queries(app.config, app.engine).users().rows}
+    shown = {
+        row.key: f"{row.updated_at} {row.deleted_at}" for row in Queries(app.config, app.engine).users().page().rows
+    }
     assert shown["u1"] == "2026-01-02 00:00:00+00:00 2026-01-03 00:00:00+00:00"
 
     kept = 'SELECT id, "updatedAt", "deletedAt", "stripeCustomerId" FROM "User" ORDER BY id'

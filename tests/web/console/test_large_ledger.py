@@ -64,29 +64,29 @@ def plans(large_world):
 
 
 def first_key(queries):
-    return queries.users(limit=1).rows[0].key
+    return queries.users().page(limit=1).rows[0].key
 
 
 @pytest.mark.parametrize(
     "read",
     [
         lambda queries: queries.sizes(),
-        lambda queries: queries.users(),
-        lambda queries: queries.users(after=str(first_key(queries))),
-        lambda queries: queries.users(before="ff000000-0000-0000-0000-000000000000"),
-        lambda queries: queries.tallies([row.key for row in queries.users().rows]),
-        lambda queries: queries.users(search=str(first_key(queries))),
-        lambda queries: queries.users(search="person77777@example.com"),
-        lambda queries: queries.users(search="cs_test_1 cus_1"),
+        lambda queries: queries.users().page(),
+        lambda queries: queries.users().page(after=str(first_key(queries))),
+        lambda queries: queries.users().page(before="ff000000-0000-0000-0000-000000000000"),
+        lambda queries: queries.tallies([row.key for row in queries.users().page().rows]),
+        lambda queries: queries.users(search=str(first_key(queries))).page(),
+        lambda queries: queries.users(search="person77777@example.com").page(),
+        lambda queries: queries.users(search="cs_test_1 cus_1").page(),
         lambda queries: queries.user(first_key(queries)),
-        lambda queries: queries.ledger(first_key(queries)),
-        lambda queries: queries.ledger(first_key(queries), after="2"),
+        lambda queries: queries.ledger(first_key(queries)).page(),
+        lambda queries: queries.ledger(first_key(queries)).page(after="2"),
         lambda queries: queries.unfinished(first_key(queries)),
         lambda queries: queries.steps(first_key(queries)),
-        lambda queries: queries.pending(),
+        lambda queries: queries.pending().page(),
         lambda queries: queries.waiting(),
-        lambda queries: queries.holds(first_key(queries)),
-        lambda queries: queries.lots(first_key(queries)),
+        lambda queries: queries.holds(first_key(queries)).page(),
+        lambda queries: queries.lots(first_key(queries)).page(),
         lambda queries: queries.expiring(first_key(queries)),
         lambda queries: queries.origins(first_key(queries)),
         feed.latest,

@@ -17,7 +17,7 @@ from sqlalchemy.dialects import postgresql as pg
 from tallystick.database import run
 from tallystick.declared_tables import event_dead_letters, event_endpoints, event_settings, events
 from tallystick.errors import InvalidArgument, Key, NotMigrated, shown
-from tallystick.web.console.queries import COUNT_UP_TO, PAGE_ROWS, Page, Queries, page_of
+from tallystick.web.console.queries import COUNT_UP_TO, PAGE_ROWS, Listing, Page, Queries
 
 _EXPORT_ROWS = 1_000
 
@@ -185,29 +185,26 @@ def latest(
     queries: Queries, *, before: str | None = None, after: str | None = None, limit: int = PAGE_ROWS
 ) -> Page[EventRow]:
     """Events of all users, the newest first, also those that the feed does not return yet."""
-    order = (events.c.position, events.c.id)
+    listing: Listing[tuple[Any, ...]] = Listing(
+        queries,
+        _select_events(queries),
+        (events.c.position, events.c.id),
+        lambda *columns: columns,
+        _position,
+        descending=True,
+        separator="-",
+    )
+    page = listing.page(before=before, after=after, limit=limit)
     with queries.reading() as conn:
-        page = page_of(
-            conn,
-            _select_events(queries),
-            order=order,
-            place=lambda row: (f"{row.position}-{row.id}",),
-            parse=_position,
-            before=before,
-            after=after,
-            limit=limit,
-            make=tuple,
-            descending=True,
-        )
         return Page(_with_deliveries(conn, page.rows), page.before, page.after)
 
 
 def of_user(queries: Queries, user: Key, *, before: str | None = None, after: str | None = None) -> Page[EventRow]:
     """Events of ``user``: those of one page of the ledger and, on the first, those of rows that have not completed."""
-    page = queries.ledger(user, before=before, after=after)
+    page = queries.ledger(user).page(before=before, after=after)
     rows = [row.id for row in page.rows]
     if page.before is None:
-        rows += [row.id for row in (*queries.holds(user).rows, *queries.unfinished(user))]
+        rows += [row.id for row in (*queries.holds(user).page().rows, *queries.unfinished(user))]
     return Page(of_rows(queries, rows), page.before, page.after)
 
 

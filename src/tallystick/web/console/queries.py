@@ -333,6 +333,12 @@ class Queries:
             reader.execute(sa.select(sa.func.set_config("statement_timeout", str(timeout_ms), sa.true())))
             yield reader
 
+    def streamed(self, statement: sa.Select[Any], row: Callable[..., Row]) -> Iterator[Row]:
+        """All rows of a statement, read as they are used; ``row`` makes one of its columns."""
+        with self.reading(timeout_ms=SUM_TIMEOUT_MS) as conn:
+            for found in conn.execution_options(yield_per=1000).execute(statement):
+                yield row(*found)
+
     def age(self) -> Standby | None:
         """The standby that is read from, with its age; None if it is none."""
         with self.reading() as conn:
@@ -384,7 +390,7 @@ class Queries:
             if row is None:
                 raise UnknownUser(f"no user {key!r}. Search by another key or e-mail", user=key)
             *shown_in_lists, held, due = row
-            user = _user(shown_in_lists)
+            user = _user(*shown_in_lists)
             now = Standing(user.credit_balance, held) if due is None else self._balances.standing(conn, user.key)
         listed = {field.name: getattr(user, field.name) for field in fields(user)} | {"credit_balance": now.balance}
         return OneUser(
@@ -395,34 +401,14 @@ class Queries:
             credit_due_at=due,
         )
 
-    def users(
-        self, *, search: str = "", before: str | None = None, after: str | None = None, limit: int = PAGE_ROWS
-    ) -> Page[UserRow]:
-        """Users by key, ascending; ``before`` and ``after`` are cursors of an earlier page.
+    def users(self, *, search: str = "") -> Listing[UserRow]:
+        """Users by key, ascending.
 
         ``search`` is tried as a user's key, then as an id of a user's object (customer, session, payment intent, credit
         transaction), then as a whole e-mail address, then as a part of one.
         """
-        with self.reading() as conn:
-            return page_of(
-                conn,
-                self._select_users().where(self._matches(conn, search)),
-                order=(self._users.key,),
-                place=lambda row: (row[0],),
-                parse=self._cursor,
-                before=before,
-                after=after,
-                limit=limit,
-                make=_user,
-                descending=False,
-            )
-
-    def every_user(self, *, search: str = "") -> Iterator[UserRow]:
-        """All of ``users``, streamed."""
-        with self.reading(timeout_ms=SUM_TIMEOUT_MS) as conn:
-            statement = self._select_users().where(self._matches(conn, search)).order_by(self._users.key)
-            for row in conn.execution_options(yield_per=1000).execute(statement):
-                yield _user(row)
+        users = self._select_users().where(self._matches(search))
+        return Listing(self, users, (self._users.key,), _user, self._cursor)
 
     def tallies(self, keys: Sequence[Key]) -> dict[Key, list[Notch]]:
         """The last completed rows of each of these users, and their pending ones."""
@@ -457,25 +443,10 @@ class Queries:
 
     # --- a user's ledger ---
 
-    def ledger(
-        self, user: Key, *, before: str | None = None, after: str | None = None, limit: int = PAGE_ROWS
-    ) -> Page[LedgerRow]:
+    def ledger(self, user: Key) -> Listing[LedgerRow]:
         """Completed rows of ``user``, newest first."""
-        sequence = self._ledger.sequence
-        with self.reading() as conn:
-            statement = self._select_ledger().where(self._owned(user), sequence.is_not(None))
-            return page_of(
-                conn,
-                statement,
-                order=(sequence,),
-                place=lambda row: (row.sequence,),
-                parse=_whole_cursor,
-                before=before,
-                after=after,
-                limit=limit,
-                make=_ledger_row,
-                descending=True,
-            )
+        rows = self._select_ledger().where(self._owned(user), self._ledger.sequence.is_not(None))
+        return Listing(self, rows, (self._ledger.sequence,), LedgerRow, _whole_cursor, descending=True)
 
     def unfinished(self, user: Key, *, limit: int = PAGE_ROWS) -> list[LedgerRow]:
         """The newest pending rows of ``user``, without holds; then the newest failed ones."""
@@ -484,47 +455,18 @@ class Queries:
         query = query.order_by(ledger.id.desc())
         states = (query.where(ledger.status == state).limit(limit).subquery() for state in (PENDING, FAILED))
         with self.reading() as conn:
-            rows = [_ledger_row(row) for row in conn.execute(sa.union_all(*(sa.select(state) for state in states)))]
+            rows = [LedgerRow(*row) for row in conn.execute(sa.union_all(*(sa.select(state) for state in states)))]
         return sorted(rows, key=lambda row: (row.status != PENDING, -row.id.int))
 
-    def holds(
-        self, user: Key, *, before: str | None = None, after: str | None = None, limit: int = PAGE_ROWS
-    ) -> Page[LedgerRow]:
+    def holds(self, user: Key) -> Listing[LedgerRow]:
         """Credits of ``user`` set aside for work under way, the newest hold first."""
-        ledger = self._ledger
-        query = self._select_ledger().where(self._owned(user), ledger.sequence.is_(None), self._is_held())
-        with self.reading() as conn:
-            return page_of(
-                conn,
-                query,
-                order=(ledger.id,),
-                place=lambda row: (row.id,),
-                parse=_uuid_cursor,
-                before=before,
-                after=after,
-                limit=limit,
-                make=_ledger_row,
-                descending=True,
-            )
+        holds = self._select_ledger().where(self._owned(user), self._ledger.sequence.is_(None), self._is_held())
+        return Listing(self, holds, (self._ledger.id,), LedgerRow, _uuid_cursor, descending=True)
 
-    def lots(
-        self, user: Key, *, before: str | None = None, after: str | None = None, limit: int = PAGE_ROWS
-    ) -> Page[LotRow]:
+    def lots(self, user: Key) -> Listing[LotRow]:
         """Credits of ``user`` that expire, in the order in which they are spent."""
         lot = self.schema.lots.c
-        with self.reading() as conn:
-            return page_of(
-                conn,
-                self._select_lots(user),
-                order=(lot.expires_at, lot.id),
-                place=lambda row: (row.expires_at, row.id),
-                parse=_moment_cursor,
-                before=before,
-                after=after,
-                limit=limit,
-                make=_lot_row,
-                descending=False,
-            )
+        return Listing(self, self._select_lots(user), (lot.expires_at, lot.id), LotRow, _moment_cursor)
 
     def expiring(self, user: Key) -> Expiring:
         """The sums of ``lots``."""
@@ -559,36 +501,17 @@ class Queries:
         with self.reading() as conn:
             return _origins(conn.execute(statement).all())
 
-    def every_hold(self, user: Key) -> Iterator[LedgerRow]:
-        """All of ``holds``, streamed."""
-        ledger = self._ledger
-        statement = self._select_ledger().where(self._owned(user), ledger.sequence.is_(None), self._is_held())
-        with self.reading(timeout_ms=SUM_TIMEOUT_MS) as conn:
-            for row in conn.execution_options(yield_per=1000).execute(statement.order_by(ledger.id.desc())):
-                yield _ledger_row(row)
-
-    def every_lot(self, user: Key) -> Iterator[LotRow]:
-        """All of ``lots``, streamed."""
-        lot = self.schema.lots.c
-        statement = self._select_lots(user).order_by(lot.expires_at, lot.id)
-        with self.reading(timeout_ms=SUM_TIMEOUT_MS) as conn:
-            for row in conn.execution_options(yield_per=1000).execute(statement):
-                yield _lot_row(row)
-
     def every_row(self, user: Key) -> Iterator[LedgerRow]:
         """The whole ledger of ``user``, newest first, streamed."""
         ledger = self._ledger
-        statement = self._select_ledger().where(self._owned(user))
-        statement = statement.order_by(ledger.sequence.desc().nulls_first(), ledger.id.desc())
-        with self.reading(timeout_ms=SUM_TIMEOUT_MS) as conn:
-            for row in conn.execution_options(yield_per=1000).execute(statement):
-                yield _ledger_row(row)
+        rows = self._select_ledger().where(self._owned(user))
+        return self.streamed(rows.order_by(ledger.sequence.desc().nulls_first(), ledger.id.desc()), LedgerRow)
 
     def transaction(self, user: Key, id: UUID) -> LedgerRow | None:
         """One row of ``user``'s ledger."""
         with self.reading() as conn:
             row = conn.execute(self._select_ledger().where(self._owned(user), self._ledger.id == id)).one_or_none()
-        return None if row is None else _ledger_row(row)
+        return None if row is None else LedgerRow(*row)
 
     def refunded(self, user: Key, purchase: UUID) -> int:
         """The refunded credits of ``purchase``."""
@@ -613,31 +536,15 @@ class Queries:
 
     # --- pending purchases and failed deliveries ---
 
-    def pending(
-        self, *, before: str | None = None, after: str | None = None, limit: int = PAGE_ROWS
-    ) -> Page[PendingRow]:
+    def pending(self) -> Listing[PendingRow]:
         """Pending purchases, oldest first."""
-        ledger = self._ledger
-        with self.reading() as conn:
-            return page_of(
-                conn,
-                self._select_pending(),
-                order=(ledger.created_at, ledger.id),
-                place=lambda row: (row.created_at, row.id),
-                parse=_moment_cursor,
-                before=before,
-                after=after,
-                limit=limit,
-                make=_pending_row,
-                descending=False,
-            )
-
-    def every_pending(self) -> Iterator[PendingRow]:
-        """All of ``pending``, streamed."""
-        statement = self._select_pending().order_by(self._ledger.created_at, self._ledger.id)
-        with self.reading(timeout_ms=SUM_TIMEOUT_MS) as conn:
-            for row in conn.execution_options(yield_per=1000).execute(statement):
-                yield _pending_row(row)
+        c, users = self._ledger, self._users
+        purchases = (
+            sa.select(c.id, c.user_id, self.email(), c.amount, c.description, c.stripe_session_id, c.created_at)
+            .join_from(self.schema.credit_transactions, self.schema.users, users.key == c.user_id, isouter=True)
+            .where(self._is_pending())
+        )
+        return Listing(self, purchases, (c.created_at, c.id), PendingRow, _moment_cursor)
 
     def waiting(self) -> Waiting:
         """The numbers of pending purchases by age; up to a thousand are counted, the oldest first."""
@@ -798,14 +705,6 @@ class Queries:
                 columns.append(c[name])
         return sa.select(*columns).select_from(table)
 
-    def _select_pending(self) -> sa.Select[Any]:
-        c, users = self._ledger, self._users
-        return (
-            sa.select(c.id, c.user_id, self.email(), c.amount, c.description, c.stripe_session_id, c.created_at)
-            .join_from(self.schema.credit_transactions, self.schema.users, users.key == c.user_id, isouter=True)
-            .where(self._is_pending())
-        )
-
     def _is_pending(self) -> sa.ColumnElement[bool]:
         # a literal, not a parameter: the planner must see that it implies the partial index's predicate
         return sa.and_(self._ledger.status == sa.literal_column("'pending'"), self._ledger.held.is_(None))
@@ -824,13 +723,13 @@ class Queries:
 
     # --- search ---
 
-    def _matches(self, conn: sa.Connection, search: str) -> sa.ColumnElement[bool]:
+    def _matches(self, search: str) -> sa.ColumnElement[bool]:
         if not search:
             return sa.true()
-        exact = self._found(conn, search)
+        exact = self._found(search)
         return self._users.key.in_(exact) if exact else self._resembles(search)
 
-    def _found(self, conn: sa.Connection, search: str) -> list[Key]:
+    def _found(self, search: str) -> list[Key]:
         """Users whom ``search`` identifies exactly; each kind of id has an index."""
         users, ledger = self._users, self._ledger
         if "\0" in search:
@@ -848,9 +747,10 @@ class Queries:
             tries.append(sa.select(ledger.user_id).where(ledger.id == id))
         if "email" in users and "@" in search:
             tries.append(sa.select(users.key).where(users.email == search).limit(PAGE_ROWS))
-        for statement in tries:
-            if found := list(dict.fromkeys(conn.scalars(statement))):
-                return found
+        with self.reading() as conn:
+            for statement in tries:
+                if found := list(dict.fromkeys(conn.scalars(statement))):
+                    return found
         return []
 
     def _resembles(self, search: str) -> sa.ColumnElement[bool]:
@@ -876,48 +776,56 @@ class Queries:
         return (key,)
 
 
-def page_of(
-    conn: sa.Connection,
-    statement: sa.Select[Any],
-    *,
-    order: tuple[sa.ColumnElement[Any], ...],
-    place: Callable[[sa.Row[Any]], tuple[object, ...]],
-    parse: Callable[[str], tuple[object, ...]],
-    before: str | None,
-    after: str | None,
-    limit: int,
-    make: Callable[[sa.Row[Any]], Row],
-    descending: bool,
-) -> Page[Row]:
-    """The rows next to a cursor, in the list's order; with ``before`` those above it.
+@dataclass(frozen=True, slots=True)
+class Listing(Generic[Row]):
+    """A list in the order of columns that no two rows share: page by page, or as a whole.
 
-    ``place`` returns a row's position in ``order``, and ``parse`` reads a position from a cursor.
+    ``row`` makes a row of its columns. A cursor is a row's values of ``order`` as a text, with ``separator`` between
+    them; ``parse`` reads it.
     """
-    upwards = before is not None
-    cursor = before if upwards else after
-    falling = descending != upwards
-    if cursor is not None:
-        values = [sa.literal(value, column.type) for value, column in zip(parse(cursor), order, strict=True)]
-        left, right = (sa.tuple_(*order), sa.tuple_(*values)) if len(order) > 1 else (order[0], values[0])
-        statement = statement.where(left < right if falling else left > right)
-    statement = statement.order_by(*(column.desc() if falling else column.asc() for column in order)).limit(limit + 1)
-    rows = list(conn.execute(statement))
-    more = len(rows) > limit
-    rows = rows[:limit]
-    if upwards:
-        rows.reverse()
-    if not rows:
-        return Page([], None, None)
-    first, last = (_text(place(row)) for row in (rows[0], rows[-1]))
-    return Page(
-        [make(row) for row in rows],
-        before=first if (more if upwards else after is not None) else None,
-        after=last if upwards or more else None,
-    )
 
+    queries: Queries
+    statement: sa.Select[Any]
+    order: tuple[sa.ColumnElement[Any], ...]
+    row: Callable[..., Row]
+    parse: Callable[[str], tuple[object, ...]]
+    descending: bool = False
+    separator: str = "~"
 
-def _text(place: tuple[Any, ...]) -> str:
-    return "~".join(part.isoformat() if isinstance(part, dt.datetime) else str(part) for part in place)
+    def page(self, *, before: str | None = None, after: str | None = None, limit: int = PAGE_ROWS) -> Page[Row]:
+        """The rows next to a cursor, in the list's order; with ``before`` those above it."""
+        upwards, order = before is not None, self.order
+        cursor = before if upwards else after
+        falling = self.descending != upwards
+        statement = self._ordered(falling=falling).limit(limit + 1)
+        if cursor is not None:
+            values = [sa.literal(value, column.type) for value, column in zip(self.parse(cursor), order, strict=True)]
+            left, right = (sa.tuple_(*order), sa.tuple_(*values)) if len(order) > 1 else (order[0], values[0])
+            statement = statement.where(left < right if falling else left > right)
+        with self.queries.reading() as conn:
+            rows = list(conn.execute(statement))
+        more = len(rows) > limit
+        rows = rows[:limit]
+        if upwards:
+            rows.reverse()
+        if not rows:
+            return Page([], None, None)
+        return Page(
+            [self.row(*row) for row in rows],
+            before=self._cursor_of(rows[0]) if (more if upwards else after is not None) else None,
+            after=self._cursor_of(rows[-1]) if upwards or more else None,
+        )
+
+    def every(self) -> Iterator[Row]:
+        """All rows, streamed."""
+        return self.queries.streamed(self._ordered(falling=self.descending), self.row)
+
+    def _ordered(self, *, falling: bool) -> sa.Select[Any]:
+        return self.statement.order_by(*(column.desc() if falling else column.asc() for column in self.order))
+
+    def _cursor_of(self, row: sa.Row[Any]) -> str:
+        place = (row._mapping[column] for column in self.order)  # noqa: SLF001 - SQLAlchemy's public name
+        return self.separator.join(part.isoformat() if isinstance(part, dt.datetime) else str(part) for part in place)
 
 
 def _whole_cursor(text: str) -> tuple[int]:
@@ -960,20 +868,8 @@ def _utc(moment: Any) -> Any:
     return moment.replace(tzinfo=dt.UTC) if isinstance(moment, dt.datetime) and moment.tzinfo is None else moment
 
 
-def _user(row: Sequence[Any]) -> UserRow:
-    return UserRow(*(_utc(value) for value in row))
-
-
-def _pending_row(row: Sequence[Any]) -> PendingRow:
-    return PendingRow(*row)
-
-
-def _ledger_row(row: Sequence[Any]) -> LedgerRow:
-    return LedgerRow(*row)
-
-
-def _lot_row(row: Sequence[Any]) -> LotRow:
-    return LotRow(*row)
+def _user(*columns: Any) -> UserRow:
+    return UserRow(*map(_utc, columns))
 
 
 _FIGURE_OF = {

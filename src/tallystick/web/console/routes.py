@@ -203,7 +203,7 @@ class _Console:
             size=rows,
             waiting=queries.waiting(),
             delivery_problems=feed.delivery_problems(queries),
-            oldest=queries.pending(limit=5).rows,
+            oldest=queries.pending().page(limit=5).rows,
             receipt=receipts[0] if receipts else None,
             refresh=figures.result is None or self.audit.state.running,
         )
@@ -226,12 +226,13 @@ class _Console:
     def users(self, request: Request, form: str) -> Response:
         queries = self.reading(request)
         search = request.query_params.get("q", "").strip()[:SEARCH_MAX]
-        if form == "csv":
-            return export.csv("users", queries.every_user(search=search), operator=_operator(request))
         try:
-            page = queries.users(search=search, **_cursors(request))
+            users = queries.users(search=search)
+            if form == "csv":
+                return export.csv("users", users.every(), operator=_operator(request))
+            page = users.page(**_cursors(request))
         except Conflict as error:
-            if error.sqlstate != _TIMED_OUT or form == "json":
+            if error.sqlstate != _TIMED_OUT or form != "html":
                 raise
             return self.show(
                 request,
@@ -257,18 +258,18 @@ class _Console:
         user = queries.user(key)
         if form == "csv":
             return export.csv(f"ledger-{key}", queries.every_row(key), operator=_operator(request))
-        page = queries.ledger(key, **_cursors(request))
+        page = queries.ledger(key).page(**_cursors(request))
         newest = page.before is None
         unfinished = queries.unfinished(key) if newest else []
-        holds = queries.holds(key) if user.credit_held else Page([], None, None)
-        lots = queries.lots(key) if user.credit_due_at else Page([], None, None)
+        holds = queries.holds(key).page() if user.credit_held else Page([], None, None)
+        lots = queries.lots(key).page() if user.credit_due_at else Page([], None, None)
         if form == "json":
             values = {"user": user, "unfinished": unfinished, "holds": holds.rows, "lots": lots.rows}
             return self._list(request, page, key=key, **values)
         if newest:
             notches = [*page.rows, *holds.rows, *unfinished]
         else:
-            notches = [*queries.ledger(key, limit=100).rows, *holds.rows, *queries.unfinished(key)]
+            notches = [*queries.ledger(key).page(limit=100).rows, *holds.rows, *queries.unfinished(key)]
         notches = [row for row in notches if row.state != "expired"]  # an expired hold whose row is still pending
         done = request.query_params.get("done", "")
         events = feed.state(queries)
@@ -295,8 +296,8 @@ class _Console:
         key = self._key(request)
         user = queries.user(key)
         if form == "csv":
-            return export.csv(f"holds-{key}", queries.every_hold(key), operator=_operator(request))
-        page = queries.holds(key, **_cursors(request))
+            return export.csv(f"holds-{key}", queries.holds(key).every(), operator=_operator(request))
+        page = queries.holds(key).page(**_cursors(request))
         if form == "json":
             return self._list(request, page, key=key)
         return self.show(request, "holds.html", user=user, page=page)
@@ -306,8 +307,8 @@ class _Console:
         key = self._key(request)
         user = queries.user(key)
         if form == "csv":
-            return export.csv(f"lots-{key}", queries.every_lot(key), operator=_operator(request))
-        page = queries.lots(key, **_cursors(request))
+            return export.csv(f"lots-{key}", queries.lots(key).every(), operator=_operator(request))
+        page = queries.lots(key).page(**_cursors(request))
         if form == "json":
             return self._list(request, page, key=key)
         return self.show(request, "lots.html", user=user, page=page, expiring=queries.expiring(key))
@@ -364,8 +365,8 @@ class _Console:
     def pending(self, request: Request, form: str) -> Response:
         queries = self.reading(request)
         if form == "csv":
-            return export.csv("pending", queries.every_pending(), operator=_operator(request))
-        page = queries.pending(**_cursors(request))
+            return export.csv("pending", queries.pending().every(), operator=_operator(request))
+        page = queries.pending().page(**_cursors(request))
         if form == "json":
             return self._list(request, page)
         stripe_run = self.stripe.state if self.stripe else None
