@@ -10,38 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from tallystick.errors import (
-    BalanceOutOfRange,
-    CaptureExceedsHold,
-    CorrectionExceedsGrant,
-    HoldClosed,
-    HoldsPending,
-    IdempotencyKeyReused,
-    InsufficientCredits,
-    InvalidArgument,
-    LedgerError,
-    LedgerInconsistent,
-    PurchaseNotCompleted,
-    PurchaseNotPending,
-    RefundExceedsPurchase,
-    ReinstatementExceedsRefunds,
-    ReversalExceedsConsumption,
-    SchemaTooNew,
-    SessionConflict,
-    StripeCustomerConflict,
-    TallystickError,
-    UnknownConsumption,
-    UnknownGrant,
-    UnknownHold,
-    UnknownPurchase,
-    UnknownUser,
-    UnknownWorkshop,
-    UserDeleted,
-    WorkshopDeleted,
-    WorkshopNotOwned,
-    WorkshopUnaccounted,
-    shown,
-)
+from tallystick import errors
+from tallystick.errors import LedgerError, SchemaTooNew, TallystickError, shown
 
 DONE, REPLAYED = "completed", "replayed"
 
@@ -102,80 +72,8 @@ def counted(credits: int) -> str:
 def _invalid_argument(r: Refusal) -> LedgerError:
     argument = str(r.detail.get("argument"))
     value = r.arguments.get(argument)
-    return InvalidArgument(
+    return errors.InvalidArgument(
         f"{argument}={shown(value)}: pass {r.detail.get('expected')}", argument=argument, value=value
-    )
-
-
-def _unknown_user(r: Refusal) -> LedgerError:
-    return UnknownUser(
-        f"no user {shown(r.user)} in the mapped table. Pass the value of the mapped key column (host.users.key)",
-        user=r.user,
-    )
-
-
-def _user_deleted(r: Refusal) -> LedgerError:
-    return UserDeleted(
-        f"user {r.user} was deleted at {_minute(r)}. To bring the user back: tallystick users restore, or "
-        "Accounts.restore_user",
-        user=r.user,
-    )
-
-
-def _unknown_workshop(r: Refusal) -> LedgerError:
-    return UnknownWorkshop(
-        f"no workshop {shown(r.workshop)} in the mapped table. "
-        "Pass the value of the mapped key column (host.workshops.key)",
-        workshop=r.workshop,
-    )
-
-
-def _workshop_deleted(r: Refusal) -> LedgerError:
-    return WorkshopDeleted(
-        f"workshop {r.workshop} was deleted at {_minute(r)}. To bring it back: tallystick workshops restore, or "
-        "Accounts.restore_workshop",
-        workshop=r.workshop,
-    )
-
-
-def _workshop_not_owned(r: Refusal) -> LedgerError:
-    return WorkshopNotOwned(
-        f"workshop {r.workshop} belongs to another user than {r.user}. Only its owner can unlock it",
-        workshop=r.workshop,
-        user=r.user,
-    )
-
-
-def _workshop_unaccounted(r: Refusal) -> LedgerError:
-    return WorkshopUnaccounted(
-        f"workshop {r.workshop} is marked as unlocked, but no consumption paid for it. Nothing was charged. "
-        f"Look with: tallystick audit --user {r.command}",
-        workshop=r.workshop,
-    )
-
-
-def _unknown_purchase(r: Refusal) -> LedgerError:
-    return UnknownPurchase(
-        f"user {r.user} has no purchase {r.purchase}. Look with: tallystick history {r.command}",
-        user=r.user,
-        purchase=r.purchase,
-    )
-
-
-def _purchase_not_pending(r: Refusal) -> LedgerError:
-    return PurchaseNotPending(
-        f"purchase {r.id} is {r.status} and cannot fail. To take its credits back: tallystick refund, or "
-        "ledger.refund in Python",
-        purchase=r.id,
-        status=r.status,
-    )
-
-
-def _purchase_not_completed(r: Refusal) -> LedgerError:
-    return PurchaseNotCompleted(
-        f"purchase {r.id} is {r.status}; there is nothing to take back. To give it up: ledger.fail_purchase",
-        purchase=r.id,
-        status=r.status,
     )
 
 
@@ -188,7 +86,7 @@ def _session_conflict(r: Refusal) -> LedgerError:
         else f"purchase {r.id} has the Stripe session {r.stripe_session_id}, not {asked}. "
         "Start another purchase for another session"
     )
-    return SessionConflict(message, purchase=r.id, stripe_session_id=asked)
+    return errors.SessionConflict(message, purchase=r.id, stripe_session_id=asked)
 
 
 def _stripe_customer_conflict(r: Refusal) -> LedgerError:
@@ -198,7 +96,7 @@ def _stripe_customer_conflict(r: Refusal) -> LedgerError:
         if "has" in r.detail
         else "another user has this customer"
     )
-    return StripeCustomerConflict(
+    return errors.StripeCustomerConflict(
         f"cannot give user {r.user} the Stripe customer {customer}: {reason}", user=r.user, stripe_customer_id=customer
     )
 
@@ -206,7 +104,7 @@ def _stripe_customer_conflict(r: Refusal) -> LedgerError:
 def _insufficient_credits(r: Refusal) -> LedgerError:
     held = r.held or 0
     kept = f", of which holds keep {held} and {r.balance - held} can be spent," if held else ""
-    return InsufficientCredits(
+    return errors.InsufficientCredits(
         f"user {r.user} has {counted(r.balance)}{kept} and this takes {counted(r.required)}. "
         "Sell a pack first (ledger.start_purchase), or give credits: tallystick grant",
         user=r.user,
@@ -221,98 +119,14 @@ def _asked_credits(r: Refusal) -> int:
     return int(r.remaining if r.required is None else r.required)
 
 
-def _refund_exceeds_purchase(r: Refusal) -> LedgerError:
-    return RefundExceedsPurchase(
-        f"purchase {r.id} has {counted(r.remaining)} left to refund of {counted(r.amount)}; "
-        f"asked: {'all' if r.required is None else r.required}",
-        purchase=r.id,
-        left=r.remaining,
-        asked=_asked_credits(r),
-    )
-
-
-def _reinstatement_exceeds_refunds(r: Refusal) -> LedgerError:
-    return ReinstatementExceedsRefunds(
-        f"refunds took {counted(r.remaining)} of purchase {r.id}; "
-        f"asked to give back: {'all' if r.required is None else r.required}. To give more: ledger.grant",
-        purchase=r.id,
-        taken=r.remaining,
-        asked=_asked_credits(r),
-    )
-
-
-def _unknown_consumption(r: Refusal) -> LedgerError:
-    consumption = r.arguments.get("consumption_id")
-    return UnknownConsumption(
-        f"user {r.user} has no completed consumption {consumption}. Look with: tallystick history {r.command}",
-        user=r.user,
-        consumption=consumption,
-    )
-
-
-def _reversal_exceeds_consumption(r: Refusal) -> LedgerError:
-    return ReversalExceedsConsumption(
-        f"consumption {r.id} has {counted(r.remaining)} left to give back of {counted(-r.amount)}; "
-        f"asked: {'all' if r.required is None else r.required}. To give more: ledger.grant",
-        consumption=r.id,
-        left=r.remaining,
-        asked=_asked_credits(r),
-    )
-
-
-def _unknown_grant(r: Refusal) -> LedgerError:
-    grant = r.arguments.get("grant_id")
-    return UnknownGrant(
-        f"user {r.user} has no grant {grant} that can be corrected. Look with: tallystick history {r.command}",
-        user=r.user,
-        grant=grant,
-    )
-
-
-def _correction_exceeds_grant(r: Refusal) -> LedgerError:
-    return CorrectionExceedsGrant(
-        f"grant {r.id} has {counted(r.remaining)} left to take back of {counted(r.amount)}; "
-        f"asked: {'all' if r.required is None else r.required}",
-        grant=r.id,
-        left=r.remaining,
-        asked=_asked_credits(r),
-    )
-
-
-def _unknown_hold(r: Refusal) -> LedgerError:
-    hold = r.arguments.get("hold_id")
-    return UnknownHold(
-        f"user {r.user} has no hold {hold}. Look with: tallystick history {r.command}", user=r.user, hold=hold
-    )
-
-
 def _hold_closed(r: Refusal) -> LedgerError:
     done = "captured already. To give its credits back: ledger.reverse" if r.status == "completed" else "released"
-    return HoldClosed(f"hold {r.id} is {done}", hold=r.id, status=r.status)
-
-
-def _capture_exceeds_hold(r: Refusal) -> LedgerError:
-    return CaptureExceedsHold(
-        f"hold {r.id} allows {counted(r.remaining)} to be charged; asked: {r.required}. "
-        "Charge the rest with ledger.consume, and give the next hold a capture_limit",
-        hold=r.id,
-        limit=r.remaining,
-        asked=r.required,
-    )
-
-
-def _holds_pending(r: Refusal) -> LedgerError:
-    return HoldsPending(
-        f"holds of user {r.user} have set {counted(r.held)} aside. Capture or release them first; "
-        f"they are in: tallystick history {r.command}",
-        user=r.user,
-        held=r.held,
-    )
+    return errors.HoldClosed(f"hold {r.id} is {done}", hold=r.id, status=r.status)
 
 
 def _balance_out_of_range(r: Refusal) -> LedgerError:
     moved = r.amount if r.required is None else r.required
-    return BalanceOutOfRange(
+    return errors.BalanceOutOfRange(
         f"user {r.user} has {counted(r.balance)}; a change by {moved} leaves the range of a balance. "
         "Nothing was written",
         user=r.user,
@@ -332,19 +146,11 @@ def _idempotency_key_reused(r: Refusal) -> LedgerError:
         name: (_typed(name, before), _typed(name, now)) for name, (before, now) in r.detail.get("differs", {}).items()
     }
     listed = ", ".join(f"{name} {before!s} (now {after!s})" for name, (before, after) in differs.items())
-    return IdempotencyKeyReused(f"the {one} was used before, for {listed}{remedy}", key=key, differs=differs)
+    return errors.IdempotencyKeyReused(f"the {one} was used before, for {listed}{remedy}", key=key, differs=differs)
 
 
 def _typed(name: str, value: Any) -> Any:
     return UUID(value) if name == "refund_of" and value is not None else value
-
-
-def _ledger_inconsistent(r: Refusal) -> LedgerError:
-    return LedgerInconsistent(
-        f"the row of user {r.user} says {r.detail.get('sequence')} completed rows, and the ledger has more. "
-        f"Nothing was written. Look with: tallystick audit --user {r.command}",
-        user=r.user,
-    )
 
 
 def _minute(r: Refusal) -> str:
@@ -353,29 +159,118 @@ def _minute(r: Refusal) -> str:
 
 ERRORS: Mapping[str, Callable[[Refusal], LedgerError]] = {
     "invalid_argument": _invalid_argument,
-    "unknown_user": _unknown_user,
-    "user_deleted": _user_deleted,
-    "unknown_workshop": _unknown_workshop,
-    "workshop_deleted": _workshop_deleted,
-    "workshop_not_owned": _workshop_not_owned,
-    "workshop_unaccounted": _workshop_unaccounted,
-    "unknown_purchase": _unknown_purchase,
-    "purchase_not_pending": _purchase_not_pending,
-    "purchase_not_completed": _purchase_not_completed,
+    "unknown_user": lambda r: errors.UnknownUser(
+        f"no user {shown(r.user)} in the mapped table. Pass the value of the mapped key column (host.users.key)",
+        user=r.user,
+    ),
+    "user_deleted": lambda r: errors.UserDeleted(
+        f"user {r.user} was deleted at {_minute(r)}. To bring the user back: tallystick users restore, or "
+        "Accounts.restore_user",
+        user=r.user,
+    ),
+    "unknown_workshop": lambda r: errors.UnknownWorkshop(
+        f"no workshop {shown(r.workshop)} in the mapped table. "
+        "Pass the value of the mapped key column (host.workshops.key)",
+        workshop=r.workshop,
+    ),
+    "workshop_deleted": lambda r: errors.WorkshopDeleted(
+        f"workshop {r.workshop} was deleted at {_minute(r)}. To bring it back: tallystick workshops restore, or "
+        "Accounts.restore_workshop",
+        workshop=r.workshop,
+    ),
+    "workshop_not_owned": lambda r: errors.WorkshopNotOwned(
+        f"workshop {r.workshop} belongs to another user than {r.user}. Only its owner can unlock it",
+        workshop=r.workshop,
+        user=r.user,
+    ),
+    "workshop_unaccounted": lambda r: errors.WorkshopUnaccounted(
+        f"workshop {r.workshop} is marked as unlocked, but no consumption paid for it. Nothing was charged. "
+        f"Look with: tallystick audit --user {r.command}",
+        workshop=r.workshop,
+    ),
+    "unknown_purchase": lambda r: errors.UnknownPurchase(
+        f"user {r.user} has no purchase {r.purchase}. Look with: tallystick history {r.command}",
+        user=r.user,
+        purchase=r.purchase,
+    ),
+    "purchase_not_pending": lambda r: errors.PurchaseNotPending(
+        f"purchase {r.id} is {r.status} and cannot fail. To take its credits back: tallystick refund, or "
+        "ledger.refund in Python",
+        purchase=r.id,
+        status=r.status,
+    ),
+    "purchase_not_completed": lambda r: errors.PurchaseNotCompleted(
+        f"purchase {r.id} is {r.status}; there is nothing to take back. To give it up: ledger.fail_purchase",
+        purchase=r.id,
+        status=r.status,
+    ),
     "session_conflict": _session_conflict,
     "stripe_customer_conflict": _stripe_customer_conflict,
     "insufficient_credits": _insufficient_credits,
-    "refund_exceeds_purchase": _refund_exceeds_purchase,
-    "reinstatement_exceeds_refunds": _reinstatement_exceeds_refunds,
+    "refund_exceeds_purchase": lambda r: errors.RefundExceedsPurchase(
+        f"purchase {r.id} has {counted(r.remaining)} left to refund of {counted(r.amount)}; "
+        f"asked: {'all' if r.required is None else r.required}",
+        purchase=r.id,
+        left=r.remaining,
+        asked=_asked_credits(r),
+    ),
+    "reinstatement_exceeds_refunds": lambda r: errors.ReinstatementExceedsRefunds(
+        f"refunds took {counted(r.remaining)} of purchase {r.id}; "
+        f"asked to give back: {'all' if r.required is None else r.required}. To give more: ledger.grant",
+        purchase=r.id,
+        taken=r.remaining,
+        asked=_asked_credits(r),
+    ),
     "balance_out_of_range": _balance_out_of_range,
     "idempotency_key_reused": _idempotency_key_reused,
-    "ledger_inconsistent": _ledger_inconsistent,
-    "unknown_consumption": _unknown_consumption,
-    "unknown_grant": _unknown_grant,
-    "unknown_hold": _unknown_hold,
-    "reversal_exceeds_consumption": _reversal_exceeds_consumption,
-    "correction_exceeds_grant": _correction_exceeds_grant,
+    "ledger_inconsistent": lambda r: errors.LedgerInconsistent(
+        f"the row of user {r.user} says {r.detail.get('sequence')} completed rows, and the ledger has more. "
+        f"Nothing was written. Look with: tallystick audit --user {r.command}",
+        user=r.user,
+    ),
+    "unknown_consumption": lambda r: errors.UnknownConsumption(
+        f"user {r.user} has no completed consumption {r.arguments.get('consumption_id')}. "
+        f"Look with: tallystick history {r.command}",
+        user=r.user,
+        consumption=r.arguments.get("consumption_id"),
+    ),
+    "unknown_grant": lambda r: errors.UnknownGrant(
+        f"user {r.user} has no grant {r.arguments.get('grant_id')} that can be corrected. "
+        f"Look with: tallystick history {r.command}",
+        user=r.user,
+        grant=r.arguments.get("grant_id"),
+    ),
+    "unknown_hold": lambda r: errors.UnknownHold(
+        f"user {r.user} has no hold {r.arguments.get('hold_id')}. Look with: tallystick history {r.command}",
+        user=r.user,
+        hold=r.arguments.get("hold_id"),
+    ),
+    "reversal_exceeds_consumption": lambda r: errors.ReversalExceedsConsumption(
+        f"consumption {r.id} has {counted(r.remaining)} left to give back of {counted(-r.amount)}; "
+        f"asked: {'all' if r.required is None else r.required}. To give more: ledger.grant",
+        consumption=r.id,
+        left=r.remaining,
+        asked=_asked_credits(r),
+    ),
+    "correction_exceeds_grant": lambda r: errors.CorrectionExceedsGrant(
+        f"grant {r.id} has {counted(r.remaining)} left to take back of {counted(r.amount)}; "
+        f"asked: {'all' if r.required is None else r.required}",
+        grant=r.id,
+        left=r.remaining,
+        asked=_asked_credits(r),
+    ),
     "hold_closed": _hold_closed,
-    "capture_exceeds_hold": _capture_exceeds_hold,
-    "holds_pending": _holds_pending,
+    "capture_exceeds_hold": lambda r: errors.CaptureExceedsHold(
+        f"hold {r.id} allows {counted(r.remaining)} to be charged; asked: {r.required}. "
+        "Charge the rest with ledger.consume, and give the next hold a capture_limit",
+        hold=r.id,
+        limit=r.remaining,
+        asked=r.required,
+    ),
+    "holds_pending": lambda r: errors.HoldsPending(
+        f"holds of user {r.user} have set {counted(r.held)} aside. Capture or release them first; "
+        f"they are in: tallystick history {r.command}",
+        user=r.user,
+        held=r.held,
+    ),
 }
