@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tallystick.config import Config, HostMapping
-from tallystick.errors import InvalidArgument, Key, shown
+from tallystick.errors import InvalidArgument, Key
 from tallystick.ledger.connections import Call, Operation, Rows, document, moment, reader_of
 from tallystick.ledger.operations import Standing, boolean
 from tallystick.ledger.outcomes import DONE, Refusal, error_of
@@ -110,10 +110,8 @@ class Accounts:
         if threshold is not None and not (
             isinstance(threshold, int) and not isinstance(threshold, bool) and 0 <= threshold <= most
         ):
-            raise InvalidArgument(
-                f"threshold={shown(threshold)}: pass a whole number from 0 to {most}, or None for the default",
-                argument="threshold",
-                value=threshold,
+            raise InvalidArgument.of(
+                "threshold", threshold, f"pass a whole number from 0 to {most}, or None for the default"
             )
         return self._of_user("set_low_balance", user, threshold=threshold)
 
@@ -198,6 +196,4 @@ class Accounts:
 def _name(argument: str, value: object, longest: int) -> str:
     if isinstance(value, str) and 0 < len(value) <= longest and value.isprintable():
         return value
-    raise InvalidArgument(
-        f"{argument}={shown(value)}: pass a text of 1 to {longest} printable characters", argument=argument, value=value
-    )
+    raise InvalidArgument.of(argument, value, f"pass a text of 1 to {longest} printable characters")

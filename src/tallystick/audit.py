@@ -226,11 +226,11 @@ def audit(
 def _check_arguments(*, user: object, since: object, after: object, quick: object, limit: object) -> None:
     """Refuse arguments that make no sense, before anything is read."""
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-        raise InvalidArgument(f"limit={shown(limit)}: pass a whole number of 1 or more", argument="limit", value=limit)
+        raise InvalidArgument.of("limit", limit, "pass a whole number of 1 or more")
     if not isinstance(quick, bool):
-        raise InvalidArgument(f"quick={shown(quick)}: pass True or False", argument="quick", value=quick)
+        raise InvalidArgument.of("quick", quick, "pass True or False")
     if since is not None and not isinstance(since, dt.datetime):
-        raise InvalidArgument(f"since={shown(since)}: pass a datetime with a time zone", argument="since", value=since)
+        raise InvalidArgument.of("since", since, "pass a datetime with a time zone")
     if since is not None and since.tzinfo is None:
         raise InvalidArgument(
             f"since={since}: add a time zone, as in {since.isoformat()}+00:00", argument="since", value=since

@@ -74,7 +74,7 @@ not have written; the same call with the same key is safe).
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 from uuid import UUID
 
 Key = UUID | str | int  # a host's user or workshop key
@@ -362,6 +362,11 @@ class InvalidArgument(LedgerError, ValueError):
 
     argument: str
     value: object
+
+    @classmethod
+    def of(cls, argument: str, value: object, problem: str) -> Self:
+        """The error for a value that is no good; ``problem`` is what to pass instead."""
+        return cls(f"{argument}={shown(value)}: {problem}", argument=argument, value=value)
 
 
 class UnknownUser(LedgerError):

@@ -139,11 +139,10 @@ class Keys:
     def workshop_key(self, value: object) -> Key:
         """``value`` as a workshop's key. Raises InvalidArgument."""
         if self.host.workshops is None:
-            raise InvalidArgument(
-                f"workshop={shown(value)}: this host has no workshops table. "
-                "Leave the workshop out, or map one under [host.workshops]",
-                argument="workshop",
-                value=value,
+            raise InvalidArgument.of(
+                "workshop",
+                value,
+                "this host has no workshops table. Leave the workshop out, or map one under [host.workshops]",
             )
         return _as_key("workshop", value, self.host.workshops.key_type)
 

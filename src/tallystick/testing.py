@@ -205,12 +205,9 @@ class TestDatabase:
         standing = self._standing(user)
         spent = standing.balance + credits
         if spent < 0:
-            raise InvalidArgument(
-                f"credits={credits}: user {user} is {-standing.balance} below zero already. Pass "
-                f"{-standing.balance} or more, or another user",
-                argument="credits",
-                value=credits,
-            )
+            debt = -standing.balance
+            already = f"user {user} is {debt} below zero already. Pass {debt} or more, or another user"
+            raise InvalidArgument.of("credits", credits, already)
         if spent > 0:
             bought = self._buy(user, credits + standing.held)  # holds keep their credits from being spent
             with _as_sqlalchemy(self.conn) as conn:
@@ -240,11 +237,8 @@ class TestDatabase:
         hold = self.ledger.hold.call(user, credits=held, key=_key(), expires_in=expires_in)
         available = self._standing(user).available + credits
         if available < held:
-            raise InvalidArgument(
-                f"held={held}: user {user} would have {available} to set aside. Pass more credits, or fewer held",
-                argument="held",
-                value=held,
-            )
+            too_few = f"user {user} would have {available} to set aside. Pass more credits, or fewer held"
+            raise InvalidArgument.of("held", held, too_few)
         self._buy(user, credits)
         with _as_sqlalchemy(self.conn) as conn:
             send(conn, hold)

@@ -101,10 +101,8 @@ def user_key(conn: sa.Connection | psycopg.Connection[Any], config: Config, text
     users = config.host.users
     email = None if users.email == users.key else users.email
     if "@" in text and email is None and users.key_type in {"uuid", *INTEGER_KEYS}:
-        raise InvalidArgument(
-            f"user={shown(text)}: no column with e-mail addresses is mapped (host.users.email). Pass the user's key",
-            argument="user",
-            value=text,
+        raise InvalidArgument.of(
+            "user", text, "no column with e-mail addresses is mapped (host.users.email). Pass the user's key"
         )
     if "@" in text and email is not None:
         statement = SQL("SELECT {} FROM {} WHERE lower({}::text) = %s LIMIT 2").format(
@@ -121,11 +119,7 @@ def user_key(conn: sa.Connection | psycopg.Connection[Any], config: Config, text
             ) from error
         found: list[Key] = [reader_of(users.key_type)(key) for (key,) in rows]
         if len(found) > 1:
-            raise InvalidArgument(
-                f"user={shown(text)}: more than one user has this address. Pass the user's key",
-                argument="user",
-                value=text,
-            )
+            raise InvalidArgument.of("user", text, "more than one user has this address. Pass the user's key")
         if found:
             return found[0]
         if users.key_type in {"uuid", *INTEGER_KEYS}:

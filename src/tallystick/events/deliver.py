@@ -151,7 +151,7 @@ def _check_endpoint(
     )
     for argument, value, problem in problems:
         if problem is not None:
-            raise InvalidArgument(f"{argument}={shown(value)}: {problem}", argument=argument, value=value)
+            raise InvalidArgument.of(argument, value, problem)
 
 
 def _problem_of_address(url: str) -> str | None:

@@ -95,11 +95,7 @@ def enable(
         NotMigrated, PermissionDenied, MigrationError: nothing was changed.
     """
     if low_balance is not None and low_balance < 0:
-        raise InvalidArgument(
-            f"low_balance={low_balance}: pass a whole number of credits, or 0 for none",
-            argument="low_balance",
-            value=low_balance,
-        )
+        raise InvalidArgument.of("low_balance", low_balance, "pass a whole number of credits, or 0 for none")
     settings = _SETTINGS.format(low_balance=Literal(low_balance), notify=Literal(notify))
     _switch(database, config, settings, _ON, lock_timeout_ms=lock_timeout_ms, give_up_after_s=give_up_after_s)
 

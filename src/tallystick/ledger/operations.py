@@ -355,9 +355,7 @@ class Ledger:
             InvalidArgument: ``items`` is no list; nothing was written.
         """
         if not isinstance(items, Sequence) or isinstance(items, str | bytes):
-            raise InvalidArgument(
-                f"items={shown(items)}: pass a list of Consume(user, key=…)", argument="items", value=items
-            )
+            raise InvalidArgument.of("items", items, "pass a list of Consume(user, key=…)")
         calls: list[Call[CreditTransaction]] = []
         refused: dict[int, LedgerError] = {}
         for n, item in enumerate(items):
@@ -683,11 +681,7 @@ class Ledger:
             InvalidArgument: nothing was read.
         """
         if before is not None and not isinstance(before, str):
-            raise InvalidArgument(
-                f"before={shown(before)}: pass the cursor of a row that history returned",
-                argument="before",
-                value=before,
-            )
+            raise InvalidArgument.of("before", before, "pass the cursor of a row that history returned")
         arguments = {
             "user_id": self.keys.user_key(user),
             "row_limit": _whole("limit", limit, 1, HISTORY_MAX),
@@ -707,7 +701,7 @@ class Ledger:
             InvalidArgument: nothing was read.
         """
         if after is not None and not isinstance(after, str):
-            raise InvalidArgument(f"after={shown(after)}: pass the cursor of an event", argument="after", value=after)
+            raise InvalidArgument.of("after", after, "pass the cursor of an event")
         arguments = {
             "after": _optional("after", after, KEY_MAX),
             "row_limit": _whole("limit", limit, 1, HISTORY_MAX),
@@ -919,16 +913,14 @@ def _refusal(row: Sequence[Any], arguments: Mapping[str, Any], *, workshop_id: K
 def _whole(argument: str, value: object, low: int, high: int) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
         return int(value)  # also of an enum's member
-    raise InvalidArgument(
-        f"{argument}={shown(value)}: pass a whole number from {low} to {high}", argument=argument, value=value
-    )
+    raise InvalidArgument.of(argument, value, f"pass a whole number from {low} to {high}")
 
 
 def boolean(argument: str, value: object) -> bool:
     """``value``, which must be True or False: in Python the text "false" counts as true. Raises InvalidArgument."""
     if isinstance(value, bool):
         return value
-    raise InvalidArgument(f"{argument}={shown(value)}: pass True or False", argument=argument, value=value)
+    raise InvalidArgument.of(argument, value, "pass True or False")
 
 
 def _text(argument: str, value: object, longest: int = TEXT_MAX) -> str:
@@ -943,7 +935,7 @@ def _text(argument: str, value: object, longest: int = TEXT_MAX) -> str:
         problem = "holds a NUL or a lone surrogate, which PostgreSQL cannot store"
     else:
         problem = f"pass a text of 1 to {longest} characters"
-    raise InvalidArgument(f"{argument}={shown(value)}: {problem}", argument=argument, value=value)
+    raise InvalidArgument.of(argument, value, problem)
 
 
 def _optional(argument: str, value: object, longest: int = TEXT_MAX) -> str | None:
@@ -952,29 +944,19 @@ def _optional(argument: str, value: object, longest: int = TEXT_MAX) -> str | No
 
 def _moment(argument: str, value: object) -> dt.datetime:
     if not isinstance(value, dt.datetime) or value.tzinfo is None:
-        raise InvalidArgument(
-            f"{argument}={shown(value)}: pass a datetime with a time zone, as datetime.now(UTC)",
-            argument=argument,
-            value=value,
-        )
+        raise InvalidArgument.of(argument, value, "pass a datetime with a time zone, as datetime.now(UTC)")
     try:
         value.astimezone(dt.UTC)  # as it is read again
     except OverflowError:
-        raise InvalidArgument(
-            f"{argument}={shown(value)}: pass a datetime that is in the years 1 to 9999 in UTC",
-            argument=argument,
-            value=value,
-        ) from None
+        raise InvalidArgument.of(argument, value, "pass a datetime that is in the years 1 to 9999 in UTC") from None
     return value
 
 
 def _interval(argument: str, value: object) -> dt.timedelta | None:
     if value is None or (isinstance(value, dt.timedelta) and abs(value) <= INTERVAL_MAX):
         return value
-    raise InvalidArgument(
-        f"{argument}={shown(value)}: pass a timedelta of at most {INTERVAL_MAX.days} days, as timedelta(days=90)",
-        argument=argument,
-        value=value,
+    raise InvalidArgument.of(
+        argument, value, f"pass a timedelta of at most {INTERVAL_MAX.days} days, as timedelta(days=90)"
     )
 
 
@@ -992,10 +974,8 @@ def _document(value: object) -> Mapping[str, Any] | None:
             # in JSON a NUL is written as \u0000, and a backslash before these letters as two
             if not ("\\u0000" in text and _NUL.search(text)) and _depth(text) <= DEPTH_MAX:
                 return value
-    raise InvalidArgument(
-        f"metadata={shown(value)}: pass a mapping that is a JSON object, without NUL, nested at most {DEPTH_MAX} deep",
-        argument="metadata",
-        value=value,
+    raise InvalidArgument.of(
+        "metadata", value, f"pass a mapping that is a JSON object, without NUL, nested at most {DEPTH_MAX} deep"
     )
 
 
@@ -1023,17 +1003,13 @@ def _uuid(argument: str, value: object) -> UUID:
             return UUID(value)
         except ValueError:
             pass
-    raise InvalidArgument(
-        f"{argument}={shown(value)}: pass the id of a credit transaction, a UUID", argument=argument, value=value
-    )
+    raise InvalidArgument.of(argument, value, "pass the id of a credit transaction, a UUID")
 
 
 def _currency(value: object) -> str:
     if isinstance(value, str) and len(value) == 3 and value.isascii() and value.isalpha():  # noqa: PLR2004 - ISO 4217
         return value.lower()
-    raise InvalidArgument(
-        f"currency={shown(value)}: pass a three-letter code, as 'usd'", argument="currency", value=value
-    )
+    raise InvalidArgument.of("currency", value, "pass a three-letter code, as 'usd'")
 
 
 def _either(one: str, first: object, other: str, second: object) -> None:

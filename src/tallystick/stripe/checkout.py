@@ -193,13 +193,9 @@ def start_sale(
         return Sale(purchase, metadata_of(store, conn, purchase))
 
     if isinstance(amount, bool) or not isinstance(amount, int) or not 0 <= amount <= INT64_MAX:
-        raise InvalidArgument(
-            f"amount={shown(amount)}: pass a whole number of minor units, 0 or more", argument="amount", value=amount
-        )
+        raise InvalidArgument.of("amount", amount, "pass a whole number of minor units, 0 or more")
     if not re.fullmatch("[a-z]{3}", currency):
-        raise InvalidArgument(
-            f"currency={shown(currency)}: pass a three-letter code, as usd", argument="currency", value=currency
-        )
+        raise InvalidArgument.of("currency", currency, "pass a three-letter code, as usd")
     return in_transaction(engine, work)
 
 
@@ -285,11 +281,7 @@ def require_price(pack: Pack, price: Object | None, *, live: bool) -> None:
 def _valid_quantity(quantity: int, most: int | None) -> int:
     most = QUANTITY_MAX if most is None else most
     if isinstance(quantity, bool) or not isinstance(quantity, int) or not 1 <= quantity <= most:
-        raise InvalidArgument(
-            f"quantity={shown(quantity)}: pass a whole number from 1 to {most}",
-            argument="quantity",
-            value=quantity,
-        )
+        raise InvalidArgument.of("quantity", quantity, f"pass a whole number from 1 to {most}")
     return quantity
 
 

@@ -100,7 +100,7 @@ def reconcile(
         StripeUnavailable, DatabaseError: run it again; it resumes.
     """
     if since is not None and since.tzinfo is None:
-        raise InvalidArgument(f"since={since!r}: pass a time with a time zone", argument="since", value=since)
+        raise InvalidArgument.of("since", since, "pass a time with a time zone")
     return _Reconciling(Effects(engine, config), since, dry_run=dry_run, progress=progress).run()
 
 

@@ -220,11 +220,9 @@ def _whole_amount(bought: CreditTransaction, amount: int, left: int, currency: s
     """``amount``, if Stripe accepts it. Raises InvalidArgument, RefundExceedsPurchase."""
     step = STEPS.get(currency, 1)
     if amount < 1 or amount % step:
-        raise InvalidArgument(
-            f"amount={amount}: Stripe takes whole minor units of {currency}, at least 1"
-            + (f" and a multiple of {step}" if step > 1 else ""),
-            argument="amount",
-            value=amount,
+        multiple = f" and a multiple of {step}" if step > 1 else ""
+        raise InvalidArgument.of(
+            "amount", amount, f"Stripe takes whole minor units of {currency}, at least 1{multiple}"
         )
     if amount > left:
         raise RefundExceedsPurchase(

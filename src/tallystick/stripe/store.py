@@ -38,7 +38,7 @@ from tallystick.declared_tables import (
     stripe_findings,
     stripe_reversals,
 )
-from tallystick.errors import IdempotencyKeyReused, InvalidArgument, SessionConflict, shown
+from tallystick.errors import IdempotencyKeyReused, InvalidArgument, SessionConflict
 from tallystick.ledger import CreditTransaction, Ledger
 from tallystick.schema import CreditTransactionStatus, CreditTransactionType
 from tallystick.stripe.client import Object
@@ -798,7 +798,7 @@ def storable(argument: str, text: str, longest: int = ID_MAX) -> str:
     """``text``, if it has 1 to ``longest`` characters that PostgreSQL can store. Raises InvalidArgument."""
     if not 0 < len(text) <= longest or "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
         problem = f"pass a text of 1 to {longest} characters, without NUL and lone surrogates"
-        raise InvalidArgument(f"{argument}={shown(text)}: {problem}", argument=argument, value=text)
+        raise InvalidArgument.of(argument, text, problem)
     return text
 
 

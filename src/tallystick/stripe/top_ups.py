@@ -22,7 +22,7 @@ from tallystick.accounts import Account, Accounts
 from tallystick.config import Config, Pack
 from tallystick.database import run
 from tallystick.declared_tables import stripe_checkouts
-from tallystick.errors import IdempotencyKeyReused, InvalidArgument, Key, StripeRefused, UserDeleted, shown
+from tallystick.errors import IdempotencyKeyReused, InvalidArgument, Key, StripeRefused, UserDeleted
 from tallystick.ledger import CreditTransaction
 from tallystick.schema import CreditTransactionStatus, CreditTransactionType
 from tallystick.stripe.checkout import CLOCK_SKEW_MAX_S, metadata_of, pack_named, price_of, require_price, require_room
@@ -83,7 +83,7 @@ def top_up(engine: sa.Engine, config: Config, user: Key, pack: str, *, below: in
     """
     for argument, value in (("below", below), ("monthly_max", monthly_max)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InvalidArgument(f"{argument}={shown(value)}: pass 1 or more", argument=argument, value=value)
+            raise InvalidArgument.of(argument, value, "pass 1 or more")
     effects, chosen = Effects(engine, config), pack_named(config, pack)
     # the gap first: a top-up that is completed after it was read either raises the balance, or has the same key
     gap = in_transaction(engine, lambda conn: _find_gap(effects, conn, user))

@@ -16,7 +16,7 @@ from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.database import run
 from tallystick.declared_tables import event_dead_letters, event_endpoints, event_settings, events
-from tallystick.errors import InvalidArgument, Key, NotMigrated, shown
+from tallystick.errors import InvalidArgument, Key, NotMigrated
 from tallystick.web.console.queries import COUNT_UP_TO, PAGE_ROWS, Listing, Page, Queries
 
 _EXPORT_ROWS = 1_000
@@ -287,6 +287,4 @@ def _position(cursor: str) -> tuple[int, int]:
     position, dash, id = cursor.partition("-")
     if dash and all(part.isascii() and part.isdigit() and len(part) < 19 for part in (position, id)):  # noqa: PLR2004
         return int(position), int(id)
-    raise InvalidArgument(
-        f"cursor={shown(cursor)}: no place in this list. Begin at its first page", argument="cursor", value=cursor
-    )
+    raise InvalidArgument.of("cursor", cursor, "no place in this list. Begin at its first page")

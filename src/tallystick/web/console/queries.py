@@ -31,7 +31,7 @@ from tallystick.declared_tables import (
     stripe_reversals,
 )
 from tallystick.declared_tables import days as kept_days
-from tallystick.errors import InvalidArgument, Key, UnknownUser, shown
+from tallystick.errors import InvalidArgument, Key, UnknownUser
 from tallystick.ledger import Ledger, Standing
 from tallystick.schema import CreditTransactionStatus
 
@@ -852,9 +852,7 @@ def _uuid_cursor(text: str) -> tuple[UUID]:
 
 
 def _bad_cursor(text: str) -> InvalidArgument:
-    return InvalidArgument(
-        f"cursor={shown(text)}: no place in this list. Begin at its first page", argument="cursor", value=text
-    )
+    return InvalidArgument.of("cursor", text, "no place in this list. Begin at its first page")
 
 
 def _as_uuid(text: str) -> UUID | None:
