@@ -35,7 +35,7 @@ from tallystick.errors import (
 from tallystick.ledger import CreditTransaction
 from tallystick.schema import INT64_MAX
 from tallystick.stripe.client import MISSING, Object, ask, ask_or_none, is_live, list_all
-from tallystick.stripe.customers import customer_of, replace_customer
+from tallystick.stripe.customers import customer_of, make_customer
 from tallystick.stripe.effects import PAGE, Effects, failure_of, in_transaction
 from tallystick.stripe.store import ID_MAX, METADATA_KEY, REALM_KEY, Outcome, Store, storable, store_of
 
@@ -127,11 +127,7 @@ def checkout(
             engine, lambda conn: _started_before(effects, conn, user, named, pack=pack, quantity=quantity)
         )
     if started is None:
-        if account.deleted_at is not None:
-            raise UserDeleted(
-                f"user {user} was deleted. To bring the user back: tallystick users restore, or Accounts.restore_user",
-                user=user,
-            )
+        require_not_deleted(account)
         chosen, wanted_options = pack_named(config, pack), options or config.checkout_options
         room = require_room(
             effects.store, account, chosen.credits * _valid_quantity(quantity, wanted_options.quantity_max), pack
@@ -331,6 +327,16 @@ def require_room(store: Store, account: Account, credits: int, what: str) -> int
     return most - account.credit_balance
 
 
+def require_not_deleted(account: Account) -> None:
+    """Refuse a sale to a soft-deleted user. Raises UserDeleted."""
+    if account.deleted_at is not None:
+        raise UserDeleted(
+            f"user {account.user} was deleted. To bring the user back: tallystick users restore, or "
+            "Accounts.restore_user",
+            user=account.user,
+        )
+
+
 def metadata_of(store: Store, conn: sa.Connection, purchase: CreditTransaction) -> dict[str, str]:
     """The metadata for a session and payment of a purchase."""
     return {METADATA_KEY: str(purchase.id), REALM_KEY: store.realm(conn)}
@@ -409,26 +415,25 @@ def _start(
         **more,
         "payment_intent_data": {"metadata": metadata, **more.get("payment_intent_data", {})},
     }
-    new = sa.insert(stripe_checkouts).values(
-        purchase_id=purchase.id,
+    if purchase.replayed:  # another tab was faster
+        return purchase, _stored(conn, purchase, key, pack=pack.name, quantity=quantity)
+    store_terms(effects, conn, purchase.id, pack, request, quantity=quantity)
+    return purchase, request
+
+
+def store_terms(
+    effects: Effects, conn: sa.Connection, purchase: UUID, pack: Pack, request: dict[str, Any], *, quantity: int = 1
+) -> None:
+    """Store the terms of a purchase of ``pack``, and the request for its payment; those that are there stay."""
+    terms = pg.insert(stripe_checkouts).values(
+        purchase_id=purchase,
         pack=pack.name,
         amount=(pack.amount or 0) * quantity,
         currency=pack.currency,
         rounding=pack.refund_rounding or effects.config.refund_rounding,
         request=request,
     )
-    if not purchase.replayed:
-        run(conn, new, {})
-        return purchase, request
-    return purchase, _stored(conn, purchase, key, pack=pack.name, quantity=quantity)  # another tab was faster
-
-
-def _request(conn: sa.Connection, purchase: UUID) -> dict[str, Any] | None:
-    sold = stripe_checkouts.c
-    request: dict[str, Any] | None = run(
-        conn, sa.select(sold.request).where(sold.purchase_id == purchase), {}
-    ).scalar_one_or_none()
-    return request
+    run(conn, terms.on_conflict_do_nothing(), {})
 
 
 def _session(effects: Effects, purchase: CreditTransaction, request: dict[str, Any]) -> Object:
@@ -474,16 +479,15 @@ def _create_session(effects: Effects, purchase: CreditTransaction, request: dict
 def _with_another_customer(effects: Effects, purchase: CreditTransaction, request: dict[str, Any]) -> dict[str, Any]:
     """The stored request with a new customer; it changes once, even if several calls find the old customer gone."""
     gone = request["customer"]
-    customer = replace_customer(effects, purchase.user_id, gone)
+    customer = make_customer(effects, purchase.user_id, after=gone)
     sold = stripe_checkouts.c
 
     def store(conn: sa.Connection) -> dict[str, Any]:
         new = sa.func.jsonb_set(sold.request, ["customer"], sa.func.to_jsonb(sa.cast(customer, sa.Text)))
-        old = sa.update(stripe_checkouts).where(
-            sold.purchase_id == purchase.id, sold.request["customer"].astext == gone
-        )
-        run(conn, old.values(request=new), {})
-        return _request(conn, purchase.id) or request
+        this = sold.purchase_id == purchase.id
+        update = sa.update(stripe_checkouts).where(this, sold.request["customer"].astext == gone)
+        run(conn, update.values(request=new), {})
+        return run(conn, sa.select(sold.request).where(this), {}).scalar_one_or_none() or request
 
     return in_transaction(effects.engine, store)
 
@@ -500,17 +504,13 @@ def session_of_purchase(effects: Effects, purchase: CreditTransaction, customer:
     sessions = effects.client.v1.checkout.sessions
     page = ask_or_none(lambda: sessions.list(of_customer))
     candidates = list_all(lambda: page or sessions.list(of_that_day))
-    mark = str(purchase.id)
-    session = next(
-        (one for one in map(sdk.StripeObject.to_dict, candidates) if _purchase_in_metadata(one) == mark), None
-    )
+    session = next((one for one in map(sdk.StripeObject.to_dict, candidates) if names(one, purchase)), None)
     return None if session is None else effects.session_now(session["id"])
 
 
-def _purchase_in_metadata(session: Object) -> str | None:
-    """The purchase that a session's metadata names."""
-    purchase: str | None = (session["metadata"] or {}).get(METADATA_KEY)
-    return purchase
+def names(stated: Object, purchase: CreditTransaction) -> bool:
+    """True if the metadata of a session or payment intent names the purchase."""
+    return bool((stated["metadata"] or {}).get(METADATA_KEY) == str(purchase.id))
 
 
 def _store_session(effects: Effects, conn: sa.Connection, purchase: CreditTransaction, session: Object) -> Checkout:

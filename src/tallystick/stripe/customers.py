@@ -39,17 +39,12 @@ def customer_of(effects: Effects, account: Account) -> str:
     """
     stored = account.stripe_customer_id
     if stored is None:
-        return _make_customer(effects, account.user, after=None)
+        return make_customer(effects, account.user, after=None)
     customer = _existing(effects, stored)
     if customer is None:
-        return _make_customer(effects, account.user, after=stored)
+        return make_customer(effects, account.user, after=stored)
     _update_email(effects, account.user, customer)
     return stored
-
-
-def replace_customer(effects: Effects, user: Key, gone: str) -> str:
-    """Make another customer for the user, after Stripe refused ``gone``."""
-    return _make_customer(effects, user, after=gone)
 
 
 def check_customers(engine: sa.Engine, config: Config, *, most: int = SAMPLE_MAX) -> list[CustomerCheck]:
@@ -84,7 +79,7 @@ def _existing(effects: Effects, customer: str) -> Object | None:
     return None if seen is None or seen.get("deleted") else seen
 
 
-def _make_customer(effects: Effects, user: Key, *, after: str | None) -> str:
+def make_customer(effects: Effects, user: Key, *, after: str | None) -> str:
     """Make a customer and store it, unless another call has stored one other than ``after`` meanwhile."""
     accounts, engine = Accounts(effects.config), effects.engine
     now = in_transaction(engine, lambda conn: accounts.get(conn, user)).stripe_customer_id

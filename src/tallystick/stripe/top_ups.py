@@ -16,19 +16,28 @@ from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.accounts import Account, Accounts
 from tallystick.config import Config, Pack
 from tallystick.database import run
 from tallystick.declared_tables import stripe_checkouts
-from tallystick.errors import IdempotencyKeyReused, InvalidArgument, Key, StripeRefused, UserDeleted
+from tallystick.errors import IdempotencyKeyReused, InvalidArgument, Key, StripeRefused
 from tallystick.ledger import CreditTransaction
 from tallystick.schema import CreditTransactionStatus, CreditTransactionType
-from tallystick.stripe.checkout import CLOCK_SKEW_MAX_S, metadata_of, pack_named, price_of, require_price, require_room
+from tallystick.stripe.checkout import (
+    CLOCK_SKEW_MAX_S,
+    metadata_of,
+    names,
+    pack_named,
+    price_of,
+    require_not_deleted,
+    require_price,
+    require_room,
+    store_terms,
+)
 from tallystick.stripe.client import MISSING, Object, ask, ask_or_none, is_live, list_all
 from tallystick.stripe.effects import PAGE, Effect, Effects, in_transaction
-from tallystick.stripe.store import METADATA_KEY, FindingKind, Outcome, id_of
+from tallystick.stripe.store import FindingKind, Outcome, id_of
 
 MODE = "top_up"
 """The mode in the stored request of a top-up; that of a session has Stripe's ``payment``."""
@@ -88,16 +97,12 @@ def top_up(engine: sa.Engine, config: Config, user: Key, pack: str, *, below: in
     # the gap first: a top-up that is completed after it was read either raises the balance, or has the same key
     gap = in_transaction(engine, lambda conn: _find_gap(effects, conn, user))
     account = in_transaction(engine, lambda conn: Accounts(config).get(conn, user))
-    if account.deleted_at is not None:
-        raise UserDeleted(
-            f"user {user} was deleted. To bring the user back: tallystick users restore, or Accounts.restore_user",
-            user=user,
-        )
+    require_not_deleted(account)
     if account.standing.available >= below:
         return TopUp(TopUpOutcome.ENOUGH)
     attempts = _attempts_in(effects, gap)
     for sold in gap.purchases:
-        made = [one for one in attempts if _pays(one, sold.purchase)]
+        made = [one for one in attempts if names(one, sold.purchase)]
         if any(one["status"] in ("succeeded", "processing") for one in made):
             return _settle(effects, sold.purchase, made)
     return _next_attempt(effects, account, chosen, gap, attempts, monthly_max)
@@ -110,7 +115,7 @@ def attempts_of(effects: Effects, purchase: CreditTransaction, customer: str) ->
     of_customer: Any = {"customer": customer, **since}
     page = ask_or_none(lambda: intents.list(of_customer))
     made = [one.to_dict() for one in list_all(lambda: page or intents.list(since))]
-    return [one for one in made if _pays(one, purchase)]
+    return [one for one in made if names(one, purchase)]
 
 
 def effect_of(effects: Effects, purchase: CreditTransaction, attempts: list[Object]) -> Effect | None:
@@ -162,11 +167,6 @@ def _attempts_in(effects: Effects, gap: _Gap) -> list[Object]:
     return [one for sold in gap.purchases for one in attempts_of(effects, sold.purchase, sold.customer)]
 
 
-def _pays(attempt: Object, purchase: CreditTransaction) -> bool:
-    """True if a payment intent names the purchase."""
-    return bool((attempt["metadata"] or {}).get(METADATA_KEY) == str(purchase.id))
-
-
 def _next_attempt(  # noqa: PLR0917 - the findings of top_up, by position
     effects: Effects, account: Account, pack: Pack, gap: _Gap, attempts: list[Object], monthly_max: int
 ) -> TopUp:
@@ -192,7 +192,7 @@ def _next_attempt(  # noqa: PLR0917 - the findings of top_up, by position
         return TopUp(TopUpOutcome.UNDER_WAY, purchase if started is None else started.purchase)
     if started.purchase.status is CreditTransactionStatus.COMPLETED:  # by a concurrent call
         return TopUp(TopUpOutcome.CHARGED, started.purchase)
-    attempt = 1 + sum(_pays(one, started.purchase) and _method_of(one) == method for one in attempts)
+    attempt = 1 + sum(names(one, started.purchase) and _method_of(one) == method for one in attempts)
     return _charge(effects, started, customer, method, attempt=attempt)
 
 
@@ -256,15 +256,7 @@ def _purchase_of_gap(  # noqa: PLR0917 - as above
             stripe_price_id=pack.stripe_price_id,
             expires_after=pack.expires_after,
         ).id
-        terms = pg.insert(stripe_checkouts).values(
-            purchase_id=id,
-            pack=pack.name,
-            amount=pack.amount or 0,
-            currency=pack.currency,
-            rounding=pack.refund_rounding or effects.config.refund_rounding,
-            request=request,
-        )
-        run(conn, terms.on_conflict_do_nothing(), {})
+        store_terms(effects, conn, id, pack, request)
     this = _sold(effects).where(effects.store.schema.credit_transactions.c.id == id)
     return _sold_of(run(conn, this, {}).one())
 

@@ -157,20 +157,8 @@ def _record_failure(engine: sa.Engine, config: Config, event: Object, reason: st
         _log.error("that event %s failed could not be stored: %s", event["id"], error)
 
 
-def _session(effects: Effects, session: Object) -> Effect:
-    return effects.session(session)
-
-
 def _payment_failed(effects: Effects, session: Object) -> Effect:
     return effects.session(session, failed="the payment failed")
-
-
-def _reversal(effects: Effects, stated: Object) -> Effect | None:
-    return effects.reversal(stated)
-
-
-def _invoice(effects: Effects, invoice: Object) -> Effect | None:
-    return effects.invoice(invoice)
 
 
 def _charge_refunded(effects: Effects, charge: Object) -> Effect | None:
@@ -185,21 +173,21 @@ def _charge_refunded(effects: Effects, charge: Object) -> Effect | None:
 
 
 HANDLERS: dict[str, Callable[[Effects, Object], Effect | None]] = {
-    "checkout.session.completed": _session,
-    "checkout.session.async_payment_succeeded": _session,
+    "checkout.session.completed": Effects.session,
+    "checkout.session.async_payment_succeeded": Effects.session,
     "checkout.session.async_payment_failed": _payment_failed,
-    "checkout.session.expired": _session,
-    "refund.created": _reversal,
-    "refund.updated": _reversal,
-    "refund.failed": _reversal,
-    "charge.refund.updated": _reversal,
+    "checkout.session.expired": Effects.session,
+    "refund.created": Effects.reversal,
+    "refund.updated": Effects.reversal,
+    "refund.failed": Effects.reversal,
+    "charge.refund.updated": Effects.reversal,
     "charge.refunded": _charge_refunded,
-    "charge.dispute.created": _reversal,
-    "charge.dispute.updated": _reversal,
-    "charge.dispute.closed": _reversal,
-    "charge.dispute.funds_withdrawn": _reversal,
-    "charge.dispute.funds_reinstated": _reversal,
-    "invoice.paid": _invoice,
+    "charge.dispute.created": Effects.reversal,
+    "charge.dispute.updated": Effects.reversal,
+    "charge.dispute.closed": Effects.reversal,
+    "charge.dispute.funds_withdrawn": Effects.reversal,
+    "charge.dispute.funds_reinstated": Effects.reversal,
+    "invoice.paid": Effects.invoice,
 }
 """Event type → its handler. ``stripe setup`` subscribes to exactly these."""
 
