@@ -58,6 +58,13 @@ def test_fields_are_attributes_and_survive_pickling():
     assert (again.user, again.balance, again.required) == (7, 1, 2)
 
 
+def test_a_field_that_was_left_out_is_none():
+    error = errors.ConfigError("no plan has an allowance", key="allowances")
+    assert (error.path, error.line, error.key) == (None, None, "allowances")
+    assert errors.DatabaseUnavailable("closed").sqlstate is None
+    assert errors.NotMigrated("no schema").revision is None
+
+
 def test_a_bad_argument_is_a_value_error_too():
     assert issubclass(errors.InvalidArgument, ValueError)
 

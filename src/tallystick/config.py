@@ -581,8 +581,6 @@ def _refuse_unknown(environ: Mapping[str, str]) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             raise ConfigError(
                 f"{name}: no such setting{f'; did you mean {near[0]}?' if near else '. Unset it'}",
-                path=None,
-                line=None,
                 key=name,
             )
 
@@ -615,20 +613,16 @@ class _Source:
             raise ConfigError(
                 f"{path}: {error.strerror}. {remedy}",
                 path=str(path),
-                line=None,
-                key=None,
             ) from None
         except UnicodeDecodeError:
-            raise ConfigError(f"{path}: not UTF-8. Save it as UTF-8", path=str(path), line=None, key=None) from None
+            raise ConfigError(f"{path}: not UTF-8. Save it as UTF-8", path=str(path)) from None
         except tomllib.TOMLDecodeError as error:
             line = int(found[1]) if (found := re.search(r"at line (\d+)", str(error))) else None
-            raise ConfigError(f"{path}: not valid TOML: {error}", path=str(path), line=line, key=None) from None
+            raise ConfigError(f"{path}: not valid TOML: {error}", path=str(path), line=line) from None
         for name in table:
             self.values = self.values.get(name) if isinstance(self.values, dict) else None
         if self.values is not None and not isinstance(self.values, dict):
-            raise ConfigError(
-                f"{path}: [{'.'.join(table)}] is not a table", path=str(path), line=None, key=".".join(table)
-            )
+            raise ConfigError(f"{path}: [{'.'.join(table)}] is not a table", path=str(path), key=".".join(table))
 
     def line_of(self, location: tuple[str | int, ...]) -> int | None:
         """The line (from 1) of a key, or of the innermost table around it that has one."""

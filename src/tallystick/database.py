@@ -230,7 +230,7 @@ def _meaning(  # noqa: C901, PLR0911 - a table of meanings
     """The error of ours for this one; None where it is the host's own, or no driver's."""
     kind = f"{type(error).__module__}.{type(error).__qualname__}"
     if kind == "sqlalchemy.exc.TimeoutError":
-        return DatabaseUnavailable(f"no connection became free: {error}. Give the engine a larger pool", sqlstate=None)
+        return DatabaseUnavailable(f"no connection became free: {error}. Give the engine a larger pool")
     state = sqlstate(error)
     if not (_is_drivers(error) or (connecting and isinstance(error, OSError))):
         return None
@@ -251,13 +251,11 @@ def _meaning(  # noqa: C901, PLR0911 - a table of meanings
         return NotMigrated(
             f"{text.partition(chr(10))[0]}. The functions of this database are older than this package. Run: "
             "tallystick migrate apply",
-            revision=None,
         )
     if state in _NAMES:
         return NotMigrated(
             f"{text.partition(chr(10))[0]}. Is it the app's? It is mapped in tallystick.toml. Is it Tallystick's? Run: "
             "tallystick migrate apply",
-            revision=None,
         )
     if connecting and (lost or state is None or state[:2] in ("08", "28", "3D", "53", "57")):
         return DatabaseUnavailable(

@@ -99,7 +99,10 @@ def shown(value: object) -> str:
 
 
 class TallystickError(Exception):
-    """Root of the tree. Keyword arguments become attributes; the message is for a person."""
+    """Root of the tree. Keyword arguments become attributes; the message is for a person.
+
+    A field that is None unless it is given has that as its default.
+    """
 
     retryable: ClassVar[bool] = False
     outcome_unknown: ClassVar[bool] = False
@@ -122,9 +125,9 @@ def _rebuild(kind: type[TallystickError], message: str, fields: dict[str, object
 class ConfigError(TallystickError):
     """The configuration cannot be read."""
 
-    path: str | None
-    line: int | None
-    key: str | None
+    path: str | None = None
+    line: int | None = None
+    key: str | None = None
 
 
 class DevServerError(TallystickError):
@@ -146,7 +149,7 @@ class DevStripeError(TallystickError):
 class DatabaseError(TallystickError):
     """The database could not execute a call."""
 
-    sqlstate: str | None
+    sqlstate: str | None = None
 
 
 class DatabaseUnavailable(DatabaseError):
@@ -189,13 +192,13 @@ class SchemaError(TallystickError):
 class NotMigrated(SchemaError):
     """Tallystick's tables or columns are missing."""
 
-    revision: str | None
+    revision: str | None = None
 
 
 class SchemaTooNew(SchemaError):
     """A later version of Tallystick migrated this database. ``revision`` is None if an unknown answer showed it."""
 
-    revision: str | None
+    revision: str | None = None
 
 
 class HostMismatch(SchemaError):

@@ -204,7 +204,7 @@ def _verify_revision(conn: AnyConnection) -> None:
         if found is None and was_applied(conn):
             raise bookkeeping_lost("alembic_version")
     if not is_there:
-        raise NotMigrated("this database has no Tallystick schema yet. Run: tallystick migrate apply", revision=None)
+        raise NotMigrated("this database has no Tallystick schema yet. Run: tallystick migrate apply")
     if found == HEAD:
         return
     if found is not None and found > HEAD:
@@ -247,14 +247,13 @@ def mapping_of(source: sa.Engine | AnyConnection) -> HostMapping:
         if row is None and was_applied(conn):
             raise bookkeeping_lost("mapping")
     if row is None:
-        raise NotMigrated("this database has no Tallystick schema yet. Run: tallystick migrate apply", revision=None)
+        raise NotMigrated("this database has no Tallystick schema yet. Run: tallystick migrate apply")
     try:
         return HostMapping.from_json(row[0])
     except ValidationError as error:
         raise SchemaTooNew(
             f"this package does not understand the mapping that the database stores: {error}. "
             "Run: pip install -U tallystick",
-            revision=None,
         ) from error
 
 

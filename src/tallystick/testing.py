@@ -316,7 +316,6 @@ class Clock:
                 raise PermissionDenied(
                     "the clock of this database cannot be moved: functions of PostgreSQL's are replaced for it, in a "
                     "database that Databases makes with the address of a superuser, as on the embedded server",
-                    sqlstate=None,
                 )
             conn.execute(sa.text(_ADVANCE), {"seconds": step.total_seconds()})
 

@@ -185,7 +185,7 @@ class Invocation:
 
                 server = postgres.Server(postgres.default_folder())
                 if not (server.made or os.environ.get("TALLYSTICK_HOME")):
-                    raise DatabaseUnavailable(_NO_ADDRESS, sqlstate=None)
+                    raise DatabaseUnavailable(_NO_ADDRESS)
                 stack.enter_context(server)
                 note(f"No database address is set: using the embedded PostgreSQL in {server.folder}.")
                 # one in the environment would be another database's
@@ -223,7 +223,7 @@ def with_mapping(conn: sa.Connection | psycopg.Connection[Any], config: Config) 
 def address(config: Config) -> str:
     """The address, which ``Invocation.database`` has set."""
     if config.database_url is None:
-        raise DatabaseUnavailable(_NO_ADDRESS, sqlstate=None)
+        raise DatabaseUnavailable(_NO_ADDRESS)
     return config.database_url
 
 

@@ -43,8 +43,6 @@ def write_typescript(
         raise ConfigError(
             f"{output} exists, and this command did not write it. Move it away, or name another file with --output",
             path=str(output),
-            line=None,
-            key=None,
         )
     replace_file(output, text.encode())
     users, workshops = host.users, host.workshops

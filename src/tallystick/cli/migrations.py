@@ -199,7 +199,6 @@ def init(
         raise ConfigError(
             f"{target} has the tables of an app already, under [host]. To replace them: {again}",
             path=str(target),
-            line=None,
             key="host",
         )
     with invocation(ctx).database() as config, connect_when_ready(config) as conn:
@@ -782,7 +781,7 @@ def _script(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not UTF-8. Save it as UTF-8", path=str(path), line=None, key=None) from None
+        raise ConfigError(f"{path}: not UTF-8. Save it as UTF-8", path=str(path)) from None
 
 
 _NO_EXTENSION = re.compile(r"extension \"([^\"]+)\" is not available|extension/([^/\"]+)\.control\"")

@@ -48,9 +48,7 @@ def serve(
 
         from tallystick.web import console  # noqa: PLC0415
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"the console needs {error.name}. Run: pip install 'tallystick[web]'", path=None, line=None, key=None
-        ) from None
+        raise ConfigError(f"the console needs {error.name}. Run: pip install 'tallystick[web]'") from None
 
     if hash_password:
         password = typer.prompt("Password", hide_input=True, confirmation_prompt=True)
@@ -108,9 +106,6 @@ def _listen(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as error:  # UnicodeError for an invalid host name
         raise ConfigError(
             f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', error)}. Choose another with: --port",
-            path=None,
-            line=None,
-            key=None,
         ) from None
     # Connections inherit it. A response is two writes; without it the second waits 40 ms for the first's ACK.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -127,8 +122,6 @@ def _sign_in(access: ConsoleAccess, host: str, port: int, *, local: bool) -> tup
             raise ConfigError(
                 f"listening on {host} would open the console to a network, but no operator is named. Name operators or "
                 "proxy_peers under [console] in the settings, or leave out --host",
-                path=None,
-                line=None,
                 key="console",
             )
         return LocalLink(), here
@@ -136,8 +129,6 @@ def _sign_in(access: ConsoleAccess, host: str, port: int, *, local: bool) -> tup
         raise ConfigError(
             f"listening on {host} needs the address at which people open the console. "
             'Set address = "https://…" under [console] in the settings',
-            path=None,
-            line=None,
             key="console.address",
         )
     if access.proxy_peers:

@@ -387,7 +387,6 @@ def _append_only_lifted(conn: sa.Connection, ledger: sa.Table) -> Iterator[None]
         raise PermissionDenied(
             f"the seed is removed by the owner of {ledger.schema}.{LEDGER}, {owner.name}; {owner.role} is not. "
             "Nothing was removed. Run it with that role's address: --database-url",
-            sqlstate=None,
         )
     conn.execute(sa.select(sa.func.set_config("lock_timeout", _RESET_LOCK_TIMEOUT, sa.true())))
     _alter_trigger(conn, ledger, "DISABLE")

@@ -271,7 +271,6 @@ class Combiner:
             raise DatabaseUnavailable(
                 f"more than {self._waiting_max} calls have been waiting for {self._held_max_s:g} s to be sent by this "
                 "Combiner. This one was not made; make it again a little later",
-                sqlstate=None,
             )
 
     def _withdraw(self, queued: _QueuedCall) -> bool:
@@ -446,9 +445,9 @@ class Combiner:
             worker.thread = None
             self._room.notify_all()
         unknown = f"{ended} while this call was under way; make the same call again with the same key"
-        _resolve((queued, OutcomeUnknown(unknown, sqlstate=None)) for queued in sent)
+        _resolve((queued, OutcomeUnknown(unknown)) for queued in sent)
         unmade = f"{ended} before this call was sent; make it again"
-        _resolve((queued, DatabaseUnavailable(unmade, sqlstate=None)) for queued in unsent)
+        _resolve((queued, DatabaseUnavailable(unmade)) for queued in unsent)
 
 
 def _copy(error: E) -> E:

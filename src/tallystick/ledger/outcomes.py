@@ -59,7 +59,6 @@ def error_of(outcome: str, refused: Refusal) -> TallystickError:
     if made is None:
         return SchemaTooNew(
             f"the database answers {outcome!r}, which this package does not know. Run: pip install -U tallystick",
-            revision=None,
         )
     return made(refused)
 

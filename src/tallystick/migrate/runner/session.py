@@ -87,7 +87,7 @@ def session(source: sa.Engine, *, waiting: Callable[[str], None] | None = None) 
         conn = connect_with_retries(source, waiting=waiting).execution_options(isolation_level="AUTOCOMMIT")
     except sa.exc.OperationalError as error:
         raise DatabaseUnavailable(
-            f"cannot connect: {server_message(error)}. Check the address, and that the server runs", sqlstate=None
+            f"cannot connect: {server_message(error)}. Check the address, and that the server runs"
         ) from error
     try:
         conn.detach()  # no other user of the pool must get its settings

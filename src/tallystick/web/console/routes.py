@@ -211,7 +211,7 @@ class _Console:
     def days(self, request: Request, form: str) -> Response:
         state = self.figures.fresh(wait_s=30)
         if state.result is None:
-            raise DatabaseError(state.error or "the figures are not ready yet; ask again in a moment", sqlstate=None)
+            raise DatabaseError(state.error or "the figures are not ready yet; ask again in a moment")
         if form == "csv":
             return export.csv("days", state.result.days, operator=_operator(request))
         return export.json(

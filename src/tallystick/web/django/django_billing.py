@@ -143,8 +143,6 @@ class DjangoBilling:
             raise ConfigError(
                 "what asks Stripe runs on connections beside Django's, and the address of the database is not known. "
                 "Set DATABASE_URL, or give DjangoBilling an engine=",
-                path=None,
-                line=None,
                 key="database_url",
             )
         return engine_of(self.config.database_url, pool_size=2, pool_pre_ping=True)
