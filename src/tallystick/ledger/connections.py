@@ -261,10 +261,15 @@ def _quoted(text: str) -> str:
 # --- how it is sent ---
 
 
-def _psycopg(conn: psycopg.Connection[Any], call: Call[R]) -> R:
-    with translated():
-        rows = _on_psycopg(conn, call)
-    return call.read(rows)
+def _reading(rows_of: Callable[[Any, Call[Any]], Rows]) -> Callable[[Any, Call[Any]], Any]:
+    """A sender that reads the rows of ``rows_of``; errors of the driver are ours."""
+
+    def sender(conn: Any, call: Call[R]) -> R:
+        with translated():
+            rows = rows_of(conn, call)
+        return call.read(rows)
+
+    return sender
 
 
 def _on_psycopg(conn: psycopg.Connection[Any], call: Call[Any]) -> Rows:
@@ -307,12 +312,6 @@ def _style(kind: type) -> tuple[str, bool]:
     return mark, not issubclass(kind, (ClientCursor, AsyncClientCursor))
 
 
-def _psycopg2(conn: Any, call: Call[R]) -> R:
-    with translated():
-        rows = _on_psycopg2(conn, call)
-    return call.read(rows)
-
-
 def _on_psycopg2(conn: Any, call: Call[Any]) -> Rows:
     from psycopg2.extensions import cursor  # noqa: PLC0415
 
@@ -320,13 +319,11 @@ def _on_psycopg2(conn: Any, call: Call[Any]) -> Rows:
     return _on_cursor(conn.cursor(cursor_factory=cursor), call)
 
 
-def _django(conn: DjangoConnection, call: Call[R]) -> R:
+def _on_django(conn: DjangoConnection, call: Call[Any]) -> Rows:
     """Send a call through Django's cursor, which keeps Django's own bookkeeping, inside Django's transaction."""
     if conn.vendor != "postgresql":
         raise _refused(f"a {conn.vendor} connection of Django")
-    with translated():
-        rows = _on_cursor(conn.cursor(), call)
-    return call.read(rows)
+    return _on_cursor(conn.cursor(), call)
 
 
 def _on_cursor(cursor: Any, call: Call[Any]) -> Rows:
@@ -356,23 +353,17 @@ def _asyncpg_value(value: Any) -> Any:
     return value
 
 
-def _sqlalchemy(conn: sa.Connection, call: Call[R]) -> R:
+def _on_sqlalchemy(conn: sa.Connection, call: Call[Any]) -> Rows:
     dialect = conn.dialect
     if dialect.driver not in _DRIVERS or dialect.name != "postgresql":
         raise _refused(f"a connection of SQLAlchemy to {dialect.name}, through {dialect.driver}")
-    with translated():
-        rows = _on_sqlalchemy(conn, call)
-    return call.read(rows)
-
-
-def _on_sqlalchemy(conn: sa.Connection, call: Call[Any]) -> Rows:
     if not conn.in_transaction():
         conn.begin()  # as SQLAlchemy itself does at the first statement
     driver: Any = conn.connection.dbapi_connection
     send_on = _CURSORS.get(_name(driver))
     if send_on is None or _is_listened_to(conn):
         names, values = call.given()
-        if conn.dialect.paramstyle == "numeric_dollar":
+        if dialect.paramstyle == "numeric_dollar":
             sent = tuple(map(_asyncpg_value, values))
             return conn.exec_driver_sql(_text(call.function, names, mark="$"), sent).fetchall()
         return conn.exec_driver_sql(
@@ -380,7 +371,7 @@ def _on_sqlalchemy(conn: sa.Connection, call: Call[Any]) -> Rows:
         ).fetchall()
     try:
         return send_on(driver, call)
-    except conn.dialect.loaded_dbapi.Error as error:
+    except dialect.loaded_dbapi.Error as error:
         raise _sqlalchemy_error(conn, call, error) from error
 
 
@@ -400,12 +391,6 @@ def _sqlalchemy_error(conn: sa.Connection, call: Call[Any], error: Exception) ->
         connection_invalidated=lost,
         dialect=conn.dialect,
     )
-
-
-def _adapted_psycopg(conn: Any, call: Call[R]) -> R:
-    with translated():
-        rows = _on_adapted_psycopg(conn, call)
-    return call.read(rows)
 
 
 def _on_adapted_psycopg(conn: Any, call: Call[Any]) -> Rows:
@@ -507,13 +492,17 @@ def _pooled(engine: sa.Engine) -> sa.PoolProxiedConnection | None:
     return None
 
 
+_sqlalchemy = _reading(_on_sqlalchemy)
+
+
 def _session(session: Session | scoped_session[Any], call: Call[R]) -> R:
     with translated(connecting=True):
         conn = session.connection()
     # Pending changes are flushed first: a workshop made in the session can be paid for in the same transaction. An
     # error of the flush is the host's own, and is raised as it is.
     session.flush()
-    return _sqlalchemy(conn, call)
+    result: R = _sqlalchemy(conn, call)
+    return result
 
 
 async def _sqlalchemy_async(conn: SqlAlchemyAsyncConnection, call: Call[R]) -> R:
@@ -535,12 +524,12 @@ _SENDERS: Mapping[str, Callable[[Any, Call[Any]], Any]] = {
     "sqlalchemy.ext.asyncio.engine.AsyncConnection": _sqlalchemy_async,
     "sqlalchemy.ext.asyncio.session.AsyncSession": _session_async,
     "sqlalchemy.ext.asyncio.scoping.async_scoped_session": _scoped_session_async,
-    "sqlalchemy.dialects.postgresql.psycopg.AsyncAdapt_psycopg_connection": _adapted_psycopg,
-    "psycopg.Connection": _psycopg,
+    "sqlalchemy.dialects.postgresql.psycopg.AsyncAdapt_psycopg_connection": _reading(_on_adapted_psycopg),
+    "psycopg.Connection": _reading(_on_psycopg),
     "psycopg.AsyncConnection": _psycopg_async,
-    "psycopg2.extensions.connection": _psycopg2,
-    "django.db.backends.base.base.BaseDatabaseWrapper": _django,
-    "django.utils.connection.ConnectionProxy": _django,
+    "psycopg2.extensions.connection": _reading(_on_psycopg2),
+    "django.db.backends.base.base.BaseDatabaseWrapper": _reading(_on_django),
+    "django.utils.connection.ConnectionProxy": _reading(_on_django),
     "asyncpg.connection.Connection": _asyncpg,
     "asyncpg.pool.PoolConnectionProxy": _asyncpg,
 }
