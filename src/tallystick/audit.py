@@ -1109,10 +1109,6 @@ def _unknown_workshops(part: _Part) -> sa.Select[Any]:
     return rows.where(part.row.workshop_id.is_not(None), ~_BROKEN["workshop_link"](part.row), missing)
 
 
-def _long_waiting(part: _Part) -> sa.Select[Any]:
-    return part.rows(part.row.created_at, part.row.stripe_session_id).where(_waits_long(part.row))
-
-
 def _unsettled(part: _Part) -> sa.Select[Any]:
     reversal = stripe_reversals.c
     took = sa.case((reversal.applied == "none", "none"), else_="some").label("took")
@@ -1148,10 +1144,6 @@ def _out_of_order(part: _Part) -> sa.Select[Any]:
     return sa.select(*each).where(each.completed_at < each.before)
 
 
-def _late_beginnings(part: _Part) -> sa.Select[Any]:
-    return part.rows(part.row.created_at, part.row.completed_at).where(_began_late(part.row))
-
-
 def _spent_after_deletion(part: _Part) -> sa.Select[Any]:
     row, users = part.row, part.schema.users
     late = _epoch(row.completed_at) - _epoch(users.c.deleted_at) > DELETION_TAKES.total_seconds()
@@ -1160,16 +1152,16 @@ def _spent_after_deletion(part: _Part) -> sa.Select[Any]:
     return rows.where(row.type == _CONSUMPTION, row.held.is_(None), users.c.deleted_at.is_not(None), late)
 
 
-def _repeated_keys(part: _Part) -> sa.Select[Any]:
-    first = part.schema.credit_transactions.alias("first").c
-    same = sa.and_(first.user_id == part.row.user_id, first.idempotency_key == part.row.idempotency_key)
-    return part.rows(part.row.idempotency_key).where(sa.exists().where(same, first.id < part.row.id))
+def _repeated(*columns: str) -> Callable[[_Part], sa.Select[Any]]:
+    """Rows with the same values of ``columns`` as an earlier one."""
 
+    def search(part: _Part) -> sa.Select[Any]:
+        first = part.schema.credit_transactions.alias("first").c
+        same = (first[name] == part.row[name] for name in columns)
+        shown = (part.row[name] for name in columns if name != "user_id")
+        return part.rows(*shown).where(sa.exists().where(*same, first.id < part.row.id))
 
-def _repeated_sessions(part: _Part) -> sa.Select[Any]:
-    first = part.schema.credit_transactions.alias("first").c
-    same = first.stripe_session_id == part.row.stripe_session_id
-    return part.rows(part.row.stripe_session_id).where(sa.exists().where(same, first.id < part.row.id))
+    return search
 
 
 def _unrecorded(part: _Part) -> sa.Select[Any]:
@@ -1215,27 +1207,17 @@ def _wrong_days(part: _Part) -> sa.Select[Any]:
     )
 
 
-def _unexplained(part: _Part) -> sa.Select[Any]:
-    sums = part.sums().subquery().c
-    return sa.select(sa.literal(part.describe()).label("part")).where(sums.chain)
-
-
 # --- statements that fix a finding ---
 
 
-def _set_balance(schema: Schema, row: Mapping[str, Any]) -> sa.Update:
-    users = schema.users
-    return sa.update(users).where(users.c.key == row["user"]).values(credit_balance=row["balance"])
+def _set_of_user(column: str, to: str) -> Callable[[Schema, Mapping[str, Any]], sa.Update]:
+    """Set a column of the user to the value that a search selected as ``to``."""
 
+    def fix(schema: Schema, row: Mapping[str, Any]) -> sa.Update:
+        users = schema.users
+        return sa.update(users).where(users.c.key == row["user"]).values({column: row[to]})
 
-def _set_held(schema: Schema, row: Mapping[str, Any]) -> sa.Update:
-    users = schema.users
-    return sa.update(users).where(users.c.key == row["user"]).values(credit_held=row["holds"])
-
-
-def _set_due(schema: Schema, row: Mapping[str, Any]) -> sa.Update:
-    users = schema.users
-    return sa.update(users).where(users.c.key == row["user"]).values(credit_due_at=row["first"])
+    return fix
 
 
 def _set_mark(schema: Schema, row: Mapping[str, Any]) -> sa.Update:
@@ -1288,6 +1270,8 @@ def _finding(check: Check, schema: Schema, row: Mapping[str, Any]) -> Finding:
 _BY_HAND = "changed by hand, with the append-only trigger off"
 _LOOK = "Look with: {history}. "
 _RESTORE = _LOOK + "Restore the row from your latest backup, then run: tallystick migrate status"
+_CLOCK = f"the server's clock was set back, or a fail-over led to a slower clock; or {_BY_HAND}"
+_COMPARE = _LOOK + "For several users at one time the clock is the cause. For one user, compare with your backup"
 _CONSTRAINT = _LOOK + "Correct or restore the row, then find out which constraint is missing: tallystick migrate status"
 
 
@@ -1355,7 +1339,7 @@ CHECKS: Mapping[str, Check] = {
             found="{balance_column} {credit_balance}",
             likely_cause="the column was set by hand or by the app",
             what_to_do=_LOOK + "If its rows are right, run: {fix}",
-            fix=_set_balance,
+            fix=_set_of_user("credit_balance", to="balance"),
         ),
         Check(
             name="balance_opened",
@@ -1507,7 +1491,7 @@ CHECKS: Mapping[str, Check] = {
             found="credit_held {credit_held}",
             likely_cause="the column was set by hand or by the app",
             what_to_do=_LOOK + "If its rows are right, run: {fix}",
-            fix=_set_held,
+            fix=_set_of_user("credit_held", to="holds"),
         ),
         Check(
             name="lot",
@@ -1573,7 +1557,7 @@ CHECKS: Mapping[str, Check] = {
             found="credit_due_at {credit_due_at}",
             likely_cause="the column was set by hand or by the app",
             what_to_do=_LOOK + "Run: {fix}",
-            fix=_set_due,
+            fix=_set_of_user("credit_due_at", to="first"),
         ),
         Check(
             name="merged_on_both_sides",
@@ -1636,7 +1620,7 @@ CHECKS: Mapping[str, Check] = {
             name="unique_idempotency_key",
             purpose="a user's idempotency key stands for one row (searched where its unique index is missing)",
             signs=frozenset({"keys may repeat"}),
-            search=_repeated_keys,
+            search=_repeated("user_id", "idempotency_key"),
             expected="one row of user {user} with idempotency key {idempotency_key}",
             found="an earlier row has it too",
             likely_cause="a call was repeated while the index credit_transactions_idempotency_key was missing",
@@ -1646,7 +1630,7 @@ CHECKS: Mapping[str, Check] = {
             name="unique_stripe_session",
             purpose="a Stripe session stands for one purchase (searched where its unique index is missing)",
             signs=frozenset({"sessions may repeat"}),
-            search=_repeated_sessions,
+            search=_repeated("stripe_session_id"),
             expected="one row with the Stripe session {stripe_session_id}",
             found="an earlier row has it too",
             likely_cause="a webhook was repeated while the index credit_transactions_stripe_session was missing",
@@ -1657,7 +1641,7 @@ CHECKS: Mapping[str, Check] = {
             purpose="a purchase is completed or failed within a day (reported, but no fault of the ledger)",
             fault=False,
             signs=frozenset({"waiting"}),
-            search=_long_waiting,
+            search=lambda part: part.rows(part.row.created_at, part.row.stripe_session_id).where(_waits_long(part.row)),
             expected="a completed or failed purchase; it began at {created_at}",
             found="it is pending, Stripe session {stripe_session_id}",
             likely_cause="the webhook of its payment or expiry never arrived",
@@ -1694,21 +1678,19 @@ CHECKS: Mapping[str, Check] = {
             search=_out_of_order,
             expected="a completed_at of {before} or later, as the row before has",
             found="completed_at {completed_at} of row {sequence}",
-            likely_cause=f"the server's clock was set back, or a fail-over led to a slower clock; or {_BY_HAND}",
-            what_to_do=_LOOK
-            + "For several users at one time the clock is the cause. For one user, compare with your backup",
+            likely_cause=_CLOCK,
+            what_to_do=_COMPARE,
         ),
         Check(
             name="created_before_completed",
             purpose="a row is completed after it was created (reported, but no fault: a clock may be set back)",
             fault=False,
             signs=frozenset({"late beginnings"}),
-            search=_late_beginnings,
+            search=lambda part: part.rows(part.row.created_at, part.row.completed_at).where(_began_late(part.row)),
             expected="a created_at of {completed_at} or earlier, when it was completed",
             found="created_at {created_at}",
-            likely_cause=f"the server's clock was set back, or a fail-over led to a slower clock; or {_BY_HAND}",
-            what_to_do=_LOOK
-            + "For several users at one time the clock is the cause. For one user, compare with your backup",
+            likely_cause=_CLOCK,
+            what_to_do=_COMPARE,
         ),
         Check(
             name="daily_sums",
@@ -1726,7 +1708,9 @@ CHECKS: Mapping[str, Check] = {
             name="tally",
             purpose="the sums are right wherever no other check has found a fault",
             signs=frozenset({"chain"}),
-            search=_unexplained,
+            search=lambda part: sa.select(sa.literal(part.describe()).label("part")).where(
+                part.sums().subquery().c.chain
+            ),
             expected="rows that begin and end where the users do",
             found="sums that differ, although no other check has found the place",
             likely_cause="a required value is missing, such as an amount",
