@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
@@ -63,14 +64,12 @@ def _identifier(value: object) -> object:
 Identifier = Annotated[str, BeforeValidator(_identifier)]
 
 
-def _column_or_none(value: object) -> object:
-    return None if value is False else value  # as with tables: TOML has no null
+def _none_for_false(value: object) -> object:
+    return None if value is False else value  # TOML has no null: `workshops = false` means that there is no such table
 
 
-OptionalColumn = Annotated[Identifier | None, BeforeValidator(_column_or_none)]
-
-
-Collation = Annotated[tuple[Identifier, Identifier] | None, BeforeValidator(_column_or_none)]
+OptionalColumn = Annotated[Identifier | None, BeforeValidator(_none_for_false)]
+Collation = Annotated[tuple[Identifier, Identifier] | None, BeforeValidator(_none_for_false)]
 
 
 _PRISMAS = frozenset(
@@ -180,19 +179,15 @@ def _refuse_shared(table: UsersTable | WorkshopsTable, settings: tuple[str, ...]
     written = {*table.adoptable.values(), *added}
     named: dict[str, str] = {}
     for setting in settings:
-        if getattr(table, setting) in added:
+        column = getattr(table, setting)
+        if column in added:
             raise ValueError(
-                f"{setting} names the column {getattr(table, setting)!r}, in which the ledger keeps something else. "
+                f"{setting} names the column {column!r}, in which the ledger keeps something else. "
                 "Name another, or rename the app's column"
             )
-        column = getattr(table, setting)
         if column in named and column in written:
             raise ValueError(f"{named[column]} and {setting} both name the column {column!r}. Name one for each")
         named[column] = setting
-
-
-def _table_or_none(value: object) -> object:
-    return None if value is False else value  # TOML has no null: `workshops = false` means that there is no such table
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
@@ -205,7 +200,9 @@ class HostMapping:
     """
 
     users: UsersTable = Field(default_factory=UsersTable)
-    workshops: Annotated[WorkshopsTable | None, BeforeValidator(_table_or_none)] = Field(default_factory=WorkshopsTable)
+    workshops: Annotated[WorkshopsTable | None, BeforeValidator(_none_for_false)] = Field(
+        default_factory=WorkshopsTable
+    )
     credits: Literal["integer", "bigint"] = "integer"
     ledger_schema: Literal["tallystick"] | None = None
 
@@ -301,12 +298,10 @@ class Allowance:
 
 
 def _plans_once(allowances: tuple[Allowance, ...]) -> tuple[Allowance, ...]:
-    prices = [allowance.stripe_price_id for allowance in allowances if allowance.stripe_price_id is not None]
-    if twice := next((price for price in prices if prices.count(price) > 1), None):
-        raise ValueError(f"the price {twice!r} has two allowances. Leave one")
-    plans = [allowance.plan_tier for allowance in allowances]
-    if twice := next((plan for plan in plans if plans.count(plan) > 1), None):
-        raise ValueError(f"the plan {twice!r} has two allowances. Leave one")
+    for what, setting in (("price", "stripe_price_id"), ("plan", "plan_tier")):
+        for value, times in Counter(getattr(each, setting) for each in allowances).items():
+            if value is not None and times > 1:
+                raise ValueError(f"the {what} {value!r} has two allowances. Leave one")
     return allowances
 
 
@@ -600,9 +595,9 @@ def _from_environment(value: str, *, text: bool) -> Any:
 class _Source:
     """One TOML file: its values, and the line of each key."""
 
-    def __init__(self, path: Path, table: tuple[str, ...]) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.table = table
+        self.table = _table_in(path)
         try:
             self.text = path.read_text(encoding="utf-8-sig")  # programs of Windows write a byte order mark
             self.values: Any = tomllib.loads(self.text)
@@ -619,10 +614,12 @@ class _Source:
         except tomllib.TOMLDecodeError as error:
             line = int(found[1]) if (found := re.search(r"at line (\d+)", str(error))) else None
             raise ConfigError(f"{path}: not valid TOML: {error}", path=str(path), line=line) from None
-        for name in table:
+        for name in self.table:
             self.values = self.values.get(name) if isinstance(self.values, dict) else None
         if self.values is not None and not isinstance(self.values, dict):
-            raise ConfigError(f"{path}: [{'.'.join(table)}] is not a table", path=str(path), key=".".join(table))
+            raise ConfigError(
+                f"{path}: [{'.'.join(self.table)}] is not a table", path=str(path), key=".".join(self.table)
+            )
 
     def line_of(self, location: tuple[str | int, ...]) -> int | None:
         """The line (from 1) of a key, or of the innermost table around it that has one."""
@@ -655,21 +652,15 @@ def _table_in(path: Path) -> tuple[str, ...]:
     return ("tool", "tallystick") if path.name == "pyproject.toml" else ()
 
 
-def _find_in(path: Path) -> _Source:
-    return _Source(path, _table_in(path))
-
-
 def _find(path: Path | None) -> _Source | None:
     if path is not None:
-        return _find_in(path)
+        return _Source(path)
     here = Path.cwd()
     for folder in (here, *here.parents):
         if _is_there(file := folder / FILE_NAME):
-            return _Source(file, ())
-        if _is_there(file := folder / "pyproject.toml"):
-            source = _Source(file, ("tool", "tallystick"))
-            if source.values is not None:
-                return source
+            return _Source(file)
+        if _is_there(file := folder / "pyproject.toml") and (source := _Source(file)).values is not None:
+            return source
     return None
 
 
@@ -707,19 +698,18 @@ def _explain(error: ValidationError, source: _Source | None, origins: Mapping[st
 
 
 def _settings(location: tuple[str | int, ...]) -> list[str]:
-    tables: dict[tuple[str | int, ...], Any] = {
-        (): Config.model_fields,
-        ("host",): HostMapping.__dataclass_fields__,
-        ("console",): ConsoleAccess.__dataclass_fields__,
-        ("checkout_options",): CheckoutOptions.__dataclass_fields__,
-        ("host", "users"): UsersTable.__dataclass_fields__,
-        ("host", "workshops"): WorkshopsTable.__dataclass_fields__,
+    """The settings of the table at a location, which in a list of tables has a number."""
+    kinds: dict[tuple[str | int, ...], Any] = {
+        ("host",): HostMapping,
+        ("console",): ConsoleAccess,
+        ("checkout_options",): CheckoutOptions,
+        ("packs",): Pack,
+        ("allowances",): Allowance,
+        ("host", "users"): UsersTable,
+        ("host", "workshops"): WorkshopsTable,
     }
-    if location and location[0] == "packs":
-        return list(Pack.__dataclass_fields__)
-    if location and location[0] == "allowances":
-        return list(Allowance.__dataclass_fields__)
-    return list(tables.get(location, ()))
+    kind = kinds.get(tuple(part for part in location if isinstance(part, str)))
+    return list(kind.__dataclass_fields__ if kind else () if location else Config.model_fields)
 
 
 def to_toml(host: HostMapping) -> str:
@@ -756,7 +746,7 @@ def settings_file(path: Path | None = None) -> Path:
 
 def has_host(path: Path) -> bool:
     """True if there is a settings file at ``path`` that sets ``host``. Raises ConfigError."""
-    return path.is_file() and "host" in (_find_in(path).values or {})
+    return path.is_file() and "host" in (_Source(path).values or {})
 
 
 def write_host(path: Path, host: HostMapping) -> None:
@@ -772,7 +762,7 @@ def write_host(path: Path, host: HostMapping) -> None:
         table = _table_in(path)
         replace_file(path, ("\n".join([*_host_tables(host, table), ""]) if table else to_toml(host)).encode())
         return
-    source = _find_in(path)
+    source = _Source(path)
     before = (source.values or {}).get("host")
     if before is not None and _mapping_or_none(before) == host:
         return
