@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -65,8 +65,7 @@ class Background(Generic[Result]):
             if self._state.running:
                 return False
             self._idle.clear()
-            old = self._state
-            self._state = State(old.result, old.at, old.seconds, running=True, done=0, total=0, error=None)
+            self._state = replace(self._state, running=True, done=0, total=0, error=None)
         threading.Thread(target=self._run, name=f"tallystick-{self._name}", daemon=True).start()
         return True
 
@@ -86,23 +85,18 @@ class Background(Generic[Result]):
         return self._idle.wait(seconds)
 
     def _progress(self, now: Progress) -> None:
-        s, done, total = self._state, int(now.done), int(now.total or 0)
-        self._state = State(s.result, s.at, s.seconds, running=True, done=done, total=total, error=None)
+        self._state = replace(self._state, done=int(now.done), total=int(now.total or 0))
 
     def _run(self) -> None:
         started = time.perf_counter()
-        old = self._state
-        error: str | None = "it broke; the console's log says where"
-        result, at = old.result, old.at
+        done = replace(self._state, error="it broke; the console's log says where")
         try:
-            result = self._work(self._progress)
-            at, error = dt.datetime.now(dt.UTC), None
+            done = replace(done, result=self._work(self._progress), at=dt.datetime.now(dt.UTC), error=None)
         except (TallystickError, SQLAlchemyError) as caught:
             log.warning("%s failed: %s", self._name, caught)
-            error = _message(caught)
+            done = replace(done, error=_message(caught))
         finally:  # an unexpected error is raised, and reported by the thread
-            seconds = time.perf_counter() - started
-            self._state = State(result, at, seconds, running=False, done=0, total=0, error=error)
+            self._state = replace(done, seconds=time.perf_counter() - started, running=False, done=0, total=0)
             self._tried = dt.datetime.now(dt.UTC)
             self._idle.set()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
-import enum
 import json as json_module
 import logging
 import re
@@ -25,7 +24,7 @@ _ROWS_AT_ONCE = 500
 
 def json(value: Any) -> Response:
     """``value``, dataclasses included, as JSON; times in ISO 8601, keys and ids as text."""
-    return Response(json_module.dumps(_plain(value), ensure_ascii=False), media_type="application/json")
+    return Response(_json(value), media_type="application/json")
 
 
 def csv(name: str, rows: Iterable[Any], *, operator: str, columns: type | None = None) -> Response:
@@ -50,19 +49,16 @@ def _lines(header: list[str], rows: Iterable[Any]) -> Iterator[str]:
 
 
 def _cell(value: Any) -> Any:
-    return json_module.dumps(_plain(value), ensure_ascii=False) if isinstance(value, list | dict) else value
+    return _json(value) if isinstance(value, list | dict) else value
 
 
-def _plain(value: Any) -> Any:  # noqa: PLR0911 - one line for each kind of value
+def _json(value: Any) -> str:
+    return json_module.dumps(value, default=_plain, ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    """A value as one that JSON has: the types of columns, and dataclasses of them."""
     match value:
-        case enum.Enum():
-            return value.value
-        case None | bool() | int() | float() | str():
-            return value
-        case dict():
-            return {str(key): _plain(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_plain(item) for item in value]
         case dt.date():
             return value.isoformat()
         case Decimal():
@@ -70,5 +66,5 @@ def _plain(value: Any) -> Any:  # noqa: PLR0911 - one line for each kind of valu
         case UUID():
             return str(value)
         case _ if dataclasses.is_dataclass(value):
-            return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+            return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     raise TypeError(f"no JSON for {type(value).__name__}")

@@ -743,7 +743,7 @@ class Queries:
             tries.append(sa.select(ledger.user_id).where(ledger.stripe_session_id == search))
         if search.startswith("pi_"):
             tries.append(sa.select(ledger.user_id).where(ledger.stripe_payment_intent_id == search).limit(PAGE_ROWS))
-        if (id := _as_uuid(search)) is not None:
+        if (id := as_uuid(search)) is not None:
             tries.append(sa.select(ledger.user_id).where(ledger.id == id))
         if "email" in users and "@" in search:
             tries.append(sa.select(users.key).where(users.email == search).limit(PAGE_ROWS))
@@ -846,7 +846,7 @@ def _moment_cursor(text: str) -> tuple[dt.datetime, UUID]:
 
 
 def _uuid_cursor(text: str) -> tuple[UUID]:
-    if (id := _as_uuid(text)) is None:
+    if (id := as_uuid(text)) is None:
         raise _bad_cursor(text)
     return (id,)
 
@@ -855,7 +855,8 @@ def _bad_cursor(text: str) -> InvalidArgument:
     return InvalidArgument.of("cursor", text, "no place in this list. Begin at its first page")
 
 
-def _as_uuid(text: str) -> UUID | None:
+def as_uuid(text: str) -> UUID | None:
+    """``text`` as an id of ours, or None if it is none."""
     try:
         return UUID(text)
     except ValueError:

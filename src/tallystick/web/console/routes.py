@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
 from urllib.parse import quote, urlencode
-from uuid import UUID
 
 import jinja2
 import sqlalchemy as sa
@@ -45,7 +44,7 @@ from tallystick.web.console.access import SignIn
 from tallystick.web.console.actions import Actions, Review, operator_of
 from tallystick.web.console.background import Background
 from tallystick.web.console.guard import Guard
-from tallystick.web.console.queries import PAGE_ROWS, Figures, Page, Queries
+from tallystick.web.console.queries import PAGE_ROWS, Figures, Page, Queries, as_uuid
 from tallystick.web.shared import numbers
 from tallystick.web.shared.pages import StaticFiles, environment
 from tallystick.web.shared.tally import SMALL, tally
@@ -144,7 +143,7 @@ class _Console:
             can_send=self.can_send,
             first_rows=FIRST_ROWS,
             page_rows=PAGE_ROWS,
-            database=_database_name(engine),
+            database=f"{engine.url.database} on {engine.url.host or 'this machine'}",
             host=config.host,
             actions=self.actions,
         )
@@ -271,7 +270,7 @@ class _Console:
         else:
             notches = [*queries.ledger(key).page(limit=100).rows, *holds.rows, *queries.unfinished(key)]
         notches = [row for row in notches if row.state != "expired"]  # an expired hold whose row is still pending
-        done = request.query_params.get("done", "")
+        done = as_uuid(request.query_params.get("done", ""))
         events = feed.state(queries)
         shown = [row.id for row in (*page.rows, *holds.rows, *unfinished)]
         return self.show(
@@ -288,7 +287,7 @@ class _Console:
             user_events=feed.of_rows(queries, shown) if events else [],
             notches=notches,
             total=None if newest and page.after is None else user.credit_sequence,
-            done=queries.transaction(key, UUID(done)) if _is_uuid(done) else None,
+            done=queries.transaction(key, done) if done else None,
         )
 
     def holds(self, request: Request, form: str) -> Response:
@@ -482,8 +481,8 @@ class _Console:
         user = queries.user(key)
         purchase, refunded = None, 0
         if name == "refund":
-            wanted = fields.get("purchase", "")
-            purchase = queries.transaction(key, UUID(wanted)) if _is_uuid(wanted) else None
+            wanted = as_uuid(fields.get("purchase", ""))
+            purchase = queries.transaction(key, wanted) if wanted else None
             if purchase is None:
                 raise HTTPException(404)
             refunded = queries.refunded(key, purchase.id)
@@ -623,24 +622,29 @@ def ago(moment: dt.datetime | None) -> Markup:
     if moment is None:
         return Markup("")
     seconds = (dt.datetime.now(dt.UTC) - moment).total_seconds()
-    return Markup('<time datetime="{}" title="{}">{}</time>').format(
-        moment.astimezone(dt.UTC).isoformat(), utc(moment), _ago(seconds, moment)
-    )
+    return _time(moment, _ago(seconds, moment))
 
 
 def when(moment: dt.datetime | None) -> Markup:
     """As ``ago``, with the time below it, since a telephone has no tooltips."""
     if moment is None:
         return Markup("")
-    return Markup('{}<span class="at">{:%Y-%m-%d %H:%M}</span>').format(ago(moment), moment.astimezone(dt.UTC))
+    return ago(moment) + _below(moment)
 
 
 def ahead(moment: dt.datetime) -> Markup:
     """The time until a moment, with the moment itself below it."""
     seconds = (moment - dt.datetime.now(dt.UTC)).total_seconds()
-    return Markup('<time datetime="{0}" title="{1}">{2}</time><span class="at">{3:%Y-%m-%d %H:%M}</span>').format(
-        moment.astimezone(dt.UTC).isoformat(), utc(moment), _ahead(seconds), moment.astimezone(dt.UTC)
-    )
+    return _time(moment, _ahead(seconds)) + _below(moment)
+
+
+def _time(moment: dt.datetime, text: str) -> Markup:
+    exact = moment.astimezone(dt.UTC).isoformat()
+    return Markup('<time datetime="{}" title="{}">{}</time>').format(exact, utc(moment), text)
+
+
+def _below(moment: dt.datetime) -> Markup:
+    return Markup('<span class="at">{:%Y-%m-%d %H:%M}</span>').format(moment.astimezone(dt.UTC))
 
 
 def _ahead(seconds: float) -> str:
@@ -702,19 +706,6 @@ def _age(request: Request) -> Standby | None:
 
 def _operator(request: Request) -> str:
     return str(request.state.session.operator)
-
-
-def _is_uuid(text: str) -> bool:
-    try:
-        UUID(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _database_name(engine: sa.Engine) -> str:
-    host = engine.url.host or "this machine"
-    return f"{engine.url.database} on {host}"
 
 
 __all__ = ["console"]
