@@ -335,6 +335,26 @@ def settings(caller: CallerConnection, *, encoding: bool) -> None:
         caller.sql(f"SET {setting}")
 
 
+def test_a_connection_that_answers_bytes_is_refused_before_anything_is_written(world: World) -> None:
+    user = world.user(credits=9)
+    address = world.url.replace("+psycopg", "", 1)
+    refused = r"client_encoding is SQL_ASCII.*Connect with client_encoding='utf8'"
+    with (
+        psycopg.connect(address, client_encoding="SQL_ASCII", autocommit=True) as conn,
+        pytest.raises(errors.InvalidArgument, match=refused),
+    ):
+        world.ledger.consume(conn, user, key="a")
+
+    async def consume() -> None:
+        async with await psycopg.AsyncConnection.connect(address, client_encoding="SQL_ASCII", autocommit=True) as conn:
+            await world.ledger.consume(conn, user, key="a")
+
+    with pytest.raises(errors.InvalidArgument, match=refused):
+        asyncio.run(consume())
+    with world.engine.connect() as one:
+        assert world.ledger.balance(one, user) == 9
+
+
 def test_what_is_written_is_the_connections_own_transaction(shared: World, caller: CallerConnection) -> None:
     transaction(shared, caller)
 

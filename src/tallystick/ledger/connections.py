@@ -276,7 +276,7 @@ def _on_psycopg(conn: psycopg.Connection[Any], call: Call[Any]) -> Rows:
     from psycopg.rows import tuple_row  # noqa: PLC0415 - loaded, since the caller has a connection of it
 
     with conn.cursor(row_factory=tuple_row) as cursor:
-        text, values, binary = _for_psycopg(type(cursor), call)
+        text, values, binary = _for_psycopg(cursor, call)
         cursor.execute(text, values, binary=binary)
         return cursor.fetchall()
 
@@ -291,14 +291,24 @@ async def _on_psycopg_async(conn: psycopg.AsyncConnection[Any], call: Call[Any])
     from psycopg.rows import tuple_row  # noqa: PLC0415
 
     async with conn.cursor(row_factory=tuple_row) as cursor:
-        text, values, binary = _for_psycopg(type(cursor), call)
+        text, values, binary = _for_psycopg(cursor, call)
         await cursor.execute(text, values, binary=binary)
         return await cursor.fetchall()
 
 
-def _for_psycopg(kind: type, call: Call[Any]) -> tuple[str, list[str], bool]:
+def _for_psycopg(
+    cursor: psycopg.Cursor[Any] | psycopg.AsyncCursor[Any], call: Call[Any]
+) -> tuple[str, list[str], bool]:
     """The statement, its values, and if the answer is binary: the text of a moment depends on DateStyle."""
+    if cursor.connection.pgconn.parameter_status(b"client_encoding") == b"SQL_ASCII":  # psycopg answers texts as bytes
+        raise InvalidArgument(
+            "the connection's client_encoding is SQL_ASCII, in which texts have no characters. "
+            "Connect with client_encoding='utf8'",
+            argument="conn",
+            value="SQL_ASCII",
+        )
     names, values = call.given()
+    kind: type = type(cursor)
     mark, binary = _style(kind)
     return _text(call.function, names, mark=mark, plain=not binary), [as_text(value) for value in values], binary
 
