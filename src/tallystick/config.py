@@ -525,9 +525,9 @@ class Config(BaseModel):
             raise _explain(error, source, origins) from None
 
 
-def origins(path: Path | str | None = None, *, environ: Mapping[str, str] | None = None) -> dict[str, str]:
+def origins(path: Path | str | None = None) -> dict[str, str]:
     """The source of each setting that ``Config.load`` finds set: a variable or a file. Raises ConfigError."""
-    values, variables, source = _gathered(path, environ)
+    values, variables, source = _gathered(path, None)
     file = "" if source is None else os.path.relpath(source.path)
     return {name: variables.get(name, file) for name, value in values.items() if value is not None}
 

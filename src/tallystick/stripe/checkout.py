@@ -291,26 +291,20 @@ def _item(pack: Pack, quantity: int, quantity_max: int | None, *, most: int) -> 
 
 def _parameters_of_options(options: CheckoutOptions) -> dict[str, Any]:
     """The options as parameters of the session, which are stored with the request so that it can be repeated."""
-    parameters: dict[str, Any] = {}
-    if options.promotion_codes:
-        parameters["allow_promotion_codes"] = True
-    if options.automatic_tax:
-        parameters["automatic_tax"] = {"enabled": True}
-    if options.save_payment_method:
-        parameters["payment_intent_data"] = {"setup_future_usage": "off_session"}
-    if options.invoice:
-        parameters["invoice_creation"] = {"enabled": True}
-    if options.tax_ids:
-        parameters["tax_id_collection"] = {"enabled": True}
     # Stripe needs permission to store the buyer's entries with the customer
-    update = {"address": options.automatic_tax, "name": options.tax_ids}
-    if any(update.values()):
-        parameters["customer_update"] = {name: "auto" for name, wanted in update.items() if wanted}
-    if options.locale is not None:
-        parameters["locale"] = options.locale
-    if options.submit_text is not None:
-        parameters["custom_text"] = {"submit": {"message": options.submit_text}}
-    return parameters
+    entries = {"address": options.automatic_tax, "name": options.tax_ids}
+    update = {name: "auto" for name, wanted in entries.items() if wanted}
+    parameters: tuple[tuple[object, str, Any], ...] = (
+        (options.promotion_codes, "allow_promotion_codes", True),
+        (options.automatic_tax, "automatic_tax", {"enabled": True}),
+        (options.save_payment_method, "payment_intent_data", {"setup_future_usage": "off_session"}),
+        (options.invoice, "invoice_creation", {"enabled": True}),
+        (options.tax_ids, "tax_id_collection", {"enabled": True}),
+        (update, "customer_update", update),
+        (options.locale, "locale", options.locale),
+        (options.submit_text, "custom_text", {"submit": {"message": options.submit_text}}),
+    )
+    return {name: value for wanted, name, value in parameters if wanted}
 
 
 def require_room(store: Store, account: Account, credits: int, what: str) -> int:

@@ -47,7 +47,7 @@ def customer_of(effects: Effects, account: Account) -> str:
     return stored
 
 
-def check_customers(engine: sa.Engine, config: Config, *, most: int = SAMPLE_MAX) -> list[CustomerCheck]:
+def check_customers(engine: sa.Engine, config: Config) -> list[CustomerCheck]:
     """Ask Stripe about some of the stored customers, and return those that it does not have.
 
     It finds deleted customers, those of the other mode and those of another account. A sale replaces its own buyer's.
@@ -58,7 +58,9 @@ def check_customers(engine: sa.Engine, config: Config, *, most: int = SAMPLE_MAX
     effects = Effects(engine, config)
     users = effects.store.schema.users.c
     stored = sa.select(users.key, users.stripe_customer_id).where(users.stripe_customer_id.is_not(None))
-    sample = stored.order_by(users.stripe_customer_id).limit(most)  # ids are random, and the index has their order
+    sample = stored.order_by(users.stripe_customer_id).limit(
+        SAMPLE_MAX
+    )  # ids are random, and the index has their order
     rows = in_transaction(engine, lambda conn: run(conn, sample, {}).all())
     mode = "live" if is_live(config) else "test"
     return [

@@ -285,26 +285,19 @@ class Store:
     # --- records ---
 
     def purchase(
-        self, conn: DbConnection, *, id: UUID | None = None, session: str | None = None, intent: str | None = None
+        self, conn: DbConnection, *, id: UUID | None = None, intent: str | None = None
     ) -> CreditTransaction | None:
-        """The purchase with this id, of this session, or of this payment intent."""
+        """The purchase with this id, or of this payment intent."""
         row = self.schema.credit_transactions.c
-        for column, value in (
-            (row.id, id),
-            (row.stripe_session_id, session),
-            (row.stripe_payment_intent_id, intent),
-        ):
-            if value is None:
-                continue
-            statement = (
-                sa.select(*self.schema.row)
-                .where(column == sa.bindparam("p_value"), row.type == CreditTransactionType.PURCHASE)
-                .order_by(row.status == COMPLETED, row.id)
-                .limit(1)
-            )
-            if found := run(conn, statement, {"p_value": value}).one_or_none():
-                return CreditTransaction(*found)
-        return None
+        statement = (
+            sa.select(*self.schema.row)
+            .where(row.id == id if intent is None else row.stripe_payment_intent_id == intent)
+            .where(row.type == CreditTransactionType.PURCHASE)
+            .order_by(row.status == COMPLETED, row.id)
+            .limit(1)
+        )
+        found = run(conn, statement, {}).one_or_none()
+        return None if found is None else CreditTransaction(*found)
 
     def record_event(self, conn: DbConnection, event: str, event_type: str, object_id: str) -> bool:
         """Store the id of an event; False if it had its effect already. Waits for a transaction that stores the same.

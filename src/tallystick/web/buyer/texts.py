@@ -91,7 +91,6 @@ class Texts:
 
     confirm_title = "Unlock this workshop"
     cancel_button = "Not now"
-    close_button = "Close"
     continue_button = "Continue"
     unlocked_title = "Unlocked"
     already_unlocked = "This workshop is unlocked already. Nothing was charged."
@@ -117,16 +116,20 @@ class Texts:
     def paywall(self, required: int, balance: int) -> str:
         """The reason for the lock, and the way to open the workshop."""
         if balance < 0:
-            return f"You owe {self.credits(-balance)}. The next purchase pays that first."
+            return self.owed(balance)
         needed = "One" if required == 1 else self.number(required)
         return f"You have {self.credits(balance)}. {needed} {'unlocks' if required == 1 else 'unlock'} this workshop."
+
+    def owed(self, balance: int) -> str:
+        """A balance below zero, where credits are needed."""
+        return f"You owe {self.credits(-balance)}. The next purchase pays that first."
 
     too_few_title = "Not enough credits"
 
     def too_few(self, required: int, balance: int) -> str:
         """The text where credits are missing for something else than a workshop."""
         if balance < 0:
-            return f"You owe {self.credits(-balance)}. The next purchase pays that first."
+            return self.owed(balance)
         return f"You have {self.credits(balance)}. This takes {self.number(required)}."
 
     paywall_buy = "Buy credits"
@@ -226,8 +229,6 @@ class Texts:
 
     # --- refusals ---
 
-    sign_in_title = "Sign in first"
-    sign_in_button = "Sign in"
     problem_titles: Mapping[str, str] = {
         "not-signed-in": "Sign in first",
         "insufficient-credits": "Not enough credits",

@@ -157,7 +157,7 @@ def endpoints(queries: Queries) -> list[EndpointRow]:
         return [EndpointRow(*row) for row in run(conn, _ENDPOINTS, {"most": COUNT_UP_TO})]
 
 
-def dead_letters(queries: Queries, *, limit: int = PAGE_ROWS) -> list[LetterRow]:
+def dead_letters(queries: Queries) -> list[LetterRow]:
     """Dead letters that were not sent since, by endpoint, the oldest first: as many as a page can show."""
     letter, ledger, users = event_dead_letters.c, queries.schema.credit_transactions.c, queries.schema.users.c
     about = sa.cast(letter.body, pg.JSONB)[("data", "transaction_id")].astext
@@ -165,7 +165,7 @@ def dead_letters(queries: Queries, *, limit: int = PAGE_ROWS) -> list[LetterRow]
         sa.select(event_dead_letters, sa.cast(about, sa.Uuid).label("transaction_id"))
         .where(letter.replayed_at.is_(None))
         .order_by(letter.endpoint, letter.event_id)
-        .limit(limit)
+        .limit(PAGE_ROWS)
         .subquery()
     )
     there = sa.exists().where(event_endpoints.c.name == some.c.endpoint, event_endpoints.c.removed_at.is_(None))

@@ -448,12 +448,12 @@ class Queries:
         rows = self._select_ledger().where(self._owned(user), self._ledger.sequence.is_not(None))
         return Listing(self, rows, (self._ledger.sequence,), LedgerRow, _whole_cursor, descending=True)
 
-    def unfinished(self, user: Key, *, limit: int = PAGE_ROWS) -> list[LedgerRow]:
+    def unfinished(self, user: Key) -> list[LedgerRow]:
         """The newest pending rows of ``user``, without holds; then the newest failed ones."""
         ledger = self._ledger
         query = self._select_ledger().where(self._owned(user), ledger.sequence.is_(None), sa.not_(self._is_held()))
         query = query.order_by(ledger.id.desc())
-        states = (query.where(ledger.status == state).limit(limit).subquery() for state in (PENDING, FAILED))
+        states = (query.where(ledger.status == state).limit(PAGE_ROWS).subquery() for state in (PENDING, FAILED))
         with self.reading() as conn:
             rows = [LedgerRow(*row) for row in conn.execute(sa.union_all(*(sa.select(state) for state in states)))]
         return sorted(rows, key=lambda row: (row.status != PENDING, -row.id.int))
@@ -522,14 +522,14 @@ class Queries:
         with self.reading() as conn:
             return int(conn.scalar(statement) or 0)
 
-    def steps(self, user: Key, *, limit: int = CHART_ROWS) -> list[tuple[dt.datetime, int]]:
+    def steps(self, user: Key) -> list[tuple[dt.datetime, int]]:
         """The balance after each of the last rows of ``user``, oldest first, with its time."""
         ledger = self._ledger
         statement = (
             sa.select(ledger.completed_at, ledger.balance_after)
             .where(self._owned(user), ledger.sequence.is_not(None))
             .order_by(ledger.sequence.desc())
-            .limit(limit)
+            .limit(CHART_ROWS)
         )
         with self.reading() as conn:
             return [(row[0], row[1]) for row in conn.execute(statement)][::-1]
