@@ -97,17 +97,9 @@ class Schema(Keys):
             *user_columns(host),
             schema=host.users.schema,
         )
-        self.users_stripe_customer = Index(
-            "tallystick_users_stripe_customer_id",
-            self.users.c.stripe_customer_id,
-            unique=True,
-            postgresql_where=self.users.c.stripe_customer_id.is_not(None),
-        )
-        self.users_due = Index(
-            "tallystick_users_credit_due_at",
-            self.users.c.credit_due_at,
-            postgresql_where=self.users.c.credit_due_at.is_not(None),
-        )
+        customer, due_at = self.users.c.stripe_customer_id, self.users.c.credit_due_at
+        self.users_stripe_customer = _where_set(customer, "tallystick_users_stripe_customer_id", customer, unique=True)
+        self.users_due = _where_set(due_at, "tallystick_users_credit_due_at", due_at)
 
         self.workshops: Table | None = None
         self.title: Column[Any] | None = None
@@ -217,30 +209,13 @@ class Schema(Keys):
             # idempotency; the foreign key's check, when a user is deleted
             Index(f"{LEDGER}_idempotency_key", row.user_id, row.idempotency_key, unique=True),
             # a user's history newest first; the audit; unique numbers
-            Index(
-                f"{LEDGER}_sequence",
-                row.user_id,
-                row.sequence,
-                unique=True,
-                postgresql_where=row.sequence.is_not(None),
-            ),
+            _where_set(row.sequence, f"{LEDGER}_sequence", row.user_id, row.sequence, unique=True),
             # a user's rows that have not completed, each state newest first
             Index(f"{LEDGER}_unfinished", row.user_id, row.status, row.id, postgresql_where=row.sequence.is_(None)),
             # one purchase a Stripe session; consumptions, the most rows by far, are not in the index
-            Index(
-                f"{LEDGER}_stripe_session",
-                row.stripe_session_id,
-                unique=True,
-                postgresql_where=row.stripe_session_id.is_not(None),
-            ),
+            _where_set(row.stripe_session_id, f"{LEDGER}_stripe_session", row.stripe_session_id, unique=True),
             # balance_at, which needs the last of the rows of one moment
-            Index(
-                f"{LEDGER}_completed",
-                row.user_id,
-                row.completed_at,
-                row.sequence,
-                postgresql_where=row.completed_at.is_not(None),
-            ),
+            _where_set(row.completed_at, f"{LEDGER}_completed", row.user_id, row.completed_at, row.sequence),
             # the rows of a day, of all users
             Index(
                 f"{LEDGER}_completed_at",
@@ -248,7 +223,7 @@ class Schema(Keys):
                 postgresql_where=row.status == sa.literal_column("'completed'"),
             ),
             # the rest of a purchase that can be refunded
-            Index(f"{LEDGER}_refund_of", row.refund_of, postgresql_where=row.refund_of.is_not(None)),
+            _where_set(row.refund_of, f"{LEDGER}_refund_of", row.refund_of),
             # pending purchases, oldest first
             Index(
                 f"{LEDGER}_pending",
@@ -256,13 +231,9 @@ class Schema(Keys):
                 postgresql_where=row.status == sa.literal_column("'pending'"),
             ),
             # the rows that unlocked a workshop
-            Index(f"{LEDGER}_workshop", row.workshop_id, postgresql_where=row.workshop_id.is_not(None)),
+            _where_set(row.workshop_id, f"{LEDGER}_workshop", row.workshop_id),
             # refunds and disputes name the payment intent
-            Index(
-                f"{LEDGER}_payment_intent",
-                row.stripe_payment_intent_id,
-                postgresql_where=row.stripe_payment_intent_id.is_not(None),
-            ),
+            _where_set(row.stripe_payment_intent_id, f"{LEDGER}_payment_intent", row.stripe_payment_intent_id),
         )
 
     @staticmethod
@@ -288,6 +259,11 @@ class Schema(Keys):
         """The balance of a user's row. An adopted column may be of another type of number, and may hold nulls."""
         column = self.users.c.credit_balance
         return sa.func.coalesce(sa.cast(column, column.type), sa.literal_column("0"))
+
+
+def _where_set(column: Column[Any], name: str, *columns: Column[Any], unique: bool = False) -> Index:
+    """An index of ``columns`` with the rows alone in which ``column`` is not null."""
+    return Index(name, *columns, unique=unique, postgresql_where=column.is_not(None))
 
 
 _CREDITS: dict[str, type[sa.Integer]] = {"integer": sa.Integer, "bigint": sa.BigInteger}
