@@ -570,13 +570,7 @@ class Ledger:
         """
         arguments = {"row_limit": _whole("limit", limit, 1, SWEEP_MAX)}
 
-        def read(rows: Rows) -> int:
-            for row in rows:
-                if row[0] != DONE:
-                    raise _refusal(row, arguments)
-            return len(rows)
-
-        return Call("sweep", arguments, read)
+        return Call("sweep", arguments, lambda rows: len([_accepted(row, arguments) for row in rows]))
 
     @Operation
     def close_days(self) -> Call[int]:
@@ -619,9 +613,7 @@ class Ledger:
         }
 
         def read(rows: Rows) -> Merged:
-            row = rows[0]
-            if row[0] not in (DONE, REPLAYED):
-                raise _refusal(row, arguments)
+            row = _accepted(rows[0], arguments)
             return Merged(self._user(row[2]), row[5], row[20], row[0] == REPLAYED)
 
         return Call("merge", arguments, read)
@@ -634,9 +626,8 @@ class Ledger:
         arguments = {"user_id": self.keys.user_key(user)}
 
         def read(rows: Rows) -> Standing:
-            if rows[0][0] != DONE:
-                raise _refusal(rows[0], arguments)
-            return Standing(rows[0][20], rows[0][_HELD], moment(rows[0][_EXPIRES_AT]))
+            row = _accepted(rows[0], arguments)
+            return Standing(row[20], row[_HELD], moment(row[_EXPIRES_AT]))
 
         return Call("balance", arguments, read)
 
@@ -879,13 +870,14 @@ _HELD, _EXPIRES_AT = 25, 26
 
 
 def _balance(function: str, **arguments: Any) -> Call[int]:
-    def read(rows: Rows) -> int:
-        row = rows[0]
-        if row[0] != DONE:
-            raise _refusal(row, arguments)
-        return int(row[20])
+    return Call(function, arguments, lambda rows: int(_accepted(rows[0], arguments)[20]))
 
-    return Call(function, arguments, read)
+
+def _accepted(row: Sequence[Any], arguments: Mapping[str, Any]) -> Sequence[Any]:
+    """The row of an answer. Raises the error of a refusal."""
+    if row[0] != DONE and row[0] != REPLAYED:
+        raise _refusal(row, arguments)
+    return row
 
 
 def _refusal(row: Sequence[Any], arguments: Mapping[str, Any], *, workshop_id: Key | None = None) -> Exception:
