@@ -51,7 +51,6 @@ class RefundPreview:
 class _Plan:
     """A refund, ready to be sent. ``mark`` is the number of credits in its metadata."""
 
-    bought: CreditTransaction
     currency: str
     amount: int
     mark: int | None
@@ -126,7 +125,7 @@ def preview_refund(
     bought, charge, sent = _facts(effects, purchase)
     if key is not None and any(one["metadata"].get(REFUND_KEY) == key for one in sent):
         left = in_transaction(engine, lambda conn: effects.store.left(conn, bought))
-        plan = _Plan(bought, charge["currency"], 0, None, 0, left)
+        plan = _Plan(charge["currency"], 0, None, 0, left)
     else:
         plan = _plan(effects, bought, charge, sent, credits=credits, amount=amount, keep_credits=keep_credits)
     account = in_transaction(engine, lambda conn: Accounts(config).get(conn, bought.user_id))
@@ -213,7 +212,7 @@ def _plan(
     mark = 0 if keep_credits else credits if credits is not None and credits < worth else None
     after = credits_kept(bought.amount, [*reversed_shares, ReversedShare(Fraction(money, paid), mark)], rounding)
     takes = max(0, left - after) if after < worth else 0
-    return _Plan(bought, currency, money, mark, takes, left)
+    return _Plan(currency, money, mark, takes, left)
 
 
 def _whole_amount(bought: CreditTransaction, amount: int, left: int, currency: str) -> int:

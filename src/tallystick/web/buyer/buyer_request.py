@@ -29,16 +29,13 @@ class BuyerRequest(Protocol):
         html: True if a browser requests it, not a program.
     """
 
+    method: str
+    address: str
+    fragment: bool
+    html: bool
+
     @property
-    def method(self) -> str: ...  # noqa: D102 - see above
-    @property
-    def address(self) -> str: ...  # noqa: D102
-    @property
-    def origin(self) -> str: ...  # noqa: D102
-    @property
-    def fragment(self) -> bool: ...  # noqa: D102
-    @property
-    def html(self) -> bool: ...  # noqa: D102
+    def origin(self) -> str: ...  # noqa: D102 - see above
 
     def url(self, name: str, /, **path: str) -> str:
         """The path of one of our routes, under the host's prefix."""

@@ -57,7 +57,7 @@ class Renderer:
             contact=contact,
             packs=packs,
             has_workshops=config.host.workshops is not None,
-            new_key=_new_key,
+            new_key=lambda: uuid4().hex,  # for one purchase form, so that sending it twice buys once
         )
 
     def render(self, request: BuyerRequest, template: str, /, **context: Any) -> str:
@@ -127,8 +127,3 @@ def paywall(workshop: Workshop | None, *, balance: int, required: int = UNLOCK_C
         status=402,
         preview_of=None if workshop is None else workshop.key,
     )
-
-
-def _new_key() -> str:
-    """A key for one purchase form, so that sending it twice buys once."""
-    return uuid4().hex

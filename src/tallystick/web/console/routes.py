@@ -62,6 +62,16 @@ FIRST_FIGURES_S = 0.3
 DELIVERED = {**dict.fromkeys(("granted", "failed", "taken_back", "given_back"), "ran"), "refused": "kept"}
 """The name of the sentence on a delivery that was run again, by its outcome; any other outcome changed nothing."""
 
+REFUSED: Mapping[type, tuple[int, str]] = {
+    UnknownUser: (404, "No such user"),
+    InvalidArgument: (400, "That cannot be looked up"),
+    SessionNotYours: (404, "Stripe has no such session for this user"),
+    ConfigError: (409, "The console does not have this endpoint's secret"),
+    StripeError: (502, "Stripe did not answer as it should"),
+}
+"""The status and title of the page about an error; the nearest class above it decides."""
+UNANSWERED = 503, "The database did not answer as it should"
+
 FIRST_ROWS = 10
 """The most holds, lots and events on the user's own page; each list also has a page of its own."""
 
@@ -521,21 +531,9 @@ class _Console:
 
     def refused(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, TallystickError)  # noqa: S101 - as registered
-        match error:
-            case UnknownUser():
-                status, title = 404, "No such user"
-            case InvalidArgument():
-                status, title = 400, "That cannot be looked up"
-            case SessionNotYours():
-                status, title = 404, "Stripe has no such session for this user"
-            case ConfigError():
-                status, title = 409, "The console does not have this endpoint's secret"
-            case StripeError():
-                status, title = 502, "Stripe did not answer as it should"
-            case Conflict() if error.sqlstate == _TIMED_OUT:
-                status, title = 503, "This took too long"
-            case _:
-                status, title = 503, "The database did not answer as it should"
+        status, title = next((REFUSED[kind] for kind in type(error).__mro__ if kind in REFUSED), UNANSWERED)
+        if isinstance(error, Conflict) and error.sqlstate == _TIMED_OUT:
+            title = "This took too long"
         if status >= 500:  # noqa: PLR2004 - not the request's fault
             log.warning("path=%r %s", request.url.path, error.message)
         if request.url.path.endswith((".json", ".csv")):
