@@ -351,35 +351,9 @@ class Queries:
 
         An estimate is the planner's: rows a page when the table was last analyzed, times its present pages.
         """
-        relation = sa.table(
-            "pg_class", sa.column("oid"), sa.column("reltuples"), sa.column("relpages"), schema="pg_catalog"
-        )
-        # one that doubles no %
-        preparer = pg.dialect(paramstyle="named").identifier_preparer  # type: ignore[no-untyped-call]
-
-        def some(key: sa.ColumnElement[Any]) -> sa.ScalarSelect[Any]:
-            first = sa.select(key).order_by(key).limit(COUNT_UP_TO + 1).subquery()  # by its index, past dead rows
-            return sa.select(sa.func.count()).select_from(first).scalar_subquery()
-
-        def estimate(table: sa.Table) -> sa.ScalarSelect[Any]:
-            wanted = sa.cast(sa.func.to_regclass(preparer.format_table(table)), pg.OID)
-            analyzed = relation.c.reltuples / sa.func.nullif(relation.c.relpages, 0)
-            pages = sa.func.pg_relation_size(relation.c.oid) / sa.cast(
-                sa.func.current_setting("block_size"), sa.Integer
-            )
-            rows = sa.func.coalesce(sa.func.nullif(analyzed, -1), ROWS_A_PAGE) * pages
-            return sa.select(sa.cast(rows, sa.BigInteger)).where(relation.c.oid == wanted).scalar_subquery()
-
-        def count(counted: int, estimated: int | None) -> Count:
-            if counted <= COUNT_UP_TO:
-                return Count(counted)
-            use_estimate = (estimated or 0) > counted  # old statistics may be too low
-            return Count(estimated or 0, "about ") if use_estimate else Count(COUNT_UP_TO, "more than ")
-
         users, ledger = self.schema.users, self.schema.credit_transactions
         with self.reading() as conn:
-            row = conn.execute(sa.select(some(users.c.key), estimate(users), some(ledger.c.id), estimate(ledger))).one()
-        return count(row[0], row[1]), count(row[2], row[3])
+            return _size(conn, users, users.c.key), _size(conn, ledger, ledger.c.id)
 
     def user(self, key: Key) -> OneUser:
         """The user with this key, in one statement unless credits are held or expire. Raises UnknownUser."""
@@ -826,6 +800,26 @@ class Listing(Generic[Row]):
     def _cursor_of(self, row: sa.Row[Any]) -> str:
         place = (row._mapping[column] for column in self.order)  # noqa: SLF001 - SQLAlchemy's public name
         return self.separator.join(part.isoformat() if isinstance(part, dt.datetime) else str(part) for part in place)
+
+
+_ESTIMATED_ROWS = sa.text("""
+SELECT (coalesce(nullif(reltuples / nullif(relpages, 0), -1), :rows_a_page)
+  * (pg_relation_size(oid) / current_setting('block_size')::int))::bigint
+FROM pg_class WHERE oid = to_regclass(:table)
+""")
+
+
+def _size(conn: sa.Connection, table: sa.Table, key: sa.ColumnElement[Any]) -> Count:
+    first = sa.select(key).order_by(key).limit(COUNT_UP_TO + 1).subquery()  # by its index, past dead rows
+    counted = conn.execute(sa.select(sa.func.count()).select_from(first)).scalar_one()
+    if counted <= COUNT_UP_TO:
+        return Count(counted)
+    # one that doubles no %
+    preparer = pg.dialect(paramstyle="named").identifier_preparer  # type: ignore[no-untyped-call]
+    values = {"table": preparer.format_table(table), "rows_a_page": ROWS_A_PAGE}
+    estimated = conn.execute(_ESTIMATED_ROWS, values).scalar() or 0
+    use_estimate = estimated > counted  # old statistics may be too low
+    return Count(estimated, "about ") if use_estimate else Count(COUNT_UP_TO, "more than ")
 
 
 def _whole_cursor(text: str) -> tuple[int]:
