@@ -33,7 +33,6 @@ from tallystick.declared_tables import (
     Schema,
     migration_log,
     stripe_checkouts,
-    stripe_events,
     stripe_failed_deliveries,
     stripe_findings,
     stripe_reversals,
@@ -277,7 +276,6 @@ class Store:
         self.ledger = Ledger(config)
         self.schema = Schema.of(config.host)
         # made once: making them takes longer than a delivery
-        self._record_event_query = _record_event_query()
         self._claimed = _claimed(self.schema)
         self._reversals = _reversals(self.schema)
         self._expired_unsettled = _expired_unsettled(self.schema)
@@ -304,23 +302,14 @@ class Store:
 
         An event that has failed is due again, and its failure is marked as resolved.
         """
-        values = {"p_event": event, "p_type": event_type, "p_object": object_id}
-        return bool(run(conn, self._record_event_query, values).scalar_one())
+        values = {"event": event, "type": event_type, "object": object_id}
+        return bool(run(conn, _RECORD_EVENT, values).scalar_one())
 
     def record_failed_delivery(self, conn: DbConnection, event: Object, reason: str) -> None:
         """Record a delivery without effect, with the reason."""
-        row = stripe_failed_deliveries.c
         about = event["data"]["object"]
-        new = pg.insert(stripe_failed_deliveries).values(
-            event_id=event["id"],
-            type=event["type"],
-            object_type=about["object"],
-            object_id=about["id"],
-            reason=reason,
-        )
-        again = {"reason": new.excluded.reason, "attempts": row.attempts + 1, "last_at": sa.func.now()}
-        update = new.on_conflict_do_update(index_elements=["event_id"], set_={**again, "resolved_at": None})
-        run(conn, update, {})
+        values = {"event": event["id"], "type": event["type"], "object_type": about["object"], "object": about["id"]}
+        run(conn, _RECORD_FAILED_DELIVERY, values | {"reason": reason})
 
     def failures(self, conn: DbConnection, events: Collection[str] | None = None) -> list[FailedDelivery]:
         """The failed deliveries that are not resolved, oldest first; only those of ``events`` if given."""
@@ -689,19 +678,23 @@ def _lock() -> sa.ColumnElement[Any]:
     return sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(name, 0)).label("locked")
 
 
-def _record_event_query() -> sa.Select[Any]:
-    failed, events = stripe_failed_deliveries, stripe_events
-    event = sa.bindparam("p_event", type_=sa.Text())
-    resolved = (
-        sa.update(failed)
-        .where(failed.c.event_id == event, failed.c.resolved_at.is_(None))
-        .values(resolved_at=sa.func.now())
-        .returning(failed.c.event_id)
-        .cte("resolved")
-    )
-    values = {"id": event, "type": sa.bindparam("p_type"), "object_id": sa.bindparam("p_object")}
-    new = pg.insert(events).values(**values).on_conflict_do_nothing().returning(events.c.id).cte("new")
-    return sa.select(sa.or_(sa.exists().select_from(resolved), sa.exists().select_from(new)))
+_RECORD_EVENT = sa.text("""
+WITH resolved AS (
+  UPDATE tallystick.stripe_failed_deliveries SET resolved_at = now()
+  WHERE event_id = :event AND resolved_at IS NULL RETURNING event_id
+), new AS (
+  INSERT INTO tallystick.stripe_events (id, type, object_id) VALUES (:event, :type, :object)
+  ON CONFLICT DO NOTHING RETURNING id
+)
+SELECT EXISTS (SELECT FROM resolved) OR EXISTS (SELECT FROM new)
+""")
+
+_RECORD_FAILED_DELIVERY = sa.text("""
+INSERT INTO tallystick.stripe_failed_deliveries AS it (event_id, type, object_type, object_id, reason)
+VALUES (:event, :type, :object_type, :object, :reason)
+ON CONFLICT (event_id) DO UPDATE
+SET reason = excluded.reason, attempts = it.attempts + 1, last_at = now(), resolved_at = NULL
+""")
 
 
 def _claimed(schema: Schema) -> sa.Select[Any]:
