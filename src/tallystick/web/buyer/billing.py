@@ -100,7 +100,8 @@ class Billing(APIRouter):
             return self.fragments_of(request, account)
 
         self.fragments: Callable[..., Coroutine[Any, Any, Fragments]] = fragments
-        super().__init__(route_class=checked_route(self.answers, config.checkout_origins), lifespan=lifespan)
+        route_class = checked_route(self.answers, config.checkout_origins)
+        super().__init__(tags=["credits"], route_class=route_class, lifespan=lifespan)
 
     # --- for the host's own routes ---
 

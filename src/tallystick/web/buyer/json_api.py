@@ -4,7 +4,6 @@ No ``from __future__ import annotations`` here, as in ``billing``.
 """
 
 import datetime as dt
-from enum import Enum
 from typing import Annotated, Any, Final
 from uuid import UUID
 
@@ -25,7 +24,6 @@ from tallystick.web.shared.client_keys import KEY_MAX
 
 PAGE_MAX: Final = 200
 
-TAGS: Final[list[str | Enum]] = ["credits"]
 EXAMPLE_ID: Final = "0198c1de-9f04-7a30-8f2b-53f2b7a7f0aa"
 _EXAMPLE_WORKSHOP: Final = "0198c1de-7c1a-7f6e-9a55-2f6f3f1c9b10"
 _EXAMPLE_ROW: Final[dict[str, Any]] = {
@@ -261,9 +259,7 @@ def add_to(billing: Billing) -> None:
     User = Annotated[Key, Depends(billing.signed_in)]  # noqa: N806 - a type
     ledger, run = billing.ledger, billing.database.run
 
-    @billing.get(
-        "/api/balance", name="tallystick.api.balance", response_model=BalanceAnswer, tags=TAGS, responses=refusals(403)
-    )
+    @billing.get("/api/balance", name="tallystick.api.balance", response_model=BalanceAnswer, responses=refusals(403))
     async def balance(user: User) -> Response:
         """The credits of the signed-in user."""
 
@@ -287,9 +283,7 @@ def add_to(billing: Billing) -> None:
             )
         )
 
-    @billing.get(
-        "/api/history", name="tallystick.api.history", response_model=HistoryAnswer, tags=TAGS, responses=refusals(403)
-    )
+    @billing.get("/api/history", name="tallystick.api.history", response_model=HistoryAnswer, responses=refusals(403))
     async def history(
         user: User,
         before: Before = None,
@@ -300,23 +294,19 @@ def add_to(billing: Billing) -> None:
         following = rows[-1].cursor if len(rows) == limit else None
         return answer(HistoryAnswer(rows=[history_row(row) for row in rows], next=following))
 
-    @billing.get("/api/packs", name="tallystick.api.packs", tags=TAGS)
+    @billing.get("/api/packs", name="tallystick.api.packs")
     async def packs() -> list[PackAnswer]:
         """The packs on sale."""
         return [PackAnswer(name=p.name, credits=p.credits, amount=p.amount, currency=p.currency) for p in billing.packs]
 
     @billing.get(
-        "/api/onboarding",
-        name="tallystick.api.onboarding",
-        response_model=Onboarding,
-        tags=TAGS,
-        responses=refusals(403),
+        "/api/onboarding", name="tallystick.api.onboarding", response_model=Onboarding, responses=refusals(403)
     )
     async def onboarding(user: User) -> Response:
         """The onboarding state: true once the welcome was finished, on any device."""
         return answer(Onboarding(complete=(await billing.account(user)).onboarding_complete))
 
-    @billing.put("/api/onboarding", name="tallystick.api.set_onboarding", tags=TAGS, responses=refusals(403, 408, 413))
+    @billing.put("/api/onboarding", name="tallystick.api.set_onboarding", responses=refusals(403, 408, 413))
     async def set_onboarding(user: User, wanted: Onboarding) -> Onboarding:
         """Mark the welcome as finished, or show it again."""
         change = billing.accounts.complete_onboarding if wanted.complete else billing.accounts.reset_onboarding
@@ -333,7 +323,6 @@ def _add_workshops(billing: Billing) -> None:
         "/api/workshops/{workshop:tallystick_key}/access",
         name="tallystick.api.access",
         response_model=AccessAnswer,
-        tags=TAGS,
         responses=refusals(403, 404),
     )
     async def access(user: User, workshop: WorkshopPath) -> Response:
@@ -355,7 +344,6 @@ def _add_workshops(billing: Billing) -> None:
         "/api/workshops/{workshop:tallystick_key}/unlock",
         name="tallystick.api.unlock",
         response_model=UnlockAnswer,
-        tags=TAGS,
         responses=refusals(402, 403, 404, 409, 410, 413),
     )
     async def unlock(

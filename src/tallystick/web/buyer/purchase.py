@@ -22,7 +22,7 @@ from tallystick.stripe.client import async_http, disconnect
 from tallystick.web.buyer.billing import Billing
 from tallystick.web.buyer.buyer_request import redirect
 from tallystick.web.buyer.entrance import WEBHOOK, StarletteRequest
-from tallystick.web.buyer.json_api import EXAMPLE_ID, TAGS, refusals
+from tallystick.web.buyer.json_api import EXAMPLE_ID, refusals
 from tallystick.web.buyer.sales import Sales, is_refused
 from tallystick.web.buyer.views import ReturnTo
 from tallystick.web.shared.addresses import RETURN_MAX
@@ -182,7 +182,6 @@ def _add_json(billing: Billing, sales: Sales) -> None:
     @billing.post(
         "/api/checkout",
         name="tallystick.api.checkout",
-        tags=TAGS,
         responses=refusals(403, 404, 408, 409, 413),
         status_code=201,
     )
@@ -200,9 +199,7 @@ def _add_json(billing: Billing, sales: Sales) -> None:
             purchase=started.purchase.id, session=started.session, url=started.url, credits=started.purchase.amount
         )
 
-    @billing.post(
-        "/api/checkout/{stripe_session}/confirm", name="tallystick.api.confirm", tags=TAGS, responses=refusals(403, 404)
-    )
+    @billing.post("/api/checkout/{stripe_session}/confirm", name="tallystick.api.confirm", responses=refusals(403, 404))
     async def confirm(
         user: User, stripe_session: Annotated[str, Path(max_length=SESSION_MAX, examples=["cs_test_a1"])]
     ) -> PurchaseAnswer:
