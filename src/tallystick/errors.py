@@ -142,8 +142,8 @@ class DevStripeError(TallystickError):
 
     status: int
     type: str
-    code: str | None
-    param: str | None
+    code: str | None = None
+    param: str | None = None
 
 
 class DatabaseError(TallystickError):
@@ -205,7 +205,7 @@ class HostMismatch(SchemaError):
     """The mapping names a table or column that does not exist or does not fit."""
 
     table: str
-    column: str | None
+    column: str | None = None
 
 
 class IncompatibleColumn(SchemaError):
@@ -352,8 +352,8 @@ class SeedImpossible(TallystickError):
     """
 
     table: str
-    column: str | None
-    constraint: str | None
+    column: str | None = None
+    constraint: str | None = None
 
 
 class LedgerError(TallystickError):

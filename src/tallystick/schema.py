@@ -285,7 +285,6 @@ def refuse_other_mapping(stored: HostMapping, given: HostMapping) -> None:
         f"the settings and the database disagree about the app's tables: {both}. Correct [host] in tallystick.toml, or "
         "write it anew from the database: tallystick init --force",
         table=f"{stored.users.schema}.{stored.users.table}",
-        column=None,
     )
 
 

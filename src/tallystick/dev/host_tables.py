@@ -264,7 +264,6 @@ class _HostTable:
                     f"{quote(names.table)} ALTER COLUMN {quote(name)} SET DEFAULT …",
                     table=self.shown,
                     column=name,
-                    constraint=None,
                 )
 
     def row(self, conn: sa.Connection, row: HostRow, values: Mapping[str, Any], user: Key | None) -> dict[str, Any]:

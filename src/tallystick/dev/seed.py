@@ -422,8 +422,6 @@ def _refuse_entangled(
             f"workshop {found.key} in {table} (owner: {found.owner}) was made or moved by someone else. "
             "Delete it, or give it another owner, first; nothing was removed",
             table=table,
-            column=None,
-            constraint=None,
         )
 
 

@@ -387,7 +387,7 @@ def _replay(before: _Remembered, operation: str, raw: Params, idempotency_key: s
             f"with. Try using a key other than '{idempotency_key}' if you meant to execute a different "
             "request."
         )
-        raise DevStripeError(message, status=400, type="idempotency_error", code=None, param=None)
+        raise DevStripeError(message, status=400, type="idempotency_error")
     headers = {"Idempotent-Replayed": "true", "Original-Request": before.request_id}
     return Answer(before.answer.status, before.answer.body, before.answer.headers | headers)
 

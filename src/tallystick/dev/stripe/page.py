@@ -9,7 +9,7 @@ from typing import Final
 from tallystick.config import decimals_of
 from tallystick.dev.stripe import payments
 from tallystick.dev.stripe.account import Object, StripeAccount
-from tallystick.errors import DevStripeError
+from tallystick.dev.stripe.parameters import refused
 
 _PAGE: Final = Template("""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -85,6 +85,5 @@ def act(account: StripeAccount, session: Object, action: str) -> str | None:
         payments.settle_session(account, session, succeeded=action == "succeed")
         return None
     else:
-        message = f"The page has no button {action!r}."
-        raise DevStripeError(message, status=400, type="invalid_request_error", code=None, param="action")
+        raise refused(f"The page has no button {action!r}.", param="action")
     return back

@@ -293,7 +293,7 @@ def _adjusted(account: StripeAccount, session: Object, quantity: int) -> int:
 def _decline(card: str) -> None:
     if card == DECLINED_CARD:
         message = "Your card was declined."
-        raise DevStripeError(message, status=402, type="card_error", code="card_declined", param=None)
+        raise DevStripeError(message, status=402, type="card_error", code="card_declined")
 
 
 def _identify_customer(account: StripeAccount, session: Object, email: str | None) -> None:
@@ -385,7 +385,7 @@ def _charge_off_session(account: StripeAccount, method: Object, about: Object) -
         intent["last_payment_error"]["payment_method"] = {**method}
         intent.update(status="requires_payment_method", payment_method=None)
         account.emit("payment_intent.payment_failed", intent)
-        raise DevStripeError(message, status=402, type="card_error", code=code, param=None)
+        raise DevStripeError(message, status=402, type="card_error", code=code)
     if card == ASYNC:
         intent["status"] = "processing"
         account.emit("payment_intent.processing", intent)

@@ -184,10 +184,9 @@ def find_history(conn: sa.Connection, mapping: HostMapping, asked: str | None) -
                 f"({mapping.users.key}, or one called like user_id, owner_id, account_id) and one with a number "
                 f"({', '.join(_AMOUNTS[:4])})",
                 table=table.shown,
-                column=None,
             )
     if asked is not None:
-        raise HostMismatch(f"there is no table {asked}. Name another: --history schema.table", table=asked, column=None)
+        raise HostMismatch(f"there is no table {asked}. Name another: --history schema.table", table=asked)
     return None
 
 

@@ -159,7 +159,6 @@ def examine(
             'this database has a schema "tallystick" that is not ours. Rename it: '
             "ALTER SCHEMA tallystick RENAME TO tallystick_before",
             table="tallystick",
-            column=None,
         )
     adopted, faults = _adoptable(conn, "users", users, users_columns, mapping=mapping, revision=revision)
     if workshops is not None:
@@ -179,7 +178,7 @@ def examine(
     if strict and missing:
         raise PermissionDenied(missing[0], sqlstate="42501")
     if strict and breaks:
-        raise HostMismatch(". ".join([*breaks, "Nothing was changed"]), table=users.shown, column=None)
+        raise HostMismatch(". ".join([*breaks, "Nothing was changed"]), table=users.shown)
     return Host(
         server_version=role.version,
         server=role.version_text,
@@ -339,7 +338,6 @@ def _refuse_missing(conn: sa.Connection, word: Word, schema: str, name: str) -> 
                 f"{shown} is {key.table} now, and the ledger's functions call it by the name that it had at the "
                 f"migration. Give it that name back: {'; '.join(each for each in (moved, renamed) if each)}",
                 table=shown,
-                column=None,
             )
     made = Schema.of(stored).workshops if word == "workshops" else None
     how = ""
@@ -348,7 +346,7 @@ def _refuse_missing(conn: sa.Connection, word: Word, schema: str, name: str) -> 
         ddl = " ".join(str(sa.schema.CreateTable(made).compile(dialect=dialect)).split())
         how = f", or make it again, empty: {ddl}. To take Tallystick out of the database: tallystick migrate undo"
     raise HostMismatch(
-        f"{shown} is gone, and the ledger's functions need it. Restore it from a backup{how}", table=shown, column=None
+        f"{shown} is gone, and the ledger's functions need it. Restore it from a backup{how}", table=shown
     )
 
 
@@ -373,7 +371,6 @@ def mapped_table(
         raise HostMismatch(
             f"there is no table {schema}.{name}; {hint} in tallystick.toml, or run: tallystick init",
             table=f"{schema}.{name}",
-            column=None,
         )
     heirs = conn.scalars(_HEIRS, {"oid": table.oid}).all() if migrated and table.inherits else []
     if heirs and not removes:
@@ -381,18 +378,16 @@ def mapped_table(
             f"other tables inherit from {table.shown}, whose rows the ledger does not find by its keys. Take them out: "
             + "; ".join(f"ALTER TABLE {heir} NO INHERIT {quoted(schema, name)}" for heir in heirs),
             table=table.shown,
-            column=None,
         )
     fault = None if heirs else unsuitable(table)
     if fault:
         other = "" if migrated else f". Name another table under [{where}]"
-        raise HostMismatch(f"{table.shown} {fault}{other}", table=table.shown, column=None)
+        raise HostMismatch(f"{table.shown} {fault}{other}", table=table.shown)
     if table.columns_ever + 10 > _MAX_COLUMNS and not migrated:
         raise HostMismatch(
             f"{table.shown} has had {table.columns_ever} columns, dropped ones included; "
             f"PostgreSQL allows {_MAX_COLUMNS} in a table's life. Copy it into a new table first",
             table=table.shown,
-            column=None,
         )
     return table
 
@@ -749,7 +744,7 @@ def _refuse_unadoptable(faults: Sequence[IncompatibleColumn], names_taken: Seque
         raise IncompatibleColumn(
             message, table=first.table, column=first.column, found=first.found, expected=first.expected
         )
-    raise HostMismatch(message, table=f"{schema}.{names_taken[0]}", column=None)
+    raise HostMismatch(message, table=f"{schema}.{names_taken[0]}")
 
 
 def _fault(conn: sa.Connection, table: HostTable, column: HostColumn, rule: _Rule, mapping: HostMapping) -> str | None:
@@ -838,5 +833,4 @@ def _check_same_host(conn: sa.Connection, schema: str, users: HostTable, worksho
                 f"this database was migrated for {key.table}, which is not {' or '.join(mapped.values())} any more. "
                 "Give the table its name back",
                 table=key.table,
-                column=None,
             )

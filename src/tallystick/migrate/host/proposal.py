@@ -353,7 +353,7 @@ def _propose(
     everything = host_tables(conn)
     users_table = _named_table("users", everything, users) if users is not None else _users(conn, everything)
     if refusal := platform_refusal(users_table):
-        raise HostMismatch(f"{users_table.shown} {refusal}", table=users_table.shown, column=None)
+        raise HostMismatch(f"{users_table.shown} {refusal}", table=users_table.shown)
     columns = columns_of(conn, users_table)
     keys = [column for column in columns.values() if column.identifies]
     if not keys:
@@ -361,7 +361,6 @@ def _propose(
             f"{users_table.shown} has no column that is NOT NULL, UNIQUE and of a type that can be a key "
             f"({KEY_WORDS}). Give it one, or name another table: --users schema.table",
             table=users_table.shown,
-            column=None,
         )
     key = _users_key(users_table, columns, keys, users_key)
     workshops_table = None
@@ -374,7 +373,6 @@ def _propose(
                 f"users and workshops would both be {users_table.shown}. Name another table with --users or with "
                 "--workshops, or use --workshops none",
                 table=users_table.shown,
-                column=None,
             )
     found = None
     if workshops_table is not None:
@@ -490,7 +488,6 @@ def _propose_workshops(
             f"{table.shown} has no column that is NOT NULL, UNIQUE and of a type that can be a key ({KEY_WORDS}). "
             "Give it one, or name another table: --workshops schema.table",
             table=table.shown,
-            column=None,
         )
     by_name = {candidate.name: candidate for candidate in keys}
     references = {
@@ -517,7 +514,6 @@ def _propose_workshops(
                 f"no column of {table.shown} refers to {users.shown}. Name the table of the things that a credit "
                 "unlocks (--workshops schema.table), or write host.workshops.owner into tallystick.toml by hand",
                 table=table.shown,
-                column=None,
             )
         owner, users_key = matches[0]
     if users_key.key_type is not None:
@@ -546,7 +542,6 @@ def _one_column_for_each(table: HostTable, instead: str) -> Iterator[None]:
             f"{table.shown}: {fault}, and Tallystick needs a column for each. {instead}. If the app can do without the "
             "name, rename its column",
             table=table.shown,
-            column=None,
         ) from error
 
 
@@ -558,15 +553,11 @@ def _users(conn: sa.Connection, everything: Sequence[HostTable]) -> HostTable:
     barred = [one for one in found if unsuitable(one.table) and (not best or one.table.kind not in "vm")]
     if barred and (not best or barred[0].rank < best[0].rank):
         table = barred[0].table
-        raise HostMismatch(
-            f"{table.shown} {unsuitable(table)}. Name another: --users schema.table", table=table.shown, column=None
-        )
+        raise HostMismatch(f"{table.shown} {unsuitable(table)}. Name another: --users schema.table", table=table.shown)
     if not best:
         tables = ", ".join(t.shown for t in everything if not unsuitable(t))
         then = "Name it: --users schema.table" if tables else "Create the app's tables first, or check the address"
-        raise HostMismatch(
-            f"no table looks like users (there are: {tables or 'none at all'}). {then}", table="users", column=None
-        )
+        raise HostMismatch(f"no table looks like users (there are: {tables or 'none at all'}). {then}", table="users")
     if len(best) > 1:
         raise _ambiguous("users", [(one.table, one.why) for one in best])
     return best[0].table
@@ -593,7 +584,7 @@ def _workshops(conn: sa.Connection, everything: Sequence[HostTable], users: Host
 def _ambiguous(word: Word, found: Sequence[tuple[HostTable, str]]) -> HostMismatch:
     """The error for several candidates, with the signs and a command for each."""
     lines = "".join(f"\n  tallystick init --{word} {shlex.quote(table.shown)}    {why}" for table, why in found)
-    return HostMismatch(f"more than one table could be {word}. Choose one:{lines}", table=word, column=None)
+    return HostMismatch(f"more than one table could be {word}. Choose one:{lines}", table=word)
 
 
 def _named_table(word: Word, everything: Sequence[HostTable], asked: str) -> HostTable:
@@ -608,12 +599,9 @@ def _named_table(word: Word, everything: Sequence[HostTable], asked: str) -> Hos
         raise HostMismatch(
             f"there is no table {asked}{f'; did you mean {near[0]}?' if near else '.'} Name the table: --{word} TABLE",
             table=asked,
-            column=None,
         )
     if fault := unsuitable(found[0]):
-        raise HostMismatch(
-            f"{found[0].shown} {fault}. Name another: --{word} schema.table", table=found[0].shown, column=None
-        )
+        raise HostMismatch(f"{found[0].shown} {fault}. Name another: --{word} schema.table", table=found[0].shown)
     return found[0]
 
 
