@@ -141,10 +141,6 @@ def _close_dispute(account: StripeAccount, dispute: Object) -> Object:
     return payments.move_dispute(account, dispute, "warning_closed" if inquiry else "lost")
 
 
-def _read_payment_page(account: StripeAccount, _params: Params, key: str) -> Object:
-    return account.get("checkout.session", key)
-
-
 def _confirm_payment_page(account: StripeAccount, params: Params, key: str) -> Object:
     session = account.get("checkout.session", key)
     if params.get("expected_amount") != str(session["amount_total"]):
@@ -225,7 +221,7 @@ ROUTES: Final[dict[str, Route]] = {
     ),
     "DELETE /v1/webhook_endpoints/{webhook_endpoint}": _delete("webhook_endpoint"),
     # undocumented: the official command line calls it to complete a session
-    "GET /v1/payment_pages/{session}": Route(_read_payment_page, frozenset()),
+    "GET /v1/payment_pages/{session}": _read("checkout.session"),
     "POST /v1/payment_pages/{session}/confirm": Route(_confirm_payment_page, frozenset()),
 }
 _PATTERNS: Final = [(re.compile(re.sub(r"\{\w+\}", "([^/]+)", operation)), operation) for operation in ROUTES]
@@ -334,9 +330,8 @@ class Api:
         # From here on the request counts as executed, and Stripe stores any answer.
         self.account.cause = {"id": request_id, "idempotency_key": idempotency_key}
         answer = self._execute(operation, params, key, expand, path)
-        after = fault.outcome if fault else None
-        if after == 500:  # noqa: PLR2004 - Stripe's own failure; other statuses come from proxies
-            answer = fault.answer() if fault else answer
+        if fault and fault.outcome == 500:  # noqa: PLR2004 - Stripe's own failure; other statuses come from proxies
+            answer = fault.answer()
         if idempotency_key:
             answer.headers["Idempotency-Key"] = idempotency_key
             self._remembered[idempotency_key] = _Remembered(

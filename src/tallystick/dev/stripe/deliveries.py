@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -33,15 +33,11 @@ class Delivery:
 
 
 @dataclass(frozen=True)
-class Attempt:
+class Attempt(Delivery):
     """The result of a delivery: the endpoint's status, or the error."""
 
-    event: str
-    type: str
-    endpoint: str
-    attempt: int
-    status: int | None
-    error: str | None
+    status: int | None = None
+    error: str | None = None
 
     @property
     def succeeded(self) -> bool:
@@ -92,12 +88,15 @@ class Webhooks:
         """Queue an event for each endpoint that subscribes to its type. The account's lock is held."""
         deliveries = [
             Delivery(event["id"], event["type"], endpoint["id"])
-            for endpoint in self.account.objects["webhook_endpoint"].values()
-            if endpoint["status"] == "enabled" and {"*", event["type"]} & {*endpoint["enabled_events"]}
+            for endpoint in self._enabled()
+            if {"*", event["type"]} & {*endpoint["enabled_events"]}
         ]
         event["pending_webhooks"] = len(deliveries)
         for delivery in deliveries:
             self._queue_up(delivery)
+
+    def _enabled(self) -> list[Object]:
+        return [one for one in self.account.objects["webhook_endpoint"].values() if one["status"] == "enabled"]
 
     def _queue_up(self, delivery: Delivery, delay_s: float = 0) -> None:
         with self._changed:
@@ -146,7 +145,7 @@ class Webhooks:
             if attempt.succeeded:
                 event["pending_webhooks"] = max(0, event["pending_webhooks"] - 1)
         if not attempt.succeeded and delivery.attempt <= len(self.retry_delays_s):
-            again = Delivery(delivery.event, delivery.type, delivery.endpoint, delivery.attempt + 1)
+            again = replace(delivery, attempt=delivery.attempt + 1)
             self._queue_up(again, self.retry_delays_s[delivery.attempt - 1])
         return attempt
 
@@ -227,11 +226,7 @@ class Webhooks:
         """Queue an event again for every enabled endpoint; return their number."""
         with self.account.lock:
             found = self.account.get("event", event)
-            endpoints = [
-                endpoint["id"]
-                for endpoint in self.account.objects["webhook_endpoint"].values()
-                if endpoint["status"] == "enabled"
-            ]
+            endpoints = [endpoint["id"] for endpoint in self._enabled()]
         for endpoint in endpoints:
             self._queue_up(Delivery(found["id"], found["type"], endpoint))
         return len(endpoints)
@@ -250,6 +245,6 @@ class Webhooks:
             thread.join()
 
 
-def as_json(attempts: Iterable[Attempt | Delivery]) -> list[dict[str, Any]]:
+def as_json(attempts: Iterable[Delivery]) -> list[dict[str, Any]]:
     """Return them as plain objects for the control endpoints."""
     return [asdict(attempt) for attempt in attempts]

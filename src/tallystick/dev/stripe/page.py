@@ -32,6 +32,7 @@ _OPEN: Final = (
     ("fail", "Fail (the card is declined)", ""),
     ("cancel", "Cancel", ""),
 )
+_CARDS: Final = {"pay": payments.GOOD_CARD, "pay_later": payments.ASYNC, "fail": payments.DECLINED_CARD}
 _WAITING: Final = (("succeed", "The bank debit arrives", "pay"), ("bounce", "The bank debit fails", ""))
 
 
@@ -73,12 +74,8 @@ def act(account: StripeAccount, session: Object, action: str) -> str | None:
     Raises DevStripeError if the card is declined or the session's state does not allow it.
     """
     back = str(session["success_url"]).replace("{CHECKOUT_SESSION_ID}", session["id"])
-    if action == "pay":
-        payments.pay_session(account, session, card=payments.GOOD_CARD)
-    elif action == "pay_later":
-        payments.pay_session(account, session, card=payments.ASYNC)
-    elif action == "fail":
-        payments.pay_session(account, session, card=payments.DECLINED_CARD)
+    if action in _CARDS:
+        payments.pay_session(account, session, card=_CARDS[action])
     elif action == "cancel":
         back = session["cancel_url"]
     elif action in ("succeed", "bounce"):

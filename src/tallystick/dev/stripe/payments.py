@@ -227,7 +227,6 @@ def pay_session(
     discount: int = 0,
     tax: int = 0,
     quantity: int | None = None,
-    email: str | None = None,
 ) -> Object:
     """Pay a session, as the customer does on the hosted page. ``discount`` stands for a promotion code."""
     if session["status"] != "open":
@@ -239,7 +238,7 @@ def pay_session(
     if tax and not session["automatic_tax"]["enabled"]:
         raise refused(f"{session['id']} has no automatic_tax.", param="tax")
     _decline(card)
-    _identify_customer(account, session, email)
+    _identify_customer(account, session)
     item = account.line_items[session["id"]][0]
     total = subtotal - discount + (0 if item["price"]["tax_behavior"] == "inclusive" else tax)
     if quantity is not None:
@@ -262,11 +261,8 @@ def pay_session(
             shipping=data.get("shipping") and empty("shipping") | data["shipping"],
         )
         session["payment_intent"] = intent["id"]
-        if card == ASYNC:
-            intent["status"] = "processing"
-            account.emit("payment_intent.processing", intent)
-        else:
-            _succeed(account, intent)
+        _collect(account, intent)
+        if intent["status"] == "succeeded":
             session["payment_status"] = "paid"
     account.emit("checkout.session.completed", session)
     return session
@@ -296,9 +292,9 @@ def _decline(card: str) -> None:
         raise DevStripeError(message, status=402, type="card_error", code="card_declined")
 
 
-def _identify_customer(account: StripeAccount, session: Object, email: str | None) -> None:
+def _identify_customer(account: StripeAccount, session: Object) -> None:
     if session["customer"] is None:
-        email = session["customer_email"] or email or "buyer@example.com"
+        email = session["customer_email"] or "buyer@example.com"
         session["customer_details"] = _customer_details(email, None)
         if session["customer_creation"] == "always":
             session["customer"] = catalogue.create_customer(account, {"email": email})["id"]
@@ -386,11 +382,7 @@ def _charge_off_session(account: StripeAccount, method: Object, about: Object) -
         intent.update(status="requires_payment_method", payment_method=None)
         account.emit("payment_intent.payment_failed", intent)
         raise DevStripeError(message, status=402, type="card_error", code=code)
-    if card == ASYNC:
-        intent["status"] = "processing"
-        account.emit("payment_intent.processing", intent)
-    else:
-        _succeed(account, intent)
+    _collect(account, intent)
     return intent
 
 
@@ -413,6 +405,15 @@ def _new_intent(account: StripeAccount, *, card: str, method: str | None = None,
     )
     account.emit("payment_intent.created", intent)
     return intent
+
+
+def _collect(account: StripeAccount, intent: Object) -> None:
+    """Take the money, or wait for it where it is a bank debit."""
+    if account.cards[intent["payment_method"]] == ASYNC:
+        intent["status"] = "processing"
+        account.emit("payment_intent.processing", intent)
+    else:
+        _succeed(account, intent)
 
 
 def _succeed(account: StripeAccount, intent: Object) -> None:

@@ -10,7 +10,6 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
 from typing import Any, Final, Literal, Self
 from urllib.parse import parse_qs, urlsplit
 
@@ -69,16 +68,13 @@ class DevStripe:
         self.api = Api(self.account, secret_key)
         self._server = _Server((HOST, port), self)
         self.url = self.account.url = f"http://{HOST}:{self._server.server_address[1]}"
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
-        self._thread.daemon = True
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         self._thread.start()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -279,15 +275,6 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_args: object) -> None:  # the base class writes each request to stderr
         pass
 
-    def do_GET(self) -> None:
-        self._serve()
-
-    def do_POST(self) -> None:
-        self._serve()
-
-    def do_DELETE(self) -> None:
-        self._serve()
-
     def _serve(self) -> None:
         url = urlsplit(self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
@@ -299,6 +286,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._control(url.path.removeprefix("/_control/"), body)
         else:
             self._send(404, "devstripe has /v1/..., /c/pay/<session> and POST /_control/<name>.", "text/plain")
+
+    do_GET = do_POST = do_DELETE = _serve  # noqa: N815 - as the base class names them
 
     def _api(self, path: str, form: str) -> None:
         dev = self.server.dev
