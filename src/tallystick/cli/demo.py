@@ -19,7 +19,7 @@ from tallystick.cli.migrations import show_plan
 from tallystick.config import Config
 from tallystick.database import connect, engine
 from tallystick.dev import seed
-from tallystick.dev.demo_app import PACKS, Traffic, build_host_app, trade_concurrently
+from tallystick.dev.demo_app import Traffic, build_host_app, trade_concurrently
 from tallystick.dev.postgres import Server
 from tallystick.dev.stripe import DevStripe
 from tallystick.errors import DevStripeError
@@ -101,7 +101,7 @@ class _Demo:
         self.server = server
         self.promises = promises
         self.url = server.create_database("app")
-        self.config = Config(database_url=self.url, packs=PACKS)
+        self.config = Config(database_url=self.url, packs=seed.DEFAULT_PACKS)
         self.chapters = 0
 
     def chapter(self, title: str) -> None:

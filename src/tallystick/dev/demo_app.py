@@ -18,15 +18,11 @@ from uuid import UUID
 import psycopg
 import sqlalchemy as sa
 
-from tallystick.config import Config, Pack
+from tallystick.config import Config
 from tallystick.database import connect
+from tallystick.dev.seed import DEFAULT_PACKS
 from tallystick.errors import InsufficientCredits
 from tallystick.ledger import CreditTransaction, Ledger
-
-PACKS = (
-    Pack(name="Single Flight", credits=1, amount=7900),
-    Pack(name="Serial Entrepreneur", credits=3, amount=14900),
-)
 
 HOST_APP = """
 CREATE TABLE public.users (
@@ -202,7 +198,7 @@ class _Customer:
                     self.counts["refused"] += 1
 
     def buy(self, conn: sa.Connection, user: UUID, key: str) -> None:
-        pack = self.choose.choice(PACKS)
+        pack = self.choose.choice(DEFAULT_PACKS)
         started = self.ledger.start_purchase(
             conn, user, credits=pack.credits, description=f"Purchased {pack.name} pack", key=key
         )

@@ -133,8 +133,7 @@ class Scenario:
 
     def workshop_key(self, schema: Schema, number: int) -> Key:
         """The key of the scenario's workshop ``number``, from 1."""
-        if schema.host.workshops is None or not 1 <= number <= self.workshops:
-            raise AssertionError(f"scenario {self.name} has no workshop {number}")
+        assert schema.host.workshops is not None  # noqa: S101 - only a host with workshops has scenarios with them
         return self.row(number).key(schema.host.workshops.key_type, "workshop")
 
     def workshop_keys(self, schema: Schema) -> list[Key]:
@@ -459,13 +458,6 @@ class _ScenarioRun:
         self._acts = 0
         self._workshops = 0
 
-    def merge_duplicate(self) -> None:
-        """Make a second account of the same person, with a credit, and merge it into the user's."""
-        duplicate = self.scenario.user_keys(self.schema)[1]
-        self.host.insert_user(self.conn, self.scenario.row(1), key=duplicate)
-        self.ledger.grant(self.conn, duplicate, credits=1, key=self._key(), description="Welcome to the beta")
-        self.ledger.merge(self.conn, duplicate, into=self.user, key=self._key())
-
     def onboard(self) -> None:
         """Complete the onboarding, and set a Stripe customer."""
         self.accounts.complete_onboarding(self.conn, self.user)
@@ -485,7 +477,7 @@ class _ScenarioRun:
             self.user,
             credits=pack.credits,
             description=f"Purchased {pack.name} pack",
-            key=self._key(),
+            key=self.key(),
             stripe_price_id=pack.stripe_price_id,
         )
         return self.ledger.attach_session(
@@ -504,7 +496,7 @@ class _ScenarioRun:
                 amount=pack.credits,
                 description=f"Purchased {pack.name} pack",
                 stripe_price_id=pack.stripe_price_id,
-                idempotency_key=self._key(),
+                idempotency_key=self.key(),
                 stripe_session_id=f"cs_test_{self._stripe_name()}",
                 created_at=sa.func.now() - past,
             )
@@ -532,45 +524,25 @@ class _ScenarioRun:
 
     def refund(self, bought: CreditTransaction, credits: int | None = None) -> None:
         """Give back ``credits`` of a purchase, or all of it."""
-        self.ledger.refund(self.conn, self.user, bought.id, credits=credits, key=self._key())
-
-    def reinstate(self, bought: CreditTransaction) -> None:
-        """Give back what refunds of a purchase took."""
-        self.ledger.reinstate(self.conn, self.user, bought.id, key=self._key())
+        self.ledger.refund(self.conn, self.user, bought.id, credits=credits, key=self.key())
 
     def grant(self, credits: int, *, description: str, days: int | None = None) -> CreditTransaction:
         """Give credits that nobody paid for; they expire in so many ``days``."""
         expires_at = None if days is None else dt.datetime.now(dt.UTC) + dt.timedelta(days=days)
         return self.ledger.grant(
-            self.conn, self.user, credits=credits, key=self._key(), description=description, expires_at=expires_at
+            self.conn, self.user, credits=credits, key=self.key(), description=description, expires_at=expires_at
         )
-
-    def correct(self, given: CreditTransaction) -> None:
-        """Take back a grant."""
-        self.ledger.correct(self.conn, self.user, given.id, key=self._key())
 
     def hold(self, credits: int, *, description: str) -> CreditTransaction:
         """Set credits aside, for the longest time allowed."""
         year = dt.timedelta(days=365)
         return self.ledger.hold(
-            self.conn, self.user, credits=credits, key=self._key(), expires_in=year, description=description
+            self.conn, self.user, credits=credits, key=self.key(), expires_in=year, description=description
         )
-
-    def capture(self, hold: CreditTransaction, credits: int) -> None:
-        """Charge a hold."""
-        self.ledger.capture(self.conn, self.user, hold.id, credits=credits)
-
-    def release(self, hold: CreditTransaction) -> None:
-        """Give a hold up."""
-        self.ledger.release(self.conn, self.user, hold.id)
-
-    def reverse(self, spent: CreditTransaction) -> None:
-        """Give back a consumption."""
-        self.ledger.reverse(self.conn, self.user, spent.id, key=self._key())
 
     def spend(self, amount: int = 1, *, description: str | None = None) -> CreditTransaction:
         """Spend credits without a workshop."""
-        return self.ledger.consume(self.conn, self.user, credits=amount, key=self._key(), description=description)
+        return self.ledger.consume(self.conn, self.user, credits=amount, key=self.key(), description=description)
 
     def draft(self, *titles: str, created_at: dt.datetime | None = None) -> list[Key]:
         """Make locked workshops; none if the host cannot have them."""
@@ -590,9 +562,10 @@ class _ScenarioRun:
 
     def unlock(self, workshop: Key) -> CreditTransaction:
         """Spend a credit on a workshop."""
-        return self.ledger.consume(self.conn, self.user, workshop=workshop, key=self._key())
+        return self.ledger.consume(self.conn, self.user, workshop=workshop, key=self.key())
 
-    def _key(self) -> str:
+    def key(self) -> str:
+        """A new idempotency key."""
         self._acts += 1
         return f"seed:{self.scenario.name}:{self._acts}"
 
@@ -791,7 +764,7 @@ def _dispute_won(run: _ScenarioRun) -> None:
     run.onboard()
     bought = run.buy(3)
     run.refund(bought)
-    run.reinstate(bought)
+    run.ledger.reinstate(run.conn, run.user, bought.id, key=run.key())
 
 
 @_scenario(19)
@@ -799,8 +772,10 @@ def _holding(run: _ScenarioRun) -> None:
     """Credits set aside for a job under way, beside one that was charged and one that was given up."""
     run.onboard()
     run.buy(3)
-    run.capture(run.hold(2, description="An answer"), 1)
-    run.release(run.hold(1, description="A render that was cancelled"))
+    charged = run.hold(2, description="An answer")
+    run.ledger.capture(run.conn, run.user, charged.id, credits=1)
+    cancelled = run.hold(1, description="A render that was cancelled")
+    run.ledger.release(run.conn, run.user, cancelled.id)
     run.hold(1, description="A render under way")
 
 
@@ -811,7 +786,7 @@ def _reversed(run: _ScenarioRun) -> None:
     run.buy(3)
     spent = [run.unlock(workshop) for workshop in run.draft("Unlocked By Mistake", "Meant To Be")]
     spent = spent or [run.spend(), run.spend()]
-    run.reverse(spent[0])
+    run.ledger.reverse(run.conn, run.user, spent[0].id, key=run.key())
 
 
 @_scenario(21)
@@ -830,7 +805,7 @@ def _corrected(run: _ScenarioRun) -> None:
     run.onboard()
     mistake = run.grant(50, description="Imported twice")
     run.spend(1)
-    run.correct(mistake)
+    run.ledger.correct(run.conn, run.user, mistake.id, key=run.key())
 
 
 @_scenario(23, users=2)
@@ -838,7 +813,10 @@ def _merged_user(run: _ScenarioRun) -> None:
     """A user who had a second account, which was merged into this one."""
     run.onboard()
     run.buy(3)
-    run.merge_duplicate()
+    duplicate = run.scenario.user_keys(run.schema)[1]
+    run.host.insert_user(run.conn, run.scenario.row(1), key=duplicate)
+    run.ledger.grant(run.conn, duplicate, credits=1, key=run.key(), description="Welcome to the beta")
+    run.ledger.merge(run.conn, duplicate, into=run.user, key=run.key())
 
 
 @_scenario(24)
