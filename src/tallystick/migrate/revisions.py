@@ -29,10 +29,10 @@ transaction for all revisions, a statement at a time) must not happen here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal
 
 from psycopg.sql import SQL, Composable, Identifier
 
@@ -90,31 +90,20 @@ class TableNames:
             key_type: Composable = Identifier(schema, "citext")
         else:
             key_type = _KEY_TYPES[table.key_type]
-        owner, title, created_at = (
-            Identifier(column) if column else None
-            for column in (
-                (table.owner, table.title, table.created_at) if isinstance(table, WorkshopsTable) else (None,) * 3
-            )
-        )
-        balance, customer, updated_at, deleted_at = (
-            Identifier(table.adoptable.get(ours, ours))
-            for ours in ("credit_balance", "stripe_customer_id", "updated_at", "deleted_at")
-        )
+        ours = ("stripe_customer_id", "updated_at", "deleted_at")
+        columns: dict[str, Any] = {name: Identifier(table.adoptable.get(name, name)) for name in ours}
+        read = {name: getattr(table, name, None) for name in ("owner", "title", "created_at")}
+        columns |= {name: Identifier(column) for name, column in read.items() if column}
         return cls(
             word,
             table.schema,
             table.table,
-            Identifier(table.key),
-            key_type,
-            balance,
-            customer,
-            updated_at,
-            deleted_at,
-            Identifier(*table.key_collation) if table.key_collation else None,
-            Identifier(schema) if schema else None,
-            owner,
-            title,
-            created_at,
+            key=Identifier(table.key),
+            key_type=key_type,
+            balance=Identifier(table.adoptable.get("credit_balance", "credit_balance")),
+            key_collation=Identifier(*table.key_collation) if table.key_collation else None,
+            key_type_schema=Identifier(schema) if schema else None,
+            **columns,
         )
 
     @property
@@ -210,25 +199,17 @@ class Revision:
     creates: tuple[str, ...]
     columns: Mapping[Word, tuple[str, ...]]
     prepare: Callable[[HostNames], Iterable[Composable]]
-    replaces: Callable[[HostNames], Iterable[Composable]]
     locks: Callable[[HostNames], tuple[Identifier, ...]]
     locked: Callable[[HostNames], Iterable[Composable]]
     indexes: Callable[[HostNames], Mapping[str, Composable]]
-    ledger_indexes: Callable[[HostNames], Mapping[str, Composable]]
     validates: Callable[[HostNames], Mapping[str, Composable]]
     undo_locks: Callable[[HostNames], tuple[Identifier, ...]]
-    unreplaces: Callable[[HostNames], Iterable[Composable]]
     undo: Callable[[HostNames], Iterable[Composable]]
     unprepare_locks: Callable[[HostNames], tuple[Identifier, ...]]
     unprepare: Callable[[HostNames], Iterable[Composable]]
-
-
-def _nothing(_names: HostNames) -> Iterable[Composable]:
-    return ()
-
-
-def _no_indexes(_names: HostNames) -> Mapping[str, Composable]:
-    return {}
+    replaces: Callable[[HostNames], Iterable[Composable]] = lambda _: ()
+    ledger_indexes: Callable[[HostNames], Mapping[str, Composable]] = lambda _: {}
+    unreplaces: Callable[[HostNames], Iterable[Composable]] = lambda _: ()
 
 
 @lru_cache(maxsize=1)
@@ -240,28 +221,8 @@ def revisions() -> tuple[Revision, ...]:
     found = []
     for script in reversed(list(scripts.walk_revisions())):
         module = script.module
-        found.append(
-            Revision(
-                revision=script.revision,
-                down_revision=cast("str | None", script.down_revision),
-                kind=module.kind,
-                title=script.doc,
-                creates=module.creates,
-                columns=module.columns,
-                prepare=module.prepare,
-                replaces=getattr(module, "replaces", _nothing),
-                locks=module.locks,
-                locked=module.locked,
-                indexes=module.indexes,
-                ledger_indexes=getattr(module, "ledger_indexes", _no_indexes),
-                validates=module.validates,
-                undo_locks=module.undo_locks,
-                unreplaces=getattr(module, "unreplaces", _nothing),
-                undo=module.undo,
-                unprepare_locks=module.unprepare_locks,
-                unprepare=module.unprepare,
-            )
-        )
+        own = {each.name: getattr(module, each.name) for each in fields(Revision) if hasattr(module, each.name)}
+        found.append(Revision(title=script.doc, **own))
     return tuple(found)
 
 
