@@ -38,6 +38,9 @@ from tallystick.files import replace_file
 KeyType = Literal["uuid", "text", "char", "citext", "smallint", "integer", "bigint"]
 """The type of a key in PostgreSQL: a domain counts as its base type, varchar as text; char is ``char(n)``."""
 
+Word = Literal["users", "workshops"]
+"""Our name for a table of the host."""
+
 INTEGER_KEYS: frozenset[KeyType] = frozenset({"smallint", "integer", "bigint"})
 TEXT_KEYS: frozenset[KeyType] = frozenset({"text", "char", "citext"})
 FILE_NAME = "tallystick.toml"
@@ -215,6 +218,12 @@ class HostMapping:
                 "workshops = false"
             )
         return self
+
+    @property
+    def by_word(self) -> dict[Word, UsersTable | WorkshopsTable]:
+        """The mapped tables, by our names for them."""
+        found: dict[Word, UsersTable | WorkshopsTable] = {"users": self.users}
+        return found if self.workshops is None else found | {"workshops": self.workshops}
 
     @property
     def schema_of_ledger(self) -> str:
@@ -719,22 +728,20 @@ def to_toml(host: HostMapping) -> str:
 
 def _host_tables(host: HostMapping, above: tuple[str, ...] = ()) -> list[str]:
     """The lines of ``[host]`` and the tables below it, in a file that has the settings in the table ``above``."""
-    tables = {"users": host.users, "workshops": host.workshops}
     of_all = ["workshops = false"] if host.workshops is None else []
     if host.credits != "integer":
         of_all.append(f"credits = {_toml(host.credits)}")
     if host.ledger_schema is not None:
         of_all.append(f"ledger_schema = {_toml(host.ledger_schema)}")
     lines = ["", f"[{'.'.join((*above, 'host'))}]", *of_all] if of_all else []
-    for name, mapped in tables.items():
-        if mapped is not None:
-            values = {field: getattr(mapped, field) for field in type(mapped).__dataclass_fields__}
-            values = {k: v for k, v in values.items() if v is not None or k not in _USUALLY_ABSENT}
-            values = {k: v for k, v in values.items() if v != _USUAL.get(k, ...)}
-            lines += ["", f"[{'.'.join((*above, 'host', name))}]"]
-            lines += [f"{k} = {_toml(v)}" for k, v in values.items() if v is not None]
-            absent = [k for k, v in values.items() if v is None]
-            lines += [f"{k} = false{_UNDATED if k == 'created_at' else ''}" for k in absent]
+    for word, table in host.by_word.items():
+        values = {field: getattr(table, field) for field in type(table).__dataclass_fields__}
+        values = {k: v for k, v in values.items() if v is not None or k not in _USUALLY_ABSENT}
+        values = {k: v for k, v in values.items() if v != _USUAL.get(k, ...)}
+        lines += ["", f"[{'.'.join((*above, 'host', word))}]"]
+        lines += [f"{k} = {_toml(v)}" for k, v in values.items() if v is not None]
+        absent = [k for k, v in values.items() if v is None]
+        lines += [f"{k} = false{_UNDATED if k == 'created_at' else ''}" for k in absent]
     return lines[1:]
 
 

@@ -35,13 +35,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from psycopg.sql import SQL, Composable, Identifier
+from psycopg.sql import Literal as SqlLiteral
 
-from tallystick.config import HostMapping, KeyType, UsersTable, WorkshopsTable
+from tallystick.config import HostMapping, KeyType, UsersTable, Word, WorkshopsTable
 from tallystick.errors import MigrationError
 from tallystick.ledger import functions
-
-Word = Literal["users", "workshops"]
-"""Our name for a host table."""
+from tallystick.schema import LEDGER
 
 Adopted = frozenset[tuple[Word, str]]
 """Columns of ours that the host had before: (table, column)."""
@@ -131,6 +130,16 @@ class HostNames:
     """True for an undo of all revisions: the ledger need not be changed, since it is dropped."""
 
     @property
+    def tables(self) -> list[TableNames]:
+        """The mapped tables, without one that the app has dropped."""
+        return [table for table in (self.users, self.workshops) if table and not table.gone]
+
+    @property
+    def ledger(self) -> Identifier:
+        """The ledger, qualified and quoted."""
+        return Identifier(self.ledger_schema, LEDGER)
+
+    @property
     def adopts_balance(self) -> bool:
         """True if the host had the balance column before, perhaps with balances in it."""
         return ("users", "credit_balance") in self.adopted
@@ -171,11 +180,10 @@ class HostNames:
     @classmethod
     def of(cls, host: HostMapping, adopted: Adopted = frozenset()) -> HostNames:
         """The names of a mapping. A column of ours with another name there is an adopted one."""
-        mapped: Mapping[Word, UsersTable | WorkshopsTable | None] = {"users": host.users, "workshops": host.workshops}
         renamed: Adopted = frozenset(
             (word, ours)
-            for word, table in mapped.items()
-            for ours, name in (table.adoptable.items() if table else ())
+            for word, table in host.by_word.items()
+            for ours, name in table.adoptable.items()
             if name != ours
         )
         return cls(
@@ -210,6 +218,11 @@ class Revision:
     replaces: Callable[[HostNames], Iterable[Composable]] = lambda _: ()
     ledger_indexes: Callable[[HostNames], Mapping[str, Composable]] = lambda _: {}
     unreplaces: Callable[[HostNames], Iterable[Composable]] = lambda _: ()
+
+
+def do_block(body: Composable) -> Composable:
+    """A statement that runs a block of PL/pgSQL."""
+    return SQL("DO {}").format(SqlLiteral(body.as_string()))
 
 
 @lru_cache(maxsize=1)

@@ -15,14 +15,14 @@ from typing import Literal
 import sqlalchemy as sa
 from psycopg.sql import Composable, Identifier
 
-from tallystick.config import Config, HostMapping
+from tallystick.config import Config, HostMapping, Word
 from tallystick.database import refuse_other_than
 from tallystick.migrate.host.blockers import Blocker, Watch
-from tallystick.migrate.host.preflight import Host, adoptable, examine, setting_of, spelled_otherwise, unfit
+from tallystick.migrate.host.preflight import Host, examine, setting_of, spelled_otherwise, unfit
 from tallystick.migrate.host.privileges import forced_policies
 from tallystick.migrate.host.proposal import balances_apart
 from tallystick.migrate.host.tables import HostColumn, HostTable, columns_of, oid_of, oids_of, reading_catalogues
-from tallystick.migrate.revisions import HostNames, Revision, Word, after, revisions
+from tallystick.migrate.revisions import HostNames, Revision, after, revisions
 from tallystick.migrate.runner.messages import STALL_BUDGET_MS, Messages, text, upward
 from tallystick.migrate.runner.run import undo_command
 from tallystick.migrate.runner.session import USE_UNPOOLED, pooler_sign
@@ -309,7 +309,7 @@ def _about_balances(conn: sa.Connection, host: Host, mapping: HostMapping) -> It
 def _about_checks(conn: sa.Connection, host: Host, mapping: HostMapping) -> Iterator[PlanNote]:
     """Rules of the app's about columns of its own that the functions write."""
     for word, ours in sorted(host.adopted - {("users", "credit_balance"), ("users", "updated_at")}):
-        column = adoptable(mapping, word).get(ours, ours)
+        column = mapping.by_word[word].adoptable.get(ours, ours)
         for row in conn.execute(_CHECKS, {"table": host.by_word[word].oid, "column": column}):
             yield PlanNote(
                 "note",
@@ -348,7 +348,7 @@ def _about_twins(conn: sa.Connection, host: Host, mapping: HostMapping) -> Itera
     for word, table in host.by_word.items():
         coming = {name for revision in after(host.revision) for name in revision.columns.get(word, ())}
         there = columns_of(conn, table)
-        names = adoptable(mapping, word)
+        names = mapping.by_word[word].adoptable
         for ours in sorted(coming - there.keys()):
             for twin in spelled_otherwise(ours, there) if names.get(ours, ours) == ours else ():
                 yield PlanNote(
@@ -390,11 +390,9 @@ _UPDATE_RULES = sa.text("""
 
 
 def _about_collations(conn: sa.Connection, host: Host, mapping: HostMapping) -> Iterator[PlanNote]:
-    mapped = {"users": mapping.users, "workshops": mapping.workshops}
     for word, table in host.by_word.items():
-        names = mapped[word]
-        column = columns_of(conn, table)[names.key] if names else None
-        if column is not None and column.nondeterministic:
+        column = columns_of(conn, table)[mapping.by_word[word].key]
+        if column.nondeterministic:
             yield PlanNote(
                 "note",
                 f"{table.shown}.{column.name} has the collation {'.'.join(column.collation or ())}, which is not "

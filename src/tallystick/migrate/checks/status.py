@@ -18,7 +18,7 @@ from tallystick.config import Config, HostMapping
 from tallystick.database import refuse_other_than, standby
 from tallystick.declared_tables import Schema, event_settings, migration_log, user_columns, workshop_columns
 from tallystick.errors import MigrationError, PermissionDenied
-from tallystick.migrate.host.preflight import Host, adoptable, adopted_columns, examine, unfit
+from tallystick.migrate.host.preflight import Host, adopted_columns, examine, unfit
 from tallystick.migrate.host.privileges import forced_policies, open_policies, writers
 from tallystick.migrate.host.role import ways_out
 from tallystick.migrate.host.tables import columns_of, oid_of, oids_in, reading_catalogues
@@ -398,7 +398,7 @@ def _privileges(conn: sa.Connection, mapping: HostMapping, host: Host) -> Iterat
 def _adopted(conn: sa.Connection, mapping: HostMapping, host: Host) -> Iterator[Drift]:
     """Columns of the app's in place of ours that it has changed since into what could not be adopted."""
     for word, table in host.by_word.items():
-        columns, names = columns_of(conn, table), adoptable(mapping, word)
+        columns, names = columns_of(conn, table), mapping.by_word[word].adoptable
         for ours in sorted(name for of, name in host.adopted if of == word):
             column = columns.get(names.get(ours, ours))
             if column is not None and (wrong := unfit(word, ours, column, mapping.credits)):

@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import sqlalchemy as sa
-from psycopg.sql import SQL, Composable, Composed
+from psycopg.sql import SQL, Composable
 from psycopg.sql import Literal as SqlLiteral
 
-from tallystick.migrate.revisions import TableNames
+from tallystick.migrate.revisions import TableNames, do_block
 
 # Tables with a column of the row type, an array or domain of it, or a composite type that contains one.
 _ROW_COLUMNS = sa.text("""
@@ -81,8 +81,7 @@ def refuse_dependents(columns: Iterable[tuple[TableNames, list[str]]]) -> Compos
     rows = (
         SQL("({}, {})").format(SqlLiteral(table.name.as_string(None)), SqlLiteral(names)) for table, names in columns
     )
-    body = _ON_COLUMNS.format(columns=SQL(", ").join(rows), code=SqlLiteral(DEPENDED_ON))
-    return Composed([SQL("DO "), SqlLiteral(body.as_string(None))])
+    return do_block(_ON_COLUMNS.format(columns=SQL(", ").join(rows), code=SqlLiteral(DEPENDED_ON)))
 
 
 _COMMENT = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)

@@ -137,7 +137,6 @@ def own_credits(
     )
     opened = changed = waiting = 0
     if migrated:
-        ledger = Identifier(names.ledger_schema, LEDGER)
         kept = _one(
             conn,
             SQL(
@@ -145,7 +144,7 @@ def own_credits(
                 " count(*) FILTER (WHERE idempotency_key LIKE 'tallystick:app:%') AS changed FROM {ledger}"
             ),
             opening=Literal(OPENING_KEY),
-            ledger=ledger,
+            ledger=names.ledger,
         )
         opened, changed = kept.opened, kept.changed
         waiting = _one(
@@ -242,7 +241,7 @@ def _compared(
         since = SQL(
             "coalesce((SELECT sum(t.amount) FROM {ledger} AS t WHERE t.user_id = u.{key} AND t.status = 'completed'"
             " AND {own}), 0)"
-        ).format(ledger=Identifier(names.ledger_schema, LEDGER), key=names.users.key, own=SQL(HISTORY))
+        ).format(ledger=names.ledger, key=names.users.key, own=SQL(HISTORY))
     each = SQL(
         "SELECT u.{key} AS user, {b} - {since} AS balance, coalesce(h.total, 0) AS history FROM {users} AS u"
         " LEFT JOIN (SELECT h.{user} AS user, sum({a}) AS total FROM {h} AS h WHERE {counts} GROUP BY 1) AS h"

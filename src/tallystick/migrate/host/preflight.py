@@ -11,7 +11,7 @@ from typing import Any, cast
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 
-from tallystick.config import CREDITS_MAX, INTEGER_KEYS, Config, HostMapping, KeyType, UsersTable, WorkshopsTable
+from tallystick.config import CREDITS_MAX, INTEGER_KEYS, Config, HostMapping, KeyType, UsersTable, Word, WorkshopsTable
 from tallystick.database import refuse_hidden_rows
 from tallystick.declared_tables import Schema, alembic_version, migration_log
 from tallystick.declared_tables import mapping as stored_mapping
@@ -36,7 +36,7 @@ from tallystick.migrate.host.tables import (
     quoted,
     unsuitable,
 )
-from tallystick.migrate.revisions import Adopted, HostNames, Word, after, revisions
+from tallystick.migrate.revisions import Adopted, HostNames, after, revisions
 from tallystick.schema import (
     HISTORY,
     LEDGER,
@@ -358,7 +358,8 @@ def mapped_table(
     ``migrated`` is None if the caller does not know. With ``removes`` other tables may inherit from it.
     """
     if migrated is None:
-        migrated = has_bookkeeping(conn, "mapping") and _is_mapped(mapping_of(conn), word, schema, name)
+        stored = mapping_of(conn).by_word.get(word) if has_bookkeeping(conn, "mapping") else None
+        migrated = stored is not None and (stored.schema, stored.table) == (schema, name)
     everything = host_tables(conn)
     table = next((t for t in everything if (t.schema, t.table) == (schema, name)), None)
     where = f"host.{word}"
@@ -393,11 +394,6 @@ def mapped_table(
 
 
 _HEIRS = sa.text("SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = :oid ORDER BY 1")
-
-
-def _is_mapped(stored: HostMapping, word: Word, schema: str, name: str) -> bool:
-    table = stored.users if word == "users" else stored.workshops
-    return table is not None and (table.schema, table.table) == (schema, name)
 
 
 _OPTIONAL = ("email", "title", "created_at")
@@ -627,12 +623,6 @@ def setting_of(word: Word, ours: str) -> str:
     return f"host.{word}.{'balance' if ours == 'credit_balance' else ours}"
 
 
-def adoptable(mapping: HostMapping, word: Word) -> Mapping[str, str]:
-    """As ``UsersTable.adoptable``, for either table."""
-    table = mapping.users if word == "users" else mapping.workshops
-    return table.adoptable if table else {}
-
-
 def spelled_otherwise(ours: str, names: Iterable[str]) -> list[str]:
     """The names that differ from ``ours`` only in capitals and underscores, as "deletedAt" from deleted_at."""
     return [name for name in names if name != ours and name.replace("_", "").lower() == ours.replace("_", "")]
@@ -669,7 +659,7 @@ def _adoptable(
 ) -> tuple[Adopted, list[IncompatibleColumn]]:
     """Columns of pending revisions that the table has already, and the errors of those that cannot be adopted."""
     coming = {name for each in after(revision) for name in each.columns.get(word, ())}
-    names = adoptable(mapping, word)
+    names = mapping.by_word[word].adoptable
     adopted: set[tuple[Word, str]] = set()
     faults = []
     for ours in _ADOPTABLE[word]:

@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
-from psycopg.sql import SQL, Composable, Composed, Identifier
+from psycopg.sql import SQL, Composable, Identifier
 from psycopg.sql import Literal as SqlLiteral
 
 from tallystick.config import HostMapping
 from tallystick.declared_tables import user_columns
 from tallystick.migrate.host.preflight import Host
-from tallystick.migrate.revisions import HostNames
-from tallystick.schema import LEDGER
+from tallystick.migrate.revisions import HostNames, do_block
 
 _OBJECTS = SQL("""
     SELECT c.oid, CASE c.relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END AS kind, c.oid::regclass::text AS name,
@@ -55,12 +54,11 @@ BEGIN
     EXECUTE command;
   END LOOP;
 END""").format(objects=_objects(names))
-    return Composed([SQL("DO "), SqlLiteral(body.as_string(None))])
+    return do_block(body)
 
 
 def _objects(names: HostNames) -> Composable:
-    ledger = Identifier(names.ledger_schema, LEDGER).as_string(None)
-    return _OBJECTS.format(ledger=SqlLiteral(ledger))
+    return _OBJECTS.format(ledger=SqlLiteral(names.ledger.as_string()))
 
 
 # The app's own roles are those with an explicit grant on the ledger.

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from psycopg.sql import Identifier
 from pydantic import ValidationError
 
-from tallystick.config import HostMapping, UsersTable, WorkshopsTable
+from tallystick.config import HostMapping, UsersTable, Word, WorkshopsTable
 from tallystick.database import refuse_other_than
 from tallystick.errors import HostMismatch
 from tallystick.migrate.host.candidates import Candidate, candidates, likeliest, platform_refusal
@@ -40,7 +40,6 @@ from tallystick.migrate.host.tables import (
     reading_catalogues,
     unsuitable,
 )
-from tallystick.migrate.revisions import Word
 from tallystick.schema import mapping_of, refuse_other_mapping
 
 _REFERENCES = sa.text("""
@@ -195,10 +194,9 @@ def has_balances(conn: sa.Connection, mapping: HostMapping) -> bool:
 
 def in_place_of_ours(conn: sa.Connection, mapping: HostMapping) -> list[tuple[str, str]]:
     """The app's columns that the mapping uses in place of ours, before the migration: both names."""
-    tables = [table for table in (mapping.users, mapping.workshops) if table]
     return [
         (f'{table.schema}.{table.table}."{name}"', ours)
-        for table in (tables if current_revision(conn) is None else ())
+        for table in (mapping.by_word.values() if current_revision(conn) is None else ())
         for ours, name in table.adoptable.items()
         if ours not in (name, "credit_balance")
     ]

@@ -34,7 +34,7 @@ from tallystick.declared_tables import (
 from tallystick.errors import InvalidArgument, shown
 from tallystick.ledger import functions
 from tallystick.migrate.revisions import HostNames, TableNames
-from tallystick.schema import BOOKKEEPING_SCHEMA, LEDGER
+from tallystick.schema import BOOKKEEPING_SCHEMA
 
 _HEAD = """\
 -- A role for the app: it can run every function of the ledger, and writes no balance itself.
@@ -177,8 +177,8 @@ def grant(host: HostMapping, role: str) -> str:
         InvalidArgument: no role can have that name.
     """
     names, to = HostNames.of(host), _role(role)
-    ledger = _ledger(names)
-    schemas = dict.fromkeys(table.schema for table in _mapped(names))
+    ledger = names.ledger
+    schemas = dict.fromkeys(table.schema for table in names.tables)
     everything = sql.SQL("IN SCHEMA {}").format(sql.Identifier(BOOKKEEPING_SCHEMA))
     limited = {
         "role": sql.Literal(role),
@@ -201,7 +201,7 @@ def grant(host: HostMapping, role: str) -> str:
         sql.SQL("GRANT SELECT ON {} TO {}").format(ledger, to),
         *_ours_to_read(host, to, "GRANT", "TO"),
         # a trigger made by the role would run as the owner, inside the functions
-        *(sql.SQL("REVOKE TRIGGER ON {} FROM {}").format(table.name, to) for table in _mapped(names)),
+        *(sql.SQL("REVOKE TRIGGER ON {} FROM {}").format(table.name, to) for table in names.tables),
         _do(_BY_COLUMN.format(**limited)),
         sql.SQL("REVOKE ALL ON ALL FUNCTIONS {} FROM PUBLIC, {}").format(everything, to),
         *functions.grants(names, to),
@@ -221,7 +221,7 @@ def revoke(host: HostMapping, role: str) -> str:
         _TAKEN_BACK,
         restore_table_privileges(names, sql.SQL("r.rolname = {}").format(sql.Literal(role))),
         *_ours_to_read(host, to, "REVOKE", "FROM"),
-        sql.SQL("REVOKE ALL ON {} FROM {}").format(_ledger(names), to),
+        sql.SQL("REVOKE ALL ON {} FROM {}").format(names.ledger, to),
         sql.SQL("REVOKE ALL ON ALL TABLES {} FROM {}").format(everything, to),
         sql.SQL("REVOKE ALL ON ALL FUNCTIONS {} FROM {}").format(everything, to),
         sql.SQL("REVOKE ALL ON SCHEMA {} FROM {}").format(sql.Identifier(BOOKKEEPING_SCHEMA), to),
@@ -241,7 +241,7 @@ def granted_roles(conn: sa.Connection) -> tuple[str, ...]:
 
 def left_behind(host: HostMapping, role: str) -> str:
     """The statements that take back what ``grant`` gave a role and nothing else does, and give back what it took."""
-    tables = _mapped(HostNames.of(host))
+    tables = HostNames.of(host).tables
     return "; ".join(
         sql.SQL(text).format(name, _role(role)).as_string()
         for text, names in (
@@ -262,12 +262,12 @@ def ways_out(conn: sa.Connection, host: HostMapping) -> Iterator[tuple[str, str,
 
 def _ways_out(names: HostNames, is_app: sql.Composable) -> sql.Composable:
     text = (files(__package__) / "ways_out.sql").read_text("utf-8")
-    schemas = {table.schema for table in _mapped(names)} | {"public"}
+    schemas = {table.schema for table in names.tables} | {"public"}
     return sql.SQL(text.strip()).format(
         is_app=is_app,
         tables=_tables(names),
         schemas=sql.Literal(sorted(schemas)),
-        ledger=sql.Literal(_ledger(names).as_string()),
+        ledger=sql.Literal(names.ledger.as_string()),
     )
 
 
@@ -288,30 +288,22 @@ def _tables(names: HostNames) -> sql.Composable:
             sql.Literal(_guarded(table)),
             sql.Literal([_bare(table.key), *_guarded(table)]),
         )
-        for table in _mapped(names)
+        for table in names.tables
     ]
     return sql.SQL("(VALUES {})").format(sql.SQL(", ").join(rows))
 
 
 def _ours_to_read(host: HostMapping, to: sql.Identifier, verb: str, preposition: str) -> Iterator[sql.Composable]:
     columns = {"users": user_columns(host), "workshops": workshop_columns(host)}
-    for table in _mapped(HostNames.of(host)):
+    for table in HostNames.of(host).tables:
         ours = sql.SQL(", ").join(sql.Identifier(column.name) for column in columns[table.word])
         yield sql.SQL(f"{verb} SELECT ({{}}) ON {{}} {preposition} {{}}").format(
             ours, table.name, to
         )  # all of it is our own text
 
 
-def _mapped(names: HostNames) -> list[TableNames]:
-    return [table for table in (names.users, names.workshops) if table and not table.gone]
-
-
 def _bare(name: sql.Identifier) -> str:
     return name.as_string()[1:-1].replace('""', '"')
-
-
-def _ledger(names: HostNames) -> sql.Identifier:
-    return sql.Identifier(names.ledger_schema, LEDGER)
 
 
 def _role(name: str) -> sql.Identifier:

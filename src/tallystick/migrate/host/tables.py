@@ -216,8 +216,7 @@ def oids_of(conn: sa.Connection, tables: Iterable[Identifier]) -> list[int]:
 
 def mapped_oids(conn: sa.Connection, mapping: HostMapping) -> list[int]:
     """Object ids of the mapped tables that exist; takes no lock."""
-    tables = [table for table in (mapping.users, mapping.workshops) if table]
-    found = (oid_of(conn, table.schema, table.table) for table in tables)
+    found = (oid_of(conn, table.schema, table.table) for table in mapping.by_word.values())
     return [oid for oid in found if oid is not None]
 
 

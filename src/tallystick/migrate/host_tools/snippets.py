@@ -8,9 +8,9 @@ from collections.abc import Collection, Mapping
 
 from psycopg.sql import Identifier
 
-from tallystick.config import Config, HostMapping
+from tallystick.config import Config, HostMapping, Word
 from tallystick.errors import ConfigError, shown
-from tallystick.migrate.revisions import HostNames, Word
+from tallystick.migrate.revisions import HostNames
 from tallystick.schema import LEDGER, CreditTransactionStatus, CreditTransactionType
 
 _SQLALCHEMY_IMPORTS = """\
@@ -237,7 +237,7 @@ def _names(host: HostMapping) -> dict[str, str]:
     workshops, customer = host.workshops, host.users.stripe_customer_id
     if not re.fullmatch("[a-z_][a-z0-9_]*", customer):
         customer = Identifier(customer).as_string(None)
-    schemas = dict.fromkeys(table.schema for table in (host.users, workshops) if table)
+    schemas = dict.fromkeys(table.schema for table in host.by_word.values())
     return {
         "users": f"{host.users.schema}.{host.users.table}",
         "workshops": f"{workshops.schema}.{workshops.table}" if workshops else "",

@@ -157,7 +157,7 @@ def _note(conn: sa.Connection, names: HostNames, found: HistoryTable) -> int:
     if found.key:
         order.append(SQL("h.{}").format(Identifier(found.key)))
     words = {
-        "ledger": Identifier(names.ledger_schema, LEDGER),
+        "ledger": names.ledger,
         "opening": Literal(OPENING_KEY),
         "batch": Literal(_BATCH),
         "order": SQL(", ").join(order) if order else SQL("1"),

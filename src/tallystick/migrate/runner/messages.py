@@ -22,9 +22,9 @@ from tallystick.declared_tables import user_columns, workshop_columns
 from tallystick.migrate.host.dependents import refuse_dependents
 from tallystick.migrate.host.privileges import close_new_objects, remember_objects
 from tallystick.migrate.host.role import restore_table_privileges
-from tallystick.migrate.revisions import HostNames, Revision, TableNames, adopted_by
+from tallystick.migrate.revisions import HostNames, Revision, TableNames, adopted_by, do_block
 from tallystick.migrate.runner.trial_writes import try_writes, try_writes_again
-from tallystick.schema import HISTORY, LEDGER
+from tallystick.schema import HISTORY
 
 ADVISORY_KEY = 8_386_103_206_419_437_683  # "tallystk" as eight bytes; advisory locks are per database
 
@@ -185,9 +185,10 @@ def downward(
 
 def _added(names: HostNames) -> Iterator[tuple[TableNames, list[str]]]:
     """The columns that the first revision added to each of the app's tables."""
-    for table, ours in ((names.users, user_columns()), (names.workshops, workshop_columns())):
-        if table and not table.gone:
-            yield table, [column.name for column in ours if (table.word, column.name) not in names.adopted]
+    columns = {"users": user_columns(), "workshops": workshop_columns()}
+    for table in names.tables:
+        ours = [column.name for column in columns[table.word]]
+        yield table, [name for name in ours if (table.word, name) not in names.adopted]
 
 
 def text(statements: Iterable[Composable], separator: str = ";\n") -> str:
@@ -208,7 +209,7 @@ def _with_trial_writes(
 
 def _locked_app_tables(locks: Sequence[Identifier], names: HostNames) -> list[TableNames]:
     """The locked tables of the app."""
-    return [table for table in (names.users, names.workshops) if table and table.name in locks]
+    return [table for table in names.tables if table.name in locks]
 
 
 def _locked(locks: Sequence[Identifier], changes: Iterable[Composable], stall_budget_ms: int) -> Iterator[Composable]:
@@ -272,7 +273,7 @@ def _begin(*, expected: str | None) -> Iterator[Composable]:
     yield SQL(
         "SELECT set_config('synchronous_commit', 'local', true) WHERE current_setting('synchronous_commit') <> 'off'"
     )
-    yield _do(
+    yield do_block(
         SQL("""
 DECLARE
   found text;
@@ -301,7 +302,7 @@ def _fence(locks: Sequence[Identifier]) -> Iterator[Composable]:
         yield SQL("LOCK TABLE {} IN SHARE UPDATE EXCLUSIVE MODE").format(SQL(", ").join(locks))
 
 
-def _lock_all(locks: Sequence[Identifier], stall_budget_ms: int) -> Composed:
+def _lock_all(locks: Sequence[Identifier], stall_budget_ms: int) -> Composable:
     """Take every lock: first without waiting, then with short waits that together stay within the budget.
 
     Each refused try costs a transaction id, which limits their number. A revision may have nothing to lock.
@@ -315,7 +316,7 @@ def _lock_all(locks: Sequence[Identifier], stall_budget_ms: int) -> Composed:
         LOCK TABLE {} IN ACCESS EXCLUSIVE MODE;""").format(SQL(_NOW_MS), table)
         for table in locks
     )
-    return _do(
+    return do_block(
         SQL("""
 DECLARE
   wait_ms integer;
@@ -358,14 +359,14 @@ END""").format(
     )
 
 
-def _refuse_if_rows(names: HostNames) -> Composed:
-    return _do(
+def _refuse_if_rows(names: HostNames) -> Composable:
+    return do_block(
         SQL("""
 BEGIN
   IF EXISTS (SELECT FROM {ledger} WHERE {lost}) THEN
     RAISE EXCEPTION 'the ledger has rows' USING ERRCODE = {code};
   END IF;
-END""").format(ledger=Identifier(names.ledger_schema, LEDGER), lost=SQL(HISTORY), code=SqlLiteral(NOT_EMPTY))
+END""").format(ledger=names.ledger, lost=SQL(HISTORY), code=SqlLiteral(NOT_EMPTY))
     )
 
 
@@ -378,7 +379,3 @@ def _step_down(revision: Revision) -> list[Composable]:
             SqlLiteral(revision.revision)
         ),
     ]
-
-
-def _do(body: Composable) -> Composed:
-    return SQL("DO {}").format(SqlLiteral(body.as_string(None)))

@@ -22,7 +22,6 @@ from tallystick.errors import MigrationError
 from tallystick.migrate.revisions import HostNames, Revision
 from tallystick.migrate.runner.opening import open_balances
 from tallystick.migrate.runner.session import NEVER_CUT, lost, restoring_settings, set_settings, translate
-from tallystick.schema import LEDGER
 
 _LOOK_EVERY_S = 0.25
 
@@ -63,8 +62,7 @@ def online(
         for name, statement in indexes.items():
             yield from build(conn, schema=schema, name=name, statement=statement, progress=partial(progress, name))
     for name, statement in revision.validates(names).items():
-        ledger = Identifier(names.ledger_schema, LEDGER)
-        yield from validate(conn, table=ledger, name=name, statement=statement, progress=partial(progress, name))
+        yield from validate(conn, table=names.ledger, name=name, statement=statement, progress=partial(progress, name))
     if revision.down_revision is None and names.adopts_balance:
         yield from _openings(conn, names, progress)
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from psycopg.sql import SQL, Composable, Composed
+from psycopg.sql import SQL, Composable
 from psycopg.sql import Literal as SqlLiteral
 
-from tallystick.migrate.revisions import TableNames
+from tallystick.migrate.revisions import TableNames, do_block
 
 BROKEN = "TS004"
 """SQLSTATE of a write that fails because of the change."""
@@ -111,5 +111,4 @@ def try_writes_again() -> Composable:
 
 
 def _block(source: Composable, each: Composable, ended: Composable) -> Composable:
-    body = SQL(_TRIED).format(source=source, each=each, ended=ended)
-    return Composed([SQL("DO "), SqlLiteral(body.as_string(None))])
+    return do_block(SQL(_TRIED).format(source=source, each=each, ended=ended))

@@ -20,14 +20,14 @@ from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
-from psycopg.sql import SQL, Composable, Composed, Identifier, Literal
+from psycopg.sql import SQL, Composable, Identifier, Literal
 
-from tallystick.config import HostMapping, UsersTable
+from tallystick.config import HostMapping, Word
 from tallystick.errors import MigrationError, TallystickError
 from tallystick.ledger import functions
 from tallystick.migrate.host.preflight import adopted_columns, current_revision
 from tallystick.migrate.host.privileges import close_new_objects, remember_objects
-from tallystick.migrate.revisions import HostNames, Word, revisions
+from tallystick.migrate.revisions import HostNames, do_block, revisions
 from tallystick.migrate.runner.online import Building, OnlineStep, is_validated, validate
 from tallystick.migrate.runner.session import engine_of, lost, send_when_free, session, single_run
 from tallystick.schema import LEDGER, mapping_of
@@ -158,16 +158,14 @@ def widen_key(
         if interrupted(conn) not in (None, word):
             refuse_interrupted(conn)
         before = mapping_of(conn)
-        table = before.users if word == "users" else before.workshops
+        table = before.by_word.get(word)
         if table is None:
             raise MigrationError(f"no table of {word} is mapped, so there is no key to widen")
         adopted = adopted_columns(conn)
         run = _Widening(conn, word, HostNames.of(before, adopted), lock_timeout_ms, give_up_after_s)
         if table.key_type in _SMALLER:
-            larger = replace(table, key_type="bigint")
-            after = (
-                replace(before, users=larger) if isinstance(larger, UsersTable) else replace(before, workshops=larger)
-            )
+            larger: dict[str, Any] = {word: replace(table, key_type="bigint")}
+            after = replace(before, **larger)
             try:
                 run.open()
                 rewrite_ms = run.rewrite(HostNames.of(after, adopted), table.key_type)
@@ -235,7 +233,7 @@ class _Widening:
 
     @property
     def owner(self) -> str:
-        return str(self.conn.scalar(_OWNER, {"ledger": _ledger(self.names).as_string(None)}))
+        return str(self.conn.scalar(_OWNER, {"ledger": self.names.ledger.as_string(None)}))
 
     def is_whole(self) -> bool:
         return interrupted(self.conn) is None and all(is_validated(self.conn, key.table, key.name) for key in self.keys)
@@ -301,8 +299,8 @@ class _Widening:
                 *columns,
                 *made,
                 close_new_objects(self.names),
-                _do(SQL(_GIVE_BACK).format(owner=Literal(self.owner))),
-                _do(SQL(_FORGET_PLANS)),
+                do_block(SQL(_GIVE_BACK).format(owner=Literal(self.owner))),
+                do_block(SQL(_FORGET_PLANS)),
                 SQL("UPDATE tallystick.mapping SET host = {}").format(Literal(after.mapping)),
             ],
             tables=[Identifier(row.schema, row.table) for row in rows if not row.of_type],
@@ -350,13 +348,13 @@ def _foreign_keys(names: HostNames, word: Word) -> list[_ForeignKey]:
     """The foreign keys to the app's table, as the revisions made them."""
     if word == "workshops":
         rules = (
-            [("credit_transactions_workshop_fk", _ledger(names), "workshop_id", "ON DELETE SET NULL")]
+            [("credit_transactions_workshop_fk", names.ledger, "workshop_id", "ON DELETE SET NULL")]
             if names.workshops
             else []
         )
     else:
         rules = [
-            ("credit_transactions_user_fk", _ledger(names), "user_id", "ON UPDATE CASCADE ON DELETE RESTRICT"),
+            ("credit_transactions_user_fk", names.ledger, "user_id", "ON UPDATE CASCADE ON DELETE RESTRICT"),
             (
                 "low_balances_user_fk",
                 Identifier("tallystick", "low_balances"),
@@ -374,11 +372,3 @@ def _foreign_keys(names: HostNames, word: Word) -> list[_ForeignKey]:
         for name, of, column, rule in rules
         if table is not None
     ]
-
-
-def _ledger(names: HostNames) -> Identifier:
-    return Identifier(names.ledger_schema, LEDGER)
-
-
-def _do(body: Composable) -> Composed:
-    return Composed([SQL("DO "), Literal(body.as_string(None))])
