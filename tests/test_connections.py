@@ -335,7 +335,7 @@ def settings(caller: CallerConnection, *, encoding: bool) -> None:
         caller.sql(f"SET {setting}")
 
 
-def test_a_connection_that_answers_bytes_is_refused_before_anything_is_written(world: World) -> None:
+def test_a_connection_without_characters_is_refused_before_anything_is_written(world: World) -> None:
     user = world.user(credits=9)
     address = world.url.replace("+psycopg", "", 1)
     refused = r"client_encoding is SQL_ASCII.*Connect with client_encoding='utf8'"
@@ -351,6 +351,10 @@ def test_a_connection_that_answers_bytes_is_refused_before_anything_is_written(w
 
     with pytest.raises(errors.InvalidArgument, match=refused):
         asyncio.run(consume())
+    engine = sa.create_engine(world.url.replace("+psycopg", "+psycopg2", 1), client_encoding="SQL_ASCII")
+    with engine.begin() as conn, pytest.raises(errors.InvalidArgument, match=refused):
+        world.ledger.consume(conn, user, key="a")
+    engine.dispose()
     with world.engine.connect() as one:
         assert world.ledger.balance(one, user) == 9
 

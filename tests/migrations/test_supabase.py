@@ -59,6 +59,11 @@ def status(app: App) -> migrate.Status:
         return migrate.status(conn, app.config)
 
 
+def mend(app: App) -> None:
+    """Runs the remedies of all that status tells."""
+    app.run(*(part for each in status(app).drift for part in each.remedy.split("; ")))
+
+
 def as_role(app: App, role: str, *statements: str) -> str | None:
     """The server's error about the last statement, or None."""
     with app.engine.connect() as conn:
@@ -95,7 +100,7 @@ def test_status_fails_until_nobody_can_set_a_balance_and_its_remedies_open_nothi
     }
     assert not found.healthy
     assert "DISABLE" not in str(found.drift)
-    supabase.run(*(part for each in found.drift for part in each.remedy.split("; ")))
+    mend(supabase)
     assert status(supabase).healthy
     assert "permission denied" in (as_role(supabase, "authenticated", "UPDATE profiles SET credit_balance = 99") or "")
     assert as_role(supabase, "authenticated", "UPDATE profiles SET full_name = 'Ada L.'") is None
@@ -103,7 +108,7 @@ def test_status_fails_until_nobody_can_set_a_balance_and_its_remedies_open_nothi
 
 def test_privileges_on_the_ledger_are_told(supabase: App) -> None:
     migrate.apply(supabase.url, supabase.config)
-    supabase.run(*(part for each in status(supabase).drift for part in each.remedy.split("; ")))
+    mend(supabase)
     supabase.run(
         "GRANT INSERT (id) ON credit_transactions TO anon",
         "GRANT TRUNCATE ON credit_transactions TO PUBLIC",
@@ -117,14 +122,14 @@ def test_privileges_on_the_ledger_are_told(supabase: App) -> None:
         ("public.profiles", "service_role may UPDATE"),
         ("tallystick.migration_log", "authenticated may UPDATE"),
     ]
-    supabase.run(*(part for each in found.drift for part in each.remedy.split("; ")))
+    mend(supabase)
     assert status(supabase).drift == ()
 
 
 def test_a_view_of_the_balance_is_told(supabase: App) -> None:
     """Supabase grants all on each new view too, and row level security does not bind the view's owner."""
     migrate.apply(supabase.url, supabase.config)
-    supabase.run(*(part for each in status(supabase).drift for part in each.remedy.split("; ")))
+    mend(supabase)
     supabase.run(
         "CREATE VIEW public.people AS SELECT * FROM profiles",
         "CREATE VIEW public.names AS SELECT id, full_name FROM profiles",
@@ -136,7 +141,7 @@ def test_a_view_of_the_balance_is_told(supabase: App) -> None:
     assert {(each.where, str(each.found)) for each in found.drift} == {
         ("public.people", f"{role} may INSERT, UPDATE") for role in ("anon", "authenticated", "service_role")
     }
-    supabase.run(*(part for each in found.drift for part in each.remedy.split("; ")))
+    mend(supabase)
     assert status(supabase).drift == ()
     assert "permission denied" in (as_role(supabase, "anon", attack) or "")
 

@@ -301,12 +301,7 @@ def _for_psycopg(
 ) -> tuple[str, list[str], bool]:
     """The statement, its values, and if the answer is binary: the text of a moment depends on DateStyle."""
     if cursor.connection.pgconn.parameter_status(b"client_encoding") == b"SQL_ASCII":  # psycopg answers texts as bytes
-        raise InvalidArgument(
-            "the connection's client_encoding is SQL_ASCII, in which texts have no characters. "
-            "Connect with client_encoding='utf8'",
-            argument="conn",
-            value="SQL_ASCII",
-        )
+        raise _without_characters()
     names, values = call.given()
     kind: type = type(cursor)
     mark, binary = _style(kind)
@@ -325,6 +320,8 @@ def _style(kind: type) -> tuple[str, bool]:
 def _on_psycopg2(conn: Any, call: Call[Any]) -> Rows:
     from psycopg2.extensions import cursor  # noqa: PLC0415
 
+    if conn.encoding in ("SQL_ASCII", "SQLASCII"):  # psycopg2 reads texts as ASCII, after the call has written
+        raise _without_characters()
     # not the host's cursor_factory, whose rows may be dictionaries
     return _on_cursor(conn.cursor(cursor_factory=cursor), call)
 
@@ -551,6 +548,15 @@ def _sender(kind: type) -> Callable[[Any, Call[Any]], Any]:
         if sender := _SENDERS.get(f"{each.__module__}.{each.__qualname__}"):
             return sender
     raise _refused(type_shown(kind))
+
+
+def _without_characters() -> InvalidArgument:
+    return InvalidArgument(
+        "the connection's client_encoding is SQL_ASCII, in which texts have no characters. "
+        "Connect with client_encoding='utf8'",
+        argument="conn",
+        value="SQL_ASCII",
+    )
 
 
 def _refused(found: str) -> InvalidArgument:

@@ -114,6 +114,10 @@ def _insufficient_credits(r: Refusal) -> LedgerError:
     )
 
 
+def _asked(r: Refusal) -> object:
+    return "all" if r.required is None else r.required
+
+
 def _asked_credits(r: Refusal) -> int:
     return int(r.remaining if r.required is None else r.required)
 
@@ -207,15 +211,14 @@ ERRORS: Mapping[str, Callable[[Refusal], LedgerError]] = {
     "stripe_customer_conflict": _stripe_customer_conflict,
     "insufficient_credits": _insufficient_credits,
     "refund_exceeds_purchase": lambda r: errors.RefundExceedsPurchase(
-        f"purchase {r.id} has {counted(r.remaining)} left to refund of {counted(r.amount)}; "
-        f"asked: {'all' if r.required is None else r.required}",
+        f"purchase {r.id} has {counted(r.remaining)} left to refund of {counted(r.amount)}; asked: {_asked(r)}",
         purchase=r.id,
         left=r.remaining,
         asked=_asked_credits(r),
     ),
     "reinstatement_exceeds_refunds": lambda r: errors.ReinstatementExceedsRefunds(
         f"refunds took {counted(r.remaining)} of purchase {r.id}; "
-        f"asked to give back: {'all' if r.required is None else r.required}. To give more: ledger.grant",
+        f"asked to give back: {_asked(r)}. To give more: ledger.grant",
         purchase=r.id,
         taken=r.remaining,
         asked=_asked_credits(r),
@@ -246,14 +249,13 @@ ERRORS: Mapping[str, Callable[[Refusal], LedgerError]] = {
     ),
     "reversal_exceeds_consumption": lambda r: errors.ReversalExceedsConsumption(
         f"consumption {r.id} has {counted(r.remaining)} left to give back of {counted(-r.amount)}; "
-        f"asked: {'all' if r.required is None else r.required}. To give more: ledger.grant",
+        f"asked: {_asked(r)}. To give more: ledger.grant",
         consumption=r.id,
         left=r.remaining,
         asked=_asked_credits(r),
     ),
     "correction_exceeds_grant": lambda r: errors.CorrectionExceedsGrant(
-        f"grant {r.id} has {counted(r.remaining)} left to take back of {counted(r.amount)}; "
-        f"asked: {'all' if r.required is None else r.required}",
+        f"grant {r.id} has {counted(r.remaining)} left to take back of {counted(r.amount)}; asked: {_asked(r)}",
         grant=r.id,
         left=r.remaining,
         asked=_asked_credits(r),

@@ -132,6 +132,7 @@ class FunctionCall<Answer> implements WritingCall<Answer> {
   readonly #arguments: readonly Argument[];
   /** The function gives a set of rows. */
   readonly many: boolean;
+  #params?: Parameter[];
 
   constructor(name: string, kind: keyof typeof COLUMNS, many: boolean, given: readonly Argument[]) {
     this.#name = name;
@@ -150,7 +151,8 @@ class FunctionCall<Answer> implements WritingCall<Answer> {
   }
 
   get params(): Parameter[] {
-    return this.#arguments.map(([name, type, value]) => encoded(name, type, value));
+    this.#params ??= this.#arguments.map(([name, type, value]) => encoded(name, type, value));
+    return this.#params;
   }
 
   read(result: unknown): Answer {
@@ -199,17 +201,20 @@ async function sentEach<Item, Answer>(
   call: (items: readonly Item[]) => Call<Answer[]>,
   items: readonly Item[],
 ): Promise<Answer[]> {
-  const refusals = items.map((item) => {
+  const refusal = (some: Call<Answer[]>): Answer | undefined => {
     try {
-      void call([item]).params;
+      void some.params;
       return undefined;
     } catch (error) {
       return unsendable(error) as Answer;
     }
-  });
+  };
+  const all = call(items);
+  if (refusal(all) === undefined) return sent(query, all);
+  const refusals = items.map((item) => refusal(call([item])));
   const rest = items.filter((_, n) => refusals[n] === undefined);
   const answers = rest.length > 0 ? (await sent(query, call(rest))).values() : [].values();
-  return refusals.map((refusal) => refusal ?? (answers.next().value as Answer));
+  return refusals.map((refused) => refused ?? (answers.next().value as Answer));
 }
 
 /** The refusal of an argument that cannot be sent; any other error is thrown again. */

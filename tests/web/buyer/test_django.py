@@ -325,11 +325,24 @@ def test_the_admin_shows_the_ledger_and_changes_nothing(django_shop: DjangoShop)
     assert 'value="delete_selected"' not in client.get("/admin/auth/user/").content.decode()
 
 
-def test_a_page_of_the_admins_writes_no_old_balance_back(django_shop: DjangoShop) -> None:
+def admin_of(model: Any) -> tuple[Any, Any]:
+    """The admin of a model, with the ledger, and a superuser's request."""
     from django.contrib import admin
     from django.contrib.auth import get_user_model
-    from django.db import models
     from django.test import RequestFactory
+
+    from django_workshops.billing import billing
+    from tallystick.web.django import LedgerAdmin
+
+    kind = type("WithLedger", (LedgerAdmin, admin.ModelAdmin), {"billing": billing})
+    request = RequestFactory().get("/")
+    request.user = get_user_model()(is_superuser=True, is_active=True)
+    return kind(model, admin.site), request
+
+
+def test_a_page_of_the_admins_writes_no_old_balance_back(django_shop: DjangoShop) -> None:
+    from django.contrib import admin
+    from django.db import models
 
     from django_workshops.billing import billing
     from tallystick.web.django import LedgerAdmin
@@ -343,13 +356,7 @@ def test_a_page_of_the_admins_writes_no_old_balance_back(django_shop: DjangoShop
             db_table = "auth_user"
             managed = False
 
-    class WithLedger(LedgerAdmin, admin.ModelAdmin):
-        pass
-
-    WithLedger.billing = billing
-    shown = WithLedger(Person, admin.site)
-    request = RequestFactory().get("/")
-    request.user = get_user_model()(is_superuser=True, is_active=True)
+    shown, request = admin_of(Person)
     assert shown.get_readonly_fields(request) == ("credit_ledger", "credits")
 
     user = django_shop.user(credits=3)
@@ -368,14 +375,8 @@ def test_a_page_of_the_admins_writes_no_old_balance_back(django_shop: DjangoShop
 
 
 def test_a_list_of_users_takes_one_query(django_shop: DjangoShop) -> None:
-    from django.contrib import admin
-    from django.contrib.auth import get_user_model
     from django.db import models
-    from django.test import RequestFactory
     from django.test.utils import CaptureQueriesContext
-
-    from django_workshops.billing import billing
-    from tallystick.web.django import LedgerAdmin
 
     class Listed(models.Model):  # noqa: DJ008 - nothing shows one
         username = models.TextField()
@@ -388,15 +389,10 @@ def test_a_list_of_users_takes_one_query(django_shop: DjangoShop) -> None:
             db_table = "auth_user"
             managed = False
 
-    class WithLedger(LedgerAdmin, admin.ModelAdmin):
-        pass
-
-    WithLedger.billing = billing
-    request = RequestFactory().get("/")
-    request.user = get_user_model()(is_superuser=True, is_active=True)
+    shown, request = admin_of(Listed)
     mine = [django_shop.user(credits=number).pk for number in (1, 2, 3)]
     with CaptureQueriesContext(connection()) as sent:
-        found = WithLedger(Listed, admin.site).get_queryset(request).filter(pk__in=mine).order_by("pk")
+        found = shown.get_queryset(request).filter(pk__in=mine).order_by("pk")
         assert [user.credit_balance for user in found] == [1, 2, 3]  # in a column of the app's own
     assert len(sent) == 1
 
