@@ -86,9 +86,10 @@ def make_shop(make_world: Callable[..., World], double: DevStripe) -> Iterator[C
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    found = shutil.which("chromium")
+    # Chromium without its window takes a third less of the processor
+    found = shutil.which("chromium-headless-shell") or shutil.which("chromium")
     if found is None:
-        pytest.skip("needs a real browser (apt-get install chromium)")
+        pytest.skip("needs a real browser (apt-get install chromium-headless-shell)")
     with sync_playwright() as playwright:
         running = playwright.chromium.launch(executable_path=found, args=list(FLAGS))
         yield running
