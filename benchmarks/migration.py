@@ -143,7 +143,7 @@ def measure(name: str, candidate: Candidate, url: str, options: argparse.Namespa
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["tallystick.migrate", "psycopg"])  # imported once, and not for each run anew
     here, there = processes.Pipe()
-    traffic_process = processes.Process(target=app, args=(url, options.rows, options.rate, there))
+    traffic_process = processes.Process(target=app, args=(url, options.rows, options.rate, there), daemon=True)
     traffic_process.start()
     here.recv()
     time.sleep(options.warm)  # caches and plans

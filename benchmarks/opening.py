@@ -91,7 +91,7 @@ OPENED = "SELECT count(*) FROM credit_transactions WHERE idempotency_key = 'tall
 
 def killed(url: str, config: Config, after_s: float) -> bool:
     """Run ``migrate.apply`` in a process of its own and kill it; false if it was done before that."""
-    process = multiprocessing.get_context("spawn").Process(target=migrate.apply, args=(url, config))
+    process = multiprocessing.get_context("spawn").Process(target=migrate.apply, args=(url, config), daemon=True)
     process.start()
     process.join(after_s)
     is_killed = process.is_alive()

@@ -508,7 +508,7 @@ def test_killed_while_balances_are_opened(make_app: Callable[..., App]) -> None:
     found = []
     with running(app, clients=2) as seen:
         for _ in range(20):
-            process = processes.Process(target=migrate.apply, args=(app.url, app.config))
+            process = processes.Process(target=migrate.apply, args=(app.url, app.config), daemon=True)
             process.start()
             deadline = time.monotonic() + 30
             while not found and process.is_alive() and not opened(app):

@@ -567,7 +567,7 @@ class TestKilled:
         migrate.undo(app.url, app.config)
         seen = set()
         for _ in range(self.MOMENTS):
-            process = processes.Process(target=migrate.apply, args=(app.url, app.config))
+            process = processes.Process(target=migrate.apply, args=(app.url, app.config), daemon=True)
             process.start()
             while not self.sessions(app) and process.is_alive():
                 time.sleep(0.001)

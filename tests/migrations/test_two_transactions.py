@@ -35,7 +35,8 @@ def run_until_prepared(url: str, config: Config) -> None:
 
 
 def prepare(app: App) -> None:
-    process = multiprocessing.get_context("forkserver").Process(target=run_until_prepared, args=(app.url, app.config))
+    processes = multiprocessing.get_context("forkserver")
+    process = processes.Process(target=run_until_prepared, args=(app.url, app.config), daemon=True)
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL

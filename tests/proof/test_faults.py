@@ -101,7 +101,8 @@ class Client:
     def __init__(self, world: World, user: Key) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, end = context.Pipe(duplex=False)
-        self.process = context.Process(target=spend_until_killed, args=(world.url, world.config.host, user, end))
+        given = world.url, world.config.host, user, end
+        self.process = context.Process(target=spend_until_killed, args=given, daemon=True)
         self.process.start()
         end.close()
         self.acknowledged: list[str] = []

@@ -253,7 +253,9 @@ def test_processes_at_once_some_of_which_die(shop: Shop):
     crashes = [None, 3, 11, None, 29, 41]
     processes = [
         spawn.Process(
-            target=deliver_many, args=(shop.world.url, shop.config, chance.sample(events, len(events)), crash)
+            target=deliver_many,
+            args=(shop.world.url, shop.config, chance.sample(events, len(events)), crash),
+            daemon=True,
         )
         for crash in crashes
     ]
@@ -274,7 +276,8 @@ def test_what_dies_before_its_commit_is_redone(shop: Shop):
         deliveries = [(body.encode(), signature) for body, signature in signed]
         spawn = multiprocessing.get_context("spawn")
         for crash_after in (1, 2, 4):
-            process = spawn.Process(target=deliver_many, args=(shop.world.url, shop.config, deliveries, crash_after))
+            given = shop.world.url, shop.config, deliveries, crash_after
+            process = spawn.Process(target=deliver_many, args=given, daemon=True)
             process.start()
             process.join(timeout=120)
             assert process.exitcode == 9
