@@ -662,6 +662,24 @@ def test_the_history_of_an_erased_user_is_not_noted(make_app: Callable[..., App]
     assert app.rows("SELECT metadata FROM tallystick.credit_transactions WHERE user_id = 'user_3'") == [(None,)]
 
 
+def test_the_history_of_a_user_erased_before_the_opening_is_not_noted(make_app: Callable[..., App]) -> None:
+    """The user gets the opening balance when erased, so that it is erased with the rest."""
+    app = make_app(AFTER, KEPT_APART)
+    migrate.apply(app.url, app.config)
+    app.run("INSERT INTO users (clerk_user_id, email, credit_balance) VALUES ('new', '', 6)")
+    app.run(
+        "INSERT INTO credit_transactions (id, clerk_user_id, type, amount, balance_after)"
+        " VALUES ('txn_new', 'new', 'purchase', 6, 6)"
+    )
+    with app.engine.begin() as conn:
+        Accounts(app.config).erase(conn, "new")
+    done = migrate.adopt(app.url, app.config, note_history=True)
+    assert (done.opened, done.noted) == (0, 35)
+    rows = app.rows("SELECT amount, description, metadata FROM tallystick.credit_transactions WHERE user_id = 'new'")
+    assert rows == [(6, "Erased", None)]
+    assert faults(app) == []
+
+
 def test_the_cut_over_notes_the_history_if_asked(make_app: Callable[..., App], tmp_path: Path) -> None:
     app = make_app(AFTER, KEPT_APART)
     (tmp_path / "tallystick.toml").write_text(

@@ -8,12 +8,14 @@ DECLARE
   answer tallystick.account_answer;
   account record;
 BEGIN
-  SELECT u.{user_key} AS key INTO account
+  SELECT u.{user_key} AS key, {balance} AS balance, u.credit_sequence AS sequence INTO account
     FROM {users} AS u WHERE u.{user_key} = erase.user_id FOR NO KEY UPDATE;
   IF NOT FOUND THEN
     answer.outcome := 'unknown_user';
     RETURN answer;
   END IF;
+  -- now and not later: no opening balance of an erased user may get the app's history
+  {opened}
   -- what the append-only trigger lets pass: these texts and no others
   UPDATE {ledger} AS t SET
       description = 'Erased',
