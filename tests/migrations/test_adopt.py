@@ -29,6 +29,7 @@ from tallystick.errors import (
     HostMismatch,
     IncompatibleColumn,
     InsufficientCredits,
+    LedgerInconsistent,
     MigrationBlocked,
     MigrationError,
     UnknownUser,
@@ -379,6 +380,36 @@ def test_an_unfit_balance_that_is_written_while_the_migration_waits(make_app: Ca
     migrate.apply(app.url, app.config)
     assert migrate.cut_over(app.url, app.config).left == 0
     assert opened(app) == 3
+    assert faults(app) == []
+
+
+def test_a_negative_balance_gets_no_credits_before_it_is_corrected(make_app: Callable[..., App]) -> None:
+    """The app wrote it just before the triggers. No row explains it, so the sum of the first one would be wrong."""
+    app = make_app(AFTER, KEPT_APART)
+    migrate.apply(app.url, app.config)
+    ledger = Ledger(app.config)
+    app.run(
+        "ALTER TABLE users DISABLE TRIGGER ALL",
+        "INSERT INTO users (clerk_user_id, email, credit_balance) VALUES ('late', '', -2)",
+        "ALTER TABLE users ENABLE TRIGGER ALL",
+    )
+    with app.engine.begin() as conn:
+        bought = ledger.start_purchase(conn, "late", credits=5, description="A pack")
+    for call in (
+        lambda conn: ledger.grant(conn, "late", credits=3, key="g", description="Welcome"),
+        lambda conn: ledger.complete_purchase(conn, "late", purchase=bought.id),
+        lambda conn: ledger.merge(conn, "late", into="user_1", key="m"),
+        lambda conn: ledger.merge(conn, "user_1", into="late", key="m"),
+    ):
+        with app.engine.begin() as conn, pytest.raises(LedgerInconsistent, match=r"user late says 0 .* below 0"):
+            call(conn)
+    with app.engine.begin() as conn, pytest.raises(InsufficientCredits):
+        ledger.consume(conn, "late", key="c")
+    assert balances(app)["late"] == -2
+    app.run("UPDATE users SET credit_balance = 0 WHERE clerk_user_id = 'late'")
+    with app.engine.begin() as conn:
+        ledger.complete_purchase(conn, "late", purchase=bought.id)
+        assert ledger.grant(conn, "late", credits=3, key="g", description="Welcome").balance_after == 8
     assert faults(app) == []
 
 

@@ -152,6 +152,16 @@ def _idempotency_key_reused(r: Refusal) -> LedgerError:
     return errors.IdempotencyKeyReused(f"the {one} was used before, for {listed}{remedy}", key=key, differs=differs)
 
 
+def _ledger_inconsistent(r: Refusal) -> LedgerError:
+    sequence = r.detail.get("sequence")
+    other = "" if sequence else ", or the balance is below 0"
+    return errors.LedgerInconsistent(
+        f"the row of user {r.user} says {sequence} completed rows, and the ledger has more{other}. "
+        f"Nothing was written. Look with: tallystick audit --user {r.command}",
+        user=r.user,
+    )
+
+
 def _typed(name: str, value: Any) -> Any:
     return UUID(value) if name == "refund_of" and value is not None else value
 
@@ -225,11 +235,7 @@ ERRORS: Mapping[str, Callable[[Refusal], LedgerError]] = {
     ),
     "balance_out_of_range": _balance_out_of_range,
     "idempotency_key_reused": _idempotency_key_reused,
-    "ledger_inconsistent": lambda r: errors.LedgerInconsistent(
-        f"the row of user {r.user} says {r.detail.get('sequence')} completed rows, and the ledger has more. "
-        f"Nothing was written. Look with: tallystick audit --user {r.command}",
-        user=r.user,
-    ),
+    "ledger_inconsistent": _ledger_inconsistent,
     "unknown_consumption": lambda r: errors.UnknownConsumption(
         f"user {r.user} has no completed consumption {r.arguments.get('consumption_id')}. "
         f"Look with: tallystick history {r.command}",

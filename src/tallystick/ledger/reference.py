@@ -97,7 +97,10 @@ _MEANINGS: Mapping[str, tuple[str, Mapping[str, str]]] = {
         {"id": "uuid", "detail.differs": "differences"},
     ),
     "ledger_inconsistent": (
-        "The user's row says fewer completed rows (sequence) than the ledger has. Look with: tallystick audit.",
+        (
+            "The user's row says fewer completed rows (sequence) than the ledger has, or has a balance below 0 and no "
+            "row. Look with: tallystick audit."
+        ),
         {"detail.sequence": "integer"},
     ),
     "host_interfered": (

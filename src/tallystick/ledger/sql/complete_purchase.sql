@@ -60,7 +60,9 @@ BEGIN
     answer.outcome := 'balance_out_of_range';
     RETURN answer;
   END IF;
-  IF EXISTS (SELECT FROM {ledger} AS t WHERE t.user_id = account.key AND t.sequence = account.sequence + 1) THEN
+  -- a balance below 0 without a row, which the app wrote just before the migration, as in grant
+  IF account.sequence = 0 AND account.balance < 0
+      OR EXISTS (SELECT FROM {ledger} AS t WHERE t.user_id = account.key AND t.sequence = account.sequence + 1) THEN
     answer.outcome := 'ledger_inconsistent';
     answer.detail := jsonb_build_object('sequence', account.sequence);
     RETURN answer;

@@ -96,6 +96,10 @@ BEGIN
       UNION ALL
       (SELECT 'into_user_id', other.sequence FROM {ledger} AS t
         WHERE t.user_id = other.key AND t.sequence > other.sequence ORDER BY t.sequence LIMIT 1)
+      UNION ALL  -- a balance below 0 without a row, as in grant
+      SELECT NULL, 0 WHERE account.sequence = 0 AND account.balance < 0
+      UNION ALL
+      SELECT 'into_user_id', 0 WHERE other.sequence = 0 AND other.balance < 0
     ) AS found LIMIT 1;
     IF FOUND THEN
       answer.outcome := 'ledger_inconsistent';
