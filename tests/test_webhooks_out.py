@@ -425,7 +425,7 @@ class TestCommands:
         for credits in (1, 2):
             shop.user(credits=credits)
         ran = self.run(shop, "deliver", "--once", "--attempts", "1")
-        assert ran.returncode == 0, ran.stderr
+        assert ran.returncode == 1, ran.stderr
         assert "It is a dead letter" in ran.stderr
         assert "purchase.completed was accepted" in ran.stdout
         (letter,) = json.loads(self.run(shop, "dead-letters", "--json").stdout)
@@ -434,6 +434,21 @@ class TestCommands:
         assert receiver.taken == [2, 1]
         assert self.run(shop, "replay", "nobody").returncode == 1
         assert "No dead letters" in self.run(shop, "dead-letters").stdout
+
+    def test_a_postponed_event_is_an_exit_code(self, shop: World, receiver: Receiver) -> None:
+        """So that cron sees it, also in a run within the pause; and no longer once the event is accepted."""
+        receiver.answers(500, 200)
+        shop.user(credits=1)
+        for wait in (dt.timedelta(hours=1), dt.timedelta(0)):
+            ran = self.run(shop, "deliver", "--once")
+            assert ran.returncode == 1, ran.stderr
+            assert re.search(r"app: an event waits until .* UTC, after failed attempt 1: it answered 500", ran.stderr)
+            with shop.engine.begin() as conn:
+                conn.execute(sa.update(event_endpoints).values(next_attempt_at=sa.func.now() + wait))
+        assert len(receiver.received) == 1
+        ran = self.run(shop, "deliver", "--once")
+        assert ran.returncode == 0, ran.stderr
+        assert "purchase.completed was accepted" in ran.stdout
 
     def test_a_replay_that_waits_for_an_answer_holds_no_reader_back_and_keeps_what_it_did(
         self, shop: World, receiver: Receiver

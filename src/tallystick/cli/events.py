@@ -207,8 +207,18 @@ def deliver(
         float, typer.Option("--timeout", help="The seconds in which an endpoint must answer.", min=0.1)
     ] = 15.0,
 ) -> None:
-    """POST each event to each endpoint, in order, until it is accepted. Stop with Ctrl-C."""
+    """POST each event to each endpoint, in order, until it is accepted. Stop with Ctrl-C.
+
+    With --once, exit code 1 if an endpoint has failed: an event waits for its next attempt, or is a dead letter now.
+    """
     module = delivery()
+    dead: list[Any] = []
+
+    def report(sent: Any) -> None:
+        _show_attempt(sent)
+        if not isinstance(sent, str) and sent.dead:
+            dead.append(sent)
+
     with invocation(ctx).database(migrating=True) as config:
         url = address(config)
         _show_target(url)
@@ -219,10 +229,17 @@ def deliver(
                 once=once,
                 pauses_s=module.PAUSES_S[: attempts - 1],
                 timeout_s=timeout,
-                report=_show_attempt,
+                report=report,
             )
         except KeyboardInterrupt:
             raise typer.Exit from None
+        with connect(url) as conn:  # a run within the pause after a failed attempt sends nothing
+            waiting = [each for each in module.endpoints(conn) if each.attempts]
+    for each in waiting:
+        at = f"{each.next_attempt_at.astimezone(dt.UTC):%Y-%m-%d %H:%M:%S} UTC"
+        note(f"{each.name}: an event waits until {at}, after failed attempt {each.attempts}: {each.last_error}.")
+    if waiting or dead:
+        raise typer.Exit(1)
 
 
 @group.command("dead-letters")
