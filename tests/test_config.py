@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -405,3 +407,18 @@ def test_a_setting_that_stands_below_a_table_of_pyproject_is_told_its_place(fold
     (folder / "pyproject.toml").write_text("[tool.tallystick.host.users]\npaywall = false\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"Move paywall directly below \[tool\.tallystick\]"):
         Config.load(environ={})
+
+
+def test_a_file_that_is_mounted_by_itself_is_written_in_place(folder: Path) -> None:
+    """As a container has it: no other file can take its place (EBUSY)."""
+    file = folder / "tallystick.toml"
+    file.write_text("# ours\n" * 200)
+    write = "import sys, pathlib, tallystick.files as f; f.replace_file(pathlib.Path(sys.argv[1]), b'new')"
+    # a namespace of its own, so that nothing stays mounted
+    mounted = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    mount = 'mount --bind "$1" "$1"'
+    if subprocess.run([*mounted, mount, "sh", str(file)], check=False).returncode:
+        pytest.skip("nothing can be mounted here, not even in a namespace of its own: run the test as root")
+    subprocess.run([*mounted, f'{mount} && exec "$2" -c "$3" "$1"', "sh", str(file), sys.executable, write], check=True)
+    assert file.read_bytes() == b"new"
+    assert [path.name for path in folder.iterdir()] == ["tallystick.toml"]
