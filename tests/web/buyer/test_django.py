@@ -562,6 +562,36 @@ def test_the_checks_before_a_view(django_shop: DjangoShop) -> None:
         type("Later", (OpenWorkshopMixin, View), {"get": later})
 
 
+@pytest.mark.parametrize("names", [("shop",), ("shop", "money")])
+def test_the_pages_inside_other_namespaces(
+    django_shop: DjangoShop, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
+) -> None:
+    from django.test import override_settings
+    from django.urls import include, path
+
+    import django_workshops.urls as project
+    from django_workshops.billing import billing
+    from tallystick.web.django import urls
+
+    routes = [path("billing/", include(urls(billing)))]
+    for name in names:
+        routes = [path(f"{name}/", include((routes, name)))]
+    outside = ModuleType("outside")
+    outside.urlpatterns = [*routes, *(each for each in project.urlpatterns if "billing/" not in str(each.pattern))]
+    monkeypatch.setitem(sys.modules, "outside", outside)
+    user = django_shop.user()
+    workshop = django_shop.workshop(user)
+    prefix = "/".join(["", *reversed(names), "billing"])
+    with override_settings(ROOT_URLCONF="outside"):
+        client = django_shop.client(user)
+        page = client.get(f"{prefix}/pricing")
+        assert page.status_code == 200
+        assert f'action="{prefix}/checkout"' in page.content.decode()
+        refused = client.get(f"/workshops/{workshop}/steps/7")  # a page of the app's
+        assert refused.status_code == 402
+        assert f"{prefix}/pricing?return_to=" in refused.content.decode()
+
+
 def test_the_page_on_django(django_shop: DjangoShop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from django.contrib import admin
     from django.contrib.auth.models import User

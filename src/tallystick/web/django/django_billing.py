@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from functools import cached_property, wraps
+from functools import cached_property, lru_cache, wraps
 from typing import Any, ClassVar
 
 import jinja2
@@ -21,7 +21,7 @@ from django.http import HttpRequest, HttpResponse
 from django.middleware.csrf import get_token
 from django.shortcuts import resolve_url
 from django.template.loader import render_to_string
-from django.urls import reverse
+from django.urls import URLResolver, get_resolver, get_urlconf, reverse
 from django.utils.cache import patch_cache_control, patch_vary_headers
 from django.utils.functional import SimpleLazyObject
 from django.views import View as DjangoView
@@ -64,7 +64,7 @@ class DjangoRequest:
     def url(self, name: str, /, **path: str) -> str:
         """The path of one of our routes, under the app's prefix."""
         places = {each: f"__{each}__" for each in path}  # Django would leave some characters of the values unquoted
-        address = str(reverse(f"{NAMESPACE}:{name}", kwargs=places))
+        address = str(reverse(f"{_namespace(get_resolver(get_urlconf())) or NAMESPACE}:{name}", kwargs=places))
         for each, value in quoted(path).items():
             address = address.replace(places[each], value)
         return address
@@ -298,6 +298,15 @@ def _is_async(name: str) -> TypeError:
         f"{name} is async, and Django's connection works in no event loop. Make the view a plain one, or call "
         "billing.require_open in sync_to_async"
     )
+
+
+@lru_cache(maxsize=10)  # a project may have a urlconf for each of its hosts
+def _namespace(resolver: URLResolver) -> str | None:
+    """Our namespace, after those of the modules that include our routes, as ``shop:tallystick``; None without us."""
+    if NAMESPACE in resolver.namespace_dict or NAMESPACE in resolver.app_dict:
+        return NAMESPACE
+    inner = ((name, _namespace(included)) for name, (_, included) in resolver.namespace_dict.items())
+    return next((f"{name}:{found}" for name, found in inner if found), None)
 
 
 def _sign_in(quoted: str) -> str:
