@@ -413,6 +413,30 @@ WAYS: dict[str, tuple[str, str]] = {
         ),
         "owns FUNCTION public.mine()",
     ),
+    "the owner of a function in a domain's check": (
+        (
+            "CREATE FUNCTION public.mine(text) RETURNS boolean LANGUAGE sql AS 'SELECT true';"
+            "ALTER FUNCTION public.mine(text) OWNER TO {app};"
+            "CREATE DOMAIN public.word AS text CHECK (public.mine(VALUE)); CREATE DOMAIN public.nick AS public.word;"
+            "ALTER TABLE users ADD n public.nick"
+        ),
+        "owns FUNCTION public.mine(text)",
+    ),
+    "the owner of a domain that another one is over": (
+        (
+            "CREATE DOMAIN public.word AS text; ALTER TYPE public.word OWNER TO {app};"
+            "CREATE DOMAIN public.nick AS public.word; ALTER TABLE users ADD n public.nick"
+        ),
+        "owns TYPE public.word",
+    ),
+    "a parameter that switches triggers off": (
+        "GRANT SET ON PARAMETER session_replication_role TO {group}; GRANT {group} TO {app}",
+        "may set the parameter session_replication_role as {group}",
+    ),
+    "a parameter that names a program": (
+        "GRANT ALTER SYSTEM ON PARAMETER archive_command TO {app}",
+        "may set the parameter archive_command",
+    ),
     "a type's owner": (
         "CREATE DOMAIN public.nick AS text; ALTER TYPE public.nick OWNER TO {app}; ALTER TABLE users ADD n public.nick",
         "owns TYPE public.nick",
@@ -471,7 +495,10 @@ OF_THE_ROLE = {
 
 
 @one_shape
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way",
+    [pytest.param(way, marks=[pytest.mark.since(15)] if " ON PARAMETER " in WAYS[way][0] else []) for way in WAYS],
+)
 def test_a_way_past_the_functions_is_told_and_mended(app: App, make_role: Callable[..., str], way: str) -> None:
     """By status, and by the script, which changes nothing; and what both say to run closes it."""
     setup, words = WAYS[way]

@@ -134,16 +134,21 @@ def test_a_view_of_the_balance_is_told(supabase: App) -> None:
         "CREATE VIEW public.people AS SELECT * FROM profiles",
         "CREATE VIEW public.names AS SELECT id, full_name FROM profiles",
         "CREATE VIEW public.own WITH (security_invoker = on) AS SELECT * FROM profiles",
+        "CREATE VIEW public.wallets AS SELECT id, credit_balance AS coins FROM people",
+        "CREATE VIEW public.called AS SELECT id, full_name FROM people",
     )
-    attack = "UPDATE people SET credit_balance = 99"
-    assert as_role(supabase, "anon", attack) is None
+    attacks = ("UPDATE people SET credit_balance = 99", "UPDATE wallets SET coins = 99")
+    assert [as_role(supabase, "anon", attack) for attack in attacks] == [None, None]
     found = status(supabase)
     assert {(each.where, str(each.found)) for each in found.drift} == {
-        ("public.people", f"{role} may INSERT, UPDATE") for role in ("anon", "authenticated", "service_role")
+        (f"public.{view}", f"{role} may INSERT, UPDATE")
+        for view in ("people", "wallets")
+        for role in ("anon", "authenticated", "service_role")
     }
     mend(supabase)
     assert status(supabase).drift == ()
-    assert "permission denied" in (as_role(supabase, "anon", attack) or "")
+    for attack in attacks:
+        assert "permission denied" in (as_role(supabase, "anon", attack) or "")
 
 
 def test_a_policy_that_shows_billing_to_others_is_warned_of(supabase: App) -> None:

@@ -71,7 +71,19 @@ _APPS = sa.text("""
 # A privilege on a table is one on each of its columns, and one on a column is enough to set a balance. A view of these
 # columns is written with its owner's rights, past row level security too.
 _WRITERS = sa.text("""
-    WITH given AS (
+    WITH RECURSIVE shown (oid, attnum, attname) AS (
+      SELECT t.attrelid, t.attnum, t.attname FROM pg_attribute t
+      WHERE t.attrelid = :ledger AND t.attnum > 0 OR (t.attrelid = :users
+        AND t.attname IN (:balance, 'credit_sequence', 'credit_held', 'credit_due_at'))
+      UNION
+      -- in a view, perhaps under another name: a column is passed over if it has the name of another one of the table
+      SELECT t.attrelid, t.attnum, t.attname FROM shown s
+      JOIN pg_depend d ON d.refclassid = 'pg_class'::regclass AND d.refobjid = s.oid AND d.refobjsubid = s.attnum
+      JOIN pg_rewrite w ON d.classid = 'pg_rewrite'::regclass AND w.oid = d.objid AND w.ev_class <> s.oid
+      JOIN pg_attribute t ON t.attrelid = w.ev_class AND t.attnum > 0
+      WHERE t.attname = s.attname
+        OR NOT EXISTS (SELECT FROM pg_attribute b WHERE b.attrelid = s.oid AND b.attname = t.attname)
+    ), given AS (
       SELECT c.oid AS table, c.relowner AS owner, a.grantee, a.privilege_type AS privilege
       FROM pg_class c CROSS JOIN LATERAL aclexplode(c.relacl) a
       WHERE c.oid IN (:users, :ledger)
@@ -89,12 +101,7 @@ _WRITERS = sa.text("""
         AND pg_relation_is_updatable(c.oid, false) & CASE a.privilege_type WHEN 'UPDATE' THEN 4 ELSE 8 END <> 0
         AND NOT EXISTS (SELECT FROM pg_options_to_table(c.reloptions) o
                         WHERE o.option_name = 'security_invoker' AND o.option_value::boolean)
-        AND EXISTS (
-          SELECT FROM pg_rewrite w JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = w.oid
-          JOIN pg_attribute t ON t.attrelid = d.refobjid AND t.attnum = d.refobjsubid
-          WHERE w.ev_class = c.oid AND d.refclassid = 'pg_class'::regclass
-            AND (d.refobjid = :ledger OR (d.refobjid = :users
-              AND t.attname IN (:balance, 'credit_sequence', 'credit_held', 'credit_due_at'))))
+        AND c.oid IN (SELECT s.oid FROM shown s)
     )
     SELECT g.table::bigint AS oid, n.nspname AS schema, c.relname AS name, coalesce(r.rolname, 'PUBLIC') AS role,
            r.oid IS NULL AS everyone, array_agg(g.privilege ORDER BY g.privilege) AS privileges

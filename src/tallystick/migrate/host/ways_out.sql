@@ -82,9 +82,19 @@ beside AS (
     AND NOT EXISTS (SELECT FROM pg_options_to_table(c.reloptions) AS o
       WHERE o.option_name = 'security_invoker' AND o.option_value::boolean)))
 ),
--- Functions and types that run when a row of these tables is written.
+-- The types of the columns, and those that a domain among them is over.
+typed (oid) AS (
+  SELECT a.atttypid FROM pg_attribute AS a JOIN held ON a.attrelid = held.oid WHERE a.attnum > 0 AND NOT a.attisdropped
+  UNION
+  SELECT t.typbasetype FROM typed JOIN pg_type AS t ON t.oid = typed.oid WHERE t.typtype = 'd'
+),
+-- Functions that run when a row of these tables is written; a domain has checks of its own.
 code AS (
-  SELECT d.refobjid AS oid FROM pg_depend AS d
+  SELECT d.refobjid AS oid FROM pg_depend AS d JOIN pg_constraint AS t ON t.oid = d.objid
+  WHERE d.refclassid = 'pg_proc'::regclass AND d.classid = 'pg_constraint'::regclass
+    AND t.contypid IN (SELECT typed.oid FROM typed)
+  UNION ALL
+  SELECT d.refobjid FROM pg_depend AS d
   WHERE d.refclassid = 'pg_proc'::regclass AND CASE d.classid
     WHEN 'pg_trigger'::regclass THEN (SELECT t.tgrelid FROM pg_trigger AS t WHERE t.oid = d.objid)
     WHEN 'pg_constraint'::regclass THEN (SELECT t.conrelid FROM pg_constraint AS t WHERE t.oid = d.objid)
@@ -108,7 +118,7 @@ owned AS (
   WHERE p.oid IN (SELECT code.oid FROM code) OR p.pronamespace IN (SELECT place.oid FROM place WHERE nspname = 'tallystick')
   UNION ALL
   SELECT 'TYPE ' || format_type(t.oid, NULL), t.typowner FROM pg_type AS t
-  WHERE t.oid IN (SELECT a.atttypid FROM pg_attribute AS a JOIN held ON a.attrelid = held.oid WHERE a.attnum > 0)
+  WHERE t.oid IN (SELECT typed.oid FROM typed)
 ),
 -- Each privilege on our or mapped objects, by object.
 granted AS (
@@ -151,6 +161,15 @@ ways AS (
   UNION ALL
   SELECT app, role, 3, 'is a member of ' || rolname, leave
   FROM reach WHERE rolname IN ('pg_write_all_data', 'pg_execute_server_program', 'pg_write_server_files')
+  UNION ALL
+  -- A parameter that switches triggers and foreign keys off, or names a program or a library that the server runs. Each
+  -- of its privileges is a dependency of the role's, also before PostgreSQL 15, which has no such privileges.
+  SELECT reach.app, reach.role, 3, 'may set the parameter ' || p.identity || reach.via,
+    'REVOKE ALL ON PARAMETER ' || p.identity || ' FROM ' || quote_ident(reach.rolname)
+  FROM pg_shdepend AS d JOIN reach ON reach.oid = d.refobjid
+  CROSS JOIN LATERAL pg_identify_object(d.classid, d.objid, 0) AS p
+  WHERE d.dbid = 0 AND d.refclassid = 'pg_authid'::regclass AND d.deptype = 'a' AND p.type = 'parameter ACL'
+    AND p.identity ~ '^session_replication_role$|_command$|librar' AND NOT reach.super
   UNION ALL
   SELECT reach.app, reach.role, 4, 'owns ' || string_agg(owned.what, ', ' ORDER BY owned.what) || reach.via,
     coalesce(reach.leave, string_agg('ALTER ' || owned.what || ' OWNER TO another', '; ' ORDER BY owned.what))
