@@ -431,6 +431,21 @@ class TestFaults:
             migrate.apply(app.url, app.config)
         assert app.shape() == before
 
+    def test_an_event_trigger_that_names_a_table_without_its_schema(self, app: App) -> None:
+        app.run(
+            "CREATE TABLE changes (tag text)",
+            "CREATE FUNCTION note() RETURNS event_trigger LANGUAGE plpgsql AS"
+            " $$ BEGIN INSERT INTO changes VALUES (tg_tag); END $$",
+            "CREATE EVENT TRIGGER notes ON ddl_command_end EXECUTE FUNCTION note()",
+        )
+        with pytest.raises(MigrationError, match="the event trigger notes does not find a name") as caught:
+            migrate.apply(app.url, app.config)
+        assert 'relation "changes" does not exist. Nothing was changed. Let its owner write the schema' in str(
+            caught.value
+        )
+        app.run("ALTER FUNCTION note() SET search_path = public")
+        assert migrate.apply(app.url, app.config).changed
+
     def test_an_event_trigger_that_hides_new_tables_from_their_owner(self, app: App) -> None:
         """Whoever connects is the owner already; the remedy is the trigger's."""
         owner = f"owner_{uuid.uuid4().hex}"

@@ -186,6 +186,23 @@ _READ_ONLY = (
 )
 
 
+_NOT_FOUND = ("42P01", "42883", "42704", "3F000")
+"""SQLSTATEs of an undefined table, function, type or schema."""
+
+
+def _of_event_triggers(error: psycopg.Error, reason: str, unchanged: str, names: Sequence[str]) -> MigrationError:
+    what, mend = "hides new tables from their owner" if _is_hidden(error) else "forbids it", "run"
+    if error.sqlstate in _NOT_FOUND:
+        what = "does not find a name without a schema, since a migration looks up names in pg_catalog alone"
+        mend = "write the schema into its function, or set the function's search_path (ALTER FUNCTION … SET), or run"
+    triggers = [f"ALTER EVENT TRIGGER {name}" for name in names]
+    return MigrationError(
+        f"the event trigger {' and '.join(names)} {what}: {reason}. {unchanged}. Let its owner {mend}: "
+        f"{'; '.join(f'{each} DISABLE' for each in triggers)}; then run this again, then: "
+        f"{'; '.join(f'{each} ENABLE' for each in triggers)}"
+    )
+
+
 def translate(
     error: psycopg.Error,
     action: str,
@@ -204,13 +221,7 @@ def translate(
     state = error.sqlstate
     meaning: TallystickError
     if event_triggers:
-        triggers = [f"ALTER EVENT TRIGGER {name}" for name in event_triggers]
-        what = "hides new tables from their owner" if _is_hidden(error) else "forbids it"
-        meaning = MigrationError(
-            f"the event trigger {' and '.join(event_triggers)} {what}: {reason}. {unchanged}. Let its owner run: "
-            f"{'; '.join(f'{each} DISABLE' for each in triggers)}; then run this again, then: "
-            f"{'; '.join(f'{each} ENABLE' for each in triggers)}"
-        )
+        meaning = _of_event_triggers(error, reason, unchanged, event_triggers)
     elif state in (RUNNING, MOVED):
         meaning = MigrationRunning(f"another run came first: {reason}. Look: tallystick migrate status")
     elif state == NOT_EMPTY:
@@ -310,7 +321,8 @@ def send_when_free(
             gone = lost(conn)
             if not gone:
                 raw.execute("ROLLBACK")
-            raise translate(error, action, lost=gone, unchanged=unchanged) from error
+            triggers = [] if gone else forbidden_by(conn, error)
+            raise translate(error, action, lost=gone, unchanged=unchanged, event_triggers=triggers) from error
         else:
             return (time.monotonic() - started) * 1000
 
