@@ -17,6 +17,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -29,8 +30,9 @@ import sqlalchemy as sa
 import zstandard
 from psycopg.sql import SQL, Identifier
 
-from tallystick.database import connect, driver, server_message
+from tallystick.database import connect, driver, refuse_hidden_rows, server_message, with_known_settings
 from tallystick.errors import BackupError
+from tallystick.migrate.host.blockers import exclusive_holders
 from tallystick.progress import OnProgress, Progress, ignore_progress
 from tallystick.signals import ended_by_signals
 
@@ -65,7 +67,14 @@ class Backup:
     manifest: Manifest
 
 
-def backup(database: str, target: Path, *, bin_dir: Path, progress: OnProgress = ignore_progress) -> Backup:
+def backup(
+    database: str,
+    target: Path,
+    *,
+    bin_dir: Path,
+    progress: OnProgress = ignore_progress,
+    waiting: Callable[[str], None] = lambda _: None,
+) -> Backup:
     """Write a verified backup to ``target``, which must not exist yet.
 
     Ctrl-C, SIGTERM and SIGHUP leave nothing; files that a killed run left in the same folder are removed.
@@ -75,14 +84,15 @@ def backup(database: str, target: Path, *, bin_dir: Path, progress: OnProgress =
         target: readable only by its owner. There is no file of this name until all is verified.
         bin_dir: where pg_dump and pg_restore are; their version must not be older than the server's.
         progress: called with the progress.
+        waiting: called with the sessions that hold tables exclusively while it waits for one of them.
 
     Raises:
-        BackupError: there is no backup; nothing is left.
+        BackupError, PermissionDenied: there is no backup; nothing is left.
     """
     if target.exists():
         raise BackupError(f"{target} is there already. Give another name; a backup is never overwritten")
     with ended_by_signals(), _unfinished(target) as (file, finish):
-        manifest = _dump(database, file, bin_dir, progress)
+        manifest = _dump(database, file, bin_dir, progress, waiting)
         file.write(_frame(manifest))
         file.flush()
         os.fsync(file.fileno())
@@ -305,12 +315,15 @@ def _reading(database: str) -> Iterator[sa.Connection]:
         ) from error
 
 
-def _dump(database: str, file: IO[bytes], bin_dir: Path, progress: OnProgress) -> Manifest:
+def _dump(
+    database: str, file: IO[bytes], bin_dir: Path, progress: OnProgress, waiting: Callable[[str], None]
+) -> Manifest:
     """Write the dump and count the rows, in one snapshot."""
     hasher = hashlib.sha256()
     size = 0
-    with _reading(database) as conn:
+    with _reading(database) as conn, _telling_who_is_waited_for(conn, waiting):
         conn.execute(sa.text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
+        _refuse_unreadable(conn)
         snapshot = conn.scalar(sa.text("SELECT pg_export_snapshot()"))
         expected = conn.scalar(_HEAP_BYTES) or 1
         command = ["pg_dump", "--format=custom", "--compress=0", f"--snapshot={snapshot}"]
@@ -332,6 +345,81 @@ def _dump(database: str, file: IO[bytes], bin_dir: Path, progress: OnProgress) -
         roles = list(conn.scalars(_ROLES))
     taken_at = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
     return Manifest(name, version, taken_at, rows, size, hasher.hexdigest(), roles)
+
+
+@contextmanager
+def _telling_who_is_waited_for(conn: sa.Connection, waiting: Callable[[str], None]) -> Iterator[None]:
+    """Call ``waiting`` when this session or pg_dump waits for a table, and when others hold it than before."""
+    ended = threading.Event()
+    pid = driver(conn).info.backend_pid
+
+    def watch() -> None:
+        told: set[tuple[int, str | None]] = set()
+        autocommitting = conn.engine.execution_options(isolation_level="AUTOCOMMIT")
+        with suppress(sa.exc.SQLAlchemyError), with_known_settings(autocommitting).connect() as side:
+            while not ended.wait(_LOOK_EVERY_S):
+                holders = exclusive_holders(side) if side.scalar(_WAITS, {"pid": pid}) else []
+                now = {(holder.pid, holder.gid) for holder in holders}
+                if now - told:
+                    waiting("; ".join(map(str, holders)))
+                told = now
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watching.join()
+
+
+_LOOK_EVERY_S = 1.0
+
+_WAITS = sa.text("""
+    SELECT EXISTS (
+      SELECT FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
+      WHERE NOT l.granted AND l.locktype = 'relation' AND (l.pid = :pid OR a.application_name = 'pg_dump'))
+""")
+
+
+def _refuse_unreadable(conn: sa.Connection) -> None:
+    """Raise BackupError or PermissionDenied if this role cannot read all of it; pg_dump would name one table alone."""
+    lacking = conn.execute(_UNREADABLE).all()
+    if lacking:
+        role = lacking[0].role
+        names = [row.shown for row in lacking]
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        grants = dict.fromkeys(row.remedy for row in lacking) if not more else {}
+        raise BackupError(
+            f"{role} may not read {', '.join(names[:_NAMED])}{more}. "
+            + (f"Let the owner run: {'; '.join(grants)}. Or let" if grants else "Let")
+            + f" an administrator run: GRANT pg_read_all_data TO {role}"
+        )
+    if tables := [(row.schema, row.table) for row in conn.execute(_TABLES)]:
+        refuse_hidden_rows(conn, tables, "whether the backup is whole")
+
+
+_NAMED = 5
+
+# pg_dump locks each table and reads each sequence
+_UNREADABLE = sa.text("""
+    SELECT quote_ident(current_user) AS role, o.shown,
+           'GRANT ' || o.grant || ' ' || o.shown || ' TO ' || quote_ident(current_user) AS remedy
+    FROM (
+      SELECT n.oid, quote_ident(n.nspname) AS shown, 'USAGE ON SCHEMA' AS grant, n.nspname AS schema,
+             has_schema_privilege(n.oid, 'USAGE') AS reads
+      FROM pg_namespace n
+      UNION ALL
+      SELECT c.oid, quote_ident(n.nspname) || '.' || quote_ident(c.relname),
+             CASE c.relkind WHEN 'S' THEN 'SELECT ON SEQUENCE' ELSE 'SELECT ON' END, n.nspname,
+             CASE c.relkind WHEN 'S' THEN has_sequence_privilege(c.oid, 'SELECT')
+                            ELSE has_table_privilege(c.oid, 'SELECT') END
+      FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind IN ('r', 'p', 'S')
+    ) o
+    WHERE NOT o.reads AND o.schema <> 'information_schema' AND o.schema !~ '^pg_'
+      AND NOT EXISTS (SELECT FROM pg_depend d WHERE d.objid = o.oid AND d.deptype = 'e')
+    ORDER BY o.shown
+""")
 
 
 def _read_back(file: IO[bytes], bin_dir: Path, manifest: Manifest, progress: OnProgress) -> dict[str, int]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import signal
 import stat
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from tallystick.backup import (
     verify_backup,
 )
 from tallystick.dev.postgres import find_binaries
-from tallystick.errors import BackupError, DatabaseUnavailable
+from tallystick.errors import BackupError, DatabaseUnavailable, PermissionDenied
 
 STRANGE = '''
 CREATE SCHEMA "a:b";
@@ -232,14 +234,60 @@ def test_a_full_disk_leaves_nothing(app: App, tmp_path: Path) -> None:
 
 
 def test_a_table_that_cannot_be_dumped_is_told(app: App, tmp_path: Path) -> None:
-    app.run("DROP ROLE IF EXISTS reader_of_little", "CREATE ROLE reader_of_little LOGIN")
-    url = sa.make_url(app.url).set(username="reader_of_little")
+    """With the role, the table, and what to grant, until a backup can be taken."""
+    role = f"reader {uuid.uuid4().hex[:8]}"
+    app.run(f'CREATE ROLE "{role}" LOGIN')
+    url = sa.make_url(app.url).set(username=role).render_as_string(hide_password=False)
+    reader = App(url, app.config, app.server)
     try:
-        with pytest.raises(BackupError, match=r"pg_dump failed: .*permission denied"):
-            take_backup(App(url.render_as_string(hide_password=False), app.config, app.server), tmp_path / "app.backup")
+        with pytest.raises(
+            BackupError, match=r"and \d+ more\. Let an administrator run: GRANT pg_read_all_data TO"
+        ) as told:
+            take_backup(reader, tmp_path / "app.backup")
+        assert f'"{role}" may not read "a:b", ' in str(told.value)
+        app.run(
+            f'GRANT USAGE ON SCHEMA tallystick TO "{role}"',
+            f'GRANT SELECT ON ALL TABLES IN SCHEMA public, tallystick TO "{role}"',
+            f'GRANT SELECT ON ALL SEQUENCES IN SCHEMA public, tallystick TO "{role}"',
+            f'REVOKE SELECT ON users FROM "{role}"',
+        )
+        with pytest.raises(BackupError, match=r'may not read "a:b", "a:b"\."Strange.*, public\.users') as told:
+            take_backup(reader, tmp_path / "app.backup")
+        app.run(*str(told.value).partition("Let the owner run: ")[2].partition(". Or let")[0].split("; "))
+        app.run("ALTER TABLE users ENABLE ROW LEVEL SECURITY")
+        with pytest.raises(PermissionDenied, match=r"row level security hides rows of public\.users"):
+            take_backup(reader, tmp_path / "app.backup")
+        assert is_empty(tmp_path)
+        app.run("ALTER TABLE users DISABLE ROW LEVEL SECURITY")
+        take_backup(reader, tmp_path / "app.backup")
     finally:
-        app.run("DROP ROLE reader_of_little")
-    assert is_empty(tmp_path)
+        app.run(f'DROP OWNED BY "{role}"', f'DROP ROLE "{role}"')
+
+
+@pytest.mark.parametrize("since", ["before", "under way"])
+def test_who_is_waited_for_is_told(app: App, tmp_path: Path, since: str) -> None:
+    """Once for each holder, whether the table was locked before the backup or under it."""
+    told: list[str] = []
+    with app.engine.connect() as holder:
+        pid = holder.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
+
+        def lock() -> None:
+            holder.exec_driver_sql("LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
+
+        def waiting(who: str) -> None:
+            told.append(who)
+            time.sleep(1.5)  # it is looked at again meanwhile
+            holder.rollback()
+
+        def progress(now: Progress) -> None:
+            if since != "before" and now.step == "counting rows":
+                lock()
+
+        if since == "before":
+            lock()
+        take_backup(app, tmp_path / "app.backup", waiting=waiting, progress=progress)
+    (who,) = told
+    assert re.fullmatch(rf"pid {pid}.*, idle in transaction, holds (public\.)?users for .* s", who)
 
 
 def test_no_database_and_no_folder_and_no_program(app: App, tmp_path: Path) -> None:

@@ -46,7 +46,9 @@ def take_backup(url: str, target: Path) -> None:
     """Take a backup with a progress bar, and a note on stderr when it is verified."""
     programs = programs_for(url)
     with progress_bar("Backup") as bar:
-        made = backups().backup(url, target, bin_dir=programs, progress=bar)
+        made = backups().backup(
+            url, target, bin_dir=programs, progress=bar, waiting=lambda who: note(f"Waiting for {who}.")
+        )
     note(f"Backup {made.path}: {made.bytes:,} bytes, {sum(made.manifest.rows.values()):,} rows, verified.")
 
 

@@ -79,8 +79,13 @@ def locked_by(conn: sa.Connection) -> str:
     It uses a connection of its own: the transaction of ``conn`` has failed.
     """
     with suppress(sa.exc.SQLAlchemyError), with_known_settings(conn.engine).connect() as side:
-        return "; ".join(map(str, Watch(side, side.scalars(_LOCKED).all()).holders()))
+        return "; ".join(map(str, exclusive_holders(side)))
     return ""
+
+
+def exclusive_holders(conn: sa.Connection) -> list[Blocker]:
+    """The transactions that hold tables exclusively, so that not even a reader gets them."""
+    return Watch(conn, conn.scalars(_LOCKED).all()).holders()
 
 
 class Watch:
