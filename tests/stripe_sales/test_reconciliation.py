@@ -195,7 +195,9 @@ def test_a_refusal_about_a_purchase_does_not_end_the_run(shop: Shop):
     assert report.outcomes["refused"] == 1
 
 
-def test_a_trigger_of_the_host_that_refuses_one_user_stops_nothing_for_the_others(shop: Shop):
+@pytest.mark.parametrize("code", ["raise_exception", "lock_not_available"])
+def test_a_trigger_of_the_host_that_refuses_one_user_stops_nothing_for_the_others(shop: Shop, code: str):
+    """Nor does a user whom others have always locked: that is the second code, with a lock_timeout of the role."""
     users = sorted((shop.world.user() for _ in range(3)), key=str)
     bought = [shop.checkout(user) for user in users]
     for one in bought:
@@ -204,7 +206,8 @@ def test_a_trigger_of_the_host_that_refuses_one_user_stops_nothing_for_the_other
     with shop.engine.begin() as conn:
         conn.exec_driver_sql(
             "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
-            f"$$BEGIN IF OLD.id = '{refused}' THEN RAISE 'not this one'; END IF; RETURN NEW; END$$"
+            f"$$BEGIN IF OLD.id = '{refused}' THEN RAISE {code} USING MESSAGE = 'not this one'; END IF;"
+            " RETURN NEW; END$$"
         )
         conn.exec_driver_sql("CREATE TRIGGER refuse BEFORE UPDATE ON users FOR EACH ROW EXECUTE FUNCTION refuse()")
 

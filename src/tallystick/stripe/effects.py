@@ -25,8 +25,10 @@ from tallystick.stripe.store import FindingKind, Outcome, Reversal, Store, id_of
 PAGE = 100
 _TRIES = 3
 
-HOSTS_REFUSALS = (HostInterfered, DBAPIError)
-"""Errors of triggers and rules of the host's tables. They concern one user, and must not stop work for the others."""
+HOSTS_REFUSALS = (HostInterfered, Conflict, DBAPIError)
+"""Errors of triggers, rules and locks of the host's tables. They concern one user, and must not stop work for others.
+
+A Conflict is one that ``in_transaction`` has tried again."""
 
 T = TypeVar("T")
 Effect = Callable[[sa.Connection], Outcome]
