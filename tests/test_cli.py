@@ -12,6 +12,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -889,6 +890,41 @@ def test_interrupting_is_quiet(at, world: World):
         out, err = running.communicate(timeout=60)
     assert (running.returncode, out) == (130, "")
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "balance {}",
+        "history {}",
+        "audit",
+        "users show {}",
+        "events endpoint list",
+        "stripe deliveries",
+        "migrate status",
+    ],
+)
+def test_a_command_that_only_reads_is_not_said_to_have_written(at, world: World, words: str):
+    """Its server dies while it waits for a table."""
+    tally, user = at(world), world.user()
+
+    def kill() -> None:
+        dying = sa.text(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
+        with world.autocommit.connect() as conn:
+            while not conn.scalars(dying).all():
+                time.sleep(0.01)
+
+    with world.engine.begin() as conn, ThreadPoolExecutor(1) as pool:
+        conn.exec_driver_sql("LOCK TABLE users, tallystick.event_endpoints, tallystick.stripe_failed_deliveries")
+        killed = pool.submit(kill)
+        result = tally(*words.format(user).split())
+        killed.result()
+    assert (result.code, result.out) == (1, "")
+    assert re.search("the connection was lost: .*Nothing was written; run the command again", result.err), result.err
+    assert "may have written" not in result.err
 
 
 def test_the_demo_tells_the_whole_story(tally):

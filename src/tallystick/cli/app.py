@@ -18,8 +18,8 @@ import typer
 from typer.core import TyperGroup
 
 from tallystick.config import Config, origins
-from tallystick.database import connect_driver, driver, standby
-from tallystick.errors import DatabaseUnavailable, NotMigrated
+from tallystick.database import connect_driver, driver, server_message, standby
+from tallystick.errors import DatabaseUnavailable, NotMigrated, OutcomeUnknown
 from tallystick.progress import OnProgress
 from tallystick.schema import with_stored_mapping
 
@@ -207,6 +207,19 @@ class Invocation:
                 if replica:
                     note(str(standby(conn) or f"{place(conn)}, which is no standby."))
                 yield conn, config
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """For a command that only reads: after a lost connection nothing is unknown, and it is not said to have written."""
+    try:
+        yield
+    except OutcomeUnknown as error:
+        why = server_message(error.__cause__ or error).partition("\n")[0]
+        raise DatabaseUnavailable(
+            f"the connection was lost: {why}. Nothing was written; run the command again",
+            sqlstate=error.sqlstate,
+        ) from error
 
 
 def with_mapping(conn: sa.Connection | psycopg.Connection[Any], config: Config) -> Config:

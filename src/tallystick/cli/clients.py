@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tallystick.cli.app import app, invocation, out
+from tallystick.cli.app import app, invocation, out, reading
 from tallystick.database import connect_driver
 from tallystick.errors import ConfigError
 from tallystick.files import replace_file
@@ -32,7 +32,7 @@ def write_typescript(
 
     The types of keys and credits are those of the migrated database. It replaces only a file that it wrote itself.
     """
-    with invocation(ctx).connection(connect_driver) as (conn, _):
+    with reading(), invocation(ctx).connection(connect_driver) as (conn, _):
         verify(conn)
         host = mapping_of(conn)
     text = typescript(host)

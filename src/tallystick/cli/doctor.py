@@ -11,7 +11,7 @@ import sqlalchemy as sa
 import typer
 
 from tallystick import migrate
-from tallystick.cli.app import Invocation, Json, app, emit, escape, invocation, out, place, plain, table
+from tallystick.cli.app import Invocation, Json, app, emit, escape, invocation, out, place, plain, reading, table
 from tallystick.config import Config, ConsoleAccess, origins
 from tallystick.database import connect, standby
 from tallystick.errors import ConfigError, TallystickError
@@ -124,7 +124,7 @@ def _diagnoses(given: Invocation) -> Iterator[Diagnosis]:
     source = "--database-url" if given.database_url else origins(given.config_path).get("database_url")
     yield Diagnosis("Settings", f"the address comes from {source}" if source else "no address is set")
     try:
-        with given.database(migrating=True) as at, connect(at.database_url or "") as conn:
+        with reading(), given.database(migrating=True) as at, connect(at.database_url or "") as conn:
             server = conn.dialect.server_version_info or ()
             yield Diagnosis(
                 "Database", f"{place(conn).removeprefix('Database ')}, PostgreSQL {'.'.join(map(str, server))}"

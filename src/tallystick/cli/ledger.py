@@ -30,6 +30,7 @@ from tallystick.cli.app import (
     out,
     place,
     progress_bar,
+    reading,
     table,
 )
 from tallystick.config import FILE_NAME, INTEGER_KEYS, Config
@@ -131,15 +132,17 @@ def user_key(conn: sa.Connection | psycopg.Connection[Any], config: Config, text
 
 @contextmanager
 def mapped(
-    ctx: typer.Context, connect: Connect[C], *, changes: bool = False, only_reads: bool = False
+    ctx: typer.Context, connect: Connect[C], *, changes: bool = False, only_reads: bool = False, again: bool = False
 ) -> Iterator[tuple[C, Config]]:
-    """A connection to a migrated database, with clear errors for a wrong mapping; with ``changes`` a note names it.
+    """A connection to a migrated database, with clear errors for a wrong mapping.
 
+    With ``changes`` a note names the database, unless it is opened ``again``. Without ``changes`` it is only read.
     ``connect`` and ``only_reads`` are those of ``Invocation.connection``.
     """
     given = invocation(ctx)
-    with _telling_key(ctx), given.connection(connect, only_reads=only_reads) as (conn, config):
-        if changes:
+    lost = _telling_key(ctx) if changes else reading()
+    with lost, given.connection(connect, only_reads=only_reads) as (conn, config):
+        if changes and not again:
             note(place(conn))
         verify(conn)
         config = with_stored_mapping(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
@@ -469,7 +472,7 @@ def sweep(
     """
     swept = 0
     while True:
-        with mapped(ctx, connect_driver, changes=swept == 0) as (conn, config):
+        with mapped(ctx, connect_driver, changes=True, again=swept > 0) as (conn, config):
             found = Ledger(config).sweep(conn, limit=limit)
         swept += found
         if not found:  # fewer than the limit may be all but one who fails

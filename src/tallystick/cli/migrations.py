@@ -34,6 +34,7 @@ from tallystick.cli.app import (
     out,
     place,
     plain,
+    reading,
     with_mapping,
 )
 from tallystick.cli.backups import backups, take_backup
@@ -78,8 +79,8 @@ def connect_when_ready(config: Config) -> AbstractContextManager[sa.Connection]:
 
 @contextmanager
 def migrating(ctx: typer.Context) -> Iterator[tuple[sa.Connection, Config]]:
-    """A connection that migrations can use, and the settings."""
-    with invocation(ctx).database(migrating=True) as config, connect_when_ready(config) as conn:
+    """A connection that migrations can use, to read, and the settings."""
+    with reading(), invocation(ctx).database(migrating=True) as config, connect_when_ready(config) as conn:
         yield conn, with_mapping(conn, config)
 
 
@@ -201,7 +202,7 @@ def init(
             path=str(target),
             key="host",
         )
-    with invocation(ctx).database() as config, connect_when_ready(config) as conn:
+    with reading(), invocation(ctx).database() as config, connect_when_ready(config) as conn:
         host = migrate.propose(
             conn,
             users=users,

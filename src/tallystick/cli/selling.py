@@ -12,7 +12,7 @@ from uuid import UUID
 import sqlalchemy as sa
 import typer
 
-from tallystick.cli.app import Json, address, app, emit, err, escape, examples, invocation, note, out, table
+from tallystick.cli.app import Json, address, app, emit, err, escape, examples, invocation, note, out, reading, table
 from tallystick.cli.ledger import KeyOption, credits_of, made_up_key
 from tallystick.config import Config
 from tallystick.database import engine, transaction
@@ -52,7 +52,7 @@ def check(ctx: typer.Context, as_json: Json = False) -> None:
     packs = stripe().check(config)
     customers: list[Any] = []
     if config.database_url is not None:
-        with pool(ctx) as (made, _):
+        with reading(), pool(ctx) as (made, _):
             customers = stripe().check_customers(made, config)
 
     def show() -> None:
@@ -188,7 +188,7 @@ def dismiss(
 @selling.command()
 def deliveries(ctx: typer.Context, as_json: Json = False) -> None:
     """List the failed and refused webhook deliveries, with the reasons. Exit code 1 if there is one."""
-    with pool(ctx) as (made, config):
+    with reading(), pool(ctx) as (made, config):
         failed = stripe().failed_deliveries(made, config)
 
     def show() -> None:
