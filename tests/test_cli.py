@@ -25,7 +25,9 @@ import typer
 from tallystick import events
 from tallystick.cli import commands, main
 from tallystick.cli.app import plain
+from tallystick.cli.demo import FELT_MS
 from tallystick.config import Config, to_toml
+from tallystick.dev.demo_app import Traffic, build_host_app
 from tallystick.dev.postgres import Server
 from tallystick.schema import HEAD
 from worlds import SHAPES, World
@@ -932,6 +934,22 @@ def test_the_demo_tells_the_whole_story(tally):
     assert result.code == 0, result.out
     verdicts = re.findall(r"^(yes|NO) ", result.out, re.MULTILINE)
     assert verdicts == ["yes"] * 6
+
+
+def test_a_stall_is_seen_by_the_demo(fresh_database: Callable[..., str]):
+    """By what waited for a table, and not by a latency, which also grows with the other work of a machine."""
+    url = fresh_database()
+    build_host_app(url, users=10, workshops=10)
+    traffic = Traffic.of(url)
+    with traffic.running(), psycopg.connect(url.replace("+psycopg", "", 1)) as holder:
+        time.sleep(0.5)
+        assert traffic.waited_ms() == 0
+        began = time.perf_counter()
+        holder.execute("LOCK TABLE users")
+        time.sleep(FELT_MS / 1000 + 0.5)
+        holder.rollback()
+        time.sleep(0.2)
+    assert traffic.waited_ms(since=began) > FELT_MS
 
 
 def test_a_host_that_counts_in_parts_of_a_credit(tally, old_host):

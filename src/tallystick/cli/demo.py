@@ -28,7 +28,7 @@ from tallystick.signals import Cleanup
 
 SOME_TRAFFIC_S = 1.5
 FELT_MS = 250
-"""A longer latency is noticeable, unless the machine was as slow before the migration."""
+"""A longer wait for a table is noticeable, unless statements took as long before the migration."""
 
 _ACKNOWLEDGED = """
 SELECT type::text, count(*) FROM public.credit_transactions
@@ -134,18 +134,21 @@ class _Demo:
             receipt = migrate.apply(self.url, self.config)
             time.sleep(SOME_TRAFFIC_S)
         worst, errors = traffic.worst_ms(since=began), sum(traffic.errors.values())
+        waited = traffic.waited_ms(since=began)
         self.say(
             f"Tables locked for {receipt.locked_ms:.1f} ms. Live traffic went on before, meanwhile and after: "
             f"{len(traffic.latencies_ms):,} statements, median {usual:.1f} ms, {errors} failed. The slowest took "
-            f"{before:.0f} ms before the migration, and {worst:.0f} ms since it began."
+            f"{before:.0f} ms before the migration, and {worst:.0f} ms since it began; the longest wait for a table "
+            f"was {waited:.0f} ms."
         )
         for error, times in traffic.errors.items():
             self.say(f"{times} times {error}")
         self.promises.add(
             "The migration is all or nothing, and live traffic goes on beside it",
-            f"tables locked for {receipt.locked_ms:.1f} ms, slowest statement {worst:.0f} ms ({before:.0f} ms before), "
-            f"{errors} errors",
-            errors == 0 and worst <= max(FELT_MS, 4 * before),
+            f"tables locked for {receipt.locked_ms:.1f} ms, longest wait for a table {waited:.0f} ms, slowest "
+            f"statement {worst:.0f} ms ({before:.0f} ms before), {errors} errors",
+            # the latency itself also grows with the other work of a machine
+            errors == 0 and waited <= max(FELT_MS, 4 * before),
         )
         users = self.count(
             "SELECT count(*) FROM public.users WHERE credit_balance <> 0 OR onboarding_complete OR plan_tier <> 'free'"

@@ -66,6 +66,16 @@ OLD_APP = (
 """Statements of the app's old code, sent before, during and after the migration."""
 
 
+_LOOK_EVERY_S = 0.02
+
+_WAITED_MS = """
+SELECT max(extract(epoch FROM clock_timestamp() - l.waitstart)) * 1000
+FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
+WHERE NOT l.granted AND l.locktype = 'relation' AND a.application_name <> 'tallystick migrate'
+  AND a.backend_type = 'client backend' AND l.relation IN ('public.users'::regclass, 'public.workshops'::regclass)
+"""
+
+
 def build_host_app(url: str, *, users: int, workshops: int) -> None:
     """Make the app's tables as they were before Tallystick, and fill them.
 
@@ -85,7 +95,8 @@ class Traffic:
     """Threads that use the tables as the old app does. Latencies are in milliseconds from a statement's due time.
 
     Statements are due at fixed times, even if the one before has not returned: so a stall counts for all statements
-    that it would have delayed.
+    that it would have delayed. ``waits_ms`` are how long statements had waited for a table, by the server's clock, at
+    each look: a machine that is busy with other work does not lengthen these.
     """
 
     url: str
@@ -94,6 +105,7 @@ class Traffic:
     threads: int = 4
     per_second: int = 200
     latencies_ms: list[tuple[float, float]] = field(default_factory=list)
+    waits_ms: list[tuple[float, float]] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
 
     @classmethod
@@ -109,6 +121,7 @@ class Traffic:
         """Run the traffic during the block."""
         stop = threading.Event()
         pool = [threading.Thread(target=self._work, args=(stop, number), daemon=True) for number in range(self.threads)]
+        pool.append(threading.Thread(target=self._watch, args=(stop,), daemon=True))
         for thread in pool:
             thread.start()
         try:
@@ -133,6 +146,17 @@ class Traffic:
                 now = time.perf_counter()
                 self.latencies_ms.append((now, (now - due) * 1000))
                 due += pause
+
+    def _watch(self, stop: threading.Event) -> None:
+        with psycopg.connect(self.url.replace("+psycopg", "", 1), autocommit=True) as conn:
+            while not stop.wait(_LOOK_EVERY_S):
+                (waited_ms,) = conn.execute(_WAITED_MS).fetchone() or (None,)
+                if waited_ms is not None:
+                    self.waits_ms.append((time.perf_counter(), float(waited_ms)))
+
+    def waited_ms(self, since: float = 0.0) -> float:
+        """The longest time for which a statement was seen to wait for a table, from the moment ``since`` on."""
+        return max((ms for moment, ms in self.waits_ms if moment >= since), default=0.0)
 
     def worst_ms(self, since: float = 0.0) -> float:
         """The longest latency from the moment ``since`` (of time.perf_counter) on."""
