@@ -952,6 +952,24 @@ def test_a_stall_is_seen_by_the_demo(fresh_database: Callable[..., str]):
     assert traffic.waited_ms(since=began) > FELT_MS
 
 
+def test_a_column_that_the_app_renames_afterwards(tally, old_host):
+    assert tally("migrate", "apply").code == 0  # with the usual names, and without a file
+    with psycopg.connect(old_host, autocommit=True) as conn:
+        conn.execute("ALTER TABLE workshops RENAME title TO name")
+    refused = tally("migrate", "status")
+    assert (refused.code, "RENAME COLUMN" in refused.err) == (1, True)
+    assert "Or set host.workshops.title to another column or to false (tallystick init writes" in refused.err
+    assert tally("init").code == 0
+    file = Path("tallystick.toml")
+    file.write_text(file.read_text(encoding="utf-8").replace('title = "title"', 'title = "name"'), encoding="utf-8")
+    assert "make the functions anew: tallystick migrate apply" in tally("migrate", "status").err
+    told = "anew: host.workshops.title is 'name', and was 'title'"
+    assert f"The functions are made {told}" in tally("migrate", "plan").out
+    assert f"The functions were made {told}" in tally("migrate", "apply").out
+    assert "Nothing to do" in tally("migrate", "plan").out
+    assert tally("migrate", "status").code == 0
+
+
 def test_a_host_that_counts_in_parts_of_a_credit(tally, old_host):
     assert tally("init", "--credits", "bigint").code == 0
     assert 'credits = "bigint"' in Path("tallystick.toml").read_text(encoding="utf-8")

@@ -281,11 +281,29 @@ def refuse_other_mapping(stored: HostMapping, given: HostMapping) -> None:
     if not differs:
         return
     both = "; ".join(f"{name} is {_set(here)}, in the database {_set(there)}" for name, here, there in differs)
+    only_read = all(name in _ONLY_READ for name, _, _ in differs)
+    renew = ". If the settings are right, make the functions anew: tallystick migrate apply" if only_read else ""
     raise HostMismatch(
         f"the settings and the database disagree about the app's tables: {both}. Correct [host] in tallystick.toml, or "
-        "write it anew from the database: tallystick init --force",
+        f"write it anew from the database: tallystick init --force{renew}",
         table=f"{stored.users.schema}.{stored.users.table}",
     )
+
+
+_ONLY_READ = ("host.workshops.owner", "host.workshops.title", "host.workshops.created_at")
+"""Settings of columns that the functions only read: ``migrate apply`` makes the functions anew for other ones."""
+
+
+def changed_columns(stored: HostMapping, given: HostMapping) -> tuple[str, ...]:
+    """The columns that the functions only read and that differ, each with both values.
+
+    Raises:
+        HostMismatch: the mappings differ in something else.
+    """
+    differs = list(_differences(stored, given))
+    if any(name not in _ONLY_READ for name, _, _ in differs):
+        refuse_other_mapping(stored, given)
+    return tuple(f"{name} is {_set(here)}, and was {_set(there)}" for name, here, there in differs)
 
 
 def _differences(stored: HostMapping, given: HostMapping) -> Iterator[tuple[str, str | None, str | None]]:

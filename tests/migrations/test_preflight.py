@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import sqlalchemy as sa
 from hosts import App
 
-from tallystick import Config, HostMapping, UsersTable, WorkshopsTable, migrate
+from tallystick import Config, HostMapping, Ledger, UsersTable, WorkshopsTable, migrate
 from tallystick.allowances import Allowances
 from tallystick.audit import audit
 from tallystick.config import Allowance
@@ -20,6 +21,7 @@ from tallystick.errors import (
     SchemaTooNew,
     TallystickError,
 )
+from tallystick.schema import verify
 
 ALONE = HostMapping(workshops=None)
 FOREIGN_SERVER = "CREATE FOREIGN DATA WRAPPER none; CREATE SERVER elsewhere FOREIGN DATA WRAPPER none;"
@@ -525,7 +527,7 @@ AFTERWARDS = {
 
 @pytest.mark.parametrize("name", AFTERWARDS)
 def test_what_the_app_changes_afterwards_has_a_way_back(name: str, app: App) -> None:
-    """No settings file mends it: the functions have the names of the migration."""
+    """The functions have the names of the migration. For a column that is only read there is another way as well."""
     change, way_back, removable = AFTERWARDS[name]
     migrate.apply(app.url, app.config)
     app.run(change)
@@ -534,7 +536,8 @@ def test_what_the_app_changes_afterwards_has_a_way_back(name: str, app: App) -> 
             with pytest.raises(HostMismatch) as caught:
                 look(conn, app.config)
             assert way_back in str(caught.value)
-            assert "tallystick.toml" not in str(caught.value)
+            only_read = name in ("a renamed title", "a dropped time", "a renamed owner")
+            assert str(caught.value).endswith("and run: tallystick migrate apply") == only_read
     if removable:
         assert migrate.undo(app.url, app.config).changed
         with app.engine.connect() as conn:
@@ -547,6 +550,45 @@ def test_what_the_app_changes_afterwards_has_a_way_back(name: str, app: App) -> 
     app.run(*str(caught.value).partition(" back: ")[2].split("; "))
     with app.engine.connect() as conn:
         assert migrate.status(conn, app.config).healthy
+
+
+def test_the_functions_are_made_anew_for_columns_that_are_only_read(app: App) -> None:
+    """In one transaction, which the plan shows; and other settings than the database's are refused as before."""
+    migrate.apply(app.url, app.config)
+    app.run(
+        "ALTER TABLE workshops RENAME title TO name",
+        "ALTER TABLE workshops RENAME user_id TO owner_id",
+        "ALTER TABLE workshops DROP created_at",
+    )
+    workshops = WorkshopsTable(owner="owner_id", title="name", created_at=None)
+    now = Config(database_url=app.url, host=replace(app.config.host, workshops=workshops))
+    with app.engine.connect() as conn:
+        with pytest.raises(HostMismatch, match=r"'name', in the database 'title'.*anew: tallystick migrate apply"):
+            migrate.status(conn, now)
+        planned = migrate.plan(conn, now)
+    changes = (
+        "host.workshops.owner is 'owner_id', and was 'user_id'",
+        "host.workshops.title is 'name', and was 'title'",
+        "host.workshops.created_at is not set, and was 'created_at'",
+    )
+    assert (planned.revisions, planned.renewed) == ((), changes)
+    made = {one.sql.partition("(")[0] for one in planned.statements if one.sql.startswith("CREATE")}
+    assert "CREATE OR REPLACE FUNCTION tallystick.consume" in made
+    assert not any(one.locks for one in planned.statements)
+
+    done = migrate.apply(app.url, now)
+    assert (done.changed, done.revisions, done.renewed) == (True, (), changes)
+    assert not migrate.apply(app.url, now).changed
+    with app.engine.begin() as conn:
+        assert migrate.status(conn, now).healthy
+        verify(conn, now.host)
+        user, workshop, name = conn.exec_driver_sql("SELECT owner_id, id, name FROM workshops LIMIT 1").one()
+        ledger = Ledger(conn)
+        ledger.grant(conn, user, credits=1, key="g", description="Welcome")
+        assert ledger.consume(conn, user, workshop=workshop, key="c").description.endswith(name)
+    other = Config(database_url=app.url, host=replace(now.host, users=UsersTable(key="email", key_type="text")))
+    with pytest.raises(HostMismatch, match="the settings and the database disagree"):
+        migrate.apply(app.url, other)
 
 
 def test_the_table_of_workshops_is_made_again(app: App) -> None:

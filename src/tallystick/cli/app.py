@@ -21,7 +21,7 @@ from tallystick.config import Config, origins
 from tallystick.database import connect_driver, driver, server_message, standby
 from tallystick.errors import DatabaseUnavailable, NotMigrated, OutcomeUnknown
 from tallystick.progress import OnProgress
-from tallystick.schema import with_stored_mapping
+from tallystick.schema import changed_columns, mapping_of, with_stored_mapping
 
 if TYPE_CHECKING:
     import psycopg
@@ -222,12 +222,16 @@ def reading() -> Iterator[None]:
         ) from error
 
 
-def with_mapping(conn: sa.Connection | psycopg.Connection[Any], config: Config) -> Config:
+def with_mapping(conn: sa.Connection | psycopg.Connection[Any], config: Config, *, renews: bool = False) -> Config:
     """The settings, if they have no mapping with that of the database, if it is migrated.
 
-    Raises HostMismatch, see ``schema.with_stored_mapping``.
+    With ``renews`` theirs may name other columns that are only read. Raises HostMismatch, see
+    ``schema.with_stored_mapping``.
     """
     try:
+        if renews and "host" in config.model_fields_set:
+            changed_columns(mapping_of(conn), config.host)
+            return config
         return with_stored_mapping(conn, config)
     except NotMigrated:
         return config

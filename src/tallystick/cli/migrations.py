@@ -78,15 +78,15 @@ def connect_when_ready(config: Config) -> AbstractContextManager[sa.Connection]:
 
 
 @contextmanager
-def migrating(ctx: typer.Context) -> Iterator[tuple[sa.Connection, Config]]:
+def migrating(ctx: typer.Context, *, renews: bool = False) -> Iterator[tuple[sa.Connection, Config]]:
     """A connection that migrations can use, to read, and the settings."""
     with reading(), invocation(ctx).database(migrating=True) as config, connect_when_ready(config) as conn:
-        yield conn, with_mapping(conn, config)
+        yield conn, with_mapping(conn, config, renews=renews)
 
 
-def _show_target(ctx: typer.Context, config: Config) -> Config:
+def _show_target(ctx: typer.Context, config: Config, *, renews: bool = False) -> Config:
     with connect_when_ready(config) as conn:
-        found = with_mapping(conn, config)
+        found = with_mapping(conn, config, renews=renews)
         note(f"{place(conn)}, {mapping(ctx, found)}.")
         return found
 
@@ -306,14 +306,16 @@ def plan(
 
     Exit code 1 if something would stop apply.
     """
-    with migrating(ctx) as (conn, config):
+    with migrating(ctx, renews=True) as (conn, config):
         here = f"{place(conn)}, {mapping(ctx, config)}."
         planned = migrate.plan(conn, config, backup_folder=backup.absolute().parent if backup else None)
-    stopped = bool(planned.revisions) and any(finding.severity == "stop" for finding in planned.findings)
+    stopped = bool(planned.revisions or planned.renewed) and any(
+        finding.severity == "stop" for finding in planned.findings
+    )
 
     def show() -> None:
         out.print(here, markup=False)
-        if not planned.revisions:
+        if not planned.revisions and not planned.renewed:
             out.print(f"Nothing to do: the database is at revision {planned.before} already.")
             return
         sizes = ", ".join(f"{size.table} (about {size.rows:,} rows)" for size in planned.tables)
@@ -361,6 +363,8 @@ def show_plan(console: Console, planned: migrate.Plan, *, brief: Collection[str]
     def line(text: str, style: str = "") -> None:
         console.print(f"   {text}", style=style, markup=False, no_wrap=True, overflow="ellipsis", soft_wrap=False)
 
+    for changed in planned.renewed:
+        line(f"The functions are made anew: {changed}.")
     for revision in planned.revisions:
         line(f"{revision.revision}. {revision.title}")
     for phase, title in _PHASES.items():
@@ -528,7 +532,7 @@ def apply(
 ) -> None:
     """Migrate the database while its traffic goes on. All or nothing; a second run changes nothing."""
     with invocation(ctx).database(migrating=True) as config:
-        config = _show_target(ctx, config)  # noqa: PLW2901 - the same, with the database's mapping
+        config = _show_target(ctx, config, renews=True)  # noqa: PLW2901 - the same, with the database's mapping
         if backup is not None:
             take_backup(address(config), backup)
         with connect_when_ready(config) as conn:
@@ -922,6 +926,8 @@ def _show_receipt(receipt: migrate.Receipt, host: HostMapping) -> None:
         where = f"at revision {receipt.after}" if receipt.after else "without Tallystick"
         out.print(f"Nothing to do: the database is {where} already.")
         return
+    for changed in receipt.renewed:
+        out.print(f"The functions were made anew: {changed}.", markup=False)
     if receipt.revisions:
         verb = "Applied" if receipt.action == "apply" else "Undid"
         tries = "1 attempt" if receipt.attempts == 1 else f"{receipt.attempts} attempts"

@@ -24,9 +24,9 @@ from tallystick.migrate.host.proposal import balances_apart
 from tallystick.migrate.host.tables import HostColumn, HostTable, columns_of, oid_of, oids_of, reading_catalogues
 from tallystick.migrate.revisions import HostNames, Revision, after, revisions
 from tallystick.migrate.runner.messages import STALL_BUDGET_MS, Messages, text, upward
-from tallystick.migrate.runner.run import undo_command
+from tallystick.migrate.runner.run import renewal_of, undo_command
 from tallystick.migrate.runner.session import USE_UNPOOLED, pooler_sign
-from tallystick.schema import LEDGER
+from tallystick.schema import LEDGER, changed_columns
 
 Phase = Literal["prepare", "locked", "online"]
 
@@ -96,7 +96,8 @@ class Plan:
     ``statements`` are one transaction for all of them, and the online steps after it. ``estimated_hold_ms`` is how long
     the tables will be locked, from the measured cost of each operation; the receipt has the real time. ``blockers`` are
     transactions that hold these tables now. ``long_transactions`` are the process ids and ages in seconds of
-    transactions in the database for which a concurrent index build would wait.
+    transactions in the database for which a concurrent index build would wait. ``renewed`` are the columns, with both
+    names, for which the functions are to be made anew.
     """
 
     before: str | None
@@ -112,6 +113,7 @@ class Plan:
     replicas: tuple[Replica, ...]
     database_bytes: int
     findings: tuple[PlanNote, ...]
+    renewed: tuple[str, ...] = ()
 
 
 def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = None) -> Plan:
@@ -123,7 +125,7 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
     """
     refuse_other_than(conn, (sa.Connection,), "plan takes a Connection of SQLAlchemy")
     with reading_catalogues(conn):
-        host = examine(conn, config, strict=False)
+        host = examine(conn, config, strict=False, renews=True)
         pending, messages = _messages(config, host, STALL_BUDGET_MS)
         statements = tuple(_statements(pending, host, config, messages)) if messages else ()
         replicas = tuple(Replica(*row) for row in conn.execute(_REPLICAS))
@@ -159,6 +161,7 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
         replicas=replicas,
         database_bytes=database_bytes,
         findings=findings,
+        renewed=changed_columns(host.stored, config.host) if host.stored else (),
     )
 
 
@@ -583,7 +586,7 @@ def sql(conn: sa.Connection | None, config: Config, *, stall_budget_ms: int = ST
 def _messages(config: Config, host: Host | None, stall_budget_ms: int) -> tuple[tuple[Revision, ...], Messages | None]:
     """The pending revisions, and the messages of their run; None where there are none."""
     pending = after(host.revision if host else None)
-    if not pending:
+    if not pending and (host is None or host.stored is None):
         return (), None
     names = HostNames.of(config.host, host.adopted if host else frozenset())
     messages = upward(
@@ -593,6 +596,7 @@ def _messages(config: Config, host: Host | None, stall_budget_ms: int) -> tuple[
         adopted=names.adopted_names,
         stall_budget_ms=stall_budget_ms,
         prepared=host.prepared if host else (),
+        renewal=renewal_of(host, names) if host else (),
     )
     return pending, messages
 

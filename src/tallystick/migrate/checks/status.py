@@ -23,7 +23,7 @@ from tallystick.migrate.host.privileges import forced_policies, open_policies, w
 from tallystick.migrate.host.role import ways_out
 from tallystick.migrate.host.tables import columns_of, oid_of, oids_in, reading_catalogues
 from tallystick.migrate.revisions import HostNames, revisions
-from tallystick.migrate.runner.messages import text
+from tallystick.migrate.runner.messages import MADE, as_replacement, functions_of, text
 from tallystick.migrate.runner.session import autocommits
 from tallystick.migrate.runner.widen import KEYS, STAND_INS
 from tallystick.schema import (
@@ -628,9 +628,7 @@ def _execute(conn: sa.Connection, statements: Iterable[str]) -> None:
 
 def _functions(conn: sa.Connection, names: HostNames, *, owner: str | None) -> Iterator[Drift]:
     """Differences of functions and types from this package's, which are made as temporary ones and read back."""
-    _execute(
-        conn, (re.sub(_MADE, r"CREATE \1 pg_temp.", statement, count=1) for statement in _declared_functions(names))
-    )
+    _execute(conn, (re.sub(MADE, r"CREATE \1 pg_temp.", statement, count=1) for statement in functions_of(names, HEAD)))
     places = (conn.scalar(_TEMPORARY), "tallystick")
     wanted, there = (_pairs(conn, _COMPOSITES, schema=schema) for schema in places)
     for name, definition in wanted.items():
@@ -665,20 +663,6 @@ def _of_function(where: str, wants: sa.Row[Any], has: sa.Row[Any], owner: str) -
         yield Drift("function", where, "EXECUTE for those who were given it", "EXECUTE for PUBLIC", shut)
 
 
-_MADE = r"CREATE (?:OR REPLACE )?(FUNCTION|TYPE) tallystick\."
-
-
-def _declared_functions(names: HostNames) -> list[str]:
-    """The types and functions of the last revision, and the triggers' functions as the revisions leave them."""
-    last = [text([made]) for made in names.functions(HEAD)]
-    triggers: dict[str, str] = {}
-    for revision in revisions():
-        for statement in (text([made]) for made in (*revision.prepare(names), *revision.replaces(names))):
-            if found := re.match(r"CREATE (?:OR REPLACE )?FUNCTION tallystick\.(\w+)\(\) RETURNS trigger", statement):
-                triggers[found[1]] = statement
-    return [*(made for made in triggers.values() if made not in last), *last]
-
-
 def functions_sql(conn: sa.Connection | None, config: Config) -> str:
     """A script that replaces functions that differ by this package's, and revokes them from PUBLIC.
 
@@ -688,8 +672,8 @@ def functions_sql(conn: sa.Connection | None, config: Config) -> str:
     known = conn is not None and has_bookkeeping(conn, "migration_log")
     adopted = adopted_columns(conn) if conn is not None and known else frozenset()
     made = [
-        re.sub(_MADE, r"CREATE OR REPLACE \1 tallystick.", statement, count=1)
-        for statement in _declared_functions(HostNames.of(config.host, adopted))
+        as_replacement(statement)
+        for statement in functions_of(HostNames.of(config.host, adopted), HEAD)
         if not statement.startswith("CREATE TYPE")
     ]
     shut = "REVOKE ALL ON ALL FUNCTIONS IN SCHEMA tallystick FROM PUBLIC"

@@ -41,6 +41,7 @@ from tallystick.schema import (
     HISTORY,
     LEDGER,
     bookkeeping_lost,
+    changed_columns,
     has_bookkeeping,
     mapping_of,
     refuse_other_mapping,
@@ -85,7 +86,8 @@ class Host:
     """The result of the preflight. ``adopted`` are columns of ours that the host had before their revision.
 
     ``prepared`` are the revisions after ``revision`` whose new objects are committed but not used yet. ``columns`` are
-    the present names in each mapped table. ``missing_privileges`` and ``breaks`` (objects of the app that would fail
+    the present names in each mapped table. ``stored`` is the mapping that the functions were made for, if the settings
+    name other columns that are only read. ``missing_privileges`` and ``breaks`` (objects of the app that would fail
     with more columns) stop a run.
     """
 
@@ -101,6 +103,7 @@ class Host:
     ledger_schema: str = "public"
     balance: str = "credit_balance"
     follows: bool = False
+    stored: HostMapping | None = None
     columns: Mapping[Word, tuple[str, ...]] = field(default_factory=dict)
 
     @property
@@ -123,13 +126,20 @@ class Host:
 
 
 def examine(
-    conn: sa.Connection, config: Config, *, strict: bool = True, changes: bool = True, removes: bool = False
+    conn: sa.Connection,
+    config: Config,
+    *,
+    strict: bool = True,
+    changes: bool = True,
+    removes: bool = False,
+    renews: bool = False,
 ) -> Host:
     """Check that this database can be migrated (or is already), before anything is changed.
 
     With ``strict`` off, missing privileges and objects that would break are in the result, not raised. With
     ``changes`` off nothing is to be changed, and a standby is accepted. With ``removes`` all of Tallystick is to be
-    taken out, for which columns that are only read, and the table of workshops, may be missing.
+    taken out, for which columns that are only read, and the table of workshops, may be missing. With ``renews`` the
+    settings may name other columns that are only read than the database: the functions are to be made anew.
 
     Raises:
         SchemaError: the server is too old, or is a standby and cannot be changed; or the bookkeeping is lost.
@@ -147,13 +157,17 @@ def examine(
     prepared = prepared_revisions(conn)
     if revision is None and was_applied(conn):
         raise bookkeeping_lost("alembic_version")
-    if revision is not None or prepared:
-        refuse_other_mapping(mapping_of(conn), mapping)
+    stored = mapping_of(conn) if revision is not None or prepared else mapping
+    if not (renews and not prepared and changed_columns(stored, mapping)):
+        refuse_other_mapping(stored, mapping)
+        stored = mapping
     migrated = revision is not None or bool(prepared)
     users, users_columns = _mapped_users(conn, mapping, migrated=migrated, removes=removes)
     if removes and migrated and mapping.workshops is not None and _is_gone(conn, mapping):
         mapping = replace(mapping, workshops=None)
-    workshops, workshops_columns = _mapped_workshops(conn, mapping, migrated=migrated, removes=removes)
+    workshops, workshops_columns = _mapped_workshops(
+        conn, mapping, migrated=migrated, removes=removes, renews=stored != mapping
+    )
     if revision is None and not prepared and role.has_schema:
         raise HostMismatch(
             'this database has a schema "tallystick" that is not ours. Rename it: '
@@ -192,6 +206,7 @@ def examine(
         ledger_schema=mapping.schema_of_ledger,
         balance=mapping.users.balance,
         follows=revision is not None and ("users", "credit_balance") in adopted and not was_cut_over(conn),
+        stored=None if stored == mapping else stored,
         columns={"users": tuple(users_columns), "workshops": tuple(workshops_columns)},
     )
 
@@ -417,10 +432,13 @@ def _column(
         alter, ours = f"ALTER TABLE {quoted(table.schema, table.table)}", quoted(name)
         kind = {"title": "text", "created_at": "timestamptz"}.get(setting, "…")
         again = "" if setting == "key" else f". If it was dropped, add it again: {alter} ADD COLUMN {ours} {kind}"
+        other = "another column" if setting == "owner" else "another column or to false"
+        renew = f". Or set host.{word}.{setting} to {other} (tallystick init writes the settings), and run: "
+        renew = "" if setting == "key" else f"{renew}tallystick migrate apply"
         raise HostMismatch(
             f"{table.shown} has no column {name!r} any more, and the ledger's functions use it "
             f"(host.{word}.{setting}). Give it its name back: {alter} RENAME COLUMN "
-            f"{quoted(*near) if near else '…'} TO {ours}{again}",
+            f"{quoted(*near) if near else '…'} TO {ours}{again}{renew}",
             table=table.shown,
             column=name,
         )
@@ -492,7 +510,7 @@ def _other_keys(word: Word, columns: Mapping[str, HostColumn]) -> str:
 
 
 def _mapped_workshops(
-    conn: sa.Connection, mapping: HostMapping, *, migrated: bool, removes: bool
+    conn: sa.Connection, mapping: HostMapping, *, migrated: bool, removes: bool, renews: bool
 ) -> tuple[HostTable | None, Mapping[str, HostColumn]]:
     names = mapping.workshops
     if names is None:
@@ -501,7 +519,7 @@ def _mapped_workshops(
     columns = columns_of(conn, table)
     _check_key("workshops", table, columns, names, migrated=migrated)
     if not removes:
-        _check_read_columns(table, columns, mapping, names, migrated=migrated)
+        _check_read_columns(table, columns, mapping, names, migrated=migrated, renews=renews)
     return table, columns
 
 
@@ -512,9 +530,10 @@ def _check_read_columns(
     names: WorkshopsTable,
     *,
     migrated: bool,
+    renews: bool,
 ) -> None:
     """Check the columns of workshops that the functions only read."""
-    since = names if migrated else None
+    since = names if migrated and not renews else None
     owner = _column("workshops", "owner", table, columns, names.owner, since=since)
     users = (mapping.users.schema, mapping.users.table, mapping.users.key)
     refuse_two_integers(users, mapping.users.key_type, table, owner, migrated=migrated)

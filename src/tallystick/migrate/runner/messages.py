@@ -12,6 +12,7 @@ direction ``prepare``.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,7 +23,7 @@ from tallystick.declared_tables import user_columns, workshop_columns
 from tallystick.migrate.host.dependents import refuse_dependents
 from tallystick.migrate.host.privileges import close_new_objects, remember_objects
 from tallystick.migrate.host.role import restore_table_privileges
-from tallystick.migrate.revisions import HostNames, Revision, TableNames, adopted_by, do_block
+from tallystick.migrate.revisions import HostNames, Revision, TableNames, adopted_by, do_block, up_to
 from tallystick.migrate.runner.trial_writes import try_writes, try_writes_again
 from tallystick.schema import HISTORY
 
@@ -77,10 +78,12 @@ def upward(
     adopted: Iterable[str],
     stall_budget_ms: int,
     prepared: Collection[str] = (),
+    renewal: Sequence[Composable] = (),
 ) -> Messages:
     """The messages from ``expected`` to the last of ``pending``; the preparation of ``prepared`` is committed already.
 
-    ``adopted`` are the columns of ours that the host had, as ``users.updated_at``.
+    ``adopted`` are the columns of ours that the host had, as ``users.updated_at``. ``renewal`` comes first; with it
+    nothing need be pending.
     """
     locks = _without_duplicates(table for revision in pending for table in revision.locks(names))
     # in order, so that a function that two revisions change ends as in the later one
@@ -97,9 +100,10 @@ def upward(
         locks=locks,
         opening=(
             *_begin(expected=expected),
+            *renewal,
             *_prepared([revision for revision in pending if revision.revision not in prepared], names),
             *_fence(locks),
-            _step_up(pending[-1], expected),
+            *([_step_up(pending[-1], expected)] if pending else []),
             *(_log_prepared(revision, tuple(adopted), prepared=revision.revision in prepared) for revision in pending),
             *_trial_writes(locks, names, inserts=True),
             *replaces,
@@ -108,6 +112,33 @@ def upward(
         online=online,
         stall_budget_ms=stall_budget_ms,
     )
+
+
+def renewal(before: HostNames, now: HostNames, revision: str) -> list[Composable]:
+    """The statements that make the functions of a revision anew where the names differ, and store the mapping."""
+    both = zip(functions_of(before, revision), functions_of(now, revision), strict=True)
+    made: list[Composable] = [SQL(as_replacement(new)) for old, new in both if new != old]
+    stored = SQL("UPDATE tallystick.mapping SET host = {}, stored_at = now()").format(SqlLiteral(now.mapping))
+    return [*made, stored]
+
+
+MADE = r"CREATE (?:OR REPLACE )?(FUNCTION|TYPE) tallystick\."
+
+
+def as_replacement(statement: str) -> str:
+    """The statement that creates a function, so that it may be there already."""
+    return re.sub(MADE, r"CREATE OR REPLACE \1 tallystick.", statement, count=1)
+
+
+def functions_of(names: HostNames, revision: str) -> list[str]:
+    """The types and functions of a revision, and the triggers' functions as the revisions up to it leave them."""
+    last = [text([made]) for made in names.functions(revision)]
+    triggers: dict[str, str] = {}
+    for each in up_to(revision):
+        for statement in (text([made]) for made in (*each.prepare(names), *each.replaces(names))):
+            if found := re.match(r"CREATE (?:OR REPLACE )?FUNCTION tallystick\.(\w+)\(\) RETURNS trigger", statement):
+                triggers[found[1]] = statement
+    return [*(made for made in triggers.values() if made not in last), *last]
 
 
 def _without_duplicates(tables: Iterable[Identifier]) -> tuple[Identifier, ...]:

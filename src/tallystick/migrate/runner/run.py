@@ -46,6 +46,7 @@ from tallystick.migrate.runner.messages import (
     Messages,
     downward,
     preparation,
+    renewal,
     text,
     upward,
 )
@@ -53,6 +54,7 @@ from tallystick.migrate.runner.online import Building, OnlineStep, online
 from tallystick.migrate.runner.session import engine_of, forbidden_by, lost, session, single_run, translate
 from tallystick.migrate.runner.widen import refuse_interrupted, validate_keys
 from tallystick.progress import Progress
+from tallystick.schema import changed_columns
 
 GIVE_UP_AFTER_S = 120.0
 
@@ -97,7 +99,7 @@ class Receipt:
     ``locked_ms`` is measured on the server, from the request of the first lock, in the successful try, until after the
     commit: no query waited longer for it. ``two_transactions`` is True if new objects were committed before, by this
     run or an earlier one. ``changed`` is False if there was nothing to do. ``roles`` had been granted the ledger until
-    an undo.
+    an undo. ``renewed`` are the columns, with both names, for which the functions were made anew.
     """
 
     action: Literal["apply", "undo"]
@@ -112,11 +114,12 @@ class Receipt:
     two_transactions: bool = False
     online: tuple[OnlineStep, ...] = ()
     roles: tuple[str, ...] = ()
+    renewed: tuple[str, ...] = ()
 
     @property
     def changed(self) -> bool:
         """True if anything was done."""
-        return bool(self.revisions or self.online)
+        return bool(self.revisions or self.online or self.renewed)
 
 
 def apply(
@@ -131,7 +134,8 @@ def apply(
     """Bring the database to this package's revision, while its traffic goes on.
 
     All pending revisions are one transaction: a run that is killed leaves the database as before it or after it. A
-    second run changes nothing, and finishes the online steps of an interrupted one.
+    second run changes nothing, and finishes the online steps of an interrupted one. If the mapping names other columns
+    that are only read than the database, the functions are made anew for them in the same transaction.
 
     With ``two_transactions`` the new objects are committed first, and only the locked part is retried. A run killed
     between the two leaves unused objects: ``status`` names them, the next run continues, ``undo`` removes them.
@@ -184,6 +188,13 @@ def undo(
         return run.undo(to=to, discard_ledger=discard_ledger)
 
 
+def renewal_of(host: Host, names: HostNames) -> list[Composable]:
+    """The statements that make the functions anew, if they were made for another mapping."""
+    if host.stored is None or host.revision is None:
+        return []
+    return renewal(HostNames.of(host.stored, host.adopted), names, host.revision)
+
+
 def undo_command(revision: str | None) -> str:
     """The command that undoes a preparation and leaves the database at ``revision``."""
     return "tallystick migrate undo" + ("" if revision is None else f" --to {revision}")
@@ -220,11 +231,13 @@ class _Run:
         self.progress = progress or (lambda _: None)
 
     def apply(self, *, two_transactions: bool) -> Receipt:
-        host = self._examine()
+        host = self._examine(renews=True)
         refuse_interrupted(self.conn)
         receipt = Receipt("apply", host.revision, revisions()[-1].revision)
-        if pending := after(host.revision):
+        pending = after(host.revision)
+        if pending or host.stored:
             receipt = self._upward(host, pending, receipt, two_transactions=two_transactions)
+        if pending:
             self._log(receipt)
         names = HostNames.of(self.config.host, host.adopted)
         try:
@@ -240,8 +253,8 @@ class _Run:
 
     def _upward(self, host: Host, pending: Sequence[Revision], receipt: Receipt, *, two_transactions: bool) -> Receipt:
         names = HostNames.of(self.config.host, host.adopted)
-        prepared = host.prepared
-        if two_transactions and (others := [one for one in pending if one.revision not in prepared]):
+        prepared, before = host.prepared, host.stored
+        if two_transactions and before is None and (others := [one for one in pending if one.revision not in prepared]):
             message = preparation(others, names, expected=host.revision, adopted=host.adopted_names)
             self._prepare(others[-1], message)
             prepared += tuple(one.revision for one in others)
@@ -252,15 +265,17 @@ class _Run:
             adopted=host.adopted_names,
             stall_budget_ms=self.stall_budget_ms,
             prepared=prepared,
+            renewal=renewal_of(host, names),
         )
         receipt = replace(
             receipt,
+            renewed=() if before is None else changed_columns(before, self.config.host),
             revisions=tuple(one.revision for one in pending),
             adopted=tuple(name for one in pending for name in adopted_by(one, host.adopted_names)),
             two_transactions=bool(prepared),
         )
         left = _PREPARED.format(prepared[-1], undo_command(host.revision)) if prepared else _NOTHING
-        return self._transaction(messages, receipt, shown=pending[-1].revision, left=left)
+        return self._transaction(messages, receipt, shown=revisions()[-1].revision, left=left)
 
     def undo(self, *, to: str | None, discard_ledger: bool) -> Receipt:
         if to is not None:
@@ -290,13 +305,13 @@ class _Run:
         receipt = replace(receipt, revisions=tuple(one.revision for one in (*prepared, *gone)), roles=roles)
         return self._transaction(messages, receipt, shown=receipt.revisions[0])
 
-    def _examine(self, *, removes: bool = False) -> Host:
+    def _examine(self, *, removes: bool = False, renews: bool = False) -> Host:
         """Run the preflight. It waits for a session that holds a table exclusively, which is named as a blocker."""
         watch = Watch(self.conn, mapped_oids(self.conn, self.config.host))
         deadline = time.monotonic() + self.give_up_after_s
         while True:
             try:
-                return examine(self.conn, self.config, removes=removes)
+                return examine(self.conn, self.config, removes=removes, renews=renews)
             except sa.exc.OperationalError as error:
                 if not isinstance(error.orig, psycopg.errors.LockNotAvailable):
                     raise
