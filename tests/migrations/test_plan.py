@@ -56,6 +56,21 @@ def test_it_tells_sizes_columns_and_the_way(app: App) -> None:
     assert plan(app).revisions == ()
 
 
+def test_many_foreign_keys_need_a_larger_stall_budget(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some thousand do; here each counts as much as a thousand, since to make them takes minutes."""
+    app.run(
+        "CREATE TABLE visits (user_id uuid)",
+        *(f"ALTER TABLE visits ADD CONSTRAINT of_{n} FOREIGN KEY (user_id) REFERENCES users" for n in range(5)),
+    )
+    assert not [finding for finding in plan(app).findings if "foreign keys" in finding.text]
+    monkeypatch.setattr("tallystick.migrate.checks.plan._KEY_MS", 50)
+    found = plan(app)
+    (warning,) = (finding for finding in found.findings if "foreign keys" in finding.text)
+    assert warning.text.startswith("6 foreign keys refer to public.users and public.workshops")
+    assert found.estimated_hold_ms > 300
+    assert int(warning.text.rpartition("--stall-budget-ms ")[2]) >= 2 * found.estimated_hold_ms
+
+
 def test_it_is_json(app: App) -> None:
     assert json.loads(json.dumps(dataclasses.asdict(plan(app)), default=str))["after"] == HEAD
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import shutil
@@ -129,6 +130,9 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
         pending, messages = _messages(config, host, STALL_BUDGET_MS)
         statements = tuple(_statements(pending, host, config, messages)) if messages else ()
         replicas = tuple(Replica(*row) for row in conn.execute(_REPLICAS))
+        locked = oids_of(conn, messages.locks if messages else ())
+        keys = conn.scalar(_KEYS, {"tables": locked}) or 0
+        hold_ms = _estimated_hold_ms(statements, keys)
         long = tuple((row.pid, round(float(row.age_s), 1)) for row in conn.execute(_LONG_TRANSACTIONS))
         database_bytes = conn.scalar(_DATABASE_BYTES) or 0
         findings = (
@@ -142,6 +146,7 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
             *_about_rules(conn, host),
             *_about_collations(conn, host, config.host),
             *_about_event_triggers(conn),
+            *_about_keys(host, keys, hold_ms),
             *_about_replicas(replicas),
             *_about_publications(conn, host, statements),
             *_about_rights(conn, host),
@@ -152,11 +157,11 @@ def plan(conn: sa.Connection, config: Config, *, backup_folder: Path | None = No
         after=revisions()[-1].revision,
         revisions=tuple(PlannedRevision(one.revision, one.title, one.kind) for one in pending),
         statements=statements,
-        estimated_hold_ms=_estimated_hold_ms(statements),
+        estimated_hold_ms=hold_ms,
         tables=tuple(TableSize(table.shown, table.rows, table.bytes) for table in host.tables),
         adopted=host.adopted_names,
         server=host.server,
-        blockers=tuple(Watch(conn, oids_of(conn, messages.locks if messages else ())).blockers()),
+        blockers=tuple(Watch(conn, locked).blockers()),
         long_transactions=long,
         replicas=replicas,
         database_bytes=database_bytes,
@@ -540,11 +545,26 @@ def _about_room(database_bytes: int, folder: Path | None) -> Iterator[PlanNote]:
 
 
 _DDL_MS = 1.5  # measured for an operation that reads no rows
+_KEY_MS = 0.05  # measured for a foreign key to a table that is locked: the server reads each anew after a change
+
+_KEYS = sa.text("SELECT count(*) FROM pg_constraint WHERE contype = 'f' AND confrelid = ANY (CAST(:tables AS oid[]))")
 
 
-def _estimated_hold_ms(statements: Sequence[PlannedStatement]) -> float:
+def _estimated_hold_ms(statements: Sequence[PlannedStatement], keys: int) -> float:
     changes = [one.sql for one in statements if one.phase == "locked" and one.sql.startswith(("ALTER", "CREATE"))]
-    return round(_DDL_MS * sum(1 + change.count(", ADD ") for change in changes), 1)
+    return round(_DDL_MS * sum(1 + change.count(", ADD ") for change in changes) + _KEY_MS * keys, 1)
+
+
+def _about_keys(host: Host, keys: int, hold_ms: float) -> Iterator[PlanNote]:
+    """A note on more foreign keys to the app's tables than the usual stall budget allows."""
+    if hold_ms > STALL_BUDGET_MS:
+        budget_ms = math.ceil(hold_ms / STALL_BUDGET_MS) * 2 * STALL_BUDGET_MS
+        yield PlanNote(
+            "warning",
+            f"{keys:,} foreign keys refer to {' and '.join(table.shown for table in host.tables)}, and the work under "
+            f"the lock takes the longer the more there are: about {hold_ms:.0f} ms, and the stall budget is "
+            f"{STALL_BUDGET_MS} ms. Allow more: tallystick migrate apply --stall-budget-ms {budget_ms}",
+        )
 
 
 def sql(conn: sa.Connection | None, config: Config, *, stall_budget_ms: int = STALL_BUDGET_MS) -> str:

@@ -65,7 +65,8 @@ Phase = Literal["connecting", "waiting", "prepared", "locking", "applied", "undo
 _SHORT = "short transactions, one after the other"
 _SLOW = (
     "nobody who holds them, but what is done under the lock takes longer than the stall budget. Where nothing of yours "
-    "slows it down (an event trigger does), an open transaction has changed their privileges or definition"
+    "slows it down (an event trigger does, or thousands of foreign keys: see tallystick migrate plan), an open "
+    "transaction has changed their privileges or definition"
 )
 _NOTHING = "Nothing was changed"
 _PREPARED = (
