@@ -619,13 +619,14 @@ def test_the_column_of_addresses_may_go(make_app: Callable[..., App]) -> None:
 
 
 def test_an_adopted_column_that_is_gone_is_not_added(make_app: Callable[..., App]) -> None:
-    """The app's balances are in it, under another name."""
+    """The app's balances and deletions are in it, under another name."""
     app = make_app(
-        f"{UUID_USERS} ALTER TABLE users ADD credits integer NOT NULL DEFAULT 0",
+        f"{UUID_USERS} ALTER TABLE users ADD credits integer NOT NULL DEFAULT 0, ADD deleted_at timestamp",
         HostMapping(users=UsersTable(balance="credits"), workshops=None),
     )
     migrate.apply(app.url, app.config)
-    app.run("ALTER TABLE users RENAME credits TO points")
+    app.run("ALTER TABLE users RENAME credits TO points", "ALTER TABLE users RENAME deleted_at TO removed_at")
     with app.engine.connect() as conn:
         found = {one.where: one for one in migrate.status(conn, app.config).drift}
-    assert (found["public.users.credits"].found, found["public.users.credits"].remedy) == (None, "")
+    for name in ("credits", "deleted_at"):
+        assert (found[f"public.users.{name}"].found, found[f"public.users.{name}"].remedy) == (None, "")

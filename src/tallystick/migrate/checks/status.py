@@ -475,9 +475,11 @@ class _Remedies:
             # PostgreSQL's own name for one that has none
             name = str(constraint.name or f"{constraint.table.name}_pkey")
             self.made["constraint", name] = ddl.process(constraint)
-        # the app's balances are lost, or in a column of another name by now: an empty one would hide that
-        own = ("users", "credit_balance") in host.adopted
-        self.own_balance = f"{host.users.shown}.{host.balance}" if own else None
+        # what the app had in it is lost, or in a column of another name by now: an empty one would hide that
+        self.adopted = {
+            f"{host.by_word[word].shown}.{config.host.by_word[word].adoptable.get(ours, ours)}"
+            for word, ours in host.adopted
+        }
         self.of_the_app = {f"{table.schema}.{table.table}" for table in host.tables}
         for each in revisions():
             for statement in (text([made]) for made in (*each.prepare(names), *each.locked(names))):
@@ -510,7 +512,7 @@ class _Remedies:
                 parts = [f"{alter} {what}" if there else self.made.get((drift.kind, where), "")]
             case "rule":
                 parts = [f"DROP RULE {name} ON {table}"]
-            case "column" if not there and where in self.of_the_app and drift.where != self.own_balance:
+            case "column" if not there and where in self.of_the_app and drift.where not in self.adopted:
                 parts = [f"{alter} ADD {name} {drift.expected}"]
             case "trigger" if there.startswith(f"{drift.expected} DISABLED"):
                 parts = [f"{alter} ENABLE TRIGGER {name}"]
