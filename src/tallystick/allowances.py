@@ -151,9 +151,9 @@ class Allowances:
     def run(self, engine: sa.Engine, *, progress: OnProgress = ignore_progress) -> AllowanceRun:
         """Give all users their allowances, each in a transaction of its own.
 
-        A user whose allowance is refused, or whom another transaction has locked, does not stop the others; the result
-        has the reason. ``progress`` counts the users done. Run it again after an interruption: it skips the users who
-        have theirs.
+        A user whose allowance is refused, or whom another transaction has locked for some seconds (the connection's
+        ``lock_timeout``, else five), does not stop the others; the result has the reason. ``progress`` counts the users
+        done. Run it again after an interruption: it skips the users who have theirs.
 
         Raises:
             PermissionDenied: row level security hides users or rows of the ledger from this role.
@@ -169,6 +169,7 @@ class Allowances:
         for done, user in enumerate(self._users(engine), 1):
             try:
                 with transaction(engine) as conn:
+                    run(conn, _WAIT_FOR_SECONDS, {})
                     got += self.give(conn, user) is not None
             except (LedgerError, HostInterfered, Conflict, DBAPIError) as error:  # the last is a trigger's of the host
                 refused.append(RefusedAllowance(user, type(error).__name__, server_message(error)))
@@ -242,6 +243,11 @@ class Allowances:
         row = self.schema.credit_transactions.c
         keys = [_key(period, plan) for plan in self.plans.values() if plan.every == every]
         return row.user_id == self.schema.user_key(user), row.idempotency_key.in_(keys)
+
+
+_WAIT_FOR_SECONDS = sa.text("""
+    SELECT pg_catalog.set_config('lock_timeout', '5s', true) WHERE pg_catalog.current_setting('lock_timeout') = '0'
+""")
 
 
 def _now(conn: DbConnection) -> dt.datetime:
