@@ -75,6 +75,46 @@ def test_what_is_left_expires_as_a_row_and_a_balance_read_before_it_is_right(any
         assert ledger.balance(conn, user) == 1
 
 
+def test_every_answer_tells_the_balance_without_what_has_expired(any_world: World):
+    ledger, accounts, user = any_world.ledger, any_world.accounts, any_world.user(credits=3)
+    with any_world.engine.begin() as conn:
+        give(any_world, conn, user, 5, 10, "promotion")
+        open_, other = (ledger.start_purchase(conn, user, credits=1, description="A pack", key=key) for key in "ab")
+        ledger.hold(conn, user, credits=4, key="h", expires_in=dt.timedelta(days=30))
+    any_world.pass_time(days=11)
+    with any_world.engine.begin() as conn:
+        told = [
+            account.credit_balance
+            for account in (
+                accounts.get(conn, user),
+                accounts.complete_onboarding(conn, user),
+                accounts.reset_onboarding(conn, user),
+                accounts.set_plan_tier(conn, user, "pro"),
+                accounts.set_stripe_customer(conn, user, "cus_1"),
+                accounts.set_low_balance(conn, user, 2),
+                accounts.delete_user(conn, user),
+                accounts.restore_user(conn, user),
+                accounts.erase(conn, user),
+                accounts.restore_user(conn, user),
+            )
+        ]
+        told += [
+            row.balance
+            for row in (
+                ledger.start_purchase(conn, user, credits=1, description="A pack", key="c"),
+                ledger.start_purchase(conn, user, credits=1, description="A pack", key="c"),
+                ledger.attach_session(conn, user, open_.id, stripe_session_id="cs_1"),
+                ledger.attach_session(conn, user, open_.id, stripe_session_id="cs_1"),
+                ledger.fail_purchase(conn, user, purchase=other.id, reason="expired"),
+                ledger.fail_purchase(conn, user, purchase=other.id, reason="expired"),
+            )
+        ]
+        assert "expiry" not in {row.type for row in ledger.history(conn, user)}  # nothing of it is written yet
+        assert told == [4] * len(told)  # what the hold has set aside is kept
+        assert ledger.complete_purchase(conn, user, purchase=open_.id).balance == 5
+        assert ledger.complete_purchase(conn, user, purchase=open_.id).balance == 5
+
+
 def test_a_sweep_writes_what_nobody_touched_once(world: World):
     users = [world.user() for _ in range(5)]
     with world.engine.begin() as conn:

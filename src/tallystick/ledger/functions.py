@@ -15,6 +15,7 @@ Each file holds one function (or type) and reads as plain SQL but for its placeh
 ``{account}``              the columns of a user ``u``, in the order of ``tallystick.account_answer``
 ``{credits}``              the type of credits, and ``{credits_max}``, ``{credits_min}`` its range
 ``{balance}``              the balance of a user ``u``, and ``{balance_column}`` the column that holds it
+``{balance_now}``          the same without the credits that have expired since the last write
 ``{opened}``               where the app had balances before: gives ``account`` its opening balance first, if it has
                            none (``open_balance``); ``{opened_many}`` does so for all of ``user_ids``
 ``{due}``                  writes the expiries of ``account``, who is locked, and reads it again (``settle_due``)
@@ -217,7 +218,7 @@ class _Rendered:
 
 
 def _rendered(host: Any, revision: str) -> _Rendered:
-    names = ((name, value.as_string(None)) for name, value in names_of(host).items())
+    names = ((name, value.as_string(None)) for name, value in names_of(host, revision).items())
     return _render(tuple(names), revision, opens_balances=host.adopts_balance)
 
 
@@ -342,8 +343,8 @@ def _strict(function: Function, names: Mapping[str, Composable]) -> Composable:
     return with_names(_without_head(_text("strict", HEAD)), {**names, **of_it})
 
 
-def names_of(host: Any) -> dict[str, Composable]:
-    """The value of each placeholder."""
+def names_of(host: Any, revision: str = HEAD) -> dict[str, Composable]:
+    """The value of each placeholder, as of ``revision``."""
     users, workshops = host.users, host.workshops
     low, high = _CREDITS[host.credits]
     ledger = Identifier(host.ledger_schema, "credit_transactions")
@@ -353,6 +354,15 @@ def names_of(host: Any) -> dict[str, Composable]:
     # an adopted column may be of another type of number, and may hold nulls
     kept = "coalesce(u.{}, 0)::" + host.credits if host.adopts_balance else "u.{}"
     balance = SQL(kept).format(users.balance)
+    # NULL for a user without holds and lots, for whom nothing more is read
+    balance_now = (
+        SQL(
+            "CASE WHEN u.credit_due_at <= pg_catalog.clock_timestamp()"
+            " THEN (tallystick.balance(u.{})).balance ELSE {} END"
+        ).format(users.key, balance)
+        if revision >= "0002"
+        else balance
+    )
     shown = Identifier("tallystick", "workshops") if workshops is None else workshops.name
     key = Identifier("key") if workshops is None else workshops.key
     as_text = SQL("w.{}::text").format(key)
@@ -385,6 +395,7 @@ def names_of(host: Any) -> dict[str, Composable]:
         "status": Identifier(host.ledger_schema, "credit_transaction_status"),
         "credits": SQL(host.credits),
         "balance": balance,
+        "balance_now": balance_now,
         "balance_column": users.balance,
         "opened": SQL(_OPENED if host.adopts_balance else ""),
         "due": SQL(_DUE),
@@ -400,7 +411,7 @@ def names_of(host: Any) -> dict[str, Composable]:
         "account": SQL(
             "u.{}, {}, coalesce(u.onboarding_complete, false), u.{}::text, "
             "coalesce(u.plan_tier::text, 'free'), tallystick.utc(u.{}), tallystick.utc(u.{})"
-        ).format(users.key, balance, users.stripe_customer_id, users.updated_at, users.deleted_at),
+        ).format(users.key, balance_now, users.stripe_customer_id, users.updated_at, users.deleted_at),
         "search_path": SQL(", ").join([SQL("pg_catalog"), *of_types, SQL("pg_temp")]),
         "host_path": SQL(", ").join([SQL("pg_catalog"), *of_types, *map(Identifier, schemas), SQL("pg_temp")]),
         # an extension's type, as citext, brings its own operator

@@ -19,7 +19,7 @@ BEGIN
     RETURN tallystick.invalid_argument('stripe_payment_intent_id', 'a text of 1 to 255 characters');
   END IF;
 
-  SELECT u.{user_key} AS key, {balance} AS balance
+  SELECT u.{user_key} AS key, {balance_now} AS balance
     INTO account FROM {users} AS u WHERE u.{user_key} = attach_session.user_id FOR NO KEY UPDATE;
   IF NOT FOUND THEN
     answer.outcome := 'unknown_user';

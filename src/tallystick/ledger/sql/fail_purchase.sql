@@ -17,7 +17,7 @@ BEGIN
     RETURN tallystick.invalid_argument('reason', 'a text of 1 to 10000 characters');
   END IF;
 
-  SELECT u.{user_key} AS key, {balance} AS balance
+  SELECT u.{user_key} AS key, {balance_now} AS balance
     INTO account FROM {users} AS u WHERE u.{user_key} = fail_purchase.user_id FOR NO KEY UPDATE;
   IF NOT FOUND THEN
     answer.outcome := 'unknown_user';

@@ -32,7 +32,7 @@ BEGIN
   END IF;
 
   -- Without a lock but the foreign key's: two transactions may each start a purchase of one user, and complete it.
-  SELECT u.{user_key} AS key, {balance} AS balance, u.{user_deleted_at} AS deleted_at
+  SELECT u.{user_key} AS key, {balance_now} AS balance, u.{user_deleted_at} AS deleted_at
     INTO account FROM {users} AS u WHERE u.{user_key} = start_purchase.user_id;
   IF NOT FOUND THEN
     answer.outcome := 'unknown_user';
