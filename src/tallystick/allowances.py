@@ -131,9 +131,10 @@ class Allowances:
         """
         allowance = self.prices[paid.price]
         self.ledger.lock(conn, user)  # as in give
+        key = f"{_of_item(paid.item)}{paid.key}"
         given = self._given_paid(conn, user, paid.item, until=paid.period.end)
         credits = allowance.credits * paid.quantity - sum(amount for _, _, amount in given)
-        if paid.key in {key for _, key, _ in given} or credits <= 0:
+        if key in {key for _, key, _ in given} or credits <= 0:
             return None
         last = [] if given else [id for id, _, _ in self._given_paid(conn, user, paid.item, until=paid.period.start)]
         carried = min(allowance.rollover, self._expired_of(conn, last)) if last else 0
@@ -142,9 +143,9 @@ class Allowances:
             conn,
             user,
             credits=credits + carried,
-            key=paid.key,
+            key=key,
             description=f"Allowance of the plan {allowance.plan_tier} until {paid.period.end:%Y-%m-%d}{more}",
-            metadata={"allowance": credits, "carried_over": carried, "subscription_item": paid.item},
+            metadata={"allowance": credits, "carried_over": carried},
             expires_at=paid.period.end,
         )
 
@@ -225,7 +226,7 @@ class Allowances:
             row.user_id == self.schema.user_key(user),
             row.type == CreditTransactionType.GRANT,
             row.expires_at == until,
-            row.metadata["subscription_item"].as_string() == item,
+            sa.func.starts_with(row.idempotency_key, _of_item(item)),
         )
         return [(id, key, int(credits)) for id, key, credits in run(conn, given, {})]
 
@@ -254,6 +255,11 @@ def _now(conn: DbConnection) -> dt.datetime:
     """The present moment, by the server's clock."""
     now: dt.datetime = run(conn, sa.select(sa.func.clock_timestamp()), {}).scalar_one()
     return now
+
+
+def _of_item(item: str) -> str:
+    """The beginning of the keys of a subscription's item: ``Accounts.erase`` removes metadata, and no key of ours."""
+    return f"tallystick:allowance:item:{item}:"
 
 
 def _key(period: Period, allowance: Allowance) -> str:

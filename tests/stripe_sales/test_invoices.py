@@ -190,3 +190,15 @@ def test_a_key_that_changes_meanwhile_is_in_nobodys_way(subscribers: Subscribers
     [event] = shop.events("invoice.paid")
     user, [received] = while_the_key_changes(shop, user, lambda: shop.deliver(event))
     assert (str(received.outcome), shop.balance(user), shop.findings()) == ("granted", 10, [])
+
+
+def test_an_erased_user_who_is_back_gets_no_period_twice(subscribers: Subscribers) -> None:
+    user, customer = subscribers.user()
+    subscribers.paid(customer, subscribers.line("basic"))
+    shop, accounts = subscribers.shop, subscribers.shop.world.accounts
+    with shop.engine.begin() as conn:
+        accounts.erase(conn, user)
+        accounts.restore_user(conn, user)
+        accounts.set_stripe_customer(conn, user, customer)
+    up(subscribers, customer)
+    assert shop.rows(user) == [("grant", 10), ("grant", 90)]

@@ -195,7 +195,7 @@ def _paid(invoice: Object, line: Object) -> Paid:
         quantity=1 if line["quantity"] is None else line["quantity"],
         item=parent.get("subscription_item") or invoice["id"],
         period=Period(start, end),
-        key=f"stripe:{invoice['id']}:{line['id']}",
+        key=f"{invoice['id']}:{line['id']}",
     )
 
 
