@@ -425,6 +425,19 @@ def test_a_refused_purchase_leaves_the_transaction_of_a_testcase_as_it_is(django
     assert django_shop.balance(user.email) == 0
 
 
+def test_stripe_refuses_the_sale(django_shop: DjangoShop, caplog: pytest.LogCaptureFixture) -> None:
+    client = django_shop.client(django_shop.user())
+    django_shop.double.fault("POST", "/v1/checkout/sessions", 401, times=2)
+    page, answer = (
+        client.post("/billing/checkout", {"pack": "Flight Crew"}, headers={"Accept": accepts})
+        for accepts in ("text/html", "application/json")
+    )
+    assert (page.status_code, answer.status_code) == (503, 503)
+    assert "The payment provider refused this" in page.content.decode()
+    assert answer.json()["type"].endswith("payment-provider-refused")
+    assert "Check STRIPE_SECRET_KEY" in caplog.text
+
+
 def test_a_user_whom_the_ledger_does_not_know(django_shop: DjangoShop) -> None:
     from django.contrib import admin
     from django.contrib.auth.models import User

@@ -383,6 +383,21 @@ def test_stripe_is_away_before_buying(shop: Shop) -> None:
     assert len(shop.get(user, "/billing/api/history").json()["rows"]) == 1
 
 
+def test_stripe_refuses_the_sale(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+    user = shop.world.user()
+    shop.double.fault("POST", "/v1/checkout/sessions", 401, times=2)  # the key was rolled
+    answer = shop.post(user, "/billing/api/checkout", json={"pack": "Flight Crew"})
+    page = shop.post(user, "/billing/checkout", data={"pack": "Flight Crew"}, headers=HTML)
+    assert (answer.status_code, page.status_code) == (503, 503)
+    assert answer.json()["type"].endswith("payment-provider-refused")
+    for told in (answer.json()["detail"], page.text):
+        assert "Nothing was charged now. What you have paid for is not lost. We have been told." in told
+        assert "STRIPE_SECRET_KEY" not in told
+    assert answer.json()["reference"] in caplog.text
+    assert caplog.text.count("Stripe refused (401)") >= 2  # for the operator
+    assert "Check STRIPE_SECRET_KEY" in caplog.text
+
+
 def test_nothing_is_written_when_stripe_is_away_from_the_start(shop: Shop) -> None:
     user = shop.world.user()
     shop.double.fault("GET", "/v1/prices/*", 503, times=3)

@@ -68,8 +68,10 @@ MEANINGS: Final[Mapping[type[TallystickError], Meaning]] = {
     errors.OutcomeUnknown: Meaning(503, "outcome-unknown", retry_after_s=1),
     errors.DatabaseUnavailable: Meaning(503, "unavailable", retry_after_s=5),
     errors.StripeUnavailable: Meaning(503, "payment-provider-unavailable", retry_after_s=5),
+    errors.StripeRefused: Meaning(503, "payment-provider-refused"),
     errors.StripeNotConfigured: Meaning(503, "not-on-sale"),
     errors.PackMismatch: Meaning(503, "not-on-sale"),
+    errors.ReturnAddressRefused: Meaning(503, "not-on-sale"),
     TallystickError: Meaning(500, "server-error"),
 }
 """The only table; ``docs/web.md`` shows it, and a test compares the two."""
