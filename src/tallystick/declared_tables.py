@@ -365,6 +365,7 @@ stripe_reversals = Table(
     Column("credits", sa.BigInteger),
     Column("status", sa.Text, nullable=False),
     Column("status_rank", sa.SmallInteger, nullable=False),
+    Column("stated_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
     Column("applied", sa.Text, nullable=False, server_default=sa.text("'none'")),
     Column("seen_at", pg.TIMESTAMP(timezone=True), nullable=False, server_default=sa.text("now()")),
     CheckConstraint("kind IN ('refund', 'dispute')", name="stripe_reversals_kind"),
@@ -372,8 +373,9 @@ stripe_reversals = Table(
     # the reversals of a purchase
     Index("stripe_reversals_payment_intent", "stripe_payment_intent_id"),
 )
-"""Stripe's refunds and disputes by id. ``status_rank`` orders the status and only grows. ``charge_amount`` is the whole
-of which ``amount`` is a part, where that is not the purchase's amount. ``credits`` are those in the object's metadata.
+"""Stripe's refunds and disputes by id. ``status_rank`` orders the status and only grows; of two with the same rank, the
+one that Stripe stated later counts, at ``stated_at``. ``charge_amount`` is the whole of which ``amount`` is a part,
+where that is not the purchase's amount. ``credits`` are those in the object's metadata.
 ``applied`` is what the ledger has taken for it: nothing, its share, or these credits."""
 
 stripe_failed_deliveries = Table(

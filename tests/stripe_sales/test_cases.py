@@ -1023,6 +1023,51 @@ def test_dispute_won_and_reinstated(shop: Shop):
     assert shop.balance(user) == 0
 
 
+LOST, WON, LOST_AGAIN = ("refund", -97), ("grant", 97), ("refund", -97)
+
+
+@pytest.mark.parametrize(
+    ("decisions", "order", "rows"),
+    [
+        (["lost", "won"], [0, 1], [LOST, WON]),
+        (["lost", "won"], [1, 0], []),
+        (["won", "lost"], [0, 1], [LOST]),
+        (["won", "lost"], [1, 0], [LOST]),
+        (["lost", "won", "lost"], [0, 1, 2], [LOST, WON, LOST_AGAIN]),
+        (["lost", "won", "lost"], [0, 2, 1], [LOST]),
+        (["lost", "won", "lost", "won"], [0, 1, 2, 3], [LOST, WON, LOST_AGAIN, WON]),
+    ],
+)
+def test_the_later_decision_of_a_dispute_counts(
+    shop: Shop, decisions: list[str], order: list[int], rows: list[tuple[str, int]]
+):
+    user, started = bought(shop)
+    dispute = shop.dev.dispute(shop.intent(started))
+    shop.dev.drop(shop.events())
+    for decision in decisions:
+        shop.dev.advance(60)
+        shop.dev.move_dispute(dispute["id"], decision)
+    events = shop.events("charge.dispute.closed")
+    assert {one.status for one in shop.deliver(*(events[number] for number in order))} == {200}
+    assert shop.rows(user) == [("purchase", 97), *rows]
+    shop.deliver_all()  # those of the same moments, late
+    assert shop.rows(user) == [("purchase", 97), *rows]
+    assert not stripe.reconcile(shop.engine, shop.config).changed
+    with shop.engine.begin() as conn:
+        assert audit(conn, shop.config).clean
+
+
+def test_a_later_decision_that_no_webhook_told_is_found(shop: Shop):
+    user, started = bought(shop)
+    dispute = shop.dev.dispute(shop.intent(started))
+    shop.dev.move_dispute(dispute["id"], "lost")
+    shop.deliver_all()
+    shop.dev.move_dispute(dispute["id"], "won")
+    shop.dev.drop(shop.events())
+    assert stripe.reconcile(shop.engine, shop.config).changed
+    assert shop.rows(user) == [("purchase", 97), LOST, WON]
+
+
 def test_an_inquiry_that_became_a_dispute(shop: Shop):
     user, started = bought(shop)
     dispute = shop.dev.dispute(shop.intent(started), inquiry=True)

@@ -76,9 +76,12 @@ class Effects:
             conn, session["id"], lambda: self.store.fulfil(conn, session, failed=failed)
         )
 
-    def reversal(self, stated: Object) -> Effect | None:
-        """The effect of a refund or dispute, after completing a purchase that was missed; None if it is not ours."""
-        reversal = Reversal.of(stated)
+    def reversal(self, stated: Object, *, stated_at: dt.datetime | None = None) -> Effect | None:
+        """The effect of a refund or dispute, after completing a purchase that was missed; None if it is not ours.
+
+        ``stated_at`` is the time of the event that has it; None for one that was read from Stripe.
+        """
+        reversal = Reversal.of(stated, stated_at=stated_at)
         if reversal is None:
             return None
         intent = reversal.payment_intent

@@ -4,7 +4,7 @@ Objects come as Stripe's JSON, from an event, from the success page or from reco
 number of times. The end state is the same, because of three rules:
 
 - a purchase moves forward only (paid beats failed, and nothing beats paid);
-- a refund or dispute is stored by its id, with a status that moves forward only;
+- a refund or dispute is stored by its id, with a status that moves forward only; of two decisions the later counts;
 - both determine the credits that a purchase keeps, and the difference to the ledger is appended.
 
 Locks are taken in one order: the payment intent, then the user. While both are held, rows that were read stay the same.
@@ -47,7 +47,7 @@ PENDING, COMPLETED, FAILED = CreditTransactionStatus
 
 PAID = ("paid", "no_payment_required")
 
-# A status replaces those with a lower number; of two with the same number the first one stays.
+# A status replaces those with a lower number; of two with the same number the one that Stripe stated later counts.
 REFUND_RANK = {"pending": 0, "requires_action": 0, "succeeded": 1, "failed": 2, "canceled": 2}
 DISPUTE_RANK = {
     "warning_needs_response": 0,
@@ -156,7 +156,8 @@ class Reversal:
     """The fields of a refund or dispute that the ledger needs. ``amount`` is in minor units.
 
     ``credits`` is the number in its metadata: the credits that it takes, whatever its amount. ``charge_amount`` is the
-    whole payment in the reversal's own currency, if the purchase's amount is not in it.
+    whole payment in the reversal's own currency, if the purchase's amount is not in it. ``stated_at`` is the time of
+    the event that states all this; None for an object that was just read from Stripe.
     """
 
     id: str
@@ -168,9 +169,10 @@ class Reversal:
     charge: str | None = None
     credits: int | None = None
     charge_amount: int | None = None
+    stated_at: dt.datetime | None = None
 
     @classmethod
-    def of(cls, stated: Object) -> Reversal | None:
+    def of(cls, stated: Object, *, stated_at: dt.datetime | None = None) -> Reversal | None:
         """Read Stripe's refund or dispute; None for one without a payment intent, which is never ours."""
         intent = id_of(stated.get("payment_intent"))
         if intent is None:
@@ -186,6 +188,7 @@ class Reversal:
             status=stated["status"] or "pending",
             charge=id_of(stated.get("charge")),
             credits=int(mark) if re.fullmatch("[0-9]{1,15}", mark) else None,
+            stated_at=stated_at,
         )
 
     @property
@@ -553,7 +556,11 @@ class Store:
                 self.record_finding(conn, kind, session["id"], purchase=purchase.id, expected=wanted, found=found)
 
     def _store_reversal(self, conn: DbConnection, reversal: Reversal) -> None:
-        """Store it by id. Its status moves forward only; its credits and the charge's amount stay once known."""
+        """Store it by id. Its status moves forward only; its credits and the charge's amount stay once known.
+
+        Of two statuses with the same rank, as ``lost`` and ``won``, the one counts that Stripe stated later. What was
+        read from Stripe is later than any event so far.
+        """
         row = stripe_reversals.c
         new = pg.insert(stripe_reversals).values(
             id=reversal.id,
@@ -565,12 +572,21 @@ class Store:
             credits=reversal.credits,
             status=reversal.status,
             status_rank=reversal.status_rank,
+            stated_at=reversal.stated_at or sa.func.clock_timestamp(),
         )
-        is_newer = row.status_rank < new.excluded.status_rank
+        is_later = sa.true() if reversal.stated_at is None else row.stated_at < new.excluded.stated_at
+        is_newer = sa.or_(
+            row.status_rank < new.excluded.status_rank,
+            sa.and_(row.status_rank == new.excluded.status_rank, is_later),
+        )
         forward = {
             name: sa.case((is_newer, new.excluded[name]), else_=row[name])
             for name in ("amount", "status", "status_rank")
         }
+        # the clocks of Stripe and of this server differ
+        forward["stated_at"] = sa.case(
+            (is_newer, sa.func.greatest(row.stated_at, new.excluded.stated_at)), else_=row.stated_at
+        )
         known = {name: sa.func.coalesce(row[name], new.excluded[name]) for name in ("charge_amount", "credits")}
         run(conn, new.on_conflict_do_update(index_elements=["id"], set_=forward | known), {})
 
@@ -613,7 +629,8 @@ class Store:
             if wanted != "none":
                 reversed_shares[one.id] = ReversedShare(share or Fraction(), one.credits)
             after = credits_kept(purchase.amount, reversed_shares.values(), rounding)
-            outcome = self._move_to(conn, purchase, before, after, key=f"stripe:{one.id}:{_STEPS[wanted]}") or outcome
+            key = f"stripe:{one.id}:{_STEPS[wanted]}:{one.stated_at.timestamp():.0f}"
+            outcome = self._move_to(conn, purchase, before, after, key=key) or outcome
             run(conn, sa.update(stripe_reversals).where(row.id == one.id).values(applied=wanted), {})
         return outcome
 
@@ -719,7 +736,7 @@ def _reversals(schema: Schema) -> sa.Select[Any]:
         users.key == sa.bindparam("p_user", type_=users.key.type), users.deleted_at.is_not(None)
     )
     buyer = sa.select(deleted.label("is_deleted")).subquery()
-    columns = (row.id, row.amount, row.currency, row.charge_amount, row.credits, row.status, row.applied)
+    columns = (row.id, row.amount, row.currency, row.charge_amount, row.credits, row.status, row.applied, row.stated_at)
     of_payment = row.stripe_payment_intent_id == sa.bindparam("p_intent", type_=sa.Text())
     return (
         sa.select(buyer, *columns)
@@ -754,7 +771,7 @@ def _expired_unsettled(schema: Schema) -> sa.Select[Any]:
 
 
 _STEPS = {"none": "given back", "share": "taken back", "marked": "marked"}
-"""The name of a value of ``stripe_reversals.applied`` in the ledger's keys; each step is taken at most once."""
+"""The name of a value of ``stripe_reversals.applied`` in the ledger's keys, before the time of Stripe's statement."""
 
 
 def _chosen_credits(purchase: CreditTransaction, session: Object, terms: Terms | None) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import logging
 from collections.abc import Callable, Collection
@@ -71,11 +72,15 @@ def effect_of_event(effects: Effects, event: Object) -> Effect | None:
     """The effect of an event, which also stores the event's id so that it happens once; None for no event of ours."""
     handler = HANDLERS.get(event["type"])
     stated: Object | None = event["data"]["object"]
+    # without a time: a failed delivery, whose object was read from Stripe now
+    stated_at = dt.datetime.fromtimestamp(event["created"], dt.UTC) if "created" in event else None
     if handler is not None and stated is not None and event["api_version"] != API_VERSION:
-        stated = effects.retrieve(stated)
+        stated, stated_at = effects.retrieve(stated), None
     if handler is None or stated is None:
         return None
-    object_id, effect = stated["id"], handler(effects, stated)
+    object_id = stated["id"]
+    is_reversal = handler is Effects.reversal
+    effect = effects.reversal(stated, stated_at=stated_at) if is_reversal else handler(effects, stated)
 
     def once(conn: sa.Connection) -> Outcome:
         if not effects.store.record_event(conn, event["id"], event["type"], object_id):

@@ -279,6 +279,7 @@ DISPUTE_STEPS = {
     ("warning_needs_response", "needs_response"), ("warning_under_review", "warning_closed"),
     ("warning_under_review", "needs_response"), ("needs_response", "under_review"),
     ("needs_response", "won"), ("needs_response", "lost"), ("under_review", "won"), ("under_review", "lost"),
+    ("won", "lost"), ("lost", "won"),
 }  # fmt: skip
 MONEY = {"needs_response": "funds_withdrawn", "won": "funds_reinstated"}
 
@@ -296,7 +297,8 @@ def test_steps_of_a_dispute(dev: DevStripe, client: stripe.StripeClient, intent:
         assert event_types(client) == before
         return
     dev.move_dispute(dispute, to)
-    expected = ["updated", *([MONEY[to]] if to in MONEY else [])]
+    money = MONEY | ({"lost": "funds_withdrawn"} if start == "won" else {})
+    expected = ["updated", *([money[to]] if to in money else [])]
     expected += ["closed"] if to in ("won", "lost", "warning_closed") else []
     assert event_types(client)[len(before) :] == [f"charge.dispute.{name}" for name in expected]
 

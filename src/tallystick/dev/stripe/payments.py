@@ -47,8 +47,8 @@ DISPUTE_STEPS: Final[dict[str, set[str]]] = {
     "needs_response": {"under_review", "won", "lost"},
     "under_review": {"won", "lost"},
     "warning_closed": set(),
-    "won": set(),
-    "lost": set(),
+    "won": {"lost"},  # a second decision, of the card network
+    "lost": {"won"},
 }
 
 
@@ -605,7 +605,7 @@ def move_dispute(account: StripeAccount, dispute: Object, status: str) -> Object
     previous = {"status": dispute["status"]}
     dispute["status"] = status
     moved = None
-    if status == "needs_response":
+    if status == "needs_response" or (previous["status"], status) == ("won", "lost"):
         _withdraw(account, dispute)
         moved = "charge.dispute.funds_withdrawn"
     elif status == "won":
@@ -615,7 +615,7 @@ def move_dispute(account: StripeAccount, dispute: Object, status: str) -> Object
     account.emit("charge.dispute.updated", dispute, previous)
     if moved:
         account.emit(moved, dispute)
-    if not DISPUTE_STEPS[status]:
+    if status in ("won", "lost", "warning_closed"):
         account.emit("charge.dispute.closed", dispute, previous)
     return dispute
 

@@ -226,6 +226,7 @@ CREATE TABLE tallystick.stripe_reversals (
   credits bigint,
   status text NOT NULL,
   status_rank smallint NOT NULL,
+  stated_at timestamptz NOT NULL DEFAULT now(),
   applied text NOT NULL DEFAULT 'none',
   seen_at timestamptz NOT NULL DEFAULT now(),
   CONSTRAINT stripe_reversals_pkey PRIMARY KEY (id),
