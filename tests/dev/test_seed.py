@@ -727,6 +727,28 @@ CREATE TABLE workshops (
 """
 
 
+def test_names_with_commas_and_newlines(host_app: Callable[..., World]) -> None:
+    users = UsersTable(table="the\nusers, all", key="i,d\n", email="e\n,mail")
+    workshops = WorkshopsTable(
+        table="work\nshops, all", key="i,d\n", owner="of,\nuser", title="ti\ntle,", created_at="at,\n"
+    )
+    world = host_app(
+        """
+        CREATE TABLE "the\nplans, all" ("na,\nme" text PRIMARY KEY);
+        INSERT INTO "the\nplans, all" VALUES ('free');
+        CREATE TABLE "the\nusers, all" ("i,d\n" uuid PRIMARY KEY, "e\n,mail" text UNIQUE,
+          "pl\na,n" text NOT NULL REFERENCES "the\nplans, all");
+        CREATE TABLE "work\nshops, all" ("i,d\n" uuid PRIMARY KEY, "ti\ntle," text, "at,\n" timestamptz,
+          "of,\nuser" uuid NOT NULL REFERENCES "the\nusers, all", UNIQUE ("of,\nuser", "i,d\n"));
+        """,
+        HostMapping(users=users, workshops=workshops),
+    )
+    before = every_row(world)
+    assert set(outcomes(seed_world(world)).values()) == {"created"}
+    reset_world(world)
+    assert every_row(world) == before
+
+
 def test_keys_that_the_host_generates_always(host_app: Callable[..., World]) -> None:
     big = HostMapping(users=UsersTable(key_type="bigint"), workshops=WorkshopsTable(key_type="bigint"))
     world = host_app(IDENTITY, big)

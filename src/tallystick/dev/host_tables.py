@@ -36,6 +36,18 @@ _KEY_RULES = sa.text("""
 """)
 """Names of the CHECK constraints of a table's key, also of those of its domain."""
 
+_REFERENCES = sa.text("""
+    SELECT c.conname::text AS name, n.nspname::text AS referred_schema, t.relname::text AS referred_table,
+      ARRAY(SELECT a.attname::text FROM unnest(c.conkey) WITH ORDINALITY AS k (number, place)
+        JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attnum = k.number ORDER BY k.place) AS constrained_columns,
+      ARRAY(SELECT a.attname::text FROM unnest(c.confkey) WITH ORDINALITY AS k (number, place)
+        JOIN pg_attribute a ON a.attrelid = c.confrelid AND a.attnum = k.number ORDER BY k.place) AS referred_columns
+    FROM pg_constraint c JOIN pg_class t ON t.oid = c.confrelid JOIN pg_namespace n ON n.oid = t.relnamespace
+    WHERE c.contype = 'f' AND c.conrelid = to_regclass(quote_ident(:schema) || '.' || quote_ident(:table))
+    ORDER BY c.conname
+""")
+"""The foreign keys of a table. SQLAlchemy's inspector reads none whose names have a comma or a newline."""
+
 _NAMESPACE = uuid.UUID("5eed7a11-0000-5000-8000-000000000000")
 
 
@@ -238,10 +250,7 @@ class _HostTable:
         required = {column["name"] for column in columns if _must_be_given(column)}
         # a constant default of a unique column is good for one row only
         required |= {c["name"] for c in columns if c["name"] in alone and c["default"] and "(" not in c["default"]}
-        keys: list[Any] = [
-            {**key, "referred_schema": key["referred_schema"] or inspector.default_schema_name}
-            for key in inspector.get_foreign_keys(**where)
-        ]
+        keys: list[Any] = list(conn.execute(_REFERENCES, mapped).mappings())
         # rows that only one user references are made with it
         self.parents = [
             _Parent.of(conn, key)
