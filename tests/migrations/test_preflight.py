@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 import sqlalchemy as sa
 from hosts import App
+from starlette.testclient import TestClient
 
-from tallystick import Config, HostMapping, Ledger, UsersTable, WorkshopsTable, migrate
+from tallystick import Config, HostMapping, Ledger, UsersTable, WorkshopsTable, migrate, stripe
 from tallystick.allowances import Allowances
 from tallystick.audit import audit
 from tallystick.config import Allowance
@@ -22,6 +24,8 @@ from tallystick.errors import (
     TallystickError,
 )
 from tallystick.schema import verify
+from tallystick.web.console import LocalLink, console
+from tallystick.web.console.queries import Queries
 
 ALONE = HostMapping(workshops=None)
 FOREIGN_SERVER = "CREATE FOREIGN DATA WRAPPER none; CREATE SERVER elsewhere FOREIGN DATA WRAPPER none;"
@@ -407,6 +411,30 @@ class TestPrivileges:
                 audit(conn, app.config)
             assert f"hides rows of {table} from {role}, so whether the balances follow from" in str(caught.value)
             assert "Run this as postgres, which owns it, or as a role with BYPASSRLS" in str(caught.value)
+            app.run(f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY")
+
+    def test_what_policies_hide_from_another_role_is_neither_counted_nor_reconciled(self, app: App, role: str) -> None:
+        migrate.apply(app.url, app.config)
+        app.run(
+            f"GRANT USAGE ON SCHEMA tallystick TO {role}",
+            f"GRANT SELECT ON ALL TABLES IN SCHEMA public, tallystick TO {role}",
+        )
+        ours = self.as_role(app, role)
+        selling = ours.config.model_copy(update={"stripe_secret_key": "sk_test_1"})
+        link, at = LocalLink(), "http://127.0.0.1:8420"
+        visitor = TestClient(console(ours.config, engine=ours.engine, sign_in=link, address=at), base_url=at)
+        visitor.get("/enter", params={"token": link.token})
+        assert visitor.get("/").status_code == 200
+        for table in ("public.users", "public.credit_transactions", "tallystick.stripe_reversals"):
+            app.run(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
+            refused = f"hides rows of {table} from {role}, so what"
+            with pytest.raises(PermissionDenied, match=refused):
+                stripe.reconcile(ours.engine, selling)
+            with pytest.raises(PermissionDenied, match=refused):
+                Queries(ours.config, ours.engine).figures(dt.datetime.now(dt.UTC))
+            page = visitor.get("/")
+            assert page.status_code == 503
+            assert refused in page.text
             app.run(f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY")
 
     def test_balances_that_policies_hide_are_not_cut_over(self, make_app: Callable[..., App], role: str) -> None:

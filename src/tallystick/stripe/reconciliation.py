@@ -18,7 +18,7 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from tallystick.config import Config
-from tallystick.database import run, server_message, transaction
+from tallystick.database import refuse_hidden_rows, run, server_message, transaction
 from tallystick.declared_tables import stripe_checkouts, stripe_events, stripe_reconciliations, stripe_reversals
 from tallystick.errors import InvalidArgument, PurchaseNotPending, StripeRefused
 from tallystick.ledger import CreditTransaction
@@ -98,6 +98,7 @@ def reconcile(
         InvalidArgument: ``since`` has no time zone.
         StripeNotConfigured, StripeRefused: Stripe refuses the key. A refusal of one object is a finding.
         StripeUnavailable, DatabaseError: run it again; it resumes.
+        PermissionDenied: row level security hides rows from this role.
     """
     if since is not None and since.tzinfo is None:
         raise InvalidArgument.of("since", since, "pass a time with a time zone")
@@ -363,7 +364,11 @@ class _Reconciling:
         """Resume an interrupted run, or start one."""
         row = stripe_reconciliations.c
 
+        schema = self.effects.store.schema
+        tables = schema.users, schema.credit_transactions, stripe_checkouts, stripe_events, stripe_reversals
+
         def work(conn: sa.Connection) -> tuple[dt.datetime | None, str | None, str | None]:
+            refuse_hidden_rows(conn, [(table.schema or "", table.name) for table in tables], "what differs from Stripe")
             interrupted = sa.and_(row.finished_at.is_(None), row.started_at > sa.func.now() - RESUMED_WITHIN)
             newest = sa.select(row.id, row.since, row.stage, row.position, interrupted.label("interrupted"))
             last = run(conn, newest.order_by(row.id.desc()).limit(1), {}).one_or_none()

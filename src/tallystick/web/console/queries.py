@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.config import TEXT_KEYS, Config
-from tallystick.database import Standby, standby, transaction, with_known_settings
+from tallystick.database import Standby, refuse_hidden_rows, standby, transaction, with_known_settings
 from tallystick.declared_tables import (
     Schema,
     daily_sums,
@@ -344,6 +344,12 @@ class Queries:
         with self.reading() as conn:
             return standby(conn)
 
+    def require_all_rows(self) -> None:
+        """Raise PermissionDenied if row level security hides rows that the overview counts or adds up."""
+        tables = self.schema.users, self.schema.credit_transactions, daily_sums, kept_days, stripe_reversals
+        with self.reading() as conn:
+            refuse_hidden_rows(conn, [(table.schema or "", table.name) for table in tables], "what there is in all")
+
     # --- users ---
 
     def sizes(self) -> tuple[Count, Count]:
@@ -568,7 +574,12 @@ class Queries:
     # --- sums, too slow for a request ---
 
     def figures(self, now: dt.datetime) -> Figures:
-        """The sums of the overview as of ``now``. Reads the rows of days that are not closed, and all users."""
+        """The sums of the overview as of ``now``. Reads the rows of days that are not closed, and all users.
+
+        Raises:
+            PermissionDenied: row level security hides rows from this role.
+        """
+        self.require_all_rows()
         today = now.astimezone(dt.UTC).date()
         first = today - dt.timedelta(days=2 * DAYS - 1)
         with self.reading(timeout_ms=SUM_TIMEOUT_MS) as conn:

@@ -197,6 +197,7 @@ class _Console:
 
     def overview(self, request: Request) -> Response:
         queries = self.reading(request)
+        queries.require_all_rows()
         state = self.audit.state
         _, rows = queries.sizes()
         if state.at is None and not state.running and rows.number <= AUDIT_UNASKED_ROWS:
