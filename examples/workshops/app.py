@@ -126,7 +126,7 @@ def create_app(config: Config, engine: sa.Engine) -> FastAPI:
 
     async def paid_for(request: Request, step: int, user: Annotated[UUID, Depends(billing.signed_in)]) -> None:
         if step > FREE:
-            await billing.requires_open_workshop(request, user)
+            await billing.require_open(user, request.path_params["workshop"])
 
     @app.get("/workshops/{workshop}/steps/{step}", dependencies=[Depends(paid_for)])  # noqa: FAST003 - in Where
     def show_step(request: Request, where: Annotated[Where, Depends()], user: User, conn: Conn, ours: Ours) -> Response:
@@ -137,7 +137,8 @@ def create_app(config: Config, engine: sa.Engine) -> FastAPI:
         if title is None or not 1 <= where.step <= len(STEPS):
             raise HTTPException(404)
         page = {"where": where, "title": title, "steps": STEPS, "billing": ours}
-        return templates.TemplateResponse(request, "step.html", page)
+        # behind a credit: no shared cache may give it to another user
+        return templates.TemplateResponse(request, "step.html", page, headers={"Cache-Control": "private"})
 
     @app.get("/sign-in")
     def ask_who(request: Request, next: str = "/") -> HTMLResponse:  # noqa: A002 - the name in the address

@@ -49,7 +49,9 @@ def test_a_workshop_is_paid_for_once(make_site: Callable[..., Site], shape: str)
     assert first["transaction"]["id"] == again["transaction"]["id"]
 
     assert site.get(user, f"{about}/access").json()["reason"] == "unlocked"
-    assert site.get(user, f"/paid/{workshop}").json() == "unlocked"
+    opened = site.get(user, f"/paid/{workshop}")
+    assert opened.json() == "unlocked"
+    assert (opened.headers["cache-control"], opened.headers["vary"]) == ("private", "Cookie")
     assert site.get(user, "/billing/api/balance").json() == {
         "balance": 2, "held": 0, "available": 2, "expiring": [], "plan_tier": "free",
     }  # fmt: skip
@@ -117,7 +119,9 @@ def test_a_host_without_workshops(make_site: Callable[..., Site]) -> None:
     site = make_site("alone")
     user = site.world.user(credits=2)
     assert site.get(user, "/billing/api/balance").json()["balance"] == 2
-    assert site.get(user, "/report").json() == 2
+    report = site.get(user, "/report")
+    assert report.json() == 2
+    assert (report.headers["cache-control"], report.headers["vary"]) == ("private", "Cookie")
     assert site.post(user, "/billing/api/workshops/1/unlock").status_code == 404
     assert "/billing/api/workshops/{workshop}/unlock" not in site.app.openapi()["paths"]
 

@@ -87,7 +87,10 @@ class Billing(APIRouter):
 
         self.signed_in: Callable[..., Coroutine[Any, Any, Key]] = signed_in
 
-        async def requires_open_workshop(request: Request, user: Annotated[Key, Depends(signed_in)]) -> Access:
+        async def requires_open_workshop(
+            request: Request, response: Response, user: Annotated[Key, Depends(signed_in)]
+        ) -> Access:
+            _keep_from_shared_caches(response)
             return await self.require_open(user, request.path_params["workshop"])
 
         self.requires_open_workshop: Callable[..., Coroutine[Any, Any, Access]] = requires_open_workshop
@@ -112,7 +115,8 @@ class Billing(APIRouter):
         with one credit, and only one of them gets it.
         """
 
-        async def requires_credit(user: Annotated[Key, Depends(self.signed_in)]) -> int:
+        async def requires_credit(response: Response, user: Annotated[Key, Depends(self.signed_in)]) -> int:
+            _keep_from_shared_caches(response)
             return await self.database.run(lambda conn: self._paywall.require_credits(conn, user, amount))
 
         return requires_credit
@@ -177,6 +181,15 @@ class Billing(APIRouter):
             LedgerError: as ``Ledger.consume``, such as InsufficientCredits or WorkshopDeleted.
         """
         return await self.database.run(lambda conn: self._paywall.unlock(conn, user, workshop, key=key))
+
+
+def _keep_from_shared_caches(response: Response) -> None:
+    """Mark the answer of a route behind a credit: a shared cache must not give it to users without the credit.
+
+    FastAPI leaves these headers out where the route returns a response of its own.
+    """
+    response.headers["Cache-Control"] = "private"
+    response.headers.add_vary_header("Cookie")
 
 
 __all__ = ["Billing", "CurrentUser", "Fragments", "Preview", "Workshop"]
