@@ -144,6 +144,19 @@ def test_a_change_of_plan_gives_the_difference_and_takes_nothing(db: TestDatabas
     assert give(db, allowances, user) == 120  # both of the last month's grants are carried over, up to the cap
 
 
+def test_what_went_to_another_account_and_came_back_is_carried_over(db: TestDatabase, allowances: Allowances) -> None:
+    user, other = plan(db, allowances, "pro"), db.user()
+    assert give(db, allowances, user) == 100
+    with engine_of(db).begin() as conn:
+        for first, then in ((user, other), (other, user)):
+            allowances.ledger.merge(conn, first, into=then, key="m")
+            allowances.accounts.restore_user(conn, first)
+        allowances.ledger.consume(conn, user, credits=93, key="c")
+    now = db.clock.now().astimezone(dt.UTC)
+    db.clock.advance(seconds=(Period.of(now, "month").end - now).total_seconds() + 60)
+    assert [give(db, allowances, each) for each in (user, other)] == [107, 5]
+
+
 def test_a_paid_period_carries_over_what_the_item_had_left(db: TestDatabase) -> None:
     price = "price_1"
     paid_for = Allowances(

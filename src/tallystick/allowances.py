@@ -211,11 +211,10 @@ class Allowances:
         return self._expired_of(conn, run(conn, gave, {}).scalars().all())
 
     def _expired_of(self, conn: DbConnection, grants: Sequence[UUID]) -> int:
+        """The credits of grants that expired, also where merges moved them to another account and back."""
         row = self.schema.credit_transactions.c
-        expired = sa.select(-sa.func.coalesce(sa.func.sum(row.amount), 0)).where(
-            row.type == CreditTransactionType.EXPIRY, row.refund_of.in_(grants)
-        )
-        return int(run(conn, expired, {}).scalar_one())
+        expired = sa.select(sa.func.coalesce(sa.func.sum(sa.func.tallystick.expired(row.id)), 0))
+        return int(run(conn, expired.where(row.id.in_(grants)), {}).scalar_one())
 
     def _given_paid(
         self, conn: DbConnection, user: Key, item: str, *, until: dt.datetime

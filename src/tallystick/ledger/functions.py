@@ -97,6 +97,7 @@ REVISIONS: dict[str, tuple[str, ...]] = {
         "open_lot",
         "settle_due",
         "settle_ended",
+        "expired",
         "unmark_workshop",
         "hold",
         "capture",

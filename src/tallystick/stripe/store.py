@@ -15,7 +15,7 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -281,7 +281,6 @@ class Store:
         # made once: making them takes longer than a delivery
         self._claimed = _claimed(self.schema)
         self._reversals = _reversals(self.schema)
-        self._expired_unsettled = _expired_unsettled(self.schema)
 
     # --- records ---
 
@@ -670,20 +669,15 @@ class Store:
 
     def left(self, conn: DbConnection, purchase: CreditTransaction) -> int:
         """The credits of a purchase that were not taken back, and have not expired."""
-        taken = sum(self._credits_taken(conn, purchase).values())
-        expired = run(conn, self._expired_unsettled, {"p_lot": purchase.id}).scalar_one()
-        return int(purchase.amount - taken - expired)
+        expired = run(conn, sa.select(sa.func.tallystick.expired(purchase.id)), {}).scalar_one()
+        return purchase.amount - self._taken(conn, purchase) - int(expired)
 
     def _taken(self, conn: DbConnection, purchase: CreditTransaction) -> int:
         """The credits of a purchase that refunds took and that were not given back."""
-        return sum(
-            taken for kind, taken in self._credits_taken(conn, purchase).items() if kind != CreditTransactionType.EXPIRY
-        )
-
-    def _credits_taken(self, conn: DbConnection, purchase: CreditTransaction) -> Mapping[str, int]:
         row = self.schema.credit_transactions.c
-        moved = sa.select(row.type, -sa.func.sum(row.amount)).where(row.refund_of == purchase.id).group_by(row.type)
-        return {kind: int(taken) for kind, taken in run(conn, moved, {})}
+        taken = sa.select(-sa.func.coalesce(sa.func.sum(row.amount), 0))
+        taken = taken.where(row.refund_of == purchase.id, row.type != CreditTransactionType.EXPIRY)
+        return int(run(conn, taken, {}).scalar_one())
 
 
 # --- statements ---
@@ -743,31 +737,6 @@ def _reversals(schema: Schema) -> sa.Select[Any]:
         .select_from(buyer.outerjoin(stripe_reversals, of_payment))
         .order_by(row.seen_at, row.id)
     )
-
-
-def _expired_unsettled(schema: Schema) -> sa.Select[Any]:
-    """The credits of a lot that have expired without a row that names it.
-
-    Merges moved them to other accounts, where they expired; or the next call of their account writes the expiry.
-    """
-    row, move, lot, users = schema.credit_transactions.c, schema.lot_moves.c, schema.lots.c, schema.users.c
-    first, none = sa.bindparam("p_lot", type_=sa.Uuid()), sa.literal(0)
-    moved = sa.select(first.label("lot_id")).cte("moved", recursive=True)
-    moved = moved.union(
-        sa.select(row.refund_of)
-        .join_from(moved, schema.lot_moves, move.lot_id == moved.c.lot_id)
-        .join(schema.credit_transactions, row.id == move.transaction_id)
-        .where(row.type == CreditTransactionType.TRANSFER)
-    )
-    is_expiry = row.refund_of == moved.c.lot_id, row.type == CreditTransactionType.EXPIRY
-    expired = sa.select(-sa.func.sum(row.amount)).where(*is_expiry, moved.c.lot_id != first)
-    due = (
-        sa.select(sa.func.greatest(lot.remaining - users.credit_held, none))
-        .join_from(schema.lots, schema.users, users.key == lot.user_id)
-        .where(lot.id == moved.c.lot_id, lot.expires_at <= sa.func.clock_timestamp())
-    )
-    gone = sa.func.coalesce(expired.scalar_subquery(), none) + sa.func.coalesce(due.scalar_subquery(), none)
-    return sa.select(sa.func.coalesce(sa.func.sum(gone), none)).select_from(moved)
 
 
 _STEPS = {"none": "given back", "share": "taken back", "marked": "marked"}

@@ -71,22 +71,9 @@ BEGIN
   SELECT 'refused', {row}, account.balance, give_or_take.amount, NULL, NULL, NULL, account.held, NULL
     INTO answer FROM {ledger} AS t WHERE t.id = target_id;
   SELECT abs(coalesce(sum(t.amount), 0)) INTO taken FROM {ledger} AS t
-    WHERE t.user_id = account.key AND t.refund_of = target_id AND (kind <> 'reinstate' OR t.type <> 'expiry');
+    WHERE t.user_id = account.key AND t.refund_of = target_id AND t.type <> 'expiry';
   IF taking AND target.expires_at IS NOT NULL THEN
-    -- what a merge moved from its lot to another account, and expired there, or will at that account's next call
-    WITH RECURSIVE moved (lot_id) AS (
-      VALUES (target_id)
-      UNION
-      SELECT t.refund_of FROM moved JOIN tallystick.lot_moves AS m ON m.lot_id = moved.lot_id
-        JOIN {ledger} AS t ON t.id = m.transaction_id AND t.type::text = 'transfer'
-    )
-    SELECT taken + coalesce(sum(
-        coalesce((SELECT - sum(t.amount) FROM {ledger} AS t
-          WHERE t.refund_of = moved.lot_id AND t.type::text = 'expiry'), 0)
-        + coalesce((SELECT greatest(l.remaining - u.credit_held, 0) FROM tallystick.lots AS l
-          JOIN {users} AS u ON u.{user_key} = l.user_id
-          WHERE l.id = moved.lot_id AND l.expires_at <= clock_timestamp()), 0)), 0)
-      INTO taken FROM moved WHERE moved.lot_id <> target_id;
+    taken := taken + tallystick.expired(target_id);
   END IF;
   most := CASE WHEN kind = 'reinstate' THEN taken ELSE abs(target.amount) - taken END;
   moved := coalesce(amount, most);
