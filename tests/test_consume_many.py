@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -170,6 +171,25 @@ def test_an_item_of_another_type_is_refused_in_its_place(world: World) -> None:
         assert isinstance(none, InvalidArgument)
         assert none.message.startswith("items[2]=None: pass Consume(")
         assert world.ledger.balance(conn, user) == 1
+
+
+def test_a_null_in_a_list_that_the_server_would_read_as_a_text_is_refused(any_world: World) -> None:
+    world, user = any_world, any_world.user(credits=5)
+    items = [Consume(user, key="a"), Consume(user, key="b", description="The second")]
+    with world.engine.connect() as conn:
+        conn.exec_driver_sql("SET array_nulls = off")
+        conn.commit()
+        with pytest.raises(sa.exc.DBAPIError, match="array_nulls is off, so NULL in a list is read as a text"):
+            world.ledger.consume_many(conn, items)
+        conn.rollback()
+        assert world.ledger.consume_many(conn, items[:1])[0].description == "Credit consumed"  # no NULL is sent
+        if world.config.host.workshops:
+            opened = Consume(user, key="w", workshop=world.workshop(user))
+            with pytest.raises(sa.exc.DBAPIError, match=r'array_nulls is off|invalid input syntax for type .*: "NULL"'):
+                world.ledger.consume_many(conn, [opened, items[0]])
+            conn.rollback()
+        conn.exec_driver_sql("RESET array_nulls")
+        assert [row.description for row in world.ledger.consume_many(conn, items)] == ["Credit consumed", "The second"]
 
 
 def test_nothing_to_do(world: World) -> None:

@@ -30,6 +30,12 @@ BEGIN
       OR items <> coalesce(cardinality(descriptions), items) OR items <> coalesce(cardinality(metadata), items) THEN
     RAISE EXCEPTION 'consume_many: the lists are not of one length (% users)', items USING ERRCODE = 'TS101';
   END IF;
+  -- The server reads a NULL in the text of a list as this text then, before the function is called.
+  IF current_setting('array_nulls') = 'off'
+      AND 'NULL' = ANY (user_ids::text[] || keys || workshop_ids::text[] || descriptions) THEN
+    RAISE EXCEPTION 'consume_many: array_nulls is off, so NULL in a list is read as a text'
+      USING ERRCODE = 'TS101', HINT = 'SET array_nulls = on';
+  END IF;
   PERFORM FROM {users} AS u WHERE u.{user_key} = ANY (users) ORDER BY u.{user_key} FOR NO KEY UPDATE;
   {opened_many}
   IF workshop_ids IS NOT NULL THEN
