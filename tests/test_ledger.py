@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session, registry
 
-from tallystick import AccessReason, InsufficientCredits, Ledger
+from tallystick import AccessReason, CreditTransaction, InsufficientCredits, Ledger
 from tallystick import errors as e
 from tallystick.audit import audit
 from tallystick.errors import Key
@@ -160,6 +160,25 @@ def test_a_number_that_the_buyer_chose_is_granted_and_is_the_rows_from_then_on(w
         world.ledger.refund(conn, user, bought.id, key="all of it")
         assert world.ledger.balance(conn, user) == 0
         assert audit(conn, world.config).clean
+
+
+def test_a_start_is_a_replay_also_after_the_buyer_chose_another_number(any_world: World):
+    ledger, user = any_world.ledger, any_world.user()
+    with any_world.engine.begin() as conn:
+
+        def start(credits: int) -> CreditTransaction:
+            return ledger.start_purchase(conn, user, credits=credits, description="A pack", key="k")
+
+        first = start(3)
+        ledger.complete_purchase(conn, user, purchase=first.id, credits=9)
+        again = start(3)
+        assert (again.id, again.amount, again.status, again.replayed) == (first.id, 9, "completed", True)
+        with pytest.raises(e.IdempotencyKeyReused) as caught:
+            start(4)
+        assert caught.value.differs == {"amount": (9, 4)}
+    ledger_rows = any_world.schema.credit_transactions
+    with pytest.raises(sa.exc.DBAPIError, match="append-only"), any_world.engine.begin() as conn:
+        conn.execute(sa.update(ledger_rows).values(started_amount=4))
 
 
 def test_a_completion_told_with_another_amount_is_refused(world: World):

@@ -159,6 +159,8 @@ class Schema(Keys):
             # the credits that a hold has set aside (0 once it is released), and the most that may be captured
             Column("held", _CREDITS[host.credits]),
             Column("capture_limit", _CREDITS[host.credits]),
+            # of a purchase that was completed with another number of credits: the number that it was started with
+            Column("started_amount", _CREDITS[host.credits]),
             sa.PrimaryKeyConstraint("id", name=f"{LEDGER}_pkey"),
             sa.ForeignKeyConstraint(
                 ["refund_of"], [f"{host.schema_of_ledger}.{LEDGER}.id"], name=f"{LEDGER}_refund_fk", link_to_name=True

@@ -71,6 +71,7 @@ BEGIN
   UPDATE {ledger} AS t SET
       status = 'completed',
       amount = answer.amount,
+      started_amount = nullif(t.amount, answer.amount),
       balance_after = account.balance + answer.amount,
       sequence = account.sequence + 1,
       completed_at = clock_timestamp(),

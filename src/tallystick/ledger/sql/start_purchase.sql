@@ -40,7 +40,12 @@ BEGIN
   END IF;
   SELECT * INTO prior FROM {ledger} AS t WHERE t.user_id = account.key AND t.idempotency_key = start_purchase.key;
   IF FOUND THEN
-    RETURN tallystick.replay(prior, jsonb_build_object('type', 'purchase', 'amount', amount), account.balance);
+    RETURN tallystick.replay(
+      prior,
+      jsonb_build_object(
+        'type', 'purchase',
+        'amount', CASE prior.started_amount WHEN amount THEN prior.amount ELSE amount END),
+      account.balance);
   END IF;
   IF account.deleted_at IS NOT NULL THEN
     answer.outcome := 'user_deleted';

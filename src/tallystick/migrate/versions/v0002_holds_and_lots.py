@@ -27,6 +27,7 @@ LEDGER_COLUMNS = {
     "expires_after": "interval",
     "held": "{credits}",
     "capture_limit": "{credits}",
+    "started_amount": "{credits}",
 }
 TYPES = ("reversal", "correction", "expiry")
 DUE_INDEX = "tallystick_users_credit_due_at"
@@ -93,7 +94,7 @@ BEGIN
       (OLD.id, OLD.user_id, OLD.type, OLD.refund_of, OLD.idempotency_key, OLD.created_at, OLD.held,
        OLD.expires_after) THEN
     fault := 'a change of what the row is about';
-  ELSIF NEW.amount IS DISTINCT FROM OLD.amount
+  ELSIF (NEW.amount, NEW.started_amount) IS DISTINCT FROM (OLD.amount, OLD.started_amount)
       -- a buyer may have chosen how many; that is known when it is paid, as what a hold is charged for when captured
       AND (OLD.status = 'completed' OR NEW.status <> 'completed') THEN
     fault := 'a change of amount but for completing a purchase or a hold';

@@ -64,7 +64,7 @@ BEGIN
       AND (NEW.idempotency_key IS DISTINCT FROM 'tallystick:erased:' || OLD.id OR NEW.description <> 'Erased'
         OR OLD.refund_of IS NOT NULL OR OLD.type::text NOT IN ('purchase', 'consumption', 'grant')) THEN
     fault := 'a change of what the row is about';
-  ELSIF NEW.amount IS DISTINCT FROM OLD.amount
+  ELSIF (NEW.amount, NEW.started_amount) IS DISTINCT FROM (OLD.amount, OLD.started_amount)
       -- a buyer may have chosen how many; that is known when it is paid, as what a hold is charged for when captured
       AND (OLD.status = 'completed' OR NEW.status <> 'completed') THEN
     fault := 'a change of amount but for completing a purchase or a hold';
