@@ -327,7 +327,8 @@ def _drift(conn: sa.Connection, config: Config, host: Host) -> Iterator[Drift]:
     schema = host.ledger_schema
     # every name with its schema; and no JIT, which compiles the search for ways past the functions for seconds
     settings = {"search_path": "pg_catalog", "jit": "off"}
-    conn.execute(sa.select(*(sa.func.set_config(name, value, sa.true()) for name, value in settings.items())))
+    set_config = sa.func.pg_catalog.set_config
+    conn.execute(sa.select(*(set_config(name, value, sa.true()) for name, value in settings.items())))
     ledger_oid = oid_of(conn, schema, LEDGER)
     labels = _pairs(conn, _LABELS, schema=schema)
     yield from _of_tables(conn, host, Schema.of(config.host), ledger_oid)

@@ -229,7 +229,7 @@ def reading_catalogues(conn: sa.Connection) -> Iterator[None]:
     """
     try:
         with translated():
-            before = {name: conn.scalar(sa.select(sa.func.current_setting(name))) for name in _LOOKING}
+            before = {name: conn.scalar(sa.select(sa.func.pg_catalog.current_setting(name))) for name in _LOOKING}
             _set(conn, _LOOKING)
             yield
             _set(conn, before)
@@ -245,7 +245,7 @@ def reading_catalogues(conn: sa.Connection) -> Iterator[None]:
 
 def _set(conn: sa.Connection, settings: Mapping[str, str | None]) -> None:
     for name, value in settings.items():
-        conn.execute(sa.select(sa.func.set_config(name, value, sa.true())))
+        conn.execute(sa.select(sa.func.pg_catalog.set_config(name, value, sa.true())))
 
 
 _PREPARER = pg.dialect(paramstyle="named").identifier_preparer  # type: ignore[no-untyped-call]  # it does not double a %
