@@ -391,7 +391,7 @@ def test_stripe_refuses_the_sale(shop: Shop, caplog: pytest.LogCaptureFixture) -
     assert (answer.status_code, page.status_code) == (503, 503)
     assert answer.json()["type"].endswith("payment-provider-refused")
     for told in (answer.json()["detail"], page.text):
-        assert "Nothing was charged now. What you have paid for is not lost. We have been told." in told
+        assert "It did not take this. What you have paid for is not lost. We have been told." in told
         assert "STRIPE_SECRET_KEY" not in told
     assert answer.json()["reference"] in caplog.text
     assert caplog.text.count("Stripe refused (401)") >= 2  # for the operator

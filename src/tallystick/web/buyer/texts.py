@@ -283,7 +283,7 @@ class Texts:
         "outcome-unknown": "Make the same request again: what was done is not done twice.",
         "unavailable": "Nothing was changed. Make the same request again in a moment.",
         "payment-provider-unavailable": "Try again in a moment. Nothing is charged twice.",
-        "payment-provider-refused": "Nothing was charged now. What you have paid for is not lost. We have been told.",
+        "payment-provider-refused": "It did not take this. What you have paid for is not lost. We have been told.",
         "not-on-sale": "Nothing was charged. We have been told.",
     }
     problem_default = "Nothing was changed. Try again, or tell us what you wanted to do."
