@@ -387,7 +387,7 @@ def _append_only_lifted(conn: sa.Connection, ledger: sa.Table) -> Iterator[None]
             f"the seed is removed by the owner of {ledger.schema}.{LEDGER}, {owner.name}; {owner.role} is not. "
             "Nothing was removed. Run it with that role's address: --database-url",
         )
-    conn.execute(sa.select(sa.func.set_config("lock_timeout", _RESET_LOCK_TIMEOUT, sa.true())))
+    conn.execute(sa.select(sa.func.pg_catalog.set_config("lock_timeout", _RESET_LOCK_TIMEOUT, sa.true())))
     _alter_trigger(conn, ledger, "DISABLE")
     yield
     _alter_trigger(conn, ledger, "ENABLE")
