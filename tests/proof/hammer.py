@@ -342,6 +342,7 @@ def run_and_kill(plan: Plan, url: str, server: Server, logs: Path, report: Repor
     while len(list(logs.glob("client-*-0.jsonl"))) < plan.processes:  # the clock starts once all are running
         time.sleep(0.02)
     until, questions = time.time() + plan.seconds, logs / "questions"
+    questions.touch()  # a client may be slow to its first question
     next_server, next_client = (time.time() + s for s in (plan.server_kill_every_s, plan.client_kill_every_s))
     while time.time() < until and questions.stat().st_size < plan.questions:
         time.sleep(0.02)
