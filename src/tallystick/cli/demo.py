@@ -19,7 +19,7 @@ from tallystick.cli.migrations import show_plan
 from tallystick.config import Config
 from tallystick.database import connect, engine
 from tallystick.dev import seed
-from tallystick.dev.demo_app import Traffic, build_host_app, trade_concurrently
+from tallystick.dev.demo_app import LOOK_EVERY_S, Traffic, build_host_app, trade_concurrently
 from tallystick.dev.postgres import Server
 from tallystick.dev.stripe import DevStripe
 from tallystick.errors import DevStripeError
@@ -135,17 +135,18 @@ class _Demo:
             time.sleep(SOME_TRAFFIC_S)
         worst, errors = traffic.worst_ms(since=began), sum(traffic.errors.values())
         waited = traffic.waited_ms(since=began)
+        waits = f"under {1000 * LOOK_EVERY_S:.0f} ms" if waited == 0 else f"{waited:.0f} ms"  # too short to be seen
         self.say(
             f"Tables locked for {receipt.locked_ms:.1f} ms. Live traffic went on before, meanwhile and after: "
             f"{len(traffic.latencies_ms):,} statements, median {usual:.1f} ms, {errors} failed. The slowest took "
             f"{before:.0f} ms before the migration, and {worst:.0f} ms since it began; the longest wait for a table "
-            f"was {waited:.0f} ms."
+            f"was {waits}."
         )
         for error, times in traffic.errors.items():
             self.say(f"{times} times {error}")
         self.promises.add(
             "The migration is all or nothing, and live traffic goes on beside it",
-            f"tables locked for {receipt.locked_ms:.1f} ms, longest wait for a table {waited:.0f} ms, slowest "
+            f"tables locked for {receipt.locked_ms:.1f} ms, longest wait for a table {waits}, slowest "
             f"statement {worst:.0f} ms ({before:.0f} ms before), {errors} errors",
             # the latency itself also grows with the other work of a machine
             errors == 0 and waited <= max(FELT_MS, 4 * before),

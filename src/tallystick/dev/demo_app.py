@@ -66,7 +66,7 @@ OLD_APP = (
 """Statements of the app's old code, sent before, during and after the migration."""
 
 
-_LOOK_EVERY_S = 0.02
+LOOK_EVERY_S = 0.02
 
 _WAITED_MS = """
 SELECT max(extract(epoch FROM clock_timestamp() - l.waitstart)) * 1000
@@ -149,7 +149,7 @@ class Traffic:
 
     def _watch(self, stop: threading.Event) -> None:
         with psycopg.connect(self.url.replace("+psycopg", "", 1), autocommit=True) as conn:
-            while not stop.wait(_LOOK_EVERY_S):
+            while not stop.wait(LOOK_EVERY_S):
                 (waited_ms,) = conn.execute(_WAITED_MS).fetchone() or (None,)
                 if waited_ms is not None:
                     self.waits_ms.append((time.perf_counter(), float(waited_ms)))
