@@ -263,12 +263,16 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The load, and its end: the earlier of ``seconds`` and ``questions``. The two ``…_every_s`` are averages."""
+    """The load, and its end: the earlier of ``seconds`` and ``questions``. The two ``…_every_s`` are averages.
+
+    A busy machine takes long to start the server again: the end is later, until it was killed ``server_kills`` times.
+    """
 
     processes: int
     seconds: float
     questions: float = math.inf
     server_kill_every_s: float
+    server_kills: int = 0
     client_kill_every_s: float
     seed: int
     apps: Sequence[App] = field(default=APPS, repr=False)
@@ -344,7 +348,9 @@ def run_and_kill(plan: Plan, url: str, server: Server, logs: Path, report: Repor
     until, questions = time.time() + plan.seconds, logs / "questions"
     questions.touch()  # a client may be slow to its first question
     next_server, next_client = (time.time() + s for s in (plan.server_kill_every_s, plan.client_kill_every_s))
-    while time.time() < until and questions.stat().st_size < plan.questions:
+    while questions.stat().st_size < plan.questions and (
+        time.time() < until or report.server_kills < plan.server_kills
+    ):
         time.sleep(0.02)
         if time.time() > next_client:
             victim = rng.randrange(plan.processes)

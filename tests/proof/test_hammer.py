@@ -14,11 +14,11 @@ from servers import pg_bin
 
 @pytest.mark.one_server
 def test_nothing_is_lost_or_done_twice_under_the_hammer() -> None:
-    plan = Plan(processes=len(APPS), seconds=30, server_kill_every_s=5, client_kill_every_s=4, seed=7)
+    plan = Plan(processes=len(APPS), seconds=30, server_kill_every_s=5, server_kills=3, client_kill_every_s=4, seed=7)
     report = hammer(plan, bin_dir=pg_bin())
     assert report.faults == []
-    assert report.server_kills  # a busy machine takes long to start the server again
-    assert report.client_kills
+    assert report.server_kills >= 3
+    assert report.client_kills >= 4
     # each was granted, not only refused, and somebody was answered by each driver and at each level
     answered = {part for kind in report.kinds for part in kind.split(", ")}
     assert answered >= {

@@ -1068,6 +1068,16 @@ def test_a_later_decision_that_no_webhook_told_is_found(shop: Shop):
     assert shop.rows(user) == [("purchase", 97), LOST, WON]
 
 
+def test_decisions_that_are_read_within_a_second_all_count(shop: Shop):
+    user, started = bought(shop)
+    dispute = shop.dev.dispute(shop.intent(started))
+    for status in ("lost", "won", "lost", "won", "lost"):
+        shop.dev.move_dispute(dispute["id"], status)
+        shop.dev.drop(shop.events())
+        assert stripe.reconcile(shop.engine, shop.config).changed
+    assert shop.rows(user) == [("purchase", 97), LOST, WON, LOST, WON, LOST]
+
+
 def test_an_inquiry_that_became_a_dispute(shop: Shop):
     user, started = bought(shop)
     dispute = shop.dev.dispute(shop.intent(started), inquiry=True)

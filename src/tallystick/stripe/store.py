@@ -628,7 +628,7 @@ class Store:
             if wanted != "none":
                 reversed_shares[one.id] = ReversedShare(share or Fraction(), one.credits)
             after = credits_kept(purchase.amount, reversed_shares.values(), rounding)
-            key = f"stripe:{one.id}:{_STEPS[wanted]}:{one.stated_at.timestamp():.0f}"
+            key = f"stripe:{one.id}:{_STEPS[wanted]}:{one.stated_at.timestamp():.6f}"
             outcome = self._move_to(conn, purchase, before, after, key=key) or outcome
             run(conn, sa.update(stripe_reversals).where(row.id == one.id).values(applied=wanted), {})
         return outcome

@@ -78,9 +78,7 @@ def effect_of_event(effects: Effects, event: Object) -> Effect | None:
         stated, stated_at = effects.retrieve(stated), None
     if handler is None or stated is None:
         return None
-    object_id = stated["id"]
-    is_reversal = handler is Effects.reversal
-    effect = effects.reversal(stated, stated_at=stated_at) if is_reversal else handler(effects, stated)
+    object_id, effect = stated["id"], handler(effects, stated, stated_at)
 
     def once(conn: sa.Connection) -> Outcome:
         if not effects.store.record_event(conn, event["id"], event["type"], object_id):
@@ -162,11 +160,23 @@ def _record_failure(engine: sa.Engine, config: Config, event: Object, reason: st
         _log.error("that event %s failed could not be stored: %s", event["id"], error)
 
 
-def _payment_failed(effects: Effects, session: Object) -> Effect:
+def _session(effects: Effects, session: Object, _: dt.datetime | None) -> Effect:
+    return effects.session(session)
+
+
+def _payment_failed(effects: Effects, session: Object, _: dt.datetime | None) -> Effect:
     return effects.session(session, failed="the payment failed")
 
 
-def _charge_refunded(effects: Effects, charge: Object) -> Effect | None:
+def _invoice(effects: Effects, invoice: Object, _: dt.datetime | None) -> Effect | None:
+    return effects.invoice(invoice)
+
+
+def _reversal(effects: Effects, reversal: Object, stated_at: dt.datetime | None) -> Effect | None:
+    return effects.reversal(reversal, stated_at=stated_at)
+
+
+def _charge_refunded(effects: Effects, charge: Object, _: dt.datetime | None) -> Effect | None:
     """The effect of all refunds of a charge, which itself has only their sum."""
     reversals = [effect for refund in effects.refunds_of(charge) if (effect := effects.reversal(refund))]
 
@@ -177,22 +187,22 @@ def _charge_refunded(effects: Effects, charge: Object) -> Effect | None:
     return reverse_each if reversals else None
 
 
-HANDLERS: dict[str, Callable[[Effects, Object], Effect | None]] = {
-    "checkout.session.completed": Effects.session,
-    "checkout.session.async_payment_succeeded": Effects.session,
+HANDLERS: dict[str, Callable[[Effects, Object, dt.datetime | None], Effect | None]] = {
+    "checkout.session.completed": _session,
+    "checkout.session.async_payment_succeeded": _session,
     "checkout.session.async_payment_failed": _payment_failed,
-    "checkout.session.expired": Effects.session,
-    "refund.created": Effects.reversal,
-    "refund.updated": Effects.reversal,
-    "refund.failed": Effects.reversal,
-    "charge.refund.updated": Effects.reversal,
+    "checkout.session.expired": _session,
+    "refund.created": _reversal,
+    "refund.updated": _reversal,
+    "refund.failed": _reversal,
+    "charge.refund.updated": _reversal,
     "charge.refunded": _charge_refunded,
-    "charge.dispute.created": Effects.reversal,
-    "charge.dispute.updated": Effects.reversal,
-    "charge.dispute.closed": Effects.reversal,
-    "charge.dispute.funds_withdrawn": Effects.reversal,
-    "charge.dispute.funds_reinstated": Effects.reversal,
-    "invoice.paid": Effects.invoice,
+    "charge.dispute.created": _reversal,
+    "charge.dispute.updated": _reversal,
+    "charge.dispute.closed": _reversal,
+    "charge.dispute.funds_withdrawn": _reversal,
+    "charge.dispute.funds_reinstated": _reversal,
+    "invoice.paid": _invoice,
 }
 """Event type → its handler. ``stripe setup`` subscribes to exactly these."""
 
