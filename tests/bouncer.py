@@ -6,6 +6,7 @@ import os
 import pwd
 import re
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -62,10 +63,16 @@ def bouncing(url: str, *, connections: int = 4) -> Iterator[str]:
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             try:
                 deadline = time.monotonic() + START_S
-                while not (folder / ".s.PGSQL.6432").exists():
+                while not _listens(folder / ".s.PGSQL.6432"):
                     assert process.poll() is None, (folder / "log").read_text()
                     assert time.monotonic() < deadline
                     time.sleep(0.02)
                 yield address.set(query={"host": name, "port": "6432"}).render_as_string(hide_password=False)
             finally:
                 process.terminate()
+
+
+def _listens(address: Path) -> bool:
+    """True once it takes connections: its socket's file is there a moment before."""
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(address)) == 0
