@@ -255,12 +255,11 @@ def _status(conn: sa.Connection, config: Config) -> Status:
         _require_temporary_tables(conn)
         savepoint = conn.begin_nested()
         try:
-            ledger_oid = oid_of(conn, host.ledger_schema, LEDGER)
-            remedies = _Remedies(config, host, conn.scalar(_OWNER, {"oid": ledger_oid}))
-            drift = tuple(
-                replace(found, remedy=found.remedy or remedies.of(found))
-                for found in (*_drift(conn, config, host), *_privileges(conn, config.host, host))
-            )
+            drift = (*_drift(conn, config, host), *_privileges(conn, config.host, host))
+            if drift:
+                ledger_oid = oid_of(conn, host.ledger_schema, LEDGER)
+                remedies = _Remedies(config, host, conn.scalar(_OWNER, {"oid": ledger_oid}))
+                drift = tuple(replace(found, remedy=found.remedy or remedies.of(found)) for found in drift)
         finally:
             savepoint.rollback()
     warnings: tuple[str, ...] = ()
@@ -325,10 +324,6 @@ _TYPES = "credit_transaction_"  # the prefix of our types
 
 def _drift(conn: sa.Connection, config: Config, host: Host) -> Iterator[Drift]:
     schema = host.ledger_schema
-    # every name with its schema; and no JIT, which compiles the search for ways past the functions for seconds
-    settings = {"search_path": "pg_catalog", "jit": "off"}
-    set_config = sa.func.pg_catalog.set_config
-    conn.execute(sa.select(*(set_config(name, value, sa.true()) for name, value in settings.items())))
     ledger_oid = oid_of(conn, schema, LEDGER)
     labels = _pairs(conn, _LABELS, schema=schema)
     yield from _of_tables(conn, host, Schema.of(config.host), ledger_oid)
@@ -631,7 +626,8 @@ def _execute(conn: sa.Connection, statements: Iterable[str]) -> None:
 
 def _functions(conn: sa.Connection, names: HostNames, *, owner: str | None) -> Iterator[Drift]:
     """Differences of functions and types from this package's, which are made as temporary ones and read back."""
-    _execute(conn, (re.sub(MADE, r"CREATE \1 pg_temp.", statement, count=1) for statement in functions_of(names, HEAD)))
+    made = (re.sub(MADE, r"CREATE \1 pg_temp.", statement, count=1) for statement in functions_of(names, HEAD))
+    _execute(conn, ("SET LOCAL check_function_bodies = off", *made))  # they are read, not called
     places = (conn.scalar(_TEMPORARY), "tallystick")
     wanted, there = (_pairs(conn, _COMPOSITES, schema=schema) for schema in places)
     for name, definition in wanted.items():

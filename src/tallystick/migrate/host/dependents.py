@@ -21,10 +21,12 @@ _ROW_COLUMNS = sa.text("""
       SELECT t.oid, c.oid AS source FROM pg_class c JOIN pg_type t ON t.oid = c.reltype
       WHERE c.oid = ANY (CAST(:tables AS oid[]))
       UNION
-      SELECT t.oid, s.source FROM shaped s JOIN pg_type t ON
-        t.oid = (SELECT typarray FROM pg_type WHERE oid = s.oid) OR t.typbasetype = s.oid
-        OR EXISTS (SELECT FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid AND c.relkind = 'c'
-                   WHERE a.atttypid = s.oid AND NOT a.attisdropped AND c.reltype = t.oid)
+      SELECT made.oid, s.source FROM shaped s CROSS JOIN LATERAL (
+        SELECT typarray FROM pg_type WHERE pg_type.oid = s.oid AND typarray <> 0
+        UNION ALL SELECT pg_type.oid FROM pg_type WHERE typbasetype = s.oid
+        UNION ALL SELECT c.reltype FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid AND c.relkind = 'c'
+        WHERE a.atttypid = s.oid AND NOT a.attisdropped
+      ) made (oid)
     )
     SELECT s.source::regclass::text AS table, c.oid::regclass::text AS other, a.attname AS column
     FROM shaped s JOIN pg_attribute a ON a.atttypid = s.oid AND NOT a.attisdropped

@@ -229,8 +229,9 @@ def reading_catalogues(conn: sa.Connection) -> Iterator[None]:
     """
     try:
         with translated():
-            before = {name: conn.scalar(sa.select(sa.func.pg_catalog.current_setting(name))) for name in _LOOKING}
-            _set(conn, _LOOKING)
+            current = sa.func.pg_catalog.current_setting
+            before = conn.execute(sa.select(*(current(name).label(name) for name in _READING))).one()._asdict()
+            _set(conn, _READING)
             yield
             _set(conn, before)
     except Conflict as error:
@@ -244,9 +245,14 @@ def reading_catalogues(conn: sa.Connection) -> Iterator[None]:
 
 
 def _set(conn: sa.Connection, settings: Mapping[str, str | None]) -> None:
-    for name, value in settings.items():
-        conn.execute(sa.select(sa.func.pg_catalog.set_config(name, value, sa.true())))
+    set_config = sa.func.pg_catalog.set_config
+    conn.execute(sa.select(*(set_config(name, value, sa.true()) for name, value in settings.items())))
 
 
 _PREPARER = pg.dialect(paramstyle="named").identifier_preparer  # type: ignore[no-untyped-call]  # it does not double a %
-_LOOKING = {"lock_timeout": "3s", "search_path": "pg_catalog", "quote_all_identifiers": "off"}
+_READING = {
+    "lock_timeout": "3s",
+    "search_path": "pg_catalog",
+    "quote_all_identifiers": "off",
+    "jit": "off",  # it compiles a search of the catalogue for longer than the search takes
+}
