@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Compiled modules are kept: without them, each process that the tests start compiles all of them. Images of containers
+# often set it.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo example example-django test test-quick coverage test-lowest test-wheel check docs bench bench-peers bench-growth bench-migration hammer picture lock clean
