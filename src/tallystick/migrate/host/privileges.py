@@ -46,10 +46,11 @@ DECLARE
   command text;
 BEGIN
   FOR command IN
-    SELECT DISTINCT format('REVOKE ALL ON %s %s FROM %s', o.kind, o.name,
-                           CASE WHEN r.oid IS NULL THEN 'PUBLIC' ELSE quote_ident(r.rolname) END)
+    SELECT format('REVOKE ALL ON %s %s FROM %s', o.kind, string_agg(DISTINCT o.name, ', '),
+                  CASE WHEN r.oid IS NULL THEN 'PUBLIC' ELSE quote_ident(r.rolname) END)
     FROM ({objects}) o CROSS JOIN LATERAL aclexplode(o.acl) a LEFT JOIN pg_roles r ON r.oid = a.grantee
     WHERE a.grantee <> o.owner AND NOT current_setting('tallystick.objects')::jsonb @> jsonb_build_array(o.oid)
+    GROUP BY o.kind, r.oid, r.rolname
   LOOP
     EXECUTE command;
   END LOOP;

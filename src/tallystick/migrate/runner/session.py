@@ -116,8 +116,8 @@ def set_settings(conn: sa.Connection, settings: Mapping[str, str], *, local: boo
 
 
 _SET_SETTINGS = sa.text("""
-    SELECT set_config(known.name, wanted.value, :local)
-    FROM json_each_text(CAST(:settings AS json)) wanted JOIN pg_settings known ON lower(known.name) = wanted.key
+    SELECT set_config(wanted.key, wanted.value, :local)
+    FROM json_each_text(CAST(:settings AS json)) wanted WHERE current_setting(wanted.key, true) IS NOT NULL
 """)
 
 
@@ -135,7 +135,8 @@ def restoring_settings(conn: sa.Connection, *, local: bool) -> Iterator[None]:
 
 
 _NOW = sa.text("""
-    SELECT name, current_setting(name) AS value FROM pg_settings WHERE name = ANY (CAST(:names AS text[]))
+    SELECT name, current_setting(name, true) AS value FROM unnest(CAST(:names AS text[])) name
+    WHERE current_setting(name, true) IS NOT NULL
 """)
 
 

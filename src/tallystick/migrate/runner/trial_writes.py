@@ -54,6 +54,9 @@ _TRIES = """
 _TRIED = """
 DECLARE
   tried jsonb := '[]';
+  -- functions of the app's find its tables by the path that its sessions begin with
+  path text := (
+    SELECT s.reset_val FROM pg_catalog.pg_settings s WHERE s.name OPERATOR(pg_catalog.=) 'search_path');
   one record;
   state text;
   message text;
@@ -61,10 +64,8 @@ DECLARE
 BEGIN
   FOR one IN {source} LOOP
     BEGIN
-      -- functions of the app's find its tables by the path that its sessions begin with
-      PERFORM set_config('search_path', s.reset_val, true), set_config('enable_seqscan', 'off', true),
-              set_config('jit', 'off', true), set_config('check_function_bodies', 'on', true)
-      FROM pg_catalog.pg_settings s WHERE s.name OPERATOR(pg_catalog.=) 'search_path';
+      PERFORM set_config('search_path', path, true), set_config('enable_seqscan', 'off', true),
+              set_config('jit', 'off', true), set_config('check_function_bodies', 'on', true);
       EXECUTE one.try;
       SET CONSTRAINTS ALL IMMEDIATE;
       RAISE EXCEPTION 'taken back';
