@@ -132,7 +132,8 @@ def rehearse(
         rows = tuple((table.shown, _rows(conn, table.oid)) for table in host.tables)
         migrated = _contents(conn, host, config.host)
     progress(Progress("using the ledger"))
-    lived = tuple(_use_ledger(engine, config))
+    with engine.connect() as conn:
+        lived = tuple(_use_ledger(conn, config))
     progress(Progress("auditing"))
     with engine.connect() as conn:
         drift = tuple(str(each) for each in status(conn, config).drift) + tuple(audit(conn) if audit else ())
@@ -184,11 +185,11 @@ def split(script: str) -> Iterator[str]:
         yield statement.strip()
 
 
-def _use_ledger(engine: sa.Engine, config: Config) -> Iterator[LedgerCheck]:
+def _use_ledger(conn: sa.Connection, config: Config) -> Iterator[LedgerCheck]:
     """Use the ledger as an app would, each step in a transaction of its own, up to the first failure."""
     ledger = Ledger(config)
     mark = f"rehearsal {uuid4()}"
-    with engine.connect() as conn:
+    with conn.begin():
         user, workshop = _pick_user(conn, ledger)
     if user is None:
         return
@@ -224,7 +225,7 @@ def _use_ledger(engine: sa.Engine, config: Config) -> Iterator[LedgerCheck]:
     for what, step in steps:
         started = time.monotonic()
         try:
-            with engine.begin() as conn:
+            with conn.begin():
                 result = step(conn)
             fault = result if isinstance(result, str) else None
         except (TallystickError, sa.exc.DBAPIError) as error:
@@ -341,8 +342,7 @@ _STATE = sa.text("""
     WITH asked AS (SELECT oid FROM unnest(CAST(:tables AS oid[])) AS oid)
     SELECT (SELECT string_agg(concat_ws(' ', c.oid, c.relfilenode), ', ' ORDER BY c.oid)
             FROM pg_class c JOIN asked USING (oid)) AS files,
-           (SELECT coalesce(sum(s.seq_tup_read), 0)::bigint
-            FROM pg_stat_xact_user_tables s JOIN asked ON oid = relid) AS read,
+           (SELECT coalesce(sum(pg_stat_get_xact_tuples_returned(oid)), 0)::bigint FROM asked) AS read,
            ARRAY(SELECT concat_ws(' ', oid, l.mode) FROM pg_locks l JOIN asked ON oid = l.relation
                  WHERE l.pid = pg_backend_pid() AND l.granted AND l.locktype = 'relation') AS locks
 """)
