@@ -5,22 +5,65 @@ from collections.abc import Callable
 import pytest
 from hosts import HOSTS, App
 
-from tallystick import Config, HostMapping
+from tallystick import Config, HostMapping, migrate
 from tallystick.dev.postgres import Server
 
 
+def app_in(url: str, ddl: str, mapping: HostMapping, server: Server) -> App:
+    """An app in an empty database."""
+    app = App(url, Config(database_url=url, host=mapping), server)
+    with app.engine.begin() as conn:
+        # as one message without parameters, so that a % in a name is a %
+        assert conn.connection.dbapi_connection is not None
+        conn.connection.dbapi_connection.cursor().execute(ddl)
+    return app
+
+
+@pytest.fixture(scope="session")
+def _usual(server: Server) -> str:
+    """The name of a database with the app of most tests, which is copied for each."""
+    app_in(server.create_database("usual"), HOSTS["uuid"].ddl, HOSTS["uuid"].mapping, server)
+    return "usual"
+
+
+@pytest.fixture(scope="session")
+def _migrated(server: Server) -> Callable[[str, HostMapping], str]:
+    """The name of a database with a migrated app; migrated once, copied for each test."""
+    made: dict[tuple[str, HostMapping], str] = {}
+
+    def template(ddl: str, mapping: HostMapping) -> str:
+        if (ddl, mapping) not in made:
+            name = f"migrated_{len(made)}"
+            url = app_in(server.create_database(name), ddl, mapping, server).url
+            migrate.apply(url, Config(database_url=url, host=mapping), stall_budget_ms=10_000)  # nobody waits
+            made[ddl, mapping] = name
+        return made[ddl, mapping]
+
+    return template
+
+
 @pytest.fixture
-def make_app(fresh_database: Callable[..., str], server: Server) -> Callable[..., App]:
+def make_app(fresh_database: Callable[..., str], _usual: str, server: Server) -> Callable[..., App]:
     """``make_app(ddl, mapping) -> App``."""
 
     def make(ddl: str = HOSTS["uuid"].ddl, mapping: HostMapping = HOSTS["uuid"].mapping) -> App:
-        url = fresh_database()
-        app = App(url, Config(database_url=url, host=mapping), server)
-        with app.engine.begin() as conn:
-            # as one message without parameters, so that a % in a name is a %
-            assert conn.connection.dbapi_connection is not None
-            conn.connection.dbapi_connection.cursor().execute(ddl)
-        return app
+        if ddl == HOSTS["uuid"].ddl:
+            url = fresh_database(_usual)
+            return App(url, Config(database_url=url, host=mapping), server)
+        return app_in(fresh_database(), ddl, mapping, server)
+
+    return make
+
+
+@pytest.fixture
+def make_migrated(
+    fresh_database: Callable[..., str], _migrated: Callable[[str, HostMapping], str], server: Server
+) -> Callable[..., App]:
+    """``make_migrated(ddl, mapping) -> App``: as ``make_app``, and migrated, for what is done to it afterwards."""
+
+    def make(ddl: str = HOSTS["uuid"].ddl, mapping: HostMapping = HOSTS["uuid"].mapping) -> App:
+        url = fresh_database(_migrated(ddl, mapping))
+        return App(url, Config(database_url=url, host=mapping), server)
 
     return make
 
@@ -29,6 +72,12 @@ def make_app(fresh_database: Callable[..., str], server: Server) -> Callable[...
 def app(make_app: Callable[..., App]) -> App:
     """500 users and their workshops, with uuid keys."""
     return make_app()
+
+
+@pytest.fixture
+def migrated(make_migrated: Callable[..., App]) -> App:
+    """The same, migrated."""
+    return make_migrated()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

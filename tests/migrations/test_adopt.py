@@ -114,9 +114,8 @@ def test_balances_are_kept_and_opened(make_app: Callable[..., App]) -> None:
     assert drift(app) == []
 
 
-def test_a_second_run_opens_nothing_twice(make_app: Callable[..., App]) -> None:
-    app = make_app(AFTER, KEPT_APART)
-    migrate.apply(app.url, app.config)
+def test_a_second_run_opens_nothing_twice(make_migrated: Callable[..., App]) -> None:
+    app = make_migrated(AFTER, KEPT_APART)
     assert not migrate.apply(app.url, app.config).changed
     assert len(rows_of(app, "user_5")) == 1
 
@@ -248,9 +247,8 @@ def test_an_app_without_credits_goes_on_writing(make_app: Callable[..., App]) ->
     assert drift(app) == []
 
 
-def test_what_old_code_writes_is_in_the_ledger(make_app: Callable[..., App]) -> None:
-    app = make_app(AFTER, KEPT_APART)
-    migrate.apply(app.url, app.config)
+def test_what_old_code_writes_is_in_the_ledger(make_migrated: Callable[..., App]) -> None:
+    app = make_migrated(AFTER, KEPT_APART)
     app.run(
         "UPDATE users SET credit_balance = credit_balance - 2 WHERE clerk_user_id = 'user_5'",
         "UPDATE users SET credit_balance = credit_balance + 4 WHERE clerk_user_id = 'user_5'",
@@ -273,9 +271,8 @@ def test_what_old_code_writes_is_in_the_ledger(make_app: Callable[..., App]) -> 
     assert (note.check, note.found) == ("balance_opened", "1 users without one")
 
 
-def test_what_old_code_spends_of_credits_that_expire_is_no_fault(make_app: Callable[..., App]) -> None:
-    app = make_app(AFTER, KEPT_APART)
-    migrate.apply(app.url, app.config)
+def test_what_old_code_spends_of_credits_that_expire_is_no_fault(make_migrated: Callable[..., App]) -> None:
+    app = make_migrated(AFTER, KEPT_APART)
     expires_at = dt.datetime.now(dt.UTC) + dt.timedelta(days=1)
     with app.engine.begin() as conn:
         ledger = Ledger(conn)
@@ -300,9 +297,10 @@ def test_what_old_code_spends_of_credits_that_expire_is_no_fault(make_app: Calla
         ),
     ],
 )
-def test_old_code_spends_nothing_that_is_not_there(make_app: Callable[..., App], statement: str, message: str) -> None:
-    app = make_app(AFTER, KEPT_APART)
-    migrate.apply(app.url, app.config)
+def test_old_code_spends_nothing_that_is_not_there(
+    make_migrated: Callable[..., App], statement: str, message: str
+) -> None:
+    app = make_migrated(AFTER, KEPT_APART)
     with pytest.raises(sa.exc.IntegrityError, match=message):
         app.run(statement)
     assert faults(app) == []
@@ -383,10 +381,9 @@ def test_an_unfit_balance_that_is_written_while_the_migration_waits(make_app: Ca
     assert faults(app) == []
 
 
-def test_a_negative_balance_gets_no_credits_before_it_is_corrected(make_app: Callable[..., App]) -> None:
+def test_a_negative_balance_gets_no_credits_before_it_is_corrected(make_migrated: Callable[..., App]) -> None:
     """The app wrote it just before the triggers. No row explains it, so the sum of the first one would be wrong."""
-    app = make_app(AFTER, KEPT_APART)
-    migrate.apply(app.url, app.config)
+    app = make_migrated(AFTER, KEPT_APART)
     ledger = Ledger(app.config)
     app.run(
         "ALTER TABLE users DISABLE TRIGGER ALL",
@@ -414,10 +411,9 @@ def test_a_negative_balance_gets_no_credits_before_it_is_corrected(make_app: Cal
 
 
 @pytest.mark.parametrize("change", ["DELETE FROM users", "UPDATE users SET clerk_user_id = 'other'"])
-def test_a_user_who_goes_while_the_first_call_waits(make_app: Callable[..., App], change: str) -> None:
+def test_a_user_who_goes_while_the_first_call_waits(make_migrated: Callable[..., App], change: str) -> None:
     """A user without an opening balance may be deleted, or get another key."""
-    app = make_app(AFTER, KEPT_APART)
-    migrate.apply(app.url, app.config)
+    app = make_migrated(AFTER, KEPT_APART)
     app.run("INSERT INTO users (clerk_user_id, email, credit_balance) VALUES ('new', '', 6)")
     answers: list[object] = []
 
@@ -624,9 +620,8 @@ def test_what_is_no_number_is_named_with_its_column(make_app: Callable[..., App]
         migrate.look_at_own_credits(conn, app.config)
 
 
-def test_history_is_noted_in_the_opening_balance(make_app: Callable[..., App]) -> None:
-    app = make_app(AFTER, KEPT_APART)
-    migrate.apply(app.url, app.config)
+def test_history_is_noted_in_the_opening_balance(make_migrated: Callable[..., App]) -> None:
+    app = make_migrated(AFTER, KEPT_APART)
     assert migrate.adopt(app.url, app.config, note_history=True).noted == 35
     assert migrate.adopt(app.url, app.config, note_history=True).noted == 0
     rows = app.value(
@@ -637,10 +632,9 @@ def test_history_is_noted_in_the_opening_balance(make_app: Callable[..., App]) -
     assert faults(app) == []
 
 
-def test_the_cut_over(make_app: Callable[..., App]) -> None:
+def test_the_cut_over(make_migrated: Callable[..., App]) -> None:
     """Afterwards a balance that the app writes is a fault, as in any other app."""
-    app = make_app(AFTER, KEPT_APART)
-    migrate.apply(app.url, app.config)
+    app = make_migrated(AFTER, KEPT_APART)
     app.run("INSERT INTO users (clerk_user_id, email, credit_balance) VALUES ('new', '', 6)")
     app.run("ALTER TABLE users ALTER credit_balance SET DEFAULT 3")
     with pytest.raises(MigrationError, match="gives new users 3 credits without a row"):
@@ -661,10 +655,9 @@ def test_the_cut_over(make_app: Callable[..., App]) -> None:
     assert wrong == {("user_balance", "user_5"), ("chain_arithmetic", "user_14")}
 
 
-def test_a_cut_over_that_is_interrupted_is_no_fault(make_app: Callable[..., App]) -> None:
+def test_a_cut_over_that_is_interrupted_is_no_fault(make_migrated: Callable[..., App]) -> None:
     """After it has dropped the triggers: a balance that it has not opened yet is still the app's."""
-    app = make_app(AFTER, KEPT_APART)
-    migrate.apply(app.url, app.config)
+    app = make_migrated(AFTER, KEPT_APART)
     app.run(
         "INSERT INTO users (clerk_user_id, email, credit_balance) VALUES ('new', '', 6)",
         "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not now'; END $$",
@@ -684,19 +677,17 @@ def test_a_cut_over_that_is_interrupted_is_no_fault(make_app: Callable[..., App]
     assert faults(app) == []
 
 
-def test_the_history_of_an_erased_user_is_not_noted(make_app: Callable[..., App]) -> None:
-    app = make_app(AFTER, KEPT_APART)
-    migrate.apply(app.url, app.config)
+def test_the_history_of_an_erased_user_is_not_noted(make_migrated: Callable[..., App]) -> None:
+    app = make_migrated(AFTER, KEPT_APART)
     with app.engine.begin() as conn:
         Accounts(app.config).erase(conn, "user_3")
     assert migrate.adopt(app.url, app.config, note_history=True).noted == 34
     assert app.rows("SELECT metadata FROM tallystick.credit_transactions WHERE user_id = 'user_3'") == [(None,)]
 
 
-def test_the_history_of_a_user_erased_before_the_opening_is_not_noted(make_app: Callable[..., App]) -> None:
+def test_the_history_of_a_user_erased_before_the_opening_is_not_noted(make_migrated: Callable[..., App]) -> None:
     """The user gets the opening balance when erased, so that it is erased with the rest."""
-    app = make_app(AFTER, KEPT_APART)
-    migrate.apply(app.url, app.config)
+    app = make_migrated(AFTER, KEPT_APART)
     app.run("INSERT INTO users (clerk_user_id, email, credit_balance) VALUES ('new', '', 6)")
     app.run(
         "INSERT INTO credit_transactions (id, clerk_user_id, type, amount, balance_after)"
@@ -765,9 +756,8 @@ def test_the_default_of_a_balance_is_worked_out(
         migrate.cut_over(app.url, app.config)
 
 
-def test_the_cut_over_waits_for_no_reader_at_the_apps_cost(make_app: Callable[..., App]) -> None:
-    app = make_app(AFTER, KEPT_APART)
-    migrate.apply(app.url, app.config)
+def test_the_cut_over_waits_for_no_reader_at_the_apps_cost(make_migrated: Callable[..., App]) -> None:
+    app = make_migrated(AFTER, KEPT_APART)
     with app.engine.connect() as conn:
         conn.exec_driver_sql("SELECT FROM users")
         with pytest.raises(

@@ -113,11 +113,10 @@ def app_sees(conn: sa.Connection, query: str) -> Any:
     return conn.exec_driver_sql(query).scalar_one()
 
 
-def test_a_workshop_that_the_app_deletes_is_closed(app: App) -> None:
-    migrate.apply(app.url, app.config)
-    ledger, accounts = Ledger(app.engine), Accounts(app.engine)
-    app.run('UPDATE "Workshop" SET "deletedAt" = now() WHERE id = \'w3\'')
-    with app.engine.begin() as conn:
+def test_a_workshop_that_the_app_deletes_is_closed(migrated: App) -> None:
+    ledger, accounts = Ledger(migrated.engine), Accounts(migrated.engine)
+    migrated.run('UPDATE "Workshop" SET "deletedAt" = now() WHERE id = \'w3\'')
+    with migrated.engine.begin() as conn:
         ledger.grant(conn, "u2", credits=9, key="g", description="welcome")
         assert (ledger.access(conn, "w3").open, ledger.access(conn, "w3").reason) == (False, "deleted")
         with pytest.raises(WorkshopDeleted):
@@ -130,50 +129,47 @@ def test_a_workshop_that_the_app_deletes_is_closed(app: App) -> None:
         assert ledger.consume(conn, "u2", key="a", workshop="w3").balance == 8
         accounts.delete_workshop(conn, "w3")
         assert app_sees(conn, 'SELECT "deletedAt" FROM "Workshop" WHERE id = \'w3\'') is not None
-    assert faults(app) == []
+    assert faults(migrated) == []
 
 
-def test_the_apps_stripe_customer_is_the_ledgers(app: App) -> None:
-    migrate.apply(app.url, app.config)
-    accounts = Accounts(app.engine)
-    with app.engine.begin() as conn:
+def test_the_apps_stripe_customer_is_the_ledgers(migrated: App) -> None:
+    accounts = Accounts(migrated.engine)
+    with migrated.engine.begin() as conn:
         assert accounts.get(conn, "u1").stripe_customer_id == "cus_1"
         with pytest.raises(StripeCustomerConflict):
             accounts.set_stripe_customer(conn, "u2", "cus_1")
         accounts.set_stripe_customer(conn, "u2", "cus_2")
         assert app_sees(conn, 'SELECT "stripeCustomerId" FROM "User" WHERE id = \'u2\'') == "cus_2"
     with pytest.raises(sa.exc.IntegrityError, match="tallystick_users_stripe_customer_id"):
-        app.run("UPDATE \"User\" SET \"stripeCustomerId\" = 'cus_1' WHERE id = 'u2'")
-    assert faults(app) == []
-    with app.engine.connect() as conn:
-        host = migrate.examine(conn, app.config)
-    lines = migrate.snippet("drizzle", app.config, host.adopted_names, there=host.columns)
+        migrated.run("UPDATE \"User\" SET \"stripeCustomerId\" = 'cus_1' WHERE id = 'u2'")
+    assert faults(migrated) == []
+    with migrated.engine.connect() as conn:
+        host = migrate.examine(conn, migrated.config)
+    lines = migrate.snippet("drizzle", migrated.config, host.adopted_names, there=host.columns)
     assert '.on(table.stripeCustomerId)\n    .where(sql`"stripeCustomerId" IS NOT NULL`)' in lines
     assert "deletedAt" not in lines
-    lines = migrate.snippet("sqlalchemy", app.config, host.adopted_names, there=host.columns)
+    lines = migrate.snippet("sqlalchemy", migrated.config, host.adopted_names, there=host.columns)
     assert r'postgresql_where=text("\"stripeCustomerId\" IS NOT NULL")' in lines
 
 
-def test_what_was_spent_after_the_apps_deletion_is_found(app: App) -> None:
-    migrate.apply(app.url, app.config)
-    ledger = Ledger(app.engine)
-    with app.engine.begin() as conn:
+def test_what_was_spent_after_the_apps_deletion_is_found(migrated: App) -> None:
+    ledger = Ledger(migrated.engine)
+    with migrated.engine.begin() as conn:
         ledger.grant(conn, "u2", credits=9, key="g", description="welcome")
         ledger.consume(conn, "u2", key="a")
-    app.run("UPDATE \"User\" SET \"deletedAt\" = now() - interval '2 days' WHERE id = 'u2'")
-    [found] = faults(app)
+    migrated.run("UPDATE \"User\" SET \"deletedAt\" = now() - interval '2 days' WHERE id = 'u2'")
+    [found] = faults(migrated)
     assert found.startswith("spent_after_deletion: no consumption after deletedAt 2")
 
 
-def test_a_column_that_the_app_drops_is_a_difference(app: App) -> None:
-    migrate.apply(app.url, app.config)
-    app.run('ALTER TABLE "User" DROP "deletedAt"')
-    with app.engine.connect() as conn:
-        [found] = [one for one in migrate.status(conn, app.config).drift if one.kind == "column"]
+def test_a_column_that_the_app_drops_is_a_difference(migrated: App) -> None:
+    migrated.run('ALTER TABLE "User" DROP "deletedAt"')
+    with migrated.engine.connect() as conn:
+        [found] = [one for one in migrate.status(conn, migrated.config).drift if one.kind == "column"]
     # what was in it is lost, or in a column of another name: only the app knows
     assert (found.where, found.found, found.remedy) == ("public.User.deletedAt", None, "")
-    app.run(f'ALTER TABLE "User" ADD "deletedAt" {found.expected}')
-    assert faults(app) == []
+    migrated.run(f'ALTER TABLE "User" ADD "deletedAt" {found.expected}')
+    assert faults(migrated) == []
 
 
 CHANGED = {
@@ -188,28 +184,26 @@ CHANGED = {
 
 
 @pytest.mark.parametrize("change", CHANGED)
-def test_a_column_that_the_app_makes_unfit_is_a_difference(app: App, change: str) -> None:
-    migrate.apply(app.url, app.config)
-    app.run('UPDATE "User" SET "deletedAt" = now()', 'ALTER TABLE "User" ALTER "deletedAt" TYPE timestamptz(0)')
-    assert faults(app) == []  # one that could be adopted as well
-    app.run('ALTER TABLE "User" ALTER "deletedAt" TYPE timestamp(3)', f"ALTER TABLE {change}")
+def test_a_column_that_the_app_makes_unfit_is_a_difference(migrated: App, change: str) -> None:
+    migrated.run('UPDATE "User" SET "deletedAt" = now()', 'ALTER TABLE "User" ALTER "deletedAt" TYPE timestamptz(0)')
+    assert faults(migrated) == []  # one that could be adopted as well
+    migrated.run('ALTER TABLE "User" ALTER "deletedAt" TYPE timestamp(3)', f"ALTER TABLE {change}")
     where, found = CHANGED[change]
-    assert faults(app) == [f"public.{where}: {found}"]
+    assert faults(migrated) == [f"public.{where}: {found}"]
 
 
-def test_an_apps_role_reads_them(app: App) -> None:
-    migrate.apply(app.url, app.config)
+def test_an_apps_role_reads_them(migrated: App) -> None:
     role = f"shop_{uuid4().hex}"
-    app.run(f"CREATE ROLE {role}")
+    migrated.run(f"CREATE ROLE {role}")
     try:
-        app.psql(grant(app.config.host, role))
-        with app.engine.connect() as conn:
+        migrated.psql(grant(migrated.config.host, role))
+        with migrated.engine.connect() as conn:
             conn.exec_driver_sql(f"SET ROLE {role}")
             assert app_sees(conn, "SELECT outcome FROM tallystick.delete_user('u2')") == "completed"
             assert app_sees(conn, 'SELECT count("updatedAt") + count("deletedAt") FROM "User"') == 4
             assert app_sees(conn, 'SELECT count("deletedAt") FROM "Workshop"') == 0
     finally:
-        app.run(f"DROP OWNED BY {role}", f"DROP ROLE {role}")
+        migrated.run(f"DROP OWNED BY {role}", f"DROP ROLE {role}")
 
 
 def test_the_script_for_an_unread_database_adds_no_second_column(app: App) -> None:

@@ -234,8 +234,7 @@ def test_statements_that_are_no_utf8_are_refused(tally: Tally, tmp_path: Path) -
     assert (code, err) == (1, "app.sql: not UTF-8. Save it as UTF-8\n")
 
 
-def test_nothing_to_rehearse_is_said_before_a_copy_is_made(tally: Tally, app: App) -> None:
-    migrate.apply(app.url, app.config)
+def test_nothing_to_rehearse_is_said_before_a_copy_is_made(tally: Tally, migrated: App) -> None:
     code, _, err = tally("migrate", "rehearse")
     assert (code, "there is nothing to rehearse: the database is at revision" in err) == (1, True)
     assert "backup" not in err.lower()

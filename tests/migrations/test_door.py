@@ -103,18 +103,19 @@ def test_concurrently_is_refused_in_a_transaction(app: App, tmp_path: Path, monk
 
 
 def test_an_interrupted_build_is_repaired_and_settings_of_the_hosts_session_stay(
-    app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    migrated: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    migrate.apply(app.url, app.config)
-    after = app.shape()
-    app.run("UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'tallystick_users_stripe_customer_id'::regclass")
+    after = migrated.shape()
+    migrated.run(
+        "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'tallystick_users_stripe_customer_id'::regclass"
+    )
     check = f"op.execute(\"SET lock_timeout = '7s'\"); {ONLINE}; "
     check += "op.execute(\"CREATE TABLE seen AS SELECT current_setting('lock_timeout') AS value\")"
     body = f"with op.get_context().autocommit_block(): {check}"
-    command.upgrade(history(app, tmp_path, monkeypatch, body), "head")
-    assert app.value("SELECT value FROM seen") == "7s"
-    app.run("DROP TABLE seen")
-    assert without_its_own(app.shape()) == without_its_own(after)
+    command.upgrade(history(migrated, tmp_path, monkeypatch, body), "head")
+    assert migrated.value("SELECT value FROM seen") == "7s"
+    migrated.run("DROP TABLE seen")
+    assert without_its_own(migrated.shape()) == without_its_own(after)
 
 
 def test_the_schema_is_refused_outside_of_one(app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,11 +124,10 @@ def test_the_schema_is_refused_outside_of_one(app: App, tmp_path: Path, monkeypa
         command.upgrade(alembic, "head")
 
 
-def test_after_the_runner_it_has_nothing_to_do(app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    migrate.apply(app.url, app.config)
-    after = app.shape()
-    command.upgrade(history(app, tmp_path, monkeypatch, *ALL), "head")
-    assert without_its_own(app.shape()) == without_its_own(after)
+def test_after_the_runner_it_has_nothing_to_do(migrated: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    after = migrated.shape()
+    command.upgrade(history(migrated, tmp_path, monkeypatch, *ALL), "head")
+    assert without_its_own(migrated.shape()) == without_its_own(after)
 
 
 def test_an_unknown_revision_is_named(app: App, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

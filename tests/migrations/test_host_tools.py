@@ -32,9 +32,8 @@ def trackers_of(app: App, **options: object) -> tuple[Tracker, ...]:
         return trackers(conn, **options)
 
 
-def test_our_own_is_none_of_the_hosts(app: App) -> None:
-    migrate.apply(app.url, app.config)
-    assert trackers_of(app) == ()
+def test_our_own_is_none_of_the_hosts(migrated: App) -> None:
+    assert trackers_of(migrated) == ()
 
 
 def test_alembic(app: App) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import psycopg
 import pytest
 import sqlalchemy as sa
 from hosts import HOSTS, App
 
-from tallystick import migrate
+from tallystick import Config, HostMapping, migrate
+from tallystick.dev.postgres import Server
 from tallystick.schema import CHECKS
 
 USER = "(SELECT id FROM users WHERE email = 'user 1')"
@@ -36,15 +37,27 @@ def insert(**values: str) -> str:
     return f"INSERT INTO credit_transactions ({', '.join(row)}) SELECT {', '.join(row.values())}"
 
 
-@pytest.fixture
-def ledger(app: App) -> App:
+def with_rows(app: App) -> App:
     """A completed purchase of three credits, and a pending one."""
-    migrate.apply(app.url, app.config)
     app.run(
         insert(id=PURCHASE_ID, workshop_id=WORKSHOP, stripe_session_id="'cs_1'"),
         insert(description="'pending'", **PENDING),
     )
     return app
+
+
+@pytest.fixture
+def ledger(migrated: App) -> App:
+    return with_rows(migrated)
+
+
+@pytest.fixture(scope="module")
+def unwritten(server: Server, _migrated: Callable[[str, HostMapping], str]) -> Iterator[App]:
+    """The same, one for all tests whose writes are refused, which leave it as it was."""
+    case = HOSTS["uuid"]
+    url = server.create_database("unwritten", template=_migrated(case.ddl, case.mapping))
+    yield with_rows(App(url, Config(database_url=url, host=case.mapping), server))
+    server.drop_database("unwritten")
 
 
 def refused(app: App, statement: str) -> psycopg.Error:
@@ -99,8 +112,8 @@ FORBIDDEN_ROWS = [
 
 
 @pytest.mark.parametrize(("constraint", "values"), FORBIDDEN_ROWS)
-def test_a_row_that_breaks_a_rule_is_refused(ledger: App, constraint: str, values: dict[str, str]) -> None:
-    assert refused(ledger, insert(**values)).diag.constraint_name == f"credit_transactions_{constraint}"
+def test_a_row_that_breaks_a_rule_is_refused(unwritten: App, constraint: str, values: dict[str, str]) -> None:
+    assert refused(unwritten, insert(**values)).diag.constraint_name == f"credit_transactions_{constraint}"
 
 
 def test_every_check_has_its_forbidden_row() -> None:
@@ -128,8 +141,8 @@ def test_every_identity_of_a_stripe_customer_is_unique(ledger: App) -> None:
     assert error.diag.constraint_name == "tallystick_users_stripe_customer_id"
 
 
-def test_a_user_with_history_stays(ledger: App) -> None:
-    assert refused(ledger, "DELETE FROM users WHERE email = 'user 1'").sqlstate in ("23001", "23503")
+def test_a_user_with_history_stays(unwritten: App) -> None:
+    assert refused(unwritten, "DELETE FROM users WHERE email = 'user 1'").sqlstate in ("23001", "23503")
 
 
 DONE, WAITING = "description = 'row'", "description = 'pending'"
@@ -177,15 +190,15 @@ FORBIDDEN_CHANGES = [
 
 
 @pytest.mark.parametrize(("statement", "reason"), FORBIDDEN_CHANGES)
-def test_history_is_never_edited(ledger: App, statement: str, reason: str) -> None:
-    before = ledger.rows("SELECT * FROM credit_transactions ORDER BY id")
+def test_history_is_never_edited(unwritten: App, statement: str, reason: str) -> None:
+    before = unwritten.rows("SELECT * FROM credit_transactions ORDER BY id")
 
-    error = refused(ledger, statement)
+    error = refused(unwritten, statement)
 
     assert error.sqlstate == "23001"
     assert reason in str(error.diag.message_primary)
     assert "further row" in str(error.diag.message_hint)
-    assert ledger.rows("SELECT * FROM credit_transactions ORDER BY id") == before
+    assert unwritten.rows("SELECT * FROM credit_transactions ORDER BY id") == before
 
 
 @pytest.mark.parametrize("column", ["stripe_session_id", "stripe_payment_intent_id", "stripe_price_id"])

@@ -288,15 +288,14 @@ def test_a_database_that_is_read_only_by_default_is_called_that(app: App) -> Non
     assert "fail-over" not in str(caught.value)
 
 
-def test_status_needs_a_transaction(app: App) -> None:
-    migrate.apply(app.url, app.config)
-    before = app.dump()
+def test_status_needs_a_transaction(migrated: App) -> None:
+    before = migrated.dump()
     with (
-        app.engine.execution_options(isolation_level="AUTOCOMMIT").connect() as conn,
+        migrated.engine.execution_options(isolation_level="AUTOCOMMIT").connect() as conn,
         pytest.raises(MigrationError, match="a connection that is not in autocommit"),
     ):
-        migrate.status(conn, app.config)
-    assert app.dump() == before
+        migrate.status(conn, migrated.config)
+    assert migrated.dump() == before
 
 
 def test_a_database_in_sql_ascii(app: App, server: Server) -> None:
@@ -320,13 +319,12 @@ def test_a_database_in_sql_ascii(app: App, server: Server) -> None:
         app.run(f"DROP DATABASE {name}")
 
 
-def test_what_an_apps_tests_do_to_empty_its_tables(app: App) -> None:
+def test_what_an_apps_tests_do_to_empty_its_tables(migrated: App) -> None:
     """As docs/seed.md says."""
-    migrate.apply(app.url, app.config)
     with pytest.raises(sa.exc.DBAPIError, match="append-only: truncate is refused"):
-        app.run("TRUNCATE users CASCADE")
-    app.run("ALTER TABLE credit_transactions DISABLE TRIGGER tallystick_no_truncate", "TRUNCATE users CASCADE")
-    assert app.value("SELECT count(*) FROM users") == 0
-    with app.engine.connect() as conn:
-        [drift] = migrate.status(conn, app.config).drift
-    app.run(drift.remedy)
+        migrated.run("TRUNCATE users CASCADE")
+    migrated.run("ALTER TABLE credit_transactions DISABLE TRIGGER tallystick_no_truncate", "TRUNCATE users CASCADE")
+    assert migrated.value("SELECT count(*) FROM users") == 0
+    with migrated.engine.connect() as conn:
+        [drift] = migrate.status(conn, migrated.config).drift
+    migrated.run(drift.remedy)

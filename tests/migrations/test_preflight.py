@@ -232,10 +232,9 @@ def test_a_table_that_was_given_too_many_columns(make_app: Callable[..., App]) -
     assert "1600" in str(stopped(app, HostMismatch))
 
 
-def test_a_database_that_is_ahead(app: App) -> None:
-    migrate.apply(app.url, app.config)
-    app.run("UPDATE tallystick.alembic_version SET version_num = '9999'")
-    assert "pip install -U tallystick" in str(stopped(app, SchemaTooNew))
+def test_a_database_that_is_ahead(migrated: App) -> None:
+    migrated.run("UPDATE tallystick.alembic_version SET version_num = '9999'")
+    assert "pip install -U tallystick" in str(stopped(migrated, SchemaTooNew))
 
 
 def test_another_mapping_than_the_one_that_was_migrated(app: App, make_app: Callable[..., App]) -> None:
@@ -268,13 +267,12 @@ def test_another_mapping_than_the_one_that_was_migrated(app: App, make_app: Call
         migrate.apply(alone.url, alone.config.model_copy(update={"host": HostMapping()}))
 
 
-def test_a_table_that_took_the_name_of_the_one_that_was_migrated(app: App) -> None:
-    migrate.apply(app.url, app.config)
-    app.run("ALTER TABLE users RENAME TO people", "CREATE TABLE users (id uuid PRIMARY KEY, email text)")
+def test_a_table_that_took_the_name_of_the_one_that_was_migrated(migrated: App) -> None:
+    migrated.run("ALTER TABLE users RENAME TO people", "CREATE TABLE users (id uuid PRIMARY KEY, email text)")
     with pytest.raises(
         HostMismatch, match=r"was migrated for public\.people, which is not public\.users or public\.workshops"
     ):
-        migrate.apply(app.url, app.config)
+        migrate.apply(migrated.url, migrated.config)
 
 
 class TestPrivileges:
@@ -397,36 +395,36 @@ class TestPrivileges:
         finally:
             app.run(f"DROP OWNED BY {role} CASCADE")
 
-    def test_what_policies_hide_from_another_role_is_not_audited(self, app: App, role: str) -> None:
-        migrate.apply(app.url, app.config)
-        app.run(
+    def test_what_policies_hide_from_another_role_is_not_audited(self, migrated: App, role: str) -> None:
+        migrated.run(
             f"GRANT USAGE ON SCHEMA tallystick TO {role}",
             f"GRANT SELECT ON ALL TABLES IN SCHEMA public, tallystick TO {role}",
         )
-        with self.as_role(app, role).engine.connect() as conn:
-            assert audit(conn, app.config).users == 500
+        with self.as_role(migrated, role).engine.connect() as conn:
+            assert audit(conn, migrated.config).users == 500
         for table in ("public.workshops", "public.credit_transactions", "tallystick.lots"):
-            app.run(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
-            with self.as_role(app, role).engine.connect() as conn, pytest.raises(PermissionDenied) as caught:
-                audit(conn, app.config)
+            migrated.run(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
+            with self.as_role(migrated, role).engine.connect() as conn, pytest.raises(PermissionDenied) as caught:
+                audit(conn, migrated.config)
             assert f"hides rows of {table} from {role}, so whether the balances follow from" in str(caught.value)
             assert "Run this as postgres, which owns it, or as a role with BYPASSRLS" in str(caught.value)
-            app.run(f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY")
+            migrated.run(f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY")
 
-    def test_what_policies_hide_from_another_role_is_neither_counted_nor_reconciled(self, app: App, role: str) -> None:
-        migrate.apply(app.url, app.config)
-        app.run(
+    def test_what_policies_hide_from_another_role_is_neither_counted_nor_reconciled(
+        self, migrated: App, role: str
+    ) -> None:
+        migrated.run(
             f"GRANT USAGE ON SCHEMA tallystick TO {role}",
             f"GRANT SELECT ON ALL TABLES IN SCHEMA public, tallystick TO {role}",
         )
-        ours = self.as_role(app, role)
+        ours = self.as_role(migrated, role)
         selling = ours.config.model_copy(update={"stripe_secret_key": "sk_test_1"})
         link, at = LocalLink(), "http://127.0.0.1:8420"
         visitor = TestClient(console(ours.config, engine=ours.engine, sign_in=link, address=at), base_url=at)
         visitor.get("/enter", params={"token": link.token})
         assert visitor.get("/").status_code == 200
         for table in ("public.users", "public.credit_transactions", "tallystick.stripe_reversals"):
-            app.run(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
+            migrated.run(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
             refused = f"hides rows of {table} from {role}, so what"
             with pytest.raises(PermissionDenied, match=refused):
                 stripe.reconcile(ours.engine, selling)
@@ -435,7 +433,7 @@ class TestPrivileges:
             page = visitor.get("/")
             assert page.status_code == 503
             assert refused in page.text
-            app.run(f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY")
+            migrated.run(f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY")
 
     def test_balances_that_policies_hide_are_not_cut_over(self, make_app: Callable[..., App], role: str) -> None:
         app = make_app(
@@ -454,13 +452,12 @@ class TestPrivileges:
         finally:
             app.run(f"DROP OWNED BY {role} CASCADE")
 
-    def test_status_asks_for_none(self, app: App, role: str) -> None:
-        migrate.apply(app.url, app.config)
-        app.run(
+    def test_status_asks_for_none(self, migrated: App, role: str) -> None:
+        migrated.run(
             f"GRANT USAGE ON SCHEMA tallystick TO {role}", f"GRANT SELECT ON ALL TABLES IN SCHEMA tallystick TO {role}"
         )
-        with self.as_role(app, role).engine.connect() as conn:
-            assert migrate.status(conn, app.config).healthy
+        with self.as_role(migrated, role).engine.connect() as conn:
+            assert migrate.status(conn, migrated.config).healthy
 
 
 class TestPropose:
@@ -580,17 +577,16 @@ def test_what_the_app_changes_afterwards_has_a_way_back(name: str, app: App) -> 
         assert migrate.status(conn, app.config).healthy
 
 
-def test_the_functions_are_made_anew_for_columns_that_are_only_read(app: App) -> None:
+def test_the_functions_are_made_anew_for_columns_that_are_only_read(migrated: App) -> None:
     """In one transaction, which the plan shows; and other settings than the database's are refused as before."""
-    migrate.apply(app.url, app.config)
-    app.run(
+    migrated.run(
         "ALTER TABLE workshops RENAME title TO name",
         "ALTER TABLE workshops RENAME user_id TO owner_id",
         "ALTER TABLE workshops DROP created_at",
     )
     workshops = WorkshopsTable(owner="owner_id", title="name", created_at=None)
-    now = Config(database_url=app.url, host=replace(app.config.host, workshops=workshops))
-    with app.engine.connect() as conn:
+    now = Config(database_url=migrated.url, host=replace(migrated.config.host, workshops=workshops))
+    with migrated.engine.connect() as conn:
         with pytest.raises(HostMismatch, match=r"'name', in the database 'title'.*anew: tallystick migrate apply"):
             migrate.status(conn, now)
         planned = migrate.plan(conn, now)
@@ -604,32 +600,31 @@ def test_the_functions_are_made_anew_for_columns_that_are_only_read(app: App) ->
     assert "CREATE OR REPLACE FUNCTION tallystick.consume" in made
     assert not any(one.locks for one in planned.statements)
 
-    done = migrate.apply(app.url, now)
+    done = migrate.apply(migrated.url, now)
     assert (done.changed, done.revisions, done.renewed) == (True, (), changes)
-    assert not migrate.apply(app.url, now).changed
-    with app.engine.begin() as conn:
+    assert not migrate.apply(migrated.url, now).changed
+    with migrated.engine.begin() as conn:
         assert migrate.status(conn, now).healthy
         verify(conn, now.host)
         user, workshop, name = conn.exec_driver_sql("SELECT owner_id, id, name FROM workshops LIMIT 1").one()
         ledger = Ledger(conn)
         ledger.grant(conn, user, credits=1, key="g", description="Welcome")
         assert ledger.consume(conn, user, workshop=workshop, key="c").description.endswith(name)
-    other = Config(database_url=app.url, host=replace(now.host, users=UsersTable(key="email", key_type="text")))
+    other = Config(database_url=migrated.url, host=replace(now.host, users=UsersTable(key="email", key_type="text")))
     with pytest.raises(HostMismatch, match="the settings and the database disagree"):
-        migrate.apply(app.url, other)
+        migrate.apply(migrated.url, other)
 
 
-def test_the_table_of_workshops_is_made_again(app: App) -> None:
-    migrate.apply(app.url, app.config)
-    app.run("DROP TABLE workshops CASCADE")
-    with app.engine.connect() as conn, pytest.raises(HostMismatch) as caught:
-        migrate.status(conn, app.config)
-    app.run(str(caught.value).partition("empty: ")[2].partition(". To take")[0])
-    with app.engine.connect() as conn:
-        (missing,) = migrate.status(conn, app.config).drift
-    app.run(*missing.remedy.split("; "))
-    with app.engine.connect() as conn:
-        assert migrate.status(conn, app.config).healthy
+def test_the_table_of_workshops_is_made_again(migrated: App) -> None:
+    migrated.run("DROP TABLE workshops CASCADE")
+    with migrated.engine.connect() as conn, pytest.raises(HostMismatch) as caught:
+        migrate.status(conn, migrated.config)
+    migrated.run(str(caught.value).partition("empty: ")[2].partition(". To take")[0])
+    with migrated.engine.connect() as conn:
+        (missing,) = migrate.status(conn, migrated.config).drift
+    migrated.run(*missing.remedy.split("; "))
+    with migrated.engine.connect() as conn:
+        assert migrate.status(conn, migrated.config).healthy
 
 
 def test_the_column_of_addresses_may_go(make_app: Callable[..., App]) -> None:

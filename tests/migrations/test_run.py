@@ -236,11 +236,10 @@ class TestWaiting:
             with pytest.raises(Conflict):
                 migrate.status(conn, app.config)
 
-    def test_undo_waits_too(self, app: App) -> None:
-        migrate.apply(app.url, app.config)
-        with holding(app, "SELECT FROM users LIMIT 1"), pytest.raises(MigrationBlocked):
-            migrate.undo(app.url, app.config, give_up_after_s=0.3)
-        assert migrate.undo(app.url, app.config).changed
+    def test_undo_waits_too(self, migrated: App) -> None:
+        with holding(migrated, "SELECT FROM users LIMIT 1"), pytest.raises(MigrationBlocked):
+            migrate.undo(migrated.url, migrated.config, give_up_after_s=0.3)
+        assert migrate.undo(migrated.url, migrated.config).changed
 
 
 def slow_down(app: App) -> None:
@@ -318,70 +317,66 @@ class TestTwoAtOnce:
 class TestOnline:
     """The index that is built after the commit."""
 
-    def test_a_missing_one_is_built_by_the_next_run(self, app: App) -> None:
-        migrate.apply(app.url, app.config)
-        after = app.shape()
-        app.run(f"DROP INDEX {INDEX}")
+    def test_a_missing_one_is_built_by_the_next_run(self, migrated: App) -> None:
+        after = migrated.shape()
+        migrated.run(f"DROP INDEX {INDEX}")
 
-        [step] = migrate.apply(app.url, app.config).online
+        [step] = migrate.apply(migrated.url, migrated.config).online
 
         assert (step.name, step.outcome) == (INDEX, "built")
-        assert app.shape() == after
+        assert migrated.shape() == after
 
-    def test_an_invalid_one_is_told_and_repaired(self, app: App) -> None:
-        migrate.apply(app.url, app.config)
-        after = app.shape()
-        app.run(f"DROP INDEX {INDEX}", "UPDATE users SET stripe_customer_id = 'cus_1'")
+    def test_an_invalid_one_is_told_and_repaired(self, migrated: App) -> None:
+        after = migrated.shape()
+        migrated.run(f"DROP INDEX {INDEX}", "UPDATE users SET stripe_customer_id = 'cus_1'")
         with pytest.raises(MigrationError, match=r"Key \(stripe_customer_id\)=\(cus_1\) is duplicated"):
-            migrate.apply(app.url, app.config)
-        with app.engine.connect() as conn:
-            [drift] = migrate.status(conn, app.config).drift
+            migrate.apply(migrated.url, migrated.config)
+        with migrated.engine.connect() as conn:
+            [drift] = migrate.status(conn, migrated.config).drift
         assert (drift.kind, "INVALID" in str(drift.found)) == ("index", True)
-        app.run("UPDATE users SET stripe_customer_id = NULL")
+        migrated.run("UPDATE users SET stripe_customer_id = NULL")
 
-        [step] = migrate.apply(app.url, app.config).online
+        [step] = migrate.apply(migrated.url, migrated.config).online
 
         assert step.outcome == "repaired"
-        assert app.shape() == after
+        assert migrated.shape() == after
 
-    def test_one_that_still_enforces_is_told_from_one_that_does_not(self, app: App) -> None:
+    def test_one_that_still_enforces_is_told_from_one_that_does_not(self, migrated: App) -> None:
         """Whatever a build that was killed in one of its phases has left, and what it does with a duplicate."""
-        migrate.apply(app.url, app.config)
         duplicate = "UPDATE users SET stripe_customer_id = 'cus_1' WHERE email IN ('user 1', 'user 2')"
         for ready, state in ((True, "invalid, enforcing"), (False, "invalid")):
-            app.run(
+            migrated.run(
                 f"UPDATE pg_index SET indisvalid = false, indisready = {ready} WHERE indexrelid = '{INDEX}'::regclass"
             )
-            with app.engine.connect() as conn:
+            with migrated.engine.connect() as conn:
                 assert index_state(conn, "public", INDEX) == state
-                [drift] = migrate.status(conn, app.config).drift
+                [drift] = migrate.status(conn, migrated.config).drift
             assert ("but still enforcing" in str(drift.found), "enforcing nothing" in str(drift.found)) == (
                 ready,
                 not ready,
             )
             if ready:
                 with pytest.raises(sa.exc.IntegrityError, match=INDEX):
-                    app.run(duplicate)
-                with app.engine.connect() as conn:
+                    migrated.run(duplicate)
+                with migrated.engine.connect() as conn:
                     assert index_state(conn, "public", INDEX) == state
-        app.run(duplicate)
+        migrated.run(duplicate)
         with pytest.raises(MigrationError, match="duplicated"):
-            migrate.apply(app.url, app.config)
-        app.run("UPDATE users SET stripe_customer_id = NULL")
-        assert migrate.apply(app.url, app.config).online[0].outcome == "repaired"
-        with app.engine.connect() as conn:
+            migrate.apply(migrated.url, migrated.config)
+        migrated.run("UPDATE users SET stripe_customer_id = NULL")
+        assert migrate.apply(migrated.url, migrated.config).online[0].outcome == "repaired"
+        with migrated.engine.connect() as conn:
             assert index_state(conn, "public", INDEX) == "valid"
 
-    def test_what_a_killed_rebuild_left_is_removed(self, app: App) -> None:
-        migrate.apply(app.url, app.config)
-        after = app.shape()
+    def test_what_a_killed_rebuild_left_is_removed(self, migrated: App) -> None:
+        after = migrated.shape()
         for suffix in ("_ccnew", "_ccnew1", "_ccold"):
-            app.run(f"CREATE INDEX {INDEX}{suffix} ON users (stripe_customer_id)")
-        app.run(f"UPDATE pg_index SET indisvalid = false WHERE indexrelid::regclass::text ~ '^{INDEX}'")
+            migrated.run(f"CREATE INDEX {INDEX}{suffix} ON users (stripe_customer_id)")
+        migrated.run(f"UPDATE pg_index SET indisvalid = false WHERE indexrelid::regclass::text ~ '^{INDEX}'")
 
-        migrate.apply(app.url, app.config)
+        migrate.apply(migrated.url, migrated.config)
 
-        assert app.shape() == after
+        assert migrated.shape() == after
 
 
 @pytest.mark.parametrize(
@@ -742,22 +737,21 @@ def test_a_build_that_cannot_be_looked_at_goes_on(app: App) -> None:
         app.run(f"REASSIGN OWNED BY {lone} TO postgres", f"DROP OWNED BY {lone}", f"DROP ROLE {lone}")
 
 
-def test_a_connection_that_dies_while_a_leftover_is_dropped(app: App) -> None:
-    migrate.apply(app.url, app.config)
-    app.run(
+def test_a_connection_that_dies_while_a_leftover_is_dropped(migrated: App) -> None:
+    migrated.run(
         f"CREATE INDEX {INDEX}_ccnew ON users (stripe_customer_id)",
         f"UPDATE pg_index SET indisvalid = false WHERE indexrelid = '{INDEX}_ccnew'::regclass",
     )
-    with ThreadPoolExecutor(1) as pool, holding(app, "SELECT FROM users LIMIT 1"):
-        run = pool.submit(migrate.apply, app.url, app.config)
+    with ThreadPoolExecutor(1) as pool, holding(migrated, "SELECT FROM users LIMIT 1"):
+        run = pool.submit(migrate.apply, migrated.url, migrated.config)
         kill = f"SELECT pg_terminate_backend(pid) FROM ({OURS}) ours WHERE left(query, 10) = 'DROP INDEX'"
         deadline = time.monotonic() + 60
-        while not app.rows(kill):
+        while not migrated.rows(kill):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         with pytest.raises(OutcomeUnknown, match="Run the same command again"):
             run.result(60)
-    assert not migrate.apply(app.url, app.config).changed
+    assert not migrate.apply(migrated.url, migrated.config).changed
 
 
 def test_a_build_that_waits_tells_for_whom(app: App) -> None:

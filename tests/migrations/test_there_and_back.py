@@ -121,14 +121,13 @@ def test_everyone_starts_with_nothing(app: App) -> None:
     assert app.rows("SELECT DISTINCT credit_consumed_at, deleted_at FROM workshops") == [(None, None)]
 
 
-def test_updated_at_follows_every_change_when_we_brought_it(app: App) -> None:
-    migrate.apply(app.url, app.config)
-    before = app.value("SELECT max(updated_at) FROM users")
+def test_updated_at_follows_every_change_when_we_brought_it(migrated: App) -> None:
+    before = migrated.value("SELECT max(updated_at) FROM users")
 
-    app.run("UPDATE users SET email = 'changed' WHERE email = 'user 1'")
+    migrated.run("UPDATE users SET email = 'changed' WHERE email = 'user 1'")
 
-    assert app.value("SELECT updated_at FROM users WHERE email = 'changed'") > before
-    assert app.value("SELECT max(updated_at) FROM users WHERE email <> 'changed'") == before
+    assert migrated.value("SELECT updated_at FROM users WHERE email = 'changed'") > before
+    assert migrated.value("SELECT max(updated_at) FROM users WHERE email <> 'changed'") == before
 
 
 def test_a_host_that_had_updated_at_keeps_its_own_way(make_app: Callable[..., App]) -> None:
@@ -164,16 +163,15 @@ def test_the_log_tells_what_the_receipt_tells(app: App) -> None:
 
 
 class TestUndo:
-    def test_is_refused_while_the_ledger_has_rows(self, app: App) -> None:
-        migrate.apply(app.url, app.config)
-        app.run(a_purchase)
-        before = app.dump()
+    def test_is_refused_while_the_ledger_has_rows(self, migrated: App) -> None:
+        migrated.run(a_purchase)
+        before = migrated.dump()
 
         with pytest.raises(LedgerNotEmpty, match="--discard-ledger") as refused:
-            migrate.undo(app.url, app.config)
+            migrate.undo(migrated.url, migrated.config)
 
         assert refused.value.rows == 1
-        assert app.dump() == before
+        assert migrated.dump() == before
 
     def test_may_be_told_to_discard_them(self, app: App) -> None:
         before = app.dump()
@@ -189,15 +187,14 @@ class TestUndo:
         assert not migrate.undo(app.url, app.config).changed
         assert app.dump() == before
 
-    def test_tells_what_of_the_hosts_depends_on_it(self, app: App) -> None:
-        migrate.apply(app.url, app.config)
-        app.run("CREATE VIEW rich AS SELECT id FROM users WHERE credit_balance > 9")
-        before = app.dump()
+    def test_tells_what_of_the_hosts_depends_on_it(self, migrated: App) -> None:
+        migrated.run("CREATE VIEW rich AS SELECT id FROM users WHERE credit_balance > 9")
+        before = migrated.dump()
 
         with pytest.raises(MigrationError, match=r"rule _RETURN on view public.rich"):
-            migrate.undo(app.url, app.config)
+            migrate.undo(migrated.url, migrated.config)
 
-        assert app.dump() == before
+        assert migrated.dump() == before
 
 
 a_purchase = (
@@ -229,11 +226,10 @@ def test_the_script_may_be_written_without_a_database(make_app: Callable[..., Ap
         assert migrate.sql(None, app.config) == migrate.sql(conn, app.config)
 
 
-def test_the_script_of_a_migrated_database_is_empty(app: App) -> None:
-    migrate.apply(app.url, app.config)
-    with app.engine.connect() as conn:
-        assert "nothing to do" in migrate.sql(conn, app.config)
-        assert "ALTER" not in migrate.sql(conn, app.config)
+def test_the_script_of_a_migrated_database_is_empty(migrated: App) -> None:
+    with migrated.engine.connect() as conn:
+        assert "nothing to do" in migrate.sql(conn, migrated.config)
+        assert "ALTER" not in migrate.sql(conn, migrated.config)
 
 
 def test_the_package_knows_the_newest_revision() -> None:

@@ -147,18 +147,17 @@ class TestKilledBetween:
             assert columns(app) == COLUMNS
 
     @pytest.mark.parametrize("two_transactions", [False, True])
-    def test_the_next_run_goes_on(self, app: App, before: str | None, two_transactions: bool) -> None:
-        migrate.apply(app.url, app.config)
-        usual = app.shape()
-        migrate.undo(app.url, app.config, to=before)
-        prepare(app)
+    def test_the_next_run_goes_on(self, migrated: App, before: str | None, two_transactions: bool) -> None:
+        usual = migrated.shape()
+        migrate.undo(migrated.url, migrated.config, to=before)
+        prepare(migrated)
 
-        receipt = migrate.apply(app.url, app.config, two_transactions=two_transactions)
+        receipt = migrate.apply(migrated.url, migrated.config, two_transactions=two_transactions)
 
         assert list(receipt.revisions) == EVERY[[None, *EVERY].index(before) :]
         assert receipt.two_transactions
-        assert app.shape() == usual
-        assert status(app).healthy
+        assert migrated.shape() == usual
+        assert status(migrated).healthy
 
     @pytest.mark.usefixtures("before")
     def test_undo_brings_back_exactly_what_was(self, make_app: Callable[..., App], app: App) -> None:
@@ -169,27 +168,26 @@ class TestKilledBetween:
         assert not migrate.undo(app.url, app.config).changed
 
 
-def test_what_was_prepared_goes_alone_and_leaves_no_mark(app: App) -> None:
+def test_what_was_prepared_goes_alone_and_leaves_no_mark(migrated: App) -> None:
     """The revision stays, with what the ledger holds; and none is taken for prepared afterwards."""
-    migrate.apply(app.url, app.config)
-    usual = app.shape()
-    migrate.undo(app.url, app.config, to=EVERY[2])
-    app.run(
+    usual = migrated.shape()
+    migrate.undo(migrated.url, migrated.config, to=EVERY[2])
+    migrated.run(
         "INSERT INTO users (email) VALUES ('buyer')",
         "SELECT tallystick.grant(user_id => id, amount => 1, key => 'a', description => 'b') FROM users"
         " WHERE email = 'buyer'",
     )
-    prepare(app)
-    receipt = migrate.undo(app.url, app.config, to=EVERY[2])
+    prepare(migrated)
+    receipt = migrate.undo(migrated.url, migrated.config, to=EVERY[2])
     assert (receipt.before, receipt.after, receipt.revisions) == (EVERY[2], EVERY[2], tuple(reversed(EVERY[3:])))
-    assert status(app).prepared is None
-    prepare(app)
-    migrate.undo(app.url, app.config, to=EVERY[1], discard_ledger=True)
-    assert status(app).prepared is None
-    migrate.apply(app.url, app.config)
-    assert app.shape() == usual
+    assert status(migrated).prepared is None
+    prepare(migrated)
+    migrate.undo(migrated.url, migrated.config, to=EVERY[1], discard_ledger=True)
+    assert status(migrated).prepared is None
+    migrate.apply(migrated.url, migrated.config)
+    assert migrated.shape() == usual
     with pytest.raises(MigrationError, match="there is no revision '9'"):
-        migrate.undo(app.url, app.config, to="9")
+        migrate.undo(migrated.url, migrated.config, to="9")
 
 
 def test_a_column_of_ours_that_the_app_adds_in_between_is_adopted(app: App) -> None:
@@ -231,11 +229,10 @@ def test_another_mapping_in_between_is_refused(app: App) -> None:
         migrate.undo(app.url, elsewhere)
 
 
-def test_the_objects_of_a_later_package_are_refused(app: App) -> None:
-    migrate.apply(app.url, app.config)
-    app.run("INSERT INTO tallystick.migration_log (revision, direction) VALUES ('9999', 'prepare')")
+def test_the_objects_of_a_later_package_are_refused(migrated: App) -> None:
+    migrated.run("INSERT INTO tallystick.migration_log (revision, direction) VALUES ('9999', 'prepare')")
     with pytest.raises(SchemaTooNew, match="on the way to revision 9999"):
-        migrate.apply(app.url, app.config)
+        migrate.apply(migrated.url, migrated.config)
 
 
 def test_a_saturated_database_is_told_of_it(app: App) -> None:

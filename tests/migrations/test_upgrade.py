@@ -37,11 +37,10 @@ PASSING = ("40001", "40P01", "42804", "42846", "55P03", "0A000", "XX000")
 
 
 @pytest.fixture
-def old(app: App) -> App:
+def old(migrated: App) -> App:
     """A database of revision 0001."""
-    migrate.apply(app.url, app.config)
-    migrate.undo(app.url, app.config, to="0001")
-    return app
+    migrate.undo(migrated.url, migrated.config, to="0001")
+    return migrated
 
 
 def test_the_way_back_to_0001_is_what_0001_made(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
