@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import datetime as dt
 import multiprocessing
-import os
 import random
 import re
 import shlex
-import subprocess
 import sys
 import threading
 import time
@@ -25,6 +23,7 @@ from hosts import App
 from tallystick import CreditTransaction, HostMapping, Ledger, UsersTable, WorkshopsTable, migrate
 from tallystick.accounts import Accounts
 from tallystick.audit import audit
+from tallystick.cli import main
 from tallystick.errors import (
     HostMismatch,
     IncompatibleColumn,
@@ -180,14 +179,16 @@ def test_old_code_goes_on_writing(make_app: Callable[..., App]) -> None:
     with running(app) as seen:
         migrate.apply(app.url, app.config)
         ledger = Ledger(app.engine)
-        for number in range(200):
-            user = f"user_{number % 40 + 1}"
-            with app.engine.begin() as conn:
-                try:
-                    ledger.consume(conn, user, key=f"new {number}")
-                except InsufficientCredits:
-                    continue
-            spent.append(user)
+        with app.engine.connect() as conn:
+            for number in range(200):
+                user = f"user_{number % 40 + 1}"
+                with conn.begin():
+                    try:
+                        ledger.consume(conn, user, key=f"new {number}")
+                    except InsufficientCredits:
+                        continue
+                spent.append(user)
+                time.sleep(0.005)  # the old code goes on meanwhile
     assert seen.errors == []
     assert len(seen.changes) > 100
     assert len(spent) > 20
@@ -702,33 +703,44 @@ def test_the_history_of_a_user_erased_before_the_opening_is_not_noted(make_migra
     assert faults(app) == []
 
 
-def test_the_cut_over_notes_the_history_if_asked(make_app: Callable[..., App], tmp_path: Path) -> None:
+@pytest.fixture
+def tallystick(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """``tallystick(app, "adopt") -> (code, out, err)``: a command of an app, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("DATABASE_URL_UNPOOLED", "TALLYSTICK_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(app: App, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setenv("DATABASE_URL", app.url)
+        monkeypatch.setattr(sys, "argv", ["tallystick", *arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return (int(ended.value.code or 0), *capfd.readouterr())
+
+    return run
+
+
+def test_the_cut_over_notes_the_history_if_asked(
+    make_app: Callable[..., App], tallystick: Callable[..., tuple[int, str, str]]
+) -> None:
     app = make_app(AFTER, KEPT_APART)
-    (tmp_path / "tallystick.toml").write_text(
+    Path("tallystick.toml").write_text(
         '[host]\nledger_schema = "tallystick"\n[host.users]\nkey = "clerk_user_id"\nkey_type = "text"\n'
         '[host.workshops]\nowner = "clerk_user_id"\n',
         encoding="utf-8",
     )
-
-    def adopt(*options: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "tallystick", "adopt", *options],
-            cwd=tmp_path,
-            env={**os.environ, "DATABASE_URL": app.url},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    early = adopt("--note-history")
-    assert (early.returncode, "not migrated yet" in early.stderr) == (1, True)
+    code, _, err = tallystick(app, "adopt", "--note-history")
+    assert (code, "not migrated yet" in err) == (1, True)
     migrate.apply(app.url, app.config)
     app.run("INSERT INTO users (clerk_user_id, email, credit_balance) VALUES ('new', '', 6)")
-    done = adopt("--cut-over", "--note-history")
-    assert done.returncode == 0, done.stderr
-    assert "Opened the balances of 1 user.\n" in done.stdout
-    assert "Noted the history in the opening balances of 36 users." in done.stdout
-    assert "Only the ledger writes balances." in done.stdout
+    code, out, err = tallystick(app, "adopt", "--cut-over", "--note-history")
+    assert code == 0, err
+    assert "Opened the balances of 1 user.\n" in out
+    assert "Noted the history in the opening balances of 36 users." in out
+    assert "Only the ledger writes balances." in out
 
 
 @pytest.mark.parametrize(
@@ -801,7 +813,9 @@ def test_names_that_need_quoting(make_app: Callable[..., App]) -> None:
     assert drift(app) == []
 
 
-def test_the_page_runs_from_top_to_bottom(make_app: Callable[..., App], tmp_path: Path) -> None:
+def test_the_page_runs_from_top_to_bottom(
+    make_app: Callable[..., App], tallystick: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
     """Its commands in their order, on the founding app with old code that writes until the cut-over."""
     app = make_app(AFTER, KEPT_APART)
     page = (Path(__file__).parents[2] / "docs" / "existing-credits.md").read_text(encoding="utf-8")
@@ -812,21 +826,20 @@ def test_the_page_runs_from_top_to_bottom(make_app: Callable[..., App], tmp_path
         for line in block.splitlines()
     ]
     assert commands[0] == "tallystick init"
-    env = {**os.environ, "DATABASE_URL": app.url}
 
-    def tallystick(command: str) -> str:
+    def typed(command: str) -> str:
         program, *arguments = shlex.split(command)
-        line = [str(Path(sys.executable).with_name(program)), *arguments]
-        done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
-        return done.stdout
+        assert program == "tallystick"
+        code, out, err = tallystick(app, *arguments)
+        assert code == 0, f"{command}: {out}{err}"
+        return out
 
     with running(app, clients=1) as seen:
-        output = {command: tallystick(command) for command in commands if "--cut-over" not in command}
+        output = {command: typed(command) for command in commands if "--cut-over" not in command}
     assert seen.errors == []
     assert 'ledger_schema = "tallystick"' in (tmp_path / "tallystick.toml").read_text(encoding="utf-8")
     assert "credits of" in output["tallystick adopt"]
     assert re.search(r"Opened the balances of \d+ users", output["tallystick migrate apply"])
     for command in ("tallystick adopt --cut-over", "tallystick audit", "tallystick migrate status"):
-        tallystick(command)
+        typed(command)
     assert faults(app) == []
