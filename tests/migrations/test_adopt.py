@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import multiprocessing
 import random
 import re
 import shlex
@@ -19,6 +18,7 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 from hosts import App
+from processes import PROCESSES
 
 from tallystick import CreditTransaction, HostMapping, Ledger, UsersTable, WorkshopsTable, migrate
 from tallystick.accounts import Accounts
@@ -531,12 +531,10 @@ def test_killed_while_balances_are_opened(make_app: Callable[..., App]) -> None:
     """Twenty times, anywhere, with old code writing: the next run goes on, and nobody's balance is opened twice."""
     more = "INSERT INTO users SELECT gen_random_uuid(), 'more_' || i, '', 3 FROM generate_series(1, 4000) i"
     app = make_app(f"{AFTER} {more}", KEPT_APART)
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["tallystick.migrate"])
     found = []
     with running(app, clients=2) as seen:
         for _ in range(20):
-            process = processes.Process(target=migrate.apply, args=(app.url, app.config), daemon=True)
+            process = PROCESSES.Process(target=migrate.apply, args=(app.url, app.config), daemon=True)
             process.start()
             deadline = time.monotonic() + 30
             while not found and process.is_alive() and not opened(app):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -19,6 +18,7 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 from hosts import HOSTS, App
+from processes import PROCESSES
 
 from tallystick import Config, migrate
 from tallystick.dev.postgres import Server
@@ -562,13 +562,8 @@ class TestKilled:
     MOMENTS = 30
     SERVER_MOMENTS = 10
 
-    @pytest.fixture
-    def processes(self) -> multiprocessing.context.ForkServerContext:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tallystick.migrate"])
-        return context
-
-    def test_the_client(self, app: App, processes: multiprocessing.context.ForkServerContext) -> None:
+    def test_the_client(self, app: App) -> None:
+        app.engine = sa.create_engine(app.url, pool_size=1)  # it looks often
         old = app.shape()
         started = time.monotonic()
         migrate.apply(app.url, app.config)
@@ -577,7 +572,7 @@ class TestKilled:
         migrate.undo(app.url, app.config)
         seen = set()
         for _ in range(self.MOMENTS):
-            process = processes.Process(target=migrate.apply, args=(app.url, app.config), daemon=True)
+            process = PROCESSES.Process(target=migrate.apply, args=(app.url, app.config), daemon=True)
             process.start()
             while not self.sessions(app) and process.is_alive():
                 time.sleep(0.001)
@@ -593,6 +588,7 @@ class TestKilled:
             migrate.undo(app.url, app.config)
             assert app.shape() == old
         assert seen == {"old", "new"}
+        app.engine.dispose()
 
     def standing(self, app: App, old: set[tuple[str, str]], new: set[tuple[str, str]]) -> str:
         """The revision at which a killed run left the database: none or the last."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import signal
 import threading
@@ -15,6 +14,7 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 from hosts import HOSTS, App
+from processes import PROCESSES
 
 from tallystick import Config, HostMapping, UsersTable, migrate
 from tallystick.errors import HostMismatch, LedgerNotEmpty, MigrationBlocked, MigrationError, SchemaTooNew
@@ -35,8 +35,7 @@ def run_until_prepared(url: str, config: Config) -> None:
 
 
 def prepare(app: App) -> None:
-    processes = multiprocessing.get_context("forkserver")
-    process = processes.Process(target=run_until_prepared, args=(app.url, app.config), daemon=True)
+    process = PROCESSES.Process(target=run_until_prepared, args=(app.url, app.config), daemon=True)
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
