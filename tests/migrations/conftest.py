@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hosts import HOSTS, App
 
 from tallystick import Config, HostMapping, migrate
+from tallystick.cli import main
 from tallystick.dev.postgres import Server
 
 
@@ -78,6 +81,27 @@ def app(make_app: Callable[..., App]) -> App:
 def migrated(make_migrated: Callable[..., App]) -> App:
     """The same, migrated."""
     return make_migrated()
+
+
+@pytest.fixture
+def tallystick(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """``tallystick(app, "adopt") -> (code, out, err)``: a command of an app, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("DATABASE_URL_UNPOOLED", "TALLYSTICK_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(app: App, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setenv("DATABASE_URL", app.url)
+        monkeypatch.setattr(sys, "argv", ["tallystick", *arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return (int(ended.value.code or 0), *capfd.readouterr())
+
+    return run
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -6,7 +6,6 @@ import datetime as dt
 import random
 import re
 import shlex
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,6 @@ from processes import PROCESSES
 from tallystick import CreditTransaction, HostMapping, Ledger, UsersTable, WorkshopsTable, migrate
 from tallystick.accounts import Accounts
 from tallystick.audit import audit
-from tallystick.cli import main
 from tallystick.errors import (
     HostMismatch,
     IncompatibleColumn,
@@ -699,26 +697,6 @@ def test_the_history_of_a_user_erased_before_the_opening_is_not_noted(make_migra
     rows = app.rows("SELECT amount, description, metadata FROM tallystick.credit_transactions WHERE user_id = 'new'")
     assert rows == [(6, "Erased", None)]
     assert faults(app) == []
-
-
-@pytest.fixture
-def tallystick(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """``tallystick(app, "adopt") -> (code, out, err)``: a command of an app, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("DATABASE_URL_UNPOOLED", "TALLYSTICK_HOME"):
-        monkeypatch.delenv(name, raising=False)
-
-    def run(app: App, *arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setenv("DATABASE_URL", app.url)
-        monkeypatch.setattr(sys, "argv", ["tallystick", *arguments])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return (int(ended.value.code or 0), *capfd.readouterr())
-
-    return run
 
 
 def test_the_cut_over_notes_the_history_if_asked(

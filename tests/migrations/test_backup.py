@@ -53,10 +53,8 @@ b"();
 
 
 @pytest.fixture
-def app(make_app: Callable[..., App]) -> App:
-    app = make_app(HOSTS["uuid"].ddl + STRANGE)
-    migrate.apply(app.url, app.config)
-    return app
+def app(make_migrated: Callable[..., App]) -> App:
+    return make_migrated(HOSTS["uuid"].ddl + STRANGE)
 
 
 def take_backup(app: App, target: Path, **options: object) -> Backup:

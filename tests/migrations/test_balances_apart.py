@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -327,32 +324,28 @@ def test_before_init_no_workshops_are_named_that_are_not_there(make_app: Callabl
     assert (found.users.balance, found.workshops and found.workshops.table) == ("balance", "app_workshop")
 
 
-def test_each_command_names_the_real_column(make_app: Callable[..., App], tmp_path: Path) -> None:
+def test_each_command_names_the_real_column(
+    make_app: Callable[..., App], tallystick: Callable[..., tuple[int, str, str]]
+) -> None:
     app = make_app(f"{OF_KEY} INSERT INTO wallets VALUES ('{user(1)}', 4)")
-    env = {**os.environ, "DATABASE_URL": app.url, "COLUMNS": "200"}
-
-    def tallystick(command: str) -> subprocess.CompletedProcess[str]:
-        line = [str(Path(sys.executable).with_name("tallystick")), *shlex.split(command)]
-        return subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-
-    [beside] = json.loads(tallystick("init --json").stdout)["balances_apart"]
+    [beside] = json.loads(tallystick(app, "init", "--json")[1])["balances_apart"]
     assert (beside["column"], beside["options"]["--balance"]) == ("public.wallets.balance", "balance")
-    said = " ".join(tallystick("migrate apply").stderr.split())
+    said = " ".join(tallystick(app, "migrate", "apply")[2].split())
     assert "Warning: public.wallets.balance may hold the credits" in said
     assert "run: tallystick migrate undo, and tallystick init --force --users public.wallets --users-key" in said
-    assert tallystick("migrate apply").stderr.count("Warning") == 0
-    assert tallystick("migrate undo").returncode == 0
-    tallystick(f"init --force {shlex.join(part for pair in beside['options'].items() for part in pair)}")
+    assert tallystick(app, "migrate", "apply")[2].count("Warning") == 0
+    assert tallystick(app, "migrate", "undo")[0] == 0
+    tallystick(app, "init", "--force", *(part for pair in beside["options"].items() for part in pair))
     named = ": public.wallets.balance (as credit_balance), public.wallets.updated_at."
-    for command in ("migrate plan", "migrate apply", "migrate status"):
-        said = tallystick(command).stdout
+    for command in ("plan", "apply", "status"):
+        said = tallystick(app, "migrate", command)[1]
         assert (command, named in said) == (command, True), said
     app.run("SET session_replication_role = replica", "UPDATE wallets SET balance = 9")
-    said = tallystick("audit").stdout
+    said = tallystick(app, "audit")[1]
     assert ("credit_balance" in said, "found         balance 9" in said) == (False, True), said
 
 
-def test_the_section_of_the_page(make_app: Callable[..., App], tmp_path: Path) -> None:
+def test_the_section_of_the_page(make_app: Callable[..., App], tallystick: Callable[..., tuple[int, str, str]]) -> None:
     """Its table, its commands and its statements, in their order."""
     page = (Path(__file__).parents[2] / "docs" / "existing-credits.md").read_text(encoding="utf-8")
     section = page.partition("\n## Balances in a table of their own\n")[2].partition("\n## ")[0]
@@ -363,25 +356,24 @@ def test_the_section_of_the_page(make_app: Callable[..., App], tmp_path: Path) -
         f"""{USERS.replace("app_workshop", "workshops").replace("member", "user_id")} {table}
         INSERT INTO wallets (user_id, balance) SELECT id, 4 FROM users WHERE email < '9';"""
     )
-    env = {**os.environ, "DATABASE_URL": app.url}
 
-    def tallystick(command: str) -> subprocess.CompletedProcess[str]:
+    def typed(command: str) -> tuple[int, str, str]:
         program, *arguments = shlex.split(command)
-        line = [str(Path(sys.executable).with_name(program)), *arguments]
-        return subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        assert program == "tallystick"
+        return tallystick(app, *arguments)
 
-    output = {command: tallystick(command) for command in commands.splitlines()}
-    assert {command: done.stderr for command, done in output.items() if done.returncode} == {}
+    output = {command: typed(command) for command in commands.splitlines()}
+    assert {command: err for command, (code, _, err) in output.items() if code} == {}
     first, reported, *_ = output
-    assert (first, reported in output[first].stdout) == ("tallystick init", True)
-    assert "public.wallets.balance: 32 credits of 8 users" in output["tallystick adopt"].stdout
-    assert "Opened the balances of 8 users" in output["tallystick migrate apply"].stdout
+    assert (first, reported in output[first][1]) == ("tallystick init", True)
+    assert "public.wallets.balance: 32 credits of 8 users" in output["tallystick adopt"][1]
+    assert "Opened the balances of 8 users" in output["tallystick migrate apply"][1]
     assert app.value("SELECT count(*) FROM wallets") == 8
     app.psql(fill)
     assert app.value("SELECT count(*) FROM wallets") == 9
-    by_address = tallystick("tallystick balance 1@example.com")
-    assert (by_address.returncode, "no column with e-mail addresses is mapped" in by_address.stderr) == (1, True)
-    assert tallystick(f"tallystick balance {user(9)}").stdout == "0 credits\n"
+    code, _, err = tallystick(app, "balance", "1@example.com")
+    assert (code, "no column with e-mail addresses is mapped" in err) == (1, True)
+    assert tallystick(app, "balance", str(user(9)))[1] == "0 credits\n"
 
     loose = make_app(f"{USERS} CREATE TABLE wallets (user_id uuid REFERENCES users, balance integer)")
     assert apart(loose)[0].obstacle is not None
