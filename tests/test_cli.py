@@ -32,6 +32,8 @@ from tallystick.dev.postgres import Server
 from tallystick.schema import HEAD
 from worlds import SHAPES, World
 
+pytestmark = pytest.mark.one_server  # it is about what is typed and printed; what the commands call runs on both
+
 
 @dataclass
 class Output:

@@ -52,11 +52,14 @@ def tally(
 
 Tally = Callable[..., tuple[int, str, str]]
 
+printed = pytest.mark.one_server  # it is about what is printed, and when a command ends
+
 
 def as_json(result: tuple[int, str, str]) -> Any:
     return json.loads(result[1])
 
 
+@printed
 def test_snippet(tally: Tally) -> None:
     assert "credit_balance: Mapped[int]" in tally("migrate", "snippet", "sqlalchemy")[1]
     code, _, err = tally("migrate", "snippet", "hibernate")
@@ -123,6 +126,7 @@ def test_a_backup_is_checked_with_the_programs_of_the_machine(
     assert tally("backup", "app.backup", "--check")[0] == 0
 
 
+@printed
 def test_one_display_at_a_time(tally: Tally, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rich before version 14.1 refuses a second one."""
     shown = 0
@@ -146,6 +150,7 @@ def test_one_display_at_a_time(tally: Tally, monkeypatch: pytest.MonkeyPatch) ->
         assert tally("migrate", *command)[0] == 0
 
 
+@printed
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.usefixtures("tally")
 def test_an_interrupted_run_says_what_is_done_and_what_to_do(app: App, number: signal.Signals) -> None:
@@ -174,6 +179,7 @@ def scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
+@printed
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 @pytest.mark.usefixtures("tally")
 def test_a_rehearsal_that_a_signal_ends_leaves_no_server(number: signal.Signals, scratch: Path) -> None:
@@ -228,12 +234,14 @@ def test_rehearse(tally: Tally, app: App, tmp_path: Path) -> None:
     assert [one["fault"] for one in as_json(result)["lived"]] == [None] * 7
 
 
+@printed
 def test_statements_that_are_no_utf8_are_refused(tally: Tally, tmp_path: Path) -> None:
     (tmp_path / "app.sql").write_bytes("SELECT 'Überblick'".encode("latin-1"))
     code, _, err = tally("migrate", "rehearse", "--statements", "app.sql")
     assert (code, err) == (1, "app.sql: not UTF-8. Save it as UTF-8\n")
 
 
+@printed
 def test_nothing_to_rehearse_is_said_before_a_copy_is_made(tally: Tally, migrated: App) -> None:
     code, _, err = tally("migrate", "rehearse")
     assert (code, "there is nothing to rehearse: the database is at revision" in err) == (1, True)
@@ -241,6 +249,7 @@ def test_nothing_to_rehearse_is_said_before_a_copy_is_made(tally: Tally, migrate
     assert "starting an embedded server" not in err
 
 
+@printed
 def test_apply_ends_with_the_snippet_of_the_apps_tool(tally: Tally, app: App, tmp_path: Path) -> None:
     app.run("CREATE TABLE django_migrations (id serial)", "CREATE TABLE _prisma_migrations (id serial)")
     (tmp_path / "drizzle.config.ts").touch()
@@ -304,6 +313,7 @@ def test_an_extension_that_the_copys_server_does_not_have(tally: Tally, app: App
     assert "--on ADDRESS" in err
 
 
+@printed
 def test_plan_and_status_say_more(tally: Tally, app: App) -> None:
     app.run("CREATE TABLE alembic_version (version_num text)", "INSERT INTO alembic_version VALUES ('abc')")
     code, out, _ = tally("migrate", "plan", "--backup", "x.backup")
@@ -316,6 +326,7 @@ def test_plan_and_status_say_more(tally: Tally, app: App) -> None:
     assert as_json(tally("migrate", "status", "--json"))["trackers"][0]["newest"] == "abc"
 
 
+@printed
 def test_each_change_says_first_which_database_it_is_of(
     tally: Tally, app: App, make_app: Callable[..., App], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,6 +349,7 @@ def test_each_change_says_first_which_database_it_is_of(
     assert (code, err.startswith(f"Database {other.engine.url.database} on ")) == (0, True)
 
 
+@printed
 @pytest.mark.parametrize("named", ["TALLYSTICK_DATABASE_URL", "tallystick.toml"])
 def test_an_unpooled_address_from_elsewhere_is_left_alone(
     tally: Tally, app: App, make_app: Callable[..., App], monkeypatch: pytest.MonkeyPatch, named: str
@@ -356,6 +368,7 @@ def test_an_unpooled_address_from_elsewhere_is_left_alone(
     assert not production.value("SELECT to_regclass('credit_transactions') IS NOT NULL")
 
 
+@printed
 def test_a_plan_that_would_be_stopped_has_no_next_step(tally: Tally, app: App, monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"weak_{app.engine.url.database}"
     app.run(f"CREATE ROLE {name} LOGIN")
@@ -368,6 +381,7 @@ def test_a_plan_that_would_be_stopped_has_no_next_step(tally: Tally, app: App, m
         app.run(f"DROP ROLE {name}")
 
 
+@printed
 def test_init_says_what_it_means_that_workshops_have_no_date(
     tally: Tally, app: App, make_app: Callable[..., App], tmp_path: Path
 ) -> None:
@@ -381,6 +395,7 @@ def test_init_says_what_it_means_that_workshops_have_no_date(
     assert tally("--database-url", dateless.url, "migrate", "apply")[0] == 0
 
 
+@printed
 def test_a_column_that_need_not_be_there_may_be_false(tally: Tally, make_app: Callable[..., App]) -> None:
     dateless = make_app(HOSTS["integer"].ddl)
     mapping = HostMapping(
@@ -392,6 +407,7 @@ def test_a_column_that_need_not_be_there_may_be_false(tally: Tally, make_app: Ca
     assert "Set host.workshops.created_at in tallystick.toml, to false if there is none" in err
 
 
+@printed
 def test_two_transactions_and_what_is_between_them(tally: Tally, app: App) -> None:
     def stop(now: migrate.MigrationProgress) -> None:
         if now.phase == "prepared":
@@ -413,6 +429,7 @@ def test_two_transactions_and_what_is_between_them(tally: Tally, app: App) -> No
     assert as_json(tally("migrate", "status", "--json"))["prepared"] is None
 
 
+@printed
 def test_a_log_gets_a_line_for_what_is_new(tally: Tally, app: App) -> None:
     """Without a terminal a run that waits does not write a line for each look at what is in its way."""
     with app.engine.connect() as conn:

@@ -16,6 +16,8 @@ from tallystick import migrate
 from tallystick.errors import ConfigError
 from tallystick.migrate.host_tools.trackers import Entry, Tracker, concerns, trackers
 
+pytestmark = pytest.mark.one_server  # it is about the files and tables of other tools
+
 DRIZZLE_0 = "CREATE SCHEMA drizzle; CREATE TABLE drizzle.__drizzle_migrations (id serial, hash text, created_at bigint)"
 DRIZZLE_1 = (
     "CREATE SCHEMA drizzle; CREATE TABLE drizzle.__drizzle_migrations"
