@@ -162,7 +162,6 @@ def tracker_of(app: App, node: Project) -> Tracker:
     return found
 
 
-@pytest.mark.one_server
 def test_what_drizzle_kit_wrote_and_applied(drizzle: tuple[App, Project, str]) -> None:
     app, node, tool = drizzle
     found = tracker_of(app, node)
@@ -179,7 +178,6 @@ def test_what_drizzle_kit_wrote_and_applied(drizzle: tuple[App, Project, str]) -
     assert tracker_of(app, node).entries == (Entry(name, "changed"),)
 
 
-@pytest.mark.one_server
 @pytest.mark.parametrize("ends", ["LF", "CRLF"])
 def test_what_drizzle_kit_applied_from_a_windows_checkout(
     ends: str, make_app: Callable[..., App], tmp_path: Path
@@ -198,7 +196,6 @@ def test_what_drizzle_kit_applied_from_a_windows_checkout(
     assert tracker_of(app, node).entries == (Entry(file.stem, "line endings"),)
 
 
-@pytest.mark.one_server
 def test_what_drizzle_kit_will_apply_and_what_it_never_will(drizzle: tuple[App, Project, str]) -> None:
     """A second migration, which another branch wrote before the first was applied."""
     app, node, tool = drizzle
