@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from hosts import App
+import sqlalchemy as sa
+from hosts import HOSTS, App
 from node_tools import DRIZZLE, Project, project, write_drizzle
 
-from tallystick import migrate
+from tallystick import Config, migrate
+from tallystick.dev.postgres import Server
 from tallystick.errors import ConfigError
 from tallystick.migrate.host_tools.trackers import Entry, Tracker, concerns, trackers
 
@@ -145,16 +148,31 @@ def test_a_folder_that_is_none_of_drizzles(app: App, tmp_path: Path, ddl: str) -
         trackers_of(app, drizzle=tmp_path)
 
 
-@pytest.fixture(params=DRIZZLE)
-def drizzle(request: pytest.FixtureRequest, make_app: Callable[..., App], tmp_path: Path) -> tuple[App, Project, str]:
-    """An app whose tables come from a history that drizzle-kit wrote and applied."""
-    node = project(request.param, tmp_path)
-    app = make_app("SELECT 1")
-    write_drizzle(node, app.engine.url)
+@pytest.fixture(scope="module", params=DRIZZLE)
+def history(
+    request: pytest.FixtureRequest, server: Server, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, str]:
+    """A history that drizzle-kit wrote and applied, once for all tests: its packages, its folder, its database."""
+    folder, database = tmp_path_factory.mktemp(request.param), f"history_{request.param}"
+    node, url = project(request.param, folder), server.create_database(database)
+    write_drizzle(node, sa.make_url(url))
     node.run("drizzle-kit", "generate", "--name", "first")
     node.run("drizzle-kit", "migrate")
-    migrate.apply(app.url, app.config)
-    return app, node, "drizzle 0.x" if request.param == "drizzle_0" else "drizzle 1.0"
+    migrate.apply(url, Config(database_url=url, host=HOSTS["uuid"].mapping))
+    return request.param, folder, database
+
+
+@pytest.fixture
+def drizzle(
+    history: tuple[str, Path, str], fresh_database: Callable[..., str], server: Server, tmp_path: Path
+) -> tuple[App, Project, str]:
+    """An app whose tables come from such a history."""
+    packages, folder, database = history
+    shutil.copytree(folder / "drizzle", tmp_path / "drizzle")
+    url = fresh_database(database)
+    app, node = App(url, Config(database_url=url, host=HOSTS["uuid"].mapping), server), project(packages, tmp_path)
+    write_drizzle(node, app.engine.url)
+    return app, node, "drizzle 0.x" if packages == "drizzle_0" else "drizzle 1.0"
 
 
 def tracker_of(app: App, node: Project) -> Tracker:

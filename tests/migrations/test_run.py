@@ -229,12 +229,13 @@ class TestWaiting:
         assert blocker.age_ms >= 250
 
     def test_looking_waits_for_an_exclusive_lock_but_not_for_ever(self, app: App) -> None:
-        with holding(app, "LOCK TABLE users"), app.engine.connect() as conn:
-            with pytest.raises(Conflict):
-                migrate.plan(conn, app.config)
-            conn.rollback()
-            with pytest.raises(Conflict):
-                migrate.status(conn, app.config)
+        def look(at: Callable[[sa.Connection, Config], object]) -> None:
+            with app.engine.connect() as conn, pytest.raises(Conflict):
+                at(conn, app.config)
+
+        with holding(app, "LOCK TABLE users"), ThreadPoolExecutor(2) as pool:
+            for looked in [pool.submit(look, at) for at in (migrate.plan, migrate.status)]:
+                looked.result(60)
 
     def test_undo_waits_too(self, migrated: App) -> None:
         with holding(migrated, "SELECT FROM users LIMIT 1"), pytest.raises(MigrationBlocked):
