@@ -39,6 +39,11 @@ def app(make_app: Callable[..., App]) -> App:
     return make_app(HOST.ddl + PEOPLE, HOST.mapping)
 
 
+@pytest.fixture
+def migrated(make_migrated: Callable[..., App]) -> App:
+    return make_migrated(HOST.ddl + PEOPLE, HOST.mapping)
+
+
 def mapped(users: dict[str, Any] | None = None, workshops: dict[str, Any] | None = None) -> HostMapping:
     """The mapping without the app's own moments, but for what is given."""
     return HostMapping(

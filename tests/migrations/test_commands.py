@@ -242,7 +242,8 @@ def test_statements_that_are_no_utf8_are_refused(tally: Tally, tmp_path: Path) -
 
 
 @printed
-def test_nothing_to_rehearse_is_said_before_a_copy_is_made(tally: Tally, migrated: App) -> None:
+def test_nothing_to_rehearse_is_said_before_a_copy_is_made(tally: Tally, app: App) -> None:
+    migrate.apply(app.url, app.config)
     code, _, err = tally("migrate", "rehearse")
     assert (code, "there is nothing to rehearse: the database is at revision" in err) == (1, True)
     assert "backup" not in err.lower()

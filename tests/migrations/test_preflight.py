@@ -395,36 +395,36 @@ class TestPrivileges:
         finally:
             app.run(f"DROP OWNED BY {role} CASCADE")
 
-    def test_what_policies_hide_from_another_role_is_not_audited(self, migrated: App, role: str) -> None:
-        migrated.run(
+    def test_what_policies_hide_from_another_role_is_not_audited(self, app: App, role: str) -> None:
+        migrate.apply(app.url, app.config)
+        app.run(
             f"GRANT USAGE ON SCHEMA tallystick TO {role}",
             f"GRANT SELECT ON ALL TABLES IN SCHEMA public, tallystick TO {role}",
         )
-        with self.as_role(migrated, role).engine.connect() as conn:
-            assert audit(conn, migrated.config).users == 500
+        with self.as_role(app, role).engine.connect() as conn:
+            assert audit(conn, app.config).users == 500
         for table in ("public.workshops", "public.credit_transactions", "tallystick.lots"):
-            migrated.run(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
-            with self.as_role(migrated, role).engine.connect() as conn, pytest.raises(PermissionDenied) as caught:
-                audit(conn, migrated.config)
+            app.run(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
+            with self.as_role(app, role).engine.connect() as conn, pytest.raises(PermissionDenied) as caught:
+                audit(conn, app.config)
             assert f"hides rows of {table} from {role}, so whether the balances follow from" in str(caught.value)
             assert "Run this as postgres, which owns it, or as a role with BYPASSRLS" in str(caught.value)
-            migrated.run(f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY")
+            app.run(f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY")
 
-    def test_what_policies_hide_from_another_role_is_neither_counted_nor_reconciled(
-        self, migrated: App, role: str
-    ) -> None:
-        migrated.run(
+    def test_what_policies_hide_from_another_role_is_neither_counted_nor_reconciled(self, app: App, role: str) -> None:
+        migrate.apply(app.url, app.config)
+        app.run(
             f"GRANT USAGE ON SCHEMA tallystick TO {role}",
             f"GRANT SELECT ON ALL TABLES IN SCHEMA public, tallystick TO {role}",
         )
-        ours = self.as_role(migrated, role)
+        ours = self.as_role(app, role)
         selling = ours.config.model_copy(update={"stripe_secret_key": "sk_test_1"})
         link, at = LocalLink(), "http://127.0.0.1:8420"
         visitor = TestClient(console(ours.config, engine=ours.engine, sign_in=link, address=at), base_url=at)
         visitor.get("/enter", params={"token": link.token})
         assert visitor.get("/").status_code == 200
         for table in ("public.users", "public.credit_transactions", "tallystick.stripe_reversals"):
-            migrated.run(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
+            app.run(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
             refused = f"hides rows of {table} from {role}, so what"
             with pytest.raises(PermissionDenied, match=refused):
                 stripe.reconcile(ours.engine, selling)
@@ -433,7 +433,7 @@ class TestPrivileges:
             page = visitor.get("/")
             assert page.status_code == 503
             assert refused in page.text
-            migrated.run(f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY")
+            app.run(f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY")
 
     def test_balances_that_policies_hide_are_not_cut_over(self, make_app: Callable[..., App], role: str) -> None:
         app = make_app(
@@ -452,12 +452,13 @@ class TestPrivileges:
         finally:
             app.run(f"DROP OWNED BY {role} CASCADE")
 
-    def test_status_asks_for_none(self, migrated: App, role: str) -> None:
-        migrated.run(
+    def test_status_asks_for_none(self, app: App, role: str) -> None:
+        migrate.apply(app.url, app.config)
+        app.run(
             f"GRANT USAGE ON SCHEMA tallystick TO {role}", f"GRANT SELECT ON ALL TABLES IN SCHEMA tallystick TO {role}"
         )
-        with self.as_role(migrated, role).engine.connect() as conn:
-            assert migrate.status(conn, migrated.config).healthy
+        with self.as_role(app, role).engine.connect() as conn:
+            assert migrate.status(conn, app.config).healthy
 
 
 class TestPropose:

@@ -146,17 +146,18 @@ class TestKilledBetween:
             assert columns(app) == COLUMNS
 
     @pytest.mark.parametrize("two_transactions", [False, True])
-    def test_the_next_run_goes_on(self, migrated: App, before: str | None, two_transactions: bool) -> None:
-        usual = migrated.shape()
-        migrate.undo(migrated.url, migrated.config, to=before)
-        prepare(migrated)
+    def test_the_next_run_goes_on(self, app: App, before: str | None, two_transactions: bool) -> None:
+        migrate.apply(app.url, app.config)
+        usual = app.shape()
+        migrate.undo(app.url, app.config, to=before)
+        prepare(app)
 
-        receipt = migrate.apply(migrated.url, migrated.config, two_transactions=two_transactions)
+        receipt = migrate.apply(app.url, app.config, two_transactions=two_transactions)
 
         assert list(receipt.revisions) == EVERY[[None, *EVERY].index(before) :]
         assert receipt.two_transactions
-        assert migrated.shape() == usual
-        assert status(migrated).healthy
+        assert app.shape() == usual
+        assert status(app).healthy
 
     @pytest.mark.usefixtures("before")
     def test_undo_brings_back_exactly_what_was(self, make_app: Callable[..., App], app: App) -> None:
