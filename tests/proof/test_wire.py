@@ -78,6 +78,15 @@ def prepared(world: World, operation: str) -> Case:
 
 
 @pytest.fixture
+def world(world: World) -> Iterator[World]:
+    """With one connection for all that is not cut: a dozen operations are prepared for each fault."""
+    world.engine = sa.create_engine(world.url, pool_size=1, max_overflow=0)
+    world.autocommit = world.engine.execution_options(isolation_level="AUTOCOMMIT")
+    yield world
+    world.engine.dispose()
+
+
+@pytest.fixture
 def proxy(world: World) -> Iterator[Proxy]:
     made = Proxy(world.url)
     yield made
