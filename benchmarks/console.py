@@ -89,9 +89,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="requests of each page")
     parser.add_argument("--quick", action="store_true", help="the least that shows the table")
     given = parser.parse_args()
-    rows, rounds = (20_000, 1) if given.quick else (given.rows, given.rounds)
+    few_rows, rows, rounds = (1_000, 2_000, 1) if given.quick else (FEW_ROWS, given.rows, given.rounds)
     with stage.server(settings=growth.SETTINGS) as server:
-        apps = [growth.fill(server, name, count) for name, count in (("few", FEW_ROWS), ("many", rows))]
+        apps = [growth.fill(server, name, count) for name, count in (("few", few_rows), ("many", rows))]
         few, many = map(Console, apps)
         for each in (few, many):
             close_all_days(each.engine, Ledger(growth.CONFIG))

@@ -30,12 +30,12 @@ WAYS = {"off": None, "on": False, "on, with NOTIFY": True}
 CLIENTS = 8
 
 
-def on_pgbench(app: stage.App, seconds: float) -> float:
+def on_pgbench(app: stage.App, length: str) -> float:
     """Consumptions a second."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "one.sql").write_text(stage.pgbench_script(app.users, stage.CONSUME))
         command = app.server.command(
-            "pgbench", "--no-vacuum", "--protocol=prepared", f"--file={folder}/one.sql", f"--time={seconds:g}",
+            "pgbench", "--no-vacuum", "--protocol=prepared", f"--file={folder}/one.sql", length,
             f"--client={CLIENTS}", app.libpq,
         )  # fmt: skip
         ran = subprocess.run(command, env=app.server.env, check=True, capture_output=True, text=True)
@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few calls, to see that it runs")
     asked = parser.parse_args()
-    calls, seconds, rounds = (200, 1, 1) if asked.quick else (2_000, 3, 3)
+    calls, length, rounds = (20, "--transactions=20", 1) if asked.quick else (2_000, "--time=3", 3)
     cpu: dict[str, list[float]] = defaultdict(list)
     a_second: dict[str, list[float]] = defaultdict(list)
     with stage.server(settings=stage.SETTINGS | {"autovacuum": "off"}) as server:
@@ -67,8 +67,8 @@ def main() -> None:
                 with psycopg.connect(app.libpq, autocommit=True, prepare_threshold=0) as conn:
                     consume = measured(conn.info.backend_pid, consumption(ledger, conn), calls)
                 cpu[name].append(consume.server)
-                a_second[name].append(on_pgbench(app, seconds))
-        print(f"PostgreSQL {server.version}, fsync on; medians of {rounds} rounds of {calls:,} calls and {seconds} s")
+                a_second[name].append(on_pgbench(app, length))
+        print(f"PostgreSQL {server.version}, fsync on; medians of {rounds} rounds of {calls:,} calls and pgbench {length}")
     middle = {name: (statistics.median(cpu[name]), statistics.median(a_second[name])) for name in WAYS}
     cpu_off, a_second_off = middle["off"]
     print(

@@ -329,9 +329,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=10_000_000, help="ledger rows of the large app")
     parser.add_argument("--small", type=int, default=10_000, help="ledger rows of the small one")
     parser.add_argument("--folder", type=Path, help="put the server's data here, on the disk to be measured")
-    parser.add_argument("--quick", action="store_true", help="20,000 rows against 2,000, few calls, one turn")
+    parser.add_argument("--quick", action="store_true", help="5,000 rows against 1,000, few calls, one turn")
     asked = parser.parse_args()
-    rows, small, count, turns = (20_000, 2_000, 50, 1) if asked.quick else (asked.rows, asked.small, 500, 3)
+    rows, small, count, turns = (5_000, 1_000, 10, 1) if asked.quick else (asked.rows, asked.small, 500, 3)
     with stage.server(asked.folder, SETTINGS) as server:
         begun = time.perf_counter()
         apps = [fill(server, "small", small), fill(server, "large", rows)]

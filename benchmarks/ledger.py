@@ -17,6 +17,7 @@ import itertools
 import multiprocessing
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -70,14 +71,18 @@ def pgbench(app: App, way: Way, statement: str, *, users: int, connections: int,
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, "consume.sql")
         script.write_text(stage.pgbench_script(users, statement))
+        # its time is in whole seconds
+        length = f"--time={round(seconds)}" if seconds >= 1 else f"--transactions={round(100 * seconds)}"
         command = app.server.command(
             "pgbench", "--no-vacuum", f"--protocol={way.protocol}", f"--file={script}", f"--client={connections}",
-            f"--jobs={min(connections, PROCESSES)}", f"--time={max(1, round(seconds))}", "--log",
+            f"--jobs={min(connections, PROCESSES)}", length, "--log",
             f"--log-prefix={folder}/log", way.url.replace("+psycopg", "", 1),
         )  # fmt: skip
-        subprocess.run(command, env=app.server.env, check=True, capture_output=True)
+        ran = subprocess.run(command, env=app.server.env, check=True, capture_output=True, text=True)
         took = [float(line.split()[2]) / 1e6 for log in Path(folder).glob("log*") for line in log.open()]
-    return Timing.of(took, max(1, round(seconds)))
+    rate = re.search(r"tps = ([\d.]+)", ran.stdout)
+    assert rate, ran.stdout
+    return Timing.of(took, len(took) / float(rate[1]))
 
 
 # --- ours ---

@@ -46,12 +46,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--rate", type=float, default=200)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--quick", action="store_true", help="5,000 users, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="1,000 users, to see that it runs")
     options = parser.parse_args()
-    rows = 5_000 if options.quick else options.rows
+    rows, rate = (1_000, 50) if options.quick else (options.rows, options.rate)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)  # root's embedded server runs as another account
-        measure(folder, rows, options.rate, 2 if options.quick else 20, 2 if options.quick else options.kills)
+        measure(folder, rows, rate, 0.5 if options.quick else 20, 1 if options.quick else options.kills)
 
 
 def measure(folder: str, rows: int, rate: float, alone_s: float, kills: int) -> None:

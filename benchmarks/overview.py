@@ -22,7 +22,7 @@ import sqlalchemy as sa
 
 import stage
 from cpu import used_ms
-from ledger import table
+from stage import table
 from tallystick.dev.postgres import Server
 from tallystick.ledger import close_all_days
 from tallystick.web.console.queries import Queries
@@ -87,11 +87,11 @@ def filled(server: Server, rows: int, days: int) -> stage.App:
     return app
 
 
-def lines(apps: list[stage.App], enough_ms: float) -> Iterator[list[str]]:
+def lines(apps: list[stage.App], enough_ms: float, turns: int) -> Iterator[list[str]]:
     for closed in (False, True):
         both = [Overview(app, closed=closed) for app in apps]
         # in turns, so that what else the machine does meets both
-        rounds = [[each.cpu_ms(enough_ms / ROUNDS) for each in both] for _ in range(ROUNDS)]
+        rounds = [[each.cpu_ms(enough_ms / turns) for each in both] for _ in range(turns)]
         few, many = (statistics.median(of_one) for of_one in zip(*rounds, strict=True))
         name = "days closed, but for today" if closed else "each day read from its rows"
         yield [name, f"{few:.1f}", f"{many:.1f}", f"{statistics.median(many / few for few, many in rounds):.1f}"]
@@ -104,17 +104,17 @@ def lines(apps: list[stage.App], enough_ms: float) -> Iterator[list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="1,000 rows against 10,000, few times")
+    parser.add_argument("--quick", action="store_true", help="500 rows against 2,000, few times")
     parser.add_argument("--rows", type=int, nargs=2, default=[100_000, 3_000_000], help="of the two apps")
     parser.add_argument("--days", type=int, nargs=2, default=[90, 90], help="over which they are spread")
     asked = parser.parse_args()
-    sizes, enough_ms = ([1_000, 10_000], 20) if asked.quick else (asked.rows, 2_000)
+    sizes, enough_ms, turns = ([500, 2_000], 2, 2) if asked.quick else (asked.rows, 2_000, ROUNDS)
     settings = stage.SETTINGS | {"autovacuum": "off", "fsync": "off", "max_parallel_workers_per_gather": "0"}
     with stage.server(settings=settings) as server:
         print(f"CPU of the server in ms for one overview, PostgreSQL {server.version}, {USERS:,} users")
         spread = list(zip(sizes, asked.days, strict=True))
         head = ["", *(f"{rows:,} rows in {days:,} days" for rows, days in spread), "ratio"]
-        print(table(head, lines([filled(server, *each) for each in spread], enough_ms)))
+        print(table(head, lines([filled(server, *each) for each in spread], enough_ms, turns)))
 
 
 if __name__ == "__main__":

@@ -23,16 +23,15 @@ from cpu import used_ms
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from partitioned import partition
 
-USERS = 2_000
 CALL = stage.CONSUME.format(user="%s", key="%s")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few calls, to see that it runs")
-    calls, turns = (100, 1) if parser.parse_args().quick else (500, 15)
+    users, calls, turns = (200, 20, 1) if parser.parse_args().quick else (2_000, 500, 15)
     with stage.server(settings=stage.SETTINGS | {"autovacuum": "off", "fsync": "off"}) as server:
-        apps = {name: stage.app(server, name, users=USERS, rows_each=10) for name in ("plain", "partitioned")}
+        apps = {name: stage.app(server, name, users=users, rows_each=10) for name in ("plain", "partitioned")}
         partition(apps["partitioned"].engine, apps["partitioned"].ledger.config)
         conns = {name: psycopg.connect(app.libpq, autocommit=True) for name, app in apps.items()}
         numbers = itertools.count()
@@ -42,7 +41,7 @@ def main() -> None:
                 begun = used_ms(conn.info.backend_pid)
                 for _ in range(calls):
                     number = next(numbers)
-                    conn.execute(CALL, (1 + number * 7919 % USERS, f"bench {number}"))
+                    conn.execute(CALL, (1 + number * 7919 % users, f"bench {number}"))
                 if turn:  # the first prepares statements and reads catalogs
                     spent[name].append((used_ms(conn.info.backend_pid) - begun) / calls)
         for conn in conns.values():

@@ -212,10 +212,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="how long each is asked for")
     parser.add_argument("--parts", action="store_true", help="the CPU of each part of a balance")
     given = parser.parse_args()
-    duration_s = 0.3 if given.quick else given.seconds
+    duration_s = 0.05 if given.quick else given.seconds
     with server() as running:
         site = app(running, "web", users=USERS, rows_each=ROWS_EACH)
-        add_workshops(site.url, 200_000 if duration_s > 1 else 20_000)
+        add_workshops(site.url, 200_000 if duration_s > 1 else 4_000)
         numbers = {load.name: iter(range(1, 10**9)) for load in LOADS}  # each workshop is unlocked once in all
         print(f"{CONNECTIONS} connections, {duration_s:g} s each\n")
         if given.parts:

@@ -30,9 +30,9 @@ def main() -> None:
     """Print a table of one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--quick", action="store_true", help="20,000 rows, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="2,000 rows, to see that it runs")
     options = parser.parse_args()
-    rows = 20_000 if options.quick else options.rows
+    rows = 2_000 if options.quick else options.rows
     mapping = HostMapping(users=UsersTable(key_type="integer"), workshops=None)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)  # root's embedded server runs as another account

@@ -15,14 +15,14 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SHORT = {
     "migration.py": ["--quick"],
     "opening.py": ["--quick"],
-    "cpu.py": ["--quick", "--calls", "50"],
-    "ledger.py": ["--quick", "--seconds", "0.3"],
+    "cpu.py": ["--quick", "--calls", "10"],
+    "ledger.py": ["--quick", "--seconds", "0.1"],
     "web.py": ["--quick"],
     "bloat.py": ["--quick"],
     "growth.py": ["--quick"],
     "console.py": ["--quick"],
-    "webhooks.py": ["--deliveries", "20"],
-    "audit.py": ["--rows", "10000"],
+    "webhooks.py": ["--deliveries", "8"],
+    "audit.py": ["--rows", "1000"],
     "events.py": ["--quick"],
     "overview.py": ["--quick"],
     "partitions.py": ["--quick"],
@@ -42,7 +42,7 @@ PRINTED = {  # of each table the last line, and whatever may be left out
     "bloat.py": ["| fillfactor 100, the default, updated_at indexed |"],
     "growth.py": [
         "| audit of one user ",
-        "| audit of the user with a tenth of all rows, 20,000 rows |",
+        "| audit of the user with a tenth of all rows, 5,000 rows |",
         "| new users ",
     ],
     "console.py": ["| the overview, with figures ", "| migrations "],
@@ -50,7 +50,7 @@ PRINTED = {  # of each table the last line, and whatever may be left out
     "events.py": ["| on, with NOTIFY |"],
     "overview.py": ["| days closed, but for today ", "| closing sixty days, once "],
     "partitions.py": ["| four hash partitions |"],
-    "widen.py": ["| 20,000 |"],
+    "widen.py": ["| 2,000 |"],
     "audit.py": ["  audit, healthy ", "  audit of one user "],
 }
 
