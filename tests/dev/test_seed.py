@@ -81,6 +81,27 @@ BALANCES = {
 }
 
 
+@pytest.fixture
+def pooled() -> Iterator[Callable[[World], World]]:
+    """``pooled(world) -> world``, with a pool: the seed connects for each scenario, of which there are two dozen."""
+    pools: list[sa.Engine] = []
+
+    def give(world: World) -> World:
+        world.engine = sa.create_engine(world.url)
+        world.autocommit = world.engine.execution_options(isolation_level="AUTOCOMMIT")
+        pools.append(world.engine)
+        return world
+
+    yield give
+    for pool in pools:
+        pool.dispose()
+
+
+@pytest.fixture
+def make_world(make_world: Callable[..., World], pooled: Callable[[World], World]) -> Callable[..., World]:
+    return lambda *args, **settings: pooled(make_world(*args, **settings))
+
+
 def seed_world(world: World, **options: Any) -> SeedReport:
     return seed(world.engine, world.config, environ=NOWHERE, **options)
 
@@ -352,6 +373,7 @@ def wait_until_done(child: subprocess.Popen[str], scenarios: int) -> None:
 def wait_until_gone(world: World) -> None:
     """The server notices a killed client at its next message; its transaction ends then."""
     deadline = time.monotonic() + PATIENCE_S
+    world.engine.dispose()  # what is left is the child's
     with world.autocommit.connect() as conn:
         while conn.scalar(
             sa.text(
@@ -402,9 +424,15 @@ def test_two_at_once_make_one(world: World, make_world: Callable[..., World]) ->
 
 def uninterrupted(world: World, make_world: Callable[..., World]) -> list[list[tuple[object, ...]]]:
     shape = next(name for name, known in SHAPES.items() if known.host == world.config.host)
-    other = make_world(shape)
-    seed_world(other)
-    return every_fact(other)
+    if shape not in _uninterrupted:
+        other = make_world(shape)
+        seed_world(other)
+        _uninterrupted[shape] = every_fact(other)
+    return _uninterrupted[shape]
+
+
+_uninterrupted: dict[str, list[list[tuple[object, ...]]]] = {}
+"""By shape: it is the same each time."""
 
 
 def lock(conn: sa.Connection, table: sa.Table) -> None:
@@ -706,7 +734,7 @@ DEMANDING_HOST = HostMapping(users=UsersTable(key_type="text"), workshops=Worksh
 
 
 @pytest.fixture
-def host_app(fresh_database: Callable[..., str]) -> Callable[..., World]:
+def host_app(fresh_database: Callable[..., str], pooled: Callable[[World], World]) -> Callable[..., World]:
     """``host_app(ddl, host) -> World``: a host app of other tables, migrated."""
 
     def make(ddl: str, host: HostMapping) -> World:
@@ -714,7 +742,7 @@ def host_app(fresh_database: Callable[..., str]) -> Callable[..., World]:
         with psycopg.connect(url.replace("+psycopg", "", 1)) as conn:
             conn.execute(ddl)
         migrate.apply(url, Config(database_url=url, host=host))
-        return World(url, host)
+        return pooled(World(url, host))
 
     return make
 
