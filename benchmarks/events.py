@@ -68,7 +68,7 @@ def main() -> None:
                     consume = measured(conn.info.backend_pid, consumption(ledger, conn), calls)
                 cpu[name].append(consume.server)
                 a_second[name].append(on_pgbench(app, length))
-        print(f"PostgreSQL {server.version}, fsync on; medians of {rounds} rounds of {calls:,} calls and pgbench {length}")
+        print(f"PostgreSQL {server.version}, fsync on; {rounds} rounds of {calls:,} calls and pgbench {length}")
     middle = {name: (statistics.median(cpu[name]), statistics.median(a_second[name])) for name in WAYS}
     cpu_off, a_second_off = middle["off"]
     print(
