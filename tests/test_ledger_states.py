@@ -105,11 +105,10 @@ def _session(world: World, work: Callable[[Any], None]) -> None:
 
 def _asyncio(world: World, work: Callable[[Any], None]) -> None:
     async def main() -> None:
-        engine = create_async_engine(world.url, poolclass=sa.NullPool)
-        async with engine.begin() as conn:
+        async with world.asyncio.begin() as conn:
             await conn.run_sync(work)
 
-    asyncio.run(main())
+    world.runner.run(main())
 
 
 CONNECTORS = {
@@ -133,7 +132,10 @@ def world(server: Server, _templates: Callable[[str], str]) -> Iterator[World]:
     name = f"states_{uuid.uuid4().hex}"
     world = World(server.create_database(name, template=_templates("uuid")), SHAPES["uuid"].host)
     world.engine = sa.create_engine(world.url)  # connecting anew would take most of the time here
-    yield world
+    world.asyncio = create_async_engine(world.url)
+    with asyncio.Runner() as world.runner:
+        yield world
+        world.runner.run(world.asyncio.dispose())
     world.engine.dispose()
     server.drop_database(name)
 
