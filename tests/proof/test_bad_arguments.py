@@ -60,6 +60,7 @@ def typed(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setenv("DATABASE_URL", world.url)
     monkeypatch.setenv("COLUMNS", "200")
     (tmp_path / "tallystick.toml").write_text(to_toml(world.config.host), encoding="utf-8")
+    world.engine = sa.create_engine(world.url)  # all rows are read before and after each command
     yield world
     world.engine.dispose()
 
