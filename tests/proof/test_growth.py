@@ -23,7 +23,7 @@ from tallystick.dev.postgres import Server
 from tallystick.errors import TallystickError
 from worlds import SHAPES, World
 
-SHORT, LONG = 1_000, 100_000
+SHORT, LONG = 300, 30_000
 MADE = ("short", "long", "suddenly long", "abandoned")
 LATEST = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 FIRST = uuid.UUID(int=1)
@@ -98,11 +98,13 @@ def histories(server: Server, _templates: Callable[[str], str]) -> Iterator[dict
             conn.exec_driver_sql(ABANDON.format(rows=failed, first=FIRST, latest=LATEST))
         with world.autocommit.connect() as conn:
             conn.exec_driver_sql("VACUUM" if name == "suddenly long" else "VACUUM ANALYZE")
-        # prepared at once, so that a generic plan can be asked for
-        world.engine = sa.create_engine(url, poolclass=sa.NullPool, connect_args={"prepare_threshold": 0})
+        # prepared at once, so that a generic plan can be asked for; one connection for all that is measured
+        world.engine = sa.create_engine(url, pool_size=1, max_overflow=0, connect_args={"prepare_threshold": 0})
+        world.autocommit = world.engine.execution_options(isolation_level="AUTOCOMMIT")
         made[name] = History(world, rows, large=rows == LONG)
     yield made
     for history in made.values():
+        history.world.engine.dispose()
         server.drop_database(str(sa.make_url(history.world.url).database))
 
 
@@ -233,6 +235,7 @@ def measured(history: History, name: str, mode: str, spoil: Sequence[str] = ()) 
     with history.world.autocommit.connect() as conn:
         conn.exec_driver_sql("VACUUM (INDEX_CLEANUP ON) users, workshops, credit_transactions")  # what was rolled back
     with history.world.engine.connect() as conn:
+        conn.exec_driver_sql("DISCARD PLANS")  # those of the measurement before
         for each in spoil:
             conn.exec_driver_sql(each)
         first, second = (operations(history, conn)[name] for _ in range(2))
@@ -241,9 +244,10 @@ def measured(history: History, name: str, mode: str, spoil: Sequence[str] = ()) 
             conn.exec_driver_sql(f"SET {setting} = '{value}'")
         outcome(first, conn)
         conn.exec_driver_sql(FLUSH)
-        conn.connection.dbapi_connection.add_notice_handler(listen)
+        driver(conn).add_notice_handler(listen)
         outcome(second, conn)
         conn.exec_driver_sql(FLUSH)
+        driver(conn).remove_notice_handler(listen)
         conn.rollback()
     # A call counts the pages of the statements inside it once more.
     plans = [plan for plan in plans if plan["Plan"]["Node Type"] not in ("Function Scan", "Result")]
