@@ -18,7 +18,7 @@ from worlds import World
 
 
 def test_nothing_that_an_app_does_beside_the_ledger_deadlocks(server: Server, fresh_database: Callable[[], str]):
-    report = run(server, ready(fresh_database()), MIX, seconds=8)
+    report = run(server, ready(fresh_database()), MIX, seconds=5)
     assert (report.deadlocks, report.failed, report.findings) == (0, 0, ())
     assert min(report.done.values()) > 0
     assert set(report.rows) == {"purchase", "consumption", "refund", "grant"}
