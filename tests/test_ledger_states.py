@@ -121,7 +121,12 @@ CONNECTORS = {
 }
 
 
-@pytest.fixture(params=CONNECTORS)
+OF_THE_CLIENT = {"session", "asyncio"}  # to the server they are "read committed"
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.one_server if name in OF_THE_CLIENT else ()) for name in CONNECTORS]
+)
 def connector(request: pytest.FixtureRequest) -> Connector:
     return CONNECTORS[request.param]
 

@@ -385,6 +385,7 @@ def wait_until_gone(world: World) -> None:
             time.sleep(0.02)
 
 
+@pytest.mark.one_server  # what is not committed is gone on each
 def test_killed_in_the_middle_of_a_scenario(any_world: World, make_world: Callable[..., World]) -> None:
     with any_world.engine.begin() as blocker:
         # the second scenario waits for this lock half-made: its user is inserted, its purchase is not
@@ -398,6 +399,7 @@ def test_killed_in_the_middle_of_a_scenario(any_world: World, make_world: Callab
     assert every_fact(any_world) == uninterrupted(any_world, make_world)
 
 
+@pytest.mark.one_server  # what is not committed is gone on each
 @pytest.mark.parametrize("scenarios", [1, 3, 7, 11])
 def test_killed_at_a_random_moment(world: World, make_world: Callable[..., World], scenarios: int) -> None:
     with seeding(world) as child:
@@ -966,6 +968,7 @@ def test_the_audit_is_clean_and_names_who_waits(any_world: World) -> None:
     assert [(finding.user, finding.fault) for finding in report.findings] == [(waiting, False)]
 
 
+@pytest.mark.one_server  # it is about npm
 @pytest.mark.skipif(shutil.which("npm") is None, reason="`npm run db:seed` needs npm (install Node.js)")
 def test_npm_run_db_seed(world: World, tmp_path: Path) -> None:
     url = world.url.replace("+psycopg", "", 1)
@@ -981,6 +984,7 @@ def test_npm_run_db_seed(world: World, tmp_path: Path) -> None:
     assert outcomes(seed_world(world, only=["funded"])) == {"funded": "unchanged"}
 
 
+@pytest.mark.one_server  # it is about npm
 @pytest.mark.skipif(shutil.which("npm") is None, reason="`npm run db:seed` needs npm (install Node.js)")
 def test_npm_says_what_to_install(tmp_path: Path) -> None:
     shutil.copy(ROOT / "package.json", tmp_path)

@@ -23,6 +23,8 @@ from tallystick.cli import main
 from tallystick.config import to_toml
 from worlds import World
 
+pytestmark = pytest.mark.one_server  # it is about what is typed
+
 LONG = "<long>"  # stands for so many letters; Linux takes 131,072 bytes for one argument
 LETTERS = 100_000
 SAID_MAX = 3_000  # characters of a refusal, however long what was typed
@@ -132,7 +134,6 @@ def commands(world: World) -> st.SearchStrategy[list[str]]:
 WRITES = {"consume", "grant", "refund", "onboarding", "seed"}
 
 
-@pytest.mark.one_server  # it is about what is typed
 def test_any_command_line_is_done_or_refused_with_a_message(typed: World) -> None:
     lines = commands(typed)
 

@@ -357,6 +357,7 @@ def test_a_name_is_a_name(fresh_database: Callable[..., str], names: list[str]) 
         assert set(sa.inspect(conn).get_table_names(schema)) == {users, workshops, "credit_transactions"}
 
 
+@pytest.mark.one_server  # no server is asked
 @settings(QUIET, max_examples=300)
 @given(
     values=st.dictionaries(
@@ -376,6 +377,7 @@ def test_settings_are_taken_or_refused_with_one_sentence(values: dict[str, Any])
         assert "\n" not in str(error).rstrip()
 
 
+@pytest.mark.one_server  # no server is asked
 @settings(QUIET, max_examples=150)
 @given(text=TEXTS)
 def test_a_settings_file_is_taken_or_refused_with_one_sentence(tmp_path_factory: Any, text: str) -> None:

@@ -24,6 +24,8 @@ from tallystick.ledger import Consume
 from worlds import World
 
 RUNNERS: dict[str, Callable[..., list[Any]]] = {"threads": threads, "processes": processes}
+# to the server they are connections, as threads are
+PROCESSES = pytest.param("processes", 3, marks=pytest.mark.one_server)
 CALLERS = 16
 
 
@@ -41,7 +43,7 @@ def spend_ten(world: World, conn: sa.Connection, number: int, user: Key) -> list
     return [outcome(lambda n=n: world.ledger.consume(conn, user, key=f"{number}-{n}")) for n in range(10)]
 
 
-@pytest.mark.parametrize(("runner", "count"), [("threads", CALLERS), ("processes", 3)])
+@pytest.mark.parametrize(("runner", "count"), [("threads", CALLERS), PROCESSES])
 def test_a_hot_account_is_spent_to_the_last_credit_and_not_beyond(world: World, runner: str, count: int) -> None:
     credits = 10 * count - 7
     user = world.user(credits=credits)
@@ -55,7 +57,7 @@ def spend_with_one_key(world: World, conn: sa.Connection, number: int, user: Key
     return world.ledger.consume(conn, user, key="the same")
 
 
-@pytest.mark.parametrize(("runner", "count"), [("threads", CALLERS), ("processes", 3)])
+@pytest.mark.parametrize(("runner", "count"), [("threads", CALLERS), PROCESSES])
 def test_one_key_at_once_is_one_row(world: World, runner: str, count: int) -> None:
     user = world.user(credits=3)
     results = RUNNERS[runner](world, count, spend_with_one_key, user)
@@ -303,7 +305,7 @@ def live(world: World, conn: sa.Connection, number: int, users: list[Key], works
     return seen
 
 
-@pytest.mark.parametrize(("runner", "count"), [("threads", 8), ("processes", 3)])
+@pytest.mark.parametrize(("runner", "count"), [("threads", 8), PROCESSES])
 def test_all_operations_mixed(world: World, runner: str, count: int) -> None:
     users = [world.user(credits=5) for _ in range(3)]
     workshops = {user: [world.workshop(user) for _ in range(4)] for user in users}

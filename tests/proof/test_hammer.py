@@ -11,8 +11,9 @@ from clients import Request, facts
 from hammer import APPS, HOLDING, SINGLE, WRITES, LoggedAnswer, LoggedQuestion, Plan, contradictions, hammer
 from servers import pg_bin
 
+pytestmark = pytest.mark.one_server  # it is about who asks, and about the check of what was answered
 
-@pytest.mark.one_server
+
 def test_nothing_is_lost_or_done_twice_under_the_hammer() -> None:
     plan = Plan(processes=len(APPS), seconds=18, server_kill_every_s=4, server_kills=3, client_kill_every_s=3, seed=7)
     report = hammer(plan, bin_dir=pg_bin())
