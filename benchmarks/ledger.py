@@ -171,8 +171,8 @@ def _spend_lists(url: str, size: int, seconds: float) -> float:
 # --- concurrent clients ---
 
 
-def concurrent_clients(app: App, *, seconds: float) -> dict[str, tuple[Timing, Timing]]:
-    """``CALLERS`` in one process, as in a busy web server: through a pool that they share, and through a Combiner.
+def concurrent_clients(app: App, *, callers: int, seconds: float) -> dict[str, tuple[Timing, Timing]]:
+    """``callers`` in one process, as in a busy web server: through a pool that they share, and through a Combiner.
 
     Each waits for its own call before the next. The first moment, in which connections are made and statements
     prepared, does not count.
@@ -196,18 +196,18 @@ def concurrent_clients(app: App, *, seconds: float) -> dict[str, tuple[Timing, T
                 await conn.run_sync(ledger.consume, user, key=key)
 
         for span in (seconds / 5, seconds):
-            found["asyncio tasks"] = await _tasks(single, span), await _tasks(combiner.aconsume, span)
+            found["asyncio tasks"] = await _tasks(single, callers, span), await _tasks(combiner.aconsume, callers, span)
         await engine.dispose()
 
     with Combiner(ledger, sa.create_engine(app.url, poolclass=sa.NullPool)) as combiner:
         for span in (seconds / 5, seconds):
-            found["threads"] = _threads(single, span), _threads(combined, span)
+            found["threads"] = _threads(single, callers, span), _threads(combined, callers, span)
         engine.dispose()
         asyncio.run(in_asyncio())
     return found
 
 
-def _threads(spend: Callable[..., object], seconds: float) -> Timing:
+def _threads(spend: Callable[..., object], callers: int, seconds: float) -> Timing:
     tag, took = uuid4().hex, []
     begun = time.perf_counter()
 
@@ -219,12 +219,12 @@ def _threads(spend: Callable[..., object], seconds: float) -> Timing:
             spend(1, key=f"{tag} {number} {n}")
             took.append(time.perf_counter() - asked)
 
-    with ThreadPoolExecutor(CALLERS) as pool:
-        list(pool.map(caller, range(CALLERS)))
+    with ThreadPoolExecutor(callers) as pool:
+        list(pool.map(caller, range(callers)))
     return Timing.of(took, time.perf_counter() - begun)
 
 
-async def _tasks(spend: Callable[..., Awaitable[object]], seconds: float) -> Timing:
+async def _tasks(spend: Callable[..., Awaitable[object]], callers: int, seconds: float) -> Timing:
     tag, took = uuid4().hex, []
     begun = time.perf_counter()
 
@@ -236,7 +236,7 @@ async def _tasks(spend: Callable[..., Awaitable[object]], seconds: float) -> Tim
             await spend(1, key=f"{tag} {number} {n}")
             took.append(time.perf_counter() - asked)
 
-    await asyncio.gather(*map(caller, range(CALLERS)))
+    await asyncio.gather(*map(caller, range(callers)))
     return Timing.of(took, time.perf_counter() - begun)
 
 
@@ -293,7 +293,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="how long each measurement takes (5, or 1 with --quick)")
     parser.add_argument("--folder", type=Path, help="put the server's data here, on the disk to be measured")
     asked = parser.parse_args()
-    users, turns, seconds = (1_000, 1, asked.seconds or 1.0) if asked.quick else (10_000, 3, asked.seconds or 5.0)
+    users, callers, turns = (1_000, 32, 1) if asked.quick else (10_000, CALLERS, 3)
+    seconds = asked.seconds or (1.0 if asked.quick else 5.0)
 
     with stage.server(asked.folder) as server:
         print(f"PostgreSQL {server.version}, Python {platform.python_version()}, fsync on; medians over {turns} turns")
@@ -318,8 +319,8 @@ def main() -> None:
         ]
         print(table(["", "a second", "times consume at 16 connections"], lines))
 
-        print(f"\n{CALLERS} callers at once in one process, one account: a pool of {SHARED} against one Combiner")
-        taken = [concurrent_clients(app, seconds=seconds) for _ in range(turns)]
+        print(f"\n{callers} callers at once in one process, one account: a pool of {SHARED} against one Combiner")
+        taken = [concurrent_clients(app, callers=callers, seconds=seconds) for _ in range(turns)]
         lines = []
         for name in taken[0]:
             low, high = (stage.median_run(side) for side in zip(*(turn[name] for turn in taken), strict=True))

@@ -16,7 +16,7 @@ SHORT = {
     "migration.py": ["--quick"],
     "opening.py": ["--quick"],
     "cpu.py": ["--quick", "--calls", "10"],
-    "ledger.py": ["--quick", "--seconds", "0.1"],
+    "ledger.py": ["--quick", "--seconds", "0.05"],
     "web.py": ["--quick"],
     "bloat.py": ["--quick"],
     "growth.py": ["--quick"],
