@@ -46,6 +46,7 @@ METADATA = {
     "frozen": MappingProxyType({"a": MappingProxyType({"b": 1})}),
 }
 KOLKATA = dt.timezone(dt.timedelta(hours=5, minutes=30))
+LONG = dt.timedelta(days=200, seconds=1, microseconds=1)  # over a change of the clocks, wherever there is one
 
 
 class CallContext:
@@ -214,6 +215,31 @@ TABLE: list[tuple[str, Callable[[CallContext], Any], Any]] = [
         (errors.UserDeleted, lambda a: {"user": a.user}),
     ),
     ("restored", lambda a: a.caller.do(a.accounts.restore_user, a.user), {"deleted_at": None}),
+    (
+        "hold for some time",
+        lambda a: a.caller.do(a.ledger.hold, a.debtor, credits=2, key="h", expires_in=LONG, capture_limit=3),
+        {"status": "pending", "amount": -2},
+    ),
+    (
+        "capture",
+        lambda a: a.caller.do(a.ledger.capture, a.debtor, a.results["hold for some time"].id, credits=3),
+        {"status": "completed", "amount": -3, "balance": 3},
+    ),
+    (
+        "start what expires",
+        lambda a: a.caller.do(a.ledger.start_purchase, a.debtor, credits=4, description="x", expires_after=LONG),
+        {"status": "pending"},
+    ),
+    (
+        "complete what expires",
+        lambda a: a.caller.do(a.ledger.complete_purchase, a.debtor, purchase=a.results["start what expires"].id),
+        {"status": "completed", "balance": 7},
+    ),
+    (
+        "lots",
+        lambda a: [lot.remaining for lot in a.caller.do(a.ledger.lots, a.debtor)],
+        [4],
+    ),
 ]  # fmt: skip
 
 
@@ -252,6 +278,9 @@ def types(context: CallContext) -> None:
     for moment in (row.created_at, row.completed_at, context.results["account"].updated_at):
         assert (type(moment), moment.tzinfo) == (dt.datetime, dt.UTC)
         assert abs(dt.datetime.now(dt.UTC) - moment) < dt.timedelta(minutes=10)
+    for name in ("hold for some time", "complete what expires"):
+        from_now = context.results[name].expires_at - dt.datetime.now(dt.UTC)
+        assert abs(from_now - LONG) < dt.timedelta(minutes=10)
     assert type(context.results["balance"]) is int
     account = context.results["account"]
     assert type(account) is Account

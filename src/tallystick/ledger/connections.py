@@ -185,6 +185,9 @@ PLAIN_ANSWER = _ANSWER.format(**_MOMENTS)
 """The columns of an answer as ``plain`` statements select them, for a statement with more than the call."""
 
 
+_INTERVALS = ("expires_in", "expires_after")
+
+
 @lru_cache(maxsize=1_000)
 def _text(function: str, names: tuple[str, ...], *, mark: str = "%s", plain: bool = False) -> str:
     """The statement. All names are those of our functions, their parameters and attributes, never a caller's.
@@ -207,6 +210,10 @@ def _text(function: str, names: tuple[str, ...], *, mark: str = "%s", plain: boo
         # as a text: a driver, or a codec that its owner has registered, would encode the JSON again
         at, many = names.index("metadata"), "[]" * (function == "consume_many")
         marks[at] += f"::pg_catalog.text{many}::pg_catalog.jsonb{many}"
+    for at, name in enumerate(names):
+        if name in _INTERVALS:
+            # as a text too: asyncpg would send the days of a timedelta as days of the calendar, some of 23 or 25 hours
+            marks[at] += "::pg_catalog.text::pg_catalog.interval"
     arguments = ", ".join(f"{name} => {mark}" for name, mark in zip(names, marks, strict=True))
     # by name, and not *: a prepared statement still works when a later revision adds attributes to the answer
     columns = _COLUMNS.get(function, _ANSWER).format(**(_MOMENTS if plain else {name: name for name in _MOMENTS}))
@@ -349,12 +356,10 @@ async def _asyncpg(conn: AsyncpgConnection, call: Call[R]) -> R:
 
 
 def _asyncpg_value(value: Any) -> Any:
-    """A value for asyncpg, which wants one of the parameter's own type, and JSON as its text."""
+    """A value for asyncpg, which wants one of the parameter's own type; those of JSON and of intervals are texts."""
     match value:
-        case dt.timedelta():
-            return f"{value // dt.timedelta(microseconds=1)} microseconds"
-        case Mapping():
-            return json_text(value)
+        case dt.timedelta() | Mapping():
+            return as_text(value)
         case list():
             return [_asyncpg_value(item) for item in value]
     return value
