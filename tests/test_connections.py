@@ -19,15 +19,16 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session, create_async_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.util.concurrency import greenlet_spawn
 
 from caller_connections import CALLER_CONNECTIONS, ENCODED, CallerConnection
 from tallystick import AccessReason, Combiner, Consume, CreditTransaction, Ledger, errors, events, migrate, verify
 from tallystick.accounts import Account
+from tallystick.allowances import Allowances
 from tallystick.audit import audit
-from tallystick.database import translated
+from tallystick.database import standby, translated
 from tallystick.dev.postgres import Server
 from tallystick.dev.seed import seed
 from tallystick.ledger.connections import autocommitting
@@ -555,6 +556,37 @@ def test_what_reads_the_schema_refuses_another_argument_with_a_sentence(
         if not isinstance(each, takes):
             with pytest.raises(errors.InvalidArgument, match=f", not a .*{type(each).__name__}$"):
                 call(each, world.config)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda given, _: verify(given),
+        lambda given, _: Ledger(given),
+        lambda given, config: audit(given, config),
+        lambda given, config: Allowances(config).give(given, uuid4()),
+        lambda given, _: events.status(given),
+        lambda given, _: standby(given),
+    ],
+)
+def test_what_is_synchronous_refuses_connections_of_asyncio_with_a_sentence(
+    world: World, call: Callable[..., object]
+) -> None:
+    async def calls() -> None:
+        engine = create_async_engine(world.url)
+        async with engine.connect() as conn, AsyncSession(engine) as session:
+            for each in (conn, session, async_scoped_session(lambda: session, lambda: None)):
+                with pytest.raises(errors.InvalidArgument, match=rf"through run_sync.*, not .*{type(each).__name__}$"):
+                    call(each, world.config)
+        await engine.dispose()
+
+    asyncio.run(calls())
+
+
+def test_a_combiner_refuses_the_engine_of_an_asynchronous_one(world: World) -> None:
+    engine = create_async_engine(world.url)
+    with pytest.raises(errors.InvalidArgument, match="this Engine is an AsyncEngine's"):
+        Combiner(world.ledger, engine.sync_engine)
 
 
 def test_other_databases_of_django_are_refused() -> None:

@@ -18,7 +18,14 @@ from sqlalchemy.exc import DBAPIError
 
 from tallystick.accounts import Accounts
 from tallystick.config import Allowance, Config, Every
-from tallystick.database import DbConnection, refuse_hidden_rows, run, server_message, transaction
+from tallystick.database import (
+    DbConnection,
+    refuse_asynchronous,
+    refuse_hidden_rows,
+    run,
+    server_message,
+    transaction,
+)
 from tallystick.declared_tables import Schema
 from tallystick.errors import Conflict, HostInterfered, Key, LedgerError
 from tallystick.ledger import CreditTransaction, Ledger
@@ -94,7 +101,9 @@ class Allowances:
 
         Raises:
             UnknownUser, BalanceOutOfRange: nothing was written.
+            InvalidArgument: ``conn`` is asynchronous: ``await conn.run_sync(allowances.give, user)``.
         """
+        refuse_asynchronous(conn)
         account = self.accounts.get(conn, user)
         allowance = self.plans.get(account.plan_tier)
         if allowance is None or account.deleted_at is not None:

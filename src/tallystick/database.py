@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, NoReturn, Union
 
 from tallystick.address import Address
 from tallystick.errors import (
@@ -47,12 +47,26 @@ def refuse_other_than(given: object, kinds: tuple[type, ...], takes: str) -> Non
         InvalidArgument: names the type.
     """
     if not isinstance(given, kinds):
-        raise InvalidArgument(f"{takes}, not {type_shown(type(given))}", argument="conn", value=given)
+        _refuse(given, takes)
+
+
+def _refuse(given: object, takes: str) -> NoReturn:
+    raise InvalidArgument(f"{takes}, not {type_shown(type(given))}", argument="conn", value=given)
+
+
+def refuse_asynchronous(given: object) -> None:
+    """Refuse a connection or session of asyncio, whose methods return awaitables. Raises InvalidArgument."""
+    if any(each.__module__.startswith("sqlalchemy.ext.asyncio.") for each in type(given).__mro__):
+        _refuse(given, _TAKES)
+
+
+_TAKES = "this takes SQLAlchemy's Connection or Session (of an async one, through run_sync) or psycopg's Connection"
 
 
 def one_row(conn: AnyConnection, statement: str) -> Sequence[Any] | None:
     """The first row of a statement of ours, which has no parameters; None without any."""
     given: Any = conn
+    refuse_asynchronous(given)
     if hasattr(given, "get_bind"):  # a session's
         given = given.connection()
     if hasattr(given, "exec_driver_sql"):
@@ -61,8 +75,7 @@ def one_row(conn: AnyConnection, statement: str) -> Sequence[Any] | None:
     import psycopg  # noqa: PLC0415 - loaded, if the caller has a connection of it
     from psycopg.rows import tuple_row  # noqa: PLC0415
 
-    takes = "this takes SQLAlchemy's Connection or Session (of an async one, through run_sync) or psycopg's Connection"
-    refuse_other_than(given, (psycopg.Connection,), takes)
+    refuse_other_than(given, (psycopg.Connection,), _TAKES)
     with given.cursor(row_factory=tuple_row) as cursor:
         return cursor.execute(statement).fetchone()  # type: ignore[no-any-return]
 
@@ -79,6 +92,7 @@ def run(conn: DbConnection, statement: sa.Executable, values: Mapping[str, Any])
     import sqlalchemy as sa  # noqa: PLC0415 - loaded, since the caller has a statement of it
 
     if not isinstance(conn, sa.Connection):
+        refuse_asynchronous(conn)
         session = conn
         with translated(connecting=True):
             conn = session.connection()

@@ -32,6 +32,7 @@ from tallystick.database import refuse_other_than, translated
 from tallystick.errors import (
     Conflict,
     DatabaseUnavailable,
+    InvalidArgument,
     Key,
     LedgerError,
     OutcomeUnknown,
@@ -161,6 +162,13 @@ class Combiner:
     ) -> None:
         refuse_other_than(ledger, (Ledger,), "a Combiner takes a Ledger first")
         refuse_other_than(engine, (sa.Engine,), "a Combiner takes an Engine of SQLAlchemy")
+        if engine.dialect.is_async:
+            raise InvalidArgument(
+                "a Combiner sends from threads of its own, and this Engine is an AsyncEngine's. Make another one for it: "
+                "sa.create_engine(…)",
+                argument="engine",
+                value=engine,
+            )
         self._ledger = ledger
         self._engine = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._batch_max = batch_max
@@ -206,7 +214,7 @@ class Combiner:
         """As ``consume``, for asyncio: a statement's results wake their event loop once, not once for each caller.
 
         It never waits for room, since a task has one call at a time. Cancelling the task before its call is sent
-        withdraws the call.
+        withdraws the call; afterwards it still charges.
         """
         future: asyncio.Future[CreditTransaction] = asyncio.get_running_loop().create_future()
         queued = _QueuedCall(self._ledger.consume.call(user, **options), future)
