@@ -72,8 +72,24 @@ def test_a_hold_is_given_up(any_world: World):
         assert given_up.description.endswith(" (released)")
         assert ledger.release(conn, user, held.id).replayed
         assert standing(any_world, conn, user) == (3, 0, 3)
-        with pytest.raises(e.HoldClosed, match="released"):
+        with pytest.raises(e.HoldClosed, match="released. Place another one, with another key"):
             ledger.capture(conn, user, held.id)
+
+
+def test_the_key_of_a_hold_that_has_ended_sets_nothing_aside(any_world: World):
+    """The page tells a job that is tried again to look at the status."""
+    ledger, user = any_world.ledger, any_world.user(credits=3)
+    with any_world.engine.begin() as conn:
+        assert ledger.hold(conn, user, credits=1, key="h").status == "pending"
+        again = ledger.hold(conn, user, credits=1, key="h")
+        assert (again.status, again.replayed) == ("pending", True)
+        ledger.release(conn, user, again.id)
+        charged = ledger.hold(conn, user, credits=1, key="c")
+        ledger.capture(conn, user, charged.id)
+        for key, status in (("h", "failed"), ("c", "completed")):
+            ended = ledger.hold(conn, user, credits=1, key=key)
+            assert (ended.status, ended.replayed) == (status, True)
+        assert standing(any_world, conn, user) == (2, 0, 2)
 
 
 def test_what_is_held_is_not_spent_and_every_refusal_tells_all_three(world: World):

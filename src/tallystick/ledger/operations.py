@@ -509,7 +509,9 @@ class Ledger:
         ``capture`` charges them and ``release`` gives them up. After ``expires_in`` (15 minutes, if not given) the
         hold counts as released, even if nothing has run since. ``capture_limit`` is the most that may be captured,
         where the work may cost more than the hold. A ``workshop`` is unlocked when the hold is captured. For one that
-        is unlocked already nothing is set aside: the answer is the consumption that unlocked it, ``replayed``.
+        is unlocked already nothing is set aside: the answer is the consumption that unlocked it, ``replayed``. The
+        ``key`` of a hold that has ended sets nothing aside either: the answer is that hold's row, ``replayed``, and its
+        ``status`` is no longer pending.
 
         Raises:
             InvalidArgument, UnknownUser, UserDeleted, UnknownWorkshop, WorkshopDeleted: nothing was written.

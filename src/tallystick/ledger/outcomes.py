@@ -123,7 +123,9 @@ def _asked_credits(r: Refusal) -> int:
 
 
 def _hold_closed(r: Refusal) -> LedgerError:
-    done = "captured already. To give its credits back: ledger.reverse" if r.status == "completed" else "released"
+    done = "released. Place another one, with another key: ledger.hold"
+    if r.status == "completed":
+        done = "captured already. To give its credits back: ledger.reverse"
     return errors.HoldClosed(f"hold {r.id} is {done}", hold=r.id, status=r.status)
 
 
