@@ -152,6 +152,19 @@ def test_a_cap_is_of_a_month_and_a_retry_is_not_counted_against_it(db: TestDatab
     assert render(db.conn, request=uuid4(), member=other, credits=16) == "Your organization has 15 credits."
 
 
+def test_a_member_at_the_cap_opens_what_the_team_has_unlocked(db: TestDatabase):
+    organization = db.funded(credits=20)
+    capped, other = member_of(db, organization, cap=0), member_of(db, organization)
+    workshop, locked = db.workshop(organization), db.workshop(organization)
+    unlock = "SELECT outcome FROM spend_as_member(%s, 1, %s, %s)"
+    with psycopg.connect(db.url, autocommit=True) as conn:
+        assert conn.execute(unlock, [capped, "one", workshop]).fetchone() == ("member_cap_reached",)
+        assert conn.execute(unlock, [other, "two", workshop]).fetchone() == ("completed",)
+        assert conn.execute(unlock, [capped, "one", workshop]).fetchone() == ("replayed",)
+        assert conn.execute(unlock, [capped, "three", locked]).fetchone() == ("member_cap_reached",)
+    assert by_member(db, organization) == {str(other): 1}
+
+
 def test_what_is_given_back_and_a_hold_that_has_ended_do_not_count(db: TestDatabase):
     organization = db.funded(credits=20)
     member = member_of(db, organization, cap=3)
