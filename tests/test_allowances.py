@@ -98,6 +98,23 @@ def test_it_is_given_once_a_period_and_expires_with_it(db: TestDatabase, allowan
     assert newest.description.startswith("Allowance of the plan free until ")
 
 
+def test_a_plan_that_gets_another_name_gives_nothing_twice(db: TestDatabase, allowances: Allowances) -> None:
+    """The settings no longer have the old plan; its allowance of the period counts, and its rest is carried over."""
+    user, other = plan(db, allowances, "pro"), plan(db, allowances, "pro")
+    assert [give(db, allowances, each) for each in (user, other)] == [100, 100]
+    plans = (
+        Allowance(plan_tier="professional", credits=100, rollover=20),
+        Allowance(plan_tier="team", credits=130, rollover=20),
+    )
+    renamed = Allowances(Config(host=SHAPES["uuid"].host, allowances=plans))
+    plan(db, renamed, "professional", user), plan(db, renamed, "team", other)
+    assert [give(db, renamed, each) for each in (user, other) for _ in range(2)] == [None, None, 30, None]
+    db.clock.advance(days=32)
+    plan(db, renamed, "team", user)
+    assert renamed.run(engine_of(db)) == AllowanceRun(2, ())
+    assert [db.balance(each) for each in (user, other)] == [150, 150]
+
+
 def test_what_is_left_is_carried_over_up_to_the_cap(db: TestDatabase, allowances: Allowances) -> None:
     rich, poor = plan(db, allowances, "pro"), plan(db, allowances, "pro")
     assert [give(db, allowances, user) for user in (rich, poor)] == [100, 100]

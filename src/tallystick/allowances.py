@@ -111,8 +111,13 @@ class Allowances:
         self.ledger.lock(conn, user)  # no other caller gives it meanwhile
         period = Period.of(_now(conn), allowance.every)
         key = _key(period, allowance)
-        given = self._given(conn, user, period, allowance.every)
+        keys = [_key(period, plan) for plan in self.plans.values() if plan.every == allowance.every]
+        given = self._given(conn, user, self.schema.credit_transactions.c.idempotency_key.in_(keys))
         if key in given or sum(given.values()) >= allowance.credits:
+            return None
+        # Also of plans that the settings have no more. This reads all keys of the user, so it comes second.
+        given = self._given(conn, user, self._is_of(period, allowance.every))
+        if sum(given.values()) >= allowance.credits:
             return None
         self.ledger.lock(conn, user)  # writes what has expired if the last period has ended since the first lock
         carried = 0 if given else min(allowance.rollover, self._left(conn, user, period, allowance.every))
@@ -207,16 +212,17 @@ class Allowances:
                 return
             last = keys[-1]
 
-    def _given(self, conn: DbConnection, user: Key, period: Period, every: Every) -> dict[str, int]:
-        """The credits given in a period, by the plan's key, without those that were carried over."""
-        given = sa.select(self.schema.credit_transactions.c.idempotency_key, self._credits())
-        return {key: int(credits) for key, credits in run(conn, given.where(*self._rows(user, period, every)), {})}
+    def _given(self, conn: DbConnection, user: Key, of: sa.ColumnElement[bool]) -> dict[str, int]:
+        """The credits given, by the plan's key, without those that were carried over."""
+        row = self.schema.credit_transactions.c
+        given = sa.select(row.idempotency_key, self._credits()).where(row.user_id == self.schema.user_key(user), of)
+        return {key: int(credits) for key, credits in run(conn, given, {})}
 
     def _left(self, conn: DbConnection, user: Key, period: Period, every: Every) -> int:
         """The credits of the last period's allowance that expired."""
         row = self.schema.credit_transactions.c
         before = Period.of(period.start - dt.timedelta(days=1), every)
-        gave = sa.select(row.id).where(*self._rows(user, before, every))
+        gave = sa.select(row.id).where(row.user_id == self.schema.user_key(user), self._is_of(before, every))
         return self._expired_of(conn, run(conn, gave, {}).scalars().all())
 
     def _expired_of(self, conn: DbConnection, grants: Sequence[UUID]) -> int:
@@ -247,11 +253,9 @@ class Allowances:
         own = row.metadata["allowance"].as_string()
         return sa.case((own.regexp_match("^[0-9]{1,19}$"), own.cast(sa.Numeric)), else_=row.amount.cast(sa.Numeric))
 
-    def _rows(self, user: Key, period: Period, every: Every) -> tuple[sa.ColumnElement[bool], ...]:
-        """The grants of a period, each found by its key."""
-        row = self.schema.credit_transactions.c
-        keys = [_key(period, plan) for plan in self.plans.values() if plan.every == every]
-        return row.user_id == self.schema.user_key(user), row.idempotency_key.in_(keys)
+    def _is_of(self, period: Period, every: Every) -> sa.ColumnElement[bool]:
+        """True for the grants of a period, of any plan."""
+        return sa.func.starts_with(self.schema.credit_transactions.c.idempotency_key, _of_period(period, every))
 
 
 _WAIT_FOR_SECONDS = sa.text("""
@@ -270,5 +274,10 @@ def _of_item(item: str) -> str:
     return f"tallystick:allowance:item:{item}:"
 
 
+def _of_period(period: Period, every: Every) -> str:
+    """The beginning of the keys of a period; the plan follows."""
+    return f"tallystick:allowance:{every}:{period.start:%Y-%m-%d}:"
+
+
 def _key(period: Period, allowance: Allowance) -> str:
-    return f"tallystick:allowance:{allowance.every}:{period.start:%Y-%m-%d}:{allowance.plan_tier}"
+    return f"{_of_period(period, allowance.every)}{allowance.plan_tier}"
