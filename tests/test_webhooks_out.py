@@ -158,6 +158,20 @@ def test_a_pause_is_kept(shop: World, receiver: Receiver) -> None:
     assert len(receiver.received) == 1
 
 
+def test_an_endpoint_that_is_changed_is_tried_at_once(shop: World, receiver: Receiver) -> None:
+    """With all attempts again: those before failed at another address, or with another secret."""
+    with shop.engine.begin() as conn:
+        add_endpoint(conn, "app", "http://127.0.0.1:9/hook", secret_variable="HOOK_SECRET")
+    shop.user(credits=1)
+    assert [done.dead for done in run(shop, pauses_s=(60.0,))] == [False]
+    receiver.answers(500, 200)
+    with shop.engine.begin() as conn:
+        changed = add_endpoint(conn, "app", receiver.url, secret_variable="HOOK_SECRET")
+        assert (changed.attempts, changed.next_attempt_at, changed.last_error) == (0, None, None)
+    assert [(done.error is None, done.dead) for done in run(shop, pauses_s=(0.0,))] == [(False, False), (True, False)]
+    assert receiver.taken == [1]
+
+
 def test_after_the_last_attempt_it_is_a_dead_letter_and_can_be_replayed(shop: World, receiver: Receiver) -> None:
     receiver.answers(500, 500, 500, 500, 200)
     for credits in (1, 2):

@@ -156,7 +156,11 @@ def add_endpoint(
     from_oldest: Annotated[bool, typer.Option("--from-oldest", help="Begin with the oldest stored event.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Add a webhook that gets the events from now on. A second run changes the given options."""
+    """Add a webhook that gets the events from now on.
+
+    A second run replaces its address, secret and kinds, and tries an event that waits at once. Its position changes
+    only with --after or --from-oldest.
+    """
     with mapped(ctx, connect, changes=True) as (conn, _):
         added = delivery().add_endpoint(
             conn,

@@ -114,7 +114,8 @@ def add_endpoint(
     """Deliver events to ``url`` from now on: new ones, those after the cursor ``after``, or with ``from_oldest`` all.
 
     ``secret_variable`` names the deliverer's environment variable with the secret. ``kinds`` are those to send, all if
-    left out. An existing endpoint of that name is changed; only ``after`` and ``from_oldest`` change its position.
+    left out. An existing endpoint of that name is changed to that, and an event that waits after failed attempts is
+    tried again at once; only ``after`` and ``from_oldest`` change the position.
 
     Raises:
         InvalidArgument: ``url`` is neither https nor http on this machine, ``after`` is no cursor, or ``kinds`` has one
@@ -124,9 +125,9 @@ def add_endpoint(
     columns = event_endpoints.c
     there = run(conn, sa.select(event_endpoints).where(columns.name == name), {}).mappings().one_or_none()
     values: dict[str, Any] = {"url": url, "secret_variable": secret_variable, "kinds": kinds, "removed_at": None}
+    values |= {"attempts": 0, "next_attempt_at": None, "last_error": None}
     if there is None or there["removed_at"] is not None or after is not None or from_oldest:
-        cursor = after if after is not None or from_oldest else status(conn).cursor
-        values |= {"cursor": cursor, "attempts": 0, "next_attempt_at": None, "last_error": None}
+        values["cursor"] = after if after is not None or from_oldest else status(conn).cursor
         values |= {"created_at": sa.func.now()} if there is not None and there["removed_at"] is not None else {}
     if there is None:
         run(conn, sa.insert(event_endpoints).values(name=name, **values), {})
