@@ -563,7 +563,7 @@ def test_what_reads_the_schema_refuses_another_argument_with_a_sentence(
     [
         lambda given, _: verify(given),
         lambda given, _: Ledger(given),
-        lambda given, config: audit(given, config),
+        audit,
         lambda given, config: Allowances(config).give(given, uuid4()),
         lambda given, _: events.status(given),
         lambda given, _: standby(given),
@@ -581,6 +581,15 @@ def test_what_is_synchronous_refuses_connections_of_asyncio_with_a_sentence(
         await engine.dispose()
 
     asyncio.run(calls())
+
+
+@pytest.mark.parametrize("name", ["psycopg Connection, tuple_row", "psycopg2 connection", "asyncpg Connection"])
+def test_what_builds_its_statements_with_sqlalchemy_refuses_a_drivers_connection(world: World, name: str) -> None:
+    user = world.user()
+    with CALLER_CONNECTIONS[name](world.url) as caller:
+        for call in (lambda conn: Allowances(world.config).give(conn, user), events.status):
+            with pytest.raises(errors.InvalidArgument, match=r"SQLAlchemy's Connection or Session.*, not a "):
+                call(caller.conn)
 
 
 def test_a_combiner_refuses_the_engine_of_an_asynchronous_one(world: World) -> None:

@@ -72,7 +72,7 @@ def test_a_hold_is_given_up(any_world: World):
         assert given_up.description.endswith(" (released)")
         assert ledger.release(conn, user, held.id).replayed
         assert standing(any_world, conn, user) == (3, 0, 3)
-        with pytest.raises(e.HoldClosed, match="released. Place another one, with another key"):
+        with pytest.raises(e.HoldClosed, match=r"released\. Place another one, with another key"):
             ledger.capture(conn, user, held.id)
 
 

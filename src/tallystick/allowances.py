@@ -20,8 +20,8 @@ from tallystick.accounts import Accounts
 from tallystick.config import Allowance, Config, Every
 from tallystick.database import (
     DbConnection,
-    refuse_asynchronous,
     refuse_hidden_rows,
+    refuse_other_than_sqlalchemys,
     run,
     server_message,
     transaction,
@@ -101,9 +101,9 @@ class Allowances:
 
         Raises:
             UnknownUser, BalanceOutOfRange: nothing was written.
-            InvalidArgument: ``conn`` is asynchronous: ``await conn.run_sync(allowances.give, user)``.
+            InvalidArgument: ``conn`` is not SQLAlchemy's, or asynchronous: ``await conn.run_sync(give, user)``.
         """
-        refuse_asynchronous(conn)
+        refuse_other_than_sqlalchemys(conn)
         account = self.accounts.get(conn, user)
         allowance = self.plans.get(account.plan_tier)
         if allowance is None or account.deleted_at is not None:

@@ -54,19 +54,21 @@ def _refuse(given: object, takes: str) -> NoReturn:
     raise InvalidArgument(f"{takes}, not {type_shown(type(given))}", argument="conn", value=given)
 
 
-def refuse_asynchronous(given: object) -> None:
-    """Refuse a connection or session of asyncio, whose methods return awaitables. Raises InvalidArgument."""
-    if any(each.__module__.startswith("sqlalchemy.ext.asyncio.") for each in type(given).__mro__):
-        _refuse(given, _TAKES)
+def refuse_other_than_sqlalchemys(given: object) -> None:
+    """Refuse what is neither a Connection nor a Session of SQLAlchemy's, or one of asyncio. Raises InvalidArgument."""
+    import sqlalchemy as sa  # noqa: PLC0415 - loaded, since the caller has a connection of it, or a statement
+    from sqlalchemy.orm import Session, scoped_session  # noqa: PLC0415
 
-
-_TAKES = "this takes SQLAlchemy's Connection or Session (of an async one, through run_sync) or psycopg's Connection"
+    takes = "this takes SQLAlchemy's Connection or Session (of an async one, through run_sync)"
+    refuse_other_than(given, (sa.Connection, Session, scoped_session), takes)
 
 
 def one_row(conn: AnyConnection, statement: str) -> Sequence[Any] | None:
     """The first row of a statement of ours, which has no parameters; None without any."""
     given: Any = conn
-    refuse_asynchronous(given)
+    takes = "this takes SQLAlchemy's Connection or Session (of an async one, through run_sync) or psycopg's Connection"
+    if any(each.__module__.startswith("sqlalchemy.ext.asyncio.") for each in type(given).__mro__):
+        _refuse(given, takes)
     if hasattr(given, "get_bind"):  # a session's
         given = given.connection()
     if hasattr(given, "exec_driver_sql"):
@@ -75,7 +77,7 @@ def one_row(conn: AnyConnection, statement: str) -> Sequence[Any] | None:
     import psycopg  # noqa: PLC0415 - loaded, if the caller has a connection of it
     from psycopg.rows import tuple_row  # noqa: PLC0415
 
-    refuse_other_than(given, (psycopg.Connection,), _TAKES)
+    refuse_other_than(given, (psycopg.Connection,), takes)
     with given.cursor(row_factory=tuple_row) as cursor:
         return cursor.execute(statement).fetchone()  # type: ignore[no-any-return]
 
@@ -92,7 +94,7 @@ def run(conn: DbConnection, statement: sa.Executable, values: Mapping[str, Any])
     import sqlalchemy as sa  # noqa: PLC0415 - loaded, since the caller has a statement of it
 
     if not isinstance(conn, sa.Connection):
-        refuse_asynchronous(conn)
+        refuse_other_than_sqlalchemys(conn)
         session = conn
         with translated(connecting=True):
             conn = session.connection()

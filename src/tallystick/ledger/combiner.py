@@ -164,8 +164,8 @@ class Combiner:
         refuse_other_than(engine, (sa.Engine,), "a Combiner takes an Engine of SQLAlchemy")
         if engine.dialect.is_async:
             raise InvalidArgument(
-                "a Combiner sends from threads of its own, and this Engine is an AsyncEngine's. Make another one for it: "
-                "sa.create_engine(…)",
+                "a Combiner sends from threads of its own, and this Engine is an AsyncEngine's. Make another one for "
+                "it: sa.create_engine(…)",
                 argument="engine",
                 value=engine,
             )
