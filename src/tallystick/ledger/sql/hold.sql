@@ -1,6 +1,7 @@
 -- Sets credits aside for work under way, and a workshop if one is named: a pending consumption, which capture charges
 -- and release gives up. ``capture_limit`` is the most that may be captured, if the work may cost more. After
--- ``expires_in``, 15 minutes if NULL, the hold counts as released.
+-- ``expires_in``, 15 minutes if NULL, the hold counts as released. The key of a hold that has ended sets nothing aside:
+-- the answer is that hold's row, ``replayed``, whose ``status`` is no longer ``pending``.
 CREATE OR REPLACE FUNCTION tallystick.hold(
   user_id {user_key_type},
   amount {credits},
