@@ -281,6 +281,9 @@ class Store:
         # made once: making them takes longer than a delivery
         self._claimed = _claimed(self.schema)
         self._reversals = _reversals(self.schema)
+        row = self.schema.credit_transactions.c
+        self._purchase_of_id = _purchase(self.schema, row.id == sa.bindparam("p_id", type_=sa.Uuid()))
+        self._purchase_of_intent = _purchase(self.schema, row.stripe_payment_intent_id == sa.bindparam("p_intent"))
 
     # --- records ---
 
@@ -288,15 +291,10 @@ class Store:
         self, conn: DbConnection, *, id: UUID | None = None, intent: str | None = None
     ) -> CreditTransaction | None:
         """The purchase with this id, or of this payment intent."""
-        row = self.schema.credit_transactions.c
-        statement = (
-            sa.select(*self.schema.row)
-            .where(row.id == id if intent is None else row.stripe_payment_intent_id == intent)
-            .where(row.type == CreditTransactionType.PURCHASE)
-            .order_by(row.status == COMPLETED, row.id)
-            .limit(1)
-        )
-        found = run(conn, statement, {}).one_or_none()
+        if intent is None:
+            found = run(conn, self._purchase_of_id, {"p_id": id}).one_or_none()
+        else:
+            found = run(conn, self._purchase_of_intent, {"p_intent": intent}).one_or_none()
         return None if found is None else CreditTransaction(*found)
 
     def record_event(self, conn: DbConnection, event: str, event_type: str, object_id: str) -> bool:
@@ -560,34 +558,21 @@ class Store:
         Of two statuses with the same rank, as ``lost`` and ``won``, the one counts that Stripe stated later. What was
         read from Stripe is later than any event so far.
         """
-        row = stripe_reversals.c
-        new = pg.insert(stripe_reversals).values(
-            id=reversal.id,
-            kind=reversal.kind,
-            stripe_payment_intent_id=reversal.payment_intent,
-            amount=reversal.amount,
-            currency=reversal.currency,
-            charge_amount=reversal.charge_amount,
-            credits=reversal.credits,
-            status=reversal.status,
-            status_rank=reversal.status_rank,
-            stated_at=reversal.stated_at or sa.func.clock_timestamp(),
-        )
-        is_later = sa.true() if reversal.stated_at is None else row.stated_at < new.excluded.stated_at
-        is_newer = sa.or_(
-            row.status_rank < new.excluded.status_rank,
-            sa.and_(row.status_rank == new.excluded.status_rank, is_later),
-        )
-        forward = {
-            name: sa.case((is_newer, new.excluded[name]), else_=row[name])
-            for name in ("amount", "status", "status_rank")
+        values = {
+            "id": reversal.id,
+            "kind": reversal.kind,
+            "stripe_payment_intent_id": reversal.payment_intent,
+            "amount": reversal.amount,
+            "currency": reversal.currency,
+            "charge_amount": reversal.charge_amount,
+            "credits": reversal.credits,
+            "status": reversal.status,
+            "status_rank": reversal.status_rank,
         }
-        # the clocks of Stripe and of this server differ
-        forward["stated_at"] = sa.case(
-            (is_newer, sa.func.greatest(row.stated_at, new.excluded.stated_at)), else_=row.stated_at
-        )
-        known = {name: sa.func.coalesce(row[name], new.excluded[name]) for name in ("charge_amount", "credits")}
-        run(conn, new.on_conflict_do_update(index_elements=["id"], set_=forward | known), {})
+        if reversal.stated_at is None:
+            run(conn, _STORE_REVERSAL_READ, values)
+        else:
+            run(conn, _STORE_REVERSAL_STATED, values | {"stated_at": reversal.stated_at})
 
     def _known(self, conn: DbConnection, purchase: CreditTransaction) -> Sequence[Any]:
         """The refunds and disputes of a purchase, each with the user's ``is_deleted``; a row without an id for none."""
@@ -706,6 +691,42 @@ VALUES (:event, :type, :object_type, :object, :reason)
 ON CONFLICT (event_id) DO UPDATE
 SET reason = excluded.reason, attempts = it.attempts + 1, last_at = now(), resolved_at = NULL
 """)
+
+
+def _store_reversal(*, stated: bool) -> pg.Insert:
+    """Insert a refund or dispute or move it forward: ``stated`` by an event at a time, or read from Stripe now."""
+    row, names = stripe_reversals.c, ("id", "kind", "stripe_payment_intent_id", "amount", "currency", "charge_amount")
+    new = pg.insert(stripe_reversals).values(
+        {name: sa.bindparam(name) for name in (*names, "credits", "status", "status_rank")}
+        | {"stated_at": sa.bindparam("stated_at") if stated else sa.func.clock_timestamp()}
+    )
+    is_later = row.stated_at < new.excluded.stated_at if stated else sa.true()
+    is_newer = sa.or_(
+        row.status_rank < new.excluded.status_rank,
+        sa.and_(row.status_rank == new.excluded.status_rank, is_later),
+    )
+    forward = {
+        name: sa.case((is_newer, new.excluded[name]), else_=row[name]) for name in ("amount", "status", "status_rank")
+    }
+    # the clocks of Stripe and of this server differ
+    forward["stated_at"] = sa.case(
+        (is_newer, sa.func.greatest(row.stated_at, new.excluded.stated_at)), else_=row.stated_at
+    )
+    known = {name: sa.func.coalesce(row[name], new.excluded[name]) for name in ("charge_amount", "credits")}
+    return new.on_conflict_do_update(index_elements=["id"], set_=forward | known)
+
+
+_STORE_REVERSAL_STATED, _STORE_REVERSAL_READ = _store_reversal(stated=True), _store_reversal(stated=False)
+
+
+def _purchase(schema: Schema, which: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    row = schema.credit_transactions.c
+    return (
+        sa.select(*schema.row)
+        .where(which, row.type == CreditTransactionType.PURCHASE)
+        .order_by(row.status == COMPLETED, row.id)
+        .limit(1)
+    )
 
 
 def _claimed(schema: Schema) -> sa.Select[Any]:
