@@ -225,6 +225,11 @@ def test_every_order_ends_the_same(shop: Shop, history: History):
     require_clean(shop)
 
 
+SERVERS = multiprocessing.get_context("forkserver")
+"""Starts processes of one that has imported the library, and nothing else: importing it takes most of a start."""
+SERVERS.set_forkserver_preload(["pytest", "stripe", "psycopg", "tallystick.audit", "tallystick.dev.stripe"])
+
+
 def deliver_many(url: str, config: Config, deliveries: list[tuple[bytes, str]], crash_after: int | None) -> None:
     """The work of one web server process; on demand it dies after its effects are stored and before the commit."""
     engine = sa.create_engine(url, pool_size=1)
@@ -249,10 +254,9 @@ def test_processes_at_once_some_of_which_die(shop: Shop):
         user, some = made(shop, history)
         users[user] = history
         events += [(body.encode(), signature) for body, signature in (shop.dev.signed(e, shop.endpoint) for e in some)]
-    spawn = multiprocessing.get_context("spawn")
     crashes = [None, 3, 11, None, 29, 41]
     processes = [
-        spawn.Process(
+        SERVERS.Process(
             target=deliver_many,
             args=(shop.world.url, shop.config, chance.sample(events, len(events)), crash),
             daemon=True,
@@ -274,10 +278,9 @@ def test_what_dies_before_its_commit_is_redone(shop: Shop):
         user, events = made(shop, history)
         signed = [shop.dev.signed(event, shop.endpoint) for event in events]
         deliveries = [(body.encode(), signature) for body, signature in signed]
-        spawn = multiprocessing.get_context("spawn")
         for crash_after in (1, 2, 4):
             given = shop.world.url, shop.config, deliveries, crash_after
-            process = spawn.Process(target=deliver_many, args=given, daemon=True)
+            process = SERVERS.Process(target=deliver_many, args=given, daemon=True)
             process.start()
             process.join(timeout=120)
             assert process.exitcode == 9
