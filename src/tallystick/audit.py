@@ -490,6 +490,12 @@ class _Part:
         last_of_all = self.high is None and self.user is None and self.since is None
         return sa.or_(covered, owner.is_(None)) if last_of_all else covered
 
+    def covers_rows(self) -> Expression:
+        """As ``covers``, for rows of the ledger; those without a user belong to the last part."""
+        covered = self.covers(self.user_id)
+        all_the_rest = self.low is not None and self.high is None and self.among is None and self.since is None
+        return sa.or_(covered, self.user_id.is_(None)) if all_the_rest else covered
+
     def on(self, day: dt.date) -> _Part:
         """This part, for a check of one day."""
         other = copy.copy(self)
@@ -507,7 +513,7 @@ class _Part:
     def rows(self, *columns: Expression) -> sa.Select[Any]:
         """Rows of the ledger in this part."""
         selected = sa.select(self.user_id.label("user"), self.row.id.label("transaction"), *columns)
-        return selected.where(self.covers(self.user_id))
+        return selected.where(self.covers_rows())
 
     def steps(self) -> sa.Subquery:
         """The numbered rows, each with the one before it, where it should begin."""
@@ -592,7 +598,7 @@ class _Part:
             sa.func.count().label("rows"),
             self._sum_of_steps().label("chain"),
             *((sa.func.count().filter(sign(self)) > 0).label(name) for name, sign in _COUNTED.items()),
-        ).where(self.covers(self.user_id))
+        ).where(self.covers_rows())
         if self.schema.workshops is not None:
             ledger = ledger.add_columns(self._sum_of_unlocks().label("unlocks"))
         u, r = users.subquery("of_users"), ledger.subquery("of_ledger")
