@@ -132,13 +132,18 @@ def _templates(server: Server) -> Callable[[str], str]:
 
 
 @pytest.fixture
-def make_world(fresh_database: Callable[..., str], _templates: Callable[[str], str]) -> Callable[..., World]:
+def make_world(fresh_database: Callable[..., str], _templates: Callable[[str], str]) -> Iterator[Callable[..., World]]:
     """``make_world(shape="uuid", **settings) -> World``: a migrated host app of its own."""
 
-    def make(shape: str = "uuid", **settings: Any) -> World:
-        return World(fresh_database(_templates(shape)), SHAPES[shape].host, **settings)
+    made: list[World] = []
 
-    return make
+    def make(shape: str = "uuid", **settings: Any) -> World:
+        made.append(World(fresh_database(_templates(shape)), SHAPES[shape].host, pooled=True, **settings))
+        return made[-1]
+
+    yield make
+    for world in made:
+        world.engine.dispose()
 
 
 @pytest.fixture

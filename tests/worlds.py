@@ -98,12 +98,16 @@ def dispose_when_idle(pooled: sa.Engine) -> None:
 
 
 class World:
-    """A migrated host app, with the few things that tests do to it."""
+    """A migrated host app, with the few things that tests do to it.
 
-    def __init__(self, url: str, host: HostMapping, **settings: Any) -> None:
+    Where it is ``pooled``, its connections are used again, and somebody disposes of its engine at the end.
+    """
+
+    def __init__(self, url: str, host: HostMapping, *, pooled: bool = False, **settings: Any) -> None:
         self.url = url
         self.config = Config(database_url=url, host=host, **settings)
-        self.engine = sa.create_engine(url, poolclass=sa.NullPool)
+        pool: dict[str, Any] = {"pool_use_lifo": True, "max_overflow": -1} if pooled else {"poolclass": sa.NullPool}
+        self.engine = sa.create_engine(url, **pool)
         self.autocommit = self.engine.execution_options(isolation_level="AUTOCOMMIT")
         self.ledger = Ledger(self.config)
         self.accounts = Accounts(self.config)
