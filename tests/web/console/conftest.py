@@ -58,7 +58,7 @@ def open_console() -> Iterator[Callable[..., Visitor]]:
             engine = sa.create_engine(world.url)
             stack.callback(dispose_when_idle, engine)
             app = console(world.config, engine=engine, sign_in=sign_in or link, address=address, **options)
-            visitor = Visitor(app, address=address)
+            visitor = stack.enter_context(Visitor(app, address=address))  # one event loop for all of its requests
             if sign_in is None:
                 assert visitor.get("/enter", params={"token": link.token}).status_code == 303
             return visitor
