@@ -10,16 +10,18 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import sqlalchemy as sa
 from standardwebhooks import Webhook
 
 from tallystick import events
+from tallystick.cli import main
 from tallystick.declared_tables import event_endpoints
 from tallystick.errors import ConfigError, InvalidArgument
 from tallystick.events.deliver import (
@@ -62,16 +64,24 @@ class Receiver:
         ]
 
 
-@pytest.fixture
-def receiver(tmp_path: Path) -> Iterator[Receiver]:
-    made = Receiver(tmp_path)
-    made.answers(200)
-    command = [sys.executable, str(Path(__file__).with_name("webhook_receiver.py")), str(tmp_path)]
+@pytest.fixture(scope="module")
+def receiving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Receiver]:
+    """The process that receives, with a folder in which each test has one of its own."""
+    folder = tmp_path_factory.mktemp("receiver")
+    command = [sys.executable, str(Path(__file__).with_name("webhook_receiver.py")), str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        made.url = f"http://127.0.0.1:{int(process.stdout.readline())}/hook"
-        yield made
+        yield Receiver(folder, f"http://127.0.0.1:{int(process.stdout.readline())}")
         process.kill()
+
+
+@pytest.fixture
+def receiver(receiving: Receiver) -> Receiver:
+    name = uuid.uuid4().hex
+    made = Receiver(receiving.folder / name, f"{receiving.url}/{name}/hook")
+    made.folder.mkdir()
+    made.answers(200)
+    return made
 
 
 @pytest.fixture
@@ -413,14 +423,33 @@ def test_an_endpoint_that_hangs_keeps_no_other(shop: World, receiver: Receiver) 
     assert sorted(each.error is None for each in done) == [False, True]
 
 
-class TestCommands:
-    def run(self, world: World, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", "from tallystick.cli import main; main()", "events", *arguments]
-        environ = {**os.environ, "DATABASE_URL": world.url}
-        world.wait_for_analyze()
-        return subprocess.run(command, env=environ, text=True, capture_output=True, timeout=60, check=False)
+class Ran(NamedTuple):
+    """The end of a command."""
 
-    def test_from_the_first_event_to_a_replay(self, shop: World, receiver: Receiver) -> None:
+    code: int
+    out: str
+    err: str
+
+
+class TestCommands:
+    @pytest.fixture
+    def tally(
+        self, shop: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> Callable[..., Ran]:
+        """``tally("list") -> Ran``: ``tallystick events list`` in this process, on the shop's database."""
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("DATABASE_URL", shop.url)
+
+        def run(*arguments: str) -> Ran:
+            shop.wait_for_analyze()
+            monkeypatch.setattr(sys, "argv", ["tallystick", "events", *arguments])
+            with pytest.raises(SystemExit) as ended:
+                main()
+            return Ran(int(ended.value.code or 0), *capfd.readouterr())
+
+        return run
+
+    def test_from_the_first_event_to_a_replay(self, shop: World, receiver: Receiver, tally: Callable[..., Ran]) -> None:
         add = (
             "endpoint",
             "add",
@@ -431,38 +460,40 @@ class TestCommands:
             "--kind",
             "purchase.completed",
         )
-        assert self.run(shop, *add).returncode == 0
-        assert self.run(shop, "endpoint", "remove", "app").returncode == 0
-        listed = json.loads(self.run(shop, "endpoint", "list", "--json").stdout)
+        assert tally(*add).code == 0
+        assert tally("endpoint", "remove", "app").code == 0
+        listed = json.loads(tally("endpoint", "list", "--json").out)
         assert [(each["name"], each["kinds"]) for each in listed] == [("crm", ["purchase.completed"])]
         receiver.answers(500, 200)
         for credits in (1, 2):
             shop.user(credits=credits)
-        ran = self.run(shop, "deliver", "--once", "--attempts", "1")
-        assert ran.returncode == 1, ran.stderr
-        assert "It is a dead letter" in ran.stderr
-        assert "purchase.completed was accepted" in ran.stdout
-        (letter,) = json.loads(self.run(shop, "dead-letters", "--json").stdout)
-        assert str(letter["event_id"]) in self.run(shop, "dead-letters").stdout
-        assert self.run(shop, "replay", "crm").returncode == 0
+        ran = tally("deliver", "--once", "--attempts", "1")
+        assert ran.code == 1, ran.err
+        assert "It is a dead letter" in ran.err
+        assert "purchase.completed was accepted" in ran.out
+        (letter,) = json.loads(tally("dead-letters", "--json").out)
+        assert str(letter["event_id"]) in tally("dead-letters").out
+        assert tally("replay", "crm").code == 0
         assert receiver.taken == [2, 1]
-        assert self.run(shop, "replay", "nobody").returncode == 1
-        assert "No dead letters" in self.run(shop, "dead-letters").stdout
+        assert tally("replay", "nobody").code == 1
+        assert "No dead letters" in tally("dead-letters").out
 
-    def test_a_postponed_event_is_an_exit_code(self, shop: World, receiver: Receiver) -> None:
+    def test_a_postponed_event_is_an_exit_code(
+        self, shop: World, receiver: Receiver, tally: Callable[..., Ran]
+    ) -> None:
         """So that cron sees it, also in a run within the pause; and no longer once the event is accepted."""
         receiver.answers(500, 200)
         shop.user(credits=1)
         for wait in (dt.timedelta(hours=1), dt.timedelta(0)):
-            ran = self.run(shop, "deliver", "--once")
-            assert ran.returncode == 1, ran.stderr
-            assert re.search(r"app: an event waits until .* UTC, after failed attempt 1: it answered 500", ran.stderr)
+            ran = tally("deliver", "--once")
+            assert ran.code == 1, ran.err
+            assert re.search(r"app: an event waits until .* UTC, after failed attempt 1: it answered 500", ran.err)
             with shop.engine.begin() as conn:
                 conn.execute(sa.update(event_endpoints).values(next_attempt_at=sa.func.now() + wait))
         assert len(receiver.received) == 1
-        ran = self.run(shop, "deliver", "--once")
-        assert ran.returncode == 0, ran.stderr
-        assert "purchase.completed was accepted" in ran.stdout
+        ran = tally("deliver", "--once")
+        assert ran.code == 0, ran.err
+        assert "purchase.completed was accepted" in ran.out
 
     def test_a_replay_that_waits_for_an_answer_holds_no_reader_back_and_keeps_what_it_did(
         self, shop: World, receiver: Receiver

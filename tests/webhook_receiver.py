@@ -2,10 +2,10 @@
 
     python tests/webhook_receiver.py FOLDER
 
-``FOLDER/answers`` holds what is answered, a status a line, the last one for ever: ``200``, ``500``, ``302``, ``hang``,
-``drip`` for a 200 whose headers come bit by bit for some seconds, or ``close`` for a connection that ends without an
-answer. ``FOLDER/received`` gets a line of JSON for each request. The
-port is written to stdout.
+What is sent to ``/NAME/…`` is of the folder ``FOLDER/NAME``. Its ``answers`` holds what is answered, a status a line,
+the last one for ever: ``200``, ``500``, ``302``, ``hang``, ``drip`` for a 200 whose headers come bit by bit for some
+seconds, or ``close`` for a connection that ends without an answer. Its ``received`` gets a line of JSON for each
+request. The port is written to stdout.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ class Receiver(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
         headers = {name.lower(): value for name, value in self.headers.items()}
+        folder = FOLDER / self.path.split("/")[1]
         with TURN:  # two endpoints may be sent to at the same moment
-            answers = (FOLDER / "answers").read_text().split()
-            with (FOLDER / "received").open("a") as received:
+            answers = (folder / "answers").read_text().split()
+            with (folder / "received").open("a") as received:
                 received.write(json.dumps({"headers": headers, "body": body, "answer": answers[0]}) + "\n")
             if len(answers) > 1:
-                (FOLDER / "answers").write_text("\n".join(answers[1:]))
+                (folder / "answers").write_text("\n".join(answers[1:]))
         if answers[0] == "hang":
             time.sleep(60)
         if answers[0] == "drip":
