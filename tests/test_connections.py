@@ -38,6 +38,8 @@ from tallystick.web import router
 from tallystick.web.console.routes import console
 from worlds import SHAPES, World
 
+pytestmark = pytest.mark.one_server  # it is about the drivers; the tests of the operations run on both
+
 ODD = 'ß "quoted" \\ back {1,NULL} %s %% $1 :name \' \t é'
 METADATA = {
     "seats": [1, None, 2.5],

@@ -36,6 +36,8 @@ from tallystick.events.deliver import (
 )
 from worlds import World
 
+pytestmark = pytest.mark.one_server  # it is about what is sent; test_events runs on both
+
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 OTHER = "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD"
 AT_ONCE = (0.0, 0.0, 0.0)  # four attempts

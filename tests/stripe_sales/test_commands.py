@@ -13,6 +13,8 @@ import pytest
 from stripe_sales.shop import CREDITS, ORIGIN, PACK, PRICE, Shop
 from tallystick.cli import main
 
+pytestmark = pytest.mark.one_server  # it is about what the commands print
+
 Tally = Callable[..., tuple[int, str, str]]
 
 

@@ -18,6 +18,8 @@ from stripe_sales.shop import Shop
 from tallystick import Config, Pack, stripe
 from tallystick.stripe.webhooks import HANDLERS
 
+pytestmark = pytest.mark.one_server  # it is about the page's code
+
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "stripe.md").read_text(encoding="utf-8")
 CASES = (DOCS / "stripe-cases.md").read_text(encoding="utf-8")

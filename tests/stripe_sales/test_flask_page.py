@@ -17,6 +17,8 @@ from tallystick import Pack, stripe
 from tallystick.accounts import Accounts
 from tallystick.errors import Key
 
+pytestmark = pytest.mark.one_server  # it is about the page's code
+
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:

@@ -15,6 +15,8 @@ from tallystick.allowances import AllowanceRun, Allowances
 from tallystick.audit import audit
 from tallystick.config import Allowance
 
+pytestmark = pytest.mark.one_server  # it is about what Stripe sends; test_allowances runs on both
+
 DAY_S = 86_400
 Line = dict[str, Any]
 

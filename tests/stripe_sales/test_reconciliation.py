@@ -19,6 +19,8 @@ from tallystick.declared_tables import stripe_reconciliations
 from tallystick.errors import InvalidArgument, Key, StripeRefused, StripeUnavailable
 from tallystick.stripe import reconciliation
 
+pytestmark = pytest.mark.one_server  # it is about what Stripe answers; test_machine runs on both
+
 SESSIONS = "/v1/checkout/sessions"
 
 T = TypeVar("T")

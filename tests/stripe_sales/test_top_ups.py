@@ -21,6 +21,8 @@ from tallystick.errors import Key
 from tallystick.schema import INT32_MAX
 from tallystick.stripe import TopUpOutcome, reconciliation, top_ups
 
+pytestmark = pytest.mark.one_server  # it is about what is asked of Stripe; test_machine runs on both
+
 INTENTS = "/v1/payment_intents"
 DECLINED, AUTHENTICATED = "4000000000000341", "4000002760003184"
 

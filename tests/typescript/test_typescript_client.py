@@ -23,6 +23,8 @@ from tallystick.ledger.reference import outcomes_of, refusals
 from tallystick.ledger.typescript import typescript
 from worlds import SHAPES, Shape, World
 
+pytestmark = pytest.mark.one_server  # it is about the drivers of Node; the tests of the operations run on both
+
 HERE = Path(__file__).parent
 DRIVERS = [
     "pg",

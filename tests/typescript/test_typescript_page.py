@@ -20,6 +20,8 @@ from tallystick.ledger.typescript import typescript
 from tallystick.stripe.store import store_of
 from worlds import SHAPES, World
 
+pytestmark = pytest.mark.one_server  # it is about the page's code
+
 HERE = Path(__file__).parent
 
 

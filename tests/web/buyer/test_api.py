@@ -19,6 +19,8 @@ from tallystick.errors import Key
 from tallystick.web.buyer.engine import Database
 from worlds import World
 
+pytestmark = pytest.mark.one_server  # it is about requests and answers
+
 PROBLEM = "application/problem+json"
 
 

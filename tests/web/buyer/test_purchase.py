@@ -23,6 +23,8 @@ from tallystick.schema import INT32_MAX
 from tallystick.stripe.client import client
 from worlds import World
 
+pytestmark = pytest.mark.one_server  # it is about requests and answers
+
 
 def test_bought_and_back(shop: Shop) -> None:
     user = shop.world.user()

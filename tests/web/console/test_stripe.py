@@ -9,6 +9,8 @@ from tallystick import events
 from tallystick.dev.stripe import DevStripe
 from tallystick.schema import INT32_MAX
 
+pytestmark = pytest.mark.one_server  # it is about what is asked of Stripe
+
 
 @pytest.fixture
 def shop(world):
