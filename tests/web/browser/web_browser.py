@@ -97,7 +97,7 @@ class Visitor:
 def problems_of(page: Page, axe: str) -> list[tuple[str, list[str]]]:
     """The violations that axe finds on the page, each with its elements; and if the page is wider than the screen."""
     page.evaluate(axe)
-    found = page.evaluate("axe.run().then(done => done.violations)")
+    found = page.evaluate("axe.run({resultTypes: ['violations']}).then(done => done.violations)")
     problems = [(one["id"], [node["html"] for node in one["nodes"]]) for one in found]
     if not page.evaluate("document.documentElement.scrollWidth <= innerWidth"):
         problems.append(("wider than the screen", []))

@@ -200,6 +200,7 @@ def again(big):
     return big
 
 
+@pytest.mark.one_server  # it is about what a browser shows
 def test_from_the_overview_to_a_person_in_two_steps(again, visit):
     page = visit(again)
     expect(page.get_by_role("heading", level=1)).to_contain_text(f"All {ALL} balances agree with their ledgers")
@@ -220,6 +221,7 @@ def test_from_the_overview_to_a_person_in_two_steps(again, visit):
     expect(page.locator("[data-steps] canvas")).to_be_visible()
 
 
+@pytest.mark.one_server  # it is about what a browser shows
 def test_pages_of_users_older_and_newer(again, visit):
     page = visit(again)
     page.goto(f"{again.address}/users")
@@ -233,6 +235,7 @@ def test_pages_of_users_older_and_newer(again, visit):
     assert page.get_by_role("table").get_by_role("link").first.inner_text() == first
 
 
+@pytest.mark.one_server  # it is about what a browser shows
 def test_a_check_of_all_balances_from_the_page(again, visit):
     page = visit(again)
     page.goto(f"{again.address}/audit")
@@ -241,6 +244,7 @@ def test_a_check_of_all_balances_from_the_page(again, visit):
     expect(page.get_by_text("300,000 ledger rows")).to_be_visible()
 
 
+@pytest.mark.one_server  # it is about what a browser shows
 def test_without_javascript_everything_is_there(again, visit):
     page = visit(again, java_script_enabled=False)
     expect(page.get_by_role("heading", level=1)).to_contain_text("balances agree")
@@ -262,6 +266,7 @@ def test_without_javascript_everything_is_there(again, visit):
     expect(page.get_by_role("heading", level=1)).to_have_text("Not logged in")
 
 
+@pytest.mark.one_server  # it is about what a browser shows
 def test_on_a_phone_nothing_runs_off_the_side(again, visit, large_world):
     page = visit(again, viewport={"width": 360, "height": 740})
     with large_world.engine.connect() as conn:
@@ -273,6 +278,7 @@ def test_on_a_phone_nothing_runs_off_the_side(again, visit, large_world):
         expect(page.get_by_role("navigation", name="Console").locator("[aria-current]")).to_be_in_viewport(ratio=0.95)
 
 
+@pytest.mark.one_server  # it is about what a browser shows
 @pytest.mark.parametrize("width", [320, 390])
 def test_on_a_phone_a_row_is_a_block_and_no_table_scrolls(shop, visit, width):
     world, user = shop
@@ -348,10 +354,11 @@ def test_no_accessibility_violation(shop, visit, how):
             if path == "/audit":
                 expect(page.locator("progress")).to_have_count(0)
             page.evaluate(AXE.read_text(encoding="utf-8"))
-            found = page.evaluate("axe.run()")
-            assert [(one["id"], [n["html"] for n in one["nodes"]]) for one in found["violations"]] == [], path
+            found = page.evaluate("axe.run({resultTypes: ['violations']}).then(done => done.violations)")
+            assert [(one["id"], [n["html"] for n in one["nodes"]]) for one in found] == [], path
 
 
+@pytest.mark.one_server  # it is about what a browser shows
 def test_a_double_click_grants_once(shop, visit):
     world, user = shop
     with world.engine.connect() as conn:
@@ -463,6 +470,7 @@ def test_a_dead_letter_is_sent_again_from_the_page(shop, hook, visit, how):
         expect(letters).to_have_count(number - 1)
 
 
+@pytest.mark.one_server  # it is about what a browser shows
 def test_log_in_by_keyboard_and_out(world, visit):
     with Served(world, passwords={"anna": hash_password("open sesame")}) as running:
         page = visit(running)  # the link is no way in here
