@@ -198,12 +198,18 @@ def test_a_role_is_made_and_taken_back_by_the_scripts_that_are_printed(tally, ol
     tally("init")
     tally("migrate", "apply")
     name = f"app {uuid.uuid4().hex}"
+
+    def script(*options):
+        begin, _, rest = tally("migrate", "sql", *options).out.partition("\n")
+        assert begin == r"\set ON_ERROR_STOP on"  # psql's exit code tells if the script has failed
+        return rest
+
     with psycopg.connect(old_host, autocommit=True) as conn:
         conn.execute(f'CREATE ROLE "{name}"')
-        conn.execute(tally("migrate", "sql", "--role", name).out)
-        conn.execute(tally("migrate", "sql", "--role", name, "--revoke").out)
-        conn.execute(tally("migrate", "sql", "--role", name).out)
-        conn.execute(tally("migrate", "sql", "--functions").out)
+        conn.execute(script("--role", name))
+        conn.execute(script("--role", name, "--revoke"))
+        conn.execute(script("--role", name))
+        conn.execute(script("--functions"))
         assert "As declared" in tally("migrate", "status").out
         out = tally("migrate", "undo").out
         assert "Undid" in out
@@ -519,7 +525,7 @@ def test_a_role_without_privileges_is_told_so(at, world: World):
         for command in (["balance", uuid.uuid4()], ["audit"], ["serve", "--port", "0"]):
             result = at(world)("--database-url", url, *command)
             assert result.code == 1
-            assert "permission denied for schema tallystick. What lets a role run the ledger" in result.err
+            assert "permission denied for schema tallystick. The owner of the tables can let a role run the ledger" in result.err
         with world.autocommit.connect() as conn:
             conn.execute(sa.text("GRANT USAGE ON SCHEMA tallystick TO tallystick_stranger"))
             conn.execute(sa.text("GRANT SELECT ON tallystick.alembic_version TO tallystick_stranger"))

@@ -778,8 +778,9 @@ def test_a_superuser_cannot_be_limited(any_world: World) -> None:
 
 @one_shape
 def test_a_role_that_is_not_there_is_told(any_world: World) -> None:
-    with pytest.raises(errors.RaiseException, match="there is no role nobody"):
-        run_script(any_world, role.grant(any_world.config.host, "nobody"))
+    with pytest.raises(errors.RaiseException, match="there is no role nobody here") as refused:
+        run_script(any_world, role.grant(any_world.config.host, "nobody here"))
+    assert refused.value.diag.message_hint == 'Make it first: CREATE ROLE "nobody here" LOGIN'
 
 
 @pytest.mark.parametrize("name", ["", "a\0b", "a\ud800", "x" * 64, "ö" * 32])

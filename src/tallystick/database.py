@@ -210,7 +210,7 @@ _MEANINGS: Mapping[str, tuple[type[DatabaseError], str]] = {
     "25006": (DatabaseUnavailable, _READ_ONLY),
     "42501": (
         PermissionDenied,
-        "{}. What lets a role run the ledger is printed by: tallystick migrate sql --role ROLE",
+        "{}. The owner of the tables can let a role run the ledger: tallystick migrate sql --role ROLE",
     ),
     "TS119": (HostInterfered, "{}. Nothing was written. Exempt Tallystick's columns from it"),
 }

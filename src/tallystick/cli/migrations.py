@@ -421,9 +421,9 @@ def sql(
         raise typer.BadParameter("--role and --functions print two different scripts. Leave one out")
     if role is not None:
         script = (roles.revoke if revoke else roles.grant)(invocation(ctx).config().host, role)
-        out.print(script, markup=False)
+        out.print(_STOP_AT_ERROR + script, markup=False)
         return
-    write = migrate.functions_sql if functions else migrate.sql
+    write = (lambda *of: _STOP_AT_ERROR + migrate.functions_sql(*of)) if functions else migrate.sql
     if offline:
         out.print(write(None, invocation(ctx).config()), markup=False)
         return
@@ -431,6 +431,8 @@ def sql(
         out.print(write(conn, config), markup=False)
 
 
+# Without it psql prints an error for each statement after the first error, and ends with exit code 0.
+_STOP_AT_ERROR = "\\set ON_ERROR_STOP on\n"
 _NOT_MIGRATED = "Not migrated yet. Run: tallystick migrate plan, then: tallystick migrate apply"
 _NO_REMEDY = "tallystick migrate apply does not mend this: find out who changed it, then restore the expected state"
 _PREPARED = (

@@ -73,7 +73,8 @@ DECLARE
 BEGIN
   SELECT oid, rolsuper INTO app FROM pg_roles WHERE rolname = {role};
   IF NOT FOUND THEN
-    RAISE EXCEPTION 'there is no role %', {role} USING HINT = 'Make it first: CREATE ROLE app LOGIN';
+    RAISE EXCEPTION 'there is no role %', {role}
+      USING HINT = format('Make it first: CREATE ROLE %I LOGIN', {role});
   END IF;
   IF app.rolsuper OR EXISTS (
     SELECT FROM pg_class AS c WHERE c.oid IN (SELECT oid FROM {tables} AS t (oid, inserts, updates))
