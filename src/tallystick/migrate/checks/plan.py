@@ -581,8 +581,8 @@ def sql(conn: sa.Connection | None, config: Config, *, stall_budget_ms: int = ST
     pending, messages = _messages(config, host, stall_budget_ms)
     parts = [
         "-- Tallystick: " + (", ".join(revision.revision for revision in pending) or "nothing to do"),
-        "-- psql sends statements that are joined by \\; as one message: while a table is locked, none of them waits for",
-        "-- the network. If a table is not free in time, the script fails and changes nothing: run it again.",
+        "-- psql sends statements that are joined by \\; as one message: while a table is locked, none waits for the",
+        "-- network. If a table is not free in time, the script fails and changes nothing: run it again.",
         "\\set ON_ERROR_STOP on",
     ]
     if messages:
