@@ -403,6 +403,7 @@ def test_the_audit_finds_what_was_broken(at, world: World):
         (["refund", uuid.uuid4(), "not-a-uuid"], 1, "the id of a credit transaction"),
         (["consume", "x", "--key", ""], 2, "it is empty. Name the intent"),
         (["hold", "place", "x", "1", "--key", ""], 2, "it is empty. Name the intent"),
+        (["hold", "place", "x", "1", "--key", "k", "--minutes", "9999999"], 2, "527040"),
         (["stripe", "refund", "x", uuid.uuid4(), "--key", ""], 2, "it is empty. Name the intent"),
         (["adopt", "--history", ""], 1, "Name another: --history schema.table"),
         (["migrate", "rehearse", "--on", ""], 1, "the address has no scheme"),
@@ -720,7 +721,8 @@ def test_the_embedded_server_from_start_to_stop(tally, scratch: Path, monkeypatc
     try:
         assert "export DATABASE_URL='postgresql://" in started.out
         assert tally("db", "status", "--json").json["running"] is True
-        assert tally("db", "url").out.strip() in started.out
+        url = tally("db", "url")
+        assert (url.out.strip() in started.out, url.err) == (True, "")
         assert "100 users" in tally("db", "example").out
         assert "already" in tally("db", "example").err
         assert tally("db", "psql", "-Atc", "SELECT count(*) FROM users").out == "100\n"
@@ -728,8 +730,10 @@ def test_the_embedded_server_from_start_to_stop(tally, scratch: Path, monkeypatc
         assert "using the embedded PostgreSQL" in result.err
         assert tally("migrate", "apply").code == 0
     finally:
-        assert tally("db", "stop").code == 0
+        assert tally("db", "stop").out == "Stopped.\n"
     assert tally("db", "status").code == 1
+    assert tally("db", "stop").out == "It was not running.\n"
+    assert "does not run. Start it with: tallystick db start" in tally("db", "url").err
 
 
 def test_a_flag_is_shown_alone_and_an_example_stands_at_the_end(tally):

@@ -176,7 +176,7 @@ def test_a_password_is_never_shown(folder):
 @pytest.mark.parametrize(
     ("address", "says"),
     [
-        ("postgresql://app:s3cret@db:54x2/shop", "database_url: the port is not a number"),
+        ("postgresql://app:s3cret@db:54x2/shop", "the port is not a number"),
         ("postgresql://app:s3cret/shop", "the port is not a number"),
         ("postgresql://app:s3c@s3c:s3c@db/shop", "%40"),
         ("postgres://app:s3cret@db1:5432,db2:5432/shop", "postgresql://user@/database?host=host1:5432&host=host2:5432"),
@@ -186,8 +186,8 @@ def test_a_fault_of_an_address_is_named_without_its_password(folder, address, sa
     for environ in ({"DATABASE_URL": address}, {"TALLYSTICK_DATABASE_URL_UNPOOLED": address}):
         with pytest.raises(ConfigError) as caught:
             Config.load(environ=environ)
-        assert says in str(caught.value).replace("database_url_unpooled", "database_url")
-        assert next(iter(environ)) in str(caught.value)
+        assert says in str(caught.value)
+        assert str(caught.value).startswith(f"{next(iter(environ))}: ")
         assert "s3c" not in str(caught.value)
     assert Config(database_url="postgres://app@/shop?host=db1:1&host=db2:2").database_url is not None
 
@@ -258,7 +258,7 @@ def test_a_file_that_cannot_be_read_is_no_reason_for_defaults(folder, name):
 
 
 def test_a_mistake_in_the_environment_names_the_variable(folder):
-    with pytest.raises(ConfigError, match="TALLYSTICK_PAYWALL"):
+    with pytest.raises(ConfigError, match="^TALLYSTICK_PAYWALL: 'perhaps' is neither true nor false$"):
         Config.load(environ={"TALLYSTICK_PAYWALL": "perhaps"})
 
 

@@ -32,7 +32,7 @@ from pydantic.dataclasses import dataclass
 
 from tallystick.address import Address as ParsedAddress
 from tallystick.address import without
-from tallystick.errors import ConfigError
+from tallystick.errors import ConfigError, shown
 from tallystick.files import replace_file
 
 KeyType = Literal["uuid", "text", "char", "citext", "smallint", "integer", "bigint"]
@@ -680,7 +680,7 @@ def _is_there(path: Path) -> bool:
 
 def _explain(error: ValidationError, source: _Source | None, origins: Mapping[str, str]) -> ConfigError:
     """The first fault as one sentence with file, line and key, and the nearest name for a misspelt one."""
-    fault = error.errors(include_url=False, include_input=False)[0]
+    fault = error.errors(include_url=False)[0]
     # pydantic adds names to a location, such as a union's branch, that are not in the file
     location = tuple(part for part in fault["loc"] if not str(part).startswith(("function-", "constrained-")))
     key = ".".join(str(part) for part in location)
@@ -696,6 +696,8 @@ def _explain(error: ValidationError, source: _Source | None, origins: Mapping[st
                 f"directly below [{'.'.join(source.table)}]" if source and source.table else "above the first [table]"
             )
             message += f" in this table. Move {name} {above}"
+    elif fault["type"] in ("bool_parsing", "bool_type"):
+        message = f"{shown(fault['input'])} is neither true nor false"
     variable = origins.get(str(location[0])) if location else None
     if variable or source is None:
         where, line = variable or "settings", None
@@ -703,7 +705,8 @@ def _explain(error: ValidationError, source: _Source | None, origins: Mapping[st
     else:
         path, line = str(source.path), source.line_of(location)
         where = f"{path}, line {line}" if line else path
-    return ConfigError(f"{where}: {key}: {message}", path=path, line=line, key=key)
+    told = where if variable and len(location) == 1 else f"{where}: {key}"  # the variable names the setting
+    return ConfigError(f"{told}: {message}", path=path, line=line, key=key)
 
 
 def _settings(location: tuple[str | int, ...]) -> list[str]:
@@ -869,11 +872,11 @@ _UNDATED = "  # none tells when it was made: with the paywall on, no old one is 
 
 _BEGINNING = """\
 # Settings of Tallystick. The database address comes from DATABASE_URL unless it is set here.
-# What stands in no table, such as checkout_origins = ["https://app.example.com"], is written here, above the first.
+# Settings outside any table, such as checkout_origins = ["https://app.example.com"], are written here, above the first.
 """
 
 _PACKS_EXAMPLE = """\
-# What is on sale. amount is in minor units: 7900 is $79.00.
+# The packs on sale. amount is in minor units: 7900 is $79.00.
 #
 # [[packs]]
 # name = "Single Flight"

@@ -364,10 +364,10 @@ def test_an_unfit_balance_that_is_written_while_the_migration_waits(make_app: Ca
     url = sa.make_url(app.url).set(drivername="postgresql").render_as_string(hide_password=False)
     with psycopg.connect(url) as late:
         late.execute(f'UPDATE "us{{e}}rs %%" SET credits = {value} WHERE id = 1'.encode())
-        with pytest.raises(MigrationError, match=r"^1 user has a balance that no ledger begins with") as refused:
+        with pytest.raises(MigrationError, match=r"^1 user has a balance that a ledger cannot begin with") as refused:
             migrate.apply(app.url, app.config, progress=lambda now: late.commit() if now.phase == "waiting" else None)
         assert opened(app) == 2
-        with pytest.raises(MigrationError, match="no ledger begins with"):
+        with pytest.raises(MigrationError, match="a ledger cannot begin with"):
             migrate.cut_over(app.url, app.config)
         with app.engine.connect() as conn:
             assert [one for one in migrate.status(conn, app.config).drift if one.kind == "trigger"] == []
@@ -517,7 +517,7 @@ def test_all_that_is_in_the_way_is_told_at_once(make_app: Callable[..., App]) ->
     with pytest.raises(IncompatibleColumn) as caught:
         migrate.apply(app.url, app.config)
     message = str(caught.value)
-    assert "credit_balance: integer with balances that no ledger begins with (of 2 users below 0)" in message
+    assert "credit_balance: integer with balances that a ledger cannot begin with (below 0: 2)" in message
     assert "plan_tier: character varying(8)" in message
     assert 'has "public"."credit_transactions", "public"."credit_transactions_pkey", which Tallystick' in message
     assert 'set ledger_schema = "tallystick" under [host]' in message

@@ -126,7 +126,7 @@ def test_two_sizes_of_integer_get_the_statement(
             """ALTER TABLE users ADD credit_balance numeric NOT NULL DEFAULT 0;
             INSERT INTO users (id, credit_balance)
             SELECT gen_random_uuid(), unnest(ARRAY[5, 0.5, -1, 1e10])""",
-            "(of 1 users below 0, of 1 users above 2147483647, of 1 users no whole number)",
+            "(below 0: 1, above 2147483647: 1, not a whole number: 1)",
         ),
         (
             """ALTER TABLE users ADD stripe_customer_id text;

@@ -154,6 +154,11 @@ def print_error(message: str) -> None:
     err.print(message, style="red", markup=False)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, as "1 user" and "1,234 users"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def note(message: str) -> None:
     """Print a note on stderr, since it is not part of the result."""
     err.print(message, style="dim", markup=False)

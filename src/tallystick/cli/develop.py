@@ -18,6 +18,7 @@ from tallystick.cli.app import (
     emit,
     err,
     invocation,
+    note,
     out,
     progress_bar,
     table,
@@ -129,8 +130,9 @@ def start() -> None:
 def stop() -> None:
     """Stop the embedded server, unless other processes use it."""
     server = _server()
+    ran = server.running
     if server.stop():
-        out.print("Stopped.")
+        out.print("Stopped." if ran else "It was not running.")
         return
     pids = ", ".join(str(pid) for pid in server.users())
     out.print(f"Processes that use it: {pids}. It stops when they have ended.")
@@ -180,7 +182,10 @@ def example(
 @db.command()
 def url() -> None:
     """Print the embedded database's address, for DATABASE_URL and other tools."""
-    out.print(_libpq(_server().url(EMBEDDED_DATABASE)), markup=False)
+    server = _server()
+    out.print(_libpq(server.url(EMBEDDED_DATABASE)), markup=False)
+    if not server.running:
+        note("The server does not run. Start it with: tallystick db start")
 
 
 @db.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

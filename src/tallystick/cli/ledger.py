@@ -22,6 +22,7 @@ from tallystick.cli.app import (
     Json,
     UserArgument,
     app,
+    counted,
     emit,
     escape,
     examples,
@@ -477,7 +478,7 @@ def sweep(
         swept += found
         if not found:  # fewer than the limit may be all but one who fails
             break
-    message = f"{swept} {'user' if swept == 1 else 'users'} had holds or credits that expired."
+    message = f"{counted(swept, 'user')} had holds or credits that expired."
     emit({"users": swept}, lambda: out.print(message), as_json=as_json)
     try:
         with mapped(ctx, connect, changes=False) as (conn, config):
@@ -520,12 +521,12 @@ REFUSED_SHOWN = 10
 
 def show_allowances(result: AllowanceRun) -> None:
     """Print how many users got credits, then the first of those who were refused, with the reasons."""
-    out.print(f"{result.users} {'user' if result.users == 1 else 'users'} got credits.")
+    out.print(f"{counted(result.users, 'user')} got credits.")
     if not result.refused:
         return
     number, left = len(result.refused), len(result.refused) - REFUSED_SHOWN
     whom = (
-        "1 user got none, since the grant was" if number == 1 else f"{number} users got none, since their grants were"
+        "1 user got none, since the grant was" if number == 1 else f"{number:,} users got none, since their grants were"
     )
     out.print(f"{whom} refused. Correct the cause, then run it again:", style="red", markup=False)
     for each in result.refused[:REFUSED_SHOWN]:
@@ -549,7 +550,8 @@ def hold_place(
     credits: Annotated[int, typer.Argument(help="The number of credits.", metavar="CREDITS")],
     *,
     minutes: Annotated[
-        float, typer.Option("--minutes", help="The minutes after which the hold ends, up to 366 days.", min=0.02)
+        float,
+        typer.Option("--minutes", help="The minutes after which the hold ends, up to 366 days.", min=0.02, max=527_040),
     ] = 15,
     key: KeyOption,
     description: DescriptionOption = None,
@@ -563,7 +565,7 @@ def hold_place(
             user_key(conn, config, user),
             credits=credits,
             key=key,
-            expires_in=dt.timedelta(minutes=min(minutes, 1e6)),
+            expires_in=dt.timedelta(minutes=minutes),
             description=description,
         )
     word = "Held already" if held.replayed else "Held"
@@ -770,15 +772,16 @@ def audit(
 
 def show_audit(report: AuditReport) -> None:
     """Print a report, the verdict first."""
-    size = f"{report.users:,} users and {report.rows:,} credit transactions in {report.seconds:.1f} s"
+    size = f"{counted(report.users, 'user')} and {counted(report.rows, 'credit transaction')} in {report.seconds:.1f} s"
     faults = sum(finding.fault for finding in report.findings)
     if report.clean:
         out.print(f"[green]Clean.[/] All balances agree with their ledgers: {size}, {len(report.checked)} checks.")
     else:
-        more = " or more" if report.truncated else ""
-        out.print(f"[red]{faults}{more} {'fault' if faults == 1 and not more else 'faults'}[/] in {size}.")
+        out.print(
+            f"[red]{f'{faults:,} or more faults' if report.truncated else counted(faults, 'fault')}[/] in {size}."
+        )
     if waiting := len(report.findings) - faults:
-        out.print(f"{waiting} more {'finding' if waiting == 1 else 'findings'}, by which no balance is wrong.")
+        out.print(f"{counted(waiting, 'more finding')}, by which no balance is wrong.")
     show_findings(report)
 
 

@@ -24,6 +24,7 @@ from tallystick.cli.app import (
     Json,
     address,
     app,
+    counted,
     emit,
     err,
     escape,
@@ -379,7 +380,7 @@ def show_plan(console: Console, planned: migrate.Plan, *, brief: Collection[str]
                 line("      " + ", ".join([_locks(statement), *costs]), "dim")
         if others := len(of_phase) - len(felt):
             line(
-                f"  and {others} more {'statement' if others == 1 else 'statements'}, which lock no existing table",
+                f"  and {counted(others, 'more statement')}, which lock no existing table",
                 "dim",
             )
 
@@ -483,7 +484,7 @@ def _show_status(found: migrate.Status, host: HostMapping) -> None:
         out.print("Run: tallystick migrate apply")
     elif found.drift:
         count = len(found.drift)
-        out.print(f"[red]{count} {'difference' if count == 1 else 'differences'}[/] from what this package declares:")
+        out.print(f"[red]{counted(count, 'difference')}[/] from what this package declares:")
         for drift in found.drift:
             out.print(f"  {drift}", markup=False)
             out.print(f"    {f'Mend it: {drift.remedy}' if drift.remedy else _NO_REMEDY}", markup=False)
@@ -606,25 +607,21 @@ def adopt(
     def show() -> None:
         _show_own_credits(found)
         if did is not None and did.opened:
-            out.print(f"Opened the balances of {_users(did.opened)}.")
+            out.print(f"Opened the balances of {counted(did.opened, 'user')}.")
         if did is not None and did.noted:
-            out.print(f"Noted the history in the opening balances of {_users(did.noted)}.")
+            out.print(f"Noted the history in the opening balances of {counted(did.noted, 'user')}.")
         out.print(_next_of(found), markup=False)
 
     emit({"own_credits": found, "did": did}, show, as_json=as_json)
 
 
-def _users(number: int) -> str:
-    return f"{number:,} user" if number == 1 else f"{number:,} users"
-
-
 def _show_own_credits(found: migrate.OwnCredits) -> None:
-    out.print(f"{found.column}: {found.credits:,} credits of {_users(found.users)}.", markup=False)
+    out.print(f"{found.column}: {found.credits:,} credits of {counted(found.users, 'user')}.", markup=False)
     if found.migrated:
-        waiting = f" Without an opening balance: {_users(found.waiting)}." if found.waiting else ""
+        waiting = f" Without an opening balance: {counted(found.waiting, 'user')}." if found.waiting else ""
         out.print(
-            f"In the ledger: opening balances of {_users(found.opened)}. Changes by the app's own code since then: "
-            f"{found.changed_by_app:,}.{waiting}"
+            f"In the ledger: opening balances of {counted(found.opened, 'user')}. "
+            f"Changes by the app's own code since then: {found.changed_by_app:,}.{waiting}"
         )
     if (history := found.history) is None:
         out.print("No table looks like a history of credits. If you have one: tallystick adopt --history TABLE")
@@ -636,7 +633,7 @@ def _show_own_credits(found: migrate.OwnCredits) -> None:
     if not history.differing:
         out.print("  For each user the sum of these rows is the balance.")
         return
-    out.print(f"  The sum of these rows differs from the balance of {_users(history.differing)}:")
+    out.print(f"  The sum of these rows differs from the balance of {counted(history.differing, 'user')}:")
     for one in history.differences:
         out.print(f"    {one.user}: has {one.balance:,}, the history gives {one.history:,} ({one.by:+,})", markup=False)
     if history.differing > len(history.differences):

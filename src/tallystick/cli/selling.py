@@ -12,7 +12,21 @@ from uuid import UUID
 import sqlalchemy as sa
 import typer
 
-from tallystick.cli.app import Json, address, app, emit, err, escape, examples, invocation, note, out, reading, table
+from tallystick.cli.app import (
+    Json,
+    address,
+    app,
+    counted,
+    emit,
+    err,
+    escape,
+    examples,
+    invocation,
+    note,
+    out,
+    reading,
+    table,
+)
 from tallystick.cli.ledger import KeyOption, credits_of, made_up_key
 from tallystick.config import Config
 from tallystick.database import engine, transaction
@@ -176,11 +190,12 @@ def dismiss(
         wanted = None if kind is None else stripe().FindingKind(kind)
         count = stripe().dismiss(made, config, object_ids or None, kind=wanted)
     if not count:
-        about = ", ".join(object_ids or ()) or kind or "anything"
-        raise TallystickError(f"no open finding is about {about}. List them: tallystick stripe reconcile --dry-run")
+        about = ", ".join(object_ids or ()) or kind
+        none = f"no open finding is about {about}" if about else "there is no open finding"
+        raise TallystickError(f"{none}. List them: tallystick stripe reconcile --dry-run")
     emit(
         {"dismissed": count},
-        lambda: out.print(f"{count} {'finding' if count == 1 else 'findings'} dismissed."),
+        lambda: out.print(f"{counted(count, 'finding')} dismissed."),
         as_json=as_json,
     )
 

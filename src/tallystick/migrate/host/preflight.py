@@ -795,15 +795,15 @@ def _credits_fault(conn: sa.Connection, table: HostTable, column: HostColumn, mo
     wrong = {
         "below 0": live < sa.literal_column("0"),
         f"above {most}": live > sa.literal_column(str(most)),
-        "no whole number": sa.func.mod(live, sa.literal_column("1")) != sa.literal_column("0"),
+        "not a whole number": sa.func.mod(live, sa.literal_column("1")) != sa.literal_column("0"),
     }
     counts = conn.execute(
         sa.select(*(sa.func.count().filter(fault) for fault in wrong.values())).select_from(
             sa.table(table.table, live, schema=table.schema)
         )
     ).one()
-    found = [f"of {count} users {fault}" for count, fault in zip(counts, wrong, strict=True) if count]
-    return f"{column.shown} with balances that no ledger begins with ({', '.join(found)})" if found else None
+    found = [f"{fault}: {count}" for count, fault in zip(counts, wrong, strict=True) if count]
+    return f"{column.shown} with balances that a ledger cannot begin with ({', '.join(found)})" if found else None
 
 
 def _content_fault(conn: sa.Connection, table: HostTable, column: HostColumn, rule: _Rule) -> str | None:

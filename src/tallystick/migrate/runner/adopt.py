@@ -64,7 +64,7 @@ def adopt(
 
     Raises:
         MigrationError: the database is not migrated, or had no balances before; or the app wrote a balance, just before
-            the migration, that no ledger begins with.
+            the migration, that a ledger cannot begin with.
         HostMismatch: the named history does not exist.
     """
     with session(engine_of(database)) as conn:
@@ -83,7 +83,7 @@ def cut_over(
 
     Raises:
         MigrationError: the column's default gives credits, others have locked users whose balance is not opened, or
-            the app wrote a balance, just before the migration, that no ledger begins with.
+            the app wrote a balance, just before the migration, that a ledger cannot begin with.
         MigrationBlocked: the table was never free.
     """
     with session(engine_of(database)) as conn:

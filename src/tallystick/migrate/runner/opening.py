@@ -72,9 +72,9 @@ def refuse_unfit(conn: sa.Connection, names: HostNames) -> None:
     unfit = find.format(**_words(names))
     if number := fetch_all(driver(conn), SQL("SELECT count(*) FROM ({}) AS unfit").format(unfit))[0][0]:
         raise MigrationError(
-            f"{number} user{'' if number == 1 else 's'} {'has' if number == 1 else 'have'} a balance that no ledger "
-            "begins with: below 0, no whole number, or too large. The app wrote it while the migration waited for the "
-            f"tables. Correct it in the app's column, then run this again. To find it: {unfit.as_string(None)}"
+            f"{number} user{'' if number == 1 else 's'} {'has' if number == 1 else 'have'} a balance that a ledger "
+            "cannot begin with: below 0, not a whole number, or too large. The app wrote it while the migration waited "
+            f"for the tables. Correct it in the app's column, then run this again. To find it: {unfit.as_string(None)}"
         )
 
 
