@@ -147,6 +147,7 @@ def test_a_client_killed_anywhere(world: World, seed: int) -> None:
 
 def keys_of_settled(world: World, user: Key) -> list[str]:
     """The keys once nobody else is connected any more: a statement sent before a death may still be under way."""
+    world.engine.dispose()  # what the test itself keeps open
     others = sa.text(
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
     )
