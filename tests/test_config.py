@@ -258,7 +258,7 @@ def test_a_file_that_cannot_be_read_is_no_reason_for_defaults(folder, name):
 
 
 def test_a_mistake_in_the_environment_names_the_variable(folder):
-    with pytest.raises(ConfigError, match="^TALLYSTICK_PAYWALL: 'perhaps' is neither true nor false$"):
+    with pytest.raises(ConfigError, match=r"^TALLYSTICK_PAYWALL: 'perhaps' is neither true nor false$"):
         Config.load(environ={"TALLYSTICK_PAYWALL": "perhaps"})
 
 
