@@ -13,7 +13,7 @@ help:
 	@echo "make demo    migrate a busy database, sell, spend, refund and audit credits (under a minute)"
 	@echo "make example an app that sells credits, with a double of Stripe, at http://127.0.0.1:8000"
 	@echo "make example-django   the same as a Django app"
-	@echo "make test    the whole test suite on the embedded PostgreSQL (and on 15, where it is installed)"
+	@echo "make test    the whole test suite on the embedded PostgreSQL, then what depends on the server on the machine's own"
 	@echo "make test-quick   the parts of it that need no browser, no npm and no killed server"
 	@echo "make coverage   the same, with the lines that they run; fewer than the floor is a failure"
 	@echo "make test-lowest   the ledger, the migration and the commands with the oldest versions that are declared"
