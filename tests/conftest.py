@@ -18,7 +18,7 @@ from servers import major, pg_bin
 from tallystick import Config, migrate
 from tallystick.dev.postgres import Server
 from tallystick.dev.throwaway import FOLDER_PREFIX, scratch_root, throwaway_server
-from worlds import SHAPES, World
+from worlds import SHAPES, World, dispose_when_idle
 
 for inherited in ("TALLYSTICK_PG_BIN", "TALLYSTICK_HOME"):
     os.environ.pop(inherited, None)  # a developer's own choice is not what is tested
@@ -143,7 +143,7 @@ def make_world(fresh_database: Callable[..., str], _templates: Callable[[str], s
 
     yield make
     for world in made:
-        world.engine.dispose()
+        dispose_when_idle(world.engine)
 
 
 @pytest.fixture

@@ -211,8 +211,7 @@ ITEMS = st.lists(
 
 def test_as_one_after_the_other(world: World) -> None:
     """Two sets of the same users get the same items, one in lists and one singly, and cannot be told apart."""
-    world.engine = sa.create_engine(world.url)
-    autocommit = world.engine.execution_options(isolation_level="AUTOCOMMIT")
+    autocommit = world.autocommit
 
     def create() -> tuple[list[Any], list[Any]]:
         users = [world.user(credits=credits) for credits in (6, 2)] + [world.user()]
@@ -247,7 +246,6 @@ def test_as_one_after_the_other(world: World) -> None:
                 assert many == singly
 
     indistinguishable()
-    world.engine.dispose()
 
 
 def test_a_user_whose_ledger_contradicts_itself_does_not_touch_the_others(world: World) -> None:

@@ -24,18 +24,9 @@ from tallystick.errors import Conflict
 from tallystick.ledger import close_all_days
 from tallystick.web.console import LocalLink, console
 from tallystick.web.console.queries import Figures, Queries
-from worlds import World, dispose_when_idle
+from worlds import World
 
 KEPT = "SELECT count(*) FROM tallystick.days WHERE closed_at IS NOT NULL"
-
-
-@pytest.fixture
-def world(world: World) -> Iterator[World]:
-    """With a pool: each day is closed in a transaction of its own."""
-    world.engine = sa.create_engine(world.url)
-    world.autocommit = world.engine.execution_options(isolation_level="AUTOCOMMIT")
-    yield world
-    dispose_when_idle(world.engine)
 
 
 def figures(world: World, *, earlier: int = 0) -> Figures:

@@ -100,7 +100,7 @@ def dispose_when_idle(pooled: sa.Engine) -> None:
 class World:
     """A migrated host app, with the few things that tests do to it.
 
-    Where it is ``pooled``, its connections are used again, and somebody disposes of its engine at the end.
+    Where it is ``pooled``, its connections are used again; the fixtures close the pool at the end.
     """
 
     def __init__(self, url: str, host: HostMapping, *, pooled: bool = False, **settings: Any) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +53,7 @@ def run(*arguments: str) -> Output:
 
 
 @pytest.fixture
-def typed(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+def typed(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     """A host app with its settings in an empty folder, where the commands run."""
     monkeypatch.chdir(tmp_path)
     for name in ("TALLYSTICK_HOME", "DATABASE_URL_UNPOOLED"):
@@ -62,9 +61,7 @@ def typed(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setenv("DATABASE_URL", world.url)
     monkeypatch.setenv("COLUMNS", "200")
     (tmp_path / "tallystick.toml").write_text(to_toml(world.config.host), encoding="utf-8")
-    world.engine = sa.create_engine(world.url)  # all rows are read before and after each command
-    yield world
-    world.engine.dispose()
+    return world
 
 
 def everything(world: World) -> list[list[tuple[object, ...]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import uuid
 from collections import UserDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
 
@@ -19,7 +19,7 @@ from tallystick import Config, Consume, HostMapping, UsersTable, WorkshopsTable,
 from tallystick.audit import audit
 from tallystick.errors import ConfigError, InvalidArgument, LedgerError, TallystickError
 from tallystick.ledger.operations import KEY_MAX, TEXT_MAX
-from worlds import World, dispose_when_idle
+from worlds import World
 
 QUIET = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
@@ -49,14 +49,6 @@ TEXTS = NASTY | st.text(alphabet=st.characters(exclude_categories=()), max_size=
 NUMBERS = st.integers() | st.floats() | st.booleans() | st.none() | st.text(max_size=5) | st.decimals() | st.binary()
 
 
-@pytest.fixture
-def pooled(world: World) -> Iterator[World]:
-    world.engine = sa.create_engine(world.url)
-    world.autocommit = world.engine.execution_options(isolation_level="AUTOCOMMIT")
-    yield world
-    dispose_when_idle(world.engine)
-
-
 def storable(text: object, longest: int) -> bool:
     if not isinstance(text, str) or not 0 < len(text) <= longest or "\0" in text:
         return False
@@ -72,8 +64,8 @@ def refused(call: Callable[[], Any]) -> bool:
     return False
 
 
-def test_texts_are_stored_as_they_are_or_refused(pooled: World) -> None:
-    world, ledger = pooled, pooled.ledger
+def test_texts_are_stored_as_they_are_or_refused(world: World) -> None:
+    ledger = world.ledger
     user, other = (world.user(credits=1_000_000) for _ in range(2))
 
     @settings(QUIET, max_examples=150)
@@ -104,8 +96,8 @@ def test_texts_are_stored_as_they_are_or_refused(pooled: World) -> None:
     healthy(world)
 
 
-def test_amounts(pooled: World) -> None:
-    world, ledger = pooled, pooled.ledger
+def test_amounts(world: World) -> None:
+    ledger = world.ledger
     user = world.user(credits=1_000)
 
     @settings(QUIET, max_examples=150)
@@ -197,8 +189,8 @@ def test_keys_of_users_and_workshops(any_world: World) -> None:
         assert ledger.balance(conn, user) == 5
 
 
-def test_cursors_and_purchases(pooled: World) -> None:
-    world, ledger = pooled, pooled.ledger
+def test_cursors_and_purchases(world: World) -> None:
+    ledger = world.ledger
     user = world.user(credits=5)
     with world.autocommit.connect() as conn:
 
@@ -227,7 +219,6 @@ def healthy(world: World) -> None:
         assert audit(conn, world.config).findings == ()
         tables = set(sa.inspect(conn).get_table_names())
     assert {"users", "workshops", "credit_transactions"} <= tables
-    world.engine.dispose()
 
 
 def nested(depth: int) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import sqlalchemy as sa
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -484,21 +483,22 @@ class Machine(RuleBasedStateMachine):
 
 
 def test_no_sequence_of_calls_tells_the_ledger_from_its_model(world: World) -> None:
-    world.engine = sa.create_engine(world.url)  # connecting anew would take most of the time here
-    world.autocommit = world.engine.execution_options(isolation_level="AUTOCOMMIT")
     seen = functions_called(world.engine)
-    run_state_machine_as_test(
-        lambda: Machine(world),
-        settings=settings(
-            max_examples=120,
-            stateful_step_count=40,
-            deadline=None,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
-    assert_ledger_consistent(world)
     # sessions are Stripe's names for a purchase and move nothing; a merge is of two users, in tests/test_people.py; the
     # others only read
-    assert seen == declared_functions() - {"attach_session", "merge", "lock", "balance_at", "history", "access"}
-    world.engine.dispose()
+    called = declared_functions() - {"attach_session", "merge", "lock", "balance_at", "history", "access"}
+    for _ in range(5):
+        run_state_machine_as_test(
+            lambda: Machine(world),
+            settings=settings(
+                max_examples=120,
+                stateful_step_count=40,
+                deadline=None,
+                database=None,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+        if seen >= called:  # seldom, the sequences of a run leave one out
+            break
+    assert_ledger_consistent(world)
+    assert seen == called
