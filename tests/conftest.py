@@ -13,6 +13,7 @@ from typing import Any
 
 import psycopg
 import pytest
+import sqlalchemy as sa
 
 from servers import major, pg_bin
 from tallystick import Config, migrate
@@ -135,15 +136,16 @@ def _templates(server: Server) -> Callable[[str], str]:
 def make_world(fresh_database: Callable[..., str], _templates: Callable[[str], str]) -> Iterator[Callable[..., World]]:
     """``make_world(shape="uuid", **settings) -> World``: a migrated host app of its own."""
 
-    made: list[World] = []
+    pools: list[sa.Engine] = []
 
     def make(shape: str = "uuid", **settings: Any) -> World:
-        made.append(World(fresh_database(_templates(shape)), SHAPES[shape].host, pooled=True, **settings))
-        return made[-1]
+        world = World(fresh_database(_templates(shape)), SHAPES[shape].host, pooled=True, **settings)
+        pools.append(world.engine)  # a test may give its world another one
+        return world
 
     yield make
-    for world in made:
-        dispose_when_idle(world.engine)
+    for pool in pools:
+        dispose_when_idle(pool)
 
 
 @pytest.fixture
