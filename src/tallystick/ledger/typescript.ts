@@ -281,7 +281,15 @@ function answered(
   }
   const fields = { ...rest, required, remaining, ...(detail as object | null) };
   const present = Object.entries(fields).filter(([, value]) => value !== null && value !== undefined);
-  return { answer: { ...Object.fromEntries(present.map(([name, value]) => [camel(name), value])), outcome }, place };
+  const spelt = present.map(([name, value]) => [camel(name), spelling(name, value)]);
+  return { answer: { ...Object.fromEntries(spelt), outcome }, place };
+}
+
+/** The value of a refusal's field, with the names of options and columns in it as this client spells them. */
+function spelling(field: string, value: unknown): unknown {
+  if (field === "argument") return camel(String(value));
+  if (field !== "differs") return value;
+  return Object.fromEntries(Object.entries(value as object).map(([column, pair]) => [camel(column), pair]));
 }
 
 function camel(name: string): string {
@@ -340,7 +348,11 @@ function encoded(name: string, type: string, value: unknown): Parameter {
   }
   const text = written(type, value);
   if (text === undefined) {
-    throw new TallystickRefusal({ outcome: "invalid_argument", argument: name, expected: EXPECTED[type] ?? A_TEXT });
+    throw new TallystickRefusal({
+      outcome: "invalid_argument",
+      argument: camel(name),
+      expected: EXPECTED[type] ?? A_TEXT,
+    });
   }
   return text;
 }

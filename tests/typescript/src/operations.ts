@@ -33,7 +33,7 @@ try {
     {
       does: "a user's key that is no UUID",
       call: () => ledger.balance({ userId: "1 OR true" }),
-      answers: { outcome: "invalid_argument", argument: "user_id", expected: "a UUID" },
+      answers: { outcome: "invalid_argument", argument: "userId", expected: "a UUID" },
     },
     ...table(ledger, given),
     ...workshopTable(ledger, given),

@@ -178,8 +178,8 @@ export function table<Key>(ledger: Tallystick, given: Given<Key>): Row[] {
       answers: {
         outcome: "idempotency_key_reused",
         differs: {
-          amount_paid: [14_900, "9007199254740993"],
-          stripe_payment_intent_id: ["pi_1", '\\"9007199254740993'],
+          amountPaid: [14_900, "9007199254740993"],
+          stripePaymentIntentId: ["pi_1", '\\"9007199254740993'],
         },
       },
     },
@@ -376,7 +376,7 @@ export function table<Key>(ledger: Tallystick, given: Given<Key>): Row[] {
       does: `credits that expire at ${text}`,
       call: () =>
         ledger.grant({ userId: user, amount: 1, key: "far", description: "Far", expiresAt: new Date(text) }),
-      answers: { outcome: "invalid_argument", argument: "expires_at", expected: says("years 1 to 9999") },
+      answers: { outcome: "invalid_argument", argument: "expiresAt", expected: says("years 1 to 9999") },
     })),
     {
       does: "a balance long ago, and one in the last year that is read",
@@ -431,13 +431,13 @@ export function table<Key>(ledger: Tallystick, given: Given<Key>): Row[] {
     ...["300", "soon", "", "1.5 hours", "-1 days", "99999999 years"].map((length) => ({
       does: `a hold for ${JSON.stringify(length)}`,
       call: () => ledger.hold({ userId: user, amount: 1, key: "work-0", expiresIn: length as never }),
-      answers: { outcome: "invalid_argument", argument: "expires_in" },
+      answers: { outcome: "invalid_argument", argument: "expiresIn" },
     })),
     ...["90", "99999999 weeks", "0 days"].map((length) => ({
       does: `a purchase that lasts ${JSON.stringify(length)}`,
       call: () =>
         ledger.startPurchase({ userId: user, amount: 1, description: "Lasts", expiresAfter: length as never }),
-      answers: { outcome: "invalid_argument", argument: "expires_after" },
+      answers: { outcome: "invalid_argument", argument: "expiresAfter" },
     })),
     {
       does: "a hold that is not covered",
@@ -567,7 +567,7 @@ export function table<Key>(ledger: Tallystick, given: Given<Key>): Row[] {
     {
       does: "history of too many rows",
       call: () => ledger.history({ userId: user, rowLimit: 1001 }),
-      answers: [{ outcome: "invalid_argument", argument: "row_limit" }],
+      answers: [{ outcome: "invalid_argument", argument: "rowLimit" }],
     },
     {
       does: "the balance just after it was paid",
@@ -622,7 +622,7 @@ export function table<Key>(ledger: Tallystick, given: Given<Key>): Row[] {
     {
       does: "a plan of no name",
       call: () => ledger.setPlanTier({ userId: user, planTier: "" }),
-      answers: { outcome: "invalid_argument", argument: "plan_tier", expected: "a text of 1 to 32 characters" },
+      answers: { outcome: "invalid_argument", argument: "planTier", expected: "a text of 1 to 32 characters" },
     },
     {
       does: "a Stripe customer",
