@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,13 @@ pytestmark = pytest.mark.one_server  # it is about the sources
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "tallystick"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-TREES = {module: ast.parse(module.read_text(encoding="utf-8")) for module in MODULES}
+
+
+@cache
+def trees() -> dict[Path, ast.Module]:
+    """The modules of the package as Python reads them; once, and not in each process that collects the tests."""
+    return {module: ast.parse(module.read_text(encoding="utf-8")) for module in MODULES}
+
 
 OPENINGS = ("What", "Who", "Whose", "Whom", "Whether", "Where", "How", "Which", "When")
 """A sentence that opens with one of these tells its subject last."""
@@ -46,7 +53,7 @@ def test_no_file_name_stands_for_two_things():
 
 def test_no_class_name_stands_for_two_things():
     names = defaultdict(list)
-    for module, tree in TREES.items():
+    for module, tree in trees().items():
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):
                 names[node.name].append(str(module.relative_to(PACKAGE)))
@@ -78,7 +85,7 @@ def test_a_released_revision_imports_nothing_that_changes():
     for module in (PACKAGE / "migrate" / "versions").glob("*.py"):
         imported = {
             name
-            for node in ast.walk(TREES[module])
+            for node in ast.walk(trees()[module])
             for name in (
                 [node.module]
                 if isinstance(node, ast.ImportFrom)
