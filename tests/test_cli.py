@@ -709,7 +709,14 @@ def test_doctor_says_what_is_wrong(at, world: World, tally, monkeypatch: pytest.
     with world.engine.begin() as conn:
         conn.exec_driver_sql("DROP FUNCTION tallystick.balance")
     ill = tally("doctor")
-    assert (ill.code, "tallystick migrate status" in ill.out) == (1, True)
+    assert (ill.code, "with 1 difference from what" in ill.out, "tallystick migrate status" in ill.out) == (
+        1,
+        True,
+        True,
+    )
+    tally("migrate", "undo", "--to", "0004")
+    behind = next(line for line in tally("doctor").out.splitlines() if line.startswith("Revision"))
+    assert behind == f"Revision  0004, and this package needs {HEAD}. Run: tallystick migrate apply"
     monkeypatch.setenv("DATABASE_URL", "postgresql://nobody@127.0.0.1:1/x")
     assert (tally("doctor").code, "cannot connect" in tally("doctor").out) == (1, True)
 

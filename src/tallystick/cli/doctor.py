@@ -11,7 +11,20 @@ import sqlalchemy as sa
 import typer
 
 from tallystick import migrate
-from tallystick.cli.app import Invocation, Json, app, emit, escape, invocation, out, place, plain, reading, table
+from tallystick.cli.app import (
+    Invocation,
+    Json,
+    app,
+    counted,
+    emit,
+    escape,
+    invocation,
+    out,
+    place,
+    plain,
+    reading,
+    table,
+)
 from tallystick.config import Config, ConsoleAccess, origins
 from tallystick.database import connect, standby
 from tallystick.errors import ConfigError, TallystickError
@@ -153,9 +166,12 @@ def _of_the_schema(found: migrate.Status, *, mapped: bool) -> Diagnosis:
         return Diagnosis("Revision", "the database is not migrated", f"Run: {step}")
     if found.healthy:
         return Diagnosis("Revision", f"{found.revision}, as this package declares it")
+    if found.revision != found.head:
+        needed = f"{found.revision}, and this package needs {found.head}"
+        return Diagnosis("Revision", needed, "Run: tallystick migrate apply")
     return Diagnosis(
         "Revision",
-        f"{found.revision}, with {len(found.drift)} differences from what this package declares",
+        f"{found.revision}, with {counted(len(found.drift), 'difference')} from what this package declares",
         "Run: tallystick migrate status",
     )
 
