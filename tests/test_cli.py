@@ -275,6 +275,17 @@ def test_a_lost_answer_tells_the_key_that_makes_a_second_run_harmless(at, world:
     assert again[0]["id"] == again[1]["id"]
 
 
+def test_a_lost_answer_to_a_merge_or_an_erasure_does_not_say_that_nothing_was_written(at, world: World):
+    tally, user, into = at(world), world.user(credits=3), world.user()
+    with world.engine.begin() as conn:
+        conn.exec_driver_sql(LOSES_ITS_CONNECTION)
+    merge, erase = tally("users", "merge", user, into), tally("users", "erase", user)
+    for lost in merge, erase:
+        assert (lost.code, "Nothing was written" in lost.err, lost.err.count("Database ")) == (1, False, 1)
+        assert "A call that writes may have written" in lost.err
+    assert re.search(r"with the same key if it has one: --key cli-[0-9a-f-]{36}$", merge.err.strip())
+
+
 def test_a_text_with_the_name_of_an_emoji_is_printed_as_it_is(at, make_world: Callable[..., World]):
     world = make_world("clerk")
     tally, user = at(world), world.user(credits=1)
@@ -739,6 +750,13 @@ def test_the_embedded_server_from_start_to_stop(tally, scratch: Path, monkeypatc
     finally:
         assert tally("db", "stop").out == "Stopped.\n"
     assert tally("db", "status").code == 1
+    with Path("tallystick.toml").open("a", encoding="utf-8") as file:
+        file.write('\n[[allowances]]\nplan_tier = "free"\ncredits = 5\n')
+    # each of these starts the server for all that it does
+    given, swept = tally("allowances", "run"), tally("sweep")
+    assert (given.code, given.out) == (0, "100 users got credits.\n"), given.err
+    assert (swept.code, swept.err.count("using the embedded PostgreSQL")) == (0, 1), swept.err
+    assert "Past days were not added up" not in swept.err
     assert tally("db", "stop").out == "It was not running.\n"
     assert "does not run. Start it with: tallystick db start" in tally("db", "url").err
 

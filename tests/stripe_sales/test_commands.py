@@ -19,6 +19,11 @@ Tally = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
+def shop(request: pytest.FixtureRequest, make_shop: Callable[..., Shop]) -> Shop:
+    return make_shop(getattr(request, "param", "uuid"))
+
+
+@pytest.fixture
 def tally(shop: Shop, tmp_path, monkeypatch, capfd) -> Tally:
     """``tally("check") -> (code, out, err)``: in a folder with the shop's settings."""
     monkeypatch.chdir(tmp_path)
@@ -61,6 +66,7 @@ def test_check_says_what_cannot_be_sold(shop: Shop, tally: Tally):
     assert "not active" in json.loads(out)["packs"][0]["problem"]
 
 
+@pytest.mark.parametrize("shop", ["uuid", "clerk"], indirect=True)  # the settings have no mapping: the database has it
 def test_check_tells_customers_that_stripe_does_not_have(shop: Shop, tally: Tally):
     known, unknown = shop.world.user(), shop.world.user()
     shop.checkout(known)

@@ -170,6 +170,13 @@ class Invocation:
 
     config_path: Path | None
     database_url: str | None
+    _noted: set[str] = dataclasses.field(default_factory=set)
+
+    def note_once(self, message: str) -> None:
+        """Print a note on stderr, unless this command has: some connect more than once."""
+        if message not in self._noted:
+            self._noted.add(message)
+            note(message)
 
     def config(self) -> Config:
         """The settings; an address on the command line has priority."""
@@ -183,7 +190,7 @@ class Invocation:
         if migrating and config.database_url_unpooled:
             config = config.model_copy(update={"database_url": config.database_url_unpooled})
         elif migrating and config.database_url and os.environ.get("DATABASE_URL_UNPOOLED"):
-            note("DATABASE_URL_UNPOOLED is not used: the database's address does not come from DATABASE_URL.")
+            self.note_once("DATABASE_URL_UNPOOLED is not used: the database's address does not come from DATABASE_URL.")
         with ExitStack() as stack:
             if config.database_url is None:
                 from tallystick.dev import postgres  # noqa: PLC0415 - few commands need a server of their own
@@ -192,7 +199,7 @@ class Invocation:
                 if not (server.made or os.environ.get("TALLYSTICK_HOME")):
                     raise DatabaseUnavailable(_NO_ADDRESS)
                 stack.enter_context(server)
-                note(f"No database address is set: using the embedded PostgreSQL in {server.folder}.")
+                self.note_once(f"No database address is set: using the embedded PostgreSQL in {server.folder}.")
                 # one in the environment would be another database's
                 config = config.model_copy(
                     update={"database_url": embedded_address(server), "database_url_replica": None}

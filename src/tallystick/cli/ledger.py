@@ -21,6 +21,7 @@ from tallystick.cli.app import (
     Invocation,
     Json,
     UserArgument,
+    address,
     app,
     counted,
     emit,
@@ -35,7 +36,7 @@ from tallystick.cli.app import (
     table,
 )
 from tallystick.config import FILE_NAME, INTEGER_KEYS, Config
-from tallystick.database import connect, connect_driver, driver, server_message, translated
+from tallystick.database import connect, connect_driver, driver, engine, server_message, transaction, translated
 from tallystick.errors import (
     ConfigError,
     InvalidArgument,
@@ -133,34 +134,58 @@ def user_key(conn: sa.Connection | psycopg.Connection[Any], config: Config, text
 
 @contextmanager
 def mapped(
-    ctx: typer.Context, connect: Connect[C], *, changes: bool = False, only_reads: bool = False, again: bool = False
+    ctx: typer.Context, connect: Connect[C], *, changes: bool = False, only_reads: bool = False
 ) -> Iterator[tuple[C, Config]]:
     """A connection to a migrated database, with clear errors for a wrong mapping.
 
-    With ``changes`` a note names the database, unless it is opened ``again``. Without ``changes`` it is only read.
-    ``connect`` and ``only_reads`` are those of ``Invocation.connection``.
+    With ``changes`` a note names the database. Without it, it is only read. ``connect`` and ``only_reads`` are those
+    of ``Invocation.connection``.
     """
     given = invocation(ctx)
     lost = _telling_key(ctx) if changes else reading()
     with lost, given.connection(connect, only_reads=only_reads) as (conn, config):
-        if changes and not again:
-            note(place(conn))
+        if changes:
+            given.note_once(place(conn))
         verify(conn)
         config = with_stored_mapping(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
-        try:
+        with _naming_mapping(given):
             yield conn, config
-        except NotMigrated as error:  # the database is migrated, so the missing column is the app's
-            what = server_message(error.__cause__) if error.__cause__ else error.message
-            raise NotMigrated(
-                f"{what}. The database is migrated: {_mapping_source(given)}. To see what is missing: "
-                "tallystick migrate status",
-                revision=error.revision,
-            ) from error
-        except InvalidArgument as error:
-            if error.argument != "user":
-                raise
-            message = f"{error.message}: {_mapping_source(given)}"
-            raise InvalidArgument(message, argument=error.argument, value=error.value) from error
+
+
+@contextmanager
+def pool(ctx: typer.Context, *, changes: bool = False) -> Iterator[tuple[sa.Engine, Config]]:
+    """As ``mapped``, with an engine, for operations that manage transactions themselves."""
+    import sqlalchemy as sa  # noqa: PLC0415 - most commands need no engine
+
+    given = invocation(ctx)
+    with given.database() as config:
+        made = engine(address(config), poolclass=sa.NullPool)
+        with transaction(made) as conn:
+            if changes:
+                given.note_once(place(conn))
+            verify(conn)
+            config = with_stored_mapping(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
+        with _naming_mapping(given):
+            yield made, config
+
+
+@contextmanager
+def _naming_mapping(given: Invocation) -> Iterator[None]:
+    """Name the source of the mapping in errors that a fault in it may have caused."""
+    try:
+        yield
+    except NotMigrated as error:  # the database is migrated, so the missing column is the app's
+        what = server_message(error.__cause__) if error.__cause__ else error.message
+        raise NotMigrated(
+            f"{what}. The database is migrated: {_mapping_source(given)}. To see what is missing: "
+            "tallystick migrate status",
+            revision=error.revision,
+        ) from error
+    except InvalidArgument as error:
+        if error.argument != "user":
+            raise
+        message = f"{error.message}: {_mapping_source(given)}"
+        raise InvalidArgument(message, argument=error.argument, value=error.value) from error
 
 
 @contextmanager
@@ -472,23 +497,23 @@ def sweep(
     adds up past days, so that the console's overview need not read their rows.
     """
     swept = 0
-    while True:
-        with mapped(ctx, connect_driver, changes=True, again=swept > 0) as (conn, config):
-            found = Ledger(config).sweep(conn, limit=limit)
-        swept += found
-        if not found:  # fewer than the limit may be all but one who fails
-            break
-    message = f"{counted(swept, 'user')} had holds or credits that expired."
-    emit({"users": swept}, lambda: out.print(message), as_json=as_json)
-    try:
-        with mapped(ctx, connect, changes=False) as (conn, config):
-            pool = conn.engine
-        left = close_all_days(pool, Ledger(config))
-    except TallystickError as refused:
-        note(f"Past days were not added up for the console, which reads their rows instead: {refused.message}")
-    else:
-        if left:
-            note(f"{left} of the last 60 days wait for open transactions. The next sweep adds them up.")
+    with pool(ctx, changes=True) as (made, config):
+        ledger = Ledger(config)
+        while True:
+            with transaction(made) as conn:
+                found = ledger.sweep(conn, limit=limit)
+            swept += found
+            if not found:  # fewer than the limit may be all but one who fails
+                break
+        message = f"{counted(swept, 'user')} had holds or credits that expired."
+        emit({"users": swept}, lambda: out.print(message), as_json=as_json)
+        try:
+            left = close_all_days(made, ledger)
+        except TallystickError as refused:
+            note(f"Past days were not added up for the console, which reads their rows instead: {refused.message}")
+        else:
+            if left:
+                note(f"{left} of the last 60 days wait for open transactions. The next sweep adds them up.")
 
 
 allowances = typer.Typer(no_args_is_help=True, help="Give the credits of a plan for this week or month.")
@@ -504,13 +529,11 @@ def allowances_run(ctx: typer.Context, as_json: Json = False) -> None:
     """
     from tallystick.allowances import Allowances  # noqa: PLC0415 - only this command needs it
 
-    with mapped(ctx, connect, changes=True) as (conn, config):
+    with pool(ctx, changes=True) as (made, config):
         if not config.allowances:
             raise ConfigError("no plan has an allowance. Write [[allowances]] into tallystick.toml", key="allowances")
-        pool = conn.engine
-    # each user's grant is a transaction of its own
-    with progress_bar("Giving") as progress:
-        result = Allowances(config).run(pool, progress=progress)
+        with progress_bar("Giving") as progress:  # each user's grant is a transaction of its own
+            result = Allowances(config).run(made, progress=progress)
     emit(result, lambda: show_allowances(result), as_json=as_json)
     if result.refused:
         raise typer.Exit(1)

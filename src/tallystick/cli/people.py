@@ -98,7 +98,7 @@ def merge(
         f"Stripe customer ({gone.stripe_customer_id or 'none'}) of {gone.user} stay there."
     )
     _ask("Merge them?", yes=yes, as_json=as_json)
-    with mapped(ctx, connect_driver) as (conn, config):
+    with mapped(ctx, connect_driver, changes=True) as (conn, config):
         ledger = Ledger(config)
         done = ledger.merge(conn, gone.user, into=stays.user, key=key, description=description)
     word = "Already done" if done.replayed else "Done"
@@ -120,7 +120,7 @@ def erase(ctx: typer.Context, user: UserArgument, yes: Yes = False, as_json: Jso
         f"yourself{at_stripe}."
     )
     _ask("Erase it?", yes=yes, as_json=as_json)
-    with mapped(ctx, connect_driver) as (conn, config):
+    with mapped(ctx, connect_driver, changes=True) as (conn, config):
         done = Accounts(config).erase(conn, found.user)
     emit(
         done,

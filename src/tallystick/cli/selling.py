@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import datetime as dt
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any
 from uuid import UUID
 
-import sqlalchemy as sa
 import typer
 
 from tallystick.cli.app import (
     Json,
-    address,
     app,
     counted,
     emit,
@@ -27,11 +23,8 @@ from tallystick.cli.app import (
     reading,
     table,
 )
-from tallystick.cli.ledger import KeyOption, credits_of, made_up_key
-from tallystick.config import Config
-from tallystick.database import engine, transaction
+from tallystick.cli.ledger import KeyOption, credits_of, made_up_key, pool
 from tallystick.errors import StripeNotConfigured, TallystickError
-from tallystick.schema import verify, with_stored_mapping
 
 selling = typer.Typer(
     no_args_is_help=True, help="Sell credits through Stripe Checkout: prices, webhooks, refunds, reconciliation."
@@ -48,17 +41,6 @@ def stripe() -> Any:
     return module
 
 
-@contextmanager
-def pool(ctx: typer.Context) -> Iterator[tuple[sa.Engine, Config]]:
-    """An engine for operations that manage transactions themselves."""
-    with invocation(ctx).database() as config:
-        made = engine(address(config), poolclass=sa.NullPool)
-        with transaction(made) as conn:
-            verify(conn)
-            config = with_stored_mapping(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
-        yield made, config
-
-
 @selling.command()
 def check(ctx: typer.Context, as_json: Json = False) -> None:
     """Compare every pack with its price at Stripe, and check some users' customers. Exit code 1 on a difference."""
@@ -66,7 +48,7 @@ def check(ctx: typer.Context, as_json: Json = False) -> None:
     packs = stripe().check(config)
     customers: list[Any] = []
     if config.database_url is not None:
-        with reading(), pool(ctx) as (made, _):
+        with reading(), pool(ctx) as (made, config):
             customers = stripe().check_customers(made, config)
 
     def show() -> None:
