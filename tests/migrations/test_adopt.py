@@ -652,6 +652,20 @@ def test_the_cut_over(make_migrated: Callable[..., App]) -> None:
     assert wrong == {("user_balance", "user_5"), ("chain_arithmetic", "user_14")}
 
 
+def test_the_cut_over_waits_until_its_record_is_on_disk(make_migrated: Callable[..., App]) -> None:
+    """Opening balances does not: a crash of the server loses the last ones, and the next run opens them again."""
+    app = make_migrated(AFTER, KEPT_APART)
+    app.run(
+        "CREATE TABLE seen (here text)",
+        """CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql AS
+          $$BEGIN INSERT INTO public.seen VALUES (current_setting('synchronous_commit')); RETURN NULL; END$$""",
+        "CREATE TRIGGER see AFTER INSERT ON tallystick.migration_log EXECUTE FUNCTION public.see()",
+        f'ALTER DATABASE "{app.value("SELECT current_database()")}" SET synchronous_commit = on',
+    )
+    migrate.cut_over(app.url, app.config)
+    assert app.rows("SELECT here FROM seen") == [("on",)]
+
+
 def test_a_cut_over_that_is_interrupted_is_no_fault(make_migrated: Callable[..., App]) -> None:
     """After it has dropped the triggers: a balance that it has not opened yet is still the app's."""
     app = make_migrated(AFTER, KEPT_APART)

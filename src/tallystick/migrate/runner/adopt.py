@@ -16,7 +16,7 @@ from tallystick.database import driver, refuse_hidden_rows
 from tallystick.declared_tables import migration_log
 from tallystick.errors import MigrationError
 from tallystick.migrate.host.own_credits import HistoryTable, OwnCredits, find_history, own_credits
-from tallystick.migrate.host.preflight import Host, adopted_columns, examine
+from tallystick.migrate.host.preflight import Host, examine
 from tallystick.migrate.host.proposal import balances_apart
 from tallystick.migrate.host.tables import columns_of, reading_catalogues
 from tallystick.migrate.revisions import HostNames, revisions
@@ -113,8 +113,8 @@ def cut_over(
         opened, left = open_balances(conn, names)
         if left:
             raise MigrationError(
-                f"{left} users with a balance that is not opened are held by other transactions. "
-                "Run it again: tallystick adopt --cut-over"
+                f"other transactions hold {left} user{'' if left == 1 else 's'} with a balance that is not opened. Run "
+                "it again when they have ended: tallystick adopt --cut-over"
             )
         conn.execute(sa.insert(migration_log).values(revision=revisions()[0].revision, direction="adopt"))
         return Adopted(opened, 0, 0)
@@ -134,7 +134,7 @@ def _adopting(conn: sa.Connection, config: Config) -> tuple[Host, HostNames]:
         )
     read = [(host.users.schema, host.users.table), (host.ledger_schema, LEDGER)]
     refuse_hidden_rows(conn, read, "whose balance waits to be opened")
-    names = HostNames.of(config.host, adopted_columns(conn))
+    names = HostNames.of(config.host, host.adopted)
     if not names.adopts_balance:
         apart = " ".join(
             one.sentence("tallystick migrate undo, and tallystick init --force")

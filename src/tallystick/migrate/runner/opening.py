@@ -18,7 +18,7 @@ from psycopg.sql import SQL, Composable, Literal
 from tallystick.database import driver
 from tallystick.errors import MigrationError
 from tallystick.migrate.revisions import HostNames
-from tallystick.migrate.runner.session import lost, set_settings, translate
+from tallystick.migrate.runner.session import lost, restoring_settings, set_settings, translate
 from tallystick.progress import OnProgress, Progress, ignore_progress
 
 BATCH_MS = 10.0
@@ -27,6 +27,8 @@ BATCH_MS = 10.0
 _PAGE = 2000
 _PASSES = 5
 _FIRST_BATCH = 10
+# openings that are lost by a crash of the server are repeated by the next run
+_SETTINGS = {"synchronous_commit": "off", "lock_timeout": "0", "statement_timeout": "0"}
 
 
 def open_balances(conn: sa.Connection, names: HostNames, progress: OnProgress = ignore_progress) -> tuple[int, int]:
@@ -37,29 +39,33 @@ def open_balances(conn: sa.Connection, names: HostNames, progress: OnProgress = 
     Raises:
         MigrationError: see ``refuse_unfit``; all other balances are opened.
     """
-    raw = driver(conn)
-    # openings that are lost by a crash of the server are repeated by the next run
-    set_settings(conn, {"synchronous_commit": "off", "lock_timeout": "0", "statement_timeout": "0"}, local=False)
-    opened, size = 0, float(_FIRST_BATCH)
-    try:
-        for attempt in range(_PASSES):
-            left = 0
-            for page in _pages(raw, names):
-                begin = 0
-                while begin < len(page):
-                    batch = page[begin : begin + int(size)]
-                    started = time.monotonic()
-                    done = _open(raw, names, batch)
-                    took_ms = max((time.monotonic() - started) * 1000, 0.1)
-                    size = min(max(1.0, size * min(BATCH_MS / took_ms, 2)), _PAGE)
-                    opened, left, begin = opened + done, left + len(batch) - done, begin + len(batch)
-                    progress(Progress("opening balances", opened))
-            if not left:
-                break
-            time.sleep(0.1 * 2**attempt)
-    except psycopg.Error as error:
-        raise translate(error, "apply", lost=lost(conn), online="opening balances") from error
+    with restoring_settings(conn, _SETTINGS, local=False):
+        set_settings(conn, _SETTINGS, local=False)
+        try:
+            opened, left = _open_all(driver(conn), names, progress)
+        except psycopg.Error as error:
+            raise translate(error, "apply", lost=lost(conn), online="opening balances") from error
     refuse_unfit(conn, names)
+    return opened, left
+
+
+def _open_all(raw: psycopg.Connection[Any], names: HostNames, progress: OnProgress) -> tuple[int, int]:
+    opened, left, size = 0, 0, float(_FIRST_BATCH)
+    for attempt in range(_PASSES):
+        left = 0
+        for page in _pages(raw, names):
+            begin = 0
+            while begin < len(page):
+                batch = page[begin : begin + int(size)]
+                started = time.monotonic()
+                done = _open(raw, names, batch)
+                took_ms = max((time.monotonic() - started) * 1000, 0.1)
+                size = min(max(1.0, size * min(BATCH_MS / took_ms, 2)), _PAGE)
+                opened, left, begin = opened + done, left + len(batch) - done, begin + len(batch)
+                progress(Progress("opening balances", opened))
+        if not left:
+            break
+        time.sleep(0.1 * 2**attempt)
     return opened, left
 
 

@@ -122,15 +122,14 @@ _SET_SETTINGS = sa.text("""
 
 
 @contextmanager
-def restoring_settings(conn: sa.Connection, *, local: bool) -> Iterator[None]:
-    """Restore the settings ``NEVER_CUT`` afterwards, which on the host's connection are the host's."""
-    before = {row.name: row.value for row in conn.execute(_NOW, {"names": list(NEVER_CUT)})}
+def restoring_settings(conn: sa.Connection, names: Iterable[str] = NEVER_CUT, *, local: bool) -> Iterator[None]:
+    """Restore the settings of these names afterwards, which on the host's connection are the host's."""
+    before = {row.name: row.value for row in conn.execute(_NOW, {"names": list(names)})}
     try:
         yield
     finally:
-        with suppress(
-            sa.exc.DBAPIError
-        ):  # in a transaction that failed, or on a connection that died, there is nothing
+        # in a transaction that failed, or on a connection that died, there is nothing
+        with suppress(sa.exc.DBAPIError):
             set_settings(conn, before, local=local)
 
 
