@@ -183,7 +183,7 @@ def test_a_change_in_our_own_schema_is_found_and_mended(kind: str, where: str, c
     assert (kind, where) in {(one.kind, one.where) for one in found}
     for one in found:
         if one.kind == "column":  # its values are lost, or nulls came in
-            assert one.remedy == ""
+            assert ("restore it from one" in one.remedy) == (one.found is None)
             return
         migrated.run(*one.remedy.split("; "))
     assert drift(migrated) == ()
@@ -229,6 +229,19 @@ def test_a_difference_is_told(migrated: App, kind: str, where: str, change: str)
         return
     migrated.run(*found.remedy.split("; "))
     assert drift(migrated) == ()
+
+
+def test_a_column_that_the_app_had_and_that_is_gone_is_told_with_the_way_back(app: App) -> None:
+    """An empty one in its place would hide that its values are elsewhere, or lost."""
+    app.run("ALTER TABLE users ADD updated_at timestamptz NOT NULL DEFAULT now()")
+    migrate.apply(app.url, app.config)
+    app.run("ALTER TABLE users RENAME updated_at TO changed_at")
+    [gone] = drift(app)
+    assert (gone.where, gone.found) == ("public.users.updated_at", None)
+    statement, _, otherwise = gone.remedy.partition(" if it was renamed. ")
+    assert otherwise == "If it was dropped, only a backup has its values: restore it from one"
+    app.run(statement.replace("…", "changed_at"))
+    assert drift(app) == ()
 
 
 @pytest.mark.parametrize("balances", ["ours", "the app's own"])

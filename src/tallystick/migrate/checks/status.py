@@ -169,7 +169,7 @@ class Drift:
     """One difference. ``found`` is None for a missing object; ``remedy`` fixes it, and is empty where none is known.
 
     The remedy is SQL, or a command: ``APPLY`` for the rest of an interrupted run, ``FUNCTIONS`` for a function that
-    differs.
+    differs. For a column whose values are gone with it, it is a sentence.
     """
 
     kind: Kind
@@ -316,6 +316,9 @@ _ON_A_STANDBY = (
 _FOLLOWS = (
     "code of the app's own may still write {}, and what it writes is taken into the ledger. When none does any more: "
     "tallystick adopt --cut-over"
+)
+_GONE = (
+    "{} RENAME COLUMN … TO {} if it was renamed. If it was dropped, only a backup has its values: restore it from one"
 )
 _DIALECT: sa.Dialect = pg.dialect(paramstyle="named")  # type: ignore[no-untyped-call]  # it does not double a %
 _Shape = Mapping[tuple[Kind, str], str]  # (kind, name) → definition
@@ -508,8 +511,9 @@ class _Remedies:
                 parts = [f"{alter} {what}" if there else self.made.get((drift.kind, where), "")]
             case "rule":
                 parts = [f"DROP RULE {name} ON {table}"]
-            case "column" if not there and where in self.of_the_app and drift.where not in self.adopted:
-                parts = [f"{alter} ADD {name} {drift.expected}"]
+            case "column" if not there:
+                ours = where in self.of_the_app and drift.where not in self.adopted
+                parts = [f"{alter} ADD {name} {drift.expected}" if ours else _GONE.format(alter, name)]
             case "trigger" if there.startswith(f"{drift.expected} DISABLED"):
                 parts = [f"{alter} ENABLE TRIGGER {name}"]
             case "trigger":
