@@ -15,6 +15,7 @@ from psycopg import errors, sql
 from partitioned import partition
 from tallystick import CreditTransaction, HostMapping, Pack, migrate, stripe
 from tallystick.audit import audit
+from tallystick.dev.seed import seed
 from tallystick.dev.stripe import DevStripe
 from tallystick.errors import InsufficientCredits, InvalidArgument, Key, PermissionDenied, UnknownUser
 from tallystick.ledger import Consume
@@ -120,6 +121,13 @@ def test_the_scripts_own_grants_are_enough(any_world: World, make_role: Callable
         assert world.ledger.lock(conn, user) == world.ledger.balance(conn, user) == 7
         world.accounts.set_plan_tier(conn, user, "pro")
         assert conn.scalar(sa.select(sa.func.sum(world.schema.users.c.credit_balance))) == 15
+
+
+@one_shape
+def test_the_seed_sends_the_role_to_the_owner(app: App) -> None:
+    """It inserts a purchase that has been pending for days, which no function does."""
+    with pytest.raises(PermissionDenied, match=r"permission denied for table .* the tables' owner: --database-url$"):
+        seed(app.engine, app.world.config, environ={})
 
 
 def test_every_operation_works(app: App) -> None:

@@ -30,7 +30,7 @@ from uuid_utils.compat import uuid7
 
 from tallystick.accounts import Accounts
 from tallystick.config import Config, Pack
-from tallystick.database import refuse_hidden_rows, refuse_other_than, translated
+from tallystick.database import refuse_hidden_rows, refuse_other_than, server_message, translated
 from tallystick.declared_tables import Schema, days, events, migration_log
 from tallystick.dev.host_tables import HostFault, HostRow, HostTables
 from tallystick.errors import InvalidArgument, Key, PermissionDenied, SeedImpossible, SeedRefused, shown
@@ -163,7 +163,7 @@ def seed(
         InvalidArgument: ``only`` names no scenario.
         SeedRefused: this does not look like a development database, and ``force_production`` is not set.
         SeedImpossible: the host's tables do not take such rows; names the column or the constraint.
-        PermissionDenied: row level security hides rows from this role.
+        PermissionDenied: this role does not own the tables, or row level security hides rows from it.
         NotMigrated, SchemaTooNew, DatabaseError: as any operation.
     """
     chosen = _chosen(only)
@@ -306,7 +306,7 @@ def _seed_one(bind: Bind, ledger: Ledger, host: HostTables, scenario: Scenario) 
     unmet = scenario.unmet(schema)
     if unmet is not None:
         return Seeded(scenario=scenario.name, user=user, balance=None, outcome=ScenarioOutcome.SKIPPED, reason=unmet)
-    with host.raising_seed_impossible(), _transaction(bind) as conn:
+    with _wanting_owner(), host.raising_seed_impossible(), _transaction(bind) as conn:
         outcome = ScenarioOutcome.UNCHANGED
         if not _present(conn, schema, [scenario]):
             host.insert_user(conn, scenario.row(), key=user)
@@ -316,9 +316,23 @@ def _seed_one(bind: Bind, ledger: Ledger, host: HostTables, scenario: Scenario) 
     return Seeded(scenario=scenario.name, user=user, balance=balance, outcome=outcome)
 
 
+@contextmanager
+def _wanting_owner() -> Iterator[None]:
+    """Name the owner's address as the remedy: an app's role may write no row of the ledger itself."""
+    try:
+        with translated():
+            yield
+    except PermissionDenied as error:
+        raise PermissionDenied(
+            f"{server_message(error.__cause__ or error)}. The seed also writes rows that the ledger's functions do "
+            "not. Run it with the address of the tables' owner: --database-url",
+            sqlstate=error.sqlstate,
+        ) from error
+
+
 def _rehearse(conn: sa.Connection, host: HostTables) -> None:
     """Add one row to each table and roll it back, so that a refusal by the host comes before anything is written."""
-    with host.raising_seed_impossible(), conn.begin_nested() as savepoint:
+    with _wanting_owner(), host.raising_seed_impossible(), conn.begin_nested() as savepoint:
         row = HostRow("seed_rehearsal", 0, "Rehearsal")
         user = host.insert_user(conn, row, key=row.key(host.schema.host.users.key_type, "user"))
         if host.schema.host.workshops is not None and _without_workshops(host.schema) is None:
