@@ -87,6 +87,14 @@ def test_setup_prints_what_to_put_where(shop: Shop, tally: Tally):
     assert "whsec_" not in tally("stripe", "setup", "--endpoint", "http://127.0.0.1:3/webhook")[1]
 
 
+def test_a_command_that_changes_rows_prints_the_database_first(shop: Shop, tally: Tally):
+    changing = ("reconcile",), ("dismiss", "--all"), ("redeliver", "--all"), ("refund", uuid.uuid4())
+    for command in changing:
+        assert tally("stripe", *command)[2].startswith("Database "), command
+    for command in ("reconcile", "--dry-run"), ("deliveries",):
+        assert "Database " not in tally("stripe", *command)[2], command
+
+
 def test_reconcile_tells_and_does(shop: Shop, tally: Tally):
     user = shop.world.user()
     session = shop.checkout(user).session

@@ -121,7 +121,7 @@ def reconcile(
 
     Run it daily. You may interrupt it and run it again. Exit code 1 if a person has to decide something.
     """
-    with pool(ctx) as (made, config), err.status("Asking Stripe") as status:
+    with pool(ctx, changes=not dry_run) as (made, config), err.status("Asking Stripe") as status:
         report = stripe().reconcile(
             made,
             config,
@@ -168,7 +168,7 @@ def dismiss(
     kinds = [str(one) for one in stripe().FindingKind]
     if kind is not None and kind not in kinds:
         raise typer.BadParameter(f"there is no kind {kind!r}. There are: {', '.join(kinds)}")
-    with pool(ctx) as (made, config):
+    with pool(ctx, changes=True) as (made, config):
         wanted = None if kind is None else stripe().FindingKind(kind)
         count = stripe().dismiss(made, config, object_ids or None, kind=wanted)
     if not count:
@@ -217,7 +217,7 @@ def redeliver(
     """Process failed deliveries again, with the current objects from Stripe. Exit code 1 if one fails again."""
     if bool(events) == every:
         raise typer.BadParameter("name events, or --all")
-    with pool(ctx) as (made, config):
+    with pool(ctx, changes=True) as (made, config):
         done = stripe().redeliver(made, config, events or None)
 
     def show() -> None:
@@ -259,7 +259,7 @@ def send_back(
 ) -> None:
     """Send money back through Stripe, and take its credits. Shows the effect, and asks at a terminal."""
     wanted: dict[str, Any] = {"credits": credits, "amount": amount, "keep_credits": keep_credits, "key": key}
-    with pool(ctx) as (made, config):
+    with pool(ctx, changes=True) as (made, config):
         preview = stripe().preview_refund(made, config, purchase, **wanted)
         note(_preview_text(preview))
         if made_up_key(ctx):  # told before it is sent: an answer may be lost, and a new key would send the money again
