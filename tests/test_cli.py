@@ -732,6 +732,14 @@ def test_doctor_says_what_is_wrong(at, world: World, tally, monkeypatch: pytest.
     assert (tally("doctor").code, "cannot connect" in tally("doctor").out) == (1, True)
 
 
+def test_a_roles_script_is_for_the_mapping_of_the_database(tally, make_world, monkeypatch: pytest.MonkeyPatch):
+    """Without one in the settings, as in a folder that is not the app's."""
+    monkeypatch.setenv("DATABASE_URL", make_world("quoted").url)
+    for options in ((), ("--revoke",)):
+        assert '"app"."User"' in tally("migrate", "sql", "--role", "app", *options).out
+    assert '"public"."users"' in tally("migrate", "sql", "--role", "app", "--offline").out
+
+
 def test_the_embedded_server_from_start_to_stop(tally, scratch: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TALLYSTICK_HOME", str(scratch / "home"))
     assert tally("db", "status").code == 1

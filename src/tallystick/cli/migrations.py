@@ -421,7 +421,11 @@ def sql(
     if functions and role is not None:
         raise typer.BadParameter("--role and --functions print two different scripts. Leave one out")
     if role is not None:
-        script = (roles.revoke if revoke else roles.grant)(invocation(ctx).config().host, role)
+        config = invocation(ctx).config()
+        if config.database_url and "host" not in config.model_fields_set and not offline:
+            with migrating(ctx) as (_, config):  # which of its tables are the app's, a migrated database knows
+                pass
+        script = (roles.revoke if revoke else roles.grant)(config.host, role)
         out.print(_STOP_AT_ERROR + script, markup=False)
         return
     write = (lambda *of: _STOP_AT_ERROR + migrate.functions_sql(*of)) if functions else migrate.sql
