@@ -105,13 +105,7 @@ def restore(
             note(f"{place(conn)}.")
         programs = programs_for(address(config), restoring=True)
         with progress_bar("Restore") as bar:
-            manifest = backups().restore(
-                file,
-                address(config),
-                bin_dir=programs,
-                owners=not no_owners,
-                progress=bar,
-            )
+            manifest = backups().restore(file, address(config), bin_dir=programs, owners=not no_owners, progress=bar)
     emit(
         manifest,
         lambda: out.print(f"Restored {sum(manifest.rows.values()):,} rows in {len(manifest.rows)} tables."),

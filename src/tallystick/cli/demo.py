@@ -46,7 +46,7 @@ def run(console: Console, *, users: int = 200_000, workshops: int = 300_000, sec
         DevServerError: there is no embedded PostgreSQL.
     """
     began = time.perf_counter()
-    promises = _Promises(console)
+    promises = _Promises()
     with Cleanup() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tallystick-demo-")))
         folder.chmod(0o755)  # root's server runs as another account, which must be able to enter
@@ -73,8 +73,7 @@ def closing_pool(url: str) -> Iterator[sa.Engine]:
 class _Promises:
     """The promises, each with its measurement and verdict."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self) -> None:
         self.rows: list[tuple[str, str, bool]] = []
 
     def add(self, promise: str, seen: str, held: bool) -> None:

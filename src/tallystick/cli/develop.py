@@ -76,11 +76,8 @@ def seed(
             rows.add_row(one.scenario, str(one.user), balance, one.reason or str(one.outcome))
         out.print(rows)
         if not report.changed:
-            out.print(
-                "Nothing changed: all of it existed already."
-                if not reset
-                else "Nothing changed: there are no seeded rows."
-            )
+            why = "there are no seeded rows" if reset else "all of it existed already"
+            out.print(f"Nothing changed: {why}.")
 
     emit(report, show, as_json=as_json)
 
@@ -119,11 +116,11 @@ def start() -> None:
     server = _server()
     with err.status("Starting PostgreSQL …"):
         server.start(keep=True)
-        url = embedded_address(server)
+        embedded_address(server)
         server.release()
     out.print(f"PostgreSQL {server.version} runs in {server.folder}.")
     out.print("tallystick uses it in this folder. For other programs:", markup=False)
-    out.print(f"export DATABASE_URL='{_libpq(url)}'", markup=False)
+    out.print(f"export DATABASE_URL='{server.url(EMBEDDED_DATABASE, driver='')}'", markup=False)
 
 
 @db.command()
@@ -183,7 +180,7 @@ def example(
 def url() -> None:
     """Print the embedded database's address, for DATABASE_URL and other tools."""
     server = _server()
-    out.print(_libpq(server.url(EMBEDDED_DATABASE)), markup=False)
+    out.print(server.url(EMBEDDED_DATABASE, driver=""), markup=False)
     if not server.running:
         note("The server does not run. Start it with: tallystick db start")
 
@@ -195,15 +192,9 @@ def psql(
     ] = None,
 ) -> None:
     """Open psql on the embedded database."""
-    server = _server()
-    with server:
+    with _server() as server:
         embedded_address(server)
         command = server.command("psql", *(arguments or ()))
         environment = server.env | {"PGDATABASE": EMBEDDED_DATABASE}
         code = os.spawnve(os.P_WAIT, command[0], command, environment)  # noqa: S606 - psql gets the terminal
     raise typer.Exit(code)
-
-
-def _libpq(url: str) -> str:
-    """The address without SQLAlchemy's driver in the scheme, for psql and an app's own tools."""
-    return url.replace("postgresql+psycopg://", "postgresql://", 1)

@@ -17,6 +17,7 @@ from tallystick.cli.app import (
     UserArgument,
     address,
     app,
+    counted,
     emit,
     escape,
     examples,
@@ -120,7 +121,7 @@ def prune(
     with invocation(ctx).database(migrating=True) as config:
         _show_target(address(config))
         removed = events.prune(address(config), older_than=dt.timedelta(**{_AGES[found[2]]: int(found[1])}))
-    out.print(f"{removed} events removed.")
+    out.print(f"{counted(removed, 'event')} removed.")
 
 
 def delivery() -> ModuleType:

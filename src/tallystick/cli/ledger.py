@@ -87,6 +87,15 @@ KeyOption = Annotated[
 """Keyword-only in a command: without a default of its own, since each call has a new one."""
 
 
+RowArgument = Annotated[UUID, typer.Argument(help="The id of the row, as `tallystick history` shows it.", metavar="ID")]
+PurchaseArgument = Annotated[
+    UUID, typer.Argument(help="The id of the purchase, as `tallystick history` shows it.", metavar="PURCHASE")
+]
+AllOption = Annotated[
+    int | None, typer.Option("--credits", help="The number of credits; by default all that are left.")
+]
+DescriptionOption = Annotated[str | None, typer.Option("--description", help="The text in the user's history.")]
+
 NARROW = 120  # columns of a terminal in which a table would break ids
 
 
@@ -367,7 +376,7 @@ def consume(
     workshop: Annotated[str | None, typer.Option("--workshop", help="The workshop to unlock.", metavar="KEY")] = None,
     credits: Annotated[int, typer.Option("--credits", help="The number of credits.")] = 1,
     key: KeyOption,
-    description: Annotated[str | None, typer.Option("--description", help="The text in the user's history.")] = None,
+    description: DescriptionOption = None,
     as_json: Json = False,
 ) -> None:
     """Spend a user's credits, for a workshop or for anything else."""
@@ -430,7 +439,7 @@ def _takes_back(
     ctx: typer.Context,
     user: str,
     operation: str,
-    row: UUID,
+    row: UUID | str,
     *,
     credits: int | None,
     key: str,
@@ -446,13 +455,6 @@ def _takes_back(
         ),
         as_json=as_json,
     )
-
-
-RowArgument = Annotated[UUID, typer.Argument(help="The id of the row, as `tallystick history` shows it.", metavar="ID")]
-AllOption = Annotated[
-    int | None, typer.Option("--credits", help="The number of credits; by default all that are left.")
-]
-DescriptionOption = Annotated[str | None, typer.Option("--description", help="The text in the user's history.")]
 
 
 @app.command(cls=OfUser, rich_help_panel="Credits")
@@ -638,28 +640,17 @@ def refund(
         str, typer.Argument(help="The id of the purchase, as `tallystick history` shows it.", metavar="PURCHASE")
     ],
     *,
-    credits: Annotated[
-        int | None, typer.Option("--credits", help="The number of credits; by default all that are left.")
-    ] = None,
+    credits: AllOption = None,
     key: KeyOption,
-    description: Annotated[str | None, typer.Option("--description", help="The text in the user's history.")] = None,
+    description: DescriptionOption = None,
     as_json: Json = False,
 ) -> None:
     """Take back credits of a purchase. It moves no money; tallystick stripe refund moves both."""
-    _move(
-        ctx,
-        user,
-        lambda ledger, conn, who: ledger.refund(conn, who, purchase, credits=credits, key=key, description=description),
-        as_json=as_json,
-    )
+    _takes_back(ctx, user, "refund", purchase, credits=credits, key=key, description=description, as_json=as_json)
 
 
 purchases = typer.Typer(no_args_is_help=True, help="Settle a purchase by hand, where it was sold without Stripe.")
 app.add_typer(purchases, name="purchase", rich_help_panel="Credits")
-
-PurchaseArgument = Annotated[
-    UUID, typer.Argument(help="The id of the purchase, as `tallystick history` shows it.", metavar="PURCHASE")
-]
 
 
 @purchases.command(cls=OfUser)

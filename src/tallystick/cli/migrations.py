@@ -11,7 +11,7 @@ from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import sqlalchemy as sa
 import typer
@@ -114,9 +114,6 @@ class Credits(StrEnum):
     bigint = "bigint"
 
 
-_CREDITS: dict[Credits, Literal["integer", "bigint"]] = {Credits.integer: "integer", Credits.bigint: "bigint"}
-
-
 _OTHERS = 3
 
 
@@ -210,7 +207,7 @@ def init(
             workshops=workshops,
             users_key=users_key,
             balance=balance,
-            credits=None if credits is None else _CREDITS[credits],
+            credits=None if credits is None else credits.value,
             own_columns=own_columns,
         )
         primary = migrate.other_than_primary(conn, host)
@@ -379,10 +376,7 @@ def show_plan(console: Console, planned: migrate.Plan, *, brief: Collection[str]
             if statement.locks or costs:
                 line("      " + ", ".join([_locks(statement), *costs]), "dim")
         if others := len(of_phase) - len(felt):
-            line(
-                f"  and {counted(others, 'more statement')}, which lock no existing table",
-                "dim",
-            )
+            line(f"  and {counted(others, 'more statement')}, which lock no existing table", "dim")
 
 
 def _locks(statement: migrate.PlannedStatement) -> str:
@@ -487,8 +481,7 @@ def _show_status(found: migrate.Status, host: HostMapping) -> None:
     if found.revision != found.head:
         out.print("Run: tallystick migrate apply")
     elif found.drift:
-        count = len(found.drift)
-        out.print(f"[red]{counted(count, 'difference')}[/] from what this package declares:")
+        out.print(f"[red]{counted(len(found.drift), 'difference')}[/] from what this package declares:")
         for drift in found.drift:
             out.print(f"  {drift}", markup=False)
             out.print(f"    {f'Mend it: {drift.remedy}' if drift.remedy else _NO_REMEDY}", markup=False)
@@ -620,7 +613,7 @@ def adopt(
 
 
 def _show_own_credits(found: migrate.OwnCredits) -> None:
-    out.print(f"{found.column}: {found.credits:,} credits of {counted(found.users, 'user')}.", markup=False)
+    out.print(f"{found.column}: {counted(found.credits, 'credit')} of {counted(found.users, 'user')}.", markup=False)
     if found.migrated:
         waiting = f" Without an opening balance: {counted(found.waiting, 'user')}." if found.waiting else ""
         out.print(
@@ -631,7 +624,7 @@ def _show_own_credits(found: migrate.OwnCredits) -> None:
         out.print("No table looks like a history of credits. If you have one: tallystick adopt --history TABLE")
         return
     signs = ", with the sign of each amount by its type" if history.signs_from_type else ""
-    out.print(f"{history.table}: {history.rows:,} rows{signs}.", markup=False)
+    out.print(f"{history.table}: {counted(history.rows, 'row')}{signs}.", markup=False)
     if history.wrong_balances:
         out.print(f"  Rows whose stored balance is not the sum up to them: {history.wrong_balances:,}.")
     if not history.differing:
@@ -933,10 +926,10 @@ def _show_receipt(receipt: migrate.Receipt, host: HostMapping) -> None:
         out.print(f"The functions were made anew: {changed}.", markup=False)
     if receipt.revisions:
         verb = "Applied" if receipt.action == "apply" else "Undid"
-        tries = "1 attempt" if receipt.attempts == 1 else f"{receipt.attempts} attempts"
         out.print(
-            f"{verb} {', '.join(receipt.revisions)}: tables locked for {receipt.locked_ms:.1f} ms, {tries}, "
-            f"{receipt.duration_ms / 1000:.1f} s in all{', in two transactions' if receipt.two_transactions else ''}."
+            f"{verb} {', '.join(receipt.revisions)}: tables locked for {receipt.locked_ms:.1f} ms, "
+            f"{counted(receipt.attempts, 'attempt')}, {receipt.duration_ms / 1000:.1f} s in all"
+            f"{', in two transactions' if receipt.two_transactions else ''}."
         )
         if receipt.adopted:
             out.print(f"  Adopted as they were: {_as_named(host, receipt.adopted)}.", markup=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime as dt
 import sys
 from typing import Annotated, Any
-from uuid import UUID
 
 import typer
 
@@ -23,7 +22,7 @@ from tallystick.cli.app import (
     reading,
     table,
 )
-from tallystick.cli.ledger import KeyOption, credits_of, made_up_key, pool
+from tallystick.cli.ledger import AllOption, KeyOption, PurchaseArgument, credits_of, made_up_key, pool
 from tallystick.errors import StripeNotConfigured, TallystickError
 
 selling = typer.Typer(
@@ -175,11 +174,7 @@ def dismiss(
         about = ", ".join(object_ids or ()) or kind
         none = f"no open finding is about {about}" if about else "there is no open finding"
         raise TallystickError(f"{none}. List them: tallystick stripe reconcile --dry-run")
-    emit(
-        {"dismissed": count},
-        lambda: out.print(f"{counted(count, 'finding')} dismissed."),
-        as_json=as_json,
-    )
+    emit({"dismissed": count}, lambda: out.print(f"{counted(count, 'finding')} dismissed."), as_json=as_json)
 
 
 @selling.command()
@@ -240,13 +235,9 @@ def redeliver(
 )
 def send_back(
     ctx: typer.Context,
-    purchase: Annotated[
-        UUID, typer.Argument(help="The id of the purchase, as `tallystick history` shows it.", metavar="PURCHASE")
-    ],
+    purchase: PurchaseArgument,
     *,
-    credits: Annotated[
-        int | None, typer.Option("--credits", help="The number of credits; by default all that are left.")
-    ] = None,
+    credits: AllOption = None,
     amount: Annotated[
         int | None, typer.Option("--amount", help="The money to send back, in minor units, in place of --credits.")
     ] = None,
