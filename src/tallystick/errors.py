@@ -431,10 +431,7 @@ class PurchaseNotCompleted(LedgerError):
 
 
 class SessionConflict(LedgerError):
-    """The Stripe session belongs to another purchase, or the purchase to another session.
-
-    Fields: ``purchase``, ``stripe_session_id``.
-    """
+    """The Stripe session belongs to another purchase, or the purchase to another session."""
 
     purchase: UUID
     stripe_session_id: str

@@ -252,7 +252,7 @@ def test_a_column_of_two_roles(make_app: Callable[..., App], ddl: str, asked: di
         (
             "credit_balance integer",
             {"balance": "none"},
-            '"users" RENAME COLUMN credit_balance TO credit_balance_b',
+            "users RENAME COLUMN credit_balance TO credit_balance_b",
         ),
         ("credit_balance integer GENERATED ALWAYS AS (3) STORED", {}, "is integer GENERATED, .* it needs another name"),
         (

@@ -189,7 +189,7 @@ def test_who_could_set_a_balance_is_named(app: App, roles: tuple[str, str]) -> N
 
     # what the warnings say is enough
     migrate.apply(app.url, app.config)
-    revoke = f'REVOKE UPDATE ON "public"."users" FROM "{anon}"'
+    revoke = f'REVOKE UPDATE ON public.users FROM "{anon}"'
     assert revoke in ends
     app.run(revoke)
     app.psql(role.grant(app.config.host, webapp))

@@ -369,7 +369,7 @@ def test_a_role_that_makes_no_temporary_tables_is_told_the_grant(app: App, reque
     )
     request.addfinalizer(lambda: app.run(f'DROP OWNED BY "{role}" CASCADE', f'DROP ROLE "{role}"'))
     owner = sa.create_engine(sa.make_url(app.url).set(username=role), poolclass=sa.NullPool)
-    grant = f'GRANT TEMPORARY ON DATABASE "{database}" TO "{role}"'
+    grant = f'GRANT TEMPORARY ON DATABASE {database} TO "{role}"'
     with owner.connect() as conn:
         assert any(grant in finding.text for finding in migrate.plan(conn, app.config).findings)
     migrate.apply(app.url, app.config)

@@ -22,7 +22,15 @@ from tallystick.migrate.host.blockers import Blocker, Watch
 from tallystick.migrate.host.preflight import Host, examine, setting_of, spelled_otherwise, unfit
 from tallystick.migrate.host.privileges import forced_policies
 from tallystick.migrate.host.proposal import balances_apart
-from tallystick.migrate.host.tables import HostColumn, HostTable, columns_of, oid_of, oids_of, reading_catalogues
+from tallystick.migrate.host.tables import (
+    HostColumn,
+    HostTable,
+    columns_of,
+    oid_of,
+    oids_of,
+    quoted,
+    reading_catalogues,
+)
 from tallystick.migrate.revisions import HostNames, Revision, after, revisions
 from tallystick.migrate.runner.messages import STALL_BUDGET_MS, Messages, text, upward
 from tallystick.migrate.runner.run import renewal_of, undo_command
@@ -494,14 +502,14 @@ def _about_rights(conn: sa.Connection, host: Host) -> Iterator[PlanNote]:
         yield PlanNote("warning", f"{forced[0].upper()}{forced[1:]}")
     users = host.users
     for row in conn.execute(_WRITERS, {"users": users.oid}):
-        named = "PUBLIC" if row.everyone else _quoted(row.role)
+        named = "PUBLIC" if row.everyone else quoted(row.role)
         script = f"tallystick migrate sql --role {shlex.quote(row.role)}"
         yield PlanNote(
             "warning",
             f"{row.role} may {row.rights} every column of {users.shown}, {host.balance} too: it can make itself "
             "credits that no row of the ledger explains, and a policy tells rows apart, not columns. "
             + ("" if row.everyone else f"If it is your app's role, run after the migration what {script} prints. ")
-            + f"If end users act as it, take it back: REVOKE {row.rights.replace(' and ', ', ')} ON {_table(users)} "
+            + f"If end users act as it, take it back: REVOKE {row.rights.replace(' and ', ', ')} ON {users.quoted} "
             f"FROM {named}, and GRANT UPDATE of the columns that are theirs",
         )
     lacking = conn.execute(_NO_TEMPORARY).one_or_none()
@@ -509,7 +517,7 @@ def _about_rights(conn: sa.Connection, host: Host) -> Iterator[PlanNote]:
         yield PlanNote(
             "note",
             f"{lacking.role} may make no temporary tables, with which tallystick migrate status compares. Let an "
-            f"administrator run: GRANT TEMPORARY ON DATABASE {_quoted(lacking.database)} TO {_quoted(lacking.role)}",
+            f"administrator run: GRANT TEMPORARY ON DATABASE {quoted(lacking.database)} TO {quoted(lacking.role)}",
         )
     if host.revision is not None:
         return
@@ -521,10 +529,6 @@ def _about_rights(conn: sa.Connection, host: Host) -> Iterator[PlanNote]:
             f"By default {row.role} gets {row.rights} on tables that {row.maker} makes, so on {new}. apply takes that "
             f"back. If it is your app's role, run afterwards what {script} prints",
         )
-
-
-def _quoted(name: str) -> str:
-    return Identifier(name).as_string(None)
 
 
 def _table(table: HostTable) -> str:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import sqlalchemy as sa
-from psycopg.sql import Identifier
 from sqlalchemy.dialects import postgresql as pg
 
 from tallystick.config import Config, HostMapping
@@ -21,7 +20,7 @@ from tallystick.errors import MigrationError, PermissionDenied
 from tallystick.migrate.host.preflight import Host, adopted_columns, examine, unfit
 from tallystick.migrate.host.privileges import forced_policies, open_policies, writers
 from tallystick.migrate.host.role import ways_out
-from tallystick.migrate.host.tables import columns_of, oid_of, oids_in, reading_catalogues
+from tallystick.migrate.host.tables import columns_of, oid_of, oids_in, quoted, reading_catalogues
 from tallystick.migrate.revisions import HostNames, revisions
 from tallystick.migrate.runner.messages import MADE, as_replacement, functions_of, text
 from tallystick.migrate.runner.session import autocommits
@@ -289,10 +288,9 @@ def _require_temporary_tables(conn: sa.Connection) -> None:
     """Raise PermissionDenied or MigrationError where this role or transaction cannot make what status compares with."""
     here = conn.execute(_MAY_MAKE_THEM).one()
     if not here.allowed:
-        database, role = (Identifier(name).as_string(None) for name in (here.database, here.role))
         raise PermissionDenied(
             f"status makes temporary tables to compare with, and {here.role} may not make any in {here.database}. Let "
-            f"an administrator run: GRANT TEMPORARY ON DATABASE {database} TO {role}",
+            f"an administrator run: GRANT TEMPORARY ON DATABASE {quoted(here.database)} TO {quoted(here.role)}",
             sqlstate="42501",
         )
     if here.read_only == "on":
@@ -659,7 +657,7 @@ def _of_function(where: str, wants: sa.Row[Any], has: sa.Row[Any], owner: str) -
     if has.body != wants.body:
         yield Drift("function", where, "the body of its revision", "another body", FUNCTIONS)
     if has.owner != owner:
-        mend = f"ALTER FUNCTION {where} OWNER TO {Identifier(owner).as_string()}"
+        mend = f"ALTER FUNCTION {where} OWNER TO {quoted(owner)}"
         yield Drift("function", where, f"owner {owner}, as the ledger", f"owner {has.owner}", mend)
     if has.open:
         shut = f"REVOKE ALL ON FUNCTION {where} FROM PUBLIC"

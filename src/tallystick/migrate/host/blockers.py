@@ -36,6 +36,9 @@ _HOLDERS = sa.text("""
 """)
 
 
+Kind = Literal["client", "autovacuum", "wraparound vacuum", "prepared transaction"]
+
+
 @dataclass(frozen=True)
 class Blocker:
     """A transaction that holds one of the tables.
@@ -45,7 +48,7 @@ class Blocker:
     against wraparound from another one: the run notices when it does not yield to the fence.
     """
 
-    kind: Literal["client", "autovacuum", "wraparound vacuum", "prepared transaction"]
+    kind: Kind
     pid: int
     application: str
     role: str | None
@@ -105,16 +108,13 @@ class Watch:
             identity = (row.pid, row.transaction)
             seen[identity] = self._first_seen.get(identity, now)
             watched_ms = (now - seen[identity]) * 1000
+            kind: Kind = "client"
             if row.pid == 0:
-                kind: Literal["client", "autovacuum", "wraparound vacuum", "prepared transaction"] = (
-                    "prepared transaction"
-                )
+                kind = "prepared transaction"
             elif row.wraparound:
                 kind = "wraparound vacuum"
             elif row.backend_type == "autovacuum worker" or row.unseen_worker:
                 kind = "autovacuum"
-            else:
-                kind = "client"
             found.append(
                 Blocker(
                     kind=kind,

@@ -33,6 +33,7 @@ from tallystick.migrate.host.tables import (
     columns_of,
     host_tables,
     oid_of,
+    plain,
     quoted,
     unsuitable,
 )
@@ -644,7 +645,7 @@ def setting_of(word: Word, ours: str) -> str:
 
 def spelled_otherwise(ours: str, names: Iterable[str]) -> list[str]:
     """The names that differ from ``ours`` only in capitals and underscores, as "deletedAt" from deleted_at."""
-    return [name for name in names if name != ours and name.replace("_", "").lower() == ours.replace("_", "")]
+    return [name for name in names if name != ours and plain(name) == plain(ours)]
 
 
 @dataclass(frozen=True)

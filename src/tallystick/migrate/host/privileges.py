@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
-from psycopg.sql import SQL, Composable, Identifier
+from psycopg.sql import SQL, Composable
 from psycopg.sql import Literal as SqlLiteral
 
 from tallystick.config import HostMapping
 from tallystick.declared_tables import user_columns
 from tallystick.migrate.host.preflight import Host
+from tallystick.migrate.host.tables import quoted
 from tallystick.migrate.revisions import HostNames, do_block
 
 _OBJECTS = SQL("""
@@ -146,7 +147,7 @@ def writers(conn: sa.Connection, host: Host, mapping: HostMapping, ledger: int |
     own = _own_columns(conn, host, mapping)
     values = {"users": host.users.oid, "ledger": ledger, "apps": _apps(conn), "balance": host.balance}
     for row in conn.execute(_WRITERS, values):
-        table, role = _quoted(row.schema, row.name), "PUBLIC" if row.everyone else _quoted(row.role)
+        table, role = quoted(row.schema, row.name), "PUBLIC" if row.everyone else quoted(row.role)
         remedy = _narrower(row.privileges, table, role, own if row.oid == host.users.oid else "")
         yield Writer(f"{row.schema}.{row.name}", row.role, tuple(row.privileges), remedy)
 
@@ -154,10 +155,10 @@ def writers(conn: sa.Connection, host: Host, mapping: HostMapping, ledger: int |
 def open_policies(conn: sa.Connection, host: Host, mapping: HostMapping) -> Iterator[str]:
     """Policies on the users that show other users' billing columns, one sentence each."""
     own, key = _own_columns(conn, host, mapping), mapping.users.key
-    table = _quoted(host.users.schema, host.users.table)
+    table = host.users.quoted
     billing = f"{host.balance}, {mapping.users.stripe_customer_id} and plan_tier"
     for row in conn.execute(_READERS, {"users": host.users.oid, "key": key, "apps": _apps(conn)}):
-        role = "PUBLIC" if row.everyone else _quoted(row.role)
+        role = "PUBLIC" if row.everyone else quoted(row.role)
         yield (
             f"{row.role} may read {billing} of other people: the policy {' and '.join(row.policies)} of "
             f"{host.users.shown} does not ask whose row it is ({key}). If that is not meant: "
@@ -205,14 +206,10 @@ def _own_columns(conn: sa.Connection, host: Host, mapping: HostMapping) -> str:
     theirs = {name for word, name in host.adopted if word == "users"} & {"updated_at", "deleted_at"}
     ours = {column.name for column in user_columns(mapping) if column.key not in theirs}
     names = conn.scalars(_COLUMNS, {"table": host.users.oid})
-    return ", ".join(_quoted(name) for name in names if name not in ours)
+    return ", ".join(quoted(name) for name in names if name not in ours)
 
 
 _COLUMNS = sa.text("""
     SELECT attname FROM pg_attribute
     WHERE attrelid = CAST(:table AS oid) AND attnum > 0 AND NOT attisdropped AND attgenerated = '' ORDER BY attnum
 """)
-
-
-def _quoted(*names: str) -> str:
-    return Identifier(*names).as_string(None)

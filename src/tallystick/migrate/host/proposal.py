@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import sqlalchemy as sa
-from psycopg.sql import Identifier
 from pydantic import ValidationError
 
 from tallystick.config import HostMapping, UsersTable, Word, WorkshopsTable
@@ -159,7 +158,6 @@ def propose(
         found = found if own_columns else _with_app_columns(conn, found)
         if stored is not None:  # it alone knows these two
             found = replace(found, credits=credits or stored.credits, ledger_schema=stored.ledger_schema)
-        if stored is not None:
             refuse_other_mapping(stored, found)
         return found
 
@@ -265,7 +263,7 @@ def _balances_of(
     called = _CALLED_BALANCES.search(table.table)
     usual = [name for name in columns if plain(name) in _OWNERS or name == mapping.users.key != "id"]
     of_users = [name for name in (*references, *_ranked(usual, _OWNERS)) if columns[name].key_type]
-    key = next(iter(sorted(of_users, key=lambda name: references.get(name) != mapping.users.key)), None)
+    key = min(of_users, key=lambda name: references.get(name) != mapping.users.key, default=None)
     if balance is None:
         return
     if key is None:
@@ -383,20 +381,16 @@ def _propose(
     if not migrated and name in columns:
         _refuse_unfit(users_table, columns[name], credits, balance)
     with _one_column_for_each(users_table, "Name another one: --users-key COLUMN, or --balance COLUMN"):
-        people_table = UsersTable(
+        mapped = UsersTable(
             schema=users_table.schema,
             table=users_table.table,
             **key.key_settings,
             email=_pick(columns.values(), _EMAILS, ("text", "varchar", "citext")),
             balance=name,
         )
-    mapping = HostMapping(
-        users=people_table,
-        workshops=found,
-        credits=credits,
-    )
-    ours = None if migrated else taken(conn, mapping)
-    return replace(mapping, ledger_schema="tallystick") if ours else mapping
+    mapping = HostMapping(users=mapped, workshops=found, credits=credits)
+    apart = not migrated and taken(conn, mapping)
+    return replace(mapping, ledger_schema="tallystick") if apart else mapping
 
 
 def _balance(table: HostTable, columns: Mapping[str, HostColumn], asked: str | None, *, key: str) -> HostColumn | None:
@@ -423,11 +417,10 @@ def _balance(table: HostTable, columns: Mapping[str, HostColumn], asked: str | N
 def _refuse_unfit(table: HostTable, column: HostColumn, credits: str, asked: str | None) -> None:
     """Raise HostMismatch if the column that would be the balance cannot be adopted, as the plan would."""
     name = column.name
-    users, before = Identifier(table.schema, table.table).as_string(None), f"{name}_before"
     rename = (
         f"If it means something else, it needs another name, since Tallystick's own column is called {name}: code that "
-        f"uses it breaks with ALTER TABLE {users} RENAME COLUMN {name} TO {before}, so deploy code that knows both "
-        "names first"
+        f"uses it breaks with ALTER TABLE {table.quoted} RENAME COLUMN {name} TO {name}_before, so deploy code "
+        "that knows both names first"
     )
     if asked == "none":
         raise HostMismatch(f"{table.shown} has a column {name} already. {rename}", table=table.shown, column=name)
@@ -477,10 +470,7 @@ def _propose_workshops(
     ``people`` are the tables that could be the users.
     """
     columns = columns_of(conn, table)
-    key = next(
-        (c for c in sorted(columns.values(), key=lambda c: not c.is_primary) if c.identifies),
-        None,
-    )
+    key = min((c for c in columns.values() if c.identifies), key=lambda c: not c.is_primary, default=None)
     if key is None:
         raise HostMismatch(
             f"{table.shown} has no column that is NOT NULL, UNIQUE and of a type that can be a key ({KEY_WORDS}). "
@@ -493,7 +483,7 @@ def _propose_workshops(
         for row in conn.execute(_REFERENCES, {"from": table.oid, "to": users.oid})
         if row.key in by_name
     }
-    owner = next((name for name in _ranked(references, _OWNERS)), None)
+    owner = next(iter(_ranked(references, _OWNERS)), None)
     if owner is not None:
         users_key = references[owner]
     else:

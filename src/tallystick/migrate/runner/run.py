@@ -29,11 +29,7 @@ from psycopg.sql import Composable
 from tallystick.config import Config
 from tallystick.database import driver
 from tallystick.declared_tables import migration_log
-from tallystick.errors import (
-    ConfigError,
-    MigrationBlocked,
-    TallystickError,
-)
+from tallystick.errors import ConfigError, MigrationBlocked, TallystickError
 from tallystick.migrate.host.blockers import OLD_MS, Blocker, Watch
 from tallystick.migrate.host.preflight import Host, examine, refuse_rows
 from tallystick.migrate.host.role import granted_roles
@@ -242,7 +238,11 @@ class _Run:
             self._log(receipt)
         names = HostNames.of(self.config.host, host.adopted)
         try:
-            built = [step for revision in revisions() for step in self._online(revision, names)]
+            built = [
+                step
+                for one in revisions()
+                for step in online(self.conn, one, names, self._online_progress(one.revision))
+            ]
             built += validate_keys(self.conn, names, self._online_progress(None))
         except KeyboardInterrupt as stopped:
             stopped.add_note(
@@ -437,9 +437,6 @@ class _Run:
             if lost(self.conn):
                 raise
             # the revisions are applied nevertheless, and the receipt is returned
-
-    def _online(self, revision: Revision, names: HostNames) -> Iterator[OnlineStep]:
-        return online(self.conn, revision, names, self._online_progress(revision.revision))
 
     def _online_progress(self, revision: str | None) -> Callable[[str, Building | None], None]:
         def report(step: str, building: Building | None) -> None:

@@ -249,7 +249,7 @@ class _Widening:
             return
         function = Identifier("tallystick", STAND_INS[self.word])
         values = self.names.placeholders()
-        key = self.names.placeholders()["user_key" if self.word == "users" else "workshop_key"]
+        key = values["user_key" if self.word == "users" else "workshop_key"]
         created = SQL(
             "CREATE FUNCTION {}() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = {} AS {}"
         ).format(function, values["host_path"], Literal(SQL(_BODIES[self.word]).format(**values).as_string(None)))
@@ -346,22 +346,14 @@ class _Widening:
 
 def _foreign_keys(names: HostNames, word: Word) -> list[_ForeignKey]:
     """The foreign keys to the app's table, as the revisions made them."""
-    if word == "workshops":
-        rules = (
-            [("credit_transactions_workshop_fk", names.ledger, "workshop_id", "ON DELETE SET NULL")]
-            if names.workshops
-            else []
-        )
-    else:
-        rules = [
+    low_balances = Identifier("tallystick", "low_balances")
+    rules = {
+        "users": [
             ("credit_transactions_user_fk", names.ledger, "user_id", "ON UPDATE CASCADE ON DELETE RESTRICT"),
-            (
-                "low_balances_user_fk",
-                Identifier("tallystick", "low_balances"),
-                "user_id",
-                "ON UPDATE CASCADE ON DELETE CASCADE",
-            ),
-        ]
+            ("low_balances_user_fk", low_balances, "user_id", "ON UPDATE CASCADE ON DELETE CASCADE"),
+        ],
+        "workshops": [("credit_transactions_workshop_fk", names.ledger, "workshop_id", "ON DELETE SET NULL")],
+    }
     table = names.users if word == "users" else names.workshops
     return [
         _ForeignKey(
@@ -369,6 +361,6 @@ def _foreign_keys(names: HostNames, word: Word) -> list[_ForeignKey]:
             of,
             SQL("FOREIGN KEY ({}) REFERENCES {} ({}) ").format(Identifier(column), table.name, table.key) + SQL(rule),
         )
-        for name, of, column, rule in rules
+        for name, of, column, rule in rules[word]
         if table is not None
     ]
