@@ -161,7 +161,7 @@ def restore(
     with (
         ended_by_signals(),
         path.open("rb") as file,
-        _Program(bin_dir, command, sa.make_url(database)) as program,
+        _Program(bin_dir, command, database) as program,
     ):
         program.feed(_decompressed(file, manifest, "restoring", progress))
         program.end()
@@ -180,16 +180,12 @@ _RESTRICTED = re.compile(rb"^\\(?:un)?restrict \w+\n", re.MULTILINE)
 def _define(path: Path, database: str, bin_dir: Path, manifest: Manifest, options: Sequence[str]) -> None:
     """Create the tables and all else that comes before rows, without options that this server does not know."""
     command = ["pg_restore", "--section=pre-data", "--file=-", *options]
-    with path.open("rb") as file, _Program(bin_dir, command) as program, ThreadPoolExecutor(1) as pool:
-        try:
-            parts = _decompressed(file, manifest, "restoring", ignore_progress)
-            feeding = pool.submit(program.feed, parts)
-            script = program.stdout.read()
-        except BaseException:
-            program.kill()
-            raise
-        feeding.result()
-        program.end()
+    with (
+        path.open("rb") as file,
+        _Program(bin_dir, command) as program,
+        program.fed(_decompressed(file, manifest, "restoring", ignore_progress)),
+    ):
+        script = program.stdout.read()
     with connect(database) as conn:
         raw = conn.connection.dbapi_connection
         assert isinstance(raw, psycopg.Connection)  # noqa: S101  # our own engine's
@@ -329,7 +325,7 @@ def _dump(
         command = ["pg_dump", "--format=custom", "--compress=0", f"--snapshot={snapshot}"]
         compressor = zstandard.ZstdCompressor(level=LEVEL, write_checksum=True)
         with (
-            _Program(bin_dir, command, sa.make_url(database)) as program,
+            _Program(bin_dir, command, database) as program,
             compressor.stream_writer(file, closefd=False) as writer,
         ):
             while part := program.stdout.read(CHUNK):
@@ -427,15 +423,9 @@ def _read_back(file: IO[bytes], bin_dir: Path, manifest: Manifest, progress: OnP
 
     Only tables of the manifest count: the file also has rows of tables that belong to extensions.
     """
-    with _Program(bin_dir, ["pg_restore", "--file=-", "--data-only"]) as program, ThreadPoolExecutor(1) as pool:
-        try:
-            feeding = pool.submit(program.feed, _decompressed(file, manifest, "verifying", progress))
-            rows = _rows_of(program.stdout)
-        except BaseException:
-            program.kill()  # or the pool would wait for ever for output that nobody reads
-            raise
-        feeding.result()
-        program.end()
+    command, parts = ["pg_restore", "--file=-", "--data-only"], _decompressed(file, manifest, "verifying", progress)
+    with _Program(bin_dir, command) as program, program.fed(parts):
+        rows = _rows_of(program.stdout)
     return {table: rows.get(_unquoted(table), 0) for table in manifest.rows}
 
 
@@ -459,13 +449,13 @@ def _decompressed(file: IO[bytes], manifest: Manifest, what: str, progress: OnPr
 class _Program:
     """One of PostgreSQL's programs between two pipes. It never outlives the block, and its errors are raised."""
 
-    def __init__(self, bin_dir: Path, command: Sequence[str], url: sa.URL | None = None) -> None:
+    def __init__(self, bin_dir: Path, command: Sequence[str], database: str | None = None) -> None:
         self.name = command[0]
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  # closed by __exit__
         try:
             self._process = subprocess.Popen(  # noqa: S603  # our own arguments, and no shell
                 [str(bin_dir / self.name), *command[1:]],
-                env=os.environ | (_environment(url) if url else {}),
+                env=os.environ | (_environment(database) if database else {}),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
@@ -505,6 +495,19 @@ class _Program:
             self._process.kill()  # it must not take a truncated input for the whole
             raise
 
+    @contextmanager
+    def fed(self, parts: Iterable[bytes]) -> Iterator[None]:
+        """Write all of it in a thread, for a block that reads the output, then wait for the program's end."""
+        with ThreadPoolExecutor(1) as pool:
+            feeding = pool.submit(self.feed, parts)
+            try:
+                yield
+            except BaseException:
+                self.kill()  # or the pool would wait for ever for output that nobody reads
+                raise
+            feeding.result()
+            self.end()
+
     def end(self) -> None:
         """Wait for it. Raises BackupError with its error output where it failed."""
         if not self.stdin.closed:
@@ -518,8 +521,9 @@ class _Program:
             raise BackupError(f"{self.name} failed: {output or f'exit code {self._process.returncode}'}")
 
 
-def _environment(url: sa.URL) -> dict[str, str]:
+def _environment(database: str) -> dict[str, str]:
     """The address as libpq's variables: a command line can be read by everyone on the machine."""
+    url = sa.make_url(database)
     known = {option.keyword: option.envvar for option in psycopg.pq.Conninfo.get_defaults()}
     _, given = url.get_dialect()().create_connect_args(url)  # it also handles several hosts
     return {
@@ -531,7 +535,6 @@ def _environment(url: sa.URL) -> dict[str, str]:
 
 _NAME = r'(?:"(?:[^"]|"")*"|[^\s"(),.;]+)'
 _COPY = re.compile(rf"COPY ({_NAME}\.{_NAME}) (?:\({_NAME}(?:, {_NAME})*\))? FROM stdin;\n")
-
 
 _ENCODING = re.compile(rb"SET client_encoding = '(\w+)';\n")
 
