@@ -229,8 +229,9 @@ def refuse_rows(conn: sa.Connection, host: Host, how: str) -> None:
     ledger = sa.table(LEDGER, schema=host.ledger_schema)
     rows = conn.scalar(sa.select(sa.func.count()).select_from(ledger).where(sa.text(HISTORY)))
     if rows:
+        many = "" if rows == 1 else "s"
         raise LedgerNotEmpty(
-            f"the ledger holds {rows} credit transactions, which undo would throw away. Take a backup, then {how}",
+            f"the ledger holds {rows} credit transaction{many}, which undo would throw away. Take a backup, then {how}",
             rows=rows,
         )
 
