@@ -281,3 +281,36 @@ def test_more_users_than_the_servers_lock_table_holds(scratch: Path) -> None:
                 world.ledger.grant(conn, user, credits=1, key="gift", description="A present")
             done = world.ledger.consume_many(conn, [Consume(user, key="k") for user in users])
         assert [isinstance(each, CreditTransaction) for each in done] == [True] * 3 + [False] * 4_997
+
+
+@pytest.mark.parametrize("subscripts", ["[0:2]=", "[-3:-1]=", "[7:9]="])
+def test_a_list_may_begin_at_another_subscript(world: World, subscripts: str) -> None:
+    """As one that PL/pgSQL filled from 0 on: each item keeps its own user, key and amount."""
+    first, second = world.user(credits=20), world.user(credits=20)
+    lists = {
+        "users": f"{subscripts}{{{first},{second},{second}}}",
+        "keys": f"{subscripts}{{a,b,b}}",  # the last is a replay, and the first is more than there is
+        "amounts": f"{subscripts}{{30,5,5}}",
+    }
+    call = sa.text(
+        "SELECT item, outcome, user_id, idempotency_key, amount FROM tallystick.consume_many("
+        "CAST(:users AS uuid[]), CAST(:keys AS text[]), amounts => CAST(:amounts AS integer[])) ORDER BY item"
+    )
+    with world.engine.begin() as conn:
+        assert [tuple(row) for row in conn.execute(call, lists)] == [
+            (1, "insufficient_credits", None, None, None),
+            (2, "completed", second, "b", -5),
+            (3, "replayed", second, "b", -5),
+        ]
+        assert world.ledger.balance(conn, first) == 20
+
+
+def test_a_list_of_lists_is_one_list(world: World) -> None:
+    user = world.user(credits=20)
+    call = sa.text(
+        "SELECT item, outcome, idempotency_key FROM tallystick.consume_many("
+        "ARRAY[[:user, :user], [:user, :user]]::uuid[], ARRAY[['a', 'b'], ['a', 'c']]) ORDER BY item"
+    )
+    expected = [(1, "completed", "a"), (2, "completed", "b"), (3, "replayed", "a"), (4, "completed", "c")]
+    with world.engine.begin() as conn:
+        assert [tuple(row) for row in conn.execute(call, {"user": user})] == expected

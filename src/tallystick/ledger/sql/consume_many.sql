@@ -14,7 +14,7 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = {search_path} AS $$
 DECLARE
   answer tallystick.answer;
   answers tallystick.answer[];
-  item integer;
+  single record;
   items integer := coalesce(cardinality(user_ids), 0);
   -- each once: a thousand items of one user would be a thousand comparisons for each row that is looked at
   users {user_key_type}[] := ARRAY(SELECT DISTINCT each.key FROM unnest(user_ids) AS each (key));
@@ -121,13 +121,15 @@ BEGIN
 
   -- The rest in their order, each by itself: a replay, a refusal, or a smaller amount that is covered after all.
   IF coalesce(cardinality(answers), 0) < items THEN
-    FOR item IN
-      SELECT g FROM generate_series(1, items) AS g
-      WHERE g NOT IN (SELECT done.item FROM unnest(answers) AS done) ORDER BY g
+    -- no subscripts: a list may begin at another one than 1, or have more than one dimension
+    FOR single IN
+      SELECT i.* FROM unnest(user_ids, keys, workshop_ids, amounts, descriptions, metadata)
+        WITH ORDINALITY AS i (user_id, key, workshop_id, amount, description, metadata, item)
+      WHERE i.item NOT IN (SELECT done.item FROM unnest(answers) AS done) ORDER BY i.item
     LOOP
       answer := tallystick.consume(
-        user_ids[item], keys[item], workshop_ids[item], coalesce(amounts[item], 1), descriptions[item], metadata[item]);
-      answer.item := item;
+        single.user_id, single.key, single.workshop_id, coalesce(single.amount, 1), single.description, single.metadata);
+      answer.item := single.item;
       RETURN NEXT answer;
     END LOOP;
   END IF;
