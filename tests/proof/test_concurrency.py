@@ -488,3 +488,32 @@ def test_a_purchase_that_starts_while_the_key_changes_is_a_conflict(world: World
         conn.rollback()
         with pytest.raises(errors.UnknownUser):
             start(conn, user)
+
+
+KEYED: dict[str, Callable[..., Any]] = {
+    "consume": lambda led, c, user, of: led.consume(c, user, key="k"),
+    "hold": lambda led, c, user, of: led.hold(c, user, credits=1, key="k"),
+    "grant": lambda led, c, user, of: led.grant(c, user, credits=1, key="k", description="x"),
+    "refund": lambda led, c, user, of: led.refund(c, user, of["purchase"], credits=1, key="k"),
+    "reinstate": lambda led, c, user, of: led.reinstate(c, user, of["purchase"], credits=1, key="k"),
+    "reverse": lambda led, c, user, of: led.reverse(c, user, of["consumption"], credits=1, key="k"),
+    "correct": lambda led, c, user, of: led.correct(c, user, of["grant"], credits=1, key="k"),
+}
+
+
+@pytest.mark.parametrize("kind", KEYED)
+def test_the_key_of_a_purchase_that_is_starting_is_used(world: World, kind: str) -> None:
+    """A purchase starts without the user's lock: the call finds its key only when it writes."""
+    ledger, user = world.ledger, world.user(credits=5)
+    with world.engine.begin() as conn:
+        ledger.consume(conn, user, key="c", credits=2)
+        ledger.grant(conn, user, credits=1, key="g", description="x")
+        of = {str(row.type): row.id for row in ledger.history(conn, user)}
+        ledger.refund(conn, user, of["purchase"], credits=1, key="r")
+    with world.engine.connect() as starting, world.autocommit.connect() as conn, ThreadPoolExecutor(1) as pool:
+        ledger.start_purchase(starting, user, credits=1, description="x", key="k")
+        called = pool.submit(outcome, lambda: KEYED[kind](ledger, conn, user, of))
+        waiting_for_a_lock(world, 1)
+        starting.commit()
+        assert isinstance(called.result(PATIENCE_S), errors.IdempotencyKeyReused)
+    assert_ledger_consistent(world)

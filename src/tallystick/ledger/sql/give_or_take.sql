@@ -106,6 +106,11 @@ BEGIN
     ON CONFLICT DO NOTHING
     RETURNING 'completed', {row}, t.balance_after, moved, most - moved, NULL, NULL, account.held, NULL INTO answer;
   IF NOT FOUND THEN
+    -- as in grant
+    SELECT * INTO prior FROM {ledger} AS t WHERE t.user_id = account.key AND t.idempotency_key = give_or_take.key;
+    IF FOUND THEN
+      RETURN tallystick.replay(prior, jsonb_build_object('type', new_type), account.balance);
+    END IF;
     answer.outcome := 'ledger_inconsistent';
     answer.balance := account.balance;
     answer.detail := jsonb_build_object('sequence', account.sequence);

@@ -72,6 +72,11 @@ BEGIN
     ON CONFLICT DO NOTHING
     RETURNING 'completed', {row}, t.balance_after, "grant".amount, NULL, NULL, NULL, account.held, t.expires_at INTO answer;
   IF NOT FOUND THEN
+    -- a purchase was starting under the key, without the user's lock; or the user's row is behind the ledger
+    SELECT * INTO prior FROM {ledger} AS t WHERE t.user_id = account.key AND t.idempotency_key = "grant".key;
+    IF FOUND THEN
+      RETURN tallystick.replay(prior, jsonb_build_object('type', 'grant'), account.balance);
+    END IF;
     answer.outcome := 'ledger_inconsistent';
     answer.balance := account.balance;
     answer.detail := jsonb_build_object('sequence', account.sequence);
