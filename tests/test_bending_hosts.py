@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -213,3 +214,96 @@ def test_two_spellings_of_one_key_are_charged_once(
         assert world.ledger.consume(conn, "ADA", workshop="maths", key="e").replayed
     with world.engine.connect() as conn:
         assert audit(conn, world.config).findings == ()
+
+
+AFTER_BALANCE = "AFTER UPDATE OF credit_balance ON users FOR EACH ROW WHEN ({})"
+AFTER_ROW = "AFTER INSERT OR UPDATE ON credit_transactions FOR EACH ROW WHEN ({})"
+GIVES = "PERFORM tallystick.grant({}, 3, 'bonus-' || clock_timestamp(), 'Bonus')"
+
+
+def calling_trigger(world: World, when: str, body: str) -> None:
+    """A trigger of the host's that calls the ledger, as for a bonus, or credits that are topped up."""
+    with world.engine.begin() as conn:
+        conn.exec_driver_sql(
+            f"CREATE FUNCTION bonus() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body}; RETURN NULL; END $$"
+        )
+        conn.exec_driver_sql(f"CREATE TRIGGER bonus {when} EXECUTE FUNCTION bonus()")
+
+
+def without_a_fault(world: World) -> None:
+    with world.engine.connect() as conn:
+        found = audit(conn, world.config)
+        assert found.clean, found.findings
+
+
+LATER = {
+    "consume": lambda led, c, user, of: led.consume(c, user, key="k"),
+    "grant": lambda led, c, user, of: led.grant(c, user, credits=1, key="k", description="x"),
+    "hold": lambda led, c, user, of: led.hold(c, user, credits=1, key="k"),
+    "refund": lambda led, c, user, of: led.refund(c, user, of, credits=1, key="k"),
+    "complete_purchase": lambda led, c, user, of: led.complete_purchase(
+        c, user, purchase=led.start_purchase(c, user, credits=1, description="x").id
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LATER)
+def test_a_trigger_that_gives_credits_when_others_expire(world: World, kind: str) -> None:
+    ledger, user = world.ledger, world.user(credits=5)
+    with world.engine.begin() as conn:
+        of = ledger.history(conn, user)[0].id
+        soon = dt.datetime.now(dt.UTC) + dt.timedelta(days=1)
+        ledger.grant(conn, user, credits=4, key="g", description="x", expires_at=soon)
+    calling_trigger(world, AFTER_BALANCE.format("NEW.credit_balance = 5"), GIVES.format("NEW.id"))
+    world.pass_time(days=2)
+    with world.engine.begin() as conn:
+        LATER[kind](ledger, conn, user, of)
+        given = sum(row.amount for row in ledger.history(conn, user) if row.status == "completed")
+        assert ledger.balance(conn, user) == given
+        assert sum(row.description == "Bonus" for row in ledger.history(conn, user)) == 1
+    without_a_fault(world)
+
+
+def test_a_trigger_that_gives_credits_when_credits_that_expire_are_given(world: World) -> None:
+    ledger, user = world.ledger, world.user(credits=5)
+    calling_trigger(world, AFTER_BALANCE.format("NEW.credit_balance = 9"), GIVES.format("NEW.id"))
+    with world.engine.begin() as conn:
+        soon = dt.datetime.now(dt.UTC) + dt.timedelta(days=1)
+        ledger.grant(conn, user, credits=4, key="g", description="x", expires_at=soon)
+        assert ledger.balance(conn, user) == 12
+        assert [lot.remaining for lot in ledger.lots(conn, user)] == [4]
+    without_a_fault(world)
+
+
+HELD = {
+    "hold": ("pending", lambda led, c, user, held: led.hold(c, user, credits=1, key="k")),
+    "release": ("failed", lambda led, c, user, held: led.release(c, user, held)),
+}
+
+
+@pytest.mark.parametrize("body", [GIVES.format("NEW.user_id"), "PERFORM tallystick.hold(NEW.user_id, 1, 'bonus')"])
+@pytest.mark.parametrize("kind", HELD)
+def test_a_trigger_that_calls_the_ledger_in_the_middle_of_a_hold(world: World, kind: str, body: str) -> None:
+    """The operation would undo what the trigger wrote."""
+    ledger, user = world.ledger, world.user(credits=9)
+    status, call = HELD[kind]
+    with world.engine.begin() as conn:
+        held = ledger.hold(conn, user, credits=2, key="h").id
+    when = f"NEW.status = '{status}' AND NEW.idempotency_key <> 'bonus'"
+    calling_trigger(world, AFTER_ROW.format(when), body)
+    before = everything(world)
+    with world.engine.connect() as conn, pytest.raises(errors.HostInterfered):
+        call(ledger, conn, user, held)
+    assert everything(world) == before
+
+
+def test_a_trigger_that_calls_the_ledger_before_a_workshop_is_found_taken(world: World) -> None:
+    """The balance cannot be put back under what the trigger wrote."""
+    user = world.user(credits=9)
+    workshop = world.workshop(user)
+    gone = GIVES.format("NEW.id") + "; UPDATE workshops SET deleted_at = now()"
+    calling_trigger(world, AFTER_BALANCE.format("NEW.credit_balance = 8"), gone)
+    before = everything(world)
+    with world.engine.connect() as conn, pytest.raises(errors.HostInterfered):
+        world.ledger.consume(conn, user, workshop=workshop, key="k")
+    assert everything(world) == before

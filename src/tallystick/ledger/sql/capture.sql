@@ -111,7 +111,7 @@ BEGIN
   END IF;
   PERFORM tallystick.take_from_lots(account.key, hold_id, charged);
   PERFORM tallystick.settle_held(
-    account.key, answer.balance_after, answer.sequence, answer.credit_held,
+    account.key, account.sequence, account.held, answer.balance_after, answer.sequence, answer.credit_held,
     CASE WHEN answer.credit_held = 0 THEN tallystick.next_due(account.key, 0) ELSE account.due END);
   answer.balance := coalesce(tallystick.settle_ended(account.key), answer.balance);
   IF answer.workshop_id IS NOT NULL THEN

@@ -109,8 +109,10 @@ BEGIN
         END IF;
         -- The key is that of a purchase that was starting, or the sequence is taken: the user's row is behind the ledger.
       END IF;
-      PERFORM tallystick.settle(
-        account.key, account.balance - amount, account.sequence + 1, account.balance, account.sequence);
+      IF NOT tallystick.settle(
+          account.key, account.balance - amount, account.sequence + 1, account.balance, account.sequence) THEN
+        PERFORM tallystick.host_interfered({users_name});  -- its trigger called the ledger, and that stays behind
+      END IF;
     ELSIF attempt = 2 THEN
       PERFORM tallystick.host_interfered({users_name});
     END IF;

@@ -113,6 +113,6 @@ BEGIN
     RETURN tallystick.replay(prior, jsonb_build_object('type', 'consumption'), account.balance);
   END IF;
   PERFORM tallystick.settle_held(
-    account.key, account.balance, account.sequence, answer.credit_held, least(account.due, answer.expires_at));
+    account.key, account.sequence, account.held, account.balance, account.sequence, answer.credit_held, least(account.due, answer.expires_at));
   RETURN answer;
 END $$

@@ -20,6 +20,7 @@ DECLARE
   part record;
   own record;
   total {credits};
+  old_sequence integer;
   moved {credits};
   closing_id uuid;
   opening_id uuid;
@@ -111,6 +112,7 @@ BEGIN
   END IF;
 
   total := account.balance;
+  old_sequence := account.sequence;
   moment := clock_timestamp();
   FOR part IN
     SELECT l.id, l.remaining, l.expires_at FROM tallystick.lots AS l
@@ -182,7 +184,8 @@ BEGIN
   END LOOP;
   IF total <> 0 THEN
     PERFORM tallystick.settle_held(
-      account.key, account.balance, account.sequence, account.held, tallystick.next_due(account.key, account.held));
+      account.key, old_sequence, account.held,
+      account.balance, account.sequence, account.held, tallystick.next_due(account.key, account.held));
   END IF;
   PERFORM tallystick.delete_user(account.key);
   answer := NULL;

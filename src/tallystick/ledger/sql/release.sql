@@ -41,7 +41,7 @@ BEGIN
     PERFORM tallystick.host_interfered({ledger_name});
   END IF;
   PERFORM tallystick.settle_held(
-    account.key, account.balance, account.sequence, answer.credit_held,
+    account.key, account.sequence, account.held, account.balance, account.sequence, answer.credit_held,
     CASE WHEN answer.credit_held = 0 THEN tallystick.next_due(account.key, 0) ELSE account.due END);
   answer.balance := coalesce(tallystick.settle_ended(account.key), answer.balance);
   RETURN answer;

@@ -7,6 +7,8 @@ LANGUAGE plpgsql AS $$
 DECLARE
   moment timestamptz := clock_timestamp();
   answer tallystick.answer;
+  old_sequence integer;
+  old_held {credits};
   released {credits};
   lot record;
   taken {credits};
@@ -15,6 +17,8 @@ BEGIN
   SELECT u.{user_key}, {balance}, u.credit_sequence, u.credit_held
     INTO answer.user_id, answer.balance, answer.sequence, answer.credit_held
     FROM {users} AS u WHERE u.{user_key} = settle_due.user_id;
+  old_sequence := answer.sequence;
+  old_held := answer.credit_held;
   WITH failed AS (
     UPDATE {ledger} AS t SET status = 'failed', description = t.description || ' (expired)'
       WHERE t.user_id = answer.user_id AND t.status = 'pending' AND t.sequence IS NULL AND t.held IS NOT NULL
@@ -57,6 +61,11 @@ BEGIN
 
   answer.expires_at := tallystick.next_due(answer.user_id, answer.credit_held);
   PERFORM tallystick.settle_held(
-    answer.user_id, answer.balance, answer.sequence, answer.credit_held, answer.expires_at);
+    answer.user_id, old_sequence, old_held,
+    answer.balance, answer.sequence, answer.credit_held, answer.expires_at);
+  -- a trigger of the host's may have called the ledger when the balance was written
+  SELECT {balance}, u.credit_sequence, u.credit_held, u.credit_due_at
+    INTO answer.balance, answer.sequence, answer.credit_held, answer.expires_at
+    FROM {users} AS u WHERE u.{user_key} = settle_due.user_id;
   RETURN answer;
 END $$
