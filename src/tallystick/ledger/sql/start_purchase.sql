@@ -44,7 +44,8 @@ BEGIN
       prior,
       jsonb_build_object(
         'type', 'purchase',
-        'amount', CASE prior.started_amount WHEN amount THEN prior.amount ELSE amount END),
+        -- a buyer may have paid for another number
+        CASE WHEN prior.started_amount IS NULL THEN 'amount' ELSE 'started_amount' END, amount),
       account.balance);
   END IF;
   IF account.deleted_at IS NOT NULL THEN
@@ -65,7 +66,11 @@ BEGIN
     -- the same key was being written by somebody else, who has committed by now
     SELECT * INTO prior FROM {ledger} AS t WHERE t.user_id = account.key AND t.idempotency_key = start_purchase.key;
     IF FOUND THEN
-      RETURN tallystick.replay(prior, jsonb_build_object('type', 'purchase', 'amount', amount), account.balance);
+      RETURN tallystick.replay(
+        prior,
+        jsonb_build_object(
+          'type', 'purchase', CASE WHEN prior.started_amount IS NULL THEN 'amount' ELSE 'started_amount' END, amount),
+        account.balance);
     END IF;
     PERFORM tallystick.host_interfered({ledger_name});
   END IF;
