@@ -65,6 +65,20 @@ def test_a_deleted_user_keeps_credits_and_the_first_moment(any_world: World):
         assert any_world.ledger.consume(conn, user, key="k").balance_after == 1
 
 
+def test_a_deletion_is_dated_when_it_happens_also_in_a_transaction_that_began_long_before(world: World):
+    """Else the audit takes a consumption of the time in between for one of a deleted user."""
+    user = world.user(credits=2)
+    workshop = world.workshop(user)
+    with world.engine.begin() as long, world.autocommit.connect() as conn:
+        long.execute(sa.text("SELECT now()"))
+        spent = world.ledger.consume(conn, user, workshop=workshop, key="k")
+        world.accounts.delete_workshop(long, workshop)
+        world.accounts.delete_user(long, user)
+        for table in (world.schema.users, world.schema.workshops):
+            assert table is not None
+            assert long.execute(sa.select(table.c.deleted_at)).scalar_one() > spent.completed_at
+
+
 @pytest.mark.parametrize("time_zone", ["UTC", "Asia/Kathmandu"])
 def test_deletion_is_the_true_moment_in_columns_with_and_without_a_time_zone(any_world: World, time_zone: str):
     user = any_world.user()

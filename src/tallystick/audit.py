@@ -56,7 +56,7 @@ SUSPECTS = 10_000
 """The most users with a wrong sum in a part; above that the precise checks run on all users of the part."""
 
 DELETION_TAKES = dt.timedelta(minutes=5)
-"""A deletion is dated from the beginning of its transaction; the user may spend until it locks the user's row."""
+"""An app's own deletion is dated from the beginning of its transaction; the user may spend until it locks the row."""
 
 KEPT_WITHIN_S = 1
 """The precision of a moment in a host's column: its type may have no fractions of a second."""

@@ -7,7 +7,7 @@ DECLARE
 BEGIN
   UPDATE {users} AS u
     SET {user_deleted_at} = coalesce(
-      u.{user_deleted_at}, tallystick.kept_as(pg_catalog.now(), u.{user_deleted_at}))
+      u.{user_deleted_at}, tallystick.kept_as(pg_catalog.clock_timestamp(), u.{user_deleted_at}))
     WHERE u.{user_key} {is} delete_user.user_id
     RETURNING 'completed', {account}, NULL INTO answer;
   IF NOT FOUND AND NOT EXISTS (SELECT FROM {users} AS u WHERE u.{user_key} {is} delete_user.user_id) THEN

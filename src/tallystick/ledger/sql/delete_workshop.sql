@@ -7,7 +7,7 @@ DECLARE
 BEGIN
   UPDATE {workshops} AS w
     SET {workshop_deleted_at} = coalesce(
-      w.{workshop_deleted_at}, tallystick.kept_as(pg_catalog.now(), w.{workshop_deleted_at}))
+      w.{workshop_deleted_at}, tallystick.kept_as(pg_catalog.clock_timestamp(), w.{workshop_deleted_at}))
     WHERE w.{workshop_key} {is} delete_workshop.workshop_id
     RETURNING 'completed', w.{workshop_key}, NULL, NULL, tallystick.utc(w.{workshop_deleted_at}) INTO answer;
   IF NOT FOUND AND NOT EXISTS (SELECT FROM {workshops} AS w WHERE w.{workshop_key} {is} delete_workshop.workshop_id) THEN
