@@ -12,7 +12,7 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from tallystick import Config, Progress
+from tallystick import Config, Consume, Progress
 from tallystick.allowances import AllowanceRun, Allowances, Paid, Period
 from tallystick.audit import audit
 from tallystick.config import Allowance
@@ -22,6 +22,7 @@ from tallystick.testing import Databases, TestDatabase
 from worlds import SHAPES
 
 INT32_MAX = 2**31 - 1
+BY_INDEX = "-c enable_seqscan=off"  # a table of one user is read as a whole
 
 PLANS = (
     Allowance(plan_tier="free", credits=5),
@@ -113,6 +114,27 @@ def test_a_plan_that_gets_another_name_gives_nothing_twice(db: TestDatabase, all
     plan(db, renamed, "team", user)
     assert renamed.run(engine_of(db)) == AllowanceRun(2, ())
     assert [db.balance(each) for each in (user, other)] == [150, 150]
+
+
+def test_a_plan_that_gets_another_name_makes_no_long_history_read(db: TestDatabase, allowances: Allowances) -> None:
+    user = plan(db, allowances, "pro")
+    with engine_of(db).begin() as conn:
+        allowances.ledger.grant(conn, user, credits=3000, key="g", description="Many")
+        allowances.ledger.consume_many(conn, [Consume(user, key=str(n)) for n in range(3000)])
+    db.clock.advance(days=32)
+    assert give(db, allowances, user) == 100
+    renamed = Allowances(
+        Config(host=SHAPES["uuid"].host, allowances=(Allowance(plan_tier="professional", credits=100),))
+    )
+    plan(db, renamed, "professional", user)
+    with engine_of(db).execution_options(isolation_level="AUTOCOMMIT").connect() as conn:
+        conn.execute(sa.text("ANALYZE credit_transactions"))
+    # as where texts are not in the order of their bytes: no index finds the keys that begin alike
+    for_any_value = {"prepare_threshold": 0, "options": f"-c plan_cache_mode=force_generic_plan {BY_INDEX}"}
+    with sa.create_engine(db.url, poolclass=sa.NullPool, connect_args=for_any_value).begin() as conn:
+        assert renamed.give(conn, user) is None
+        read = "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = 'credit_transactions'"
+        assert conn.scalar(sa.text(read)) < 100
 
 
 def test_what_is_left_is_carried_over_up_to_the_cap(db: TestDatabase, allowances: Allowances) -> None:

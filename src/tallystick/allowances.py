@@ -115,7 +115,7 @@ class Allowances:
         given = self._given(conn, user, self.schema.credit_transactions.c.idempotency_key.in_(keys))
         if key in given or sum(given.values()) >= allowance.credits:
             return None
-        # Also of plans that the settings have no more. This reads all keys of the user, so it comes second.
+        # Also of plans that the settings have no more. This reads all rows of the period, so it comes second.
         given = self._given(conn, user, self._is_of(period, allowance.every))
         if sum(given.values()) >= allowance.credits:
             return None
@@ -255,7 +255,10 @@ class Allowances:
 
     def _is_of(self, period: Period, every: Every) -> sa.ColumnElement[bool]:
         """True for the grants of a period, of any plan."""
-        return sa.func.starts_with(self.schema.credit_transactions.c.idempotency_key, _of_period(period, every))
+        row = self.schema.credit_transactions.c
+        # found by the index of completed_at, among the period's rows; a clock may be set back by less than a day
+        since = row.completed_at >= period.start - dt.timedelta(days=1)
+        return sa.and_(since, sa.func.starts_with(row.idempotency_key, _of_period(period, every)))
 
 
 _WAIT_FOR_SECONDS = sa.text("""
