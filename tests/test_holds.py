@@ -146,7 +146,7 @@ def test_a_late_capture_charges_where_the_credits_are_there_and_says_so(world: W
             assert ledger.sweep(conn) == 2
         late = ledger.capture(conn, user, held.id)
         assert (late.status, late.balance_after) == ("completed", 0)
-        assert late.description == "Credit consumed (expired) (captured late)"
+        assert late.description == "Credit consumed (captured late)"
         ledger.consume(conn, poor, key="meanwhile")
         with pytest.raises(e.InsufficientCredits):
             ledger.capture(conn, poor, other.id)

@@ -101,7 +101,8 @@ BEGIN
       balance_after = account.balance - charged,
       sequence = account.sequence + 1,
       completed_at = clock_timestamp(),
-      description = t.description || CASE t.status WHEN 'failed' THEN ' (captured late)' ELSE '' END
+      description = CASE t.status WHEN 'failed' THEN regexp_replace(t.description, ' \(expired\)$', '') || ' (captured late)'
+        ELSE t.description END
     WHERE t.id = hold_id
     RETURNING 'completed', {row}, t.balance_after, charged, NULL,
       CASE hold.status WHEN 'failed' THEN jsonb_build_object('late', true) END, NULL, account.held - set_aside,
