@@ -713,6 +713,26 @@ def test_the_history_of_a_user_erased_before_the_opening_is_not_noted(make_migra
     assert faults(app) == []
 
 
+def test_the_history_of_an_erased_user_whom_old_code_gives_credits_is_not_noted(
+    make_migrated: Callable[..., App],
+) -> None:
+    """The user had no credits when erased, and so no opening balance that says it."""
+    app = make_migrated(AFTER, KEPT_APART)
+    app.run("INSERT INTO users (clerk_user_id, email, credit_balance) VALUES ('new', '', 0)")
+    app.run(
+        "INSERT INTO credit_transactions (id, clerk_user_id, type, amount, balance_after)"
+        " VALUES ('txn_new', 'new', 'purchase', 6, 6)"
+    )
+    with app.engine.begin() as conn:
+        Accounts(app.config).erase(conn, "new")
+    app.run("UPDATE users SET credit_balance = 4 WHERE clerk_user_id = 'new'")
+    done = migrate.adopt(app.url, app.config, note_history=True)
+    assert (done.opened, done.noted) == (1, 35)
+    rows = app.rows("SELECT amount, metadata FROM tallystick.credit_transactions WHERE user_id = 'new'")
+    assert rows == [(4, None)]
+    assert faults(app) == []
+
+
 def test_the_cut_over_notes_the_history_if_asked(
     make_app: Callable[..., App], tallystick: Callable[..., tuple[int, str, str]]
 ) -> None:

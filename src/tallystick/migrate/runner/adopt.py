@@ -150,7 +150,7 @@ def _adopting(conn: sa.Connection, config: Config) -> tuple[Host, HostNames]:
 def _note(conn: sa.Connection, names: HostNames, found: HistoryTable) -> int:
     """Store the app's history up to an opening balance in each one that has none, a few at a time.
 
-    One that was erased stays as it is.
+    One that was erased stays as it is; so does one of a deleted user, who may have been erased before it was written.
     """
     moment = Identifier(found.moment) if found.moment else None
     order: list[Composable] = [SQL("h.{}").format(moment)] if moment else []
@@ -158,6 +158,9 @@ def _note(conn: sa.Connection, names: HostNames, found: HistoryTable) -> int:
         order.append(SQL("h.{}").format(Identifier(found.key)))
     words = {
         "ledger": names.ledger,
+        "users": names.users.name,
+        "key": names.users.key,
+        "deleted_at": names.users.deleted_at,
         "opening": Literal(OPENING_KEY),
         "batch": Literal(_BATCH),
         "order": SQL(", ").join(order) if order else SQL("1"),
@@ -168,6 +171,7 @@ def _note(conn: sa.Connection, names: HostNames, found: HistoryTable) -> int:
     query = SQL(
         "WITH some_of AS (SELECT t.id, t.user_id, t.created_at FROM {ledger} AS t WHERE t.idempotency_key = {opening}"
         " AND t.description <> 'Erased'"
+        " AND NOT EXISTS (SELECT FROM {users} AS u WHERE u.{key} = t.user_id AND u.{deleted_at} IS NOT NULL)"
         " AND NOT coalesce(t.metadata, '{{}}') ? 'history' AND t.id > {last} ORDER BY t.id LIMIT {batch})"
         " UPDATE {ledger} AS t SET metadata = coalesce(t.metadata, '{{}}') || jsonb_build_object('history',"
         " coalesce((SELECT jsonb_agg(to_jsonb(h) ORDER BY {order}) FROM {h} AS h WHERE h.{user} = s.user_id {before}),"
