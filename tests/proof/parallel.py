@@ -117,7 +117,7 @@ def assert_ledger_consistent(world: World) -> None:
                     assert left[entry.refund_of] >= 0, entry
                 case "grant" if entry.refund_of:
                     left[entry.refund_of] += entry.amount
-                case "grant":
+                case "grant" | "transfer":
                     left[entry.id] = entry.amount
                 case "correction" | "expiry":
                     left[entry.refund_of] += entry.amount
