@@ -210,7 +210,7 @@ class TestDowngrade:
             " SELECT gen_random_uuid(), id, 'purchase', 'pending', 1, 'x' FROM users LIMIT 1"
         )
         after = app.shape()
-        with pytest.raises(LedgerNotEmpty, match=r"1 credit transactions.*discard_ledger=True"):
+        with pytest.raises(LedgerNotEmpty, match=r"1 credit transaction,.*discard_ledger=True"):
             command.downgrade(refusing, "base")
         assert without_its_own(app.shape()) == without_its_own(after)
         command.downgrade(history(app, tmp_path / "b", monkeypatch, *ALL, backs=discarding), "base")
