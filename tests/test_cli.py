@@ -578,7 +578,7 @@ def test_status_names_who_may_write_the_ledger(at, world: World):
     result = tally("migrate", "status")
     assert result.code == 1
     assert "privilege public.credit_transactions: PUBLIC may INSERT;" in result.out
-    assert 'Mend it: REVOKE INSERT ON "public"."credit_transactions" FROM PUBLIC' in result.out
+    assert "Mend it: REVOKE INSERT ON public.credit_transactions FROM PUBLIC" in result.out
 
 
 def test_the_script_can_be_run_by_another_tool(tally, old_host, server: Server):

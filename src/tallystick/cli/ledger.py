@@ -153,10 +153,7 @@ def mapped(
     given = invocation(ctx)
     lost = _telling_key(ctx) if changes else reading()
     with lost, given.connection(connect, only_reads=only_reads) as (conn, config):
-        if changes:
-            given.note_once(place(conn))
-        verify(conn)
-        config = with_stored_mapping(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
+        config = _mapping_of(given, conn, config, changes=changes)  # noqa: PLW2901 - the same, with the database's
         with _naming_mapping(given):
             yield conn, config
 
@@ -170,12 +167,19 @@ def pool(ctx: typer.Context, *, changes: bool = False) -> Iterator[tuple[sa.Engi
     with given.database() as config:
         made = engine(address(config), poolclass=sa.NullPool)
         with transaction(made) as conn:
-            if changes:
-                given.note_once(place(conn))
-            verify(conn)
-            config = with_stored_mapping(conn, config)  # noqa: PLW2901 - the same, with the database's mapping
+            config = _mapping_of(given, conn, config, changes=changes)  # noqa: PLW2901 - the same, with the database's
         with _naming_mapping(given):
             yield made, config
+
+
+def _mapping_of(
+    given: Invocation, conn: sa.Connection | psycopg.Connection[Any], config: Config, *, changes: bool
+) -> Config:
+    """The settings with the mapping of a migrated database, which a note names before ``changes``."""
+    if changes:
+        given.note_once(place(conn))
+    verify(conn)
+    return with_stored_mapping(conn, config)
 
 
 @contextmanager
